@@ -1,0 +1,1 @@
+"""The YAML configuration of wsiflow, found by Hydra as ``pkg://wsiflow.conf``."""
