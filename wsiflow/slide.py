@@ -1,0 +1,472 @@
+"""Whole-slide images: opening, facts, pixels.
+
+Input: a file OpenSlide can read. Output: facts about the slide and uint8 RGB arrays on an opaque background.
+
+Conventions: points are (x, y) and sizes (width, height), as in OpenSlide; arrays are (rows, cols, 3). ``l0_`` names
+level-0 pixels, ``l_`` pixels of the level that is read. A *reading pixel* is ``l0_per_px`` level-0 pixels a side. A
+level pixel (i, j) begins at level-0 pixel (i * d, j * d), where d is the level's downsample as OpenSlide states it.
+
+This is the only module that uses OpenSlide. Label, macro and other associated images are never touched, and of the
+properties only the vendor, the pixel size and the background colour are read: the others may name a patient.
+"""
+
+import hashlib
+import math
+import stat
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple
+
+import numpy as np
+import openslide
+from numpy.typing import NDArray
+from PIL import Image, ImageChops
+
+from wsiflow.errors import EnvironmentFault, InputError
+
+OPENSLIDE_AT_LEAST = (4, 0, 1)
+MPP_BOUNDS_UM_PX = (0.05, 100.0)
+MPP_ANISOTROPY = 0.02
+REFERENCE_TILE_PX = 224
+
+_LEVEL_TOLERANCE = 0.01  # a level this much too coarse still serves
+_DIRECT_TOLERANCE = 0.001  # below this difference of scale, resampling would only blur
+_READ_LIMIT_PX = 1 << 24  # 64 MiB of RGBA: larger reads are cut in two
+_THUMBNAIL_LIMIT_PX = 1 << 27
+_FILTER_SUPPORT_PX = {Image.Resampling.BOX: 0.5, Image.Resampling.BICUBIC: 2.0}
+_COPY_AGAIN = "copy it again from its source, or remove its line"
+
+
+class Region(NamedTuple):
+    """A rectangle of pixels."""
+
+    rgb: NDArray[np.uint8]
+    """Shape (rows, cols, 3); what the slide has no pixels for shows the slide's background colour."""
+    transparent: float
+    """Part of the rectangle, 0 to 1, that lies on the slide but has no pixels. Outside the slide does not count."""
+
+
+@dataclass(frozen=True)
+class SlideFacts:
+    """What is known about a slide without reading a pixel.
+
+    Attributes:
+        slide_id: Name of the slide in messages and results.
+        path: The file that was opened.
+        vendor: OpenSlide's name of the format, for example ``aperio``.
+        l0_size_px: Width and height of level 0.
+        mpp: Micrometres per level-0 pixel along x and y, or None where the slide does not state both.
+        level_sizes_px: Width and height of every level, finest first.
+        level_downsamples: Level-0 pixels per pixel of every level.
+        background_rgb: Colour behind transparent pixels and outside the slide.
+    """
+
+    slide_id: str
+    path: Path
+    vendor: str
+    l0_size_px: tuple[int, int]
+    mpp: tuple[float, float] | None
+    level_sizes_px: tuple[tuple[int, int], ...]
+    level_downsamples: tuple[float, ...]
+    background_rgb: tuple[int, int, int]
+
+    def level_for(self, l0_per_px: float) -> int:
+        """Return the coarsest level that is not coarser than ``l0_per_px`` (by more than 1 %), or 0."""
+        fine = [
+            level
+            for level, downsample in enumerate(self.level_downsamples)
+            if downsample <= l0_per_px * (1 + _LEVEL_TOLERANCE)
+        ]
+        return max(fine, default=0)
+
+
+class _Pixels(NamedTuple):
+    """Composited pixels and how much of each was missing (None: none was)."""
+
+    image: Image.Image
+    missing: Image.Image | None
+
+
+class Slide:
+    """An open slide: its facts and its pixels. Use it in a ``with`` statement; one thread at a time."""
+
+    def __init__(self, facts: SlideFacts, handle: openslide.OpenSlide) -> None:
+        """Take over an open handle (use :func:`open_slide`)."""
+        self.facts = facts
+        self._handle = handle
+
+    def __enter__(self) -> "Slide":
+        """Return the slide itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close the handle."""
+        self.close()
+
+    def close(self) -> None:
+        """Close the handle; the slide cannot be read afterwards."""
+        self._handle.close()
+
+    def read(self, l0_x: int, l0_y: int, level: int, size_px: tuple[int, int]) -> Region:
+        """Read a rectangle of one level, padded with the background colour where it leaves the slide.
+
+        Args:
+            l0_x: Left edge in level-0 pixels; may lie outside the slide.
+            l0_y: Top edge in level-0 pixels; may lie outside the slide.
+            level: Index of the level.
+            size_px: Width and height in pixels of that level.
+
+        Returns:
+            The region, (height, width, 3).
+
+        Raises:
+            InputError: A pixel cannot be decoded. The slide stays usable for other reads.
+        """
+        return _region(self._pixels(l0_x, l0_y, level, size_px))
+
+    def read_scaled(self, x: int, y: int, size_px: tuple[int, int], *, l0_per_px: float) -> Region:
+        """Read a rectangle of the reading plane.
+
+        A level of that scale (within 0.1 %) is read as it is, from the nearest level-0 pixel. Otherwise the coarsest
+        level that is fine enough is resampled by Pillow's antialiased bicubic filter, with enough margin around the
+        rectangle that neighbouring reads join as if they had been one.
+
+        Args:
+            x: Left edge in reading pixels; may lie outside the slide.
+            y: Top edge in reading pixels; may lie outside the slide.
+            size_px: Width and height in reading pixels.
+            l0_per_px: Level-0 pixels per reading pixel; below 1 enlarges.
+
+        Returns:
+            The region, (height, width, 3).
+
+        Raises:
+            InputError: A pixel cannot be decoded. The slide stays usable for other reads.
+        """
+        return self._read_scaled(x, y, size_px, l0_per_px, Image.Resampling.BICUBIC)
+
+    def overview(self, downsample: float) -> NDArray[np.uint8]:
+        """Return the whole slide, area-averaged, in memory bounded by the result.
+
+        Args:
+            downsample: Level-0 pixels per pixel of the overview, at least 1.
+
+        Returns:
+            Shape (ceil(height / downsample), ceil(width / downsample), 3). Pixel (row, col) begins at level-0 pixel
+            (col * downsample, row * downsample); the last row and column may reach beyond the slide.
+
+        Raises:
+            InputError: A pixel cannot be decoded.
+        """
+        cols, rows = (math.ceil(l0_px / downsample) for l0_px in self.facts.l0_size_px)
+        return self._read_scaled(0, 0, (cols, rows), downsample, Image.Resampling.BOX).rgb
+
+    def reference_thumbnail(self) -> NDArray[np.uint8]:
+        """Return the reference system's thumbnail: at most (W / 224, H / 224) pixels, made by OpenSlide.
+
+        Returns:
+            Shape (ny, nx, 3), about one pixel per 224-pixel tile of level 0.
+
+        Raises:
+            InputError: The slide is smaller than one tile, has no overview level small enough, or cannot be decoded.
+        """
+        width, height = self.facts.l0_size_px
+        if min(width, height) < REFERENCE_TILE_PX:
+            self._refuse(f"the slide has {width} x {height} px, less than one {REFERENCE_TILE_PX} px tile")
+        size = (width / REFERENCE_TILE_PX, height / REFERENCE_TILE_PX)
+        level = self._handle.get_best_level_for_downsample(REFERENCE_TILE_PX)
+        l_width, l_height = self.facts.level_sizes_px[level]
+        if l_width * l_height > _THUMBNAIL_LIMIT_PX:
+            self._refuse(f"its overview would be made from {l_width} x {l_height} px at once")
+        try:
+            return np.array(self._handle.get_thumbnail(size))  # type: ignore[arg-type]  # floats, as the reference
+        except openslide.OpenSlideError as error:
+            raise self._reopened(f"level {level} cannot be decoded ({error})") from error
+
+    def _refuse(self, cause: str) -> None:
+        """Say that the reference geometry cannot be used for this slide."""
+        raise InputError(cause, "use geometry=centred", slide=self.facts.slide_id, path=self.facts.path)
+
+    def _read_scaled(
+        self, x: int, y: int, size_px: tuple[int, int], l0_per_px: float, resample: Image.Resampling
+    ) -> Region:
+        """Read a rectangle of the reading plane, in halves where it would need too many pixels at once."""
+        level = self.facts.level_for(l0_per_px)
+        l_per_px = l0_per_px / self.facts.level_downsamples[level]
+        width, height = size_px
+        if width * height * l_per_px**2 > _READ_LIMIT_PX and max(size_px) > 1:
+            if width >= height:
+                halves = [(x, y, (width // 2, height)), (x + width // 2, y, (width - width // 2, height))]
+            else:
+                halves = [(x, y, (width, height // 2)), (x, y + height // 2, (width, height - height // 2))]
+            parts = [self._read_scaled(*half, l0_per_px, resample) for half in halves]
+            return _joined(parts, axis=1 if width >= height else 0)
+        if abs(l_per_px - 1) <= _DIRECT_TOLERANCE:
+            return self.read(round(x * l0_per_px), round(y * l0_per_px), level, size_px)
+        return _region(self._resampled(x, y, size_px, level, l_per_px, resample))
+
+    def _resampled(
+        self, x: int, y: int, size_px: tuple[int, int], level: int, l_per_px: float, resample: Image.Resampling
+    ) -> _Pixels:
+        """Resample a rectangle of the reading plane from a rectangle of a level that encloses it."""
+        downsample = self.facts.level_downsamples[level]
+        margin = math.ceil(_FILTER_SUPPORT_PX[resample] * max(l_per_px, 1.0)) + 1
+        l0_corner, l_size, box = [], [], []
+        for begin, extent in zip((x, y), size_px, strict=True):
+            l_begin = math.floor(begin * l_per_px) - margin
+            l_end = math.ceil((begin + extent) * l_per_px) + margin
+            l0_begin = round(l_begin * downsample)
+            # Where the downsample is not an integer, the read begins a fraction of a level pixel away from l_begin.
+            box.append(begin * l_per_px - l0_begin / downsample)
+            l0_corner.append(l0_begin)
+            l_size.append(l_end - l_begin)
+        pixels = self._pixels(l0_corner[0], l0_corner[1], level, (l_size[0], l_size[1]))
+        window = (box[0], box[1], box[0] + size_px[0] * l_per_px, box[1] + size_px[1] * l_per_px)
+        missing = pixels.missing and pixels.missing.resize(size_px, resample, window)
+        return _Pixels(pixels.image.resize(size_px, resample, window), missing)
+
+    def _pixels(self, l0_x: int, l0_y: int, level: int, size_px: tuple[int, int]) -> _Pixels:
+        """Read the part of a rectangle that lies on the slide and put it on the background colour."""
+        downsample = self.facts.level_downsamples[level]
+        spans = [
+            _span_on_slide(l0_begin / downsample, extent, l_extent)
+            for l0_begin, extent, l_extent in zip((l0_x, l0_y), size_px, self.facts.level_sizes_px[level], strict=True)
+        ]
+        canvas = Image.new("RGB", size_px, self.facts.background_rgb)
+        (left, right), (top, bottom) = spans
+        if left >= right or top >= bottom:
+            return _Pixels(canvas, None)
+        l0_inside = (l0_x + round(left * downsample), l0_y + round(top * downsample))
+        inside = self._decode(l0_inside, level, (right - left, bottom - top))
+        alpha = inside.getchannel("A")
+        canvas.paste(inside.convert("RGB"), (left, top), alpha)
+        if alpha.getextrema() == (255, 255):
+            return _Pixels(canvas, None)
+        missing = Image.new("L", size_px, 0)
+        missing.paste(ImageChops.invert(alpha), (left, top))
+        return _Pixels(canvas, missing)
+
+    def _decode(self, l0_corner: tuple[int, int], level: int, size_px: tuple[int, int]) -> Image.Image:
+        """Read RGBA pixels that lie on the slide."""
+        try:
+            return self._handle.read_region(l0_corner, level, size_px)
+        except openslide.OpenSlideError as error:
+            where = f"{size_px[0]} x {size_px[1]} px of level {level} at level-0 ({l0_corner[0]}, {l0_corner[1]})"
+            raise self._reopened(f"{where} cannot be decoded ({error})") from error
+
+    def _reopened(self, cause: str) -> InputError:
+        """Open the file again, because OpenSlide refuses every read after one that failed, and describe the failure."""
+        self._handle.close()
+        self._handle = _open_handle(self.facts.path, self.facts.slide_id)
+        return InputError(cause, _COPY_AGAIN, slide=self.facts.slide_id, path=self.facts.path)
+
+
+def open_slide(path: Path, *, slide_id: str) -> Slide:
+    """Open a slide.
+
+    Args:
+        path: A file in a format of OpenSlide. An ordinary image is refused whatever its name.
+        slide_id: Name of the slide for messages.
+
+    Raises:
+        InputError: The file is missing, empty, a folder, not a slide, or damaged.
+        EnvironmentFault: The OpenSlide library is too old, or the file may not be read.
+    """
+    _require_openslide()
+    _require_file(path, slide_id)
+    handle = _open_handle(path, slide_id)
+    return Slide(_facts(handle, path, slide_id), handle)
+
+
+def resolve_mpp(facts: SlideFacts, manifest_mpp: float | None) -> float:
+    """Return the micrometres per level-0 pixel: what the manifest says, else what the slide says.
+
+    Args:
+        facts: Facts of the slide.
+        manifest_mpp: Micrometres per pixel from the manifest; it wins, because slides are sometimes wrong.
+
+    Raises:
+        InputError: Neither says it, x and y differ by more than 2 %, or the value is outside 0.05 to 100 um/px.
+    """
+    source, found = "the manifest", (manifest_mpp, manifest_mpp)
+    if manifest_mpp is None:
+        source, found = "the slide", facts.mpp or (None, None)
+    mpp_x, mpp_y = found
+    remedy = (
+        f"give the level-0 pixel size in the manifest: header 'slide_id,path,mpp', "
+        f"line '{facts.slide_id},{facts.path.name},<um per pixel>'"
+    )
+    if mpp_x is None or mpp_y is None:
+        raise InputError("the slide does not state its pixel size", remedy, slide=facts.slide_id, path=facts.path)
+    low, high = MPP_BOUNDS_UM_PX
+    if not (low <= mpp_x <= high and low <= mpp_y <= high):
+        cause = f"{source} states a pixel size of {mpp_x:g} x {mpp_y:g} um, outside {low:g} to {high:g}"
+        raise InputError(cause, remedy, slide=facts.slide_id, path=facts.path)
+    if abs(mpp_x - mpp_y) > MPP_ANISOTROPY * max(mpp_x, mpp_y):
+        cause = f"the slide states pixels of {mpp_x:g} x {mpp_y:g} um, which differ by more than {MPP_ANISOTROPY:.0%}"
+        raise InputError(cause, remedy, slide=facts.slide_id, path=facts.path)
+    return (mpp_x + mpp_y) / 2
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a slide, hexadecimal.
+
+    A slide of one file has that file's hash. A slide of several (MIRAX with its folder, the DICOM files of a folder,
+    a Hamamatsu index with the files it names) has the hash of the list of their names and hashes.
+
+    Raises:
+        InputError: The file is missing or not a regular file.
+        EnvironmentFault: A file may not be read.
+    """
+    parts = {name: _file_sha256(part) for name, part in _parts(path)}
+    if len(parts) == 1:
+        return next(iter(parts.values()))
+    listing = "".join(f"{digest}  {name}\n" for name, digest in parts.items())
+    return hashlib.sha256(listing.encode()).hexdigest()
+
+
+def signature(path: Path) -> str:
+    """Return a text that changes when a file of the slide is replaced or written: names, sizes, times and inodes.
+
+    While it stays the same, a hash computed before may be taken as still valid.
+
+    Raises:
+        InputError: The file is missing or not a regular file.
+    """
+    parts = [(name, part.stat()) for name, part in _parts(path)]
+    listing = "".join(f"{found.st_size} {found.st_mtime_ns} {found.st_ino} {name}\n" for name, found in parts)
+    return hashlib.sha256(listing.encode()).hexdigest()
+
+
+@cache
+def _require_openslide() -> None:
+    """Refuse an OpenSlide library with known memory faults and wrong pixel sizes."""
+    found = tuple(int(part) for part in openslide.__library_version__.split(".")[:3])
+    if found < OPENSLIDE_AT_LEAST:
+        wanted = ".".join(str(part) for part in OPENSLIDE_AT_LEAST)
+        cause = f"the OpenSlide library is {openslide.__library_version__}, older than {wanted}"
+        raise EnvironmentFault(cause, "install openslide-bin of that version or newer")
+
+
+def _require_file(path: Path, slide_id: str = "") -> None:
+    """Refuse what is not a regular file with something in it, before a library looks at it."""
+    try:
+        found = path.stat()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        cause, remedy = "the slide file does not exist", "correct the path, or remove its line"
+        raise InputError(cause, remedy, slide=slide_id, path=path) from error
+    except OSError as error:
+        remedy = "check the permissions and the mount"
+        raise EnvironmentFault(f"the slide file is out of reach ({error.strerror})", remedy, path=path) from error
+    if stat.S_ISDIR(found.st_mode):
+        remedy = "name one file of the slide (for DICOM any .dcm of the folder), or read the folder with dataset=folder"
+        raise InputError("the path is a folder, not a slide file", remedy, slide=slide_id, path=path)
+    if not stat.S_ISREG(found.st_mode):
+        raise InputError("the path is not a regular file", "remove its line", slide=slide_id, path=path)
+    if found.st_size == 0:
+        raise InputError("the slide file is empty (0 bytes)", _COPY_AGAIN, slide=slide_id, path=path)
+
+
+def _open_handle(path: Path, slide_id: str) -> openslide.OpenSlide:
+    """Open the file as a slide. The library's own ``open_slide`` would also take an ordinary image."""
+    try:
+        return openslide.OpenSlide(path)
+    except openslide.OpenSlideUnsupportedFormatError as error:
+        cause = "the file is not a slide in a format OpenSlide reads"
+        raise InputError(cause, _COPY_AGAIN, slide=slide_id, path=path) from error
+    except openslide.OpenSlideError as error:
+        raise InputError(f"the slide cannot be opened ({error})", _COPY_AGAIN, slide=slide_id, path=path) from error
+
+
+def _facts(handle: openslide.OpenSlide, path: Path, slide_id: str) -> SlideFacts:
+    """Read the facts off an open handle."""
+    sizes = tuple((int(width), int(height)) for width, height in handle.level_dimensions)
+    if not sizes or min(sizes[0]) < 1:
+        handle.close()
+        raise InputError("the slide has no pixels", _COPY_AGAIN, slide=slide_id, path=path)
+    properties = handle.properties
+    return SlideFacts(
+        slide_id=slide_id,
+        path=path,
+        vendor=properties.get(openslide.PROPERTY_NAME_VENDOR, "unknown"),
+        l0_size_px=sizes[0],
+        mpp=_stated_mpp(properties),
+        level_sizes_px=sizes,
+        level_downsamples=tuple(float(downsample) for downsample in handle.level_downsamples),
+        background_rgb=_background(properties),
+    )
+
+
+def _stated_mpp(properties: Mapping[str, str]) -> tuple[float, float] | None:
+    """Return the pixel size along x and y where both are positive numbers."""
+    stated = [properties.get(name) for name in (openslide.PROPERTY_NAME_MPP_X, openslide.PROPERTY_NAME_MPP_Y)]
+    try:
+        mpp_x, mpp_y = (float(text or "nan") for text in stated)
+    except ValueError:
+        return None
+    return (mpp_x, mpp_y) if mpp_x > 0 and mpp_y > 0 else None
+
+
+def _background(properties: Mapping[str, str]) -> tuple[int, int, int]:
+    """Return the colour the slide gives for what was not scanned; white where it gives none."""
+    red, green, blue = bytes.fromhex(properties.get(openslide.PROPERTY_NAME_BACKGROUND_COLOR, "ffffff"))
+    return red, green, blue
+
+
+def _span_on_slide(l_begin: float, extent: int, l_extent: int) -> tuple[int, int]:
+    """Return which pixels, first and one past the last, of an axis of a rectangle lie on the level.
+
+    Args:
+        l_begin: Where the rectangle begins, in level pixels.
+        extent: Pixels of the rectangle.
+        l_extent: Pixels of the level.
+    """
+    rounding = 1e-6  # of divisions by a downsample that is not an integer
+    return max(0, math.ceil(-l_begin - rounding)), min(extent, math.ceil(l_extent - l_begin - rounding))
+
+
+def _region(pixels: _Pixels) -> Region:
+    """Turn composited pixels into arrays."""
+    missing = 0.0 if pixels.missing is None else float(np.asarray(pixels.missing).mean()) / 255
+    return Region(np.array(pixels.image), missing)
+
+
+def _joined(parts: list[Region], axis: int) -> Region:
+    """Join regions along an axis."""
+    rgb = np.concatenate([part.rgb for part in parts], axis=axis)
+    areas = [part.rgb.shape[0] * part.rgb.shape[1] for part in parts]
+    return Region(rgb, float(np.average([part.transparent for part in parts], weights=areas)))
+
+
+def _parts(path: Path) -> list[tuple[str, Path]]:
+    """Return every file of a slide with its name relative to the slide's folder, sorted by name."""
+    _require_file(path)
+    parts = {path, *_companions(path)}
+    return sorted((part.relative_to(path.parent).as_posix(), part) for part in parts)
+
+
+def _companions(path: Path) -> Iterator[Path]:
+    """Yield the files that belong to a slide besides the one that names it."""
+    kind = path.suffix.lower()
+    if kind == ".mrxs":
+        yield from (part for part in path.with_suffix("").rglob("*") if part.is_file())
+    elif kind == ".dcm":
+        yield from (part for part in path.parent.iterdir() if part.suffix.lower() == ".dcm" and part.is_file())
+    elif kind in {".vms", ".vmu"}:
+        index = path.read_text(encoding="utf-8", errors="replace")
+        yield from (part for part in path.parent.iterdir() if part.name in index and part.is_file())
+
+
+def _file_sha256(path: Path) -> str:
+    """Hash one file in pieces."""
+    try:
+        with path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        cause = f"the slide file cannot be read ({error.strerror})"
+        raise EnvironmentFault(cause, "check the permissions and the mount", path=path) from error
