@@ -1,0 +1,125 @@
+"""Throughput and cost: what counts, what adds up, and what is unknown."""
+
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from wsiflow import throughput
+
+NO_TIME = dict.fromkeys(throughput.STEPS, 0.0)
+
+
+def receipt(kind: str = "prediction", **given: Any) -> dict[str, Any]:
+    """Return a receipt of 120 tiles that took 40 CPU seconds, changed as given."""
+    return {
+        "kind": kind,
+        "slide": "s1",
+        "group": 1,
+        "host": "node1",
+        "counts": {"tiles": 120, "windows": 23520},
+        "seconds": {"read": 10.0, "infer": 30.0},
+        "cpu_s": 40.0,
+        "wall_s": 41.0,
+        "started": "2026-11-23T10:00:00.000+00:00",
+        "ended": "2026-11-23T10:00:41.000+00:00",
+        **given,
+    }
+
+
+def test_rates_of_one_prediction() -> None:
+    """Every metric follows from its definition by hand."""
+    metrics = throughput.summarise([receipt()], run_wall_s=60.0, workers=2, tile_mm2={"s1": 0.003})
+    assert metrics == pytest.approx(
+        {
+            "throughput.tiles_per_s": 2.0,
+            "throughput.windows_per_s": 392.0,
+            "throughput.core_seconds_per_tile": 1 / 3,
+            "throughput.core_hours": 1 / 90,
+            "throughput.mm2_per_core_hour": 32.4,
+            "throughput.wall_s": 60.0,
+            "throughput.efficiency": 1 / 3,
+            "cost.read_core_s": 10.0,
+            "cost.stain_core_s": 0.0,
+            "cost.infer_core_s": 30.0,
+            "cost.write_core_s": 0.0,
+            "cost.stitch_core_s": 0.0,
+        }
+    )
+
+
+def test_extraction_costs_but_adds_no_tiles() -> None:
+    """A tile that was first extracted and then predicted counts once and costs both."""
+    extracted = receipt("patches", seconds={"read": 5.0, "write": 15.0}, cpu_s=20.0)
+    metrics = throughput.summarise([extracted, receipt()], run_wall_s=60.0, workers=1, tile_mm2={"s1": 1.0})
+    assert metrics["throughput.tiles_per_s"] == 2.0
+    assert metrics["throughput.core_seconds_per_tile"] == 0.5
+    assert metrics["throughput.efficiency"] == 1.0
+
+
+def test_nothing_executed_is_unknown_speed() -> None:
+    """A run served from the cache has no speed: NaN, and no cost: zero."""
+    metrics = throughput.summarise([], run_wall_s=3.0, workers=2, tile_mm2={})
+    assert math.isnan(metrics["throughput.core_seconds_per_tile"])
+    assert math.isnan(metrics["throughput.mm2_per_core_hour"])
+    assert metrics["throughput.core_hours"] == 0.0
+    assert metrics["throughput.efficiency"] == 0.0
+
+
+def test_a_slide_without_a_tile_area_is_refused() -> None:
+    """A missing area is an error of the caller, not zero mm2."""
+    with pytest.raises(KeyError, match="s1"):
+        throughput.summarise([receipt()], run_wall_s=1.0, workers=1, tile_mm2={})
+
+
+def test_tile_area_of_the_reference() -> None:
+    """224 px at 0.243 um/px are 54.432 um a side."""
+    assert throughput.tile_area_mm2(224, 0.243) == pytest.approx(0.054432**2)
+
+
+@given(
+    st.lists(
+        st.builds(
+            lambda cpu_s, seconds: receipt(cpu_s=cpu_s, seconds=seconds),
+            st.floats(0, 1e6),
+            st.fixed_dictionaries({step: st.floats(1e-3, 1e6) for step in throughput.STEPS}),
+        )
+    )
+)
+def test_the_split_adds_up(receipts: list[dict[str, Any]]) -> None:
+    """The steps' core-seconds add up to the busy core-seconds of the run."""
+    split = throughput.step_core_seconds(receipts)
+    assert sum(split.values()) == pytest.approx(sum(r["cpu_s"] for r in receipts))
+
+
+def test_a_receipt_without_steps_belongs_to_none() -> None:
+    """CPU time that no step was timed for is not handed to one."""
+    assert throughput.step_core_seconds([receipt("tissue", seconds={})]) == NO_TIME
+
+
+def test_makespan_is_first_start_to_last_end() -> None:
+    """Tasks side by side and across time zones span from the earliest start to the latest end."""
+    later = receipt(started="2026-11-23T12:00:30.000+02:00", ended="2026-11-23T12:02:00.500+02:00")
+    assert throughput.makespan_s([later, receipt()]) == 120.5
+    assert math.isnan(throughput.makespan_s([]))
+
+
+def test_seconds_by_slide_are_sums() -> None:
+    """Two groups of a slide add up, another slide stays apart."""
+    rows = throughput.seconds_by_slide([receipt(), receipt(group=2), receipt(slide="s2", seconds={"stitch": 4.0})])
+    assert rows["s1"]["seconds_infer"] == 60.0
+    assert rows["s1"]["seconds_cpu"] == 80.0
+    assert rows["s2"]["seconds_stitch"] == 4.0
+    assert list(rows["s1"]) == list(rows["s2"])
+
+
+def test_stragglers_come_slowest_first() -> None:
+    """Only predictions above the factor are named, with their ratio to the median."""
+    usual = [receipt(group=k, wall_s=10.0) for k in range(1, 6)]
+    late = [receipt(group=6, wall_s=21.0, host="slow"), receipt(group=7, wall_s=50.0)]
+    found = throughput.stragglers([*usual, *late, receipt("heatmap", group=0, wall_s=900.0)], factor=2.0)
+    assert [(task.group, task.ratio) for task in found] == [(7, 5.0), (6, 2.1)]
+    assert found[1].host == "slow"
+    assert throughput.stragglers([], factor=2.0) == []

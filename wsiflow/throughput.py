@@ -1,0 +1,146 @@
+"""What a run did, and what it cost: numbers from the receipts of the files it wrote.
+
+Input: receipts, one mapping per published file. The caller passes only those that this run wrote itself, so that work
+found in the cache never counts as speed. Output: metrics by name, seconds by slide, and the tasks that came in late.
+
+Conventions:
+
+* A *tile* and a *window* count once, where they were predicted (``kind == "prediction"``). Extraction and stitching add
+  cost and no tiles.
+* *Busy core-seconds* are user and system CPU seconds. A worker that waits for its disk is not busy: waiting shows in
+  ``throughput.efficiency``.
+* A rate of nothing is unknown: where a denominator is zero the metric is NaN, never 0 and never infinite.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from statistics import median
+from typing import Any, NamedTuple
+
+Receipt = Mapping[str, Any]
+
+STEPS = ("read", "stain", "infer", "write", "stitch")
+
+
+class Straggler(NamedTuple):
+    """A task that took far longer than its like.
+
+    Attributes:
+        slide, group, host: Which task, and where it ran.
+        wall_s: How long it took, seconds.
+        ratio: ``wall_s`` over the median of the run's predictions.
+    """
+
+    slide: str
+    group: int
+    host: str
+    wall_s: float
+    ratio: float
+
+
+def summarise(
+    receipts: Sequence[Receipt], *, run_wall_s: float, workers: int, tile_mm2: Mapping[str, float]
+) -> dict[str, float]:
+    """Return the throughput and cost metrics of a run.
+
+    * ``throughput.tiles_per_s``, ``windows_per_s``: predicted tiles and windows per second of the run's wall time.
+    * ``throughput.core_hours``: busy core-hours of all receipts, every kind.
+    * ``throughput.core_seconds_per_tile``: the same in seconds, per predicted tile.
+    * ``throughput.mm2_per_core_hour``: area of the predicted tiles per busy core-hour.
+    * ``throughput.wall_s``: ``run_wall_s``.
+    * ``throughput.efficiency``: busy core-seconds over ``workers * run_wall_s``.
+    * ``cost.<step>_core_s``: the part of the busy core-seconds that falls to a step, see `step_core_seconds`.
+
+    Args:
+        receipts: What this run wrote.
+        run_wall_s: Wall seconds from the start of the run to its end, waiting included.
+        workers: Cores the run was given: worker processes times the threads of each.
+        tile_mm2: Area of one tile in mm2, by slide id.
+
+    Raises:
+        KeyError: A predicted slide has no entry in ``tile_mm2``.
+    """
+    predictions = [r for r in receipts if r["kind"] == "prediction"]
+    tiles = sum(r["counts"]["tiles"] for r in predictions)
+    windows = sum(r["counts"]["windows"] for r in predictions)
+    area_mm2 = sum(r["counts"]["tiles"] * tile_mm2[r["slide"]] for r in predictions)
+    core_s = sum(r["cpu_s"] for r in receipts)
+    metrics = {
+        "throughput.tiles_per_s": _ratio(tiles, run_wall_s),
+        "throughput.windows_per_s": _ratio(windows, run_wall_s),
+        "throughput.core_seconds_per_tile": _ratio(core_s, tiles),
+        "throughput.core_hours": core_s / 3600.0,
+        "throughput.mm2_per_core_hour": _ratio(area_mm2 * 3600.0, core_s),
+        "throughput.wall_s": float(run_wall_s),
+        "throughput.efficiency": _ratio(core_s, workers * run_wall_s),
+    }
+    steps = step_core_seconds(receipts)
+    return metrics | {f"cost.{step}_core_s": steps[step] for step in STEPS}
+
+
+def tile_area_mm2(tile_px: int, um_px: float) -> float:
+    """Return the area in mm2 of a square tile of ``tile_px`` pixels of ``um_px`` micrometres."""
+    return (tile_px * um_px / 1000.0) ** 2
+
+
+def step_core_seconds(receipts: Sequence[Receipt]) -> dict[str, float]:
+    """Return the busy core-seconds of every step of `STEPS`.
+
+    The CPU seconds of a receipt are shared out over its steps in proportion to their wall seconds, so that the steps
+    of a receipt add up to its CPU seconds. Receipts without timed steps cost core-hours but belong to no step.
+    """
+    split = dict.fromkeys(STEPS, 0.0)
+    for receipt in receipts:
+        timed_s = math.fsum(receipt["seconds"].values())
+        for step in STEPS:
+            if timed_s > 0:
+                split[step] += receipt["cpu_s"] * receipt["seconds"].get(step, 0.0) / timed_s
+    return split
+
+
+def makespan_s(receipts: Sequence[Receipt]) -> float:
+    """Return the seconds from the first start to the last end of the run's tasks; NaN for no task."""
+    if not receipts:
+        return math.nan
+    first = min(datetime.fromisoformat(r["started"]) for r in receipts)
+    last = max(datetime.fromisoformat(r["ended"]) for r in receipts)
+    return (last - first).total_seconds()
+
+
+def seconds_by_slide(receipts: Sequence[Receipt]) -> dict[str, dict[str, float]]:
+    """Return, by slide id, the columns ``seconds_<step>``, ``seconds_wall`` and ``seconds_cpu``.
+
+    They are sums over the slide's receipts: wall seconds of each step, wall seconds of the whole tasks, and CPU
+    seconds. Tasks of one slide may run side by side, so ``seconds_wall`` is work done and not time waited.
+    """
+    columns = [f"seconds_{step}" for step in STEPS] + ["seconds_wall", "seconds_cpu"]
+    rows: dict[str, dict[str, float]] = {}
+    for receipt in receipts:
+        row = rows.setdefault(receipt["slide"], dict.fromkeys(columns, 0.0))
+        for step in STEPS:
+            row[f"seconds_{step}"] += receipt["seconds"].get(step, 0.0)
+        row["seconds_wall"] += receipt["wall_s"]
+        row["seconds_cpu"] += receipt["cpu_s"]
+    return rows
+
+
+def stragglers(receipts: Sequence[Receipt], *, factor: float) -> list[Straggler]:
+    """Return the predictions that took more than ``factor`` times the median wall time, the slowest first.
+
+    Groups are cut to equal cost, so a long one points to a slow host, a slow disk or a wrong cost model.
+    """
+    predictions = [r for r in receipts if r["kind"] == "prediction"]
+    if not predictions:
+        return []
+    typical_s = median(r["wall_s"] for r in predictions)
+    late = [
+        Straggler(r["slide"], r["group"], r["host"], r["wall_s"], _ratio(r["wall_s"], typical_s))
+        for r in predictions
+        if r["wall_s"] > factor * typical_s
+    ]
+    return sorted(late, key=lambda task: (-task.wall_s, task.slide, task.group))
+
+
+def _ratio(amount: float, per: float) -> float:
+    return amount / per if per > 0 else math.nan
