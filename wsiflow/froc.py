@@ -1,0 +1,366 @@
+"""FROC: how many lesions are found at how many false positives per slide.
+
+Input: per slide, a labelled lesion mask and detections ``prob, x, y`` in level-0 px. Output: curves and flat scores.
+
+Conventions of the CAMELYON16 challenge, in both modes: annotations are dilated by 37.5 um and holes filled, so that
+outlines less than 75 um apart are one lesion; regions whose major axis is under 275 um are isolated tumour cells
+(ITC), and hits on them count neither for nor against; several hits on one lesion count once, with the highest
+confidence; everything else is a false positive. The score is the mean sensitivity, interpolated linearly, at 1/4, 1/2,
+1, 2, 4 and 8 false positives per slide.
+
+``official`` gives the numbers of the challenge's evaluator to the last digit, with two peculiarities. The lowest
+threshold is left out, which is harmless only when some lesion was missed or some ITC exists. Confidences of hits are
+rounded to float32 and those of false positives are not, so equal confidences may be told apart.
+``strict`` keeps every threshold, compares in float64 and lets equal confidences count together.
+
+In both modes a detection outside the mask is a false positive (the challenge's evaluator stops, or wraps to the far
+side), and without any lesion every sensitivity and the score are NaN: there is nothing to find.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from wsiflow.errors import InputError
+
+Mode = Literal["official", "strict"]
+
+RATES = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
+"""False positives per slide at which the sensitivity is read."""
+
+JOIN_UM = 75.0
+"""Annotations nearer than this are one lesion: each is dilated by half of it."""
+
+ITC_UM = 275.0
+"""A dilated region with a shorter major axis is isolated tumour cells: 200 um plus the dilation."""
+
+
+@dataclass(frozen=True, eq=False)
+class LesionMask:
+    """The true regions of one slide at evaluation resolution.
+
+    Attributes:
+        labels: int32 (rows, cols), 0 = background, 1..K = regions in raster order of their first pixel.
+        itc: Labels of the regions that are isolated tumour cells.
+        major_axis_px: float64 (K,), major axis of region k at index k - 1, in mask px.
+    """
+
+    labels: NDArray[np.int32]
+    itc: frozenset[int]
+    major_axis_px: NDArray[np.float64]
+
+    @property
+    def n_regions(self) -> int:
+        """Number of regions, ITC included."""
+        return len(self.major_axis_px)
+
+    @property
+    def n_lesions(self) -> int:
+        """Number of regions a detector has to find."""
+        return self.n_regions - len(self.itc)
+
+
+@dataclass(frozen=True, eq=False)
+class SlideFindings:
+    """What is true of one slide and what was detected in it.
+
+    Attributes:
+        slide_id: Name of the slide, unique in a set.
+        lesions: The true regions; None for a slide without tumour.
+        detections: float64 (n, 3): prob, x, y in level-0 px.
+        downsample: Level-0 px per mask px: ``x, y`` meet the mask by floor division.
+    """
+
+    slide_id: str
+    lesions: LesionMask | None
+    detections: NDArray[np.float64]
+    downsample: int = 32
+
+
+@dataclass(frozen=True, eq=False)
+class Matches:
+    """Detections of one slide told apart into hits and false positives; small, unlike the mask they came from.
+
+    Attributes:
+        slide_id: Name of the slide.
+        best: float64 (K,), highest confidence that hit each region; -inf where none did and for ITC.
+        n_itc: How many of the K regions are ITC.
+        false_positives: float64 (m,), confidences of detections outside every region.
+    """
+
+    slide_id: str
+    best: NDArray[np.float64]
+    n_itc: int
+    false_positives: NDArray[np.float64]
+
+    @property
+    def n_lesions(self) -> int:
+        """Number of regions a detector has to find."""
+        return len(self.best) - self.n_itc
+
+
+@dataclass(frozen=True, eq=False)
+class FrocCurve:
+    """Operating points, by rising threshold; the last is (0, 0) at threshold inf.
+
+    Attributes:
+        fp_per_slide: float64 (p,), false positives per slide.
+        sensitivity: float64 (p,), share of the lesions found; NaN without lesions.
+        thresholds: float64 (p,), a detection counts from this confidence on.
+    """
+
+    fp_per_slide: NDArray[np.float64]
+    sensitivity: NDArray[np.float64]
+    thresholds: NDArray[np.float64]
+
+
+def evaluation_mask(tumour: NDArray[np.bool_], um_px: float) -> LesionMask:
+    """Turn a tumour mask into the regions that the challenge counts.
+
+    Args:
+        tumour: bool (rows, cols) at evaluation resolution, level 0 / 32 in the challenge.
+        um_px: Side of a mask pixel in um: 0.243 * 32 in the challenge.
+
+    Returns:
+        Dilated, filled and 8-connected regions, with those small enough to be ITC.
+
+    Raises:
+        InputError: ``um_px`` is not a positive number.
+    """
+    if not (math.isfinite(um_px) and um_px > 0):
+        raise InputError(f"a mask pixel of {um_px} um", "give its side in um, more than 0")
+    labels = np.zeros(tumour.shape, np.int32)
+    if not tumour.any():
+        return LesionMask(labels, frozenset(), np.empty(0))
+    radius_px = JOIN_UM / (um_px * 2)
+    window = _window(tumour, math.ceil(radius_px) + 1)
+    labels[window], _ = ndimage.label(_filled(_dilated(tumour[window], radius_px)), np.ones((3, 3), np.int8))
+    axes = _major_axes(labels[window])
+    return LesionMask(labels, frozenset((np.flatnonzero(axes < ITC_UM / um_px) + 1).tolist()), axes)
+
+
+def match(slide: SlideFindings) -> Matches:
+    """Tell hits from false positives.
+
+    Raises:
+        InputError: The detections are not (n, 3), or one of their numbers is not finite.
+    """
+    detections = np.asarray(slide.detections, np.float64)
+    if detections.ndim != 2 or detections.shape[1] != 3:
+        raise InputError(f"detections of shape {detections.shape}", "give prob, x, y", slide=slide.slide_id)
+    bad = np.flatnonzero(~np.isfinite(detections).all(axis=1))
+    if bad.size:
+        row = detections[bad[0]].tolist()
+        raise InputError(
+            f"detection {bad[0]} is {row}",
+            "give finite confidences and coordinates",
+            slide=slide.slide_id,
+            stage="froc",
+        )
+    if slide.lesions is None:
+        return Matches(slide.slide_id, np.empty(0), 0, detections[:, 0])
+    hit = _labels_at(slide.lesions.labels, detections[:, 1:], slide.downsample)
+    counts = (hit > 0) & ~np.isin(hit, sorted(slide.lesions.itc))
+    best = np.full(slide.lesions.n_regions, -np.inf)
+    np.maximum.at(best, hit[counts] - 1, detections[counts, 0])
+    return Matches(slide.slide_id, best, len(slide.lesions.itc), detections[hit == 0, 0])
+
+
+def curve(matches: Sequence[Matches], *, mode: Mode) -> FrocCurve:
+    """Return the operating points of a set of slides.
+
+    Raises:
+        InputError: A slide appears twice.
+    """
+    return _curve(_pool(matches, mode), np.ones(len(matches), np.int64))
+
+
+def score(matches: Sequence[Matches], *, mode: Mode) -> dict[str, float]:
+    """Return the score, the six sensitivities and the counts, by metric name.
+
+    Raises:
+        InputError: A slide appears twice.
+    """
+    sensitivities = _at_rates(curve(matches, mode=mode))
+    prefix = "froc." if mode == "official" else "froc.strict_"
+    return {
+        f"{prefix}score": float(sensitivities.mean()),
+        **{f"{prefix}sensitivity_at_{rate:g}": float(s) for rate, s in zip(RATES, sensitivities, strict=True)},
+        "froc.n_lesions": float(sum(slide.n_lesions for slide in matches)),
+        "froc.n_itc": float(sum(slide.n_itc for slide in matches)),
+        "froc.n_slides": float(len(matches)),
+    }
+
+
+def evaluate(slides: Iterable[SlideFindings], *, mode: Mode) -> dict[str, float]:
+    """Match and score; the slides may come from a generator, so that one mask at a time is in memory.
+
+    Raises:
+        InputError: A slide appears twice, or its detections cannot be used.
+    """
+    return score([match(slide) for slide in slides], mode=mode)
+
+
+def bootstrap_score(matches: Sequence[Matches], *, mode: Mode, n: int, seed: int) -> tuple[float, float]:
+    """Return the 95 % percentile interval of the score over slides drawn with replacement.
+
+    Draws without any lesion have no score and are left out; without any score left both ends are NaN.
+
+    Args:
+        matches: The slides.
+        mode: Which evaluator scores each draw.
+        n: Number of draws.
+        seed: Seed of the draws; the same seed draws the same slides in both modes.
+
+    Raises:
+        InputError: A slide appears twice.
+    """
+    rng = np.random.default_rng(seed)
+    pool, size = _pool(matches, mode), len(matches)
+    draws = (np.bincount(rng.integers(size, size=size), minlength=size) for _ in range(n if size else 0))
+    scores = np.array([_at_rates(_curve(pool, times)).mean() for times in draws])
+    scores = scores[~np.isnan(scores)]
+    if not scores.size:
+        return math.nan, math.nan
+    low, high = np.quantile(scores, [0.025, 0.975])
+    return float(low), float(high)
+
+
+# --- regions
+
+
+def _window(tumour: NDArray[np.bool_], margin: int) -> tuple[slice, slice]:
+    """Return the bounding box of the tumour with a margin, cut at the mask's edges."""
+    box = [np.flatnonzero(tumour.any(axis=axis)) for axis in (1, 0)]
+    rows, cols = (slice(max(int(hit[0]) - margin, 0), int(hit[-1]) + 1 + margin) for hit in box)
+    return rows, cols
+
+
+def _dilated(tumour: NDArray[np.bool_], radius_px: float) -> NDArray[np.bool_]:
+    """Return the pixels whose centre is nearer than the radius to a tumour pixel's centre."""
+    reach = math.ceil(radius_px)
+    y, x = np.mgrid[-reach : reach + 1, -reach : reach + 1]
+    disc = (np.sqrt(x * x + y * y) < radius_px).astype(np.uint8)
+    return cv2.dilate(tumour.astype(np.uint8), disc) > 0
+
+
+def _filled(region: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Add the background that has no 4-connected way to the edge."""
+    background, n = ndimage.label(~region)
+    is_open = np.zeros(n + 1, np.bool_)
+    for edge in (background[0], background[-1], background[:, 0], background[:, -1]):
+        is_open[edge] = True
+    is_open[0] = False  # label 0 is the region itself
+    return ~is_open[background]
+
+
+def _major_axes(labels: NDArray[np.int32]) -> NDArray[np.float64]:
+    """Return each region's major axis in px: of the ellipse with the same second moments of pixel centres.
+
+    A pixel is a point here, without the 1/12 of its own extent: a single pixel has a major axis of 0.
+    """
+    rows, cols = np.nonzero(labels)
+    region = labels[rows, cols] - 1
+    area = np.bincount(region)
+    dy = rows - (np.bincount(region, rows) / area)[region]
+    dx = cols - (np.bincount(region, cols) / area)[region]
+    yy, xx, xy = (np.bincount(region, product) / area for product in (dy * dy, dx * dx, dy * dx))
+    axes: NDArray[np.float64] = 4 * np.sqrt((yy + xx + np.sqrt((yy - xx) ** 2 + 4 * xy * xy)) / 2)
+    return axes
+
+
+# --- scores
+
+
+def _labels_at(labels: NDArray[np.int32], xy: NDArray[np.float64], downsample: int) -> NDArray[np.int32]:
+    """Return the label under each level-0 point; 0 outside the mask."""
+    m_xy = np.floor(xy / downsample)
+    rows, cols = labels.shape
+    inside = ((m_xy >= 0) & (m_xy < (cols, rows))).all(axis=1)
+    hit = np.zeros(len(xy), np.int32)
+    m_x, m_y = m_xy[inside].astype(np.int64).T
+    hit[inside] = labels[m_y, m_x]
+    return hit
+
+
+class _Ranked(NamedTuple):
+    """Confidences of many slides by falling value, the index of their slide, and how many reach each threshold."""
+
+    values: NDArray[np.float64]
+    slides: NDArray[np.int64]
+    reach: NDArray[np.int64]
+
+    def reaching(self, times: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return how many values reach each threshold when slide i is there ``times[i]`` times."""
+        total: NDArray[np.int64] = np.concatenate([[0], np.cumsum(times[self.slides])])[self.reach]
+        return total
+
+    def lowest(self, times: NDArray[np.int64]) -> float:
+        """Return the lowest value of the slides that are there; inf if they have none."""
+        there = np.flatnonzero(times[self.slides])
+        return float(self.values[there[-1]]) if there.size else math.inf
+
+
+class _Pool(NamedTuple):
+    """All slides' confidences against all thresholds, sorted once and counted for any mix of the slides."""
+
+    mode: Mode
+    thresholds: NDArray[np.float64]
+    true: _Ranked
+    false: _Ranked
+    n_lesions: NDArray[np.int64]
+
+
+def _pool(matches: Sequence[Matches], mode: Mode) -> _Pool:
+    """Sort the confidences of a set of slides."""
+    slide_id, n = Counter(slide.slide_id for slide in matches).most_common(1)[0] if matches else ("", 1)
+    if n > 1:
+        raise InputError(f"{n} results of one slide", "give each slide once", slide=slide_id, stage="froc")
+    hits = [_official(slide.best) if mode == "official" else slide.best[slide.best > -np.inf] for slide in matches]
+    false = [slide.false_positives for slide in matches]
+    thresholds = np.unique(np.concatenate([np.empty(0), *hits, *false]))
+    # The challenge's evaluator compares its float32 hits with the threshold rounded to float32 too.
+    for_hits = _as_float32(thresholds) if mode == "official" else thresholds
+    n_lesions = np.array([slide.n_lesions for slide in matches], np.int64)
+    return _Pool(mode, thresholds, _ranked(hits, for_hits), _ranked(false, thresholds), n_lesions)
+
+
+def _official(best: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return hits as the challenge's evaluator keeps them: float32, and 0 for a missed region or an ITC."""
+    return _as_float32(np.maximum(best, 0.0))
+
+
+def _as_float32(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    return values.astype(np.float32).astype(np.float64)
+
+
+def _ranked(per_slide: Sequence[NDArray[np.float64]], thresholds: NDArray[np.float64]) -> _Ranked:
+    """Sort values of many slides and count those that reach each threshold."""
+    values = np.concatenate([np.empty(0), *per_slide])
+    slides = np.repeat(np.arange(len(per_slide)), [len(one) for one in per_slide])
+    order = np.argsort(-values, kind="stable")
+    reach = len(values) - np.searchsorted(np.sort(values), thresholds, side="left")
+    return _Ranked(values[order], slides[order], reach)
+
+
+def _curve(pool: _Pool, times: NDArray[np.int64]) -> FrocCurve:
+    """Return the operating points when slide i is there ``times[i]`` times."""
+    keep = np.ones(len(pool.thresholds), np.bool_)
+    if pool.mode == "official":
+        keep = pool.thresholds > min(pool.true.lowest(times), pool.false.lowest(times))
+    with np.errstate(divide="ignore", invalid="ignore"):  # 0 / 0 is NaN: no slide, or no lesion, to divide by
+        fp = np.append(pool.false.reaching(times)[keep], 0) / times.sum()
+        sensitivity = np.append(pool.true.reaching(times)[keep], 0) / (times @ pool.n_lesions)
+    return FrocCurve(fp, sensitivity, np.append(pool.thresholds[keep], np.inf))
+
+
+def _at_rates(points: FrocCurve) -> NDArray[np.float64]:
+    """Return the sensitivity at the six rates: the highest at a rate that was reached, else interpolated."""
+    return np.interp(RATES, points.fp_per_slide[::-1], points.sensitivity[::-1])
