@@ -1,0 +1,129 @@
+"""ROC: how well a score per slide separates tumour from normal.
+
+Input: scores (n,) and labels (n,) of 0 and 1. Output: the area under the curve, its variance and interval, the curve.
+
+The area is the Mann-Whitney probability that a tumour slide scores higher than a normal one, ties counting one half.
+With one class only there is no pair to compare, and the area is NaN.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from wsiflow.errors import InputError
+
+Z95 = 1.959963984540054
+"""Half width of a 95 % normal interval in standard deviations."""
+
+
+@dataclass(frozen=True, eq=False)
+class RocCurve:
+    """Operating points, by falling threshold; the first is (0, 0) at threshold inf.
+
+    Attributes:
+        fpr: float64 (p,), share of the normal slides at or above the threshold; NaN without any.
+        tpr: float64 (p,), share of the tumour slides at or above the threshold; NaN without any.
+        thresholds: float64 (p,).
+    """
+
+    fpr: NDArray[np.float64]
+    tpr: NDArray[np.float64]
+    thresholds: NDArray[np.float64]
+
+
+def auc(scores: ArrayLike, labels: ArrayLike) -> float:
+    """Return the area under the ROC curve; NaN when a class is missing.
+
+    Args:
+        scores: (n,), higher means more likely tumour.
+        labels: (n,) of 0 and 1.
+
+    Raises:
+        InputError: A score is NaN, a label is neither 0 nor 1, or the lengths differ.
+    """
+    positive, negative = _split(scores, labels)
+    if not (positive.size and negative.size):
+        return math.nan
+    return float(_wins(positive, negative).mean())
+
+
+def delong_variance(scores: ArrayLike, labels: ArrayLike) -> float:
+    """Return the unbiased variance of the area; NaN with fewer than two slides in a class.
+
+    With m tumour and n normal slides it is (A + B - e) / (m n): A and B are m and n times the variances of the mean
+    win of each normal and each tumour slide, and e, a mix of A, B and the variance of all m n outcomes, takes off
+    what chance adds to both. Being unbiased it can fall below 0 in small sets.
+
+    Args:
+        scores: (n,), higher means more likely tumour.
+        labels: (n,) of 0 and 1.
+
+    Raises:
+        InputError: As for ``auc``.
+    """
+    positive, negative = _split(scores, labels)
+    m, n = len(positive), len(negative)
+    if m < 2 or n < 2:
+        return math.nan
+    wins = _wins(positive, negative)
+    a, b = m * _wins(negative, positive).var(ddof=1), n * wins.var(ddof=1)
+    ties = float((np.searchsorted(np.sort(negative), positive, "right") - _below(negative, positive)).sum())
+    # An outcome is 1, 1/2 or 0, so its square is itself, less 1/4 for a tie.
+    s = (n * wins.sum() - ties / 4 - m * n * wins.mean() ** 2) / (m * n - 1)
+    e = ((m * n - 1) * s - (n - 1) * a - (m - 1) * b) / ((m - 1) * (n - 1))
+    return float((a + b - e) / (m * n))
+
+
+def auc_interval(scores: ArrayLike, labels: ArrayLike) -> tuple[float, float]:
+    """Return the plain DeLong 95 % interval: the area -+ 1.96 standard deviations, cut to [0, 1].
+
+    A negative estimate of the variance counts as 0. Both ends are NaN with fewer than two slides in a class.
+
+    Raises:
+        InputError: As for ``auc``.
+    """
+    area, variance = auc(scores, labels), delong_variance(scores, labels)
+    if math.isnan(variance):
+        return math.nan, math.nan
+    half = Z95 * math.sqrt(max(variance, 0.0))
+    return max(area - half, 0.0), min(area + half, 1.0)
+
+
+def curve(scores: ArrayLike, labels: ArrayLike) -> RocCurve:
+    """Return the operating points, one per distinct score.
+
+    Raises:
+        InputError: As for ``auc``.
+    """
+    positive, negative = _split(scores, labels)
+    rising = np.unique(np.concatenate([positive, negative]))
+    thresholds = np.concatenate([rising, [np.inf]])[::-1]
+    with np.errstate(invalid="ignore"):  # 0 / 0 is NaN: no slide of the class
+        fpr, tpr = ((len(one) - _below(one, thresholds)) / np.float64(len(one)) for one in (negative, positive))
+    return RocCurve(fpr, tpr, thresholds)
+
+
+def _split(scores: ArrayLike, labels: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return the scores of tumour and of normal slides."""
+    values, truth = np.asarray(scores, np.float64), np.asarray(labels)
+    if values.ndim != 1 or values.shape != truth.shape:
+        raise InputError(f"scores {values.shape} and labels {truth.shape}", "give one label per score", stage="roc")
+    if np.isnan(values).any():
+        raise InputError(f"score {np.flatnonzero(np.isnan(values))[0]} is NaN", "score every slide", stage="roc")
+    known = (truth == 0) | (truth == 1)
+    if not known.all():
+        raise InputError(f"label {truth[~known][0]!r}", "use 1 for tumour and 0 for normal", stage="roc")
+    return values[truth == 1], values[truth == 0]
+
+
+def _below(values: NDArray[np.float64], points: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Return how many values lie below each point."""
+    return np.searchsorted(np.sort(values), points, "left")
+
+
+def _wins(ours: NDArray[np.float64], theirs: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the share of their values that each of ours beats, ties counting one half."""
+    ranked = np.sort(theirs)
+    return (np.searchsorted(ranked, ours, "left") + np.searchsorted(ranked, ours, "right")) / (2 * len(theirs))
