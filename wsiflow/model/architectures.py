@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import nn
 
+from wsiflow.errors import InputError
 from wsiflow.model.demonet import DemoNet
 from wsiflow.model.googlenet import GoogLeNet
 
@@ -21,7 +22,17 @@ def build(architecture: str, n_classes: int, **architecture_args: Any) -> nn.Mod
         architecture_args: What its builder takes besides.
 
     Raises:
-        KeyError: There is no such architecture.
-        TypeError: The builder does not take these arguments.
+        InputError: There is no such architecture, or it does not take these arguments.
     """
-    return ARCHITECTURES[architecture](n_classes, **architecture_args)
+    if architecture not in ARCHITECTURES:
+        raise InputError(
+            f"architecture {architecture!r} is unknown",
+            f"name one of {sorted(ARCHITECTURES)} in the model card, or register it in wsiflow.model.architectures",
+        )
+    try:
+        return ARCHITECTURES[architecture](n_classes, **architecture_args)
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"architecture {architecture!r} cannot be built with {architecture_args}: {error}",
+            "correct architecture_args in the model card",
+        ) from error

@@ -1,0 +1,301 @@
+"""Model cards: everything about a classifier except its weights.
+
+Input: the path of a card (JSON) and what the configuration says about it. Output: one `ModelCard`, checked.
+Two forms are read: our own, beside weights as safetensors, and WSInfer's, beside a TorchScript program. Both become a
+`ModelCard`. Nothing here opens weights or imports torch, so a plan can name a model without loading it.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+from pydantic import BaseModel, Field, FiniteFloat, ValidationError, model_validator
+
+from wsiflow.errors import InputError
+
+# The architecture of a card whose weights file is a program of its own.
+TORCHSCRIPT = "torchscript"
+PACKAGED = "pkg:"
+MAX_CARD_BYTES = 1_000_000
+
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+Positive = Annotated[FiniteFloat, Field(gt=0)]
+Side = Annotated[int, Field(ge=16, le=4096)]
+
+_Form = TypeVar("_Form", bound=BaseModel)
+
+
+class ModelSpec(BaseModel, frozen=True, extra="forbid"):
+    """Which model a run uses.
+
+    Attributes:
+        card: Path of the card; ``pkg:NAME`` is one that ships with wsiflow.
+        trust_torchscript: Whether a TorchScript program may be run; it can do whatever its author wanted.
+        sha256: What the weights must hash to, whatever the card says; empty: the card's word is enough.
+        positive_class: The class whose probability is mapped; empty: the card's.
+    """
+
+    card: Path
+    trust_torchscript: bool
+    sha256: Annotated[str, Field(pattern="^([0-9a-f]{64})?$")]
+    positive_class: str
+
+
+class Probe(BaseModel, frozen=True, extra="forbid"):
+    """An input made from a seed, and the answer the weights gave when the card was written.
+
+    Attributes:
+        seed: Seed of `wsiflow.model.classifier.probe_image`.
+        probabilities: Probability of every class, in order.
+    """
+
+    seed: Annotated[int, Field(ge=0, lt=2**64)]
+    probabilities: tuple[Annotated[FiniteFloat, Field(ge=0, le=1)], ...]
+
+
+class ModelCard(BaseModel, frozen=True, extra="forbid"):
+    """What has to be known to use a classifier rightly.
+
+    Attributes:
+        name: Name of the model; also that of its files.
+        architecture: A key of `wsiflow.model.architectures.ARCHITECTURES`, or ``torchscript``.
+        architecture_args: What its builder takes besides the number of classes.
+        class_names: One name for each output, in order; at least two.
+        positive_class: The class whose probability is mapped.
+        window_px: Side of the window the classifier sees, px at `spacing_um_px`.
+        input_px: Side the network takes, px; a window is resized where it differs from `window_px`.
+        spacing_um_px: Spacing the classifier was trained at, um per px.
+        mean: Mean of red, green, blue on a scale of 0 to 1: the input is (x / 255 - mean) / std.
+        std: Standard deviation, on the same scale.
+        weights: Name of the weights file, in the folder of the card.
+        sha256: Hash of the weights file.
+        probe: Answers to reproduce before the first window is believed.
+        licence: Licence of the weights.
+        trained_on: The data they were trained on.
+        notes: What else a user should know.
+    """
+
+    name: Annotated[str, Field(pattern="^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
+    architecture: str
+    architecture_args: dict[str, bool | int | FiniteFloat | str]
+    class_names: Annotated[tuple[str, ...], Field(min_length=2)]
+    positive_class: str
+    window_px: Side
+    input_px: Side
+    spacing_um_px: Annotated[Positive, Field(le=100)]
+    mean: tuple[FiniteFloat, FiniteFloat, FiniteFloat]
+    std: tuple[Positive, Positive, Positive]
+    weights: str
+    sha256: Sha256
+    probe: tuple[Probe, ...]
+    licence: str
+    trained_on: str
+    notes: str
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> Self:
+        """Check what no single field can tell."""
+        if len(set(self.class_names)) != len(self.class_names):
+            raise ValueError(f"class_names {list(self.class_names)} holds a name twice")
+        if self.positive_class not in self.class_names:
+            raise ValueError(f"positive_class {self.positive_class!r} is not one of {list(self.class_names)}")
+        if any(len(probe.probabilities) != len(self.class_names) for probe in self.probe):
+            raise ValueError(f"a probe does not hold one probability for each of {list(self.class_names)}")
+        if Path(self.weights).name != self.weights or self.weights in {"", ".."}:
+            raise ValueError(f"weights {self.weights!r} is not a plain file name in the folder of the card")
+        return self
+
+    @property
+    def positive_index(self) -> int:
+        """Index of the positive class among the outputs."""
+        return self.class_names.index(self.positive_class)
+
+
+class _Transform(BaseModel, frozen=True, extra="forbid"):
+    """One step of WSInfer's preprocessing."""
+
+    name: Literal["Resize", "ToTensor", "Normalize"]
+    arguments: dict[str, Any] | None = None
+
+
+class _WSInferConfig(BaseModel, frozen=True, extra="ignore"):
+    """The keys of WSInfer's model JSON that say how to use it; other keys are its own business."""
+
+    num_classes: Annotated[int, Field(ge=2)]
+    class_names: tuple[str, ...]
+    transform: tuple[_Transform, ...]
+    patch_size_pixels: Side
+    spacing_um_px: Positive
+    architecture: str
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> Self:
+        """Check what no single field can tell."""
+        if len(self.class_names) != self.num_classes:
+            raise ValueError(f"num_classes is {self.num_classes}, class_names are {list(self.class_names)}")
+        return self
+
+
+def card_path(spec: ModelSpec) -> Path:
+    """Return where the card lies; its weights lie in the same folder."""
+    name = str(spec.card)
+    return Path(__file__).parent / "weights" / name.removeprefix(PACKAGED) if name.startswith(PACKAGED) else spec.card
+
+
+def read_card(spec: ModelSpec) -> ModelCard:
+    """Read the card a run asks for, with the run's own positive class where it names one.
+
+    Raises:
+        InputError: The card is missing, is not JSON, has unknown, missing or impossible values, or names a TorchScript
+            program the run does not trust.
+    """
+    path = card_path(spec)
+    text = _read_text(path)
+    card = _from_wsinfer(text, spec) if "num_classes" in _keys(text, path) else _parse(ModelCard, text, path)
+    _check_trust(card, spec)
+    if spec.sha256 not in {"", card.sha256}:
+        raise InputError(
+            f"the card says sha256 {card.sha256}, the configuration pins {spec.sha256}",
+            "check where the card comes from, then set model.sha256 to the hash of the weights you mean",
+            path=spec.card,
+        )
+    return _with_positive_class(card, spec)
+
+
+def identity(card: ModelCard) -> str:
+    """Return a SHA-256 (hex) over everything in a card that can change a number, and nothing else."""
+    relevant = card.model_dump(
+        mode="json",
+        include={
+            "architecture",
+            "architecture_args",
+            "window_px",
+            "input_px",
+            "spacing_um_px",
+            "mean",
+            "std",
+            "sha256",
+        },
+    )
+    relevant["positive_index"] = card.positive_index
+    return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()
+
+
+def _read_text(path: Path) -> str:
+    """Return the text of a card."""
+    remedy = "set model.card to the JSON file of a model card"
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_CARD_BYTES + 1)
+    except OSError as error:
+        raise InputError(f"cannot read the model card: {error.strerror}", remedy, path=path) from error
+    if len(data) > MAX_CARD_BYTES:
+        raise InputError(f"the model card has more than {MAX_CARD_BYTES} bytes", remedy, path=path)
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"the model card is not text: {error.reason} at byte {error.start}", remedy, path=path
+        ) from error
+
+
+def _keys(text: str, path: Path) -> set[str]:
+    """Return the keys of the JSON object a card is."""
+    try:
+        raw = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise InputError(f"the model card is not JSON: {error}", "correct the file", path=path) from error
+    if not isinstance(raw, dict):
+        raise InputError(f"the model card is a JSON {type(raw).__name__}, not an object", "correct the file", path=path)
+    return set(raw)
+
+
+def _parse(model: type[_Form], text: str, path: Path) -> _Form:
+    """Return a card of the given form."""
+    try:
+        # Strict: the text "0.5" is not a number, and 1 is not a name.
+        return model.model_validate_json(text, strict=True)
+    except ValidationError as error:
+        raise InputError(f"model card: {_first_fault(error)}", "correct this key of the card", path=path) from error
+
+
+def _first_fault(error: ValidationError) -> str:
+    """Return key, fault and value of the first thing pydantic found, in one line."""
+    fault = error.errors(include_url=False)[0]
+    key = ".".join(str(part) for part in fault["loc"])
+    found = "" if fault["type"] in {"missing", "value_error"} else f", found {str(fault['input'])[:60]!r}"
+    return ": ".join(filter(None, [key, fault["msg"].removeprefix("Value error, ")])) + found
+
+
+def _from_wsinfer(text: str, spec: ModelSpec) -> ModelCard:
+    """Return WSInfer's model JSON as a card of ours; its hash is the one the configuration pins."""
+    config = _parse(_WSInferConfig, text, spec.card)
+    if not spec.positive_class:
+        raise InputError(
+            f"WSInfer's model JSON does not say which of {list(config.class_names)} is the positive class",
+            "set model.positive_class to one of them",
+            path=spec.card,
+        )
+    input_px, mean, std = _preprocessing(config, spec.card)
+    fields = {
+        "name": "wsinfer",
+        "architecture": TORCHSCRIPT,
+        "architecture_args": {},
+        "class_names": config.class_names,
+        "positive_class": config.class_names[0],
+        "window_px": config.patch_size_pixels,
+        "input_px": input_px,
+        "spacing_um_px": config.spacing_um_px,
+        "mean": mean,
+        "std": std,
+        "weights": "torchscript_model.pt",
+        # Refused just below unless the configuration pins one.
+        "sha256": spec.sha256 or "0" * 64,
+        "probe": (),
+        "licence": "",
+        "trained_on": "",
+        "notes": f"read from WSInfer's model JSON: {config.architecture}",
+    }
+    return _parse(ModelCard, json.dumps(fields), spec.card)
+
+
+def _preprocessing(config: _WSInferConfig, path: Path) -> tuple[Any, Any, Any]:
+    """Return the network's side, mean and std from a list Resize (optional), ToTensor, Normalize (optional)."""
+    steps = {step.name: step.arguments or {} for step in config.transform}
+    expected = [name for name in ("Resize", "ToTensor", "Normalize") if name in steps]
+    allowed = {"Resize": {"size"}, "ToTensor": set(), "Normalize": {"mean", "std"}}
+    known = all(set(arguments) == allowed[name] for name, arguments in steps.items())
+    if [step.name for step in config.transform] != expected or "ToTensor" not in steps or not known:
+        raise InputError(
+            f"transform {[(step.name, step.arguments) for step in config.transform]} is not Resize(size), ToTensor(), "
+            "Normalize(mean, std)",
+            "only these steps in this order can be reproduced; the first and the last may be absent",
+            path=path,
+        )
+    normalize = steps.get("Normalize", {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)})
+    return steps.get("Resize", {"size": config.patch_size_pixels})["size"], normalize["mean"], normalize["std"]
+
+
+def _check_trust(card: ModelCard, spec: ModelSpec) -> None:
+    """Refuse a TorchScript program unless the run trusts it and pins its hash."""
+    if card.architecture != TORCHSCRIPT or (spec.trust_torchscript and spec.sha256):
+        return
+    raise InputError(
+        f"{card.weights} is TorchScript, a program that can do anything to this account",
+        "if you trust where it comes from, set model.trust_torchscript=true and model.sha256=<its SHA-256>",
+        path=spec.card,
+    )
+
+
+def _with_positive_class(card: ModelCard, spec: ModelSpec) -> ModelCard:
+    """Return the card with the run's positive class, where it names one."""
+    if spec.positive_class in {"", card.positive_class}:
+        return card
+    if spec.positive_class not in card.class_names:
+        raise InputError(
+            f"model.positive_class {spec.positive_class!r} is not one of {list(card.class_names)}",
+            "set it to one of them, or leave it empty for the card's",
+            path=spec.card,
+        )
+    return card.model_copy(update={"positive_class": spec.positive_class})

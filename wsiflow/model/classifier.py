@@ -1,0 +1,258 @@
+"""Classifiers: from a card and its weights to probabilities.
+
+Input: windows, uint8 (n, window_px, window_px, 3), RGB at the card's spacing. Output: float32 (n,), the probability of
+the positive class. Weights are read once, hashed, and only then parsed; a classifier that does not reproduce the
+probes of its card is never handed out. No pickle is read: weights are safetensors, or a TorchScript program that the
+run trusts by its hash.
+"""
+
+import hashlib
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from wsiflow.errors import InputError
+from wsiflow.model.architectures import build
+from wsiflow.model.card import TORCHSCRIPT, ModelCard, ModelSpec, Probe, card_path, identity, read_card
+
+# The same weights differ by about 1e-6 between machines, because sums are taken in another order; another class order,
+# mean or layer moves a probability near one half by far more than this.
+PROBE_TOLERANCE = 1e-4
+PROBE_CELLS = 14
+
+
+@dataclass(frozen=True, eq=False)
+class Classifier:
+    """A network ready to use, and how to use it.
+
+    Attributes:
+        module: The network in evaluation mode: (n, 3, input_px, input_px) to logits (n, classes).
+        class_names: One name for each output.
+        positive_index: Index of the class whose probability is mapped.
+        window_px: Side of a window, px.
+        input_px: Side the network takes, px; windows are resized where it differs.
+        spacing_um_px: Spacing of a window, um per px.
+        mean: Mean of red, green, blue on a scale of 0 to 1.
+        std: Standard deviation of red, green, blue on a scale of 0 to 1.
+        sha256: Hash of the weights.
+        identity: Hash of everything that can change a probability.
+    """
+
+    module: nn.Module
+    class_names: tuple[str, ...]
+    positive_index: int
+    window_px: int
+    input_px: int
+    spacing_um_px: float
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    sha256: str
+    identity: str
+
+
+def load(spec: ModelSpec) -> Classifier:
+    """Load the classifier a run asks for.
+
+    Raises:
+        InputError: Card or weights cannot be used: missing, not what their hash or the probes say, not finite, not
+            fitting the architecture, or a program that the run does not trust.
+    """
+    card, path = read_card(spec), card_path(spec)
+    weights_path = path.parent / card.weights
+    data = _read_verified(weights_path, card, path)
+    module = _torchscript(data, weights_path) if card.architecture == TORCHSCRIPT else _registered(data, card, path)
+    classifier = as_classifier(module, card)
+    _check_answers(classifier, card, path)
+    return classifier
+
+
+def as_classifier(module: nn.Module, card: ModelCard) -> Classifier:
+    """Return a classifier of a network whose weights are in place; the network is put into evaluation mode."""
+    # Channels last is the memory order of images, and about twice as fast on CPUs.
+    return Classifier(
+        module.eval().requires_grad_(requires_grad=False).to(memory_format=torch.channels_last),  # type: ignore[call-overload]
+        class_names=card.class_names,
+        positive_index=card.positive_index,
+        window_px=card.window_px,
+        input_px=card.input_px,
+        spacing_um_px=card.spacing_um_px,
+        mean=card.mean,
+        std=card.std,
+        sha256=card.sha256,
+        identity=identity(card),
+    )
+
+
+def predict(classifier: Classifier, windows: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Return the probability of the positive class for each window.
+
+    Args:
+        classifier: The classifier.
+        windows: uint8 (n, window_px, window_px, 3), RGB.
+
+    Returns:
+        float32 (n,), 0 to 1.
+
+    Raises:
+        InputError: The windows have another shape or type, or a probability is not finite.
+    """
+    return probabilities(classifier, windows)[:, classifier.positive_index]
+
+
+def probabilities(classifier: Classifier, windows: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Return the probability of every class, float32 (n, classes); arguments and errors as for `predict`."""
+    side = classifier.window_px
+    if windows.dtype != np.uint8 or windows.shape[1:] != (side, side, 3):
+        raise InputError(
+            f"windows are {windows.dtype} {windows.shape}, the model takes uint8 (n, {side}, {side}, 3)",
+            "read patches of the size and spacing the model card asks for",
+            stage="predict",
+        )
+    with torch.inference_mode():
+        logits = classifier.module(_normalised(classifier, windows))
+    if logits.shape != (len(windows), len(classifier.class_names)):
+        raise InputError(
+            f"the model gives an array {tuple(logits.shape)} for {len(windows)} windows",
+            f"correct class_names in its card: they are {list(classifier.class_names)}",
+            stage="predict",
+        )
+    result = torch.softmax(logits, dim=1).numpy()
+    bad = np.flatnonzero(~np.isfinite(result).all(axis=1))
+    if bad.size:
+        raise InputError(
+            f"the model gives {result[bad[0]].tolist()} for window {bad[0]} of {len(result)}",
+            "its weights overflow on this input: use another model, or correct mean and std in its card",
+            stage="predict",
+        )
+    return np.asarray(result, np.float32)
+
+
+def probe_image(seed: int, window_px: int) -> NDArray[np.uint8]:
+    """Return the image of a probe: 14 x 14 squares of colours drawn around one colour.
+
+    Only the raw stream of PCG64 is used, which NumPy never changes, unlike its distributions.
+
+    Args:
+        seed: Seed of PCG64.
+        window_px: Side of the image, px.
+
+    Returns:
+        uint8 (window_px, window_px, 3).
+    """
+    n_words = (PROBE_CELLS**2 + 1) * 3
+    raw = (np.random.PCG64(seed).random_raw(n_words) >> np.uint64(56)).astype(np.uint16)  # the top byte of each word
+    cells, base = raw[3:].reshape(PROBE_CELLS, PROBE_CELLS, 3), raw[:3]
+    cell = np.arange(window_px) * PROBE_CELLS // window_px
+    return ((cells[np.ix_(cell, cell)] + base) // 2).astype(np.uint8)
+
+
+def _normalised(classifier: Classifier, windows: NDArray[np.uint8]) -> torch.Tensor:
+    """Return (x / 255 - mean) / std as float32 (n, 3, input_px, input_px) in channels-last memory order."""
+    # torch.tensor copies, so that a read-only array or a view of a patch serves as well.
+    pixels = torch.tensor(windows).permute(0, 3, 1, 2)
+    if classifier.input_px != classifier.window_px:
+        side = [classifier.input_px, classifier.input_px]
+        # Resized as 8 bit with antialiasing: what WSInfer's pipeline does with an image.
+        pixels = nn.functional.interpolate(pixels, size=side, mode="bilinear", antialias=True)
+    mean = torch.tensor(classifier.mean).view(1, 3, 1, 1) * 255
+    std = torch.tensor(classifier.std).view(1, 3, 1, 1) * 255
+    return pixels.to(torch.float32, memory_format=torch.channels_last).sub_(mean).div_(std)
+
+
+def _read_verified(weights: Path, card: ModelCard, path: Path) -> bytes:
+    """Return the weights file, which is read once so that what is hashed is what is used."""
+    try:
+        data = weights.read_bytes()
+    except OSError as error:
+        raise InputError(
+            f"cannot read the weights: {error.strerror}", f"put the file {path.name} names beside it", path=weights
+        ) from error
+    found = hashlib.sha256(data).hexdigest()
+    if found != card.sha256:
+        raise InputError(
+            f"weights hash to {found}, {path.name} expects {card.sha256}",
+            "fetch card and weights again from where they come from",
+            path=weights,
+        )
+    return data
+
+
+def _registered(data: bytes, card: ModelCard, path: Path) -> nn.Module:
+    """Return a network of the registry with its weights."""
+    try:
+        module = build(card.architecture, len(card.class_names), **card.architecture_args)
+    except InputError as error:
+        raise error.about(path=path) from error
+    weights = path.parent / card.weights
+    try:
+        tensors = safetensors.torch.load(data)
+    except safetensors.SafetensorError as error:
+        raise InputError(
+            f"the weights are not a safetensors file: {error}", "save them with wsiflow.model.save", path=weights
+        ) from error
+    try:
+        module.load_state_dict(tensors, strict=True)
+    except RuntimeError as error:
+        raise InputError(
+            f"the weights do not fit {card.architecture} with {len(card.class_names)} classes: {error}",
+            "correct architecture, architecture_args or class_names in the card",
+            path=weights,
+        ) from error
+    _check_finite(module, weights)
+    return module
+
+
+def _check_finite(module: nn.Module, path: Path) -> None:
+    """Refuse weights that hold NaN or infinity."""
+    for name, tensor in module.state_dict().items():
+        if not torch.isfinite(tensor).all():
+            raise InputError(f"weight {name} is not finite", "export the weights again", path=path)
+
+
+def _torchscript(data: bytes, path: Path) -> nn.Module:
+    """Return the program in a TorchScript file that the run trusts."""
+    try:
+        module: nn.Module = torch.jit.load(io.BytesIO(data), map_location="cpu")  # type: ignore[no-untyped-call]
+    except (RuntimeError, ValueError) as error:
+        raise InputError(
+            f"the file is not TorchScript: {str(error)[:200]}", "save the model with torch.jit.save", path=path
+        ) from error
+    _check_finite(module, path)
+    return module
+
+
+def _check_answers(classifier: Classifier, card: ModelCard, path: Path) -> None:
+    """Refuse a classifier that does not run, or does not answer its probes as it did when the card was written."""
+    if not card.probe and card.architecture != TORCHSCRIPT:
+        raise InputError("the model card has no probe", "write weights and card with wsiflow.model.save", path=path)
+    seeds = [probe.seed for probe in card.probe] or [0]
+    images = np.stack([probe_image(seed, card.window_px) for seed in seeds])
+    try:
+        answers = probabilities(classifier, images)
+    except RuntimeError as error:
+        raise InputError(
+            f"the model does not run on windows of {card.window_px} px: {error}",
+            "correct window_px or input_px in the card",
+            path=path,
+        ) from error
+    for probe, answer in zip(card.probe, answers, strict=False):
+        _check_probe(probe, answer, path)
+
+
+def _check_probe(probe: Probe, answer: NDArray[np.float32], path: Path) -> None:
+    """Refuse an answer that differs from the probe's."""
+    error = float(np.abs(answer - np.array(probe.probabilities)).max())
+    if error > PROBE_TOLERANCE:
+        raise InputError(
+            f"probe {probe.seed} gives {np.round(answer, 6).tolist()}, the card says {list(probe.probabilities)}: "
+            f"{error:.2g} apart, at most {PROBE_TOLERANCE} is allowed",
+            "class order, mean, std, window or architecture in the card do not belong to these weights",
+            path=path,
+        )

@@ -1,0 +1,52 @@
+"""Write a trained network as weights and card, ready for `wsiflow.model.load`.
+
+Input: a network of the registry. Output: two files in one folder, ``<name>.safetensors`` and ``<name>.json``.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+from torch import nn
+
+from wsiflow.model.card import ModelCard, Probe
+from wsiflow.model.classifier import Classifier, as_classifier, probabilities, probe_image
+
+N_CANDIDATES = 64
+N_PROBES = 3
+
+
+def save(module: nn.Module, fields: Mapping[str, Any], folder: Path) -> Path:
+    """Write weights and card; files of the same name are replaced.
+
+    Args:
+        module: A trained network; it is put into evaluation mode.
+        fields: The keys of `ModelCard` except ``weights``, ``sha256`` and ``probe``, which are found here.
+        folder: An existing folder.
+
+    Returns:
+        The path of the card.
+
+    Raises:
+        pydantic.ValidationError: The fields do not make a card.
+    """
+    weights = safetensors.torch.save({key: tensor.contiguous() for key, tensor in module.state_dict().items()})
+    file_name = f"{fields['name']}.safetensors"
+    bare = ModelCard(**fields, weights=file_name, sha256=hashlib.sha256(weights).hexdigest(), probe=())
+    card = bare.model_copy(update={"probe": _probes(as_classifier(module, bare))})
+    (folder / file_name).write_bytes(weights)
+    path = folder / f"{card.name}.json"
+    path.write_text(json.dumps(card.model_dump(mode="json"), indent=2) + "\n")
+    return path
+
+
+def _probes(classifier: Classifier) -> tuple[Probe, ...]:
+    """Return the probes the classifier is least sure about: a saturated answer would hide a wrong mean."""
+    images = (probe_image(seed, classifier.window_px)[None] for seed in range(N_CANDIDATES))
+    answers = np.concatenate([probabilities(classifier, image) for image in images])
+    unsure = np.argsort(answers.max(axis=1), kind="stable")[:N_PROBES]
+    return tuple(Probe(seed=int(seed), probabilities=tuple(answers[seed].tolist())) for seed in unsure)
