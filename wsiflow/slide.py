@@ -132,7 +132,7 @@ class Slide:
     def read_scaled(self, x: int, y: int, size_px: tuple[int, int], *, l0_per_px: float) -> Region:
         """Read a rectangle of the reading plane.
 
-        A level of that scale (within 0.1 %) is read as it is, from the nearest level-0 pixel. Otherwise the coarsest
+        A level of that scale (within 0.1 %) is read as it is, from its nearest pixel. Otherwise the coarsest
         level that is fine enough is resampled by Pillow's antialiased bicubic filter, with enough margin around the
         rectangle that neighbouring reads join as if they had been one.
 
@@ -207,7 +207,10 @@ class Slide:
             parts = [self._read_scaled(*half, l0_per_px, resample) for half in halves]
             return _joined(parts, axis=1 if width >= height else 0)
         if abs(l_per_px - 1) <= _DIRECT_TOLERANCE:
-            return self.read(round(x * l0_per_px), round(y * l0_per_px), level, size_px)
+            # From a whole pixel of the level: OpenSlide would blend neighbours to begin between two of them.
+            downsample = self.facts.level_downsamples[level]
+            l0_x, l0_y = (round(round(begin * l_per_px) * downsample) for begin in (x, y))
+            return self.read(l0_x, l0_y, level, size_px)
         return _region(self._resampled(x, y, size_px, level, l_per_px, resample))
 
     def _resampled(
