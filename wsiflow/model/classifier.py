@@ -116,22 +116,57 @@ def probabilities(classifier: Classifier, windows: NDArray[np.uint8]) -> NDArray
             stage="predict",
         )
     with torch.inference_mode():
-        logits = classifier.module(_normalised(classifier, windows))
-    if logits.shape != (len(windows), len(classifier.class_names)):
+        result = infer(classifier, normalise(classifier, windows))
+    bad = np.flatnonzero(~np.isfinite(result).all(axis=1))
+    if bad.size:
+        raise not_finite(f"window {bad[0]} of {len(result)}")
+    return result
+
+
+def normalise(classifier: Classifier, images: NDArray[np.uint8]) -> torch.Tensor:
+    """Return what the network takes of images: (x / 255 - mean) / std in channels-last memory order.
+
+    Args:
+        classifier: The classifier.
+        images: uint8 (n, h, w, 3), RGB. Windows where the network takes another side than the window; else any size.
+
+    Returns:
+        float32 (n, 3, h, w), or (n, 3, input_px, input_px) where windows are resized.
+    """
+    # torch.tensor copies, so that a read-only array or a view of a patch serves as well.
+    pixels = torch.tensor(images).permute(0, 3, 1, 2)
+    if classifier.input_px != classifier.window_px:
+        side = [classifier.input_px, classifier.input_px]
+        # Resized as 8 bit with antialiasing: what WSInfer's pipeline does with an image.
+        pixels = nn.functional.interpolate(pixels, size=side, mode="bilinear", antialias=True)
+    mean = torch.tensor(classifier.mean).view(1, 3, 1, 1) * 255
+    std = torch.tensor(classifier.std).view(1, 3, 1, 1) * 255
+    return pixels.to(torch.float32, memory_format=torch.channels_last).sub_(mean).div_(std)
+
+
+def infer(classifier: Classifier, inputs: torch.Tensor) -> NDArray[np.float32]:
+    """Return the probability of every class, float32 (n, classes), of normalised windows; call in inference mode.
+
+    Raises:
+        InputError: The network has another number of outputs than its card has class names.
+    """
+    logits = classifier.module(inputs)
+    if logits.shape != (len(inputs), len(classifier.class_names)):
         raise InputError(
-            f"the model gives an array {tuple(logits.shape)} for {len(windows)} windows",
+            f"the model gives an array {tuple(logits.shape)} for {len(inputs)} windows",
             f"correct class_names in its card: they are {list(classifier.class_names)}",
             stage="predict",
         )
-    result = torch.softmax(logits, dim=1).numpy()
-    bad = np.flatnonzero(~np.isfinite(result).all(axis=1))
-    if bad.size:
-        raise InputError(
-            f"the model gives {result[bad[0]].tolist()} for window {bad[0]} of {len(result)}",
-            "its weights overflow on this input: use another model, or correct mean and std in its card",
-            stage="predict",
-        )
-    return np.asarray(result, np.float32)
+    return np.asarray(torch.softmax(logits, dim=1).numpy(), np.float32)
+
+
+def not_finite(window: str) -> InputError:
+    """Return the error of a window whose probability is NaN or infinite."""
+    return InputError(
+        f"the model gives no finite probability for {window}",
+        "its weights overflow on this input: use another model, or correct mean and std in its card",
+        stage="predict",
+    )
 
 
 def probe_image(seed: int, window_px: int) -> NDArray[np.uint8]:
@@ -151,19 +186,6 @@ def probe_image(seed: int, window_px: int) -> NDArray[np.uint8]:
     cells, base = raw[3:].reshape(PROBE_CELLS, PROBE_CELLS, 3), raw[:3]
     cell = np.arange(window_px) * PROBE_CELLS // window_px
     return ((cells[np.ix_(cell, cell)] + base) // 2).astype(np.uint8)
-
-
-def _normalised(classifier: Classifier, windows: NDArray[np.uint8]) -> torch.Tensor:
-    """Return (x / 255 - mean) / std as float32 (n, 3, input_px, input_px) in channels-last memory order."""
-    # torch.tensor copies, so that a read-only array or a view of a patch serves as well.
-    pixels = torch.tensor(windows).permute(0, 3, 1, 2)
-    if classifier.input_px != classifier.window_px:
-        side = [classifier.input_px, classifier.input_px]
-        # Resized as 8 bit with antialiasing: what WSInfer's pipeline does with an image.
-        pixels = nn.functional.interpolate(pixels, size=side, mode="bilinear", antialias=True)
-    mean = torch.tensor(classifier.mean).view(1, 3, 1, 1) * 255
-    std = torch.tensor(classifier.std).view(1, 3, 1, 1) * 255
-    return pixels.to(torch.float32, memory_format=torch.channels_last).sub_(mean).div_(std)
 
 
 def _read_verified(weights: Path, card: ModelCard, path: Path) -> bytes:
