@@ -1,0 +1,198 @@
+"""Detections from heatmaps: both methods, against plain recipes and hand-made maps."""
+
+import cv2
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+from skimage import measure
+
+from wsiflow import lesions
+from wsiflow.errors import InputError
+from wsiflow.lesions import LesionParams
+
+NAN = np.nan
+COMPONENTS = {
+    "method": "components",
+    "threshold": 0.5,
+    "smoothing_cells": 0,
+    "morphology": "open_close",
+    "kernel_cells": 1,
+    "min_area_cells": 1,
+    "confidence": "mean",
+    "position": "centroid",
+    "nms_radius_cells": 2,
+}
+NMS = COMPONENTS | {"method": "nms"}
+
+
+def detect(heatmap, settings_, **changed):
+    """Return the detections as lists."""
+    return lesions.detect(np.asarray(heatmap, np.float32), LesionParams(**(settings_ | changed))).tolist()
+
+
+def heat(shape, *patches, fill=0.0):
+    """Return a heatmap with rectangles of one value each."""
+    heatmap = np.full(shape, fill, np.float32)
+    for rows, cols, value in patches:
+        heatmap[slice(*rows), slice(*cols)] = value
+    return heatmap
+
+
+def crescent():
+    """Return a C-shaped lesion, open to the right, two cells thick."""
+    return heat((12, 12), ((2, 10), (2, 10), 0.75), ((4, 8), (4, 10), 0.0))
+
+
+heatmaps = st.integers(0, 2**32 - 1).map(
+    lambda seed: np.random.default_rng(seed).choice(
+        np.array([NAN, 0, 0.25, 0.5, 0.75, 1], np.float32), size=(14, 17), p=[0.2, 0.2, 0.1, 0.1, 0.2, 0.2]
+    )
+)
+
+
+def test_two_components():
+    """Each component gives its mean and its centroid as column, row; the higher one comes first."""
+    heatmap = heat((8, 10), ((1, 3), (1, 4), 0.75), ((5, 6), (6, 8), 1.0))
+    assert detect(heatmap, COMPONENTS) == [[1, 6.5, 5], [0.75, 2, 1.5]]
+
+
+def test_diagonal_cells_are_one_component():
+    """Components are 8-connected."""
+    assert detect(np.eye(3), COMPONENTS) == [[1, 1, 1]]
+
+
+def test_threshold_is_strict():
+    """A score equal to the threshold does not pass."""
+    assert detect(heat((4, 4), ((1, 2), (1, 2), 0.5)), COMPONENTS) == []
+    assert detect(heat((4, 4), ((1, 2), (1, 2), 0.5)), NMS) == []
+
+
+def test_confidence_may_be_the_maximum():
+    """The highest score of the component instead of its mean."""
+    assert detect([[0.625, 0.875]], COMPONENTS) == [[0.75, 0.5, 0]]
+    assert detect([[0.625, 0.875]], COMPONENTS, confidence="max") == [[0.875, 0.5, 0]]
+
+
+def test_peak_lies_inside_a_crescent_and_the_centroid_does_not():
+    """The reference's centroid falls into the opening of a crescent; the peak never leaves the lesion."""
+    heatmap = crescent()
+    ((_, x, y),) = detect(heatmap, COMPONENTS)
+    assert heatmap[round(y), round(x)] == 0
+    ((_, x, y),) = detect(heatmap, COMPONENTS, position="peak")
+    assert heatmap[int(y), int(x)] == 0.75
+
+
+def test_peak_counts_the_edge_of_the_map_as_outline():
+    """A lesion cut by the edge has its peak in the middle of what is seen."""
+    assert detect(heat((5, 9), ((0, 5), (0, 5), 1.0)), COMPONENTS, position="peak") == [[1, 2, 2]]
+
+
+def test_small_components_are_dropped():
+    """Fewer cells than the minimum is noise; exactly as many is a lesion."""
+    heatmap = heat((5, 9), ((1, 2), (1, 3), 1.0), ((1, 2), (5, 8), 1.0))
+    assert detect(heatmap, COMPONENTS, min_area_cells=3) == [[1, 6, 1]]
+
+
+@pytest.mark.parametrize(("morphology", "n"), [("open_close", 0), ("close_open", 1), ("none", 9)])
+def test_order_of_morphology_matters(morphology, n):
+    """Opening first removes a dotted field, closing first joins it."""
+    heatmap = np.zeros((15, 15))
+    heatmap[5:11:2, 5:11:2] = 1
+    assert len(detect(heatmap, COMPONENTS, morphology=morphology, kernel_cells=5)) == n
+
+
+def test_cells_without_a_score_are_not_averaged():
+    """A hole without tissue neither lowers the mean nor counts for area or position."""
+    heatmap = heat((3, 5), ((0, 3), (0, 5), 0.75))
+    heatmap[1, 3] = NAN
+    ((prob, x, _),) = detect(heatmap, COMPONENTS, morphology="close_open", kernel_cells=3)
+    assert prob == 0.75
+    assert x == pytest.approx((5 * 3 * 2 - 3) / 14)
+    assert detect(heatmap, COMPONENTS, morphology="close_open", kernel_cells=3, min_area_cells=15) == []
+
+
+@pytest.mark.parametrize("settings_", [COMPONENTS, NMS])
+@pytest.mark.parametrize("heatmap", [np.full((4, 5), NAN), np.zeros((4, 5)), np.empty((0, 0)), np.empty((0, 7))])
+def test_nothing_to_find(settings_, heatmap):
+    """No tissue, no score above the threshold, or no cell at all: an empty list of three columns."""
+    found = lesions.detect(heatmap.astype(np.float32), LesionParams(**settings_))
+    assert found.shape == (0, 3)
+
+
+@settings(deadline=None)
+@given(heatmaps, st.integers(1, 4), st.sampled_from(["open_close", "close_open"]))
+def test_components_equal_the_plain_recipe(heatmap, kernel, morphology):
+    """On a map without holes: threshold, OpenCV's morphology, region properties."""
+    heatmap = np.nan_to_num(heatmap)
+    cells = (heatmap > 0.5).astype(np.uint8)
+    ellipse = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (kernel, kernel))
+    steps = [cv2.MORPH_OPEN, cv2.MORPH_CLOSE]
+    for step in steps if morphology == "open_close" else steps[::-1]:
+        cells = cv2.morphologyEx(cells, step, ellipse)
+    regions = measure.regionprops(measure.label(cells, connectivity=2), heatmap)
+    expected = sorted([round(r.centroid[0], 6), round(r.centroid[1], 6), r.intensity_mean] for r in regions)
+    found = detect(heatmap, COMPONENTS, kernel_cells=kernel, morphology=morphology)
+    assert np.allclose(sorted([round(y, 6), round(x, 6), p] for p, x, y in found), expected)
+
+
+@settings(deadline=None)
+@given(heatmaps, st.integers(1, 5))
+def test_nms_equals_taking_the_maximum_again_and_again(heatmap, radius):
+    """The sorted walk gives what repeated search and clearing gives, ties by row then column."""
+    left, expected = np.where(np.isnan(heatmap), -1, heatmap), []
+    while left.max() > 0.5:
+        row, col = np.unravel_index(left.argmax(), left.shape)
+        expected.append([left[row, col], col, row])
+        left[max(row - radius, 0) : row + radius, max(col - radius, 0) : col + radius] = -1
+    assert detect(heatmap, NMS, nms_radius_cells=radius) == expected
+
+
+def test_nms_clears_a_half_open_square():
+    """With radius 2 the cell two before the maximum is cleared and the one two after it is not."""
+    assert detect([[0.75, 0, 1, 0, 0.875]], NMS) == [[1, 2, 0], [0.875, 4, 0]]
+
+
+def test_nms_over_more_cells_than_it_looks_at_together():
+    """A large plateau is walked in pieces and gives a regular grid."""
+    found = detect(np.ones((400, 400)), NMS, nms_radius_cells=100)
+    assert [(x, y) for _, x, y in found] == [(x, y) for y in (0, 100, 200, 300) for x in (0, 100, 200, 300)]
+
+
+@settings(deadline=None)
+@given(heatmaps, st.sampled_from([COMPONENTS, NMS]), st.sampled_from(["centroid", "peak"]), st.sampled_from([0, 1.5]))
+def test_order_and_scores(heatmap, settings_, position, sigma):
+    """Detections come by falling prob, then row, then column, each with a finite prob above the threshold."""
+    found = detect(heatmap, settings_, position=position, smoothing_cells=sigma, morphology="none")
+    assert found == sorted(found, key=lambda d: (-d[0], d[2], d[1]))
+    assert all(0.5 < prob <= 1 + 1e-6 for prob, _, _ in found)
+
+
+@settings(deadline=None)
+@given(heatmaps, st.sampled_from([COMPONENTS | {"position": "peak"}, NMS]), st.sampled_from([0, 1.5]))
+def test_no_detection_on_a_cell_without_a_score(heatmap, settings_, sigma):
+    """Where there is no score there is no decision."""
+    for _, x, y in detect(heatmap, settings_, smoothing_cells=sigma, kernel_cells=3, morphology="close_open"):
+        assert not np.isnan(heatmap[int(y), int(x)])
+
+
+def test_smoothing_keeps_a_constant_map():
+    """The mean is of scored cells only: the rim of the tissue is not darkened."""
+    heatmap = heat((9, 9), ((2, 7), (2, 7), 0.75), fill=NAN)
+    ((prob, x, y),) = detect(heatmap, COMPONENTS, smoothing_cells=2)
+    assert (prob, x, y) == pytest.approx((0.75, 4, 4))
+
+
+@pytest.mark.parametrize("heatmap", [np.array([[0.5, np.inf]]), np.array([0.5, 0.6])])
+def test_unusable_heatmaps_are_refused(heatmap):
+    """An infinite score would be the top lesion."""
+    with pytest.raises(InputError, match="heatmap"):
+        detect(heatmap, COMPONENTS)
+
+
+@pytest.mark.parametrize("changed", [{"threshold": 1.5}, {"kernel_cells": 0}, {"method": "dbscan"}, {"radius": 3}])
+def test_bad_settings_are_refused(changed):
+    """Values out of bounds and unknown keys do not pass."""
+    with pytest.raises(ValidationError):
+        LesionParams(**(COMPONENTS | changed))

@@ -1,0 +1,153 @@
+"""Lesions: from a heatmap to a list of detections.
+
+Input: heatmap, float32 (rows, cols), NaN where not tissue. Output: float64 (n, 3) of prob, column, row in heatmap
+cells, ordered by falling prob, then row, then column.
+
+Conventions: a position is an index of cells, so 0 is the first cell and 2.5 lies between the third and the fourth;
+whether an index stands for a cell's centre or corner is for `geometry` to say. A cell without a score never passes the
+threshold, is never averaged and never placed on; morphology may reach across it.
+
+``components`` follows the reference system: threshold, morphology, 8-connected components. ``nms`` takes the highest
+cell, clears a square around it, and repeats until nothing passes the threshold.
+"""
+
+from collections.abc import Callable
+from typing import Literal
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, Field
+from scipy import ndimage
+
+from wsiflow.errors import InputError
+
+_CHUNK = 65536  # cells looked at together in non-maximum suppression
+
+
+class LesionParams(BaseModel, frozen=True, extra="forbid"):
+    """How a heatmap becomes detections.
+
+    Attributes:
+        method: ``components`` or ``nms``.
+        threshold: A cell counts when its score is higher than this.
+        smoothing_cells: Standard deviation of a Gaussian over the scored cells, before anything else; 0: none.
+        morphology: ``components``: which of opening and closing comes first, or none.
+        kernel_cells: ``components``: width of OpenCV's elliptical kernel; 1 changes nothing. The reference system uses
+            20 at stride 16, which removes anything under 320 px.
+        min_area_cells: ``components``: components of fewer scored cells are dropped.
+        confidence: ``components``: mean (reference) or maximum of the component's scores.
+        position: ``components``: centroid (reference; outside a crescent), or peak, the scored cell of the component
+            farthest from its outline.
+        nms_radius_cells: ``nms``: cells cleared before and after the maximum, [-r, r) in both directions.
+    """
+
+    method: Literal["components", "nms"]
+    threshold: float = Field(ge=0, le=1)
+    smoothing_cells: float = Field(ge=0, le=100)
+    morphology: Literal["open_close", "close_open", "none"]
+    kernel_cells: int = Field(ge=1, le=101)
+    min_area_cells: int = Field(ge=1)
+    confidence: Literal["mean", "max"]
+    position: Literal["centroid", "peak"]
+    nms_radius_cells: int = Field(ge=1)
+
+
+def detect(heatmap: NDArray[np.float32], params: LesionParams) -> NDArray[np.float64]:
+    """Return the detections of one heatmap.
+
+    Args:
+        heatmap: float32 (rows, cols), NaN where not tissue.
+        params: How to find lesions.
+
+    Returns:
+        float64 (n, 3): prob, column, row in heatmap cells; (0, 3) where there is nothing.
+
+    Raises:
+        InputError: The heatmap is not two-dimensional or holds an infinite value.
+    """
+    if heatmap.ndim != 2 or np.isinf(heatmap).any():
+        cause = f"a heatmap of shape {heatmap.shape} with {np.isinf(heatmap).sum()} infinite values"
+        raise InputError(cause, "give finite scores in rows x cols, NaN where not tissue", stage="lesions")
+    scores = _smoothed(heatmap, params.smoothing_cells)
+    above = scores > params.threshold  # False for NaN
+    if not above.any():
+        return np.empty((0, 3))
+    if params.method == "nms":
+        found = _maxima(scores, above, params.nms_radius_cells)
+    else:
+        found = _components(scores, _cleaned(above, params), params)
+    return found[np.lexsort((found[:, 1], found[:, 2], -found[:, 0]))]
+
+
+def _smoothed(heatmap: NDArray[np.float32], sigma: float) -> NDArray[np.float32]:
+    """Return the Gaussian mean of the scored cells around each scored cell."""
+    if sigma == 0:
+        return heatmap
+    tissue = ~np.isnan(heatmap)
+    total, weight = (
+        ndimage.gaussian_filter(one, sigma, mode="constant")
+        for one in (np.where(tissue, heatmap, 0), tissue.astype(np.float32))
+    )
+    mean = np.full_like(heatmap, np.nan)
+    np.divide(total, weight, out=mean, where=tissue)
+    return mean
+
+
+def _maxima(scores: NDArray[np.float32], above: NDArray[np.bool_], radius: int) -> NDArray[np.float64]:
+    """Return the cells that no higher one within reach has cleared; of equal cells the first in row order is higher."""
+    rows, cols = np.nonzero(above)
+    order = np.argsort(-scores[rows, cols], kind="stable")
+    rows, cols = rows[order], cols[order]
+    cleared = np.zeros(scores.shape, np.bool_)
+    kept = []
+    for start in range(0, len(rows), _CHUNK):
+        r, c = rows[start : start + _CHUNK], cols[start : start + _CHUNK]
+        left = ~cleared[r, c]  # most of a chunk is cleared already: look at the rest one by one
+        for row, col in zip(r[left].tolist(), c[left].tolist(), strict=True):
+            if not cleared[row, col]:
+                kept.append((scores[row, col], col, row))
+                cleared[max(row - radius, 0) : row + radius, max(col - radius, 0) : col + radius] = True
+    return np.array(kept, np.float64)
+
+
+def _cleaned(above: NDArray[np.bool_], params: LesionParams) -> NDArray[np.bool_]:
+    """Return the cells left by the morphology."""
+    orders = {"open_close": (cv2.MORPH_OPEN, cv2.MORPH_CLOSE), "close_open": (cv2.MORPH_CLOSE, cv2.MORPH_OPEN)}
+    kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (params.kernel_cells, params.kernel_cells))
+    cells = above.astype(np.uint8)
+    for operation in orders.get(params.morphology, ()):
+        cells = cv2.morphologyEx(cells, operation, kernel).astype(np.uint8)
+    return cells > 0
+
+
+def _components(scores: NDArray[np.float32], cells: NDArray[np.bool_], params: LesionParams) -> NDArray[np.float64]:
+    """Return one detection per 8-connected component with enough scored cells."""
+    labels, n = ndimage.label(cells, np.ones((3, 3), np.int8))
+    place = _POSITIONS[params.position]
+    kept = []
+    for label, window in zip(range(1, n + 1), ndimage.find_objects(labels), strict=True):
+        member = (labels[window] == label) & ~np.isnan(scores[window])
+        if member.sum() < params.min_area_cells:
+            continue
+        values = scores[window][member].astype(np.float64)
+        row, col = place(member)
+        prob = values.mean() if params.confidence == "mean" else values.max()
+        kept.append((prob, col + window[1].start, row + window[0].start))
+    return np.array(kept, np.float64).reshape(-1, 3)
+
+
+def _centroid(member: NDArray[np.bool_]) -> tuple[float, float]:
+    """Return the mean row and column."""
+    rows, cols = np.nonzero(member)
+    return float(rows.mean()), float(cols.mean())
+
+
+def _peak(member: NDArray[np.bool_]) -> tuple[float, float]:
+    """Return row and column of the cell farthest from anything outside; the first in row order of equal ones."""
+    distance = ndimage.distance_transform_edt(np.pad(member, 1))
+    row, col = np.unravel_index(int(distance.argmax()), distance.shape)
+    return float(row - 1), float(col - 1)
+
+
+_POSITIONS: dict[str, Callable[[NDArray[np.bool_]], tuple[float, float]]] = {"centroid": _centroid, "peak": _peak}
