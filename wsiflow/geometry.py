@@ -1,0 +1,156 @@
+"""Planes, and every conversion between them.
+
+Planes and their prefixes:
+
+* ``l0_``  pixels of the slide's level 0.
+* ``r_``   pixels of the reading plane: the spacing the model wants. One reading pixel covers ``l0_per_px`` level-0
+  pixels, the same in x and y; 1.0 where the slide is read as it is.
+* ``t_``   tile cells: column and row of the tissue grid in the reading plane. Tile (0, 0) starts at the slide's corner.
+* ``h_``   heatmap cells: ``stride_px`` reading pixels a side, counted from the first tile of the map.
+
+Points are x, y; arrays are rows, columns.
+
+Two conventions say where a score belongs. ``centred`` (default): the window is centred on the heatmap cell that takes
+its score. ``reference``: the window is centred on the cell's top-left corner, and patches at the slide's border are
+shifted inwards as in Li, Mikailov and Chen (IEEE TAI 2023), so that results can be compared with that system.
+"""
+
+from typing import Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Convention = Literal["centred", "reference"]
+
+
+class Frame(NamedTuple):
+    """The one transform that is stored with every array of a slide.
+
+    Attributes:
+        convention: Where in its heatmap cell a score belongs.
+        l0_width_px, l0_height_px: Size of level 0.
+        l0_per_px: Level-0 pixels per reading pixel.
+        um_px: Size of a reading pixel in micrometres.
+        tile_px, window_px, stride_px, halo_px: Sizes in reading pixels.
+        block_tiles: Tiles per side of a block.
+        t_col0, t_row0: First tile of the heatmap.
+        t_cols, t_rows: Tiles of the heatmap.
+    """
+
+    convention: Convention
+    l0_width_px: int
+    l0_height_px: int
+    l0_per_px: float
+    um_px: float
+    tile_px: int
+    window_px: int
+    stride_px: int
+    halo_px: int
+    block_tiles: int
+    t_col0: int
+    t_row0: int
+    t_cols: int
+    t_rows: int
+
+    @property
+    def patch_px(self) -> int:
+        """Side of a block with its halo, reading pixels."""
+        return self.block_tiles * self.tile_px + 2 * self.halo_px
+
+    @property
+    def cells_per_tile(self) -> int:
+        """Heatmap cells per tile side."""
+        return self.tile_px // self.stride_px
+
+    @property
+    def h_shape(self) -> tuple[int, int]:
+        """Rows and columns of the heatmap."""
+        return self.t_rows * self.cells_per_tile, self.t_cols * self.cells_per_tile
+
+
+def reading_scale(um_px_l0: float, um_px_wanted: float, *, tolerance: float) -> float:
+    """Return the level-0 pixels per reading pixel: 1.0 where the slide's spacing is near enough to the wanted one.
+
+    Args:
+        um_px_l0: The slide's level-0 spacing.
+        um_px_wanted: The spacing to read at.
+        tolerance: Relative difference up to which the slide is read as it is.
+    """
+    return 1.0 if abs(um_px_l0 / um_px_wanted - 1) <= tolerance else um_px_wanted / um_px_l0
+
+
+def r_size_px(l0_px: int, l0_per_px: float) -> int:
+    """Return how many reading pixels cover ``l0_px`` level-0 pixels, the last one perhaps in part."""
+    return int(np.ceil(round(l0_px / l0_per_px, 6)))
+
+
+def grid_shape(l0_width_px: int, l0_height_px: int, *, l0_per_px: float, tile_px: int) -> tuple[int, int]:
+    """Return rows and columns of the tile grid that covers the whole slide, the last row and column perhaps in part."""
+    rows, cols = (-(-r_size_px(side, l0_per_px) // tile_px) for side in (l0_height_px, l0_width_px))
+    return rows, cols
+
+
+def patch_origin_px(frame: Frame, t_col: int, t_row: int) -> tuple[int, int]:
+    """Return the reading-plane x, y of the top-left pixel of the block whose first tile is ``t_col, t_row``.
+
+    In the reference convention the first tile of an axis has no halo before it, and a patch that would pass the
+    slide's far side is shifted back to one pixel past the edge (``D - 447`` for a 448 px patch: oracle O-4).
+    """
+    return (
+        _axis_origin_px(frame, t_col, frame.l0_width_px),
+        _axis_origin_px(frame, t_row, frame.l0_height_px),
+    )
+
+
+def _axis_origin_px(frame: Frame, index: int, side_px: int) -> int:
+    origin = frame.tile_px * index - frame.halo_px
+    if frame.convention == "centred":
+        return origin
+    if index == 0:
+        origin = 0
+    return side_px - (frame.patch_px - 1) if origin + frame.patch_px > side_px else origin
+
+
+def window_offsets_px(frame: Frame) -> NDArray[np.int64]:
+    """Return the top-left x, y of every window of one tile, relative to that tile's top-left pixel, row by row.
+
+    Centred: the window's centre is the cell's centre (its lower-right middle pixel where the stride is odd).
+    Reference: the window's centre is the cell's top-left corner.
+
+    Returns:
+        int64 (cells_per_tile ** 2, 2), x and y in reading pixels.
+    """
+    shift = frame.stride_px // 2 if frame.convention == "centred" else 0
+    steps = np.arange(frame.cells_per_tile) * frame.stride_px + shift - frame.window_px // 2
+    rows, cols = np.meshgrid(steps, steps, indexing="ij")
+    return np.stack([cols.ravel(), rows.ravel()], axis=1).astype(np.int64)
+
+
+def h_from_t(frame: Frame, t_col: int, t_row: int) -> tuple[int, int]:
+    """Return the heatmap row and column of the first cell of a tile."""
+    m = frame.cells_per_tile
+    return (t_row - frame.t_row0) * m, (t_col - frame.t_col0) * m
+
+
+def l0_from_h(frame: Frame, h_points: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the level-0 x, y to which the scores of heatmap cells belong.
+
+    Args:
+        frame: The slide's transform.
+        h_points: float64 (n, 2), column and row of cells; a fraction lies between cells.
+
+    Returns:
+        float64 (n, 2), x and y in level-0 pixels: cell centres, or corners in the reference convention.
+    """
+    half = 0.5 if frame.convention == "centred" else 0.0
+    t_origin = np.array([frame.t_col0, frame.t_row0]) * frame.tile_px
+    return (t_origin + (np.asarray(h_points) + half) * frame.stride_px) * frame.l0_per_px
+
+
+def l0_from_h_corner(frame: Frame, h_col: float, h_row: float) -> tuple[float, float]:
+    """Return the level-0 x, y of the top-left corner of the area that a heatmap cell covers."""
+    x, y = (
+        (first * frame.tile_px + h * frame.stride_px) * frame.l0_per_px
+        for first, h in ((frame.t_col0, h_col), (frame.t_row0, h_row))
+    )
+    return x, y
