@@ -1,0 +1,142 @@
+"""Files appear whole or not at all, once, with a receipt: shown by ending the process before every single effect."""
+
+import itertools
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from wsiflow import publish
+from wsiflow.errors import EnvironmentFault, IntegrityError
+
+KEY = "k" * 64
+DATA = b"scores" * 1000
+
+
+def make(root: Path, data: bytes = DATA) -> publish.Receipt:
+    return publish.publish_bytes(root, "a/b.bin", data, KEY, {"kind": "test"})
+
+
+def published(root: Path) -> dict[str, bytes]:
+    files = (path for path in root.rglob("*") if path.is_file() and publish.RECEIPTS not in path.parts)
+    return {str(path.relative_to(root)): path.read_bytes() for path in files}
+
+
+def test_a_published_file_has_a_receipt_that_fits(tmp_path: Path) -> None:
+    """The receipt names key, size and hash; nothing else is left behind."""
+    receipt = make(tmp_path)
+    assert receipt["sha256"] == publish.file_sha256(tmp_path / "a/b.bin")
+    assert json.loads(publish.receipt_path(tmp_path, "a/b.bin").read_text()) == receipt
+    assert published(tmp_path) == {"a/b.bin": DATA}
+
+
+def test_a_second_call_does_nothing(tmp_path: Path) -> None:
+    """Done is done: the same receipt comes back, attempt included."""
+    assert make(tmp_path)["attempt"] == make(tmp_path)["attempt"]
+
+
+def _make_until(root: Path, last: int) -> None:
+    """Publish in a child process that ends before effect number ``last``."""
+    seen = itertools.count()
+    publish._effect = lambda *_: os._exit(137) if next(seen) == last else None
+    make(root)
+    os._exit(0)
+
+
+def test_ending_the_process_before_any_effect_loses_nothing(tmp_path: Path) -> None:
+    """Killed before effect 1, 2, ... n and started again, the folder ends with the same bytes as an undisturbed one."""
+    survived, effects = 0, 0
+    while survived == 0:
+        root = tmp_path / str(effects)
+        root.mkdir()
+        child = os.fork()
+        if child == 0:
+            _make_until(root, effects)
+        survived = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        before = published(root)
+        assert before.get("a/b.bin", DATA) == DATA, "a final name is whole or absent"
+        make(root)
+        publish.sweep_attempts(root)
+        assert published(root) == {"a/b.bin": DATA}
+        assert publish.done(root, "a/b.bin", KEY)
+        effects += 1
+    assert effects > 8, "the sweep reached every effect"
+
+
+def test_of_eight_attempts_at_once_one_wins(tmp_path: Path) -> None:
+    """Racing attempts with equal bytes all succeed, and one file is there."""
+    with ThreadPoolExecutor(8) as pool:
+        receipts = list(pool.map(lambda _: make(tmp_path), range(8)))
+    assert {receipt["sha256"] for receipt in receipts} == {publish.file_sha256(tmp_path / "a/b.bin")}
+    assert len(list(tmp_path.rglob("b.bin"))) == 1
+
+
+def test_attempts_with_other_bytes_stop_the_run_and_keep_both(tmp_path: Path) -> None:
+    """The same key must give the same bytes; where it does not, nobody is overwritten."""
+    make(tmp_path)
+    publish.receipt_path(tmp_path, "a/b.bin").unlink()
+    with pytest.raises(IntegrityError, match="different bytes"):
+        make(tmp_path, b"other")
+    assert sorted(published(tmp_path).values()) == [b"other", DATA]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: path.write_bytes(b"x" + DATA[1:]), "bytes are not those"),
+        (lambda path: path.unlink(), "is gone"),
+    ],
+)
+def test_damage_to_a_published_file_is_noticed(tmp_path: Path, damage, message: str) -> None:
+    """One changed byte or a lost file is an error that names the file and the way out."""
+    make(tmp_path)
+    damage(tmp_path / "a/b.bin")
+    with pytest.raises(IntegrityError, match=message) as caught:
+        publish.done(tmp_path, "a/b.bin", KEY)
+    assert "b.bin" in str(caught.value)
+    assert "delete" in str(caught.value)
+
+
+def test_another_key_is_never_taken_for_the_same_work(tmp_path: Path) -> None:
+    """A file made with other settings is refused, not reused."""
+    make(tmp_path)
+    with pytest.raises(IntegrityError, match="other inputs or settings"):
+        publish.done(tmp_path, "a/b.bin", "z" * 64)
+
+
+def test_a_failed_check_publishes_nothing(tmp_path: Path) -> None:
+    """What does not verify never gets its final name."""
+
+    def refuse(path: Path) -> None:
+        raise IntegrityError("not what it should be", "run again", path=path)
+
+    with (
+        pytest.raises(IntegrityError, match="should be"),
+        publish.publishing(tmp_path, "a/b.bin", KEY, {}, refuse) as attempt,
+    ):
+        attempt.path.write_bytes(DATA)
+    assert not (tmp_path / "a/b.bin").exists()
+    assert publish.done(tmp_path, "a/b.bin", KEY) is None
+
+
+def test_generations_keep_what_a_run_was_told_before(tmp_path: Path) -> None:
+    """The same text is found again; another text gets the next number."""
+    names = [
+        publish.publish_generation(tmp_path, "plan.json", text, {}).name for text in (b"1", b"1", b"2", b"3", b"3")
+    ]
+    assert names == ["plan.json", "plan.json", "plan.2.json", "plan.3.json", "plan.3.json"]
+
+
+def test_a_folder_that_cannot_be_made_is_told_at_once(tmp_path: Path) -> None:
+    """A file in the way is an environment fault that names the path."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(EnvironmentFault, match="choose another out="):
+        publish.preflight(tmp_path / "file" / "out")
+
+
+def test_key_is_of_content_only() -> None:
+    """The order of the parts does not matter, every part does."""
+    assert publish.key_of(a=1, b={"x": 2, "y": 3}) == publish.key_of(b={"y": 3, "x": 2}, a=1)
+    assert publish.key_of(a=1) != publish.key_of(a=2)

@@ -1,0 +1,311 @@
+"""Files appear whole or not at all, once, with a receipt.
+
+One file is published in this order: a private attempt file on the same file system; written and closed by the caller;
+verified by the caller's check; hashed; flushed to disk; linked to its final name, which fails if that name exists, so
+that of any number of attempts exactly one wins; then its receipt, published the same way. A final name is never
+replaced and never opened for writing.
+
+A file is *done* when its receipt exists, names the key that is asked for, and the file's size and SHA-256 are those of
+the receipt. A loser of the race compares hashes: equal is success, different is an `IntegrityError` and both are kept.
+
+Every change to the file system goes through `_effect`, so that a test can end the process before any one of them.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import resource
+import socket
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from wsiflow.errors import EnvironmentFault, IntegrityError
+
+Receipt = dict[str, Any]
+
+ATTEMPTS = ".attempts"
+RECEIPTS = "receipts"
+
+
+def _effect(name: str, path: Path) -> None:
+    """Mark one change of the file system; does nothing, tests replace it."""
+
+
+def key_of(**parts: Any) -> str:
+    """Return the SHA-256 of the canonical JSON of what identifies a piece of work: content, never a time or a path."""
+    text = json.dumps(parts, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def receipt_path(root: Path, name: str) -> Path:
+    """Return where the receipt of the published file ``name`` (relative to ``root``) lies."""
+    return root / RECEIPTS / f"{name}.json"
+
+
+def read_receipt(root: Path, name: str) -> Receipt | None:
+    """Return the receipt of ``name``, or None where there is none.
+
+    Raises:
+        IntegrityError: The receipt cannot be parsed.
+    """
+    path = receipt_path(root, name)
+    try:
+        receipt: Receipt = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        cause = f"the receipt cannot be read ({error})"
+        raise IntegrityError(cause, f"delete it and {name}, then run again", path=path) from error
+    return receipt
+
+
+def done(root: Path, name: str, key: str) -> Receipt | None:
+    """Return the receipt if ``name`` is published under ``key`` and whole, None if it has yet to be made.
+
+    Raises:
+        IntegrityError: A receipt is there, but for another key, or the file is gone or is not what the receipt says.
+    """
+    receipt = read_receipt(root, name)
+    if receipt is None:
+        return None
+    if receipt["key"] != key:
+        raise IntegrityError(
+            f"it was published for other inputs or settings (key {receipt['key'][:12]}, wanted {key[:12]})",
+            "choose another out= folder",
+            path=root / name,
+        )
+    check(root, receipt)
+    return receipt
+
+
+def check(root: Path, receipt: Receipt) -> None:
+    """Compare a published file with its receipt.
+
+    Raises:
+        IntegrityError: The file is gone, or its size or SHA-256 is another.
+    """
+    path = root / receipt["path"]
+    remedy = f"delete {path} and {receipt_path(root, receipt['path'])}, then run again"
+    if not path.is_file():
+        raise IntegrityError("it was published and is gone", remedy, path=path)
+    if path.stat().st_size != receipt["bytes"] or file_sha256(path) != receipt["sha256"]:
+        raise IntegrityError("its bytes are not those of its receipt", remedy, path=path)
+
+
+class Attempt:
+    """One attempt at one file: where to write it, and what its receipt will say."""
+
+    def __init__(self, root: Path, name: str, key: str, facts: Mapping[str, Any]) -> None:
+        """Choose a private path; nothing is created yet."""
+        self.root, self.name = root, name
+        self.uuid = uuid.uuid4().hex
+        self.path = root / ATTEMPTS / f"{key[:16]}-{self.uuid}" / Path(name).name
+        self._clock, self._cpu = time.perf_counter(), time.process_time()
+        self.receipt: Receipt = {
+            "path": name,
+            "key": key,
+            **facts,
+            "counts": {},
+            "seconds": {},
+            "started": datetime.now(UTC).isoformat(timespec="milliseconds"),
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "attempt": self.uuid,
+        }
+
+    @contextlib.contextmanager
+    def timed(self, step: str) -> Iterator[None]:
+        """Add the wall seconds of the body to the step's sum."""
+        start = time.perf_counter()
+        yield
+        seconds = self.receipt["seconds"]
+        seconds[step] = seconds.get(step, 0.0) + time.perf_counter() - start
+
+    def finish(self) -> None:
+        """Fill in what is known only once the file is closed."""
+        self.receipt |= {
+            "sha256": file_sha256(self.path),
+            "bytes": self.path.stat().st_size,
+            "wall_s": time.perf_counter() - self._clock,
+            "cpu_s": time.process_time() - self._cpu,
+            "max_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "ended": datetime.now(UTC).isoformat(timespec="milliseconds"),
+        }
+
+
+@contextlib.contextmanager
+def publishing(
+    root: Path, name: str, key: str, facts: Mapping[str, Any], verify: Callable[[Path], None]
+) -> Iterator[Attempt]:
+    """Publish the file that the body writes at ``attempt.path``.
+
+    Args:
+        root: The run's folder.
+        name: Final name relative to the run's folder.
+        key: What identifies the content, see `key_of`.
+        facts: What else the receipt says, for example kind, slide, group, versions.
+        verify: Opens the closed attempt again and raises if it is not what it should be.
+
+    Yields:
+        The attempt to write.
+
+    Raises:
+        EnvironmentFault: The file system refused.
+        IntegrityError: Another attempt published different bytes.
+    """
+    attempt = Attempt(root, name, key, facts)
+    with _as_fault(root / name):
+        _make_folder(attempt.path.parent)
+        _effect("write", attempt.path)
+        yield attempt
+        verify(attempt.path)
+        attempt.finish()
+        final = root / name
+        _make_folder(final.parent)
+        _link(attempt.path, final, attempt.receipt["sha256"])
+        note = attempt.path.with_name("receipt.json")
+        _effect("write", note)
+        note.write_text(json.dumps(attempt.receipt, indent=1, sort_keys=True), encoding="utf-8")
+        _make_folder(receipt_path(root, name).parent)
+        _link(note, receipt_path(root, name), None)
+        _forget(attempt.path.parent)
+
+
+def publish_bytes(root: Path, name: str, data: bytes, key: str, facts: Mapping[str, Any]) -> Receipt:
+    """Publish a small file whose bytes are at hand, unless it is done already, and return its receipt."""
+    receipt = done(root, name, key)
+    if receipt is not None:
+        return receipt
+    with publishing(root, name, key, facts, _no_check) as attempt, attempt.timed("write"):
+        attempt.path.write_bytes(data)
+    return attempt.receipt
+
+
+def _no_check(_path: Path) -> None:
+    """Accept the file: its bytes came from memory and its hash is taken from what was written."""
+
+
+def generations(root: Path, name: str) -> list[Path]:
+    """Return the published generations of ``name``, oldest first: ``plan.json``, ``plan.2.json``, ..."""
+    stem, suffix = name.rsplit(".", 1)
+    later = [path for path in root.glob(f"{stem}.*.{suffix}") if path.name.split(".")[-2].isdigit()]
+    later.sort(key=lambda path: int(path.name.split(".")[-2]))
+    return [path for path in (root / name, *later) if path.exists()]
+
+
+def publish_generation(root: Path, name: str, data: bytes, facts: Mapping[str, Any]) -> Path:
+    """Publish what a run was told, without ever replacing what it was told before.
+
+    Returns:
+        The newest generation, which holds ``data``: it is left alone where it does already.
+    """
+    files = generations(root, name)
+    if files and files[-1].read_bytes() == data:
+        return files[-1]
+    stem, suffix = name.rsplit(".", 1)
+    latest = f"{stem}.{len(files) + 1}.{suffix}" if files else name
+    publish_bytes(root, latest, data, hashlib.sha256(data).hexdigest(), facts)
+    return root / latest
+
+
+def write_view(root: Path, name: str, text: str) -> None:
+    """Write a status file that later runs may replace whole; nothing is ever computed from it."""
+    path = root / name
+    with _as_fault(path):
+        _make_folder(path.parent)
+        draft = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
+        _effect("write", draft)
+        draft.write_text(text, encoding="utf-8")
+        _sync(draft)
+        _effect("rename", path)
+        draft.replace(path)
+
+
+def sweep_attempts(root: Path) -> None:
+    """Remove what killed attempts left; only for a caller that knows no other process works in ``root``."""
+    for folder in sorted((root / ATTEMPTS).glob("*-*")):
+        _forget(folder)
+
+
+def _link(source: Path, final: Path, sha256: str | None) -> None:
+    """Give ``source`` its final name if that name is free.
+
+    Where the name is taken, an equal file counts as success. A reply lost on a network file system looks like a
+    failure although the link was made; the link count tells.
+    """
+    _sync(source)
+    _effect("link", final)
+    try:
+        os.link(source, final)
+    except OSError as error:
+        if not isinstance(error, FileExistsError) and source.stat().st_nlink != 2:
+            raise
+        if sha256 is not None and file_sha256(final) != sha256:
+            raise IntegrityError(
+                f"two attempts gave different bytes (the other one is kept at {source})",
+                "report this: the same inputs must give the same bytes on one kind of machine",
+                path=final,
+            ) from error
+    _sync(final.parent)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _make_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        _effect("mkdir", folder)
+        folder.mkdir(parents=True, exist_ok=True)
+
+
+def _forget(folder: Path) -> None:
+    for file in folder.iterdir():
+        _effect("unlink", file)
+        file.unlink()
+    _effect("rmdir", folder)
+    folder.rmdir()
+
+
+@contextlib.contextmanager
+def _as_fault(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        cause = f"the file system refused: {error.strerror or error}"
+        raise EnvironmentFault(cause, "free space or permissions there, or choose another out=", path=path) from error
+
+
+def preflight(root: Path) -> None:
+    """Prove that the run's folder can hold published files, before any work is done.
+
+    Raises:
+        EnvironmentFault: It cannot be created, written, linked or read back.
+    """
+    name = f"{ATTEMPTS}/{uuid.uuid4().hex}"
+    probe, twin = root / name, root / f"{name}-linked"
+    with _as_fault(root):
+        _make_folder(probe.parent)
+        probe.write_bytes(b"probe")
+        _sync(probe)
+        os.link(probe, twin)
+        readable = twin.read_bytes() == b"probe"
+        probe.unlink()
+        twin.unlink()
+    if not readable:
+        raise EnvironmentFault("what was written is not what is read back", "choose another out=", path=root)
