@@ -1,0 +1,69 @@
+"""The whole line as a Prefect flow: cases, plan, then shards of slides through every stage, then the scores.
+
+One Prefect task per shard and stage, tens to hundreds of them however many array tasks there are. Without Prefect
+(``orchestrator=none``) the same functions are called in the same order.
+"""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from prefect import flow, task
+from prefect.cache_policies import NO_CACHE
+from prefect.task_runners import ThreadPoolTaskRunner
+
+from wsiflow import executor, ingest, results, shards
+from wsiflow.config import RunConfig
+from wsiflow.model.threads import allocated_cores
+
+# Threads only wait for workers; enough of them keep every worker busy across shards.
+_WAITING_THREADS = 8
+
+Submit = Callable[..., Any]
+"""``submit(name, function, *args)`` starts a call and returns its future; futures among the arguments are waited for."""
+
+
+def line(config: RunConfig, submit: Submit) -> results.Summary:
+    """Run everything, with ``submit`` starting each shard's work."""
+    clock = results.Clock()
+    cases = shards.begin(config)
+    with executor.make(config.executor, cores=allocated_cores()) as pool:
+        wanted = shards.cut(shards.count_cases(cases), config.shard_slides)
+        ingested = [submit("ingest", shards.ingest_shard, pool, cases, shard) for shard in wanted]
+        plan_path = ingest.make_plan(cases, [outcome for future in ingested for outcome in future.result()])
+        futures = [shards.Progress(shard) for shard in shards.cut(shards.count_slides(plan_path), config.shard_slides)]
+        for stage in shards.LINE:
+            futures = [submit(stage, shards.advance, pool, plan_path, stage, future) for future in futures]
+        progress = [future.result() for future in futures]
+    return results.finish(config, plan_path, progress, clock)
+
+
+@task(cache_policy=NO_CACHE, persist_result=False, retries=0)
+def _shard(function: Callable[..., Any], *args: Any) -> Any:
+    """Do one shard's work; retries are the executor's, and results are files."""
+    return function(*args)
+
+
+def _as_task(name: str, function: Callable[..., Any], *args: Any) -> Any:
+    return _shard.with_options(name=name, task_run_name=name).submit(function, *args)
+
+
+@flow(
+    name="wsiflow",
+    persist_result=False,
+    validate_parameters=False,
+    task_runner=ThreadPoolTaskRunner(max_workers=_WAITING_THREADS),
+)
+def pipeline(config: RunConfig) -> results.Summary:
+    """Test a classifier on every slide of a data set."""
+    return line(config, _as_task)
+
+
+def direct(config: RunConfig) -> results.Summary:
+    """Run the same line without Prefect."""
+    with ThreadPoolExecutor(_WAITING_THREADS) as threads:
+
+        def submit(_name: str, function: Callable[..., Any], *args: Any) -> Any:
+            return threads.submit(lambda: function(*(arg.result() if hasattr(arg, "result") else arg for arg in args)))
+
+        return line(config, submit)

@@ -1,0 +1,89 @@
+"""The command ``wsiflow``: ``run`` composes the configuration with Hydra and starts the line.
+
+Every other command works on files alone and is in `wsiflow.cli`.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from wsiflow import cli
+from wsiflow.config import RunConfig, validate
+from wsiflow.errors import InputError, WsiflowError
+from wsiflow.results import Summary
+
+_exit_codes: list[int] = []
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] != ["run"]:
+        return cli.main(arguments)
+    # Hydra then raises its errors instead of printing them with advice about its own internals.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("DO_NOT_TRACK", "1")
+    sys.argv = ["wsiflow run", *arguments[1:]]
+    try:
+        _compose_and_run()
+    except (HydraException, OmegaConfBaseException) as error:
+        problem = InputError(str(error).strip(), "wsiflow run --cfg job shows every key", stage="configuration")
+        return cli.report(problem)
+    except WsiflowError as error:
+        return cli.report(error)
+    return max(_exit_codes, default=0)
+
+
+@hydra.main(version_base="1.3", config_path="pkg://wsiflow.conf", config_name="config")
+def _compose_and_run(composed: DictConfig) -> float | None:
+    """Run one job of a single run or of a sweep; a failed job of a sweep does not stop the others.
+
+    Returns:
+        The FROC score, for sweepers that optimise.
+    """
+    try:
+        summary = start(to_config(composed, sweep=HydraConfig.get().mode == RunMode.MULTIRUN))
+    except WsiflowError as error:
+        _exit_codes.append(cli.report(error))
+        return None
+    cli.say(summary.text)
+    _exit_codes.append(summary.exit_code)
+    return summary.metrics.get("froc.score")
+
+
+def to_config(composed: DictConfig, *, sweep: bool) -> RunConfig:
+    """Turn what Hydra composed into a validated configuration; each job of a sweep gets a folder of its own."""
+    missing = sorted(OmegaConf.missing_keys(composed))
+    if missing:
+        raise InputError(f"no value for {', '.join(missing)}", "give it on the command line", stage="configuration")
+    values: Any = OmegaConf.to_container(composed, resolve=True)
+    if sweep:
+        values["out"] = str(Path(values["out"]) / HydraConfig.get().job.override_dirname)
+        values["tracking"]["sweep"] = values["tracking"].get("sweep") or values["name"]
+    return validate(values)
+
+
+def start(config: RunConfig) -> Summary:
+    """Run the line, through Prefect or directly."""
+    from wsiflow.model import threads
+
+    from . import pipeline
+
+    threads.limit_threads(threads.allocated_cores())
+    if config.orchestrator == "none":
+        return pipeline.direct(config)
+    from .server import chosen_server
+
+    with chosen_server() as said:
+        cli.say(said)
+        return pipeline.pipeline(config)

@@ -1,0 +1,143 @@
+"""The whole configuration of a run as one validated value.
+
+Values live in ``conf/``; here and in the ``XParams`` of each module are only names, units and bounds. Unknown keys and
+values out of bounds are refused before anything else happens, with the dotted name of the key.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from wsiflow.dataset import DatasetParams
+from wsiflow.errors import InputError
+from wsiflow.executor import ExecutorParams
+from wsiflow.geometry import Convention
+from wsiflow.lesions import LesionParams
+from wsiflow.model.card import ModelSpec
+from wsiflow.store import StoreParams
+from wsiflow.tiles import TilesParams
+from wsiflow.tissue import TissueParams
+from wsiflow.tracking import TrackingParams
+
+
+class GeometryParams(BaseModel, frozen=True, extra="forbid"):
+    """Which plane is read and where scores belong.
+
+    Attributes:
+        convention: ``centred``, or ``reference`` for the geometry of Li, Mikailov and Chen with its shifts.
+        spacing: ``model`` reads at the spacing the model was trained for, ``native`` reads level 0 as it is.
+        tolerance: A slide whose spacing differs from the model's by at most this fraction is read as it is.
+        max_upsample: How many times a slide coarser than the model's spacing may be enlarged; coarser ones are refused.
+    """
+
+    convention: Convention
+    spacing: Literal["model", "native"]
+    tolerance: float = Field(ge=0, lt=0.5)
+    max_upsample: float = Field(ge=1, le=16)
+
+
+class InferenceParams(BaseModel, frozen=True, extra="forbid"):
+    """How windows become scores.
+
+    Attributes:
+        engine: ``window`` slides the classifier's window over every tile.
+        stride_px: Distance between window centres, reading pixels; divides the tile.
+        batch: Windows per call of the model.
+        precision: Number format of the network.
+        backend: What runs the network.
+    """
+
+    engine: Literal["window"]
+    stride: int = Field(ge=1)
+    batch: int = Field(ge=1, le=4096)
+    precision: Literal["fp32"]
+    backend: Literal["torch"]
+
+
+class StainParams(BaseModel, frozen=True, extra="forbid"):
+    """Colour normalisation before prediction.
+
+    Attributes:
+        method: ``none`` leaves the scanner's colours.
+    """
+
+    method: Literal["none"]
+
+
+class EvaluationParams(BaseModel, frozen=True, extra="forbid"):
+    """How detections are scored.
+
+    Attributes:
+        downsample: Level-0 pixels per pixel of the evaluation mask.
+        l0_um_px: Level-0 spacing assumed for every slide (0.243 in the CAMELYON16 evaluator), or None for each
+            slide's own.
+        bootstrap: Resamples of the FROC interval.
+    """
+
+    downsample: int = Field(ge=1, le=256)
+    l0_um_px: float | None = Field(gt=0)
+    bootstrap: int = Field(ge=0, le=100_000)
+
+
+class RunConfig(BaseModel, frozen=True, extra="forbid"):
+    """Everything a run needs to know; see the ``XParams`` of each part.
+
+    Attributes:
+        out: The run's folder.
+        name: Name of the run in reports.
+        seed: Seed of everything drawn at random (only the bootstrap).
+        allow_partial: Score the slides that have results when others failed; marked PARTIAL, exit code 10.
+        shard_slides: Slides per Prefect task.
+        orchestrator: ``prefect``, or ``none`` to call the same functions without it.
+    """
+
+    out: Path
+    name: str = Field(min_length=1)
+    seed: int = Field(ge=0)
+    allow_partial: bool
+    shard_slides: int = Field(ge=1)
+    orchestrator: Literal["prefect", "none"]
+    dataset: DatasetParams
+    model: ModelSpec
+    geometry: GeometryParams
+    tissue: TissueParams
+    tiles: TilesParams
+    inference: InferenceParams
+    stain: StainParams
+    store: StoreParams
+    lesions: LesionParams
+    evaluation: EvaluationParams
+    executor: ExecutorParams
+    tracking: TrackingParams
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "RunConfig":
+        if self.tiles.tile_px % self.inference.stride:
+            divisors = [d for d in range(1, self.tiles.tile_px + 1) if self.tiles.tile_px % d == 0]
+            cause = f"inference.stride is {self.inference.stride}, it must divide tiles.tile_px: one of {divisors}"
+            raise ValueError(cause)
+        if self.geometry.convention == "reference" and self.tiles.block_tiles != 1:
+            raise ValueError(f"tiles.block_tiles is {self.tiles.block_tiles}, geometry=reference needs 1")
+        return self
+
+
+def validate(values: Mapping[str, Any]) -> RunConfig:
+    """Turn composed values into a `RunConfig`.
+
+    Raises:
+        InputError: Unknown, missing or bad keys, each named.
+    """
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        problems = [_problem(item["loc"], item["msg"], item.get("input")) for item in error.errors()]
+        raise InputError("; ".join(problems), "correct the override or the YAML file", stage="configuration") from error
+
+
+def _problem(loc: tuple[int | str, ...], message: str, value: object) -> str:
+    key = ".".join(str(part) for part in loc)
+    text = message.removeprefix("Value error, ")
+    shown = f" (got {value!r})" if isinstance(value, str | int | float) else ""
+    return f"{key}: {text}{shown}" if key else text

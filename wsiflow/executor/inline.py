@@ -1,0 +1,23 @@
+"""Run tasks one after another in this process."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Self
+
+from wsiflow.executor import Outcome, Work
+
+
+class Inline:
+    """The executor without workers."""
+
+    def __enter__(self) -> Self:
+        """Nothing to start."""
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        """Nothing to stop."""
+
+    def run(self, work: Work, plan_path: Path, stage: str, indices: Sequence[int]) -> Iterator[Outcome]:
+        """Run each task in turn."""
+        for index in indices:
+            yield work(plan_path, stage, index)

@@ -1,0 +1,217 @@
+"""From cases to the plan: open every slide, hash it, find its tissue, cut it into tiles, blocks and groups.
+
+``cases.json`` holds the resolved configuration and the cases. Each slide's record is published under ``tissue/``, so a
+run started again does not look at a slide twice. Only overviews are read here; the plan is written before any patch.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from numpy.typing import NDArray
+from pydantic import TypeAdapter
+
+from wsiflow import export, geometry, plan, publish, slide, tiles, tissue
+from wsiflow.config import RunConfig
+from wsiflow.dataset import Case
+from wsiflow.errors import InputError
+from wsiflow.executor import Outcome
+from wsiflow.geometry import Frame
+from wsiflow.model import card, threads
+from wsiflow.plan import Plan, SlidePlan
+from wsiflow.provenance import facts
+
+_CASES = TypeAdapter(tuple[Case, ...])
+
+
+def write_cases(root: Path, config: RunConfig, cases: Sequence[Case]) -> Path:
+    """Publish what there is to ingest, and the resolved configuration beside it."""
+    resolved = config.model_dump(mode="json")
+    publish.publish_generation(
+        root, "config.yaml", yaml.safe_dump(resolved, sort_keys=False).encode(), {"kind": "config"}
+    )
+    data = {"config": resolved, "cases": _CASES.dump_python(tuple(cases), mode="json")}
+    return publish.publish_generation(root, "cases.json", json.dumps(data, indent=1).encode(), {"kind": "cases"})
+
+
+@lru_cache(maxsize=4)
+def read_cases(path: Path) -> tuple[RunConfig, tuple[Case, ...]]:
+    """Return the configuration and the cases of a run."""
+    data = json.loads(path.read_text(encoding="utf-8"))
+    return RunConfig.model_validate(data["config"]), _CASES.validate_python(data["cases"])
+
+
+def ingest(source: Path, index: int) -> tuple[publish.Receipt, bool]:
+    """Open a slide, hash it, find its tissue, and publish its record, mask and outline under ``tissue/``."""
+    config, cases = read_cases(source)
+    root, case = source.parent, cases[index]
+    name = f"tissue/{case.slide_id}.json"
+    key = publish.key_of(slide=case.slide_id, settings=_cutting(config), mpp=case.mpp)
+    done = publish.done(root, name, key)
+    if done is not None:
+        _check_unchanged(root / name, case)
+        return done, False
+    with slide.open_slide(case.path, slide_id=case.slide_id) as opened:
+        um_px = slide.resolve_mpp(opened.facts, case.mpp)
+        mask, downsample, tissue_grid, frame = _cut(opened, um_px, config)
+    sha256 = slide.sha256(case.path)
+    if case.sha256 and case.sha256 != sha256:
+        cause = f"its SHA-256 is {sha256}, the manifest says {case.sha256}"
+        raise InputError(cause, "copy it again from its source", slide=case.slide_id, path=case.path)
+    record = {
+        "sha256": sha256,
+        "signature": slide.signature(case.path),
+        "um_px_l0": um_px,
+        "overview_downsample": downsample,
+        "frame": frame._asdict(),
+        "tile_runs": plan.tile_runs(tissue_grid),
+    }
+    receipt_facts = facts("tissue", case.slide_id)
+    publish.publish_bytes(root, f"tissue/{case.slide_id}.png", export.tissue_png(mask), key, receipt_facts)
+    outline = export.tissue_geojson(mask, downsample=downsample, offset=(0, 0)).encode()
+    publish.publish_bytes(root, f"tissue/{case.slide_id}.geojson", outline, key, receipt_facts)
+    return publish.publish_bytes(root, name, json.dumps(record).encode(), key, receipt_facts), True
+
+
+def _cutting(config: RunConfig) -> dict[str, Any]:
+    """Return the settings that decide which tiles a slide has."""
+    model = _card(config.model)
+    return {
+        "geometry": config.geometry.model_dump(),
+        "tissue": config.tissue.model_dump(),
+        "tiles": config.tiles.model_dump(),
+        "stride": config.inference.stride,
+        "model": {"window_px": model.window_px, "spacing_um_px": model.spacing_um_px},
+    }
+
+
+@lru_cache(maxsize=4)
+def _card(spec: card.ModelSpec) -> card.ModelCard:
+    return card.read_card(spec)
+
+
+def _cut(
+    opened: slide.Slide, um_px: float, config: RunConfig
+) -> tuple[NDArray[np.bool_], int, NDArray[np.bool_], Frame]:
+    """Return the tissue mask, its downsample, the tile grid and the frame of a slide."""
+    frame = _frame(opened.facts, um_px, config)
+    if config.geometry.convention == "reference":
+        return _cut_like_the_reference(opened, frame)
+    downsample = config.tissue.downsample
+    mask = tissue.tissue_mask(opened.overview(downsample), config.tissue)
+    coverage = tissue.tile_coverage(
+        mask, downsample=downsample, tile_l0_px=frame.tile_px * frame.l0_per_px, grid=(frame.t_rows, frame.t_cols)
+    )
+    return mask, downsample, tissue.select_tiles(coverage, config.tissue), frame
+
+
+def _cut_like_the_reference(
+    opened: slide.Slide, frame: Frame
+) -> tuple[NDArray[np.bool_], int, NDArray[np.bool_], Frame]:
+    index = tissue.reference_index(opened.reference_thumbnail())
+    _, _, _, xmin, _, ymin, _, nrows, ncols = (int(value) for value in index.vector)
+    grid = np.zeros((ymin + nrows, xmin + ncols), dtype=bool)
+    grid[ymin:, xmin:] = index.mask
+    return grid, frame.tile_px, grid, frame._replace(t_col0=xmin, t_row0=ymin, t_cols=ncols, t_rows=nrows)
+
+
+def _frame(about: slide.SlideFacts, um_px: float, config: RunConfig) -> Frame:
+    model = _card(config.model)
+    l0_per_px = 1.0
+    if config.geometry.spacing == "model":
+        l0_per_px = geometry.reading_scale(um_px, model.spacing_um_px, tolerance=config.geometry.tolerance)
+    if l0_per_px * config.geometry.max_upsample < 1:
+        raise InputError(
+            f"the slide has {um_px:g} um/px, the model needs {model.spacing_um_px:g}",
+            f"use a model for this spacing, or allow enlarging with geometry.max_upsample={1 / l0_per_px:.1f}",
+            slide=about.slide_id,
+            path=about.path,
+        )
+    width, height = about.l0_size_px
+    rows, cols = geometry.grid_shape(width, height, l0_per_px=l0_per_px, tile_px=config.tiles.tile_px)
+    return Frame(
+        convention=config.geometry.convention,
+        l0_width_px=width,
+        l0_height_px=height,
+        l0_per_px=l0_per_px,
+        um_px=um_px * l0_per_px,
+        tile_px=config.tiles.tile_px,
+        window_px=model.window_px,
+        stride_px=config.inference.stride,
+        halo_px=config.tiles.halo_px,
+        block_tiles=config.tiles.block_tiles,
+        t_col0=0,
+        t_row0=0,
+        t_cols=cols,
+        t_rows=rows,
+    )
+
+
+def _check_unchanged(record_path: Path, case: Case) -> None:
+    """Raise if the slide's content is no longer what was planned; the hash is taken again only if the file changed."""
+    record = json.loads(record_path.read_text(encoding="utf-8"))
+    if slide.signature(case.path) == record["signature"]:
+        return
+    sha256 = slide.sha256(case.path)
+    if sha256 != record["sha256"]:
+        cause = f"its content has changed since the run was planned (SHA-256 {sha256}, was {record['sha256']})"
+        raise InputError(cause, "restore it, or choose another out= folder", slide=case.slide_id, path=case.path)
+
+
+def make_plan(source: Path, outcomes: Sequence[Outcome]) -> Path:
+    """Make the plan from what ingest found, and publish it.
+
+    Args:
+        source: ``cases.json``.
+        outcomes: One outcome of `ingest` per case.
+    """
+    config, cases = read_cases(source)
+    root = source.parent
+    slides, rejected = [], []
+    for outcome in sorted(outcomes):
+        case = cases[outcome.index]
+        if outcome.receipt is None:
+            rejected.append(plan.Rejected(case.slide_id, outcome.error, outcome.exit_code))
+        else:
+            record = json.loads((root / outcome.receipt["path"]).read_text(encoding="utf-8"))
+            slides.append(_slide_plan(case, record, config))
+    model = _card(config.model)
+    settings = {
+        "cut": _cutting(config),
+        "predict": {
+            "model": card.identity(model),
+            "inference": config.inference.model_dump(),
+            "stain": config.stain.model_dump(),
+            "numeric_class": threads.numeric_class(),
+        },
+        "lesions": config.lesions.model_dump(),
+        "evaluation": config.evaluation.model_dump(),
+        "seed": config.seed,
+    }
+    work = {"store": config.store.model_dump(), "model": json.loads(config.model.model_dump_json())}
+    return plan.publish_plan(root, Plan(settings, work, slides, rejected))
+
+
+def _slide_plan(case: Case, record: Mapping[str, Any], config: RunConfig) -> SlidePlan:
+    frame = Frame(**record["frame"])
+    runs = tuple((row, first, length) for row, first, length in record["tile_runs"])
+    blocks = tiles.blocks(plan.tissue_grid(runs), block_tiles=frame.block_tiles)
+    ranges = plan.group_ranges(blocks, group_tiles=config.tiles.group_tiles)
+    return SlidePlan(
+        slide_id=case.slide_id,
+        path=str(case.path),
+        sha256=record["sha256"],
+        um_px_l0=record["um_px_l0"],
+        label=case.label,
+        annotation_path=str(case.annotation_path or ""),
+        mask_path=str(case.mask_path or ""),
+        overview_downsample=record["overview_downsample"],
+        frame=frame,
+        tile_runs=runs,
+        group_ranges=ranges,
+        key=publish.key_of(sha256=record["sha256"], frame=frame._asdict(), runs=runs, ranges=ranges),
+    )

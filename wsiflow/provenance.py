@@ -1,0 +1,20 @@
+"""What receipts say about where numbers came from."""
+
+from functools import lru_cache
+from importlib.metadata import version
+from typing import Any
+
+from wsiflow.model import threads
+
+_LIBRARIES = ("wsiflow", "torch", "numpy", "h5py", "openslide-python", "openslide-bin", "opencv-python-headless")
+
+
+@lru_cache(maxsize=1)
+def versions() -> dict[str, str]:
+    """Return the versions that can change a number."""
+    return {name: version(name) for name in _LIBRARIES}
+
+
+def facts(kind: str, slide_id: str, **more: Any) -> dict[str, Any]:
+    """Return what the receipt of a file says besides its hash and times."""
+    return {"kind": kind, "slide": slide_id, "versions": versions(), "numeric_class": threads.numeric_class(), **more}

@@ -1,0 +1,118 @@
+"""A run as shards of slides that advance stage by stage, and the ledger that says when all of them are through.
+
+A shard is what one orchestrator task works on. Its value is `Progress`: which of its slides are still good, and how
+every task so far ended. Nothing here knows who calls it.
+"""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from wsiflow import dataset, ingest, plan, publish, steps, synth
+from wsiflow.config import RunConfig
+from wsiflow.executor import Executor, Outcome
+from wsiflow.plan import Plan, Task
+
+#: Stages after the plan, in order.
+LINE = ("extract", "predict", "stitch", "detect")
+
+_SHARDS_WANTED = 40
+
+
+class Progress(NamedTuple):
+    """How far the slides of a shard have come.
+
+    Attributes:
+        slides: Indices of the slides nothing has failed for.
+        outcomes: Stage and outcome of every task so far.
+    """
+
+    slides: tuple[int, ...]
+    outcomes: tuple[tuple[str, Outcome], ...] = ()
+
+
+class Ledger(NamedTuple):
+    """Planned = published + quarantined + failed, in array tasks; a rejected slide counts as one task."""
+
+    planned: int
+    published: int
+    quarantined: int
+    failed: int
+
+    @property
+    def complete(self) -> bool:
+        """Everything that was planned is published."""
+        return self.planned == self.published
+
+
+def begin(config: RunConfig) -> Path:
+    """Prove the run's folder, settle what slides there are, and publish both with the configuration.
+
+    Returns:
+        ``cases.json``.
+    """
+    publish.preflight(config.out)
+    params = config.dataset
+    if params.kind == "synthetic":
+        manifest = synth.write_dataset(params.folder, seed=params.seed, size_px=params.size_px)
+        params = params.model_copy(update={"kind": "manifest", "manifest": manifest})
+    return ingest.write_cases(config.out, config, dataset.load_dataset(params))
+
+
+def cut(count: int, slides_each: int) -> list[tuple[int, ...]]:
+    """Cut ``count`` slides into shards of ``slides_each``; 0 gives about 40 shards however many slides there are."""
+    each = slides_each or -(-count // _SHARDS_WANTED)
+    return [tuple(range(first, min(first + each, count))) for first in range(0, count, max(1, each))]
+
+
+def count_cases(cases: Path) -> int:
+    """Return how many cases there are to ingest."""
+    return len(ingest.read_cases(cases)[1])
+
+
+def count_slides(plan_path: Path) -> int:
+    """Return how many slides are planned."""
+    return len(plan.read(plan_path).slides)
+
+
+def ingest_shard(pool: Executor, cases: Path, shard: Sequence[int]) -> list[Outcome]:
+    """Ingest the cases of a shard."""
+    return list(pool.run(steps.run_task, cases, "ingest", shard))
+
+
+def advance(pool: Executor, plan_path: Path, stage: str, progress: Progress) -> Progress:
+    """Take the good slides of a shard through one stage."""
+    made = plan.read(plan_path)
+    outcomes = list(pool.run(steps.run_task, plan_path, stage, _indices(made, stage, progress.slides)))
+    failed = {_slide(made, stage, outcome.index) for outcome in outcomes if outcome.receipt is None}
+    return Progress(
+        tuple(index for index in progress.slides if index not in failed),
+        progress.outcomes + tuple((stage, outcome) for outcome in outcomes),
+    )
+
+
+def _indices(made: Plan, stage: str, slides: Iterable[int]) -> list[int]:
+    """Return the tasks of a stage for some slides, the largest first where they differ."""
+    if stage == "extract":
+        from_store = made.work["store"]["kind"] == "hdf5"
+        return [index for index in slides if from_store and made.slides[index].group_ranges]
+    if stage == "predict":
+        wanted = set(slides)
+        return [i for i, task in enumerate(made.tasks) if task.slide in wanted]
+    return list(slides)
+
+
+def _slide(made: Plan, stage: str, index: int) -> int:
+    return made.tasks[index].slide if stage == "predict" else index
+
+
+def ledger(root: Path, made: Plan) -> Ledger:
+    """Count what the disk says: receipts of the plan's own keys, nothing an orchestrator remembers."""
+    published = sum(_is_published(root, made, task) for task in made.tasks)
+    planned = len(made.tasks) + len(made.rejected)
+    return Ledger(planned, published, len(made.rejected), len(made.tasks) - published)
+
+
+def _is_published(root: Path, made: Plan, task: Task) -> bool:
+    receipt = publish.read_receipt(root, steps.prediction_name(made, task))
+    return receipt is not None and receipt["key"] == plan.task_key(made, task)
