@@ -1,0 +1,44 @@
+# make demo and make test set everything up on a fresh machine; make setup does nothing when .venv is current.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.current
+
+.PHONY: setup demo test check prefect mlflow format clean
+
+setup: $(STAMP)
+
+# torch first and alone: its CPU build is small, the one other packages would pull in is several gigabytes of CUDA.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --retries 0 --timeout 15 --index-url https://download.pytorch.org/whl/cpu torch==2.13.0 \
+	  || $(BIN)/pip install --quiet torch==2.13.0
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $(STAMP)
+
+demo: setup
+	$(BIN)/wsiflow run name=demo out=demo/run
+
+test: setup
+	$(BIN)/python -m pytest -q
+
+check: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports
+	$(BIN)/mypy
+	$(BIN)/codespell
+
+format: setup
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+# A lasting Prefect server on this machine only; then: export PREFECT_API_URL=http://127.0.0.1:4200/api
+prefect: setup
+	DO_NOT_TRACK=1 PREFECT_SERVER_ANALYTICS_ENABLED=false $(BIN)/prefect server start --host 127.0.0.1
+
+# The experiments of the demo run, in the browser.
+mlflow: setup
+	MLFLOW_DISABLE_TELEMETRY=true $(BIN)/mlflow ui --host 127.0.0.1 --backend-store-uri sqlite:///demo/mlflow.db
+
+clean:
+	rm -rf .venv build dist *.egg-info demo runs
