@@ -79,7 +79,7 @@ def start(config: RunConfig) -> Summary:
 
     from . import pipeline
 
-    threads.limit_threads(threads.allocated_cores())
+    threads.limit_threads(config.executor.threads)
     if config.orchestrator == "none":
         return pipeline.direct(config)
     from .server import chosen_server

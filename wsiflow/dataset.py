@@ -93,18 +93,22 @@ class DatasetParams(BaseModel, frozen=True, extra="forbid"):
     """Where the slides of a run come from. An empty text means absent.
 
     Attributes:
-        kind: Which of the three settings below is meant.
+        kind: Which of the three settings below is meant; ``synthetic`` is a manifest that is written first.
         manifest: CSV file that lists the slides.
-        folder: Folder that is searched for slides, subfolders included.
+        folder: Folder that is searched for slides, subfolders included, or where synthetic slides are kept.
         path: One slide.
         limit: Number of slides to take, from the first; absent means all.
+        size_px: Side of synthetic slides, level-0 px.
+        seed: Seed of synthetic slides.
     """
 
-    kind: Literal["manifest", "folder", "single"]
+    kind: Literal["manifest", "folder", "single", "synthetic"]
     manifest: _OptionalPath
     folder: _OptionalPath
     path: _OptionalPath
     limit: Annotated[Annotated[int, Field(ge=1)] | None, BeforeValidator(_none_if_empty)]
+    size_px: int = Field(ge=1024, le=100_000)
+    seed: int = Field(ge=0)
 
 
 class _Row(NamedTuple):

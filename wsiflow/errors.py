@@ -36,7 +36,9 @@ class WsiflowError(Exception):
         """Join the parts into one line."""
         where = [f"slide {self.slide}"] if self.slide else []
         where += [part for part in (self.stage, self.path) if part]
-        text = ": ".join([", ".join(where), f"{self.cause}; {self.remedy}"] if where else [f"{self.cause}; {self.remedy}"])
+        text = ": ".join(
+            [", ".join(where), f"{self.cause}; {self.remedy}"] if where else [f"{self.cause}; {self.remedy}"]
+        )
         return " ".join(text.split())
 
     def __reduce__(self) -> tuple[Callable[..., "WsiflowError"], tuple[Any, ...]]:

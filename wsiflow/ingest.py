@@ -186,7 +186,7 @@ def make_plan(source: Path, outcomes: Sequence[Outcome]) -> Path:
             "model": card.identity(model),
             "inference": config.inference.model_dump(),
             "stain": config.stain.model_dump(),
-            "numeric_class": threads.numeric_class(),
+            "numeric_class": threads.numeric_class(config.executor.threads),
         },
         "lesions": config.lesions.model_dump(),
         "evaluation": config.evaluation.model_dump(),

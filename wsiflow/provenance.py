@@ -1,5 +1,6 @@
 """What receipts say about where numbers came from."""
 
+import os
 from functools import lru_cache
 from importlib.metadata import version
 from typing import Any
@@ -17,4 +18,5 @@ def versions() -> dict[str, str]:
 
 def facts(kind: str, slide_id: str, **more: Any) -> dict[str, Any]:
     """Return what the receipt of a file says besides its hash and times."""
-    return {"kind": kind, "slide": slide_id, "versions": versions(), "numeric_class": threads.numeric_class(), **more}
+    numeric_class = threads.numeric_class(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    return {"kind": kind, "slide": slide_id, "versions": versions(), "numeric_class": numeric_class, **more}

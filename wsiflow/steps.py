@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,9 +21,12 @@ from wsiflow import evaluation, export, geometry, heatmap, ingest, lesions, plan
 from wsiflow.errors import IntegrityError, WsiflowError
 from wsiflow.executor import Outcome
 from wsiflow.geometry import Frame
-from wsiflow.model import card, classifier, window
+from wsiflow.model import card
 from wsiflow.plan import Plan, SlidePlan, Task
 from wsiflow.provenance import facts
+
+if TYPE_CHECKING:
+    from wsiflow.model.classifier import Classifier
 
 
 def run_task(source: Path, stage: str, index: int) -> Outcome:
@@ -71,18 +74,18 @@ def extract(source: Path, index: int) -> tuple[publish.Receipt, bool]:
         "key": key,
         "versions": receipt_facts["versions"],
     }
-    with (
-        publish.publishing(root, name, key, receipt_facts, verify) as attempt,
-        slide.open_slide(Path(planned.path), slide_id=planned.slide_id) as opened,
-        attempt.timed("write"),
-        store.create_patches(attempt.path, planned.frame, described, params.compression) as writer,
-    ):
-        for k, (lo, hi) in enumerate(planned.group_ranges, 1):
-            coord = block_coord(planned.frame, blocks[lo:hi])
-            writer.add_group(k, coord, _timed_reads(attempt, opened, planned.frame, blocks[lo:hi], params.read_blocks))
+    with publish.publishing(root, name, key, receipt_facts, verify) as attempt:
+        with (
+            attempt.timed("write"),
+            slide.open_slide(Path(planned.path), slide_id=planned.slide_id) as opened,
+            store.create_patches(attempt.path, planned.frame, described, params.compression) as writer,
+        ):
+            for k, (lo, hi) in enumerate(planned.group_ranges, 1):
+                parts = _timed_reads(attempt, opened, planned.frame, blocks[lo:hi], params.read_blocks)
+                writer.add_group(k, block_coord(planned.frame, blocks[lo:hi]), parts)
         attempt.receipt["counts"] = {"blocks": len(blocks), "tiles": planned.n_tiles}
-    seconds = attempt.receipt["seconds"]
-    return attempt.receipt, bool(seconds)
+        attempt.receipt["seconds"]["write"] -= attempt.receipt["seconds"]["read"]  # it was read while it was written
+    return attempt.receipt, True
 
 
 def block_coord(frame: Frame, blocks: Sequence[tiles.Block]) -> NDArray[np.int64]:
@@ -163,14 +166,19 @@ def predict(source: Path, index: int) -> tuple[publish.Receipt, bool]:
 
 
 @lru_cache(maxsize=1)
-def _classifier(spec: card.ModelSpec) -> classifier.Classifier:
-    return classifier.load(spec)
+def _classifier(spec: card.ModelSpec) -> "Classifier":
+    """Load the model once per process; torch is imported here so that a worker's threads are limited before."""
+    from wsiflow.model.classifier import load
+
+    return load(spec)
 
 
 def _scores(
-    root: Path, made: Plan, planned: SlidePlan, task: Task, model: classifier.Classifier, attempt: publish.Attempt
+    root: Path, made: Plan, planned: SlidePlan, task: Task, model: "Classifier", attempt: publish.Attempt
 ) -> NDArray[np.float32]:
     """Return float32 (n, m, m), the scores of a group's tissue tiles in the order of its blocks."""
+    from wsiflow.model.window import predict_blocks
+
     frame, m = planned.frame, planned.frame.cells_per_tile
     batch = made.settings["predict"]["inference"]["batch"]
     found = []
@@ -183,7 +191,7 @@ def _scores(
         blocks, pixels = part
         with attempt.timed("infer"):
             for offsets, chosen in _alike(frame, blocks):
-                prob = window.predict_blocks(model, pixels[chosen], offsets, batch=batch)
+                prob = predict_blocks(model, pixels[chosen], offsets, batch=batch)
                 found.append(prob.reshape(-1, m, m))
 
 
@@ -293,7 +301,7 @@ def _publish_pictures(root: Path, planned: SlidePlan, key: str) -> None:
     receipt_facts = facts("overlay", planned.slide_id)
     name = f"heatmaps/{planned.slide_id}.preview.tif"
     if publish.done(root, name, key) is None:
-        with publish.publishing(root, name, key, receipt_facts, lambda path: None) as attempt:
+        with publish.publishing(root, name, key, receipt_facts, _any_bytes) as attempt:
             pyramid.write_preview(attempt.path, heat, um_px=planned.frame.um_px * planned.frame.stride_px)
     with slide.open_slide(Path(planned.path), slide_id=planned.slide_id) as opened:
         downsample = max(1.0, max(opened.facts.l0_size_px) / 1024)
@@ -302,6 +310,10 @@ def _publish_pictures(root: Path, planned: SlidePlan, key: str) -> None:
     corner = geometry.l0_from_h_corner(planned.frame, 0, 0)
     png = export.overlay_png(overview, heat, cell_px=cell, origin_px=(corner[0] / downsample, corner[1] / downsample))
     publish.publish_bytes(root, f"heatmaps/{planned.slide_id}.png", png, key, receipt_facts)
+
+
+def _any_bytes(_path: Path) -> None:
+    """Accept a picture: nothing is computed from it."""
 
 
 def _published(root: Path, made: Plan, task: Task) -> publish.Receipt:

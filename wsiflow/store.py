@@ -72,13 +72,14 @@ class PatchWriter:
         img = group.create_dataset(
             "img", (n, side, side, 3), "u1", chunks=(1, side, side, 3), fletcher32=True, compression=self._compression
         )
-        shares: list[float] = []
+        shares, written = np.full(n, np.nan, dtype=np.float32), 0
         for pixels, transparent in parts:
-            img[len(shares) : len(shares) + len(pixels)] = pixels
-            shares += transparent
+            img[written : written + len(pixels)] = pixels
+            shares[written : written + len(pixels)] = transparent
+            written += len(pixels)
         _table(group, "coord", coord)
-        _table(group, "transparent", np.asarray(shares, dtype=np.float32))
-        group.attrs["written"] = len(shares)
+        _table(group, "transparent", shares)
+        group.attrs["written"] = written
 
 
 @contextlib.contextmanager

@@ -18,12 +18,12 @@ class ExecutorParams(BaseModel, frozen=True, extra="forbid"):
     Attributes:
         kind: ``inline`` in this process, ``process`` in a pool of worker processes.
         workers: Worker processes; 0 takes one per core this process may use.
-        threads: Threads of each worker; 0 shares the allocated cores among the workers.
+        threads: Threads of each worker's network; part of the numeric class, since it can change the last bits.
     """
 
     kind: Literal["inline", "process"]
     workers: int = Field(ge=0, le=1024)
-    threads: int = Field(ge=0, le=1024)
+    threads: int = Field(ge=1, le=1024)
 
 
 class Outcome(NamedTuple):
@@ -68,7 +68,7 @@ def make(params: ExecutorParams, *, cores: int) -> AbstractContextManager[Execut
     workers = worker_count(params, cores=cores)
     if params.kind == "inline":
         return Inline()
-    return ProcessPool(workers, threads=params.threads or max(1, cores // workers))
+    return ProcessPool(workers, threads=params.threads)
 
 
 def worker_count(params: ExecutorParams, *, cores: int) -> int:

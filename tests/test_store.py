@@ -1,0 +1,101 @@
+"""The HDF5 files: the reference's layout, and damage that is never silent."""
+
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+
+from wsiflow import store
+from wsiflow.errors import IntegrityError
+from wsiflow.geometry import Frame
+
+FRAME = Frame("reference", 896, 672, 1.0, 0.243, 224, 224, 112, 112, 1, 0, 0, 4, 3)
+RNG = np.random.default_rng(0)
+PIXELS = RNG.integers(0, 256, (3, 448, 448, 3), dtype=np.uint8)
+COORD = np.array([[c, 1, 224 * c - 112, 112, 448] for c in (1, 2, 3)])
+
+
+def write_patches(path: Path, *, last: int = 3) -> None:
+    with store.create_patches(path, FRAME, {"slide_id": "s", "versions": {"a": "1"}}, "none") as writer:
+        writer.add_group(1, COORD[:2], iter([(PIXELS[:1], [0.0]), (PIXELS[1:2], [0.5])]))
+        writer.add_group(2, COORD[2:], iter([(PIXELS[2:last], [0.0] * (last - 2))]))
+
+
+def test_reference_readers_can_open_it(tmp_path: Path) -> None:
+    """Plain h5py finds t<k>/img uint8 (n, 448, 448, 3) and t<k>/coord int64 (n, 5) with column before row."""
+    write_patches(tmp_path / "s.h5")
+    with h5py.File(tmp_path / "s.h5", "r") as file:
+        assert sorted(file) == ["t1", "t2"]
+        assert file["t1/img"].dtype == np.uint8
+        assert np.array_equal(np.array(file["t1"]["img"]), PIXELS[:2])
+        assert file["t1/coord"].dtype == np.int64
+        assert np.array(file["t2"]["coord"]).tolist() == [[3, 1, 560, 112, 448]]
+        assert file["t1/transparent"][:].tolist() == [0.0, 0.5]
+        assert file.attrs["slide_id"] == "s"
+        assert '"um_px": 0.243' in file.attrs["frame"]
+
+
+def test_same_input_gives_the_same_bytes(tmp_path: Path) -> None:
+    """Nothing in the file depends on when it was written."""
+    write_patches(tmp_path / "a.h5")
+    write_patches(tmp_path / "b.h5")
+    assert (tmp_path / "a.h5").read_bytes() == (tmp_path / "b.h5").read_bytes()
+
+
+def test_planned_groups_are_checked(tmp_path: Path) -> None:
+    """A file with every block passes; one with a group too few or a block unwritten does not."""
+    write_patches(tmp_path / "good.h5")
+    store.check_patches(tmp_path / "good.h5", [2, 1], FRAME)
+    with pytest.raises(IntegrityError, match="1 were planned"):
+        store.check_patches(tmp_path / "good.h5", [2], FRAME)
+    write_patches(tmp_path / "short.h5", last=2)
+    with pytest.raises(IntegrityError, match="t2 was not written to its end"):
+        store.check_patches(tmp_path / "short.h5", [2, 1], FRAME)
+
+
+def test_predictions_come_back_as_written(tmp_path: Path) -> None:
+    """Scores and coordinates round-trip to the bit."""
+    prob = RNG.random((3, 2, 2), dtype=np.float32)
+    store.write_predictions(tmp_path / "t1.h5", FRAME, COORD, prob, {"key": "k"})
+    coord, again = store.read_predictions(tmp_path / "t1.h5")
+    assert np.array_equal(coord, COORD)
+    assert np.array_equal(again, prob)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1.0000001, -1e-6])
+def test_a_score_that_is_not_a_probability_is_refused(tmp_path: Path, value: float) -> None:
+    """NaN, infinity and values outside [0, 1] never get past the file."""
+    prob = np.full((3, 2, 2), 0.5, dtype=np.float32)
+    prob[1, 1, 1] = value
+    store.write_predictions(tmp_path / "t1.h5", FRAME, COORD, prob, {})
+    with pytest.raises(IntegrityError, match="not numbers in"):
+        store.read_predictions(tmp_path / "t1.h5")
+
+
+def test_no_flipped_bit_gives_other_numbers(tmp_path: Path) -> None:
+    """Of 200 single-bit flips anywhere in a predictions file, each is an error or changes nothing that is read."""
+    path = tmp_path / "t1.h5"
+    prob = RNG.random((3, 2, 2), dtype=np.float32)
+    store.write_predictions(path, FRAME, COORD, prob, {"key": "k"})
+    good = path.read_bytes()
+    for position in RNG.integers(0, len(good), 200).tolist():
+        damaged = bytearray(good)
+        damaged[position] ^= 1 << int(RNG.integers(8))
+        path.write_bytes(damaged)
+        try:
+            coord, again = store.read_predictions(path)
+        except IntegrityError:
+            continue
+        assert np.array_equal(coord, COORD)
+        assert np.array_equal(again, prob)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.99])
+def test_a_cut_file_is_refused(tmp_path: Path, share: float) -> None:
+    """A file that ends early is not a whole file."""
+    write_patches(tmp_path / "s.h5")
+    data = (tmp_path / "s.h5").read_bytes()
+    (tmp_path / "cut.h5").write_bytes(data[: int(len(data) * share)])
+    with pytest.raises(IntegrityError, match="not a whole HDF5 file"), store.open_patches(tmp_path / "cut.h5"):
+        pass
