@@ -77,7 +77,7 @@ def as_classifier(module: nn.Module, card: ModelCard) -> Classifier:
     """Return a classifier of a network whose weights are in place; the network is put into evaluation mode."""
     # Channels last is the memory order of images, and about twice as fast on CPUs.
     return Classifier(
-        module.eval().requires_grad_(requires_grad=False).to(memory_format=torch.channels_last),  # type: ignore[call-overload]
+        module.eval().to(memory_format=torch.channels_last),  # type: ignore[call-overload]
         class_names=card.class_names,
         positive_index=card.positive_index,
         window_px=card.window_px,

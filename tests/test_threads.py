@@ -1,0 +1,121 @@
+"""Facts about cores, thread limits and the numeric class."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from wsiflow.errors import EnvironmentFault
+from wsiflow.model.threads import allocated_cores, cgroup_cores, numeric_class, scheduler_cores
+
+
+def run(code: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    clean = {key: value for key, value in os.environ.items() if not key.endswith("_NUM_THREADS")}
+    return subprocess.run(
+        [sys.executable, "-c", code], env=clean | environ, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.parametrize("name", ["SLURM_CPUS_PER_TASK", "NSLOTS", "PBS_NUM_PPN", "NCPUS", "LSB_DJOB_NUMPROC"])
+def test_a_scheduler_limits_the_cores(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One slot is one core, whatever the machine has."""
+    monkeypatch.setenv(name, "1")
+    assert allocated_cores() == 1
+
+
+def test_a_generous_scheduler_does_not_add_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Affinity binds when it grants less than the scheduler."""
+    monkeypatch.setenv("NSLOTS", "4096")
+    assert 1 <= allocated_cores() <= len(os.sched_getaffinity(0))
+
+
+def test_affinity_limits_the_cores() -> None:
+    """A process pinned to one core has one."""
+    code = (
+        "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
+        "from wsiflow.model.threads import allocated_cores; print(allocated_cores())"
+    )
+    assert run(code).stdout.strip() == "1"
+
+
+def test_an_empty_variable_grants_nothing_and_a_word_is_refused() -> None:
+    """An empty variable is as good as none; anything else must be a number."""
+    assert scheduler_cores({"NSLOTS": "", "NCPUS": "6"}) == [6]
+    with pytest.raises(EnvironmentFault, match="NSLOTS is 'many', a number of cores is expected"):
+        scheduler_cores({"NSLOTS": "many"})
+
+
+def write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def test_version_2_quotas_of_all_ancestors_count(tmp_path: Path) -> None:
+    """Quotas of the group and of those above it are rounded down, and ``max`` is none."""
+    write(tmp_path / "proc", "0::/user.slice/job\n")
+    write(tmp_path / "cg/cpu.max", "max 100000\n")
+    write(tmp_path / "cg/user.slice/cpu.max", "350000 100000\n")
+    write(tmp_path / "cg/user.slice/job/cpu.max", "50000 100000\n")
+    assert sorted(cgroup_cores(tmp_path / "proc", tmp_path / "cg")) == [1, 3]
+
+
+def test_version_1_quota_counts(tmp_path: Path) -> None:
+    """The quota of the cpu controller binds; -1 is none; other controllers do not matter."""
+    write(tmp_path / "proc", "5:cpu,cpuacct:/job\n4:memory:/job\n")
+    write(tmp_path / "cg/cpu/cpu.cfs_quota_us", "-1\n")
+    write(tmp_path / "cg/cpu/cpu.cfs_period_us", "100000\n")
+    write(tmp_path / "cg/cpu/job/cpu.cfs_quota_us", "200000\n")
+    write(tmp_path / "cg/cpu/job/cpu.cfs_period_us", "100000\n")
+    write(tmp_path / "cg/memory/job/cpu.cfs_quota_us", "1\n")
+    assert cgroup_cores(tmp_path / "proc", tmp_path / "cg") == [2]
+
+
+def test_a_container_whose_group_is_not_mounted_has_the_quota_of_the_mount(tmp_path: Path) -> None:
+    """A group named as the host sees it does not exist inside; the mount's own quota binds."""
+    write(tmp_path / "proc", "0::/docker/0123abcd\n")
+    write(tmp_path / "cg/cpu.max", "400000 100000\n")
+    assert cgroup_cores(tmp_path / "proc", tmp_path / "cg") == [4]
+
+
+def test_no_cgroup_is_no_limit(tmp_path: Path) -> None:
+    """Where the kernel has no cgroups, nothing is limited."""
+    assert cgroup_cores(tmp_path / "absent", tmp_path) == []
+
+
+def test_a_limit_set_before_torch_is_what_torch_uses() -> None:
+    """One thread is asked for, and torch runs with one."""
+    code = (
+        "from wsiflow.model.threads import limit_threads; limit_threads(1)\n"
+        "import torch; print(torch.get_num_threads())"
+    )
+    assert run(code).stdout.strip() == "1"
+
+
+def test_a_limit_set_after_torch_is_refused_when_it_differs() -> None:
+    """Half of the libraries would keep the old number, so it is an error and not a wish."""
+    code = (
+        "import torch; from wsiflow.model.threads import limit_threads\n"
+        "limit_threads(torch.get_num_threads())\n"
+        "limit_threads(torch.get_num_threads() + 1)"
+    )
+    result = run(code, OMP_NUM_THREADS="1")
+    assert "torch already runs with 1 threads, 2 are asked for" in result.stderr
+
+
+def test_cards_and_threads_do_not_import_torch() -> None:
+    """Help texts and plans must not wait for torch, and thread limits must come before it."""
+    code = "import sys, wsiflow.model, wsiflow.model.card, wsiflow.model.threads; print('torch' in sys.modules)"
+    assert run(code).stdout.strip() == "False"
+
+
+def test_the_numeric_class_tells_threads_and_pins_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads and a restricted instruction set make another class; asking twice does not."""
+    monkeypatch.delenv("ATEN_CPU_CAPABILITY", raising=False)
+    plain = numeric_class(1)
+    assert plain == numeric_class(1)
+    assert plain != numeric_class(2)
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx2")
+    assert "ATEN_CPU_CAPABILITY=avx2" in numeric_class(1)["pins"]
+    assert plain["torch"].startswith("2.")
