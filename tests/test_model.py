@@ -18,7 +18,7 @@ from torch import nn
 from wsiflow import model
 from wsiflow.errors import InputError
 from wsiflow.model.architectures import build
-from wsiflow.model.card import ModelSpec, identity, read_card
+from wsiflow.model.card import ModelSpec, card_path, identity, read_card
 from wsiflow.model.classifier import as_classifier, normalise, predict, probe_image
 from wsiflow.model.save import save
 
@@ -155,6 +155,13 @@ def test_a_file_that_is_no_card_is_refused(tmp_path: Path, data: bytes | None, m
         path.write_bytes(data)
     with pytest.raises(InputError, match=message):
         read_card(spec(path))
+
+
+def test_a_packaged_card_lies_beside_the_code() -> None:
+    """``pkg:`` means the weights folder of wsiflow.model, wherever it is installed."""
+    folder = Path(model.__file__).parent / "weights"
+    assert card_path(spec(Path("pkg:some.json"))) == folder / "some.json"
+    assert card_path(spec(Path("some.json"))) == Path("some.json")
 
 
 def test_weights_that_hash_to_something_else_are_refused(card: Path) -> None:
@@ -379,6 +386,16 @@ def test_trusted_torchscript_gives_the_numbers_of_its_program(wsinfer: tuple[Pat
     expected = torch.softmax(torch.jit.load(str(path.parent / "torchscript_model.pt"))(inputs), 1)[0, 1]
     assert (classifier.window_px, classifier.input_px, classifier.spacing_um_px) == (64, 32, 0.5)
     assert abs(float(predict(classifier, image[None])[0]) - float(expected)) < 1e-3
+
+
+def test_a_frozen_program_loads(wsinfer: tuple[Path, str]) -> None:
+    """WSInfer's own converter freezes what it traces, so that no weights are left to list."""
+    path, _ = wsinfer
+    program = path.parent / "torchscript_model.pt"
+    torch.jit.freeze(torch.jit.load(str(program))).save(str(program))
+    sha256 = hashlib.sha256(program.read_bytes()).hexdigest()
+    trusted = spec(path, positive_class="Tumor", trust_torchscript=True, sha256=sha256)
+    assert 0 < predict(model.load(trusted), probe_image(5, 64)[None])[0] < 1
 
 
 def test_a_file_that_is_no_program_is_refused(wsinfer: tuple[Path, str]) -> None:
