@@ -1,0 +1,257 @@
+"""Outlines and mask images: what is tumour, and what is refused."""
+
+import tarfile
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from matplotlib.path import Path as Outline
+
+from wsiflow import annotations
+from wsiflow.annotations import TumourOutline
+from wsiflow.errors import InputError
+
+SQUARE = [(0, 0), (96, 0), (96, 96), (0, 96)]
+
+
+def asap(*outlines):
+    """Return ASAP XML of (group, points) pairs."""
+    parts = []
+    for index, (group, points) in enumerate(outlines):
+        rows = "".join(f'<Coordinate Order="{i}" X="{x}" Y="{y}" />' for i, (x, y) in enumerate(points))
+        parts.append(
+            f'<Annotation Name="Annotation {index}" Type="Polygon" PartOfGroup="{group}" Color="#F4FA58">'
+            f"<Coordinates>{rows}</Coordinates></Annotation>"
+        )
+    groups = '<AnnotationGroups><Group Name="Tumor" PartOfGroup="None"><Attributes /></Group></AnnotationGroups>'
+    return (
+        f'<?xml version="1.0"?><ASAP_Annotations><Annotations>{"".join(parts)}</Annotations>{groups}</ASAP_Annotations>'
+    )
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Return a function that writes text to an XML file."""
+
+    def written(text):
+        path = tmp_path / "slide.xml"
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return path
+
+    return written
+
+
+def outline(*tumour, exclusions=()):
+    """Return an outline from lists of points."""
+    return TumourOutline(*(tuple(np.array(points, float) for points in some) for some in (tumour, exclusions)))
+
+
+@pytest.mark.parametrize("group", ["_0", "_1", "Tumor", "metastases", "tumor"])
+def test_tumour_groups(write, group):
+    """The groups of CAMELYON16 and 17 that hold tumour."""
+    read = annotations.read_asap(write(asap((group, SQUARE))))
+    assert [polygon.tolist() for polygon in read.tumour] == [[list(point) for point in SQUARE]]
+    assert read.exclusions == ()
+
+
+@pytest.mark.parametrize("group", ["_2", "Exclusion", "None", "normal"])
+def test_exclusion_groups(write, group):
+    """The groups that are cut out."""
+    read = annotations.read_asap(write(asap((group, SQUARE))))
+    assert (len(read.tumour), len(read.exclusions)) == (0, 1)
+
+
+def test_file_without_annotations(write):
+    """An annotation file may be empty."""
+    read = annotations.read_asap(write(asap()))
+    assert (read.tumour, read.exclusions, read.without_area) == ((), (), ())
+
+
+def test_fractions_and_negative_coordinates_are_kept(write):
+    """ASAP writes fractions, and a point may slip over the edge."""
+    read = annotations.read_asap(write(asap(("Tumor", [(-1.5, 0.25), (9, 0), (9, 9.75)]))), l0_size_px=(9, 9))
+    assert read.tumour[0].tolist() == [[-1.5, 0.25], [9, 0], [9, 9.75]]
+
+
+def test_outline_of_two_points_is_named(write):
+    """A stray of the mouse encloses nothing, and is told, not dropped in silence."""
+    read = annotations.read_asap(write(asap(("Tumor", [(1, 1), (2, 2)]), ("Tumor", SQUARE))))
+    assert read.without_area == ("Annotation 0",)
+    assert len(read.tumour) == 1
+
+
+def test_unknown_group_is_named(write):
+    """A group that means nothing here could be tumour or not: nobody guesses."""
+    with pytest.raises(InputError, match=r"'Annotation 1' is of group 'Necrosis'.*metastases"):
+        annotations.read_asap(write(asap(("Tumor", SQUARE), ("Necrosis", SQUARE))))
+
+
+def test_annotation_of_another_slide(write):
+    """A point far outside the slide tells that the outline belongs elsewhere."""
+    path = write(asap(("Tumor", [(0, 0), (5000, 0), (5000, 90)])))
+    assert len(annotations.read_asap(path, l0_size_px=(5000, 90)).tumour) == 1
+    with pytest.raises(InputError, match=r"5000, 0, the slide is 4000 x 3000 px"):
+        annotations.read_asap(path, l0_size_px=(4000, 3000))
+
+
+WHOLE = asap(("Tumor", SQUARE))
+BOMB = '<?xml version="1.0"?><!DOCTYPE a [<!ENTITY x "x"><!ENTITY y "&x;&x;">]><ASAP_Annotations>&y;</ASAP_Annotations>'
+EXTERNAL = '<!DOCTYPE a SYSTEM "file:///etc/hostname"><ASAP_Annotations />'
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (WHOLE[: len(WHOLE) // 2], "not well-formed"),
+        ("", "not well-formed"),
+        (WHOLE.replace("</Annotation>", ""), "not well-formed"),
+        (b"\x89PNG\r\n\x1a\n", "not well-formed"),
+        ('<?xml version="1.0" encoding="nonsense"?><ASAP_Annotations />', "not well-formed"),
+        (BOMB, "document type"),
+        (EXTERNAL, "document type"),
+        ("<Annotations><Annotation /></Annotations>", "expected 'ASAP_Annotations'"),
+        (WHOLE.replace('X="96"', 'X="96,5"'), "coordinate"),
+        (WHOLE.replace('X="96"', 'X="nan"'), "finite"),
+        (WHOLE.replace('X="96"', ""), "coordinate"),
+    ],
+)
+def test_damaged_files_are_refused_with_their_path(write, text, told):
+    """Truncated, foreign or hostile XML, and coordinates that are no numbers."""
+    with pytest.raises(InputError, match=told) as caught:
+        annotations.read_asap(write(text))
+    assert "slide.xml" in str(caught.value)
+
+
+def test_missing_file(tmp_path):
+    """A path that does not exist is bad input."""
+    with pytest.raises(InputError, match=r"none\.xml.*No such file"):
+        annotations.read_asap(tmp_path / "none.xml")
+
+
+@pytest.mark.parametrize("limit", ["MAX_BYTES", "MAX_POINTS"])
+def test_too_large_files_are_refused(write, monkeypatch, limit):
+    """A file beyond the limits does not exhaust the machine."""
+    monkeypatch.setattr(annotations, limit, 3)
+    with pytest.raises(InputError, match="simplify"):
+        annotations.read_asap(write(WHOLE))
+
+
+def test_a_pixel_belongs_by_its_centre():
+    """A square of 3 x 3 mask pixels, shifted by just under and just over half of one."""
+    for shift, first in ((15, 0), (16, 0), (17, 1)):
+        square = [(x + shift, y + shift) for x, y in SQUARE]
+        mask = annotations.tumour_mask(outline(square), (6, 6))
+        assert np.flatnonzero(mask.any(axis=0)).tolist() == [first, first + 1, first + 2]
+        assert mask.sum() == 9
+
+
+def test_downsample_scales_the_points():
+    """The same square at 1/96 is one pixel."""
+    assert annotations.tumour_mask(outline(SQUARE), (2, 2), downsample=96).tolist() == [[True, False], [False, False]]
+
+
+def test_outlines_overlap_without_making_holes_and_exclusions_do():
+    """Tumour is united; an exclusion cuts, also out of two outlines, also when it comes first in the file."""
+    big, small = [(0, 0), (320, 0), (320, 320), (0, 320)], [(96, 96), (224, 96), (224, 224), (96, 224)]
+    assert annotations.tumour_mask(outline(big, small), (10, 10)).all()
+    cut = annotations.tumour_mask(outline(big, small, exclusions=[small]), (10, 10))
+    assert (~cut).sum() == 16
+    assert not cut[3:7, 3:7].any()
+
+
+def test_outline_that_crosses_itself_has_no_hole():
+    """A pentagram is filled in its middle."""
+    star = [(100 + 90 * np.sin(4 * np.pi * k / 5), 100 - 90 * np.cos(4 * np.pi * k / 5)) for k in range(5)]
+    assert annotations.tumour_mask(outline(star), (200, 200), downsample=1)[100, 100]
+
+
+def test_neighbours_share_no_pixel_and_leave_none():
+    """Two triangles along a diagonal tile their square."""
+    upper, lower = [SQUARE[0], SQUARE[1], SQUARE[2]], [SQUARE[0], SQUARE[2], SQUARE[3]]
+    masks = [annotations.tumour_mask(outline(one), (96, 96), downsample=1) for one in (upper, lower)]
+    assert (masks[0] ^ masks[1]).all()
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.floats(-8, 24), st.floats(-8, 24)), min_size=3, max_size=9))
+def test_mask_equals_a_test_of_every_centre(points):
+    """Rasterising equals asking for each pixel's centre, outlines beyond the edges included."""
+    mask = annotations.tumour_mask(outline(points), (16, 17), downsample=1)
+    y, x = np.mgrid[:16, :17] + 0.5
+    centres = np.column_stack([x.ravel(), y.ravel()])
+    start, end = np.array(points), np.roll(points, -1, axis=0)
+    winding = np.zeros(len(centres), int)
+    for (x0, y0), (x1, y1) in zip(start, end, strict=True):
+        side = (x1 - x0) * (centres[:, 1] - y0) - (centres[:, 0] - x0) * (y1 - y0)
+        winding += (y0 <= centres[:, 1]) & (centres[:, 1] < y1) & (side > 1e-9)
+        winding -= (y1 <= centres[:, 1]) & (centres[:, 1] < y0) & (side < -1e-9)
+    near = _near(centres, start, end)
+    assert np.array_equal(mask.ravel()[~near], (winding != 0)[~near])
+
+
+def _near(centres, start, end):
+    """Return which centres lie on an edge within rounding, where both answers are right."""
+    along = end - start
+    length = np.maximum((along**2).sum(axis=1), 1e-300)
+    t = np.clip(((centres[:, None] - start) * along).sum(axis=2) / length, 0, 1)
+    return (np.linalg.norm(centres[:, None] - start - t[..., None] * along, axis=2) < 1e-6).any(axis=1)
+
+
+def test_convex_outline_equals_matplotlib():
+    """Another library's point-in-polygon test gives the same disc."""
+    angles = np.linspace(0, 2 * np.pi, 37)[:-1]
+    points = np.column_stack([50.3 + 40 * np.cos(angles), 49.1 + 30 * np.sin(angles)])
+    y, x = np.mgrid[:100, :100] + 0.5
+    expected = Outline(points).contains_points(np.column_stack([x.ravel(), y.ravel()])).reshape(100, 100)
+    assert np.array_equal(annotations.tumour_mask(outline(points), (100, 100), downsample=1), expected)
+
+
+def test_outline_outside_the_mask():
+    """Nothing of it is left, and nothing wraps."""
+    assert not annotations.tumour_mask(outline([(x + 1000, y) for x, y in SQUARE]), (9, 9)).any()
+    assert not annotations.tumour_mask(outline([(x - 1000, y) for x, y in SQUARE]), (9, 9)).any()
+
+
+@pytest.mark.parametrize(
+    ("values", "tumour"),
+    [
+        ([0, 255], [False, True]),
+        ([0, 1], [False, True]),
+        ([0, 1, 2], [False, False, True]),
+        ([0, 2], [False, True]),
+        ([0, 0], [False, False]),
+        ([255, 255], [True, True]),
+    ],
+)
+def test_mask_values(values, tumour):
+    """255, or 1 where there is nothing higher, or 2 where 1 is other tissue."""
+    assert annotations.tumour_from_mask(np.array([values], np.uint8), "m.tif").tolist() == [tumour]
+
+
+@pytest.mark.parametrize("values", [[0, 254, 255], [0, 1, 255], [0, 128], [0, 1, 2, 3]])
+def test_other_mask_values_are_refused(values):
+    """JPEG noise and label images of something else are not read as tumour or as its absence."""
+    with pytest.raises(InputError, match=rf"m\.tif: mask values {values[0]}, {values[1]}"):
+        annotations.tumour_from_mask(np.array([values], np.uint8), "m.tif")
+
+
+def test_every_real_annotation(shared_data, tmp_path):
+    """All CAMELYON16 training outlines are read, and their masks have the area of the polygons."""
+    with tarfile.open(shared_data / "camelyon16" / "asap_xml_train.tar.gz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    paths = sorted(tmp_path.glob("*.xml"))
+    read = [annotations.read_asap(path) for path in paths]
+    assert (len(paths), sum(len(one.tumour) + len(one.exclusions) for one in read)) == (110, 2587)
+    assert {p.stem: one.without_area for p, one in zip(paths, read, strict=True) if one.without_area} == {
+        "tumor_054": ("Annotation 8",)
+    }
+    for one in read[:12]:
+        area = sum(map(_area, one.tumour)) - sum(map(_area, one.exclusions))
+        assert annotations.tumour_mask(one, (7000, 3600)).sum() * 1024 == pytest.approx(area, rel=0.05)
+
+
+def _area(polygon):
+    """Return the area of a simple polygon in level-0 px."""
+    (x, y), (x1, y1) = polygon.T, np.roll(polygon, -1, axis=0).T
+    return abs((x * y1 - x1 * y).sum()) / 2
