@@ -103,6 +103,11 @@ def draw_stain(rng: np.random.Generator) -> Stain:
     )
 
 
+def polygon(points: NDArray[np.float64]) -> Polygon:
+    """Return an outline (n x 2, x, y at level 0) on whole pixels."""
+    return tuple((int(x), int(y)) for x, y in np.rint(points))
+
+
 def render(spec: SlideSpec, x: int, y: int, width_px: int, height_px: int) -> NDArray[np.uint8]:
     """Draw a window of a slide; outside the slide there is glass.
 
@@ -146,15 +151,10 @@ def patch(rng: np.random.Generator, *, tumour: bool, size_px: int) -> NDArray[np
     if not tumour and rng.random() < 1 / 3:
         angle, middle = rng.uniform(0, 2 * math.pi), rng.uniform(0.25, 0.75, 2) * size_px
         turned = np.array([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
-        tissue = _rounded(np.array([[0, -far], [far, -far], [far, far], [0, far]]) @ turned + middle)
+        tissue = polygon(np.array([[0, -far], [far, -far], [far, far], [0, far]]) @ turned + middle)
     lesions = (Lesion(everywhere),) if tumour else ()
     spec = SlideSpec(size_px, size_px, int(rng.integers(2**31)), draw_stain(rng), (tissue,), lesions)
     return render(spec, 0, 0, size_px, size_px)
-
-
-def _rounded(points: NDArray[np.float64]) -> Polygon:
-    """Return a polygon on whole pixels."""
-    return tuple((int(x), int(y)) for x, y in np.rint(points))
 
 
 def _block(spec: SlideSpec, block_x: int, block_y: int) -> NDArray[np.uint8]:
@@ -178,8 +178,8 @@ def _block(spec: SlideSpec, block_x: int, block_y: int) -> NDArray[np.uint8]:
 def _filled(polygons: Sequence[Polygon], x: int, y: int) -> NDArray[np.uint8]:
     """Return 255 inside any of the polygons, on the field square of a block with its corner at x, y."""
     mask = np.zeros((_FIELD_PX, _FIELD_PX), np.uint8)
-    for polygon in polygons:
-        cv2.fillPoly(mask, [np.array(polygon, np.int32) - np.array([x, y], np.int32)], 255)
+    for outline in polygons:
+        cv2.fillPoly(mask, [np.array(outline, np.int32) - np.array([x, y], np.int32)], 255)
     return mask
 
 
