@@ -122,6 +122,17 @@ def test_slide_opens_in_openslide_with_all_levels_and_spacing(tmp_path: Path) ->
             assert np.abs(seen - expected).mean() <= 1.5
 
 
+@settings(max_examples=25, deadline=None)
+@given(rows=st.integers(1, 1100), cols=st.integers(1, 1100))
+def test_slide_of_any_size_is_whole(tmp_path_factory: pytest.TempPathFactory, rows: int, cols: int) -> None:
+    """Every level of a slide of any size, whole tiles or not, is there to its last pixel."""
+    path = tmp_path_factory.mktemp("size") / "a.tif"
+    pyramid.write_rgb(path, [np.full((rows, cols, 3), 99, np.uint8)], shape=(rows, cols), um_px=1, quality=90)
+    with tifffile.TiffFile(path) as tiff:
+        assert [page.shape[:2] for page in tiff.pages] == [(rows >> k, cols >> k) for k in range(len(tiff.pages))]
+        assert all(np.all(np.abs(page.asarray().astype(int) - 99) <= 2) for page in tiff.pages)
+
+
 @settings(max_examples=15, deadline=None)
 @given(cuts=st.lists(st.integers(1, 599), max_size=6, unique=True))
 def test_bands_may_be_cut_anywhere(tmp_path_factory: pytest.TempPathFactory, cuts: list[int]) -> None:

@@ -12,6 +12,7 @@ import json
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -114,12 +115,14 @@ def write_rgb(
         InputError: The bands do not fill the shape.
     """
     shapes = _level_shapes(shape)
-    encoded: list[list[bytes]] = [[] for _ in shapes]
-    tiles_of_level_0 = _encoded(_regrouped(bands, len(shapes), shape, path), encoded, quality)
+    reduced: list[list[bytes]] = [[] for _ in shapes]
+    tiles = _encoded(_regrouped(bands, len(shapes), shape, path), reduced, quality)
+    # the writer closes a generator after its last tile, but not a chain: what follows that tile is still needed
+    level_0 = chain(tiles)
     with tifffile.TiffWriter(path, bigtiff=math.prod(shape) > _BIG_TIFF_PX) as tiff:
         for level, (rows, cols) in enumerate(shapes):
             tiff.write(
-                tiles_of_level_0 if level == 0 else iter(encoded[level]),
+                level_0 if level == 0 else iter(reduced[level]),
                 shape=(rows, cols, 3),
                 dtype=np.uint8,
                 photometric="ycbcr",
@@ -127,8 +130,7 @@ def write_rgb(
                 compression="jpeg",
                 **_page_options(level, um_px),
             )
-            # the writer stops at its last tile: what follows completes the reduced levels and checks the row count
-            deque(tiles_of_level_0, maxlen=0)
+            deque(tiles, maxlen=0)  # complete the reduced levels, and check the number of rows
 
 
 def read_level(path: Path, downsample: int) -> NDArray[np.uint8]:
