@@ -1,0 +1,399 @@
+"""Scores through files: the worked examples as a user would evaluate them, and every way the files can be wrong."""
+
+import csv
+import io
+import json
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from PIL import Image
+
+from wsiflow import dataset, evaluation, froc, pyramid
+from wsiflow.config import EvaluationParams
+from wsiflow.errors import InputError
+from wsiflow.evaluation import Evidence, Truth
+
+E1_PARAMS = EvaluationParams(downsample=1, l0_um_px=25.0, bootstrap=50)
+E3_PARAMS = EvaluationParams(downsample=32, l0_um_px=0.243, bootstrap=50)
+
+E1 = {
+    "Tumor_A": ".9,6,6\n.6,2,4\n.95,20,15\n.4,30,2\n",
+    "Tumor_B": ".7,9,4\n.3,30,13\n.25,0,19\n.35,39,0\n",
+    "Normal_C": ".8,5,5\n.2,7,7\n.1,8,8\n.05,9,9\n",
+    "Normal_D": "",
+}
+E2 = {"Tumor_A": ".9,6,6\n.5,30,2\n", "Tumor_B": ".7,9,4\n.3,30,13\n", "Normal_C": ".6,5,5\n"}
+E3 = {
+    "Tumor_T": ".9,1471,831\n.8,384,512\n.7,2405,2565\n.5,640,1920\n.3,3520,1920\n.3,160,640\n.95,2400,800\n",
+    "Normal_S": ".85,100,100\n",
+    "Normal_T": ".7,640,640\n",
+}
+E3_BOXES = [
+    (20, 30, 10, 40),
+    (20, 30, 48, 60),
+    (20, 30, 69, 90),
+    (60, 61, 10, 36),
+    (60, 61, 100, 128),
+    (70, 90, 60, 90),
+]
+E3_HOLE = (74, 86, 64, 86)
+A_BOXES, A_ITC = [(5, 9, 3, 13)], (15, 16, 20, 23)
+B_BOXES = [(4, 5, 2, 9), (4, 5, 11, 18), (12, 15, 25, 37)]
+
+
+def painted(shape, boxes, hole=None):
+    """Return a mask of 0 and 255 with boxes (first row, last row + 1, first column, last column + 1)."""
+    mask = np.zeros(shape, np.uint8)
+    for r0, r1, c0, c1 in boxes:
+        mask[r0:r1, c0:c1] = 255
+    if hole is not None:
+        mask[hole[0] : hole[1], hole[2] : hole[3]] = 0
+    return mask
+
+
+def png(path, mask):
+    """Write a mask image and return its path."""
+    Image.fromarray(mask).save(path)
+    return path
+
+
+def xml(path, boxes, hole):
+    """Write boxes of 1/32 px as ASAP outlines in level-0 px, with an exclusion, and return the path."""
+    rows = []
+    for group, (r0, r1, c0, c1) in [("Exclusion", hole), *(("Tumor", box) for box in boxes)]:
+        corners = [(c0, r0), (c1, r0), (c1, r1), (c0, r1)]
+        points = "".join(f'<Coordinate Order="{i}" X="{32 * x}" Y="{32 * y}" />' for i, (x, y) in enumerate(corners))
+        rows.append(f'<Annotation Name="a" PartOfGroup="{group}"><Coordinates>{points}</Coordinates></Annotation>')
+    path.write_text(f"<ASAP_Annotations><Annotations>{''.join(rows)}</Annotations></ASAP_Annotations>")
+    return path
+
+
+@pytest.fixture
+def project(tmp_path):
+    """Return a function that writes detections and a manifest and reads the manifest's cases."""
+
+    def made(detections, truth, header="slide_id,path,label,mask_path,annotation_path,mpp"):
+        folder = tmp_path / "detections"
+        folder.mkdir(exist_ok=True)
+        lines = [header]
+        for slide_id, text in detections.items():
+            (folder / f"{slide_id}.csv").write_text(text)
+            path = truth.get(slide_id)
+            columns = ("", path.name) if path is not None and path.suffix == ".xml" else (path.name if path else "", "")
+            label = "tumour" if slide_id.startswith("Tumor") else "normal"
+            lines.append(f"{slide_id},{slide_id}.tif,{label},{columns[0]},{columns[1]},")
+        (tmp_path / "manifest.csv").write_text("\n".join(lines) + "\n")
+        return dataset.read_manifest(tmp_path / "manifest.csv"), folder
+
+    return made
+
+
+def e1_masks(tmp_path, *more):
+    """Write the masks of E1 and E2."""
+    return {
+        "Tumor_A": png(tmp_path / "a.png", painted((20, 40), [*A_BOXES, *more])),
+        "Tumor_B": png(tmp_path / "b.png", painted((20, 40), B_BOXES)),
+    }
+
+
+def sensitivities(metrics, mode="official"):
+    """Return the six sensitivities."""
+    prefix = "froc." if mode == "official" else "froc.strict_"
+    return [metrics[f"{prefix}sensitivity_at_{rate}"] for rate in ("0.25", "0.5", "1", "2", "4", "8")]
+
+
+def test_e1_through_files(project, tmp_path):
+    """Masks, detection files and a manifest give E1's score, counts and slide AUC."""
+    cases, folder = project(E1, e1_masks(tmp_path, A_ITC))
+    scores = evaluation.evaluate_folder(cases, folder, E1_PARAMS, seed=0)
+    assert sensitivities(scores.metrics) == [2 / 3, 2 / 3, 1, 1, 1, 1]
+    assert round(scores.metrics["froc.score"], 6) == 0.888889
+    assert [scores.metrics[f"froc.n_{what}"] for what in ("lesions", "itc", "slides")] == [3, 1, 4]
+    assert scores.metrics["froc.score_ci_low"] <= scores.metrics["froc.score_ci_high"]
+    assert scores.metrics["roc.auc"] == 0.75  # .95 and .7 against .8 and 0
+
+
+def test_e1_without_the_empty_slide(project, tmp_path):
+    """The manifest, not the files, says which slides there are; without Normal_D the score is lower."""
+    e1 = {slide_id: text for slide_id, text in E1.items() if slide_id != "Normal_D"}
+    cases, folder = project(e1, e1_masks(tmp_path, A_ITC))
+    metrics = evaluation.evaluate_folder(cases, folder, E1_PARAMS, seed=0).metrics
+    assert round(metrics["froc.score"], 6) == 0.833333
+
+
+@pytest.mark.parametrize(
+    ("changed", "itc", "official", "strict"),
+    [
+        ({}, False, 0.666667, 0.888889),
+        ({"Tumor_B": E2["Tumor_B"] + ".1,0,19\n"}, False, 0.888889, 0.888889),
+        ({"Tumor_A": "1,6,6\n", "Tumor_B": "1,9,4\n1,30,13\n", "Normal_C": ""}, False, 0, 1),
+        ({"Tumor_A": "", "Tumor_B": "", "Normal_C": ""}, False, 0, 0),
+        ({"Tumor_A": "1,6,6\n", "Tumor_B": "1,9,4\n1,30,13\n", "Normal_C": ""}, True, 1, 1),
+    ],
+    ids=["E2", "E2b", "E2c", "E2d", "E2e"],
+)
+def test_e2_through_files(project, tmp_path, changed, itc, official, strict):
+    """E2 and its variants, in both modes."""
+    cases, folder = project(E2 | changed, e1_masks(tmp_path, *([A_ITC] if itc else [])))
+    metrics = evaluation.evaluate_folder(cases, folder, E1_PARAMS, seed=0).metrics
+    assert (round(metrics["froc.score"], 6), round(metrics["froc.strict_score"], 6)) == (official, strict)
+
+
+def e3_truth(kind, tmp_path):
+    """Write E3's truth as an image at 1/32, as a mask pyramid of the whole slide, or as outlines."""
+    mask = painted((100, 160), E3_BOXES, E3_HOLE)
+    if kind == "png":
+        return png(tmp_path / "t.png", mask)
+    if kind == "xml":
+        return xml(tmp_path / "t.xml", E3_BOXES, E3_HOLE)
+    pyramid.write_mask(tmp_path / "t.tif", np.kron(mask, np.ones((32, 32), np.uint8)), um_px=0.243)
+    return tmp_path / "t.tif"
+
+
+@pytest.mark.parametrize(("kind", "mask_downsample"), [("png", 1), ("tif", None), ("xml", None)])
+def test_e3_through_files(project, tmp_path, kind, mask_downsample):
+    """Whatever form the truth has, E3 gives its score to the last digit."""
+    cases, folder = project(E3, {"Tumor_T": e3_truth(kind, tmp_path)})
+    scores = evaluation.evaluate_folder(cases, folder, E3_PARAMS, seed=0, mask_downsample=mask_downsample)
+    assert sensitivities(scores.metrics) == pytest.approx([0.25, 0.375, 1, 1, 1, 1], abs=1e-15)
+    assert round(scores.metrics["froc.score"], 6) == 0.770833
+    assert round(scores.metrics["froc.strict_score"], 6) == 0.770833
+    assert scores.froc["official"]["fp_per_slide"] == [1, 2 / 3, 2 / 3, 2 / 3, 2 / 3, 1 / 3, 0, 0]
+    assert scores.froc["official"]["sensitivity"] == [1, 1, 0.75, 0.5, 0.5, 0.25, 0.25, 0]
+    assert [scores.metrics[f"froc.n_{what}"] for what in ("lesions", "itc", "slides")] == [4, 1, 3]
+
+
+@pytest.mark.parametrize("size", [None, (5120, 3200)])
+def test_outlines_give_the_mask_of_e3(tmp_path, size):
+    """With or without the slide's size, outlines on pixel borders give E3's regions."""
+    case = dataset.Case("t", tmp_path, annotation_path=e3_truth("xml", tmp_path))
+    labels = evaluation.read_truth(case, E3_PARAMS, l0_size_px=size).lesions.labels
+    expected = froc.evaluation_mask(painted((100, 160), E3_BOXES, E3_HOLE) > 0, 0.243 * 32).labels
+    rows, cols = (min(a, b) for a, b in zip(labels.shape, expected.shape, strict=True))
+    assert np.array_equal(labels[:rows, :cols], expected[:rows, :cols])
+    assert labels.max() == expected.max() == expected[:rows, :cols].max()
+    assert size is None or labels.shape == (100, 160)
+
+
+def evidence(slide_id, label, n_lesions=None, detections=(), score=None):
+    """Return evidence with lesions side by side, or unknown ones."""
+    truth = None
+    if n_lesions is not None:
+        mask = painted((30, 400), [(5, 9, 5 + 30 * k, 20 + 30 * k) for k in range(n_lesions)])
+        truth = Truth(froc.evaluation_mask(mask > 0, 25.0))
+    return Evidence(slide_id, label, truth, np.array(detections, float).reshape(-1, 3), score)
+
+
+def test_rows_tell_what_a_slide_counted_for():
+    """One row per slide: lesions, hits, false positives, and why a slide was left out."""
+    slides = [
+        evidence("both", 1, 2, [(0.9, 8, 6), (0.8, 8, 6), (0.7, 0, 0)]),
+        evidence("auc", 1, None, [(0.6, 1, 1)]),
+        evidence("unknown", None),
+        evidence("normal", 0, 0, [(0.5, 1, 1)], score=0.25),
+    ]
+    scores = evaluation.evaluate_cases(slides, E1_PARAMS, seed=0)
+    told = [(r["n_lesions"], r["n_found"], r["n_false_positives"], r["score"], r["note"]) for r in scores.cases]
+    assert told == [
+        (2, 1, 1, 0.9, ""),
+        ("", "", "", 0.6, "no truth: not in FROC"),
+        ("", "", "", 0, "no label: not scored"),
+        (0, 0, 1, 0.25, ""),
+    ]
+    assert (scores.metrics["froc.n_slides"], scores.metrics["roc.n_tumour"], scores.metrics["roc.n_normal"]) == (
+        2,
+        2,
+        1,
+    )
+
+
+def test_truth_labels_a_slide_without_label():
+    """Regions make it a tumour slide; a truth without any makes it a normal one."""
+    scores = evaluation.evaluate_cases([evidence("t", None, 1), evidence("n", None, 0)], E1_PARAMS, seed=0)
+    assert [row["label"] for row in scores.cases] == [1, 0]
+
+
+@pytest.mark.parametrize(("label", "n", "told"), [(0, 1, "label says normal"), (1, 0, "label says tumour")])
+def test_label_against_truth(label, n, told):
+    """A label that the truth contradicts is refused: one of the two is of another slide."""
+    with pytest.raises(InputError, match=f"slide s, evaluation: the {told}"):
+        evaluation.evaluate_cases([evidence("s", label, n)], E1_PARAMS, seed=0)
+
+
+def test_slide_score_must_be_finite():
+    """NaN never becomes a decision."""
+    with pytest.raises(InputError, match="slide s"):
+        evaluation.evaluate_cases([evidence("s", 0, score=math.nan)], E1_PARAMS, seed=0)
+
+
+def test_nothing_labelled_gives_no_number():
+    """Without labels every metric is NaN, and the files are still valid."""
+    scores = evaluation.evaluate_cases([evidence("s", None)], E1_PARAMS, seed=0)
+    assert math.isnan(scores.metrics["froc.score"])
+    assert math.isnan(scores.metrics["roc.auc"])
+    assert json.loads(evaluation.documents(scores)["summary.json"])["froc.score"] is None
+
+
+def test_documents_are_reproducible_and_readable(project, tmp_path):
+    """Same input, same bytes; JSON holds no NaN or infinity; the table has a line per slide."""
+    cases, folder = project(E1, e1_masks(tmp_path, A_ITC))
+    first, again = (
+        evaluation.documents(evaluation.evaluate_folder(cases, folder, E1_PARAMS, seed=3)) for _ in range(2)
+    )
+    assert first == again
+    assert sorted(first) == ["cases.csv", "froc.json", "roc.json", "summary.json"]
+    assert json.loads(first["froc.json"])["strict"]["thresholds"][-1] is None
+    assert json.loads(first["summary.json"])["froc.n_lesions"] == 3
+    assert [row["slide_id"] for row in csv.DictReader(io.StringIO(first["cases.csv"]))] == list(E1)
+
+
+def test_given_scores_replace_the_highest_detection(project, tmp_path):
+    """A CSV of slide scores decides the AUC."""
+    cases, folder = project(E1, e1_masks(tmp_path, A_ITC))
+    (tmp_path / "scores.csv").write_text("slide_id,score\nTumor_A,.9\nTumor_B,.8\nNormal_C,.1\nNormal_D,.2\n")
+    scores = evaluation.evaluate_folder(cases, folder, E1_PARAMS, seed=0, scores=tmp_path / "scores.csv")
+    assert scores.metrics["roc.auc"] == 1
+
+
+def test_missing_and_stray_detection_files_are_all_named(project, tmp_path):
+    """No slide is scored as empty because its file is missing, and no file is passed over."""
+    cases, folder = project(E1, e1_masks(tmp_path))
+    for slide_id in ("Tumor_A", "Normal_D"):
+        (folder / f"{slide_id}.csv").rename(folder / f"{slide_id.lower()}.csv")
+    with pytest.raises(InputError, match=r"no detection file for Normal_D, Tumor_A and a .* for normal_d, tumor_a"):
+        evaluation.evaluate_folder(cases, folder, E1_PARAMS, seed=0)
+
+
+def test_detections_folder_must_exist(project, tmp_path):
+    """A wrong path is not a folder without detections."""
+    cases, _ = project(E1, e1_masks(tmp_path))
+    with pytest.raises(InputError, match="not a folder"):
+        evaluation.evaluate_folder(cases, tmp_path / "none", E1_PARAMS, seed=0)
+
+
+def test_missing_scores_are_named(project, tmp_path):
+    """Every slide needs a score when scores are given."""
+    cases, folder = project(E1, e1_masks(tmp_path))
+    (tmp_path / "scores.csv").write_text("slide_id,score\nTumor_A,.9\nTumor_B,.8\nOther,.8\n")
+    with pytest.raises(InputError, match="no score for Normal_C, Normal_D and a score for Other"):
+        evaluation.evaluate_folder(cases, folder, E1_PARAMS, seed=0, scores=tmp_path / "scores.csv")
+
+
+def test_spacing_must_come_from_somewhere(project, tmp_path):
+    """Without mpp in the manifest and without a fixed one the size of a lesion is not known."""
+    cases, folder = project(E1, e1_masks(tmp_path))
+    own = EvaluationParams(downsample=1, l0_um_px=None, bootstrap=0)
+    with pytest.raises(InputError, match=r"slide Tumor_A.*add its mpp"):
+        evaluation.evaluate_folder(cases, folder, own, seed=0)
+
+
+def test_own_spacing_decides_what_is_itc(tmp_path):
+    """The same mask is a lesion at 25 um and ITC at 10 um per pixel."""
+    path = png(tmp_path / "a.png", painted((60, 60), [(25, 35, 25, 35)]))
+    own = EvaluationParams(downsample=1, l0_um_px=None, bootstrap=0)
+    n = [
+        evaluation.read_truth(dataset.Case("a", tmp_path, mpp=mpp, mask_path=path), own).lesions.n_lesions
+        for mpp in (25.0, 10.0)
+    ]
+    assert n == [1, 0]
+
+
+def test_mask_of_another_scale(tmp_path):
+    """A mask of half the slide's size is refused; one padded by less than a tile passes."""
+    case = dataset.Case("t", tmp_path, mask_path=e3_truth("tif", tmp_path))
+    assert evaluation.read_truth(case, E3_PARAMS, l0_size_px=(5000, 3100)).lesions.n_lesions == 4
+    with pytest.raises(InputError, match=r"160 x 100 px where the slide is 320 x 200"):
+        evaluation.read_truth(case, E3_PARAMS, l0_size_px=(10240, 6400))
+
+
+def test_outline_at_an_impossible_place(tmp_path):
+    """A coordinate of another unit does not exhaust the memory."""
+    path = xml(tmp_path / "t.xml", [(0, 10**6, 0, 10**6)], E3_HOLE)
+    with pytest.raises(InputError, match=r"slide t.*mask px"):
+        evaluation.read_truth(dataset.Case("t", tmp_path, annotation_path=path), E3_PARAMS)
+
+
+def test_outline_without_area_is_told_in_the_row(tmp_path):
+    """The stray of the mouse reaches the table of cases."""
+    path = xml(tmp_path / "t.xml", E3_BOXES, E3_HOLE)
+    point = '<Coordinates><Coordinate X="1" Y="1" /></Coordinates>'
+    stray = f'<Annotation Name="stray" PartOfGroup="Tumor">{point}</Annotation>'
+    path.write_text(path.read_text().replace("<Annotations>", f"<Annotations>{stray}"))
+    truth = evaluation.read_truth(dataset.Case("t", tmp_path, annotation_path=path), E3_PARAMS)
+    scores = evaluation.evaluate_cases([Evidence("t", 1, truth, np.empty((0, 3)))], E3_PARAMS, seed=0)
+    assert scores.cases[0]["note"] == "outlines without area: stray"
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (",probability,x_coordinate,y_coordinate\n0,.5,1,2\n", "line 1 has 4 cells .an index column"),
+        ("prob,x,y\n.5,1,2\n", "line 1: 'prob' is not a number .a header"),
+        (".5,1,2\n.5,1\n", "line 2 has 2 cells"),
+        (".5,1,2\n.5,one,2\n", "line 2: 'one' is not a number"),
+        (".5,1,2\nnan,1,2\n", "line 2: 'nan' is not finite"),
+        (".5,1,inf\n", "not finite"),
+        (".5;1;2\n", "line 1 has 1 cells"),
+        ('".5,1,2\n', "not a readable CSV"),
+    ],
+)
+def test_damaged_detection_files(tmp_path, text, told):
+    """The file and the line are named."""
+    path = tmp_path / "slide.csv"
+    path.write_text(text)
+    with pytest.raises(InputError, match=told) as caught:
+        evaluation.read_detections(path)
+    assert "slide.csv" in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "\n", "\ufeff"])
+def test_empty_detection_file(tmp_path, text):
+    """An empty file is a slide without detections."""
+    (tmp_path / "slide.csv").write_text(text, encoding="utf-8")
+    assert evaluation.read_detections(tmp_path / "slide.csv").shape == (0, 3)
+
+
+def test_detection_file_of_another_system(tmp_path):
+    """A byte order mark, CRLF and fractions of pixels are read."""
+    (tmp_path / "slide.csv").write_bytes(b"\xef\xbb\xbf0.5,1,2\r\n1e-3,3.5,4\r\n")
+    assert evaluation.read_detections(tmp_path / "slide.csv").tolist() == [[0.5, 1, 2], [0.001, 3.5, 4]]
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("", "first line is ''"),
+        ("a,0.5\n", "first line is 'a,0.5'"),
+        ("slide_id,score\na,x\n", "line 2"),
+        ("slide_id,score\na\n", "line 2: 1 cells"),
+        ("slide_id,score\na,.5\na,.5\n", "line 3: a second score"),
+    ],
+)
+def test_damaged_score_files(tmp_path, text, told):
+    """Header, number and duplicates are checked."""
+    (tmp_path / "scores.csv").write_text(text)
+    with pytest.raises(InputError, match=told):
+        evaluation.read_scores(tmp_path / "scores.csv")
+
+
+def test_text_of_detections():
+    """Whole pixels by floor; falling confidence, then y, then x; digits that give the float32 back."""
+    detections = np.array([[0.3, 5.9, 7], [0.5, 9, 9], [0.5, 3, 9], [0.5, 8, 2], [0.3, -0.5, 6.2]])
+    assert evaluation.format_detections(detections) == (
+        "0.5,8,2\n0.5,3,9\n0.5,9,9\n0.30000001192092896,-1,6\n0.30000001192092896,5,7\n"
+    )
+    assert evaluation.format_detections(np.empty((0, 3))) == ""
+
+
+@given(arrays(np.float64, st.tuples(st.integers(0, 6), st.just(3)), elements=st.floats(0, 1)))
+def test_written_detections_read_back(tmp_path_factory, detections):
+    """What is read is exactly float32 and written again gives the same text, in any order of the rows."""
+    path = tmp_path_factory.mktemp("d") / "slide.csv"
+    path.write_text(evaluation.format_detections(detections * [1, 1e5, 1e5]))
+    read = evaluation.read_detections(path)
+    assert sorted(read[:, 0].tolist()) == sorted(detections[:, 0].astype(np.float32).astype(float).tolist())
+    assert evaluation.format_detections(read[::-1]) == path.read_text()

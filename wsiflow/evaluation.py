@@ -1,0 +1,451 @@
+"""Evaluation: detections and truth of many slides, read, scored and told.
+
+Input: per slide a CSV of detections, a label and, for tumour, outlines (ASAP XML) or a mask image; perhaps a CSV of
+slide scores. Output: metrics by name, a row per slide, and the curves, as values and as the texts of their files.
+
+A detection file has a line ``prob,x,y`` per detection, level-0 px, no header, and exists for every slide, empty where
+nothing was found: FROC divides by the number of slides. A slide's score is the one given, else its highest detection,
+else 0. A tumour slide without outlines or mask counts for the slide AUC alone, as the one incompletely annotated test
+slide of CAMELYON16 does; a slide without label and truth counts for neither. Both are told in its row. A metric that
+does not exist, such as the AUC of tumour slides only, is NaN, and null in JSON.
+"""
+
+import csv
+import io
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wsiflow import annotations, froc, pyramid, roc
+from wsiflow.annotations import TumourOutline
+from wsiflow.config import EvaluationParams
+from wsiflow.dataset import Case
+from wsiflow.errors import InputError
+from wsiflow.froc import LesionMask, Matches, SlideFindings
+
+_PADDING_M_PX = 16  # a tile of 512 px at 1/32
+_MAX_MASK_PX = 2**30  # an evaluation mask beyond this comes from an outline at an impossible place
+
+
+@dataclass(frozen=True, eq=False)
+class Truth:
+    """What is known to be in a slide.
+
+    Attributes:
+        lesions: The true regions, none in a slide without tumour.
+        note: What a reader of the scores should know about them.
+    """
+
+    lesions: LesionMask
+    note: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Evidence:
+    """What a slide is scored by.
+
+    Attributes:
+        slide_id: Name of the slide.
+        label: 1 for tumour, 0 for normal, None where only the truth tells.
+        truth: Its true regions, or None where they are not known.
+        detections: float64 (n, 3): prob, x, y in level-0 px.
+        score: How likely the slide holds tumour; None: its highest detection, or 0.
+    """
+
+    slide_id: str
+    label: int | None
+    truth: Truth | None
+    detections: NDArray[np.float64]
+    score: float | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """What an evaluation found.
+
+    Attributes:
+        metrics: Every number by metric name; NaN where it does not exist.
+        cases: A row per slide.
+        froc: Both FROC curves and their settings, JSON values.
+        roc: The ROC curve, JSON values.
+    """
+
+    metrics: dict[str, float]
+    cases: list[dict[str, Any]]
+    froc: dict[str, Any]
+    roc: dict[str, Any]
+
+
+class _Judged(NamedTuple):
+    """A slide once its mask is no longer needed."""
+
+    row: dict[str, Any]
+    matches: Matches | None
+    label: int | None
+    score: float
+
+
+def evaluate_folder(
+    cases: Sequence[Case],
+    detections: Path,
+    params: EvaluationParams,
+    *,
+    seed: int,
+    scores: Path | None = None,
+    mask_downsample: int | None = None,
+) -> Scores:
+    """Score a folder of detections against a manifest.
+
+    Args:
+        cases: The slides of the manifest: label, annotation or mask, spacing. No slide file is opened.
+        detections: Folder with one ``<slide_id>.csv`` per slide of the manifest and no other CSV.
+        params: How detections are scored.
+        seed: Seed of the bootstrap.
+        scores: CSV with the header ``slide_id,score``, or None.
+        mask_downsample: Scale at which mask images are read: None for the evaluation's, 1 for mask images that are
+            already at evaluation resolution.
+
+    Raises:
+        InputError: A slide has no detections or no score, or a file has no slide (all are listed); a file cannot be
+            used; a spacing is missing; truth and label contradict each other.
+    """
+    paths = _detection_files([case.slide_id for case in cases], detections)
+    given = read_scores(scores) if scores is not None else {}
+    if scores is not None:
+        _same_slides(paths, given, "score", scores)
+
+    def evidence() -> Iterator[Evidence]:
+        """Read one slide at a time: only one mask is ever in memory."""
+        for case in cases:
+            truth = read_truth(case, params, mask_downsample=mask_downsample)
+            found = read_detections(paths[case.slide_id])
+            yield Evidence(case.slide_id, case.label, truth, found, given.get(case.slide_id))
+
+    return evaluate_cases(evidence(), params, seed=seed)
+
+
+def evaluate_cases(evidence: Iterable[Evidence], params: EvaluationParams, *, seed: int) -> Scores:
+    """Score slides: FROC in both modes with bootstrap intervals, and the slide AUC with its DeLong interval.
+
+    Args:
+        evidence: The slides; a generator keeps one mask at a time in memory.
+        params: How detections are scored.
+        seed: Seed of the bootstrap.
+
+    Raises:
+        InputError: Truth and label contradict each other, a number is not finite, or a slide appears twice.
+    """
+    judged = [_judged(one, params.downsample) for one in evidence]
+    matches = [one.matches for one in judged if one.matches is not None]
+    labelled = [one for one in judged if one.label is not None]
+    slide_scores, labels = [one.score for one in labelled], np.array([one.label for one in labelled], np.int64)
+    metrics = _froc_metrics(matches, params.bootstrap, seed) | _roc_metrics(slide_scores, labels)
+    return Scores(
+        metrics,
+        [one.row for one in judged],
+        {"downsample": params.downsample, "l0_um_px": params.l0_um_px, "rates": list(froc.RATES)}
+        | {
+            "official": _lists(froc.curve(matches, mode="official")),
+            "strict": _lists(froc.curve(matches, mode="strict")),
+        },
+        _lists(roc.curve(slide_scores, labels)),
+    )
+
+
+def documents(scores: Scores) -> dict[str, str]:
+    """Return the files of an evaluation, text by name; NaN and infinity are null."""
+    table = io.StringIO()
+    writer = csv.DictWriter(table, list(scores.cases[0]) if scores.cases else ["slide_id"], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(scores.cases)
+    return {
+        "summary.json": json_text(scores.metrics),
+        "cases.csv": table.getvalue(),
+        "froc.json": json_text(scores.froc),
+        "roc.json": json_text(scores.roc),
+    }
+
+
+def json_text(values: Mapping[str, Any]) -> str:
+    """Return JSON text, null for what is not finite."""
+    return json.dumps(_finite(values), indent=1, sort_keys=True, allow_nan=False) + "\n"
+
+
+def read_truth(
+    case: Case,
+    params: EvaluationParams,
+    *,
+    l0_size_px: tuple[int, int] | None = None,
+    mask_downsample: int | None = None,
+) -> Truth | None:
+    """Read a slide's true regions from its mask image, else from its outlines.
+
+    Args:
+        case: The slide; its mpp is used unless the parameters fix one.
+        params: Downsample and spacing of the evaluation mask.
+        l0_size_px: Width and height of the slide; None where not known: the mask then reaches as far as the outlines.
+        mask_downsample: Scale at which a mask image is read; None for the evaluation's own.
+
+    Returns:
+        The regions, or None when the slide has neither mask nor annotation.
+
+    Raises:
+        InputError: A file cannot be used, or no spacing is known.
+    """
+    if case.mask_path is not None:
+        values = pyramid.read_level(case.mask_path, mask_downsample or params.downsample)
+        if l0_size_px is not None:
+            _check_size(values.shape, _slide_shape(l0_size_px, params.downsample), case)
+        tumour = annotations.tumour_from_mask(values, case.mask_path)
+        return Truth(froc.evaluation_mask(tumour, _m_um_px(case, params)))
+    if case.annotation_path is None:
+        return None
+    outline, m_um_px = annotations.read_asap(case.annotation_path, l0_size_px=l0_size_px), _m_um_px(case, params)
+    shape = _shape(outline, params.downsample, m_um_px, l0_size_px)
+    if math.prod(shape) > _MAX_MASK_PX:
+        cause = f"the outlines reach {shape[1]} x {shape[0]} mask px"
+        raise InputError(cause, "give them in level-0 px", slide=case.slide_id, path=case.annotation_path)
+    tumour = annotations.tumour_mask(outline, shape, downsample=params.downsample)
+    note = f"outlines without area: {', '.join(outline.without_area)}" if outline.without_area else ""
+    return Truth(froc.evaluation_mask(tumour, m_um_px), note)
+
+
+def read_detections(path: Path) -> NDArray[np.float64]:
+    """Read the detections of one slide.
+
+    Args:
+        path: CSV without header: ``prob,x,y``, level-0 px; may be empty.
+
+    Returns:
+        float64 (n, 3) in the order of the file.
+
+    Raises:
+        InputError: The file cannot be read, or a line is not three finite numbers; the line is named.
+    """
+    return np.array([_numbers(line, cells, path) for line, cells in _csv_rows(path)], np.float64).reshape(-1, 3)
+
+
+def format_detections(detections: NDArray[np.float64]) -> str:
+    """Return the text of a detection file.
+
+    Coordinates are floored to whole level-0 px. Confidences are rounded to float32 and written with the digits that
+    give exactly that number back: the challenge's evaluator compares float32 with what it reads, and must not see a
+    difference between equal confidences. Lines come by falling confidence, then y, then x.
+
+    Args:
+        detections: float64 (n, 3): prob, x, y in level-0 px.
+    """
+    prob = detections[:, 0].astype(np.float32).astype(np.float64)
+    x, y = np.floor(detections[:, 1:]).astype(np.int64).T
+    order = np.lexsort((x, y, -prob))
+    return "".join(f"{p!r},{i},{j}\n" for p, i, j in zip(*(v[order].tolist() for v in (prob, x, y)), strict=True))
+
+
+def read_scores(path: Path) -> dict[str, float]:
+    """Read a CSV of slide scores with the header ``slide_id,score``.
+
+    Raises:
+        InputError: The file cannot be read, has another header, a slide twice or a score that is not finite.
+    """
+    rows = list(_csv_rows(path))
+    if not rows or [cell.strip().lower() for cell in rows[0][1]] != ["slide_id", "score"]:
+        found = ",".join(rows[0][1]) if rows else ""
+        raise InputError(f"the first line is {found!r}", "begin the file with slide_id,score", path=path)
+    scores: dict[str, float] = {}
+    for line, cells in rows[1:]:
+        if len(cells) != 2 or cells[0] in scores:
+            what = "a second score of one slide" if len(cells) == 2 else f"{len(cells)} cells"
+            raise InputError(f"line {line}: {what}", "give a line slide_id,score per slide", path=path)
+        scores[cells[0]] = _number(cells[1], line, path)
+    return scores
+
+
+# --- one slide
+
+
+def _judged(one: Evidence, downsample: int) -> _Judged:
+    """Match a slide's detections with its truth and say what it counts for."""
+    label = _label(one)
+    lesions = one.truth.lesions if one.truth is not None and label == 1 else None
+    in_froc = lesions is not None or label == 0
+    matches = froc.match(SlideFindings(one.slide_id, lesions, one.detections, downsample))
+    score = _slide_score(one)
+    notes = [one.truth.note if one.truth is not None else ""]
+    notes += ["no truth: not in FROC"] if label == 1 and not in_froc else []
+    notes += ["no label: not scored"] if label is None else []
+    row = {
+        "slide_id": one.slide_id,
+        "label": "" if label is None else label,
+        "score": score,
+        "n_detections": len(one.detections),
+        "n_lesions": matches.n_lesions if in_froc else "",
+        "n_itc": matches.n_itc if in_froc else "",
+        "n_found": int((matches.best > -np.inf).sum()) if in_froc else "",
+        "n_false_positives": len(matches.false_positives) if in_froc else "",
+        "note": "; ".join(note for note in notes if note),
+    }
+    return _Judged(row, matches if in_froc else None, label, score)
+
+
+def _label(one: Evidence) -> int | None:
+    """Return the label, from the truth where none is given, and refuse one that contradicts the truth."""
+    if one.truth is None:
+        return one.label
+    n = one.truth.lesions.n_regions
+    if one.label is not None and one.label != int(n > 0):
+        says = "tumour" if one.label else "normal"
+        cause = f"the label says {says} and the truth has {n} tumour regions"
+        remedy = "correct the label, or the annotation (in level-0 px, at least a mask pixel large)"
+        raise InputError(cause, remedy, slide=one.slide_id, stage="evaluation")
+    return int(n > 0)
+
+
+def _slide_score(one: Evidence) -> float:
+    """Return the score given, else the highest detection, else 0."""
+    if one.score is None:
+        return float(one.detections[:, 0].max(initial=0.0))
+    if not math.isfinite(one.score):
+        raise InputError(f"the slide score is {one.score}", "give a finite score", slide=one.slide_id, stage="roc")
+    return one.score
+
+
+def _m_um_px(case: Case, params: EvaluationParams) -> float:
+    """Return the side of a pixel of the evaluation mask."""
+    l0_um_px = params.l0_um_px or case.mpp
+    if l0_um_px is None:
+        remedy = "add its mpp to the manifest, or fix one spacing for all slides"
+        raise InputError("the spacing is not known", remedy, slide=case.slide_id, stage="evaluation")
+    return l0_um_px * params.downsample
+
+
+def _slide_shape(l0_size_px: tuple[int, int], downsample: int) -> tuple[int, int]:
+    """Return rows and columns of a mask of the whole slide."""
+    return math.ceil(l0_size_px[1] / downsample), math.ceil(l0_size_px[0] / downsample)
+
+
+def _check_size(shape: tuple[int, ...], expected: tuple[int, int], case: Case) -> None:
+    """Refuse a mask of another slide or scale; masks padded to whole tiles pass."""
+    if any(abs(a - b) > max(_PADDING_M_PX, 0.02 * b) for a, b in zip(shape, expected, strict=True)):
+        cause = f"the mask is {shape[1]} x {shape[0]} px where the slide is {expected[1]} x {expected[0]}"
+        remedy = "give the mask of this slide, with the slide's size at level 0"
+        raise InputError(cause, remedy, slide=case.slide_id, path=case.mask_path)
+
+
+def _shape(
+    outline: TumourOutline, downsample: int, m_um_px: float, l0_size_px: tuple[int, int] | None
+) -> tuple[int, int]:
+    """Return rows and columns of a mask of the slide, or of one that holds the dilated outlines."""
+    if l0_size_px is not None:
+        return _slide_shape(l0_size_px, downsample)
+    margin = math.ceil(froc.JOIN_UM / (2 * m_um_px)) + 2
+    corners = [polygon.max(axis=0) for polygon in outline.tumour]
+    x, y = np.max([(0.0, 0.0), *corners], axis=0)
+    return math.ceil(y / downsample) + margin, math.ceil(x / downsample) + margin
+
+
+# --- all slides
+
+
+def _froc_metrics(matches: Sequence[Matches], n: int, seed: int) -> dict[str, float]:
+    """Return the FROC metrics of both modes with the intervals of their scores."""
+    low, high = froc.bootstrap_score(matches, mode="official", n=n, seed=seed)
+    strict_low, strict_high = froc.bootstrap_score(matches, mode="strict", n=n, seed=seed)
+    return {
+        **froc.score(matches, mode="official"),
+        **froc.score(matches, mode="strict"),
+        "froc.score_ci_low": low,
+        "froc.score_ci_high": high,
+        "froc.strict_score_ci_low": strict_low,
+        "froc.strict_score_ci_high": strict_high,
+    }
+
+
+def _roc_metrics(scores: Sequence[float], labels: NDArray[np.int64]) -> dict[str, float]:
+    """Return the ROC metrics."""
+    low, high = roc.auc_interval(scores, labels)
+    return {
+        "roc.auc": roc.auc(scores, labels),
+        "roc.auc_ci_low": low,
+        "roc.auc_ci_high": high,
+        "roc.auc_variance": roc.delong_variance(scores, labels),
+        "roc.n_tumour": float((labels == 1).sum()),
+        "roc.n_normal": float((labels == 0).sum()),
+    }
+
+
+# --- files
+
+
+def _detection_files(slide_ids: Sequence[str], folder: Path) -> dict[str, Path]:
+    """Return the detection file of every slide."""
+    if not folder.is_dir():
+        raise InputError("not a folder", "give the folder that holds <slide_id>.csv", path=folder)
+    paths = {path.name.removesuffix(".csv"): path for path in sorted(folder.glob("*.csv"))}
+    _same_slides(slide_ids, paths, "detection file", folder)
+    return paths
+
+
+def _same_slides(expected: Iterable[str], found: Iterable[str], what: str, path: Path) -> None:
+    """Refuse files or lines that do not stand for exactly the slides of the manifest."""
+    missing, stray = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
+    if not (missing or stray):
+        return
+    parts = [f"no {what} for {', '.join(missing)}"] if missing else []
+    parts += [f"a {what} for {', '.join(stray)}, which the manifest does not have"] if stray else []
+    remedy = "give exactly the slides of the manifest (an empty file where nothing was found)"
+    raise InputError(" and ".join(parts), remedy, path=path)
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """Yield line number and cells of every line that is not blank.
+
+    Raises:
+        InputError: The file cannot be read as CSV.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.reader(file, strict=True)
+            yield from ((reader.line_num, cells) for cells in reader if cells)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"not a readable CSV ({error})", "write it as UTF-8 text with commas", path=path) from error
+
+
+def _numbers(line: int, cells: list[str], path: Path) -> list[float]:
+    """Return the three numbers of a line of detections."""
+    if len(cells) != 3:
+        hint = " (an index column?)" if len(cells) == 4 else ""
+        cause = f"line {line} has {len(cells)} cells{hint}, expected prob,x,y"
+        raise InputError(cause, "write prob,x,y without header and index", path=path)
+    return [_number(cell, line, path) for cell in cells]
+
+
+def _number(cell: str, line: int, path: Path) -> float:
+    """Return a finite number."""
+    try:
+        value = float(cell)
+    except ValueError as error:
+        hint = " (a header?)" if line == 1 else ""
+        raise InputError(f"line {line}: {cell!r} is not a number{hint}", "write numbers only", path=path) from error
+    if not math.isfinite(value):
+        raise InputError(f"line {line}: {cell!r} is not finite", "write finite numbers", path=path)
+    return value
+
+
+def _lists(curve: froc.FrocCurve | roc.RocCurve) -> dict[str, list[float]]:
+    """Return a curve as lists."""
+    return {name: values.tolist() for name, values in vars(curve).items()}
+
+
+def _finite(value: Any) -> Any:
+    """Replace what JSON has no number for by None, at any depth."""
+    if isinstance(value, Mapping):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
