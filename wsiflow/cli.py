@@ -48,11 +48,16 @@ def _parser() -> argparse.ArgumentParser:
     add("run", _unreachable, "the whole line: wsiflow run [overrides] [-m]; wsiflow run --help shows every key")
     one = add("evaluate", _evaluate, "score existing detections: FROC (official and strict) and slide AUC")
     one.add_argument("--manifest", type=Path, required=True, help="CSV with slide_id and label, annotation or mask")
-    one.add_argument("--detections", type=Path, required=True, help="folder with one <slide_id>.csv per slide: prob,x,y")
+    one.add_argument(
+        "--detections", type=Path, required=True, help="folder with one <slide_id>.csv per slide: prob,x,y"
+    )
     one.add_argument("--scores", type=Path, help="CSV with slide_id,score; without it the highest detection counts")
     one.add_argument("--out", type=Path, required=True, help="folder to write")
     one.add_argument("--um-px", type=float, help="level-0 spacing for every slide (CAMELYON16: 0.243)")
     one.add_argument("--downsample", type=int, default=32, help="level-0 px per evaluation mask px (32)")
+    one.add_argument(
+        "--mask-downsample", type=int, help="scale at which mask images are read; 1: they are at evaluation resolution"
+    )
     one.add_argument("--bootstrap", type=int, default=1000, help="resamples of the FROC interval (1000)")
     one.add_argument("--seed", type=int, default=0)
     one = add("synth", _synth, "write a synthetic data set with known lesions")
@@ -76,20 +81,25 @@ def _unreachable(_arguments: argparse.Namespace) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    from wsiflow import evaluation
+    from wsiflow import dataset, evaluation, publish
+    from wsiflow.config import EvaluationParams
 
-    metrics = evaluation.evaluate_folder(
-        arguments.manifest,
-        arguments.detections,
-        arguments.out,
-        scores=arguments.scores,
-        l0_um_px=arguments.um_px,
-        downsample=arguments.downsample,
-        bootstrap=arguments.bootstrap,
-        seed=arguments.seed,
+    params = EvaluationParams(
+        downsample=arguments.downsample, l0_um_px=arguments.um_px, bootstrap=arguments.bootstrap
     )
-    for name, value in metrics.items():
-        say(f"{name} {value:.6g}")
+    scores = evaluation.evaluate_folder(
+        dataset.read_manifest(arguments.manifest),
+        arguments.detections,
+        params,
+        seed=arguments.seed,
+        scores=arguments.scores,
+        mask_downsample=arguments.mask_downsample,
+    )
+    publish.preflight(arguments.out)
+    for name, text in evaluation.documents(scores).items():
+        publish.write_view(arguments.out, name, text)
+    for name, value in scores.metrics.items():
+        say(f"{name} {value:.6f}")
     return 0
 
 

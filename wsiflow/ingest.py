@@ -77,6 +77,20 @@ def ingest(source: Path, index: int) -> tuple[publish.Receipt, bool]:
     return publish.publish_bytes(root, name, json.dumps(record).encode(), key, receipt_facts), True
 
 
+def check_model(config: RunConfig) -> None:
+    """Read the model's card before any slide is opened, and see that its windows fit into the blocks.
+
+    Raises:
+        InputError: The card cannot be used, or the halo is too small for the model's window.
+    """
+    model = _card(config.model)
+    shift = config.inference.stride // 2 if config.geometry.convention == "centred" else 0
+    needed = model.window_px // 2 - shift
+    if config.tiles.halo_px < needed:
+        cause = f"tiles.halo_px is {config.tiles.halo_px}, windows of {model.window_px} px need at least {needed}"
+        raise InputError(cause, f"set tiles.halo_px={model.window_px // 2}", stage="configuration")
+
+
 def _cutting(config: RunConfig) -> dict[str, Any]:
     """Return the settings that decide which tiles a slide has."""
     model = _card(config.model)
@@ -96,7 +110,7 @@ def _card(spec: card.ModelSpec) -> card.ModelCard:
 
 def _cut(
     opened: slide.Slide, um_px: float, config: RunConfig
-) -> tuple[NDArray[np.bool_], int, NDArray[np.bool_], Frame]:
+) -> tuple[NDArray[np.bool_], float, NDArray[np.bool_], Frame]:
     """Return the tissue mask, its downsample, the tile grid and the frame of a slide."""
     frame = _frame(opened.facts, um_px, config)
     if config.geometry.convention == "reference":
@@ -111,12 +125,15 @@ def _cut(
 
 def _cut_like_the_reference(
     opened: slide.Slide, frame: Frame
-) -> tuple[NDArray[np.bool_], int, NDArray[np.bool_], Frame]:
+) -> tuple[NDArray[np.bool_], float, NDArray[np.bool_], Frame]:
     index = tissue.reference_index(opened.reference_thumbnail())
     _, _, _, xmin, _, ymin, _, nrows, ncols = (int(value) for value in index.vector)
-    grid = np.zeros((ymin + nrows, xmin + ncols), dtype=bool)
-    grid[ymin:, xmin:] = index.mask
-    return grid, frame.tile_px, grid, frame._replace(t_col0=xmin, t_row0=ymin, t_cols=ncols, t_rows=nrows)
+    return (
+        index.mask,
+        frame.tile_px,
+        index.mask,
+        frame._replace(t_col0=xmin, t_row0=ymin, t_cols=ncols, t_rows=nrows) if nrows else frame,
+    )
 
 
 def _frame(about: slide.SlideFacts, um_px: float, config: RunConfig) -> Frame:

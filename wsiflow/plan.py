@@ -47,7 +47,7 @@ class SlidePlan(NamedTuple):
     label: int | None
     annotation_path: str
     mask_path: str
-    overview_downsample: int
+    overview_downsample: float
     frame: Frame
     tile_runs: Runs
     group_ranges: tuple[tuple[int, int], ...]

@@ -52,9 +52,10 @@ def begin(config: RunConfig) -> Path:
         ``cases.json``.
     """
     publish.preflight(config.out)
+    ingest.check_model(config)
     params = config.dataset
     if params.kind == "synthetic":
-        manifest = synth.write_dataset(params.folder, seed=params.seed, size_px=params.size_px)
+        manifest = synth.write_dataset(params.folder, size_px=params.size_px, seed=params.seed)
         params = params.model_copy(update={"kind": "manifest", "manifest": manifest})
     return ingest.write_cases(config.out, config, dataset.load_dataset(params))
 

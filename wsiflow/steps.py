@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from wsiflow.model.classifier import Classifier
 
 
+_OVERLAY_SIDE_PX = 1024
+
+
 def run_task(source: Path, stage: str, index: int) -> Outcome:
     """Do one task of a stage and say how it ended; nothing but a dying process gets past this function.
 
@@ -261,27 +264,27 @@ def stitch(source: Path, index: int) -> tuple[publish.Receipt, bool]:
     name = f"heatmaps/{planned.slide_id}.tif"
     key = publish.key_of(slide=planned.key, scores=[receipt["sha256"] for receipt in receipts])
     done = publish.done(root, name, key)
-    if done is not None and publish.done(root, f"heatmaps/{planned.slide_id}.png", key):
+    if done is not None:
         return done, False
     frame = planned.frame
     parts = [store.read_predictions(root / prediction_name(made, task)) for task in tasks]
-    coord = np.concatenate([part[0] for part in parts]) if parts else np.empty((0, 5), dtype=np.int64)
+    coord = np.concatenate([np.empty((0, 5), dtype=np.int64), *(part[0] for part in parts)])
     m = frame.cells_per_tile
-    prob = np.concatenate([part[1] for part in parts]) if parts else np.empty((0, m, m), dtype=np.float32)
-    receipt_facts = facts("heatmap", planned.slide_id)
-    um_px = frame.um_px * frame.stride_px
-    if done is None:
-        with publish.publishing(root, name, key, receipt_facts, _readable(frame)) as attempt:
-            with attempt.timed("stitch"):
-                heat = heatmap.assemble(frame, coord[:, :2], prob)
-            with attempt.timed("write"):
-                description = {"slide_id": planned.slide_id, "frame": frame._asdict(), "key": key}
-                pyramid.write_heatmap(attempt.path, heat, um_px=um_px, description=description)
-            attempt.receipt["counts"] = {"tiles": len(coord)}
-            attempt.receipt["score"] = heatmap.slide_score(heat)
-        done = attempt.receipt
-    _publish_pictures(root, planned, key)
-    return done, True
+    prob = np.concatenate([np.empty((0, m, m), dtype=np.float32), *(part[1] for part in parts)])
+    with publish.publishing(root, name, key, facts("heatmap", planned.slide_id), _readable(frame)) as attempt:
+        with attempt.timed("stitch"):
+            heat = heatmap.assemble(frame, coord[:, :2], prob)
+        with attempt.timed("write"):
+            description = {"slide_id": planned.slide_id, "frame": frame._asdict(), "key": key}
+            pyramid.write_heatmap(attempt.path, heat, um_px=_cell_um(frame), description=description)
+        attempt.receipt["counts"] = {"tiles": len(coord)}
+        attempt.receipt["score"] = heatmap.slide_score(heat)
+    return attempt.receipt, True
+
+
+def _cell_um(frame: Frame) -> float:
+    """Return the side of a heatmap cell in micrometres."""
+    return frame.um_px * frame.stride_px
 
 
 def _readable(frame: Frame) -> Any:
@@ -293,23 +296,6 @@ def _readable(frame: Frame) -> Any:
             )
 
     return verify
-
-
-def _publish_pictures(root: Path, planned: SlidePlan, key: str) -> None:
-    """Publish the 8-bit preview of a heatmap and its overlay on the slide."""
-    heat, _ = pyramid.read_heatmap(root / f"heatmaps/{planned.slide_id}.tif")
-    receipt_facts = facts("overlay", planned.slide_id)
-    name = f"heatmaps/{planned.slide_id}.preview.tif"
-    if publish.done(root, name, key) is None:
-        with publish.publishing(root, name, key, receipt_facts, _any_bytes) as attempt:
-            pyramid.write_preview(attempt.path, heat, um_px=planned.frame.um_px * planned.frame.stride_px)
-    with slide.open_slide(Path(planned.path), slide_id=planned.slide_id) as opened:
-        downsample = max(1.0, max(opened.facts.l0_size_px) / 1024)
-        overview = opened.overview(downsample)
-    cell = planned.frame.stride_px * planned.frame.l0_per_px / downsample
-    corner = geometry.l0_from_h_corner(planned.frame, 0, 0)
-    png = export.overlay_png(overview, heat, cell_px=cell, origin_px=(corner[0] / downsample, corner[1] / downsample))
-    publish.publish_bytes(root, f"heatmaps/{planned.slide_id}.png", png, key, receipt_facts)
 
 
 def _any_bytes(_path: Path) -> None:
@@ -326,10 +312,12 @@ def _published(root: Path, made: Plan, task: Task) -> publish.Receipt:
 
 
 def detect(source: Path, index: int) -> tuple[publish.Receipt, bool]:
-    """Find lesions on a slide's heatmap and publish ``detections/<slide>.csv``, empty where there are none."""
+    """Find lesions on a slide's heatmap and publish ``detections/<slide>.csv``, empty where there are none.
+
+    Beside it go the pictures of the heatmap: an 8-bit pyramid for viewers, and the overlay with the detections.
+    """
     made = plan.read(source)
     root, planned = source.parent, made.slides[index]
-    params = lesions.LesionParams.model_validate(made.settings["lesions"])
     receipt = publish.read_receipt(root, f"heatmaps/{planned.slide_id}.tif")
     if receipt is None:
         raise IntegrityError("the slide has no heatmap", "run again", slide=planned.slide_id)
@@ -338,11 +326,35 @@ def detect(source: Path, index: int) -> tuple[publish.Receipt, bool]:
     done = publish.done(root, name, key)
     if done is not None:
         return done, False
-    heat, _ = pyramid.read_heatmap(root / f"heatmaps/{planned.slide_id}.tif")
-    found = lesions.detect(heat, params)
-    l0 = geometry.l0_from_h(planned.frame, found[:, 1:3])
-    text = evaluation.format_detections(np.column_stack([found[:, 0], l0]))
+    heat, _ = pyramid.read_heatmap(root / receipt["path"])
+    found = lesions.detect(heat, lesions.LesionParams.model_validate(made.settings["lesions"]))
+    l0 = np.column_stack([found[:, 0], geometry.l0_from_h(planned.frame, found[:, 1:3])])
+    _publish_pictures(root, planned, heat, l0, key)
+    text = evaluation.format_detections(l0)
     return publish.publish_bytes(root, name, text.encode(), key, facts("detections", planned.slide_id)), True
+
+
+def _publish_pictures(
+    root: Path, planned: SlidePlan, heat: NDArray[np.float32], detections: NDArray[np.float64], key: str
+) -> None:
+    """Publish what people look at: ``heatmaps/<slide>.preview.tif`` and the overlay ``heatmaps/<slide>.png``."""
+    receipt_facts = facts("overlay", planned.slide_id)
+    name = f"heatmaps/{planned.slide_id}.preview.tif"
+    if publish.done(root, name, key) is None:
+        with publish.publishing(root, name, key, receipt_facts, _any_bytes) as attempt, attempt.timed("write"):
+            pyramid.write_preview(attempt.path, heat, um_px=_cell_um(planned.frame))
+    with slide.open_slide(Path(planned.path), slide_id=planned.slide_id) as opened:
+        downsample = max(1.0, max(opened.facts.l0_size_px) / _OVERLAY_SIDE_PX)
+        overview = opened.overview(downsample)
+    corner = geometry.l0_from_h_corner(planned.frame, 0, 0)
+    png = export.overlay_png(
+        overview,
+        heat,
+        cell_px=planned.frame.stride_px * planned.frame.l0_per_px / downsample,
+        origin_px=(corner[0] / downsample, corner[1] / downsample),
+        detections=detections / (1.0, downsample, downsample),
+    )
+    publish.publish_bytes(root, f"heatmaps/{planned.slide_id}.png", png, key, receipt_facts)
 
 
 STAGES = {"ingest": ingest.ingest, "extract": extract, "predict": predict, "stitch": stitch, "detect": detect}

