@@ -175,7 +175,7 @@ def _evaluate(
         scores = evaluation.evaluate_cases(evidence, config.evaluation, seed=config.seed)
         told = dataclasses.replace(scores, metrics=scores.metrics | dict(work))
         documents = {name: text.encode() for name, text in evaluation.documents(told).items()}
-        documents |= report.figures(scores.froc, scores.roc)
+        documents |= {"froc.png": report.froc_figure(scores.froc), "roc.png": report.roc_figure(scores.roc)}
         for name in sorted(documents, key=lambda name: name == "summary.json"):  # last: it says that all are there
             publish.publish_bytes(root, f"{folder}/{name}", documents[name], key, facts("evaluation", ""))
     found = json.loads((root / folder / "summary.json").read_text(encoding="utf-8"))
@@ -215,13 +215,57 @@ def _failure_text(root: Path, statuses: Sequence[Status]) -> str:
     return "\n".join(lines)
 
 
-def _write_report(*_: Any) -> None:
-    pass
+def _track(root: Path, folder: str, config: RunConfig, made: Plan, metrics: Mapping[str, float]) -> str:
+    """Record the run in MLflow and say where, or why not: the run is valid without it."""
+    curves = json.loads((root / folder / "froc.json").read_text(encoding="utf-8"))
+    record = tracking.RunRecord(
+        name=config.name,
+        key=_receipt(root, f"{folder}/summary.json")["key"],
+        plan_hash=made.hash,
+        partial=folder != "evaluation",
+        params=_flat(config.model_dump(mode="json")),
+        metrics=metrics,
+        tags={f"version.{name}": found for name, found in versions().items()},
+        artifacts=[
+            *(path for path in sorted((root / folder).iterdir()) if path.suffix in {".json", ".csv"}),
+            *(root / name for name in ("report.html", "process_list.csv")),
+            publish.generations(root, "config.yaml")[-1],
+        ],
+        figures={path.name: path.read_bytes() for path in sorted((root / folder).glob("*.png"))},
+        tables={f"froc_{mode}.json": curves[mode] for mode in ("official", "strict")},
+    )
+    logged = tracking.log_run(config.tracking, record)
+    return f"MLflow     {config.tracking.uri} run {logged.run_id}" if logged.run_id else f"MLflow     {logged.reason}"
 
 
-def _track(*_: Any) -> str:
-    return ""
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested settings by dotted name."""
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return found
 
 
-def _success_text(*_: Any) -> str:
-    return "ok"
+def _success_text(
+    root: Path, folder: str, statuses: Sequence[Status], metrics: Mapping[str, float], executed: int, logged: str
+) -> str:
+    def interval(name: str, low: str, high: str) -> str:
+        if math.isnan(metrics[name]):
+            return "not defined (it needs truth for tumour and normal slides)"
+        return f"{metrics[name]:.4f} (95 % interval {metrics[low]:.4f} to {metrics[high]:.4f})"
+
+    missing = [status for status in statuses if status.exit_code]
+    lines = [f"PARTIAL: {status.slide_id} is missing: {status.reason}" for status in missing]
+    lines += [
+        f"slides     {len(statuses) - len(missing)} of {len(statuses)}, {executed} tasks done now",
+        f"FROC       {interval('froc.score', 'froc.score_ci_low', 'froc.score_ci_high')},"
+        f" strict {metrics['froc.strict_score']:.4f}",
+        f"AUC        {interval('roc.auc', 'roc.auc_ci_low', 'roc.auc_ci_high')}",
+        f"throughput {metrics['throughput.tiles_per_s']:.1f} tiles/s, {metrics['throughput.windows_per_s']:.0f} windows/s,"
+        f" {metrics['throughput.core_hours']:.4f} core-hours, efficiency {metrics['throughput.efficiency']:.2f}",
+        f"report     {root / 'report.html'}",
+        f"overlays   {root / 'heatmaps'}/*.png",
+        f"scores     {root / folder / 'summary.json'}",
+        logged,
+    ]
+    return "\n".join(lines)
