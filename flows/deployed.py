@@ -16,7 +16,7 @@ def run(overrides: list[str]) -> dict[str, float]:
     """Run the whole line.
 
     Args:
-        overrides: What would stand behind ``wsiflow run``: ``["dataset=folder", "dataset.folder=/slides", "out=runs/a"]``.
+        overrides: What would stand behind ``wsiflow run``, such as ``["dataset=folder", "dataset.folder=/slides"]``.
 
     Returns:
         Every number of ``summary.json``.

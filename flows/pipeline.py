@@ -6,11 +6,12 @@ One Prefect task per shard and stage, tens to hundreds of them however many arra
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, cast
 
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
-from prefect.task_runners import ThreadPoolTaskRunner
+from prefect.futures import PrefectFuture
+from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
 from wsiflow import executor, ingest, results, shards
 from wsiflow.config import RunConfig
@@ -19,8 +20,10 @@ from wsiflow.model.threads import allocated_cores
 # Threads only wait for workers; enough of them keep every worker busy across shards.
 _WAITING_THREADS = 8
 
+_TASK_RUNNER = cast("TaskRunner[PrefectFuture[Any]]", ThreadPoolTaskRunner(max_workers=_WAITING_THREADS))
+
 Submit = Callable[..., Any]
-"""``submit(name, function, *args)`` starts a call and returns its future; futures among the arguments are waited for."""
+"""``submit(name, function, *args)`` starts a call and returns its future, waiting for futures among the arguments."""
 
 
 def line(config: RunConfig, submit: Submit) -> results.Summary:
@@ -31,7 +34,9 @@ def line(config: RunConfig, submit: Submit) -> results.Summary:
         wanted = shards.cut(shards.count_cases(cases), config.shard_slides)
         ingested = [submit("ingest", shards.ingest_shard, pool, cases, shard) for shard in wanted]
         plan_path = ingest.make_plan(cases, [outcome for future in ingested for outcome in future.result()])
-        futures = [shards.Progress(shard) for shard in shards.cut(shards.count_slides(plan_path), config.shard_slides)]
+        futures: list[Any] = [
+            shards.Progress(shard) for shard in shards.cut(shards.count_slides(plan_path), config.shard_slides)
+        ]
         for stage in shards.LINE:
             futures = [submit(stage, shards.advance, pool, plan_path, stage, future) for future in futures]
         progress = [future.result() for future in futures]
@@ -52,7 +57,7 @@ def _as_task(name: str, function: Callable[..., Any], *args: Any) -> Any:
     name="wsiflow",
     persist_result=False,
     validate_parameters=False,
-    task_runner=ThreadPoolTaskRunner(max_workers=_WAITING_THREADS),
+    task_runner=_TASK_RUNNER,
 )
 def pipeline(config: RunConfig) -> results.Summary:
     """Test a classifier on every slide of a data set."""

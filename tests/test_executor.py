@@ -26,14 +26,14 @@ def test_every_task_ends_once(kind: str) -> None:
     """Twenty tasks give twenty outcomes, whatever runs them."""
     with executor.make(ExecutorParams(kind=kind, workers=2, threads=1), cores=2) as pool:
         outcomes = sorted(pool.run(square, HERE, "stage", range(20)))
-    assert [(o.index, o.receipt) for o in outcomes] == [(i, {"square": i**2}) for i in range(20)]
+    assert [(o.task, o.receipt) for o in outcomes] == [(i, {"square": i**2}) for i in range(20)]
 
 
 def test_a_task_that_kills_its_worker_fails_alone() -> None:
     """Its neighbours are tried again and succeed; it is named with the reason, and the pool goes on."""
     with executor.make(ExecutorParams(kind="process", workers=2, threads=1), cores=2) as pool:
         outcomes = sorted(pool.run(die_at_7, HERE, "predict", range(12)))
-        assert [o.index for o in outcomes if o.receipt is None] == [7]
+        assert [o.task for o in outcomes if o.receipt is None] == [7]
         assert "worker process died" in outcomes[7].error
         assert outcomes[7].exit_code == 30
         assert len(list(pool.run(square, HERE, "predict", range(3)))) == 3

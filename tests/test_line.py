@@ -1,4 +1,4 @@
-"""The whole line on small slides: from a manifest to scores, interrupted, repeated, and against a loop written by hand."""
+"""The whole line on small slides: from a manifest to scores, interrupted, repeated, against a loop written by hand."""
 
 import csv
 import hashlib
@@ -93,7 +93,9 @@ def test_a_second_identical_run_does_no_work(small_slides: Path, finished: Path)
     assert {row["executed"] for row in rows(finished / "trace.csv")} == {"0"}
 
 
-def test_pixels_straight_from_the_slide_give_the_same_scores(small_slides: Path, finished: Path, tmp_path: Path) -> None:
+def test_pixels_straight_from_the_slide_give_the_same_scores(
+    small_slides: Path, finished: Path, tmp_path: Path
+) -> None:
     """Without the HDF5 store the heatmaps are the same bytes."""
     assert wsiflow(*over(small_slides, tmp_path / "run", "store=none")) == 0
     mine, theirs = digests(tmp_path / "run"), digests(finished)
@@ -124,7 +126,9 @@ def test_processes_and_groups_do_not_change_a_byte(small_slides: Path, finished:
 
 
 @pytest.mark.parametrize("seed", range(int(os.environ.get("WSIFLOW_KILLS", "3"))))
-def test_a_killed_run_finishes_with_the_same_bytes(small_slides: Path, finished: Path, tmp_path: Path, seed: int) -> None:
+def test_a_killed_run_finishes_with_the_same_bytes(
+    small_slides: Path, finished: Path, tmp_path: Path, seed: int
+) -> None:
     """SIGKILL at random moments, start again: same bytes, and what was finished is not repeated."""
     rng = np.random.default_rng(seed)
     out = tmp_path / "run"
@@ -190,7 +194,9 @@ def test_reference_geometry_equals_a_loop_over_openslide_reads(tmp_path: Path) -
             pixels = np.array(patch)
             for i in range(14):
                 windows = np.stack([pixels[16 * i : 16 * i + 224, 16 * j : 16 * j + 224] for j in range(14)])
-                expected[(row - ymin) * 14 + i, (col - xmin) * 14 : (col - xmin + 1) * 14] = predict(classifier, windows)
+                expected[(row - ymin) * 14 + i, (col - xmin) * 14 : (col - xmin + 1) * 14] = predict(
+                    classifier, windows
+                )
     assert heat.shape == expected.shape
     assert (about["frame"]["t_col0"], about["frame"]["t_row0"]) == (xmin, ymin)
     assert np.isfinite(expected).sum() > 1000

@@ -27,7 +27,7 @@ def test_a_plan_comes_back_as_published(tmp_path: Path) -> None:
     again = plan.read(plan.publish_plan(tmp_path, made))
     assert again.hash == made.hash
     assert again.slides == made.slides
-    assert [task for task in again.tasks] == [Task(0, 1), Task(0, 2), Task(1, 1), Task(1, 2)]
+    assert list(again.tasks) == [Task(0, 1), Task(0, 2), Task(1, 1), Task(1, 2)]
 
 
 def test_groups_are_ranges_of_the_slides_blocks() -> None:

@@ -65,6 +65,20 @@ def test_ending_the_process_before_any_effect_loses_nothing(tmp_path: Path) -> N
     assert effects > 8, "the sweep reached every effect"
 
 
+def test_what_a_dead_process_left_is_swept_and_a_live_ones_is_not(tmp_path: Path) -> None:
+    """Attempts carry host and process id, so that a restart cleans up after a kill and disturbs nobody."""
+    child = os.fork()
+    if child == 0:
+        publish._effect = lambda name, _: os._exit(0) if name == "link" else None
+        make(tmp_path)
+    os.waitpid(child, 0)
+    live = publish.Attempt(tmp_path, "x.bin", KEY, {}).path
+    live.parent.mkdir(parents=True)
+    assert len(list((tmp_path / publish.ATTEMPTS).iterdir())) == 2
+    publish.sweep_attempts(tmp_path)
+    assert list((tmp_path / publish.ATTEMPTS).iterdir()) == [live.parent]
+
+
 def test_of_eight_attempts_at_once_one_wins(tmp_path: Path) -> None:
     """Racing attempts with equal bytes all succeed, and one file is there."""
     with ThreadPoolExecutor(8) as pool:

@@ -84,9 +84,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from wsiflow import dataset, evaluation, publish
     from wsiflow.config import EvaluationParams
 
-    params = EvaluationParams(
-        downsample=arguments.downsample, l0_um_px=arguments.um_px, bootstrap=arguments.bootstrap
-    )
+    params = EvaluationParams(downsample=arguments.downsample, l0_um_px=arguments.um_px, bootstrap=arguments.bootstrap)
     scores = evaluation.evaluate_folder(
         dataset.read_manifest(arguments.manifest),
         arguments.detections,

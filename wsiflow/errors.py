@@ -4,13 +4,16 @@
     +-- InputError              20  a slide, manifest, annotation, model or setting is wrong
     +-- EnvironmentFault        30  disk, permission, memory, scheduler
     +-- IntegrityError          40  a published file differs from what its receipt says
-    +-- PartialRun              10  some slides are missing and the user allowed it
+
+A complete run ends with 0, one that scored without some slides, as the user allowed, with `PARTIAL`.
 
 A message is one line: slide, stage and file as far as they are known, the cause, and what to do about it.
 """
 
 from collections.abc import Callable
 from typing import Any
+
+PARTIAL = 10
 
 
 class WsiflowError(Exception):
@@ -72,9 +75,3 @@ class IntegrityError(WsiflowError):
     """A file is not what its receipt, hash or plan says it is."""
 
     exit_code = 40
-
-
-class PartialRun(WsiflowError):
-    """Some slides have no result, and the user allowed the run to score the others."""
-
-    exit_code = 10

@@ -190,7 +190,7 @@ def make_plan(source: Path, outcomes: Sequence[Outcome]) -> Path:
     root = source.parent
     slides, rejected = [], []
     for outcome in sorted(outcomes):
-        case = cases[outcome.index]
+        case = cases[outcome.task]
         if outcome.receipt is None:
             rejected.append(plan.Rejected(case.slide_id, outcome.error, outcome.exit_code))
         else:

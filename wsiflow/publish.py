@@ -110,7 +110,7 @@ class Attempt:
         """Choose a private path; nothing is created yet."""
         self.root, self.name = root, name
         self.uuid = uuid.uuid4().hex
-        self.path = root / ATTEMPTS / f"{key[:16]}-{self.uuid}" / Path(name).name
+        self.path = root / ATTEMPTS / f"{socket.gethostname()}-{os.getpid()}-{self.uuid}" / Path(name).name
         self._clock, self._cpu = time.perf_counter(), time.process_time()
         self.receipt: Receipt = {
             "path": name,
@@ -233,9 +233,19 @@ def write_view(root: Path, name: str, text: str) -> None:
 
 
 def sweep_attempts(root: Path) -> None:
-    """Remove what killed attempts left; only for a caller that knows no other process works in ``root``."""
-    for folder in sorted((root / ATTEMPTS).glob("*-*")):
-        _forget(folder)
+    """Remove what killed attempts left: those of processes of this host that are gone."""
+    for folder in sorted((root / ATTEMPTS).glob("*-*-*")):
+        host, pid, _ = folder.name.rsplit("-", 2)
+        if host == socket.gethostname() and not _is_alive(int(pid)):
+            _forget(folder)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except OSError as error:
+        return not isinstance(error, ProcessLookupError)  # not ours to signal: alive
+    return True
 
 
 def _link(source: Path, final: Path, sha256: str | None) -> None:

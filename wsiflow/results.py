@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from wsiflow import evaluation, ingest, plan, publish, report, shards, throughput, tracking
 from wsiflow.config import RunConfig
 from wsiflow.dataset import Case
-from wsiflow.errors import IntegrityError, PartialRun
+from wsiflow.errors import PARTIAL, IntegrityError
 from wsiflow.executor import Outcome, worker_count
 from wsiflow.model.threads import allocated_cores
 from wsiflow.plan import Plan, SlidePlan
@@ -79,7 +79,7 @@ def finish(config: RunConfig, plan_path: Path, progress: Sequence[Progress], clo
     logged = _track(root, folder, config, made, metrics)
     executed = sum(outcome.executed for _, outcome in outcomes)
     text = _success_text(root, folder, statuses, metrics, executed, logged)
-    return Summary(PartialRun.exit_code if missing else 0, metrics, text)
+    return Summary(PARTIAL if missing else 0, metrics, text)
 
 
 def _statuses(made: Plan, outcomes: Sequence[tuple[str, Outcome]]) -> list[Status]:
@@ -87,7 +87,7 @@ def _statuses(made: Plan, outcomes: Sequence[tuple[str, Outcome]]) -> list[Statu
     failures: dict[int, Outcome] = {}
     attempts: dict[int, int] = {}
     for stage, outcome in outcomes:
-        index = made.tasks[outcome.index].slide if stage == "predict" else outcome.index
+        index = made.tasks[outcome.task].slide if stage == "predict" else outcome.task
         attempts[index] = attempts.get(index, 0) + outcome.executed
         if outcome.receipt is None:
             failures.setdefault(index, outcome)
@@ -97,14 +97,20 @@ def _statuses(made: Plan, outcomes: Sequence[tuple[str, Outcome]]) -> list[Statu
         status = "failed" if failure else "no tissue" if not planned.n_tiles else "done"
         reason, code = (failure.error, failure.exit_code) if failure else ("", 0)
         rows.append(
-            Status(planned.slide_id, status, reason, code, planned.n_tiles, len(planned.group_ranges), attempts.get(index, 0))
+            Status(
+                planned.slide_id,
+                status,
+                reason,
+                code,
+                planned.n_tiles,
+                len(planned.group_ranges),
+                attempts.get(index, 0),
+            )
         )
     return rows + [Status(slide, "rejected", reason, code, 0, 0, 1) for slide, reason, code in made.rejected]
 
 
-def _write_tables(
-    root: Path, made: Plan, statuses: Sequence[Status], outcomes: Sequence[tuple[str, Outcome]]
-) -> None:
+def _write_tables(root: Path, made: Plan, statuses: Sequence[Status], outcomes: Sequence[tuple[str, Outcome]]) -> None:
     receipts = [outcome.receipt for _, outcome in outcomes if outcome.receipt is not None]
     publish.write_view(root, "process_list.csv", _process_list(statuses, receipts))
     publish.write_view(root, "trace.csv", _trace(made, outcomes))
@@ -125,11 +131,25 @@ def _process_list(statuses: Sequence[Status], receipts: Sequence[publish.Receipt
 
 def _trace(made: Plan, outcomes: Sequence[tuple[str, Outcome]]) -> str:
     """Return ``trace.csv``: a row per task of this run, with its receipt's times or its error."""
-    names = ["stage", "slide", "group", "executed", "exit_code", "error", "started", "ended", "host", "pid",
-             "wall_s", "cpu_s", "max_rss_bytes", "bytes"]
+    names = [
+        "stage",
+        "slide",
+        "group",
+        "executed",
+        "exit_code",
+        "error",
+        "started",
+        "ended",
+        "host",
+        "pid",
+        "wall_s",
+        "cpu_s",
+        "max_rss_bytes",
+        "bytes",
+    ]
     rows = []
     for stage, outcome in outcomes:
-        task = made.tasks[outcome.index] if stage == "predict" else plan.Task(outcome.index, 0)
+        task = made.tasks[outcome.task] if stage == "predict" else plan.Task(outcome.task, 0)
         receipt = outcome.receipt or {}
         row = {name: receipt.get(name, "") for name in names}
         row |= {"stage": stage, "slide": made.slides[task.slide].slide_id, "group": task.group or ""}
@@ -145,7 +165,9 @@ def _table(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
     return text.getvalue()
 
 
-def _work_metrics(config: RunConfig, made: Plan, balance: Ledger, done: Sequence[tuple[str, Outcome]], clock: Clock) -> dict[str, float]:
+def _work_metrics(
+    config: RunConfig, made: Plan, balance: Ledger, done: Sequence[tuple[str, Outcome]], clock: Clock
+) -> dict[str, float]:
     """Return throughput, cost, ledger and cache numbers; only work this run executed counts as throughput."""
     executed = [outcome.receipt for _, outcome in done if outcome.receipt is not None and outcome.executed]
     area = {s.slide_id: throughput.tile_area_mm2(s.frame.tile_px, s.frame.um_px) for s in made.slides}
@@ -210,7 +232,9 @@ def _receipt(root: Path, name: str) -> publish.Receipt:
 def _failure_text(root: Path, statuses: Sequence[Status]) -> str:
     bad = [status for status in statuses if status.exit_code]
     lines = [f"{status.slide_id}: {status.status}: {status.reason}" for status in bad]
-    lines.append(f"{len(bad)} of {len(statuses)} slides have no result, so nothing was scored; the others are in {root}")
+    lines.append(
+        f"{len(bad)} of {len(statuses)} slides have no result, so nothing was scored; the others are in {root}"
+    )
     lines.append("mend them and run the same command again, or score without them: allow_partial=true")
     return "\n".join(lines)
 
@@ -261,8 +285,9 @@ def _success_text(
         f"FROC       {interval('froc.score', 'froc.score_ci_low', 'froc.score_ci_high')},"
         f" strict {metrics['froc.strict_score']:.4f}",
         f"AUC        {interval('roc.auc', 'roc.auc_ci_low', 'roc.auc_ci_high')}",
-        f"throughput {metrics['throughput.tiles_per_s']:.1f} tiles/s, {metrics['throughput.windows_per_s']:.0f} windows/s,"
-        f" {metrics['throughput.core_hours']:.4f} core-hours, efficiency {metrics['throughput.efficiency']:.2f}",
+        f"throughput {metrics['throughput.tiles_per_s']:.1f} tiles/s, "
+        f"{metrics['throughput.windows_per_s']:.0f} windows/s, {metrics['throughput.core_hours']:.4f} core-hours, "
+        f"efficiency {metrics['throughput.efficiency']:.2f}",
         f"report     {root / 'report.html'}",
         f"overlays   {root / 'heatmaps'}/*.png",
         f"scores     {root / folder / 'summary.json'}",

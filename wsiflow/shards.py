@@ -52,9 +52,10 @@ def begin(config: RunConfig) -> Path:
         ``cases.json``.
     """
     publish.preflight(config.out)
+    publish.sweep_attempts(config.out)
     ingest.check_model(config)
     params = config.dataset
-    if params.kind == "synthetic":
+    if params.kind == "synthetic" and params.folder is not None:
         manifest = synth.write_dataset(params.folder, size_px=params.size_px, seed=params.seed)
         params = params.model_copy(update={"kind": "manifest", "manifest": manifest})
     return ingest.write_cases(config.out, config, dataset.load_dataset(params))
@@ -85,7 +86,7 @@ def advance(pool: Executor, plan_path: Path, stage: str, progress: Progress) -> 
     """Take the good slides of a shard through one stage."""
     made = plan.read(plan_path)
     outcomes = list(pool.run(steps.run_task, plan_path, stage, _indices(made, stage, progress.slides)))
-    failed = {_slide(made, stage, outcome.index) for outcome in outcomes if outcome.receipt is None}
+    failed = {_slide(made, stage, outcome.task) for outcome in outcomes if outcome.receipt is None}
     return Progress(
         tuple(index for index in progress.slides if index not in failed),
         progress.outcomes + tuple((stage, outcome) for outcome in outcomes),

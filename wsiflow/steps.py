@@ -184,7 +184,7 @@ def _scores(
 
     frame, m = planned.frame, planned.frame.cells_per_tile
     batch = made.settings["predict"]["inference"]["batch"]
-    found = []
+    found: list[NDArray[np.float32]] = []
     parts = _group_pixels(root, made, planned, task)
     while True:
         with attempt.timed("read"):

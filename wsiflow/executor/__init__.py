@@ -30,14 +30,14 @@ class Outcome(NamedTuple):
     """How one task ended.
 
     Attributes:
-        index: The task's place in its stage.
+        task: The task's place in its stage.
         receipt: The receipt of what it published, None where it failed.
         executed: False where it was done already.
         error: What went wrong, in one line.
         exit_code: The error's exit class, 0 where all is well.
     """
 
-    index: int
+    task: int
     receipt: dict[str, Any] | None
     executed: bool
     error: str = ""
