@@ -134,7 +134,7 @@ class Slide:
 
         A level of that scale (within 0.1 %) is read as it is, from its nearest pixel. Otherwise the coarsest
         level that is fine enough is resampled by Pillow's antialiased bicubic filter, with enough margin around the
-        rectangle that neighbouring reads join as if they had been one.
+        rectangle that neighbouring reads join as if they had been one, rounding (at most 2 grey levels) apart.
 
         Args:
             x: Left edge in reading pixels; may lie outside the slide.
@@ -167,7 +167,7 @@ class Slide:
         return self._read_scaled(0, 0, (cols, rows), downsample, Image.Resampling.BOX).rgb
 
     def reference_thumbnail(self) -> NDArray[np.uint8]:
-        """Return the reference system's thumbnail: at most (W / 224, H / 224) pixels, made by OpenSlide.
+        """Return the reference system's thumbnail: at most (W / 224, H / 224) pixels, shrunk from one level by Lanczos.
 
         Returns:
             Shape (ny, nx, 3), about one pixel per 224-pixel tile of level 0.
@@ -178,15 +178,12 @@ class Slide:
         width, height = self.facts.l0_size_px
         if min(width, height) < REFERENCE_TILE_PX:
             self._refuse(f"the slide has {width} x {height} px, less than one {REFERENCE_TILE_PX} px tile")
-        size = (width / REFERENCE_TILE_PX, height / REFERENCE_TILE_PX)
         level = self._handle.get_best_level_for_downsample(REFERENCE_TILE_PX)
-        l_width, l_height = self.facts.level_sizes_px[level]
-        if l_width * l_height > _THUMBNAIL_LIMIT_PX:
-            self._refuse(f"its overview would be made from {l_width} x {l_height} px at once")
-        try:
-            return np.array(self._handle.get_thumbnail(size))  # type: ignore[arg-type]  # floats, as the reference
-        except openslide.OpenSlideError as error:
-            raise self._reopened(f"level {level} cannot be decoded ({error})") from error
+        l_size = self.facts.level_sizes_px[level]
+        if l_size[0] * l_size[1] > _THUMBNAIL_LIMIT_PX:
+            self._refuse(f"its overview would be made from {l_size[0]} x {l_size[1]} px at once")
+        shrunk = _fitted(l_size, (width / REFERENCE_TILE_PX, height / REFERENCE_TILE_PX))
+        return np.array(self._pixels(0, 0, level, l_size).image.resize(shrunk, Image.Resampling.LANCZOS))
 
     def _refuse(self, cause: str) -> None:
         """Say that the reference geometry cannot be used for this slide."""
@@ -230,8 +227,8 @@ class Slide:
             l_size.append(l_end - l_begin)
         pixels = self._pixels(l0_corner[0], l0_corner[1], level, (l_size[0], l_size[1]))
         window = (box[0], box[1], box[0] + size_px[0] * l_per_px, box[1] + size_px[1] * l_per_px)
-        missing = pixels.missing and pixels.missing.resize(size_px, resample, window)
-        return _Pixels(pixels.image.resize(size_px, resample, window), missing)
+        missing = pixels.missing and _resized(pixels.missing, size_px, window, resample)
+        return _Pixels(_resized(pixels.image, size_px, window, resample), missing)
 
     def _pixels(self, l0_x: int, l0_y: int, level: int, size_px: tuple[int, int]) -> _Pixels:
         """Read the part of a rectangle that lies on the slide and put it on the background colour."""
@@ -367,7 +364,7 @@ def _require_file(path: Path, slide_id: str = "") -> None:
         remedy = "check the permissions and the mount"
         raise EnvironmentFault(f"the slide file is out of reach ({error.strerror})", remedy, path=path) from error
     if stat.S_ISDIR(found.st_mode):
-        remedy = "name one file of the slide (for DICOM any .dcm of the folder), or read the folder with dataset=folder"
+        remedy = "name a file (of DICOM any .dcm in the folder) in its line, or use dataset=folder"
         raise InputError("the path is a folder, not a slide file", remedy, slide=slide_id, path=path)
     if not stat.S_ISREG(found.st_mode):
         raise InputError("the path is not a regular file", "remove its line", slide=slide_id, path=path)
@@ -431,6 +428,25 @@ def _span_on_slide(l_begin: float, extent: int, l_extent: int) -> tuple[int, int
     """
     rounding = 1e-6  # of divisions by a downsample that is not an integer
     return max(0, math.ceil(-l_begin - rounding)), min(extent, math.ceil(l_extent - l_begin - rounding))
+
+
+def _resized(
+    image: Image.Image, size_px: tuple[int, int], window: tuple[float, float, float, float], resample: Image.Resampling
+) -> Image.Image:
+    """Resample a window of an image, always along x first: Pillow's own order, and rounding, depend on the size."""
+    left, top, right, bottom = window
+    flat = image.resize((size_px[0], image.height), resample, (left, 0, right, image.height))
+    return flat.resize(size_px, resample, (0, top, size_px[0], bottom))
+
+
+def _fitted(size_px: tuple[int, int], most: tuple[float, float]) -> tuple[int, int]:
+    """Return the size that fits, rounded down as Pillow did before version 7, with which the reference was run."""
+    width, height = size_px
+    if width > most[0]:
+        width, height = int(most[0]), int(height * most[0] / width)
+    if height > most[1]:
+        width, height = int(width * most[1] / height), int(most[1])
+    return max(width, 1), max(height, 1)
 
 
 def _region(pixels: _Pixels) -> Region:

@@ -1,0 +1,385 @@
+"""Slides: what opens, what is refused, and that every pixel comes from where it should."""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from itertools import repeat
+from pathlib import Path
+
+import numpy as np
+import openslide
+import pytest
+import tifffile
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from PIL import Image
+
+from wsiflow import slide
+from wsiflow.errors import EnvironmentFault, InputError
+from wsiflow.slide import Slide, SlideFacts, open_slide, resolve_mpp, sha256, signature
+
+WIDTH, HEIGHT = 333, 250
+Pixels = NDArray[np.uint8]
+
+
+def coded(width: int, height: int) -> Pixels:
+    """An image whose colour tells the coordinates: red x, green y, blue the higher parts of both."""
+    y, x = np.mgrid[:height, :width]
+    return np.stack([x % 256, y % 256, x // 256 * 16 + y // 256], axis=2).astype(np.uint8)
+
+
+def smooth(width: int, height: int) -> Pixels:
+    """A band-limited texture, as tissue is under a microscope."""
+    noise = np.random.default_rng(0).integers(0, 256, (height // 6 + 2, width // 6 + 2, 3), dtype=np.uint8)
+    return np.array(Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC))
+
+
+def write(path: Path, levels: Sequence[Pixels], um_px: float = 0.25, compression: str = "zlib") -> Path:
+    """Write a tiled pyramid with 64-px tiles, level 0 first."""
+    with tifffile.TiffWriter(path) as writer:
+        for number, level in enumerate(levels):
+            writer.write(
+                level,
+                subfiletype=int(number > 0),
+                tile=(64, 64),
+                photometric="rgb",
+                compression=compression,
+                resolution=(1e4 / um_px, 1e4 / um_px),
+                resolutionunit="CENTIMETER",
+            )
+    return path
+
+
+def halved(image: Pixels) -> Pixels:
+    """Every second pixel: unlike an average, it can be told from a resampled read."""
+    return np.ascontiguousarray(image[::2, ::2])
+
+
+def padded(image: Pixels, x: int, y: int, width: int, height: int) -> Pixels:
+    """A rectangle of an image in white surroundings, pixel by pixel."""
+    rows, cols = np.arange(y, y + height), np.arange(x, x + width)
+    inside = ((rows >= 0) & (rows < image.shape[0]))[:, None] & ((cols >= 0) & (cols < image.shape[1]))
+    found = image[np.clip(rows, 0, image.shape[0] - 1)][:, np.clip(cols, 0, image.shape[1] - 1)]
+    return np.where(inside[..., None], found, 255).astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def pyramid(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slide]:
+    """A coded slide of two levels with downsamples 1 and about 2."""
+    image = coded(WIDTH + 1, HEIGHT)
+    path = write(tmp_path_factory.mktemp("pyramid") / "coded.tif", [image, halved(image)])
+    with open_slide(path, slide_id="coded") as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def texture(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slide]:
+    """A textured slide of one level."""
+    path = write(tmp_path_factory.mktemp("texture") / "texture.tif", [smooth(WIDTH, HEIGHT)])
+    with open_slide(path, slide_id="texture") as opened:
+        yield opened
+
+
+def test_the_facts_are_the_files(pyramid: Slide) -> None:
+    """Format, sizes, scale and background are read off the file."""
+    facts = pyramid.facts
+    assert facts.vendor == "generic-tiff"
+    assert facts.l0_size_px == (WIDTH + 1, HEIGHT)
+    assert facts.level_sizes_px == ((334, 250), (167, 125))
+    assert facts.level_downsamples == (1.0, 2.0)
+    assert facts.mpp == pytest.approx((0.25, 0.25), rel=1e-4)
+    assert facts.background_rgb == (255, 255, 255)
+
+
+rectangles = st.tuples(st.integers(-90, 400), st.integers(-90, 320), st.integers(1, 150), st.integers(1, 150))
+
+
+@given(rectangle=rectangles)
+@settings(deadline=None, max_examples=60)
+def test_a_read_is_the_padded_image(pyramid: Slide, rectangle: tuple[int, int, int, int]) -> None:
+    """Wherever a rectangle of level 0 lies, its pixels are the slide's and the rest is background."""
+    x, y, width, height = rectangle
+    region = pyramid.read(x, y, 0, (width, height))
+    np.testing.assert_array_equal(region.rgb, padded(coded(WIDTH + 1, HEIGHT), *rectangle))
+    assert region.transparent == 0
+
+
+@given(rectangle=rectangles)
+@settings(deadline=None, max_examples=60)
+def test_a_scaled_read_of_a_stored_scale_is_the_level(pyramid: Slide, rectangle: tuple[int, int, int, int]) -> None:
+    """At the scale of a level the level's own pixels are returned, none of them blended."""
+    x, y, width, height = rectangle
+    region = pyramid.read_scaled(x, y, (width, height), l0_per_px=2.0)
+    np.testing.assert_array_equal(region.rgb, padded(halved(coded(WIDTH + 1, HEIGHT)), *rectangle))
+
+
+@given(
+    l0_per_px=st.floats(0.4, 5.0),
+    x=st.integers(-20, 200),
+    y=st.integers(-20, 200),
+    size=st.tuples(st.integers(2, 60), st.integers(2, 60)),
+    cut=st.floats(0.1, 0.9),
+)
+@settings(deadline=None, max_examples=100)
+def test_neighbouring_scaled_reads_join_without_a_seam(
+    texture: Slide, l0_per_px: float, x: int, y: int, size: tuple[int, int], cut: float
+) -> None:
+    """Two reads side by side are one read of both; each of the two passes of the filter may round differently."""
+    width, height = size
+    left = max(1, int(width * cut))
+    whole = texture.read_scaled(x, y, (width, height), l0_per_px=l0_per_px).rgb
+    parts = [
+        texture.read_scaled(x, y, (left, height), l0_per_px=l0_per_px).rgb,
+        texture.read_scaled(x + left, y, (width - left, height), l0_per_px=l0_per_px).rgb,
+    ]
+    assert np.abs(np.concatenate(parts, axis=1).astype(int) - whole).max() <= 2
+
+
+def test_a_scaled_read_stays_in_place(pyramid: Slide) -> None:
+    """The centre of a resampled pixel shows the level-0 coordinate it stands for."""
+    l0_per_px = 1.5
+    region = pyramid.read_scaled(20, 30, (100, 80), l0_per_px=l0_per_px)
+    centre = (np.arange(20, 120) + 0.5) * l0_per_px - 0.5
+    np.testing.assert_allclose(region.rgb[40, :, 0], centre, atol=0.51)
+
+
+def test_enlarging_interpolates(pyramid: Slide) -> None:
+    """Below one level-0 pixel per reading pixel the slide is enlarged around the same place."""
+    region = pyramid.read_scaled(100, 100, (60, 40), l0_per_px=0.5)
+    assert region.rgb.shape == (40, 60, 3)
+    np.testing.assert_allclose(region.rgb[20, :, 0], (np.arange(100, 160) + 0.5) * 0.5 - 0.5, atol=0.51)
+
+
+def test_a_read_in_halves_is_the_same_read(texture: Slide, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The limit on pixels per read changes the memory, not the result."""
+    whole = texture.read_scaled(-5, -7, (150, 120), l0_per_px=2.2).rgb
+    monkeypatch.setattr(slide, "_READ_LIMIT_PX", 500)
+    assert np.abs(texture.read_scaled(-5, -7, (150, 120), l0_per_px=2.2).rgb.astype(int) - whole).max() <= 2
+
+
+def test_the_overview_averages_areas(texture: Slide) -> None:
+    """A pixel of the overview is the mean of what it covers; beyond the slide it sees background."""
+    overview = texture.overview(8)
+    assert overview.shape == (32, 42, 3)
+    canvas = padded(smooth(WIDTH, HEIGHT), 0, 0, 42 * 8, 32 * 8)
+    mean = canvas.reshape(32, 8, 42, 8, 3).mean(axis=(1, 3))
+    assert np.abs(overview - mean).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("downsample", "expected"),
+    [(2, 10), (3, 10), (7.9, 10), (8, 90), (20, 90)],
+    ids=["finest", "between", "just-finer", "the-level", "coarser-than-all"],
+)
+def test_the_overview_never_enlarges_a_level(tmp_path: Path, downsample: float, expected: int) -> None:
+    """The coarsest level that is fine enough serves; the levels have different greys to be told apart."""
+    levels = [np.full((256, 512, 3), 10, np.uint8), np.full((32, 64, 3), 90, np.uint8)]
+    with open_slide(write(tmp_path / "greys.tif", levels), slide_id="greys") as opened:
+        assert opened.overview(downsample)[3, 3].tolist() == [expected] * 3
+
+
+def test_a_missing_tile_shows_background_and_is_counted(tmp_path: Path) -> None:
+    """A tile of a sparse file becomes background, and its share of the rectangle is told."""
+    path = write(tmp_path / "sparse.tif", [np.full((128, 128, 3), 40, np.uint8)])
+    with tifffile.TiffFile(path, mode="r+") as tiff:
+        counts = tiff.pages.first.tags["TileByteCounts"]
+        counts.overwrite((0, *counts.value[1:]))
+    with open_slide(path, slide_id="sparse") as opened:
+        region = opened.read(32, 0, 0, (64, 64))
+        assert region.transparent == pytest.approx(0.5)
+        assert (region.rgb[:, :32] == 255).all()
+        assert (region.rgb[:, 32:] == 40).all()
+        assert opened.read(-64, 64, 0, (128, 64)).transparent == 0
+        assert opened.read_scaled(0, 0, (64, 64), l0_per_px=1.5).transparent == pytest.approx((64 / 96) ** 2, abs=0.01)
+
+
+def test_a_broken_tile_spoils_only_reads_of_it(tmp_path: Path) -> None:
+    """The error names slide and place; afterwards the other tiles can still be read."""
+    path = write(tmp_path / "broken.tif", [smooth(128, 128)], compression="jpeg")
+    with tifffile.TiffFile(path) as tiff:
+        offset, count = tiff.pages.first.dataoffsets[3], tiff.pages.first.databytecounts[3]
+    data = bytearray(path.read_bytes())
+    data[offset : offset + count] = bytes(count)
+    path.write_bytes(data)
+    with open_slide(path, slide_id="broken") as opened:
+        with pytest.raises(InputError, match=r"slide broken.*level 0 at level-0 \(64, 64\).*copy it again"):
+            opened.read(64, 64, 0, (64, 64))
+        assert opened.read(0, 0, 0, (64, 64)).rgb.std() > 0
+
+
+def _missing(path: Path) -> None:
+    """Leave nothing there."""
+
+
+REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
+    "missing": (_missing, "does not exist"),
+    "folder": (Path.mkdir, "is a folder"),
+    "empty": (Path.touch, r"empty \(0 bytes\)"),
+    "text": (lambda path: path.write_text("not a slide"), "not a slide in a format OpenSlide reads"),
+    "png": (lambda path: Image.new("RGB", (9, 9)).save(path, format="PNG"), "not a slide in a format OpenSlide reads"),
+    "pipe": (os.mkfifo, "not a regular file"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_is_no_slide_is_refused(tmp_path: Path, kind: str) -> None:
+    """Every impostor named .svs is refused with the slide, the file, the cause and what to do."""
+    make, cause = REFUSED[kind]
+    path = tmp_path / "s.svs"
+    make(path)
+    with pytest.raises(InputError, match=cause) as caught:
+        open_slide(path, slide_id="T1")
+    assert "slide T1" in str(caught.value)
+    assert str(path) in str(caught.value)
+    assert "line" in caught.value.remedy
+
+
+@pytest.mark.parametrize(("name", "cause"), [("broken.svs", "format"), ("unopenable.tiff", "compression: 52479")])
+def test_damaged_real_files_are_refused(shared_data: Path, name: str, cause: str) -> None:
+    """Files with a slide's extension that OpenSlide cannot open are refused with its reason."""
+    with pytest.raises(InputError, match=cause):
+        open_slide(shared_data / "wsi" / "bad" / name, slide_id="bad")
+
+
+@pytest.mark.parametrize(
+    ("name", "vendor", "size"),
+    [
+        ("CMU-1-Small-Region.svs", "aperio", (2220, 2967)),
+        ("CMU-1-Small-Region.generic.jpeg.tiff", "generic-tiff", (2220, 2967)),
+        ("multi_frame_jpeg2000_camelyon_challenge_image.dcm", "dicom", (1696, 812)),
+        ("test3-DAPI-2-387.ndpi", "hamamatsu", (3968, 4864)),
+        ("boxes.tiff", "generic-tiff", (300, 250)),
+        ("boxes_dicom/boxes_0.dcm", "dicom", (16, 16)),
+    ],
+)
+def test_real_slides_open(shared_data: Path, name: str, vendor: str, size: tuple[int, int]) -> None:
+    """The formats of four makers open; their overview covers them."""
+    with open_slide(shared_data / "wsi" / "good" / name, slide_id="good") as opened:
+        assert (opened.facts.vendor, opened.facts.l0_size_px) == (vendor, size)
+        assert opened.overview(32).shape == (-(-size[1] // 32), -(-size[0] // 32), 3)
+
+
+def test_an_overview_joins_without_a_seam_on_a_real_slide(shared_data: Path) -> None:
+    """On real tissue too, two reads at a foreign scale are one read of both."""
+    with open_slide(shared_data / "wsi" / "good" / "CMU-1-Small-Region.svs", slide_id="cmu") as opened:
+        whole = opened.read_scaled(200, 300, (400, 100), l0_per_px=2.0040).rgb
+        parts = [opened.read_scaled(x, 300, (200, 100), l0_per_px=2.0040).rgb for x in (200, 400)]
+    assert np.abs(np.concatenate(parts, axis=1).astype(int) - whole).max() <= 1
+
+
+FACTS = SlideFacts("T1", Path("T1.svs"), "aperio", (10, 10), (0.25, 0.25), ((10, 10),), (1.0,), (255, 255, 255))
+
+
+@pytest.mark.parametrize(
+    ("stated", "manifest", "expected"),
+    [((0.25, 0.25), None, 0.25), ((0.25, 0.252), None, 0.251), ((0.25, 0.25), 0.5, 0.5), (None, 0.5, 0.5)],
+    ids=["slide", "nearly-square", "manifest-wins", "manifest-only"],
+)
+def test_the_pixel_size_is_the_manifests_else_the_slides(
+    stated: tuple[float, float] | None, manifest: float | None, expected: float
+) -> None:
+    """The manifest wins, because slides are sometimes wrong."""
+    assert resolve_mpp(replace(FACTS, mpp=stated), manifest) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("stated", "manifest", "cause"),
+    [
+        (None, None, "does not state"),
+        ((0.25, 0.5), None, "0.25 x 0.5 um, which differ"),
+        ((0.00499, 0.00499), None, "the slide states a pixel size of 0.00499"),
+        ((0.25, 0.25), 1000.0, "the manifest states a pixel size of 1000"),
+        (None, float("nan"), "nan"),
+    ],
+)
+def test_a_doubtful_pixel_size_is_refused(
+    stated: tuple[float, float] | None, manifest: float | None, cause: str
+) -> None:
+    """The error names the value found and the line to add to the manifest."""
+    with pytest.raises(InputError, match=cause) as caught:
+        resolve_mpp(replace(FACTS, mpp=stated), manifest)
+    assert "'slide_id,path,mpp'" in caught.value.remedy
+    assert "'T1,T1.svs,<um per pixel>'" in caught.value.remedy
+
+
+def test_the_hash_of_one_file_is_that_of_the_file(tmp_path: Path) -> None:
+    """``sha256sum`` prints the same."""
+    path = tmp_path / "a.svs"
+    path.write_bytes(b"pixels")
+    (tmp_path / "b.svs").write_bytes(b"other")
+    assert sha256(path) == hashlib.sha256(b"pixels").hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("main", "companion"),
+    [("s.mrxs", "s/Dat_0.dat"), ("a.dcm", "b.dcm"), ("s.vms", "s-1.jpg")],
+    ids=["mirax", "dicom", "hamamatsu"],
+)
+def test_all_files_of_a_slide_count(tmp_path: Path, main: str, companion: str) -> None:
+    """A change in a companion file changes hash and signature; an unrelated file changes neither."""
+    (tmp_path / "s").mkdir()
+    path, other = tmp_path / main, tmp_path / companion
+    path.write_text("ImageFile=s-1.jpg")
+    other.write_text("1")
+    before = sha256(path), signature(path)
+    (tmp_path / "unrelated.txt").write_text("2")
+    assert (sha256(path), signature(path)) == before
+    other.write_text("22")
+    assert sha256(path) != before[0]
+    assert signature(path) != before[1]
+
+
+def test_the_signature_tells_a_replaced_file(tmp_path: Path) -> None:
+    """The same bytes in a new file of the same time are another file."""
+    path, copy = tmp_path / "a.svs", tmp_path / "copy"
+    for file in (path, copy):
+        file.write_bytes(b"pixels")
+        os.utime(file, ns=(5, 5))
+    before = signature(path)
+    assert signature(path) == before
+    copy.rename(path)
+    assert signature(path) != before
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [((97280, 220672), (985, 434)), ((61440, 53760), (240, 274))],
+    ids=["tumor_026", "tumor_091"],
+)
+def test_the_reference_thumbnail_has_a_pixel_per_tile(
+    tmp_path: Path, size: tuple[int, int], expected: tuple[int, int]
+) -> None:
+    """Slides of the size of published ones give the thumbnails of their published index."""
+    path = tmp_path / "big.tif"
+    width, height = size
+    with tifffile.TiffWriter(path, bigtiff=True) as writer:
+        writer.write(
+            repeat(b"", -(-width // 4096) * -(-height // 4096)),
+            shape=(height, width, 3),
+            dtype=np.uint8,
+            tile=(4096, 4096),
+            photometric="rgb",
+            compression="zlib",
+        )
+        overview = coded(width // 128, height // 128)
+        writer.write(overview, subfiletype=1, tile=(256, 256), photometric="rgb", compression="zlib")
+    with open_slide(path, slide_id="big") as opened:
+        thumbnail = opened.reference_thumbnail()
+    assert thumbnail.shape == (*expected, 3)
+    np.testing.assert_allclose(thumbnail[5, 10:120, 0], (np.arange(10, 120) + 0.5) * 1.75 - 0.5, atol=0.8)
+
+
+def test_a_slide_smaller_than_a_tile_has_no_reference_thumbnail(tmp_path: Path) -> None:
+    """The reference geometry says what it needs instead of dividing by zero."""
+    path = write(tmp_path / "small.tif", [coded(300, 200)])
+    with open_slide(path, slide_id="small") as opened, pytest.raises(InputError, match="300 x 200 px, less than one"):
+        opened.reference_thumbnail()
+
+
+def test_an_old_openslide_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Versions with known memory faults and swapped pixel sizes are not used."""
+    monkeypatch.setattr(openslide, "__library_version__", "4.0.0")
+    with pytest.raises(EnvironmentFault, match=r"4\.0\.0, older than 4\.0\.1"):
+        slide._require_openslide.__wrapped__()
