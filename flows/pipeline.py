@@ -32,13 +32,16 @@ def line(config: RunConfig, submit: Submit) -> results.Summary:
     cases = shards.begin(config)
     with executor.make(config.executor, cores=allocated_cores()) as pool:
         wanted = shards.cut(shards.count_cases(cases), config.shard_slides)
-        ingested = [submit("ingest", shards.ingest_shard, pool, cases, shard) for shard in wanted]
+        ingested = [submit(f"ingest {i}", shards.ingest_shard, pool, cases, part) for i, part in enumerate(wanted, 1)]
         plan_path = ingest.make_plan(cases, [outcome for future in ingested for outcome in future.result()])
         futures: list[Any] = [
             shards.Progress(shard) for shard in shards.cut(shards.count_slides(plan_path), config.shard_slides)
         ]
         for stage in shards.LINE:
-            futures = [submit(stage, shards.advance, pool, plan_path, stage, future) for future in futures]
+            futures = [
+                submit(f"{stage} {i}", shards.advance, pool, plan_path, stage, future)
+                for i, future in enumerate(futures, 1)
+            ]
         progress = [future.result() for future in futures]
     return results.finish(config, plan_path, progress, clock)
 
@@ -50,11 +53,12 @@ def _shard(function: Callable[..., Any], *args: Any) -> Any:
 
 
 def _as_task(name: str, function: Callable[..., Any], *args: Any) -> Any:
-    return _shard.with_options(name=name, task_run_name=name).submit(function, *args)
+    return _shard.with_options(name=name.split()[0], task_run_name=name).submit(function, *args)
 
 
 @flow(
     name="wsiflow",
+    flow_run_name="{config.name}",
     persist_result=False,
     validate_parameters=False,
     task_runner=_TASK_RUNNER,

@@ -21,6 +21,12 @@ from wsiflow.config import RunConfig, validate
 from wsiflow.errors import InputError, WsiflowError
 from wsiflow.results import Summary
 
+_ENVIRONMENT = {
+    "HYDRA_FULL_ERROR": "1",  # raise errors instead of printing them with advice about Hydra's own internals
+    "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",  # errors are told once, here; the server keeps its logs
+    "DO_NOT_TRACK": "1",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+}
 _exit_codes: list[int] = []
 
 
@@ -29,10 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] != ["run"]:
         return cli.main(arguments)
-    # Hydra then raises its errors instead of printing them with advice about its own internals.
-    os.environ["HYDRA_FULL_ERROR"] = "1"
-    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "WARNING")
-    os.environ.setdefault("DO_NOT_TRACK", "1")
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     sys.argv = ["wsiflow run", *arguments[1:]]
     try:
         _compose_and_run()

@@ -231,7 +231,7 @@ def _receipt(root: Path, name: str) -> publish.Receipt:
 
 def _failure_text(root: Path, statuses: Sequence[Status]) -> str:
     bad = [status for status in statuses if status.exit_code]
-    lines = [f"{status.slide_id}: {status.status}: {status.reason}" for status in bad]
+    lines = [f"{status.status}: {status.reason}" for status in bad]
     lines.append(
         f"{len(bad)} of {len(statuses)} slides have no result, so nothing was scored; the others are in {root}"
     )

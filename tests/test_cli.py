@@ -1,0 +1,60 @@
+"""The commands on files, as a user types them."""
+
+import json
+from pathlib import Path
+
+import pytest
+from test_evaluation import E1, E2, E3, A_ITC, e1_masks, e3_truth
+
+from flows.run import main
+
+SCORES = {
+    "E1": (E1, lambda folder: e1_masks(folder, A_ITC), ["--downsample", "1", "--um-px", "25"], 0.888889),
+    "E2": (E2, e1_masks, ["--downsample", "1", "--um-px", "25"], 0.666667),
+    "E3": (E3, lambda folder: {"Tumor_T": e3_truth("xml", folder)}, ["--um-px", "0.243"], 0.770833),
+}
+
+
+@pytest.mark.parametrize("example", SCORES)
+def test_evaluate_scores_the_worked_examples(tmp_path: Path, capsys, example: str) -> None:
+    """``wsiflow evaluate`` on detections, a manifest and truth files gives E1, E2 and E3 to the last digit."""
+    detections, truth, options, expected = SCORES[example]
+    lines = ["slide_id,path,label,mask_path,annotation_path"]
+    (tmp_path / "detections").mkdir()
+    for slide_id, text in detections.items():
+        (tmp_path / "detections" / f"{slide_id}.csv").write_text(text)
+        path = truth(tmp_path).get(slide_id)
+        columns = {".xml": f",{path and path.name}", ".png": f"{path and path.name},"}.get(path.suffix if path else "", ",")
+        lines.append(f"{slide_id},{slide_id}.tif,{'tumor' if slide_id.startswith('Tumor') else 'normal'},{columns}")
+    manifest = tmp_path / "manifest.csv"
+    manifest.write_text("\n".join(lines) + "\n")
+    out = tmp_path / "scores"
+    arguments = ["--manifest", str(manifest), "--detections", str(tmp_path / "detections"), "--out", str(out)]
+    assert main(["evaluate", *arguments, *options, "--bootstrap", "20"]) == 0
+    assert f"froc.score {expected:.6f}" in capsys.readouterr().out
+    assert round(json.loads((out / "summary.json").read_text())["froc.score"], 6) == expected
+    assert (out / "cases.csv").exists()
+
+
+def test_a_missing_detections_file_is_bad_input(tmp_path: Path, capsys) -> None:
+    """A slide without a file is named, exit code 20."""
+    (tmp_path / "detections").mkdir()
+    (tmp_path / "manifest.csv").write_text("slide_id,path,label\na,a.tif,normal\n")
+    arguments = ["--manifest", str(tmp_path / "manifest.csv"), "--detections", str(tmp_path / "detections")]
+    assert main(["evaluate", *arguments, "--out", str(tmp_path / "o")]) == 20
+    assert "no detection file for a" in capsys.readouterr().err
+
+
+def test_commands_on_a_folder_without_a_run_say_so(tmp_path: Path, capsys) -> None:
+    """Status and verify name the folder and what it lacks."""
+    assert main(["status", str(tmp_path)]) == 20
+    assert main(["verify", str(tmp_path)]) == 20
+    assert capsys.readouterr().err.count("name the out= folder of a run") == 2
+
+
+def test_doctor_tells_cores_and_versions(capsys) -> None:
+    """What a bug report needs."""
+    assert main(["doctor"]) == 0
+    told = capsys.readouterr().out
+    assert "cores this process may use" in told
+    assert "openslide-bin" in told
