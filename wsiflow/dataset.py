@@ -151,13 +151,13 @@ def read_manifest(path: Path) -> tuple[Case, ...]:
     if not rows:
         raise InputError("the manifest is empty", "give it a header 'slide_id,path' and a line per slide", path=path)
     columns = _columns(rows[0].cells, path)
-    problems: list[str] = []
-    cases = [case for row in rows[1:] if (case := _case(row, columns, path.parent.absolute(), problems)) is not None]
-    if len(rows) == 1:
+    parsed = [_parsed(row, columns, path.parent.absolute()) for row in rows[1:]]
+    problems = [problem for _, wrong in parsed for problem in wrong]
+    if not parsed:
         problems.append(f"line {rows[0].line}: there is a header but no slide")
-    problems += _collisions((case.slide_id, f"line {case.line}") for case in cases)
-    _report(problems, "correct the manifest", path)
-    return tuple(cases)
+    named = [(values["slide_id"], f"line {values['line']}") for values, _ in parsed if "slide_id" in values]
+    _report(problems + _collisions(named), "correct the manifest", path)
+    return tuple(Case(**values) for values, _ in parsed)
 
 
 def read_folder(folder: Path) -> tuple[Case, ...]:
@@ -249,13 +249,12 @@ def _unknown(name: str, known: Iterable[str]) -> str:
     return f"unknown column {name!r}" + (f" (did you mean {near[0]}?)" if near else "")
 
 
-def _case(row: _Row, columns: Sequence[str], folder: Path, problems: list[str]) -> Case | None:
-    """Turn a line into a case, or add what is wrong with it to the problems."""
+def _parsed(row: _Row, columns: Sequence[str], folder: Path) -> tuple[dict[str, Any], list[str]]:
+    """Return the values of a line by attribute of :class:`Case`, and what is wrong with the line."""
+    values: dict[str, Any] = {"line": row.line}
     if len(row.cells) != len(columns):
-        problems.append(f"line {row.line}: {len(row.cells)} cells, but the header has {len(columns)}")
-        return None
-    values: dict[str, Any] = {}
-    wrong: list[str] = []
+        return values, [f"line {row.line}: {len(row.cells)} cells, but the header has {len(columns)}"]
+    wrong = []
     for column, cell in zip(columns, row.cells, strict=True):
         try:
             text = _safe_text(cell)
@@ -265,12 +264,11 @@ def _case(row: _Row, columns: Sequence[str], folder: Path, problems: list[str]) 
             wrong.append(f"line {row.line}: {column or 'class'}: {error}")
     if "path" not in values and not wrong:
         wrong.append(f"line {row.line}: path: is empty")
-    if not wrong and "slide_id" not in values:
+    if "slide_id" not in values and not wrong:
         values["slide_id"] = _slide_name(values["path"])
         if bad := _bad_id(values["slide_id"]):
             wrong.append(f"line {row.line}: {bad}; give it a slide_id")
-    problems += wrong
-    return None if wrong else Case(**values, line=row.line)
+    return values, wrong
 
 
 def _safe_text(cell: str) -> str:

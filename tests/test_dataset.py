@@ -1,0 +1,303 @@
+"""Data sets: manifests of many dialects, folders, single slides, and everything that is wrong with them."""
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from wsiflow.dataset import LABELS, Case, DatasetParams, load_dataset, read_folder, read_manifest, read_single
+from wsiflow.errors import InputError
+
+
+def manifest(folder: Path, text: str | bytes) -> Path:
+    """Write a manifest and the files it may name."""
+    path = folder / "manifest.csv"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    for name in ("t.xml", "m.tif"):
+        (folder / name).touch()
+    return path
+
+
+def problems_of(folder: Path, text: str) -> str:
+    """The message a manifest is refused with."""
+    with pytest.raises(InputError) as caught:
+        read_manifest(manifest(folder, text))
+    return str(caught.value)
+
+
+def test_every_column_is_read(tmp_path: Path) -> None:
+    """Paths are relative to the manifest; the slide itself need not exist."""
+    header = "slide_id,path,mpp,label,annotation_path,mask_path,patient_id,split,scanner,sha256"
+    path = manifest(tmp_path, f"{header}\nT1,wsi/a.svs,0.25,tumor,t.xml,m.tif,P1,test,Aperio,{'AB' * 32}\n")
+    assert read_manifest(path) == (
+        Case(
+            "T1",
+            tmp_path / "wsi/a.svs",
+            mpp=0.25,
+            label=1,
+            annotation_path=tmp_path / "t.xml",
+            mask_path=tmp_path / "m.tif",
+            patient_id="P1",
+            split="test",
+            scanner="Aperio",
+            sha256="ab" * 32,
+            line=2,
+        ),
+    )
+
+
+@pytest.mark.parametrize(
+    ("header", "line"),
+    [
+        ("wsi,mpp", "a.svs,0.5"),
+        ("sample_id,image_path,mask_path,spacing_at_level_0", "a,a.svs,m.tif,0.5"),
+        ("slide,patient,path,mpp", "a,P1,a.svs,0.5"),
+        ("Slide_ID , PATH, MPP", "a, a.svs , 0.5"),
+    ],
+    ids=["trident", "hs2p", "slideflow", "capitals-and-blanks"],
+)
+def test_the_dialects_of_neighbouring_tools_are_read(tmp_path: Path, header: str, line: str) -> None:
+    """Their names of the columns are understood; without an id the file's name is the id."""
+    (case,) = read_manifest(manifest(tmp_path, f"{header}\n{line}\n"))
+    assert (case.slide_id, case.path, case.mpp) == ("a", tmp_path / "a.svs", 0.5)
+
+
+def test_the_label_table_of_camelyon_is_a_manifest(shared_data: Path) -> None:
+    """Its 399 slides have the labels of their type; the class of the lesions is passed over."""
+    cases = read_manifest(shared_data / "camelyon16" / "tables" / "reference.csv")
+    assert len(cases) == 399
+    assert {case.slide_id: case.label for case in cases}["tumor_001"] == 1
+    assert sum(case.label == 1 for case in cases) == 160
+    assert {case.scanner for case in cases} == {"0", "1"}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"\xef\xbb\xbfslide_id,path\na,a.svs\n",
+        b"slide_id,path\r\na,a.svs\r\n",
+        b'"slide_id","path"\n"a","a.svs"\n',
+        b"slide_id,path\n\n,\na,a.svs\n\n",
+        b"slide_id,path\na,a.svs",
+    ],
+    ids=["byte-order-mark", "crlf", "quotes", "blank-lines", "no-last-line-end"],
+)
+def test_what_spreadsheets_write_is_read(tmp_path: Path, text: bytes) -> None:
+    """Marks, line ends, quotes and blank lines do not matter."""
+    (case,) = read_manifest(manifest(tmp_path, text))
+    assert (case.slide_id, case.path) == ("a", tmp_path / "a.svs")
+
+
+def test_a_quoted_field_may_hold_a_comma(tmp_path: Path) -> None:
+    """A comma in a file name is part of it."""
+    (case,) = read_manifest(manifest(tmp_path, 'slide_id,path\na,"x, y.svs"\n'))
+    assert case.path.name == "x, y.svs"
+
+
+@pytest.mark.parametrize("word", LABELS)
+def test_label_words(tmp_path: Path, word: str) -> None:
+    """Each word is understood in any case of its letters; an empty cell is no label."""
+    labels = [case.label for case in read_manifest(manifest(tmp_path, f"path,label\na.svs,{word.upper()}\nb.svs,\n"))]
+    assert labels == [LABELS[word], None]
+
+
+def test_all_errors_are_reported_together(tmp_path: Path) -> None:
+    """One message names every wrong line, and nothing of the right ones."""
+    message = problems_of(
+        tmp_path,
+        "slide_id,path,mpp,label,annotation_path,sha256\n"
+        "a,a.svs,0.25,1,,\n"
+        'b,b.svs,"0,25",maybe,,\n'
+        "A,c.svs,-1,,gone.xml,12\n"
+        "A,c.svs,,,,\n"
+        "d,d.svs\n"
+        "../e,e.svs,0,,,\n"
+        "f,,,,,\n",
+    )
+    assert "\n" not in message
+    assert "11 errors" in message
+    for part in (
+        "line 3: mpp: '0,25' is not a number (write 0.25)",
+        "line 3: label: 'maybe' is none of 0, normal",
+        "line 4: mpp: '-1' begins with '-'",
+        "line 4: annotation_path: 'gone.xml' is not an existing file",
+        "line 4: sha256: '12' is not 64",
+        "line 4: slide_id 'A' repeats 'a' of line 2",
+        "line 5: slide_id 'A' repeats 'a' of line 2",
+        "line 6: 2 cells, but the header has 6",
+        "line 7: slide_id: the slide id '../e' is not",
+        "line 7: mpp: '0' is not a positive number",
+        "line 8: path: is empty",
+    ):
+        assert part in message
+    assert "line 2:" not in message
+
+
+def test_a_long_list_of_errors_is_cut(tmp_path: Path) -> None:
+    """Fifty are shown and the rest are counted."""
+    message = problems_of(tmp_path, "path,mpp\n" + "".join(f"s{k}.svs,x\n" for k in range(60)))
+    assert "60 errors" in message
+    assert "line 51:" in message
+    assert "line 52:" not in message
+    assert "and 10 more" in message
+
+
+@pytest.mark.parametrize(
+    ("text", "cause"),
+    [
+        ("", "the manifest is empty"),
+        ("slide_id,path\n", "there is a header but no slide"),
+        ("slide_id,mpp\na,1\n", "there is no column path"),
+        ("slide_id,path,lable\na,a.svs,1\n", r"unknown column 'lable' \(did you mean label\?\)"),
+        ("path,wsi\na,b\n", "columns path, wsi all mean path"),
+        ("slide_id;path\na;a.svs\n", "not separated by commas"),
+        ("slide_id,path\na,=cmd()\n", "line 2: path: '=cmd.*formula"),
+        ("slide_id,path\na,\ta.svs\n", "line 2: path: .*formula"),
+        ("slide_id,path,scanner\na,a.svs,@x\n", "line 2: scanner: '@x' begins"),
+        ("slide_id,path\na,a\x00.svs\n", "line 2: path: .*control character"),
+        ('slide_id,path\na,"a.svs\n', "line 2: not CSV"),
+        ("path\nä.svs\n", "line 2: the slide id 'ä' is not .*give it a slide_id"),
+        ("path\na.svs\nx/a.tif\n", "line 3: slide_id 'a' repeats 'a' of line 2"),
+    ],
+)
+def test_a_wrong_manifest_is_refused(tmp_path: Path, text: str, cause: str) -> None:
+    """Every fault of the text is named where it stands."""
+    with pytest.raises(InputError, match=cause) as caught:
+        read_manifest(manifest(tmp_path, text))
+    assert caught.value.exit_code == 20
+
+
+def test_an_unreadable_manifest_is_refused(tmp_path: Path) -> None:
+    """A missing file, a folder and another encoding are told apart."""
+    with pytest.raises(InputError, match="not an existing file"):
+        read_manifest(tmp_path / "none.csv")
+    with pytest.raises(InputError, match="not an existing file"):
+        read_manifest(tmp_path)
+    with pytest.raises(InputError, match="not UTF-8"):
+        read_manifest(manifest(tmp_path, "path\nä.svs\n".encode("latin-1")))
+
+
+@pytest.mark.parametrize(
+    "slide_id",
+    ["..", ".a", "_a", "../a", "a/b", "a\\b", "a;b", "a$b", "a*", "a" * 101, "é", "e\u0301", "a\u200b", "a\u00a0b"],
+)
+def test_a_name_that_is_no_safe_file_name_is_refused(tmp_path: Path, slide_id: str) -> None:
+    """Output files are named after slides, so only harmless names pass."""
+    assert "slide_id: the slide id" in problems_of(tmp_path, f"slide_id,path\n{slide_id},a.svs\n")
+
+
+@pytest.mark.parametrize("slide_id", ["a", "7", "tumor_001", "S 1.2-b", "a" * 100])
+def test_ordinary_names_are_slide_ids(tmp_path: Path, slide_id: str) -> None:
+    """Letters, digits, points, lines and blanks are accepted as they are."""
+    (case,) = read_manifest(manifest(tmp_path, f"slide_id,path\n{slide_id},a.svs\n"))
+    assert case.slide_id == slide_id
+
+
+@pytest.fixture
+def slides(tmp_path: Path) -> Path:
+    """A folder of files as people keep them."""
+    for name in (
+        "b.SVS",
+        "a.tif",
+        "a.xml",
+        "deep/c.mrxs",
+        "deep/c/Dat_0.dat",
+        "c.xml",
+        "dicom/1.dcm",
+        "dicom/2.dcm",
+        "lone/x.dcm",
+        "notes.txt",
+        ".hidden/d.svs",
+        "._a.svs",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    return tmp_path
+
+
+def test_a_folder_is_searched_by_extension(slides: Path) -> None:
+    """Slides are sorted by path; DICOM files of one folder are one slide; hidden files are passed over."""
+    found = [(case.slide_id, case.path.relative_to(slides).as_posix()) for case in read_folder(slides)]
+    assert found == [
+        ("a", "a.tif"),
+        ("b", "b.SVS"),
+        ("c", "deep/c.mrxs"),
+        ("dicom", "dicom/1.dcm"),
+        ("x", "lone/x.dcm"),
+    ]
+
+
+def test_annotations_beside_a_slide_or_on_top_are_found(slides: Path) -> None:
+    """The one of the slide's name is taken, others have none."""
+    found = {case.slide_id: case.annotation_path for case in read_folder(slides)}
+    assert found == {"a": slides / "a.xml", "b": None, "c": slides / "c.xml", "dicom": None, "x": None}
+
+
+def test_names_that_collide_in_a_folder_are_all_reported(slides: Path) -> None:
+    """Files of one name, whatever its case, are refused together with those whose name cannot be used."""
+    for name in ("deep/A.svs", "deep/B.tif", "ü.svs"):
+        (slides / name).touch()
+    with pytest.raises(InputError, match="3 errors") as caught:
+        read_folder(slides)
+    for part in ("deep/A.svs: slide_id 'A' repeats 'a' of a.tif", "deep/B.tif", "ü.svs: the slide id"):
+        assert part in str(caught.value)
+
+
+def test_a_folder_without_slides_is_refused(tmp_path: Path) -> None:
+    """An empty folder and a missing one are told apart."""
+    with pytest.raises(InputError, match="holds no slide"):
+        read_folder(tmp_path)
+    with pytest.raises(InputError, match="does not exist"):
+        read_folder(tmp_path / "none")
+
+
+def test_the_real_folder_is_read(shared_data: Path) -> None:
+    """Six good slides and two bad ones; what is bad is found out on opening."""
+    names = {case.slide_id for case in read_folder(shared_data / "wsi")}
+    assert len(names) == 8
+    assert {"boxes_dicom", "multi_frame_jpeg2000_camelyon_challenge_image", "broken"} <= names
+
+
+def test_a_single_slide_is_a_data_set(slides: Path) -> None:
+    """It is named as in a folder and finds its annotation; a missing file is left to the opening."""
+    assert read_single(slides / "a.tif") == (Case("a", slides / "a.tif", annotation_path=slides / "a.xml"),)
+    assert read_single(slides / "dicom" / "2.dcm")[0].slide_id == "dicom"
+    assert read_single(slides / "gone.svs")[0].path == slides / "gone.svs"
+
+
+def params(**settings: object) -> DatasetParams:
+    """Settings as YAML gives them, where an empty text means absent."""
+    absent = {"manifest": "", "folder": "", "path": "", "limit": "", "size_px": 1024, "seed": 0}
+    return DatasetParams.model_validate(absent | settings)
+
+
+@pytest.mark.parametrize(("limit", "count"), [("", 5), (None, 5), (2, 2), (9, 5)])
+def test_a_data_set_is_loaded_up_to_a_limit(slides: Path, limit: object, count: int) -> None:
+    """The first slides are taken; an absent limit takes all."""
+    assert len(load_dataset(params(kind="folder", folder=str(slides), limit=limit))) == count
+
+
+def test_each_kind_reads_its_own_setting(slides: Path) -> None:
+    """A manifest, a folder and a single slide are told apart by the kind alone."""
+    listed = slides / "manifest.csv"
+    listed.write_text("path\nb.SVS\n")
+    everything = {"manifest": str(listed), "folder": str(slides / "lone"), "path": str(slides / "a.tif")}
+    found = [
+        [case.slide_id for case in load_dataset(params(kind=kind, **everything))]
+        for kind in ("manifest", "folder", "single")
+    ]
+    assert found == [["b"], ["x"], ["a"]]
+
+
+@pytest.mark.parametrize(("kind", "setting"), [("manifest", "manifest"), ("folder", "folder"), ("single", "path")])
+def test_an_absent_setting_is_named(kind: str, setting: str) -> None:
+    """An empty text in YAML means absent, and the kind says which setting it needs."""
+    with pytest.raises(InputError, match=rf"dataset\.{setting} is not given"):
+        load_dataset(params(kind=kind))
+
+
+@pytest.mark.parametrize("wrong", [{"kind": "cloud"}, {"kind": "folder", "limit": 0}, {"kind": "folder", "glob": "*"}])
+def test_wrong_settings_are_refused(wrong: dict[str, object]) -> None:
+    """Unknown kinds and keys, and a limit of no slides, are refused at the start."""
+    with pytest.raises(ValidationError):
+        params(**wrong)
