@@ -154,7 +154,7 @@ def _colours() -> NDArray[np.uint8]:
 
 
 def _blend(overview: NDArray[np.uint8], score: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """Return the overview with the scored pixels tinted; the tint is laid over grey, so that its hue reads true."""
+    """Return the overview with the scored pixels tinted, the more opaque the higher the score."""
     scored = ~np.isnan(score)
     value = np.clip(score[scored], 0.0, 1.0)
     opacity = (_OPACITY[0] + (_OPACITY[1] - _OPACITY[0]) * value)[:, None]

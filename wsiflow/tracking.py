@@ -1,0 +1,324 @@
+"""One MLflow run per pipeline run. The only module that uses mlflow.
+
+Input: a finished run's numbers, figures, tables and files. Output: the id of its MLflow run, or why there is none.
+
+Conventions:
+
+* MLflow is a view. Nothing is decided from it, workers never talk to it, and a store that cannot be reached costs
+  seconds and one warning: the run's own files stay the truth, and logging again later gives the same record once.
+* Only a SQLite store beside its artifacts, or a server. Whoever writes to a SQLite store holds a lock file beside it:
+  several first starts would otherwise create the tables at the same time.
+* A metric without a finite value is left out and named in the tag ``wsiflow.metrics_without_value``.
+* What looks like a secret is replaced before it is sent, see `redacted`.
+"""
+
+import fcntl
+import math
+import os
+import re
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from pydantic import BaseModel, Field
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+# Limits of MLflow's API.
+_PARAM_CHARS, _TAG_CHARS, _KEY_CHARS = 6000, 8000, 250
+_PARAMS_PER_CALL, _METRICS_PER_CALL = 100, 1000
+_NOT_IN_NAMES = re.compile(r"[^\w.\- :/]")
+
+REDACTED = "[redacted]"
+_SECRET_KEY = re.compile(r"passw|secret|token|credential|(api|access|private|account)_?key", re.IGNORECASE)
+_USER_IN_URI = re.compile(r"(?<=://)[^/@\s]+(?=@)")
+
+
+class TrackingParams(BaseModel, frozen=True, extra="forbid"):
+    """Where runs are recorded.
+
+    Attributes:
+        kind: ``mlflow``, or ``off`` to record nothing.
+        uri: ``sqlite:///`` with the path of a database, which is made when absent, or the address of a server.
+        experiment: Name of the MLflow experiment; it is made when absent.
+        sweep: Runs of one sweep are children of one parent run of this name; None for a single run.
+        timeout_s: Seconds a server has to answer a request.
+        retries: How often a request is sent again.
+        lock_wait_s: Seconds to wait for another run that writes to the same SQLite store.
+    """
+
+    kind: Literal["mlflow", "off"]
+    uri: str = Field(min_length=1)
+    experiment: str = Field(min_length=1, max_length=500)
+    sweep: str | None
+    timeout_s: int = Field(ge=1, le=600)
+    retries: int = Field(ge=0, le=7)
+    lock_wait_s: float = Field(ge=0, le=3600)
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What is told about one run.
+
+    Attributes:
+        name: Name of the run in MLflow's lists.
+        key: What makes two runs the same, letters and digits: the plan's hash. A run is recorded once per key, so
+            repeats made to measure time need a key each.
+        plan_hash: The plan's hash.
+        partial: Whether slides are missing from the scores.
+        params: Settings by dotted name.
+        metrics: Numbers by name.
+        tags: More tags.
+        artifacts: Files, and folders with all they hold.
+        figures: PNG bytes by file name.
+        tables: Columns by file name, which ends in ``.json``; the columns of a table are equally long.
+    """
+
+    name: str
+    key: str
+    plan_hash: str
+    partial: bool
+    params: Mapping[str, Any]
+    metrics: Mapping[str, float]
+    tags: Mapping[str, str]
+    artifacts: Sequence[Path]
+    figures: Mapping[str, bytes]
+    tables: Mapping[str, Mapping[str, Sequence[Any]]]
+
+
+class Logged(NamedTuple):
+    """The id of the MLflow run, or None and the reason in one line."""
+
+    run_id: str | None
+    reason: str
+
+
+def log_run(params: TrackingParams, record: RunRecord) -> Logged:
+    """Record a run, unless a finished record with its key and completeness is there; never raises for the store.
+
+    Returns:
+        The id of the new or existing record; or None and the reason when tracking is off or the store failed.
+    """
+    if params.kind == "off":
+        return Logged(None, "tracking is off")
+    _set_environment(params)
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        with _only_writer(params):
+            client = MlflowClient(tracking_uri=params.uri)
+            return Logged(_log_once(client, params, record), "")
+    except (MlflowException, SQLAlchemyError, OSError) as error:
+        # The run is complete on disk; an MLflow that cannot take its record must not make it fail.
+        return Logged(None, f"{_without_user(params.uri)} did not take the record: {_one_line(error)}")
+
+
+def find_run(params: TrackingParams, key: str, *, partial: bool) -> str | None:
+    """Return the id of the finished record with this key and completeness, or None.
+
+    Raises:
+        MlflowException: The store cannot be read.
+        TimeoutError: Another run kept the SQLite store locked for longer than ``lock_wait_s``.
+    """
+    _set_environment(params)
+    from mlflow import MlflowClient
+
+    with _only_writer(params):
+        client = MlflowClient(tracking_uri=params.uri)
+        experiment = client.get_experiment_by_name(params.experiment)
+        return None if experiment is None else _finished(client, experiment.experiment_id, key, partial=partial)
+
+
+def redacted(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings with secrets replaced by `REDACTED`: values of telling keys, and users in addresses.
+
+    Args:
+        values: Settings by name, nested or with dotted names.
+    """
+    return {key: REDACTED if _SECRET_KEY.search(key) else _redacted_value(value) for key, value in values.items()}
+
+
+def _redacted_value(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return redacted(value)
+    if isinstance(value, list | tuple):
+        return [_redacted_value(item) for item in value]
+    return _without_user(value) if isinstance(value, str) else value
+
+
+def _without_user(text: str) -> str:
+    return _USER_IN_URI.sub(REDACTED, text)
+
+
+def _one_line(error: Exception) -> str:
+    text = _without_user(" ".join(str(error).split()))
+    return f"{type(error).__name__}: {text}"[:300]
+
+
+def _set_environment(params: TrackingParams) -> None:
+    """Tell mlflow, before it is imported: no telemetry, no pickles, no chatter, and when to give up on a server."""
+    os.environ |= {
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "DO_NOT_TRACK": "true",
+        "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
+        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": str(params.timeout_s),
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": str(params.retries),
+    }
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+
+
+def _database(uri: str) -> Path | None:
+    """Return the absolute path of a SQLite store, None for a server."""
+    if not uri.startswith("sqlite:///"):
+        return None
+    return Path(uri.removeprefix("sqlite:///").partition("?")[0]).resolve()
+
+
+@contextmanager
+def _only_writer(params: TrackingParams) -> Iterator[None]:
+    """Hold the lock beside a SQLite store; a server does its own locking."""
+    database = _database(params.uri)
+    if database is None:
+        yield
+        return
+    database.parent.mkdir(parents=True, exist_ok=True)
+    with database.with_name(f"{database.name}.lock").open("a") as handle:
+        _lock(handle.fileno(), params.lock_wait_s)
+        yield
+
+
+def _lock(descriptor: int, wait_s: float) -> None:
+    """Take an exclusive lock, which the system returns when the file is closed or the process dies.
+
+    Raises:
+        TimeoutError: It was not free within ``wait_s`` seconds.
+    """
+    end = time.monotonic() + wait_s
+    while True:
+        try:
+            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            if time.monotonic() > end:
+                raise TimeoutError(f"another run has kept it locked for {wait_s:g} s") from error
+            time.sleep(0.1)
+
+
+def _log_once(client: "MlflowClient", params: TrackingParams, record: RunRecord) -> str:
+    experiment_id = _experiment(client, params)
+    found = _finished(client, experiment_id, record.key, partial=record.partial)
+    if found is not None:
+        return found
+    _drop_remains(client, experiment_id, record)
+    tags = _tags(record)
+    if params.sweep is not None:
+        tags |= {"wsiflow.sweep": params.sweep, "mlflow.parentRunId": _parent(client, experiment_id, params.sweep)}
+    run_id: str = client.create_run(experiment_id, tags=tags, run_name=record.name).info.run_id
+    _log_numbers(client, run_id, record)
+    _log_files(client, run_id, record)
+    client.set_terminated(run_id, "FINISHED")
+    return run_id
+
+
+def _experiment(client: "MlflowClient", params: TrackingParams) -> str:
+    """Return the id of the experiment; a new one on SQLite keeps its artifacts beside the database."""
+    experiment = client.get_experiment_by_name(params.experiment)
+    if experiment is not None:
+        return str(experiment.experiment_id)
+    database = _database(params.uri)
+    location = None if database is None else (database.parent / "mlflow-artifacts").as_uri()
+    return str(client.create_experiment(params.experiment, artifact_location=location))
+
+
+def _finished(client: "MlflowClient", experiment_id: str, key: str, *, partial: bool) -> str | None:
+    same = f"tags.`wsiflow.key` = '{key}' and tags.`wsiflow.partial` = '{_yes_no(partial)}'"
+    runs = client.search_runs([experiment_id], f"{same} and attributes.status = 'FINISHED'", max_results=1)
+    return str(runs[0].info.run_id) if runs else None
+
+
+def _drop_remains(client: "MlflowClient", experiment_id: str, record: RunRecord) -> None:
+    """Delete what an earlier attempt to record the same run left unfinished."""
+    unfinished = f"tags.`wsiflow.key` = '{record.key}' and attributes.status != 'FINISHED'"
+    for run in client.search_runs([experiment_id], unfinished):
+        client.delete_run(run.info.run_id)
+
+
+def _parent(client: "MlflowClient", experiment_id: str, sweep: str) -> str:
+    """Return the id of the sweep's parent run, made when absent."""
+    for run in client.search_runs([experiment_id], "tags.`wsiflow.role` = 'sweep'"):
+        if run.data.tags["wsiflow.sweep"] == sweep:
+            return str(run.info.run_id)
+    tags = {"wsiflow.role": "sweep", "wsiflow.sweep": sweep}
+    run_id: str = client.create_run(experiment_id, tags=tags, run_name=sweep).info.run_id
+    client.set_terminated(run_id, "FINISHED")
+    return run_id
+
+
+def _tags(record: RunRecord) -> dict[str, str]:
+    own = {
+        "wsiflow.role": "run",
+        "wsiflow.key": record.key,
+        "wsiflow.plan_hash": record.plan_hash,
+        "wsiflow.partial": _yes_no(record.partial),
+        "wsiflow.version": version("wsiflow"),
+        "wsiflow.metrics_without_value": ", ".join(sorted(set(record.metrics) - set(_finite(record.metrics)))),
+    }
+    commit = _git_commit(Path(__file__).parents[1])
+    own |= {"mlflow.source.git.commit": commit} if commit else {}
+    return {name: text[:_TAG_CHARS] for name, text in {**redacted(record.tags), **own}.items()}
+
+
+def _git_commit(checkout: Path) -> str:
+    """Return the commit of a source checkout, empty for an installed package."""
+    if not (checkout / ".git").exists():
+        return ""
+    command = ["git", "-C", str(checkout), "rev-parse", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+
+def _yes_no(flag: bool) -> str:  # noqa: FBT001 - the text of a flag
+    return "yes" if flag else "no"
+
+
+def _finite(metrics: Mapping[str, float]) -> dict[str, float]:
+    return {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
+
+
+def _name(text: str) -> str:
+    """Return a name with the characters and the length that MLflow takes."""
+    return _NOT_IN_NAMES.sub("_", text)[:_KEY_CHARS]
+
+
+def _log_numbers(client: "MlflowClient", run_id: str, record: RunRecord) -> None:
+    from mlflow.entities import Metric, Param
+
+    now_ms = int(time.time() * 1000)
+    params = [Param(_name(key), str(value)[:_PARAM_CHARS]) for key, value in redacted(record.params).items()]
+    metrics = [Metric(_name(key), value, now_ms, 0) for key, value in _finite(record.metrics).items()]
+    for first in range(0, len(params), _PARAMS_PER_CALL):
+        client.log_batch(run_id, params=params[first : first + _PARAMS_PER_CALL])
+    for first in range(0, len(metrics), _METRICS_PER_CALL):
+        client.log_batch(run_id, metrics=metrics[first : first + _METRICS_PER_CALL])
+
+
+def _log_files(client: "MlflowClient", run_id: str, record: RunRecord) -> None:
+    for path in record.artifacts:
+        if path.is_dir():
+            client.log_artifacts(run_id, str(path), path.name)
+        else:
+            client.log_artifact(run_id, str(path))
+    for name, columns in record.tables.items():
+        client.log_table(run_id, dict(columns), name)
+    with tempfile.TemporaryDirectory() as folder:
+        for name, png in record.figures.items():
+            (Path(folder) / name).write_bytes(png)
+        client.log_artifacts(run_id, folder, "figures")
