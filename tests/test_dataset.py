@@ -289,7 +289,10 @@ def test_each_kind_reads_its_own_setting(slides: Path) -> None:
     assert found == [["b"], ["x"], ["a"]]
 
 
-@pytest.mark.parametrize(("kind", "setting"), [("manifest", "manifest"), ("folder", "folder"), ("single", "path")])
+@pytest.mark.parametrize(
+    ("kind", "setting"),
+    [("manifest", "manifest"), ("folder", "folder"), ("single", "path"), ("synthetic", "folder")],
+)
 def test_an_absent_setting_is_named(kind: str, setting: str) -> None:
     """An empty text in YAML means absent, and the kind says which setting it needs."""
     with pytest.raises(InputError, match=rf"dataset\.{setting} is not given"):

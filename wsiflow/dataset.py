@@ -128,6 +128,7 @@ def load_dataset(params: DatasetParams) -> tuple[Case, ...]:
         "manifest": ("manifest", params.manifest, read_manifest),
         "folder": ("folder", params.folder, read_folder),
         "single": ("path", params.path, read_single),
+        "synthetic": ("folder", None, read_manifest),  # once written, it is a manifest: only without a folder is it not
     }
     setting, source, read = readers[params.kind]
     if source is None:
