@@ -1,0 +1,228 @@
+"""The report: every number that is there, plain words where there is none, and one file that needs nothing else."""
+
+import io
+import math
+import re
+from html.parser import HTMLParser
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+from wsiflow import export, froc, report, throughput
+
+CURVE = {"fp_per_slide": [3.0, 1.0, 0.0, 0.0], "sensitivity": [0.8, 0.6, 0.4, 0.0]}
+NO_CURVE: dict[str, list[float]] = {"fp_per_slide": [], "sensitivity": []}
+PICTURE = export.tissue_png(np.ones((30, 20), dtype=bool))
+
+
+def metrics(**given: float) -> dict[str, float]:
+    """Return the numbers of a run, changed as given (with ``__`` for the point in a name)."""
+    numbers = {
+        "froc.score": 0.612,
+        "froc.score_ci_low": 0.41,
+        "froc.score_ci_high": 0.78,
+        "froc.strict_score": 0.6,
+        "froc.strict_score_ci_low": 0.4,
+        "froc.strict_score_ci_high": 0.7,
+        "froc.n_slides": 4.0,
+        "froc.n_lesions": 7.0,
+        "roc.auc": 0.93,
+        "roc.auc_ci_low": 0.8,
+        "roc.auc_ci_high": 1.0,
+        "roc.n_tumour": 3.0,
+        "roc.n_normal": 1.0,
+        "throughput.core_hours": 0.0523,
+        "throughput.wall_s": 120.4,
+        "throughput.tiles_per_s": 5.25,
+        "throughput.core_seconds_per_tile": 0.31,
+        "throughput.efficiency": 0.87,
+    }
+    numbers |= {f"cost.{step}_core_s": 0.0 for step in throughput.STEPS} | {"cost.infer_core_s": 75.0}
+    numbers |= {"cost.read_core_s": 25.0}
+    for prefix in ("froc.", "froc.strict_"):
+        numbers |= {f"{prefix}sensitivity_at_{rate:g}": 0.5 for rate in froc.RATES}
+    return numbers | {name.replace("__", "."): value for name, value in given.items()}
+
+
+def row(**given: Any) -> dict[str, Any]:
+    """Return the row of a scored slide as a CSV reader gives it, changed as given."""
+    usual = {"slide_id": "s1", "status": "done", "reason": "", "n_tiles": "120", "seconds_wall": "31.612"}
+    scored = {"label": "1", "score": "0.98765", "n_detections": "3", "n_lesions": "5", "n_found": "2"}
+    return {**usual, **scored, "n_false_positives": "1", "note": "", **given}
+
+
+def data(**given: Any) -> report.ReportData:
+    """Return what a small run tells, changed as given."""
+    content: dict[str, Any] = {
+        "name": "run",
+        "metrics": metrics(),
+        "slides": [row()],
+        "overlays": {"s1": PICTURE},
+        "figures": {"froc.png": PICTURE, "roc.png": PICTURE},
+        "settings": {"geometry.convention": "centred", "inference.engine": "window", "inference.stride": 16},
+        "versions": {"wsiflow": "0.1.0", "numpy": "2.4"},
+        "plan_hash": "0123456789abcdef",
+    }
+    return report.ReportData(**{**content, **given})
+
+
+class Checker(HTMLParser):
+    """Collects what a page refers to and which of its elements are left open."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.references: list[str] = []
+        self.open: list[str] = []
+        self.seen: set[str] = set()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        """Note an element and its references."""
+        self.seen.add(tag)
+        self.references += [value or "" for name, value in attrs if name in {"src", "href"}]
+        if tag not in {"meta", "img"}:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        """Check that elements close in order."""
+        assert self.open.pop() == tag
+
+
+def words(page: str) -> str:
+    """Return the text of a page without tags."""
+    return re.sub(r"\s+", " ", re.sub(r"<style>.*?</style>|<[^>]+>", " ", page, flags=re.DOTALL))
+
+
+def drawn(png: bytes) -> NDArray[np.uint8]:
+    """Return the pixels of a figure."""
+    return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
+
+
+def coloured(png: bytes) -> int:
+    """Return how many pixels of a figure are neither grey nor nearly so."""
+    pixels = drawn(png).astype(int)
+    return int((pixels.max(axis=2) - pixels.min(axis=2) > 60).sum())
+
+
+def test_the_page_is_well_formed_and_needs_nothing_else() -> None:
+    """Every element closes, every reference is inline, and there is no script."""
+    checker = Checker()
+    checker.feed(report.render(data()))
+    assert checker.open == []
+    assert len(checker.references) == 3
+    assert all(reference.startswith("data:image/") for reference in checker.references)
+    assert "script" not in checker.seen
+
+
+def test_the_headline_numbers_are_there() -> None:
+    """Scores with intervals, slides, cost and speed as a reader would quote them."""
+    text = words(report.render(data()))
+    for part in (
+        "0.612 95 % interval 0.410 to 0.780",
+        "0.930 95 % interval 0.800 to 1.000",
+        "1 of 1 none missing",
+        "0.0523 wall time 120 s",
+        "5.25 0.31 core-seconds per tile",
+        "infer 75.0 % 75.0 core-s",
+    ):
+        assert part in text
+
+
+def test_a_slide_has_its_row() -> None:
+    """Truth, score, lesions and seconds in words, and the picture."""
+    page = report.render(data())
+    assert "s1 done tumour 0.988 3 2 of 5 1 120 31.6" in words(page)
+    assert 'alt="scores on s1" src="data:image/jpeg' in page
+
+
+def test_without_truth_no_curve_and_no_score_is_shown() -> None:
+    """Scores that are not defined are said to be so, in place of the figures."""
+    blank = {name: math.nan for name in metrics() if name.startswith(("froc.s", "roc.auc"))}
+    bare = row(label="", n_lesions="", n_found="", n_false_positives="")
+    page = report.render(data(metrics=metrics() | blank | {"froc.n_lesions": 0.0}, slides=[bare]))
+    assert 'alt="FROC curve"' not in page
+    assert 'alt="Slide ROC curve"' not in page
+    assert "FROC is not defined: it needs truth for tumour and for normal slides." in words(page)
+    assert "nan" not in words(page)
+    assert "s1 done — 0.988 3 — — 120 31.6" in words(page)
+
+
+def test_missing_slides_make_the_page_partial() -> None:
+    """Each missing slide is named with its reason, and the numbers are marked."""
+    lost = {"slide_id": "s2", "status": "rejected", "reason": "not a slide", "n_tiles": "0", "seconds_wall": ""}
+    text = words(report.render(data(slides=[row(), lost])))
+    assert "PARTIAL Scored without 1 of 2 slides." in text
+    assert "s2 not a slide" in text
+    assert "1 of 2 1 missing" in text
+    assert "PARTIAL" not in words(report.render(data()))
+
+
+def test_nothing_executed_is_said() -> None:
+    """A run without timed work shows no bar and no speed."""
+    idle = {name: math.nan for name in metrics() if name.startswith("throughput.")}
+    idle |= {f"cost.{step}_core_s": 0.0 for step in throughput.STEPS}
+    text = words(report.render(data(metrics=metrics() | idle)))
+    assert "No step was timed" in text
+    assert "nan" not in text
+
+
+@pytest.mark.parametrize("field", ["name", "slide", "reason", "setting", "version"])
+def test_text_from_outside_is_escaped(field: str) -> None:
+    """No name, reason or setting can put markup into the page."""
+    evil = "<script>x</script>&"
+    changes: dict[str, dict[str, Any]] = {
+        "name": {"name": evil},
+        "slide": {"slides": [row(slide_id=evil)]},
+        "reason": {"slides": [row(reason=evil)]},
+        "setting": {"settings": {**data().settings, evil: evil}},
+        "version": {"versions": {"wsiflow": evil}},
+    }
+    page = report.render(data(**changes[field]))
+    assert "<script>" not in page
+    assert "&lt;script&gt;x&lt;/script&gt;&amp;" in page
+
+
+def test_secrets_are_not_shown() -> None:
+    """A password among the settings stays out of the page."""
+    page = report.render(data(settings={**data().settings, "tracking.password": "canary"}))
+    assert "canary" not in page
+
+
+def test_the_same_run_gives_the_same_page() -> None:
+    """The page holds no clock and no random number."""
+    assert report.render(data()) == report.render(data())
+
+
+def test_the_citation_names_mode_interval_and_plan() -> None:
+    """The sentence to quote has all that its reader needs."""
+    cited = "FROC score 0.612 [95 % interval 0.410 to 0.780] (official CAMELYON16 scoring, 4 slides, 7 lesions)"
+    text = words(report.render(data()))
+    assert cited in text
+    assert "(3 tumour slides, 1 normal slide)" in text
+    assert "wsiflow 0.1.0, plan 0123456789ab." in text
+
+
+def test_froc_figure_draws_both_modes() -> None:
+    """A second curve adds ink, and the same curves give the same bytes."""
+    one = report.froc_figure({"official": CURVE, "strict": NO_CURVE})
+    both = report.froc_figure({"official": CURVE, "strict": {**CURVE, "sensitivity": [0.3, 0.2, 0.1, 0.0]}})
+    assert coloured(both) > coloured(one) > 0
+    assert one == report.froc_figure({"official": CURVE, "strict": NO_CURVE})
+
+
+def test_figures_without_truth_draw_no_curve() -> None:
+    """Curves that are empty, or that JSON gave as null, leave only words."""
+    unknown = {"fp_per_slide": [1.0, 0.0], "sensitivity": [None, None]}
+    for curve in (NO_CURVE, unknown):
+        assert coloured(report.froc_figure({"official": curve, "strict": curve})) == 0
+    assert coloured(report.roc_figure({"fpr": [], "tpr": []})) == 0
+
+
+def test_roc_figure_draws_its_curve() -> None:
+    """A curve along the left and top edges lies there."""
+    perfect = drawn(report.roc_figure({"fpr": [0.0, 0.0, 1.0], "tpr": [0.0, 1.0, 1.0]})).astype(int)
+    chance = drawn(report.roc_figure({"fpr": [0.0, 1.0], "tpr": [0.0, 1.0]})).astype(int)
+    rows = [np.nonzero(picture[..., 2] - picture[..., 0] > 60)[0].mean() for picture in (perfect, chance)]
+    assert rows[0] < rows[1]
