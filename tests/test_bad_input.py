@@ -15,7 +15,7 @@ from wsiflow import cli, pyramid
 COARSE = ["inference.stride=112", "executor=inline", "orchestrator=none", "tracking=off", "evaluation.bootstrap=0"]
 
 
-def wsiflow(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
+def started(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
     command._exit_codes.clear()
     code = command.main(["run", *arguments, *COARSE])
     said = capsys.readouterr()
@@ -67,7 +67,7 @@ def test_a_slide_that_cannot_be_read(slide: Path, tmp_path: Path, capsys, kind: 
     """It is named with file and cause, exit code 20, and the good slide has its heatmap."""
     given = manifest(slide, "good,good.tif,,0,", damaged(slide.parent, kind))
     out = tmp_path / "run"
-    code, said = wsiflow(capsys, "dataset=manifest", given, f"out={out}")
+    code, said = started(capsys, "dataset=manifest", given, f"out={out}")
     assert code == 20
     row = statuses(out)[kind]
     assert row["status"] == "rejected"
@@ -82,14 +82,14 @@ def test_allowed_partial_results_are_marked(slide: Path, tmp_path: Path, capsys)
     """With allow_partial the rest is scored under a name that says so, exit code 10; mending completes the run."""
     given = manifest(slide, "good,good.tif,,0,", "late,late.tif,,0,")
     out = tmp_path / "run"
-    code, _ = wsiflow(capsys, "dataset=manifest", given, f"out={out}", "allow_partial=true")
+    code, _ = started(capsys, "dataset=manifest", given, f"out={out}", "allow_partial=true")
     assert code == 10
     summary = json.loads((out / "evaluation-PARTIAL/summary.json").read_text())
     assert (summary["ledger.planned"], summary["ledger.published"], summary["ledger.quarantined"]) == (2, 1, 1)
     assert "PARTIAL" in (out / "report.html").read_text()
     shutil.copy(slide, slide.with_name("late.tif"))
     before = (out / "heatmaps/good.tif").stat().st_mtime_ns
-    assert wsiflow(capsys, "dataset=manifest", given, f"out={out}")[0] == 0
+    assert started(capsys, "dataset=manifest", given, f"out={out}")[0] == 0
     assert (out / "evaluation/summary.json").exists()
     assert (out / "heatmaps/good.tif").stat().st_mtime_ns == before, "finished work is kept"
 
@@ -101,7 +101,7 @@ def test_no_pixel_size_names_the_line_to_add(slide: Path, tmp_path: Path, capsys
     pixels = np.full((512, 512, 3), 200, np.uint8)
     tifffile.imwrite(slide.with_name("nompp.tif"), pixels, tile=(256, 256), photometric="rgb", compression="deflate")
     given = manifest(slide, "nompp,nompp.tif,,0,")
-    code, said = wsiflow(capsys, "dataset=manifest", given, f"out={tmp_path / 'run'}")
+    code, said = started(capsys, "dataset=manifest", given, f"out={tmp_path / 'run'}")
     assert code == 20
     assert "slide_id,path,mpp" in said
     assert "nompp,nompp.tif" in said
@@ -110,7 +110,7 @@ def test_no_pixel_size_names_the_line_to_add(slide: Path, tmp_path: Path, capsys
 def test_a_slide_coarser_than_the_model_is_refused_with_the_setting(slide: Path, tmp_path: Path, capsys) -> None:
     """Enlarging pixels is a choice, not a default."""
     given = manifest(slide, "good,good.tif,0.5,0,")
-    code, said = wsiflow(capsys, "dataset=manifest", given, f"out={tmp_path / 'run'}")
+    code, said = started(capsys, "dataset=manifest", given, f"out={tmp_path / 'run'}")
     assert code == 20
     assert "geometry.max_upsample=2.1" in said
 
@@ -121,7 +121,7 @@ def test_a_slide_without_tissue_is_a_valid_negative(slide: Path, tmp_path: Path,
     pyramid.write_rgb(slide.with_name("glass.tif"), iter([glass]), shape=(600, 600), um_px=0.243, quality=90)
     given = manifest(slide, "glass,glass.tif,,0,", "good,good.tif,,0,")
     out = tmp_path / "run"
-    code, _ = wsiflow(capsys, "dataset=manifest", given, f"out={out}")
+    code, _ = started(capsys, "dataset=manifest", given, f"out={out}")
     assert code == 0
     assert statuses(out)["glass"]["status"] == "no tissue"
     assert (out / "detections/glass.csv").read_bytes() == b""
@@ -132,7 +132,7 @@ def test_a_slide_without_tissue_is_a_valid_negative(slide: Path, tmp_path: Path,
 def test_all_errors_of_a_manifest_come_together(slide: Path, tmp_path: Path, capsys) -> None:
     """A duplicate id, a bad mpp and a missing annotation are told at once with their lines."""
     given = manifest(slide, "a,good.tif,,0,", "A,good.tif,,0,", "b,good.tif,zero,0,", "c,good.tif,,1,none.xml")
-    code, said = wsiflow(capsys, "dataset=manifest", given, f"out={tmp_path / 'run'}")
+    code, said = started(capsys, "dataset=manifest", given, f"out={tmp_path / 'run'}")
     assert code == 20
     for line in ("line 3", "line 4", "line 5"):
         assert line in said
@@ -143,7 +143,7 @@ def test_a_malformed_annotation_names_the_file(slide: Path, tmp_path: Path, caps
     """Truth that cannot be read stops the scoring, not silently."""
     slide.with_name("bad.xml").write_text(text)
     given = manifest(slide, "good,good.tif,,1,bad.xml")
-    code, said = wsiflow(capsys, "dataset=manifest", given, f"out={tmp_path / 'run'}")
+    code, said = started(capsys, "dataset=manifest", given, f"out={tmp_path / 'run'}")
     assert code == 20
     assert "bad.xml" in said
 
@@ -160,7 +160,7 @@ def test_weights_that_are_not_the_cards_are_refused(slide: Path, tmp_path: Path,
     (tmp_path / "demonet.safetensors").write_bytes(weights)
     given = manifest(slide, "good,good.tif,,0,")
     card = f"model.card={tmp_path / 'demonet.json'}"
-    code, said = wsiflow(capsys, "dataset=manifest", given, "model=card", card, f"out={tmp_path / 'run'}")
+    code, said = started(capsys, "dataset=manifest", given, "model=card", card, f"out={tmp_path / 'run'}")
     assert code == 20
     assert "demonet.json expects" in said
 
@@ -170,14 +170,18 @@ def test_an_output_folder_that_cannot_be_written(slide: Path, tmp_path: Path, ca
     """Told before any slide is read, exit code 30."""
     (tmp_path / "file").write_text("")
     out = Path(under) / "out" if under.startswith("/") else tmp_path / under / "out"
-    code, said = wsiflow(capsys, "dataset=manifest", manifest(slide, "good,good.tif,,0,"), f"out={out}")
+    code, said = started(capsys, "dataset=manifest", manifest(slide, "good,good.tif,,0,"), f"out={out}")
     assert code == 30
     assert "choose another out=" in said
 
 
 @pytest.mark.parametrize(
     ("override", "named"),
-    [("inference.strid=32", "strid"), ("inference.stride=30", "inference.stride"), ("tiles.halo_px=16", "tiles.halo_px")],
+    [
+        ("inference.strid=32", "strid"),
+        ("inference.stride=30", "inference.stride"),
+        ("tiles.halo_px=16", "tiles.halo_px"),
+    ],
 )
 def test_a_bad_key_or_value_ends_at_once(tmp_path: Path, capsys, override: str, named: str) -> None:
     """Exit code 20 with the key's name, before anything is written."""
@@ -193,8 +197,8 @@ def test_a_bad_key_or_value_ends_at_once(tmp_path: Path, capsys, override: str, 
 def test_the_same_folder_with_other_settings_is_refused(slide: Path, tmp_path: Path, capsys) -> None:
     """A folder holds one set of settings; the message names the one that differs."""
     given = manifest(slide, "good,good.tif,,0,")
-    assert wsiflow(capsys, "dataset=manifest", given, f"out={tmp_path / 'run'}")[0] == 0
-    code, said = wsiflow(capsys, "dataset=manifest", given, f"out={tmp_path / 'run'}", "lesions.threshold=0.7")
+    assert started(capsys, "dataset=manifest", given, f"out={tmp_path / 'run'}")[0] == 0
+    code, said = started(capsys, "dataset=manifest", given, f"out={tmp_path / 'run'}", "lesions.threshold=0.7")
     assert code == 20
     assert "lesions.threshold (0.5 there, 0.7 now)" in said
 
@@ -202,7 +206,7 @@ def test_the_same_folder_with_other_settings_is_refused(slide: Path, tmp_path: P
 def test_verify_finds_the_damaged_file(slide: Path, tmp_path: Path, capsys) -> None:
     """One flipped bit in a heatmap: exit code 40 and the file's name."""
     out = tmp_path / "run"
-    assert wsiflow(capsys, "dataset=manifest", manifest(slide, "good,good.tif,,0,"), f"out={out}")[0] == 0
+    assert started(capsys, "dataset=manifest", manifest(slide, "good,good.tif,,0,"), f"out={out}")[0] == 0
     assert cli.main(["verify", str(out)]) == 0
     heat = out / "heatmaps/good.tif"
     data = bytearray(heat.read_bytes())
