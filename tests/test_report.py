@@ -146,6 +146,7 @@ def test_without_truth_no_curve_and_no_score_is_shown() -> None:
     assert 'alt="Slide ROC curve"' not in page
     assert "FROC is not defined: it needs truth for tumour and for normal slides." in words(page)
     assert "nan" not in words(page)
+    assert "FROC score 0" not in words(page)
     assert "s1 done — 0.988 3 — — 120 31.6" in words(page)
 
 

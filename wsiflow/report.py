@@ -240,15 +240,18 @@ def _slide(row: Mapping[str, Any], overlay: bytes | None) -> str:
 def _citation(data: ReportData, n_missing: int) -> str:
     """Return the numbers as a sentence that can be quoted, and what belongs to it."""
     m = data.metrics
-    settings = {name: data.settings[name] for name in ("geometry.convention", "inference.engine", "inference.stride")}
+    settings = ("geometry.convention", "inference.engine", "inference.stride")
+    lesions = f"{_count(m, 'froc.n_slides', 'slide')}, {_count(m, 'froc.n_lesions', 'lesion')}"
+    slides = f"{_count(m, 'roc.n_tumour', 'tumour slide')}, {_count(m, 'roc.n_normal', 'normal slide')}"
+    scores = {
+        "froc.score": f"FROC score {_told(m, 'froc.score')} (official CAMELYON16 scoring, {lesions})",
+        "froc.strict_score": f"strict {_told(m, 'froc.strict_score')}",
+        "roc.auc": f"slide AUC {_told(m, 'roc.auc')} ({slides})",
+        "throughput.core_hours": f"{_short(m, 'throughput.core_hours')} core-hours",
+    }
     parts = [
-        f"FROC score {_told(m, 'froc.score')} (official CAMELYON16 scoring, {_count(m, 'froc.n_slides', 'slide')}, "
-        f"{_count(m, 'froc.n_lesions', 'lesion')})",
-        f"strict {_told(m, 'froc.strict_score')}",
-        f"slide AUC {_told(m, 'roc.auc')} ({_count(m, 'roc.n_tumour', 'tumour slide')}, "
-        f"{_count(m, 'roc.n_normal', 'normal slide')})",
-        f"{_short(m, 'throughput.core_hours')} core-hours",
-        *(f"{name} {value}" for name, value in settings.items()),
+        *(told for name, told in scores.items() if _defined(m, name)),
+        *(f"{name} {data.settings[name]}" for name in settings),
         f"wsiflow {data.versions['wsiflow']}, plan {data.plan_hash[:12]}",
         *([f"PARTIAL: {n_missing} slides missing"] if n_missing else []),
     ]
@@ -300,7 +303,7 @@ def _scored(metrics: Mapping[str, float], name: str) -> tuple[str, str]:
 
 def _told(metrics: Mapping[str, float], name: str) -> str:
     score, interval = _scored(metrics, name)
-    return f"{score} [{interval}]" if _defined(metrics, name) else "not defined"
+    return f"{score} [{interval}]"
 
 
 def _count(metrics: Mapping[str, float], name: str, what: str) -> str:
@@ -391,7 +394,7 @@ code{font:.92em ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
 dl,dd,dt,ul,figure,blockquote{margin:0;padding:0}
 .partial{margin-top:1.4rem;padding:.7rem 1rem;border-left:3px solid var(--mark);background:var(--tint);max-width:none}
 .partial b{color:var(--mark);margin-right:.5rem}
-.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(210px,1fr));gap:1.6rem 2rem;margin-top:2.2rem}
+.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(260px,1fr));gap:1.6rem 2rem;margin-top:2.2rem}
 .cards dt{color:var(--soft);font-size:.85rem}
 .cards b{display:block;font-size:2rem;font-weight:600;line-height:1.25;letter-spacing:-.02em;
 font-variant-numeric:tabular-nums}
