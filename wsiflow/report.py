@@ -253,7 +253,7 @@ def _citation(data: ReportData, n_missing: int) -> str:
         *(told for name, told in scores.items() if _defined(m, name)),
         *(f"{name} {data.settings[name]}" for name in settings),
         f"wsiflow {data.versions['wsiflow']}, plan {data.plan_hash[:12]}",
-        *([f"PARTIAL: {n_missing} slides missing"] if n_missing else []),
+        *([f"PARTIAL: {n_missing} missing"] if n_missing else []),
     ]
     notes = [
         "Name the mode of a FROC score. <i>Official</i> follows the challenge's evaluator digit for digit, with its "
