@@ -41,8 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         _compose_and_run()
     except (HydraException, OmegaConfBaseException) as error:
-        problem = InputError(str(error).strip(), "wsiflow run --cfg job shows every key", stage="configuration")
-        return cli.report(problem)
+        return cli.report(_refused(error))
     except WsiflowError as error:
         return cli.report(error)
     return max(_exit_codes, default=0)
@@ -72,9 +71,33 @@ def to_config(composed: DictConfig, *, sweep: bool) -> RunConfig:
         raise InputError(f"no value for {', '.join(missing)}", "give it on the command line", stage="configuration")
     values: Any = OmegaConf.to_container(composed, resolve=True)
     if sweep:
-        values["out"] = str(Path(values["out"]) / HydraConfig.get().job.override_dirname)
-        values["tracking"]["sweep"] = values["tracking"].get("sweep") or values["name"]
+        values["out"] = str(Path(values["out"]) / _job_name())
+        values["tracking"]["sweep"] = values["tracking"]["sweep"] or values["name"]
     return validate(values)
+
+
+def compose_config(overrides: Sequence[str]) -> RunConfig:
+    """Compose a configuration outside of the command line.
+
+    Raises:
+        InputError: An override is unknown or out of bounds.
+    """
+    try:
+        with hydra.initialize_config_module("wsiflow.conf", version_base="1.3"):
+            composed = hydra.compose("config", overrides=list(overrides))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise _refused(error) from error
+    return to_config(composed, sweep=False)
+
+
+def _refused(error: Exception) -> InputError:
+    return InputError(str(error).strip(), "wsiflow run --cfg job shows every key", stage="configuration")
+
+
+def _job_name() -> str:
+    """Return the name of a sweep's job: the overrides that differ from job to job, such as ``inference.stride=32``."""
+    own = [override for override in HydraConfig.get().overrides.task if override not in sys.argv]
+    return ",".join(own).replace("/", "_") or str(HydraConfig.get().job.num)
 
 
 def start(config: RunConfig) -> Summary:

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from test_evaluation import E1, E2, E3, A_ITC, e1_masks, e3_truth
+from test_evaluation import A_ITC, E1, E2, E3, e1_masks, e3_truth
 
 from flows.run import main
 
@@ -24,7 +24,9 @@ def test_evaluate_scores_the_worked_examples(tmp_path: Path, capsys, example: st
     for slide_id, text in detections.items():
         (tmp_path / "detections" / f"{slide_id}.csv").write_text(text)
         path = truth(tmp_path).get(slide_id)
-        columns = {".xml": f",{path and path.name}", ".png": f"{path and path.name},"}.get(path.suffix if path else "", ",")
+        columns = {".xml": f",{path and path.name}", ".png": f"{path and path.name},"}.get(
+            path.suffix if path else "", ","
+        )
         lines.append(f"{slide_id},{slide_id}.tif,{'tumor' if slide_id.startswith('Tumor') else 'normal'},{columns}")
     manifest = tmp_path / "manifest.csv"
     manifest.write_text("\n".join(lines) + "\n")

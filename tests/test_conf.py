@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_module
 
+from flows.run import compose_config
 from wsiflow.config import RunConfig, validate
 from wsiflow.errors import InputError
 
@@ -22,16 +22,24 @@ GIVEN = {
 
 
 def composed(*overrides: str) -> RunConfig:
-    from flows.run import to_config
-
-    with initialize_config_module("wsiflow.conf", version_base="1.3"):
-        return to_config(compose("config", overrides=list(overrides)), sweep=False)
+    return compose_config(overrides)
 
 
 def test_every_option_is_found() -> None:
     """The walk sees the groups of the design."""
     groups = {option.split("=")[0] for option in OPTIONS}
-    assert groups >= {"dataset", "model", "geometry", "tissue", "tiles", "inference", "stain", "store", "executor", "tracking"}
+    assert groups >= {
+        "dataset",
+        "model",
+        "geometry",
+        "tissue",
+        "tiles",
+        "inference",
+        "stain",
+        "store",
+        "executor",
+        "tracking",
+    }
 
 
 @pytest.mark.parametrize("option", OPTIONS)

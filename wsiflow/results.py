@@ -239,6 +239,28 @@ def _failure_text(root: Path, statuses: Sequence[Status]) -> str:
     return "\n".join(lines)
 
 
+def _write_report(
+    root: Path, folder: str, config: RunConfig, made: Plan, statuses: Sequence[Status], metrics: Mapping[str, float]
+) -> None:
+    """Write ``report.html`` from what is published."""
+    with (root / folder / "cases.csv").open(newline="", encoding="utf-8") as stream:
+        scored = {row["slide_id"]: row for row in csv.DictReader(stream)}
+    with (root / "process_list.csv").open(newline="", encoding="utf-8") as stream:
+        listed = list(csv.DictReader(stream))
+    good = [status.slide_id for status in statuses if not status.exit_code]
+    data = report.ReportData(
+        name=config.name,
+        metrics=metrics,
+        slides=[row | scored.get(row["slide_id"], {}) for row in listed],
+        overlays={slide_id: (root / f"heatmaps/{slide_id}.png").read_bytes() for slide_id in good},
+        figures={name: (root / folder / name).read_bytes() for name in ("froc.png", "roc.png")},
+        settings=_flat(config.model_dump(mode="json")),
+        versions=versions(),
+        plan_hash=made.hash,
+    )
+    publish.write_view(root, "report.html", report.render(data))
+
+
 def _track(root: Path, folder: str, config: RunConfig, made: Plan, metrics: Mapping[str, float]) -> str:
     """Record the run in MLflow and say where, or why not: the run is valid without it."""
     curves = json.loads((root / folder / "froc.json").read_text(encoding="utf-8"))
@@ -273,18 +295,20 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def _success_text(
     root: Path, folder: str, statuses: Sequence[Status], metrics: Mapping[str, float], executed: int, logged: str
 ) -> str:
-    def interval(name: str, low: str, high: str) -> str:
+    def told(name: str, stem: str) -> str:
         if math.isnan(metrics[name]):
-            return "not defined (it needs truth for tumour and normal slides)"
-        return f"{metrics[name]:.4f} (95 % interval {metrics[low]:.4f} to {metrics[high]:.4f})"
+            return "not defined: it needs truth for tumour and normal slides"
+        return (
+            f"{metrics[name]:.4f} (95 % interval {metrics[f'{stem}_ci_low']:.4f} to {metrics[f'{stem}_ci_high']:.4f})"
+        )
 
     missing = [status for status in statuses if status.exit_code]
     lines = [f"PARTIAL: {status.slide_id} is missing: {status.reason}" for status in missing]
     lines += [
         f"slides     {len(statuses) - len(missing)} of {len(statuses)}, {executed} tasks done now",
-        f"FROC       {interval('froc.score', 'froc.score_ci_low', 'froc.score_ci_high')},"
-        f" strict {metrics['froc.strict_score']:.4f}",
-        f"AUC        {interval('roc.auc', 'roc.auc_ci_low', 'roc.auc_ci_high')}",
+        f"FROC       {told('froc.score', 'froc.score')}",
+        f"  strict   {told('froc.strict_score', 'froc.strict_score')}",
+        f"AUC        {told('roc.auc', 'roc.auc')}",
         f"throughput {metrics['throughput.tiles_per_s']:.1f} tiles/s, "
         f"{metrics['throughput.windows_per_s']:.0f} windows/s, {metrics['throughput.core_hours']:.4f} core-hours, "
         f"efficiency {metrics['throughput.efficiency']:.2f}",
