@@ -1,6 +1,10 @@
 """Blocks and groups: nothing lost, nothing twice, costs balanced."""
 
+import csv
+from pathlib import Path
+
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -46,6 +50,22 @@ def test_groups_are_balanced_rather_than_filled() -> None:
         (0, 200),
         (200, 401),
     ]
+
+
+@pytest.mark.parametrize(
+    ("kind", "limit", "tasks"), [("normal", 200, 149724), ("tumor", 180, 142492), ("test", 160, 147934)]
+)
+def test_o5_array_tasks_of_the_old_scheme(shared_data: Path, kind: str, limit: int, tasks: int) -> None:
+    """O-5: all tiles of a class in fixed chunks stay just under the site's 150,000 array tasks."""
+    with (shared_data / "camelyon16/tables/patch_counts_dldp.csv").open() as stream:
+        total = sum(int(row["n_tiles_224"]) for row in csv.DictReader(stream) if row["slide"].startswith(kind))
+    assert tiles.group_count(total, limit=limit) == tasks < 150_000
+
+
+def test_the_largest_slide_is_cut_in_little_memory() -> None:
+    """A slide of 100,000 tissue tiles gives 250 equal groups."""
+    ranges = tiles.groups(np.ones(100_000), limit=400)
+    assert {hi - lo for lo, hi in ranges} == {400}
 
 
 def test_no_tissue_gives_no_block_and_no_group() -> None:

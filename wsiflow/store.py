@@ -171,6 +171,7 @@ def _reading(path: Path) -> Iterator[h5py.File]:
 
 def _describe(file: h5py.File, frame: Frame, facts: Mapping[str, Any]) -> None:
     file.attrs["frame"] = json.dumps(frame._asdict())
+    file.attrs["spacing_um_px"] = frame.um_px
     for name, value in facts.items():
         file.attrs[name] = value if isinstance(value, str | int | float) else json.dumps(value, sort_keys=True)
 

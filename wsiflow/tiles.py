@@ -4,6 +4,7 @@ Input: a boolean grid of tissue tiles. Output: blocks (squares of tiles, aligned
 row-major order and groups (runs of consecutive blocks whose costs are as equal as the order allows).
 """
 
+import math
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -79,12 +80,18 @@ def groups(costs: NDArray[np.float64], *, limit: float) -> list[tuple[int, int]]
     if len(costs) == 0:
         return []
     running = np.cumsum(costs)
-    count = min(len(costs), int(np.ceil(running[-1] / limit)))
+    count = min(len(costs), group_count(float(running[-1]), limit=limit))
     shares = running[-1] * np.arange(1, count) / count
-    cuts = np.abs(running[None, :] - shares[:, None]).argmin(axis=1) + 1
-    for i in range(1, len(cuts)):  # neighbouring shares may be nearest to the same block
-        cuts[i] = max(cuts[i], cuts[i - 1] + 1)
-    for i in range(len(cuts)):
-        cuts[i] = min(cuts[i], len(costs) - (len(cuts) - i))
-    edges = [0, *(int(cut) for cut in cuts), len(costs)]
-    return list(pairwise(edges))
+    after = np.searchsorted(running, shares)
+    nearer_before = (after > 0) & (shares - running[after - 1] < running[after] - shares)
+    cuts = after + 1 - nearer_before
+    # Neighbouring shares may be nearest to the same block: every group keeps at least one.
+    order = np.arange(len(cuts))
+    cuts = np.maximum.accumulate(np.maximum(cuts, 1) - order) + order
+    cuts = np.minimum(cuts, len(costs) - len(cuts) + order)
+    return list(pairwise([0, *cuts.tolist(), len(costs)]))
+
+
+def group_count(total: float, *, limit: float) -> int:
+    """Return the smallest number of groups whose mean cost keeps to the limit."""
+    return math.ceil(total / limit)

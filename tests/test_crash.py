@@ -1,0 +1,78 @@
+"""The headline of resume: end the process before any one change of the file system, start again, get the same bytes."""
+
+import itertools
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_line import COARSE, attempts, digests, over
+
+from flows import pipeline, run
+from wsiflow import publish, pyramid
+
+# Every effect of the line is a place to crash; one in STRIDE is tried. WSIFLOW_CRASH_STRIDE=1 tries them all.
+STRIDE = int(os.environ.get("WSIFLOW_CRASH_STRIDE", "9"))
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two tiny slides, one with a tumour outline."""
+    folder = tmp_path_factory.mktemp("tiny")
+    rng = np.random.default_rng(0)
+    lines = ["slide_id,path,label,annotation_path"]
+    for name, label, xml in (("a", "tumor", "a.xml"), ("b", "normal", "")):
+        pixels = rng.normal(240, 2, (500, 600, 3))
+        pixels[150:350, 150:450] = rng.normal((190, 120, 180), 12, (200, 300, 3))
+        image = np.clip(pixels, 0, 255).astype(np.uint8)
+        pyramid.write_rgb(folder / f"{name}.tif", iter([image]), shape=(500, 600), um_px=0.243, quality=90)
+        lines.append(f"{name},{name}.tif,{label},{xml}")
+    corners = "".join(
+        f'<Coordinate Order="{i}" X="{x}" Y="{y}"/>' for i, (x, y) in enumerate([(160, 160), (400, 160), (400, 340)])
+    )
+    outline = f'<Annotation Name="t" PartOfGroup="_0"><Coordinates>{corners}</Coordinates></Annotation>'
+    (folder / "a.xml").write_text(f"<ASAP_Annotations><Annotations>{outline}</Annotations></ASAP_Annotations>")
+    (folder / "manifest.csv").write_text("\n".join(lines) + "\n")
+    return folder / "manifest.csv"
+
+
+def line(manifest: Path, out: Path) -> int:
+    config = run.compose_config(over(manifest, out, "tiles.group_tiles=4"))
+    return pipeline.direct(config).exit_code
+
+
+def until(manifest: Path, out: Path, last: int) -> int:
+    """Run in a child that ends before effect number ``last``; return its exit code."""
+    child = os.fork()
+    if child == 0:
+        seen = itertools.count()
+        publish._effect = lambda *_: os._exit(137) if next(seen) == last else None
+        os._exit(line(manifest, out))
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def points(manifest: Path, folder: Path) -> Iterator[tuple[int, Path]]:
+    """Yield the crash points and the folder that a run left when it ended there."""
+    for point in itertools.count(0, STRIDE):
+        out = folder / str(point)
+        code = until(manifest, out, point)
+        assert code in (0, 137)
+        yield point, out
+        if code == 0:
+            return
+
+
+def test_a_run_that_ends_before_any_effect_is_finished_by_the_next(manifest: Path, tmp_path: Path) -> None:
+    """Same bytes as an undisturbed run, and nothing that was finished is done again."""
+    assert COARSE
+    assert line(manifest, tmp_path / "undisturbed") == 0
+    expected = digests(tmp_path / "undisturbed")
+    tried = 0
+    for point, out in points(manifest, tmp_path):
+        kept = attempts(out)
+        assert line(manifest, out) == 0
+        assert kept.items() <= attempts(out).items(), f"crash point {point}: finished work was repeated"
+        assert digests(out) == expected, f"crash point {point}"
+        tried += 1
+    assert tried > 150 / STRIDE, "the sweep went through the whole line"
