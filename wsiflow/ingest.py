@@ -23,7 +23,7 @@ from wsiflow.executor import Outcome
 from wsiflow.geometry import Frame
 from wsiflow.model import card, threads
 from wsiflow.plan import Plan, SlidePlan
-from wsiflow.provenance import facts
+from wsiflow.provenance import facts, versions
 
 _CASES = TypeAdapter(tuple[Case, ...])
 
@@ -203,6 +203,7 @@ def make_plan(source: Path, outcomes: Sequence[Outcome]) -> Path:
             "model": card.identity(model),
             "inference": config.inference.model_dump(),
             "stain": config.stain.model_dump(),
+            "decoder": versions()["openslide-bin"],
             "numeric_class": threads.numeric_class(config.executor.threads),
         },
         "lesions": config.lesions.model_dump(),

@@ -103,14 +103,18 @@ def check(root: Path, receipt: Receipt) -> None:
         raise IntegrityError("its bytes are not those of its receipt", remedy, path=path)
 
 
+def _attempt_folder(root: Path) -> Path:
+    """Return a private folder, named so that what a dead process leaves can be told from what is under way."""
+    return root / ATTEMPTS / f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex}"
+
+
 class Attempt:
     """One attempt at one file: where to write it, and what its receipt will say."""
 
     def __init__(self, root: Path, name: str, key: str, facts: Mapping[str, Any]) -> None:
         """Choose a private path; nothing is created yet."""
         self.root, self.name = root, name
-        self.uuid = uuid.uuid4().hex
-        self.path = root / ATTEMPTS / f"{socket.gethostname()}-{os.getpid()}-{self.uuid}" / Path(name).name
+        self.path = _attempt_folder(root) / Path(name).name
         self._clock, self._cpu = time.perf_counter(), time.process_time()
         self.receipt: Receipt = {
             "path": name,
@@ -121,7 +125,7 @@ class Attempt:
             "started": datetime.now(UTC).isoformat(timespec="milliseconds"),
             "host": socket.gethostname(),
             "pid": os.getpid(),
-            "attempt": self.uuid,
+            "attempt": self.path.parent.name,
         }
 
     @contextlib.contextmanager
@@ -307,15 +311,14 @@ def preflight(root: Path) -> None:
     Raises:
         EnvironmentFault: It cannot be created, written, linked or read back.
     """
-    name = f"{ATTEMPTS}/{uuid.uuid4().hex}"
-    probe, twin = root / name, root / f"{name}-linked"
+    folder = _attempt_folder(root)
+    probe, twin = folder / "probe", folder / "linked"
     with _as_fault(root):
-        _make_folder(probe.parent)
+        _make_folder(folder)
         probe.write_bytes(b"probe")
         _sync(probe)
         os.link(probe, twin)
         readable = twin.read_bytes() == b"probe"
-        probe.unlink()
-        twin.unlink()
+        _forget(folder)
     if not readable:
         raise EnvironmentFault("what was written is not what is read back", "choose another out=", path=root)

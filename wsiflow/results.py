@@ -1,7 +1,7 @@
 """What a run ends with: the ledger balanced, scores, status tables, the report and the MLflow record.
 
 Scores come from a complete ledger only. When slides are missing and the run allows it (``allow_partial``), the others
-are scored under ``evaluation-PARTIAL/``, the report says what is missing, and the exit code is 10.
+are scored under ``evaluation-PARTIAL-<key>/``, the report says what is missing, and the exit code is 10.
 """
 
 import csv
@@ -72,9 +72,10 @@ def finish(config: RunConfig, plan_path: Path, progress: Sequence[Progress], clo
     missing = [status for status in statuses if status.exit_code]
     if missing and (not config.allow_partial or len(missing) == len(statuses)):
         return Summary(max(status.exit_code for status in missing), {}, _failure_text(root, statuses))
-    folder = "evaluation-PARTIAL" if missing else "evaluation"
-    metrics = _work_metrics(config, made, shards.ledger(root, made), outcomes, clock)
-    metrics = _evaluate(root, folder, config, made, statuses, metrics)
+    evaluated = _evaluated(root, made, statuses)
+    folder = f"evaluation-PARTIAL-{evaluated.key[:8]}" if missing else "evaluation"
+    work = _work_metrics(config, made, shards.ledger(root, made), outcomes, clock)
+    metrics = _evaluate(root, folder, config, evaluated, work)
     _write_report(root, folder, config, made, statuses, metrics)
     logged = _track(root, folder, config, made, metrics)
     executed = sum(outcome.executed for _, outcome in outcomes)
@@ -177,29 +178,38 @@ def _work_metrics(
     return metrics | {"cache.hit_rate": 1 - len(executed) / len(done) if done else 1.0}
 
 
+class Evaluated(NamedTuple):
+    """The slides that are scored, and what identifies their scores."""
+
+    slides: list[SlidePlan]
+    cases: dict[str, Case]
+    key: str
+
+
+def _evaluated(root: Path, made: Plan, statuses: Sequence[Status]) -> Evaluated:
+    cases = {case.slide_id: case for case in ingest.read_cases(publish.generations(root, "cases.json")[-1])[1]}
+    good = {status.slide_id for status in statuses if not status.exit_code}
+    slides = [planned for planned in made.slides if planned.slide_id in good]
+    detections = [_receipt(root, f"detections/{planned.slide_id}.csv")["sha256"] for planned in slides]
+    truth = [[planned.slide_id, *_truth_sha256(cases[planned.slide_id])] for planned in slides]
+    return Evaluated(slides, cases, publish.key_of(settings=made.settings, detections=detections, truth=truth))
+
+
 def _evaluate(
-    root: Path, folder: str, config: RunConfig, made: Plan, statuses: Sequence[Status], work: Mapping[str, float]
+    root: Path, folder: str, config: RunConfig, evaluated: Evaluated, work: Mapping[str, float]
 ) -> dict[str, float]:
     """Publish scores and figures under ``folder``, or find them published, and return every metric.
 
     The first run that completes the ledger writes them; its throughput stays the run's throughput.
     """
-    cases = {case.slide_id: case for case in ingest.read_cases(publish.generations(root, "cases.json")[-1])[1]}
-    good = {status.slide_id for status in statuses if not status.exit_code}
-    slides = [planned for planned in made.slides if planned.slide_id in good]
-    key = publish.key_of(
-        plan=made.hash,
-        detections=[_receipt(root, f"detections/{planned.slide_id}.csv")["sha256"] for planned in slides],
-        truth=[_truth_sha256(cases[planned.slide_id]) for planned in slides],
-    )
-    if publish.done(root, f"{folder}/summary.json", key) is None:
-        evidence = (_evidence(root, planned, cases[planned.slide_id], config) for planned in slides)
+    if publish.done(root, f"{folder}/summary.json", evaluated.key) is None:
+        evidence = (_evidence(root, one, evaluated.cases[one.slide_id], config) for one in evaluated.slides)
         scores = evaluation.evaluate_cases(evidence, config.evaluation, seed=config.seed)
         told = dataclasses.replace(scores, metrics=scores.metrics | dict(work))
         documents = {name: text.encode() for name, text in evaluation.documents(told).items()}
         documents |= {"froc.png": report.froc_figure(scores.froc), "roc.png": report.roc_figure(scores.roc)}
         for name in sorted(documents, key=lambda name: name == "summary.json"):  # last: it says that all are there
-            publish.publish_bytes(root, f"{folder}/{name}", documents[name], key, facts("evaluation", ""))
+            publish.publish_bytes(root, f"{folder}/{name}", documents[name], evaluated.key, facts("evaluation", ""))
     found = json.loads((root / folder / "summary.json").read_text(encoding="utf-8"))
     return {name: math.nan if value is None else value for name, value in found.items()}
 
