@@ -70,6 +70,9 @@ def to_config(composed: DictConfig, *, sweep: bool) -> RunConfig:
     if missing:
         raise InputError(f"no value for {', '.join(missing)}", "give it on the command line", stage="configuration")
     values: Any = OmegaConf.to_container(composed, resolve=True)
+    _, found, store = values["tracking"]["uri"].partition("sqlite:///")
+    if found:
+        values["tracking"]["uri"] = found + os.path.normpath(store)
     if sweep:
         values["out"] = str(Path(values["out"]) / _job_name())
         values["tracking"]["sweep"] = values["tracking"]["sweep"] or values["name"]

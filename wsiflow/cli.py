@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from wsiflow import __version__
 from wsiflow.errors import InputError, IntegrityError, WsiflowError
 
 
@@ -38,6 +39,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="wsiflow", description="Test AI on whole-slide images.")
+    parser.add_argument("--version", action="version", version=f"wsiflow {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def add(name: str, command: Callable[[argparse.Namespace], int], about: str) -> argparse.ArgumentParser:
@@ -153,7 +155,7 @@ def _task(arguments: argparse.Namespace) -> int:
     made = plan.read(arguments.plan)
     if not 0 <= arguments.index < len(made.tasks):
         raise InputError(f"there is no task {arguments.index}, the plan has {len(made.tasks)}", "count from 0")
-    threads.limit_threads(1)
+    threads.limit_threads(int(made.settings["predict"]["numeric_class"]["threads"]))
     from wsiflow import steps
 
     outcome = steps.run_task(arguments.plan, "predict", arguments.index)
