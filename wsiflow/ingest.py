@@ -15,7 +15,7 @@ import yaml
 from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
-from wsiflow import export, geometry, plan, publish, slide, tiles, tissue
+from wsiflow import export, geometry, plan, publish, slide, tiles, tissue, tracking
 from wsiflow.config import RunConfig
 from wsiflow.dataset import Case
 from wsiflow.errors import InputError
@@ -32,7 +32,7 @@ def write_cases(root: Path, config: RunConfig, cases: Sequence[Case]) -> Path:
     """Publish what there is to ingest, and the resolved configuration beside it."""
     resolved = config.model_dump(mode="json")
     publish.publish_generation(
-        root, "config.yaml", yaml.safe_dump(resolved, sort_keys=False).encode(), {"kind": "config"}
+        root, "config.yaml", yaml.safe_dump(tracking.redacted(resolved), sort_keys=False).encode(), {"kind": "config"}
     )
     data = {"config": resolved, "cases": _CASES.dump_python(tuple(cases), mode="json")}
     return publish.publish_generation(root, "cases.json", json.dumps(data, indent=1).encode(), {"kind": "cases"})
@@ -58,6 +58,7 @@ def ingest(source: Path, index: int) -> tuple[publish.Receipt, bool]:
     with slide.open_slide(case.path, slide_id=case.slide_id) as opened:
         um_px = slide.resolve_mpp(opened.facts, case.mpp)
         mask, downsample, tissue_grid, frame = _cut(opened, um_px, config)
+        corner = opened.facts.l0_bounds_corner
     sha256 = slide.sha256(case.path)
     if case.sha256 and case.sha256 != sha256:
         cause = f"its SHA-256 is {sha256}, the manifest says {case.sha256}"
@@ -72,7 +73,7 @@ def ingest(source: Path, index: int) -> tuple[publish.Receipt, bool]:
     }
     receipt_facts = facts("tissue", case.slide_id)
     publish.publish_bytes(root, f"tissue/{case.slide_id}.png", export.tissue_png(mask), key, receipt_facts)
-    outline = export.tissue_geojson(mask, downsample=downsample, offset=(0, 0)).encode()
+    outline = export.tissue_geojson(mask, downsample=downsample, offset=(-corner[0], -corner[1])).encode()
     publish.publish_bytes(root, f"tissue/{case.slide_id}.geojson", outline, key, receipt_facts)
     return publish.publish_bytes(root, name, json.dumps(record).encode(), key, receipt_facts), True
 

@@ -62,6 +62,7 @@ class SlideFacts:
         level_sizes_px: Width and height of every level, finest first.
         level_downsamples: Level-0 pixels per pixel of every level.
         background_rgb: Colour behind transparent pixels and outside the slide.
+        l0_bounds_corner: Level-0 x, y of the scanned area's corner; viewers such as QuPath count from there.
     """
 
     slide_id: str
@@ -72,6 +73,7 @@ class SlideFacts:
     level_sizes_px: tuple[tuple[int, int], ...]
     level_downsamples: tuple[float, ...]
     background_rgb: tuple[int, int, int]
+    l0_bounds_corner: tuple[int, int] = (0, 0)
 
     def level_for(self, l0_per_px: float) -> int:
         """Return the coarsest level that is not coarser than ``l0_per_px`` (by more than 1 %), or 0."""
@@ -399,6 +401,10 @@ def _facts(handle: openslide.OpenSlide, path: Path, slide_id: str) -> SlideFacts
         level_sizes_px=sizes,
         level_downsamples=tuple(float(downsample) for downsample in handle.level_downsamples),
         background_rgb=_background(properties),
+        l0_bounds_corner=(
+            int(properties.get(openslide.PROPERTY_NAME_BOUNDS_X, 0)),
+            int(properties.get(openslide.PROPERTY_NAME_BOUNDS_Y, 0)),
+        ),
     )
 
 
