@@ -150,6 +150,13 @@ def test_a_folder_that_cannot_be_made_is_told_at_once(tmp_path: Path) -> None:
         publish.preflight(tmp_path / "file" / "out")
 
 
+def test_a_file_the_disk_has_no_room_for_is_not_begun(tmp_path: Path) -> None:
+    """The message says how much is needed and how much there is."""
+    publish.require_space(tmp_path, 1000)
+    with pytest.raises(EnvironmentFault, match=r"MB are needed, .* MB are free; free space there"):
+        publish.require_space(tmp_path, 10**18)
+
+
 def test_key_is_of_content_only() -> None:
     """The order of the parts does not matter, every part does."""
     assert publish.key_of(a=1, b={"x": 2, "y": 3}) == publish.key_of(b={"y": 3, "x": 2}, a=1)

@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import resource
+import shutil
 import socket
 import time
 import uuid
@@ -28,6 +29,7 @@ from wsiflow.errors import EnvironmentFault, IntegrityError
 
 Receipt = dict[str, Any]
 
+_RESERVE_BYTES = 8_000_000  # for the structure of the file, receipts, and others who write
 ATTEMPTS = ".attempts"
 RECEIPTS = "receipts"
 
@@ -303,6 +305,21 @@ def _as_fault(path: Path) -> Iterator[None]:
     except OSError as error:
         cause = f"the file system refused: {error.strerror or error}"
         raise EnvironmentFault(cause, "free space or permissions there, or choose another out=", path=path) from error
+
+
+def require_space(root: Path, needed_bytes: int) -> None:
+    """Refuse to begin a file that the disk has no room for.
+
+    HDF5 does not survive a full disk: the process ends with a segmentation fault, and nobody is told why.
+
+    Raises:
+        EnvironmentFault: Less than ``needed_bytes`` and a small reserve are free.
+    """
+    with _as_fault(root):
+        free = shutil.disk_usage(root).free
+    if free < needed_bytes + _RESERVE_BYTES:
+        cause = f"{(needed_bytes + _RESERVE_BYTES) / 1e6:.0f} MB are needed, {free / 1e6:.0f} MB are free"
+        raise EnvironmentFault(cause, "free space there, or choose another out= (store=none needs far less)", path=root)
 
 
 def preflight(root: Path) -> None:

@@ -96,7 +96,7 @@ def _statuses(made: Plan, outcomes: Sequence[tuple[str, Outcome]]) -> list[Statu
     for index, planned in enumerate(made.slides):
         failure = failures.get(index)
         status = "failed" if failure else "no tissue" if not planned.n_tiles else "done"
-        reason, code = (failure.error, failure.exit_code) if failure else ("", 0)
+        reason, code = (_named(failure.error, planned.slide_id), failure.exit_code) if failure else ("", 0)
         rows.append(
             Status(
                 planned.slide_id,
@@ -108,7 +108,14 @@ def _statuses(made: Plan, outcomes: Sequence[tuple[str, Outcome]]) -> list[Statu
                 attempts.get(index, 0),
             )
         )
-    return rows + [Status(slide, "rejected", reason, code, 0, 0, 1) for slide, reason, code in made.rejected]
+    return rows + [
+        Status(slide, "rejected", _named(reason, slide), code, 0, 0, 1) for slide, reason, code in made.rejected
+    ]
+
+
+def _named(reason: str, slide_id: str) -> str:
+    """Return a reason that names the slide: faults of disk or process do not know which one they hit."""
+    return reason if reason.startswith(f"slide {slide_id}") else f"slide {slide_id}, {reason}"
 
 
 def _write_tables(root: Path, made: Plan, statuses: Sequence[Status], outcomes: Sequence[tuple[str, Outcome]]) -> None:

@@ -77,6 +77,7 @@ def extract(source: Path, index: int) -> tuple[publish.Receipt, bool]:
         "key": key,
         "versions": receipt_facts["versions"],
     }
+    publish.require_space(root, len(blocks) * planned.frame.patch_px**2 * 3)
     with publish.publishing(root, name, key, receipt_facts, verify) as attempt:
         with (
             attempt.timed("write"),
@@ -162,6 +163,7 @@ def predict(source: Path, index: int) -> tuple[publish.Receipt, bool]:
     }
     with publish.publishing(root, name, key, receipt_facts, verify) as attempt:
         prob = _scores(root, made, planned, task, model, attempt)
+        publish.require_space(root, prob.nbytes + coord.nbytes)
         with attempt.timed("write"):
             store.write_predictions(attempt.path, frame, coord, prob, described)
         attempt.receipt["counts"] = {"blocks": len(blocks), "tiles": len(coord), "windows": int(prob.size)}
