@@ -91,6 +91,21 @@ def test_no_flipped_bit_gives_other_numbers(tmp_path: Path) -> None:
         assert np.array_equal(again, prob)
 
 
+def test_a_flipped_pixel_is_an_error(tmp_path: Path) -> None:
+    """Pixels carry checksums: one changed bit in the stored image is refused, not predicted."""
+    path = tmp_path / "s.h5"
+    write_patches(path)
+    data = bytearray(path.read_bytes())
+    position = bytes(data).find(PIXELS[1].tobytes()[:64])
+    data[position + 7] ^= 1
+    path.write_bytes(data)
+    with store.open_patches(path) as file:
+        group = store.patch_group(file, 1)
+        assert np.array_equal(store.read_img(group, 0, 1), PIXELS[:1])
+        with pytest.raises(IntegrityError, match="pixels cannot be read"):
+            store.read_img(group, 1, 2)
+
+
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.99])
 def test_a_cut_file_is_refused(tmp_path: Path, share: float) -> None:
     """A file that ends early is not a whole file."""

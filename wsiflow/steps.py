@@ -144,6 +144,11 @@ def predict(source: Path, index: int) -> tuple[publish.Receipt, bool]:
     if done is not None:
         return done, False
     model = _classifier(card.ModelSpec.model_validate(made.work["model"]))
+    if model.identity != made.settings["predict"]["model"]:
+        cause = "the model is another than when the run was planned"
+        raise IntegrityError(
+            cause, "restore card and weights, or choose another out= folder", path=made.work["model"]["card"]
+        )
     blocks, frame = planned.group(task.group), planned.frame
     cells = [cell for block in blocks for cell in tiles.block_tile_cells(block, block_tiles=frame.block_tiles)]
     coord = _tile_coord(frame, cells)
@@ -231,13 +236,13 @@ def _group_pixels(
         return
     path = root / f"patches/{planned.slide_id}.h5"
     with store.open_patches(path) as file:
-        img, coord = store.patch_group(file, task.group)
-        if not np.array_equal(coord, block_coord(planned.frame, blocks)):
+        group = store.patch_group(file, task.group)
+        if not np.array_equal(group.coord, block_coord(planned.frame, blocks)):
             raise IntegrityError(
                 f"group t{task.group} holds other blocks than planned", "delete it, run again", path=path
             )
         for first in range(0, len(blocks), at_a_time):
-            yield blocks[first : first + at_a_time], img[first : first + at_a_time]
+            yield blocks[first : first + at_a_time], store.read_img(group, first, first + at_a_time)
 
 
 def _tile_coord(frame: Frame, cells: Sequence[tuple[int, int]]) -> NDArray[np.int64]:

@@ -118,6 +118,19 @@ def patch_group(file: h5py.File, k: int) -> PatchGroup:
     return PatchGroup(img, coord)
 
 
+def read_img(group: PatchGroup, first: int, last: int) -> NDArray[np.uint8]:
+    """Return the pixels of blocks ``first`` to ``last`` (exclusive) of a group, uint8 (n, side, side, 3).
+
+    Raises:
+        IntegrityError: A checksum does not fit: the file is damaged.
+    """
+    try:
+        pixels: NDArray[np.uint8] = group.img[first:last]
+    except OSError as error:
+        raise IntegrityError(f"pixels cannot be read ({error})", _AGAIN, path=group.img.file.filename) from error
+    return pixels
+
+
 def check_patches(path: Path, counts: list[int], frame: Frame) -> None:
     """Raise unless the file holds exactly the planned groups, every chunk of them written and with a good checksum."""
     with _reading(path) as file:
