@@ -227,15 +227,17 @@ def publish_generation(root: Path, name: str, data: bytes, facts: Mapping[str, A
 
 def write_view(root: Path, name: str, text: str) -> None:
     """Write a status file that later runs may replace whole; nothing is ever computed from it."""
-    path = root / name
+    path, folder = root / name, _attempt_folder(root)
     with _as_fault(path):
+        _make_folder(folder)
         _make_folder(path.parent)
-        draft = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
+        draft = folder / path.name
         _effect("write", draft)
         draft.write_text(text, encoding="utf-8")
         _sync(draft)
         _effect("rename", path)
         draft.replace(path)
+        _forget(folder)
 
 
 def sweep_attempts(root: Path) -> None:
