@@ -1,7 +1,7 @@
 """The whole line as a Prefect flow: cases, plan, then shards of slides through every stage, then the scores.
 
-One Prefect task per shard and stage, tens to hundreds of them however many array tasks there are. Without Prefect
-(``orchestrator=none``) the same functions are called in the same order.
+One Prefect task to ingest a shard and one to take it through the line: tens to hundreds however many array tasks there
+are. Without Prefect (``orchestrator=none``) the same functions are called in the same order.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ _WAITING_THREADS = 8
 _TASK_RUNNER = cast("TaskRunner[PrefectFuture[Any]]", ThreadPoolTaskRunner(max_workers=_WAITING_THREADS))
 
 Submit = Callable[..., Any]
-"""``submit(name, function, *args)`` starts a call and returns its future, waiting for futures among the arguments."""
+"""``submit(name, function, *args)`` starts a call and returns its future."""
 
 
 def line(config: RunConfig, submit: Submit) -> results.Summary:
@@ -34,16 +34,19 @@ def line(config: RunConfig, submit: Submit) -> results.Summary:
         wanted = shards.cut(shards.count_cases(cases), config.shard_slides)
         ingested = [submit(f"ingest {i}", shards.ingest_shard, pool, cases, part) for i, part in enumerate(wanted, 1)]
         plan_path = ingest.make_plan(cases, [outcome for future in ingested for outcome in future.result()])
-        futures: list[Any] = [
-            shards.Progress(shard) for shard in shards.cut(shards.count_slides(plan_path), config.shard_slides)
-        ]
-        for stage in shards.LINE:
-            futures = [
-                submit(f"{stage} {i}", shards.advance, pool, plan_path, stage, future)
-                for i, future in enumerate(futures, 1)
-            ]
+        wanted = shards.cut(shards.count_slides(plan_path), config.shard_slides)
+        futures = [submit(f"slides {i}", shards.line, pool, plan_path, part) for i, part in enumerate(wanted, 1)]
         progress = [future.result() for future in futures]
     return results.finish(config, plan_path, progress, clock)
+
+
+class SlidesFailedError(Exception):
+    """A run that ended without scores; everything there is to say is in its summary."""
+
+    def __init__(self, summary: results.Summary) -> None:
+        """Keep the summary."""
+        super().__init__(summary.text)
+        self.summary = summary
 
 
 @task(cache_policy=NO_CACHE, persist_result=False, retries=0)
@@ -64,8 +67,15 @@ def _as_task(name: str, function: Callable[..., Any], *args: Any) -> Any:
     task_runner=_TASK_RUNNER,
 )
 def pipeline(config: RunConfig) -> results.Summary:
-    """Test a classifier on every slide of a data set."""
-    return line(config, _as_task)
+    """Test a classifier on every slide of a data set.
+
+    Raises:
+        SlidesFailedError: Slides have no result, so that the flow shows as failed.
+    """
+    summary = line(config, _as_task)
+    if not summary.metrics:
+        raise SlidesFailedError(summary)
+    return summary
 
 
 def direct(config: RunConfig) -> results.Summary:
@@ -73,6 +83,6 @@ def direct(config: RunConfig) -> results.Summary:
     with ThreadPoolExecutor(_WAITING_THREADS) as threads:
 
         def submit(_name: str, function: Callable[..., Any], *args: Any) -> Any:
-            return threads.submit(lambda: function(*(arg.result() if hasattr(arg, "result") else arg for arg in args)))
+            return threads.submit(function, *args)
 
         return line(config, submit)

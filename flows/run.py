@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from wsiflow import cli
 from wsiflow.config import RunConfig, validate
-from wsiflow.errors import InputError, WsiflowError
+from wsiflow.errors import InputError
 from wsiflow.results import Summary
 
 _ENVIRONMENT = {
@@ -38,12 +38,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     sys.argv = ["wsiflow run", *arguments[1:]]
+    return cli.bounded(_all_jobs)
+
+
+def _all_jobs() -> int:
+    """Run the job, or every job of a sweep, and return the worst exit code."""
+    _exit_codes.clear()
     try:
         _compose_and_run()
     except (HydraException, OmegaConfBaseException) as error:
         return cli.report(_refused(error))
-    except WsiflowError as error:
-        return cli.report(error)
     return max(_exit_codes, default=0)
 
 
@@ -54,14 +58,15 @@ def _compose_and_run(composed: DictConfig) -> float | None:
     Returns:
         The FROC score, for sweepers that optimise.
     """
-    try:
-        summary = start(to_config(composed, sweep=HydraConfig.get().mode == RunMode.MULTIRUN))
-    except WsiflowError as error:
-        _exit_codes.append(cli.report(error))
-        return None
-    cli.say(summary.text)
-    _exit_codes.append(summary.exit_code)
-    return summary.metrics.get("froc.score")
+    found: list[Summary] = []
+
+    def job() -> int:
+        found.append(start(to_config(composed, sweep=HydraConfig.get().mode == RunMode.MULTIRUN)))
+        cli.say(found[0].text)
+        return found[0].exit_code
+
+    _exit_codes.append(cli.bounded(job))
+    return found[0].metrics.get("froc.score") if found else None
 
 
 def to_config(composed: DictConfig, *, sweep: bool) -> RunConfig:
@@ -116,4 +121,7 @@ def start(config: RunConfig) -> Summary:
 
     with chosen_server() as said:
         cli.say(said)
-        return pipeline.pipeline(config)
+        try:
+            return pipeline.pipeline(config)
+        except pipeline.SlidesFailedError as failed:
+            return failed.summary

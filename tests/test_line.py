@@ -21,11 +21,12 @@ from wsiflow.model.card import ModelSpec
 
 COARSE = ["inference.stride=112", "executor=inline", "orchestrator=none", "tracking=off", "evaluation.bootstrap=50"]
 # Files whose content is times: everything else is the same bytes in every run.
-TIMED = {"summary.json", "trace.csv", "process_list.csv", "report.html", "config.yaml", "cases.json"}
+TIMED = {"summary.json", "trace.csv", "process_list.csv", "report.html"}
+# What each run was told, its own folder for one.
+TOLD = {"config.yaml", "cases.json"}
 
 
 def wsiflow(*arguments: str) -> int:
-    command._exit_codes.clear()
     return command.main(["run", *arguments])
 
 
@@ -34,7 +35,7 @@ def over(manifest: Path, out: Path, *more: str) -> list[str]:
 
 
 def digests(out: Path) -> dict[str, str]:
-    files = (path for path in out.rglob("*") if path.is_file() and path.name not in TIMED)
+    files = (path for path in out.rglob("*") if path.is_file() and path.name not in TIMED | TOLD)
     kept = (path for path in files if not {"receipts", ".attempts"} & set(path.relative_to(out).parts))
     return {str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest() for path in kept}
 
@@ -63,7 +64,8 @@ def test_every_slide_ends_with_heatmap_and_detections(finished: Path) -> None:
     assert {row["status"] for row in listed} == {"done"}
     for row in listed:
         heat, about = pyramid.read_heatmap(finished / f"heatmaps/{row['slide_id']}.tif")
-        assert np.isfinite(heat).sum() == int(row["n_tiles"]) * 4
+        assert 0.8 * 4 * int(row["n_tiles"]) < np.isfinite(heat).sum() <= 4 * int(row["n_tiles"])
+        assert np.isnan(heat[2048 // 112 + 1 :]).all(), "no score beyond the slide"
         assert about["frame"]["stride_px"] == 112
         assert (finished / f"detections/{row['slide_id']}.csv").exists()
         with openslide.OpenSlide(finished / f"heatmaps/{row['slide_id']}.preview.tif") as preview:

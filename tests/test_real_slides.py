@@ -13,7 +13,6 @@ COARSE = ["inference.stride=112", "executor=inline", "orchestrator=none", "track
 
 
 def started(*arguments: str) -> int:
-    command._exit_codes.clear()
     return command.main(["run", *arguments, *COARSE])
 
 

@@ -9,7 +9,6 @@ from flows import run as command
 
 def test_a_sweep_of_two_good_jobs_and_a_bad_one(small_slides: Path, tmp_path: Path, capsys) -> None:
     """Folders are named after what was swept; the exit code is that of the worst job; MLflow nests the good ones."""
-    command._exit_codes.clear()
     arguments = ["dataset=manifest", f"dataset.manifest={small_slides}", "dataset.limit=1", "executor=inline"]
     arguments += ["orchestrator=none", "evaluation.bootstrap=0", "name=strides", f"out={tmp_path / 'sweep'}"]
     assert command.main(["run", "-m", "inference.stride=112,30,224", *arguments]) == 20

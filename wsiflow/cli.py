@@ -5,7 +5,7 @@ Exit codes: 0 complete, 10 partial (only when allowed), 20 bad input, 30 environ
 
 import argparse
 import csv
-import json
+import os
 import platform
 import shutil
 import sys
@@ -13,7 +13,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from wsiflow import __version__
-from wsiflow.errors import InputError, IntegrityError, WsiflowError
+from wsiflow.errors import EnvironmentFault, InputError, IntegrityError, WsiflowError
+
+_SMALLEST_SYNTHETIC_PX = 1024
 
 
 def say(text: str) -> None:
@@ -31,10 +33,27 @@ def main(argv: Sequence[str]) -> int:
     """Run one command and return its exit code."""
     arguments = _parser().parse_args(argv)
     command: Callable[[argparse.Namespace], int] = arguments.command
+    return bounded(lambda: command(arguments))
+
+
+def bounded(command: Callable[[], int]) -> int:
+    """Call a command and return its exit code, whatever happens: one line for every error, of its class.
+
+    With ``WSIFLOW_DEBUG`` set, what nobody expected ends in its traceback instead.
+    """
     try:
-        return command(arguments)
+        return command()
     except WsiflowError as error:
         return report(error)
+    except OSError as error:
+        if "WSIFLOW_DEBUG" in os.environ:
+            raise
+        return report(EnvironmentFault(str(error), "mend it and run again"))
+    except Exception as error:
+        if "WSIFLOW_DEBUG" in os.environ:
+            raise
+        remedy = "report this, with the traceback that WSIFLOW_DEBUG=1 shows"
+        return report(WsiflowError(f"{type(error).__name__}: {error}", remedy))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -58,14 +77,16 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--um-px", type=float, help="level-0 spacing for every slide (CAMELYON16: 0.243)")
     one.add_argument("--downsample", type=int, default=32, help="level-0 px per evaluation mask px (32)")
     one.add_argument(
-        "--mask-downsample", type=int, help="scale at which mask images are read; 1: they are at evaluation resolution"
+        "--mask-downsample",
+        type=_positive,
+        help="scale at which mask images are read; 1: they are at evaluation resolution",
     )
     one.add_argument("--bootstrap", type=int, default=1000, help="resamples of the FROC interval (1000)")
-    one.add_argument("--seed", type=int, default=0)
+    one.add_argument("--seed", type=_natural, default=0)
     one = add("synth", _synth, "write a synthetic data set with known lesions")
     one.add_argument("folder", type=Path)
-    one.add_argument("--size-px", type=int, default=6144, help="side of the slides (6144)")
-    one.add_argument("--seed", type=int, default=0)
+    one.add_argument("--size-px", type=_positive, default=6144, help="side of the slides, at least 1024 (6144)")
+    one.add_argument("--seed", type=_natural, default=0)
     one = add("status", _status, "what a run has done, from the disk alone")
     one.add_argument("run", type=Path)
     one = add("verify", _verify, "compare every published file of a run with its receipt")
@@ -77,6 +98,22 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _natural(text: str) -> int:
+    """Return a whole number from 0."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{value} is below 0")
+    return value
+
+
+def _positive(text: str) -> int:
+    """Return a whole number from 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is below 1")
+    return value
+
+
 def _unreachable(_arguments: argparse.Namespace) -> int:
     """Stand for ``run`` in the help; the command itself never gets here."""
     raise AssertionError
@@ -84,9 +121,10 @@ def _unreachable(_arguments: argparse.Namespace) -> int:
 
 def _evaluate(arguments: argparse.Namespace) -> int:
     from wsiflow import dataset, evaluation, publish
-    from wsiflow.config import EvaluationParams
+    from wsiflow.config import evaluation_params
 
-    params = EvaluationParams(downsample=arguments.downsample, l0_um_px=arguments.um_px, bootstrap=arguments.bootstrap)
+    params = evaluation_params(arguments.downsample, arguments.um_px, arguments.bootstrap)
+    publish.preflight(arguments.out)
     scores = evaluation.evaluate_folder(
         dataset.read_manifest(arguments.manifest),
         arguments.detections,
@@ -95,17 +133,20 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         scores=arguments.scores,
         mask_downsample=arguments.mask_downsample,
     )
-    publish.preflight(arguments.out)
     for name, text in evaluation.documents(scores).items():
-        publish.write_view(arguments.out, name, text)
+        publish.write_view(arguments.out, name, text.encode())
     for name, value in scores.metrics.items():
         say(f"{name} {value:.6f}")
     return 0
 
 
 def _synth(arguments: argparse.Namespace) -> int:
-    from wsiflow import synth
+    from wsiflow import publish, synth
 
+    if arguments.size_px < _SMALLEST_SYNTHETIC_PX:
+        cause = f"slides of {arguments.size_px} px are too small for tissue and lesions"
+        raise InputError(cause, f"give --size-px of at least {_SMALLEST_SYNTHETIC_PX}")
+    publish.preflight(arguments.folder)
     say(f"manifest: {synth.write_dataset(arguments.folder, size_px=arguments.size_px, seed=arguments.seed)}")
     return 0
 
@@ -139,8 +180,9 @@ def _verify(arguments: argparse.Namespace) -> int:
         raise InputError("it holds no receipts", "name the out= folder of a run", path=arguments.run)
     damaged = 0
     for path in receipts:
+        name = str(path.relative_to(arguments.run / publish.RECEIPTS)).removesuffix(".json")
         try:
-            publish.check(arguments.run, json.loads(path.read_text(encoding="utf-8")))
+            publish.check(arguments.run, publish.read_receipt(arguments.run, name) or {"path": name})
         except IntegrityError as error:
             damaged += 1
             report(error)

@@ -6,9 +6,9 @@ values out of bounds are refused before anything else happens, with the dotted n
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, FiniteFloat, ValidationError, model_validator
 
 from wsiflow.dataset import DatasetParams
 from wsiflow.errors import InputError
@@ -43,7 +43,7 @@ class InferenceParams(BaseModel, frozen=True, extra="forbid"):
 
     Attributes:
         engine: ``window`` slides the classifier's window over every tile.
-        stride_px: Distance between window centres, reading pixels; divides the tile.
+        stride: Distance between window centres, reading pixels; divides the tile.
         batch: Windows per call of the model.
         precision: Number format of the network.
         backend: What runs the network.
@@ -77,7 +77,7 @@ class EvaluationParams(BaseModel, frozen=True, extra="forbid"):
     """
 
     downsample: int = Field(ge=1, le=256)
-    l0_um_px: float | None = Field(gt=0)
+    l0_um_px: Annotated[FiniteFloat, Field(gt=0)] | None
     bootstrap: int = Field(ge=0, le=100_000)
 
 
@@ -89,7 +89,7 @@ class RunConfig(BaseModel, frozen=True, extra="forbid"):
         name: Name of the run in reports.
         seed: Seed of everything drawn at random (only the bootstrap).
         allow_partial: Score the slides that have results when others failed; marked PARTIAL, exit code 10.
-        shard_slides: Slides per Prefect task.
+        shard_slides: Slides per Prefect task; 0 makes about 40 tasks however many slides there are.
         orchestrator: ``prefect``, or ``none`` to call the same functions without it.
     """
 
@@ -97,7 +97,7 @@ class RunConfig(BaseModel, frozen=True, extra="forbid"):
     name: str = Field(min_length=1)
     seed: int = Field(ge=0)
     allow_partial: bool
-    shard_slides: int = Field(ge=1)
+    shard_slides: int = Field(ge=0)
     orchestrator: Literal["prefect", "none"]
     dataset: DatasetParams
     model: ModelSpec
@@ -118,9 +118,23 @@ class RunConfig(BaseModel, frozen=True, extra="forbid"):
             divisors = [d for d in range(1, self.tiles.tile_px + 1) if self.tiles.tile_px % d == 0]
             cause = f"inference.stride is {self.inference.stride}, it must divide tiles.tile_px: one of {divisors}"
             raise ValueError(cause)
-        if self.geometry.convention == "reference" and self.tiles.block_tiles != 1:
-            raise ValueError(f"tiles.block_tiles is {self.tiles.block_tiles}, geometry=reference needs 1")
+        if self.out == Path():
+            raise ValueError("out is empty, it must name a folder")
+        if self.geometry.convention == "reference":
+            self._check_reference()
         return self
+
+    def _check_reference(self) -> None:
+        """Refuse what the reference's geometry, fixed at 224 level-0 px tiles, cannot mean."""
+        found = {
+            "geometry.spacing": self.geometry.spacing,
+            "tiles.tile_px": self.tiles.tile_px,
+            "tiles.halo_px": self.tiles.halo_px,
+            "tiles.block_tiles": self.tiles.block_tiles,
+        }
+        for (key, value), needed in zip(found.items(), ("native", 224, 112, 1), strict=True):
+            if value != needed:
+                raise ValueError(f"{key} is {value}, geometry=reference needs {needed}")
 
 
 def validate(values: Mapping[str, Any]) -> RunConfig:
@@ -129,11 +143,18 @@ def validate(values: Mapping[str, Any]) -> RunConfig:
     Raises:
         InputError: Unknown, missing or bad keys, each named.
     """
+    return _validated(RunConfig, values, "correct the override or the YAML file")
+
+
+_Params = TypeVar("_Params", bound=BaseModel)
+
+
+def _validated(form: type[_Params], values: Mapping[str, Any], remedy: str) -> _Params:
     try:
-        return RunConfig.model_validate(values)
+        return form.model_validate(values)
     except ValidationError as error:
         problems = [_problem(item["loc"], item["msg"], item.get("input")) for item in error.errors()]
-        raise InputError("; ".join(problems), "correct the override or the YAML file", stage="configuration") from error
+        raise InputError("; ".join(problems), remedy, stage="configuration") from error
 
 
 def _problem(loc: tuple[int | str, ...], message: str, value: object) -> str:
@@ -141,3 +162,13 @@ def _problem(loc: tuple[int | str, ...], message: str, value: object) -> str:
     text = message.removeprefix("Value error, ")
     shown = f" (got {value!r})" if isinstance(value, str | int | float) else ""
     return f"{key}: {text}{shown}" if key else text
+
+
+def evaluation_params(downsample: int, l0_um_px: float | None, bootstrap: int) -> EvaluationParams:
+    """Turn the options of a command into `EvaluationParams`.
+
+    Raises:
+        InputError: One is out of bounds.
+    """
+    values = {"downsample": downsample, "l0_um_px": l0_um_px, "bootstrap": bootstrap}
+    return _validated(EvaluationParams, values, "correct the option")

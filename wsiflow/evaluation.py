@@ -202,6 +202,10 @@ def read_truth(
         values = pyramid.read_level(case.mask_path, mask_downsample or params.downsample)
         if l0_size_px is not None:
             _check_size(values.shape, _slide_shape(l0_size_px, params.downsample), case)
+        if case.label is None and values.max(initial=0) == 1:
+            cause = "the mask holds only 0 and 1, which may mean tumour, or tissue in a mask of 0, 1 and 2"
+            remedy = "say in the manifest whether the slide is tumour or normal (label)"
+            raise InputError(cause, remedy, slide=case.slide_id, path=case.mask_path)
         tumour = annotations.tumour_from_mask(values, case.mask_path)
         return Truth(froc.evaluation_mask(tumour, _m_um_px(case, params)))
     if case.annotation_path is None:

@@ -147,6 +147,16 @@ def l0_from_h(frame: Frame, h_points: NDArray[np.float64]) -> NDArray[np.float64
     return (t_origin + (np.asarray(h_points) + half) * frame.stride_px) * frame.l0_per_px
 
 
+def cells_on_slide(frame: Frame) -> tuple[int, int]:
+    """Return how many rows and columns of the heatmap have the place of their score on the slide.
+
+    The last tiles may reach beyond the slide; what is there is padding, and a score of it would be a detection nowhere.
+    """
+    rows, cols = frame.h_shape
+    l0 = l0_from_h(frame, np.column_stack([np.arange(max(rows, cols))] * 2).astype(np.float64))
+    return int((l0[:rows, 1] < frame.l0_height_px).sum()), int((l0[:cols, 0] < frame.l0_width_px).sum())
+
+
 def l0_from_h_corner(frame: Frame, h_col: float, h_row: float) -> tuple[float, float]:
     """Return the level-0 x, y of the top-left corner of the area that a heatmap cell covers."""
     x, y = (

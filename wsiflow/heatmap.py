@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wsiflow.errors import IntegrityError
-from wsiflow.geometry import Frame, h_from_t
+from wsiflow.geometry import Frame, cells_on_slide, h_from_t
 
 
 def assemble(frame: Frame, t_cells: NDArray[np.int64], prob: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -20,7 +20,7 @@ def assemble(frame: Frame, t_cells: NDArray[np.int64], prob: NDArray[np.float32]
         prob: float32 (n, m, m), the tiles' scores, m cells a side.
 
     Returns:
-        float32 (rows, cols) of `Frame.h_shape`, NaN where no tile was given.
+        float32 (rows, cols) of `Frame.h_shape`, NaN where no tile was given and where the cell lies beyond the slide.
 
     Raises:
         IntegrityError: A tile comes twice or lies outside the map, or shapes disagree.
@@ -38,7 +38,10 @@ def assemble(frame: Frame, t_cells: NDArray[np.int64], prob: NDArray[np.float32]
             cause = f"tile (column {t_col}, row {t_row}) lies outside the map"
             raise IntegrityError(cause, "run again in another out= folder", stage="stitch")
         tiles[h_row // m, h_col // m] = scores
-    return np.ascontiguousarray(tiles.transpose(0, 2, 1, 3)).reshape(frame.h_shape)
+    heat = np.ascontiguousarray(tiles.transpose(0, 2, 1, 3)).reshape(frame.h_shape)
+    rows, cols = cells_on_slide(frame)
+    heat[rows:], heat[:, cols:] = np.nan, np.nan
+    return heat
 
 
 def slide_score(heat: NDArray[np.float32]) -> float:

@@ -53,16 +53,15 @@ def ingest(source: Path, index: int) -> tuple[publish.Receipt, bool]:
     key = publish.key_of(slide=case.slide_id, settings=_cutting(config), mpp=case.mpp)
     done = publish.done(root, name, key)
     if done is not None:
-        _check_unchanged(root / name, case)
+        check_unchanged(root, case.slide_id, case.path)
+        _check_manifest_sha256(case, _record(root, case.slide_id)["sha256"])
         return done, False
     with slide.open_slide(case.path, slide_id=case.slide_id) as opened:
         um_px = slide.resolve_mpp(opened.facts, case.mpp)
         mask, downsample, tissue_grid, frame = _cut(opened, um_px, config)
         corner = opened.facts.l0_bounds_corner
     sha256 = slide.sha256(case.path)
-    if case.sha256 and case.sha256 != sha256:
-        cause = f"its SHA-256 is {sha256}, the manifest says {case.sha256}"
-        raise InputError(cause, "copy it again from its source", slide=case.slide_id, path=case.path)
+    _check_manifest_sha256(case, sha256)
     record = {
         "sha256": sha256,
         "signature": slide.signature(case.path),
@@ -79,14 +78,16 @@ def ingest(source: Path, index: int) -> tuple[publish.Receipt, bool]:
 
 
 def check_model(config: RunConfig) -> None:
-    """Read the model's card before any slide is opened, and see that its windows fit into the blocks.
+    """Read the model's card and hash its weights before any slide is opened; see that windows fit into blocks.
 
     Raises:
-        InputError: The card cannot be used, or the halo is too small for the model's window.
+        InputError: Card or weights cannot be used, or the halo is too small for the model's window.
     """
     model = _card(config.model)
+    card.read_weights(config.model, model)
     shift = config.inference.stride // 2 if config.geometry.convention == "centred" else 0
-    needed = model.window_px // 2 - shift
+    before = model.window_px // 2 - shift
+    needed = max(before, model.window_px - before - config.inference.stride)
     if config.tiles.halo_px < needed:
         cause = f"tiles.halo_px is {config.tiles.halo_px}, windows of {model.window_px} px need at least {needed}"
         raise InputError(cause, f"set tiles.halo_px={model.window_px // 2}", stage="configuration")
@@ -169,15 +170,30 @@ def _frame(about: slide.SlideFacts, um_px: float, config: RunConfig) -> Frame:
     )
 
 
-def _check_unchanged(record_path: Path, case: Case) -> None:
-    """Raise if the slide's content is no longer what was planned; the hash is taken again only if the file changed."""
-    record = json.loads(record_path.read_text(encoding="utf-8"))
-    if slide.signature(case.path) == record["signature"]:
+def check_unchanged(root: Path, slide_id: str, path: Path) -> None:
+    """See that a slide still has the content that was planned; it is hashed again only if its files were touched.
+
+    Raises:
+        InputError: The content is another.
+    """
+    record = _record(root, slide_id)
+    if slide.signature(path) == record["signature"]:
         return
-    sha256 = slide.sha256(case.path)
+    sha256 = slide.sha256(path)
     if sha256 != record["sha256"]:
         cause = f"its content has changed since the run was planned (SHA-256 {sha256}, was {record['sha256']})"
-        raise InputError(cause, "restore it, or choose another out= folder", slide=case.slide_id, path=case.path)
+        raise InputError(cause, "restore it, or choose another out= folder", slide=slide_id, path=path)
+
+
+def _record(root: Path, slide_id: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((root / f"tissue/{slide_id}.json").read_text(encoding="utf-8"))
+    return found
+
+
+def _check_manifest_sha256(case: Case, sha256: str) -> None:
+    if case.sha256 and case.sha256.lower() != sha256:
+        cause = f"its SHA-256 is {sha256}, the manifest says {case.sha256}"
+        raise InputError(cause, "copy it again from its source", slide=case.slide_id, path=case.path)
 
 
 def make_plan(source: Path, outcomes: Sequence[Outcome]) -> Path:

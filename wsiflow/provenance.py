@@ -16,7 +16,11 @@ def versions() -> dict[str, str]:
     return {name: version(name) for name in _LIBRARIES}
 
 
+def numeric_class() -> dict[str, str]:
+    """Return the numeric class of this process."""
+    return threads.numeric_class(int(os.environ.get("OMP_NUM_THREADS", "1")))
+
+
 def facts(kind: str, slide_id: str, **more: Any) -> dict[str, Any]:
     """Return what the receipt of a file says besides its hash and times."""
-    numeric_class = threads.numeric_class(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    return {"kind": kind, "slide": slide_id, "versions": versions(), "numeric_class": numeric_class, **more}
+    return {"kind": kind, "slide": slide_id, "versions": versions(), "numeric_class": numeric_class(), **more}

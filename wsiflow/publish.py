@@ -174,8 +174,12 @@ def publishing(
     with _as_fault(root / name):
         _make_folder(attempt.path.parent)
         _effect("write", attempt.path)
-        yield attempt
-        verify(attempt.path)
+        try:
+            yield attempt
+            verify(attempt.path)
+        except BaseException:  # a failed attempt may be as large as a slide
+            _forget(attempt.path.parent)
+            raise
         attempt.finish()
         final = root / name
         _make_folder(final.parent)
@@ -217,15 +221,14 @@ def publish_generation(root: Path, name: str, data: bytes, facts: Mapping[str, A
         The newest generation, which holds ``data``: it is left alone where it does already.
     """
     files = generations(root, name)
-    if files and files[-1].read_bytes() == data:
-        return files[-1]
     stem, suffix = name.rsplit(".", 1)
-    latest = f"{stem}.{len(files) + 1}.{suffix}" if files else name
+    known = bool(files) and files[-1].read_bytes() == data  # its receipt may still be missing
+    latest = files[-1].name if known else f"{stem}.{len(files) + 1}.{suffix}" if files else name
     publish_bytes(root, latest, data, hashlib.sha256(data).hexdigest(), facts)
     return root / latest
 
 
-def write_view(root: Path, name: str, text: str) -> None:
+def write_view(root: Path, name: str, data: bytes) -> None:
     """Write a status file that later runs may replace whole; nothing is ever computed from it."""
     path, folder = root / name, _attempt_folder(root)
     with _as_fault(path):
@@ -233,7 +236,7 @@ def write_view(root: Path, name: str, text: str) -> None:
         _make_folder(path.parent)
         draft = folder / path.name
         _effect("write", draft)
-        draft.write_text(text, encoding="utf-8")
+        draft.write_bytes(data)
         _sync(draft)
         _effect("rename", path)
         draft.replace(path)
@@ -245,7 +248,8 @@ def sweep_attempts(root: Path) -> None:
     for folder in sorted((root / ATTEMPTS).glob("*-*-*")):
         host, pid, _ = folder.name.rsplit("-", 2)
         if host == socket.gethostname() and not _is_alive(int(pid)):
-            _forget(folder)
+            with contextlib.suppress(FileNotFoundError):
+                _forget(folder)
 
 
 def _is_alive(pid: int) -> bool:
@@ -293,11 +297,13 @@ def _make_folder(folder: Path) -> None:
 
 
 def _forget(folder: Path) -> None:
+    """Remove a folder of attempts; another process may be doing the same."""
     for file in folder.iterdir():
         _effect("unlink", file)
-        file.unlink()
+        file.unlink(missing_ok=True)
     _effect("rmdir", folder)
-    folder.rmdir()
+    with contextlib.suppress(FileNotFoundError):
+        folder.rmdir()
 
 
 @contextlib.contextmanager

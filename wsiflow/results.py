@@ -1,7 +1,7 @@
 """What a run ends with: the ledger balanced, scores, status tables, the report and the MLflow record.
 
 Scores come from a complete ledger only. When slides are missing and the run allows it (``allow_partial``), the others
-are scored under ``evaluation-PARTIAL-<key>/``, the report says what is missing, and the exit code is 10.
+are shown under ``evaluation-PARTIAL/``, the report says what is missing, and the exit code is 10.
 """
 
 import csv
@@ -64,22 +64,30 @@ class Status(NamedTuple):
 
 
 def finish(config: RunConfig, plan_path: Path, progress: Sequence[Progress], clock: Clock) -> Summary:
-    """Score what the run published, write its tables and report, and log it."""
+    """Score what the run published, write its tables and report, and log it.
+
+    Raises:
+        IntegrityError: The ledger does not balance although no task failed.
+    """
     root, made = plan_path.parent, plan.read(plan_path)
     outcomes = [item for shard in progress for item in shard.outcomes]
     statuses = _statuses(made, outcomes)
     _write_tables(root, made, statuses, outcomes)
     missing = [status for status in statuses if status.exit_code]
+    balance = shards.ledger(root, made)
+    if not missing and not balance.complete:
+        cause = f"{balance.planned} tasks were planned and {balance.published} are published, but none failed"
+        raise IntegrityError(cause, "run again; if it stays so, report this", path=plan_path)
     if missing and (not config.allow_partial or len(missing) == len(statuses)):
         return Summary(max(status.exit_code for status in missing), {}, _failure_text(root, statuses))
-    evaluated = _evaluated(root, made, statuses)
-    folder = f"evaluation-PARTIAL-{evaluated.key[:8]}" if missing else "evaluation"
-    work = _work_metrics(config, made, shards.ledger(root, made), outcomes, clock)
-    metrics = _evaluate(root, folder, config, evaluated, work)
+    folder = "evaluation-PARTIAL" if missing else "evaluation"
+    evaluated = _evaluate(root, folder, config, made, statuses)
+    executed = [outcome.receipt for _, outcome in outcomes if outcome.receipt is not None and outcome.executed]
+    work = _work_metrics(root, folder, config, made, executed, clock) | _counts(balance, len(outcomes), len(executed))
+    metrics = _summarise(root, folder, evaluated, work)
     _write_report(root, folder, config, made, statuses, metrics)
-    logged = _track(root, folder, config, made, metrics)
-    executed = sum(outcome.executed for _, outcome in outcomes)
-    text = _success_text(root, folder, statuses, metrics, executed, logged)
+    logged = _track(root, folder, config, made, evaluated.key, metrics)
+    text = _success_text(root, folder, statuses, metrics, len(executed), logged)
     return Summary(PARTIAL if missing else 0, metrics, text)
 
 
@@ -120,8 +128,8 @@ def _named(reason: str, slide_id: str) -> str:
 
 def _write_tables(root: Path, made: Plan, statuses: Sequence[Status], outcomes: Sequence[tuple[str, Outcome]]) -> None:
     receipts = [outcome.receipt for _, outcome in outcomes if outcome.receipt is not None]
-    publish.write_view(root, "process_list.csv", _process_list(statuses, receipts))
-    publish.write_view(root, "trace.csv", _trace(made, outcomes))
+    publish.write_view(root, "process_list.csv", _process_list(statuses, receipts).encode())
+    publish.write_view(root, "trace.csv", _trace(made, outcomes).encode())
 
 
 def _process_list(statuses: Sequence[Status], receipts: Sequence[publish.Receipt]) -> str:
@@ -174,50 +182,89 @@ def _table(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
 
 
 def _work_metrics(
-    config: RunConfig, made: Plan, balance: Ledger, done: Sequence[tuple[str, Outcome]], clock: Clock
+    root: Path,
+    folder: str,
+    config: RunConfig,
+    made: Plan,
+    executed: Sequence[publish.Receipt],
+    clock: Clock,
 ) -> dict[str, float]:
-    """Return throughput, cost, ledger and cache numbers; only work this run executed counts as throughput."""
-    executed = [outcome.receipt for _, outcome in done if outcome.receipt is not None and outcome.executed]
+    """Return throughput and cost.
+
+    Cost is that of everything published in the folder, whenever it was made. Rates are of what this run executed; a run
+    that executed nothing keeps those of the run that did.
+    """
     area = {s.slide_id: throughput.tile_area_mm2(s.frame.tile_px, s.frame.um_px) for s in made.slides}
     workers = worker_count(config.executor, cores=allocated_cores()) * config.executor.threads
-    metrics = throughput.summarise(executed, run_wall_s=clock.seconds(), workers=workers, tile_mm2=area)
-    metrics |= {f"ledger.{name}": float(value) for name, value in balance._asdict().items()}
-    return metrics | {"cache.hit_rate": 1 - len(executed) / len(done) if done else 1.0}
+    rates = throughput.summarise(executed, run_wall_s=clock.seconds(), workers=workers, tile_mm2=area)
+    if not executed:
+        rates |= {name: value for name, value in _former(root, folder).items() if name in rates}
+    whole = throughput.summarise(_all_receipts(root), run_wall_s=clock.seconds(), workers=workers, tile_mm2=area)
+    return rates | {name: value for name, value in whole.items() if name in _WHOLE or name.startswith("cost.")}
+
+
+_WHOLE = {"throughput.core_hours", "throughput.core_seconds_per_tile", "throughput.mm2_per_core_hour"}
+
+
+def _all_receipts(root: Path) -> list[publish.Receipt]:
+    """Return the receipt of everything computed for slides in this folder."""
+    found = (json.loads(path.read_text(encoding="utf-8")) for path in (root / publish.RECEIPTS).rglob("*.json"))
+    return [receipt for receipt in found if receipt.get("slide")]
+
+
+def _counts(balance: Ledger, n_outcomes: int, n_executed: int) -> dict[str, float]:
+    counts = {f"ledger.{name}": float(value) for name, value in balance._asdict().items()}
+    return counts | {"cache.hit_rate": 1 - n_executed / n_outcomes if n_outcomes else 1.0}
 
 
 class Evaluated(NamedTuple):
-    """The slides that are scored, and what identifies their scores."""
+    """What was scored: the key of settings, detections and truth, and where its published files lie."""
 
-    slides: list[SlidePlan]
-    cases: dict[str, Case]
     key: str
+    folder: Path
 
 
-def _evaluated(root: Path, made: Plan, statuses: Sequence[Status]) -> Evaluated:
+def _evaluate(root: Path, view: str, config: RunConfig, made: Plan, statuses: Sequence[Status]) -> Evaluated:
+    """Publish scores and curves under ``evaluations/<key>``, or find them, and show the latest under ``view``.
+
+    Scores follow the detections and the truth: a slide that joins or a corrected outline gives other scores under
+    another key, and never touches the former ones.
+    """
     cases = {case.slide_id: case for case in ingest.read_cases(publish.generations(root, "cases.json")[-1])[1]}
     good = {status.slide_id for status in statuses if not status.exit_code}
     slides = [planned for planned in made.slides if planned.slide_id in good]
     detections = [_receipt(root, f"detections/{planned.slide_id}.csv")["sha256"] for planned in slides]
     truth = [[planned.slide_id, *_truth_sha256(cases[planned.slide_id])] for planned in slides]
-    return Evaluated(slides, cases, publish.key_of(settings=made.settings, detections=detections, truth=truth))
-
-
-def _evaluate(
-    root: Path, folder: str, config: RunConfig, evaluated: Evaluated, work: Mapping[str, float]
-) -> dict[str, float]:
-    """Publish scores and figures under ``folder``, or find them published, and return every metric.
-
-    The first run that completes the ledger writes them; its throughput stays the run's throughput.
-    """
-    if publish.done(root, f"{folder}/summary.json", evaluated.key) is None:
-        evidence = (_evidence(root, one, evaluated.cases[one.slide_id], config) for one in evaluated.slides)
+    key = publish.key_of(settings=made.settings, detections=detections, truth=truth)
+    evaluated = Evaluated(key, root / "evaluations" / key[:12])
+    names = ("scores.json", "cases.csv", "froc.json", "roc.json", "froc.png", "roc.png")
+    if any(publish.done(root, f"evaluations/{key[:12]}/{name}", key) is None for name in names):
+        evidence = (_evidence(root, planned, cases[planned.slide_id], config) for planned in slides)
         scores = evaluation.evaluate_cases(evidence, config.evaluation, seed=config.seed)
-        told = dataclasses.replace(scores, metrics=scores.metrics | dict(work))
-        documents = {name: text.encode() for name, text in evaluation.documents(told).items()}
+        documents = {name: text.encode() for name, text in evaluation.documents(scores).items()}
+        documents["scores.json"] = documents.pop("summary.json")
         documents |= {"froc.png": report.froc_figure(scores.froc), "roc.png": report.roc_figure(scores.roc)}
-        for name in sorted(documents, key=lambda name: name == "summary.json"):  # last: it says that all are there
-            publish.publish_bytes(root, f"{folder}/{name}", documents[name], evaluated.key, facts("evaluation", ""))
-    found = json.loads((root / folder / "summary.json").read_text(encoding="utf-8"))
+        for name in names:
+            publish.publish_bytes(root, f"evaluations/{key[:12]}/{name}", documents[name], key, facts("evaluation", ""))
+    for name in names[1:]:
+        publish.write_view(root, f"{view}/{name}", (evaluated.folder / name).read_bytes())
+    return evaluated
+
+
+def _summarise(root: Path, view: str, evaluated: Evaluated, work: Mapping[str, float]) -> dict[str, float]:
+    """Write ``summary.json``, scores and work by name, and return it; what is not defined is null there, NaN here."""
+    scores = _numbers(evaluated.folder / "scores.json")
+    publish.write_view(root, f"{view}/summary.json", evaluation.json_text({**scores, **work}).encode())
+    return scores | dict(work)
+
+
+def _former(root: Path, view: str) -> dict[str, float]:
+    path = root / view / "summary.json"
+    return _numbers(path) if path.exists() else {}
+
+
+def _numbers(path: Path) -> dict[str, float]:
+    found = json.loads(path.read_text(encoding="utf-8"))
     return {name: math.nan if value is None else value for name, value in found.items()}
 
 
@@ -275,15 +322,16 @@ def _write_report(
         versions=versions(),
         plan_hash=made.hash,
     )
-    publish.write_view(root, "report.html", report.render(data))
+    publish.write_view(root, "report.html", report.render(data).encode())
 
 
-def _track(root: Path, folder: str, config: RunConfig, made: Plan, metrics: Mapping[str, float]) -> str:
+def _track(root: Path, folder: str, config: RunConfig, made: Plan, key: str, metrics: Mapping[str, float]) -> str:
     """Record the run in MLflow and say where, or why not: the run is valid without it."""
     curves = json.loads((root / folder / "froc.json").read_text(encoding="utf-8"))
     record = tracking.RunRecord(
         name=config.name,
-        key=_receipt(root, f"{folder}/summary.json")["key"],
+        # The same scores in another folder are another run: its cost is its own.
+        key=publish.key_of(scores=key, folder=_receipt(root, "config.yaml")["attempt"]),
         plan_hash=made.hash,
         partial=folder != "evaluation",
         params=_flat(config.model_dump(mode="json")),

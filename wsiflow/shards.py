@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from wsiflow import dataset, ingest, plan, publish, steps, synth
+from wsiflow import annotations, dataset, ingest, plan, publish, steps, synth
 from wsiflow.config import RunConfig
 from wsiflow.executor import Executor, Outcome
 from wsiflow.plan import Plan, Task
@@ -58,7 +58,11 @@ def begin(config: RunConfig) -> Path:
     if params.kind == "synthetic" and params.folder is not None:
         manifest = synth.write_dataset(params.folder, size_px=params.size_px, seed=params.seed)
         params = params.model_copy(update={"kind": "manifest", "manifest": manifest})
-    return ingest.write_cases(config.out, config, dataset.load_dataset(params))
+    cases = dataset.load_dataset(params)
+    for case in cases:  # truth that cannot be read is told now, not after all the work
+        if case.annotation_path is not None:
+            annotations.read_asap(case.annotation_path)
+    return ingest.write_cases(config.out, config, cases)
 
 
 def cut(count: int, slides_each: int) -> list[tuple[int, ...]]:
@@ -82,10 +86,19 @@ def ingest_shard(pool: Executor, cases: Path, shard: Sequence[int]) -> list[Outc
     return list(pool.run(steps.run_task, cases, "ingest", shard))
 
 
+def line(pool: Executor, plan_path: Path, shard: Sequence[int]) -> Progress:
+    """Take the slides of a shard from pixels to detections; a slide for which a task fails goes no further."""
+    progress = Progress(tuple(shard))
+    for stage in LINE:
+        progress = advance(pool, plan_path, stage, progress)
+    return progress
+
+
 def advance(pool: Executor, plan_path: Path, stage: str, progress: Progress) -> Progress:
     """Take the good slides of a shard through one stage."""
     made = plan.read(plan_path)
-    outcomes = list(pool.run(steps.run_task, plan_path, stage, _indices(made, stage, progress.slides)))
+    indices = _indices(plan_path.parent, made, stage, progress.slides)
+    outcomes = list(pool.run(steps.run_task, plan_path, stage, indices))
     failed = {_slide(made, stage, outcome.task) for outcome in outcomes if outcome.receipt is None}
     return Progress(
         tuple(index for index in progress.slides if index not in failed),
@@ -93,11 +106,13 @@ def advance(pool: Executor, plan_path: Path, stage: str, progress: Progress) -> 
     )
 
 
-def _indices(made: Plan, stage: str, slides: Iterable[int]) -> list[int]:
-    """Return the tasks of a stage for some slides, the largest first where they differ."""
+def _indices(root: Path, made: Plan, stage: str, slides: Iterable[int]) -> list[int]:
+    """Return the tasks of a stage for some slides."""
     if stage == "extract":
-        from_store = made.work["store"]["kind"] == "hdf5"
-        return [index for index in slides if from_store and made.slides[index].group_ranges]
+        # Pixels are only for predictions that are still to be made.
+        wanted = set(slides) if made.work["store"]["kind"] == "hdf5" else set()
+        lacking = {task.slide for task in made.tasks if task.slide in wanted and not _is_published(root, made, task)}
+        return sorted(lacking)
     if stage == "predict":
         wanted = set(slides)
         return [i for i, task in enumerate(made.tasks) if task.slide in wanted]

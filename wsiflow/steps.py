@@ -18,12 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wsiflow import evaluation, export, geometry, heatmap, ingest, lesions, plan, publish, pyramid, slide, store, tiles
-from wsiflow.errors import IntegrityError, WsiflowError
+from wsiflow.errors import EnvironmentFault, IntegrityError, WsiflowError
 from wsiflow.executor import Outcome
 from wsiflow.geometry import Frame
 from wsiflow.model import card
 from wsiflow.plan import Plan, SlidePlan, Task
-from wsiflow.provenance import facts
+from wsiflow.provenance import facts, numeric_class
 
 if TYPE_CHECKING:
     from wsiflow.model.classifier import Classifier
@@ -81,7 +81,7 @@ def extract(source: Path, index: int) -> tuple[publish.Receipt, bool]:
     with publish.publishing(root, name, key, receipt_facts, verify) as attempt:
         with (
             attempt.timed("write"),
-            slide.open_slide(Path(planned.path), slide_id=planned.slide_id) as opened,
+            _open(root, planned) as opened,
             store.create_patches(attempt.path, planned.frame, described, params.compression) as writer,
         ):
             for k, (lo, hi) in enumerate(planned.group_ranges, 1):
@@ -92,6 +92,13 @@ def extract(source: Path, index: int) -> tuple[publish.Receipt, bool]:
     return attempt.receipt, True
 
 
+def _open(root: Path, planned: SlidePlan) -> slide.Slide:
+    """Open a planned slide, unless it is no longer the one that was planned."""
+    path = Path(planned.path)
+    ingest.check_unchanged(root, planned.slide_id, path)
+    return slide.open_slide(path, slide_id=planned.slide_id)
+
+
 def block_coord(frame: Frame, blocks: Sequence[tiles.Block]) -> NDArray[np.int64]:
     """Return int64 (n, 5): first tile's column and row, level-0 x and y of the patch, its side in level-0 px."""
     side = round(frame.patch_px * frame.l0_per_px)
@@ -100,6 +107,22 @@ def block_coord(frame: Frame, blocks: Sequence[tiles.Block]) -> NDArray[np.int64
         x, y = geometry.patch_origin_px(frame, block.t_col, block.t_row)
         rows.append((block.t_col, block.t_row, round(x * frame.l0_per_px), round(y * frame.l0_per_px), side))
     return np.array(rows, dtype=np.int64).reshape(-1, 5)
+
+
+def check_numeric_class(made: Plan) -> None:
+    """Refuse to compute scores here under the key of another kind of machine.
+
+    Raises:
+        EnvironmentFault: Processor, library or threads would give other last bits than the plan says.
+    """
+    planned = made.settings["predict"]["numeric_class"]
+    here = numeric_class()
+    differing = [
+        f"{name} is {here[name]!r}, planned {planned.get(name)!r}" for name in here if here[name] != planned.get(name)
+    ]
+    if differing:
+        remedy = "run on the kind of machine the run was planned on, or choose another out= folder"
+        raise EnvironmentFault(f"this machine gives other last bits: {'; '.join(differing)}", remedy, stage="predict")
 
 
 def read_blocks(
@@ -143,6 +166,7 @@ def predict(source: Path, index: int) -> tuple[publish.Receipt, bool]:
     done = publish.done(root, name, key)
     if done is not None:
         return done, False
+    check_numeric_class(made)
     model = _classifier(card.ModelSpec.model_validate(made.work["model"]))
     if model.identity != made.settings["predict"]["model"]:
         cause = "the model is another than when the run was planned"
@@ -229,7 +253,7 @@ def _group_pixels(
     params = store.StoreParams.model_validate(made.work["store"])
     blocks, at_a_time = planned.group(task.group), params.read_blocks
     if params.kind == "none":
-        with slide.open_slide(Path(planned.path), slide_id=planned.slide_id) as opened:
+        with _open(root, planned) as opened:
             parts = read_blocks(opened, planned.frame, blocks, at_a_time)
             for first, (pixels, _) in zip(range(0, len(blocks), at_a_time), parts, strict=True):
                 yield blocks[first : first + at_a_time], pixels
@@ -350,7 +374,7 @@ def _publish_pictures(
     if publish.done(root, name, key) is None:
         with publish.publishing(root, name, key, receipt_facts, _any_bytes) as attempt, attempt.timed("write"):
             pyramid.write_preview(attempt.path, heat, um_px=_cell_um(planned.frame))
-    with slide.open_slide(Path(planned.path), slide_id=planned.slide_id) as opened:
+    with _open(root, planned) as opened:
         downsample = max(1.0, max(opened.facts.l0_size_px) / _OVERLAY_SIDE_PX)
         overview = opened.overview(downsample)
     corner = geometry.l0_from_h_corner(planned.frame, 0, 0)

@@ -2,7 +2,8 @@
 
 Workers are started fresh (spawn), keep to their share of the cores, and end by themselves when their parent is gone,
 so that a killed run leaves nothing behind. A worker that dies (out of memory, a decoder's crash) breaks the whole pool;
-the tasks that were under way are then tried again one at a time, so that the one that kills its worker fails alone.
+the tasks that were under way are then tried again, each in a worker of its own, so that the one that kills it fails
+alone.
 """
 
 import multiprocessing
@@ -62,8 +63,9 @@ class ProcessPool:
             yield self._run_alone(work, plan_path, stage, index)
 
     def _run_alone(self, work: Work, plan_path: Path, stage: str, index: int) -> Outcome:
-        with self._alone:
-            outcome = _outcome(self._submit(work, plan_path, stage, index))
+        """Run a task in a worker of its own, one such task at a time; other shards keep the pool."""
+        with self._alone, self._start(1) as single:
+            outcome = _outcome(single.submit(work, plan_path, stage, index))
         died = "the worker process died while it ran alone (killed, out of memory, or a crash in a decoder)"
         return outcome or Outcome(index, None, executed=False, error=f"{stage}: {died}", exit_code=30)
 
@@ -71,16 +73,16 @@ class ProcessPool:
         with self._lock:
             for _ in range(3):  # a pool may break between being looked at and being used
                 if self._pool is None:
-                    self._pool = self._start()
+                    self._pool = self._start(self._workers)
                 try:
                     return self._pool.submit(work, plan_path, stage, index)
                 except BrokenProcessPool:
                     self._pool = None
         raise BrokenProcessPool("worker processes die as soon as they start")
 
-    def _start(self) -> ProcessPoolExecutor:
+    def _start(self, workers: int) -> ProcessPoolExecutor:
         return ProcessPoolExecutor(
-            self._workers,
+            workers,
             mp_context=multiprocessing.get_context("spawn"),
             initializer=_begin_worker,
             initargs=(self._threads, os.getpid()),

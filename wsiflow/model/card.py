@@ -163,6 +163,30 @@ def read_card(spec: ModelSpec) -> ModelCard:
     return _with_positive_class(card, spec)
 
 
+def read_weights(spec: ModelSpec, card: ModelCard) -> bytes:
+    """Return the weights of a card, which are read once so that what is hashed is what is used.
+
+    Raises:
+        InputError: The file is missing, or its hash is not the card's.
+    """
+    path = card_path(spec)
+    weights = path.parent / card.weights
+    try:
+        data = weights.read_bytes()
+    except OSError as error:
+        raise InputError(
+            f"cannot read the weights: {error.strerror}", f"put the file {path.name} names beside it", path=weights
+        ) from error
+    found = hashlib.sha256(data).hexdigest()
+    if found != card.sha256:
+        raise InputError(
+            f"weights hash to {found}, {path.name} expects {card.sha256}",
+            "fetch card and weights again from where they come from",
+            path=weights,
+        )
+    return data
+
+
 def identity(card: ModelCard) -> str:
     """Return a SHA-256 (hex) over everything in a card that can change a number, and nothing else."""
     relevant = card.model_dump(

@@ -6,7 +6,6 @@ probes of its card is never handed out. No pickle is read: weights are safetenso
 run trusts by its hash.
 """
 
-import hashlib
 import io
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from torch import nn
 
 from wsiflow.errors import InputError
 from wsiflow.model.architectures import build
-from wsiflow.model.card import TORCHSCRIPT, ModelCard, ModelSpec, Probe, card_path, identity, read_card
+from wsiflow.model.card import TORCHSCRIPT, ModelCard, ModelSpec, Probe, card_path, identity, read_card, read_weights
 
 # The same weights differ by about 1e-6 between machines, because sums are taken in another order; another class order,
 # mean or layer moves a probability near one half by far more than this.
@@ -66,7 +65,7 @@ def load(spec: ModelSpec) -> Classifier:
     """
     card, path = read_card(spec), card_path(spec)
     weights_path = path.parent / card.weights
-    data = _read_verified(weights_path, card, path)
+    data = read_weights(spec, card)
     module = _torchscript(data, weights_path) if card.architecture == TORCHSCRIPT else _registered(data, card, path)
     classifier = as_classifier(module, card)
     _check_answers(classifier, card, path)
@@ -186,24 +185,6 @@ def probe_image(seed: int, window_px: int) -> NDArray[np.uint8]:
     cells, base = raw[3:].reshape(PROBE_CELLS, PROBE_CELLS, 3), raw[:3]
     cell = np.arange(window_px) * PROBE_CELLS // window_px
     return ((cells[np.ix_(cell, cell)] + base) // 2).astype(np.uint8)
-
-
-def _read_verified(weights: Path, card: ModelCard, path: Path) -> bytes:
-    """Return the weights file, which is read once so that what is hashed is what is used."""
-    try:
-        data = weights.read_bytes()
-    except OSError as error:
-        raise InputError(
-            f"cannot read the weights: {error.strerror}", f"put the file {path.name} names beside it", path=weights
-        ) from error
-    found = hashlib.sha256(data).hexdigest()
-    if found != card.sha256:
-        raise InputError(
-            f"weights hash to {found}, {path.name} expects {card.sha256}",
-            "fetch card and weights again from where they come from",
-            path=weights,
-        )
-    return data
 
 
 def _registered(data: bytes, card: ModelCard, path: Path) -> nn.Module:
