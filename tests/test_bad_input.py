@@ -145,6 +145,7 @@ def test_a_malformed_annotation_names_the_file(slide: Path, tmp_path: Path, caps
     code, said = started(capsys, "dataset=manifest", given, f"out={tmp_path / 'run'}")
     assert code == 20
     assert "bad.xml" in said
+    assert not (tmp_path / "run/tissue").exists(), "told before any work"
 
 
 def test_weights_that_are_not_the_cards_are_refused(slide: Path, tmp_path: Path, capsys) -> None:
@@ -162,6 +163,7 @@ def test_weights_that_are_not_the_cards_are_refused(slide: Path, tmp_path: Path,
     code, said = started(capsys, "dataset=manifest", given, "model=card", card, f"out={tmp_path / 'run'}")
     assert code == 20
     assert "demonet.json expects" in said
+    assert not (tmp_path / "run/tissue").exists()
 
 
 @pytest.mark.parametrize("under", ["file", "/proc"])
@@ -199,6 +201,95 @@ def test_the_same_folder_with_other_settings_is_refused(slide: Path, tmp_path: P
     code, said = started(capsys, "dataset=manifest", given, f"out={tmp_path / 'run'}", "lesions.threshold=0.7")
     assert code == 20
     assert "lesions.threshold (0.5 there, 0.7 now)" in said
+
+
+def test_slides_and_truth_may_join_a_finished_run(slide: Path, tmp_path: Path, capsys) -> None:
+    """A third slide, or a corrected label, gives new scores beside the former ones, and keeps all finished work."""
+    out = tmp_path / "run"
+    shutil.copy(slide, slide.with_name("b.tif"))
+    assert started(capsys, "dataset=manifest", manifest(slide, "a,good.tif,,0,"), f"out={out}")[0] == 0
+    before = (out / "heatmaps/a.tif").stat().st_mtime_ns
+    assert started(capsys, "dataset=manifest", manifest(slide, "a,good.tif,,0,", "b,b.tif,,0,"), f"out={out}")[0] == 0
+    assert json.loads((out / "evaluation/summary.json").read_text())["froc.n_slides"] == 2
+    assert started(capsys, "dataset=manifest", manifest(slide, "a,good.tif,,0,", "b,b.tif,,1,"), f"out={out}")[0] == 0
+    assert len(list((out / "evaluations").iterdir())) == 3
+    assert (out / "heatmaps/a.tif").stat().st_mtime_ns == before
+
+
+def test_a_slide_replaced_after_the_plan_is_not_predicted(slide: Path, tmp_path: Path, capsys) -> None:
+    """Other pixels under a planned name are refused before they are read."""
+    from wsiflow import steps
+
+    out = tmp_path / "run"
+    given = manifest(slide, "good,good.tif,,0,")
+    assert started(capsys, "dataset=manifest", given, f"out={out}", "store=none")[0] == 0
+    for part in ("predictions", "receipts/predictions"):
+        shutil.rmtree(out / part)
+    other = np.full((700, 900, 3), 120, np.uint8)
+    pyramid.write_rgb(slide.with_name("other.tif"), iter([other]), shape=(700, 900), um_px=0.243, quality=90)
+    slide.with_name("other.tif").replace(slide)
+    outcome = steps.run_task(out / "plan.json", "predict", 0)
+    assert outcome.exit_code == 20
+    assert "its content has changed since the run was planned" in outcome.error
+
+
+def test_another_kind_of_machine_may_not_use_the_plans_key(slide: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    """A worker whose libraries use other instructions says so instead of publishing other last bits."""
+    from wsiflow import steps
+
+    out = tmp_path / "run"
+    assert started(capsys, "dataset=manifest", manifest(slide, "good,good.tif,,0,"), f"out={out}")[0] == 0
+    for part in ("predictions", "receipts/predictions"):
+        shutil.rmtree(out / part)
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "default")
+    outcome = steps.run_task(out / "plan.json", "predict", 0)
+    assert outcome.exit_code == 30
+    assert "gives other last bits" in outcome.error
+
+
+def test_a_hash_in_the_manifest_is_compared_even_later(slide: Path, tmp_path: Path, capsys) -> None:
+    """A SHA-256 added after the first run is checked against what was hashed then."""
+    out = tmp_path / "run"
+    assert started(capsys, "dataset=manifest", manifest(slide, "good,good.tif,,0,"), f"out={out}")[0] == 0
+    given = manifest(slide, f"good,good.tif,,0,,{'0' * 64}", header="slide_id,path,mpp,label,annotation_path,sha256")
+    code, said = started(capsys, "dataset=manifest", given, f"out={out}")
+    assert code == 20
+    assert "the manifest says 000" in said
+
+
+def test_no_score_beyond_the_slide(slide: Path, tmp_path: Path, capsys) -> None:
+    """Tiles that reach past the edge keep the cells whose centre is on the slide, and no others."""
+    out = tmp_path / "run"
+    given = manifest(slide, "good,good.tif,,0,")
+    assert started(capsys, "dataset=manifest", given, f"out={out}", "tissue=all")[0] == 0
+    heat, _ = pyramid.read_heatmap(out / "heatmaps/good.tif")
+    on_slide = np.isfinite(heat)
+    assert on_slide[:6, :8].all(), "700 x 900 px: centres at 56, 168 .. 616 and .. 840"
+    assert on_slide.sum() == 6 * 8
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["synth", "{tmp}/x", "--size-px", "100"],
+        ["synth", "{tmp}/file"],
+        ["verify", "{tmp}/damaged"],
+        ["task", "{tmp}/list.json", "0"],
+        ["evaluate", "--manifest", "{tmp}", "--detections", "{tmp}", "--out", "{tmp}/o"],
+        ["evaluate", "--manifest", "{tmp}/none.csv", "--detections", "{tmp}", "--out", "{tmp}/o", "--um-px", "-1"],
+    ],
+)
+def test_commands_end_in_one_line(tmp_path: Path, capsys, arguments: list[str]) -> None:
+    """Whatever a command is given, it ends in one line and an exit code of a class."""
+    (tmp_path / "file").write_text("")
+    (tmp_path / "list.json").write_text("[]")
+    (tmp_path / "damaged/receipts").mkdir(parents=True)
+    (tmp_path / "damaged/receipts/a.bin.json").write_text('{"path"')
+    code = cli.main([argument.format(tmp=tmp_path) for argument in arguments])
+    said = capsys.readouterr().err
+    assert code in (20, 30, 40, 50)
+    assert len(said.splitlines()) == 1
+    assert "Traceback" not in said
 
 
 def test_verify_finds_the_damaged_file(slide: Path, tmp_path: Path, capsys) -> None:

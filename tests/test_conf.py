@@ -67,12 +67,28 @@ def test_defaults_compose() -> None:
         ("+tiles.colour=red", "tiles.colour"),
         ("+nonsense=1", "nonsense"),
         ("tiles.halo_px=-1", "tiles.halo_px"),
+        ("out=", "out"),
+        ("evaluation.l0_um_px=inf", "evaluation.l0_um_px"),
     ],
 )
 def test_bad_values_are_refused_by_name(override: str, named: str) -> None:
     """The message names the dotted key."""
     with pytest.raises(InputError, match=named.replace(".", r"\.")):
         composed(override)
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("tiles.tile_px=112", "tiles.tile_px"),
+        ("geometry.spacing=model", "geometry.spacing"),
+        ("tiles=block", "block_tiles"),
+    ],
+)
+def test_reference_geometry_has_one_meaning(override: str, named: str) -> None:
+    """Its index is of 224 px tiles at level 0; anything else would read other places than it names."""
+    with pytest.raises(InputError, match=f"{named} is .*, geometry=reference needs"):
+        composed("geometry=reference", override)
 
 
 def test_what_must_be_given_is_asked_for() -> None:

@@ -397,3 +397,13 @@ def test_written_detections_read_back(tmp_path_factory, detections):
     read = evaluation.read_detections(path)
     assert sorted(read[:, 0].tolist()) == sorted(detections[:, 0].astype(np.float32).astype(float).tolist())
     assert evaluation.format_detections(read[::-1]) == path.read_text()
+
+
+def test_a_mask_of_0_and_1_needs_a_label(tmp_path):
+    """It may be tumour, or the tissue of a slide whose mask could also hold 2."""
+    mask = png(tmp_path / "m.png", (painted((100, 160), E3_BOXES) > 0).astype(np.uint8))
+    case = dataset.Case("a", tmp_path / "a.tif", mpp=0.243, mask_path=mask)
+    with pytest.raises(InputError, match="may mean tumour, or tissue"):
+        evaluation.read_truth(case, E3_PARAMS, mask_downsample=1)
+    labelled = dataset.Case("a", tmp_path / "a.tif", mpp=0.243, mask_path=mask, label=1)
+    assert evaluation.read_truth(labelled, E3_PARAMS, mask_downsample=1).lesions.n_regions > 0

@@ -213,9 +213,11 @@ def _check_succession(root: Path, former: Plan, plan: Plan) -> None:
         cause = f"the folder holds a run with other settings: {', '.join(changed)}"
         raise InputError(cause, "choose another out= folder", path=root)
     now = {slide.slide_id: slide.key for slide in plan.slides}
+    reasons = {slide.slide_id: f": {slide.reason}" for slide in plan.rejected}
     gone = [slide.slide_id for slide in former.slides if now.get(slide.slide_id) != slide.key]
     if gone:
-        cause = f"slides planned in this folder have changed or are gone: {', '.join(gone[:5])}"
+        told = "; ".join(f"{slide_id}{reasons.get(slide_id, '')}" for slide_id in gone[:5])
+        cause = f"{len(gone)} slides planned in this folder have changed or are gone: {told}"
         raise InputError(cause, "restore them, or choose another out= folder", path=root)
 
 
