@@ -99,13 +99,6 @@ def test_a_receipt_without_steps_belongs_to_none() -> None:
     assert throughput.step_core_seconds([receipt("tissue", seconds={})]) == NO_TIME
 
 
-def test_makespan_is_first_start_to_last_end() -> None:
-    """Tasks side by side and across time zones span from the earliest start to the latest end."""
-    later = receipt(started="2026-11-23T12:00:30.000+02:00", ended="2026-11-23T12:02:00.500+02:00")
-    assert throughput.makespan_s([later, receipt()]) == 120.5
-    assert math.isnan(throughput.makespan_s([]))
-
-
 def test_seconds_by_slide_are_sums() -> None:
     """Two groups of a slide add up, another slide stays apart."""
     rows = throughput.seconds_by_slide([receipt(), receipt(group=2), receipt(slide="s2", seconds={"stitch": 4.0})])
@@ -113,13 +106,3 @@ def test_seconds_by_slide_are_sums() -> None:
     assert rows["s1"]["seconds_cpu"] == 80.0
     assert rows["s2"]["seconds_stitch"] == 4.0
     assert list(rows["s1"]) == list(rows["s2"])
-
-
-def test_stragglers_come_slowest_first() -> None:
-    """Only predictions above the factor are named, with their ratio to the median."""
-    usual = [receipt(group=k, wall_s=10.0) for k in range(1, 6)]
-    late = [receipt(group=6, wall_s=21.0, host="slow"), receipt(group=7, wall_s=50.0)]
-    found = throughput.stragglers([*usual, *late, receipt("heatmap", group=0, wall_s=900.0)], factor=2.0)
-    assert [(task.group, task.ratio) for task in found] == [(7, 5.0), (6, 2.1)]
-    assert found[1].host == "slow"
-    assert throughput.stragglers([], factor=2.0) == []

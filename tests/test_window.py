@@ -11,7 +11,7 @@ from wsiflow.errors import InputError, WsiflowError
 from wsiflow.model.architectures import build
 from wsiflow.model.card import ModelCard
 from wsiflow.model.classifier import Classifier, as_classifier, predict
-from wsiflow.model.window import predict_blocks, windows_per_side
+from wsiflow.model.window import predict_blocks
 
 
 def card(window_px: int, input_px: int) -> ModelCard:
@@ -136,17 +136,3 @@ def test_a_score_that_is_not_finite_names_patch_and_window() -> None:
     images[1, 8, 4] = 0
     with pytest.raises(InputError, match=r"no finite probability for the window at \[4, 8\] px of patch 1"):
         predict_blocks(as_classifier(_Overflow(), card(16, 16)), images, grid(4, 4), batch=5)
-
-
-@pytest.mark.parametrize("stride", [1, 2, 4, 7, 8, 14, 16, 28, 32, 56, 112, 224])
-def test_every_divisor_of_the_tile_is_a_stride(stride: int) -> None:
-    """The reference's strides: 224 / stride windows on each side."""
-    assert windows_per_side(224, stride) == 224 // stride
-
-
-@pytest.mark.parametrize("stride", [0, -16, 64, 128, 448])
-def test_other_strides_are_refused_with_the_valid_ones(stride: int) -> None:
-    """Stride 64 would leave a gap at the end of each tile."""
-    valid = r"set inference.stride to one of \[1, 2, 4, 7, 8, 14, 16, 28, 32, 56, 112, 224\]"
-    with pytest.raises(InputError, match=f"inference.stride is {stride} px.*{valid}"):
-        windows_per_side(224, stride)

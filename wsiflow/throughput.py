@@ -1,7 +1,7 @@
 """What a run did, and what it cost: numbers from the receipts of the files it wrote.
 
-Input: receipts, one mapping per published file. The caller passes only those that this run wrote itself, so that work
-found in the cache never counts as speed. Output: metrics by name, seconds by slide, and the tasks that came in late.
+Input: receipts, one mapping per published file; the caller says whose (for rates only those that this run wrote, so that
+work found done never counts as speed). Output: metrics by name, and seconds by slide.
 
 Conventions:
 
@@ -14,29 +14,11 @@ Conventions:
 
 import math
 from collections.abc import Mapping, Sequence
-from datetime import datetime
-from statistics import median
-from typing import Any, NamedTuple
+from typing import Any
 
 Receipt = Mapping[str, Any]
 
 STEPS = ("read", "stain", "infer", "write", "stitch")
-
-
-class Straggler(NamedTuple):
-    """A task that took far longer than its like.
-
-    Attributes:
-        slide, group, host: Which task, and where it ran.
-        wall_s: How long it took, seconds.
-        ratio: ``wall_s`` over the median of the run's predictions.
-    """
-
-    slide: str
-    group: int
-    host: str
-    wall_s: float
-    ratio: float
 
 
 def summarise(
@@ -99,15 +81,6 @@ def step_core_seconds(receipts: Sequence[Receipt]) -> dict[str, float]:
     return split
 
 
-def makespan_s(receipts: Sequence[Receipt]) -> float:
-    """Return the seconds from the first start to the last end of the run's tasks; NaN for no task."""
-    if not receipts:
-        return math.nan
-    first = min(datetime.fromisoformat(r["started"]) for r in receipts)
-    last = max(datetime.fromisoformat(r["ended"]) for r in receipts)
-    return (last - first).total_seconds()
-
-
 def seconds_by_slide(receipts: Sequence[Receipt]) -> dict[str, dict[str, float]]:
     """Return, by slide id, the columns ``seconds_<step>``, ``seconds_wall`` and ``seconds_cpu``.
 
@@ -123,23 +96,6 @@ def seconds_by_slide(receipts: Sequence[Receipt]) -> dict[str, dict[str, float]]
         row["seconds_wall"] += receipt["wall_s"]
         row["seconds_cpu"] += receipt["cpu_s"]
     return rows
-
-
-def stragglers(receipts: Sequence[Receipt], *, factor: float) -> list[Straggler]:
-    """Return the predictions that took more than ``factor`` times the median wall time, the slowest first.
-
-    Groups are cut to equal cost, so a long one points to a slow host, a slow disk or a wrong cost model.
-    """
-    predictions = [r for r in receipts if r["kind"] == "prediction"]
-    if not predictions:
-        return []
-    typical_s = median(r["wall_s"] for r in predictions)
-    late = [
-        Straggler(r["slide"], r["group"], r["host"], r["wall_s"], _ratio(r["wall_s"], typical_s))
-        for r in predictions
-        if r["wall_s"] > factor * typical_s
-    ]
-    return sorted(late, key=lambda task: (-task.wall_s, task.slide, task.group))
 
 
 def _ratio(amount: float, per: float) -> float:

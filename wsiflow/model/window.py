@@ -10,24 +10,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from wsiflow.errors import InputError, WsiflowError
+from wsiflow.errors import WsiflowError
 from wsiflow.model.classifier import Classifier, infer, normalise, not_finite
-
-
-def windows_per_side(tile_px: int, stride_px: int) -> int:
-    """Return how many windows a tile has along one side.
-
-    Raises:
-        InputError: The stride does not divide the tile.
-    """
-    if stride_px < 1 or tile_px % stride_px:
-        divisors = [stride for stride in range(1, tile_px + 1) if tile_px % stride == 0]
-        raise InputError(
-            f"inference.stride is {stride_px} px, which does not divide the tile of {tile_px} px",
-            f"set inference.stride to one of {divisors}",
-            stage="predict",
-        )
-    return tile_px // stride_px
 
 
 def predict_blocks(
