@@ -1,7 +1,7 @@
 """What a run did, and what it cost: numbers from the receipts of the files it wrote.
 
-Input: receipts, one mapping per published file; the caller says whose (for rates only those that this run wrote, so that
-work found done never counts as speed). Output: metrics by name, and seconds by slide.
+Input: receipts, one mapping per published file; the caller says whose: for rates only those that this run wrote, so
+that work found done never counts as speed. Output: metrics by name, and seconds by slide.
 
 Conventions:
 
