@@ -258,7 +258,8 @@ def _filled(region: NDArray[np.bool_]) -> NDArray[np.bool_]:
     for edge in (background[0], background[-1], background[:, 0], background[:, -1]):
         is_open[edge] = True
     is_open[0] = False  # label 0 is the region itself
-    return ~is_open[background]
+    filled: NDArray[np.bool_] = ~is_open[background]
+    return filled
 
 
 def _major_axes(labels: NDArray[np.int32]) -> NDArray[np.float64]:
