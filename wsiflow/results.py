@@ -96,7 +96,7 @@ def _statuses(made: Plan, outcomes: Sequence[tuple[str, Outcome]]) -> list[Statu
     failures: dict[int, Outcome] = {}
     attempts: dict[int, int] = {}
     for stage, outcome in outcomes:
-        index = made.tasks[outcome.task].slide if stage == "predict" else outcome.task
+        index = shards.slide_of(made, stage, outcome.task)
         attempts[index] = attempts.get(index, 0) + outcome.executed
         if outcome.receipt is None:
             failures.setdefault(index, outcome)
@@ -165,10 +165,11 @@ def _trace(made: Plan, outcomes: Sequence[tuple[str, Outcome]]) -> str:
     ]
     rows = []
     for stage, outcome in outcomes:
-        task = made.tasks[outcome.task] if stage == "predict" else plan.Task(outcome.task, 0)
         receipt = outcome.receipt or {}
         row = {name: receipt.get(name, "") for name in names}
-        row |= {"stage": stage, "slide": made.slides[task.slide].slide_id, "group": task.group or ""}
+        group = made.tasks[outcome.task].group if stage == "predict" else ""
+        slide_id = made.slides[shards.slide_of(made, stage, outcome.task)].slide_id
+        row |= {"stage": stage, "slide": slide_id, "group": group}
         rows.append(row | {"executed": int(outcome.executed), "exit_code": outcome.exit_code, "error": outcome.error})
     return _table(names, rows)
 

@@ -99,7 +99,7 @@ def advance(pool: Executor, plan_path: Path, stage: str, progress: Progress) -> 
     made = plan.read(plan_path)
     indices = _indices(plan_path.parent, made, stage, progress.slides)
     outcomes = list(pool.run(steps.run_task, plan_path, stage, indices))
-    failed = {_slide(made, stage, outcome.task) for outcome in outcomes if outcome.receipt is None}
+    failed = {slide_of(made, stage, outcome.task) for outcome in outcomes if outcome.receipt is None}
     return Progress(
         tuple(index for index in progress.slides if index not in failed),
         progress.outcomes + tuple((stage, outcome) for outcome in outcomes),
@@ -119,7 +119,8 @@ def _indices(root: Path, made: Plan, stage: str, slides: Iterable[int]) -> list[
     return list(slides)
 
 
-def _slide(made: Plan, stage: str, index: int) -> int:
+def slide_of(made: Plan, stage: str, index: int) -> int:
+    """Return the slide that a task of a stage works on."""
     return made.tasks[index].slide if stage == "predict" else index
 
 
