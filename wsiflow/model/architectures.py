@@ -8,9 +8,14 @@ from torch import nn
 from wsiflow.errors import InputError
 from wsiflow.model.demonet import DemoNet
 from wsiflow.model.googlenet import GoogLeNet
+from wsiflow.model.inception import InceptionValid
 
 # A builder takes the number of classes and the card's architecture_args as keywords.
-ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {"demonet": DemoNet, "googlenet": GoogLeNet}
+ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {
+    "demonet": DemoNet,
+    "googlenet": GoogLeNet,
+    "inception_valid": InceptionValid,
+}
 
 
 def build(architecture: str, n_classes: int, **architecture_args: Any) -> nn.Module:

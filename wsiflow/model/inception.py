@@ -1,0 +1,132 @@
+"""Inception without padding: what it says of a window does not depend on what lies around the window.
+
+Input: float32 (n, 3, h, w), normalised as its card says, h and w = 224 + a multiple of 16.
+Output: logits (n, n_classes).
+
+The blocks have the widths of GoogLeNet, but no layer pads. A value of the feature map depends on its own receptive
+field and on nothing else, so the map of a large block holds, at every 16 px, what a 224 px window placed there gives,
+to float rounding. Sizes divide at every layer, so no row or column of a window is dropped:
+
+    layer          kernel/stride   map side   stride px   receptive field px
+    conv1, 64            6/2         110          2               6
+    pool1                2/2          55          4               8
+    conv2a, 64           1/1          55          4               8
+    conv2b, 192          3/1          53          4              16
+    pool2                3/2          26          8              24
+    3a, 256              3/1          24          8              40
+    3b, 480              3/1          22          8              56
+    pool3                2/2          11         16              64
+    4a, 512              3/1           9         16              96
+    4b, 512              3/1           7         16             128
+    4c, 512              3/1           5         16             160
+    4d, 528              3/1           3         16             192
+    mean of 3 x 3                      1                        224
+
+The mean over the 3 x 3 map sees 192 + 2 * 16 = 224 px: the whole window and nothing beyond it. A 7 x 7 first layer, as
+GoogLeNet has, would drop a row and a column: 224 - 7 is odd.
+"""
+
+from collections import OrderedDict
+
+import torch
+from torch import nn
+
+# Widths of a block: 1x1 | 1x1 -> 3x3 | 1x1 -> 3x3 | pool -> 1x1.
+Widths = tuple[int, int, int, int, int, int]
+
+_STEM = (64, 64, 192)
+_STAGE_3: dict[str, Widths] = {"3a": (64, 96, 128, 16, 32, 32), "3b": (128, 128, 192, 32, 96, 64)}
+_STAGE_4: dict[str, Widths] = {
+    "4a": (192, 96, 208, 16, 48, 64),
+    "4b": (160, 112, 224, 24, 64, 64),
+    "4c": (128, 128, 256, 24, 64, 64),
+    "4d": (112, 144, 288, 32, 64, 64),
+}
+
+
+def _scaled(channels: int, width: float) -> int:
+    """Return a number of channels times the width, to the nearest multiple of 8 (halves up), at least 8."""
+    return max(8, 8 * int(channels * width / 8 + 0.5))
+
+
+def _conv(channels_in: int, channels_out: int, kernel: int, stride: int = 1) -> nn.Sequential:
+    """Return a valid convolution, its batch norm and a ReLU."""
+    return nn.Sequential(
+        nn.Conv2d(channels_in, channels_out, kernel, stride, bias=False),
+        nn.BatchNorm2d(channels_out),
+        nn.ReLU(inplace=True),
+    )
+
+
+class InceptionBlock(nn.Module):
+    """Four branches that see 3 x 3 places each and lose the outermost ring of the map, joined along the channels."""
+
+    def __init__(self, channels_in: int, widths: Widths) -> None:
+        """Build the branches.
+
+        Args:
+            channels_in: Channels of the map that comes in.
+            widths: 1x1; 1x1 and 3x3; 1x1 and second 3x3; 1x1 after the pool.
+        """
+        super().__init__()
+        one, reduce_a, three_a, reduce_b, three_b, pooled = widths
+        self.branch_0 = _conv(channels_in, one, 1)
+        self.branch_1 = nn.Sequential(_conv(channels_in, reduce_a, 1), _conv(reduce_a, three_a, 3))
+        self.branch_2 = nn.Sequential(_conv(channels_in, reduce_b, 1), _conv(reduce_b, three_b, 3))
+        self.branch_3 = nn.Sequential(nn.MaxPool2d(3, 1), _conv(channels_in, pooled, 1))
+        self.channels_out = one + three_a + three_b + pooled
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return (n, channels_out, h - 2, w - 2) from (n, channels_in, h, w)."""
+        # The 1 x 1 branch is cut to the centre, where the places of the 3 x 3 branches are.
+        centre = x[:, :, 1:-1, 1:-1]
+        return torch.cat([self.branch_0(centre), self.branch_1(x), self.branch_2(x), self.branch_3(x)], dim=1)
+
+
+class InceptionValid(nn.Module):
+    """With two classes and width 1: 2,468,642 parameters and 0.741 GMAC for each 224 px window."""
+
+    def __init__(self, n_classes: int, *, width: float, dropout: float) -> None:
+        """Build the network with random weights.
+
+        Args:
+            n_classes: Number of classes.
+            width: Factor on every number of channels, above 0; each becomes a multiple of 8. 1 has GoogLeNet's widths.
+            dropout: Share of the features dropped while training, 0 to 1.
+
+        Raises:
+            ValueError: The width is not above 0.
+        """
+        super().__init__()
+        if not width > 0:
+            raise ValueError(f"width is {width}, must be above 0")
+        one, two, three = (_scaled(channels, width) for channels in _STEM)
+        layers: OrderedDict[str, nn.Module] = OrderedDict(
+            conv1=_conv(3, one, 6, 2),
+            pool1=nn.MaxPool2d(2, 2),
+            conv2a=_conv(one, two, 1),
+            conv2b=_conv(two, three, 3),
+            pool2=nn.MaxPool2d(3, 2),
+        )
+        channels = _append(layers, three, _STAGE_3, width)
+        layers["pool3"] = nn.MaxPool2d(2, 2)
+        channels = _append(layers, channels, _STAGE_4, width)
+        self.features = nn.Sequential(layers)
+        self.dropout = nn.Dropout(dropout)
+        self.classify = nn.Linear(channels, n_classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the logits (n, n_classes) of images (n, 3, h, w): of 224 px windows, where h = w = 224."""
+        pooled = self.features(x).mean(dim=(2, 3))
+        logits: torch.Tensor = self.classify(self.dropout(pooled))
+        return logits
+
+
+def _append(layers: OrderedDict[str, nn.Module], channels_in: int, blocks: dict[str, Widths], width: float) -> int:
+    """Append blocks, each fed by the one before; return the channels of the last."""
+    for name, widths in blocks.items():
+        one, reduce_a, three_a, reduce_b, three_b, pooled = (_scaled(channels, width) for channels in widths)
+        block = InceptionBlock(channels_in, (one, reduce_a, three_a, reduce_b, three_b, pooled))
+        layers[f"inception_{name}"] = block
+        channels_in = block.channels_out
+    return channels_in
