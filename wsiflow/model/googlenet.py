@@ -78,20 +78,23 @@ class GoogLeNet(nn.Module):
             dropout: Share of the 1,024 features dropped while training, 0 to 1; 0.5 in the reference.
         """
         super().__init__()
-        self.features = nn.Sequential(
-            nn.ZeroPad2d((2, 3, 2, 3)),
-            nn.Conv2d(3, 64, 7, stride=2, bias=False),
-            nn.ReLU(inplace=True),
-            nn.MaxPool2d(3, 2, ceil_mode=True),
-            _conv(64, 64, 1),
-            _conv(64, 192, 3),
-            nn.MaxPool2d(3, 2, ceil_mode=True),
-            _stage(192, _BLOCKS_28),
-            nn.MaxPool2d(3, 2, ceil_mode=True),
-            _stage(480, _BLOCKS_14),
-            nn.MaxPool2d(2, 2),
-            _stage(832, _BLOCKS_7),
-        )
+        # The names of the paper's table: runs share the network up to one of them.
+        self.features = nn.Sequential()
+        for name, layer in {
+            "conv1": nn.Sequential(
+                nn.ZeroPad2d((2, 3, 2, 3)), nn.Conv2d(3, 64, 7, stride=2, bias=False), nn.ReLU(inplace=True)
+            ),
+            "pool1": nn.MaxPool2d(3, 2, ceil_mode=True),
+            "conv2": _conv(64, 64, 1),
+            "conv3": _conv(64, 192, 3),
+            "pool2": nn.MaxPool2d(3, 2, ceil_mode=True),
+            "stage3": _stage(192, _BLOCKS_28),
+            "pool3": nn.MaxPool2d(3, 2, ceil_mode=True),
+            "stage4": _stage(480, _BLOCKS_14),
+            "pool4": nn.MaxPool2d(2, 2),
+            "stage5": _stage(832, _BLOCKS_7),
+        }.items():
+            self.features.add_module(name, layer)
         self.dropout = nn.Dropout(dropout)
         self.classify = nn.Conv2d(1024, n_classes, 1)
 
