@@ -84,7 +84,10 @@ class InceptionBlock(nn.Module):
 
 
 class InceptionValid(nn.Module):
-    """With two classes and width 1: 2,468,642 parameters and 0.741 GMAC for each 224 px window."""
+    """With two classes and width 1: 2,468,642 parameters and 0.741 GMAC for each 224 px window.
+
+    As one map of a large block, with a logit every 16 px, it takes 1.195 GMAC for each 224 px tile of 196 windows.
+    """
 
     def __init__(self, n_classes: int, *, width: float, dropout: float) -> None:
         """Build the network with random weights.
