@@ -1,5 +1,6 @@
 """Facts about cores, thread limits and the numeric class."""
 
+import importlib.metadata
 import os
 import subprocess
 import sys
@@ -8,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from wsiflow.errors import EnvironmentFault
-from wsiflow.model.threads import allocated_cores, cgroup_cores, numeric_class, scheduler_cores
+from wsiflow.model import threads
+from wsiflow.model.threads import allocated_cores, cgroup_cores, cpu_flags, numeric_class, scheduler_cores
 
 
 def run(code: str, **environ: str) -> subprocess.CompletedProcess[str]:
@@ -119,3 +121,48 @@ def test_the_numeric_class_tells_threads_and_pins_apart(monkeypatch: pytest.Monk
     monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx2")
     assert "ATEN_CPU_CAPABILITY=avx2" in numeric_class(1)["pins"]
     assert plain["torch"].startswith("2.")
+
+
+AVX512 = "fma avx avx2 avx512f avx512bw avx512dq avx512vl"
+
+
+@pytest.mark.parametrize(
+    ("flags", "isa"),
+    [
+        ("sse4_2", "generic"),
+        ("sse4_2 avx", "avx"),
+        ("avx avx2", "avx"),  # no fused multiply-add: oneDNN's AVX2 kernels need it
+        ("fma avx avx2", "avx2"),
+        ("fma avx avx2 avx_vnni", "avx2_vnni"),
+        ("fma avx avx2 avx512f", "avx2"),  # Knights Landing
+        (AVX512, "avx512"),
+        (f"{AVX512} avx512_vnni", "avx512_vnni"),
+        (f"{AVX512} avx512_vnni avx512_bf16 avx_vnni", "avx512_bf16"),
+        (f"{AVX512} avx512_vnni avx512_bf16 amx_tile amx_bf16 amx_int8", "amx"),
+        (f"{AVX512} avx512_vnni avx512_bf16 amx_tile", "avx512_bf16"),
+    ],
+)
+def test_the_numeric_class_names_the_best_kernels_of_a_cpu(
+    flags: str, isa: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kernels differ, and with them the last bits: vector width, integer and bf16 products, matrix tiles."""
+    write(tmp_path / "cpuinfo", f"processor : 0\nvendor_id : GenuineIntel\nflags : {flags}\n\nprocessor : 1\n")
+    monkeypatch.setattr(threads, "CPUINFO", tmp_path / "cpuinfo")
+    assert numeric_class(1)["isa"] == isa
+    assert cpu_flags() == set(flags.split())
+
+
+def test_the_numeric_class_names_what_runs_networks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another version of a backend is another class; one that is not installed is an empty word."""
+    versions = {"torch": "2.10.0", "openvino": "2026.1.0"}
+
+    def version(package: str) -> str:
+        if package not in versions:
+            raise importlib.metadata.PackageNotFoundError(package)
+        return versions[package]
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    found = numeric_class(1)
+    assert (found["torch"], found["openvino"], found["onnxruntime"]) == ("2.10.0", "2026.1.0", "")
+    versions["onnxruntime"] = "1.32.0"
+    assert numeric_class(1) == found | {"onnxruntime": "1.32.0"}

@@ -21,9 +21,14 @@ CPUINFO = Path("/proc/cpuinfo")
 SCHEDULER_VARIABLES = ("SLURM_CPUS_PER_TASK", "NSLOTS", "PBS_NUM_PPN", "NCPUS", "LSB_DJOB_NUMPROC")
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
-# Best first: what oneDNN and MKL choose fp32 kernels by.
+# Best first: what oneDNN, OpenVINO and MKL choose kernels by. Each step of a vendor's ladder holds those below it.
+_AVX512 = {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
 _ISA_FLAGS = {
-    "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl"},
+    "amx": {*_AVX512, "amx_tile", "amx_bf16", "amx_int8"},
+    "avx512_bf16": {*_AVX512, "avx512_vnni", "avx512_bf16"},
+    "avx512_vnni": {*_AVX512, "avx512_vnni"},
+    "avx512": _AVX512,
+    "avx2_vnni": {"avx2", "fma", "avx_vnni"},
     "avx2": {"avx2", "fma"},
     "avx": {"avx"},
     "sve": {"sve"},
@@ -72,7 +77,8 @@ def numeric_class(threads: int) -> dict[str, str]:
         threads: Threads the network runs with.
 
     Returns:
-        machine, vendor and isa of the CPU, settings that restrict it, version of torch, and threads.
+        machine, vendor and isa of the CPU, settings that restrict it, versions of what runs networks (empty where it
+        is not installed), and threads.
     """
     vendor, flags = _cpu(CPUINFO)
     pins = [f"{name}={os.environ[name]}" for name in _ISA_PINS if name in os.environ]
@@ -82,8 +88,15 @@ def numeric_class(threads: int) -> dict[str, str]:
         "isa": next((isa for isa, needed in _ISA_FLAGS.items() if needed <= flags), "generic"),
         "pins": " ".join(pins),
         "torch": importlib.metadata.version("torch"),
+        "openvino": importlib.metadata.version("openvino"),
+        "onnxruntime": _version("onnxruntime"),
         "threads": str(threads),
     }
+
+
+def cpu_flags() -> set[str]:
+    """Return the features of this CPU as Linux names them, for example ``avx512_bf16``; none on other systems."""
+    return _cpu(CPUINFO)[1]
 
 
 def scheduler_cores(environ: Mapping[str, str]) -> list[int]:
@@ -107,6 +120,14 @@ def cgroup_cores(membership: Path, root: Path) -> list[int]:
     quotas = (_quota(folder) for folder in _cgroup_folders(membership.read_text(), root))
     # Rounded down: a thread more than the quota is throttled, and holds the others up at every barrier.
     return [max(1, math.floor(cores)) for cores in quotas if cores is not None]
+
+
+def _version(package: str) -> str:
+    """Return the version of an optional package, empty where it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
 
 
 def _affinity_cores() -> int:
