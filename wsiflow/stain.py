@@ -102,7 +102,7 @@ class StainParams(BaseModel, frozen=True, extra="forbid"):
             ``vahadane`` exchange the two stains and match their strengths.
         per_patch: Fit every patch by itself, as the reference does, instead of the slide once.
         on_failure: What becomes of a slide or patch without a usable fit: ``fail`` ends its task, ``raw`` leaves its
-            colours as they are, ``skip`` leaves it without scores.
+            colours as they are, and the run counts and lists it.
         sample_tiles: Tiles of a slide that are read for its fit.
         sample_px: Pixels of a slide, or of a patch, that its stains are searched in.
         min_tissue_px: Least number of tissue pixels among them.
@@ -112,7 +112,7 @@ class StainParams(BaseModel, frozen=True, extra="forbid"):
 
     method: Literal["none", "reinhard", "macenko", "vahadane"]
     per_patch: bool
-    on_failure: Literal["fail", "raw", "skip"]
+    on_failure: Literal["fail", "raw"]
     sample_tiles: int = Field(ge=1, le=10_000)
     sample_px: int = Field(ge=100, le=10_000_000)
     min_tissue_px: int = Field(ge=3)
@@ -140,8 +140,8 @@ class StainParams(BaseModel, frozen=True, extra="forbid"):
 class Outcome(NamedTuple):
     """What became of a block."""
 
-    rgb: Pixels | None
-    """Shape (rows, cols, 3); None where the block is to be skipped."""
+    rgb: Pixels
+    """Shape (rows, cols, 3)."""
     failure: str
     """Why its colours were not normalised; empty where they were."""
 
@@ -157,8 +157,8 @@ def spread(total: int, count: int) -> NDArray[np.intp]:
     if total <= count:
         return np.arange(total)
     within = (np.random.PCG64(SAMPLE_SEED).random_raw(count) >> np.uint64(11)) * 2.0**-53
-    chosen = ((np.arange(count) + within) * (total / count)).astype(np.intp)
-    return np.minimum(chosen, total - 1)
+    edges = np.arange(count + 1) * total // count
+    return edges[:-1] + (within * np.diff(edges)).astype(np.intp)
 
 
 def sample(tiles: Pixels, tissue: NDArray[np.bool_] | None, params: StainParams) -> Pixels:
@@ -293,7 +293,7 @@ def normalise_block(rgb: Pixels, source: StainFit | None, params: StainParams) -
     except InputError as error:
         if params.on_failure == "fail":
             raise
-        return Outcome(rgb if params.on_failure == "raw" else None, error.cause)
+        return Outcome(rgb, error.cause)
 
 
 def _normalised(rgb: Pixels, source: StainFit | None, params: StainParams) -> Pixels:
@@ -330,7 +330,7 @@ _ADAPTER: TypeAdapter[StainFit] = TypeAdapter(StainFit)
 
 
 def _failed(cause: str) -> InputError:
-    return InputError(cause, "see whether the slide is stained, or set stain.on_failure=raw or skip", stage="stain")
+    return InputError(cause, "see whether the slide is stained, or set stain.on_failure=raw", stage="stain")
 
 
 def _one_row(pixels: Pixels) -> Pixels:
