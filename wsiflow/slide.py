@@ -6,6 +6,9 @@ Conventions: points are (x, y) and sizes (width, height), as in OpenSlide; array
 level-0 pixels, ``l_`` pixels of the level that is read. A *reading pixel* is ``l0_per_px`` level-0 pixels a side. A
 level pixel (i, j) begins at level-0 pixel (i * d, j * d), where d is the level's downsample as OpenSlide states it.
 
+OpenSlide opens every slide and says what its pixels are. Where `wsiflow.decode` can decode the tiles of a level itself,
+and a probe of that level shows the same pixels to the bit, it reads the level from then on.
+
 This is the only module that uses OpenSlide. Label, macro and other associated images are never touched, and of the
 properties only the vendor, the pixel size and the background colour are read: the others may name a patient.
 """
@@ -23,8 +26,9 @@ from typing import NamedTuple
 import numpy as np
 import openslide
 from numpy.typing import NDArray
-from PIL import Image, ImageChops
+from PIL import Image
 
+from wsiflow import decode
 from wsiflow.errors import EnvironmentFault, InputError
 
 OPENSLIDE_AT_LEAST = (4, 0, 1)
@@ -37,6 +41,7 @@ _DIRECT_TOLERANCE = 0.001  # below this difference of scale, resampling would on
 _READ_LIMIT_PX = 1 << 24  # 64 MiB of RGBA: larger reads are cut in two
 _THUMBNAIL_LIMIT_PX = 1 << 27
 _FILTER_SUPPORT_PX = {Image.Resampling.BOX: 0.5, Image.Resampling.BICUBIC: 2.0}
+_DECODED_VENDORS = frozenset({"aperio", "generic-tiff", "philips"})  # OpenSlide lays their tiles edge to edge
 _COPY_AGAIN = "copy it again from its source, or remove its line"
 
 
@@ -86,10 +91,10 @@ class SlideFacts:
 
 
 class _Pixels(NamedTuple):
-    """Composited pixels and how much of each was missing (None: none was)."""
+    """Composited pixels (rows, cols, 3) and how much of each was missing, 0 to 255 (None: none was)."""
 
-    image: Image.Image
-    missing: Image.Image | None
+    rgb: NDArray[np.uint8]
+    missing: NDArray[np.uint8] | None
 
 
 class Slide:
@@ -99,6 +104,8 @@ class Slide:
         """Take over an open handle (use :func:`open_slide`)."""
         self.facts = facts
         self._handle = handle
+        self._tiles: decode.TileFile | None = None
+        self._proven: dict[int, decode.TiledLevel | None] = {}
 
     def __enter__(self) -> "Slide":
         """Return the slide itself."""
@@ -113,6 +120,15 @@ class Slide:
     def close(self) -> None:
         """Close the handle; the slide cannot be read afterwards."""
         self._handle.close()
+        if self._tiles is not None:
+            self._tiles.close()
+            self._tiles = None
+        self._proven.clear()
+
+    @property
+    def decoder(self) -> str:
+        """``direct`` where every level that was read so far is decoded without OpenSlide, else ``openslide``."""
+        return "direct" if self._proven and all(self._proven.values()) else "openslide"
 
     def read(self, l0_x: int, l0_y: int, level: int, size_px: tuple[int, int]) -> Region:
         """Read a rectangle of one level, padded with the background colour where it leaves the slide.
@@ -185,7 +201,8 @@ class Slide:
         if l_size[0] * l_size[1] > _THUMBNAIL_LIMIT_PX:
             self._refuse(f"its overview would be made from {l_size[0]} x {l_size[1]} px at once")
         shrunk = _fitted(l_size, (width / REFERENCE_TILE_PX, height / REFERENCE_TILE_PX))
-        return np.array(self._pixels(0, 0, level, l_size).image.resize(shrunk, Image.Resampling.LANCZOS))
+        image = Image.fromarray(self._pixels(0, 0, level, l_size).rgb)
+        return np.array(image.resize(shrunk, Image.Resampling.LANCZOS))
 
     def _refuse(self, cause: str) -> None:
         """Say that the reference geometry cannot be used for this slide."""
@@ -229,8 +246,8 @@ class Slide:
             l_size.append(l_end - l_begin)
         pixels = self._pixels(l0_corner[0], l0_corner[1], level, (l_size[0], l_size[1]))
         window = (box[0], box[1], box[0] + size_px[0] * l_per_px, box[1] + size_px[1] * l_per_px)
-        missing = pixels.missing and _resized(pixels.missing, size_px, window, resample)
-        return _Pixels(_resized(pixels.image, size_px, window, resample), missing)
+        missing = None if pixels.missing is None else _resized(pixels.missing, size_px, window, resample)
+        return _Pixels(_resized(pixels.rgb, size_px, window, resample), missing)
 
     def _pixels(self, l0_x: int, l0_y: int, level: int, size_px: tuple[int, int]) -> _Pixels:
         """Read the part of a rectangle that lies on the slide and put it on the background colour."""
@@ -239,19 +256,79 @@ class Slide:
             _span_on_slide(l0_begin / downsample, extent, l_extent)
             for l0_begin, extent, l_extent in zip((l0_x, l0_y), size_px, self.facts.level_sizes_px[level], strict=True)
         ]
-        canvas = Image.new("RGB", size_px, self.facts.background_rgb)
         (left, right), (top, bottom) = spans
-        if left >= right or top >= bottom:
-            return _Pixels(canvas, None)
+        inside_px = (right - left, bottom - top)
+        rgb = np.empty((size_px[1], size_px[0], 3), np.uint8)
+        if inside_px != size_px:
+            rgb[:] = self.facts.background_rgb
+        if min(inside_px) <= 0:
+            return _Pixels(rgb, None)
         l0_inside = (l0_x + round(left * downsample), l0_y + round(top * downsample))
-        inside = self._decode(l0_inside, level, (right - left, bottom - top))
-        alpha = inside.getchannel("A")
-        canvas.paste(inside.convert("RGB"), (left, top), alpha)
-        if alpha.getextrema() == (255, 255):
-            return _Pixels(canvas, None)
-        missing = Image.new("L", size_px, 0)
-        missing.paste(ImageChops.invert(alpha), (left, top))
-        return _Pixels(canvas, missing)
+        inside = rgb[top:bottom, left:right]
+        if self._read_direct(inside, l0_inside, level):
+            return _Pixels(rgb, None)
+        alpha = self._read_openslide(inside, l0_inside, level)
+        if alpha is None:
+            return _Pixels(rgb, None)
+        missing = np.zeros(rgb.shape[:2], np.uint8)
+        missing[top:bottom, left:right] = 255 - alpha
+        return _Pixels(rgb, missing)
+
+    def _read_direct(self, target: NDArray[np.uint8], l0_corner: tuple[int, int], level: int) -> bool:
+        """Fill an array with pixels that lie on the slide, if that is proven to be what OpenSlide would do."""
+        tiled = self._proven_level(level)
+        l_x, l_y = (begin / self.facts.level_downsamples[level] for begin in l0_corner)
+        # between two pixels of a level OpenSlide blends them
+        if tiled is None or self._tiles is None or not (l_x.is_integer() and l_y.is_integer()):
+            return False
+        return self._tiles.read_into(target, tiled, int(l_x), int(l_y))
+
+    def _proven_level(self, level: int) -> decode.TiledLevel | None:
+        """Return a level whose tiles are decoded directly, or None; found out when the level is first read."""
+        if level not in self._proven:
+            self._proven[level] = self._probed(level)
+        return self._proven[level]
+
+    def _probed(self, level: int) -> decode.TiledLevel | None:
+        """Return a level if its tiles, decoded directly, are what OpenSlide shows."""
+        downsample = self.facts.level_downsamples[level]
+        # a read larger than 4,096 px is cut by OpenSlide, and with a fractional downsample blended behind the cut
+        if self.facts.vendor not in _DECODED_VENDORS or not downsample.is_integer():
+            return None
+        self._tiles = self._tiles or decode.open_tiles(self.facts.path)
+        if self._tiles is None:
+            return None
+        tiled = self._tiles.level(self.facts.level_sizes_px[level])
+        if tiled is None:
+            return None
+        agreed = [self._agrees(self._tiles, tiled, level, probe) for probe in tiled.probes()]
+        return tiled if True in agreed and False not in agreed else None
+
+    def _agrees(
+        self, tiles: decode.TileFile, tiled: decode.TiledLevel, level: int, probe: decode.Rectangle
+    ) -> bool | None:
+        """Return whether a rectangle is the same from both readers, or None where it is left to OpenSlide."""
+        direct, shown = (np.empty((probe.height, probe.width, 3), np.uint8) for _ in range(2))
+        if not tiles.read_into(direct, tiled, probe.l_x, probe.l_y):
+            return None
+        downsample = int(self.facts.level_downsamples[level])
+        try:
+            alpha = self._read_openslide(shown, (probe.l_x * downsample, probe.l_y * downsample), level)
+        except InputError:
+            return False
+        return alpha is None and np.array_equal(direct, shown)
+
+    def _read_openslide(
+        self, target: NDArray[np.uint8], l0_corner: tuple[int, int], level: int
+    ) -> NDArray[np.uint8] | None:
+        """Fill an array with pixels that lie on the slide; return their opacity, (rows, cols), if any is not 255."""
+        size_px = (target.shape[1], target.shape[0])
+        decoded = self._decode(l0_corner, level, size_px)
+        alpha = decoded.getchannel("A")
+        canvas = Image.new("RGB", size_px, self.facts.background_rgb)
+        canvas.paste(decoded.convert("RGB"), mask=alpha)
+        target[:] = np.asarray(canvas)
+        return None if alpha.getextrema() == (255, 255) else np.array(alpha)
 
     def _decode(self, l0_corner: tuple[int, int], level: int, size_px: tuple[int, int]) -> Image.Image:
         """Read RGBA pixels that lie on the slide."""
@@ -437,12 +514,16 @@ def _span_on_slide(l_begin: float, extent: int, l_extent: int) -> tuple[int, int
 
 
 def _resized(
-    image: Image.Image, size_px: tuple[int, int], window: tuple[float, float, float, float], resample: Image.Resampling
-) -> Image.Image:
+    pixels: NDArray[np.uint8],
+    size_px: tuple[int, int],
+    window: tuple[float, float, float, float],
+    resample: Image.Resampling,
+) -> NDArray[np.uint8]:
     """Resample a window of an image, always along x first: Pillow's own order, and rounding, depend on the size."""
     left, top, right, bottom = window
+    image = Image.fromarray(pixels)
     flat = image.resize((size_px[0], image.height), resample, (left, 0, right, image.height))
-    return flat.resize(size_px, resample, (0, top, size_px[0], bottom))
+    return np.array(flat.resize(size_px, resample, (0, top, size_px[0], bottom)))
 
 
 def _fitted(size_px: tuple[int, int], most: tuple[float, float]) -> tuple[int, int]:
@@ -457,8 +538,8 @@ def _fitted(size_px: tuple[int, int], most: tuple[float, float]) -> tuple[int, i
 
 def _region(pixels: _Pixels) -> Region:
     """Turn composited pixels into arrays."""
-    missing = 0.0 if pixels.missing is None else float(np.asarray(pixels.missing).mean()) / 255
-    return Region(np.array(pixels.image), missing)
+    missing = 0.0 if pixels.missing is None else float(pixels.missing.mean()) / 255
+    return Region(pixels.rgb, missing)
 
 
 def _joined(parts: list[Region], axis: int) -> Region:
