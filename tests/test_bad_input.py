@@ -153,16 +153,16 @@ def test_weights_that_are_not_the_cards_are_refused(slide: Path, tmp_path: Path,
     import wsiflow.model
 
     shipped = Path(wsiflow.model.__file__).parent / "weights"
-    for name in ("demonet.json", "demonet.safetensors"):
+    for name in ("demo.json", "demo.safetensors"):
         shutil.copy(shipped / name, tmp_path / name)
-    weights = bytearray((tmp_path / "demonet.safetensors").read_bytes())
+    weights = bytearray((tmp_path / "demo.safetensors").read_bytes())
     weights[-1] ^= 1
-    (tmp_path / "demonet.safetensors").write_bytes(weights)
+    (tmp_path / "demo.safetensors").write_bytes(weights)
     given = manifest(slide, "good,good.tif,,0,")
-    card = f"model.card={tmp_path / 'demonet.json'}"
+    card = f"model.card={tmp_path / 'demo.json'}"
     code, said = started(capsys, "dataset=manifest", given, "model=card", card, f"out={tmp_path / 'run'}")
     assert code == 20
-    assert "demonet.json expects" in said
+    assert "demo.json expects" in said
     assert not (tmp_path / "run/tissue").exists()
 
 
