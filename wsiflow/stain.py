@@ -8,7 +8,9 @@ Conventions: optical density (OD) is -ln(intensity / 255), white is 0. LAB is Op
 neutral a and b at 128. Stain vectors are OD in red, green and blue, of unit length, haematoxylin first, the one with
 more red OD.
 
-With ``per_patch`` each patch is its own slide and the luminosity is standardised in LAB, as Li, Mikailov and Chen do.
+A slide's grey values are divided by its white before densities are taken, as light is by glass: it costs nothing.
+With ``per_patch`` each patch is its own slide and its luminosity is stretched in LAB instead, as Li, Mikailov and Chen
+do. The two differ by 1 to 3 grey levels where white is above 225, by 10 on dark scans with a white near 200.
 What is left out of theirs: the dictionary's limit of one second, which makes the result depend on the machine, grey
 values that wrap around, and patches passed on unchanged without a word.
 
