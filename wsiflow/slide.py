@@ -42,6 +42,7 @@ _READ_LIMIT_PX = 1 << 24  # 64 MiB of RGBA: larger reads are cut in two
 _THUMBNAIL_LIMIT_PX = 1 << 27
 _FILTER_SUPPORT_PX = {Image.Resampling.BOX: 0.5, Image.Resampling.BICUBIC: 2.0}
 _DECODED_VENDORS = frozenset({"aperio", "generic-tiff", "philips"})  # OpenSlide lays their tiles edge to edge
+_FILLED_VENDORS = frozenset({"aperio"})  # OpenSlide may draw their missing tiles from another level, blended
 _COPY_AGAIN = "copy it again from its source, or remove its line"
 
 
@@ -95,6 +96,15 @@ class _Pixels(NamedTuple):
 
     rgb: NDArray[np.uint8]
     missing: NDArray[np.uint8] | None
+
+
+class _Part(NamedTuple):
+    """A rectangle within an array of pixels."""
+
+    left: int
+    top: int
+    width: int
+    height: int
 
 
 class Slide:
@@ -265,23 +275,32 @@ class Slide:
             return _Pixels(rgb, None)
         l0_inside = (l0_x + round(left * downsample), l0_y + round(top * downsample))
         inside = rgb[top:bottom, left:right]
-        if self._read_direct(inside, l0_inside, level):
-            return _Pixels(rgb, None)
-        alpha = self._read_openslide(inside, l0_inside, level)
-        if alpha is None:
-            return _Pixels(rgb, None)
-        missing = np.zeros(rgb.shape[:2], np.uint8)
-        missing[top:bottom, left:right] = 255 - alpha
+        missing = None
+        for part in self._read_direct(inside, l0_inside, level):
+            rows, cols = slice(part.top, part.top + part.height), slice(part.left, part.left + part.width)
+            l0_part = (l0_inside[0] + round(part.left * downsample), l0_inside[1] + round(part.top * downsample))
+            alpha = self._read_openslide(inside[rows, cols], l0_part, level)
+            if alpha is not None:
+                missing = np.zeros(rgb.shape[:2], np.uint8) if missing is None else missing
+                missing[top:bottom, left:right][rows, cols] = 255 - alpha
         return _Pixels(rgb, missing)
 
-    def _read_direct(self, target: NDArray[np.uint8], l0_corner: tuple[int, int], level: int) -> bool:
-        """Fill an array with pixels that lie on the slide, if that is proven to be what OpenSlide would do."""
+    def _read_direct(self, target: NDArray[np.uint8], l0_corner: tuple[int, int], level: int) -> list[_Part]:
+        """Fill an array with pixels that lie on the slide, as far as that is proven to be what OpenSlide would do.
+
+        Returns:
+            What is left to OpenSlide: nothing, some tiles, or all of it.
+        """
+        everything = [_Part(0, 0, target.shape[1], target.shape[0])]
         tiled = self._proven_level(level)
         l_x, l_y = (begin / self.facts.level_downsamples[level] for begin in l0_corner)
         # between two pixels of a level OpenSlide blends them
         if tiled is None or self._tiles is None or not (l_x.is_integer() and l_y.is_integer()):
-            return False
-        return self._tiles.read_into(target, tiled, int(l_x), int(l_y))
+            return everything
+        declined = self._tiles.read_into(target, tiled, int(l_x), int(l_y))
+        if declined and self.facts.vendor in _FILLED_VENDORS:
+            return everything
+        return [_Part(part.l_x - int(l_x), part.l_y - int(l_y), part.width, part.height) for part in declined]
 
     def _proven_level(self, level: int) -> decode.TiledLevel | None:
         """Return a level whose tiles are decoded directly, or None; found out when the level is first read."""
@@ -309,7 +328,7 @@ class Slide:
     ) -> bool | None:
         """Return whether a rectangle is the same from both readers, or None where it is left to OpenSlide."""
         direct, shown = (np.empty((probe.height, probe.width, 3), np.uint8) for _ in range(2))
-        if not tiles.read_into(direct, tiled, probe.l_x, probe.l_y):
+        if tiles.read_into(direct, tiled, probe.l_x, probe.l_y):
             return None
         downsample = int(self.facts.level_downsamples[level])
         try:
@@ -340,8 +359,9 @@ class Slide:
 
     def _reopened(self, cause: str) -> InputError:
         """Open the file again, because OpenSlide refuses every read after one that failed, and describe the failure."""
+        fresh = _open_handle(self.facts.path, self.facts.slide_id)
         self._handle.close()
-        self._handle = _open_handle(self.facts.path, self.facts.slide_id)
+        self._handle = fresh
         return InputError(cause, _COPY_AGAIN, slide=self.facts.slide_id, path=self.facts.path)
 
 
