@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from wsiflow import geometry
 from wsiflow.geometry import Frame
 
-CENTRED = Frame("centred", 2240, 1120, 1.0, 0.243, 224, 224, 16, 112, 1, 0, 0, 10, 5)
+CENTRED = Frame("centred", 2240, 1120, 1.0, 0.243, 224, 224, 16, 112, 1, 1, 0, 0, 10, 5)
 
 
 def reference(width: int, height: int, **more: int) -> Frame:

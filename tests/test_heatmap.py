@@ -7,7 +7,7 @@ from wsiflow import heatmap
 from wsiflow.errors import IntegrityError
 from wsiflow.geometry import Frame
 
-FRAME = Frame("centred", 896, 672, 1.0, 0.243, 224, 224, 56, 112, 1, 1, 0, 3, 3)
+FRAME = Frame("centred", 896, 672, 1.0, 0.243, 224, 224, 56, 112, 1, 1, 1, 0, 3, 3)
 CELLS = np.array([[2, 1], [1, 0], [3, 2]])
 PROB = np.arange(48, dtype=np.float32).reshape(3, 4, 4) / 48
 

@@ -9,7 +9,7 @@ from wsiflow.errors import InputError
 from wsiflow.geometry import Frame
 from wsiflow.plan import Plan, Rejected, SlidePlan, Task
 
-FRAME = Frame("centred", 896, 672, 1.0, 0.243, 224, 224, 112, 112, 1, 0, 0, 4, 3)
+FRAME = Frame("centred", 896, 672, 1.0, 0.243, 224, 224, 112, 112, 1, 1, 0, 0, 4, 3)
 SETTINGS = {"predict": {"stride": 112, "model": "m"}, "cut": {"halo": 112}}
 
 

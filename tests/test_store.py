@@ -9,17 +9,84 @@ import pytest
 from wsiflow import store
 from wsiflow.errors import IntegrityError
 from wsiflow.geometry import Frame
+from wsiflow.store import StoreParams
 
-FRAME = Frame("reference", 896, 672, 1.0, 0.243, 224, 224, 112, 112, 1, 0, 0, 4, 3)
+FRAME = Frame("reference", 896, 672, 1.0, 0.243, 224, 224, 112, 112, 1, 1, 0, 0, 4, 3)
+STRIPS = FRAME._replace(convention="centred", block_rows=7, block_cols=9)
+RAW = StoreParams(kind="hdf5", compression="none", quality=90)
 RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(0, 256, (3, 448, 448, 3), dtype=np.uint8)
 COORD = np.array([[c, 1, 224 * c - 112, 112, 448] for c in (1, 2, 3)])
 
 
 def write_patches(path: Path, *, last: int = 3) -> None:
-    with store.create_patches(path, FRAME, {"slide_id": "s", "versions": {"a": "1"}}, "none") as writer:
-        writer.add_group(1, COORD[:2], iter([(PIXELS[:1], [0.0]), (PIXELS[1:2], [0.5])]))
-        writer.add_group(2, COORD[2:], iter([(PIXELS[2:last], [0.0] * (last - 2))]))
+    with store.create_patches(path, FRAME, {"slide_id": "s", "versions": {"a": "1"}}, RAW) as writer:
+        writer.add_group(1, COORD[:2], iter([(PIXELS[0], 0.0), (PIXELS[1], 0.5)]))
+        writer.add_group(2, COORD[2:], iter([(pixels, 0.0) for pixels in PIXELS[2:last]]))
+
+
+def tissue(rows: int, cols: int) -> np.ndarray:
+    """Something as smooth and as coloured as a stained slide, (rows, cols, 3)."""
+    waves = [np.sin(np.add.outer(np.arange(rows) / a, np.arange(cols) / b)) for a, b in ((31, 17), (9, 23), (40, 11))]
+    return np.stack([(170 + 60 * wave).astype(np.uint8) for wave in waves], axis=-1)
+
+
+BLOCKS = [tissue(672, 1120), tissue(448, 448), tissue(896, 672)]
+
+
+def write_strips(path: Path, params: StoreParams = RAW) -> None:
+    with store.create_patches(path, STRIPS, {"slide_id": "s"}, params) as writer:
+        writer.add_group(1, COORD[:2], iter([(BLOCKS[0], 0.0), (BLOCKS[1], 0.5)]))
+        writer.add_group(2, COORD[2:], iter([(BLOCKS[2], 0.0)]))
+
+
+@pytest.mark.parametrize("compression", ["none", "lzf", "gzip"])
+def test_strips_come_back_as_written(tmp_path: Path, compression: str) -> None:
+    """Blocks of different sizes keep every pixel, with plain h5py as well."""
+    write_strips(tmp_path / "s.h5", RAW.model_copy(update={"compression": compression}))
+    store.check_patches(tmp_path / "s.h5", [[(672, 1120), (448, 448)], [(896, 672)]])
+    with store.open_patches(tmp_path / "s.h5") as file:
+        assert np.array_equal(store.patch_group(file, 1).block(1), BLOCKS[1])
+        assert np.array_equal(store.patch_group(file, 1).block(0), BLOCKS[0])
+        assert np.array_equal(store.patch_group(file, 2).block(0), BLOCKS[2])
+    with h5py.File(tmp_path / "s.h5", "r") as file:
+        lo, hi = file["t1/offset"][1:3]
+        assert np.array_equal(file["t1/img"][lo:hi].reshape(*file["t1/size"][1], 3), BLOCKS[1])
+
+
+def test_strips_as_jpeg_are_small_and_near(tmp_path: Path) -> None:
+    """Quality 95 without chroma subsampling: a fraction of the bytes, a few grey levels away."""
+    params = RAW.model_copy(update={"compression": "jpeg", "quality": 95})
+    write_strips(tmp_path / "raw.h5")
+    write_strips(tmp_path / "jpeg.h5", params)
+    assert params.loss == "jpeg 95"
+    assert RAW.loss == ""
+    assert (tmp_path / "jpeg.h5").stat().st_size < 0.3 * (tmp_path / "raw.h5").stat().st_size
+    with store.open_patches(tmp_path / "jpeg.h5") as file:
+        again = store.patch_group(file, 1).block(0)
+    assert again.shape == BLOCKS[0].shape
+    assert 0 < np.abs(again.astype(int) - BLOCKS[0]).max() < 12
+
+
+def test_planned_blocks_of_strips_are_checked(tmp_path: Path) -> None:
+    """A block of another size than planned is another plan's file."""
+    write_strips(tmp_path / "s.h5")
+    with pytest.raises(IntegrityError, match="t1 holds other blocks"):
+        store.check_patches(tmp_path / "s.h5", [[(672, 1120), (448, 449)], [(896, 672)]])
+
+
+@pytest.mark.parametrize("compression", ["none", "gzip", "jpeg"])
+def test_a_flipped_bit_in_a_strip_is_an_error(tmp_path: Path, compression: str) -> None:
+    """However the pixels are kept, one changed bit among them is refused, not predicted."""
+    path = tmp_path / "s.h5"
+    write_strips(path, RAW.model_copy(update={"compression": compression}))
+    with h5py.File(path, "r") as file:
+        chunk = file["t2/img"].id.get_chunk_info(0)
+    data = bytearray(path.read_bytes())
+    data[chunk.byte_offset + chunk.size // 2] ^= 1
+    path.write_bytes(data)
+    with store.open_patches(path) as file, pytest.raises(IntegrityError, match="block 0 cannot be read"):
+        store.patch_group(file, 2).block(0)
 
 
 def test_reference_readers_can_open_it(tmp_path: Path) -> None:
@@ -46,12 +113,12 @@ def test_same_input_gives_the_same_bytes(tmp_path: Path) -> None:
 def test_planned_groups_are_checked(tmp_path: Path) -> None:
     """A file with every block passes; one with a group too few or a block unwritten does not."""
     write_patches(tmp_path / "good.h5")
-    store.check_patches(tmp_path / "good.h5", [2, 1], FRAME)
+    store.check_patches(tmp_path / "good.h5", [[(448, 448)] * 2, [(448, 448)]])
     with pytest.raises(IntegrityError, match="1 were planned"):
-        store.check_patches(tmp_path / "good.h5", [2], FRAME)
+        store.check_patches(tmp_path / "good.h5", [[(448, 448)] * 2])
     write_patches(tmp_path / "short.h5", last=2)
     with pytest.raises(IntegrityError, match="t2 was not written to its end"):
-        store.check_patches(tmp_path / "short.h5", [2, 1], FRAME)
+        store.check_patches(tmp_path / "short.h5", [[(448, 448)] * 2, [(448, 448)]])
 
 
 def test_predictions_come_back_as_written(tmp_path: Path) -> None:
@@ -101,9 +168,9 @@ def test_a_flipped_pixel_is_an_error(tmp_path: Path) -> None:
     path.write_bytes(data)
     with store.open_patches(path) as file:
         group = store.patch_group(file, 1)
-        assert np.array_equal(store.read_img(group, 0, 1), PIXELS[:1])
-        with pytest.raises(IntegrityError, match="pixels cannot be read"):
-            store.read_img(group, 1, 2)
+        assert np.array_equal(group.block(0), PIXELS[0])
+        with pytest.raises(IntegrityError, match="block 1 cannot be read"):
+            group.block(1)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.99])

@@ -32,7 +32,7 @@ class Frame(NamedTuple):
         l0_per_px: Level-0 pixels per reading pixel.
         um_px: Size of a reading pixel in micrometres.
         tile_px, window_px, stride_px, halo_px: Sizes in reading pixels.
-        block_tiles: Tiles per side of a block.
+        block_rows, block_cols: Most tile rows and columns of a block.
         t_col0, t_row0: First tile of the heatmap.
         t_cols, t_rows: Tiles of the heatmap.
     """
@@ -46,16 +46,16 @@ class Frame(NamedTuple):
     window_px: int
     stride_px: int
     halo_px: int
-    block_tiles: int
+    block_rows: int
+    block_cols: int
     t_col0: int
     t_row0: int
     t_cols: int
     t_rows: int
 
-    @property
-    def patch_px(self) -> int:
-        """Side of a block with its halo, reading pixels."""
-        return self.block_tiles * self.tile_px + 2 * self.halo_px
+    def block_px(self, tiles: int) -> int:
+        """Return how many reading pixels so many tiles in a line have with their halo."""
+        return tiles * self.tile_px + 2 * self.halo_px
 
     @property
     def cells_per_tile(self) -> int:
@@ -93,8 +93,9 @@ def grid_shape(l0_width_px: int, l0_height_px: int, *, l0_per_px: float, tile_px
 def patch_origin_px(frame: Frame, t_col: int, t_row: int) -> tuple[int, int]:
     """Return the reading-plane x, y of the top-left pixel of the block whose first tile is ``t_col, t_row``.
 
-    In the reference convention the first tile of an axis has no halo before it, and a patch that would pass the
-    slide's far side is shifted back to one pixel past the edge (``D - 447`` for a 448 px patch: oracle O-4).
+    In the reference convention, whose blocks are single tiles, the first tile of an axis has no halo before it, and a
+    patch that would pass the slide's far side is shifted back to one pixel past the edge (``D - 447`` for a 448 px
+    patch: oracle O-4).
     """
     return (
         _axis_origin_px(frame, t_col, frame.l0_width_px),
@@ -108,7 +109,14 @@ def _axis_origin_px(frame: Frame, index: int, side_px: int) -> int:
         return origin
     if index == 0:
         origin = 0
-    return side_px - (frame.patch_px - 1) if origin + frame.patch_px > side_px else origin
+    patch_px = frame.block_px(1)
+    return side_px - (patch_px - 1) if origin + patch_px > side_px else origin
+
+
+def window_reach_px(window_px: int, stride_px: int, convention: Convention) -> tuple[int, int]:
+    """Return how far the windows of a tile reach beyond its near (left, top) and far side, in reading pixels."""
+    before = window_px // 2 - (stride_px // 2 if convention == "centred" else 0)
+    return before, window_px - before - stride_px
 
 
 def window_offsets_px(frame: Frame) -> NDArray[np.int64]:
@@ -120,8 +128,8 @@ def window_offsets_px(frame: Frame) -> NDArray[np.int64]:
     Returns:
         int64 (cells_per_tile ** 2, 2), x and y in reading pixels.
     """
-    shift = frame.stride_px // 2 if frame.convention == "centred" else 0
-    steps = np.arange(frame.cells_per_tile) * frame.stride_px + shift - frame.window_px // 2
+    before, _ = window_reach_px(frame.window_px, frame.stride_px, frame.convention)
+    steps = np.arange(frame.cells_per_tile) * frame.stride_px - before
     rows, cols = np.meshgrid(steps, steps, indexing="ij")
     return np.stack([cols.ravel(), rows.ravel()], axis=1).astype(np.int64)
 

@@ -21,7 +21,7 @@ from wsiflow.errors import InputError
 from wsiflow.geometry import Frame
 
 #: Raised whenever a change of code changes the numbers that come out for the same settings.
-NUMERICS = 1
+NUMERICS = 2
 
 Runs = tuple[tuple[int, int, int], ...]
 
@@ -60,7 +60,7 @@ class SlidePlan(NamedTuple):
 
     def blocks(self) -> list[tiles.Block]:
         """Return the slide's blocks in order; groups are ranges of this list."""
-        return _blocks(self.tile_runs, self.frame.block_tiles)
+        return blocks(self.tile_runs, self.frame)
 
     def group(self, k: int) -> list[tiles.Block]:
         """Return the blocks of group ``k``, counted from 1."""
@@ -69,8 +69,10 @@ class SlidePlan(NamedTuple):
 
 
 @lru_cache(maxsize=8)
-def _blocks(runs: Runs, block_tiles: int) -> list[tiles.Block]:
-    return tiles.blocks(tissue_grid(runs), block_tiles=block_tiles)
+def blocks(runs: Runs, frame: Frame) -> list[tiles.Block]:
+    """Return the blocks of a slide whose tissue tiles are these runs."""
+    cut = tiles.Cut(frame.tile_px, frame.halo_px, frame.block_rows, frame.block_cols)
+    return tiles.blocks(tissue_grid(runs), cut)
 
 
 class Rejected(NamedTuple):
@@ -149,9 +151,9 @@ def tissue_grid(runs: Runs) -> NDArray[np.bool_]:
     return grid
 
 
-def group_ranges(blocks: Sequence[tiles.Block], *, group_tiles: int) -> tuple[tuple[int, int], ...]:
-    """Return groups of blocks balanced by cost: a block costs as much as it has tissue tiles."""
-    costs = np.array([len(block.tissue) for block in blocks], dtype=np.float64)
+def group_ranges(cut: Sequence[tiles.Block], *, group_tiles: int) -> tuple[tuple[int, int], ...]:
+    """Return groups of blocks balanced by cost: a block counts for its tissue tiles."""
+    costs = np.array([len(block.tissue) for block in cut], dtype=np.float64)
     return tuple(tiles.groups(costs, limit=group_tiles))
 
 

@@ -1,9 +1,15 @@
 """The HDF5 files of a run; the only user of h5py.
 
-``patches/<slide>.h5`` holds groups ``t1`` .. ``tN``, each with ``img`` uint8 (n, side, side, 3), the pixels of its
-blocks with halo, and ``coord`` int64 (n, 5): tile column, tile row, level-0 x and y of the top-left pixel read, and the
-side in level-0 pixels. ``transparent`` float32 (n,) is the share of pixels the scanner never wrote (shown as
-background). With one tile a block and a halo of 112 px this is the layout of Li, Mikailov and Chen.
+``patches/<slide>.h5`` holds groups ``t1`` .. ``tN``, one per array task, in one of two layouts.
+
+* Single tiles (``tiles=patch``): ``img`` uint8 (n, side, side, 3), the pixels of the blocks with halo. With a halo of
+  112 px this is the layout of Li, Mikailov and Chen.
+* Strips: blocks of any size one after the other in ``img`` uint8 (bytes,). Block i is
+  ``img[offset[i]:offset[i + 1]]``, ``size[i]`` (rows, columns) gives its shape, and the attribute ``encoding`` says
+  whether the bytes are pixels (``raw``: reshape to (rows, columns, 3)) or a JPEG image.
+
+Both have ``coord`` int64 (n, 5): tile column, tile row, level-0 x and y of the top-left pixel read, and the width in
+level-0 pixels; and ``transparent`` float32 (n,), the share of pixels the scanner never wrote (shown as background).
 
 ``predictions/<slide>/t<k>.h5`` holds ``prob`` float32 (n, m, m), one map per tissue tile, and ``coord`` int64 (n, 5)
 likewise for tiles.
@@ -15,11 +21,12 @@ Files are made once, in one go, by one writer, with a checksum on every chunk (f
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import h5py
+import imagecodecs
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, Field
@@ -27,67 +34,126 @@ from pydantic import BaseModel, Field
 from wsiflow.errors import IntegrityError
 from wsiflow.geometry import Frame
 
+_STREAM_CHUNK_BYTES = 1 << 18
+
+Pixels = tuple[NDArray[np.uint8], float]
+"""A block, uint8 (rows, cols, 3), and the share of it that the scanner never wrote."""
+
 
 class StoreParams(BaseModel, frozen=True, extra="forbid"):
     """Where pixels wait between extraction and prediction.
 
     Attributes:
         kind: ``hdf5`` writes them to ``patches/``; ``none`` reads the slide again in each prediction task.
-        compression: HDF5 filter for pixels; lossless.
-        read_blocks: Blocks held in memory at a time by a reader or writer.
+        compression: ``none``, ``lzf`` and ``gzip`` keep every pixel; ``jpeg`` does not.
+        quality: Quality of JPEG, without chroma subsampling.
     """
 
     kind: Literal["hdf5", "none"]
-    compression: Literal["none", "lzf", "gzip"]
-    read_blocks: int = Field(ge=1)
+    compression: Literal["none", "lzf", "gzip", "jpeg"]
+    quality: int = Field(ge=1, le=100)
+
+    @property
+    def loss(self) -> str:
+        """What the pixels lose on their way through the store; it can change a score."""
+        return f"jpeg {self.quality}" if (self.kind, self.compression) == ("hdf5", "jpeg") else ""
 
 
 class PatchGroup(NamedTuple):
-    """One group of an open patches file."""
+    """One group of an open patches file; pixels stay on disk until a block is read."""
 
     img: h5py.Dataset
     coord: NDArray[np.int64]
+    offset: NDArray[np.int64] | None
+    size: NDArray[np.int64] | None
+
+    def block(self, index: int) -> NDArray[np.uint8]:
+        """Return the pixels of a block, uint8 (rows, cols, 3).
+
+        Raises:
+            IntegrityError: A checksum does not fit: the file is damaged.
+        """
+        try:
+            if self.offset is None or self.size is None:
+                patch: NDArray[np.uint8] = self.img[index]
+                return patch
+            data: NDArray[np.uint8] = self.img[self.offset[index] : self.offset[index + 1]]
+            rows, cols = self.size[index].tolist()
+            if self.img.attrs["encoding"] == "jpeg":
+                data = imagecodecs.jpeg8_decode(data.tobytes())
+            return data.reshape(rows, cols, 3)
+        except (OSError, ValueError, imagecodecs.Jpeg8Error) as error:
+            cause = f"the pixels of block {index} cannot be read ({error})"
+            raise IntegrityError(cause, _AGAIN, path=self.img.file.filename) from error
 
 
 class PatchWriter:
     """A patches file being written, one group after another."""
 
-    def __init__(self, file: h5py.File, side_px: int, compression: str) -> None:
+    def __init__(self, file: h5py.File, frame: Frame, params: StoreParams) -> None:
         """Hold the open file."""
-        self._file, self._side_px = file, side_px
-        self._compression = None if compression == "none" else compression
+        self._file, self._frame, self._params = file, frame, params
+        self._filter = None if params.compression in {"none", "jpeg"} else params.compression
 
-    def add_group(
-        self, k: int, coord: NDArray[np.int64], parts: Iterator[tuple[NDArray[np.uint8], list[float]]]
-    ) -> None:
+    def add_group(self, k: int, coord: NDArray[np.int64], blocks: Iterator[Pixels]) -> None:
         """Write group ``t<k>``.
 
         Args:
             k: Number of the group, from 1.
             coord: int64 (n, 5).
-            parts: Runs of blocks, uint8 (<= n, side, side, 3), with the transparent share of each; together n blocks.
+            blocks: The n blocks in the order of ``coord``.
         """
-        n, side = len(coord), self._side_px
         group = self._file.create_group(f"t{k}")
-        img = group.create_dataset(
-            "img", (n, side, side, 3), "u1", chunks=(1, side, side, 3), fletcher32=True, compression=self._compression
-        )
-        shares, written = np.full(n, np.nan, dtype=np.float32), 0
-        for pixels, transparent in parts:
-            img[written : written + len(pixels)] = pixels
-            shares[written : written + len(pixels)] = transparent
-            written += len(pixels)
+        write = self._add_patches if _is_patches(self._frame, self._params) else self._add_stream
+        shares = write(group, len(coord), blocks)
         _table(group, "coord", coord)
-        _table(group, "transparent", shares)
-        group.attrs["written"] = written
+        unwritten = [np.nan] * (len(coord) - len(shares))
+        _table(group, "transparent", np.array(shares + unwritten, dtype=np.float32))
+        group.attrs["written"] = len(shares)
+
+    def _add_patches(self, group: h5py.Group, n: int, blocks: Iterator[Pixels]) -> list[float]:
+        side, shares = self._frame.block_px(1), []
+        form = {"shape": (n, side, side, 3), "chunks": (1, side, side, 3)}
+        img = group.create_dataset("img", dtype="u1", fletcher32=True, compression=self._filter, **form)
+        for i, (pixels, share) in enumerate(blocks):
+            img[i] = pixels
+            shares.append(share)
+        return shares
+
+    def _add_stream(self, group: h5py.Group, _n: int, blocks: Iterator[Pixels]) -> list[float]:
+        form = {"shape": (0,), "maxshape": (None,), "chunks": (_STREAM_CHUNK_BYTES,)}
+        img = group.create_dataset("img", dtype="u1", fletcher32=True, compression=self._filter, **form)
+        img.attrs["encoding"] = "jpeg" if self._params.compression == "jpeg" else "raw"
+        shares, offset, size = [], [0], []
+        for pixels, share in blocks:
+            data = self._encoded(pixels)
+            offset.append(offset[-1] + len(data))
+            img.resize((offset[-1],))
+            img[offset[-2] :] = data
+            shares.append(share)
+            size.append(pixels.shape[:2])
+        _table(group, "offset", np.array(offset, dtype=np.int64))
+        _table(group, "size", np.array(size, dtype=np.int64))
+        return shares
+
+    def _encoded(self, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        if self._params.compression != "jpeg":
+            return pixels.reshape(-1)
+        data = imagecodecs.jpeg8_encode(pixels, level=self._params.quality, subsampling="444")
+        return np.frombuffer(data, dtype=np.uint8)
+
+
+def _is_patches(frame: Frame, params: StoreParams) -> bool:
+    """Tell whether the blocks are single tiles, whose pixels make one array."""
+    return frame.block_rows == frame.block_cols == 1 and params.compression != "jpeg"
 
 
 @contextlib.contextmanager
-def create_patches(path: Path, frame: Frame, facts: Mapping[str, Any], compression: str) -> Iterator[PatchWriter]:
+def create_patches(path: Path, frame: Frame, facts: Mapping[str, Any], params: StoreParams) -> Iterator[PatchWriter]:
     """Create a patches file; ``facts`` (slide, hashes, versions, key) become attributes beside the transform."""
     with h5py.File(path, "x", libver=("v110", "v110")) as file:
         _describe(file, frame, facts)
-        yield PatchWriter(file, frame.patch_px, compression)
+        yield PatchWriter(file, frame, params)
 
 
 @contextlib.contextmanager
@@ -102,7 +168,7 @@ def open_patches(path: Path) -> Iterator[h5py.File]:
 
 
 def patch_group(file: h5py.File, k: int) -> PatchGroup:
-    """Return group ``t<k>`` of an open patches file; pixels stay on disk until they are sliced.
+    """Return group ``t<k>`` of an open patches file.
 
     Raises:
         IntegrityError: The group is absent or was not written to its end.
@@ -110,37 +176,33 @@ def patch_group(file: h5py.File, k: int) -> PatchGroup:
     try:
         group = file[f"t{k}"]
         img, coord = group["img"], group["coord"][:]
-        whole = len(img) == len(coord) == group.attrs["written"]
+        offset, size = (group[name][:] if name in group else None for name in ("offset", "size"))
+        blocks = len(img) if offset is None else len(offset) - 1
+        whole = blocks == len(coord) == group.attrs["written"] and (offset is None or offset[-1] == len(img))
     except (KeyError, OSError) as error:
         raise IntegrityError(f"group t{k} cannot be read ({error})", _AGAIN, path=file.filename) from error
     if not whole:
         raise IntegrityError(f"group t{k} was not written to its end", _AGAIN, path=file.filename)
-    return PatchGroup(img, coord)
+    return PatchGroup(img, coord, offset, size)
 
 
-def read_img(group: PatchGroup, first: int, last: int) -> NDArray[np.uint8]:
-    """Return the pixels of blocks ``first`` to ``last`` (exclusive) of a group, uint8 (n, side, side, 3).
+def check_patches(path: Path, sizes: Sequence[Sequence[tuple[int, int]]]) -> None:
+    """Raise unless the file holds exactly the planned blocks, and every chunk of them was written.
 
-    Raises:
-        IntegrityError: A checksum does not fit: the file is damaged.
+    Args:
+        path: The closed file.
+        sizes: For each group, rows and columns in pixels of each of its blocks.
     """
-    try:
-        pixels: NDArray[np.uint8] = group.img[first:last]
-    except OSError as error:
-        raise IntegrityError(f"pixels cannot be read ({error})", _AGAIN, path=group.img.file.filename) from error
-    return pixels
-
-
-def check_patches(path: Path, counts: list[int], frame: Frame) -> None:
-    """Raise unless the file holds exactly the planned groups, every chunk of them written and with a good checksum."""
     with _reading(path) as file:
         found = sorted(file, key=lambda name: int(name[1:]))
-        if found != [f"t{k}" for k in range(1, len(counts) + 1)]:
-            raise IntegrityError(f"it holds groups {found}, {len(counts)} were planned", _AGAIN, path=path)
-        for k, n in enumerate(counts, 1):
-            img, _ = patch_group(file, k)
-            if img.shape != (n, frame.patch_px, frame.patch_px, 3) or img.id.get_num_chunks() != n:
-                raise IntegrityError(f"group t{k} has shape {img.shape}, {n} blocks were planned", _AGAIN, path=path)
+        if found != [f"t{k}" for k in range(1, len(sizes) + 1)]:
+            raise IntegrityError(f"it holds groups {found}, {len(sizes)} were planned", _AGAIN, path=path)
+        for k, planned in enumerate(sizes, 1):
+            group = patch_group(file, k)
+            shapes = [group.img.shape[1:3]] * len(group.coord) if group.size is None else group.size.tolist()
+            chunks = -(-len(group.img) // group.img.chunks[0])
+            if [tuple(shape) for shape in shapes] != list(planned) or group.img.id.get_num_chunks() != chunks:
+                raise IntegrityError(f"group t{k} holds other blocks than planned", _AGAIN, path=path)
 
 
 def write_predictions(
