@@ -31,9 +31,11 @@ def line(config: RunConfig, submit: Submit) -> results.Summary:
     clock = results.Clock()
     cases = shards.begin(config)
     with executor.make(config.executor, cores=allocated_cores()) as pool:
+        shards.choose(pool, cases)
         wanted = shards.cut(shards.count_cases(cases), config.shard_slides)
         ingested = [submit(f"ingest {i}", shards.ingest_shard, pool, cases, part) for i, part in enumerate(wanted, 1)]
         plan_path = ingest.make_plan(cases, [outcome for future in ingested for outcome in future.result()])
+        shards.calibrate(pool, plan_path)
         wanted = shards.cut(shards.count_slides(plan_path), config.shard_slides)
         futures = [submit(f"slides {i}", shards.line, pool, plan_path, part) for i, part in enumerate(wanted, 1)]
         progress = [future.result() for future in futures]

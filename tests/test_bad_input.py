@@ -12,7 +12,14 @@ from PIL import Image
 from flows import run as command
 from wsiflow import cli, pyramid
 
-COARSE = ["inference.stride=112", "executor=inline", "orchestrator=none", "tracking=off", "evaluation.bootstrap=0"]
+COARSE = [
+    "inference.stride=112",
+    "dense.windows=40",
+    "executor=inline",
+    "orchestrator=none",
+    "tracking=off",
+    "evaluation.bootstrap=0",
+]
 
 
 def started(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:

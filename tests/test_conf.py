@@ -66,7 +66,11 @@ def test_defaults_compose() -> None:
         ("orchestrator=airflow", "orchestrator"),
         ("+tiles.colour=red", "tiles.colour"),
         ("+nonsense=1", "nonsense"),
-        ("tiles.halo_px=-1", "tiles.halo_px"),
+        ("tiles.halo_px=wide", "tiles.halo_px"),
+        ("tiles.block_cols=0", "tiles.block_cols"),
+        ("dense.tolerance=0", "dense.tolerance"),
+        ("dense.halo=most", "dense.halo"),
+        ("store.compression=zip", "store.compression"),
         ("out=", "out"),
         ("evaluation.l0_um_px=inf", "evaluation.l0_um_px"),
     ],
@@ -82,13 +86,14 @@ def test_bad_values_are_refused_by_name(override: str, named: str) -> None:
     [
         ("tiles.tile_px=112", "tiles.tile_px"),
         ("geometry.spacing=model", "geometry.spacing"),
-        ("tiles=block", "block_tiles"),
+        ("tiles.block_cols=4", "tiles.block_cols"),
+        ("tiles=strip", r"tiles\.halo_px"),
     ],
 )
 def test_reference_geometry_has_one_meaning(override: str, named: str) -> None:
     """Its index is of 224 px tiles at level 0; anything else would read other places than it names."""
     with pytest.raises(InputError, match=f"{named} is .*, geometry=reference needs"):
-        composed("geometry=reference", override)
+        composed("geometry=reference", "tiles=patch", override)
 
 
 def test_what_must_be_given_is_asked_for() -> None:

@@ -9,7 +9,14 @@ import pytest
 from flows import run as command
 from wsiflow import pyramid
 
-COARSE = ["inference.stride=112", "executor=inline", "orchestrator=none", "tracking=off", "evaluation.bootstrap=0"]
+COARSE = [
+    "inference.stride=112",
+    "dense.windows=40",
+    "executor=inline",
+    "orchestrator=none",
+    "tracking=off",
+    "evaluation.bootstrap=0",
+]
 
 
 def started(*arguments: str) -> int:
@@ -51,7 +58,7 @@ def test_a_folder_of_real_slides(shared_data: Path, tmp_path: Path) -> None:
         ("multi_frame_jpeg2000_camelyon_challenge_image.dcm", ["geometry.spacing=native"]),
         ("CMU-1-Small-Region.svs", ["geometry.spacing=native"]),
         ("CMU-1-Small-Region.svs", ["geometry=reference"]),
-        ("CMU-1-Small-Region.svs", ["geometry.max_upsample=2.1", "store=none", "tiles=block"]),
+        ("CMU-1-Small-Region.svs", ["geometry.max_upsample=2.1", "store=none"]),
     ],
 )
 def test_single_real_slides(shared_data: Path, tmp_path: Path, name: str, more: list[str]) -> None:

@@ -16,6 +16,7 @@ from wsiflow.executor import ExecutorParams
 from wsiflow.geometry import Convention
 from wsiflow.lesions import LesionParams
 from wsiflow.model.card import ModelSpec
+from wsiflow.stain import StainParams
 from wsiflow.store import StoreParams
 from wsiflow.tiles import TilesParams
 from wsiflow.tissue import TissueParams
@@ -42,28 +43,35 @@ class InferenceParams(BaseModel, frozen=True, extra="forbid"):
     """How windows become scores.
 
     Attributes:
-        engine: ``window`` slides the classifier's window over every tile.
+        engine: ``dense`` runs the network once over each block, ``window`` once for every window.
         stride: Distance between window centres, reading pixels; divides the tile.
-        batch: Windows per call of the model.
-        precision: Number format of the network.
-        backend: What runs the network.
+        batch: Windows per call of the network, where it is called for windows.
+        precision: Number format of the network; ``auto`` is the faster of fp32 and bf16 here.
+        backend: What runs the network; ``auto`` is the fastest that is installed.
     """
 
-    engine: Literal["window"]
+    engine: Literal["dense", "window"]
     stride: int = Field(ge=1)
     batch: int = Field(ge=1, le=4096)
-    precision: Literal["fp32"]
-    backend: Literal["torch"]
+    precision: Literal["fp32", "bf16", "int8", "auto"]
+    backend: Literal["openvino", "onnxruntime", "torch", "auto"]
 
 
-class StainParams(BaseModel, frozen=True, extra="forbid"):
-    """Colour normalisation before prediction.
+class DenseParams(BaseModel, frozen=True, extra="forbid"):
+    """How the dense engine works, and how near to the window engine it has to be.
 
     Attributes:
-        method: ``none`` leaves the scanner's colours.
+        halo: Context beyond the outermost windows of a block, reading pixels, for networks that pad (others need none);
+            ``exact`` is all that a score can see.
+        share_until: Layer up to which windows share their features; after it each window runs alone. Empty: to the end.
+        windows: Windows of each slide that are run on their own as well and compared; 0: no certificate.
+        tolerance: Largest mean absolute difference of probability between the two that a run accepts.
     """
 
-    method: Literal["none"]
+    halo: Annotated[int, Field(ge=0, le=4096)] | Literal["exact"]
+    share_until: str
+    windows: int = Field(ge=0, le=100_000)
+    tolerance: float = Field(gt=0, le=1)
 
 
 class EvaluationParams(BaseModel, frozen=True, extra="forbid"):
@@ -105,6 +113,7 @@ class RunConfig(BaseModel, frozen=True, extra="forbid"):
     tissue: TissueParams
     tiles: TilesParams
     inference: InferenceParams
+    dense: DenseParams
     stain: StainParams
     store: StoreParams
     lesions: LesionParams
@@ -130,11 +139,12 @@ class RunConfig(BaseModel, frozen=True, extra="forbid"):
             "geometry.spacing": self.geometry.spacing,
             "tiles.tile_px": self.tiles.tile_px,
             "tiles.halo_px": self.tiles.halo_px,
-            "tiles.block_tiles": self.tiles.block_tiles,
+            "tiles.block_rows": self.tiles.block_rows,
+            "tiles.block_cols": self.tiles.block_cols,
         }
-        for (key, value), needed in zip(found.items(), ("native", 224, 112, 1), strict=True):
+        for (key, value), needed in zip(found.items(), ("native", 224, 112, 1, 1), strict=True):
             if value != needed:
-                raise ValueError(f"{key} is {value}, geometry=reference needs {needed}")
+                raise ValueError(f"{key} is {value}, geometry=reference needs {needed} (tiles=patch has these sizes)")
 
 
 def validate(values: Mapping[str, Any]) -> RunConfig:

@@ -15,13 +15,14 @@ import yaml
 from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
-from wsiflow import export, geometry, plan, publish, slide, tiles, tissue, tracking
+from wsiflow import export, geometry, plan, publish, slide, tissue, tracking
 from wsiflow.config import RunConfig
 from wsiflow.dataset import Case
 from wsiflow.errors import InputError
 from wsiflow.executor import Outcome
 from wsiflow.geometry import Frame
 from wsiflow.model import card, threads
+from wsiflow.model.choice import Choice
 from wsiflow.plan import Plan, SlidePlan
 from wsiflow.provenance import facts, versions
 
@@ -49,8 +50,8 @@ def ingest(source: Path, index: int) -> tuple[publish.Receipt, bool]:
     """Open a slide, hash it, find its tissue, and publish its record, mask and outline under ``tissue/``."""
     config, cases = read_cases(source)
     root, case = source.parent, cases[index]
-    name = f"tissue/{case.slide_id}.json"
-    key = publish.key_of(slide=case.slide_id, settings=_cutting(config), mpp=case.mpp)
+    cutting, name = _cutting(root, config), f"tissue/{case.slide_id}.json"
+    key = publish.key_of(slide=case.slide_id, settings=cutting, mpp=case.mpp)
     done = publish.done(root, name, key)
     if done is not None:
         check_unchanged(root, case.slide_id, case.path)
@@ -58,7 +59,7 @@ def ingest(source: Path, index: int) -> tuple[publish.Receipt, bool]:
         return done, False
     with slide.open_slide(case.path, slide_id=case.slide_id) as opened:
         um_px = slide.resolve_mpp(opened.facts, case.mpp)
-        mask, downsample, tissue_grid, frame = _cut(opened, um_px, config)
+        mask, downsample, tissue_grid, frame = _cut(opened, um_px, config, cutting["tiles"])
         corner = opened.facts.l0_bounds_corner
     sha256 = slide.sha256(case.path)
     _check_manifest_sha256(case, sha256)
@@ -85,21 +86,38 @@ def check_model(config: RunConfig) -> None:
     """
     model = _card(config.model)
     card.read_weights(config.model, model)
-    shift = config.inference.stride // 2 if config.geometry.convention == "centred" else 0
-    before = model.window_px // 2 - shift
-    needed = max(before, model.window_px - before - config.inference.stride)
-    if config.tiles.halo_px < needed:
+    needed = max(geometry.window_reach_px(model.window_px, config.inference.stride, config.geometry.convention))
+    if config.tiles.halo_px != "auto" and config.tiles.halo_px < needed:
         cause = f"tiles.halo_px is {config.tiles.halo_px}, windows of {model.window_px} px need at least {needed}"
-        raise InputError(cause, f"set tiles.halo_px={model.window_px // 2}", stage="configuration")
+        raise InputError(cause, "set tiles.halo_px=auto", stage="configuration")
 
 
-def _cutting(config: RunConfig) -> dict[str, Any]:
-    """Return the settings that decide which tiles a slide has."""
-    model = _card(config.model)
+def choice_key(config: RunConfig) -> str:
+    """Return what identifies how scores are computed: model, machine, and what the configuration asks for."""
+    asked = {name: getattr(config, name).model_dump() for name in ("inference", "tiles", "geometry")}
+    asked["dense"] = config.dense.model_dump(exclude={"windows", "tolerance"})
+    return publish.key_of(
+        asked=asked, model=card.identity(_card(config.model)), machine=threads.numeric_class(config.executor.threads)
+    )
+
+
+def choice_name(config: RunConfig) -> str:
+    """Return the name of the file that says how scores are computed, relative to the run's folder."""
+    return f"engine/{choice_key(config)[:12]}.json"
+
+
+def _settled(root: Path, config: RunConfig) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((root / choice_name(config)).read_text(encoding="utf-8"))
+    return found
+
+
+def _cutting(root: Path, config: RunConfig) -> dict[str, Any]:
+    """Return the settings that decide which tiles and blocks a slide has."""
+    model, choice = _card(config.model), Choice(**_settled(root, config)["choice"])
     return {
         "geometry": config.geometry.model_dump(),
         "tissue": config.tissue.model_dump(),
-        "tiles": config.tiles.model_dump(),
+        "tiles": config.tiles.model_dump() | {"halo_px": choice.halo_px, "block_cols": choice.block_cols},
         "stride": config.inference.stride,
         "model": {"window_px": model.window_px, "spacing_um_px": model.spacing_um_px},
     }
@@ -111,10 +129,10 @@ def _card(spec: card.ModelSpec) -> card.ModelCard:
 
 
 def _cut(
-    opened: slide.Slide, um_px: float, config: RunConfig
+    opened: slide.Slide, um_px: float, config: RunConfig, sizes: Mapping[str, int]
 ) -> tuple[NDArray[np.bool_], float, NDArray[np.bool_], Frame]:
     """Return the tissue mask, its downsample, the tile grid and the frame of a slide."""
-    frame = _frame(opened.facts, um_px, config)
+    frame = _frame(opened.facts, um_px, config, sizes)
     if config.geometry.convention == "reference":
         return _cut_like_the_reference(opened, frame)
     downsample = config.tissue.downsample
@@ -138,7 +156,7 @@ def _cut_like_the_reference(
     )
 
 
-def _frame(about: slide.SlideFacts, um_px: float, config: RunConfig) -> Frame:
+def _frame(about: slide.SlideFacts, um_px: float, config: RunConfig, sizes: Mapping[str, int]) -> Frame:
     model = _card(config.model)
     l0_per_px = 1.0
     if config.geometry.spacing == "model":
@@ -161,8 +179,9 @@ def _frame(about: slide.SlideFacts, um_px: float, config: RunConfig) -> Frame:
         tile_px=config.tiles.tile_px,
         window_px=model.window_px,
         stride_px=config.inference.stride,
-        halo_px=config.tiles.halo_px,
-        block_tiles=config.tiles.block_tiles,
+        halo_px=sizes["halo_px"],
+        block_rows=sizes["block_rows"],
+        block_cols=sizes["block_cols"],
         t_col0=0,
         t_row0=0,
         t_cols=cols,
@@ -213,29 +232,36 @@ def make_plan(source: Path, outcomes: Sequence[Outcome]) -> Path:
         else:
             record = json.loads((root / outcome.receipt["path"]).read_text(encoding="utf-8"))
             slides.append(_slide_plan(case, record, config))
-    model = _card(config.model)
+    settled = _settled(root, config)
     settings = {
-        "cut": _cutting(config),
+        "cut": _cutting(root, config),
         "predict": {
-            "model": card.identity(model),
-            "inference": config.inference.model_dump(),
+            "model": card.identity(_card(config.model)),
+            "inference": Choice(**settled["choice"]).numbers(),
             "stain": config.stain.model_dump(),
+            "store_loss": config.store.loss,
             "decoder": versions()["openslide-bin"],
             "numeric_class": threads.numeric_class(config.executor.threads),
         },
+        "certificate": {"windows": config.dense.windows},
         "lesions": config.lesions.model_dump(),
         "evaluation": config.evaluation.model_dump(),
         "seed": config.seed,
     }
-    work = {"store": config.store.model_dump(), "model": json.loads(config.model.model_dump_json())}
+    work = {
+        "store": config.store.model_dump(),
+        "model": json.loads(config.model.model_dump_json()),
+        "choice": settled["choice"],
+        "cuts": settled["cuts"],
+        "tolerance": config.dense.tolerance,
+    }
     return plan.publish_plan(root, Plan(settings, work, slides, rejected))
 
 
 def _slide_plan(case: Case, record: Mapping[str, Any], config: RunConfig) -> SlidePlan:
     frame = Frame(**record["frame"])
     runs = tuple((row, first, length) for row, first, length in record["tile_runs"])
-    blocks = tiles.blocks(plan.tissue_grid(runs), block_tiles=frame.block_tiles)
-    ranges = plan.group_ranges(blocks, group_tiles=config.tiles.group_tiles)
+    ranges = plan.group_ranges(plan.blocks(runs, frame), group_tiles=config.tiles.group_tiles)
     return SlidePlan(
         slide_id=case.slide_id,
         path=str(case.path),

@@ -16,9 +16,14 @@ def versions() -> dict[str, str]:
     return {name: version(name) for name in _LIBRARIES}
 
 
+def thread_count() -> int:
+    """Return how many threads the numerical libraries of this process use."""
+    return int(os.environ.get("OMP_NUM_THREADS", "1"))
+
+
 def numeric_class() -> dict[str, str]:
     """Return the numeric class of this process."""
-    return threads.numeric_class(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    return threads.numeric_class(thread_count())
 
 
 def facts(kind: str, slide_id: str, **more: Any) -> dict[str, Any]:

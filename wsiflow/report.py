@@ -19,7 +19,14 @@ from wsiflow import export, froc, throughput, tracking
 
 _INK, _BLUE, _ORANGE, _GREY = "#1f2328", "#1f5f99", "#c2571a", "#8a939c"
 # Colours that keep their order in grey and for colour-blind readers.
-_STEP_COLOURS = {"read": "#9ecae1", "stain": "#c994c7", "infer": "#1f5f99", "write": "#bdbdbd", "stitch": "#74a765"}
+_STEP_COLOURS = {
+    "read": "#9ecae1",
+    "stain": "#c994c7",
+    "infer": "#1f5f99",
+    "certify": "#e6a04b",
+    "write": "#bdbdbd",
+    "stitch": "#74a765",
+}
 # Twice the size shown, for fine screens.
 _THUMBNAIL_PX = 240
 _FROC_END = froc.RATES[-1] * 1.1

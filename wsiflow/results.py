@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from wsiflow import evaluation, ingest, plan, publish, report, shards, throughput, tracking
+from wsiflow import certify, evaluation, ingest, plan, publish, reading, report, shards, throughput, tracking
 from wsiflow.config import RunConfig
 from wsiflow.dataset import Case
 from wsiflow.errors import PARTIAL, IntegrityError
@@ -84,7 +84,9 @@ def finish(config: RunConfig, plan_path: Path, progress: Sequence[Progress], clo
     evaluated = _evaluate(root, folder, config, made, statuses)
     executed = [outcome.receipt for _, outcome in outcomes if outcome.receipt is not None and outcome.executed]
     work = _work_metrics(root, folder, config, made, executed, clock) | _counts(balance, len(outcomes), len(executed))
-    metrics = _summarise(root, folder, evaluated, work)
+    metrics = _summarise(
+        root, folder, evaluated, work | _certificates(root, folder, made, statuses) | _colours(root, made)
+    )
     _write_report(root, folder, config, made, statuses, metrics)
     logged = _track(root, folder, config, made, evaluated.key, metrics)
     text = _success_text(root, folder, statuses, metrics, len(executed), logged)
@@ -180,6 +182,30 @@ def _table(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
+
+
+def _certificates(root: Path, folder: str, made: Plan, statuses: Sequence[Status]) -> dict[str, float]:
+    """Write ``certificates.csv``, a row per slide, and return the metrics over all; nothing where none is due."""
+    good = {status.slide_id for status in statuses if not status.exit_code}
+    rows, metrics = certify.summary(root, made, [planned for planned in made.slides if planned.slide_id in good])
+    if rows:
+        publish.write_view(root, f"{folder}/certificates.csv", _table(list(rows[0]), rows).encode())
+    return metrics
+
+
+def _colours(root: Path, made: Plan) -> dict[str, float]:
+    """Write ``stain_failures.csv``, a row per slide or patch whose colours stayed as they were, and return how many."""
+    params = reading.stain_params(made)
+    if params.method == "none":
+        return {}
+    rows = [
+        {"slide_id": receipt["slide"], "l0_x": x, "l0_y": y, "reason": reason}
+        for receipt in _all_receipts(root)
+        for x, y, reason in receipt.get("stain_failures", [])
+    ]
+    rows.sort(key=lambda row: (row["slide_id"], row["l0_y"], row["l0_x"]))
+    publish.write_view(root, "stain_failures.csv", _table(["slide_id", "l0_x", "l0_y", "reason"], rows).encode())
+    return {"stain.failures": float(len(rows))}
 
 
 def _work_metrics(
@@ -378,9 +404,22 @@ def _success_text(
         f"throughput {metrics['throughput.tiles_per_s']:.1f} tiles/s, "
         f"{metrics['throughput.windows_per_s']:.0f} windows/s, {metrics['throughput.core_hours']:.4f} core-hours, "
         f"efficiency {metrics['throughput.efficiency']:.2f}",
+        *_certificate_line(metrics),
         f"report     {root / 'report.html'}",
         f"overlays   {root / 'heatmaps'}/*.png",
         f"scores     {root / folder / 'summary.json'}",
         logged,
     ]
     return "\n".join(lines)
+
+
+def _certificate_line(metrics: Mapping[str, float]) -> list[str]:
+    """Return what the scores are worth against single windows in fp32, where that was measured."""
+    kind = next((kind for kind in ("dense", "precision") if f"{kind}.n" in metrics), "")
+    if not kind:
+        return []
+    count, mean, most, flips = (metrics[f"{kind}.{name}"] for name in ("n", "mean_abs_diff", "max_abs_diff", "flips"))
+    return [
+        f"certified  {count:.0f} windows run alone in fp32: mean |dp| {mean:.2g}, largest {most:.2g}, "
+        f"{flips:.2%} on the other side of 0.5"
+    ]

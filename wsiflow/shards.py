@@ -8,15 +8,17 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from wsiflow import annotations, dataset, ingest, plan, publish, steps, synth
+from wsiflow import annotations, certify, dataset, ingest, plan, publish, reading, scoring, steps, synth
 from wsiflow.config import RunConfig
+from wsiflow.errors import EnvironmentFault, InputError, IntegrityError, WsiflowError
 from wsiflow.executor import Executor, Outcome
 from wsiflow.plan import Plan, Task
 
 #: Stages after the plan, in order.
-LINE = ("extract", "predict", "stitch", "detect")
+LINE = ("stain", "extract", "predict", "certify", "stitch", "detect")
 
 _SHARDS_WANTED = 40
+_KINDS = {kind.exit_code: kind for kind in (InputError, EnvironmentFault, IntegrityError)}
 
 
 class Progress(NamedTuple):
@@ -65,6 +67,31 @@ def begin(config: RunConfig) -> Path:
     return ingest.write_cases(config.out, config, cases)
 
 
+def choose(pool: Executor, cases: Path) -> None:
+    """Settle how scores are computed, in a worker: the choice may be measured, and workers are what does the work.
+
+    Raises:
+        WsiflowError: The network or the machine cannot do what is asked for.
+    """
+    _once(pool, cases, "choose")
+
+
+def calibrate(pool: Executor, plan_path: Path) -> None:
+    """Quantise the network on the run's own tissue, where the run asks for int8."""
+    made = plan.read(plan_path)
+    if made.tasks and made.work["choice"]["precision"] == "int8":
+        _once(pool, plan_path, "calibrate")
+
+
+def _once(pool: Executor, source: Path, stage: str) -> None:
+    """Do a stage that a run has only one task of."""
+    for outcome in pool.run(steps.run_task, source, stage, [0]):
+        if outcome.receipt is None:
+            kind = _KINDS.get(outcome.exit_code, WsiflowError)
+            cause, _, remedy = outcome.error.rpartition("; ")
+            raise kind(cause, remedy)
+
+
 def cut(count: int, slides_each: int) -> list[tuple[int, ...]]:
     """Cut ``count`` slides into shards of ``slides_each``; 0 gives about 40 shards however many slides there are."""
     each = slides_each or -(-count // _SHARDS_WANTED)
@@ -109,10 +136,15 @@ def advance(pool: Executor, plan_path: Path, stage: str, progress: Progress) -> 
 def _indices(root: Path, made: Plan, stage: str, slides: Iterable[int]) -> list[int]:
     """Return the tasks of a stage for some slides."""
     if stage == "extract":
-        # Pixels are only for predictions that are still to be made.
+        # Pixels are only for scores and certificates that are still to be made.
         wanted = set(slides) if made.work["store"]["kind"] == "hdf5" else set()
         lacking = {task.slide for task in made.tasks if task.slide in wanted and not _is_published(root, made, task)}
-        return sorted(lacking)
+        return sorted(lacking | {index for index in wanted if not _is_certified(root, made, index)})
+    if stage == "stain":
+        wanted = set(slides) if reading.fits_slides(reading.stain_params(made)) else set()
+        return [index for index in sorted(wanted) if made.slides[index].n_tiles]
+    if stage == "certify":
+        return [index for index in slides if certify.is_needed(made)]
     if stage == "predict":
         wanted = set(slides)
         return [i for i, task in enumerate(made.tasks) if task.slide in wanted]
@@ -131,6 +163,11 @@ def ledger(root: Path, made: Plan) -> Ledger:
     return Ledger(planned, published, len(made.rejected), len(made.tasks) - published)
 
 
+def _is_certified(root: Path, made: Plan, index: int) -> bool:
+    name = certify.certificate_name(made.slides[index])
+    return not certify.is_needed(made) or publish.read_receipt(root, name) is not None
+
+
 def _is_published(root: Path, made: Plan, task: Task) -> bool:
-    receipt = publish.read_receipt(root, steps.prediction_name(made, task))
+    receipt = publish.read_receipt(root, scoring.prediction_name(made, task))
     return receipt is not None and receipt["key"] == plan.task_key(made, task)

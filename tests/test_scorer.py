@@ -1,0 +1,218 @@
+"""From blocks to the scores of their tiles: every way against a loop that is too simple to be wrong."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from wsiflow import geometry
+from wsiflow.errors import InputError
+from wsiflow.geometry import Frame
+from wsiflow.model import dense, scorer
+from wsiflow.model.architectures import build
+from wsiflow.model.card import ModelCard
+from wsiflow.model.choice import Choice
+from wsiflow.model.classifier import Classifier, as_classifier, predict
+from wsiflow.throughput import untimed
+from wsiflow.tiles import Block
+
+RNG = np.random.default_rng(7)
+BLOCK = Block(3, 2, 3, 2, (0, 1, 4, 5))
+PLAIN = Choice("window", "torch", "fp32", 8, 56, "", 0, exact=True, halo_px=84, block_cols=3)
+
+
+def card(window_px: int = 224, input_px: int = 224) -> ModelCard:
+    return ModelCard(
+        name="tiny",
+        architecture="inception_valid",
+        architecture_args={},
+        class_names=("normal", "tumour"),
+        positive_class="tumour",
+        window_px=window_px,
+        input_px=input_px,
+        spacing_um_px=0.25,
+        mean=(0.5, 0.4, 0.6),
+        std=(0.2, 0.3, 0.2),
+        weights="tiny.safetensors",
+        sha256="0" * 64,
+        probe=(),
+        licence="",
+        trained_on="",
+        notes="",
+    )
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random networks share a name; their converted graphs must not."""
+    monkeypatch.setenv("WSIFLOW_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture(scope="module")
+def inception() -> Classifier:
+    """A narrow padding-free Inception with random weights whose answers differ."""
+    torch.manual_seed(0)
+    network = build("inception_valid", 2, width=0.125, dropout=0.0)
+    for layer in network.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.momentum = 1.0
+    # One pass gives the norms the statistics of real maps; without, random layers say the same of every window.
+    network.train()(torch.from_numpy(images(4, 224, 224)).permute(0, 3, 1, 2) / 64 - 2)
+    return as_classifier(network, card())
+
+
+@pytest.fixture(scope="module")
+def googlenet() -> Classifier:
+    """GoogLeNet with random weights; its classes are pulled apart, so that its answers differ."""
+    torch.manual_seed(3)
+    network = build("googlenet", 2, dropout=0.5)
+    for layer in network.modules():
+        if isinstance(layer, nn.Conv2d) and layer.kernel_size != (1, 1):
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+    return as_classifier(network, card())
+
+
+def images(n: int, rows: int, cols: int) -> np.ndarray:
+    return RNG.integers(0, 256, (n, rows, cols, 3), dtype=np.uint8)
+
+
+def frame(stride: int, halo: int, convention: geometry.Convention = "centred") -> Frame:
+    return Frame(convention, 4000, 4000, 1.0, 0.25, 224, 224, stride, halo, 3, 3, 0, 0, 18, 18)
+
+
+def pixels_of(about: Frame, block: Block = BLOCK) -> np.ndarray:
+    return images(1, about.block_px(block.rows), about.block_px(block.cols))[0]
+
+
+def naive(classifier: Classifier, about: Frame, block: Block, pixels: np.ndarray) -> np.ndarray:
+    """Predict every window of every tissue tile alone, at the place the heatmap says."""
+    m, side, stride = about.cells_per_tile, about.window_px, about.stride_px
+    found = np.empty((len(block.tissue), m, m), np.float32)
+    for n, index in enumerate(block.tissue):
+        for i in range(m):
+            for j in range(m):
+                centre_x = about.halo_px + index % block.cols * about.tile_px + j * stride + stride // 2
+                centre_y = about.halo_px + index // block.cols * about.tile_px + i * stride + stride // 2
+                x, y = centre_x - side // 2, centre_y - side // 2
+                found[n, i, j] = predict(classifier, pixels[None, y : y + side, x : x + side])[0]
+    return found
+
+
+@pytest.mark.parametrize("backend", ["torch", "openvino", "onnxruntime"])
+def test_windows_equal_a_naive_loop(inception: Classifier, backend: str) -> None:
+    """Tissue tiles of one block, with batches that cross rows and tiles."""
+    about = frame(112, 56)
+    pixels = pixels_of(about)
+    made = scorer.make(inception, PLAIN._replace(stride_px=112, batch=7, backend=backend), threads=1)
+    found = made.score(about, [(BLOCK, pixels)], untimed)
+    assert found.std() > 1e-4
+    np.testing.assert_allclose(found, naive(inception, about, BLOCK, pixels), atol=5e-6)
+
+
+@pytest.mark.parametrize("halo", [104, 112, 200])
+@pytest.mark.parametrize("backend", ["torch", "openvino"])
+def test_dense_equals_windows_wherever_the_region_begins(inception: Classifier, halo: int, backend: str) -> None:
+    """A network without padding: the same scores to rounding, with more halo than it needs as well."""
+    about = frame(16, halo)
+    block = Block(0, 0, 2, 1, (1,))
+    pixels = pixels_of(about, block)
+    choice = PLAIN._replace(stride_px=16, backend=backend, halo_px=halo)
+    expected = scorer.make(inception, choice, threads=1).score(about, [(block, pixels)], untimed)
+    found = scorer.make(inception, choice._replace(engine="dense"), threads=1).score(about, [(block, pixels)], untimed)
+    assert found.shape == (1, 14, 14)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("stride", [8, 32, 112])
+def test_dense_equals_a_naive_loop_at_other_strides(inception: Classifier, stride: int) -> None:
+    """Finer than the network's own 16 px and coarser: the tiles' maps are in their places."""
+    about, block = frame(stride, 112), Block(0, 0, 2, 2, (1, 2))
+    if stride == 8:
+        block = Block(0, 0, 1, 1, (0,))
+    pixels = pixels_of(about, block)
+    choice = PLAIN._replace(engine="dense", stride_px=stride, backend="openvino")
+    found = scorer.make(inception, choice, threads=1).score(about, [(block, pixels)], untimed)
+    np.testing.assert_allclose(found, naive(inception, about, block, pixels), atol=1e-5)
+
+
+def test_sharing_up_to_a_layer_lies_between(googlenet: Classifier) -> None:
+    """GoogLeNet pads: windows that share only a stem are nearer to single windows than those that share everything."""
+    about = frame(56, 84 + 96)
+    block = Block(0, 0, 2, 1, (0, 1))
+    pixels = np.repeat(np.repeat(pixels_of(about, block)[::8, ::8], 8, axis=0), 8, axis=1)[: about.block_px(1)]
+    choice = PLAIN._replace(engine="dense", backend="openvino", context_px=96, exact=False)
+    expected = naive(googlenet, about, block, pixels)
+    apart = {
+        cut: np.abs(
+            scorer.make(googlenet, choice._replace(share_until=cut), threads=1).score(about, [(block, pixels)], untimed)
+            - expected
+        ).mean()
+        for cut in ("", "pool3", "pool1")
+    }
+    assert 0 < apart["pool1"] < apart["pool3"] < apart[""]
+
+
+def test_int8_is_calibrated_and_near(inception: Classifier) -> None:
+    """Quantised on regions of the block itself: near the scores in fp32, and not the same."""
+    about = frame(16, 104)
+    block = Block(0, 0, 3, 2, tuple(range(6)))
+    pixels = pixels_of(about, block)
+    choice = PLAIN._replace(engine="dense", stride_px=16, backend="openvino")
+    data = scorer.quantise(inception, choice, [scorer.sample(about, block, pixels, choice)])
+    expected = scorer.make(inception, choice, threads=1).score(about, [(block, pixels)], untimed)
+    small = scorer.make(inception, choice._replace(precision="int8"), threads=1, quantised=data)
+    found = small.score(about, [(block, pixels)], untimed)
+    assert 0 < np.abs(found - expected).mean() < 0.02
+
+
+def small(input_px: int) -> Classifier:
+    """A network of one convolution that sees windows of 16 px."""
+    torch.manual_seed(1)
+    network = nn.Sequential(
+        nn.Conv2d(3, 4, 5, bias=False), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)
+    )
+    return as_classifier(network, card(16, input_px))
+
+
+def windows(n: int) -> np.ndarray:
+    return np.random.default_rng(5).integers(0, 256, (n, 16, 16, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("input_px", [16, 24], ids=["as they are", "resized"])
+@settings(deadline=None, max_examples=20)
+@given(batch=st.integers(1, 20), n=st.integers(0, 23))
+def test_a_window_scores_the_same_in_any_company(input_px: int, batch: int, n: int) -> None:
+    """With one batch size, the first windows alone have the very bits they have among others."""
+    classifier = small(input_px)
+    made = scorer.make(classifier, PLAIN._replace(batch=batch), threads=1)
+    every = made.run(windows(23), untimed)
+    np.testing.assert_array_equal(made.run(windows(n), untimed), every[:n])
+    np.testing.assert_allclose(every, predict(classifier, windows(23)), atol=1e-6)
+
+
+class _Overflow(nn.Module):
+    """Gives NaN for windows that begin with a black pixel."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        start = x[:, :, 0, 0].sum(dim=1)
+        return torch.stack([start, torch.where(start > -6, start, torch.nan)], dim=1)
+
+
+def test_a_score_that_is_not_finite_is_an_error() -> None:
+    """NaN never becomes a score."""
+    bad = np.full((3, 16, 16, 3), 255, np.uint8)
+    bad[1, 0, 0] = 0
+    made = scorer.make(as_classifier(_Overflow(), card(16, 16)), PLAIN, threads=1)
+    with pytest.raises(InputError, match="no finite probability for window 1 of a batch"):
+        made.run(bad, untimed)
+
+
+def test_what_only_windows_can_do_is_refused(googlenet: Classifier) -> None:
+    """int8 takes the whole network; a layer that is not there is named."""
+    choice = PLAIN._replace(engine="dense", backend="openvino", share_until="pool3", precision="int8")
+    with pytest.raises(InputError, match="not run in int8"):
+        scorer.make(googlenet, choice, threads=1, quantised=b"")
+    with pytest.raises(InputError, match="pool9"):
+        dense.densify(googlenet, 16, share_until="pool9")

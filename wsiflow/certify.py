@@ -1,0 +1,208 @@
+"""The stage ``certify``: what a faster way costs in accuracy, measured on windows of each slide's own tissue.
+
+The published scores of some windows, drawn by the slide's key, are compared with those of the same windows run one by
+one in fp32; where the run uses a lower precision, a block is computed in fp32 as well. What was measured is published;
+whether it is good enough is decided each time it is read.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wsiflow import certificate, plan, publish, reading, store
+from wsiflow.certificate import Comparison, Limits
+from wsiflow.errors import IntegrityError
+from wsiflow.geometry import Frame
+from wsiflow.plan import Plan, SlidePlan, Task
+from wsiflow.provenance import facts
+from wsiflow.scoring import (
+    check_numeric_class,
+    planned_choice,
+    planned_classifier,
+    prediction_name,
+    published,
+    scorer_for,
+)
+from wsiflow.throughput import untimed
+from wsiflow.tiles import Block, window_corners_px
+
+if TYPE_CHECKING:
+    from wsiflow.model.scorer import Dense, Windows
+
+_CERTIFIED_BLOCKS = 8
+
+
+def is_needed(made: Plan) -> bool:
+    """Tell whether the plan's scores are computed in a way that has to be compared with the plain one."""
+    choice = planned_choice(made)
+    plain = choice.engine == "window" and choice.precision == "fp32"
+    return not plain and made.settings["certificate"]["windows"] > 0
+
+
+def certificate_name(planned: SlidePlan) -> str:
+    """Return the name of a slide's certificate, relative to the run's folder."""
+    return f"certificates/{planned.slide_id}.json"
+
+
+class _Sample(NamedTuple):
+    """Windows of a slide that are looked at twice.
+
+    Attributes:
+        blocks: The blocks they lie in, with their pixels.
+        places: For each block, indices of windows among those of its tissue tiles, in the order of the scores.
+        scores: Their published scores, block by block.
+    """
+
+    blocks: list[tuple[Block, NDArray[np.uint8]]]
+    places: list[NDArray[np.int64]]
+    scores: list[NDArray[np.float32]]
+
+
+def certify(source: Path, index: int) -> tuple[publish.Receipt, bool]:
+    """Compare a slide's scores with those of single windows in fp32, and publish ``certificates/<slide>.json``.
+
+    Raises:
+        IntegrityError: The scores differ by more than is allowed; the message names what would pass.
+    """
+    made = plan.read(source)
+    root, planned = source.parent, made.slides[index]
+    receipts = [published(root, made, Task(index, k)) for k in range(1, len(planned.group_ranges) + 1)]
+    name, wanted = certificate_name(planned), made.settings["certificate"]["windows"]
+    key = publish.key_of(slide=planned.key, scores=[found["sha256"] for found in receipts], windows=wanted)
+    receipt, executed = publish.done(root, name, key), False
+    if receipt is None:
+        check_numeric_class(made)
+        with publish.publishing(root, name, key, facts("certificate", planned.slide_id), _is_json) as attempt:
+            with attempt.timed("certify"):
+                found = _measured(made, planned, _sample(root, made, index, wanted))
+            attempt.path.write_text(json.dumps(found, sort_keys=True), encoding="utf-8")
+        receipt, executed = attempt.receipt, True
+    _require(root, made, index, json.loads((root / name).read_text(encoding="utf-8")))
+    return receipt, executed
+
+
+def _is_json(path: Path) -> None:
+    json.loads(path.read_text(encoding="utf-8"))
+
+
+def _sample(root: Path, made: Plan, index: int, wanted: int) -> _Sample:
+    """Draw windows of a slide, a few from each of a few blocks, with their published scores."""
+    planned = made.slides[index]
+    blocks = planned.blocks()
+    chosen = certificate.draw(planned.key, among=len(blocks), wanted=min(_CERTIFIED_BLOCKS, wanted)).tolist()
+    scores = [_block_scores(root, made, index, number).ravel() for number in chosen]
+    seeds = [publish.key_of(slide=planned.key, block=number) for number in chosen]
+    each = -(-wanted // max(1, len(chosen)))
+    places = [certificate.draw(seed, among=len(found), wanted=each) for seed, found in zip(seeds, scores, strict=True)]
+    parts = list(reading.read_planned(root, made, planned, chosen))
+    return _Sample(parts, places, scores)
+
+
+def _block_scores(root: Path, made: Plan, index: int, number: int) -> NDArray[np.float32]:
+    """Return the published scores of a block's tissue tiles, float32 (n, m, m)."""
+    planned = made.slides[index]
+    k, (lo, _) = next((k, span) for k, span in enumerate(planned.group_ranges, 1) if span[0] <= number < span[1])
+    _, prob = store.read_predictions(root / prediction_name(made, Task(index, k)))
+    before = sum(len(block.tissue) for block in planned.blocks()[lo:number])
+    return prob[before : before + len(planned.blocks()[number].tissue)]
+
+
+def _measured(made: Plan, planned: SlidePlan, sample: _Sample) -> dict[str, Any]:
+    """Return the pairs of scores that the certificate compares.
+
+    ``windows``: published scores and those of single windows in fp32. ``precision``: published scores of one block and
+    the same computed in fp32, where the run uses less.
+    """
+    choice, frame = planned_choice(made), planned.frame
+    plain = choice._replace(precision="fp32")
+    published_scores = [found[places] for found, places in zip(sample.scores, sample.places, strict=True)]
+    windows = cast("Windows", scorer_for(planned_classifier(made), plain._replace(engine="window")))
+    expected = windows.run(_cut_windows(frame, sample, context_px=0), untimed)
+    found = {"windows": _pairs(np.concatenate([np.empty(0, np.float32), *published_scores]), expected)}
+    if choice.precision != "fp32" and choice.engine == "dense" and sample.blocks:
+        again = scorer_for(planned_classifier(made), plain).score(frame, sample.blocks[:1], untimed)
+        found["precision"] = _pairs(sample.scores[0], again.ravel())
+    return found
+
+
+def _cut_windows(frame: Frame, sample: _Sample, *, context_px: int) -> Iterator[NDArray[np.uint8]]:
+    """Yield the windows of a sample with so much context around them."""
+    side = frame.window_px + 2 * context_px
+    for (block, pixels), places in zip(sample.blocks, sample.places, strict=True):
+        for x, y in (window_corners_px(frame, block)[places] - context_px).tolist():
+            yield pixels[y : y + side, x : x + side]
+
+
+def _pairs(scores: NDArray[np.float32], expected: NDArray[np.float32]) -> dict[str, list[float]]:
+    return {"scores": scores.tolist(), "expected": expected.tolist()}
+
+
+def comparison(pairs: dict[str, list[float]]) -> Comparison:
+    """Return how far the scores of a certificate lie apart."""
+    return certificate.compare(np.array(pairs["scores"], np.float32), np.array(pairs["expected"], np.float32))
+
+
+def _require(root: Path, made: Plan, index: int, found: dict[str, dict[str, list[float]]]) -> None:
+    """Refuse scores that differ by more than the run allows."""
+    choice, tolerance, slide_id = planned_choice(made), made.work["tolerance"], made.slides[index].slide_id
+    lower = certificate.PRECISION_LIMITS[choice.precision]
+    limits = lower if choice.exact or choice.engine == "window" else Limits(mean_abs_diff=tolerance)
+    path = root / certificate_name(made.slides[index])
+    told = certificate.broken(comparison(found["windows"]), limits)
+    if told:
+        cause = f"{choice.engine} {choice.precision} scores differ from single windows in fp32: {'; '.join(told)}"
+        raise IntegrityError(cause, _what_would_pass(root, made, index), slide=slide_id, path=path)
+    told = certificate.broken(comparison(found["precision"]), lower) if "precision" in found else []
+    if told:
+        cause = f"{choice.precision} scores differ from fp32: {'; '.join(told)}"
+        raise IntegrityError(cause, "set inference.precision=fp32, in another out= folder", slide=slide_id, path=path)
+
+
+def _what_would_pass(root: Path, made: Plan, index: int) -> str:
+    """Return which setting keeps the tolerance on the same windows, found by trying them."""
+    choice, tolerance, planned = planned_choice(made), made.work["tolerance"], made.slides[index]
+    otherwise = "set inference.engine=window, in another out= folder"
+    if choice.exact or choice.engine == "window":
+        return "set inference.precision=fp32, in another out= folder" if choice.precision != "fp32" else otherwise
+    sample = _sample(root, made, index, made.settings["certificate"]["windows"])
+    expected = np.array(_measured(made, planned, sample)["windows"]["expected"], np.float32)
+    for cut in made.work["cuts"]:
+        shared = cast("Dense", scorer_for(planned_classifier(made), choice._replace(share_until=cut, precision="fp32")))
+        regions = _cut_windows(planned.frame, sample, context_px=choice.context_px)
+        scores = np.concatenate([shared.run(pixels, untimed).ravel() for pixels in regions])
+        mean = certificate.compare(scores, expected).mean_abs_diff
+        if mean <= tolerance:
+            return f"set dense.share_until={cut} (mean abs diff {mean:.2g} here), or {otherwise[4:]}"
+    return otherwise
+
+
+def summary(root: Path, made: Plan, slides: Sequence[SlidePlan]) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """Return what the certificates of some slides say.
+
+    Returns:
+        A row for each slide and kind of comparison; and the metrics over all slides, by name: ``dense.mean_abs_diff``,
+        ``p95_abs_diff``, ``max_abs_diff``, ``correlation``, ``flips``, ``n`` of scores against single windows in fp32
+        (``precision.*`` against the same engine in fp32).
+    """
+    if not is_needed(made):
+        return [], {}
+    names = {"windows": "dense" if planned_choice(made).engine == "dense" else "precision", "precision": "precision"}
+    found = {
+        planned.slide_id: json.loads((root / certificate_name(planned)).read_text(encoding="utf-8"))
+        for planned in slides
+    }
+    rows = [
+        {"slide_id": slide_id, "compared": names[kind], **comparison(pairs)._asdict()}
+        for slide_id, kinds in found.items()
+        for kind, pairs in kinds.items()
+    ]
+    metrics: dict[str, float] = {}
+    for kind in sorted({kind for kinds in found.values() for kind in kinds}):
+        parts = [kinds[kind] for kinds in found.values() if kind in kinds]
+        pooled = {side: [score for part in parts for score in part[side]] for side in ("scores", "expected")}
+        metrics |= {f"{names[kind]}.{name}": float(value) for name, value in comparison(pooled)._asdict().items()}
+    return rows, metrics

@@ -1,0 +1,39 @@
+"""How scores are computed, settled once for a run: engine, backend, precision, and where dense maps begin.
+
+Input: what the configuration asks for. Output: one `Choice`, published before the plan and part of every task's key.
+Nothing here imports torch, so a plan can be read without it.
+"""
+
+from typing import Any, Literal, NamedTuple
+
+
+class Choice(NamedTuple):
+    """Everything about inference that can change a number, besides the model.
+
+    Attributes:
+        engine: ``dense`` or ``window``.
+        backend: What runs the network.
+        precision: Number format of the network.
+        batch: Windows per call, where the network is called for windows.
+        stride_px: Distance between windows, reading pixels.
+        share_until: Layer after which each window runs alone; empty: none.
+        context_px: Context beyond the outermost windows of a dense map, reading pixels a side.
+        exact: Dense and window scores are equal to rounding: the network does not pad.
+        halo_px: Context around a block's tiles, reading pixels a side: the windows' reach and ``context_px``.
+        block_cols: Most tile columns of a block.
+    """
+
+    engine: Literal["dense", "window"]
+    backend: str
+    precision: str
+    batch: int
+    stride_px: int
+    share_until: str
+    context_px: int
+    exact: bool
+    halo_px: int
+    block_cols: int
+
+    def numbers(self) -> dict[str, Any]:
+        """Return what changes scores and is not in a slide's frame already."""
+        return {key: value for key, value in self._asdict().items() if key not in {"halo_px", "block_cols"}}

@@ -1,0 +1,236 @@
+"""From blocks of pixels to the scores of their tissue tiles: the network run over whole blocks, or window by window.
+
+Input: blocks with halo, uint8 (rows, cols, 3). Output: float32 (n, m, m), the map of every tissue tile. How it is done
+is a `Choice`; what runs the network is an engine of `wsiflow.model.engines`.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+from wsiflow import geometry
+from wsiflow.errors import InputError
+from wsiflow.geometry import Frame
+from wsiflow.model import dense, engines
+from wsiflow.model.choice import Choice
+from wsiflow.model.classifier import Classifier, not_finite
+from wsiflow.throughput import Timer, untimed
+from wsiflow.tiles import Block, window_corners_px
+
+Blocks = Iterable[tuple[Block, NDArray[np.uint8]]]
+_CALIBRATION_PX = 448  # two tiles a side: enough to see what there is, little enough for quantisation to take seconds
+
+
+class Windows:
+    """The sliding window: every window goes through the classifier on its own, as in the reference system.
+
+    It is the measure the dense engine is compared with: right for any network, and slow, since neighbouring windows
+    share their pixels.
+    """
+
+    def __init__(self, engine: engines.Engine, *, window_px: int, batch: int) -> None:
+        """Take an engine for uint8 (batch, window_px, window_px, 3)."""
+        self._engine, self._window_px, self._batch = engine, window_px, batch
+
+    def score(self, frame: Frame, blocks: Blocks, timed: Timer) -> NDArray[np.float32]:
+        """Return float32 (n, m, m), the scores of the blocks' tissue tiles in order.
+
+        Raises:
+            InputError: A probability is not finite.
+        """
+        m = frame.cells_per_tile
+        return self.run(self._cut(frame, blocks), timed).reshape(-1, m, m)
+
+    def run(self, windows: Iterable[NDArray[np.uint8]], timed: Timer) -> NDArray[np.float32]:
+        """Return float32 (n,), the score of each window, uint8 (window_px, window_px, 3)."""
+        return in_batches(self._engine, windows, self._batch, timed)
+
+    def _cut(self, frame: Frame, blocks: Blocks) -> Iterator[NDArray[np.uint8]]:
+        side = self._window_px
+        for block, pixels in blocks:
+            for x, y in window_corners_px(frame, block).tolist():
+                yield pixels[y : y + side, x : x + side]
+
+
+class Dense:
+    """The network once over a block: every window of it at once."""
+
+    def __init__(self, run_map: Callable[[NDArray[np.uint8], Timer], NDArray[np.float32]], choice: Choice) -> None:
+        """Take what turns a region, uint8 (rows, cols, 3), into its map."""
+        self._run_map, self._choice = run_map, choice
+
+    def score(self, frame: Frame, blocks: Blocks, timed: Timer) -> NDArray[np.float32]:
+        """Return float32 (n, m, m), the scores of the blocks' tissue tiles in order.
+
+        Raises:
+            InputError: A probability is not finite.
+        """
+        m, found = frame.cells_per_tile, []
+        for block, pixels in blocks:
+            scores = self.run(region(frame, block, pixels, self._choice.context_px), timed)
+            tiles = scores.reshape(block.rows, m, block.cols, m).swapaxes(1, 2)
+            found.append(tiles.reshape(-1, m, m)[list(block.tissue)])
+        return np.concatenate(found)
+
+    def run(self, pixels: NDArray[np.uint8], timed: Timer) -> NDArray[np.float32]:
+        """Return the map of a region, float32 (rows, cols); its first window lies ``context_px`` inside the region."""
+        scores = self._run_map(pixels, timed)
+        bad = np.argwhere(~np.isfinite(scores))
+        if bad.size:
+            raise not_finite(f"the window in row {bad[0][0]}, column {bad[0][1]} of a block's map")
+        return scores
+
+
+def region(frame: Frame, block: Block, pixels: NDArray[np.uint8], context_px: int) -> NDArray[np.uint8]:
+    """Return the part of a block's pixels that its windows and their context cover."""
+    before, _ = geometry.window_reach_px(frame.window_px, frame.stride_px, frame.convention)
+    first = frame.halo_px - before - context_px
+    rows, cols = (
+        (tiles * frame.cells_per_tile - 1) * frame.stride_px + frame.window_px + 2 * context_px
+        for tiles in (block.rows, block.cols)
+    )
+    return pixels[first : first + rows, first : first + cols]
+
+
+def in_batches(engine: engines.Engine, items: Iterable[NDArray[Any]], batch: int, timed: Timer) -> NDArray[np.float32]:
+    """Run equal arrays through an engine in batches of one shape, the last one filled up with zeros.
+
+    A score so never depends on how many others there are. One batch is in memory at a time.
+
+    Raises:
+        InputError: A score is not finite.
+    """
+    found, held = [np.empty(0, np.float32)], 0
+    inputs: NDArray[Any] = np.empty(0)
+    for item in items:
+        if not inputs.size:
+            inputs = np.zeros((batch, *item.shape), item.dtype)
+        inputs[held] = item
+        held += 1
+        if held == batch:
+            found.append(_run(engine, inputs, held, timed))
+            held = 0
+    if held:
+        inputs[held:] = 0
+        found.append(_run(engine, inputs, held, timed))
+    return np.concatenate(found)
+
+
+def _run(engine: engines.Engine, inputs: NDArray[Any], held: int, timed: Timer) -> NDArray[np.float32]:
+    with timed("infer"):
+        scores = np.array(engine(inputs)[:held])  # a copy: an engine may use its output again
+    if not np.isfinite(scores).all():
+        raise not_finite(f"window {np.flatnonzero(~np.isfinite(scores))[0]} of a batch")
+    return scores
+
+
+def make(classifier: Classifier, choice: Choice, *, threads: int, quantised: bytes | None = None) -> Windows | Dense:
+    """Return what computes scores as chosen.
+
+    Args:
+        classifier: The classifier.
+        choice: How.
+        threads: Threads of the network.
+        quantised: The calibrated network where the precision is int8.
+
+    Raises:
+        InputError: The network cannot do what is chosen.
+        EnvironmentFault: This machine cannot.
+    """
+    spec = engines.EngineSpec(cast("engines.Backend", choice.backend), cast("engines.Precision", choice.precision))
+
+    def prepared(network: engines.Network) -> engines.Engine:
+        return engines.prepare(network, spec, threads=threads, cache=engines.cache_folder(), quantised=quantised)
+
+    if choice.engine == "window":
+        return Windows(
+            prepared(_window_network(classifier, choice)), window_px=classifier.window_px, batch=choice.batch
+        )
+    if not choice.share_until:
+        engine = prepared(_dense_network(classifier, choice))
+        return Dense(lambda pixels, timed: _timed_run(engine, pixels[None], timed)[0], choice)
+    made = dense.densify(classifier, choice.stride_px, context_px=choice.context_px, share_until=choice.share_until)
+    if choice.precision == "int8" or made.stem is None or made.tail is None or made.crops is None:
+        cause = "a network that windows share only in part is not run in int8"
+        raise InputError(cause, "set inference.precision=fp32 or bf16, or dense.share_until=''")
+    crops, pixels = made.crops, _pixel_network(classifier, made.stem, choice, "stem")
+    stem = prepared(pixels)
+    like = dense.window_crops(stem(pixels.example), crops)[0, 0, :1]
+    example = np.repeat(like, choice.batch, axis=0)
+    tail = prepared(engines.Network(made.tail, _key(classifier, choice, "tail"), example, fixed=True))
+
+    def run_map(pixels: NDArray[np.uint8], timed: Timer) -> NDArray[np.float32]:
+        windows = dense.window_crops(_timed_run(stem, pixels[None], timed), crops)[0]
+        rows, cols = windows.shape[:2]
+        each = (windows[row, col] for row in range(rows) for col in range(cols))
+        return in_batches(tail, each, choice.batch, timed).reshape(rows, cols)
+
+    return Dense(run_map, choice)
+
+
+def probe(classifier: Classifier, choice: Choice, *, threads: int) -> engines.Engine:
+    """Return what runs one region or one batch of equal windows as chosen, for measuring how long it takes.
+
+    The engine takes uint8 (rows, cols, 3): a region, or the window a batch is filled with.
+    """
+    made = make(classifier, choice, threads=threads)
+    if isinstance(made, Dense):
+        return lambda pixels: made.run(pixels, untimed)
+    return lambda pixels: made.run([pixels] * choice.batch, untimed)
+
+
+def quantise(classifier: Classifier, choice: Choice, samples: Sequence[NDArray[np.uint8]]) -> bytes:
+    """Return the network in int8, calibrated on regions or windows, uint8 (n, rows, cols, 3), such as it will see."""
+    network = _window_network if choice.engine == "window" else _dense_network
+    return engines.quantise(network(classifier, choice), samples, cache=engines.cache_folder())
+
+
+def sample(frame: Frame, block: Block, pixels: NDArray[np.uint8], choice: Choice) -> NDArray[np.uint8]:
+    """Return what the network sees of a block, to calibrate it on: uint8 (n, rows, cols, 3).
+
+    A region of at most some 900 px from the block's middle; or a batch of its windows, from all over it.
+    """
+    if choice.engine == "dense":
+        inside = region(frame, block, pixels, choice.context_px)
+        side = min(*inside.shape[:2], frame.window_px + 2 * choice.context_px + _CALIBRATION_PX)
+        first = [(extent - side) // 2 for extent in inside.shape[:2]]
+        return inside[None, first[0] : first[0] + side, first[1] : first[1] + side]
+    corners = window_corners_px(frame, block)
+    chosen = corners[np.linspace(0, len(corners) - 1, choice.batch).astype(int)].tolist()
+    side = frame.window_px
+    return np.stack([pixels[y : y + side, x : x + side] for x, y in chosen])
+
+
+def _window_network(classifier: Classifier, choice: Choice) -> engines.Network:
+    side = classifier.window_px
+    example = np.zeros((choice.batch, side, side, 3), np.uint8)
+    return engines.Network(
+        engines.scores_from_pixels(classifier), _key(classifier, choice, "window"), example, fixed=True
+    )
+
+
+def _dense_network(classifier: Classifier, choice: Choice) -> engines.Network:
+    made = dense.densify(classifier, choice.stride_px, context_px=choice.context_px)
+    assert made.module is not None
+    return _pixel_network(classifier, made.module, choice, "dense")
+
+
+def _pixel_network(classifier: Classifier, body: nn.Module, choice: Choice, part: str) -> engines.Network:
+    """Return a network over regions of any size; the example is large enough for four windows."""
+    side = classifier.window_px + 2 * choice.context_px + choice.stride_px
+    example = np.zeros((1, side, side, 3), np.uint8)
+    module = engines.scores_from_pixels(classifier, body)
+    return engines.Network(module, _key(classifier, choice, part), example, fixed=False)
+
+
+def _key(classifier: Classifier, choice: Choice, part: str) -> str:
+    """Return what tells converted networks apart."""
+    return f"{classifier.identity} {part} {choice.stride_px} {choice.context_px} {choice.share_until}"
+
+
+def _timed_run(engine: engines.Engine, inputs: NDArray[Any], timed: Timer) -> NDArray[np.float32]:
+    with timed("infer"):
+        return engine(inputs)

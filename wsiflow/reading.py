@@ -1,0 +1,162 @@
+"""From a planned slide to the pixels the network sees: read from the slide or the store, colours normalised.
+
+Everything that needs a block's pixels (prediction, its certificate, calibration) gets them here, so all of them see the
+same.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wsiflow import geometry, ingest, slide, stain, store
+from wsiflow.errors import IntegrityError
+from wsiflow.geometry import Frame
+from wsiflow.plan import Plan, SlidePlan
+from wsiflow.throughput import Timer, untimed
+from wsiflow.tiles import Block
+
+
+def open_planned(root: Path, planned: SlidePlan) -> slide.Slide:
+    """Open a planned slide, unless it is no longer the one that was planned.
+
+    Raises:
+        InputError: Its content has changed, or it cannot be opened.
+    """
+    path = Path(planned.path)
+    ingest.check_unchanged(root, planned.slide_id, path)
+    return slide.open_slide(path, slide_id=planned.slide_id)
+
+
+def block_size_px(frame: Frame, block: Block) -> tuple[int, int]:
+    """Return rows and columns of a block with halo, reading pixels."""
+    return frame.block_px(block.rows), frame.block_px(block.cols)
+
+
+def block_coord(frame: Frame, blocks: Sequence[Block]) -> NDArray[np.int64]:
+    """Return int64 (n, 5): first tile's column and row, level-0 x and y of the first pixel, width in level-0 px."""
+    rows = []
+    for block in blocks:
+        x, y = geometry.patch_origin_px(frame, block.t_col, block.t_row)
+        width = round(frame.block_px(block.cols) * frame.l0_per_px)
+        rows.append((block.t_col, block.t_row, round(x * frame.l0_per_px), round(y * frame.l0_per_px), width))
+    return np.array(rows, dtype=np.int64).reshape(-1, 5)
+
+
+def read_slide(opened: slide.Slide, frame: Frame, blocks: Sequence[Block]) -> Iterator[store.Pixels]:
+    """Read blocks with their halo from a slide, one at a time."""
+    for block in blocks:
+        origin = geometry.patch_origin_px(frame, block.t_col, block.t_row)
+        rows, cols = block_size_px(frame, block)
+        region = opened.read_scaled(*origin, (cols, rows), l0_per_px=frame.l0_per_px)
+        yield region.rgb, region.transparent
+
+
+class Colours:
+    """How the colours of a slide's blocks are normalised, and which blocks could not be."""
+
+    def __init__(self, root: Path, made: Plan, planned: SlidePlan) -> None:
+        """Read the slide's fit, where the run has one."""
+        self.params = stain_params(made)
+        self.failures: list[tuple[int, int, str]] = []
+        self._fit = None
+        if fits_slides(self.params):
+            found = json.loads((root / fit_name(planned)).read_text(encoding="utf-8"))
+            self._fit = stain.read_fit(found["fit"]) if found["fit"] else None
+
+    def normalised(self, frame: Frame, block: Block, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """Return a block in the colours of the template; by policy unchanged where that fails, which is noted.
+
+        Raises:
+            InputError: It fails and the policy is to stop.
+        """
+        outcome = stain.normalise_block(pixels, self._fit, self.params)
+        if outcome.failure and self.params.per_patch:  # a slide without a fit is noted once, with its fit
+            x, y = (round(tile * frame.tile_px * frame.l0_per_px) for tile in (block.t_col, block.t_row))
+            self.failures.append((x, y, outcome.failure))
+        return outcome.rgb
+
+
+def stain_params(made: Plan) -> stain.StainParams:
+    """Return how the plan normalises colours."""
+    return stain.StainParams.model_validate(made.settings["predict"]["stain"])
+
+
+def fits_slides(params: stain.StainParams) -> bool:
+    """Tell whether colours are fitted once per slide."""
+    return params.method != "none" and not params.per_patch
+
+
+def fit_name(planned: SlidePlan) -> str:
+    """Return the name of a slide's stain fit, relative to the run's folder."""
+    return f"stain/{planned.slide_id}.json"
+
+
+def tissue_sample(root: Path, planned: SlidePlan, params: stain.StainParams) -> NDArray[np.uint8]:
+    """Return pixels of tissue tiles from all over a slide, uint8 (n, 3)."""
+    cells = [(first + i, row) for row, first, length in planned.tile_runs for i in range(length)]
+    side = planned.frame.tile_px
+    with open_planned(root, planned) as opened:
+        found = [
+            opened.read_scaled(col * side, row * side, (side, side), l0_per_px=planned.frame.l0_per_px).rgb
+            for col, row in (cells[i] for i in stain.spread(len(cells), params.sample_tiles).tolist())
+        ]
+    return stain.sample(np.stack(found), None, params)
+
+
+def read_planned(
+    root: Path,
+    made: Plan,
+    planned: SlidePlan,
+    wanted: Sequence[int],
+    timed: Timer = untimed,
+    colours: Colours | None = None,
+) -> Iterator[tuple[Block, NDArray[np.uint8]]]:
+    """Yield blocks of a slide with the pixels the network is to see.
+
+    Args:
+        root: The run's folder.
+        made: The plan.
+        planned: The slide.
+        wanted: Indices of blocks among the slide's, rising.
+        timed: Counts the seconds of the steps ``read`` and ``stain``.
+        colours: The slide's colours, for a caller that wants to know what failed.
+
+    Yields:
+        The block and uint8 (rows, cols, 3).
+
+    Raises:
+        InputError: The slide has changed or cannot be read, or its colours cannot be normalised.
+        IntegrityError: The store is damaged.
+    """
+    blocks, colours = planned.blocks(), colours or Colours(root, made, planned)
+    parts = _raw(root, made, planned, wanted)
+    for index in wanted:
+        with timed("read"):
+            pixels = next(parts)
+        with timed("stain"):
+            pixels = colours.normalised(planned.frame, blocks[index], pixels)
+        yield blocks[index], pixels
+
+
+def _raw(root: Path, made: Plan, planned: SlidePlan, wanted: Sequence[int]) -> Iterator[NDArray[np.uint8]]:
+    """Yield the pixels of blocks as they were read."""
+    if made.work["store"]["kind"] == "none":
+        with open_planned(root, planned) as opened:
+            blocks = planned.blocks()
+            for pixels, _ in read_slide(opened, planned.frame, [blocks[index] for index in wanted]):
+                yield pixels
+        return
+    path = root / f"patches/{planned.slide_id}.h5"
+    with store.open_patches(path) as file:
+        for k, (lo, hi) in enumerate(planned.group_ranges, 1):
+            inside = [index - lo for index in wanted if lo <= index < hi]
+            if not inside:
+                continue
+            group = store.patch_group(file, k)
+            if not np.array_equal(group.coord, block_coord(planned.frame, planned.group(k))):
+                raise IntegrityError(f"group t{k} holds other blocks than planned", "delete it, run again", path=path)
+            for index in inside:
+                yield group.block(index)

@@ -1,0 +1,198 @@
+"""The stages that compute scores: how, once for a run (``choose``, ``calibrate``), and a group's (``predict``).
+
+Every stage has the form of `wsiflow.steps`. torch is imported where a stage needs it, in a worker whose threads are
+limited.
+"""
+
+import json
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wsiflow import certificate, ingest, plan, publish, reading, store
+from wsiflow.errors import EnvironmentFault, InputError, IntegrityError
+from wsiflow.geometry import Frame
+from wsiflow.model import card
+from wsiflow.model.choice import Choice
+from wsiflow.plan import Plan, Task
+from wsiflow.provenance import facts, numeric_class, thread_count
+
+if TYPE_CHECKING:
+    from wsiflow.model.classifier import Classifier
+    from wsiflow.model.scorer import Dense, Windows
+
+_CALIBRATION_BLOCKS = 16
+
+
+def choose(source: Path, _index: int) -> tuple[publish.Receipt, bool]:
+    """Settle how the run computes scores, and publish it as ``engine/<key>.json``."""
+    from wsiflow import settle
+
+    config, _ = ingest.read_cases(source)
+    root, name, key = source.parent, ingest.choice_name(config), ingest.choice_key(config)
+    done = publish.done(root, name, key)
+    if done is not None:
+        return done, False
+    settled = settle.settle(_classifier(config.model), config, threads=thread_count())
+    data = json.dumps(settled, indent=1, sort_keys=True).encode()
+    return publish.publish_bytes(root, name, data, key, facts("choice", "")), True
+
+
+def predict(source: Path, index: int) -> tuple[publish.Receipt, bool]:
+    """Predict one group and publish ``predictions/<slide>/t<k>.h5``."""
+    made = plan.read(source)
+    root, task = source.parent, made.tasks[index]
+    planned = made.slides[task.slide]
+    name, key = prediction_name(made, task), plan.task_key(made, task)
+    done = publish.done(root, name, key)
+    if done is not None:
+        return done, False
+    check_numeric_class(made)
+    score = _scorer(root, made)
+    blocks, frame = planned.group(task.group), planned.frame
+    coord = tile_coord(frame, [cell for block in blocks for cell in block.cells()])
+    receipt_facts = facts("prediction", planned.slide_id, group=task.group)
+
+    def verify(path: Path) -> None:
+        written, prob = store.read_predictions(path)
+        if not np.array_equal(written, coord) or prob.shape[1:] != (frame.cells_per_tile,) * 2:
+            raise IntegrityError("the scores do not belong to the planned tiles", "report this", path=path)
+
+    described = {
+        "slide_id": planned.slide_id,
+        "slide_sha256": planned.sha256,
+        "model": made.settings["predict"]["model"],
+        "key": key,
+        "versions": receipt_facts["versions"],
+    }
+    with publish.publishing(root, name, key, receipt_facts, verify) as attempt:
+        wanted, colours = range(*planned.group_ranges[task.group - 1]), reading.Colours(root, made, planned)
+        parts = reading.read_planned(root, made, planned, wanted, attempt.timed, colours)
+        prob = score.score(frame, parts, attempt.timed)
+        attempt.receipt["stain_failures"] = colours.failures
+        publish.require_space(root, prob.nbytes + coord.nbytes)
+        with attempt.timed("write"):
+            store.write_predictions(attempt.path, frame, coord, prob, described)
+        attempt.receipt["counts"] = {"blocks": len(blocks), "tiles": len(coord), "windows": int(prob.size)}
+    return attempt.receipt, True
+
+
+def check_numeric_class(made: Plan) -> None:
+    """Refuse to compute scores here under the key of another kind of machine.
+
+    Raises:
+        EnvironmentFault: Processor, library or threads would give other last bits than the plan says.
+    """
+    planned = made.settings["predict"]["numeric_class"]
+    here = numeric_class()
+    differing = [
+        f"{name} is {here[name]!r}, planned {planned.get(name)!r}" for name in here if here[name] != planned.get(name)
+    ]
+    if differing:
+        remedy = "run on the kind of machine the run was planned on, or choose another out= folder"
+        raise EnvironmentFault(f"this machine gives other last bits: {'; '.join(differing)}", remedy, stage="predict")
+
+
+def prediction_name(made: Plan, task: Task) -> str:
+    """Return the name of a task's file, relative to the run's folder."""
+    return f"predictions/{made.slides[task.slide].slide_id}/t{task.group}.h5"
+
+
+def published(root: Path, made: Plan, task: Task) -> publish.Receipt:
+    """Return the receipt of a group's scores.
+
+    Raises:
+        IntegrityError: The group is not published.
+    """
+    name = prediction_name(made, task)
+    receipt = publish.done(root, name, plan.task_key(made, task))
+    if receipt is None:
+        slide_id = made.slides[task.slide].slide_id
+        raise IntegrityError("the group was not predicted", "run again", slide=slide_id, path=root / name)
+    return receipt
+
+
+def tile_coord(frame: Frame, cells: Sequence[tuple[int, int]]) -> NDArray[np.int64]:
+    """Return int64 (n, 5): column, row, level-0 x and y of the tile's corner, its side in level-0 px."""
+    side = frame.tile_px * frame.l0_per_px
+    return np.array([(c, r, round(c * side), round(r * side), round(side)) for c, r in cells], dtype=np.int64).reshape(
+        -1, 5
+    )
+
+
+@lru_cache(maxsize=1)
+def _classifier(spec: card.ModelSpec) -> "Classifier":
+    """Load the model once per process; torch is imported here so that a worker's threads are limited before."""
+    from wsiflow.model.classifier import load
+
+    return load(spec)
+
+
+def planned_classifier(made: Plan) -> "Classifier":
+    """Return the plan's classifier.
+
+    Raises:
+        IntegrityError: Card or weights are no longer what was planned.
+    """
+    model = _classifier(card.ModelSpec.model_validate(made.work["model"]))
+    if model.identity != made.settings["predict"]["model"]:
+        cause = "the model is another than when the run was planned"
+        raise IntegrityError(
+            cause, "restore card and weights, or choose another out= folder", path=made.work["model"]["card"]
+        )
+    return model
+
+
+def planned_choice(made: Plan) -> Choice:
+    """Return how the plan's scores are computed."""
+    return Choice(**made.work["choice"])
+
+
+def _scorer(root: Path, made: Plan) -> "Windows | Dense":
+    """Return what computes the plan's scores; prepared once per process."""
+    model, choice = planned_classifier(made), planned_choice(made)
+    return scorer_for(model, choice, root / _quantised_name(made) if choice.precision == "int8" else None)
+
+
+@lru_cache(maxsize=4)
+def scorer_for(model: "Classifier", choice: Choice, quantised: Path | None = None) -> "Windows | Dense":
+    """Return what computes scores as chosen, prepared once per process; ``quantised`` is the network in int8."""
+    from wsiflow.model import scorer
+
+    data = None if quantised is None else quantised.read_bytes()
+    return scorer.make(model, choice, threads=thread_count(), quantised=data)
+
+
+def _quantised_name(made: Plan) -> str:
+    return f"engine/int8-{publish.key_of(predict=made.settings['predict'])[:12]}.zip"
+
+
+def calibrate(source: Path, _index: int) -> tuple[publish.Receipt, bool]:
+    """Quantise the network on blocks of the run's own tissue, and publish it as ``engine/int8-<key>.zip``.
+
+    The blocks come from as many slides as there are, drawn by the slides' keys.
+    """
+    from wsiflow.model import scorer
+
+    made = plan.read(source)
+    root, name = source.parent, _quantised_name(made)
+    key = publish.key_of(predict=made.settings["predict"])
+    done = publish.done(root, name, key)
+    if done is not None:
+        return done, False
+    check_numeric_class(made)
+    model, choice = planned_classifier(made), planned_choice(made)
+    each = -(-_CALIBRATION_BLOCKS // max(1, len(made.slides)))
+    samples: list[NDArray[np.uint8]] = []
+    for planned in made.slides[:_CALIBRATION_BLOCKS]:
+        wanted = certificate.draw(planned.key, among=len(planned.blocks()), wanted=each).tolist()
+        for block, pixels in reading.read_planned(root, made, planned, wanted):
+            samples.append(scorer.sample(planned.frame, block, pixels, choice))
+    if not samples:
+        raise InputError("there is no tissue to calibrate int8 on", "set inference.precision=fp32")
+    data = scorer.quantise(model, choice, samples)
+    return publish.publish_bytes(root, name, data, key, facts("calibration", "")), True

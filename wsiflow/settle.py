@@ -1,0 +1,162 @@
+"""How a run computes scores, settled once: engine, backend, precision, halo and the largest block.
+
+Input: the classifier and the configuration. Output: a `Choice` and the reasons. What depends on the network (can it run
+over whole blocks, how much context and memory does it need) is computed from its graph; what depends on the machine is
+measured, and only where the configuration says ``auto``.
+"""
+
+import itertools
+import math
+from typing import Any
+
+import numpy as np
+
+from wsiflow import geometry
+from wsiflow.config import RunConfig
+from wsiflow.errors import InputError
+from wsiflow.model import dense, engines, scorer
+from wsiflow.model.choice import Choice
+from wsiflow.model.classifier import Classifier
+from wsiflow.model.facts import DenseFacts
+
+_MICRO_BENCHMARK_S = 2.0
+# What allocators, scratch memory and the pixels themselves add to the activations that the graph counts (measured).
+_MEMORY_FACTOR = 1.5
+_MOST_COLS = 16  # longer strips save hardly any halo, and a group should hold several
+_WINDOW_BYTES_PX = 200.0  # windows hold only pixels; reading more at once would gain nothing
+
+
+def settle(classifier: Classifier, config: RunConfig, *, threads: int) -> dict[str, Any]:
+    """Return the choice, the reasons, what was measured, and the names ``dense.share_until`` may have.
+
+    Raises:
+        InputError: The configuration asks for what this network cannot do.
+        EnvironmentFault: It asks for what this machine cannot do.
+    """
+    facts, told = _graph(classifier, config)
+    choice = _planned(classifier, config, facts)
+    wanted = [
+        choice._replace(backend=backend, precision=precision)
+        for backend, precision in itertools.product(_backends(classifier, config), _precisions(config))
+        if precision in engines.PRECISIONS[backend]
+    ]
+    if not wanted:
+        cause = (
+            f"{config.inference.precision} is not a precision of backend {' or '.join(_backends(classifier, config))}"
+        )
+        remedy = "set inference.precision=fp32 or inference.backend=openvino"
+        raise InputError(cause, remedy, stage="configuration")
+    measured = _measure(classifier, wanted, config, threads=threads) if len(wanted) > 1 else {}
+    chosen = min(wanted, key=lambda each: measured.get(_name(each), 0.0))
+    return {
+        "choice": chosen._asdict(),
+        "told": told,
+        "measured_s": measured,
+        "bf16": engines.cpu_supports_bf16(),
+        "cuts": [cut.name for cut in facts.cuts] if facts else [],
+    }
+
+
+def _graph(classifier: Classifier, config: RunConfig) -> tuple[DenseFacts | None, str]:
+    """Return what the network's graph says about running it over blocks, or None and why windows are run instead."""
+    if config.inference.engine == "window":
+        return None, "windows are run one by one, as asked"
+    try:
+        facts = dense.describe(classifier, config.inference.stride)
+    except InputError as error:
+        return None, f"windows are run one by one: {error.cause}"
+    windows_per_px = 1 / config.inference.stride**2
+    if facts.window_macs * windows_per_px <= facts.dense_macs_px:
+        return None, f"windows are run one by one: at stride {config.inference.stride} they share too little"
+    return facts, f"blocks are run whole, a score every {facts.grid_px} px"
+
+
+def _planned(classifier: Classifier, config: RunConfig, facts: DenseFacts | None) -> Choice:
+    """Return the choice as far as no machine is concerned."""
+    asked, params = config.inference, config.tiles
+    reach = max(geometry.window_reach_px(classifier.window_px, asked.stride, config.geometry.convention))
+    context = _context_px(config, facts, reach)
+    halo = reach + context if params.halo_px == "auto" else params.halo_px
+    return Choice(
+        engine="dense" if facts else "window",
+        backend="",
+        precision="",
+        batch=asked.batch,
+        stride_px=asked.stride,
+        share_until=_cut(config, facts),
+        context_px=context,
+        exact=facts is None or not facts.padded,
+        halo_px=halo,
+        block_cols=_block_cols(config, facts, halo) if params.block_cols == "auto" else params.block_cols,
+    )
+
+
+def _context_px(config: RunConfig, facts: DenseFacts | None, reach: int) -> int:
+    """Return the context beyond the outermost windows: a multiple of the map's spacing, and none that cannot matter."""
+    if facts is None:
+        return 0
+    seen = max(facts.overhang_px)
+    wanted = seen if config.dense.halo == "exact" else min(seen, config.dense.halo)
+    wanted = -(-wanted // facts.grid_px) * facts.grid_px
+    if config.tiles.halo_px == "auto":
+        return wanted
+    return min(wanted, (config.tiles.halo_px - reach) // facts.grid_px * facts.grid_px)
+
+
+def _cut(config: RunConfig, facts: DenseFacts | None) -> str:
+    """Return the layer up to which windows share their features, if there is such a layer."""
+    wanted = config.dense.share_until
+    if facts is None or not wanted:
+        return ""
+    names = [cut.name for cut in facts.cuts]
+    if wanted not in names:
+        raise InputError(
+            f"dense.share_until is {wanted!r}, the network can be cut after {names}",
+            "name one of them, or leave it empty",
+            stage="configuration",
+        )
+    return wanted
+
+
+def _block_cols(config: RunConfig, facts: DenseFacts | None, halo_px: int) -> int:
+    """Return how many tile columns fit into the memory a worker's network may take."""
+    rows_px = config.tiles.block_rows * config.tiles.tile_px + 2 * halo_px
+    bytes_px = _MEMORY_FACTOR * facts.activation_bytes_px if facts else _WINDOW_BYTES_PX
+    cols_px = config.tiles.memory_mb * 1e6 / (rows_px * bytes_px)
+    fitting = math.floor((cols_px - 2 * halo_px) / config.tiles.tile_px)
+    return max(1, min(fitting, _MOST_COLS))
+
+
+def _backends(classifier: Classifier, config: RunConfig) -> list[str]:
+    """Return the backends to choose from."""
+    if not engines.converts(classifier):
+        return ["torch"]
+    asked = config.inference.backend
+    return [asked] if asked != "auto" else [name for name in engines.available() if name != "torch"]
+
+
+def _precisions(config: RunConfig) -> list[str]:
+    """Return the precisions to choose from."""
+    asked = config.inference.precision
+    if asked != "auto":
+        return [asked]
+    return ["fp32", "bf16"] if engines.cpu_supports_bf16() else ["fp32"]
+
+
+def _name(choice: Choice) -> str:
+    return f"{choice.backend} {choice.precision}"
+
+
+def _measure(classifier: Classifier, wanted: list[Choice], config: RunConfig, *, threads: int) -> dict[str, float]:
+    """Return median seconds by backend and precision, on the shape that will run most, the candidates taking turns."""
+    rows, cols = config.tiles.block_rows, min(wanted[0].block_cols, config.tiles.block_rows)
+    tile_px, halo_px = config.tiles.tile_px, wanted[0].halo_px
+    shape = (rows * tile_px + 2 * halo_px, cols * tile_px + 2 * halo_px, 3)
+    if wanted[0].engine == "window":
+        shape = (classifier.window_px, classifier.window_px, 3)
+    pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    return engines.choose(
+        {_name(choice): scorer.probe(classifier, choice, threads=threads) for choice in wanted},
+        pixels,
+        seconds=_MICRO_BENCHMARK_S,
+    )
