@@ -9,7 +9,7 @@ relies on it: whoever reads compares `TileFile.probes` with OpenSlide first.
 Whatever is unusual is declined, never guessed: a missing tile, a tile whose data end too early, a tile whose header is
 not that of a plain baseline JPEG. The caller lets OpenSlide decide what such a tile shows.
 
-Tiles are not kept: of strips with their halo, one tile is decoded about 1.5 times.
+Tiles are not kept: of strips with their halo, a tile is decoded 1.3 times.
 """
 
 import os
