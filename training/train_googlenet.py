@@ -3,7 +3,7 @@
     python training/train_googlenet.py --data ../shared/data --out somewhere --seed 0
 
 Output: `googlenet.safetensors` and `googlenet.json`; they do not ship. One process, some eight minutes on one core that
-has bfloat16. What comes out tells tumour from normal well enough to measure how engines differ, and no more than that.
+has bfloat16. What comes out has learned enough to measure how engines differ, and no more than that.
 """
 
 import torch
