@@ -77,10 +77,9 @@ def dense_facts(network: Sequence[Layer], stride: int) -> DenseFacts:
     """
     grid_px = _grid(network, stride)
     last, window_macs = network[-1], sum(layer.window_macs for layer in network)
-    side = network[0].side[0]
     padded = any(span.last <= span.first for span in last.spans)
     before = max(0, *(-span.begin_px for span in last.spans))
-    after = max(0, *(span.end_px - side for span in last.spans))
+    after = max(0, *(span.end_px for span in last.spans))
     return DenseFacts(
         grid_px,
         last.spacing_px,

@@ -80,6 +80,17 @@ def read(
         raise refused(f"it is called in a way that is not known: {error}") from error
 
 
+def check(node: fx.Node, module: nn.Module | None) -> None:
+    """Refuse what is known not to be local, before shapes are asked for.
+
+    Raises:
+        InputError: The layer is attention or normalises over the map; the cause does not name it.
+    """
+    target = node.target if module is None else type(module)
+    if node.op.startswith("call") and _reason(target) != _UNKNOWN:
+        raise refused(_reason(target))
+
+
 def refused(reason: str) -> InputError:
     """Return the error of a layer that cannot be part of a map."""
     return InputError(reason, "set inference.engine=window, which runs any network")
@@ -87,7 +98,7 @@ def refused(reason: str) -> InputError:
 
 def _reason(target: Any) -> str:
     """Return why a module type, function or method is refused."""
-    return next((reason for reason, targets in _REFUSED.items() if target in targets), _UNKNOWN)
+    return next((reason for reason, known in _REFUSED.items() if target in known), _UNKNOWN)
 
 
 def _pair(value: Any) -> Pair:
@@ -155,9 +166,9 @@ def _mean_pool(
 def _adaptive(kind: Literal["max", "mean"]) -> Callable[..., Op]:
     def read_adaptive(out: torch.Tensor, x: torch.Tensor, _output_size: Any, return_indices: bool = False) -> Op:  # noqa: FBT001, FBT002
         if out.shape == x.shape:
-            return EACH
+            return FLAT
         if return_indices or tuple(out.shape[2:]) != (1, 1):
-            raise refused("it pools to a fixed number of places, which is 1 x 1 or the whole map otherwise")
+            raise refused("it pools to a fixed number of places, not to one")
         return Op(kind, _pair(x.shape[2:]))
 
     return read_adaptive

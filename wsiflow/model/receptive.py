@@ -3,13 +3,13 @@
 Input: a classifier. Output: its layers in order, each with the map it gives of one window. Only shapes are computed, on
 PyTorch's meta device: nothing of a map's size is allocated.
 
-A network is followed along one window, whose top-left pixel is 0. Element i of a map sees the pixels from
-``begin_px + i * spacing_px`` to ``end_px + i * spacing_px``. Pairs are (rows, cols).
+A network is followed along one window. Pairs are (rows, cols).
 """
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -29,10 +29,13 @@ _BATCH = 2  # more than one, so that a flattened batch is not taken for a flatte
 class Span(NamedTuple):
     """One axis of a window's map.
 
+    Where there is no padding behind cropping, `begin_px` and `end_px` are the receptive field of element 0; that of
+    element i lies ``i * spacing_px`` further on. A region that contains it gives the element as any larger one does.
+
     Attributes:
         side: Elements.
-        begin_px: First pixel that element 0 sees.
-        end_px: One past the last pixel that element 0 sees.
+        begin_px: Where a region may begin at the latest, from the window's begin.
+        end_px: Where a region may end at the earliest, from the window's end.
         first: First element that sees no padding.
         last: One past the last such element; at most `first` where there is none.
     """
@@ -91,6 +94,9 @@ def follow(classifier: Classifier) -> tuple[fx.GraphModule, list[Layer]]:
         InputError: The network cannot run over whole regions; the layer and the reason are named.
     """
     traced = _traced(classifier)
+    for node in traced.graph.nodes:
+        with _named_errors(traced, node):
+            layers.check(node, _module(traced, node))
     values = _values(traced, classifier.window_px)
     side = classifier.window_px
     found: dict[fx.Node, Layer] = {}
@@ -98,7 +104,7 @@ def follow(classifier: Classifier) -> tuple[fx.GraphModule, list[Layer]]:
         if node.op == "output":
             return traced, _named(_ended(found, node, len(classifier.class_names)))
         if node.op == "placeholder" and not found:
-            span = Span(side, 0, 1, 0, side)
+            span = Span(side, 0, 1 - side, 0, side)
             found[node] = Layer(node, (), layers.EACH, (), 3, (span, span), 1)
         elif isinstance(values[node], torch.Tensor) and node.op != "get_attr":
             found[node] = _layer(traced, node, values, found)
@@ -139,8 +145,9 @@ def _values(traced: fx.GraphModule, side: int) -> dict[fx.Node, Any]:
     shapes = _Shapes(copy.deepcopy(traced).to("meta"))
     try:
         shapes.run(torch.empty((_BATCH, 3, side, side), device="meta"))
-    except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
-        raise refused(f"the shapes of the model depend on its pixels: {str(error).splitlines()[0][:200]}") from error
+    except _TRACING as error:
+        reason = str(error).splitlines()[0][:200]
+        raise refused(f"the model does not run on the shapes of a window of {side} px alone: {reason}") from error
     values = {node.name: value for node, value in shapes.values.items()}
     return {node: values[node.name] for node in traced.graph.nodes}
 
@@ -153,17 +160,29 @@ def _maps(node: fx.Node, found: dict[fx.Node, Layer]) -> tuple[fx.Node, ...]:
 def _layer(traced: fx.GraphModule, node: fx.Node, values: dict[fx.Node, Any], found: dict[fx.Node, Layer]) -> Layer:
     """Return the layer of a call."""
     out, inputs = values[node], tuple(found[other] for other in _maps(node, found))
-    module = traced.get_submodule(str(node.target)) if node.op == "call_module" else None
+    module = _module(traced, node)
     args = fx.node.map_arg(node.args, values.__getitem__)
     kwargs = fx.node.map_arg(node.kwargs, values.__getitem__)
-    try:
+    with _named_errors(traced, node):
         if not inputs:
             raise refused("it makes a map that depends on the size of the window alone")
         op = layers.read(node, module, args, kwargs, out)
         _check_inputs(op, node, inputs, values, module)
         return _moved(node, op, inputs, out, module)
+
+
+def _module(traced: fx.GraphModule, node: fx.Node) -> nn.Module | None:
+    """Return the module a node calls, if it calls one."""
+    return traced.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
+@contextmanager
+def _named_errors(traced: fx.GraphModule, node: fx.Node) -> Iterator[None]:
+    """Name the layer in what is refused inside."""
+    try:
+        yield
     except InputError as error:
-        raise about(node, error, module) from error
+        raise about(node, error, _module(traced, node)) from error
 
 
 def about(node: fx.Node, error: InputError, module: nn.Module | None = None) -> InputError:
@@ -265,10 +284,11 @@ def _union(spans: Sequence[Span]) -> Span:
 def _slid(span: Span, spacing_px: int, side: int, reach: int, before: int, stride: int) -> Span:
     """Return the span after a kernel of `reach` elements slid over it."""
     shift = before * spacing_px
+    # What the kernel covers has to see pixels, and has to exist: cropping removes it at the border of any region.
     return Span(
         side,
-        span.begin_px - shift,
-        span.end_px - shift + (reach - 1) * spacing_px,
+        min(span.begin_px, 0) - shift,
+        max(span.end_px - spacing_px, -span.side * spacing_px) + reach * spacing_px - shift,
         max(0, -(-(span.first + before) // stride)),
         min(side, (span.last - reach + before) // stride + 1),
     )
