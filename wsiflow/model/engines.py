@@ -342,8 +342,10 @@ def _packed(model: Any) -> bytes:
     """Return an OpenVINO model as one string of bytes, the same for the same graph."""
     import openvino
 
+    # Instead of names with numbers that depend on what the process did before.
+    model.set_friendly_name("network")
     for number, op in enumerate(model.get_ordered_ops()):
-        op.set_friendly_name(f"op{number}")  # instead of numbers that depend on what the process did before
+        op.set_friendly_name(f"op{number}")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.xml"
         openvino.save_model(model, path, compress_to_fp16=False)
