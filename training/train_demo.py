@@ -2,7 +2,7 @@
 
     python training/train_demo.py --data ../shared/data --out wsiflow/model/weights --seed 0
 
-Output: `demo.safetensors` and `demo.json`. One process, some ten minutes on one core.
+Output: `demo.safetensors` and `demo.json`. One process, about a quarter of an hour on one core.
 """
 
 import math
