@@ -689,5 +689,7 @@ def test_a_conversion_that_gives_other_scores_is_refused(monkeypatch: pytest.Mon
     network = classifier(ending(nn.InstanceNorm2d(8, affine=True)), 32)
     monkeypatch.setattr(layers, "_REFUSED", {})
     monkeypatch.setitem(layers._MODULES, nn.InstanceNorm2d, lambda *_: layers.EACH)
-    with pytest.raises(InputError, match=r"other scores than over its windows: .* apart; set inference.engine=window"):
+    with pytest.raises(
+        InputError, match=r"other scores than over its windows: .* in logits; set inference.engine=window"
+    ):
         densify(network, 8)

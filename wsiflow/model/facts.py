@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 from torch import fx
 
-from wsiflow.model import layers
 from wsiflow.model.layers import refused
 from wsiflow.model.maps import Pair
 from wsiflow.model.receptive import Layer, about
@@ -108,8 +107,10 @@ def paces(network: Sequence[Layer], grid_px: int) -> dict[fx.Node, Pace]:
         if len(factors) > 1:
             raise about(layer.node, refused("maps of different strides meet in it"))
         (before,) = factors
-        room = grid_px // spacings[layer.inputs[0]] if layer.inputs and not before else 1
-        stride = math.gcd(layer.stride, room) if room else 1
+        spacing_px = spacings[layer.inputs[0]] if layer.inputs else grid_px
+        # Phases hold every n-th place already; only a map that is in one piece and on the grid can be thinned out.
+        whole = not before and grid_px % spacing_px == 0
+        stride = math.gcd(layer.stride, grid_px // spacing_px) if whole else 1
         split = layer.stride // stride
         found[layer.node] = Pace(stride, (*before, split) if split > 1 else before)
     return found
@@ -121,7 +122,7 @@ def cuts(network: Sequence[Layer]) -> Iterator[tuple[Layer, float]]:
     total, done, live = sum(layer.window_macs for layer in network), 0, 0
     for place, layer in enumerate(network):
         done += layer.window_macs
-        if live <= place and layer.names and min(layer.side) > 1 and 0 < done < total and layer.op is not layers.FLAT:
+        if live <= place and layer.names and min(layer.side) > 1 and 0 < done < total and layer.op.kind != "flat":
             yield layer, done / total
         live = max(live, last_use[layer.node])
 

@@ -68,10 +68,10 @@ def read(
         InputError: It is not local or not known; the cause does not name the layer.
     """
     if module is not None:
-        reader = next((_MODULES[kind] for kind in type(module).__mro__ if kind in _MODULES), None)
-        if reader is None:
+        # Not its parents: a module may be derived to do something else.
+        if type(module) not in _MODULES:
             raise refused(_reason(type(module)))
-        return reader(module, out, *args)
+        return _MODULES[type(module)](module, out, *args)
     if node.target not in _CALLS:
         raise refused(_reason(node.target))
     try:
@@ -262,7 +262,8 @@ _MODULES: dict[type[nn.Module], Callable[..., Op]] = {
     ),
     nn.AdaptiveAvgPool2d: lambda m, out, x: _adaptive("mean")(out, x, m.output_size),
     nn.AdaptiveMaxPool2d: lambda m, out, x: _adaptive("max")(out, x, m.output_size, m.return_indices),
-    nn.ConstantPad2d: lambda m, out, x: _pad(out, x, m.padding, value=m.value),  # ZeroPad2d is one
+    nn.ConstantPad2d: lambda m, out, x: _pad(out, x, m.padding, value=m.value),
+    nn.ZeroPad2d: lambda m, out, x: _pad(out, x, m.padding),
     nn.Flatten: lambda _m, out, x: _reshape(out, x),
     nn.Softmax: lambda m, out, x: _softmax(out, x, m.dim),
     nn.LogSoftmax: lambda m, out, x: _softmax(out, x, m.dim),
