@@ -116,10 +116,11 @@ def test_bits_do_not_depend_on_process_order_or_open_shapes(
     """Other shapes before, another process, another conversion, a graph compiled for one shape: the same bits."""
     shape = SHAPES[1]
     fixed = dense_network(classifier, fixed=shape)
-    for spec in [OPENVINO, BF16[1]] if engines.cpu_supports_bf16() else [OPENVINO]:
-        here = digests(maps, spec, SHAPES, cache)
-        assert elsewhere(spec, SHAPES[::-1], cache if spec == OPENVINO else tmp_path) == here
-        assert digests(fixed, spec, [shape], tmp_path)[str(shape)] == here[str(shape)]
+    specs = [OPENVINO, BF16[1]] if engines.cpu_supports_bf16() else [OPENVINO]
+    here = [digests(maps, spec, SHAPES, cache) for spec in specs]
+    assert elsewhere(specs, SHAPES[::-1], tmp_path) == here
+    for spec, found in zip(specs, here, strict=True):
+        assert digests(fixed, spec, [shape], tmp_path)[str(shape)] == found[str(shape)]
 
 
 def digests(network: Network, spec: EngineSpec, shapes: Sequence[tuple[int, int]], folder: Path) -> dict[str, str]:
@@ -128,12 +129,13 @@ def digests(network: Network, spec: EngineSpec, shapes: Sequence[tuple[int, int]
     return {str(shape): hashlib.sha256(engine(region(*shape)).tobytes()).hexdigest() for shape in shapes}
 
 
-def elsewhere(spec: EngineSpec, shapes: Sequence[tuple[int, int]], folder: Path) -> dict[str, str]:
-    """Return the same from a process of its own."""
+def elsewhere(specs: Sequence[EngineSpec], shapes: Sequence[tuple[int, int]], folder: Path) -> list[dict[str, str]]:
+    """Return the same for each of some engines, from a process of its own."""
     code = (
         "import json, pathlib, sys; sys.path.insert(0, sys.argv[1]); import test_engines as t\n"
-        f"spec, shapes, folder = t.EngineSpec(*{tuple(spec)}), {tuple(shapes)}, pathlib.Path(sys.argv[2])\n"
-        "print(json.dumps(t.digests(t.dense_network(t.demo()), spec, shapes, folder)))"
+        f"specs, shapes, folder = {[tuple(spec) for spec in specs]}, {tuple(shapes)}, pathlib.Path(sys.argv[2])\n"
+        "maps = t.dense_network(t.demo())\n"
+        "print(json.dumps([t.digests(maps, t.EngineSpec(*spec), shapes, folder) for spec in specs]))"
     )
     result = subprocess.run(
         [sys.executable, "-c", code, str(Path(__file__).parent), str(folder)],
@@ -143,7 +145,7 @@ def elsewhere(spec: EngineSpec, shapes: Sequence[tuple[int, int]], folder: Path)
         check=False,
     )
     assert result.returncode == 0, result.stderr
-    found: dict[str, str] = json.loads(result.stdout.splitlines()[-1])
+    found: list[dict[str, str]] = json.loads(result.stdout.splitlines()[-1])
     return found
 
 
