@@ -1,0 +1,244 @@
+"""The whole line on a synthetic slide: read, stain, infer, certify, write, stitch, in core-seconds per tissue tile.
+
+Runs are `wsiflow run` in this process (`executor=inline`), with the network loaded before; their receipts say what
+each step cost. Window loops run in turns with them, in the same process. The cost of the line is everything the
+slide's receipts count but the certificate, which is a fixed number of windows per slide. What no receipt counts
+(finding tissue, lesions, scores, report) is given as the rest of the run.
+"""
+
+import csv
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from benchmarks import engines, networks, product
+from benchmarks.measuring import Spent, Table, arguments, finish, interleave, machine, ratio, say, spread
+from benchmarks.product import Cost
+from wsiflow.model.classifier import load
+from wsiflow.model.engines import cpu_supports_bf16
+
+PAPER_CORE_H = 180_000
+SHARES = (0.12, 0.20, 0.30)
+_CODECS = {
+    "none (slide read again)": ("store=none",),
+    "raw": ("store=hdf5",),
+    "lzf": ("store=hdf5", "store.compression=lzf"),
+    "gzip": ("store=hdf5", "store.compression=gzip"),
+    "jpeg 90": ("store=hdf5", "store.compression=jpeg"),
+    "jpeg 80": ("store=hdf5", "store.compression=jpeg", "store.quality=80"),
+}
+
+
+class Size(NamedTuple):
+    """How much is measured: side of the slide, windows of the loops, rounds, slides for the workers."""
+
+    side_px: int
+    windows: int
+    rounds: int
+    slides: int
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure and write ``line.json``."""
+    parser = arguments(__doc__ or "")
+    parser.add_argument("--card", help="a model card instead of GoogLeNet with random weights")
+    parser.add_argument("--data", type=Path, default=os.environ.get("WSIFLOW_TEST_DATA"), help="has camelyon16/tables")
+    given = parser.parse_args(argv)
+    size = Size(2048, 28, 2, 1) if given.quick else Size(8192, networks.WINDOWS_PER_TILE, 3, 2)
+    about = machine()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        os.environ["WSIFLOW_CACHE"] = str(folder / "cache")
+        say(f"drawing {size.slides} slides of {size.side_px} px")
+        slides = [
+            product.write_slide(folder / f"slide_{seed}.tif", size.side_px, seed=seed, workers=about["cores"])
+            for seed in range(size.slides)
+        ]
+        card = given.card or (networks.random_card("googlenet", folder) if not given.quick else "pkg:demo.json")
+        values, tables = _lines(folder, str(card), slides, size)
+        values["workers"], workers_table = _workers(folder, str(card), slides, most=about["cores"])
+        values["stores"], stores_table = _stores(folder, slides[0])
+        values["camelyon16"], core_hours_table = _core_hours(given.data, values["lines"])
+    finish(given, "line", about, values, [*tables, workers_table, stores_table, *core_hours_table])
+
+
+def _lines(folder: Path, card: str, slides: Sequence[Path], size: Size) -> tuple[dict[str, Any], list[Table]]:
+    """Run the line with each precision and store, in turns with the window loops."""
+    precisions = ("fp32", "bf16") if cpu_supports_bf16() else ("fp32",)
+    ways = [way for way in engines.ways(quick=False, only=("window",)) if way[2] in precisions and way[1] != "torch"]
+    loops = engines.prepare(
+        load(networks.spec(card)), ways, engines.Size(2 * networks.WINDOW_PX, size.windows, size.rounds)
+    )
+    costs: dict[str, list[Cost]] = {}
+    manifest = product.write_manifest(folder, slides[:1])
+
+    def line(precision: str, store: str) -> float:
+        product.run(folder / "run", *_common(card, manifest), *(f"inference.precision={precision}", f"store={store}"))
+        costs.setdefault(_name(precision, store), []).append(product.cost(folder / "run"))
+        return costs[_name(precision, store)][-1].tiles
+
+    runs = {
+        _name(precision, store): (lambda precision=precision, store=store: line(precision, store))
+        for precision in precisions
+        for store in ("none", "hdf5")
+    }
+    contestants = engines.as_contestants(loops) | runs
+    say("running everything once")
+    for contestant in contestants.values():
+        contestant()
+    costs.clear()
+    rounds = interleave(contestants, rounds=size.rounds)
+    values = {"loops": {name: rounds[name] for name in loops}, "lines": {}}
+    for name, found in costs.items():
+        values["lines"][name] = _compared(name, found, rounds)
+    return values, _line_tables(values["lines"], size)
+
+
+def _common(card: str, manifest: Path) -> list[str]:
+    """Return the settings of every run of this benchmark; random weights answer at random, so nothing is refused."""
+    return [
+        "model=card",
+        f"model.card={card}",
+        "dataset=manifest",
+        f"dataset.manifest={manifest}",
+        "stain=macenko",
+        "executor=inline",
+        "dense.tolerance=1",
+    ]
+
+
+def _name(precision: str, store: str) -> str:
+    return f"{precision}, store={store}"
+
+
+def _compared(name: str, found: list[Cost], rounds: dict[str, list[Spent]]) -> dict[str, Any]:
+    """Return the costs of a line and both ratios, round by round."""
+    line = [Spent(each.slide_span_s, each.line_s_tile * each.tiles, each.tiles) for each in found]
+    loop = engines.best_loop(rounds, name.split(",")[0])
+    run = [spent.cpu_s / spent.tiles for spent in rounds[name]]
+    return {
+        "tiles": found[0].tiles,
+        "steps_s_tile": product.median_steps(found),
+        "line_s_tile": spread([each.line_s_tile for each in found]),
+        "run_s_tile": spread(run),
+        "certificate_s": spread([each.core_s["certify"] for each in found]),
+        "area_overhead": found[0].area_overhead,
+        "stored_bytes": found[0].stored_bytes,
+        "against_reference": ratio(rounds[engines.REFERENCE], line),
+        "against_window": ratio(rounds[loop], line),
+        "window_loop": loop,
+    }
+
+
+def _line_tables(lines: dict[str, Any], size: Size) -> list[Table]:
+    """Return the split and the ratios for reading."""
+    parts = [step for step in product.STEPS if step != "certify"]
+    columns = ["core-ms per tile", *parts, "line", "certificate, s per slide", "whole run", "pixels read / tissue"]
+    split = [
+        [
+            name,
+            *(f"{1e3 * each['steps_s_tile'][step]:.2f}" for step in parts),
+            each["line_s_tile"].text(1e3),
+            each["certificate_s"].text(),
+            each["run_s_tile"].text(1e3),
+            f"{each['area_overhead']:.2f}",
+        ]
+        for name, each in lines.items()
+    ]
+    tiles = next(iter(lines.values()))["tiles"]
+    title = f"Whole line, one worker, slide of {size.side_px} px ({tiles} tissue tiles), stain=macenko"
+    ratios = [
+        [name, each["against_reference"].text(), each["against_window"].text(), each["window_loop"]]
+        for name, each in lines.items()
+    ]
+    compared = ["whole line", "against the reference loop", "against the best window loop at this precision", "which"]
+    return [Table(title, columns, split), Table("Whole line against window loops (network only)", compared, ratios)]
+
+
+def _workers(folder: Path, card: str, slides: Sequence[Path], *, most: int) -> tuple[dict[str, Any], Table]:
+    """Run the same slides with one worker process and with two, per precision; groups of 50 tiles share the work."""
+    manifest, values, rows = product.write_manifest(folder, slides), {}, []
+    for precision in ("fp32", "bf16") if cpu_supports_bf16() else ("fp32",):
+        found: dict[int, Cost] = {}
+        for workers in (1, 2) if most > 1 else (1,):
+            say(f"{workers} worker processes, {precision}")
+            product.run(
+                folder / "run",
+                *_common(card, manifest),
+                *("executor=process", f"executor.workers={workers}", "tiles.group_tiles=50", "store=none"),
+                f"inference.precision={precision}",
+            )
+            found[workers] = product.cost(folder / "run")
+        one, two = found[1], found[max(found)]
+        values[precision] = {
+            "span_s": {workers: each.slide_span_s for workers, each in found.items()},
+            "core_s": {workers: sum(each.core_s.values()) for workers, each in found.items()},
+            "speedup": one.slide_span_s / two.slide_span_s,
+        }
+        spans = [f"{each.slide_span_s:.1f}" for each in (one, two)]
+        rows.append([precision, str(one.tiles), *spans, f"{one.slide_span_s / two.slide_span_s:.2f}"])
+    columns = ["precision", "tiles", "1 worker, s", "2 workers, s", "speed-up"]
+    return values, Table("Two workers against one: first task after the plan to the last", columns, rows)
+
+
+def _stores(folder: Path, slide: Path) -> tuple[dict[str, Any], Table]:
+    """Run the demo network on one slide with every kind of store."""
+    manifest, values, rows = product.write_manifest(folder, [slide]), {}, []
+    plain: dict[str, Any] = {}
+    for name, overrides in _CODECS.items():
+        say(f"store {name}")
+        product.run(folder / "run", *_common("pkg:demo.json", manifest), *overrides)
+        found, maps = product.cost(folder / "run"), product.heatmaps(folder / "run")
+        plain = plain or maps
+        apart = np.concatenate([np.abs(maps[key] - plain[key])[~np.isnan(maps[key])] for key in maps])
+        values[name] = {
+            "bytes_per_tile": found.stored_bytes / found.tiles,
+            "read_s_tile": found.core_s["read"] / found.tiles,
+            "write_s_tile": found.core_s["write"] / found.tiles,
+            "mean_abs_diff": float(apart.mean()),
+            "max_abs_diff": float(apart.max()),
+        }
+        each = values[name]
+        rows.append(
+            [
+                name,
+                f"{each['bytes_per_tile'] / 1e3:.1f}",
+                f"{1e3 * each['read_s_tile']:.2f}",
+                f"{1e3 * each['write_s_tile']:.2f}",
+                f"{each['mean_abs_diff']:.2g}",
+                f"{each['max_abs_diff']:.2g}",
+            ]
+        )
+    columns = ["store", "kB per tile", "read, ms per tile", "write, ms per tile", "mean abs dp", "max abs dp"]
+    return values, Table("What pixels cost on their way through the store (demo network, one run each)", columns, rows)
+
+
+def _core_hours(data: Path | None, lines: dict[str, Any]) -> tuple[dict[str, Any] | None, list[Table]]:
+    """Return core-hours for the 399 slides of CAMELYON16, from tiles in their boxes and shares of them with tissue."""
+    path = None if data is None else Path(data) / "camelyon16/tables/patch_counts_dldp.csv"
+    if path is None or not path.is_file():
+        say("no tile counts of CAMELYON16: name their folder by --data")
+        return None, []
+    with path.open(encoding="utf-8", newline="") as stream:
+        counts = [int(row["n_tiles_224"]) for row in csv.DictReader(stream)]
+    values: dict[str, Any] = {"slides": len(counts), "tiles": sum(counts), "core_h": {}}
+    rows = []
+    for name, each in lines.items():
+        hours = [
+            (share * sum(counts) * each["line_s_tile"].median + len(counts) * each["certificate_s"].median) / 3600
+            for share in SHARES
+        ]
+        values["core_h"][name] = dict(zip(map(str, SHARES), hours, strict=True))
+        rows.append([name, *(f"{hour:,.0f} ({PAPER_CORE_H / hour:,.0f} times fewer)" for hour in hours)])
+    title = (
+        f"Core-hours for {len(counts)} slides, {sum(counts) / 1e6:.1f} M tiles in boxes; the paper: {PAPER_CORE_H:,}"
+    )
+    return values, [Table(title, ["whole line", *(f"{share:.0%} tissue" for share in SHARES)], rows)]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,152 @@
+"""The networks that are measured, the pixels they see, and the reference's way of running them.
+
+Weights are random unless a card is given: speed does not depend on them. They are drawn so that the maps keep their
+size from layer to layer, and the last layer is weak, so that the product's checks of precision pass.
+"""
+
+import copy
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from wsiflow import synth
+from wsiflow.model import scorer
+from wsiflow.model.architectures import build
+from wsiflow.model.card import ModelSpec
+from wsiflow.model.choice import Choice
+from wsiflow.model.classifier import Classifier, load
+from wsiflow.model.save import save
+from wsiflow.synthetic import render
+from wsiflow.throughput import untimed
+
+WINDOW_PX = TILE_PX = 224
+STRIDE_PX = 16
+BATCH = 14  # the reference's
+WINDOWS_PER_TILE = (TILE_PX // STRIDE_PX) ** 2
+_ARGUMENTS: dict[str, dict[str, Any]] = {
+    "googlenet": {"dropout": 0.5},
+    "inception_valid": {"width": 1.0, "dropout": 0.2},
+}
+
+
+def demo() -> Classifier:
+    """Return the classifier that ships."""
+    return load(spec("pkg:demo.json"))
+
+
+def spec(card: str | Path) -> ModelSpec:
+    """Return how a run names a card."""
+    return ModelSpec(card=Path(card), trust_torchscript=False, sha256="", positive_class="")
+
+
+def random_card(architecture: str, folder: Path) -> Path:
+    """Save an architecture with random weights and return its card."""
+    torch.manual_seed(0)
+    network = build(architecture, 2, **_ARGUMENTS[architecture])
+    for layer in network.modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+    with torch.no_grad():
+        network.classify.weight.mul_(0.05)  # type: ignore[union-attr, operator]
+    return save(network, _fields(architecture), folder)
+
+
+def random_classifier(architecture: str) -> Classifier:
+    """Return an architecture with random weights."""
+    with tempfile.TemporaryDirectory() as folder:
+        return load(spec(random_card(architecture, Path(folder))))
+
+
+def _fields(architecture: str) -> Mapping[str, Any]:
+    return {
+        "name": f"random_{architecture}",
+        "architecture": architecture,
+        "architecture_args": _ARGUMENTS[architecture],
+        "class_names": ("normal", "tumor"),
+        "positive_class": "tumor",
+        "window_px": WINDOW_PX,
+        "input_px": WINDOW_PX,
+        "spacing_um_px": 0.243,
+        "mean": (0.7, 0.55, 0.7),
+        "std": (0.2, 0.22, 0.18),
+        "licence": "",
+        "trained_on": "nothing: random weights",
+        "notes": "",
+    }
+
+
+def tissue(side_px: int) -> NDArray[np.uint8]:
+    """Return a square of drawn tissue, uint8 (side, side, 3)."""
+    whole_px = max(6144, 3 * side_px)
+    plan = synth.plan_slide("macro", width_px=whole_px * 19 // 12, height_px=whole_px, seed=0)
+    first = [int((extent - side_px) // 2) for extent in (plan.width_px, plan.height_px)]
+    return render(plan, first[0], first[1], side_px, side_px)
+
+
+def choice(engine: str, backend: str, precision: str, *, stride_px: int = STRIDE_PX, context_px: int = 0) -> Choice:
+    """Return a way of computing scores, of regions without a halo unless one is asked for."""
+    return Choice(engine, backend, precision, BATCH, stride_px, "", context_px, False, 0, 1)  # type: ignore[arg-type] # noqa: FBT003
+
+
+def windows(pixels: NDArray[np.uint8], count: int) -> list[NDArray[np.uint8]]:
+    """Return the first windows of a region, row by row through the square that holds the windows of one tile."""
+    steps = range(0, TILE_PX, STRIDE_PX)
+    corners = [(y, x) for y in steps for x in steps][:count]
+    return [pixels[y : y + WINDOW_PX, x : x + WINDOW_PX] for y, x in corners]
+
+
+class Reference:
+    """The reference's loop: PyTorch as it comes, fp32, channels first, batches of 14, nothing folded or converted."""
+
+    def __init__(self, classifier: Classifier) -> None:
+        """Take a copy of the network in PyTorch's own memory order."""
+        self._module = copy.deepcopy(classifier.module).to(memory_format=torch.contiguous_format)
+        self._positive = classifier.positive_index
+        self._mean, self._std = (torch.tensor(values).view(1, 3, 1, 1) for values in (classifier.mean, classifier.std))
+
+    def run(self, cut: Sequence[NDArray[np.uint8]]) -> NDArray[np.float32]:
+        """Return the score of each window."""
+        found = []
+        with torch.no_grad():
+            for first in range(0, len(cut), BATCH):
+                pixels = torch.from_numpy(np.stack(cut[first : first + BATCH])).permute(0, 3, 1, 2).contiguous()
+                logits = self._module((pixels.float() / 255 - self._mean) / self._std)
+                found.append(logits.softmax(1)[:, self._positive].numpy())
+        return np.concatenate(found)
+
+
+def prepared(
+    classifier: Classifier, how: Choice, pixels: NDArray[np.uint8], *, threads: int = 1
+) -> scorer.Windows | scorer.Dense:
+    """Return what computes scores; int8 is calibrated on the pixels it will see."""
+    quantised = None
+    if how.precision == "int8":
+        samples = _calibration(how, pixels)
+        quantised = scorer.quantise(classifier, how, samples)
+    return scorer.make(classifier, how, threads=threads, quantised=quantised)
+
+
+def _calibration(how: Choice, pixels: NDArray[np.uint8]) -> list[NDArray[np.uint8]]:
+    """Return four samples of the pixels: batches of windows, or regions of two tiles a side."""
+    if how.engine == "window":
+        cut = np.stack(windows(pixels, WINDOWS_PER_TILE))
+        return [cut[first : first + BATCH] for first in range(0, 4 * BATCH, BATCH)]
+    side = min(672, pixels.shape[0])
+    far = pixels.shape[0] - side
+    return [pixels[None, y : y + side, x : x + side] for y in {0, far} for x in {0, far}]
+
+
+def run_windows(made: scorer.Windows, cut: Sequence[NDArray[np.uint8]]) -> NDArray[np.float32]:
+    """Return the score of each window."""
+    return made.run(cut, untimed)
+
+
+def run_region(made: scorer.Dense, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Return the map of a region."""
+    return made.run(pixels, untimed)

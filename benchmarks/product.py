@@ -1,0 +1,139 @@
+"""Runs of the product itself, on slides written for the purpose; what they cost is in their receipts."""
+
+import json
+import shutil
+import statistics
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from datetime import datetime
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flows import pipeline
+from flows.run import compose_config
+from wsiflow import plan, pyramid, synth, throughput
+from wsiflow.model.threads import limit_threads
+from wsiflow.results import Summary
+from wsiflow.synthetic import UM_PX, SlideSpec, render
+
+STEPS = (*throughput.STEPS, "other")
+_BAND_PX = 512
+_QUIET = ("orchestrator=none", "tracking=off", "evaluation.bootstrap=0")
+
+
+class Cost(NamedTuple):
+    """What a run cost.
+
+    Attributes:
+        tiles: Tissue tiles predicted.
+        core_s: Core-seconds by step; ``other`` is what receipts without steps say (tables, previews, detections).
+        stored_bytes: Size of the patches files.
+        area_overhead: Pixels read for blocks over pixels of tissue tiles.
+        slide_span_s: Wall seconds from the first task of a slide after the plan to the end of the last.
+        worker_bytes: Peak memory of each worker process.
+    """
+
+    tiles: int
+    core_s: dict[str, float]
+    stored_bytes: int
+    area_overhead: float
+    slide_span_s: float
+    worker_bytes: list[int]
+
+    @property
+    def line_s_tile(self) -> float:
+        """Core-seconds per tile of everything but the certificate."""
+        return sum(seconds for step, seconds in self.core_s.items() if step != "certify") / self.tiles
+
+
+def write_slide(path: Path, side_px: int, *, seed: int = 0, workers: int = 1) -> Path:
+    """Write a square synthetic slide, under a half of it tissue; ``workers`` processes draw."""
+    drawn = synth.plan_slide("micro", width_px=side_px, height_px=side_px, seed=seed)
+    pyramid.write_rgb(path, _bands(drawn, workers), shape=(side_px, side_px), um_px=UM_PX, quality=85)
+    return path
+
+
+def _bands(drawn: SlideSpec, workers: int) -> Iterator[NDArray[np.uint8]]:
+    jobs = [(drawn, y, min(_BAND_PX, drawn.height_px - y)) for y in range(0, drawn.height_px, _BAND_PX)]
+    if workers == 1:
+        yield from map(_band, jobs)
+        return
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        yield from pool.map(_band, jobs)
+
+
+def _band(job: tuple[SlideSpec, int, int]) -> NDArray[np.uint8]:
+    drawn, y, height_px = job
+    return render(drawn, 0, y, drawn.width_px, height_px)
+
+
+def write_manifest(folder: Path, slides: Sequence[Path]) -> Path:
+    """List slides of the synthetic spacing."""
+    path = folder / "manifest.csv"
+    lines = [f"{slide.stem},{slide},{UM_PX}" for slide in slides]
+    path.write_text("\n".join(["slide_id,path,mpp", *lines]) + "\n", encoding="utf-8")
+    return path
+
+
+def run(out: Path, *overrides: str) -> Summary:
+    """Run the whole line into an empty folder, without Prefect and MLflow.
+
+    Raises:
+        RuntimeError: The run did not end well.
+    """
+    shutil.rmtree(out, ignore_errors=True)
+    config = compose_config([f"out={out}", *_QUIET, *overrides])
+    limit_threads(config.executor.threads)
+    summary = pipeline.direct(config)
+    if summary.exit_code:
+        raise RuntimeError(f"the run in {out} ended with {summary.exit_code}: {summary.text}")
+    return summary
+
+
+def receipts(out: Path) -> list[dict[str, Any]]:
+    """Return every receipt of a run."""
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted((out / "receipts").rglob("*.json"))]
+
+
+def cost(out: Path) -> Cost:
+    """Return what a run cost, from its receipts; what is done once for a run, however many slides, is left out."""
+    made, found = plan.read(out / "plan.json"), receipts(out)
+    slides = [receipt for receipt in found if receipt.get("slide") and "cpu_s" in receipt]
+    steps = throughput.step_core_seconds(slides)
+    tiles = sum(planned.n_tiles for planned in made.slides)
+    pixels_read = sum(
+        planned.frame.block_px(block.rows) * planned.frame.block_px(block.cols)
+        for planned in made.slides
+        for block in planned.blocks()
+    )
+    after = [receipt for receipt in slides if receipt["kind"] != "tissue"]
+    peaks: dict[int, int] = {}
+    for receipt in slides:
+        peaks[receipt["pid"]] = max(peaks.get(receipt["pid"], 0), receipt["max_rss_bytes"])
+    return Cost(
+        tiles,
+        steps | {"other": sum(receipt["cpu_s"] for receipt in slides) - sum(steps.values())},
+        sum(receipt["bytes"] for receipt in slides if receipt["kind"] == "patches"),
+        pixels_read / (tiles * made.slides[0].frame.tile_px ** 2),
+        max(_time(receipt, "ended") for receipt in after) - min(_time(receipt, "started") for receipt in after),
+        sorted(peaks.values()),
+    )
+
+
+def _time(receipt: dict[str, Any], which: str) -> float:
+    return datetime.fromisoformat(receipt[which]).timestamp()
+
+
+def median_steps(costs: Sequence[Cost]) -> dict[str, float]:
+    """Return the median core-seconds per tile of each step."""
+    return {step: statistics.median(each.core_s[step] / each.tiles for each in costs) for step in STEPS}
+
+
+def heatmaps(out: Path) -> dict[str, NDArray[np.float32]]:
+    """Return the heatmaps of a run by slide."""
+    paths = [path for path in sorted((out / "heatmaps").glob("*.tif")) if ".preview" not in path.name]
+    return {path.stem: pyramid.read_heatmap(path)[0] for path in paths}
