@@ -127,6 +127,8 @@ class RunConfig(BaseModel, frozen=True, extra="forbid"):
             divisors = [d for d in range(1, self.tiles.tile_px + 1) if self.tiles.tile_px % d == 0]
             cause = f"inference.stride is {self.inference.stride}, it must divide tiles.tile_px: one of {divisors}"
             raise ValueError(cause)
+        if self.stain.per_patch and not self.tiles.block_rows == self.tiles.block_cols == 1:
+            raise ValueError("stain.per_patch is true, it needs single patches (tiles=patch)")
         if self.out == Path():
             raise ValueError("out is empty, it must name a folder")
         if self.geometry.convention == "reference":

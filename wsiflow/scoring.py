@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from wsiflow.model.classifier import Classifier
     from wsiflow.model.scorer import Dense, Windows
 
-_CALIBRATION_BLOCKS = 16
+#: Blocks that int8 is calibrated on, from as many slides where there are so many.
+CALIBRATION_BLOCKS = 16
 
 
 def choose(source: Path, _index: int) -> tuple[publish.Receipt, bool]:
@@ -186,9 +187,9 @@ def calibrate(source: Path, _index: int) -> tuple[publish.Receipt, bool]:
         return done, False
     check_numeric_class(made)
     model, choice = planned_classifier(made), planned_choice(made)
-    each = -(-_CALIBRATION_BLOCKS // max(1, len(made.slides)))
+    each = -(-CALIBRATION_BLOCKS // max(1, len(made.slides)))
     samples: list[NDArray[np.uint8]] = []
-    for planned in made.slides[:_CALIBRATION_BLOCKS]:
+    for planned in made.slides[:CALIBRATION_BLOCKS]:
         wanted = certificate.draw(planned.key, among=len(planned.blocks()), wanted=each).tolist()
         for block, pixels in reading.read_planned(root, made, planned, wanted):
             samples.append(scorer.sample(planned.frame, block, pixels, choice))

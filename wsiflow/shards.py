@@ -79,8 +79,12 @@ def choose(pool: Executor, cases: Path) -> None:
 def calibrate(pool: Executor, plan_path: Path) -> None:
     """Quantise the network on the run's own tissue, where the run asks for int8."""
     made = plan.read(plan_path)
-    if made.tasks and made.work["choice"]["precision"] == "int8":
-        _once(pool, plan_path, "calibrate")
+    if not made.tasks or made.work["choice"]["precision"] != "int8":
+        return
+    progress = Progress(tuple(range(len(made.slides)))[: scoring.CALIBRATION_BLOCKS])
+    for stage in ("stain", "extract"):  # the pixels it looks at are those the network will see
+        progress = advance(pool, plan_path, stage, progress)
+    _once(pool, plan_path, "calibrate")
 
 
 def _once(pool: Executor, source: Path, stage: str) -> None:
