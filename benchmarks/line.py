@@ -77,8 +77,9 @@ def _lines(folder: Path, card: str, slides: Sequence[Path], size: Size) -> tuple
     manifest = product.write_manifest(folder, slides[:1])
 
     def line(precision: str, store: str) -> float:
-        product.run(folder / "run", *_common(card, manifest), *(f"inference.precision={precision}", f"store={store}"))
-        costs.setdefault(_name(precision, store), []).append(product.cost(folder / "run"))
+        overrides = [*_common(card, manifest), f"inference.precision={precision}", f"store={store}"]
+        with product.run(folder, *overrides) as (out, _):
+            costs.setdefault(_name(precision, store), []).append(product.cost(out))
         return costs[_name(precision, store)][-1].tiles
 
     runs = {
@@ -98,7 +99,7 @@ def _lines(folder: Path, card: str, slides: Sequence[Path], size: Size) -> tuple
     return values, _line_tables(values["lines"], size)
 
 
-def _common(card: str, manifest: Path) -> list[str]:
+def _common(card: str, manifest: Path, executor: str = "inline") -> list[str]:
     """Return the settings of every run of this benchmark; random weights answer at random, so nothing is refused."""
     return [
         "model=card",
@@ -106,7 +107,7 @@ def _common(card: str, manifest: Path) -> list[str]:
         "dataset=manifest",
         f"dataset.manifest={manifest}",
         "stain=macenko",
-        "executor=inline",
+        f"executor={executor}",
         "dense.tolerance=1",
     ]
 
@@ -166,13 +167,10 @@ def _workers(folder: Path, card: str, slides: Sequence[Path], *, most: int) -> t
         found: dict[int, Cost] = {}
         for workers in (1, 2) if most > 1 else (1,):
             say(f"{workers} worker processes, {precision}")
-            product.run(
-                folder / "run",
-                *_common(card, manifest),
-                *("executor=process", f"executor.workers={workers}", "tiles.group_tiles=50", "store=none"),
-                f"inference.precision={precision}",
-            )
-            found[workers] = product.cost(folder / "run")
+            overrides = [*_common(card, manifest, executor="process"), f"executor.workers={workers}"]
+            overrides += ["tiles.group_tiles=50", "store=none", f"inference.precision={precision}"]
+            with product.run(folder, *overrides) as (out, _):
+                found[workers] = product.cost(out)
         one, two = found[1], found[max(found)]
         values[precision] = {
             "span_s": {workers: each.slide_span_s for workers, each in found.items()},
@@ -191,8 +189,8 @@ def _stores(folder: Path, slide: Path) -> tuple[dict[str, Any], Table]:
     plain: dict[str, Any] = {}
     for name, overrides in _CODECS.items():
         say(f"store {name}")
-        product.run(folder / "run", *_common("pkg:demo.json", manifest), *overrides)
-        found, maps = product.cost(folder / "run"), product.heatmaps(folder / "run")
+        with product.run(folder, *_common("pkg:demo.json", manifest), *overrides) as (out, _):
+            found, maps = product.cost(out), product.heatmaps(out)
         plain = plain or maps
         apart = np.concatenate([np.abs(maps[key] - plain[key])[~np.isnan(maps[key])] for key in maps])
         values[name] = {

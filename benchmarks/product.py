@@ -1,8 +1,11 @@
 """Runs of the product itself, on slides written for the purpose; what they cost is in their receipts."""
 
+import contextlib
 import json
-import shutil
 import statistics
+import subprocess
+import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from datetime import datetime
@@ -17,7 +20,6 @@ from flows import pipeline
 from flows.run import compose_config
 from wsiflow import plan, pyramid, synth, throughput
 from wsiflow.model.threads import limit_threads
-from wsiflow.results import Summary
 from wsiflow.synthetic import UM_PX, SlideSpec, render
 
 STEPS = (*throughput.STEPS, "other")
@@ -79,19 +81,33 @@ def write_manifest(folder: Path, slides: Sequence[Path]) -> Path:
     return path
 
 
-def run(out: Path, *overrides: str) -> Summary:
-    """Run the whole line into an empty folder, without Prefect and MLflow.
+@contextlib.contextmanager
+def run(folder: Path, *overrides: str) -> Iterator[tuple[Path, dict[str, float]]]:
+    """Run the whole line in this process, without Prefect and MLflow.
+
+    Args:
+        folder: Where the run's folder is made. Every run has its own, since a process remembers what it read by path.
+        overrides: Settings, as on the command line.
+
+    Yields:
+        The run's folder, which is deleted at the end, and the metrics.
 
     Raises:
         RuntimeError: The run did not end well.
     """
-    shutil.rmtree(out, ignore_errors=True)
-    config = compose_config([f"out={out}", *_QUIET, *overrides])
-    limit_threads(config.executor.threads)
-    summary = pipeline.direct(config)
-    if summary.exit_code:
-        raise RuntimeError(f"the run in {out} ended with {summary.exit_code}: {summary.text}")
-    return summary
+    with tempfile.TemporaryDirectory(dir=folder) as name:
+        config = compose_config([f"out={name}/run", *_QUIET, *overrides])
+        limit_threads(config.executor.threads)
+        summary = pipeline.direct(config)
+        if summary.exit_code:
+            raise RuntimeError(f"the run ended with {summary.exit_code}: {summary.text}")
+        yield config.out, summary.metrics
+
+
+def run_command(out: Path, *overrides: str) -> None:
+    """Run the whole line by the command, in a process of its own."""
+    command = Path(sys.executable).with_name("wsiflow")
+    subprocess.run([command, "run", f"out={out}", *_QUIET, *overrides], check=True, stdout=subprocess.DEVNULL)
 
 
 def receipts(out: Path) -> list[dict[str, Any]]:

@@ -22,6 +22,7 @@ from wsiflow.model.facts import DenseFacts
 _MICRO_BENCHMARK_S = 2.0
 # What allocators, scratch memory and the pixels themselves add to the activations that the graph counts (measured).
 _MEMORY_FACTOR = 1.5
+_MOST_SHARED = 0.99
 _MOST_COLS = 16  # longer strips save hardly any halo, and a group should hold several
 _WINDOW_BYTES_PX = 200.0  # windows hold only pixels; reading more at once would gain nothing
 
@@ -53,7 +54,7 @@ def settle(classifier: Classifier, config: RunConfig, *, threads: int) -> dict[s
         "told": told,
         "measured_s": measured,
         "bf16": engines.cpu_supports_bf16(),
-        "cuts": [cut.name for cut in facts.cuts] if facts else [],
+        "cuts": _cuts(facts),
     }
 
 
@@ -108,14 +109,20 @@ def _cut(config: RunConfig, facts: DenseFacts | None) -> str:
     wanted = config.dense.share_until
     if facts is None or not wanted:
         return ""
-    names = [cut.name for cut in facts.cuts]
-    if wanted not in names:
-        raise InputError(
-            f"dense.share_until is {wanted!r}, the network can be cut after {names}",
-            "name one of them, or leave it empty",
-            stage="configuration",
-        )
-    return wanted
+    known = _cuts(facts)
+    for name in known:
+        if wanted in {name, name.rpartition(".")[2]}:
+            return name
+    raise InputError(
+        f"dense.share_until is {wanted!r}, windows can share the network up to {known}",
+        "name one of them, or leave it empty",
+        stage="configuration",
+    )
+
+
+def _cuts(facts: DenseFacts | None) -> list[str]:
+    """Return the layers after which there is enough of the network left to make a difference, the last first."""
+    return [cut.name for cut in facts.cuts if cut.share < _MOST_SHARED] if facts else []
 
 
 def _block_cols(config: RunConfig, facts: DenseFacts | None, halo_px: int) -> int:

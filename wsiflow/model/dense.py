@@ -190,7 +190,7 @@ class DenseNetwork(nn.Module):
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         """Return probabilities, float32 (n, rows, cols), of normalised pixels, float32 (n, 3, h, w)."""
-        return torch.softmax(self.logits(pixels), dim=1)[:, self.positive_index]
+        return torch.softmax(self.logits(pixels).float(), dim=1)[:, self.positive_index]
 
 
 class Stem(nn.Module):
@@ -221,7 +221,7 @@ class Tail(nn.Module):
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """Return probabilities, float32 (n,), of features, float32 (n, channels, side, side)."""
-        return torch.softmax(self.logits(features), dim=1)[:, self.positive_index]
+        return torch.softmax(self.logits(features).float(), dim=1)[:, self.positive_index]
 
 
 class _Plan:

@@ -1,0 +1,188 @@
+"""How scores are computed is settled once, and what that costs in accuracy is measured on every slide."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from flows import run as command
+from wsiflow import pyramid, synth
+from wsiflow.model import engines, save
+from wsiflow.model.architectures import build
+
+FAST = ["executor=inline", "orchestrator=none", "tracking=off", "evaluation.bootstrap=0", "dense.windows=24"]
+
+
+@pytest.fixture(scope="module")
+def tiny_slide(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """A slide of 1,000 px, as the overrides that choose it: GoogLeNet's windows take their time."""
+    path = tmp_path_factory.mktemp("slide") / "s.tif"
+    spec = synth.plan_slide("micro", width_px=1000, height_px=900, seed=3)
+    pyramid.write_rgb(path, synth._bands(spec), shape=(900, 1000), um_px=0.243, quality=90)
+    return ["dataset=single", f"dataset.path={path}"]
+
+
+def wsiflow(slides: Path | list[str], out: Path, *more: str) -> int:
+    one = ["dataset=manifest", f"dataset.manifest={slides}", "dataset.limit=1"]
+    return command.main(["run", *(one if isinstance(slides, Path) else slides), f"out={out}", *FAST, *more])
+
+
+def settled(out: Path) -> dict:
+    (found,) = (out / "engine").glob("*.json")
+    return json.loads(found.read_text())
+
+
+def summary(out: Path) -> dict[str, float]:
+    return json.loads((out / "evaluation/summary.json").read_text())
+
+
+def heat(out: Path) -> np.ndarray:
+    (path,) = (path for path in (out / "heatmaps").glob("*.tif") if "preview" not in path.name)
+    return pyramid.read_heatmap(path)[0]
+
+
+@pytest.fixture(scope="module")
+def googlenet(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """GoogLeNet with random weights whose answers differ, as the overrides that choose it."""
+    torch.manual_seed(0)
+    network = build("googlenet", 2, dropout=0.5)
+    for layer in network.modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+    folder = tmp_path_factory.mktemp("googlenet")
+    return ["model=card", f"model.card={save_card(network, folder)}"]
+
+
+def save_card(network: nn.Module, folder: Path) -> Path:
+    fields = json.loads((Path(engines.__file__).parent / "weights/demo.json").read_text())
+    fields = {name: value for name, value in fields.items() if name not in {"weights", "sha256", "probe"}}
+    fields |= {"name": "googlenet", "architecture": "googlenet", "architecture_args": {"dropout": 0.5}}
+    return save.save(network.eval(), fields, folder)
+
+
+def test_a_network_that_pads_is_run_with_context_and_measured(
+    tiny_slide: list[str], googlenet: list[str], tmp_path: Path
+) -> None:
+    """GoogLeNet gets 96 px beyond its windows; its dense scores differ from single windows, and by how much is said."""
+    assert wsiflow(tiny_slide, tmp_path / "run", *googlenet, "inference.stride=32", "dense.tolerance=0.5") == 0
+    choice = settled(tmp_path / "run")["choice"]
+    assert (choice["engine"], choice["context_px"], choice["exact"]) == ("dense", 96, False)
+    assert choice["halo_px"] == 112 - 16 + 96
+    found = summary(tmp_path / "run")
+    assert 1e-4 < found["dense.mean_abs_diff"] < found["dense.max_abs_diff"] < 0.5
+    assert found["dense.n"] == 24
+
+
+def test_beyond_the_tolerance_a_run_stops_and_names_what_would_pass(
+    tiny_slide: list[str], googlenet: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing is scored; the advice was tried on the same windows, and following it passes."""
+    loose = [*googlenet, "inference.stride=32"]
+    assert wsiflow(tiny_slide, tmp_path / "loose", *loose, "dense.tolerance=0.5") == 0
+    apart = summary(tmp_path / "loose")["dense.mean_abs_diff"]
+    strict = [*loose, f"dense.tolerance={0.8 * apart}"]
+    capsys.readouterr()
+    assert wsiflow(tiny_slide, tmp_path / "strict", *strict) == 40
+    said = capsys.readouterr()
+    said_text = said.out + said.err
+    assert "scores differ from single windows in fp32: mean abs diff is" in said_text
+    assert not (tmp_path / "strict/evaluation").exists()
+    assert "set dense.share_until=" in said_text
+    cut = said_text.split("set dense.share_until=")[1].split()[0]
+    assert wsiflow(tiny_slide, tmp_path / "shared", *strict, f"dense.share_until={cut}") == 0
+    assert summary(tmp_path / "shared")["dense.mean_abs_diff"] <= 0.8 * apart
+
+
+def test_where_windows_do_not_overlap_they_are_run(small_slides: Path, tmp_path: Path) -> None:
+    """At a stride of a whole window the dense pass saves nothing; the run says what it chose and why."""
+    assert wsiflow(small_slides, tmp_path / "run", "inference.stride=224") == 0
+    found = settled(tmp_path / "run")
+    assert found["choice"]["engine"] == "window"
+    assert "share too little" in found["told"]
+    assert not (tmp_path / "run/certificates").exists(), "there is nothing to compare"
+
+
+@pytest.mark.skipif(not engines.cpu_supports_bf16(), reason="this CPU has no bf16")
+def test_bf16_is_certified_against_fp32(small_slides: Path, tmp_path: Path) -> None:
+    """Both comparisons keep to the promise: mean at most 0.002, largest at most 0.02."""
+    assert wsiflow(small_slides, tmp_path / "run", "inference.precision=bf16", "inference.stride=32") == 0
+    found = summary(tmp_path / "run")
+    for kind in ("dense", "precision"):
+        assert 0 < found[f"{kind}.mean_abs_diff"] <= 0.002
+        assert found[f"{kind}.max_abs_diff"] <= 0.02
+
+
+def test_int8_is_calibrated_on_the_runs_own_tissue(small_slides: Path, tmp_path: Path) -> None:
+    """Run twice from nothing: the same bytes, near fp32, and certified."""
+    for name in ("a", "b"):
+        assert wsiflow(small_slides, tmp_path / name, "inference.precision=int8", "inference.stride=32") == 0
+    found = summary(tmp_path / "a")
+    assert 0 < found["precision.mean_abs_diff"] <= 0.02
+    assert found["precision.flips"] <= 0.02
+    assert np.array_equal(heat(tmp_path / "a"), heat(tmp_path / "b"), equal_nan=True)
+
+
+def test_auto_measures_and_keeps_its_choice(small_slides: Path, tmp_path: Path) -> None:
+    """What was measured is published, and the same run again keeps to it."""
+    auto = ["inference.precision=auto", "inference.backend=auto", "inference.stride=112"]
+    assert wsiflow(small_slides, tmp_path / "run", *auto) == 0
+    first = settled(tmp_path / "run")
+    assert len(first["measured_s"]) >= 2
+    fastest = min(first["measured_s"], key=first["measured_s"].get)
+    assert fastest == f"{first['choice']['backend']} {first['choice']['precision']}"
+    assert wsiflow(small_slides, tmp_path / "run", *auto) == 0
+    assert settled(tmp_path / "run") == first
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "torch"])
+def test_every_backend_gives_the_same_map(small_slides: Path, tmp_path: Path, backend: str) -> None:
+    """ONNX Runtime and PyTorch agree with OpenVINO to rounding."""
+    for name in ("openvino", backend):
+        assert wsiflow(small_slides, tmp_path / name, f"inference.backend={name}", "inference.stride=56") == 0
+    np.testing.assert_allclose(heat(tmp_path / backend), heat(tmp_path / "openvino"), atol=5e-5)
+
+
+@pytest.mark.parametrize("method", ["reinhard", "macenko", "vahadane"])
+def test_colours_are_fitted_once_per_slide(small_slides: Path, tmp_path: Path, method: str) -> None:
+    """The fit is published, the scores change, and dense still equals windows."""
+    assert wsiflow(small_slides, tmp_path / "raw", "inference.stride=56") == 0
+    assert wsiflow(small_slides, tmp_path / "run", "inference.stride=56", f"stain={method}") == 0
+    (fit,) = (tmp_path / "run/stain").glob("*.json")
+    assert json.loads(fit.read_text())["fit"]["method"] == method
+    found = summary(tmp_path / "run")
+    assert found["stain.failures"] == 0
+    assert found["cost.stain_core_s"] > 0
+    assert found["dense.max_abs_diff"] <= 1e-5
+    assert np.nanmax(np.abs(heat(tmp_path / "run") - heat(tmp_path / "raw"))) > 1e-3
+
+
+def test_patches_without_a_fit_are_counted_with_their_places(small_slides: Path, tmp_path: Path) -> None:
+    """stain.per_patch on the whole slide: glass has no stains; by policy it keeps its colours, and the run lists it."""
+    glass = ["tissue=all", "tiles=patch", "inference.stride=112", "stain=macenko", "stain.per_patch=true"]
+    assert wsiflow(small_slides, tmp_path / "fail", *glass) == 20
+    assert wsiflow(small_slides, tmp_path / "raw", *glass, "stain.on_failure=raw") == 0
+    with (tmp_path / "raw/stain_failures.csv").open(newline="") as stream:
+        listed = list(csv.DictReader(stream))
+    assert len(listed) == summary(tmp_path / "raw")["stain.failures"] > 0
+    assert all(int(row["l0_x"]) % 224 == 0 and row["reason"] for row in listed)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["dense.share_until=pool9"], "dense.share_until is 'pool9'"),
+        (["inference.backend=torch", "inference.precision=int8"], "int8 is not a precision of backend torch"),
+        (["stain=macenko", "stain.per_patch=true"], "stain.per_patch"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_any_work(
+    small_slides: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], overrides: list[str], said: str
+) -> None:
+    """One line, exit 20, no plan."""
+    assert wsiflow(small_slides, tmp_path / "run", *overrides) == 20
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "run/plan.json").exists()
