@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.current
 
-.PHONY: setup demo test check prefect mlflow format clean
+.PHONY: setup demo test check bench prefect mlflow format clean
 
 setup: $(STAMP)
 
@@ -27,6 +27,11 @@ check: setup
 	$(BIN)/lint-imports
 	$(BIN)/mypy
 	$(BIN)/codespell
+
+# Some twenty minutes on an idle machine; DATA, GOOGLENET and SLIDE name what is not part of this repository.
+bench: setup
+	$(BIN)/python -m benchmarks $(if $(DATA),--data $(DATA)) $(if $(GOOGLENET),--googlenet $(GOOGLENET)) \
+	  $(if $(SLIDE),--slide $(SLIDE))
 
 format: setup
 	$(BIN)/ruff format .

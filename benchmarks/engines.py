@@ -1,8 +1,8 @@
-"""The reference's window loop against every engine, on the same tiles: the network only.
+"""The reference's window loop against every engine, on the same pixels: the network only.
 
-A tile is 224 px a side and has 196 windows at stride 16. Window loops run the windows of one tile. Dense runs one
-block of 1,792 px without halo; its cost is divided by the windows it scores and multiplied by 196, as is the window
-loops'. The columns of the table: against the reference's loop, and against the best window loop at the same precision.
+A tile is 224 px a side and has 196 windows at stride 16. Window loops run half the windows of one tile, dense runs one
+block of 1,792 px without halo. What either costs is divided by the windows it scores and multiplied by 196. The columns
+of the table: against the reference's loop, and against the best window loop at the same precision.
 """
 
 import argparse
@@ -166,7 +166,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _matches(given: argparse.Namespace) -> list[tuple[str, Classifier, list[tuple[str, str, str]], Size]]:
     """Return what is measured: name, network, ways, size."""
-    size = Size(_QUICK_PX, 2 * networks.BATCH, 2) if given.quick else Size(_FULL_PX, networks.WINDOWS_PER_TILE, 3)
+    size = Size(_QUICK_PX, 2 * networks.BATCH, 2) if given.quick else Size(_FULL_PX, networks.WINDOWS_PER_TILE // 2, 3)
     chosen = ways(quick=given.quick)
     if given.demo:
         return [("demo", networks.demo(), chosen, size)]

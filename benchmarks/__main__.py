@@ -1,0 +1,48 @@
+"""Run every benchmark, each in a process of its own, and write the tables into ``docs/performance.md``.
+
+python -m benchmarks --data ../shared/data --googlenet card.json --slide slide.svs
+"""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from benchmarks import report, targets
+from benchmarks.measuring import arguments, say
+
+
+def main() -> None:
+    """Run them all."""
+    parser = arguments(__doc__ or "")
+    parser.add_argument("--data", type=Path, help="folder with camelyon16/tables, for core-hours")
+    parser.add_argument("--googlenet", type=Path, help="card of a trained GoogLeNet")
+    parser.add_argument("--slide", type=Path, help="a real slide")
+    parser.add_argument("--document", type=Path, default=report.ROOT / "docs/performance.md")
+    given = parser.parse_args()
+    own = {
+        "engines": [],
+        "floors": [],
+        "line": _named(given, "data"),
+        "scaling": [],
+        "memory": [],
+        "agreement": _named(given, "googlenet", "slide"),
+    }
+    quick = ["--quick"] if given.quick else []
+    for name, more in own.items():
+        begin = time.perf_counter()
+        say(f"{name} begins")
+        subprocess.run([sys.executable, "-m", f"benchmarks.{name}", "--out", given.out, *quick, *more], check=True)
+        say(f"{name} took {time.perf_counter() - begin:.0f} s")
+    for table in targets.tables(targets.read(given.out)):
+        print(f"\n{table.markdown()}")
+    report.main(["--results", str(given.out), "--document", str(given.document)])
+
+
+def _named(given: object, *options: str) -> list[str]:
+    """Return the options that were given, to hand on."""
+    return [word for name in options if getattr(given, name) for word in (f"--{name}", str(getattr(given, name)))]
+
+
+if __name__ == "__main__":
+    main()

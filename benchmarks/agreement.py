@@ -1,0 +1,138 @@
+"""How far dense maps lie from window maps, over whole slides, and what that does to FROC.
+
+Each case is run twice or more by the product, once window by window in fp32, and the published heatmaps are compared
+cell by cell. Synthetic slides have lesions, so FROC is given as well; a real slide has only its maps.
+"""
+
+import argparse
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from benchmarks import product
+from benchmarks.measuring import Table, arguments, finish, machine, say
+from wsiflow import certificate, synth
+
+_QUANTILES = (0.5, 0.95, 0.99)
+
+
+class Case(NamedTuple):
+    """One network on one data set.
+
+    Attributes:
+        name: For tables.
+        card: The network.
+        dataset: Settings of the data set.
+        ways: Settings of what is compared with the window engine, by name.
+    """
+
+    name: str
+    card: str
+    dataset: tuple[str, ...]
+    ways: dict[str, tuple[str, ...]]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure and write ``agreement.json``."""
+    parser = arguments(__doc__ or "")
+    parser.add_argument("--googlenet", type=Path, help="card of a trained GoogLeNet; without it only the demo network")
+    parser.add_argument("--slide", type=Path, help="a real slide")
+    parser.add_argument("--size-px", type=int, help="side of the synthetic slides, default 2048")
+    parser.add_argument("--demo-stride", type=int, default=16)
+    parser.add_argument("--googlenet-stride", type=int, default=56)
+    parser.add_argument("--real-stride", type=int, default=112, help="of GoogLeNet on the real slide")
+    given = parser.parse_args(argv)
+    about, values, rows = machine(), {}, []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        os.environ["WSIFLOW_CACHE"] = str(folder / "cache")
+        size_px = given.size_px or 2048
+        say(f"drawing six slides of {size_px} px")
+        manifest = synth.write_dataset(folder / "slides", size_px=size_px, seed=1)
+        for case in _cases(given, manifest):
+            values[case.name] = _compared(folder, case)
+            rows += _rows(case.name, values[case.name])
+    columns = ["network and slides", "engine", "scores", "mean", "median", "95 %", "99 %", "largest"]
+    columns += ["Pearson's r", "flips at 0.5", "FROC"]
+    title = "Dense maps against window maps: absolute differences of probability over whole slides, fp32"
+    finish(given, "agreement", about, values, [Table(title, columns, rows)])
+
+
+def _cases(given: argparse.Namespace, manifest: Path) -> list[Case]:
+    """Return what is compared."""
+    synthetic = ("dataset=manifest", f"dataset.manifest={manifest}")
+    if given.quick:
+        synthetic += ("dataset.limit=1",)
+    networks = {"demo": ("pkg:demo.json", given.demo_stride, given.googlenet_stride)}
+    if given.googlenet is not None:
+        networks["googlenet"] = (str(given.googlenet), given.googlenet_stride, given.real_stride)
+    found = []
+    for name, (card, stride, real_stride) in networks.items():
+        stride = 56 if given.quick else stride
+        ways: dict[str, tuple[str, ...]] = {"dense": ()}
+        if name == "googlenet":
+            ways["dense, shared to pool3"] = ("dense.share_until=pool3",)
+        found.append(
+            Case(f"{name}, synthetic, stride {stride}", card, (*synthetic, f"inference.stride={stride}"), ways)
+        )
+        if given.slide is not None:
+            stride = 112 if given.quick else real_stride
+            real = ("dataset=single", f"dataset.path={given.slide}", "geometry.max_upsample=2.1")
+            real += (f"inference.stride={stride}",)
+            found.append(Case(f"{name}, {given.slide.name}, stride {stride}", card, real, ways))
+    return found
+
+
+def _compared(folder: Path, case: Case) -> dict[str, Any]:
+    """Run a case in every way; return the comparison of each with the window engine."""
+    common = ["model=card", f"model.card={case.card}", *case.dataset, "executor=process", "evaluation.bootstrap=0"]
+    say(f"{case.name}: window")
+    with product.run(folder, *common, "inference=window", *_stride(case)) as (out, metrics):
+        expected = product.heatmaps(out)
+        found: dict[str, Any] = {"window": {"froc": metrics.get("froc.score")}}
+    for name, overrides in case.ways.items():
+        say(f"{case.name}: {name}")
+        with product.run(folder, *common, "dense.tolerance=1", *overrides) as (out, metrics):
+            maps = product.heatmaps(out)
+            about = {key: value for key, value in metrics.items() if key.startswith("dense.")}
+        found[name] = _apart(maps, expected) | {"froc": metrics.get("froc.score"), "certificate": about}
+    return found
+
+
+def _stride(case: Case) -> list[str]:
+    """Return the stride again: choosing the window engine brings one of its own."""
+    return [override for override in case.dataset if override.startswith("inference.stride")]
+
+
+def _apart(maps: dict[str, Any], expected: dict[str, Any]) -> dict[str, Any]:
+    """Compare the cells of all slides."""
+    left, right = (np.concatenate([each[key].ravel() for key in sorted(expected)]) for each in (maps, expected))
+    known = ~np.isnan(right)
+    if not np.array_equal(known, ~np.isnan(left)):
+        raise RuntimeError("the maps have scores at different places")
+    left, right = left[known], right[known]
+    apart = np.abs(left.astype(np.float64) - right)
+    quantiles = {f"q{100 * q:.0f}": float(np.quantile(apart, q)) for q in _QUANTILES}
+    return certificate.compare(left, right)._asdict() | quantiles
+
+
+def _rows(name: str, found: dict[str, Any]) -> list[list[str]]:
+    """Return a row for each way."""
+    rows = []
+    for way, each in found.items():
+        froc = "" if each["froc"] is None or np.isnan(each["froc"]) else f"{each['froc']:.3f}"
+        if way == "window":
+            rows.append([name, way, *[""] * 8, froc])
+            continue
+        numbers = [each[key] for key in ("mean_abs_diff", "q50", "q95", "q99", "max_abs_diff")]
+        cells = [f"{each['n']:,}", *(f"{number:.2g}" for number in numbers)]
+        rows.append([name, way, *cells, f"{each['correlation']:.5f}", f"{each['flips']:.2%}", froc])
+    return rows
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""Write the tables of the results into ``docs/performance.md``, between marks; the text around them is by hand.
+
+python -m benchmarks.report --results benchmarks/results --document docs/performance.md
+"""
+
+import argparse
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import targets
+from benchmarks.measuring import Table
+
+ROOT = Path(__file__).parents[1]
+_MARKED = re.compile(r"(<!-- begin (\w+) -->\n).*?(<!-- end \2 -->)", re.DOTALL)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Write the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results")
+    parser.add_argument("--document", type=Path, default=ROOT / "docs/performance.md")
+    given = parser.parse_args(argv)
+    text = given.document.read_text(encoding="utf-8")
+    given.document.write_text(filled(text, targets.read(given.results)), encoding="utf-8")
+    print(f"written to {given.document}")
+
+
+def filled(text: str, results: Mapping[str, Any]) -> str:
+    """Return a document with the tables of every benchmark between its marks; those not measured say so."""
+    parts = {name: _part(result) for name, result in results.items()}
+    parts["targets"] = _joined(targets.tables(results)) if results else ""
+
+    def put(found: re.Match[str]) -> str:
+        return f"{found[1]}{parts.get(found[2]) or 'Not measured yet.'}\n{found[3]}"
+
+    return _MARKED.sub(put, text)
+
+
+def _part(result: Mapping[str, Any]) -> str:
+    """Return the tables of one benchmark, and what they were measured on."""
+    about = result["machine"]
+    quick = " A quick size: shows that it works, measures nothing." if result["settings"]["quick"] else ""
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items() if version)
+    on = (
+        f"{about['started']}, {about['cpu']} ({', '.join(about['flags'])}), {about['cores']} cores, "
+        f"{about['memory_gb']:.0f} GB, load average at the start {about['load_average'][0]:.1f}; "
+        f"Python {about['python']}, {versions}.{quick}"
+    )
+    return f"{_joined([Table(**table) for table in result['tables']])}\n\nMeasured {on}"
+
+
+def _joined(found: Sequence[Table]) -> str:
+    return "\n\n".join(table.markdown() for table in found)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""Benchmarks run, and say what they found."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of results of a quick comparison of engines, made by the command of the README."""
+    folder = tmp_path_factory.mktemp("results")
+    command = [sys.executable, "-m", "benchmarks.engines", "--quick", "--demo", "--out", str(folder)]
+    environment = os.environ | {"WSIFLOW_CACHE": str(folder / "cache")}
+    subprocess.run(command, check=True, cwd=ROOT, env=environment, capture_output=True, timeout=200)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def engines(results: Path) -> dict:
+    """What it wrote."""
+    return json.loads((results / "engines.json").read_text())
+
+
+def test_a_result_says_what_it_was_measured_on(engines: dict) -> None:
+    """Without the machine, a number means nothing."""
+    assert engines["benchmark"] == "engines"
+    assert engines["settings"]["quick"]
+    machine = engines["machine"]
+    assert machine["cpu"]
+    assert machine["cores"] >= 1
+    assert len(machine["load_average"]) == 3
+    assert {"torch", "openvino"} <= set(machine["versions"])
+
+
+def test_dense_is_faster_than_windows_by_far(engines: dict) -> None:
+    """Both columns are given; five times is a floor that holds on any machine, however busy."""
+    dense = engines["values"]["demo"]["dense, openvino fp32"]
+    for column in ("against_reference", "against_window"):
+        median, low, high = dense[column]
+        assert low <= median <= high
+        assert median > 5
+
+
+def test_rounds_count_the_same_tiles(engines: dict) -> None:
+    """Every contestant runs in every round, and half a tile of windows is not charged as a whole one."""
+    values = engines["values"]["demo"]
+    assert {len(each["rounds"]) for each in values.values()} == {2}
+    for name, each in values.items():
+        tiles = {tiles for _, _, tiles in each["rounds"]}
+        # 43 x 43 scores of a region of 896 px, 28 windows of a loop
+        assert tiles == {43 * 43 / 196 if name.startswith("dense") else 28 / 196}
+
+
+def test_the_document_gets_tables_between_its_marks(results: Path, tmp_path: Path) -> None:
+    """Text by hand stays; what was not measured says so; a second time changes nothing."""
+    document = tmp_path / "performance.md"
+    document.write_text(
+        "by hand\n<!-- begin engines -->\nold\n<!-- end engines -->\n<!-- begin line -->\nold\n<!-- end line -->\n"
+        "<!-- begin targets -->\n<!-- end targets -->\nafter\n"
+    )
+    command = [sys.executable, "-m", "benchmarks.report", "--results", results, "--document", document]
+    subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
+    text = document.read_text()
+    assert text.startswith("by hand\n")
+    assert text.endswith("after\n")
+    assert "| dense, openvino fp32 |" in text
+    assert "<!-- begin line -->\nNot measured yet.\n<!-- end line -->" in text
+    assert "not measured" in text.split("begin targets")[1]
+    assert "old" not in text
+    subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
+    assert document.read_text() == text
