@@ -96,7 +96,7 @@ def _compared(folder: Path, case: Case) -> dict[str, Any]:
         found: dict[str, Any] = {"window": {"froc": metrics.get("froc.score")}}
     for name, overrides in case.ways.items():
         say(f"{case.name}: {name}")
-        with product.run(folder, *common, "dense.tolerance=1", *overrides) as (out, metrics):
+        with product.run(folder, *common, "dense.tolerance=1", "dense.windows=50", *overrides) as (out, metrics):
             maps = product.heatmaps(out)
             about = {key: value for key, value in metrics.items() if key.startswith("dense.")}
         found[name] = _apart(maps, expected) | {"froc": metrics.get("froc.score"), "certificate": about}

@@ -22,7 +22,6 @@ from wsiflow.model.classifier import Classifier, load
 from wsiflow.model.engines import cpu_supports_bf16
 
 _CONTEXT_PX = 96  # what `dense.halo` says
-_START_S = 15.0  # until two fresh processes are ready
 
 
 class Size(NamedTuple):
@@ -185,9 +184,9 @@ def _workers(card: str, classifier: Classifier, size: Size, *, most: int) -> tup
     for precision in _precisions():
         for workers in (1, 2) if most > 1 else (1,):
             say(f"{workers} processes, {precision}")
-            begin = time.time() + _START_S
-            job = (card, precision, context, size.worker_tiles, begin, size.worker_s)
-            with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+            spawn = get_context("spawn")
+            with spawn.Manager() as manager, ProcessPoolExecutor(workers, mp_context=spawn) as pool:
+                job = (card, precision, context, size.worker_tiles, manager.Barrier(workers), size.worker_s)
                 rates = [future.result() for future in [pool.submit(_rate, job) for _ in range(workers)]]
             values[f"{precision} {workers}"] = {"tiles_s": rates}
             alone = values[f"{precision} 1"]["tiles_s"][0]
@@ -196,26 +195,20 @@ def _workers(card: str, classifier: Classifier, size: Size, *, most: int) -> tup
     return values, Table(f"Worker processes of one thread, block of {size.worker_tiles} tiles", columns, rows)
 
 
-def _rate(job: tuple[str, str, int, tuple[int, int], float, float]) -> float:
-    """Run a block again and again between two moments; return tiles per second.
-
-    Raises:
-        RuntimeError: The process was not ready in time.
-    """
-    card, precision, context, tiles, begin, seconds = job
+def _rate(job: tuple[str, str, int, tuple[int, int], Any, float]) -> float:
+    """Wait until every process is ready, then run a block again and again; return tiles per second."""
+    card, precision, context, tiles, ready, seconds = job
     how = networks.choice("dense", "openvino", precision, context_px=context)
     pixels = block_pixels(*tiles, context)
     made = scorer.make(load(networks.spec(card)), how, threads=1)
     assert isinstance(made, scorer.Dense)
     networks.run_region(made, pixels)
-    if time.time() > begin:
-        raise RuntimeError(f"not ready {_START_S:.0f} s after it was started: the machine is busy")
-    time.sleep(begin - time.time())
-    done = 0
-    while time.time() < begin + seconds:
+    ready.wait()
+    begin, done = time.perf_counter(), 0
+    while time.perf_counter() < begin + seconds:
         networks.run_region(made, pixels)
         done += 1
-    return done * tiles[0] * tiles[1] / (time.time() - begin)
+    return done * tiles[0] * tiles[1] / (time.perf_counter() - begin)
 
 
 if __name__ == "__main__":
