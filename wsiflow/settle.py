@@ -18,12 +18,14 @@ from wsiflow.model import dense, engines, scorer
 from wsiflow.model.choice import Choice
 from wsiflow.model.classifier import Classifier
 from wsiflow.model.facts import DenseFacts
+from wsiflow.model.threads import cpu_flags
 
 _MICRO_BENCHMARK_S = 2.0
 # What allocators, scratch memory and the pixels themselves add to the activations that the graph counts (measured).
 _MEMORY_FACTOR = 1.5
+_FLAGS = ("amx", "asimd", "avx", "fma", "sve")  # what decides how fast a precision is
 _MOST_SHARED = 0.99
-_MOST_COLS = 16  # longer strips save hardly any halo, and a group should hold several
+_MOST_COLS = 12  # longer strips save hardly any halo, and a group should hold several
 _WINDOW_BYTES_PX = 200.0  # windows hold only pixels; reading more at once would gain nothing
 
 
@@ -53,7 +55,7 @@ def settle(classifier: Classifier, config: RunConfig, *, threads: int) -> dict[s
         "choice": chosen._asdict(),
         "told": told,
         "measured_s": measured,
-        "bf16": engines.cpu_supports_bf16(),
+        "cpu_flags": sorted(flag for flag in cpu_flags() if flag.startswith(_FLAGS)),
         "cuts": _cuts(facts),
     }
 

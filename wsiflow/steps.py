@@ -127,6 +127,7 @@ def extract(source: Path, index: int) -> tuple[publish.Receipt, bool]:
             for k, group in enumerate(groups, 1):
                 parts = _timed_reads(attempt, reading.read_slide(opened, frame, group))
                 writer.add_group(k, reading.block_coord(frame, group), parts)
+            attempt.receipt["decoder"] = opened.decoder
         attempt.receipt["counts"] = {"blocks": len(blocks), "tiles": planned.n_tiles}
         attempt.receipt["seconds"]["write"] -= attempt.receipt["seconds"].get("read", 0.0)  # read while it was written
     return attempt.receipt, True
