@@ -1,6 +1,6 @@
 """Run every benchmark, each in a process of its own, and write the tables into ``docs/performance.md``.
 
-python -m benchmarks --data ../shared/data --googlenet card.json --slide slide.svs
+python -m benchmarks --data /data --googlenet card.json --slide slide.svs
 """
 
 import subprocess

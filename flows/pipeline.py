@@ -13,7 +13,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.futures import PrefectFuture
 from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
-from wsiflow import executor, ingest, results, shards
+from wsiflow import cli, executor, ingest, results, shards
 from wsiflow.config import RunConfig
 from wsiflow.model.threads import allocated_cores
 
@@ -31,14 +31,16 @@ def line(config: RunConfig, submit: Submit) -> results.Summary:
     clock = results.Clock()
     cases = shards.begin(config)
     with executor.make(config.executor, cores=allocated_cores()) as pool:
-        shards.choose(pool, cases)
+        told = shards.choose(pool, cases)
+        if told:
+            cli.say(told)
         wanted = shards.cut(shards.count_cases(cases), config.shard_slides)
         ingested = [submit(f"ingest {i}", shards.ingest_shard, pool, cases, part) for i, part in enumerate(wanted, 1)]
         plan_path = ingest.make_plan(cases, [outcome for future in ingested for outcome in future.result()])
-        shards.calibrate(pool, plan_path)
+        calibrated = shards.calibrate(pool, plan_path)
         wanted = shards.cut(shards.count_slides(plan_path), config.shard_slides)
         futures = [submit(f"slides {i}", shards.line, pool, plan_path, part) for i, part in enumerate(wanted, 1)]
-        progress = [future.result() for future in futures]
+        progress = [calibrated, *(future.result() for future in futures)]
     return results.finish(config, plan_path, progress, clock)
 
 

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from flows import run as command
-from wsiflow import pyramid, synth
+from wsiflow import pyramid, settle, synth
 from wsiflow.model import engines, save
 from wsiflow.model.architectures import build
+from wsiflow.model.classifier import load
 
 FAST = ["executor=inline", "orchestrator=none", "tracking=off", "evaluation.bootstrap=0", "dense.windows=24"]
 
@@ -106,6 +107,61 @@ def test_where_windows_do_not_overlap_they_are_run(small_slides: Path, tmp_path:
     assert not (tmp_path / "run/certificates").exists(), "there is nothing to compare"
 
 
+def test_a_halo_too_small_for_a_network_that_pads_means_windows(
+    tiny_slide: list[str], googlenet: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The reference's patches leave GoogLeNet no context: its scores would be another thing, so windows are run."""
+    assert wsiflow(tiny_slide, tmp_path / "run", *googlenet, "tiles=patch", "inference.stride=112") == 0
+    assert settled(tmp_path / "run")["choice"]["engine"] == "window"
+    said = capsys.readouterr().out
+    assert "window engine, openvino fp32: windows are run one by one: a halo of 112 px leaves" in said
+
+
+def test_memory_bounds_rows_as_well_as_columns() -> None:
+    """With little memory blocks are lower and shorter; where a single tile is too much, windows are run."""
+
+    def chosen(*more: str) -> dict:
+        config = command.compose_config(["out=unused", "tiles.memory_mb=100", *more])
+        return settle.settle(load(config.model), config, threads=1)
+
+    tight, fine = chosen("inference.stride=16"), chosen("inference.stride=1")
+    assert tight["choice"]["engine"] == "dense"
+    assert 1 <= tight["choice"]["block_rows"] < 7
+    assert fine["choice"]["engine"] == "window"
+    assert "a single tile takes more than tiles.memory_mb=100" in fine["told"]
+
+
+def test_a_choice_measured_before_a_crash_is_kept(small_slides: Path, tmp_path: Path) -> None:
+    """Killed between file and receipt: seconds are never the same again, so the first measurement stands."""
+    auto = ["inference.precision=auto", "inference.stride=112"]
+    assert wsiflow(small_slides, tmp_path / "run", *auto) == 0
+    first = settled(tmp_path / "run")
+    (receipt,) = (tmp_path / "run/receipts/engine").glob("*.json")
+    receipt.unlink()
+    assert wsiflow(small_slides, tmp_path / "run", *auto) == 0
+    assert settled(tmp_path / "run") == first
+    assert receipt.exists()
+
+
+@pytest.mark.parametrize("how", [["stain=macenko"], ["stain=macenko", "inference.precision=int8"]])
+def test_a_slide_without_tissue_is_a_slide(small_slides: Path, tmp_path: Path, how: list[str]) -> None:
+    """Glass has no colours to fit, no window to certify and nothing to calibrate on; the other slide is finished."""
+    blank = tmp_path / "blank.tif"
+    glass = np.full((1000, 1200, 3), 244, np.uint8)
+    pyramid.write_rgb(blank, iter([glass]), shape=glass.shape[:2], um_px=0.243, quality=90)
+    with small_slides.open(newline="") as stream:
+        other = next(csv.DictReader(stream))
+    manifest = tmp_path / "two.csv"
+    manifest.write_text(f"slide_id,path\nblank,{blank}\nother,{small_slides.parent / other['path']}\n")
+    slides = ["dataset=manifest", f"dataset.manifest={manifest}"]
+    assert wsiflow(slides, tmp_path / "run", "inference.stride=56", *how) == 0
+    with (tmp_path / "run/process_list.csv").open(newline="") as stream:
+        assert {row["slide_id"]: row["status"] for row in csv.DictReader(stream)} == {
+            "blank": "no tissue",
+            "other": "done",
+        }
+
+
 @pytest.mark.skipif(not engines.cpu_supports_bf16(), reason="this CPU has no bf16")
 def test_bf16_is_certified_against_fp32(small_slides: Path, tmp_path: Path) -> None:
     """Both comparisons keep to the promise: mean at most 0.002, largest at most 0.02."""
@@ -177,6 +233,8 @@ def test_patches_without_a_fit_are_counted_with_their_places(small_slides: Path,
         (["dense.share_until=pool9"], "dense.share_until is 'pool9'"),
         (["inference.backend=torch", "inference.precision=int8"], "int8 is not a precision of backend torch"),
         (["stain=macenko", "stain.per_patch=true"], "stain.per_patch"),
+        (["inference.precision=int8", "dense.share_until=pool3"], "not run in int8"),
+        (["inference.precision=int8", "dense.windows=0"], "have to be compared with fp32"),
     ],
 )
 def test_what_cannot_be_is_refused_before_any_work(

@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 
 from wsiflow import certificate, plan, publish, reading, store
 from wsiflow.certificate import Comparison, Limits
-from wsiflow.errors import IntegrityError
+from wsiflow.errors import InputError, IntegrityError
 from wsiflow.geometry import Frame
+from wsiflow.model.choice import Choice
 from wsiflow.plan import Plan, SlidePlan, Task
-from wsiflow.provenance import facts
+from wsiflow.provenance import facts, thread_count
 from wsiflow.scoring import (
     check_numeric_class,
     planned_choice,
@@ -77,17 +78,13 @@ def certify(source: Path, index: int) -> tuple[publish.Receipt, bool]:
     receipt, executed = publish.done(root, name, key), False
     if receipt is None:
         check_numeric_class(made)
-        with publish.publishing(root, name, key, facts("certificate", planned.slide_id), _is_json) as attempt:
+        with publish.publishing(root, name, key, facts("certificate", planned.slide_id), publish.accept) as attempt:
             with attempt.timed("certify"):
                 found = _measured(made, planned, _sample(root, made, index, wanted))
             attempt.path.write_text(json.dumps(found, sort_keys=True), encoding="utf-8")
         receipt, executed = attempt.receipt, True
     _require(root, made, index, json.loads((root / name).read_text(encoding="utf-8")))
     return receipt, executed
-
-
-def _is_json(path: Path) -> None:
-    json.loads(path.read_text(encoding="utf-8"))
 
 
 def _sample(root: Path, made: Plan, index: int, wanted: int) -> _Sample:
@@ -127,9 +124,16 @@ def _measured(made: Plan, planned: SlidePlan, sample: _Sample) -> dict[str, Any]
     if choice.precision != "fp32" and choice.engine == "dense" and sample.blocks:
         # The smallest block: a second network is in memory while it runs.
         least = min(range(len(sample.blocks)), key=lambda i: sample.blocks[i][1].size)
-        again = scorer_for(planned_classifier(made), plain).score(frame, [sample.blocks[least]], untimed)
+        again = _dense(made, plain).score(frame, [sample.blocks[least]], untimed)
         found["precision"] = _pairs(sample.scores[least], again.ravel())
     return found
+
+
+def _dense(made: Plan, choice: Choice) -> "Dense":
+    """Return what computes dense scores otherwise than the run; not kept, since its memory is as large again."""
+    from wsiflow.model import scorer
+
+    return cast("Dense", scorer.make(planned_classifier(made), choice, threads=thread_count()))
 
 
 def _cut_windows(frame: Frame, sample: _Sample, *, context_px: int) -> Iterator[NDArray[np.uint8]]:
@@ -151,9 +155,9 @@ def comparison(pairs: dict[str, list[float]]) -> Comparison:
 
 def _require(root: Path, made: Plan, index: int, found: dict[str, dict[str, list[float]]]) -> None:
     """Refuse scores that differ by more than the run allows."""
-    choice, tolerance, slide_id = planned_choice(made), made.work["tolerance"], made.slides[index].slide_id
+    choice, slide_id = planned_choice(made), made.slides[index].slide_id
     lower = certificate.PRECISION_LIMITS[choice.precision]
-    limits = lower if choice.exact or choice.engine == "window" else Limits(mean_abs_diff=tolerance)
+    limits = lower if choice.exact or choice.engine == "window" else _tolerated(made)
     path = root / certificate_name(made.slides[index])
     told = certificate.broken(comparison(found["windows"]), limits)
     if told:
@@ -165,22 +169,38 @@ def _require(root: Path, made: Plan, index: int, found: dict[str, dict[str, list
         raise IntegrityError(cause, "set inference.precision=fp32, in another out= folder", slide=slide_id, path=path)
 
 
+def _tolerated(made: Plan) -> Limits:
+    """Return how far scores of a network that pads may lie from those of single windows."""
+    tolerance = made.work["tolerance"]
+    return Limits(mean_abs_diff=tolerance, flips=tolerance)
+
+
 def _what_would_pass(root: Path, made: Plan, index: int) -> str:
-    """Return which setting keeps the tolerance on the same windows, found by trying them."""
-    choice, tolerance, planned = planned_choice(made), made.work["tolerance"], made.slides[index]
-    otherwise = "set inference.engine=window, in another out= folder"
+    """Return which setting keeps the tolerance on the same windows, found by trying them in fp32."""
+    choice, planned = planned_choice(made), made.slides[index]
+    plain = "set inference.precision=fp32" if choice.precision != "fp32" else ""
     if choice.exact or choice.engine == "window":
-        return "set inference.precision=fp32, in another out= folder" if choice.precision != "fp32" else otherwise
-    sample = _sample(root, made, index, made.settings["certificate"]["windows"])
+        return f"{plain or 'set inference.engine=window'}, in another out= folder"
+    otherwise = "set inference.engine=window, in another out= folder"
+    try:
+        sample = _sample(root, made, index, made.settings["certificate"]["windows"])
+    except (InputError, IntegrityError):  # pixels that are gone: the scores are what this is about
+        return otherwise
     expected = np.array(_measured(made, planned, sample)["windows"]["expected"], np.float32)
     cuts = made.work["cuts"]
     for cut in cuts[:: -(-len(cuts) // _CUTS_TRIED) or 1]:
-        shared = cast("Dense", scorer_for(planned_classifier(made), choice._replace(share_until=cut, precision="fp32")))
+        try:
+            shared = _dense(made, choice._replace(share_until=cut, precision="fp32"))
+        except InputError:  # windows at this stride cannot be cut from that layer
+            continue
         regions = _cut_windows(planned.frame, sample, context_px=choice.context_px)
         scores = np.concatenate([shared.run(pixels, untimed).ravel() for pixels in regions])
-        mean = certificate.compare(scores, expected).mean_abs_diff
-        if mean <= tolerance:
-            return f"set dense.share_until={cut} (mean abs diff {mean:.2g} here), or {otherwise[4:]}"
+        found = certificate.compare(scores, expected)
+        if not certificate.broken(found, _tolerated(made)):
+            also = f" and {plain[4:]}" if plain else ""
+            return (
+                f"set dense.share_until={cut}{also} (mean abs diff {found.mean_abs_diff:.2g} here), or {otherwise[4:]}"
+            )
     return otherwise
 
 

@@ -198,8 +198,13 @@ def _task(arguments: argparse.Namespace) -> int:
     if not 0 <= arguments.index < len(made.tasks):
         raise InputError(f"there is no task {arguments.index}, the plan has {len(made.tasks)}", "count from 0")
     threads.limit_threads(int(made.settings["predict"]["numeric_class"]["threads"]))
-    from wsiflow import steps
+    from wsiflow import reading, steps
 
+    if reading.fits_slides(reading.stain_params(made)):  # done already where the run has come so far
+        outcome = steps.run_task(arguments.plan, "stain", made.tasks[arguments.index].slide)
+        if outcome.receipt is None:
+            say(outcome.error)
+            return outcome.exit_code
     outcome = steps.run_task(arguments.plan, "predict", arguments.index)
     say(outcome.error or f"published {(outcome.receipt or {})['path']}")
     return outcome.exit_code

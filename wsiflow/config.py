@@ -64,8 +64,9 @@ class DenseParams(BaseModel, frozen=True, extra="forbid"):
         halo: Context beyond the outermost windows of a block, reading pixels, for networks that pad (others need none);
             ``exact`` is all that a score can see.
         share_until: Layer up to which windows share their features; after it each window runs alone. Empty: to the end.
-        windows: Windows of each slide that are run on their own as well and compared; 0: no certificate.
-        tolerance: Largest mean absolute difference of probability between the two that a run accepts.
+        windows: Windows of each slide that are run on their own as well and compared; 0: no certificate, in fp32 only.
+        tolerance: Largest mean absolute difference of probability, and largest share of decisions that differ, that a
+            run accepts.
     """
 
     halo: Annotated[int, Field(ge=0, le=4096)] | Literal["exact"]

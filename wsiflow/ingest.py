@@ -26,6 +26,8 @@ from wsiflow.model.choice import Choice
 from wsiflow.plan import Plan, SlidePlan
 from wsiflow.provenance import facts, versions
 
+# What decodes, resamples and normalises pixels.
+_PIXEL_LIBRARIES = {"openslide-bin", "imagecodecs", "pillow", "opencv-python-headless", "numpy"}
 _CASES = TypeAdapter(tuple[Case, ...])
 
 
@@ -57,25 +59,29 @@ def ingest(source: Path, index: int) -> tuple[publish.Receipt, bool]:
         check_unchanged(root, case.slide_id, case.path)
         _check_manifest_sha256(case, _record(root, case.slide_id)["sha256"])
         return done, False
-    with slide.open_slide(case.path, slide_id=case.slide_id) as opened:
-        um_px = slide.resolve_mpp(opened.facts, case.mpp)
-        mask, downsample, tissue_grid, frame = _cut(opened, um_px, config, cutting["tiles"])
-        corner = opened.facts.l0_bounds_corner
-    sha256 = slide.sha256(case.path)
-    _check_manifest_sha256(case, sha256)
-    record = {
-        "sha256": sha256,
-        "signature": slide.signature(case.path),
-        "um_px_l0": um_px,
-        "overview_downsample": downsample,
-        "frame": frame._asdict(),
-        "tile_runs": plan.tile_runs(tissue_grid),
-    }
     receipt_facts = facts("tissue", case.slide_id)
-    publish.publish_bytes(root, f"tissue/{case.slide_id}.png", export.tissue_png(mask), key, receipt_facts)
-    outline = export.tissue_geojson(mask, downsample=downsample, offset=(-corner[0], -corner[1])).encode()
-    publish.publish_bytes(root, f"tissue/{case.slide_id}.geojson", outline, key, receipt_facts)
-    return publish.publish_bytes(root, name, json.dumps(record).encode(), key, receipt_facts), True
+    with publish.publishing(root, name, key, receipt_facts, publish.accept) as attempt:
+        with slide.open_slide(case.path, slide_id=case.slide_id) as opened:
+            um_px = slide.resolve_mpp(opened.facts, case.mpp)
+            mask, downsample, tissue_grid, frame = _cut(opened, um_px, config, cutting["tiles"])
+            corner = opened.facts.l0_bounds_corner
+        sha256 = slide.sha256(case.path)
+        _check_manifest_sha256(case, sha256)
+        record = {
+            "sha256": sha256,
+            "signature": slide.signature(case.path),
+            "um_px_l0": um_px,
+            "overview_downsample": downsample,
+            "frame": frame._asdict(),
+            "tile_runs": plan.tile_runs(tissue_grid),
+        }
+        png = export.tissue_png(mask)
+        outline = export.tissue_geojson(mask, downsample=downsample, offset=(-corner[0], -corner[1])).encode()
+        with attempt.uncounted():
+            publish.publish_bytes(root, f"tissue/{case.slide_id}.png", png, key, receipt_facts)
+            publish.publish_bytes(root, f"tissue/{case.slide_id}.geojson", outline, key, receipt_facts)
+        attempt.path.write_text(json.dumps(record), encoding="utf-8")
+    return attempt.receipt, True
 
 
 def check_model(config: RunConfig) -> None:
@@ -89,7 +95,7 @@ def check_model(config: RunConfig) -> None:
     needed = max(geometry.window_reach_px(model.window_px, config.inference.stride, config.geometry.convention))
     if config.tiles.halo_px != "auto" and config.tiles.halo_px < needed:
         cause = f"tiles.halo_px is {config.tiles.halo_px}, windows of {model.window_px} px need at least {needed}"
-        raise InputError(cause, "set tiles.halo_px=auto", stage="configuration")
+        raise InputError(cause, "set tiles.halo_px=auto and geometry=centred", stage="configuration")
 
 
 def choice_key(config: RunConfig) -> str:
@@ -106,6 +112,15 @@ def choice_name(config: RunConfig) -> str:
     return f"engine/{choice_key(config)[:12]}.json"
 
 
+def surprise(source: Path) -> str:
+    """Return how scores are computed and why, where that is not what the configuration asks for; else nothing."""
+    config, _ = read_cases(source)
+    settled = _settled(source.parent, config)
+    choice, asked = Choice(**settled["choice"]), config.inference
+    same = choice.engine == asked.engine and asked.backend in {choice.backend, "auto"}
+    return "" if same else f"{choice.engine} engine, {choice.backend} {choice.precision}: {settled['told']}"
+
+
 def _settled(root: Path, config: RunConfig) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((root / choice_name(config)).read_text(encoding="utf-8"))
     return found
@@ -117,7 +132,13 @@ def _cutting(root: Path, config: RunConfig) -> dict[str, Any]:
     return {
         "geometry": config.geometry.model_dump(),
         "tissue": config.tissue.model_dump(),
-        "tiles": config.tiles.model_dump() | {"halo_px": choice.halo_px, "block_cols": choice.block_cols},
+        "tiles": {
+            "tile_px": config.tiles.tile_px,
+            "halo_px": choice.halo_px,
+            "block_rows": choice.block_rows,
+            "block_cols": choice.block_cols,
+            "group_tiles": config.tiles.group_tiles,
+        },
         "stride": config.inference.stride,
         "model": {"window_px": model.window_px, "spacing_um_px": model.spacing_um_px},
     }
@@ -240,7 +261,7 @@ def make_plan(source: Path, outcomes: Sequence[Outcome]) -> Path:
             "inference": Choice(**settled["choice"]).numbers(),
             "stain": config.stain.model_dump(),
             "store_loss": config.store.loss,
-            "decoder": versions()["openslide-bin"],
+            "pixels": {name: found for name, found in versions().items() if name in _PIXEL_LIBRARIES},
             "numeric_class": threads.numeric_class(config.executor.threads),
         },
         "certificate": {"windows": config.dense.windows},
@@ -254,6 +275,7 @@ def make_plan(source: Path, outcomes: Sequence[Outcome]) -> Path:
         "choice": settled["choice"],
         "cuts": settled["cuts"],
         "tolerance": config.dense.tolerance,
+        "told": settled["told"],
     }
     return plan.publish_plan(root, Plan(settings, work, slides, rejected))
 

@@ -7,7 +7,18 @@ from typing import Any
 
 from wsiflow.model import threads
 
-_LIBRARIES = ("wsiflow", "torch", "numpy", "h5py", "openslide-python", "openslide-bin", "opencv-python-headless")
+_LIBRARIES = (
+    "wsiflow",
+    "torch",
+    "openvino",
+    "numpy",
+    "h5py",
+    "openslide-python",
+    "openslide-bin",
+    "imagecodecs",
+    "pillow",
+    "opencv-python-headless",
+)
 
 
 @lru_cache(maxsize=1)

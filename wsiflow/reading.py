@@ -58,12 +58,19 @@ class Colours:
     """How the colours of a slide's blocks are normalised, and which blocks could not be."""
 
     def __init__(self, root: Path, made: Plan, planned: SlidePlan) -> None:
-        """Read the slide's fit, where the run has one."""
+        """Read the slide's fit, where the run has one.
+
+        Raises:
+            IntegrityError: It should have one and has not.
+        """
         self.params = stain_params(made)
         self.failures: list[tuple[int, int, str]] = []
         self._fit = None
         if fits_slides(self.params):
-            found = json.loads((root / fit_name(planned)).read_text(encoding="utf-8"))
+            path = root / fit_name(planned)
+            if not path.exists():
+                raise IntegrityError("the slide's colours were not measured", "run again", path=path)
+            found = json.loads(path.read_text(encoding="utf-8"))
             self._fit = stain.read_fit(found["fit"]) if found["fit"] else None
 
     def normalised(self, frame: Frame, block: Block, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -131,6 +138,8 @@ def read_planned(
         InputError: The slide has changed or cannot be read, or its colours cannot be normalised.
         IntegrityError: The store is damaged.
     """
+    if not wanted:
+        return
     blocks, colours = planned.blocks(), colours or Colours(root, made, planned)
     parts = _raw(root, made, planned, wanted)
     for index in wanted:

@@ -89,7 +89,7 @@ def finish(config: RunConfig, plan_path: Path, progress: Sequence[Progress], clo
     )
     _write_report(root, folder, config, made, statuses, metrics)
     logged = _track(root, folder, config, made, evaluated.key, metrics)
-    text = _success_text(root, folder, statuses, metrics, len(executed), logged)
+    text = _success_text(root / folder, made, statuses, metrics, len(executed), logged)
     return Summary(PARTIAL if missing else 0, metrics, text)
 
 
@@ -234,9 +234,9 @@ _WHOLE = {"throughput.core_hours", "throughput.core_seconds_per_tile", "throughp
 
 
 def _all_receipts(root: Path) -> list[publish.Receipt]:
-    """Return the receipt of everything computed for slides in this folder."""
+    """Return the receipt of everything computed for slides in this folder, and of what was computed for all of them."""
     found = (json.loads(path.read_text(encoding="utf-8")) for path in (root / publish.RECEIPTS).rglob("*.json"))
-    return [receipt for receipt in found if receipt.get("slide")]
+    return [receipt for receipt in found if receipt.get("slide") or receipt.get("kind") in {"choice", "calibration"}]
 
 
 def _counts(balance: Ledger, n_outcomes: int, n_executed: int) -> dict[str, float]:
@@ -345,7 +345,7 @@ def _write_report(
         slides=[row | scored.get(row["slide_id"], {}) for row in listed],
         overlays={slide_id: (root / f"heatmaps/{slide_id}.png").read_bytes() for slide_id in good},
         figures={name: (root / folder / name).read_bytes() for name in ("froc.png", "roc.png")},
-        settings=_flat(config.model_dump(mode="json")),
+        settings=_settings(config, made),
         versions=versions(),
         plan_hash=made.hash,
     )
@@ -361,7 +361,7 @@ def _track(root: Path, folder: str, config: RunConfig, made: Plan, key: str, met
         key=publish.key_of(scores=key, folder=_receipt(root, "config.yaml")["attempt"]),
         plan_hash=made.hash,
         partial=folder != "evaluation",
-        params=_flat(config.model_dump(mode="json")),
+        params=_settings(config, made),
         metrics=metrics,
         tags={f"version.{name}": found for name, found in versions().items()},
         artifacts=[
@@ -376,6 +376,13 @@ def _track(root: Path, folder: str, config: RunConfig, made: Plan, key: str, met
     return f"MLflow     {config.tracking.uri} run {logged.run_id}" if logged.run_id else f"MLflow     {logged.reason}"
 
 
+def _settings(config: RunConfig, made: Plan) -> dict[str, Any]:
+    """Return every setting by dotted name, with what was chosen in the place of what was left open."""
+    chosen = {f"inference.{name}": made.work["choice"][name] for name in ("engine", "backend", "precision")}
+    sizes = {f"tiles.{name}": made.work["choice"][name] for name in ("halo_px", "block_rows", "block_cols")}
+    return _flat(config.model_dump(mode="json")) | chosen | sizes
+
+
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return nested settings by dotted name."""
     found: dict[str, Any] = {}
@@ -385,7 +392,7 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _success_text(
-    root: Path, folder: str, statuses: Sequence[Status], metrics: Mapping[str, float], executed: int, logged: str
+    shown: Path, made: Plan, statuses: Sequence[Status], metrics: Mapping[str, float], executed: int, logged: str
 ) -> str:
     def told(name: str, stem: str) -> str:
         if math.isnan(metrics[name]):
@@ -394,6 +401,7 @@ def _success_text(
             f"{metrics[name]:.4f} (95 % interval {metrics[f'{stem}_ci_low']:.4f} to {metrics[f'{stem}_ci_high']:.4f})"
         )
 
+    chosen = made.work["choice"]
     missing = [status for status in statuses if status.exit_code]
     lines = [f"PARTIAL: {status.slide_id} is missing: {status.reason}" for status in missing]
     lines += [
@@ -404,10 +412,11 @@ def _success_text(
         f"throughput {metrics['throughput.tiles_per_s']:.1f} tiles/s, "
         f"{metrics['throughput.windows_per_s']:.0f} windows/s, {metrics['throughput.core_hours']:.4f} core-hours, "
         f"efficiency {metrics['throughput.efficiency']:.2f}",
+        f"inference  {chosen['engine']}, {chosen['backend']} {chosen['precision']}: {made.work['told']}",
         *_certificate_line(metrics),
-        f"report     {root / 'report.html'}",
-        f"overlays   {root / 'heatmaps'}/*.png",
-        f"scores     {root / folder / 'summary.json'}",
+        f"report     {shown.parent / 'report.html'}",
+        f"overlays   {shown.parent / 'heatmaps'}/*.png",
+        f"scores     {shown / 'summary.json'}",
         logged,
     ]
     return "\n".join(lines)
@@ -416,7 +425,7 @@ def _success_text(
 def _certificate_line(metrics: Mapping[str, float]) -> list[str]:
     """Return what the scores are worth against single windows in fp32, where that was measured."""
     kind = next((kind for kind in ("dense", "precision") if f"{kind}.n" in metrics), "")
-    if not kind:
+    if not kind or not metrics[f"{kind}.n"]:
         return []
     count, mean, most, flips = (metrics[f"{kind}.{name}"] for name in ("n", "mean_abs_diff", "max_abs_diff", "flips"))
     return [

@@ -5,7 +5,7 @@ limited.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wsiflow import certificate, ingest, plan, publish, reading, store
-from wsiflow.errors import EnvironmentFault, InputError, IntegrityError
+from wsiflow.errors import EnvironmentFault, InputError, IntegrityError, WsiflowError
 from wsiflow.geometry import Frame
 from wsiflow.model import card
 from wsiflow.model.choice import Choice
@@ -38,9 +38,13 @@ def choose(source: Path, _index: int) -> tuple[publish.Receipt, bool]:
     done = publish.done(root, name, key)
     if done is not None:
         return done, False
-    settled = settle.settle(_classifier(config.model), config, threads=thread_count())
-    data = json.dumps(settled, indent=1, sort_keys=True).encode()
-    return publish.publish_bytes(root, name, data, key, facts("choice", "")), True
+    with publish.publishing(root, name, key, facts("choice", ""), publish.accept) as attempt:
+        if (root / name).exists():  # measured before, by a run that died before its receipt
+            attempt.path.write_bytes((root / name).read_bytes())
+        else:
+            settled = settle.settle(_classifier(config.model), config, threads=thread_count())
+            attempt.path.write_text(json.dumps(settled, indent=1, sort_keys=True), encoding="utf-8")
+    return attempt.receipt, True
 
 
 def predict(source: Path, index: int) -> tuple[publish.Receipt, bool]:
@@ -75,6 +79,8 @@ def predict(source: Path, index: int) -> tuple[publish.Receipt, bool]:
         parts = reading.read_planned(root, made, planned, wanted, attempt.timed, colours)
         prob = score.score(frame, parts, attempt.timed)
         attempt.receipt["stain_failures"] = colours.failures
+        if planned_choice(made).precision == "int8":
+            attempt.receipt["calibration_sha256"] = publish.file_sha256(root / _calibration(root, made)[0])
         publish.require_space(root, prob.nbytes + coord.nbytes)
         with attempt.timed("write"):
             store.write_predictions(attempt.path, frame, coord, prob, described)
@@ -156,7 +162,10 @@ def planned_choice(made: Plan) -> Choice:
 def _scorer(root: Path, made: Plan) -> "Windows | Dense":
     """Return what computes the plan's scores; prepared once per process."""
     model, choice = planned_classifier(made), planned_choice(made)
-    return scorer_for(model, choice, root / _quantised_name(made) if choice.precision == "int8" else None)
+    quantised = root / _calibration(root, made)[0] if choice.precision == "int8" else None
+    if quantised is not None and not quantised.exists():
+        raise IntegrityError("the network was not calibrated for int8", "run again", path=quantised)
+    return scorer_for(model, choice, quantised)
 
 
 @lru_cache(maxsize=4)
@@ -168,32 +177,55 @@ def scorer_for(model: "Classifier", choice: Choice, quantised: Path | None = Non
     return scorer.make(model, choice, threads=thread_count(), quantised=data)
 
 
-def _quantised_name(made: Plan) -> str:
-    return f"engine/int8-{publish.key_of(predict=made.settings['predict'])[:12]}.zip"
+def _calibration(root: Path, made: Plan) -> tuple[str, str]:
+    """Return name and key of the network in int8, which follows the slides of the run's first plan."""
+    first = plan.read(publish.generations(root, "plan.json")[0])
+    key = publish.key_of(predict=made.settings["predict"], slides=[planned.key for planned in first.slides])
+    return f"engine/int8-{key[:12]}.zip", key
 
 
 def calibrate(source: Path, _index: int) -> tuple[publish.Receipt, bool]:
     """Quantise the network on blocks of the run's own tissue, and publish it as ``engine/int8-<key>.zip``.
 
-    The blocks come from as many slides as there are, drawn by the slides' keys.
+    The blocks come from as many slides as there are, drawn by the slides' keys. Slides that cannot be read are left to
+    their own tasks to tell of.
+
+    Raises:
+        InputError: There is no tissue.
     """
     from wsiflow.model import scorer
 
     made = plan.read(source)
-    root, name = source.parent, _quantised_name(made)
-    key = publish.key_of(predict=made.settings["predict"])
+    root = source.parent
+    name, key = _calibration(root, made)
     done = publish.done(root, name, key)
     if done is not None:
         return done, False
     check_numeric_class(made)
-    model, choice = planned_classifier(made), planned_choice(made)
-    each = -(-CALIBRATION_BLOCKS // max(1, len(made.slides)))
-    samples: list[NDArray[np.uint8]] = []
-    for planned in made.slides[:CALIBRATION_BLOCKS]:
+    with publish.publishing(root, name, key, facts("calibration", ""), publish.accept) as attempt:
+        samples = list(_calibration_samples(root, made))
+        if not samples:
+            raise InputError("there is no tissue to calibrate int8 on", "set inference.precision=fp32")
+        attempt.path.write_bytes(scorer.quantise(planned_classifier(made), planned_choice(made), samples))
+    return attempt.receipt, True
+
+
+def calibration_slides(made: Plan) -> list[int]:
+    """Return the slides that int8 is calibrated on: the first ones with tissue."""
+    return [index for index, planned in enumerate(made.slides) if planned.n_tiles][:CALIBRATION_BLOCKS]
+
+
+def _calibration_samples(root: Path, made: Plan) -> Iterator[NDArray[np.uint8]]:
+    """Yield what the network sees of blocks drawn from the slides."""
+    from wsiflow.model import scorer
+
+    slides = calibration_slides(made)
+    for planned in (made.slides[index] for index in slides):
+        each = -(-CALIBRATION_BLOCKS // len(slides))
         wanted = certificate.draw(planned.key, among=len(planned.blocks()), wanted=each).tolist()
-        for block, pixels in reading.read_planned(root, made, planned, wanted):
-            samples.append(scorer.sample(planned.frame, block, pixels, choice))
-    if not samples:
-        raise InputError("there is no tissue to calibrate int8 on", "set inference.precision=fp32")
-    data = scorer.quantise(model, choice, samples)
-    return publish.publish_bytes(root, name, data, key, facts("calibration", "")), True
+        try:
+            parts = list(reading.read_planned(root, made, planned, wanted))
+        except WsiflowError:
+            continue
+        for block, pixels in parts:
+            yield scorer.sample(planned.frame, block, pixels, planned_choice(made))

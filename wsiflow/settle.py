@@ -5,6 +5,7 @@ over whole blocks, how much context and memory does it need) is computed from it
 measured, and only where the configuration says ``auto``.
 """
 
+import contextlib
 import itertools
 import math
 from typing import Any
@@ -37,27 +38,71 @@ def settle(classifier: Classifier, config: RunConfig, *, threads: int) -> dict[s
         EnvironmentFault: It asks for what this machine cannot do.
     """
     facts, told = _graph(classifier, config)
-    choice = _planned(classifier, config, facts)
-    wanted = [
-        choice._replace(backend=backend, precision=precision)
-        for backend, precision in itertools.product(_backends(classifier, config), _precisions(config))
-        if precision in engines.PRECISIONS[backend]
-    ]
-    if not wanted:
-        cause = (
-            f"{config.inference.precision} is not a precision of backend {' or '.join(_backends(classifier, config))}"
-        )
-        remedy = "set inference.precision=fp32 or inference.backend=openvino"
-        raise InputError(cause, remedy, stage="configuration")
-    measured = _measure(classifier, wanted, config, threads=threads) if len(wanted) > 1 else {}
-    chosen = min(wanted, key=lambda each: measured.get(_name(each), 0.0))
+    planned = _planned(classifier, config, facts)
+    if isinstance(planned, str):
+        facts, told = None, f"windows are run one by one: {planned}"
+        planned = _planned(classifier, config, None)
+    assert isinstance(planned, Choice), "windows fit into any memory"
+    choice, measured = _fastest(classifier, planned, config, threads=threads)
+    try:
+        _prove(classifier, choice, threads=threads)
+    except InputError as error:
+        if choice.engine == "window" or choice.share_until or choice.precision == "int8":
+            raise
+        facts, told = None, f"windows are run one by one: {error.cause}"
+        alone = _planned(classifier, config, None)
+        assert isinstance(alone, Choice)
+        choice = alone._replace(backend=choice.backend, precision=choice.precision)
+        _prove(classifier, choice, threads=threads)
+    _check_certifiable(choice, config)
     return {
-        "choice": chosen._asdict(),
-        "told": told,
+        "choice": choice._asdict(),
+        "told": told if engines.converts(classifier) else f"{told}; PyTorch runs this network",
         "measured_s": measured,
         "cpu_flags": sorted(flag for flag in cpu_flags() if flag.startswith(_FLAGS)),
         "cuts": _cuts(facts),
     }
+
+
+def _fastest(
+    classifier: Classifier, planned: Choice, config: RunConfig, *, threads: int
+) -> tuple[Choice, dict[str, float]]:
+    """Return the choice with backend and precision, measured where there is one to choose."""
+    backends = _backends(classifier, config)
+    wanted = [
+        planned._replace(backend=backend, precision=precision)
+        for backend, precision in itertools.product(backends, _precisions(config))
+        if precision in engines.PRECISIONS[backend]
+    ]
+    if not wanted:
+        cause = f"{config.inference.precision} is not a precision of backend {' or '.join(backends)}"
+        remedy = "set inference.precision=fp32 or inference.backend=openvino"
+        raise InputError(cause, remedy, stage="configuration")
+    measured = _measure(classifier, wanted, config, threads=threads) if len(wanted) > 1 else {}
+    return min(wanted, key=lambda each: measured.get(_name(each), math.inf)), measured
+
+
+def _prove(classifier: Classifier, choice: Choice, *, threads: int) -> None:
+    """Prepare the network as chosen: what it cannot do is told before any slide is read, and its graph is kept.
+
+    Raises:
+        InputError: The network cannot be run like this.
+        EnvironmentFault: A package is missing, or the CPU cannot.
+    """
+    if choice.precision == "int8":
+        engines.require_int8()
+        if choice.share_until:
+            cause = "a network that windows share only in part is not run in int8"
+            raise InputError(cause, "set inference.precision=fp32 or bf16, or dense.share_until=''")
+    precision = "fp32" if choice.precision == "int8" else choice.precision
+    scorer.make(classifier, choice._replace(precision=precision), threads=threads)
+
+
+def _check_certifiable(choice: Choice, config: RunConfig) -> None:
+    """Refuse to use a lower precision unseen."""
+    if choice.precision != "fp32" and not config.dense.windows:
+        cause = f"dense.windows is 0, but scores in {choice.precision} have to be compared with fp32"
+        raise InputError(cause, "set dense.windows=200 or inference.precision=fp32", stage="configuration")
 
 
 def _graph(classifier: Classifier, config: RunConfig) -> tuple[DenseFacts | None, str]:
@@ -74,12 +119,18 @@ def _graph(classifier: Classifier, config: RunConfig) -> tuple[DenseFacts | None
     return facts, f"blocks are run whole, a score every {facts.grid_px} px"
 
 
-def _planned(classifier: Classifier, config: RunConfig, facts: DenseFacts | None) -> Choice:
-    """Return the choice as far as no machine is concerned."""
+def _planned(classifier: Classifier, config: RunConfig, facts: DenseFacts | None) -> Choice | str:
+    """Return the choice as far as no machine is concerned, or why blocks cannot be run whole."""
     asked, params = config.inference, config.tiles
     reach = max(geometry.window_reach_px(classifier.window_px, asked.stride, config.geometry.convention))
-    context = _context_px(config, facts, reach)
-    halo = reach + context if params.halo_px == "auto" else params.halo_px
+    wanted = _context_px(config, facts)
+    room = wanted if params.halo_px == "auto" or facts is None else params.halo_px - reach
+    if room < wanted:
+        return f"a halo of {params.halo_px} px leaves {room} px of context, a network that pads needs {wanted}"
+    halo = reach + wanted if params.halo_px == "auto" else params.halo_px
+    rows, cols = _block_tiles(config, facts, halo)
+    if not rows:
+        return f"at stride {asked.stride} a single tile takes more than tiles.memory_mb={params.memory_mb}"
     return Choice(
         engine="dense" if facts else "window",
         backend="",
@@ -87,23 +138,35 @@ def _planned(classifier: Classifier, config: RunConfig, facts: DenseFacts | None
         batch=asked.batch,
         stride_px=asked.stride,
         share_until=_cut(config, facts),
-        context_px=context,
+        context_px=wanted,
         exact=facts is None or not facts.padded,
         halo_px=halo,
-        block_cols=_block_cols(config, facts, halo) if params.block_cols == "auto" else params.block_cols,
+        block_rows=rows,
+        block_cols=cols,
     )
 
 
-def _context_px(config: RunConfig, facts: DenseFacts | None, reach: int) -> int:
+def _context_px(config: RunConfig, facts: DenseFacts | None) -> int:
     """Return the context beyond the outermost windows: a multiple of the map's spacing, and none that cannot matter."""
     if facts is None:
         return 0
     seen = max(facts.overhang_px)
     wanted = seen if config.dense.halo == "exact" else min(seen, config.dense.halo)
-    wanted = -(-wanted // facts.grid_px) * facts.grid_px
-    if config.tiles.halo_px == "auto":
-        return wanted
-    return min(wanted, (config.tiles.halo_px - reach) // facts.grid_px * facts.grid_px)
+    return -(-wanted // facts.grid_px) * facts.grid_px
+
+
+def _block_tiles(config: RunConfig, facts: DenseFacts | None, halo_px: int) -> tuple[int, int]:
+    """Return the most rows and columns of a block that fit into the memory a worker's network may take, 0 for none."""
+    params = config.tiles
+    if params.block_cols != "auto":
+        return params.block_rows, params.block_cols
+    bytes_px = _MEMORY_FACTOR * facts.activation_bytes_px if facts else _WINDOW_BYTES_PX
+    for rows in range(params.block_rows, 0, -1):
+        rows_px = rows * params.tile_px + 2 * halo_px
+        cols = math.floor((params.memory_mb * 1e6 / (rows_px * bytes_px) - 2 * halo_px) / params.tile_px)
+        if cols >= min(rows, _MOST_COLS):
+            return rows, min(cols, _MOST_COLS)
+    return (0, 0) if facts else (1, 1)
 
 
 def _cut(config: RunConfig, facts: DenseFacts | None) -> str:
@@ -125,15 +188,6 @@ def _cut(config: RunConfig, facts: DenseFacts | None) -> str:
 def _cuts(facts: DenseFacts | None) -> list[str]:
     """Return the layers after which there is enough of the network left to make a difference, the last first."""
     return [cut.name for cut in facts.cuts if cut.share < _MOST_SHARED] if facts else []
-
-
-def _block_cols(config: RunConfig, facts: DenseFacts | None, halo_px: int) -> int:
-    """Return how many tile columns fit into the memory a worker's network may take."""
-    rows_px = config.tiles.block_rows * config.tiles.tile_px + 2 * halo_px
-    bytes_px = _MEMORY_FACTOR * facts.activation_bytes_px if facts else _WINDOW_BYTES_PX
-    cols_px = config.tiles.memory_mb * 1e6 / (rows_px * bytes_px)
-    fitting = math.floor((cols_px - 2 * halo_px) / config.tiles.tile_px)
-    return max(1, min(fitting, _MOST_COLS))
 
 
 def _backends(classifier: Classifier, config: RunConfig) -> list[str]:
@@ -158,14 +212,14 @@ def _name(choice: Choice) -> str:
 
 def _measure(classifier: Classifier, wanted: list[Choice], config: RunConfig, *, threads: int) -> dict[str, float]:
     """Return median seconds by backend and precision, on the shape that will run most, the candidates taking turns."""
-    rows, cols = config.tiles.block_rows, min(wanted[0].block_cols, config.tiles.block_rows)
+    rows, cols = wanted[0].block_rows, min(wanted[0].block_rows, wanted[0].block_cols)
     tile_px, halo_px = config.tiles.tile_px, wanted[0].halo_px
     shape = (rows * tile_px + 2 * halo_px, cols * tile_px + 2 * halo_px, 3)
     if wanted[0].engine == "window":
         shape = (classifier.window_px, classifier.window_px, 3)
     pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
-    return engines.choose(
-        {_name(choice): scorer.probe(classifier, choice, threads=threads) for choice in wanted},
-        pixels,
-        seconds=_MICRO_BENCHMARK_S,
-    )
+    candidates: dict[str, engines.Engine] = {}
+    for choice in wanted:
+        with contextlib.suppress(InputError):  # a backend that cannot convert this network is no candidate
+            candidates[_name(choice)] = scorer.probe(classifier, choice, threads=threads)
+    return engines.choose(candidates, pixels, seconds=_MICRO_BENCHMARK_S) if candidates else {}

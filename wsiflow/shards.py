@@ -67,24 +67,33 @@ def begin(config: RunConfig) -> Path:
     return ingest.write_cases(config.out, config, cases)
 
 
-def choose(pool: Executor, cases: Path) -> None:
+def choose(pool: Executor, cases: Path) -> str:
     """Settle how scores are computed, in a worker: the choice may be measured, and workers are what does the work.
+
+    Returns:
+        What was chosen and why, where it is not what was asked for; else nothing.
 
     Raises:
         WsiflowError: The network or the machine cannot do what is asked for.
     """
     _once(pool, cases, "choose")
+    return ingest.surprise(cases)
 
 
-def calibrate(pool: Executor, plan_path: Path) -> None:
-    """Quantise the network on the run's own tissue, where the run asks for int8."""
+def calibrate(pool: Executor, plan_path: Path) -> Progress:
+    """Quantise the network on the run's own tissue, where the run asks for int8.
+
+    Returns:
+        What was done to the slides for it.
+    """
     made = plan.read(plan_path)
     if not made.tasks or made.work["choice"]["precision"] != "int8":
-        return
-    progress = Progress(tuple(range(len(made.slides)))[: scoring.CALIBRATION_BLOCKS])
+        return Progress(())
+    progress = Progress(tuple(scoring.calibration_slides(made)))
     for stage in ("stain", "extract"):  # the pixels it looks at are those the network will see
         progress = advance(pool, plan_path, stage, progress)
     _once(pool, plan_path, "calibrate")
+    return progress
 
 
 def _once(pool: Executor, source: Path, stage: str) -> None:

@@ -79,7 +79,7 @@ def fit_stain(source: Path, index: int) -> tuple[publish.Receipt, bool]:
     if done is not None:
         return done, False
     found: dict[str, Any] = {"fit": None, "failure": ""}
-    with publish.publishing(root, name, key, facts("stain", planned.slide_id), _any_bytes) as attempt:
+    with publish.publishing(root, name, key, facts("stain", planned.slide_id), publish.accept) as attempt:
         with attempt.timed("stain"):
             try:
                 pixels = reading.tissue_sample(root, planned, params)
@@ -117,7 +117,8 @@ def extract(source: Path, index: int) -> tuple[publish.Receipt, bool]:
         "key": key,
         "versions": receipt_facts["versions"],
     }
-    publish.require_space(root, sum(rows * cols * 3 for group in sizes for rows, cols in group))
+    raw_bytes = sum(rows * cols * 3 for group in sizes for rows, cols in group)
+    publish.require_space(root, raw_bytes // 3 if params.loss else raw_bytes)
     with publish.publishing(root, name, key, receipt_facts, verify) as attempt:
         with (
             attempt.timed("write"),
@@ -190,10 +191,6 @@ def _readable(frame: Frame) -> Any:
     return verify
 
 
-def _any_bytes(_path: Path) -> None:
-    """Accept a picture: nothing is computed from it."""
-
-
 def detect(source: Path, index: int) -> tuple[publish.Receipt, bool]:
     """Find lesions on a slide's heatmap and publish ``detections/<slide>.csv``, empty where there are none.
 
@@ -209,12 +206,14 @@ def detect(source: Path, index: int) -> tuple[publish.Receipt, bool]:
     done = publish.done(root, name, key)
     if done is not None:
         return done, False
-    heat, _ = pyramid.read_heatmap(root / receipt["path"])
-    found = lesions.detect(heat, lesions.LesionParams.model_validate(made.settings["lesions"]))
-    l0 = np.column_stack([found[:, 0], geometry.l0_from_h(planned.frame, found[:, 1:3])])
-    _publish_pictures(root, planned, heat, l0, key)
-    text = evaluation.format_detections(l0)
-    return publish.publish_bytes(root, name, text.encode(), key, facts("detections", planned.slide_id)), True
+    with publish.publishing(root, name, key, facts("detections", planned.slide_id), publish.accept) as attempt:
+        heat, _ = pyramid.read_heatmap(root / receipt["path"])
+        found = lesions.detect(heat, lesions.LesionParams.model_validate(made.settings["lesions"]))
+        l0 = np.column_stack([found[:, 0], geometry.l0_from_h(planned.frame, found[:, 1:3])])
+        with attempt.uncounted():
+            _publish_pictures(root, planned, heat, l0, key)
+        attempt.path.write_text(evaluation.format_detections(l0), encoding="utf-8", newline="")
+    return attempt.receipt, True
 
 
 def _publish_pictures(
@@ -224,20 +223,24 @@ def _publish_pictures(
     receipt_facts = facts("overlay", planned.slide_id)
     name = f"heatmaps/{planned.slide_id}.preview.tif"
     if publish.done(root, name, key) is None:
-        with publish.publishing(root, name, key, receipt_facts, _any_bytes) as attempt, attempt.timed("write"):
+        with publish.publishing(root, name, key, receipt_facts, publish.accept) as attempt, attempt.timed("write"):
             pyramid.write_preview(attempt.path, heat, um_px=_cell_um(planned.frame))
-    with reading.open_planned(root, planned) as opened:
-        downsample = max(1.0, max(opened.facts.l0_size_px) / _OVERLAY_SIDE_PX)
-        overview = opened.overview(downsample)
-    corner = geometry.l0_from_h_corner(planned.frame, 0, 0)
-    png = export.overlay_png(
-        overview,
-        heat,
-        cell_px=planned.frame.stride_px * planned.frame.l0_per_px / downsample,
-        origin_px=(corner[0] / downsample, corner[1] / downsample),
-        detections=detections / (1.0, downsample, downsample),
-    )
-    publish.publish_bytes(root, f"heatmaps/{planned.slide_id}.png", png, key, receipt_facts)
+    name = f"heatmaps/{planned.slide_id}.png"
+    if publish.done(root, name, key) is not None:
+        return
+    with publish.publishing(root, name, key, receipt_facts, publish.accept) as attempt:
+        with reading.open_planned(root, planned) as opened:
+            downsample = max(1.0, max(opened.facts.l0_size_px) / _OVERLAY_SIDE_PX)
+            overview = opened.overview(downsample)
+        corner = geometry.l0_from_h_corner(planned.frame, 0, 0)
+        png = export.overlay_png(
+            overview,
+            heat,
+            cell_px=planned.frame.stride_px * planned.frame.l0_per_px / downsample,
+            origin_px=(corner[0] / downsample, corner[1] / downsample),
+            detections=detections / (1.0, downsample, downsample),
+        )
+        attempt.path.write_bytes(png)
 
 
 STAGES = {

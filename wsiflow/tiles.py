@@ -29,8 +29,8 @@ class TilesParams(BaseModel, frozen=True, extra="forbid"):
         halo_px: Context read around each block, reading pixels a side; ``auto`` is what the windows and the network
             need.
         block_rows: Most tile rows of a block.
-        block_cols: Most tile columns of a block; ``auto`` fits the network's memory to ``memory_mb``. One row and one
-            column with a halo of 112 px are the reference's 448 px patches.
+        block_cols: Most tile columns of a block; ``auto`` fits blocks to ``memory_mb``, with fewer rows where they have
+            to be. One row and one column with a halo of 112 px are the reference's 448 px patches.
         memory_mb: What a worker's network may take, MB.
         group_tiles: Tissue tiles a group should hold at most: one group is one array task.
     """
@@ -38,7 +38,7 @@ class TilesParams(BaseModel, frozen=True, extra="forbid"):
     tile_px: int = Field(ge=16, le=4096)
     halo_px: Annotated[int, Field(ge=0, le=4096)] | Literal["auto"]
     block_rows: int = Field(ge=1, le=64)
-    block_cols: Annotated[int, Field(ge=1, le=4096)] | Literal["auto"]
+    block_cols: Annotated[int, Field(ge=1, le=256)] | Literal["auto"]
     memory_mb: int = Field(ge=100)
     group_tiles: int = Field(ge=1)
 

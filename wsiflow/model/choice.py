@@ -20,7 +20,7 @@ class Choice(NamedTuple):
         context_px: Context beyond the outermost windows of a dense map, reading pixels a side.
         exact: Dense and window scores are equal to rounding: the network does not pad.
         halo_px: Context around a block's tiles, reading pixels a side: the windows' reach and ``context_px``.
-        block_cols: Most tile columns of a block.
+        block_rows, block_cols: Most tile rows and columns of a block.
     """
 
     engine: Literal["dense", "window"]
@@ -32,8 +32,11 @@ class Choice(NamedTuple):
     context_px: int
     exact: bool
     halo_px: int
+    block_rows: int
     block_cols: int
 
     def numbers(self) -> dict[str, Any]:
         """Return what changes scores and is not in a slide's frame already."""
-        return {key: value for key, value in self._asdict().items() if key not in {"halo_px", "block_cols"}}
+        batch = self.batch if self.engine == "window" or self.share_until else 0
+        frame = {"halo_px", "block_rows", "block_cols"}
+        return {key: value for key, value in self._replace(batch=batch)._asdict().items() if key not in frame}

@@ -192,6 +192,15 @@ def quantise(network: Network, samples: Iterable[NDArray[Any]], *, cache: Path |
     return _packed(made)
 
 
+def require_int8() -> None:
+    """Refuse to calibrate where what it takes is not installed.
+
+    Raises:
+        EnvironmentFault: NNCF is missing.
+    """
+    _nncf()
+
+
 def choose(
     candidates: Mapping[Candidate, Engine],
     inputs: NDArray[Any],
