@@ -18,6 +18,7 @@ GIVEN = {
     "dataset=synthetic": ["dataset.folder=synthetic"],
     "model=googlenet": ["model.card=g.json"],
     "model=card": ["model.card=g.json"],
+    "geometry=reference": ["tiles=patch"],
 }
 
 

@@ -57,7 +57,7 @@ def test_a_folder_of_real_slides(shared_data: Path, tmp_path: Path) -> None:
     [
         ("multi_frame_jpeg2000_camelyon_challenge_image.dcm", ["geometry.spacing=native"]),
         ("CMU-1-Small-Region.svs", ["geometry.spacing=native"]),
-        ("CMU-1-Small-Region.svs", ["geometry=reference"]),
+        ("CMU-1-Small-Region.svs", ["geometry=reference", "tiles=patch"]),
         ("CMU-1-Small-Region.svs", ["geometry.max_upsample=2.1", "store=none"]),
     ],
 )
