@@ -140,6 +140,22 @@ def cost(out: Path) -> Cost:
     )
 
 
+def tiles_per_s(out: Path) -> float:
+    """Return the rate at which workers predict: each from its second task on, added up."""
+    own: dict[int, list[dict[str, Any]]] = {}
+    for receipt in receipts(out):
+        if receipt["kind"] == "prediction":
+            own.setdefault(receipt["pid"], []).append(receipt)
+    rate = 0.0
+    for done in own.values():
+        done.sort(key=lambda receipt: receipt["started"])
+        rest = done[1:]  # the first one loads the network
+        rate += sum(receipt["counts"]["tiles"] for receipt in rest) / (
+            _time(rest[-1], "ended") - _time(rest[0], "started")
+        )
+    return rate
+
+
 def _time(receipt: dict[str, Any], which: str) -> float:
     return datetime.fromisoformat(receipt[which]).timestamp()
 

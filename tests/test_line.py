@@ -138,6 +138,15 @@ def test_processes_and_groups_do_not_change_a_byte(small_slides: Path, finished:
     assert differing == set()
 
 
+def test_another_split_into_groups_gives_the_same_bits(small_slides: Path, finished: Path, tmp_path: Path) -> None:
+    """A block's scores do not depend on the group it is predicted in, nor on what was predicted before it."""
+    assert wsiflow(*over(small_slides, tmp_path / "run", "tiles.group_tiles=9")) == 0
+    assert len(list((tmp_path / "run/predictions").rglob("*.h5"))) > len(list((finished / "predictions").rglob("*.h5")))
+    for path in sorted((finished / "heatmaps").glob("*_00?.tif")):
+        found, _ = pyramid.read_heatmap(tmp_path / "run/heatmaps" / path.name)
+        assert np.array_equal(found, pyramid.read_heatmap(path)[0], equal_nan=True)
+
+
 @pytest.mark.parametrize("seed", range(int(os.environ.get("WSIFLOW_KILLS", "3"))))
 def test_a_killed_run_finishes_with_the_same_bytes(
     small_slides: Path, finished: Path, tmp_path: Path, seed: int
