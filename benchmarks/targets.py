@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks.engines import REFERENCE
 from benchmarks.measuring import Spread, Table
 
 CAMELYON16_CORE_H = 100  # at 12 % tissue
@@ -104,12 +105,14 @@ def _floors(results: Mapping[str, Any]) -> Table:
         ):
             reached = _at(results, path).get(key)
             cells.append("" if reached is None else f"{1e3 * reached[0]:.1f} ({floor_s / reached[0]:.0%})")
-        rows.append(cells)
+        loop_s = _at(results, ("engines", "googlenet", REFERENCE)).get("core_s_tile")
+        rows.append([*cells, "" if loop_s is None else f"{loop_s[0] / floor_s:,.0f}"])
     columns = [
         "precision",
         "floor, ms per tile",
         "dense pass, ms (floor / reached)",
         "whole line, ms (floor / reached)",
+        "reference loop / floor: the most there can be",
     ]
     return Table("Distance from the floor: FLOPs of a tile at the peak rate, no halo, nothing read", columns, rows)
 

@@ -18,7 +18,8 @@ from PIL import Image
 
 from wsiflow import slide
 from wsiflow.errors import EnvironmentFault, InputError
-from wsiflow.slide import Slide, SlideFacts, open_slide, resolve_mpp, sha256, signature
+from wsiflow.identity import sha256, signature
+from wsiflow.slide import Slide, SlideFacts, open_slide, resolve_mpp
 
 WIDTH, HEIGHT = 333, 250
 Pixels = NDArray[np.uint8]

@@ -15,7 +15,7 @@ import yaml
 from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
-from wsiflow import export, geometry, plan, publish, slide, tissue, tracking
+from wsiflow import export, geometry, identity, plan, publish, slide, tissue, tracking
 from wsiflow.config import RunConfig
 from wsiflow.dataset import Case
 from wsiflow.errors import InputError
@@ -65,11 +65,11 @@ def ingest(source: Path, index: int) -> tuple[publish.Receipt, bool]:
             um_px = slide.resolve_mpp(opened.facts, case.mpp)
             mask, downsample, tissue_grid, frame = _cut(opened, um_px, config, cutting["tiles"])
             corner = opened.facts.l0_bounds_corner
-        sha256 = slide.sha256(case.path)
+        sha256 = identity.sha256(case.path)
         _check_manifest_sha256(case, sha256)
         record = {
             "sha256": sha256,
-            "signature": slide.signature(case.path),
+            "signature": identity.signature(case.path),
             "um_px_l0": um_px,
             "overview_downsample": downsample,
             "frame": frame._asdict(),
@@ -217,9 +217,9 @@ def check_unchanged(root: Path, slide_id: str, path: Path) -> None:
         InputError: The content is another.
     """
     record = _record(root, slide_id)
-    if slide.signature(path) == record["signature"]:
+    if identity.signature(path) == record["signature"]:
         return
-    sha256 = slide.sha256(path)
+    sha256 = identity.sha256(path)
     if sha256 != record["sha256"]:
         cause = f"its content has changed since the run was planned (SHA-256 {sha256}, was {record['sha256']})"
         raise InputError(cause, "restore it, or choose another out= folder", slide=slide_id, path=path)

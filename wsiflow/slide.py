@@ -13,10 +13,8 @@ This is the only module that uses OpenSlide. Label, macro and other associated i
 properties only the vendor, the pixel size and the background colour are read: the others may name a patient.
 """
 
-import hashlib
 import math
-import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -28,7 +26,7 @@ import openslide
 from numpy.typing import NDArray
 from PIL import Image
 
-from wsiflow import decode
+from wsiflow import decode, identity
 from wsiflow.errors import EnvironmentFault, InputError
 
 OPENSLIDE_AT_LEAST = (4, 0, 1)
@@ -43,7 +41,6 @@ _THUMBNAIL_LIMIT_PX = 1 << 27
 _FILTER_SUPPORT_PX = {Image.Resampling.BOX: 0.5, Image.Resampling.BICUBIC: 2.0}
 _DECODED_VENDORS = frozenset({"aperio", "generic-tiff", "philips"})  # OpenSlide lays their tiles edge to edge
 _FILLED_VENDORS = frozenset({"aperio"})  # OpenSlide may draw their missing tiles from another level, blended
-_COPY_AGAIN = "copy it again from its source, or remove its line"
 
 
 class Region(NamedTuple):
@@ -362,7 +359,7 @@ class Slide:
         fresh = _open_handle(self.facts.path, self.facts.slide_id)
         self._handle.close()
         self._handle = fresh
-        return InputError(cause, _COPY_AGAIN, slide=self.facts.slide_id, path=self.facts.path)
+        return InputError(cause, identity.COPY_AGAIN, slide=self.facts.slide_id, path=self.facts.path)
 
 
 def open_slide(path: Path, *, slide_id: str) -> Slide:
@@ -377,7 +374,7 @@ def open_slide(path: Path, *, slide_id: str) -> Slide:
         EnvironmentFault: The OpenSlide library is too old, or the file may not be read.
     """
     _require_openslide()
-    _require_file(path, slide_id)
+    identity.require_file(path, slide_id)
     handle = _open_handle(path, slide_id)
     return Slide(_facts(handle, path, slide_id), handle)
 
@@ -412,36 +409,6 @@ def resolve_mpp(facts: SlideFacts, manifest_mpp: float | None) -> float:
     return (mpp_x + mpp_y) / 2
 
 
-def sha256(path: Path) -> str:
-    """Return the SHA-256 of a slide, hexadecimal.
-
-    A slide of one file has that file's hash. A slide of several (MIRAX with its folder, the DICOM files of a folder,
-    a Hamamatsu index with the files it names) has the hash of the list of their names and hashes.
-
-    Raises:
-        InputError: The file is missing or not a regular file.
-        EnvironmentFault: A file may not be read.
-    """
-    parts = {name: _file_sha256(part) for name, part in _parts(path)}
-    if len(parts) == 1:
-        return next(iter(parts.values()))
-    listing = "".join(f"{digest}  {name}\n" for name, digest in parts.items())
-    return hashlib.sha256(listing.encode()).hexdigest()
-
-
-def signature(path: Path) -> str:
-    """Return a text that changes when a file of the slide is replaced or written: names, sizes, times and inodes.
-
-    While it stays the same, a hash computed before may be taken as still valid.
-
-    Raises:
-        InputError: The file is missing or not a regular file.
-    """
-    parts = [(name, part.stat()) for name, part in _parts(path)]
-    listing = "".join(f"{found.st_size} {found.st_mtime_ns} {found.st_ino} {name}\n" for name, found in parts)
-    return hashlib.sha256(listing.encode()).hexdigest()
-
-
 @cache
 def _require_openslide() -> None:
     """Refuse an OpenSlide library with known memory faults and wrong pixel sizes."""
@@ -452,34 +419,17 @@ def _require_openslide() -> None:
         raise EnvironmentFault(cause, "install openslide-bin of that version or newer")
 
 
-def _require_file(path: Path, slide_id: str = "") -> None:
-    """Refuse what is not a regular file with something in it, before a library looks at it."""
-    try:
-        found = path.stat()
-    except (FileNotFoundError, NotADirectoryError) as error:
-        cause, remedy = "the slide file does not exist", "correct the path, or remove its line"
-        raise InputError(cause, remedy, slide=slide_id, path=path) from error
-    except OSError as error:
-        remedy = "check the permissions and the mount"
-        raise EnvironmentFault(f"the slide file is out of reach ({error.strerror})", remedy, path=path) from error
-    if stat.S_ISDIR(found.st_mode):
-        remedy = "name a file (of DICOM any .dcm in the folder) in its line, or use dataset=folder"
-        raise InputError("the path is a folder, not a slide file", remedy, slide=slide_id, path=path)
-    if not stat.S_ISREG(found.st_mode):
-        raise InputError("the path is not a regular file", "remove its line", slide=slide_id, path=path)
-    if found.st_size == 0:
-        raise InputError("the slide file is empty (0 bytes)", _COPY_AGAIN, slide=slide_id, path=path)
-
-
 def _open_handle(path: Path, slide_id: str) -> openslide.OpenSlide:
     """Open the file as a slide. The library's own ``open_slide`` would also take an ordinary image."""
     try:
         return openslide.OpenSlide(path)
     except openslide.OpenSlideUnsupportedFormatError as error:
         cause = "the file is not a slide in a format OpenSlide reads"
-        raise InputError(cause, _COPY_AGAIN, slide=slide_id, path=path) from error
+        raise InputError(cause, identity.COPY_AGAIN, slide=slide_id, path=path) from error
     except openslide.OpenSlideError as error:
-        raise InputError(f"the slide cannot be opened ({error})", _COPY_AGAIN, slide=slide_id, path=path) from error
+        raise InputError(
+            f"the slide cannot be opened ({error})", identity.COPY_AGAIN, slide=slide_id, path=path
+        ) from error
 
 
 def _facts(handle: openslide.OpenSlide, path: Path, slide_id: str) -> SlideFacts:
@@ -487,7 +437,7 @@ def _facts(handle: openslide.OpenSlide, path: Path, slide_id: str) -> SlideFacts
     sizes = tuple((int(width), int(height)) for width, height in handle.level_dimensions)
     if not sizes or min(sizes[0]) < 1:
         handle.close()
-        raise InputError("the slide has no pixels", _COPY_AGAIN, slide=slide_id, path=path)
+        raise InputError("the slide has no pixels", identity.COPY_AGAIN, slide=slide_id, path=path)
     properties = handle.properties
     return SlideFacts(
         slide_id=slide_id,
@@ -567,32 +517,3 @@ def _joined(parts: list[Region], axis: int) -> Region:
     rgb = np.concatenate([part.rgb for part in parts], axis=axis)
     areas = [part.rgb.shape[0] * part.rgb.shape[1] for part in parts]
     return Region(rgb, float(np.average([part.transparent for part in parts], weights=areas)))
-
-
-def _parts(path: Path) -> list[tuple[str, Path]]:
-    """Return every file of a slide with its name relative to the slide's folder, sorted by name."""
-    _require_file(path)
-    parts = {path, *_companions(path)}
-    return sorted((part.relative_to(path.parent).as_posix(), part) for part in parts)
-
-
-def _companions(path: Path) -> Iterator[Path]:
-    """Yield the files that belong to a slide besides the one that names it."""
-    kind = path.suffix.lower()
-    if kind == ".mrxs":
-        yield from (part for part in path.with_suffix("").rglob("*") if part.is_file())
-    elif kind == ".dcm":
-        yield from (part for part in path.parent.iterdir() if part.suffix.lower() == ".dcm" and part.is_file())
-    elif kind in {".vms", ".vmu"}:
-        index = path.read_text(encoding="utf-8", errors="replace")
-        yield from (part for part in path.parent.iterdir() if part.name in index and part.is_file())
-
-
-def _file_sha256(path: Path) -> str:
-    """Hash one file in pieces."""
-    try:
-        with path.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
-    except OSError as error:
-        cause = f"the slide file cannot be read ({error.strerror})"
-        raise EnvironmentFault(cause, "check the permissions and the mount", path=path) from error
