@@ -20,7 +20,7 @@ from wsiflow.tiles import Block
 
 RNG = np.random.default_rng(7)
 BLOCK = Block(3, 2, 3, 2, (0, 1, 4, 5))
-PLAIN = Choice("window", "torch", "fp32", 8, 56, "", 0, exact=True, halo_px=84, block_cols=3)
+PLAIN = Choice("window", "torch", "fp32", 8, 56, "", 0, exact=True, halo_px=84, block_rows=3, block_cols=3)
 
 
 def card(window_px: int = 224, input_px: int = 224) -> ModelCard:
