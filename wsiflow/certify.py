@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 _CERTIFIED_BLOCKS = 8
 _CUTS_TRIED = 4
+_BATCH = 8  # memory for a second network beside the run's own; larger batches are hardly faster
 
 
 def is_needed(made: Plan) -> bool:
@@ -118,7 +119,8 @@ def _measured(made: Plan, planned: SlidePlan, sample: _Sample) -> dict[str, Any]
     choice, frame = planned_choice(made), planned.frame
     plain = choice._replace(precision="fp32")
     published_scores = [found[places] for found, places in zip(sample.scores, sample.places, strict=True)]
-    windows = cast("Windows", scorer_for(planned_classifier(made), plain._replace(engine="window")))
+    few = plain._replace(engine="window", batch=min(choice.batch, _BATCH))
+    windows = cast("Windows", scorer_for(planned_classifier(made), few))
     expected = windows.run(_cut_windows(frame, sample, context_px=0), untimed)
     found = {"windows": _pairs(np.concatenate([np.empty(0, np.float32), *published_scores]), expected)}
     if choice.precision != "fp32" and choice.engine == "dense" and sample.blocks:

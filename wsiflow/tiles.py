@@ -31,7 +31,7 @@ class TilesParams(BaseModel, frozen=True, extra="forbid"):
         block_rows: Most tile rows of a block.
         block_cols: Most tile columns of a block; ``auto`` fits blocks to ``memory_mb``, with fewer rows where they have
             to be. One row and one column with a halo of 112 px are the reference's 448 px patches.
-        memory_mb: What a worker's network may take, MB.
+        memory_mb: What the activations of a worker's network may take, MB.
         group_tiles: Tissue tiles a group should hold at most: one group is one array task.
     """
 

@@ -342,7 +342,8 @@ def _converted(network: Network, cache: Path | None) -> bytes:
         with torch.inference_mode(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the tracer, about shapes that are constants on purpose
             try:
-                model = openvino.convert_model(network.module, example_input=torch.tensor(network.example))
+                # Tracing runs the network in PyTorch: a whole batch would take as much memory as all the rest.
+                model = openvino.convert_model(network.module, example_input=torch.tensor(network.example[:2]))
             except (RuntimeError, openvino.frontend.OpConversionFailure) as error:
                 raise _cannot_convert("OpenVINO", error) from error
         return _packed(model)
