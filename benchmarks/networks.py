@@ -91,7 +91,8 @@ def tissue(side_px: int) -> NDArray[np.uint8]:
 
 def choice(engine: str, backend: str, precision: str, *, stride_px: int = STRIDE_PX, context_px: int = 0) -> Choice:
     """Return a way of computing scores, of regions without a halo unless one is asked for."""
-    return Choice(engine, backend, precision, BATCH, stride_px, "", context_px, False, 0, 1)  # type: ignore[arg-type] # noqa: FBT003
+    place = {"context_px": context_px, "exact": False, "halo_px": 0, "block_rows": 1, "block_cols": 1}
+    return Choice(engine, backend, precision, BATCH, stride_px, "", **place)  # type: ignore[arg-type]
 
 
 def windows(pixels: NDArray[np.uint8], count: int) -> list[NDArray[np.uint8]]:
