@@ -1,6 +1,7 @@
 """The headline of resume: end the process before any one change of the file system, start again, get the same bytes."""
 
 import itertools
+import multiprocessing
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,10 @@ from flows import pipeline, run
 from wsiflow import publish, pyramid
 
 # Every effect of the line is a place to crash; one in STRIDE is tried. WSIFLOW_CRASH_STRIDE=1 tries them all.
-STRIDE = int(os.environ.get("WSIFLOW_CRASH_STRIDE", "9"))
+STRIDE = int(os.environ.get("WSIFLOW_CRASH_STRIDE", "23"))
+
+_SERVER = multiprocessing.get_context("forkserver")
+_SERVER.set_forkserver_preload(["flows.pipeline", "flows.run", "wsiflow.certify", "wsiflow.settle", "wsiflow.steps"])
 
 
 @pytest.fixture(scope="module")
@@ -37,26 +41,31 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "manifest.csv"
 
 
-def line(manifest: Path, out: Path) -> int:
+def line(manifest: Path, out: Path, last: int = -1) -> int:
+    """Run in a child, which ends before effect number ``last``; return its exit code.
+
+    Children are forked from a server that has imported everything and run nothing: what OpenVINO leaves in a process
+    that has run a network does not survive a fork.
+    """
+    child = _SERVER.Process(target=run_line, args=(manifest, out, last))
+    child.start()
+    child.join()
+    assert child.exitcode is not None
+    return child.exitcode
+
+
+def run_line(manifest: Path, out: Path, last: int) -> None:
+    seen = itertools.count()
+    publish._effect = lambda *_: os._exit(137) if next(seen) == last else None
     config = run.compose_config(over(manifest, out, "tiles.group_tiles=4"))
-    return pipeline.direct(config).exit_code
-
-
-def until(manifest: Path, out: Path, last: int) -> int:
-    """Run in a child that ends before effect number ``last``; return its exit code."""
-    child = os.fork()
-    if child == 0:
-        seen = itertools.count()
-        publish._effect = lambda *_: os._exit(137) if next(seen) == last else None
-        os._exit(line(manifest, out))
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    os._exit(pipeline.direct(config).exit_code)
 
 
 def points(manifest: Path, folder: Path) -> Iterator[tuple[int, Path]]:
     """Yield the crash points and the folder that a run left when it ended there."""
     for point in itertools.count(0, STRIDE):
         out = folder / str(point)
-        code = until(manifest, out, point)
+        code = line(manifest, out, point)
         assert code in (0, 137)
         yield point, out
         if code == 0:
