@@ -4,6 +4,7 @@ Every stage has the form of `wsiflow.steps`. torch is imported where a stage nee
 limited.
 """
 
+import gc
 import json
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
@@ -175,6 +176,12 @@ def scorer_for(model: "Classifier", choice: Choice, quantised: Path | None = Non
 
     data = None if quantised is None else quantised.read_bytes()
     return scorer.make(model, choice, threads=thread_count(), quantised=data)
+
+
+def release() -> None:
+    """Give back the memory of prepared networks; the next task of this process that needs one prepares it again."""
+    scorer_for.cache_clear()
+    gc.collect()
 
 
 def _calibration(root: Path, made: Plan) -> tuple[str, str]:

@@ -10,6 +10,7 @@ Stages: ``choose`` (once), ``ingest`` (a case), ``calibrate`` (once, for int8), 
 
 import dataclasses
 import json
+import math
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,6 +42,7 @@ from wsiflow.plan import SlidePlan, Task
 from wsiflow.provenance import facts
 
 _OVERLAY_SIDE_PX = 1024
+_LARGE_MAP_CELLS = 1 << 22
 
 
 def run_task(source: Path, stage: str, index: int) -> Outcome:
@@ -160,6 +162,7 @@ def stitch(source: Path, index: int) -> tuple[publish.Receipt, bool]:
     if done is not None:
         return done, False
     frame = planned.frame
+    _make_room(frame)
     parts = [store.read_predictions(root / scoring.prediction_name(made, task)) for task in tasks]
     coord = np.concatenate([np.empty((0, 5), dtype=np.int64), *(part[0] for part in parts)])
     m = frame.cells_per_tile
@@ -173,6 +176,12 @@ def stitch(source: Path, index: int) -> tuple[publish.Receipt, bool]:
         attempt.receipt["counts"] = {"tiles": len(coord)}
         attempt.receipt["score"] = heatmap.slide_score(heat)
     return attempt.receipt, True
+
+
+def _make_room(frame: Frame) -> None:
+    """Release the network where the slide's map is so large that a worker should not hold both."""
+    if math.prod(frame.h_shape) > _LARGE_MAP_CELLS:
+        scoring.release()
 
 
 def _cell_um(frame: Frame) -> float:
@@ -206,6 +215,7 @@ def detect(source: Path, index: int) -> tuple[publish.Receipt, bool]:
     done = publish.done(root, name, key)
     if done is not None:
         return done, False
+    _make_room(planned.frame)
     with publish.publishing(root, name, key, facts("detections", planned.slide_id), publish.accept) as attempt:
         heat, _ = pyramid.read_heatmap(root / receipt["path"])
         found = lesions.detect(heat, lesions.LesionParams.model_validate(made.settings["lesions"]))
