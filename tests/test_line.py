@@ -249,4 +249,4 @@ def test_the_certificate_is_part_of_every_dense_run(finished: Path) -> None:
     assert summary["dense.flips"] == 0
     listed = rows(finished / "evaluation/certificates.csv")
     assert {row["slide_id"] for row in listed} == {row["slide_id"] for row in rows(finished / "process_list.csv")}
-    assert sum(int(row["n"]) for row in listed) == summary["dense.n"] >= 6 * 40
+    assert sum(int(row["n"]) for row in listed) == summary["dense.n"] > 6 * 30

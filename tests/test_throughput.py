@@ -44,6 +44,7 @@ def test_rates_of_one_prediction() -> None:
             "cost.read_core_s": 10.0,
             "cost.stain_core_s": 0.0,
             "cost.infer_core_s": 30.0,
+            "cost.certify_core_s": 0.0,
             "cost.write_core_s": 0.0,
             "cost.stitch_core_s": 0.0,
         }
