@@ -148,7 +148,7 @@ def finish(given: argparse.Namespace, name: str, about: dict[str, Any], values: 
         values: Everything measured.
         tables: What to show of it.
     """
-    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(given).items()}
+    settings = {key: value.name if isinstance(value, Path) else value for key, value in vars(given).items()}
     settings.pop("out")
     result = {
         "benchmark": name,
