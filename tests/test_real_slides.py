@@ -5,18 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from test_bad_input import COARSE
 
 from flows import run as command
 from wsiflow import pyramid
-
-COARSE = [
-    "inference.stride=112",
-    "dense.windows=40",
-    "executor=inline",
-    "orchestrator=none",
-    "tracking=off",
-    "evaluation.bootstrap=0",
-]
 
 
 def started(*arguments: str) -> int:

@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from flows.run import compose_config
 from wsiflow import plan, tiles
 from wsiflow.tiles import Cut
-from wsiflow.tissue import TissueParams, select_tiles, tile_coverage, tissue_mask
+from wsiflow.tissue import select_tiles, tile_coverage, tissue_mask
 
 grids = hnp.arrays(bool, hnp.array_shapes(min_dims=2, max_dims=2, max_side=12))
 
@@ -81,15 +82,7 @@ def test_single_tiles_are_the_reference_patches() -> None:
 
 def test_strips_of_real_tissue_hold_less_than_twice_its_pixels(shared_data: Path) -> None:
     """Every fourth of the 156 real overviews: with the halo of a network that pads, 1.9 times the tissue at most."""
-    params = TissueParams(
-        method="hsv_otsu",
-        downsample=32,
-        min_chroma=8,
-        closing_px=2,
-        min_object_px=16,
-        min_coverage=0.05,
-        dilate_tiles=1,
-    )
+    params = compose_config([]).tissue
     read_px, tissue_px = dict.fromkeys((104, 200), 0), 0
     for path in sorted((shared_data / "camelyon16/thumbnails_128").glob("*.jpg"))[::4]:
         mask = tissue_mask(cv2.imread(str(path))[..., ::-1], params)
