@@ -30,16 +30,19 @@ def line(config: RunConfig, submit: Submit) -> results.Summary:
     """Run everything, with ``submit`` starting each shard's work."""
     clock = results.Clock()
     cases = shards.begin(config)
-    with executor.make(config.executor, cores=allocated_cores()) as pool:
+    with executor.make(config.executor, cores=allocated_cores(), root=config.out) as pool:
         told = shards.choose(pool, cases)
         if told:
             cli.say(told)
-        wanted = shards.cut(shards.count_cases(cases), config.shard_slides)
+        wanted = shards.cut(shards.case_sizes(cases), config.shard_slides)
         ingested = [submit(f"ingest {i}", shards.ingest_shard, pool, cases, part) for i, part in enumerate(wanted, 1)]
         plan_path = ingest.make_plan(cases, [outcome for future in ingested for outcome in future.result()])
-        calibrated = shards.calibrate(pool, plan_path)
-        wanted = shards.cut(shards.count_slides(plan_path), config.shard_slides)
-        futures = [submit(f"slides {i}", shards.line, pool, plan_path, part) for i, part in enumerate(wanted, 1)]
+        slice_s = config.executor.slice_s
+        calibrated = shards.calibrate(pool, plan_path, slice_s)
+        wanted = shards.cut(shards.slide_sizes(plan_path), config.shard_slides)
+        futures = [
+            submit(f"slides {i}", shards.line, pool, plan_path, part, slice_s) for i, part in enumerate(wanted, 1)
+        ]
         progress = [calibrated, *(future.result() for future in futures)]
     return results.finish(config, plan_path, progress, clock)
 

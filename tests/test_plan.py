@@ -1,24 +1,38 @@
 """The plan: identity from content, and no silent change under a finished run."""
 
+import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from wsiflow import plan
-from wsiflow.errors import InputError
+from wsiflow.errors import InputError, IntegrityError
 from wsiflow.geometry import Frame
 from wsiflow.plan import Plan, Rejected, SlidePlan, Task
 
 FRAME = Frame("centred", 896, 672, 1.0, 0.243, 224, 224, 112, 112, 1, 1, 0, 0, 4, 3)
-SETTINGS = {"predict": {"stride": 112, "model": "m"}, "cut": {"halo": 112}}
+SETTINGS = {"predict": {"stride": 112, "model": "m"}, "cut": {"tiles": {"group_tiles": 3}}}
+
+
+TISSUE = np.array([[0, 1, 1, 0], [0, 0, 0, 0], [1, 1, 1, 1]], dtype=bool)
+CUT = plan.make_cut(TISSUE, FRAME, group_tiles=3)
 
 
 def slide(name: str, key: str = "k1", path: str = "/data/a.svs") -> SlidePlan:
-    return SlidePlan(name, path, "f" * 64, 0.243, 1, "", "", 32, FRAME, ((0, 1, 2), (2, 0, 4)), ((0, 3), (3, 6)), key)
+    return SlidePlan(name, path, "f" * 64, 0.243, 1, "", "", 32, FRAME, 6, 6, 2, key)
 
 
 def make(*slides: SlidePlan, settings: dict = SETTINGS, rejected: tuple[Rejected, ...] = ()) -> Plan:
-    return Plan(settings, {"store": {"kind": "none"}}, slides, rejected)
+    return Plan(settings, {"store": {"kind": "none", "part_tiles": 3}}, slides, rejected)
+
+
+def publish_cut(root: Path, planned: SlidePlan) -> SlidePlan:
+    """Write the slide's tiles where a plan has them, and return the slide under the key of its content."""
+    path = root / plan.cut_name(planned.slide_id)
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(CUT.as_dict()))
+    return planned._replace(key=plan.slide_key(planned.sha256, FRAME, CUT))
 
 
 def test_a_plan_comes_back_as_published(tmp_path: Path) -> None:
@@ -27,23 +41,62 @@ def test_a_plan_comes_back_as_published(tmp_path: Path) -> None:
     again = plan.read(plan.publish_plan(tmp_path, made))
     assert again.hash == made.hash
     assert again.slides == made.slides
-    assert list(again.tasks) == [Task(0, 1), Task(0, 2), Task(1, 1), Task(1, 2)]
+    assert again.n_groups == 4
+    assert [again.task("predict", index) for index in range(4)] == [Task(0, 1), Task(0, 2), Task(1, 1), Task(1, 2)]
 
 
-def test_groups_are_ranges_of_the_slides_blocks() -> None:
+def test_tasks_of_slides_without_tissue_are_none() -> None:
+    """Places are counted through slides with and without groups, back and forth."""
+    sizes = [0, 2, 0, 0, 3, 1, 0]
+    made = make(*(slide(str(i))._replace(n_groups=count) for i, count in enumerate(sizes)))
+    expected = [Task(i, k) for i, count in enumerate(sizes) for k in range(1, count + 1)]
+    assert [made.task("predict", index) for index in range(made.n_groups)] == expected
+    for i, count in enumerate(sizes):
+        found = made.tasks_of("predict", i)
+        assert len(found) == count
+        assert all(made.task("predict", index).slide == i for index in found)
+    assert made.task("stitch", 4) == Task(4, 0)
+
+
+def test_a_long_slide_is_extracted_in_parts() -> None:
+    """Every group is in one part, and no part has more tiles than is asked for, unless one group has."""
+    long = make(slide("a")._replace(n_groups=7), settings=SETTINGS | {"cut": {"tiles": {"group_tiles": 400}}})
+    long.work["store"]["part_tiles"] = 900
+    assert long.count("extract") == 4
+    assert [list(long.part(0, j)) for j in range(1, 5)] == [[1, 2], [3, 4], [5, 6], [7]]
+    assert [long.part_of(k) for k in range(1, 8)] == [1, 1, 2, 2, 3, 3, 4]
+
+
+def test_groups_are_ranges_of_the_slides_blocks(tmp_path: Path) -> None:
     """Group 2 of a slide with runs (row 0: 1-2) and (row 2: 0-3) holds the last three tiles."""
-    assert [(block.t_col, block.t_row) for block in slide("a").group(2)] == [(1, 2), (2, 2), (3, 2)]
-    assert slide("a").n_tiles == 6
+    cut = plan.read_cut(tmp_path, publish_cut(tmp_path, slide("a")))
+    assert cut == CUT
+    assert [(block.t_col, block.t_row) for block in cut.group(2)] == [(1, 2), (2, 2), (3, 2)]
 
 
-def test_a_task_key_follows_what_can_change_a_number() -> None:
+def test_tiles_that_are_not_those_planned_are_refused(tmp_path: Path) -> None:
+    """The slide's key names its tiles: a changed file is named, and never computed with."""
+    planned = publish_cut(tmp_path, slide("a"))
+    path = tmp_path / plan.cut_name("a")
+    path.write_text(path.read_text().replace("[2, 0, 4]", "[2, 0, 3]"))
+    with pytest.raises(IntegrityError, match=r"slide a.*cuts/a\.json.*not those that were planned"):
+        plan.read_cut(tmp_path, planned)
+    path.write_text("{")
+    with pytest.raises(IntegrityError, match="cannot be read"):
+        plan.read_cut(tmp_path, planned)
+
+
+def test_a_task_key_follows_what_can_change_a_number(tmp_path: Path) -> None:
     """Model, stride, slide content and blocks are in the key; the slide's place and the store are not."""
-    base = plan.task_key(make(slide("a")), Task(0, 1))
+    planned = publish_cut(tmp_path, slide("a"))
+    base = plan.task_key(tmp_path, make(planned), Task(0, 1))
     other_stride = {**SETTINGS, "predict": {"stride": 56, "model": "m"}}
-    assert plan.task_key(make(slide("a"), settings=other_stride), Task(0, 1)) != base
-    assert plan.task_key(make(slide("a", key="k2")), Task(0, 1)) != base
-    assert plan.task_key(make(slide("a")), Task(0, 2)) != base
-    assert plan.task_key(make(slide("a", path="/moved/a.svs")), Task(0, 1)) == base
+    assert plan.task_key(tmp_path, make(planned, settings=other_stride), Task(0, 1)) != base
+    (tmp_path / "other").mkdir()
+    other = publish_cut(tmp_path / "other", planned._replace(sha256="e" * 64))
+    assert plan.task_key(tmp_path / "other", make(other), Task(0, 1)) != base
+    assert plan.task_key(tmp_path, make(planned), Task(0, 2)) != base
+    assert plan.task_key(tmp_path, make(planned._replace(path="/moved/a.svs")), Task(0, 1)) == base
 
 
 def test_the_same_plan_again_is_the_same_file(tmp_path: Path) -> None:

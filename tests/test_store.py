@@ -13,7 +13,7 @@ from wsiflow.store import StoreParams
 
 FRAME = Frame("reference", 896, 672, 1.0, 0.243, 224, 224, 112, 112, 1, 1, 0, 0, 4, 3)
 STRIPS = FRAME._replace(convention="centred", block_rows=7, block_cols=9)
-RAW = StoreParams(kind="hdf5", compression="none", quality=90)
+RAW = StoreParams(kind="hdf5", compression="none", quality=90, part_tiles=4000)
 RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(0, 256, (3, 448, 448, 3), dtype=np.uint8)
 COORD = np.array([[c, 1, 224 * c - 112, 112, 448] for c in (1, 2, 3)])
@@ -44,7 +44,7 @@ def write_strips(path: Path, params: StoreParams = RAW) -> None:
 def test_strips_come_back_as_written(tmp_path: Path, compression: str) -> None:
     """Blocks of different sizes keep every pixel, with plain h5py as well."""
     write_strips(tmp_path / "s.h5", RAW.model_copy(update={"compression": compression}))
-    store.check_patches(tmp_path / "s.h5", [[(672, 1120), (448, 448)], [(896, 672)]])
+    store.check_patches(tmp_path / "s.h5", {1: [(672, 1120), (448, 448)], 2: [(896, 672)]})
     with store.open_patches(tmp_path / "s.h5") as file:
         assert np.array_equal(store.patch_group(file, 1).block(1), BLOCKS[1])
         assert np.array_equal(store.patch_group(file, 1).block(0), BLOCKS[0])
@@ -72,7 +72,7 @@ def test_planned_blocks_of_strips_are_checked(tmp_path: Path) -> None:
     """A block of another size than planned is another plan's file."""
     write_strips(tmp_path / "s.h5")
     with pytest.raises(IntegrityError, match="t1 holds other blocks"):
-        store.check_patches(tmp_path / "s.h5", [[(672, 1120), (448, 449)], [(896, 672)]])
+        store.check_patches(tmp_path / "s.h5", {1: [(672, 1120), (448, 449)], 2: [(896, 672)]})
 
 
 @pytest.mark.parametrize("compression", ["none", "gzip", "jpeg"])
@@ -113,12 +113,12 @@ def test_same_input_gives_the_same_bytes(tmp_path: Path) -> None:
 def test_planned_groups_are_checked(tmp_path: Path) -> None:
     """A file with every block passes; one with a group too few or a block unwritten does not."""
     write_patches(tmp_path / "good.h5")
-    store.check_patches(tmp_path / "good.h5", [[(448, 448)] * 2, [(448, 448)]])
+    store.check_patches(tmp_path / "good.h5", {1: [(448, 448)] * 2, 2: [(448, 448)]})
     with pytest.raises(IntegrityError, match="1 were planned"):
-        store.check_patches(tmp_path / "good.h5", [[(448, 448)] * 2])
+        store.check_patches(tmp_path / "good.h5", {1: [(448, 448)] * 2})
     write_patches(tmp_path / "short.h5", last=2)
     with pytest.raises(IntegrityError, match="t2 was not written to its end"):
-        store.check_patches(tmp_path / "short.h5", [[(448, 448)] * 2, [(448, 448)]])
+        store.check_patches(tmp_path / "short.h5", {1: [(448, 448)] * 2, 2: [(448, 448)]})
 
 
 def test_predictions_come_back_as_written(tmp_path: Path) -> None:
@@ -181,3 +181,15 @@ def test_a_cut_file_is_refused(tmp_path: Path, share: float) -> None:
     (tmp_path / "cut.h5").write_bytes(data[: int(len(data) * share)])
     with pytest.raises(IntegrityError, match="not a whole HDF5 file"), store.open_patches(tmp_path / "cut.h5"):
         pass
+
+
+def test_an_index_shows_all_parts_as_one_file(tmp_path: Path) -> None:
+    """Links are relative: the folder may move, and h5py reads the parts through the slide's one file."""
+    (tmp_path / "a/s").mkdir(parents=True)
+    write_patches(tmp_path / "a/s/p1.h5")
+    store.write_index(tmp_path / "a/s.h5", FRAME, {"slide_id": "s"}, {"s/p1.h5": [1, 2]})
+    (tmp_path / "a").rename(tmp_path / "b")
+    with store.open_patches(tmp_path / "b/s.h5") as index, store.open_patches(tmp_path / "b/s/p1.h5") as part:
+        assert sorted(index) == ["t1", "t2"]
+        assert np.array_equal(index["t2/img"][:], part["t2/img"][:])
+        assert index.attrs["frame"] == part.attrs["frame"]

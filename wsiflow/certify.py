@@ -73,7 +73,7 @@ def certify(source: Path, index: int) -> tuple[publish.Receipt, bool]:
     """
     made = plan.read(source)
     root, planned = source.parent, made.slides[index]
-    receipts = [published(root, made, Task(index, k)) for k in range(1, len(planned.group_ranges) + 1)]
+    receipts = [published(root, made, Task(index, k)) for k in range(1, planned.n_groups + 1)]
     name, wanted = certificate_name(planned), made.settings["certificate"]["windows"]
     key = publish.key_of(slide=planned.key, scores=[found["sha256"] for found in receipts], windows=wanted)
     receipt, executed = publish.done(root, name, key), False
@@ -84,15 +84,14 @@ def certify(source: Path, index: int) -> tuple[publish.Receipt, bool]:
                 found = _measured(made, planned, _sample(root, made, index, wanted))
             attempt.path.write_text(json.dumps(found, sort_keys=True), encoding="utf-8")
         receipt, executed = attempt.receipt, True
-    _require(root, made, index, json.loads((root / name).read_text(encoding="utf-8")))
+    _require(root, made, index)
     return receipt, executed
 
 
 def _sample(root: Path, made: Plan, index: int, wanted: int) -> _Sample:
     """Draw windows of a slide, a few from each of a few blocks, with their published scores."""
     planned = made.slides[index]
-    blocks = planned.blocks()
-    chosen = certificate.draw(planned.key, among=len(blocks), wanted=min(_CERTIFIED_BLOCKS, wanted)).tolist()
+    chosen = certificate.draw(planned.key, among=planned.n_blocks, wanted=min(_CERTIFIED_BLOCKS, wanted)).tolist()
     scores = [_block_scores(root, made, index, number).ravel() for number in chosen]
     seeds = [publish.key_of(slide=planned.key, block=number) for number in chosen]
     each = -(-wanted // max(1, len(chosen)))
@@ -103,11 +102,11 @@ def _sample(root: Path, made: Plan, index: int, wanted: int) -> _Sample:
 
 def _block_scores(root: Path, made: Plan, index: int, number: int) -> NDArray[np.float32]:
     """Return the published scores of a block's tissue tiles, float32 (n, m, m)."""
-    planned = made.slides[index]
-    k, (lo, _) = next((k, span) for k, span in enumerate(planned.group_ranges, 1) if span[0] <= number < span[1])
+    cut = plan.read_cut(root, made.slides[index])
+    k, (lo, _) = next((k, span) for k, span in enumerate(cut.group_ranges, 1) if span[0] <= number < span[1])
     _, prob = store.read_predictions(root / prediction_name(made, Task(index, k)))
-    before = sum(len(block.tissue) for block in planned.blocks()[lo:number])
-    return prob[before : before + len(planned.blocks()[number].tissue)]
+    before = sum(len(block.tissue) for block in cut.blocks[lo:number])
+    return prob[before : before + len(cut.blocks[number].tissue)]
 
 
 def _measured(made: Plan, planned: SlidePlan, sample: _Sample) -> dict[str, Any]:
@@ -155,19 +154,33 @@ def comparison(pairs: dict[str, list[float]]) -> Comparison:
     return certificate.compare(np.array(pairs["scores"], np.float32), np.array(pairs["expected"], np.float32))
 
 
-def _require(root: Path, made: Plan, index: int, found: dict[str, dict[str, list[float]]]) -> None:
-    """Refuse scores that differ by more than the run allows."""
-    choice, slide_id = planned_choice(made), made.slides[index].slide_id
+def passes(root: Path, made: Plan, index: int) -> bool:
+    """Tell whether a slide's published certificate is within what the run allows."""
+    return not any(_broken(root, made, index).values())
+
+
+def _broken(root: Path, made: Plan, index: int) -> dict[str, list[str]]:
+    """Return, by kind of comparison, what of a slide's published certificate is beyond what the run allows."""
+    choice = planned_choice(made)
     lower = certificate.PRECISION_LIMITS[choice.precision]
     limits = lower if choice.exact or choice.engine == "window" else _tolerated(made)
-    path = root / certificate_name(made.slides[index])
-    told = certificate.broken(comparison(found["windows"]), limits)
-    if told:
-        cause = f"{choice.engine} {choice.precision} scores differ from single windows in fp32: {'; '.join(told)}"
-        raise IntegrityError(cause, _what_would_pass(root, made, index), slide=slide_id, path=path)
-    told = certificate.broken(comparison(found["precision"]), lower) if "precision" in found else []
-    if told:
-        cause = f"{choice.precision} scores differ from fp32: {'; '.join(told)}"
+    found = json.loads((root / certificate_name(made.slides[index])).read_text(encoding="utf-8"))
+    told = {"windows": certificate.broken(comparison(found["windows"]), limits)}
+    if "precision" in found:
+        told["precision"] = certificate.broken(comparison(found["precision"]), lower)
+    return told
+
+
+def _require(root: Path, made: Plan, index: int) -> None:
+    """Refuse scores that differ by more than the run allows."""
+    choice, slide_id = planned_choice(made), made.slides[index].slide_id
+    path, told = root / certificate_name(made.slides[index]), _broken(root, made, index)
+    if told["windows"]:
+        cause = f"{choice.engine} {choice.precision} scores differ from single windows in fp32"
+        remedy = _what_would_pass(root, made, index)
+        raise IntegrityError(f"{cause}: {'; '.join(told['windows'])}", remedy, slide=slide_id, path=path)
+    if told.get("precision"):
+        cause = f"{choice.precision} scores differ from fp32: {'; '.join(told['precision'])}"
         raise IntegrityError(cause, "set inference.precision=fp32, in another out= folder", slide=slide_id, path=path)
 
 

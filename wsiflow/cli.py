@@ -159,7 +159,7 @@ def _status(arguments: argparse.Namespace) -> int:
         raise InputError("it holds no plan", "name the out= folder of a run", path=arguments.run)
     made = plan.read(files[-1])
     balance = shards.ledger(arguments.run, made)
-    say(f"plan {made.hash[:12]}: {len(made.slides)} slides, {len(made.tasks)} tasks")
+    say(f"plan {made.hash[:12]}: {len(made.slides)} slides, {made.n_groups} tasks")
     say(
         f"planned {balance.planned} = published {balance.published} + quarantined {balance.quarantined}"
         f" + not done {balance.failed}"
@@ -195,13 +195,13 @@ def _task(arguments: argparse.Namespace) -> int:
     from wsiflow.model import threads
 
     made = plan.read(arguments.plan)
-    if not 0 <= arguments.index < len(made.tasks):
-        raise InputError(f"there is no task {arguments.index}, the plan has {len(made.tasks)}", "count from 0")
+    if not 0 <= arguments.index < made.n_groups:
+        raise InputError(f"there is no task {arguments.index}, the plan has {made.n_groups}", "count from 0")
     threads.limit_threads(int(made.settings["predict"]["numeric_class"]["threads"]))
     from wsiflow import reading, steps
 
     if reading.fits_slides(reading.stain_params(made)):  # done already where the run has come so far
-        outcome = steps.run_task(arguments.plan, "stain", made.tasks[arguments.index].slide)
+        outcome = steps.run_task(arguments.plan, "stain", made.task("predict", arguments.index).slide)
         if outcome.receipt is None:
             say(outcome.error)
             return outcome.exit_code

@@ -63,23 +63,29 @@ def ingest(source: Path, index: int) -> tuple[publish.Receipt, bool]:
     with publish.publishing(root, name, key, receipt_facts, publish.accept) as attempt:
         with slide.open_slide(case.path, slide_id=case.slide_id) as opened:
             um_px = slide.resolve_mpp(opened.facts, case.mpp)
-            mask, downsample, tissue_grid, frame = _cut(opened, um_px, config, cutting["tiles"])
+            mask, downsample, tissue_grid, frame = _tiles(opened, um_px, config, cutting["tiles"])
             corner = opened.facts.l0_bounds_corner
         sha256 = identity.sha256(case.path)
         _check_manifest_sha256(case, sha256)
+        cut = plan.make_cut(tissue_grid, frame, group_tiles=config.tiles.group_tiles)
         record = {
             "sha256": sha256,
             "signature": identity.signature(case.path),
             "um_px_l0": um_px,
             "overview_downsample": downsample,
             "frame": frame._asdict(),
-            "tile_runs": plan.tile_runs(tissue_grid),
+            "n_tiles": int(tissue_grid.sum()),
+            "n_blocks": len(cut.blocks),
+            "n_groups": len(cut.group_ranges),
+            "key": plan.slide_key(sha256, frame, cut),
         }
         png = export.tissue_png(mask)
         outline = export.tissue_geojson(mask, downsample=downsample, offset=(-corner[0], -corner[1])).encode()
         with attempt.uncounted():
             publish.publish_bytes(root, f"tissue/{case.slide_id}.png", png, key, receipt_facts)
             publish.publish_bytes(root, f"tissue/{case.slide_id}.geojson", outline, key, receipt_facts)
+            text = json.dumps(cut.as_dict(), separators=(",", ":"))
+            publish.publish_bytes(root, plan.cut_name(case.slide_id), text.encode(), key, receipt_facts)
         attempt.path.write_text(json.dumps(record), encoding="utf-8")
     return attempt.receipt, True
 
@@ -149,7 +155,7 @@ def _card(spec: card.ModelSpec) -> card.ModelCard:
     return card.read_card(spec)
 
 
-def _cut(
+def _tiles(
     opened: slide.Slide, um_px: float, config: RunConfig, sizes: Mapping[str, int]
 ) -> tuple[NDArray[np.bool_], float, NDArray[np.bool_], Frame]:
     """Return the tissue mask, its downsample, the tile grid and the frame of a slide."""
@@ -252,7 +258,7 @@ def make_plan(source: Path, outcomes: Sequence[Outcome]) -> Path:
             rejected.append(plan.Rejected(case.slide_id, outcome.error, outcome.exit_code))
         else:
             record = json.loads((root / outcome.receipt["path"]).read_text(encoding="utf-8"))
-            slides.append(_slide_plan(case, record, config))
+            slides.append(_slide_plan(case, record))
     settled = _settled(root, config)
     settings = {
         "cut": _cutting(root, config),
@@ -280,10 +286,7 @@ def make_plan(source: Path, outcomes: Sequence[Outcome]) -> Path:
     return plan.publish_plan(root, Plan(settings, work, slides, rejected))
 
 
-def _slide_plan(case: Case, record: Mapping[str, Any], config: RunConfig) -> SlidePlan:
-    frame = Frame(**record["frame"])
-    runs = tuple((row, first, length) for row, first, length in record["tile_runs"])
-    ranges = plan.group_ranges(plan.blocks(runs, frame), group_tiles=config.tiles.group_tiles)
+def _slide_plan(case: Case, record: Mapping[str, Any]) -> SlidePlan:
     return SlidePlan(
         slide_id=case.slide_id,
         path=str(case.path),
@@ -293,8 +296,9 @@ def _slide_plan(case: Case, record: Mapping[str, Any], config: RunConfig) -> Sli
         annotation_path=str(case.annotation_path or ""),
         mask_path=str(case.mask_path or ""),
         overview_downsample=record["overview_downsample"],
-        frame=frame,
-        tile_runs=runs,
-        group_ranges=ranges,
-        key=publish.key_of(sha256=record["sha256"], frame=frame._asdict(), runs=runs, ranges=ranges),
+        frame=Frame(**record["frame"]),
+        n_tiles=record["n_tiles"],
+        n_blocks=record["n_blocks"],
+        n_groups=record["n_groups"],
+        key=record["key"],
     )

@@ -3,13 +3,19 @@
 It is made from the slides' overviews, before any patch is read; everything after it follows it. Nothing in it is a
 time, a host or a count of workers, so the same input and settings give the same plan and the same keys anywhere.
 
+The plan has a line for each slide. A slide's tissue, blocks and groups lie beside it in ``cuts/<slide>.json``, whose
+content the slide's key names: a worker reads those of the slides it works on, and a plan of a million groups stays
+small. A task is a place in a stage: groups and parts are counted through all slides, in the order of the plan.
+
 A run's folder holds ``plan.json``. When a slide that could not be read is mended, the next plan is published beside it
 as ``plan.2.json``; it must agree with the former one on every slide that was planned, so finished work stays valid.
 """
 
 import json
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property, lru_cache
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,11 +23,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wsiflow import publish, tiles
-from wsiflow.errors import InputError
+from wsiflow.errors import InputError, IntegrityError
 from wsiflow.geometry import Frame
 
 #: Raised whenever a change of code changes the numbers that come out for the same settings.
-NUMERICS = 2
+NUMERICS = 3
 
 Runs = tuple[tuple[int, int, int], ...]
 
@@ -35,9 +41,8 @@ class SlidePlan(NamedTuple):
         annotation_path, mask_path: Truth, empty where there is none.
         overview_downsample: Level-0 pixels per pixel of the tissue mask.
         frame: The transform stored with every array of this slide.
-        tile_runs: Tissue tiles as runs along rows: row, first column, length.
-        group_ranges: Half-open ranges of blocks, one per group.
-        key: What identifies the slide's pixels and their cutting.
+        n_tiles, n_blocks, n_groups: How much there is to do: tissue tiles, and the blocks and groups they are cut into.
+        key: What identifies the slide's pixels and their cutting, see `slide_key`.
     """
 
     slide_id: str
@@ -49,30 +54,86 @@ class SlidePlan(NamedTuple):
     mask_path: str
     overview_downsample: float
     frame: Frame
-    tile_runs: Runs
-    group_ranges: tuple[tuple[int, int], ...]
+    n_tiles: int
+    n_blocks: int
+    n_groups: int
     key: str
 
-    @property
-    def n_tiles(self) -> int:
-        """Tissue tiles."""
-        return sum(length for _, _, length in self.tile_runs)
 
-    def blocks(self) -> list[tiles.Block]:
-        """Return the slide's blocks in order; groups are ranges of this list."""
-        return blocks(self.tile_runs, self.frame)
+class SlideCut(NamedTuple):
+    """A slide's tissue, cut.
 
-    def group(self, k: int) -> list[tiles.Block]:
+    Attributes:
+        tile_runs: Tissue tiles as runs along rows: row, first column, length.
+        blocks: The blocks, in order.
+        group_ranges: Half-open ranges of blocks, one per group.
+    """
+
+    tile_runs: Runs
+    blocks: tuple[tiles.Block, ...]
+    group_ranges: tuple[tuple[int, int], ...]
+
+    def group(self, k: int) -> Sequence[tiles.Block]:
         """Return the blocks of group ``k``, counted from 1."""
         lo, hi = self.group_ranges[k - 1]
-        return self.blocks()[lo:hi]
+        return self.blocks[lo:hi]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the cut as plain JSON values: which of a block's tiles hold tissue follows from the runs."""
+        return {
+            "tile_runs": self.tile_runs,
+            "blocks": [block[:4] for block in self.blocks],
+            "group_ranges": self.group_ranges,
+        }
+
+
+def make_cut(tissue: NDArray[np.bool_], frame: Frame, *, group_tiles: int) -> SlideCut:
+    """Cut a slide's tissue into blocks and groups balanced by cost: a block counts for its tissue tiles.
+
+    Args:
+        tissue: bool (rows, cols), the tile grid.
+        frame: The slide's transform, with the sizes of blocks.
+        group_tiles: Tissue tiles that a group should not exceed on average.
+    """
+    runs = tile_runs(tissue)
+    cut = tiles.Cut(frame.tile_px, frame.halo_px, frame.block_rows, frame.block_cols)
+    blocks = tiles.blocks(tissue_grid(runs), cut)
+    costs = np.array([len(block.tissue) for block in blocks], dtype=np.float64)
+    return SlideCut(runs, tuple(blocks), tuple(tiles.groups(costs, limit=group_tiles)))
+
+
+def slide_key(sha256: str, frame: Frame, cut: SlideCut) -> str:
+    """Return what identifies a slide's pixels and their cutting."""
+    return publish.key_of(sha256=sha256, frame=frame._asdict(), **cut.as_dict())
+
+
+def cut_name(slide_id: str) -> str:
+    """Return the name of the file with a slide's cut, relative to the run's folder."""
+    return f"cuts/{slide_id}.json"
 
 
 @lru_cache(maxsize=8)
-def blocks(runs: Runs, frame: Frame) -> list[tiles.Block]:
-    """Return the blocks of a slide whose tissue tiles are these runs."""
-    cut = tiles.Cut(frame.tile_px, frame.halo_px, frame.block_rows, frame.block_cols)
-    return tiles.blocks(tissue_grid(runs), cut)
+def read_cut(root: Path, planned: SlidePlan) -> SlideCut:
+    """Read how a slide is cut.
+
+    Raises:
+        IntegrityError: It is not what was planned.
+    """
+    path = root / cut_name(planned.slide_id)
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        runs = tuple((row, first, length) for row, first, length in data["tile_runs"])
+        ranges = tuple((lo, hi) for lo, hi in data["group_ranges"])
+        grid = tissue_grid(runs)
+        blocks = tuple(tiles.block(grid, *numbers) for numbers in data["blocks"])
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        cause = f"the slide's tiles cannot be read ({error})"
+        raise IntegrityError(cause, "choose another out= folder", slide=planned.slide_id, path=path) from error
+    cut = SlideCut(runs, blocks, ranges)
+    if slide_key(planned.sha256, planned.frame, cut) != planned.key:
+        cause = "the slide's tiles are not those that were planned"
+        raise IntegrityError(cause, "choose another out= folder", slide=planned.slide_id, path=path)
+    return cut
 
 
 class Rejected(NamedTuple):
@@ -84,7 +145,7 @@ class Rejected(NamedTuple):
 
 
 class Task(NamedTuple):
-    """One array task: a group of a slide."""
+    """A place in a stage: a slide's group (``predict``) or part (``extract``), counted from 1; 0: the whole slide."""
 
     slide: int
     group: int
@@ -117,9 +178,52 @@ class Plan:
         return publish.key_of(**self.as_dict())
 
     @cached_property
-    def tasks(self) -> tuple[Task, ...]:
-        """Every array task; its place in this tuple is the task's index."""
-        return tuple(Task(i, k) for i, slide in enumerate(self.slides) for k in range(1, len(slide.group_ranges) + 1))
+    def _ends(self) -> dict[str, list[int]]:
+        """For the stages that have several tasks a slide, how many there are up to and with each slide."""
+        slides = range(len(self.slides))
+        counts = {"predict": [s.n_groups for s in self.slides], "extract": [self.n_parts(i) for i in slides]}
+        return {stage: list(accumulate(each)) for stage, each in counts.items()}
+
+    @property
+    def part_groups(self) -> int:
+        """Groups of a slide that one task of ``extract`` reads."""
+        group_tiles, part_tiles = self.settings["cut"]["tiles"]["group_tiles"], self.work["store"]["part_tiles"]
+        return max(1, int(part_tiles) // int(group_tiles))
+
+    def count(self, stage: str) -> int:
+        """Return how many tasks a stage has."""
+        return self._ends[stage][-1] if self.slides and stage in self._ends else len(self.slides)
+
+    @property
+    def n_groups(self) -> int:
+        """Array tasks: the groups of all slides."""
+        return self.count("predict")
+
+    def task(self, stage: str, index: int) -> Task:
+        """Return what the task of a stage works on."""
+        ends = self._ends.get(stage)
+        if ends is None:
+            return Task(index, 0)
+        slide = bisect_right(ends, index)
+        return Task(slide, index + 1 - (ends[slide - 1] if slide else 0))
+
+    def tasks_of(self, stage: str, slide: int) -> range:
+        """Return the tasks of a stage for one slide."""
+        ends = self._ends.get(stage)
+        return range(slide, slide + 1) if ends is None else range(ends[slide - 1] if slide else 0, ends[slide])
+
+    def n_parts(self, slide: int) -> int:
+        """Return in how many parts a slide's patches are stored."""
+        return -(-self.slides[slide].n_groups // self.part_groups)
+
+    def part_of(self, group: int) -> int:
+        """Return the part, counted from 1, of its slide's patches that holds a group, counted from 1."""
+        return (group - 1) // self.part_groups + 1
+
+    def part(self, slide: int, part: int) -> range:
+        """Return the groups, counted from 1, that a part of a slide's patches holds."""
+        first = (part - 1) * self.part_groups
+        return range(first + 1, min(first + self.part_groups, self.slides[slide].n_groups) + 1)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the plan as plain JSON values."""
@@ -151,18 +255,11 @@ def tissue_grid(runs: Runs) -> NDArray[np.bool_]:
     return grid
 
 
-def group_ranges(cut: Sequence[tiles.Block], *, group_tiles: int) -> tuple[tuple[int, int], ...]:
-    """Return groups of blocks balanced by cost: a block counts for its tissue tiles."""
-    costs = np.array([len(block.tissue) for block in cut], dtype=np.float64)
-    return tuple(tiles.groups(costs, limit=group_tiles))
-
-
-def task_key(plan: Plan, task: Task) -> str:
+def task_key(root: Path, plan: Plan, task: Task) -> str:
     """Return the key of a group's scores: slide content, blocks, model and every setting that can change a number."""
     slide = plan.slides[task.slide]
-    return publish.key_of(
-        slide=slide.key, blocks=slide.group_ranges[task.group - 1], predict=plan.settings["predict"], numerics=NUMERICS
-    )
+    blocks = read_cut(root, slide).group_ranges[task.group - 1]
+    return publish.key_of(slide=slide.key, blocks=blocks, predict=plan.settings["predict"], numerics=NUMERICS)
 
 
 @lru_cache(maxsize=4)
@@ -179,17 +276,7 @@ def read(path: Path) -> Plan:
     if data.get("numerics") != NUMERICS:
         cause = f"the plan was made by a version with other numbers ({data.get('numerics')}, this one is {NUMERICS})"
         raise InputError(cause, "choose another out= folder", path=path)
-    slides = [
-        SlidePlan(
-            **{
-                **item,
-                "frame": Frame(**item["frame"]),
-                "tile_runs": tuple(tuple(run) for run in item["tile_runs"]),
-                "group_ranges": tuple(tuple(pair) for pair in item["group_ranges"]),
-            }
-        )
-        for item in data["slides"]
-    ]
+    slides = [SlidePlan(**item | {"frame": Frame(**item["frame"])}) for item in data["slides"]]
     return Plan(data["settings"], data["work"], slides, [Rejected(**item) for item in data["rejected"]])
 
 
@@ -205,8 +292,17 @@ def publish_plan(root: Path, plan: Plan) -> Path:
     files = publish.generations(root, "plan.json")
     if files:
         _check_succession(root, read(files[-1]), plan)
-    data = json.dumps(plan.as_dict(), indent=1, sort_keys=True).encode()
-    return publish.publish_generation(root, "plan.json", data, {"kind": "plan"})
+    return publish.publish_generation(root, "plan.json", _document(plan), {"kind": "plan"})
+
+
+def _document(plan: Plan) -> bytes:
+    """Return the plan as JSON, a line for each setting and slide."""
+    parts = []
+    for name, value in plan.as_dict().items():
+        lines = value if isinstance(value, list) else [value]
+        text = ",\n".join(json.dumps(line, sort_keys=True) for line in lines)
+        parts.append(f'"{name}": ' + (f"[\n{text}\n]" if isinstance(value, list) else text))
+    return ("{" + ",\n".join(parts) + "}\n").encode()
 
 
 def _check_succession(root: Path, former: Plan, plan: Plan) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from wsiflow import geometry, ingest, slide, stain, store
+from wsiflow import geometry, ingest, plan, slide, stain, store
 from wsiflow.errors import IntegrityError
 from wsiflow.geometry import Frame
 from wsiflow.plan import Plan, SlidePlan
@@ -103,7 +103,7 @@ def fit_name(planned: SlidePlan) -> str:
 
 def tissue_sample(root: Path, planned: SlidePlan, params: stain.StainParams) -> NDArray[np.uint8]:
     """Return pixels of tissue tiles from all over a slide, uint8 (n, 3)."""
-    cells = [(first + i, row) for row, first, length in planned.tile_runs for i in range(length)]
+    cells = [(first + i, row) for row, first, length in plan.read_cut(root, planned).tile_runs for i in range(length)]
     side = planned.frame.tile_px
     with open_planned(root, planned) as opened:
         found = [
@@ -140,7 +140,7 @@ def read_planned(
     """
     if not wanted:
         return
-    blocks, colours = planned.blocks(), colours or Colours(root, made, planned)
+    blocks, colours = plan.read_cut(root, planned).blocks, colours or Colours(root, made, planned)
     parts = _raw(root, made, planned, wanted)
     for index in wanted:
         with timed("read"):
@@ -152,20 +152,25 @@ def read_planned(
 
 def _raw(root: Path, made: Plan, planned: SlidePlan, wanted: Sequence[int]) -> Iterator[NDArray[np.uint8]]:
     """Yield the pixels of blocks as they were read."""
+    cut = plan.read_cut(root, planned)
     if made.work["store"]["kind"] == "none":
         with open_planned(root, planned) as opened:
-            blocks = planned.blocks()
-            for pixels, _ in read_slide(opened, planned.frame, [blocks[index] for index in wanted]):
+            for pixels, _ in read_slide(opened, planned.frame, [cut.blocks[index] for index in wanted]):
                 yield pixels
         return
-    path = root / f"patches/{planned.slide_id}.h5"
-    with store.open_patches(path) as file:
-        for k, (lo, hi) in enumerate(planned.group_ranges, 1):
-            inside = [index - lo for index in wanted if lo <= index < hi]
-            if not inside:
-                continue
+    for k, (lo, hi) in enumerate(cut.group_ranges, 1):
+        inside = [index - lo for index in wanted if lo <= index < hi]
+        if not inside:
+            continue
+        path = root / part_name(planned, made.part_of(k))
+        with store.open_patches(path) as file:
             group = store.patch_group(file, k)
-            if not np.array_equal(group.coord, block_coord(planned.frame, planned.group(k))):
+            if not np.array_equal(group.coord, block_coord(planned.frame, cut.group(k))):
                 raise IntegrityError(f"group t{k} holds other blocks than planned", "delete it, run again", path=path)
             for index in inside:
                 yield group.block(index)
+
+
+def part_name(planned: SlidePlan, part: int) -> str:
+    """Return the name of a part of a slide's patches, relative to the run's folder."""
+    return f"patches/{planned.slide_id}/p{part}.h5"

@@ -10,19 +10,19 @@ import io
 import json
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from wsiflow import certify, evaluation, ingest, plan, publish, reading, report, shards, throughput, tracking
+from wsiflow import certify, evaluation, ingest, plan, publish, reading, report, shards, throughput, trace, tracking
 from wsiflow.config import RunConfig
 from wsiflow.dataset import Case
 from wsiflow.errors import PARTIAL, IntegrityError
-from wsiflow.executor import Outcome, worker_count
+from wsiflow.executor import worker_count
 from wsiflow.model.threads import allocated_cores
 from wsiflow.plan import Plan, SlidePlan
 from wsiflow.provenance import facts, versions
-from wsiflow.shards import Ledger, Progress
+from wsiflow.shards import Ended, Ledger, Progress
 
 
 class Summary(NamedTuple):
@@ -63,6 +63,18 @@ class Status(NamedTuple):
     attempts: int
 
 
+class Work(NamedTuple):
+    """What was done in a folder.
+
+    Attributes:
+        receipts: Of everything that is published.
+        new: Names of the attempts of this start.
+    """
+
+    receipts: Sequence[publish.Receipt]
+    new: Set[str]
+
+
 def finish(config: RunConfig, plan_path: Path, progress: Sequence[Progress], clock: Clock) -> Summary:
     """Score what the run published, write its tables and report, and log it.
 
@@ -70,9 +82,10 @@ def finish(config: RunConfig, plan_path: Path, progress: Sequence[Progress], clo
         IntegrityError: The ledger does not balance although no task failed.
     """
     root, made = plan_path.parent, plan.read(plan_path)
-    outcomes = [item for shard in progress for item in shard.outcomes]
-    statuses = _statuses(made, outcomes)
-    _write_tables(root, made, statuses, outcomes)
+    ended = [item for shard in progress for item in shard.ended]
+    statuses, receipts = _statuses(made, ended), _all_receipts(root)
+    publish.write_view(root, "process_list.csv", _process_list(statuses, receipts).encode())
+    publish.write_view(root, "trace.csv", trace.table(trace.attempts(root)).encode())
     missing = [status for status in statuses if status.exit_code]
     balance = shards.ledger(root, made)
     if not missing and not balance.complete:
@@ -82,26 +95,28 @@ def finish(config: RunConfig, plan_path: Path, progress: Sequence[Progress], clo
         return Summary(max(status.exit_code for status in missing), {}, _failure_text(root, statuses))
     folder = "evaluation-PARTIAL" if missing else "evaluation"
     evaluated = _evaluate(root, folder, config, made, statuses)
-    executed = [outcome.receipt for _, outcome in outcomes if outcome.receipt is not None and outcome.executed]
-    work = _work_metrics(root, folder, config, made, executed, clock) | _counts(balance, len(outcomes), len(executed))
+    new = {item.attempt for item in ended if item.executed and item.attempt}
+    work = _work_metrics(root, folder, config, made, Work(receipts, new), clock) | _counts(
+        balance, len(ended), len(new)
+    )
     metrics = _summarise(
         root, folder, evaluated, work | _certificates(root, folder, made, statuses) | _colours(root, made)
     )
     _write_report(root, folder, config, made, statuses, metrics)
     logged = _track(root, folder, config, made, evaluated.key, metrics)
-    text = _success_text(root / folder, made, statuses, metrics, len(executed), logged)
+    text = _success_text(root / folder, made, statuses, metrics, len(new), logged)
     return Summary(PARTIAL if missing else 0, metrics, text)
 
 
-def _statuses(made: Plan, outcomes: Sequence[tuple[str, Outcome]]) -> list[Status]:
+def _statuses(made: Plan, ended: Sequence[Ended]) -> list[Status]:
     """Return how every slide ended, in the order of the plan, the rejected ones last."""
-    failures: dict[int, Outcome] = {}
+    failures: dict[int, Ended] = {}
     attempts: dict[int, int] = {}
-    for stage, outcome in outcomes:
-        index = shards.slide_of(made, stage, outcome.task)
-        attempts[index] = attempts.get(index, 0) + outcome.executed
-        if outcome.receipt is None:
-            failures.setdefault(index, outcome)
+    for item in ended:
+        index = made.task(item.stage, item.task).slide
+        attempts[index] = attempts.get(index, 0) + item.executed
+        if not item.attempt:
+            failures.setdefault(index, item)
     rows = []
     for index, planned in enumerate(made.slides):
         failure = failures.get(index)
@@ -114,7 +129,7 @@ def _statuses(made: Plan, outcomes: Sequence[tuple[str, Outcome]]) -> list[Statu
                 reason,
                 code,
                 planned.n_tiles,
-                len(planned.group_ranges),
+                planned.n_groups,
                 attempts.get(index, 0),
             )
         )
@@ -128,12 +143,6 @@ def _named(reason: str, slide_id: str) -> str:
     return reason if reason.startswith(f"slide {slide_id}") else f"slide {slide_id}, {reason}"
 
 
-def _write_tables(root: Path, made: Plan, statuses: Sequence[Status], outcomes: Sequence[tuple[str, Outcome]]) -> None:
-    receipts = [outcome.receipt for _, outcome in outcomes if outcome.receipt is not None]
-    publish.write_view(root, "process_list.csv", _process_list(statuses, receipts).encode())
-    publish.write_view(root, "trace.csv", _trace(made, outcomes).encode())
-
-
 def _process_list(statuses: Sequence[Status], receipts: Sequence[publish.Receipt]) -> str:
     """Return ``process_list.csv``: a row per slide, its times summed over everything published for it."""
     seconds = throughput.seconds_by_slide(receipts)
@@ -145,35 +154,6 @@ def _process_list(statuses: Sequence[Status], receipts: Sequence[publish.Receipt
         for status in statuses
     ]
     return _table([*columns, *timed], rows)
-
-
-def _trace(made: Plan, outcomes: Sequence[tuple[str, Outcome]]) -> str:
-    """Return ``trace.csv``: a row per task of this run, with its receipt's times or its error."""
-    names = [
-        "stage",
-        "slide",
-        "group",
-        "executed",
-        "exit_code",
-        "error",
-        "started",
-        "ended",
-        "host",
-        "pid",
-        "wall_s",
-        "cpu_s",
-        "max_rss_bytes",
-        "bytes",
-    ]
-    rows = []
-    for stage, outcome in outcomes:
-        receipt = outcome.receipt or {}
-        row = {name: receipt.get(name, "") for name in names}
-        group = made.tasks[outcome.task].group if stage == "predict" else ""
-        slide_id = made.slides[shards.slide_of(made, stage, outcome.task)].slide_id
-        row |= {"stage": stage, "slide": slide_id, "group": group}
-        rows.append(row | {"executed": int(outcome.executed), "exit_code": outcome.exit_code, "error": outcome.error})
-    return _table(names, rows)
 
 
 def _table(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
@@ -208,25 +188,20 @@ def _colours(root: Path, made: Plan) -> dict[str, float]:
     return {"stain.failures": float(len(rows))}
 
 
-def _work_metrics(
-    root: Path,
-    folder: str,
-    config: RunConfig,
-    made: Plan,
-    executed: Sequence[publish.Receipt],
-    clock: Clock,
-) -> dict[str, float]:
+def _work_metrics(root: Path, folder: str, config: RunConfig, made: Plan, work: Work, clock: Clock) -> dict[str, float]:
     """Return throughput and cost.
 
     Cost is that of everything published in the folder, whenever it was made. Rates are of what this run executed; a run
     that executed nothing keeps those of the run that did.
     """
     area = {s.slide_id: throughput.tile_area_mm2(s.frame.tile_px, s.frame.um_px) for s in made.slides}
-    workers = worker_count(config.executor, cores=allocated_cores()) * config.executor.threads
+    executed = [receipt for receipt in work.receipts if receipt["attempt"] in work.new]
+    known = worker_count(config.executor, cores=allocated_cores()) or trace.peak_workers(trace.attempts(root))
+    workers = known * config.executor.threads
     rates = throughput.summarise(executed, run_wall_s=clock.seconds(), workers=workers, tile_mm2=area)
     if not executed:
         rates |= {name: value for name, value in _former(root, folder).items() if name in rates}
-    whole = throughput.summarise(_all_receipts(root), run_wall_s=clock.seconds(), workers=workers, tile_mm2=area)
+    whole = throughput.summarise(work.receipts, run_wall_s=clock.seconds(), workers=workers, tile_mm2=area)
     return rates | {name: value for name, value in whole.items() if name in _WHOLE or name.startswith("cost.")}
 
 

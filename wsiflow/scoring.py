@@ -51,15 +51,16 @@ def choose(source: Path, _index: int) -> tuple[publish.Receipt, bool]:
 def predict(source: Path, index: int) -> tuple[publish.Receipt, bool]:
     """Predict one group and publish ``predictions/<slide>/t<k>.h5``."""
     made = plan.read(source)
-    root, task = source.parent, made.tasks[index]
+    root, task = source.parent, made.task("predict", index)
     planned = made.slides[task.slide]
-    name, key = prediction_name(made, task), plan.task_key(made, task)
+    name, key = prediction_name(made, task), plan.task_key(root, made, task)
     done = publish.done(root, name, key)
     if done is not None:
         return done, False
     check_numeric_class(made)
     score = _scorer(root, made)
-    blocks, frame = planned.group(task.group), planned.frame
+    cut, frame = plan.read_cut(root, planned), planned.frame
+    blocks = cut.group(task.group)
     coord = tile_coord(frame, [cell for block in blocks for cell in block.cells()])
     receipt_facts = facts("prediction", planned.slide_id, group=task.group)
 
@@ -76,7 +77,7 @@ def predict(source: Path, index: int) -> tuple[publish.Receipt, bool]:
         "versions": receipt_facts["versions"],
     }
     with publish.publishing(root, name, key, receipt_facts, verify) as attempt:
-        wanted, colours = range(*planned.group_ranges[task.group - 1]), reading.Colours(root, made, planned)
+        wanted, colours = range(*cut.group_ranges[task.group - 1]), reading.Colours(root, made, planned)
         parts = reading.read_planned(root, made, planned, wanted, attempt.timed, colours)
         prob = score.score(frame, parts, attempt.timed)
         attempt.receipt["stain_failures"] = colours.failures
@@ -117,7 +118,7 @@ def published(root: Path, made: Plan, task: Task) -> publish.Receipt:
         IntegrityError: The group is not published.
     """
     name = prediction_name(made, task)
-    receipt = publish.done(root, name, plan.task_key(made, task))
+    receipt = publish.done(root, name, plan.task_key(root, made, task))
     if receipt is None:
         slide_id = made.slides[task.slide].slide_id
         raise IntegrityError("the group was not predicted", "run again", slide=slide_id, path=root / name)
@@ -229,7 +230,7 @@ def _calibration_samples(root: Path, made: Plan) -> Iterator[NDArray[np.uint8]]:
     slides = calibration_slides(made)
     for planned in (made.slides[index] for index in slides):
         each = -(-CALIBRATION_BLOCKS // len(slides))
-        wanted = certificate.draw(planned.key, among=len(planned.blocks()), wanted=each).tolist()
+        wanted = certificate.draw(planned.key, among=planned.n_blocks, wanted=each).tolist()
         try:
             parts = list(reading.read_planned(root, made, planned, wanted))
         except WsiflowError:

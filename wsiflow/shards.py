@@ -4,21 +4,59 @@ A shard is what one orchestrator task works on. Its value is `Progress`: which o
 every task so far ended. Nothing here knows who calls it.
 """
 
-from collections.abc import Iterable, Sequence
+import json
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from wsiflow import annotations, certify, dataset, ingest, plan, publish, reading, scoring, steps, synth
+from wsiflow import (
+    annotations,
+    certify,
+    dataset,
+    ingest,
+    plan,
+    publish,
+    reading,
+    schedule,
+    scoring,
+    steps,
+    synth,
+    trace,
+)
 from wsiflow.config import RunConfig
 from wsiflow.errors import EnvironmentFault, InputError, IntegrityError, WsiflowError
-from wsiflow.executor import Executor, Outcome
-from wsiflow.plan import Plan, Task
+from wsiflow.executor import Executor, Outcome, Slice
+from wsiflow.plan import Plan, SlidePlan
 
 #: Stages after the plan, in order.
-LINE = ("stain", "extract", "predict", "certify", "stitch", "detect")
+LINE = ("stain", "extract", "index", "predict", "certify", "stitch", "detect")
+
+#: What tasks cost on the run's machines; a view, nothing is computed from it.
+COSTS = "costs.json"
 
 _SHARDS_WANTED = 40
+_BULK = {"extract", "predict"}
 _KINDS = {kind.exit_code: kind for kind in (InputError, EnvironmentFault, IntegrityError)}
+
+
+class Ended(NamedTuple):
+    """How a task ended, without its receipt, which is on disk.
+
+    Attributes:
+        stage, task: Which one.
+        attempt: The name of the attempt that published its file; empty where it failed.
+        executed: False where it was done already.
+        error: What went wrong, in one line.
+        exit_code: The error's exit class, 0 where all is well.
+    """
+
+    stage: str
+    task: int
+    attempt: str
+    executed: bool
+    error: str = ""
+    exit_code: int = 0
 
 
 class Progress(NamedTuple):
@@ -26,11 +64,11 @@ class Progress(NamedTuple):
 
     Attributes:
         slides: Indices of the slides nothing has failed for.
-        outcomes: Stage and outcome of every task so far.
+        ended: Every task so far.
     """
 
     slides: tuple[int, ...]
-    outcomes: tuple[tuple[str, Outcome], ...] = ()
+    ended: tuple[Ended, ...] = ()
 
 
 class Ledger(NamedTuple):
@@ -80,107 +118,180 @@ def choose(pool: Executor, cases: Path) -> str:
     return ingest.surprise(cases)
 
 
-def calibrate(pool: Executor, plan_path: Path) -> Progress:
+def calibrate(pool: Executor, plan_path: Path, slice_s: float) -> Progress:
     """Quantise the network on the run's own tissue, where the run asks for int8.
 
     Returns:
         What was done to the slides for it.
     """
     made = plan.read(plan_path)
-    if not made.tasks or made.work["choice"]["precision"] != "int8":
+    if not made.n_groups or made.work["choice"]["precision"] != "int8":
         return Progress(())
     progress = Progress(tuple(scoring.calibration_slides(made)))
     for stage in ("stain", "extract"):  # the pixels it looks at are those the network will see
-        progress = advance(pool, plan_path, stage, progress)
+        progress = advance(pool, plan_path, stage, progress, slice_s)
     _once(pool, plan_path, "calibrate")
     return progress
 
 
 def _once(pool: Executor, source: Path, stage: str) -> None:
     """Do a stage that a run has only one task of."""
-    for outcome in pool.run(steps.run_task, source, stage, [0]):
-        if outcome.receipt is None:
+    for outcome in pool.run(steps.run_slice, source, stage, [Slice(0, 1)]):
+        trace.note(source.parent, stage, "", 0, outcome)
+        if outcome.receipt is None and not outcome.retried:
             kind = _KINDS.get(outcome.exit_code, WsiflowError)
             cause, _, remedy = outcome.error.rpartition("; ")
             raise kind(cause, remedy)
 
 
-def cut(count: int, slides_each: int) -> list[tuple[int, ...]]:
-    """Cut ``count`` slides into shards of ``slides_each``; 0 gives about 40 shards however many slides there are."""
-    each = slides_each or -(-count // _SHARDS_WANTED)
-    return [tuple(range(first, min(first + each, count))) for first in range(0, count, max(1, each))]
+def cut(sizes: Sequence[int], slides_each: int) -> list[tuple[int, ...]]:
+    """Cut slides into shards, the largest slides first.
+
+    Args:
+        sizes: How much work each slide is.
+        slides_each: Slides per shard; 0 gives about 40 shards however many slides there are.
+    """
+    order = sorted(range(len(sizes)), key=lambda index: -sizes[index])
+    each = slides_each or -(-len(order) // _SHARDS_WANTED)
+    return [tuple(order[first : first + each]) for first in range(0, len(order), max(1, each))]
 
 
-def count_cases(cases: Path) -> int:
-    """Return how many cases there are to ingest."""
-    return len(ingest.read_cases(cases)[1])
+def case_sizes(cases: Path) -> list[int]:
+    """Return the size in bytes of each case's slide, 0 where it cannot be told."""
+    return [case.path.stat().st_size if case.path.is_file() else 0 for case in ingest.read_cases(cases)[1]]
 
 
-def count_slides(plan_path: Path) -> int:
-    """Return how many slides are planned."""
-    return len(plan.read(plan_path).slides)
+def slide_sizes(plan_path: Path) -> list[int]:
+    """Return the tissue tiles of each planned slide."""
+    return [planned.n_tiles for planned in plan.read(plan_path).slides]
 
 
 def ingest_shard(pool: Executor, cases: Path, shard: Sequence[int]) -> list[Outcome]:
     """Ingest the cases of a shard."""
-    return list(pool.run(steps.run_task, cases, "ingest", shard))
+    config, found = ingest.read_cases(cases)
+    costs = schedule.ROUGH
+    tasks = sorted(shard)
+    seconds = [costs.task_s("ingest", 0)] * len(tasks)
+    cuts = schedule.slices(tasks, seconds, target_s=config.executor.slice_s)
+    outcomes = []
+    for outcome in pool.run(steps.run_slice, cases, "ingest", [Slice(*span) for span in cuts]):
+        trace.note(cases.parent, "ingest", found[outcome.task].slide_id, 0, outcome)
+        if not outcome.retried:
+            outcomes.append(outcome)
+    return outcomes
 
 
-def line(pool: Executor, plan_path: Path, shard: Sequence[int]) -> Progress:
-    """Take the slides of a shard from pixels to detections; a slide for which a task fails goes no further."""
+def line(pool: Executor, plan_path: Path, shard: Sequence[int], slice_s: float) -> Progress:
+    """Take the slides of a shard from pixels to detections; a slide for which a task fails goes no further.
+
+    Args:
+        pool: Where tasks run.
+        plan_path: The plan.
+        shard: Indices of slides.
+        slice_s: Seconds of work to hand out at once.
+    """
     progress = Progress(tuple(shard))
     for stage in LINE:
-        progress = advance(pool, plan_path, stage, progress)
+        progress = advance(pool, plan_path, stage, progress, slice_s)
     return progress
 
 
-def advance(pool: Executor, plan_path: Path, stage: str, progress: Progress) -> Progress:
-    """Take the good slides of a shard through one stage."""
-    made = plan.read(plan_path)
-    indices = _indices(plan_path.parent, made, stage, progress.slides)
-    outcomes = list(pool.run(steps.run_task, plan_path, stage, indices))
-    failed = {slide_of(made, stage, outcome.task) for outcome in outcomes if outcome.receipt is None}
-    return Progress(
-        tuple(index for index in progress.slides if index not in failed),
-        progress.outcomes + tuple((stage, outcome) for outcome in outcomes),
-    )
+def advance(pool: Executor, plan_path: Path, stage: str, progress: Progress, slice_s: float) -> Progress:
+    """Take the good slides of a shard through one stage: what is published already is not handed out again."""
+    root, made = plan_path.parent, plan.read(plan_path)
+    tasks = _tasks(root, made, stage, progress.slides)
+    found = {index: receipt for index in tasks if (receipt := _published(root, made, stage, index)) is not None}
+    lacking = [index for index in tasks if index not in found]
+    costs = costs_of(root)
+    seconds = [costs.task_s(stage, units(made, stage, index)) for index in lacking]
+    cuts = [Slice(*span) for span in schedule.slices(lacking, seconds, target_s=slice_s)]
+    ended = [Ended(stage, index, receipt["attempt"], executed=False) for index, receipt in found.items()]
+    failed = set()
+    for outcome in pool.run(steps.run_slice, plan_path, stage, cuts):
+        task = made.task(stage, outcome.task)
+        trace.note(root, stage, made.slides[task.slide].slide_id, task.group, outcome)
+        if outcome.retried:
+            continue
+        attempt = outcome.receipt["attempt"] if outcome.receipt else ""
+        ended.append(Ended(stage, outcome.task, attempt, outcome.executed, outcome.error, outcome.exit_code))
+        if outcome.receipt is None:
+            failed.add(task.slide)
+    return Progress(tuple(index for index in progress.slides if index not in failed), progress.ended + tuple(ended))
 
 
-def _indices(root: Path, made: Plan, stage: str, slides: Iterable[int]) -> list[int]:
-    """Return the tasks of a stage for some slides."""
-    if stage == "extract":
+def units(made: Plan, stage: str, index: int) -> int:
+    """Return how many tissue tiles a task of a stage works on."""
+    slide = made.task(stage, index).slide
+    return round(made.slides[slide].n_tiles / max(1, len(made.tasks_of(stage, slide))))
+
+
+def costs_of(root: Path) -> schedule.Costs:
+    """Return what tasks cost here, as it was measured in this folder; rough values where it was not."""
+    path = root / COSTS
+    if not path.exists():
+        return schedule.ROUGH
+    found = json.loads(path.read_text(encoding="utf-8"))
+    stages = {stage: schedule.StageCost(**cost) for stage, cost in found.pop("stages").items()}
+    return schedule.Costs(**found, stages={**schedule.ROUGH.stages, **stages})
+
+
+def _tasks(root: Path, made: Plan, stage: str, slides: Sequence[int]) -> list[int]:
+    """Return the tasks of a stage for some slides, rising."""
+    wanted = sorted(slides)
+    if stage in {"extract", "index"}:
         # Pixels are only for scores and certificates that are still to be made.
-        wanted = set(slides) if made.work["store"]["kind"] == "hdf5" else set()
-        lacking = {task.slide for task in made.tasks if task.slide in wanted and not _is_published(root, made, task)}
-        return sorted(lacking | {index for index in wanted if not _is_certified(root, made, index)})
-    if stage == "stain":
-        wanted = set(slides) if reading.fits_slides(reading.stain_params(made)) else set()
-        return [index for index in sorted(wanted) if made.slides[index].n_tiles]
-    if stage == "certify":
-        return [index for index in slides if certify.is_needed(made)]
-    if stage == "predict":
-        wanted = set(slides)
-        return [i for i, task in enumerate(made.tasks) if task.slide in wanted]
-    return list(slides)
+        stored = wanted if made.work["store"]["kind"] == "hdf5" else []
+        wanted = [index for index in stored if not _is_scored(root, made, index)]
+    elif stage == "stain":
+        fitted = wanted if reading.fits_slides(reading.stain_params(made)) else []
+        wanted = [index for index in fitted if made.slides[index].n_tiles]
+    elif stage == "certify" and not certify.is_needed(made):
+        wanted = []
+    return [task for index in wanted for task in made.tasks_of(stage, index)]
 
 
-def slide_of(made: Plan, stage: str, index: int) -> int:
-    """Return the slide that a task of a stage works on."""
-    return made.tasks[index].slide if stage == "predict" else index
+def _published(root: Path, made: Plan, stage: str, index: int) -> publish.Receipt | None:
+    """Return the receipt of what a task publishes, where it is published and whole.
+
+    Bulk files are only looked at: whoever reads them compares every byte with its receipt or checksum.
+    """
+    name = steps.product(made, stage, index)
+    try:
+        receipt = publish.read_receipt(root, name)
+        if receipt is not None and stage not in _BULK:
+            publish.check(root, receipt)
+            if stage == "certify" and not certify.passes(root, made, index):
+                return None
+        elif receipt is not None and (root / name).stat().st_size != receipt["bytes"]:
+            return None
+    except (IntegrityError, OSError):
+        return None  # the task itself tells what is wrong
+    return receipt
 
 
 def ledger(root: Path, made: Plan) -> Ledger:
-    """Count what the disk says: receipts of the plan's own keys, nothing an orchestrator remembers."""
-    published = sum(_is_published(root, made, task) for task in made.tasks)
-    planned = len(made.tasks) + len(made.rejected)
-    return Ledger(planned, published, len(made.rejected), len(made.tasks) - published)
+    """Count what the disk says: the groups' receipts, nothing an orchestrator remembers.
+
+    A folder holds one set of settings, and a receipt of its own for every file, so the names tell; keys and hashes are
+    compared by whoever reads a group's scores.
+    """
+    published = sum(len(_groups_there(root, planned)) for planned in made.slides)
+    planned = made.n_groups + len(made.rejected)
+    return Ledger(planned, published, len(made.rejected), made.n_groups - published)
 
 
-def _is_certified(root: Path, made: Plan, index: int) -> bool:
-    name = certify.certificate_name(made.slides[index])
-    return not certify.is_needed(made) or publish.read_receipt(root, name) is not None
+def _groups_there(root: Path, planned: SlidePlan) -> set[str]:
+    """Return the names of the receipts of a slide's groups: one look at one folder."""
+    folder = root / publish.RECEIPTS / f"predictions/{planned.slide_id}"
+    try:
+        with os.scandir(folder) as found:
+            return {item.name for item in found} & {f"t{k}.h5.json" for k in range(1, planned.n_groups + 1)}
+    except FileNotFoundError:
+        return set()
 
 
-def _is_published(root: Path, made: Plan, task: Task) -> bool:
-    receipt = publish.read_receipt(root, scoring.prediction_name(made, task))
-    return receipt is not None and receipt["key"] == plan.task_key(made, task)
+def _is_scored(root: Path, made: Plan, index: int) -> bool:
+    planned = made.slides[index]
+    certificate = certify.certificate_name(planned)
+    certified = not certify.is_needed(made) or publish.read_receipt(root, certificate) is not None
+    return certified and len(_groups_there(root, planned)) == planned.n_groups

@@ -4,15 +4,15 @@ Every stage has the same form, ``(source, index) -> (receipt, executed)``, with 
 is to do: ``cases.json`` for ``choose`` and ``ingest``, the plan for every later stage. The run's folder is where that
 file lies. A stage that finds its file published does nothing.
 
-Stages: ``choose`` (once), ``ingest`` (a case), ``calibrate`` (once, for int8), ``stain`` and ``extract`` (a slide),
-``predict`` (a group), ``certify``, ``stitch`` and ``detect`` (a slide).
+Stages: ``choose`` (once), ``ingest`` (a case), ``calibrate`` (once, for int8), ``stain`` (a slide), ``extract`` (a part
+of a slide), ``index`` (a slide), ``predict`` (a group), ``certify``, ``stitch`` and ``detect`` (a slide).
 """
 
 import dataclasses
 import json
 import math
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +38,20 @@ from wsiflow import (
 from wsiflow.errors import InputError, IntegrityError, WsiflowError
 from wsiflow.executor import Outcome
 from wsiflow.geometry import Frame
-from wsiflow.plan import SlidePlan, Task
+from wsiflow.plan import Plan, SlidePlan, Task
 from wsiflow.provenance import facts
+from wsiflow.usage import Meter
 
 _OVERLAY_SIDE_PX = 1024
 _LARGE_MAP_CELLS = 1 << 22
+
+
+def run_slice(source: Path, stage: str, lo: int, hi: int) -> Iterator[Outcome]:
+    """Do the tasks ``lo`` to ``hi - 1`` of a stage one after another: what every executor's workers call."""
+    for index in range(lo, hi):
+        meter = Meter()
+        outcome = run_task(source, stage, index)
+        yield outcome.with_usage(**meter.usage())
 
 
 def run_task(source: Path, stage: str, index: int) -> Outcome:
@@ -65,6 +74,22 @@ def run_task(source: Path, stage: str, index: int) -> Outcome:
         cause = f"{stage}: {type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno}); report this"
         return Outcome(index, None, executed=True, error=" ".join(cause.split()), exit_code=50)
     return Outcome(index, receipt, executed=executed)
+
+
+def product(made: Plan, stage: str, index: int) -> str:
+    """Return the name of the file that a task of a stage after the plan publishes, relative to the run's folder."""
+    task = made.task(stage, index)
+    planned = made.slides[task.slide]
+    names = {
+        "stain": reading.fit_name(planned),
+        "extract": reading.part_name(planned, task.group),
+        "index": f"patches/{planned.slide_id}.h5",
+        "predict": scoring.prediction_name(made, task),
+        "certify": certify.certificate_name(planned),
+        "stitch": f"heatmaps/{planned.slide_id}.tif",
+        "detect": f"detections/{planned.slide_id}.csv",
+    }
+    return names[stage]
 
 
 def fit_stain(source: Path, index: int) -> tuple[publish.Receipt, bool]:
@@ -96,43 +121,70 @@ def fit_stain(source: Path, index: int) -> tuple[publish.Receipt, bool]:
 
 
 def extract(source: Path, index: int) -> tuple[publish.Receipt, bool]:
-    """Read every block of a slide and publish them as ``patches/<slide>.h5``."""
+    """Read the blocks of a part of a slide and publish them as ``patches/<slide>/p<j>.h5``."""
     made = plan.read(source)
-    root, planned = source.parent, made.slides[index]
-    params = store.StoreParams.model_validate(made.work["store"])
-    name = f"patches/{planned.slide_id}.h5"
-    key = publish.key_of(slide=planned.key, compression=params.compression, loss=params.loss)
+    root, task = source.parent, made.task("extract", index)
+    planned, params = made.slides[task.slide], store.StoreParams.model_validate(made.work["store"])
+    name, numbers = reading.part_name(planned, task.group), made.part(*task)
+    key = publish.key_of(slide=planned.key, groups=list(numbers), compression=params.compression, loss=params.loss)
     done = publish.done(root, name, key)
     if done is not None:
         return done, False
-    frame, blocks = planned.frame, planned.blocks()
-    receipt_facts = facts("patches", planned.slide_id)
-    groups = [blocks[lo:hi] for lo, hi in planned.group_ranges]
-    sizes = [[reading.block_size_px(frame, block) for block in group] for group in groups]
+    frame, cut = planned.frame, plan.read_cut(root, planned)
+    receipt_facts = facts("patches", planned.slide_id, part=task.group)
+    groups = {k: cut.group(k) for k in numbers}
+    sizes = {k: [reading.block_size_px(frame, block) for block in group] for k, group in groups.items()}
 
     def verify(path: Path) -> None:
         store.check_patches(path, sizes)
 
-    described = {
-        "slide_id": planned.slide_id,
-        "slide_sha256": planned.sha256,
-        "key": key,
-        "versions": receipt_facts["versions"],
-    }
-    raw_bytes = sum(rows * cols * 3 for group in sizes for rows, cols in group)
+    raw_bytes = sum(rows * cols * 3 for group in sizes.values() for rows, cols in group)
     publish.require_space(root, raw_bytes // 3 if params.loss else raw_bytes)
     with publish.publishing(root, name, key, receipt_facts, verify) as attempt:
         with (
             attempt.timed("write"),
             reading.open_planned(root, planned) as opened,
-            store.create_patches(attempt.path, frame, described, params) as writer,
+            store.create_patches(attempt.path, frame, _described(planned, key, receipt_facts), params) as writer,
         ):
-            for k, group in enumerate(groups, 1):
+            for k, group in groups.items():
                 parts = _timed_reads(attempt, reading.read_slide(opened, frame, group))
                 writer.add_group(k, reading.block_coord(frame, group), parts)
             attempt.receipt["decoder"] = opened.decoder
-        attempt.receipt["counts"] = {"blocks": len(blocks), "tiles": planned.n_tiles}
+        tiles = sum(len(block.tissue) for group in groups.values() for block in group)
+        attempt.receipt["counts"] = {"blocks": sum(map(len, groups.values())), "tiles": tiles}
         attempt.receipt["seconds"]["write"] -= attempt.receipt["seconds"].get("read", 0.0)  # read while it was written
+    return attempt.receipt, True
+
+
+def _described(planned: SlidePlan, key: str, receipt_facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a patches file says of itself."""
+    versions = receipt_facts["versions"]
+    return {"slide_id": planned.slide_id, "slide_sha256": planned.sha256, "key": key, "versions": versions}
+
+
+def link_patches(source: Path, index: int) -> tuple[publish.Receipt, bool]:
+    """Publish ``patches/<slide>.h5``, through which all parts of a slide's patches are read as one file.
+
+    Raises:
+        IntegrityError: A part is not published.
+    """
+    made = plan.read(source)
+    root, planned = source.parent, made.slides[index]
+    parts = {reading.part_name(planned, j): made.part(index, j) for j in range(1, made.n_parts(index) + 1)}
+    receipts = {name: publish.read_receipt(root, name) for name in parts}
+    lacking = [name for name, receipt in receipts.items() if receipt is None]
+    if lacking:
+        raise IntegrityError(f"{lacking[0]} was not published", "run again", slide=planned.slide_id)
+    name = f"patches/{planned.slide_id}.h5"
+    key = publish.key_of(slide=planned.key, parts=[receipt["sha256"] for receipt in receipts.values() if receipt])
+    done = publish.done(root, name, key)
+    if done is not None:
+        return done, False
+    receipt_facts = facts("index", planned.slide_id)
+    with publish.publishing(root, name, key, receipt_facts, publish.accept) as attempt, attempt.timed("write"):
+        described = _described(planned, key, receipt_facts)
+        links = {f"{planned.slide_id}/{Path(part).name}": groups for part, groups in parts.items()}
+        store.write_index(attempt.path, planned.frame, described, links)
     return attempt.receipt, True
 
 
@@ -154,7 +206,7 @@ def stitch(source: Path, index: int) -> tuple[publish.Receipt, bool]:
     """
     made = plan.read(source)
     root, planned = source.parent, made.slides[index]
-    tasks = [Task(index, k) for k in range(1, len(planned.group_ranges) + 1)]
+    tasks = [Task(index, k) for k in range(1, planned.n_groups + 1)]
     receipts = [scoring.published(root, made, task) for task in tasks]
     name = f"heatmaps/{planned.slide_id}.tif"
     key = publish.key_of(slide=planned.key, scores=[receipt["sha256"] for receipt in receipts])
@@ -259,6 +311,7 @@ STAGES = {
     "calibrate": scoring.calibrate,
     "stain": fit_stain,
     "extract": extract,
+    "index": link_patches,
     "predict": scoring.predict,
     "certify": certify.certify,
     "stitch": stitch,

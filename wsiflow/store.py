@@ -1,6 +1,7 @@
 """The HDF5 files of a run; the only user of h5py.
 
-``patches/<slide>.h5`` holds groups ``t1`` .. ``tN``, one per array task, in one of two layouts.
+``patches/<slide>.h5`` holds groups ``t1`` .. ``tN``, one per array task. They are links to ``patches/<slide>/p<j>.h5``,
+parts that were each written by one task; a part has one of two layouts.
 
 * Single tiles (``tiles=patch``): ``img`` uint8 (n, side, side, 3), the pixels of the blocks with halo. With a halo of
   112 px this is the layout of Li, Mikailov and Chen.
@@ -21,7 +22,7 @@ Files are made once, in one go, by one writer, with a checksum on every chunk (f
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -45,6 +46,7 @@ class StoreParams(BaseModel, frozen=True, extra="forbid"):
 
     Attributes:
         kind: ``hdf5`` writes them to ``patches/``; ``none`` reads the slide again in each prediction task.
+        part_tiles: Tissue tiles of a slide that one task reads and writes, to whole groups.
         compression: ``none``, ``lzf`` and ``gzip`` keep every pixel; ``jpeg`` does not.
         quality: Quality of JPEG, without chroma subsampling.
     """
@@ -52,6 +54,7 @@ class StoreParams(BaseModel, frozen=True, extra="forbid"):
     kind: Literal["hdf5", "none"]
     compression: Literal["none", "lzf", "gzip", "jpeg"]
     quality: int = Field(ge=1, le=100)
+    part_tiles: int = Field(ge=1)
 
     @property
     def loss(self) -> str:
@@ -186,23 +189,39 @@ def patch_group(file: h5py.File, k: int) -> PatchGroup:
     return PatchGroup(img, coord, offset, size)
 
 
-def check_patches(path: Path, sizes: Sequence[Sequence[tuple[int, int]]]) -> None:
+def check_patches(path: Path, sizes: Mapping[int, Sequence[tuple[int, int]]]) -> None:
     """Raise unless the file holds exactly the planned blocks, and every chunk of them was written.
 
     Args:
         path: The closed file.
-        sizes: For each group, rows and columns in pixels of each of its blocks.
+        sizes: For each group by its number, rows and columns in pixels of each of its blocks.
     """
     with _reading(path) as file:
         found = sorted(file, key=lambda name: int(name[1:]))
-        if found != [f"t{k}" for k in range(1, len(sizes) + 1)]:
+        if found != [f"t{k}" for k in sizes]:
             raise IntegrityError(f"it holds groups {found}, {len(sizes)} were planned", _AGAIN, path=path)
-        for k, planned in enumerate(sizes, 1):
+        for k, planned in sizes.items():
             group = patch_group(file, k)
             shapes = [group.img.shape[1:3]] * len(group.coord) if group.size is None else group.size.tolist()
             chunks = -(-len(group.img) // group.img.chunks[0])
             if [tuple(shape) for shape in shapes] != list(planned) or group.img.id.get_num_chunks() != chunks:
                 raise IntegrityError(f"group t{k} holds other blocks than planned", _AGAIN, path=path)
+
+
+def write_index(path: Path, frame: Frame, facts: Mapping[str, Any], links: Mapping[str, Iterable[int]]) -> None:
+    """Write a patches file that holds its groups as links to other files.
+
+    Args:
+        path: The file to write.
+        frame: The slide's transform.
+        facts: What else becomes an attribute.
+        links: Numbers of groups, by the name of the file that has them, relative to the folder of ``path``.
+    """
+    with h5py.File(path, "x", libver=("v110", "v110")) as file:
+        _describe(file, frame, facts)
+        for name, numbers in links.items():
+            for k in numbers:
+                file[f"t{k}"] = h5py.ExternalLink(name, f"/t{k}")
 
 
 def write_predictions(

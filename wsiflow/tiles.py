@@ -91,10 +91,16 @@ def blocks(tissue: NDArray[np.bool_], cut: Cut) -> list[Block]:
         cut: Sizes and limits.
     """
     return [
-        Block(col, row, cols, rows, tuple(np.flatnonzero(tissue[row : row + rows, col : col + cols]).tolist()))
+        block(tissue, col, row, cols, rows)
         for first, last in _strips(tissue, cut)
         for col, row, cols, rows in _rectangles(tissue, first, last, cut)
     ]
+
+
+def block(tissue: NDArray[np.bool_], t_col: int, t_row: int, cols: int, rows: int) -> Block:
+    """Return the block of these tiles; ``tissue`` is bool (rows, cols), the tile grid."""
+    inside = tissue[t_row : t_row + rows, t_col : t_col + cols]
+    return Block(t_col, t_row, cols, rows, tuple(np.flatnonzero(inside).tolist()))
 
 
 def _strips(tissue: NDArray[np.bool_], cut: Cut) -> list[tuple[int, int]]:

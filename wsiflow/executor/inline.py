@@ -5,7 +5,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Self
 
-from wsiflow.executor import Outcome, Work
+from wsiflow.executor import Outcome, Slice, Work
+from wsiflow.usage import now
 
 
 class Inline:
@@ -22,9 +23,10 @@ class Inline:
     def __exit__(self, *_exc: object) -> None:
         """Nothing to stop."""
 
-    def run(self, work: Work, plan_path: Path, stage: str, indices: Sequence[int]) -> Iterator[Outcome]:
-        """Run each task in turn."""
-        for index in indices:
+    def run(self, work: Work, source: Path, stage: str, slices: Sequence[Slice]) -> Iterator[Outcome]:
+        """Run each slice in turn."""
+        for lo, hi in slices:
+            submitted = now()
             with self._turn:
-                outcome = work(plan_path, stage, index)
-            yield outcome
+                outcomes = list(work(source, stage, lo, hi))
+            yield from (outcome.with_usage(submitted=submitted) for outcome in outcomes)

@@ -16,8 +16,9 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Self
 
-from wsiflow.executor import Outcome, Work
+from wsiflow.executor import Outcome, Slice, Work
 from wsiflow.model.threads import limit_threads
+from wsiflow.usage import now
 
 _PARENT_POLL_S = 1.0
 _WINDOW_PER_WORKER = 4
@@ -42,40 +43,46 @@ class ProcessPool:
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
 
-    def run(self, work: Work, plan_path: Path, stage: str, indices: Sequence[int]) -> Iterator[Outcome]:
-        """Run the tasks, a bounded number in flight, in the order given as far as workers are free."""
-        waiting = list(reversed(indices))
-        flying: dict[Future[Outcome], int] = {}
-        lost: list[int] = []
+    def run(self, work: Work, source: Path, stage: str, slices: Sequence[Slice]) -> Iterator[Outcome]:
+        """Run the slices, a bounded number in flight, in the order given as far as workers are free."""
+        waiting = list(reversed(slices))
+        flying: dict[Future[list[Outcome]], tuple[Slice, str]] = {}
+        lost: list[Slice] = []
         while waiting or flying:
             while waiting and len(flying) < self._workers * _WINDOW_PER_WORKER:
-                index = waiting.pop()
-                flying[self._submit(work, plan_path, stage, index)] = index
+                part = waiting.pop()
+                flying[self._submit(work, source, stage, part)] = part, now()
             ended, _ = wait(flying, return_when=FIRST_COMPLETED)
             for future in ended:
-                index = flying.pop(future)
-                outcome = _outcome(future)
-                if outcome is None:
-                    lost.append(index)
+                part, submitted = flying.pop(future)
+                outcomes = _outcomes(future)
+                if outcomes is None:
+                    lost.append(part)
                 else:
-                    yield outcome
-        for index in sorted(lost):
-            yield self._run_alone(work, plan_path, stage, index)
+                    yield from (outcome.with_usage(submitted=submitted) for outcome in outcomes)
+        for lo, hi in sorted(lost):
+            for index in range(lo, hi):
+                yield Outcome(index, None, executed=True, usage={"exit_class": "killed"}, retried=True)
+                yield self._run_alone(work, source, stage, index)
 
-    def _run_alone(self, work: Work, plan_path: Path, stage: str, index: int) -> Outcome:
+    def _run_alone(self, work: Work, source: Path, stage: str, index: int) -> Outcome:
         """Run a task in a worker of its own, one such task at a time; other shards keep the pool."""
+        submitted = now()
         with self._alone, self._start(1) as single:
-            outcome = _outcome(single.submit(work, plan_path, stage, index))
+            outcomes = _outcomes(single.submit(_collect, work, source, stage, Slice(index, index + 1)))
+        if outcomes is not None:
+            return outcomes[0].with_usage(submitted=submitted)
         died = "the worker process died while it ran alone (killed, out of memory, or a crash in a decoder)"
-        return outcome or Outcome(index, None, executed=False, error=f"{stage}: {died}", exit_code=30)
+        usage = {"submitted": submitted, "exit_class": "killed"}
+        return Outcome(index, None, executed=True, error=f"{stage}: {died}", exit_code=30, usage=usage)
 
-    def _submit(self, work: Work, plan_path: Path, stage: str, index: int) -> Future[Outcome]:
+    def _submit(self, work: Work, source: Path, stage: str, part: Slice) -> Future[list[Outcome]]:
         with self._lock:
             for _ in range(3):  # a pool may break between being looked at and being used
                 if self._pool is None:
                     self._pool = self._start(self._workers)
                 try:
-                    return self._pool.submit(work, plan_path, stage, index)
+                    return self._pool.submit(_collect, work, source, stage, part)
                 except BrokenProcessPool:
                     self._pool = None
         raise BrokenProcessPool("worker processes die as soon as they start")
@@ -89,8 +96,12 @@ class ProcessPool:
         )
 
 
-def _outcome(future: Future[Outcome]) -> Outcome | None:
-    """Return the task's outcome, or None where its worker died."""
+def _collect(work: Work, source: Path, stage: str, part: Slice) -> list[Outcome]:
+    return list(work(source, stage, *part))
+
+
+def _outcomes(future: Future[list[Outcome]]) -> list[Outcome] | None:
+    """Return the outcomes of a slice, or None where its worker died."""
     try:
         return future.result()
     except BrokenProcessPool:

@@ -1,0 +1,84 @@
+"""What tasks cost, and slices of them that are worth handing out.
+
+A task costs a fixed part and a part for each tissue tile. Costs only decide which tasks travel together and in what
+order; no published byte depends on them.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+
+class StageCost(NamedTuple):
+    """Core-seconds of a stage's tasks: ``fixed_s`` for each, and ``unit_s`` for each of its tissue tiles."""
+
+    fixed_s: float
+    unit_s: float
+
+
+class Costs(NamedTuple):
+    """What the work costs on one core of one kind of machine.
+
+    Attributes:
+        start_s: From the start of a fresh worker to its first task: interpreter and imports.
+        load_s: Loading the network, once for each worker that predicts.
+        spread: Standard deviation of a task's seconds over what is expected of it.
+        stages: Costs by stage.
+    """
+
+    start_s: float
+    load_s: float
+    spread: float
+    stages: Mapping[str, StageCost]
+
+    def task_s(self, stage: str, tiles: int) -> float:
+        """Return the core-seconds of a task of ``tiles`` tissue tiles."""
+        cost = self.stages[stage]
+        return cost.fixed_s + cost.unit_s * tiles
+
+
+# Wall seconds of the demo's stages and of GoogLeNet at stride 16 in fp32, one Zen 4 core; see docs/performance.md.
+ROUGH = Costs(
+    start_s=4.0,
+    load_s=3.0,
+    spread=0.2,
+    stages={
+        "ingest": StageCost(2.0, 0.0),
+        "stain": StageCost(2.0, 0.0),
+        "extract": StageCost(0.5, 0.015),
+        "index": StageCost(0.05, 0.0),
+        "predict": StageCost(0.2, 0.067),
+        "certify": StageCost(9.0, 0.0),
+        "stitch": StageCost(0.5, 0.0005),
+        "detect": StageCost(1.0, 0.0005),
+    },
+)
+
+
+def slices(tasks: Sequence[int], costs_s: Sequence[float], *, target_s: float) -> list[tuple[int, int]]:
+    """Cut tasks into slices of about so much work, the largest first.
+
+    Args:
+        tasks: Indices, rising.
+        costs_s: Seconds of each.
+        target_s: What a slice should hold; a dearer task is a slice of its own. 0: every task is.
+
+    Returns:
+        Half-open ranges that together hold each index once. A slice never spans an index that is not there.
+    """
+    found = list(_runs(tasks, costs_s, target_s))
+    found.sort(key=lambda item: -item[0])  # stable: among equals the order of the tasks
+    return [span for _, span in found]
+
+
+def _runs(tasks: Sequence[int], costs_s: Sequence[float], target_s: float) -> Iterator[tuple[float, tuple[int, int]]]:
+    """Yield cost and range of each slice, in the order of the tasks."""
+    held, lo, hi = 0.0, 0, 0
+    for index, cost in zip(tasks, costs_s, strict=True):
+        if hi > lo and (index != hi or held + cost > target_s):
+            yield held, (lo, hi)
+            held, lo, hi = 0.0, index, index
+        elif hi == lo:
+            lo = hi = index
+        held, hi = held + cost, index + 1
+    if hi > lo:
+        yield held, (lo, hi)
