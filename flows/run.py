@@ -3,6 +3,7 @@
 Every other command works on files alone and is in `wsiflow.cli`.
 """
 
+import argparse
 import os
 import sys
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from wsiflow import cli
+from wsiflow import cli, ingest, publish
 from wsiflow.config import RunConfig, validate
 from wsiflow.errors import InputError
 from wsiflow.results import Summary
@@ -33,12 +34,28 @@ _exit_codes: list[int] = []
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if arguments[:1] != ["run"]:
+    if arguments[:1] not in (["run"], ["retry"]):
         return cli.main(arguments)
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    if arguments[0] == "retry":
+        return cli.bounded(lambda: _retry(arguments[1:]))
     sys.argv = ["wsiflow run", *arguments[1:]]
     return cli.bounded(_all_jobs)
+
+
+def _retry(arguments: Sequence[str]) -> int:
+    """Start a run again with the configuration in its folder."""
+    parser = argparse.ArgumentParser(prog="wsiflow retry", description="Do what a run lacks, and nothing else.")
+    parser.add_argument("run", type=Path)
+    root = parser.parse_args(arguments).run
+    told = publish.generations(root, "cases.json")
+    if not told:
+        raise InputError("it holds no run", "name the out= folder of a run", path=root)
+    config, _ = ingest.read_cases(told[-1])
+    summary = start(config.model_copy(update={"out": root}))
+    cli.say(summary.text)
+    return summary.exit_code
 
 
 def _all_jobs() -> int:

@@ -87,15 +87,24 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("folder", type=Path)
     one.add_argument("--size-px", type=_positive, default=6144, help="side of the slides, at least 1024 (6144)")
     one.add_argument("--seed", type=_natural, default=0)
+    _add_run_commands(add)
+    add("doctor", _doctor, "machine, cores, versions")
+    return parser
+
+
+def _add_run_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
+    """Add the commands that take a run's folder."""
     one = add("status", _status, "what a run has done, from the disk alone")
     one.add_argument("run", type=Path)
+    one = add("explain", _explain, "why a task of a run is done, or is not, and every attempt at it")
+    one.add_argument("run", type=Path)
+    one.add_argument("task", nargs="+", help="as trace.csv names it: stage, slide, group; or a slide alone")
+    add("retry", _unreachable, "start a run again from its folder alone: what is missing is done, and nothing else")
     one = add("verify", _verify, "compare every published file of a run with its receipt")
     one.add_argument("run", type=Path)
     one = add("task", _task, "predict one array task of a plan: what an array job's element calls")
     one.add_argument("plan", type=Path)
     one.add_argument("index", type=int)
-    add("doctor", _doctor, "machine, cores, versions")
-    return parser
 
 
 def _natural(text: str) -> int:
@@ -115,7 +124,7 @@ def _positive(text: str) -> int:
 
 
 def _unreachable(_arguments: argparse.Namespace) -> int:
-    """Stand for ``run`` in the help; the command itself never gets here."""
+    """Stand in the help for what `wsiflow.flows` does; those commands never get here."""
     raise AssertionError
 
 
@@ -152,12 +161,9 @@ def _synth(arguments: argparse.Namespace) -> int:
 
 
 def _status(arguments: argparse.Namespace) -> int:
-    from wsiflow import plan, publish, shards
+    from wsiflow import plan, shards
 
-    files = publish.generations(arguments.run, "plan.json")
-    if not files:
-        raise InputError("it holds no plan", "name the out= folder of a run", path=arguments.run)
-    made = plan.read(files[-1])
+    made = plan.latest(arguments.run)
     balance = shards.ledger(arguments.run, made)
     say(f"plan {made.hash[:12]}: {len(made.slides)} slides, {made.n_groups} tasks")
     say(
@@ -169,6 +175,14 @@ def _status(arguments: argparse.Namespace) -> int:
         with listed.open(newline="", encoding="utf-8") as stream:
             for row in csv.DictReader(stream):
                 say(f"{row['slide_id']}: {row['status']}{': ' + row['reason'] if row['reason'] else ''}")
+    return 0
+
+
+def _explain(arguments: argparse.Namespace) -> int:
+    from wsiflow import explain
+
+    for line in explain.explain(arguments.run, arguments.task):
+        say(line)
     return 0
 
 

@@ -47,7 +47,6 @@ SLIDE_SUFFIXES = frozenset(
 _SLIDE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._ -]{0,99}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
-_PROBLEMS_SHOWN = 50
 
 
 @dataclass(frozen=True)
@@ -366,11 +365,8 @@ def _report(problems: Sequence[str], remedy: str, path: Path) -> None:
     """Raise one error for all problems, if there are any."""
     if not problems:
         return
-    shown = list(problems[:_PROBLEMS_SHOWN])
-    if len(problems) > len(shown):
-        shown.append(f"and {len(problems) - len(shown)} more")
     count = "1 error" if len(problems) == 1 else f"{len(problems)} errors"
-    raise InputError(f"{count}: {'; '.join(shown)}", remedy, path=path)
+    raise InputError(f"{count}: {'; '.join(problems)}", remedy, path=path)
 
 
 def _is_slide(path: Path, root: Path) -> bool:

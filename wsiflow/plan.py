@@ -280,6 +280,18 @@ def read(path: Path) -> Plan:
     return Plan(data["settings"], data["work"], slides, [Rejected(**item) for item in data["rejected"]])
 
 
+def latest(root: Path) -> Plan:
+    """Return the plan of a run's folder.
+
+    Raises:
+        InputError: There is none.
+    """
+    files = publish.generations(root, "plan.json")
+    if not files:
+        raise InputError("it holds no plan", "name the out= folder of a run", path=root)
+    return read(files[-1])
+
+
 def publish_plan(root: Path, plan: Plan) -> Path:
     """Publish the plan, or find it published already.
 

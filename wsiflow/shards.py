@@ -36,6 +36,7 @@ LINE = ("stain", "extract", "index", "predict", "certify", "stitch", "detect")
 COSTS = "costs.json"
 
 _SHARDS_WANTED = 40
+_STORES = {"extract", "index"}
 _BULK = {"extract", "predict"}
 _KINDS = {kind.exit_code: kind for kind in (InputError, EnvironmentFault, IntegrityError)}
 
@@ -237,17 +238,19 @@ def costs_of(root: Path) -> schedule.Costs:
 
 def _tasks(root: Path, made: Plan, stage: str, slides: Sequence[int]) -> list[int]:
     """Return the tasks of a stage for some slides, rising."""
-    wanted = sorted(slides)
-    if stage in {"extract", "index"}:
-        # Pixels are only for scores and certificates that are still to be made.
-        stored = wanted if made.work["store"]["kind"] == "hdf5" else []
-        wanted = [index for index in stored if not _is_scored(root, made, index)]
-    elif stage == "stain":
-        fitted = wanted if reading.fits_slides(reading.stain_params(made)) else []
-        wanted = [index for index in fitted if made.slides[index].n_tiles]
-    elif stage == "certify" and not certify.is_needed(made):
-        wanted = []
+    wanted = [index for index in sorted(slides) if is_due(made, stage, index)]
+    if stage in _STORES:  # pixels are only for scores and certificates that are still to be made
+        wanted = [index for index in wanted if not _is_scored(root, made, index)]
     return [task for index in wanted for task in made.tasks_of(stage, index)]
+
+
+def is_due(made: Plan, stage: str, slide: int) -> bool:
+    """Tell whether the run's settings ask for a stage of a slide."""
+    if stage in _STORES:
+        return bool(made.work["store"]["kind"] == "hdf5")
+    if stage == "stain":
+        return reading.fits_slides(reading.stain_params(made)) and made.slides[slide].n_tiles > 0
+    return stage != "certify" or certify.is_needed(made)
 
 
 def _published(root: Path, made: Plan, stage: str, index: int) -> publish.Receipt | None:

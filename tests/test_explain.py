@@ -1,0 +1,84 @@
+"""What is said of a task, from the disk alone, and starting again from the folder."""
+
+import csv
+import shutil
+from pathlib import Path
+
+import pytest
+
+from flows import run as command
+from wsiflow import explain
+from wsiflow.errors import InputError
+
+COARSE = ["inference.stride=224", "executor=inline", "orchestrator=none", "tracking=off", "evaluation.bootstrap=0"]
+
+
+@pytest.fixture(scope="module")
+def finished(small_slides: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of two slides, one of them gone."""
+    folder = tmp_path_factory.mktemp("explained")
+    with small_slides.open(newline="") as stream:
+        rows = list(csv.DictReader(stream))[:2]
+    for row in rows:
+        row["path"] = str(small_slides.parent / row["path"])
+    with (folder / "cases.csv").open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, ["slide_id", "path", "label"], extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows([*rows, {"slide_id": "gone", "path": "gone.tif", "label": "normal"}])
+    out = folder / "run"
+    told = ["dataset=manifest", f"dataset.manifest={folder / 'cases.csv'}", f"out={out}", *COARSE]
+    assert command.main(["run", *told]) == 20
+    return out
+
+
+def said(root: Path, *words: str) -> str:
+    return "\n".join(explain.explain(root, words))
+
+
+def slide_of(root: Path) -> str:
+    return sorted((root / "predictions").iterdir())[0].name
+
+
+def test_a_task_is_told_with_its_key_and_attempts(finished: Path) -> None:
+    """Where it was done, when, under which key, and every attempt."""
+    told = said(finished, "predict", slide_of(finished), "1")
+    assert "t1.h5 published" in told
+    assert "numeric class" in told
+    assert f"attempt 1 at predict {slide_of(finished)} 1: ok" in told
+
+
+def test_a_slide_is_told_stage_by_stage(finished: Path) -> None:
+    """Also what is not asked for: this run normalises no colours."""
+    told = said(finished, slide_of(finished))
+    assert "stain:" in told
+    assert "not asked for" in told
+    assert "heatmaps/" in told
+
+
+def test_a_rejected_slide_is_told_with_its_reason(finished: Path) -> None:
+    """The reason is that of the plan."""
+    assert "slide gone was not planned" in said(finished, "gone")
+
+
+@pytest.mark.parametrize("words", [("nobody",), ("dance", "gone2"), ("predict", "x", "1")])
+def test_a_task_that_is_not_there_is_bad_input(finished: Path, words: tuple[str, ...]) -> None:
+    """The message says how tasks are named."""
+    with pytest.raises(InputError, match=r"no task .*as in trace\.csv"):
+        said(finished, *words)
+
+
+def test_retry_does_what_is_missing_from_the_folder_alone(finished: Path, tmp_path: Path) -> None:
+    """No option is given again: what was deleted comes back, and what failed is tried and named again."""
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    name = slide_of(out)
+    for path in (out / f"predictions/{name}/t1.h5", out / f"receipts/predictions/{name}/t1.h5.json"):
+        path.unlink()
+    assert command.main(["retry", str(out)]) == 20
+    assert (out / f"predictions/{name}/t1.h5").read_bytes() == (finished / f"predictions/{name}/t1.h5").read_bytes()
+    assert f"attempt 2 at predict {name} 1: ok" in said(out, "predict", name, "1")
+
+
+def test_retry_of_a_folder_without_a_run_is_bad_input(tmp_path: Path) -> None:
+    """One line, exit code 20."""
+    assert command.main(["retry", str(tmp_path)]) == 20
