@@ -28,7 +28,7 @@ COARSE = [
     "evaluation.bootstrap=50",
 ]
 # Files whose content is times: everything else is the same bytes in every run.
-TIMED = {"summary.json", "trace.csv", "attempts.jsonl", "costs.json", "process_list.csv", "report.html"}
+TIMED = {"summary.json", "trace.csv", "attempts.jsonl", "timing.json", "costs.json", "process_list.csv", "report.html"}
 # What each run was told, its own folder for one.
 TOLD = {"config.yaml", "cases.json"}
 

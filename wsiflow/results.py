@@ -85,7 +85,7 @@ def finish(config: RunConfig, plan_path: Path, progress: Sequence[Progress], clo
     ended = [item for shard in progress for item in shard.ended]
     statuses, receipts = _statuses(made, ended), _all_receipts(root)
     publish.write_view(root, "process_list.csv", _process_list(statuses, receipts).encode())
-    publish.write_view(root, "trace.csv", trace.table(trace.attempts(root)).encode())
+    trace.write_views(root)
     missing = [status for status in statuses if status.exit_code]
     balance = shards.ledger(root, made)
     if not missing and not balance.complete:

@@ -13,7 +13,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from wsiflow.errors import InputError
+from wsiflow import publish
 from wsiflow.executor import Outcome
 
 COLUMNS = (
@@ -109,8 +109,14 @@ def _between(first: str, second: str) -> float | str:
     return max(0.0, (datetime.fromisoformat(second) - datetime.fromisoformat(first)).total_seconds())
 
 
-def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return ``trace.csv``."""
+def write_views(root: Path) -> None:
+    """Write ``trace.csv``, and the timing statistics as ``timing.json``."""
+    rows = attempts(root)
+    publish.write_view(root, "trace.csv", _table(rows).encode())
+    publish.write_view(root, "timing.json", json.dumps(statistics(rows)._asdict(), indent=1).encode())
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> str:
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n", restval="")
     writer.writeheader()
@@ -141,13 +147,8 @@ def statistics(rows: Sequence[Mapping[str, Any]]) -> Statistics:
 
     Args:
         rows: What `attempts` returns.
-
-    Raises:
-        InputError: Nothing has ended well yet.
     """
     good = [row for row in rows if row["exit_class"] == "ok" and row["start"]]
-    if not good:
-        raise InputError("no attempt of the run has ended well yet", "wait, or see wsiflow status")
     cpu: dict[str, float] = {}
     wall: dict[str, float] = {}
     read: dict[str, float] = {}
@@ -158,11 +159,9 @@ def statistics(rows: Sequence[Mapping[str, Any]]) -> Statistics:
             wall[f"{slide} t{row['group']}"] = row["wall_s"]
         elif row["stage"] == "extract":
             read[slide] = read.get(slide, 0.0) + row["wall_s"]
-    first = min(datetime.fromisoformat(row["start"]) for row in good)
-    last = max(datetime.fromisoformat(row["end"]) for row in good)
-    return Statistics(
-        _sorted(cpu), _sorted(wall), _sorted(read, falling=True), sum(cpu.values()), (last - first).total_seconds()
-    )
+    moments = [datetime.fromisoformat(row[name]) for row in good for name in ("start", "end")]
+    makespan_s = (max(moments) - min(moments)).total_seconds() if moments else 0.0
+    return Statistics(_sorted(cpu), _sorted(wall), _sorted(read, falling=True), sum(cpu.values()), makespan_s)
 
 
 def _sorted(found: Mapping[str, float], *, falling: bool = False) -> dict[str, float]:
