@@ -1,8 +1,25 @@
-"""``python -m wsiflow.flows run ...`` is ``wsiflow run ...``."""
+"""The command ``wsiflow``, also as ``python -m wsiflow.flows``.
+
+Commands that work on files alone start without Hydra and Prefect: an array job starts one for each of its elements.
+"""
 
 import sys
+from collections.abc import Sequence
 
-from .run import main
+_COMPOSED = {"run", "retry"}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments and arguments[0] in _COMPOSED:
+        from . import run
+
+        return run.main(arguments)
+    from wsiflow import cli
+
+    return cli.main(arguments)
+
 
 if __name__ == "__main__":
     sys.exit(main())

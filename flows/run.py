@@ -1,7 +1,4 @@
-"""The command ``wsiflow``: ``run`` composes the configuration with Hydra and starts the line.
-
-Every other command works on files alone and is in `wsiflow.cli`.
-"""
+"""The commands that start the line: ``run`` composes the configuration with Hydra, ``retry`` takes that of a folder."""
 
 import argparse
 import os
@@ -31,11 +28,8 @@ _ENVIRONMENT = {
 _exit_codes: list[int] = []
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if arguments[:1] not in (["run"], ["retry"]):
-        return cli.main(arguments)
+def main(arguments: Sequence[str]) -> int:
+    """Run ``run`` or ``retry`` with what stands behind it, and return the exit code."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     if arguments[0] == "retry":

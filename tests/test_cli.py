@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from test_evaluation import A_ITC, E1, E2, E3, e1_masks, e3_truth
 
-from flows.run import main
+from flows.__main__ import main
 
 SCORES = {
     "E1": (E1, lambda folder: e1_masks(folder, A_ITC), ["--downsample", "1", "--um-px", "25"], 0.888889),

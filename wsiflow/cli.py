@@ -161,10 +161,10 @@ def _synth(arguments: argparse.Namespace) -> int:
 
 
 def _status(arguments: argparse.Namespace) -> int:
-    from wsiflow import plan, shards
+    from wsiflow import ledger, plan
 
     made = plan.latest(arguments.run)
-    balance = shards.ledger(arguments.run, made)
+    balance = ledger.balance(arguments.run, made)
     say(f"plan {made.hash[:12]}: {len(made.slides)} slides, {made.n_groups} tasks")
     say(
         f"planned {balance.planned} = published {balance.published} + quarantined {balance.quarantined}"

@@ -14,15 +14,16 @@ from collections.abc import Iterable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from wsiflow import certify, evaluation, ingest, plan, publish, reading, report, shards, throughput, trace, tracking
+from wsiflow import certify, evaluation, ingest, ledger, plan, publish, reading, report, throughput, trace, tracking
 from wsiflow.config import RunConfig
 from wsiflow.dataset import Case
 from wsiflow.errors import PARTIAL, IntegrityError
 from wsiflow.executor import worker_count
+from wsiflow.ledger import Ledger
 from wsiflow.model.threads import allocated_cores
 from wsiflow.plan import Plan, SlidePlan
 from wsiflow.provenance import facts, versions
-from wsiflow.shards import Ended, Ledger, Progress
+from wsiflow.shards import Ended, Progress
 
 
 class Summary(NamedTuple):
@@ -87,7 +88,7 @@ def finish(config: RunConfig, plan_path: Path, progress: Sequence[Progress], clo
     publish.write_view(root, "process_list.csv", _process_list(statuses, receipts).encode())
     trace.write_views(root)
     missing = [status for status in statuses if status.exit_code]
-    balance = shards.ledger(root, made)
+    balance = ledger.balance(root, made)
     if not missing and not balance.complete:
         cause = f"{balance.planned} tasks were planned and {balance.published} are published, but none failed"
         raise IntegrityError(cause, "run again; if it stays so, report this", path=plan_path)

@@ -1,11 +1,10 @@
-"""A run as shards of slides that advance stage by stage, and the ledger that says when all of them are through.
+"""A run as shards of slides that advance stage by stage.
 
 A shard is what one orchestrator task works on. Its value is `Progress`: which of its slides are still good, and how
 every task so far ended. Nothing here knows who calls it.
 """
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +14,7 @@ from wsiflow import (
     certify,
     dataset,
     ingest,
+    ledger,
     plan,
     publish,
     reading,
@@ -27,7 +27,7 @@ from wsiflow import (
 from wsiflow.config import RunConfig
 from wsiflow.errors import EnvironmentFault, InputError, IntegrityError, WsiflowError
 from wsiflow.executor import Executor, Outcome, Slice
-from wsiflow.plan import Plan, SlidePlan
+from wsiflow.plan import Plan
 
 #: Stages after the plan, in order.
 LINE = ("stain", "extract", "index", "predict", "certify", "stitch", "detect")
@@ -70,20 +70,6 @@ class Progress(NamedTuple):
 
     slides: tuple[int, ...]
     ended: tuple[Ended, ...] = ()
-
-
-class Ledger(NamedTuple):
-    """Planned = published + quarantined + failed, in array tasks; a rejected slide counts as one task."""
-
-    planned: int
-    published: int
-    quarantined: int
-    failed: int
-
-    @property
-    def complete(self) -> bool:
-        """Everything that was planned is published."""
-        return self.planned == self.published
 
 
 def begin(config: RunConfig) -> Path:
@@ -272,29 +258,8 @@ def _published(root: Path, made: Plan, stage: str, index: int) -> publish.Receip
     return receipt
 
 
-def ledger(root: Path, made: Plan) -> Ledger:
-    """Count what the disk says: the groups' receipts, nothing an orchestrator remembers.
-
-    A folder holds one set of settings, and a receipt of its own for every file, so the names tell; keys and hashes are
-    compared by whoever reads a group's scores.
-    """
-    published = sum(len(_groups_there(root, planned)) for planned in made.slides)
-    planned = made.n_groups + len(made.rejected)
-    return Ledger(planned, published, len(made.rejected), made.n_groups - published)
-
-
-def _groups_there(root: Path, planned: SlidePlan) -> set[str]:
-    """Return the names of the receipts of a slide's groups: one look at one folder."""
-    folder = root / publish.RECEIPTS / f"predictions/{planned.slide_id}"
-    try:
-        with os.scandir(folder) as found:
-            return {item.name for item in found} & {f"t{k}.h5.json" for k in range(1, planned.n_groups + 1)}
-    except FileNotFoundError:
-        return set()
-
-
 def _is_scored(root: Path, made: Plan, index: int) -> bool:
     planned = made.slides[index]
     certificate = certify.certificate_name(planned)
     certified = not certify.is_needed(made) or publish.read_receipt(root, certificate) is not None
-    return certified and len(_groups_there(root, planned)) == planned.n_groups
+    return certified and len(ledger.groups_there(root, planned)) == planned.n_groups

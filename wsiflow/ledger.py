@@ -1,0 +1,43 @@
+"""The ledger of a run: what was planned against what is published, from the disk alone."""
+
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+from wsiflow import publish
+from wsiflow.plan import Plan, SlidePlan
+
+
+class Ledger(NamedTuple):
+    """Planned = published + quarantined + failed, in array tasks; a rejected slide counts as one task."""
+
+    planned: int
+    published: int
+    quarantined: int
+    failed: int
+
+    @property
+    def complete(self) -> bool:
+        """Everything that was planned is published."""
+        return self.planned == self.published
+
+
+def balance(root: Path, made: Plan) -> Ledger:
+    """Count what the disk says: the groups' receipts, nothing an orchestrator remembers.
+
+    A folder holds one set of settings, and a receipt of its own for every file, so the names tell; keys and hashes are
+    compared by whoever reads a group's scores.
+    """
+    published = sum(len(groups_there(root, planned)) for planned in made.slides)
+    planned = made.n_groups + len(made.rejected)
+    return Ledger(planned, published, len(made.rejected), made.n_groups - published)
+
+
+def groups_there(root: Path, planned: SlidePlan) -> set[str]:
+    """Return the names of the receipts of a slide's groups: one look at one folder."""
+    folder = root / publish.RECEIPTS / f"predictions/{planned.slide_id}"
+    try:
+        with os.scandir(folder) as found:
+            return {item.name for item in found} & {f"t{k}.h5.json" for k in range(1, planned.n_groups + 1)}
+    except FileNotFoundError:
+        return set()
