@@ -5,9 +5,16 @@ import os
 # Before NumPy and torch are imported anywhere: one thread, as the workers of a run have, and no reports to anyone.
 os.environ.update({"OMP_NUM_THREADS": "1", "DO_NOT_TRACK": "1", "MLFLOW_DISABLE_TELEMETRY": "true"})
 
+import contextlib
+import shutil
+import socket
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+SCHEDULERS = Path(__file__).parent / "schedulers"
 
 
 @pytest.fixture(scope="session")
@@ -25,3 +32,50 @@ def small_slides(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from wsiflow import synth
 
     return synth.write_dataset(tmp_path_factory.mktemp("slides"), size_px=2048, seed=1, workers=1)
+
+
+@pytest.fixture(scope="session")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """What to add to the environment to use a real Slurm of one node, whose arrays have at most five elements."""
+    _needs_root_and("slurmctld", "slurmd", "munged")
+    folder = tmp_path_factory.mktemp("slurm")
+    controller, node = _free_ports()
+    ports = {"SLURMCTLD_PORT": controller, "SLURMD_PORT": node, "SLURM_EXTRA": "MaxArraySize=5"}
+    with _daemons("slurm", folder, ports):
+        yield {"SLURM_CONF": str(folder / "slurm.conf")}
+
+
+@pytest.fixture(scope="session")
+def sge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """What to add to the environment to use a real Grid Engine of one node, whose arrays have at most five elements."""
+    _needs_root_and("sge_qmaster", "sge_execd")
+    folder = tmp_path_factory.mktemp("sge")
+    master, node = _free_ports()
+    ports = {"SGE_QMASTER_PORT": master, "SGE_EXECD_PORT": node}
+    with _daemons("sge", folder, {**ports, "SGE_AJ_TASKS": "5"}):
+        yield {"SGE_ROOT": str(folder), "SGE_CELL": "default", **ports}
+
+
+def _needs_root_and(*daemons: str) -> None:
+    absent = [name for name in daemons if shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin") is None]
+    if absent or os.geteuid():
+        pytest.skip(f"a scheduler of our own needs root and {', '.join(absent or daemons)}")
+
+
+def _free_ports() -> tuple[str, str]:
+    """Return two ports that nobody listens on."""
+    with socket.socket() as first, socket.socket() as second:
+        first.bind(("127.0.0.1", 0))
+        second.bind(("127.0.0.1", 0))
+        return str(first.getsockname()[1]), str(second.getsockname()[1])
+
+
+@contextlib.contextmanager
+def _daemons(name: str, folder: Path, settings: dict[str, str]) -> Iterator[None]:
+    """Keep a scheduler's daemons running during the body."""
+    try:
+        up = subprocess.run([SCHEDULERS / f"{name}_up.sh", folder], env={**os.environ, **settings}, check=False)
+        assert up.returncode == 0, (folder / "log/daemons.log").read_text()
+        yield
+    finally:
+        subprocess.run([SCHEDULERS / f"{name}_down.sh", folder], check=True)

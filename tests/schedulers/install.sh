@@ -1,0 +1,25 @@
+#!/bin/bash
+# Installs Slurm and Grid Engine from Debian's packages, for the tests that run real array jobs.
+# Does nothing where they are there already, or where it is not root's to do. Starts nothing.
+set -euo pipefail
+PATH=$PATH:/usr/sbin:/sbin
+
+wanted=()
+command -v slurmctld slurmd munged >/dev/null || wanted+=(slurm-wlm munge)
+command -v sge_qmaster sge_execd qconf >/dev/null || wanted+=(gridengine-master gridengine-exec gridengine-client)
+((${#wanted[@]})) || exit 0
+if ((EUID)) || ! command -v apt-get >/dev/null; then
+  echo "no schedulers: ${wanted[*]} can only be installed by root, on Debian"
+  exit 0
+fi
+
+# The packages' own start-up would use the default ports and folders; the tests bring up daemons of their own.
+policy=/usr/sbin/policy-rc.d
+if [ ! -e "$policy" ]; then
+  trap 'rm -f "$policy"' EXIT
+  printf '#!/bin/sh\nexit 101\n' >"$policy"
+  chmod 755 "$policy"
+fi
+export DEBIAN_FRONTEND=noninteractive
+apt-get update -qq
+apt-get install -y -qq --no-install-recommends "${wanted[@]}" >/dev/null
