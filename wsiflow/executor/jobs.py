@@ -1,0 +1,231 @@
+"""The array jobs of a run, as its folder remembers them and its scheduler knows them.
+
+``jobs.jsonl`` is appended to before anything happens: a line for each process that runs the line (`driver`), one before
+an array is submitted (`intent`, with its unique name) and one after (`job`, with the scheduler's id), one when nothing
+is expected of it any more (`ended`), and one when the run is cancelled (`cancel`). What was killed between two lines is
+found again by the name.
+"""
+
+import contextlib
+import getpass
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from wsiflow.errors import EnvironmentFault, InputError
+from wsiflow.executor.dialect import Dialect, Place, Seen, expand
+from wsiflow.usage import now
+
+LOG = "jobs.jsonl"
+
+_CALL_S = 120.0
+_DRIVER_S = 10.0
+
+
+class Job(NamedTuple):
+    """An array that may still be in the queue.
+
+    Attributes:
+        name: Its unique name.
+        job: The scheduler's id; empty where it was not noted.
+    """
+
+    name: str
+    job: str
+
+
+class History(NamedTuple):
+    """What the log says.
+
+    Attributes:
+        driver: The line of the last driver, empty where there was none.
+        cancelled: The run was cancelled after that driver started.
+        jobs: Arrays of which something is still expected.
+    """
+
+    driver: Mapping[str, Any]
+    cancelled: bool
+    jobs: tuple[Job, ...]
+
+
+class JobLog:
+    """The log of one run."""
+
+    def __init__(self, root: Path) -> None:
+        """Name the run's folder."""
+        self.path = root / LOG
+
+    def append(self, event: str, **facts: Any) -> None:
+        """Note an event, on disk before this returns."""
+        line = json.dumps({"event": event, "at": now(), **facts}) + "\n"
+        with self.path.open("a+b") as stream:
+            size = stream.seek(0, os.SEEK_END)
+            stream.seek(max(0, size - 1))
+            torn = size and stream.read(1) != b"\n"  # whoever wrote it was killed in the middle of a line
+            stream.write((b"\n" if torn else b"") + line.encode())
+            stream.flush()
+            os.fsync(stream.fileno())
+
+    def lines(self) -> list[dict[str, Any]]:
+        """Return every whole line."""
+        if not self.path.exists():
+            return []
+        return parse(self.path.read_bytes())
+
+    def read(self) -> History:
+        """Return what the lines add up to."""
+        driver: dict[str, Any] = {}
+        cancelled = False
+        jobs: dict[str, Job] = {}
+        for line in self.lines():
+            match line["event"]:
+                case "driver":
+                    driver, cancelled = line, False
+                case "intent":
+                    jobs[line["name"]] = Job(line["name"], "")
+                case "job":
+                    jobs[line["name"]] = Job(line["name"], line["job"])
+                case "ended":
+                    jobs.pop(line["name"], None)
+                case "cancel":
+                    cancelled = True
+        return History(driver, cancelled, tuple(jobs.values()))
+
+
+def parse(data: bytes) -> list[dict[str, Any]]:
+    """Return the JSON lines that are whole; one that a killed process left torn is as if it had not been written."""
+    found = []
+    for line in data.splitlines():
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(line))
+    return found
+
+
+def call(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    """Run a scheduler's command; one that does not answer in time failed.
+
+    Raises:
+        EnvironmentFault: There is no such command here.
+    """
+    try:
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=_CALL_S, check=False, stdin=subprocess.DEVNULL
+        )
+    except FileNotFoundError as error:
+        remedy = "run on a machine that submits jobs, with the scheduler's commands in PATH"
+        raise EnvironmentFault(f"there is no command {command[0]}", remedy, stage="executor") from error
+    except subprocess.TimeoutExpired:
+        return subprocess.CompletedProcess(command, 1, "", f"no answer in {_CALL_S:.0f} s")
+
+
+def listing(dialect: Dialect, names: Iterable[str]) -> dict[Place, Seen] | None:
+    """Ask the scheduler for the elements of some arrays; None where it does not answer."""
+    wanted = sorted(names)
+    if not wanted:
+        return {}
+    answer = call(expand(dialect.queue, {"names": ",".join(wanted), "user": getpass.getuser()}))
+    if answer.returncode and not _means_nothing(dialect, answer):
+        return None
+    return {place: seen for place, seen in dialect.listed(answer.stdout).items() if place.name in set(wanted)}
+
+
+def drop(dialect: Dialect, natives: Sequence[str]) -> None:
+    """Cancel arrays or elements.
+
+    Raises:
+        EnvironmentFault: The scheduler refused.
+    """
+    if not natives:
+        return
+    answer = call(expand(dialect.cancel, {"jobs": list(natives)}))
+    if answer.returncode and not _means_nothing(dialect, answer):
+        cause = f"{dialect.name} did not cancel {' '.join(natives)}: {answer.stderr.strip()}"
+        raise EnvironmentFault(cause, "cancel again when it answers")
+
+
+def cancel(root: Path) -> list[str]:
+    """Cancel a run from its folder alone: its driver, where that runs on this machine, and its arrays.
+
+    Returns:
+        What was done, a sentence each.
+
+    Raises:
+        InputError: The run never submitted an array.
+        EnvironmentFault: The scheduler does not answer.
+    """
+    log = JobLog(root)
+    driver = log.read().driver
+    if not driver:
+        raise InputError("it submitted no array jobs", "name the out= folder of a run that did", path=root)
+    log.append("cancel")
+    said = [_end_driver(driver)]  # first, or it would submit what is cancelled once more
+    dialect = Dialect.model_validate(driver["dialect"])
+    return said + drop_open(log, dialect)
+
+
+def drop_open(log: JobLog, dialect: Dialect) -> list[str]:
+    """Cancel every array of which something is still expected, and return what was done.
+
+    Raises:
+        EnvironmentFault: The scheduler does not answer.
+    """
+    jobs = log.read().jobs
+    seen = listing(dialect, [job.name for job in jobs])
+    if seen is None:
+        raise EnvironmentFault(f"{dialect.name} does not answer", "cancel again when it does", path=log.path)
+    alive: dict[str, list[str]] = {}
+    for place, element in seen.items():
+        if dialect.is_alive(element.state) or dialect.is_stuck(element.state):
+            alive.setdefault(place.name, []).append(element.job)
+    found = {name: dialect.whole.format(job=ids[0]) for name, ids in alive.items()}
+    drop(dialect, sorted(found.values()))
+    for job in jobs:
+        log.append("ended", name=job.name)
+    return [
+        f"{name}: {found[name]} cancelled, {len(ids)} elements were waiting or running" for name, ids in alive.items()
+    ]
+
+
+def identity() -> dict[str, Any]:
+    """Return what tells this process from every other, later ones with its number included."""
+    return {"host": socket.gethostname(), "pid": os.getpid(), "born": _born(os.getpid())}
+
+
+def _means_nothing(dialect: Dialect, answer: subprocess.CompletedProcess[str]) -> bool:
+    """Tell whether a failure only says that there is no such job."""
+    complaints = [line for line in (answer.stderr + answer.stdout).splitlines() if line.strip()]
+    pattern = re.compile(dialect.nothing) if dialect.nothing else None
+    return pattern is not None and bool(complaints) and all(pattern.search(line) for line in complaints)
+
+
+def _end_driver(driver: Mapping[str, Any]) -> str:
+    """End the process that runs the line, and say what became of it."""
+    host, pid = driver["host"], driver["pid"]
+    if host != socket.gethostname():
+        return f"the run was started on {host}: it will notice there, or has ended"
+    if _born(pid) != driver["born"] or pid == os.getpid():
+        return "the process that ran the line had ended"
+    os.kill(pid, signal.SIGTERM)
+    patience = time.monotonic() + _DRIVER_S
+    while _born(pid) == driver["born"]:
+        if time.monotonic() > patience:
+            os.kill(pid, signal.SIGKILL)
+        time.sleep(0.1)
+    return f"process {pid}, which ran the line, was ended"
+
+
+def _born(pid: int) -> str:
+    """Return when a process of this machine started, in the kernel's ticks; empty where there is none."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8")
+    except OSError:
+        return ""
+    fields = stat.rpartition(")")[2].split()  # the name before it may hold anything
+    return "" if fields[0] == "Z" else fields[19]
