@@ -88,6 +88,10 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--size-px", type=_positive, default=6144, help="side of the slides, at least 1024 (6144)")
     one.add_argument("--seed", type=_natural, default=0)
     _add_run_commands(add)
+    one = add("element", _element, "one element of an array job: what its job script calls")
+    one.add_argument("table", type=Path)
+    one = add("cancel", _cancel, "cancel a run's array jobs and its driver, from its folder alone")
+    one.add_argument("run", type=Path)
     add("doctor", _doctor, "machine, cores, versions")
     return parser
 
@@ -222,6 +226,20 @@ def _task(arguments: argparse.Namespace) -> int:
     outcome = steps.run_task(arguments.plan, "predict", arguments.index)
     say(outcome.error or f"published {(outcome.receipt or {})['path']}")
     return outcome.exit_code
+
+
+def _element(arguments: argparse.Namespace) -> int:
+    from wsiflow.executor import element
+
+    return element.run(arguments.table)
+
+
+def _cancel(arguments: argparse.Namespace) -> int:
+    from wsiflow.executor import jobs
+
+    for sentence in jobs.cancel(arguments.run):
+        say(sentence)
+    return 0
 
 
 def _doctor(_arguments: argparse.Namespace) -> int:

@@ -12,6 +12,8 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 from pydantic import BaseModel, Field, model_validator
 
+from wsiflow.executor.dialect import ArrayParams
+
 
 class DaskParams(BaseModel, frozen=True, extra="forbid"):
     """Which Dask workers do the work.
@@ -35,23 +37,28 @@ class ExecutorParams(BaseModel, frozen=True, extra="forbid"):
     """Where tasks run.
 
     Attributes:
-        kind: ``inline`` in this process, ``process`` in a pool of worker processes, ``dask`` on a Dask cluster.
+        kind: ``inline`` in this process, ``process`` in a pool of worker processes, ``dask`` on a Dask cluster,
+            ``array`` in array jobs of a batch scheduler.
         workers: Tasks that run at a time; 0 takes all there is: a core each, or what the cluster gives.
         threads: Threads of each worker's network; part of the numeric class, since it can change the last bits.
         slice_s: Seconds of work to hand out at once; 0 hands out single tasks.
         dask: Settings of ``dask``.
+        array: Settings of ``array``.
     """
 
-    kind: Literal["inline", "process", "dask"]
+    kind: Literal["inline", "process", "dask", "array"]
     workers: int = Field(ge=0, le=100_000)
     threads: int = Field(ge=1, le=1024)
     slice_s: float = Field(ge=0, le=86_400)
     dask: DaskParams | None = None
+    array: ArrayParams | None = None
 
     @model_validator(mode="after")
     def _has_its_settings(self) -> "ExecutorParams":
         if self.kind == "dask" and self.dask is None:
             raise ValueError("executor.dask is missing, take executor=dask")
+        if self.kind == "array" and self.array is None:
+            raise ValueError("executor.array is missing, take executor=slurm_array or another array")
         return self
 
 
@@ -124,6 +131,10 @@ def make(params: ExecutorParams, *, cores: int, root: Path, client: Any = None) 
 
     if params.kind == "inline":
         return Inline()
+    if params.array is not None and params.kind == "array":
+        from wsiflow.executor.array import ArrayJobs
+
+        return ArrayJobs(params.array, root=root, workers=params.workers, threads=params.threads)
     return ProcessPool(worker_count(params, cores=cores), threads=params.threads)
 
 
