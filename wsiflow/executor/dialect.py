@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from pydantic import BaseModel, Field, field_validator
 
-#: Why an element ended without finishing its tasks, in the order in which patterns are tried.
+#: Why an element ended without finishing its tasks, as far as schedulers tell.
 CAUSES = ("cancelled", "memory", "time", "node")
 
 
@@ -53,7 +53,8 @@ class Dialect(BaseModel, frozen=True, extra="forbid"):
         stuck: States of elements that never go on without help; they are cancelled and tried again.
         nothing: What failing commands say when they only mean that there is no such job.
         inspect: Tells how an element ended; ``{job}``, ``{index}``.
-        causes: For some of `CAUSES`, what is found in the last state (as ``state=...``) or in what ``inspect`` prints.
+        causes: For some of `CAUSES`, what is found in the last state (as ``state=...``) or in what ``inspect`` prints;
+            the first one that is found counts.
         cancel: Cancels; the list ``{jobs}``.
         limit: Tells the longest array that is accepted.
         limit_value: Finds ``limit`` in what that prints; 0 means none.
@@ -83,8 +84,7 @@ class Dialect(BaseModel, frozen=True, extra="forbid"):
     @field_validator("job_id", "element", "alive", "stuck", "nothing", "limit_value")
     @classmethod
     def _is_pattern(cls, value: str) -> str:
-        re.compile(value)
-        return value
+        return _compiled(value)
 
     @field_validator("causes")
     @classmethod
@@ -92,9 +92,7 @@ class Dialect(BaseModel, frozen=True, extra="forbid"):
         unknown = sorted(set(value) - set(CAUSES))
         if unknown:
             raise ValueError(f"{unknown} are no causes, there are {CAUSES}")
-        for pattern in value.values():
-            re.compile(pattern)
-        return value
+        return {name: _compiled(pattern) for name, pattern in value.items()}
 
     def submission(self, fields: Mapping[str, object], *, threads: int) -> list[str]:
         """Return the command that submits an array.
@@ -141,8 +139,8 @@ class Dialect(BaseModel, frozen=True, extra="forbid"):
             is unknown to its scheduler was taken from the queue, since elements that ran are remembered for a while.
         """
         text = f"state={state}\n{told}"
-        for name in CAUSES:
-            if name in self.causes and re.search(self.causes[name], text, re.MULTILINE):
+        for name, pattern in self.causes.items():
+            if re.search(pattern, text, re.MULTILINE):
                 return name
         if told:
             return "killed"
@@ -184,6 +182,19 @@ class ArrayParams(BaseModel, frozen=True, extra="forbid"):
     grace_s: float = Field(ge=0, le=3600)
     extra: tuple[str, ...]
     command: tuple[str, ...]
+
+
+def _compiled(pattern: str) -> str:
+    """Return a pattern that is one.
+
+    Raises:
+        ValueError: It is none.
+    """
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{pattern!r} is no pattern: {error}") from error
+    return pattern
 
 
 def expand(template: Sequence[str], fields: Mapping[str, object]) -> list[str]:

@@ -23,8 +23,8 @@ from wsiflow.usage import now
 #: The job script of every array of every run: what to start is its arguments.
 SCRIPT = """\
 #!/bin/bash
-# One element of an array job. The arguments are a command and the array's table; the element's index is in the
-# environment, and says which slice of the table is its own.
+# One element of an array job. The arguments are a command and the array's table; the element's index is in
+# the environment, and says which slice of the table is its own.
 exec "$@"
 """
 

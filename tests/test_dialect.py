@@ -1,0 +1,322 @@
+"""Schedulers' words: the commands wsiflow sends and what it makes of the answers, golden for each scheduler."""
+
+import itertools
+import shlex
+from collections import deque
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from wsiflow.errors import InputError
+from wsiflow.executor import ExecutorParams, element, jobs
+from wsiflow.executor.array import ArrayJobs, Batch, runs
+from wsiflow.executor.dialect import ArrayParams, Place, Seen, expand, indices
+from wsiflow.executor.watch import Piece, Tries
+
+CONF = Path(__file__).parents[1] / "conf/executor"
+NAMES = ("slurm", "sge", "pbs", "lsf")
+
+FIELDS = {
+    "first": 1,
+    "last": 7,
+    "running": 3,
+    "name": "predict-1a2b",
+    "memory_mb": 4000,
+    "minutes": 60,
+    "seconds": 3600,
+    "logs": "/run/logs/predict-1a2b",
+    "script": "/run/arrays/element.sh",
+    "extra": ["-X", "a {b}"],
+    "command": ["wsiflow", "element", "/run/arrays/predict-1a2b.json"],
+}
+
+SUBMISSIONS = {
+    "slurm": "sbatch --parsable --array=1-7%3 --job-name=predict-1a2b --ntasks=1 --cpus-per-task=2 --time=60"
+    " --output=/run/logs/predict-1a2b/%a.log --open-mode=append --requeue --mem=4000M -X 'a {b}' /run/arrays/element.sh"
+    " wsiflow element /run/arrays/predict-1a2b.json",
+    "sge": "qsub -terse -t 1-7 -tc 3 -N predict-1a2b -cwd -V -r y -j y -o '/run/logs/predict-1a2b/$TASK_ID.log'"
+    " -l h_rt=3600 -l mem_free=4000M -pe smp 2 -X 'a {b}' -b y -shell n /bin/bash /run/arrays/element.sh"
+    " wsiflow element /run/arrays/predict-1a2b.json",
+    "pbs": "qsub -J 1-7%3 -N predict-1a2b -V -r y -j oe -o '/run/logs/predict-1a2b/^array_index^.log'"
+    " -l walltime=3600 -l select=1:ncpus=2:mem=4000mb -X 'a {b}' -- /bin/bash /run/arrays/element.sh"
+    " wsiflow element /run/arrays/predict-1a2b.json",
+    "lsf": "bsub -J 'predict-1a2b[1-7]%3' -n 2 -R 'span[hosts=1]' -r -W 60 -o /run/logs/predict-1a2b/%I.log"
+    " -M 4000MB -R 'rusage[mem=4000MB]' -X 'a {b}' /bin/bash /run/arrays/element.sh"
+    " wsiflow element /run/arrays/predict-1a2b.json",
+}
+
+SUBMITTED = {
+    "slurm": ["1234\n", "1234;cluster\n"],
+    "sge": ["1234.1-100:1\n"],
+    "pbs": ["1234[].server\n"],
+    "lsf": ["Job <1234> is submitted to default queue <normal>.\n"],
+}
+
+QUEUES = {
+    "slurm": "1234_0|RUNNING|p-1\n1234_1|PENDING|p-1\n1234_2|OUT_OF_MEMORY|p-1\n1240|RUNNING|other\n",
+    "sge": """<?xml version='1.0'?>
+<job_info>
+  <queue_info>
+    <job_list state="running">
+      <JB_job_number>9</JB_job_number>
+      <JB_name>no-array</JB_name>
+      <state>r</state>
+    </job_list>
+    <job_list state="running">
+      <JB_job_number>1234</JB_job_number>
+      <JAT_prio>0.5</JAT_prio>
+      <JB_name>p-1</JB_name>
+      <state>dr</state>
+      <tasks>1</tasks>
+    </job_list>
+  </queue_info>
+  <job_info>
+    <job_list state="pending">
+      <JB_job_number>1234</JB_job_number>
+      <JB_name>p-1</JB_name>
+      <state>qw</state>
+      <tasks>3-7:2,9</tasks>
+    </job_list>
+    <job_list state="pending">
+      <JB_job_number>1234</JB_job_number>
+      <JB_name>p-1</JB_name>
+      <state>Eqw</state>
+      <tasks>2</tasks>
+    </job_list>
+  </job_info>
+</job_info>
+""",
+    "pbs": "Job Id: 1234[].server\n    Job_Name = p-1\n    job_state = B\n"
+    "Job Id: 1234[1].server\n    Job_Name = p-1\n    resources_used.mem = 9kb\n    job_state = R\n"
+    "Job Id: 1234[2].server\n    Job_Name = p-1\n    job_state = X\n",
+    "lsf": "1234|RUN|p-1[1]\n1234|EXIT|p-1[2]\n99|RUN|alone\n",
+}
+
+LISTED = {
+    "slurm": {0: "RUNNING", 1: "PENDING", 2: "OUT_OF_MEMORY"},
+    "sge": {1: "dr", 2: "Eqw", 3: "qw", 5: "qw", 7: "qw", 9: "qw"},
+    "pbs": {1: "R", 2: "X"},
+    "lsf": {1: "RUN", 2: "EXIT"},
+}
+
+# Scheduler, last state, what it tells, whether the element began, and why it ended.
+ENDS = [
+    ("slurm", "COMPLETED", "JobId=9 JobState=OUT_OF_MEMORY Reason=OutOfMemory ExitCode=0:125", True, "memory"),
+    ("slurm", "FAILED", "JobId=9 JobState=FAILED Reason=NonZeroExitCode ExitCode=137:0", True, "memory"),
+    ("slurm", "FAILED", "JobId=9 JobState=FAILED Reason=JobLaunchFailure ExitCode=0:9", True, "memory"),
+    ("slurm", "TIMEOUT", "", True, "time"),
+    ("slurm", "RUNNING", "JobId=9 JobState=NODE_FAIL Reason=NodeDown ExitCode=0:0", True, "node"),
+    ("slurm", "CANCELLED", "", True, "cancelled"),
+    ("slurm", "RUNNING", "JobId=9 JobState=FAILED Reason=NonZeroExitCode ExitCode=1:0", True, "killed"),
+    ("slurm", "RUNNING", "", True, "lost"),
+    ("slurm", "PENDING", "", False, "cancelled"),
+    ("sge", "r", "failed       100 : assumedly after job\nexit_status  137                  (Killed)", True, "memory"),
+    ("sge", "r", "failed       0\nexit_status  137", True, "memory"),
+    ("sge", "r", "failed       37  : qmaster enforced h_rt, h_cpu, or h_vmem limit\nexit_status  137", True, "time"),
+    ("sge", "dr", "failed       100 : assumedly after job\nexit_status  137", True, "cancelled"),
+    ("sge", "Eqw", "failed       26  : opening input/output file\nexit_status  0", False, "node"),
+    ("sge", "r", "failed       0\nexit_status  1", True, "killed"),
+    ("sge", "qw", "", False, "cancelled"),
+    ("pbs", "R", "Exit_status = 265", True, "memory"),
+    ("pbs", "R", "comment = Job terminated: walltime 60 exceeded limit 50\nExit_status = 271", True, "time"),
+    ("lsf", "RUN", "TERM_RUNLIMIT: job killed after reaching LSF run time limit.", True, "time"),
+    ("lsf", "RUN", "TERM_MEMLIMIT: job killed after reaching LSF memory usage limit.", True, "memory"),
+    ("lsf", "RUN", "TERM_OWNER: job killed by owner.", True, "cancelled"),
+]
+
+LIMITS = {
+    "slurm": ("MaxArraySize            = 1001\nMaxDBDMsgs = 20016", 1001),
+    "sge": ("max_aj_instances             2000\nmax_aj_tasks                 75000\n", 75000),
+    "pbs": ("    max_array_size = 10000\n", 10000),
+    "lsf": ("MAX_JOB_ARRAY_SIZE = 1000\n", 1000),
+}
+
+
+def params(name: str, **changed: object) -> ArrayParams:
+    """Return a scheduler's settings as shipped, with some changed."""
+    values = yaml.safe_load((CONF / f"{name}_array.yaml").read_text())
+    made = ExecutorParams.model_validate(values).array
+    assert made is not None
+    return made.model_copy(update=changed)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_submission(name: str) -> None:
+    """The command that submits an array is this one, to the letter; the user's own braces are left alone."""
+    assert shlex.join(params(name).dialect.submission(FIELDS, threads=2)) == SUBMISSIONS[name]
+
+
+def test_one_thread_needs_no_parallel_environment() -> None:
+    """Grid Engine is asked for slots only where more than one thread is used."""
+    assert "-pe" not in params("sge").dialect.submission(FIELDS, threads=1)
+
+
+def test_the_job_script_is_constant() -> None:
+    """The script holds nothing of any run: command and table are its arguments."""
+    assert element.SCRIPT == (
+        "#!/bin/bash\n"
+        "# One element of an array job. The arguments are a command and the array's table; the element's index is in\n"
+        "# the environment, and says which slice of the table is its own.\n"
+        'exec "$@"\n'
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_ids_are_found_in_what_the_submission_prints(name: str) -> None:
+    """The array's id, and nothing where the answer is something else."""
+    dialect = params(name).dialect
+    assert [dialect.submitted(text) for text in SUBMITTED[name]] == ["1234"] * len(SUBMITTED[name])
+    assert dialect.submitted("error: it did not work\n") == ""
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_queue_is_read_element_by_element(name: str) -> None:
+    """Every listed element of every array with its state; jobs that are no arrays are passed over."""
+    expected = {Place("p-1", index): Seen("1234", state) for index, state in LISTED[name].items()}
+    assert params(name).dialect.listed(QUEUES[name]) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "alive", "stuck", "ended"),
+    [
+        ("slurm", ["PENDING", "RUNNING", "COMPLETING", "REQUEUED", "REQUEUE_HOLD"], ["SPECIAL_EXIT"], ["COMPLETED"]),
+        ("sge", ["qw", "hqw", "r", "t", "Rr", "dr"], ["Eqw"], []),
+        ("pbs", ["Q", "R", "H", "E"], [], ["X", "F"]),
+        ("lsf", ["PEND", "RUN", "UNKWN"], ["ZOMBI"], ["EXIT", "DONE"]),
+    ],
+)
+def test_states(name: str, alive: list[str], stuck: list[str], ended: list[str]) -> None:
+    """Each state waits or runs, needs help, or is over."""
+    dialect = params(name).dialect
+    found = {state: (dialect.is_alive(state), dialect.is_stuck(state)) for state in alive + stuck + ended}
+    assert found == {
+        **dict.fromkeys(alive, (True, False)),
+        **dict.fromkeys(stuck, (False, True)),
+        **dict.fromkeys(ended, (False, False)),
+    }
+
+
+@pytest.mark.parametrize(("name", "state", "told", "began", "cause"), ENDS)
+def test_why_an_element_ended(name: str, state: str, told: str, began: bool, cause: str) -> None:
+    """What the scheduler tells of a dead element is one of a few causes."""
+    assert params(name).dialect.cause(state, told, began=began) == cause
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_longest_array_is_read(name: str) -> None:
+    """The site's limit, and 0 where the answer does not name one."""
+    text, limit = LIMITS[name]
+    assert params(name).dialect.longest(text) == limit
+    assert params(name).dialect.longest("") == 0
+
+
+def test_a_pattern_that_is_none_is_refused() -> None:
+    """A mistake in a site's own dialect is told before anything runs."""
+    values = params("slurm").dialect.model_dump()
+    with pytest.raises(ValueError, match="unterminated"):
+        type(params("slurm").dialect).model_validate({**values, "alive": "(RUNNING"})
+    with pytest.raises(ValueError, match="are no causes"):
+        type(params("slurm").dialect).model_validate({**values, "causes": {"memroy": "x"}})
+
+
+def test_lists_are_spliced() -> None:
+    """A placeholder that stands alone for a list becomes its arguments, none for an empty one."""
+    assert expand(["a", "{x}", "{y}", "b{z}"], {"x": ["1", "2"], "y": [], "z": 3}) == ["a", "1", "2", "b3"]
+
+
+def test_compressed_indices() -> None:
+    """Ranges with and without a step, and single ones."""
+    assert list(indices("1-9:4,12,20-21")) == [1, 5, 9, 12, 20, 21]
+
+
+@given(st.sets(st.integers(0, 60)))
+def test_runs_hold_each_task_once(tasks: set[int]) -> None:
+    """Ranges rise, never touch, and hold exactly the tasks."""
+    found = list(runs(tasks))
+    assert [task for lo, hi in found for task in range(lo, hi)] == sorted(tasks)
+    assert all(before.hi < after.lo for before, after in itertools.pairwise(found))
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    spans=st.lists(st.integers(1, 4), max_size=40),
+    limit=st.integers(2, 12),
+    window=st.integers(2, 30),
+    lost=st.lists(st.integers(0, 2), min_size=40, max_size=40),
+)
+def test_every_slice_is_in_one_array_and_no_index_over_the_cap(
+    spans: list[int], limit: int, window: int, lost: list[int]
+) -> None:
+    """However slices, limit, window and earlier losses fall, all slices are submitted once, in arrays that fit."""
+    pool = ArrayJobs(params("slurm", limit=limit, window=window), root=Path("/nowhere"), workers=0, threads=1)
+    pieces, lo = [], 0
+    for span, memory in zip(spans, lost, strict=False):
+        pieces.append(Piece(lo, lo + span, Tries(memory, memory)))
+        lo += span
+    batch = Batch({"stage": "s"}, set(range(lo)), deque(pieces), [])
+    arrays: list[list[Piece]] = []
+
+    def start(name: str, _told: object, request: dict[str, int], taken: list[Piece]) -> None:
+        assert {pool._request(piece.tries)["memory_mb"] for piece in taken} == {request["memory_mb"]}
+        arrays.append(taken)
+
+    pool._start = start  # type: ignore[assignment,method-assign]
+    while batch.waiting:
+        before = len(batch.waiting)
+        pool._submit(batch)
+        assert len(pool._queue._held) <= window
+        assert len(batch.waiting) < before, "an empty queue has room"
+        pool._queue.release(list(pool._queue._held))
+    assert [piece for taken in arrays for piece in taken] == pieces
+    assert all(0 < len(taken) <= limit for taken in arrays)
+
+
+def test_a_torn_line_is_as_if_it_had_not_been_written(tmp_path: Path) -> None:
+    """A driver killed in the middle of a line spoils neither that line's neighbours nor the next one."""
+    log = jobs.JobLog(tmp_path)
+    log.append("driver", pid=1)
+    log.append("intent", name="a")
+    with log.path.open("a") as stream:
+        stream.write('{"event": "job", "name": "a", "jo')
+    assert log.read().jobs == (jobs.Job("a", ""),)
+    log.append("job", name="a", job="7")
+    assert log.read().jobs == (jobs.Job("a", "7"),)
+    log.append("ended", name="a")
+    assert log.read().jobs == ()
+
+
+def test_cancelling_counts_for_the_drivers_before_it(tmp_path: Path) -> None:
+    """A run that is started again after it was cancelled begins anew."""
+    log = jobs.JobLog(tmp_path)
+    log.append("driver", pid=1)
+    log.append("cancel")
+    assert log.read().cancelled
+    log.append("driver", pid=2)
+    assert not log.read().cancelled
+
+
+def test_a_run_without_arrays_cannot_be_cancelled(tmp_path: Path) -> None:
+    """The folder is named, and what to name instead."""
+    with pytest.raises(InputError, match="submitted no array jobs"):
+        jobs.cancel(tmp_path)
+
+
+@pytest.mark.parametrize("value", ["", "undefined"])
+def test_an_element_needs_its_index(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, value: str) -> None:
+    """Outside of an array job the command says what it is for."""
+    monkeypatch.setenv("SGE_TASK_ID", value)
+    table = tmp_path / "t.json"
+    table.write_text('{"index": "SGE_TASK_ID", "base": 1, "slices": [[0, 1]]}')
+    with pytest.raises(InputError, match="SGE_TASK_ID"):
+        element.run(table)
+
+
+def test_an_element_beyond_the_table_has_nothing_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Where arrays need two elements, the second of one slice ends well."""
+    monkeypatch.setenv("PBS_ARRAY_INDEX", "2")
+    table = tmp_path / "t.json"
+    table.write_text('{"index": "PBS_ARRAY_INDEX", "base": 1, "slices": [[0, 1]]}')
+    assert element.run(table) == 0
