@@ -1,0 +1,33 @@
+"""Work for elements of arrays in tests: quick, and misbehaving as the source says, each task once."""
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from wsiflow.executor import Outcome
+
+
+def work(source: Path, stage: str, lo: int, hi: int) -> Iterator[Outcome]:
+    """Do the tasks of a slice; ``exit`` ends the process at a task with a code, ``sleep`` takes so many seconds."""
+    told = json.loads(source.read_text())
+    for task in range(lo, hi):
+        first = not (source.parent / f"{stage}-{task}").exists()
+        (source.parent / f"{stage}-{task}").touch()
+        if first and str(task) in told.get("exit", {}):
+            os._exit(told["exit"][str(task)])
+        if first:
+            time.sleep(told.get("sleep", {}).get(str(task), 0))
+        yield Outcome(task, {"square": task**2, "first": first}, executed=True)
+
+
+def drive(params: str, root: str, count: str) -> None:
+    """Run so many tasks in a process of its own: what a test may kill."""
+    from wsiflow.executor import ExecutorParams, Slice, make
+
+    source = Path(root) / "plan.json"
+    slices = [Slice(lo, min(lo + 2, int(count))) for lo in range(0, int(count), 2)]
+    with make(ExecutorParams.model_validate_json(params), cores=1, root=Path(root)) as pool:
+        ended = {outcome.task for outcome in pool.run(work, source, "predict", slices)}
+    (Path(root) / "ended").write_text(json.dumps(sorted(ended)))

@@ -1,0 +1,290 @@
+"""Array jobs on a real Slurm and a real Grid Engine: the same bytes, and nothing lost or done twice on the way."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from array_work import work
+from test_line import COARSE, digests, wsiflow
+
+from wsiflow import executor
+from wsiflow.executor import ExecutorParams, Outcome, Slice, jobs
+
+CONF = Path(__file__).parents[1] / "conf/executor"
+# An element of quick work needs none of what a command of wsiflow imports.
+ELEMENT = "import sys, pathlib; from wsiflow.executor import element; sys.exit(element.run(pathlib.Path(sys.argv[1])))"
+QUICK = {"poll_s": 0.3, "grace_s": 1.0, "memory_mb": 200, "memory_limit_mb": 700, "minutes": 5, "minutes_limit": 8}
+HARD = {"dataset.limit": 3, "shard_slides": 3, "tiles.group_tiles": 9, "executor.slice_s": 3}
+
+
+def settings(name: str, **changed: Any) -> ExecutorParams:
+    """Return a scheduler's settings as shipped, but quick."""
+    values = yaml.safe_load((CONF / f"{name}_array.yaml").read_text())
+    values["array"] |= {**QUICK, "command": [sys.executable, "-c", ELEMENT], **changed}
+    return ExecutorParams.model_validate(values)
+
+
+@pytest.fixture(params=["slurm", "sge"])
+def scheduler(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of a scheduler that the process now speaks to."""
+    return use(request.param, request, monkeypatch)
+
+
+@pytest.fixture
+def slurm_here(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Slurm is what the process now speaks to."""
+    return use("slurm", request, monkeypatch)
+
+
+def use(name: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    environment = {**request.getfixturevalue(name), "PYTHONPATH": str(Path(__file__).parent)}
+    for key, value in environment.items():
+        monkeypatch.setenv(key, value)
+    return name
+
+
+def told(root: Path, **behaviour: dict[str, int]) -> Path:
+    """Write a source that says how tasks misbehave."""
+    (root / "plan.json").write_text(json.dumps(behaviour))
+    return root / "plan.json"
+
+
+def run(params: ExecutorParams, source: Path, slices: list[Slice]) -> list[Outcome]:
+    with executor.make(params, cores=1, root=source.parent) as pool:
+        return list(pool.run(work, source, "predict", slices))
+
+
+def pairs(count: int) -> list[Slice]:
+    return [Slice(lo, lo + 2) for lo in range(0, count, 2)]
+
+
+def events(root: Path, kind: str) -> list[dict[str, Any]]:
+    return [line for line in jobs.JobLog(root).lines() if line["event"] == kind]
+
+
+def submitted(root: Path, stage: str) -> list[int]:
+    """Return every task of a stage as often as it was submitted."""
+    tables = [json.loads(path.read_text()) for path in (root / "arrays").glob(f"{stage}-*.json")]
+    return sorted(task for table in tables for lo, hi in table["slices"] for task in range(lo, hi))
+
+
+def squares(outcomes: list[Outcome]) -> dict[int, int]:
+    return {outcome.task: outcome.receipt["square"] for outcome in outcomes if outcome.receipt}
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.1)
+
+
+def began(root: Path, task: int) -> Callable[[], bool]:
+    return lambda: (root / f"predict-{task}").exists()
+
+
+def call(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def queued(scheduler: str) -> str:
+    return call("squeue", "-h") if scheduler == "slurm" else call("qstat")
+
+
+class Running:
+    """A run in a thread of this process, so that a test can interfere."""
+
+    def __init__(self, *arguments: Any) -> None:
+        self.outcomes: list[Outcome] = []
+        self._thread = threading.Thread(target=lambda: self.outcomes.extend(run(*arguments)))
+        self._thread.start()
+
+    def end(self) -> list[Outcome]:
+        self._thread.join(60)
+        assert not self._thread.is_alive()
+        return self.outcomes
+
+
+def test_a_killed_element_is_retried_with_more_memory_and_its_neighbours_are_not_charged(
+    scheduler: str, tmp_path: Path
+) -> None:
+    """Task 3 ends its element with 137: it goes alone with twice the memory, what waited behind it as before."""
+    source = told(tmp_path, exit={"3": 137})
+    outcomes = run(
+        settings(scheduler, grace_s=1.0 if scheduler == "slurm" else 15.0),
+        source,
+        [Slice(0, 2), Slice(2, 6), Slice(6, 8)],
+    )
+    assert squares(outcomes) == {task: task**2 for task in range(8)}
+    lost = [outcome for outcome in outcomes if outcome.retried]
+    assert [(outcome.task, outcome.usage["exit_class"]) for outcome in lost] == [(3, "memory")]
+    asked = {(line["tasks"], line["memory_mb"]) for line in events(tmp_path, "intent")}
+    assert asked == {(8, 200), (1, 400), (2, 200)}
+    assert {task for task in range(8) if submitted(tmp_path, "predict").count(task) > 1} == {3, 4, 5}
+    natives = {outcome.usage["native_id"] for outcome in outcomes}
+    assert len(natives) == 5, "three elements, and two more"
+
+
+def test_arrays_are_cut_under_the_limit_and_the_window(scheduler: str, tmp_path: Path) -> None:
+    """Twelve elements where arrays have at most five and the queue takes six: none is submitted twice."""
+    outcomes = run(settings(scheduler, window=6), told(tmp_path), pairs(24))
+    assert squares(outcomes) == {task: task**2 for task in range(24)}
+    sizes = [line["elements"] for line in events(tmp_path, "intent")]
+    assert sum(sizes) == 12
+    assert max(sizes) == 5
+    assert submitted(tmp_path, "predict") == list(range(24))
+
+
+def test_an_element_that_never_begins_is_given_up_with_its_log(slurm_here: str, tmp_path: Path) -> None:
+    """A command that fails is tried as often as allowed; the message names job, log and remedy."""
+    command = ["/bin/sh", "-c", "echo no such image >&2; exit 3"]
+    outcomes = run(settings(slurm_here, command=command, retries=1), told(tmp_path), [Slice(0, 2)])
+    assert [outcome.retried for outcome in outcomes] == [True, True, False, False]
+    assert {outcome.exit_code for outcome in outcomes} == {30}
+    assert "died 2 times" in outcomes[-1].error
+    log = Path(outcomes[-1].error.split("log ")[1].split(")")[0])
+    assert log.read_text() == "no such image\n"
+
+
+def test_a_requeued_element_goes_on(slurm_here: str, tmp_path: Path) -> None:
+    """Slurm runs the same element again: what it had done is not asked for again, and nothing is resubmitted."""
+    running = Running(settings(slurm_here), told(tmp_path, sleep={"1": 60}), [Slice(0, 3)])
+    wait_for(began(tmp_path, 1))
+    (job,) = events(tmp_path, "job")
+    call("scontrol", "requeue", f"{job['job']}_0")
+    wait_for(lambda: "PENDING" in call("squeue", "-h", "-o", "%T", "-j", job["job"]))
+    call("scontrol", "update", f"jobid={job['job']}_0", "starttime=now")  # else two minutes
+    outcomes = running.end()
+    assert squares(outcomes) == {0: 0, 1: 1, 2: 4}
+    assert submitted(tmp_path, "predict") == [0, 1, 2]
+
+
+def test_an_element_cancelled_by_hand_is_not_retried(scheduler: str, tmp_path: Path) -> None:
+    """What a user takes out of the queue stays out; the others go on, and the message says so."""
+    values = settings(scheduler).model_copy(update={"workers": 1})
+    running = Running(values, told(tmp_path, sleep={"0": 6}), pairs(6))
+    wait_for(began(tmp_path, 0))
+    (job,) = events(tmp_path, "job")
+    native = [f"{job['job']}_1"] if scheduler == "slurm" else [job["job"], "-t", "2"]
+    call("scancel" if scheduler == "slurm" else "qdel", *native)
+    outcomes = running.end()
+    assert squares(outcomes) == {0: 0, 1: 1, 4: 16, 5: 25}
+    failed = [outcome for outcome in outcomes if outcome.receipt is None]
+    assert [outcome.task for outcome in failed] == [2, 3]
+    assert all("was cancelled" in outcome.error and "run again" in outcome.error for outcome in failed)
+
+
+def test_an_error_in_the_driver_cancels_what_it_submitted(slurm_here: str, tmp_path: Path) -> None:
+    """Interrupted with Ctrl-C, a run leaves nothing in the queue."""
+    source = told(tmp_path, sleep={"0": 60})
+
+    def interrupted() -> None:
+        with executor.make(settings(slurm_here), cores=1, root=tmp_path) as pool:
+            next(pool.run(work, source, "predict", pairs(4)))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    wait_for(lambda: queued(slurm_here) == "")
+
+
+def drive(params: ExecutorParams, root: Path, count: int) -> subprocess.Popen[bytes]:
+    code = "import sys, array_work; array_work.drive(*sys.argv[1:])"
+    return subprocess.Popen([sys.executable, "-c", code, params.model_dump_json(), str(root), str(count)])
+
+
+def test_a_killed_driver_takes_its_arrays_up_again(scheduler: str, tmp_path: Path) -> None:
+    """SIGKILL while elements wait and run, start again: each is waited for, none is submitted a second time."""
+    told(tmp_path, sleep={"0": 5})
+    params = settings(scheduler).model_copy(update={"workers": 1})
+    driver = drive(params, tmp_path, 8)
+    wait_for(began(tmp_path, 0))
+    driver.send_signal(signal.SIGKILL)
+    driver.wait()
+    assert drive(params, tmp_path, 8).wait(60) == 0
+    assert json.loads((tmp_path / "ended").read_text()) == list(range(8))
+    assert submitted(tmp_path, "predict") == list(range(8))
+
+
+def test_a_run_is_cancelled_from_its_folder(scheduler: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The driver ends, the queue is empty, what was done is said; started again, the run begins anew."""
+    told(tmp_path, sleep={"0": 60})
+    driver = drive(settings(scheduler), tmp_path, 8)
+    wait_for(began(tmp_path, 0))
+    from flows.run import main
+
+    assert main(["cancel", str(tmp_path)]) == 0
+    assert driver.wait(10) == -signal.SIGTERM
+    said = capfd.readouterr().out
+    assert f"process {driver.pid}" in said
+    assert "cancelled" in said
+    wait_for(lambda: queued(scheduler) == "")
+    assert drive(settings(scheduler), tmp_path, 8).wait(60) == 0
+    assert json.loads((tmp_path / "ended").read_text()) == list(range(8))
+
+
+def test_a_refused_array_is_told_with_what_the_scheduler_said(slurm_here: str, tmp_path: Path) -> None:
+    """A partition that does not exist ends the run at once, with Slurm's own words."""
+    from wsiflow.errors import EnvironmentFault
+
+    with pytest.raises(EnvironmentFault, match=r"refused an array of 2: .*partition"):
+        run(settings(slurm_here, extra=["--partition=nowhere"]), told(tmp_path), pairs(4))
+
+
+def test_without_a_scheduler_the_run_says_what_is_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command that is not there is named."""
+    from wsiflow.errors import EnvironmentFault
+
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(EnvironmentFault, match="no command"):
+        run(settings("slurm"), told(tmp_path), pairs(2))
+
+
+def line(manifest: Path, out: Path, *more: str) -> list[str]:
+    hard = [f"{key}={value}" for key, value in HARD.items()]
+    return ["dataset=manifest", f"dataset.manifest={manifest}", f"out={out}", *COARSE, *hard, *more]
+
+
+@pytest.fixture(scope="module")
+def expected(small_slides: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The published bytes of the run in one process."""
+    out = tmp_path_factory.mktemp("inline") / "run"
+    assert wsiflow(*line(small_slides, out)) == 0
+    return published(out)
+
+
+def published(out: Path) -> dict[str, str]:
+    return {name: digest for name, digest in digests(out).items() if not name.startswith(("arrays", "logs", "jobs"))}
+
+
+def on(name: str) -> Iterator[str]:
+    yield f"executor={name}_array"
+    yield from (
+        f"executor.array.{key}={value}" for key, value in {"poll_s": 0.5, "grace_s": 20, "memory_mb": 900}.items()
+    )
+
+
+def test_the_line_on_a_scheduler_publishes_the_same_bytes(
+    scheduler: str, small_slides: Path, expected: dict[str, str], tmp_path: Path
+) -> None:
+    """Every stage as arrays, cut under the site's limit, the driver killed in the middle: bytes as in one process."""
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "wsiflow.flows", "run", *line(small_slides, out, *on(scheduler))]
+    driver = subprocess.Popen(command, env=os.environ)
+    wait_for(lambda: any(e["name"].startswith("predict") for e in events(out, "job")), 120)
+    driver.send_signal(signal.SIGKILL)
+    driver.wait()
+    assert subprocess.run(command, env=os.environ, check=False).returncode == 0
+    assert published(out) == expected
+    predicted = submitted(out, "predict")
+    assert sorted(set(predicted)) == predicted, "no group was submitted twice"
+    assert max(line["elements"] for line in events(out, "intent")) == 5
