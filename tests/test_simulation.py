@@ -1,0 +1,185 @@
+"""The simulation against what can be said without one: sums, waves, bounds."""
+
+import math
+import time
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from wsiflow.simulation import Cluster, Forecast, Share, Stage, simulate
+
+WORKS = st.lists(st.floats(0.1, 100), min_size=1, max_size=40)
+
+
+def one_stage(works: list[float], *, tasks: int = 1, loads: bool = False) -> list[list[Stage]]:
+    return [[Stage("predict", tuple(Share(work, tasks) for work in works), loads)]]
+
+
+def makespan(works: list[float], cluster: Cluster) -> float:
+    return simulate(one_stage(works), cluster).makespan_s
+
+
+@given(works=WORKS)
+def test_one_worker_takes_the_sum(works: list[float]) -> None:
+    """Nothing overlaps and nothing is lost."""
+    found = simulate(one_stage(works), Cluster(1))
+    assert found.makespan_s == pytest.approx(sum(works))
+    assert found.work_s == pytest.approx(sum(works))
+    assert found.efficiency == pytest.approx(1)
+
+
+@pytest.mark.parametrize(("count", "workers"), [(1, 1), (7, 3), (9, 3), (10, 3), (3, 10), (1000, 64)])
+def test_equal_slices_take_whole_waves(count: int, workers: int) -> None:
+    """N equal slices on W workers end after ceil(N / W) of them."""
+    assert makespan([2.5] * count, Cluster(workers)) == pytest.approx(2.5 * math.ceil(count / workers))
+
+
+@given(works=WORKS, workers=st.integers(1, 12))
+def test_list_scheduling_is_within_grahams_bounds(works: list[float], workers: int) -> None:
+    """No order beats the mean load or the longest slice; any order keeps to Graham's bound, largest first to 4/3."""
+    least = max(sum(works) / workers, max(works))
+    assert least * (1 - 1e-9) <= makespan(works, Cluster(workers)) <= sum(works) / workers + max(works) + 1e-9
+    best = makespan(sorted(works, reverse=True), Cluster(workers))
+    # The optimum is not known; it is at least `least`, and at least two of the W + 1 largest share a worker.
+    if len(works) > workers:
+        least = max(least, sum(sorted(works, reverse=True)[workers - 1 : workers + 1]))
+    assert best <= least * (2 - 1 / workers) + 1e-9
+
+
+@given(works=WORKS, workers=st.integers(1, 12), cores=st.integers(1, 12))
+@settings(max_examples=50)
+def test_shared_cores_never_give_more_than_they_have(works: list[float], workers: int, cores: int) -> None:
+    """Cores bound the rate as workers do, and sharing them loses nothing: with equal ends it is the same work."""
+    found = makespan(works, Cluster(workers, cores=cores))
+    assert found >= sum(works) / min(workers, cores) * (1 - 1e-9)
+    assert found >= makespan(works, Cluster(workers)) * (1 - 1e-9)
+    if cores >= workers:
+        assert found == pytest.approx(makespan(works, Cluster(workers)))
+
+
+def test_workers_beyond_the_cores_share_them_evenly() -> None:
+    """Four equal slices on two cores take twice as long, whether two or four of them run at a time."""
+    assert makespan([10.0] * 4, Cluster(4, cores=2)) == pytest.approx(20)
+    assert makespan([10.0] * 4, Cluster(2, cores=2)) == pytest.approx(20)
+    # 3 workers on 2 cores: both short ones end at 15 with 10 each, the long one has 10 of 20 left, alone.
+    assert makespan([10.0, 10.0, 20.0], Cluster(3, cores=2)) == pytest.approx(25)
+
+
+def test_a_stage_waits_for_the_one_before_and_shards_do_not() -> None:
+    """Within a shard stages are in order; another shard fills the gap."""
+    shard = [Stage("extract", (Share(4, 1), Share(1, 1))), Stage("predict", (Share(2, 1),))]
+    assert simulate([shard], Cluster(2)).makespan_s == pytest.approx(6)
+    assert simulate([shard, shard], Cluster(4)).makespan_s == pytest.approx(6)
+    assert simulate([shard, shard], Cluster(4, side_by_side=1)).makespan_s == pytest.approx(12)
+    assert simulate([[Stage("stain", ()), *shard]], Cluster(2)).makespan_s == pytest.approx(6), "empty stages cost none"
+
+
+def test_workers_that_live_start_and_load_once() -> None:
+    """An array's element pays for both, a living worker does so once; what needs no network loads none."""
+    works = [1.0] * 6
+    assert simulate(one_stage(works), Cluster(2, start_s=2, load_s=3)).makespan_s == pytest.approx(2 + 3)
+    lives = simulate(one_stage(works, loads=True), Cluster(2, start_s=2, load_s=3))
+    assert lives.makespan_s == pytest.approx(5 + 3)
+    assert lives.overhead_s == pytest.approx(2 * 5)
+    fresh = simulate(one_stage(works, loads=True), Cluster(2, fresh=True, start_s=2, load_s=3))
+    assert fresh.makespan_s == pytest.approx(3 * 6)
+    assert fresh.overhead_s == pytest.approx(6 * 5)
+    assert fresh.waves == pytest.approx(3)
+
+
+def test_arrays_are_counted_under_the_limit() -> None:
+    """2,500 elements under a limit of 1,001 are three arrays."""
+    found = simulate(one_stage([1.0] * 2500), Cluster(10, fresh=True, array_limit=1001))
+    assert (found.arrays, found.elements) == (3, 2500)
+
+
+def test_a_scheduler_starts_no_faster_than_it_can() -> None:
+    """100 elements at 10 a second: the last begins after 9.9 s although every slot is free."""
+    found = simulate(one_stage([1.0] * 100), Cluster(1000, fresh=True, starts_per_s=10))
+    assert found.makespan_s == pytest.approx(10.9)
+    assert found.tail_s == pytest.approx(1)
+
+
+def test_an_end_is_seen_at_the_next_look() -> None:
+    """A driver that looks every 10 s begins the next stage then."""
+    shard = [Stage("extract", (Share(11, 1),)), Stage("predict", (Share(3, 1),))]
+    assert simulate([shard], Cluster(1, fresh=True, poll_s=10)).makespan_s == pytest.approx(30)
+
+
+def test_a_window_bounds_what_is_submitted() -> None:
+    """One slice in flight on eight workers is one at a time."""
+    assert makespan([2.0] * 5, Cluster(8, window=1)) == pytest.approx(10)
+
+
+def test_the_queue_is_paid_once_per_submission() -> None:
+    """With slots free, every stage of a shard waits: the mean over seeds is that of the exponential."""
+    shard = [Stage(str(i), (Share(1, 1),) * 3) for i in range(4)]
+    found = [simulate([shard], Cluster(3, fresh=True, queue_s=50, seed=seed)) for seed in range(300)]
+    assert np.mean([each.makespan_s for each in found]) == pytest.approx(4 + 4 * 50, rel=0.1)
+    assert np.mean([each.queue_s for each in found]) == pytest.approx(50, rel=0.1)
+
+
+@given(seed=st.integers(0, 99), failure=st.floats(0, 0.4))
+@settings(max_examples=30)
+def test_lost_workers_lose_time_and_no_work(seed: int, failure: float) -> None:
+    """Everything is done in the end; what is lost is less than a task each time."""
+    cluster = Cluster(7, fresh=True, failure=failure, attempts=60, seed=seed)
+    found = simulate(one_stage([20.0] * 50, tasks=10), cluster)
+    assert found.work_s == pytest.approx(50 * 20)
+    assert found.failed == 0
+    assert found.elements == 50 + found.retried
+    assert found.lost_s <= 2.0 * found.retried + 1e-9
+
+
+def test_a_time_limit_keeps_finished_tasks_and_ends_the_rest() -> None:
+    """A slice of ten tasks passes a limit in pieces; one whose only task is longer never does."""
+    found = simulate(one_stage([100.0], tasks=10), Cluster(1, fresh=True, limit_s=35))
+    assert (found.retried, found.failed) == (3, 0)
+    assert found.lost_s == pytest.approx(3 * 5)
+    found = simulate(one_stage([100.0]), Cluster(1, fresh=True, limit_s=35, attempts=2))
+    assert (found.retried, found.failed) == (2, 1)
+    assert found.lost_s == pytest.approx(70)
+
+
+def test_spread_has_the_mean_and_deviation_it_says() -> None:
+    """Single tasks spread as told, slices of 25 tasks a fifth of it; the mean stays."""
+    for tasks, expected in ((1, 0.5), (25, 0.1)):
+        total = simulate(one_stage([1.0] * 20_000, tasks=tasks), Cluster(20_000, spread=0.5)).work_s
+        assert total == pytest.approx(20_000, rel=0.02)
+        ends = [makespan_of_one(tasks, seed) for seed in range(1500)]
+        assert np.std(ends) == pytest.approx(expected, rel=0.1)
+
+
+def makespan_of_one(tasks: int, seed: int) -> float:
+    return simulate(one_stage([1.0], tasks=tasks), Cluster(1, spread=0.5, seed=seed)).makespan_s
+
+
+def test_the_seed_decides_and_nothing_else() -> None:
+    """The same seed gives the same forecast, another one another; the work drawn does not depend on the workers."""
+    shards = [[Stage("predict", tuple(Share(5.0, 4) for _ in range(200)), loads=True)] for _ in range(5)]
+
+    def forecast(seed: int, workers: int = 9) -> Forecast:
+        return simulate(shards, Cluster(workers, fresh=True, spread=0.3, queue_s=9, failure=0.05, seed=seed))
+
+    assert forecast(1) == forecast(1)
+    assert forecast(1) != forecast(2)
+    assert forecast(1, 9).work_s == pytest.approx(forecast(1, 90).work_s)
+
+
+def test_more_workers_are_never_much_worse() -> None:
+    """Equal draws: makespan falls with workers, as far as list scheduling lets it."""
+    works = np.random.default_rng(0).lognormal(3, 1, 3000)
+    found = [makespan(sorted(works.tolist(), reverse=True), Cluster(workers)) for workers in (1, 4, 16, 64, 256, 1024)]
+    assert all(later <= earlier for earlier, later in pairwise(found))
+
+
+def test_thousands_of_workers_are_simulated_in_seconds() -> None:
+    """30,000 slices on 4,000 workers, 40 shards: well under ten seconds."""
+    shards = [[Stage("predict", tuple(Share(60.0, 4) for _ in range(750)), loads=True)] for _ in range(40)]
+    begin = time.process_time()
+    found = simulate(shards, Cluster(4000, fresh=True, spread=0.2, queue_s=30, poll_s=5, failure=0.01))
+    assert time.process_time() - begin < 10
+    assert found.elements >= 30_000
