@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wsiflow.simulation import Cluster, Forecast, Share, Stage, simulate
+from wsiflow.schedule import ROUGH
+from wsiflow.simulation import Cluster, Forecast, Share, Sizes, Stage, merged, shard, simulate, slide_tasks
 
 WORKS = st.lists(st.floats(0.1, 100), min_size=1, max_size=40)
 
@@ -100,13 +101,26 @@ def test_a_scheduler_starts_no_faster_than_it_can() -> None:
     """100 elements at 10 a second: the last begins after 9.9 s although every slot is free."""
     found = simulate(one_stage([1.0] * 100), Cluster(1000, fresh=True, starts_per_s=10))
     assert found.makespan_s == pytest.approx(10.9)
-    assert found.tail_s == pytest.approx(1)
 
 
 def test_an_end_is_seen_at_the_next_look() -> None:
     """A driver that looks every 10 s begins the next stage then."""
     shard = [Stage("extract", (Share(11, 1),)), Stage("predict", (Share(3, 1),))]
     assert simulate([shard], Cluster(1, fresh=True, poll_s=10)).makespan_s == pytest.approx(30)
+
+
+def test_the_tail_begins_when_a_worker_has_nothing_left() -> None:
+    """Two workers, 5 s and 9 s: the tail is the last 4 s, however long the run was before."""
+    assert simulate(one_stage([9.0, 5.0]), Cluster(2)).tail_s == pytest.approx(4)
+    assert simulate(one_stage([3.0] * 40 + [9.0, 5.0]), Cluster(2)).tail_s == pytest.approx(4)
+    assert simulate(one_stage([3.0] * 40), Cluster(2)).tail_s == 0
+
+
+@pytest.mark.parametrize("rate", [3.0, 7.0, 49.0, 999.0])
+def test_rates_that_round_badly_end(rate: float) -> None:
+    """The moment the scheduler may start again is reached, whatever its last bit."""
+    found = simulate(one_stage([0.1] * 500), Cluster(8, fresh=True, starts_per_s=rate, poll_s=0.3, queue_s=7))
+    assert found.elements == 500
 
 
 def test_a_window_bounds_what_is_submitted() -> None:
@@ -183,3 +197,24 @@ def test_thousands_of_workers_are_simulated_in_seconds() -> None:
     found = simulate(shards, Cluster(4000, fresh=True, spread=0.2, queue_s=30, poll_s=5, failure=0.01))
     assert time.process_time() - begin < 10
     assert found.elements >= 30_000
+
+
+def test_a_slide_known_by_its_tiles_is_cut_like_one_that_is_read() -> None:
+    """Groups and parts are as few as their limit allows, nearly equal, and hold every tile."""
+    found = slide_tasks(1001, Sizes(group_tiles=400, part_tiles=4000, stained=False, certified=True))
+    assert found["predict"] == [333, 334, 334]
+    assert found["extract"] == found["stitch"] == found["certify"] == [1001]
+    assert found["stain"] == []
+    assert slide_tasks(0, Sizes(400, 0, stained=True, certified=True))["predict"] == []
+
+
+def test_a_shard_holds_the_work_its_tasks_cost() -> None:
+    """Slices keep the sum, are near the target, and the largest comes first; the network is needed where it is."""
+    tasks = slide_tasks(20_000, Sizes(400, 4000, stained=True, certified=True))
+    stages = {stage.name: stage for stage in shard(merged([tasks, tasks]), ROUGH, target_s=60)}
+    assert sum(share.work_s for share in stages["predict"].shares) == pytest.approx(100 * 0.2 + 40_000 * 0.067)
+    assert sum(share.tasks for share in stages["predict"].shares) == 100
+    works = [share.work_s for share in stages["predict"].shares]
+    assert works == sorted(works, reverse=True)
+    assert max(works) <= 60
+    assert {name for name, stage in stages.items() if stage.loads} == {"predict", "certify"}

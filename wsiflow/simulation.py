@@ -16,11 +16,17 @@ import heapq
 import itertools
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+from wsiflow import schedule
+from wsiflow.schedule import Costs
+
+#: Stages whose tasks need the network.
+LOADING = frozenset({"calibrate", "predict", "certify"})
 
 
 class Share(NamedTuple):
@@ -51,6 +57,67 @@ class Stage(NamedTuple):
 
 Shard = Sequence[Stage]
 """Stages, one after another."""
+
+
+class Sizes(NamedTuple):
+    """How a slide of which only the tissue tiles are known is cut.
+
+    Attributes:
+        group_tiles: Tissue tiles of a group, the task of ``predict``.
+        part_tiles: Tissue tiles of a part, the task of ``extract``; 0: there is no such stage.
+        stained: Whether colours are measured.
+        certified: Whether slides have a certificate.
+    """
+
+    group_tiles: int
+    part_tiles: int
+    stained: bool
+    certified: bool
+
+
+def slide_tasks(tiles: int, sizes: Sizes) -> dict[str, list[int]]:
+    """Return the tissue tiles of each task of a slide, by stage, in the order of the line."""
+    parts = _parts(tiles, sizes.part_tiles) if sizes.part_tiles else []
+    return {
+        "stain": [tiles] * sizes.stained,
+        "extract": parts,
+        "index": [tiles] * bool(parts),
+        "predict": _parts(tiles, sizes.group_tiles),
+        "certify": [tiles] * sizes.certified,
+        "stitch": [tiles],
+        "detect": [tiles],
+    }
+
+
+def _parts(tiles: int, most: int) -> list[int]:
+    """Return parts as equal as can be."""
+    count = -(-tiles // most)
+    return [tiles * (i + 1) // count - tiles * i // count for i in range(count)]
+
+
+def shard(tasks: Mapping[str, Sequence[int]], costs: Costs, *, target_s: float) -> list[Stage]:
+    """Return a shard for `simulate`, cut into slices as a run cuts it.
+
+    Args:
+        tasks: Tissue tiles of each task by stage, in the order of the line.
+        costs: What tasks cost.
+        target_s: Work of a slice, 0: every task is one.
+    """
+    found = []
+    for name, counts in tasks.items():
+        works = [costs.task_s(name, tiles) for tiles in counts]
+        spans = schedule.slices(range(len(works)), works, target_s=target_s)
+        found.append(Stage(name, tuple(Share(sum(works[lo:hi]), hi - lo) for lo, hi in spans), name in LOADING))
+    return found
+
+
+def merged(slides: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, list[int]]:
+    """Return the tasks of several slides as those of one shard."""
+    found: dict[str, list[int]] = {}
+    for tasks in slides:
+        for name, counts in tasks.items():
+            found.setdefault(name, []).extend(counts)
+    return found
 
 
 class Cluster(NamedTuple):
@@ -103,7 +170,7 @@ class Forecast(NamedTuple):
         work_s: Core-seconds of tasks that were kept.
         overhead_s: Core-seconds of starting workers and loading networks.
         lost_s: Core-seconds of tasks that had to be done again or never ended.
-        tail_s: Seconds from the start of the last slice to the end.
+        tail_s: Seconds from when every worker was last at work to the end.
         queue_s: Mean seconds from submission to start.
         elements: Slices started, with every attempt.
         arrays: Arrays submitted.
@@ -185,7 +252,8 @@ class _Simulation:
         self._shards, self._cluster = shards, cluster
         self._rng = np.random.default_rng([cluster.seed, 0])
         self._order = itertools.count()
-        self._now_s = self._turn_s = self._gate_s = self._last_start_s = self._waited_s = 0.0
+        self._now_s = self._turn_s = self._gate_s = self._full_s = self._waited_s = 0.0
+        self._gated = False
         self._events: list[tuple[float, int, object]] = []
         self._running: list[tuple[float, int, _Running]] = []
         self._ready: deque[_Attempt] = deque()
@@ -204,7 +272,9 @@ class _Simulation:
             self._begin_shard()
         self._dispatch()
         while self._running or self._events:
+            full = not any(self._idle)
             self._step()
+            self._full_s = self._now_s if full else self._full_s
             self._dispatch()
         cluster, elements = self._cluster, self._counts["elements"]
         return Forecast(
@@ -212,7 +282,7 @@ class _Simulation:
             work_s=self._sums["work"],
             overhead_s=self._sums["overhead"],
             lost_s=self._sums["lost"],
-            tail_s=self._now_s - self._last_start_s,
+            tail_s=self._now_s - self._full_s,
             queue_s=self._waited_s / max(1, elements),
             **self._counts,
             cores=min(cluster.cores or cluster.workers, cluster.workers),
@@ -230,8 +300,8 @@ class _Simulation:
     def _wait_s(self) -> float:
         return float(self._rng.exponential(self._cluster.queue_s)) if self._cluster.queue_s else 0.0
 
-    def _at(self, delay_s: float, event: object) -> None:
-        heapq.heappush(self._events, (self._now_s + delay_s, next(self._order), event))
+    def _at(self, then_s: float, event: object) -> None:
+        heapq.heappush(self._events, (then_s, next(self._order), event))
 
     def _step(self) -> None:
         """Go on to the next thing that happens."""
@@ -248,8 +318,10 @@ class _Simulation:
             self._ends(ended)
 
     def _happens(self, event: object) -> None:
-        """Take up a worker that has arrived, a submission through the queue, or an end that is seen."""
-        if isinstance(event, int):
+        """Let the scheduler start again, take a worker that has arrived, a submission, or an end that is seen."""
+        if event is None:
+            self._gated = False
+        elif isinstance(event, int):
             self._idle[_NEW].append(event)
         elif isinstance(event, list):
             self._ready.extend(event)
@@ -291,7 +363,7 @@ class _Simulation:
         if self._cluster.array_limit:
             self._counts["arrays"] += -(-len(batch) // self._cluster.array_limit)
         if self._cluster.fresh and self._cluster.queue_s:
-            self._at(self._wait_s(), batch)
+            self._at(self._now_s + self._wait_s(), batch)
         else:
             self._ready.extend(batch)
 
@@ -299,7 +371,9 @@ class _Simulation:
         """Start what can start, no faster than the scheduler does."""
         while self._ready and any(self._idle):
             if self._now_s < self._gate_s:
-                self._at(self._gate_s - self._now_s, None)
+                if not self._gated:
+                    self._at(self._gate_s, None)
+                self._gated = True
                 return
             self._start(self._ready.popleft())
 
@@ -314,7 +388,6 @@ class _Simulation:
         heapq.heappush(self._running, (end, next(self._order), running))
         self._counts["elements"] += 1
         self._waited_s += self._now_s - attempt.submitted_s
-        self._last_start_s = self._now_s
         if cluster.starts_per_s:
             self._gate_s = self._now_s + 1 / cluster.starts_per_s
 
@@ -342,7 +415,7 @@ class _Simulation:
         self._sums["lost"] += ended.lost_s
         poll_s = self._cluster.poll_s
         if poll_s:
-            self._at(math.ceil(self._now_s / poll_s) * poll_s - self._now_s, ended)
+            self._at(max(self._now_s, math.ceil(self._now_s / poll_s) * poll_s), ended)
         else:
             self._seen(ended)
 
