@@ -13,6 +13,7 @@ import json
 import math
 import traceback
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from wsiflow import (
     heatmap,
     ingest,
     lesions,
+    measure,
     plan,
     publish,
     pyramid,
@@ -317,3 +319,4 @@ STAGES = {
     "stitch": stitch,
     "detect": detect,
 }
+STAGES["measure"] = partial(measure.measure, STAGES)

@@ -1,0 +1,228 @@
+"""What the run's work costs on the machine that does it, measured on a few blocks.
+
+A small plan is made of the run's own: slides whose tissue is cut down to one block or four, with the same frames and
+settings. It is taken through every stage in a folder that is thrown away, each task is timed, and the result is written
+as ``costs.json``. It decides which tasks travel together and what is foretold; no published byte depends on it.
+
+Tasks of ``extract`` and ``predict`` cost a fixed part and one for each tile. The others work on a sample or on the map
+of a whole slide, which is as large here as in the run: they cost the same whatever the tissue.
+"""
+
+import json
+import math
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from wsiflow import certify, plan, publish, reading, scoring
+from wsiflow.errors import EnvironmentFault, InputError
+from wsiflow.plan import Plan, SlideCut, SlidePlan
+from wsiflow.provenance import thread_count
+from wsiflow.schedule import Costs, StageCost
+
+#: Name of the result, relative to the run's folder.
+COSTS = "costs.json"
+
+Stages = Mapping[str, Callable[[Path, int], tuple[publish.Receipt, bool]]]
+
+_SLIDES = 2
+_BLOCKS = (1, 4)
+_WARM = 2  # slides besides: one is predicted by a fresh worker, one by this one before it is timed
+_PER_TILE = {"extract", "predict"}
+_IMPORT = "import wsiflow.steps"
+_PREDICT = """
+import pathlib, sys
+from wsiflow import steps
+from wsiflow.model.threads import limit_threads
+limit_threads(int(sys.argv[2]))
+sys.exit(steps.run_task(pathlib.Path(sys.argv[1]), "predict", 0).exit_code)
+"""
+
+
+class Timed(NamedTuple):
+    """A task that was timed.
+
+    Attributes:
+        tiles: Tissue tiles, weighed by what is read for them: the run's mean tile counts for one.
+        core_s: Core-seconds.
+        waited_s: Wall seconds beyond those: disks, and other processes.
+    """
+
+    tiles: float
+    core_s: float
+    waited_s: float
+
+
+def measure(stages: Stages, source: Path, _index: int) -> tuple[publish.Receipt, bool]:
+    """Take a few blocks of a run through every stage and write what tasks cost as ``costs.json``.
+
+    Args:
+        stages: What does the work of each stage.
+        source: The run's plan.
+
+    Raises:
+        InputError: There is no tissue.
+        EnvironmentFault: A fresh interpreter cannot be started.
+    """
+    made, root = plan.read(source), source.parent
+    attempts = root / publish.ATTEMPTS
+    attempts.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=attempts, prefix="costs_") as name:
+        small, weights = _small_plan(Path(name), root, made)
+        costs = _costs(stages, small, weights)
+    values = costs._asdict() | {"stages": {stage: cost._asdict() for stage, cost in costs.stages.items()}}
+    values["stages"]["ingest"] = StageCost(_ingest_s(root, made), 0.0)._asdict()
+    publish.write_view(root, COSTS, json.dumps(values, indent=1, sort_keys=True).encode())
+    return {"path": COSTS, "attempt": ""}, True
+
+
+def areas_px(root: Path, made: Plan) -> list[int]:
+    """Return the pixels that are read for the blocks of each slide, halo included."""
+    return [_area_px(planned, plan.read_cut(root, planned)) for planned in made.slides]
+
+
+def _area_px(planned: SlidePlan, cut: SlideCut) -> int:
+    frame = planned.frame
+    return sum(frame.block_px(block.rows) * frame.block_px(block.cols) for block in cut.blocks)
+
+
+def _small_plan(folder: Path, root: Path, made: Plan) -> tuple[Path, list[float]]:
+    """Publish a plan of a few blocks, the first slides for what is done for the first time.
+
+    Returns:
+        The plan, and the tiles of each of its slides, weighed by area.
+    """
+    with_tissue = sorted((slide for slide in made.slides if slide.n_tiles), key=lambda slide: slide.n_tiles)
+    if not with_tissue:
+        raise InputError("there is no tissue to measure costs on", "plan without --calibrate")
+    px_tile = sum(areas_px(root, made)) / sum(slide.n_tiles for slide in made.slides)
+    chosen = [with_tissue[len(with_tissue) * (2 * i + 1) // (2 * _SLIDES)] for i in range(_SLIDES)]
+    warm = [(chosen[0], 0, 1)] * _WARM
+    wanted = [*warm, *((slide, i, count) for slide in chosen for i, count in enumerate(_BLOCKS, 1))]
+    slides, weights = [], []
+    for number, (slide, place, count) in enumerate(wanted):
+        cut = _piece(plan.read_cut(root, slide), slide, place, count, made.settings["cut"]["tiles"]["group_tiles"])
+        slides.append(_publish_slide(folder, root, slide, cut, f"{number}"))
+        weights.append(_area_px(slide, cut) / px_tile)
+    return plan.publish_plan(folder, Plan(made.settings, made.work, slides, ())), weights
+
+
+def _piece(cut: SlideCut, slide: SlidePlan, place: int, count: int, group_tiles: int) -> SlideCut:
+    """Return a slide cut down to the tissue of some blocks in a row, at one of a few places."""
+    first = max(0, len(cut.blocks) * (2 * place + 1) // (2 * len(_BLOCKS) + 2) - count // 2)
+    first = max(0, min(first, len(cut.blocks) - count))
+    grid = np.zeros((slide.frame.t_rows, slide.frame.t_cols), dtype=np.bool_)
+    for block in cut.blocks[first : first + count]:
+        cols, rows = np.array(block.cells()).T
+        grid[rows, cols] = True
+    return plan.make_cut(grid, slide.frame, group_tiles=group_tiles)
+
+
+def _publish_slide(folder: Path, root: Path, slide: SlidePlan, cut: SlideCut, name: str) -> SlidePlan:
+    """Write what tasks read of a slide: its cut, and the record that tells whether its content has changed."""
+    for path, text in (
+        (folder / plan.cut_name(name), json.dumps(cut.as_dict())),
+        (folder / f"tissue/{name}.json", (root / f"tissue/{slide.slide_id}.json").read_text(encoding="utf-8")),
+    ):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    return slide._replace(
+        slide_id=name,
+        n_tiles=sum(len(block.tissue) for block in cut.blocks),
+        n_blocks=len(cut.blocks),
+        n_groups=len(cut.group_ranges),
+        key=plan.slide_key(slide.sha256, slide.frame, cut),
+    )
+
+
+def _costs(stages: Stages, source: Path, weights: Sequence[float]) -> Costs:
+    """Take the small plan through the line and return what it cost."""
+    made = plan.read(source)
+    found: dict[str, list[Timed]] = {}
+    fresh_s = 0.0
+    start_s = min(_wall_s(_IMPORT) for _ in range(2))
+    for stage in _due(made):
+        if stage == "predict":
+            fresh_s = _wall_s(_PREDICT, str(source), str(thread_count()))
+            scoring.release()  # what `choose` has left
+        found[stage] = list(_timed_stage(stages, stage, source, weights))
+    fitted = {stage: _fit(stage, timed) for stage, timed in found.items() if timed}
+    first_s = fitted["predict"].fixed_s + fitted["predict"].unit_s * weights[0]
+    return Costs(start_s, max(0.0, fresh_s - start_s - first_s), _spread(fitted["predict"], found["predict"]), fitted)
+
+
+def _due(made: Plan) -> Iterator[str]:
+    """Yield the stages that the run has, in order."""
+    if reading.fits_slides(reading.stain_params(made)):
+        yield "stain"
+    if made.work["store"]["kind"] == "hdf5":
+        yield from ("extract", "index")
+    if made.work["choice"]["precision"] == "int8":
+        yield "calibrate"
+    yield "predict"
+    if certify.is_needed(made):
+        yield "certify"
+    yield from ("stitch", "detect")
+
+
+def _timed_stage(stages: Stages, stage: str, source: Path, weights: Sequence[float]) -> Iterator[Timed]:
+    """Do the tasks of a stage, and yield those that were timed: what is done for the first time is not."""
+    made = plan.read(source)
+    if stage == "calibrate":
+        stages[stage](source, 0)
+        return
+    for slide, weight in enumerate(weights):
+        tasks = made.tasks_of(stage, slide)
+        for task in tasks:
+            clock, cpu = time.perf_counter(), time.process_time()
+            _, executed = stages[stage](source, task)
+            core_s = time.process_time() - cpu
+            if executed and slide >= _WARM:
+                yield Timed(weight / len(tasks), core_s, max(0.0, time.perf_counter() - clock - core_s))
+
+
+def _fit(stage: str, timed: Sequence[Timed]) -> StageCost:
+    """Return what a stage's tasks cost: least squares of relative errors, neither part below 0.
+
+    To the core-seconds comes the least that any of the tasks waited: what it waits for a disk, and no other process.
+    """
+    waited_s = min(each.waited_s for each in timed)
+    core_s = np.array([each.core_s for each in timed])
+    if stage not in _PER_TILE:
+        return StageCost(float(core_s.mean()) + waited_s, 0.0)
+    tiles = np.array([each.tiles for each in timed])
+    weighed = np.column_stack([1 / core_s, tiles / core_s])
+    (fixed_s, unit_s), *_ = np.linalg.lstsq(weighed, np.ones(len(timed)), rcond=None)
+    if fixed_s < 0 or unit_s < 0:
+        fixed_s, unit_s = (0.0, core_s.sum() / tiles.sum()) if fixed_s < 0 else (core_s.mean(), 0.0)
+    return StageCost(float(fixed_s) + waited_s, float(unit_s))
+
+
+def _spread(cost: StageCost, timed: Sequence[Timed]) -> float:
+    """Return the standard deviation of core-seconds over what the fit gives, as far as repeats show it."""
+    errors = [each.core_s / (cost.fixed_s + cost.unit_s * each.tiles) - 1 for each in timed]
+    return math.sqrt(statistics.fmean(error**2 for error in errors))
+
+
+def _wall_s(program: str, *arguments: str) -> float:
+    """Return the seconds a fresh interpreter takes for a program."""
+    clock = time.perf_counter()
+    command = [sys.executable, "-c", program, *arguments]
+    ended = subprocess.run(command, check=False, capture_output=True, text=True)
+    if ended.returncode:
+        told = (ended.stderr.strip().splitlines() or [f"exit code {ended.returncode}"])[-1]
+        raise EnvironmentFault(f"a fresh worker cannot predict ({told})", "see that it runs: wsiflow doctor")
+    return time.perf_counter() - clock
+
+
+def _ingest_s(root: Path, made: Plan) -> float:
+    """Return the mean of the seconds that ingest took, from its receipts."""
+    found = (publish.read_receipt(root, f"tissue/{slide.slide_id}.json") for slide in made.slides)
+    return statistics.fmean(receipt["wall_s"] for receipt in found if receipt)
