@@ -6,7 +6,7 @@ Commands that work on files alone start without Hydra and Prefect: an array job 
 import sys
 from collections.abc import Sequence
 
-_COMPOSED = {"run", "retry"}
+_COMPOSED = {"plan", "run", "retry"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

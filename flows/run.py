@@ -32,6 +32,10 @@ def main(arguments: Sequence[str]) -> int:
     """Run ``run`` or ``retry`` with what stands behind it, and return the exit code."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    if arguments[0] == "plan":
+        from . import planning
+
+        return planning.main(arguments[1:])
     if arguments[0] == "retry":
         return cli.bounded(lambda: _retry(arguments[1:]))
     sys.argv = ["wsiflow run", *arguments[1:]]

@@ -1,13 +1,15 @@
 """What a run is foretold to take: calibration on a few blocks, counts, and the command ``wsiflow plan``."""
 
+import csv
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from flows import run as command
-from wsiflow import executor, ingest, measure, plan, publish, shards
-from wsiflow.executor import ExecutorParams
+from flows.__main__ import main
+from wsiflow import executor, ingest, measure, publish, shards
 
 COARSE = ["inference.stride=112", "dense.windows=40", "executor=inline", "orchestrator=none", "tracking=off"]
 
@@ -34,7 +36,6 @@ def calibrated(small_slides: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 def test_costs_are_measured_for_every_stage_of_the_run(calibrated: Path) -> None:
     """Starting, loading and each stage take some time, prediction more for more tiles; the run uses these costs."""
     costs = shards.costs_of(calibrated)
-    print(costs)
     assert 0.05 < costs.start_s < 60
     assert 0 < costs.load_s < 60
     assert 0 <= costs.spread < 3
@@ -48,5 +49,72 @@ def test_nothing_but_the_costs_is_left_behind(calibrated: Path) -> None:
     """No file of the few blocks stays: the run's own stages are still to be done."""
     assert not list((calibrated / publish.ATTEMPTS).glob("costs_*"))
     assert not (calibrated / "predictions").exists()
-    made = plan.read(calibrated / "plan.json")
-    assert shards.ledger(calibrated, made).published == 0
+    assert not list((calibrated / publish.RECEIPTS / "predictions").glob("*"))
+
+
+def test_a_plan_foretells_what_the_run_does(small_slides: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """The run finds the plan made, does exactly the tasks that were counted, and then there is nothing left."""
+    out, report = tmp_path / "run", tmp_path / "report.json"
+    arguments = over(small_slides, out)
+    assert main(["plan", *arguments, "--workers", "1,2,40", "--scheduler", "slurm", "--json", str(report)]) == 0
+    told = capsys.readouterr().out
+    assert "6 slides, 0 rejected" in told
+    assert "rough values" in told
+    before = json.loads(report.read_text())
+    assert [found["workers"] for found in before["forecasts"]] == [1, 2, 40]
+    assert before["forecasts"][0]["makespan_s"] > before["forecasts"][2]["makespan_s"]
+    published = (out / "plan.json").read_bytes()
+    assert main(["run", *arguments]) == 0
+    assert (out / "plan.json").read_bytes() == published
+    assert not (out / "plan.2.json").exists()
+    with (out / "trace.csv").open(newline="") as stream:
+        done = Counter(row["stage"] for row in csv.DictReader(stream))
+    assert {stage: done[stage] for stage in before["tasks"]} == before["tasks"]
+    assert main(["plan", *arguments, "--json", str(report)]) == 0
+    after = json.loads(report.read_text())
+    assert after["published"] == after["tasks"] == before["tasks"]
+    assert after["core_hours"] == {}
+    assert after["forecasts"][0]["makespan_s"] == 0
+    files = [path for path in out.rglob("*") if path.is_file()]
+    assert before["files"] * 0.5 < len(files) < before["files"] * 1.5
+    stored = sum(path.stat().st_size for path in (out / "patches").rglob("*.h5"))
+    assert before["scratch_bytes"]["patches"] == pytest.approx(stored, rel=0.1)
+
+
+def test_399_slides_are_planned_from_their_tile_counts(
+    shared_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """CAMELYON16 without its slides: tiles, groups and hours are those of the published counts, in seconds."""
+    table, report = shared_data / "camelyon16/tables/patch_counts_dldp.csv", tmp_path / "report.json"
+    arguments = ["--tiles", str(table), "--tissue", "0.12", "--workers", "64,4000", "--scheduler", "sge"]
+    assert main(["plan", *arguments, "--json", str(report), "store=none"]) == 0
+    told = json.loads(report.read_text())
+    assert told["slides"] == 399
+    assert told["tiles"] == pytest.approx(0.12 * 79_262_454, rel=1e-4)
+    assert told["tasks"]["predict"] == pytest.approx(told["tiles"] / 400, rel=0.02)
+    assert told["core_hours"]["predict"] == pytest.approx(0.067 * told["tiles"] / 3600, rel=0.02)
+    few, many = told["forecasts"]
+    least_s = sum(told["core_hours"].values()) * 3600 / 64
+    assert least_s < few["makespan_s"] < 1.2 * least_s
+    assert many["makespan_s"] < few["makespan_s"]
+    assert "rough" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--tiles", "nowhere.csv"], "nowhere.csv"),
+        (["--tiles", "{here}/t.csv", "--calibrate"], "no pixels"),
+        (["--tiles", "{here}/t.csv", "--costs", "{here}/t.csv"], "no costs"),
+        (["--tiles", "{here}/t.csv", "tiles.group_tiles=0"], "group_tiles"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture, arguments: list[str], told: str
+) -> None:
+    """Exit code 20, and the cause."""
+    (tmp_path / "t.csv").write_text("slide,n_tiles_224\na,100\n")
+    assert main(["plan", *(word.format(here=tmp_path) for word in arguments)]) == 20
+    error = capsys.readouterr().err
+    assert told in error
+    assert error.count("\n") == 1

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wsiflow.schedule import ROUGH
-from wsiflow.simulation import Cluster, Forecast, Share, Sizes, Stage, merged, shard, simulate, slide_tasks
+from wsiflow.simulation import Cluster, Forecast, Share, Sizes, Stage, numbered, shard, simulate, slide_tasks
 
 WORKS = st.lists(st.floats(0.1, 100), min_size=1, max_size=40)
 
@@ -211,10 +211,18 @@ def test_a_slide_known_by_its_tiles_is_cut_like_one_that_is_read() -> None:
 def test_a_shard_holds_the_work_its_tasks_cost() -> None:
     """Slices keep the sum, are near the target, and the largest comes first; the network is needed where it is."""
     tasks = slide_tasks(20_000, Sizes(400, 4000, stained=True, certified=True))
-    stages = {stage.name: stage for stage in shard(merged([tasks, tasks]), ROUGH, target_s=60)}
+    stages = {stage.name: stage for stage in shard(numbered([tasks, tasks]), ROUGH, target_s=60)}
     assert sum(share.work_s for share in stages["predict"].shares) == pytest.approx(100 * 0.2 + 40_000 * 0.067)
     assert sum(share.tasks for share in stages["predict"].shares) == 100
     works = [share.work_s for share in stages["predict"].shares]
     assert works == sorted(works, reverse=True)
     assert max(works) <= 60
     assert {name for name, stage in stages.items() if stage.loads} == {"predict", "certify"}
+
+
+def test_slices_do_not_span_what_lies_between_them() -> None:
+    """Slides that are not neighbours in the plan share no slice; neighbours do."""
+    first, _, third = found = numbered([{"certify": [10]}] * 3)
+    assert [list(tasks["certify"]) for tasks in found] == [[0], [1], [2]]
+    assert len(shard([first, third], ROUGH, target_s=1000)[0].shares) == 2
+    assert len(shard(found, ROUGH, target_s=1000)[0].shares) == 1

@@ -103,6 +103,7 @@ def _add_run_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     one = add("explain", _explain, "why a task of a run is done, or is not, and every attempt at it")
     one.add_argument("run", type=Path)
     one.add_argument("task", nargs="+", help="as trace.csv names it: stage, slide, group; or a slide alone")
+    add("plan", _unreachable, "what a run will take: wsiflow plan [overrides] [--workers 1,16] [--calibrate]")
     add("retry", _unreachable, "start a run again from its folder alone: what is missing is done, and nothing else")
     one = add("verify", _verify, "compare every published file of a run with its receipt")
     one.add_argument("run", type=Path)

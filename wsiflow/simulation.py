@@ -59,6 +59,10 @@ Shard = Sequence[Stage]
 """Stages, one after another."""
 
 
+Tasks = dict[str, dict[int, int]]
+"""Tissue tiles of each task, by stage and place in it."""
+
+
 class Sizes(NamedTuple):
     """How a slide of which only the tissue tiles are known is cut.
 
@@ -95,29 +99,37 @@ def _parts(tiles: int, most: int) -> list[int]:
     return [tiles * (i + 1) // count - tiles * i // count for i in range(count)]
 
 
-def shard(tasks: Mapping[str, Sequence[int]], costs: Costs, *, target_s: float) -> list[Stage]:
+def numbered(slides: Sequence[Mapping[str, Sequence[int]]]) -> list[Tasks]:
+    """Return the tasks of slides with their places in their stages: each stage counts through all slides."""
+    counts: dict[str, int] = {}
+    found = []
+    for tasks in slides:
+        places: Tasks = {}
+        for stage, tiles in tasks.items():
+            first = counts.get(stage, 0)
+            counts[stage] = first + len(tiles)
+            places[stage] = dict(enumerate(tiles, first))
+        found.append(places)
+    return found
+
+
+def shard(slides: Sequence[Tasks], costs: Costs, *, target_s: float) -> list[Stage]:
     """Return a shard for `simulate`, cut into slices as a run cuts it.
 
     Args:
-        tasks: Tissue tiles of each task by stage, in the order of the line.
+        slides: The tasks of its slides, stages in the order of the line.
         costs: What tasks cost.
         target_s: Work of a slice, 0: every task is one.
     """
-    found = []
-    for name, counts in tasks.items():
-        works = [costs.task_s(name, tiles) for tiles in counts]
-        spans = schedule.slices(range(len(works)), works, target_s=target_s)
-        found.append(Stage(name, tuple(Share(sum(works[lo:hi]), hi - lo) for lo, hi in spans), name in LOADING))
-    return found
+    return [_stage(name, slides, costs, target_s) for name in dict.fromkeys(name for tasks in slides for name in tasks)]
 
 
-def merged(slides: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, list[int]]:
-    """Return the tasks of several slides as those of one shard."""
-    found: dict[str, list[int]] = {}
-    for tasks in slides:
-        for name, counts in tasks.items():
-            found.setdefault(name, []).extend(counts)
-    return found
+def _stage(name: str, slides: Sequence[Tasks], costs: Costs, target_s: float) -> Stage:
+    works = {place: costs.task_s(name, tiles) for tasks in slides for place, tiles in tasks.get(name, {}).items()}
+    places = sorted(works)
+    spans = schedule.slices(places, [works[place] for place in places], target_s=target_s)
+    shares = [Share(sum(works[place] for place in range(lo, hi)), hi - lo) for lo, hi in spans]
+    return Stage(name, tuple(shares), loads=name in LOADING)
 
 
 class Cluster(NamedTuple):
