@@ -1,23 +1,138 @@
-"""The flow that a Prefect deployment starts: the form in the UI takes the same overrides as the command line."""
+"""The flows that Prefect deployments start: one for each use, each with a form from `flows.forms`.
 
-from prefect import flow
+A filled form becomes the overrides of the command line. Whatever ends a flow early, the array jobs it submitted are
+cancelled from what the run's folder says: the process that submitted them is gone by then.
+"""
 
-from .pipeline import pipeline
-from .run import compose_config
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from prefect import Flow, flow
+from prefect.artifacts import create_markdown_artifact, create_table_artifact
+from prefect.client.schemas.objects import FlowRun, State
+from prefect.logging.loggers import flow_run_logger
+
+from wsiflow import evaluation
+from wsiflow.config import RunConfig
+from wsiflow.errors import InputError
+from wsiflow.model.threads import limit_threads
+from wsiflow.results import Summary
+
+from . import forms
+from .pipeline import SlidesFailedError, pipeline
+from .run import compose_config, sweep_jobs
+
+# What a run is judged by at a glance; summary.json has every number.
+_MAIN = ("froc.score", "froc.strict_score", "roc.auc", "throughput.tiles_per_s", "throughput.core_hours")
 
 
-@flow(name="wsiflow run", persist_result=False)
-def run(overrides: list[str]) -> dict[str, float]:
-    """Run the whole line.
+class TrialsFailedError(Exception):
+    """Runs of a sweep have no scores; the others are finished."""
 
-    Args:
-        overrides: What would stand behind ``wsiflow run``, such as ``["dataset=folder", "dataset.folder=/slides"]``.
 
-    Returns:
-        Every number of ``summary.json``.
+def cancel_arrays(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
+    """Cancel the array jobs that a flow run left behind, as the folders of its runs have them."""
+    from wsiflow.executor import jobs
+
+    form: type[forms.Form] = flow.fn.__annotations__["request"]
+    request = form.model_validate(flow_run.parameters["request"])
+    roots = [compose_config(overrides, job=job).out for job, overrides in sweep_jobs(request.said()).items()]
+    cancelled = [job for root in roots for job in jobs.cancel(root)]
+    told = f"array jobs cancelled: {', '.join(cancelled)}" if cancelled else "no array jobs to cancel"
+    flow_run_logger(flow_run, flow).info("%s: %s", state.name, told)
+
+
+@flow(name="wsiflow demo", persist_result=False, on_cancellation=[cancel_arrays], on_crashed=[cancel_arrays])
+def demo(request: forms.Demo) -> dict[str, float]:
+    """Test the model that ships with wsiflow on synthetic slides with known lesions.
 
     Raises:
-        InputError: An override is unknown or out of bounds.
+        InputError: A value of the form is out of bounds.
         SlidesFailedError: Slides have no result; the message lists them.
     """
-    return pipeline(compose_config(overrides)).metrics
+    return _run(compose_config(request.said()))
+
+
+@flow(name="wsiflow run", persist_result=False, on_cancellation=[cancel_arrays], on_crashed=[cancel_arrays])
+def run(request: forms.Run) -> dict[str, float]:
+    """Test a classifier on every slide of a data set.
+
+    Raises:
+        InputError: A value of the form is out of bounds.
+        SlidesFailedError: Slides have no result; the message lists them.
+    """
+    return _run(compose_config(request.said()))
+
+
+@flow(name="wsiflow sweep", persist_result=False, on_cancellation=[cancel_arrays], on_crashed=[cancel_arrays])
+def sweep(request: forms.Sweep) -> dict[str, dict[str, float]]:
+    """Run every combination of what is listed, one after the other; one that fails does not stop the others.
+
+    Raises:
+        InputError: An override cannot be parsed.
+        TrialsFailedError: A run has no scores; the message names it and the reason.
+    """
+    summaries = {job: _trial(overrides, job) for job, overrides in sweep_jobs(request.said()).items()}
+    create_table_artifact(
+        [{"run": job, "exit code": one.exit_code, **_main(one.metrics)} for job, one in summaries.items()],
+        key="wsiflow-sweep",
+        description=f"Sweep {request.name}",
+    )
+    failed = [f"{job}: {one.text}" for job, one in summaries.items() if not one.metrics]
+    if failed:
+        raise TrialsFailedError("; ".join(failed))
+    return {job: one.metrics for job, one in summaries.items()}
+
+
+@flow(name="wsiflow evaluate", persist_result=False)
+def evaluate(request: forms.Evaluate) -> dict[str, float]:
+    """Score detections that lie on the disk: FROC (official and strict) and slide AUC.
+
+    Raises:
+        InputError: A value of the form is out of bounds, or a file cannot be used.
+    """
+    config = compose_config(request.said())
+    existing = evaluation.Existing(
+        Path(request.manifest),
+        Path(request.detections),
+        Path(request.scores) if request.scores else None,
+        request.mask_downsample,
+    )
+    out = Path(request.out)
+    metrics = evaluation.evaluate_existing(existing, config.evaluation, seed=config.seed, out=out).metrics
+    _tell("evaluation", metrics, f"Scores and curves: `{out.resolve()}`")
+    return metrics
+
+
+def _run(config: RunConfig) -> dict[str, float]:
+    """Run the line as a flow of its own and say where its report lies."""
+    limit_threads(config.executor.threads)
+    summary = pipeline(config)
+    _tell(config.name, summary.metrics, f"{summary.text}\n\nReport: `{(config.out / 'report.html').resolve()}`")
+    return summary.metrics
+
+
+def _trial(overrides: list[str], job: str) -> Summary:
+    """Run one combination of a sweep, whatever becomes of it."""
+    try:
+        config = compose_config(overrides, job=job)
+        limit_threads(config.executor.threads)
+        return pipeline.with_options(flow_run_name=job or config.name)(config)
+    except SlidesFailedError as failed:
+        return failed.summary
+    except InputError as error:
+        return Summary(error.exit_code, {}, str(error))
+
+
+def _tell(name: str, metrics: Mapping[str, float], text: str) -> None:
+    """Show the main numbers and where the files are on the page of the flow run."""
+    rows = [{"number": key, "value": value} for key, value in _main(metrics).items()]
+    create_table_artifact(rows, key="wsiflow-numbers", description=name)
+    create_markdown_artifact(f"# {name}\n\n{text}\n", key="wsiflow-report", description=name)
+
+
+def _main(metrics: Mapping[str, float]) -> dict[str, float | None]:
+    """Return the main numbers; what does not exist is null."""
+    return {key: metrics[key] if math.isfinite(metrics[key]) else None for key in _MAIN if key in metrics}

@@ -1,14 +1,17 @@
 """The commands that start the line: ``run`` composes the configuration with Hydra, ``retry`` takes that of a folder."""
 
 import argparse
+import itertools
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -76,7 +79,7 @@ def _compose_and_run(composed: DictConfig) -> float | None:
     found: list[Summary] = []
 
     def job() -> int:
-        found.append(start(to_config(composed, sweep=HydraConfig.get().mode == RunMode.MULTIRUN)))
+        found.append(start(to_config(composed, job=_job_name())))
         cli.say(found[0].text)
         return found[0].exit_code
 
@@ -84,8 +87,13 @@ def _compose_and_run(composed: DictConfig) -> float | None:
     return found[0].metrics.get("froc.score") if found else None
 
 
-def to_config(composed: DictConfig, *, sweep: bool) -> RunConfig:
-    """Turn what Hydra composed into a validated configuration; each job of a sweep gets a folder of its own."""
+def to_config(composed: DictConfig, *, job: str = "") -> RunConfig:
+    """Turn what Hydra composed into a validated configuration.
+
+    Args:
+        composed: What Hydra made of ``conf/`` and the overrides.
+        job: Name of a sweep's job, which gets a folder of its own below ``out``; empty: a single run.
+    """
     missing = sorted(OmegaConf.missing_keys(composed))
     if missing:
         raise InputError(f"no value for {', '.join(missing)}", "give it on the command line", stage="configuration")
@@ -93,14 +101,14 @@ def to_config(composed: DictConfig, *, sweep: bool) -> RunConfig:
     _, found, store = values["tracking"]["uri"].partition("sqlite:///")
     if found:
         values["tracking"]["uri"] = found + os.path.normpath(store)
-    if sweep:
-        values["out"] = str(Path(values["out"]) / _job_name())
+    if job:
+        values["out"] = str(Path(values["out"]) / job)
         values["tracking"]["sweep"] = values["tracking"]["sweep"] or values["name"]
     return validate(values)
 
 
-def compose_config(overrides: Sequence[str]) -> RunConfig:
-    """Compose a configuration outside of the command line.
+def compose_config(overrides: Sequence[str], *, job: str = "") -> RunConfig:
+    """Compose a configuration outside of the command line; see `to_config`.
 
     Raises:
         InputError: An override is unknown or out of bounds.
@@ -110,7 +118,32 @@ def compose_config(overrides: Sequence[str]) -> RunConfig:
             composed = hydra.compose("config", overrides=list(overrides))
     except (HydraException, OmegaConfBaseException) as error:
         raise _refused(error) from error
-    return to_config(composed, sweep=False)
+    return to_config(composed, job=job)
+
+
+def sweep_jobs(overrides: Sequence[str]) -> dict[str, list[str]]:
+    """Return the overrides of every job that ``wsiflow run -m`` would make of these, by the job's name.
+
+    Raises:
+        InputError: An override cannot be parsed.
+    """
+    try:
+        parsed = OverridesParser.create().parse_overrides(list(overrides))
+    except HydraException as error:
+        raise _refused(error) from error
+    axes = [
+        [f"{one.get_key_element()}={value}" for value in one.sweep_string_iterator()]
+        if one.is_sweep_override()
+        else [text]
+        for one, text in zip(parsed, overrides, strict=True)
+    ]
+    jobs = [list(job) for job in itertools.product(*axes)]
+    return {_joined(one for one in job if one not in overrides): job for job in jobs}
+
+
+def quoted(text: str) -> str:
+    """Return a text as the value of an override, whatever characters it has."""
+    return QuotedString(text, Quote.single).with_quotes()
 
 
 def _refused(error: Exception) -> InputError:
@@ -118,9 +151,15 @@ def _refused(error: Exception) -> InputError:
 
 
 def _job_name() -> str:
-    """Return the name of a sweep's job: the overrides that differ from job to job, such as ``inference.stride=32``."""
-    own = [override for override in HydraConfig.get().overrides.task if override not in sys.argv]
-    return ",".join(own).replace("/", "_") or str(HydraConfig.get().job.num)
+    """Return the name of a sweep's job: what differs from job to job, such as ``inference.stride=32``; else nothing."""
+    own = HydraConfig.get()
+    if own.mode != RunMode.MULTIRUN:
+        return ""
+    return _joined(one for one in own.overrides.task if one not in sys.argv) or str(own.job.num)
+
+
+def _joined(swept: Iterable[str]) -> str:
+    return ",".join(swept).replace("/", "_")
 
 
 def start(config: RunConfig) -> Summary:

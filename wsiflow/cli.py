@@ -134,21 +134,14 @@ def _unreachable(_arguments: argparse.Namespace) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    from wsiflow import dataset, evaluation, publish
+    from wsiflow import evaluation
     from wsiflow.config import evaluation_params
 
     params = evaluation_params(arguments.downsample, arguments.um_px, arguments.bootstrap)
-    publish.preflight(arguments.out)
-    scores = evaluation.evaluate_folder(
-        dataset.read_manifest(arguments.manifest),
-        arguments.detections,
-        params,
-        seed=arguments.seed,
-        scores=arguments.scores,
-        mask_downsample=arguments.mask_downsample,
+    existing = evaluation.Existing(
+        arguments.manifest, arguments.detections, arguments.scores, arguments.mask_downsample
     )
-    for name, text in evaluation.documents(scores).items():
-        publish.write_view(arguments.out, name, text.encode())
+    scores = evaluation.evaluate_existing(existing, params, seed=arguments.seed, out=arguments.out)
     for name, value in scores.metrics.items():
         say(f"{name} {value:.6f}")
     return 0

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from wsiflow import annotations, froc, pyramid, roc
+from wsiflow import annotations, dataset, froc, publish, pyramid, roc
 from wsiflow.annotations import TumourOutline
 from wsiflow.config import EvaluationParams
 from wsiflow.dataset import Case
@@ -89,6 +89,43 @@ class _Judged(NamedTuple):
     matches: Matches | None
     label: int | None
     score: float
+
+
+class Existing(NamedTuple):
+    """Detections that lie on the disk, and what they are scored against.
+
+    Attributes:
+        manifest: CSV with slide_id and label, annotation or mask.
+        detections: Folder with one ``<slide_id>.csv`` per slide.
+        scores: CSV with the header ``slide_id,score``, or None: the highest detection counts.
+        mask_downsample: See `evaluate_folder`.
+    """
+
+    manifest: Path
+    detections: Path
+    scores: Path | None
+    mask_downsample: int | None
+
+
+def evaluate_existing(existing: Existing, params: EvaluationParams, *, seed: int, out: Path) -> Scores:
+    """Score detections that lie on the disk and write the files of the evaluation to ``out``.
+
+    Raises:
+        InputError: See `evaluate_folder`; or the manifest cannot be used.
+        EnvironmentFault: ``out`` cannot be written.
+    """
+    publish.preflight(out)
+    scores = evaluate_folder(
+        dataset.read_manifest(existing.manifest),
+        existing.detections,
+        params,
+        seed=seed,
+        scores=existing.scores,
+        mask_downsample=existing.mask_downsample,
+    )
+    for name, text in documents(scores).items():
+        publish.write_view(out, name, text.encode())
+    return scores
 
 
 def evaluate_folder(

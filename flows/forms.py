@@ -1,0 +1,215 @@
+"""The forms of the deployments: what the Prefect UI asks for, and what its server refuses.
+
+A form is a list of keys of the configuration. Choices are the files of ``conf/``, defaults what it says, bounds and
+descriptions those of `RunConfig`: nothing is declared a second time. A filled form becomes the overrides that would
+stand behind ``wsiflow run``; what is left empty is left to ``conf/``.
+"""
+
+import re
+from functools import cache
+from importlib import resources
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, Field
+
+from wsiflow.config import RunConfig
+
+from .run import compose_config, quoted
+
+_CONF = resources.files("wsiflow.conf")
+_BOUNDS = {"type", "enum", "minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum", "minLength", "anyOf"}
+# What Hydra does not read as text although it looks like a name.
+_VALUES = {"null", "true", "false", "inf", "nan"}
+
+
+@cache
+def _chosen() -> dict[str, str]:
+    """Return the choice that ``conf/config.yaml`` makes of every group."""
+    listed = yaml.safe_load((_CONF / "config.yaml").read_text(encoding="utf-8"))["defaults"]
+    return {group: name for one in listed if isinstance(one, dict) for group, name in one.items()}
+
+
+@cache
+def _defaults() -> dict[str, Any]:
+    return compose_config([]).model_dump(mode="json")
+
+
+@cache
+def _schema() -> dict[str, Any]:
+    return RunConfig.model_json_schema()
+
+
+def options(group: str) -> list[str]:
+    """Return the choices of a group of ``conf/``."""
+    return sorted(one.name.removesuffix(".yaml") for one in (_CONF / group).iterdir() if one.name.endswith(".yaml"))
+
+
+def _default(key: str) -> Any:
+    if key in _chosen():
+        return _chosen()[key]
+    found: Any = _defaults()
+    for part in key.split("."):
+        found = found[part]
+    return found
+
+
+def _node(key: str) -> dict[str, Any]:
+    """Return the schema of a section or a value."""
+    node = _schema()
+    for part in key.split(".") if key else []:
+        node = node["properties"][part]
+        node = _schema()["$defs"][node["$ref"].rpartition("/")[2]] if "$ref" in node else node
+    return node
+
+
+def _allowed(key: str) -> dict[str, Any]:
+    """Return the JSON schema of what a key may be: a file of its group, or a value within bounds."""
+    if key in _chosen():
+        return {"type": "string", "enum": options(key)}
+    return {name: found for name, found in _node(key).items() if name in _BOUNDS}
+
+
+def _about(key: str) -> str:
+    """Return what the docstrings of the configuration say about a key, on one line."""
+    if key in _chosen():
+        return str(_node(key)["description"].partition("\n")[0])
+    section, _, name = key.rpartition(".")
+    found = re.search(rf"^ +{name}: (.+(?:\n {{8}}.+)*)", _node(section)["description"], re.MULTILINE)
+    return " ".join(found[1].split()).replace("``", "") if found else ""
+
+
+def knob(key: str) -> Any:
+    """Return the field of one key, with its default."""
+    return Field(default=_default(key), title=key, description=_about(key), json_schema_extra=_allowed(key))
+
+
+def axis(key: str) -> Any:
+    """Return the field of a key that a sweep may vary."""
+    return Field(
+        default=[_default(key)],
+        min_length=1,
+        title=key,
+        description=_about(key),
+        json_schema_extra={"items": _allowed(key)},
+    )
+
+
+def text(key: str) -> Any:
+    """Return the field of a path or another text that may be left to ``conf/``."""
+    return Field(default="", title=key, description=f"{_about(key)} Empty: as the configuration has it.")
+
+
+def _free_last(schema: dict[str, Any]) -> None:
+    """Show the free overrides below the fields of the form."""
+    schema["properties"]["overrides"] = schema["properties"].pop("overrides")
+
+
+class Form(BaseModel, frozen=True, extra="forbid", json_schema_extra=_free_last):
+    """What every form asks for.
+
+    Attributes:
+        overrides: Anything the form has no field for; it comes last.
+    """
+
+    overrides: list[str] = Field(
+        default=[], description="Whatever else would stand behind wsiflow run, such as tiles.group_tiles=200."
+    )
+
+    def said(self) -> list[str]:
+        """Return the form as overrides."""
+        fields = {field.title: getattr(self, name) for name, field in type(self).model_fields.items() if field.title}
+        given = {key: value for key, value in fields.items() if value not in ("", None)}
+        return [*(f"{key}={_override(value)}" for key, value in given.items()), *self.overrides]
+
+
+def _override(value: Any) -> str:
+    if isinstance(value, list):
+        return ",".join(map(_override, value))
+    if isinstance(value, str) and (not value.isidentifier() or value.lower() in _VALUES):
+        return quoted(value)
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+class Named(Form):
+    """A run: its name and folder, and where its tasks run."""
+
+    name: str = knob("name")
+    out: str = text("out")
+    executor: str = knob("executor")
+    workers: int = knob("executor.workers")
+
+
+class Demo(Named):
+    """Synthetic slides with known lesions."""
+
+    size_px: int = knob("dataset.size_px")
+    stride: int = knob("inference.stride")
+    precision: str = knob("inference.precision")
+    stain: str = knob("stain")
+    store: str = knob("store")
+
+
+class Slides(Named):
+    """A data set and a model, for one run or many."""
+
+    dataset: str = knob("dataset")
+    manifest: str = text("dataset.manifest")
+    folder: str = text("dataset.folder")
+    path: str = text("dataset.path")
+    limit: int | None = knob("dataset.limit")
+    model: str = knob("model")
+    card: str = text("model.card")
+    geometry: str = knob("geometry")
+    evaluation: str = knob("evaluation")
+    bootstrap: int = knob("evaluation.bootstrap")
+    tracking: str = knob("tracking")
+    shard_slides: int = knob("shard_slides")
+    seed: int = knob("seed")
+    allow_partial: bool = knob("allow_partial")
+
+
+class Run(Slides):
+    """One run."""
+
+    tissue: str = knob("tissue")
+    tiles: str = knob("tiles")
+    inference: str = knob("inference")
+    stride: int = knob("inference.stride")
+    precision: str = knob("inference.precision")
+    backend: str = knob("inference.backend")
+    stain: str = knob("stain")
+    store: str = knob("store")
+    compression: str = knob("store.compression")
+    lesions: str = knob("lesions")
+
+
+class Sweep(Slides):
+    """A run for every combination of what is listed."""
+
+    tissue: list[str] = axis("tissue")
+    tiles: list[str] = axis("tiles")
+    inference: list[str] = axis("inference")
+    stride: list[int] = axis("inference.stride")
+    precision: list[str] = axis("inference.precision")
+    backend: list[str] = axis("inference.backend")
+    stain: list[str] = axis("stain")
+    store: list[str] = axis("store")
+    compression: list[str] = axis("store.compression")
+    lesions: list[str] = axis("lesions")
+
+
+class Evaluate(Form):
+    """Detections that lie on the disk, scored as ``wsiflow evaluate`` scores them."""
+
+    manifest: str = Field(min_length=1, description="CSV with slide_id and label, annotation or mask.")
+    detections: str = Field(min_length=1, description="Folder with one <slide_id>.csv per slide: prob,x,y.")
+    out: str = Field(min_length=1, description="Folder to write.")
+    scores: str = Field(default="", description="CSV with slide_id,score. Empty: the highest detection counts.")
+    mask_downsample: int | None = Field(
+        default=None, ge=1, description="Scale at which mask images are read; 1: they are at evaluation resolution."
+    )
+    evaluation: str = knob("evaluation")
+    downsample: int = knob("evaluation.downsample")
+    bootstrap: int = knob("evaluation.bootstrap")
+    seed: int = knob("seed")
