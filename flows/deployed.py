@@ -5,7 +5,8 @@ cancelled from what the run's folder says: the process that submitted them is go
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,12 @@ from prefect.logging.loggers import flow_run_logger
 
 from wsiflow import evaluation
 from wsiflow.config import RunConfig
-from wsiflow.errors import InputError
-from wsiflow.model.threads import limit_threads
+from wsiflow.errors import InputError, WsiflowError
 from wsiflow.results import Summary
 
 from . import forms
-from .pipeline import SlidesFailedError, pipeline
-from .run import compose_config, sweep_jobs
+from .pipeline import SlidesFailedError
+from .run import as_flow, compose_config, sweep_jobs
 
 # What a run is judged by at a glance; summary.json has every number.
 _MAIN = ("froc.score", "froc.strict_score", "roc.auc", "throughput.tiles_per_s", "throughput.core_hours")
@@ -37,14 +37,29 @@ def cancel_arrays(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) ->
     from wsiflow.executor import jobs
 
     form: type[forms.Form] = flow.fn.__annotations__["request"]
-    request = form.model_validate(flow_run.parameters["request"])
-    roots = [compose_config(overrides, job=job).out for job, overrides in sweep_jobs(request.said()).items()]
-    cancelled = [job for root in roots for job in jobs.cancel(root)]
+    cancelled = [
+        job for root in _roots(form.model_validate(flow_run.parameters["request"])) for job in jobs.cancel(root)
+    ]
     told = f"array jobs cancelled: {', '.join(cancelled)}" if cancelled else "no array jobs to cancel"
     flow_run_logger(flow_run, flow).info("%s: %s", state.name, told)
 
 
-@flow(name="wsiflow demo", persist_result=False, on_cancellation=[cancel_arrays], on_crashed=[cancel_arrays])
+def _roots(form: forms.Form) -> Iterator[Path]:
+    """Return the folders of a form's runs."""
+    for job, overrides in sweep_jobs(form.said()).items():
+        with suppress(InputError):  # settings that are refused have started nothing
+            yield compose_config(overrides, job=job).out
+
+
+_RUNS: Any = {
+    "flow_run_name": "{request.name}",
+    "persist_result": False,
+    "on_cancellation": [cancel_arrays],
+    "on_crashed": [cancel_arrays],
+}
+
+
+@flow(name="wsiflow demo", **_RUNS)
 def demo(request: forms.Demo) -> dict[str, float]:
     """Test the model that ships with wsiflow on synthetic slides with known lesions.
 
@@ -55,7 +70,7 @@ def demo(request: forms.Demo) -> dict[str, float]:
     return _run(compose_config(request.said()))
 
 
-@flow(name="wsiflow run", persist_result=False, on_cancellation=[cancel_arrays], on_crashed=[cancel_arrays])
+@flow(name="wsiflow run", **_RUNS)
 def run(request: forms.Run) -> dict[str, float]:
     """Test a classifier on every slide of a data set.
 
@@ -66,7 +81,7 @@ def run(request: forms.Run) -> dict[str, float]:
     return _run(compose_config(request.said()))
 
 
-@flow(name="wsiflow sweep", persist_result=False, on_cancellation=[cancel_arrays], on_crashed=[cancel_arrays])
+@flow(name="wsiflow sweep", **_RUNS)
 def sweep(request: forms.Sweep) -> dict[str, dict[str, float]]:
     """Run every combination of what is listed, one after the other; one that fails does not stop the others.
 
@@ -86,7 +101,7 @@ def sweep(request: forms.Sweep) -> dict[str, dict[str, float]]:
     return {job: one.metrics for job, one in summaries.items()}
 
 
-@flow(name="wsiflow evaluate", persist_result=False)
+@flow(name="wsiflow evaluate", flow_run_name="{request.out}", persist_result=False)
 def evaluate(request: forms.Evaluate) -> dict[str, float]:
     """Score detections that lie on the disk: FROC (official and strict) and slide AUC.
 
@@ -108,9 +123,10 @@ def evaluate(request: forms.Evaluate) -> dict[str, float]:
 
 def _run(config: RunConfig) -> dict[str, float]:
     """Run the line as a flow of its own and say where its report lies."""
-    limit_threads(config.executor.threads)
-    summary = pipeline(config)
-    _tell(config.name, summary.metrics, f"{summary.text}\n\nReport: `{(config.out / 'report.html').resolve()}`")
+    summary = as_flow(config, config.name)
+    _tell(config.name, summary.metrics, f"```\n{summary.text}\n```\n\nFolder: `{config.out.resolve()}`")
+    if not summary.metrics:
+        raise SlidesFailedError(summary)
     return summary.metrics
 
 
@@ -118,12 +134,9 @@ def _trial(overrides: list[str], job: str) -> Summary:
     """Run one combination of a sweep, whatever becomes of it."""
     try:
         config = compose_config(overrides, job=job)
-        limit_threads(config.executor.threads)
-        return pipeline.with_options(flow_run_name=job or config.name)(config)
-    except SlidesFailedError as failed:
-        return failed.summary
-    except InputError as error:
-        return Summary(error.exit_code, {}, str(error))
+        return as_flow(config, job or config.name)
+    except Exception as error:  # noqa: BLE001 - the others go on; the flow run of this one has its traceback
+        return Summary(getattr(error, "exit_code", WsiflowError.exit_code), {}, f"{type(error).__name__}: {error}")
 
 
 def _tell(name: str, metrics: Mapping[str, float], text: str) -> None:

@@ -126,7 +126,7 @@ class Form(BaseModel, frozen=True, extra="forbid", json_schema_extra=_free_last)
 def _override(value: Any) -> str:
     if isinstance(value, list):
         return ",".join(map(_override, value))
-    if isinstance(value, str) and (not value.isidentifier() or value.lower() in _VALUES):
+    if isinstance(value, str) and (not re.fullmatch("[A-Za-z_][A-Za-z_0-9]*", value) or value.lower() in _VALUES):
         return quoted(value)
     return str(value).lower() if isinstance(value, bool) else str(value)
 

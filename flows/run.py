@@ -164,18 +164,28 @@ def _joined(swept: Iterable[str]) -> str:
 
 def start(config: RunConfig) -> Summary:
     """Run the line, through Prefect or directly."""
-    from wsiflow.model import threads
-
-    from . import pipeline
-
-    threads.limit_threads(config.executor.threads)
     if config.orchestrator == "none":
-        return pipeline.direct(config)
+        from wsiflow.model.threads import limit_threads
+
+        from .pipeline import direct
+
+        limit_threads(config.executor.threads)
+        return direct(config)
     from .server import chosen_server
 
     with chosen_server() as said:
         cli.say(said)
-        try:
-            return pipeline.pipeline(config)
-        except pipeline.SlidesFailedError as failed:
-            return failed.summary
+        return as_flow(config, config.name)
+
+
+def as_flow(config: RunConfig, name: str) -> Summary:
+    """Run the line as a Prefect flow run of this name."""
+    from wsiflow.model.threads import limit_threads
+
+    from .pipeline import SlidesFailedError, pipeline
+
+    limit_threads(config.executor.threads)
+    try:
+        return pipeline.with_options(flow_run_name=lambda: name)(config)
+    except SlidesFailedError as failed:
+        return failed.summary

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import serving
 
 SCHEDULERS = Path(__file__).parent / "schedulers"
 
@@ -79,3 +80,10 @@ def _daemons(name: str, folder: Path, settings: dict[str, str]) -> Iterator[None
         yield
     finally:
         subprocess.run([SCHEDULERS / f"{name}_down.sh", folder], check=True)
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[serving.PrefectServer]:
+    """A Prefect server that listens on loopback."""
+    with serving.serving(tmp_path_factory.mktemp("prefect")) as listening:
+        yield listening

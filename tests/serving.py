@@ -1,0 +1,74 @@
+"""A Prefect server on loopback, and how tests talk to it."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+BIN = Path(sys.executable).parent
+_NOWHERE = "http://127.0.0.1:9"
+
+
+def environment(home: Path, **more: str) -> dict[str, str]:
+    """Return the environment of a client that has no network but this machine, and no settings of its user."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+    offline = {"http_proxy": _NOWHERE, "https_proxy": _NOWHERE, "no_proxy": "127.0.0.1,localhost"}
+    return kept | offline | {"PREFECT_HOME": str(home), "PREFECT_SERVER_ANALYTICS_ENABLED": "false"} | more
+
+
+class PrefectServer(NamedTuple):
+    """A server that listens, and the environment of its clients."""
+
+    url: str
+    env: dict[str, str]
+
+    def ask(self, path: str, body: object = None) -> Any:
+        """Return what the server answers: to a body by POST."""
+        return self.answer(path, body)[1]
+
+    def answer(self, path: str, body: object = None) -> tuple[int, Any]:
+        """Return the status of an answer, and the answer."""
+        sent = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(f"{self.url}/{path}", sent, {"content-type": "application/json"})
+        try:
+            with urllib.request.urlopen(request, timeout=20) as found:
+                return found.status, json.load(found)
+        except urllib.error.HTTPError as refused:
+            return refused.code, json.load(refused)
+
+    def prefect(self, *arguments: str, cwd: Path) -> None:
+        """Call ``prefect``, which must succeed."""
+        command = [BIN / "prefect", "--no-prompt", *arguments]
+        done = subprocess.run(command, env=self.env, cwd=cwd, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+@contextmanager
+def serving(home: Path) -> Iterator[PrefectServer]:
+    """Keep a server listening on loopback."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    url = f"http://127.0.0.1:{port}/api"
+    server = PrefectServer(url, environment(home, PREFECT_API_URL=url))
+    command = [BIN / "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
+    process = subprocess.Popen(command, env=server.env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        for _ in range(120):
+            try:
+                server.ask("health")
+                break
+            except OSError:
+                time.sleep(1)
+        yield server
+    finally:
+        process.terminate()
+        process.wait(timeout=60)
