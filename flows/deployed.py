@@ -34,14 +34,21 @@ class TrialsFailedError(Exception):
 
 def cancel_arrays(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
     """Cancel the array jobs that a flow run left behind, as the folders of its runs have them."""
+    form: type[forms.Form] = flow.fn.__annotations__["request"]
+    logger = flow_run_logger(flow_run, flow)
+    for root in _roots(form.model_validate(flow_run.parameters["request"])):
+        for sentence in _cancelled(root):
+            logger.info("%s: %s: %s", state.name, root, sentence)
+
+
+def _cancelled(root: Path) -> list[str]:
+    """Cancel a run's array jobs and say what was done; what cannot be done is told, since other runs follow."""
     from wsiflow.executor import jobs
 
-    form: type[forms.Form] = flow.fn.__annotations__["request"]
-    cancelled = [
-        job for root in _roots(form.model_validate(flow_run.parameters["request"])) for job in jobs.cancel(root)
-    ]
-    told = f"array jobs cancelled: {', '.join(cancelled)}" if cancelled else "no array jobs to cancel"
-    flow_run_logger(flow_run, flow).info("%s: %s", state.name, told)
+    try:
+        return jobs.cancel(root)
+    except WsiflowError as error:
+        return [str(error)]
 
 
 def _roots(form: forms.Form) -> Iterator[Path]:

@@ -95,9 +95,17 @@ def axis(key: str) -> Any:
     )
 
 
+def may(key: str) -> Any:
+    """Return the field of a value that each file of its group sets in its own way; None leaves it to the file."""
+    allowed = {"anyOf": [_allowed(key), {"type": "null"}]}
+    return Field(
+        default=None, title=key, description=f"{_about(key)} None: as its group says.", json_schema_extra=allowed
+    )
+
+
 def text(key: str) -> Any:
     """Return the field of a path or another text that may be left to ``conf/``."""
-    return Field(default="", title=key, description=f"{_about(key)} Empty: as the configuration has it.")
+    return Field(default="", title=key, description=f"{_about(key)} Empty: as the configuration says.")
 
 
 def _free_last(schema: dict[str, Any]) -> None:
@@ -137,7 +145,7 @@ class Named(Form):
     name: str = knob("name")
     out: str = text("out")
     executor: str = knob("executor")
-    workers: int = knob("executor.workers")
+    workers: int | None = may("executor.workers")
 
 
 class Demo(Named):

@@ -3,6 +3,7 @@
 import csv
 import json
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from serving import BIN, PrefectServer
 from flows import forms
 from flows.run import compose_config, sweep_jobs
 from wsiflow import cli
-from wsiflow.config import InferenceParams, RunConfig
+from wsiflow.config import InferenceParams
 from wsiflow.errors import InputError
 from wsiflow.store import StoreParams
 
@@ -54,7 +55,7 @@ def test_bounds_and_choices_are_those_of_the_configuration() -> None:
         assert shown[key]["enum"] == list(get_args(literal))
     assert shown["inference.stride"]["minimum"] == 1
     assert (shown["evaluation.bootstrap"]["minimum"], shown["evaluation.bootstrap"]["maximum"]) == (0, 100_000)
-    assert shown["shard_slides"]["minimum"] == shown["executor.workers"]["minimum"] == 0
+    assert shown["shard_slides"]["minimum"] == shown["executor.workers"]["anyOf"][0]["minimum"] == 0
     assert shown["dataset.limit"]["anyOf"][0]["minimum"] == 1
     assert properties(forms.Sweep)["inference.stride"]["items"] == {"type": "integer", "minimum": 1}
 
@@ -76,17 +77,20 @@ def test_an_untouched_form_is_the_command_without_arguments() -> None:
 GIVEN = {
     "dataset": {"manifest": "m.csv", "folder": "slides", "path": "a.svs"},
     "model": {"card": "g.json"},
-    "geometry": {"tiles": "patch", "overrides": ["geometry.spacing=native"]},
+    "geometry": {"tiles": "patch"},
 }
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}={path.stem}")
-def test_every_choice_makes_a_valid_run(path: Path) -> None:
-    """Each file chosen in the form, with what it asks for, is a valid configuration."""
+def test_a_choice_means_what_its_file_says(path: Path) -> None:
+    """A file chosen in the form sets every key as it does on the command line; only the stride is always the form's."""
     group = path.parent.name
-    if len(GROUPS[group]) > 1:
-        form = forms.Run(**{group: path.stem}, **GIVEN.get(group, {}))
-        assert isinstance(compose_config(form.said()), RunConfig)
+    if len(GROUPS[group]) == 1:
+        return
+    given = GIVEN.get(group, {})
+    keys = {field.title: given[name] for name, field in forms.Run.model_fields.items() if name in given}
+    typed = [f"{group}={path.stem}", "inference.stride=16", *(f"{key}={value}" for key, value in keys.items())]
+    assert compose_config(forms.Run(**{group: path.stem}, **given).said()) == compose_config(typed)
 
 
 @pytest.mark.parametrize("text", ["null", "true", "1e3", "a b,c", "it's", "x=1", "[1]", "back\\", "\\'", "#1", "æ"])
@@ -305,12 +309,22 @@ def test_an_evaluation_gives_what_the_command_gives(finished: Finished, small_sl
 
 
 @pytest.fixture
-def worker(deployed: Deployed) -> Iterator[psutil.Process]:
+def scheduler(tmp_path: Path) -> Path:
+    """A folder with commands of a Slurm that has one array, 77, and notes what it is told to cancel."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name, line in {"squeue": "echo '77_0|RUNNING|long'", "scancel": f'echo "$@" >> {tmp_path}/cancelled'}.items():
+        (folder / name).write_text(f"#!/bin/sh\n{line}\n")
+        (folder / name).chmod(0o755)
+    return folder
+
+
+@pytest.fixture
+def worker(deployed: Deployed, scheduler: Path) -> Iterator[psutil.Process]:
     """A worker that stays."""
+    env = deployed.server.env | {"PATH": f"{scheduler}:{deployed.server.env['PATH']}"}
     command = [BIN / "prefect", "worker", "start", "--pool", "wsiflow"]
-    process = subprocess.Popen(
-        command, env=deployed.server.env, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    process = subprocess.Popen(command, env=env, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         yield psutil.Process(process.pid)
     finally:
@@ -318,17 +332,31 @@ def worker(deployed: Deployed) -> Iterator[psutil.Process]:
         process.wait(timeout=60)
 
 
-def test_a_cancelled_run_leaves_nothing_behind(deployed: Deployed, worker: psutil.Process, small_slides: Path) -> None:
-    """Its processes are gone, and what its folder knows of array jobs was asked."""
+def submitted(jobs: Any, root: Path) -> None:
+    """Leave what a driver that submitted array 77 to Slurm and died leaves on the disk."""
+    dialect = compose_config(["executor=slurm_array"]).executor.array.dialect.model_dump(mode="json")
+    log = jobs.JobLog(root)
+    log.append("driver", host=socket.gethostname(), pid=2**22 + 1, born="never", dialect=dialect)
+    log.append("job", name="long", job="77")
+
+
+def test_a_cancelled_run_leaves_nothing_behind(
+    deployed: Deployed, worker: psutil.Process, small_slides: Path, tmp_path: Path
+) -> None:
+    """Its processes are gone, and so are the array jobs that its folder knows of."""
+    jobs = pytest.importorskip("wsiflow.executor.jobs")
     slow = ["inference=window", "dense.windows=0", "tiles.group_tiles=2"]
     request = {"name": "long", "dataset": "manifest", "manifest": str(small_slides), "tracking": "off"}
     status, run = deployed.trigger("run", {"request": {**request, "stride": 8, "overrides": slow}})
     assert status == 201
-    wait(lambda: any((deployed.home / "runs/long/patches").glob("*.h5")), seconds=90)
+    root = deployed.home / "runs/long"
+    wait(lambda: any((root / "patches").glob("*.h5")), seconds=90)
     processes = worker.children(recursive=True)
     assert len(processes) >= 2, "a flow and its workers"
+    submitted(jobs, root)
     assert deployed.server.answer(f"flow_runs/{run['id']}/set_state", {"state": {"type": "CANCELLING"}})[0] == 201
     wait(lambda: deployed.run(run["id"])["state_type"] == "CANCELLED", seconds=60)
     assert psutil.wait_procs(processes, timeout=10)[1] == []
+    assert (tmp_path / "cancelled").read_text().split() == ["77"]
     own = {"logs": {"flow_run_id": {"any_": [run["id"]]}}}
-    wait(lambda: any("array jobs" in log["message"] for log in deployed.server.ask("logs/filter", own)), seconds=20)
+    wait(lambda: any("77 cancelled" in log["message"] for log in deployed.server.ask("logs/filter", own)), seconds=20)
