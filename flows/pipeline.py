@@ -17,6 +17,8 @@ from wsiflow import cli, executor, ingest, results, shards
 from wsiflow.config import RunConfig
 from wsiflow.model.threads import allocated_cores
 
+from .cluster import cluster
+
 # Threads only wait for workers; enough of them keep every worker busy across shards.
 _WAITING_THREADS = 8
 
@@ -30,7 +32,11 @@ def line(config: RunConfig, submit: Submit) -> results.Summary:
     """Run everything, with ``submit`` starting each shard's work."""
     clock = results.Clock()
     cases = shards.begin(config)
-    with executor.make(config.executor, cores=allocated_cores(), root=config.out) as pool:
+    cores = allocated_cores()
+    with (
+        cluster(config.executor, cores=cores) as client,
+        executor.make(config.executor, cores=cores, root=config.out, client=client) as pool,
+    ):
         told = shards.choose(pool, cases)
         if told:
             cli.say(told)

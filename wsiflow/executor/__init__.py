@@ -32,6 +32,12 @@ class DaskParams(BaseModel, frozen=True, extra="forbid"):
     address: str = ""
     window: int = Field(default=4, ge=1, le=1000)
 
+    @model_validator(mode="after")
+    def _one_cluster(self) -> "DaskParams":
+        if self.address and (self.cluster or self.cluster_kwargs or self.adapt_kwargs):
+            raise ValueError("executor.dask.address names a cluster that runs, what starts one must be empty")
+        return self
+
 
 class ExecutorParams(BaseModel, frozen=True, extra="forbid"):
     """Where tasks run.
@@ -131,10 +137,14 @@ def make(params: ExecutorParams, *, cores: int, root: Path, client: Any = None) 
 
     if params.kind == "inline":
         return Inline()
-    if params.array is not None and params.kind == "array":
+    if params.kind == "array" and params.array is not None:
         from wsiflow.executor.array import ArrayJobs
 
         return ArrayJobs(params.array, root=root, workers=params.workers, threads=params.threads)
+    if params.kind == "dask" and params.dask is not None:
+        from wsiflow.executor.dask import Dask
+
+        return Dask(client, threads=params.threads, window=params.dask.window)
     return ProcessPool(worker_count(params, cores=cores), threads=params.threads)
 
 

@@ -1,0 +1,112 @@
+"""The Dask cluster of a run: started here or found at an address, and ended with the run.
+
+prefect-dask's task runner owns the cluster's life and nothing more: shards stay threads of this process, and slices go
+to the workers as plain functions, so workers need neither Prefect nor its server.
+"""
+
+import logging
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from wsiflow.errors import EnvironmentFault, InputError
+from wsiflow.executor import DaskParams, ExecutorParams
+
+if TYPE_CHECKING:  # imported where there is a cluster: it takes seconds
+    from distributed import Client
+    from prefect_dask.task_runners import DaskTaskRunner
+
+_KEEP_S = 10.0
+# Dask looks once, so long after a worker was lost, whether it is back; a worker that has died again and is on its way
+# back at that moment is ended for good.
+_LOST_WORKER_TIMEOUT = "60s"
+
+
+@contextmanager
+def cluster(params: ExecutorParams, *, cores: int) -> "Iterator[Client | None]":
+    """Yield a client of the run's Dask cluster, None for every other executor.
+
+    Args:
+        params: Where tasks run.
+        cores: Cores this process may use: the workers of a local cluster, unless told.
+
+    Raises:
+        InputError: The class or its keywords are wrong.
+        EnvironmentFault: The cluster does not start, or the scheduler does not answer.
+    """
+    if params.kind != "dask" or params.dask is None:
+        yield None
+        return
+    import dask
+
+    with (
+        tempfile.TemporaryDirectory(prefix="wsiflow-dask-") as scratch,
+        dask.config.set({"distributed.deploy.lost-worker-timeout": _LOST_WORKER_TIMEOUT}),
+        _runner(params, cores, scratch) as runner,
+    ):
+        client = _client(runner, params.dask)
+        with _kept(client):
+            yield client
+
+
+def _runner(params: ExecutorParams, cores: int, scratch: str) -> "DaskTaskRunner":
+    from prefect_dask.task_runners import DaskTaskRunner
+
+    dask = params.dask or DaskParams()
+    if dask.address:
+        return DaskTaskRunner(address=dask.address)
+    path = dask.cluster or "distributed.LocalCluster"
+    size = {"n_workers": params.workers} if params.workers else {}
+    kwargs = {**(size if dask.cluster else _local(params.workers or cores, scratch)), **dask.cluster_kwargs}
+    try:
+        return DaskTaskRunner(cluster_class=path, cluster_kwargs=kwargs, adapt_kwargs=dict(dask.adapt_kwargs))
+    except (ImportError, AttributeError) as error:
+        remedy = "give the path of a class and install its package"
+        raise InputError(f"executor.dask.cluster is {path}: {error}", remedy, stage="configuration") from error
+
+
+def _local(workers: int, scratch: str) -> dict[str, Any]:
+    """Return the keywords of a cluster on this machine."""
+    return {
+        "n_workers": workers,
+        "threads_per_worker": 1,
+        "host": "127.0.0.1",
+        "security": True,  # whoever can talk to a scheduler can run what they like: no other user of the machine may
+        "dashboard_address": None,
+        "local_directory": scratch,
+        "silence_logs": logging.CRITICAL,
+    }
+
+
+def _client(runner: "DaskTaskRunner", dask: DaskParams) -> "Client":
+    """Start the cluster, or find it, and connect to it."""
+    name = dask.cluster or "the local Dask cluster"
+    try:
+        return runner.client
+    except (TypeError, ValueError) as error:
+        cause = f"{name} refuses executor.dask.cluster_kwargs: {error}"
+        raise InputError(cause, "see the keywords of its class", stage="configuration") from error
+    except (OSError, RuntimeError) as error:
+        cause = f"no Dask scheduler answers at {dask.address}" if dask.address else f"{name} does not start"
+        raise EnvironmentFault(f"{cause}: {error}", "see that it can be reached, then run again") from error
+
+
+@contextmanager
+def _kept(client: "Client") -> Iterator[None]:
+    """Keep the cluster at its size: jobs that end before the run does, at their time limit, are asked for again."""
+    from distributed import SpecCluster
+
+    ended = threading.Event()
+
+    def keep(cluster: SpecCluster) -> None:
+        while not ended.wait(_KEEP_S):
+            SpecCluster.scale(cluster, len(cluster.worker_spec))  # type: ignore[no-untyped-call]
+
+    if isinstance(client.cluster, SpecCluster):
+        threading.Thread(target=keep, args=(client.cluster,), daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
