@@ -25,3 +25,65 @@ def shared_data() -> Path:
     if not root.is_dir():
         pytest.skip(f"no real data at {root}")
     return root
+
+
+@pytest.fixture(scope="session")
+def small_slides(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The manifest of a small synthetic data set: six slides of 2,048 px with lesions."""
+    from wsiflow import synth
+
+    return synth.write_dataset(tmp_path_factory.mktemp("slides"), size_px=2048, seed=1, workers=1)
+
+
+@pytest.fixture(scope="session")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """What to add to the environment to use a real Slurm of one node, whose arrays have at most five elements."""
+    _needs_root_and("slurmctld", "slurmd", "munged")
+    folder = tmp_path_factory.mktemp("slurm")
+    controller, node = _free_ports()
+    ports = {"SLURMCTLD_PORT": controller, "SLURMD_PORT": node, "SLURM_EXTRA": "MaxArraySize=5"}
+    with _daemons("slurm", folder, ports):
+        yield {"SLURM_CONF": str(folder / "slurm.conf")}
+
+
+@pytest.fixture(scope="session")
+def sge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """What to add to the environment to use a real Grid Engine of one node, whose arrays have at most five elements."""
+    _needs_root_and("sge_qmaster", "sge_execd")
+    folder = tmp_path_factory.mktemp("sge")
+    master, node = _free_ports()
+    ports = {"SGE_QMASTER_PORT": master, "SGE_EXECD_PORT": node}
+    with _daemons("sge", folder, {**ports, "SGE_AJ_TASKS": "5"}):
+        yield {"SGE_ROOT": str(folder), "SGE_CELL": "default", **ports}
+
+
+def _needs_root_and(*daemons: str) -> None:
+    absent = [name for name in daemons if shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin") is None]
+    if absent or os.geteuid():
+        pytest.skip(f"a scheduler of our own needs root and {', '.join(absent or daemons)}")
+
+
+def _free_ports() -> tuple[str, str]:
+    """Return two ports that nobody listens on."""
+    with socket.socket() as first, socket.socket() as second:
+        first.bind(("127.0.0.1", 0))
+        second.bind(("127.0.0.1", 0))
+        return str(first.getsockname()[1]), str(second.getsockname()[1])
+
+
+@contextlib.contextmanager
+def _daemons(name: str, folder: Path, settings: dict[str, str]) -> Iterator[None]:
+    """Keep a scheduler's daemons running during the body."""
+    try:
+        up = subprocess.run([SCHEDULERS / f"{name}_up.sh", folder], env={**os.environ, **settings}, check=False)
+        assert up.returncode == 0, (folder / "log/daemons.log").read_text()
+        yield
+    finally:
+        subprocess.run([SCHEDULERS / f"{name}_down.sh", folder], check=True)
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[serving.PrefectServer]:
+    """A Prefect server that listens on loopback."""
+    with serving.serving(tmp_path_factory.mktemp("prefect")) as listening:
+        yield listening
