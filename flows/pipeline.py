@@ -19,10 +19,7 @@ from wsiflow.model.threads import allocated_cores
 
 from .cluster import cluster
 
-# Threads only wait for workers; enough of them keep every worker busy across shards.
-_WAITING_THREADS = 8
-
-_TASK_RUNNER = cast("TaskRunner[PrefectFuture[Any]]", ThreadPoolTaskRunner(max_workers=_WAITING_THREADS))
+_TASK_RUNNER = cast("TaskRunner[PrefectFuture[Any]]", ThreadPoolTaskRunner(max_workers=shards.SIDE_BY_SIDE))
 
 Submit = Callable[..., Any]
 """``submit(name, function, *args)`` starts a call and returns its future."""
@@ -44,6 +41,8 @@ def line(config: RunConfig, submit: Submit) -> results.Summary:
         ingested = [submit(f"ingest {i}", shards.ingest_shard, pool, cases, part) for i, part in enumerate(wanted, 1)]
         plan_path = ingest.make_plan(cases, [outcome for future in ingested for outcome in future.result()])
         slice_s = config.executor.slice_s
+        if slice_s:
+            shards.measure_costs(pool, plan_path)
         calibrated = shards.calibrate(pool, plan_path, slice_s)
         wanted = shards.cut(shards.slide_sizes(plan_path), config.shard_slides)
         futures = [
@@ -93,7 +92,7 @@ def pipeline(config: RunConfig) -> results.Summary:
 
 def direct(config: RunConfig) -> results.Summary:
     """Run the same line without Prefect."""
-    with ThreadPoolExecutor(_WAITING_THREADS) as threads:
+    with ThreadPoolExecutor(shards.SIDE_BY_SIDE) as threads:
 
         def submit(_name: str, function: Callable[..., Any], *args: Any) -> Any:
             return threads.submit(function, *args)

@@ -15,6 +15,7 @@ from wsiflow import (
     dataset,
     ingest,
     ledger,
+    measure,
     plan,
     publish,
     reading,
@@ -32,8 +33,8 @@ from wsiflow.plan import Plan
 #: Stages after the plan, in order.
 LINE = ("stain", "extract", "index", "predict", "certify", "stitch", "detect")
 
-#: What tasks cost on the run's machines; a view, nothing is computed from it.
-COSTS = "costs.json"
+#: Shards under way at a time. Whoever has one only waits for workers, and all shards together keep every worker busy.
+SIDE_BY_SIDE = 64
 
 _SHARDS_WANTED = 40
 _STORES = {"extract", "index"}
@@ -103,6 +104,17 @@ def choose(pool: Executor, cases: Path) -> str:
     """
     _once(pool, cases, "choose")
     return ingest.surprise(cases)
+
+
+def measure_costs(pool: Executor, plan_path: Path) -> None:
+    """Measure on a few blocks what the work costs where it is done, unless it was; slices are cut by it.
+
+    A run can do without: where it fails, what is wrong shows in the tasks themselves, and rough costs are taken.
+    """
+    root = plan_path.parent
+    if plan.read(plan_path).n_groups and not (root / measure.COSTS).exists():
+        for outcome in pool.run(steps.run_slice, plan_path, "measure", [Slice(0, 1)]):
+            trace.note(root, "measure", "", 0, outcome)
 
 
 def calibrate(pool: Executor, plan_path: Path, slice_s: float) -> Progress:
@@ -214,7 +226,7 @@ def units(made: Plan, stage: str, index: int) -> int:
 
 def costs_of(root: Path) -> schedule.Costs:
     """Return what tasks cost here, as it was measured in this folder; rough values where it was not."""
-    path = root / COSTS
+    path = root / measure.COSTS
     if not path.exists():
         return schedule.ROUGH
     found = json.loads(path.read_text(encoding="utf-8"))
