@@ -97,7 +97,7 @@ def axis(key: str) -> Any:
 
 def may(key: str) -> Any:
     """Return the field of a value that each file of its group sets in its own way; None leaves it to the file."""
-    allowed = {"anyOf": [_allowed(key), {"type": "null"}]}
+    allowed: Any = {"anyOf": [_allowed(key), {"type": "null"}]}
     return Field(
         default=None, title=key, description=f"{_about(key)} None: as its group says.", json_schema_extra=allowed
     )
@@ -108,12 +108,15 @@ def text(key: str) -> Any:
     return Field(default="", title=key, description=f"{_about(key)} Empty: as the configuration says.")
 
 
-def _free_last(schema: dict[str, Any]) -> None:
-    """Show the free overrides below the fields of the form."""
-    schema["properties"]["overrides"] = schema["properties"].pop("overrides")
+def _number(schema: dict[str, Any]) -> None:
+    """Number the fields, the free overrides last: a PostgreSQL server does not keep them in their order."""
+    fields = schema["properties"]
+    fields["overrides"] = fields.pop("overrides")
+    for place, field in enumerate(fields.values()):
+        field["position"] = place
 
 
-class Form(BaseModel, frozen=True, extra="forbid", json_schema_extra=_free_last):
+class Form(BaseModel, frozen=True, extra="forbid", json_schema_extra=_number):
     """What every form asks for.
 
     Attributes:
