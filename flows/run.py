@@ -4,7 +4,7 @@ import argparse
 import itertools
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from wsiflow import cli, ingest, publish
 from wsiflow.config import RunConfig, validate
-from wsiflow.errors import InputError
+from wsiflow.errors import EnvironmentFault, InputError
 from wsiflow.results import Summary
+
+from . import sweep
 
 _ENVIRONMENT = {
     "HYDRA_FULL_ERROR": "1",  # raise errors instead of printing them with advice about Hydra's own internals
@@ -65,8 +67,15 @@ def _all_jobs() -> int:
     try:
         _compose_and_run()
     except (HydraException, OmegaConfBaseException) as error:
+        sweep.end()
         return cli.report(_refused(error))
-    return max(_exit_codes, default=0)
+    except Exception as error:
+        if not sweep.is_on():
+            raise
+        sweep.end()
+        cause = f"a trial of the sweep did not end: {type(error).__name__}: {error}"
+        return cli.report(EnvironmentFault(cause, "run the same command again: what is done stays done"))
+    return max([*_exit_codes, *sweep.end()], default=0)
 
 
 @hydra.main(version_base="1.3", config_path="pkg://wsiflow.conf", config_name="config")
@@ -77,13 +86,18 @@ def _compose_and_run(composed: DictConfig) -> float | None:
         The FROC score, for sweepers that optimise.
     """
     found: list[Summary] = []
+    is_trial = HydraConfig.get().mode == RunMode.MULTIRUN
 
     def job() -> int:
-        found.append(start(to_config(composed, job=_job_name())))
+        found.append(start(to_config(composed, job=_trial_name())))
         cli.say(found[0].text)
         return found[0].exit_code
 
-    _exit_codes.append(cli.bounded(job))
+    exit_code = cli.bounded(job)
+    if is_trial:
+        sweep.ended(HydraConfig.get().job.num, exit_code)
+    else:
+        _exit_codes.append(exit_code)
     return found[0].metrics.get("froc.score") if found else None
 
 
@@ -103,7 +117,7 @@ def to_config(composed: DictConfig, *, job: str = "") -> RunConfig:
         values["tracking"]["uri"] = found + os.path.normpath(store)
     if job:
         values["out"] = str(Path(values["out"]) / job)
-        values["tracking"]["sweep"] = values["tracking"]["sweep"] or values["name"]
+        values["tracking"]["sweep"] = values["tracking"]["sweep"] or sweep.name() or values["name"]
     return validate(values)
 
 
@@ -138,7 +152,7 @@ def sweep_jobs(overrides: Sequence[str]) -> dict[str, list[str]]:
         for one, text in zip(parsed, overrides, strict=True)
     ]
     jobs = [list(job) for job in itertools.product(*axes)]
-    return {_joined(one for one in job if one not in overrides): job for job in jobs}
+    return {sweep.joined(one for one in job if one not in overrides): job for job in jobs}
 
 
 def quoted(text: str) -> str:
@@ -150,16 +164,10 @@ def _refused(error: Exception) -> InputError:
     return InputError(str(error).strip(), "wsiflow run --cfg job shows every key", stage="configuration")
 
 
-def _job_name() -> str:
-    """Return the name of a sweep's job: what differs from job to job, such as ``inference.stride=32``; else nothing."""
+def _trial_name() -> str:
+    """Return the name of a sweep's trial, empty for a single run."""
     own = HydraConfig.get()
-    if own.mode != RunMode.MULTIRUN:
-        return ""
-    return _joined(one for one in own.overrides.task if one not in sys.argv) or str(own.job.num)
-
-
-def _joined(swept: Iterable[str]) -> str:
-    return ",".join(swept).replace("/", "_")
+    return sweep.trial_name(own.overrides.task, own.job.num) if own.mode == RunMode.MULTIRUN else ""
 
 
 def start(config: RunConfig) -> Summary:

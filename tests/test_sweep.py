@@ -1,10 +1,43 @@
 """Sweeps: every job a folder and a record of its own, and a bad job does not stop the others."""
 
+import sqlite3
+import subprocess
+import sys
 from pathlib import Path
 
 import mlflow
+from test_flows import environment
+from test_line import over
 
 from flows import run as command
+from flows.server import chosen_server
+
+WSIFLOW = Path(sys.executable).parent / "wsiflow"
+QUICK = ["dataset.limit=1", "tracking=mlflow", "name=together", "evaluation.bootstrap=0"]
+
+
+def sweep(manifest: Path, out: Path, env: dict[str, str], *more: str) -> subprocess.CompletedProcess[str]:
+    command = [WSIFLOW, "run", "-m", *over(manifest, out, *QUICK, *more)]
+    return subprocess.run(command, env=env, cwd=out.parent, capture_output=True, text=True, check=False)
+
+
+def rows(database: Path, query: str) -> list[tuple]:
+    with sqlite3.connect(database) as opened:
+        assert opened.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+        return opened.execute(query).fetchall()
+
+
+def children(database: Path) -> tuple[set[str], set[str]]:
+    """Return the strides that MLflow has runs of, and the parents of these runs."""
+    client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{database}")
+    runs = client.search_runs([client.get_experiment_by_name("wsiflow").experiment_id])
+    trials = [run for run in runs if "mlflow.parentRunId" in run.data.tags]
+    assert all(run.info.status == "FINISHED" for run in runs)
+    assert len(runs) == len(trials) + 1, "every run that is no trial is the parent"
+    strides, parents = zip(
+        *((run.data.params["inference.stride"], run.data.tags["mlflow.parentRunId"]) for run in trials), strict=True
+    )
+    return set(strides), set(parents)
 
 
 def test_a_sweep_of_two_good_jobs_and_a_bad_one(small_slides: Path, tmp_path: Path, capsys) -> None:
@@ -23,3 +56,59 @@ def test_a_sweep_of_two_good_jobs_and_a_bad_one(small_slides: Path, tmp_path: Pa
     assert {run.data.params["inference.stride"] for run in children} == {"112", "224"}
     assert len({run.data.tags["mlflow.parentRunId"] for run in children}) == 1
     assert all("throughput.tiles_per_s" in run.data.metrics for run in children)
+
+
+def test_trials_at_once_share_a_server_and_a_record(small_slides: Path, tmp_path: Path) -> None:
+    """Four joblib trials from nothing: four flows in Prefect's database, four runs under one parent, both sound."""
+    env = environment(tmp_path / "home")
+    more = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=4", "inference.stride=28,56,112,224"]
+    done = sweep(small_slides, tmp_path / "sweep", env, "orchestrator=prefect", *more)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("going on with a temporary one") == 1
+    strides, parents = children(tmp_path / "mlflow.db")
+    assert (strides, len(parents)) == ({"28", "56", "112", "224"}, 1)
+    assert rows(tmp_path / "mlflow.db", "select count(*) from runs") == [(5,)]
+    assert rows(tmp_path / "home/prefect.db", "select state_type, count(*) from flow_run group by 1") == [
+        ("COMPLETED", 4)
+    ]
+    folders = {path.name for path in (tmp_path / "sweep").iterdir()}
+    assert folders == {f"inference.stride={stride}" for stride in strides}
+
+
+def test_a_bad_trial_among_others_is_heard_of(small_slides: Path, tmp_path: Path) -> None:
+    """The exit code of joblib's sweep is that of its worst trial, and the good one is done."""
+    more = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "inference.stride=30,224", "tracking=off"]
+    done = sweep(small_slides, tmp_path / "sweep", environment(tmp_path / "home"), *more)
+    assert done.returncode == 20, done.stderr
+    assert "inference.stride is 30" in done.stderr
+    assert (tmp_path / "sweep/inference.stride=224/evaluation/summary.json").exists()
+
+
+def test_trials_are_slurm_jobs(slurm: dict[str, str], small_slides: Path, tmp_path: Path) -> None:
+    """Submitit on a real Slurm: each trial an element of an array, under one parent, with its exit code."""
+    more = ["hydra/launcher=submitit_slurm", "hydra.launcher.timeout_min=5", "hydra.launcher.mem_gb=2"]
+    more += ["hydra.launcher.cpus_per_task=1", "inference.stride=112,224,30", "executor=process"]
+    done = sweep(small_slides, tmp_path / "sweep", environment(tmp_path / "home") | slurm, *more)
+    assert done.returncode == 20, done.stderr
+    strides, parents = children(tmp_path / "mlflow.db")
+    assert (strides, len(parents)) == ({"112", "224"}, 1)
+    assert rows(tmp_path / "mlflow.db", "select count(*) from runs") == [(3,)]
+    assert len(list((tmp_path / "sweep/.submitit").glob("*_[012]"))) == 3
+
+
+def test_a_second_temporary_server_has_a_database_of_its_own(tmp_path: Path, monkeypatch) -> None:
+    """Two runs at once without a server: the later one is told that it leaves no history, and touches no other's."""
+    monkeypatch.setenv("PREFECT_HOME", str(tmp_path))
+    from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
+
+    with temporary_settings({PREFECT_HOME: tmp_path}, restore_defaults={PREFECT_API_URL}):
+        with chosen_server() as first:
+            assert "history" not in first
+            assert PREFECT_HOME.value() == tmp_path
+            with chosen_server() as second:
+                assert "leaves no history" in second
+                passing = PREFECT_HOME.value()
+                assert passing != tmp_path
+        assert not passing.exists()
+        with chosen_server() as third:
+            assert "history" not in third

@@ -19,7 +19,7 @@ import re
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -108,6 +108,23 @@ def log_run(params: TrackingParams, record: RunRecord) -> Logged:
     """
     if params.kind == "off":
         return Logged(None, "tracking is off")
+    return _with_store(params, lambda client: _log_once(client, params, record))
+
+
+def begin_sweep(params: TrackingParams) -> str:
+    """Make the store and the sweep's parent, before runs that are recorded at the same time would all make them.
+
+    Returns:
+        Why the store did not take it, else nothing.
+    """
+    sweep = params.sweep
+    if params.kind == "off" or sweep is None:
+        return ""
+    return _with_store(params, lambda client: _parent(client, _experiment(client, params), sweep)).reason
+
+
+def _with_store(params: TrackingParams, record: Callable[["MlflowClient"], str]) -> Logged:
+    """Record something, whose id ``record`` returns."""
     _set_environment(params)
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
@@ -115,8 +132,7 @@ def log_run(params: TrackingParams, record: RunRecord) -> Logged:
 
     try:
         with _only_writer(params):
-            client = MlflowClient(tracking_uri=params.uri)
-            return Logged(_log_once(client, params, record), "")
+            return Logged(record(MlflowClient(tracking_uri=params.uri)), "")
     except (MlflowException, SQLAlchemyError, OSError) as error:
         # The run is complete on disk; an MLflow that cannot take its record must not make it fail.
         return Logged(None, f"{_without_user(params.uri)} did not take the record: {_one_line(error)}")

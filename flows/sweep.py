@@ -1,0 +1,95 @@
+"""What the trials of a sweep share: their parent in MLflow, a Prefect server, and who hears how they ended.
+
+Trials run one after another in this process, at once in processes of joblib, or as jobs of Slurm through submitit. What
+they have to know reaches them through the environment, and how each of them ended is in a file.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf
+
+from wsiflow import cli, tracking
+
+_VARIABLE = "WSIFLOW_SWEEP"
+_started = ExitStack()
+
+
+class Sweep(Callback):
+    """What Hydra calls before the first trial and after the last."""
+
+    def on_multirun_start(self, config: DictConfig, **_kwargs: Any) -> None:
+        """Prepare what trials would get into each other's way with."""
+        values: Any = OmegaConf.to_container(config, resolve=False)
+        folder = Path(config.hydra.sweep.dir).absolute() / ".trials"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        sweep = config.tracking.sweep or config.name
+        given = values["hydra"]["overrides"]["task"]
+        os.environ[_VARIABLE] = json.dumps({"name": sweep, "given": given, "folder": str(folder)})
+        if config.hydra.runtime.choices["hydra/launcher"] != "basic":
+            params: Any = OmegaConf.to_container(config.tracking, resolve=True)
+            _begin_together({**params, "sweep": sweep}, prefect=config.orchestrator == "prefect")
+
+    def on_multirun_end(self, config: DictConfig, **_kwargs: Any) -> None:  # noqa: ARG002 - Hydra's form
+        """Stop what was started."""
+        _started.close()
+
+
+def _begin_together(params: Mapping[str, Any], *, prefect: bool) -> None:
+    """Start and make, once, what trials that run at the same time would all start and make."""
+    from .server import shared_server
+
+    if prefect:
+        cli.say(_started.enter_context(shared_server()))
+    why_not = tracking.begin_sweep(tracking.TrackingParams.model_validate(params))
+    if why_not:
+        cli.say(f"MLflow: {why_not}")
+
+
+def name() -> str:
+    """Return the name of the trials' parent in MLflow, empty where there is no sweep."""
+    return str(_shared()["name"]) if is_on() else ""
+
+
+def trial_name(overrides: Sequence[str], number: int) -> str:
+    """Return the name of a trial: the overrides that differ from trial to trial, such as ``inference.stride=32``."""
+    own = [override for override in overrides if override not in _shared()["given"]]
+    return joined(own) or str(number)
+
+
+def joined(swept: Iterable[str]) -> str:
+    """Return overrides as the name of a folder."""
+    return ",".join(swept).replace("/", "_")
+
+
+def ended(number: int, exit_code: int) -> None:
+    """Leave word of how a trial ended."""
+    (Path(_shared()["folder"]) / str(number)).write_text(str(exit_code), encoding="ascii")
+
+
+def is_on() -> bool:
+    """Tell whether there is a sweep."""
+    return _VARIABLE in os.environ
+
+
+def end() -> list[int]:
+    """End the sweep, if there is one, and return the exit codes of its trials."""
+    if not is_on():
+        return []
+    folder = Path(_shared()["folder"])
+    codes = [int(path.read_text(encoding="ascii")) for path in folder.iterdir()]
+    shutil.rmtree(folder)
+    del os.environ[_VARIABLE]
+    return codes
+
+
+def _shared() -> dict[str, Any]:
+    shared: dict[str, Any] = json.loads(os.environ[_VARIABLE])
+    return shared
