@@ -1,0 +1,72 @@
+"""One plan, five executors: the same published bytes, the same ledger, the same tasks."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+from test_line import COARSE, digests, wsiflow
+
+# Slices of several tasks, parts of slides, arrays cut under the schedulers' limit of five elements.
+CUT = ["dataset.limit=3", "shard_slides=2", "tiles.group_tiles=9", "store.part_tiles=20"]
+QUICK = ["executor.slice_s=2", "executor.array.poll_s=0.5", "executor.array.memory_mb=900"]
+EXECUTORS = {
+    "process": ["executor=process", "executor.workers=2"],
+    "dask": ["executor=dask", "executor.workers=2", "executor.slice_s=2"],
+    "slurm": ["executor=slurm_array", *QUICK],
+    "sge": ["executor=sge_array", *QUICK],
+}
+# Where and when something ran, and nothing of what came out.
+OF_THE_WAY = ("arrays", "logs", "jobs")
+OF_THE_LEDGER = ("slide_id", "status", "reason", "n_tiles", "n_groups")
+
+
+def run(manifest: Path, out: Path, *more: str) -> Path:
+    assert wsiflow("dataset=manifest", f"dataset.manifest={manifest}", f"out={out}", *COARSE, *CUT, *more) == 0
+    return out
+
+
+def published(out: Path) -> dict[str, str]:
+    return {name: digest for name, digest in digests(out).items() if not name.startswith(OF_THE_WAY)}
+
+
+def ledger(out: Path) -> tuple[list[dict[str, str]], dict[str, float]]:
+    with (out / "process_list.csv").open(newline="") as stream:
+        rows = [{name: row[name] for name in OF_THE_LEDGER} for row in csv.DictReader(stream)]
+    summary = json.loads((out / "evaluation/summary.json").read_text())
+    return rows, {name: value for name, value in summary.items() if name.startswith("ledger.")}
+
+
+def tasks(out: Path) -> list[str]:
+    """Return every task that was done, once each; measuring costs is not part of the line."""
+    with (out / "trace.csv").open(newline="") as stream:
+        return sorted(row["task"] for row in csv.DictReader(stream) if row["stage"] != "measure")
+
+
+@pytest.fixture(scope="module")
+def inline(small_slides: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the run without workers."""
+    return run(small_slides, tmp_path_factory.mktemp("inline") / "run")
+
+
+@pytest.mark.parametrize("kind", EXECUTORS)
+def test_the_executor_does_not_change_a_byte(
+    kind: str,
+    inline: Path,
+    small_slides: Path,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Worker processes, Dask workers, arrays of a real Slurm and of a real Grid Engine, against one process."""
+    if kind in {"slurm", "sge"}:
+        for name, value in request.getfixturevalue(kind).items():
+            monkeypatch.setenv(name, value)
+    out = run(small_slides, tmp_path / "run", *EXECUTORS[kind])
+    mine, theirs = published(out), published(inline)
+    assert mine.keys() == theirs.keys()
+    assert {name for name in mine if mine[name] != theirs[name]} == set()
+    assert ledger(out) == ledger(inline)
+    assert tasks(out) == tasks(inline)
+    assert len(tasks(out)) > 40
+    assert any(task.startswith("extract") and task.endswith(" 2") for task in tasks(out)), "a slide in several parts"
