@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
+import mlflow
 import psutil
 import pytest
 from serving import BIN, PrefectServer
@@ -319,13 +320,18 @@ def test_a_worker_completes_what_the_form_says(finished: Finished) -> None:
 
 
 def test_a_sweep_goes_on_after_a_trial_that_fails(finished: Finished) -> None:
-    """The good trial is a child run with a folder and a record of its own; the bad one is named with its reason."""
+    """The good trial is a child run with a folder, and a record under the sweep's; the bad one is named."""
     run = finished.deployed.run(finished.runs["sweep"])
     assert run["state_type"] == "FAILED"
     assert "inference.stride=30: InputError" in run["state"]["message"]
     assert "must divide tiles.tile_px" in run["state"]["message"]
     assert finished.children("sweep") == {"inference.stride=224": "COMPLETED"}
     assert (finished.deployed.home / "runs/many/inference.stride=224/evaluation/summary.json").exists()
+    client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{finished.deployed.home}/runs/mlflow.db")
+    records = client.search_runs([client.get_experiment_by_name("wsiflow").experiment_id])
+    (parent,) = [one for one in records if one.data.tags["wsiflow.role"] == "sweep"]
+    children = [one for one in records if one.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
+    assert (parent.info.run_name, len(children)) == ("many", 1)
     table = json.loads(finished.artifacts("sweep")["wsiflow-sweep"])
     assert [(row["run"], row["exit code"]) for row in table] == [
         ("inference.stride=30", 20),
