@@ -33,6 +33,7 @@ class ProcessPool:
         self._pool: ProcessPoolExecutor | None = None
         self._lock = threading.Lock()
         self._alone = threading.Lock()
+        self._closed = False
 
     def __enter__(self) -> Self:
         """Return the pool."""
@@ -40,6 +41,7 @@ class ProcessPool:
 
     def __exit__(self, *_exc: object) -> None:
         """Stop the workers; tasks that have not started are dropped."""
+        self._closed = True  # a run that is ended from outside loses its workers too: they must not be started again
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
 
@@ -69,6 +71,7 @@ class ProcessPool:
         """Run a task in a worker of its own, one such task at a time; other shards keep the pool."""
         submitted = now()
         with self._alone, self._start(1) as single:
+            self._check_open()
             outcomes = _outcomes(single.submit(_collect, work, source, stage, Slice(index, index + 1)))
         if outcomes is not None:
             return outcomes[0].with_usage(submitted=submitted)
@@ -78,6 +81,7 @@ class ProcessPool:
 
     def _submit(self, work: Work, source: Path, stage: str, part: Slice) -> Future[list[Outcome]]:
         with self._lock:
+            self._check_open()
             for _ in range(3):  # a pool may break between being looked at and being used
                 if self._pool is None:
                     self._pool = self._start(self._workers)
@@ -86,6 +90,10 @@ class ProcessPool:
                 except BrokenProcessPool:
                     self._pool = None
         raise BrokenProcessPool("worker processes die as soon as they start")
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise BrokenProcessPool("the run is over")
 
     def _start(self, workers: int) -> ProcessPoolExecutor:
         return ProcessPoolExecutor(
