@@ -8,7 +8,8 @@ import pytest
 from test_line import COARSE, digests, wsiflow
 
 # Slices of several tasks, parts of slides, arrays cut under the schedulers' limit of five elements.
-CUT = ["dataset.limit=3", "shard_slides=2", "tiles.group_tiles=9", "store.part_tiles=20"]
+CUT = ["dataset.limit=3", "shard_slides=2", "tiles.block_rows=2", "tiles.block_cols=2"]
+CUT += ["tiles.group_tiles=9", "store.part_tiles=20"]
 QUICK = ["executor.slice_s=2", "executor.array.poll_s=0.5", "executor.array.memory_mb=900"]
 EXECUTORS = {
     "process": ["executor=process", "executor.workers=2"],
