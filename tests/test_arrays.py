@@ -1,13 +1,12 @@
 """Array jobs on a real Slurm and a real Grid Engine: the same bytes, and nothing lost or done twice on the way."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +19,15 @@ from wsiflow import executor
 from wsiflow.executor import ExecutorParams, Outcome, Slice, jobs
 
 CONF = Path(__file__).parents[1] / "conf/executor"
-# An element of quick work needs none of what a command of wsiflow imports.
-ELEMENT = "import sys, pathlib; from wsiflow.executor import element; sys.exit(element.run(pathlib.Path(sys.argv[1])))"
 QUICK = {"poll_s": 0.3, "grace_s": 1.0, "memory_mb": 200, "memory_limit_mb": 700, "minutes": 5, "minutes_limit": 8}
-HARD = {"dataset.limit": 3, "shard_slides": 3, "tiles.group_tiles": 9, "executor.slice_s": 3}
+# One slide in many groups, an element each: more than an array may have here.
+CUT = ["dataset.limit=1", "tiles=patch", "tiles.group_tiles=12", "executor.slice_s=0", "dense.windows=0"]
 
 
 def settings(name: str, **changed: Any) -> ExecutorParams:
     """Return a scheduler's settings as shipped, but quick."""
     values = yaml.safe_load((CONF / f"{name}_array.yaml").read_text())
-    values["array"] |= {**QUICK, "command": [sys.executable, "-c", ELEMENT], **changed}
+    values["array"] |= {**QUICK, **changed}
     return ExecutorParams.model_validate(values)
 
 
@@ -43,6 +41,12 @@ def scheduler(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 def slurm_here(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Slurm is what the process now speaks to."""
     return use("slurm", request, monkeypatch)
+
+
+@pytest.fixture
+def sge_here(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Grid Engine is what the process now speaks to."""
+    return use("sge", request, monkeypatch)
 
 
 def use(name: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
@@ -134,9 +138,9 @@ def test_a_killed_element_is_retried_with_more_memory_and_its_neighbours_are_not
     assert len(natives) == 5, "three elements, and two more"
 
 
-def test_arrays_are_cut_under_the_limit_and_the_window(scheduler: str, tmp_path: Path) -> None:
+def test_arrays_are_cut_under_the_limit_and_the_window(slurm_here: str, tmp_path: Path) -> None:
     """Twelve elements where arrays have at most five and the queue takes six: none is submitted twice."""
-    outcomes = run(settings(scheduler, window=6), told(tmp_path), pairs(24))
+    outcomes = run(settings(slurm_here, window=6), told(tmp_path), pairs(24))
     assert squares(outcomes) == {task: task**2 for task in range(24)}
     sizes = [line["elements"] for line in events(tmp_path, "intent")]
     assert sum(sizes) == 12
@@ -165,6 +169,7 @@ def test_a_requeued_element_goes_on(slurm_here: str, tmp_path: Path) -> None:
     call("scontrol", "update", f"jobid={job['job']}_0", "starttime=now")  # else two minutes
     outcomes = running.end()
     assert squares(outcomes) == {0: 0, 1: 1, 2: 4}
+    assert [(outcome.task, outcome.usage["exit_class"]) for outcome in outcomes if outcome.retried] == [(1, "node")]
     assert submitted(tmp_path, "predict") == [0, 1, 2]
 
 
@@ -220,7 +225,7 @@ def test_a_run_is_cancelled_from_its_folder(scheduler: str, tmp_path: Path, capf
     told(tmp_path, sleep={"0": 60})
     driver = drive(settings(scheduler), tmp_path, 8)
     wait_for(began(tmp_path, 0))
-    from flows.run import main
+    from flows.__main__ import main
 
     assert main(["cancel", str(tmp_path)]) == 0
     assert driver.wait(10) == -signal.SIGTERM
@@ -250,8 +255,17 @@ def test_without_a_scheduler_the_run_says_what_is_absent(tmp_path: Path, monkeyp
 
 
 def line(manifest: Path, out: Path, *more: str) -> list[str]:
-    hard = [f"{key}={value}" for key, value in HARD.items()]
-    return ["dataset=manifest", f"dataset.manifest={manifest}", f"out={out}", *COARSE, *hard, *more]
+    return ["dataset=manifest", f"dataset.manifest={manifest}", f"out={out}", *COARSE, *CUT, *more]
+
+
+def on(scheduler: str) -> list[str]:
+    values = {"poll_s": 0.5, "grace_s": 20, "memory_mb": 900}
+    return [f"executor={scheduler}_array", *(f"executor.array.{key}={value}" for key, value in values.items())]
+
+
+def published(out: Path) -> dict[str, str]:
+    """Return the digests of everything but what arrays need on the way."""
+    return {name: digest for name, digest in digests(out).items() if not name.startswith(("arrays", "logs", "jobs"))}
 
 
 @pytest.fixture(scope="module")
@@ -262,29 +276,30 @@ def expected(small_slides: Path, tmp_path_factory: pytest.TempPathFactory) -> di
     return published(out)
 
 
-def published(out: Path) -> dict[str, str]:
-    return {name: digest for name, digest in digests(out).items() if not name.startswith(("arrays", "logs", "jobs"))}
-
-
-def on(name: str) -> Iterator[str]:
-    yield f"executor={name}_array"
-    yield from (
-        f"executor.array.{key}={value}" for key, value in {"poll_s": 0.5, "grace_s": 20, "memory_mb": 900}.items()
-    )
-
-
-def test_the_line_on_a_scheduler_publishes_the_same_bytes(
-    scheduler: str, small_slides: Path, expected: dict[str, str], tmp_path: Path
-) -> None:
-    """Every stage as arrays, cut under the site's limit, the driver killed in the middle: bytes as in one process."""
-    out = tmp_path / "run"
-    command = [sys.executable, "-m", "wsiflow.flows", "run", *line(small_slides, out, *on(scheduler))]
-    driver = subprocess.Popen(command, env=os.environ)
-    wait_for(lambda: any(e["name"].startswith("predict") for e in events(out, "job")), 120)
-    driver.send_signal(signal.SIGKILL)
-    driver.wait()
-    assert subprocess.run(command, env=os.environ, check=False).returncode == 0
+def check_line(out: Path, expected: dict[str, str]) -> None:
     assert published(out) == expected
     predicted = submitted(out, "predict")
-    assert sorted(set(predicted)) == predicted, "no group was submitted twice"
-    assert max(line["elements"] for line in events(out, "intent")) == 5
+    assert predicted == list(range(len(predicted))), "every group was submitted once"
+    assert max(found["elements"] for found in events(out, "intent")) == 5 < len(predicted)
+
+
+def test_the_line_publishes_the_same_bytes_through_arrays(
+    sge_here: str, small_slides: Path, expected: dict[str, str], tmp_path: Path
+) -> None:
+    """Every stage as arrays of Grid Engine, cut under the site's limit: the bytes of the run in one process."""
+    assert wsiflow(*line(small_slides, tmp_path / "run", *on(sge_here))) == 0
+    check_line(tmp_path / "run", expected)
+
+
+def test_the_line_killed_in_the_middle_publishes_the_same_bytes(
+    slurm_here: str, small_slides: Path, expected: dict[str, str], tmp_path: Path
+) -> None:
+    """Every stage as arrays of Slurm, the driver killed while it predicts and started again: likewise."""
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "wsiflow.flows", "run", *line(small_slides, out, *on(slurm_here))]
+    driver = subprocess.Popen(command)
+    wait_for(lambda: any(found["name"].startswith("predict") for found in events(out, "job")), 120)
+    driver.send_signal(signal.SIGKILL)
+    driver.wait()
+    assert subprocess.run(command, check=False).returncode == 0
+    check_line(out, expected)

@@ -2,13 +2,12 @@
 # Ends the daemons that slurm_up.sh FOLDER started, by the process ids they left there.
 set -uo pipefail
 base=${1:?name a folder}
-for file in "$base"/{slurmd,slurmctld,munged}.pid; do
-  pid=$(cat "$file" 2>/dev/null) || continue
-  kill "$pid" 2>/dev/null || continue
+pids=$(cat "$base"/{slurmd,slurmctld,munged}.pid 2>/dev/null)
+for signal in TERM KILL; do # nothing is kept: two seconds to end by themselves will do
+  for pid in $pids; do kill -s $signal "$pid" 2>/dev/null; done
   for _ in $(seq 20); do
-    [ -d "/proc/$pid" ] || continue 2
+    kill -0 $pids 2>/dev/null || exit 0
     sleep 0.1
   done
-  kill -KILL "$pid" 2>/dev/null # nothing is kept: no need to wait for it to tell the others
 done
 exit 0

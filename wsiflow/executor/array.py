@@ -74,7 +74,7 @@ class ArrayJobs:
         """Note who runs the line, and count what an earlier driver left in the queue.
 
         Raises:
-            EnvironmentFault: There is no such scheduler here.
+            EnvironmentFault: The scheduler does not answer, or is not here.
         """
         left = self._log.read().jobs
         (self._root / FOLDER).mkdir(parents=True, exist_ok=True)
@@ -108,8 +108,10 @@ class ArrayJobs:
     def _take_over(self, names: Sequence[str]) -> None:
         """Find the live elements of arrays that an earlier driver left."""
         self._queue.hold((Place(name, -1) for name in names), finished=False)
-        while (places := self._queue.look().places) is None:
-            pass
+        places = self._queue.look().places
+        if places is None:
+            cause = f"{self._dialect.name} does not answer, and arrays of an earlier start may still be in its queue"
+            raise EnvironmentFault(cause, "run again when it does", path=self._log.path)
         self._queue.release(Place(name, -1) for name in names)
         alive = {place: seen for place, seen in places.items() if self._dialect.is_alive(seen.state)}
         self._queue.hold(alive, finished=True)  # they count, though nobody may want their tasks
@@ -195,6 +197,8 @@ class ArrayJobs:
         self._log.append("intent", name=name, **told, **request, elements=len(pieces), tasks=tasks)
         job = self._send(name, len(pieces), request)
         self._log.append("job", name=name, job=job)
+        if self._log.read().cancelled:  # whoever cancelled may have looked before it was in the queue
+            jobs.drop(self._dialect, [self._dialect.whole.format(job=job)])
         return Array(self._root, name, job, table)
 
     def _send(self, name: str, size: int, request: Mapping[str, int]) -> str:

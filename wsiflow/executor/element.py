@@ -1,16 +1,17 @@
 """What one element of an array job does: find its slice in the table by its index, and note how each task ended.
 
 The table is ``arrays/<name>.json`` in the run's folder, published before the array was submitted. Each attempt of an
-element writes one file of JSON lines, ``arrays/<name>/<index>.<id>.jsonl``: who it is, then for each task a line before
-it begins and one with its outcome, each on disk before the next thing happens, so that what a killed element finished
-is known. An element may run again at any time (requeued, or thought lost): tasks that are published are no-ops.
+element writes one file of JSON lines, ``arrays/<name>/<index>.<time>.jsonl``, named so that later attempts sort behind
+earlier ones: who it is, then for each task a line before it begins and one with its outcome, each on disk before the
+next thing happens, so that what a killed element finished is known. An element may run again at any time (requeued, or
+thought lost): tasks that are published are no-ops.
 """
 
 import importlib
 import json
 import os
 import sys
-import uuid
+import time
 from pathlib import Path
 from typing import IO, Any
 
@@ -45,7 +46,7 @@ def run(table: Path) -> int:
         return 0
     limit_threads(made["threads"])  # before anything imports torch
     lo, hi = made["slices"][place]
-    with (table.with_suffix("") / f"{index}.{uuid.uuid4().hex}.jsonl").open("x", encoding="utf-8") as stream:
+    with (table.with_suffix("") / f"{index}.{time.time_ns()}.jsonl").open("x", encoding="utf-8") as stream:
         _note(stream, {"started": now(), **identity()})
         work = resolve(made["work"])
         _note(stream, {"begun": lo})

@@ -142,8 +142,12 @@ class Element:
         return bool(self._files)
 
     def read(self, files: Iterable[Path]) -> Iterator[Outcome]:
-        """Yield what the element's files have to say that is new."""
-        for path in files:
+        """Yield what the element's files have to say that is new, and the attempt that ended with each but the last."""
+        for path in sorted(files):
+            at = self.under_way()
+            if path not in self._files and at is not None:  # taken off its node, and begun again
+                usage = {**self.about(), "exit_class": "node"}
+                yield Outcome(at, None, executed=True, exit_code=30, usage=usage, retried=True)
             offset, about, begun = self._files.get(path, (0, {}, None))
             with path.open("rb") as stream:
                 stream.seek(offset)
@@ -173,7 +177,7 @@ class Element:
 
     def _latest(self) -> tuple[int, dict[str, Any], int | None]:
         """Return how far the latest attempt's file was read, who wrote it, and the task it was at."""
-        return max(self._files.values(), key=lambda file: str(file[1].get("started", "")), default=(0, {}, None))
+        return self._files[max(self._files)] if self._files else (0, {}, None)
 
 
 class Array:
