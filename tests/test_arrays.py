@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 from array_work import work
-from test_line import COARSE, digests, wsiflow
+from test_line import COARSE, digests, rows, wsiflow
 
 from wsiflow import executor
 from wsiflow.executor import ExecutorParams, Outcome, Slice, jobs
@@ -218,6 +218,7 @@ def test_a_killed_driver_takes_its_arrays_up_again(scheduler: str, tmp_path: Pat
     assert drive(params, tmp_path, 8).wait(60) == 0
     assert json.loads((tmp_path / "ended").read_text()) == list(range(8))
     assert submitted(tmp_path, "predict") == list(range(8))
+    assert not jobs.JobLog(tmp_path).read().jobs
 
 
 def test_a_run_is_cancelled_from_its_folder(scheduler: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -281,6 +282,8 @@ def check_line(out: Path, expected: dict[str, str]) -> None:
     predicted = submitted(out, "predict")
     assert predicted == list(range(len(predicted))), "every group was submitted once"
     assert max(found["elements"] for found in events(out, "intent")) == 5 < len(predicted)
+    traced = {row["group"]: row["native_id"] for row in rows(out / "trace.csv") if row["stage"] == "predict"}
+    assert len(traced) == len(set(traced.values())) == len(predicted), "each in an element of its own, all heard of"
 
 
 def test_the_line_publishes_the_same_bytes_through_arrays(

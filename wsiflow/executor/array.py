@@ -66,7 +66,8 @@ class ArrayJobs:
         self._params, self._dialect, self._root = params, params.dialect, root.resolve()
         self._workers, self._threads = workers, threads
         self._log, self._queue = JobLog(self._root), Queue(params)
-        self._left: dict[str, Array] = {}
+        self._left: dict[str, Array] = {}  # with elements in the queue
+        self._past: dict[str, Array] = {}  # whose notes no driver may have read to the end
         self._lock = threading.Lock()
         self._longest = params.limit or 0
 
@@ -81,7 +82,7 @@ class ArrayJobs:
         publish.write_view(self._root, _SCRIPT, element.SCRIPT.encode())
         self._log.append("driver", **jobs.identity(), dialect=self._dialect.model_dump(mode="json"))
         if left:
-            self._take_over([job.name for job in left])
+            self._take_over(left)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_exc: object) -> None:
@@ -93,6 +94,7 @@ class ArrayJobs:
     def run(self, work: Work, source: Path, stage: str, slices: Sequence[Slice]) -> Iterator[Outcome]:
         """Run the slices in arrays under the scheduler's limit, and yield outcomes as elements note them."""
         batch = self._begin({"work": element.dotted(work), "source": source.name, "stage": stage}, slices)
+        yield from self._recall(batch.told)
         try:
             while batch.wanted:
                 if batch.waiting and self._log.read().cancelled:
@@ -105,23 +107,35 @@ class ArrayJobs:
             for array in batch.arrays:
                 self._close(array, array.open)
 
-    def _take_over(self, names: Sequence[str]) -> None:
-        """Find the live elements of arrays that an earlier driver left."""
-        self._queue.hold((Place(name, -1) for name in names), finished=False)
+    def _take_over(self, left: Sequence[jobs.Job]) -> None:
+        """Find the arrays that an earlier driver left, and which of their elements live."""
+        self._queue.hold((Place(job.name, -1) for job in left), finished=False)
         places = self._queue.look().places
         if places is None:
             cause = f"{self._dialect.name} does not answer, and arrays of an earlier start may still be in its queue"
             raise EnvironmentFault(cause, "run again when it does", path=self._log.path)
-        self._queue.release(Place(name, -1) for name in names)
+        self._queue.release(Place(job.name, -1) for job in left)
         alive = {place: seen for place, seen in places.items() if self._dialect.is_alive(seen.state)}
         self._queue.hold(alive, finished=True)  # they count, though nobody may want their tasks
         ids = {place.name: seen.job for place, seen in alive.items()}
-        for name in names:
+        for name, job in left:
+            table = json.loads((self._root / FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+            self._past[name] = Array(self._root, name, ids.get(name, job), table)
             if name in ids:
-                table = json.loads((self._root / FOLDER / f"{name}.json").read_text(encoding="utf-8"))
-                self._left[name] = Array(self._root, name, ids[name], table)
-            else:
-                self._log.append("ended", name=name)
+                self._left[name] = self._past[name]
+
+    def _recall(self, told: Mapping[str, str]) -> Iterator[Outcome]:
+        """Yield, for the trace alone, what elements noted while no driver was there to read it."""
+        with self._lock:
+            names = [name for name, array in self._past.items() if told.items() <= array.table.items()]
+            arrays = [self._past.pop(name) for name in names]
+        for array in arrays:
+            files = array.files()
+            for one in array.open:
+                for outcome in one.read(files.get(one.place.number, ())):
+                    yield outcome.with_usage(**self._known(array, one))._replace(retried=True)
+            if array.name not in self._left:
+                self._log.append("ended", name=array.name)
 
     def _begin(self, told: Mapping[str, str], slices: Sequence[Slice]) -> Batch:
         """Watch what is in the queue already; the rest waits."""
@@ -243,7 +257,7 @@ class ArrayJobs:
         files = array.files()
         ended = []
         for one in array.open:
-            known = {"submitted": array.table["submitted"], "native_id": self._native(array, one)}
+            known = self._known(array, one)
             for outcome in one.read(files.get(one.place.number, ())):
                 yield from _wanted(batch, outcome.with_usage(**known))
             if one.missing and not self._is_lost(array, one, look):
@@ -260,6 +274,10 @@ class ArrayJobs:
         """Watch elements no more."""
         self._queue.finish(one.place for one in ended)
         array.open = [one for one in array.open if one not in ended]
+
+    def _known(self, array: Array, one: Element) -> dict[str, Any]:
+        """Return what the driver knows of an element's attempts."""
+        return {"submitted": array.table["submitted"], "native_id": self._native(array, one)}
 
     def _native(self, array: Array, one: Element) -> str:
         return self._dialect.native.format(job=array.job, index=one.place.number)
