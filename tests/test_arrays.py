@@ -6,7 +6,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,20 @@ from test_line import COARSE, digests, rows, wsiflow
 
 from wsiflow import executor
 from wsiflow.executor import ExecutorParams, Outcome, Slice, jobs
+from wsiflow.executor.dialect import Dialect, Place, Seen
 
 CONF = Path(__file__).parents[1] / "conf/executor"
 QUICK = {"poll_s": 0.3, "grace_s": 1.0, "memory_mb": 200, "memory_limit_mb": 700, "minutes": 5, "minutes_limit": 8}
 # One slide in many groups, an element each: more than an array may have here.
-CUT = ["dataset.limit=1", "tiles=patch", "tiles.group_tiles=12", "executor.slice_s=0", "dense.windows=0"]
+CUT = [
+    "dataset.limit=1",
+    "inference.precision=fp32",
+    "inference.backend=openvino",
+    "tiles=patch",
+    "tiles.group_tiles=12",
+    "executor.slice_s=0",
+    "dense.windows=0",
+]
 
 
 def settings(name: str, **changed: Any) -> ExecutorParams:
@@ -146,6 +156,31 @@ def test_arrays_are_cut_under_the_limit_and_the_window(slurm_here: str, tmp_path
     assert sum(sizes) == 12
     assert max(sizes) == 5
     assert submitted(tmp_path, "predict") == list(range(24))
+
+
+def test_shards_share_the_window(slurm_here: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three threads feed one executor: all of it is done, and the queue never holds more than the window."""
+    most = []
+    ask = jobs.listing
+
+    def listing(dialect: Dialect, names: Iterable[str]) -> dict[Place, Seen] | None:
+        found = ask(dialect, names)
+        most.append(sum(dialect.is_alive(seen.state) for seen in (found or {}).values()))
+        return found
+
+    monkeypatch.setattr(jobs, "listing", listing)
+    source = told(tmp_path)
+    with (
+        executor.make(settings(slurm_here, window=4), cores=1, root=tmp_path) as pool,
+        ThreadPoolExecutor(3) as threads,
+    ):
+
+        def shard(lo: int) -> list[Outcome]:
+            return list(pool.run(work, source, "predict", [Slice(task, task + 1) for task in range(lo, lo + 4)]))
+
+        outcomes = [outcome for found in threads.map(shard, (0, 4, 8)) for outcome in found]
+    assert squares(outcomes) == {task: task**2 for task in range(12)}
+    assert 1 < max(most) <= 4
 
 
 def test_an_element_that_never_begins_is_given_up_with_its_log(slurm_here: str, tmp_path: Path) -> None:

@@ -274,6 +274,27 @@ def test_every_slice_is_in_one_array_and_no_index_over_the_cap(
     assert all(0 < len(taken) <= limit for taken in arrays)
 
 
+@pytest.mark.parametrize(
+    ("causes", "asked"),
+    [
+        ([], (4000, 60)),
+        (["memory"], (8000, 60)),
+        (["time", "memory"], (8000, 120)),
+        (["killed", "node", "lost"], (4000, 60)),
+        (["memory"] * 5, (32000, 60)),
+        (["time"] * 6, (4000, 1440)),
+    ],
+)
+def test_what_was_too_little_is_doubled_up_to_the_limit(causes: list[str], asked: tuple[int, int]) -> None:
+    """Memory after memory, time after time, nothing after what more of them would not have mended."""
+    pool = ArrayJobs(params("slurm"), root=Path("/nowhere"), workers=0, threads=1)
+    tries = Tries()
+    for cause in causes:
+        tries = tries.after(cause, alone=True)
+    assert tries.lost == len(causes)
+    assert pool._request(tries) == {"memory_mb": asked[0], "minutes": asked[1]}
+
+
 def test_a_torn_line_is_as_if_it_had_not_been_written(tmp_path: Path) -> None:
     """A driver killed in the middle of a line spoils neither that line's neighbours nor the next one."""
     log = jobs.JobLog(tmp_path)

@@ -4,9 +4,10 @@
 set -euo pipefail
 PATH=$PATH:/usr/sbin:/sbin
 
+there() { for command in "$@"; do command -v "$command" >/dev/null || return 1; done; }
 wanted=()
-command -v slurmctld slurmd munged >/dev/null || wanted+=(slurm-wlm munge)
-command -v sge_qmaster sge_execd qconf >/dev/null || wanted+=(gridengine-master gridengine-exec gridengine-client)
+there slurmctld slurmd munged sbatch || wanted+=(slurm-wlm munge)
+there sge_qmaster sge_execd qsub || wanted+=(gridengine-master gridengine-exec gridengine-client)
 ((${#wanted[@]})) || exit 0
 if ((EUID)) || ! command -v apt-get >/dev/null; then
   echo "no schedulers: ${wanted[*]} can only be installed by root, on Debian"
