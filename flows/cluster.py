@@ -74,7 +74,7 @@ def _local(workers: int, scratch: str) -> dict[str, Any]:
         "threads_per_worker": 1,
         "host": "127.0.0.1",
         "security": True,  # whoever can talk to a scheduler can run what they like: no other user of the machine may
-        "dashboard_address": None,
+        "dashboard_address": "127.0.0.1:0",
         "local_directory": scratch,
         "silence_logs": logging.CRITICAL,
     }

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from dask import config
 from distributed import Client, LocalCluster
+from slice_work import die_at_7, square, tell_pid_and_wait
 from test_line import COARSE, digests, over, wsiflow
 
 from flows.cluster import cluster
@@ -22,26 +23,6 @@ from wsiflow.errors import EnvironmentFault, InputError
 from wsiflow.executor import DaskParams, Executor, ExecutorParams, Outcome, Slice
 
 HERE = Path(__file__)
-
-
-def square(_source: Path, _stage: str, lo: int, hi: int) -> Iterator[Outcome]:
-    for index in range(lo, hi):
-        yield Outcome(index, {"square": index**2, "threads": os.environ["OMP_NUM_THREADS"]}, executed=True)
-
-
-def die_at_7(source: Path, stage: str, lo: int, hi: int) -> Iterator[Outcome]:
-    for index in range(lo, hi):
-        if index == 7:
-            os._exit(9)
-        yield from square(source, stage, index, index + 1)
-
-
-def tell_pid_and_wait(folder: Path, _stage: str, lo: int, hi: int) -> Iterator[Outcome]:
-    for index in range(lo, hi):
-        with (folder / f"{index}").open("a") as told:
-            told.write(f"{os.getpid()}\n")
-        time.sleep(0.4)
-        yield Outcome(index, {}, executed=True)
 
 
 def slices(count: int, each: int = 1) -> list[Slice]:
@@ -184,7 +165,9 @@ def test_a_scheduler_that_ends_is_one_clear_error(tmp_path: Path) -> None:
 
 
 def test_what_does_not_start_is_named() -> None:
-    """A class that does not exist, keywords it does not take, an address where nobody answers."""
+    """A class that does not exist, keywords it does not take, an address where nobody answers, or beside a class."""
+    with pytest.raises(ValueError, match="what starts one must be empty"):
+        DaskParams(address="tcp://127.0.0.1:9", cluster="distributed.LocalCluster")
     with (
         pytest.raises(InputError, match=r"executor\.dask\.cluster is distributed\.Nowhere"),
         dask(params(cluster="distributed.Nowhere")),
@@ -231,5 +214,6 @@ def test_slurm_jobs_do_not_change_a_byte(
         names = {row["native_id"] for row in csv.DictReader(stream)}
     assert names == {"SLURMCluster-0", "SLURMCluster-1"}
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    assert list((out / ".attempts").iterdir()) == [], "no certificate is left"
     queue = subprocess.run(["squeue", "-h", "-t", "PD,R"], env=env, capture_output=True, text=True, check=True)
     assert queue.stdout == ""

@@ -6,6 +6,7 @@ one by itself; a slice that was there at too many deaths is given up by Dask, an
 a time, so that the one that kills its worker fails alone.
 """
 
+import itertools
 import threading
 import time
 import uuid
@@ -120,11 +121,12 @@ class Dask:
         waiting = deque(_Flight(part, 1, "") for part in slices)
         flying: dict[Future[list[Outcome]], _Flight] = {}
         landed: deque[Future[list[Outcome]]] = deque()
+        rank = itertools.count()
         try:
             while waiting or flying:
                 for _ in range(self._places(len(waiting), landed)):
                     flight = waiting.popleft()._replace(submitted=now())
-                    future = self._submit(call, flight, priority - len(flying))
+                    future = self._submit(call, flight, priority - next(rank))
                     flying[future] = flight
                     future.add_done_callback(partial(self._land, landed))  # type: ignore[no-untyped-call]
                 while landed:
