@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import mlflow
-from test_flows import environment
+from serving import environment
 from test_line import over
 
 from flows import run as command
