@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from flows.cluster import cluster
 
 from benchmarks.measuring import Table, arguments, finish, machine, say, significant
+from flows.cluster import cluster
 from flows.run import compose_config
 from wsiflow import executor, ingest, plan, publish, shards
 from wsiflow.dataset import Case, read_manifest
@@ -205,7 +205,7 @@ def _slices(folder: Path, size: Size) -> tuple[dict[str, Any], Table]:
         plan_path = ingest.make_plan(*_ingested(root, slides))
         params = compose_config([f"executor={kind}", "executor.workers=2", f"out={root}", "tracking=off"]).executor
         with (
-            cluster(params) as client,
+            cluster(params, cores=2) as client,
             executor.make(params, cores=allocated_cores(), root=root, client=client) as pool,
         ):
             shards.advance(_Idle(pool), plan_path, "stitch", shards.Progress((0,)), 0.0)  # workers are up
