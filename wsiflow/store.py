@@ -18,6 +18,10 @@ likewise for tiles.
 Files are made once, in one go, by one writer, with a checksum on every chunk (fletcher32) and on the structure
 (``libver`` v110), so that damage is an error on reading and never other pixels. Files are only ever opened with mode
 ``x`` or ``r``.
+
+Where things lie in a file follows from the order in which they are written to disk, which HDF5 leaves to when a data
+set is closed, and Python to when nobody holds it: a profiler's thread may. Data sets are therefore flushed as they are
+made, so that the same content is the same bytes.
 """
 
 import contextlib
@@ -121,6 +125,7 @@ class PatchWriter:
         for i, (pixels, share) in enumerate(blocks):
             img[i] = pixels
             shares.append(share)
+        img.flush()
         return shares
 
     def _add_stream(self, group: h5py.Group, _n: int, blocks: Iterator[Pixels]) -> list[float]:
@@ -135,6 +140,7 @@ class PatchWriter:
             img[offset[-2] :] = data
             shares.append(share)
             size.append(pixels.shape[:2])
+        img.flush()
         _table(group, "offset", np.array(offset, dtype=np.int64))
         _table(group, "size", np.array(size, dtype=np.int64))
         return shares
@@ -230,7 +236,7 @@ def write_predictions(
     """Write the scores of one group: ``prob`` float32 (n, m, m) and ``coord`` int64 (n, 5)."""
     with h5py.File(path, "x", libver=("v110", "v110")) as file:
         _describe(file, frame, facts)
-        file.create_dataset("prob", data=prob, chunks=prob.shape, fletcher32=True, fillvalue=np.nan)
+        file.create_dataset("prob", data=prob, chunks=prob.shape, fletcher32=True, fillvalue=np.nan).flush()
         _table(file, "coord", coord)
 
 
@@ -271,4 +277,4 @@ def _describe(file: h5py.File, frame: Frame, facts: Mapping[str, Any]) -> None:
 
 
 def _table(parent: h5py.Group, name: str, values: NDArray[Any]) -> None:
-    parent.create_dataset(name, data=values, chunks=values.shape, fletcher32=True)
+    parent.create_dataset(name, data=values, chunks=values.shape, fletcher32=True).flush()
