@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ EXECUTORS = {
     "slurm": ["executor=slurm_array", *QUICK],
     "sge": ["executor=sge_array", *QUICK],
 }
+NATIVE_IDS = {"process": "", "dask": "[01]", "slurm": r"\d+_\d", "sge": r"\d+\.\d"}
 # Where and when something ran, and nothing of what came out.
 OF_THE_WAY = ("arrays", "logs", "jobs")
 OF_THE_LEDGER = ("slide_id", "status", "reason", "n_tiles", "n_groups")
@@ -44,6 +46,11 @@ def tasks(out: Path) -> list[str]:
         return sorted(row["task"] for row in csv.DictReader(stream) if row["stage"] != "measure")
 
 
+def native_ids(out: Path) -> set[str]:
+    with (out / "trace.csv").open(newline="") as stream:
+        return {row["native_id"] for row in csv.DictReader(stream)}
+
+
 @pytest.fixture(scope="module")
 def inline(small_slides: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of the run without workers."""
@@ -63,6 +70,8 @@ def test_the_executor_does_not_change_a_byte(
     if kind in {"slurm", "sge"}:
         for name, value in request.getfixturevalue(kind).items():
             monkeypatch.setenv(name, value)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
     out = run(small_slides, tmp_path / "run", *EXECUTORS[kind])
     mine, theirs = published(out), published(inline)
     assert mine.keys() == theirs.keys()
@@ -70,4 +79,6 @@ def test_the_executor_does_not_change_a_byte(
     assert ledger(out) == ledger(inline)
     assert tasks(out) == tasks(inline)
     assert len(tasks(out)) > 40
+    assert all(re.fullmatch(NATIVE_IDS[kind], found) for found in native_ids(out))
+    assert list((tmp_path / "here").iterdir()) == [], "nothing is left where the command was given"
     assert any(task.startswith("extract") and task.endswith(" 2") for task in tasks(out)), "a slide in several parts"

@@ -129,15 +129,6 @@ def test_windows_strips_and_patches_give_the_same_scores(
         np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
-def test_processes_and_groups_do_not_change_a_byte(small_slides: Path, finished: Path, tmp_path: Path) -> None:
-    """Two worker processes publish the same bytes as one process without workers."""
-    assert wsiflow(*over(small_slides, tmp_path / "run", "executor=process", "executor.workers=2")) == 0
-    mine, theirs = digests(tmp_path / "run"), digests(finished)
-    assert mine.keys() == theirs.keys()
-    differing = {name for name in mine if mine[name] != theirs[name]}
-    assert differing == set()
-
-
 def test_another_split_into_groups_gives_the_same_bits(small_slides: Path, finished: Path, tmp_path: Path) -> None:
     """A block's scores do not depend on the group it is predicted in, nor on what was predicted before it."""
     assert wsiflow(*over(small_slides, tmp_path / "run", "tiles.group_tiles=9")) == 0
