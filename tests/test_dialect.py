@@ -219,7 +219,7 @@ def test_a_pattern_that_is_none_is_refused() -> None:
     with pytest.raises(ValueError, match="unterminated"):
         type(params("slurm").dialect).model_validate({**values, "alive": "(RUNNING"})
     with pytest.raises(ValueError, match="are no causes"):
-        type(params("slurm").dialect).model_validate({**values, "causes": {"memroy": "x"}})
+        type(params("slurm").dialect).model_validate({**values, "causes": {"magic": "x"}})
 
 
 def test_lists_are_spliced() -> None:
