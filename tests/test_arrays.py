@@ -201,6 +201,7 @@ def test_a_requeued_element_goes_on(slurm_here: str, tmp_path: Path) -> None:
     (job,) = events(tmp_path, "job")
     call("scontrol", "requeue", f"{job['job']}_0")
     wait_for(lambda: "PENDING" in call("squeue", "-h", "-o", "%T", "-j", job["job"]))
+    time.sleep(2)  # Slurm does not launch a job again in the second in which it was stopped
     call("scontrol", "update", f"jobid={job['job']}_0", "starttime=now")  # else two minutes
     outcomes = running.end()
     assert squares(outcomes) == {0: 0, 1: 1, 2: 4}
