@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from flows import run as command
-from wsiflow import pyramid, store
+from wsiflow import executor, ingest, plan, pyramid, scoring, shards, store
 from wsiflow.model.card import ModelSpec
 
 COARSE = [
@@ -241,3 +241,15 @@ def test_the_certificate_is_part_of_every_dense_run(finished: Path) -> None:
     listed = rows(finished / "evaluation/certificates.csv")
     assert {row["slide_id"] for row in listed} == {row["slide_id"] for row in rows(finished / "process_list.csv")}
     assert sum(int(row["n"]) for row in listed) == summary["dense.n"] > 6 * 30
+
+
+def test_the_plan_names_the_workers_kind_of_machine(small_slides: Path, tmp_path: Path, monkeypatch) -> None:
+    """Whoever submits may have another processor than those who compute: theirs is in every key."""
+    config = command.compose_config([*over(small_slides, tmp_path / "run"), "dataset.limit=1"])
+    cases = shards.begin(config)
+    with executor.make(config.executor, cores=1, root=config.out) as pool:
+        with monkeypatch.context() as elsewhere:
+            elsewhere.setattr(scoring, "numeric_class", lambda: {"isa": "of the nodes"})
+            shards.choose(pool, cases)
+        made = plan.read(ingest.make_plan(cases, shards.ingest_shard(pool, cases, [0])))
+    assert made.settings["predict"]["numeric_class"] == {"isa": "of the nodes"}

@@ -21,7 +21,7 @@ from wsiflow.dataset import Case
 from wsiflow.errors import InputError
 from wsiflow.executor import Outcome
 from wsiflow.geometry import Frame
-from wsiflow.model import card, threads
+from wsiflow.model import card
 from wsiflow.model.choice import Choice
 from wsiflow.plan import Plan, SlidePlan
 from wsiflow.provenance import facts, versions
@@ -90,6 +90,17 @@ def ingest(source: Path, index: int) -> tuple[publish.Receipt, bool]:
     return attempt.receipt, True
 
 
+def is_chosen(source: Path) -> bool:
+    """Tell whether it is settled how the run computes scores."""
+    return publish.read_receipt(source.parent, choice_name(read_cases(source)[0])) is not None
+
+
+def is_ingested(source: Path, index: int) -> bool:
+    """Tell whether a case's record is published."""
+    _, cases = read_cases(source)
+    return publish.read_receipt(source.parent, f"tissue/{cases[index].slide_id}.json") is not None
+
+
 def check_model(config: RunConfig) -> None:
     """Read the model's card and hash its weights before any slide is opened; see that windows fit into blocks.
 
@@ -105,12 +116,13 @@ def check_model(config: RunConfig) -> None:
 
 
 def choice_key(config: RunConfig) -> str:
-    """Return what identifies how scores are computed: model, machine, and what the configuration asks for."""
+    """Return what identifies how scores are computed: the model, and what the configuration asks for.
+
+    The machine is that of the worker who settles it: the one that asks may be of another kind.
+    """
     asked = {name: getattr(config, name).model_dump() for name in ("inference", "tiles", "geometry")}
     asked["dense"] = config.dense.model_dump(exclude={"windows", "tolerance"})
-    return publish.key_of(
-        asked=asked, model=card.identity(_card(config.model)), machine=threads.numeric_class(config.executor.threads)
-    )
+    return publish.key_of(asked=asked, model=card.identity(_card(config.model)), threads=config.executor.threads)
 
 
 def choice_name(config: RunConfig) -> str:
@@ -268,7 +280,7 @@ def make_plan(source: Path, outcomes: Sequence[Outcome]) -> Path:
             "stain": config.stain.model_dump(),
             "store_loss": config.store.loss,
             "pixels": {name: found for name, found in versions().items() if name in _PIXEL_LIBRARIES},
-            "numeric_class": threads.numeric_class(config.executor.threads),
+            "numeric_class": settled["numeric_class"],
         },
         "certificate": {"windows": config.dense.windows},
         "lesions": config.lesions.model_dump(),

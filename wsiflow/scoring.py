@@ -44,6 +44,7 @@ def choose(source: Path, _index: int) -> tuple[publish.Receipt, bool]:
             attempt.path.write_bytes((root / name).read_bytes())
         else:
             settled = settle.settle(_classifier(config.model), config, threads=thread_count())
+            settled["numeric_class"] = numeric_class()
             attempt.path.write_text(json.dumps(settled, indent=1, sort_keys=True), encoding="utf-8")
     return attempt.receipt, True
 

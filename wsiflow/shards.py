@@ -102,7 +102,8 @@ def choose(pool: Executor, cases: Path) -> str:
     Raises:
         WsiflowError: The network or the machine cannot do what is asked for.
     """
-    _once(pool, cases, "choose")
+    if not ingest.is_chosen(cases):
+        _once(pool, cases, "choose")
     return ingest.surprise(cases)
 
 
@@ -168,11 +169,11 @@ def slide_sizes(plan_path: Path) -> list[int]:
 def ingest_shard(pool: Executor, cases: Path, shard: Sequence[int]) -> list[Outcome]:
     """Ingest the cases of a shard."""
     config, found = ingest.read_cases(cases)
-    costs = schedule.ROUGH
-    tasks = sorted(shard)
-    seconds = [costs.task_s("ingest", 0)] * len(tasks)
+    tasks = [index for index in sorted(shard) if not ingest.is_ingested(cases, index)]
+    seconds = [schedule.ROUGH.task_s("ingest", 0)] * len(tasks)
     cuts = schedule.slices(tasks, seconds, target_s=config.executor.slice_s)
-    outcomes = []
+    # To see that a slide is still the one whose record is there takes no worker.
+    outcomes = [steps.run_task(cases, "ingest", index) for index in set(shard) - set(tasks)]
     for outcome in pool.run(steps.run_slice, cases, "ingest", [Slice(*span) for span in cuts]):
         trace.note(cases.parent, "ingest", found[outcome.task].slide_id, 0, outcome)
         if not outcome.retried:
