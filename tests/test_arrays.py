@@ -22,6 +22,7 @@ from wsiflow.executor.dialect import Dialect, Place, Seen
 
 CONF = Path(__file__).parents[1] / "conf/executor"
 QUICK = {"poll_s": 0.3, "grace_s": 1.0, "memory_mb": 200, "memory_limit_mb": 700, "minutes": 5, "minutes_limit": 8}
+SLURM = ["executor=slurm_array", *(f"executor.array.{it}" for it in ("poll_s=0.5", "grace_s=20", "memory_mb=900"))]
 # One slide in many groups, an element each: more than an array may have here.
 CUT = [
     "dataset.limit=1",
@@ -51,12 +52,6 @@ def scheduler(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 def slurm_here(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Slurm is what the process now speaks to."""
     return use("slurm", request, monkeypatch)
-
-
-@pytest.fixture
-def sge_here(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Grid Engine is what the process now speaks to."""
-    return use("sge", request, monkeypatch)
 
 
 def use(name: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
@@ -295,11 +290,6 @@ def line(manifest: Path, out: Path, *more: str) -> list[str]:
     return ["dataset=manifest", f"dataset.manifest={manifest}", f"out={out}", *COARSE, *CUT, *more]
 
 
-def on(scheduler: str) -> list[str]:
-    values = {"poll_s": 0.5, "grace_s": 20, "memory_mb": 900}
-    return [f"executor={scheduler}_array", *(f"executor.array.{key}={value}" for key, value in values.items())]
-
-
 def published(out: Path) -> dict[str, str]:
     """Return the digests of everything but what arrays need on the way."""
     return {name: digest for name, digest in digests(out).items() if not name.startswith(("arrays", "logs", "jobs"))}
@@ -313,32 +303,20 @@ def expected(small_slides: Path, tmp_path_factory: pytest.TempPathFactory) -> di
     return published(out)
 
 
-def check_line(out: Path, expected: dict[str, str]) -> None:
+def test_the_line_killed_in_the_middle_publishes_the_same_bytes(
+    slurm_here: str, small_slides: Path, expected: dict[str, str], tmp_path: Path
+) -> None:
+    """Every stage as arrays of Slurm, the driver killed while it predicts and started again: likewise."""
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "wsiflow.flows", "run", *line(small_slides, out, *SLURM)]
+    driver = subprocess.Popen(command)
+    wait_for(lambda: any(found["name"].startswith("predict") for found in events(out, "job")), 120)
+    driver.send_signal(signal.SIGKILL)
+    driver.wait()
+    assert subprocess.run(command, check=False).returncode == 0
     assert published(out) == expected
     predicted = submitted(out, "predict")
     assert predicted == list(range(len(predicted))), "every group was submitted once"
     assert max(found["elements"] for found in events(out, "intent")) == 5 < len(predicted)
     traced = {row["group"]: row["native_id"] for row in rows(out / "trace.csv") if row["stage"] == "predict"}
     assert len(traced) == len(set(traced.values())) == len(predicted), "each in an element of its own, all heard of"
-
-
-def test_the_line_publishes_the_same_bytes_through_arrays(
-    sge_here: str, small_slides: Path, expected: dict[str, str], tmp_path: Path
-) -> None:
-    """Every stage as arrays of Grid Engine, cut under the site's limit: the bytes of the run in one process."""
-    assert wsiflow(*line(small_slides, tmp_path / "run", *on(sge_here))) == 0
-    check_line(tmp_path / "run", expected)
-
-
-def test_the_line_killed_in_the_middle_publishes_the_same_bytes(
-    slurm_here: str, small_slides: Path, expected: dict[str, str], tmp_path: Path
-) -> None:
-    """Every stage as arrays of Slurm, the driver killed while it predicts and started again: likewise."""
-    out = tmp_path / "run"
-    command = [sys.executable, "-m", "wsiflow.flows", "run", *line(small_slides, out, *on(slurm_here))]
-    driver = subprocess.Popen(command)
-    wait_for(lambda: any(found["name"].startswith("predict") for found in events(out, "job")), 120)
-    driver.send_signal(signal.SIGKILL)
-    driver.wait()
-    assert subprocess.run(command, check=False).returncode == 0
-    check_line(out, expected)
