@@ -48,7 +48,8 @@ def _part(result: Mapping[str, Any]) -> str:
         f"{about['memory_gb']:.0f} GB, load average at the start {about['load_average'][0]:.1f}; "
         f"Python {about['python']}, {versions}.{quick}"
     )
-    return f"{_joined([Table(**table) for table in result['tables']])}\n\nMeasured {on}"
+    told = "Simulated" if "simulated" in result["tables"][0]["title"] else "Measured"
+    return f"{_joined([Table(**table) for table in result['tables']])}\n\n{told} {on}"
 
 
 def _joined(found: Sequence[Table]) -> str:

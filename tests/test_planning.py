@@ -86,7 +86,7 @@ def test_399_slides_are_planned_from_their_tile_counts(
 ) -> None:
     """CAMELYON16 without its slides: tiles, groups and hours are those of the published counts, in seconds."""
     table, report = shared_data / "camelyon16/tables/patch_counts_dldp.csv", tmp_path / "report.json"
-    arguments = ["--tiles", str(table), "--tissue", "0.12", "--workers", "64,4000", "--scheduler", "sge"]
+    arguments = ["--tiles", str(table), "--tissue", "0.12", "--workers", "64,4000", "--scheduler", "sge", "executor.slice_s=60"]
     assert main(["plan", *arguments, "--json", str(report), "store=none"]) == 0
     told = json.loads(report.read_text())
     assert told["slides"] == 399
@@ -95,7 +95,7 @@ def test_399_slides_are_planned_from_their_tile_counts(
     assert told["core_hours"]["predict"] == pytest.approx(0.067 * told["tiles"] / 3600, rel=0.02)
     few, many = told["forecasts"]
     least_s = sum(told["core_hours"].values()) * 3600 / 64
-    assert least_s < few["makespan_s"] < 1.2 * least_s
+    assert least_s < few["makespan_s"] < 1.35 * least_s
     assert many["makespan_s"] < few["makespan_s"]
     assert "rough" in capsys.readouterr().out
 

@@ -1,0 +1,142 @@
+"""What `wsiflow plan` foretells against what `wsiflow run` takes: 1, 2 and 4 worker processes, one calibration.
+
+Slides of several sizes are planned with ``--calibrate`` once. Then each number of workers has a folder of its own,
+which is planned before it is run, so that the run does the line and nothing else. The makespan is what the trace says:
+from the start of the first task to the end of the last. The forecast is without the start of the workers: by the time
+of the first task they are up, since they have looked at what ingest had done.
+"""
+
+import csv
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks import networks, product
+from benchmarks.measuring import Table, arguments, finish, machine, say, significant
+
+_TOLERANCE = 0.1
+
+
+class Size(NamedTuple):
+    """How much is run: sides of the slides, numbers of workers, rounds."""
+
+    sides_px: tuple[int, ...]
+    workers: tuple[int, ...]
+    rounds: int
+
+
+_QUICK = Size((2048, 2048, 1536), (1, 2), 1)
+_FULL = Size((4096, 4096, 3072, 3072, 2048, 2048), (1, 2, 4), 3)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Foretell, run, compare, and write ``makespan.json``."""
+    given = arguments(__doc__ or "").parse_args(argv)
+    size, about = _QUICK if given.quick else _FULL, machine()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        os.environ["WSIFLOW_CACHE"] = str(folder / "cache")
+        slides = [
+            product.write_slide(folder / f"s{i}.tif", side, seed=i, workers=about["cores"])
+            for i, side in enumerate(size.sides_px)
+        ]
+        manifest = product.write_manifest(folder, slides)
+        card = "pkg:demo.json" if given.quick else str(networks.random_card("googlenet", folder))
+        settings = [*_settings(card, manifest), *(["inference.stride=112"] if given.quick else [])]
+        foretold, costs = _foretell(folder, settings, size.workers)
+        rounds = [
+            {n: _run(folder / f"run-{turn}-{n}", settings, n) for n in size.workers} for turn in range(size.rounds)
+        ]
+    found = {n: _compared(foretold[n], [each[n] for each in rounds]) for n in size.workers}
+    finish(given, "makespan", about, {"costs": costs, "workers": found}, [_table(found)])
+
+
+def _settings(card: str, manifest: Path) -> list[str]:
+    """Return the settings of every run; random weights answer at random, so nothing is refused."""
+    return [
+        "model=card",
+        f"model.card={card}",
+        "dataset=manifest",
+        f"dataset.manifest={manifest}",
+        "inference.precision=fp32",
+        "inference.backend=openvino",
+        "tiles.group_tiles=60",
+        "dense.windows=50",
+        "dense.tolerance=1",
+        "executor=process",
+        "orchestrator=none",
+        "tracking=off",
+        "evaluation.bootstrap=0",
+    ]
+
+
+def _foretell(folder: Path, settings: Sequence[str], workers: Sequence[int]) -> tuple[dict[int, float], dict[str, Any]]:
+    """Return the makespan for each number of workers, from one calibration, and what that measured."""
+    out, report = folder / "calibrated", folder / "report.json"
+    numbers = ",".join(map(str, workers))
+    _command("plan", *settings, f"out={out}", "--calibrate", "--workers", numbers, "--json", str(report))
+    told = json.loads(report.read_text(encoding="utf-8"))
+    costs = json.loads((out / "costs.json").read_text(encoding="utf-8"))
+    forecasts = zip(workers, told["forecasts"], strict=True)
+    return {n: each["makespan_s"] - costs["start_s"] for n, each in forecasts}, costs
+
+
+def _run(out: Path, settings: Sequence[str], workers: int) -> dict[str, float]:
+    """Plan and run, and return the makespan and how busy the machine was before."""
+    more = [f"out={out}", f"executor.workers={workers}"]
+    _command("plan", *settings, *more)
+    load = os.getloadavg()[0]
+    _command("run", *settings, *more)
+    with (out / "trace.csv").open(encoding="utf-8", newline="") as stream:
+        rows = [row for row in csv.DictReader(stream) if row["stage"] not in {"choose", "ingest"}]
+    starts, ends = ([datetime.fromisoformat(row[name]).timestamp() for row in rows] for name in ("start", "end"))
+    found = {"makespan_s": max(ends) - min(starts), "load": load, "busy_s": sum(map(_cpu_s, rows))}
+    say(f"{workers} workers: {found}")
+    return found
+
+
+def _cpu_s(row: dict[str, str]) -> float:
+    return float(row["cpu_user_s"]) + float(row["cpu_sys_s"])
+
+
+def _command(*words: str) -> None:
+    """Run the product's command, quietly unless it fails."""
+    ended = subprocess.run([sys.executable, "-m", "wsiflow.flows", *words], check=False, capture_output=True, text=True)
+    if ended.returncode:
+        sys.exit(f"wsiflow {words[0]} ended with {ended.returncode}: {ended.stderr.strip()}")
+
+
+def _compared(foretold_s: float, rounds: Sequence[dict[str, float]]) -> dict[str, Any]:
+    """Return foretold and measured makespan and their ratio."""
+    measured = statistics.median(each["makespan_s"] for each in rounds)
+    return {"foretold_s": foretold_s, "measured_s": measured, "ratio": foretold_s / measured, "rounds": list(rounds)}
+
+
+def _table(found: dict[int, dict[str, Any]]) -> Table:
+    rows = []
+    for workers, each in found.items():
+        spans = [one["makespan_s"] for one in each["rounds"]]
+        holds = abs(each["ratio"] - 1) <= _TOLERANCE
+        rows.append(
+            [
+                str(workers),
+                f"{each['foretold_s']:.1f}",
+                f"{each['measured_s']:.1f} [{min(spans):.1f} to {max(spans):.1f}]",
+                f"{each['ratio'] - 1:+.1%}",
+                "pass" if holds else "**fail**",
+                " ".join(significant(one["load"], 2) for one in each["rounds"]),
+            ]
+        )
+    columns = ["workers", "foretold, s", "measured, s", "difference", f"within {_TOLERANCE:.0%}", "load average before"]
+    return Table("Makespan, foretold from one calibration and measured", columns, rows)
+
+
+if __name__ == "__main__":
+    main()

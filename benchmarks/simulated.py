@@ -1,0 +1,309 @@
+"""Points of the experiments that are simulated: a cluster, a way to cut the work, and what comes of it.
+
+Input: settings and one value for each axis of an experiment, and a seed. Output: numbers by name. The slides are those
+of CAMELYON16, by the published counts of tiles in their tissue's box (``camelyon16/tables/patch_counts_dldp.csv``),
+times a share that holds tissue. Nothing here is measured; what is taken from measurements says so.
+
+Two kinds of work: ``paper``, 18 years of one core for 399 slides at 12 % tissue, window by window; and ``fp32`` or
+``bf16``, the dense line of wsiflow as measured (``results/line.json``).
+Two schemes: ``reference``, jobs of 7 cores for groups of 400 tiles and one for each slide's extraction, nothing tried
+again; and wsiflow's line, by arrays (``arrays``) or on workers that live through the run (``dask``).
+"""
+
+import csv
+import json
+import math
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from wsiflow import schedule, shards, simulation
+from wsiflow.schedule import Costs, StageCost
+from wsiflow.simulation import Cluster, Forecast, Share, Sizes, Stage
+
+RESULTS = Path(__file__).parent / "results"
+PAPER_CORE_S = 18 * 365.25 * 24 * 3600  # for all slides
+PAPER_TISSUE = 0.12
+SLOTS = 7  # cores of a job of the reference
+# Of the reference's jobs, and not published: interpreter and imports, loading the network, extracting a 448 px patch.
+_REFERENCE_START_S, _REFERENCE_LOAD_S, _REFERENCE_EXTRACT_S = 20.0, 10.0, 0.02
+
+
+class Work(NamedTuple):
+    """What is done on which slides.
+
+    Attributes:
+        table: File with columns slide and n_tiles_224.
+        tissue: Share of those tiles that hold tissue.
+        kind: ``paper``, ``fp32`` or ``bf16``.
+        slides: How many slides, evenly from small to large, repeated where there are not so many; 0: all.
+    """
+
+    table: Path
+    tissue: float
+    kind: str
+    slides: int = 0
+
+    def tiles(self) -> list[int]:
+        """Return tissue tiles by slide, in the order of the table."""
+        boxes = _boxes(self.table)
+        if self.slides:
+            ranked, whole = sorted(boxes), self.slides // len(boxes)
+            count = self.slides % len(boxes)
+            boxes = (*ranked * whole, *(ranked[(2 * i + 1) * len(ranked) // (2 * count)] for i in range(count)))
+        return [max(1, round(self.tissue * box)) for box in boxes]
+
+    def costs(self) -> Costs:
+        """Return what tasks cost on one core."""
+        if self.kind == "paper":
+            per_tile = PAPER_CORE_S / (PAPER_TISSUE * sum(_boxes(self.table)))
+            return schedule.ROUGH._replace(
+                stages={
+                    **schedule.ROUGH.stages,
+                    "predict": StageCost(0.0, per_tile),
+                    "extract": StageCost(0.0, _REFERENCE_EXTRACT_S),
+                }
+            )
+        line = _line(self.kind)
+        return schedule.ROUGH._replace(
+            stages={
+                **schedule.ROUGH.stages,
+                "predict": StageCost(schedule.ROUGH.stages["predict"].fixed_s, line["line_s_tile"][0]),
+                "certify": StageCost(line["certificate_s"][0], 0.0),
+            }
+        )
+
+
+@cache
+def _boxes(table: Path) -> tuple[int, ...]:
+    with table.open(encoding="utf-8", newline="") as stream:
+        return tuple(int(row["n_tiles_224"]) for row in csv.DictReader(stream))
+
+
+@cache
+def _line(precision: str) -> dict[str, Any]:
+    found = json.loads((RESULTS / "line.json").read_text(encoding="utf-8"))
+    line: dict[str, Any] = found["values"]["lines"][f"{precision}, store=none"]
+    return line
+
+
+class Site(NamedTuple):
+    """A cluster and how it is used.
+
+    Attributes:
+        scheme: ``reference``, ``arrays`` or ``dask``.
+        cores: Cores there are.
+        queue_s: Mean wait of a submission.
+        spread: Relative standard deviation of a task's time.
+        failure: Probability that a job is lost.
+        limit_s: Time limit of a job, 0: none.
+    """
+
+    scheme: str
+    cores: int
+    queue_s: float
+    spread: float
+    failure: float = 0.0
+    limit_s: float = 0.0
+
+    def cluster(self, costs: Costs, seed: int) -> Cluster:
+        """Return it for the simulation."""
+        reference, arrays = self.scheme == "reference", self.scheme != "dask"
+        return Cluster(
+            workers=max(1, self.cores // SLOTS) if reference else self.cores,
+            fresh=arrays,
+            start_s=_REFERENCE_START_S if reference else costs.start_s,
+            load_s=_REFERENCE_LOAD_S if reference else costs.load_s,
+            spread=self.spread,
+            queue_s=self.queue_s,
+            starts_per_s=50 if arrays else 1000,  # an array's elements; futures, at a millisecond each
+            poll_s=0 if reference or not arrays else 5,
+            array_limit=75_000 if arrays else 0,
+            failure=self.failure,
+            limit_s=self.limit_s if arrays else 0,
+            attempts=1 if reference else 5,
+            seed=seed,
+        )
+
+
+def reference(work: Work, *, group_tiles: int = 400) -> list[list[Stage]]:
+    """Return the reference's job: every slide extracted, then an array of groups for each slide, then stitching.
+
+    Work is in seconds of a job of 7 cores, which its network is taken to use fully; extraction and stitching use one.
+    """
+    costs, tiles = work.costs(), work.tiles()
+    groups = [simulation.slide_tasks(count, Sizes(group_tiles, 0, stained=False, certified=False)) for count in tiles]
+
+    def stage(name: str, counts: list[int], cores: int) -> Stage:
+        shares = tuple(Share(costs.task_s(name, count) / cores, 1) for count in counts)
+        return Stage(name, shares, loads=name == "predict")
+
+    in_order = [count for slide in groups for count in slide["predict"]]
+    return [[stage("extract", tiles, 1), stage("predict", in_order, SLOTS), stage("stitch", tiles, 1)]]
+
+
+def line(work: Work, *, slice_s: float, group_tiles: int = 400) -> list[list[Stage]]:
+    """Return wsiflow's line: about 40 shards of slides, side by side, the largest first."""
+    sizes = Sizes(group_tiles, 0, stained=True, certified=work.kind != "paper")
+    slides, costs = [simulation.slide_tasks(count, sizes) for count in work.tiles()], work.costs()
+    tasks = simulation.numbered(slides)
+    parts = [[tasks[index] for index in part] for part in shards.cut(work.tiles(), 0)]
+    return [simulation.shard(part, costs, target_s=slice_s) for part in parts]
+
+
+def told(found: Forecast, cores_each: int = 1) -> dict[str, float]:
+    """Return a forecast as numbers by name, core-seconds as hours."""
+    return {
+        "makespan_s": found.makespan_s,
+        "core_h": cores_each * found.work_s / 3600,
+        "efficiency": found.efficiency,
+        "tail_share": found.tail_s / found.makespan_s,
+        "waves": found.waves,
+        "overhead_share": found.overhead_s / (found.work_s + found.overhead_s),
+        "lost_core_h": cores_each * found.lost_s / 3600,
+        "queue_s": found.queue_s,
+        "elements": found.elements,
+        "arrays": found.arrays,
+        "lost": found.retried,
+        "failed": found.failed,
+    }
+
+
+def scaling(settings: dict[str, Any], *, seed: int) -> dict[str, float]:
+    """Run a scheme on so many cores, for strong and weak scaling and for the page on scaling.
+
+    Besides what a `Forecast` says: ``speedup`` against the same work on one core without any overhead, and ``model_s``,
+    setup + waves x group + merge, what pencil and paper give for the reference.
+    """
+    slides = settings.get("slides", 0) or round(settings.get("slides_per_core", 0) * settings["cores"])
+    work = Work(Path(settings["table"]), settings["tissue"], settings["work"], slides)
+    site = Site(settings["scheme"], settings["cores"], settings["queue_s"], settings["spread"])
+    group = settings.get("group_tiles", 400)
+    if site.scheme == "reference":
+        parts = reference(work, group_tiles=group)
+    else:
+        parts = line(work, slice_s=settings["slice_s"], group_tiles=group)
+    found = simulation.simulate(parts, site.cluster(work.costs(), seed))
+    values = told(found, SLOTS if site.scheme == "reference" else 1)
+    values["speedup"] = values["core_h"] * 3600 / found.makespan_s
+    # What is asked of a scheme is what its cores did of all that there are.
+    values["efficiency"] = values["speedup"] / site.cores
+    values["waves"] = sum(len(stage.shares) for part in parts for stage in part if stage.name == "predict")
+    values["waves"] /= found.workers
+    values["model_s"] = _model_s(parts, site, work.costs())
+    return values
+
+
+def _model_s(parts: list[list[Stage]], site: Site, costs: Costs) -> float:
+    """Return setup + waves of the mean group + merge: each stage of one shard at its mean, its longest task or more."""
+    cluster, total = site.cluster(costs, 0), 0.0
+    for stage in parts[0] if len(parts) == 1 else ():
+        works = [share.work_s + cluster.start_s + cluster.load_s * stage.loads for share in stage.shares]
+        waves = math.ceil(len(works) / cluster.workers)
+        total += cluster.queue_s + max(waves * float(np.mean(works)), max(works))
+    return total
+
+
+def group_size(settings: dict[str, Any], *, seed: int) -> dict[str, float]:
+    """Run the reference's prediction with groups of so many patches."""
+    work = Work(Path(settings["table"]), settings["tissue"], "paper", settings.get("slides", 0))
+    site = Site(
+        "reference",
+        settings["cores"],
+        settings["queue_s"],
+        settings["spread"],
+        failure=settings["failure"],
+        limit_s=settings["limit_s"],
+    )
+    stages = [stage for stage in reference(work, group_tiles=settings["group_tiles"])[0] if stage.name == "predict"]
+    cluster = site.cluster(work.costs(), seed)._replace(attempts=3)
+    found = simulation.simulate([stages], cluster)
+    shares = stages[0].shares
+    return told(found, SLOTS) | {
+        "group_h": float(np.median([share.work_s for share in shares])) / 3600,
+        "waves": len(shares) / cluster.workers,
+        "failed_share": found.failed / len(shares),
+        "group_mb": settings["group_tiles"] * 448 * 448 * 3 / 1e6,
+    }
+
+
+def order(settings: dict[str, Any], *, seed: int) -> dict[str, float]:
+    """Run slides of very different sizes in some order, extraction by the slide or in parts.
+
+    ``order``: ``table``, ``random``, ``largest`` (first). ``cut``: ``slide``, a job extracts a whole slide and then
+    another predicts all of it; ``groups``, parts and groups of equal cost.
+    """
+    work = Work(Path(settings["table"]), settings["tissue"], settings["work"])
+    costs, tiles = work.costs(), work.tiles()
+    if settings["order"] == "random":
+        tiles = np.random.default_rng(seed).permutation(tiles).tolist()
+    if settings["order"] == "largest":
+        tiles.sort(reverse=True)
+    most = max(tiles) if settings["cut"] == "slide" else 400
+    sizes = Sizes(most, most if settings["cut"] == "slide" else 4000, stained=False, certified=False)
+    slides = [simulation.slide_tasks(count, sizes) for count in tiles]
+    stages = [
+        Stage(
+            name,
+            tuple(Share(costs.task_s(name, count), 1) for slide in slides for count in slide[name]),
+            loads=name in simulation.LOADING,
+        )
+        for name in ("extract", "predict")
+    ]
+    site = Site("dask", settings["cores"], 0.0, settings["spread"])
+    found = simulation.simulate([stages], site.cluster(costs, seed))
+    longest_s = max(costs.task_s("extract", count) + costs.task_s("predict", count) for count in tiles)
+    return told(found) | {"largest_slide_s": longest_s, "against_largest": found.makespan_s / longest_s}
+
+
+def array_limit(settings: dict[str, Any], *, seed: int) -> dict[str, float]:
+    """Submit all groups under a limit of an array's size, lose some, and submit those again.
+
+    ``scheme``: ``boxes``, every tile of the boxes in groups of 180, cut under the limit; ``slides``, an array for each
+    slide, whose elements find their group by counting from the first of their submission; ``slices``, wsiflow's, whose
+    elements find their slice in the list that was submitted with them.
+    """
+    work = Work(Path(settings["table"]), settings["tissue"], "paper")
+    tiles, limit = work.tiles(), settings["array_limit"]
+    if settings["scheme"] == "boxes":
+        groups = [-(-sum(_boxes(work.table)) // 180)]
+    elif settings["scheme"] == "slides":
+        groups = [-(-count // 400) for count in tiles]
+    else:
+        works = [share for part in line(work, slice_s=settings["slice_s"]) for stage in part for share in stage.shares]
+        groups = [len(works)]
+    elements = sum(groups)
+    submissions = sum(-(-count // limit) for count in groups)
+    rng = np.random.default_rng(seed)
+    lost = [np.flatnonzero(rng.random(count) < settings["failure"]) + 1 for count in groups]
+    again = sum(-(-len(each) // limit) for each in lost)
+    wrong = 0 if settings["scheme"] == "slices" else sum(_wrong(each) for each in lost)
+    return {
+        "elements": elements,
+        "arrays": submissions,
+        "submit_s": submissions * settings["submit_s"],
+        "resubmitted": sum(map(len, lost)),
+        "arrays_again": again,
+        "wrong_groups": wrong,
+    }
+
+
+def _wrong(ids: np.ndarray) -> int:
+    """Return how many elements of a resubmission, one for each run of ids, would work on another group.
+
+    An element takes its number less the first of its submission for its group: right only from the start of an array.
+    """
+    if not len(ids):
+        return 0
+    firsts = ids[np.r_[True, np.diff(ids) > 1]]
+    return int(sum(ids >= firsts[firsts > 1].min())) if (firsts > 1).any() else 0
+
+
+POINTS = {
+    "scaling": scaling,
+    "group_size": group_size,
+    "order": order,
+    "array_limit": array_limit,
+}
