@@ -261,9 +261,10 @@ def order(settings: dict[str, Any], *, seed: int) -> dict[str, float]:
 def array_limit(settings: dict[str, Any], *, seed: int) -> dict[str, float]:
     """Submit all groups under a limit of an array's size, lose some, and submit those again.
 
-    ``scheme``: ``boxes``, every tile of the boxes in groups of 180, cut under the limit; ``slides``, an array for each
-    slide, whose elements find their group by counting from the first of their submission; ``slices``, wsiflow's, whose
-    elements find their slice in the list that was submitted with them.
+    ``scheme``: ``boxes``, every tile of the boxes in groups of 180, cut under the limit, what is lost by a list of ids;
+    ``slides``, an array for each slide, whose elements find their group by counting from the first of their submission;
+    ``slices``, wsiflow's, an array for each stage of a shard, whose elements find their slice in the list submitted
+    with them.
     """
     work = Work(Path(settings["table"]), settings["tissue"], "paper")
     tiles, limit = work.tiles(), settings["array_limit"]
@@ -272,14 +273,13 @@ def array_limit(settings: dict[str, Any], *, seed: int) -> dict[str, float]:
     elif settings["scheme"] == "slides":
         groups = [-(-count // 400) for count in tiles]
     else:
-        works = [share for part in line(work, slice_s=settings["slice_s"]) for stage in part for share in stage.shares]
-        groups = [len(works)]
+        groups = [len(stage.shares) for part in line(work, slice_s=settings["slice_s"]) for stage in part]
     elements = sum(groups)
     submissions = sum(-(-count // limit) for count in groups)
     rng = np.random.default_rng(seed)
     lost = [np.flatnonzero(rng.random(count) < settings["failure"]) + 1 for count in groups]
     again = sum(-(-len(each) // limit) for each in lost)
-    wrong = 0 if settings["scheme"] == "slices" else sum(_wrong(each) for each in lost)
+    wrong = sum(_wrong(each) for each in lost) if settings["scheme"] == "slides" else 0
     return {
         "elements": elements,
         "arrays": submissions,

@@ -91,6 +91,13 @@ def test_workers_that_live_start_and_load_once() -> None:
     assert fresh.waves == pytest.approx(3)
 
 
+def test_the_first_slice_of_a_stage_may_take_longer() -> None:
+    """Each living worker pays once for each such stage, an array's element always."""
+    stages = [Stage("predict", (Share(1, 1),) * 4, loads=True), Stage("certify", (Share(1, 1),) * 4, first_s=5)]
+    assert simulate([stages], Cluster(2)).makespan_s == pytest.approx(2 + 5 + 2)
+    assert simulate([stages], Cluster(2, fresh=True)).makespan_s == pytest.approx(2 + 2 * 6)
+
+
 def test_arrays_are_counted_under_the_limit() -> None:
     """2,500 elements under a limit of 1,001 are three arrays."""
     found = simulate(one_stage([1.0] * 2500), Cluster(10, fresh=True, array_limit=1001))

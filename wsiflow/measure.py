@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from wsiflow import certify, plan, publish, reading, scoring
+from wsiflow import certify, plan, publish, reading, scoring, simulation
 from wsiflow.errors import EnvironmentFault, InputError
 from wsiflow.plan import Plan, SlideCut, SlidePlan
 from wsiflow.provenance import thread_count
@@ -148,12 +148,20 @@ def _costs(stages: Stages, source: Path, weights: Sequence[float]) -> Costs:
     found: dict[str, list[Timed]] = {}
     fresh_s = 0.0
     start_s = min(_wall_s(_IMPORT) for _ in range(2))
+    firsts: dict[str, float] = {}
     for stage in _due(made):
         if stage == "predict":
             fresh_s = _wall_s(_PREDICT, str(source), str(thread_count()))
             scoring.release()  # what `choose` has left
-        found[stage] = list(_timed_stage(stages, stage, source, weights))
-    fitted = {stage: _fit(stage, timed) for stage, timed in found.items() if timed}
+        if stage == "calibrate":
+            stages[stage](source, 0)
+            continue
+        timed = list(_timed_stage(stages, stage, source, weights))
+        firsts[stage], found[stage] = timed[0].core_s, timed[-_SLIDES * len(_BLOCKS) :]
+    fitted = {stage: _fit(stage, timed) for stage, timed in found.items()}
+    if "certify" in fitted:  # it has networks of its own
+        more_s = max(0.0, firsts["certify"] - fitted["certify"].fixed_s)
+        fitted[simulation.first_of("certify")] = StageCost(more_s, 0.0)
     first_s = fitted["predict"].fixed_s + fitted["predict"].unit_s * weights[0]
     return Costs(start_s, max(0.0, fresh_s - start_s - first_s), _spread(fitted["predict"], found["predict"]), fitted)
 
@@ -173,18 +181,15 @@ def _due(made: Plan) -> Iterator[str]:
 
 
 def _timed_stage(stages: Stages, stage: str, source: Path, weights: Sequence[float]) -> Iterator[Timed]:
-    """Do the tasks of a stage, and yield those that were timed: what is done for the first time is not."""
+    """Do the tasks of a stage, and yield what they took; the first slides are there to be done for the first time."""
     made = plan.read(source)
-    if stage == "calibrate":
-        stages[stage](source, 0)
-        return
     for slide, weight in enumerate(weights):
         tasks = made.tasks_of(stage, slide)
         for task in tasks:
             clock, cpu = time.perf_counter(), time.process_time()
             _, executed = stages[stage](source, task)
             core_s = time.process_time() - cpu
-            if executed and slide >= _WARM:
+            if executed:
                 yield Timed(weight / len(tasks), core_s, max(0.0, time.perf_counter() - clock - core_s))
 
 

@@ -48,11 +48,13 @@ class Stage(NamedTuple):
         name: Its name.
         shares: Its slices, in the order in which they start.
         loads: Whether its tasks need the network.
+        first_s: What a worker's first slice of the stage takes besides.
     """
 
     name: str
     shares: tuple[Share, ...]
     loads: bool = False
+    first_s: float = 0.0
 
 
 Shard = Sequence[Stage]
@@ -99,6 +101,11 @@ def _parts(tiles: int, most: int) -> list[int]:
     return [tiles * (i + 1) // count - tiles * i // count for i in range(count)]
 
 
+def first_of(stage: str) -> str:
+    """Return the name under which costs hold what a worker's first task of a stage takes besides."""
+    return f"first {stage}"
+
+
 def numbered(slides: Sequence[Mapping[str, Sequence[int]]]) -> list[Tasks]:
     """Return the tasks of slides with their places in their stages: each stage counts through all slides."""
     counts: dict[str, int] = {}
@@ -129,7 +136,8 @@ def _stage(name: str, slides: Sequence[Tasks], costs: Costs, target_s: float) ->
     places = sorted(works)
     spans = schedule.slices(places, [works[place] for place in places], target_s=target_s)
     shares = [Share(sum(works[place] for place in range(lo, hi)), hi - lo) for lo, hi in spans]
-    return Stage(name, tuple(shares), loads=name in LOADING)
+    first = costs.stages.get(first_of(name))
+    return Stage(name, tuple(shares), name in LOADING, first.fixed_s if first else 0.0)
 
 
 class Cluster(NamedTuple):
@@ -270,6 +278,7 @@ class _Simulation:
         self._running: list[tuple[float, int, _Running]] = []
         self._ready: deque[_Attempt] = deque()
         self._state = [_NEW] * cluster.workers
+        self._known: list[set[str]] = [set() for _ in range(cluster.workers)]
         self._idle: tuple[list[int], list[int], list[int]] = ([], [], [])
         self._to_begin = deque(range(len(shards)))
         self._stage = [-1] * len(shards)
@@ -394,6 +403,8 @@ class _Simulation:
         worker = next(idle for idle in reversed(self._idle) if idle).pop()
         before_s = cluster.start_s if self._state[worker] == _NEW else 0.0
         before_s += cluster.load_s if stage.loads and self._state[worker] != _LOADED else 0.0
+        before_s += stage.first_s if stage.name not in self._known[worker] else 0.0
+        self._known[worker].add(stage.name)
         self._state[worker] = _LOADED if stage.loads else max(self._state[worker], _STARTED)
         running = self._fate(attempt, worker, before_s)
         end = self._turn_s + before_s + running.kept_s + running.lost_s
@@ -421,6 +432,7 @@ class _Simulation:
         """Free a worker; a lost one is replaced by a new one."""
         if self._cluster.fresh or ended.left is not None:
             self._state[ended.worker] = _NEW
+            self._known[ended.worker].clear()
         self._idle[self._state[ended.worker]].append(ended.worker)
         self._sums["work"] += ended.kept_s
         self._sums["overhead"] += ended.before_s
