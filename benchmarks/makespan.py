@@ -38,8 +38,11 @@ _FULL = Size((4096, 4096, 3072, 3072, 2048, 2048), (1, 2, 4), 3)
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Foretell, run, compare, and write ``makespan.json``."""
-    given = arguments(__doc__ or "").parse_args(argv)
+    parser = arguments(__doc__ or "")
+    parser.add_argument("--rounds", type=int, help="how often each number of workers runs")
+    given = parser.parse_args(argv)
     size, about = _QUICK if given.quick else _FULL, machine()
+    size = size._replace(rounds=given.rounds or size.rounds)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         os.environ["WSIFLOW_CACHE"] = str(folder / "cache")

@@ -185,7 +185,8 @@ def scaling(settings: dict[str, Any], *, seed: int) -> dict[str, float]:
         parts = reference(work, group_tiles=group)
     else:
         parts = line(work, slice_s=settings["slice_s"], group_tiles=group)
-    found = simulation.simulate(parts, site.cluster(work.costs(), seed))
+    cluster = site.cluster(work.costs(), seed)._replace(side_by_side=settings.get("side_by_side", 0))
+    found = simulation.simulate(parts, cluster)
     values = told(found, SLOTS if site.scheme == "reference" else 1)
     values["speedup"] = values["core_h"] * 3600 / found.makespan_s
     # What is asked of a scheme is what its cores did of all that there are.
@@ -225,6 +226,7 @@ def group_size(settings: dict[str, Any], *, seed: int) -> dict[str, float]:
         "group_h": float(np.median([share.work_s for share in shares])) / 3600,
         "waves": len(shares) / cluster.workers,
         "failed_share": found.failed / len(shares),
+        "lost_each_core_h": SLOTS * found.lost_s / 3600 / max(1, found.retried),
         "group_mb": settings["group_tiles"] * 448 * 448 * 3 / 1e6,
     }
 

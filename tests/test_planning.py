@@ -81,6 +81,18 @@ def test_a_plan_foretells_what_the_run_does(small_slides: Path, tmp_path: Path, 
     assert before["scratch_bytes"]["patches"] == pytest.approx(stored, rel=0.1)
 
 
+def test_costs_measured_elsewhere_are_used(calibrated: Path, tmp_path: Path) -> None:
+    """The file of a calibration is what another plan is foretold with."""
+    (tmp_path / "t.csv").write_text("slide,n_tiles_224\na,100000\n")
+    report, costs = tmp_path / "report.json", shards.costs_of(calibrated)
+    arguments = ["--tiles", str(tmp_path / "t.csv"), "--costs", str(calibrated / measure.COSTS), "--json", str(report)]
+    assert main(["plan", *arguments, "store=none"]) == 0
+    told = json.loads(report.read_text())
+    expected = 250 * costs.stages["predict"].fixed_s + 100_000 * costs.stages["predict"].unit_s
+    assert told["core_hours"]["predict"] * 3600 == pytest.approx(expected)
+    assert told["costs"] == "measured, costs.json"
+
+
 def test_399_slides_are_planned_from_their_tile_counts(
     shared_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
