@@ -22,6 +22,8 @@ from wsiflow.plan import Plan
 from wsiflow.schedule import Costs
 from wsiflow.simulation import Cluster, Forecast, Sizes, Tasks
 
+from .cluster import cluster
+
 # Bytes of a block's pixels that a store keeps, as measured on synthetic slides: docs/performance.md.
 _READ_SHARE = 1.69  # pixels read over pixels of tissue tiles, likewise
 _KEPT = {"none": 1.0, "lzf": 0.74, "gzip": 0.62, "jpeg": 0.08}
@@ -29,14 +31,13 @@ _WORKER_MB = 800  # a worker without its network's activations
 _SLIDE_FILES = 10  # of ingest, and folders
 _FILE_BYTES = 8192  # structure and receipt of a small file
 _SEED = 0
-_SIDE_BY_SIDE = 8  # shards under way, as in `flows.pipeline`
 
 SCHEDULERS = {
     "inline": Cluster(1, window=1),
     "process": Cluster(1, starts_per_s=2000),
     "dask": Cluster(1, starts_per_s=1000),  # a millisecond of the scheduler each
-    "slurm": Cluster(1, fresh=True, starts_per_s=50, poll_s=5, array_limit=1001, failure=0.001),
-    "sge": Cluster(1, fresh=True, starts_per_s=20, poll_s=5, array_limit=75_000, failure=0.001),
+    "slurm": Cluster(1, fresh=True, starts_per_s=50, poll_s=15, array_limit=1001, failure=0.001),
+    "sge": Cluster(1, fresh=True, starts_per_s=20, poll_s=15, array_limit=75_000, failure=0.001),
 }
 """How each kind of place runs slices. Limits are the programs' own defaults; sites differ."""
 
@@ -109,7 +110,7 @@ def _plan(given: argparse.Namespace) -> int:
     if given.costs:
         costs, origin = _read_costs(given.costs), f"measured, {given.costs.name}"
     workers = given.workers or [executor.worker_count(config.executor, cores=allocated_cores()) or 1]
-    scheduler = given.scheduler or (config.executor.kind if config.executor.kind in SCHEDULERS else "slurm")
+    scheduler = given.scheduler or _scheduler(config)
     found = {n: forecast(counted, costs, config, _cluster(scheduler, n, costs, given.queue_s)) for n in workers}
     if given.json:
         report = _as_json(counted, costs, origin, found) | {"scheduler": scheduler}
@@ -119,18 +120,21 @@ def _plan(given: argparse.Namespace) -> int:
     return 0
 
 
-def make(config: RunConfig, *, calibrate: bool) -> Path:
-    """Make the plan of a run, as the run itself would, and measure costs if that is asked for.
+def _scheduler(config: RunConfig) -> str:
+    """Return what the run's own executor is simulated as."""
+    if config.executor.array is None:
+        return config.executor.kind
+    return "sge" if config.executor.array.dialect.name == "Grid Engine" else "slurm"
 
-    Raises:
-        InputError: The executor needs a cluster that only a run starts.
-    """
-    if config.executor.kind == "dask":
-        cause = "a Dask cluster is started by the run, not for its plan"
-        raise InputError(cause, "plan with executor=process; --scheduler dask says what Dask would take")
+
+def make(config: RunConfig, *, calibrate: bool) -> Path:
+    """Make the plan of a run, as the run itself would, and measure costs if that is asked for."""
     limit_threads(config.executor.threads)
-    cases = shards.begin(config)
-    with executor.make(config.executor, cores=allocated_cores(), root=config.out) as pool:
+    cases, cores = shards.begin(config), allocated_cores()
+    with (
+        cluster(config.executor, cores=cores) as client,
+        executor.make(config.executor, cores=cores, root=config.out, client=client) as pool,
+    ):
         told = shards.choose(pool, cases)
         if told:
             cli.say(told)
@@ -248,7 +252,7 @@ def _cluster(scheduler: str, workers: int, costs: Costs, queue_s: float) -> Clus
         spread=costs.spread,
         queue_s=queue_s,
         window=0 if SCHEDULERS[scheduler].fresh else 4 * workers,
-        side_by_side=_SIDE_BY_SIDE,
+        side_by_side=shards.SIDE_BY_SIDE,
         seed=_SEED,
     )
 
