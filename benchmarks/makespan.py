@@ -80,15 +80,20 @@ def _settings(card: str, manifest: Path) -> list[str]:
     ]
 
 
-def _foretell(folder: Path, settings: Sequence[str], workers: Sequence[int]) -> tuple[dict[int, float], dict[str, Any]]:
-    """Return the makespan for each number of workers, from one calibration, and what that measured."""
+def _foretell(
+    folder: Path, settings: Sequence[str], workers: Sequence[int]
+) -> tuple[dict[int, dict[str, float]], dict[str, Any]]:
+    """Return makespan and core-seconds for each number of workers, from one calibration, and what that measured."""
     out, report = folder / "calibrated", folder / "report.json"
     numbers = ",".join(map(str, workers))
     _command("plan", *settings, f"out={out}", "--calibrate", "--workers", numbers, "--json", str(report))
     told = json.loads(report.read_text(encoding="utf-8"))
     costs = json.loads((out / "costs.json").read_text(encoding="utf-8"))
-    forecasts = zip(workers, told["forecasts"], strict=True)
-    return {n: each["makespan_s"] - costs["start_s"] for n, each in forecasts}, costs
+    found = {}
+    for n, each in zip(workers, told["forecasts"], strict=True):
+        core_s = each["work_s"] + each["overhead_s"] - n * costs["start_s"]
+        found[n] = {"makespan_s": each["makespan_s"] - costs["start_s"], "core_s": core_s}
+    return found, costs
 
 
 def _run(out: Path, settings: Sequence[str], workers: int) -> dict[str, float]:
@@ -100,7 +105,7 @@ def _run(out: Path, settings: Sequence[str], workers: int) -> dict[str, float]:
     with (out / "trace.csv").open(encoding="utf-8", newline="") as stream:
         rows = [row for row in csv.DictReader(stream) if row["stage"] not in {"choose", "ingest"}]
     starts, ends = ([datetime.fromisoformat(row[name]).timestamp() for row in rows] for name in ("start", "end"))
-    found = {"makespan_s": max(ends) - min(starts), "load": load, "busy_s": sum(map(_cpu_s, rows))}
+    found = {"makespan_s": max(ends) - min(starts), "load": load, "core_s": sum(map(_cpu_s, rows))}
     say(f"{workers} workers: {found}")
     return found
 
@@ -116,10 +121,11 @@ def _command(*words: str) -> None:
         sys.exit(f"wsiflow {words[0]} ended with {ended.returncode}: {ended.stderr.strip()}")
 
 
-def _compared(foretold_s: float, rounds: Sequence[dict[str, float]]) -> dict[str, Any]:
-    """Return foretold and measured makespan and their ratio."""
-    measured = statistics.median(each["makespan_s"] for each in rounds)
-    return {"foretold_s": foretold_s, "measured_s": measured, "ratio": foretold_s / measured, "rounds": list(rounds)}
+def _compared(foretold: dict[str, float], rounds: Sequence[dict[str, float]]) -> dict[str, Any]:
+    """Return what was foretold and measured, and the ratio of makespans."""
+    measured = {name: statistics.median(each[name] for each in rounds) for name in foretold}
+    ratio = foretold["makespan_s"] / measured["makespan_s"]
+    return {"foretold": foretold, "measured": measured, "ratio": ratio, "rounds": list(rounds)}
 
 
 def _table(found: dict[int, dict[str, Any]]) -> Table:
@@ -130,14 +136,17 @@ def _table(found: dict[int, dict[str, Any]]) -> Table:
         rows.append(
             [
                 str(workers),
-                f"{each['foretold_s']:.1f}",
-                f"{each['measured_s']:.1f} [{min(spans):.1f} to {max(spans):.1f}]",
+                f"{each['foretold']['makespan_s']:.1f}",
+                f"{each['measured']['makespan_s']:.1f} [{min(spans):.1f} to {max(spans):.1f}]",
                 f"{each['ratio'] - 1:+.1%}",
                 "pass" if holds else "**fail**",
+                f"{each['foretold']['core_s']:.0f}",
+                f"{each['measured']['core_s']:.0f}",
                 " ".join(significant(one["load"], 2) for one in each["rounds"]),
             ]
         )
-    columns = ["workers", "foretold, s", "measured, s", "difference", f"within {_TOLERANCE:.0%}", "load average before"]
+    columns = ["workers", "foretold, s", "measured, s", "difference", f"within {_TOLERANCE:.0%}"]
+    columns += ["core-seconds foretold", "measured", "load average before"]
     return Table("Makespan, foretold from one calibration and measured", columns, rows)
 
 

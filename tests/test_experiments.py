@@ -84,3 +84,10 @@ def test_simulated_experiments_run_and_the_papers_efficiency_comes_out(shared_da
     assert held["the reference's scheme keeps 0.85 of its cores at 24 to 42 waves (the paper: 0.877)"]
     limits = json.loads((tmp_path / "X16.json").read_text())["values"]["checks"]
     assert all(check["holds"] for check in limits)
+
+
+def test_real_processes_answer_like_the_points_of_an_experiment() -> None:
+    """A fresh worker says when it has started, loaded and predicted."""
+    found = POINTS["element"]({"group_tiles": 1}, seed=0)
+    assert min(found["start_s"], found["load_s"], found["predict_s"]) > 0
+    assert found["overhead_share"] > 0.5
