@@ -40,7 +40,17 @@ def test_costs_are_measured_for_every_stage_of_the_run(calibrated: Path) -> None
     assert 0 < costs.load_s < 60
     assert 0 <= costs.spread < 3
     written = json.loads((calibrated / measure.COSTS).read_text())["stages"]
-    assert set(written) == {"ingest", "extract", "index", "predict", "certify", "first certify", "stitch", "detect"}
+    assert set(written) == {
+        "ingest",
+        "extract",
+        "index",
+        "predict",
+        "first predict",
+        "certify",
+        "first certify",
+        "stitch",
+        "detect",
+    }
     assert costs.stages["predict"].unit_s > 0
     assert all(cost["fixed_s"] >= 0 and cost["unit_s"] >= 0 for cost in written.values())
 

@@ -34,7 +34,6 @@ Stages = Mapping[str, Callable[[Path, int], tuple[publish.Receipt, bool]]]
 
 _SLIDES = 2
 _BLOCKS = (1, 4)
-_WARM = 2  # slides besides: one is predicted by a fresh worker, one by this one before it is timed
 _PER_TILE = {"extract", "predict"}
 _IMPORT = "import wsiflow.steps"
 _PREDICT = """
@@ -76,7 +75,7 @@ def measure(stages: Stages, source: Path, _index: int) -> tuple[publish.Receipt,
     attempts.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=attempts, prefix="costs_") as name:
         small, weights = _small_plan(Path(name), root, made)
-        costs = _costs(stages, small, weights)
+        costs = _costs(stages, small, weights, _shapes(root, made))
     values = costs._asdict() | {"stages": {stage: cost._asdict() for stage, cost in costs.stages.items()}}
     values["stages"]["ingest"] = StageCost(_ingest_s(root, made), 0.0)._asdict()
     publish.write_view(root, COSTS, json.dumps(values, indent=1, sort_keys=True).encode())
@@ -93,30 +92,37 @@ def _area_px(planned: SlidePlan, cut: SlideCut) -> int:
     return sum(frame.block_px(block.rows) * frame.block_px(block.cols) for block in cut.blocks)
 
 
-def _small_plan(folder: Path, root: Path, made: Plan) -> tuple[Path, list[float]]:
-    """Publish a plan of a few blocks, the first slides for what is done for the first time.
+def _shapes(root: Path, made: Plan) -> int:
+    """Return how many shapes the blocks of a plan have."""
+    cuts = (plan.read_cut(root, planned) for planned in made.slides)
+    return len({(block.rows, block.cols) for cut in cuts for block in cut.blocks})
+
+
+def _small_plan(folder: Path, root: Path, made: Plan) -> tuple[Path, list[list[float]]]:
+    """Publish a plan of a few blocks; the slides to be timed are its last, after others that are the same.
 
     Returns:
-        The plan, and the tiles of each of its slides, weighed by area.
+        The plan, and the tiles of each group of its slides, weighed by area.
     """
     with_tissue = sorted((slide for slide in made.slides if slide.n_tiles), key=lambda slide: slide.n_tiles)
     if not with_tissue:
         raise InputError("there is no tissue to measure costs on", "plan without --calibrate")
     px_tile = sum(areas_px(root, made)) / sum(slide.n_tiles for slide in made.slides)
     chosen = [with_tissue[len(with_tissue) * (2 * i + 1) // (2 * _SLIDES)] for i in range(_SLIDES)]
-    warm = [(chosen[0], 0, 1)] * _WARM
-    wanted = [*warm, *((slide, i, count) for slide in chosen for i, count in enumerate(_BLOCKS, 1))]
+    timed = [(slide, place, count) for slide in chosen for place, count in enumerate(_BLOCKS)]
+    wanted = [timed[0], *timed, *timed]  # for a fresh worker; to see each shape for the first time; to be timed
     slides, weights = [], []
     for number, (slide, place, count) in enumerate(wanted):
         cut = _piece(plan.read_cut(root, slide), slide, place, count, made.settings["cut"]["tiles"]["group_tiles"])
         slides.append(_publish_slide(folder, root, slide, cut, f"{number}"))
-        weights.append(_area_px(slide, cut) / px_tile)
+        groups = [cut._replace(blocks=tuple(cut.group(k))) for k in range(1, len(cut.group_ranges) + 1)]
+        weights.append([_area_px(slide, group) / px_tile for group in groups])
     return plan.publish_plan(folder, Plan(made.settings, made.work, slides, ())), weights
 
 
 def _piece(cut: SlideCut, slide: SlidePlan, place: int, count: int, group_tiles: int) -> SlideCut:
     """Return a slide cut down to the tissue of some blocks in a row, at one of a few places."""
-    first = max(0, len(cut.blocks) * (2 * place + 1) // (2 * len(_BLOCKS) + 2) - count // 2)
+    first = len(cut.blocks) * (2 * place + 1) // (2 * len(_BLOCKS)) - count // 2
     first = max(0, min(first, len(cut.blocks) - count))
     grid = np.zeros((slide.frame.t_rows, slide.frame.t_cols), dtype=np.bool_)
     for block in cut.blocks[first : first + count]:
@@ -142,13 +148,13 @@ def _publish_slide(folder: Path, root: Path, slide: SlidePlan, cut: SlideCut, na
     )
 
 
-def _costs(stages: Stages, source: Path, weights: Sequence[float]) -> Costs:
+def _costs(stages: Stages, source: Path, weights: Sequence[Sequence[float]], shapes: int) -> Costs:
     """Take the small plan through the line and return what it cost."""
     made = plan.read(source)
     found: dict[str, list[Timed]] = {}
     fresh_s = 0.0
     start_s = min(_wall_s(_IMPORT) for _ in range(2))
-    firsts: dict[str, float] = {}
+    firsts: dict[str, list[Timed]] = {}
     for stage in _due(made):
         if stage == "predict":
             fresh_s = _wall_s(_PREDICT, str(source), str(thread_count()))
@@ -156,13 +162,14 @@ def _costs(stages: Stages, source: Path, weights: Sequence[float]) -> Costs:
         if stage == "calibrate":
             stages[stage](source, 0)
             continue
-        timed = list(_timed_stage(stages, stage, source, weights))
-        firsts[stage], found[stage] = timed[0].core_s, timed[-_SLIDES * len(_BLOCKS) :]
+        firsts[stage], found[stage] = _timed_stage(stages, stage, source, weights)
     fitted = {stage: _fit(stage, timed) for stage, timed in found.items()}
-    if "certify" in fitted:  # it has networks of its own
-        more_s = max(0.0, firsts["certify"] - fitted["certify"].fixed_s)
-        fitted[simulation.first_of("certify")] = StageCost(more_s, 0.0)
-    first_s = fitted["predict"].fixed_s + fitted["predict"].unit_s * weights[0]
+    for stage, times in (("predict", shapes / _shapes(source.parent, made)), ("certify", 1.0)):
+        if stage in fitted:  # shapes that were not seen before, and networks of its own
+            cost = fitted[stage]
+            more_s = [max(0.0, one.core_s - cost.fixed_s - cost.unit_s * one.tiles) for one in firsts[stage]]
+            fitted[simulation.first_of(stage)] = StageCost(sum(more_s) * times, 0.0)
+    first_s = fitted["predict"].fixed_s * len(weights[0]) + fitted["predict"].unit_s * sum(weights[0])
     return Costs(start_s, max(0.0, fresh_s - start_s - first_s), _spread(fitted["predict"], found["predict"]), fitted)
 
 
@@ -180,17 +187,25 @@ def _due(made: Plan) -> Iterator[str]:
     yield from ("stitch", "detect")
 
 
-def _timed_stage(stages: Stages, stage: str, source: Path, weights: Sequence[float]) -> Iterator[Timed]:
-    """Do the tasks of a stage, and yield what they took; the first slides are there to be done for the first time."""
-    made = plan.read(source)
-    for slide, weight in enumerate(weights):
+def _timed_stage(
+    stages: Stages, stage: str, source: Path, weights: Sequence[Sequence[float]]
+) -> tuple[list[Timed], list[Timed]]:
+    """Do the tasks of a stage, and return what they took for the first time and again."""
+    made, half = plan.read(source), len(weights) // 2
+    found: list[list[Timed]] = []
+    for slide, groups in enumerate(weights):
         tasks = made.tasks_of(stage, slide)
-        for task in tasks:
-            clock, cpu = time.perf_counter(), time.process_time()
-            _, executed = stages[stage](source, task)
-            core_s = time.process_time() - cpu
-            if executed:
-                yield Timed(weight / len(tasks), core_s, max(0.0, time.perf_counter() - clock - core_s))
+        each = groups if len(tasks) == len(groups) else [sum(groups) / len(tasks)] * len(tasks)
+        found.append([_timed(stages, stage, source, task, tiles) for task, tiles in zip(tasks, each, strict=True)])
+    first, again = found[:-half], found[-half:]
+    return [one for slide in first for one in slide], [one for slide in again for one in slide]
+
+
+def _timed(stages: Stages, stage: str, source: Path, task: int, tiles: float) -> Timed:
+    clock, cpu = time.perf_counter(), time.process_time()
+    stages[stage](source, task)
+    core_s = time.process_time() - cpu
+    return Timed(tiles, core_s, max(0.0, time.perf_counter() - clock - core_s))
 
 
 def _fit(stage: str, timed: Sequence[Timed]) -> StageCost:

@@ -48,7 +48,8 @@ class Stage(NamedTuple):
         name: Its name.
         shares: Its slices, in the order in which they start.
         loads: Whether its tasks need the network.
-        first_s: What a worker's first slice of the stage takes besides.
+        first_s: What a worker that lives through the run pays besides in the stage's first slices, such as other
+            networks, or a network's first sight of each shape of block; for one that does not, ``load_s`` is all.
     """
 
     name: str
@@ -403,7 +404,7 @@ class _Simulation:
         worker = next(idle for idle in reversed(self._idle) if idle).pop()
         before_s = cluster.start_s if self._state[worker] == _NEW else 0.0
         before_s += cluster.load_s if stage.loads and self._state[worker] != _LOADED else 0.0
-        before_s += stage.first_s if stage.name not in self._known[worker] else 0.0
+        before_s += stage.first_s if not cluster.fresh and stage.name not in self._known[worker] else 0.0
         self._known[worker].add(stage.name)
         self._state[worker] = _LOADED if stage.loads else max(self._state[worker], _STARTED)
         running = self._fate(attempt, worker, before_s)
