@@ -35,13 +35,18 @@ Stages = Mapping[str, Callable[[Path, int], tuple[publish.Receipt, bool]]]
 _SLIDES = 2
 _BLOCKS = (1, 4)
 _PER_TILE = {"extract", "predict"}
+# The first prediction of this process, after the fresh worker's, loads the network; that is `load_s`.
+_LOADS = {"predict": 2, "certify": 0}
 _IMPORT = "import wsiflow.steps"
 _PREDICT = """
-import pathlib, sys
+import pathlib, sys, time
 from wsiflow import steps
 from wsiflow.model.threads import limit_threads
 limit_threads(int(sys.argv[2]))
-sys.exit(steps.run_task(pathlib.Path(sys.argv[1]), "predict", 0).exit_code)
+clock = time.perf_counter()
+outcome = steps.run_task(pathlib.Path(sys.argv[1]), "predict", 0)
+print(time.perf_counter() - clock)
+sys.exit(outcome.exit_code)
 """
 
 
@@ -153,11 +158,11 @@ def _costs(stages: Stages, source: Path, weights: Sequence[Sequence[float]], sha
     made = plan.read(source)
     found: dict[str, list[Timed]] = {}
     fresh_s = 0.0
-    start_s = min(_wall_s(_IMPORT) for _ in range(2))
+    start_s = min(_start_s() for _ in range(2))
     firsts: dict[str, list[Timed]] = {}
     for stage in _due(made):
         if stage == "predict":
-            fresh_s = _wall_s(_PREDICT, str(source), str(thread_count()))
+            fresh_s = float(_fresh(_PREDICT, str(source), str(thread_count())))
             scoring.release()  # what `choose` has left
         if stage == "calibrate":
             stages[stage](source, 0)
@@ -167,10 +172,11 @@ def _costs(stages: Stages, source: Path, weights: Sequence[Sequence[float]], sha
     for stage, times in (("predict", shapes / _shapes(source.parent, made)), ("certify", 1.0)):
         if stage in fitted:  # shapes that were not seen before, and networks of its own
             cost = fitted[stage]
-            more_s = [max(0.0, one.core_s - cost.fixed_s - cost.unit_s * one.tiles) for one in firsts[stage]]
+            seen = firsts[stage][_LOADS[stage] :]
+            more_s = [max(0.0, one.core_s - cost.fixed_s - cost.unit_s * one.tiles) for one in seen]
             fitted[simulation.first_of(stage)] = StageCost(sum(more_s) * times, 0.0)
     first_s = fitted["predict"].fixed_s * len(weights[0]) + fitted["predict"].unit_s * sum(weights[0])
-    return Costs(start_s, max(0.0, fresh_s - start_s - first_s), _spread(fitted["predict"], found["predict"]), fitted)
+    return Costs(start_s, max(0.0, fresh_s - first_s), _spread(fitted["predict"], found["predict"]), fitted)
 
 
 def _due(made: Plan) -> Iterator[str]:
@@ -231,15 +237,21 @@ def _spread(cost: StageCost, timed: Sequence[Timed]) -> float:
     return math.sqrt(statistics.fmean(error**2 for error in errors))
 
 
-def _wall_s(program: str, *arguments: str) -> float:
-    """Return the seconds a fresh interpreter takes for a program."""
+def _start_s() -> float:
+    """Return the seconds from the start of an interpreter until it could do a task."""
     clock = time.perf_counter()
+    _fresh(_IMPORT)
+    return time.perf_counter() - clock
+
+
+def _fresh(program: str, *arguments: str) -> str:
+    """Run a program in a fresh interpreter and return what it prints."""
     command = [sys.executable, "-c", program, *arguments]
     ended = subprocess.run(command, check=False, capture_output=True, text=True)
     if ended.returncode:
         told = (ended.stderr.strip().splitlines() or [f"exit code {ended.returncode}"])[-1]
         raise EnvironmentFault(f"a fresh worker cannot predict ({told})", "see that it runs: wsiflow doctor")
-    return time.perf_counter() - clock
+    return ended.stdout
 
 
 def _ingest_s(root: Path, made: Plan) -> float:
