@@ -18,6 +18,12 @@ if TYPE_CHECKING:  # imported where there is a cluster: it takes seconds
     from distributed import Client
     from prefect_dask.task_runners import DaskTaskRunner
 
+# Whoever can talk to a scheduler can run what they like: TLS, and no page for others.
+_GUARDED: dict[str, Any] = {
+    "security": True,
+    "protocol": "tls://",
+    "scheduler_options": {"dashboard_address": "127.0.0.1:0"},
+}
 _KEEP_S = 10.0
 # Dask looks once, so long after a worker was lost, whether it is back; a worker that has died again and is on its way
 # back at that moment is ended for good.
@@ -59,7 +65,8 @@ def _runner(params: ExecutorParams, cores: int, scratch: str) -> "DaskTaskRunner
         return DaskTaskRunner(address=dask.address)
     path = dask.cluster or "distributed.LocalCluster"
     size = {"n_workers": params.workers} if params.workers else {}
-    kwargs = {**(size if dask.cluster else _local(params.workers or cores, scratch)), **dask.cluster_kwargs}
+    own = size | _GUARDED if path.startswith("dask_jobqueue.") else size
+    kwargs = {**(own if dask.cluster else _local(params.workers or cores, scratch)), **dask.cluster_kwargs}
     try:
         return DaskTaskRunner(cluster_class=path, cluster_kwargs=kwargs, adapt_kwargs=dict(dask.adapt_kwargs))
     except (ImportError, AttributeError) as error:

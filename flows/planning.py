@@ -15,8 +15,7 @@ from typing import Any, NamedTuple
 
 from wsiflow import cli, executor, ingest, measure, plan, publish, schedule, shards, simulation, steps
 from wsiflow.config import RunConfig
-from wsiflow.errors import EnvironmentFault, InputError
-from wsiflow.executor import Executor, Slice
+from wsiflow.errors import InputError
 from wsiflow.model.threads import allocated_cores, limit_threads
 from wsiflow.plan import Plan
 from wsiflow.schedule import Costs
@@ -108,7 +107,7 @@ def _plan(given: argparse.Namespace) -> int:
         counted, costs = count(plan_path, config), shards.costs_of(config.out)
         origin = "measured" if (config.out / measure.COSTS).exists() else "rough"
     if given.costs:
-        costs, origin = _read_costs(given.costs), f"measured, {given.costs.name}"
+        costs, origin = shards.read_costs(given.costs), f"measured, {given.costs.name}"
     workers = given.workers or [executor.worker_count(config.executor, cores=allocated_cores()) or 1]
     scheduler = given.scheduler or _scheduler(config)
     found = {n: forecast(counted, costs, config, _cluster(scheduler, n, costs, given.queue_s)) for n in workers}
@@ -141,15 +140,8 @@ def make(config: RunConfig, *, calibrate: bool) -> Path:
         wanted = range(len(shards.case_sizes(cases)))
         plan_path = ingest.make_plan(cases, shards.ingest_shard(pool, cases, wanted))
         if calibrate:
-            _measure(pool, plan_path)
+            shards.once(pool, plan_path, "measure")
     return plan_path
-
-
-def _measure(pool: Executor, plan_path: Path) -> None:
-    for outcome in pool.run(steps.run_slice, plan_path, "measure", [Slice(0, 1)]):
-        if outcome.receipt is None and not outcome.retried:
-            cause, _, remedy = outcome.error.rpartition("; ")
-            raise (InputError if outcome.exit_code == InputError.exit_code else EnvironmentFault)(cause, remedy)
 
 
 def count(plan_path: Path, config: RunConfig) -> Counted:
@@ -231,15 +223,6 @@ def _from_table(config: RunConfig, path: Path, share: float) -> Counted:
     files = _files(tasks) + _SLIDE_FILES * len(tiles)
     none_done = dict.fromkeys(tasks, 0)
     return Counted(simulation.numbered(found), tiles, {}, tasks, none_done, scratch, files, memory_mb)
-
-
-def _read_costs(path: Path) -> Costs:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        stages = {stage: schedule.StageCost(**cost) for stage, cost in found.pop("stages").items()}
-        return Costs(**found, stages={**schedule.ROUGH.stages, **stages})
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise InputError(f"it holds no costs ({error!r})", "give a costs.json of wsiflow", path=path) from error
 
 
 def _cluster(scheduler: str, workers: int, costs: Costs, queue_s: float) -> Cluster:

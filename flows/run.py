@@ -112,13 +112,24 @@ def to_config(composed: DictConfig, *, job: str = "") -> RunConfig:
     if missing:
         raise InputError(f"no value for {', '.join(missing)}", "give it on the command line", stage="configuration")
     values: Any = OmegaConf.to_container(composed, resolve=True)
-    _, found, store = values["tracking"]["uri"].partition("sqlite:///")
-    if found:
-        values["tracking"]["uri"] = found + os.path.normpath(store)
     if job:
         values["out"] = str(Path(values["out"]) / job)
         values["tracking"]["sweep"] = values["tracking"]["sweep"] or sweep.name() or values["name"]
+    _make_absolute(values)
     return validate(values)
+
+
+def _make_absolute(values: dict[str, Any]) -> None:
+    """Let paths begin at the root: workers, and whoever starts the run again, may be in other folders."""
+    _, found, store = values["tracking"]["uri"].partition("sqlite:///")
+    if found:
+        values["tracking"]["uri"] = found + os.path.normpath(Path(store).absolute())
+    for part, name in (("dataset", "manifest"), ("dataset", "folder"), ("dataset", "path"), ("model", "card")):
+        path = values[part].get(name)
+        if path and not str(path).startswith("pkg:"):
+            values[part][name] = str(Path(path).absolute())
+    if values["out"]:
+        values["out"] = str(Path(values["out"]).absolute())
 
 
 def compose_config(overrides: Sequence[str], *, job: str = "") -> RunConfig:

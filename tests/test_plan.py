@@ -12,7 +12,7 @@ from wsiflow.geometry import Frame
 from wsiflow.plan import Plan, Rejected, SlidePlan, Task
 
 FRAME = Frame("centred", 896, 672, 1.0, 0.243, 224, 224, 112, 112, 1, 1, 0, 0, 4, 3)
-SETTINGS = {"predict": {"stride": 112, "model": "m"}, "cut": {"tiles": {"group_tiles": 3}}}
+SETTINGS = {"predict": {"stride": 112, "model": "m"}, "cut": {"tiles": {"group_tiles": 3, "part_tiles": 3}}}
 
 
 TISSUE = np.array([[0, 1, 1, 0], [0, 0, 0, 0], [1, 1, 1, 1]], dtype=bool)
@@ -24,7 +24,7 @@ def slide(name: str, key: str = "k1", path: str = "/data/a.svs") -> SlidePlan:
 
 
 def make(*slides: SlidePlan, settings: dict = SETTINGS, rejected: tuple[Rejected, ...] = ()) -> Plan:
-    return Plan(settings, {"store": {"kind": "none", "part_tiles": 3}}, slides, rejected)
+    return Plan(settings, {"store": {"kind": "none"}}, slides, rejected)
 
 
 def publish_cut(root: Path, planned: SlidePlan) -> SlidePlan:
@@ -60,8 +60,9 @@ def test_tasks_of_slides_without_tissue_are_none() -> None:
 
 def test_a_long_slide_is_extracted_in_parts() -> None:
     """Every group is in one part, and no part has more tiles than is asked for, unless one group has."""
-    long = make(slide("a")._replace(n_groups=7), settings=SETTINGS | {"cut": {"tiles": {"group_tiles": 400}}})
-    long.work["store"]["part_tiles"] = 900
+    long = make(
+        slide("a")._replace(n_groups=7), settings=SETTINGS | {"cut": {"tiles": {"group_tiles": 400, "part_tiles": 900}}}
+    )
     assert long.count("extract") == 4
     assert [list(long.part(0, j)) for j in range(1, 5)] == [[1, 2], [3, 4], [5, 6], [7]]
     assert [long.part_of(k) for k in range(1, 8)] == [1, 1, 2, 2, 3, 3, 4]

@@ -107,7 +107,7 @@ def _add_run_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     add("retry", _unreachable, "start a run again from its folder alone: what is missing is done, and nothing else")
     one = add("verify", _verify, "compare every published file of a run with its receipt")
     one.add_argument("run", type=Path)
-    one = add("task", _task, "predict one array task of a plan: what an array job's element calls")
+    one = add("task", _task, "predict one array task of a plan by hand")
     one.add_argument("plan", type=Path)
     one.add_argument("index", type=int)
 

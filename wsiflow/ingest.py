@@ -24,10 +24,8 @@ from wsiflow.geometry import Frame
 from wsiflow.model import card
 from wsiflow.model.choice import Choice
 from wsiflow.plan import Plan, SlidePlan
-from wsiflow.provenance import facts, versions
+from wsiflow.provenance import facts
 
-# What decodes, resamples and normalises pixels.
-_PIXEL_LIBRARIES = {"openslide-bin", "imagecodecs", "pillow", "opencv-python-headless", "numpy"}
 _CASES = TypeAdapter(tuple[Case, ...])
 
 
@@ -92,7 +90,8 @@ def ingest(source: Path, index: int) -> tuple[publish.Receipt, bool]:
 
 def is_chosen(source: Path) -> bool:
     """Tell whether it is settled how the run computes scores."""
-    return publish.read_receipt(source.parent, choice_name(read_cases(source)[0])) is not None
+    config, _ = read_cases(source)
+    return publish.done(source.parent, choice_name(config), choice_key(config)) is not None
 
 
 def is_ingested(source: Path, index: int) -> bool:
@@ -156,6 +155,7 @@ def _cutting(root: Path, config: RunConfig) -> dict[str, Any]:
             "block_rows": choice.block_rows,
             "block_cols": choice.block_cols,
             "group_tiles": config.tiles.group_tiles,
+            "part_tiles": config.store.part_tiles,
         },
         "stride": config.inference.stride,
         "model": {"window_px": model.window_px, "spacing_um_px": model.spacing_um_px},
@@ -279,7 +279,7 @@ def make_plan(source: Path, outcomes: Sequence[Outcome]) -> Path:
             "inference": Choice(**settled["choice"]).numbers(),
             "stain": config.stain.model_dump(),
             "store_loss": config.store.loss,
-            "pixels": {name: found for name, found in versions().items() if name in _PIXEL_LIBRARIES},
+            "pixels": settled["pixels"],
             "numeric_class": settled["numeric_class"],
         },
         "certificate": {"windows": config.dense.windows},

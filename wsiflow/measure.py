@@ -10,6 +10,8 @@ of a whole slide, which is as large here as in the run: they cost the same whate
 
 import json
 import math
+import os
+import socket
 import statistics
 import subprocess
 import sys
@@ -78,7 +80,7 @@ def measure(stages: Stages, source: Path, _index: int) -> tuple[publish.Receipt,
     made, root = plan.read(source), source.parent
     attempts = root / publish.ATTEMPTS
     attempts.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=attempts, prefix="costs_") as name:
+    with tempfile.TemporaryDirectory(dir=attempts, prefix=f"{socket.gethostname()}-{os.getpid()}-") as name:
         small, weights = _small_plan(Path(name), root, made)
         costs = _costs(stages, small, weights, _shapes(root, made))
     values = costs._asdict() | {"stages": {stage: cost._asdict() for stage, cost in costs.stages.items()}}

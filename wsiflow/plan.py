@@ -187,8 +187,8 @@ class Plan:
     @property
     def part_groups(self) -> int:
         """Groups of a slide that one task of ``extract`` reads."""
-        group_tiles, part_tiles = self.settings["cut"]["tiles"]["group_tiles"], self.work["store"]["part_tiles"]
-        return max(1, int(part_tiles) // int(group_tiles))
+        sizes = self.settings["cut"]["tiles"]
+        return max(1, int(sizes["part_tiles"]) // int(sizes["group_tiles"]))
 
     def count(self, stage: str) -> int:
         """Return how many tasks a stage has."""

@@ -19,12 +19,18 @@ _LIBRARIES = (
     "pillow",
     "opencv-python-headless",
 )
+_PIXEL_LIBRARIES = {"openslide-bin", "imagecodecs", "pillow", "opencv-python-headless", "numpy"}
 
 
 @lru_cache(maxsize=1)
 def versions() -> dict[str, str]:
     """Return the versions that can change a number."""
     return {name: version(name) for name in _LIBRARIES}
+
+
+def pixel_versions() -> dict[str, str]:
+    """Return the versions of what decodes, resamples and normalises pixels."""
+    return {name: found for name, found in versions().items() if name in _PIXEL_LIBRARIES}
 
 
 def thread_count() -> int:

@@ -237,7 +237,7 @@ def publish_generation(root: Path, name: str, data: bytes, facts: Mapping[str, A
 
 
 def write_view(root: Path, name: str, data: bytes) -> None:
-    """Write a status file that later runs may replace whole; nothing is ever computed from it."""
+    """Write a file that later runs may replace whole; no published byte is ever computed from it."""
     path, folder = root / name, _attempt_folder(root)
     with _as_fault(path):
         _make_folder(folder)
@@ -251,13 +251,31 @@ def write_view(root: Path, name: str, data: bytes) -> None:
         _forget(folder)
 
 
+def append_line(path: Path, text: str, *, sync: bool = False) -> None:
+    """Append a line to a log; what a process that was killed left of its last line stays a line of its own.
+
+    Args:
+        path: The log.
+        text: The line, without its end.
+        sync: Have it on disk before this returns.
+    """
+    with path.open("a+b") as stream:
+        size = stream.seek(0, os.SEEK_END)
+        stream.seek(max(0, size - 1))
+        torn = size and stream.read(1) != b"\n"
+        stream.write((b"\n" if torn else b"") + text.encode() + b"\n")
+        if sync:
+            stream.flush()
+            os.fsync(stream.fileno())
+
+
 def sweep_attempts(root: Path) -> None:
     """Remove what killed attempts left: those of processes of this host that are gone."""
     for folder in sorted((root / ATTEMPTS).glob("*-*-*")):
         host, pid, _ = folder.name.rsplit("-", 2)
         if host == socket.gethostname() and not _is_alive(int(pid)):
-            with contextlib.suppress(FileNotFoundError):
-                _forget(folder)
+            _effect("rmdir", folder)
+            shutil.rmtree(folder, ignore_errors=True)  # another process may be doing the same
 
 
 def _is_alive(pid: int) -> bool:

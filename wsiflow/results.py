@@ -116,8 +116,9 @@ def _statuses(made: Plan, ended: Sequence[Ended]) -> list[Status]:
     for item in ended:
         index = made.task(item.stage, item.task).slide
         attempts[index] = attempts.get(index, 0) + item.executed
+    for item in {(item.stage, item.task): item for item in ended}.values():  # a later try of a task is what counts
         if not item.attempt:
-            failures.setdefault(index, item)
+            failures.setdefault(made.task(item.stage, item.task).slide, item)
     rows = []
     for index, planned in enumerate(made.slides):
         failure = failures.get(index)

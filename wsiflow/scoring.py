@@ -20,7 +20,7 @@ from wsiflow.geometry import Frame
 from wsiflow.model import card
 from wsiflow.model.choice import Choice
 from wsiflow.plan import Plan, Task
-from wsiflow.provenance import facts, numeric_class, thread_count
+from wsiflow.provenance import facts, numeric_class, pixel_versions, thread_count
 
 if TYPE_CHECKING:
     from wsiflow.model.classifier import Classifier
@@ -44,7 +44,7 @@ def choose(source: Path, _index: int) -> tuple[publish.Receipt, bool]:
             attempt.path.write_bytes((root / name).read_bytes())
         else:
             settled = settle.settle(_classifier(config.model), config, threads=thread_count())
-            settled["numeric_class"] = numeric_class()
+            settled |= {"numeric_class": numeric_class(), "pixels": pixel_versions()}
             attempt.path.write_text(json.dumps(settled, indent=1, sort_keys=True), encoding="utf-8")
     return attempt.receipt, True
 
@@ -97,8 +97,8 @@ def check_numeric_class(made: Plan) -> None:
     Raises:
         EnvironmentFault: Processor, library or threads would give other last bits than the plan says.
     """
-    planned = made.settings["predict"]["numeric_class"]
-    here = numeric_class()
+    planned = made.settings["predict"]["numeric_class"] | made.settings["predict"]["pixels"]
+    here = numeric_class() | pixel_versions()
     differing = [
         f"{name} is {here[name]!r}, planned {planned.get(name)!r}" for name in here if here[name] != planned.get(name)
     ]

@@ -103,7 +103,7 @@ def choose(pool: Executor, cases: Path) -> str:
         WsiflowError: The network or the machine cannot do what is asked for.
     """
     if not ingest.is_chosen(cases):
-        _once(pool, cases, "choose")
+        once(pool, cases, "choose")
     return ingest.surprise(cases)
 
 
@@ -112,8 +112,8 @@ def measure_costs(pool: Executor, plan_path: Path) -> None:
 
     A run can do without: where it fails, what is wrong shows in the tasks themselves, and rough costs are taken.
     """
-    root = plan_path.parent
-    if plan.read(plan_path).n_groups and not (root / measure.COSTS).exists():
+    root, made = plan_path.parent, plan.read(plan_path)
+    if not (ledger.balance(root, made).failed == 0 or (root / measure.COSTS).exists()):
         for outcome in pool.run(steps.run_slice, plan_path, "measure", [Slice(0, 1)]):
             trace.note(root, "measure", "", 0, outcome)
 
@@ -130,12 +130,16 @@ def calibrate(pool: Executor, plan_path: Path, slice_s: float) -> Progress:
     progress = Progress(tuple(scoring.calibration_slides(made)))
     for stage in ("stain", "extract"):  # the pixels it looks at are those the network will see
         progress = advance(pool, plan_path, stage, progress, slice_s)
-    _once(pool, plan_path, "calibrate")
+    once(pool, plan_path, "calibrate")
     return progress
 
 
-def _once(pool: Executor, source: Path, stage: str) -> None:
-    """Do a stage that a run has only one task of."""
+def once(pool: Executor, source: Path, stage: str) -> None:
+    """Do a stage that a run has only one task of.
+
+    Raises:
+        WsiflowError: It failed; the class is that of the task's error.
+    """
     for outcome in pool.run(steps.run_slice, source, stage, [Slice(0, 1)]):
         trace.note(source.parent, stage, "", 0, outcome)
         if outcome.receipt is None and not outcome.retried:
@@ -145,15 +149,16 @@ def _once(pool: Executor, source: Path, stage: str) -> None:
 
 
 def cut(sizes: Sequence[int], slides_each: int) -> list[tuple[int, ...]]:
-    """Cut slides into shards, the largest slides first.
+    """Cut slides into shards of neighbours, whose tasks can travel together; the shard with the most work first.
 
     Args:
         sizes: How much work each slide is.
         slides_each: Slides per shard; 0 gives about 40 shards however many slides there are.
     """
-    order = sorted(range(len(sizes)), key=lambda index: -sizes[index])
-    each = slides_each or -(-len(order) // _SHARDS_WANTED)
-    return [tuple(order[first : first + each]) for first in range(0, len(order), max(1, each))]
+    count = len(sizes)
+    each = slides_each or -(-count // _SHARDS_WANTED)
+    parts = [tuple(range(first, min(first + each, count))) for first in range(0, count, max(1, each))]
+    return sorted(parts, key=lambda part: -sum(sizes[index] for index in part))
 
 
 def case_sizes(cases: Path) -> list[int]:
@@ -228,11 +233,21 @@ def units(made: Plan, stage: str, index: int) -> int:
 def costs_of(root: Path) -> schedule.Costs:
     """Return what tasks cost here, as it was measured in this folder; rough values where it was not."""
     path = root / measure.COSTS
-    if not path.exists():
-        return schedule.ROUGH
-    found = json.loads(path.read_text(encoding="utf-8"))
-    stages = {stage: schedule.StageCost(**cost) for stage, cost in found.pop("stages").items()}
-    return schedule.Costs(**found, stages={**schedule.ROUGH.stages, **stages})
+    return read_costs(path) if path.exists() else schedule.ROUGH
+
+
+def read_costs(path: Path) -> schedule.Costs:
+    """Read measured costs.
+
+    Raises:
+        InputError: The file holds none.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        stages = {stage: schedule.StageCost(**cost) for stage, cost in found.pop("stages").items()}
+        return schedule.Costs(**found, stages={**schedule.ROUGH.stages, **stages})
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise InputError(f"it holds no costs ({error!r})", "give a costs.json of wsiflow", path=path) from error
 
 
 def _tasks(root: Path, made: Plan, stage: str, slides: Sequence[int]) -> list[int]:

@@ -4,8 +4,9 @@ Every stage has the same form, ``(source, index) -> (receipt, executed)``, with 
 is to do: ``cases.json`` for ``choose`` and ``ingest``, the plan for every later stage. The run's folder is where that
 file lies. A stage that finds its file published does nothing.
 
-Stages: ``choose`` (once), ``ingest`` (a case), ``calibrate`` (once, for int8), ``stain`` (a slide), ``extract`` (a part
-of a slide), ``index`` (a slide), ``predict`` (a group), ``certify``, ``stitch`` and ``detect`` (a slide).
+Stages: ``choose`` (once), ``ingest`` (a case), ``measure`` (once), ``calibrate`` (once, for int8), ``stain`` (a slide),
+``extract`` (a part of a slide), ``index`` (a slide), ``predict`` (a group), ``certify``, ``stitch`` and ``detect`` (a
+slide).
 """
 
 import dataclasses
@@ -62,7 +63,7 @@ def run_task(source: Path, stage: str, index: int) -> Outcome:
     Args:
         source: ``cases.json`` or a plan.
         stage: One of `STAGES`.
-        index: The case, slide or group.
+        index: The task's place in its stage: a case, slide, part or group.
     """
     try:
         receipt, executed = STAGES[stage](source, index)

@@ -61,8 +61,8 @@ def note(root: Path, stage: str, slide: str, group: int, outcome: Outcome) -> No
     row = {"stage": stage, "slide": slide, "group": group, "index": outcome.task, **used, "error": failure}
     row["exit_code"] = outcome.exit_code
     row["exit_class"] = used.get("exit_class") or _CLASSES.get(outcome.exit_code, "")
-    with _lock, (root / _LOG).open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(row) + "\n")
+    with _lock:
+        publish.append_line(root / _LOG, json.dumps(row))
 
 
 def attempts(root: Path) -> list[dict[str, Any]]:
@@ -172,7 +172,7 @@ def peak_workers(rows: Sequence[Mapping[str, Any]]) -> int:
     """Return the most processes that had work at a time: hosts and process ids whose spans of work overlap."""
     spans: dict[tuple[str, int], list[str]] = {}
     for row in rows:
-        if row["start"]:
+        if row["start"] and row["end"]:
             spans.setdefault((row["host"], row["pid"]), []).extend([row["start"], row["end"]])
     moments = sorted([(min(span), 1) for span in spans.values()] + [(max(span), -1) for span in spans.values()])
     most = here = 0

@@ -21,7 +21,7 @@ from wsiflow.model.threads import limit_threads
 from wsiflow.usage import now
 
 _PARENT_POLL_S = 1.0
-_WINDOW_PER_WORKER = 4
+_WAITING = 2  # slices handed over beyond those at work, so that no worker waits for the next
 
 
 class ProcessPool:
@@ -34,6 +34,7 @@ class ProcessPool:
         self._lock = threading.Lock()
         self._alone = threading.Lock()
         self._closed = False
+        self._room = threading.Semaphore(workers + _WAITING)  # what a worker's death takes along stays little
 
     def __enter__(self) -> Self:
         """Return the pool."""
@@ -46,17 +47,18 @@ class ProcessPool:
             self._pool.shutdown(cancel_futures=True)
 
     def run(self, work: Work, source: Path, stage: str, slices: Sequence[Slice]) -> Iterator[Outcome]:
-        """Run the slices, a bounded number in flight, in the order given as far as workers are free."""
+        """Run the slices in the order given as far as workers are free; all callers together have few in flight."""
         waiting = list(reversed(slices))
         flying: dict[Future[list[Outcome]], tuple[Slice, str]] = {}
         lost: list[Slice] = []
         while waiting or flying:
-            while waiting and len(flying) < self._workers * _WINDOW_PER_WORKER:
+            while waiting and self._room.acquire(blocking=not flying):
                 part = waiting.pop()
                 flying[self._submit(work, source, stage, part)] = part, now()
             ended, _ = wait(flying, return_when=FIRST_COMPLETED)
             for future in ended:
                 part, submitted = flying.pop(future)
+                self._room.release()
                 outcomes = _outcomes(future)
                 if outcomes is None:
                     lost.append(part)
