@@ -28,7 +28,7 @@ check: setup
 	$(BIN)/mypy
 	$(BIN)/codespell
 
-# Some twenty minutes on an idle machine; DATA, GOOGLENET and SLIDE name what is not part of this repository.
+# About an hour on an idle machine; DATA, GOOGLENET and SLIDE name what is not part of this repository.
 bench: setup
 	$(BIN)/python -m benchmarks $(if $(DATA),--data $(DATA)) $(if $(GOOGLENET),--googlenet $(GOOGLENET)) \
 	  $(if $(SLIDE),--slide $(SLIDE))

@@ -19,6 +19,7 @@ def main() -> None:
     parser.add_argument("--googlenet", type=Path, help="card of a trained GoogLeNet")
     parser.add_argument("--slide", type=Path, help="a real slide")
     parser.add_argument("--document", type=Path, default=report.ROOT / "docs/performance.md")
+    parser.add_argument("--scaling", type=Path, default=report.ROOT / "docs/scaling.md")
     given = parser.parse_args()
     own = {
         "engines": [],
@@ -27,6 +28,9 @@ def main() -> None:
         "scaling": [],
         "memory": [],
         "agreement": _named(given, "googlenet", "slide"),
+        "scale": [],
+        "makespan": [],
+        **({"experiments": _named(given, "data")} if given.data else {}),
     }
     quick = ["--quick"] if given.quick else []
     failed: list[str] = []
@@ -39,7 +43,8 @@ def main() -> None:
         say(f"{name} {'failed' if ended else 'ended'} after {time.perf_counter() - begin:.0f} s")
     for table in targets.tables(targets.read(given.out)):
         print(f"\n{table.markdown()}")
-    report.main(["--results", str(given.out), "--document", str(given.document)])
+    for document in (given.document, given.scaling):
+        report.main(["--results", str(given.out), "--document", str(document)])
     if failed:
         sys.exit(f"failed: {', '.join(failed)}; the tables of these are old or missing")
 
