@@ -41,6 +41,9 @@ SCHEDULERS = {
 """How each kind of place runs slices. Limits are the programs' own defaults; sites differ."""
 
 
+_GROUPS = {"slurm": "slurm_array", "sge": "sge_array"}
+
+
 class Counted(NamedTuple):
     """What there is to do.
 
@@ -110,6 +113,9 @@ def _plan(given: argparse.Namespace) -> int:
         costs, origin = shards.read_costs(given.costs), f"measured, {given.costs.name}"
     workers = given.workers or [executor.worker_count(config.executor, cores=allocated_cores()) or 1]
     scheduler = given.scheduler or _scheduler(config)
+    if scheduler != _scheduler(config):  # slices as it would be given them
+        other = compose_config([f"executor={_GROUPS.get(scheduler, scheduler)}"]).executor
+        config = config.model_copy(update={"executor": other})
     found = {n: forecast(counted, costs, config, _cluster(scheduler, n, costs, given.queue_s)) for n in workers}
     if given.json:
         report = _as_json(counted, costs, origin, found) | {"scheduler": scheduler}
