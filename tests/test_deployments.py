@@ -124,7 +124,7 @@ def test_a_sweep_is_every_combination_of_its_lists() -> None:
     assert len(jobs) == 8
     assert "inference.stride=112,stain=macenko,lesions.threshold=0.5" in jobs
     for job, overrides in jobs.items():
-        assert compose_config(overrides, job=job).out == Path("runs/run") / job
+        assert compose_config(overrides, job=job).out == Path("runs/run").absolute() / job
 
 
 # --- files for sites
