@@ -2,16 +2,18 @@
 
 import itertools
 import shlex
+import subprocess
 from collections import deque
 from pathlib import Path
 
 import pytest
 import yaml
+from array_work import work
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wsiflow.errors import InputError
-from wsiflow.executor import ExecutorParams, element, jobs
+from wsiflow.errors import EnvironmentFault, InputError
+from wsiflow.executor import ExecutorParams, Slice, element, jobs
 from wsiflow.executor.array import ArrayJobs, Batch, runs
 from wsiflow.executor.dialect import ArrayParams, Place, Seen, expand, indices
 from wsiflow.executor.watch import Piece, Tries
@@ -317,6 +319,41 @@ def test_cancelling_counts_for_the_drivers_before_it(tmp_path: Path) -> None:
     assert log.read().cancelled
     log.append("driver", pid=2)
     assert not log.read().cancelled
+
+
+def test_a_second_driver_is_refused_while_the_first_lives(tmp_path: Path) -> None:
+    """Two processes on one folder: the second hears of the first; one that was killed, or has left, is no hindrance."""
+    first = subprocess.Popen(["sleep", "60"])
+    pool = ArrayJobs(params("slurm"), root=tmp_path, workers=0, threads=1)
+    known = {**jobs.identity(), "pid": first.pid, "born": jobs._born(first.pid)}
+    pool._log.append("driver", **known)
+    with pytest.raises(EnvironmentFault, match=rf"process {first.pid} on .*wsiflow cancel {tmp_path}"), pool:
+        pass
+    pool._log.append("left", **known)
+    with pool, pool:  # its own process is no other
+        pass
+    pool._log.append("driver", **known)
+    first.kill()
+    first.wait()
+    with pool:
+        assert not pool._log.read().left
+    assert pool._log.read().left
+
+
+def test_a_driver_stops_where_a_later_one_began(tmp_path: Path) -> None:
+    """Cancelled and started again elsewhere: the first driver submits nothing more, and leaves the later one's alone."""
+    with (
+        pytest.raises(KeyboardInterrupt),
+        ArrayJobs(params("slurm"), root=tmp_path, workers=0, threads=1) as pool,
+    ):
+        pool._log.append("cancel")
+        pool._log.append("driver", host="elsewhere", pid=1, born="1")
+        pool._log.append("intent", name="later")
+        outcomes = list(pool.run(work, tmp_path / "plan.json", "predict", [Slice(0, 2)]))
+        raise KeyboardInterrupt
+    assert [(outcome.task, outcome.usage["exit_class"]) for outcome in outcomes] == [(0, "cancelled"), (1, "cancelled")]
+    history = pool._log.read()
+    assert (history.cancelled, history.left, history.jobs) == (False, False, (jobs.Job("later", ""),))
 
 
 def test_a_run_without_arrays_cannot_be_cancelled(tmp_path: Path) -> None:

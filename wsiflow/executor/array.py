@@ -68,28 +68,34 @@ class ArrayJobs:
         self._log, self._queue = JobLog(self._root), Queue(params)
         self._left: dict[str, Array] = {}  # with elements in the queue
         self._past: dict[str, Array] = {}  # whose notes no driver may have read to the end
-        self._lock = threading.Lock()
+        self._lock, self._identity = threading.Lock(), jobs.identity()
         self._longest = params.limit or 0
 
     def __enter__(self) -> Self:
         """Note who runs the line, and count what an earlier driver left in the queue.
 
         Raises:
-            EnvironmentFault: The scheduler does not answer, or is not here.
+            EnvironmentFault: Another process runs the line, or the scheduler does not answer or is not here.
         """
+        jobs.require_alone(self._log)
         left = self._log.read().jobs
         (self._root / FOLDER).mkdir(parents=True, exist_ok=True)
         publish.write_view(self._root, _SCRIPT, element.SCRIPT.encode())
-        self._log.append("driver", **jobs.identity(), dialect=self._dialect.model_dump(mode="json"))
+        self._log.append("driver", **self._identity, dialect=self._dialect.model_dump(mode="json"))
         if left:
             self._take_over(left)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_exc: object) -> None:
         """Cancel what is in the queue if the run ends in an error; else there is nothing left to do."""
-        if kind is not None:
-            self._log.append("cancel")  # threads that still wait see it, and submit nothing more
-            jobs.drop_open(self._log, self._dialect)
+        if not self._log.read().is_driven_by(self._identity):
+            return  # what is in the queue is another driver's
+        try:
+            if kind is not None:
+                self._log.append("cancel")  # threads that still wait see it, and submit nothing more
+                jobs.drop_open(self._log, self._dialect)
+        finally:
+            self._log.append("left", **self._identity)
 
     def run(self, work: Work, source: Path, stage: str, slices: Sequence[Slice]) -> Iterator[Outcome]:
         """Run the slices in arrays under the scheduler's limit, and yield outcomes as elements note them."""
@@ -97,7 +103,7 @@ class ArrayJobs:
         yield from self._recall(batch.told)
         try:
             while batch.wanted:
-                if batch.waiting and self._log.read().cancelled:
+                if batch.waiting and self._is_stopped():
                     yield from self._give_up(batch)
                 self._submit(batch)
                 look = self._queue.look()
@@ -155,6 +161,11 @@ class ArrayJobs:
             batch.waiting.extend(Piece(*span, Tries()) for span in runs(lacking))
         return batch
 
+    def _is_stopped(self) -> bool:
+        """Tell whether the run was cancelled, or started again on another machine."""
+        history = self._log.read()
+        return history.cancelled or not history.is_driven_by(self._identity)
+
     def _give_up(self, batch: Batch) -> Iterator[Outcome]:
         """Say that what waits was cancelled."""
         while batch.waiting:
@@ -211,7 +222,7 @@ class ArrayJobs:
         self._log.append("intent", name=name, **told, **request, elements=len(pieces), tasks=tasks)
         job = self._send(name, len(pieces), request)
         self._log.append("job", name=name, job=job)
-        if self._log.read().cancelled:  # whoever cancelled may have looked before it was in the queue
+        if self._is_stopped():  # whoever cancelled may have looked before it was in the queue
             jobs.drop(self._dialect, [self._dialect.whole.format(job=job)])
         return Array(self._root, name, job, table)
 
@@ -316,7 +327,7 @@ class ArrayJobs:
 
     def _cause(self, array: Array, one: Element) -> str:
         """Ask what became of an element."""
-        if self._log.read().cancelled:
+        if self._is_stopped():
             return "cancelled"
         command = expand(self._dialect.inspect, {"job": array.job, "index": one.place.number})
         answer = jobs.call(command)

@@ -1,9 +1,10 @@
 """The array jobs of a run, as its folder remembers them and its scheduler knows them.
 
-``jobs.jsonl`` is appended to before anything happens: a line for each process that runs the line (`driver`), one before
-an array is submitted (`intent`, with its unique name) and one after (`job`, with the scheduler's id), one when nothing
-is expected of it any more (`ended`), and one when the run is cancelled (`cancel`). What was killed between two lines is
-found again by the name.
+``jobs.jsonl`` is appended to before anything happens: a line for each process that begins to run the line (`driver`) and
+one when it stops (`left`), one before an array is submitted (`intent`, with its unique name) and one after (`job`, with
+the scheduler's id), one when nothing is expected of it any more (`ended`), and one when the run is cancelled
+(`cancel`). What was killed between two lines is found again by the name. The last driver is the only one: one before it
+that still runs, on another machine, submits nothing more.
 """
 
 import contextlib
@@ -27,6 +28,7 @@ LOG = "jobs.jsonl"
 
 _CALL_S = 120.0
 _DRIVER_S = 10.0
+_IDENTITY = ("host", "pid", "born")
 
 
 class Job(NamedTuple):
@@ -46,13 +48,19 @@ class History(NamedTuple):
 
     Attributes:
         driver: The line of the last driver, empty where there was none.
+        left: That driver has stopped, though its process may go on.
         cancelled: The run was cancelled after that driver started.
         jobs: Arrays of which something is still expected.
     """
 
     driver: Mapping[str, Any]
+    left: bool
     cancelled: bool
     jobs: tuple[Job, ...]
+
+    def is_driven_by(self, process: Mapping[str, Any]) -> bool:
+        """Tell whether the last driver is this process, see `identity`."""
+        return process.items() <= self.driver.items()
 
 
 class JobLog:
@@ -82,12 +90,14 @@ class JobLog:
     def read(self) -> History:
         """Return what the lines add up to."""
         driver: dict[str, Any] = {}
-        cancelled = False
+        left = cancelled = False
         jobs: dict[str, Job] = {}
         for line in self.lines():
             match line["event"]:
                 case "driver":
-                    driver, cancelled = line, False
+                    driver, left, cancelled = line, False, False
+                case "left":
+                    left = left or all(line[key] == driver.get(key) for key in _IDENTITY)
                 case "intent":
                     jobs[line["name"]] = Job(line["name"], "")
                 case "job":
@@ -96,7 +106,7 @@ class JobLog:
                     jobs.pop(line["name"], None)
                 case "cancel":
                     cancelled = True
-        return History(driver, cancelled, tuple(jobs.values()))
+        return History(driver, left, cancelled, tuple(jobs.values()))
 
 
 def parse(data: bytes) -> list[dict[str, Any]]:
@@ -161,11 +171,12 @@ def cancel(root: Path) -> list[str]:
         EnvironmentFault: The scheduler does not answer.
     """
     log = JobLog(root)
-    driver = log.read().driver
+    history = log.read()
+    driver = history.driver
     if not driver:
         raise InputError("it submitted no array jobs", "name the out= folder of a run that did", path=root)
     log.append("cancel")
-    said = [_end_driver(driver)]  # first, or it would submit what is cancelled once more
+    said = [_end_driver(history)]  # first, or it would submit what is cancelled once more
     dialect = Dialect.model_validate(driver["dialect"])
     return said + drop_open(log, dialect)
 
@@ -205,12 +216,34 @@ def _means_nothing(dialect: Dialect, answer: subprocess.CompletedProcess[str]) -
     return pattern is not None and bool(complaints) and all(pattern.search(line) for line in complaints)
 
 
-def _end_driver(driver: Mapping[str, Any]) -> str:
+def require_alone(log: JobLog) -> None:
+    """Refuse to run the line where another process of this machine does.
+
+    Raises:
+        EnvironmentFault: It does.
+    """
+    history = log.read()
+    if _drives_here(history):
+        host, pid = history.driver["host"], history.driver["pid"]
+        cause = f"process {pid} on {host} runs this line already"
+        raise EnvironmentFault(cause, f"wait for it, or end it: wsiflow cancel {log.path.parent}", path=log.path)
+
+
+def _drives_here(history: History) -> bool:
+    """Tell whether the last driver is another process of this machine, and at it."""
+    driver = history.driver
+    if not driver or history.left or driver["host"] != socket.gethostname() or driver["pid"] == os.getpid():
+        return False
+    return bool(_born(driver["pid"]) == driver["born"])
+
+
+def _end_driver(history: History) -> str:
     """End the process that runs the line, and say what became of it."""
+    driver = history.driver
     host, pid = driver["host"], driver["pid"]
-    if host != socket.gethostname():
+    if host != socket.gethostname() and not history.left:
         return f"the run was started on {host}: it will notice there, or has ended"
-    if _born(pid) != driver["born"] or pid == os.getpid():
+    if not _drives_here(history):
         return "the process that ran the line had ended"
     os.kill(pid, signal.SIGTERM)
     patience = time.monotonic() + _DRIVER_S
