@@ -1,9 +1,12 @@
 """Schedulers' words: the commands wsiflow sends and what it makes of the answers, golden for each scheduler."""
 
 import itertools
+import os
 import shlex
 import subprocess
+import sys
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,7 +19,7 @@ from wsiflow.errors import EnvironmentFault, InputError
 from wsiflow.executor import ExecutorParams, Slice, element, jobs
 from wsiflow.executor.array import ArrayJobs, Batch, runs
 from wsiflow.executor.dialect import ArrayParams, Place, Seen, expand, indices
-from wsiflow.executor.watch import Piece, Tries
+from wsiflow.executor.watch import Look, Piece, Queue, Tries
 
 CONF = Path(__file__).parents[1] / "conf/executor"
 NAMES = ("slurm", "sge", "pbs", "lsf")
@@ -261,9 +264,10 @@ def test_every_slice_is_in_one_array_and_no_index_over_the_cap(
     batch = Batch({"stage": "s"}, set(range(lo)), deque(pieces), [])
     arrays: list[list[Piece]] = []
 
-    def start(name: str, _told: object, request: dict[str, int], taken: list[Piece]) -> None:
+    def start(name: str, _told: object, request: dict[str, int], taken: list[Piece]) -> object:
         assert {pool._request(piece.tries)["memory_mb"] for piece in taken} == {request["memory_mb"]}
         arrays.append(taken)
+        return object()
 
     pool._start = start  # type: ignore[assignment,method-assign]
     while batch.waiting:
@@ -321,6 +325,91 @@ def test_cancelling_counts_for_the_drivers_before_it(tmp_path: Path) -> None:
     assert not log.read().cancelled
 
 
+@pytest.fixture
+def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """Put commands into PATH, each a shell script that runs in the folder returned."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+
+    def put(**scripts: str) -> Path:
+        for name, script in scripts.items():
+            (folder / name).write_text(f"#!/bin/bash\ncd {folder}\n{script}\n")
+            (folder / name).chmod(0o755)
+        return folder
+
+    return put
+
+
+# Slurm with room for so many elements of a user; it runs one whenever squeue is asked the fourth time.
+SBATCH = """\
+for one; do case $one in
+    --array=*) span=${one#--array=}; span=${span%\\%*} ;;
+    --job-name=*) name=${one#--job-name=} ;;
+esac; done
+size=$((${span#*-} - ${span%-*} + 1))
+echo $size >> asked
+if [ $(($(cat queue 2> /dev/null | wc -l) + size)) -gt ROOM ]; then
+    echo "sbatch: error: AssocMaxSubmitJobLimit" >&2
+    exit 1
+fi
+job=$(wc -l < asked)
+for ((i = 0; i < size; i++)); do echo "$job $i $name ${*: -1}" >> queue; done
+echo $job
+"""
+SQUEUE = """\
+while read -r job i name table; do echo "${job}_$i|RUNNING|$name"; done < queue
+echo >> looks
+[ $(($(wc -l < looks) % 4)) -eq 0 ] || exit 0
+head -n 1 queue | while read -r job i name table; do
+    SLURM_ARRAY_TASK_ID=$i PYTHON -m wsiflow.flows element $table >&2
+done
+sed -i 1d queue
+"""
+
+
+def test_a_refused_array_waits_for_others_of_the_run(commands: Callable[..., Path], tmp_path: Path) -> None:
+    """Where a user may have three jobs, a run goes on as its first three end: all is done, and nothing is left."""
+    python = f"PYTHONPATH={Path(__file__).parent} {sys.executable}"
+    told = commands(sbatch=SBATCH.replace("ROOM", "3"), squeue=SQUEUE.replace("PYTHON", python))
+    (tmp_path / "plan.json").write_text("{}")
+    made = params("slurm", limit=3, poll_s=0.01, grace_s=60)
+    with ArrayJobs(made, root=tmp_path, workers=0, threads=1) as pool:
+        outcomes = list(pool.run(work, tmp_path / "plan.json", "predict", [Slice(i, i + 1) for i in range(5)]))
+    assert sorted(outcome.task for outcome in outcomes if outcome.receipt) == list(range(5))
+    assert not any(outcome.retried for outcome in outcomes)
+    assert (told / "asked").read_text().split() == ["3", *["2"] * 7], "twice three refusals"
+    assert len(list((tmp_path / "arrays").glob("*.json"))) == len(list((tmp_path / "logs").iterdir())) == 2
+    assert pool._queue._window == made.window // 4
+    assert not pool._log.read().jobs
+
+
+def test_an_array_refused_while_nothing_is_in_the_queue_ends_the_run(
+    commands: Callable[..., Path], tmp_path: Path
+) -> None:
+    """There is nothing to wait for: the scheduler's own words are told."""
+    commands(sbatch=SBATCH.replace("ROOM", "1"), squeue="")
+    pool = ArrayJobs(params("slurm", limit=3, poll_s=0.01), root=tmp_path, workers=0, threads=1)
+    with pytest.raises(EnvironmentFault, match=r"refused an array of 2: .*AssocMaxSubmitJobLimit"), pool:
+        list(pool.run(work, tmp_path / "plan.json", "predict", [Slice(0, 1), Slice(1, 2)]))
+
+
+def test_a_refusal_halves_the_window_but_keeps_what_was_accepted() -> None:
+    """Down to one where nothing was accepted; refusals of many shards at once do not stop what runs."""
+    queue = Queue(params("slurm", window=100))
+    assert queue.take("a", 30, longest=1000) == 30
+    queue._last = Look(0.0, {Place("a", i): Seen("1", "RUNNING") for i in range(30)})
+    windows = []
+    for _ in range(3):
+        assert queue.take("b", 20, longest=1000) or queue._window == 30
+        assert queue.give_back("b")
+        windows.append(queue._window)
+    assert windows == [50, 30, 30]
+    for _ in range(6):
+        assert not queue.give_back("a")
+    assert queue._window == 1
+
+
 def test_a_second_driver_is_refused_while_the_first_lives(tmp_path: Path) -> None:
     """Two processes on one folder: the second hears of the first; one that was killed, or has left, is no hindrance."""
     first = subprocess.Popen(["sleep", "60"])
@@ -341,16 +430,13 @@ def test_a_second_driver_is_refused_while_the_first_lives(tmp_path: Path) -> Non
 
 
 def test_a_driver_stops_where_a_later_one_began(tmp_path: Path) -> None:
-    """Cancelled and started again elsewhere: the first driver submits nothing more, and leaves the later one's alone."""
-    with (
-        pytest.raises(KeyboardInterrupt),
-        ArrayJobs(params("slurm"), root=tmp_path, workers=0, threads=1) as pool,
-    ):
-        pool._log.append("cancel")
-        pool._log.append("driver", host="elsewhere", pid=1, born="1")
-        pool._log.append("intent", name="later")
-        outcomes = list(pool.run(work, tmp_path / "plan.json", "predict", [Slice(0, 2)]))
-        raise KeyboardInterrupt
+    """Cancelled and started again elsewhere: the first submits nothing, and leaves the other's arrays alone."""
+    pool = ArrayJobs(params("slurm"), root=tmp_path, workers=0, threads=1).__enter__()
+    pool._log.append("cancel")
+    pool._log.append("driver", host="elsewhere", pid=1, born="1")
+    pool._log.append("intent", name="later")
+    outcomes = list(pool.run(work, tmp_path / "plan.json", "predict", [Slice(0, 2)]))
+    pool.__exit__(KeyboardInterrupt)
     assert [(outcome.task, outcome.usage["exit_class"]) for outcome in outcomes] == [(0, "cancelled"), (1, "cancelled")]
     history = pool._log.read()
     assert (history.cancelled, history.left, history.jobs) == (False, False, (jobs.Job("later", ""),))

@@ -185,7 +185,11 @@ class ArrayJobs:
             if not size:
                 return
             pieces = [batch.waiting.popleft() for _ in range(size)]
-            batch.arrays.append(self._start(name, batch.told, request, pieces))
+            array = self._start(name, batch.told, request, pieces)
+            if array is None:
+                batch.waiting.extendleft(reversed(pieces))
+                return
+            batch.arrays.append(array)
 
     def _request(self, tries: Tries) -> dict[str, int]:
         """Return what to ask for: twice as much after each time it was too little, up to the limits."""
@@ -203,8 +207,10 @@ class ArrayJobs:
                 self._longest = self._dialect.longest(told) or _LIMIT_UNKNOWN
             return self._longest
 
-    def _start(self, name: str, told: Mapping[str, str], request: Mapping[str, int], pieces: Sequence[Piece]) -> Array:
-        """Publish an array's table, note the intent, submit it and note its id."""
+    def _start(
+        self, name: str, told: Mapping[str, str], request: Mapping[str, int], pieces: Sequence[Piece]
+    ) -> Array | None:
+        """Publish an array's table, note the intent, submit it and note its id; None where it has to wait."""
         table = {
             **told,
             "base": self._dialect.base,
@@ -221,16 +227,18 @@ class ArrayJobs:
         tasks = sum(piece.hi - piece.lo for piece in pieces)
         self._log.append("intent", name=name, **told, **request, elements=len(pieces), tasks=tasks)
         job = self._send(name, len(pieces), request)
+        if not job:
+            return None
         self._log.append("job", name=name, job=job)
         if self._is_stopped():  # whoever cancelled may have looked before it was in the queue
             jobs.drop(self._dialect, [self._dialect.whole.format(job=job)])
         return Array(self._root, name, job, table)
 
     def _send(self, name: str, size: int, request: Mapping[str, int]) -> str:
-        """Submit an array and return its id.
+        """Submit an array and return its id; empty where it was refused and has to wait for others of the run to end.
 
         Raises:
-            EnvironmentFault: It was refused again and again.
+            EnvironmentFault: It was refused again and again, though the run has nothing else in the queue.
         """
         table = self._root / FOLDER / f"{name}.json"
         starter = self._params.command or element.starter()
@@ -254,8 +262,17 @@ class ArrayJobs:
             if job:
                 return job
         self._log.append("ended", name=name)
+        if self._queue.give_back(name):  # sites limit what a user may have in the queue, other runs included
+            self._forget(name)
+            return ""
         cause = f"{self._dialect.name} refused an array of {size}: {(answer.stderr or answer.stdout).strip()}"
         raise EnvironmentFault(cause, "correct executor.array, then run again", path=self._log.path)
+
+    def _forget(self, name: str) -> None:
+        """Remove what was made for an array that was refused."""
+        (self._root / FOLDER / f"{name}.json").unlink()
+        (self._root / FOLDER / name).rmdir()
+        (self._root / LOGS / name).rmdir()
 
     def _find(self, name: str) -> str:
         """Return the id of an array by its name; empty where the scheduler does not have it."""

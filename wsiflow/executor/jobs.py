@@ -1,10 +1,10 @@
 """The array jobs of a run, as its folder remembers them and its scheduler knows them.
 
-``jobs.jsonl`` is appended to before anything happens: a line for each process that begins to run the line (`driver`) and
-one when it stops (`left`), one before an array is submitted (`intent`, with its unique name) and one after (`job`, with
-the scheduler's id), one when nothing is expected of it any more (`ended`), and one when the run is cancelled
-(`cancel`). What was killed between two lines is found again by the name. The last driver is the only one: one before it
-that still runs, on another machine, submits nothing more.
+``jobs.jsonl`` is appended to before anything happens: a line for each process that runs the line (`driver`) and one
+when it stops (`left`), one before an array is submitted (`intent`, with its unique name) and one after (`job`, with the
+scheduler's id), one when nothing is expected of it any more (`ended`), and one when the run is cancelled (`cancel`).
+What was killed between two lines is found again by the name. The last driver is the only one: an earlier one that still
+runs, on another machine, submits nothing more.
 """
 
 import contextlib

@@ -48,7 +48,7 @@ class Queue:
 
     def __init__(self, params: ArrayParams) -> None:
         """Begin with nothing."""
-        self._params = params
+        self._params, self._window = params, params.window
         self._held: dict[Place, bool] = {}
         self._state, self._asking = threading.Lock(), threading.Lock()
         self._last = Look(float("-inf"), {})
@@ -61,13 +61,26 @@ class Queue:
             For how many there is room; 0 where waiting is better.
         """
         with self._state:
-            room = self._params.window - len(self._held)
+            room = self._window - len(self._held)
             most = min(wanted, longest)
-            if room < min(most, max(1, self._params.window // _WINDOW_PARTS)):
+            if room < min(most, max(1, self._window // _WINDOW_PARTS)):
                 return 0
             size = min(most, room)
             self._held.update(dict.fromkeys(self._places(name, size), False))
             return size
+
+    def give_back(self, name: str) -> bool:
+        """Count an array no more that was refused, and keep to half the window, or to what was accepted of it.
+
+        Returns:
+            Whether the run has more in the queue, whose end may make room at the scheduler.
+        """
+        with self._state:
+            self._held = {place: finished for place, finished in self._held.items() if place.name != name}
+            places = self._last.places or {}
+            accepted = sum(self._is_alive(places, place) for place in self._held)
+            self._window = max(1, self._window // 2, accepted)
+            return bool(self._held)
 
     def hold(self, places: Iterable[Place], *, finished: bool) -> None:
         """Count elements that are in the queue already."""
