@@ -50,6 +50,7 @@ class Dialect(BaseModel, frozen=True, extra="forbid"):
         queue: Lists elements; ``{names}`` and ``{user}``.
         element: Finds ``job``, ``name``, ``state`` and ``tasks`` (``3``, ``1-4`` or ``1-9:2,12``) of each listed.
         alive: States of elements that wait or run.
+        pending: Those of them in which an element has not begun: one that is gone from there was taken out.
         stuck: States of elements that never go on without help; they are cancelled and tried again.
         nothing: What failing commands say when they only mean that there is no such job.
         inspect: Tells how an element ended; ``{job}``, ``{index}``.
@@ -73,6 +74,7 @@ class Dialect(BaseModel, frozen=True, extra="forbid"):
     queue: tuple[str, ...]
     element: str
     alive: str
+    pending: str
     stuck: str
     nothing: str
     inspect: tuple[str, ...]
@@ -81,7 +83,7 @@ class Dialect(BaseModel, frozen=True, extra="forbid"):
     limit: tuple[str, ...]
     limit_value: str
 
-    @field_validator("job_id", "element", "alive", "stuck", "nothing", "limit_value")
+    @field_validator("job_id", "element", "alive", "pending", "stuck", "nothing", "limit_value")
     @classmethod
     def _is_pattern(cls, value: str) -> str:
         return _compiled(value)
@@ -135,8 +137,8 @@ class Dialect(BaseModel, frozen=True, extra="forbid"):
             began: Whether it left anything on disk.
 
         Returns:
-            One of `CAUSES`; ``killed`` where the scheduler knows it but not why; else ``lost``. What never began and
-            is unknown to its scheduler was taken from the queue, since elements that ran are remembered for a while.
+            One of `CAUSES`; ``killed`` where the scheduler knows it but not why; else ``lost``. What never began, was
+            not seen but waiting and is unknown to its scheduler was taken from the queue.
         """
         text = f"state={state}\n{told}"
         for name, pattern in self.causes.items():
@@ -144,7 +146,8 @@ class Dialect(BaseModel, frozen=True, extra="forbid"):
                 return name
         if told:
             return "killed"
-        return "lost" if began else "cancelled"
+        waited = not state or re.fullmatch(self.pending, state) is not None
+        return "cancelled" if waited and not began else "lost"
 
     def longest(self, text: str) -> int:
         """Return how many elements an array may have; 0 where the text does not say or there is no limit."""
