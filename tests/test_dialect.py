@@ -440,6 +440,23 @@ def test_a_second_driver_is_refused_while_the_first_lives(tmp_path: Path) -> Non
     assert pool._log.read().left
 
 
+def test_an_array_cancelled_while_it_is_submitted_is_looked_for_again(
+    commands: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Neither its id nor the queue is known at the first look; at the second it is found by its name and cancelled."""
+    told = commands(squeue="touch queue; cat queue", scancel='echo "$@" >> dropped')
+    log, dialect = jobs.JobLog(tmp_path), params("slurm").dialect
+    log.append("intent", name="under-way")
+    log.append("intent", name="gone")
+    log.append("job", name="gone", job="6")
+    assert jobs.drop_open(log, dialect) == []
+    assert log.read().jobs == (jobs.Job("under-way", ""),)
+    (told / "queue").write_text("7_0|PENDING|under-way\n")
+    assert jobs.drop_open(log, dialect) == ["under-way: 7 cancelled, 1 elements were waiting or running"]
+    assert (told / "dropped").read_text() == "7\n"
+    assert log.read().jobs == ()
+
+
 def test_a_driver_stops_where_a_later_one_began(tmp_path: Path) -> None:
     """Cancelled and started again elsewhere: the first submits nothing, and leaves the other's arrays alone."""
     pool = ArrayJobs(params("slurm"), root=tmp_path, workers=0, threads=1).__enter__()

@@ -184,6 +184,8 @@ def cancel(root: Path) -> list[str]:
 def drop_open(log: JobLog, dialect: Dialect) -> list[str]:
     """Cancel every array of which something is still expected, and return what was done.
 
+    One whose submission may be under way, without an id and not in the queue, is left to be looked for again.
+
     Raises:
         EnvironmentFault: The scheduler does not answer.
     """
@@ -197,8 +199,10 @@ def drop_open(log: JobLog, dialect: Dialect) -> list[str]:
             alive.setdefault(place.name, []).append(element.job)
     found = {name: dialect.whole.format(job=ids[0]) for name, ids in alive.items()}
     drop(dialect, sorted(found.values()))
+    listed = {place.name for place in seen}
     for job in jobs:
-        log.append("ended", name=job.name)
+        if job.job or job.name in listed:
+            log.append("ended", name=job.name)
     return [
         f"{name}: {found[name]} cancelled, {len(ids)} elements were waiting or running" for name, ids in alive.items()
     ]
