@@ -206,8 +206,8 @@ def test_a_requeued_element_goes_on(slurm_here: str, tmp_path: Path) -> None:
 
 def test_an_element_cancelled_by_hand_is_not_retried(scheduler: str, tmp_path: Path) -> None:
     """What a user takes out of the queue stays out; the others go on, and the message says so."""
-    values = settings(scheduler).model_copy(update={"workers": 1})
-    running = Running(values, told(tmp_path, sleep={"0": 6}), pairs(6))
+    throttle = ["--array=0-2%1"] if scheduler == "slurm" else ["-tc", "1"]
+    running = Running(settings(scheduler, extra=throttle), told(tmp_path, sleep={"0": 6}), pairs(6))
     wait_for(began(tmp_path, 0))
     (job,) = events(tmp_path, "job")
     native = [f"{job['job']}_1"] if scheduler == "slurm" else [job["job"], "-t", "2"]

@@ -405,9 +405,17 @@ def test_an_array_refused_while_nothing_is_in_the_queue_ends_the_run(
         list(pool.run(work, tmp_path / "plan.json", "predict", [Slice(0, 1), Slice(1, 2)]))
 
 
+@pytest.mark.parametrize(("workers", "room"), [(0, 100), (7, 7), (1, 1), (1000, 100)])
+def test_workers_are_those_of_the_run(workers: int, room: int) -> None:
+    """Shards side by side have no more in the queue together than may run at a time, nor than the window."""
+    queue = Queue(params("slurm", window=100), workers=workers)
+    taken = [queue.take(f"shard-{i}", 5, longest=1000) for i in range(200)]
+    assert sum(taken) == room
+
+
 def test_a_refusal_halves_the_window_but_keeps_what_was_accepted() -> None:
     """Down to one where nothing was accepted; refusals of many shards at once do not stop what runs."""
-    queue = Queue(params("slurm", window=100))
+    queue = Queue(params("slurm", window=100), workers=0)
     assert queue.take("a", 30, longest=1000) == 30
     queue._last = Look(0.0, {Place("a", i): Seen("1", "RUNNING") for i in range(30)})
     windows = []

@@ -60,12 +60,12 @@ class ArrayJobs:
         Args:
             params: How arrays are submitted and watched.
             root: The run's folder, which every node sees under the same path.
-            workers: Elements of one array that run at a time; 0: all.
+            workers: Elements in the queue at a time, over all arrays; 0: ``params.window``.
             threads: Threads of an element's network.
         """
         self._params, self._dialect, self._root = params, params.dialect, root.resolve()
         self._workers, self._threads = workers, threads
-        self._log, self._queue = JobLog(self._root), Queue(params)
+        self._log, self._queue = JobLog(self._root), Queue(params, workers=workers)
         self._left: dict[str, Array] = {}  # with elements in the queue
         self._past: dict[str, Array] = {}  # whose notes no driver may have read to the end
         self._lock, self._identity = threading.Lock(), jobs.identity()

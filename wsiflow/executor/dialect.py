@@ -165,7 +165,7 @@ class ArrayParams(BaseModel, frozen=True, extra="forbid"):
         memory_limit_mb: Memory never to ask more than.
         minutes_limit: Wall time never to ask more than.
         retries: How often a task is tried again after its element died.
-        window: Elements in the queue at once, over all arrays of the run.
+        window: Elements in the queue at once, over all arrays of the run; fewer where `workers` is less.
         limit: Elements of one array; None asks the scheduler.
         poll_s: Seconds between two looks at the queue.
         grace_s: Seconds for which files of an element that is gone may still appear; a network file system needs them.

@@ -46,9 +46,9 @@ class Look(NamedTuple):
 class Queue:
     """What the run has in the scheduler's queue: looked at by one thread for all, and never more than the window."""
 
-    def __init__(self, params: ArrayParams) -> None:
-        """Begin with nothing."""
-        self._params, self._window = params, params.window
+    def __init__(self, params: ArrayParams, *, workers: int) -> None:
+        """Begin with nothing; no window is wider than the number of ``workers``, 0: any number."""
+        self._params, self._window = params, min(params.window, workers or params.window)
         self._held: dict[Place, bool] = {}
         self._state, self._asking = threading.Lock(), threading.Lock()
         self._last = Look(float("-inf"), {})
