@@ -1,6 +1,7 @@
 """Schedulers' words: the commands wsiflow sends and what it makes of the answers, golden for each scheduler."""
 
 import itertools
+import json
 import os
 import shlex
 import subprocess
@@ -16,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wsiflow.errors import EnvironmentFault, InputError
-from wsiflow.executor import ExecutorParams, Slice, element, jobs
+from wsiflow.executor import ExecutorParams, Outcome, Slice, element, jobs
 from wsiflow.executor.array import ArrayJobs, Batch, runs
 from wsiflow.executor.dialect import ArrayParams, Place, Seen, expand, indices
 from wsiflow.executor.watch import Look, Piece, Queue, Tries
@@ -463,6 +464,26 @@ def test_an_array_cancelled_while_it_is_submitted_is_looked_for_again(
     assert jobs.drop_open(log, dialect) == ["under-way: 7 cancelled, 1 elements were waiting or running"]
     assert (told / "dropped").read_text() == "7\n"
     assert log.read().jobs == ()
+
+
+def test_an_array_taken_over_is_expected_until_every_shard_has_its_own(
+    commands: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Two shards want an element each of an array that was left: it has not ended when one of them has its own."""
+    commands(squeue="printf '7_0|RUNNING|predict-a\\n7_1|RUNNING|predict-a\\n'")
+    first = ArrayJobs(params("slurm"), root=tmp_path, workers=0, threads=1).__enter__()  # and then it was killed
+    first._send = lambda *_: "7"  # type: ignore[method-assign]
+    told = {"work": element.dotted(work), "source": "plan.json", "stage": "predict"}
+    first._start("predict-a", told, {"memory_mb": 1, "minutes": 1}, [Piece(0, 1, Tries()), Piece(1, 2, Tries())])
+    expected = []
+    with ArrayJobs(params("slurm", poll_s=0.01), root=tmp_path, workers=0, threads=1) as pool:
+        for task in (0, 1):
+            shard = pool.run(work, tmp_path / "plan.json", "predict", [Slice(task, task + 1)])
+            outcome = {"outcome": Outcome(task, {}, executed=True)}
+            (tmp_path / f"arrays/predict-a/{task}.2.jsonl").write_text(json.dumps(outcome) + "\n")
+            assert [found.task for found in shard if not found.retried] == [task]
+            expected.append(pool._log.read().jobs)
+    assert expected == [(jobs.Job("predict-a", "7"),), ()]
 
 
 def test_a_driver_stops_where_a_later_one_began(tmp_path: Path) -> None:

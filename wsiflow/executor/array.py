@@ -296,6 +296,12 @@ class ArrayJobs:
         self._close(array, ended)
         if not array.open:
             batch.arrays.remove(array)
+        with self._lock:
+            left = self._left.get(array.name)  # whose other elements may be another batch's, now or later
+            if left is not None:
+                over = {one.place for one in ended}
+                left.open = [one for one in left.open if one.place not in over and self._queue.holds(one.place)]
+        if not array.open and not (left and left.open):
             self._log.append("ended", name=array.name)
 
     def _close(self, array: Array, ended: Sequence[Element]) -> None:
