@@ -204,6 +204,19 @@ def test_a_requeued_element_goes_on(slurm_here: str, tmp_path: Path) -> None:
     assert submitted(tmp_path, "predict") == [0, 1, 2]
 
 
+@pytest.mark.parametrize("state", ["Hold", "SpecialExit"])
+def test_an_element_that_is_held_is_tried_again(slurm_here: str, tmp_path: Path, state: str) -> None:
+    """Slurm requeues it and waits for an administrator: it is cancelled, and its tasks are submitted again."""
+    running = Running(settings(slurm_here), told(tmp_path, sleep={"1": 60}), [Slice(0, 3)])
+    wait_for(began(tmp_path, 1))
+    (job,) = events(tmp_path, "job")
+    how = ["requeuehold"] if state == "Hold" else ["requeuehold", "state=SpecialExit"]
+    call("scontrol", *how, f"{job['job']}_0")
+    outcomes = running.end()
+    assert squares(outcomes) == {0: 0, 1: 1, 2: 4}
+    assert [(outcome.task, outcome.usage["exit_class"]) for outcome in outcomes if outcome.retried] == [(1, "node")]
+
+
 def test_an_element_cancelled_by_hand_is_not_retried(scheduler: str, tmp_path: Path) -> None:
     """What a user takes out of the queue stays out; the others go on, and the message says so."""
     throttle = ["--array=0-2%1"] if scheduler == "slurm" else ["-tc", "1"]

@@ -62,7 +62,9 @@ SUBMITTED = {
 }
 
 QUEUES = {
-    "slurm": "1234_0|RUNNING|p-1\n1234_1|PENDING|p-1\n1234_2|OUT_OF_MEMORY|p-1\n1240|RUNNING|other\n",
+    "slurm": "1234_0|RUNNING|None|p-1\n1234_1|PENDING|JobArrayTaskLimit|p-1\n1234_2|OUT_OF_MEMORY|OutOfMemory|p-1\n"
+    "1240|RUNNING|None|other\n1234_3|PENDING|launch failed requeued held|p-1\n"
+    "1234_4|PENDING|job requeued in held state|p-1\n1234_5|PENDING|JobHeldUser|p-1\n",
     "sge": """<?xml version='1.0'?>
 <job_info>
   <queue_info>
@@ -102,7 +104,14 @@ QUEUES = {
 }
 
 LISTED = {
-    "slurm": {0: "RUNNING", 1: "PENDING", 2: "OUT_OF_MEMORY"},
+    "slurm": {
+        0: "RUNNING",
+        1: "PENDING",
+        2: "OUT_OF_MEMORY",
+        3: "PENDING|launch failed requeued held",
+        4: "PENDING|job requeued in held state",
+        5: "PENDING",
+    },
     "sge": {1: "dr", 2: "Eqw", 3: "qw", 5: "qw", 7: "qw", 9: "qw"},
     "pbs": {1: "R", 2: "X"},
     "lsf": {1: "RUN", 2: "EXIT"},
@@ -120,6 +129,8 @@ ENDS = [
     ("slurm", "RUNNING", "", True, "lost"),
     ("slurm", "PENDING", "", False, "cancelled"),
     ("slurm", "", "", False, "cancelled"),
+    ("slurm", "REQUEUE_HOLD", "JobId=9 JobState=CANCELLED Reason=JobHeldAdmin ExitCode=0:0", True, "node"),
+    ("slurm", "SPECIAL_EXIT", "", False, "node"),
     ("slurm", "PENDING", "", True, "lost"),
     ("slurm", "FAILED", "", False, "lost"),
     ("slurm", "RUNNING", "", False, "lost"),
@@ -141,6 +152,7 @@ ENDS = [
     ("lsf", "EXIT", "", False, "lost"),
     ("lsf", "RUN", "TERM_RUNLIMIT: job killed after reaching LSF run time limit.", True, "time"),
     ("lsf", "RUN", "TERM_MEMLIMIT: job killed after reaching LSF memory usage limit.", True, "memory"),
+    ("lsf", "ZOMBI", "TERM_OWNER: job killed by owner.", True, "node"),
     ("lsf", "RUN", "TERM_OWNER: job killed by owner.", True, "cancelled"),
 ]
 
@@ -199,7 +211,12 @@ def test_the_queue_is_read_element_by_element(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "alive", "stuck", "ended"),
     [
-        ("slurm", ["PENDING", "RUNNING", "COMPLETING", "REQUEUED", "REQUEUE_HOLD"], ["SPECIAL_EXIT"], ["COMPLETED"]),
+        (
+            "slurm",
+            ["PENDING", "RUNNING", "COMPLETING", "REQUEUED"],
+            ["SPECIAL_EXIT", "REQUEUE_HOLD", "PENDING|held"],
+            ["COMPLETED"],
+        ),
         ("sge", ["qw", "hqw", "r", "t", "Rr", "dr"], ["Eqw"], []),
         ("pbs", ["Q", "R", "H", "E"], [], ["X", "F"]),
         ("lsf", ["PEND", "RUN", "UNKWN"], ["ZOMBI"], ["EXIT", "DONE"]),

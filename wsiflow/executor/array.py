@@ -320,11 +320,13 @@ class ArrayJobs:
         """Tell whether an element is gone, and has been for so long that its files would have appeared."""
         if look.places is None or look.taken < array.since:  # no answer, or one that is older than the array
             return False
-        one.seen = look.places.get(one.place, one.seen)
-        if one.place in look.places and self._dialect.is_alive(one.seen.state):
+        seen = look.places.get(one.place)
+        if seen and (self._dialect.is_alive(seen.state) or not self._dialect.is_stuck(one.seen.state)):
+            one.seen = seen
+        if seen and self._dialect.is_alive(seen.state):
             one.gone_since = None
             return False
-        if one.place in look.places and self._dialect.is_stuck(one.seen.state):
+        if seen and self._dialect.is_stuck(seen.state):
             with contextlib.suppress(EnvironmentFault):  # it will be there at the next look
                 jobs.drop(self._dialect, [self._native(array, one)])
             return False

@@ -140,6 +140,8 @@ class Dialect(BaseModel, frozen=True, extra="forbid"):
             One of `CAUSES`; ``killed`` where the scheduler knows it but not why; else ``lost``. What never began, was
             not seen but waiting and is unknown to its scheduler was taken from the queue.
         """
+        if state and self.is_stuck(state):  # cancelled by the driver, whatever the scheduler says of that
+            return "node"
         text = f"state={state}\n{told}"
         for name, pattern in self.causes.items():
             if re.search(pattern, text, re.MULTILINE):
