@@ -503,6 +503,29 @@ def test_an_array_taken_over_is_expected_until_every_shard_has_its_own(
     assert expected == [(jobs.Job("predict-a", "7"),), ()]
 
 
+def test_what_a_lost_element_left_is_removed(commands: Callable[..., Path], tmp_path: Path) -> None:
+    """Killed on another host in the middle of a file: its attempt goes, those of hosts and processes alike stay."""
+    commands(squeue="", scontrol="exit 1")
+    pool = ArrayJobs(params("slurm", poll_s=0.01, grace_s=0, retries=0), root=tmp_path, workers=0, threads=1)
+
+    def send(name: str, *_: object) -> str:
+        about = {"started": "", "host": "node", "pid": 7, "born": "1"}
+        lines = "".join(json.dumps(line) + "\n" for line in (about, {"begun": 0}))
+        (tmp_path / f"arrays/{name}/0.1.jsonl").write_text(lines)
+        for attempt in ("node-7-a", "node-7-b", "node-7-7-a", "node-71-a", "edon-7-a"):
+            (tmp_path / ".attempts" / attempt).mkdir(parents=True)
+            (tmp_path / ".attempts" / attempt / "scores.h5").touch()
+        return "9"
+
+    pool._send = send  # type: ignore[method-assign]
+    with pool:
+        (outcome,) = pool.run(work, tmp_path / "plan.json", "predict", [Slice(0, 1)])
+    assert outcome.usage is not None
+    assert (outcome.exit_code, outcome.usage["exit_class"]) == (30, "lost")
+    left = {folder.name for folder in (tmp_path / ".attempts").iterdir()}
+    assert left == {"node-7-7-a", "node-71-a", "edon-7-a"}
+
+
 def test_a_driver_stops_where_a_later_one_began(tmp_path: Path) -> None:
     """Cancelled and started again elsewhere: the first submits nothing, and leaves the other's arrays alone."""
     pool = ArrayJobs(params("slurm"), root=tmp_path, workers=0, threads=1).__enter__()

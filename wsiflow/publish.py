@@ -271,11 +271,27 @@ def append_line(path: Path, text: str, *, sync: bool = False) -> None:
 
 def sweep_attempts(root: Path) -> None:
     """Remove what killed attempts left: those of processes of this host that are gone."""
-    for folder in sorted((root / ATTEMPTS).glob("*-*-*")):
-        host, pid, _ = folder.name.rsplit("-", 2)
-        if host == socket.gethostname() and not _is_alive(int(pid)):
-            _effect("rmdir", folder)
-            shutil.rmtree(folder, ignore_errors=True)  # another process may be doing the same
+    for folder, host, pid in _attempts(root):
+        if host == socket.gethostname() and not _is_alive(pid):
+            _remove(folder)
+
+
+def forget_attempts(root: Path, host: str, pid: int) -> None:
+    """Remove what a process left that is known to be gone, wherever it ran; what cannot be removed stays."""
+    for folder, *process in _attempts(root):
+        if process == [host, pid]:
+            _remove(folder)
+
+
+def _attempts(root: Path) -> list[tuple[Path, str, int]]:
+    """Return the private folders there are, each with the host and the number of its process."""
+    names = ((folder, folder.name.rsplit("-", 2)) for folder in sorted((root / ATTEMPTS).glob("*-*-*")))
+    return [(folder, host, int(pid)) for folder, (host, pid, _) in names]
+
+
+def _remove(folder: Path) -> None:
+    _effect("rmdir", folder)
+    shutil.rmtree(folder, ignore_errors=True)  # another process may be doing the same
 
 
 def _is_alive(pid: int) -> bool:

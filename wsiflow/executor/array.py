@@ -341,7 +341,10 @@ class ArrayJobs:
         charged = list(one.missing) if at is None or cause == "cancelled" else [at]
         tries = one.piece.tries.after(cause, alone=at is not None)
         over = cause == "cancelled" or tries.lost > self._params.retries
-        usage = {**one.about(), **known, "exit_class": cause}
+        about = one.about()
+        if about:  # a driver on another machine could not tell that the process is gone
+            publish.forget_attempts(self._root, about["host"], about["pid"])
+        usage = {**about, **known, "exit_class": cause}
         error = self._message(array, one, cause, tries.lost) if over else ""
         for task in charged:
             outcome = Outcome(task, None, executed=True, error=error, exit_code=30, usage=usage, retried=not over)
