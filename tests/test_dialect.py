@@ -325,7 +325,7 @@ def test_what_was_too_little_is_doubled_up_to_the_limit(causes: list[str], asked
     pool = ArrayJobs(params("slurm"), root=Path("/nowhere"), workers=0, threads=1)
     tries = Tries()
     for cause in causes:
-        tries = tries.after(cause, alone=True)
+        tries = tries.after(cause)
     assert tries.lost == len(causes)
     assert pool._request(tries) == {"memory_mb": asked[0], "minutes": asked[1]}
 

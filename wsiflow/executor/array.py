@@ -2,9 +2,9 @@
 
 An array is a table on disk (`wsiflow.executor.element`), a line in ``jobs.jsonl`` and a submission, in this order; its
 elements write their outcomes to files that are read while the queue is looked at. An element that is gone with tasks
-undone is judged by what the scheduler tells of it. The task that was under way is charged an attempt and goes alone
-from then on; its neighbours are not charged. A driver that is killed leaves its arrays in the queue, and the next one
-watches them instead of submitting the same work again.
+undone is judged by what the scheduler tells of it. The task that was under way is charged an attempt and gets an
+element of its own from then on; its neighbours are not charged. A driver that is killed leaves its arrays in the queue,
+and the next one watches them instead of submitting the same work again.
 """
 
 import contextlib
@@ -339,7 +339,7 @@ class ArrayJobs:
         cause = self._cause(array, one)
         at = one.under_way()
         charged = list(one.missing) if at is None or cause == "cancelled" else [at]
-        tries = one.piece.tries.after(cause, alone=at is not None)
+        tries = one.piece.tries.after(cause)
         over = cause == "cancelled" or tries.lost > self._params.retries
         about = one.about()
         if about:  # a driver on another machine could not tell that the process is gone

@@ -16,16 +16,15 @@ _LONGEST_POLL_S = 300.0
 
 
 class Tries(NamedTuple):
-    """What became of earlier attempts: how many were lost, to memory and to time, and whether it must go alone."""
+    """What became of earlier attempts: how many were lost, and how many of those to memory and to time."""
 
     lost: int = 0
     memory: int = 0
     time: int = 0
-    alone: bool = False
 
-    def after(self, cause: str, *, alone: bool) -> "Tries":
+    def after(self, cause: str) -> "Tries":
         """Return the tries with one more."""
-        return Tries(self.lost + 1, self.memory + (cause == "memory"), self.time + (cause == "time"), alone)
+        return Tries(self.lost + 1, self.memory + (cause == "memory"), self.time + (cause == "time"))
 
 
 class Piece(NamedTuple):
