@@ -20,6 +20,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from wsiflow import publish
 from wsiflow.errors import EnvironmentFault, InputError
 from wsiflow.executor.dialect import Dialect, Place, Seen, expand
 from wsiflow.usage import now
@@ -72,14 +73,7 @@ class JobLog:
 
     def append(self, event: str, **facts: Any) -> None:
         """Note an event, on disk before this returns."""
-        line = json.dumps({"event": event, "at": now(), **facts}) + "\n"
-        with self.path.open("a+b") as stream:
-            size = stream.seek(0, os.SEEK_END)
-            stream.seek(max(0, size - 1))
-            torn = size and stream.read(1) != b"\n"  # whoever wrote it was killed in the middle of a line
-            stream.write((b"\n" if torn else b"") + line.encode())
-            stream.flush()
-            os.fsync(stream.fileno())
+        publish.append_line(self.path, json.dumps({"event": event, "at": now(), **facts}), sync=True)
 
     def lines(self) -> list[dict[str, Any]]:
         """Return every whole line."""
