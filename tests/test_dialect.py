@@ -423,6 +423,15 @@ def test_an_array_refused_while_nothing_is_in_the_queue_ends_the_run(
         list(pool.run(work, tmp_path / "plan.json", "predict", [Slice(0, 1), Slice(1, 2)]))
 
 
+def test_a_scheduler_that_is_not_there_is_told_at_once(commands: Callable[..., Path], tmp_path: Path) -> None:
+    """Its commands are installed and nothing answers them: a run does not begin, and leaves nothing to wait for."""
+    commands(squeue="echo 'squeue: error: no configuration' >&2; exit 1", sbatch="exit 1")
+    pool = ArrayJobs(params("slurm", poll_s=0.01), root=tmp_path, workers=0, threads=1)
+    with pytest.raises(EnvironmentFault, match=r"Slurm does not answer \(squeue: error: no config.*squeue works"), pool:
+        pytest.fail("it began")
+    assert not (tmp_path / "jobs.jsonl").exists()
+
+
 @pytest.mark.parametrize(("workers", "room"), [(0, 100), (7, 7), (1, 1), (1000, 100)])
 def test_workers_are_those_of_the_run(workers: int, room: int) -> None:
     """Shards side by side have no more in the queue together than may run at a time, nor than the window."""
@@ -447,8 +456,9 @@ def test_a_refusal_halves_the_window_but_keeps_what_was_accepted() -> None:
     assert queue._window == 1
 
 
-def test_a_second_driver_is_refused_while_the_first_lives(tmp_path: Path) -> None:
+def test_a_second_driver_is_refused_while_the_first_lives(commands: Callable[..., Path], tmp_path: Path) -> None:
     """Two processes on one folder: the second hears of the first; one that was killed, or has left, is no hindrance."""
+    commands(squeue="")
     first = subprocess.Popen(["sleep", "60"])
     pool = ArrayJobs(params("slurm"), root=tmp_path, workers=0, threads=1)
     known = {**jobs.identity(), "pid": first.pid, "born": jobs._born(first.pid)}
@@ -526,8 +536,9 @@ def test_what_a_lost_element_left_is_removed(commands: Callable[..., Path], tmp_
     assert left == {"node-7-7-a", "node-71-a", "edon-7-a"}
 
 
-def test_a_driver_stops_where_a_later_one_began(tmp_path: Path) -> None:
+def test_a_driver_stops_where_a_later_one_began(commands: Callable[..., Path], tmp_path: Path) -> None:
     """Cancelled and started again elsewhere: the first submits nothing, and leaves the other's arrays alone."""
+    commands(squeue="")
     pool = ArrayJobs(params("slurm"), root=tmp_path, workers=0, threads=1).__enter__()
     pool._log.append("cancel")
     pool._log.append("driver", host="elsewhere", pid=1, born="1")

@@ -78,6 +78,7 @@ class ArrayJobs:
             EnvironmentFault: Another process runs the line, or the scheduler does not answer or is not here.
         """
         jobs.require_alone(self._log)
+        jobs.require_answer(self._dialect)
         left = self._log.read().jobs
         (self._root / FOLDER).mkdir(parents=True, exist_ok=True)
         publish.write_view(self._root, _SCRIPT, element.SCRIPT.encode())

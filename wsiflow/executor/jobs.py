@@ -129,12 +129,25 @@ def call(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
         return subprocess.CompletedProcess(command, 1, "", f"no answer in {_CALL_S:.0f} s")
 
 
+def require_answer(dialect: Dialect) -> None:
+    """See that there is a scheduler, before anything waits for it: later on, one that is silent is out for a while.
+
+    Raises:
+        EnvironmentFault: It does not answer.
+    """
+    answer = _ask(dialect, ["wsiflow"])
+    if answer.returncode and not _means_nothing(dialect, answer):
+        told = ((answer.stderr or answer.stdout).strip().splitlines() or [f"exit code {answer.returncode}"])[-1]
+        remedy = f"see that {answer.args[0]} works on this machine, then run again"
+        raise EnvironmentFault(f"{dialect.name} does not answer ({told})", remedy, stage="executor")
+
+
 def listing(dialect: Dialect, names: Iterable[str]) -> dict[Place, Seen] | None:
     """Ask the scheduler for the elements of some arrays; None where it does not answer."""
     wanted = sorted(names)
     if not wanted:
         return {}
-    answer = call(expand(dialect.queue, {"names": ",".join(wanted), "user": getpass.getuser()}))
+    answer = _ask(dialect, wanted)
     if answer.returncode and not _means_nothing(dialect, answer):
         return None
     return {place: seen for place, seen in dialect.listed(answer.stdout).items() if place.name in set(wanted)}
@@ -205,6 +218,10 @@ def drop_open(log: JobLog, dialect: Dialect) -> list[str]:
 def identity() -> dict[str, Any]:
     """Return what tells this process from every other, later ones with its number included."""
     return {"host": socket.gethostname(), "pid": os.getpid(), "born": _born(os.getpid())}
+
+
+def _ask(dialect: Dialect, names: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    return call(expand(dialect.queue, {"names": ",".join(names), "user": getpass.getuser()}))
 
 
 def _means_nothing(dialect: Dialect, answer: subprocess.CompletedProcess[str]) -> bool:
