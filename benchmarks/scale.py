@@ -20,14 +20,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from benchmarks.measuring import Table, arguments, finish, machine, say, significant
-from flows.cluster import cluster
+from flows.cluster import workers
 from flows.run import compose_config
 from wsiflow import executor, ingest, plan, publish, shards
 from wsiflow.dataset import Case, read_manifest
 from wsiflow.errors import InputError
 from wsiflow.executor import Executor, Outcome, Slice, Work
 from wsiflow.geometry import Frame
-from wsiflow.model.threads import allocated_cores
 from wsiflow.usage import Meter
 
 _GROUPS_PER_SLIDE = 100
@@ -204,10 +203,7 @@ def _slices(folder: Path, size: Size) -> tuple[dict[str, Any], Table]:
         root = folder / kind
         plan_path = ingest.make_plan(*_ingested(root, slides))
         params = compose_config([f"executor={kind}", "executor.workers=2", f"out={root}", "tracking=off"]).executor
-        with (
-            cluster(params, cores=2) as client,
-            executor.make(params, cores=allocated_cores(), root=root, client=client) as pool,
-        ):
+        with workers(params, root) as pool:
             shards.advance(_Idle(pool), plan_path, "stitch", shards.Progress((0,)), 0.0)  # workers are up
             begin, cpu = time.perf_counter(), _cpu_s()
             progress = shards.Progress(tuple(range(slides)))

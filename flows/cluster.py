@@ -1,4 +1,4 @@
-"""The Dask cluster of a run: started here or found at an address, and ended with the run.
+"""What a run's tasks are handed to, and its Dask cluster: started here or found at an address, ended with the run.
 
 prefect-dask's task runner owns the cluster's life and nothing more: shards stay threads of this process, and slices go
 to the workers as plain functions, so workers need neither Prefect nor its server.
@@ -9,10 +9,13 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from wsiflow import executor
 from wsiflow.errors import EnvironmentFault, InputError
-from wsiflow.executor import DaskParams, ExecutorParams
+from wsiflow.executor import DaskParams, Executor, ExecutorParams
+from wsiflow.model.threads import allocated_cores
 
 if TYPE_CHECKING:  # imported where there is a cluster: it takes seconds
     from distributed import Client
@@ -28,6 +31,21 @@ _KEEP_S = 10.0
 # Dask looks once, so long after a worker was lost, whether it is back; a worker that has died again and is on its way
 # back at that moment is ended for good.
 _LOST_WORKER_TIMEOUT = "60s"
+
+
+@contextmanager
+def workers(params: ExecutorParams, root: Path) -> Iterator[Executor]:
+    """Yield the executor of a run whose folder is ``root``, with its cluster if it has one.
+
+    Raises:
+        WsiflowError: As `cluster` and `wsiflow.executor.make`.
+    """
+    cores = allocated_cores()
+    with (
+        cluster(params, cores=cores) as client,
+        executor.make(params, cores=cores, root=root, client=client) as pool,
+    ):
+        yield pool
 
 
 @contextmanager

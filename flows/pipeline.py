@@ -13,11 +13,10 @@ from prefect.cache_policies import NO_CACHE
 from prefect.futures import PrefectFuture
 from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
-from wsiflow import cli, executor, ingest, results, shards
+from wsiflow import cli, ingest, results, shards
 from wsiflow.config import RunConfig
-from wsiflow.model.threads import allocated_cores
 
-from .cluster import cluster
+from .cluster import workers
 
 _TASK_RUNNER = cast("TaskRunner[PrefectFuture[Any]]", ThreadPoolTaskRunner(max_workers=shards.SIDE_BY_SIDE))
 
@@ -29,11 +28,7 @@ def line(config: RunConfig, submit: Submit) -> results.Summary:
     """Run everything, with ``submit`` starting each shard's work."""
     clock = results.Clock()
     cases = shards.begin(config)
-    cores = allocated_cores()
-    with (
-        cluster(config.executor, cores=cores) as client,
-        executor.make(config.executor, cores=cores, root=config.out, client=client) as pool,
-    ):
+    with workers(config.executor, config.out) as pool:
         told = shards.choose(pool, cases)
         if told:
             cli.say(told)

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from wsiflow import cli, executor, ingest, measure, plan, publish, schedule, shards, simulation, steps
+from wsiflow import cli, executor, ingest, measure, plan, publish, schedule, shards, simulation, stages
 from wsiflow.config import RunConfig
 from wsiflow.errors import InputError
 from wsiflow.model.threads import allocated_cores, limit_threads
@@ -21,7 +21,7 @@ from wsiflow.plan import Plan
 from wsiflow.schedule import Costs
 from wsiflow.simulation import Cluster, Forecast, Sizes, Tasks
 
-from .cluster import cluster
+from .cluster import workers
 
 # Bytes of a block's pixels that a store keeps, as measured on synthetic slides: docs/performance.md.
 _READ_SHARE = 1.69  # pixels read over pixels of tissue tiles, likewise
@@ -111,12 +111,12 @@ def _plan(given: argparse.Namespace) -> int:
         origin = "measured" if (config.out / measure.COSTS).exists() else "rough"
     if given.costs:
         costs, origin = shards.read_costs(given.costs), f"measured, {given.costs.name}"
-    workers = given.workers or [executor.worker_count(config.executor, cores=allocated_cores()) or 1]
+    numbers = given.workers or [executor.worker_count(config.executor, cores=allocated_cores()) or 1]
     scheduler = given.scheduler or _scheduler(config)
     if scheduler != _scheduler(config):  # slices as it would be given them
         other = compose_config([f"executor={_GROUPS.get(scheduler, scheduler)}"]).executor
         config = config.model_copy(update={"executor": other})
-    found = {n: forecast(counted, costs, config, _cluster(scheduler, n, costs, given.queue_s)) for n in workers}
+    found = {n: forecast(counted, costs, config, _cluster(scheduler, n, costs, given.queue_s)) for n in numbers}
     if given.json:
         report = _as_json(counted, costs, origin, found) | {"scheduler": scheduler}
         publish.write_view(given.json.parent, given.json.name, json.dumps(report, indent=1).encode())
@@ -135,11 +135,8 @@ def _scheduler(config: RunConfig) -> str:
 def make(config: RunConfig, *, calibrate: bool) -> Path:
     """Make the plan of a run, as the run itself would, and measure costs if that is asked for."""
     limit_threads(config.executor.threads)
-    cases, cores = shards.begin(config), allocated_cores()
-    with (
-        cluster(config.executor, cores=cores) as client,
-        executor.make(config.executor, cores=cores, root=config.out, client=client) as pool,
-    ):
+    cases = shards.begin(config)
+    with workers(config.executor, config.out) as pool:
         told = shards.choose(pool, cases)
         if told:
             cli.say(told)
@@ -154,12 +151,12 @@ def count(plan_path: Path, config: RunConfig) -> Counted:
     """Count what a plan asks for, and what of it is published."""
     root, made = plan_path.parent, plan.read(plan_path)
     slides: list[Tasks] = []
-    tasks, done = dict.fromkeys(shards.LINE, 0), dict.fromkeys(shards.LINE, 0)
+    tasks, done = dict.fromkeys(stages.LINE, 0), dict.fromkeys(stages.LINE, 0)
     for slide in range(len(made.slides)):
-        due = {stage: made.tasks_of(stage, slide) for stage in shards.LINE if shards.is_due(made, stage, slide)}
+        due = {stage: made.tasks_of(stage, slide) for stage in stages.LINE if stages.is_due(made, stage, slide)}
         lacking: Tasks = {}
         for stage, places in due.items():
-            left = [place for place in places if publish.read_receipt(root, steps.product(made, stage, place)) is None]
+            left = [place for place in places if publish.read_receipt(root, stages.product(made, stage, place)) is None]
             tasks[stage] += len(places)
             done[stage] += len(places) - len(left)
             lacking[stage] = {place: shards.units(made, stage, place) for place in left}
@@ -221,7 +218,7 @@ def _from_table(config: RunConfig, path: Path, share: float) -> Counted:
         certified=config.dense.windows > 0,
     )
     found = [simulation.slide_tasks(count, sizes) for count in tiles]
-    tasks = {stage: sum(len(slide[stage]) for slide in found) for stage in shards.LINE}
+    tasks = {stage: sum(len(slide[stage]) for slide in found) for stage in stages.LINE}
     cells = sum(tiles) * (config.tiles.tile_px // config.inference.stride) ** 2
     pixels = _READ_SHARE * sum(tiles) * config.tiles.tile_px**2 if stored else 0
     scratch = _bytes(pixels, config.store.compression, cells, sum(tiles), tasks["predict"])
@@ -297,9 +294,9 @@ def _costs_told(counted: Counted, costs: Costs, origin: str) -> Iterator[str]:
 def _forecasts_told(scheduler: str, found: Mapping[int, Forecast]) -> Iterator[str]:
     yield f"simulated, {scheduler}:"
     yield "  workers    makespan  efficiency  idle tail  slices  arrays"
-    for workers, each in found.items():
+    for number, each in found.items():
         yield (
-            f"  {workers:7,}  {_clock(each.makespan_s):>10}  {each.efficiency:10.0%}  {_clock(each.tail_s):>9}"
+            f"  {number:7,}  {_clock(each.makespan_s):>10}  {each.efficiency:10.0%}  {_clock(each.tail_s):>9}"
             f"  {each.elements:6,}  {each.arrays:6,}"
         )
 

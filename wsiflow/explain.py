@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from wsiflow import plan, publish, shards, steps, trace
+from wsiflow import plan, publish, stages, trace
 from wsiflow.errors import InputError
 from wsiflow.plan import Plan
 
@@ -31,11 +31,11 @@ def explain(root: Path, words: Sequence[str]) -> Iterator[str]:
         yield from _attempts(root, "", name, "")
         return
     slides = [index for index, planned in enumerate(made.slides) if planned.slide_id == name]
-    if not slides or (stage and stage not in shards.LINE):
-        remedy = f"give a stage ({', '.join(shards.LINE)}), a slide, and a group, as in trace.csv; or a slide"
+    if not slides or (stage and stage not in stages.LINE):
+        remedy = f"give a stage ({', '.join(stages.LINE)}), a slide, and a group, as in trace.csv; or a slide"
         raise InputError(f"there is no task {' '.join(words)!r}", remedy, path=root)
     yield from _slide(made, slides[0])
-    for each in [stage] if stage else shards.LINE:
+    for each in [stage] if stage else stages.LINE:
         yield from _stage(root, made, each, slides[0], number)
     yield from _attempts(root, stage, name, number)
 
@@ -58,15 +58,15 @@ def _stage(root: Path, made: Plan, stage: str, slide: int, number: str) -> Itera
     elif len(indices) == 1:
         yield from _file(root, made, stage, indices[0])
     else:
-        there = sum(publish.read_receipt(root, steps.product(made, stage, index)) is not None for index in indices)
+        there = sum(publish.read_receipt(root, stages.product(made, stage, index)) is not None for index in indices)
         yield f"{stage}: {there} of {len(indices)} published"
 
 
 def _file(root: Path, made: Plan, stage: str, index: int) -> Iterator[str]:
-    name = steps.product(made, stage, index)
+    name = stages.product(made, stage, index)
     receipt = publish.read_receipt(root, name)
     if receipt is None:
-        due = shards.is_due(made, stage, made.task(stage, index).slide)
+        due = stages.is_due(made, stage, made.task(stage, index).slide)
         yield f"{stage}: {name} is not published{'' if due else ', and is not asked for'}"
         return
     yield f"{stage}: {name} published {receipt['ended']} on {receipt['host']}, {receipt['wall_s']:.1f} s"

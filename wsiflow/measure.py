@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from wsiflow import certify, plan, publish, reading, scoring, simulation
+from wsiflow import plan, publish, scoring, simulation, stages
 from wsiflow.errors import EnvironmentFault, InputError
 from wsiflow.plan import Plan, SlideCut, SlidePlan
 from wsiflow.provenance import thread_count
@@ -32,7 +32,7 @@ from wsiflow.schedule import Costs, StageCost
 #: Name of the result, relative to the run's folder.
 COSTS = "costs.json"
 
-Stages = Mapping[str, Callable[[Path, int], tuple[publish.Receipt, bool]]]
+Works = Mapping[str, Callable[[Path, int], tuple[publish.Receipt, bool]]]
 
 _SLIDES = 2
 _BLOCKS = (1, 4)
@@ -66,11 +66,11 @@ class Timed(NamedTuple):
     waited_s: float
 
 
-def measure(stages: Stages, source: Path, _index: int) -> tuple[publish.Receipt, bool]:
+def measure(works: Works, source: Path, _index: int) -> tuple[publish.Receipt, bool]:
     """Take a few blocks of a run through every stage and write what tasks cost as ``costs.json``.
 
     Args:
-        stages: What does the work of each stage.
+        works: What does the work of each stage.
         source: The run's plan.
 
     Raises:
@@ -82,7 +82,7 @@ def measure(stages: Stages, source: Path, _index: int) -> tuple[publish.Receipt,
     attempts.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=attempts, prefix=f"{socket.gethostname()}-{os.getpid()}-") as name:
         small, weights = _small_plan(Path(name), root, made)
-        costs = _costs(stages, small, weights, _shapes(root, made))
+        costs = _costs(works, small, weights, _shapes(root, made))
     values = costs._asdict() | {"stages": {stage: cost._asdict() for stage, cost in costs.stages.items()}}
     values["stages"]["ingest"] = StageCost(_ingest_s(root, made), 0.0)._asdict()
     publish.write_view(root, COSTS, json.dumps(values, indent=1, sort_keys=True).encode())
@@ -155,7 +155,7 @@ def _publish_slide(folder: Path, root: Path, slide: SlidePlan, cut: SlideCut, na
     )
 
 
-def _costs(stages: Stages, source: Path, weights: Sequence[Sequence[float]], shapes: int) -> Costs:
+def _costs(works: Works, source: Path, weights: Sequence[Sequence[float]], shapes: int) -> Costs:
     """Take the small plan through the line and return what it cost."""
     made = plan.read(source)
     found: dict[str, list[Timed]] = {}
@@ -167,9 +167,9 @@ def _costs(stages: Stages, source: Path, weights: Sequence[Sequence[float]], sha
             fresh_s = float(_fresh(_PREDICT, str(source), str(thread_count())))
             scoring.release()  # what `choose` has left
         if stage == "calibrate":
-            stages[stage](source, 0)
+            works[stage](source, 0)
             continue
-        firsts[stage], found[stage] = _timed_stage(stages, stage, source, weights)
+        firsts[stage], found[stage] = _timed_stage(works, stage, source, weights)
     fitted = {stage: _fit(stage, timed) for stage, timed in found.items()}
     for stage, times in (("predict", shapes / _shapes(source.parent, made)), ("certify", 1.0)):
         if stage in fitted:  # shapes that were not seen before, and networks of its own
@@ -183,20 +183,15 @@ def _costs(stages: Stages, source: Path, weights: Sequence[Sequence[float]], sha
 
 def _due(made: Plan) -> Iterator[str]:
     """Yield the stages that the run has, in order."""
-    if reading.fits_slides(reading.stain_params(made)):
-        yield "stain"
-    if made.work["store"]["kind"] == "hdf5":
-        yield from ("extract", "index")
-    if made.work["choice"]["precision"] == "int8":
-        yield "calibrate"
-    yield "predict"
-    if certify.is_needed(made):
-        yield "certify"
-    yield from ("stitch", "detect")
+    for stage in stages.LINE:
+        if stage == "predict" and made.work["choice"]["precision"] == "int8":
+            yield "calibrate"
+        if stages.is_due(made, stage, 0):
+            yield stage
 
 
 def _timed_stage(
-    stages: Stages, stage: str, source: Path, weights: Sequence[Sequence[float]]
+    works: Works, stage: str, source: Path, weights: Sequence[Sequence[float]]
 ) -> tuple[list[Timed], list[Timed]]:
     """Do the tasks of a stage, and return what they took for the first time and again."""
     made, half = plan.read(source), len(weights) // 2
@@ -204,14 +199,14 @@ def _timed_stage(
     for slide, groups in enumerate(weights):
         tasks = made.tasks_of(stage, slide)
         each = groups if len(tasks) == len(groups) else [sum(groups) / len(tasks)] * len(tasks)
-        found.append([_timed(stages, stage, source, task, tiles) for task, tiles in zip(tasks, each, strict=True)])
+        found.append([_timed(works, stage, source, task, tiles) for task, tiles in zip(tasks, each, strict=True)])
     first, again = found[:-half], found[-half:]
     return [one for slide in first for one in slide], [one for slide in again for one in slide]
 
 
-def _timed(stages: Stages, stage: str, source: Path, task: int, tiles: float) -> Timed:
+def _timed(works: Works, stage: str, source: Path, task: int, tiles: float) -> Timed:
     clock, cpu = time.perf_counter(), time.process_time()
-    stages[stage](source, task)
+    works[stage](source, task)
     core_s = time.process_time() - cpu
     return Timed(tiles, core_s, max(0.0, time.perf_counter() - clock - core_s))
 

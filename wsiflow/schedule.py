@@ -36,7 +36,9 @@ class Costs(NamedTuple):
         return cost.fixed_s + cost.unit_s * tiles
 
 
-# Wall seconds of the demo's stages and of GoogLeNet at stride 16 in fp32, one Zen 4 core; see docs/performance.md.
+# Of GoogLeNet at stride 16 in fp32 on one Zen 4 core. Measured: a tile of extract and of predict, and a certificate
+# (docs/performance.md). The rest is assumed, on the cautious side: start and load are at the upper end of what was seen
+# (docs/scaling.md, X3b), and what a task costs besides its tiles is what the demo's slides take.
 ROUGH = Costs(
     start_s=4.0,
     load_s=3.0,
@@ -44,10 +46,10 @@ ROUGH = Costs(
     stages={
         "ingest": StageCost(2.0, 0.0),
         "stain": StageCost(2.0, 0.0),
-        "extract": StageCost(0.5, 0.015),
+        "extract": StageCost(0.04, 0.0015),
         "index": StageCost(0.05, 0.0),
         "predict": StageCost(0.2, 0.067),
-        "certify": StageCost(9.0, 0.0),
+        "certify": StageCost(7.5, 0.0),
         "stitch": StageCost(0.5, 0.0005),
         "detect": StageCost(1.0, 0.0005),
     },

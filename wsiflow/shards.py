@@ -18,9 +18,9 @@ from wsiflow import (
     measure,
     plan,
     publish,
-    reading,
     schedule,
     scoring,
+    stages,
     steps,
     synth,
     trace,
@@ -30,14 +30,10 @@ from wsiflow.errors import EnvironmentFault, InputError, IntegrityError, Wsiflow
 from wsiflow.executor import Executor, Outcome, Slice
 from wsiflow.plan import Plan
 
-#: Stages after the plan, in order.
-LINE = ("stain", "extract", "index", "predict", "certify", "stitch", "detect")
-
 #: Shards under way at a time. Whoever has one only waits for workers, and all shards together keep every worker busy.
 SIDE_BY_SIDE = 64
 
 _SHARDS_WANTED = 40
-_STORES = {"extract", "index"}
 _BULK = {"extract", "predict"}
 _KINDS = {kind.exit_code: kind for kind in (InputError, EnvironmentFault, IntegrityError)}
 
@@ -196,7 +192,7 @@ def line(pool: Executor, plan_path: Path, shard: Sequence[int], slice_s: float) 
         slice_s: Seconds of work to hand out at once.
     """
     progress = Progress(tuple(shard))
-    for stage in LINE:
+    for stage in stages.LINE:
         progress = advance(pool, plan_path, stage, progress, slice_s)
     return progress
 
@@ -244,27 +240,18 @@ def read_costs(path: Path) -> schedule.Costs:
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        stages = {stage: schedule.StageCost(**cost) for stage, cost in found.pop("stages").items()}
-        return schedule.Costs(**found, stages={**schedule.ROUGH.stages, **stages})
+        measured = {stage: schedule.StageCost(**cost) for stage, cost in found.pop("stages").items()}
+        return schedule.Costs(**found, stages={**schedule.ROUGH.stages, **measured})
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise InputError(f"it holds no costs ({error!r})", "give a costs.json of wsiflow", path=path) from error
 
 
 def _tasks(root: Path, made: Plan, stage: str, slides: Sequence[int]) -> list[int]:
     """Return the tasks of a stage for some slides, rising."""
-    wanted = [index for index in sorted(slides) if is_due(made, stage, index)]
-    if stage in _STORES:  # pixels are only for scores and certificates that are still to be made
+    wanted = [index for index in sorted(slides) if stages.is_due(made, stage, index)]
+    if stage in stages.STORES:  # pixels are only for scores and certificates that are still to be made
         wanted = [index for index in wanted if not _is_scored(root, made, index)]
     return [task for index in wanted for task in made.tasks_of(stage, index)]
-
-
-def is_due(made: Plan, stage: str, slide: int) -> bool:
-    """Tell whether the run's settings ask for a stage of a slide."""
-    if stage in _STORES:
-        return bool(made.work["store"]["kind"] == "hdf5")
-    if stage == "stain":
-        return reading.fits_slides(reading.stain_params(made)) and made.slides[slide].n_tiles > 0
-    return stage != "certify" or certify.is_needed(made)
 
 
 def _published(root: Path, made: Plan, stage: str, index: int) -> publish.Receipt | None:
@@ -272,7 +259,7 @@ def _published(root: Path, made: Plan, stage: str, index: int) -> publish.Receip
 
     Bulk files are only looked at: whoever reads them compares every byte with its receipt or checksum.
     """
-    name = steps.product(made, stage, index)
+    name = stages.product(made, stage, index)
     try:
         receipt = publish.read_receipt(root, name)
         if receipt is not None and stage not in _BULK:

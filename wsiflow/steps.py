@@ -41,7 +41,7 @@ from wsiflow import (
 from wsiflow.errors import InputError, IntegrityError, WsiflowError
 from wsiflow.executor import Outcome
 from wsiflow.geometry import Frame
-from wsiflow.plan import Plan, SlidePlan, Task
+from wsiflow.plan import SlidePlan, Task
 from wsiflow.provenance import facts
 from wsiflow.usage import Meter
 
@@ -77,22 +77,6 @@ def run_task(source: Path, stage: str, index: int) -> Outcome:
         cause = f"{stage}: {type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno}); report this"
         return Outcome(index, None, executed=True, error=" ".join(cause.split()), exit_code=50)
     return Outcome(index, receipt, executed=executed)
-
-
-def product(made: Plan, stage: str, index: int) -> str:
-    """Return the name of the file that a task of a stage after the plan publishes, relative to the run's folder."""
-    task = made.task(stage, index)
-    planned = made.slides[task.slide]
-    names = {
-        "stain": reading.fit_name(planned),
-        "extract": reading.part_name(planned, task.group),
-        "index": f"patches/{planned.slide_id}.h5",
-        "predict": scoring.prediction_name(made, task),
-        "certify": certify.certificate_name(planned),
-        "stitch": f"heatmaps/{planned.slide_id}.tif",
-        "detect": f"detections/{planned.slide_id}.csv",
-    }
-    return names[stage]
 
 
 def fit_stain(source: Path, index: int) -> tuple[publish.Receipt, bool]:
