@@ -79,7 +79,7 @@ def _daemons(name: str, folder: Path, settings: dict[str, str]) -> Iterator[None
         assert up.returncode == 0, (folder / "log/daemons.log").read_text()
         yield
     finally:
-        subprocess.run([SCHEDULERS / f"{name}_down.sh", folder], check=True)
+        subprocess.run([SCHEDULERS / "down.sh", folder], check=True)
 
 
 @pytest.fixture(scope="session")

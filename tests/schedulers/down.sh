@@ -1,8 +1,8 @@
 #!/bin/bash
-# Ends the daemons that sge_up.sh FOLDER started, by the process ids they left there.
+# Ends the daemons that slurm_up.sh FOLDER or sge_up.sh FOLDER started, by the process ids they left there.
 set -uo pipefail
 base=${1:?name a folder}
-pids=$(cat "$base"/spool/execd/*/execd.pid "$base/spool/qmaster/qmaster.pid" 2>/dev/null)
+pids=$(find "$base" -name '*.pid' -exec cat {} + 2>/dev/null)
 for signal in TERM KILL; do # nothing is kept: two seconds to end by themselves will do
   for pid in $pids; do kill -s $signal "$pid" 2>/dev/null; done
   for _ in $(seq 20); do
