@@ -16,20 +16,23 @@ NAN = np.nan
 COMPONENTS = {
     "method": "components",
     "threshold": 0.5,
-    "smoothing_cells": 0,
+    "unit": "cells",
+    "smoothing": 0,
     "morphology": "open_close",
-    "kernel_cells": 1,
-    "min_area_cells": 1,
+    "kernel": 1,
+    "min_area": 1,
     "confidence": "mean",
     "position": "centroid",
-    "nms_radius_cells": 2,
+    "nms_radius": 2,
 }
 NMS = COMPONENTS | {"method": "nms"}
 
 
-def detect(heatmap, settings_, **changed):
+def detect(heatmap, settings_, *, cell_um=1.0, **changed):
     """Return the detections as lists."""
-    return lesions.detect(np.asarray(heatmap, np.float32), LesionParams(**(settings_ | changed))).tolist()
+    return lesions.detect(
+        np.asarray(heatmap, np.float32), LesionParams(**(settings_ | changed)), cell_um=cell_um
+    ).tolist()
 
 
 def heat(shape, *patches, fill=0.0):
@@ -92,7 +95,7 @@ def test_peak_counts_the_edge_of_the_map_as_outline():
 def test_small_components_are_dropped():
     """Fewer cells than the minimum is noise; exactly as many is a lesion."""
     heatmap = heat((5, 9), ((1, 2), (1, 3), 1.0), ((1, 2), (5, 8), 1.0))
-    assert detect(heatmap, COMPONENTS, min_area_cells=3) == [[1, 6, 1]]
+    assert detect(heatmap, COMPONENTS, min_area=3) == [[1, 6, 1]]
 
 
 @pytest.mark.parametrize(("morphology", "n"), [("open_close", 0), ("close_open", 1), ("none", 9)])
@@ -100,24 +103,24 @@ def test_order_of_morphology_matters(morphology, n):
     """Opening first removes a dotted field, closing first joins it."""
     heatmap = np.zeros((15, 15))
     heatmap[5:11:2, 5:11:2] = 1
-    assert len(detect(heatmap, COMPONENTS, morphology=morphology, kernel_cells=5)) == n
+    assert len(detect(heatmap, COMPONENTS, morphology=morphology, kernel=5)) == n
 
 
 def test_cells_without_a_score_are_not_averaged():
     """A hole without tissue neither lowers the mean nor counts for area or position."""
     heatmap = heat((3, 5), ((0, 3), (0, 5), 0.75))
     heatmap[1, 3] = NAN
-    ((prob, x, _),) = detect(heatmap, COMPONENTS, morphology="close_open", kernel_cells=3)
+    ((prob, x, _),) = detect(heatmap, COMPONENTS, morphology="close_open", kernel=3)
     assert prob == 0.75
     assert x == pytest.approx((5 * 3 * 2 - 3) / 14)
-    assert detect(heatmap, COMPONENTS, morphology="close_open", kernel_cells=3, min_area_cells=15) == []
+    assert detect(heatmap, COMPONENTS, morphology="close_open", kernel=3, min_area=15) == []
 
 
 @pytest.mark.parametrize("settings_", [COMPONENTS, NMS])
 @pytest.mark.parametrize("heatmap", [np.full((4, 5), NAN), np.zeros((4, 5)), np.empty((0, 0)), np.empty((0, 7))])
 def test_nothing_to_find(settings_, heatmap):
     """No tissue, no score above the threshold, or no cell at all: an empty list of three columns."""
-    found = lesions.detect(heatmap.astype(np.float32), LesionParams(**settings_))
+    found = lesions.detect(heatmap.astype(np.float32), LesionParams(**settings_), cell_um=1.0)
     assert found.shape == (0, 3)
 
 
@@ -133,7 +136,7 @@ def test_components_equal_the_plain_recipe(heatmap, kernel, morphology):
         cells = cv2.morphologyEx(cells, step, ellipse)
     regions = measure.regionprops(measure.label(cells, connectivity=2), heatmap)
     expected = sorted([round(r.centroid[0], 6), round(r.centroid[1], 6), r.intensity_mean] for r in regions)
-    found = detect(heatmap, COMPONENTS, kernel_cells=kernel, morphology=morphology)
+    found = detect(heatmap, COMPONENTS, kernel=kernel, morphology=morphology)
     assert np.allclose(sorted([round(y, 6), round(x, 6), p] for p, x, y in found), expected)
 
 
@@ -146,7 +149,7 @@ def test_nms_equals_taking_the_maximum_again_and_again(heatmap, radius):
         row, col = np.unravel_index(left.argmax(), left.shape)
         expected.append([left[row, col], col, row])
         left[max(row - radius, 0) : row + radius, max(col - radius, 0) : col + radius] = -1
-    assert detect(heatmap, NMS, nms_radius_cells=radius) == expected
+    assert detect(heatmap, NMS, nms_radius=radius) == expected
 
 
 def test_nms_clears_a_half_open_square():
@@ -156,7 +159,7 @@ def test_nms_clears_a_half_open_square():
 
 def test_nms_over_more_cells_than_it_looks_at_together():
     """A large plateau is walked in pieces and gives a regular grid."""
-    found = detect(np.ones((400, 400)), NMS, nms_radius_cells=100)
+    found = detect(np.ones((400, 400)), NMS, nms_radius=100)
     assert [(x, y) for _, x, y in found] == [(x, y) for y in (0, 100, 200, 300) for x in (0, 100, 200, 300)]
 
 
@@ -164,7 +167,7 @@ def test_nms_over_more_cells_than_it_looks_at_together():
 @given(heatmaps, st.sampled_from([COMPONENTS, NMS]), st.sampled_from(["centroid", "peak"]), st.sampled_from([0, 1.5]))
 def test_order_and_scores(heatmap, settings_, position, sigma):
     """Detections come by falling prob, then row, then column, each with a finite prob above the threshold."""
-    found = detect(heatmap, settings_, position=position, smoothing_cells=sigma, morphology="none")
+    found = detect(heatmap, settings_, position=position, smoothing=sigma, morphology="none")
     assert found == sorted(found, key=lambda d: (-d[0], d[2], d[1]))
     assert all(0.5 < prob <= 1 + 1e-6 for prob, _, _ in found)
 
@@ -173,15 +176,36 @@ def test_order_and_scores(heatmap, settings_, position, sigma):
 @given(heatmaps, st.sampled_from([COMPONENTS | {"position": "peak"}, NMS]), st.sampled_from([0, 1.5]))
 def test_no_detection_on_a_cell_without_a_score(heatmap, settings_, sigma):
     """Where there is no score there is no decision."""
-    for _, x, y in detect(heatmap, settings_, smoothing_cells=sigma, kernel_cells=3, morphology="close_open"):
+    for _, x, y in detect(heatmap, settings_, smoothing=sigma, kernel=3, morphology="close_open"):
         assert not np.isnan(heatmap[int(y), int(x)])
 
 
 def test_smoothing_keeps_a_constant_map():
     """The mean is of scored cells only: the rim of the tissue is not darkened."""
     heatmap = heat((9, 9), ((2, 7), (2, 7), 0.75), fill=NAN)
-    ((prob, x, y),) = detect(heatmap, COMPONENTS, smoothing_cells=2)
+    ((prob, x, y),) = detect(heatmap, COMPONENTS, smoothing=2)
     assert (prob, x, y) == pytest.approx((0.75, 4, 4))
+
+
+def test_sizes_in_um_mean_the_same_at_every_stride():
+    """A map at a quarter of the stride, each cell made four by four, gives the same lesions at four times the place."""
+    coarse = heat((30, 30), ((2, 10), (2, 10), 0.75), ((20, 22), (20, 22), 1.0), ((12, 13), (3, 20), 0.75))
+    fine = np.kron(coarse, np.ones((4, 4), np.float32))
+    sizes = {"unit": "um", "kernel": 48, "min_area": 5000, "position": "centroid"}
+    found = np.array(detect(coarse, COMPONENTS, cell_um=16.0, **sizes))
+    finer = np.array(detect(fine, COMPONENTS, cell_um=4.0, **sizes))
+    assert len(found) == 1  # two by two cells, and a line of them, are gone
+    np.testing.assert_allclose(finer[:, 1:] / 4, found[:, 1:] + 3 / 8, atol=0.5)
+    peaks = [detect(each, NMS, cell_um=um, unit="um", nms_radius=160) for each, um in ((coarse, 16.0), (fine, 4.0))]
+    assert [len(each) for each in peaks] == [3, 3]
+
+
+def test_no_size_is_below_a_cell():
+    """At a stride wider than every size, each cell above the threshold is its own lesion: none is lost by rounding."""
+    heatmap = heat((5, 5), ((1, 2), (1, 2), 1.0))
+    sizes = {"unit": "um", "kernel": 20, "min_area": 500, "nms_radius": 10}
+    assert detect(heatmap, COMPONENTS, cell_um=56.0, **sizes) == [[1, 1, 1]]
+    assert detect(heatmap, NMS, cell_um=56.0, **sizes) == [[1, 1, 1]]
 
 
 @pytest.mark.parametrize("heatmap", [np.array([[0.5, np.inf]]), np.array([0.5, 0.6])])
@@ -191,7 +215,9 @@ def test_unusable_heatmaps_are_refused(heatmap):
         detect(heatmap, COMPONENTS)
 
 
-@pytest.mark.parametrize("changed", [{"threshold": 1.5}, {"kernel_cells": 0}, {"method": "dbscan"}, {"radius": 3}])
+@pytest.mark.parametrize(
+    "changed", [{"threshold": 1.5}, {"kernel": -1}, {"unit": "px"}, {"method": "dbscan"}, {"radius": 3}]
+)
 def test_bad_settings_are_refused(changed):
     """Values out of bounds and unknown keys do not pass."""
     with pytest.raises(ValidationError):

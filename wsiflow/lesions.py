@@ -12,7 +12,7 @@ cell, clears a square around it, and repeats until nothing passes the threshold.
 """
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import cv2
 import numpy as np
@@ -31,34 +31,53 @@ class LesionParams(BaseModel, frozen=True, extra="forbid"):
     Attributes:
         method: ``components`` or ``nms``.
         threshold: A cell counts when its score is higher than this.
-        smoothing_cells: Standard deviation of a Gaussian over the scored cells, before anything else; 0: none.
+        unit: Of the sizes below: ``um`` means the same at every stride and spacing; ``cells`` of the heatmap are what
+            the reference system counts in.
+        smoothing: Standard deviation of a Gaussian over the scored cells, before anything else; 0: none.
         morphology: ``components``: which of opening and closing comes first, or none.
-        kernel_cells: ``components``: width of OpenCV's elliptical kernel; 1 changes nothing. The reference system uses
-            20 at stride 16, which removes anything under 320 px.
-        min_area_cells: ``components``: components of fewer scored cells are dropped.
+        kernel: ``components``: width of OpenCV's elliptical kernel; one cell changes nothing. The reference system uses
+            20 cells at stride 16, which removes anything under 320 px.
+        min_area: ``components``: components with less scored area (square um, or cells) are dropped.
         confidence: ``components``: mean (reference) or maximum of the component's scores.
         position: ``components``: centroid (reference; outside a crescent), or peak, the scored cell of the component
             farthest from its outline.
-        nms_radius_cells: ``nms``: cells cleared before and after the maximum, [-r, r) in both directions.
+        nms_radius: ``nms``: what is cleared before and after the maximum, [-r, r) in both directions.
     """
 
     method: Literal["components", "nms"]
     threshold: float = Field(ge=0, le=1)
-    smoothing_cells: float = Field(ge=0, le=100)
+    unit: Literal["um", "cells"]
+    smoothing: float = Field(ge=0, le=1000)
     morphology: Literal["open_close", "close_open", "none"]
-    kernel_cells: int = Field(ge=1, le=101)
-    min_area_cells: int = Field(ge=1)
+    kernel: float = Field(ge=0, le=1000)
+    min_area: float = Field(ge=0)
     confidence: Literal["mean", "max"]
     position: Literal["centroid", "peak"]
-    nms_radius_cells: int = Field(ge=1)
+    nms_radius: float = Field(gt=0)
 
 
-def detect(heatmap: NDArray[np.float32], params: LesionParams) -> NDArray[np.float64]:
+class _Sizes(NamedTuple):
+    """Sizes in cells: whole ones, and never less than one, but for the Gaussian."""
+
+    sigma: float
+    kernel: int
+    area: int
+    radius: int
+
+
+def _sizes(params: LesionParams, cell_um: float) -> _Sizes:
+    cell = cell_um if params.unit == "um" else 1.0
+    kernel, area, radius = params.kernel / cell, params.min_area / cell**2, params.nms_radius / cell
+    return _Sizes(params.smoothing / cell, *(max(1, round(size)) for size in (kernel, area, radius)))
+
+
+def detect(heatmap: NDArray[np.float32], params: LesionParams, *, cell_um: float) -> NDArray[np.float64]:
     """Return the detections of one heatmap.
 
     Args:
         heatmap: float32 (rows, cols), NaN where not tissue.
         params: How to find lesions.
+        cell_um: Side of a cell, um.
 
     Returns:
         float64 (n, 3): prob, column, row in heatmap cells; (0, 3) where there is nothing.
@@ -69,14 +88,15 @@ def detect(heatmap: NDArray[np.float32], params: LesionParams) -> NDArray[np.flo
     if heatmap.ndim != 2 or np.isinf(heatmap).any():
         cause = f"a heatmap of shape {heatmap.shape} with {np.isinf(heatmap).sum()} infinite values"
         raise InputError(cause, "give finite scores in rows x cols, NaN where not tissue", stage="lesions")
-    scores = _smoothed(heatmap, params.smoothing_cells)
+    sizes = _sizes(params, cell_um)
+    scores = _smoothed(heatmap, sizes.sigma)
     above = scores > params.threshold  # False for NaN
     if not above.any():
         return np.empty((0, 3))
     if params.method == "nms":
-        found = _maxima(scores, above, params.nms_radius_cells)
+        found = _maxima(scores, above, sizes.radius)
     else:
-        found = _components(scores, _cleaned(above, params), params)
+        found = _components(scores, _cleaned(above, params.morphology, sizes.kernel), params, sizes.area)
     return found[np.lexsort((found[:, 1], found[:, 2], -found[:, 0]))]
 
 
@@ -111,24 +131,26 @@ def _maxima(scores: NDArray[np.float32], above: NDArray[np.bool_], radius: int) 
     return np.array(kept, np.float64)
 
 
-def _cleaned(above: NDArray[np.bool_], params: LesionParams) -> NDArray[np.bool_]:
+def _cleaned(above: NDArray[np.bool_], morphology: str, width: int) -> NDArray[np.bool_]:
     """Return the cells left by the morphology."""
     orders = {"open_close": (cv2.MORPH_OPEN, cv2.MORPH_CLOSE), "close_open": (cv2.MORPH_CLOSE, cv2.MORPH_OPEN)}
-    kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (params.kernel_cells, params.kernel_cells))
+    kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (width, width))
     cells = above.astype(np.uint8)
-    for operation in orders.get(params.morphology, ()):
+    for operation in orders.get(morphology, ()):
         cells = cv2.morphologyEx(cells, operation, kernel).astype(np.uint8)
     return cells > 0
 
 
-def _components(scores: NDArray[np.float32], cells: NDArray[np.bool_], params: LesionParams) -> NDArray[np.float64]:
+def _components(
+    scores: NDArray[np.float32], cells: NDArray[np.bool_], params: LesionParams, min_area: int
+) -> NDArray[np.float64]:
     """Return one detection per 8-connected component with enough scored cells."""
     labels, n = ndimage.label(cells, np.ones((3, 3), np.int8))
     place = _POSITIONS[params.position]
     kept = []
     for label, window in zip(range(1, n + 1), ndimage.find_objects(labels), strict=True):
         member = (labels[window] == label) & ~np.isnan(scores[window])
-        if member.sum() < params.min_area_cells:
+        if member.sum() < min_area:
             continue
         values = scores[window][member].astype(np.float64)
         row, col = place(member)

@@ -250,14 +250,15 @@ def detect(source: Path, index: int) -> tuple[publish.Receipt, bool]:
     if receipt is None:
         raise IntegrityError("the slide has no heatmap", "run again", slide=planned.slide_id)
     name = f"detections/{planned.slide_id}.csv"
-    key = publish.key_of(heatmap=receipt["sha256"], lesions=made.settings["lesions"])
+    params = lesions.LesionParams.model_validate(made.settings["lesions"])
+    key = publish.key_of(heatmap=receipt["sha256"], lesions=params.model_dump())
     done = publish.done(root, name, key)
     if done is not None:
         return done, False
     _make_room(planned.frame)
     with publish.publishing(root, name, key, facts("detections", planned.slide_id), publish.accept) as attempt:
         heat, _ = pyramid.read_heatmap(root / receipt["path"])
-        found = lesions.detect(heat, lesions.LesionParams.model_validate(made.settings["lesions"]))
+        found = lesions.detect(heat, params, cell_um=_cell_um(planned.frame))
         l0 = np.column_stack([found[:, 0], geometry.l0_from_h(planned.frame, found[:, 1:3])])
         with attempt.uncounted():
             _publish_pictures(root, planned, heat, l0, key)
