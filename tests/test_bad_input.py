@@ -186,6 +186,8 @@ def test_an_output_folder_that_cannot_be_written(slide: Path, tmp_path: Path, ca
 @pytest.mark.parametrize(
     ("override", "named"),
     [
+        ("inference.refine=0.1", "inference.refine needs inference.engine=window"),
+        ("inference=window inference.refine=0.1 inference.refine_from=100", "inference.refine_from is 100"),
         ("inference.strid=32", "strid"),
         ("inference.stride=30", "inference.stride"),
         ("tiles.halo_px=16", "tiles.halo_px"),
@@ -193,7 +195,7 @@ def test_an_output_folder_that_cannot_be_written(slide: Path, tmp_path: Path, ca
 )
 def test_a_bad_key_or_value_ends_at_once(tmp_path: Path, capsys, override: str, named: str) -> None:
     """Exit code 20 with the key's name, before anything is written."""
-    code = command.main(["run", f"out={tmp_path / 'run'}", "orchestrator=none", override])
+    code = command.main(["run", f"out={tmp_path / 'run'}", "orchestrator=none", *override.split()])
     said = capsys.readouterr()
     assert code == 20
     assert named in said.err

@@ -106,21 +106,42 @@ def test_windows_equal_a_naive_loop(inception: Classifier, backend: str) -> None
     about = frame(112, 56)
     pixels = pixels_of(about)
     made = scorer.make(inception, PLAIN._replace(stride_px=112, batch=7, backend=backend), threads=1)
-    found = made.score(about, [(BLOCK, pixels)], untimed)
+    found = made.score(about, [(BLOCK, pixels)], untimed).prob
     assert found.std() > 1e-4
     np.testing.assert_allclose(found, naive(inception, about, BLOCK, pixels), atol=5e-6)
 
 
-@pytest.mark.parametrize("halo", [104, 112, 200])
+@pytest.mark.parametrize("step", [2, 4])
+def test_refinement_looks_closely_where_a_coarse_window_is_high(inception: Classifier, step: int) -> None:
+    """Tiles above the threshold equal the naive loop; in the others the middle window stands for its surroundings."""
+    about = frame(56, 84)
+    pixels = pixels_of(about)
+    expected = naive(inception, about, BLOCK, pixels)
+    places = np.arange(4) // step * step + step // 2
+    coarse = expected[:, places][:, :, places]
+    tops = np.sort(coarse.max(axis=(1, 2)))
+    refine = float((tops[1] + tops[2]) / 2)
+    choice = PLAIN._replace(batch=3, refine=refine, refine_from_px=56 * step)
+    found = scorer.make(inception, choice, threads=1).score(about, [(BLOCK, pixels)] * 2, untimed)
+    near = coarse.max(axis=(1, 2)) >= refine
+    assert near.tolist().count(True) == 2
+    wanted = np.where(near[:, None, None], expected, coarse)
+    np.testing.assert_allclose(found.prob, np.concatenate([wanted] * 2), atol=5e-6)
+    assert found.windows == 2 * (2 * 16 + 2 * (4 // step) ** 2)
+
+
 @pytest.mark.parametrize("backend", ["torch", "openvino"])
+@pytest.mark.parametrize("halo", [104, 112, 200])
 def test_dense_equals_windows_wherever_the_region_begins(inception: Classifier, halo: int, backend: str) -> None:
     """A network without padding: the same scores to rounding, with more halo than it needs as well."""
     about = frame(16, halo)
     block = Block(0, 0, 2, 1, (1,))
     pixels = pixels_of(about, block)
     choice = PLAIN._replace(stride_px=16, backend=backend, halo_px=halo)
-    expected = scorer.make(inception, choice, threads=1).score(about, [(block, pixels)], untimed)
-    found = scorer.make(inception, choice._replace(engine="dense"), threads=1).score(about, [(block, pixels)], untimed)
+    expected = scorer.make(inception, choice, threads=1).score(about, [(block, pixels)], untimed).prob
+    found = (
+        scorer.make(inception, choice._replace(engine="dense"), threads=1).score(about, [(block, pixels)], untimed).prob
+    )
     assert found.shape == (1, 14, 14)
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
@@ -133,7 +154,7 @@ def test_dense_equals_a_naive_loop_at_other_strides(inception: Classifier, strid
         block = Block(0, 0, 1, 1, (0,))
     pixels = pixels_of(about, block)
     choice = PLAIN._replace(engine="dense", stride_px=stride, backend="openvino")
-    found = scorer.make(inception, choice, threads=1).score(about, [(block, pixels)], untimed)
+    found = scorer.make(inception, choice, threads=1).score(about, [(block, pixels)], untimed).prob
     np.testing.assert_allclose(found, naive(inception, about, block, pixels), atol=1e-5)
 
 
@@ -146,7 +167,9 @@ def test_sharing_up_to_a_layer_lies_between(googlenet: Classifier) -> None:
     expected = naive(googlenet, about, block, pixels)
     apart = {
         cut: np.abs(
-            scorer.make(googlenet, choice._replace(share_until=cut), threads=1).score(about, [(block, pixels)], untimed)
+            scorer.make(googlenet, choice._replace(share_until=cut), threads=1)
+            .score(about, [(block, pixels)], untimed)
+            .prob
             - expected
         ).mean()
         for cut in ("", "pool3", "pool1")
@@ -161,9 +184,9 @@ def test_int8_is_calibrated_and_near(inception: Classifier) -> None:
     pixels = pixels_of(about, block)
     choice = PLAIN._replace(engine="dense", stride_px=16, backend="openvino")
     data = scorer.quantise(inception, choice, [scorer.sample(about, block, pixels, choice)])
-    expected = scorer.make(inception, choice, threads=1).score(about, [(block, pixels)], untimed)
+    expected = scorer.make(inception, choice, threads=1).score(about, [(block, pixels)], untimed).prob
     small = scorer.make(inception, choice._replace(precision="int8"), threads=1, quantised=data)
-    found = small.score(about, [(block, pixels)], untimed)
+    found = small.score(about, [(block, pixels)], untimed).prob
     assert 0 < np.abs(found - expected).mean() < 0.02
 
 

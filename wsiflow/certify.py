@@ -125,7 +125,7 @@ def _measured(made: Plan, planned: SlidePlan, sample: _Sample) -> dict[str, Any]
     if choice.precision != "fp32" and choice.engine == "dense" and sample.blocks:
         # The smallest block: a second network is in memory while it runs.
         least = min(range(len(sample.blocks)), key=lambda i: sample.blocks[i][1].size)
-        again = _dense(made, plain).score(frame, [sample.blocks[least]], untimed)
+        again = _dense(made, plain).score(frame, [sample.blocks[least]], untimed).prob
         found["precision"] = _pairs(sample.scores[least], again.ravel())
     return found
 

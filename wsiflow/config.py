@@ -48,6 +48,9 @@ class InferenceParams(BaseModel, frozen=True, extra="forbid"):
         batch: Windows per call of the network, where it is called for windows.
         precision: Number format of the network; ``auto`` is the faster of fp32 and bf16 here.
         backend: What runs the network; ``auto`` is the fastest that is installed.
+        refine: ``window``: of each tile the windows of a coarse stride are run, and the others only where one of those
+            scores at least this; elsewhere a coarse score stands for its surroundings. 0: every window is run.
+        refine_from: That coarse stride, reading pixels: a multiple of the stride that divides the tile.
     """
 
     engine: Literal["dense", "window"]
@@ -55,6 +58,8 @@ class InferenceParams(BaseModel, frozen=True, extra="forbid"):
     batch: int = Field(ge=1, le=4096)
     precision: Literal["fp32", "bf16", "int8", "auto"]
     backend: Literal["openvino", "onnxruntime", "torch", "auto"]
+    refine: float = Field(ge=0, le=1)
+    refine_from: int = Field(ge=1)
 
 
 class DenseParams(BaseModel, frozen=True, extra="forbid"):
@@ -128,6 +133,8 @@ class RunConfig(BaseModel, frozen=True, extra="forbid"):
             divisors = [d for d in range(1, self.tiles.tile_px + 1) if self.tiles.tile_px % d == 0]
             cause = f"inference.stride is {self.inference.stride}, it must divide tiles.tile_px: one of {divisors}"
             raise ValueError(cause)
+        if self.inference.refine:
+            self._check_refinement()
         if self.stain.per_patch and not self.tiles.block_rows == self.tiles.block_cols == 1:
             raise ValueError("stain.per_patch is true, it needs single patches (tiles=patch)")
         if self.out == Path():
@@ -135,6 +142,15 @@ class RunConfig(BaseModel, frozen=True, extra="forbid"):
         if self.geometry.convention == "reference":
             self._check_reference()
         return self
+
+    def _check_refinement(self) -> None:
+        """Refuse what cannot be refined: maps that are computed whole, and scores that are proven window by window."""
+        asked = self.inference
+        if asked.engine != "window" or asked.precision != "fp32":
+            raise ValueError("inference.refine needs inference.engine=window and inference.precision=fp32")
+        if asked.refine_from % asked.stride or self.tiles.tile_px % asked.refine_from:
+            cause = f"inference.refine_from is {asked.refine_from}, it must be a multiple of inference.stride"
+            raise ValueError(f"{cause} ({asked.stride}) and divide tiles.tile_px ({self.tiles.tile_px})")
 
     def _check_reference(self) -> None:
         """Refuse what the reference's geometry, fixed at 224 level-0 px tiles, cannot mean."""

@@ -80,14 +80,14 @@ def predict(source: Path, index: int) -> tuple[publish.Receipt, bool]:
     with publish.publishing(root, name, key, receipt_facts, verify) as attempt:
         wanted, colours = range(*cut.group_ranges[task.group - 1]), reading.Colours(root, made, planned)
         parts = reading.read_planned(root, made, planned, wanted, attempt.timed, colours)
-        prob = score.score(frame, parts, attempt.timed)
+        prob, windows = score.score(frame, parts, attempt.timed)
         attempt.receipt["stain_failures"] = colours.failures
         if planned_choice(made).precision == "int8":
             attempt.receipt["calibration_sha256"] = publish.file_sha256(root / _calibration(root, made)[0])
         publish.require_space(root, prob.nbytes + coord.nbytes)
         with attempt.timed("write"):
             store.write_predictions(attempt.path, frame, coord, prob, described)
-        attempt.receipt["counts"] = {"blocks": len(blocks), "tiles": len(coord), "windows": int(prob.size)}
+        attempt.receipt["counts"] = {"blocks": len(blocks), "tiles": len(coord), "windows": windows}
     return attempt.receipt, True
 
 

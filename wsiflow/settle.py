@@ -144,6 +144,8 @@ def _planned(classifier: Classifier, config: RunConfig, facts: DenseFacts | None
         halo_px=halo,
         block_rows=rows,
         block_cols=cols,
+        refine=asked.refine,
+        refine_from_px=asked.refine_from if asked.refine else 0,
     )
 
 

@@ -21,6 +21,8 @@ class Choice(NamedTuple):
         exact: Dense and window scores are equal to rounding: the network does not pad.
         halo_px: Context around a block's tiles, reading pixels a side: the windows' reach and ``context_px``.
         block_rows, block_cols: Most tile rows and columns of a block.
+        refine: Least coarse score for which all windows of a tile are run; 0: they always are.
+        refine_from_px: Distance between the coarse windows, reading pixels; 0 without refinement.
     """
 
     engine: Literal["dense", "window"]
@@ -34,6 +36,8 @@ class Choice(NamedTuple):
     halo_px: int
     block_rows: int
     block_cols: int
+    refine: float = 0.0
+    refine_from_px: int = 0
 
     def numbers(self) -> dict[str, Any]:
         """Return what changes scores and is not in a slide's frame already."""

@@ -5,7 +5,7 @@ is a `Choice`; what runs the network is an engine of `wsiflow.model.engines`.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +21,23 @@ from wsiflow.throughput import Timer, untimed
 from wsiflow.tiles import Block, window_corners_px
 
 Blocks = Iterable[tuple[Block, NDArray[np.uint8]]]
+_Tile = tuple[
+    NDArray[np.uint8], NDArray[np.int64]
+]  # a block's pixels, and (m, m, 2), x and y of a tile's windows there
+_REFINED_BATCHES = 8  # the last batch of some windows is filled up: an eighth at most is computed for nothing
 _CALIBRATION_PX = 448  # two tiles a side: enough to see what there is, little enough for quantisation to take seconds
+
+
+class Scored(NamedTuple):
+    """Scores of tiles.
+
+    Attributes:
+        prob: float32 (n, m, m).
+        windows: How many of them were computed; fewer than there are where tiles were not looked at closely.
+    """
+
+    prob: NDArray[np.float32]
+    windows: int
 
 
 class Windows:
@@ -31,28 +47,70 @@ class Windows:
     share their pixels.
     """
 
-    def __init__(self, engine: engines.Engine, *, window_px: int, batch: int) -> None:
-        """Take an engine for uint8 (batch, window_px, window_px, 3)."""
-        self._engine, self._window_px, self._batch = engine, window_px, batch
+    def __init__(self, engine: engines.Engine, choice: Choice, *, window_px: int) -> None:
+        """Take an engine for uint8 (choice.batch, window_px, window_px, 3)."""
+        self._engine, self._window_px, self._choice = engine, window_px, choice
 
-    def score(self, frame: Frame, blocks: Blocks, timed: Timer) -> NDArray[np.float32]:
-        """Return float32 (n, m, m), the scores of the blocks' tissue tiles in order.
+    def score(self, frame: Frame, blocks: Blocks, timed: Timer) -> Scored:
+        """Return the scores of the blocks' tissue tiles in order.
 
         Raises:
             InputError: A probability is not finite.
         """
+        if self._choice.refine:
+            parts = [self._refined(frame, held, timed) for held in self._held(frame, blocks)]
+            return Scored(np.concatenate([part.prob for part in parts]), sum(part.windows for part in parts))
         m = frame.cells_per_tile
-        return self.run(self._cut(frame, blocks), timed).reshape(-1, m, m)
+        every = np.ones((m, m), np.bool_)
+        found = self.run(self._cut((tile for each in blocks for tile in _tiles(frame, *each)), every), timed)
+        return Scored(found.reshape(-1, m, m), found.size)
 
     def run(self, windows: Iterable[NDArray[np.uint8]], timed: Timer) -> NDArray[np.float32]:
         """Return float32 (n,), the score of each window, uint8 (window_px, window_px, 3)."""
-        return in_batches(self._engine, windows, self._batch, timed)
+        return in_batches(self._engine, windows, self._choice.batch, timed)
 
-    def _cut(self, frame: Frame, blocks: Blocks) -> Iterator[NDArray[np.uint8]]:
+    def _cut(self, tiles: Iterable[_Tile], cells: NDArray[np.bool_]) -> Iterator[NDArray[np.uint8]]:
+        """Yield the windows of some cells, bool (m, m), of every tile."""
         side = self._window_px
-        for block, pixels in blocks:
-            for x, y in window_corners_px(frame, block).tolist():
+        for pixels, corners in tiles:
+            for x, y in corners[cells].tolist():
                 yield pixels[y : y + side, x : x + side]
+
+    def _held(self, frame: Frame, blocks: Blocks) -> Iterator[list[_Tile]]:
+        """Yield tiles of so many blocks together that their coarse windows fill batches."""
+        enough = _REFINED_BATCHES * self._choice.batch * self._choice.refine_from_px**2 / frame.tile_px**2
+        held: list[_Tile] = []
+        for block, pixels in blocks:
+            held.extend(_tiles(frame, block, pixels))
+            if len(held) >= enough:
+                yield held
+                held = []
+        if held:
+            yield held
+
+    def _refined(self, frame: Frame, tiles: Sequence[_Tile], timed: Timer) -> Scored:
+        """Score a coarse grid of each tile, and the rest of it where one of these scores is high enough.
+
+        A coarse score is that of a window of the fine grid, the nearest to the middle of the cells it stands for.
+        """
+        m, step = frame.cells_per_tile, self._choice.refine_from_px // frame.stride_px
+        coarse = np.zeros((m, m), np.bool_)
+        coarse[step // 2 :: step, step // 2 :: step] = True
+        first = self.run(self._cut(tiles, coarse), timed).reshape(-1, m // step, m // step)
+        prob = first.repeat(step, axis=1).repeat(step, axis=2)
+        closer = np.flatnonzero(first.max(axis=(1, 2)) >= self._choice.refine).tolist()
+        rest = self.run(self._cut((tiles[i] for i in closer), ~coarse), timed)
+        fine = prob[closer]
+        fine[:, ~coarse] = rest.reshape(len(closer), -1)
+        prob[closer] = fine
+        return Scored(prob, first.size + rest.size)
+
+
+def _tiles(frame: Frame, block: Block, pixels: NDArray[np.uint8]) -> Iterator[_Tile]:
+    """Yield a block's pixels with the windows of each of its tissue tiles."""
+    m = frame.cells_per_tile
+    for corners in window_corners_px(frame, block).reshape(-1, m, m, 2):
+        yield pixels, corners
 
 
 class Dense:
@@ -62,8 +120,8 @@ class Dense:
         """Take what turns a region, uint8 (rows, cols, 3), into its map."""
         self._run_map, self._choice = run_map, choice
 
-    def score(self, frame: Frame, blocks: Blocks, timed: Timer) -> NDArray[np.float32]:
-        """Return float32 (n, m, m), the scores of the blocks' tissue tiles in order.
+    def score(self, frame: Frame, blocks: Blocks, timed: Timer) -> Scored:
+        """Return the scores of the blocks' tissue tiles in order.
 
         Raises:
             InputError: A probability is not finite.
@@ -73,7 +131,8 @@ class Dense:
             scores = self.run(region(frame, block, pixels, self._choice.context_px), timed)
             tiles = scores.reshape(block.rows, m, block.cols, m).swapaxes(1, 2)
             found.append(tiles.reshape(-1, m, m)[list(block.tissue)])
-        return np.concatenate(found)
+        prob = np.concatenate(found)
+        return Scored(prob, prob.size)
 
     def run(self, pixels: NDArray[np.uint8], timed: Timer) -> NDArray[np.float32]:
         """Return the map of a region, float32 (rows, cols); its first window lies ``context_px`` inside the region."""
@@ -146,9 +205,7 @@ def make(classifier: Classifier, choice: Choice, *, threads: int, quantised: byt
         return engines.prepare(network, spec, threads=threads, cache=engines.cache_folder(), quantised=quantised)
 
     if choice.engine == "window":
-        return Windows(
-            prepared(_window_network(classifier, choice)), window_px=classifier.window_px, batch=choice.batch
-        )
+        return Windows(prepared(_window_network(classifier, choice)), choice, window_px=classifier.window_px)
     if not choice.share_until:
         engine = prepared(_dense_network(classifier, choice))
         return Dense(lambda pixels, timed: _timed_run(engine, pixels[None], timed)[0], choice)
