@@ -375,7 +375,7 @@ def worker(deployed: Deployed, scheduler: Path) -> Iterator[psutil.Process]:
         yield psutil.Process(process.pid)
     finally:
         process.send_signal(signal.SIGTERM)
-        process.wait(timeout=60)
+        process.wait(timeout=180)
 
 
 def submitted(root: Path) -> None:
