@@ -375,7 +375,10 @@ def worker(deployed: Deployed, scheduler: Path) -> Iterator[psutil.Process]:
         yield psutil.Process(process.pid)
     finally:
         process.send_signal(signal.SIGTERM)
-        process.wait(timeout=180)
+        try:
+            process.wait(timeout=60)
+        except subprocess.TimeoutExpired:  # Prefect's worker may wait for ever for a run that it was cancelling
+            process.kill()
 
 
 def submitted(root: Path) -> None:
