@@ -17,8 +17,15 @@ from wsiflow.config import EvaluationParams
 from wsiflow.errors import InputError
 from wsiflow.evaluation import Evidence, Truth
 
-E1_PARAMS = EvaluationParams(downsample=1, l0_um_px=25.0, bootstrap=50)
-E3_PARAMS = EvaluationParams(downsample=32, l0_um_px=0.243, bootstrap=50)
+
+def protocol(**changes):
+    """Return the rules of a small evaluation."""
+    values = {"name": "test", "downsample": 1, "l0_um_px": 25.0, "join_um": 75.0, "itc_um": 275.0}
+    return EvaluationParams(**{**values, "exclude": [], "exclude_froc": [], "bootstrap": 50, **changes})
+
+
+E1_PARAMS = protocol()
+E3_PARAMS = protocol(downsample=32, l0_um_px=0.243)
 
 E1 = {
     "Tumor_A": ".9,6,6\n.6,2,4\n.95,20,15\n.4,30,2\n",
@@ -245,7 +252,7 @@ def test_documents_are_reproducible_and_readable(project, tmp_path):
         evaluation.documents(evaluation.evaluate_folder(cases, folder, E1_PARAMS, seed=3)) for _ in range(2)
     )
     assert first == again
-    assert sorted(first) == ["cases.csv", "froc.json", "roc.json", "summary.json"]
+    assert sorted(first) == ["cases.csv", "froc.json", "matches.json", "roc.json", "summary.json"]
     assert json.loads(first["froc.json"])["strict"]["thresholds"][-1] is None
     assert json.loads(first["summary.json"])["froc.n_lesions"] == 3
     assert [row["slide_id"] for row in csv.DictReader(io.StringIO(first["cases.csv"]))] == list(E1)
@@ -286,7 +293,7 @@ def test_missing_scores_are_named(project, tmp_path):
 def test_spacing_must_come_from_somewhere(project, tmp_path):
     """Without mpp in the manifest and without a fixed one the size of a lesion is not known."""
     cases, folder = project(E1, e1_masks(tmp_path))
-    own = EvaluationParams(downsample=1, l0_um_px=None, bootstrap=0)
+    own = protocol(l0_um_px=None, bootstrap=0)
     with pytest.raises(InputError, match=r"slide Tumor_A.*add its mpp"):
         evaluation.evaluate_folder(cases, folder, own, seed=0)
 
@@ -294,7 +301,7 @@ def test_spacing_must_come_from_somewhere(project, tmp_path):
 def test_own_spacing_decides_what_is_itc(tmp_path):
     """The same mask is a lesion at 25 um and ITC at 10 um per pixel."""
     path = png(tmp_path / "a.png", painted((60, 60), [(25, 35, 25, 35)]))
-    own = EvaluationParams(downsample=1, l0_um_px=None, bootstrap=0)
+    own = protocol(l0_um_px=None, bootstrap=0)
     n = [
         evaluation.read_truth(dataset.Case("a", tmp_path, mpp=mpp, mask_path=path), own).lesions.n_lesions
         for mpp in (25.0, 10.0)

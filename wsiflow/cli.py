@@ -74,14 +74,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     one.add_argument("--scores", type=Path, help="CSV with slide_id,score; without it the highest detection counts")
     one.add_argument("--out", type=Path, required=True, help="folder to write")
+    one.add_argument("--protocol", default="own_spacing", help="own_spacing, camelyon16 (its spacing and exclusions)")
     one.add_argument("--um-px", type=float, help="level-0 spacing for every slide (CAMELYON16: 0.243)")
-    one.add_argument("--downsample", type=int, default=32, help="level-0 px per evaluation mask px (32)")
+    one.add_argument("--downsample", type=int, help="level-0 px per evaluation mask px (32)")
     one.add_argument(
         "--mask-downsample",
         type=_positive,
         help="scale at which mask images are read; 1: they are at evaluation resolution",
     )
-    one.add_argument("--bootstrap", type=int, default=1000, help="resamples of the FROC interval (1000)")
+    one.add_argument("--bootstrap", type=int, help="resamples of the intervals (2000)")
     one.add_argument("--seed", type=_natural, default=0)
     one = add("synth", _synth, "write a synthetic data set with known lesions")
     one.add_argument("folder", type=Path)
@@ -137,11 +138,13 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from wsiflow import evaluation
     from wsiflow.config import evaluation_params
 
-    params = evaluation_params(arguments.downsample, arguments.um_px, arguments.bootstrap)
+    changes = {"downsample": arguments.downsample, "l0_um_px": arguments.um_px, "bootstrap": arguments.bootstrap}
+    params = evaluation_params(arguments.protocol, changes)
     existing = evaluation.Existing(
         arguments.manifest, arguments.detections, arguments.scores, arguments.mask_downsample
     )
     scores = evaluation.evaluate_existing(existing, params, seed=arguments.seed, out=arguments.out)
+    say(f"protocol {params.name} {params.protocol_hash()[:12]}")
     for name, value in scores.metrics.items():
         say(f"{name} {value:.6f}")
     return 0

@@ -4,12 +4,15 @@ Values live in ``conf/``; here and in the ``XParams`` of each module are only na
 values out of bounds are refused before anything else happens, with the dotted name of the key.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, Field, FiniteFloat, ValidationError, model_validator
+import yaml
+from pydantic import BaseModel, BeforeValidator, Field, FiniteFloat, ValidationError, model_validator
 
+from wsiflow import publish
 from wsiflow.dataset import DatasetParams
 from wsiflow.errors import InputError
 from wsiflow.executor import ExecutorParams
@@ -80,19 +83,52 @@ class DenseParams(BaseModel, frozen=True, extra="forbid"):
     tolerance: float = Field(gt=0, le=1)
 
 
+def _folded(value: object) -> object:
+    """Return names in one order and without case, so that equal lists are equal."""
+    if isinstance(value, Sequence) and not isinstance(value, str) and all(isinstance(one, str) for one in value):
+        return sorted({one.casefold() for one in value})
+    return value
+
+
+_Slides = Annotated[tuple[str, ...], BeforeValidator(_folded)]
+
+
 class EvaluationParams(BaseModel, frozen=True, extra="forbid"):
-    """How detections are scored.
+    """How detections are scored: a protocol, all of which is in its hash, and how often the cases are resampled.
 
     Attributes:
+        name: Name of the protocol.
         downsample: Level-0 pixels per pixel of the evaluation mask.
         l0_um_px: Level-0 spacing assumed for every slide (0.243 in the CAMELYON16 evaluator), or None for each
             slide's own.
-        bootstrap: Resamples of the FROC interval.
+        join_um: Annotations nearer than this are one lesion.
+        itc_um: A lesion whose major axis, joining distance included, is shorter is isolated tumour cells.
+        exclude: Slides that count for nothing, in any case of their letters.
+        exclude_froc: Slides that count for the slide AUC alone.
+        bootstrap: Resamples of the intervals; no part of the protocol.
     """
 
+    name: str = Field(min_length=1)
     downsample: int = Field(ge=1, le=256)
     l0_um_px: Annotated[FiniteFloat, Field(gt=0)] | None
+    join_um: FiniteFloat = Field(ge=0, le=10_000)
+    itc_um: FiniteFloat = Field(ge=0, le=10_000)
+    exclude: _Slides
+    exclude_froc: _Slides
     bootstrap: int = Field(ge=0, le=100_000)
+
+    def protocol(self) -> dict[str, Any]:
+        """Return what has to be the same before two scores are compared, JSON values."""
+        return self.model_dump(mode="json", exclude={"bootstrap"})
+
+    def protocol_hash(self) -> str:
+        """Return the SHA-256 of the protocol as canonical JSON."""
+        return publish.key_of(**self.protocol())
+
+    def excluded(self, slide_id: str) -> str:
+        """Say what a slide is left out of by name: ``all``, ``froc``, or nothing."""
+        name = slide_id.casefold()
+        return "all" if name in self.exclude else "froc" if name in self.exclude_froc else ""
 
 
 class RunConfig(BaseModel, frozen=True, extra="forbid"):
@@ -193,11 +229,20 @@ def _problem(loc: tuple[int | str, ...], message: str, value: object) -> str:
     return f"{key}: {text}{shown}" if key else text
 
 
-def evaluation_params(downsample: int, l0_um_px: float | None, bootstrap: int) -> EvaluationParams:
-    """Turn the options of a command into `EvaluationParams`.
+def evaluation_params(protocol: str, changes: Mapping[str, Any]) -> EvaluationParams:
+    """Return a protocol of ``conf/evaluation`` with the options of a command in its place.
+
+    Args:
+        protocol: Name of the file, for example ``camelyon16``.
+        changes: Values by key; None leaves the file's.
 
     Raises:
-        InputError: One is out of bounds.
+        InputError: There is no such protocol, or an option is out of bounds.
     """
-    values = {"downsample": downsample, "l0_um_px": l0_um_px, "bootstrap": bootstrap}
-    return _validated(EvaluationParams, values, "correct the option")
+    folder = resources.files("wsiflow.conf") / "evaluation"
+    known = sorted(found.name.removesuffix(".yaml") for found in folder.iterdir() if found.name.endswith(".yaml"))
+    if protocol not in known:
+        raise InputError(f"there is no protocol {protocol!r}", f"use one of {', '.join(known)}", stage="configuration")
+    values = yaml.safe_load((folder / f"{protocol}.yaml").read_text(encoding="utf-8"))
+    given = {key: value for key, value in changes.items() if value is not None}
+    return _validated(EvaluationParams, values | given, "correct the option")

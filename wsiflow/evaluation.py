@@ -6,24 +6,31 @@ slide scores. Output: metrics by name, a row per slide, and the curves, as value
 A detection file has a line ``prob,x,y`` per detection, level-0 px, no header, and exists for every slide, empty where
 nothing was found: FROC divides by the number of slides. A slide's score is the one given, else its highest detection,
 else 0. A tumour slide without outlines or mask counts for the slide AUC alone, as the one incompletely annotated test
-slide of CAMELYON16 does; a slide without label and truth counts for neither. Both are told in its row. A metric that
-does not exist, such as the AUC of tumour slides only, is NaN, and null in JSON.
+slide of CAMELYON16 does; a slide without label and truth counts for neither, nor does one that the protocol leaves out
+by name. All are told in their rows. A metric that does not exist, such as the AUC of tumour slides only, is NaN, and
+null in JSON.
+
+``matches.json`` is what two evaluations are compared by: the protocol and its hash, and for every slide what it counted
+for, a digest of its truth, its score and its matched confidences. Bootstrap intervals are of `comparison`.
 """
 
 import csv
+import hashlib
 import io
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import BaseModel, Field, FiniteFloat, ValidationError
 
-from wsiflow import annotations, dataset, froc, publish, pyramid, roc
+from wsiflow import annotations, comparison, dataset, froc, publish, pyramid, roc
 from wsiflow.annotations import TumourOutline
+from wsiflow.comparison import Setting
 from wsiflow.config import EvaluationParams
 from wsiflow.dataset import Case
 from wsiflow.errors import InputError
@@ -56,6 +63,7 @@ class Evidence:
         truth: Its true regions, or None where they are not known.
         detections: float64 (n, 3): prob, x, y in level-0 px.
         score: How likely the slide holds tumour; None: its highest detection, or 0.
+        patient_id: Slides of one patient are resampled together; empty: the slide is by itself.
     """
 
     slide_id: str
@@ -63,6 +71,7 @@ class Evidence:
     truth: Truth | None
     detections: NDArray[np.float64]
     score: float | None = None
+    patient_id: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,21 +83,87 @@ class Scores:
         cases: A row per slide.
         froc: Both FROC curves and their settings, JSON values.
         roc: The ROC curve, JSON values.
+        matches: What the evaluation is compared by.
     """
 
     metrics: dict[str, float]
     cases: list[dict[str, Any]]
     froc: dict[str, Any]
     roc: dict[str, Any]
+    matches: "Recorded"
+
+
+class RecordedSlide(BaseModel, frozen=True):
+    """One slide of ``matches.json``.
+
+    Attributes:
+        slide_id: Name of the slide.
+        label: 1 for tumour, 0 for normal, None where it is not known.
+        score: How likely the slide holds tumour.
+        in_froc: Whether it counts for FROC.
+        in_auc: Whether it counts for the slide AUC.
+        reason: Why it does not count for something, or empty.
+        truth: SHA-256 of the label and of the true regions, None where they are not known.
+        best: The highest confidence that hit each region, None where none did.
+        n_itc: How many of the regions are isolated tumour cells.
+        itc: Which ones, from 0.
+        false_positives: Confidences of the detections outside every region.
+        patient: Number of its patient in this file, None where it is not known.
+    """
+
+    slide_id: str
+    label: Literal[0, 1] | None
+    score: FiniteFloat
+    in_froc: bool
+    in_auc: bool
+    reason: str
+    truth: str | None
+    best: list[FiniteFloat | None]
+    n_itc: int = Field(ge=0)
+    itc: list[int]
+    false_positives: list[FiniteFloat]
+    patient: int | None = None
+
+
+class Recorded(BaseModel, frozen=True):
+    """An evaluation as ``matches.json`` keeps it.
+
+    Attributes:
+        protocol: Every rule of scoring.
+        protocol_hash: SHA-256 of the protocol.
+        slides: What was scored, in the order of the manifest.
+    """
+
+    protocol: dict[str, Any]
+    protocol_hash: str
+    slides: list[RecordedSlide]
+
+    def truth_hash(self) -> str:
+        """Return the SHA-256 of what the slides counted for and of their truth, in any order of the slides."""
+        facts = [[one.slide_id.casefold(), one.label, one.in_froc, one.in_auc, one.truth] for one in self.slides]
+        return publish.key_of(truth=sorted(facts, key=lambda fact: str(fact[0])))
+
+    def setting(self, name: str) -> Setting:
+        """Return it as a row of a comparison."""
+        counted = [one for one in self.slides if one.in_auc]
+        return Setting(
+            name=name,
+            matches=[_as_matches(one) for one in self.slides if one.in_froc],
+            slide_ids=tuple(one.slide_id for one in counted),
+            scores=np.array([one.score for one in counted], np.float64),
+            labels=np.array([one.label for one in counted], np.int64),
+            protocol_hash=self.protocol_hash,
+            truth={one.slide_id: one.truth for one in self.slides if one.truth is not None},
+            clusters={one.slide_id: one.patient for one in self.slides if one.patient is not None},
+        )
 
 
 class _Judged(NamedTuple):
-    """A slide once its mask is no longer needed."""
+    """A slide once its mask is no longer needed: its row of the table, its record, and its patient."""
 
     row: dict[str, Any]
-    matches: Matches | None
-    label: int | None
-    score: float
+    recorded: RecordedSlide
+    patient_id: str
 
 
 class Existing(NamedTuple):
@@ -162,7 +237,7 @@ def evaluate_folder(
         for case in cases:
             truth = read_truth(case, params, mask_downsample=mask_downsample)
             found = read_detections(paths[case.slide_id])
-            yield Evidence(case.slide_id, case.label, truth, found, given.get(case.slide_id))
+            yield Evidence(case.slide_id, case.label, truth, found, given.get(case.slide_id), case.patient_id)
 
     return evaluate_cases(evidence(), params, seed=seed)
 
@@ -178,20 +253,19 @@ def evaluate_cases(evidence: Iterable[Evidence], params: EvaluationParams, *, se
     Raises:
         InputError: Truth and label contradict each other, a number is not finite, or a slide appears twice.
     """
-    judged = [_judged(one, params.downsample) for one in evidence]
-    matches = [one.matches for one in judged if one.matches is not None]
-    labelled = [one for one in judged if one.label is not None]
-    slide_scores, labels = [one.score for one in labelled], np.array([one.label for one in labelled], np.int64)
-    metrics = _froc_metrics(matches, params.bootstrap, seed) | _roc_metrics(slide_scores, labels)
+    judged = [_judged(one, params) for one in evidence]
+    recorded = Recorded(protocol=params.protocol(), protocol_hash=params.protocol_hash(), slides=_with_patients(judged))
+    setting = recorded.setting("")
     return Scores(
-        metrics,
+        _froc_metrics(setting) | _roc_metrics(setting) | _intervals(setting, params.bootstrap, seed),
         [one.row for one in judged],
         {"downsample": params.downsample, "l0_um_px": params.l0_um_px, "rates": list(froc.RATES)}
         | {
-            "official": _lists(froc.curve(matches, mode="official")),
-            "strict": _lists(froc.curve(matches, mode="strict")),
+            "official": _lists(froc.curve(setting.matches, mode="official")),
+            "strict": _lists(froc.curve(setting.matches, mode="strict")),
         },
-        _lists(roc.curve(slide_scores, labels)),
+        _lists(roc.curve(setting.scores, setting.labels)),
+        recorded,
     )
 
 
@@ -206,12 +280,39 @@ def documents(scores: Scores) -> dict[str, str]:
         "cases.csv": table.getvalue(),
         "froc.json": json_text(scores.froc),
         "roc.json": json_text(scores.roc),
+        "matches.json": json.dumps(scores.matches.model_dump(mode="json"), sort_keys=True, allow_nan=False) + "\n",
     }
 
 
 def json_text(values: Mapping[str, Any]) -> str:
     """Return JSON text, null for what is not finite."""
     return json.dumps(_finite(values), indent=1, sort_keys=True, allow_nan=False) + "\n"
+
+
+def read_matches(path: Path) -> Recorded:
+    """Read the ``matches.json`` of an evaluation.
+
+    Raises:
+        InputError: The file cannot be read, or is not what an evaluation writes; the first wrong entry is named.
+    """
+    remedy = "give the matches.json that an evaluation of this version wrote"
+    try:
+        found = Recorded.model_validate_json(path.read_bytes(), strict=True)
+    except OSError as error:
+        raise InputError(f"not a readable file ({error.strerror})", remedy, path=path) from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise InputError(f"{where}: {first['msg']}", remedy, path=path) from error
+    if publish.key_of(**found.protocol) != found.protocol_hash:
+        raise InputError("its protocol does not have the hash it states", remedy, path=path)
+    seen: set[str] = set()
+    for one in found.slides:
+        cause = _contradiction(one, seen)
+        if cause:
+            raise InputError(cause, remedy, slide=one.slide_id, path=path)
+        seen.add(one.slide_id.casefold())
+    return found
 
 
 def read_truth(
@@ -230,11 +331,13 @@ def read_truth(
         mask_downsample: Scale at which a mask image is read; None for the evaluation's own.
 
     Returns:
-        The regions, or None when the slide has neither mask nor annotation.
+        The regions, or None when the slide has neither mask nor annotation, or counts for nothing.
 
     Raises:
         InputError: A file cannot be used, or no spacing is known.
     """
+    if params.excluded(case.slide_id) == "all":
+        return None
     if case.mask_path is not None:
         values = pyramid.read_level(case.mask_path, mask_downsample or params.downsample)
         if l0_size_px is not None:
@@ -244,17 +347,17 @@ def read_truth(
             remedy = "say in the manifest whether the slide is tumour or normal (label)"
             raise InputError(cause, remedy, slide=case.slide_id, path=case.mask_path)
         tumour = annotations.tumour_from_mask(values, case.mask_path)
-        return Truth(froc.evaluation_mask(tumour, _m_um_px(case, params)))
+        return Truth(_regions(tumour, _m_um_px(case, params), params))
     if case.annotation_path is None:
         return None
     outline, m_um_px = annotations.read_asap(case.annotation_path, l0_size_px=l0_size_px), _m_um_px(case, params)
-    shape = _shape(outline, params.downsample, m_um_px, l0_size_px)
+    shape = _shape(outline, params, m_um_px, l0_size_px)
     if math.prod(shape) > _MAX_MASK_PX:
         cause = f"the outlines reach {shape[1]} x {shape[0]} mask px"
         raise InputError(cause, "give them in level-0 px", slide=case.slide_id, path=case.annotation_path)
     tumour = annotations.tumour_mask(outline, shape, downsample=params.downsample)
     note = f"outlines without area: {', '.join(outline.without_area)}" if outline.without_area else ""
-    return Truth(froc.evaluation_mask(tumour, m_um_px), note)
+    return Truth(_regions(tumour, m_um_px, params), note)
 
 
 def read_detections(path: Path) -> NDArray[np.float64]:
@@ -310,20 +413,20 @@ def read_scores(path: Path) -> dict[str, float]:
 # --- one slide
 
 
-def _judged(one: Evidence, downsample: int) -> _Judged:
+def _judged(one: Evidence, params: EvaluationParams) -> _Judged:
     """Match a slide's detections with its truth and say what it counts for."""
-    label = _label(one)
+    out = params.excluded(one.slide_id)
+    label = one.label if out == "all" else _label(one)  # of a slide that counts for nothing nothing has to fit
     lesions = one.truth.lesions if one.truth is not None and label == 1 else None
-    in_froc = lesions is not None or label == 0
-    matches = froc.match(SlideFindings(one.slide_id, lesions, one.detections, downsample))
-    score = _slide_score(one)
-    notes = [one.truth.note if one.truth is not None else ""]
-    notes += ["no truth: not in FROC"] if label == 1 and not in_froc else []
-    notes += ["no label: not scored"] if label is None else []
+    known = lesions is not None or label == 0
+    in_froc, in_auc = known and not out, label is not None and out != "all"
+    matches = froc.match(SlideFindings(one.slide_id, lesions, one.detections, params.downsample))
+    reason = _reason(out, label, params.name, known=known)
+    notes = [one.truth.note if one.truth is not None else "", reason]
     row = {
         "slide_id": one.slide_id,
         "label": "" if label is None else label,
-        "score": score,
+        "score": _slide_score(one),
         "n_detections": len(one.detections),
         "n_lesions": matches.n_lesions if in_froc else "",
         "n_itc": matches.n_itc if in_froc else "",
@@ -331,7 +434,55 @@ def _judged(one: Evidence, downsample: int) -> _Judged:
         "n_false_positives": len(matches.false_positives) if in_froc else "",
         "note": "; ".join(note for note in notes if note),
     }
-    return _Judged(row, matches if in_froc else None, label, score)
+    recorded = RecordedSlide(
+        slide_id=one.slide_id,
+        label=label,
+        score=row["score"],
+        in_froc=in_froc,
+        in_auc=in_auc,
+        reason=reason,
+        truth=_truth_sha256(label, lesions) if known and out != "all" else None,
+        best=[best if best > -np.inf else None for best in matches.best.tolist()] if in_froc else [],
+        n_itc=matches.n_itc if in_froc else 0,
+        itc=sorted(k - 1 for k in lesions.itc) if in_froc and lesions is not None else [],
+        false_positives=matches.false_positives.tolist() if in_froc else [],
+    )
+    return _Judged(row, recorded, one.patient_id)
+
+
+def _reason(out: str, label: int | None, protocol: str, *, known: bool) -> str:
+    """Say why a slide does not count for something, or nothing."""
+    if out == "all":
+        return f"not scored: protocol {protocol} excludes it"
+    if label is None:
+        return "no label: not scored"
+    if out == "froc":
+        return f"not in FROC: protocol {protocol} excludes it"
+    return "" if known else "no truth: not in FROC"
+
+
+def _truth_sha256(label: int | None, lesions: LesionMask | None) -> str:
+    """Return the SHA-256 of a slide's label and regions; how far the mask reaches beyond them does not matter."""
+    digest = hashlib.sha256(f"label {label}".encode())
+    if lesions is not None and lesions.n_regions:
+        box = [np.flatnonzero(lesions.labels.any(axis=axis)) for axis in (1, 0)]
+        (top, bottom), (left, right) = ((int(hit[0]), int(hit[-1]) + 1) for hit in box)
+        digest.update(f"at {top} {bottom} {left} {right} itc {sorted(lesions.itc)}".encode())
+        digest.update(np.ascontiguousarray(lesions.labels[top:bottom, left:right], "<i4").tobytes())
+    return digest.hexdigest()
+
+
+def _with_patients(judged: Sequence[_Judged]) -> list[RecordedSlide]:
+    """Number the patients in the order in which they appear: their names stay where they are."""
+    numbers: dict[str, int] = {}
+    for one in judged:
+        if one.patient_id:
+            numbers.setdefault(one.patient_id, len(numbers))
+    return [one.recorded.model_copy(update={"patient": numbers.get(one.patient_id)}) for one in judged]
+
+
+def _regions(tumour: NDArray[np.bool_], m_um_px: float, params: EvaluationParams) -> LesionMask:
+    return froc.evaluation_mask(tumour, m_um_px, join_um=params.join_um, itc_um=params.itc_um)
 
 
 def _label(one: Evidence) -> int | None:
@@ -379,44 +530,44 @@ def _check_size(shape: tuple[int, ...], expected: tuple[int, int], case: Case) -
 
 
 def _shape(
-    outline: TumourOutline, downsample: int, m_um_px: float, l0_size_px: tuple[int, int] | None
+    outline: TumourOutline, params: EvaluationParams, m_um_px: float, l0_size_px: tuple[int, int] | None
 ) -> tuple[int, int]:
     """Return rows and columns of a mask of the slide, or of one that holds the dilated outlines."""
     if l0_size_px is not None:
-        return _slide_shape(l0_size_px, downsample)
-    margin = math.ceil(froc.JOIN_UM / (2 * m_um_px)) + 2
+        return _slide_shape(l0_size_px, params.downsample)
+    margin = math.ceil(params.join_um / (2 * m_um_px)) + 2
     corners = [polygon.max(axis=0) for polygon in outline.tumour]
     x, y = np.max([(0.0, 0.0), *corners], axis=0)
-    return math.ceil(y / downsample) + margin, math.ceil(x / downsample) + margin
+    return math.ceil(y / params.downsample) + margin, math.ceil(x / params.downsample) + margin
 
 
 # --- all slides
 
 
-def _froc_metrics(matches: Sequence[Matches], n: int, seed: int) -> dict[str, float]:
-    """Return the FROC metrics of both modes with the intervals of their scores."""
-    low, high = froc.bootstrap_score(matches, mode="official", n=n, seed=seed)
-    strict_low, strict_high = froc.bootstrap_score(matches, mode="strict", n=n, seed=seed)
+def _froc_metrics(setting: Setting) -> dict[str, float]:
+    """Return the FROC metrics of both modes."""
+    return froc.score(setting.matches, mode="official") | froc.score(setting.matches, mode="strict")
+
+
+def _roc_metrics(setting: Setting) -> dict[str, float]:
+    """Return the ROC metrics."""
+    low, high = roc.auc_interval(setting.scores, setting.labels)
     return {
-        **froc.score(matches, mode="official"),
-        **froc.score(matches, mode="strict"),
-        "froc.score_ci_low": low,
-        "froc.score_ci_high": high,
-        "froc.strict_score_ci_low": strict_low,
-        "froc.strict_score_ci_high": strict_high,
+        "roc.auc": roc.auc(setting.scores, setting.labels),
+        "roc.auc_ci_low": low,
+        "roc.auc_ci_high": high,
+        "roc.auc_variance": roc.delong_variance(setting.scores, setting.labels),
+        "roc.n_tumour": float((setting.labels == 1).sum()),
+        "roc.n_normal": float((setting.labels == 0).sum()),
     }
 
 
-def _roc_metrics(scores: Sequence[float], labels: NDArray[np.int64]) -> dict[str, float]:
-    """Return the ROC metrics."""
-    low, high = roc.auc_interval(scores, labels)
-    return {
-        "roc.auc": roc.auc(scores, labels),
-        "roc.auc_ci_low": low,
-        "roc.auc_ci_high": high,
-        "roc.auc_variance": roc.delong_variance(scores, labels),
-        "roc.n_tumour": float((labels == 1).sum()),
-        "roc.n_normal": float((labels == 0).sum()),
+def _intervals(setting: Setting, n: int, seed: int) -> dict[str, float]:
+    """Return the bootstrap intervals of all metrics, from one set of draws."""
+    found = comparison.compare([setting], reference=setting.name, n=n, seed=seed).intervals[setting.name]
+    stems = {metric: "roc.auc_bootstrap" if metric == "roc.auc" else metric for metric in found}
+    return {f"{stems[metric]}_ci_low": one.low for metric, one in found.items()} | {
+        f"{stems[metric]}_ci_high": one.high for metric, one in found.items()
     }
 
 
@@ -476,6 +627,22 @@ def _number(cell: str, line: int, path: Path) -> float:
     if not math.isfinite(value):
         raise InputError(f"line {line}: {cell!r} is not finite", "write finite numbers", path=path)
     return value
+
+
+def _as_matches(one: RecordedSlide) -> Matches:
+    best = np.array([-np.inf if value is None else value for value in one.best], np.float64)
+    return Matches(one.slide_id, best, one.n_itc, np.array(one.false_positives, np.float64))
+
+
+def _contradiction(one: RecordedSlide, seen: Set[str]) -> str:
+    """Say what in the record of a slide cannot be, or nothing."""
+    if one.slide_id.casefold() in seen:
+        return "it is there twice"
+    if one.in_auc and one.label is None:
+        return "it counts for the slide AUC and has no label"
+    if len(one.itc) != one.n_itc or not all(0 <= k < len(one.best) and one.best[k] is None for k in one.itc):
+        return f"itc {one.itc} does not fit n_itc {one.n_itc} and {len(one.best)} regions"
+    return ""
 
 
 def _lists(curve: froc.FrocCurve | roc.RocCurve) -> dict[str, list[float]]:

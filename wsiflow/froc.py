@@ -25,7 +25,7 @@ from typing import Literal, NamedTuple
 
 import cv2
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from scipy import ndimage
 
 from wsiflow.errors import InputError
@@ -36,10 +36,10 @@ RATES = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 """False positives per slide at which the sensitivity is read."""
 
 JOIN_UM = 75.0
-"""Annotations nearer than this are one lesion: each is dilated by half of it."""
+"""The challenge's joining distance. Annotations nearer than this are one lesion: each is dilated by half of it."""
 
 ITC_UM = 275.0
-"""A dilated region with a shorter major axis is isolated tumour cells: 200 um plus the dilation."""
+"""The challenge's limit. A dilated region with a shorter major axis is isolated tumour cells: 200 um and dilation."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,12 +121,16 @@ class FrocCurve:
     thresholds: NDArray[np.float64]
 
 
-def evaluation_mask(tumour: NDArray[np.bool_], um_px: float) -> LesionMask:
+def evaluation_mask(
+    tumour: NDArray[np.bool_], um_px: float, *, join_um: float = JOIN_UM, itc_um: float = ITC_UM
+) -> LesionMask:
     """Turn a tumour mask into the regions that the challenge counts.
 
     Args:
         tumour: bool (rows, cols) at evaluation resolution, level 0 / 32 in the challenge.
         um_px: Side of a mask pixel in um: 0.243 * 32 in the challenge.
+        join_um: Annotations nearer than this are one lesion.
+        itc_um: A dilated region with a shorter major axis is isolated tumour cells.
 
     Returns:
         Dilated, filled and 8-connected regions, with those small enough to be ITC.
@@ -139,11 +143,11 @@ def evaluation_mask(tumour: NDArray[np.bool_], um_px: float) -> LesionMask:
     labels = np.zeros(tumour.shape, np.int32)
     if not tumour.any():
         return LesionMask(labels, frozenset(), np.empty(0))
-    radius_px = JOIN_UM / (um_px * 2)
+    radius_px = join_um / (um_px * 2)
     window = _window(tumour, math.ceil(radius_px) + 1)
     labels[window], _ = ndimage.label(_filled(_dilated(tumour[window], radius_px)), np.ones((3, 3), np.int8))
     axes = _major_axes(labels[window])
-    return LesionMask(labels, frozenset((np.flatnonzero(axes < ITC_UM / um_px) + 1).tolist()), axes)
+    return LesionMask(labels, frozenset((np.flatnonzero(axes < itc_um / um_px) + 1).tolist()), axes)
 
 
 def match(slide: SlideFindings) -> Matches:
@@ -208,29 +212,28 @@ def evaluate(slides: Iterable[SlideFindings], *, mode: Mode) -> dict[str, float]
     return score([match(slide) for slide in slides], mode=mode)
 
 
-def bootstrap_score(matches: Sequence[Matches], *, mode: Mode, n: int, seed: int) -> tuple[float, float]:
-    """Return the 95 % percentile interval of the score over slides drawn with replacement.
-
-    Draws without any lesion have no score and are left out; without any score left both ends are NaN.
+def resample(
+    matches: Sequence[Matches], times: NDArray[np.int64], *, mode: Mode, rates: ArrayLike = RATES
+) -> NDArray[np.float64]:
+    """Return the sensitivities of many draws of the slides, all confidences being sorted once.
 
     Args:
         matches: The slides.
+        times: int64 (n, slides), how often each slide is in each draw: `resampling.case_draws`.
         mode: Which evaluator scores each draw.
-        n: Number of draws.
-        seed: Seed of the draws; the same seed draws the same slides in both modes.
+        rates: (k,), false positives per slide at which the sensitivity is read.
+
+    Returns:
+        float64 (n, k); NaN in a draw without any lesion. The mean over `RATES` is the score of the draw.
 
     Raises:
         InputError: A slide appears twice.
     """
-    rng = np.random.default_rng(seed)
-    pool, size = _pool(matches, mode), len(matches)
-    draws = (np.bincount(rng.integers(size, size=size), minlength=size) for _ in range(n if size else 0))
-    scores = np.array([_at_rates(_curve(pool, times)).mean() for times in draws])
-    scores = scores[~np.isnan(scores)]
-    if not scores.size:
-        return math.nan, math.nan
-    low, high = np.quantile(scores, [0.025, 0.975])
-    return float(low), float(high)
+    pool, at = _pool(matches, mode), np.asarray(rates, np.float64)
+    found = np.empty((len(times), len(at)))
+    for row, drawn in zip(found, times, strict=True):
+        row[:] = _at_rates(_curve(pool, drawn), at)
+    return found
 
 
 # --- regions
@@ -362,6 +365,6 @@ def _curve(pool: _Pool, times: NDArray[np.int64]) -> FrocCurve:
     return FrocCurve(fp, sensitivity, np.append(pool.thresholds[keep], np.inf))
 
 
-def _at_rates(points: FrocCurve) -> NDArray[np.float64]:
-    """Return the sensitivity at the six rates: the highest at a rate that was reached, else interpolated."""
-    return np.interp(RATES, points.fp_per_slide[::-1], points.sensitivity[::-1])
+def _at_rates(points: FrocCurve, rates: Sequence[float] | NDArray[np.float64] = RATES) -> NDArray[np.float64]:
+    """Return the sensitivity at each rate: the highest at a rate that was reached, else interpolated."""
+    return np.interp(np.asarray(rates, np.float64), points.fp_per_slide[::-1], points.sensitivity[::-1])

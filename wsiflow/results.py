@@ -241,7 +241,7 @@ def _evaluate(root: Path, view: str, config: RunConfig, made: Plan, statuses: Se
     truth = [[planned.slide_id, *_truth_sha256(cases[planned.slide_id])] for planned in slides]
     key = publish.key_of(settings=made.settings, detections=detections, truth=truth)
     evaluated = Evaluated(key, root / "evaluations" / key[:12])
-    names = ("scores.json", "cases.csv", "froc.json", "roc.json", "froc.png", "roc.png")
+    names = ("scores.json", "cases.csv", "froc.json", "roc.json", "matches.json", "froc.png", "roc.png")
     if any(publish.done(root, f"evaluations/{key[:12]}/{name}", key) is None for name in names):
         evidence = (_evidence(root, planned, cases[planned.slide_id], config) for planned in slides)
         scores = evaluation.evaluate_cases(evidence, config.evaluation, seed=config.seed)
@@ -282,6 +282,7 @@ def _evidence(root: Path, planned: SlidePlan, case: Case, config: RunConfig) -> 
         truth=evaluation.read_truth(sized, config.evaluation, l0_size_px=l0_size_px),
         detections=evaluation.read_detections(root / f"detections/{planned.slide_id}.csv"),
         score=_receipt(root, f"heatmaps/{planned.slide_id}.tif")["score"],
+        patient_id=case.patient_id,
     )
 
 
@@ -332,6 +333,7 @@ def _write_report(
 def _track(root: Path, folder: str, config: RunConfig, made: Plan, key: str, metrics: Mapping[str, float]) -> str:
     """Record the run in MLflow and say where, or why not: the run is valid without it."""
     curves = json.loads((root / folder / "froc.json").read_text(encoding="utf-8"))
+    matched = evaluation.read_matches(root / folder / "matches.json")
     record = tracking.RunRecord(
         name=config.name,
         # The same scores in another folder are another run: its cost is its own.
@@ -340,7 +342,11 @@ def _track(root: Path, folder: str, config: RunConfig, made: Plan, key: str, met
         partial=folder != "evaluation",
         params=_settings(config, made),
         metrics=metrics,
-        tags={f"version.{name}": found for name, found in versions().items()},
+        tags={
+            **{f"version.{name}": found for name, found in versions().items()},
+            "wsiflow.protocol_hash": matched.protocol_hash,
+            "wsiflow.truth_hash": matched.truth_hash(),
+        },
         artifacts=[
             *(path for path in sorted((root / folder).iterdir()) if path.suffix in {".json", ".csv"}),
             *(root / name for name in ("report.html", "process_list.csv")),
@@ -386,6 +392,7 @@ def _success_text(
         f"FROC       {told('froc.score', 'froc.score')}",
         f"  strict   {told('froc.strict_score', 'froc.strict_score')}",
         f"AUC        {told('roc.auc', 'roc.auc')}",
+        f"protocol   {made.settings['evaluation']['name']} {_protocol_hash(shown)[:12]}",
         f"throughput {metrics['throughput.tiles_per_s']:.1f} tiles/s, "
         f"{metrics['throughput.windows_per_s']:.0f} windows/s, {metrics['throughput.core_hours']:.4f} core-hours, "
         f"efficiency {metrics['throughput.efficiency']:.2f}",
@@ -397,6 +404,10 @@ def _success_text(
         logged,
     ]
     return "\n".join(lines)
+
+
+def _protocol_hash(shown: Path) -> str:
+    return evaluation.read_matches(shown / "matches.json").protocol_hash
 
 
 def _certificate_line(metrics: Mapping[str, float]) -> list[str]:

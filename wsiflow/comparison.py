@@ -1,0 +1,285 @@
+"""Comparison: settings scored on the same cases, their intervals and their differences.
+
+Input: per setting, the matches, scores and labels of its slides. Output: an interval for every metric, paired
+differences from one reference with p-values, bands of the FROC curves, and the settings on the Pareto front.
+
+All of it comes from one set of draws. The cases, those that count for FROC and those that count for the AUC together,
+are drawn with replacement, and every metric of every setting is computed on each draw: a difference is a difference
+between two settings on the same cases. Intervals hold 95 % of the draws. A p-value is two-sided, from the drawn
+differences, the AUC's too, so that interval and p-value never contradict each other; `roc.paired_test` is the test of
+DeLong for those who report that. For every metric p-values are corrected by Holm's method for the number of settings
+that are compared with the reference. Many metrics of one setting are not corrected for: name one beforehand.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from wsiflow import froc, roc
+from wsiflow.errors import InputError
+from wsiflow.resampling import case_draws, holm, interval, two_sided_p
+
+FP_GRID = np.linspace(0, 8, 129)
+"""False positives per slide at which bands are computed; the six rates of the score are among them."""
+
+_DIGITS = 12  # equal metrics that were added up in another order differ beyond these
+
+
+class Setting(NamedTuple):
+    """What is compared: one row of a comparison.
+
+    Attributes:
+        name: Unique in a comparison.
+        matches: The slides that count for FROC.
+        slide_ids: The slides that count for the AUC, in the order of scores and labels.
+        scores: float64 (n,), higher means more likely tumour.
+        labels: int64 (n,) of 0 and 1.
+        protocol_hash: Of the rules by which the slides were scored, or an empty text.
+        truth: Digest of what is true of each slide, by slide; empty where it is not known.
+        clusters: Number of the patient of each slide, by slide: slides of one are drawn together. Without it, or where
+            a slide has none, a slide is by itself.
+    """
+
+    name: str
+    matches: Sequence[froc.Matches]
+    slide_ids: tuple[str, ...]
+    scores: NDArray[np.float64]
+    labels: NDArray[np.int64]
+    protocol_hash: str = ""
+    truth: Mapping[str, str] | None = None
+    clusters: Mapping[str, int] | None = None
+
+
+class Interval(NamedTuple):
+    """A number of the sample and the ends of its 95 % interval; NaN where it does not exist."""
+
+    value: float
+    low: float
+    high: float
+
+
+class Difference(NamedTuple):
+    """Setting minus reference: of the sample, the 95 % interval, the p-value alone and corrected."""
+
+    value: float
+    low: float
+    high: float
+    p: float
+    p_corrected: float
+
+
+class FrocBand(NamedTuple):
+    """A FROC curve with the 95 % interval at each point by itself; float64 (p,) each."""
+
+    fp_per_slide: NDArray[np.float64]
+    sensitivity: NDArray[np.float64]
+    low: NDArray[np.float64]
+    high: NDArray[np.float64]
+
+
+class Compared(NamedTuple):
+    """What a comparison found.
+
+    Attributes:
+        intervals: Setting, metric: interval.
+        differences: Setting, metric: difference from the reference, which is absent.
+        bands: Setting: its FROC curve.
+    """
+
+    intervals: dict[str, dict[str, Interval]]
+    differences: dict[str, dict[str, Difference]]
+    bands: dict[str, FrocBand]
+
+
+class _Drawn(NamedTuple):
+    """Metrics and curve of a setting in the sample (first row) and in every draw."""
+
+    metrics: dict[str, NDArray[np.float64]]
+    curve: NDArray[np.float64]
+
+
+def compare(
+    settings: Sequence[Setting], *, reference: str, mode: froc.Mode = "official", n: int = 2000, seed: int = 0
+) -> Compared:
+    """Compare settings that were scored on the same cases.
+
+    Metrics are ``froc.score``, ``froc.strict_score``, ``roc.auc`` and, of the mode, the six sensitivities
+    (``froc.sensitivity_at_0.25`` or ``froc.strict_sensitivity_at_0.25``).
+
+    Args:
+        settings: What is compared.
+        reference: Name of the setting that the others are compared with.
+        mode: Which evaluator gives sensitivities and bands.
+        n: Number of draws; 0 leaves intervals and p-values NaN.
+        seed: Seed of the draws.
+
+    Raises:
+        InputError: Two settings have one name, none is the reference, they cannot be compared, or a slide is there
+            twice.
+    """
+    names = [one.name for one in settings]
+    if len(set(names)) < len(names) or reference not in names:
+        cause = f"settings {', '.join(names) or 'none'} with {reference!r} as the reference"
+        raise InputError(cause, "give each setting a name of its own and name one of them", stage="comparison")
+    reasons = incomparable(settings)
+    if reasons:
+        remedy = "compare runs over the same slides, protocol and truth"
+        raise InputError("; ".join(reasons), remedy, stage="comparison")
+    times = _draws(settings[0], n, seed)
+    drawn = {one.name: _drawn(one, times, mode) for one in settings}
+    return Compared(
+        {name: _intervals(one) for name, one in drawn.items()},
+        _differences({name: one.metrics for name, one in drawn.items()}, reference),
+        {name: FrocBand(FP_GRID, one.curve[0], *interval(one.curve[1:])) for name, one in drawn.items()},
+    )
+
+
+def pareto(cost: ArrayLike, score: ArrayLike) -> NDArray[np.bool_]:
+    """Tell which settings are worth their cost.
+
+    Args:
+        cost: (n,), less is better.
+        score: (n,), more is better.
+
+    Returns:
+        bool (n,), True where no other is cheaper and at least as good, or as cheap and better. Of equal ones all are
+        True; one whose cost or score is NaN is not.
+
+    Raises:
+        InputError: The lengths differ.
+    """
+    costs, scores = np.asarray(cost, np.float64), np.asarray(score, np.float64)
+    if costs.ndim != 1 or costs.shape != scores.shape:
+        raise InputError(f"costs {costs.shape} and scores {scores.shape}", "give one score per cost")
+    known = ~(np.isnan(costs) | np.isnan(scores))
+    cheaper, as_cheap = costs[None, :] < costs[:, None], costs[None, :] == costs[:, None]
+    better, as_good = scores[None, :] > scores[:, None], scores[None, :] >= scores[:, None]
+    beaten: NDArray[np.bool_] = ((cheaper & as_good) | (as_cheap & better)).any(axis=1)
+    return known & ~beaten
+
+
+def incomparable(settings: Sequence[Setting]) -> list[str]:
+    """Say why settings must not be compared; nothing when they may.
+
+    They need the same protocol, the same slides for FROC and for the AUC, and for every slide the same label, the same
+    truth and the same number of lesions. Names of slides are compared without case.
+    """
+    return [reason for one in settings[1:] for reason in _against(settings[0], one)]
+
+
+# --- why not
+
+
+def _against(first: Setting, other: Setting) -> list[str]:
+    """Say what of another setting differs from the first."""
+    both = f"{first.name} and {other.name}"
+    reasons = []
+    if first.protocol_hash != other.protocol_hash:
+        told = " and ".join(one.protocol_hash[:12] or "none" for one in (first, other))
+        reasons.append(f"{both} were scored by different protocols ({told})")
+    for what, ours, theirs in (
+        ("FROC", _lesions(first), _lesions(other)),
+        ("the AUC", _labels(first), _labels(other)),
+    ):
+        odd = sorted(set(ours) ^ set(theirs))
+        reasons += [f"{both} have different slides for {what}: {_listed(odd)} in one of them only"] if odd else []
+        kind = "numbers of lesions" if what == "FROC" else "labels"
+        reasons += _unequal(both, kind, ours, theirs)
+    return reasons + _unequal(both, "truth", _folded(first.truth or {}), _folded(other.truth or {}))
+
+
+def _unequal(both: str, kind: str, ours: Mapping[str, object], theirs: Mapping[str, object]) -> list[str]:
+    """Say which slides, of those in both, differ."""
+    odd = sorted(slide for slide in set(ours) & set(theirs) if ours[slide] != theirs[slide])
+    return [f"{both} have different {kind} for {_listed(odd)}"] if odd else []
+
+
+_SHOWN = 5
+
+
+def _listed(slides: Sequence[str]) -> str:
+    more = f" and {len(slides) - _SHOWN} more" if len(slides) > _SHOWN else ""
+    return ", ".join(slides[:_SHOWN]) + more
+
+
+def _lesions(setting: Setting) -> dict[str, tuple[int, int]]:
+    return {one.slide_id.casefold(): (len(one.best), one.n_itc) for one in setting.matches}
+
+
+def _labels(setting: Setting) -> dict[str, int]:
+    return {slide.casefold(): int(label) for slide, label in zip(setting.slide_ids, setting.labels, strict=True)}
+
+
+def _folded(by_slide: Mapping[str, str]) -> dict[str, str]:
+    return {slide.casefold(): value for slide, value in by_slide.items()}
+
+
+# --- draws
+
+
+def _cases(setting: Setting) -> list[str]:
+    """Return every case of a setting once, in an order that does not depend on that of its slides."""
+    return sorted({one.slide_id.casefold() for one in setting.matches} | {one.casefold() for one in setting.slide_ids})
+
+
+def _draws(setting: Setting, n: int, seed: int) -> dict[str, NDArray[np.int64]]:
+    """Return how often each case is in the sample (once) and in each draw, by case."""
+    cases = _cases(setting)
+    given = {slide.casefold(): number for slide, number in (setting.clusters or {}).items()}
+    # A slide without a patient is its own: -1, -2, ... are no patient's numbers.
+    clusters = [given.get(case, -1 - index) for index, case in enumerate(cases)] if given else None
+    times = case_draws(len(cases), n=n, seed=seed, clusters=clusters)
+    whole = np.concatenate([np.ones((1, len(cases)), np.int64), times])
+    return dict(zip(cases, whole.T, strict=True))
+
+
+def _columns(times: Mapping[str, NDArray[np.int64]], slides: Sequence[str]) -> NDArray[np.int64]:
+    """Return int64 (1 + n, slides): the draws of some of the cases."""
+    n_rows = len(next(iter(times.values()))) if times else 1
+    found = np.empty((n_rows, len(slides)), np.int64)
+    for column, slide in enumerate(slides):
+        found[:, column] = times[slide.casefold()]
+    return found
+
+
+def _drawn(setting: Setting, times: Mapping[str, NDArray[np.int64]], mode: froc.Mode) -> _Drawn:
+    """Return every metric of a setting in the sample and in every draw."""
+    of_froc = _columns(times, [one.slide_id for one in setting.matches])
+    curve = froc.resample(setting.matches, of_froc, mode=mode, rates=FP_GRID)
+    at_rates = curve[:, np.searchsorted(FP_GRID, froc.RATES)]
+    other: froc.Mode = "strict" if mode == "official" else "official"
+    scores = {
+        mode: at_rates.mean(axis=1),
+        other: froc.resample(setting.matches, of_froc, mode=other).mean(axis=1),
+    }
+    stem = "froc." if mode == "official" else "froc.strict_"
+    return _Drawn(
+        {
+            "froc.score": scores["official"],
+            "froc.strict_score": scores["strict"],
+            **{f"{stem}sensitivity_at_{rate:g}": at_rates[:, k] for k, rate in enumerate(froc.RATES)},
+            "roc.auc": roc.resample(setting.scores, setting.labels, _columns(times, setting.slide_ids)),
+        },
+        curve,
+    )
+
+
+def _intervals(drawn: _Drawn) -> dict[str, Interval]:
+    return {metric: Interval(float(x[0]), *interval(x[1:]).tolist()) for metric, x in drawn.metrics.items()}
+
+
+def _differences(
+    metrics: Mapping[str, Mapping[str, NDArray[np.float64]]], reference: str
+) -> dict[str, dict[str, Difference]]:
+    """Return the differences of the settings from the reference, corrected for their number metric by metric."""
+    others = [name for name in metrics if name != reference]
+    found: dict[str, dict[str, Difference]] = {name: {} for name in others}
+    for metric, base in metrics[reference].items():
+        drawn = [np.round(metrics[name][metric] - base, _DIGITS) for name in others]
+        p = [two_sided_p(one[1:]) for one in drawn]
+        for name, one, alone, corrected in zip(others, drawn, p, holm(p), strict=True):
+            low, high = interval(one[1:]).tolist()
+            found[name][metric] = Difference(float(one[0]), low, high, alone, corrected)
+    return found
