@@ -284,7 +284,7 @@ def make_plan(source: Path, outcomes: Sequence[Outcome]) -> Path:
         },
         "certificate": {"windows": config.dense.windows},
         "lesions": config.lesions.model_dump(),
-        "evaluation": config.evaluation.model_dump(),
+        "evaluation": config.evaluation.model_dump(mode="json"),
         "seed": config.seed,
     }
     work = {
