@@ -13,6 +13,16 @@ from wsiflow.errors import InputError
 
 SCORES, LABELS = [0.9, 0.8, 0.6, 0.3, 0.1, 0.5, 0.7], [1, 1, 1, 1, 0, 0, 0]
 
+# Albumin, total protein, K-G score and outcome of 43 patients (DeLong, DeLong, Clarke-Pearson 1988), as the manual of
+# SAS/STAT prints them.
+PATIENTS = """
+3.0 5.8 10 0  3.2 6.3 5 1  3.9 6.8 3 1  2.8 4.8 6 0  3.2 5.8 3 1  0.9 4.0 5 0  2.5 5.7 8 0  1.6 5.6 5 1  3.8 5.7 5 1
+3.7 6.7 6 1  3.2 5.4 4 1  3.8 6.6 6 1  4.1 6.6 5 1  3.6 5.7 5 1  4.3 7.0 4 1  3.6 6.7 4 0  2.3 4.4 6 1  4.2 7.6 4 0
+4.0 6.6 6 0  3.5 5.8 6 1  3.8 6.8 7 1  3.0 4.7 8 0  4.5 7.4 5 1  3.7 7.4 5 1  3.1 6.6 6 1  4.1 8.2 6 1  4.3 7.0 5 1
+4.3 6.5 4 1  3.2 5.1 5 1  2.6 4.7 6 1  3.3 6.8 6 0  1.7 4.0 7 0  3.7 6.1 5 1  3.3 6.3 7 1  4.2 7.7 6 1  3.5 6.2 5 1
+2.9 5.7 9 0  2.1 4.8 7 1  2.8 6.2 8 0  4.0 7.0 7 1  3.3 5.7 6 1  3.7 6.9 5 1  3.6 6.6 5 1
+"""
+
 two_classes = st.tuples(
     st.lists(st.integers(0, 5), min_size=2, max_size=8), st.lists(st.integers(0, 5), min_size=2, max_size=8)
 ).map(lambda pn: (pn[0] + pn[1], [1] * len(pn[0]) + [0] * len(pn[1])))
@@ -59,6 +69,75 @@ def test_area_and_variance_equal_the_matrix_of_outcomes(sample):
     e = ((m * n - 1) * s - (n - 1) * a - (m - 1) * b) / ((m - 1) * (n - 1))
     assert roc.auc(*sample) == pytest.approx(x.mean())
     assert roc.delong_variance(*sample) == pytest.approx((a + b - e) / (m * n), abs=1e-12)
+
+
+def patients():
+    """Return albumin, total protein, K-G score (turned so that more is better) and outcome."""
+    albumin, protein, kg, outcome = np.array(PATIENTS.split(), float).reshape(-1, 4).T
+    return albumin, protein, 10 - kg, outcome
+
+
+def test_published_areas_and_errors():
+    """The three tests of DeLong's example have the areas and standard errors that SAS prints."""
+    *tests, outcome = patients()
+    assert [round(roc.auc(one, outcome), 4) for one in tests] == [0.7366, 0.6478, 0.7258]
+    errors = np.sqrt(np.diag(roc.delong_covariance(tests, outcome)))
+    assert errors.round(4).tolist() == [0.0927, 0.1, 0.1028]
+
+
+def test_published_paired_tests():
+    """Albumin and total protein against the K-G score: difference, error, chi square and p as SAS prints them."""
+    albumin, protein, kg, outcome = patients()
+    found = [roc.paired_test(one, kg, outcome) for one in (albumin, protein)]
+    told = [(round(d, 4), round(e, 4), round((d / e) ** 2, 4), round(p, 4)) for d, e, p in found]
+    assert told == [(0.0108, 0.0953, 0.0127, 0.9102), (-0.0780, 0.1046, 0.5554, 0.4561)]
+
+
+@given(two_classes, st.randoms(use_true_random=False))
+def test_covariance_equals_its_definition(sample, random):
+    """Covariance of mean wins, tumour slide by tumour slide and normal by normal, from the matrices of pairs."""
+    scores, labels = sample
+    other = random.sample(scores, len(scores))
+    x, y = outcomes(scores, labels), outcomes(other, labels)
+    n, m = x.shape
+
+    def covariance(a, b):
+        return sum((p - a.mean()) * (q - b.mean()) for p, q in zip(a, b, strict=True)) / (len(a) - 1)
+
+    def expected(a, b):
+        return covariance(a.mean(axis=0), b.mean(axis=0)) / m + covariance(a.mean(axis=1), b.mean(axis=1)) / n
+
+    found = roc.delong_covariance([scores, other], labels)
+    assert found == pytest.approx(np.array([[expected(x, x), expected(x, y)], [expected(y, x), expected(y, y)]]))
+
+
+@given(two_classes)
+def test_paired_test_of_equal_and_mirrored_scores(sample):
+    """Scores do not differ from themselves; the order of the two turns the sign alone."""
+    scores, labels = sample
+    other = [-score for score in scores]
+    assert roc.paired_test(scores, scores, labels) == (0, 0, 1)
+    there, back = roc.paired_test(scores, other, labels), roc.paired_test(other, scores, labels)
+    assert there[0] == pytest.approx(-back[0])
+    assert there[1:] == pytest.approx(back[1:])
+
+
+def test_paired_test_without_variance():
+    """A perfect score against a useless one leaves no doubt; one slide of a class leaves no test."""
+    assert roc.paired_test([1, 1, 0, 0], [0, 0, 0, 0], [1, 1, 0, 0]) == (0.5, 0, 0)
+    difference, error, p = roc.paired_test([1, 0, 0], [0, 0, 0], [1, 0, 0])
+    assert difference == 0.5
+    assert math.isnan(error)
+    assert math.isnan(p)
+
+
+@given(two_classes, st.integers(0, 1000))
+def test_area_of_a_draw_is_that_of_its_slides(sample, seed):
+    """Counting slides gives what repeating them gives; NaN where a class was not drawn."""
+    scores, labels = (np.array(one) for one in sample)
+    times = np.random.default_rng(seed).integers(0, 3, size=(4, len(scores)))
+    expected = [roc.auc(np.repeat(scores, row), np.repeat(labels, row)) for row in times]
+    assert roc.resample(scores, labels, times) == pytest.approx(expected, nan_ok=True)
 
 
 @given(two_classes)

@@ -1,0 +1,434 @@
+"""Intervals and differences: against scoring the drawn slides, hand values, and simulated data whose truth is known."""
+
+import math
+import os
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from wsiflow import froc, resampling, roc
+from wsiflow.comparison import Setting, compare, incomparable, pareto
+from wsiflow.errors import InputError
+from wsiflow.froc import Matches
+
+SETS = int(os.environ.get("WSIFLOW_COVERAGE_SETS", "60"))
+"""Simulated data sets: 1000 for the sentence that intervals hold what they should in 93 to 97 % of the cases."""
+
+N_DRAWS = 400
+
+
+# --- simulated slides
+
+
+def sweep(test):
+    """Mark a test that takes hours in full size."""
+    return pytest.mark.slow(pytest.mark.timeout(20_000)(test))
+
+
+def simulated(rng, n_slides, shift, share=0.5):
+    """Return the labels and, per classifier, the matches and slide scores of slides as a detector would see them.
+
+    Confidences of lesions and false positives are logistic normals with an effect of the slide, a part common to all
+    classifiers and one of their own; what is below 1/2 is not detected. 40 % of the slides hold one lesion or more, and
+    false positives come in very uneven numbers, 8 per slide on average.
+    """
+    labels = (rng.random(n_slides) < 0.4).astype(np.int64)
+    found = [[] for _ in shift]
+    for i, label in enumerate(labels):
+        n_lesions, n_false = (1 + rng.poisson(2) if label else 0), rng.poisson(rng.gamma(1.5, 16 / 1.5))
+        slide, lesions, false = rng.normal(), rng.normal(size=n_lesions), rng.normal(size=n_false)
+        for k, mu in enumerate(shift):
+            own = math.sqrt(share) * lesions + math.sqrt(1 - share) * rng.normal(size=n_lesions)
+            other = math.sqrt(share) * false + math.sqrt(1 - share) * rng.normal(size=n_false)
+            z, f = mu + 0.7 * slide + own, 0.3 * slide + other
+            best = np.where(z > 0, 1 / (1 + np.exp(-z)), -np.inf)
+            found[k].append(Matches(f"s{i}", best, 0, 1 / (1 + np.exp(-f[f > 0]))))
+    common = rng.normal(size=n_slides)
+    scores = [apart(mu) * labels + math.sqrt(0.6) * common + math.sqrt(0.4) * rng.normal(size=n_slides) for mu in shift]
+    return labels, found, scores
+
+
+def apart(shift):
+    """Return how far apart the slide scores of both classes are, in standard deviations."""
+    return 0.8 * shift
+
+
+def two(rng, n_slides, shift):
+    """Return two settings over the same simulated slides."""
+    labels, found, scores = simulated(rng, n_slides, shift)
+    ids = tuple(f"s{i}" for i in range(n_slides))
+    return [Setting(name, m, ids, s, labels) for name, m, s in zip("ab", found, scores, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def pair():
+    """Two settings of 40 slides."""
+    return two(np.random.default_rng(3), 40, (1.5, 2.0))
+
+
+# --- draws
+
+
+def test_draws_are_whole_seeded_and_begin_alike():
+    """Every draw has as many cases as there are; more draws go on where fewer end; another seed draws others."""
+    draws = resampling.case_draws(7, n=5, seed=1)
+    assert draws.sum(axis=1).tolist() == [7] * 5
+    assert np.array_equal(draws, resampling.case_draws(7, n=9, seed=1)[:5])
+    assert not np.array_equal(draws, resampling.case_draws(7, n=5, seed=2))
+    assert resampling.case_draws(0, n=3, seed=0).shape == (3, 0)
+
+
+def test_each_case_is_drawn_as_often_as_chance_says():
+    """Over 20,000 draws of five cases, each is there once on average, and absent in (4/5)^5 of the draws."""
+    draws = resampling.case_draws(5, n=20_000, seed=0)
+    assert draws.mean(axis=0) == pytest.approx(1, abs=0.03)
+    assert (draws == 0).mean(axis=0) == pytest.approx(0.8**5, abs=0.02)
+
+
+def test_slides_of_one_patient_are_drawn_together():
+    """Cases of one cluster are there equally often, and clusters are what is counted."""
+    draws = resampling.case_draws(5, n=50, seed=0, clusters=[9, 4, 9, 4, 7])
+    assert np.array_equal(draws[:, 0], draws[:, 2])
+    assert np.array_equal(draws[:, 1], draws[:, 3])
+    assert (draws[:, [0, 1, 4]].sum(axis=1) == 3).all()
+
+
+def test_interval_leaves_out_draws_without_a_number():
+    """Quantiles are of the draws that have a value; without any there is no interval."""
+    values = np.append(np.arange(201.0), [np.nan] * 50)
+    assert resampling.interval(values) == pytest.approx([5, 195])
+    assert resampling.interval(np.stack([values, -values], axis=1)) == pytest.approx(np.array([[5, -195], [195, -5]]))
+    assert np.isnan(resampling.interval(np.full((4, 2), np.nan))).all()
+    assert resampling.interval(np.empty((0, 3))).shape == (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("drawn", "p"),
+    [
+        (np.ones(99), 0.02),  # never 0: the sample itself counts
+        (np.zeros(99), 1),
+        (np.append(np.ones(97), [-1, 0]), 0.06),  # a draw at 0 counts for either side
+        (np.append(np.ones(98), np.nan), 2 / 99),
+        (np.empty(0), math.nan),
+    ],
+)
+def test_p_value_of_drawn_differences(drawn, p):
+    """Twice the smaller share beyond 0, the sample counted with it; the sign does not matter."""
+    assert resampling.two_sided_p(drawn) == pytest.approx(p, nan_ok=True)
+    assert resampling.two_sided_p(-drawn) == pytest.approx(p, nan_ok=True)
+
+
+@pytest.mark.parametrize(
+    ("p", "corrected"),
+    [
+        ([0.01, 0.04, 0.03, 0.005], [0.03, 0.06, 0.06, 0.02]),  # worked by hand
+        ([0.9, 0.8], [1, 1]),
+        ([0.02, math.nan, 0.03], [0.04, math.nan, 0.04]),
+        ([], []),
+    ],
+)
+def test_holm(p, corrected):
+    """Ranks times what is left, never falling, at most 1; what is NaN is not counted."""
+    assert resampling.holm(p) == pytest.approx(corrected, nan_ok=True)
+
+
+# --- comparison
+
+
+def repeated(setting, times):
+    """Return the setting made of a draw's slides, each copy a slide of its own."""
+    copies = [(m, k) for m, n in zip(setting.matches, times, strict=True) for k in range(n)]
+    matches = [Matches(f"{m.slide_id}#{k}", m.best, m.n_itc, m.false_positives) for m, k in copies]
+    rows = np.repeat(np.arange(len(times)), times)
+    return matches, setting.scores[rows], setting.labels[rows]
+
+
+@pytest.mark.parametrize("mode", ["official", "strict"])
+def test_one_draw_is_the_score_of_its_slides(pair, mode):
+    """With one draw both ends of every interval and difference are those of the drawn slides, scored as a new set."""
+    found = compare(pair, reference="a", mode=mode, n=1, seed=5)
+    order = sorted(range(40), key=lambda i: f"s{i}")
+    times = np.zeros(40, int)
+    times[order] = resampling.case_draws(40, n=1, seed=5)[0]
+    drawn = {}
+    for one in pair:
+        matches, scores, labels = repeated(one, times)
+        numbers = froc.score(matches, mode="official") | froc.score(matches, mode="strict")
+        drawn[one.name] = numbers | {"roc.auc": roc.auc(scores, labels)}
+    for name, metrics in found.intervals.items():
+        for metric, interval in metrics.items():
+            assert [interval.low, interval.high] == pytest.approx([drawn[name][metric]] * 2), metric
+    for metric, one in found.differences["b"].items():
+        assert one.low == pytest.approx(drawn["b"][metric] - drawn["a"][metric]), metric
+    assert set(found.differences) == {"b"}
+
+
+def test_values_are_those_of_the_sample(pair):
+    """Whatever is drawn, an interval's value is the metric itself, and the band's curve the curve itself."""
+    found = compare(pair, reference="b", n=10)
+    for one in pair:
+        expected = froc.score(one.matches, mode="official") | froc.score(one.matches, mode="strict")
+        expected["roc.auc"] = roc.auc(one.scores, one.labels)
+        assert {k: v.value for k, v in found.intervals[one.name].items()} == pytest.approx(
+            {k: expected[k] for k in found.intervals[one.name]}
+        )
+        curve = froc.curve(one.matches, mode="official")
+        band = found.bands[one.name]
+        assert np.allclose(
+            band.sensitivity, np.interp(band.fp_per_slide, curve.fp_per_slide[::-1], curve.sensitivity[::-1])
+        )
+
+
+def test_bands_at_the_six_rates_are_the_intervals_there(pair):
+    """A band is the interval of the sensitivity at each rate by itself."""
+    found = compare(pair, reference="a", n=200)
+    band = found.bands["a"]
+    assert (band.fp_per_slide[0], band.fp_per_slide[-1]) == (0, 8)
+    for rate in froc.RATES:
+        at = int(np.flatnonzero(band.fp_per_slide == rate)[0])
+        one = found.intervals["a"][f"froc.sensitivity_at_{rate:g}"]
+        assert (band.sensitivity[at], band.low[at], band.high[at]) == one
+
+
+def test_a_setting_does_not_differ_from_itself(pair):
+    """The same confidences under another name differ by nothing, with p = 1, though both intervals are wide."""
+    found = compare([pair[0], pair[0]._replace(name="again")], reference="a", n=200)
+    assert set(found.differences["again"].values()) == {(0, 0, 0, 1, 1)}
+    assert found.intervals["a"]["froc.score"].high - found.intervals["a"]["froc.score"].low > 0.1
+
+
+def test_order_of_slides_and_settings_does_not_matter(pair):
+    """Cases are known by name, in any case of the letters and any order; the others present change no interval."""
+    order = np.random.default_rng(0).permutation(40)
+    a, b = pair
+    shuffled = Setting(
+        "b",
+        [b.matches[i] for i in order[::-1]],
+        tuple(b.slide_ids[i].upper() for i in order),
+        b.scores[order],
+        b.labels[order],
+    )
+    found, again = compare([a, b], reference="a", n=100), compare([shuffled, a], reference="a", n=100)
+    assert found.differences["b"] == again.differences["b"]
+    assert compare([b], reference="b", n=100).intervals["b"] == found.intervals["b"]
+
+
+def test_seed_decides(pair):
+    """The same seed gives the same numbers, another one others."""
+    first, again, other = (compare(pair, reference="a", n=100, seed=seed) for seed in (1, 1, 2))
+    assert (first.intervals, first.differences) == (again.intervals, again.differences)
+    assert first.intervals != other.intervals
+
+
+def test_p_values_are_corrected_for_the_number_of_settings(pair):
+    """Three settings beside the reference: the smallest p-value of a metric is multiplied by three."""
+    a, b = pair
+    perfect = b._replace(
+        name="c", matches=[Matches(m.slide_id, np.ones(len(m.best)), 0, np.empty(0)) for m in b.matches]
+    )
+    found = compare([a, b, perfect, a._replace(name="d")], reference="a", n=199)
+    scores = {name: metrics["froc.score"] for name, metrics in found.differences.items()}
+    assert scores["c"].p == pytest.approx(0.01)
+    assert scores["c"].p_corrected == pytest.approx(0.03)
+    assert scores["d"].p_corrected == 1
+
+
+def test_without_draws_there_are_values_and_no_intervals(pair):
+    """Nothing is drawn, nothing is told about chance."""
+    found = compare(pair, reference="a", n=0)
+    one = found.differences["b"]["froc.score"]
+    assert one.value == pytest.approx(
+        found.intervals["b"]["froc.score"].value - found.intervals["a"]["froc.score"].value
+    )
+    assert all(map(math.isnan, one[1:]))
+    assert np.isnan(found.bands["a"].low).all()
+
+
+def test_slides_of_one_patient_count_once(pair):
+    """Every slide there twice, as two of one patient: the intervals are those of the single slides, to the bit."""
+    one = pair[0]
+    twice = Setting(
+        "a",
+        [
+            *one.matches,
+            *(Matches(f"{m.slide_id}+", m.best, m.n_itc, m.false_positives) for m in one.matches),
+        ],
+        (*one.slide_ids, *(f"{slide}+" for slide in one.slide_ids)),
+        np.tile(one.scores, 2),
+        np.tile(one.labels, 2),
+    )
+    number = {slide: k for k, slide in enumerate(sorted(one.slide_ids))}
+    patients = number | {f"{slide}+": k for slide, k in number.items()}
+    alone = compare([one], reference="a", n=300).intervals["a"]
+    clustered = compare([twice._replace(clusters=patients)], reference="a", n=300).intervals["a"]
+    apart = compare([twice], reference="a", n=300).intervals["a"]
+    for metric in ("froc.strict_score", "roc.auc"):
+        assert clustered[metric] == pytest.approx(alone[metric])
+        assert apart[metric].high - apart[metric].low < 0.85 * (alone[metric].high - alone[metric].low)
+
+
+def test_a_slide_for_the_auc_alone_is_drawn_with_the_others(pair):
+    """FROC may have fewer slides than the AUC; without any slide for either, numbers are NaN."""
+    fewer = [one._replace(matches=one.matches[1:]) for one in pair]
+    found = compare(fewer, reference="a", n=50)
+    assert found.intervals["a"]["froc.score"].low < found.intervals["a"]["froc.score"].high
+    none = Setting("a", [], (), np.empty(0), np.empty(0, int))
+    assert all(math.isnan(x) for one in compare([none], reference="a", n=5).intervals["a"].values() for x in one)
+
+
+# --- refusals
+
+
+def other_label(one):
+    """Return a setting with the first label turned round."""
+    return one._replace(labels=np.append(1 - one.labels[0], one.labels[1:]))
+
+
+def other_lesions(one):
+    """Return a setting whose first slide has one lesion more."""
+    first = one.matches[0]
+    more = Matches(first.slide_id, np.append(first.best, 0.5), 0, first.false_positives)
+    return one._replace(matches=[more, *one.matches[1:]])
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda one: one._replace(protocol_hash="f" * 64), r"different protocols \(none and ffffffffffff\)"),
+        (lambda one: one._replace(matches=one.matches[1:]), "different slides for FROC: s0 in one of them only"),
+        (
+            lambda one: one._replace(slide_ids=one.slide_ids[7:], scores=one.scores[7:], labels=one.labels[7:]),
+            "different slides for the AUC: s0, s1, s2, s3, s4 and 2 more",
+        ),
+        (other_label, "different labels for s0"),
+        (other_lesions, "different numbers of lesions for s0"),
+        (lambda one: one._replace(truth={"S0": "other"}), "different truth for s0"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(pair, change, told):
+    """Protocol, case sets, labels, lesions and truth have to be the same; the message names both and the slide."""
+    first = pair[0]._replace(truth={"s0": "one"})
+    second = pair[1]._replace(truth={"s0": "one"})
+    assert incomparable([first, second]) == []
+    with pytest.raises(InputError, match=f"a and b .*{told}"):
+        compare([first, change(second)], reference="a", n=1)
+
+
+def test_names_have_to_be_told_apart(pair):
+    """Two settings of one name, or a reference that is not there, are refused."""
+    with pytest.raises(InputError, match="name of its own"):
+        compare([pair[0], pair[0]], reference="a", n=1)
+    with pytest.raises(InputError, match="'c' as the reference"):
+        compare(pair, reference="c", n=1)
+
+
+# --- Pareto
+
+
+def test_pareto_front():
+    """Dearer and no better is off the front; of equals all stay; what has no number is not on it."""
+    cost, score = [1, 2, 3, 3, 4, 4, 5, math.nan], [0.5, 0.7, 0.7, 0.9, 0.9, 0.95, 0.95, 1]
+    assert pareto(cost, score).tolist() == [True, True, False, True, False, True, False, False]
+    assert pareto([1, 1], [0.5, 0.5]).tolist() == [True, True]
+    assert pareto([], []).tolist() == []
+    with pytest.raises(InputError, match="one score per cost"):
+        pareto([1, 2], [1])
+
+
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=1, max_size=12))
+def test_pareto_front_is_what_nothing_beats(points):
+    """Every point off the front is beaten by one on it, and none on it is beaten."""
+    front = pareto(*zip(*points, strict=True))
+
+    def beats(one, other):
+        return (one[0] <= other[0] and one[1] >= other[1]) and one != other
+
+    for point, on in zip(points, front, strict=True):
+        assert on == (not any(beats(other, point) for other in points))
+        assert on or any(beats(other, point) for other, good in zip(points, front, strict=True) if good)
+
+
+# --- what the intervals are worth
+
+
+def share_bounds(n):
+    """Return between which shares of n data sets 95 % coverage is believed: 93 to 97 %, wider for few sets."""
+    slack = max(0.02, 3.3 * math.sqrt(0.95 * 0.05 / n))
+    return 0.95 - slack, 0.95 + slack
+
+
+@pytest.fixture(scope="module")
+def trials():
+    """Many simulated data sets of 120 slides, compared: with a true difference, and without one."""
+    found = {}
+    for name, shift in {"different": (1.5, 1.8), "alike": (1.7, 1.7)}.items():
+        sets = [two(np.random.default_rng([11, k]), 120, shift) for k in range(SETS)]
+        found[name] = [(pair, compare(pair, reference="a", n=N_DRAWS, seed=k)) for k, pair in enumerate(sets)]
+    return found
+
+
+@pytest.fixture(scope="module")
+def true_values():
+    """Return what the metrics are over very many slides, of both settings."""
+    rng, shift = np.random.default_rng(99), (1.5, 1.8)
+    _, found, _ = simulated(rng, 30_000, shift)
+    areas = [(1 + math.erf(apart(mu) / 2)) / 2 for mu in shift]  # of normals one standard deviation wide
+    return [froc.score(m, mode="official") | {"roc.auc": area} for m, area in zip(found, areas, strict=True)]
+
+
+METRICS = ("froc.score", "froc.sensitivity_at_0.25", "froc.sensitivity_at_1", "froc.sensitivity_at_8", "roc.auc")
+
+
+@sweep
+@pytest.mark.parametrize("metric", METRICS)
+def test_intervals_hold_the_truth_as_often_as_they_say(trials, true_values, metric):
+    """The 95 % interval of a metric holds its true value in 95 % of the data sets."""
+    low, high = share_bounds(SETS)
+    truth = true_values[0][metric]
+    held = [one.intervals["a"][metric] for _, one in trials["different"]]
+    assert low <= np.mean([one.low <= truth <= one.high for one in held]) <= high
+
+
+@sweep
+@pytest.mark.parametrize("metric", METRICS)
+def test_differences_hold_the_truth_as_often_as_they_say(trials, true_values, metric):
+    """The 95 % interval of a paired difference holds the true difference in 95 % of the data sets."""
+    low, high = share_bounds(SETS)
+    truth = true_values[1][metric] - true_values[0][metric]
+    held = [one.differences["b"][metric] for _, one in trials["different"]]
+    assert low <= np.mean([one.low <= truth <= one.high for one in held]) <= high
+
+
+@sweep
+@pytest.mark.parametrize("metric", METRICS)
+def test_equal_settings_are_called_different_once_in_twenty(trials, metric):
+    """The paired test errs in 5 % of the data sets in which both settings are equally good."""
+    low, high = share_bounds(SETS)
+    p = [one.differences["b"][metric].p for _, one in trials["alike"]]
+    assert 1 - high <= np.mean(np.array(p) < 0.05) <= 1 - low
+
+
+@sweep
+def test_delong_holds_the_truth_and_errs_as_often_as_it_says(trials, true_values):
+    """DeLong's interval and paired test, on the same data sets."""
+    low, high = share_bounds(SETS)
+    truth = true_values[0]["roc.auc"]
+    held = [roc.auc_interval(a.scores, a.labels) for (a, _), _ in trials["different"]]
+    assert low <= np.mean([one[0] <= truth <= one[1] for one in held]) <= high
+    p = [roc.paired_test(b.scores, a.scores, a.labels).p for (a, b), _ in trials["alike"]]
+    assert 1 - high <= np.mean(np.array(p) < 0.05) <= 1 - low
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(0, 2**31))
+def test_interval_and_p_value_agree(seed):
+    """Where 0 is well outside the interval p is below 0.05, where it is well inside p is above."""
+    drawn = np.random.default_rng(seed).normal(np.random.default_rng(seed + 1).uniform(-4, 4), 1, 999)
+    low, high = resampling.interval(drawn)
+    p = resampling.two_sided_p(drawn)
+    if low > 0.05 or high < -0.05:
+        assert p < 0.05
+    if low < -0.05 and high > 0.05:
+        assert p > 0.05
