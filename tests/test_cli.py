@@ -47,6 +47,27 @@ def test_a_missing_detections_file_is_bad_input(tmp_path: Path, capsys) -> None:
     assert "no detection file for a" in capsys.readouterr().err
 
 
+def test_evaluate_follows_a_named_protocol(tmp_path: Path, capsys) -> None:
+    """``--protocol camelyon16`` leaves its slides out; options replace single rules; an unknown name is bad input."""
+    (tmp_path / "detections").mkdir()
+    for name in ("normal_001", "Normal_086"):
+        (tmp_path / "detections" / f"{name}.csv").write_text("")
+    (tmp_path / "manifest.csv").write_text("slide_id,path,label\nnormal_001,a.tif,normal\nNormal_086,b.tif,normal\n")
+    arguments = ["evaluate", "--manifest", str(tmp_path / "manifest.csv"), "--detections", str(tmp_path / "detections")]
+    found = {}
+    for name, options in {"own_spacing": [], "camelyon16": [], "changed": ["--downsample", "16"]}.items():
+        protocol = "camelyon16" if name == "changed" else name
+        out = tmp_path / name
+        assert main([*arguments, "--out", str(out), "--protocol", protocol, "--bootstrap", "5", *options]) == 0
+        matches = json.loads((out / "matches.json").read_text())
+        assert f"protocol {protocol} {matches['protocol_hash'][:12]}" in capsys.readouterr().out
+        found[name] = (matches["protocol_hash"], json.loads((out / "summary.json").read_text())["froc.n_slides"])
+    assert [n for _, n in found.values()] == [2, 1, 1]
+    assert len({digest for digest, _ in found.values()}) == 3
+    assert main([*arguments, "--out", str(tmp_path / "o"), "--protocol", "cam"]) == 20
+    assert "use one of camelyon16, own_spacing" in capsys.readouterr().err
+
+
 def test_commands_on_a_folder_without_a_run_say_so(tmp_path: Path, capsys) -> None:
     """Status and verify name the folder and what it lacks."""
     assert main(["status", str(tmp_path)]) == 20

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,8 +13,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from PIL import Image
 
-from wsiflow import dataset, evaluation, froc, pyramid
-from wsiflow.config import EvaluationParams
+from wsiflow import comparison, dataset, evaluation, froc, pyramid, roc
+from wsiflow.config import EvaluationParams, evaluation_params
 from wsiflow.errors import InputError
 from wsiflow.evaluation import Evidence, Truth
 
@@ -414,3 +415,167 @@ def test_a_mask_of_0_and_1_needs_a_label(tmp_path):
         evaluation.read_truth(case, E3_PARAMS, mask_downsample=1)
     labelled = dataset.Case("a", tmp_path / "a.tif", mpp=0.243, mask_path=mask, label=1)
     assert evaluation.read_truth(labelled, E3_PARAMS, mask_downsample=1).lesions.n_regions > 0
+
+
+# --- protocol and matches.json
+
+
+def camelyon16(**changes):
+    """Return the protocol as the command reads it."""
+    return evaluation_params("camelyon16", changes)
+
+
+def challenge():
+    """Return slides of the challenge with the names that its protocol knows, and two others."""
+    return [
+        evidence("test_001", 1, 2, [(0.9, 8, 6), (0.3, 0, 0)]),
+        evidence("Test_049", 1, 1, [(0.9, 8, 6)]),
+        evidence("test_114", 1, 1, [(0.8, 8, 6)]),
+        evidence("NORMAL_086", 0, 1, [(0.7, 1, 1)]),  # the label is wrong, as it was
+        evidence("normal_001", 0, None, [(0.85, 1, 1)]),
+    ]
+
+
+def test_camelyon16_leaves_out_what_publications_leave_out():
+    """Two slides count for nothing, one for the AUC alone, in any case of the letters; each has its row and reason."""
+    scores = evaluation.evaluate_cases(challenge(), camelyon16(downsample=1, bootstrap=20), seed=0)
+    counts = [scores.metrics[name] for name in ("froc.n_slides", "roc.n_tumour", "roc.n_normal", "roc.auc")]
+    assert counts == [2, 2, 1, 0.5]  # .9 and .8 against .85
+    assert [(row["slide_id"], row["note"]) for row in scores.cases] == [
+        ("test_001", ""),
+        ("Test_049", "not scored: protocol camelyon16 excludes it"),
+        ("test_114", "not in FROC: protocol camelyon16 excludes it"),
+        ("NORMAL_086", "not scored: protocol camelyon16 excludes it"),
+        ("normal_001", ""),
+    ]
+    recorded = [(one.in_froc, one.in_auc, bool(one.reason)) for one in scores.matches.slides]
+    assert recorded == [
+        (True, True, False),
+        (False, False, True),
+        (False, True, True),
+        (False,) * 2 + (True,),
+        (True, True, False),
+    ]
+
+
+def test_truth_of_an_excluded_slide_is_not_read(tmp_path):
+    """What counts for nothing cannot stop an evaluation: its annotation may be broken."""
+    (tmp_path / "t.xml").write_text("no XML")
+    case = dataset.Case("TEST_049", tmp_path, annotation_path=tmp_path / "t.xml")
+    assert evaluation.read_truth(case, camelyon16()) is None
+    with pytest.raises(InputError):
+        evaluation.read_truth(case, E3_PARAMS)
+
+
+def test_protocol_hash_is_of_the_rules_alone():
+    """Every rule changes it; the number of draws, and order and case of the excluded slides, do not."""
+    base = camelyon16().protocol_hash()
+    assert camelyon16(bootstrap=7).protocol_hash() == base
+    assert camelyon16(exclude=["TEST_049", "normal_086", "test_049"]).protocol_hash() == base
+    changes = [("name", "mine"), ("downsample", 16), ("l0_um_px", 0.25), ("join_um", 70), ("itc_um", 200)]
+    changes += [("exclude", ["test_049"]), ("exclude_froc", [])]
+    hashes = {camelyon16(**{key: value}).protocol_hash() for key, value in changes}
+    assert len(hashes | {base}) == len(changes) + 1
+
+
+def test_distances_of_the_protocol_decide_regions(tmp_path):
+    """Annotations 10 px apart join at a larger distance, and the limit says what is isolated tumour cells."""
+    path = png(tmp_path / "a.png", painted((60, 90), [(20, 30, 10, 30), (20, 30, 40, 60)]))
+    case = dataset.Case("a", tmp_path, mask_path=path, label=1)
+    found = [
+        evaluation.read_truth(case, protocol(l0_um_px=10.0, **rule)).lesions
+        for rule in ({}, {"join_um": 120.0}, {"itc_um": 400.0})
+    ]
+    assert [(one.n_regions, one.n_lesions) for one in found] == [(2, 2), (1, 1), (2, 0)]
+
+
+def test_matches_give_the_scores_again(project, tmp_path):
+    """What is read back scores as it did, lists the ITC, and tells the same protocol and truth."""
+    cases, folder = project(E1, e1_masks(tmp_path, A_ITC))
+    scores = evaluation.evaluate_folder(cases, folder, E1_PARAMS, seed=0)
+    (tmp_path / "matches.json").write_text(evaluation.documents(scores)["matches.json"])
+    read = evaluation.read_matches(tmp_path / "matches.json")
+    assert read == scores.matches
+    assert read.protocol["name"] == "test"
+    assert [(one.slide_id, one.n_itc, one.itc) for one in read.slides[:2]] == [("Tumor_A", 1, [1]), ("Tumor_B", 0, [])]
+    assert read.slides[0].best == [0.9, None]
+    setting = read.setting("again")
+    assert froc.score(setting.matches, mode="official").items() <= scores.metrics.items()
+    assert roc.auc(setting.scores, setting.labels) == scores.metrics["roc.auc"]
+    found = comparison.compare([setting], reference="again", n=50, seed=0).intervals["again"]
+    assert found["roc.auc"].low == scores.metrics["roc.auc_bootstrap_ci_low"]
+    assert found["froc.sensitivity_at_1"].high == scores.metrics["froc.sensitivity_at_1_ci_high"]
+
+
+def truths(*slides):
+    """Return the hash of the truth of an evaluation and the digests of its slides."""
+    found = evaluation.evaluate_cases(slides, protocol(bootstrap=0), seed=0).matches
+    return found.truth_hash(), [one.truth for one in found.slides]
+
+
+def test_truth_hash_follows_the_truth_alone():
+    """Detections, order and case do not change it; a lesion or a label does; so does what a slide counts for."""
+    a, n = evidence("a", 1, 2), evidence("n", 0)
+    base, digests = truths(a, n)
+    assert truths(evidence("N", None, 0, [(0.2, 3, 3)]), evidence("a", 1, 2, [(0.9, 8, 6)], score=0.1))[0] == base
+    assert len({base, *(truths(*other)[0] for other in ([evidence("a", 1, 3), n], [evidence("a", 1), n], [a]))}) == 4
+    assert digests[0] != digests[1]
+    assert truths(evidence("u", None), evidence("a", 1))[1] == [None, None]
+
+
+def test_a_truth_is_the_same_however_far_its_mask_reaches(tmp_path):
+    """With and without the slide's size known, outlines have one digest: two runs of one slide can be compared."""
+    case = dataset.Case("t", tmp_path, label=1, annotation_path=e3_truth("xml", tmp_path))
+    found = [
+        truths(Evidence("t", 1, evaluation.read_truth(case, E3_PARAMS, l0_size_px=size), np.empty((0, 3))))
+        for size in (None, (5120, 3200), (6400, 6400))
+    ]
+    assert found[0] == found[1] == found[2]
+
+
+def test_patients_are_numbered_and_not_named():
+    """Slides of one patient share a number, by which they are drawn together; no name leaves the manifest."""
+    slides = [evidence("a", 1, 1), evidence("n", 0), evidence("b", 1, 1), evidence("m", 0)]
+    named = [replace(one, patient_id=patient) for one, patient in zip(slides, ("Eve", "", "Eve", "Bob"), strict=True)]
+    scores = evaluation.evaluate_cases(named, E1_PARAMS, seed=0)
+    assert scores.matches.setting("x").clusters == {"a": 0, "b": 0, "m": 1}
+    assert "Eve" not in "".join(evaluation.documents(scores).values())
+
+
+def spoiled(change):
+    """Return the text of a matches.json after a change of its values."""
+    scores = evaluation.evaluate_cases([evidence("a", 1, 2, [(0.9, 8, 6)])], E1_PARAMS, seed=0)
+    values = json.loads(evaluation.documents(scores)["matches.json"])
+    change(values)
+    return json.dumps(values)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda v: v.pop("protocol_hash"), "protocol_hash: Field required"),
+        (lambda v: v["protocol"].update(itc_um=1), "does not have the hash it states"),
+        (lambda v: v["slides"][0].update(score="high"), r"slides.0.score: .*valid number"),
+        (lambda v: v["slides"][0].update(score=math.nan), r"slides.0.score: .*finite"),
+        (lambda v: v["slides"].append({**v["slides"][0], "slide_id": "A"}), "slide A.*it is there twice"),
+        (lambda v: v["slides"][0].update(itc=[0], n_itc=1), r"slide a.*itc \[0\] does not fit"),
+        (lambda v: v["slides"][0].update(n_itc=1), r"slide a.*itc \[\] does not fit n_itc 1"),
+        (lambda v: v["slides"][0].update(label=None), "slide a.*has no label"),
+    ],
+)
+def test_spoiled_matches_are_named(tmp_path, change, told):
+    """What was changed by hand or cut off is refused, with the file and the entry."""
+    path = tmp_path / "matches.json"
+    path.write_text(spoiled(change))
+    with pytest.raises(InputError, match=told) as error:
+        evaluation.read_matches(path)
+    assert str(path) in str(error.value)
+
+
+def test_matches_that_are_no_file_or_no_json(tmp_path):
+    """A missing file and another format end in one line each."""
+    with pytest.raises(InputError, match="not a readable file"):
+        evaluation.read_matches(tmp_path / "none.json")
+    (tmp_path / "cut.json").write_text('{"protocol": ')
+    with pytest.raises(InputError, match=r"cut.json.*the file: Invalid JSON"):
+        evaluation.read_matches(tmp_path / "cut.json")
