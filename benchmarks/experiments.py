@@ -4,7 +4,7 @@ python -m benchmarks.experiments --data /data [--only X1 X3] [--quick]
 
 Each file of ``benchmarks/experiments/`` is one: settings, axes (every combination is a point), repeats (seeds, or turns
 where real processes run), and checks. A point gives numbers by name; the table shows their medians; checks are decided
-on the medians. Results go to ``results/<id>.json``, tables into ``docs/scaling.md``.
+on the medians. Results go to ``results/<id>.json``, tables into ``docs/scaling.md`` and ``docs/tradeoff.md``.
 """
 
 import argparse
@@ -17,12 +17,17 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from benchmarks import processes, report, simulated
+from benchmarks import oracles, processes, published, report, simulated
 from benchmarks.measuring import Table, arguments, finish, machine, say, significant
 
 FOLDER = Path(__file__).parent / "experiments"
 TABLE = "camelyon16/tables/patch_counts_dldp.csv"
-POINTS: dict[str, Callable[..., dict[str, float]]] = {**simulated.POINTS, **processes.POINTS}
+POINTS: dict[str, Callable[..., dict[str, float]]] = {
+    **simulated.POINTS,
+    **processes.POINTS,
+    **published.POINTS,
+    **oracles.POINTS,
+}
 
 Row = dict[str, Any]
 """A point: the values of its axes, and medians of its numbers."""
@@ -41,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = arguments(__doc__ or "")
     parser.add_argument("--data", type=Path, default=os.environ.get("WSIFLOW_TEST_DATA"), help=f"has {TABLE}")
     parser.add_argument("--only", nargs="+", default=[], help="ids, such as X1; all where it is not given")
-    parser.add_argument("--document", type=Path, help="page to write the tables into (docs/scaling.md)")
+    parser.add_argument("--document", type=Path, help="page to write the tables into")
     given = parser.parse_args(argv)
     if given.data is None or not (Path(given.data) / TABLE).is_file():
         parser.error(f"--data must name a folder with {TABLE}")
@@ -60,7 +65,8 @@ def run(path: Path, given: argparse.Namespace) -> list[Verdict]:
     """Run one experiment, write its results and return what became of its checks."""
     sweep, about = yaml.safe_load(path.read_text(encoding="utf-8")), machine()
     axes: dict[str, list[Any]] = sweep["axes"] | (sweep.get("quick", {}) if given.quick else {})
-    settings = sweep.get("settings", {}) | {"table": str(Path(given.data) / TABLE), "quick": given.quick}
+    settings = sweep.get("settings", {}) | {"table": str(Path(given.data) / TABLE), "data": str(given.data)}
+    settings |= {"quick": given.quick}
     point, repeats = POINTS[sweep["point"]], 2 if given.quick else sweep["repeats"]
     rows: list[Row] = []
     for values in itertools.product(*axes.values()):
@@ -72,7 +78,7 @@ def run(path: Path, given: argparse.Namespace) -> list[Verdict]:
         say(f"{path.stem}: {place}")
     verdicts = [verdict for check in sweep["checks"] for verdict in decide(check, rows, list(axes))]
     values = {"rows": rows, "checks": [verdict._asdict() for verdict in verdicts], "repeats": repeats}
-    kind = "simulated" if sweep["point"] in simulated.POINTS else "measured"
+    kind = sweep.get("kind", "simulated" if sweep["point"] in simulated.POINTS else "measured")
     title = f"{path.stem} {sweep['title']} ({kind}, median of {repeats})"
     given_one = argparse.Namespace(out=given.out, quick=given.quick)
     tables = [_table(title, [*axes, *sweep["shows"]], rows), _verdicts(path.stem, verdicts)]

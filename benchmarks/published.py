@@ -6,8 +6,10 @@ computed by scikit-learn alone.
 """
 
 import csv
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -105,16 +107,19 @@ def fixed_auc(data: Path, method: str, threshold: float, seed: int) -> float:
     return roc.auc(forest.predict(grown, sheet(data, method, threshold, "test")[1]), labels_of_the_test_slides(data))
 
 
-def _fixed(*, data: str, method: str, threshold: float, seed: int, **_: object) -> dict[str, float]:
+def _fixed(settings: Mapping[str, Any], *, seed: int) -> dict[str, float]:
+    method, threshold = settings["method"], settings["threshold"]
     expected = FOREST_AUC[method][threshold][seed]
-    found = fixed_auc(Path(data), method, threshold, SEEDS[seed])
+    found = fixed_auc(Path(settings["data"]), method, threshold, SEEDS[seed])
     return {"auc": found, "expected": expected, "difference": abs(found - expected)}
 
 
-def _chosen(*, data: str, method: str, seed: int, quick: bool = False, **_: object) -> dict[str, float]:
+def _chosen(settings: Mapping[str, Any], *, seed: int) -> dict[str, float]:
     """Choose on the training slides alone, then look at the test slides once; and the best by looking at them."""
-    folder = Path(data)
-    choices = Choices(max_features=(20,), min_leaf=(1,), trees=20, trees_choosing=10) if quick else Choices()
+    folder, method = Path(settings["data"]), settings["method"]
+    choices = Choices(min_leaf=(1,), trees_choosing=settings["trees_choosing"])
+    if settings["quick"]:
+        choices = Choices(max_features=(20,), min_leaf=(1,), trees=20, trees_choosing=10, folds=3)
     made = forest.train(training(folder, method), seed=SEEDS[seed], choices=choices)
     card, labels = made.card, labels_of_the_test_slides(folder)
     scores = made.predict(sheet(folder, method, card.settings.threshold, "test")[1])
@@ -125,7 +130,6 @@ def _chosen(*, data: str, method: str, seed: int, quick: bool = False, **_: obje
     return {
         "threshold": card.settings.threshold,
         "max_features": card.settings.max_features,
-        "min_leaf": card.settings.min_leaf,
         "cv_best": held_out,
         "cv_nested": card.auc,
         "cv_low": card.auc_low,
@@ -138,12 +142,13 @@ def _chosen(*, data: str, method: str, seed: int, quick: bool = False, **_: obje
     }
 
 
-def _scored(*, data: str, method: str, **_: object) -> dict[str, float]:
+def _scored(settings: Mapping[str, Any], *, seed: int) -> dict[str, float]:  # noqa: ARG001 - nothing is drawn
+    data, method = Path(settings["data"]), settings["method"]
     column, area, deviation = SCORES_AUC[method]
-    with (Path(data) / "published/dldp/RF_results/reference_all_final_results_0515.csv").open(newline="") as stream:
+    with (data / "published/dldp/RF_results/reference_all_final_results_0515.csv").open(newline="") as stream:
         rows = {row["slide_name"]: float(row[column]) for row in csv.DictReader(stream)}
-    names, _ = sheet(Path(data), method, LEVELS[0], "test")
-    scores, labels = [rows[name.removesuffix(".tif")] for name in names], labels_of_the_test_slides(Path(data))
+    names, _ = sheet(data, method, LEVELS[0], "test")
+    scores, labels = [rows[name.removesuffix(".tif")] for name in names], labels_of_the_test_slides(data)
     low, high = roc.auc_interval(scores, labels)
     found, found_deviation = roc.auc(scores, labels), roc.delong_variance(scores, labels) ** 0.5
     return {

@@ -94,6 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     one = add("cancel", _cancel, "cancel a run's array jobs and its driver, from its folder alone")
     one.add_argument("run", type=Path)
     add("doctor", _doctor, "machine, cores, versions")
+    _add_slide_score_commands(add)
     return parser
 
 
@@ -111,6 +112,31 @@ def _add_run_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     one = add("task", _task, "predict one array task of a plan by hand")
     one.add_argument("plan", type=Path)
     one.add_argument("index", type=int)
+
+
+def _add_slide_score_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
+    """Add the commands around a forest that scores slides."""
+    one = add("features", _features, "thirty features of every slide of some runs, from their heatmaps")
+    one.add_argument("runs", type=Path, nargs="+")
+    one.add_argument("--out", type=Path, required=True, help="CSV to write")
+    one.add_argument("--reference", action="store_true", help="with the quirks of the reference system")
+    one = add("forest", _unreachable, "train a random forest on features, or score the slides of a run with it")
+    actions = one.add_subparsers(required=True, metavar="ACTION")
+    one = actions.add_parser(
+        "train", help="choose by cross-validation, grow, write; needs three patients of each class"
+    )
+    one.set_defaults(command=_train_forest)
+    one.add_argument("--features", type=Path, required=True, help="CSV of wsiflow features")
+    one.add_argument("--manifest", type=Path, required=True, help="labels, patient_id, split; test is left out")
+    one.add_argument("--out", type=Path, required=True, help="JSON to write")
+    one.add_argument("--trees", type=_positive, default=300, help="trees; choices are compared with a third (300)")
+    one.add_argument("--seed", type=_natural, default=0)
+    one = actions.add_parser("score", help="write slide_id,score for every slide of a run")
+    one.set_defaults(command=_score_by_forest)
+    one.add_argument("run", type=Path)
+    one.add_argument("--forest", type=Path, required=True, help="JSON of wsiflow forest train")
+    one.add_argument("--out", type=Path, required=True, help="CSV to write, for wsiflow evaluate --scores")
+    one.add_argument("--also-training", action="store_true", help="score slides too that the forest was trained on")
 
 
 def _natural(text: str) -> int:
@@ -249,4 +275,38 @@ def _doctor(_arguments: argparse.Namespace) -> int:
     say(f"free space here: {shutil.disk_usage('.').free / 1e9:.1f} GB")
     for name, found in provenance.versions().items():
         say(f"{name} {found}")
+    return 0
+
+
+def _features(arguments: argparse.Namespace) -> int:
+    from wsiflow import slide_score
+
+    count = slide_score.write_features(arguments.runs, arguments.out, reference=arguments.reference)
+    say(f"features of {count} slides: {arguments.out}")
+    return 0
+
+
+def _train_forest(arguments: argparse.Namespace) -> int:
+    from wsiflow import slide_score
+    from wsiflow.forest import Choices
+
+    choices = Choices(trees=arguments.trees, trees_choosing=-(-arguments.trees // 3))
+    made = slide_score.train(
+        arguments.features, arguments.manifest, arguments.out, seed=arguments.seed, choices=choices
+    )
+    card = made.card
+    chosen = ", ".join(f"{name} {value:g}" for name, value in card.settings._asdict().items())
+    say(f"trained on {len(card.training)} slides of {card.n_patients} patients, {card.n_tumour} with tumour: {chosen}")
+    say(f"AUC in cross-validation {card.auc:.4f} (95 % interval {card.auc_low:.4f} to {card.auc_high:.4f})")
+    say(f"forest: {arguments.out}")
+    return 0
+
+
+def _score_by_forest(arguments: argparse.Namespace) -> int:
+    from wsiflow import slide_score
+
+    scores = slide_score.write_scores(
+        arguments.forest, arguments.run, arguments.out, also_training=arguments.also_training
+    )
+    say(f"scores of {len(scores)} slides: {arguments.out}")
     return 0

@@ -1,0 +1,194 @@
+"""Features of real runs, a forest trained on one and its scores of another, as a user types it."""
+
+import csv
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from flows.__main__ import main
+from wsiflow import dataset, evaluation, forest, plan, pyramid, roc, slide_score
+from wsiflow.errors import InputError
+from wsiflow.features import LEVELS, NAMES, describe
+from wsiflow.forest import Choices
+from wsiflow.slide_score import Row, sample_of
+
+COARSE = ["inference.stride=112", "dense.windows=0", "executor=inline", "orchestrator=none", "tracking=off"]
+
+Call = Callable[..., str]
+
+
+@pytest.fixture(scope="module")
+def run(small_slides: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run on six slides."""
+    out = tmp_path_factory.mktemp("runs") / "run"
+    overrides = ["dataset=manifest", f"dataset.manifest={small_slides}", f"out={out}", "evaluation.bootstrap=0"]
+    assert main(["run", *overrides, *COARSE]) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def trained(run: Path, small_slides: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the features of the run, a forest trained on them, and one on the same under other names."""
+    folder = tmp_path_factory.mktemp("trained")
+    assert main(["features", str(run), "--out", str(folder / "features.csv")]) == 0
+    for name, path in (("features.csv", small_slides), ("other_features.csv", small_slides.with_name("other.csv"))):
+        for source, target in ((folder / "features.csv", folder / name), (small_slides, path)):
+            if source != target:
+                target.write_text(source.read_text().replace("\nnormal_", "\nn_").replace("\ntumor_", "\nt_"))
+        options = ["--features", str(folder / name), "--manifest", str(path), "--trees", "6"]
+        assert (
+            main(["forest", "train", *options, "--out", str(folder / name.replace("features.csv", "forest.json"))]) == 0
+        )
+    return folder
+
+
+@pytest.fixture
+def fails(capsys: pytest.CaptureFixture[str]) -> Call:
+    """Call a command that must end with exit code 20, and return its one line."""
+
+    def call(*arguments: object) -> str:
+        assert main([str(argument) for argument in arguments]) == 20
+        (line,) = capsys.readouterr().err.splitlines()
+        return line
+
+    return call
+
+
+def test_the_table_has_the_features_of_the_heatmaps(trained: Path, run: Path) -> None:
+    """A row for each slide and threshold; every digit is that of the map's features, tissue taken from the mask."""
+    with (trained / "features.csv").open() as stream:
+        rows = list(csv.DictReader(stream))
+    assert len(rows) == 6 * len(LEVELS)
+    planned = next(slide for slide in plan.latest(run).slides if slide.slide_id == "tumor_001")
+    heat, _ = pyramid.read_heatmap(run / "heatmaps/tumor_001.tif")
+    mask = pyramid.read_level(run / "tissue/tumor_001.png", 1) > 0
+    tissue_px = mask.sum() * planned.overview_downsample**2
+    (row,) = [row for row in rows if (row["slide_id"], row["threshold"]) == ("tumor_001", "0.7")]
+    expected = describe(heat, threshold=0.7, tissue_l0_px2=tissue_px, cell_l0_px=112)
+    assert [float(row[name]) for name in NAMES] == expected.tolist()
+    assert float(row["cell_um"]) == pytest.approx(112 * 0.243)
+    scored = np.isfinite(heat).sum() * 112**2
+    assert 0.3 * scored < tissue_px < 1.1 * scored
+
+
+def test_scores_go_into_evaluate(trained: Path, run: Path, small_slides: Path) -> None:
+    """Scores of slides whose names the forest does not know give the slide AUC of ``wsiflow evaluate``."""
+    scores, out = trained / "scores.csv", trained / "evaluated"
+    options = ["--forest", str(trained / "other_forest.json"), "--out", str(scores)]
+    assert main(["forest", "score", str(run), *options]) == 0
+    found = evaluation.read_scores(scores)
+    made = forest.load(trained / "other_forest.json")
+    table = {(row.slide_id, row.threshold): row for row in slide_score.read_features(trained / "features.csv")}
+    rows = np.array([table[slide_id, made.card.settings.threshold].values for slide_id in found])
+    assert list(found.values()) == made.predict(rows).tolist()
+    options = ["--manifest", str(small_slides), "--detections", str(run / "detections"), "--scores", str(scores)]
+    assert main(["evaluate", *options, "--bootstrap", "0", "--out", str(out)]) == 0
+    with (out / "cases.csv").open() as stream:
+        assert {row["slide_id"]: float(row["score"]) for row in csv.DictReader(stream)} == found
+    labels = [int(slide_id.startswith("tumor")) for slide_id in found]
+    assert json.loads((out / "summary.json").read_text())["roc.auc"] == roc.auc(list(found.values()), labels)
+
+
+def test_the_reference_flag_gives_other_features(trained: Path, run: Path) -> None:
+    """Tissue in cells of 16 px: the same share is 49 times smaller at stride 112; and forests do not mix them."""
+    out = trained / "reference.csv"
+    assert main(["features", str(run), "--reference", "--out", str(out)]) == 0
+    ours, theirs = (slide_score.read_features(path) for path in (trained / "features.csv", out))
+    pairs = [(one, other) for one, other in zip(ours, theirs, strict=True) if other.values[0] > 0]
+    assert pairs
+    assert all(one.values[0] == pytest.approx(49 * other.values[0]) for one, other in pairs)
+    assert {row.version for row in theirs} == {"reference-1"}
+
+
+def test_slides_of_the_training_are_not_scored_unasked(trained: Path, run: Path, fails: Call) -> None:
+    """Their AUC would say nothing."""
+    options = ["--forest", str(trained / "forest.json"), "--out", str(trained / "own.csv")]
+    assert "was trained on 6 of these slides: normal_001" in fails("forest", "score", run, *options)
+    assert not (trained / "own.csv").exists()
+    assert main(["forest", "score", str(run), *options, "--also-training"]) == 0
+    assert len(evaluation.read_scores(trained / "own.csv")) == 6
+
+
+def test_maps_of_another_stride_are_not_scored(trained: Path, run: Path, fails: Call) -> None:
+    """Areas in other cells are other numbers."""
+    made = forest.load(trained / "other_forest.json")
+    path = trained / "fine.json"
+    forest.save(made._replace(card=made.card._replace(cell_um=16 * 0.243)), path)
+    told = fails("forest", "score", run, "--forest", path, "--out", trained / "never.csv")
+    assert "cells of 27.22 um where the forest was trained on 3.888 um" in told
+
+
+def test_a_slide_in_two_runs_and_a_folder_without_a_run_are_refused(run: Path, tmp_path: Path, fails: Call) -> None:
+    """Named, and nothing is written."""
+    assert "slide normal_001" in fails("features", run, run, "--out", tmp_path / "f.csv")
+    assert "it holds no plan" in fails("features", tmp_path, "--out", tmp_path / "f.csv")
+    assert not (tmp_path / "f.csv").exists()
+
+
+def test_a_table_that_is_none_is_refused(tmp_path: Path, small_slides: Path, fails: Call) -> None:
+    """Another CSV, a word for a number, a short line."""
+    table = tmp_path / "f.csv"
+    header = ",".join(slide_score.COLUMNS)
+    for text in ("a,b\n1,2\n", "", f"{header}\na,0.5,1,3.9,{','.join(['x'] * 30)}\n", f"{header}\na,0.5\n"):
+        table.write_text(text)
+        options = ["--features", table, "--manifest", small_slides, "--out", tmp_path / "forest.json"]
+        assert str(table) in fails("forest", "train", *options)
+
+
+# --- which slides are trained on
+
+
+def rows_of(*slide_ids: str, **more: object) -> list[Row]:
+    """Return features of some slides, all the same."""
+    row = Row("", 0.5, "1", 3.9, np.zeros(len(NAMES)))
+    return [row._replace(slide_id=slide_id, threshold=t, **more) for slide_id in slide_ids for t in (0.5, 0.9)]
+
+
+def case(slide_id: str, label: int | None, **more: str) -> dataset.Case:
+    return dataset.Case(slide_id, Path(slide_id), label=label, **more)
+
+
+def test_test_slides_and_slides_without_label_are_left_out() -> None:
+    """Whatever the features hold."""
+    cases = [case("a", 1, patient_id="p"), case("b", 0), case("c", 1, split="Test"), case("d", None)]
+    sample = sample_of(rows_of("a", "b", "c", "d", "e"), cases)
+    assert sample.slide_ids == ("a", "b")
+    assert sample.labels.tolist() == [1, 0]
+    assert sample.groups == ("p", "slide b")
+    assert {t: values.shape for t, values in sample.features.items()} == {0.5: (2, 30), 0.9: (2, 30)}
+
+
+@pytest.mark.parametrize(
+    ("rows", "told"),
+    [
+        (rows_of("a"), "no features of b"),
+        (rows_of("a", "b", "a"), "slide a.*given twice"),
+        (rows_of("a") + rows_of("b", version="reference-1"), "versions 1, reference-1"),
+        (rows_of("a", "a1") + rows_of("b", cell_um=15.6), "slide b.*cells of 15.6 um where most have 3.9 um"),
+        (rows_of("a") + rows_of("b")[:1], "slide b.*thresholds are missing"),
+    ],
+)
+def test_features_that_do_not_belong_together_are_refused(rows: list[Row], told: str) -> None:
+    """A slide that failed silently would make another sample."""
+    cases = [case("a", 1), case("b", 0)]
+    extra = [replace(cases[0], slide_id="a1")] if any(row.slide_id == "a1" for row in rows) else []
+    with pytest.raises(InputError, match=told):
+        sample_of(rows, [*cases, *extra])
+    with pytest.raises(InputError, match="no slides"):
+        sample_of(rows, [])
+
+
+def test_a_patient_is_a_group(trained: Path) -> None:
+    """What the manifest calls a patient, the forest keeps together: two patients are too few, three are not."""
+    rows = slide_score.read_features(trained / "features.csv")
+    names = sorted({row.slide_id for row in rows})
+    cases = [case(name, int(name.startswith("t")), patient_id=name[:1] + name[-1]) for name in names]
+    few = [replace(one, patient_id=one.patient_id.replace("3", "2")) for one in cases]
+    choices = Choices(max_features=(5,), min_leaf=(1,), trees=3, trees_choosing=2)
+    assert forest.train(sample_of(rows, cases), seed=0, choices=choices).card.n_patients == 6
+    with pytest.raises(InputError, match="at least three patients"):
+        forest.train(sample_of(rows, few), seed=0, choices=choices)
