@@ -24,7 +24,18 @@ Contestant = Callable[[], float]
 """Does its work once and returns how many tiles it was."""
 
 _FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
-_PACKAGES = ("wsiflow", "torch", "openvino", "onnxruntime", "nncf", "numpy", "imagecodecs", "openslide-bin", "h5py")
+_PACKAGES = (
+    "wsiflow",
+    "torch",
+    "openvino",
+    "onnxruntime",
+    "nncf",
+    "numpy",
+    "scikit-learn",
+    "imagecodecs",
+    "openslide-bin",
+    "h5py",
+)
 
 
 class Spent(NamedTuple):

@@ -75,6 +75,18 @@ def test_on_published_sheets_our_probabilities_are_scikit_learns(shared_data: Pa
     assert (len(labels), int(labels.sum()), len(others)) == (266, 109, 129)
 
 
+@pytest.mark.slow
+def test_a_choice_on_the_published_training_slides_alone(shared_data: Path) -> None:
+    """In a small size: what the experiment tells is in order, and the test slides are scored well, seen only once."""
+    settings = {"data": str(shared_data), "method": "noise, stain", "trees_choosing": 10, "quick": True}
+    found = published.POINTS["chosen_forest"](settings, seed=0)
+    assert found["threshold"] in LEVELS
+    assert found["cv_low"] <= found["cv_nested"] <= found["cv_high"]
+    assert found["test_low"] <= found["test"] <= found["test_high"]
+    assert found["test"] > 0.92
+    assert found["optimism"] == found["best_by_test"] - found["test"]
+
+
 # --- choosing
 
 
