@@ -208,6 +208,19 @@ def test_nodes_that_are_no_trees_are_refused(small: Forest, tmp_path: Path, name
         load(path)
 
 
+@pytest.mark.parametrize(("part", "name"), [("card", "settings"), ("card", "seed"), ("trees", "value")])
+def test_an_incomplete_file_is_refused(small: Forest, tmp_path: Path, part: str, name: str) -> None:
+    """One that another program wrote, with a hash of its own."""
+    path = tmp_path / "forest.json"
+    save(small, path)
+    document = json.loads(path.read_text())
+    del document[part][name]
+    content = {part: document[part] for part in ("card", "trees")}
+    path.write_text(json.dumps(document | {"sha256": publish.key_of(**content)}))
+    with pytest.raises(IntegrityError, match=f"incomplete.*{name}"):
+        load(path)
+
+
 @pytest.mark.parametrize("text", ["", "[]", '{"format": "another"}', "\x80\x04pickle"])
 def test_other_files_are_refused(tmp_path: Path, text: str) -> None:
     """Whatever they are, they are only read as text."""

@@ -133,7 +133,12 @@ def test_a_table_that_is_none_is_refused(tmp_path: Path, small_slides: Path, fai
     """Another CSV, a word for a number, a short line."""
     table = tmp_path / "f.csv"
     header = ",".join(slide_score.COLUMNS)
-    for text in ("a,b\n1,2\n", "", f"{header}\na,0.5,1,3.9,{','.join(['x'] * 30)}\n", f"{header}\na,0.5\n"):
+    for text in (
+        "a,b\n1,2\n",
+        "",
+        f"{header}\na,0.5,1,3.9,{','.join(['x'] * 30)}\n",
+        f"{header}\na,0.5,1,3.9{',0' * 29}\n",
+    ):
         table.write_text(text)
         options = ["--features", table, "--manifest", small_slides, "--out", tmp_path / "forest.json"]
         assert str(table) in fails("forest", "train", *options)

@@ -290,7 +290,10 @@ def load(path: Path) -> Forest:
     content = {name: found.get(name) for name in ("card", "trees")}
     if publish.key_of(**content) != found.get("sha256"):
         raise IntegrityError("its content is not what its hash says", "train it again", path=path)
-    return Forest(_card(found["card"]), _trees(found["trees"], path))
+    try:
+        return Forest(_card(found["card"]), _trees(found["trees"], path))
+    except (KeyError, TypeError, ValueError) as error:
+        raise IntegrityError(f"its content is incomplete ({error})", "train it again", path=path) from error
 
 
 def _card(found: dict[str, Any]) -> Card:

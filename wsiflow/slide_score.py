@@ -100,12 +100,14 @@ def read_features(path: Path) -> list[Row]:
     try:
         with path.open(newline="", encoding="utf-8") as stream:
             header, *lines = csv.reader(stream, strict=True)
-            if tuple(header) != COLUMNS:
-                raise InputError("other columns", "give a table that wsiflow features wrote", path=path)
+            odd = next((i for i, line in enumerate(lines, start=2) if len(line) != len(COLUMNS)), None)
+            if tuple(header) != COLUMNS or odd is not None:
+                cause = "other columns" if odd is None else f"line {odd} has other columns"
+                raise InputError(cause, "give a table that wsiflow features wrote", path=path)
             return [
                 Row(line[0], float(line[1]), line[2], float(line[3]), np.array(line[4:], np.float64)) for line in lines
             ]
-    except (OSError, ValueError, IndexError, csv.Error) as error:
+    except (OSError, ValueError, csv.Error) as error:
         cause = f"not a readable table of features ({error})"
         raise InputError(cause, "give a table that wsiflow features wrote", path=path) from error
 
