@@ -210,3 +210,30 @@ def test_preview_says_its_scale(tmp_path: Path) -> None:
     pyramid.write_preview(tmp_path / "a.tif", heatmap(10, 10), um_px=1)
     with tifffile.TiffFile(tmp_path / "a.tif") as tiff:
         assert json.loads(tiff.pages.first.description)["0"] == "not tissue"
+
+
+@given(st.integers(1, 700), st.integers(1, 600), st.data())
+@settings(max_examples=15, deadline=None)
+def test_any_rows_of_a_heatmap_are_read_alone(
+    tmp_path_factory: pytest.TempPathFactory, rows: int, cols: int, data: st.DataObject
+) -> None:
+    """Some rows are those of the whole map, wherever they begin and end."""
+    path = tmp_path_factory.mktemp("rows") / "h.tif"
+    heat = np.random.default_rng(0).random((rows, cols), dtype=np.float32)
+    heat[heat < 0.2] = np.nan
+    pyramid.write_heatmap(path, heat, um_px=1.0, description={"frame": {}})
+    first = data.draw(st.integers(0, rows - 1))
+    end = data.draw(st.integers(first + 1, rows))
+    with pyramid.open_heatmap(path) as opened:
+        assert opened.shape == (rows, cols)
+        assert opened.description == {"frame": {}}
+        assert np.array_equal(opened.rows(first, end), heat[first:end], equal_nan=True)
+
+
+def test_what_is_no_heatmap_is_not_opened(tmp_path: Path) -> None:
+    """A mask, and a text."""
+    pyramid.write_mask(tmp_path / "m.tif", np.ones((300, 300), bool), um_px=1.0)
+    (tmp_path / "t.tif").write_text("no image")
+    for name, cause in (("m.tif", "expected float32"), ("t.tif", "not a readable heatmap")):
+        with pytest.raises(InputError, match=cause), pyramid.open_heatmap(tmp_path / name):
+            pass

@@ -78,22 +78,29 @@ class Row(NamedTuple):
     exact_high: float
 
 
+class Estimate(NamedTuple):
+    """A coefficient with Wald's 95 % interval; all NaN where there is no finite estimate."""
+
+    value: float
+    low: float
+    high: float
+
+
+_NONE = Estimate(math.nan, math.nan, math.nan)
+
+
 class Fit(NamedTuple):
     """Logistic recalibration: logit P(y = 1) = intercept + slope * logit p (Cox 1958).
 
     Attributes:
-        intercept, intercept_low, intercept_high: With Wald's 95 % interval; NaN where there is no finite estimate.
-        slope, slope_low, slope_high: Likewise; 1 where the probabilities are as spread as they should be.
+        intercept: Of that line.
+        slope: Of that line; 1 where the probabilities are as spread as they should be, below 1 where too far.
         in_the_large: Intercept when the slope is held at 1: 0 where the probabilities are right on average.
         note: Why there is no estimate; else empty.
     """
 
-    intercept: float
-    intercept_low: float
-    intercept_high: float
-    slope: float
-    slope_low: float
-    slope_high: float
+    intercept: Estimate
+    slope: Estimate
     in_the_large: float
     note: str
 
@@ -120,7 +127,7 @@ def bins(prob: ArrayLike, outcome: ArrayLike, *, k: int) -> Bins:
     place = np.minimum((p * k).astype(np.int64), k - 1)
 
     def total(weights: NDArray[np.float64]) -> NDArray[np.float64]:
-        return np.bincount(place, weights, k)
+        return np.bincount(place, weights, k).astype(np.float64)
 
     y = y.astype(np.float64)
     return Bins(np.bincount(place, minlength=k), total(y).astype(np.int64), total(p), total(p * p), total(p * y))
@@ -185,16 +192,17 @@ def recalibrate(prob: ArrayLike, positives: ArrayLike, n: ArrayLike) -> Fit:
     logit = np.log(np.clip(p, _FLOOR, 1 - _FLOOR) / (1 - np.clip(p, _FLOOR, 1 - _FLOOR)))
     note = _unfit(logit, y, size)
     if note and not (0 < y.sum() < size.sum()):
-        return Fit(*([math.nan] * 7), note)
+        return Fit(_NONE, _NONE, math.nan, note)
     ones = np.ones((len(p), 1))
     (in_the_large,), _ = _newton(ones, logit, y, size)
     if note:
-        return Fit(*([math.nan] * 6), float(in_the_large), note)
+        return Fit(_NONE, _NONE, float(in_the_large), note)
     found, covariance = _newton(np.column_stack([ones, logit]), np.zeros(len(p)), y, size)
     half = Z95 * np.sqrt(np.diag(covariance))
-    low, high = found - half, found + half
-    ends = (found[0], low[0], high[0], found[1], low[1], high[1], in_the_large)
-    return Fit(*(float(end) for end in ends), "")
+    intercept, slope = (
+        Estimate(*ends) for ends in zip(found.tolist(), (found - half).tolist(), (found + half).tolist(), strict=True)
+    )
+    return Fit(intercept, slope, float(in_the_large), "")
 
 
 def _unfit(logit: NDArray[np.float64], y: NDArray[np.float64], n: NDArray[np.float64]) -> str:
@@ -231,4 +239,4 @@ def _newton(
         found = found + step
         if np.abs(step).max() <= _CLOSE * max(1.0, np.abs(found).max()):
             break
-    return found, np.linalg.inv(information)
+    return found, np.linalg.inv(information).astype(np.float64)

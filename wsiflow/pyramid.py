@@ -12,6 +12,7 @@ import json
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,50 @@ def read_heatmap(path: Path) -> tuple[NDArray[np.float32], dict[str, Any]]:
     if heat.ndim != 2 or heat.dtype != np.float32:
         raise InputError(f"found {heat.dtype} of shape {heat.shape}, expected float32 rows x cols", remedy, path=path)
     return heat, description
+
+
+class HeatmapRows:
+    """A heatmap's file held open: what it is, and some of its rows at a time."""
+
+    def __init__(self, tiff: tifffile.TiffFile) -> None:
+        """Read what is known about the map; no cell is decoded yet."""
+        self._file, self._page = tiff.filehandle, tiff.pages.first
+        self.shape = (self._page.imagelength, self._page.imagewidth)
+        self.description: dict[str, Any] = json.loads(self._page.description)
+
+    def rows(self, first: int, end: int) -> NDArray[np.float32]:
+        """Decode the tiles that hold the rows from ``first`` up to ``end``, float32 (end - first, cols)."""
+        across = -(-self.shape[1] // TILE_PX)
+        top = first // TILE_PX
+        bottom = -(-end // TILE_PX)
+        tiles = np.empty((bottom - top, TILE_PX, across, TILE_PX), np.float32)
+        for row, col in np.ndindex(bottom - top, across):
+            index = (top + row) * across + col
+            self._file.seek(self._page.dataoffsets[index])
+            packed = self._file.read(self._page.databytecounts[index])
+            cells: Any = self._page.decode(packed, index)[0]
+            tiles[row, :, col] = cells[0, :, :, 0]
+        start = first - top * TILE_PX
+        return tiles.reshape(-1, across * TILE_PX)[start : start + end - first, : self.shape[1]]
+
+
+@contextmanager
+def open_heatmap(path: Path) -> Iterator[HeatmapRows]:
+    """Open what `write_heatmap` wrote, to be read in parts: a map may have 10^8 cells.
+
+    Raises:
+        InputError: The file is not a readable float32 heatmap with a JSON description.
+    """
+    remedy = "give the heatmap of a slide (heatmaps/<slide>.tif), or write it again"
+    try:
+        with tifffile.TiffFile(path) as tiff:
+            page = tiff.pages.first
+            if len(page.shape) != 2 or page.dtype != np.float32 or (page.tilewidth, page.tilelength) != (TILE_PX,) * 2:
+                cause = f"found {page.dtype} of shape {page.shape}, expected float32 rows x cols in tiles of {TILE_PX}"
+                raise InputError(cause, remedy, path=path)
+            yield HeatmapRows(tiff)
+    except _UNREADABLE as error:
+        raise InputError(f"not a readable heatmap ({error})", remedy, path=path) from error
 
 
 def write_mask(path: Path, mask: NDArray[np.bool_] | NDArray[np.uint8], *, um_px: float) -> None:
