@@ -36,6 +36,21 @@ def small_slides(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def two_settings(small_slides: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The folders of two runs over the small data set: fp32, and bf16 (window by window where the CPU has no bf16)."""
+    from flows import run
+    from wsiflow.model import engines
+
+    folder = tmp_path_factory.mktemp("settings")
+    other = "inference.precision=bf16" if engines.cpu_supports_bf16() else "inference.engine=window"
+    common = ["dataset=manifest", f"dataset.manifest={small_slides}", "inference.stride=112", "dense.windows=40"]
+    common += ["executor=inline", "orchestrator=none", "tracking=off", "evaluation.bootstrap=50"]
+    for name, setting in (("fp32", "inference.precision=fp32"), ("other", other)):
+        assert run.main(["run", f"out={folder / name}", setting, *common]) == 0
+    return folder / "fp32", folder / "other"
+
+
+@pytest.fixture(scope="session")
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """What to add to the environment to use a real Slurm of one node, whose arrays have at most five elements."""
     _needs_root_and("slurmctld", "slurmd", "munged")

@@ -146,7 +146,7 @@ def coarser(fine: Bins, k: int) -> Bins:
 
 def table(found: Bins) -> list[Row]:
     """Return the reliability table: a row per bin, empty ones too."""
-    edges = np.linspace(0, 1, len(found.n) + 1)
+    edges = np.arange(len(found.n) + 1) / len(found.n)  # 0.3, and not the 0.30000000000000004 of linspace
     with np.errstate(invalid="ignore"):  # 0 / 0: an empty bin has no mean
         mean, observed = found.p / found.n, found.positives / found.n
     intervals = proportions.wilson(found.positives, found.n) + proportions.clopper_pearson(found.positives, found.n)

@@ -95,7 +95,19 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("run", type=Path)
     add("doctor", _doctor, "machine, cores, versions")
     _add_slide_score_commands(add)
+    _add_compare_maps(add)
+    _add_export(add)
     return parser
+
+
+def _add_compare_maps(add: Callable[..., argparse.ArgumentParser]) -> None:
+    one = add("compare-maps", _compare_maps, "how far the heatmaps of two runs lie apart, and what that changes")
+    one.add_argument("a", type=Path, help="folder of a run, or a heatmap")
+    one.add_argument("b", type=Path, help="the same of another setting")
+    one.add_argument("--threshold", type=float, default=0.5, help="a cell is positive from this score on (0.5)")
+    one.add_argument("--radius-um", type=float, default=75.0, help="detections this near are one lesion (75)")
+    one.add_argument("--bound", type=float, help="largest |difference| of equivalent maps: exit code 10 beyond it")
+    one.add_argument("--out", type=Path, help="folder to write equivalence.md, .csv, .json and .png to")
 
 
 def _add_run_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
@@ -137,6 +149,31 @@ def _add_slide_score_commands(add: Callable[..., argparse.ArgumentParser]) -> No
     one.add_argument("--forest", type=Path, required=True, help="JSON of wsiflow forest train")
     one.add_argument("--out", type=Path, required=True, help="CSV to write, for wsiflow evaluate --scores")
     one.add_argument("--also-training", action="store_true", help="score slides too that the forest was trained on")
+
+
+def _add_export(add: Callable[..., argparse.ArgumentParser]) -> None:
+    kinds = add(
+        "export", _unreachable, "a run for reviewers: iMRMC text, case list, calibration, subgroups, repeat.json"
+    )
+    formats = kinds.add_subparsers(required=True, metavar="FORMAT")
+    one = formats.add_parser("imrmc", help="slide scores of runs over the same cases, as iMRMC reads them")
+    one.set_defaults(command=_export_imrmc)
+    one.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run: one modality")
+    one.add_argument("--names", type=_names, default=(), help="names of the modalities, separated by commas")
+    one.add_argument("--out", type=Path, required=True, help="file to write")
+    one = formats.add_parser("regulatory", help="everything about one run, in a folder")
+    one.set_defaults(command=_export_regulatory)
+    one.add_argument("run", type=Path, metavar="RUN")
+    one.add_argument("--out", type=Path, required=True, help="folder to write")
+    one.add_argument("--subgroups", type=_names, default=(), help="columns of the manifest, separated by commas")
+    one.add_argument("--table", type=Path, help="CSV with slide_id and more columns to make subgroups of")
+    one.add_argument("--threshold", type=float, default=0.5, help="a slide is positive from this score on (0.5)")
+    one.add_argument("--no-cells", action="store_true", help="calibrate slide scores alone: reads no heatmap")
+
+
+def _names(text: str) -> tuple[str, ...]:
+    """Return names that are separated by commas."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def _natural(text: str) -> int:
@@ -309,4 +346,41 @@ def _score_by_forest(arguments: argparse.Namespace) -> int:
         arguments.forest, arguments.run, arguments.out, also_training=arguments.also_training
     )
     say(f"scores of {len(scores)} slides: {arguments.out}")
+    return 0
+
+
+def _compare_maps(arguments: argparse.Namespace) -> int:
+    from wsiflow import compare_maps, maps_report
+
+    bound = arguments.bound
+    if bound is not None and not 0 <= bound <= 1:
+        raise InputError(f"the bound is {bound}", "give a difference of probabilities, 0 to 1")
+    made = compare_maps.compare(arguments.a, arguments.b, threshold=arguments.threshold, radius_um=arguments.radius_um)
+    say(maps_report.table(made))
+    say(compare_maps.sentence(made))
+    if arguments.out is not None:
+        maps_report.write(made, arguments.out)
+        say(f"written    {arguments.out / 'equivalence.md'}")
+    if bound is None:
+        return 0
+    reasons = compare_maps.verdict(made, bound)
+    say(f"NOT EQUIVALENT within {bound:g}: {'; '.join(reasons)}" if reasons else f"equivalent within {bound:g}")
+    return compare_maps.NOT_EQUIVALENT if reasons else 0
+
+
+def _export_imrmc(arguments: argparse.Namespace) -> int:
+    from wsiflow import regulatory
+
+    n_cases = regulatory.export_imrmc(arguments.runs, arguments.names, arguments.out)
+    say(f"{len(arguments.runs)} modalities, {n_cases} cases: {arguments.out}")
+    return 0
+
+
+def _export_regulatory(arguments: argparse.Namespace) -> int:
+    from wsiflow import regulatory
+
+    cells = not arguments.no_cells
+    asked = regulatory.Asked(arguments.subgroups, arguments.table, arguments.threshold, cells)
+    for line in regulatory.export(arguments.run, arguments.out, asked):
+        say(line)
     return 0
