@@ -94,9 +94,8 @@ def _parser() -> argparse.ArgumentParser:
     one = add("cancel", _cancel, "cancel a run's array jobs and its driver, from its folder alone")
     one.add_argument("run", type=Path)
     add("doctor", _doctor, "machine, cores, versions")
-    _add_slide_score_commands(add)
-    _add_compare_maps(add)
-    _add_export(add)
+    for add_more in (_add_slide_score_commands, _add_compare_maps, _add_export):
+        add_more(add)
     return parser
 
 
