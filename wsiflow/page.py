@@ -169,6 +169,7 @@ font-variant-numeric:tabular-nums}
 margin-bottom:1rem}
 figcaption{color:var(--soft);font-size:.85rem;margin-bottom:.4rem}
 figure img{display:block;width:100%;background:#fff;border-radius:4px}
+.broad{max-width:820px;margin-bottom:1.4rem}.broad figcaption{margin:.5rem 0 0;max-width:46rem}
 .bar{display:flex;height:22px;border-radius:3px;overflow:hidden;gap:1px;max-width:none}
 .legend{list-style:none;display:flex;flex-wrap:wrap;gap:.3rem 1.8rem;margin:.8rem 0 .4rem;color:var(--soft);
 font-variant-numeric:tabular-nums}

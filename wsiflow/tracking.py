@@ -1,6 +1,7 @@
-"""One MLflow run per pipeline run. The only module that uses mlflow.
+"""One MLflow run per pipeline run, and what is found by comparing them. The only module that uses mlflow.
 
-Input: a finished run's numbers, figures, tables and files. Output: the id of its MLflow run, or why there is none.
+Input: a finished run's numbers, figures, tables and files. Output: the id of its MLflow run, or why there is none; and
+the records of an experiment.
 
 Conventions:
 
@@ -28,6 +29,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, Field
 
+from wsiflow.errors import EnvironmentFault, InputError
+
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
@@ -35,6 +38,8 @@ if TYPE_CHECKING:
 _PARAM_CHARS, _TAG_CHARS, _KEY_CHARS = 6000, 8000, 250
 _PARAMS_PER_CALL, _METRICS_PER_CALL = 100, 1000
 _NOT_IN_NAMES = re.compile(r"[^\w.\- :/]")
+
+_PARETO = "wsiflow.pareto"
 
 REDACTED = "[redacted]"
 _SECRET_KEY = re.compile(r"passw|secret|token|credential|(api|access|private|account)_?key", re.IGNORECASE)
@@ -91,6 +96,45 @@ class RunRecord:
     artifacts: Sequence[Path]
     figures: Mapping[str, bytes]
     tables: Mapping[str, Mapping[str, Sequence[Any]]]
+
+
+@dataclass(frozen=True)
+class ComparisonRecord:
+    """What is told about the runs of a sweep together.
+
+    Attributes:
+        pareto: Whether a run belongs to the Pareto set, by run id.
+        metrics: Numbers of the comparison by name.
+        tags: Texts about it by name.
+        common: What all runs have in common by name; it becomes tags that begin with ``common.``.
+        description: Markdown that the page of the parent run shows.
+        files: Bytes of the artifacts by name.
+    """
+
+    pareto: Mapping[str, bool]
+    metrics: Mapping[str, float]
+    tags: Mapping[str, str]
+    common: Mapping[str, Any]
+    description: str
+    files: Mapping[str, bytes]
+
+
+class Recorded(NamedTuple):
+    """A complete run as MLflow has it.
+
+    Attributes:
+        run_id: Its id.
+        name: Its name.
+        sweep: Name of its sweep, or empty.
+        params, metrics, tags: By name.
+    """
+
+    run_id: str
+    name: str
+    sweep: str
+    params: Mapping[str, str]
+    metrics: Mapping[str, float]
+    tags: Mapping[str, str]
 
 
 class Logged(NamedTuple):
@@ -152,6 +196,48 @@ def find_run(params: TrackingParams, key: str, *, partial: bool) -> str | None:
         client = MlflowClient(tracking_uri=params.uri)
         experiment = client.get_experiment_by_name(params.experiment)
         return None if experiment is None else _finished(client, experiment.experiment_id, key, partial=partial)
+
+
+def recorded(params: TrackingParams) -> list[Recorded]:
+    """Return the finished and complete runs of an experiment, oldest first; of a folder's runs the latest alone.
+
+    Raises:
+        InputError: There is no such store or experiment.
+        EnvironmentFault: The store cannot be read.
+    """
+    database = _database(params.uri)
+    if database is not None and not database.exists():
+        raise InputError("there is no such file", "name an MLflow store with --uri", path=database)
+    with _readable(params) as client:
+        experiment = client.get_experiment_by_name(params.experiment)
+        if experiment is None:
+            known = ", ".join(sorted(one.name for one in client.search_experiments()))
+            cause = f"{_without_user(params.uri)} has no experiment {params.experiment!r}"
+            raise InputError(cause, f"name one of: {known}")
+        runs = [_recorded(run) for run in _all_runs(client, experiment.experiment_id, _COMPLETE)]
+    # A folder whose scores changed (a slide joined, an outline was corrected) has a record of each state.
+    return list({run.tags.get("wsiflow.folder", run.run_id): run for run in runs}.values())
+
+
+def download(params: TrackingParams, run_id: str, name: str, folder: Path) -> Path:
+    """Fetch one artifact of a run into a folder and return its path.
+
+    Raises:
+        EnvironmentFault: The store has no such artifact, or cannot be read.
+    """
+    with _readable(params) as client:
+        return Path(client.download_artifacts(run_id, name, str(folder)))
+
+
+def log_comparison(params: TrackingParams, record: ComparisonRecord) -> Logged:
+    """Tell a sweep's runs whether they belong to the Pareto set, and its parent what was found; never raises for the store.
+
+    What an earlier comparison said is replaced. The tag ``wsiflow.pareto`` is ``yes`` or ``no``.
+    """
+    sweep = params.sweep
+    if params.kind == "off" or sweep is None:
+        return Logged(None, "tracking is off" if params.kind == "off" else "the runs are of no sweep")
+    return _with_store(params, lambda client: _log_comparison(client, params, sweep, record))
 
 
 def redacted(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -227,6 +313,72 @@ def _lock(descriptor: int, wait_s: float) -> None:
             if time.monotonic() > end:
                 raise TimeoutError(f"another run has kept it locked for {wait_s:g} s") from error
             time.sleep(0.1)
+
+
+_COMPLETE = "tags.`wsiflow.role` = 'run' and tags.`wsiflow.partial` = 'no' and attributes.status = 'FINISHED'"
+
+
+@contextmanager
+def _readable(params: TrackingParams) -> Iterator["MlflowClient"]:
+    """Give a client that reads; what the store refuses becomes a fault of the environment."""
+    _set_environment(params)
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        with _only_writer(params):
+            yield MlflowClient(tracking_uri=params.uri)
+    except (MlflowException, SQLAlchemyError, OSError) as error:
+        cause = f"{_without_user(params.uri)} cannot be read: {_one_line(error)}"
+        raise EnvironmentFault(cause, "see that it is there and try again", stage="tracking") from error
+
+
+def _all_runs(client: "MlflowClient", experiment_id: str, which: str) -> list[Any]:
+    """Return every run that a filter finds, oldest first."""
+    found: list[Any] = []
+    token = None
+    while True:
+        page = client.search_runs(
+            [experiment_id], which, order_by=["attributes.start_time ASC"], max_results=1000, page_token=token
+        )
+        found += page
+        token = page.token
+        if not token:
+            return found
+
+
+def _recorded(run: Any) -> Recorded:
+    tags = dict(run.data.tags)
+    sweep = tags.get("wsiflow.sweep", "")
+    return Recorded(run.info.run_id, run.info.run_name, sweep, dict(run.data.params), dict(run.data.metrics), tags)
+
+
+def _log_comparison(client: "MlflowClient", params: TrackingParams, sweep: str, record: ComparisonRecord) -> str:
+    """Replace what is said of a sweep and return the id of its parent."""
+    from mlflow.entities import Metric, RunTag
+
+    experiment_id = _experiment(client, params)
+    parent = _parent(client, experiment_id, sweep)
+    for run in _all_runs(client, experiment_id, f"tags.`mlflow.parentRunId` = '{parent}'"):
+        run_id = run.info.run_id
+        if run_id in record.pareto:
+            client.set_tag(run_id, _PARETO, _yes_no(record.pareto[run_id]))
+        elif _PARETO in run.data.tags:
+            client.delete_tag(run_id, _PARETO)
+    common = {f"common.{key}": str(value) for key, value in redacted(record.common).items()}
+    told = {**record.tags, **common, "mlflow.note.content": record.description}
+    for key in client.get_run(parent).data.tags:
+        if key.startswith("common.") and _name(key) not in map(_name, common):
+            client.delete_tag(parent, key)
+    tags = [RunTag(_name(key), text[:_TAG_CHARS]) for key, text in told.items()]
+    now_ms = int(time.time() * 1000)
+    metrics = [Metric(_name(key), value, now_ms, 0) for key, value in _finite(record.metrics).items()]
+    for first in range(0, len(tags), _PARAMS_PER_CALL):
+        client.log_batch(parent, tags=tags[first : first + _PARAMS_PER_CALL])
+    client.log_batch(parent, metrics=metrics)
+    _log_bytes(client, parent, record.files)
+    return parent
 
 
 def _log_once(client: "MlflowClient", params: TrackingParams, record: RunRecord) -> str:
@@ -334,7 +486,11 @@ def _log_files(client: "MlflowClient", run_id: str, record: RunRecord) -> None:
             client.log_artifact(run_id, str(path))
     for name, columns in record.tables.items():
         client.log_table(run_id, dict(columns), name)
-    with tempfile.TemporaryDirectory() as folder:
-        for name, png in record.figures.items():
-            (Path(folder) / name).write_bytes(png)
-        client.log_artifacts(run_id, folder, "figures")
+    _log_bytes(client, run_id, record.figures, "figures")
+
+
+def _log_bytes(client: "MlflowClient", run_id: str, files: Mapping[str, bytes], folder: str | None = None) -> None:
+    with tempfile.TemporaryDirectory() as passing:
+        for name, data in files.items():
+            (Path(passing) / name).write_bytes(data)
+        client.log_artifacts(run_id, passing, folder)
