@@ -32,6 +32,7 @@ def record(**given: Any) -> RunRecord:
         "params": {"inference.stride": 16},
         "metrics": {"froc.score": 0.5, "roc.auc": math.nan, "throughput.efficiency": math.inf},
         "tags": {},
+        "dataset": ("cases.csv", "d1"),
         "artifacts": [],
         "figures": {},
         "tables": {},

@@ -94,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     one = add("cancel", _cancel, "cancel a run's array jobs and its driver, from its folder alone")
     one.add_argument("run", type=Path)
     add("doctor", _doctor, "machine, cores, versions")
-    for add_more in (_add_slide_score_commands, _add_compare_maps, _add_export):
+    for add_more in (_add_slide_score_commands, _add_compare, _add_compare_maps, _add_export):
         add_more(add)
     return parser
 
@@ -107,6 +107,21 @@ def _add_compare_maps(add: Callable[..., argparse.ArgumentParser]) -> None:
     one.add_argument("--radius-um", type=float, default=75.0, help="detections this near are one lesion (75)")
     one.add_argument("--bound", type=float, help="largest |difference| of equivalent maps: exit code 10 beyond it")
     one.add_argument("--out", type=Path, help="folder to write equivalence.md, .csv, .json and .png to")
+
+
+def _add_compare(add: Callable[..., argparse.ArgumentParser]) -> None:
+    one = add("compare", _compare, "what settings score and cost, with intervals, and which are worth their cost")
+    one.add_argument("names", nargs="+", metavar="EXPERIMENT | RUN", help="an MLflow experiment, or folders of runs")
+    one.add_argument("--sweep", help="the sweep of the experiment to compare; needed where it has several")
+    one.add_argument(
+        "--uri",
+        default=os.environ.get("MLFLOW_TRACKING_URI", "sqlite:///runs/mlflow.db"),
+        help="MLflow store of the experiment (MLFLOW_TRACKING_URI, else sqlite:///runs/mlflow.db)",
+    )
+    one.add_argument("--reference", default="", help="setting the others are compared with (the one that costs most)")
+    one.add_argument("--out", type=Path, default=Path("comparison"), help="folder to write (comparison)")
+    one.add_argument("--bootstrap", type=_natural, default=2000, help="resamples of the intervals (2000)")
+    one.add_argument("--seed", type=_natural, default=0)
 
 
 def _add_run_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
@@ -298,6 +313,15 @@ def _cancel(arguments: argparse.Namespace) -> int:
 
     for sentence in jobs.cancel(arguments.run):
         say(sentence)
+    return 0
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from wsiflow import compare
+
+    options = compare.Options(arguments.reference, arguments.bootstrap, arguments.seed)
+    asked = compare.Asked(arguments.names, arguments.uri, arguments.sweep, options)
+    say(compare.told(compare.answer(asked, arguments.out)))
     return 0
 
 

@@ -7,20 +7,16 @@ Runs whose settings are the same are repeats of one setting: their scores have t
 spread. Only runs over the same slides, exclusions, protocol and truth are compared.
 """
 
-import json
 import math
 import re
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from importlib import resources
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import yaml
 
-from wsiflow import comparison, evaluation, plan, publish, results, tracking, tradeoff, tradeoff_report
-from wsiflow.errors import InputError
+from wsiflow import comparison, evaluation, finished, publish, tracking, tradeoff, tradeoff_report
+from wsiflow.errors import EnvironmentFault, InputError
 from wsiflow.tracking import ComparisonRecord, Logged, TrackingParams
 from wsiflow.tradeoff import Cost, Row, Tradeoff
 
@@ -32,35 +28,6 @@ _NO_SETTING = re.compile(
 _FOLLOWS = re.compile(r"(tiles|dense|executor)\..*|.*digest")
 _SAME = 1e-5  # the same settings on another processor give probabilities that agree to about 1e-6
 _SHOWN = 5
-
-
-class Run(NamedTuple):
-    """One run that can be compared.
-
-    Attributes:
-        name: What messages call it.
-        where: Its folder, or its id in MLflow.
-        identity: What its record in MLflow is found by: of its folder; empty where it has none.
-        params: Its settings by dotted name.
-        core_hours: What it cost; NaN where that is not known.
-        processor: The CPU that computed it, or an empty text.
-        matches: What it is compared by.
-    """
-
-    name: str
-    where: str
-    identity: str
-    params: Mapping[str, str]
-    core_hours: float
-    processor: str
-    matches: evaluation.Recorded
-
-
-class Found(NamedTuple):
-    """Runs to compare, and what was left out and why."""
-
-    runs: Sequence[Run]
-    notes: Sequence[str]
 
 
 class Options(NamedTuple):
@@ -77,112 +44,10 @@ class Options(NamedTuple):
     seed: int = 0
 
 
-# --- runs
-
-
-def in_folders(folders: Sequence[Path]) -> Found:
-    """Return the runs of folders: each a run's, an evaluation's, or one that holds such folders.
-
-    Raises:
-        InputError: A folder holds nothing that was scored.
-    """
-    runs, notes = [], []
-    for folder in folders:
-        scored, unscored = [folder] if _scores(folder) else [], []
-        if not scored:
-            below = sorted((one for one in folder.iterdir() if one.is_dir()), key=lambda one: _natural(one.name))
-            scored = [one for one in below if _scores(one)]
-            unscored = [one.name for one in below if not _scores(one) and publish.generations(one, "cases.json")]
-        if not scored:
-            raise InputError("it holds no evaluation/matches.json", "name the folders of finished runs", path=folder)
-        runs += [_from_folder(one) for one in scored]
-        notes += [f"Left out, since not all of its slides have scores: {name}." for name in unscored]
-    return Found(_named_apart(runs), notes)
-
-
-def _scores(folder: Path) -> Path | None:
-    """Return where a folder has its scores."""
-    return next((one for one in (folder / "evaluation", folder) if (one / "matches.json").is_file()), None)
-
-
-def _from_folder(root: Path) -> Run:
-    folder = _scores(root) or root
-    metrics = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    told, receipt = publish.generations(root, "cases.json"), publish.read_receipt(root, "config.yaml")
-    params = {"run": root.name}
-    if told:
-        made, values = plan.latest(root), json.loads(told[-1].read_text(encoding="utf-8"))["config"]
-        params = _texts(results.settings(values, made)) | results.digests(made)
-    return Run(
-        name=root.name,
-        where=str(root),
-        identity=receipt["attempt"] if receipt else "",
-        params=params,
-        core_hours=_number(metrics.get("throughput.core_hours")),
-        processor=str(receipt.get("cpu", "")) if receipt else "",
-        matches=evaluation.read_matches(folder / "matches.json"),
-    )
-
-
-def of_sweep(params: TrackingParams) -> Found:
-    """Return the runs of a sweep that MLflow has, or those of an experiment that has no or one sweep.
-
-    Raises:
-        InputError: There is no such experiment or sweep, or it has several sweeps and none is named.
-        EnvironmentFault: The store cannot be read.
-    """
-    listed = tracking.recorded(params)
-    sweeps = sorted({one.sweep for one in listed if one.sweep})
-    if params.sweep is None and len(sweeps) > 1:
-        raise InputError(f"experiment {params.experiment} has {len(sweeps)} sweeps", f"--sweep: {', '.join(sweeps)}")
-    chosen = [one for one in listed if params.sweep in (None, one.sweep)]
-    if not chosen:
-        known = f"it has the sweeps {', '.join(sweeps)}" if sweeps else "it has no finished run"
-        raise InputError(f"experiment {params.experiment} has no run of sweep {params.sweep}", known)
-    with tempfile.TemporaryDirectory() as passing:
-        return Found(_named_apart([_from_record(params, one, Path(passing)) for one in chosen]), [])
-
-
-def _from_record(params: TrackingParams, one: tracking.Recorded, passing: Path) -> Run:
-    folder = passing / one.run_id
-    folder.mkdir()
-    return Run(
-        name=one.name,
-        where=one.run_id,
-        identity=one.tags.get("wsiflow.folder", one.run_id),
-        params=one.params | {key: one.tags[key] for key in ("dataset.digest", "model.digest") if key in one.tags},
-        core_hours=_number(one.metrics.get("throughput.core_hours")),
-        processor=one.tags.get("cpu.model", ""),
-        matches=evaluation.read_matches(tracking.download(params, one.run_id, "matches.json", folder)),
-    )
-
-
-def _named_apart(runs: Sequence[Run]) -> list[Run]:
-    """Return the runs with names of their own."""
-    names = [run.name for run in runs]
-    return [
-        run._replace(name=f"{run.name} ({run.where})") if names.count(run.name) > 1 else run for run in runs
-    ]
-
-
-def _texts(settings: Mapping[str, Any]) -> dict[str, str]:
-    return {key: str(value) for key, value in tracking.redacted(settings).items()}
-
-
-def _number(value: Any) -> float:
-    return math.nan if value is None else float(value)
-
-
-def store(uri: str, experiment: str, sweep: str | None) -> TrackingParams:
-    """Return how to reach a store, as ``conf/tracking/mlflow.yaml`` says but for what is given."""
-    text = (resources.files("wsiflow.conf") / "tracking/mlflow.yaml").read_text(encoding="utf-8")
-    return TrackingParams.model_validate(yaml.safe_load(text) | {"uri": uri, "experiment": experiment, "sweep": sweep})
-
-
 # --- comparing
 
 
-def compare(found: Found, name: str, options: Options) -> Tradeoff:
+def compare(found: finished.Found, name: str, options: Options) -> Tradeoff:
     """Compare runs.
 
     Raises:
@@ -191,24 +56,24 @@ def compare(found: Found, name: str, options: Options) -> Tradeoff:
     """
     _refuse_unequal(found.runs)
     groups, following = _settings(found.runs)
-    settings = [runs[0].matches.setting(setting) for setting, _, runs in groups]
-    costs = [_cost(run.core_hours for run in runs) for _, _, runs in groups]
+    settings = [one.runs[0].matches.setting(one.name) for one in groups]
+    costs = [_cost(run.core_hours for run in one.runs) for one in groups]
     reference = _reference(options.reference, [one.name for one in settings], costs)
     compared = comparison.compare(settings, reference=reference, n=options.resamples, seed=options.seed)
     metric = _metric(compared)
     front = comparison.pareto([one.mean for one in costs], [_value(compared, one.name, metric) for one in settings])
     rows = [
         Row(
-            setting,
-            shown,
-            tuple(run.where for run in runs),
+            group.name,
+            group.params,
+            tuple(run.where for run in group.runs),
             cost,
-            compared.intervals[setting],
-            compared.differences.get(setting, {}),
-            compared.bands[setting],
+            compared.intervals[group.name],
+            compared.differences.get(group.name, {}),
+            compared.bands[group.name],
             bool(on_front),
         )
-        for (setting, shown, runs), cost, on_front in zip(groups, costs, front, strict=True)
+        for group, cost, on_front in zip(groups, costs, front, strict=True)
     ]
     first = found.runs[0].matches
     return Tradeoff(
@@ -223,7 +88,7 @@ def compare(found: Found, name: str, options: Options) -> Tradeoff:
     )
 
 
-def _refuse_unequal(runs: Sequence[Run]) -> None:
+def _refuse_unequal(runs: Sequence[finished.Run]) -> None:
     reasons = comparison.incomparable([run.matches.setting(run.name) for run in runs])
     if reasons:
         more = f"; and {len(reasons) - _SHOWN} more" if len(reasons) > _SHOWN else ""
@@ -269,7 +134,7 @@ def _counts(first: evaluation.Recorded, resamples: int) -> dict[str, int]:
     }
 
 
-def _processors(runs: Sequence[Run]) -> list[str]:
+def _processors(runs: Sequence[finished.Run]) -> list[str]:
     found = sorted({run.processor for run in runs if run.processor})
     if len(found) < 2:
         return []
@@ -279,17 +144,20 @@ def _processors(runs: Sequence[Run]) -> list[str]:
 # --- settings
 
 
-def _settings(runs: Sequence[Run]) -> tuple[list[tuple[str, dict[str, str], list[Run]]], list[str]]:
-    """Group runs by their settings.
+class _Group(NamedTuple):
+    """The runs of one setting: its name, and the parameters that differ, by short name."""
 
-    Returns:
-        Name, parameters that differ, by short name, and runs of each setting, in natural order; and what to say of
-        parameters that differ along with those.
-    """
+    name: str
+    params: Mapping[str, str]
+    runs: Sequence[finished.Run]
+
+
+def _settings(runs: Sequence[finished.Run]) -> tuple[list[_Group], list[str]]:
+    """Return the settings in natural order, and what to say of parameters that differ along with those shown."""
     keys = _differing(runs)
     shown = _telling(runs, keys)
     shown.sort(key=lambda key: len({run.params.get(key, "") for run in runs}))
-    groups: dict[tuple[str, ...], list[Run]] = {}
+    groups: dict[tuple[str, ...], list[finished.Run]] = {}
     for run in runs:
         groups.setdefault(tuple(run.params.get(key, "") for key in shown), []).append(run)
     for members in groups.values():
@@ -297,24 +165,23 @@ def _settings(runs: Sequence[Run]) -> tuple[list[tuple[str, dict[str, str], list
     short = _short(shown)
     texts = {key: _short_values([values[place] for values in groups]) for place, key in enumerate(shown)}
     named = []
-    for values, members in sorted(groups.items(), key=lambda item: [_natural(value) for value in item[0]]):
+    for values, members in sorted(groups.items(), key=lambda item: [finished.natural(value) for value in item[0]]):
         params = {name: texts[key][value] for name, key, value in zip(short, shown, values, strict=True)}
-        named.append((", ".join(f"{key}={value}" for key, value in params.items()) or members[0].name, params, members))
+        name = ", ".join(f"{key}={value}" for key, value in params.items()) or members[0].name
+        named.append(_Group(name, params, members))
     along = [key for key in keys if key not in shown]
     return named, [f"Differing along with the parameters shown: {', '.join(along)}."] if along else []
 
 
-def _differing(runs: Sequence[Run]) -> list[str]:
+def _differing(runs: Sequence[finished.Run]) -> list[str]:
     """Return the parameters that are not the same in all runs, but for what makes no setting."""
     keys = dict.fromkeys(key for run in runs for key in run.params)
     return [
-        key
-        for key in keys
-        if not _NO_SETTING.fullmatch(key) and len({run.params.get(key, "") for run in runs}) > 1
+        key for key in keys if not _NO_SETTING.fullmatch(key) and len({run.params.get(key, "") for run in runs}) > 1
     ]
 
 
-def _telling(runs: Sequence[Run], keys: Sequence[str]) -> list[str]:
+def _telling(runs: Sequence[finished.Run], keys: Sequence[str]) -> list[str]:
     """Return as few of the parameters as tell the runs apart as all do: the ones with most values."""
 
     def apart(some: Sequence[str]) -> int:
@@ -331,7 +198,7 @@ def _telling(runs: Sequence[Run], keys: Sequence[str]) -> list[str]:
     return kept
 
 
-def _refuse_unlike_repeats(members: Sequence[Run]) -> None:
+def _refuse_unlike_repeats(members: Sequence[finished.Run]) -> None:
     """Refuse runs of one setting whose scores are not the same."""
     first = members[0]
     for other in members[1:]:
@@ -345,7 +212,7 @@ def _refuse_unlike_repeats(members: Sequence[Run]) -> None:
             raise InputError(cause, "leave one of them out, or see what made it", stage="comparison")
 
 
-def _aligned(first: Run, other: Run) -> list[evaluation.RecordedSlide]:
+def _aligned(first: finished.Run, other: finished.Run) -> list[evaluation.RecordedSlide]:
     by_id = {one.slide_id.casefold(): one for one in other.matches.slides}
     return [by_id.get(one.slide_id.casefold(), one) for one in first.matches.slides]
 
@@ -353,12 +220,13 @@ def _aligned(first: Run, other: Run) -> list[evaluation.RecordedSlide]:
 def _same(one: evaluation.RecordedSlide, other: evaluation.RecordedSlide) -> bool:
     """Tell whether two results of a slide agree as far as processors do."""
     ours, theirs = (
-        [x.score, *(-1.0 if best is None else best for best in x.best), *sorted(x.false_positives)] for x in (one, other)
+        [x.score, *(-1.0 if best is None else best for best in x.best), *sorted(x.false_positives)]
+        for x in (one, other)
     )
     return len(ours) == len(theirs) and np.allclose(ours, theirs, rtol=0, atol=_SAME)
 
 
-def _common(runs: Sequence[Run]) -> dict[str, str]:
+def _common(runs: Sequence[finished.Run]) -> dict[str, str]:
     """Return what all runs have in common."""
     return {
         key: value
@@ -377,12 +245,6 @@ def _short_values(values: Sequence[str]) -> dict[str, str]:
     """Return values by value, paths and digests cut short where that keeps them apart."""
     cut = {value: value.rpartition("/")[2][:40] for value in values}
     return cut if len(set(cut.values())) == len(cut) else {value: value for value in values}
-
-
-def _natural(text: str) -> list[tuple[int, float, str]]:
-    """Return a key by which 8 comes before 16."""
-    parts = re.split(r"(\d+(?:\.\d+)?)", text)
-    return [(0, float(part), "") if place % 2 else (1, 0.0, part) for place, part in enumerate(parts) if part]
 
 
 # --- results
@@ -404,19 +266,22 @@ def write(out: Path, found: Tradeoff) -> dict[str, bytes]:
     return files
 
 
-def record(params: TrackingParams, runs: Sequence[Run], found: Tradeoff, files: Mapping[str, bytes]) -> Logged:
+def record(params: TrackingParams, runs: Sequence[finished.Run], found: Tradeoff, files: Mapping[str, bytes]) -> Logged:
     """Tell MLflow what was found about a sweep."""
-    front = {where: row.pareto for row in found.rows for where in row.runs}
-    ids = {run.where: run.where for run in runs}
-    if any(Path(run.where).is_dir() for run in runs):
-        by_identity = {one.tags.get("wsiflow.folder", ""): one.run_id for one in tracking.recorded(params)}
-        ids = {run.where: by_identity.get(run.identity, "") for run in runs}
+    if params.kind == "off":
+        return Logged(None, "tracking is off")
+    identities = {run.where: run.identity for run in runs}
+    front = {identities[where]: row.pareto for row in found.rows for where in row.runs}
+    try:
+        listed = tracking.recorded(params)
+    except (InputError, EnvironmentFault) as error:  # the comparison is complete on disk
+        return Logged(None, str(error))
     best = max(found.rows, key=lambda row: np.nan_to_num(row.metrics[found.metric].value, nan=-1.0))
     costs = [row.cost.mean for row in found.rows]
     return tracking.log_comparison(
         params,
         ComparisonRecord(
-            pareto={ids[where]: flag for where, flag in front.items() if ids[where]},
+            pareto={one.run_id: front[found_by] for one in listed if (found_by := finished.identity(one)) in front},
             metrics={
                 "compare.n_settings": len(found.rows),
                 "compare.n_runs": len(runs),
@@ -442,8 +307,61 @@ def record(params: TrackingParams, runs: Sequence[Run], found: Tradeoff, files: 
     )
 
 
-def sweep_folder(out: Path, params: TrackingParams) -> tuple[Tradeoff, Logged] | None:
+class Asked(NamedTuple):
+    """What a user wants compared.
+
+    Attributes:
+        names: Folders, or one experiment of MLflow.
+        uri: Store of the experiment.
+        sweep: Which of its sweeps; None where it has no or one.
+        options: How.
+    """
+
+    names: Sequence[str]
+    uri: str
+    sweep: str | None
+    options: Options
+
+
+class Answer(NamedTuple):
+    """A comparison, where its files are, their bytes by name, and what MLflow made of it; None: it was not told."""
+
+    found: Tradeoff
+    out: Path
+    files: Mapping[str, bytes]
+    logged: Logged | None
+
+
+def answer(asked: Asked, out: Path) -> Answer:
+    """Compare folders, or the runs of a sweep in MLflow, which is told; write the files.
+
+    Raises:
+        InputError: A folder, experiment or sweep is not there, or see `compare`.
+        EnvironmentFault: The store cannot be read, or the folder cannot be written.
+    """
+    folders = [Path(name) for name in asked.names]
+    if all(folder.is_dir() for folder in folders):
+        found = finished.in_folders(folders)
+        result = compare(found, folders[0].name if len(folders) == 1 else "comparison", asked.options)
+        return Answer(result, out, write(out, result), None)
+    if len(folders) > 1:
+        absent = ", ".join(str(folder) for folder in folders if not folder.is_dir())
+        raise InputError(f"no such folder: {absent}", "name folders of runs, or one experiment of MLflow")
+    params = finished.store(asked.uri, asked.names[0], asked.sweep)
+    found = finished.of_sweep(params)
+    sweep = found.runs[0].sweep or None
+    params = params.model_copy(update={"sweep": sweep})
+    result = compare(found, sweep or params.experiment, asked.options)
+    files = write(out, result)
+    return Answer(result, out, files, record(params, found.runs, result, files))
+
+
+def sweep_folder(out: Path, params: TrackingParams) -> Answer | None:
     """Compare the runs below a sweep's folder, write the comparison there and tell MLflow.
+
+    Args:
+        out: The folder.
+        params: Where the runs are recorded, and the name of their sweep.
 
     Returns:
         What was found; None where there are fewer than two runs with scores.
@@ -452,19 +370,22 @@ def sweep_folder(out: Path, params: TrackingParams) -> tuple[Tradeoff, Logged] |
         InputError: See `compare`.
         EnvironmentFault: The folder cannot be written.
     """
-    if sum(_scores(one) is not None for one in out.iterdir() if one.is_dir()) < 2:
+    if sum(finished.scores_of(one) is not None for one in out.iterdir() if one.is_dir()) < 2:
         return None
-    found = in_folders([out])
-    name = params.sweep or out.name
-    result = compare(found, name, Options())
-    return result, record(params, found.runs, result, write(out, result))
+    found = finished.in_folders([out])
+    result = compare(found, params.sweep or out.name, Options())
+    files = write(out, result)
+    return Answer(result, out, files, record(params, found.runs, result, files))
 
 
-def told(found: Tradeoff, out: Path, logged: Logged | None) -> str:
+def told(given: Answer) -> str:
     """Return what a user is told of a comparison."""
-    lines = [f"{len(found.rows)} settings, differences to {found.reference}; Pareto set of {tradeoff.title(found.metric)}:"]
-    lines += [f"  {line}" for line in tradeoff_report.front(found)]
-    lines.append(f"comparison {out / 'report.html'}, compare.md, compare.csv, figures")
-    if logged is not None:
-        lines.append(f"MLflow     sweep's run {logged.run_id}" if logged.run_id else f"MLflow     {logged.reason}")
+    found = given.found
+    name = tradeoff.title(found.metric)
+    lines = [f"compared   {len(found.rows)} settings with {found.reference}; Pareto set of {name}:"]
+    lines += [f"           {line}" for line in tradeoff_report.front(found)]
+    lines.append(f"comparison {given.out / 'report.html'}, compare.md, compare.csv, figures")
+    if given.logged is not None:
+        id_or_reason = f"sweep {given.logged.run_id}" if given.logged.run_id else given.logged.reason
+        lines.append(f"MLflow     {id_or_reason}")
     return "\n".join(lines)

@@ -323,7 +323,7 @@ def _write_report(
         slides=[row | scored.get(row["slide_id"], {}) for row in listed],
         overlays={slide_id: (root / f"heatmaps/{slide_id}.png").read_bytes() for slide_id in good},
         figures={name: (root / folder / name).read_bytes() for name in ("froc.png", "roc.png")},
-        settings=_settings(config, made),
+        settings=settings(config.model_dump(mode="json"), made),
         versions=versions(),
         plan_hash=made.hash,
     )
@@ -334,16 +334,19 @@ def _track(root: Path, folder: str, config: RunConfig, made: Plan, key: str, met
     """Record the run in MLflow and say where, or why not: the run is valid without it."""
     curves = json.loads((root / folder / "froc.json").read_text(encoding="utf-8"))
     matched = evaluation.read_matches(root / folder / "matches.json")
+    folder_id, found = _receipt(root, "config.yaml")["attempt"], digests(made)
     record = tracking.RunRecord(
-        name=config.name,
+        name=config.out.name if config.tracking.sweep else config.name,
         # The same scores in another folder are another run: its cost is its own.
-        key=publish.key_of(scores=key, folder=_receipt(root, "config.yaml")["attempt"]),
+        key=publish.key_of(scores=key, folder=folder_id),
         plan_hash=made.hash,
         partial=folder != "evaluation",
-        params=_settings(config, made),
+        params=settings(config.model_dump(mode="json"), made),
         metrics=metrics,
         tags={
-            **{f"version.{name}": found for name, found in versions().items()},
+            **{f"version.{name}": number for name, number in versions().items()},
+            **found,
+            "wsiflow.folder": folder_id,
             "wsiflow.protocol_hash": matched.protocol_hash,
             "wsiflow.truth_hash": matched.truth_hash(),
         },
@@ -352,6 +355,7 @@ def _track(root: Path, folder: str, config: RunConfig, made: Plan, key: str, met
             *(root / name for name in ("report.html", "process_list.csv")),
             publish.generations(root, "config.yaml")[-1],
         ],
+        dataset=(_dataset_name(config), found["dataset.digest"]),
         figures={path.name: path.read_bytes() for path in sorted((root / folder).glob("*.png"))},
         tables={f"froc_{mode}.json": curves[mode] for mode in ("official", "strict")},
     )
@@ -359,11 +363,31 @@ def _track(root: Path, folder: str, config: RunConfig, made: Plan, key: str, met
     return f"MLflow     {config.tracking.uri} run {logged.run_id}" if logged.run_id else f"MLflow     {logged.reason}"
 
 
-def _settings(config: RunConfig, made: Plan) -> dict[str, Any]:
-    """Return every setting by dotted name, with what was chosen in the place of what was left open."""
+def _dataset_name(config: RunConfig) -> str:
+    """Return the file or folder that the slides are of, without where it lies."""
+    found = config.dataset.manifest or config.dataset.folder or config.dataset.path
+    return found.name if found else config.dataset.kind
+
+
+def settings(values: Mapping[str, Any], made: Plan) -> dict[str, Any]:
+    """Return every setting by dotted name, with what was chosen in the place of what was left open.
+
+    Args:
+        values: The configuration as JSON values.
+        made: The run's plan.
+    """
     chosen = {f"inference.{name}": made.work["choice"][name] for name in ("engine", "backend", "precision")}
     sizes = {f"tiles.{name}": made.work["choice"][name] for name in ("halo_px", "block_rows", "block_cols")}
-    return _flat(config.model_dump(mode="json")) | chosen | sizes
+    return _flat(values) | chosen | sizes
+
+
+def digests(made: Plan) -> dict[str, str]:
+    """Return what stands for the pixels of the slides and for the model."""
+    slides = sorted([planned.slide_id, planned.sha256] for planned in made.slides)
+    return {
+        "dataset.digest": publish.key_of(slides=slides)[:32],
+        "model.digest": made.settings["predict"]["model"][:32],
+    }
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -81,6 +81,7 @@ class RunRecord:
         params: Settings by dotted name.
         metrics: Numbers by name.
         tags: More tags.
+        dataset: Name and digest of the slides, at most 36 characters.
         artifacts: Files, and folders with all they hold.
         figures: PNG bytes by file name.
         tables: Columns by file name, which ends in ``.json``; the columns of a table are equally long.
@@ -93,6 +94,7 @@ class RunRecord:
     params: Mapping[str, Any]
     metrics: Mapping[str, float]
     tags: Mapping[str, str]
+    dataset: tuple[str, str]
     artifacts: Sequence[Path]
     figures: Mapping[str, bytes]
     tables: Mapping[str, Mapping[str, Sequence[Any]]]
@@ -230,7 +232,7 @@ def download(params: TrackingParams, run_id: str, name: str, folder: Path) -> Pa
 
 
 def log_comparison(params: TrackingParams, record: ComparisonRecord) -> Logged:
-    """Tell a sweep's runs whether they belong to the Pareto set, and its parent what was found; never raises for the store.
+    """Tell a sweep's runs whether they belong to the Pareto set, and its parent the rest; never raises for the store.
 
     What an earlier comparison said is replaced. The tag ``wsiflow.pareto`` is ``yes`` or ``no``.
     """
@@ -467,8 +469,12 @@ def _name(text: str) -> str:
 
 
 def _log_numbers(client: "MlflowClient", run_id: str, record: RunRecord) -> None:
-    from mlflow.entities import Metric, Param
+    from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param
 
+    name, digest = record.dataset
+    # What MLflow's own client sends for slides it cannot read: a source that is a name and nothing more.
+    slides = Dataset(_name(name), digest, "wsiflow", "{}")
+    client.log_inputs(run_id, [DatasetInput(slides, [InputTag("mlflow.data.context", "test")])])
     now_ms = int(time.time() * 1000)
     params = [Param(_name(key), str(value)[:_PARAM_CHARS]) for key, value in redacted(record.params).items()]
     metrics = [Metric(_name(key), value, now_ms, 0) for key, value in _finite(record.metrics).items()]

@@ -16,8 +16,8 @@ from wsiflow.tradeoff import Cost, Row, Tradeoff
 
 _METRICS = ("froc.score", *tradeoff.sensitivities(), "froc.strict_score", "roc.auc")
 _CAPTIONS = {
-    "tradeoff": "Score against core-hours. Upright bars: 95 % intervals over cases; level bars: the least and the most of "
-    "the repeats, where there are any. Rings: the Pareto set.",
+    "tradeoff": "Score against core-hours. Upright bars: 95 % intervals over cases; level bars: from the least to the "
+    "most of the repeats, where there are any. Rings: the Pareto set.",
     "froc": "FROC curves, official scoring, with 95 % bands at each point by itself.",
     "differences": "Setting minus reference with 95 % intervals. Filled: corrected p below 0.05.",
 }
@@ -130,15 +130,21 @@ def _sentences(found: Tradeoff) -> list[str]:
     """Return what has to be known to read the table."""
     others = len(found.rows) - 1
     return [
-        f"Intervals hold 95 % of {found.counts['resamples']:,} resamples of the cases; every setting is scored on the same ones.",
-        f"Differences are to {found.reference}, on the same resamples. p is two-sided, and corrected by Holm's method for "
-        f"{others} {'comparison' if others == 1 else 'comparisons'}, each metric by itself.",
-        "Core-hours are what a setting costs by itself, start and warm-up excluded: the mean ± the standard deviation over "
-        "n repeats, where there are any. One repeat says nothing of the spread.",
+        f"Intervals hold 95 % of {found.counts['resamples']:,} resamples of the cases; every setting is scored on the "
+        "same ones.",
+        f"Differences are to {found.reference}, on the same resamples. p is two-sided, and corrected by Holm's method "
+        f"for {others} {'comparison' if others == 1 else 'comparisons'}, each metric by itself.",
+        "Core-hours are what a setting costs by itself, start and warm-up excluded: the mean ± the standard deviation "
+        "over n repeats, where there are any. One repeat says nothing of the spread.",
         f"The Pareto set is of point estimates of {tradeoff.title(found.metric)} and mean core-hours: settings whose "
         "intervals overlap may trade places.",
         *found.notes,
     ]
+
+
+def front(found: Tradeoff) -> list[str]:
+    """Return a line per setting of the Pareto set, cheapest first."""
+    return [f"{row.name}: {_interval(row.metrics[found.metric])}, {_cost(row.cost)} core-hours" for row in found.pareto]
 
 
 # --- Markdown
@@ -147,16 +153,14 @@ def _sentences(found: Tradeoff) -> list[str]:
 def _markdown(found: Tradeoff, figures: Mapping[str, bytes]) -> str:
     table = [_heads(found), *(_row(found, row) for row in found.rows)]
     lines = [_piped(table[0]), _piped(["---"] * len(table[0])), *map(_piped, table[1:])]
-    front = [
-        f"- {row.name}: {_interval(row.metrics[found.metric])}, {_cost(row.cost)} core-hours" for row in found.pareto
-    ]
     pictures = [f"![{_CAPTIONS[name]}]({name}.png)\n" for name in _CAPTIONS if name in figures]
     parts = [
         f"# {found.name}: accuracy against core-hours\n",
         f"{_what(found)}.\n",
         "\n".join(lines) + "\n",
         "## Pareto set, cheapest first\n",
-        ("\n".join(front) if front else "None: it needs scores and core-hours.") + "\n",
+        ("\n".join(f"- {line}" for line in front(found)) if found.pareto else "None: it needs scores and core-hours.")
+        + "\n",
         *pictures,
         "\n".join(f"- {sentence}" for sentence in _sentences(found)),
     ]
@@ -172,7 +176,8 @@ def _piped(cells: Sequence[str]) -> str:
 
 def _html(found: Tradeoff, figures: Mapping[str, bytes]) -> str:
     sections = [
-        f'<header><h1>{escape(found.name)}</h1><p class="soft">Accuracy against core-hours · {escape(_what(found))}</p></header>\n',
+        f"<header><h1>{escape(found.name)}</h1>"
+        f'<p class="soft">Accuracy against core-hours · {escape(_what(found))}</p></header>\n',
         page.cards(_cards(found)),
         page.section("Tradeoff", _figure(figures, "tradeoff") + _main_table(found)),
         page.section("Differences", _figure(figures, "differences")) if "differences" in figures else "",

@@ -1,0 +1,159 @@
+"""Finished runs as a comparison needs them: settings, cost and what they are compared by.
+
+Input: folders of runs, or an experiment of MLflow. Output: `Run` values, in the order of their names or records.
+"""
+
+import json
+import math
+import re
+import tempfile
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from wsiflow import evaluation, plan, publish, results, tracking
+from wsiflow.errors import InputError
+from wsiflow.tracking import TrackingParams
+
+
+class Run(NamedTuple):
+    """One run that can be compared.
+
+    Attributes:
+        name: What messages call it.
+        where: Its folder, or its id in MLflow.
+        identity: What its record in MLflow is found by: of its folder; empty where it has none.
+        sweep: Name of its sweep in MLflow, or empty.
+        params: Its settings by dotted name.
+        core_hours: What it cost; NaN where that is not known.
+        processor: The CPU that computed it, or an empty text.
+        matches: What it is compared by.
+    """
+
+    name: str
+    where: str
+    identity: str
+    sweep: str
+    params: Mapping[str, str]
+    core_hours: float
+    processor: str
+    matches: evaluation.Recorded
+
+
+class Found(NamedTuple):
+    """Runs to compare, and what was left out and why."""
+
+    runs: Sequence[Run]
+    notes: Sequence[str]
+
+
+def in_folders(folders: Sequence[Path]) -> Found:
+    """Return the runs of folders: each a run's, an evaluation's, or one that holds such folders.
+
+    Raises:
+        InputError: A folder holds nothing that was scored.
+    """
+    runs, notes = [], []
+    for folder in folders:
+        scored, unscored = [folder] if scores_of(folder) else [], []
+        if not scored:
+            below = sorted((one for one in folder.iterdir() if one.is_dir()), key=lambda one: natural(one.name))
+            scored = [one for one in below if scores_of(one)]
+            unscored = [one.name for one in below if not scores_of(one) and publish.generations(one, "cases.json")]
+        if not scored:
+            raise InputError("it holds no evaluation/matches.json", "name the folders of finished runs", path=folder)
+        runs += [_from_folder(one) for one in scored]
+        notes += [f"Left out, since not all of its slides have scores: {name}." for name in unscored]
+    return Found(_named_apart(runs), notes)
+
+
+def scores_of(folder: Path) -> Path | None:
+    """Return where a folder has its scores."""
+    return next((one for one in (folder / "evaluation", folder) if (one / "matches.json").is_file()), None)
+
+
+def _from_folder(root: Path) -> Run:
+    folder = scores_of(root) or root
+    metrics = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    told, receipt = publish.generations(root, "cases.json"), publish.read_receipt(root, "config.yaml")
+    params = {"run": root.name}
+    if told:
+        made, values = plan.latest(root), json.loads(told[-1].read_text(encoding="utf-8"))["config"]
+        params = _texts(results.settings(values, made)) | results.digests(made)
+    return Run(
+        name=root.name,
+        where=str(root),
+        identity=receipt["attempt"] if receipt else "",
+        sweep="",
+        params=params,
+        core_hours=_number(metrics.get("throughput.core_hours")),
+        processor=str(receipt.get("cpu", "")) if receipt else "",
+        matches=evaluation.read_matches(folder / "matches.json"),
+    )
+
+
+def of_sweep(params: TrackingParams) -> Found:
+    """Return the runs of a sweep that MLflow has, or those of an experiment that has no or one sweep.
+
+    Raises:
+        InputError: There is no such experiment or sweep, or it has several sweeps and none is named.
+        EnvironmentFault: The store cannot be read.
+    """
+    listed = tracking.recorded(params)
+    sweeps = sorted({one.sweep for one in listed if one.sweep})
+    if params.sweep is None and len(sweeps) > 1:
+        raise InputError(f"experiment {params.experiment} has {len(sweeps)} sweeps", f"--sweep: {', '.join(sweeps)}")
+    chosen = [one for one in listed if params.sweep in (None, one.sweep)]
+    if not chosen:
+        known = f"it has the sweeps {', '.join(sweeps)}" if sweeps else "it has no finished run"
+        raise InputError(f"experiment {params.experiment} has no run of sweep {params.sweep}", known)
+    with tempfile.TemporaryDirectory() as passing:
+        return Found(_named_apart([_from_record(params, one, Path(passing)) for one in chosen]), [])
+
+
+def _from_record(params: TrackingParams, one: tracking.Recorded, passing: Path) -> Run:
+    folder = passing / one.run_id
+    folder.mkdir()
+    return Run(
+        name=one.name,
+        where=one.run_id,
+        identity=identity(one),
+        sweep=one.sweep,
+        params={**one.params, **{key: one.tags[key] for key in ("dataset.digest", "model.digest") if key in one.tags}},
+        core_hours=_number(one.metrics.get("throughput.core_hours")),
+        processor=one.tags.get("cpu.model", ""),
+        matches=evaluation.read_matches(tracking.download(params, one.run_id, "matches.json", folder)),
+    )
+
+
+def identity(one: tracking.Recorded) -> str:
+    return one.tags.get("wsiflow.folder", one.run_id)
+
+
+def _named_apart(runs: Sequence[Run]) -> list[Run]:
+    """Return the runs with names of their own."""
+    names = [run.name for run in runs]
+    return [run._replace(name=f"{run.name} ({run.where})") if names.count(run.name) > 1 else run for run in runs]
+
+
+def _texts(settings: Mapping[str, Any]) -> dict[str, str]:
+    return {key: str(value) for key, value in tracking.redacted(settings).items()}
+
+
+def _number(value: Any) -> float:
+    return math.nan if value is None else float(value)
+
+
+def store(uri: str, experiment: str, sweep: str | None) -> TrackingParams:
+    """Return how to reach a store, as ``conf/tracking/mlflow.yaml`` says but for what is given."""
+    text = (resources.files("wsiflow.conf") / "tracking/mlflow.yaml").read_text(encoding="utf-8")
+    return TrackingParams.model_validate(yaml.safe_load(text) | {"uri": uri, "experiment": experiment, "sweep": sweep})
+
+
+def natural(text: str) -> list[tuple[int, float, str]]:
+    """Return a key by which 8 comes before 16."""
+    parts = re.split(r"(\d+(?:\.\d+)?)", text)
+    return [(0, float(part), "") if place % 2 else (1, 0.0, part) for place, part in enumerate(parts) if part]
