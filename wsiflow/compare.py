@@ -340,13 +340,10 @@ def answer(asked: Asked, out: Path) -> Answer:
         EnvironmentFault: The store cannot be read, or the folder cannot be written.
     """
     folders = [Path(name) for name in asked.names]
-    if all(folder.is_dir() for folder in folders):
+    if len(folders) > 1 or finished.holds_runs(folders[0]):
         found = finished.in_folders(folders)
         result = compare(found, folders[0].name if len(folders) == 1 else "comparison", asked.options)
         return Answer(result, out, write(out, result), None)
-    if len(folders) > 1:
-        absent = ", ".join(str(folder) for folder in folders if not folder.is_dir())
-        raise InputError(f"no such folder: {absent}", "name folders of runs, or one experiment of MLflow")
     params = finished.store(asked.uri, asked.names[0], asked.sweep)
     found = finished.of_sweep(params)
     sweep = found.runs[0].sweep or None
@@ -370,9 +367,11 @@ def sweep_folder(out: Path, params: TrackingParams) -> Answer | None:
         InputError: See `compare`.
         EnvironmentFault: The folder cannot be written.
     """
-    if sum(finished.scores_of(one) is not None for one in out.iterdir() if one.is_dir()) < 2:
+    if not finished.holds_runs(out):
         return None
     found = finished.in_folders([out])
+    if len(found.runs) < 2:
+        return None
     result = compare(found, params.sweep or out.name, Options())
     files = write(out, result)
     return Answer(result, out, files, record(params, found.runs, result, files))

@@ -50,6 +50,15 @@ class Found(NamedTuple):
     notes: Sequence[str]
 
 
+def holds_runs(folder: Path) -> bool:
+    """Tell whether there is something to compare in a folder: the same name may be that of an experiment."""
+    return folder.is_dir() and any(scores_of(one) for one in (folder, *_below(folder)))
+
+
+def _below(folder: Path) -> list[Path]:
+    return sorted((one for one in folder.iterdir() if one.is_dir()), key=lambda one: natural(one.name))
+
+
 def in_folders(folders: Sequence[Path]) -> Found:
     """Return the runs of folders: each a run's, an evaluation's, or one that holds such folders.
 
@@ -59,8 +68,12 @@ def in_folders(folders: Sequence[Path]) -> Found:
     runs, notes = [], []
     for folder in folders:
         scored, unscored = [folder] if scores_of(folder) else [], []
+        if not folder.is_dir():
+            raise InputError(
+                "there is no such folder", "name folders of runs, or one experiment of MLflow", path=folder
+            )
         if not scored:
-            below = sorted((one for one in folder.iterdir() if one.is_dir()), key=lambda one: natural(one.name))
+            below = _below(folder)
             scored = [one for one in below if scores_of(one)]
             unscored = [one.name for one in below if not scores_of(one) and publish.generations(one, "cases.json")]
         if not scored:
@@ -130,6 +143,7 @@ def _from_record(params: TrackingParams, one: tracking.Recorded, passing: Path) 
 
 
 def identity(one: tracking.Recorded) -> str:
+    """Return what stands for the folder that a record is of."""
     return one.tags.get("wsiflow.folder", one.run_id)
 
 

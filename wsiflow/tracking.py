@@ -215,7 +215,7 @@ def recorded(params: TrackingParams) -> list[Recorded]:
         if experiment is None:
             known = ", ".join(sorted(one.name for one in client.search_experiments()))
             cause = f"{_without_user(params.uri)} has no experiment {params.experiment!r}"
-            raise InputError(cause, f"name one of: {known}")
+            raise InputError(cause, f"name one of: {known}; or folders of finished runs")
         runs = [_recorded(run) for run in _all_runs(client, experiment.experiment_id, _COMPLETE)]
     # A folder whose scores changed (a slide joined, an outline was corrected) has a record of each state.
     return list({run.tags.get("wsiflow.folder", run.run_id): run for run in runs}.values())

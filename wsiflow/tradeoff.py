@@ -14,7 +14,7 @@ import numpy as np
 from wsiflow import froc, page
 from wsiflow.comparison import Difference, FrocBand, Interval
 
-SHOWN = 6
+SHOWN = 4
 """Curves that a figure shows in colour with their bands: the reference and of the Pareto set; others stay grey."""
 
 _MARKERS = "osD^vPX*"
@@ -129,16 +129,16 @@ def _froc(tradeoff: Tradeoff) -> Any:
     for row in tradeoff.rows:
         if row.name not in chosen:
             axes.plot(*_line(row), color="#c9cfd4", linewidth=0.9, zorder=1)
-    for row, colour in zip((row for row in tradeoff.rows if row.name in chosen), page.PALETTE, strict=False):
+    colours = iter(page.PALETTE)
+    for row in sorted(
+        (row for row in tradeoff.rows if row.name in chosen), key=lambda row: row.name != tradeoff.reference
+    ):
         is_reference = row.name == tradeoff.reference
-        axes.fill_between(row.band.fp_per_slide, row.band.low, row.band.high, color=colour, alpha=0.13, linewidth=0)
-        axes.plot(
-            *_line(row),
-            color=colour,
-            linewidth=1.8,
-            linestyle="-" if is_reference else (0, (5, 1.5)),
-            label=f"{row.name}{' (reference)' if is_reference else ''}",
-        )
+        colour = page.INK if is_reference else next(colours)
+        axes.fill_between(row.band.fp_per_slide, row.band.low, row.band.high, color=colour, alpha=0.1, linewidth=0)
+        style = "-" if is_reference else (0, (5, 1.5))  # curves that lie on the reference let it be seen
+        label = f"{row.name}{' (reference)' if is_reference else ''}"
+        axes.plot(*_line(row), color=colour, linewidth=1.8, linestyle=style, label=label)
     if len(tradeoff.rows) > len(chosen):
         axes.plot([], [], color="#c9cfd4", label=f"{len(tradeoff.rows) - len(chosen)} others")
     page.legend(axes, fontsize=8)
@@ -177,7 +177,8 @@ def _score_against_cost(tradeoff: Tradeoff) -> Any:
     _draw_front(axes, [row for row in tradeoff.pareto if row in rows], tradeoff.metric)
     _number_ticks(axes)
     axes.margins(x=0.09, y=0.08)
-    page.legend(axes, fontsize=8)
+    last = [list(row.params)[-1] for row in rows if row.params][:1]
+    page.legend(axes, fontsize=8, title=f"numbers: {last[0]}" if last else None, title_fontsize=8)
     return figure
 
 
@@ -203,7 +204,7 @@ def _draw_series(axes: Any, rows: Sequence[Row], metric: str, style: Mapping[str
         color=style["color"],
         marker=style["marker"],
         markersize=5,
-        linewidth=1.0,
+        linewidth=0.9,
         elinewidth=0.8,
         ecolor=_faded(style["color"]),
         label=name or None,
@@ -219,9 +220,11 @@ def _draw_front(axes: Any, front: Sequence[Row], metric: str) -> None:
     axes.step(x, y, where="post", color=page.INK, linewidth=1.1, linestyle=(0, (2, 2)), label="Pareto front", zorder=2)
     axes.scatter(x, y, s=95, facecolors="none", edgecolors=page.INK, linewidths=1.1, zorder=4)
     for row, at_x, at_y in zip(front, x, y, strict=True):
-        last = list(row.params.items())[-1:]
-        text = "".join(f"{key}={value}" for key, value in last)
-        axes.annotate(text, (at_x, at_y), (6, -12), textcoords="offset points", fontsize=8, color=page.INK, zorder=5)
+        text = ([*row.params.values()] or [""])[-1]
+        axes.annotate(text, (at_x, at_y), (-6, 6), ha="right", **_SMALL, zorder=5)
+
+
+_SMALL: dict[str, Any] = {"textcoords": "offset points", "fontsize": 8, "color": page.INK}
 
 
 def _faded(colour: str) -> tuple[float, float, float, float]:
@@ -267,7 +270,8 @@ def _forest(tradeoff: Tradeoff) -> Any:
         axes.margins(x=0.08)
     panels[0].set_yticks(range(len(rows)), [row.name for row in rows], fontsize=8)
     panels[0].set_ylim(len(rows) - 0.5, -0.5)
-    figure.suptitle(f"Differences to {tradeoff.reference} on the same cases", fontsize=9, color=page.INK)
+    name = f"Differences to {tradeoff.reference} on the same cases, p corrected for {len(rows)}"
+    figure.suptitle(name, fontsize=9, color=page.INK)
     return figure
 
 
@@ -280,17 +284,9 @@ def _draw_difference(axes: Any, place: int, one: Difference) -> None:
         axes.plot([one.low, one.high], [place, place], color=colour, linewidth=1.4, zorder=2)
     face = colour if differs else "white"
     axes.plot(one.value, place, marker="o", markersize=5.5, color=colour, markerfacecolor=face, zorder=3)
-    told = f"p {p_text(one.p_corrected)}" if math.isfinite(one.p_corrected) else ""
-    axes.annotate(
-        told,
-        (1.0, place),
-        xycoords=("axes fraction", "data"),
-        xytext=(2, 0),
-        textcoords="offset points",
-        va="center",
-        fontsize=7,
-        color=page.INK,
-    )
+    if math.isfinite(one.p_corrected):
+        told = f"p {p_text(one.p_corrected)}"
+        axes.annotate(told, (1.0, place), (2, 0), xycoords=("axes fraction", "data"), va="center", **_SMALL)
 
 
 def p_text(p: float) -> str:

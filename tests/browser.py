@@ -1,0 +1,122 @@
+"""Debian's Chromium without a window, driven through its DevTools: what a user sees of a page, as text and as picture."""
+
+import base64
+import io
+import json
+import os
+import shutil
+import subprocess
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from websockets.sync.client import ClientConnection, connect
+
+CHROMIUM = shutil.which("chromium")
+_SWITCHES = (
+    "--headless=new",
+    "--no-sandbox",  # tests run as root in containers
+    "--disable-gpu",
+    "--disable-dev-shm-usage",
+    "--no-first-run",
+    "--no-proxy-server",
+    "--remote-debugging-port=0",
+    "--remote-debugging-address=127.0.0.1",
+    "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1",  # no page reaches further than this machine
+    "--window-size=1600,1200",
+    "--hide-scrollbars",
+)
+
+
+class Tab:
+    """A page that is open."""
+
+    def __init__(self, socket: ClientConnection) -> None:
+        """Take over a tab."""
+        self._socket, self._asked = socket, 0
+
+    def open(self, url: str) -> None:
+        """Go to an address."""
+        self._ask("Page.navigate", url="about:blank")  # an address that differs after # alone would load nothing
+        self._ask("Page.navigate", url=url)
+
+    def value(self, script: str) -> Any:
+        """Return what a JavaScript expression gives."""
+        answer = self._ask("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
+        assert "exceptionDetails" not in answer, answer["exceptionDetails"]
+        return answer["result"].get("value")
+
+    def text(self) -> str:
+        """Return the text that is shown."""
+        return str(self.value("document.body ? document.body.innerText : ''"))
+
+    def wait(self, script: str, *, seconds: float = 60.0) -> Any:
+        """Return the first true value of a JavaScript expression."""
+        end = time.monotonic() + seconds
+        while not (found := self.value(script)):
+            assert time.monotonic() < end, f"{script} stayed {found!r} on:\n{self.text()[:2000]}"
+            time.sleep(0.2)
+        return found
+
+    def wait_for(self, *words: str, seconds: float = 60.0) -> str:
+        """Return the page's text once it has all of these words."""
+        listed = json.dumps(words)
+        self.wait(f"{listed}.every(word => document.body && document.body.innerText.includes(word))", seconds=seconds)
+        return self.text()
+
+    def click(self, script: str) -> None:
+        """Click the element that a JavaScript expression gives, once it is there."""
+        self.wait(f"(() => {{ const found = {script}; if (found) found.click(); return Boolean(found) }})()")
+
+    def picture(self, path: Path, *, whole: bool = False) -> NDArray[np.uint8]:
+        """Save what is seen as PNG and return it, uint8 (rows, cols, 3)."""
+        shot = self._ask("Page.captureScreenshot", format="png", captureBeyondViewport=whole)["data"]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(base64.b64decode(shot))
+        return np.array(Image.open(io.BytesIO(path.read_bytes())).convert("RGB"))
+
+    def _ask(self, method: str, **params: Any) -> dict[str, Any]:
+        self._asked += 1
+        self._socket.send(json.dumps({"id": self._asked, "method": method, "params": params}))
+        while True:
+            answer = json.loads(self._socket.recv(timeout=60))
+            if answer.get("id") == self._asked:
+                assert "error" not in answer, answer["error"]
+                return dict(answer["result"])
+
+
+@contextmanager
+def chromium(home: Path) -> Iterator[Tab]:
+    """Keep a browser running, with one tab."""
+    command = [str(CHROMIUM), *_SWITCHES, f"--user-data-dir={home}", "about:blank"]
+    environment = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
+    log = (home.parent / "chromium.log").open("wb")
+    process = subprocess.Popen(command, env={**environment, "HOME": str(home)}, stdout=log, stderr=log)
+    try:
+        with connect(_tab_address(home), max_size=None, proxy=None) as socket:
+            yield Tab(socket)
+    finally:
+        process.terminate()
+        process.wait(timeout=30)
+        log.close()
+
+
+def _tab_address(home: Path) -> str:
+    """Return the address of the tab's DevTools, once the browser has written its port."""
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        written = home / "DevToolsActivePort"
+        if written.exists() and written.read_text():
+            url = f"http://127.0.0.1:{written.read_text().splitlines()[0]}/json/list"
+            with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url, timeout=20) as answer:
+                tabs = [one for one in json.load(answer) if one["type"] == "page"]
+            if tabs:
+                return str(tabs[0]["webSocketDebuggerUrl"])
+        time.sleep(0.2)
+    raise AssertionError((home.parent / "chromium.log").read_text())

@@ -1,0 +1,120 @@
+"""Sweeps as MLflow and folders have them, with scores that tests choose."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from wsiflow import evaluation, tracking
+from wsiflow.config import evaluation_params
+from wsiflow.evaluation import Recorded, RecordedSlide
+from wsiflow.tracking import TrackingParams
+
+PROTOCOL = evaluation_params("own_spacing", {})
+
+
+class Trial(NamedTuple):
+    """One run of a sweep."""
+
+    params: dict[str, Any]
+    core_hours: float
+    matches: Recorded
+
+
+def slide(slide_id: str, label: int, best: Sequence[float | None] = (), false: Sequence[float] = ()) -> RecordedSlide:
+    """Return a slide of ``matches.json``: its lesions' best hits, its false positives, and the highest as its score."""
+    hits = [one for one in best if one is not None]
+    return RecordedSlide(
+        slide_id=slide_id,
+        label=label,
+        score=max([0.0, *hits, *false]),
+        in_froc=True,
+        in_auc=True,
+        reason="",
+        truth=f"truth of {slide_id}",
+        best=list(best),
+        n_itc=0,
+        itc=[],
+        false_positives=list(false),
+    )
+
+
+def matches(slides: Sequence[RecordedSlide], **protocol: Any) -> Recorded:
+    """Return an evaluation of these slides."""
+    rules = evaluation_params("own_spacing", protocol)
+    return Recorded(protocol=rules.protocol(), protocol_hash=rules.protocol_hash(), slides=list(slides))
+
+
+def drawn(skill: float, seed: int = 1, n_slides: int = 40) -> Recorded:
+    """Return an evaluation of slides whose lesions are the same for a seed, and found the better the more skill."""
+    rng, slides = np.random.default_rng(seed), []
+    for number in range(n_slides):
+        is_tumour = number % 2
+        hardness, clutter = rng.random(rng.integers(1, 4)), rng.random(rng.integers(0, 4)) * 0.85
+        found = np.clip(skill + 0.25 - 0.6 * hardness + rng.normal(0, 0.05, len(hardness)), 0, 1).round(4)
+        best = [float(one) if one > 0.15 else None for one in found] if is_tumour else []
+        slides.append(slide(f"case_{number:03d}", is_tumour, best, (clutter * (1.3 - skill / 2)).clip(0, 1).tolist()))
+    return matches(slides)
+
+
+def stride_trials(strides: Sequence[int] = (16, 32, 56, 112, 224), repeats: int = 3) -> list[Trial]:
+    """Return a sweep over stride, precision and stain: coarser and narrower is cheaper and a little worse."""
+    rng = np.random.default_rng(3)
+    trials = []
+    for stain, colour in (("none", 0.0), ("macenko", 0.03)):
+        for precision, loss, share in (("fp32", 0.0, 1.0), ("bf16", 0.002, 0.6)):
+            for stride in strides:
+                params = {"inference.stride": stride, "inference.precision": precision, "stain.method": stain}
+                params |= {"tiles.halo_px": 112 + stride, "model.card": "pkg:demo.json", "lesions.threshold": 0.5}
+                found = drawn(0.75 - 0.09 * np.log2(stride / 16) / 2 - loss + colour)
+                for repeat in range(1, repeats + 1):
+                    hours = share * (0.02 + 24 / stride**1.4) * (1.1 if stain == "macenko" else 1.0)
+                    own = {**params, "repeat": repeat, "out": f"/runs/{len(trials)}"}
+                    trials.append(Trial(own, hours * float(rng.normal(1, 0.04)), found))
+    return trials
+
+
+def store(uri: str, sweep: str | None = "strides", experiment: str = "wsiflow") -> TrackingParams:
+    """Return how tests reach a store."""
+    given = {"kind": "mlflow", "timeout_s": 5, "retries": 0, "lock_wait_s": 60}
+    return TrackingParams(uri=uri, experiment=experiment, sweep=sweep, **given)
+
+
+def log(params: TrackingParams, trials: Sequence[Trial], folder: Path, **changes: Any) -> list[str]:
+    """Record trials as `results` does and return their run ids."""
+    ids = []
+    for number, trial in enumerate(trials):
+        document = folder / f"{params.sweep}-{number}" / "matches.json"
+        document.parent.mkdir(parents=True, exist_ok=True)
+        document.write_text(trial.matches.model_dump_json())
+        setting = trial.matches.setting("")
+        numbers = evaluation._froc_metrics(setting) | evaluation._roc_metrics(setting)
+        own = ("inference.stride", "inference.precision", "stain.method", "repeat")
+        content: dict[str, Any] = {
+            "name": ",".join(f"{key}={trial.params[key]}" for key in own if key in trial.params) or "run",
+            "key": f"{params.sweep}{number}",
+            "plan_hash": "feed",
+            "partial": False,
+            "params": trial.params,
+            "metrics": {**numbers, "throughput.core_hours": trial.core_hours},
+            "tags": {"dataset.digest": "d1", "model.digest": "m1", "wsiflow.folder": f"{params.sweep}{number}"},
+            "dataset": ("cases.csv", "d1"),
+            "artifacts": [document],
+            "figures": {},
+            "tables": {},
+        }
+        logged = tracking.log_run(params, tracking.RunRecord(**{**content, **changes}))
+        assert logged.run_id, logged.reason
+        ids.append(logged.run_id)
+    return ids
+
+
+def write_folder(root: Path, found: Recorded, core_hours: float | None = None) -> Path:
+    """Write the part of a run's folder that a comparison reads."""
+    (root / "evaluation").mkdir(parents=True)
+    (root / "evaluation/matches.json").write_text(found.model_dump_json())
+    summary = {} if core_hours is None else {"throughput.core_hours": core_hours}
+    (root / "evaluation/summary.json").write_text(json.dumps(summary))
+    return root
