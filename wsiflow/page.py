@@ -180,6 +180,7 @@ table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
 th{color:var(--soft);font-weight:500;font-size:.85rem;white-space:nowrap;vertical-align:bottom}
 td,th{text-align:left;padding:.45rem 1.2rem .45rem 0;border-bottom:1px solid var(--line)}
 td{vertical-align:top}td small{max-width:22rem}td b{font-weight:600;overflow-wrap:anywhere}
+td.number{white-space:nowrap;padding-right:.9rem}
 td img{display:block;max-width:120px;max-height:120px;border-radius:3px}
 blockquote{padding:.9rem 1.1rem;background:var(--tint);border-radius:4px;max-width:46rem}
 section ul:not(.legend){margin:.9rem 0 0 1.1rem;max-width:46rem}li{margin:.25rem 0}

@@ -6,6 +6,7 @@ Input: a `Tradeoff` and its figures. Output: texts. What has no value is a dash,
 import csv
 import io
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from typing import Any
@@ -214,21 +215,28 @@ def _figure(figures: Mapping[str, bytes], name: str) -> str:
 
 
 def _main_table(found: Tradeoff) -> str:
-    return page.table(_heads(found), (_marked(row, _row(found, row)) for row in found.rows))
-
-
-def _marked(row: Row, cells: Sequence[str]) -> str:
-    """Return a row of the table, its name bold where it is on the front."""
-    name = f"<b>{escape(cells[0])}</b>" if row.pareto else escape(cells[0])
-    return f"<tr><td>{name}</td>{''.join(f'<td>{escape(cell)}</td>' for cell in cells[1:])}</tr>\n"
+    return _by_parameter(found, _heads(found)[1:], [_row(found, row)[1:] for row in found.rows])
 
 
 def _rates(found: Tradeoff) -> str:
     """Return the sensitivities that make the score, with their intervals."""
     metrics = [*tradeoff.sensitivities(), "froc.strict_score"]
-    heads = ["Sensitivity at", *(f"{name.rpartition('_')[2]} FP/slide" for name in metrics[:-1]), "Strict score"]
-    rows = (_marked(row, [row.name, *(_interval(row.metrics[name]) for name in metrics)]) for row in found.rows)
-    return page.table(heads, rows)
+    heads = [*(f"at {name.rpartition('_')[2]} FP" for name in metrics[:-1]), "Strict score"]
+    return _by_parameter(found, heads, [[_interval(row.metrics[name]) for name in metrics] for row in found.rows])
+
+
+def _by_parameter(found: Tradeoff, heads: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
+    """Return a table of the settings, a column per parameter that differs first, those on the front in bold."""
+    names = list(found.rows[0].params) or ["setting"]
+    rows = (_marked(row, [*row.params.values()] or [row.name], own) for row, own in zip(found.rows, cells, strict=True))
+    return page.table([*names, *heads], rows)
+
+
+def _marked(row: Row, names: Sequence[str], cells: Sequence[str]) -> str:
+    """Return a row of the table; what follows a value is small and under it."""
+    told = [f"<b>{escape(name)}</b>" if row.pareto else escape(name) for name in names]
+    told += [re.sub(r" ((\[|±).*)", r"<small>\1</small>", escape(cell)) for cell in cells]
+    return "<tr>" + "".join(f'<td class="number">{cell}</td>' for cell in told) + "</tr>\n"
 
 
 def _list(sentences: Sequence[str]) -> str:
