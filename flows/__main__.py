@@ -3,6 +3,7 @@
 Commands that work on files alone start without Hydra and Prefect: an array job starts one for each of its elements.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -18,6 +19,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run.main(arguments)
     from wsiflow import cli
 
+    if arguments and arguments[0] == "compare" and os.environ.get("PREFECT_API_URL"):
+        os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")  # errors are told once, here
+        from . import comparing
+
+        return cli.main(arguments, comparing.answer)
     return cli.main(arguments)
 
 

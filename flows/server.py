@@ -21,7 +21,7 @@ def chosen_server() -> Iterator[str]:
     history stays in Prefect's own database, but there is no page to look at while it runs.
     """
     url = PREFECT_API_URL.value()
-    if url and _answers(url):
+    if url and answers(url):
         yield f"Prefect server: {url}"
         return
     os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
@@ -66,7 +66,8 @@ def _own_database() -> Iterator[str]:
             yield ""
 
 
-def _answers(url: str) -> bool:
+def answers(url: str) -> bool:
+    """Tell whether a Prefect server is there."""
     try:
         with urllib.request.urlopen(f"{url}/health", timeout=_HEALTH_TIMEOUT_S) as answer:
             return bool(answer.status == 200)

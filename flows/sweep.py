@@ -37,9 +37,19 @@ class Sweep(Callback):
             params: Any = OmegaConf.to_container(config.tracking, resolve=True)
             _begin_together({**params, "sweep": sweep}, prefect=config.orchestrator == "prefect")
 
-    def on_multirun_end(self, config: DictConfig, **_kwargs: Any) -> None:  # noqa: ARG002 - Hydra's form
-        """Stop what was started."""
-        _started.close()
+    def on_multirun_end(self, config: DictConfig, **_kwargs: Any) -> None:
+        """Compare the trials and stop what was started."""
+        with _started:
+            _compare(config)
+
+
+def _compare(config: DictConfig) -> None:
+    """Compare the trials that have scores, in the sweep's folder."""
+    from .comparing import end_of_sweep
+
+    params: Any = OmegaConf.to_container(config.tracking, resolve=True)
+    named = tracking.TrackingParams.model_validate({**params, "sweep": config.tracking.sweep or config.name})
+    end_of_sweep(Path(config.hydra.sweep.dir), named)
 
 
 def _begin_together(params: Mapping[str, Any], *, prefect: bool) -> None:

@@ -11,6 +11,7 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from wsiflow import __version__
 from wsiflow.errors import EnvironmentFault, InputError, IntegrityError, WsiflowError
@@ -29,9 +30,14 @@ def report(error: WsiflowError) -> int:
     return error.exit_code
 
 
-def main(argv: Sequence[str]) -> int:
-    """Run one command and return its exit code."""
-    arguments = _parser().parse_args(argv)
+def main(argv: Sequence[str], answer: Callable[..., Any] | None = None) -> int:
+    """Run one command and return its exit code.
+
+    Args:
+        argv: The command and its arguments.
+        answer: What ``compare`` calls in the place of `wsiflow.compare.answer`.
+    """
+    arguments = _parser().parse_args(argv, argparse.Namespace(answer=answer))
     command: Callable[[argparse.Namespace], int] = arguments.command
     return bounded(lambda: command(arguments))
 
@@ -320,8 +326,8 @@ def _compare(arguments: argparse.Namespace) -> int:
     from wsiflow import compare
 
     options = compare.Options(arguments.reference, arguments.bootstrap, arguments.seed)
-    asked = compare.Asked(arguments.names, arguments.uri, arguments.sweep, options)
-    say(compare.told(compare.answer(asked, arguments.out)))
+    wanted = compare.asked(arguments.names, arguments.uri, arguments.sweep, options)
+    say(compare.told((arguments.answer or compare.answer)(wanted, arguments.out)))
     return 0
 
 

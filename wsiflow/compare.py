@@ -311,16 +311,22 @@ class Asked(NamedTuple):
     """What a user wants compared.
 
     Attributes:
-        names: Folders, or one experiment of MLflow.
-        uri: Store of the experiment.
-        sweep: Which of its sweeps; None where it has no or one.
+        folders: Folders of runs; empty: the runs of an experiment.
+        params: The experiment in MLflow, and which of its sweeps; None where there are folders.
         options: How.
     """
 
-    names: Sequence[str]
-    uri: str
-    sweep: str | None
+    folders: Sequence[Path]
+    params: TrackingParams | None
     options: Options
+
+
+def asked(names: Sequence[str], uri: str, sweep: str | None, options: Options) -> Asked:
+    """Return what names mean: folders, or one experiment of the store at ``uri``."""
+    folders = [Path(name) for name in names]
+    if len(folders) > 1 or finished.holds_runs(folders[0]):
+        return Asked(folders, None, options)
+    return Asked([], finished.store(uri, names[0], sweep), options)
 
 
 class Answer(NamedTuple):
@@ -332,23 +338,21 @@ class Answer(NamedTuple):
     logged: Logged | None
 
 
-def answer(asked: Asked, out: Path) -> Answer:
+def answer(wanted: Asked, out: Path) -> Answer:
     """Compare folders, or the runs of a sweep in MLflow, which is told; write the files.
 
     Raises:
         InputError: A folder, experiment or sweep is not there, or see `compare`.
         EnvironmentFault: The store cannot be read, or the folder cannot be written.
     """
-    folders = [Path(name) for name in asked.names]
-    if len(folders) > 1 or finished.holds_runs(folders[0]):
-        found = finished.in_folders(folders)
-        result = compare(found, folders[0].name if len(folders) == 1 else "comparison", asked.options)
+    if wanted.params is None:
+        found = finished.in_folders(wanted.folders)
+        name = wanted.folders[0].name if len(wanted.folders) == 1 else out.name
+        result = compare(found, name, wanted.options)
         return Answer(result, out, write(out, result), None)
-    params = finished.store(asked.uri, asked.names[0], asked.sweep)
-    found = finished.of_sweep(params)
-    sweep = found.runs[0].sweep or None
-    params = params.model_copy(update={"sweep": sweep})
-    result = compare(found, sweep or params.experiment, asked.options)
+    found = finished.of_sweep(wanted.params)
+    params = wanted.params.model_copy(update={"sweep": found.runs[0].sweep or None})
+    result = compare(found, params.sweep or params.experiment, wanted.options)
     files = write(out, result)
     return Answer(result, out, files, record(params, found.runs, result, files))
 

@@ -77,9 +77,17 @@ def _finite(value: float) -> float | None:
 # --- the main table
 
 
-def _heads(found: Tradeoff) -> list[str]:
-    heads = ["Setting", "FROC score", "Slide AUC", "Core-hours", "of reference"]
-    return [*heads, f"Difference, {tradeoff.title(found.metric)}", "p", "p corrected", "Pareto"]
+_HEADS = (
+    "Setting",
+    "FROC score",
+    "Slide AUC",
+    "Core-hours",
+    "of reference",
+    "Difference",
+    "p",
+    "corrected",
+    "Pareto",
+)
 
 
 def _row(found: Tradeoff, row: Row) -> list[str]:
@@ -133,8 +141,9 @@ def _sentences(found: Tradeoff) -> list[str]:
     return [
         f"Intervals hold 95 % of {found.counts['resamples']:,} resamples of the cases; every setting is scored on the "
         "same ones.",
-        f"Differences are to {found.reference}, on the same resamples. p is two-sided, and corrected by Holm's method "
-        f"for {others} {'comparison' if others == 1 else 'comparisons'}, each metric by itself.",
+        f"Differences of {tradeoff.title(found.metric)} are to {found.reference}, on the same resamples; p is two-sided.",
+        f"p is corrected by Holm's method for {others} {'comparison' if others == 1 else 'comparisons'}, each metric by "
+        "itself.",
         "Core-hours are what a setting costs by itself, start and warm-up excluded: the mean ± the standard deviation "
         "over n repeats, where there are any. One repeat says nothing of the spread.",
         f"The Pareto set is of point estimates of {tradeoff.title(found.metric)} and mean core-hours: settings whose "
@@ -152,7 +161,7 @@ def front(found: Tradeoff) -> list[str]:
 
 
 def _markdown(found: Tradeoff, figures: Mapping[str, bytes]) -> str:
-    table = [_heads(found), *(_row(found, row) for row in found.rows)]
+    table = [_HEADS, *(_row(found, row) for row in found.rows)]
     lines = [_piped(table[0]), _piped(["---"] * len(table[0])), *map(_piped, table[1:])]
     pictures = [f"![{_CAPTIONS[name]}]({name}.png)\n" for name in _CAPTIONS if name in figures]
     parts = [
@@ -215,7 +224,7 @@ def _figure(figures: Mapping[str, bytes], name: str) -> str:
 
 
 def _main_table(found: Tradeoff) -> str:
-    return _by_parameter(found, _heads(found)[1:], [_row(found, row)[1:] for row in found.rows])
+    return _by_parameter(found, _HEADS[1:], [_row(found, row)[1:] for row in found.rows])
 
 
 def _rates(found: Tradeoff) -> str:
