@@ -6,7 +6,6 @@ Without one the same is done directly: nothing is started for it.
 
 import os
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 from prefect import flow
@@ -24,9 +23,9 @@ _PICTURE = re.compile(r"^!\[.*\]\((.*)\)$", re.MULTILINE)
 
 def answer(wanted: compare.Asked, out: Path) -> Answer:
     """Compare what a user asks for, see `wsiflow.compare.answer`."""
-    found = _told_to_prefect("compare", lambda: compare.answer(wanted, out))
-    assert found is not None
-    return found
+    made = compare.answer(wanted, out)
+    _tell_prefect(made)
+    return made
 
 
 def end_of_sweep(out: Path, params: TrackingParams) -> None:
@@ -35,28 +34,19 @@ def end_of_sweep(out: Path, params: TrackingParams) -> None:
     The sweep is complete without: what is wrong is told and raises nothing.
     """
     try:
-        found = _told_to_prefect(f"compare {params.sweep}", lambda: compare.sweep_folder(out, params))
+        made = compare.sweep_folder(out, params)
     except WsiflowError as error:
-        cli.report(error)
+        cli.say(f"not compared: {error}")
         return
-    if found is not None:
-        cli.say(compare.told(found))
+    if made is not None:
+        cli.say(compare.told(made))
+        _tell_prefect(made)
 
 
-def _told_to_prefect(name: str, function: Callable[[], Answer | None]) -> Answer | None:
-    """Call a function, as a flow run of this name where a server takes it."""
-    url = os.environ.get("PREFECT_API_URL", "")
-    if not answers(url):
-        return function()
-
-    @flow(name="wsiflow compare", flow_run_name=name, persist_result=False)
-    def comparison() -> Answer | None:
-        found = function()
-        if found is not None:
-            show(found)
-        return found
-
-    return comparison()
+def _tell_prefect(made: Answer) -> None:
+    """Show a comparison as a flow run, where a server takes it."""
+    if answers(os.environ.get("PREFECT_API_URL", "")):
+        flow(name="wsiflow compare", flow_run_name=f"compare {made.found.name}", persist_result=False)(show)(made)
 
 
 def show(made: Answer) -> None:

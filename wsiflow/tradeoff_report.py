@@ -141,9 +141,9 @@ def _sentences(found: Tradeoff) -> list[str]:
     return [
         f"Intervals hold 95 % of {found.counts['resamples']:,} resamples of the cases; every setting is scored on the "
         "same ones.",
-        f"Differences of {tradeoff.title(found.metric)} are to {found.reference}, on the same resamples; p is two-sided.",
-        f"p is corrected by Holm's method for {others} {'comparison' if others == 1 else 'comparisons'}, each metric by "
-        "itself.",
+        f"Differences of {tradeoff.title(found.metric)} are to {found.reference}, on the same resamples.",
+        f"p is two-sided, and corrected by Holm's method for {others} "
+        f"{'comparison' if others == 1 else 'comparisons'}, each metric by itself.",
         "Core-hours are what a setting costs by itself, start and warm-up excluded: the mean ± the standard deviation "
         "over n repeats, where there are any. One repeat says nothing of the spread.",
         f"The Pareto set is of point estimates of {tradeoff.title(found.metric)} and mean core-hours: settings whose "
