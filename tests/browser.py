@@ -1,4 +1,4 @@
-"""Debian's Chromium without a window, driven through its DevTools: what a user sees of a page, as text and as picture."""
+"""Debian's Chromium without a window, driven through its DevTools: what a user sees, as text and as picture."""
 
 import base64
 import io
