@@ -112,6 +112,8 @@ def to_config(composed: DictConfig, *, job: str = "") -> RunConfig:
     if missing:
         raise InputError(f"no value for {', '.join(missing)}", "give it on the command line", stage="configuration")
     values: Any = OmegaConf.to_container(composed, resolve=True)
+    if values["share"] == "auto":  # repeats are there to measure, so each does its own work
+        values["share"] = str(Path(values["out"]) / ".shared" / f"repeat-{values['repeat']}") if job else None
     if job:
         values["out"] = str(Path(values["out"]) / job)
         values["tracking"]["sweep"] = values["tracking"]["sweep"] or sweep.name() or values["name"]
@@ -128,8 +130,9 @@ def _make_absolute(values: dict[str, Any]) -> None:
         path = values[part].get(name)
         if path and not str(path).startswith("pkg:"):
             values[part][name] = str(Path(path).absolute())
-    if values["out"]:
-        values["out"] = str(Path(values["out"]).absolute())
+    for name in ("out", "share"):
+        if values[name]:
+            values[name] = str(Path(values[name]).absolute())
 
 
 def compose_config(overrides: Sequence[str], *, job: str = "") -> RunConfig:
@@ -152,9 +155,14 @@ def sweep_jobs(overrides: Sequence[str]) -> dict[str, list[str]]:
     Raises:
         InputError: An override cannot be parsed.
     """
+    given = list(overrides)
     try:
-        parsed = OverridesParser.create().parse_overrides(list(overrides))
-    except HydraException as error:
+        parser = OverridesParser.create()
+        own = {one.get_key_element() for one in parser.parse_overrides(given)}
+        listed = parser.parse_overrides(_experiment_axes(given))
+        overrides = [str(one.input_line) for one in listed if one.get_key_element() not in own] + given
+        parsed = parser.parse_overrides(overrides)
+    except (HydraException, OmegaConfBaseException) as error:
         raise _refused(error) from error
     axes = [
         [f"{one.get_key_element()}={value}" for value in one.sweep_string_iterator()]
@@ -164,6 +172,17 @@ def sweep_jobs(overrides: Sequence[str]) -> dict[str, list[str]]:
     ]
     jobs = [list(job) for job in itertools.product(*axes)]
     return {sweep.joined(one for one in job if one not in overrides): job for job in jobs}
+
+
+def _experiment_axes(overrides: Sequence[str]) -> list[str]:
+    """Return the axes of the experiment that overrides choose, as overrides; nothing where they choose none."""
+    chosen = [one for one in overrides if one.startswith("experiment=")]
+    if not chosen:
+        return []
+    with hydra.initialize_config_module("wsiflow.conf", version_base="1.3"):
+        composed = hydra.compose("config", overrides=chosen[-1:], return_hydra_config=True)
+    params: Any = OmegaConf.to_container(composed.hydra.sweeper.params or OmegaConf.create(), resolve=False)
+    return [f"{key}={value}" for key, value in params.items()]
 
 
 def quoted(text: str) -> str:

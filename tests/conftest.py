@@ -12,6 +12,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import serving
 
@@ -48,6 +49,29 @@ def two_settings(small_slides: Path, tmp_path_factory: pytest.TempPathFactory) -
     for name, setting in (("fp32", "inference.precision=fp32"), ("other", other)):
         assert run.main(["run", f"out={folder / name}", setting, *common]) == 0
     return folder / "fp32", folder / "other"
+
+
+@pytest.fixture(scope="session")
+def tiny_slides(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The manifest of two tiny slides, one with a tumour outline."""
+    from wsiflow import pyramid
+
+    folder = tmp_path_factory.mktemp("tiny")
+    rng = np.random.default_rng(0)
+    lines = ["slide_id,path,label,annotation_path"]
+    for name, label, xml in (("a", "tumor", "a.xml"), ("b", "normal", "")):
+        pixels = rng.normal(240, 2, (500, 600, 3))
+        pixels[150:350, 150:450] = rng.normal((190, 120, 180), 12, (200, 300, 3))
+        image = np.clip(pixels, 0, 255).astype(np.uint8)
+        pyramid.write_rgb(folder / f"{name}.tif", iter([image]), shape=(500, 600), um_px=0.243, quality=90)
+        lines.append(f"{name},{name}.tif,{label},{xml}")
+    corners = "".join(
+        f'<Coordinate Order="{i}" X="{x}" Y="{y}"/>' for i, (x, y) in enumerate([(160, 160), (400, 160), (400, 340)])
+    )
+    outline = f'<Annotation Name="t" PartOfGroup="_0"><Coordinates>{corners}</Coordinates></Annotation>'
+    (folder / "a.xml").write_text(f"<ASAP_Annotations><Annotations>{outline}</Annotations></ASAP_Annotations>")
+    (folder / "manifest.csv").write_text("\n".join(lines) + "\n")
+    return folder / "manifest.csv"
 
 
 @pytest.fixture(scope="session")

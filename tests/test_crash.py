@@ -6,39 +6,16 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
-import pytest
 from test_line import COARSE, attempts, digests, over
 
 from flows import pipeline, run
-from wsiflow import publish, pyramid
+from wsiflow import publish
 
 # Every effect of the line is a place to crash; one in STRIDE is tried. WSIFLOW_CRASH_STRIDE=1 tries them all.
 STRIDE = int(os.environ.get("WSIFLOW_CRASH_STRIDE", "23"))
 
 _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(["flows.pipeline", "flows.run", "wsiflow.certify", "wsiflow.settle", "wsiflow.steps"])
-
-
-@pytest.fixture(scope="module")
-def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two tiny slides, one with a tumour outline."""
-    folder = tmp_path_factory.mktemp("tiny")
-    rng = np.random.default_rng(0)
-    lines = ["slide_id,path,label,annotation_path"]
-    for name, label, xml in (("a", "tumor", "a.xml"), ("b", "normal", "")):
-        pixels = rng.normal(240, 2, (500, 600, 3))
-        pixels[150:350, 150:450] = rng.normal((190, 120, 180), 12, (200, 300, 3))
-        image = np.clip(pixels, 0, 255).astype(np.uint8)
-        pyramid.write_rgb(folder / f"{name}.tif", iter([image]), shape=(500, 600), um_px=0.243, quality=90)
-        lines.append(f"{name},{name}.tif,{label},{xml}")
-    corners = "".join(
-        f'<Coordinate Order="{i}" X="{x}" Y="{y}"/>' for i, (x, y) in enumerate([(160, 160), (400, 160), (400, 340)])
-    )
-    outline = f'<Annotation Name="t" PartOfGroup="_0"><Coordinates>{corners}</Coordinates></Annotation>'
-    (folder / "a.xml").write_text(f"<ASAP_Annotations><Annotations>{outline}</Annotations></ASAP_Annotations>")
-    (folder / "manifest.csv").write_text("\n".join(lines) + "\n")
-    return folder / "manifest.csv"
 
 
 def line(manifest: Path, out: Path, last: int = -1) -> int:
@@ -73,9 +50,10 @@ def points(manifest: Path, folder: Path) -> Iterator[tuple[int, Path]]:
 
 
 @pytest.mark.timeout(1800)  # two minutes where nothing else runs
-def test_a_run_that_ends_before_any_effect_is_finished_by_the_next(manifest: Path, tmp_path: Path) -> None:
+def test_a_run_that_ends_before_any_effect_is_finished_by_the_next(tiny_slides: Path, tmp_path: Path) -> None:
     """Same bytes as an undisturbed run, and nothing that was finished is done again."""
     assert COARSE
+    manifest = tiny_slides
     assert line(manifest, tmp_path / "undisturbed") == 0
     expected = digests(tmp_path / "undisturbed")
     tried = 0

@@ -26,7 +26,8 @@ from wsiflow.executor import jobs
 from wsiflow.store import StoreParams
 
 ROOT = Path(__file__).parents[1]
-FILES = sorted((ROOT / "conf").glob("*/*.yaml"))
+# An experiment is a list of overrides: it goes where a form takes those.
+FILES = sorted(path for path in (ROOT / "conf").glob("*/*.yaml") if path.parent.name != "experiment")
 GROUPS = {path.parent.name: sorted(one.stem for one in path.parent.glob("*.yaml")) for path in FILES}
 FORMS = (forms.Demo, forms.Run, forms.Sweep, forms.Evaluate)
 COARSE = ["dense.windows=4", "evaluation.bootstrap=0"]

@@ -138,6 +138,8 @@ class RunConfig(BaseModel, frozen=True, extra="forbid"):
         out: The run's folder.
         name: Name of the run in reports.
         seed: Seed of everything drawn at random (only the bootstrap).
+        repeat: Number of this repeat of a run: changes no result, and repeats share nothing that is measured.
+        share: Folder of what trials of a sweep have in common and compute once; None: nothing is shared.
         allow_partial: Score the slides that have results when others failed; marked PARTIAL, exit code 10.
         shard_slides: Slides per Prefect task; 0 makes about 40 tasks however many slides there are.
         orchestrator: ``prefect``, or ``none`` to call the same functions without it.
@@ -146,6 +148,8 @@ class RunConfig(BaseModel, frozen=True, extra="forbid"):
     out: Path
     name: str = Field(min_length=1)
     seed: int = Field(ge=0)
+    repeat: int = Field(ge=1)
+    share: Path | None
     allow_partial: bool
     shard_slides: int = Field(ge=0)
     orchestrator: Literal["prefect", "none"]

@@ -15,7 +15,7 @@ its score. ``reference``: the window is centred on the cell's top-left corner, a
 shifted inwards as in Li, Mikailov and Chen (IEEE TAI 2023), so that results can be compared with that system.
 """
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,6 +56,10 @@ class Frame(NamedTuple):
     def block_px(self, tiles: int) -> int:
         """Return how many reading pixels so many tiles in a line have with their halo."""
         return tiles * self.tile_px + 2 * self.halo_px
+
+    def of_pixels(self) -> dict[str, Any]:
+        """Return the transform as far as it concerns which pixels blocks have: windows and scores do not matter."""
+        return {name: value for name, value in self._asdict().items() if name not in {"window_px", "stride_px"}}
 
     @property
     def cells_per_tile(self) -> int:

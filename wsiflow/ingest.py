@@ -4,6 +4,7 @@
 run started again does not look at a slide twice. Only overviews are read here; the plan is written before any patch.
 """
 
+import base64
 import json
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
@@ -15,7 +16,7 @@ import yaml
 from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
-from wsiflow import export, geometry, identity, plan, publish, slide, tissue, tracking
+from wsiflow import export, geometry, identity, plan, publish, sharing, slide, tissue, tracking
 from wsiflow.config import RunConfig
 from wsiflow.dataset import Case
 from wsiflow.errors import InputError
@@ -25,6 +26,7 @@ from wsiflow.model import card
 from wsiflow.model.choice import Choice
 from wsiflow.plan import Plan, SlidePlan
 from wsiflow.provenance import facts
+from wsiflow.sharing import Place
 
 _CASES = TypeAdapter(tuple[Case, ...])
 
@@ -59,26 +61,25 @@ def ingest(source: Path, index: int) -> tuple[publish.Receipt, bool]:
         return done, False
     receipt_facts = facts("tissue", case.slide_id)
     with publish.publishing(root, name, key, receipt_facts, publish.accept) as attempt:
-        with slide.open_slide(case.path, slide_id=case.slide_id) as opened:
-            um_px = slide.resolve_mpp(opened.facts, case.mpp)
-            mask, downsample, tissue_grid, frame = _tiles(opened, um_px, config, cutting["tiles"])
-            corner = opened.facts.l0_bounds_corner
-        sha256 = identity.sha256(case.path)
+        looked, elsewhere = _looked(case, config)
+        if elsewhere is not None:
+            attempt.charge(elsewhere)
+        sha256, frame = looked["sha256"], _framed(looked["frame"], config, cutting["tiles"])
         _check_manifest_sha256(case, sha256)
-        cut = plan.make_cut(tissue_grid, frame, group_tiles=config.tiles.group_tiles)
+        grid = plan.tissue_grid(looked["tile_runs"])
+        cut = plan.make_cut(grid, frame, group_tiles=config.tiles.group_tiles)
         record = {
             "sha256": sha256,
-            "signature": identity.signature(case.path),
-            "um_px_l0": um_px,
-            "overview_downsample": downsample,
+            "signature": looked["signature"],
+            "um_px_l0": looked["um_px_l0"],
+            "overview_downsample": looked["downsample"],
             "frame": frame._asdict(),
-            "n_tiles": int(tissue_grid.sum()),
+            "n_tiles": int(grid.sum()),
             "n_blocks": len(cut.blocks),
             "n_groups": len(cut.group_ranges),
             "key": plan.slide_key(sha256, frame, cut),
         }
-        png = export.tissue_png(mask)
-        outline = export.tissue_geojson(mask, downsample=downsample, offset=(-corner[0], -corner[1])).encode()
+        png, outline = base64.b64decode(looked["mask_png"]), looked["outline"].encode()
         with attempt.uncounted():
             publish.publish_bytes(root, f"tissue/{case.slide_id}.png", png, key, receipt_facts)
             publish.publish_bytes(root, f"tissue/{case.slide_id}.geojson", outline, key, receipt_facts)
@@ -86,6 +87,58 @@ def ingest(source: Path, index: int) -> tuple[publish.Receipt, bool]:
             publish.publish_bytes(root, plan.cut_name(case.slide_id), text.encode(), key, receipt_facts)
         attempt.path.write_text(json.dumps(record), encoding="utf-8")
     return attempt.receipt, True
+
+
+def shared_folder(root: Path) -> Path | None:
+    """Return the folder that a run shares with the other trials of its sweep, None where it shares nothing."""
+    told = publish.generations(root, "cases.json")
+    return read_cases(told[-1])[0].share if told else None
+
+
+def _looked(case: Case, config: RunConfig) -> tuple[dict[str, Any], publish.Receipt | None]:
+    """Return what `_look` finds, and the receipt of whoever found it for all trials where that was another one."""
+    if config.share is None:
+        return _look(case, config), None
+    # The content is hashed by who looks first; whether it is still that file, its names, sizes and times tell.
+    seen = {"path": str(case.path), "signature": identity.signature(case.path), "mpp": case.mpp}
+    key = publish.key_of(**seen, frame=_frame_settings(config), tissue=config.tissue.model_dump())
+    address = Place(config.share, config.share, f"look/{case.slide_id}", key).address
+    receipt = sharing.found(config.share, address)
+    if receipt is None:
+        with publish.publishing(config.share, address, key, facts("look", case.slide_id), publish.accept) as attempt:
+            attempt.path.write_text(json.dumps(_look(case, config)), encoding="utf-8")
+    looked: dict[str, Any] = json.loads((config.share / address).read_text(encoding="utf-8"))
+    return looked, receipt
+
+
+def _frame_settings(config: RunConfig) -> dict[str, Any]:
+    """Return the settings that decide what is read of a slide's overview, and its tile grid."""
+    model = _card(config.model)
+    window = {"window_px": model.window_px, "spacing_um_px": model.spacing_um_px}
+    return {"geometry": config.geometry.model_dump(), "tile_px": config.tiles.tile_px, "model": window}
+
+
+def _look(case: Case, config: RunConfig) -> dict[str, Any]:
+    """Open a slide, hash it and find its tissue: all that does not depend on how windows are cut and scored.
+
+    Returns:
+        Plain JSON values; ``frame`` is the transform as far as it is known without strides and blocks.
+    """
+    signature = identity.signature(case.path)
+    with slide.open_slide(case.path, slide_id=case.slide_id) as opened:
+        um_px = slide.resolve_mpp(opened.facts, case.mpp)
+        mask, downsample, tissue_grid, frame = _tiles(opened, um_px, config)
+        corner = opened.facts.l0_bounds_corner
+    return {
+        "sha256": identity.sha256(case.path),
+        "signature": signature,
+        "um_px_l0": um_px,
+        "downsample": downsample,
+        "frame": frame._asdict(),
+        "tile_runs": plan.tile_runs(tissue_grid),
+        "mask_png": base64.b64encode(export.tissue_png(mask)).decode(),
+        "outline": export.tissue_geojson(mask, downsample=downsample, offset=(-corner[0], -corner[1])),
+    }
 
 
 def is_chosen(source: Path) -> bool:
@@ -109,7 +162,7 @@ def check_model(config: RunConfig) -> None:
     model = _card(config.model)
     card.read_weights(config.model, model)
     needed = max(geometry.window_reach_px(model.window_px, config.inference.stride, config.geometry.convention))
-    if config.tiles.halo_px != "auto" and config.tiles.halo_px < needed:
+    if isinstance(config.tiles.halo_px, int) and config.tiles.halo_px < needed:
         cause = f"tiles.halo_px is {config.tiles.halo_px}, windows of {model.window_px} px need at least {needed}"
         raise InputError(cause, "set tiles.halo_px=auto and geometry=centred", stage="configuration")
 
@@ -168,10 +221,10 @@ def _card(spec: card.ModelSpec) -> card.ModelCard:
 
 
 def _tiles(
-    opened: slide.Slide, um_px: float, config: RunConfig, sizes: Mapping[str, int]
+    opened: slide.Slide, um_px: float, config: RunConfig
 ) -> tuple[NDArray[np.bool_], float, NDArray[np.bool_], Frame]:
     """Return the tissue mask, its downsample, the tile grid and the frame of a slide."""
-    frame = _frame(opened.facts, um_px, config, sizes)
+    frame = _frame(opened.facts, um_px, config)
     if config.geometry.convention == "reference":
         return _cut_like_the_reference(opened, frame)
     downsample = config.tissue.downsample
@@ -195,7 +248,8 @@ def _cut_like_the_reference(
     )
 
 
-def _frame(about: slide.SlideFacts, um_px: float, config: RunConfig, sizes: Mapping[str, int]) -> Frame:
+def _frame(about: slide.SlideFacts, um_px: float, config: RunConfig) -> Frame:
+    """Return the slide's transform; stride and blocks are still to be said, see `_framed`."""
     model = _card(config.model)
     l0_per_px = 1.0
     if config.geometry.spacing == "model":
@@ -217,15 +271,21 @@ def _frame(about: slide.SlideFacts, um_px: float, config: RunConfig, sizes: Mapp
         um_px=um_px * l0_per_px,
         tile_px=config.tiles.tile_px,
         window_px=model.window_px,
-        stride_px=config.inference.stride,
-        halo_px=sizes["halo_px"],
-        block_rows=sizes["block_rows"],
-        block_cols=sizes["block_cols"],
+        stride_px=config.tiles.tile_px,
+        halo_px=0,
+        block_rows=1,
+        block_cols=1,
         t_col0=0,
         t_row0=0,
         t_cols=cols,
         t_rows=rows,
     )
+
+
+def _framed(frame: Mapping[str, Any], config: RunConfig, sizes: Mapping[str, int]) -> Frame:
+    """Return a slide's transform with the stride and the blocks of the run."""
+    blocks = {name: sizes[name] for name in ("halo_px", "block_rows", "block_cols")}
+    return Frame(**{**frame, **blocks, "stride_px": config.inference.stride})
 
 
 def check_unchanged(root: Path, slide_id: str, path: Path) -> None:

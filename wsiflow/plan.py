@@ -107,6 +107,11 @@ def slide_key(sha256: str, frame: Frame, cut: SlideCut) -> str:
     return publish.key_of(sha256=sha256, frame=frame._asdict(), **cut.as_dict())
 
 
+def pixels_key(planned: SlidePlan, cut: SlideCut) -> str:
+    """Return what identifies the pixels of a slide's blocks, whatever windows are cut from them."""
+    return publish.key_of(sha256=planned.sha256, frame=planned.frame.of_pixels(), **cut.as_dict())
+
+
 def cut_name(slide_id: str) -> str:
     """Return the name of the file with a slide's cut, relative to the run's folder."""
     return f"cuts/{slide_id}.json"

@@ -91,8 +91,13 @@ def done(root: Path, name: str, key: str) -> Receipt | None:
     return receipt
 
 
-def check(root: Path, receipt: Receipt) -> None:
+def check(root: Path, receipt: Receipt, *, largest: int | None = None) -> None:
     """Compare a published file with its receipt.
+
+    Args:
+        root: The run's folder.
+        receipt: The receipt.
+        largest: Of a file of more bytes only the size is compared; None: every file is hashed.
 
     Raises:
         IntegrityError: The file is gone, or its size or SHA-256 is another.
@@ -101,7 +106,8 @@ def check(root: Path, receipt: Receipt) -> None:
     remedy = f"delete {path} and {receipt_path(root, receipt['path'])}, then run again"
     if not path.is_file():
         raise IntegrityError("it was published and is gone", remedy, path=path)
-    if path.stat().st_size != receipt["bytes"] or file_sha256(path) != receipt["sha256"]:
+    hashed = largest is None or receipt["bytes"] <= largest
+    if path.stat().st_size != receipt["bytes"] or (hashed and file_sha256(path) != receipt["sha256"]):
         raise IntegrityError("its bytes are not those of its receipt", remedy, path=path)
 
 
@@ -146,6 +152,12 @@ class Attempt:
         self._clock += time.perf_counter() - clock
         self._cpu += time.process_time() - cpu
 
+    def charge(self, receipt: Receipt) -> None:
+        """Count what a part of the work cost when it was done, elsewhere or earlier, and say so."""
+        self._clock -= receipt["wall_s"]
+        self._cpu -= receipt["cpu_s"]
+        self.receipt["shared"] = True
+
     def finish(self) -> None:
         """Fill in what is known only once the file is closed."""
         self.receipt |= {
@@ -189,15 +201,50 @@ def publishing(
             _forget(attempt.path.parent)
             raise
         attempt.finish()
-        final = root / name
-        _make_folder(final.parent)
-        _link(attempt.path, final, attempt.receipt["sha256"])
-        note = attempt.path.with_name("receipt.json")
-        _effect("write", note)
-        note.write_text(json.dumps(attempt.receipt, indent=1, sort_keys=True), encoding="utf-8")
-        _make_folder(receipt_path(root, name).parent)
-        _link(note, receipt_path(root, name), None)
-        _forget(attempt.path.parent)
+        _give_name(root, name, attempt.path, attempt.receipt)
+
+
+def adopt(root: Path, name: str, source: Path, receipt: Receipt) -> Receipt:
+    """Publish a file that another folder has, whole and final: as a link to it, or a copy where links cannot be.
+
+    Args:
+        root: The run's folder.
+        name: Final name relative to the run's folder.
+        source: The file; it stays where it is.
+        receipt: Its receipt there, which says what it cost.
+
+    Returns:
+        The receipt in the run's folder.
+
+    Raises:
+        EnvironmentFault: The file system refused.
+        IntegrityError: Other bytes have the name.
+    """
+    folder = _attempt_folder(root)
+    path = folder / Path(name).name
+    own = receipt | {"path": name, "attempt": folder.name}
+    with _as_fault(root / name):
+        _make_folder(folder)
+        _effect("link", path)
+        try:
+            os.link(source, path)
+        except OSError:  # another file system, or none with links
+            shutil.copyfile(source, path)
+        _give_name(root, name, path, own)
+    return own
+
+
+def _give_name(root: Path, name: str, path: Path, receipt: Receipt) -> None:
+    """Give the file of an attempt its final name, and publish its receipt."""
+    final = root / name
+    _make_folder(final.parent)
+    _link(path, final, receipt["sha256"])
+    note = path.with_name("receipt.json")
+    _effect("write", note)
+    note.write_text(json.dumps(receipt, indent=1, sort_keys=True), encoding="utf-8")
+    _make_folder(receipt_path(root, name).parent)
+    _link(note, receipt_path(root, name), None)
+    _forget(path.parent)
 
 
 def publish_bytes(root: Path, name: str, data: bytes, key: str, facts: Mapping[str, Any]) -> Receipt:
@@ -306,14 +353,14 @@ def _link(source: Path, final: Path, sha256: str | None) -> None:
     """Give ``source`` its final name if that name is free.
 
     Where the name is taken, an equal file counts as success. A reply lost on a network file system looks like a
-    failure although the link was made; the link count tells.
+    failure although the link was made; whether both are one file tells.
     """
     _sync(source)
     _effect("link", final)
     try:
         os.link(source, final)
     except OSError as error:
-        if not isinstance(error, FileExistsError) and source.stat().st_nlink != 2:
+        if not isinstance(error, FileExistsError) and not (final.exists() and source.samefile(final)):
             raise
         if sha256 is not None and file_sha256(final) != sha256:
             raise IntegrityError(

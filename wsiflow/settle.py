@@ -26,6 +26,7 @@ _MICRO_BENCHMARK_S = 2.0
 # and a worker grows by 193 (fp32) for each pixel more in a block.
 _MEMORY_FACTOR = 2.4
 _FLAGS = ("amx", "asimd", "avx", "fma", "sve")  # what decides how fast a precision is
+_WIDEST_STEP_PX = 16  # context is a multiple of the map's spacing, which differs from stride to stride
 _MOST_SHARED = 0.99
 _MOST_COLS = 12  # longer strips save hardly any halo, and a group should hold several
 _WINDOW_BYTES_PX = 200.0  # windows hold only pixels; reading more at once would gain nothing
@@ -125,10 +126,10 @@ def _planned(classifier: Classifier, config: RunConfig, facts: DenseFacts | None
     asked, params = config.inference, config.tiles
     reach = max(geometry.window_reach_px(classifier.window_px, asked.stride, config.geometry.convention))
     wanted = _context_px(config, facts)
-    room = wanted if params.halo_px == "auto" or facts is None else params.halo_px - reach
+    halo = _halo_px(config, reach + wanted, classifier.window_px // 2 + wanted)
+    room = wanted if facts is None else halo - reach
     if room < wanted:
         return f"a halo of {params.halo_px} px leaves {room} px of context, a network that pads needs {wanted}"
-    halo = reach + wanted if params.halo_px == "auto" else params.halo_px
     rows, cols = _block_tiles(config, facts, halo)
     if not rows:
         return f"at stride {asked.stride} a single tile takes more than tiles.memory_mb={params.memory_mb}"
@@ -147,6 +148,14 @@ def _planned(classifier: Classifier, config: RunConfig, facts: DenseFacts | None
         refine=asked.refine,
         refine_from_px=asked.refine_from if asked.refine else 0,
     )
+
+
+def _halo_px(config: RunConfig, least_px: int, widest_px: int) -> int:
+    """Return the halo of a block: as asked, what is needed, or what any stride would need."""
+    asked = config.tiles.halo_px
+    if isinstance(asked, int):
+        return asked
+    return least_px if asked == "auto" else -(-widest_px // _WIDEST_STEP_PX) * _WIDEST_STEP_PX
 
 
 def _context_px(config: RunConfig, facts: DenseFacts | None) -> int:

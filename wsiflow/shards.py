@@ -75,8 +75,9 @@ def begin(config: RunConfig) -> Path:
     Returns:
         ``cases.json``.
     """
-    publish.preflight(config.out)
-    publish.sweep_attempts(config.out)
+    for folder in filter(None, (config.out, config.share)):
+        publish.preflight(folder)
+        publish.sweep_attempts(folder)
     ingest.check_model(config)
     params = config.dataset
     if params.kind == "synthetic" and params.folder is not None:

@@ -35,6 +35,7 @@ from wsiflow import (
     pyramid,
     reading,
     scoring,
+    sharing,
     stain,
     store,
 )
@@ -43,6 +44,7 @@ from wsiflow.executor import Outcome
 from wsiflow.geometry import Frame
 from wsiflow.plan import SlidePlan, Task
 from wsiflow.provenance import facts
+from wsiflow.sharing import Place
 from wsiflow.usage import Meter
 
 _OVERLAY_SIDE_PX = 1024
@@ -88,12 +90,14 @@ def fit_stain(source: Path, index: int) -> tuple[publish.Receipt, bool]:
     made = plan.read(source)
     root, planned = source.parent, made.slides[index]
     params, name = reading.stain_params(made), reading.fit_name(planned)
-    key = publish.key_of(slide=planned.key, stain=params.model_dump(exclude={"target", "on_failure"}))
-    done = publish.done(root, name, key)
+    seen = (planned.sha256, planned.frame.tile_px, planned.frame.l0_per_px, plan.read_cut(root, planned).tile_runs)
+    key = publish.key_of(seen=seen, stain=params.model_dump(exclude={"target"}))
+    place = Place(ingest.shared_folder(root), root, name, key)
+    done = sharing.done(place)
     if done is not None:
         return done, False
     found: dict[str, Any] = {"fit": None, "failure": ""}
-    with publish.publishing(root, name, key, facts("stain", planned.slide_id), publish.accept) as attempt:
+    with sharing.publishing(place, facts("stain", planned.slide_id), publish.accept) as attempt:
         with attempt.timed("stain"):
             try:
                 pixels = reading.tissue_sample(root, planned, params)
@@ -113,11 +117,13 @@ def extract(source: Path, index: int) -> tuple[publish.Receipt, bool]:
     root, task = source.parent, made.task("extract", index)
     planned, params = made.slides[task.slide], store.StoreParams.model_validate(made.work["store"])
     name, numbers = reading.part_name(planned, task.group), made.part(*task)
-    key = publish.key_of(slide=planned.key, groups=list(numbers), compression=params.compression, loss=params.loss)
-    done = publish.done(root, name, key)
+    frame, cut = planned.frame, plan.read_cut(root, planned)
+    pixels = plan.pixels_key(planned, cut)
+    key = publish.key_of(pixels=pixels, groups=list(numbers), compression=params.compression, loss=params.loss)
+    place = Place(ingest.shared_folder(root), root, name, key)
+    done = sharing.done(place)
     if done is not None:
         return done, False
-    frame, cut = planned.frame, plan.read_cut(root, planned)
     receipt_facts = facts("patches", planned.slide_id, part=task.group)
     groups = {k: cut.group(k) for k in numbers}
     sizes = {k: [reading.block_size_px(frame, block) for block in group] for k, group in groups.items()}
@@ -126,8 +132,8 @@ def extract(source: Path, index: int) -> tuple[publish.Receipt, bool]:
         store.check_patches(path, sizes)
 
     raw_bytes = sum(rows * cols * 3 for group in sizes.values() for rows, cols in group)
-    publish.require_space(root, raw_bytes // 3 if params.loss else raw_bytes)
-    with publish.publishing(root, name, key, receipt_facts, verify) as attempt:
+    publish.require_space(place.shared or root, raw_bytes // 3 if params.loss else raw_bytes)
+    with sharing.publishing(place, receipt_facts, verify) as attempt:
         with (
             attempt.timed("write"),
             reading.open_planned(root, planned) as opened,

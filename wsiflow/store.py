@@ -161,7 +161,7 @@ def _is_patches(frame: Frame, params: StoreParams) -> bool:
 def create_patches(path: Path, frame: Frame, facts: Mapping[str, Any], params: StoreParams) -> Iterator[PatchWriter]:
     """Create a patches file; ``facts`` (slide, hashes, versions, key) become attributes beside the transform."""
     with h5py.File(path, "x", libver=("v110", "v110")) as file:
-        _describe(file, frame, facts)
+        _describe(file, frame.of_pixels(), facts)
         yield PatchWriter(file, frame, params)
 
 
@@ -224,7 +224,7 @@ def write_index(path: Path, frame: Frame, facts: Mapping[str, Any], links: Mappi
         links: Numbers of groups, by the name of the file that has them, relative to the folder of ``path``.
     """
     with h5py.File(path, "x", libver=("v110", "v110")) as file:
-        _describe(file, frame, facts)
+        _describe(file, frame.of_pixels(), facts)
         for name, numbers in links.items():
             for k in numbers:
                 file[f"t{k}"] = h5py.ExternalLink(name, f"/t{k}")
@@ -235,7 +235,7 @@ def write_predictions(
 ) -> None:
     """Write the scores of one group: ``prob`` float32 (n, m, m) and ``coord`` int64 (n, 5)."""
     with h5py.File(path, "x", libver=("v110", "v110")) as file:
-        _describe(file, frame, facts)
+        _describe(file, frame._asdict(), facts)
         file.create_dataset("prob", data=prob, chunks=prob.shape, fletcher32=True, fillvalue=np.nan).flush()
         _table(file, "coord", coord)
 
@@ -269,9 +269,9 @@ def _reading(path: Path) -> Iterator[h5py.File]:
         yield file
 
 
-def _describe(file: h5py.File, frame: Frame, facts: Mapping[str, Any]) -> None:
-    file.attrs["frame"] = json.dumps(frame._asdict())
-    file.attrs["spacing_um_px"] = frame.um_px
+def _describe(file: h5py.File, frame: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+    file.attrs["frame"] = json.dumps(frame)
+    file.attrs["spacing_um_px"] = frame["um_px"]
     for name, value in facts.items():
         file.attrs[name] = value if isinstance(value, str | int | float) else json.dumps(value, sort_keys=True)
 

@@ -27,7 +27,7 @@ class TilesParams(BaseModel, frozen=True, extra="forbid"):
     Attributes:
         tile_px: Side of a tile in reading pixels.
         halo_px: Context read around each block, reading pixels a side; ``auto`` is what the windows and the network
-            need.
+            need, ``widest`` what they would need at the finest stride: the same pixels for all strides of a sweep.
         block_rows: Most tile rows of a block.
         block_cols: Most tile columns of a block; ``auto`` fits blocks to ``memory_mb``, with fewer rows where they have
             to be. One row and one column with a halo of 112 px are the reference's 448 px patches.
@@ -36,7 +36,7 @@ class TilesParams(BaseModel, frozen=True, extra="forbid"):
     """
 
     tile_px: int = Field(ge=16, le=4096)
-    halo_px: Annotated[int, Field(ge=0, le=4096)] | Literal["auto"]
+    halo_px: Annotated[int, Field(ge=0, le=4096)] | Literal["auto", "widest"]
     block_rows: int = Field(ge=1, le=64)
     block_cols: Annotated[int, Field(ge=1, le=256)] | Literal["auto"]
     memory_mb: int = Field(ge=100)
