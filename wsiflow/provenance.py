@@ -43,6 +43,19 @@ def numeric_class() -> dict[str, str]:
     return threads.numeric_class(thread_count())
 
 
+@lru_cache(maxsize=1)
+def cpu() -> str:
+    """Return the CPU that this process runs on."""
+    return threads.cpu_model()
+
+
 def facts(kind: str, slide_id: str, **more: Any) -> dict[str, Any]:
     """Return what the receipt of a file says besides its hash and times."""
-    return {"kind": kind, "slide": slide_id, "versions": versions(), "numeric_class": numeric_class(), **more}
+    return {
+        "kind": kind,
+        "slide": slide_id,
+        "cpu": cpu(),
+        "versions": versions(),
+        "numeric_class": numeric_class(),
+        **more,
+    }

@@ -14,7 +14,20 @@ from collections.abc import Iterable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from wsiflow import certify, evaluation, ingest, ledger, plan, publish, reading, report, throughput, trace, tracking
+from wsiflow import (
+    certify,
+    energy,
+    evaluation,
+    ingest,
+    ledger,
+    plan,
+    publish,
+    reading,
+    report,
+    throughput,
+    trace,
+    tracking,
+)
 from wsiflow.config import RunConfig
 from wsiflow.dataset import Case
 from wsiflow.errors import PARTIAL, IntegrityError
@@ -41,11 +54,23 @@ class Summary(NamedTuple):
 
 
 class Clock:
-    """When this run started."""
+    """When this run started, and what there was then.
 
-    def __init__(self) -> None:
-        """Start."""
+    Attributes:
+        before: Names of the files that were published already.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        """Start; energy is counted where all of the work is done on this machine."""
         self._start = time.perf_counter()
+        receipts = config.out / publish.RECEIPTS
+        self.before = frozenset(str(path.relative_to(receipts))[: -len(".json")] for path in receipts.rglob("*.json"))
+        self._energy = energy.Meter() if config.executor.kind in {"inline", "process"} else None
+
+    def energy(self) -> dict[str, float]:
+        """Return ``energy.joules`` since the start, nothing where there is no counter."""
+        joules = self._energy.joules() if self._energy else None
+        return {} if joules is None else {"energy.joules": joules}
 
     def seconds(self) -> float:
         """Return the wall seconds since the start."""
@@ -193,27 +218,35 @@ def _colours(root: Path, made: Plan) -> dict[str, float]:
 def _work_metrics(root: Path, folder: str, config: RunConfig, made: Plan, work: Work, clock: Clock) -> dict[str, float]:
     """Return throughput and cost.
 
-    Cost is that of everything published in the folder, whenever it was made. Rates are of what this run executed; a run
-    that executed nothing keeps those of the run that did.
+    Cost is that of everything published in the folder, whenever it was made and by whatever trial. Rates are of what
+    this run executed; a run that executed nothing keeps those of the run that did.
     """
     area = {s.slide_id: throughput.tile_area_mm2(s.frame.tile_px, s.frame.um_px) for s in made.slides}
     executed = [receipt for receipt in work.receipts if receipt["attempt"] in work.new]
     known = worker_count(config.executor, cores=allocated_cores()) or trace.peak_workers(trace.attempts(root))
     workers = known * config.executor.threads
     rates = throughput.summarise(executed, run_wall_s=clock.seconds(), workers=workers, tile_mm2=area)
+    used = clock.energy()
     if not executed:
-        rates |= {name: value for name, value in _former(root, folder).items() if name in rates}
+        former = _former(root, folder)
+        rates |= {name: value for name, value in former.items() if name in rates}
+        used = {name: value for name, value in former.items() if name == "energy.joules"}
     whole = throughput.summarise(work.receipts, run_wall_s=clock.seconds(), workers=workers, tile_mm2=area)
-    return rates | {name: value for name, value in whole.items() if name in _WHOLE or name.startswith("cost.")}
+    whole |= throughput.origin_core_seconds(work.receipts, clock.before)
+    whole["cost.warmup_core_s"] = trace.warmup_s(trace.attempts(root))
+    return rates | used | {name: value for name, value in whole.items() if name in _WHOLE or name.startswith("cost.")}
 
 
 _WHOLE = {"throughput.core_hours", "throughput.core_seconds_per_tile", "throughput.mm2_per_core_hour"}
 
 
 def _all_receipts(root: Path) -> list[publish.Receipt]:
-    """Return the receipt of everything computed for slides in this folder, and of what was computed for all of them."""
+    """Return the receipt of everything computed for slides in this folder, and of what was computed for all of them.
+
+    How scores are computed is settled before there is a plan: that is warm-up.
+    """
     found = (json.loads(path.read_text(encoding="utf-8")) for path in (root / publish.RECEIPTS).rglob("*.json"))
-    return [receipt for receipt in found if receipt.get("slide") or receipt.get("kind") in {"choice", "calibration"}]
+    return [receipt for receipt in found if receipt.get("slide") or receipt.get("kind") == "calibration"]
 
 
 def _counts(balance: Ledger, n_outcomes: int, n_executed: int) -> dict[str, float]:
@@ -346,6 +379,7 @@ def _track(root: Path, folder: str, config: RunConfig, made: Plan, key: str, met
         tags={
             **{f"version.{name}": number for name, number in versions().items()},
             **found,
+            **_machines(root, config),
             "wsiflow.folder": folder_id,
             "wsiflow.protocol_hash": matched.protocol_hash,
             "wsiflow.truth_hash": matched.truth_hash(),
@@ -361,6 +395,15 @@ def _track(root: Path, folder: str, config: RunConfig, made: Plan, key: str, met
     )
     logged = tracking.log_run(config.tracking, record)
     return f"MLflow     {config.tracking.uri} run {logged.run_id}" if logged.run_id else f"MLflow     {logged.reason}"
+
+
+def _machines(root: Path, config: RunConfig) -> dict[str, str]:
+    """Return the CPUs of whoever did the work."""
+    settled = json.loads((root / ingest.choice_name(config)).read_text(encoding="utf-8"))
+    return {
+        "cpu.model": "; ".join(sorted({receipt["cpu"] for receipt in _all_receipts(root) if "cpu" in receipt})),
+        "cpu.flags": " ".join(settled["cpu_flags"]),
+    }
 
 
 def _dataset_name(config: RunConfig) -> str:

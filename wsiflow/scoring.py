@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from wsiflow import certificate, ingest, plan, publish, reading, store
+from wsiflow import certificate, ingest, plan, publish, reading, store, usage
 from wsiflow.errors import EnvironmentFault, InputError, IntegrityError, WsiflowError
 from wsiflow.geometry import Frame
 from wsiflow.model import card
@@ -31,15 +31,15 @@ CALIBRATION_BLOCKS = 16
 
 
 def choose(source: Path, _index: int) -> tuple[publish.Receipt, bool]:
-    """Settle how the run computes scores, and publish it as ``engine/<key>.json``."""
-    from wsiflow import settle
-
+    """Settle how the run computes scores, and publish it as ``engine/<key>.json``; all of it is warm-up."""
     config, _ = ingest.read_cases(source)
     root, name, key = source.parent, ingest.choice_name(config), ingest.choice_key(config)
     done = publish.done(root, name, key)
     if done is not None:
         return done, False
-    with publish.publishing(root, name, key, facts("choice", ""), publish.accept) as attempt:
+    with usage.warming_up(), publish.publishing(root, name, key, facts("choice", ""), publish.accept) as attempt:
+        from wsiflow import settle
+
         if (root / name).exists():  # measured before, by a run that died before its receipt
             attempt.path.write_bytes((root / name).read_bytes())
         else:
@@ -59,11 +59,11 @@ def predict(source: Path, index: int) -> tuple[publish.Receipt, bool]:
     if done is not None:
         return done, False
     check_numeric_class(made)
-    score = _scorer(root, made)
+    score, warmup_s = _timed_scorer(root, made)
     cut, frame = plan.read_cut(root, planned), planned.frame
     blocks = cut.group(task.group)
     coord = tile_coord(frame, [cell for block in blocks for cell in block.cells()])
-    receipt_facts = facts("prediction", planned.slide_id, group=task.group)
+    receipt_facts = facts("prediction", planned.slide_id, group=task.group, warmup_s=warmup_s)
 
     def verify(path: Path) -> None:
         written, prob = store.read_predictions(path)
@@ -137,9 +137,10 @@ def tile_coord(frame: Frame, cells: Sequence[tuple[int, int]]) -> NDArray[np.int
 @lru_cache(maxsize=1)
 def _classifier(spec: card.ModelSpec) -> "Classifier":
     """Load the model once per process; torch is imported here so that a worker's threads are limited before."""
-    from wsiflow.model.classifier import load
+    with usage.warming_up():
+        from wsiflow.model.classifier import load
 
-    return load(spec)
+        return load(spec)
 
 
 def planned_classifier(made: Plan) -> "Classifier":
@@ -171,13 +172,20 @@ def _scorer(root: Path, made: Plan) -> "Windows | Dense":
     return scorer_for(model, choice, quantised)
 
 
+def _timed_scorer(root: Path, made: Plan) -> "tuple[Windows | Dense, float]":
+    """Return what computes the plan's scores, and the core-seconds that preparing it took just now."""
+    before = usage.warmup_s()
+    return _scorer(root, made), usage.warmup_s() - before
+
+
 @lru_cache(maxsize=4)
 def scorer_for(model: "Classifier", choice: Choice, quantised: Path | None = None) -> "Windows | Dense":
     """Return what computes scores as chosen, prepared once per process; ``quantised`` is the network in int8."""
-    from wsiflow.model import scorer
+    with usage.warming_up():
+        from wsiflow.model import scorer
 
-    data = None if quantised is None else quantised.read_bytes()
-    return scorer.make(model, choice, threads=thread_count(), quantised=data)
+        data = None if quantised is None else quantised.read_bytes()
+        return scorer.make(model, choice, threads=thread_count(), quantised=data)
 
 
 def release() -> None:

@@ -9,11 +9,12 @@ Conventions:
   cost and no tiles.
 * *Busy core-seconds* are user and system CPU seconds. A worker that waits for its disk is not busy: waiting shows in
   ``throughput.efficiency``.
+* What a worker does once, whatever its tasks (start, import, load networks), is warm-up: it is in no receipt's seconds.
 * A rate of nothing is unknown: where a denominator is zero the metric is NaN, never 0 and never infinite.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -72,6 +73,18 @@ def summarise(
 def tile_area_mm2(tile_px: int, um_px: float) -> float:
     """Return the area in mm2 of a square tile of ``tile_px`` pixels of ``um_px`` micrometres."""
     return (tile_px * um_px / 1000.0) ** 2
+
+
+def origin_core_seconds(receipts: Sequence[Receipt], before: Set[str]) -> dict[str, float]:
+    """Return ``cost.executed_core_s``, done by this start of a run, and ``cost.cached_core_s``, all else it is made of.
+
+    Args:
+        receipts: Of everything that is published for the run.
+        before: Names of the files that were published when this start began.
+    """
+    cached = math.fsum(r["cpu_s"] for r in receipts if r["path"] in before or r.get("shared"))
+    total = math.fsum(r["cpu_s"] for r in receipts)
+    return {"cost.executed_core_s": total - cached, "cost.cached_core_s": cached}
 
 
 def step_core_seconds(receipts: Sequence[Receipt]) -> dict[str, float]:

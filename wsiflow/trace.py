@@ -32,6 +32,7 @@ COLUMNS = (
     "wall_s",
     "cpu_user_s",
     "cpu_sys_s",
+    "warmup_s",
     "max_rss_bytes",
     "bytes_read",
     "bytes_written",
@@ -166,6 +167,11 @@ def statistics(rows: Sequence[Mapping[str, Any]]) -> Statistics:
 
 def _sorted(found: Mapping[str, float], *, falling: bool = False) -> dict[str, float]:
     return dict(sorted(found.items(), key=lambda item: -item[1] if falling else item[1]))
+
+
+def warmup_s(rows: Sequence[Mapping[str, Any]]) -> float:
+    """Return the core-seconds that workers took to get ready: to start, to import, to load networks."""
+    return sum(float(row.get("warmup_s") or 0.0) for row in rows)
 
 
 def peak_workers(rows: Sequence[Mapping[str, Any]]) -> int:

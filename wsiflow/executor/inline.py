@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Self
 
 from wsiflow.executor import Outcome, Slice, Work
-from wsiflow.usage import now
+from wsiflow.usage import not_a_worker, now
 
 
 class Inline:
@@ -18,6 +18,7 @@ class Inline:
 
     def __enter__(self) -> Self:
         """Nothing to start."""
+        not_a_worker()
         return self
 
     def __exit__(self, *_exc: object) -> None:

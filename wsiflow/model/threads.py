@@ -99,6 +99,14 @@ def cpu_flags() -> set[str]:
     return _cpu(CPUINFO)[1]
 
 
+def cpu_model() -> str:
+    """Return the name of this CPU; models, where there are several, one after the other."""
+    if not CPUINFO.is_file():  # not Linux
+        return platform.processor()
+    names = [line.partition(":")[2].strip() for line in CPUINFO.read_text().splitlines() if line.startswith("model")]
+    return ", ".join(dict.fromkeys(name if not name.isdigit() else f"model {name}" for name in names))
+
+
 def scheduler_cores(environ: Mapping[str, str]) -> list[int]:
     """Return the cores each scheduler variable in an environment grants.
 
