@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from wsiflow import heatmap
-from wsiflow.errors import IntegrityError
-from wsiflow.geometry import Frame
+from wsiflow.errors import InputError, IntegrityError
+from wsiflow.geometry import Frame, window_offsets_px
+from wsiflow.model.choice import Choice, alike
 
 FRAME = Frame("centred", 896, 672, 1.0, 0.243, 224, 224, 56, 112, 1, 1, 1, 0, 3, 3)
 CELLS = np.array([[2, 1], [1, 0], [3, 2]])
@@ -48,3 +49,64 @@ def test_tiles_that_cannot_be_placed_are_refused(cells: np.ndarray, message: str
     """A duplicate, a foreign or a missing tile is never papered over."""
     with pytest.raises(IntegrityError, match=message):
         heatmap.assemble(FRAME, cells, PROB)
+
+
+def corners(frame: Frame) -> np.ndarray:
+    """Return the window corners of every cell of a map, (rows, cols, 2)."""
+    m = frame.cells_per_tile
+    own = window_offsets_px(frame).reshape(m, m, 2)
+    tiles = np.stack(np.meshgrid(np.arange(frame.t_cols), np.arange(frame.t_rows)), axis=-1) * frame.tile_px
+    return (tiles[:, None, :, None] + own[None, :, None]).reshape(*frame.h_shape, 2)
+
+
+@pytest.mark.parametrize("convention", ["centred", "reference"])
+@pytest.mark.parametrize("window_px", [224, 101])
+def test_a_coarse_map_is_taken_from_cells_with_the_same_windows(convention: str, window_px: int) -> None:
+    """For every pair of strides: either the windows are the same in every cell, or it is refused and none could be."""
+    frame = FRAME._replace(convention=convention, window_px=window_px)
+    strides, exact = [s for s in range(1, 225) if 224 % s == 0], 0
+    for fine in (frame._replace(stride_px=s) for s in strides[2:]):
+        seen = corners(fine).astype(np.float32)
+        for coarse in (frame._replace(stride_px=s) for s in strides if s > fine.stride_px):
+            wanted = corners(coarse)
+            try:
+                found = np.stack([heatmap.subsample(seen[..., axis], fine, coarse) for axis in (0, 1)], axis=-1)
+            except InputError:
+                assert not set(map(tuple, wanted.reshape(-1, 2))) <= set(map(tuple, seen.reshape(-1, 2).astype(int)))
+            else:
+                exact += 1
+                assert np.array_equal(found, wanted)
+    assert exact >= 4
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"stride_px": 112}, "even multiple"),
+        ({"stride_px": 32}, "no multiple"),
+        ({"window_px": 299, "stride_px": 224}, "window_px"),
+        ({"um_px": 0.5}, "um_px"),
+        ({"t_cols": 4}, "t_cols"),
+    ],
+)
+def test_maps_without_common_windows_are_refused(change: dict, reason: str) -> None:
+    """The message says why."""
+    with pytest.raises(InputError, match=reason):
+        heatmap.subsample(np.zeros(FRAME.h_shape, np.float32), FRAME, FRAME._replace(**change))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({}, ""),
+        ({"stride_px": 112}, ""),
+        ({"precision": "bf16"}, "precision"),
+        ({"engine": "dense"}, "engine"),
+        ({"exact": False}, "pads"),
+        ({"batch": 8}, "batches"),
+    ],
+)
+def test_scores_are_alike_only_if_computed_alike(change: dict, reason: str) -> None:
+    """Another engine, format or batch, or a network that pads, may give other scores of the same window."""
+    one = Choice("window", "openvino", "fp32", 32, 16, "", 0, exact=True, halo_px=104, block_rows=7, block_cols=12)
+    assert (reason in alike(one, one._replace(**change))) if reason else alike(one, one._replace(**change)) == ""

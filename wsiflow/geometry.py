@@ -123,6 +123,38 @@ def window_reach_px(window_px: int, stride_px: int, convention: Convention) -> t
     return before, window_px - before - stride_px
 
 
+def subsampling(fine: Frame, coarse: Frame) -> tuple[int, int] | str:
+    """Return which cells of a fine map have the windows of a coarse one, or why none have.
+
+    A window of the coarse map begins at a multiple of its stride less what its window reaches beyond the cell. In the
+    reference convention that reach is the same at every stride. Centred, it is half a stride less, so the windows of
+    both meet where the coarse cell's centre is a fine cell's: the coarse stride is an odd multiple of the fine one.
+
+    Args:
+        fine: Transform of the map that there is.
+        coarse: Transform of the map that is wanted.
+
+    Returns:
+        Step and first cell, along rows and columns alike: the cells ``first::step``. Or the reason in one line.
+    """
+    same = {
+        name: value for name, value in fine.of_pixels().items() if name not in {"halo_px", "block_rows", "block_cols"}
+    }
+    differing = [name for name, value in same.items() if value != getattr(coarse, name)]
+    if fine.window_px != coarse.window_px or differing:
+        return f"the maps differ in {', '.join(differing or ['window_px'])}"
+    step, rest = divmod(coarse.stride_px, fine.stride_px)
+    if rest or step < 1:
+        return f"stride {coarse.stride_px} is no multiple of stride {fine.stride_px}"
+    reaches = (window_reach_px(each.window_px, each.stride_px, each.convention)[0] for each in (fine, coarse))
+    shift_px = next(reaches) - next(reaches)
+    first, rest = divmod(shift_px, fine.stride_px)
+    if rest:
+        strides = f"stride {coarse.stride_px} is an even multiple of stride {fine.stride_px}"
+        return f"{strides}: the centres of its cells lie between those of the fine map"
+    return step, first
+
+
 def window_offsets_px(frame: Frame) -> NDArray[np.int64]:
     """Return the top-left x, y of every window of one tile, relative to that tile's top-left pixel, row by row.
 

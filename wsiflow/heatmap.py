@@ -7,8 +7,8 @@ probability in [0, 1]; anything else is refused before it gets here.
 import numpy as np
 from numpy.typing import NDArray
 
-from wsiflow.errors import IntegrityError
-from wsiflow.geometry import Frame, cells_on_slide, h_from_t
+from wsiflow.errors import InputError, IntegrityError
+from wsiflow.geometry import Frame, cells_on_slide, h_from_t, subsampling
 
 
 def assemble(frame: Frame, t_cells: NDArray[np.int64], prob: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -42,6 +42,28 @@ def assemble(frame: Frame, t_cells: NDArray[np.int64], prob: NDArray[np.float32]
     rows, cols = cells_on_slide(frame)
     heat[rows:], heat[:, cols:] = np.nan, np.nan
     return heat
+
+
+def subsample(heat: NDArray[np.float32], fine: Frame, coarse: Frame) -> NDArray[np.float32]:
+    """Return the map at a coarser stride, taken from the cells of a finer one that have the same windows.
+
+    The scores are those of a coarse run where a window's score does not depend on its neighbours: see
+    `wsiflow.model.choice.alike`.
+
+    Args:
+        heat: float32 (rows, cols) of the fine frame's `Frame.h_shape`.
+        fine: Transform of that map.
+        coarse: Transform of the map that is wanted.
+
+    Raises:
+        InputError: The maps have no windows in common; the message says why.
+    """
+    cells = subsampling(fine, coarse)
+    if isinstance(cells, str):
+        remedy = "run at that stride, or take an odd multiple (any, in the reference's convention)"
+        raise InputError(f"a map at stride {coarse.stride_px} cannot be taken from this one: {cells}", remedy)
+    step, first = cells
+    return np.ascontiguousarray(heat[first::step, first::step])
 
 
 def slide_score(heat: NDArray[np.float32]) -> float:

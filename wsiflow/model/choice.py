@@ -44,3 +44,20 @@ class Choice(NamedTuple):
         batch = self.batch if self.engine == "window" or self.share_until else 0
         frame = {"halo_px", "block_rows", "block_cols"}
         return {key: value for key, value in self._replace(batch=batch)._asdict().items() if key not in frame}
+
+
+def alike(fine: Choice, coarse: Choice) -> str:
+    """Return why the scores of windows that two runs of one model have in common may differ, nothing where they do not.
+
+    Run alone, a window has the same bits in any run of the same batch. In a dense map of a network that does not pad it
+    has the same score to rounding, since another stride is another graph.
+    """
+    names = ("engine", "backend", "precision", "share_until")
+    differing = [name for name in names if getattr(fine, name) != getattr(coarse, name)]
+    if differing:
+        return f"they were computed otherwise: {', '.join(differing)}"
+    if not (fine.exact and coarse.exact):
+        return "the network pads, so that a score of a dense map depends on where the map's cells lie"
+    if fine.engine == "window" and fine.batch != coarse.batch:
+        return "windows were run in other batches"
+    return ""
