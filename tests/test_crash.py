@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 from test_line import COARSE, attempts, digests, over
 
 from flows import pipeline, run

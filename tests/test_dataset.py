@@ -266,6 +266,7 @@ def test_a_single_slide_is_a_data_set(slides: Path) -> None:
 def params(**settings: object) -> DatasetParams:
     """Settings as YAML gives them, where an empty text means absent."""
     absent = {"manifest": "", "folder": "", "path": "", "limit": "", "size_px": 1024, "seed": 0}
+    absent |= {"like": "", "data": "", "slides": 1, "scale": 1}
     return DatasetParams.model_validate(absent | settings)
 
 

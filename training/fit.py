@@ -18,7 +18,6 @@ from patches import (
     FOLDERS,
     HELD_OUT_SLIDE,
     MEAN,
-    PATCH_PX,
     STD,
     WINDOW_PX,
     Patches,
@@ -39,19 +38,21 @@ class Recipe(NamedTuple):
 
     Attributes:
         steps: Number of batches.
-        mixture: Real, synthetic and glass patches in a batch.
+        mixture: Patches of each source in a batch.
         rate: Highest learning rate, reached after a fifth of the steps.
         clip: Largest norm of a gradient; a larger one is scaled down to it.
         bf16: Whether layers compute in bfloat16, weights staying float32; twice as fast where the CPU has it.
         seed: Seed of weights, dropout and batches.
+        window_px: Side of the windows cut from the patches.
     """
 
     steps: int
-    mixture: tuple[int, int, int]
+    mixture: tuple[int, ...]
     rate: float
     clip: float
     bf16: bool
     seed: int
+    window_px: int = WINDOW_PX
 
 
 def arguments(about: str, *, steps: int) -> argparse.Namespace:
@@ -80,7 +81,7 @@ def train(net: nn.Module, sources: list[Patches], recipe: Recipe) -> nn.Module:
     loss_of = nn.CrossEntropyLoss(label_smoothing=0.03)
     start, mean_loss = time.perf_counter(), 0.7
     for step in range(1, recipe.steps + 1):
-        images, labels = batch(list(zip(sources, recipe.mixture, strict=True)), rng)
+        images, labels = batch(list(zip(sources, recipe.mixture, strict=True)), rng, recipe.window_px)
         optimiser.zero_grad()
         with torch.autocast("cpu", torch.bfloat16, enabled=recipe.bf16):
             logits = net(images.to(memory_format=torch.channels_last))
@@ -95,10 +96,10 @@ def train(net: nn.Module, sources: list[Patches], recipe: Recipe) -> nn.Module:
     return net.eval()
 
 
-def scores(net: nn.Module, patches: Patches) -> NDArray[np.float64]:
+def scores(net: nn.Module, patches: Patches, window_px: int = WINDOW_PX) -> NDArray[np.float64]:
     """Return the probability of tumour in the middle window of each patch."""
-    margin = (PATCH_PX - WINDOW_PX) // 2
-    middle = patches.pixels[:, margin : margin + WINDOW_PX, margin : margin + WINDOW_PX]
+    margin = (patches.pixels.shape[1] - window_px) // 2
+    middle = patches.pixels[:, margin : margin + window_px, margin : margin + window_px]
     with torch.inference_mode():
         parts = [net(normalised(middle[i : i + 64])).softmax(dim=1)[:, 1] for i in range(0, len(middle), 64)]
     return torch.cat(parts).numpy().astype(np.float64)

@@ -3,11 +3,10 @@
 Input: `wsiflow.synthetic` for as many drawn patches as asked, and two folders of real ones (see README.md).
 Output: RGB squares of 256 px with labels, or normalised batches of 224 px windows.
 
-Real patches are held out by slide where their names tell the slide, else by a hash of the name: see `held_out`.
+Real patches are held out by slide where their names tell the slide, else by a hash of the name: see
+`wsiflow.atlas.part_of`.
 """
 
-import hashlib
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -19,34 +18,27 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from wsiflow import synthetic
+from wsiflow.atlas import HELD_OUT_SLIDE as HELD_OUT_SLIDE
+from wsiflow.atlas import PATCH_FOLDERS as FOLDERS
+from wsiflow.atlas import PATCH_PX as PATCH_PX
+from wsiflow.atlas import part_of
 
 WINDOW_PX = 224
-PATCH_PX = 256
 MEAN, STD = (0.7, 0.55, 0.7), (0.2, 0.22, 0.18)
-FOLDERS = ("patches/camelyon16_256", "patches/dldp_256")
-HELD_OUT_SLIDE = "tumor_073"
 
 
 class Patches(NamedTuple):
-    """Labelled squares: pixels n x PATCH_PX x PATCH_PX x 3 (RGB, uint8) and labels n (1 = tumour)."""
+    """Labelled squares: pixels n x side x side x 3 (RGB, uint8) and labels n (1 = tumour)."""
 
     pixels: NDArray[np.uint8]
     labels: NDArray[np.int64]
-
-
-def held_out(path: Path) -> bool:
-    """Tell whether a real patch is kept for testing: one slide of three, or a third of the names by their hash."""
-    slide = re.match(r"(tumor|normal)_\d+", path.name)
-    if slide:
-        return slide.group() == HELD_OUT_SLIDE
-    return hashlib.sha256(path.stem.encode()).digest()[0] % 3 == 0
 
 
 def read_real(data: Path, *, test: bool, folders: Sequence[str] = FOLDERS) -> Patches:
     """Read the real patches of one side of the split; a file that cannot be decoded is named and left out."""
     pixels, labels = [], []
     for path in sorted(path for folder in folders for path in (data / folder).glob("*/*.*")):
-        if held_out(path) != test:
+        if (part_of(path.stem) == "test") != test:
             continue
         try:  # Pillow refuses a truncated file, where OpenCV would return the part that is there
             with Image.open(path) as image:
@@ -74,12 +66,12 @@ def glass(n: int, seed: int) -> Patches:
     return Patches(np.clip(colour + noise, 0, 255).astype(np.uint8), np.zeros(n, np.int64))
 
 
-def jitter(images: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
+def jitter(images: NDArray[np.uint8], rng: np.random.Generator, window_px: int) -> NDArray[np.uint8]:
     """Cut a window at a random place, turn and flip it, and change its stain and brightness."""
     windows = []
     for image in images:
-        x, y = rng.integers(0, PATCH_PX - WINDOW_PX + 1, 2)
-        window = np.rot90(image[y : y + WINDOW_PX, x : x + WINDOW_PX], int(rng.integers(4)))
+        x, y = rng.integers(0, len(image) - window_px + 1, 2)
+        window = np.rot90(image[y : y + window_px, x : x + window_px], int(rng.integers(4)))
         window = window[:, ::-1] if rng.random() < 0.5 else window
         gain, offset = rng.uniform(0.7, 1.35) * rng.uniform(0.88, 1.12, 3), rng.uniform(-0.03, 0.03, 3)
         # a stain's strength scales optical density: one curve for each channel
@@ -96,13 +88,15 @@ def normalised(images: NDArray[np.uint8]) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(scaled.transpose(0, 3, 1, 2), np.float32))
 
 
-def batch(sources: list[tuple[Patches, int]], rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+def batch(
+    sources: list[tuple[Patches, int]], rng: np.random.Generator, window_px: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Draw so many patches of each source, both classes alike where it has both, changed by `jitter`."""
     images, labels = [], []
     for patches, n in sources:
         classes = np.unique(patches.labels)
         wanted = classes[np.arange(n) % len(classes)]
         chosen = [int(rng.choice(np.flatnonzero(patches.labels == label))) for label in wanted]
-        images.append(jitter(patches.pixels[chosen], rng))
+        images.append(jitter(patches.pixels[chosen], rng, window_px))
         labels.append(wanted)
     return normalised(np.concatenate(images)), torch.from_numpy(np.concatenate(labels))

@@ -90,10 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     one.add_argument("--bootstrap", type=int, help="resamples of the intervals (2000)")
     one.add_argument("--seed", type=_natural, default=0)
-    one = add("synth", _synth, "write a synthetic data set with known lesions")
-    one.add_argument("folder", type=Path)
-    one.add_argument("--size-px", type=_positive, default=6144, help="side of the slides, at least 1024 (6144)")
-    one.add_argument("--seed", type=_natural, default=0)
+    _add_synth(add("synth", _synth, "write a synthetic data set with known lesions"))
     _add_run_commands(add)
     one = add("element", _element, "one element of an array job: what its job script calls")
     one.add_argument("table", type=Path)
@@ -128,6 +125,17 @@ def _add_compare(add: Callable[..., argparse.ArgumentParser]) -> None:
     one.add_argument("--out", type=Path, default=Path("comparison"), help="folder to write (comparison)")
     one.add_argument("--bootstrap", type=_natural, default=2000, help="resamples of the intervals (2000)")
     one.add_argument("--seed", type=_natural, default=0)
+
+
+def _add_synth(one: argparse.ArgumentParser) -> None:
+    """Add the options of synthetic data sets."""
+    one.add_argument("folder", type=Path)
+    one.add_argument("--size-px", type=_positive, default=6144, help="side of the slides, at least 1024 (6144)")
+    one.add_argument("--seed", type=_natural, default=0)
+    one.add_argument("--like", choices=["camelyon16"], help="slides like real ones, from outlines and tissue in --data")
+    one.add_argument("--data", type=Path, help="folder that holds camelyon16/ and patches/")
+    one.add_argument("--slides", type=_positive, default=40, help="with --like: how many (40)")
+    one.add_argument("--scale", type=_scale, default=0.125, help="with --like: size of outlines, 1 is real (0.125)")
 
 
 def _add_run_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
@@ -212,6 +220,14 @@ def _positive(text: str) -> int:
     return value
 
 
+def _scale(text: str) -> float:
+    """Return a number above 0 and at most 1."""
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{value} is not above 0 and at most 1")
+    return value
+
+
 def _unreachable(_arguments: argparse.Namespace) -> int:
     """Stand in the help for what `wsiflow.flows` does; those commands never get here."""
     raise AssertionError
@@ -236,6 +252,15 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 def _synth(arguments: argparse.Namespace) -> int:
     from wsiflow import publish, synth
 
+    if arguments.like:
+        if arguments.data is None:
+            raise InputError("--like needs --data", "name the folder that holds camelyon16/ and patches/")
+        publish.preflight(arguments.folder)
+        written = synth.write_like(
+            arguments.folder, arguments.data, slides=arguments.slides, scale=arguments.scale, seed=arguments.seed
+        )
+        say(f"manifest: {written}")
+        return 0
     if arguments.size_px < _SMALLEST_SYNTHETIC_PX:
         cause = f"slides of {arguments.size_px} px are too small for tissue and lesions"
         raise InputError(cause, f"give --size-px of at least {_SMALLEST_SYNTHETIC_PX}")

@@ -31,13 +31,15 @@ class GeometryParams(BaseModel, frozen=True, extra="forbid"):
 
     Attributes:
         convention: ``centred``, or ``reference`` for the geometry of Li, Mikailov and Chen with its shifts.
-        spacing: ``model`` reads at the spacing the model was trained for, ``native`` reads level 0 as it is.
-        tolerance: A slide whose spacing differs from the model's by at most this fraction is read as it is.
-        max_upsample: How many times a slide coarser than the model's spacing may be enlarged; coarser ones are refused.
+        spacing: ``model`` reads at the spacing the model was trained for, ``native`` reads level 0 as it is, a number
+            of um per pixel reads at that. The window keeps its pixels: at another spacing than its own a model sees
+            another piece of the slide.
+        tolerance: A slide whose spacing differs from the wanted one by at most this fraction is read as it is.
+        max_upsample: How many times a slide coarser than the wanted spacing may be enlarged; coarser ones are refused.
     """
 
     convention: Convention
-    spacing: Literal["model", "native"]
+    spacing: Literal["model", "native"] | Annotated[FiniteFloat, Field(gt=0, le=100)]
     tolerance: float = Field(ge=0, lt=0.5)
     max_upsample: float = Field(ge=1, le=16)
 

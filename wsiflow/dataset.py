@@ -99,6 +99,10 @@ class DatasetParams(BaseModel, frozen=True, extra="forbid"):
         limit: Number of slides to take, from the first; absent means all.
         size_px: Side of synthetic slides, level-0 px.
         seed: Seed of synthetic slides.
+        like: What synthetic slides are like; empty: like nothing in particular.
+        data: Folder of real outlines and pictures that slides like others are made of.
+        slides: Number of slides like others.
+        scale: Size of their outlines, 1 is real.
     """
 
     kind: Literal["manifest", "folder", "single", "synthetic"]
@@ -108,6 +112,10 @@ class DatasetParams(BaseModel, frozen=True, extra="forbid"):
     limit: Annotated[Annotated[int, Field(ge=1)] | None, BeforeValidator(_none_if_empty)]
     size_px: int = Field(ge=1024, le=100_000)
     seed: int = Field(ge=0)
+    like: Literal["", "camelyon16"]
+    data: _OptionalPath
+    slides: int = Field(ge=1, le=10_000)
+    scale: float = Field(gt=0, le=1)
 
 
 class _Row(NamedTuple):

@@ -183,12 +183,23 @@ def choice_name(config: RunConfig) -> str:
 
 
 def surprise(source: Path) -> str:
-    """Return how scores are computed and why, where that is not what the configuration asks for; else nothing."""
+    """Return how scores are computed and why, where that is not what the configuration or the model asks for."""
     config, _ = read_cases(source)
     settled = _settled(source.parent, config)
     choice, asked = Choice(**settled["choice"]), config.inference
     same = choice.engine == asked.engine and asked.backend in {choice.backend, "auto"}
-    return "" if same else f"{choice.engine} engine, {choice.backend} {choice.precision}: {settled['told']}"
+    engine = "" if same else f"{choice.engine} engine, {choice.backend} {choice.precision}: {settled['told']}"
+    return "; ".join(filter(None, (engine, foreign_spacing(config))))
+
+
+def foreign_spacing(config: RunConfig) -> str:
+    """Return that slides are read at a spacing the model was not trained for; nothing where they are not."""
+    wanted, trained = config.geometry.spacing, _card(config.model).spacing_um_px
+    if isinstance(wanted, str) or abs(wanted / trained - 1) <= config.geometry.tolerance:
+        return ""
+    return (
+        f"slides are read at {wanted:g} um/px, the model was trained at {trained:g}: its scores may mean nothing there"
+    )
 
 
 def _settled(root: Path, config: RunConfig) -> dict[str, Any]:
@@ -252,11 +263,14 @@ def _frame(about: slide.SlideFacts, um_px: float, config: RunConfig) -> Frame:
     """Return the slide's transform; stride and blocks are still to be said, see `_framed`."""
     model = _card(config.model)
     l0_per_px = 1.0
-    if config.geometry.spacing == "model":
-        l0_per_px = geometry.reading_scale(um_px, model.spacing_um_px, tolerance=config.geometry.tolerance)
+    wanted = config.geometry.spacing
+    if wanted != "native":
+        wanted = model.spacing_um_px if wanted == "model" else wanted
+        l0_per_px = geometry.reading_scale(um_px, wanted, tolerance=config.geometry.tolerance)
     if l0_per_px * config.geometry.max_upsample < 1:
+        who = "the model needs" if config.geometry.spacing == "model" else "geometry.spacing is"
         raise InputError(
-            f"the slide has {um_px:g} um/px, the model needs {model.spacing_um_px:g}",
+            f"the slide has {um_px:g} um/px, {who} {wanted:g}",
             f"use a model for this spacing, or allow enlarging with geometry.max_upsample={1 / l0_per_px:.1f}",
             slide=about.slide_id,
             path=about.path,

@@ -81,13 +81,22 @@ def begin(config: RunConfig) -> Path:
     ingest.check_model(config)
     params = config.dataset
     if params.kind == "synthetic" and params.folder is not None:
-        manifest = synth.write_dataset(params.folder, size_px=params.size_px, seed=params.seed)
+        manifest = _drawn(params, params.folder)
         params = params.model_copy(update={"kind": "manifest", "manifest": manifest})
     cases = dataset.load_dataset(params)
     for case in cases:  # truth that cannot be read is told now, not after all the work
         if case.annotation_path is not None:
             annotations.read_asap(case.annotation_path)
     return ingest.write_cases(config.out, config, cases)
+
+
+def _drawn(params: dataset.DatasetParams, folder: Path) -> Path:
+    """Write synthetic slides, or what is missing of them, and return their manifest."""
+    if not params.like:
+        return synth.write_dataset(folder, size_px=params.size_px, seed=params.seed)
+    if params.data is None:
+        raise InputError("dataset.data is not given", "set dataset.data=<folder with camelyon16/ and patches/>")
+    return synth.write_like(folder, params.data, slides=params.slides, scale=params.scale, seed=params.seed)
 
 
 def choose(pool: Executor, cases: Path) -> str:

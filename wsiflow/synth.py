@@ -1,26 +1,30 @@
 """Write a synthetic data set: slides with known lesions, their annotations and a manifest.
 
 Input: a folder, a size and a seed. Output: six pyramidal TIFF slides of `wsiflow.synthetic` tissue (three normal, three
-with lesions of the three size classes), ASAP XML beside the latter, a README and ``manifest.csv``, which comes last.
+with lesions of the three size classes), or any number of `wsiflow.likeness`; ASAP XML beside those with lesions, a
+README and ``manifest.csv``, which comes last.
 Files are published one by one: a data set that was interrupted is continued, one that is complete is left alone.
 """
 
 import csv
+import hashlib
 import io
+import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 from xml.etree import ElementTree
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from wsiflow import publish, pyramid
+from wsiflow import likeness, publish, pyramid
+from wsiflow.atlas import read_atlas
 from wsiflow.errors import InputError
 from wsiflow.model.threads import allocated_cores
 from wsiflow.synthetic import BLOCK_PX, UM_PX, Lesion, Polygon, SlideSpec, draw_stain, polygon, render
@@ -29,6 +33,7 @@ Content = Literal["none", "macro", "micro", "micro+itc"]
 """What a slide holds; at the size of the demo slides (6,144 px) the lesions have these classes."""
 
 MANIFEST = "manifest.csv"
+SOURCES = "sources.json"
 _GENERATION = 1  # raise it when the same seed draws other pixels
 _QUALITY = 85  # JPEG
 _CELLS = 384  # lesions find their places on a grid of so many cells along the shorter side
@@ -44,12 +49,23 @@ _CONTENTS: dict[str, Content] = {
 }
 
 
+_AnyJob = TypeVar("_AnyJob")
+
+
 class _Job(NamedTuple):
     """One slide to write."""
 
     folder: Path
     slide_id: str
     spec: SlideSpec
+
+
+class _LikeJob(NamedTuple):
+    """One slide like a real one to write."""
+
+    folder: Path
+    plan: likeness.Plan
+    key: str
 
 
 def write_dataset(folder: Path, *, size_px: int, seed: int, workers: int | None = None) -> Path:
@@ -70,18 +86,65 @@ def write_dataset(folder: Path, *, size_px: int, seed: int, workers: int | None 
         InputError: The slides are too small for their lesions.
     """
     jobs = [_Job(folder, name, _plan(name, size_px, seed)) for name in _CONTENTS]
-    workers = min(workers or allocated_cores(), len(jobs))
     # widest first, so that the last slide to end is a small one
     queue = sorted(jobs, key=lambda job: -job.spec.width_px)
     missing = [job for job in queue if publish.done(folder, f"{job.slide_id}.tif", _key(job.spec)) is None]
-    if workers == 1 or len(missing) < 2:
-        for job in missing:
-            _write_slide(job)
-    else:
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-            list(pool.map(_write_slide, missing))
+    _each(_write_slide, missing, workers)
     texts = {f"{job.slide_id}.xml": asap_xml(job.spec.lesions) for job in jobs if job.spec.lesions}
-    texts |= {"README.md": _readme(jobs, size_px, seed), MANIFEST: _manifest(jobs)}
+    return _publish(folder, texts | {"README.md": _readme(jobs, size_px, seed), MANIFEST: _manifest(jobs)})
+
+
+def write_like(folder: Path, data: Path, *, slides: int, scale: float, seed: int, workers: int | None = None) -> Path:
+    """Write slides like those of CAMELYON16, or what is missing of them; all belong to the test part.
+
+    Args:
+        folder: Where to; created if need be.
+        data: Real outlines and pictures of tissue, see `wsiflow.atlas`.
+        slides: How many; every other one has metastases.
+        scale: Length of an outline for each of the real one, 0 to 1.
+        seed: Decides everything else.
+        workers: Processes to draw with; None takes one per core this process may use.
+
+    Returns:
+        The path of the manifest.
+
+    Raises:
+        IntegrityError: The folder holds another data set, or damaged files.
+        InputError: The data folder is not complete.
+    """
+    atlas = read_atlas(data)
+    digest = hashlib.sha256(b"".join(picture.codes.tobytes() for picture in atlas.pictures)).hexdigest()
+    plans = likeness.plan(atlas, "test", slides=slides, scale=scale, seed=seed)
+    jobs = [_LikeJob(folder, planned, _like_key(planned, digest)) for planned in plans]
+    queue = sorted(jobs, key=lambda job: -math.prod(job.plan.size_px))
+    missing = [job for job in queue if publish.done(folder, f"{job.plan.slide_id}.tif", job.key) is None]
+    _each(_write_like, missing, workers, likeness.hold, (atlas.pictures,))
+    texts = {f"{planned.slide_id}.xml": asap_xml(planned.lesions) for planned in plans if planned.lesions}
+    texts |= {SOURCES: _sources(plans), "README.md": _like_readme(plans, scale, seed), MANIFEST: _like_manifest(plans)}
+    return _publish(folder, texts)
+
+
+def _each(
+    write: Callable[[_AnyJob], None],
+    jobs: Sequence[_AnyJob],
+    workers: int | None,
+    begin: Callable[..., None] | None = None,
+    begin_with: tuple[Any, ...] = (),
+) -> None:
+    """Call a function with each job, in as many processes as asked; each begins with the call that is given."""
+    workers = min(workers or allocated_cores(), len(jobs))
+    if workers < 2:
+        if begin is not None:
+            begin(*begin_with)
+        for job in jobs:
+            write(job)
+        return
+    with ProcessPoolExecutor(workers, get_context("spawn"), initializer=begin, initargs=begin_with) as pool:
+        list(pool.map(write, jobs))
+
+
+def _publish(folder: Path, texts: dict[str, str]) -> Path:
+    """Publish texts, the manifest last, and return its path."""
     for name, text in texts.items():
         publish.publish_bytes(folder, name, text.encode(), publish.key_of(text=text), {"kind": "synthetic"})
     return folder / MANIFEST
@@ -257,6 +320,23 @@ def _write_slide(job: _Job) -> None:
         )
 
 
+def _like_key(planned: likeness.Plan, pictures: str) -> str:
+    """Return what identifies the content of a slide like a real one."""
+    return publish.key_of(
+        kind="like", generation=likeness.GENERATION, quality=_QUALITY, plan=repr(planned), pictures=pictures
+    )
+
+
+def _write_like(job: _LikeJob) -> None:
+    """Draw and publish one slide like a real one."""
+    name, (width_px, height_px) = f"{job.plan.slide_id}.tif", job.plan.size_px
+    cv2.setNumThreads(1)
+    with publish.publishing(job.folder, name, job.key, {"kind": "synthetic"}, _check_slide) as attempt:
+        pixels = likeness.paint(job.plan, likeness.held())
+        strips = (pixels[y : y + BLOCK_PX] for y in range(0, height_px, BLOCK_PX))
+        pyramid.write_rgb(attempt.path, strips, shape=(height_px, width_px), um_px=UM_PX, quality=_QUALITY)
+
+
 def _bands(spec: SlideSpec) -> Iterator[NDArray[np.uint8]]:
     """Yield the slide in strips of one block."""
     for y in range(0, spec.height_px, BLOCK_PX):
@@ -277,6 +357,68 @@ def _manifest(jobs: list[_Job]) -> str:
         label, annotation = ("tumor", f"{job.slide_id}.xml") if job.spec.lesions else ("normal", "")
         writer.writerow([job.slide_id, f"{job.slide_id}.tif", UM_PX, label, annotation])
     return text.getvalue()
+
+
+def _like_manifest(plans: Iterable[likeness.Plan]) -> str:
+    """Return the manifest of slides like real ones, paths relative to it."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["slide_id", "path", "mpp", "label", "annotation_path", "patient_id", "split", "scanner"])
+    for planned in plans:
+        name = planned.slide_id
+        label, annotation = ("tumor", f"{name}.xml") if planned.lesions else ("normal", "")
+        patient = name.replace(planned.part, "patient")
+        writer.writerow(
+            [name, f"{name}.tif", UM_PX, label, annotation, patient, planned.part, f"center_{planned.scanner}"]
+        )
+    return text.getvalue()
+
+
+def _sources(plans: Iterable[likeness.Plan]) -> str:
+    """Return which real outlines and pictures each slide is made of."""
+    rows = {
+        planned.slide_id: {
+            "tissue": planned.like[0],
+            "metastases": planned.like[1],
+            "pictures": sorted({*planned.normal, *planned.other, *planned.tumour}),
+        }
+        for planned in plans
+    }
+    return json.dumps(rows, indent=1) + "\n"
+
+
+def _like_readme(plans: Sequence[likeness.Plan], scale: float, seed: int) -> str:
+    """Return a page about a data set of slides like real ones."""
+    rows = []
+    for planned in plans:
+        axes = sorted((round(lesion.axis_um / scale) for lesion in planned.lesions), reverse=True)
+        found = ", ".join(map(str, axes[:5])) + (f" and {len(axes) - 5} more" if len(axes) > 5 else "")
+        like = " and ".join(filter(None, planned.like))
+        rows.append(
+            f"| {planned.slide_id} | {planned.size_px[0]} x {planned.size_px[1]} | {like} | {found or 'none'} |"
+        )
+    return "\n".join(
+        [
+            "# Synthetic slides like CAMELYON16",
+            "",
+            f"Drawn by `wsiflow synth --like camelyon16` with scale={scale:g}, seed={seed}, at {UM_PX} µm per pixel.",
+            "No slide is real: outlines of tissue and metastases are those of CAMELYON16, made smaller by the scale,",
+            "and filled with texture quilted from real pictures of tissue (CC0, Radboud University Medical Center;",
+            "some by way of DIDSR/dldp). They say how settings of one pipeline compare, and nothing about how well a",
+            "model does in a clinic.",
+            "",
+            "Lengths of the CAMELYON16 protocol belong to the real size. Evaluate with",
+            f"`evaluation.l0_um_px={UM_PX / scale:g} evaluation.downsample={max(1, round(32 * scale))}`.",
+            "",
+            "| slide | px | outlines of | metastases, longest axis at real size, µm |",
+            "|---|---|---|---|",
+            *rows,
+            "",
+            f"`{MANIFEST}` lists them; outlines are ASAP XML. `{SOURCES}` names the pictures of each slide, all of",
+            "the test part.",
+            "",
+        ]
+    )
 
 
 def _readme(jobs: list[_Job], size_px: int, seed: int) -> str:

@@ -6,11 +6,16 @@ from typing import Any
 from torch import nn
 
 from wsiflow.errors import InputError
+from wsiflow.model.compact import CompactValid
 from wsiflow.model.googlenet import GoogLeNet
 from wsiflow.model.inception import InceptionValid
 
 # A builder takes the number of classes and the card's architecture_args as keywords.
-ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {"googlenet": GoogLeNet, "inception_valid": InceptionValid}
+ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {
+    "compact_valid": CompactValid,
+    "googlenet": GoogLeNet,
+    "inception_valid": InceptionValid,
+}
 
 
 def build(architecture: str, n_classes: int, **architecture_args: Any) -> nn.Module:

@@ -44,12 +44,12 @@ _STAGE_4: dict[str, Widths] = {
 }
 
 
-def _scaled(channels: int, width: float) -> int:
+def scaled(channels: int, width: float) -> int:
     """Return a number of channels times the width, to the nearest multiple of 8 (halves up), at least 8."""
     return max(8, 8 * int(channels * width / 8 + 0.5))
 
 
-def _conv(channels_in: int, channels_out: int, kernel: int, stride: int = 1) -> nn.Sequential:
+def conv(channels_in: int, channels_out: int, kernel: int, stride: int = 1) -> nn.Sequential:
     """Return a valid convolution, its batch norm and a ReLU."""
     return nn.Sequential(
         nn.Conv2d(channels_in, channels_out, kernel, stride, bias=False),
@@ -70,10 +70,10 @@ class InceptionBlock(nn.Module):
         """
         super().__init__()
         one, reduce_a, three_a, reduce_b, three_b, pooled = widths
-        self.branch_0 = _conv(channels_in, one, 1)
-        self.branch_1 = nn.Sequential(_conv(channels_in, reduce_a, 1), _conv(reduce_a, three_a, 3))
-        self.branch_2 = nn.Sequential(_conv(channels_in, reduce_b, 1), _conv(reduce_b, three_b, 3))
-        self.branch_3 = nn.Sequential(nn.MaxPool2d(3, 1), _conv(channels_in, pooled, 1))
+        self.branch_0 = conv(channels_in, one, 1)
+        self.branch_1 = nn.Sequential(conv(channels_in, reduce_a, 1), conv(reduce_a, three_a, 3))
+        self.branch_2 = nn.Sequential(conv(channels_in, reduce_b, 1), conv(reduce_b, three_b, 3))
+        self.branch_3 = nn.Sequential(nn.MaxPool2d(3, 1), conv(channels_in, pooled, 1))
         self.channels_out = one + three_a + three_b + pooled
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -103,12 +103,12 @@ class InceptionValid(nn.Module):
         super().__init__()
         if not width > 0:
             raise ValueError(f"width is {width}, must be above 0")
-        one, two, three = (_scaled(channels, width) for channels in _STEM)
+        one, two, three = (scaled(channels, width) for channels in _STEM)
         layers: OrderedDict[str, nn.Module] = OrderedDict(
-            conv1=_conv(3, one, 6, 2),
+            conv1=conv(3, one, 6, 2),
             pool1=nn.MaxPool2d(2, 2),
-            conv2a=_conv(one, two, 1),
-            conv2b=_conv(two, three, 3),
+            conv2a=conv(one, two, 1),
+            conv2b=conv(two, three, 3),
             pool2=nn.MaxPool2d(3, 2),
         )
         channels = _append(layers, three, _STAGE_3, width)
@@ -128,7 +128,7 @@ class InceptionValid(nn.Module):
 def _append(layers: OrderedDict[str, nn.Module], channels_in: int, blocks: dict[str, Widths], width: float) -> int:
     """Append blocks, each fed by the one before; return the channels of the last."""
     for name, widths in blocks.items():
-        one, reduce_a, three_a, reduce_b, three_b, pooled = (_scaled(channels, width) for channels in widths)
+        one, reduce_a, three_a, reduce_b, three_b, pooled = (scaled(channels, width) for channels in widths)
         block = InceptionBlock(channels_in, (one, reduce_a, three_a, reduce_b, three_b, pooled))
         layers[f"inception_{name}"] = block
         channels_in = block.channels_out
