@@ -25,7 +25,7 @@ from wsiflow.plan import SlidePlan
 from wsiflow.scored import Scored
 
 _FINE, _SHOWN = 1000, 10
-_BAND = 4 * pyramid.TILE_PX
+_BAND = pyramid.TILE_PX
 
 
 def documents(run: Scored, *, cells: bool) -> dict[str, bytes]:

@@ -24,7 +24,7 @@ from wsiflow.plan import SlidePlan
 NOT_EQUIVALENT = 10
 """Exit code of a comparison that does not keep to its bound."""
 
-_BAND = 4 * pyramid.TILE_PX
+_BAND = pyramid.TILE_PX
 _GRID = ("convention", "l0_width_px", "l0_height_px", "l0_per_px", "um_px", "stride_px")
 
 
