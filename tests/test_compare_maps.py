@@ -47,7 +47,7 @@ def test_two_runs_against_whole_arrays(two_settings: tuple[Path, Path]) -> None:
     ]
     known = np.isfinite(maps[0])
     d = maps[1][known].astype(np.float64) - maps[0][known]
-    pooled = made.pooled().tally
+    pooled = made.total
     assert pooled.n == known.sum() > 1000
     assert pooled.largest == np.abs(d).max() > 0
     assert pooled.total / pooled.n == pytest.approx(d.mean())
@@ -106,7 +106,7 @@ def test_beyond_the_bound_the_exit_code_says_so(
     assert "differs from tumor_001.tif by at most" in told
     assert ": 1 of" in told
     assert "NOT EQUIVALENT within 0.01: the largest |dp| is" in told
-    tally = compared(tumour, other).pooled().tally
+    tally = compared(tumour, other).total
     assert (tally.up, tally.down) == (1, 0)
 
 
@@ -117,8 +117,8 @@ def test_cells_of_one_map_only_are_counted(tumour: Path, tmp_path: Path) -> None
         heat.ravel()[np.flatnonzero(np.isfinite(heat))[:7]] = np.nan
 
     made = compared(tumour, changed(tumour, tmp_path / "o.tif", less))
-    assert (made.pooled().tally.only_a, made.pooled().tally.only_b) == (7, 0)
-    assert made.pooled().tally.largest == 0
+    assert (made.total.only_a, made.total.only_b) == (7, 0)
+    assert made.total.largest == 0
     assert compare_maps.verdict(made, 0.0) == ["7 cells are scored by one of the two only"]
 
 

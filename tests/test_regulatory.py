@@ -126,6 +126,14 @@ def test_runs_over_different_cases_are_refused(finished: Path, copied: Path, cha
         regulatory.export_imrmc([finished, copied], [], copied / "x.imrmc")
 
 
+def test_a_missing_score_is_named(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    broken_matches(copied, lambda slides: slides[2].update(score=None))
+    assert cli.main(["export", "imrmc", str(copied), "--out", str(copied / "x.imrmc")]) == 20
+    told = capsys.readouterr().err
+    assert "slides.2.score" in told
+    assert told.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("names", "cause"),
     [("a,b,c", "3 names for 2 runs"), ("a,a", "two runs are called 'a'"), ("a b,c", "other characters than")],
@@ -308,9 +316,8 @@ def test_the_exported_configuration_is_that_of_the_run(finished: Path, exported:
     for name in ("calibration.json", "case_list.csv", "subgroups.csv"):
         assert (second / name).read_bytes() == (exported / name).read_bytes()
     other = json.loads((second / "repeat.json").read_text())
-    detections = [name for name in record["outputs"] if name.startswith("detections/")]
-    assert len(detections) == 6
-    assert all(other["outputs"][name] == record["outputs"][name] for name in detections)
+    assert len(record["outputs"]) > 18
+    assert other["outputs"] == record["outputs"], "the same bytes: heatmaps, detections, scores"
     assert other["plan"]["hash"] == record["plan"]["hash"]
 
 

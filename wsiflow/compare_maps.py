@@ -9,7 +9,6 @@ convention and slide; each may reach farther than the other. Detections are thos
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from functools import reduce
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +18,6 @@ from numpy.typing import NDArray
 from wsiflow import equivalence, evaluation, plan, proportions, pyramid
 from wsiflow.equivalence import Tally
 from wsiflow.errors import InputError
-from wsiflow.plan import SlidePlan
 
 NOT_EQUIVALENT = 10
 """Exit code of a comparison that does not keep to its bound."""
@@ -53,10 +51,16 @@ class Found(NamedTuple):
 
 
 class Slide(NamedTuple):
-    """What was found for one slide; no lesions where two files were compared."""
+    """What was found for one slide, or for all.
+
+    Attributes:
+        slide_id: Name of the slide, ``all`` for all.
+        numbers: Of `equivalence.numbers`: a slide's own tally, 2 MB, is not kept.
+        found: Lesions; None where two files were compared.
+    """
 
     slide_id: str
-    tally: Tally
+    numbers: dict[str, float]
     found: Found | None
 
 
@@ -67,6 +71,7 @@ class Comparison:
     Attributes:
         names: What A and B are called.
         slides: Those that both have.
+        total: Of all their cells.
         missing: Sentences that name what only one has.
         neither: Slides that were planned and have no heatmap in any of the two.
         threshold: A cell is positive from this score on.
@@ -75,6 +80,7 @@ class Comparison:
 
     names: tuple[str, str]
     slides: list[Slide]
+    total: Tally
     missing: list[str]
     neither: list[str]
     threshold: float
@@ -82,9 +88,8 @@ class Comparison:
 
     def pooled(self) -> Slide:
         """Return all slides as one."""
-        tallies = reduce(equivalence.added, (one.tally for one in self.slides), equivalence.nothing())
         known = [one.found for one in self.slides if one.found is not None]
-        return Slide("all", tallies, _summed(known) if known else None)
+        return Slide("all", equivalence.numbers(self.total), _summed(known) if known else None)
 
 
 def compare(a: Path, b: Path, *, threshold: float, radius_um: float) -> Comparison:
@@ -99,28 +104,12 @@ def compare(a: Path, b: Path, *, threshold: float, radius_um: float) -> Comparis
     Raises:
         InputError: They are not two of a kind, have no slide in common, or lie on different grids.
     """
-    if not 0 <= threshold <= 1:
-        raise InputError(f"the threshold is {threshold}", "give a probability, 0 to 1")
-    if not (math.isfinite(radius_um) and radius_um >= 0):
-        raise InputError(f"the radius is {radius_um} um", "give a distance in um, at least 0")
-    for path in (a, b):
-        if not path.exists():
-            raise InputError("it does not exist", "name two run folders, or two heatmaps", path=path)
-    if a.is_dir() != b.is_dir():
-        raise InputError(f"one is a folder and the other a file ({b})", "name two of a kind", path=a)
+    _check(a, b, threshold, radius_um)
     names = (a.name, b.name) if a.name != b.name else (str(a), str(b))
-    if not a.is_dir():
-        slide = Slide(a.stem, tally_files(a, b, threshold=threshold), None)
-        return Comparison(names, [slide], [], [], threshold, radius_um)
-    runs = _Run(a), _Run(b)
-    both = [slide_id for slide_id in runs[0].slides if slide_id in runs[1].slides]
-    missing = _missing(runs, names)
-    if not both:
-        cause = f"it has no slide with a heatmap in common with {b}"
-        raise InputError(cause, "name two finished runs over the same slides", path=a)
-    slides = [_slide(runs, slide_id, threshold=threshold, radius_um=radius_um) for slide_id in both]
-    neither = (runs[0].planned | runs[1].planned) - runs[0].slides.keys() - runs[1].slides.keys()
-    return Comparison(names, slides, missing, sorted(neither), threshold, radius_um)
+    if a.is_dir():
+        return _compare_runs((_Run(a), _Run(b)), names, threshold, radius_um)
+    total = tally_files(a, b, threshold=threshold)
+    return Comparison(names, [Slide(a.stem, equivalence.numbers(total), None)], total, [], [], threshold, radius_um)
 
 
 def tally_files(a: Path, b: Path, *, threshold: float) -> Tally:
@@ -148,16 +137,15 @@ def verdict(made: Comparison, bound: float) -> list[str]:
     They are where both score the same cells of the same slides, no score differs by more than the bound, and no lesion
     is gained or lost.
     """
-    pooled = made.pooled()
-    reasons = list(made.missing)
-    if pooled.tally.only_a or pooled.tally.only_b:
-        reasons.append(f"{pooled.tally.only_a + pooled.tally.only_b} cells are scored by one of the two only")
-    if pooled.tally.largest > bound:
-        worst = max(made.slides, key=lambda one: one.tally.largest)
-        reasons.append(f"the largest |dp| is {worst.tally.largest:.3g}, in {worst.slide_id}; {bound:g} is the bound")
-    if not pooled.tally.n:
+    total, reasons = made.total, list(made.missing)
+    if total.only_a or total.only_b:
+        reasons.append(f"{total.only_a + total.only_b} cells are scored by one of the two only")
+    if total.largest > bound:
+        worst = next(one.slide_id for one in made.slides if one.numbers["max"] == total.largest)
+        reasons.append(f"the largest |dp| is {total.largest:.3g}, in {worst}; {bound:g} is the bound")
+    if not total.n:
         reasons.append("no cell is scored by both")
-    found = pooled.found
+    found = made.pooled().found
     if found is not None and not found.same:
         reasons.append(lesions_told(found))
     return reasons
@@ -165,19 +153,19 @@ def verdict(made: Comparison, bound: float) -> list[str]:
 
 def sentence(made: Comparison) -> str:
     """Return what a paper would say."""
-    pooled = made.pooled()
-    cells, flips = pooled.tally.n, pooled.tally.up + pooled.tally.down
+    total, found = made.total, made.pooled().found
+    cells, flips = total.n, total.up + total.down
     many = f"{len(made.slides)} slide{'' if len(made.slides) == 1 else 's'}"
     if not cells:
         return f"{made.names[0]} and {made.names[1]} score no common cell over {many}."
     bound = proportions.upper_bound(flips, cells)
-    found = f"; {lesions_told(pooled.found)}" if pooled.found is not None else ""
-    same = not flips and (pooled.found is None or pooled.found.same)
+    same = not flips and (found is None or found.same)
     verb = f"equals {made.names[0]} within" if same else f"differs from {made.names[0]} by at most"
+    lesions = f"; {lesions_told(found)}" if found is not None else ""
     return (
-        f"{made.names[1]} {verb} {pooled.tally.largest:.2g} (max |dp|; mean {pooled.tally.total_abs / cells:.2g}) over "
-        f"{many}: {flips:,} of {cells:,} decisions at {made.threshold:g} flip "
-        f"(at most {bound:.2g} at 95 %, were cells independent){found}."
+        f"{made.names[1]} {verb} {total.largest:.2g} (max |dp|; mean {total.total_abs / cells:.2g}) over {many}: "
+        f"{flips:,} of {cells:,} decisions at {made.threshold:g} flip "
+        f"(at most {bound:.2g} at 95 %, were cells independent){lesions}."
     )
 
 
@@ -243,6 +231,35 @@ class _Map:
         return out
 
 
+def _check(a: Path, b: Path, threshold: float, radius_um: float) -> None:
+    """Refuse what cannot be compared, before anything is read."""
+    if not 0 <= threshold <= 1:
+        raise InputError(f"the threshold is {threshold}", "give a probability, 0 to 1")
+    if not (math.isfinite(radius_um) and radius_um >= 0):
+        raise InputError(f"the radius is {radius_um} um", "give a distance in um, at least 0")
+    for path in (a, b):
+        if not path.exists():
+            raise InputError("it does not exist", "name two run folders, or two heatmaps", path=path)
+    if a.is_dir() != b.is_dir():
+        raise InputError(f"one is a folder and the other a file ({b})", "name two of a kind", path=a)
+
+
+def _compare_runs(runs: tuple[_Run, _Run], names: tuple[str, str], threshold: float, radius_um: float) -> Comparison:
+    """Compare the slides that both runs have, one at a time."""
+    both = [slide_id for slide_id in runs[0].slides if slide_id in runs[1].slides]
+    if not both:
+        cause = f"it has no slide with a heatmap in common with {runs[1].root}"
+        raise InputError(cause, "name two finished runs over the same slides", path=runs[0].root)
+    slides, total = [], equivalence.nothing()
+    for slide_id in both:
+        _same_slide(runs, slide_id)
+        found = tally_files(*(run.heatmap(slide_id) for run in runs), threshold=threshold)
+        slides.append(Slide(slide_id, equivalence.numbers(found), _found(runs, slide_id, radius_um)))
+        total = equivalence.added(total, found)
+    neither = (runs[0].planned | runs[1].planned) - runs[0].slides.keys() - runs[1].slides.keys()
+    return Comparison(names, slides, total, _missing(runs, names), sorted(neither), threshold, radius_um)
+
+
 def _same_grid(a: _Map, b: _Map) -> None:
     if a.grid != b.grid:
         cause = f"its grid is {a.told()}; that of {b.path} is {b.told()}"
@@ -251,14 +268,11 @@ def _same_grid(a: _Map, b: _Map) -> None:
         )
 
 
-def _slide(runs: tuple[_Run, _Run], slide_id: str, *, threshold: float, radius_um: float) -> Slide:
-    planned: list[SlidePlan] = [run.slides[slide_id] for run in runs]
-    if planned[0].sha256 != planned[1].sha256:
-        digests = f"SHA-256 {planned[1].sha256[:12]}, {planned[0].sha256[:12]} here"
-        cause = f"its file is another one in {runs[1].root} ({digests})"
+def _same_slide(runs: tuple[_Run, _Run], slide_id: str) -> None:
+    ours, theirs = (run.slides[slide_id].sha256 for run in runs)
+    if ours != theirs:
+        cause = f"its file is another one in {runs[1].root} (SHA-256 {theirs[:12]}, {ours[:12]} here)"
         raise InputError(cause, "compare runs over the same slides", slide=slide_id, path=runs[0].root)
-    paths = [run.heatmap(slide_id) for run in runs]
-    return Slide(slide_id, tally_files(*paths, threshold=threshold), _found(runs, slide_id, radius_um))
 
 
 def _found(runs: tuple[_Run, _Run], slide_id: str, radius_um: float) -> Found:

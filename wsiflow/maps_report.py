@@ -17,9 +17,8 @@ from wsiflow.equivalence import Tally
 
 def documents(made: Comparison) -> dict[str, bytes]:
     """Return the files of a comparison, bytes by name."""
-    pooled = made.pooled()
-    rows = [_row(one) for one in (*made.slides, pooled)]
-    edges, counts = equivalence.histogram(pooled.tally)
+    rows = [_row(one) for one in (*made.slides, made.pooled())]
+    edges, counts = equivalence.histogram(made.total)
     values = {
         "a": made.names[0],
         "b": made.names[1],
@@ -36,7 +35,7 @@ def documents(made: Comparison) -> dict[str, bytes]:
         "equivalence.md": _markdown(made).encode(),
         "equivalence.csv": tables.csv_text(rows).encode(),
         "equivalence.json": evaluation.json_text(values).encode(),
-        "equivalence.png": figure(pooled.tally, made.names),
+        "equivalence.png": figure(made.total, made.names),
     }
 
 
@@ -89,14 +88,14 @@ def _row(one: Slide) -> dict[str, Any]:
         lesions |= {"true_lost": None, "true_gained": None}
     return {
         "slide_id": one.slide_id,
-        **equivalence.numbers(one.tally),
+        **one.numbers,
         **{f"lesions_{name}": n for name, n in lesions.items()},
     }
 
 
 def _slide_flips(made: Comparison) -> dict[str, float]:
     """Return how many slides have a flip, with a bound on their share: slides are independent, cells are not."""
-    flipped, n = sum(one.tally.up + one.tally.down > 0 for one in made.slides), len(made.slides)
+    flipped, n = sum(one.numbers["flips"] > 0 for one in made.slides), len(made.slides)
     return {"slides": n, "slides_with_flips": flipped, "slides_with_flips_upper": proportions.upper_bound(flipped, n)}
 
 

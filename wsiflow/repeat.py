@@ -14,7 +14,7 @@ from wsiflow.errors import InputError
 from wsiflow.model import card
 from wsiflow.scored import Scored
 
-_MACHINE = ("host", "versions", "numeric_class")
+_MACHINE = ("host", "cpu", "versions", "numeric_class")
 
 
 def document(run: Scored, table: Path | None, exported: Mapping[str, str]) -> dict[str, Any]:
@@ -82,7 +82,7 @@ def _machines(receipts: list[publish.Receipt]) -> list[dict[str, Any]]:
     """Return every kind of machine and process that computed something, with how many files it published."""
     found: dict[str, dict[str, Any]] = {}
     for receipt in receipts:
-        about = {name: receipt[name] for name in (*_MACHINE, "machine") if name in receipt}
+        about = {name: receipt[name] for name in _MACHINE if name in receipt}
         if "numeric_class" in about:
             one = found.setdefault(json.dumps(about, sort_keys=True), {**about, "files": 0})
             one["files"] += 1

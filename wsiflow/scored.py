@@ -8,6 +8,7 @@ import csv
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -60,9 +61,15 @@ class Scored:
         """Slides are missing from the scores."""
         return self.folder.name != "evaluation"
 
+    @cached_property
     def slides(self) -> dict[str, RecordedSlide]:
-        """Return what was scored, by slide."""
+        """What was scored, by slide."""
         return {one.slide_id: one for one in self.recorded.slides}
+
+    @cached_property
+    def sha256(self) -> dict[str, str]:
+        """The content of the planned slides, by slide."""
+        return {slide.slide_id: slide.sha256 for slide in self.made.slides}
 
 
 class CaseRow(NamedTuple):
@@ -202,8 +209,7 @@ def _left_out(scored: Scored) -> list[Case]:
 
 def _case_row(scored: Scored, case: Case) -> CaseRow:
     status, reason = _outcome(scored, case.slide_id)
-    one = scored.slides().get(case.slide_id)
-    planned = {slide.slide_id: slide.sha256 for slide in scored.made.slides}
+    one = scored.slides.get(case.slide_id)
     label = one.label if one is not None else case.label
     return CaseRow(
         slide_id=case.slide_id,
@@ -213,7 +219,7 @@ def _case_row(scored: Scored, case: Case) -> CaseRow:
         in_froc=int(one is not None and one.in_froc),
         in_auc=int(one is not None and one.in_auc),
         score=one.score if one is not None else "",
-        slide_sha256=planned.get(case.slide_id, case.sha256),
+        slide_sha256=scored.sha256.get(case.slide_id, case.sha256),
         truth_sha256=(one.truth or "") if one is not None else "",
         patient_id=case.patient_id,
         split=case.split,
@@ -224,7 +230,7 @@ def _case_row(scored: Scored, case: Case) -> CaseRow:
 
 def _outcome(scored: Scored, slide_id: str) -> tuple[str, str]:
     """Return the status of a slide and the reason for it."""
-    ended, one = scored.ended.get(slide_id), scored.slides().get(slide_id)
+    ended, one = scored.ended.get(slide_id), scored.slides.get(slide_id)
     if ended is None:
         limit = scored.config.dataset.limit
         told = f"dataset.limit is {limit}" if limit is not None else "the manifest has changed since"
