@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
 from wsiflow import froc, resampling, roc
 from wsiflow.comparison import Setting, compare, incomparable, pareto
@@ -102,6 +103,31 @@ def test_interval_leaves_out_draws_without_a_number():
     assert resampling.interval(np.stack([values, -values], axis=1)) == pytest.approx(np.array([[5, -195], [195, -5]]))
     assert np.isnan(resampling.interval(np.full((4, 2), np.nan))).all()
     assert resampling.interval(np.empty((0, 3))).shape == (2, 3)
+
+
+def test_corrected_interval_equals_scipy():
+    """Of the mean of a skewed sample, the same percentiles as another implementation finds for the same draws."""
+    sample = np.random.default_rng(4).exponential(size=30)
+    times = resampling.case_draws(30, n=20_000, seed=0)
+    jackknife = resampling.left_out(30) @ sample / 29
+    found = resampling.corrected_interval(sample.mean(), times @ sample / 30, jackknife)
+    other = stats.bootstrap((sample,), np.mean, n_resamples=20_000, method="BCa", random_state=1).confidence_interval
+    assert found == pytest.approx([other.low, other.high], abs=0.03)
+    plain = resampling.interval(times @ sample / 30)
+    assert (found > plain + 0.02).all()  # what the correction is for
+
+
+def test_corrected_interval_of_what_does_not_vary():
+    """All draws alike give one point; without draws there is none."""
+    assert resampling.corrected_interval(1.0, np.ones(9), np.ones(4)).tolist() == [1, 1]
+    assert np.isnan(resampling.corrected_interval(1.0, np.full(9, np.nan), np.ones(4))).all()
+
+
+def test_one_case_or_patient_is_left_out():
+    """Each row lacks one, in the order of their numbers."""
+    assert resampling.left_out(2).tolist() == [[0, 1], [1, 0]]
+    assert resampling.left_out(3, clusters=[8, 5, 8]).tolist() == [[1, 0, 1], [0, 1, 0]]
+    assert resampling.left_out(0).shape == (0, 0)
 
 
 @pytest.mark.parametrize(

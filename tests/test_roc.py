@@ -167,9 +167,27 @@ def test_interval_holds_the_area_within_bounds(sample):
 
 
 def test_interval_of_the_worked_example():
-    """The area -+ 1.96 deviations, cut at 1."""
-    low, high = roc.auc_interval(SCORES, LABELS)
-    assert (round(low, 4), high) == (0.3848, 1)
+    """The log odds of 0.75 -+ 1.96 deviations, with the variance of DeLong: 1/4 of 0.125 + 1/3 of 0.02083."""
+    variance = roc.delong_covariance([SCORES], LABELS)[0, 0]
+    half = roc.Z95 * math.sqrt(variance) / (0.75 * 0.25)
+    expected = [1 / (1 + math.exp(-(math.log(3) + sign * half))) for sign in (-1, 1)]
+    assert roc.auc_interval(SCORES, LABELS) == pytest.approx(expected)
+
+
+@given(two_classes)
+def test_interval_of_turned_scores_is_mirrored(sample):
+    """Negated scores have the interval from 1 - high to 1 - low."""
+    scores, labels = sample
+    low, high = roc.auc_interval(scores, labels)
+    assert roc.auc_interval([-score for score in scores], labels) == pytest.approx((1 - high, 1 - low), abs=1e-9)
+
+
+@pytest.mark.parametrize(("m", "n"), [(3, 3), (49, 80), (1000, 1000)])
+def test_perfect_separation_is_not_certain(m, n):
+    """An area of 1 has no variance of its own, yet its interval begins below 1: the further the fewer slides."""
+    low, high = roc.auc_interval([1] * m + [0] * n, [1] * m + [0] * n)
+    assert high == 1
+    assert 1 - low == pytest.approx(roc.Z95**2 * 2 / (m + n), rel=0.75)  # of the order of 3.8 over the smaller class
 
 
 def test_one_class_has_no_area():

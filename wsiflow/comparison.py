@@ -5,10 +5,15 @@ differences from one reference with p-values, bands of the FROC curves, and the 
 
 All of it comes from one set of draws. The cases, those that count for FROC and those that count for the AUC together,
 are drawn with replacement, and every metric of every setting is computed on each draw: a difference is a difference
-between two settings on the same cases. Intervals hold 95 % of the draws. A p-value is two-sided, from the drawn
-differences, the AUC's too, so that interval and p-value never contradict each other; `roc.paired_test` is the test of
-DeLong for those who report that. For every metric p-values are corrected by Holm's method for the number of settings
-that are compared with the reference. Many metrics of one setting are not corrected for: name one beforehand.
+between two settings on the same cases. Intervals of FROC and of differences are percentiles of the draws; that of an
+AUC, which is skewed near 1, is corrected for bias and skewness. A p-value is two-sided, from the drawn differences, the
+AUC's too, so that interval and p-value do not contradict each other; `roc.paired_test` is the test of DeLong for those
+who report that. For every metric p-values are corrected by Holm's method for the number of settings that are compared
+with the reference. Many metrics of one setting are not corrected for: name one beforehand.
+
+What the intervals are worth was measured on simulated sets, see ``tests/test_comparison.py``. Draws know only what is
+in the sample: where almost every lesion is found, or none is missed, an interval is too short or has no width, which
+means that these slides cannot tell, not that all is known.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,7 +24,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from wsiflow import froc, roc
 from wsiflow.errors import InputError
-from wsiflow.resampling import case_draws, holm, interval, two_sided_p
+from wsiflow.resampling import case_draws, corrected_interval, holm, interval, left_out, two_sided_p
 
 FP_GRID = np.linspace(0, 8, 129)
 """False positives per slide at which bands are computed; the six rates of the score are among them."""
@@ -94,10 +99,18 @@ class Compared(NamedTuple):
 
 
 class _Drawn(NamedTuple):
-    """Metrics and curve of a setting in the sample (first row) and in every draw."""
+    """Metrics and curve of a setting in the sample (first row) and in every draw; its AUC with a case left out."""
 
     metrics: dict[str, NDArray[np.float64]]
     curve: NDArray[np.float64]
+    jackknife: NDArray[np.float64]
+
+
+class _Times(NamedTuple):
+    """How often each case is in the sample (first) and in every draw, and in the samples that lack one, by case."""
+
+    drawn: dict[str, NDArray[np.int64]]
+    left_out: dict[str, NDArray[np.int64]]
 
 
 def compare(
@@ -224,19 +237,20 @@ def _cases(setting: Setting) -> list[str]:
     return sorted({one.slide_id.casefold() for one in setting.matches} | {one.casefold() for one in setting.slide_ids})
 
 
-def _draws(setting: Setting, n: int, seed: int) -> dict[str, NDArray[np.int64]]:
-    """Return how often each case is in the sample (once) and in each draw, by case."""
+def _draws(setting: Setting, n: int, seed: int) -> _Times:
+    """Draw the cases of a setting."""
     cases = _cases(setting)
     given = {slide.casefold(): number for slide, number in (setting.clusters or {}).items()}
     # A slide without a patient is its own: -1, -2, ... are no patient's numbers.
     clusters = [given.get(case, -1 - index) for index, case in enumerate(cases)] if given else None
     times = case_draws(len(cases), n=n, seed=seed, clusters=clusters)
     whole = np.concatenate([np.ones((1, len(cases)), np.int64), times])
-    return dict(zip(cases, whole.T, strict=True))
+    without = left_out(len(cases), clusters=clusters)
+    return _Times(dict(zip(cases, whole.T, strict=True)), dict(zip(cases, without.T, strict=True)))
 
 
 def _columns(times: Mapping[str, NDArray[np.int64]], slides: Sequence[str]) -> NDArray[np.int64]:
-    """Return int64 (1 + n, slides): the draws of some of the cases."""
+    """Return int64 (rows, slides): the draws of some of the cases."""
     n_rows = len(next(iter(times.values()))) if times else 1
     found = np.empty((n_rows, len(slides)), np.int64)
     for column, slide in enumerate(slides):
@@ -244,9 +258,9 @@ def _columns(times: Mapping[str, NDArray[np.int64]], slides: Sequence[str]) -> N
     return found
 
 
-def _drawn(setting: Setting, times: Mapping[str, NDArray[np.int64]], mode: froc.Mode) -> _Drawn:
+def _drawn(setting: Setting, times: _Times, mode: froc.Mode) -> _Drawn:
     """Return every metric of a setting in the sample and in every draw."""
-    of_froc = _columns(times, [one.slide_id for one in setting.matches])
+    of_froc = _columns(times.drawn, [one.slide_id for one in setting.matches])
     curve = froc.resample(setting.matches, of_froc, mode=mode, rates=FP_GRID)
     at_rates = curve[:, np.searchsorted(FP_GRID, froc.RATES)]
     other: froc.Mode = "strict" if mode == "official" else "official"
@@ -255,19 +269,25 @@ def _drawn(setting: Setting, times: Mapping[str, NDArray[np.int64]], mode: froc.
         other: froc.resample(setting.matches, of_froc, mode=other).mean(axis=1),
     }
     stem = "froc." if mode == "official" else "froc.strict_"
+    area, without = (roc.resample(setting.scores, setting.labels, _columns(one, setting.slide_ids)) for one in times)
     return _Drawn(
         {
             "froc.score": scores["official"],
             "froc.strict_score": scores["strict"],
             **{f"{stem}sensitivity_at_{rate:g}": at_rates[:, k] for k, rate in enumerate(froc.RATES)},
-            "roc.auc": roc.resample(setting.scores, setting.labels, _columns(times, setting.slide_ids)),
+            "roc.auc": area,
         },
         curve,
+        without,
     )
 
 
 def _intervals(drawn: _Drawn) -> dict[str, Interval]:
-    return {metric: Interval(float(x[0]), *interval(x[1:]).tolist()) for metric, x in drawn.metrics.items()}
+    """Return the intervals of all metrics."""
+    found = {metric: Interval(float(x[0]), *interval(x[1:]).tolist()) for metric, x in drawn.metrics.items()}
+    area = drawn.metrics["roc.auc"]
+    corrected = corrected_interval(float(area[0]), area[1:], drawn.jackknife)
+    return found | {"roc.auc": Interval(float(area[0]), *corrected.tolist())}
 
 
 def _differences(

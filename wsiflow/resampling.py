@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import special
 
 
 def case_draws(n_cases: int, *, n: int, seed: int, clusters: Sequence[int] | None = None) -> NDArray[np.int64]:
@@ -27,13 +28,24 @@ def case_draws(n_cases: int, *, n: int, seed: int, clusters: Sequence[int] | Non
     Returns:
         int64 (n, n_cases), how often each case is in each draw.
     """
-    group = np.arange(n_cases) if clusters is None else np.unique(clusters, return_inverse=True)[1]
+    group = _groups(n_cases, clusters)
     n_groups = int(group.max(initial=-1)) + 1
     rng = np.random.default_rng(seed)
     times = np.zeros((n, n_cases), np.int64)
     for row in times if n_groups else ():
         row[:] = np.bincount(rng.integers(n_groups, size=n_groups), minlength=n_groups)[group]
     return times
+
+
+def left_out(n_cases: int, *, clusters: Sequence[int] | None = None) -> NDArray[np.int64]:
+    """Return the samples in which one case, or one cluster, is missing.
+
+    Returns:
+        int64 (cases or clusters, n_cases), 0 for what is left out and else 1.
+    """
+    group = _groups(n_cases, clusters)
+    missing = np.arange(group.max(initial=-1) + 1)
+    return np.asarray(group[None, :] != missing[:, None], np.int64)
 
 
 def interval(drawn: NDArray[np.float64], level: float = 0.95) -> NDArray[np.float64]:
@@ -50,6 +62,31 @@ def interval(drawn: NDArray[np.float64], level: float = 0.95) -> NDArray[np.floa
     if not len(kept):
         return np.full((2, *drawn.shape[1:]), np.nan)
     ends: NDArray[np.float64] = np.quantile(kept, [(1 - level) / 2, (1 + level) / 2], axis=0)
+    return ends
+
+
+def corrected_interval(value: float, drawn: NDArray[np.float64], jackknife: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the 95 % interval of a skewed statistic: percentiles shifted for bias and skewness (BCa, Efron 1987).
+
+    Args:
+        value: The statistic of the sample.
+        drawn: (n,), of the draws; NaN are left out.
+        jackknife: (cases,), of the samples of `left_out`; NaN are left out.
+
+    Returns:
+        float64 (2,), low and high ends; NaN where no draw is left.
+    """
+    kept, others = drawn[~np.isnan(drawn)], jackknife[~np.isnan(jackknife)]
+    if not kept.size or not others.size:
+        return np.full(2, np.nan)
+    below = ((kept < value).mean() + (kept <= value).mean()) / 2
+    # Half a draw short of all or nothing: the normal quantile there is infinite.
+    bias = special.ndtri(np.clip(below, 0.5 / kept.size, 1 - 0.5 / kept.size))
+    spread = others.mean() - others
+    squares = float((spread**2).sum())
+    skew = float((spread**3).sum()) / (6 * squares**1.5) if squares > 0 else 0.0
+    shifted = bias + special.ndtri([0.025, 0.975])
+    ends: NDArray[np.float64] = np.quantile(kept, special.ndtr(bias + shifted / (1 - skew * shifted)))
     return ends
 
 
@@ -83,3 +120,8 @@ def holm(p: Sequence[float]) -> list[float]:
     corrected[order] = np.minimum(np.maximum.accumulate(values[order] * np.arange(len(order), 0, -1)), 1.0)
     found: list[float] = corrected.tolist()
     return found
+
+
+def _groups(n_cases: int, clusters: Sequence[int] | None) -> NDArray[np.int64]:
+    """Return the number of each case's cluster, from 0 without gaps."""
+    return np.arange(n_cases) if clusters is None else np.unique(clusters, return_inverse=True)[1]
