@@ -85,7 +85,8 @@ def test_summary_has_the_names_others_rely_on(finished: Path) -> None:
     summary = json.loads((finished / "evaluation/summary.json").read_text())
     names = """
         froc.score froc.strict_score froc.score_ci_low froc.n_lesions froc.n_itc
-        froc.sensitivity_at_0.25 froc.sensitivity_at_8 roc.auc roc.auc_ci_high throughput.tiles_per_s
+        froc.sensitivity_at_0.25 froc.sensitivity_at_8 froc.sensitivity_at_8_ci_low roc.auc roc.auc_ci_high
+        roc.auc_bootstrap_ci_low throughput.tiles_per_s
         throughput.core_hours throughput.efficiency cost.read_core_s cost.infer_core_s cost.stitch_core_s
         ledger.planned ledger.published cache.hit_rate
     """

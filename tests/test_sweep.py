@@ -11,6 +11,7 @@ from test_line import over
 
 from flows import run as command
 from flows.server import chosen_server
+from wsiflow import evaluation
 
 WSIFLOW = Path(sys.executable).parent / "wsiflow"
 QUICK = ["dataset.limit=1", "tracking=mlflow", "name=together", "evaluation.bootstrap=0"]
@@ -56,6 +57,11 @@ def test_a_sweep_of_two_good_jobs_and_a_bad_one(small_slides: Path, tmp_path: Pa
     assert {run.data.params["inference.stride"] for run in children} == {"112", "224"}
     assert len({run.data.tags["mlflow.parentRunId"] for run in children}) == 1
     assert all("throughput.tiles_per_s" in run.data.metrics for run in children)
+    matched = evaluation.read_matches(tmp_path / "sweep/inference.stride=112/evaluation/matches.json")
+    for run in children:
+        assert run.data.tags["wsiflow.protocol_hash"] == matched.protocol_hash
+        assert run.data.tags["wsiflow.truth_hash"] == matched.truth_hash()
+        assert "matches.json" in {artifact.path for artifact in client.list_artifacts(run.info.run_id)}
 
 
 def test_trials_at_once_share_a_server_and_a_record(small_slides: Path, tmp_path: Path) -> None:
