@@ -99,7 +99,7 @@ def log(params: TrackingParams, trials: Sequence[Trial], folder: Path, **changes
             "partial": False,
             "params": trial.params,
             "metrics": {**numbers, "throughput.core_hours": trial.core_hours},
-            "tags": {"dataset.digest": "d1", "model.digest": "m1", "wsiflow.folder": f"{params.sweep}{number}"},
+            "tags": {"digest.dataset": "d1", "digest.model": "m1", "wsiflow.folder": f"{params.sweep}{number}"},
             "dataset": ("cases.csv", "d1"),
             "artifacts": [document],
             "figures": {},

@@ -25,7 +25,7 @@ _NO_SETTING = re.compile(
     r"(name|out|share|seed|repeat|orchestrator|allow_partial|shard_slides|evaluation\.bootstrap|tracking\..*)"
 )
 # What follows from other settings more often than it is set; shown only where it tells settings apart.
-_FOLLOWS = re.compile(r"(tiles|dense|executor)\..*|.*digest")
+_FOLLOWS = re.compile(r"(tiles|dense|executor|digest)\..*")
 _SAME = 1e-5  # the same settings on another processor give probabilities that agree to about 1e-6
 _SHOWN = 5
 

@@ -103,9 +103,15 @@ def _from_folder(root: Path) -> Run:
         sweep="",
         params=params,
         core_hours=_number(metrics.get("throughput.core_hours")),
-        processor=str(receipt.get("cpu", "")) if receipt else "",
+        processor="; ".join(sorted(_processors(root))),
         matches=evaluation.read_matches(folder / "matches.json"),
     )
+
+
+def _processors(root: Path) -> set[str]:
+    """Return the CPUs that the run's heatmaps came from."""
+    receipts = (root / publish.RECEIPTS / "heatmaps").glob("*.json")
+    return {json.loads(path.read_text(encoding="utf-8")).get("cpu", "") for path in receipts} - {""}
 
 
 def of_sweep(params: TrackingParams) -> Found:
@@ -135,7 +141,7 @@ def _from_record(params: TrackingParams, one: tracking.Recorded, passing: Path) 
         where=one.run_id,
         identity=identity(one),
         sweep=one.sweep,
-        params={**one.params, **{key: one.tags[key] for key in ("dataset.digest", "model.digest") if key in one.tags}},
+        params={**one.params, **{key: one.tags[key] for key in ("digest.dataset", "digest.model") if key in one.tags}},
         core_hours=_number(one.metrics.get("throughput.core_hours")),
         processor=one.tags.get("cpu.model", ""),
         matches=evaluation.read_matches(tracking.download(params, one.run_id, "matches.json", folder)),

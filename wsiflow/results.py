@@ -389,7 +389,7 @@ def _track(root: Path, folder: str, config: RunConfig, made: Plan, key: str, met
             *(root / name for name in ("report.html", "process_list.csv")),
             publish.generations(root, "config.yaml")[-1],
         ],
-        dataset=(_dataset_name(config), found["dataset.digest"]),
+        dataset=(_dataset_name(config), found["digest.dataset"][:32]),
         figures={path.name: path.read_bytes() for path in sorted((root / folder).glob("*.png"))},
         tables={f"froc_{mode}.json": curves[mode] for mode in ("official", "strict")},
     )
@@ -425,12 +425,9 @@ def settings(values: Mapping[str, Any], made: Plan) -> dict[str, Any]:
 
 
 def digests(made: Plan) -> dict[str, str]:
-    """Return what stands for the pixels of the slides and for the model."""
+    """Return what stands for the model and for the pixels of the slides: SHA-256, by tag."""
     slides = sorted([planned.slide_id, planned.sha256] for planned in made.slides)
-    return {
-        "dataset.digest": publish.key_of(slides=slides)[:32],
-        "model.digest": made.settings["predict"]["model"][:32],
-    }
+    return {"digest.model": made.settings["predict"]["model"], "digest.dataset": publish.key_of(slides=slides)}
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

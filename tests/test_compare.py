@@ -1,0 +1,362 @@
+"""Comparing runs: who is told apart, who is refused, what is on the front, and what is written and told to MLflow."""
+
+import csv
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import numpy as np
+import pytest
+from PIL import Image
+from swept import Trial, drawn, log, matches, slide, store, stride_trials, write_folder
+
+from flows.__main__ import main
+from wsiflow import compare, finished, tracking
+from wsiflow.compare import Options
+from wsiflow.errors import InputError
+from wsiflow.evaluation import Recorded
+from wsiflow.finished import Found, Run
+from wsiflow.tradeoff import Tradeoff
+
+QUICK = Options(resamples=200)
+
+
+def some(n_found: int) -> Recorded:
+    """Return four tumour slides of one lesion each, of which so many are found, and four clean normal ones."""
+    tumour = [slide(f"t{i}", 1, [0.9 if i < n_found else None]) for i in range(4)]
+    return matches([*tumour, *(slide(f"n{i}", 0, false=[0.1]) for i in range(4))])
+
+
+def run(name: str, found: Recorded, core_hours: float = 1.0, **params: Any) -> Run:
+    """Return a run, its parameters with ``__`` for the point in a name."""
+    settings = {key.replace("__", "."): str(value) for key, value in params.items()}
+    return Run(name, f"id-{name}", f"folder-{name}", "s", settings, core_hours, "CPU", found)
+
+
+def compared(*runs: Run, **options: Any) -> Tradeoff:
+    return compare.compare(Found(runs, []), "s", QUICK._replace(**options))
+
+
+# --- settings
+
+
+def test_settings_are_named_by_what_differs() -> None:
+    """Names, folders and what follows from a setting are no part of it; numbers are in the order of numbers."""
+    common = {"lesions__threshold": 0.5}
+    runs = [
+        run(f"r{stride}", some(2), stride=stride, out=f"/{stride}", tiles__halo_px=stride + 100, **common)
+        for stride in (16, 112, 8)
+    ]
+    found = compared(*runs)
+    assert [row.name for row in found.rows] == ["stride=8", "stride=16", "stride=112"]
+    assert found.common == {"lesions.threshold": "0.5"}
+    assert found.notes == ["Differing along with the parameters shown: tiles.halo_px."]
+
+
+def test_a_name_that_means_two_things_stays_whole() -> None:
+    """The last part of a dotted name is enough only where it is unique; a method goes by its group."""
+    runs = [
+        run(f"{a}{b}{stain}", some(2), stain__method=stain, tissue__limit=a, lesions__limit=b)
+        for a in (1, 2)
+        for b in (3, 4)
+        for stain in ("none", "macenko")
+    ]
+    assert "tissue.limit=1" in compared(*runs).rows[0].name
+    assert "stain=macenko" in compared(*runs).rows[0].name
+    assert len(compared(*runs).rows) == 8
+
+
+def test_repeats_are_one_setting_with_a_spread() -> None:
+    """Mean, standard deviation and range of three costs; one measurement has no spread."""
+    repeats = [run(f"a{i}", some(3), cost, stride=16, repeat=i, seed=i) for i, cost in enumerate((1.0, 2.0, 3.0))]
+    coarse, fine = compared(run("b", some(2), 0.5, stride=224), *repeats).rows[::-1]
+    assert fine.name == "stride=16"
+    assert fine.cost == (2.0, 1.0, 1.0, 3.0, 3)
+    assert coarse.cost[:1] + coarse.cost[2:] == (0.5, 0.5, 0.5, 1)
+    assert math.isnan(coarse.cost.sd)
+    assert fine.runs == ("id-a0", "id-a1", "id-a2")
+
+
+def test_repeats_with_other_scores_are_refused() -> None:
+    """The same settings cannot have found another number of lesions."""
+    with pytest.raises(InputError, match="a and b have the same settings and other scores, first for t2"):
+        compared(run("a", some(2), stride=16), run("b", some(3), stride=16, repeat=2))
+
+
+# --- scores
+
+
+def test_scores_differences_and_the_front_are_right() -> None:
+    """Lesions found 4, 3 and 3 of 4: the dear one that finds no more is off the front."""
+    runs = [
+        run("fine", some(4), 8.0, stride=16),
+        run("middle", some(3), 2.0, stride=56),
+        run("odd", some(3), 3.0, stride=112),
+    ]
+    fine, middle, odd = compared(*runs).rows
+    assert [row.metrics["froc.score"].value for row in (fine, middle, odd)] == [1.0, 0.75, 0.75]
+    assert fine.metrics["roc.auc"].value == 1.0
+    assert middle.metrics["roc.auc"].value == pytest.approx(0.75)
+    assert [row.pareto for row in (fine, middle, odd)] == [True, True, False]
+    assert not fine.differences, "the one that costs most is the reference"
+    assert middle.differences["froc.score"].value == pytest.approx(-0.25)
+    assert middle.differences["froc.score"].p_corrected >= middle.differences["froc.score"].p
+
+
+def test_the_reference_can_be_chosen() -> None:
+    """By the setting's name; another name lists those there are."""
+    runs = [run("fine", some(4), 8.0, stride=16), run("coarse", some(3), 2.0, stride=224)]
+    found = compared(*runs, reference="stride=224")
+    assert found.rows[0].differences["froc.score"].value == pytest.approx(0.25)
+    with pytest.raises(InputError, match="no setting 'stride=32'; --reference: stride=16; stride=224"):
+        compared(*runs, reference="stride=32")
+
+
+def test_a_cost_that_nobody_measured_is_not_cheap() -> None:
+    """Without core-hours a setting is compared, and is on no front."""
+    known, unknown = compared(run("a", some(2), 1.0, stride=16), run("b", some(4), math.nan, stride=8)).rows[::-1]
+    assert (known.pareto, unknown.pareto) == (True, False)
+
+
+def test_processors_that_differ_are_told() -> None:
+    """Core-hours of two machines stand in one table with a warning."""
+    runs = [run("a", some(2), stride=16), run("b", some(3), stride=8)._replace(processor="Another")]
+    assert "Another; CPU" in compared(*runs).notes[-1]
+
+
+# --- refusals
+
+REFUSED = {
+    "another slide": (lambda one: matches([*one.slides, slide("t9", 1, [0.5])]), "different slides for FROC: t9"),
+    "an exclusion": (
+        lambda one: matches([one.slides[0].model_copy(update={"in_froc": False}), *one.slides[1:]]),
+        "different slides for FROC: t0",
+    ),
+    "another protocol": (lambda one: matches(one.slides, itc_um=200.0), "different protocols"),
+    "another outline": (
+        lambda one: matches([one.slides[0].model_copy(update={"truth": "corrected"}), *one.slides[1:]]),
+        "different truth for t0",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_runs_over_different_cases_are_refused(what: str) -> None:
+    """The message names the runs and what differs."""
+    change, said = REFUSED[what]
+    with pytest.raises(InputError, match=said) as refused:
+        compared(run("first", some(2), stride=16), run("second", change(some(3)), stride=8))
+    assert "first and second" in str(refused.value)
+    assert refused.value.exit_code == 20
+
+
+def test_runs_without_truth_are_refused() -> None:
+    """There is nothing to compare."""
+    unknown = matches([slide("a", 0, false=[0.3]).model_copy(update={"in_froc": False, "in_auc": False})])
+    with pytest.raises(InputError, match="no run has a score"):
+        compared(run("a", unknown, stride=8), run("b", unknown, stride=16))
+
+
+# --- folders
+
+
+def test_folders_are_compared_from_the_command_line(tmp_path: Path, capsys: Any) -> None:
+    """Two folders, or the one that holds them; every file is there and says the same."""
+    folders = [
+        write_folder(tmp_path / "sweep" / name, some(n), cost) for name, n, cost in (("x", 4, 2.0), ("y", 3, 1.0))
+    ]
+    out = tmp_path / "out"
+    assert main(["compare", *map(str, folders), "--out", str(out), "--bootstrap", "100"]) == 0
+    assert "run=y: 0.750" in capsys.readouterr().out
+    written = {path.name for path in out.iterdir() if path.is_file()}
+    figures = {f"{name}.{kind}" for name in ("froc", "tradeoff", "differences") for kind in ("png", "svg")}
+    assert written == {"compare.md", "compare.csv", "report.html"} | figures
+    with (out / "compare.csv").open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert [(row["run"], float(row["froc.score"]), row["pareto"]) for row in rows] == [
+        ("x", 1.0, "yes"),
+        ("y", 0.75, "yes"),
+    ]
+    assert float(rows[1]["froc.score_difference"]) == pytest.approx(-0.25)
+    page = (out / "report.html").read_text()
+    assert not re.search(r'(src|href)="(?!data:)', page), "the page needs no other file"
+    assert page.count("data:image/png") == 3
+    assert "| run=x | 1.000" in (out / "compare.md").read_text()
+    assert main(["compare", str(tmp_path / "sweep"), "--out", str(tmp_path / "again"), "--bootstrap", "100"]) == 0
+    assert (tmp_path / "again/compare.csv").read_bytes() == (out / "compare.csv").read_bytes()
+
+
+def test_a_folder_without_scores_is_refused(tmp_path: Path, capsys: Any) -> None:
+    """It is named, with exit code 20; so is one that is not there."""
+    good = write_folder(tmp_path / "good", some(3))
+    (tmp_path / "empty").mkdir()
+    for bad in ("empty", "absent"):
+        assert main(["compare", str(good), str(tmp_path / bad), "--out", str(tmp_path / "o")]) == 20
+        assert bad in capsys.readouterr().err
+
+
+def test_what_is_beside_the_scored_runs_is_told(tmp_path: Path) -> None:
+    """A trial that did not finish is named in the comparison."""
+    write_folder(tmp_path / "a", some(3))
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b/cases.json").write_text("{}")
+    assert finished.in_folders([tmp_path]).notes == ["Left out, since not all of its slides have scores: b."]
+
+
+# --- figures
+
+
+def test_figures_show_what_there_is(tmp_path: Path) -> None:
+    """Three figures with something drawn on them; without costs or differences there is one."""
+    many = [run(str(i), one.matches, one.core_hours, **one.params) for i, one in enumerate(stride_trials(repeats=1))]
+    compare.write(tmp_path / "many", compared(*many))
+    for name in ("froc", "tradeoff", "differences"):
+        pixels = np.asarray(Image.open(tmp_path / f"many/{name}.png").convert("HSV"))
+        assert (pixels[..., 1] > 100).mean() > 0.001, f"{name} has no colour"
+        assert b"<svg" in (tmp_path / f"many/{name}.svg").read_bytes()
+    alone = compare.write(tmp_path / "one", compared(run("a", some(3), math.nan)))
+    assert [name for name in alone if name.endswith(".png")] == ["froc.png"]
+    assert "There is nothing to draw" in (tmp_path / "one/report.html").read_text()
+
+
+def test_the_same_comparison_is_the_same_bytes(tmp_path: Path) -> None:
+    """Figures and pages have no date and no random name."""
+    runs = [run("a", some(3), 2.0, stride=8), run("b", some(2), 1.0, stride=16)]
+    first, again = (compare.write(tmp_path / name, compared(*runs)) for name in ("1", "2"))
+    assert first == again
+
+
+# --- MLflow
+
+
+@pytest.fixture(scope="module")
+def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A store for all tests, each with an experiment of its own."""
+    return f"sqlite:///{tmp_path_factory.mktemp('store')}/mlflow.db"
+
+
+@pytest.fixture(scope="module")
+def recorded(uri: str, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The ids of one sweep of four runs, two of them repeats."""
+    trials = [
+        Trial({"inference.stride": 16, "repeat": 1}, 4.0, some(4)),
+        Trial({"inference.stride": 16, "repeat": 2}, 6.0, some(4)),
+        Trial({"inference.stride": 56, "repeat": 1}, 1.0, some(3)),
+        Trial({"inference.stride": 224, "repeat": 1}, 2.0, some(2)),
+    ]
+    return log(store(uri), trials, tmp_path_factory.mktemp("recorded"))
+
+
+def test_a_filter_finds_the_front_in_mlflow(uri: str, recorded: list[str], tmp_path: Path) -> None:
+    """Runs are tagged, repeats alike; the parent has the table, the figures, the report, numbers and what is common."""
+    ids = recorded
+    assert main(["compare", "wsiflow", "--uri", uri, "--out", str(tmp_path / "out"), "--bootstrap", "100"]) == 0
+    client = mlflow.MlflowClient(tracking_uri=uri)
+    experiment = client.get_experiment_by_name("wsiflow").experiment_id
+    front = client.search_runs([experiment], "tags.\"wsiflow.pareto\" = 'yes'")
+    assert {one.info.run_id for one in front} == set(ids[:3])
+    assert client.get_run(ids[3]).data.tags["wsiflow.pareto"] == "no"
+    (parent,) = client.search_runs([experiment], "tags.`wsiflow.role` = 'sweep'")
+    assert parent.data.metrics["compare.n_settings"] == 3
+    assert parent.data.metrics["compare.best_score"] == 1.0
+    assert parent.data.metrics["compare.most_core_hours"] == 5.0
+    assert parent.data.tags["wsiflow.best"] == parent.data.tags["wsiflow.reference"] == "stride=16"
+    assert parent.data.tags["common.digest.dataset"] == "d1"
+    assert parent.data.tags["common.digest.model"] == "m1"
+    assert "| stride=56 | 0.750" in parent.data.tags["mlflow.note.content"]
+    files = {one.path for one in client.list_artifacts(parent.info.run_id)}
+    assert files >= {"compare.md", "compare.csv", "report.html", "froc.png", "tradeoff.png", "differences.png"}
+    inputs = client.get_run(ids[0]).inputs.dataset_inputs
+    assert [(one.dataset.name, one.dataset.digest) for one in inputs] == [("cases.csv", "d1")]
+
+
+def test_a_later_comparison_replaces_the_former(uri: str, tmp_path: Path) -> None:
+    """A run that joins changes tags and table; what is no longer common is no longer said to be."""
+    params = store(uri, experiment="later")
+    first = [Trial({"inference.stride": s, "lesions.k": 1}, 1.0 + s / 100, some(3)) for s in (16, 56)]
+    ids = log(params, first, tmp_path)
+    out = tmp_path / "out"
+    compare.answer(compare.Asked([], params, QUICK), out)
+    client = mlflow.MlflowClient(tracking_uri=uri)
+    assert client.get_run(ids[0]).data.tags["wsiflow.pareto"] == "yes"
+    joined = [*first, Trial({"inference.stride": 16, "lesions.k": 2}, 0.5, some(4))]
+    log(params, joined, tmp_path)
+    made = compare.answer(compare.Asked([], params, QUICK), out)
+    assert len(made.found.rows) == 3
+    assert client.get_run(ids[0]).data.tags["wsiflow.pareto"] == "no"
+    parent = client.get_run(made.logged.run_id)
+    assert "common.lesions.k" not in parent.data.tags
+    assert parent.data.metrics["compare.n_settings"] == 3
+
+
+def test_of_a_folder_the_latest_record_counts(uri: str, tmp_path: Path) -> None:
+    """A slide joined and the folder was scored again: its former record is over other slides, and is left alone."""
+    params = store(uri, experiment="latest")
+    more = matches([*some(3).slides, slide("t9", 1, [0.5])])
+    for number, found in enumerate((some(3), more)):
+        log(params, [Trial({"inference.stride": 16}, 1.0, found)], tmp_path, key=f"k{number}")
+    log(params, [Trial({"inference.stride": 56}, 1.0, more)], tmp_path, key="k3", tags={"wsiflow.folder": "other"})
+    assert [len(one.matches.slides) for one in finished.of_sweep(params).runs] == [9, 9]
+
+
+def test_a_sweep_has_to_be_named_where_there_are_two(uri: str, tmp_path: Path) -> None:
+    """An experiment with two sweeps is not compared across them; both are named."""
+    for sweep in ("coarse", "fine"):
+        log(store(uri, sweep, "two"), [Trial({"inference.stride": 16}, 1.0, some(3))], tmp_path)
+    with pytest.raises(InputError, match="2 sweeps; --sweep: coarse, fine"):
+        finished.of_sweep(store(uri, None, "two"))
+    with pytest.raises(InputError, match="no run of sweep other; it has the sweeps coarse, fine"):
+        finished.of_sweep(store(uri, "other", "two"))
+    assert len(finished.of_sweep(store(uri, "fine", "two")).runs) == 1
+
+
+def test_what_is_not_in_a_store_is_named(uri: str, recorded: list[str], tmp_path: Path, capsys: Any) -> None:
+    """No database, no experiment: exit code 20 and nothing is made."""
+    assert main(["compare", "x", "--uri", f"sqlite:///{tmp_path}/absent.db"]) == 20
+    assert not list(tmp_path.iterdir())
+    assert main(["compare", "absent", "--uri", uri]) == 20
+    said = capsys.readouterr().err
+    assert "absent.db: there is no such file" in said
+    assert re.search("no experiment 'absent'; name one of: .*wsiflow", said)
+
+
+def test_folders_and_mlflow_agree(uri: str, tmp_path: Path) -> None:
+    """The folders of a sweep are compared and their records tagged, found by what stands for the folder."""
+    params = store(uri, experiment="folders")
+    out = tmp_path / "sweep"
+    ids = []
+    for name, n_found, cost in (("a", 4, 2.0), ("b", 3, 3.0)):
+        write_folder(out / name, some(n_found), cost)
+        (out / name / "receipts").mkdir()
+        (out / name / "receipts/config.yaml.json").write_text(json.dumps({"attempt": f"folder-{name}"}))
+        trial = Trial({"run": name}, cost, some(n_found))
+        ids += log(params, [trial], tmp_path / name, key=f"k{name}", tags={"wsiflow.folder": f"folder-{name}"})
+    made = compare.sweep_folder(out, params)
+    assert made is not None
+    assert (out / "report.html").exists()
+    client = mlflow.MlflowClient(tracking_uri=params.uri)
+    assert [client.get_run(one).data.tags["wsiflow.pareto"] for one in ids] == ["yes", "no"]
+
+
+def test_one_run_is_no_sweep(tmp_path: Path) -> None:
+    """Nothing is written for a single run, nor where nothing has scores."""
+    off = tracking.TrackingParams.model_validate({**store("x").model_dump(), "kind": "off"})
+    write_folder(tmp_path / "sweep/a", some(3))
+    assert compare.sweep_folder(tmp_path / "sweep", off) is None
+    assert compare.sweep_folder(tmp_path / "absent", off) is None
+    assert [path.name for path in (tmp_path / "sweep").iterdir()] == ["a"]
+
+
+def test_skill_is_told_from_luck() -> None:
+    """Forty slides: a setting that finds less differs by its corrected p, one that finds the same does not."""
+    found = compared(
+        run("good", drawn(0.8), 3.0, stride=16),
+        run("same", drawn(0.8), 2.0, stride=32),
+        run("bad", drawn(0.3), 1.0, stride=224),
+    )
+    p = {row.name: row.differences["froc.score"].p_corrected for row in found.rows if row.differences}
+    assert p["stride=224"] < 0.05
+    assert p["stride=32"] == 1.0
