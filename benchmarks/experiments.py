@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from benchmarks import oracles, processes, published, report, simulated
+from benchmarks import oracles, processes, published, report, simulated, tradeoffs
 from benchmarks.measuring import Table, arguments, finish, machine, say, significant
 
 FOLDER = Path(__file__).parent / "experiments"
@@ -27,6 +27,7 @@ POINTS: dict[str, Callable[..., dict[str, float]]] = {
     **processes.POINTS,
     **published.POINTS,
     **oracles.POINTS,
+    **tradeoffs.POINTS,
 }
 
 Row = dict[str, Any]

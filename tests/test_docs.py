@@ -6,17 +6,18 @@ from pathlib import Path
 
 import pytest
 
-from flows.run import compose_config
+from flows.run import compose_config, sweep_jobs
 from wsiflow import cli
 
 ROOT = Path(__file__).parents[1]
+PAGES = ("README.md", "docs/deploy.md", "docs/scaling.md", "docs/tradeoff.md")
 OVERRIDE = re.compile(r"\+?[a-z_]+(\.[a-z_]+)*=\S+|\+?[a-z_]+(\.[a-z_]+)+=\S+")
 
 
 def overrides() -> list[tuple[str, ...]]:
     """Return the overrides of each ``wsiflow run`` and ``wsiflow plan`` line, and those that stand alone."""
     found = set()
-    for name in ("README.md", "docs/deploy.md", "docs/scaling.md"):
+    for name in PAGES:
         for line in (ROOT / name).read_text().splitlines():
             code = line.split("  #")[0].strip()
             if code.startswith(("wsiflow run", "wsiflow plan", "docker run", "apptainer exec")):
@@ -62,3 +63,40 @@ def test_every_command_in_the_documents_is_understood(line: str) -> None:
 
 def test_the_documents_have_commands() -> None:
     assert len(commands()) > 4
+
+
+def sweeps() -> list[tuple[str, ...]]:
+    """Return the overrides of each ``wsiflow run -m`` line, and a bare line for every experiment there is."""
+    lines = [line.split("  #")[0].strip() for name in PAGES for line in (ROOT / name).read_text().splitlines()]
+    lines += [
+        path.read_text().split("wsiflow run -m ")[1].split("\n")[0] for path in ROOT.glob("conf/experiment/*.yaml")
+    ]
+    typed = [line for line in lines if line.startswith(("wsiflow run -m", "experiment="))]
+    return sorted({tuple(word for word in line.split() if "=" in word) for line in typed})
+
+
+@pytest.mark.parametrize("words", sweeps(), ids=" ".join)
+def test_every_trial_of_the_sweeps_in_the_documents_is_accepted(words: tuple[str, ...]) -> None:
+    """Each combination composes, has a folder of its own, and shares with those of its repeat only."""
+    trials = {job: compose_config(asked, job=job) for job, asked in sweep_jobs(words).items()}
+    assert len(trials) > 1
+    assert len({config.out for config in trials.values()}) == len(trials)
+    assert len({config.share for config in trials.values()}) == len({config.repeat for config in trials.values()})
+
+
+def test_other_keys_are_further_axes_of_an_experiment() -> None:
+    """Every axis that one may want goes with an experiment, and its own may be narrowed."""
+    axes = ["inference.engine=dense,window", "inference.precision=fp32,bf16,int8", "inference.stride=16,56"]
+    axes += ["stain=none,macenko", "geometry.spacing=model,native", "store.compression=none,jpeg"]
+    axes += ["tiles.group_tiles=100,400", "repeat=1,2,3"]
+    jobs = sweep_jobs(["experiment=stride_tradeoff", *axes])
+    assert len(jobs) == 2 * 3 * 2 * 2 * 2 * 2 * 2 * 3
+    job, asked = list(jobs.items())[-1]
+    last = compose_config(asked, job=job)
+    assert (last.inference.precision, last.stain.method, last.store.compression) == ("int8", "macenko", "jpeg")
+    assert (last.inference.stride, last.geometry.spacing, last.repeat, last.name) == (
+        56,
+        "native",
+        3,
+        "stride_tradeoff",
+    )

@@ -64,7 +64,7 @@ def test_a_rule_without_a_point_fails() -> None:
 def test_every_experiment_names_what_there_is() -> None:
     """Points and rules exist, repeats are three or more, quick sizes name axes."""
     files = sorted(FOLDER.glob("*.yaml"))
-    assert {"X1", "X2", "X3", "X4", "X5", "X10", "X16"} <= {path.stem for path in files}
+    assert {"X1", "X2", "X3", "X4", "X5", "X8", "X9", "X10", "X12", "X16"} <= {path.stem for path in files}
     for path in files:
         sweep = yaml.safe_load(path.read_text())
         assert sweep["point"] in POINTS
@@ -91,3 +91,20 @@ def test_real_processes_answer_like_the_points_of_an_experiment() -> None:
     found = POINTS["element"]({"group_tiles": 1}, seed=0)
     assert min(found["start_s"], found["load_s"], found["predict_s"]) > 0
     assert found["overhead_share"] > 0.5
+
+
+def test_a_fit_for_each_patch_leaves_seams() -> None:
+    """Two patches in two colours have a border; one fit for both has none, and the same pixels come out again."""
+    settings = {"patch_px": 224, "quick": True, "method": "reinhard", "table": ""}
+    slide, patch = (POINTS["colours"](settings | {"fitted": way}, seed=0) for way in ("slide", "patch"))
+    assert slide["same_again"] == patch["same_again"] == 1
+    assert slide["seam"] < 1.1 < patch["seam"]
+
+
+def test_an_engine_is_compared_with_the_references_scores(shared_data: Path) -> None:
+    """Windows that differ have the same scores, whole regions at once or one by one."""
+    settings = {"network": "demo", "quick": True, "table": str(shared_data / "camelyon16/tables/patch_counts_dldp.csv")}
+    for way in ("window openvino fp32", "dense openvino fp32"):
+        found = POINTS["engine"](settings | {"way": way}, seed=0)
+        assert found["score_range"] > 0.1
+        assert found["max_diff"] < 1e-4
