@@ -15,6 +15,7 @@ import math
 import re
 import tarfile
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -33,6 +34,7 @@ HELD_OUT_SLIDE = "tumor_073"
 PATCH_PX = 256
 LEAST_PICTURES = 8  # of a class and part
 SCANNERS = ("0", "1")
+_FILES = ("tissue_normal_json.tar.gz", "annotations_train_json.tar.gz", "tables/reference.csv")
 _LEAST_TISSUE = 0.5  # part of a picture that must not be glass
 _WHITE_GREY = 225
 
@@ -84,21 +86,21 @@ def part_of(name: str) -> Part:
     return "test" if hashlib.sha256(name.encode()).digest()[0] % 3 == 0 else "train"
 
 
+@lru_cache(maxsize=1)
 def read_atlas(data: Path) -> Atlas:
-    """Read the data folder.
+    """Read the data folder, some ten seconds; the trials of a sweep share what was read.
 
     Raises:
         InputError: Something is missing in it, or cannot be read.
     """
+    tissue, tumour, table = (data / "camelyon16" / name for name in _FILES)
+    for path in (tissue, tumour, table):
+        if not path.is_file():
+            raise _unusable(FileNotFoundError("it does not exist"), path)
     pictures, stains = _pictures(data)
-    centers = _centers(data / "camelyon16/tables/reference.csv")
-    sections = {}
-    for slide, found in _outlines(data / "camelyon16/tissue_normal_json.tar.gz"):
-        sections[slide] = max(found["negative"], key=area)
-    metastases = {
-        slide: (tuple(found["positive"]), tuple(found["negative"]))
-        for slide, found in _outlines(data / "camelyon16/annotations_train_json.tar.gz")
-    }
+    centers = _centers(table)
+    sections = {slide: max(found["negative"], key=area) for slide, found in _outlines(tissue)}
+    metastases = {slide: (tuple(found["positive"]), tuple(found["negative"])) for slide, found in _outlines(tumour)}
     return Atlas(pictures, stains, sections, metastases, centers)
 
 
@@ -149,7 +151,8 @@ def _pixels(path: Path) -> NDArray[np.uint8] | None:
 
 def _density(pixels: NDArray[np.uint8], white: float) -> NDArray[np.float64]:
     """Return optical densities, 3 x n, of pixels on a white ground."""
-    return -np.log(np.clip(pixels.reshape(-1, 3).T.astype(np.float64), 1, white) / white)
+    of_grey = -np.log(np.clip(np.arange(256, dtype=np.float64), 1, white) / white)
+    return np.asarray(of_grey[pixels.reshape(-1, 3).T], np.float64)
 
 
 def _hue(pixels: NDArray[np.uint8]) -> float:
