@@ -18,6 +18,7 @@ GIVEN = {
     "dataset=synthetic": ["dataset.folder=synthetic"],
     "model=googlenet": ["model.card=g.json"],
     "model=card": ["model.card=g.json"],
+    "experiment=like_camelyon16": ["dataset.manifest=m.csv", "model.card=g.json"],
     "geometry=reference": ["tiles=patch"],
 }
 
@@ -95,6 +96,19 @@ def test_reference_geometry_has_one_meaning(override: str, named: str) -> None:
     """Its index is of 224 px tiles at level 0; anything else would read other places than it names."""
     with pytest.raises(InputError, match=f"{named} is .*, geometry=reference needs"):
         composed("geometry=reference", "tiles=patch", override)
+
+
+@pytest.mark.parametrize(("given", "meant"), [("model", "model"), ("native", "native"), ("0.5", 0.5), ("2", 2.0)])
+def test_spacing_is_a_word_or_a_number(given: str, meant: object) -> None:
+    """So that it can be swept."""
+    assert composed(f"geometry.spacing={given}").geometry.spacing == meant
+
+
+@pytest.mark.parametrize("given", ["0", "-1", "inf", "somewhere"])
+def test_a_spacing_that_is_none_is_refused(given: str) -> None:
+    """By name."""
+    with pytest.raises(InputError, match=r"geometry\.spacing"):
+        composed(f"geometry.spacing={given}")
 
 
 def test_what_must_be_given_is_asked_for() -> None:
