@@ -1,6 +1,7 @@
 """The challenge's evaluator: worked examples to the last digit, and the laws of the strict mode."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -398,6 +399,20 @@ def test_bootstrap_equals_scoring_the_drawn_slides(slides, seed, mode):
     found = froc.resample([froc.match(one) for one in slides], times, mode=mode)
     assert found.shape == (1, 6)
     assert found.mean() == pytest.approx(expected, nan_ok=True)
+
+
+@settings(deadline=None, max_examples=40)
+@given(findings(coarse), st.integers(0, 1000), st.sampled_from(["official", "strict"]))
+def test_draws_equal_the_curve_of_the_drawn_slides(slides, seed, mode):
+    """However few of the rates a draw reaches, its sensitivities are those of its own whole curve."""
+    times = np.random.default_rng(seed).integers(0, 4, size=(5, len(slides)))
+    matches = [froc.match(one) for one in slides]
+    rates = [0, 0.25, 0.5]  # most sets have more false positives than the highest
+    for row, found in zip(times, froc.resample(matches, times, mode=mode, rates=rates), strict=True):
+        copies = [replace(one, slide_id=f"{i}#{k}") for i, one in enumerate(matches) for k in range(row[i])]
+        whole = froc.curve(copies, mode=mode)
+        expected = np.interp(rates, whole.fp_per_slide[::-1], whole.sensitivity[::-1])
+        assert found == pytest.approx(expected, nan_ok=True)
 
 
 def test_draws_without_lesions_or_slides_have_no_sensitivity():

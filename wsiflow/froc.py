@@ -230,9 +230,14 @@ def resample(
         InputError: A slide appears twice.
     """
     pool, at = _pool(matches, mode), np.asarray(rates, np.float64)
+    most = float(at.max(initial=0.0))
+    near = _within(pool, 2 * most)
     found = np.empty((len(times), len(at)))
     for row, drawn in zip(found, times, strict=True):
-        row[:] = _at_rates(_curve(pool, drawn), at)
+        points = _curve(near, drawn)
+        if points.fp_per_slide[0] <= most:  # a draw of slides with few false positives: its curve goes on below
+            points = _curve(pool, drawn)
+        row[:] = _at_rates(points, at)
     return found
 
 
@@ -295,11 +300,17 @@ def _labels_at(labels: NDArray[np.int32], xy: NDArray[np.float64], downsample: i
 
 
 class _Ranked(NamedTuple):
-    """Confidences of many slides by falling value, the index of their slide, and how many reach each threshold."""
+    """Confidences of many slides, their slides by falling value, how many reach each threshold, and each slide's least.
 
-    values: NDArray[np.float64]
+    Attributes:
+        slides: int64 (values,), the index of each value's slide, by falling value.
+        reach: int64 (thresholds,), how many values reach each.
+        least: float64 (slides,), the lowest value; inf where a slide has none.
+    """
+
     slides: NDArray[np.int64]
     reach: NDArray[np.int64]
+    least: NDArray[np.float64]
 
     def reaching(self, times: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return how many values reach each threshold when slide i is there ``times[i]`` times."""
@@ -308,8 +319,7 @@ class _Ranked(NamedTuple):
 
     def lowest(self, times: NDArray[np.int64]) -> float:
         """Return the lowest value of the slides that are there; inf if they have none."""
-        there = np.flatnonzero(times[self.slides])
-        return float(self.values[there[-1]]) if there.size else math.inf
+        return float(self.least[times > 0].min(initial=math.inf))
 
 
 class _Pool(NamedTuple):
@@ -351,7 +361,17 @@ def _ranked(per_slide: Sequence[NDArray[np.float64]], thresholds: NDArray[np.flo
     slides = np.repeat(np.arange(len(per_slide)), [len(one) for one in per_slide])
     order = np.argsort(-values, kind="stable")
     reach = len(values) - np.searchsorted(np.sort(values), thresholds, side="left")
-    return _Ranked(values[order], slides[order], reach)
+    return _Ranked(slides[order], reach, np.array([one.min(initial=math.inf) for one in per_slide], np.float64))
+
+
+def _within(pool: _Pool, rate: float) -> _Pool:
+    """Leave out the thresholds at which all slides together have more false positives than a rate."""
+    first = int(np.searchsorted(-pool.false.reach, -rate * len(pool.n_lesions)))
+    true, false = (
+        one._replace(slides=one.slides[: one.reach[first:].max(initial=0)], reach=one.reach[first:])
+        for one in (pool.true, pool.false)
+    )
+    return pool._replace(thresholds=pool.thresholds[first:], true=true, false=false)
 
 
 def _curve(pool: _Pool, times: NDArray[np.int64]) -> FrocCurve:
