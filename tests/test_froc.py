@@ -415,6 +415,15 @@ def test_draws_equal_the_curve_of_the_drawn_slides(slides, seed, mode):
         assert found == pytest.approx(expected, nan_ok=True)
 
 
+@pytest.mark.parametrize("mode", ["official", "strict"])
+def test_a_draw_without_the_slide_of_most_false_positives(mode):
+    """Its curve goes on to confidences at which the other draws are far beyond every rate."""
+    busy = froc.Matches("busy", np.empty(0), 0, np.linspace(0.5, 0.9, 100))
+    lesion = froc.Matches("lesion", np.array([0.1, -np.inf]), 0, np.empty(0))
+    drawn = froc.resample([busy, lesion], np.array([[0, 2], [1, 1]]), mode=mode)
+    assert drawn.tolist() == [[0.5] * 6, [0] * 6]
+
+
 def test_draws_without_lesions_or_slides_have_no_sensitivity():
     """A draw that misses every lesion is NaN, whatever the others are; so is every draw of nothing."""
     matches = [froc.match(one) for one in e1()]
