@@ -15,12 +15,13 @@ from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.client.schemas.objects import FlowRun, State
 from prefect.logging.loggers import flow_run_logger
 
+from wsiflow import compare as compared
 from wsiflow import evaluation
 from wsiflow.config import RunConfig
 from wsiflow.errors import InputError, WsiflowError
 from wsiflow.results import Summary
 
-from . import forms
+from . import comparing, forms
 from .pipeline import SlidesFailedError
 from .run import as_flow, compose_config, sweep_jobs
 
@@ -102,6 +103,7 @@ def sweep(request: forms.Sweep) -> dict[str, dict[str, float]]:
         key="wsiflow-sweep",
         description=f"Sweep {request.name}",
     )
+    _compare_trials(request)
     failed = [f"{job}: {one.text}" for job, one in summaries.items() if not one.metrics]
     if failed:
         raise TrialsFailedError("; ".join(failed))
@@ -128,6 +130,21 @@ def evaluate(request: forms.Evaluate) -> dict[str, float]:
     return metrics
 
 
+@flow(name="wsiflow compare", flow_run_name="{request.out}", persist_result=False)
+def compare(request: forms.Compare) -> list[str]:
+    """Compare the runs of a sweep, and return its Pareto set.
+
+    Raises:
+        InputError: A value of the form is out of bounds, or runs must not be compared.
+    """
+    config = compose_config(request.said())
+    options = compared.Options(request.reference, config.evaluation.bootstrap, config.seed)
+    folders = [Path(folder) for folder in request.folders]
+    made = compared.answer(compared.Asked(folders, None if folders else config.tracking, options), Path(request.out))
+    comparing.show(made)
+    return [row.name for row in made.found.pareto]
+
+
 def _run(config: RunConfig) -> dict[str, float]:
     """Run the line as a flow of its own and say where its report lies."""
     summary = as_flow(config, config.name)
@@ -144,6 +161,18 @@ def _trial(overrides: list[str], job: str) -> Summary:
         return as_flow(config, job or config.name)
     except Exception as error:  # noqa: BLE001 - the others go on; the flow run of this one has its traceback
         return Summary(getattr(error, "exit_code", WsiflowError.exit_code), {}, f"{type(error).__name__}: {error}")
+
+
+def _compare_trials(request: forms.Sweep) -> None:
+    """Compare the trials that have scores, and show what was found or why they were not compared."""
+    try:
+        config = compose_config(next(iter(sweep_jobs(request.said()).values())), job="trial")
+        made = compared.sweep_folder(config.out.parent, config.tracking)
+    except WsiflowError as error:
+        create_markdown_artifact(f"Not compared: {error}\n", key="wsiflow-compare", description=request.name)
+        return
+    if made is not None:
+        comparing.show(made)
 
 
 def _tell(name: str, metrics: Mapping[str, float], text: str) -> None:

@@ -224,3 +224,18 @@ class Evaluate(Form):
     downsample: int = knob("evaluation.downsample")
     bootstrap: int = knob("evaluation.bootstrap")
     seed: int = knob("seed")
+
+
+class Compare(Form):
+    """The runs of a sweep, compared."""
+
+    folders: list[str] = Field(default=[], description="Folders of runs. Empty: the runs of the experiment in MLflow.")
+    uri: str = knob("tracking.uri")
+    experiment: str = knob("tracking.experiment")
+    sweep: str | None = may("tracking.sweep")
+    out: str = Field(min_length=1, description="Folder to write.")
+    reference: str = Field(
+        default="", description="Setting the others are compared with. Empty: the one that costs most."
+    )
+    bootstrap: int = knob("evaluation.bootstrap")
+    seed: int = knob("seed")

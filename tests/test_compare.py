@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import mlflow
 import numpy as np
 import pytest
 from PIL import Image
+from serving import BIN, PrefectServer
 from swept import Trial, drawn, log, matches, slide, store, stride_trials, write_folder
 
 from flows.__main__ import main
@@ -360,3 +362,52 @@ def test_skill_is_told_from_luck() -> None:
     p = {row.name: row.differences["froc.score"].p_corrected for row in found.rows if row.differences}
     assert p["stride=224"] < 0.05
     assert p["stride=32"] == 1.0
+
+
+# --- a sweep
+
+
+def test_a_sweep_ends_with_its_comparison(small_slides: Path, tmp_path: Path, capsys: Any) -> None:
+    """Two strides through Hydra: the sweep's folder has the comparison, MLflow the front and the figures."""
+    out = tmp_path / "sweep"
+    quick = ["executor=inline", "orchestrator=none", "dense.windows=4", "evaluation.bootstrap=0", "store=none"]
+    given = ["dataset=manifest", f"dataset.manifest={small_slides}", f"out={out}", "name=strides", *quick]
+    assert main(["run", "-m", "inference.stride=112,224", *given]) == 0
+    assert "compared   2 settings" in capsys.readouterr().out
+    with (out / "compare.csv").open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert [row["stride"] for row in rows] == ["112", "224"]
+    assert all(float(row["core_hours_mean"]) > 0 for row in rows)
+    for row in rows:
+        summary = json.loads((out / f"inference.stride={row['stride']}/evaluation/summary.json").read_text())
+        assert float(row["froc.score"]) == pytest.approx(summary["froc.score"])
+        assert float(row["roc.auc"]) == pytest.approx(summary["roc.auc"])
+    client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
+    experiment = client.get_experiment_by_name("wsiflow").experiment_id
+    runs = client.search_runs([experiment], "tags.`wsiflow.role` = 'run'")
+    assert {one.info.run_name: one.data.tags["wsiflow.pareto"] for one in runs} == {
+        f"inference.stride={row['stride']}": row["pareto"] for row in rows
+    }
+    assert len({one.data.tags["digest.dataset"] for one in runs}) == 1
+    (parent,) = client.search_runs([experiment], "tags.`wsiflow.role` = 'sweep'")
+    assert "tradeoff.png" in {one.path for one in client.list_artifacts(parent.info.run_id)}
+    again = tmp_path / "again"
+    assert main(["compare", "wsiflow", "--uri", f"sqlite:///{tmp_path}/mlflow.db", "--out", str(again)]) == 0
+    columns = set(rows[0]) - {"runs"}
+    with (again / "compare.csv").open(newline="") as stream:
+        assert [{key: row[key] for key in columns} for row in csv.DictReader(stream)] == [
+            {key: row[key] for key in columns} for row in rows
+        ], "folders and MLflow tell the same"
+
+
+def test_a_server_shows_the_comparison(server: PrefectServer, tmp_path: Path) -> None:
+    """With a Prefect server that is set, the command leaves a flow run with the table and the text as artifacts."""
+    folders = [str(write_folder(tmp_path / name, some(n), cost)) for name, n, cost in (("x", 4, 2.0), ("y", 3, 1.0))]
+    command = [BIN / "wsiflow", "compare", *folders, "--out", str(tmp_path / "out"), "--bootstrap", "50"]
+    subprocess.run(command, env=server.env, check=True, capture_output=True)
+    table = server.ask("artifacts/wsiflow-compare-out-table/latest")
+    assert [row["pareto"] for row in json.loads(table["data"])] == ["yes", "yes"]
+    text = server.ask("artifacts/wsiflow-compare-out/latest")
+    assert "| run=x | 1.000" in text["data"]
+    assert str(tmp_path / "out/tradeoff.png") in text["data"]
+    assert server.ask(f"flow_runs/{text['flow_run_id']}")["state_type"] == "COMPLETED"

@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[1]
 # An experiment is a list of overrides: it goes where a form takes those.
 FILES = sorted(path for path in (ROOT / "conf").glob("*/*.yaml") if path.parent.name != "experiment")
 GROUPS = {path.parent.name: sorted(one.stem for one in path.parent.glob("*.yaml")) for path in FILES}
-FORMS = (forms.Demo, forms.Run, forms.Sweep, forms.Evaluate)
+FORMS = (forms.Demo, forms.Run, forms.Sweep, forms.Evaluate, forms.Compare)
 COARSE = ["dense.windows=4", "evaluation.bootstrap=0"]
 
 
@@ -202,7 +202,7 @@ def deployed(server: PrefectServer, tmp_path_factory: pytest.TempPathFactory) ->
 
 def test_there_is_an_entry_for_every_use(deployed: Deployed) -> None:
     """Each has a description and a limit, enforces its form and works where it was deployed; schedules are examples."""
-    assert set(deployed.entries) == {"demo", "run", "sweep", "evaluate"}
+    assert set(deployed.entries) == {"demo", "run", "sweep", "evaluate", "compare"}
     for entry in deployed.entries.values():
         assert entry["enforce_parameter_schema"]
         assert entry["description"]
@@ -215,7 +215,7 @@ def test_there_is_an_entry_for_every_use(deployed: Deployed) -> None:
 
 def test_the_server_shows_the_form(deployed: Deployed) -> None:
     """Choices, bounds and descriptions reach the page that asks for them, in the order of the form."""
-    for name, form in zip(("demo", "run", "sweep", "evaluate"), FORMS, strict=True):
+    for name, form in zip(("demo", "run", "sweep", "evaluate", "compare"), FORMS, strict=True):
         found = deployed.entries[name]["parameter_openapi_schema"]["definitions"][form.__name__]
         assert found["properties"] == form.model_json_schema()["properties"]
         assert found["additionalProperties"] is False
