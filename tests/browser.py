@@ -71,8 +71,13 @@ class Tab:
         return self.text()
 
     def click(self, script: str) -> None:
-        """Click the element that a JavaScript expression gives, once it is there."""
-        self.wait(f"(() => {{ const found = {script}; if (found) found.click(); return Boolean(found) }})()")
+        """Press and release the mouse on the element that a JavaScript expression gives, once it is there."""
+        place = f"(() => {{ const found = {script}; if (!found) return null; found.scrollIntoView({{block: 'center'}});"
+        x, y, w, h = self.wait(
+            f"{place} const r = found.getBoundingClientRect(); return [r.x, r.y, r.width, r.height] }})()"
+        )
+        for kind in ("mousePressed", "mouseReleased"):
+            self._ask("Input.dispatchMouseEvent", type=kind, x=x + w / 2, y=y + h / 2, button="left", clickCount=1)
 
     def picture(self, path: Path, *, whole: bool = False) -> NDArray[np.uint8]:
         """Save what is seen as PNG and return it, uint8 (rows, cols, 3)."""

@@ -115,20 +115,24 @@ def test_the_chart_page_draws_every_metric_of_the_runs(seen: Seen) -> None:
     assert f"{best:.2f}" in text
     assert text.index("inference.stride=16") < text.index("inference.stride=56")
     picture = page.picture(seen.pictures / "chart.png")
-    assert coloured(picture) > 0.05, "the bars are seen"
+    assert coloured(picture) > 0.02, "the bars are seen; the page without them has 0.005"
 
 
 def test_the_compare_page_tells_the_settings_apart(seen: Seen) -> None:
     """Every run, its parameters and its scores, and a plot of one against the other."""
     page = seen.open("compare-runs", runs=json.dumps(list(seen.runs)), experiments=json.dumps([seen.experiment]))
-    text = page.wait_for(f"Comparing {N_RUNS} Runs", "inference.stride", "stain.method", "throughput.core_hours")
+    text = page.wait_for(
+        f"Comparing {N_RUNS} Runs", "Run details", "inference.stride", "stain.method", "wsiflow.pareto"
+    )
     for one in seen.runs.values():
         assert one.info.run_name in text
-    assert text.count("macenko") >= N_RUNS // 2
+    assert text.count("macenko") >= N_RUNS
     page.wait("document.querySelectorAll('.js-plotly-plot svg').length > 0")
     assert page.picture(seen.pictures / "compare.png").std() > 10
     page.click("[...document.querySelectorAll('[role=tab]')].find(one => one.innerText == 'Scatter Plot')")
-    page.wait("document.querySelectorAll('.js-plotly-plot .scatterlayer .point').length >= " + str(N_RUNS))
+    page.wait("[...document.querySelectorAll('.js-plotly-plot')].some(one => one.data[0].type == 'scattergl')")
+    points = page.value("document.querySelector('.js-plotly-plot').data.map(one => one.x.length)")
+    assert sum(points) == N_RUNS
     assert page.picture(seen.pictures / "scatter.png").std() > 10
 
 
