@@ -230,7 +230,7 @@ class Compare(Form):
     """The runs of a sweep, compared."""
 
     folders: list[str] = Field(default=[], description="Folders of runs. Empty: the runs of the experiment in MLflow.")
-    uri: str = knob("tracking.uri")
+    uri: str = text("tracking.uri")
     experiment: str = knob("tracking.experiment")
     sweep: str | None = may("tracking.sweep")
     out: str = Field(min_length=1, description="Folder to write.")
