@@ -19,8 +19,7 @@ from numpy.typing import NDArray
 from benchmarks import networks, product
 from flows.run import compose_config
 from wsiflow import heatmap, plan, stain, synth
-from wsiflow.errors import InputError
-from wsiflow.geometry import Frame
+from wsiflow.geometry import Frame, subsampling
 from wsiflow.model.choice import Choice, alike
 from wsiflow.model.classifier import Classifier, load
 
@@ -68,16 +67,16 @@ def stride(settings: dict[str, Any], *, seed: int) -> dict[str, float]:
     """Run at a stride, and take the same map from that of a finer stride where both have the same windows."""
     way, stride_px, size_px = settings["way"], settings["stride"], settings["size_px"][settings["quick"]]
     found = _run(way, stride_px, size_px, seed)
-    finest = _run(way, settings["finest"][way], size_px, seed)
+    base = _run(way, settings["base"][way], size_px, seed)
     metrics = found.metrics
     windows = sum(np.isfinite(one).sum() for one in found.maps.values())
     infer_s = metrics["cost.infer_core_s"]
-    squared = (settings["finest"][way] / stride_px) ** 2
+    squared = (settings["base"][way] / stride_px) ** 2
     return {
         "windows": float(windows),
         "infer_core_s": infer_s,
         "core_s": 3600 * metrics["throughput.core_hours"],
-        "cost_ratio": infer_s / finest.metrics["cost.infer_core_s"],
+        "cost_ratio": infer_s / base.metrics["cost.infer_core_s"],
         "squared": squared,
         "froc": metrics["froc.score"],
         "froc_strict": metrics["froc.strict_score"],
@@ -90,16 +89,14 @@ def _subsampled_diff(found: _Run, settings: dict[str, Any]) -> float:
     """Return the largest difference of a computed map to the same cells of a finer one; NaN: there are none."""
     worst, way = np.nan, settings["way"]
     for fine_px in settings["fine"][way]:
-        if fine_px >= settings["stride"]:
+        planned = {slide: frame._replace(stride_px=fine_px) for slide, frame in found.frames.items()}
+        if any(isinstance(subsampling(planned[slide], frame), str) for slide, frame in found.frames.items()):
             continue
         fine = _run(way, fine_px, settings["size_px"][settings["quick"]], settings["seed"])
-        if alike(fine.choice, found.choice):
+        if fine_px == settings["stride"] or alike(fine.choice, found.choice):
             continue
         for slide, heat in found.maps.items():
-            try:
-                taken = heatmap.subsample(fine.maps[slide], fine.frames[slide], found.frames[slide])
-            except InputError:
-                continue
+            taken = heatmap.subsample(fine.maps[slide], fine.frames[slide], found.frames[slide])
             if not np.array_equal(np.isnan(taken), np.isnan(heat)):
                 return np.inf
             worst = np.nanmax([worst, np.nanmax(np.abs(taken - heat), initial=0.0)])
