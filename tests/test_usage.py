@@ -19,6 +19,7 @@ def burn(seconds: float) -> None:
 def test_warm_up_is_counted_once_and_with_its_task() -> None:
     """What is loaded inside of what is loaded is not counted twice, and what is no loading not at all."""
     usage.not_a_worker()
+    usage.Meter().usage()  # what other tests have left
     meter, before = usage.Meter(), usage.warmup_s()
     with usage.warming_up():
         burn(0.05)
@@ -26,6 +27,7 @@ def test_warm_up_is_counted_once_and_with_its_task() -> None:
             burn(0.05)
     burn(0.05)
     counted = usage.warmup_s() - before
+    assert usage.Meter().usage(executed=False)["warmup_s"] == 0, "a task that found its work done is not in the trace"
     assert 0.1 <= counted < 0.15
     assert meter.usage()["warmup_s"] == pytest.approx(counted, abs=1e-3)
     assert usage.Meter().usage()["warmup_s"] == 0

@@ -56,7 +56,7 @@ def run_slice(source: Path, stage: str, lo: int, hi: int) -> Iterator[Outcome]:
     for index in range(lo, hi):
         meter = Meter()
         outcome = run_task(source, stage, index)
-        yield outcome.with_usage(**meter.usage())
+        yield outcome.with_usage(**meter.usage(executed=outcome.executed))
 
 
 def run_task(source: Path, stage: str, index: int) -> Outcome:

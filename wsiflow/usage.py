@@ -26,7 +26,12 @@ class _Warmup:
     """Core-seconds of this process that went into getting ready for tasks."""
 
     def __init__(self) -> None:
-        self.core_s, self.started, self.inside = 0.0, False, False
+        self.core_s, self.told_s, self.started, self.inside = 0.0, 0.0, False, False
+
+    def untold_s(self) -> float:
+        """Return what has not been returned before."""
+        before, self.told_s = self.told_s, self.core_s
+        return self.core_s - before
 
 
 _warmup = _Warmup()
@@ -63,13 +68,15 @@ class Meter:
         """Start counting."""
         self._started, self._clock = now(), time.perf_counter()
         self._cpu, self._io = os.times(), _io_bytes()
-        self._warmup_s = _warmup.core_s
         if not _warmup.started:  # the first task of a worker: the process has started and imported what it needs
             _warmup.core_s += time.process_time()
             _warmup.started = True
 
-    def usage(self) -> dict[str, Any]:
+    def usage(self, *, executed: bool = True) -> dict[str, Any]:
         """Return what was used since.
+
+        Args:
+            executed: The task did something. What one that found its work done has of warm-up is told with the next.
 
         Returns:
             ``started`` and ``ended`` (ISO 8601, UTC), ``host``, ``pid``, ``wall_s``, ``cpu_user_s``, ``cpu_sys_s``,
@@ -86,7 +93,7 @@ class Meter:
             "wall_s": round(time.perf_counter() - self._clock, 6),
             "cpu_user_s": round(cpu.user - self._cpu.user, 2),
             "cpu_sys_s": round(cpu.system - self._cpu.system, 2),
-            "warmup_s": round(_warmup.core_s - self._warmup_s, 3),
+            "warmup_s": round(_warmup.untold_s(), 3) if executed else 0.0,
             "max_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             "bytes_read": read - self._io[0],
             "bytes_written": written - self._io[1],
