@@ -295,6 +295,23 @@ def test_the_probe_looks_at_tissue_borders_and_tile_corners(tmp_path: Path) -> N
     assert any(probe.l_x % 128 and probe.l_y % 128 for probe in probes)
 
 
+@pytest.mark.parametrize("size", [(124, 154), (154, 60), (1, 1)])
+def test_a_level_smaller_than_half_a_tile_is_probed(tmp_path: Path, size: tuple[int, int]) -> None:
+    """The last level of a narrow slide is one tile in part; no probe reaches beyond it."""
+    path = write(tmp_path / "narrow.tif", tissue(*size), tile=(256, 256))
+    tiles = decode.open_tiles(path)
+    assert tiles is not None
+    level = tiles.level(size)
+    assert level is not None
+    for probe in level.probes():
+        assert min(probe.l_x, probe.l_y) >= 0
+        assert min(probe.width, probe.height) > 0
+        assert probe.l_x + probe.width <= size[0]
+        assert probe.l_y + probe.height <= size[1]
+    with open_slide(path, slide_id="narrow") as opened:
+        assert opened.overview(1).shape == (size[1], size[0], 3)
+
+
 def test_nothing_is_probed_until_pixels_are_read(tmp_path: Path) -> None:
     """Opening for facts opens no second file; closing closes it."""
     path = write(tmp_path / "s.tif", tissue())

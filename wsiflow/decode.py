@@ -103,9 +103,10 @@ class TiledLevel(NamedTuple):
         """Return a rectangle of the size of a tile that reaches from its middle into the neighbours."""
         tile = self._tile(index)
         steps = [-1 if begin else 1 for begin in (tile.l_x, tile.l_y)]
+        # a level smaller than half a tile has no such place: then from its last pixel
         return self._clipped(
-            max(0, tile.l_x + steps[0] * (self.tile_px[0] // 2 - 3)),
-            max(0, tile.l_y + steps[1] * (self.tile_px[1] // 2 - 5)),
+            min(max(0, tile.l_x + steps[0] * (self.tile_px[0] // 2 - 3)), self.size_px[0] - 1),
+            min(max(0, tile.l_y + steps[1] * (self.tile_px[1] // 2 - 5)), self.size_px[1] - 1),
         )
 
     def _clipped(self, l_x: int, l_y: int) -> Rectangle:
