@@ -16,6 +16,7 @@ import re
 import tarfile
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
+from itertools import product
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -99,7 +100,7 @@ def read_atlas(data: Path) -> Atlas:
             raise _unusable(FileNotFoundError("it does not exist"), path)
     pictures, stains = _pictures(data)
     centers = _centers(table)
-    sections = {slide: max(found["negative"], key=area) for slide, found in _outlines(tissue)}
+    sections = {slide: max(found["negative"], key=area) for slide, found in _outlines(tissue) if found["negative"]}
     metastases = {slide: (tuple(found["positive"]), tuple(found["negative"])) for slide, found in _outlines(tumour)}
     return Atlas(pictures, stains, sections, metastases, centers)
 
@@ -111,6 +112,11 @@ def _pictures(data: Path) -> tuple[tuple[Picture, ...], dict[str, stain.DensityF
     if not read:
         remedy = f"name the folder that has {PATCH_FOLDERS[0]}/normal and tumor"
         raise InputError("the folder holds no pictures of tissue", remedy, path=data)
+    for tumour, part in product(("normal", "tumor"), ("train", "test")):
+        n = sum(path.parent.name == tumour and part_of(path.stem) == part for path, _ in read)
+        if n < LEAST_PICTURES:
+            cause = f"{n} readable {tumour} pictures are for the {part} part, {LEAST_PICTURES} are needed"
+            raise InputError(cause, "name a folder that has patches/ complete", path=data)
     hues = np.array([_hue(pixels) for _, pixels in read])
     border = _two_means(hues)
     scanners = [SCANNERS[int(hue > border)] for hue in hues]
@@ -128,12 +134,6 @@ def _pictures(data: Path) -> tuple[tuple[Picture, ...], dict[str, stain.DensityF
         )
         for (path, pixels), scanner in zip(read, scanners, strict=True)
     ]
-    for tumour in (False, True):
-        for part in ("train", "test"):
-            n = sum(picture.tumour == tumour and picture.part == part for picture in found)
-            if n < LEAST_PICTURES:
-                cause = f"{n} pictures of {'tumour' if tumour else 'normal tissue'} are for the {part} part"
-                raise InputError(cause, f"{LEAST_PICTURES} or more are needed: complete the folder", path=data)
     return tuple(found), stains
 
 
