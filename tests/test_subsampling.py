@@ -1,5 +1,6 @@
 """A coarse map taken from a fine run is that of a coarse run: to the bit for windows, to rounding for dense maps."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 from test_line import over
 
 from flows import pipeline, run
-from wsiflow import heatmap, plan, pyramid
+from wsiflow import cli, heatmap, plan, pyramid
 from wsiflow.model.choice import Choice, alike
 
 
@@ -38,3 +39,38 @@ def test_a_coarse_map_need_not_be_computed(
         np.testing.assert_allclose(taken, maps[1], rtol=0, atol=atol)
         seen += int(np.isfinite(taken).sum())
     assert seen > 4
+
+
+def test_a_run_scored_at_a_coarser_stride_equals_the_run_at_that_stride(tiny_slides: Path, tmp_path: Path) -> None:
+    """`wsiflow subsample`: the same detections and numbers as a coarse run, beside which it can be compared."""
+    how = ["inference.engine=window", "evaluation.bootstrap=50"]
+    for stride in (32, 224):
+        finished(tiny_slides, tmp_path / str(stride), *how, f"inference.stride={stride}")
+    assert cli.main(["subsample", str(tmp_path / "32"), "--stride", "224", "--out", str(tmp_path / "coarse")]) == 0
+    taken = tmp_path / "coarse/stride=224"
+    for slide in ("a", "b"):
+        name = f"detections/{slide}.csv"
+        assert (taken / name).read_bytes() == (tmp_path / "224" / name).read_bytes()
+    found, expected = (json.loads((at / "evaluation/summary.json").read_text()) for at in (taken, tmp_path / "224"))
+    assert found.items() <= expected.items()
+    assert "throughput.core_hours" not in found  # nobody has measured it
+    arguments = ["compare", str(tmp_path / "32"), str(taken), "--out", str(tmp_path / "compared"), "--bootstrap", "20"]
+    assert cli.main(arguments) == 0
+    text = (tmp_path / "compared/compare.csv").read_text()
+    assert [line.split(",")[0] for line in text.splitlines()[1:]] == ["inference.stride=32", "inference.stride=224"]
+
+
+@pytest.mark.parametrize(
+    ("stride", "reason"),
+    [(64, "does not divide the tile"), (112, "the centres of its cells lie between"), (28, "is no multiple of")],
+)
+def test_a_stride_that_has_other_windows_is_refused(
+    tiny_slides: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], stride: int, reason: str
+) -> None:
+    """In one line, before anything is written."""
+    finished(tiny_slides, tmp_path / "56", "inference.engine=window", "inference.stride=56", "evaluation.bootstrap=0")
+    assert cli.main(["subsample", str(tmp_path / "56"), "--stride", f"{stride}", "--out", str(tmp_path / "x")]) == 20
+    said = capsys.readouterr().err
+    assert len(said.splitlines()) == 1
+    assert reason in said
+    assert not (tmp_path / "x").exists()

@@ -97,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     one = add("cancel", _cancel, "cancel a run's array jobs and its driver, from its folder alone")
     one.add_argument("run", type=Path)
     add("doctor", _doctor, "machine, cores, versions")
-    for add_more in (_add_slide_score_commands, _add_compare, _add_compare_maps, _add_export):
+    for add_more in (_add_slide_score_commands, _add_compare, _add_compare_maps, _add_export, _add_subsample):
         add_more(add)
     return parser
 
@@ -197,6 +197,18 @@ def _add_export(add: Callable[..., argparse.ArgumentParser]) -> None:
     one.add_argument("--table", type=Path, help="CSV with slide_id and more columns to make subgroups of")
     one.add_argument("--threshold", type=float, default=0.5, help="a slide is positive from this score on (0.5)")
     one.add_argument("--no-cells", action="store_true", help="calibrate slide scores alone: reads no heatmap")
+
+
+def _add_subsample(add: Callable[..., argparse.ArgumentParser]) -> None:
+    one = add("subsample", _subsample, "what a run would score at coarser strides, from its own heatmaps")
+    one.add_argument("run", type=Path)
+    one.add_argument("--stride", type=_strides, required=True, help="reading px, separated by commas")
+    one.add_argument("--out", type=Path, required=True, help="folder that gets one for each stride")
+
+
+def _strides(text: str) -> tuple[int, ...]:
+    """Return whole numbers that are separated by commas."""
+    return tuple(_positive(part) for part in text.split(","))
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -420,6 +432,14 @@ def _compare_maps(arguments: argparse.Namespace) -> int:
     reasons = compare_maps.verdict(made, bound)
     say(f"NOT EQUIVALENT within {bound:g}: {'; '.join(reasons)}" if reasons else f"equivalent within {bound:g}")
     return compare_maps.NOT_EQUIVALENT if reasons else 0
+
+
+def _subsample(arguments: argparse.Namespace) -> int:
+    from wsiflow import subsampled
+
+    for folder in subsampled.write(arguments.run, arguments.stride, arguments.out):
+        say(f"scores     {folder / 'evaluation/summary.json'}")
+    return 0
 
 
 def _export_imrmc(arguments: argparse.Namespace) -> int:

@@ -96,6 +96,8 @@ def _from_folder(root: Path) -> Run:
     if told:
         made, values = plan.latest(root), json.loads(told[-1].read_text(encoding="utf-8"))["config"]
         params = _texts(results.settings(values, made)) | results.digests(made)
+    elif (folder / "settings.json").is_file():
+        params = _texts(json.loads((folder / "settings.json").read_text(encoding="utf-8")))
     return Run(
         name=root.name,
         where=str(root),

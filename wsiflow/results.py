@@ -14,6 +14,9 @@ from collections.abc import Iterable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from wsiflow import (
     certify,
     energy,
@@ -276,8 +279,8 @@ def _evaluate(root: Path, view: str, config: RunConfig, made: Plan, statuses: Se
     evaluated = Evaluated(key, root / "evaluations" / key[:12])
     names = ("scores.json", "cases.csv", "froc.json", "roc.json", "matches.json", "froc.png", "roc.png")
     if any(publish.done(root, f"evaluations/{key[:12]}/{name}", key) is None for name in names):
-        evidence = (_evidence(root, planned, cases[planned.slide_id], config) for planned in slides)
-        scores = evaluation.evaluate_cases(evidence, config.evaluation, seed=config.seed)
+        found = (_found(root, planned, cases[planned.slide_id], config) for planned in slides)
+        scores = evaluation.evaluate_cases(found, config.evaluation, seed=config.seed)
         documents = {name: text.encode() for name, text in evaluation.documents(scores).items()}
         documents["scores.json"] = documents.pop("summary.json")
         documents |= {"froc.png": report.froc_figure(scores.froc), "roc.png": report.roc_figure(scores.roc)}
@@ -305,16 +308,32 @@ def _numbers(path: Path) -> dict[str, float]:
     return {name: math.nan if value is None else value for name, value in found.items()}
 
 
-def _evidence(root: Path, planned: SlidePlan, case: Case, config: RunConfig) -> evaluation.Evidence:
+def _found(root: Path, planned: SlidePlan, case: Case, config: RunConfig) -> evaluation.Evidence:
     """Return what one slide is scored by; its score is the highest probability on its heatmap."""
+    detections = evaluation.read_detections(root / f"detections/{planned.slide_id}.csv")
+    return evidence(planned, case, config, detections, _receipt(root, f"heatmaps/{planned.slide_id}.tif")["score"])
+
+
+def evidence(
+    planned: SlidePlan, case: Case, config: RunConfig, detections: NDArray[np.float64], score: float
+) -> evaluation.Evidence:
+    """Return what a slide is scored by.
+
+    Args:
+        planned: The slide.
+        case: The same in the manifest.
+        config: How it is scored.
+        detections: float64 (n, 3): prob, x, y in level-0 px, as `wsiflow.evaluation.read_detections` returns them.
+        score: How likely the slide holds tumour.
+    """
     sized = dataclasses.replace(case, mpp=planned.um_px_l0)
     l0_size_px = (planned.frame.l0_width_px, planned.frame.l0_height_px)
     return evaluation.Evidence(
         slide_id=planned.slide_id,
         label=case.label,
         truth=evaluation.read_truth(sized, config.evaluation, l0_size_px=l0_size_px),
-        detections=evaluation.read_detections(root / f"detections/{planned.slide_id}.csv"),
-        score=_receipt(root, f"heatmaps/{planned.slide_id}.tif")["score"],
+        detections=detections,
+        score=score,
         patient_id=case.patient_id,
     )
 
