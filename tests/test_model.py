@@ -127,7 +127,7 @@ CARD_FAULTS = [
     ({"probe": [{"seed": 1, "probabilities": [1.0]}]}, "does not hold one probability for each", "half an answer"),
     (
         {"architecture": "resnet"},
-        r"architecture 'resnet' is unknown; name one of \['googlenet', 'inception_valid'\]",
+        r"architecture 'resnet' is unknown; name one of \['compact_valid', 'googlenet', 'inception_valid'\]",
         "no code",
     ),
     ({"architecture_args": {"depth": 3}}, r"'inception_valid' cannot be built with \{'depth': 3\}", "no such argument"),

@@ -80,7 +80,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True, help="folder that holds patches/pcam")
     parser.add_argument("--out", type=Path, required=True, help="folder to write weights and card to")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=2400, help="number of batches of 64")
+    parser.add_argument("--steps", type=int, default=2000, help="number of batches of 64")
     parser.add_argument("--rate", type=float, default=4e-3, help="highest learning rate")
     parser.add_argument("--tune", action="store_true", help="measure on a sixth of the training patches, write nothing")
     parser.add_argument("--threads", type=int, default=1)
