@@ -382,7 +382,7 @@ def test_pareto_front_is_what_nothing_beats(points):
 
 def share_bounds(n):
     """Return between which shares of n data sets 95 % coverage is believed: 93 to 97 %, wider for few sets."""
-    slack = max(0.02, 3.3 * math.sqrt(0.95 * 0.05 / n))
+    slack = 0.02 if n >= 1000 else 3.3 * math.sqrt(0.95 * 0.05 / n)
     return 0.95 - slack, 0.95 + slack
 
 
@@ -449,12 +449,12 @@ def test_differences_hold_the_truth_as_often_as_they_say(trials, true_values, me
 def test_equal_settings_are_called_different_once_in_twenty(trials, metric):
     """The paired test errs in 5 % of the data sets in which both settings are equally good.
 
-    At 1/4 false positive per slide it errs more rarely: the threshold rests on a few false positives, which the draws
-    move further than new slides would.
+    At single rates it errs more rarely (in 2 to 4 %): the threshold rests on a few false positives, which the draws move
+    further than new slides would.
     """
     low, high = share_bounds(SETS)
     errs = np.mean([one.differences[metric].p < 0.05 for one in trials["alike"]])
-    assert (0 if metric == "froc.sensitivity_at_0.25" else 1 - high) <= errs <= 1 - low
+    assert (0 if "sensitivity" in metric else 1 - high) <= errs <= 1 - low
 
 
 @sweep
