@@ -449,8 +449,8 @@ def test_differences_hold_the_truth_as_often_as_they_say(trials, true_values, me
 def test_equal_settings_are_called_different_once_in_twenty(trials, metric):
     """The paired test errs in 5 % of the data sets in which both settings are equally good.
 
-    At single rates it errs more rarely (in 2 to 4 %): the threshold rests on a few false positives, which the draws move
-    further than new slides would.
+    At single rates it errs more rarely (in 2 to 4 %): the threshold rests on a few false positives, which the draws
+    move further than new slides would.
     """
     low, high = share_bounds(SETS)
     errs = np.mean([one.differences[metric].p < 0.05 for one in trials["alike"]])
