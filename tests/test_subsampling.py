@@ -56,8 +56,8 @@ def test_a_run_scored_at_a_coarser_stride_equals_the_run_at_that_stride(tiny_sli
     assert "throughput.core_hours" not in found  # nobody has measured it
     arguments = ["compare", str(tmp_path / "32"), str(taken), "--out", str(tmp_path / "compared"), "--bootstrap", "20"]
     assert cli.main(arguments) == 0
-    text = (tmp_path / "compared/compare.csv").read_text()
-    assert [line.split(",")[0] for line in text.splitlines()[1:]] == ["inference.stride=32", "inference.stride=224"]
+    table = (tmp_path / "compared/compare.csv").read_text().splitlines()
+    assert [line.split(",")[0] for line in table[1:]] == ["inference.stride=32", "inference.stride=224"]
 
 
 @pytest.mark.parametrize(
