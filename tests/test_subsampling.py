@@ -57,7 +57,7 @@ def test_a_run_scored_at_a_coarser_stride_equals_the_run_at_that_stride(tiny_sli
     arguments = ["compare", str(tmp_path / "32"), str(taken), "--out", str(tmp_path / "compared"), "--bootstrap", "20"]
     assert cli.main(arguments) == 0
     table = (tmp_path / "compared/compare.csv").read_text().splitlines()
-    assert [line.split(",")[0] for line in table[1:]] == ["inference.stride=32", "inference.stride=224"]
+    assert [line.split(",")[0] for line in table[1:]] == ["stride=32", "stride=224"]
 
 
 @pytest.mark.parametrize(

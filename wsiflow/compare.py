@@ -22,7 +22,8 @@ from wsiflow.tradeoff import Cost, Row, Tradeoff
 
 # What makes no setting: names, places, who is told, and what tells repeats apart.
 _NO_SETTING = re.compile(
-    r"(name|out|share|seed|repeat|subsampled_from|orchestrator|allow_partial|shard_slides|evaluation\.bootstrap|tracking\..*)"
+    r"(name|out|share|seed|repeat|subsampled_from|orchestrator|allow_partial|shard_slides|evaluation\.bootstrap"
+    r"|tracking\..*)"
 )
 # What follows from other settings more often than it is set; shown only where it tells settings apart.
 _FOLLOWS = re.compile(r"(tiles|dense|executor|digest)\..*")
