@@ -71,7 +71,7 @@ def stride_trials(strides: Sequence[int] = (16, 32, 56, 112, 224), repeats: int 
                 found = drawn(0.75 - 0.09 * np.log2(stride / 16) / 2 - loss + colour)
                 for repeat in range(1, repeats + 1):
                     hours = share * (0.02 + 24 / stride**1.4) * (1.1 if stain == "macenko" else 1.0)
-                    own = {**params, "repeat": repeat, "out": f"/runs/{len(trials)}"}
+                    own = {**params, "repeat": repeat}
                     trials.append(Trial(own, hours * float(rng.normal(1, 0.04)), found))
     return trials
 

@@ -393,13 +393,15 @@ def _track(root: Path, folder: str, config: RunConfig, made: Plan, key: str, met
         key=publish.key_of(scores=key, folder=folder_id),
         plan_hash=made.hash,
         partial=folder != "evaluation",
-        params=settings(config.model_dump(mode="json"), made),
+        # Where a run lies is no setting: it would be an axis of every plot of MLflow.
+        params=settings(config.model_dump(mode="json", exclude={"out", "share"}), made),
         metrics=metrics,
         tags={
             **{f"version.{name}": number for name, number in versions().items()},
             **found,
             **_machines(root, config),
             "wsiflow.folder": folder_id,
+            "wsiflow.out": str(config.out),
             "wsiflow.protocol_hash": matched.protocol_hash,
             "wsiflow.truth_hash": matched.truth_hash(),
         },
