@@ -67,10 +67,10 @@ def test_the_documents_have_commands() -> None:
 
 def sweeps() -> list[tuple[str, ...]]:
     """Return the overrides of each ``wsiflow run -m`` line, and a bare line for every experiment there is."""
-    lines = [line.split("  #")[0].strip() for name in PAGES for line in (ROOT / name).read_text().splitlines()]
-    lines += [
-        path.read_text().split("wsiflow run -m ")[1].split("\n")[0] for path in ROOT.glob("conf/experiment/*.yaml")
-    ]
+    pages = ((ROOT / name).read_text().replace("\\\n", " ") for name in PAGES)
+    lines = [line.split("  #")[0].strip() for page in pages for line in page.splitlines()]
+    headers = (path.read_text().replace("\\\n#", " ") for path in ROOT.glob("conf/experiment/*.yaml"))
+    lines += [header.split("wsiflow run -m ")[1].split("\n")[0] for header in headers]
     typed = [line for line in lines if line.startswith(("wsiflow run -m", "experiment="))]
     return sorted({tuple(word for word in line.split() if "=" in word) for line in typed})
 
