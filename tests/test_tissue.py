@@ -117,7 +117,7 @@ def test_coverage_conserves_the_area(mask: NDArray[np.bool_], ratio: float, down
     sides = [np.diff(np.minimum(np.arange(cells + 1) * ratio, n)) for cells, n in zip(grid, mask.shape, strict=True)]
     assert (coverage * np.outer(*sides)).sum() == pytest.approx(mask.sum(), abs=1e-3)
     assert coverage.min() >= 0
-    assert coverage.max() <= 1
+    assert coverage.max() <= 1 + 1e-5  # slivers of a tile are differences of sums
 
 
 def test_coverage_of_a_fractional_tile() -> None:
