@@ -111,6 +111,12 @@ def test_a_spacing_that_is_none_is_refused(given: str) -> None:
         composed(f"geometry.spacing={given}")
 
 
+def test_an_experiment_that_is_none_is_refused() -> None:
+    """It would run something else, and say nothing."""
+    with pytest.raises(InputError, match=r"Could not find 'experiment/nothing'.*stride_tradeoff"):
+        composed("experiment=nothing")
+
+
 def test_what_must_be_given_is_asked_for() -> None:
     """A data set that needs a path says which key."""
     with pytest.raises(InputError, match=r"no value for dataset\.manifest"):
