@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
@@ -110,6 +110,7 @@ def test_specks_go_and_gaps_close() -> None:
     ratio=st.floats(0.3, 9),
     downsample=st.sampled_from([1.0, 4.016, 32.0]),
 )
+@example(mask=np.ones((3, 6), np.bool_), ratio=0.99999, downsample=4.016)
 def test_coverage_conserves_the_area(mask: NDArray[np.bool_], ratio: float, downsample: float) -> None:
     """Whatever the ratio of tile to mask pixel, the tiles hold all of the tissue and nothing else."""
     grid = tuple(int(np.ceil(extent / ratio)) for extent in mask.shape)
@@ -117,7 +118,7 @@ def test_coverage_conserves_the_area(mask: NDArray[np.bool_], ratio: float, down
     sides = [np.diff(np.minimum(np.arange(cells + 1) * ratio, n)) for cells, n in zip(grid, mask.shape, strict=True)]
     assert (coverage * np.outer(*sides)).sum() == pytest.approx(mask.sum(), abs=1e-3)
     assert coverage.min() >= 0
-    assert coverage.max() <= 1 + 1e-5  # slivers of a tile are differences of sums
+    assert coverage.max() <= 1
 
 
 def test_coverage_of_a_fractional_tile() -> None:

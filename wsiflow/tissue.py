@@ -107,9 +107,10 @@ def tile_coverage(
     at_corners = _between(_between(summed, m_edges[0]).T, m_edges[1]).T
     tissue = np.diff(np.diff(at_corners, axis=0), axis=1)
     area = np.outer(np.diff(m_edges[0]), np.diff(m_edges[1]))
-    # Differences of large sums leave rounding of the order of 1e-9, which must not make a tile of glass tissue.
-    coverage: NDArray[np.float64] = np.divide(tissue, area, out=np.zeros_like(tissue), where=area > 0).round(6)
-    return coverage
+    # Differences of large sums leave rounding of the order of 1e-9, which must not make a tile of glass tissue. Over a
+    # sliver at the edge it grows, so the ends are held.
+    coverage = np.divide(tissue, area, out=np.zeros_like(tissue), where=area > 0).round(6)
+    return np.clip(coverage, 0, 1)
 
 
 def select_tiles(coverage: NDArray[np.float64], params: TissueParams) -> NDArray[np.bool_]:
