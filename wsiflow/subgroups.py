@@ -105,5 +105,5 @@ def _note(tumour: int, normal: int, auc: float) -> str:
     if min(tumour, normal) < SMALL:
         notes.append(f"small: {tumour} tumour and {normal} normal slides")
     if auc in {0.0, 1.0}:
-        notes.append("the AUC is at its end: DeLong's interval has no width there and says nothing")
+        notes.append("the AUC is at its end: its interval is Newcombe's, DeLong's has no width there")
     return "; ".join(notes)
