@@ -32,6 +32,8 @@ from torch import nn
 from wsiflow import roc, synthetic
 from wsiflow.model.save import save
 
+SYNTHETIC = 1600  # patches to draw
+
 
 class Recipe(NamedTuple):
     """How to train.
@@ -55,23 +57,27 @@ class Recipe(NamedTuple):
     window_px: int = WINDOW_PX
 
 
-def arguments(about: str, *, steps: int) -> argparse.Namespace:
+def parser(about: str, *, steps: int) -> argparse.ArgumentParser:
+    """Return a parser of the arguments that every training takes; `about` is the help."""
+    made = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--data", type=Path, required=True, help="folder that holds patches/")
+    made.add_argument("--out", type=Path, required=True, help="folder to write weights and card to")
+    made.add_argument("--seed", type=int, default=0)
+    made.add_argument("--steps", type=int, default=steps, help="number of batches")
+    made.add_argument("--threads", type=int, default=1)
+    return made
+
+
+def parsed(made: argparse.ArgumentParser) -> argparse.Namespace:
     """Return what the command line says, and take the number of threads from it."""
-    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder that holds patches/")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write weights and card to")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=steps, help="number of batches")
-    parser.add_argument("--synthetic", type=int, default=1600, help="synthetic patches to draw")
-    parser.add_argument("--threads", type=int, default=1)
-    given = parser.parse_args()
+    given = made.parse_args()
     torch.set_num_threads(given.threads)
     cv2.setNumThreads(1)
     return given
 
 
 def train(net: nn.Module, sources: list[Patches], recipe: Recipe) -> nn.Module:
-    """Train a network whose weights are random; the sources come in the order of the recipe's mixture."""
+    """Train a network, from the weights it has; the sources come in the order of the recipe's mixture."""
     rng = np.random.default_rng([recipe.seed, 1])
     net = net.train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimiser = torch.optim.AdamW(net.parameters(), lr=recipe.rate, weight_decay=0.02)
@@ -133,28 +139,31 @@ def report(net: nn.Module, data: Path, seed: int) -> str:
     return " ".join(lines)
 
 
-def fit(net: nn.Module, about: Mapping[str, Any], recipe: Recipe, given: argparse.Namespace) -> None:
-    """Train a network, measure it and write it; `about` holds name, architecture and architecture_args of its card."""
-    real = read_real(given.data, test=False)
-    print(f"{len(real.labels)} real patches to train on, {int(real.labels.sum())} of them tumour")
-    net = train(net, [real, draw_synthetic(given.synthetic, given.seed), glass(64, given.seed)], recipe)
-    notes = report(net, given.data, given.seed)
-    print(notes)
+def write(net: nn.Module, about: Mapping[str, Any], folder: Path) -> None:
+    """Write weights and card; `about` holds what these networks do not share: name, architecture, window and words."""
     fields = {
         **about,
         "class_names": ("normal", "tumor"),
         "positive_class": "tumor",
-        "window_px": WINDOW_PX,
-        "input_px": WINDOW_PX,
-        "spacing_um_px": synthetic.UM_PX,
+        "input_px": about["window_px"],
         "mean": MEAN,
         "std": STD,
         "licence": "Apache-2.0",
-        "trained_on": (
-            f"{given.synthetic} synthetic patches of wsiflow.synthetic; {len(real.labels)} patches of CAMELYON16 "
-            "lymph node slides (CC0, Radboud University Medical Center; some by way of DIDSR/dldp)"
-        ),
-        "notes": notes,
     }
-    given.out.mkdir(parents=True, exist_ok=True)
-    print(save(net, fields, given.out))
+    folder.mkdir(parents=True, exist_ok=True)
+    print(save(net, fields, folder))
+
+
+def fit(net: nn.Module, about: Mapping[str, Any], recipe: Recipe, given: argparse.Namespace) -> None:
+    """Train a network, measure it and write it; `about` holds name, architecture and architecture_args of its card."""
+    real = read_real(given.data, test=False)
+    print(f"{len(real.labels)} real patches to train on, {int(real.labels.sum())} of them tumour")
+    net = train(net, [real, draw_synthetic(SYNTHETIC, given.seed), glass(64, given.seed)], recipe)
+    notes = report(net, given.data, given.seed)
+    print(notes)
+    trained_on = (
+        f"{SYNTHETIC} synthetic patches of wsiflow.synthetic; {len(real.labels)} patches of CAMELYON16 "
+        "lymph node slides (CC0, Radboud University Medical Center; some by way of DIDSR/dldp)"
+    )
+    scale = {"window_px": WINDOW_PX, "spacing_um_px": synthetic.UM_PX}
+    write(net, {**about, **scale, "trained_on": trained_on, "notes": notes}, given.out)

@@ -7,22 +7,19 @@ a sixth of the training patches is kept back, measured on, and nothing is writte
 the validation patches are looked at once, for the card.
 """
 
-import argparse
 import hashlib
 import sys
 from pathlib import Path
 
-import cv2
 import numpy as np
 import torch
-from fit import Recipe, scores, train
+from fit import Recipe, parsed, parser, scores, train, write
 from numpy.typing import NDArray
-from patches import MEAN, STD, Patches
+from patches import Patches
 from PIL import Image
 
 from wsiflow import roc
 from wsiflow.model.architectures import build
-from wsiflow.model.save import save
 
 WINDOW_PX = 96
 SPACING_UM_PX = 0.97
@@ -74,25 +71,12 @@ def notes(found: NDArray[np.float64], labels: NDArray[np.int64]) -> str:
     )
 
 
-def arguments() -> argparse.Namespace:
-    """Return what the command line says, and take the number of threads from it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder that holds patches/pcam")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write weights and card to")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=2000, help="number of batches of 64")
-    parser.add_argument("--rate", type=float, default=4e-3, help="highest learning rate")
-    parser.add_argument("--tune", action="store_true", help="measure on a sixth of the training patches, write nothing")
-    parser.add_argument("--threads", type=int, default=1)
-    given = parser.parse_args()
-    torch.set_num_threads(given.threads)
-    cv2.setNumThreads(1)
-    return given
-
-
 def main() -> None:
     """Train, measure and write."""
-    given = arguments()
+    known_arguments = parser(__doc__ or "", steps=2000)
+    known_arguments.add_argument("--rate", type=float, default=4e-3, help="highest learning rate")
+    known_arguments.add_argument("--tune", action="store_true", help="measure on a sixth of the patches, write nothing")
+    given = parsed(known_arguments)
     known, names = read(given.data, "train")
     if given.tune:
         back = kept_back(names)
@@ -113,14 +97,8 @@ def main() -> None:
         "name": "pcam",
         "architecture": "compact_valid",
         "architecture_args": ARCHITECTURE_ARGS,
-        "class_names": ("normal", "tumor"),
-        "positive_class": "tumor",
         "window_px": WINDOW_PX,
-        "input_px": WINDOW_PX,
         "spacing_um_px": SPACING_UM_PX,
-        "mean": MEAN,
-        "std": STD,
-        "licence": "Apache-2.0",
         "trained_on": (
             f"{len(known.labels)} training patches of PatchCamelyon (CC0; Veeling et al., 2018, from CAMELYON16, "
             "Radboud University Medical Center), "
@@ -128,8 +106,7 @@ def main() -> None:
         ),
         "notes": about,
     }
-    given.out.mkdir(parents=True, exist_ok=True)
-    print(save(net, fields, given.out))
+    write(net, fields, given.out)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ Output: `demo.safetensors` and `demo.json`. One process, about a quarter of an h
 import math
 
 import torch
-from fit import Recipe, arguments, fit
+from fit import Recipe, fit, parsed, parser
 
 from wsiflow.model.architectures import build
 
@@ -18,7 +18,7 @@ ABOUT = {"name": "demo", "architecture": "inception_valid", "architecture_args":
 
 def main() -> None:
     """Train, measure and write."""
-    given = arguments(__doc__ or "", steps=1200)
+    given = parsed(parser(__doc__ or "", steps=1200))
     torch.manual_seed(given.seed)
     net = build("inception_valid", 2, **ARCHITECTURE_ARGS)
     fit(net, ABOUT, Recipe(given.steps, (24, 24, 4), rate=4e-3, clip=math.inf, bf16=False, seed=given.seed), given)

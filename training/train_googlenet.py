@@ -7,7 +7,7 @@ has bfloat16. What comes out has learned enough to measure how engines differ, a
 """
 
 import torch
-from fit import Recipe, arguments, fit
+from fit import Recipe, fit, parsed, parser
 from torch import nn
 
 from wsiflow.model.architectures import build
@@ -25,7 +25,7 @@ def initialise(net: nn.Module) -> None:
 
 def main() -> None:
     """Train, measure and write."""
-    given = arguments(__doc__ or "", steps=450)
+    given = parsed(parser(__doc__ or "", steps=450))
     torch.manual_seed(given.seed)
     net = build("googlenet", 2, **ARCHITECTURE_ARGS)
     initialise(net)

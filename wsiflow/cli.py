@@ -135,7 +135,7 @@ def _add_synth(one: argparse.ArgumentParser) -> None:
     one.add_argument("--like", choices=["camelyon16"], help="slides like real ones, from outlines and tissue in --data")
     one.add_argument("--data", type=Path, help="folder that holds camelyon16/ and patches/")
     one.add_argument("--slides", type=_positive, default=40, help="with --like: how many (40)")
-    one.add_argument("--scale", type=_scale, default=0.125, help="with --like: size of outlines, 1 is real (0.125)")
+    one.add_argument("--scale", type=_scale, default=0.25, help="with --like: size of outlines, 1 is real (0.25)")
 
 
 def _add_run_commands(add: Callable[..., argparse.ArgumentParser]) -> None:

@@ -2,7 +2,7 @@
 
 Input: an `Atlas`. Output: plans of slides (`plan`) and their pixels (`paint`). Nothing is written here.
 
-Outlines are shrunk by a scale, tissue is not: a slide of an eighth of the size holds an eighth as many cells across,
+Outlines are shrunk by a scale, tissue is not: a slide of a quarter of the size holds a quarter as many cells across,
 and lengths of an evaluation have to be scaled too. Training and test slides share neither pictures nor outlines.
 Points are x, y in level-0 px of the synthetic slide.
 """
