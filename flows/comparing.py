@@ -11,7 +11,7 @@ from pathlib import Path
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 
-from wsiflow import cli, compare, tradeoff_report
+from wsiflow import compare, terminal, tradeoff_report
 from wsiflow.compare import Answer
 from wsiflow.errors import WsiflowError
 from wsiflow.tracking import TrackingParams
@@ -36,10 +36,10 @@ def end_of_sweep(out: Path, params: TrackingParams) -> None:
     try:
         made = compare.sweep_folder(out, params)
     except WsiflowError as error:
-        cli.say(f"not compared: {error}")
+        terminal.say(f"not compared: {error}")
         return
     if made is not None:
-        cli.say(compare.told(made))
+        terminal.say(compare.told(made))
         _tell_prefect(made)
 
 

@@ -13,7 +13,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.futures import PrefectFuture
 from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
-from wsiflow import cli, ingest, results, shards
+from wsiflow import ingest, results, shards, terminal
 from wsiflow.config import RunConfig
 
 from .cluster import workers
@@ -31,7 +31,7 @@ def line(config: RunConfig, submit: Submit) -> results.Summary:
     with workers(config.executor, config.out) as pool:
         told = shards.choose(pool, cases)
         if told:
-            cli.say(told)
+            terminal.say(told)
         wanted = shards.cut(shards.case_sizes(cases), config.shard_slides)
         ingested = [submit(f"ingest {i}", shards.ingest_shard, pool, cases, part) for i, part in enumerate(wanted, 1)]
         plan_path = ingest.make_plan(cases, [outcome for future in ingested for outcome in future.result()])

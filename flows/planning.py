@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from wsiflow import cli, executor, ingest, measure, plan, publish, schedule, shards, simulation, stages
+from wsiflow import executor, ingest, measure, plan, publish, schedule, shards, simulation, stages, terminal
 from wsiflow.config import RunConfig
 from wsiflow.errors import InputError
 from wsiflow.model.threads import allocated_cores, limit_threads
@@ -71,7 +71,7 @@ class Counted(NamedTuple):
 def main(argv: Sequence[str]) -> int:
     """Plan a run, say what it will take, and return the exit code."""
     given = _parser().parse_intermixed_args(argv)
-    return cli.bounded(lambda: _plan(given))
+    return terminal.bounded(lambda: _plan(given))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -120,8 +120,8 @@ def _plan(given: argparse.Namespace) -> int:
     if given.json:
         report = _as_json(counted, costs, origin, found) | {"scheduler": scheduler}
         publish.write_view(given.json.parent, given.json.name, json.dumps(report, indent=1).encode())
-    cli.say("\n".join([*_counts_told(counted, config), *_costs_told(counted, costs, origin)]))
-    cli.say("\n".join(_forecasts_told(scheduler, found)))
+    terminal.say("\n".join([*_counts_told(counted, config), *_costs_told(counted, costs, origin)]))
+    terminal.say("\n".join(_forecasts_told(scheduler, found)))
     return 0
 
 
@@ -139,7 +139,7 @@ def make(config: RunConfig, *, calibrate: bool) -> Path:
     with workers(config.executor, config.out) as pool:
         told = shards.choose(pool, cases)
         if told:
-            cli.say(told)
+            terminal.say(told)
         wanted = range(len(shards.case_sizes(cases)))
         plan_path = ingest.make_plan(cases, shards.ingest_shard(pool, cases, wanted))
         if calibrate:

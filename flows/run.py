@@ -17,7 +17,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from wsiflow import cli, ingest, publish
+from wsiflow import ingest, publish, terminal
 from wsiflow.config import RunConfig, validate
 from wsiflow.errors import EnvironmentFault, InputError
 from wsiflow.results import Summary
@@ -42,9 +42,9 @@ def main(arguments: Sequence[str]) -> int:
 
         return planning.main(arguments[1:])
     if arguments[0] == "retry":
-        return cli.bounded(lambda: _retry(arguments[1:]))
+        return terminal.bounded(lambda: _retry(arguments[1:]))
     sys.argv = ["wsiflow run", *arguments[1:]]
-    return cli.bounded(_all_jobs)
+    return terminal.bounded(_all_jobs)
 
 
 def _retry(arguments: Sequence[str]) -> int:
@@ -59,7 +59,7 @@ def _retry(arguments: Sequence[str]) -> int:
         raise InputError("it holds no run", "name the out= folder of a run", path=root)
     config, _ = ingest.read_cases(told[-1])
     summary = start(config.model_copy(update={"out": root}))
-    cli.say(summary.text)
+    terminal.say(summary.text)
     return summary.exit_code
 
 
@@ -70,13 +70,13 @@ def _all_jobs() -> int:
         _compose_and_run()
     except (HydraException, OmegaConfBaseException) as error:
         sweep.end()
-        return cli.report(_refused(error))
+        return terminal.report(_refused(error))
     except Exception as error:
         if not sweep.is_on():
             raise
         sweep.end()
         cause = f"a trial of the sweep did not end: {type(error).__name__}: {error}"
-        return cli.report(EnvironmentFault(cause, "run the same command again: what is done stays done"))
+        return terminal.report(EnvironmentFault(cause, "run the same command again: what is done stays done"))
     return max([*_exit_codes, *sweep.end()], default=0)
 
 
@@ -92,10 +92,10 @@ def _compose_and_run(composed: DictConfig) -> float | None:
 
     def job() -> int:
         found.append(start(to_config(composed, job=_trial_name())))
-        cli.say(found[0].text)
+        terminal.say(found[0].text)
         return found[0].exit_code
 
-    exit_code = cli.bounded(job)
+    exit_code = terminal.bounded(job)
     if is_trial:
         sweep.ended(HydraConfig.get().job.num, exit_code)
     else:
@@ -214,7 +214,7 @@ def start(config: RunConfig) -> Summary:
     from .server import chosen_server
 
     with chosen_server() as said:
-        cli.say(said)
+        terminal.say(said)
         return as_flow(config, config.name)
 
 

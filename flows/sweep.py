@@ -15,7 +15,7 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from wsiflow import cli, tracking
+from wsiflow import terminal, tracking
 
 _VARIABLE = "WSIFLOW_SWEEP"
 _started = ExitStack()
@@ -57,10 +57,10 @@ def _begin_together(params: Mapping[str, Any], *, prefect: bool) -> None:
     from .server import shared_server
 
     if prefect:
-        cli.say(_started.enter_context(shared_server()))
+        terminal.say(_started.enter_context(shared_server()))
     why_not = tracking.begin_sweep(tracking.TrackingParams.model_validate(params))
     if why_not:
-        cli.say(f"MLflow: {why_not}")
+        terminal.say(f"MLflow: {why_not}")
 
 
 def name() -> str:

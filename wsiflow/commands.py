@@ -1,0 +1,246 @@
+"""What each command on files does: arguments in, sentences and an exit code out. `wsiflow.cli` has their options.
+
+Modules are imported where they are used, so that no command waits for another's.
+"""
+
+import argparse
+import csv
+import platform
+import shutil
+
+from wsiflow.errors import InputError, IntegrityError
+from wsiflow.terminal import report, say
+
+_SMALLEST_SYNTHETIC_PX = 1024
+
+
+def evaluate(arguments: argparse.Namespace) -> int:
+    """Score detections that are there already."""
+    from wsiflow import evaluation
+    from wsiflow.config import evaluation_params
+
+    changes = {"downsample": arguments.downsample, "l0_um_px": arguments.um_px, "bootstrap": arguments.bootstrap}
+    params = evaluation_params(arguments.protocol, changes)
+    existing = evaluation.Existing(
+        arguments.manifest, arguments.detections, arguments.scores, arguments.mask_downsample
+    )
+    scores = evaluation.evaluate_existing(existing, params, seed=arguments.seed, out=arguments.out)
+    say(f"protocol {params.name} {params.protocol_hash()[:12]}")
+    for name, value in scores.metrics.items():
+        say(f"{name} {value:.6f}")
+    return 0
+
+
+def synth(arguments: argparse.Namespace) -> int:
+    """Write a synthetic data set."""
+    from wsiflow import publish, synth
+
+    if arguments.like:
+        if arguments.data is None:
+            raise InputError("--like needs --data", "name the folder that holds camelyon16/ and patches/")
+        publish.preflight(arguments.folder)
+        written = synth.write_like(
+            arguments.folder, arguments.data, slides=arguments.slides, scale=arguments.scale, seed=arguments.seed
+        )
+        say(f"manifest: {written}")
+        return 0
+    if arguments.size_px < _SMALLEST_SYNTHETIC_PX:
+        cause = f"slides of {arguments.size_px} px are too small for tissue and lesions"
+        raise InputError(cause, f"give --size-px of at least {_SMALLEST_SYNTHETIC_PX}")
+    publish.preflight(arguments.folder)
+    say(f"manifest: {synth.write_dataset(arguments.folder, size_px=arguments.size_px, seed=arguments.seed)}")
+    return 0
+
+
+def status(arguments: argparse.Namespace) -> int:
+    """Say what a run has done."""
+    from wsiflow import ledger, plan
+
+    made = plan.latest(arguments.run)
+    balance = ledger.balance(arguments.run, made)
+    say(f"plan {made.hash[:12]}: {len(made.slides)} slides, {made.n_groups} tasks")
+    say(
+        f"planned {balance.planned} = published {balance.published} + quarantined {balance.quarantined}"
+        f" + not done {balance.failed}"
+    )
+    listed = arguments.run / "process_list.csv"
+    if listed.exists():
+        with listed.open(newline="", encoding="utf-8") as stream:
+            for row in csv.DictReader(stream):
+                say(f"{row['slide_id']}: {row['status']}{': ' + row['reason'] if row['reason'] else ''}")
+    return 0
+
+
+def explain(arguments: argparse.Namespace) -> int:
+    """Say why a task is done, or is not."""
+    from wsiflow import explain
+
+    for line in explain.explain(arguments.run, arguments.task):
+        say(line)
+    return 0
+
+
+def verify(arguments: argparse.Namespace) -> int:
+    """Compare every published file of a run with its receipt."""
+    from wsiflow import publish
+
+    receipts = sorted((arguments.run / publish.RECEIPTS).rglob("*.json"))
+    if not receipts:
+        raise InputError("it holds no receipts", "name the out= folder of a run", path=arguments.run)
+    damaged = 0
+    for path in receipts:
+        name = str(path.relative_to(arguments.run / publish.RECEIPTS)).removesuffix(".json")
+        try:
+            publish.check(arguments.run, publish.read_receipt(arguments.run, name) or {"path": name})
+        except IntegrityError as error:
+            damaged += 1
+            report(error)
+    say(f"{len(receipts) - damaged} of {len(receipts)} published files are what their receipts say")
+    return IntegrityError.exit_code if damaged else 0
+
+
+def task(arguments: argparse.Namespace) -> int:
+    """Predict one array task of a plan."""
+    from wsiflow import plan
+    from wsiflow.model import threads
+
+    made = plan.read(arguments.plan)
+    if not 0 <= arguments.index < made.n_groups:
+        raise InputError(f"there is no task {arguments.index}, the plan has {made.n_groups}", "count from 0")
+    threads.limit_threads(int(made.settings["predict"]["numeric_class"]["threads"]))
+    from wsiflow import reading, steps
+
+    if reading.fits_slides(reading.stain_params(made)):  # done already where the run has come so far
+        outcome = steps.run_task(arguments.plan, "stain", made.task("predict", arguments.index).slide)
+        if outcome.receipt is None:
+            say(outcome.error)
+            return outcome.exit_code
+    outcome = steps.run_task(arguments.plan, "predict", arguments.index)
+    say(outcome.error or f"published {(outcome.receipt or {})['path']}")
+    return outcome.exit_code
+
+
+def element(arguments: argparse.Namespace) -> int:
+    """Do one element of an array job."""
+    from wsiflow.executor import element
+
+    return element.run(arguments.table)
+
+
+def cancel(arguments: argparse.Namespace) -> int:
+    """Cancel a run's jobs."""
+    from wsiflow.executor import jobs
+
+    for sentence in jobs.cancel(arguments.run):
+        say(sentence)
+    return 0
+
+
+def compare(arguments: argparse.Namespace) -> int:
+    """Compare the settings of a sweep, or of some runs."""
+    from wsiflow import compare
+
+    options = compare.Options(arguments.reference, arguments.bootstrap, arguments.seed)
+    wanted = compare.asked(arguments.names, arguments.uri, arguments.sweep, options)
+    say(compare.told((arguments.answer or compare.answer)(wanted, arguments.out)))
+    return 0
+
+
+def doctor(_arguments: argparse.Namespace) -> int:
+    """Say what the machine and the installation are."""
+    from wsiflow import provenance
+    from wsiflow.model import threads
+
+    say(f"python {platform.python_version()} on {platform.platform()}")
+    say(f"cores this process may use: {threads.allocated_cores()}")
+    say(f"numeric class: {threads.numeric_class(1)}")
+    say(f"free space here: {shutil.disk_usage('.').free / 1e9:.1f} GB")
+    for name, found in provenance.versions().items():
+        say(f"{name} {found}")
+    return 0
+
+
+def features(arguments: argparse.Namespace) -> int:
+    """Write the features of some runs' slides."""
+    from wsiflow import slide_score
+
+    count = slide_score.write_features(arguments.runs, arguments.out, reference=arguments.reference)
+    say(f"features of {count} slides: {arguments.out}")
+    return 0
+
+
+def train_forest(arguments: argparse.Namespace) -> int:
+    """Train a forest on features."""
+    from wsiflow import slide_score
+    from wsiflow.forest import Choices
+
+    choices = Choices(trees=arguments.trees, trees_choosing=-(-arguments.trees // 3))
+    made = slide_score.train(
+        arguments.features, arguments.manifest, arguments.out, seed=arguments.seed, choices=choices
+    )
+    card = made.card
+    chosen = ", ".join(f"{name} {value:g}" for name, value in card.settings._asdict().items())
+    say(f"trained on {len(card.training)} slides of {card.n_patients} patients, {card.n_tumour} with tumour: {chosen}")
+    say(f"AUC in cross-validation {card.auc:.4f} (95 % interval {card.auc_low:.4f} to {card.auc_high:.4f})")
+    say(f"forest: {arguments.out}")
+    return 0
+
+
+def score_by_forest(arguments: argparse.Namespace) -> int:
+    """Score a run's slides with a forest."""
+    from wsiflow import slide_score
+
+    scores = slide_score.write_scores(
+        arguments.forest, arguments.run, arguments.out, also_training=arguments.also_training
+    )
+    say(f"scores of {len(scores)} slides: {arguments.out}")
+    return 0
+
+
+def compare_maps(arguments: argparse.Namespace) -> int:
+    """Compare the heatmaps of two runs."""
+    from wsiflow import compare_maps, maps_report
+
+    bound = arguments.bound
+    if bound is not None and not 0 <= bound <= 1:
+        raise InputError(f"the bound is {bound}", "give a difference of probabilities, 0 to 1")
+    made = compare_maps.compare(arguments.a, arguments.b, threshold=arguments.threshold, radius_um=arguments.radius_um)
+    say(maps_report.table(made))
+    say(compare_maps.sentence(made))
+    if arguments.out is not None:
+        maps_report.write(made, arguments.out)
+        say(f"written    {arguments.out / 'equivalence.md'}")
+    if bound is None:
+        return 0
+    reasons = compare_maps.verdict(made, bound)
+    say(f"NOT EQUIVALENT within {bound:g}: {'; '.join(reasons)}" if reasons else f"equivalent within {bound:g}")
+    return compare_maps.NOT_EQUIVALENT if reasons else 0
+
+
+def subsample(arguments: argparse.Namespace) -> int:
+    """Score a run's heatmaps at coarser strides."""
+    from wsiflow import subsampled
+
+    for folder in subsampled.write(arguments.run, arguments.stride, arguments.out):
+        say(f"scores     {folder / 'evaluation/summary.json'}")
+    return 0
+
+
+def export_imrmc(arguments: argparse.Namespace) -> int:
+    """Write slide scores as iMRMC reads them."""
+    from wsiflow import regulatory
+
+    n_cases = regulatory.export_imrmc(arguments.runs, arguments.names, arguments.out)
+    say(f"{len(arguments.runs)} modalities, {n_cases} cases: {arguments.out}")
+    return 0
+
+
+def export_regulatory(arguments: argparse.Namespace) -> int:
+    """Write everything about one run, for reviewers."""
+    from wsiflow import regulatory
+
+    cells = not arguments.no_cells
+    asked = regulatory.Asked(arguments.subgroups, arguments.table, arguments.threshold, cells)
+    for line in regulatory.export(arguments.run, arguments.out, asked):
+        say(line)
+    return 0

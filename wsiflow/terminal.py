@@ -1,0 +1,41 @@
+"""What every command has in common: how it speaks, and how it ends.
+
+Exit codes: 0 complete, 10 partial (only when allowed), 20 bad input, 30 environment, 40 integrity, 50 a defect.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+
+from wsiflow.errors import EnvironmentFault, WsiflowError
+
+
+def say(text: str) -> None:
+    """Tell the user something."""
+    print(text, flush=True)  # noqa: T201 - the one place that prints
+
+
+def report(error: WsiflowError) -> int:
+    """Tell the user what went wrong, in one line, and return the exit code."""
+    print(f"wsiflow: {error}", file=sys.stderr, flush=True)  # noqa: T201
+    return error.exit_code
+
+
+def bounded(command: Callable[[], int]) -> int:
+    """Call a command and return its exit code, whatever happens: one line for every error, of its class.
+
+    With ``WSIFLOW_DEBUG`` set, what nobody expected ends in its traceback instead.
+    """
+    try:
+        return command()
+    except WsiflowError as error:
+        return report(error)
+    except OSError as error:
+        if "WSIFLOW_DEBUG" in os.environ:
+            raise
+        return report(EnvironmentFault(str(error), "mend it and run again"))
+    except Exception as error:
+        if "WSIFLOW_DEBUG" in os.environ:
+            raise
+        remedy = "report this, with the traceback that WSIFLOW_DEBUG=1 shows"
+        return report(WsiflowError(f"{type(error).__name__}: {error}", remedy))
