@@ -10,11 +10,13 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any, NamedTuple
 
 BIN = Path(sys.executable).parent
 _NOWHERE = "http://127.0.0.1:9"
+_TRIES = 10  # its SQLite is locked now and then
 
 
 def environment(home: Path, **more: str) -> dict[str, str]:
@@ -35,14 +37,18 @@ class PrefectServer(NamedTuple):
         return self.answer(path, body)[1]
 
     def answer(self, path: str, body: object = None) -> tuple[int, Any]:
-        """Return the status of an answer, and the answer."""
+        """Return the status of an answer, and the answer; a server that is busy is asked again, as clients do."""
         sent = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(f"{self.url}/{path}", sent, {"content-type": "application/json"})
-        try:
-            with urllib.request.urlopen(request, timeout=20) as found:
-                return found.status, json.load(found)
-        except urllib.error.HTTPError as refused:
-            return refused.code, json.load(refused)
+        for left in reversed(range(_TRIES)):
+            try:
+                with urllib.request.urlopen(request, timeout=20) as found:
+                    return found.status, json.load(found)
+            except urllib.error.HTTPError as refused:
+                if refused.code != HTTPStatus.SERVICE_UNAVAILABLE or not left:
+                    return refused.code, json.load(refused)
+                time.sleep(1)
+        raise AssertionError
 
     def prefect(self, *arguments: str, cwd: Path) -> None:
         """Call ``prefect``, which must succeed."""
