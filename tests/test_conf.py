@@ -18,7 +18,7 @@ GIVEN = {
     "dataset=synthetic": ["dataset.folder=synthetic"],
     "model=googlenet": ["model.card=g.json"],
     "model=card": ["model.card=g.json"],
-    "experiment=like_camelyon16": ["dataset.manifest=m.csv", "model.card=g.json"],
+    "experiment=like_camelyon16": ["dataset.manifest=m.csv"],
     "geometry=reference": ["tiles=patch"],
 }
 
