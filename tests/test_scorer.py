@@ -130,6 +130,17 @@ def test_refinement_looks_closely_where_a_coarse_window_is_high(inception: Class
     assert found.windows == 2 * (2 * 16 + 2 * (4 // step) ** 2)
 
 
+def test_refinement_of_tissue_where_nothing_is_high(inception: Classifier) -> None:
+    """Most tissue: coarse scores are all there is."""
+    about = frame(56, 84)
+    choice = PLAIN._replace(batch=3, refine=1.0, refine_from_px=112)
+    found = scorer.make(inception, choice, threads=1).score(about, [(BLOCK, pixels_of(about))], untimed)
+    coarse = found.prob[:, ::2, ::2]
+    assert coarse.min() > 0
+    np.testing.assert_array_equal(found.prob, coarse.repeat(2, axis=1).repeat(2, axis=2))
+    assert found.windows == coarse.size
+
+
 @pytest.mark.parametrize("backend", ["torch", "openvino"])
 @pytest.mark.parametrize("halo", [104, 112, 200])
 def test_dense_equals_windows_wherever_the_region_begins(inception: Classifier, halo: int, backend: str) -> None:

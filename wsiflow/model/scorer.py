@@ -101,7 +101,7 @@ class Windows:
         closer = np.flatnonzero(first.max(axis=(1, 2)) >= self._choice.refine).tolist()
         rest = self.run(self._cut((tiles[i] for i in closer), ~coarse), timed)
         fine = prob[closer]
-        fine[:, ~coarse] = rest.reshape(len(closer), -1)
+        fine[:, ~coarse] = rest.reshape(len(closer), int((~coarse).sum()))
         prob[closer] = fine
         return Scored(prob, first.size + rest.size)
 
