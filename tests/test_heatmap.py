@@ -110,3 +110,10 @@ def test_scores_are_alike_only_if_computed_alike(change: dict, reason: str) -> N
     """Another engine, format or batch, or a network that pads, may give other scores of the same window."""
     one = Choice("window", "openvino", "fp32", 32, 16, "", 0, exact=True, halo_px=104, block_rows=7, block_cols=12)
     assert (reason in alike(one, one._replace(**change))) if reason else alike(one, one._replace(**change)) == ""
+
+
+@pytest.mark.parametrize("precision", ["bf16", "int8"])
+def test_a_dense_map_of_less_than_fp32_is_of_its_stride_alone(precision: str) -> None:
+    """Another stride is another graph, which rounds otherwise and is calibrated otherwise."""
+    one = Choice("dense", "openvino", precision, 32, 16, "", 0, exact=True, halo_px=104, block_rows=7, block_cols=12)
+    assert precision in alike(one, one)

@@ -50,7 +50,8 @@ def alike(fine: Choice, coarse: Choice) -> str:
     """Return why the scores of windows that two runs of one model have in common may differ, nothing where they do not.
 
     Run alone, a window has the same bits in any run of the same batch. In a dense map of a network that does not pad it
-    has the same score to rounding, since another stride is another graph.
+    has the same score to rounding, since another stride is another graph: fp32's, that is. In bf16 and int8 another
+    graph rounds otherwise, and int8 is calibrated on it.
     """
     names = ("engine", "backend", "precision", "share_until")
     differing = [name for name in names if getattr(fine, name) != getattr(coarse, name)]
@@ -58,6 +59,8 @@ def alike(fine: Choice, coarse: Choice) -> str:
         return f"they were computed otherwise: {', '.join(differing)}"
     if not (fine.exact and coarse.exact):
         return "the network pads, so that a score of a dense map depends on where the map's cells lie"
+    if fine.engine == "dense" and fine.precision != "fp32":
+        return f"a dense map in {fine.precision} is of its own stride's graph alone"
     if fine.engine == "window" and fine.batch != coarse.batch:
         return "windows were run in other batches"
     return ""
