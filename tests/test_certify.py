@@ -92,6 +92,9 @@ def test_beyond_the_tolerance_a_run_stops_and_names_what_would_pass(
     said_text = said.out + said.err
     assert "scores differ from single windows in fp32: mean abs diff is" in said_text
     assert not (tmp_path / "strict/evaluation").exists()
+    assert wsiflow(tiny_slide, tmp_path / "strict", *strict, "dense.beyond=tell") == 0
+    assert summary(tmp_path / "strict")["certificate.slides_beyond"] == 1
+    assert "slides beyond the limits: 1" in capsys.readouterr().out
     assert "set dense.share_until=" in said_text
     cut = said_text.split("set dense.share_until=")[1].split()[0]
     assert wsiflow(tiny_slide, tmp_path / "shared", *strict, f"dense.share_until={cut}") == 0

@@ -77,12 +77,15 @@ class DenseParams(BaseModel, frozen=True, extra="forbid"):
         windows: Windows of each slide that are run on their own as well and compared; 0: no certificate, in fp32 only.
         tolerance: Largest mean absolute difference of probability, and largest share of decisions that differ, that a
             run accepts.
+        beyond: What becomes of a slide whose scores lie beyond that, or beyond the limits of a lower precision: the run
+            stops, or goes on and tells, for those who measure what a setting loses.
     """
 
     halo: Annotated[int, Field(ge=0, le=4096)] | Literal["exact"]
     share_until: str
     windows: int = Field(ge=0, le=100_000)
     tolerance: float = Field(gt=0, le=1)
+    beyond: Literal["stop", "tell"]
 
 
 def _folded(value: object) -> object:

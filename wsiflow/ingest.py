@@ -173,7 +173,7 @@ def choice_key(config: RunConfig) -> str:
     The machine is that of the worker who settles it: the one that asks may be of another kind.
     """
     asked = {name: getattr(config, name).model_dump() for name in ("inference", "tiles", "geometry")}
-    asked["dense"] = config.dense.model_dump(exclude={"windows", "tolerance"})
+    asked["dense"] = config.dense.model_dump(exclude={"windows", "tolerance", "beyond"})
     return publish.key_of(asked=asked, model=card.identity(_card(config.model)), threads=config.executor.threads)
 
 
@@ -367,6 +367,7 @@ def make_plan(source: Path, outcomes: Sequence[Outcome]) -> Path:
         "choice": settled["choice"],
         "cuts": settled["cuts"],
         "tolerance": config.dense.tolerance,
+        "beyond": config.dense.beyond,
         "told": settled["told"],
     }
     return plan.publish_plan(root, Plan(settings, work, slides, rejected))
