@@ -28,13 +28,13 @@ def answer(wanted: compare.Asked, out: Path) -> Answer:
     return made
 
 
-def end_of_sweep(out: Path, params: TrackingParams) -> None:
+def end_of_sweep(out: Path, params: TrackingParams, options: compare.Options) -> None:
     """Compare the runs of a sweep's folder and say what was found, or why they were not compared.
 
     The sweep is complete without: what is wrong is told and raises nothing.
     """
     try:
-        made = compare.sweep_folder(out, params)
+        made = compare.sweep_folder(out, params, options)
     except WsiflowError as error:
         terminal.say(f"not compared: {error}")
         return

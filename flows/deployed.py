@@ -166,13 +166,29 @@ def _trial(overrides: list[str], job: str) -> Summary:
 def _compare_trials(request: forms.Sweep) -> None:
     """Compare the trials that have scores, and show what was found or why they were not compared."""
     try:
-        config = compose_config(next(iter(sweep_jobs(request.said()).values())), job="trial")
-        made = compared.sweep_folder(config.out.parent, config.tracking)
+        config = _first_good(request)
+        options = compared.Options(resamples=config.evaluation.bootstrap, seed=config.seed)
+        made = compared.sweep_folder(config.out.parent, config.tracking, options)
     except WsiflowError as error:
         create_markdown_artifact(f"Not compared: {error}\n", key="wsiflow-compare", description=request.name)
         return
     if made is not None:
         comparing.show(made)
+
+
+def _first_good(request: forms.Sweep) -> RunConfig:
+    """Return the configuration of a trial, for what all of them share: one that can be run, if there is any.
+
+    Raises:
+        InputError: There is none; the message is the last one's.
+    """
+    reason: InputError | None = None
+    for overrides in sweep_jobs(request.said()).values():
+        try:
+            return compose_config(overrides, job="trial")
+        except InputError as error:
+            reason = error
+    raise reason or InputError("the sweep has no trial", "list values to sweep over", stage="configuration")
 
 
 def _tell(name: str, metrics: Mapping[str, float], text: str) -> None:

@@ -12,10 +12,11 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from wsiflow import terminal, tracking
+from wsiflow import compare, terminal, tracking
 
 _VARIABLE = "WSIFLOW_SWEEP"
 _started = ExitStack()
@@ -49,7 +50,8 @@ def _compare(config: DictConfig) -> None:
 
     params: Any = OmegaConf.to_container(config.tracking, resolve=True)
     named = tracking.TrackingParams.model_validate({**params, "sweep": config.tracking.sweep or config.name})
-    end_of_sweep(Path(config.hydra.sweep.dir), named)
+    options = compare.Options(resamples=config.evaluation.bootstrap, seed=config.seed)
+    end_of_sweep(Path(config.hydra.sweep.dir), named, options)
 
 
 def _begin_together(params: Mapping[str, Any], *, prefect: bool) -> None:
@@ -70,8 +72,14 @@ def name() -> str:
 
 def trial_name(overrides: Sequence[str], number: int) -> str:
     """Return the name of a trial: the overrides that differ from trial to trial, such as ``inference.stride=32``."""
-    own = [override for override in overrides if override not in _shared()["given"]]
+    given = _meant(_shared()["given"])
+    own = [text for text, meant in zip(overrides, _meant(overrides), strict=True) if meant not in given]
     return joined(own) or str(number)
+
+
+def _meant(overrides: Sequence[str]) -> list[tuple[str, Any]]:
+    """Return key and value of overrides: Hydra writes values otherwise for a trial than they were given (quotes)."""
+    return [(one.get_key_element(), one.value()) for one in OverridesParser.create().parse_overrides(list(overrides))]
 
 
 def joined(swept: Iterable[str]) -> str:

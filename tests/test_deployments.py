@@ -292,7 +292,7 @@ def finished(deployed: Deployed, small_slides: Path) -> Finished:
     found = detections(small_slides, deployed.home / "detections")
     wanted = {
         "run": {**common, "name": "one", "stride": 224, "tracking": "off"},
-        "sweep": {**common, "name": "many", "stride": [30, 224], "store": ["none"], "limit": 1},
+        "sweep": {**common, "name": "many", "stride": [30, 112, 224], "store": ["none"]},
         "evaluate": {"manifest": str(small_slides), "detections": str(found), "out": "scores", "bootstrap": 20},
     }
     runs = {}
@@ -326,18 +326,35 @@ def test_a_sweep_goes_on_after_a_trial_that_fails(finished: Finished) -> None:
     assert run["state_type"] == "FAILED"
     assert "inference.stride=30: InputError" in run["state"]["message"]
     assert "must divide tiles.tile_px" in run["state"]["message"]
-    assert finished.children("sweep") == {"inference.stride=224": "COMPLETED"}
+    assert finished.children("sweep") == {"inference.stride=112": "COMPLETED", "inference.stride=224": "COMPLETED"}
     assert (finished.deployed.home / "runs/many/inference.stride=224/evaluation/summary.json").exists()
     client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{finished.deployed.home}/runs/mlflow.db")
     records = client.search_runs([client.get_experiment_by_name("wsiflow").experiment_id])
     (parent,) = [one for one in records if one.data.tags["wsiflow.role"] == "sweep"]
     children = [one for one in records if one.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
-    assert (parent.info.run_name, len(children)) == ("many", 1)
-    table = json.loads(finished.artifacts("sweep")["wsiflow-sweep"])
+    assert (parent.info.run_name, len(children)) == ("many", 2)
+    shown = finished.artifacts("sweep")
+    table = json.loads(shown["wsiflow-sweep"])
     assert [(row["run"], row["exit code"]) for row in table] == [
         ("inference.stride=30", 20),
+        ("inference.stride=112", 0),
         ("inference.stride=224", 0),
     ]
+    assert [row["setting"] for row in json.loads(shown["wsiflow-compare-many-table"])] == ["stride=112", "stride=224"]
+
+
+def test_runs_are_compared_from_a_form(finished: Finished, tmp_path: Path) -> None:
+    """The files lie where the form says, the table is on the page, and the reference is the one that was asked for."""
+    request = {"folders": [str(finished.deployed.home / "runs/many")], "out": str(tmp_path), "reference": "stride=224"}
+    status, answer = finished.deployed.trigger("compare", {"request": request})
+    assert status == 201, answer
+    finished.deployed.server.prefect("worker", "start", "--pool", "wsiflow", "--run-once", cwd=ROOT)
+    wait(lambda: finished.deployed.run(answer["id"])["end_time"], seconds=60)
+    assert finished.deployed.run(answer["id"])["state_type"] == "COMPLETED"
+    made = Finished(finished.deployed, {"compare": answer["id"]}).artifacts("compare")
+    assert [key for key in made if key.endswith("-table")] == ["wsiflow-compare-many-table"]
+    assert "Differences of" in (tmp_path / "compare.md").read_text()
+    assert "to stride=224" in (tmp_path / "compare.md").read_text()
 
 
 def test_an_evaluation_gives_what_the_command_gives(finished: Finished, small_slides: Path, tmp_path: Path) -> None:

@@ -45,6 +45,7 @@ def test_a_sweep_of_two_good_jobs_and_a_bad_one(small_slides: Path, tmp_path: Pa
     """Folders are named after what was swept; the exit code is that of the worst job; MLflow nests the good ones."""
     arguments = ["dataset=manifest", f"dataset.manifest={small_slides}", "dataset.limit=1", "executor=inline"]
     arguments += ["orchestrator=none", "evaluation.bootstrap=0", "name=strides", f"out={tmp_path / 'sweep'}"]
+    arguments += [f"tracking.uri=sqlite:///{tmp_path}/mlflow.db"]  # Hydra writes the colon otherwise for a trial
     assert command.main(["run", "-m", "inference.stride=112,30,224", *arguments]) == 20
     said = capsys.readouterr()
     assert "inference.stride is 30" in said.err
