@@ -71,6 +71,15 @@ def test_a_name_that_means_two_things_stays_whole() -> None:
     assert len(compared(*runs).rows) == 8
 
 
+def test_a_kind_stands_for_what_comes_with_it() -> None:
+    """A method has parameters of its own; the method is what a reader looks for."""
+    runs = [
+        run("plain", some(2), stain__target="None", stain__method="none", stain__space="None"),
+        run("even", some(2), stain__target="", stain__method="macenko", stain__space="od"),
+    ]
+    assert [row.name for row in compared(*runs).rows] == ["stain=macenko", "stain=none"]
+
+
 def test_repeats_are_one_setting_with_a_spread() -> None:
     """Mean, standard deviation and range of three costs; one measurement has no spread."""
     repeats = [run(f"a{i}", some(3), cost, stride=16, repeat=i, seed=i) for i, cost in enumerate((1.0, 2.0, 3.0))]
@@ -106,6 +115,14 @@ def test_scores_differences_and_the_front_are_right() -> None:
     assert not fine.differences, "the one that costs most is the reference"
     assert middle.differences["froc.score"].value == pytest.approx(-0.25)
     assert middle.differences["froc.score"].p_corrected >= middle.differences["froc.score"].p
+
+
+def test_many_settings_are_drawn_often_enough_to_be_told_apart() -> None:
+    """Holm's correction multiplies the least p-value there can be; with 200 draws it would be above 0.05 from 7 on."""
+    found = compared(run("best", drawn(0.9), 9.0, stride=8), *(run(f"r{i}", drawn(0), stride=i + 9) for i in range(9)))
+    assert found.counts["resamples"] == 900
+    assert all(row.differences["froc.score"].p_corrected < 0.05 for row in found.rows[1:])
+    assert compared(run("a", some(1), stride=1), run("b", some(2), stride=2)).counts["resamples"] == 200
 
 
 def test_the_reference_can_be_chosen() -> None:
@@ -315,6 +332,13 @@ def test_a_sweep_has_to_be_named_where_there_are_two(uri: str, tmp_path: Path) -
     assert len(finished.of_sweep(store(uri, "fine", "two")).runs) == 1
 
 
+def test_single_runs_do_not_join_the_only_sweep(uri: str, tmp_path: Path) -> None:
+    """They share the experiment by default."""
+    for sweep, folder in ((None, "single"), ("fine", "fine")):
+        log(store(uri, sweep, "one"), [Trial({"inference.stride": 16}, 1.0, some(3))], tmp_path, key=folder)
+    assert [one.sweep for one in finished.of_sweep(store(uri, None, "one")).runs] == ["fine"]
+
+
 def test_what_is_not_in_a_store_is_named(uri: str, recorded: list[str], tmp_path: Path, capsys: Any) -> None:
     """No database, no experiment: exit code 20 and nothing is made."""
     assert main(["compare", "x", "--uri", f"sqlite:///{tmp_path}/absent.db"]) == 20
@@ -336,7 +360,9 @@ def test_folders_and_mlflow_agree(uri: str, tmp_path: Path) -> None:
         (out / name / "receipts/config.yaml.json").write_text(json.dumps({"attempt": f"folder-{name}"}))
         trial = Trial({"run": name}, cost, some(n_found))
         ids += log(params, [trial], tmp_path / name, key=f"k{name}", tags={"wsiflow.folder": f"folder-{name}"})
-    made = compare.sweep_folder(out, params)
+    (out / "died/evaluation").mkdir(parents=True)  # between two files
+    (out / "died/evaluation/matches.json").write_text("{}")
+    made = compare.sweep_folder(out, params, QUICK)
     assert made is not None
     assert (out / "report.html").exists()
     client = mlflow.MlflowClient(tracking_uri=params.uri)
@@ -347,8 +373,8 @@ def test_one_run_is_no_sweep(tmp_path: Path) -> None:
     """Nothing is written for a single run, nor where nothing has scores."""
     off = tracking.TrackingParams.model_validate({**store("x").model_dump(), "kind": "off"})
     write_folder(tmp_path / "sweep/a", some(3))
-    assert compare.sweep_folder(tmp_path / "sweep", off) is None
-    assert compare.sweep_folder(tmp_path / "absent", off) is None
+    assert compare.sweep_folder(tmp_path / "sweep", off, QUICK) is None
+    assert compare.sweep_folder(tmp_path / "absent", off, QUICK) is None
     assert [path.name for path in (tmp_path / "sweep").iterdir()] == ["a"]
 
 
@@ -370,7 +396,7 @@ def test_skill_is_told_from_luck() -> None:
 def test_a_sweep_ends_with_its_comparison(small_slides: Path, tmp_path: Path, capsys: Any) -> None:
     """Two strides through Hydra: the sweep's folder has the comparison, MLflow the front and the figures."""
     out = tmp_path / "sweep"
-    quick = ["executor=inline", "orchestrator=none", "dense.windows=4", "evaluation.bootstrap=0", "store=none"]
+    quick = ["executor=inline", "orchestrator=none", "dense.windows=4", "evaluation.bootstrap=20", "store=none"]
     given = ["dataset=manifest", f"dataset.manifest={small_slides}", f"out={out}", "name=strides", *quick]
     assert main(["run", "-m", "inference.stride=112,224", *given]) == 0
     assert "compared   2 settings" in capsys.readouterr().out
@@ -392,7 +418,8 @@ def test_a_sweep_ends_with_its_comparison(small_slides: Path, tmp_path: Path, ca
     (parent,) = client.search_runs([experiment], "tags.`wsiflow.role` = 'sweep'")
     assert "tradeoff.png" in {one.path for one in client.list_artifacts(parent.info.run_id)}
     again = tmp_path / "again"
-    assert main(["compare", "wsiflow", "--uri", f"sqlite:///{tmp_path}/mlflow.db", "--out", str(again)]) == 0
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    assert main(["compare", "wsiflow", "--uri", uri, "--bootstrap", "20", "--out", str(again)]) == 0
     columns = set(rows[0]) - {"runs"}
     with (again / "compare.csv").open(newline="") as stream:
         assert [{key: row[key] for key in columns} for row in csv.DictReader(stream)] == [

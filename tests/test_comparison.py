@@ -332,15 +332,39 @@ def other_lesions(one):
         (other_label, "different labels for s0"),
         (other_lesions, "different numbers of lesions for s0"),
         (lambda one: one._replace(truth={"S0": "other"}), "different truth for s0"),
+        (lambda one: one._replace(clusters={"s3": 0, "s5": 0}), "different patients for s5"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(pair, change, told):
-    """Protocol, case sets, labels, lesions and truth have to be the same; the message names both and the slide."""
+    """Protocol, case sets, labels, lesions, truth and patients have to be the same; the message names the slide."""
     first = pair[0]._replace(truth={"s0": "one"})
     second = pair[1]._replace(truth={"s0": "one"})
     assert incomparable([first, second]) == []
     with pytest.raises(InputError, match=f"a and b .*{told}"):
         compare([first, change(second)], reference="a", n=1)
+
+
+def test_patients_are_the_same_by_any_number(pair):
+    """What counts is which slides are of one patient, and one slide is a patient by itself."""
+    first, second = (
+        pair[0]._replace(clusters={"s3": 7, "s5": 7}),
+        pair[1]._replace(clusters={"s0": 1, "s3": 0, "S5": 0}),
+    )
+    assert incomparable([first, second]) == []
+    alone = pair[0]._replace(clusters={f"s{i}": i for i in range(40)})
+    assert incomparable([alone, pair[1]]) == []
+
+
+def test_delongs_test_stands_beside_the_draws():
+    """Its p-values are those of the areas, whatever the order of the slides, and corrected for their number."""
+    first, second = two(np.random.default_rng(3), 60, (1.0, 2.0))
+    back = second._replace(
+        name="c", slide_ids=second.slide_ids[::-1], scores=second.scores[::-1], labels=second.labels[::-1]
+    )
+    found = compare([first, second, back], reference="a", n=1).delong
+    alone = roc.paired_test(second.scores, first.scores, first.labels).p
+    assert 0 < alone < 0.4
+    assert found == {name: (pytest.approx(alone), pytest.approx(2 * alone)) for name in "bc"}
 
 
 def test_names_have_to_be_told_apart(pair):

@@ -28,6 +28,8 @@ _NO_SETTING = re.compile(
 # What follows from other settings more often than it is set; shown only where it tells settings apart.
 _FOLLOWS = re.compile(r"(tiles|dense|executor|digest)\..*")
 _SAME = 1e-5  # the same settings on another processor give probabilities that agree to about 1e-6
+_KINDS = (".method", ".kind")  # which of a group's options: what its other parameters mean depends on it
+_DRAWS_EACH = 100  # for each difference: the smallest corrected p-value is then 0.02
 _SHOWN = 5
 
 
@@ -36,7 +38,7 @@ class Options(NamedTuple):
 
     Attributes:
         reference: Name of the setting that others are compared with; empty: the one that costs most.
-        resamples: Draws of the intervals.
+        resamples: Draws of the intervals, 0 for none; with many settings there are more, see `_draws`.
         seed: Seed of the draws.
     """
 
@@ -60,7 +62,8 @@ def compare(found: finished.Found, name: str, options: Options) -> Tradeoff:
     settings = [one.runs[0].matches.setting(one.name) for one in groups]
     costs = [_cost(run.core_hours for run in one.runs) for one in groups]
     reference = _reference(options.reference, [one.name for one in settings], costs)
-    compared = comparison.compare(settings, reference=reference, n=options.resamples, seed=options.seed)
+    draws = _draws(options.resamples, len(settings))
+    compared = comparison.compare(settings, reference=reference, n=draws, seed=options.seed)
     metric = _metric(compared)
     front = comparison.pareto([one.mean for one in costs], [_value(compared, one.name, metric) for one in settings])
     rows = [
@@ -71,6 +74,7 @@ def compare(found: finished.Found, name: str, options: Options) -> Tradeoff:
             cost,
             compared.intervals[group.name],
             compared.differences.get(group.name, {}),
+            compared.delong.get(group.name),
             compared.bands[group.name],
             bool(on_front),
         )
@@ -83,10 +87,18 @@ def compare(found: finished.Found, name: str, options: Options) -> Tradeoff:
         metric=metric,
         rows=rows,
         common=_common(found.runs),
-        counts=_counts(first, options.resamples),
+        counts=_counts(first, draws),
         protocol=(str(first.protocol.get("name", "")), first.protocol_hash),
         notes=[*found.notes, *following, *_processors(found.runs)],
     )
+
+
+def _draws(wanted: int, n_settings: int) -> int:
+    """Return how often to draw: at least so often that a clear difference is one after the correction, 0 for never.
+
+    The smallest p-value is 2 in draws + 1, and Holm's method multiplies it by the number of differences.
+    """
+    return max(wanted, _DRAWS_EACH * (n_settings - 1)) if wanted else 0
 
 
 def _refuse_unequal(runs: Sequence[finished.Run]) -> None:
@@ -183,13 +195,14 @@ def _differing(runs: Sequence[finished.Run]) -> list[str]:
 
 
 def _telling(runs: Sequence[finished.Run], keys: Sequence[str]) -> list[str]:
-    """Return as few of the parameters as tell the runs apart as all do: the ones with most values."""
+    """Return as few of the parameters as tell the runs apart as all do: the ones with most values, and kinds first."""
 
     def apart(some: Sequence[str]) -> int:
         return len({tuple(run.params.get(key, "") for key in some) for run in runs})
 
-    def least(key: str) -> tuple[int, bool, int]:
-        return len({run.params.get(key, "") for run in runs}), not _FOLLOWS.fullmatch(key), -len(key)
+    def least(key: str) -> tuple[int, bool, bool, int]:
+        values = len({run.params.get(key, "") for run in runs})
+        return values, not _FOLLOWS.fullmatch(key), key.endswith(_KINDS), -len(key)
 
     kept, wanted = list(keys), apart(keys)
     for key in sorted(keys, key=least):
@@ -238,7 +251,7 @@ def _common(runs: Sequence[finished.Run]) -> dict[str, str]:
 
 def _short(keys: Sequence[str]) -> list[str]:
     """Return the last parts of dotted names, or the whole where that is not unique; a kind goes by its group."""
-    last = [key.removesuffix(".method").removesuffix(".kind").rpartition(".")[2] for key in keys]
+    last = [key.removesuffix(_KINDS[0]).removesuffix(_KINDS[1]).rpartition(".")[2] for key in keys]
     return [part if last.count(part) == 1 else key for part, key in zip(last, keys, strict=True)]
 
 
@@ -358,12 +371,13 @@ def answer(wanted: Asked, out: Path) -> Answer:
     return Answer(result, out, files, record(params, found.runs, result, files))
 
 
-def sweep_folder(out: Path, params: TrackingParams) -> Answer | None:
+def sweep_folder(out: Path, params: TrackingParams, options: Options) -> Answer | None:
     """Compare the runs below a sweep's folder, write the comparison there and tell MLflow.
 
     Args:
         out: The folder.
         params: Where the runs are recorded, and the name of their sweep.
+        options: How to compare.
 
     Returns:
         What was found; None where there are fewer than two runs with scores.
@@ -377,7 +391,7 @@ def sweep_folder(out: Path, params: TrackingParams) -> Answer | None:
     found = finished.in_folders([out])
     if len(found.runs) < 2:
         return None
-    result = compare(found, params.sweep or out.name, Options())
+    result = compare(found, params.sweep or out.name, options)
     files = write(out, result)
     return Answer(result, out, files, record(params, found.runs, result, files))
 

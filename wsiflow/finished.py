@@ -85,7 +85,8 @@ def in_folders(folders: Sequence[Path]) -> Found:
 
 def scores_of(folder: Path) -> Path | None:
     """Return where a folder has its scores."""
-    return next((one for one in (folder / "evaluation", folder) if (one / "matches.json").is_file()), None)
+    files = ("matches.json", "summary.json")  # a run that died between them has none yet
+    return next((one for one in (folder / "evaluation", folder) if all((one / name).is_file() for name in files)), None)
 
 
 def _from_folder(root: Path) -> Run:
@@ -117,7 +118,9 @@ def _processors(root: Path) -> set[str]:
 
 
 def of_sweep(params: TrackingParams) -> Found:
-    """Return the runs of a sweep that MLflow has, or those of an experiment that has no or one sweep.
+    """Return the runs of a sweep that MLflow has: of the one that is named, or the experiment's only one.
+
+    Runs that belong to no sweep are compared where there is none.
 
     Raises:
         InputError: There is no such experiment or sweep, or it has several sweeps and none is named.
@@ -127,7 +130,8 @@ def of_sweep(params: TrackingParams) -> Found:
     sweeps = sorted({one.sweep for one in listed if one.sweep})
     if params.sweep is None and len(sweeps) > 1:
         raise InputError(f"experiment {params.experiment} has {len(sweeps)} sweeps", f"--sweep: {', '.join(sweeps)}")
-    chosen = [one for one in listed if params.sweep in (None, one.sweep)]
+    wanted = params.sweep or next(iter(sweeps), "")
+    chosen = [one for one in listed if one.sweep == wanted]
     if not chosen:
         known = f"it has the sweeps {', '.join(sweeps)}" if sweeps else "it has no finished run"
         raise InputError(f"experiment {params.experiment} has no run of sweep {params.sweep}", known)

@@ -48,6 +48,8 @@ class Row(NamedTuple):
         cost: What it costs.
         metrics: Intervals by metric name.
         differences: Setting minus reference by metric name; empty for the reference.
+        delong: p-value of DeLong's test of the AUC against the reference's, alone and corrected; None for the
+            reference.
         band: FROC curve.
         pareto: Whether nothing is cheaper and at least as good, nor as cheap and better.
     """
@@ -58,6 +60,7 @@ class Row(NamedTuple):
     cost: Cost
     metrics: Mapping[str, Interval]
     differences: Mapping[str, Difference]
+    delong: tuple[float, float] | None
     band: FrocBand
     pareto: bool
 

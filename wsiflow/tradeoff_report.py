@@ -66,6 +66,8 @@ def _cells(row: Row) -> Iterator[tuple[str, Any]]:
     for metric in ("froc.score", "roc.auc"):
         for part, value in row.differences[metric]._asdict().items() if row.differences else ():
             yield f"{metric}_difference{'' if part == 'value' else f'_{part}'}", _finite(value)
+    for part, value in zip(("p", "p_corrected"), row.delong or (), strict=False):
+        yield f"roc.auc_delong_{part}", _finite(value)
     yield "pareto", "yes" if row.pareto else "no"
     yield "runs", " ".join(row.runs)
 
@@ -139,12 +141,13 @@ def _sentences(found: Tradeoff) -> list[str]:
     """Return what has to be known to read the table."""
     others = len(found.rows) - 1
     return [
-        f"Intervals hold 95 % of {found.counts['resamples']:,} resamples of the cases; every setting is scored on the "
-        "same ones.",
+        f"Intervals hold 95 % of {found.counts['resamples']:,} resamples of the cases, those of the AUC corrected for "
+        "bias and skewness; every setting is scored on the same ones.",
         f"Differences of {tradeoff.title(found.metric)} are to {found.reference}, on the same resamples.",
         f"p is two-sided, and corrected by Holm's method for {others} "
         f"{'comparison' if others == 1 else 'comparisons'}, each metric by itself.",
-        "Core-hours are what a setting costs by itself, start and warm-up excluded: the mean ± the standard deviation "
+        "Core-hours are what a setting costs by itself, start and warm-up excluded, the comparison of its scores with "
+        "single windows in fp32 included: the mean ± the standard deviation "
         "over n repeats, where there are any. One repeat says nothing of the spread.",
         f"The Pareto set is of point estimates of {tradeoff.title(found.metric)} and mean core-hours: settings whose "
         "intervals overlap may trade places.",
