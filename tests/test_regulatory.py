@@ -1,6 +1,7 @@
 """Exports for reviewers, of real runs: complete, partial, and of folders that a test has broken."""
 
 import csv
+import dataclasses
 import hashlib
 import json
 import math
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
 from flows.run import compose_config, main
 from wsiflow import calibration_report, cli, evaluation, geometry, pyramid, regulatory, roc, scored, subgroups
@@ -319,6 +321,26 @@ def test_the_exported_configuration_is_that_of_the_run(finished: Path, exported:
     assert len(record["outputs"]) > 18
     assert other["outputs"] == record["outputs"], "the same bytes: heatmaps, detections, scores"
     assert other["plan"]["hash"] == record["plan"]["hash"]
+
+
+def test_a_trial_is_repeated_by_itself(finished: Path) -> None:
+    """It neither takes from the trials of its sweep nor joins them in MLflow."""
+    run = scored.read(finished)
+    tracking = run.config.tracking.model_copy(update={"sweep": "strides"})
+    trial = run.config.model_copy(update={"share": Path("/runs/strides/.shared"), "tracking": tracking})
+    told = yaml.safe_load(regulatory._repeat_yaml(dataclasses.replace(run, config=trial)))
+    assert (told["share"], told["tracking"]["sweep"]) == (None, None)
+
+
+def test_outlines_that_have_changed_since_are_refused(copied: Path) -> None:
+    """Cells would be compared with another truth than the scores."""
+
+    def other(slides: list[dict[str, Any]]) -> None:
+        slides[-1]["truth"] = "0" * 64
+
+    broken_matches(copied, other)
+    with pytest.raises(IntegrityError, match=r"tumor_003.*its true regions are no longer those it was scored with"):
+        calibration_report.documents(scored.read(copied), cells=True)
 
 
 def test_every_file_has_its_hash(exported: Path) -> None:

@@ -7,6 +7,7 @@ says how it may be read, and is expected to be off. A cell's probability is comp
 lies in the annotated tumour. Neighbouring cells depend on each other, so intervals of cells are too narrow.
 """
 
+import dataclasses
 import io
 import math
 from collections.abc import Iterator, Mapping
@@ -19,7 +20,8 @@ from numpy.typing import ArrayLike, NDArray
 from wsiflow import annotations, calibration, evaluation, geometry, pyramid, tables
 from wsiflow.calibration import Bins
 from wsiflow.dataset import Case
-from wsiflow.errors import InputError
+from wsiflow.errors import InputError, IntegrityError
+from wsiflow.evaluation import RecordedSlide
 from wsiflow.geometry import Frame
 from wsiflow.plan import SlidePlan
 from wsiflow.scored import Scored
@@ -98,12 +100,31 @@ def _level(found: Bins, prob: ArrayLike, positives: ArrayLike, n: ArrayLike) -> 
 def _cells(run: Scored) -> Iterator[Bins]:
     """Yield the sums of some rows of some map at a time."""
     cases = {case.slide_id: case for case in run.cases}
-    known = {one.slide_id for one in run.recorded.slides if one.in_froc}
+    known = {one.slide_id: one for one in run.recorded.slides if one.in_froc}
     for planned in run.made.slides:
         if planned.slide_id in known:
             downsample = run.config.evaluation.downsample
+            _require_same_truth(run, cases[planned.slide_id], planned, known[planned.slide_id])
             mask = _tumour(cases[planned.slide_id], planned, downsample)
             yield from cell_bins(run.root / f"heatmaps/{planned.slide_id}.tif", planned.frame, mask, downsample)
+
+
+def _require_same_truth(run: Scored, case: Case, planned: SlidePlan, one: RecordedSlide) -> None:
+    """Refuse outlines that are not those the slide was scored with.
+
+    Raises:
+        IntegrityError: They have changed.
+    """
+    sized, size = (
+        dataclasses.replace(case, mpp=planned.um_px_l0),
+        (planned.frame.l0_width_px, planned.frame.l0_height_px),
+    )
+    truth = evaluation.read_truth(sized, run.config.evaluation, l0_size_px=size)
+    lesions = truth.lesions if truth is not None and one.label == 1 else None
+    if evaluation.truth_sha256(one.label, lesions) != one.truth:
+        cause = "its true regions are no longer those it was scored with"
+        path = case.annotation_path or case.mask_path
+        raise IntegrityError(cause, "run again, then export", slide=case.slide_id, path=path, stage="calibration")
 
 
 def cell_bins(path: Path, frame: Frame, tumour: NDArray[np.bool_], downsample: int) -> Iterator[Bins]:

@@ -441,7 +441,7 @@ def _judged(one: Evidence, params: EvaluationParams) -> _Judged:
         in_froc=in_froc,
         in_auc=in_auc,
         reason=reason,
-        truth=_truth_sha256(label, lesions) if known and out != "all" else None,
+        truth=truth_sha256(label, lesions) if known and out != "all" else None,
         best=[best if best > -np.inf else None for best in matches.best.tolist()] if in_froc else [],
         n_itc=matches.n_itc if in_froc else 0,
         itc=sorted(k - 1 for k in lesions.itc) if in_froc and lesions is not None else [],
@@ -461,7 +461,7 @@ def _reason(out: str, label: int | None, protocol: str, *, known: bool) -> str:
     return "" if known else "no truth: not in FROC"
 
 
-def _truth_sha256(label: int | None, lesions: LesionMask | None) -> str:
+def truth_sha256(label: int | None, lesions: LesionMask | None) -> str:
     """Return the SHA-256 of a slide's label and regions; how far the mask reaches beyond them does not matter."""
     digest = hashlib.sha256(f"label {label}".encode())
     if lesions is not None and lesions.n_regions:

@@ -202,8 +202,12 @@ def _with_interval(row: Mapping[str, Any], name: str) -> str:
 
 
 def _repeat_yaml(run: Scored) -> bytes:
-    """Return the run's configuration as one that Hydra takes in the place of the packaged one."""
+    """Return the run's configuration as one that Hydra takes in the place of the packaged one.
+
+    A trial of a sweep becomes a run by itself: it takes nothing from the others, and does not join them in MLflow.
+    """
     settings = tracking.redacted(run.config.model_dump(mode="json"))
+    settings |= {"share": None, "tracking": {**settings["tracking"], "sweep": None}}
     head = "# wsiflow run --config-dir <folder of this file> --config-name repeat out=runs/again\n"
     text: str = yaml.safe_dump({"defaults": ["config", "_self_"], **settings}, sort_keys=False)
     return (head + text).encode()

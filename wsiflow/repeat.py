@@ -5,6 +5,7 @@ exports.
 """
 
 import json
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -59,10 +60,11 @@ def document(run: Scored, table: Path | None, exported: Mapping[str, str]) -> di
 
 def _commands(run: Scored) -> list[str]:
     """Return what to type, in the folder of the exported files."""
+    root = shlex.quote(str(run.root.absolute()))
     return [
-        f"wsiflow verify {run.root}",
+        f"wsiflow verify {root}",
         "wsiflow run --config-dir . --config-name repeat out=runs/again",
-        f"wsiflow compare-maps {run.root} runs/again --bound 0",
+        f"wsiflow compare-maps {root} runs/again --bound 0",
         "wsiflow export regulatory runs/again --out again",
     ]
 
