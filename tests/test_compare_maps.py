@@ -1,6 +1,7 @@
 """``wsiflow compare-maps`` on two real runs and on maps changed by hand."""
 
 import csv
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -166,6 +167,8 @@ def test_a_missing_slide_is_named(two_settings: tuple[Path, Path], copied: Path)
     assert len(made.slides) == 5
     assert made.missing == ["tumor_002 has no heatmap in copy"]
     assert compare_maps.verdict(made, 1.0) == made.missing
+    (told,) = compare_maps.verdict(dataclasses.replace(made, missing=[], neither=["tumor_002"]), 1.0)
+    assert told == "neither has a heatmap of 1 planned slides"
 
 
 def test_lost_and_gained_lesions_are_told(two_settings: tuple[Path, Path], copied: Path) -> None:

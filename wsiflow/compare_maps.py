@@ -138,6 +138,8 @@ def verdict(made: Comparison, bound: float) -> list[str]:
     is gained or lost.
     """
     total, reasons = made.total, list(made.missing)
+    if made.neither:
+        reasons.append(f"neither has a heatmap of {len(made.neither)} planned slides")
     if total.only_a or total.only_b:
         reasons.append(f"{total.only_a + total.only_b} cells are scored by one of the two only")
     if total.largest > bound:
