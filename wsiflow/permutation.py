@@ -16,7 +16,7 @@ Differences are compared as whole numbers, so equal ones are equal.
 import math
 from collections.abc import Iterator, Sequence
 from itertools import chain, combinations, islice
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -73,29 +73,6 @@ def compare_kinds(
     value = float(wins[:k].mean() - wins[k:].mean()) / (2 * len(normals))
     p = reached / possible if exact else (reached + 1) / (n + 1)
     return Difference(value, p, possible if exact else n, exact)
-
-
-def corrected(p_values: ArrayLike, *, method: Literal["holm", "bonferroni"] = "holm") -> NDArray[np.float64]:
-    """Return p-values corrected for their number, at most 1.
-
-    Args:
-        p_values: (n,), each in [0, 1].
-        method: ``bonferroni`` multiplies each by n; ``holm`` (Holm, 1979) multiplies the smallest by n, the next by
-            n - 1 and so on, never below the one before: as safe, and never larger.
-
-    Raises:
-        InputError: One is not in [0, 1].
-    """
-    p = np.asarray(p_values, np.float64)
-    if p.ndim != 1 or not ((p >= 0) & (p <= 1)).all():
-        raise InputError(f"p-values {p.tolist()}", "give a list of numbers from 0 to 1", stage="permutation")
-    if method == "bonferroni":
-        return np.minimum(p * len(p), 1.0)
-    order = np.argsort(p, kind="stable")
-    rising = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
-    found = np.empty_like(p)
-    found[order] = np.minimum(rising, 1.0)
-    return found
 
 
 def _named(first: ArrayLike, second: ArrayLike, normal: ArrayLike) -> Iterator[tuple[str, ArrayLike]]:
