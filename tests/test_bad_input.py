@@ -222,6 +222,11 @@ def test_slides_and_truth_may_join_a_finished_run(slide: Path, tmp_path: Path, c
     assert json.loads((out / "evaluation/summary.json").read_text())["froc.n_slides"] == 2
     assert started(capsys, "dataset=manifest", manifest(slide, "a,good.tif,,0,", "b,b.tif,,1,"), f"out={out}")[0] == 0
     assert len(list((out / "evaluations").iterdir())) == 3
+    header = "slide_id,path,mpp,label,annotation_path,patient_id"
+    one_patient = manifest(slide, "a,good.tif,,0,,p", "b,b.tif,,1,,p", header=header)
+    assert started(capsys, "dataset=manifest", one_patient, f"out={out}")[0] == 0
+    told = json.loads((out / "evaluation/matches.json").read_text())["slides"]
+    assert [one["patient"] for one in told] == [0, 0]
     assert (out / "heatmaps/a.tif").stat().st_mtime_ns == before
 
 

@@ -234,6 +234,8 @@ def _work_metrics(root: Path, folder: str, config: RunConfig, made: Plan, work: 
         former = _former(root, folder)
         rates |= {name: value for name, value in former.items() if name in rates}
         used = {name: value for name, value in former.items() if name == "energy.joules"}
+    elif len(executed) < len(work.receipts):
+        used = {}  # measured for a part of the work only, it would stand beside the cost of all
     whole = throughput.summarise(work.receipts, run_wall_s=clock.seconds(), workers=workers, tile_mm2=area)
     whole |= throughput.origin_core_seconds(work.receipts, clock.before)
     whole["cost.warmup_core_s"] = trace.warmup_s(trace.attempts(root))
@@ -275,7 +277,8 @@ def _evaluate(root: Path, view: str, config: RunConfig, made: Plan, statuses: Se
     slides = [planned for planned in made.slides if planned.slide_id in good]
     detections = [_receipt(root, f"detections/{planned.slide_id}.csv")["sha256"] for planned in slides]
     truth = [[planned.slide_id, *_truth_sha256(cases[planned.slide_id])] for planned in slides]
-    key = publish.key_of(settings=made.settings, detections=detections, truth=truth)
+    patients = [cases[planned.slide_id].patient_id for planned in slides]  # whose slides are drawn together
+    key = publish.key_of(settings=made.settings, detections=detections, truth=truth, patients=patients)
     evaluated = Evaluated(key, root / "evaluations" / key[:12])
     names = ("scores.json", "cases.csv", "froc.json", "roc.json", "matches.json", "froc.png", "roc.png")
     if any(publish.done(root, f"evaluations/{key[:12]}/{name}", key) is None for name in names):
@@ -503,5 +506,9 @@ def _certificate_line(metrics: Mapping[str, float]) -> list[str]:
     count, mean, most, flips = (metrics[f"{kind}.{name}"] for name in ("n", "mean_abs_diff", "max_abs_diff", "flips"))
     return [
         f"certified  {count:.0f} windows run alone in fp32: mean |dp| {mean:.2g}, largest {most:.2g}, "
-        f"{flips:.2%} on the other side of 0.5"
+        f"{flips:.2%} on the other side of 0.5{_beyond(metrics['certificate.slides_beyond'])}"
     ]
+
+
+def _beyond(slides: float) -> str:
+    return f"; slides beyond the limits: {slides:.0f}" if slides else ""
