@@ -13,7 +13,7 @@ from flows import pipeline, run
 from wsiflow import publish
 
 # Every effect of the line is a place to crash; one in STRIDE is tried. WSIFLOW_CRASH_STRIDE=1 tries them all.
-STRIDE = int(os.environ.get("WSIFLOW_CRASH_STRIDE", "23"))
+STRIDE = int(os.environ.get("WSIFLOW_CRASH_STRIDE", "37"))
 
 _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(["flows.pipeline", "flows.run", "wsiflow.certify", "wsiflow.settle", "wsiflow.steps"])
