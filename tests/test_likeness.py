@@ -6,15 +6,16 @@ import json
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 import openslide
 import pytest
 
-from wsiflow import annotations, likeness, synth, textures
+from flows.__main__ import main
+from wsiflow import annotations, likeness, publish, synth, textures
 from wsiflow.atlas import Atlas, area, part_of, read_atlas
-from wsiflow.cli import main
 from wsiflow.errors import InputError, IntegrityError
 from wsiflow.synthetic import UM_PX
 
@@ -164,6 +165,12 @@ def _archive(path: Path, text: bytes) -> None:
         opened.addfile(about, io.BytesIO(text))
 
 
+def _cut_short(path: Path) -> None:
+    """Leave the first half of a file, as a download that broke off does."""
+    _archive(path, b'{"positive": [], "negative": []}' + bytes(1000) + np.random.default_rng(0).bytes(5000))
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
 def _leave_training_pictures(patches: Path) -> None:
     """Replace a folder of pictures by one with some normal ones of the training part."""
     real = sorted((patches / "camelyon16_256/normal").resolve().iterdir())
@@ -179,6 +186,7 @@ def _leave_training_pictures(patches: Path) -> None:
     [
         (lambda data: (data / "camelyon16/tissue_normal_json.tar.gz").unlink(), "tissue_normal_json"),
         (lambda data: _archive(data / "camelyon16/tissue_normal_json.tar.gz", b"{"), "tissue_normal_json"),
+        (lambda data: _cut_short(data / "camelyon16/annotations_train_json.tar.gz"), "annotations_train_json"),
         (lambda data: _leave_training_pictures(data / "patches"), "0 readable normal pictures are for the test part"),
         (lambda _: None, "no outlines are for the test part"),
         (lambda data: (data / "patches").rename(data / "other"), "holds no pictures of tissue"),
@@ -200,6 +208,33 @@ def test_a_bad_data_folder_is_named(
     said = capsys.readouterr().err
     assert named in said
     assert said.count("\n") == 1
+
+
+def test_a_run_is_not_scored_by_the_lengths_of_real_slides(shared_data: Path, tmp_path: Path, capsys: Any) -> None:
+    """Small outlines, 275 um: most lesions would be isolated tumour cells; told before anything is drawn."""
+    given = ["dataset=synthetic", "dataset.like=camelyon16", f"dataset.data={shared_data}", "dataset.scale=0.125"]
+    given += [f"dataset.folder={tmp_path / 'slides'}", f"out={tmp_path / 'run'}", "orchestrator=none", "tracking=off"]
+    assert main(["run", *given]) == 20
+    assert "set evaluation.l0_um_px=1.944" in capsys.readouterr().err
+    assert not (tmp_path / "slides").exists()
+
+
+def test_a_folder_of_another_data_set_is_refused_before_drawing(
+    shared_data: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More slides would begin with the same ones."""
+    (tmp_path / "sources.json").write_text("{}")
+    publish.publish_bytes(tmp_path, "manifest.csv", b"other", publish.key_of(text="other"), {"kind": "synthetic"})
+    monkeypatch.setattr(synth, "_each", lambda *_: pytest.fail("something was drawn"))
+    assert main(["synth", str(tmp_path), "--like", "camelyon16", "--data", str(shared_data), "--slides", "1"]) == 40
+    assert "manifest.csv" in capsys.readouterr().err
+
+
+def test_no_room_for_decoys_is_no_error() -> None:
+    """Metastases that cover all tissue leave none."""
+    tissue = np.ones((4, 4), np.uint8)
+    shapes = (np.array([[0.0, 0], [9, 0], [9, 9]]),)
+    assert likeness._decoys(np.random.default_rng(0), shapes, tissue, tissue > 0, 1.0) == ()
 
 
 def test_data_must_be_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

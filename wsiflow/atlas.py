@@ -14,6 +14,7 @@ import json
 import math
 import re
 import tarfile
+import zlib
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from itertools import product
@@ -199,9 +200,13 @@ def _centers(table: Path) -> dict[str, str]:
     """Return the center of each slide of CAMELYON16."""
     try:
         with table.open(newline="", encoding="utf-8") as stream:
-            return {row["image"].removesuffix(".tif"): row["center"] for row in csv.DictReader(stream)}
+            found = {row["image"].removesuffix(".tif"): row["center"] for row in csv.DictReader(stream)}
     except (OSError, KeyError) as error:
         raise _unusable(error, table) from error
+    odd = sorted(set(found.values()) - set(SCANNERS))
+    if odd:
+        raise _unusable(ValueError(f"center {', '.join(odd)}, known are {', '.join(SCANNERS)}"), table)
+    return found
 
 
 def _outlines(archive: Path) -> Iterator[tuple[str, dict[str, list[NDArray[np.float64]]]]]:
@@ -222,7 +227,7 @@ def _outlines(archive: Path) -> Iterator[tuple[str, dict[str, list[NDArray[np.fl
                         for kind in ("positive", "negative")
                     },
                 )
-    except (OSError, tarfile.TarError, ValueError, KeyError) as error:
+    except (OSError, EOFError, zlib.error, tarfile.TarError, ValueError, KeyError, TypeError) as error:
         raise _unusable(error, archive) from error
 
 

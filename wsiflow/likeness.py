@@ -262,6 +262,8 @@ def _decoys(
 ) -> tuple[Polygon, ...]:
     """Return some outlines of metastases at random places of the tissue that are not taken; masks are coarse."""
     free = np.argwhere((tissue > 0) & ~taken)
+    if not len(free):
+        return ()
     most = _MOST_DECOY * np.count_nonzero(tissue) * _COARSE_PX**2
     placed = []
     for index in rng.permutation(len(shapes))[:_DECOYS]:

@@ -29,6 +29,7 @@ from wsiflow.config import RunConfig
 from wsiflow.errors import EnvironmentFault, InputError, IntegrityError, WsiflowError
 from wsiflow.executor import Executor, Outcome, Slice
 from wsiflow.plan import Plan
+from wsiflow.synthetic import UM_PX
 
 #: Shards under way at a time. Whoever has one only waits for workers, and all shards together keep every worker busy.
 SIDE_BY_SIDE = 64
@@ -81,6 +82,8 @@ def begin(config: RunConfig) -> Path:
     ingest.check_model(config)
     params = config.dataset
     if params.kind == "synthetic" and params.folder is not None:
+        if params.like:
+            _require_scaled_lengths(config)
         manifest = _drawn(params, params.folder)
         params = params.model_copy(update={"kind": "manifest", "manifest": manifest})
     cases = dataset.load_dataset(params)
@@ -88,6 +91,18 @@ def begin(config: RunConfig) -> Path:
         if case.annotation_path is not None:
             annotations.read_asap(case.annotation_path)
     return ingest.write_cases(config.out, config, cases)
+
+
+def _require_scaled_lengths(config: RunConfig) -> None:
+    """Refuse to score small outlines by the lengths of real ones: most lesions would be isolated tumour cells.
+
+    Raises:
+        InputError: The spacing of the evaluation is not that of the outlines' real size.
+    """
+    meant, given = UM_PX / config.dataset.scale, config.evaluation.l0_um_px
+    if given is None or abs(given / meant - 1) > 0.01:
+        cause = f"outlines have {config.dataset.scale:g} of their real size, and the evaluation's spacing is {given}"
+        raise InputError(cause, f"set evaluation.l0_um_px={meant:.4g}", stage="configuration")
 
 
 def _drawn(params: dataset.DatasetParams, folder: Path) -> Path:

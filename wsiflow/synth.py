@@ -88,10 +88,12 @@ def write_dataset(folder: Path, *, size_px: int, seed: int, workers: int | None 
     jobs = [_Job(folder, name, _plan(name, size_px, seed)) for name in _CONTENTS]
     # widest first, so that the last slide to end is a small one
     queue = sorted(jobs, key=lambda job: -job.spec.width_px)
+    texts = {f"{job.slide_id}.xml": asap_xml(job.spec.lesions) for job in jobs if job.spec.lesions}
+    texts |= {"README.md": _readme(jobs, size_px, seed), MANIFEST: _manifest(jobs)}
+    _refuse_others(folder, texts)
     missing = [job for job in queue if publish.done(folder, f"{job.slide_id}.tif", _key(job.spec)) is None]
     _each(_write_slide, missing, workers)
-    texts = {f"{job.slide_id}.xml": asap_xml(job.spec.lesions) for job in jobs if job.spec.lesions}
-    return _publish(folder, texts | {"README.md": _readme(jobs, size_px, seed), MANIFEST: _manifest(jobs)})
+    return _publish(folder, texts)
 
 
 def write_like(folder: Path, data: Path, *, slides: int, scale: float, seed: int, workers: int | None = None) -> Path:
@@ -117,10 +119,11 @@ def write_like(folder: Path, data: Path, *, slides: int, scale: float, seed: int
     plans = likeness.plan(atlas, "test", slides=slides, scale=scale, seed=seed)
     jobs = [_LikeJob(folder, planned, _like_key(planned, digest)) for planned in plans]
     queue = sorted(jobs, key=lambda job: -math.prod(job.plan.size_px))
-    missing = [job for job in queue if publish.done(folder, f"{job.plan.slide_id}.tif", job.key) is None]
-    _each(_write_like, missing, workers, likeness.hold, (atlas.pictures,))
     texts = {f"{planned.slide_id}.xml": asap_xml(planned.lesions) for planned in plans if planned.lesions}
     texts |= {SOURCES: _sources(plans), "README.md": _like_readme(plans, scale, seed), MANIFEST: _like_manifest(plans)}
+    _refuse_others(folder, texts)
+    missing = [job for job in queue if publish.done(folder, f"{job.plan.slide_id}.tif", job.key) is None]
+    _each(_write_like, missing, workers, likeness.hold, (atlas.pictures,))
     return _publish(folder, texts)
 
 
@@ -141,6 +144,16 @@ def _each(
         return
     with ProcessPoolExecutor(workers, get_context("spawn"), initializer=begin, initargs=begin_with) as pool:
         list(pool.map(write, jobs))
+
+
+def _refuse_others(folder: Path, texts: dict[str, str]) -> None:
+    """Refuse a folder whose texts are of another data set, before anything is drawn.
+
+    Raises:
+        IntegrityError: One is.
+    """
+    for name, text in texts.items():
+        publish.done(folder, name, publish.key_of(text=text))
 
 
 def _publish(folder: Path, texts: dict[str, str]) -> Path:
