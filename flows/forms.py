@@ -213,7 +213,7 @@ class Sweep(Slides):
 class Evaluate(Form):
     """Detections that lie on the disk, scored as ``wsiflow evaluate`` scores them."""
 
-    manifest: str = Field(min_length=1, description="CSV with slide_id and label, annotation or mask.")
+    manifest: str = Field(min_length=1, description="CSV with slide_id, path, and label, annotation or mask.")
     detections: str = Field(min_length=1, description="Folder with one <slide_id>.csv per slide: prob,x,y.")
     out: str = Field(min_length=1, description="Folder to write.")
     scores: str = Field(default="", description="CSV with slide_id,score. Empty: the highest detection counts.")

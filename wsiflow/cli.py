@@ -34,7 +34,7 @@ def _parser() -> argparse.ArgumentParser:
 
     add("run", _unreachable, "the whole line: wsiflow run [overrides] [-m]; wsiflow run --help shows every key")
     one = add("evaluate", commands.evaluate, "score existing detections: FROC (official and strict) and slide AUC")
-    one.add_argument("--manifest", type=Path, required=True, help="CSV with slide_id and label, annotation or mask")
+    one.add_argument("--manifest", type=Path, required=True, help="CSV: slide_id, path, and label, annotation or mask")
     one.add_argument(
         "--detections", type=Path, required=True, help="folder with one <slide_id>.csv per slide: prob,x,y"
     )
@@ -131,7 +131,12 @@ def _add_slide_score_commands(add: Callable[..., argparse.ArgumentParser]) -> No
     )
     one.set_defaults(command=commands.train_forest)
     one.add_argument("--features", type=Path, required=True, help="CSV of wsiflow features")
-    one.add_argument("--manifest", type=Path, required=True, help="labels, patient_id, split; test is left out")
+    one.add_argument(
+        "--manifest",
+        type=Path,
+        required=True,
+        help="CSV with slide_id, path, label, split",
+    )
     one.add_argument("--out", type=Path, required=True, help="JSON to write")
     one.add_argument("--trees", type=_positive, default=300, help="trees; choices are compared with a third (300)")
     one.add_argument("--seed", type=_natural, default=0)

@@ -381,7 +381,8 @@ def _n_folds(sample: Sample, most: int) -> int:
     ]
     if min(patients) < 2:
         cause = f"{patients[1]} patients with tumour and {patients[0]} without in a part of the training slides"
-        raise InputError(cause, "train on slides of at least three patients of each class", stage="forest")
+        remedy = "train on more patients of each class (three at least), or with another --seed"
+        raise InputError(cause, remedy, stage="forest")
     return min(most, *patients)
 
 
