@@ -291,7 +291,7 @@ def record(params: TrackingParams, runs: Sequence[finished.Run], found: Tradeoff
     except (InputError, EnvironmentFault) as error:  # the comparison is complete on disk
         return Logged(None, str(error))
     best = max(found.rows, key=lambda row: np.nan_to_num(row.metrics[found.metric].value, nan=-1.0))
-    costs = [row.cost.mean for row in found.rows]
+    costs = [row.cost.mean for row in found.rows if math.isfinite(row.cost.mean)]
     return tracking.log_comparison(
         params,
         ComparisonRecord(
@@ -304,8 +304,8 @@ def record(params: TrackingParams, runs: Sequence[finished.Run], found: Tradeoff
                 "compare.best_score_ci_low": best.metrics[found.metric].low,
                 "compare.best_score_ci_high": best.metrics[found.metric].high,
                 "compare.reference_score": found.base.metrics[found.metric].value,
-                "compare.least_core_hours": min(costs),
-                "compare.most_core_hours": max(costs),
+                "compare.least_core_hours": min(costs, default=math.nan),
+                "compare.most_core_hours": max(costs, default=math.nan),
             },
             tags={
                 "wsiflow.metric": found.metric,
