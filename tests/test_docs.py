@@ -10,7 +10,14 @@ from flows.run import compose_config, sweep_jobs
 from wsiflow import cli
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/deploy.md", "docs/scaling.md", "docs/tradeoff.md")
+PAGES = (
+    "README.md",
+    "docs/compare.md",
+    "docs/deploy.md",
+    "docs/scaling.md",
+    "docs/tradeoff.md",
+    "docs/tradeoff-data.md",
+)
 OVERRIDE = re.compile(r"\+?[a-z_]+(\.[a-z_]+)*=\S+|\+?[a-z_]+(\.[a-z_]+)+=\S+")
 
 
@@ -18,7 +25,7 @@ def overrides() -> list[tuple[str, ...]]:
     """Return the overrides of each ``wsiflow run`` and ``wsiflow plan`` line, and those that stand alone."""
     found = set()
     for name in PAGES:
-        for line in (ROOT / name).read_text().splitlines():
+        for line in (ROOT / name).read_text().replace("\\\n", " ").splitlines():
             code = line.split("  #")[0].strip()
             if code.startswith(("wsiflow run", "wsiflow plan", "docker run", "apptainer exec")):
                 words = [word for word in shlex.split(code) if OVERRIDE.fullmatch(word) and " -m " not in code]
