@@ -381,7 +381,7 @@ def _n_folds(sample: Sample, most: int) -> int:
     ]
     if min(patients) < 2:
         cause = f"{patients[1]} patients with tumour and {patients[0]} without in a part of the training slides"
-        remedy = "train on more patients of each class (three at least), or with another --seed"
+        remedy = "train on at least three patients of each class; where there are, on more, or with another --seed"
         raise InputError(cause, remedy, stage="forest")
     return min(most, *patients)
 
