@@ -19,7 +19,7 @@ demo: setup
 	$(BIN)/wsiflow run name=demo out=demo/run
 
 test: setup
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder  # long files have few tests and would come last
 
 check: setup
 	$(BIN)/ruff format --check .
