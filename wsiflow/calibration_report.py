@@ -7,7 +7,6 @@ says how it may be read, and is expected to be off. A cell's probability is comp
 lies in the annotated tumour. Neighbouring cells depend on each other, so intervals of cells are too narrow.
 """
 
-import dataclasses
 import io
 import math
 from collections.abc import Iterator, Mapping
@@ -115,11 +114,7 @@ def _require_same_truth(run: Scored, case: Case, planned: SlidePlan, one: Record
     Raises:
         IntegrityError: They have changed.
     """
-    sized, size = (
-        dataclasses.replace(case, mpp=planned.um_px_l0),
-        (planned.frame.l0_width_px, planned.frame.l0_height_px),
-    )
-    truth = evaluation.read_truth(sized, run.config.evaluation, l0_size_px=size)
+    truth = evaluation.planned_truth(planned, case, run.config.evaluation)
     lesions = truth.lesions if truth is not None and one.label == 1 else None
     if evaluation.truth_sha256(one.label, lesions) != one.truth:
         cause = "its true regions are no longer those it was scored with"

@@ -15,6 +15,7 @@ for, a digest of its truth, its score and its matched confidences. Bootstrap int
 """
 
 import csv
+import dataclasses
 import hashlib
 import io
 import json
@@ -35,6 +36,7 @@ from wsiflow.config import EvaluationParams
 from wsiflow.dataset import Case
 from wsiflow.errors import InputError
 from wsiflow.froc import LesionMask, Matches, SlideFindings
+from wsiflow.plan import SlidePlan
 
 _PADDING_M_PX = 16  # a tile of 512 px at 1/32
 _MAX_MASK_PX = 2**30  # an evaluation mask beyond this comes from an outline at an impossible place
@@ -313,6 +315,13 @@ def read_matches(path: Path) -> Recorded:
             raise InputError(cause, remedy, slide=one.slide_id, path=path)
         seen.add(one.slide_id.casefold())
     return found
+
+
+def planned_truth(planned: SlidePlan, case: Case, params: EvaluationParams) -> Truth | None:
+    """Read a slide's true regions at the spacing and size it was planned with; see `read_truth`."""
+    sized = dataclasses.replace(case, mpp=planned.um_px_l0)
+    l0_size_px = (planned.frame.l0_width_px, planned.frame.l0_height_px)
+    return read_truth(sized, params, l0_size_px=l0_size_px)
 
 
 def read_truth(

@@ -5,7 +5,6 @@ are shown under ``evaluation-PARTIAL/``, the report says what is missing, and th
 """
 
 import csv
-import dataclasses
 import io
 import json
 import math
@@ -329,12 +328,10 @@ def evidence(
         detections: float64 (n, 3): prob, x, y in level-0 px, as `wsiflow.evaluation.read_detections` returns them.
         score: How likely the slide holds tumour.
     """
-    sized = dataclasses.replace(case, mpp=planned.um_px_l0)
-    l0_size_px = (planned.frame.l0_width_px, planned.frame.l0_height_px)
     return evaluation.Evidence(
         slide_id=planned.slide_id,
         label=case.label,
-        truth=evaluation.read_truth(sized, config.evaluation, l0_size_px=l0_size_px),
+        truth=evaluation.planned_truth(planned, case, config.evaluation),
         detections=detections,
         score=score,
         patient_id=case.patient_id,
