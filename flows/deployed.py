@@ -54,9 +54,14 @@ def _cancelled(root: Path) -> list[str]:
 
 def _roots(form: forms.Form) -> Iterator[Path]:
     """Return the folders of a form's runs."""
+    return (config.out for config in _configs(form))
+
+
+def _configs(form: forms.Form) -> Iterator[RunConfig]:
+    """Return the configurations of a form's runs, but for settings that are refused: they have started nothing."""
     for job, overrides in sweep_jobs(form.said()).items():
-        with suppress(InputError):  # settings that are refused have started nothing
-            yield compose_config(overrides, job=job).out
+        with suppress(InputError):
+            yield compose_config(overrides, job=job)
 
 
 _RUNS: Any = {
@@ -166,7 +171,9 @@ def _trial(overrides: list[str], job: str) -> Summary:
 def _compare_trials(request: forms.Sweep) -> None:
     """Compare the trials that have scores, and show what was found or why they were not compared."""
     try:
-        config = _first_good(request)
+        config = next(_configs(request), None)
+        if config is None:
+            return
         options = compared.Options(resamples=config.evaluation.bootstrap, seed=config.seed)
         made = compared.sweep_folder(config.out.parent, config.tracking, options)
     except WsiflowError as error:
@@ -174,21 +181,6 @@ def _compare_trials(request: forms.Sweep) -> None:
         return
     if made is not None:
         comparing.show(made)
-
-
-def _first_good(request: forms.Sweep) -> RunConfig:
-    """Return the configuration of a trial, for what all of them share: one that can be run, if there is any.
-
-    Raises:
-        InputError: There is none; the message is the last one's.
-    """
-    reason: InputError | None = None
-    for overrides in sweep_jobs(request.said()).values():
-        try:
-            return compose_config(overrides, job="trial")
-        except InputError as error:
-            reason = error
-    raise reason or InputError("the sweep has no trial", "list values to sweep over", stage="configuration")
 
 
 def _tell(name: str, metrics: Mapping[str, float], text: str) -> None:
