@@ -73,10 +73,10 @@ def notes(found: NDArray[np.float64], labels: NDArray[np.int64]) -> str:
 
 def main() -> None:
     """Train, measure and write."""
-    known_arguments = parser(__doc__ or "", steps=2000)
-    known_arguments.add_argument("--rate", type=float, default=4e-3, help="highest learning rate")
-    known_arguments.add_argument("--tune", action="store_true", help="measure on a sixth of the patches, write nothing")
-    given = parsed(known_arguments)
+    options = parser(__doc__ or "", steps=2000)
+    options.add_argument("--rate", type=float, default=4e-3, help="highest learning rate")
+    options.add_argument("--tune", action="store_true", help="measure on a sixth of the patches, write nothing")
+    given = parsed(options)
     known, names = read(given.data, "train")
     if given.tune:
         back = kept_back(names)
