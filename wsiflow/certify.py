@@ -51,6 +51,12 @@ def certificate_name(planned: SlidePlan) -> str:
     return f"certificates/{planned.slide_id}.json"
 
 
+def certificate_key(made: Plan, planned: SlidePlan, scores_sha256: Sequence[str]) -> str:
+    """Return what identifies a slide's certificate: the published scores, and how many windows are looked at again."""
+    windows = made.settings["certificate"]["windows"]
+    return publish.key_of(slide=planned.key, scores=scores_sha256, windows=windows)
+
+
 class _Sample(NamedTuple):
     """Windows of a slide that are looked at twice.
 
@@ -75,7 +81,7 @@ def certify(source: Path, index: int) -> tuple[publish.Receipt, bool]:
     root, planned = source.parent, made.slides[index]
     receipts = [published(root, made, Task(index, k)) for k in range(1, planned.n_groups + 1)]
     name, wanted = certificate_name(planned), made.settings["certificate"]["windows"]
-    key = publish.key_of(slide=planned.key, scores=[found["sha256"] for found in receipts], windows=wanted)
+    key = certificate_key(made, planned, [found["sha256"] for found in receipts])
     receipt, executed = publish.done(root, name, key), False
     if receipt is None:
         check_numeric_class(made)

@@ -7,7 +7,6 @@ run started again does not look at a slide twice. Only overviews are read here; 
 import base64
 import json
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from wsiflow.model import card
 from wsiflow.model.choice import Choice
 from wsiflow.plan import Plan, SlidePlan
 from wsiflow.provenance import facts
+from wsiflow.reread import remembered
 from wsiflow.sharing import Place
 
 _CASES = TypeAdapter(tuple[Case, ...])
@@ -41,7 +41,7 @@ def write_cases(root: Path, config: RunConfig, cases: Sequence[Case]) -> Path:
     return publish.publish_generation(root, "cases.json", json.dumps(data, indent=1).encode(), {"kind": "cases"})
 
 
-@lru_cache(maxsize=4)
+@remembered(files=4)
 def read_cases(path: Path) -> tuple[RunConfig, tuple[Case, ...]]:
     """Return the configuration and the cases of a run."""
     data = json.loads(path.read_text(encoding="utf-8"))
@@ -52,8 +52,8 @@ def ingest(source: Path, index: int) -> tuple[publish.Receipt, bool]:
     """Open a slide, hash it, find its tissue, and publish its record, mask and outline under ``tissue/``."""
     config, cases = read_cases(source)
     root, case = source.parent, cases[index]
-    cutting, name = _cutting(root, config), f"tissue/{case.slide_id}.json"
-    key = publish.key_of(slide=case.slide_id, settings=cutting, mpp=case.mpp)
+    sizes, name = cutting(root, config), f"tissue/{case.slide_id}.json"
+    key = record_key(case, sizes)
     done = publish.done(root, name, key)
     if done is not None:
         check_unchanged(root, case.slide_id, case.path)
@@ -64,7 +64,7 @@ def ingest(source: Path, index: int) -> tuple[publish.Receipt, bool]:
         looked, elsewhere = _looked(case, config)
         if elsewhere is not None:
             attempt.charge(elsewhere)
-        sha256, frame = looked["sha256"], _framed(looked["frame"], config, cutting["tiles"])
+        sha256, frame = looked["sha256"], _framed(looked["frame"], config, sizes["tiles"])
         _check_manifest_sha256(case, sha256)
         grid = plan.tissue_grid(looked["tile_runs"])
         cut = plan.make_cut(grid, frame, group_tiles=config.tiles.group_tiles)
@@ -113,7 +113,7 @@ def _looked(case: Case, config: RunConfig) -> tuple[dict[str, Any], publish.Rece
 
 def _frame_settings(config: RunConfig) -> dict[str, Any]:
     """Return the settings that decide what is read of a slide's overview, and its tile grid."""
-    model = _card(config.model)
+    model = card.read_card(config.model)
     window = {"window_px": model.window_px, "spacing_um_px": model.spacing_um_px}
     return {"geometry": config.geometry.model_dump(), "tile_px": config.tiles.tile_px, "model": window}
 
@@ -159,7 +159,7 @@ def check_model(config: RunConfig) -> None:
     Raises:
         InputError: Card or weights cannot be used, or the halo is too small for the model's window.
     """
-    model = _card(config.model)
+    model = card.read_card(config.model)
     card.read_weights(config.model, model)
     needed = max(geometry.window_reach_px(model.window_px, config.inference.stride, config.geometry.convention))
     if isinstance(config.tiles.halo_px, int) and config.tiles.halo_px < needed:
@@ -174,7 +174,9 @@ def choice_key(config: RunConfig) -> str:
     """
     asked = {name: getattr(config, name).model_dump() for name in ("inference", "tiles", "geometry")}
     asked["dense"] = config.dense.model_dump(exclude={"windows", "tolerance", "beyond"})
-    return publish.key_of(asked=asked, model=card.identity(_card(config.model)), threads=config.executor.threads)
+    return publish.key_of(
+        asked=asked, model=card.identity(card.read_card(config.model)), threads=config.executor.threads
+    )
 
 
 def choice_name(config: RunConfig) -> str:
@@ -194,7 +196,7 @@ def surprise(source: Path) -> str:
 
 def foreign_spacing(config: RunConfig) -> str:
     """Return that slides are read at a spacing the model was not trained for; nothing where they are not."""
-    wanted, trained = config.geometry.spacing, _card(config.model).spacing_um_px
+    wanted, trained = config.geometry.spacing, card.read_card(config.model).spacing_um_px
     if isinstance(wanted, str) or abs(wanted / trained - 1) <= config.geometry.tolerance:
         return ""
     return (
@@ -207,9 +209,14 @@ def _settled(root: Path, config: RunConfig) -> dict[str, Any]:
     return found
 
 
-def _cutting(root: Path, config: RunConfig) -> dict[str, Any]:
+def record_key(case: Case, settings: Mapping[str, Any]) -> str:
+    """Return the key of a slide's record; ``settings`` are those of `cutting`."""
+    return publish.key_of(slide=case.slide_id, settings=settings, mpp=case.mpp)
+
+
+def cutting(root: Path, config: RunConfig) -> dict[str, Any]:
     """Return the settings that decide which tiles and blocks a slide has."""
-    model, choice = _card(config.model), Choice(**_settled(root, config)["choice"])
+    model, choice = card.read_card(config.model), Choice(**_settled(root, config)["choice"])
     return {
         "geometry": config.geometry.model_dump(),
         "tissue": config.tissue.model_dump(),
@@ -224,11 +231,6 @@ def _cutting(root: Path, config: RunConfig) -> dict[str, Any]:
         "stride": config.inference.stride,
         "model": {"window_px": model.window_px, "spacing_um_px": model.spacing_um_px},
     }
-
-
-@lru_cache(maxsize=4)
-def _card(spec: card.ModelSpec) -> card.ModelCard:
-    return card.read_card(spec)
 
 
 def _tiles(
@@ -261,7 +263,7 @@ def _cut_like_the_reference(
 
 def _frame(about: slide.SlideFacts, um_px: float, config: RunConfig) -> Frame:
     """Return the slide's transform; stride and blocks are still to be said, see `_framed`."""
-    model = _card(config.model)
+    model = card.read_card(config.model)
     l0_per_px = 1.0
     wanted = config.geometry.spacing
     if wanted != "native":
@@ -347,9 +349,9 @@ def make_plan(source: Path, outcomes: Sequence[Outcome]) -> Path:
             slides.append(_slide_plan(case, record))
     settled = _settled(root, config)
     settings = {
-        "cut": _cutting(root, config),
+        "cut": cutting(root, config),
         "predict": {
-            "model": card.identity(_card(config.model)),
+            "model": card.identity(card.read_card(config.model)),
             "inference": Choice(**settled["choice"]).numbers(),
             "stain": config.stain.model_dump(),
             "store_loss": config.store.loss,

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from wsiflow import publish, tiles
 from wsiflow.errors import InputError, IntegrityError
 from wsiflow.geometry import Frame
+from wsiflow.reread import remembered
 
 #: Raised whenever a change of code changes the numbers that come out for the same settings.
 NUMERICS = 3
@@ -267,7 +268,7 @@ def task_key(root: Path, plan: Plan, task: Task) -> str:
     return publish.key_of(slide=slide.key, blocks=blocks, predict=plan.settings["predict"], numerics=NUMERICS)
 
 
-@lru_cache(maxsize=4)
+@remembered(files=4)
 def read(path: Path) -> Plan:
     """Read a plan.
 

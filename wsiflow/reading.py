@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from wsiflow import geometry, ingest, plan, slide, stain, store
+from wsiflow import geometry, ingest, plan, publish, slide, stain, store
 from wsiflow.errors import IntegrityError
 from wsiflow.geometry import Frame
 from wsiflow.plan import Plan, SlidePlan
@@ -94,6 +94,12 @@ def stain_params(made: Plan) -> stain.StainParams:
 def fits_slides(params: stain.StainParams) -> bool:
     """Tell whether colours are fitted once per slide."""
     return params.method != "none" and not params.per_patch
+
+
+def fit_key(root: Path, planned: SlidePlan, params: stain.StainParams) -> str:
+    """Return what identifies a slide's stain fit: the pixels that are looked at, and how."""
+    seen = (planned.sha256, planned.frame.tile_px, planned.frame.l0_per_px, plan.read_cut(root, planned).tile_runs)
+    return publish.key_of(seen=seen, stain=params.model_dump(exclude={"target"}))
 
 
 def fit_name(planned: SlidePlan) -> str:

@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -83,7 +83,7 @@ def predict(source: Path, index: int) -> tuple[publish.Receipt, bool]:
         prob, windows = score.score(frame, parts, attempt.timed)
         attempt.receipt["stain_failures"] = colours.failures
         if planned_choice(made).precision == "int8":
-            attempt.receipt["calibration_sha256"] = publish.file_sha256(root / _calibration(root, made)[0])
+            attempt.receipt["calibration_sha256"] = publish.file_sha256(root / calibration(root, made).name)
         publish.require_space(root, prob.nbytes + coord.nbytes)
         with attempt.timed("write"):
             store.write_predictions(attempt.path, frame, coord, prob, described)
@@ -134,9 +134,14 @@ def tile_coord(frame: Frame, cells: Sequence[tuple[int, int]]) -> NDArray[np.int
     )
 
 
-@lru_cache(maxsize=1)
 def _classifier(spec: card.ModelSpec) -> "Classifier":
-    """Load the model once per process; torch is imported here so that a worker's threads are limited before."""
+    """Return the model, loaded once per process for as long as its card says the same."""
+    return _loaded(spec, card.identity(card.read_card(spec)))
+
+
+@lru_cache(maxsize=1)
+def _loaded(spec: card.ModelSpec, _identity: str) -> "Classifier":
+    """Load the model; torch is imported here so that a worker's threads are limited before."""
     with usage.warming_up():
         from wsiflow.model.classifier import load
 
@@ -166,7 +171,7 @@ def planned_choice(made: Plan) -> Choice:
 def _scorer(root: Path, made: Plan) -> "Windows | Dense":
     """Return what computes the plan's scores; prepared once per process."""
     model, choice = planned_classifier(made), planned_choice(made)
-    quantised = root / _calibration(root, made)[0] if choice.precision == "int8" else None
+    quantised = root / calibration(root, made).name if choice.precision == "int8" else None
     if quantised is not None and not quantised.exists():
         raise IntegrityError("the network was not calibrated for int8", "run again", path=quantised)
     return scorer_for(model, choice, quantised)
@@ -194,11 +199,18 @@ def release() -> None:
     gc.collect()
 
 
-def _calibration(root: Path, made: Plan) -> tuple[str, str]:
-    """Return name and key of the network in int8, which follows the slides of the run's first plan."""
+class Calibration(NamedTuple):
+    """Name, relative to the run's folder, and key of the network in int8."""
+
+    name: str
+    key: str
+
+
+def calibration(root: Path, made: Plan) -> Calibration:
+    """Return what the network in int8 is published as; it follows the slides of the run's first plan."""
     first = plan.read(publish.generations(root, "plan.json")[0])
     key = publish.key_of(predict=made.settings["predict"], slides=[planned.key for planned in first.slides])
-    return f"engine/int8-{key[:12]}.zip", key
+    return Calibration(f"engine/int8-{key[:12]}.zip", key)
 
 
 def calibrate(source: Path, _index: int) -> tuple[publish.Receipt, bool]:
@@ -214,7 +226,7 @@ def calibrate(source: Path, _index: int) -> tuple[publish.Receipt, bool]:
 
     made = plan.read(source)
     root = source.parent
-    name, key = _calibration(root, made)
+    name, key = calibration(root, made)
     done = publish.done(root, name, key)
     if done is not None:
         return done, False

@@ -124,7 +124,7 @@ def choose(pool: Executor, cases: Path) -> str:
         WsiflowError: The network or the machine cannot do what is asked for.
     """
     if not ingest.is_chosen(cases):
-        once(pool, cases, "choose")
+        once(pool, cases, "choose", ingest.choice_key(ingest.read_cases(cases)[0]))
     return ingest.surprise(cases)
 
 
@@ -151,17 +151,24 @@ def calibrate(pool: Executor, plan_path: Path, slice_s: float) -> Progress:
     progress = Progress(tuple(scoring.calibration_slides(made)))
     for stage in ("stain", "extract"):  # the pixels it looks at are those the network will see
         progress = advance(pool, plan_path, stage, progress, slice_s)
-    once(pool, plan_path, "calibrate")
+    once(pool, plan_path, "calibrate", scoring.calibration(plan_path.parent, made).key)
     return progress
 
 
-def once(pool: Executor, source: Path, stage: str) -> None:
+def once(pool: Executor, source: Path, stage: str, key: str = "") -> None:
     """Do a stage that a run has only one task of.
+
+    Args:
+        pool: Where it runs.
+        source: What the stage reads.
+        stage: The stage.
+        key: The key it has to publish under; empty where it publishes nothing.
 
     Raises:
         WsiflowError: It failed; the class is that of the task's error.
     """
-    for outcome in pool.run(steps.run_slice, source, stage, [Slice(0, 1)]):
+    for ended in pool.run(steps.run_slice, source, stage, [Slice(0, 1)]):
+        outcome = _checked(ended, stage, key)
         trace.note(source.parent, stage, "", 0, outcome)
         if outcome.receipt is None and not outcome.retried:
             kind = _KINDS.get(outcome.exit_code, WsiflowError)
@@ -198,9 +205,11 @@ def ingest_shard(pool: Executor, cases: Path, shard: Sequence[int]) -> list[Outc
     tasks = [index for index in sorted(shard) if not ingest.is_ingested(cases, index)]
     seconds = [schedule.ROUGH.task_s("ingest", 0)] * len(tasks)
     cuts = schedule.slices(tasks, seconds, target_s=config.executor.slice_s)
+    cutting = ingest.cutting(cases.parent, config)
     # To see that a slide is still the one whose record is there takes no worker.
     outcomes = [steps.run_task(cases, "ingest", index) for index in set(shard) - set(tasks)]
-    for outcome in pool.run(steps.run_slice, cases, "ingest", [Slice(*span) for span in cuts]):
+    for ended in pool.run(steps.run_slice, cases, "ingest", [Slice(*span) for span in cuts]):
+        outcome = _checked(ended, "ingest", ingest.record_key(found[ended.task], cutting))
         trace.note(cases.parent, "ingest", found[outcome.task].slide_id, 0, outcome)
         if not outcome.retried:
             outcomes.append(outcome)
@@ -225,16 +234,20 @@ def line(pool: Executor, plan_path: Path, shard: Sequence[int], slice_s: float) 
 def advance(pool: Executor, plan_path: Path, stage: str, progress: Progress, slice_s: float) -> Progress:
     """Take the good slides of a shard through one stage: what is published already is not handed out again."""
     root, made = plan_path.parent, plan.read(plan_path)
-    tasks = _tasks(root, made, stage, progress.slides)
-    found = {index: receipt for index in tasks if (receipt := _published(root, made, stage, index)) is not None}
-    lacking = [index for index in tasks if index not in found]
+    keys = {index: _key(root, made, stage, index) for index in _tasks(root, made, stage, progress.slides)}
+    found = {
+        index: receipt
+        for index, key in keys.items()
+        if (receipt := _published(root, made, stage, index, key)) is not None
+    }
+    lacking = [index for index in keys if index not in found]
     costs = costs_of(root)
     seconds = [costs.task_s(stage, units(made, stage, index)) for index in lacking]
     cuts = [Slice(*span) for span in schedule.slices(lacking, seconds, target_s=slice_s)]
     ended = [Ended(stage, index, receipt["attempt"], executed=False) for index, receipt in found.items()]
     failed = set()
-    for outcome in pool.run(steps.run_slice, plan_path, stage, cuts):
-        task = made.task(stage, outcome.task)
+    for ran in pool.run(steps.run_slice, plan_path, stage, cuts):
+        outcome, task = _checked(ran, stage, keys[ran.task]), made.task(stage, ran.task)
         trace.note(root, stage, made.slides[task.slide].slide_id, task.group, outcome)
         if outcome.retried:
             continue
@@ -279,14 +292,35 @@ def _tasks(root: Path, made: Plan, stage: str, slides: Sequence[int]) -> list[in
     return [task for index in wanted for task in made.tasks_of(stage, index)]
 
 
-def _published(root: Path, made: Plan, stage: str, index: int) -> publish.Receipt | None:
-    """Return the receipt of what a task publishes, where it is published and whole.
+def _key(root: Path, made: Plan, stage: str, index: int) -> str:
+    """Return the key that the plan asks a task for; empty where that follows from files that are gone."""
+    try:
+        return stages.key(root, made, stage, index)
+    except IntegrityError:
+        return ""  # the task itself tells what is missing
+
+
+def _checked(outcome: Outcome, stage: str, key: str) -> Outcome:
+    """Return how a task ended: as failed where the worker published under another key than the plan asks for."""
+    receipt = outcome.receipt
+    if receipt is None or not key or receipt["key"] == key:
+        return outcome
+    cause = f"it was published under the key {receipt['key'][:12]}, and the plan asks for {key[:12]}"
+    remedy = "the worker followed another plan or version: start the workers anew, and choose another out= folder"
+    error = IntegrityError(cause, remedy, stage=stage, path=receipt["path"])
+    return outcome._replace(receipt=None, error=str(error), exit_code=error.exit_code)
+
+
+def _published(root: Path, made: Plan, stage: str, index: int, key: str) -> publish.Receipt | None:
+    """Return the receipt of what a task publishes, where it is published under the key of the plan and whole.
 
     Bulk files are only looked at: whoever reads them compares every byte with its receipt or checksum.
     """
     name = stages.product(made, stage, index)
     try:
         receipt = publish.read_receipt(root, name)
+        if receipt is not None and receipt["key"] != key:
+            return None
         if receipt is not None and stage not in _BULK:
             publish.check(root, receipt)
             if stage == "certify" and not certify.passes(root, made, index):

@@ -1,7 +1,12 @@
-"""The line's stages: their order, which of them a run asks for, and what their tasks publish."""
+"""The line's stages: their order, which of them a run asks for, and what their tasks publish under which key."""
 
-from wsiflow import certify, reading, scoring
-from wsiflow.plan import Plan
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from wsiflow import certify, plan, publish, reading, scoring, store
+from wsiflow.errors import IntegrityError
+from wsiflow.lesions import LesionParams
+from wsiflow.plan import Plan, Task
 
 #: Stages after the plan, in order.
 LINE = ("stain", "extract", "index", "predict", "certify", "stitch", "detect")
@@ -33,3 +38,70 @@ def product(made: Plan, stage: str, index: int) -> str:
         "detect": f"detections/{planned.slide_id}.csv",
     }
     return names[stage]
+
+
+def key(root: Path, made: Plan, stage: str, index: int) -> str:
+    """Return the key under which a task of a stage publishes its file: what decides the file's content.
+
+    Raises:
+        IntegrityError: The file is made of others of the run, and one of those is not published.
+    """
+    return _KEYS[stage](root, made, made.task(stage, index))
+
+
+def lesion_params(made: Plan) -> LesionParams:
+    """Return how the plan finds lesions on a heatmap."""
+    return LesionParams.model_validate(made.settings["lesions"])
+
+
+def _fit_key(root: Path, made: Plan, task: Task) -> str:
+    return reading.fit_key(root, made.slides[task.slide], reading.stain_params(made))
+
+
+def _part_key(root: Path, made: Plan, task: Task) -> str:
+    planned, params = made.slides[task.slide], store.StoreParams.model_validate(made.work["store"])
+    pixels = plan.pixels_key(planned, plan.read_cut(root, planned))
+    numbers = list(made.part(*task))
+    return publish.key_of(pixels=pixels, groups=numbers, compression=params.compression, loss=params.loss)
+
+
+def _index_key(root: Path, made: Plan, task: Task) -> str:
+    return publish.key_of(slide=made.slides[task.slide].key, parts=_published(root, made, "extract", task.slide))
+
+
+def _certificate_key(root: Path, made: Plan, task: Task) -> str:
+    return certify.certificate_key(made, made.slides[task.slide], _published(root, made, "predict", task.slide))
+
+
+def _heatmap_key(root: Path, made: Plan, task: Task) -> str:
+    return publish.key_of(slide=made.slides[task.slide].key, scores=_published(root, made, "predict", task.slide))
+
+
+def _detections_key(root: Path, made: Plan, task: Task) -> str:
+    heatmap = _published(root, made, "stitch", task.slide)[0]
+    return publish.key_of(heatmap=heatmap, lesions=lesion_params(made).model_dump())
+
+
+_KEYS: Mapping[str, Callable[[Path, Plan, Task], str]] = {
+    "stain": _fit_key,
+    "extract": _part_key,
+    "index": _index_key,
+    "predict": plan.task_key,
+    "certify": _certificate_key,
+    "stitch": _heatmap_key,
+    "detect": _detections_key,
+}
+
+
+def _published(root: Path, made: Plan, stage: str, slide: int) -> list[str]:
+    """Return the SHA-256 of what a stage has published of a slide, as the receipts say, in the order of the tasks.
+
+    Raises:
+        IntegrityError: Something is missing.
+    """
+    names = [product(made, stage, index) for index in made.tasks_of(stage, slide)]
+    receipts = {name: publish.read_receipt(root, name) for name in names}
+    missing = next((name for name, receipt in receipts.items() if receipt is None), None)
+    if missing:
+        raise IntegrityError(f"{missing} was not published", "run again", slide=made.slides[slide].slide_id)
+    return [receipt["sha256"] for receipt in receipts.values() if receipt]

@@ -36,6 +36,7 @@ from wsiflow import (
     reading,
     scoring,
     sharing,
+    stages,
     stain,
     store,
 )
@@ -90,8 +91,7 @@ def fit_stain(source: Path, index: int) -> tuple[publish.Receipt, bool]:
     made = plan.read(source)
     root, planned = source.parent, made.slides[index]
     params, name = reading.stain_params(made), reading.fit_name(planned)
-    seen = (planned.sha256, planned.frame.tile_px, planned.frame.l0_per_px, plan.read_cut(root, planned).tile_runs)
-    key = publish.key_of(seen=seen, stain=params.model_dump(exclude={"target"}))
+    key = stages.key(root, made, "stain", index)
     place = Place(ingest.shared_folder(root), root, name, key)
     done = sharing.done(place)
     if done is not None:
@@ -118,8 +118,7 @@ def extract(source: Path, index: int) -> tuple[publish.Receipt, bool]:
     planned, params = made.slides[task.slide], store.StoreParams.model_validate(made.work["store"])
     name, numbers = reading.part_name(planned, task.group), made.part(*task)
     frame, cut = planned.frame, plan.read_cut(root, planned)
-    pixels = plan.pixels_key(planned, cut)
-    key = publish.key_of(pixels=pixels, groups=list(numbers), compression=params.compression, loss=params.loss)
+    key = stages.key(root, made, "extract", index)
     place = Place(ingest.shared_folder(root), root, name, key)
     done = sharing.done(place)
     if done is not None:
@@ -164,12 +163,7 @@ def link_patches(source: Path, index: int) -> tuple[publish.Receipt, bool]:
     made = plan.read(source)
     root, planned = source.parent, made.slides[index]
     parts = {reading.part_name(planned, j): made.part(index, j) for j in range(1, made.n_parts(index) + 1)}
-    receipts = {name: publish.read_receipt(root, name) for name in parts}
-    lacking = [name for name, receipt in receipts.items() if receipt is None]
-    if lacking:
-        raise IntegrityError(f"{lacking[0]} was not published", "run again", slide=planned.slide_id)
-    name = f"patches/{planned.slide_id}.h5"
-    key = publish.key_of(slide=planned.key, parts=[receipt["sha256"] for receipt in receipts.values() if receipt])
+    name, key = f"patches/{planned.slide_id}.h5", stages.key(root, made, "index", index)
     done = publish.done(root, name, key)
     if done is not None:
         return done, False
@@ -200,9 +194,9 @@ def stitch(source: Path, index: int) -> tuple[publish.Receipt, bool]:
     made = plan.read(source)
     root, planned = source.parent, made.slides[index]
     tasks = [Task(index, k) for k in range(1, planned.n_groups + 1)]
-    receipts = [scoring.published(root, made, task) for task in tasks]
-    name = f"heatmaps/{planned.slide_id}.tif"
-    key = publish.key_of(slide=planned.key, scores=[receipt["sha256"] for receipt in receipts])
+    for task in tasks:
+        scoring.published(root, made, task)
+    name, key = f"heatmaps/{planned.slide_id}.tif", stages.key(root, made, "stitch", index)
     done = publish.done(root, name, key)
     if done is not None:
         return done, False
@@ -252,19 +246,14 @@ def detect(source: Path, index: int) -> tuple[publish.Receipt, bool]:
     """
     made = plan.read(source)
     root, planned = source.parent, made.slides[index]
-    receipt = publish.read_receipt(root, f"heatmaps/{planned.slide_id}.tif")
-    if receipt is None:
-        raise IntegrityError("the slide has no heatmap", "run again", slide=planned.slide_id)
-    name = f"detections/{planned.slide_id}.csv"
-    params = lesions.LesionParams.model_validate(made.settings["lesions"])
-    key = publish.key_of(heatmap=receipt["sha256"], lesions=params.model_dump())
+    name, key = f"detections/{planned.slide_id}.csv", stages.key(root, made, "detect", index)
     done = publish.done(root, name, key)
     if done is not None:
         return done, False
     _make_room(planned.frame)
     with publish.publishing(root, name, key, facts("detections", planned.slide_id), publish.accept) as attempt:
-        heat, _ = pyramid.read_heatmap(root / receipt["path"])
-        found = lesions.detect(heat, params, cell_um=_cell_um(planned.frame))
+        heat, _ = pyramid.read_heatmap(root / stages.product(made, "stitch", index))
+        found = lesions.detect(heat, stages.lesion_params(made), cell_um=_cell_um(planned.frame))
         l0 = np.column_stack([found[:, 0], geometry.l0_from_h(planned.frame, found[:, 1:3])])
         with attempt.uncounted():
             _publish_pictures(root, planned, heat, l0, key)
