@@ -4,10 +4,12 @@ import csv
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,8 @@ import pytest
 from PIL import Image
 
 from flows import run as command
-from wsiflow import executor, ingest, plan, pyramid, scoring, shards, store
+from wsiflow import executor, ingest, plan, publish, pyramid, results, scoring, shards, store, trace
+from wsiflow.executor.inline import Inline
 from wsiflow.model.card import ModelSpec
 
 COARSE = [
@@ -176,6 +179,77 @@ def test_a_lost_group_is_noticed_before_anything_is_stitched(small_slides: Path,
     bad = [row for row in rows(out / "process_list.csv") if row["status"] == "failed"]
     assert [row["slide_id"] for row in bad] == [victim.parent.name]
     assert "t1.h5" in bad[0]["reason"]
+
+
+def test_a_process_that_outlives_a_run_follows_the_next_one(tiny_slides: Path, tmp_path: Path) -> None:
+    """Another run in a folder of the same name, after the first was deleted, has its own settings throughout."""
+    out = tmp_path / "run"
+    found = {}
+    for stride, threshold in ((112, 0.05), (56, 0.95)):
+        settings = [f"inference.stride={stride}", f"lesions.threshold={threshold}"]
+        assert wsiflow(*over(tiny_slides, out, *settings)) == 0
+        _, about = pyramid.read_heatmap(out / "heatmaps/a.tif")
+        planned = plan.latest(out).settings
+        assert (about["frame"]["stride_px"], planned["lesions"]["threshold"]) == (stride, threshold)
+        found[threshold] = (out / "detections/a.csv").read_text()
+        shutil.rmtree(out)
+    assert found[0.05] != found[0.95]
+
+
+class StaleWorkers:
+    """Workers that follow another plan in one stage: what they publish has another key than the run's plan asks for."""
+
+    def __init__(self, stage: str) -> None:
+        self._stage = stage
+
+    def run(self, work, source, stage, slices):
+        for outcome in Inline().run(work, source, stage, slices):
+            receipt = outcome.receipt
+            yield outcome._replace(receipt={**receipt, "key": "f" * 64}) if stage == self._stage else outcome
+
+
+@pytest.mark.parametrize("stage", ["extract", "predict", "certify", "stitch", "detect"])
+def test_the_driver_compares_every_receipt_with_its_plan(tiny_slides: Path, tmp_path: Path, stage: str) -> None:
+    """A slide of which a worker published something else goes no further; the receipts of the disk count likewise."""
+    config = command.compose_config(over(tiny_slides, tmp_path / "run", "dataset.limit=1"))
+    cases = shards.begin(config)
+    pool = Inline()
+    shards.choose(pool, cases)
+    planned = ingest.make_plan(cases, shards.ingest_shard(pool, cases, [0]))
+    progress = shards.line(StaleWorkers(stage), planned, [0], 0)
+    assert progress.slides == ()
+    failed = [one for one in progress.ended if one.exit_code]
+    assert {(one.stage, one.exit_code) for one in failed} == {(stage, 40)}
+    assert "the plan asks for" in failed[0].error
+
+
+def test_a_receipt_of_another_run_is_not_taken_for_done(tiny_slides: Path, tmp_path: Path) -> None:
+    """Its slide fails with exit code 40: nothing is scored from files of other settings."""
+    out = tmp_path / "run"
+    assert wsiflow(*over(tiny_slides, out)) == 0
+    receipt = out / "receipts/detections/a.csv.json"
+    receipt.write_text(receipt.read_text().replace('"key": "', '"key": "f'))
+    assert wsiflow(*over(tiny_slides, out)) == 40
+    bad = [row for row in rows(out / "process_list.csv") if row["status"] == "failed"]
+    assert [row["slide_id"] for row in bad] == ["a"]
+    assert "other inputs or settings" in bad[0]["reason"]
+
+
+def test_the_end_of_a_run_reads_each_receipt_and_attempt_once(
+    small_slides: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There are ten for every slide, and data sets of tens of thousands of slides."""
+    config = command.compose_config(over(small_slides, finished))
+    clock, asked, logs = results.Clock(config), [], []
+    read, attempts_of = publish.read_receipt, trace.attempts
+    monkeypatch.setattr(publish, "read_receipt", lambda root, name: asked.append(name) or read(root, name))
+    monkeypatch.setattr(trace, "attempts", lambda root: logs.append(root) or attempts_of(root))
+    assert results.finish(config, finished / "plan.json", [], clock).exit_code == 0
+    # Detections and heatmaps are asked for again, each with what its key is made of.
+    counted = [name for name in asked if not name.startswith(("detections/", "heatmaps/", "predictions/"))]
+    assert max(Counter(counted).values()) <= 2, "config.yaml tells where the folder was begun"
+    assert max(Counter(asked).values()) <= 4
+    assert logs == [finished]
 
 
 def by_hand(path: Path, width: int, height: int) -> tuple[np.ndarray, tuple[int, int]]:

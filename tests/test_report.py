@@ -1,9 +1,12 @@
 """The report: every number that is there, plain words where there is none, and one file that needs nothing else."""
 
+import html
 import io
 import math
 import re
+import tempfile
 from html.parser import HTMLParser
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +19,9 @@ from wsiflow import export, froc, report, throughput
 CURVE = {"fp_per_slide": [3.0, 1.0, 0.0, 0.0], "sensitivity": [0.8, 0.6, 0.4, 0.0]}
 NO_CURVE: dict[str, list[float]] = {"fp_per_slide": [], "sensitivity": []}
 PICTURE = export.tissue_png(np.ones((30, 20), dtype=bool))
+_FOLDER = tempfile.TemporaryDirectory()
+_OVERLAY = Path(_FOLDER.name) / "s1.png"
+_OVERLAY.write_bytes(PICTURE)
 
 
 def metrics(**given: float) -> dict[str, float]:
@@ -60,7 +66,7 @@ def data(**given: Any) -> report.ReportData:
         "name": "run",
         "metrics": metrics(),
         "slides": [row()],
-        "overlays": {"s1": PICTURE},
+        "overlays": {"s1": _OVERLAY},
         "figures": {"froc.png": PICTURE, "roc.png": PICTURE},
         "settings": {"geometry.convention": "centred", "inference.engine": "window", "inference.stride": 16},
         "versions": {"wsiflow": "0.1.0", "numpy": "2.4"},
@@ -227,3 +233,13 @@ def test_roc_figure_draws_its_curve() -> None:
     chance = drawn(report.roc_figure({"fpr": [0.0, 1.0], "tpr": [0.0, 1.0]})).astype(int)
     rows = [np.nonzero(picture[..., 2] - picture[..., 0] > 60)[0].mean() for picture in (perfect, chance)]
     assert rows[0] < rows[1]
+
+
+def test_a_page_of_many_slides_holds_some_of_their_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others stay files: a page with all of them would open in no browser; none is read before it is shown."""
+    monkeypatch.setattr(report, "_MOST_PICTURES", 2)
+    names = [f"s{number}" for number in range(5)]
+    overlays = {name: _OVERLAY if number < 2 else Path("/never read") for number, name in enumerate(names)}
+    page = report.render(data(slides=[row(slide_id=name) for name in names], overlays=overlays))
+    assert page.count('alt="scores on') == 2
+    assert "3 more slides have their picture as heatmaps/<slide>.png" in html.unescape(words(page))

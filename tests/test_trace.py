@@ -74,7 +74,7 @@ def test_the_most_workers_at_a_time_are_counted(root: Path) -> None:
 
 def test_the_views_hold_the_columns_and_the_statistics(root: Path) -> None:
     """``trace.csv`` in the manner of Nextflow, ``timing.json`` beside it."""
-    trace.write_views(root)
+    trace.write_views(root, trace.attempts(root))
     with (root / "trace.csv").open(newline="") as stream:
         reader = csv.DictReader(stream)
         rows = list(reader)

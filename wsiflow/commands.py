@@ -84,18 +84,17 @@ def verify(arguments: argparse.Namespace) -> int:
     """Compare every published file of a run with its receipt."""
     from wsiflow import publish
 
-    receipts = sorted((arguments.run / publish.RECEIPTS).rglob("*.json"))
-    if not receipts:
+    names = sorted(publish.published_names(arguments.run))
+    if not names:
         raise InputError("it holds no receipts", "name the out= folder of a run", path=arguments.run)
     damaged = 0
-    for path in receipts:
-        name = str(path.relative_to(arguments.run / publish.RECEIPTS)).removesuffix(".json")
+    for name in names:
         try:
             publish.check(arguments.run, publish.read_receipt(arguments.run, name) or {"path": name})
         except IntegrityError as error:
             damaged += 1
             report(error)
-    say(f"{len(receipts) - damaged} of {len(receipts)} published files are what their receipts say")
+    say(f"{len(names) - damaged} of {len(names)} published files are what their receipts say")
     return IntegrityError.exit_code if damaged else 0
 
 

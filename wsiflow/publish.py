@@ -55,6 +55,14 @@ def receipt_path(root: Path, name: str) -> Path:
     return root / RECEIPTS / f"{name}.json"
 
 
+def published_names(root: Path) -> Iterator[str]:
+    """Yield the name, relative to ``root``, of every file that has a receipt."""
+    receipts = root / RECEIPTS
+    for folder, _, files in os.walk(receipts):
+        parent = Path(folder).relative_to(receipts)
+        yield from (str(parent / name.removesuffix(".json")) for name in sorted(files) if name.endswith(".json"))
+
+
 def read_receipt(root: Path, name: str) -> Receipt | None:
     """Return the receipt of ``name``, or None where there is none.
 

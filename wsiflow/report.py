@@ -4,10 +4,12 @@ Input: the run's metrics, rows per slide and curves as plain values, pictures as
 has no value (scores without truth) is said in words and never drawn. The same input gives the same text.
 """
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,6 +27,8 @@ _STEP_COLOURS = {
 }
 # Twice the size shown, for fine screens.
 _THUMBNAIL_PX = 240
+# A page with more is too large for a browser.
+_MOST_PICTURES = 1000
 _NO_TRUTH = "not defined: it needs truth for tumour and for normal slides"
 
 
@@ -38,7 +42,7 @@ class ReportData:
         slides: A row per slide: slide_id, status, reason (empty unless the slide has no result), n_tiles,
             seconds_wall, and label, score, n_detections, n_lesions, n_found, n_false_positives, note where it was
             scored. Numbers may be text, as they come from a CSV file.
-        overlays: Overlay PNG by slide id.
+        overlays: The file of the overlay PNG by slide id.
         figures: ``froc.png`` and ``roc.png``.
         settings: The resolved configuration by dotted name.
         versions: Versions of what can change a number; ``wsiflow`` is one.
@@ -48,7 +52,7 @@ class ReportData:
     name: str
     metrics: Mapping[str, float]
     slides: Sequence[Mapping[str, Any]]
-    overlays: Mapping[str, bytes]
+    overlays: Mapping[str, Path]
     figures: Mapping[str, bytes]
     settings: Mapping[str, Any]
     versions: Mapping[str, str]
@@ -191,16 +195,19 @@ def _cost(metrics: Mapping[str, float]) -> str:
 
 def _slides(data: ReportData) -> str:
     heads = ["", "Slide", "Truth", "Score", "Detections", "Lesions found", "False positives", "Tiles", "Seconds"]
-    return page.section(
-        "Slides", page.table(heads, (_slide(row, data.overlays.get(row["slide_id"])) for row in data.slides))
-    )
+    pictured = dict(itertools.islice(data.overlays.items(), _MOST_PICTURES))
+    rows = (_slide(row, pictured.get(row["slide_id"])) for row in data.slides)
+    left = len(data.overlays) - len(pictured)
+    note = f"<p>{left} more slides have their picture as heatmaps/&lt;slide&gt;.png alone.</p>\n" if left else ""
+    return page.section("Slides", page.table(heads, rows) + note)
 
 
-def _slide(row: Mapping[str, Any], overlay: bytes | None) -> str:
+def _slide(row: Mapping[str, Any], overlay: Path | None) -> str:
     slide_id = row["slide_id"]
-    picture = (
-        page.image(export.thumbnail(overlay, side_px=_THUMBNAIL_PX), "jpeg", f"scores on {slide_id}") if overlay else ""
-    )
+    picture = ""
+    if overlay is not None:
+        small = export.thumbnail(overlay.read_bytes(), side_px=_THUMBNAIL_PX)
+        picture = page.image(small, "jpeg", f"scores on {slide_id}")
     remarks = "; ".join(filter(None, (row["status"], row.get("note", ""))))
     truth = {"1": "tumour", "0": "normal"}.get(_cell(row, "label"), page.NO_VALUE)
     lesions = _cell(row, "n_lesions")

@@ -26,6 +26,7 @@ from wsiflow import (
     publish,
     reading,
     report,
+    stages,
     throughput,
     trace,
     tracking,
@@ -65,8 +66,7 @@ class Clock:
     def __init__(self, config: RunConfig) -> None:
         """Start; energy is counted where all of the work is done on this machine."""
         self._start = time.perf_counter()
-        receipts = config.out / publish.RECEIPTS
-        self.before = frozenset(str(path.relative_to(receipts))[: -len(".json")] for path in receipts.rglob("*.json"))
+        self.before = frozenset(publish.published_names(config.out))
         self._energy = energy.Meter() if config.executor.kind in {"inline", "process"} else None
 
     def energy(self) -> dict[str, float]:
@@ -95,11 +95,13 @@ class Work(NamedTuple):
     """What was done in a folder.
 
     Attributes:
-        receipts: Of everything that is published.
+        receipts: Of everything that is published, see `_all_receipts`.
+        attempts: Every attempt at a task, see `wsiflow.trace.attempts`.
         new: Names of the attempts of this start.
     """
 
     receipts: Sequence[publish.Receipt]
+    attempts: Sequence[Mapping[str, Any]]
     new: Set[str]
 
 
@@ -111,9 +113,9 @@ def finish(config: RunConfig, plan_path: Path, progress: Sequence[Progress], clo
     """
     root, made = plan_path.parent, plan.read(plan_path)
     ended = [item for shard in progress for item in shard.ended]
-    statuses, receipts = _statuses(made, ended), _all_receipts(root)
+    statuses, receipts, attempts = _statuses(made, ended), _all_receipts(root), trace.attempts(root)
     publish.write_view(root, "process_list.csv", _process_list(statuses, receipts).encode())
-    trace.write_views(root)
+    trace.write_views(root, attempts)
     missing = [status for status in statuses if status.exit_code]
     balance = ledger.balance(root, made)
     if not missing and not balance.complete:
@@ -124,14 +126,19 @@ def finish(config: RunConfig, plan_path: Path, progress: Sequence[Progress], clo
     folder = "evaluation-PARTIAL" if missing else "evaluation"
     evaluated = _evaluate(root, folder, config, made, statuses)
     new = {item.attempt for item in ended if item.executed and item.attempt}
-    work = _work_metrics(root, folder, config, made, Work(receipts, new), clock) | _counts(
-        balance, len(ended), len(new)
-    )
+    work = Work(receipts, attempts, new)
     metrics = _summarise(
-        root, folder, evaluated, work | _certificates(root, folder, made, statuses) | _colours(root, made)
+        root,
+        folder,
+        evaluated,
+        _work_metrics(root, folder, config, made, work, clock)
+        | _counts(balance, len(ended), len(new))
+        | _certificates(root, folder, made, statuses)
+        | _colours(root, made, receipts),
     )
     _write_report(root, folder, config, made, statuses, metrics)
-    logged = _track(root, folder, config, made, evaluated.key, metrics)
+    machines = _machines(root, config, receipts)
+    logged = _track(root / folder, config, made, evaluated.key, metrics, machines)
     text = _success_text(root / folder, made, statuses, metrics, len(new), logged)
     return Summary(PARTIAL if missing else 0, metrics, text)
 
@@ -202,14 +209,14 @@ def _certificates(root: Path, folder: str, made: Plan, statuses: Sequence[Status
     return metrics
 
 
-def _colours(root: Path, made: Plan) -> dict[str, float]:
+def _colours(root: Path, made: Plan, receipts: Sequence[publish.Receipt]) -> dict[str, float]:
     """Write ``stain_failures.csv``, a row per slide or patch whose colours stayed as they were, and return how many."""
     params = reading.stain_params(made)
     if params.method == "none":
         return {}
     rows = [
         {"slide_id": receipt["slide"], "l0_x": x, "l0_y": y, "reason": reason}
-        for receipt in _all_receipts(root)
+        for receipt in receipts
         for x, y, reason in receipt.get("stain_failures", [])
     ]
     rows.sort(key=lambda row: (row["slide_id"], row["l0_y"], row["l0_x"]))
@@ -225,7 +232,7 @@ def _work_metrics(root: Path, folder: str, config: RunConfig, made: Plan, work: 
     """
     area = {s.slide_id: throughput.tile_area_mm2(s.frame.tile_px, s.frame.um_px) for s in made.slides}
     executed = [receipt for receipt in work.receipts if receipt["attempt"] in work.new]
-    known = worker_count(config.executor, cores=allocated_cores()) or trace.peak_workers(trace.attempts(root))
+    known = worker_count(config.executor, cores=allocated_cores()) or trace.peak_workers(work.attempts)
     workers = known * config.executor.threads
     rates = throughput.summarise(executed, run_wall_s=clock.seconds(), workers=workers, tile_mm2=area)
     used = clock.energy()
@@ -237,20 +244,29 @@ def _work_metrics(root: Path, folder: str, config: RunConfig, made: Plan, work: 
         used = {}  # measured for a part of the work only, it would stand beside the cost of all
     whole = throughput.summarise(work.receipts, run_wall_s=clock.seconds(), workers=workers, tile_mm2=area)
     whole |= throughput.origin_core_seconds(work.receipts, clock.before)
-    whole["cost.warmup_core_s"] = trace.warmup_s(trace.attempts(root))
+    whole["cost.warmup_core_s"] = trace.warmup_s(work.attempts)
     return rates | used | {name: value for name, value in whole.items() if name in _WHOLE or name.startswith("cost.")}
 
 
 _WHOLE = {"throughput.core_hours", "throughput.core_seconds_per_tile", "throughput.mm2_per_core_hour"}
 
 
+_KEPT = ("path", "kind", "slide", "attempt", "cpu", "cpu_s", "wall_s", "seconds", "counts", "shared", "stain_failures")
+
+
 def _all_receipts(root: Path) -> list[publish.Receipt]:
     """Return the receipt of everything computed for slides in this folder, and of what was computed for all of them.
 
-    How scores are computed is settled before there is a plan: that is warm-up.
+    Each is read once, and of each only what the end of a run counts is kept: there are ten for every slide. How scores
+    are computed is settled before there is a plan: that is warm-up.
     """
-    found = (json.loads(path.read_text(encoding="utf-8")) for path in (root / publish.RECEIPTS).rglob("*.json"))
-    return [receipt for receipt in found if receipt.get("slide") or receipt.get("kind") == "calibration"]
+    names = publish.published_names(root)
+    found = (receipt for name in names if (receipt := publish.read_receipt(root, name)) is not None)
+    return [
+        {name: receipt[name] for name in _KEPT if name in receipt}
+        for receipt in found
+        if receipt.get("slide") or receipt.get("kind") == "calibration"
+    ]
 
 
 def _counts(balance: Ledger, n_outcomes: int, n_executed: int) -> dict[str, float]:
@@ -273,15 +289,15 @@ def _evaluate(root: Path, view: str, config: RunConfig, made: Plan, statuses: Se
     """
     cases = {case.slide_id: case for case in ingest.read_cases(publish.generations(root, "cases.json")[-1])[1]}
     good = {status.slide_id for status in statuses if not status.exit_code}
-    slides = [planned for planned in made.slides if planned.slide_id in good]
-    detections = [_receipt(root, f"detections/{planned.slide_id}.csv")["sha256"] for planned in slides]
-    truth = [[planned.slide_id, *_truth_sha256(cases[planned.slide_id])] for planned in slides]
-    patients = [cases[planned.slide_id].patient_id for planned in slides]  # whose slides are drawn together
+    slides = {planned.slide_id: i for i, planned in enumerate(made.slides) if planned.slide_id in good}
+    detections = [_published(root, made, "detect", i)["sha256"] for i in slides.values()]
+    truth = [[slide_id, *_truth_sha256(cases[slide_id])] for slide_id in slides]
+    patients = [cases[slide_id].patient_id for slide_id in slides]  # whose slides are drawn together
     key = publish.key_of(settings=made.settings, detections=detections, truth=truth, patients=patients)
     evaluated = Evaluated(key, root / "evaluations" / key[:12])
     names = ("scores.json", "cases.csv", "froc.json", "roc.json", "matches.json", "froc.png", "roc.png")
     if any(publish.done(root, f"evaluations/{key[:12]}/{name}", key) is None for name in names):
-        found = (_found(root, planned, cases[planned.slide_id], config) for planned in slides)
+        found = (_found(root, made, i, cases[slide_id], config) for slide_id, i in slides.items())
         scores = evaluation.evaluate_cases(found, config.evaluation, seed=config.seed)
         documents = {name: text.encode() for name, text in evaluation.documents(scores).items()}
         documents["scores.json"] = documents.pop("summary.json")
@@ -310,10 +326,10 @@ def _numbers(path: Path) -> dict[str, float]:
     return {name: math.nan if value is None else value for name, value in found.items()}
 
 
-def _found(root: Path, planned: SlidePlan, case: Case, config: RunConfig) -> evaluation.Evidence:
+def _found(root: Path, made: Plan, index: int, case: Case, config: RunConfig) -> evaluation.Evidence:
     """Return what one slide is scored by; its score is the highest probability on its heatmap."""
-    detections = evaluation.read_detections(root / f"detections/{planned.slide_id}.csv")
-    return evidence(planned, case, config, detections, _receipt(root, f"heatmaps/{planned.slide_id}.tif")["score"])
+    detections = evaluation.read_detections(root / stages.product(made, "detect", index))
+    return evidence(made.slides[index], case, config, detections, _published(root, made, "stitch", index)["score"])
 
 
 def evidence(
@@ -341,6 +357,16 @@ def evidence(
 def _truth_sha256(case: Case) -> list[Any]:
     paths = (case.annotation_path, case.mask_path)
     return [case.label, *(publish.file_sha256(path) if path else None for path in paths)]
+
+
+def _published(root: Path, made: Plan, stage: str, index: int) -> publish.Receipt:
+    """Return the receipt of what a task has published, which must be what the plan asks for."""
+    name = stages.product(made, stage, index)
+    receipt, wanted = _receipt(root, name), stages.key(root, made, stage, index)
+    if receipt["key"] != wanted:
+        cause = f"it was published under the key {receipt['key'][:12]}, and the plan asks for {wanted[:12]}"
+        raise IntegrityError(cause, "choose another out= folder", path=root / name)
+    return receipt
 
 
 def _receipt(root: Path, name: str) -> publish.Receipt:
@@ -373,7 +399,7 @@ def _write_report(
         name=config.name,
         metrics=metrics,
         slides=[row | scored.get(row["slide_id"], {}) for row in listed],
-        overlays={slide_id: (root / f"heatmaps/{slide_id}.png").read_bytes() for slide_id in good},
+        overlays={slide_id: root / f"heatmaps/{slide_id}.png" for slide_id in good},
         figures={name: (root / folder / name).read_bytes() for name in ("froc.png", "roc.png")},
         settings=settings(config.model_dump(mode="json"), made),
         versions=versions(),
@@ -382,47 +408,50 @@ def _write_report(
     publish.write_view(root, "report.html", report.render(data).encode())
 
 
-def _track(root: Path, folder: str, config: RunConfig, made: Plan, key: str, metrics: Mapping[str, float]) -> str:
+def _track(
+    shown: Path, config: RunConfig, made: Plan, key: str, metrics: Mapping[str, float], machines: Mapping[str, str]
+) -> str:
     """Record the run in MLflow and say where, or why not: the run is valid without it."""
-    curves = json.loads((root / folder / "froc.json").read_text(encoding="utf-8"))
-    matched = evaluation.read_matches(root / folder / "matches.json")
+    root = shown.parent
+    curves = json.loads((shown / "froc.json").read_text(encoding="utf-8"))
+    matched = evaluation.read_matches(shown / "matches.json")
     folder_id, found = _receipt(root, "config.yaml")["attempt"], digests(made)
     record = tracking.RunRecord(
         name=config.out.name if config.tracking.sweep else config.name,
         # The same scores in another folder are another run: its cost is its own.
         key=publish.key_of(scores=key, folder=folder_id),
         plan_hash=made.hash,
-        partial=folder != "evaluation",
+        partial=shown.name != "evaluation",
         # Where a run lies is no setting: it would be an axis of every plot of MLflow.
         params=settings(config.model_dump(mode="json", exclude={"out", "share"}), made),
         metrics=metrics,
         tags={
             **{f"version.{name}": number for name, number in versions().items()},
             **found,
-            **_machines(root, config),
+            **machines,
             "wsiflow.folder": folder_id,
             "wsiflow.out": str(config.out),
             "wsiflow.protocol_hash": matched.protocol_hash,
             "wsiflow.truth_hash": matched.truth_hash(),
         },
         artifacts=[
-            *(path for path in sorted((root / folder).iterdir()) if path.suffix in {".json", ".csv"}),
+            *(path for path in sorted(shown.iterdir()) if path.suffix in {".json", ".csv"}),
             *(root / name for name in ("report.html", "process_list.csv")),
             publish.generations(root, "config.yaml")[-1],
         ],
         dataset=(_dataset_name(config), found["digest.dataset"][:32]),
-        figures={path.name: path.read_bytes() for path in sorted((root / folder).glob("*.png"))},
+        figures={path.name: path.read_bytes() for path in sorted(shown.glob("*.png"))},
         tables={f"froc_{mode}.json": curves[mode] for mode in ("official", "strict")},
     )
     logged = tracking.log_run(config.tracking, record)
     return f"MLflow     {config.tracking.uri} run {logged.run_id}" if logged.run_id else f"MLflow     {logged.reason}"
 
 
-def _machines(root: Path, config: RunConfig) -> dict[str, str]:
+def _machines(root: Path, config: RunConfig, receipts: Sequence[publish.Receipt]) -> dict[str, str]:
     """Return the CPUs of whoever did the work."""
     settled = json.loads((root / ingest.choice_name(config)).read_text(encoding="utf-8"))
     return {
-        "cpu.model": "; ".join(sorted({receipt["cpu"] for receipt in _all_receipts(root) if "cpu" in receipt})),
+        "cpu.model": "; ".join(sorted({receipt["cpu"] for receipt in receipts if "cpu" in receipt})),
         "cpu.flags": " ".join(settled["cpu_flags"]),
     }
 

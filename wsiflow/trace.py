@@ -110,9 +110,8 @@ def _between(first: str, second: str) -> float | str:
     return max(0.0, (datetime.fromisoformat(second) - datetime.fromisoformat(first)).total_seconds())
 
 
-def write_views(root: Path) -> None:
-    """Write ``trace.csv``, and the timing statistics as ``timing.json``."""
-    rows = attempts(root)
+def write_views(root: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write ``trace.csv``, and the timing statistics as ``timing.json``, of what `attempts` returns."""
     publish.write_view(root, "trace.csv", _table(rows).encode())
     publish.write_view(root, "timing.json", json.dumps(statistics(rows)._asdict(), indent=1).encode())
 
