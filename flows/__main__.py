@@ -3,15 +3,20 @@
 Commands that work on files alone start without Hydra and Prefect: an array job starts one for each of its elements.
 """
 
+import atexit
 import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 
 _COMPOSED = {"plan", "run", "retry"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code."""
+    _have_home()
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments and arguments[0] in _COMPOSED:
         from . import run
@@ -25,6 +30,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return cli.main(arguments, comparing.answer)
     return cli.main(arguments)
+
+
+def _have_home() -> None:
+    """Give a user without a home, as any user id in a container is, a passing one: libraries keep things there."""
+    try:
+        Path.home()
+    except RuntimeError:
+        passing = tempfile.mkdtemp(prefix="wsiflow-home-")
+        atexit.register(shutil.rmtree, passing, ignore_errors=True)
+        os.environ["HOME"] = passing
 
 
 if __name__ == "__main__":

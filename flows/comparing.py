@@ -4,12 +4,12 @@ With a Prefect server that is set and answers, a comparison is a flow run with i
 Without one the same is done directly: nothing is started for it.
 """
 
-import os
 import re
 from pathlib import Path
 
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
+from prefect.settings import PREFECT_API_URL
 
 from wsiflow import compare, terminal, tradeoff_report
 from wsiflow.compare import Answer
@@ -45,7 +45,12 @@ def end_of_sweep(out: Path, params: TrackingParams, options: compare.Options) ->
 
 def _tell_prefect(made: Answer) -> None:
     """Show a comparison as a flow run, where a server takes it."""
-    if answers(os.environ.get("PREFECT_API_URL", "")):
+    try:
+        is_there = answers(PREFECT_API_URL.value() or "")
+    except WsiflowError as error:
+        terminal.say(f"not shown in Prefect: {error}")
+        return
+    if is_there:
         flow(name="wsiflow compare", flow_run_name=f"compare {made.found.name}", persist_result=False)(show)(made)
 
 

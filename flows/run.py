@@ -4,6 +4,7 @@ import argparse
 import itertools
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ def main(arguments: Sequence[str]) -> int:
     """Run ``run`` or ``retry`` with what stands behind it, and return the exit code."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    warnings.filterwarnings("ignore", "Failed to create the Prefect home")  # what becomes of it is said by `server`
     if arguments[0] == "plan":
         from . import planning
 

@@ -56,10 +56,10 @@ def _compare(config: DictConfig) -> None:
 
 def _begin_together(params: Mapping[str, Any], *, prefect: bool) -> None:
     """Start and make, once, what trials that run at the same time would all start and make."""
-    from .server import shared_server
+    from .server import chosen_server
 
     if prefect:
-        terminal.say(_started.enter_context(shared_server()))
+        terminal.say(f"{_started.enter_context(chosen_server())}, for all trials")
     why_not = tracking.begin_sweep(tracking.TrackingParams.model_validate(params))
     if why_not:
         terminal.say(f"MLflow: {why_not}")

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -286,6 +287,21 @@ def detections(manifest: Path, folder: Path) -> Path:
     return folder
 
 
+def scheduled(deployed: Deployed, request: dict[str, Any]) -> str:
+    """Let the server's scheduler make a run of an evaluation, now, and return its id."""
+    once = {"interval": 10**9, "anchor_date": (datetime.now(UTC) + timedelta(seconds=2)).isoformat()}
+    entry = deployed.entries["evaluate"]["id"]
+    wanted = [{"active": True, "schedule": once, "parameters": {"request": request}}]
+    assert deployed.server.answer(f"deployments/{entry}/schedules", wanted)[0] == 201
+    own = {"flow_runs": {"deployment_id": {"any_": [entry]}}}
+
+    def made() -> list[str]:
+        return [run["id"] for run in deployed.server.ask("flow_runs/filter", own) if run["auto_scheduled"]]
+
+    wait(lambda: bool(made()), seconds=180)
+    return made()[0]
+
+
 @pytest.fixture(scope="module")
 def finished(deployed: Deployed, small_slides: Path) -> Finished:
     common = {"dataset": "manifest", "manifest": str(small_slides), "executor": "inline", "overrides": COARSE}
@@ -295,7 +311,7 @@ def finished(deployed: Deployed, small_slides: Path) -> Finished:
         "sweep": {**common, "name": "many", "stride": [30, 112, 224], "store": ["none"]},
         "evaluate": {"manifest": str(small_slides), "detections": str(found), "out": "scores", "bootstrap": 20},
     }
-    runs = {}
+    runs = {"scheduled": scheduled(deployed, {**wanted["evaluate"], "out": "weekly"})}
     for name, request in wanted.items():
         status, answer = deployed.trigger(name, {"request": request})
         assert status == 201, answer
@@ -318,6 +334,13 @@ def test_a_worker_completes_what_the_form_says(finished: Finished) -> None:
     assert f"Folder: `{out}`" in shown["wsiflow-report"]
     assert (out / "report.html").exists()
     assert finished.children("run") == {"one": "COMPLETED"}
+
+
+def test_a_scheduled_run_starts(finished: Finished) -> None:
+    """The server's scheduler makes it, and a worker completes it."""
+    run = finished.deployed.run(finished.runs["scheduled"])
+    assert (run["auto_scheduled"], run["state_type"]) == (True, "COMPLETED")
+    assert (finished.deployed.home / "weekly/summary.json").exists()
 
 
 def test_a_sweep_goes_on_after_a_trial_that_fails(finished: Finished) -> None:
