@@ -63,17 +63,32 @@ def test_a_server_with_a_key_is_used_with_it_and_refused_without(tmp_path: Path,
     monkeypatch.setenv("PREFECT_SERVER_API_AUTH_STRING", "admin:open")
     with temporary_settings({PREFECT_HOME: tmp_path}), server._temporary_server(None) as url:
         monkeypatch.delenv("PREFECT_SERVER_API_AUTH_STRING")
-        with temporary_settings({PREFECT_API_URL: url, PREFECT_API_AUTH_STRING: "admin:open"}):
-            with server.chosen_server() as said:
-                assert said == f"Prefect server: {url}"
-        with temporary_settings({PREFECT_API_URL: url, PREFECT_API_AUTH_STRING: "admin:guessed"}):
-            with pytest.raises(EnvironmentFault, match=r"refuses this user \(401\); set PREFECT_API_KEY"):
-                server.answers(url)
+        known = {PREFECT_API_URL: url, PREFECT_API_AUTH_STRING: "admin:open"}
+        with temporary_settings(known), server.chosen_server() as said:
+            assert said == f"Prefect server: {url}"
+        refusal = pytest.raises(EnvironmentFault, match=r"refuses this user \(401\); set PREFECT_API_KEY")
+        with temporary_settings({**known, PREFECT_API_AUTH_STRING: "admin:guessed"}), refusal:
+            server.answers(url)
 
 
 def test_nobody_there_is_no_answer() -> None:
     """Nothing that listens, no address, or what is none."""
     assert not any(server.answers(url) for url in ("http://127.0.0.1:9/api", "", "not an address"))
+
+
+def test_one_temporary_server_at_a_time_has_the_home_of_prefect(tmp_path: Path) -> None:
+    """Two runs at once without a server: the later one is told that it leaves no history, and touches no other's."""
+    with temporary_settings({PREFECT_HOME: tmp_path}):
+        with server._own_database() as (first, _):
+            assert first == ""
+            assert PREFECT_HOME.value() == tmp_path
+            with server._own_database() as (second, _):
+                assert "leaves no history, since another run has Prefect's home" in second
+                passing = PREFECT_HOME.value()
+                assert passing != tmp_path
+        assert not passing.exists()
+        with server._own_database() as (third, _):
+            assert third == ""
 
 
 def test_a_home_that_cannot_be_used_is_replaced(tmp_path: Path) -> None:
@@ -91,10 +106,10 @@ def test_a_temporary_server_that_does_not_start_says_why(tmp_path: Path) -> None
         PREFECT_HOME: tmp_path,
         PREFECT_SERVER_DATABASE_CONNECTION_URL: "sqlite+aiosqlite:////proc/none/prefect.db",
     }
-    with temporary_settings(broken, restore_defaults={PREFECT_API_URL}):
-        with pytest.raises(EnvironmentFault, match=r"does not start \(.+\); .*orchestrator=none") as refused:
-            with server.chosen_server():
-                pass
+    refusal = pytest.raises(EnvironmentFault, match=r"does not start \(.+\); .*orchestrator=none")
+    settings = temporary_settings(broken, restore_defaults={PREFECT_API_URL})
+    with settings, refusal as refused, server.chosen_server():
+        pass
     assert "\n" not in str(refused.value)
 
 

@@ -10,7 +10,6 @@ from serving import environment
 from test_line import over
 
 from flows import run as command
-from flows.server import chosen_server
 from wsiflow import evaluation
 
 WSIFLOW = Path(sys.executable).parent / "wsiflow"
@@ -94,21 +93,3 @@ def test_trials_are_slurm_jobs(slurm: dict[str, str], small_slides: Path, tmp_pa
     assert (strides, len(parents)) == ({"56", "224"}, 1)
     assert rows(tmp_path / "mlflow.db", "select count(*) from runs") == [(3,)]
     assert len(list((tmp_path / "sweep/.submitit").glob("*_[01]"))) == 2
-
-
-def test_a_second_temporary_server_has_a_database_of_its_own(tmp_path: Path, monkeypatch) -> None:
-    """Two runs at once without a server: the later one is told that it leaves no history, and touches no other's."""
-    monkeypatch.setenv("PREFECT_HOME", str(tmp_path))
-    from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
-
-    with temporary_settings({PREFECT_HOME: tmp_path}, restore_defaults={PREFECT_API_URL}):
-        with chosen_server() as first:
-            assert "history" not in first
-            assert PREFECT_HOME.value() == tmp_path
-            with chosen_server() as second:
-                assert "leaves no history" in second
-                passing = PREFECT_HOME.value()
-                assert passing != tmp_path
-        assert not passing.exists()
-        with chosen_server() as third:
-            assert "history" not in third
