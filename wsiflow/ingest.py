@@ -100,7 +100,7 @@ def _looked(case: Case, config: RunConfig) -> tuple[dict[str, Any], publish.Rece
     if config.share is None:
         return _look(case, config), None
     # The content is hashed by who looks first; whether it is still that file, its names, sizes and times tell.
-    seen = {"path": str(case.path), "signature": identity.signature(case.path), "mpp": case.mpp}
+    seen = {"path": str(case.path), "stamp": identity.stamp(case.path), "mpp": case.mpp}
     key = publish.key_of(**seen, frame=_frame_settings(config), tissue=config.tissue.model_dump())
     address = Place(config.share, config.share, f"look/{case.slide_id}", key).address
     receipt = sharing.found(config.share, address)
@@ -124,13 +124,15 @@ def _look(case: Case, config: RunConfig) -> dict[str, Any]:
     Returns:
         Plain JSON values; ``frame`` is the transform as far as it is known without strides and blocks.
     """
-    signature = identity.signature(case.path)
-    with slide.open_slide(case.path, slide_id=case.slide_id) as opened:
-        um_px = slide.resolve_mpp(opened.facts, case.mpp)
-        mask, downsample, tissue_grid, frame = _tiles(opened, um_px, config)
-        corner = opened.facts.l0_bounds_corner
+    with identity.unwritten(case.path, case.slide_id):  # hash and overview are of one content
+        signature = identity.signature(case.path)
+        with slide.open_slide(case.path, slide_id=case.slide_id) as opened:
+            um_px = slide.resolve_mpp(opened.facts, case.mpp)
+            mask, downsample, tissue_grid, frame = _tiles(opened, um_px, config)
+            corner = opened.facts.l0_bounds_corner
+        sha256 = identity.sha256(case.path)
     return {
-        "sha256": identity.sha256(case.path),
+        "sha256": sha256,
         "signature": signature,
         "um_px_l0": um_px,
         "downsample": downsample,
@@ -311,7 +313,7 @@ def check_unchanged(root: Path, slide_id: str, path: Path) -> None:
     record = _record(root, slide_id)
     if identity.signature(path) == record["signature"]:
         return
-    sha256 = identity.sha256(path)
+    sha256 = identity.settled_sha256(path)
     if sha256 != record["sha256"]:
         cause = f"its content has changed since the run was planned (SHA-256 {sha256}, was {record['sha256']})"
         raise InputError(cause, "restore it, or choose another out= folder", slide=slide_id, path=path)

@@ -39,7 +39,7 @@ from wsiflow import (
     stain,
     store,
 )
-from wsiflow.errors import InputError, IntegrityError, WsiflowError
+from wsiflow.errors import InputError, IntegrityError, Rewritten, WsiflowError
 from wsiflow.executor import Outcome
 from wsiflow.geometry import Frame
 from wsiflow.plan import SlidePlan, Task
@@ -68,7 +68,10 @@ def run_task(source: Path, stage: str, index: int) -> Outcome:
         index: The task's place in its stage: a case, slide, part or group.
     """
     try:
-        receipt, executed = STAGES[stage](source, index)
+        try:
+            receipt, executed = STAGES[stage](source, index)
+        except Rewritten:  # a new link or owner would do, and a copy may have ended: what was read is read again, once
+            receipt, executed = STAGES[stage](source, index)
     except WsiflowError as error:
         return Outcome(index, None, executed=True, error=str(error.about(stage=stage)), exit_code=error.exit_code)
     except (OSError, MemoryError) as error:
@@ -99,8 +102,8 @@ def fit_stain(source: Path, index: int) -> tuple[publish.Receipt, bool]:
     found: dict[str, Any] = {"fit": None, "failure": ""}
     with sharing.publishing(place, facts("stain", planned.slide_id), publish.accept) as attempt:
         with attempt.timed("stain"):
+            pixels = reading.tissue_sample(root, planned, params)  # a slide that cannot be read is no slide in grey
             try:
-                pixels = reading.tissue_sample(root, planned, params)
                 found["fit"] = dataclasses.asdict(stain.fit(pixels, params))
             except InputError as error:
                 if params.on_failure == "fail":
@@ -140,7 +143,7 @@ def extract(source: Path, index: int) -> tuple[publish.Receipt, bool]:
             store.create_patches(attempt.path, frame, _described(planned, key, receipt_facts), params) as writer,
         ):
             for k, group in groups.items():
-                parts = _timed_reads(attempt, reading.read_slide(opened, frame, group))
+                parts = reading.timed_reads(reading.read_slide(opened, frame, group), attempt.timed)
                 writer.add_group(k, reading.block_coord(frame, group), parts)
             attempt.receipt["decoder"] = opened.decoder
         tiles = sum(len(block.tissue) for group in groups.values() for block in group)
@@ -179,16 +182,6 @@ def link_patches(source: Path, index: int) -> tuple[publish.Receipt, bool]:
         links = {f"{planned.slide_id}/{Path(part).name}": groups for part, groups in parts.items()}
         store.write_index(attempt.path, planned.frame, described, links)
     return attempt.receipt, True
-
-
-def _timed_reads(attempt: publish.Attempt, parts: Iterator[store.Pixels]) -> Iterator[store.Pixels]:
-    """Read blocks, counting the time as reading and not as the writing it happens inside of."""
-    while True:
-        with attempt.timed("read"):
-            part = next(parts, None)
-        if part is None:
-            return
-        yield part
 
 
 def stitch(source: Path, index: int) -> tuple[publish.Receipt, bool]:
