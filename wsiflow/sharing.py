@@ -61,12 +61,14 @@ def done(place: Place) -> publish.Receipt | None:
 
 
 def found(shared: Path, address: str) -> publish.Receipt | None:
-    """Return the receipt of what was published under an address, None where there is nothing.
+    """Return the receipt of what was published under an address, None where there is nothing, or no more.
 
     Raises:
         IntegrityError: The file is not what the receipt says.
     """
     receipt = publish.read_receipt(shared, address)
+    if receipt is not None and not (shared / address).exists():
+        return None
     if receipt is not None:
         publish.check(shared, receipt, largest=_LARGE_BYTES)
     return receipt

@@ -1,7 +1,7 @@
 """The line's stages: their order, which of them a run asks for, and what their tasks publish."""
 
 from wsiflow import certify, reading, scoring
-from wsiflow.plan import Plan
+from wsiflow.plan import Plan, SlidePlan
 
 #: Stages after the plan, in order.
 LINE = ("stain", "extract", "index", "predict", "certify", "stitch", "detect")
@@ -17,6 +17,16 @@ def is_due(made: Plan, stage: str, slide: int) -> bool:
     if stage == "stain":
         return reading.fits_slides(reading.stain_params(made)) and made.slides[slide].n_tiles > 0
     return stage != "certify" or certify.is_needed(made)
+
+
+def beside(made: Plan, stage: str, index: int) -> list[str]:
+    """Return the names of what a task publishes beside its product, for people to look at."""
+    return picture_names(made.slides[index]) if stage == "detect" else []
+
+
+def picture_names(planned: SlidePlan) -> list[str]:
+    """Return the names of the pictures of a slide's heatmap: the pyramid for viewers, and the overlay."""
+    return [f"heatmaps/{planned.slide_id}.preview.tif", f"heatmaps/{planned.slide_id}.png"]
 
 
 def product(made: Plan, stage: str, index: int) -> str:

@@ -36,6 +36,7 @@ from wsiflow import (
     reading,
     scoring,
     sharing,
+    stages,
     stain,
     store,
 )
@@ -252,32 +253,41 @@ def detect(source: Path, index: int) -> tuple[publish.Receipt, bool]:
     params = lesions.LesionParams.model_validate(made.settings["lesions"])
     key = publish.key_of(heatmap=receipt["sha256"], lesions=params.model_dump())
     done = publish.done(root, name, key)
-    if done is not None:
+    if done is not None and all(publish.done(root, each, key) for each in stages.picture_names(planned)):
         return done, False
     _make_room(planned.frame)
+    if done is not None:  # pictures that were deleted are made again
+        _publish_pictures(root, planned, *_detected(root / receipt["path"], planned, params), key)
+        return done, False
     with publish.publishing(root, name, key, facts("detections", planned.slide_id), publish.accept) as attempt:
-        heat, _ = pyramid.read_heatmap(root / receipt["path"])
-        found = lesions.detect(heat, params, cell_um=_cell_um(planned.frame))
-        l0 = np.column_stack([found[:, 0], geometry.l0_from_h(planned.frame, found[:, 1:3])])
+        heat, l0 = _detected(root / receipt["path"], planned, params)
         with attempt.uncounted():
             _publish_pictures(root, planned, heat, l0, key)
         attempt.path.write_text(evaluation.format_detections(l0), encoding="utf-8", newline="")
     return attempt.receipt, True
 
 
+def _detected(
+    path: Path, planned: SlidePlan, params: lesions.LesionParams
+) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
+    """Return a slide's heatmap, and the detections on it: prob, x, y in level-0 px."""
+    heat, _ = pyramid.read_heatmap(path)
+    found = lesions.detect(heat, params, cell_um=_cell_um(planned.frame))
+    return heat, np.column_stack([found[:, 0], geometry.l0_from_h(planned.frame, found[:, 1:3])])
+
+
 def _publish_pictures(
     root: Path, planned: SlidePlan, heat: NDArray[np.float32], detections: NDArray[np.float64], key: str
 ) -> None:
-    """Publish what people look at: ``heatmaps/<slide>.preview.tif`` and the overlay ``heatmaps/<slide>.png``."""
+    """Publish what people look at, as far as it is lacking: the pyramid of a heatmap for viewers, and its overlay."""
     receipt_facts = facts("overlay", planned.slide_id)
-    name = f"heatmaps/{planned.slide_id}.preview.tif"
-    if publish.done(root, name, key) is None:
-        with publish.publishing(root, name, key, receipt_facts, publish.accept) as attempt, attempt.timed("write"):
+    preview, overlay = stages.picture_names(planned)
+    if publish.done(root, preview, key) is None:
+        with publish.publishing(root, preview, key, receipt_facts, publish.accept) as attempt, attempt.timed("write"):
             pyramid.write_preview(attempt.path, heat, um_px=_cell_um(planned.frame))
-    name = f"heatmaps/{planned.slide_id}.png"
-    if publish.done(root, name, key) is not None:
+    if publish.done(root, overlay, key) is not None:
         return
-    with publish.publishing(root, name, key, receipt_facts, publish.accept) as attempt:
+    with publish.publishing(root, overlay, key, receipt_facts, publish.accept) as attempt:
         with reading.open_planned(root, planned) as opened:
             downsample = max(1.0, max(opened.facts.l0_size_px) / _OVERLAY_SIDE_PX)
             overview = opened.overview(downsample)
