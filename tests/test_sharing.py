@@ -87,14 +87,13 @@ def test_where_links_cannot_be_files_are_copied(monkeypatch: pytest.MonkeyPatch,
     assert publish.done(tmp_path / "b", "patches/a/p1.h5", "k" * 64)
 
 
-def test_damage_to_a_shared_file_is_not_passed_on(tmp_path: Path) -> None:
-    """The next trial is told which file is damaged, and how to go on; one that was deleted is made again."""
+@pytest.mark.parametrize("harm", [lambda path: path.write_bytes(b"x" + DATA[1:]), lambda path: path.unlink()])
+def test_damage_to_a_shared_file_is_not_passed_on(tmp_path: Path, harm) -> None:
+    """The next trial is told which file is damaged, and how to go on."""
     receipt, _ = make(tmp_path / "a", None)
     place = sharing.Place(tmp_path / "shared", tmp_path / "a", receipt["path"], receipt["key"])
     make(tmp_path / "c", place.shared)
-    (tmp_path / "shared" / place.address).unlink()
-    assert make(tmp_path / "d", place.shared)[1] is True
-    (tmp_path / "shared" / place.address).write_bytes(b"x" + DATA[1:])
+    harm(tmp_path / "shared" / place.address)
     with pytest.raises(IntegrityError, match="delete"):
         make(tmp_path / "b", place.shared)
     assert not (tmp_path / "b/patches/a/p1.h5").exists()

@@ -58,7 +58,7 @@ def ingest(source: Path, index: int) -> tuple[publish.Receipt, bool]:
     if done is not None:
         check_unchanged(root, case.slide_id, case.path)
         _check_manifest_sha256(case, _record(root, case.slide_id)["sha256"])
-        if any(publish.done(root, each, key) is None for each in _names(case)[1:]):  # deleted: made again
+        if any(publish.at_hand(root, each, key) is None for each in _names(case)[1:]):  # deleted: made again
             looked, _ = _looked(case, config)
             frame = _framed(looked["frame"], config, cutting["tiles"])
             cut = plan.make_cut(plan.tissue_grid(looked["tile_runs"]), frame, group_tiles=config.tiles.group_tiles)

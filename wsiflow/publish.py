@@ -6,8 +6,9 @@ that of any number of attempts exactly one wins; then its receipt, published the
 replaced and never opened for writing.
 
 A file is *done* when its receipt exists, names the key that is asked for, and the file's size and SHA-256 are those of
-the receipt. One that was deleted is made again; its receipt stays, and its bytes must be those again. A loser of the
-race compares hashes: equal is success, different is an `IntegrityError` and both are kept.
+the receipt. Where a file that others are computed from was deleted, that is told; what is made from others alone, or
+may be deleted to save space, is made again, and must have the bytes that its receipt names. A loser of the race
+compares hashes: equal is success, different is an `IntegrityError` and both are kept.
 
 Every change to the file system goes through `_effect`, so that a test can end the process before any one of them.
 """
@@ -77,7 +78,7 @@ def done(root: Path, name: str, key: str) -> Receipt | None:
     """Return the receipt if ``name`` is published under ``key`` and whole, None if it has yet to be made.
 
     Raises:
-        IntegrityError: A receipt is there, but for another key, or the file is not what the receipt says.
+        IntegrityError: A receipt is there, but for another key, or the file is gone or is not what the receipt says.
     """
     receipt = read_receipt(root, name)
     if receipt is None:
@@ -88,10 +89,13 @@ def done(root: Path, name: str, key: str) -> Receipt | None:
             "choose another out= folder",
             path=root / name,
         )
-    if not (root / name).exists():
-        return None
     check(root, receipt)
     return receipt
+
+
+def at_hand(root: Path, name: str, key: str) -> Receipt | None:
+    """Like `done`, of what can be made again at any time: None where the file was deleted."""
+    return done(root, name, key) if (root / name).exists() else None
 
 
 def is_there(root: Path, name: str) -> bool:
@@ -249,7 +253,7 @@ def adopt(root: Path, name: str, source: Path, receipt: Receipt) -> Receipt:
 def _give_name(root: Path, name: str, path: Path, receipt: Receipt) -> None:
     """Give the file of an attempt its final name, and publish its receipt."""
     final = root / name
-    _require_former_bytes(root, name, path, receipt["sha256"])
+    _require_former(root, name, path, receipt)
     _make_folder(final.parent)
     _link(path, final, receipt["sha256"])
     note = path.with_name("receipt.json")
@@ -260,20 +264,19 @@ def _give_name(root: Path, name: str, path: Path, receipt: Receipt) -> None:
     _forget(path.parent)
 
 
-def _require_former_bytes(root: Path, name: str, path: Path, sha256: str) -> None:
+def _require_former(root: Path, name: str, path: Path, receipt: Receipt) -> None:
     """Refuse to make a file that was deleted with other bytes than it had: others were computed from those."""
     former = None if (root / name).exists() else read_receipt(root, name)
-    if former is not None and former["sha256"] != sha256:
-        _forget(path.parent)
-        cause = (
-            f"it was deleted, and made again it has other bytes (SHA-256 {sha256[:12]}, was {former['sha256'][:12]})"
-        )
-        raise IntegrityError(cause, f"delete {receipt_path(root, name)}, then run again", path=root / name)
+    if former is None or (former["sha256"], former["key"]) == (receipt["sha256"], receipt["key"]):
+        return
+    _forget(path.parent)
+    cause = f"it was deleted, and made again it has other bytes (SHA-256 {receipt['sha256'][:12]}) or another key"
+    raise IntegrityError(cause, f"delete {receipt_path(root, name)}, then run again", path=root / name)
 
 
 def publish_bytes(root: Path, name: str, data: bytes, key: str, facts: Mapping[str, Any]) -> Receipt:
     """Publish a small file whose bytes are at hand, unless it is done already, and return its receipt."""
-    receipt = done(root, name, key)
+    receipt = at_hand(root, name, key)
     if receipt is not None:
         return receipt
     with publishing(root, name, key, facts, accept) as attempt, attempt.timed("write"):

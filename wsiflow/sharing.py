@@ -53,7 +53,7 @@ def done(place: Place) -> publish.Receipt | None:
         IntegrityError: A receipt is there, but for another key, or the file is not what the receipt says.
         EnvironmentFault: The file system refused.
     """
-    receipt = publish.done(place.root, place.name, place.key)
+    receipt = publish.at_hand(place.root, place.name, place.key)
     if receipt is not None or place.shared is None:
         return receipt
     made = found(place.shared, place.address)
@@ -61,14 +61,12 @@ def done(place: Place) -> publish.Receipt | None:
 
 
 def found(shared: Path, address: str) -> publish.Receipt | None:
-    """Return the receipt of what was published under an address, None where there is nothing, or no more.
+    """Return the receipt of what was published under an address, None where there is nothing.
 
     Raises:
         IntegrityError: The file is not what the receipt says.
     """
     receipt = publish.read_receipt(shared, address)
-    if receipt is not None and not (shared / address).exists():
-        return None
     if receipt is not None:
         publish.check(shared, receipt, largest=_LARGE_BYTES)
     return receipt

@@ -174,7 +174,7 @@ def link_patches(source: Path, index: int) -> tuple[publish.Receipt, bool]:
         raise IntegrityError(f"{lacking[0]} was not published", "run again", slide=planned.slide_id)
     name = f"patches/{planned.slide_id}.h5"
     key = publish.key_of(slide=planned.key, parts=[receipt["sha256"] for receipt in receipts.values() if receipt])
-    done = publish.done(root, name, key)
+    done = publish.at_hand(root, name, key)
     if done is not None:
         return done, False
     receipt_facts = facts("index", planned.slide_id)
@@ -253,7 +253,7 @@ def detect(source: Path, index: int) -> tuple[publish.Receipt, bool]:
     params = lesions.LesionParams.model_validate(made.settings["lesions"])
     key = publish.key_of(heatmap=receipt["sha256"], lesions=params.model_dump())
     done = publish.done(root, name, key)
-    if done is not None and all(publish.done(root, each, key) for each in stages.picture_names(planned)):
+    if done is not None and all(publish.at_hand(root, each, key) for each in stages.picture_names(planned)):
         return done, False
     _make_room(planned.frame)
     if done is not None:  # pictures that were deleted are made again
@@ -282,10 +282,10 @@ def _publish_pictures(
     """Publish what people look at, as far as it is lacking: the pyramid of a heatmap for viewers, and its overlay."""
     receipt_facts = facts("overlay", planned.slide_id)
     preview, overlay = stages.picture_names(planned)
-    if publish.done(root, preview, key) is None:
+    if publish.at_hand(root, preview, key) is None:
         with publish.publishing(root, preview, key, receipt_facts, publish.accept) as attempt, attempt.timed("write"):
             pyramid.write_preview(attempt.path, heat, um_px=_cell_um(planned.frame))
-    if publish.done(root, overlay, key) is not None:
+    if publish.at_hand(root, overlay, key) is not None:
         return
     with publish.publishing(root, overlay, key, receipt_facts, publish.accept) as attempt:
         with reading.open_planned(root, planned) as opened:
