@@ -156,7 +156,7 @@ def count(plan_path: Path, config: RunConfig) -> Counted:
         due = {stage: made.tasks_of(stage, slide) for stage in stages.LINE if stages.is_due(made, stage, slide)}
         lacking: Tasks = {}
         for stage, places in due.items():
-            left = [place for place in places if publish.read_receipt(root, stages.product(made, stage, place)) is None]
+            left = [place for place in places if not publish.is_there(root, stages.product(made, stage, place))]
             tasks[stage] += len(places)
             done[stage] += len(places) - len(left)
             lacking[stage] = {place: shards.units(made, stage, place) for place in left}

@@ -58,7 +58,7 @@ def _retry(arguments: Sequence[str]) -> int:
     root = parser.parse_args(arguments).run
     told = publish.generations(root, "cases.json")
     if not told:
-        raise InputError("it holds no run", "name the out= folder of a run", path=root)
+        raise InputError("it holds no cases.json", "name the out= folder of a run, or start it as at first", path=root)
     config, _ = ingest.read_cases(told[-1])
     summary = start(config.model_copy(update={"out": root}))
     terminal.say(summary.text)

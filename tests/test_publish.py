@@ -113,6 +113,21 @@ def test_damage_to_a_published_file_is_noticed(tmp_path: Path, damage, message: 
     assert "delete" in str(caught.value)
 
 
+def test_what_is_made_again_has_the_bytes_that_others_were_computed_from(tmp_path: Path) -> None:
+    """The receipt of a file that was deleted stands for them: other bytes are refused, with a way out that works."""
+    receipt = make(tmp_path)
+    (tmp_path / "a/b.bin").unlink()
+    with pytest.raises(IntegrityError, match="it has other bytes") as caught:
+        make(tmp_path, b"other")
+    assert f"delete {publish.receipt_path(tmp_path, 'a/b.bin')}, then" in str(caught.value)
+    make(tmp_path)
+    assert publish.done(tmp_path, "a/b.bin", KEY) == receipt
+    (tmp_path / "a/b.bin").unlink()
+    publish.receipt_path(tmp_path, "a/b.bin").unlink()
+    make(tmp_path, b"other")
+    assert published(tmp_path)["a/b.bin"] == b"other"
+
+
 def test_another_key_is_never_taken_for_the_same_work(tmp_path: Path) -> None:
     """A file made with other settings is refused, not reused."""
     make(tmp_path)

@@ -198,6 +198,9 @@ def recalibrate(prob: ArrayLike, positives: ArrayLike, n: ArrayLike) -> Fit:
     if note:
         return Fit(_NONE, _NONE, float(in_the_large), note)
     found, covariance = _newton(np.column_stack([ones, logit]), np.zeros(len(p)), y, size)
+    if not np.isfinite(covariance).all():
+        note = "the outcomes are all but separated: the likelihood has no maximum that can be told from infinity"
+        return Fit(_NONE, _NONE, float(in_the_large), note)
     half = Z95 * np.sqrt(np.diag(covariance))
     intercept, slope = (
         Estimate(*ends) for ends in zip(found.tolist(), (found - half).tolist(), (found + half).tolist(), strict=True)

@@ -104,8 +104,8 @@ def _sample(root: Path, made: Plan, index: int, wanted: int) -> _Sample:
     seeds = [publish.key_of(slide=planned.key, block=number) for number in chosen]
     each = -(-wanted // max(1, len(chosen)))
     places = [certificate.draw(seed, among=len(found), wanted=each) for seed, found in zip(seeds, scores, strict=True)]
-    parts = list(reading.read_planned(root, made, planned, chosen))
-    return _Sample(parts, places, scores)
+    with reading.planned_blocks(root, made, planned, chosen) as parts:
+        return _Sample(list(parts), places, scores)
 
 
 def _block_scores(root: Path, made: Plan, index: int, number: int) -> NDArray[np.float32]:

@@ -2,6 +2,7 @@
 
     WsiflowError                50  a defect of wsiflow itself
     +-- InputError              20  a slide, manifest, annotation, model or setting is wrong
+    |   +-- Rewritten               a slide was written while it was read
     +-- EnvironmentFault        30  disk, permission, memory, scheduler
     +-- IntegrityError          40  a published file differs from what its receipt says
 
@@ -63,6 +64,10 @@ class InputError(WsiflowError):
     """A slide, manifest, annotation, model card or setting cannot be used as it is."""
 
     exit_code = 20
+
+
+class Rewritten(InputError):
+    """A slide was written while it was read: what was read of it may be of no one content, whatever it holds now."""
 
 
 class EnvironmentFault(WsiflowError):

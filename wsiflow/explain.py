@@ -58,7 +58,7 @@ def _stage(root: Path, made: Plan, stage: str, slide: int, number: str) -> Itera
     elif len(indices) == 1:
         yield from _file(root, made, stage, indices[0])
     else:
-        there = sum(publish.read_receipt(root, stages.product(made, stage, index)) is not None for index in indices)
+        there = sum(publish.is_there(root, stages.product(made, stage, index)) for index in indices)
         yield f"{stage}: {there} of {len(indices)} published"
 
 
@@ -69,7 +69,8 @@ def _file(root: Path, made: Plan, stage: str, index: int) -> Iterator[str]:
         due = stages.is_due(made, stage, made.task(stage, index).slide)
         yield f"{stage}: {name} is not published{'' if due else ', and is not asked for'}"
         return
-    yield f"{stage}: {name} published {receipt['ended']} on {receipt['host']}, {receipt['wall_s']:.1f} s"
+    gone = "" if (root / name).exists() else ", and was deleted since"
+    yield f"{stage}: {name} published {receipt['ended']} on {receipt['host']}, {receipt['wall_s']:.1f} s{gone}"
     yield f"  key {receipt['key'][:12]}, SHA-256 {receipt['sha256'][:12]}, {receipt['bytes']} bytes"
     if stage == "predict":
         wanted = plan.task_key(root, made, made.task(stage, index))

@@ -23,7 +23,7 @@ from wsiflow.executor import Outcome
 from wsiflow.geometry import Frame
 from wsiflow.model import card
 from wsiflow.model.choice import Choice
-from wsiflow.plan import Plan, SlidePlan
+from wsiflow.plan import Plan, SlideCut, SlidePlan
 from wsiflow.provenance import facts
 from wsiflow.reread import remembered
 from wsiflow.sharing import Place
@@ -58,9 +58,13 @@ def ingest(source: Path, index: int) -> tuple[publish.Receipt, bool]:
     if done is not None:
         check_unchanged(root, case.slide_id, case.path)
         _check_manifest_sha256(case, _record(root, case.slide_id)["sha256"])
+        if any(publish.at_hand(root, each, key) is None for each in _names(case)[1:]):  # deleted: made again
+            looked, _ = _looked(case, config)
+            frame = _framed(looked["frame"], config, sizes["tiles"])
+            cut = plan.make_cut(plan.tissue_grid(looked["tile_runs"]), frame, group_tiles=config.tiles.group_tiles)
+            _publish_beside(root, case, looked, cut, key)
         return done, False
-    receipt_facts = facts("tissue", case.slide_id)
-    with publish.publishing(root, name, key, receipt_facts, publish.accept) as attempt:
+    with publish.publishing(root, name, key, facts("tissue", case.slide_id), publish.accept) as attempt:
         looked, elsewhere = _looked(case, config)
         if elsewhere is not None:
             attempt.charge(elsewhere)
@@ -79,14 +83,26 @@ def ingest(source: Path, index: int) -> tuple[publish.Receipt, bool]:
             "n_groups": len(cut.group_ranges),
             "key": plan.slide_key(sha256, frame, cut),
         }
-        png, outline = base64.b64decode(looked["mask_png"]), looked["outline"].encode()
         with attempt.uncounted():
-            publish.publish_bytes(root, f"tissue/{case.slide_id}.png", png, key, receipt_facts)
-            publish.publish_bytes(root, f"tissue/{case.slide_id}.geojson", outline, key, receipt_facts)
-            text = json.dumps(cut.as_dict(), separators=(",", ":"))
-            publish.publish_bytes(root, plan.cut_name(case.slide_id), text.encode(), key, receipt_facts)
+            _publish_beside(root, case, looked, cut, key)
         attempt.path.write_text(json.dumps(record), encoding="utf-8")
     return attempt.receipt, True
+
+
+def _names(case: Case) -> list[str]:
+    """Return the names of what is published of a slide before the plan: its record, mask, outline and cut."""
+    return [*(f"tissue/{case.slide_id}.{kind}" for kind in ("json", "png", "geojson")), plan.cut_name(case.slide_id)]
+
+
+def _publish_beside(root: Path, case: Case, looked: Mapping[str, Any], cut: SlideCut, key: str) -> None:
+    """Publish a slide's mask, outline and cut, as far as they are lacking."""
+    documents = (
+        base64.b64decode(looked["mask_png"]),
+        looked["outline"].encode(),
+        json.dumps(cut.as_dict(), separators=(",", ":")).encode(),
+    )
+    for name, data in zip(_names(case)[1:], documents, strict=True):
+        publish.publish_bytes(root, name, data, key, facts("tissue", case.slide_id))
 
 
 def shared_folder(root: Path) -> Path | None:
@@ -100,7 +116,7 @@ def _looked(case: Case, config: RunConfig) -> tuple[dict[str, Any], publish.Rece
     if config.share is None:
         return _look(case, config), None
     # The content is hashed by who looks first; whether it is still that file, its names, sizes and times tell.
-    seen = {"path": str(case.path), "signature": identity.signature(case.path), "mpp": case.mpp}
+    seen = {"path": str(case.path), "stamp": identity.stamp(case.path), "mpp": case.mpp}
     key = publish.key_of(**seen, frame=_frame_settings(config), tissue=config.tissue.model_dump())
     address = Place(config.share, config.share, f"look/{case.slide_id}", key).address
     receipt = sharing.found(config.share, address)
@@ -124,13 +140,15 @@ def _look(case: Case, config: RunConfig) -> dict[str, Any]:
     Returns:
         Plain JSON values; ``frame`` is the transform as far as it is known without strides and blocks.
     """
-    signature = identity.signature(case.path)
-    with slide.open_slide(case.path, slide_id=case.slide_id) as opened:
-        um_px = slide.resolve_mpp(opened.facts, case.mpp)
-        mask, downsample, tissue_grid, frame = _tiles(opened, um_px, config)
-        corner = opened.facts.l0_bounds_corner
+    with identity.unwritten(case.path, case.slide_id):  # hash and overview are of one content
+        signature = identity.signature(case.path)
+        with slide.open_slide(case.path, slide_id=case.slide_id) as opened:
+            um_px = slide.resolve_mpp(opened.facts, case.mpp)
+            mask, downsample, tissue_grid, frame = _tiles(opened, um_px, config)
+            corner = opened.facts.l0_bounds_corner
+        sha256 = identity.sha256(case.path)
     return {
-        "sha256": identity.sha256(case.path),
+        "sha256": sha256,
         "signature": signature,
         "um_px_l0": um_px,
         "downsample": downsample,
@@ -148,9 +166,9 @@ def is_chosen(source: Path) -> bool:
 
 
 def is_ingested(source: Path, index: int) -> bool:
-    """Tell whether a case's record is published."""
+    """Tell whether all that is published of a case before the plan is there."""
     _, cases = read_cases(source)
-    return publish.read_receipt(source.parent, f"tissue/{cases[index].slide_id}.json") is not None
+    return all(publish.is_there(source.parent, name) for name in _names(cases[index]))
 
 
 def check_model(config: RunConfig) -> None:
@@ -313,7 +331,7 @@ def check_unchanged(root: Path, slide_id: str, path: Path) -> None:
     record = _record(root, slide_id)
     if identity.signature(path) == record["signature"]:
         return
-    sha256 = identity.sha256(path)
+    sha256 = identity.settled_sha256(path)
     if sha256 != record["sha256"]:
         cause = f"its content has changed since the run was planned (SHA-256 {sha256}, was {record['sha256']})"
         raise InputError(cause, "restore it, or choose another out= folder", slide=slide_id, path=path)

@@ -23,7 +23,7 @@ class Ledger(NamedTuple):
 
 
 def balance(root: Path, made: Plan) -> Ledger:
-    """Count what the disk says: the groups' receipts, nothing an orchestrator remembers.
+    """Count what the disk says: the groups' files and receipts, nothing an orchestrator remembers.
 
     A folder holds one set of settings, and a receipt of its own for every file, so the names tell; keys and hashes are
     compared by whoever reads a group's scores.
@@ -34,10 +34,15 @@ def balance(root: Path, made: Plan) -> Ledger:
 
 
 def groups_there(root: Path, planned: SlidePlan) -> set[str]:
-    """Return the names of the receipts of a slide's groups: one look at one folder."""
-    folder = root / publish.RECEIPTS / f"predictions/{planned.slide_id}"
+    """Return the names of a slide's groups that are published and were not deleted: one look at each of two folders."""
+    name = f"predictions/{planned.slide_id}"
+    told = {receipt.removesuffix(".json") for receipt in _names(root / publish.RECEIPTS / name)}
+    return told & _names(root / name) & {f"t{k}.h5" for k in range(1, planned.n_groups + 1)}
+
+
+def _names(folder: Path) -> set[str]:
     try:
         with os.scandir(folder) as found:
-            return {item.name for item in found} & {f"t{k}.h5.json" for k in range(1, planned.n_groups + 1)}
+            return {item.name for item in found}
     except FileNotFoundError:
         return set()

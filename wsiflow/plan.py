@@ -324,7 +324,8 @@ def _document(plan: Plan) -> bytes:
 
 
 def _check_succession(root: Path, former: Plan, plan: Plan) -> None:
-    changed = sorted(_differences(former.settings, plan.settings))
+    settings = json.loads(json.dumps(plan.settings))  # as the former ones were read: without tuples
+    changed = sorted(_differences(former.settings, settings))
     if changed:
         cause = f"the folder holds a run with other settings: {', '.join(changed)}"
         raise InputError(cause, "choose another out= folder", path=root)

@@ -6,7 +6,9 @@ that of any number of attempts exactly one wins; then its receipt, published the
 replaced and never opened for writing.
 
 A file is *done* when its receipt exists, names the key that is asked for, and the file's size and SHA-256 are those of
-the receipt. A loser of the race compares hashes: equal is success, different is an `IntegrityError` and both are kept.
+the receipt. Where a file that others are computed from was deleted, that is told; what is made from others alone, or
+may be deleted to save space, is made again, and must have the bytes that its receipt names. A loser of the race
+compares hashes: equal is success, different is an `IntegrityError` and both are kept.
 
 Every change to the file system goes through `_effect`, so that a test can end the process before any one of them.
 """
@@ -97,6 +99,20 @@ def done(root: Path, name: str, key: str) -> Receipt | None:
         )
     check(root, receipt)
     return receipt
+
+
+def at_hand(root: Path, name: str, key: str) -> Receipt | None:
+    """Like `done`, of what can be made again at any time: None where the file was deleted."""
+    return done(root, name, key) if (root / name).exists() else None
+
+
+def is_there(root: Path, name: str) -> bool:
+    """Tell whether ``name`` is published and still has its size: a look, no proof."""
+    receipt = read_receipt(root, name)
+    try:
+        return receipt is not None and (root / name).stat().st_size == receipt["bytes"]
+    except OSError:
+        return False
 
 
 def check(root: Path, receipt: Receipt, *, largest: int | None = None) -> None:
@@ -245,6 +261,7 @@ def adopt(root: Path, name: str, source: Path, receipt: Receipt) -> Receipt:
 def _give_name(root: Path, name: str, path: Path, receipt: Receipt) -> None:
     """Give the file of an attempt its final name, and publish its receipt."""
     final = root / name
+    _require_former(root, name, path, receipt)
     _make_folder(final.parent)
     _link(path, final, receipt["sha256"])
     note = path.with_name("receipt.json")
@@ -255,9 +272,19 @@ def _give_name(root: Path, name: str, path: Path, receipt: Receipt) -> None:
     _forget(path.parent)
 
 
+def _require_former(root: Path, name: str, path: Path, receipt: Receipt) -> None:
+    """Refuse to make a file that was deleted with other bytes than it had: others were computed from those."""
+    former = None if (root / name).exists() else read_receipt(root, name)
+    if former is None or (former["sha256"], former["key"]) == (receipt["sha256"], receipt["key"]):
+        return
+    _forget(path.parent)
+    cause = f"it was deleted, and made again it has other bytes (SHA-256 {receipt['sha256'][:12]}) or another key"
+    raise IntegrityError(cause, f"delete {receipt_path(root, name)}, then run again", path=root / name)
+
+
 def publish_bytes(root: Path, name: str, data: bytes, key: str, facts: Mapping[str, Any]) -> Receipt:
     """Publish a small file whose bytes are at hand, unless it is done already, and return its receipt."""
-    receipt = done(root, name, key)
+    receipt = at_hand(root, name, key)
     if receipt is not None:
         return receipt
     with publishing(root, name, key, facts, accept) as attempt, attempt.timed("write"):

@@ -4,30 +4,40 @@ Everything that needs a block's pixels (prediction, its certificate, calibration
 same.
 """
 
+import contextlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from wsiflow import geometry, ingest, plan, publish, slide, stain, store
+from wsiflow import geometry, identity, ingest, plan, publish, slide, stain, store
 from wsiflow.errors import IntegrityError
 from wsiflow.geometry import Frame
 from wsiflow.plan import Plan, SlidePlan
 from wsiflow.throughput import Timer, untimed
 from wsiflow.tiles import Block
 
+_AnyPixels = TypeVar("_AnyPixels")
 
-def open_planned(root: Path, planned: SlidePlan) -> slide.Slide:
-    """Open a planned slide, unless it is no longer the one that was planned.
+
+@contextlib.contextmanager
+def open_planned(root: Path, planned: SlidePlan) -> Iterator[slide.Slide]:
+    """Open a planned slide, unless it is no longer the one that was planned, and see that it stays so to the end.
+
+    Whoever reads a planned slide does it in here, and publishes nothing before this has ended.
 
     Raises:
         InputError: Its content has changed, or it cannot be opened.
+        Rewritten: It was written while it was read.
     """
     path = Path(planned.path)
-    ingest.check_unchanged(root, planned.slide_id, path)
-    return slide.open_slide(path, slide_id=planned.slide_id)
+    with identity.unwritten(path, planned.slide_id):
+        ingest.check_unchanged(root, planned.slide_id, path)
+        with slide.open_slide(path, slide_id=planned.slide_id) as opened:
+            yield opened
 
 
 def block_size_px(frame: Frame, block: Block) -> tuple[int, int]:
@@ -52,6 +62,16 @@ def read_slide(opened: slide.Slide, frame: Frame, blocks: Sequence[Block]) -> It
         rows, cols = block_size_px(frame, block)
         region = opened.read_scaled(*origin, (cols, rows), l0_per_px=frame.l0_per_px)
         yield region.rgb, region.transparent
+
+
+def timed_reads(parts: Iterator[_AnyPixels], timed: Timer) -> Iterator[_AnyPixels]:
+    """Count the seconds that blocks take to be read as those of ``read``, whatever happens between them."""
+    while True:
+        with timed("read"):
+            part = next(parts, None)
+        if part is None:
+            return
+        yield part
 
 
 class Colours:
@@ -119,15 +139,16 @@ def tissue_sample(root: Path, planned: SlidePlan, params: stain.StainParams) -> 
     return stain.sample(np.stack(found), None, params)
 
 
-def read_planned(
+@contextlib.contextmanager
+def planned_blocks(
     root: Path,
     made: Plan,
     planned: SlidePlan,
     wanted: Sequence[int],
     timed: Timer = untimed,
     colours: Colours | None = None,
-) -> Iterator[tuple[Block, NDArray[np.uint8]]]:
-    """Yield blocks of a slide with the pixels the network is to see.
+) -> Iterator[Iterator[tuple[Block, NDArray[np.uint8]]]]:
+    """Open what holds the pixels of a planned slide, as long as the body reads blocks of it.
 
     Args:
         root: The run's folder.
@@ -138,32 +159,39 @@ def read_planned(
         colours: The slide's colours, for a caller that wants to know what failed.
 
     Yields:
-        The block and uint8 (rows, cols, 3).
+        An iterator over each block and what the network is to see of it, uint8 (rows, cols, 3).
 
     Raises:
-        InputError: The slide has changed or cannot be read, or its colours cannot be normalised.
+        InputError: The slide has changed, changes or cannot be read, or its colours cannot be normalised.
         IntegrityError: The store is damaged.
     """
     if not wanted:
+        yield iter(())
         return
-    blocks, colours = plan.read_cut(root, planned).blocks, colours or Colours(root, made, planned)
-    parts = _raw(root, made, planned, wanted)
-    for index in wanted:
-        with timed("read"):
-            pixels = next(parts)
+    cut, colours = plan.read_cut(root, planned), colours or Colours(root, made, planned)
+    blocks = [cut.blocks[index] for index in wanted]
+    with contextlib.ExitStack() as held:
+        parts = _stored(root, made, planned, wanted)
+        if made.work["store"]["kind"] == "none":
+            with timed("read"):
+                opened = held.enter_context(open_planned(root, planned))
+            parts = (pixels for pixels, _ in read_slide(opened, planned.frame, blocks))
+        yield _normalised(planned.frame, zip(blocks, timed_reads(parts, timed), strict=True), timed, colours)
+
+
+def _normalised(
+    frame: Frame, parts: Iterable[tuple[Block, NDArray[np.uint8]]], timed: Timer, colours: Colours
+) -> Iterator[tuple[Block, NDArray[np.uint8]]]:
+    """Yield blocks with their colours normalised."""
+    for block, pixels in parts:
         with timed("stain"):
-            pixels = colours.normalised(planned.frame, blocks[index], pixels)
-        yield blocks[index], pixels
+            normal = colours.normalised(frame, block, pixels)
+        yield block, normal
 
 
-def _raw(root: Path, made: Plan, planned: SlidePlan, wanted: Sequence[int]) -> Iterator[NDArray[np.uint8]]:
-    """Yield the pixels of blocks as they were read."""
+def _stored(root: Path, made: Plan, planned: SlidePlan, wanted: Sequence[int]) -> Iterator[NDArray[np.uint8]]:
+    """Yield the pixels of blocks as they were stored."""
     cut = plan.read_cut(root, planned)
-    if made.work["store"]["kind"] == "none":
-        with open_planned(root, planned) as opened:
-            for pixels, _ in read_slide(opened, planned.frame, [cut.blocks[index] for index in wanted]):
-                yield pixels
-        return
     for k, (lo, hi) in enumerate(cut.group_ranges, 1):
         inside = [index - lo for index in wanted if lo <= index < hi]
         if not inside:

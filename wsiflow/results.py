@@ -296,7 +296,7 @@ def _evaluate(root: Path, view: str, config: RunConfig, made: Plan, statuses: Se
     key = publish.key_of(settings=made.settings, detections=detections, truth=truth, patients=patients)
     evaluated = Evaluated(key, root / "evaluations" / key[:12])
     names = ("scores.json", "cases.csv", "froc.json", "roc.json", "matches.json", "froc.png", "roc.png")
-    if any(publish.done(root, f"evaluations/{key[:12]}/{name}", key) is None for name in names):
+    if any(publish.at_hand(root, f"evaluations/{key[:12]}/{name}", key) is None for name in names):
         found = (_found(root, made, i, cases[slide_id], config) for slide_id, i in slides.items())
         scores = evaluation.evaluate_cases(found, config.evaluation, seed=config.seed)
         documents = {name: text.encode() for name, text in evaluation.documents(scores).items()}

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wsiflow import certificate, ingest, plan, publish, reading, store, usage
-from wsiflow.errors import EnvironmentFault, InputError, IntegrityError, WsiflowError
+from wsiflow.errors import EnvironmentFault, InputError, IntegrityError, Rewritten, WsiflowError
 from wsiflow.geometry import Frame
 from wsiflow.model import card
 from wsiflow.model.choice import Choice
@@ -79,8 +79,8 @@ def predict(source: Path, index: int) -> tuple[publish.Receipt, bool]:
     }
     with publish.publishing(root, name, key, receipt_facts, verify) as attempt:
         wanted, colours = range(*cut.group_ranges[task.group - 1]), reading.Colours(root, made, planned)
-        parts = reading.read_planned(root, made, planned, wanted, attempt.timed, colours)
-        prob, windows = score.score(frame, parts, attempt.timed)
+        with reading.planned_blocks(root, made, planned, wanted, attempt.timed, colours) as parts:
+            prob, windows = score.score(frame, parts, attempt.timed)
         attempt.receipt["stain_failures"] = colours.failures
         if planned_choice(made).precision == "int8":
             attempt.receipt["calibration_sha256"] = publish.file_sha256(root / calibration(root, made).name)
@@ -254,8 +254,11 @@ def _calibration_samples(root: Path, made: Plan) -> Iterator[NDArray[np.uint8]]:
         each = -(-CALIBRATION_BLOCKS // len(slides))
         wanted = certificate.draw(planned.key, among=planned.n_blocks, wanted=each).tolist()
         try:
-            parts = list(reading.read_planned(root, made, planned, wanted))
+            with reading.planned_blocks(root, made, planned, wanted) as parts:
+                found = list(parts)
+        except Rewritten:
+            raise
         except WsiflowError:
             continue
-        for block, pixels in parts:
+        for block, pixels in found:
             yield scorer.sample(planned.frame, block, pixels, planned_choice(made))

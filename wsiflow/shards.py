@@ -312,7 +312,7 @@ def _checked(outcome: Outcome, stage: str, key: str) -> Outcome:
 
 
 def _published(root: Path, made: Plan, stage: str, index: int, key: str) -> publish.Receipt | None:
-    """Return the receipt of what a task publishes, where it is published under the key of the plan and whole.
+    """Return the receipt of what a task publishes, where all of it is published under the plan's key and whole.
 
     Bulk files are only looked at: whoever reads them compares every byte with its receipt or checksum.
     """
@@ -321,19 +321,27 @@ def _published(root: Path, made: Plan, stage: str, index: int, key: str) -> publ
         receipt = publish.read_receipt(root, name)
         if receipt is not None and receipt["key"] != key:
             return None
+        if not all(publish.is_there(root, each) for each in (name, *stages.beside(made, stage, index))):
+            return None
         if receipt is not None and stage not in _BULK:
             publish.check(root, receipt)
             if stage == "certify" and not certify.passes(root, made, index):
                 return None
-        elif receipt is not None and (root / name).stat().st_size != receipt["bytes"]:
-            return None
     except (IntegrityError, OSError):
         return None  # the task itself tells what is wrong
     return receipt
 
 
+def is_spare(root: Path, made: Plan, name: str) -> bool:
+    """Tell whether a run can do without a published file: pixels of a slide whose scores are there."""
+    for index, planned in enumerate(made.slides):
+        if name == f"patches/{planned.slide_id}.h5" or name.startswith(f"patches/{planned.slide_id}/"):
+            return _is_scored(root, made, index)
+    return False
+
+
 def _is_scored(root: Path, made: Plan, index: int) -> bool:
     planned = made.slides[index]
     certificate = certify.certificate_name(planned)
-    certified = not certify.is_needed(made) or publish.read_receipt(root, certificate) is not None
+    certified = not certify.is_needed(made) or publish.is_there(root, certificate)
     return certified and len(ledger.groups_there(root, planned)) == planned.n_groups

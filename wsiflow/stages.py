@@ -6,7 +6,7 @@ from pathlib import Path
 from wsiflow import certify, plan, publish, reading, scoring, store
 from wsiflow.errors import IntegrityError
 from wsiflow.lesions import LesionParams
-from wsiflow.plan import Plan, Task
+from wsiflow.plan import Plan, SlidePlan, Task
 
 #: Stages after the plan, in order.
 LINE = ("stain", "extract", "index", "predict", "certify", "stitch", "detect")
@@ -22,6 +22,16 @@ def is_due(made: Plan, stage: str, slide: int) -> bool:
     if stage == "stain":
         return reading.fits_slides(reading.stain_params(made)) and made.slides[slide].n_tiles > 0
     return stage != "certify" or certify.is_needed(made)
+
+
+def beside(made: Plan, stage: str, index: int) -> list[str]:
+    """Return the names of what a task publishes beside its product, for people to look at."""
+    return picture_names(made.slides[index]) if stage == "detect" else []
+
+
+def picture_names(planned: SlidePlan) -> list[str]:
+    """Return the names of the pictures of a slide's heatmap: the pyramid for viewers, and the overlay."""
+    return [f"heatmaps/{planned.slide_id}.preview.tif", f"heatmaps/{planned.slide_id}.png"]
 
 
 def product(made: Plan, stage: str, index: int) -> str:

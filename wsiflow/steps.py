@@ -40,10 +40,10 @@ from wsiflow import (
     stain,
     store,
 )
-from wsiflow.errors import InputError, IntegrityError, WsiflowError
+from wsiflow.errors import InputError, IntegrityError, Rewritten, WsiflowError
 from wsiflow.executor import Outcome
 from wsiflow.geometry import Frame
-from wsiflow.plan import SlidePlan, Task
+from wsiflow.plan import Plan, SlidePlan, Task
 from wsiflow.provenance import facts
 from wsiflow.sharing import Place
 from wsiflow.usage import Meter
@@ -69,7 +69,10 @@ def run_task(source: Path, stage: str, index: int) -> Outcome:
         index: The task's place in its stage: a case, slide, part or group.
     """
     try:
-        receipt, executed = STAGES[stage](source, index)
+        try:
+            receipt, executed = STAGES[stage](source, index)
+        except Rewritten:  # a new link or owner would do, and a copy may have ended: what was read is read again, once
+            receipt, executed = STAGES[stage](source, index)
     except WsiflowError as error:
         return Outcome(index, None, executed=True, error=str(error.about(stage=stage)), exit_code=error.exit_code)
     except (OSError, MemoryError) as error:
@@ -99,8 +102,8 @@ def fit_stain(source: Path, index: int) -> tuple[publish.Receipt, bool]:
     found: dict[str, Any] = {"fit": None, "failure": ""}
     with sharing.publishing(place, facts("stain", planned.slide_id), publish.accept) as attempt:
         with attempt.timed("stain"):
+            pixels = reading.tissue_sample(root, planned, params)  # a slide that cannot be read is no slide in grey
             try:
-                pixels = reading.tissue_sample(root, planned, params)
                 found["fit"] = dataclasses.asdict(stain.fit(pixels, params))
             except InputError as error:
                 if params.on_failure == "fail":
@@ -139,7 +142,7 @@ def extract(source: Path, index: int) -> tuple[publish.Receipt, bool]:
             store.create_patches(attempt.path, frame, _described(planned, key, receipt_facts), params) as writer,
         ):
             for k, group in groups.items():
-                parts = _timed_reads(attempt, reading.read_slide(opened, frame, group))
+                parts = reading.timed_reads(reading.read_slide(opened, frame, group), attempt.timed)
                 writer.add_group(k, reading.block_coord(frame, group), parts)
             attempt.receipt["decoder"] = opened.decoder
         tiles = sum(len(block.tissue) for group in groups.values() for block in group)
@@ -164,7 +167,7 @@ def link_patches(source: Path, index: int) -> tuple[publish.Receipt, bool]:
     root, planned = source.parent, made.slides[index]
     parts = {reading.part_name(planned, j): made.part(index, j) for j in range(1, made.n_parts(index) + 1)}
     name, key = f"patches/{planned.slide_id}.h5", stages.key(root, made, "index", index)
-    done = publish.done(root, name, key)
+    done = publish.at_hand(root, name, key)
     if done is not None:
         return done, False
     receipt_facts = facts("index", planned.slide_id)
@@ -173,16 +176,6 @@ def link_patches(source: Path, index: int) -> tuple[publish.Receipt, bool]:
         links = {f"{planned.slide_id}/{Path(part).name}": groups for part, groups in parts.items()}
         store.write_index(attempt.path, planned.frame, described, links)
     return attempt.receipt, True
-
-
-def _timed_reads(attempt: publish.Attempt, parts: Iterator[store.Pixels]) -> Iterator[store.Pixels]:
-    """Read blocks, counting the time as reading and not as the writing it happens inside of."""
-    while True:
-        with attempt.timed("read"):
-            part = next(parts, None)
-        if part is None:
-            return
-        yield part
 
 
 def stitch(source: Path, index: int) -> tuple[publish.Receipt, bool]:
@@ -248,32 +241,40 @@ def detect(source: Path, index: int) -> tuple[publish.Receipt, bool]:
     root, planned = source.parent, made.slides[index]
     name, key = f"detections/{planned.slide_id}.csv", stages.key(root, made, "detect", index)
     done = publish.done(root, name, key)
-    if done is not None:
+    if done is not None and all(publish.at_hand(root, each, key) for each in stages.picture_names(planned)):
         return done, False
     _make_room(planned.frame)
+    if done is not None:  # pictures that were deleted are made again
+        _publish_pictures(root, planned, *_detected(root, made, index), key)
+        return done, False
     with publish.publishing(root, name, key, facts("detections", planned.slide_id), publish.accept) as attempt:
-        heat, _ = pyramid.read_heatmap(root / stages.product(made, "stitch", index))
-        found = lesions.detect(heat, stages.lesion_params(made), cell_um=_cell_um(planned.frame))
-        l0 = np.column_stack([found[:, 0], geometry.l0_from_h(planned.frame, found[:, 1:3])])
+        heat, l0 = _detected(root, made, index)
         with attempt.uncounted():
             _publish_pictures(root, planned, heat, l0, key)
         attempt.path.write_text(evaluation.format_detections(l0), encoding="utf-8", newline="")
     return attempt.receipt, True
 
 
+def _detected(root: Path, made: Plan, index: int) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
+    """Return a slide's heatmap, and the detections on it: prob, x, y in level-0 px."""
+    frame = made.slides[index].frame
+    heat, _ = pyramid.read_heatmap(root / stages.product(made, "stitch", index))
+    found = lesions.detect(heat, stages.lesion_params(made), cell_um=_cell_um(frame))
+    return heat, np.column_stack([found[:, 0], geometry.l0_from_h(frame, found[:, 1:3])])
+
+
 def _publish_pictures(
     root: Path, planned: SlidePlan, heat: NDArray[np.float32], detections: NDArray[np.float64], key: str
 ) -> None:
-    """Publish what people look at: ``heatmaps/<slide>.preview.tif`` and the overlay ``heatmaps/<slide>.png``."""
+    """Publish what people look at, as far as it is lacking: the pyramid of a heatmap for viewers, and its overlay."""
     receipt_facts = facts("overlay", planned.slide_id)
-    name = f"heatmaps/{planned.slide_id}.preview.tif"
-    if publish.done(root, name, key) is None:
-        with publish.publishing(root, name, key, receipt_facts, publish.accept) as attempt, attempt.timed("write"):
+    preview, overlay = stages.picture_names(planned)
+    if publish.at_hand(root, preview, key) is None:
+        with publish.publishing(root, preview, key, receipt_facts, publish.accept) as attempt, attempt.timed("write"):
             pyramid.write_preview(attempt.path, heat, um_px=_cell_um(planned.frame))
-    name = f"heatmaps/{planned.slide_id}.png"
-    if publish.done(root, name, key) is not None:
+    if publish.at_hand(root, overlay, key) is not None:
         return
-    with publish.publishing(root, name, key, receipt_facts, publish.accept) as attempt:
+    with publish.publishing(root, overlay, key, receipt_facts, publish.accept) as attempt:
         with reading.open_planned(root, planned) as opened:
             downsample = max(1.0, max(opened.facts.l0_size_px) / _OVERLAY_SIDE_PX)
             overview = opened.overview(downsample)

@@ -1,0 +1,96 @@
+"""Whatever of a finished run is deleted is made again, with the same bytes: a stage is done when all of it is there."""
+
+import itertools
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from flows import run
+from wsiflow import cli, publish
+
+FAST = ["orchestrator=none", "tracking=off", "executor=inline", "inference.stride=56", "dense.windows=8"]
+
+
+def start(manifest: Path, out: Path) -> int:
+    given = ["dataset=manifest", f"dataset.manifest={manifest}", "dataset.limit=1", "stain=macenko"]
+    return run.main(["run", f"out={out}", *FAST, "evaluation.bootstrap=0", *given])
+
+
+def published(root: Path) -> dict[str, str]:
+    """Return the hash of every file that has a receipt, by name."""
+    receipts = (root / publish.RECEIPTS).rglob("*.json")
+    names = (str(path.relative_to(root / publish.RECEIPTS)).removesuffix(".json") for path in receipts)
+    return {name: publish.file_sha256(root / name) for name in names if (root / name).exists()}
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_slides: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run over one slide."""
+    root = tmp_path_factory.mktemp("deleted") / "run"
+    assert start(tiny_slides, root) == 0
+    return root
+
+
+def verified(root: Path) -> int:
+    return cli.main(["verify", str(root)])
+
+
+def test_what_is_deleted_is_made_again(tiny_slides: Path, finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What nothing else is computed from: the files, then by the advice of `verify`, then the receipts alone."""
+    before = published(finished)
+    leaves = [
+        name for name in before if name.endswith((".png", ".preview.tif", ".geojson")) or name.startswith("cuts/")
+    ]
+    assert len(leaves) == 7
+    for name in leaves:
+        (finished / name).unlink()
+    assert start(tiny_slides, finished) == 0
+    assert published(finished) == before
+    for name in leaves:
+        (finished / name).unlink()
+    capsys.readouterr()
+    assert verified(finished) == 40
+    advice = re.findall(r"; delete (\S+) and (\S+), then run again", capsys.readouterr().err)
+    assert len(advice) == len(leaves)
+    for each in itertools.chain(*advice):
+        Path(each).unlink(missing_ok=True)
+    assert start(tiny_slides, finished) == 0
+    assert published(finished) == before
+    for name in leaves:
+        publish.receipt_path(finished, name).unlink()
+    assert start(tiny_slides, finished) == 0
+    assert published(finished) == before
+    assert verified(finished) == 0
+
+
+@pytest.mark.parametrize("files_too", [False, True])
+def test_everything_can_be_made_again(tiny_slides: Path, finished: Path, files_too: bool) -> None:
+    """Every receipt of the run in one go, and every file with its receipt."""
+    before = published(finished)
+    for name in before:
+        publish.receipt_path(finished, name).unlink()
+        if files_too:
+            (finished / name).unlink()
+    assert start(tiny_slides, finished) == 0
+    assert published(finished) == before
+    assert verified(finished) == 0
+
+
+def test_pixels_that_are_scored_are_spare(
+    tiny_slides: Path, finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Deleting `patches/` to save space is all right; they are made again as soon as scores are to be."""
+    before = published(finished)
+    shutil.rmtree(finished / "patches")
+    assert start(tiny_slides, finished) == 0
+    assert not (finished / "patches").exists()
+    capsys.readouterr()
+    assert verified(finished) == 0
+    assert "2 files of pixels were deleted; nothing needs them" in capsys.readouterr().out
+    (finished / "predictions/a/t1.h5").unlink()
+    publish.receipt_path(finished, "predictions/a/t1.h5").unlink()
+    assert verified(finished) == 40
+    assert start(tiny_slides, finished) == 0
+    assert published(finished) == before
