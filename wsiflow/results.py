@@ -25,6 +25,7 @@ from wsiflow import (
     plan,
     publish,
     reading,
+    redaction,
     report,
     throughput,
     trace,
@@ -415,7 +416,8 @@ def _track(root: Path, folder: str, config: RunConfig, made: Plan, key: str, met
         tables={f"froc_{mode}.json": curves[mode] for mode in ("official", "strict")},
     )
     logged = tracking.log_run(config.tracking, record)
-    return f"MLflow     {config.tracking.uri} run {logged.run_id}" if logged.run_id else f"MLflow     {logged.reason}"
+    where = f"{redaction.without_secrets(config.tracking.uri)} run {logged.run_id}"
+    return f"MLflow     {where if logged.run_id else logged.reason}"
 
 
 def _machines(root: Path, config: RunConfig) -> dict[str, str]:
