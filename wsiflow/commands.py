@@ -84,12 +84,11 @@ def verify(arguments: argparse.Namespace) -> int:
     """Compare every published file of a run with its receipt."""
     from wsiflow import publish
 
-    receipts = sorted((arguments.run / publish.RECEIPTS).rglob("*.json"))
+    receipts = publish.receipt_names(arguments.run)
     if not receipts:
         raise InputError("it holds no receipts", "name the out= folder of a run", path=arguments.run)
     damaged = 0
-    for path in receipts:
-        name = str(path.relative_to(arguments.run / publish.RECEIPTS)).removesuffix(".json")
+    for name in receipts:
         try:
             publish.check(arguments.run, publish.read_receipt(arguments.run, name) or {"path": name})
         except IntegrityError as error:
