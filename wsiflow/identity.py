@@ -8,6 +8,7 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
+from wsiflow import faults
 from wsiflow.errors import EnvironmentFault, InputError
 
 COPY_AGAIN = "copy it again from its source, or remove its line"
@@ -51,8 +52,8 @@ def require_file(path: Path, slide_id: str = "") -> None:
         cause, remedy = "the slide file does not exist", "correct the path, or remove its line"
         raise InputError(cause, remedy, slide=slide_id, path=path) from error
     except OSError as error:
-        remedy = "check the permissions and the mount"
-        raise EnvironmentFault(f"the slide file is out of reach ({error.strerror})", remedy, path=path) from error
+        cause = f"the slide file is out of reach ({faults.cause(error)})"
+        raise EnvironmentFault(cause, faults.remedy(error), path=path) from error
     if stat.S_ISDIR(found.st_mode):
         remedy = "name a file (of DICOM any .dcm in the folder) in its line, or use dataset=folder"
         raise InputError("the path is a folder, not a slide file", remedy, slide=slide_id, path=path)
@@ -87,5 +88,5 @@ def _file_sha256(path: Path) -> str:
         with path.open("rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()
     except OSError as error:
-        cause = f"the slide file cannot be read ({error.strerror})"
-        raise EnvironmentFault(cause, "check the permissions and the mount", path=path) from error
+        cause = f"the slide file cannot be read ({faults.cause(error)})"
+        raise EnvironmentFault(cause, faults.remedy(error), path=path) from error

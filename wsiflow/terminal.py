@@ -7,12 +7,14 @@ import os
 import sys
 from collections.abc import Callable
 
-from wsiflow.errors import EnvironmentFault, WsiflowError
+from wsiflow import faults
+from wsiflow.errors import WsiflowError
+from wsiflow.redaction import without_secrets
 
 
 def say(text: str) -> None:
-    """Tell the user something."""
-    print(text, flush=True)  # noqa: T201 - the one place that prints
+    """Tell the user something, but no secret: what is printed ends in logs."""
+    print(without_secrets(text), flush=True)  # noqa: T201 - the one place that prints
 
 
 def report(error: WsiflowError) -> int:
@@ -33,7 +35,7 @@ def bounded(command: Callable[[], int]) -> int:
     except OSError as error:
         if "WSIFLOW_DEBUG" in os.environ:
             raise
-        return report(EnvironmentFault(str(error), "mend it and run again"))
+        return report(faults.fault(error))
     except Exception as error:
         if "WSIFLOW_DEBUG" in os.environ:
             raise
