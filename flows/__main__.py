@@ -3,9 +3,14 @@
 Commands that work on files alone start without Hydra and Prefect: an array job starts one for each of its elements.
 """
 
+import atexit
+import contextlib
 import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 
 _COMPOSED = {"plan", "run", "retry"}
 
@@ -13,6 +18,7 @@ _COMPOSED = {"plan", "run", "retry"}
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    give_home()
     if arguments and arguments[0] in _COMPOSED:
         from . import run
 
@@ -25,6 +31,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return cli.main(arguments, comparing.answer)
     return cli.main(arguments)
+
+
+def give_home() -> None:
+    """Give a user without a home a passing one: Prefect does not start without, as in containers run by any number."""
+    with contextlib.suppress(RuntimeError):
+        if Path.home().is_dir() and (Path.home() != Path("/") or os.access("/", os.W_OK)):
+            return
+    with contextlib.suppress(OSError):
+        os.environ["HOME"] = tempfile.mkdtemp(prefix="wsiflow-home-")
+        atexit.register(shutil.rmtree, os.environ["HOME"], ignore_errors=True)
 
 
 if __name__ == "__main__":
