@@ -1,7 +1,9 @@
 """What the system refuses is told with the file, the cause and a remedy that fits."""
 
 import errno
+import io
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -150,6 +152,14 @@ def test_a_command_names_what_was_refused(capsys: pytest.CaptureFixture[str], mo
 
     assert terminal.bounded(command) == 30
     assert capsys.readouterr().err == "wsiflow: /data/x: Read-only file system; mount it for writing, then run again\n"
+
+
+def test_a_stream_that_lacks_a_letter_is_told_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under an odd locale, or with a name that is no text: letters are written as numbers."""
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", out)
+    terminal.say("Präparat \udcff")
+    assert out.buffer.getvalue() == b"Pr\\xe4parat \\udcff\n"
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Secrets: what is taken out of settings and sentences, and what is left."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flows import run
+from wsiflow import ingest
 from wsiflow.errors import InputError
 from wsiflow.redaction import REDACTED, holds_redacted, redacted, redacted_list, without_secrets
 
@@ -128,3 +130,27 @@ def test_an_error_holds_no_secret() -> None:
             ["executor=dask_slurm", "tracking.uri=''", "tracking.experiment='api_key=canary'", "seed=-1"]
         )
     assert "canary" not in str(caught.value)
+
+
+def test_a_folder_keeps_no_secret_and_is_told_once(tmp_path: Path) -> None:
+    """A start, a retry with what the folder keeps, a folder of a former version: one more generation at most."""
+    config = run.compose_config([f"out={tmp_path / 'run'}", "tracking.uri='http://joe:canary@host'"])
+    root = config.out
+    ingest.write_cases(root, config, [])
+    kept, _ = ingest.read_cases(root / "cases.json")
+    assert kept.tracking.uri == f"http://{REDACTED}@host"
+    for again in (config, kept):
+        assert ingest.write_cases(root, again, []) == root / "cases.json"
+    assert not [path for path in root.rglob("*") if path.is_file() and b"canary" in path.read_bytes()]
+    (root / "cases.json").write_text((root / "cases.json").read_text().replace(REDACTED, "joe:canary"))
+    names = {ingest.write_cases(root, config, []).name for _ in range(2)}
+    assert names == {"cases.2.json"}
+    assert {path.name for path in root.glob("config*.yaml")} == {"config.yaml"}
+
+
+def test_a_retry_that_lacks_a_secret_of_its_workers_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A cluster that would be started with a wrong password is not: the command that began it knows the right one."""
+    given = ["executor=dask_slurm", "+executor.dask.cluster_kwargs.password=canary", f"out={tmp_path}"]
+    ingest.write_cases(tmp_path, run.compose_config(given), [])
+    assert run.main(["retry", str(tmp_path)]) == 20
+    assert "start it with the wsiflow run command that began it" in capsys.readouterr().err

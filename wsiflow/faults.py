@@ -107,8 +107,8 @@ def unreadable(error: OSError, what: str, advice: str, *, path: object, slide: s
     return EnvironmentFault(told, remedy(error), path=path, slide=slide)
 
 
-def of_workers(error: OSError) -> EnvironmentFault:
+def of_workers(error: OSError, otherwise: str = _AGAIN) -> EnvironmentFault:
     """Return the error of worker processes that cannot be started; their locks are files of the shared memory."""
     place = "/dev/shm" if number(error) in _OF_SEMAPHORES and not subject(error) else ""
     told = f"worker processes cannot be started ({cause(error)})"
-    return EnvironmentFault(told, remedy(error, "or take executor=inline"), path=subject(error) or place)
+    return EnvironmentFault(told, remedy(error, otherwise), path=subject(error) or place)
