@@ -4,6 +4,7 @@ Commands that work on files alone start without Hydra and Prefect: an array job 
 """
 
 import atexit
+import contextlib
 import os
 import shutil
 import sys
@@ -16,8 +17,8 @@ _COMPOSED = {"plan", "run", "retry"}
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code."""
-    _have_home()
     arguments = list(sys.argv[1:] if argv is None else argv)
+    give_home()
     if arguments and arguments[0] in _COMPOSED:
         from . import run
 
@@ -32,14 +33,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     return cli.main(arguments)
 
 
-def _have_home() -> None:
-    """Give a user without a home, as any user id in a container is, a passing one: libraries keep things there."""
-    try:
-        Path.home()
-    except RuntimeError:
-        passing = tempfile.mkdtemp(prefix="wsiflow-home-")
-        atexit.register(shutil.rmtree, passing, ignore_errors=True)
-        os.environ["HOME"] = passing
+def give_home() -> None:
+    """Give a user without a home a passing one: Prefect does not start without, as in containers run by any number."""
+    with contextlib.suppress(RuntimeError):
+        if Path.home().is_dir() and (Path.home() != Path("/") or os.access("/", os.W_OK)):
+            return
+    with contextlib.suppress(OSError):
+        os.environ["HOME"] = tempfile.mkdtemp(prefix="wsiflow-home-")
+        atexit.register(shutil.rmtree, os.environ["HOME"], ignore_errors=True)
 
 
 if __name__ == "__main__":

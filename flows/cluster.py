@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wsiflow import executor
+from wsiflow import executor, faults
 from wsiflow.errors import EnvironmentFault, InputError
 from wsiflow.executor import DaskParams, Executor, ExecutorParams
 from wsiflow.model.threads import allocated_cores
@@ -114,6 +114,8 @@ def _client(runner: "DaskTaskRunner", dask: DaskParams) -> "Client":
         cause = f"{name} refuses executor.dask.cluster_kwargs: {error}"
         raise InputError(cause, "see the keywords of its class", stage="configuration") from error
     except (OSError, RuntimeError) as error:
+        if isinstance(error, OSError) and faults.number(error) and not dask.cluster + dask.address:
+            raise faults.of_workers(error, "or take executor=inline") from error
         cause = f"no Dask scheduler answers at {dask.address}" if dask.address else f"{name} does not start"
         raise EnvironmentFault(f"{cause}: {error}", "see that it can be reached, then run again") from error
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from wsiflow import executor, ingest, measure, plan, publish, schedule, shards, simulation, stages, terminal
+from wsiflow import executor, faults, ingest, measure, plan, publish, schedule, shards, simulation, stages, terminal
 from wsiflow.config import RunConfig
 from wsiflow.errors import InputError
 from wsiflow.model.threads import allocated_cores, limit_threads
@@ -205,7 +205,9 @@ def _from_table(config: RunConfig, path: Path, share: float) -> Counted:
     try:
         with path.open(encoding="utf-8", newline="") as stream:
             boxes = [int(row["n_tiles_224"]) for row in csv.DictReader(stream)]
-    except (OSError, KeyError, ValueError) as error:
+    except OSError as error:
+        raise faults.unreadable(error, "it", "give a CSV with slide,n_tiles_224", path=path) from error
+    except (KeyError, ValueError) as error:
         raise InputError(
             f"it has no tile counts ({error!r})", "give a CSV with slide,n_tiles_224", path=path
         ) from error

@@ -18,7 +18,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from wsiflow import ingest, publish, terminal
+from wsiflow import ingest, publish, redaction, terminal
 from wsiflow.config import RunConfig, validate
 from wsiflow.errors import EnvironmentFault, InputError
 from wsiflow.results import Summary
@@ -60,6 +60,9 @@ def _retry(arguments: Sequence[str]) -> int:
     if not told:
         raise InputError("it holds no cases.json", "name the out= folder of a run, or start it as at first", path=root)
     config, _ = ingest.read_cases(told[-1])
+    if redaction.holds_redacted(config.executor.model_dump()):
+        cause = "executor settings hold a secret, which the folder does not keep"
+        raise InputError(cause, "start it with the wsiflow run command that began it", path=told[-1])
     summary = start(config.model_copy(update={"out": root}))
     terminal.say(summary.text)
     return summary.exit_code

@@ -16,9 +16,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from wsiflow import compare, terminal, tracking
+from wsiflow import compare, redaction, terminal, tracking
 
 _VARIABLE = "WSIFLOW_SWEEP"
+_WRITTEN = "multirun.yaml"
 _started = ExitStack()
 
 
@@ -31,6 +32,9 @@ class Sweep(Callback):
         folder = Path(config.hydra.sweep.dir).absolute() / ".trials"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
+        if _is_secret(values):
+            (folder.parent / _WRITTEN).touch(mode=0o600)
+            (folder.parent / _WRITTEN).chmod(0o600)
         sweep = config.tracking.sweep or config.name
         given = values["hydra"]["overrides"]["task"]
         os.environ[_VARIABLE] = json.dumps({"name": sweep, "given": given, "folder": str(folder)})
@@ -40,8 +44,16 @@ class Sweep(Callback):
 
     def on_multirun_end(self, config: DictConfig, **_kwargs: Any) -> None:
         """Compare the trials and stop what was started."""
+        values: Any = OmegaConf.to_container(config, resolve=False)
+        if _is_secret(values):
+            OmegaConf.save(redaction.redacted(values), Path(config.hydra.sweep.dir) / _WRITTEN)
         with _started:
             _compare(config)
+
+
+def _is_secret(values: Mapping[str, Any]) -> bool:
+    """Tell whether the configuration of a sweep, which Hydra writes as it was given, holds a secret."""
+    return redaction.holds_redacted(redaction.redacted(values))
 
 
 def _compare(config: DictConfig) -> None:

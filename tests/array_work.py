@@ -10,7 +10,10 @@ from wsiflow.executor import Outcome
 
 
 def work(source: Path, stage: str, lo: int, hi: int) -> Iterator[Outcome]:
-    """Do the tasks of a slice; ``exit`` ends the process at a task with a code, ``sleep`` takes so many seconds."""
+    """Do the tasks of a slice; ``exit`` ends the process at a task with a code, ``sleep`` takes so many seconds.
+
+    Variables named by ``environ`` are in the receipts.
+    """
     told = json.loads(source.read_text())
     for task in range(lo, hi):
         first = not (source.parent / f"{stage}-{task}").exists()
@@ -19,7 +22,8 @@ def work(source: Path, stage: str, lo: int, hi: int) -> Iterator[Outcome]:
             os._exit(told["exit"][str(task)])
         if first:
             time.sleep(told.get("sleep", {}).get(str(task), 0))
-        yield Outcome(task, {"square": task**2, "first": first}, executed=True)
+        seen = {name: os.environ.get(name) for name in told.get("environ", ())}
+        yield Outcome(task, {"square": task**2, "first": first, "environ": seen}, executed=True)
 
 
 def drive(params: str, root: str, count: str) -> None:

@@ -282,6 +282,28 @@ def test_a_run_is_cancelled_from_its_folder(scheduler: str, tmp_path: Path, capf
     assert json.loads((tmp_path / "ended").read_text()) == list(range(8))
 
 
+def test_what_others_see_of_a_job_holds_no_secret(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Grid Engine shows the environment of a job to everybody: an element gets what it needs and what is named."""
+    use("sge", request, monkeypatch)
+    given = {"STORE_PASSWORD": "canary-1", "WSIFLOW_SWEEP": "canary-2", "LICENSE": "a,b=c d", "CONDA_PREFIX": "/x,/y"}
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    running = Running(
+        settings("sge", environment=["LICENSE", "ABSENT"]), told(tmp_path, sleep={"0": 3}, environ=given), pairs(2)
+    )
+    wait_for(began(tmp_path, 0))
+    shown = [call("qstat", "-j", "*"), call("qstat", "-xml", "-j", "*")]
+    outcomes = running.end()
+    (native,) = {outcome.usage["native_id"].partition(".")[0] for outcome in outcomes if outcome.usage}
+    shown.append(subprocess.run(["qacct", "-j", native], check=False, capture_output=True, text=True).stdout)
+    assert all("PATH" in text for text in shown[:2])
+    assert "canary" not in "".join(shown)
+    seen = {"STORE_PASSWORD": None, "WSIFLOW_SWEEP": None, "LICENSE": "a,b=c d", "CONDA_PREFIX": "/x,/y"}
+    assert [outcome.receipt["environ"] for outcome in outcomes if outcome.receipt] == [seen, seen]
+
+
 def test_a_refused_array_is_told_with_what_the_scheduler_said(slurm_here: str, tmp_path: Path) -> None:
     """A partition that does not exist ends the run at once, with Slurm's own words."""
     from wsiflow.errors import EnvironmentFault

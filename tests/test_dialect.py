@@ -16,6 +16,7 @@ from array_work import work
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from wsiflow import processes
 from wsiflow.errors import EnvironmentFault, InputError
 from wsiflow.executor import ExecutorParams, Outcome, Slice, element, jobs
 from wsiflow.executor.array import ArrayJobs, Batch, runs
@@ -23,6 +24,7 @@ from wsiflow.executor.dialect import ArrayParams, Place, Seen, expand, indices
 from wsiflow.executor.watch import Look, Piece, Queue, Tries
 
 CONF = Path(__file__).parents[1] / "conf/executor"
+SPACE = "0a1b2c3d4e5f"
 NAMES = ("slurm", "sge", "pbs", "lsf")
 
 FIELDS = {
@@ -43,10 +45,11 @@ SUBMISSIONS = {
     "slurm": "sbatch --parsable --array=1-7%3 --job-name=predict-1a2b --ntasks=1 --cpus-per-task=2 --time=60"
     " --output=/run/logs/predict-1a2b/%a.log --open-mode=append --requeue --mem=4000M -X 'a {b}' /run/arrays/element.sh"
     " wsiflow element /run/arrays/predict-1a2b.json",
-    "sge": "qsub -terse -t 1-7 -tc 3 -N predict-1a2b -cwd -V -r y -j y -o '/run/logs/predict-1a2b/$TASK_ID.log'"
-    " -l h_rt=3600 -l mem_free=4000M -pe smp 2 -X 'a {b}' -b y -shell n /bin/bash /run/arrays/element.sh"
+    "sge": "qsub -terse -t 1-7 -tc 3 -N predict-1a2b -cwd -v HOME,PATH -r y -j y"
+    " -o '/run/logs/predict-1a2b/$TASK_ID.log' -l h_rt=3600 -l mem_free=4000M -pe smp 2"
+    " -X 'a {b}' -b y -shell n /bin/bash /run/arrays/element.sh"
     " wsiflow element /run/arrays/predict-1a2b.json",
-    "pbs": "qsub -J 1-7%3 -N predict-1a2b -V -r y -j oe -o '/run/logs/predict-1a2b/^array_index^.log'"
+    "pbs": "qsub -J 1-7%3 -N predict-1a2b -v HOME,PATH -r y -j oe -o '/run/logs/predict-1a2b/^array_index^.log'"
     " -l walltime=3600 -l select=1:ncpus=2:mem=4000mb -X 'a {b}' -- /bin/bash /run/arrays/element.sh"
     " wsiflow element /run/arrays/predict-1a2b.json",
     "lsf": "bsub -J 'predict-1a2b[1-7]%3' -n 2 -R 'span[hosts=1]' -r -W 60 -o /run/logs/predict-1a2b/%I.log"
@@ -175,12 +178,23 @@ def params(name: str, **changed: object) -> ArrayParams:
 @pytest.mark.parametrize("name", NAMES)
 def test_submission(name: str) -> None:
     """The command that submits an array is this one, to the letter; the user's own braces are left alone."""
-    assert shlex.join(params(name).dialect.submission(FIELDS, threads=2)) == SUBMISSIONS[name]
+    assert (
+        shlex.join(params(name).dialect.submission(FIELDS, threads=2, variables=["HOME", "PATH"])) == SUBMISSIONS[name]
+    )
 
 
 def test_one_thread_needs_no_parallel_environment() -> None:
     """Grid Engine is asked for slots only where more than one thread is used."""
     assert "-pe" not in params("sge").dialect.submission(FIELDS, threads=1)
+
+
+def test_the_variables_of_an_element() -> None:
+    """Only what is needed or named, of what is set."""
+    there = dict.fromkeys(("PATH", "WSIFLOW_DEBUG", "WSIFLOW_SWEEP", "API_KEY", "MINE", "MKL_CBWR"), "x")
+    assert element.variables(there, ["MINE", "ABSENT"]) == ["MINE", "MKL_CBWR", "PATH", "WSIFLOW_DEBUG"]
+    assert "-v" not in params("sge").dialect.submission(FIELDS, threads=1)
+    with pytest.raises(ValueError, match="pattern"):
+        ArrayParams.model_validate({**params("sge").model_dump(), "environment": ["A,B"]})
 
 
 def test_the_job_script_is_constant() -> None:
@@ -461,13 +475,19 @@ def test_a_second_driver_is_refused_while_the_first_lives(commands: Callable[...
     commands(squeue="")
     first = subprocess.Popen(["sleep", "60"])
     pool = ArrayJobs(params("slurm"), root=tmp_path, workers=0, threads=1)
-    known = {**jobs.identity(), "pid": first.pid, "born": jobs._born(first.pid)}
+    known = {**jobs.identity(), "pid": first.pid, "born": processes.born(first.pid)}
     pool._log.append("driver", **known)
     with pytest.raises(EnvironmentFault, match=rf"process {first.pid} on .*wsiflow cancel {tmp_path}"), pool:
         pass
     pool._log.append("left", **known)
     with pool, pool:  # its own process is no other
         pass
+    pool._log.append("driver", **known)
+    pool._log.append("driver", **known | {"space": "another"})
+    assert "another container" in jobs._end_driver(pool._log.read())
+    with pool:  # whatever has its number here
+        pass
+    assert first.poll() is None, "who has the number of another container's process is not ended"
     pool._log.append("driver", **known)
     first.kill()
     first.wait()
@@ -517,12 +537,21 @@ def test_what_a_lost_element_left_is_removed(commands: Callable[..., Path], tmp_
     """Killed on another host in the middle of a file: its attempt goes, those of hosts and processes alike stay."""
     commands(squeue="", scontrol="exit 1")
     pool = ArrayJobs(params("slurm", poll_s=0.01, grace_s=0, retries=0), root=tmp_path, workers=0, threads=1)
+    one, other = f"{SPACE}-1-{'a' * 32}", f"{SPACE}-1-{'b' * 32}"
+    gone = {f"node-7-{one}", f"node-7-{other}"}
+    stays = {
+        f"node-7-7-{one}",
+        f"node-71-{one}",
+        f"edon-7-{one}",
+        f"node-7-{'f' * 12}-1-{'a' * 32}",
+        "node-7-" + "a" * 32,
+    }
 
     def send(name: str, *_: object) -> str:
-        about = {"started": "", "host": "node", "pid": 7, "born": "1"}
+        about = {"started": "", "host": "node", "pid": 7, "space": SPACE, "born": "1"}
         lines = "".join(json.dumps(line) + "\n" for line in (about, {"begun": 0}))
         (tmp_path / f"arrays/{name}/0.1.jsonl").write_text(lines)
-        for attempt in ("node-7-a", "node-7-b", "node-7-7-a", "node-71-a", "edon-7-a"):
+        for attempt in (*gone, *stays):
             (tmp_path / ".attempts" / attempt).mkdir(parents=True)
             (tmp_path / ".attempts" / attempt / "scores.h5").touch()
         return "9"
@@ -533,7 +562,7 @@ def test_what_a_lost_element_left_is_removed(commands: Callable[..., Path], tmp_
     assert outcome.usage is not None
     assert (outcome.exit_code, outcome.usage["exit_class"]) == (30, "lost")
     left = {folder.name for folder in (tmp_path / ".attempts").iterdir()}
-    assert left == {"node-7-7-a", "node-71-a", "edon-7-a"}
+    assert left == stays
 
 
 def test_a_driver_stops_where_a_later_one_began(commands: Callable[..., Path], tmp_path: Path) -> None:

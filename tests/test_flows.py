@@ -1,10 +1,16 @@
 """Prefect: a real server on loopback, and none at all."""
 
+import os
 import subprocess
+import tempfile
 import time
 from pathlib import Path
 
+import pytest
 from serving import BIN, PrefectServer, environment
+
+from flows.__main__ import give_home
+from wsiflow.model import cache
 
 
 def overrides(manifest: Path, out: Path) -> list[str]:
@@ -15,6 +21,7 @@ def overrides(manifest: Path, out: Path) -> list[str]:
 def test_a_run_is_one_flow_with_a_task_per_shard(server: PrefectServer, small_slides: Path, tmp_path: Path) -> None:
     """Six slides in shards of two: three tasks to ingest them and three for the line, however many groups there are."""
     command = [BIN / "wsiflow", "run", *overrides(small_slides, tmp_path / "run")]
+    command += ["tracking.uri='http://joe:canary@127.0.0.1:9/?token=canary'"]
     done = subprocess.run(command, env=server.env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert f"Prefect server: {server.url}" in done.stdout
@@ -27,6 +34,29 @@ def test_a_run_is_one_flow_with_a_task_per_shard(server: PrefectServer, small_sl
     assert sorted(task["name"] for task in tasks) == [f"{part} {i}" for part in ("ingest", "slides") for i in (1, 2, 3)]
     flows = server.ask("flow_runs/filter", {"flow_runs": own})
     assert [(flow["name"], flow["state_type"]) for flow in flows] == [("watched", "COMPLETED")]
+    assert flows[0]["parameters"]["config"]["tracking"]["uri"] == "http://[redacted]@127.0.0.1:9/?token=[redacted]"
+    written = [path for path in (tmp_path / "run").rglob("*") if path.is_file() and b"canary" in path.read_bytes()]
+    assert not written
+    assert "canary" not in done.stdout + done.stderr
+
+
+def test_a_user_without_a_home_gets_a_passing_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a container that runs under any number there may be none, or one that is not there."""
+
+    def absent() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setenv("HOME", "")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    for home in (absent, lambda: tmp_path / "nowhere"):
+        monkeypatch.setattr(Path, "home", home)
+        give_home()
+        assert Path(os.environ["HOME"]).parent == tmp_path
+        assert cache.cache_folder({}) is None or home is not absent
+    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    monkeypatch.setenv("HOME", "mine")
+    give_home()
+    assert os.environ["HOME"] == "mine"
 
 
 def test_without_a_server_a_run_says_so_and_goes_on(small_slides: Path, tmp_path: Path) -> None:

@@ -3,12 +3,16 @@
 import itertools
 import json
 import os
+import shutil
+import socket
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from wsiflow import publish
+from wsiflow import processes, publish
 from wsiflow.errors import EnvironmentFault, IntegrityError
 
 KEY = "k" * 64
@@ -77,6 +81,83 @@ def test_what_a_dead_process_left_is_swept_and_a_live_ones_is_not(tmp_path: Path
     assert len(list((tmp_path / publish.ATTEMPTS).iterdir())) == 2
     publish.sweep_attempts(tmp_path)
     assert list((tmp_path / publish.ATTEMPTS).iterdir()) == [live.parent]
+
+
+def attempt_of(root: Path, **changed: object) -> Path:
+    """Leave a private folder as a process like this one makes it, changed as given."""
+    host, pid, space, born = processes.this()._replace(**changed)
+    folder = root / publish.ATTEMPTS / f"{host}-{pid}-{space}-{born}-{'0' * 32}"
+    folder.mkdir(parents=True)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changed", "swept"),
+    [
+        ({}, False),
+        ({"born": "1"}, True),  # its number is another process's now
+        ({"pid": 2**22 + 1}, True),
+        ({"pid": 1, "born": ""}, False),
+        (
+            {"pid": 2**22 + 1, "space": "0a1b2c3d4e5f"},
+            False,
+        ),  # of another container or boot
+        ({"pid": 2**22 + 1, "host": "elsewhere"}, False),
+    ],
+)
+def test_only_what_is_known_to_have_ended_is_swept(tmp_path: Path, changed: dict[str, object], swept: bool) -> None:
+    """A process number counts together with its host, boot, PID namespace and start."""
+    folder = attempt_of(tmp_path, **changed)
+    publish.sweep_attempts(tmp_path)
+    assert folder.exists() is not swept
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a PID namespace of its own needs root")
+@pytest.mark.parametrize("mount", [["--mount-proc"], []])
+def test_a_container_of_the_same_name_does_not_harm_a_live_attempt(tmp_path: Path, mount: list[str]) -> None:
+    """Process numbers begin anew in a PID namespace; what a killed process left in there is swept in there."""
+    live = publish.Attempt(tmp_path, "x.bin", KEY, {}).path
+    live.parent.mkdir(parents=True)
+    code = """if True:
+        import os, pathlib, sys
+        from wsiflow import processes, publish
+        root = pathlib.Path(sys.argv[1])
+        if (child := os.fork()) == 0:
+            publish.Attempt(root, "y.bin", "k", {}).path.parent.mkdir(parents=True)
+            os._exit(0)
+        os.waitpid(child, 0)
+        own = publish.Attempt(root, "z.bin", "k", {}).path.parent
+        own.mkdir()
+        publish.sweep_attempts(root)
+        print(len(list((root / publish.ATTEMPTS).iterdir())), own.is_dir())
+    """
+    command = ["unshare", "-p", "-f", *mount, sys.executable, "-c", code, str(tmp_path)]
+    told = subprocess.run(command, check=False, capture_output=True, text=True)
+    if "unshare" in told.stderr:
+        pytest.skip(told.stderr.strip())
+    assert told.stdout.split() == ["2", "True"], told.stderr
+    assert live.parent.is_dir()
+    publish.sweep_attempts(tmp_path)
+    assert len(list((tmp_path / publish.ATTEMPTS).iterdir())) == 2, "nor does a start out here harm what is in there"
+
+
+def test_what_is_not_an_attempt_is_left_alone(tmp_path: Path) -> None:
+    """Files, links and folders of other names, those of a former version included, harm nothing and stay."""
+    root = tmp_path / publish.ATTEMPTS
+    (root / "a-b-c").mkdir(parents=True)
+    (root / f"{socket.gethostname()}-{2**22 + 1}-{'a' * 32}").mkdir()  # it says nothing of its PID namespace
+    (root / f"a-b-{'a' * 12}-c-{'d' * 32}").mkdir()
+    (root / "x-1-y").write_text("")
+    host, _, space, _ = processes.this()
+    (root / f"{host}-{2**22 + 1}-{space}-1-{'0' * 32}").symlink_to(tmp_path)
+    (root / ".DS_Store").write_text("")
+    before = sorted(root.iterdir())
+    publish.sweep_attempts(tmp_path)
+    publish.forget_attempts(tmp_path, processes.this())
+    assert sorted(root.iterdir()) == before
+    shutil.rmtree(root)
+    root.write_text("a file in the place of the folder")
+    publish.sweep_attempts(tmp_path)
 
 
 def test_of_eight_attempts_at_once_one_wins(tmp_path: Path) -> None:
@@ -156,6 +237,40 @@ def test_generations_keep_what_a_run_was_told_before(tmp_path: Path) -> None:
         publish.publish_generation(tmp_path, "plan.json", text, {}).name for text in (b"1", b"1", b"2", b"3", b"3")
     ]
     assert names == ["plan.json", "plan.json", "plan.2.json", "plan.3.json", "plan.3.json"]
+
+
+def test_files_of_similar_names_are_no_generations(tmp_path: Path) -> None:
+    """What editors, other systems and users leave beside a plan counts for nothing, and is not replaced."""
+    for text in (b"1", b"2"):
+        publish.publish_generation(tmp_path, "plan.json", text, {})
+    strays = ["plan.x.json", "plan.002.json", "plan.1.json", "plan.\u00b2.json", "._plan.3.json", "plan.old.3.json"]
+    for name in strays:
+        (tmp_path / name).write_text("stray")
+    (tmp_path / "plan.9.json").mkdir()
+    names = [path.name for path in publish.generations(tmp_path, "plan.json")]
+    assert names == ["plan.json", "plan.2.json"]
+    assert publish.publish_generation(tmp_path, "plan.json", b"3", {}).name == "plan.3.json"
+    (tmp_path / "plan.2.json").unlink()
+    assert publish.publish_generation(tmp_path, "plan.json", b"4", {}).name == "plan.4.json"
+
+
+@pytest.mark.parametrize("text", ["", '{"path": "a/b', "null", "[]", "{}", '{"path": "a/b.bin"}', "\x00\x00"])
+def test_a_receipt_that_is_none_is_named(tmp_path: Path, text: str) -> None:
+    """Empty, cut off or something else: the way out is told, it is no defect of the program."""
+    make(tmp_path)
+    publish.receipt_path(tmp_path, "a/b.bin").write_text(text)
+    with pytest.raises(IntegrityError, match=r"the receipt cannot be read .*delete it and a/b.bin, then run again"):
+        publish.done(tmp_path, "a/b.bin", KEY)
+
+
+def test_receipts_are_listed_without_what_others_left(tmp_path: Path) -> None:
+    """Hidden files, backups of editors and folders are no receipts."""
+    make(tmp_path)
+    folder = tmp_path / publish.RECEIPTS / "a"
+    for name in ("._b.bin.json", ".DS_Store", "b.bin.json~", "#b.bin.json#", "b.bin.json.bak"):
+        (folder / name).write_text("stray")
+    assert publish.receipt_names(tmp_path) == ["a/b.bin"]
+    assert publish.receipt_names(tmp_path / "nowhere") == []
 
 
 def test_a_folder_that_cannot_be_made_is_told_at_once(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """The HDF5 files: the reference's layout, and damage that is never silent."""
 
+import fcntl
+import shutil
 import sys
 import threading
 from collections import deque
@@ -11,7 +13,7 @@ import numpy as np
 import pytest
 
 from wsiflow import store
-from wsiflow.errors import IntegrityError
+from wsiflow.errors import EnvironmentFault, IntegrityError
 from wsiflow.geometry import Frame
 from wsiflow.store import StoreParams
 
@@ -230,3 +232,31 @@ def test_the_same_content_is_the_same_bytes_whoever_watches(held_frames: None, t
                 writer.add_group(k, np.zeros((3, 5), np.int64), iter([(pixels[k:], 0.0)] * 3))
         written.add(path.read_bytes())
     assert len(written) == 1
+
+
+def test_files_are_written_without_locks(tmp_path: Path) -> None:
+    """An attempt is private: it asks for no lock, which a disk may not have."""
+    with store.create_patches(tmp_path / "a.h5", FRAME, {}, RAW), (tmp_path / "a.h5").open("rb") as other:
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_a_file_that_another_program_writes_is_not_to_be_deleted(tmp_path: Path) -> None:
+    """It is whole: what has it open is to be closed."""
+    write_patches(tmp_path / "a.h5")
+    with h5py.File(tmp_path / "a.h5", "r+", locking=False):  # a process may open what it has open itself
+        shutil.copy(tmp_path / "a.h5", tmp_path / "b.h5")
+    told = "another program has it open for writing; close it there"
+    with pytest.raises(EnvironmentFault, match=told), store.open_patches(tmp_path / "b.h5"):
+        pass
+
+
+def test_a_disk_that_fails_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody is told to delete a file that only cannot be read now."""
+    write_patches(tmp_path / "a.h5")
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError("unable to open file: name = 'a.h5', errno = 24, error message = 'Too many open files'")
+
+    monkeypatch.setattr(h5py, "File", refuse)
+    with pytest.raises(EnvironmentFault, match="ulimit -n"), store.open_patches(tmp_path / "a.h5"):
+        pass

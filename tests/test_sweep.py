@@ -45,7 +45,10 @@ def test_a_sweep_of_two_good_jobs_and_a_bad_one(small_slides: Path, tmp_path: Pa
     arguments = ["dataset=manifest", f"dataset.manifest={small_slides}", "dataset.limit=1", "executor=inline"]
     arguments += ["orchestrator=none", "evaluation.bootstrap=0", "name=strides", f"out={tmp_path / 'sweep'}"]
     arguments += [f"tracking.uri=sqlite:///{tmp_path}/mlflow.db"]  # Hydra writes the colon otherwise for a trial
+    arguments += ["+hydra.job.env_set.EXAMPLE_API_KEY=canary"]
     assert command.main(["run", "-m", "inference.stride=112,30,224", *arguments]) == 20
+    assert not [path for path in (tmp_path / "sweep").rglob("*") if path.is_file() and b"canary" in path.read_bytes()]
+    assert "EXAMPLE_API_KEY" in (tmp_path / "sweep/multirun.yaml").read_text()
     said = capsys.readouterr()
     assert "inference.stride is 30" in said.err
     for stride in (112, 224):

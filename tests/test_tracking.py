@@ -1,8 +1,12 @@
 """Tracking: one record per run, whatever else happens to the store."""
 
+import errno
+import fcntl
 import json
 import math
 import multiprocessing
+import os
+import re
 import socket
 import sqlite3
 import time
@@ -137,6 +141,78 @@ def test_runs_of_a_sweep_share_a_parent(store: str) -> None:
     assert len(all_runs(store, "sweeps")) == 5
 
 
+GIT = {
+    "absent": None,
+    "refused": "echo 'fatal: detected dubious ownership in repository' >&2; exit 128",
+    "empty repository": "echo HEAD; exit 128",
+    "something else": "echo hello",
+    "hangs": "exec sleep 60",
+    "not text": "printf '\\377\\376'",
+}
+
+
+@pytest.mark.parametrize("how", GIT)
+def test_a_record_needs_no_git(how: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Whatever git does, or where it is absent: no commit is named, and that is all."""
+    monkeypatch.setattr(tracking, "_GIT_S", 0.5)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin")
+    if GIT[how] is None:
+        monkeypatch.setenv("PATH", "/nowhere")
+    else:
+        (tmp_path / "git").write_text(f"#!/bin/sh\n{GIT[how]}\n")
+        (tmp_path / "git").chmod(0o755)
+    assert tracking._git_commit(Path(__file__).parents[1]) == ""
+
+
+def test_the_commit_of_a_checkout_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forty hexadecimal digits, as git says."""
+    (tmp_path / "git").write_text(f"#!/bin/sh\necho {'0a' * 20}\n")
+    (tmp_path / "git").chmod(0o755)
+    (tmp_path / ".git").mkdir()
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin")
+    assert tracking._git_commit(tmp_path) == "0a" * 20
+    assert tracking._git_commit(tmp_path / "elsewhere") == ""
+
+
+@pytest.mark.parametrize(
+    ("kept", "environment", "found"),
+    [
+        ("http://h:5", {"MLFLOW_TRACKING_URI": "http://other"}, "http://h:5"),
+        ("http://[redacted]@h:5", {"MLFLOW_TRACKING_URI": "http://u:p@h:5"}, "http://u:p@h:5"),
+        ("http://[redacted]@h:5", {"MLFLOW_TRACKING_USERNAME": "u", "MLFLOW_TRACKING_PASSWORD": "p"}, "http://h:5"),
+        ("http://[redacted]@h:5", {"MLFLOW_TRACKING_URI": "http://u:p@other:5"}, None),
+        ("http://h/?token=[redacted]", {"MLFLOW_TRACKING_TOKEN": "t"}, None),
+        ("http://[redacted]@h:5", {}, None),
+    ],
+)
+def test_what_a_folder_does_not_keep_is_taken_from_the_environment(
+    kept: str, environment: dict[str, str], found: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A retry reads the address without its password; where nobody knows it, the record is left out and says why."""
+    for name in ("URI", "USERNAME", "PASSWORD", "TOKEN"):
+        monkeypatch.delenv(f"MLFLOW_TRACKING_{name}", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    if found is not None:
+        assert tracking._whole(kept) == found
+    else:
+        logged = tracking.log_run(params_for(kept), record())
+        assert logged.run_id is None
+        assert "set MLFLOW_TRACKING_URI to the whole address, then run the same command again" in logged.reason
+
+
+def test_a_store_without_locks_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A disk without a lock service: which file, and what to do, instead of free space."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    logged = tracking.log_run(params_for(f"sqlite:///{tmp_path}/mlflow.db"), record())
+    assert logged.run_id is None
+    assert re.search(r"mlflow\.db\.lock: .*No locks available.*a disk with a lock service", logged.reason)
+
+
 def test_more_than_mlflow_takes_at_once(store: str) -> None:
     """Hundreds of parameters, thousands of metrics, long values and odd names all fit."""
     settings = {f"p{i}": i for i in range(250)} | {"long": "x" * 9000, "+odd[0]": 1}
@@ -155,17 +231,6 @@ def test_secrets_stay_at_home(store: str) -> None:
     logged = tracking.log_run(params_for(store), record(key="secret", params=settings, tags={"token": "canary-3"}))
     assert read(store, logged.run_id).data.params["server"] == "https://[redacted]@host/x"
     assert b"canary" not in Path(store.removeprefix("sqlite:///")).read_bytes()
-
-
-def test_redacted_goes_through_nested_settings() -> None:
-    """Values of telling keys go at any depth, others stay as they are."""
-    settings = {"a": {"password": "x", "stride": 16}, "urls": ["http://u:p@h", 3], "tokenizer": None, "name": "key"}
-    assert tracking.redacted(settings) == {
-        "a": {"password": "[redacted]", "stride": 16},
-        "urls": ["http://[redacted]@h", 3],
-        "tokenizer": "[redacted]",
-        "name": "key",
-    }
 
 
 def _first_start(uri: str, key: str, barrier: Any, told: Any) -> None:

@@ -20,6 +20,7 @@ from defusedxml.common import DefusedXmlException
 from defusedxml.ElementTree import iterparse
 from numpy.typing import NDArray
 
+from wsiflow import faults
 from wsiflow.errors import InputError
 
 TUMOUR_GROUPS = frozenset({"_0", "_1", "tumor", "tumour", "metastases"})
@@ -145,9 +146,7 @@ def _outlines(path: Path) -> Iterator[tuple[str, str, NDArray[np.float64]]]:
     except (ParseError, LookupError, ValueError) as error:  # the last two: encodings the parser does not know
         raise InputError(f"not well-formed XML ({error})", remedy, path=path) from error
     except OSError as error:
-        raise InputError(
-            f"cannot be read ({error.strerror})", "correct the path or its permissions", path=path
-        ) from error
+        raise faults.unreadable(error, "the annotation", "correct the path", path=path) from error
 
 
 def _parsed(events: Iterable[tuple[str, Any]], path: Path) -> Iterator[tuple[str, str, NDArray[np.float64]]]:

@@ -26,8 +26,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from wsiflow import stain, textures
-from wsiflow.errors import InputError
+from wsiflow import faults, stain, textures
+from wsiflow.errors import InputError, WsiflowError
 
 Part = Literal["train", "test"]
 
@@ -231,10 +231,12 @@ def _outlines(archive: Path) -> Iterator[tuple[str, dict[str, list[NDArray[np.fl
         raise _unusable(error, archive) from error
 
 
-def _unusable(error: Exception, path: Path) -> InputError:
+def _unusable(error: Exception, path: Path) -> WsiflowError:
     """Return the error of a file of the data folder."""
-    cause = f"it cannot be read ({type(error).__name__}: {getattr(error, 'strerror', None) or error})"
-    return InputError(cause, "name a folder that has camelyon16/ and patches/ complete", path=path)
+    advice = "name a folder that has camelyon16/ and patches/ complete"
+    if isinstance(error, OSError) and faults.number(error):
+        return faults.unreadable(error, "it", advice, path=path)
+    return InputError(f"it cannot be read ({type(error).__name__}: {error})", advice, path=path)
 
 
 def area(outline: NDArray[np.float64]) -> float:

@@ -84,7 +84,7 @@ def verify(arguments: argparse.Namespace) -> int:
     """Compare every published file of a run with its receipt."""
     from wsiflow import plan, publish, shards
 
-    names = sorted(publish.published_names(arguments.run))
+    names = publish.receipt_names(arguments.run)
     if not names:
         raise InputError("it holds no receipts", "name the out= folder of a run", path=arguments.run)
     made = plan.latest(arguments.run) if publish.generations(arguments.run, "plan.json") else None

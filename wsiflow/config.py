@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, BeforeValidator, Field, FiniteFloat, ValidationError, model_validator
 
-from wsiflow import publish
+from wsiflow import publish, redaction
 from wsiflow.dataset import DatasetParams
 from wsiflow.errors import InputError
 from wsiflow.executor import ExecutorParams
@@ -234,7 +234,8 @@ def _validated(form: type[_Params], values: Mapping[str, Any], remedy: str) -> _
 def _problem(loc: tuple[int | str, ...], message: str, value: object) -> str:
     key = ".".join(str(part) for part in loc)
     text = message.removeprefix("Value error, ")
-    shown = f" (got {value!r})" if isinstance(value, str | int | float) else ""
+    (kept,) = redaction.redacted({key: value}).values()
+    shown = f" (got {kept!r})" if isinstance(value, str | int | float) else ""
     return f"{key}: {text}{shown}" if key else text
 
 

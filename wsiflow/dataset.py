@@ -20,6 +20,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, BeforeValidator, Field
 
+from wsiflow import faults
 from wsiflow.errors import EnvironmentFault, InputError
 
 COLUMNS: Mapping[str, tuple[str, ...]] = {
@@ -223,8 +224,8 @@ def _rows(path: Path) -> list[_Row]:
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
         raise InputError("the manifest is not an existing file", "correct dataset.manifest", path=path) from error
     except OSError as error:
-        remedy = "check the permissions and the mount"
-        raise EnvironmentFault(f"the manifest cannot be read ({error.strerror})", remedy, path=path) from error
+        cause = f"the manifest cannot be read ({faults.cause(error)})"
+        raise EnvironmentFault(cause, faults.remedy(error), path=path) from error
     except UnicodeDecodeError as error:
         raise InputError("the manifest is not UTF-8 text", "save it as 'CSV UTF-8'", path=path) from error
     except csv.Error as error:

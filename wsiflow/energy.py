@@ -23,7 +23,7 @@ class Meter:
         self._lock, self._stop, self._microjoules = threading.Lock(), threading.Event(), 0
         try:
             self._last = {folder: _number(folder / "energy_uj") for folder in _domains(powercap)}
-        except OSError:  # readable by root alone
+        except (OSError, ValueError):  # readable by root alone
             self._last = {}
         if self._last:
             threading.Thread(target=self._watch, args=(look_s,), daemon=True).start()
@@ -35,7 +35,7 @@ class Meter:
         self._stop.set()
         try:
             self._look()
-        except OSError:
+        except (OSError, ValueError):
             return None
         return self._microjoules / 1e6
 
@@ -43,7 +43,7 @@ class Meter:
         while not self._stop.wait(look_s):
             try:
                 self._look()
-            except OSError:
+            except (OSError, ValueError):
                 return  # `joules` meets it again
 
     def _look(self) -> None:

@@ -8,11 +8,14 @@
 
 A complete run ends with 0, one that scored without some slides, as the user allowed, with `PARTIAL`.
 
-A message is one line: slide, stage and file as far as they are known, the cause, and what to do about it.
+A message is one line: slide, stage and file as far as they are known, the cause, and what to do about it; never with a
+secret in it, since messages are kept in tables and sent to servers.
 """
 
 from collections.abc import Callable
 from typing import Any
+
+from wsiflow.redaction import without_secrets
 
 PARTIAL = 10
 
@@ -43,7 +46,7 @@ class WsiflowError(Exception):
         text = ": ".join(
             [", ".join(where), f"{self.cause}; {self.remedy}"] if where else [f"{self.cause}; {self.remedy}"]
         )
-        return " ".join(text.split())
+        return without_secrets(" ".join(text.split()))
 
     def __reduce__(self) -> tuple[Callable[..., "WsiflowError"], tuple[Any, ...]]:
         """Pickle with the keyword arguments, so that the error survives a process boundary."""

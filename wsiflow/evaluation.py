@@ -29,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, Field, FiniteFloat, ValidationError
 
-from wsiflow import annotations, comparison, dataset, froc, publish, pyramid, roc
+from wsiflow import annotations, comparison, dataset, faults, froc, publish, pyramid, roc
 from wsiflow.annotations import TumourOutline
 from wsiflow.comparison import Setting
 from wsiflow.config import EvaluationParams
@@ -301,7 +301,7 @@ def read_matches(path: Path) -> Recorded:
     try:
         found = Recorded.model_validate_json(path.read_bytes(), strict=True)
     except OSError as error:
-        raise InputError(f"not a readable file ({error.strerror})", remedy, path=path) from error
+        raise faults.unreadable(error, "it", remedy, path=path) from error
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the file"
@@ -587,7 +587,7 @@ def _detection_files(slide_ids: Sequence[str], folder: Path) -> dict[str, Path]:
     """Return the detection file of every slide."""
     if not folder.is_dir():
         raise InputError("not a folder", "give the folder that holds <slide_id>.csv", path=folder)
-    paths = {path.name.removesuffix(".csv"): path for path in sorted(folder.glob("*.csv"))}
+    paths = {path.name.removesuffix(".csv"): path for path in sorted(folder.glob("*.csv")) if path.name[0] != "."}
     _same_slides(slide_ids, paths, "detection file", folder)
     return paths
 
@@ -613,7 +613,9 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.reader(file, strict=True)
             yield from ((reader.line_num, cells) for cells in reader if cells)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+    except OSError as error:
+        raise faults.unreadable(error, "it", "correct the path", path=path) from error
+    except (UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"not a readable CSV ({error})", "write it as UTF-8 text with commas", path=path) from error
 
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from wsiflow import evaluation, plan, publish, results, tracking
+from wsiflow import evaluation, plan, publish, redaction, results, tracking
 from wsiflow.errors import InputError
 from wsiflow.tracking import TrackingParams
 
@@ -113,8 +113,8 @@ def _from_folder(root: Path) -> Run:
 
 def _processors(root: Path) -> set[str]:
     """Return the CPUs that the run's heatmaps came from."""
-    receipts = (root / publish.RECEIPTS / "heatmaps").glob("*.json")
-    return {json.loads(path.read_text(encoding="utf-8")).get("cpu", "") for path in receipts} - {""}
+    names = (name for name in publish.receipt_names(root) if name.startswith("heatmaps/"))
+    return {(publish.read_receipt(root, name) or {}).get("cpu", "") for name in names} - {""}
 
 
 def of_sweep(params: TrackingParams) -> Found:
@@ -166,7 +166,7 @@ def _named_apart(runs: Sequence[Run]) -> list[Run]:
 
 
 def _texts(settings: Mapping[str, Any]) -> dict[str, str]:
-    return {key: str(value) for key, value in tracking.redacted(settings).items()}
+    return {key: str(value) for key, value in redaction.redacted(settings).items()}
 
 
 def _number(value: Any) -> float:

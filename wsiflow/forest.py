@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from wsiflow import features, publish, roc
+from wsiflow import faults, features, publish, roc
 from wsiflow.errors import InputError, IntegrityError
 
 FORMAT = "wsiflow forest 1"
@@ -282,7 +282,11 @@ def load(path: Path) -> Forest:
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise faults.unreadable(
+            error, "the forest", "name a file that is there, or train it again", path=path
+        ) from error
+    except ValueError as error:
         raise InputError(f"not a readable forest ({error})", "train it again", path=path) from error
     if not isinstance(found, dict) or found.get("format") != FORMAT:
         cause = f"the format is not {FORMAT!r}"

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 
+from wsiflow import faults
 from wsiflow.errors import EnvironmentFault, InputError, Rewritten
 
 COPY_AGAIN = "copy it again from its source, or remove its line"
@@ -115,8 +116,8 @@ def require_file(path: Path, slide_id: str = "") -> None:
         cause, remedy = "the slide file does not exist", "correct the path, or remove its line"
         raise InputError(cause, remedy, slide=slide_id, path=path) from error
     except OSError as error:
-        remedy = "check the permissions and the mount"
-        raise EnvironmentFault(f"the slide file is out of reach ({error.strerror})", remedy, path=path) from error
+        cause = f"the slide file is out of reach ({faults.cause(error)})"
+        raise EnvironmentFault(cause, faults.remedy(error), path=path) from error
     if stat.S_ISDIR(found.st_mode):
         remedy = "name a file (of DICOM any .dcm in the folder) in its line, or use dataset=folder"
         raise InputError("the path is a folder, not a slide file", remedy, slide=slide_id, path=path)
@@ -162,5 +163,5 @@ def _as_slide_fault(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        cause = f"the slide file cannot be read ({error.strerror})"
-        raise EnvironmentFault(cause, "check the permissions and the mount", path=path) from error
+        cause = f"the slide file cannot be read ({faults.cause(error)})"
+        raise EnvironmentFault(cause, faults.remedy(error), path=path) from error

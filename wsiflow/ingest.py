@@ -15,7 +15,7 @@ import yaml
 from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
-from wsiflow import export, geometry, identity, plan, publish, sharing, slide, tissue, tracking
+from wsiflow import export, geometry, identity, plan, publish, redaction, sharing, slide, tissue
 from wsiflow.config import RunConfig
 from wsiflow.dataset import Case
 from wsiflow.errors import InputError
@@ -32,10 +32,10 @@ _CASES = TypeAdapter(tuple[Case, ...])
 
 
 def write_cases(root: Path, config: RunConfig, cases: Sequence[Case]) -> Path:
-    """Publish what there is to ingest, and the resolved configuration beside it."""
-    resolved = config.model_dump(mode="json")
+    """Publish what there is to ingest, and the resolved configuration beside it; neither has a secret in it."""
+    resolved = config.model_dump(mode="json")  # without those of places that are known to hold some
     publish.publish_generation(
-        root, "config.yaml", yaml.safe_dump(tracking.redacted(resolved), sort_keys=False).encode(), {"kind": "config"}
+        root, "config.yaml", yaml.safe_dump(redaction.redacted(resolved), sort_keys=False).encode(), {"kind": "config"}
     )
     data = {"config": resolved, "cases": _CASES.dump_python(tuple(cases), mode="json")}
     return publish.publish_generation(root, "cases.json", json.dumps(data, indent=1).encode(), {"kind": "cases"})

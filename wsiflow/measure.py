@@ -10,12 +10,9 @@ of a whole slide, which is as large here as in the run: they cost the same whate
 
 import json
 import math
-import os
-import socket
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -78,10 +75,8 @@ def measure(works: Works, source: Path, _index: int) -> tuple[publish.Receipt, b
         EnvironmentFault: A fresh interpreter cannot be started.
     """
     made, root = plan.read(source), source.parent
-    attempts = root / publish.ATTEMPTS
-    attempts.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=attempts, prefix=f"{socket.gethostname()}-{os.getpid()}-") as name:
-        small, weights = _small_plan(Path(name), root, made)
+    with publish.private_folder(root) as folder:
+        small, weights = _small_plan(folder, root, made)
         costs = _costs(works, small, weights, _shapes(root, made))
     values = costs._asdict() | {"stages": {stage: cost._asdict() for stage, cost in costs.stages.items()}}
     values["stages"]["ingest"] = StageCost(_ingest_s(root, made), 0.0)._asdict()

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from wsiflow import publish, tiles
+from wsiflow import faults, publish, tiles
 from wsiflow.errors import InputError, IntegrityError
 from wsiflow.geometry import Frame
 from wsiflow.reread import remembered
@@ -133,6 +133,8 @@ def read_cut(root: Path, planned: SlidePlan) -> SlideCut:
         grid = tissue_grid(runs)
         blocks = tuple(tiles.block(grid, *numbers) for numbers in data["blocks"])
     except (OSError, ValueError, TypeError, KeyError) as error:
+        if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+            raise faults.fault(error, path=path) from error
         cause = f"the slide's tiles cannot be read ({error})"
         raise IntegrityError(cause, "choose another out= folder", slide=planned.slide_id, path=path) from error
     cut = SlideCut(runs, blocks, ranges)
@@ -277,7 +279,9 @@ def read(path: Path) -> Plan:
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise faults.unreadable(error, "the plan", "start the run again", path=path) from error
+    except ValueError as error:
         raise InputError(f"the plan cannot be read ({error})", "start the run again", path=path) from error
     if data.get("numerics") != NUMERICS:
         cause = f"the plan was made by a version with other numbers ({data.get('numerics')}, this one is {NUMERICS})"

@@ -17,6 +17,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import resource
 import shutil
 import socket
@@ -27,13 +28,17 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from wsiflow import faults, processes
 from wsiflow.errors import EnvironmentFault, IntegrityError
+from wsiflow.processes import Process
 
 Receipt = dict[str, Any]
 
 _RESERVE_BYTES = 8_000_000  # for the structure of the file, receipts, and others who write
 ATTEMPTS = ".attempts"
+_NAME = re.compile(r"(?P<host>.*)-(?P<pid>[0-9]+)-(?P<space>[0-9a-f]{12})-(?P<born>[0-9]*)-[0-9a-f]{32}")
 RECEIPTS = "receipts"
+_SAID = frozenset({"path", "key", "sha256", "bytes", "attempt"})
 
 
 def _effect(name: str, path: Path) -> None:
@@ -57,14 +62,6 @@ def receipt_path(root: Path, name: str) -> Path:
     return root / RECEIPTS / f"{name}.json"
 
 
-def published_names(root: Path) -> Iterator[str]:
-    """Yield the name, relative to ``root``, of every file that has a receipt."""
-    receipts = root / RECEIPTS
-    for folder, _, files in os.walk(receipts):
-        parent = Path(folder).relative_to(receipts)
-        yield from (str(parent / name.removesuffix(".json")) for name in sorted(files) if name.endswith(".json"))
-
-
 def read_receipt(root: Path, name: str) -> Receipt | None:
     """Return the receipt of ``name``, or None where there is none.
 
@@ -72,14 +69,25 @@ def read_receipt(root: Path, name: str) -> Receipt | None:
         IntegrityError: The receipt cannot be parsed.
     """
     path = receipt_path(root, name)
+    remedy = f"delete it and {name}, then run again"
     try:
-        receipt: Receipt = json.loads(path.read_text(encoding="utf-8"))
+        receipt = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except ValueError as error:
-        cause = f"the receipt cannot be read ({error})"
-        raise IntegrityError(cause, f"delete it and {name}, then run again", path=path) from error
+        raise IntegrityError(f"the receipt cannot be read ({error})", remedy, path=path) from error
+    if not isinstance(receipt, dict) or not receipt.keys() >= _SAID:
+        cause = f"the receipt cannot be read (it does not say {', '.join(sorted(_SAID))})"
+        raise IntegrityError(cause, remedy, path=path)
     return receipt
+
+
+def receipt_names(root: Path) -> list[str]:
+    """Return the names of all files that have receipts, sorted; hidden files that others leave there are none."""
+    folder = root / RECEIPTS
+    found = (path.relative_to(folder) for path in folder.rglob("*.json"))
+    named = (path.as_posix().removesuffix(".json") for path in found if not any(p.startswith(".") for p in path.parts))
+    return sorted(named)
 
 
 def done(root: Path, name: str, key: str) -> Receipt | None:
@@ -135,9 +143,10 @@ def check(root: Path, receipt: Receipt, *, largest: int | None = None) -> None:
         raise IntegrityError("its bytes are not those of its receipt", remedy, path=path)
 
 
-def _attempt_folder(root: Path) -> Path:
-    """Return a private folder, named so that what a dead process leaves can be told from what is under way."""
-    return root / ATTEMPTS / f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex}"
+def attempt_folder(root: Path) -> Path:
+    """Name a private folder, so that what a dead process leaves can be told from what is under way."""
+    host, pid, space, born = processes.this()
+    return root / ATTEMPTS / f"{host}-{pid}-{space}-{born}-{uuid.uuid4().hex}"
 
 
 class Attempt:
@@ -146,7 +155,7 @@ class Attempt:
     def __init__(self, root: Path, name: str, key: str, facts: Mapping[str, Any]) -> None:
         """Choose a private path; nothing is created yet."""
         self.root, self.name = root, name
-        self.path = _attempt_folder(root) / Path(name).name
+        self.path = attempt_folder(root) / Path(name).name
         self._clock, self._cpu = time.perf_counter(), time.process_time()
         self.receipt: Receipt = {
             "path": name,
@@ -211,19 +220,23 @@ def publishing(
         The attempt to write.
 
     Raises:
-        EnvironmentFault: The file system refused.
+        EnvironmentFault: The file system refused what the attempt did.
+        OSError: It refused what else the body did, for example to read a slide.
         IntegrityError: Another attempt published different bytes.
     """
     attempt = Attempt(root, name, key, facts)
     with _as_fault(root / name):
         _make_folder(attempt.path.parent)
         _effect("write", attempt.path)
-        try:
-            yield attempt
-            verify(attempt.path)
-        except BaseException:  # a failed attempt may be as large as a slide
-            _forget(attempt.path.parent)
-            raise
+    try:
+        yield attempt
+        verify(attempt.path)
+    except BaseException as error:  # a failed attempt may be as large as a slide
+        _forget(attempt.path.parent)
+        if isinstance(error, OSError) and _is_of_attempt(error, attempt):
+            raise _fault(error, root / name) from error
+        raise  # what was read cannot be read: whoever reads says so
+    with _as_fault(root / name):
         attempt.finish()
         _give_name(root, name, attempt.path, attempt.receipt)
 
@@ -244,7 +257,7 @@ def adopt(root: Path, name: str, source: Path, receipt: Receipt) -> Receipt:
         EnvironmentFault: The file system refused.
         IntegrityError: Other bytes have the name.
     """
-    folder = _attempt_folder(root)
+    folder = attempt_folder(root)
     path = folder / Path(name).name
     own = receipt | {"path": name, "attempt": folder.name}
     with _as_fault(root / name):
@@ -299,9 +312,16 @@ def accept(_path: Path) -> None:
 def generations(root: Path, name: str) -> list[Path]:
     """Return the published generations of ``name``, oldest first: ``plan.json``, ``plan.2.json``, ..."""
     stem, suffix = name.rsplit(".", 1)
-    later = [path for path in root.glob(f"{stem}.*.{suffix}") if path.name.split(".")[-2].isdigit()]
-    later.sort(key=lambda path: int(path.name.split(".")[-2]))
-    return [path for path in (root / name, *later) if path.exists()]
+    later = sorted(number for path in root.glob(f"{stem}.*.{suffix}") if (number := _generation(path, name)))
+    files = (root / name, *(root / f"{stem}.{number}.{suffix}" for number in later))
+    return [path for path in files if path.is_file()]
+
+
+def _generation(path: Path, name: str) -> int:
+    """Return the number of a later generation of ``name``; 0 for a file that has only a similar name."""
+    stem, suffix = name.rsplit(".", 1)
+    found = re.fullmatch(rf"{re.escape(stem)}\.([1-9][0-9]*)\.{re.escape(suffix)}", path.name)
+    return int(found[1]) if found and found[1] != "1" else 0
 
 
 def publish_generation(root: Path, name: str, data: bytes, facts: Mapping[str, Any]) -> Path:
@@ -313,14 +333,17 @@ def publish_generation(root: Path, name: str, data: bytes, facts: Mapping[str, A
     files = generations(root, name)
     stem, suffix = name.rsplit(".", 1)
     known = bool(files) and files[-1].read_bytes() == data  # its receipt may still be missing
-    latest = files[-1].name if known else f"{stem}.{len(files) + 1}.{suffix}" if files else name
+    if files:
+        latest = files[-1].name if known else f"{stem}.{max(1, _generation(files[-1], name)) + 1}.{suffix}"
+    else:
+        latest = name
     publish_bytes(root, latest, data, hashlib.sha256(data).hexdigest(), facts)
     return root / latest
 
 
 def write_view(root: Path, name: str, data: bytes) -> None:
     """Write a file that later runs may replace whole; no published byte is ever computed from it."""
-    path, folder = root / name, _attempt_folder(root)
+    path, folder = root / name, attempt_folder(root)
     with _as_fault(path):
         _make_folder(folder)
         _make_folder(path.parent)
@@ -352,36 +375,49 @@ def append_line(path: Path, text: str, *, sync: bool = False) -> None:
 
 
 def sweep_attempts(root: Path) -> None:
-    """Remove what killed attempts left: those of processes of this host that are gone."""
-    for folder, host, pid in _attempts(root):
-        if host == socket.gethostname() and not _is_alive(pid):
+    """Remove what killed attempts left, as far as it is known that their processes have ended.
+
+    What another machine, container or boot of this machine left stays: it may be under way.
+    """
+    for folder, process in _attempts(root):
+        if processes.has_ended(process):
             _remove(folder)
 
 
-def forget_attempts(root: Path, host: str, pid: int) -> None:
+def forget_attempts(root: Path, process: Process) -> None:
     """Remove what a process left that is known to be gone, wherever it ran; what cannot be removed stays."""
-    for folder, *process in _attempts(root):
-        if process == [host, pid]:
+    for folder, whose in _attempts(root):
+        if whose == process:
             _remove(folder)
 
 
-def _attempts(root: Path) -> list[tuple[Path, str, int]]:
-    """Return the private folders there are, each with the host and the number of its process."""
-    names = ((folder, folder.name.rsplit("-", 2)) for folder in sorted((root / ATTEMPTS).glob("*-*-*")))
-    return [(folder, host, int(pid)) for folder, (host, pid, _) in names]
+def _attempts(root: Path) -> list[tuple[Path, Process]]:
+    """Return the private folders there are, each with its process; what has another name is not ours to touch."""
+    try:
+        there = sorted((root / ATTEMPTS).iterdir())
+    except OSError:  # none, or nothing that can be looked at
+        return []
+    named = ((folder, _NAME.fullmatch(folder.name)) for folder in there)
+    return [
+        (folder, Process(name["host"], int(name["pid"]), name["space"], name["born"])) for folder, name in named if name
+    ]
+
+
+@contextlib.contextmanager
+def private_folder(root: Path) -> Iterator[Path]:
+    """Give a folder that is gone afterwards, and that others sweep away where this process is killed."""
+    folder = attempt_folder(root)
+    with _as_fault(folder):
+        folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        _remove(folder)
 
 
 def _remove(folder: Path) -> None:
     _effect("rmdir", folder)
     shutil.rmtree(folder, ignore_errors=True)  # another process may be doing the same
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except OSError as error:
-        return not isinstance(error, ProcessLookupError)  # not ours to signal: alive
-    return True
 
 
 def _link(source: Path, final: Path, sha256: str | None) -> None:
@@ -422,11 +458,11 @@ def _make_folder(folder: Path) -> None:
 
 def _forget(folder: Path) -> None:
     """Remove a folder of attempts; another process may be doing the same."""
-    for file in folder.iterdir():
-        _effect("unlink", file)
-        file.unlink(missing_ok=True)
-    _effect("rmdir", folder)
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(OSError):  # what cannot be removed harms nobody, and must not hide what went wrong
+        for file in folder.iterdir():
+            _effect("unlink", file)
+            file.unlink(missing_ok=True)
+        _effect("rmdir", folder)
         folder.rmdir()
 
 
@@ -435,8 +471,22 @@ def _as_fault(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        cause = f"the file system refused: {error.strerror or error}"
-        raise EnvironmentFault(cause, "free space or permissions there, or choose another out=", path=path) from error
+        raise _fault(error, path) from error
+
+
+def _fault(error: OSError, path: Path) -> EnvironmentFault:
+    """Return the error as one of a published file, or of another that it names."""
+    named = Path(faults.subject(error) or path)
+    if not (path.is_relative_to(named) or named.is_relative_to(path) or {ATTEMPTS, RECEIPTS} & set(named.parts)):
+        return faults.fault(error)
+    cause = f"the file system refused: {faults.cause(error)}"
+    return EnvironmentFault(cause, faults.remedy(error, "or choose another out="), path=path)
+
+
+def _is_of_attempt(error: OSError, attempt: Attempt) -> bool:
+    """Tell whether an error is about what an attempt writes, and not about what it reads."""
+    named = faults.subject(error)
+    return Path(named).is_relative_to(attempt.path.parent) if named else faults.is_of_writing(error)
 
 
 def require_space(root: Path, needed_bytes: int) -> None:
@@ -460,7 +510,7 @@ def preflight(root: Path) -> None:
     Raises:
         EnvironmentFault: It cannot be created, written, linked or read back.
     """
-    folder = _attempt_folder(root)
+    folder = attempt_folder(root)
     probe, twin = folder / "probe", folder / "linked"
     with _as_fault(root):
         _make_folder(folder)

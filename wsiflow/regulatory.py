@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from wsiflow import __version__, calibration_report, evaluation, publish, repeat, scored, subgroups, tables, tracking
+from wsiflow import __version__, calibration_report, evaluation, publish, redaction, repeat, scored, subgroups, tables
 from wsiflow.errors import InputError
 from wsiflow.evaluation import RecordedSlide
 from wsiflow.scored import Scored
@@ -206,7 +206,7 @@ def _repeat_yaml(run: Scored) -> bytes:
 
     A trial of a sweep becomes a run by itself: it takes nothing from the others, and does not join them in MLflow.
     """
-    settings = tracking.redacted(run.config.model_dump(mode="json"))
+    settings = redaction.redacted(run.config.model_dump(mode="json"))
     settings |= {"share": None, "tracking": {**settings["tracking"], "sweep": None}}
     head = "# wsiflow run --config-dir <folder of this file> --config-name repeat out=runs/again\n"
     text: str = yaml.safe_dump({"defaults": ["config", "_self_"], **settings}, sort_keys=False)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from wsiflow import publish, scored, tracking
+from wsiflow import publish, redaction, scored
 from wsiflow.errors import InputError
 from wsiflow.model import card
 from wsiflow.scored import Scored
@@ -31,7 +31,7 @@ def document(run: Scored, table: Path | None, exported: Mapping[str, str]) -> di
     return {
         "numbers": json.loads((run.folder / "summary.json").read_text(encoding="utf-8")),
         "partial": run.is_partial,
-        "config": tracking.redacted(run.config.model_dump(mode="json")),
+        "config": redaction.redacted(run.config.model_dump(mode="json")),
         "settings": run.made.settings,
         "plan": {
             "hash": run.made.hash,
@@ -71,8 +71,7 @@ def _commands(run: Scored) -> list[str]:
 
 def _receipts(root: Path) -> list[publish.Receipt]:
     """Return what was published in a run's folder, in the order of the names."""
-    paths = sorted((root / publish.RECEIPTS).rglob("*.json"))
-    return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    return [receipt for name in publish.receipt_names(root) if (receipt := publish.read_receipt(root, name))]
 
 
 def _is_output(name: str) -> bool:

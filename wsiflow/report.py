@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from wsiflow import export, froc, page, throughput, tracking
+from wsiflow import export, froc, page, redaction, throughput
 
 # Colours that keep their order in grey and for colour-blind readers.
 _STEP_COLOURS = {
@@ -102,7 +102,7 @@ def render(data: ReportData) -> str:
         _slides(data),
         _citation(data, len(missing)),
         page.section("Every number", page.pairs(data.metrics, _number)),
-        page.section("Settings", page.pairs(tracking.redacted(data.settings), str)),
+        page.section("Settings", page.pairs(redaction.redacted(data.settings), str)),
         page.section("Versions", page.pairs(data.versions, str)),
     ]
     return page.document(data.name, "".join(sections))

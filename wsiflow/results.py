@@ -25,6 +25,7 @@ from wsiflow import (
     plan,
     publish,
     reading,
+    redaction,
     report,
     stages,
     throughput,
@@ -66,7 +67,7 @@ class Clock:
     def __init__(self, config: RunConfig) -> None:
         """Start; energy is counted where all of the work is done on this machine."""
         self._start = time.perf_counter()
-        self.before = frozenset(publish.published_names(config.out))
+        self.before = frozenset(publish.receipt_names(config.out))
         self._energy = energy.Meter() if config.executor.kind in {"inline", "process"} else None
 
     def energy(self) -> dict[str, float]:
@@ -260,7 +261,7 @@ def _all_receipts(root: Path) -> list[publish.Receipt]:
     Each is read once, and of each only what the end of a run counts is kept: there are ten for every slide. How scores
     are computed is settled before there is a plan: that is warm-up.
     """
-    names = publish.published_names(root)
+    names = publish.receipt_names(root)
     found = (receipt for name in names if (receipt := publish.read_receipt(root, name)) is not None)
     return [
         {name: receipt[name] for name in _KEPT if name in receipt}
@@ -444,7 +445,8 @@ def _track(
         tables={f"froc_{mode}.json": curves[mode] for mode in ("official", "strict")},
     )
     logged = tracking.log_run(config.tracking, record)
-    return f"MLflow     {config.tracking.uri} run {logged.run_id}" if logged.run_id else f"MLflow     {logged.reason}"
+    where = f"{redaction.without_secrets(config.tracking.uri)} run {logged.run_id}"
+    return f"MLflow     {where if logged.run_id else logged.reason}"
 
 
 def _machines(root: Path, config: RunConfig, receipts: Sequence[publish.Receipt]) -> dict[str, str]:

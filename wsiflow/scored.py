@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
-from wsiflow import dataset, evaluation, ingest, plan, publish
+from wsiflow import dataset, evaluation, faults, ingest, plan, publish
 from wsiflow.config import RunConfig
 from wsiflow.dataset import Case
 from wsiflow.errors import InputError, IntegrityError
@@ -292,7 +292,9 @@ def _csv(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
         with path.open(newline="", encoding="utf-8-sig") as stream:
             reader = csv.reader(stream, strict=True)
             lines = [(reader.line_num, [cell.strip() for cell in cells]) for cells in reader if any(cells)]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+    except OSError as error:
+        raise faults.unreadable(error, "it", "correct the path", path=path) from error
+    except (UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"not a readable CSV ({error})", "write it as UTF-8 text with commas", path=path) from error
     if not lines:
         raise InputError("it is empty", "give a header and a line per slide", path=path)

@@ -13,6 +13,7 @@ from wsiflow import (
     annotations,
     certify,
     dataset,
+    faults,
     ingest,
     ledger,
     measure,
@@ -280,7 +281,9 @@ def read_costs(path: Path) -> schedule.Costs:
         found = json.loads(path.read_text(encoding="utf-8"))
         measured = {stage: schedule.StageCost(**cost) for stage, cost in found.pop("stages").items()}
         return schedule.Costs(**found, stages={**schedule.ROUGH.stages, **measured})
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except OSError as error:
+        raise faults.unreadable(error, "it", "give a costs.json of wsiflow", path=path) from error
+    except (ValueError, TypeError, KeyError) as error:
         raise InputError(f"it holds no costs ({error!r})", "give a costs.json of wsiflow", path=path) from error
 
 

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from wsiflow import dataset, features, forest, plan, publish, pyramid
+from wsiflow import dataset, faults, features, forest, plan, publish, pyramid
 from wsiflow.dataset import Case
 from wsiflow.errors import InputError
 from wsiflow.forest import Choices, Forest, Sample
@@ -107,7 +107,9 @@ def read_features(path: Path) -> list[Row]:
             return [
                 Row(line[0], float(line[1]), line[2], float(line[3]), np.array(line[4:], np.float64)) for line in lines
             ]
-    except (OSError, ValueError, csv.Error) as error:
+    except OSError as error:
+        raise faults.unreadable(error, "the table of features", "correct the path", path=path) from error
+    except (ValueError, csv.Error) as error:
         cause = f"not a readable table of features ({error})"
         raise InputError(cause, "give a table that wsiflow features wrote", path=path) from error
 

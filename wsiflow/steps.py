@@ -25,6 +25,7 @@ from wsiflow import (
     certify,
     evaluation,
     export,
+    faults,
     geometry,
     heatmap,
     ingest,
@@ -40,7 +41,7 @@ from wsiflow import (
     stain,
     store,
 )
-from wsiflow.errors import InputError, IntegrityError, Rewritten, WsiflowError
+from wsiflow.errors import EnvironmentFault, InputError, IntegrityError, Rewritten, WsiflowError
 from wsiflow.executor import Outcome
 from wsiflow.geometry import Frame
 from wsiflow.plan import Plan, SlidePlan, Task
@@ -75,13 +76,17 @@ def run_task(source: Path, stage: str, index: int) -> Outcome:
             receipt, executed = STAGES[stage](source, index)
     except WsiflowError as error:
         return Outcome(index, None, executed=True, error=str(error.about(stage=stage)), exit_code=error.exit_code)
-    except (OSError, MemoryError) as error:
-        cause = f"{stage}: {type(error).__name__}: {error}; free memory or disk, then run again"
-        return Outcome(index, None, executed=True, error=" ".join(cause.split()), exit_code=30)
+    except OSError as error:
+        told = str(faults.fault(error, stage=stage))
+        return Outcome(index, None, executed=True, error=told, exit_code=EnvironmentFault.exit_code)
+    except MemoryError as error:
+        told = str(EnvironmentFault(f"out of memory ({error})", "free memory, or use fewer workers", stage=stage))
+        return Outcome(index, None, executed=True, error=told, exit_code=EnvironmentFault.exit_code)
     except Exception as error:  # noqa: BLE001 - the boundary: a defect in one task must not lose the others
         where = traceback.extract_tb(error.__traceback__)[-1]
-        cause = f"{stage}: {type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno}); report this"
-        return Outcome(index, None, executed=True, error=" ".join(cause.split()), exit_code=50)
+        cause = f"{type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno})"
+        told = str(WsiflowError(cause, "report this", stage=stage))
+        return Outcome(index, None, executed=True, error=told, exit_code=WsiflowError.exit_code)
     return Outcome(index, receipt, executed=executed)
 
 

@@ -25,6 +25,7 @@ made, so that the same content is the same bytes.
 """
 
 import contextlib
+import errno
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -36,7 +37,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, Field
 
-from wsiflow.errors import IntegrityError
+from wsiflow import faults
+from wsiflow.errors import EnvironmentFault, IntegrityError, WsiflowError
 from wsiflow.geometry import Frame
 
 _STREAM_CHUNK_BYTES = 1 << 18
@@ -90,8 +92,7 @@ class PatchGroup(NamedTuple):
                 data = imagecodecs.jpeg8_decode(data.tobytes())
             return data.reshape(rows, cols, 3)
         except (OSError, ValueError, imagecodecs.Jpeg8Error) as error:
-            cause = f"the pixels of block {index} cannot be read ({error})"
-            raise IntegrityError(cause, _AGAIN, path=self.img.file.filename) from error
+            raise _unread(error, f"the pixels of block {index} cannot be read", self.img.file.filename) from error
 
 
 class PatchWriter:
@@ -159,8 +160,11 @@ def _is_patches(frame: Frame, params: StoreParams) -> bool:
 
 @contextlib.contextmanager
 def create_patches(path: Path, frame: Frame, facts: Mapping[str, Any], params: StoreParams) -> Iterator[PatchWriter]:
-    """Create a patches file; ``facts`` (slide, hashes, versions, key) become attributes beside the transform."""
-    with h5py.File(path, "x", libver=("v110", "v110")) as file:
+    """Create a patches file; ``facts`` (slide, hashes, versions, key) become attributes beside the transform.
+
+    Nobody else knows a file that is being written: no lock is asked for, which not every disk could give.
+    """
+    with h5py.File(path, "x", libver=("v110", "v110"), locking=False) as file:
         _describe(file, frame.of_pixels(), facts)
         yield PatchWriter(file, frame, params)
 
@@ -189,7 +193,7 @@ def patch_group(file: h5py.File, k: int) -> PatchGroup:
         blocks = len(img) if offset is None else len(offset) - 1
         whole = blocks == len(coord) == group.attrs["written"] and (offset is None or offset[-1] == len(img))
     except (KeyError, OSError) as error:
-        raise IntegrityError(f"group t{k} cannot be read ({error})", _AGAIN, path=file.filename) from error
+        raise _unread(error, f"group t{k} cannot be read", file.filename) from error
     if not whole:
         raise IntegrityError(f"group t{k} was not written to its end", _AGAIN, path=file.filename)
     return PatchGroup(img, coord, offset, size)
@@ -223,7 +227,7 @@ def write_index(path: Path, frame: Frame, facts: Mapping[str, Any], links: Mappi
         facts: What else becomes an attribute.
         links: Numbers of groups, by the name of the file that has them, relative to the folder of ``path``.
     """
-    with h5py.File(path, "x", libver=("v110", "v110")) as file:
+    with h5py.File(path, "x", libver=("v110", "v110"), locking=False) as file:
         _describe(file, frame.of_pixels(), facts)
         for name, numbers in links.items():
             for k in numbers:
@@ -234,7 +238,7 @@ def write_predictions(
     path: Path, frame: Frame, coord: NDArray[np.int64], prob: NDArray[np.float32], facts: Mapping[str, Any]
 ) -> None:
     """Write the scores of one group: ``prob`` float32 (n, m, m) and ``coord`` int64 (n, 5)."""
-    with h5py.File(path, "x", libver=("v110", "v110")) as file:
+    with h5py.File(path, "x", libver=("v110", "v110"), locking=False) as file:
         _describe(file, frame._asdict(), facts)
         file.create_dataset("prob", data=prob, chunks=prob.shape, fletcher32=True, fillvalue=np.nan).flush()
         _table(file, "coord", coord)
@@ -250,13 +254,14 @@ def read_predictions(path: Path) -> tuple[NDArray[np.int64], NDArray[np.float32]
         try:
             coord, prob = file["coord"][:], file["prob"][:]
         except (KeyError, OSError) as error:
-            raise IntegrityError(f"the scores cannot be read ({error})", _AGAIN, path=path) from error
+            raise _unread(error, "the scores cannot be read", path) from error
     if len(coord) != len(prob) or not ((prob >= 0) & (prob <= 1)).all():
         raise IntegrityError("scores are missing or are not numbers in [0, 1]", _AGAIN, path=path)
     return coord, prob
 
 
 _AGAIN = "delete it and its receipt, then run again"
+_OPEN_ELSEWHERE = "file is already open for write"  # HDF5's words
 
 
 @contextlib.contextmanager
@@ -264,9 +269,22 @@ def _reading(path: Path) -> Iterator[h5py.File]:
     try:
         file = h5py.File(path, "r", locking=False)
     except OSError as error:
-        raise IntegrityError(f"it is not a whole HDF5 file ({error})", _AGAIN, path=path) from error
+        raise _unread(error, "it is not a whole HDF5 file", path) from error
     with file:
         yield file
+
+
+def _unread(error: Exception, what: str, path: object) -> WsiflowError:
+    """Return what it means that a file cannot be read: it is damaged or gone, or the system does not let us.
+
+    Who deletes a file because the disk is out of reach loses it.
+    """
+    if isinstance(error, OSError) and _OPEN_ELSEWHERE in str(error):
+        remedy = f"close it there, then run again; if none has, {_AGAIN}"
+        return EnvironmentFault("another program has it open for writing", remedy, path=path)
+    if isinstance(error, OSError) and faults.number(error) not in {0, errno.ENOENT}:
+        return faults.fault(error, path=path)
+    return IntegrityError(f"{what} ({error})", _AGAIN, path=path)
 
 
 def _describe(file: h5py.File, frame: Mapping[str, Any], facts: Mapping[str, Any]) -> None:

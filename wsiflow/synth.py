@@ -23,7 +23,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from wsiflow import likeness, publish, pyramid
+from wsiflow import faults, likeness, publish, pyramid
 from wsiflow.atlas import read_atlas
 from wsiflow.errors import InputError
 from wsiflow.model.threads import allocated_cores
@@ -142,7 +142,11 @@ def _each(
         for job in jobs:
             write(job)
         return
-    with ProcessPoolExecutor(workers, get_context("spawn"), initializer=begin, initargs=begin_with) as pool:
+    try:
+        pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=begin, initargs=begin_with)
+    except OSError as error:
+        raise faults.of_workers(error) from error
+    with pool:
         list(pool.map(write, jobs))
 
 

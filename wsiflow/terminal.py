@@ -6,19 +6,28 @@ Exit codes: 0 complete, 10 partial (only when allowed), 20 bad input, 30 environ
 import os
 import sys
 from collections.abc import Callable
+from typing import TextIO
 
-from wsiflow.errors import EnvironmentFault, WsiflowError
+from wsiflow import faults
+from wsiflow.errors import WsiflowError
+from wsiflow.redaction import without_secrets
 
 
 def say(text: str) -> None:
-    """Tell the user something."""
-    print(text, flush=True)  # noqa: T201 - the one place that prints
+    """Tell the user something, but no secret: what is printed ends in logs."""
+    print(_fit(without_secrets(text), sys.stdout), flush=True)  # noqa: T201 - the one place that prints
 
 
 def report(error: WsiflowError) -> int:
     """Tell the user what went wrong, in one line, and return the exit code."""
-    print(f"wsiflow: {error}", file=sys.stderr, flush=True)  # noqa: T201
+    print(_fit(f"wsiflow: {error}", sys.stderr), file=sys.stderr, flush=True)  # noqa: T201
     return error.exit_code
+
+
+def _fit(text: str, stream: TextIO) -> str:
+    """Return a text as a stream can write it: a name with an umlaut must not end a run where the locale has none."""
+    encoding = stream.encoding or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def bounded(command: Callable[[], int]) -> int:
@@ -33,7 +42,7 @@ def bounded(command: Callable[[], int]) -> int:
     except OSError as error:
         if "WSIFLOW_DEBUG" in os.environ:
             raise
-        return report(EnvironmentFault(str(error), "mend it and run again"))
+        return report(faults.fault(error))
     except Exception as error:
         if "WSIFLOW_DEBUG" in os.environ:
             raise

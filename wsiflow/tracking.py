@@ -10,7 +10,7 @@ Conventions:
 * Only a SQLite store beside its artifacts, or a server. Whoever writes to a SQLite store holds a lock file beside it:
   several first starts would otherwise create the tables at the same time.
 * A metric without a finite value is left out and named in the tag ``wsiflow.metrics_without_value``.
-* What looks like a secret is replaced before it is sent, see `redacted`.
+* What looks like a secret is replaced before it is sent, see `wsiflow.redaction`.
 """
 
 import fcntl
@@ -27,9 +27,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, field_serializer
 
+from wsiflow import faults
 from wsiflow.errors import EnvironmentFault, InputError
+from wsiflow.redaction import REDACTED, redacted, without_secrets
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -40,10 +42,7 @@ _PARAMS_PER_CALL, _METRICS_PER_CALL = 100, 1000
 _NOT_IN_NAMES = re.compile(r"[^\w.\- :/]")
 
 _PARETO = "wsiflow.pareto"
-
-REDACTED = "[redacted]"
-_SECRET_KEY = re.compile(r"passw|secret|token|credential|(api|access|private|account)_?key", re.IGNORECASE)
-_USER_IN_URI = re.compile(r"(?<=://)[^/@\s]+(?=@)")
+_GIT_S = 5.0
 
 
 class TrackingParams(BaseModel, frozen=True, extra="forbid"):
@@ -66,6 +65,11 @@ class TrackingParams(BaseModel, frozen=True, extra="forbid"):
     timeout_s: int = Field(ge=1, le=600)
     retries: int = Field(ge=0, le=7)
     lock_wait_s: float = Field(ge=0, le=3600)
+
+    @field_serializer("uri", when_used="json")
+    def _without_secrets(self, uri: str) -> str:
+        """Return the address as files and servers may have it: whoever reads it there must not learn a password."""
+        return without_secrets(uri)
 
 
 @dataclass(frozen=True)
@@ -177,11 +181,12 @@ def _with_store(params: TrackingParams, record: Callable[["MlflowClient"], str])
     from sqlalchemy.exc import SQLAlchemyError
 
     try:
+        params = params.model_copy(update={"uri": _whole(params.uri)})
         with _only_writer(params):
             return Logged(record(MlflowClient(tracking_uri=params.uri)), "")
-    except (MlflowException, SQLAlchemyError, OSError) as error:
+    except (MlflowException, SQLAlchemyError, OSError, EnvironmentFault) as error:
         # The run is complete on disk; an MLflow that cannot take its record must not make it fail.
-        return Logged(None, f"{_without_user(params.uri)} did not take the record: {_one_line(error)}")
+        return Logged(None, f"{without_secrets(params.uri)} did not take the record: {_one_line(error)}")
 
 
 def find_run(params: TrackingParams, key: str, *, partial: bool) -> str | None:
@@ -214,7 +219,7 @@ def recorded(params: TrackingParams) -> list[Recorded]:
         experiment = client.get_experiment_by_name(params.experiment)
         if experiment is None:
             known = ", ".join(sorted(one.name for one in client.search_experiments()))
-            cause = f"{_without_user(params.uri)} has no experiment {params.experiment!r}"
+            cause = f"{without_secrets(params.uri)} has no experiment {params.experiment!r}"
             raise InputError(cause, f"name one of: {known}; or folders of finished runs")
         runs = [_recorded(run) for run in _all_runs(client, experiment.experiment_id, _COMPLETE)]
     # A folder whose scores changed (a slide joined, an outline was corrected) has a record of each state.
@@ -242,30 +247,11 @@ def log_comparison(params: TrackingParams, record: ComparisonRecord) -> Logged:
     return _with_store(params, lambda client: _log_comparison(client, params, sweep, record))
 
 
-def redacted(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings with secrets replaced by `REDACTED`: values of telling keys, and users in addresses.
-
-    Args:
-        values: Settings by name, nested or with dotted names.
-    """
-    return {key: REDACTED if _SECRET_KEY.search(key) else _redacted_value(value) for key, value in values.items()}
-
-
-def _redacted_value(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return redacted(value)
-    if isinstance(value, list | tuple):
-        return [_redacted_value(item) for item in value]
-    return _without_user(value) if isinstance(value, str) else value
-
-
-def _without_user(text: str) -> str:
-    return _USER_IN_URI.sub(REDACTED, text)
-
-
 def _one_line(error: Exception) -> str:
-    text = _without_user(" ".join(str(error).split()))
-    return f"{type(error).__name__}: {text}"[:300]
+    if isinstance(error, OSError) and faults.number(error):
+        error = faults.fault(error)
+    text = without_secrets(" ".join(str(error).split()))
+    return text[:300] if isinstance(error, EnvironmentFault) else f"{type(error).__name__}: {text}"[:300]
 
 
 def _set_environment(params: TrackingParams) -> None:
@@ -279,6 +265,25 @@ def _set_environment(params: TrackingParams) -> None:
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": str(params.retries),
     }
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+
+
+def _whole(uri: str) -> str:
+    """Return an address with the secrets that were taken out of it, where the environment has them.
+
+    The folder of a run keeps none, so that `wsiflow retry` finds none there.
+
+    Raises:
+        EnvironmentFault: It has not.
+    """
+    known = os.environ.get("MLFLOW_TRACKING_URI", "")
+    if REDACTED not in uri or without_secrets(known) == uri:
+        return known if REDACTED in uri else uri
+    if "MLFLOW_TRACKING_PASSWORD" in os.environ or "MLFLOW_TRACKING_TOKEN" in os.environ:
+        bare = uri.replace(f"//{REDACTED}@", "//")
+        if REDACTED not in bare:
+            return bare
+    cause = "its password is not kept in the run's folder"
+    raise EnvironmentFault(cause, "set MLFLOW_TRACKING_URI to the whole address, then run the same command again")
 
 
 def _database(uri: str) -> Path | None:
@@ -297,7 +302,14 @@ def _only_writer(params: TrackingParams) -> Iterator[None]:
         return
     database.parent.mkdir(parents=True, exist_ok=True)
     with database.with_name(f"{database.name}.lock").open("a") as handle:
-        _lock(handle.fileno(), params.lock_wait_s)
+        try:
+            _lock(handle.fileno(), params.lock_wait_s)
+        except OSError as error:
+            if isinstance(error, TimeoutError):
+                raise
+            cause = f"the lock beside the store cannot be taken ({faults.cause(error)})"
+            remedy = "name a store on a disk with a lock service, or a server, as tracking.uri"
+            raise EnvironmentFault(cause, remedy, path=handle.name) from error
         yield
 
 
@@ -329,10 +341,11 @@ def _readable(params: TrackingParams) -> Iterator["MlflowClient"]:
     from sqlalchemy.exc import SQLAlchemyError
 
     try:
+        params = params.model_copy(update={"uri": _whole(params.uri)})
         with _only_writer(params):
             yield MlflowClient(tracking_uri=params.uri)
     except (MlflowException, SQLAlchemyError, OSError) as error:
-        cause = f"{_without_user(params.uri)} cannot be read: {_one_line(error)}"
+        cause = f"{without_secrets(params.uri)} cannot be read: {_one_line(error)}"
         raise EnvironmentFault(cause, "see that it is there and try again", stage="tracking") from error
 
 
@@ -448,11 +461,19 @@ def _tags(record: RunRecord) -> dict[str, str]:
 
 
 def _git_commit(checkout: Path) -> str:
-    """Return the commit of a source checkout, empty for an installed package."""
-    if not (checkout / ".git").exists():
+    """Return the commit of a source checkout; empty for an installed package, and where git does not tell."""
+    command = ["git", "-C", str(checkout), "rev-parse", "--verify", "HEAD"]
+    quiet = {**os.environ, "GIT_TERMINAL_PROMPT": "0", "GIT_OPTIONAL_LOCKS": "0"}
+    try:
+        if not (checkout / ".git").exists():
+            return ""
+        told = subprocess.run(
+            command, capture_output=True, stdin=subprocess.DEVNULL, env=quiet, timeout=_GIT_S, check=True
+        )
+    except (OSError, subprocess.SubprocessError):  # a record without a commit is better than none
         return ""
-    command = ["git", "-C", str(checkout), "rev-parse", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    commit = told.stdout.decode("ascii", "replace").strip()
+    return commit if re.fullmatch(r"[0-9a-f]{40,64}", commit) else ""
 
 
 def _yes_no(flag: bool) -> str:  # noqa: FBT001 - the text of a flag

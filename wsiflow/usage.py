@@ -104,6 +104,6 @@ def _io_bytes() -> tuple[int, int]:
     """Return bytes read and written by this process; zeros where the kernel does not count them."""
     try:
         found = dict(line.split(": ") for line in _IO.read_text(encoding="ascii").splitlines())
-    except OSError:
+        return int(found["rchar"]), int(found["wchar"])
+    except (OSError, ValueError, KeyError):
         return 0, 0
-    return int(found["rchar"]), int(found["wchar"])

@@ -10,9 +10,10 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, Field, field_serializer, model_validator
 
 from wsiflow.executor.dialect import ArrayParams
+from wsiflow.redaction import redacted
 
 
 class DaskParams(BaseModel, frozen=True, extra="forbid"):
@@ -31,6 +32,11 @@ class DaskParams(BaseModel, frozen=True, extra="forbid"):
     adapt_kwargs: Mapping[str, Any] = {}
     address: str = ""
     window: int = Field(default=4, ge=1, le=1000)
+
+    @field_serializer("cluster_kwargs", when_used="json")
+    def _without_secrets(self, keywords: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the keywords as files and servers may have them."""
+        return redacted(keywords)
 
     @model_validator(mode="after")
     def _one_cluster(self) -> "DaskParams":

@@ -10,6 +10,7 @@ and the next one watches them instead of submitting the same work again.
 import contextlib
 import itertools
 import json
+import os
 import threading
 import uuid
 from collections import deque
@@ -255,7 +256,8 @@ class ArrayJobs:
             "extra": self._params.extra,
             "command": [*starter, table],
         }
-        command = self._dialect.submission(fields, threads=self._threads)
+        variables = element.variables(os.environ, self._params.environment)
+        command = self._dialect.submission(fields, threads=self._threads, variables=variables)
         for _ in range(_SUBMISSIONS):
             answer = jobs.call(command)
             job = self._dialect.submitted(answer.stdout) if not answer.returncode else ""
@@ -342,10 +344,10 @@ class ArrayJobs:
         charged = list(one.missing) if at is None or cause == "cancelled" else [at]
         tries = one.piece.tries.after(cause)
         over = cause == "cancelled" or tries.lost > self._params.retries
-        about = one.about()
-        if about:  # a driver on another machine could not tell that the process is gone
-            publish.forget_attempts(self._root, about["host"], about["pid"])
-        usage = {**about, **known, "exit_class": cause}
+        process = one.process()
+        if process:  # a driver on another machine could not tell that the process is gone
+            publish.forget_attempts(self._root, process)
+        usage = {**one.about(), **known, "exit_class": cause}
         error = self._message(array, one, cause, tries.lost) if over else ""
         for task in charged:
             outcome = Outcome(task, None, executed=True, error=error, exit_code=30, usage=usage, retried=not over)

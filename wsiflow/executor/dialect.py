@@ -7,9 +7,11 @@ list of arguments, run without a shell. Each may hold placeholders; one that is 
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
-from pydantic import BaseModel, Field, field_validator
+from pydantic import BaseModel, Field, field_serializer, field_validator
+
+from wsiflow.redaction import redacted_list
 
 #: Why an element ended without finishing its tasks, as far as schedulers tell.
 CAUSES = ("cancelled", "memory", "time", "node")
@@ -34,7 +36,7 @@ class Dialect(BaseModel, frozen=True, extra="forbid"):
 
     Placeholders of ``submit``: ``{first}``, ``{last}``, ``{running}`` (elements at a time), ``{name}``,
     ``{memory_mb}``, ``{minutes}``, ``{seconds}``, ``{threads}``, ``{logs}`` (folder), ``{script}``, and the lists
-    ``{slots}``, ``{memory}``, ``{extra}`` and ``{command}``.
+    ``{slots}``, ``{memory}``, ``{environment}``, ``{extra}`` and ``{command}``.
 
     Attributes:
         name: The scheduler's name in messages.
@@ -44,6 +46,7 @@ class Dialect(BaseModel, frozen=True, extra="forbid"):
         submit: Submits an array and prints its id.
         slots: Options that ask for more than one core, where more than one thread is used.
         memory: Options that ask for memory, where their names are the site's own.
+        environment: Options that name the variables an element gets, ``{names}``, with commas; empty where it gets all.
         job_id: Finds ``job`` in what ``submit`` prints.
         whole: An array as the other commands name it, from ``{job}``.
         native: An element likewise, from ``{job}`` and ``{index}``.
@@ -68,6 +71,7 @@ class Dialect(BaseModel, frozen=True, extra="forbid"):
     submit: tuple[str, ...]
     slots: tuple[str, ...]
     memory: tuple[str, ...]
+    environment: tuple[str, ...] = ()  # not in older folders
     job_id: str
     whole: str
     native: str
@@ -83,6 +87,11 @@ class Dialect(BaseModel, frozen=True, extra="forbid"):
     limit: tuple[str, ...]
     limit_value: str
 
+    @field_serializer("submit", "slots", "memory", when_used="json")
+    def _without_secrets(self, arguments: tuple[str, ...]) -> list[str]:
+        """Return arguments as files and servers may have them."""
+        return redacted_list(arguments)
+
     @field_validator("job_id", "element", "alive", "pending", "stuck", "nothing", "limit_value")
     @classmethod
     def _is_pattern(cls, value: str) -> str:
@@ -96,15 +105,20 @@ class Dialect(BaseModel, frozen=True, extra="forbid"):
             raise ValueError(f"{unknown} are no causes, there are {CAUSES}")
         return {name: _compiled(pattern) for name, pattern in value.items()}
 
-    def submission(self, fields: Mapping[str, object], *, threads: int) -> list[str]:
+    def submission(self, fields: Mapping[str, object], *, threads: int, variables: Sequence[str] = ()) -> list[str]:
         """Return the command that submits an array.
 
         Args:
-            fields: Values of the placeholders, without ``slots``, ``memory`` and ``threads``.
+            fields: Values of the placeholders, without ``slots``, ``memory``, ``environment`` and ``threads``.
             threads: Cores an element needs.
+            variables: Names of the environment variables it needs.
         """
         known = {**fields, "threads": threads}
-        lists = {"memory": expand(self.memory, known), "slots": expand(self.slots, known) if threads > 1 else []}
+        lists = {
+            "memory": expand(self.memory, known),
+            "slots": expand(self.slots, known) if threads > 1 else [],
+            "environment": expand(self.environment, {"names": ",".join(variables)}) if variables else [],
+        }
         return expand(self.submit, {**known, **lists})
 
     def submitted(self, text: str) -> str:
@@ -173,6 +187,8 @@ class ArrayParams(BaseModel, frozen=True, extra="forbid"):
         grace_s: Seconds for which files of an element that is gone may still appear; a network file system needs them.
         extra: Options added to every submission, for example a partition.
         command: What starts wsiflow in an element; empty for this Python. A container is entered here.
+        environment: More variables that elements get from the environment of the run, by name. Grid Engine and PBS show
+            them with their values to every user of the cluster; Slurm and LSF pass on all there are and show none.
     """
 
     dialect: Dialect
@@ -187,6 +203,12 @@ class ArrayParams(BaseModel, frozen=True, extra="forbid"):
     grace_s: float = Field(ge=0, le=3600)
     extra: tuple[str, ...]
     command: tuple[str, ...]
+    environment: tuple[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], ...] = ()  # not in older folders
+
+    @field_serializer("extra", "command", when_used="json")
+    def _without_secrets(self, arguments: tuple[str, ...]) -> list[str]:
+        """Return arguments as files and servers may have them."""
+        return redacted_list(arguments)
 
 
 def _compiled(pattern: str) -> str:

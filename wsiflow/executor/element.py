@@ -12,14 +12,25 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
 from wsiflow.errors import InputError
 from wsiflow.executor import Work
 from wsiflow.executor.jobs import identity
-from wsiflow.model.threads import limit_threads
+from wsiflow.model.threads import ISA_PINS, limit_threads
 from wsiflow.usage import now
+
+# Where programs and libraries are found and caches kept, texts are encoded, and what decides the last bits of a score.
+_PASSED = (
+    *("PATH", "LD_LIBRARY_PATH", "LD_PRELOAD", "HOME", "USER", "LOGNAME", "SHELL", "TZ", "XDG_CACHE_HOME"),
+    *("PYTHONPATH", "PYTHONHOME", "PYTHONUTF8", "PYTHONNOUSERSITE", "PYTHONDONTWRITEBYTECODE", "VIRTUAL_ENV"),
+    *("CONDA_PREFIX", "CONDA_DEFAULT_ENV", "LANG", "LANGUAGE", "LC_ALL", "LC_CTYPE"),
+    *("HDF5_USE_FILE_LOCKING", "HDF5_PLUGIN_PATH", "APPTAINER_BIND", "SINGULARITY_BIND"),
+    *ISA_PINS,
+)
+_NOT_PASSED = {"WSIFLOW_SWEEP"}  # overrides, as they were typed
 
 #: The job script of every array of every run: what to start is its arguments.
 SCRIPT = """\
@@ -57,6 +68,20 @@ def run(table: Path) -> int:
             if outcome.task + 1 < hi:
                 _note(stream, {"begun": outcome.task + 1})
     return worst
+
+
+def variables(environ: Mapping[str, str], more: Iterable[str] = ()) -> list[str]:
+    """Return the names of the environment variables that an element needs, of those that are set.
+
+    All others stay where they are: some schedulers show every user of the cluster what a job gets, and passwords and
+    keys lie in environments.
+
+    Args:
+        environ: The environment of the run.
+        more: Names that the user adds.
+    """
+    own = (name for name in environ if name.startswith("WSIFLOW_") and name not in _NOT_PASSED)
+    return sorted({name for name in (*_PASSED, *own, *more) if name in environ})
 
 
 def starter() -> list[str]:

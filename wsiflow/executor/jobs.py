@@ -13,14 +13,13 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from wsiflow import publish
+from wsiflow import processes, publish
 from wsiflow.errors import EnvironmentFault, InputError
 from wsiflow.executor.dialect import Dialect, Place, Seen, expand
 from wsiflow.usage import now
@@ -29,7 +28,6 @@ LOG = "jobs.jsonl"
 
 _CALL_S = 120.0
 _DRIVER_S = 10.0
-_IDENTITY = ("host", "pid", "born")
 
 
 class Job(NamedTuple):
@@ -61,7 +59,7 @@ class History(NamedTuple):
 
     def is_driven_by(self, process: Mapping[str, Any]) -> bool:
         """Tell whether the last driver is this process, see `identity`."""
-        return process.items() <= self.driver.items()
+        return bool(self.driver) and processes.noted(process) == processes.noted(self.driver)
 
 
 class JobLog:
@@ -91,7 +89,7 @@ class JobLog:
                 case "driver":
                     driver, left, cancelled = line, False, False
                 case "left":
-                    left = left or all(line[key] == driver.get(key) for key in _IDENTITY)
+                    left = left or processes.noted(line) == processes.noted(driver)
                 case "intent":
                     jobs[line["name"]] = Job(line["name"], "")
                 case "job":
@@ -217,11 +215,19 @@ def drop_open(log: JobLog, dialect: Dialect) -> list[str]:
 
 def identity() -> dict[str, Any]:
     """Return what tells this process from every other, later ones with its number included."""
-    return {"host": socket.gethostname(), "pid": os.getpid(), "born": _born(os.getpid())}
+    return processes.this()._asdict()
 
 
 def _ask(dialect: Dialect, names: Sequence[str]) -> subprocess.CompletedProcess[str]:
-    return call(expand(dialect.queue, {"names": ",".join(names), "user": getpass.getuser()}))
+    return call(expand(dialect.queue, {"names": ",".join(names), "user": _user()}))
+
+
+def _user() -> str:
+    """Return the user's name; the number of one that the system has no name for, as in containers."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError, ImportError):
+        return str(os.getuid())
 
 
 def _means_nothing(dialect: Dialect, answer: subprocess.CompletedProcess[str]) -> bool:
@@ -245,35 +251,24 @@ def require_alone(log: JobLog) -> None:
 
 
 def _drives_here(history: History) -> bool:
-    """Tell whether the last driver is another process of this machine, and at it."""
-    driver = history.driver
-    if not driver or history.left or driver["host"] != socket.gethostname() or driver["pid"] == os.getpid():
+    """Tell whether the last driver is another process of this machine and PID namespace, and at it."""
+    if not history.driver or history.left:
         return False
-    return bool(_born(driver["pid"]) == driver["born"])
+    driver = processes.noted(history.driver)
+    return processes.is_near(driver) and driver.pid != os.getpid() and processes.born(driver.pid) == driver.born
 
 
 def _end_driver(history: History) -> str:
     """End the process that runs the line, and say what became of it."""
-    driver = history.driver
-    host, pid = driver["host"], driver["pid"]
-    if host != socket.gethostname() and not history.left:
-        return f"the run was started on {host}: it will notice there, or has ended"
+    driver = processes.noted(history.driver)
+    if not processes.is_near(driver) and not history.left:
+        return f"the run was started on {driver.host}, or in another container: it will notice there, or has ended"
     if not _drives_here(history):
         return "the process that ran the line had ended"
-    os.kill(pid, signal.SIGTERM)
+    os.kill(driver.pid, signal.SIGTERM)
     patience = time.monotonic() + _DRIVER_S
-    while _born(pid) == driver["born"]:
+    while processes.born(driver.pid) == driver.born:
         if time.monotonic() > patience:
-            os.kill(pid, signal.SIGKILL)
+            os.kill(driver.pid, signal.SIGKILL)
         time.sleep(0.1)
-    return f"process {pid}, which ran the line, was ended"
-
-
-def _born(pid: int) -> str:
-    """Return when a process of this machine started, in the kernel's ticks; empty where there is none."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8")
-    except OSError:
-        return ""
-    fields = stat.rpartition(")")[2].split()  # the name before it may hold anything
-    return "" if fields[0] == "Z" else fields[19]
+    return f"process {driver.pid}, which ran the line, was ended"

@@ -16,6 +16,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Self
 
+from wsiflow import faults
 from wsiflow.executor import Outcome, Slice, Work
 from wsiflow.model.threads import limit_threads
 from wsiflow.usage import now
@@ -98,12 +99,15 @@ class ProcessPool:
             raise BrokenProcessPool("the run is over")
 
     def _start(self, workers: int) -> ProcessPoolExecutor:
-        return ProcessPoolExecutor(
-            workers,
-            mp_context=multiprocessing.get_context("spawn"),
-            initializer=_begin_worker,
-            initargs=(self._threads, os.getpid()),
-        )
+        try:
+            return ProcessPoolExecutor(
+                workers,
+                mp_context=multiprocessing.get_context("spawn"),
+                initializer=_begin_worker,
+                initargs=(self._threads, os.getpid()),
+            )
+        except OSError as error:
+            raise faults.of_workers(error, "or take executor=inline") from error
 
 
 def _collect(work: Work, source: Path, stage: str, part: Slice) -> list[Outcome]:

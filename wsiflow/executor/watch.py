@@ -6,8 +6,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from wsiflow import processes
 from wsiflow.executor import Outcome, jobs
 from wsiflow.executor.dialect import ArrayParams, Place, Seen
+from wsiflow.processes import Process
 
 FOLDER, LOGS = "arrays", "logs"
 
@@ -167,7 +169,7 @@ class Element:
             whole = data.rfind(b"\n") + 1
             for line in jobs.parse(data[:whole]):
                 if "started" in line:
-                    about = {key: line[key] for key in ("started", "host", "pid")}
+                    about = {key: line[key] for key in ("started", *Process._fields) if key in line}
                 elif "begun" in line:
                     begun = line["begun"]
                 else:
@@ -184,8 +186,13 @@ class Element:
         return begun if begun in self.missing else None
 
     def about(self) -> dict[str, Any]:
-        """Return who the latest attempt was."""
-        return self._latest()[1]
+        """Return who the latest attempt was, as the trace tells it."""
+        return {key: value for key, value in self._latest()[1].items() if key in {"started", "host", "pid"}}
+
+    def process(self) -> Process | None:
+        """Return the process of the latest attempt, None where none began."""
+        about = self._latest()[1]
+        return processes.noted(about) if about else None
 
     def _latest(self) -> tuple[int, dict[str, Any], int | None]:
         """Return how far the latest attempt's file was read, who wrote it, and the task it was at."""
@@ -208,6 +215,8 @@ class Array:
     def files(self) -> dict[int, list[Path]]:
         """Return the files of every element that has begun, by index."""
         found: dict[int, list[Path]] = {}
-        for path in self.folder.iterdir():
-            found.setdefault(int(path.name.partition(".")[0]), []).append(path)
+        for path in self.folder.glob("[0-9]*.jsonl"):  # what else lies there is not ours
+            index = path.name.partition(".")[0]
+            if index.isascii() and index.isdecimal():
+                found.setdefault(int(index), []).append(path)
         return found

@@ -13,12 +13,18 @@ from pathlib import Path
 _DIGEST_BYTES = 32
 
 
-def cache_folder(environ: Mapping[str, str] = os.environ) -> Path:
-    """Return where a user's results are kept between runs; the folder can be deleted at any time."""
+def cache_folder(environ: Mapping[str, str] = os.environ) -> Path | None:
+    """Return where a user's results are kept between runs; the folder can be deleted at any time.
+
+    None for a user without a home, as in containers that run under any number.
+    """
     if environ.get("WSIFLOW_CACHE"):
         return Path(environ["WSIFLOW_CACHE"])
     base = environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "wsiflow"
+    try:
+        return (Path(base) if base else Path.home() / ".cache") / "wsiflow"
+    except RuntimeError:
+        return None
 
 
 def cached(folder: Path | None, key: str, make: Callable[[], bytes]) -> bytes:

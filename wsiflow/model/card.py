@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, Field, FiniteFloat, ValidationError, model_validator
 
+from wsiflow import faults
 from wsiflow.errors import InputError
 
 # The architecture of a card whose weights file is a program of its own.
@@ -174,9 +175,8 @@ def read_weights(spec: ModelSpec, card: ModelCard) -> bytes:
     try:
         data = weights.read_bytes()
     except OSError as error:
-        raise InputError(
-            f"cannot read the weights: {error.strerror}", f"put the file {path.name} names beside it", path=weights
-        ) from error
+        advice = f"put the file {path.name} names beside it"
+        raise faults.unreadable(error, "the weights", advice, path=weights) from error
     found = hashlib.sha256(data).hexdigest()
     if found != card.sha256:
         raise InputError(
@@ -213,7 +213,7 @@ def _read_text(path: Path) -> str:
         with path.open("rb") as file:
             data = file.read(MAX_CARD_BYTES + 1)
     except OSError as error:
-        raise InputError(f"cannot read the model card: {error.strerror}", remedy, path=path) from error
+        raise faults.unreadable(error, "the model card", remedy, path=path) from error
     if len(data) > MAX_CARD_BYTES:
         raise InputError(f"the model card has more than {MAX_CARD_BYTES} bytes", remedy, path=path)
     try:

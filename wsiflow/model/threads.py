@@ -35,7 +35,7 @@ _ISA_FLAGS = {
     "neon": {"asimd"},
 }
 # Settings that make torch, oneDNN or MKL use less than the CPU has.
-_ISA_PINS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "MKL_CBWR")
+ISA_PINS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "MKL_CBWR")
 
 
 def allocated_cores() -> int:
@@ -81,7 +81,7 @@ def numeric_class(threads: int) -> dict[str, str]:
         is not installed), and threads.
     """
     vendor, flags = _cpu(CPUINFO)
-    pins = [f"{name}={os.environ[name]}" for name in _ISA_PINS if name in os.environ]
+    pins = [f"{name}={os.environ[name]}" for name in ISA_PINS if name in os.environ]
     return {
         "machine": platform.machine(),
         "vendor": vendor,  # MKL chooses its kernels by it
@@ -101,9 +101,10 @@ def cpu_flags() -> set[str]:
 
 def cpu_model() -> str:
     """Return the name of this CPU; models, where there are several, one after the other."""
-    if not CPUINFO.is_file():  # not Linux
+    lines = _text(CPUINFO).splitlines()
+    if not lines:  # not Linux
         return platform.processor()
-    names = [line.partition(":")[2].strip() for line in CPUINFO.read_text().splitlines() if line.startswith("model")]
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model")]
     return ", ".join(dict.fromkeys(name if not name.isdigit() else f"model {name}" for name in names))
 
 
@@ -123,9 +124,7 @@ def cgroup_cores(membership: Path, root: Path) -> list[int]:
         membership: The ``/proc/<pid>/cgroup`` of the process.
         root: Where cgroups are mounted.
     """
-    if not membership.is_file():  # not Linux
-        return []
-    quotas = (_quota(folder) for folder in _cgroup_folders(membership.read_text(), root))
+    quotas = (_quota(folder) for folder in _cgroup_folders(_text(membership), root))
     # Rounded down: a thread more than the quota is throttled, and holds the others up at every barrier.
     return [max(1, math.floor(cores)) for cores in quotas if cores is not None]
 
@@ -135,6 +134,14 @@ def _version(package: str) -> str:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _text(path: Path) -> str:
+    """Return what the kernel tells in a file; nothing where there is none or it does not let us read it."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
         return ""
 
 
@@ -155,7 +162,8 @@ def _whole(name: str, value: str) -> int:
 def _cgroup_folders(membership: str, root: Path) -> Iterator[Path]:
     """Yield the folders whose quotas bind: the group of the process and all above it."""
     for line in membership.splitlines():
-        _, controllers, name = line.split(":", 2)
+        _, _, rest = line.partition(":")
+        controllers, _, name = rest.partition(":")
         if not controllers:  # version 2, alone or beside version 1
             mounts = [root, root / "unified"]
         elif "cpu" in controllers.split(","):
@@ -169,21 +177,19 @@ def _cgroup_folders(membership: str, root: Path) -> Iterator[Path]:
 
 def _quota(folder: Path) -> float | None:
     """Return the cores a cgroup folder grants, or None where it sets no limit."""
-    version_2, version_1 = folder / "cpu.max", folder / "cpu.cfs_quota_us"
-    if version_2.is_file():
-        quota, period = version_2.read_text().split()
-    elif version_1.is_file():
-        quota, period = version_1.read_text().strip(), (folder / "cpu.cfs_period_us").read_text().strip()
-    else:
+    told = _text(folder / "cpu.max").split()  # version 2
+    told = told or [*_text(folder / "cpu.cfs_quota_us").split(), *_text(folder / "cpu.cfs_period_us").split()]
+    if len(told) != 2 or not all(number.isdecimal() for number in told):  # max, -1, or nothing that can be read
         return None
-    return None if quota in {"max", "-1"} else int(quota) / int(period)
+    return int(told[0]) / max(1, int(told[1]))
 
 
 def _cpu(cpuinfo: Path) -> tuple[str, set[str]]:
     """Return vendor and flags of the first CPU; the processor's name and no flags where there is no such file."""
-    if not cpuinfo.is_file():  # not Linux
+    text = _text(cpuinfo)
+    if not text:  # not Linux
         return platform.processor(), set()
-    lines = (line.partition(":") for line in cpuinfo.read_text().split("\n\n")[0].splitlines())
+    lines = (line.partition(":") for line in text.split("\n\n")[0].splitlines())
     facts = {key.strip(): value.strip() for key, _, value in lines}
     vendor = facts.get("vendor_id", facts.get("CPU implementer", ""))
     return vendor, set(facts.get("flags", facts.get("Features", "")).split())
