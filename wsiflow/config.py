@@ -10,7 +10,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, Field, FiniteFloat, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    Field,
+    FiniteFloat,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from wsiflow import publish
 from wsiflow.dataset import DatasetParams
@@ -95,7 +104,15 @@ def _folded(value: object) -> object:
     return value
 
 
+def _listed(value: object) -> object:
+    """Return values in one order, so that equal lists are equal; a single value is a list of one."""
+    values = [value] if isinstance(value, int) else value
+    whole = isinstance(values, Sequence) and all(isinstance(one, int) for one in values)
+    return sorted(set(values)) if whole and isinstance(values, Sequence) else values
+
+
 _Slides = Annotated[tuple[str, ...], BeforeValidator(_folded)]
+_Grey = Annotated[int, Field(ge=0, le=255)]
 
 
 class EvaluationParams(BaseModel, frozen=True, extra="forbid"):
@@ -110,6 +127,8 @@ class EvaluationParams(BaseModel, frozen=True, extra="forbid"):
         itc_um: A lesion whose major axis, joining distance included, is shorter is isolated tumour cells.
         exclude: Slides that count for nothing, in any case of their letters.
         exclude_froc: Slides that count for the slide AUC alone.
+        mask_tumour: Values of mask images that are tumour, every other is none; empty: 255 of 0 and 255, 2 of 0, 1 and
+            2, 1 of 0 and 1 in a slide labelled tumour.
         bootstrap: Resamples of the intervals; no part of the protocol.
     """
 
@@ -120,7 +139,16 @@ class EvaluationParams(BaseModel, frozen=True, extra="forbid"):
     itc_um: FiniteFloat = Field(ge=0, le=10_000)
     exclude: _Slides
     exclude_froc: _Slides
+    # Protocols, plans and folders that were made before there was this key are still valid: it is only told where set.
+    mask_tumour: Annotated[tuple[_Grey, ...], BeforeValidator(_listed)] = ()
     bootstrap: int = Field(ge=0, le=100_000)
+
+    @model_serializer(mode="wrap")
+    def _told(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = plain(self)
+        if not self.mask_tumour:
+            values.pop("mask_tumour", None)
+        return values
 
     def protocol(self) -> dict[str, Any]:
         """Return what has to be the same before two scores are compared, JSON values."""
