@@ -5,6 +5,7 @@ run started again does not look at a slide twice. Only overviews are read here; 
 """
 
 import base64
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
@@ -16,7 +17,7 @@ import yaml
 from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
-from wsiflow import export, geometry, identity, plan, publish, sharing, slide, tissue, tracking
+from wsiflow import evaluation, export, geometry, identity, plan, publish, sharing, slide, tissue, tracking
 from wsiflow.config import RunConfig
 from wsiflow.dataset import Case
 from wsiflow.errors import InputError
@@ -59,6 +60,7 @@ def ingest(source: Path, index: int) -> tuple[publish.Receipt, bool]:
         check_unchanged(root, case.slide_id, case.path)
         _check_manifest_sha256(case, _record(root, case.slide_id)["sha256"])
         return done, False
+    _check_truth(case, config)
     receipt_facts = facts("tissue", case.slide_id)
     with publish.publishing(root, name, key, receipt_facts, publish.accept) as attempt:
         looked, elsewhere = _looked(case, config)
@@ -139,6 +141,20 @@ def _look(case: Case, config: RunConfig) -> dict[str, Any]:
         "mask_png": base64.b64encode(export.tissue_png(mask)).decode(),
         "outline": export.tissue_geojson(mask, downsample=downsample, offset=(-corner[0], -corner[1])),
     }
+
+
+def _check_truth(case: Case, config: RunConfig) -> None:
+    """See that a slide can be scored before its pixels are read; what changes afterwards is told when it is scored.
+
+    Raises:
+        InputError: Its truth cannot be read, is of another slide, or contradicts its label.
+    """
+    if case.mask_path is None and case.annotation_path is None:
+        return
+    with slide.open_slide(case.path, slide_id=case.slide_id) as opened:
+        sized = dataclasses.replace(case, mpp=slide.resolve_mpp(opened.facts, case.mpp))
+        l0_size_px = opened.facts.l0_size_px
+    evaluation.check_truth(sized, config.evaluation, l0_size_px=l0_size_px)
 
 
 def is_chosen(source: Path) -> bool:
