@@ -6,7 +6,6 @@ values out of bounds are refused before anything else happens, with the dotted n
 
 from collections.abc import Mapping, Sequence
 from importlib import resources
-from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
@@ -28,6 +27,7 @@ from wsiflow.executor import ExecutorParams
 from wsiflow.geometry import Convention
 from wsiflow.lesions import LesionParams
 from wsiflow.model.card import ModelSpec
+from wsiflow.paths import AbsolutePath
 from wsiflow.stain import StainParams
 from wsiflow.store import StoreParams
 from wsiflow.tiles import TilesParams
@@ -178,11 +178,11 @@ class RunConfig(BaseModel, frozen=True, extra="forbid"):
         orchestrator: ``prefect``, or ``none`` to call the same functions without it.
     """
 
-    out: Path
+    out: AbsolutePath
     name: str = Field(min_length=1)
     seed: int = Field(ge=0)
     repeat: int = Field(ge=1)
-    share: Path | None
+    share: AbsolutePath | None
     allow_partial: bool
     shard_slides: int = Field(ge=0)
     orchestrator: Literal["prefect", "none"]
@@ -210,8 +210,6 @@ class RunConfig(BaseModel, frozen=True, extra="forbid"):
             self._check_refinement()
         if self.stain.per_patch and not self.tiles.block_rows == self.tiles.block_cols == 1:
             raise ValueError("stain.per_patch is true, it needs single patches (tiles=patch)")
-        if self.out == Path():
-            raise ValueError("out is empty, it must name a folder")
         if self.geometry.convention == "reference":
             self._check_reference()
         return self

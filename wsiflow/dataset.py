@@ -26,6 +26,7 @@ from pydantic import BaseModel, BeforeValidator, Field
 
 from wsiflow import identity
 from wsiflow.errors import EnvironmentFault, InputError
+from wsiflow.paths import AbsolutePath
 
 COLUMNS: Mapping[str, tuple[str, ...]] = {
     "slide_id": ("slide_id", "slide", "sample_id"),
@@ -90,7 +91,7 @@ def _none_if_empty(value: object) -> object:
     return None if value == "" else value
 
 
-_OptionalPath = Annotated[Path | None, BeforeValidator(_none_if_empty)]
+_OptionalPath = Annotated[AbsolutePath | None, BeforeValidator(_none_if_empty)]
 
 
 class DatasetParams(BaseModel, frozen=True, extra="forbid"):

@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from pydantic import BaseModel, Field
 
 from wsiflow.errors import EnvironmentFault, InputError
+from wsiflow.paths import SQLITE, StoreAddress
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -60,7 +61,7 @@ class TrackingParams(BaseModel, frozen=True, extra="forbid"):
     """
 
     kind: Literal["mlflow", "off"]
-    uri: str = Field(min_length=1)
+    uri: StoreAddress = Field(min_length=1)
     experiment: str = Field(min_length=1, max_length=500)
     sweep: str | None
     timeout_s: int = Field(ge=1, le=600)
@@ -283,9 +284,9 @@ def _set_environment(params: TrackingParams) -> None:
 
 def _database(uri: str) -> Path | None:
     """Return the absolute path of a SQLite store, None for a server."""
-    if not uri.startswith("sqlite:///"):
+    if not uri.startswith(SQLITE):
         return None
-    return Path(uri.removeprefix("sqlite:///").partition("?")[0]).resolve()
+    return Path(uri.removeprefix(SQLITE).partition("?")[0]).resolve()
 
 
 @contextmanager
