@@ -25,6 +25,7 @@ from wsiflow.executor import Outcome
 from wsiflow.geometry import Frame
 from wsiflow.model import card
 from wsiflow.model.choice import Choice
+from wsiflow.paths import is_same
 from wsiflow.plan import Plan, SlidePlan
 from wsiflow.provenance import facts
 from wsiflow.sharing import Place
@@ -34,12 +35,22 @@ _CASES = TypeAdapter(tuple[Case, ...])
 
 def write_cases(root: Path, config: RunConfig, cases: Sequence[Case]) -> Path:
     """Publish what there is to ingest, and the resolved configuration beside it."""
-    resolved = config.model_dump(mode="json")
+    resolved = _as_spelled(root, config).model_dump(mode="json")
     publish.publish_generation(
         root, "config.yaml", yaml.safe_dump(tracking.redacted(resolved), sort_keys=False).encode(), {"kind": "config"}
     )
     data = {"config": resolved, "cases": _CASES.dump_python(tuple(cases), mode="json")}
     return publish.publish_generation(root, "cases.json", json.dumps(data, indent=1).encode(), {"kind": "cases"})
+
+
+def _as_spelled(root: Path, config: RunConfig) -> RunConfig:
+    """Return the configuration with the run's folder as it was first spelled: one folder has many paths.
+
+    A folder that was moved or copied is told anew, once.
+    """
+    told = publish.generations(root, "cases.json")
+    former = Path(json.loads(told[-1].read_text(encoding="utf-8"))["config"]["out"]) if told else config.out
+    return config.model_copy(update={"out": former}) if is_same(former, root) else config
 
 
 @lru_cache(maxsize=4)
