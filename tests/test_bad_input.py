@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -114,11 +115,19 @@ def test_no_pixel_size_names_the_line_to_add(slide: Path, tmp_path: Path, capsys
 
 
 def test_a_slide_coarser_than_the_model_is_refused_with_the_setting(slide: Path, tmp_path: Path, capsys) -> None:
-    """Enlarging pixels is a choice, not a default."""
-    given = manifest(slide, "good,good.tif,0.5,0,")
+    """Enlarging pixels is a choice, not a default; what is told is accepted, and nothing beyond the limit is told."""
+    given = manifest(slide, "good,good.tif,0.498,0,", "far,good.tif,7.29,0,")
     code, said = started(capsys, "dataset=manifest", given, f"out={tmp_path / 'run'}")
     assert code == 20
-    assert "geometry.max_upsample=2.1" in said
+    found = statuses(tmp_path / "run")
+    assert re.findall(r"geometry\.max_upsample=\S+", found["good"]["reason"]) == ["geometry.max_upsample=2.1"]
+    assert "max_upsample=" not in found["far"]["reason"]
+    assert "more than 16 times" in found["far"]["reason"]
+    code, said = started(
+        capsys, "dataset=manifest", given, f"out={tmp_path / 'two'}", "geometry.max_upsample=2.1", "allow_partial=true"
+    )
+    assert code == 10
+    assert "slides     1 of 2" in said
 
 
 def test_a_slide_without_tissue_is_a_valid_negative(slide: Path, tmp_path: Path, capsys) -> None:

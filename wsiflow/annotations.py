@@ -34,7 +34,10 @@ MAX_BYTES = 256 * 2**20
 MAX_POINTS = 4_000_000
 """More points than this are refused."""
 
-SAY_VALUES = "say which values are tumour, such as evaluation.mask_tumour=[2] (wsiflow evaluate: --mask-tumour 2)"
+SAY_VALUES = (
+    "say which values are tumour, such as evaluation.mask_tumour=[2] in another out= folder"
+    " (wsiflow evaluate: --mask-tumour 2)"
+)
 """What helps where the values of a mask do not tell."""
 
 OVERHANG_PX = 64

@@ -34,6 +34,9 @@ from wsiflow.tiles import TilesParams
 from wsiflow.tissue import TissueParams
 from wsiflow.tracking import TrackingParams
 
+MAX_UPSAMPLE = 16
+"""Pixels enlarged more often than this hold nothing a model could know."""
+
 
 class GeometryParams(BaseModel, frozen=True, extra="forbid"):
     """Which plane is read and where scores belong.
@@ -50,7 +53,7 @@ class GeometryParams(BaseModel, frozen=True, extra="forbid"):
     convention: Convention
     spacing: Literal["model", "native"] | Annotated[FiniteFloat, Field(gt=0, le=100)]
     tolerance: float = Field(ge=0, lt=0.5)
-    max_upsample: float = Field(ge=1, le=16)
+    max_upsample: float = Field(ge=1, le=MAX_UPSAMPLE)
 
 
 class InferenceParams(BaseModel, frozen=True, extra="forbid"):

@@ -7,6 +7,7 @@ run started again does not look at a slide twice. Only overviews are read here; 
 import base64
 import dataclasses
 import json
+import math
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
 from wsiflow import evaluation, export, geometry, identity, plan, publish, sharing, slide, tissue, tracking
-from wsiflow.config import RunConfig
+from wsiflow.config import MAX_UPSAMPLE, RunConfig
 from wsiflow.dataset import Case
 from wsiflow.errors import InputError
 from wsiflow.executor import Outcome
@@ -296,12 +297,8 @@ def _frame(about: slide.SlideFacts, um_px: float, config: RunConfig) -> Frame:
         l0_per_px = geometry.reading_scale(um_px, wanted, tolerance=config.geometry.tolerance)
     if l0_per_px * config.geometry.max_upsample < 1:
         who = "the model needs" if config.geometry.spacing == "model" else "geometry.spacing is"
-        raise InputError(
-            f"the slide has {um_px:g} um/px, {who} {wanted:g}",
-            f"use a model for this spacing, or allow enlarging with geometry.max_upsample={1 / l0_per_px:.1f}",
-            slide=about.slide_id,
-            path=about.path,
-        )
+        cause, remedy = f"the slide has {um_px:g} um/px, {who} {wanted:g}", _enlarging(1 / l0_per_px)
+        raise InputError(cause, remedy, slide=about.slide_id, path=about.path)
     width, height = about.l0_size_px
     rows, cols = geometry.grid_shape(width, height, l0_per_px=l0_per_px, tile_px=config.tiles.tile_px)
     return Frame(
@@ -321,6 +318,15 @@ def _frame(about: slide.SlideFacts, um_px: float, config: RunConfig) -> Frame:
         t_cols=cols,
         t_rows=rows,
     )
+
+
+def _enlarging(times: float) -> str:
+    """Return what helps where a slide would have to be enlarged so many times."""
+    plain = "use a model for this spacing, or correct mpp in the manifest"
+    needed = math.ceil(times * 10) / 10  # rounded down it would be refused again
+    if needed > MAX_UPSAMPLE:
+        return f"{plain}: no slide is enlarged more than {MAX_UPSAMPLE} times"
+    return f"{plain}, or allow enlarging with geometry.max_upsample={needed:.1f} in another out= folder"
 
 
 def _framed(frame: Mapping[str, Any], config: RunConfig, sizes: Mapping[str, int]) -> Frame:

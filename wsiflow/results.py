@@ -438,7 +438,8 @@ def _failure_text(root: Path, statuses: Sequence[Status]) -> str:
     lines.append(
         f"{len(bad)} of {len(statuses)} slides have no result, so nothing was scored; the others are in {root}"
     )
-    lines.append("mend them and run the same command again, or score without them: allow_partial=true")
+    partly = ", or score without them: allow_partial=true" if len(bad) < len(statuses) else ""
+    lines.append(f"mend them and run the same command again{partly}")
     return "\n".join(lines)
 
 
