@@ -8,6 +8,7 @@ lies in the annotated tumour. Neighbouring cells depend on each other, so interv
 """
 
 import io
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from wsiflow import calibration, evaluation, geometry, pyramid, tables
+from wsiflow import annotations, calibration, evaluation, geometry, pyramid, tables
 from wsiflow.calibration import Bins
 from wsiflow.dataset import Case
-from wsiflow.errors import IntegrityError
+from wsiflow.errors import InputError, IntegrityError
 from wsiflow.evaluation import RecordedSlide
 from wsiflow.geometry import Frame
 from wsiflow.plan import SlidePlan
@@ -103,7 +104,7 @@ def _cells(run: Scored) -> Iterator[Bins]:
         if planned.slide_id in known:
             downsample = run.config.evaluation.downsample
             _require_same_truth(run, cases[planned.slide_id], planned, known[planned.slide_id])
-            mask = _tumour(run, cases[planned.slide_id], planned)
+            mask = _tumour(cases[planned.slide_id], planned, downsample)
             yield from cell_bins(run.root / f"heatmaps/{planned.slide_id}.tif", planned.frame, mask, downsample)
 
 
@@ -146,7 +147,18 @@ def cell_bins(path: Path, frame: Frame, tumour: NDArray[np.bool_], downsample: i
             yield calibration.bins(prob[scored], truth[scored], k=_FINE)
 
 
-def _tumour(run: Scored, case: Case, planned: SlidePlan) -> NDArray[np.bool_]:
+def _tumour(case: Case, planned: SlidePlan, downsample: int) -> NDArray[np.bool_]:
     """Return the annotated tumour of a slide as it was drawn, neither joined nor dilated."""
-    drawn = None if case.label == 0 else evaluation.planned_tumour(planned, case, run.config.evaluation)
-    return np.zeros((0, 0), np.bool_) if drawn is None else drawn
+    size = (planned.frame.l0_width_px, planned.frame.l0_height_px)
+    shape = (math.ceil(size[1] / downsample), math.ceil(size[0] / downsample))
+    if case.label == 0:
+        return np.zeros(shape, np.bool_)
+    try:
+        if case.mask_path is not None:
+            return annotations.tumour_from_mask(pyramid.read_level(case.mask_path, downsample), case.mask_path)
+        if case.annotation_path is not None:
+            outline = annotations.read_asap(case.annotation_path, l0_size_px=size)
+            return annotations.tumour_mask(outline, shape, downsample=downsample)
+    except InputError as error:
+        raise error.about(slide=case.slide_id, stage="calibration") from error
+    return np.zeros(shape, np.bool_)
