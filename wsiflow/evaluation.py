@@ -345,13 +345,9 @@ def read_matches(path: Path) -> Recorded:
 
 def planned_truth(planned: SlidePlan, case: Case, params: EvaluationParams) -> Truth | None:
     """Read a slide's true regions at the spacing and size it was planned with; see `read_truth`."""
-    return read_truth(_sized(planned, case), params, l0_size_px=_l0_size_px(planned))
-
-
-def planned_tumour(planned: SlidePlan, case: Case, params: EvaluationParams) -> NDArray[np.bool_] | None:
-    """Read a slide's tumour as it was drawn, neither joined nor dilated, bool (rows, cols); see `read_truth`."""
-    marked = _marked(_sized(planned, case), params, _l0_size_px(planned), None)
-    return None if marked is None else marked.tumour
+    sized = dataclasses.replace(case, mpp=planned.um_px_l0)
+    l0_size_px = (planned.frame.l0_width_px, planned.frame.l0_height_px)
+    return read_truth(sized, params, l0_size_px=l0_size_px)
 
 
 def read_truth(
@@ -394,14 +390,6 @@ def check_truth(case: Case, params: EvaluationParams, *, l0_size_px: tuple[int, 
     if marked is not None:
         path = case.mask_path or case.annotation_path
         _require_agreement(case.slide_id, case.label, found=bool(marked.tumour.any()), path=path)
-
-
-def _sized(planned: SlidePlan, case: Case) -> Case:
-    return dataclasses.replace(case, mpp=planned.um_px_l0)
-
-
-def _l0_size_px(planned: SlidePlan) -> tuple[int, int]:
-    return planned.frame.l0_width_px, planned.frame.l0_height_px
 
 
 class _Marked(NamedTuple):
