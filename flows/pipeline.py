@@ -35,6 +35,8 @@ def line(config: RunConfig, submit: Submit) -> results.Summary:
         wanted = shards.cut(shards.case_sizes(cases), config.shard_slides)
         ingested = [submit(f"ingest {i}", shards.ingest_shard, pool, cases, part) for i, part in enumerate(wanted, 1)]
         plan_path = ingest.make_plan(cases, [outcome for future in ingested for outcome in future.result()])
+        for told in shards.rejections(plan_path):
+            terminal.say(told)
         slice_s = config.executor.slice_s
         if slice_s:
             shards.measure_costs(pool, plan_path)

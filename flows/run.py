@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from wsiflow import ingest, publish, redaction, terminal
 from wsiflow.config import RunConfig, validate
 from wsiflow.errors import EnvironmentFault, InputError
+from wsiflow.paths import is_same
 from wsiflow.results import Summary
 
 from . import sweep
@@ -63,9 +64,22 @@ def _retry(arguments: Sequence[str]) -> int:
     if redaction.holds_redacted(config.executor.model_dump()):
         cause = "executor settings hold a secret, which the folder does not keep"
         raise InputError(cause, "start it with the wsiflow run command that began it", path=told[-1])
-    summary = start(config.model_copy(update={"out": root}))
+    summary = start(_here(config, root))
     terminal.say(summary.text)
     return summary.exit_code
+
+
+def _here(config: RunConfig, root: Path) -> RunConfig:
+    """Return the configuration of a run in the folder where it lies: it may have been moved or copied since.
+
+    What a sweep's trials share lies beside them, and is taken to have been moved with them.
+    """
+    if is_same(config.out, root):
+        return config
+    here, share = root.resolve(), config.share
+    if share is not None and share.is_relative_to(config.out.parent):
+        share = here.parent / share.relative_to(config.out.parent)
+    return config.model_copy(update={"out": here, "share": share})
 
 
 def _all_jobs() -> int:
@@ -124,22 +138,7 @@ def to_config(composed: DictConfig, *, job: str = "") -> RunConfig:
     if job:
         values["out"] = str(Path(values["out"]) / job)
         values["tracking"]["sweep"] = values["tracking"]["sweep"] or sweep.name() or values["name"]
-    _make_absolute(values)
     return validate(values)
-
-
-def _make_absolute(values: dict[str, Any]) -> None:
-    """Let paths begin at the root: workers, and whoever starts the run again, may be in other folders."""
-    _, found, store = values["tracking"]["uri"].partition("sqlite:///")
-    if found:
-        values["tracking"]["uri"] = found + os.path.normpath(Path(store).absolute())
-    for part, name in (("dataset", "manifest"), ("dataset", "folder"), ("dataset", "path"), ("model", "card")):
-        path = values[part].get(name)
-        if path and not str(path).startswith("pkg:"):
-            values[part][name] = str(Path(path).absolute())
-    for name in ("out", "share"):
-        if values[name]:
-            values[name] = str(Path(values[name]).absolute())
 
 
 def compose_config(overrides: Sequence[str], *, job: str = "") -> RunConfig:

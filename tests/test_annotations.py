@@ -229,6 +229,20 @@ def test_mask_values(values, tumour):
     assert annotations.tumour_from_mask(np.array([values], np.uint8), "m.tif").tolist() == [tumour]
 
 
+def test_what_1_means_depends_on_the_label():
+    """In a slide labelled normal the 1 of a mask of 0 and 1 is tissue, in one labelled tumour it is tumour."""
+    values = np.array([[0, 1]], np.uint8)
+    assert annotations.tumour_from_mask(values, "m.tif", label=1).tolist() == [[False, True]]
+    assert annotations.tumour_from_mask(values, "m.tif", label=0).tolist() == [[False, False]]
+
+
+def test_values_that_are_named_are_tumour():
+    """Whoever names them is believed, whatever else there is."""
+    values = np.array([[0, 1, 2, 3, 254]], np.uint8)
+    found = annotations.tumour_from_mask(values, "m.tif", label=0, named=(1, 3))
+    assert found.tolist() == [[False, True, False, True, False]]
+
+
 @pytest.mark.parametrize("values", [[0, 254, 255], [0, 1, 255], [0, 128], [0, 1, 2, 3]])
 def test_other_mask_values_are_refused(values):
     """JPEG noise and label images of something else are not read as tumour or as its absence."""

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -114,11 +115,19 @@ def test_no_pixel_size_names_the_line_to_add(slide: Path, tmp_path: Path, capsys
 
 
 def test_a_slide_coarser_than_the_model_is_refused_with_the_setting(slide: Path, tmp_path: Path, capsys) -> None:
-    """Enlarging pixels is a choice, not a default."""
-    given = manifest(slide, "good,good.tif,0.5,0,")
+    """Enlarging pixels is a choice, not a default; what is told is accepted, and nothing beyond the limit is told."""
+    given = manifest(slide, "good,good.tif,0.498,0,", "far,good.tif,7.29,0,")
     code, said = started(capsys, "dataset=manifest", given, f"out={tmp_path / 'run'}")
     assert code == 20
-    assert "geometry.max_upsample=2.1" in said
+    found = statuses(tmp_path / "run")
+    assert re.findall(r"geometry\.max_upsample=\S+", found["good"]["reason"]) == ["geometry.max_upsample=2.1"]
+    assert "max_upsample=" not in found["far"]["reason"]
+    assert "more than 16 times" in found["far"]["reason"]
+    code, said = started(
+        capsys, "dataset=manifest", given, f"out={tmp_path / 'two'}", "geometry.max_upsample=2.1", "allow_partial=true"
+    )
+    assert code == 10
+    assert "slides     1 of 2" in said
 
 
 def test_a_slide_without_tissue_is_a_valid_negative(slide: Path, tmp_path: Path, capsys) -> None:
@@ -153,6 +162,91 @@ def test_a_malformed_annotation_names_the_file(slide: Path, tmp_path: Path, caps
     assert code == 20
     assert "bad.xml" in said
     assert not (tmp_path / "run/tissue").exists(), "told before any work"
+
+
+def outlined(path: Path) -> Path:
+    """Write an outline of tumour on the tissue of the slide."""
+    corners = "".join(f'<Coordinate X="{x}" Y="{y}"/>' for x, y in ((250, 250), (450, 250), (450, 450), (250, 450)))
+    drawn = f'<Annotation Name="t" PartOfGroup="Tumor"><Coordinates>{corners}</Coordinates></Annotation>'
+    path.write_text(f"<ASAP_Annotations><Annotations>{drawn}</Annotations></ASAP_Annotations>")
+    return path
+
+
+def masked(path: Path, *, value: int = 0, shape: tuple[int, int] = (700, 900)) -> Path:
+    """Write a mask of the slide."""
+    pixels = np.zeros(shape, np.uint8)
+    pixels[shape[0] // 2 :, shape[1] // 2 :] = value
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def test_broken_truth_costs_its_own_slide_alone(slide: Path, tmp_path: Path, capsys) -> None:
+    """It is told before pixels are read, all of it at once; the others are scored; what is mended joins."""
+    folder, out = slide.parent, tmp_path / "run"
+    for name in ("cut", "xml", "size", "label"):
+        shutil.copy(slide, folder / f"{name}.tif")
+    (folder / "cut.png").write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0\0")  # 12 bytes
+    (folder / "xml.xml").write_text("<ASAP_Annotations>")
+    masked(folder / "size.png", shape=(70, 90))
+    masked(folder / "label.png", value=255)
+    outlined(folder / "good.xml")
+    lines = ["good,good.tif,1,,good.xml", "cut,cut.tif,,cut.png,", "xml,xml.tif,1,,xml.xml"]
+    lines += ["size,size.tif,0,size.png,", "label,label.tif,0,label.png,"]
+    given = manifest(slide, *lines, header="slide_id,path,label,mask_path,annotation_path")
+    code, said = started(capsys, "dataset=manifest", given, f"out={out}", "allow_partial=true")
+    assert code == 10
+    found = statuses(out)
+    causes = {
+        "cut": "not a readable image",
+        "xml": "not well-formed",
+        "size": "px where the slide is",
+        "label": "normal",
+    }
+    for name, cause in causes.items():
+        assert found[name]["status"] == "rejected"
+        assert f"slide {name}, " in found[name]["reason"]
+        assert f"{name}.png" in found[name]["reason"] or f"{name}.xml" in found[name]["reason"]
+        assert cause in found[name]["reason"]
+        assert f"rejected: slide {name}" in said.partition("PARTIAL")[0], "before the slides are predicted"
+        assert not (out / f"tissue/{name}.json").exists()
+    assert json.loads((out / "evaluation-PARTIAL/summary.json").read_text())["froc.n_slides"] == 1
+    masked(folder / "cut.png", value=1)
+    code, said = started(capsys, "dataset=manifest", given, f"out={out}")
+    assert code == 20
+    assert "evaluation.mask_tumour" in said
+    given = manifest(slide, "cut,cut.tif,0,cut.png,", lines[0], header="slide_id,path,label,mask_path,annotation_path")
+    assert started(capsys, "dataset=manifest", given, f"out={out}")[0] == 0
+    assert json.loads((out / "evaluation/summary.json").read_text())["froc.n_slides"] == 2
+
+
+def test_truth_that_breaks_once_its_slide_is_planned(slide: Path, tmp_path: Path, capsys) -> None:
+    """It is told in one line and costs no other slide its score; once it is mended, there are only scores to make."""
+    drawn, out = outlined(slide.with_name("good.xml")), tmp_path / "run"
+    shutil.copy(slide, slide.with_name("b.tif"))
+    asked = ["dataset=manifest", manifest(slide, "good,good.tif,,1,good.xml", "b,b.tif,,0,"), f"out={out}"]
+    assert started(capsys, *asked)[0] == 0
+    drawn.write_text("garbage")
+    code, said = started(capsys, *asked)
+    assert code == 20
+    assert "failed: slide good, evaluation, " in said
+    assert "good.xml" in statuses(out)["good"]["reason"]
+    assert started(capsys, *asked, "allow_partial=true")[0] == 10
+    assert json.loads((out / "evaluation-PARTIAL/summary.json").read_text())["froc.n_slides"] == 1
+    before = {path: path.stat().st_mtime_ns for path in (out / "predictions").rglob("*.h5")}
+    outlined(drawn)
+    assert started(capsys, *asked)[0] == 0
+    assert {path: path.stat().st_mtime_ns for path in (out / "predictions").rglob("*.h5")} == before
+
+
+def test_truth_of_an_excluded_slide_stops_nothing(slide: Path, tmp_path: Path, capsys) -> None:
+    """The protocol does not look at it, so neither does the run, before or after."""
+    slide.with_name("out.xml").write_text("no XML")
+    shutil.copy(slide, slide.with_name("out.tif"))
+    given = manifest(slide, "good,good.tif,,0,", "out,out.tif,,1,out.xml")
+    asked = ["dataset=manifest", given, f"out={tmp_path / 'run'}", "evaluation.exclude=[OUT]"]
+    assert started(capsys, *asked)[0] == 0
+    slide.with_name("out.xml").write_text("other garbage")
+    assert started(capsys, *asked)[0] == 0
 
 
 def test_weights_that_are_not_the_cards_are_refused(slide: Path, tmp_path: Path, capsys) -> None:

@@ -1,6 +1,8 @@
 """Configuration: every YAML composes and validates; nothing unknown or out of bounds gets past the start."""
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -53,6 +55,36 @@ def test_every_yaml_composes_and_validates(option: str) -> None:
 def test_defaults_compose() -> None:
     """No argument at all is the demo."""
     assert composed().dataset.kind == "synthetic"
+
+
+def test_every_path_begins_at_the_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers may be in other folders: what is published of a configuration means the same everywhere."""
+    monkeypatch.chdir(tmp_path)
+    given = ["out=o", "share=s", "model=card", "model.card=c.json", "tracking.uri=sqlite:///x/../t.db"]
+    given += [f"dataset.{name}=d/{name}" for name in ("manifest", "folder", "path", "data")]
+    config = composed(*given)
+    told = config.model_dump_json()
+    found = [config.out, config.share, config.model.card, *config.dataset.model_dump().values()]
+    paths = [path.relative_to(tmp_path).as_posix() for path in found if isinstance(path, Path)]
+    assert paths == ["o", "s", "c.json", "d/manifest", "d/folder", "d/path", "d/data"]
+    assert config.tracking.uri == f"sqlite:///{tmp_path}/t.db"
+    monkeypatch.chdir("/")
+    assert RunConfig.model_validate_json(told) == config
+    assert {name for name, node in _nodes(RunConfig.model_json_schema()) if node.get("format") == "path"} == {
+        *("out", "share", "card", "manifest", "folder", "path", "data")
+    }, "a new path is added to this test"
+
+
+def _nodes(schema: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield every value of a configuration by its name, with each of the schemas it may have."""
+    for part in (schema, *schema["$defs"].values()):
+        for name, node in part.get("properties", {}).items():
+            yield from ((name, each) for each in (node, *node.get("anyOf", [])))
+
+
+def test_packaged_cards_are_found_anywhere() -> None:
+    """Their path is a name."""
+    assert str(composed("model=pcam").model.card) == "pkg:pcam.json"
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,15 @@
 """Data sets: manifests of many dialects, folders, single slides, and everything that is wrong with them."""
 
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
 
 from wsiflow.dataset import LABELS, Case, DatasetParams, load_dataset, read_folder, read_manifest, read_single
-from wsiflow.errors import InputError
+from wsiflow.errors import EnvironmentFault, InputError, WsiflowError
+from wsiflow.slide import open_slide
 
 
 def manifest(folder: Path, text: str | bytes) -> Path:
@@ -229,6 +232,84 @@ def test_annotations_beside_a_slide_or_on_top_are_found(slides: Path) -> None:
     """The one of the slide's name is taken, others have none."""
     found = {case.slide_id: case.annotation_path for case in read_folder(slides)}
     assert found == {"a": slides / "a.xml", "b": None, "c": slides / "c.xml", "dicom": None, "x": None}
+
+
+def rejection(path: Path) -> str:
+    """Return why a file cannot be opened as a slide."""
+    with pytest.raises(WsiflowError) as caught:
+        open_slide(path, slide_id="s")
+    return str(caught.value)
+
+
+def test_whatever_has_the_name_of_a_slide_is_one(tmp_path: Path) -> None:
+    """Links that lead nowhere, special files and folders are no slides: each is rejected by its name."""
+    (tmp_path / "nowhere.svs").symlink_to("gone.svs")
+    (tmp_path / "itself.svs").symlink_to("itself.svs")
+    (tmp_path / "folder.svs").mkdir()
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/to_folder.svs").symlink_to(tmp_path / "outside")
+    (tmp_path / "data/up.svs").symlink_to(tmp_path)
+    os.mkfifo(tmp_path / "pipe.tif")
+    (tmp_path / "empty.tif").touch()
+    (tmp_path / "set.dcm").mkdir()
+    (tmp_path / "set.dcm/1.dcm").touch()
+    found = {case.slide_id: case.path for case in read_folder(tmp_path)}
+    assert sorted(found) == ["1", "empty", "folder", "itself", "nowhere", "pipe", "to_folder", "up"]
+    assert "link that leads nowhere (gone.svs)" in rejection(found["nowhere"])
+    assert "link that leads nowhere" in rejection(found["itself"])
+    assert "not a regular file" in rejection(found["pipe"])
+    for name in ("folder", "to_folder", "up"):
+        assert "is a folder" in rejection(found[name])
+
+
+def test_an_annotation_that_cannot_be_read_is_still_the_slides(tmp_path: Path) -> None:
+    """A link that leads nowhere is not the absence of an annotation, nor is another case of its extension."""
+    for name in ("a.tif", "b.tif", "b.XML"):
+        (tmp_path / name).touch()
+    (tmp_path / "a.xml").symlink_to("gone.xml")
+    found = [case.annotation_path for case in read_folder(tmp_path)]
+    assert found == [tmp_path / "a.xml", tmp_path / "b.XML"]
+
+
+def test_links_to_folders_are_followed_to_each_folder_once(tmp_path: Path) -> None:
+    """Slides behind a link are slides; loops end, and what lies within the folder keeps its own path."""
+    for name in ("other/far.tif", "slides/b/near.tif", "other/deep/far2.tif"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    for name, target in {"a": "b", "loop": ".", "b/up": "../..", "c": "../other", "d": "../other"}.items():
+        (tmp_path / "slides" / name).symlink_to(target)
+    (tmp_path / "other/back").symlink_to(tmp_path / "slides")
+    found = [case.path.relative_to(tmp_path / "slides").as_posix() for case in read_folder(tmp_path / "slides")]
+    assert found == ["b/near.tif", "c/deep/far2.tif", "c/far.tif"]
+
+
+@pytest.mark.parametrize("link", [os.link, os.symlink])
+def test_one_file_under_two_names_is_refused(tmp_path: Path, link: Callable[[Path, Path], None]) -> None:
+    """It would count twice in the scores; whoever means it says so in a manifest."""
+    (tmp_path / "a.tif").touch()
+    link(tmp_path / "a.tif", tmp_path / "b.tif")
+    with pytest.raises(InputError, match=r"1 error: b\.tif is the same file as a\.tif; .*manifest"):
+        read_folder(tmp_path)
+
+
+def test_a_folder_that_may_not_be_listed_is_told(tmp_path: Path, monkeypatch) -> None:
+    """What it holds would be left out without a word: every such folder is named, exit code 30."""
+    for name in ("a.tif", "shut/b.tif", "open/too/c.tif"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    listed = os.scandir
+
+    def scandir(path: Path) -> object:
+        if Path(path).name in {"shut", "too"}:
+            raise PermissionError(13, "Permission denied", str(path))
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(EnvironmentFault, match=r"shut \(Permission denied\)") as caught:
+        read_folder(tmp_path)
+    assert "open/too (Permission denied)" in str(caught.value)
+    assert caught.value.exit_code == 30
 
 
 def test_names_that_collide_in_a_folder_are_all_reported(slides: Path) -> None:

@@ -417,6 +417,46 @@ def test_a_mask_of_0_and_1_needs_a_label(tmp_path):
     assert evaluation.read_truth(labelled, E3_PARAMS, mask_downsample=1).lesions.n_regions > 0
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, bool])
+def test_every_remedy_for_a_mask_of_0_and_1_works(tmp_path, dtype):
+    """Either label makes it scorable, and so does naming the value; the tissue of a normal slide is no tumour."""
+    mask = png(tmp_path / "m.png", (painted((100, 160), E3_BOXES) > 0).astype(dtype))
+
+    def n_regions(label, **rule):
+        case = dataset.Case("a", tmp_path / "a.tif", mpp=0.243, mask_path=mask, label=label)
+        params = protocol(**rule)
+        truth = evaluation.read_truth(case, params, mask_downsample=1)
+        return evaluation.judge(Evidence("a", label, truth, np.empty((0, 3))), params).row["n_lesions"]
+
+    assert n_regions(0) == 0
+    assert n_regions(1) == n_regions(None, mask_tumour=[1]) == n_regions(1, mask_tumour=1) > 0
+    assert n_regions(0, mask_tumour=[2]) == 0
+
+
+def test_outlines_that_mark_nothing_need_a_label(tmp_path):
+    """Outlines in another unit would make a tumour slide a normal one without a word."""
+    path = xml(tmp_path / "t.xml", [(1 / 64, 1 / 48, 1 / 64, 1 / 48)], E3_HOLE)
+    case = dataset.Case("t", tmp_path, annotation_path=path)
+    with pytest.raises(InputError, match=r"slide t, .*t\.xml: 1 tumour outlines hold no pixel.*\(label\)"):
+        evaluation.read_truth(case, E3_PARAMS, l0_size_px=(5120, 3200))
+    labelled = dataset.Case("t", tmp_path, annotation_path=path, label=0)
+    assert evaluation.read_truth(labelled, E3_PARAMS, l0_size_px=(5120, 3200)).lesions.n_regions == 0
+
+
+def test_all_broken_truths_are_told_at_once(tmp_path, project):
+    """Whoever mends one by one would start the evaluation as often as there are faults."""
+    (tmp_path / "a.png").write_bytes(b"II*\0" + bytes(8))
+    (tmp_path / "b.xml").write_text("no XML")
+    truth = {
+        "Tumor_A": tmp_path / "a.png",
+        "Tumor_B": tmp_path / "b.xml",
+        "Tumor_C": png(tmp_path / "c.png", painted((9, 9), [])),
+    }
+    cases, folder = project(dict.fromkeys((*truth, "Normal_D"), ""), truth)
+    with pytest.raises(InputError, match=r"3 slides cannot be scored.*Tumor_A.*a\.png.*Tumor_B.*b\.xml.*Tumor_C"):
+        evaluation.evaluate_folder(cases, folder, E3_PARAMS, seed=0, mask_downsample=1)
+
+
 # --- protocol and matches.json
 
 
@@ -470,10 +510,13 @@ def test_truth_of_an_excluded_slide_is_not_read(tmp_path):
 def test_protocol_hash_is_of_the_rules_alone():
     """Every rule changes it; the number of draws, and order and case of the excluded slides, do not."""
     base = camelyon16().protocol_hash()
+    assert base == "3f105944333af872a8a10d12ed8eb4f43bb4887ffb8f6c5c0195f871f695002a", (
+        "evaluations of earlier versions stay comparable"
+    )
     assert camelyon16(bootstrap=7).protocol_hash() == base
     assert camelyon16(exclude=["TEST_049", "normal_086", "test_049"]).protocol_hash() == base
     changes = [("name", "mine"), ("downsample", 16), ("l0_um_px", 0.25), ("join_um", 70), ("itc_um", 200)]
-    changes += [("exclude", ["test_049"]), ("exclude_froc", [])]
+    changes += [("exclude", ["test_049"]), ("exclude_froc", []), ("mask_tumour", [2])]
     hashes = {camelyon16(**{key: value}).protocol_hash() for key, value in changes}
     assert len(hashes | {base}) == len(changes) + 1
 

@@ -1,6 +1,7 @@
 """What is said of a task, from the disk alone, and starting again from the folder."""
 
 import csv
+import json
 import shutil
 from pathlib import Path
 
@@ -77,6 +78,29 @@ def test_retry_does_what_is_missing_from_the_folder_alone(finished: Path, tmp_pa
     assert command.main(["retry", str(out)]) == 20
     assert (out / f"predictions/{name}/t1.h5").read_bytes() == (finished / f"predictions/{name}/t1.h5").read_bytes()
     assert f"attempt 2 at predict {name} 1: ok" in said(out, "predict", name, "1")
+
+
+@pytest.mark.parametrize("spelled", ["./x/../run/", "link"])
+def test_retry_publishes_nothing_however_the_folder_is_spelled(
+    moved: Path, monkeypatch: pytest.MonkeyPatch, spelled: str
+) -> None:
+    """One folder has many paths; what the run was told is what it was told."""
+    before = sorted(moved.glob("*.json"))
+    monkeypatch.chdir(moved.parent)
+    assert command.main(["retry", spelled]) == 20
+    assert sorted(moved.glob("*.json")) == before
+
+
+@pytest.fixture(scope="module")
+def moved(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the run, which was told once that it lies elsewhere now, and a link to it."""
+    folder = tmp_path_factory.mktemp("moved")
+    shutil.copytree(finished, folder / "run")
+    (folder / "x").mkdir()
+    (folder / "link").symlink_to(folder / "run")
+    assert command.main(["retry", str(folder / "run")]) == 20
+    assert json.loads((folder / "run/cases.2.json").read_text())["config"]["out"] == str(folder / "run")
+    return folder / "run"
 
 
 def test_retry_of_a_folder_without_a_run_is_bad_input(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import openslide
@@ -170,6 +171,34 @@ def test_missing_level_is_subsampled(tmp_path: Path, suffix: str) -> None:
     level = pyramid.read_level(path, 32)
     assert level.shape == (3, 4)
     np.testing.assert_array_equal(level[:2, :3], mask[16::32, 16::32][:2, :3])
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [
+        {},
+        {"tile": (32, 16), "compression": "zlib", "predictor": True},
+        {"rowsperstrip": 7, "compression": "lzw"},
+        {"tile": (16, 16), "bigtiff": True, "photometric": "rgb"},
+        {"tile": (16, 16), "photometric": "rgb", "planarconfig": "separate"},
+        {"dtype": bool, "rowsperstrip": 5},
+    ],
+)
+@pytest.mark.parametrize("downsample", [3, 32])
+def test_a_mask_without_levels_is_read_tile_by_tile(tmp_path: Path, stored: dict[str, Any], downsample: int) -> None:
+    """However it is stored, the pixels are those that would be picked of the whole, which need not fit into memory."""
+    stored = dict(stored)
+    dtype = stored.pop("dtype", np.uint8)
+    image = np.random.default_rng(5).integers(0, 256 if dtype is np.uint8 else 2, (3, 101, 67)).astype(dtype)
+    whole = image[0]
+    if "photometric" not in stored:
+        image = whole
+    elif "planarconfig" not in stored:
+        image = np.moveaxis(image, 0, -1)
+    tifffile.imwrite(tmp_path / "m.tif", image, **stored)
+    np.testing.assert_array_equal(
+        pyramid.read_level(tmp_path / "m.tif", downsample), pyramid._subsampled(whole, downsample)
+    )
 
 
 def test_first_channel_of_a_colour_mask(tmp_path: Path) -> None:

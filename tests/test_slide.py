@@ -384,3 +384,28 @@ def test_an_old_openslide_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(openslide, "__library_version__", "4.0.0")
     with pytest.raises(EnvironmentFault, match=r"4\.0\.0, older than 4\.0\.1"):
         slide._require_openslide.__wrapped__()
+
+
+@pytest.mark.parametrize("names", [("s.mrxs", "s/Data0.dat"), ("1.dcm", "2.dcm"), ("i.vms", "tile.jpg")])
+def test_what_belongs_to_a_slide_and_is_gone_is_refused(tmp_path: Path, names: tuple[str, str]) -> None:
+    """Left out, it would be missing from the slide's hash without a word."""
+    named, part = (tmp_path / name for name in names)
+    named.write_text(part.name)
+    part.parent.mkdir(exist_ok=True)
+    part.symlink_to("gone")
+    for look in (sha256, signature):
+        with pytest.raises(InputError, match=rf"{part.name}: the slide's data file is a link that leads nowhere"):
+            look(named)
+
+
+def test_data_of_a_slide_that_may_not_be_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be there for another user: exit code 30."""
+    (tmp_path / "s.mrxs").write_text("[GENERAL]")
+    (tmp_path / "s").mkdir()
+
+    def scandir(path: str) -> Iterator[os.DirEntry[str]]:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(EnvironmentFault, match=r"/s: the folder cannot be listed \(Permission denied\)"):
+        sha256(tmp_path / "s.mrxs")

@@ -9,7 +9,7 @@ then exclusions are painted over them, whatever their order in the file. Groups 
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,12 @@ MAX_BYTES = 256 * 2**20
 
 MAX_POINTS = 4_000_000
 """More points than this are refused."""
+
+SAY_VALUES = (
+    "say which values are tumour, such as evaluation.mask_tumour=[2] in another out= folder"
+    " (wsiflow evaluate: --mask-tumour 2)"
+)
+"""What helps where the values of a mask do not tell."""
 
 OVERHANG_PX = 64
 """How far a point may slip over the slide's edge, level-0 px; farther out the outline is of another slide."""
@@ -101,16 +107,20 @@ def tumour_mask(outline: TumourOutline, shape: tuple[int, int], *, downsample: i
     return mask
 
 
-def tumour_from_mask(values: NDArray[np.uint8], path: Path) -> NDArray[np.bool_]:
+def tumour_from_mask(
+    values: NDArray[np.uint8], path: Path, *, label: int | None = None, named: Sequence[int] = ()
+) -> NDArray[np.bool_]:
     """Tell the tumour of a mask image by the values it is made of.
 
-    {0, 255}: 255 is tumour, as in the challenge. {0, 1}: 1 is tumour, as ASAP writes it. {0, 1, 2}: 2 is tumour and 1
-    other tissue, as in masks with a tissue class. Anything else, such as the 254 of a JPEG, is refused: a mask that has
-    lost its values would lose tumour without a word.
+    {0, 255}: 255 is tumour, as in the challenge. {0, 1}: 1 is tumour, as ASAP writes it, and tissue in a slide that is
+    labelled normal. {0, 1, 2}: 2 is tumour and 1 other tissue, as in masks with a tissue class. Anything else, such as
+    the 254 of a JPEG, is refused: a mask that has lost its values would lose tumour without a word.
 
     Args:
         values: uint8 (rows, cols).
         path: Where the values are from, for the message.
+        label: The slide's, 0 for normal.
+        named: The values that are tumour, where someone has said which; every other value is then none.
 
     Returns:
         bool (rows, cols).
@@ -118,15 +128,17 @@ def tumour_from_mask(values: NDArray[np.uint8], path: Path) -> NDArray[np.bool_]
     Raises:
         InputError: The values fit none of these.
     """
+    if named:
+        chosen: NDArray[np.bool_] = np.isin(np.arange(256), named)[values]
+        return chosen
     found = set(np.flatnonzero(np.bincount(values.ravel(), minlength=256)).tolist())
-    for known, tumour in (({0, 255}, 255), ({0, 1}, 1), ({0, 1, 2}, 2)):
+    for known, tumour in (({0, 255}, 255), ({0, 1}, 2 if label == 0 else 1), ({0, 1, 2}, 2)):
         if found <= known:
             mask: NDArray[np.bool_] = values == tumour
             return mask
     listed = ", ".join(map(str, sorted(found)[:8])) + (", ..." if len(found) > 8 else "")
-    raise InputError(
-        f"mask values {listed}", "write a lossless mask of 0 and 255, of 0 and 1, or of 0, 1 and 2", path=path
-    )
+    remedy = f"write a lossless mask of 0 and 255, of 0 and 1, or of 0, 1 and 2, or {SAY_VALUES}"
+    raise InputError(f"mask values {listed}", remedy, path=path)
 
 
 def _outlines(path: Path) -> Iterator[tuple[str, str, NDArray[np.float64]]]:

@@ -9,7 +9,7 @@ lies in the annotated tumour. Neighbouring cells depend on each other, so interv
 
 import io
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +104,8 @@ def _cells(run: Scored) -> Iterator[Bins]:
         if planned.slide_id in known:
             downsample = run.config.evaluation.downsample
             _require_same_truth(run, cases[planned.slide_id], planned, known[planned.slide_id])
-            mask = _tumour(cases[planned.slide_id], planned, downsample)
+            named = run.config.evaluation.mask_tumour
+            mask = _tumour(cases[planned.slide_id], planned, downsample, named)
             yield from cell_bins(run.root / f"heatmaps/{planned.slide_id}.tif", planned.frame, mask, downsample)
 
 
@@ -147,7 +148,7 @@ def cell_bins(path: Path, frame: Frame, tumour: NDArray[np.bool_], downsample: i
             yield calibration.bins(prob[scored], truth[scored], k=_FINE)
 
 
-def _tumour(case: Case, planned: SlidePlan, downsample: int) -> NDArray[np.bool_]:
+def _tumour(case: Case, planned: SlidePlan, downsample: int, named: Sequence[int] = ()) -> NDArray[np.bool_]:
     """Return the annotated tumour of a slide as it was drawn, neither joined nor dilated."""
     size = (planned.frame.l0_width_px, planned.frame.l0_height_px)
     shape = (math.ceil(size[1] / downsample), math.ceil(size[0] / downsample))
@@ -155,7 +156,8 @@ def _tumour(case: Case, planned: SlidePlan, downsample: int) -> NDArray[np.bool_
         return np.zeros(shape, np.bool_)
     try:
         if case.mask_path is not None:
-            return annotations.tumour_from_mask(pyramid.read_level(case.mask_path, downsample), case.mask_path)
+            values = pyramid.read_level(case.mask_path, downsample)
+            return annotations.tumour_from_mask(values, case.mask_path, label=case.label, named=named)
         if case.annotation_path is not None:
             outline = annotations.read_asap(case.annotation_path, l0_size_px=size)
             return annotations.tumour_mask(outline, shape, downsample=downsample)

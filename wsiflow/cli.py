@@ -48,6 +48,9 @@ def _parser() -> argparse.ArgumentParser:
         type=_positive,
         help="scale at which mask images are read; 1: they are at evaluation resolution",
     )
+    one.add_argument(
+        "--mask-tumour", type=int, nargs="+", metavar="VALUE", help="values of mask images that are tumour, no other is"
+    )
     one.add_argument("--bootstrap", type=int, help="resamples of the intervals (2000)")
     one.add_argument("--seed", type=_natural, default=0)
     _add_synth(add("synth", commands.synth, "write a synthetic data set with known lesions"))

@@ -20,6 +20,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
     from wsiflow.config import evaluation_params
 
     changes = {"downsample": arguments.downsample, "l0_um_px": arguments.um_px, "bootstrap": arguments.bootstrap}
+    changes["mask_tumour"] = arguments.mask_tumour
     params = evaluation_params(arguments.protocol, changes)
     existing = evaluation.Existing(
         arguments.manifest, arguments.detections, arguments.scores, arguments.mask_downsample

@@ -6,11 +6,19 @@ values out of bounds are refused before anything else happens, with the dotted n
 
 from collections.abc import Mapping, Sequence
 from importlib import resources
-from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, Field, FiniteFloat, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    Field,
+    FiniteFloat,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from wsiflow import publish, redaction
 from wsiflow.dataset import DatasetParams
@@ -19,11 +27,15 @@ from wsiflow.executor import ExecutorParams
 from wsiflow.geometry import Convention
 from wsiflow.lesions import LesionParams
 from wsiflow.model.card import ModelSpec
+from wsiflow.paths import AbsolutePath
 from wsiflow.stain import StainParams
 from wsiflow.store import StoreParams
 from wsiflow.tiles import TilesParams
 from wsiflow.tissue import TissueParams
 from wsiflow.tracking import TrackingParams
+
+MAX_UPSAMPLE = 16
+"""Pixels enlarged more often than this hold nothing a model could know."""
 
 
 class GeometryParams(BaseModel, frozen=True, extra="forbid"):
@@ -41,7 +53,7 @@ class GeometryParams(BaseModel, frozen=True, extra="forbid"):
     convention: Convention
     spacing: Literal["model", "native"] | Annotated[FiniteFloat, Field(gt=0, le=100)]
     tolerance: float = Field(ge=0, lt=0.5)
-    max_upsample: float = Field(ge=1, le=16)
+    max_upsample: float = Field(ge=1, le=MAX_UPSAMPLE)
 
 
 class InferenceParams(BaseModel, frozen=True, extra="forbid"):
@@ -95,7 +107,15 @@ def _folded(value: object) -> object:
     return value
 
 
+def _listed(value: object) -> object:
+    """Return values in one order, so that equal lists are equal; a single value is a list of one."""
+    values = [value] if isinstance(value, int) else value
+    whole = isinstance(values, Sequence) and all(isinstance(one, int) for one in values)
+    return sorted(set(values)) if whole and isinstance(values, Sequence) else values
+
+
 _Slides = Annotated[tuple[str, ...], BeforeValidator(_folded)]
+_Grey = Annotated[int, Field(ge=0, le=255)]
 
 
 class EvaluationParams(BaseModel, frozen=True, extra="forbid"):
@@ -110,6 +130,8 @@ class EvaluationParams(BaseModel, frozen=True, extra="forbid"):
         itc_um: A lesion whose major axis, joining distance included, is shorter is isolated tumour cells.
         exclude: Slides that count for nothing, in any case of their letters.
         exclude_froc: Slides that count for the slide AUC alone.
+        mask_tumour: Values of mask images that are tumour, every other is none; empty: 255 of 0 and 255, 2 of 0, 1 and
+            2, 1 of 0 and 1 in a slide labelled tumour.
         bootstrap: Resamples of the intervals; no part of the protocol.
     """
 
@@ -120,7 +142,16 @@ class EvaluationParams(BaseModel, frozen=True, extra="forbid"):
     itc_um: FiniteFloat = Field(ge=0, le=10_000)
     exclude: _Slides
     exclude_froc: _Slides
+    # Protocols, plans and folders that were made before there was this key are still valid: it is only told where set.
+    mask_tumour: Annotated[tuple[_Grey, ...], BeforeValidator(_listed)] = ()
     bootstrap: int = Field(ge=0, le=100_000)
+
+    @model_serializer(mode="wrap")
+    def _told(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = plain(self)
+        if not self.mask_tumour:
+            values.pop("mask_tumour", None)
+        return values
 
     def protocol(self) -> dict[str, Any]:
         """Return what has to be the same before two scores are compared, JSON values."""
@@ -150,11 +181,11 @@ class RunConfig(BaseModel, frozen=True, extra="forbid"):
         orchestrator: ``prefect``, or ``none`` to call the same functions without it.
     """
 
-    out: Path
+    out: AbsolutePath
     name: str = Field(min_length=1)
     seed: int = Field(ge=0)
     repeat: int = Field(ge=1)
-    share: Path | None
+    share: AbsolutePath | None
     allow_partial: bool
     shard_slides: int = Field(ge=0)
     orchestrator: Literal["prefect", "none"]
@@ -182,8 +213,6 @@ class RunConfig(BaseModel, frozen=True, extra="forbid"):
             self._check_refinement()
         if self.stain.per_patch and not self.tiles.block_rows == self.tiles.block_cols == 1:
             raise ValueError("stain.per_patch is true, it needs single patches (tiles=patch)")
-        if self.out == Path():
-            raise ValueError("out is empty, it must name a folder")
         if self.geometry.convention == "reference":
             self._check_reference()
         return self

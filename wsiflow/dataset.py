@@ -10,9 +10,13 @@ fault: opening it fails, for that slide alone.
 
 import csv
 import difflib
+import errno
 import math
+import os
 import re
+import stat
 import unicodedata
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +24,9 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, BeforeValidator, Field
 
-from wsiflow import faults
+from wsiflow import faults, identity
 from wsiflow.errors import EnvironmentFault, InputError
+from wsiflow.paths import AbsolutePath
 
 COLUMNS: Mapping[str, tuple[str, ...]] = {
     "slide_id": ("slide_id", "slide", "sample_id"),
@@ -86,7 +91,7 @@ def _none_if_empty(value: object) -> object:
     return None if value == "" else value
 
 
-_OptionalPath = Annotated[Path | None, BeforeValidator(_none_if_empty)]
+_OptionalPath = Annotated[AbsolutePath | None, BeforeValidator(_none_if_empty)]
 
 
 class DatasetParams(BaseModel, frozen=True, extra="forbid"):
@@ -174,18 +179,20 @@ def read_folder(folder: Path) -> tuple[Case, ...]:
 
     A slide is named after its file. Several ``.dcm`` in one folder are one slide, named after that folder; its path is
     the first of them. An ``.xml`` of the slide's name, beside it or at the top of the folder, is its annotation.
-    Hidden files and folders are passed over.
+    Hidden files and folders are passed over. Whatever else has a slide's extension is a slide, for which opening it
+    fails if it is none: a link that leads nowhere, or a folder in which there is no slide. Links to folders are
+    followed, to each folder once, and not to one that holds the link.
 
     Returns:
         The cases, sorted by path.
 
     Raises:
-        InputError: The folder is missing or holds no slide, or names collide or cannot be used; all are reported.
+        InputError: The folder is missing or holds no slide, names collide or cannot be used, or a file is there twice:
+            it would count twice in the scores. All are reported.
+        EnvironmentFault: A folder may not be listed; all are reported.
     """
     root = folder.absolute()
-    if not root.is_dir():
-        raise InputError("the folder does not exist", "correct dataset.folder", path=folder)
-    slides = _without_siblings(sorted(path for path in root.rglob("*") if _is_slide(path, root)))
+    slides = _without_siblings(_slides_below(root))
     if not slides:
         cause = f"the folder holds no slide ({' '.join(sorted(SLIDE_SUFFIXES))})"
         raise InputError(cause, "correct dataset.folder, or list the slides in a manifest", path=folder)
@@ -194,6 +201,7 @@ def read_folder(folder: Path) -> tuple[Case, ...]:
     problems = [f"{place}: {_bad_id(name)}" for name, place in zip(names, where, strict=True) if _bad_id(name)]
     problems += _collisions(zip(names, where, strict=True))
     _report(problems, "rename the files, or list them in a manifest with a column slide_id", folder)
+    _report(_repeated(slides, where), "remove all but one, or list in a manifest what is meant", folder)
     return tuple(
         Case(name, path, annotation_path=_companion(path, root)) for name, path in zip(names, slides, strict=True)
     )
@@ -302,7 +310,15 @@ def _place(text: str, folder: Path) -> Path:
 
 def _existing(text: str, folder: Path) -> Path:
     path = folder / text
-    if not path.is_file():
+    try:
+        is_file = stat.S_ISREG(path.stat().st_mode)
+    except PermissionError as error:
+        raise ValueError(f"{text!r} may not be looked at ({error.strerror})") from error
+    except OSError as error:
+        if path.is_symlink():
+            raise ValueError(f"{text!r} is a link that leads nowhere ({path.readlink()})") from error
+        is_file = False
+    if not is_file:
         raise ValueError(f"{text!r} is not an existing file")
     return path
 
@@ -378,14 +394,109 @@ def _report(problems: Sequence[str], remedy: str, path: Path) -> None:
     raise InputError(f"{count}: {'; '.join(problems)}", remedy, path=path)
 
 
-def _is_slide(path: Path, root: Path) -> bool:
-    """Return whether a file below a folder is a slide by its extension, and not hidden."""
-    hidden = any(part.startswith(".") for part in path.relative_to(root).parts)
-    return path.suffix.lower() in SLIDE_SUFFIXES and not hidden and path.is_file()
+class _Tree(NamedTuple):
+    """What lies below a folder and is not hidden.
+
+    Attributes:
+        files: What is no folder, and links to folders whose content is found where it lies.
+        folders: Folders that were listed, the first one included.
+        faults: Why others could not be.
+    """
+
+    files: list[Path]
+    folders: list[Path]
+    faults: list[OSError]
+
+
+def _tree(root: Path) -> _Tree:
+    """List a folder; links to folders come last, so that a slide has the path at which it lies."""
+    tree, seen, links = _Tree([], [], []), set[Path](), deque([root])
+    while links:
+        link = links.popleft()
+        target = link.resolve()
+        if target in seen or (link != root and link.parent.resolve().is_relative_to(target)):
+            tree.files.append(link)
+        else:
+            links += _list(link, target, seen, tree)
+    return tree
+
+
+def _list(folder: Path, target: Path, seen: set[Path], tree: _Tree) -> list[Path]:
+    """List a folder and its subfolders, each by where it really lies, and return the links to folders among them."""
+    links, waiting = [], [(folder, target)]
+    while waiting:
+        here, real = waiting.pop()
+        if real in seen:
+            continue
+        seen.add(real)
+        try:
+            with os.scandir(here) as listed:
+                entries = sorted((one.name, one.is_symlink(), _is_folder(one)) for one in listed)
+        except OSError as error:
+            tree.faults.append(error)
+            continue
+        tree.folders.append(here)
+        for name, is_link, is_folder in entries:
+            if name.startswith("."):
+                continue
+            if not is_folder:
+                tree.files.append(here / name)
+            elif is_link:
+                links.append(here / name)
+            else:
+                waiting.append((here / name, real / name))
+    return links
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError as error:
+        if error.errno != errno.ELOOP:  # a link to itself leads to no folder
+            raise
+        return False
+
+
+def _slides_below(root: Path) -> list[Path]:
+    """Return whatever has the name of a slide, sorted; of folders those in which there is none.
+
+    Raises:
+        InputError: There is no such folder.
+        EnvironmentFault: Folders may not be listed.
+    """
+    tree = _tree(root)
+    if not tree.folders and isinstance(tree.faults[0], FileNotFoundError | NotADirectoryError):
+        raise InputError("the folder does not exist", "correct dataset.folder", path=root)
+    if tree.faults:
+        told = ", ".join(f"{fault.filename} ({fault.strerror})" for fault in tree.faults)
+        remedy = "check the permissions and the mount, or list the slides in a manifest"
+        raise EnvironmentFault(f"folders cannot be listed: {told}", remedy, path=root)
+    found = [path for path in tree.files if path.suffix.lower() in SLIDE_SUFFIXES]
+    holding = {parent for path in found for parent in path.parents}
+    named = [path for path in tree.folders[1:] if path.suffix.lower() in SLIDE_SUFFIXES and path not in holding]
+    return sorted([*found, *named])
+
+
+def _repeated(slides: Sequence[Path], where: Sequence[str]) -> list[str]:
+    """Describe every slide that is the same file as an earlier one, by whatever kind of link."""
+    first: dict[tuple[int, int, int, int], str] = {}
+    problems = []
+    for path, place in zip(slides, where, strict=True):
+        try:
+            found = path.stat()
+        except OSError:
+            continue  # opening it tells what is wrong
+        # Size and time too: not every network file system has numbers of files that are their own.
+        file = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+        earlier = first.setdefault(file, place)
+        if earlier != place:
+            problems.append(f"{place} is the same file as {earlier}")
+    return problems
 
 
 def _is_dicom(path: Path) -> bool:
-    return path.suffix.lower() == ".dcm"
+    # Path.is_dir would raise where a link may not be followed.
+    return path.suffix.lower() == ".dcm" and not os.path.isdir(path)  # noqa: PTH112
 
 
 def _without_siblings(paths: Sequence[Path]) -> list[Path]:
@@ -398,11 +509,19 @@ def _without_siblings(paths: Sequence[Path]) -> list[Path]:
 
 def _slide_name(path: Path) -> str:
     """Return the name of a slide: the file's without its extension; the folder's for one of several DICOM files."""
-    several = _is_dicom(path) and path.is_file() and sum(map(_is_dicom, path.parent.iterdir())) > 1
+    if not (_is_dicom(path) and os.path.lexists(path)):
+        return path.stem
+    try:
+        several = sum(map(_is_dicom, path.parent.iterdir())) > 1
+    except OSError as error:
+        raise identity.unlisted(error) from error
     return path.parent.name if several else path.stem
 
 
 def _companion(path: Path, root: Path) -> Path | None:
-    """Return the annotation of a slide: an ``.xml`` of its name beside it, or at the top of the folder."""
-    name = f"{_slide_name(path)}.xml"
-    return next((place / name for place in (path.parent, root) if (place / name).is_file()), None)
+    """Return the annotation of a slide: an ``.xml`` of its name beside it, or at the top of the folder.
+
+    Whatever has the name is meant: one that cannot be read is no slide without annotation.
+    """
+    places = (place / f"{_slide_name(path)}{suffix}" for place in (path.parent, root) for suffix in (".xml", ".XML"))
+    return next((place for place in places if os.path.lexists(place)), None)

@@ -20,8 +20,9 @@ import hashlib
 import io
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -29,12 +30,12 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, Field, FiniteFloat, ValidationError
 
-from wsiflow import annotations, comparison, dataset, faults, froc, publish, pyramid, roc
+from wsiflow import annotations, comparison, dataset, faults, froc, identity, publish, pyramid, roc
 from wsiflow.annotations import TumourOutline
 from wsiflow.comparison import Setting
 from wsiflow.config import EvaluationParams
 from wsiflow.dataset import Case
-from wsiflow.errors import InputError
+from wsiflow.errors import EnvironmentFault, InputError, WsiflowError
 from wsiflow.froc import LesionMask, Matches, SlideFindings
 from wsiflow.plan import SlidePlan
 
@@ -160,7 +161,7 @@ class Recorded(BaseModel, frozen=True):
         )
 
 
-class _Judged(NamedTuple):
+class Judged(NamedTuple):
     """A slide once its mask is no longer needed: its row of the table, its record, and its patient."""
 
     row: dict[str, Any]
@@ -234,14 +235,14 @@ def evaluate_folder(
     if scores is not None:
         _same_slides(paths, given, "score", scores)
 
-    def evidence() -> Iterator[Evidence]:
-        """Read one slide at a time: only one mask is ever in memory."""
-        for case in cases:
-            truth = read_truth(case, params, mask_downsample=mask_downsample)
-            found = read_detections(paths[case.slide_id])
-            yield Evidence(case.slide_id, case.label, truth, found, given.get(case.slide_id), case.patient_id)
+    def evidence(case: Case) -> Evidence:
+        truth = read_truth(case, params, mask_downsample=mask_downsample)
+        found = read_detections(paths[case.slide_id])
+        return Evidence(case.slide_id, case.label, truth, found, given.get(case.slide_id), case.patient_id)
 
-    return evaluate_cases(evidence(), params, seed=seed)
+    judged, faults = judge_all({case.slide_id: partial(evidence, case) for case in cases}, params)
+    _report(list(faults.values()))
+    return evaluate_judged(list(judged.values()), params, seed=seed)
 
 
 def evaluate_cases(evidence: Iterable[Evidence], params: EvaluationParams, *, seed: int) -> Scores:
@@ -255,7 +256,32 @@ def evaluate_cases(evidence: Iterable[Evidence], params: EvaluationParams, *, se
     Raises:
         InputError: Truth and label contradict each other, a number is not finite, or a slide appears twice.
     """
-    judged = [_judged(one, params) for one in evidence]
+    return evaluate_judged([judge(one, params) for one in evidence], params, seed=seed)
+
+
+def judge_all(
+    evidence: Mapping[str, Callable[[], Evidence]], params: EvaluationParams
+) -> tuple[dict[str, Judged], dict[str, WsiflowError]]:
+    """Judge slides one after another, only one mask in memory at a time; one that cannot be judged costs no other.
+
+    Args:
+        evidence: What reads what a slide is scored by, by slide.
+        params: How slides are scored.
+
+    Returns:
+        What was judged, and what is wrong with the others, both by slide.
+    """
+    judged, faults = {}, {}
+    for slide_id, read in evidence.items():
+        try:
+            judged[slide_id] = judge(read(), params)
+        except (InputError, EnvironmentFault) as error:
+            faults[slide_id] = error.about(slide=slide_id, stage="evaluation")
+    return judged, faults
+
+
+def evaluate_judged(judged: Sequence[Judged], params: EvaluationParams, *, seed: int) -> Scores:
+    """Score slides that are judged; see `evaluate_cases`."""
     recorded = Recorded(protocol=params.protocol(), protocol_hash=params.protocol_hash(), slides=_with_patients(judged))
     setting = recorded.setting("")
     return Scores(
@@ -345,28 +371,81 @@ def read_truth(
     Raises:
         InputError: A file cannot be used, or no spacing is known.
     """
-    if params.excluded(case.slide_id) == "all":
+    marked = _marked(case, params, l0_size_px, mask_downsample)
+    return None if marked is None else Truth(_regions(marked.tumour, marked.m_um_px, params), marked.note)
+
+
+def check_truth(case: Case, params: EvaluationParams, *, l0_size_px: tuple[int, int]) -> None:
+    """See that a slide's truth can be scored, before any work is done for the slide.
+
+    Args:
+        case: The slide, with its mpp.
+        params: How it will be scored.
+        l0_size_px: Width and height of the slide.
+
+    Raises:
+        InputError: See `read_truth`; or the label contradicts the truth.
+    """
+    marked = _marked(case, params, l0_size_px, None)
+    if marked is not None:
+        path = case.mask_path or case.annotation_path
+        _require_agreement(case.slide_id, case.label, found=bool(marked.tumour.any()), path=path)
+
+
+class _Marked(NamedTuple):
+    """What was drawn or painted: bool (rows, cols) at evaluation resolution, the side of its pixels, and a note."""
+
+    tumour: NDArray[np.bool_]
+    m_um_px: float
+    note: str = ""
+
+
+def _marked(
+    case: Case, params: EvaluationParams, l0_size_px: tuple[int, int] | None, mask_downsample: int | None
+) -> _Marked | None:
+    """Read what was painted, else what was drawn; None where there is neither, or the slide counts for nothing."""
+    path = case.mask_path or case.annotation_path
+    if params.excluded(case.slide_id) == "all" or path is None:
         return None
-    if case.mask_path is not None:
-        values = pyramid.read_level(case.mask_path, mask_downsample or params.downsample)
-        if l0_size_px is not None:
-            _check_size(values.shape, _slide_shape(l0_size_px, params.downsample), case)
-        if case.label is None and values.max(initial=0) == 1:
-            cause = "the mask holds only 0 and 1, which may mean tumour, or tissue in a mask of 0, 1 and 2"
-            remedy = "say in the manifest whether the slide is tumour or normal (label)"
-            raise InputError(cause, remedy, slide=case.slide_id, path=case.mask_path)
-        tumour = annotations.tumour_from_mask(values, case.mask_path)
-        return Truth(_regions(tumour, _m_um_px(case, params), params))
-    if case.annotation_path is None:
-        return None
-    outline, m_um_px = annotations.read_asap(case.annotation_path, l0_size_px=l0_size_px), _m_um_px(case, params)
+    try:
+        identity.require_file(path, what="truth")
+        if case.mask_path is not None:
+            return _painted(case, case.mask_path, params, l0_size_px, mask_downsample)
+        return _drawn(case, path, params, l0_size_px)
+    except WsiflowError as error:
+        raise error.about(slide=case.slide_id) from error
+
+
+def _painted(
+    case: Case,
+    path: Path,
+    params: EvaluationParams,
+    l0_size_px: tuple[int, int] | None,
+    mask_downsample: int | None,
+) -> _Marked:
+    values = pyramid.read_level(path, mask_downsample or params.downsample)
+    if l0_size_px is not None:
+        _check_size(values.shape, _slide_shape(l0_size_px, params.downsample), case)
+    if case.label is None and not params.mask_tumour and values.max(initial=0) == 1:
+        cause = "the mask holds only 0 and 1, which may mean tumour, or tissue in a mask of 0, 1 and 2"
+        remedy = f"say in the manifest whether the slide is tumour or normal (label), or {annotations.SAY_VALUES}"
+        raise InputError(cause, remedy, path=path)
+    tumour = annotations.tumour_from_mask(values, path, label=case.label, named=params.mask_tumour)
+    return _Marked(tumour, _m_um_px(case, params))
+
+
+def _drawn(case: Case, path: Path, params: EvaluationParams, l0_size_px: tuple[int, int] | None) -> _Marked:
+    outline, m_um_px = annotations.read_asap(path, l0_size_px=l0_size_px), _m_um_px(case, params)
     shape = _shape(outline, params, m_um_px, l0_size_px)
     if math.prod(shape) > _MAX_MASK_PX:
-        cause = f"the outlines reach {shape[1]} x {shape[0]} mask px"
-        raise InputError(cause, "give them in level-0 px", slide=case.slide_id, path=case.annotation_path)
+        raise InputError(f"the outlines reach {shape[1]} x {shape[0]} mask px", "give them in level-0 px", path=path)
     tumour = annotations.tumour_mask(outline, shape, downsample=params.downsample)
+    if case.label is None and outline.tumour and not tumour.any():  # it would pass for normal without a word
+        cause = f"{len(outline.tumour)} tumour outlines hold no pixel of the evaluation mask"
+        remedy = "give them in level-0 px, or say in the manifest whether the slide is tumour or normal (label)"
+        raise InputError(cause, remedy, path=path)
     note = f"outlines without area: {', '.join(outline.without_area)}" if outline.without_area else ""
-    return Truth(_regions(tumour, m_um_px, params), note)
+    return _Marked(tumour, m_um_px, note)
 
 
 def read_detections(path: Path) -> NDArray[np.float64]:
@@ -422,8 +501,12 @@ def read_scores(path: Path) -> dict[str, float]:
 # --- one slide
 
 
-def _judged(one: Evidence, params: EvaluationParams) -> _Judged:
-    """Match a slide's detections with its truth and say what it counts for."""
+def judge(one: Evidence, params: EvaluationParams) -> Judged:
+    """Match a slide's detections with its truth and say what it counts for.
+
+    Raises:
+        InputError: Truth and label contradict each other, or a number is not finite.
+    """
     out = params.excluded(one.slide_id)
     label = one.label if out == "all" else _label(one)  # of a slide that counts for nothing nothing has to fit
     lesions = one.truth.lesions if one.truth is not None and label == 1 else None
@@ -456,7 +539,7 @@ def _judged(one: Evidence, params: EvaluationParams) -> _Judged:
         itc=sorted(k - 1 for k in lesions.itc) if in_froc and lesions is not None else [],
         false_positives=matches.false_positives.tolist() if in_froc else [],
     )
-    return _Judged(row, recorded, one.patient_id)
+    return Judged(row, recorded, one.patient_id)
 
 
 def _reason(out: str, label: int | None, protocol: str, *, known: bool) -> str:
@@ -481,7 +564,7 @@ def truth_sha256(label: int | None, lesions: LesionMask | None) -> str:
     return digest.hexdigest()
 
 
-def _with_patients(judged: Sequence[_Judged]) -> list[RecordedSlide]:
+def _with_patients(judged: Sequence[Judged]) -> list[RecordedSlide]:
     """Number the patients in the order in which they appear: their names stay where they are."""
     numbers: dict[str, int] = {}
     for one in judged:
@@ -498,13 +581,18 @@ def _label(one: Evidence) -> int | None:
     """Return the label, from the truth where none is given, and refuse one that contradicts the truth."""
     if one.truth is None:
         return one.label
-    n = one.truth.lesions.n_regions
-    if one.label is not None and one.label != int(n > 0):
-        says = "tumour" if one.label else "normal"
-        cause = f"the label says {says} and the truth has {n} tumour regions"
-        remedy = "correct the label, or the annotation (in level-0 px, at least a mask pixel large)"
-        raise InputError(cause, remedy, slide=one.slide_id, stage="evaluation")
-    return int(n > 0)
+    found = one.truth.lesions.n_regions > 0
+    _require_agreement(one.slide_id, one.label, found=found)
+    return int(found)
+
+
+def _require_agreement(slide_id: str, label: int | None, *, found: bool, path: Path | None = None) -> None:
+    if label is None or label == int(found):
+        return
+    cause = f"the label says {'tumour' if label else 'normal'} and the truth holds {'' if found else 'no '}tumour"
+    remedy = "correct the label, or the truth (in level-0 px, at least a mask pixel large)"
+    remedy += f", or, of a mask, {annotations.SAY_VALUES}"
+    raise InputError(cause, remedy, slide=slide_id, stage="evaluation", path=path or "")
 
 
 def _slide_score(one: Evidence) -> float:
@@ -551,6 +639,15 @@ def _shape(
 
 
 # --- all slides
+
+
+def _report(faults: Sequence[WsiflowError]) -> None:
+    """Raise what is wrong, all of it at once."""
+    if len(faults) == 1:
+        raise faults[0]
+    if faults:
+        told = " | ".join(str(fault) for fault in faults)
+        raise InputError(f"{len(faults)} slides cannot be scored: {told}", "mend all of them, then run again")
 
 
 def _froc_metrics(setting: Setting) -> dict[str, float]:

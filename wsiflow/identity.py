@@ -7,6 +7,7 @@ memory map, or where a file system keeps times no finer than what happens within
 """
 
 import contextlib
+import errno
 import hashlib
 import os
 import stat
@@ -15,7 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from wsiflow import faults
-from wsiflow.errors import EnvironmentFault, InputError, Rewritten
+from wsiflow.errors import EnvironmentFault, InputError, Rewritten, WsiflowError
 
 COPY_AGAIN = "copy it again from its source, or remove its line"
 
@@ -108,23 +109,51 @@ def _sha256_of(path: Path, _stamped: str) -> str:
     return sha256(path)
 
 
-def require_file(path: Path, slide_id: str = "") -> None:
-    """Refuse what is not a regular file with something in it, before a library looks at it."""
-    try:
-        found = path.stat()
-    except (FileNotFoundError, NotADirectoryError) as error:
-        cause, remedy = "the slide file does not exist", "correct the path, or remove its line"
-        raise InputError(cause, remedy, slide=slide_id, path=path) from error
-    except OSError as error:
-        cause = f"the slide file is out of reach ({faults.cause(error)})"
-        raise EnvironmentFault(cause, faults.remedy(error), path=path) from error
+def require_file(path: Path, slide_id: str = "", *, what: str = "slide") -> None:
+    """Refuse what is not a regular file with something in it, before a library looks at it.
+
+    Args:
+        path: The file.
+        slide_id: Name of the slide for messages.
+        what: What the file holds.
+
+    Raises:
+        InputError: There is no such file, or something else has the name.
+        EnvironmentFault: It may not be looked at.
+    """
+    found = _looked_at(path, slide_id, what)
     if stat.S_ISDIR(found.st_mode):
         remedy = "name a file (of DICOM any .dcm in the folder) in its line, or use dataset=folder"
-        raise InputError("the path is a folder, not a slide file", remedy, slide=slide_id, path=path)
+        raise InputError(f"the path is a folder, not a {what} file", remedy, slide=slide_id, path=path)
     if not stat.S_ISREG(found.st_mode):
-        raise InputError("the path is not a regular file", "remove its line", slide=slide_id, path=path)
+        raise InputError("the path is not a regular file", "remove it or its line", slide=slide_id, path=path)
     if found.st_size == 0:
-        raise InputError("the slide file is empty (0 bytes)", COPY_AGAIN, slide=slide_id, path=path)
+        raise InputError(f"the {what} file is empty (0 bytes)", COPY_AGAIN, slide=slide_id, path=path)
+
+
+def unlisted(error: OSError) -> EnvironmentFault:
+    """Return what to say of a folder that may not be listed: what it holds would be left out without a word."""
+    cause = f"the folder cannot be listed ({faults.cause(error)})"
+    return EnvironmentFault(cause, faults.remedy(error), path=error.filename or "")
+
+
+def _looked_at(path: Path, slide_id: str, what: str) -> os.stat_result:
+    try:
+        return path.stat()
+    except OSError as error:
+        raise _absent(path, slide_id, what, error) from error
+
+
+def _absent(path: Path, slide_id: str, what: str, error: OSError) -> WsiflowError:
+    """Return why a file cannot be looked at: a link that leads nowhere is not a file out of reach."""
+    if isinstance(error, FileNotFoundError | NotADirectoryError) or error.errno == errno.ELOOP:
+        if path.is_symlink():
+            cause = f"the {what} file is a link that leads nowhere ({path.readlink()})"
+            return InputError(cause, "mend the link, or remove it or its line", slide=slide_id, path=path)
+        cause, remedy = f"the {what} file does not exist", "correct the path, or remove its line"
+        return InputError(cause, remedy, slide=slide_id, path=path)
+    cause = f"the {what} file is out of reach ({faults.cause(error)})"
+    return EnvironmentFault(cause, faults.remedy(error), slide=slide_id, path=path)
 
 
 def _parts(path: Path) -> list[tuple[str, Path]]:
@@ -135,15 +164,50 @@ def _parts(path: Path) -> list[tuple[str, Path]]:
 
 
 def _companions(path: Path) -> Iterator[Path]:
-    """Yield the files that belong to a slide besides the one that names it."""
-    kind = path.suffix.lower()
-    if kind == ".mrxs":
-        yield from (part for part in path.with_suffix("").rglob("*") if part.is_file())
+    """Yield the files that belong to a slide besides the one that names it.
+
+    Raises:
+        InputError: One of them is no file: left out, it would be missing from the hash without a word.
+        EnvironmentFault: They may not be listed or read.
+    """
+    for part in _named_so(path):
+        kind = _looked_at(part, "", "slide's data").st_mode
+        if not stat.S_ISREG(kind) and not stat.S_ISDIR(kind):
+            raise InputError("it is among the slide's files and no regular file", "remove it", path=part)
+        if stat.S_ISREG(kind):
+            yield part
+
+
+def _named_so(path: Path) -> Iterator[Path]:
+    """Yield what belongs to a slide by its name."""
+    kind, data = path.suffix.lower(), path.with_suffix("")
+    if kind == ".mrxs" and data.is_dir():
+        for folder, _, names in os.walk(data, onerror=_raise_unlisted):
+            yield from (Path(folder, name) for name in names)
     elif kind == ".dcm":
-        yield from (part for part in path.parent.iterdir() if part.suffix.lower() == ".dcm" and part.is_file())
+        yield from (part for part in _listed(path.parent) if part.suffix.lower() == ".dcm")
     elif kind in {".vms", ".vmu"}:
-        index = path.read_text(encoding="utf-8", errors="replace")
-        yield from (part for part in path.parent.iterdir() if part.name in index and part.is_file())
+        try:
+            index = path.read_text(encoding="utf-8", errors="replace")
+        except OSError as error:
+            raise _unread(path, error) from error
+        yield from (part for part in _listed(path.parent) if part.name in index)
+
+
+def _listed(folder: Path) -> list[Path]:
+    try:
+        return list(folder.iterdir())
+    except OSError as error:
+        raise unlisted(error) from error
+
+
+def _raise_unlisted(error: OSError) -> None:
+    raise unlisted(error) from error
+
+
+def _unread(path: Path, error: OSError) -> EnvironmentFault:
+    cause = f"the slide file cannot be read ({faults.cause(error)})"
+    return EnvironmentFault(cause, faults.remedy(error), path=path)
 
 
 def _status(path: Path) -> os.stat_result:
@@ -163,5 +227,4 @@ def _as_slide_fault(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        cause = f"the slide file cannot be read ({faults.cause(error)})"
-        raise EnvironmentFault(cause, faults.remedy(error), path=path) from error
+        raise _unread(path, error) from error

@@ -5,7 +5,9 @@ run started again does not look at a slide twice. Only overviews are read here; 
 """
 
 import base64
+import dataclasses
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,14 +17,15 @@ import yaml
 from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
-from wsiflow import export, geometry, identity, plan, publish, redaction, sharing, slide, tissue
-from wsiflow.config import RunConfig
+from wsiflow import evaluation, export, geometry, identity, plan, publish, redaction, sharing, slide, tissue
+from wsiflow.config import MAX_UPSAMPLE, RunConfig
 from wsiflow.dataset import Case
 from wsiflow.errors import InputError
 from wsiflow.executor import Outcome
 from wsiflow.geometry import Frame
 from wsiflow.model import card
 from wsiflow.model.choice import Choice
+from wsiflow.paths import is_same
 from wsiflow.plan import Plan, SlideCut, SlidePlan
 from wsiflow.provenance import facts
 from wsiflow.reread import remembered
@@ -33,12 +36,22 @@ _CASES = TypeAdapter(tuple[Case, ...])
 
 def write_cases(root: Path, config: RunConfig, cases: Sequence[Case]) -> Path:
     """Publish what there is to ingest, and the resolved configuration beside it; neither has a secret in it."""
-    resolved = config.model_dump(mode="json")  # without those of places that are known to hold some
+    resolved = _as_spelled(root, config).model_dump(mode="json")  # without those of places that are known to hold some
     publish.publish_generation(
         root, "config.yaml", yaml.safe_dump(redaction.redacted(resolved), sort_keys=False).encode(), {"kind": "config"}
     )
     data = {"config": resolved, "cases": _CASES.dump_python(tuple(cases), mode="json")}
     return publish.publish_generation(root, "cases.json", json.dumps(data, indent=1).encode(), {"kind": "cases"})
+
+
+def _as_spelled(root: Path, config: RunConfig) -> RunConfig:
+    """Return the configuration with the run's folder as it was first spelled: one folder has many paths.
+
+    A folder that was moved or copied is told anew, once.
+    """
+    told = publish.generations(root, "cases.json")
+    former = Path(json.loads(told[-1].read_text(encoding="utf-8"))["config"]["out"]) if told else config.out
+    return config.model_copy(update={"out": former}) if is_same(former, root) else config
 
 
 @remembered(files=4)
@@ -64,6 +77,7 @@ def ingest(source: Path, index: int) -> tuple[publish.Receipt, bool]:
             cut = plan.make_cut(plan.tissue_grid(looked["tile_runs"]), frame, group_tiles=config.tiles.group_tiles)
             _publish_beside(root, case, looked, cut, key)
         return done, False
+    _check_truth(case, config)
     with publish.publishing(root, name, key, facts("tissue", case.slide_id), publish.accept) as attempt:
         looked, elsewhere = _looked(case, config)
         if elsewhere is not None:
@@ -157,6 +171,20 @@ def _look(case: Case, config: RunConfig) -> dict[str, Any]:
         "mask_png": base64.b64encode(export.tissue_png(mask)).decode(),
         "outline": export.tissue_geojson(mask, downsample=downsample, offset=(-corner[0], -corner[1])),
     }
+
+
+def _check_truth(case: Case, config: RunConfig) -> None:
+    """See that a slide can be scored before its pixels are read; what changes afterwards is told when it is scored.
+
+    Raises:
+        InputError: Its truth cannot be read, is of another slide, or contradicts its label.
+    """
+    if case.mask_path is None and case.annotation_path is None:
+        return
+    with slide.open_slide(case.path, slide_id=case.slide_id) as opened:
+        sized = dataclasses.replace(case, mpp=slide.resolve_mpp(opened.facts, case.mpp))
+        l0_size_px = opened.facts.l0_size_px
+    evaluation.check_truth(sized, config.evaluation, l0_size_px=l0_size_px)
 
 
 def is_chosen(source: Path) -> bool:
@@ -289,12 +317,8 @@ def _frame(about: slide.SlideFacts, um_px: float, config: RunConfig) -> Frame:
         l0_per_px = geometry.reading_scale(um_px, wanted, tolerance=config.geometry.tolerance)
     if l0_per_px * config.geometry.max_upsample < 1:
         who = "the model needs" if config.geometry.spacing == "model" else "geometry.spacing is"
-        raise InputError(
-            f"the slide has {um_px:g} um/px, {who} {wanted:g}",
-            f"use a model for this spacing, or allow enlarging with geometry.max_upsample={1 / l0_per_px:.1f}",
-            slide=about.slide_id,
-            path=about.path,
-        )
+        cause, remedy = f"the slide has {um_px:g} um/px, {who} {wanted:g}", _enlarging(1 / l0_per_px)
+        raise InputError(cause, remedy, slide=about.slide_id, path=about.path)
     width, height = about.l0_size_px
     rows, cols = geometry.grid_shape(width, height, l0_per_px=l0_per_px, tile_px=config.tiles.tile_px)
     return Frame(
@@ -314,6 +338,15 @@ def _frame(about: slide.SlideFacts, um_px: float, config: RunConfig) -> Frame:
         t_cols=cols,
         t_rows=rows,
     )
+
+
+def _enlarging(times: float) -> str:
+    """Return what helps where a slide would have to be enlarged so many times."""
+    plain = "use a model for this spacing, or correct mpp in the manifest"
+    needed = math.ceil(times * 10) / 10  # rounded down it would be refused again
+    if needed > MAX_UPSAMPLE:
+        return f"{plain}: no slide is enlarged more than {MAX_UPSAMPLE} times"
+    return f"{plain}, or allow enlarging with geometry.max_upsample={needed:.1f} in another out= folder"
 
 
 def _framed(frame: Mapping[str, Any], config: RunConfig, sizes: Mapping[str, int]) -> Frame:

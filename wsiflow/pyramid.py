@@ -196,13 +196,12 @@ def read_level(path: Path, downsample: int) -> NDArray[np.uint8]:
     """
     remedy = "give an 8-bit TIFF or PNG image"
     try:
-        level, scale = _read_png(path) if path.suffix.lower() == ".png" else _read_tiff(path, downsample)
+        level = _read_png(path, downsample) if path.suffix.lower() == ".png" else _read_tiff(path, downsample)
     except _UNREADABLE as error:
         raise InputError(f"not a readable image ({error})", remedy, path=path) from error
     if level.dtype not in (np.uint8, np.bool_):
         raise InputError(f"found samples of type {level.dtype}, expected uint8", remedy, path=path)
-    level = level.astype(np.uint8)
-    return level if math.isclose(scale, downsample, rel_tol=0.01) else _subsampled(level, downsample / scale)
+    return level.astype(np.uint8)
 
 
 def _page_options(level: int, um_px: float) -> dict[str, Any]:
@@ -332,22 +331,42 @@ def _jpeg_tiles(rows: NDArray[np.uint8], quality: int) -> Iterator[bytes]:
             )
 
 
-def _read_png(path: Path) -> tuple[NDArray[Any], float]:
-    """Return the first channel of a PNG and its downsample."""
+def _read_png(path: Path, downsample: int) -> NDArray[Any]:
+    """Return the first channel of a PNG at a reduced scale."""
     with Image.open(path) as image:
         pixels = np.asarray(image)
-    return pixels if pixels.ndim == 2 else pixels[..., 0], 1.0
+    return _subsampled(pixels if pixels.ndim == 2 else pixels[..., 0], downsample)
 
 
-def _read_tiff(path: Path, downsample: int) -> tuple[NDArray[Any], float]:
-    """Return the first channel of the coarsest level that is not coarser than asked, and its downsample."""
+def _read_tiff(path: Path, downsample: int) -> NDArray[Any]:
+    """Return the first channel of a TIFF at a reduced scale, from the coarsest level that is not coarser than asked."""
     with tifffile.TiffFile(path) as tiff:
         first = tiff.pages.first
         scales = {index: _scale(first, page) for index, page in enumerate(tiff.pages)}
         fine = {index: scale for index, scale in scales.items() if scale and scale <= downsample * 1.01}
         index = max(fine, key=lambda found: fine[found])
-        pixels = tiff.pages[index].asarray()
-    return pixels if pixels.ndim == 2 else pixels[..., 0], fine[index]
+        if math.isclose(fine[index], downsample, rel_tol=0.01):
+            pixels = tiff.pages[index].asarray()
+            return pixels if pixels.ndim == 2 else pixels[..., 0]
+        return _picked(tiff.pages[index], downsample / fine[index])
+
+
+def _picked(page: Any, step: float) -> NDArray[Any]:
+    """Return what `_subsampled` returns of a page, with one tile or strip of it in memory at a time.
+
+    A mask without levels may have 10^10 pixels, and every worker of a run may look at one.
+    """
+    rows, cols = (_picks(side, step) for side in (page.imagelength, page.imagewidth))
+    found = np.zeros((len(rows), len(cols)), page.dtype)
+    for tile, (plane, _, top, left, _), (_, height, width, _) in page.segments(maxworkers=1):
+        if tile is None or plane:  # not stored, all 0; another channel
+            continue
+        (r0, r1), (c0, c1) = (
+            np.searchsorted(picks, (begin, begin + side))
+            for picks, begin, side in ((rows, top, height), (cols, left, width))
+        )
+        found[r0:r1, c0:c1] = tile[0, :, :, 0][np.ix_(rows[r0:r1] - top, cols[c0:c1] - left)]
+    return found
 
 
 def _scale(first: Any, page: Any) -> float | None:
@@ -358,10 +377,11 @@ def _scale(first: Any, page: Any) -> float | None:
     return (across + down) / 2 if abs(across - down) <= slack else None
 
 
-def _subsampled(level: NDArray[np.uint8], step: float) -> NDArray[np.uint8]:
+def _subsampled(level: NDArray[Any], step: float) -> NDArray[Any]:
     """Return the pixel at the centre of each cell of step x step pixels; the last cells may be cut."""
-    picks = [
-        np.minimum(((np.arange(math.ceil(side / step)) + 0.5) * step).astype(np.int64), side - 1)
-        for side in level.shape
-    ]
-    return level[np.ix_(*picks)]
+    return level[np.ix_(*(_picks(side, step) for side in level.shape))]
+
+
+def _picks(side: int, step: float) -> NDArray[np.int64]:
+    """Return the centre of each cell along a side, rising."""
+    return np.minimum(((np.arange(math.ceil(side / step)) + 0.5) * step).astype(np.int64), side - 1)

@@ -10,6 +10,7 @@ import json
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence, Set
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,7 +35,7 @@ from wsiflow import (
 )
 from wsiflow.config import RunConfig
 from wsiflow.dataset import Case
-from wsiflow.errors import PARTIAL, IntegrityError
+from wsiflow.errors import PARTIAL, InputError, IntegrityError, WsiflowError
 from wsiflow.executor import worker_count
 from wsiflow.ledger import Ledger
 from wsiflow.model.threads import allocated_cores
@@ -117,15 +118,21 @@ def finish(config: RunConfig, plan_path: Path, progress: Sequence[Progress], clo
     statuses, receipts, attempts = _statuses(made, ended), _all_receipts(root), trace.attempts(root)
     publish.write_view(root, "process_list.csv", _process_list(statuses, receipts).encode())
     trace.write_views(root, attempts)
-    missing = [status for status in statuses if status.exit_code]
     balance = ledger.balance(root, made)
-    if not missing and not balance.complete:
+    if not _missing(statuses) and not balance.complete:
         cause = f"{balance.planned} tasks were planned and {balance.published} are published, but none failed"
         raise IntegrityError(cause, "run again; if it stays so, report this", path=plan_path)
-    if missing and (not config.allow_partial or len(missing) == len(statuses)):
-        return Summary(max(status.exit_code for status in missing), {}, _failure_text(root, statuses))
+    if _may_be_scored(config, statuses):
+        judged = _judge(root, config, made, statuses)
+        if judged.faults:
+            statuses = [_faulted(status, judged.faults) for status in statuses]
+            publish.write_view(root, "process_list.csv", _process_list(statuses, receipts).encode())
+    if not _may_be_scored(config, statuses):
+        worst = max(status.exit_code for status in statuses)
+        return Summary(worst, {}, _failure_text(root, statuses))
+    missing = _missing(statuses)
     folder = "evaluation-PARTIAL" if missing else "evaluation"
-    evaluated = _evaluate(root, folder, config, made, statuses)
+    evaluated = _evaluate(root, folder, config, judged)
     new = {item.attempt for item in ended if item.executed and item.attempt}
     work = Work(receipts, attempts, new)
     metrics = _summarise(
@@ -142,6 +149,23 @@ def finish(config: RunConfig, plan_path: Path, progress: Sequence[Progress], clo
     logged = _track(root / folder, config, made, evaluated.key, metrics, machines)
     text = _success_text(root / folder, made, statuses, metrics, len(new), logged)
     return Summary(PARTIAL if missing else 0, metrics, text)
+
+
+def _missing(statuses: Sequence[Status]) -> list[Status]:
+    """Return how the slides without a result ended."""
+    return [status for status in statuses if status.exit_code]
+
+
+def _may_be_scored(config: RunConfig, statuses: Sequence[Status]) -> bool:
+    """Tell whether there is something to score, and the user wants it although slides may be missing."""
+    missing = _missing(statuses)
+    return not missing or (config.allow_partial and len(missing) < len(statuses))
+
+
+def _faulted(status: Status, faults: Mapping[str, WsiflowError]) -> Status:
+    """Return how a slide ended once it turned out that it cannot be scored."""
+    fault = faults.get(status.slide_id)
+    return status if fault is None else status._replace(status="failed", reason=str(fault), exit_code=fault.exit_code)
 
 
 def _statuses(made: Plan, ended: Sequence[Ended]) -> list[Status]:
@@ -282,30 +306,72 @@ class Evaluated(NamedTuple):
     folder: Path
 
 
-def _evaluate(root: Path, view: str, config: RunConfig, made: Plan, statuses: Sequence[Status]) -> Evaluated:
-    """Publish scores and curves under ``evaluations/<key>``, or find them, and show the latest under ``view``.
+class _Judgement(NamedTuple):
+    """What there is to score.
+
+    Attributes:
+        key: What identifies settings, detections and truth of the slides that can be scored.
+        slides: What was judged; None where the scores are published already.
+        faults: What is wrong with the slides that cannot be scored.
+    """
+
+    key: str
+    slides: list[evaluation.Judged] | None
+    faults: Mapping[str, WsiflowError]
+
+
+_SCORES = ("scores.json", "cases.csv", "froc.json", "roc.json", "matches.json", "froc.png", "roc.png")
+
+
+def _judge(root: Path, config: RunConfig, made: Plan, statuses: Sequence[Status]) -> _Judgement:
+    """Judge the slides that have results, unless their scores are published.
 
     Scores follow the detections and the truth: a slide that joins or a corrected outline gives other scores under
-    another key, and never touches the former ones.
+    another key, and never touches the former ones. Truth that broke after its slide was planned costs no other slide.
     """
     cases = {case.slide_id: case for case in ingest.read_cases(publish.generations(root, "cases.json")[-1])[1]}
     good = {status.slide_id for status in statuses if not status.exit_code}
-    slides = {planned.slide_id: i for i, planned in enumerate(made.slides) if planned.slide_id in good}
-    detections = [_published(root, made, "detect", i)["sha256"] for i in slides.values()]
-    truth = [[slide_id, *_truth_sha256(cases[slide_id])] for slide_id in slides]
-    patients = [cases[slide_id].patient_id for slide_id in slides]  # whose slides are drawn together
-    key = publish.key_of(settings=made.settings, detections=detections, truth=truth, patients=patients)
-    evaluated = Evaluated(key, root / "evaluations" / key[:12])
-    names = ("scores.json", "cases.csv", "froc.json", "roc.json", "matches.json", "froc.png", "roc.png")
-    if any(publish.at_hand(root, f"evaluations/{key[:12]}/{name}", key) is None for name in names):
-        found = (_found(root, made, i, cases[slide_id], config) for slide_id, i in slides.items())
-        scores = evaluation.evaluate_cases(found, config.evaluation, seed=config.seed)
+    planned = {one.slide_id: i for i, one in enumerate(made.slides) if one.slide_id in good}
+    truth, faults = _truth_sha256([cases[slide_id] for slide_id in planned], config)
+    slides = {slide_id: i for slide_id, i in planned.items() if slide_id in truth}
+    key = _scores_key(root, made, slides, cases, truth)
+    if all(publish.at_hand(root, f"evaluations/{key[:12]}/{name}", key) is not None for name in _SCORES):
+        return _Judgement(key, None, faults)
+    readers = {slide_id: partial(_found, root, made, i, cases[slide_id], config) for slide_id, i in slides.items()}
+    judged, wrong = evaluation.judge_all(readers, config.evaluation)
+    if wrong:
+        kept = {slide_id: i for slide_id, i in slides.items() if slide_id in judged}
+        key = _scores_key(root, made, kept, cases, truth)
+    return _Judgement(key, list(judged.values()), faults | wrong)
+
+
+def _scores_key(
+    root: Path,
+    made: Plan,
+    slides: Mapping[str, int],
+    cases: Mapping[str, Case],
+    truth: Mapping[str, list[Any]],
+) -> str:
+    return publish.key_of(
+        settings=made.settings,
+        detections=[_published(root, made, "detect", i)["sha256"] for i in slides.values()],
+        truth=[[slide_id, *truth[slide_id]] for slide_id in slides],
+        patients=[cases[slide_id].patient_id for slide_id in slides],  # whose slides are drawn together
+    )
+
+
+def _evaluate(root: Path, view: str, config: RunConfig, judged: _Judgement) -> Evaluated:
+    """Publish scores and curves under ``evaluations/<key>``, or find them, and show the latest under ``view``."""
+    evaluated = Evaluated(judged.key, root / "evaluations" / judged.key[:12])
+    if judged.slides is not None:
+        scores = evaluation.evaluate_judged(judged.slides, config.evaluation, seed=config.seed)
         documents = {name: text.encode() for name, text in evaluation.documents(scores).items()}
         documents["scores.json"] = documents.pop("summary.json")
         documents |= {"froc.png": report.froc_figure(scores.froc), "roc.png": report.roc_figure(scores.roc)}
-        for name in names:
-            publish.publish_bytes(root, f"evaluations/{key[:12]}/{name}", documents[name], key, facts("evaluation", ""))
-    for name in names[1:]:
+        for name in _SCORES:
+            published = f"evaluations/{judged.key[:12]}/{name}"
+            publish.publish_bytes(root, published, documents[name], judged.key, facts("evaluation", ""))
+    for name in _SCORES[1:]:
         publish.write_view(root, f"{view}/{name}", (evaluated.folder / name).read_bytes())
     return evaluated
 
@@ -355,9 +421,30 @@ def evidence(
     )
 
 
-def _truth_sha256(case: Case) -> list[Any]:
-    paths = (case.annotation_path, case.mask_path)
-    return [case.label, *(publish.file_sha256(path) if path else None for path in paths)]
+def _truth_sha256(cases: Sequence[Case], config: RunConfig) -> tuple[dict[str, list[Any]], dict[str, WsiflowError]]:
+    """Return label and hashes of each slide's truth, and what is wrong where it cannot be read, both by slide.
+
+    What a slide has that counts for nothing is hashed as far as that is possible.
+    """
+    found: dict[str, list[Any]] = {}
+    faults: dict[str, WsiflowError] = {}
+    for case in cases:
+        hashes: list[str | None] = []
+        for path in (case.annotation_path, case.mask_path):
+            try:
+                hashes.append(publish.file_sha256(path) if path else None)
+            except OSError as error:
+                hashes.append(None)
+                if config.evaluation.excluded(case.slide_id) != "all":
+                    cause, remedy = (
+                        f"its truth cannot be read ({error.strerror})",
+                        "correct the path or its permissions",
+                    )
+                    told = InputError(cause, remedy, slide=case.slide_id, stage="evaluation", path=path or "")
+                    faults[case.slide_id] = told
+        if case.slide_id not in faults:
+            found[case.slide_id] = [case.label, *hashes]
+    return found, faults
 
 
 def _published(root: Path, made: Plan, stage: str, index: int) -> publish.Receipt:
@@ -383,7 +470,8 @@ def _failure_text(root: Path, statuses: Sequence[Status]) -> str:
     lines.append(
         f"{len(bad)} of {len(statuses)} slides have no result, so nothing was scored; the others are in {root}"
     )
-    lines.append("mend them and run the same command again, or score without them: allow_partial=true")
+    partly = ", or score without them: allow_partial=true" if len(bad) < len(statuses) else ""
+    lines.append(f"mend them and run the same command again{partly}")
     return "\n".join(lines)
 
 

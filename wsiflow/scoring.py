@@ -235,7 +235,9 @@ def calibrate(source: Path, _index: int) -> tuple[publish.Receipt, bool]:
     with publish.publishing(root, name, key, facts("calibration", ""), publish.accept) as attempt:
         samples = list(_calibration_samples(root, made))
         if not samples:
-            raise InputError("there is no tissue to calibrate int8 on", "set inference.precision=fp32")
+            raise InputError(
+                "there is no tissue to calibrate int8 on", "set inference.precision=fp32 in another out= folder"
+            )
         attempt.path.write_bytes(scorer.quantise(classifier, planned_choice(made), samples))
     return attempt.receipt, True
 

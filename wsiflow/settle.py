@@ -78,8 +78,9 @@ def _fastest(
     ]
     if not wanted:
         cause = f"{config.inference.precision} is not a precision of backend {' or '.join(backends)}"
-        remedy = "set inference.precision=fp32 or inference.backend=openvino"
-        raise InputError(cause, remedy, stage="configuration")
+        # What PyTorch alone runs would be refused with another backend too.
+        other = " or inference.backend=openvino" if engines.converts(classifier) else ""
+        raise InputError(cause, f"set inference.precision=fp32{other}", stage="configuration")
     measured = _measure(classifier, wanted, config, threads=threads) if len(wanted) > 1 else {}
     return min(wanted, key=lambda each: measured.get(_name(each), math.inf)), measured
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from wsiflow import (
-    annotations,
     certify,
     dataset,
     faults,
@@ -87,11 +86,7 @@ def begin(config: RunConfig) -> Path:
             _require_scaled_lengths(config)
         manifest = _drawn(params, params.folder)
         params = params.model_copy(update={"kind": "manifest", "manifest": manifest})
-    cases = dataset.load_dataset(params)
-    for case in cases:  # truth that cannot be read is told now, not after all the work
-        if case.annotation_path is not None:
-            annotations.read_asap(case.annotation_path)
-    return ingest.write_cases(config.out, config, cases)
+    return ingest.write_cases(config.out, config, dataset.load_dataset(params))
 
 
 def _require_scaled_lengths(config: RunConfig) -> None:
@@ -192,7 +187,18 @@ def cut(sizes: Sequence[int], slides_each: int) -> list[tuple[int, ...]]:
 
 def case_sizes(cases: Path) -> list[int]:
     """Return the size in bytes of each case's slide, 0 where it cannot be told."""
-    return [case.path.stat().st_size if case.path.is_file() else 0 for case in ingest.read_cases(cases)[1]]
+    sizes = []
+    for case in ingest.read_cases(cases)[1]:
+        try:
+            sizes.append(case.path.stat().st_size)
+        except OSError:  # opening it tells what is wrong
+            sizes.append(0)
+    return sizes
+
+
+def rejections(plan_path: Path) -> list[str]:
+    """Say what is wrong with the slides that could not be planned: it is known hours before the others are done."""
+    return [f"rejected: {one.reason}" for one in plan.read(plan_path).rejected]
 
 
 def slide_sizes(plan_path: Path) -> list[int]:

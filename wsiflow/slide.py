@@ -213,7 +213,9 @@ class Slide:
 
     def _refuse(self, cause: str) -> None:
         """Say that the reference geometry cannot be used for this slide."""
-        raise InputError(cause, "use geometry=centred", slide=self.facts.slide_id, path=self.facts.path)
+        raise InputError(
+            cause, "use geometry=centred in another out= folder", slide=self.facts.slide_id, path=self.facts.path
+        )
 
     def _read_scaled(
         self, x: int, y: int, size_px: tuple[int, int], l0_per_px: float, resample: Image.Resampling

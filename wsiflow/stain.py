@@ -332,7 +332,9 @@ _ADAPTER: TypeAdapter[StainFit] = TypeAdapter(StainFit)
 
 
 def _failed(cause: str) -> InputError:
-    return InputError(cause, "see whether the slide is stained, or set stain.on_failure=raw", stage="stain")
+    return InputError(
+        cause, "see whether the slide is stained, or set stain.on_failure=raw in another out= folder", stage="stain"
+    )
 
 
 def _one_row(pixels: Pixels) -> Pixels:

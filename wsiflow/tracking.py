@@ -31,6 +31,7 @@ from pydantic import BaseModel, Field, field_serializer
 
 from wsiflow import faults
 from wsiflow.errors import EnvironmentFault, InputError
+from wsiflow.paths import SQLITE, StoreAddress
 from wsiflow.redaction import REDACTED, redacted, without_secrets
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ class TrackingParams(BaseModel, frozen=True, extra="forbid"):
     """
 
     kind: Literal["mlflow", "off"]
-    uri: str = Field(min_length=1)
+    uri: StoreAddress = Field(min_length=1)
     experiment: str = Field(min_length=1, max_length=500)
     sweep: str | None
     timeout_s: int = Field(ge=1, le=600)
@@ -288,9 +289,9 @@ def _whole(uri: str) -> str:
 
 def _database(uri: str) -> Path | None:
     """Return the absolute path of a SQLite store, None for a server."""
-    if not uri.startswith("sqlite:///"):
+    if not uri.startswith(SQLITE):
         return None
-    return Path(uri.removeprefix("sqlite:///").partition("?")[0]).resolve()
+    return Path(uri.removeprefix(SQLITE).partition("?")[0]).resolve()
 
 
 @contextmanager

@@ -10,10 +10,11 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, Field, FiniteFloat, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, Field, FiniteFloat, ValidationError, model_validator
 
 from wsiflow import faults
 from wsiflow.errors import InputError
+from wsiflow.paths import NamedPath
 
 # The architecture of a card whose weights file is a program of its own.
 TORCHSCRIPT = "torchscript"
@@ -27,6 +28,11 @@ Side = Annotated[int, Field(ge=16, le=4096)]
 _Form = TypeVar("_Form", bound=BaseModel)
 
 
+def _found_anywhere(card: Path) -> Path:
+    """Return the path of a card that does not depend on where it is read."""
+    return card if str(card).startswith(PACKAGED) else card.absolute()
+
+
 class ModelSpec(BaseModel, frozen=True, extra="forbid"):
     """Which model a run uses.
 
@@ -37,7 +43,7 @@ class ModelSpec(BaseModel, frozen=True, extra="forbid"):
         positive_class: The class whose probability is mapped; empty: the card's.
     """
 
-    card: Path
+    card: Annotated[NamedPath, AfterValidator(_found_anywhere)]
     trust_torchscript: bool
     sha256: Annotated[str, Field(pattern="^([0-9a-f]{64})?$")]
     positive_class: str

@@ -176,7 +176,9 @@ def quantise(network: Network, samples: Iterable[NDArray[Any]], *, cache: Path |
     """
     kept = [np.ascontiguousarray(sample) for sample in samples]
     if not kept:
-        raise InputError("there are no pixels to calibrate int8 with", "use inference.precision=fp32 or bf16")
+        raise InputError(
+            "there are no pixels to calibrate int8 with", "set inference.precision=fp32 in another out= folder"
+        )
     nncf = _nncf()
     model = _read(_converted(network, cache))
     model.reshape(_shape(network))
@@ -457,7 +459,7 @@ def _package(name: str, extra: str) -> Any:
 def _cannot_convert(form: str, error: Exception) -> InputError:
     """Return the error of a network that a backend cannot take."""
     cause = f"the network cannot be converted to {form}: {str(error)[:300]}"
-    return InputError(cause, "set inference.backend=torch", stage="predict")
+    return InputError(cause, "set inference.backend=torch and inference.precision=fp32", stage="predict")
 
 
 def _graph_key(network: Network, form: str) -> str:
