@@ -1,13 +1,15 @@
 """What a run ends with: the ledger balanced, scores, status tables, the report and the MLflow record.
 
 Scores come from a complete ledger only. When slides are missing and the run allows it (``allow_partial``), the others
-are shown under ``evaluation-PARTIAL/``, the report says what is missing, and the exit code is 10.
+are shown under ``evaluation-PARTIAL/``, the report says what is missing, and the exit code is 10. What is shown is of
+the folder as it is now: scores of an earlier state go to ``evaluation-FORMER/`` as soon as they are no longer true.
 """
 
 import csv
 import io
 import json
 import math
+import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence, Set
 from pathlib import Path
@@ -91,6 +93,10 @@ class Status(NamedTuple):
     attempts: int
 
 
+_SHOWN = ("evaluation", "evaluation-PARTIAL")
+_FORMER = "evaluation-FORMER"
+
+
 class Work(NamedTuple):
     """What was done in a folder.
 
@@ -101,6 +107,47 @@ class Work(NamedTuple):
 
     receipts: Sequence[publish.Receipt]
     new: Set[str]
+
+
+def set_aside(plan_path: Path) -> None:
+    """Take what an earlier start showed out of the way, where the plan has other slides by now, or fewer.
+
+    Whoever reads the folder before this start has ended, or after it was killed, finds no scores instead of old ones.
+    """
+    root, made = plan_path.parent, plan.read(plan_path)
+    path = root / "evaluation/matches.json"
+    if path.is_file():
+        scored = {one.slide_id for one in evaluation.read_matches(path).slides}
+        if made.rejected or scored != {planned.slide_id for planned in made.slides}:
+            _keep_as_former(root, but="evaluation-PARTIAL")
+
+
+def _keep_as_former(root: Path, *, but: str = "") -> None:
+    """Move the scores that are shown, and their report, to where nobody takes them for those of now.
+
+    Args:
+        root: The run's folder.
+        but: What stays where it is, since it is shown again.
+    """
+    shown = [name for name in _SHOWN if name != but and (root / name).is_dir()]
+    if not shown:
+        return
+    page = root / "report.html"
+    if "evaluation" in shown or not (root / _FORMER).is_dir():  # those of a part never replace those of all slides
+        shutil.rmtree(root / _FORMER, ignore_errors=True)
+        (root / shown.pop(0)).rename(root / _FORMER)
+        if page.exists():
+            page.rename(root / _FORMER / page.name)
+    for name in shown:
+        shutil.rmtree(root / name)
+    page.unlink(missing_ok=True)
+
+
+def _show_alone(root: Path, folder: str) -> None:
+    """Remove what earlier starts showed in other places than this one."""
+    for name in {*_SHOWN, _FORMER} - {folder}:
+        if (root / name).is_dir():
+            shutil.rmtree(root / name)
 
 
 def finish(config: RunConfig, plan_path: Path, progress: Sequence[Progress], clock: Clock) -> Summary:
@@ -116,10 +163,13 @@ def finish(config: RunConfig, plan_path: Path, progress: Sequence[Progress], clo
     trace.write_views(root)
     missing = [status for status in statuses if status.exit_code]
     balance = ledger.balance(root, made)
+    unscored = bool(missing) and (not config.allow_partial or len(missing) == len(statuses))
+    if missing or not balance.complete:
+        _keep_as_former(root, but="" if unscored else "evaluation-PARTIAL")
     if not missing and not balance.complete:
         cause = f"{balance.planned} tasks were planned and {balance.published} are published, but none failed"
         raise IntegrityError(cause, "run again; if it stays so, report this", path=plan_path)
-    if missing and (not config.allow_partial or len(missing) == len(statuses)):
+    if unscored:
         return Summary(max(status.exit_code for status in missing), {}, _failure_text(root, statuses))
     folder = "evaluation-PARTIAL" if missing else "evaluation"
     evaluated = _evaluate(root, folder, config, made, statuses)
@@ -131,6 +181,8 @@ def finish(config: RunConfig, plan_path: Path, progress: Sequence[Progress], clo
         root, folder, evaluated, work | _certificates(root, folder, made, statuses) | _colours(root, made)
     )
     _write_report(root, folder, config, made, statuses, metrics)
+    if not missing:
+        _show_alone(root, folder)
     logged = _track(root, folder, config, made, evaluated.key, metrics)
     text = _success_text(root / folder, made, statuses, metrics, len(new), logged)
     return Summary(PARTIAL if missing else 0, metrics, text)
@@ -301,8 +353,8 @@ def _summarise(root: Path, view: str, evaluated: Evaluated, work: Mapping[str, f
 
 
 def _former(root: Path, view: str) -> dict[str, float]:
-    path = root / view / "summary.json"
-    return _numbers(path) if path.exists() else {}
+    paths = [root / name / "summary.json" for name in (view, _FORMER)]
+    return next((_numbers(path) for path in paths if path.exists()), {})
 
 
 def _numbers(path: Path) -> dict[str, float]:
@@ -357,6 +409,8 @@ def _failure_text(root: Path, statuses: Sequence[Status]) -> str:
         f"{len(bad)} of {len(statuses)} slides have no result, so nothing was scored; the others are in {root}"
     )
     lines.append("mend them and run the same command again, or score without them: allow_partial=true")
+    if (root / _FORMER).is_dir():
+        lines.append(f"scores of an earlier state of the folder are in {root / _FORMER}")
     return "\n".join(lines)
 
 

@@ -217,7 +217,7 @@ def drop_open(log: JobLog, dialect: Dialect) -> list[str]:
 
 def identity() -> dict[str, Any]:
     """Return what tells this process from every other, later ones with its number included."""
-    return {"host": socket.gethostname(), "pid": os.getpid(), "born": _born(os.getpid())}
+    return {"host": socket.gethostname(), "pid": os.getpid(), "born": born(os.getpid())}
 
 
 def _ask(dialect: Dialect, names: Sequence[str]) -> subprocess.CompletedProcess[str]:
@@ -249,7 +249,7 @@ def _drives_here(history: History) -> bool:
     driver = history.driver
     if not driver or history.left or driver["host"] != socket.gethostname() or driver["pid"] == os.getpid():
         return False
-    return bool(_born(driver["pid"]) == driver["born"])
+    return bool(born(driver["pid"]) == driver["born"])
 
 
 def _end_driver(history: History) -> str:
@@ -262,14 +262,14 @@ def _end_driver(history: History) -> str:
         return "the process that ran the line had ended"
     os.kill(pid, signal.SIGTERM)
     patience = time.monotonic() + _DRIVER_S
-    while _born(pid) == driver["born"]:
+    while born(pid) == driver["born"]:
         if time.monotonic() > patience:
             os.kill(pid, signal.SIGKILL)
         time.sleep(0.1)
     return f"process {pid}, which ran the line, was ended"
 
 
-def _born(pid: int) -> str:
+def born(pid: int) -> str:
     """Return when a process of this machine started, in the kernel's ticks; empty where there is none."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8")
