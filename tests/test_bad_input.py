@@ -110,7 +110,7 @@ def test_allowed_partial_results_are_marked(slide: Path, tmp_path: Path, capsys)
 
 
 def test_scores_of_an_earlier_state_are_not_shown_as_those_of_now(slide: Path, tmp_path: Path, capsys) -> None:
-    """A broken slide joins a complete run: its scores move aside until the slide is mended, and no reader takes them."""
+    """A broken slide joins a complete run: its scores move aside until that is mended, and no reader takes them."""
     given, out = manifest(slide, "good,good.tif,,0,"), tmp_path / "run"
     assert started(capsys, "dataset=manifest", given, f"out={out}")[0] == 0
     scores = (out / "evaluation/matches.json").read_bytes()
