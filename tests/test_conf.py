@@ -151,7 +151,7 @@ def test_a_configuration_survives_being_written() -> None:
             r"no key executor\.array\.window with this executor; choose another: executor=dask",
         ),
         ("+name=x", r"name is a key that has a value; write name=VALUE"),
-        ("~nam", r"there is no key nam; did you mean name\?"),
+        ("~inference.strides", r"there is no key inference\.strides; did you mean inference\.stride\?"),
         ("~inference.stride", r"inference\.stride has no value"),
         ("~executor", r"executor has no value"),
         ("inference.stride", r"has no '='; write inference\.stride=VALUE"),

@@ -124,7 +124,8 @@ def _is_evaluated(root: Path, made: "Plan") -> bool:
     import json
 
     folder = root / "evaluation"
-    if made.rejected or not all((root / name).is_file() for name in ("evaluation/summary.json", "report.html")):
+    shown = [folder / "summary.json", folder / "matches.json", root / "report.html"]
+    if made.rejected or not all(path.is_file() for path in shown):
         return False
     slides = json.loads((folder / "matches.json").read_text(encoding="utf-8"))["slides"]
     return {one["slide_id"] for one in slides} == {planned.slide_id for planned in made.slides}
