@@ -5,6 +5,7 @@ Without one the same is done directly: nothing is started for it.
 """
 
 import re
+from collections.abc import Collection
 from pathlib import Path
 
 from prefect import flow
@@ -28,13 +29,14 @@ def answer(wanted: compare.Asked, out: Path) -> Answer:
     return made
 
 
-def end_of_sweep(out: Path, params: TrackingParams, options: compare.Options) -> None:
+def end_of_sweep(out: Path, params: TrackingParams, options: compare.Options, failed: Collection[str] = ()) -> None:
     """Compare the runs of a sweep's folder and say what was found, or why they were not compared.
 
-    The sweep is complete without: what is wrong is told and raises nothing.
+    The sweep is complete without: what is wrong is told and raises nothing. What failed now is left out, whatever an
+    earlier start left in its folder.
     """
     try:
-        made = compare.sweep_folder(out, params, options)
+        made = compare.sweep_folder(out, params, options, failed)
     except WsiflowError as error:
         terminal.say(f"not compared: {error}")
         return

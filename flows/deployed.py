@@ -22,8 +22,9 @@ from wsiflow.errors import InputError, WsiflowError
 from wsiflow.results import Summary
 
 from . import comparing, forms
+from . import sweep as sweeps
 from .pipeline import SlidesFailedError
-from .run import as_flow, compose_config, sweep_jobs
+from .run import as_flow, compose_config, trials
 
 # What a run is judged by at a glance; summary.json has every number.
 _MAIN = ("froc.score", "froc.strict_score", "roc.auc", "throughput.tiles_per_s", "throughput.core_hours")
@@ -59,9 +60,9 @@ def _roots(form: forms.Form) -> Iterator[Path]:
 
 def _configs(form: forms.Form) -> Iterator[RunConfig]:
     """Return the configurations of a form's runs, but for settings that are refused: they have started nothing."""
-    for job, overrides in sweep_jobs(form.said()).items():
+    for name, job in trials(form.said()).items():
         with suppress(InputError):
-            yield compose_config(overrides, job=job)
+            yield compose_config(job.overrides, job=name)
 
 
 _RUNS: Any = {
@@ -102,13 +103,13 @@ def sweep(request: forms.Sweep) -> dict[str, dict[str, float]]:
         InputError: An override cannot be parsed.
         TrialsFailedError: A run has no scores; the message names it and the reason.
     """
-    summaries = {job: _trial(overrides, job) for job, overrides in sweep_jobs(request.said()).items()}
+    summaries = {name: _trial(job, name) for name, job in trials(request.said()).items()}
     create_table_artifact(
         [{"run": job, "exit code": one.exit_code, **_main(one.metrics)} for job, one in summaries.items()],
         key="wsiflow-sweep",
         description=f"Sweep {request.name}",
     )
-    _compare_trials(request)
+    _compare_trials(request, [job for job, one in summaries.items() if not one.metrics])
     failed = [f"{job}: {one.text}" for job, one in summaries.items() if not one.metrics]
     if failed:
         raise TrialsFailedError("; ".join(failed))
@@ -159,23 +160,25 @@ def _run(config: RunConfig) -> dict[str, float]:
     return summary.metrics
 
 
-def _trial(overrides: list[str], job: str) -> Summary:
+def _trial(job: sweeps.Job, name: str) -> Summary:
     """Run one combination of a sweep, whatever becomes of it."""
     try:
-        config = compose_config(overrides, job=job)
-        return as_flow(config, job or config.name)
+        config = compose_config(job.overrides, job=name)
+        if name:
+            sweeps.claim(config.out, job.swept)
+        return as_flow(config, name or config.name)
     except Exception as error:  # noqa: BLE001 - the others go on; the flow run of this one has its traceback
         return Summary(getattr(error, "exit_code", WsiflowError.exit_code), {}, f"{type(error).__name__}: {error}")
 
 
-def _compare_trials(request: forms.Sweep) -> None:
+def _compare_trials(request: forms.Sweep, failed: list[str]) -> None:
     """Compare the trials that have scores, and show what was found or why they were not compared."""
     try:
         config = next(_configs(request), None)
         if config is None:
             return
         options = compared.Options(resamples=config.evaluation.bootstrap, seed=config.seed)
-        made = compared.sweep_folder(config.out.parent, config.tracking, options)
+        made = compared.sweep_folder(config.out.parent, config.tracking, options, failed)
     except WsiflowError as error:
         create_markdown_artifact(f"Not compared: {error}\n", key="wsiflow-compare", description=request.name)
         return

@@ -15,7 +15,8 @@ from pydantic import BaseModel, Field
 
 from wsiflow.config import RunConfig
 
-from .run import compose_config, quoted
+from .overrides import choices, quoted
+from .run import compose_config
 
 _CONF = resources.files("wsiflow.conf")
 _BOUNDS = {"type", "enum", "minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum", "minLength", "anyOf"}
@@ -40,11 +41,6 @@ def _schema() -> dict[str, Any]:
     return RunConfig.model_json_schema()
 
 
-def options(group: str) -> list[str]:
-    """Return the choices of a group of ``conf/``."""
-    return sorted(one.name.removesuffix(".yaml") for one in (_CONF / group).iterdir() if one.name.endswith(".yaml"))
-
-
 def _default(key: str) -> Any:
     if key in _chosen():
         return _chosen()[key]
@@ -66,7 +62,7 @@ def _node(key: str) -> dict[str, Any]:
 def _allowed(key: str) -> dict[str, Any]:
     """Return the JSON schema of what a key may be: a file of its group, or a value within bounds."""
     if key in _chosen():
-        return {"type": "string", "enum": options(key)}
+        return {"type": "string", "enum": choices(key)}
     return {name: found for name, found in _node(key).items() if name in _BOUNDS}
 
 

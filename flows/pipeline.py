@@ -15,6 +15,7 @@ from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
 from wsiflow import ingest, results, shards, terminal
 from wsiflow.config import RunConfig
+from wsiflow.executor import driver
 
 from .cluster import workers
 
@@ -25,7 +26,14 @@ Submit = Callable[..., Any]
 
 
 def line(config: RunConfig, submit: Submit) -> results.Summary:
-    """Run everything, with ``submit`` starting each shard's work."""
+    """Run everything, with ``submit`` starting each shard's work, and note who does."""
+    with driver.noted(config.out) as ended:
+        summary = _line(config, submit)
+        ended["exit_code"] = summary.exit_code
+    return summary
+
+
+def _line(config: RunConfig, submit: Submit) -> results.Summary:
     clock = results.Clock(config)
     cases = shards.begin(config)
     with workers(config.executor, config.out) as pool:
@@ -35,6 +43,7 @@ def line(config: RunConfig, submit: Submit) -> results.Summary:
         wanted = shards.cut(shards.case_sizes(cases), config.shard_slides)
         ingested = [submit(f"ingest {i}", shards.ingest_shard, pool, cases, part) for i, part in enumerate(wanted, 1)]
         plan_path = ingest.make_plan(cases, [outcome for future in ingested for outcome in future.result()])
+        results.set_aside(plan_path)
         for told in shards.rejections(plan_path):
             terminal.say(told)
         slice_s = config.executor.slice_s

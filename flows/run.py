@@ -1,7 +1,6 @@
 """The commands that start the line: ``run`` composes the configuration with Hydra, ``retry`` takes that of a folder."""
 
 import argparse
-import itertools
 import os
 import sys
 import warnings
@@ -11,8 +10,6 @@ from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -24,7 +21,7 @@ from wsiflow.errors import EnvironmentFault, InputError
 from wsiflow.paths import is_same
 from wsiflow.results import Summary
 
-from . import sweep
+from . import folders, overrides, sweep
 
 _ENVIRONMENT = {
     "HYDRA_FULL_ERROR": "1",  # raise errors instead of printing them with advice about Hydra's own internals
@@ -32,7 +29,18 @@ _ENVIRONMENT = {
     "DO_NOT_TRACK": "1",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
 }
+_OPTIONS_WITH_VALUES = {"--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn"}
+_OPTIONS_WITH_VALUES |= {"--config-dir", "-cd", "--experimental-rerun"}
 _exit_codes: list[int] = []
+
+
+def _folder(*, _root_: DictConfig) -> str:
+    """Return the name of a run's folder where none is given; interpolations are names here, and not followed."""
+    values: Any = OmegaConf.to_container(_root_, resolve=False)
+    return folders.default_name(values)
+
+
+OmegaConf.register_new_resolver("wsiflow_folder", _folder, replace=True)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -87,16 +95,32 @@ def _all_jobs() -> int:
     _exit_codes.clear()
     try:
         _compose_and_run()
-    except (HydraException, OmegaConfBaseException) as error:
-        sweep.end()
-        return terminal.report(_refused(error))
     except Exception as error:
+        if overrides.is_refusal(error):
+            sweep.end()
+            return terminal.report(overrides.refused(error, _typed()))
         if not sweep.is_on():
             raise
-        sweep.end()
         cause = f"a trial of the sweep did not end: {type(error).__name__}: {error}"
-        return terminal.report(EnvironmentFault(cause, "run the same command again: what is done stays done"))
-    return max([*_exit_codes, *sweep.end()], default=0)
+        told = terminal.report(EnvironmentFault(cause, "run the same command again: what is done stays done"))
+        return max([told, *(trial.exit_code for trial in sweep.end())])
+    trials = sweep.end()
+    for lost in (trial for trial in trials if not trial.told):
+        cause = f"the trial {lost.name} left no word of how it ended, so it counts as failed"
+        terminal.report(EnvironmentFault(cause, "run the same command again: what is done stays done"))
+    return max([*_exit_codes, *(trial.exit_code for trial in trials)], default=0)
+
+
+def _typed() -> list[str]:
+    """Return the overrides of the command line, without Hydra's options and their values."""
+    words = iter(sys.argv[1:])
+    found = []
+    for word in words:
+        if word in _OPTIONS_WITH_VALUES:
+            next(words, None)
+        elif not word.startswith("-"):
+            found.append(word)
+    return found
 
 
 @hydra.main(version_base="1.3", config_path="pkg://wsiflow.conf", config_name="config")
@@ -107,16 +131,23 @@ def _compose_and_run(composed: DictConfig) -> float | None:
         The FROC score, for sweepers that optimise.
     """
     found: list[Summary] = []
-    is_trial = HydraConfig.get().mode == RunMode.MULTIRUN
+    own = HydraConfig.get()
+    is_trial, name = own.mode == RunMode.MULTIRUN, ""
 
     def job() -> int:
-        found.append(start(to_config(composed, job=_trial_name())))
+        nonlocal name
+        if is_trial:
+            name = sweep.trial_name(own.overrides.task) or str(own.job.num)
+        config = to_config(composed, job=name)
+        if is_trial:
+            sweep.claim_own(config.out, own.overrides.task)
+        found.append(start(config))
         terminal.say(found[0].text)
         return found[0].exit_code
 
     exit_code = terminal.bounded(job)
     if is_trial:
-        sweep.ended(HydraConfig.get().job.num, exit_code)
+        sweep.ended(own.job.num, name, exit_code)
     else:
         _exit_codes.append(exit_code)
     return found[0].metrics.get("froc.score") if found else None
@@ -129,81 +160,82 @@ def to_config(composed: DictConfig, *, job: str = "") -> RunConfig:
         composed: What Hydra made of ``conf/`` and the overrides.
         job: Name of a sweep's job, which gets a folder of its own below ``out``; empty: a single run.
     """
-    missing = sorted(OmegaConf.missing_keys(composed))
-    if missing:
-        raise InputError(f"no value for {', '.join(missing)}", "give it on the command line", stage="configuration")
-    values: Any = OmegaConf.to_container(composed, resolve=True)
+    try:
+        missing = sorted(OmegaConf.missing_keys(composed))
+        if missing:
+            raise InputError(f"no value for {', '.join(missing)}", "give it on the command line", stage="configuration")
+        values: Any = OmegaConf.to_container(composed, resolve=True)
+    except OmegaConfBaseException as error:  # a ${name} that is none
+        raise overrides.refused(error, []) from error
+    if job and sweep.is_on():  # where its own data set or name would put it, the sweep is not
+        values["out"] = str(sweep.folder())
     if values["share"] == "auto":  # repeats are there to measure, so each does its own work
         values["share"] = str(Path(values["out"]) / ".shared" / f"repeat-{values['repeat']}") if job else None
     if job:
-        values["out"] = str(Path(values["out"]) / job)
-        values["tracking"]["sweep"] = values["tracking"]["sweep"] or sweep.name() or values["name"]
+        given, out = values["tracking"]["sweep"], Path(values["out"])
+        values["tracking"]["sweep"] = sweep.name() or sweep.name_of(given, values["name"], out)
+        values["out"] = str(out / job)
     return validate(values)
 
 
-def compose_config(overrides: Sequence[str], *, job: str = "") -> RunConfig:
+def compose_config(given: Sequence[str], *, job: str = "") -> RunConfig:
     """Compose a configuration outside of the command line; see `to_config`.
 
     Raises:
         InputError: An override is unknown or out of bounds.
     """
+    return to_config(_composed(given), job=job)
+
+
+def _composed(given: Sequence[str]) -> DictConfig:
     try:
         with hydra.initialize_config_module("wsiflow.conf", version_base="1.3"):
-            composed = hydra.compose("config", overrides=list(overrides))
-    except (HydraException, OmegaConfBaseException) as error:
-        raise _refused(error) from error
-    return to_config(composed, job=job)
+            return hydra.compose("config", overrides=list(given))
+    except Exception as error:
+        if not overrides.is_refusal(error):
+            raise
+        raise overrides.refused(error, given) from error
 
 
-def sweep_jobs(overrides: Sequence[str]) -> dict[str, list[str]]:
+def sweep_jobs(given: Sequence[str]) -> dict[str, list[str]]:
     """Return the overrides of every job that ``wsiflow run -m`` would make of these, by the job's name.
 
     Raises:
         InputError: An override cannot be parsed.
     """
-    given = list(overrides)
+    return {name: job.overrides for name, job in trials(given).items()}
+
+
+def trials(given: Sequence[str]) -> dict[str, sweep.Job]:
+    """Return the trials that ``wsiflow run -m`` would make of overrides, by their names, all for one folder.
+
+    Raises:
+        InputError: An override cannot be parsed.
+    """
     try:
-        parser = OverridesParser.create()
-        own = {one.get_key_element() for one in parser.parse_overrides(given)}
-        listed = parser.parse_overrides(_experiment_axes(given))
-        overrides = [str(one.input_line) for one in listed if one.get_key_element() not in own] + given
-        parsed = parser.parse_overrides(overrides)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise _refused(error) from error
-    axes = [
-        [f"{one.get_key_element()}={value}" for value in one.sweep_string_iterator()]
-        if one.is_sweep_override()
-        else [text]
-        for one, text in zip(parsed, overrides, strict=True)
-    ]
-    jobs = [list(job) for job in itertools.product(*axes)]
-    return {sweep.joined(one for one in job if one not in overrides): job for job in jobs}
+        found = sweep.named(sweep.jobs(given, _experiment_axes(given)))
+    except HydraException as error:
+        raise overrides.refused(error, given) from error
+    if "" in found or any(one.startswith("out=") for one in given):
+        return found
+    folder = f"out={overrides.quoted(_sweep_folder(given))}"
+    return {name: job._replace(overrides=[*job.overrides, folder]) for name, job in found.items()}
 
 
-def _experiment_axes(overrides: Sequence[str]) -> list[str]:
+def _sweep_folder(given: Sequence[str]) -> str:
+    """Return where a sweep goes that is not told: where a run would without what is swept."""
+    return str(_composed(sweep.fixed(given)).out)
+
+
+def _experiment_axes(given: Sequence[str]) -> list[str]:
     """Return the axes of the experiment that overrides choose, as overrides; nothing where they choose none."""
-    chosen = [one for one in overrides if one.startswith("experiment=")]
+    chosen = [one for one in given if one.startswith("experiment=")]
     if not chosen:
         return []
     with hydra.initialize_config_module("wsiflow.conf", version_base="1.3"):
         composed = hydra.compose("config", overrides=chosen[-1:], return_hydra_config=True)
     params: Any = OmegaConf.to_container(composed.hydra.sweeper.params or OmegaConf.create(), resolve=False)
     return [f"{key}={value}" for key, value in params.items()]
-
-
-def quoted(text: str) -> str:
-    """Return a text as the value of an override, whatever characters it has."""
-    return QuotedString(text, Quote.single).with_quotes()
-
-
-def _refused(error: Exception) -> InputError:
-    return InputError(str(error).strip(), "wsiflow run --cfg job shows every key", stage="configuration")
-
-
-def _trial_name() -> str:
-    """Return the name of a sweep's trial, empty for a single run."""
-    own = HydraConfig.get()
-    return sweep.trial_name(own.overrides.task, own.job.num) if own.mode == RunMode.MULTIRUN else ""
 
 
 def start(config: RunConfig) -> Summary:

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from flows import run as command
-from wsiflow import cli, pyramid
+from wsiflow import cli, finished, pyramid
 
 COARSE = [
     "inference.stride=112",
@@ -54,6 +54,12 @@ def statuses(out: Path) -> dict[str, dict[str, str]]:
         return {row["slide_id"]: row for row in csv.DictReader(stream)}
 
 
+def told_by_status(out: Path, capsys) -> str:
+    capsys.readouterr()
+    assert cli.main(["status", str(out)]) == 0
+    return capsys.readouterr().out
+
+
 def damaged(folder: Path, kind: str) -> str:
     """Write one bad slide and return its manifest line."""
     path = folder / f"{kind}.svs"
@@ -94,11 +100,48 @@ def test_allowed_partial_results_are_marked(slide: Path, tmp_path: Path, capsys)
     summary = json.loads((out / "evaluation-PARTIAL/summary.json").read_text())
     assert (summary["ledger.planned"], summary["ledger.published"], summary["ledger.quarantined"]) == (2, 1, 1)
     assert "PARTIAL" in (out / "report.html").read_text()
+    assert "slides: evaluation-PARTIAL/ has the scores" in told_by_status(out, capsys)
     shutil.copy(slide, slide.with_name("late.tif"))
     before = (out / "heatmaps/good.tif").stat().st_mtime_ns
     assert started(capsys, "dataset=manifest", given, f"out={out}")[0] == 0
     assert (out / "evaluation/summary.json").exists()
     assert (out / "heatmaps/good.tif").stat().st_mtime_ns == before, "finished work is kept"
+    assert not (out / "evaluation-PARTIAL").exists()
+    assert "PARTIAL" not in (out / "report.html").read_text()
+
+
+def test_scores_of_an_earlier_state_are_not_shown_as_those_of_now(slide: Path, tmp_path: Path, capsys) -> None:
+    """A broken slide joins a complete run: its scores move aside until that is mended, and no reader takes them."""
+    given, out = manifest(slide, "good,good.tif,,0,"), tmp_path / "run"
+    assert started(capsys, "dataset=manifest", given, f"out={out}")[0] == 0
+    scores = (out / "evaluation/matches.json").read_bytes()
+    given = manifest(slide, "good,good.tif,,0,", "late,late.tif,,0,")
+    code, said = started(capsys, "dataset=manifest", given, f"out={out}")
+    assert (code, "scores of an earlier state" in said) == (20, True)
+    assert (out / "evaluation-FORMER/matches.json").read_bytes() == scores
+    assert (out / "evaluation-FORMER/report.html").exists()
+    assert not (out / "evaluation").exists()
+    assert not (out / "report.html").exists()
+    assert finished.scores_of(out) is None
+    assert "not complete: it lacks 1 of ingest, 1 of evaluation" in told_by_status(out, capsys)
+    for _ in range(2):  # the second time there are partial scores already
+        assert started(capsys, "dataset=manifest", given, f"out={out}", "allow_partial=true")[0] == 10
+        assert (out / "evaluation-FORMER/matches.json").read_bytes() == scores
+        assert (out / "evaluation-PARTIAL/summary.json").exists()
+    shutil.copy(slide, slide.with_name("late.tif"))
+    assert started(capsys, "dataset=manifest", given, f"out={out}")[0] == 0
+    assert {path.name for path in out.glob("evaluation*")} == {"evaluation", "evaluations"}
+
+
+def test_a_folder_of_other_slides_says_so(slide: Path, tmp_path: Path, capsys) -> None:
+    """What it holds, what is asked for, and what to do."""
+    out = tmp_path / "run"
+    assert started(capsys, "dataset=manifest", manifest(slide, "good,good.tif,,0,"), f"out={out}")[0] == 0
+    code, said = started(capsys, "dataset=manifest", manifest(slide, "other,good.tif,,0,"), f"out={out}")
+    assert code == 20
+    assert (
+        "the folder belongs to a run over other slides: good, now asked for other; give this run another out=" in said
+    )
 
 
 def test_no_pixel_size_names_the_line_to_add(slide: Path, tmp_path: Path, capsys) -> None:

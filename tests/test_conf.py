@@ -165,3 +165,56 @@ def test_a_configuration_survives_being_written() -> None:
     """What is published as config.yaml validates to the same value."""
     config = composed()
     assert validate(config.model_dump(mode="json")) == config
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("inference.strid=32", r"there is no key inference\.strid; did you mean inference\.stride\?"),
+        ("+inference.strid=32", r"there is no key inference\.strid \(did you mean inference\.stride\?\)"),
+        ("++inference.strid=32", r"there is no key inference\.strid \(did you mean inference\.stride\?\)"),
+        ("stride=32", r"did you mean inference\.stride\?"),
+        ("inferense.stride=32", r"did you mean inference\.stride\?"),
+        ("executor=slrum_array", r"did you mean executor=slurm_array\? choices: dask, .*slurm_array"),
+        ("model=3", r"no such choice; choices: card, demo, googlenet, pcam"),
+        ("+executor=inline", r"executor is a choice that is made already; write executor=NAME: dask"),
+        (
+            "executor.array.window=3",
+            r"no key executor\.array\.window with this executor; choose another: executor=dask",
+        ),
+        ("+name=x", r"name is a key that has a value; write name=VALUE"),
+        ("~inference.strides", r"there is no key inference\.strides; did you mean inference\.stride\?"),
+        ("~inference.stride", r"inference\.stride has no value"),
+        ("~executor", r"executor has no value"),
+        ("inference.stride", r"has no '='; write inference\.stride=VALUE"),
+        ("inference.stride =32", r"write inference\.stride=32"),
+        ("=3", "has no key before its '='"),
+        ("evaluation.exclude=[a,b", r"'\[' without its other half; close it, such as 'evaluation\.exclude=\[a,b\]'"),
+        ("name='a", r"write \"name='a'\""),
+        ("dataset.path=/x/a (1).svs", r"write \"dataset\.path='/x/a \(1\)\.svs'\""),
+        ("name=a,b", r"names several values; quote it: \"name='a,b'\"; list them: 'name=\[a,b\]'"),
+        ("name=${nothing}", "'nothing' not found"),
+    ],
+)
+def test_what_hydra_refuses_is_told_by_its_right_form(override: str, told: str) -> None:
+    """In one line, without the advice to add keys, which is refused too."""
+    with pytest.raises(InputError, match=told) as refused:
+        composed(override)
+    text = str(refused.value)
+    assert "\n" not in text
+    assert "hydra.cc" not in text
+    assert "+" not in text
+
+
+def test_a_folder_that_is_not_given_is_that_of_data_model_and_settings(monkeypatch) -> None:
+    """The same for the same command and for another place to run; another for other slides or other numbers."""
+    one = ["dataset=single", "dataset.path=/slides/one.svs"]
+    first = composed(*one).out
+    assert first.parent == Path("runs").absolute()
+    assert first.name.startswith("one-demo-")
+    same = ["executor=inline", "tracking=off", "store=none", "allow_partial=true", "dense.beyond=tell"]
+    assert composed(*one, *same).out == first
+    assert composed("dataset=single", "dataset.path=/slides/./one.svs").out == first
+    other = [["dataset.path=/else/one.svs"], ["model=pcam"], ["inference.stride=32"], ["seed=1"], ["repeat=2"]]
+    assert len({composed(*one, *each).out for each in other} | {first}) == len(other) + 1
+    assert composed("name=mine").out == Path("runs/mine").absolute()

@@ -125,8 +125,11 @@ def test_a_sweep_is_every_combination_of_its_lists() -> None:
     jobs = sweep_jobs(form.said())
     assert len(jobs) == 8
     assert "inference.stride=112,stain=macenko,lesions.threshold=0.5" in jobs
+    folder = compose_config(forms.Sweep().said()).out
     for job, overrides in jobs.items():
-        assert compose_config(overrides, job=job).out == Path("runs/run").absolute() / job
+        assert compose_config(overrides, job=job).out.name == job
+        assert compose_config(overrides, job=job).out.parent.parent == folder.parent
+    assert len({compose_config(overrides, job=job).out.parent for job, overrides in jobs.items()}) == 1
 
 
 # --- files for sites

@@ -1,16 +1,21 @@
 """Sweeps: every job a folder and a record of its own, and a bad job does not stop the others."""
 
+import json
+import os
 import sqlite3
 import subprocess
 import sys
 from pathlib import Path
 
 import mlflow
+import pytest
 from serving import environment
 from test_line import over
 
 from flows import run as command
+from flows import sweep as sweeps
 from wsiflow import evaluation
+from wsiflow.errors import InputError
 
 WSIFLOW = Path(sys.executable).parent / "wsiflow"
 QUICK = ["dataset.limit=1", "tracking=mlflow", "name=together", "evaluation.bootstrap=0"]
@@ -96,3 +101,111 @@ def test_trials_are_slurm_jobs(slurm: dict[str, str], small_slides: Path, tmp_pa
     assert (strides, len(parents)) == ({"56", "224"}, 1)
     assert rows(tmp_path / "mlflow.db", "select count(*) from runs") == [(3,)]
     assert len(list((tmp_path / "sweep/.submitit").glob("*_[01]"))) == 2
+
+
+# --- names and marks, without a run
+
+
+@pytest.mark.parametrize(
+    "axis",
+    [
+        "dataset.manifest=col/a/b/manifest.csv,col/a_b/manifest.csv",
+        "name=a/b,a_b",
+        "name=Fine,fine",
+        "name='a ','a'",
+        "name=a?b,a_b",
+        "name='\\u0001','_'",
+        r"name='a\\b',a_b",
+        f"name={'a' * 300},{'a' * 299}",
+        f"name={'a' * 248},{'b' * 260}",
+        "name='\u00e9','e\u0301'",
+        "name='~a','_a'",
+        "name='..','.'",
+    ],
+)
+def test_no_two_trials_have_one_folder(axis: str) -> None:
+    """On any disk: whatever the case, the form of a letter and the length; the same names each time."""
+    names = list(command.sweep_jobs([axis]))
+    assert list(command.sweep_jobs([axis])) == names
+    assert len({name.casefold() for name in names}) == len(names) >= 2
+    for name in names:
+        assert "/" not in name
+        assert name.isprintable()
+        assert len(name.encode()) <= 255
+
+
+def test_plain_names_stay_as_they_were() -> None:
+    """So that a sweep that is started again finds its folders."""
+    jobs = command.sweep_jobs(["inference.stride=16,32", "stain=none,macenko", "name='a b'"])
+    strides_and_stains = [(stride, stain) for stride in (16, 32) for stain in ("none", "macenko")]
+    assert list(jobs) == [f"inference.stride={stride},stain={stain}" for stride, stain in strides_and_stains]
+    assert sweeps.folder_name(["name='a b'"]) == "name='a b'"
+    assert sweeps.folder_name(["name=a/b"]) == sweeps.folder_name(["name=a/b"]) != sweeps.folder_name(["name=a_b"])
+
+
+def test_all_trials_are_in_the_folder_of_their_sweep() -> None:
+    """Also where names or data sets, by which a run's own folder is called, are what is swept."""
+    for axis in ("name=a,b", "dataset.seed=1,2"):
+        jobs = command.sweep_jobs([axis])
+        assert len({command.compose_config(job, job=name).out.parent for name, job in jobs.items()}) == 1
+    with pytest.raises(InputError, match="out is the folder of the whole sweep"):
+        command.sweep_jobs(["out=runs/a,runs/b"])
+
+
+def test_a_folder_belongs_to_one_trial(tmp_path: Path) -> None:
+    """Another one that comes to the same folder, by whatever way, is refused; the same may come again."""
+    sweeps.claim(tmp_path, ["name=a/b"])
+    sweeps.claim(tmp_path, ["name=a/b"])
+    with pytest.raises(InputError, match="is that of the trial 'name=a/b', this one is 'name=a_b'"):
+        sweeps.claim(tmp_path, ["name=a_b"])
+    assert [path.name for path in (tmp_path / "receipts").iterdir()] == ["trial"]
+
+
+@pytest.fixture
+def marked(tmp_path: Path, monkeypatch) -> Path:
+    """A sweep of three trials, as its process knows it."""
+    folder = tmp_path / ".trials/mine"
+    shared = {"name": "s", "out": str(tmp_path), "folder": str(folder), "given": [], "alike": []}
+    monkeypatch.setenv("WSIFLOW_SWEEP", json.dumps(shared))
+    monkeypatch.setattr(sweeps, "_planned", ["a", "b", "c"])
+    sweeps._make_marks(folder)
+    return folder
+
+
+def test_a_trial_that_leaves_no_word_has_failed(marked: Path) -> None:
+    """It was killed, or its word is gone or torn."""
+    sweeps.ended(0, "a", 0)
+    sweeps.ended(1, "b", 20)
+    assert [(one.name, one.exit_code, one.told) for one in sweeps._trials()] == [
+        ("a", 0, True),
+        ("b", 20, True),
+        ("c", 30, False),
+    ]
+    (marked / "0.json").write_text("[")
+    assert sweeps.end()[0] == ("a", 30, False)
+    assert not marked.parent.exists()
+    assert "WSIFLOW_SWEEP" not in os.environ
+
+
+def test_sweeps_in_one_folder_have_marks_of_their_own(marked: Path) -> None:
+    """One that begins removes what dead ones left, and nothing of one that lives."""
+    dead = marked.parent / "dead"
+    dead.mkdir()
+    (dead / "lock").touch()
+    other = marked.parent / "other"
+    sweeps._make_marks(other)
+    assert {path.name for path in marked.parent.iterdir()} == {"mine", "other"}
+    sweeps.ended(0, "a", 20)
+    sweeps.end()
+    assert other.exists()
+
+
+def test_a_failed_trial_is_no_part_of_the_comparison(tiny_slides: Path, tmp_path: Path, capsys) -> None:
+    """Its folder has the scores of an earlier start with other settings, which is why it is refused."""
+    out = tmp_path / "sweep"
+    common = over(tiny_slides, out)
+    assert command.main(["run", "-m", *common, "inference.stride=112,224"]) == 0
+    capsys.readouterr()
+    assert command.main(["run", "-m", *common, "inference.stride=112,224", "lesions.threshold=0.4"]) == 20
+    assert "compared" not in capsys.readouterr().out
+    assert not (out / ".trials").exists()

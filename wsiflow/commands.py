@@ -7,9 +7,14 @@ import argparse
 import csv
 import platform
 import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from wsiflow.errors import InputError, IntegrityError
 from wsiflow.terminal import report, say
+
+if TYPE_CHECKING:
+    from wsiflow.plan import Plan
 
 _SMALLEST_SYNTHETIC_PX = 1024
 
@@ -54,22 +59,77 @@ def synth(arguments: argparse.Namespace) -> int:
 
 
 def status(arguments: argparse.Namespace) -> int:
-    """Say what a run has done."""
-    from wsiflow import ledger, plan
+    """Say what a run has done, whether it is complete, and who runs it."""
+    import json
 
-    made = plan.latest(arguments.run)
-    balance = ledger.balance(arguments.run, made)
-    say(f"plan {made.hash[:12]}: {len(made.slides)} slides, {made.n_groups} tasks")
-    say(
-        f"planned {balance.planned} = published {balance.published} + quarantined {balance.quarantined}"
-        f" + not done {balance.failed}"
-    )
-    listed = arguments.run / "process_list.csv"
+    from wsiflow import publish, stages
+    from wsiflow.executor import driver
+
+    root = arguments.run
+    told = publish.generations(root, "cases.json")
+    if not told:
+        raise InputError(*_no_run(root), path=root)
+    cases = json.loads(told[-1].read_text(encoding="utf-8"))["cases"]
+    plans = publish.generations(root, "plan.json")
+    n_looked = stages.ingested(root, (case["slide_id"] for case in cases))
+    if not plans:
+        say("there is no plan yet")
+        say(f"ingest {n_looked} of {len(cases)}")
+    lacks = _planned_told(root, plans[-1], n_looked) if plans else ["a plan"]
+    say(f"not complete: it lacks {', '.join(lacks)}" if lacks else "complete")
+    for sentence in driver.told(root):
+        say(sentence)
+    listed = root / "process_list.csv"
     if listed.exists():
         with listed.open(newline="", encoding="utf-8") as stream:
             for row in csv.DictReader(stream):
                 say(f"{row['slide_id']}: {row['status']}{': ' + row['reason'] if row['reason'] else ''}")
     return 0
+
+
+def _no_run(root: Path) -> tuple[str, str]:
+    """Return why a folder has no status, and what to name instead."""
+    if not root.is_dir():
+        return "there is no such folder", "name the out= folder of a run"
+    trials = sorted(path.parent.name for path in root.glob("*/cases.json"))
+    if trials:
+        some = ", ".join(trials[:3]) + (f" and {len(trials) - 3} more" if len(trials) > 3 else "")
+        return f"it holds no run itself but {len(trials)} in folders: {some}", "name the out= folder of a run"
+    return "it holds no run", "name the out= folder of a run"
+
+
+def _planned_told(root: Path, path: Path, n_looked: int) -> list[str]:
+    """Say how far each stage of a planned run has come, and return what it still lacks."""
+    from wsiflow import ledger, plan, stages
+
+    made = plan.read(path)
+    balance = ledger.balance(root, made)
+    say(f"plan {made.hash[:12]}: {len(made.slides)} slides, {made.n_groups} tasks")
+    say(
+        f"planned {balance.planned} = published {balance.published} + quarantined {balance.quarantined}"
+        f" + not done {balance.failed}"
+    )
+    found = {"ingest": (n_looked, len(made.slides) + len(made.rejected)), **stages.census(root, made)}
+    found["evaluation"] = (int(_is_evaluated(root, made)), 1)
+    for stage, (done, planned) in found.items():
+        say(f"  {stage} {done:,} of {planned:,}")
+    needed = found.keys() - (stages.STORES if found["evaluation"][0] else set())  # pixels are only for scores
+    lacks = [f"{all_ - done:,} of {stage}" for stage, (done, all_) in found.items() if stage in needed and done < all_]
+    if (root / "evaluation-PARTIAL/summary.json").is_file():
+        lacks.append("slides: evaluation-PARTIAL/ has the scores of the others")
+    return lacks
+
+
+def _is_evaluated(root: Path, made: "Plan") -> bool:
+    """Tell whether all that is planned has been scored and told."""
+    import json
+
+    folder = root / "evaluation"
+    shown = [folder / "summary.json", folder / "matches.json", root / "report.html"]
+    if made.rejected or not all(path.is_file() for path in shown):
+        return False
+    slides = json.loads((folder / "matches.json").read_text(encoding="utf-8"))["slides"]
+    return {one["slide_id"] for one in slides} == {planned.slide_id for planned in made.slides}
 
 
 def explain(arguments: argparse.Namespace) -> int:

@@ -9,7 +9,7 @@ spread. Only runs over the same slides, exclusions, protocol and truth are compa
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -371,13 +371,14 @@ def answer(wanted: Asked, out: Path) -> Answer:
     return Answer(result, out, files, record(params, found.runs, result, files))
 
 
-def sweep_folder(out: Path, params: TrackingParams, options: Options) -> Answer | None:
+def sweep_folder(out: Path, params: TrackingParams, options: Options, failed: Collection[str] = ()) -> Answer | None:
     """Compare the runs below a sweep's folder, write the comparison there and tell MLflow.
 
     Args:
         out: The folder.
         params: Where the runs are recorded, and the name of their sweep.
         options: How to compare.
+        failed: Names of trials that failed, which are left out whatever lies in their folders.
 
     Returns:
         What was found; None where there are fewer than two runs with scores.
@@ -386,9 +387,7 @@ def sweep_folder(out: Path, params: TrackingParams, options: Options) -> Answer 
         InputError: See `compare`.
         EnvironmentFault: The folder cannot be written.
     """
-    if not finished.holds_runs(out):
-        return None
-    found = finished.in_folders([out])
+    found = finished.trials_of(out, failed)
     if len(found.runs) < 2:
         return None
     result = compare(found, params.sweep or out.name, options)

@@ -4,9 +4,11 @@ Values live in ``conf/``; here and in the ``XParams`` of each module are only na
 values out of bounds are refused before anything else happens, with the dotted name of the key.
 """
 
-from collections.abc import Mapping, Sequence
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from importlib import resources
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import (
@@ -249,6 +251,32 @@ def validate(values: Mapping[str, Any]) -> RunConfig:
     return _validated(RunConfig, values, "correct the override or the YAML file")
 
 
+@cache
+def known_keys() -> tuple[str, ...]:
+    """Return every dotted key that a configuration may have."""
+    return tuple(_keys_of(RunConfig, ""))
+
+
+def _keys_of(form: type[BaseModel], prefix: str) -> Iterator[str]:
+    for name, field in form.model_fields.items():
+        kinds = (field.annotation, *get_args(field.annotation))
+        part = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+        if part is None:
+            yield f"{prefix}{name}"
+        else:
+            yield from _keys_of(part, f"{prefix}{name}.")
+
+
+def nearest(key: str) -> str:
+    """Return the key that was probably meant by one that is none, or an empty text."""
+    name = key.rpartition(".")[2]
+    alone = {one.rpartition(".")[2]: one for one in reversed(known_keys())}
+    near = difflib.get_close_matches(key, known_keys(), n=1, cutoff=0.8) or [
+        alone[one] for one in difflib.get_close_matches(name, alone, n=1, cutoff=0.75)
+    ]
+    return near[0] if near else ""
+
+
 _Params = TypeVar("_Params", bound=BaseModel)
 
 
@@ -256,12 +284,16 @@ def _validated(form: type[_Params], values: Mapping[str, Any], remedy: str) -> _
     try:
         return form.model_validate(values)
     except ValidationError as error:
-        problems = [_problem(item["loc"], item["msg"], item.get("input")) for item in error.errors()]
+        problems = [_problem(item["loc"], item["type"], item["msg"], item.get("input")) for item in error.errors()]
         raise InputError("; ".join(problems), remedy, stage="configuration") from error
 
 
-def _problem(loc: tuple[int | str, ...], message: str, value: object) -> str:
+def _problem(loc: tuple[int | str, ...], kind: str, message: str, value: object) -> str:
     key = ".".join(str(part) for part in loc)
+    if kind == "extra_forbidden":
+        return f"there is no key {key}" + (f" (did you mean {near}?)" if (near := nearest(key)) else "")
+    if kind == "missing":
+        return f"{key} has no value"
     text = message.removeprefix("Value error, ")
     (kept,) = redaction.redacted({key: value}).values()
     shown = f" (got {kept!r})" if isinstance(value, str | int | float) else ""

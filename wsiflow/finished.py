@@ -7,7 +7,7 @@ import json
 import math
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -56,7 +56,24 @@ def holds_runs(folder: Path) -> bool:
 
 
 def _below(folder: Path) -> list[Path]:
-    return sorted((one for one in folder.iterdir() if one.is_dir()), key=lambda one: natural(one.name))
+    """Return the folders in a folder, but for those that hold what trials share and tell."""
+    found = (one for one in folder.iterdir() if one.is_dir() and not one.name.startswith("."))
+    return sorted(found, key=lambda one: natural(one.name))
+
+
+def trials_of(folder: Path, failed: Collection[str]) -> Found:
+    """Return the runs below a sweep's folder that have scores, but for trials that failed: those are not of now."""
+    below = _below(folder) if folder.is_dir() else []
+    lost = [one.name for one in below if one.name in failed]
+    found = _found([one for one in below if one.name not in failed])
+    return found._replace(notes=[*found.notes, *(f"Left out, since it failed: {name}." for name in lost)])
+
+
+def _found(below: Sequence[Path]) -> Found:
+    scored = [one for one in below if scores_of(one)]
+    unscored = [one.name for one in below if not scores_of(one) and publish.generations(one, "cases.json")]
+    notes = [f"Left out, since not all of its slides have scores: {name}." for name in unscored]
+    return Found(_named_apart([_from_folder(one) for one in scored]), notes)
 
 
 def in_folders(folders: Sequence[Path]) -> Found:
@@ -65,21 +82,18 @@ def in_folders(folders: Sequence[Path]) -> Found:
     Raises:
         InputError: A folder holds nothing that was scored.
     """
-    runs, notes = [], []
+    runs: list[Run] = []
+    notes: list[str] = []
     for folder in folders:
-        scored, unscored = [folder] if scores_of(folder) else [], []
         if not folder.is_dir():
             raise InputError(
                 "there is no such folder", "name folders of runs, or one experiment of MLflow", path=folder
             )
-        if not scored:
-            below = _below(folder)
-            scored = [one for one in below if scores_of(one)]
-            unscored = [one.name for one in below if not scores_of(one) and publish.generations(one, "cases.json")]
-        if not scored:
+        found = Found([_from_folder(folder)], []) if scores_of(folder) else _found(_below(folder))
+        if not found.runs:
             raise InputError("it holds no evaluation/matches.json", "name the folders of finished runs", path=folder)
-        runs += [_from_folder(one) for one in scored]
-        notes += [f"Left out, since not all of its slides have scores: {name}." for name in unscored]
+        runs += found.runs
+        notes += found.notes
     return Found(_named_apart(runs), notes)
 
 

@@ -337,9 +337,23 @@ def _check_succession(root: Path, former: Plan, plan: Plan) -> None:
     reasons = {slide.slide_id: f": {slide.reason}" for slide in plan.rejected}
     gone = [slide.slide_id for slide in former.slides if now.get(slide.slide_id) != slide.key]
     if gone:
-        told = "; ".join(f"{slide_id}{reasons.get(slide_id, '')}" for slide_id in gone[:5])
-        cause = f"{len(gone)} slides planned in this folder have changed or are gone: {told}"
-        raise InputError(cause, "restore them, or choose another out= folder", path=root)
+        raise InputError(*_why_not(former, plan, gone, reasons), path=root)
+
+
+def _why_not(former: Plan, plan: Plan, gone: Sequence[str], reasons: Mapping[str, str]) -> tuple[str, str]:
+    """Return cause and remedy where a folder's slides are not those that are asked for."""
+    there = {slide.slide_id for slide in former.slides}
+    asked = [slide.slide_id for slide in plan.slides] + [slide.slide_id for slide in plan.rejected]
+    if not there & set(asked):
+        cause = f"the folder belongs to a run over other slides: {_some(sorted(there))}, now asked for {_some(asked)}"
+        return cause, "give this run another out= folder"
+    told = "; ".join(f"{slide_id}{reasons.get(slide_id, '')}" for slide_id in gone[:5])
+    cause = f"{len(gone)} slides planned in this folder have changed or are gone: {told}"
+    return cause, "restore them, or choose another out= folder"
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _differences(old: Any, new: Any, prefix: str = "") -> Iterator[str]:

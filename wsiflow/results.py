@@ -1,13 +1,15 @@
 """What a run ends with: the ledger balanced, scores, status tables, the report and the MLflow record.
 
 Scores come from a complete ledger only. When slides are missing and the run allows it (``allow_partial``), the others
-are shown under ``evaluation-PARTIAL/``, the report says what is missing, and the exit code is 10.
+are shown under ``evaluation-PARTIAL/``, the report says what is missing, and the exit code is 10. What is shown is of
+the folder as it is now: scores of an earlier state go to ``evaluation-FORMER/`` as soon as they are no longer true.
 """
 
 import csv
 import io
 import json
 import math
+import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence, Set
 from functools import partial
@@ -93,6 +95,10 @@ class Status(NamedTuple):
     attempts: int
 
 
+_SHOWN = ("evaluation", "evaluation-PARTIAL")
+_FORMER = "evaluation-FORMER"
+
+
 class Work(NamedTuple):
     """What was done in a folder.
 
@@ -107,6 +113,47 @@ class Work(NamedTuple):
     new: Set[str]
 
 
+def set_aside(plan_path: Path) -> None:
+    """Take what an earlier start showed out of the way, where the plan has other slides by now, or fewer.
+
+    Whoever reads the folder before this start has ended, or after it was killed, finds no scores instead of old ones.
+    """
+    root, made = plan_path.parent, plan.read(plan_path)
+    path = root / "evaluation/matches.json"
+    if path.is_file():
+        scored = {one.slide_id for one in evaluation.read_matches(path).slides}
+        if made.rejected or scored != {planned.slide_id for planned in made.slides}:
+            _keep_as_former(root, but="evaluation-PARTIAL")
+
+
+def _keep_as_former(root: Path, *, but: str = "") -> None:
+    """Move the scores that are shown, and their report, to where nobody takes them for those of now.
+
+    Args:
+        root: The run's folder.
+        but: What stays where it is, since it is shown again.
+    """
+    shown = [name for name in _SHOWN if name != but and (root / name).is_dir()]
+    if not shown:
+        return
+    page = root / "report.html"
+    if "evaluation" in shown or not (root / _FORMER).is_dir():  # those of a part never replace those of all slides
+        shutil.rmtree(root / _FORMER, ignore_errors=True)
+        (root / shown.pop(0)).rename(root / _FORMER)
+        if page.exists():
+            page.rename(root / _FORMER / page.name)
+    for name in shown:
+        shutil.rmtree(root / name)
+    page.unlink(missing_ok=True)
+
+
+def _show_alone(root: Path, folder: str) -> None:
+    """Remove what earlier starts showed in other places than this one."""
+    for name in {*_SHOWN, _FORMER} - {folder}:
+        if (root / name).is_dir():
+            shutil.rmtree(root / name)
+
+
 def finish(config: RunConfig, plan_path: Path, progress: Sequence[Progress], clock: Clock) -> Summary:
     """Score what the run published, write its tables and report, and log it.
 
@@ -118,16 +165,12 @@ def finish(config: RunConfig, plan_path: Path, progress: Sequence[Progress], clo
     statuses, receipts, attempts = _statuses(made, ended), _all_receipts(root), trace.attempts(root)
     publish.write_view(root, "process_list.csv", _process_list(statuses, receipts).encode())
     trace.write_views(root, attempts)
-    balance = ledger.balance(root, made)
-    if not _missing(statuses) and not balance.complete:
-        cause = f"{balance.planned} tasks were planned and {balance.published} are published, but none failed"
-        raise IntegrityError(cause, "run again; if it stays so, report this", path=plan_path)
-    if _may_be_scored(config, statuses):
-        judged = _judge(root, config, made, statuses)
-        if judged.faults:
-            statuses = [_faulted(status, judged.faults) for status in statuses]
-            publish.write_view(root, "process_list.csv", _process_list(statuses, receipts).encode())
-    if not _may_be_scored(config, statuses):
+    balance = _balanced(root, made, plan_path, statuses)
+    statuses, judged = _scorable(root, config, made, statuses)
+    publish.write_view(root, "process_list.csv", _process_list(statuses, receipts).encode())
+    if _missing(statuses):
+        _keep_as_former(root, but="evaluation-PARTIAL" if judged else "")
+    if judged is None:
         worst = max(status.exit_code for status in statuses)
         return Summary(worst, {}, _failure_text(root, statuses))
     missing = _missing(statuses)
@@ -145,10 +188,33 @@ def finish(config: RunConfig, plan_path: Path, progress: Sequence[Progress], clo
         | _colours(root, made, receipts),
     )
     _write_report(root, folder, config, made, statuses, metrics)
+    if not missing:
+        _show_alone(root, folder)
     machines = _machines(root, config, receipts)
     logged = _track(root / folder, config, made, evaluated.key, metrics, machines)
     text = _success_text(root / folder, made, statuses, metrics, len(new), logged)
     return Summary(PARTIAL if missing else 0, metrics, text)
+
+
+def _balanced(root: Path, made: Plan, plan_path: Path, statuses: Sequence[Status]) -> Ledger:
+    """Return the ledger, which must be complete where no slide is missing."""
+    balance = ledger.balance(root, made)
+    if not _missing(statuses) and not balance.complete:
+        _keep_as_former(root)
+        cause = f"{balance.planned} tasks were planned and {balance.published} are published, but none failed"
+        raise IntegrityError(cause, "run again; if it stays so, report this", path=plan_path)
+    return balance
+
+
+def _scorable(
+    root: Path, config: RunConfig, made: Plan, statuses: list[Status]
+) -> "tuple[list[Status], _Judgement | None]":
+    """Return how the slides ended, those included whose truth cannot be used, and what to score, if that is wanted."""
+    if not _may_be_scored(config, statuses):
+        return statuses, None
+    judged = _judge(root, config, made, statuses)
+    statuses = [_faulted(status, judged.faults) for status in statuses]
+    return statuses, judged if _may_be_scored(config, statuses) else None
 
 
 def _missing(statuses: Sequence[Status]) -> list[Status]:
@@ -384,8 +450,8 @@ def _summarise(root: Path, view: str, evaluated: Evaluated, work: Mapping[str, f
 
 
 def _former(root: Path, view: str) -> dict[str, float]:
-    path = root / view / "summary.json"
-    return _numbers(path) if path.exists() else {}
+    paths = [root / name / "summary.json" for name in (view, _FORMER)]
+    return next((_numbers(path) for path in paths if path.exists()), {})
 
 
 def _numbers(path: Path) -> dict[str, float]:
@@ -472,6 +538,8 @@ def _failure_text(root: Path, statuses: Sequence[Status]) -> str:
     )
     partly = ", or score without them: allow_partial=true" if len(bad) < len(statuses) else ""
     lines.append(f"mend them and run the same command again{partly}")
+    if (root / _FORMER).is_dir():
+        lines.append(f"scores of an earlier state of the folder are in {root / _FORMER}")
     return "\n".join(lines)
 
 

@@ -1,6 +1,8 @@
 """The line's stages: their order, which of them a run asks for, and what their tasks publish under which key."""
 
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterable, Mapping
+from functools import cache
 from pathlib import Path
 
 from wsiflow import certify, plan, publish, reading, scoring, store
@@ -115,3 +117,45 @@ def _published(root: Path, made: Plan, stage: str, slide: int) -> list[str]:
     if missing:
         raise IntegrityError(f"{missing} was not published", "run again", slide=made.slides[slide].slide_id)
     return [receipt["sha256"] for receipt in receipts.values() if receipt]
+
+
+def census(root: Path, made: Plan) -> dict[str, tuple[int, int]]:
+    """Return how many tasks of each stage are published, and how many were planned, as the receipts' names tell.
+
+    Each folder of receipts is looked at once, however many tasks there are.
+    """
+    there = _listing(root)
+    found = {}
+    for stage in LINE:
+        slides = (slide for slide in range(len(made.slides)) if is_due(made, stage, slide))
+        if stage in STORES:  # a slide without tissue may have no pixels to store
+            slides = (slide for slide in slides if made.slides[slide].n_tiles)
+        names = (product(made, stage, task) for slide in slides for task in made.tasks_of(stage, slide))
+        done = [there(name) for name in names]
+        if done:
+            found[stage] = (sum(done), len(done))
+    return found
+
+
+def ingested(root: Path, slides: Iterable[str]) -> int:
+    """Return how many slides have been looked at."""
+    there = _listing(root)
+    return sum(there(f"tissue/{slide}.json") for slide in slides)
+
+
+def _listing(root: Path) -> Callable[[str], bool]:
+    """Return a function that tells whether a name has a receipt."""
+
+    @cache
+    def names(folder: str) -> frozenset[str]:
+        try:
+            with os.scandir(root / publish.RECEIPTS / folder) as found:
+                return frozenset(item.name for item in found)
+        except (FileNotFoundError, NotADirectoryError):
+            return frozenset()
+
+    def there(name: str) -> bool:
+        folder, _, last = name.rpartition("/")
+        return f"{last}.json" in names(folder)
+
+    return there

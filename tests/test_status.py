@@ -1,0 +1,109 @@
+"""What ``wsiflow status`` says of a run, from the disk alone."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from wsiflow import cli, publish
+from wsiflow.executor import driver, jobs
+
+
+def said(root: Path, capsys) -> str:
+    capsys.readouterr()
+    assert cli.main(["status", str(root)]) == 0
+    return capsys.readouterr().out
+
+
+@pytest.fixture
+def copied(two_settings: tuple[Path, Path], tmp_path: Path) -> Path:
+    """The folder of a finished run, to be changed."""
+    return Path(shutil.copytree(two_settings[0], tmp_path / "run"))
+
+
+def test_every_stage_has_a_line(two_settings: tuple[Path, Path], capsys) -> None:
+    """Done of planned, and who did it with what exit code."""
+    told = said(two_settings[0], capsys)
+    for stage in ("ingest", "index", "certify", "stitch", "detect"):
+        assert f"  {stage} 6 of 6\n" in told
+    assert "  evaluation 1 of 1\ncomplete\nnobody runs it now: process " in told
+    assert "with exit code 0" in told
+
+
+@pytest.mark.parametrize("lost", ["evaluation/summary.json", "report.html", "evaluation"])
+def test_a_run_without_its_scores_is_not_complete(copied: Path, capsys, lost: str) -> None:
+    """Though every task is done."""
+    path = copied / lost
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert "  evaluation 0 of 1\nnot complete: it lacks 1 of evaluation\n" in said(copied, capsys)
+
+
+def test_what_is_lacking_is_counted_by_stage(copied: Path, capsys) -> None:
+    """A map that was deleted with its receipt, with the scores still there; pixels that were deleted are not missed."""
+    name = next((copied / "heatmaps").glob("*.tif")).name
+    publish.receipt_path(copied, f"heatmaps/{name}").unlink()
+    for part in (copied / "receipts/patches").rglob("*.json"):
+        part.unlink()
+    told = said(copied, capsys)
+    assert "  stitch 5 of 6\n" in told
+    assert "not complete: it lacks 1 of stitch\n" in told
+
+
+def test_before_there_is_a_plan_the_slides_are_counted(copied: Path, capsys) -> None:
+    """What is known then: how many slides have been looked at."""
+    (copied / "plan.json").unlink()
+    (publish.receipt_path(copied, f"tissue/{next((copied / 'tissue').glob('*.json')).stem}.json")).unlink()
+    assert said(copied, capsys).startswith("there is no plan yet\ningest 5 of 6\nnot complete: it lacks a plan\n")
+
+
+def test_a_folder_of_runs_names_them(two_settings: tuple[Path, Path], tmp_path: Path, capsys) -> None:
+    """The folder of a sweep is no run's; one that is not there is told too."""
+    assert cli.main(["status", str(two_settings[0].parent)]) == 20
+    assert "it holds no run itself but 2 in folders: fp32, other; name the out= folder" in capsys.readouterr().err
+    assert cli.main(["status", str(tmp_path / "absent")]) == 20
+    assert "there is no such folder" in capsys.readouterr().err
+
+
+def test_who_runs_it_now_is_told_and_who_was_killed(tmp_path: Path) -> None:
+    """A process that lives, the same one killed, and one that ended by an error."""
+    code = "import sys, time; from pathlib import Path; from wsiflow.executor import driver\n"
+    code += "with driver.noted(Path(sys.argv[1])): print('on', flush=True); time.sleep(600)"
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "on\n"
+        assert driver.told(tmp_path)[0].startswith(f"process {process.pid} on {os.uname().nodename} runs it now, since")
+    finally:
+        process.kill()
+        process.communicate()
+    assert f"nobody runs it now: process {process.pid} on" in driver.told(tmp_path)[0]
+    assert "is gone without a word" in driver.told(tmp_path)[0]
+    time.sleep(0.01)  # a later time is noted
+    with pytest.raises(ValueError, match="odd"), driver.noted(tmp_path):
+        raise ValueError("odd")
+    assert driver.told(tmp_path)[0].endswith("with exit code 50 (ValueError: odd)")
+
+
+def test_a_process_elsewhere_cannot_be_judged(tmp_path: Path) -> None:
+    """On another host, or with numbers of another container: not by its number, which is another process's here."""
+    (tmp_path / "receipts").mkdir()
+    for known in ({"host": "elsewhere"}, {"space": "another"}):
+        line = {"event": "driver", "at": "2026-01-01", **jobs.identity(), **known}
+        (tmp_path / driver.LOG).write_text(json.dumps(line) + "\n")
+        assert "whether it still does cannot be told from here" in driver.told(tmp_path)[0]
+
+
+def test_an_array_run_of_before_is_told_from_its_jobs(tmp_path: Path) -> None:
+    """It noted its driver there."""
+    log = jobs.JobLog(tmp_path)
+    log.append("driver", **jobs.identity(), dialect={})
+    assert "runs it now" in driver.told(tmp_path)[0]
+    log.append("left", **jobs.identity())
+    assert driver.told(tmp_path)[0].startswith(f"nobody runs it now: process {os.getpid()}")
+    (tmp_path / jobs.LOG).unlink()
+    assert driver.told(tmp_path) == ["it is not known who ran it"]
