@@ -86,7 +86,7 @@ def test_a_slide_that_cannot_be_read(slide: Path, tmp_path: Path, capsys, kind: 
     assert row["status"] == "rejected"
     assert cause in row["reason"]
     assert f"{kind}.svs" in row["reason"]
-    assert f"slide {kind}" in said
+    assert f"rejected: slide {kind}" in said
     assert (out / "heatmaps/good.tif").exists()
     assert not (out / "evaluation").exists()
 

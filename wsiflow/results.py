@@ -43,7 +43,7 @@ from wsiflow.ledger import Ledger
 from wsiflow.model.threads import allocated_cores
 from wsiflow.plan import Plan, SlidePlan
 from wsiflow.provenance import facts, versions
-from wsiflow.shards import Ended, Progress
+from wsiflow.shards import Ended, Progress, named
 
 
 class Summary(NamedTuple):
@@ -248,7 +248,7 @@ def _statuses(made: Plan, ended: Sequence[Ended]) -> list[Status]:
     for index, planned in enumerate(made.slides):
         failure = failures.get(index)
         status = "failed" if failure else "no tissue" if not planned.n_tiles else "done"
-        reason, code = (_named(failure.error, planned.slide_id), failure.exit_code) if failure else ("", 0)
+        reason, code = (named(failure.error, planned.slide_id), failure.exit_code) if failure else ("", 0)
         rows.append(
             Status(
                 planned.slide_id,
@@ -261,13 +261,8 @@ def _statuses(made: Plan, ended: Sequence[Ended]) -> list[Status]:
             )
         )
     return rows + [
-        Status(slide, "rejected", _named(reason, slide), code, 0, 0, 1) for slide, reason, code in made.rejected
+        Status(slide, "rejected", named(reason, slide), code, 0, 0, 1) for slide, reason, code in made.rejected
     ]
-
-
-def _named(reason: str, slide_id: str) -> str:
-    """Return a reason that names the slide: faults of disk or process do not know which one they hit."""
-    return reason if reason.startswith(f"slide {slide_id}") else f"slide {slide_id}, {reason}"
 
 
 def _process_list(statuses: Sequence[Status], receipts: Sequence[publish.Receipt]) -> str:

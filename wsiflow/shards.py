@@ -198,7 +198,12 @@ def case_sizes(cases: Path) -> list[int]:
 
 def rejections(plan_path: Path) -> list[str]:
     """Say what is wrong with the slides that could not be planned: it is known hours before the others are done."""
-    return [f"rejected: {one.reason}" for one in plan.read(plan_path).rejected]
+    return [f"rejected: {named(one.reason, one.slide_id)}" for one in plan.read(plan_path).rejected]
+
+
+def named(reason: str, slide_id: str) -> str:
+    """Return a reason that names the slide: faults of disk or process do not know which one they hit."""
+    return reason if reason.startswith(f"slide {slide_id}") else f"slide {slide_id}, {reason}"
 
 
 def slide_sizes(plan_path: Path) -> list[int]:
