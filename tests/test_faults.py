@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from wsiflow import faults, publish, steps, terminal
+from wsiflow import faults, publish, slide, steps, terminal
 from wsiflow.errors import EnvironmentFault, InputError, WsiflowError
 from wsiflow.executor import process
 
@@ -177,6 +177,15 @@ def test_an_input_is_wrong_or_the_machine_is(name: str, kind: type[WsiflowError]
     error = faults.unreadable(refused(name), "the card", "give another", path="/x")
     assert type(error) is kind
     assert told in str(error)
+
+
+@pytest.mark.parametrize("name", ["EMFILE", "EIO", "ESTALE", "ENOMEM", "EACCES"])
+def test_a_slide_is_not_damaged_where_the_system_does_not_let_us_read_it(name: str) -> None:
+    """OpenSlide tells in words what it was refused: nobody copies a slide again for too few open files."""
+    words = f"the slide cannot be opened (Couldn't open /s.tif: {os.strerror(getattr(errno, name))})"
+    error = slide._refused(words, "s", Path("/s.tif"))
+    assert REMEDIES[name] in str(error)
+    assert "copy it again" in str(slide._refused("the slide cannot be opened (no marker)", "s", Path("/s.tif")))
 
 
 def test_workers_that_cannot_have_semaphores_are_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -153,7 +153,7 @@ def test_a_faulty_card_is_refused_by_name(card: Path, changes: dict[str, Any], m
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (None, "cannot read the model card: No such file or directory"),
+        (None, r"the model card cannot be read \(No such file or directory\)"),
         (b"{", "the model card is not JSON: Expecting property name"),
         (b"[1]", "the model card is a JSON list, not an object"),
         (b"\xff\xfe", "the model card is not text: invalid start byte at byte 0"),
@@ -189,7 +189,7 @@ def test_weights_that_hash_to_something_else_are_refused(card: Path) -> None:
 def test_missing_weights_are_named(card: Path) -> None:
     """The message names the file that should be there."""
     (card.parent / "tiny.safetensors").unlink()
-    with pytest.raises(InputError, match=r"tiny\.safetensors: cannot read the weights: No such file"):
+    with pytest.raises(InputError, match=r"tiny\.safetensors: the weights cannot be read \(No such file"):
         model.load(spec(card))
 
 

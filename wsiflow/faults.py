@@ -32,10 +32,11 @@ _REMEDIES = {
 }
 _AGAIN = "then run again"
 _OF_PROCESS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+_OF_ACCESS = {errno.EACCES, errno.EPERM}
 # What a path, a file or its permissions are wrong for, wherever they are read; all else may pass.
 _OF_INPUT = {
     *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL),
-    *(errno.EACCES, errno.EPERM),
+    *_OF_ACCESS,
 }
 _OF_WRITING = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _OF_SEMAPHORES = {errno.EROFS, errno.EACCES, errno.ENOSPC, errno.ENOENT, errno.ENOSYS}
@@ -74,6 +75,17 @@ def remedy(error: OSError, otherwise: str = _AGAIN) -> str:
     return f"{_REMEDIES.get(code, 'mend it')}, {_AGAIN if code in _OF_PROCESS else otherwise}"
 
 
+def is_of_machine(error: OSError) -> bool:
+    """Tell whether an error says nothing of the file that is read: there or later it may be read."""
+    return number(error) not in {0, *_OF_INPUT}
+
+
+def named_in(text: str) -> OSError | None:
+    """Return the error of the machine that a library tells in words, None where it tells another."""
+    codes = (code for code in _REMEDIES if code not in _OF_INPUT or code in _OF_ACCESS)
+    return next((OSError(code, os.strerror(code)) for code in codes if os.strerror(code) in text), None)
+
+
 def is_of_writing(error: OSError) -> bool:
     """Tell whether only who writes can meet the error."""
     return number(error) in _OF_WRITING
@@ -102,7 +114,7 @@ def unreadable(error: OSError, what: str, advice: str, *, path: object, slide: s
     """
     told = f"{what} cannot be read ({cause(error)})"
     if number(error) in _OF_INPUT:
-        denied = number(error) in {errno.EACCES, errno.EPERM}
+        denied = number(error) in _OF_ACCESS
         return InputError(told, remedy(error) if denied else advice, path=path, slide=slide)
     return EnvironmentFault(told, remedy(error), path=path, slide=slide)
 

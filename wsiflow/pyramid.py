@@ -24,7 +24,8 @@ import tifffile
 from numpy.typing import NDArray
 from PIL import Image
 
-from wsiflow.errors import InputError
+from wsiflow import faults
+from wsiflow.errors import InputError, WsiflowError
 
 TILE_PX = 256
 _BIG_TIFF_PX = 2**30  # above this many pixels the offsets may not fit classic TIFF's 4 GiB
@@ -76,7 +77,7 @@ def read_heatmap(path: Path) -> tuple[NDArray[np.float32], dict[str, Any]]:
             heat, text = tiff.pages.first.asarray(), tiff.pages.first.description
         description = json.loads(text)
     except _UNREADABLE as error:
-        raise InputError(f"not a readable heatmap ({error})", remedy, path=path) from error
+        raise _refused(error, "heatmap", remedy, path) from error
     if heat.ndim != 2 or heat.dtype != np.float32:
         raise InputError(f"found {heat.dtype} of shape {heat.shape}, expected float32 rows x cols", remedy, path=path)
     return heat, description
@@ -123,7 +124,7 @@ def open_heatmap(path: Path) -> Iterator[HeatmapRows]:
                 raise InputError(cause, remedy, path=path)
             yield HeatmapRows(tiff)
     except _UNREADABLE as error:
-        raise InputError(f"not a readable heatmap ({error})", remedy, path=path) from error
+        raise _refused(error, "heatmap", remedy, path) from error
 
 
 def write_mask(path: Path, mask: NDArray[np.bool_] | NDArray[np.uint8], *, um_px: float) -> None:
@@ -198,10 +199,17 @@ def read_level(path: Path, downsample: int) -> NDArray[np.uint8]:
     try:
         level = _read_png(path, downsample) if path.suffix.lower() == ".png" else _read_tiff(path, downsample)
     except _UNREADABLE as error:
-        raise InputError(f"not a readable image ({error})", remedy, path=path) from error
+        raise _refused(error, "image", remedy, path) from error
     if level.dtype not in (np.uint8, np.bool_):
         raise InputError(f"found samples of type {level.dtype}, expected uint8", remedy, path=path)
     return level.astype(np.uint8)
+
+
+def _refused(error: Exception, what: str, remedy: str, path: Path) -> WsiflowError:
+    """Return what it means that a file cannot be read: it is no such file, or the system does not let us."""
+    if isinstance(error, OSError) and faults.is_of_machine(error):
+        return faults.fault(error, path=path)
+    return InputError(f"not a readable {what} ({error})", remedy, path=path)
 
 
 def _page_options(level: int, um_px: float) -> dict[str, Any]:

@@ -26,8 +26,8 @@ import openslide
 from numpy.typing import NDArray
 from PIL import Image
 
-from wsiflow import decode, identity
-from wsiflow.errors import EnvironmentFault, InputError
+from wsiflow import decode, faults, identity
+from wsiflow.errors import EnvironmentFault, InputError, WsiflowError
 
 OPENSLIDE_AT_LEAST = (4, 0, 1)
 MPP_BOUNDS_UM_PX = (0.05, 100.0)
@@ -356,12 +356,12 @@ class Slide:
             where = f"{size_px[0]} x {size_px[1]} px of level {level} at level-0 ({l0_corner[0]}, {l0_corner[1]})"
             raise self._reopened(f"{where} cannot be decoded ({error})") from error
 
-    def _reopened(self, cause: str) -> InputError:
+    def _reopened(self, cause: str) -> WsiflowError:
         """Open the file again, because OpenSlide refuses every read after one that failed, and describe the failure."""
         fresh = _open_handle(self.facts.path, self.facts.slide_id)
         self._handle.close()
         self._handle = fresh
-        return InputError(cause, identity.COPY_AGAIN, slide=self.facts.slide_id, path=self.facts.path)
+        return _refused(cause, self.facts.slide_id, self.facts.path)
 
 
 def open_slide(path: Path, *, slide_id: str) -> Slide:
@@ -429,9 +429,15 @@ def _open_handle(path: Path, slide_id: str) -> openslide.OpenSlide:
         cause = "the file is not a slide in a format OpenSlide reads"
         raise InputError(cause, identity.COPY_AGAIN, slide=slide_id, path=path) from error
     except openslide.OpenSlideError as error:
-        raise InputError(
-            f"the slide cannot be opened ({error})", identity.COPY_AGAIN, slide=slide_id, path=path
-        ) from error
+        raise _refused(f"the slide cannot be opened ({error})", slide_id, path) from error
+
+
+def _refused(cause: str, slide_id: str, path: Path) -> WsiflowError:
+    """Return the error of a slide that OpenSlide does not read: it is damaged, or the system does not let us."""
+    told = faults.named_in(cause)
+    if told is not None:
+        return faults.unreadable(told, "the slide", identity.COPY_AGAIN, slide=slide_id, path=path)
+    return InputError(cause, identity.COPY_AGAIN, slide=slide_id, path=path)
 
 
 def _facts(handle: openslide.OpenSlide, path: Path, slide_id: str) -> SlideFacts:
