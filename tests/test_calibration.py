@@ -119,6 +119,35 @@ def test_what_has_no_slope_is_said(prob: list[float], outcome: list[int], note: 
     assert math.isnan(found.slope.value)
 
 
+@pytest.mark.parametrize("wrong", [1, 2, 5])
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_a_confident_model_with_swapped_classes_is_told(wrong: int, mirrored: bool) -> None:
+    """Certain, and wrong of nearly every slide: the slope is negative, and that is said; so it is of any number."""
+    outcome = np.repeat([0, 1], [40, 3])
+    prob = np.where(outcome == 1, 1e-9, 1 - 1e-9)
+    prob[:wrong] = 1e-9
+    if mirrored:
+        prob, outcome = 1 - prob, 1 - outcome
+    found = calibration.recalibrate(prob, outcome, np.ones(43))
+    assert "classes swapped" in found.note
+    assert math.isfinite(found.in_the_large)
+    apart = calibration.recalibrate([0.9, 0.8, 0.1], [0, 0, 1], np.ones(3))
+    assert "separated" in apart.note
+    assert "classes swapped" in apart.note
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from([0.0, 1e-9, 1e-4, 0.3, 0.999, 1.0]), st.booleans()), min_size=1, max_size=30),
+    st.sampled_from([1, 1000, 10**7]),
+)
+def test_every_set_of_scores_has_a_slope_or_a_note(cases: list[tuple[float, bool]], weight: int) -> None:
+    """Certain, constant, inverted, of one outcome: nothing is a defect, and no number is infinite."""
+    prob, outcome = (np.array(each, float) for each in zip(*cases, strict=True))
+    found = calibration.recalibrate(prob, outcome * weight, np.full(len(prob), weight))
+    assert found.note or math.isfinite(found.slope.high - found.slope.low)
+    assert not any(math.isinf(value) for value in (*found.slope, *found.intercept, found.in_the_large))
+
+
 def test_certainty_has_a_logit() -> None:
     """0 and 1 count as one millionth away from themselves."""
     found = calibration.recalibrate([0.0, 0.0, 1.0, 1.0], [0, 1, 0, 1], np.ones(4))

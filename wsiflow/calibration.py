@@ -29,6 +29,9 @@ from wsiflow.errors import InputError
 Z95 = 1.959963984540054
 _FLOOR = 1e-6  # probabilities nearer to 0 or 1 have no logit to speak of; float32 ends at 6e-8 below 1
 _STEPS = 100
+_FURTHEST = 4.0  # a step of Newton's from where all is nearly certain would lead to where all is certain otherwise
+_SEPARATED = "the outcomes are separated: the likelihood has no maximum"
+_INVERTED = "the higher the probability, the rarer the outcome: are the model's classes swapped (model.positive_class)?"
 _CLOSE = 1e-10
 
 
@@ -96,7 +99,7 @@ class Fit(NamedTuple):
         intercept: Of that line.
         slope: Of that line; 1 where the probabilities are as spread as they should be, below 1 where too far.
         in_the_large: Intercept when the slope is held at 1: 0 where the probabilities are right on average.
-        note: Why there is no estimate; else empty.
+        note: Why there is no estimate, or that the slope is that of a model whose classes are swapped; else empty.
     """
 
     intercept: Estimate
@@ -199,13 +202,12 @@ def recalibrate(prob: ArrayLike, positives: ArrayLike, n: ArrayLike) -> Fit:
         return Fit(_NONE, _NONE, float(in_the_large), note)
     found, covariance = _newton(np.column_stack([ones, logit]), np.zeros(len(p)), y, size)
     if not np.isfinite(covariance).all():
-        note = "the outcomes are all but separated: the likelihood has no maximum that can be told from infinity"
-        return Fit(_NONE, _NONE, float(in_the_large), note)
+        return Fit(_NONE, _NONE, float(in_the_large), "the outcomes are all but separated: no finite slope was found")
     half = Z95 * np.sqrt(np.diag(covariance))
     intercept, slope = (
         Estimate(*ends) for ends in zip(found.tolist(), (found - half).tolist(), (found + half).tolist(), strict=True)
     )
-    return Fit(intercept, slope, float(in_the_large), "")
+    return Fit(intercept, slope, float(in_the_large), _INVERTED if slope.high < 0 else "")
 
 
 def _unfit(logit: NDArray[np.float64], y: NDArray[np.float64], n: NDArray[np.float64]) -> str:
@@ -215,8 +217,10 @@ def _unfit(logit: NDArray[np.float64], y: NDArray[np.float64], n: NDArray[np.flo
         return "only one outcome occurs"
     if logit.max() == logit.min():
         return "all probabilities are equal"
-    if positive.min() >= negative.max() or positive.max() <= negative.min():
-        return "the outcomes are separated: the likelihood has no maximum"
+    if positive.min() >= negative.max():
+        return _SEPARATED
+    if positive.max() <= negative.min():
+        return f"{_SEPARATED}; {_INVERTED}"
     return ""
 
 
@@ -225,7 +229,8 @@ def _newton(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return coefficients of a binomial regression and their covariance.
 
-    The likelihood is concave; a step that would lower it is halved, so that every start ends at the maximum.
+    The likelihood is concave; a step that would lower it is halved, so that every start ends at the maximum. Where that
+    is too far away to be told from infinity, the covariance is NaN.
     """
 
     def likelihood(at: NDArray[np.float64]) -> float:
@@ -234,12 +239,18 @@ def _newton(
 
     found = np.zeros(design.shape[1])
     for _ in range(_STEPS):
-        fitted = 1 / (1 + np.exp(-(design @ found + offset)))
-        information = design.T @ (design * (n * fitted * (1 - fitted))[:, None])
-        step = np.linalg.solve(information, design.T @ (y - n * fitted))
+        line = design @ found + offset
+        fitted, rest = (np.exp(-np.logaddexp(0, each)) for each in (-line, line))
+        information = design.T @ (design * (n * fitted * rest)[:, None])
+        try:
+            step = np.linalg.solve(information, design.T @ (y - n * fitted))
+            covariance = np.linalg.inv(information).astype(np.float64)
+        except np.linalg.LinAlgError:
+            return found, np.full_like(information, np.nan)
+        step = step / max(1.0, np.abs(design @ step).max() / _FURTHEST)
         while likelihood(found + step) < likelihood(found) and np.abs(step).max() > _CLOSE:
             step = step / 2
         found = found + step
         if np.abs(step).max() <= _CLOSE * max(1.0, np.abs(found).max()):
             break
-    return found, np.linalg.inv(information).astype(np.float64)
+    return found, covariance
