@@ -7,12 +7,23 @@ import os
 import sys
 from collections.abc import Sequence
 
+from wsiflow import stopping, terminal
+
 _COMPOSED = {"plan", "run", "retry"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if arguments[:1] == ["element"]:  # ended by its scheduler, which knows what signals mean
+            return _call(arguments)
+        return stopping.run(lambda: _call(arguments))
+    finally:
+        terminal.flush()
+
+
+def _call(arguments: Sequence[str]) -> int:
     if arguments and arguments[0] in _COMPOSED:
         from . import run
 

@@ -5,6 +5,7 @@ import itertools
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from wsiflow import ingest, publish, terminal
+from wsiflow import ingest, ledger, publish, stopping, terminal
 from wsiflow.config import RunConfig, validate
 from wsiflow.errors import EnvironmentFault, InputError
 from wsiflow.results import Summary
@@ -204,18 +205,20 @@ def _trial_name() -> str:
 
 def start(config: RunConfig) -> Summary:
     """Run the line, through Prefect or directly."""
-    if config.orchestrator == "none":
-        from wsiflow.model.threads import limit_threads
+    with stopping.telling(lambda: ledger.told([config.out])):
+        if config.orchestrator == "none":
+            from wsiflow.model.threads import limit_threads
 
-        from .pipeline import direct
+            from .pipeline import direct
 
-        limit_threads(config.executor.threads)
-        return direct(config)
-    from .server import chosen_server
+            limit_threads(config.executor.threads)
+            return direct(config)
+        from .server import chosen_server
 
-    with chosen_server() as said:
-        terminal.say(said)
-        return as_flow(config, config.name)
+        with ExitStack() as server:
+            terminal.say(server.enter_context(chosen_server()))
+            with stopping.at_stop(server.close):
+                return as_flow(config, config.name)
 
 
 def as_flow(config: RunConfig, name: str) -> Summary:
