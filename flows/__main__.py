@@ -12,6 +12,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from wsiflow import stopping, terminal
+
 _COMPOSED = {"plan", "run", "retry"}
 
 
@@ -19,6 +21,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     give_home()
+    try:
+        if arguments[:1] == ["element"]:  # ended by its scheduler, which knows what signals mean
+            return _call(arguments)
+        return stopping.run(lambda: _call(arguments))
+    finally:
+        terminal.flush()
+
+
+def _call(arguments: Sequence[str]) -> int:
+    """Do what the command line asks for."""
     if arguments and arguments[0] in _COMPOSED:
         from . import run
 

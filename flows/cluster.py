@@ -5,16 +5,17 @@ to the workers as plain functions, so workers need neither Prefect nor its serve
 """
 
 import logging
+import shutil
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wsiflow import executor, faults
+from wsiflow import executor, faults, stopping
 from wsiflow.errors import EnvironmentFault, InputError
-from wsiflow.executor import DaskParams, Executor, ExecutorParams
+from wsiflow.executor import DaskParams, Executor, ExecutorParams, Outcome, Slice, Work
 from wsiflow.model.threads import allocated_cores
 
 if TYPE_CHECKING:  # imported where there is a cluster: it takes seconds
@@ -41,11 +42,36 @@ def workers(params: ExecutorParams, root: Path) -> Iterator[Executor]:
         WsiflowError: As `cluster` and `wsiflow.executor.make`.
     """
     cores = allocated_cores()
+    if params.kind in {"process", "dask"}:
+        stopping.shield()
     with (
         cluster(params, cores=cores) as client,
         executor.make(params, cores=cores, root=root, client=client) as pool,
+        stopping.at_stop(pool.stop),
     ):
-        yield pool
+        yield _Held(pool)
+
+
+class _Held:
+    """An executor whose callers go no further once the command is being stopped.
+
+    How tasks end then is of the stopping: nobody is to note it, try it again or take it for a failure.
+    """
+
+    def __init__(self, pool: Executor) -> None:
+        self._pool = pool
+
+    def run(self, work: Work, source: Path, stage: str, slices: Sequence[Slice]) -> Iterator[Outcome]:
+        try:
+            for outcome in self._pool.run(work, source, stage, slices):
+                stopping.hold()
+                yield outcome
+        except Exception:
+            stopping.hold()
+            raise
+
+    def stop(self) -> str | None:
+        return self._pool.stop()
 
 
 @contextmanager
@@ -71,8 +97,15 @@ def cluster(params: ExecutorParams, *, cores: int) -> "Iterator[Client | None]":
         _runner(params, cores, scratch) as runner,
     ):
         client = _client(runner, params.dask)
-        with _kept(client):
+        with _kept(client), stopping.at_stop(lambda: _end(client, scratch)):
             yield client
+
+
+def _end(client: "Client", scratch: str) -> None:
+    """End a cluster that was started here: its processes, or its jobs at a scheduler."""
+    if client.cluster is not None:
+        client.cluster.close()
+    shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _runner(params: ExecutorParams, cores: int, scratch: str) -> "DaskTaskRunner":

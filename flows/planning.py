@@ -13,7 +13,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from wsiflow import executor, faults, ingest, measure, plan, publish, schedule, shards, simulation, stages, terminal
+from wsiflow import (
+    executor,
+    faults,
+    ingest,
+    ledger,
+    measure,
+    plan,
+    publish,
+    schedule,
+    shards,
+    simulation,
+    stages,
+    stopping,
+    terminal,
+)
 from wsiflow.config import RunConfig
 from wsiflow.errors import InputError
 from wsiflow.model.threads import allocated_cores, limit_threads
@@ -135,6 +149,11 @@ def _scheduler(config: RunConfig) -> str:
 def make(config: RunConfig, *, calibrate: bool) -> Path:
     """Make the plan of a run, as the run itself would, and measure costs if that is asked for."""
     limit_threads(config.executor.threads)
+    with stopping.telling(lambda: ledger.told([config.out])):
+        return _made(config, calibrate=calibrate)
+
+
+def _made(config: RunConfig, *, calibrate: bool) -> Path:
     cases = shards.begin(config)
     with workers(config.executor, config.out) as pool:
         told = shards.choose(pool, cases)

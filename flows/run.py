@@ -5,6 +5,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from wsiflow import ingest, publish, redaction, terminal
+from wsiflow import ingest, ledger, publish, redaction, stopping, terminal
 from wsiflow.config import RunConfig, validate
 from wsiflow.errors import EnvironmentFault, InputError
 from wsiflow.paths import is_same
@@ -240,18 +241,20 @@ def _experiment_axes(given: Sequence[str]) -> list[str]:
 
 def start(config: RunConfig) -> Summary:
     """Run the line, through Prefect or directly."""
-    if config.orchestrator == "none":
-        from wsiflow.model.threads import limit_threads
+    with stopping.telling(lambda: ledger.told([config.out])):
+        if config.orchestrator == "none":
+            from wsiflow.model.threads import limit_threads
 
-        from .pipeline import direct
+            from .pipeline import direct
 
-        limit_threads(config.executor.threads)
-        return direct(config)
-    from .server import chosen_server
+            limit_threads(config.executor.threads)
+            return direct(config)
+        from .server import chosen_server
 
-    with chosen_server() as said:
-        terminal.say(said)
-        return as_flow(config, config.name)
+        with ExitStack() as server:
+            terminal.say(server.enter_context(chosen_server()))
+            with stopping.at_stop(server.close):
+                return as_flow(config, config.name)
 
 
 def as_flow(config: RunConfig, name: str) -> Summary:

@@ -1,10 +1,11 @@
 """The ledger of a run: what was planned against what is published, from the disk alone."""
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from wsiflow import publish
+from wsiflow import plan, publish
 from wsiflow.plan import Plan, SlidePlan
 
 
@@ -46,3 +47,11 @@ def _names(folder: Path) -> set[str]:
             return {item.name for item in found}
     except FileNotFoundError:
         return set()
+
+
+def told(roots: Iterable[Path]) -> str:
+    """Say in a few words how far some runs have come."""
+    found = [balance(root, plan.latest(root)) for root in roots if publish.generations(root, "plan.json")]
+    if not found:
+        return "nothing was planned yet"
+    return f"{sum(each.published for each in found)} tasks done, {sum(each.failed for each in found)} left"

@@ -363,8 +363,11 @@ def append_line(path: Path, text: str, *, sync: bool = False) -> None:
         path: The log.
         text: The line, without its end.
         sync: Have it on disk before this returns.
+
+    Raises:
+        EnvironmentFault: The file system refused.
     """
-    with path.open("a+b") as stream:
+    with _as_fault(path), path.open("a+b") as stream:
         size = stream.seek(0, os.SEEK_END)
         stream.seek(max(0, size - 1))
         torn = size and stream.read(1) != b"\n"

@@ -1,8 +1,12 @@
 """What every command has in common: how it speaks, and how it ends.
 
 Exit codes: 0 complete, 10 partial (only when allowed), 20 bad input, 30 environment, 40 integrity, 50 a defect.
+
+Nobody has to listen: where standard output or error is a pipe that was closed (``| head``), a terminal that is gone or
+a full disk, the command goes on without it.
 """
 
+import contextlib
 import os
 import sys
 from collections.abc import Callable
@@ -15,12 +19,12 @@ from wsiflow.redaction import without_secrets
 
 def say(text: str) -> None:
     """Tell the user something, but no secret: what is printed ends in logs."""
-    print(_fit(without_secrets(text), sys.stdout), flush=True)  # noqa: T201 - the one place that prints
+    _write(sys.stdout, without_secrets(text))
 
 
 def report(error: WsiflowError) -> int:
     """Tell the user what went wrong, in one line, and return the exit code."""
-    print(_fit(f"wsiflow: {error}", sys.stderr), file=sys.stderr, flush=True)  # noqa: T201
+    _write(sys.stderr, f"wsiflow: {error}")
     return error.exit_code
 
 
@@ -40,6 +44,8 @@ def bounded(command: Callable[[], int]) -> int:
     except WsiflowError as error:
         return report(error)
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and not flush():
+            return 0  # Hydra or argparse was printing, and nobody wants more of it
         if "WSIFLOW_DEBUG" in os.environ:
             raise
         return report(faults.fault(error))
@@ -48,3 +54,33 @@ def bounded(command: Callable[[], int]) -> int:
             raise
         remedy = "report this, with the traceback that WSIFLOW_DEBUG=1 shows"
         return report(WsiflowError(f"{type(error).__name__}: {error}", remedy))
+
+
+def flush() -> bool:
+    """Write what is still buffered, so that the interpreter need not when it ends; tell whether all could be."""
+    told = [_write(stream, None) for stream in (sys.stdout, sys.stderr)]
+    return all(told)
+
+
+def _write(stream: TextIO | None, text: str | None) -> bool:
+    """Write a line, or only what is buffered, and tell whether that could be done."""
+    if stream is None:  # it was closed before this process began
+        return True
+    try:
+        if text is not None:
+            print(_fit(text, stream), file=stream)
+        stream.flush()
+    except OSError as error:
+        _turn_away(stream)
+        if stream is sys.stdout and not isinstance(error, BrokenPipeError):
+            _write(sys.stderr, f"wsiflow: nothing more is told, standard output cannot be written: {error.strerror}")
+        return False
+    return True
+
+
+def _turn_away(stream: TextIO) -> None:
+    """Let a stream lead nowhere: what it still holds, and what libraries write to it, would fail again and again."""
+    with contextlib.suppress(OSError, ValueError):
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, stream.fileno())
+        os.close(null)

@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 from pydantic import BaseModel, Field, field_serializer, model_validator
 
+from wsiflow.errors import EnvironmentFault
 from wsiflow.executor.dialect import ArrayParams
 from wsiflow.redaction import redacted
 
@@ -125,8 +126,20 @@ class Executor(Protocol):
 
         Yields:
             For each task one outcome that is not ``retried``, and any number that are.
+
+        Raises:
+            EnvironmentFault: The executor was closed or stopped meanwhile, see `closed`.
         """
         ...
+
+    def stop(self) -> str | None:
+        """End what is under way and take nothing more, from any thread; return what is to be told of it."""
+        ...
+
+
+def closed() -> EnvironmentFault:
+    """Return what ends every `Executor.run` that is under way when its executor ends: nobody waits for ever."""
+    return EnvironmentFault("the run ended before this was done", "run again: what is done stays done")
 
 
 def make(params: ExecutorParams, *, cores: int, root: Path, client: Any = None) -> AbstractContextManager[Executor]:

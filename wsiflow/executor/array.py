@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from wsiflow import publish
-from wsiflow.errors import EnvironmentFault
+from wsiflow.errors import EnvironmentFault, WsiflowError
 from wsiflow.executor import Outcome, Slice, Work, element, jobs
 from wsiflow.executor.dialect import ArrayParams, Place, expand
 from wsiflow.executor.jobs import JobLog
@@ -90,20 +90,37 @@ class ArrayJobs:
 
     def __exit__(self, kind: type[BaseException] | None, *_exc: object) -> None:
         """Cancel what is in the queue if the run ends in an error; else there is nothing left to do."""
+        self._queue.close()
         if not self._log.read().is_driven_by(self._identity):
             return  # what is in the queue is another driver's
         try:
             if kind is not None:
-                self._log.append("cancel")  # threads that still wait see it, and submit nothing more
-                jobs.drop_open(self._log, self._dialect)
+                self._cancel()
         finally:
             self._log.append("left", **self._identity)
+
+    def stop(self) -> str | None:
+        """Cancel what is in the queue, and say how much that was."""
+        self._queue.close()
+        if not self._log.read().is_driven_by(self._identity):
+            return None
+        try:
+            count = len(self._cancel())
+        except WsiflowError:
+            return f"array jobs may still be in the queue, end them with wsiflow cancel {self._root}"
+        return f"{count} array job{'s' * (count != 1)} cancelled"
+
+    def _cancel(self) -> list[str]:
+        """Let nobody submit anything more, and cancel what was submitted."""
+        self._log.append("cancel")  # threads that still wait see it
+        jobs.await_submissions(self._log)
+        return jobs.drop_open(self._log, self._dialect)
 
     def run(self, work: Work, source: Path, stage: str, slices: Sequence[Slice]) -> Iterator[Outcome]:
         """Run the slices in arrays under the scheduler's limit, and yield outcomes as elements note them."""
         batch = self._begin({"work": element.dotted(work), "source": source.name, "stage": stage}, slices)
-        yield from self._recall(batch.told)
         try:
+            yield from self._recall(batch.told)
             while batch.wanted:
                 if batch.waiting and self._is_stopped():
                     yield from self._give_up(batch)
@@ -187,7 +204,11 @@ class ArrayJobs:
             if not size:
                 return
             pieces = [batch.waiting.popleft() for _ in range(size)]
-            array = self._start(name, batch.told, request, pieces)
+            try:
+                array = self._start(name, batch.told, request, pieces)
+            except BaseException:
+                self._queue.drop(name)  # others wait for that room
+                raise
             if array is None:
                 batch.waiting.extendleft(reversed(pieces))
                 return
@@ -228,6 +249,11 @@ class ArrayJobs:
         (self._root / LOGS / name).mkdir(parents=True)
         tasks = sum(piece.hi - piece.lo for piece in pieces)
         self._log.append("intent", name=name, **told, **request, elements=len(pieces), tasks=tasks)
+        if self._is_stopped():  # whoever cancelled may have looked before that was noted
+            self._log.append("ended", name=name)
+            self._queue.drop(name)
+            self._forget(name)
+            return None
         job = self._send(name, len(pieces), request)
         if not job:
             return None

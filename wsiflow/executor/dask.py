@@ -23,7 +23,7 @@ from distributed.comm.core import CommClosedError
 from distributed.scheduler import KilledWorker
 
 from wsiflow.errors import EnvironmentFault
-from wsiflow.executor import Outcome, Slice, Work
+from wsiflow.executor import Outcome, Slice, Work, closed
 from wsiflow.model.threads import limit_threads
 from wsiflow.usage import now
 
@@ -66,6 +66,7 @@ class Dask:
         self._changed = threading.Condition()
         self._flying, self._room, self._looked = 0, window, -_LOOK_S
         self._alone = threading.Lock()
+        self._closed = False
 
     def __enter__(self) -> Self:
         """Prepare the workers, also those that come later.
@@ -81,15 +82,22 @@ class Dask:
         return self
 
     def __exit__(self, *_exc: object) -> None:
-        """Leave the workers as they were found."""
+        """Leave the workers as they were found, and let nobody wait for them."""
+        self.stop()
         with suppress(OSError, RuntimeError, ValueError):  # the scheduler is gone
             self._client.unregister_worker_plugin(self._plugin.name)  # type: ignore[no-untyped-call]
+
+    def stop(self) -> None:
+        """Let nobody wait any more; what the workers are at ends with their cluster."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
 
     def run(self, work: Work, source: Path, stage: str, slices: Sequence[Slice]) -> Iterator[Outcome]:
         """Run the slices, a bounded number in flight, in the order given as far as workers are free.
 
         Raises:
-            EnvironmentFault: The scheduler is gone, or drops what it is given.
+            EnvironmentFault: The scheduler is gone, or drops what it is given, or the run is over.
         """
         call = _Call(work, source, stage, f"{stage}-{uuid.uuid4().hex}")
         killed: list[int] = []
@@ -124,15 +132,18 @@ class Dask:
         rank = itertools.count()
         try:
             while waiting or flying:
-                for _ in range(self._places(len(waiting), landed)):
+                if self._place(wanted=bool(waiting), landed=landed):
                     flight = waiting.popleft()._replace(submitted=now())
                     future = self._submit(call, flight, priority - next(rank))
                     flying[future] = flight
                     future.add_done_callback(partial(self._land, landed))  # type: ignore[no-untyped-call]
                 while landed:
                     future = landed.popleft()
-                    flight, ended = flying.pop(future), _ended(future)
-                    self._leave(future)
+                    flight = flying.pop(future)
+                    try:
+                        ended = _ended(future)
+                    finally:
+                        self._leave(future)
                     yield flight, ended
                     if ended == "cancelled":
                         waiting.append(self._again(flight))
@@ -144,16 +155,24 @@ class Dask:
         """Hand a slice to the scheduler; keys of one group make it keep back what no worker is free for."""
         lo, hi = flight.part
         key = (call.name, lo, hi, flight.attempt, priority)
-        return self._client.submit(
-            _work_through, call.work, call.source, call.stage, lo, hi, key=key, priority=priority, pure=False
-        )
+        try:
+            return self._client.submit(
+                _work_through, call.work, call.source, call.stage, lo, hi, key=key, priority=priority, pure=False
+            )
+        except BaseException:  # what is not handed over has no place
+            self._give_back()
+            raise
 
-    def _places(self, wanted: int, landed: "deque[Future[list[Outcome]]]") -> int:
-        """Wait until something has landed or may start; take and return the places for what may start."""
+    def _place(self, *, wanted: bool, landed: "deque[Future[list[Outcome]]]") -> bool:
+        """Wait until something has landed or a place is free that is wanted; take the place, and say so."""
         self._look()
         with self._changed:
-            self._changed.wait_for(lambda: landed or (wanted and self._flying < self._room), timeout=_LOOK_S)
-            taken = max(0, min(wanted, self._room - self._flying))
+            self._changed.wait_for(
+                lambda: self._closed or landed or (wanted and self._flying < self._room), timeout=_LOOK_S
+            )
+            if self._closed:
+                raise closed()
+            taken = wanted and self._flying < self._room
             self._flying += taken
         return taken
 
@@ -181,7 +200,12 @@ class Dask:
 
     def _leave(self, future: "Future[list[Outcome]]") -> None:
         """Give back the place of a future, and tell the scheduler to forget it."""
-        future.release()  # type: ignore[no-untyped-call]
+        try:
+            future.release()  # type: ignore[no-untyped-call]
+        finally:
+            self._give_back()
+
+    def _give_back(self) -> None:
         with self._changed:
             self._flying -= 1
             self._changed.notify_all()

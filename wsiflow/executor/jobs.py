@@ -28,6 +28,8 @@ LOG = "jobs.jsonl"
 
 _CALL_S = 120.0
 _DRIVER_S = 10.0
+_SUBMISSION_S = 1.0
+_LOOK_S = 0.05
 
 
 class Job(NamedTuple):
@@ -184,6 +186,13 @@ def cancel(root: Path) -> list[str]:
     said = [_end_driver(history)]  # first, or it would submit what is cancelled once more
     dialect = Dialect.model_validate(driver["dialect"])
     return said + drop_open(log, dialect)
+
+
+def await_submissions(log: JobLog) -> None:
+    """Wait until arrays that are being submitted have their ids, since they may not be in the queue before."""
+    end = time.monotonic() + _SUBMISSION_S
+    while any(not job.job for job in log.read().jobs) and time.monotonic() < end:
+        time.sleep(_LOOK_S)
 
 
 def drop_open(log: JobLog, dialect: Dialect) -> list[str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from wsiflow import processes
-from wsiflow.executor import Outcome, jobs
+from wsiflow.executor import Outcome, closed, jobs
 from wsiflow.executor.dialect import ArrayParams, Place, Seen
 from wsiflow.processes import Process
 
@@ -52,6 +52,7 @@ class Queue:
         self._params, self._window = params, min(params.window, workers or params.window)
         self._held: dict[Place, bool] = {}
         self._state, self._asking = threading.Lock(), threading.Lock()
+        self._closed = threading.Event()
         self._last = Look(float("-inf"), {})
         self._pause_s = params.poll_s
 
@@ -70,14 +71,23 @@ class Queue:
             self._held.update(dict.fromkeys(self._places(name, size), False))
             return size
 
+    def close(self) -> None:
+        """Let nobody wait for the queue any more."""
+        self._closed.set()
+
+    def drop(self, name: str) -> None:
+        """Count an array no more that was never submitted."""
+        with self._state:
+            self._held = {place: finished for place, finished in self._held.items() if place.name != name}
+
     def give_back(self, name: str) -> bool:
         """Count an array no more that was refused, and keep to half the window, or to what was accepted of it.
 
         Returns:
             Whether the run has more in the queue, whose end may make room at the scheduler.
         """
+        self.drop(name)
         with self._state:
-            self._held = {place: finished for place, finished in self._held.items() if place.name != name}
             places = self._last.places or {}
             accepted = sum(self._is_alive(places, place) for place in self._held)
             self._window = max(1, self._window // 2, accepted)
@@ -108,11 +118,15 @@ class Queue:
         """Return the queue as it is now or was found by another thread since this call began.
 
         A scheduler that does not answer is asked less and less often.
+
+        Raises:
+            EnvironmentFault: The queue was closed.
         """
         asked = time.monotonic()
         with self._asking:
             if self._last.taken < asked:
-                time.sleep(max(0.0, self._last.taken + self._pause_s - time.monotonic()))
+                if self._closed.wait(max(0.0, self._last.taken + self._pause_s - time.monotonic())):
+                    raise closed()
                 self._last = self._ask()
             return self._last
 
