@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.current
 
-.PHONY: setup demo test check bench prefect mlflow format clean
+.PHONY: setup demo test test-full check bench prefect mlflow format clean
 
 setup: $(STAMP)
 
@@ -18,8 +18,15 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/wsiflow run name=demo out=demo/run
 
+# More processes than two cores: schedulers, servers and browsers are waited for half of the time.
+PYTEST := $(BIN)/python -m pytest -q -n 4 --dist loadgroup --no-loadscope-reorder
+
 test: setup
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder  # long files have few tests and would come last
+	$(PYTEST)
+
+# Every sweep in full size: hours.
+test-full: setup
+	WSIFLOW_CRASH_STRIDE=1 WSIFLOW_KILLS=50 WSIFLOW_COVERAGE_SETS=1000 WSIFLOW_FOREST_ALL=1 $(PYTEST) --timeout 20000
 
 check: setup
 	$(BIN)/ruff format --check .

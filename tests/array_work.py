@@ -10,15 +10,18 @@ from wsiflow.executor import Outcome
 
 
 def work(source: Path, stage: str, lo: int, hi: int) -> Iterator[Outcome]:
-    """Do the tasks of a slice; ``exit`` ends the process at a task with a code, ``sleep`` takes so many seconds."""
+    """Do the tasks of a slice.
+
+    ``exit`` ends the process at a task with a code, ``wait`` holds a task until there is a file called ``go``.
+    """
     told = json.loads(source.read_text())
     for task in range(lo, hi):
         first = not (source.parent / f"{stage}-{task}").exists()
         (source.parent / f"{stage}-{task}").touch()
         if first and str(task) in told.get("exit", {}):
             os._exit(told["exit"][str(task)])
-        if first:
-            time.sleep(told.get("sleep", {}).get(str(task), 0))
+        while first and task in told.get("wait", ()) and not (source.parent / "go").exists():
+            time.sleep(0.1)
         yield Outcome(task, {"square": task**2, "first": first}, executed=True)
 
 
