@@ -8,11 +8,14 @@ STAMP := .venv/.current
 setup: $(STAMP)
 
 # torch first and alone: its CPU build is small, the one other packages would pull in is several gigabytes of CUDA.
+# Then the exact set as it is written down, for resolving it again takes a minute; last what it may lack.
+# Modules are compiled when they are imported: of most packages few are.
+PIP := $(BIN)/pip install --quiet --no-compile
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --retries 0 --timeout 15 --index-url https://download.pytorch.org/whl/cpu torch==2.13.0 \
-	  || $(BIN)/pip install --quiet torch==2.13.0
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	$(PIP) --retries 0 --timeout 15 --index-url https://download.pytorch.org/whl/cpu torch==2.13.0 || $(PIP) torch==2.13.0
+	$(PIP) --no-deps -r constraints.txt
+	$(PIP) -c constraints.txt -e '.[dev]'
 	touch $(STAMP)
 
 demo: setup
