@@ -3,23 +3,33 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.current
 
-.PHONY: setup demo test check bench prefect mlflow format clean
+.PHONY: setup demo test test-full check bench prefect mlflow format clean
 
 setup: $(STAMP)
 
 # torch first and alone: its CPU build is small, the one other packages would pull in is several gigabytes of CUDA.
+# Then the exact set as it is written down, for resolving it again takes a minute; last what it may lack.
+# Modules are compiled when they are imported: of most packages few are.
+PIP := $(BIN)/pip install --quiet --no-compile
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --retries 0 --timeout 15 --index-url https://download.pytorch.org/whl/cpu torch==2.13.0 \
-	  || $(BIN)/pip install --quiet torch==2.13.0
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	$(PIP) --retries 0 --timeout 15 --index-url https://download.pytorch.org/whl/cpu torch==2.13.0 || $(PIP) torch==2.13.0
+	$(PIP) --no-deps -r constraints.txt
+	$(PIP) -c constraints.txt -e '.[dev]'
 	touch $(STAMP)
 
 demo: setup
 	$(BIN)/wsiflow run name=demo out=demo/run
 
+# More processes than two cores: schedulers, servers and browsers are waited for half of the time.
+PYTEST := $(BIN)/python -m pytest -q -n 4 --dist loadgroup --no-loadscope-reorder
+
 test: setup
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder  # long files have few tests and would come last
+	$(PYTEST)
+
+# Every sweep in full size: hours.
+test-full: setup
+	WSIFLOW_CRASH_STRIDE=1 WSIFLOW_KILLS=50 WSIFLOW_COVERAGE_SETS=1000 WSIFLOW_FOREST_ALL=1 $(PYTEST) --timeout 20000
 
 check: setup
 	$(BIN)/ruff format --check .

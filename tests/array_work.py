@@ -10,9 +10,10 @@ from wsiflow.executor import Outcome
 
 
 def work(source: Path, stage: str, lo: int, hi: int) -> Iterator[Outcome]:
-    """Do the tasks of a slice; ``exit`` ends the process at a task with a code, ``sleep`` takes so many seconds.
+    """Do the tasks of a slice.
 
-    Variables named by ``environ`` are in the receipts.
+    ``exit`` ends the process at a task with a code, ``wait`` holds a task until there is a file called ``go``, and
+    variables named by ``environ`` are in the receipts.
     """
     told = json.loads(source.read_text())
     for task in range(lo, hi):
@@ -20,8 +21,8 @@ def work(source: Path, stage: str, lo: int, hi: int) -> Iterator[Outcome]:
         (source.parent / f"{stage}-{task}").touch()
         if first and str(task) in told.get("exit", {}):
             os._exit(told["exit"][str(task)])
-        if first:
-            time.sleep(told.get("sleep", {}).get(str(task), 0))
+        while first and task in told.get("wait", ()) and not (source.parent / "go").exists():
+            time.sleep(0.1)
         seen = {name: os.environ.get(name) for name in told.get("environ", ())}
         yield Outcome(task, {"square": task**2, "first": first, "environ": seen}, executed=True)
 

@@ -56,7 +56,7 @@ class Tab:
         """Return the text that is shown."""
         return str(self.value("document.body ? document.body.innerText : ''"))
 
-    def wait(self, script: str, *, seconds: float = 60.0) -> Any:
+    def wait(self, script: str, *, seconds: float = 200.0) -> Any:
         """Return the first true value of a JavaScript expression."""
         end = time.monotonic() + seconds
         while not (found := self.value(script)):
@@ -64,7 +64,7 @@ class Tab:
             time.sleep(0.2)
         return found
 
-    def wait_for(self, *words: str, seconds: float = 60.0) -> str:
+    def wait_for(self, *words: str, seconds: float = 200.0) -> str:
         """Return the page's text once it has all of these words."""
         listed = json.dumps(words)
         self.wait(f"{listed}.every(word => document.body && document.body.innerText.includes(word))", seconds=seconds)
@@ -90,7 +90,7 @@ class Tab:
         self._asked += 1
         self._socket.send(json.dumps({"id": self._asked, "method": method, "params": params}))
         while True:
-            answer = json.loads(self._socket.recv(timeout=60))
+            answer = json.loads(self._socket.recv(timeout=200))
             if answer.get("id") == self._asked:
                 assert "error" not in answer, answer["error"]
                 return dict(answer["result"])
@@ -107,19 +107,19 @@ def chromium(home: Path) -> Iterator[Tab]:
         with connect(_tab_address(home), max_size=None, proxy=None) as socket:
             yield Tab(socket)
     finally:
-        process.terminate()
-        process.wait(timeout=30)
+        process.kill()  # with its children; nothing of it is kept
+        process.wait()
         log.close()
 
 
 def _tab_address(home: Path) -> str:
     """Return the address of the tab's DevTools, once the browser has written its port."""
-    end = time.monotonic() + 60
+    end = time.monotonic() + 200
     while time.monotonic() < end:
         written = home / "DevToolsActivePort"
         if written.exists() and written.read_text():
             url = f"http://127.0.0.1:{written.read_text().splitlines()[0]}/json/list"
-            with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url, timeout=20) as answer:
+            with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url, timeout=200) as answer:
                 tabs = [one for one in json.load(answer) if one["type"] == "page"]
             if tabs:
                 return str(tabs[0]["webSocketDebuggerUrl"])

@@ -6,17 +6,39 @@ import os
 os.environ.update({"OMP_NUM_THREADS": "1", "DO_NOT_TRACK": "1", "MLFLOW_DISABLE_TELEMETRY": "true"})
 
 import contextlib
+import fcntl
+import json
 import shutil
 import socket
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 import serving
 
 SCHEDULERS = Path(__file__).parent / "schedulers"
+
+# A machine that is busy with other tests is slow: that is no fault of the code.
+hypothesis.settings.register_profile("patient", hypothesis.settings(), deadline=None)
+hypothesis.settings.load_profile("patient")
+
+Once = Callable[[str, Callable[[Path], object]], Path]
+
+# What takes longest is begun first: a process that came to it at the end would go on alone.
+_LONGEST = ("deployments", "arrays", "crash", "line", "sweep", "equivalence", "certify", "dask", "experiments")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give pytest-xdist the tests of a file together, for their fixtures, and those of the one Prefect server."""
+    for item in items:
+        group = "server" if "server" in getattr(item, "fixturenames", ()) else item.path.stem
+        item.add_marker(pytest.mark.xdist_group(group))
+    ranks = {f"test_{name}": rank for rank, name in enumerate(_LONGEST)}
+    items.sort(key=lambda item: ranks.get(item.path.stem, len(ranks)))
 
 
 @pytest.fixture(scope="session")
@@ -29,26 +51,65 @@ def shared_data() -> Path:
 
 
 @pytest.fixture(scope="session")
-def small_slides(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The manifest of a small synthetic data set: six slides of 2,048 px with lesions."""
-    from wsiflow import synth
+def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
+    """Makes a folder in whichever process of pytest-xdist needs it first, for all of them; nobody changes it later."""
+    base = tmp_path_factory.getbasetemp()
+    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "once"
+    shared.mkdir(exist_ok=True)
 
-    return synth.write_dataset(tmp_path_factory.mktemp("slides"), size_px=2048, seed=1, workers=1)
+    def made(name: str, make: Callable[[Path], object]) -> Path:
+        folder, whole = shared / name, shared / f"{name}.whole"
+        with (shared / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not whole.exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+                make(folder)
+                whole.touch()
+        return folder
+
+    return made
 
 
 @pytest.fixture(scope="session")
-def two_settings(small_slides: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def small_slides(once: Once) -> Path:
+    """The manifest of a small synthetic data set: six slides of 2,048 px with lesions."""
+    from wsiflow import synth
+
+    return once("slides", lambda folder: synth.write_dataset(folder, size_px=2048, seed=1, workers=1)) / "manifest.csv"
+
+
+@pytest.fixture(scope="session")
+def finished(small_slides: Path, once: Once) -> Path:
+    """The folder of an undisturbed run in one process over the small data set, as `test_line.over` asks for it."""
+    from test_line import digests, over, wsiflow
+
+    def make(folder: Path) -> None:
+        assert wsiflow(*over(small_slides, folder / "fp32")) == 0
+        (folder / "digests.json").write_text(json.dumps(digests(folder / "fp32")))
+
+    return once("finished", make) / "fp32"
+
+
+@pytest.fixture(scope="session")
+def expected(finished: Path) -> dict[str, str]:
+    """The digests of what that run published."""
+    return dict(json.loads((finished.parent / "digests.json").read_text()))
+
+
+@pytest.fixture(scope="session")
+def two_settings(small_slides: Path, once: Once, finished: Path) -> tuple[Path, Path]:
     """The folders of two runs over the small data set: fp32, and bf16 (window by window where the CPU has no bf16)."""
-    from flows import run
+    from test_line import over, wsiflow
+
     from wsiflow.model import engines
 
-    folder = tmp_path_factory.mktemp("settings")
     other = "inference.precision=bf16" if engines.cpu_supports_bf16() else "inference.engine=window"
-    common = ["dataset=manifest", f"dataset.manifest={small_slides}", "inference.stride=112", "dense.windows=40"]
-    common += ["executor=inline", "orchestrator=none", "tracking=off", "evaluation.bootstrap=50"]
-    for name, setting in (("fp32", "inference.precision=fp32"), ("other", other)):
-        assert run.main(["run", f"out={folder / name}", setting, *common]) == 0
-    return folder / "fp32", folder / "other"
+
+    def make(folder: Path) -> None:
+        assert wsiflow(*over(small_slides, folder / "other", other)) == 0
+
+    return finished, once("other", make) / "other"
 
 
 @pytest.fixture(scope="session")

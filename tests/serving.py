@@ -9,14 +9,16 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import psutil
+
 BIN = Path(sys.executable).parent
 _NOWHERE = "http://127.0.0.1:9"
-_TRIES = 10  # its SQLite is locked now and then
+_PATIENCE_S = 120.0  # its SQLite is locked now and then, longer where the machine is busy
 
 
 def environment(home: Path, **more: str) -> dict[str, str]:
@@ -40,15 +42,15 @@ class PrefectServer(NamedTuple):
         """Return the status of an answer, and the answer; a server that is busy is asked again, as clients do."""
         sent = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(f"{self.url}/{path}", sent, {"content-type": "application/json"})
-        for left in reversed(range(_TRIES)):
+        over = time.monotonic() + _PATIENCE_S
+        while True:
             try:
-                with urllib.request.urlopen(request, timeout=20) as found:
+                with urllib.request.urlopen(request, timeout=_PATIENCE_S) as found:
                     return found.status, json.load(found)
             except urllib.error.HTTPError as refused:
-                if refused.code != HTTPStatus.SERVICE_UNAVAILABLE or not left:
+                if refused.code != HTTPStatus.SERVICE_UNAVAILABLE or time.monotonic() > over:
                     return refused.code, json.load(refused)
-                time.sleep(1)
-        raise AssertionError
+                time.sleep(0.5)
 
     def prefect(self, *arguments: str, cwd: Path) -> None:
         """Call ``prefect``, which must succeed."""
@@ -68,13 +70,25 @@ def serving(home: Path) -> Iterator[PrefectServer]:
     command = [BIN / "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
     process = subprocess.Popen(command, env=server.env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        for _ in range(120):
-            try:
-                server.ask("health")
-                break
-            except OSError:
-                time.sleep(1)
+        while not _listens(server):
+            assert process.poll() is None, "the Prefect server ended"
+            time.sleep(0.2)
         yield server
     finally:
-        process.terminate()
-        process.wait(timeout=60)
+        end(process)
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """End a process and what it started, by force: nothing is kept, and Prefect's own ends take minutes or for ever."""
+    with suppress(psutil.NoSuchProcess):
+        for one in (process, *psutil.Process(process.pid).children(recursive=True)):
+            with suppress(psutil.NoSuchProcess):
+                one.kill()
+    process.wait()
+
+
+def _listens(server: PrefectServer) -> bool:
+    try:
+        return bool(server.ask("health"))
+    except OSError:
+        return False

@@ -17,7 +17,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("results")
     command = [sys.executable, "-m", "benchmarks.engines", "--quick", "--demo", "--out", str(folder)]
     environment = os.environ | {"WSIFLOW_CACHE": str(folder / "cache")}
-    subprocess.run(command, check=True, cwd=ROOT, env=environment, capture_output=True, timeout=200)
+    subprocess.run(command, check=True, cwd=ROOT, env=environment, capture_output=True)
     return folder
 
 

@@ -15,7 +15,7 @@ import pytest
 from dask import config
 from distributed import Client, LocalCluster
 from slice_work import die_at_7, square, tell_pid_and_wait
-from test_line import COARSE, digests, over, wsiflow
+from test_line import digests, over
 
 from flows.cluster import cluster
 from wsiflow import executor
@@ -45,15 +45,6 @@ def dask(chosen: ExecutorParams) -> Iterator[tuple[Client, Executor]]:
 
 def published(out: Path) -> dict[str, str]:
     return {name: value for name, value in digests(out).items() if not name.startswith("logs/")}
-
-
-@pytest.fixture(scope="module")
-def expected(small_slides: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The digests of what one process without workers publishes."""
-    out = tmp_path_factory.mktemp("inline") / "run"
-    assert COARSE
-    assert wsiflow(*over(small_slides, out)) == 0
-    return published(out)
 
 
 @pytest.fixture(scope="module")

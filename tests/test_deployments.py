@@ -4,7 +4,6 @@ import csv
 import json
 import os
 import re
-import signal
 import socket
 import subprocess
 import time
@@ -16,7 +15,7 @@ from typing import Any, NamedTuple, get_args
 import mlflow
 import psutil
 import pytest
-from serving import BIN, PrefectServer
+from serving import BIN, PrefectServer, end
 
 from flows import forms
 from flows.run import compose_config, sweep_jobs
@@ -188,11 +187,11 @@ class Deployed(NamedTuple):
         return self.server.ask(f"flow_runs/{flow_run}")
 
 
-def wait(what: Callable[[], bool], *, seconds: float) -> None:
-    end = time.monotonic() + seconds
+def wait(what: Callable[[], bool]) -> None:
+    over = time.monotonic() + 250  # a busy machine may take minutes
     while not what():
-        assert time.monotonic() < end, "it did not happen in time"
-        time.sleep(0.5)
+        assert time.monotonic() < over, "it did not happen in time"
+        time.sleep(0.3)
 
 
 @pytest.fixture(scope="module")
@@ -320,7 +319,7 @@ def finished(deployed: Deployed, small_slides: Path) -> Finished:
         assert status == 201, answer
         runs[name] = answer["id"]
     deployed.server.prefect("worker", "start", "--pool", "wsiflow", "--run-once", cwd=ROOT)
-    wait(lambda: all(deployed.run(one)["end_time"] for one in runs.values()), seconds=60)
+    wait(lambda: all(deployed.run(one)["end_time"] for one in runs.values()))
     return Finished(deployed, runs)
 
 
@@ -375,7 +374,7 @@ def test_runs_are_compared_from_a_form(finished: Finished, tmp_path: Path) -> No
     status, answer = finished.deployed.trigger("compare", {"request": request})
     assert status == 201, answer
     finished.deployed.server.prefect("worker", "start", "--pool", "wsiflow", "--run-once", cwd=ROOT)
-    wait(lambda: finished.deployed.run(answer["id"])["end_time"], seconds=60)
+    wait(lambda: finished.deployed.run(answer["id"])["end_time"])
     assert finished.deployed.run(answer["id"])["state_type"] == "COMPLETED"
     made = Finished(finished.deployed, {"compare": answer["id"]}).artifacts("compare")
     assert [key for key in made if key.endswith("-table")] == ["wsiflow-compare-many-table"]
@@ -418,11 +417,7 @@ def worker(deployed: Deployed, scheduler: Path) -> Iterator[psutil.Process]:
     try:
         yield psutil.Process(process.pid)
     finally:
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(timeout=60)
-        except subprocess.TimeoutExpired:  # Prefect's worker may wait for ever for a run that it was cancelling
-            process.kill()
+        end(process)
 
 
 def submitted(root: Path) -> None:
@@ -442,13 +437,13 @@ def test_a_cancelled_run_leaves_nothing_behind(
     status, run = deployed.trigger("run", {"request": {**request, "stride": 8, "overrides": slow}})
     assert status == 201
     root = deployed.home / "runs/long"
-    wait(lambda: any((root / "patches").glob("*.h5")), seconds=90)
+    wait(lambda: any((root / "patches").glob("*.h5")))
     processes = worker.children(recursive=True)
     assert len(processes) >= 2, "a flow and its workers"
     submitted(root)
     assert deployed.server.answer(f"flow_runs/{run['id']}/set_state", {"state": {"type": "CANCELLING"}})[0] == 201
-    wait(lambda: deployed.run(run["id"])["state_type"] == "CANCELLED", seconds=60)
-    assert psutil.wait_procs(processes, timeout=10)[1] == []
+    wait(lambda: deployed.run(run["id"])["state_type"] == "CANCELLED")
+    assert psutil.wait_procs(processes, timeout=60)[1] == []
     assert (tmp_path / "cancelled").read_text().split() == ["77"]
     own = {"logs": {"flow_run_id": {"any_": [run["id"]]}}}
-    wait(lambda: any("77 cancelled" in log["message"] for log in deployed.server.ask("logs/filter", own)), seconds=20)
+    wait(lambda: any("77 cancelled" in log["message"] for log in deployed.server.ask("logs/filter", own)))

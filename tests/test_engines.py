@@ -429,10 +429,10 @@ def test_a_slow_candidate_is_measured_once() -> None:
 
 
 def test_real_engines_are_told_apart(tiny: Network) -> None:
-    """What runs a network four times takes longer."""
+    """What runs a network fifty times takes longer, however busy the machine is."""
     once = prepare(tiny, OPENVINO, threads=1)
     found = engines.choose(
-        {"four": lambda inputs: np.stack([once(inputs) for _ in range(4)]), "once": once}, tiny.example, seconds=0.2
+        {"often": lambda inputs: np.stack([once(inputs) for _ in range(50)]), "once": once}, tiny.example, seconds=0.2
     )
-    assert list(found) == ["once", "four"]
-    assert 0 < found["once"] < found["four"]
+    assert list(found) == ["once", "often"]
+    assert 0 < found["once"] < found["often"]

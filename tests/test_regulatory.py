@@ -31,11 +31,6 @@ def export(run: Path, out: Path, *more: str) -> Path:
 
 
 @pytest.fixture(scope="module")
-def finished(two_settings: tuple[Path, Path]) -> Path:
-    return two_settings[0]
-
-
-@pytest.fixture(scope="module")
 def exported(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of one export, with the label as a subgroup."""
     return export(finished, tmp_path_factory.mktemp("export"), "--subgroups", "label")

@@ -16,25 +16,14 @@ from wsiflow.features import LEVELS, NAMES, describe
 from wsiflow.forest import Choices
 from wsiflow.slide_score import Row, sample_of
 
-COARSE = ["inference.stride=112", "dense.windows=0", "executor=inline", "orchestrator=none", "tracking=off"]
-
 Call = Callable[..., str]
 
 
 @pytest.fixture(scope="module")
-def run(small_slides: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a finished run on six slides."""
-    out = tmp_path_factory.mktemp("runs") / "run"
-    overrides = ["dataset=manifest", f"dataset.manifest={small_slides}", f"out={out}", "evaluation.bootstrap=0"]
-    assert main(["run", *overrides, *COARSE]) == 0
-    return out
-
-
-@pytest.fixture(scope="module")
-def trained(run: Path, small_slides: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(finished: Path, small_slides: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the features of the run, a forest trained on them, and one on the same under other names."""
     folder = tmp_path_factory.mktemp("trained")
-    assert main(["features", str(run), "--out", str(folder / "features.csv")]) == 0
+    assert main(["features", str(finished), "--out", str(folder / "features.csv")]) == 0
     for name, path in (("features.csv", small_slides), ("other_features.csv", small_slides.with_name("other.csv"))):
         for source, target in ((folder / "features.csv", folder / name), (small_slides, path)):
             if source != target:
@@ -58,14 +47,14 @@ def fails(capsys: pytest.CaptureFixture[str]) -> Call:
     return call
 
 
-def test_the_table_has_the_features_of_the_heatmaps(trained: Path, run: Path) -> None:
+def test_the_table_has_the_features_of_the_heatmaps(trained: Path, finished: Path) -> None:
     """A row for each slide and threshold; every digit is that of the map's features, tissue taken from the mask."""
     with (trained / "features.csv").open() as stream:
         rows = list(csv.DictReader(stream))
     assert len(rows) == 6 * len(LEVELS)
-    planned = next(slide for slide in plan.latest(run).slides if slide.slide_id == "tumor_001")
-    heat, _ = pyramid.read_heatmap(run / "heatmaps/tumor_001.tif")
-    mask = pyramid.read_level(run / "tissue/tumor_001.png", 1) > 0
+    planned = next(slide for slide in plan.latest(finished).slides if slide.slide_id == "tumor_001")
+    heat, _ = pyramid.read_heatmap(finished / "heatmaps/tumor_001.tif")
+    mask = pyramid.read_level(finished / "tissue/tumor_001.png", 1) > 0
     tissue_px = mask.sum() * planned.overview_downsample**2
     (row,) = [row for row in rows if (row["slide_id"], row["threshold"]) == ("tumor_001", "0.7")]
     expected = describe(heat, threshold=0.7, tissue_l0_px2=tissue_px, cell_l0_px=112)
@@ -75,17 +64,17 @@ def test_the_table_has_the_features_of_the_heatmaps(trained: Path, run: Path) ->
     assert 0.3 * scored < tissue_px < 1.1 * scored
 
 
-def test_scores_go_into_evaluate(trained: Path, run: Path, small_slides: Path) -> None:
+def test_scores_go_into_evaluate(trained: Path, finished: Path, small_slides: Path) -> None:
     """Scores of slides whose names the forest does not know give the slide AUC of ``wsiflow evaluate``."""
     scores, out = trained / "scores.csv", trained / "evaluated"
     options = ["--forest", str(trained / "other_forest.json"), "--out", str(scores)]
-    assert main(["forest", "score", str(run), *options]) == 0
+    assert main(["forest", "score", str(finished), *options]) == 0
     found = evaluation.read_scores(scores)
     made = forest.load(trained / "other_forest.json")
     table = {(row.slide_id, row.threshold): row for row in slide_score.read_features(trained / "features.csv")}
     rows = np.array([table[slide_id, made.card.settings.threshold].values for slide_id in found])
     assert list(found.values()) == made.predict(rows).tolist()
-    options = ["--manifest", str(small_slides), "--detections", str(run / "detections"), "--scores", str(scores)]
+    options = ["--manifest", str(small_slides), "--detections", str(finished / "detections"), "--scores", str(scores)]
     assert main(["evaluate", *options, "--bootstrap", "0", "--out", str(out)]) == 0
     with (out / "cases.csv").open() as stream:
         assert {row["slide_id"]: float(row["score"]) for row in csv.DictReader(stream)} == found
@@ -93,10 +82,10 @@ def test_scores_go_into_evaluate(trained: Path, run: Path, small_slides: Path) -
     assert json.loads((out / "summary.json").read_text())["roc.auc"] == roc.auc(list(found.values()), labels)
 
 
-def test_the_reference_flag_gives_other_features(trained: Path, run: Path) -> None:
+def test_the_reference_flag_gives_other_features(trained: Path, finished: Path) -> None:
     """Tissue in cells of 16 px: the same share is 49 times smaller at stride 112; and forests do not mix them."""
     out = trained / "reference.csv"
-    assert main(["features", str(run), "--reference", "--out", str(out)]) == 0
+    assert main(["features", str(finished), "--reference", "--out", str(out)]) == 0
     ours, theirs = (slide_score.read_features(path) for path in (trained / "features.csv", out))
     pairs = [(one, other) for one, other in zip(ours, theirs, strict=True) if other.values[0] > 0]
     assert pairs
@@ -104,27 +93,29 @@ def test_the_reference_flag_gives_other_features(trained: Path, run: Path) -> No
     assert {row.version for row in theirs} == {"reference-1"}
 
 
-def test_slides_of_the_training_are_not_scored_unasked(trained: Path, run: Path, fails: Call) -> None:
+def test_slides_of_the_training_are_not_scored_unasked(trained: Path, finished: Path, fails: Call) -> None:
     """Their AUC would say nothing."""
     options = ["--forest", str(trained / "forest.json"), "--out", str(trained / "own.csv")]
-    assert "was trained on 6 of these slides: normal_001" in fails("forest", "score", run, *options)
+    assert "was trained on 6 of these slides: normal_001" in fails("forest", "score", finished, *options)
     assert not (trained / "own.csv").exists()
-    assert main(["forest", "score", str(run), *options, "--also-training"]) == 0
+    assert main(["forest", "score", str(finished), *options, "--also-training"]) == 0
     assert len(evaluation.read_scores(trained / "own.csv")) == 6
 
 
-def test_maps_of_another_stride_are_not_scored(trained: Path, run: Path, fails: Call) -> None:
+def test_maps_of_another_stride_are_not_scored(trained: Path, finished: Path, fails: Call) -> None:
     """Areas in other cells are other numbers."""
     made = forest.load(trained / "other_forest.json")
     path = trained / "fine.json"
     forest.save(made._replace(card=made.card._replace(cell_um=16 * 0.243)), path)
-    told = fails("forest", "score", run, "--forest", path, "--out", trained / "never.csv")
+    told = fails("forest", "score", finished, "--forest", path, "--out", trained / "never.csv")
     assert "cells of 27.22 um where the forest was trained on 3.888 um" in told
 
 
-def test_a_slide_in_two_runs_and_a_folder_without_a_run_are_refused(run: Path, tmp_path: Path, fails: Call) -> None:
+def test_a_slide_in_two_runs_and_a_folder_without_a_run_are_refused(
+    finished: Path, tmp_path: Path, fails: Call
+) -> None:
     """Named, and nothing is written."""
-    assert "slide normal_001" in fails("features", run, run, "--out", tmp_path / "f.csv")
+    assert "slide normal_001" in fails("features", finished, finished, "--out", tmp_path / "f.csv")
     assert "it holds no plan" in fails("features", tmp_path, "--out", tmp_path / "f.csv")
     assert not (tmp_path / "f.csv").exists()
 

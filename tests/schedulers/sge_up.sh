@@ -52,7 +52,7 @@ $defaults usersets $share/util/resources/usersets
 $defaults managers root
 
 sge_qmaster
-for _ in $(seq 100); do
+for _ in $(seq 600); do
   qconf -sh && break
   sleep 0.1
 done
@@ -95,7 +95,7 @@ qconf -ssconf | sed -e 's/^schedule_interval .*/schedule_interval 0:0:1/' -e 's/
   -e 's/^flush_finish_sec .*/flush_finish_sec 1/' >"$base/made/scheduler"
 qconf -Msconf "$base/made/scheduler"
 sge_execd
-for _ in $(seq 150); do
+for _ in $(seq 600); do
   qstat -f | grep 'all.q@' | grep -qvE 'au|-NA-' && exit 0
   sleep 0.1
 done

@@ -58,7 +58,7 @@ munged --force --key-file="$key" --socket="$base/munge/socket" --pid-file="$base
 slurmctld -f "$base/slurm.conf"
 slurmd -f "$base/slurm.conf"
 export SLURM_CONF=$base/slurm.conf
-for _ in $(seq 100); do
+for _ in $(seq 600); do
   timeout 2 sinfo -h -o %T | grep -qE '^(idle|mix|alloc)' && exit 0
   sleep 0.1
 done
