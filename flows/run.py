@@ -41,7 +41,12 @@ def _folder(*, _root_: DictConfig) -> str:
     return folders.default_name(values)
 
 
+def _sweep_folder(out: str) -> str:
+    return str(sweep.folder()) if sweep.is_on() else out
+
+
 OmegaConf.register_new_resolver("wsiflow_folder", _folder, replace=True)
+OmegaConf.register_new_resolver("wsiflow_sweep", _sweep_folder, replace=True)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -219,11 +224,11 @@ def trials(given: Sequence[str]) -> dict[str, sweep.Job]:
         raise overrides.refused(error, given) from error
     if "" in found or any(one.startswith("out=") for one in given):
         return found
-    folder = f"out={overrides.quoted(_sweep_folder(given))}"
+    folder = f"out={overrides.quoted(_folder_of_sweep(given))}"
     return {name: job._replace(overrides=[*job.overrides, folder]) for name, job in found.items()}
 
 
-def _sweep_folder(given: Sequence[str]) -> str:
+def _folder_of_sweep(given: Sequence[str]) -> str:
     """Return where a sweep goes that is not told: where a run would without what is swept."""
     return str(_composed(sweep.fixed(given)).out)
 

@@ -152,6 +152,15 @@ def test_all_trials_are_in_the_folder_of_their_sweep() -> None:
         command.sweep_jobs(["out=runs/a,runs/b"])
 
 
+def test_a_sweep_without_out_makes_no_other_folders(tmp_path: Path, monkeypatch, capsys) -> None:
+    """Hydra makes those of its trials; each of these is refused, and there is no other folder than the sweep's."""
+    monkeypatch.chdir(tmp_path)
+    quick = ["dataset=single", "orchestrator=none", "tracking=off", "executor=inline", "seed=-1"]
+    assert command.main(["run", "-m", "dataset.path=/absent/a/s.svs,/absent/b/s.svs", "name=one,two", *quick]) == 20
+    assert capsys.readouterr().err.count("seed") == 4
+    assert len(list((tmp_path / "runs").iterdir())) == 1
+
+
 def test_a_folder_belongs_to_one_trial(tmp_path: Path) -> None:
     """Another one that comes to the same folder, by whatever way, is refused; the same may come again."""
     sweeps.claim(tmp_path, ["name=a/b"])
