@@ -55,6 +55,8 @@ def _line(config: RunConfig, submit: Submit) -> results.Summary:
             submit(f"slides {i}", shards.line, pool, plan_path, part, slice_s) for i, part in enumerate(wanted, 1)
         ]
         progress = [calibrated, *(future.result() for future in futures)]
+        for told in shards.advise(pool, plan_path):
+            terminal.say(told)
     return results.finish(config, plan_path, progress, clock)
 
 

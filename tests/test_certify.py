@@ -103,6 +103,11 @@ def test_beyond_the_tolerance_a_run_stops_and_names_what_would_pass(
     said_text = said.out + said.err
     assert "scores differ from single windows in fp32: mean abs diff is" in said_text
     assert not (tmp_path / "strict/evaluation").exists()
+    assert said_text.count("looking for a setting that keeps dense.tolerance") == 1
+    assert wsiflow(tiny_slide, tmp_path / "strict", *strict) == 40
+    again = capsys.readouterr().out
+    assert "looking for" not in again, "once for a run"
+    assert "advice     set dense.share_until=" in again
     assert wsiflow(tiny_slide, tmp_path / "strict", *strict, "dense.beyond=tell") == 0
     assert summary(tmp_path / "strict")["certificate.slides_beyond"] == 1
     assert "slides beyond the limits: 1" in capsys.readouterr().out

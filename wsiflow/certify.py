@@ -6,6 +6,7 @@ whether it is good enough is decided each time it is read.
 """
 
 import json
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -34,7 +35,11 @@ from wsiflow.tiles import Block, window_corners_px
 if TYPE_CHECKING:
     from wsiflow.model.scorer import Dense, Windows
 
+#: Name of what the search for a setting found, relative to the run's folder.
+ADVICE = "advice.json"
+
 _CERTIFIED_BLOCKS = 8
+_SEARCH_CPU_S = 60.0
 _CUTS_TRIED = 4
 _BATCH = 8  # memory for a second network beside the run's own; larger batches are hardly faster
 
@@ -75,7 +80,7 @@ def certify(source: Path, index: int) -> tuple[publish.Receipt, bool]:
     """Compare a slide's scores with those of single windows in fp32, and publish ``certificates/<slide>.json``.
 
     Raises:
-        IntegrityError: The scores differ by more than is allowed; the message names what would pass.
+        IntegrityError: The scores differ by more than is allowed; the message names what certainly passes.
     """
     made = plan.read(source)
     root, planned = source.parent, made.slides[index]
@@ -201,8 +206,7 @@ def _require(root: Path, made: Plan, index: int) -> None:
     path = root / certificate_name(made.slides[index])
     if told["windows"]:
         cause = f"{choice.engine} {choice.precision} scores differ from single windows in fp32"
-        remedy = _what_would_pass(root, made, index)
-        raise IntegrityError(f"{cause}: {'; '.join(told['windows'])}", remedy, slide=slide_id, path=path)
+        raise IntegrityError(f"{cause}: {'; '.join(told['windows'])}", _plainly(choice), slide=slide_id, path=path)
     cause = f"{choice.precision} scores differ from fp32: {'; '.join(told['precision'])}"
     raise IntegrityError(cause, "set inference.precision=fp32, in another out= folder", slide=slide_id, path=path)
 
@@ -213,33 +217,81 @@ def _tolerated(made: Plan) -> Limits:
     return Limits(mean_abs_diff=tolerance, flips=tolerance)
 
 
+def _plainly(choice: Choice) -> str:
+    """Return the setting that certainly keeps the limits."""
+    padded = choice.engine == "dense" and not choice.exact
+    plain = "set inference.precision=fp32" if choice.precision != "fp32" and not padded else ""
+    return f"{plain or 'set inference.engine=window'}, in another out= folder"
+
+
+def lacks_advice(root: Path, made: Plan) -> list[int]:
+    """Return the slides whose scores a setting between this one and single windows might bring within the tolerance.
+
+    None where the run was advised already, or where no such setting can be tried.
+    """
+    choice = planned_choice(made)
+    if choice.engine != "dense" or choice.exact or not made.work["cuts"] or advice(root, made):
+        return []
+    there = [i for i, planned in enumerate(made.slides) if publish.is_there(root, certificate_name(planned))]
+    return [index for index in there if _broken(root, made, made.slides[index])["windows"]]
+
+
+def advice(root: Path, made: Plan) -> str:
+    """Return what was found for the plan's settings, an empty text where nothing was looked for."""
+    path = root / ADVICE
+    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return str(found["told"]) if found.get("key") == _advice_key(made) else ""
+
+
+def _advice_key(made: Plan) -> str:
+    return publish.key_of(settings=made.settings, work=made.work)
+
+
+def advise(source: Path, _index: int) -> tuple[publish.Receipt, bool]:
+    """Look for a setting that keeps the tolerance on one slide's windows, once for a run, and write ``advice.json``."""
+    made, root = plan.read(source), source.parent
+    told = _what_would_pass(root, made, lacks_advice(root, made)[0])
+    publish.write_view(root, ADVICE, json.dumps({"key": _advice_key(made), "told": told}).encode())
+    return {"path": ADVICE, "attempt": ""}, True
+
+
 def _what_would_pass(root: Path, made: Plan, index: int) -> str:
-    """Return which setting keeps the tolerance on the same windows, found by trying them in fp32."""
+    """Return which setting keeps the tolerance on the same windows, found by trying them in fp32.
+
+    Layers are tried from those that cost a run least; one that can no longer keep the tolerance is given up at once.
+    The search ends when it took as long as the slide's scores did, or what a short one may take.
+    """
     choice, planned = planned_choice(made), made.slides[index]
-    plain = "set inference.precision=fp32" if choice.precision != "fp32" else ""
-    if choice.exact or choice.engine == "window":
-        return f"{plain or 'set inference.engine=window'}, in another out= folder"
-    otherwise = "set inference.engine=window, in another out= folder"
-    try:
-        sample = _sample(root, made, index, made.settings["certificate"]["windows"])
-    except (InputError, IntegrityError):  # pixels that are gone: the scores are what this is about
-        return otherwise
-    expected = np.array(_measured(made, planned, sample, None)["windows"]["expected"], np.float32)
+    receipts = [published(root, made, Task(index, k)) for k in range(1, planned.n_groups + 1)]
+    until = time.process_time() + max(_SEARCH_CPU_S, sum(receipt["cpu_s"] for receipt in receipts))
+    certified = json.loads((root / certificate_name(planned)).read_text(encoding="utf-8"))["windows"]
+    expected = np.array(certified["expected"], np.float32)
+    sample = _sample(root, made, index, made.settings["certificate"]["windows"])
     cuts = made.work["cuts"]
+    also = " and inference.precision=fp32" if choice.precision != "fp32" else ""
     for cut in cuts[:: -(-len(cuts) // _CUTS_TRIED) or 1]:
+        if time.process_time() > until:
+            return "no setting was found in the time that the search may take"
         try:
             shared = _dense(made, choice._replace(share_until=cut, precision="fp32"))
         except InputError:  # windows at this stride cannot be cut from that layer
             continue
         regions = _cut_windows(planned.frame, sample, context_px=choice.context_px)
-        scores = np.concatenate([shared.run(pixels, untimed).ravel() for pixels in regions])
-        found = certificate.compare(scores, expected)
-        if not certificate.broken(found, _tolerated(made)):
-            also = f" and {plain[4:]}" if plain else ""
-            return (
-                f"set dense.share_until={cut}{also} (mean abs diff {found.mean_abs_diff:.2g} here), or {otherwise[4:]}"
-            )
-    return otherwise
+        scores = np.array([], np.float32)
+        for pixels in regions:
+            scores = np.concatenate([scores, shared.run(pixels, untimed).ravel()])
+            if time.process_time() > until or _is_beyond(scores, expected, made.work["tolerance"]):
+                break
+        else:
+            found = certificate.compare(scores, expected)
+            return f"set dense.share_until={cut}{also} (mean abs diff {found.mean_abs_diff:.2g} on its windows)"
+    return "none of the layers up to which windows may share the network keeps the tolerance"
+
+
+def _is_beyond(scores: NDArray[np.float32], expected: NDArray[np.float32], tolerance: float) -> bool:
+    """Tell whether the first scores differ so much that all of them cannot be within the tolerance, as means."""
+    found = certificate.compare(scores, expected[: len(scores)])
+    return max(found.mean_abs_diff, found.flips) * len(scores) > tolerance * len(expected)
 
 
 def summary(root: Path, made: Plan, slides: Sequence[SlidePlan]) -> tuple[list[dict[str, Any]], dict[str, float]]:

@@ -5,7 +5,7 @@ every task so far ended. Nothing here knows who calls it.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -268,6 +268,27 @@ def advance(pool: Executor, plan_path: Path, stage: str, progress: Progress, sli
         if outcome.receipt is None:
             failed.add(task.slide)
     return Progress(tuple(index for index in progress.slides if index not in failed), progress.ended + tuple(ended))
+
+
+def advise(pool: Executor, plan_path: Path) -> Iterator[str]:
+    """Look, once for a run, for a setting that passes where certificates are beyond the tolerance.
+
+    Yields:
+        What is done, before it is done, and what was found; nothing where all is well.
+    """
+    root, made = plan_path.parent, plan.read(plan_path)
+    if made.work["beyond"] == "tell":
+        return
+    beyond = certify.lacks_advice(root, made)
+    if beyond:
+        slide_id = made.slides[beyond[0]].slide_id
+        yield f"looking for a setting that keeps dense.tolerance={made.work['tolerance']:g} on slide {slide_id}, once"
+        for outcome in pool.run(steps.run_slice, plan_path, "advise", [Slice(0, 1)]):
+            trace.note(root, "advise", "", 0, outcome)
+            if outcome.receipt is None and not outcome.retried:
+                yield f"none was found: {outcome.error}"
+    if told := certify.advice(root, made):
+        yield f"advice     {told}"
 
 
 def units(made: Plan, stage: str, index: int) -> int:

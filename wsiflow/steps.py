@@ -6,7 +6,7 @@ file lies. A stage that finds its file published does nothing.
 
 Stages: ``choose`` (once), ``ingest`` (a case), ``measure`` (once), ``calibrate`` (once, for int8), ``stain`` (a slide),
 ``extract`` (a part of a slide), ``index`` (a slide), ``predict`` (a group), ``certify``, ``stitch`` and ``detect`` (a
-slide).
+slide), ``advise`` (once, where a certificate is beyond the tolerance).
 """
 
 import dataclasses
@@ -303,6 +303,7 @@ STAGES = {
     "index": link_patches,
     "predict": scoring.predict,
     "certify": certify.certify,
+    "advise": certify.advise,
     "stitch": stitch,
     "detect": detect,
 }
