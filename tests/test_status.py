@@ -63,7 +63,9 @@ def test_before_there_is_a_plan_the_slides_are_counted(copied: Path, capsys) -> 
 
 def test_a_folder_of_runs_names_them(two_settings: tuple[Path, Path], tmp_path: Path, capsys) -> None:
     """The folder of a sweep is no run's; one that is not there is told too."""
-    assert cli.main(["status", str(two_settings[0].parent)]) == 20
+    for name, run in zip(("fp32", "other"), two_settings, strict=True):
+        (tmp_path / name).symlink_to(run)
+    assert cli.main(["status", str(tmp_path)]) == 20
     assert "it holds no run itself but 2 in folders: fp32, other; name the out= folder" in capsys.readouterr().err
     assert cli.main(["status", str(tmp_path / "absent")]) == 20
     assert "there is no such folder" in capsys.readouterr().err
