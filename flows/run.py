@@ -5,7 +5,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from wsiflow import ingest, ledger, publish, redaction, stopping, terminal
 from wsiflow.config import RunConfig, validate
 from wsiflow.errors import EnvironmentFault, InputError
+from wsiflow.model.threads import limit_threads
 from wsiflow.paths import is_same
 from wsiflow.results import Summary
 
@@ -247,13 +248,13 @@ def _experiment_axes(given: Sequence[str]) -> list[str]:
 def start(config: RunConfig) -> Summary:
     """Run the line, through Prefect or directly."""
     with stopping.telling(lambda: ledger.told([config.out])):
+        from .line import direct, finished
+
+        limit_threads(config.executor.threads)
         if config.orchestrator == "none":
-            from wsiflow.model.threads import limit_threads
-
-            from .pipeline import direct
-
-            limit_threads(config.executor.threads)
             return direct(config)
+        if not _is_server_set() and (summary := finished(config)) is not None:
+            return summary
         from .server import chosen_server
 
         with ExitStack() as server:
@@ -262,10 +263,18 @@ def start(config: RunConfig) -> Summary:
                 return as_flow(config, config.name)
 
 
+def _is_server_set() -> bool:
+    """Tell whether the user has a Prefect server, without importing Prefect, which takes seconds."""
+    home = Path(os.environ.get("PREFECT_HOME") or Path.home() / ".prefect")
+    profiles = Path(os.environ.get("PREFECT_PROFILES_PATH") or home / "profiles.toml")
+    with suppress(OSError, UnicodeDecodeError):
+        if "PREFECT_API_URL" in profiles.read_text(encoding="utf-8"):
+            return True
+    return "PREFECT_API_URL" in os.environ
+
+
 def as_flow(config: RunConfig, name: str) -> Summary:
     """Run the line as a Prefect flow run of this name."""
-    from wsiflow.model.threads import limit_threads
-
     from .pipeline import SlidesFailedError, pipeline
 
     limit_threads(config.executor.threads)

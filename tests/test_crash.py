@@ -9,14 +9,15 @@ from pathlib import Path
 import pytest
 from test_line import COARSE, attempts, digests, over
 
-from flows import pipeline, run
+from flows import run
+from flows.line import direct
 from wsiflow import publish
 
 # Every effect of the line is a place to crash; one in STRIDE is tried. WSIFLOW_CRASH_STRIDE=1 tries them all.
 STRIDE = int(os.environ.get("WSIFLOW_CRASH_STRIDE", "37"))
 
 _SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(["flows.pipeline", "flows.run", "wsiflow.certify", "wsiflow.settle", "wsiflow.steps"])
+_SERVER.set_forkserver_preload(["flows.line", "flows.run", "wsiflow.certify", "wsiflow.settle", "wsiflow.steps"])
 
 
 def line(manifest: Path, out: Path, last: int = -1) -> int:
@@ -36,7 +37,7 @@ def run_line(manifest: Path, out: Path, last: int) -> None:
     seen = itertools.count()
     publish._effect = lambda *_: os._exit(137) if next(seen) == last else None
     config = run.compose_config(over(manifest, out, "tiles.group_tiles=4"))
-    os._exit(pipeline.direct(config).exit_code)
+    os._exit(direct(config).exit_code)
 
 
 def points(manifest: Path, folder: Path) -> Iterator[tuple[int, Path]]:

@@ -1,14 +1,18 @@
 """Prefect: a real server on loopback, and none at all."""
 
 import os
+import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
 
 import pytest
 from serving import BIN, PrefectServer, environment
+from test_line import over
 
+from flows import line, run
 from flows.__main__ import give_home
 from wsiflow.model import cache
 
@@ -69,3 +73,28 @@ def test_without_a_server_a_run_says_so_and_goes_on(small_slides: Path, tmp_path
     assert len(said) == 1
     assert said[0].startswith("no Prefect server answers at http://127.0.0.1:9/api: going on")
     assert done.stderr == ""
+
+
+_AGAIN = """
+import sys
+from flows.__main__ import main
+assert main(sys.argv[1:]) == 0
+print(sorted({"prefect", "mlflow", "torch", "openvino"} & sys.modules.keys()))
+"""
+
+
+def test_a_finished_run_is_looked_through_without_prefect(
+    finished: Path, small_slides: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is left to do: what takes seconds to import or to start is not needed to see that."""
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    command = [sys.executable, "-c", _AGAIN, "run", *over(small_slides, out), "orchestrator=prefect"]
+    env = environment(tmp_path / "home")
+    done = subprocess.run(command, env=env, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "0 tasks done now" in done.stdout
+    assert done.stdout.splitlines()[-1] == "[]"
+    next((out / "detections").glob("*.csv")).unlink()
+    config = run.compose_config(over(small_slides, out))
+    assert line.finished(config) is None, "something is left to do"

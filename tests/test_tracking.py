@@ -114,6 +114,22 @@ def test_the_same_run_is_recorded_once(store: str) -> None:
     assert tracking.log_run(params, record(partial=True)).run_id != first.run_id
 
 
+def test_a_record_that_is_there_is_found_without_mlflow(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To import it takes seconds; a record that was deleted, or is of another experiment, is made anew."""
+    params, one = params_for(store), record(key="known")
+    run_id = tracking.log_run(params, one).run_id
+    with monkeypatch.context() as without:
+        without.setattr(tracking, "_with_store", None)
+        assert tracking.log_run(params, one) == (run_id, "")
+    assert tracking._known_to_sqlite(params, record(key="known", partial=True)) is None
+    assert tracking._known_to_sqlite(params_for(store, experiment="other"), one) is None
+    from mlflow import MlflowClient
+
+    MlflowClient(tracking_uri=store).delete_run(run_id)
+    assert tracking._known_to_sqlite(params, one) is None
+    assert tracking.log_run(params, one).run_id not in {run_id, None}
+
+
 def test_find_in_an_experiment_that_is_not_there(store: str) -> None:
     """Looking for a run makes no experiment and finds none."""
     assert tracking.find_run(params_for(store, experiment="nowhere"), "abc123", partial=False) is None

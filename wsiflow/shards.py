@@ -144,10 +144,13 @@ def calibrate(pool: Executor, plan_path: Path, slice_s: float) -> Progress:
     made = plan.read(plan_path)
     if not made.n_groups or made.work["choice"]["precision"] != "int8":
         return Progress(())
+    calibration = scoring.calibration(plan_path.parent, made)
+    if publish.done(plan_path.parent, *calibration) is not None:
+        return Progress(())
     progress = Progress(tuple(scoring.calibration_slides(made)))
     for stage in ("stain", "extract"):  # the pixels it looks at are those the network will see
         progress = advance(pool, plan_path, stage, progress, slice_s)
-    once(pool, plan_path, "calibrate", scoring.calibration(plan_path.parent, made).key)
+    once(pool, plan_path, "calibrate", calibration.key)
     return progress
 
 

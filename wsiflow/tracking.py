@@ -17,11 +17,12 @@ import fcntl
 import math
 import os
 import re
+import sqlite3
 import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -159,7 +160,36 @@ def log_run(params: TrackingParams, record: RunRecord) -> Logged:
     """
     if params.kind == "off":
         return Logged(None, "tracking is off")
-    return _with_store(params, lambda client: _log_once(client, params, record))
+    known = _known_to_sqlite(params, record)
+    return Logged(known, "") if known else _with_store(params, lambda client: _log_once(client, params, record))
+
+
+_KNOWN = """
+    select runs.run_uuid from runs
+    join experiments on experiments.experiment_id = runs.experiment_id
+    join tags as keys on keys.run_uuid = runs.run_uuid and keys.key = 'wsiflow.key'
+    join tags as parts on parts.run_uuid = runs.run_uuid and parts.key = 'wsiflow.partial'
+    where runs.lifecycle_stage = 'active' and runs.status = 'FINISHED'
+    and experiments.name = ? and experiments.lifecycle_stage = 'active' and keys.value = ? and parts.value = ?
+"""
+
+
+def _known_to_sqlite(params: TrackingParams, record: RunRecord) -> str | None:
+    """Return the id of the finished record in a SQLite store, None where MLflow has to be asked.
+
+    To import MLflow takes seconds, and a run that is looked at again, complete, has nothing to tell it. What this
+    version of MLflow's tables does not answer, MLflow does.
+    """
+    database = _database(params.uri)
+    if database is None or not database.exists():
+        return None
+    wanted = (params.experiment, record.key, _yes_no(record.partial))
+    try:
+        with closing(sqlite3.connect(f"{database.as_uri()}?mode=ro", uri=True)) as opened:
+            found = opened.execute(_KNOWN, wanted).fetchone()
+    except sqlite3.Error:
+        return None
+    return str(found[0]) if found else None
 
 
 def begin_sweep(params: TrackingParams) -> str:
