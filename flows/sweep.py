@@ -16,7 +16,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from wsiflow import compare, terminal, tracking
+from wsiflow import compare, ledger, stopping, terminal, tracking
+from wsiflow.executor import jobs
 
 _VARIABLE = "WSIFLOW_SWEEP"
 _started = ExitStack()
@@ -34,7 +35,13 @@ class Sweep(Callback):
         sweep = config.tracking.sweep or config.name
         given = values["hydra"]["overrides"]["task"]
         os.environ[_VARIABLE] = json.dumps({"name": sweep, "given": given, "folder": str(folder)})
-        if config.hydra.runtime.choices["hydra/launcher"] != "basic":
+        _started.enter_context(
+            stopping.telling(lambda: ledger.told(one.parent for one in _trials(folder.parent, "plan.json")))
+        )
+        launcher = config.hydra.runtime.choices["hydra/launcher"]
+        if launcher != "basic":
+            at_slurm = launcher == "submitit_slurm"
+            _started.enter_context(stopping.at_stop(lambda: _end_trials(folder.parent, at_slurm=at_slurm)))
             params: Any = OmegaConf.to_container(config.tracking, resolve=True)
             _begin_together({**params, "sweep": sweep}, prefect=config.orchestrator == "prefect")
 
@@ -42,6 +49,23 @@ class Sweep(Callback):
         """Compare the trials and stop what was started."""
         with _started:
             _compare(config)
+
+
+def _trials(folder: Path, name: str) -> list[Path]:
+    """Return the files of a name that trials of a sweep have."""
+    return sorted(folder.glob(f"*/{name}"))
+
+
+def _end_trials(folder: Path, *, at_slurm: bool) -> str | None:
+    """End trials that run in processes or jobs of their own, and the array jobs that they submitted."""
+    stopping.kill_descendants()  # or they would submit what is cancelled once more
+    ids = sorted({path.name.partition("_")[0] for path in folder.glob(".submitit/*_*")}) if at_slurm else []
+    if ids:
+        jobs.call(["scancel", *ids])
+    submitting = [log.parent for log in _trials(folder, jobs.LOG) if jobs.JobLog(log.parent).read().jobs]
+    cancelled = sum(len(jobs.cancel(root)) - 1 for root in submitting)
+    told = ["the trials' Slurm jobs"] * bool(ids) + [f"{cancelled} array jobs"] * bool(cancelled)
+    return f"{' and '.join(told)} cancelled" if told else None
 
 
 def _compare(config: DictConfig) -> None:

@@ -55,8 +55,10 @@ def flush() -> None:
         _write(stream, None)
 
 
-def _has_reader(stream: TextIO) -> bool:
+def _has_reader(stream: TextIO | None) -> bool:
     """Tell whether a stream is something else than a pipe whose other end was closed."""
+    if stream is None:
+        return True
     look = select.poll()
     look.register(stream, 0)
     return not look.poll(0)
