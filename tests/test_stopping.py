@@ -17,11 +17,13 @@ from serving import BIN, environment
 from test_line import digests, over
 
 from flows import run as command
+from wsiflow import ledger
 
 PATIENCE_S = 60  # on a busy machine; five seconds are meant
-# Tasks that are small and many, each of which has a receipt long before the last begins.
-SLOW = ["dataset.limit=1", "inference=window", "inference.stride=56", "dense.windows=0", "tiles=patch"]
-SLOW += ["tiles.group_tiles=1", "executor.slice_s=0", "store=none"]
+# Tasks that are small and many, so that the first has its receipt long before the last begins.
+MANY = ["dataset.limit=1", "inference=window", "inference.stride=56", "dense.windows=0", "tiles=patch"]
+MANY += ["tiles.group_tiles=1", "executor.slice_s=0", "store=none"]
+ENDLESS = "inference.stride=8"  # for what nobody waits for
 ARRAY = [f"executor.array.{it}" for it in ("poll_s=0.5", "grace_s=1", "memory_mb=900")]
 _ON_A_TERMINAL = """
 import fcntl, os, sys, termios
@@ -123,15 +125,15 @@ def receipts(out: Path, kind: str = "predictions") -> list[Path]:
     return list(out.glob(f"receipts/{kind}/**/*.json"))
 
 
-def slow(manifest: Path, out: Path, *more: str) -> list[str]:
-    return over(manifest, out, *SLOW, *more)
+def many(manifest: Path, out: Path, *more: str) -> list[str]:
+    return over(manifest, out, *MANY, *more)
 
 
 @pytest.fixture(scope="module")
 def expected(small_slides: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The published bytes of a run that nobody disturbs."""
     out = tmp_path_factory.mktemp("undisturbed") / "run"
-    assert command.main(["run", *slow(small_slides, out)]) == 0
+    assert command.main(["run", *many(small_slides, out)]) == 0
     return digests(out)
 
 
@@ -162,7 +164,9 @@ def test_a_signal_ends_a_run_with_one_line(
     out = tmp_path / "run"
     more = [f"executor={executor}", f"orchestrator={orchestrator}"]
     more += [] if executor == "inline" else ["executor.workers=2"]
-    running = start("run", *slow(small_slides, out, *more))
+    is_continued = (executor, orchestrator) in {("inline", "none"), ("process", "prefect")}
+    more += [] if is_continued else [ENDLESS]
+    running = start("run", *many(small_slides, out, *more))
     running.wait_for(lambda: receipts(out))
     assert bool(running.started) == (executor != "inline" or orchestrator == "prefect")
     assert running.stop(number) == 128 + number
@@ -172,8 +176,8 @@ def test_a_signal_ends_a_run_with_one_line(
     assert done == len(receipts(out)) > 0
     assert left > 0
     assert "Traceback" not in running.said
-    if (executor, orchestrator) in {("inline", "none"), ("process", "prefect")}:
-        assert start("run", *slow(small_slides, out, *more)).end() == 0
+    if is_continued:
+        assert start("run", *many(small_slides, out, *more)).end() == 0
         assert digests(out) == expected
 
 
@@ -189,8 +193,8 @@ def test_a_signal_takes_array_jobs_along(
 ) -> None:
     """Elements that run and that wait are cancelled, and the line says so."""
     env, out = request.getfixturevalue(scheduler), tmp_path / "run"
-    more = [f"executor={scheduler}_array", f"orchestrator={orchestrator}", *ARRAY]
-    running = start("run", *slow(small_slides, out, *more), **env)
+    more = [f"executor={scheduler}_array", f"orchestrator={orchestrator}", *ARRAY, ENDLESS]
+    running = start("run", *many(small_slides, out, *more), **env)
     running.wait_for(lambda: receipts(out))
     assert running.stop(number) == 128 + number
     pattern = r"stopped: \d+ tasks done, [1-9]\d* left, [1-9]\d* array jobs? cancelled; the same command goes on\n"
@@ -203,13 +207,13 @@ def test_a_signal_takes_array_jobs_along(
 
 
 def test_a_signal_ends_retry_and_plan_too(start: Callable[..., Running], small_slides: Path, tmp_path: Path) -> None:
-    """Before anything is planned the line says that; `retry` of what was stopped is stopped like the run."""
-    out = tmp_path / "run"
-    running = start("plan", *slow(small_slides, out, "executor=process"))
-    running.wait_for((out / "cases.json").exists)
+    """A plan that measures costs, then a run in its folder, then `retry` of what is there."""
+    out, more = tmp_path / "run", [ENDLESS, "executor=process"]
+    running = start("plan", *many(small_slides, out, *more), "--calibrate")
+    running.wait_for((out / "plan.json").exists)
     assert running.stop(signal.SIGINT) == 130
-    assert running.errors == "stopped: nothing was planned yet; the same command goes on\n"
-    running = start("run", *slow(small_slides, out))
+    assert re.fullmatch(r"stopped: 0 tasks done, [1-9]\d* left; the same command goes on\n", running.errors)
+    running = start("run", *many(small_slides, out, *more))
     running.wait_for(lambda: receipts(out))
     assert running.stop(signal.SIGTERM) == 143
     before = len(receipts(out))
@@ -217,12 +221,13 @@ def test_a_signal_ends_retry_and_plan_too(start: Callable[..., Running], small_s
     running.wait_for(lambda: len(receipts(out)) > before)
     assert running.stop(signal.SIGINT) == 130
     assert LINE.fullmatch(running.errors), running.errors
+    assert ledger.told([tmp_path]) == "nothing was planned yet"
 
 
 def test_a_signal_ends_a_whole_sweep(start: Callable[..., Running], small_slides: Path, tmp_path: Path) -> None:
     """The trials that follow are not started."""
     out = tmp_path / "sweep"
-    running = start("run", "-m", *slow(small_slides, out), "seed=1,2,3")
+    running = start("run", "-m", *many(small_slides, out, ENDLESS, "seed=1,2,3"))
     running.wait_for(lambda: list(out.glob("*/receipts/predictions/*/*.json")))
     assert running.stop(signal.SIGINT) == 130
     assert LINE.fullmatch(running.errors), running.errors
@@ -232,8 +237,8 @@ def test_a_signal_ends_a_whole_sweep(start: Callable[..., Running], small_slides
 def test_trials_at_once_end_with_their_sweep(start: Callable[..., Running], small_slides: Path, tmp_path: Path) -> None:
     """Processes of joblib are gone too, and say nothing."""
     out = tmp_path / "sweep"
-    more = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "seed=1,2,3"]
-    running = start("run", "-m", *slow(small_slides, out, *more))
+    more = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "seed=1,2,3", ENDLESS]
+    running = start("run", "-m", *many(small_slides, out, *more))
     running.wait_for(lambda: list(out.glob("*/receipts/predictions/*/*.json")))
     assert running.stop(signal.SIGINT) == 130
     assert LINE.fullmatch(running.errors), running.errors
