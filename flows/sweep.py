@@ -25,8 +25,9 @@ from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from wsiflow import compare, redaction, terminal, tracking
+from wsiflow import compare, ledger, redaction, stopping, terminal, tracking
 from wsiflow.errors import PARTIAL, EnvironmentFault, InputError
+from wsiflow.executor import jobs as array_jobs
 
 _VARIABLE = "WSIFLOW_SWEEP"
 _MARKS = ".trials"
@@ -81,7 +82,13 @@ class Sweep(Callback):
         if _is_secret(values):
             (out / _WRITTEN).touch(mode=0o600)
             (out / _WRITTEN).chmod(0o600)
-        if config.hydra.runtime.choices["hydra/launcher"] != "basic":
+        _started.enter_context(
+            stopping.telling(lambda: ledger.told(one.parent for one in _files_of_trials(out, "plan.json")))
+        )
+        launcher = config.hydra.runtime.choices["hydra/launcher"]
+        if launcher != "basic":
+            at_slurm = launcher == "submitit_slurm"
+            _started.enter_context(stopping.at_stop(lambda: _end_trials(out, at_slurm=at_slurm)))
             params: Any = OmegaConf.to_container(config.tracking, resolve=True)
             _begin_together({**params, "sweep": shared["name"]}, prefect=config.orchestrator == "prefect")
 
@@ -97,6 +104,25 @@ class Sweep(Callback):
 def _is_secret(values: Mapping[str, Any]) -> bool:
     """Tell whether the configuration of a sweep, which Hydra writes as it was given, holds a secret."""
     return redaction.holds_redacted(redaction.redacted(values))
+
+
+def _files_of_trials(folder: Path, name: str) -> list[Path]:
+    """Return the files of a name that trials of a sweep have."""
+    return sorted(folder.glob(f"*/{name}"))
+
+
+def _end_trials(folder: Path, *, at_slurm: bool) -> str | None:
+    """End trials that run in processes or jobs of their own, and the array jobs that they submitted."""
+    stopping.kill_descendants()  # or they would submit what is cancelled once more
+    ids = sorted({path.name.partition("_")[0] for path in folder.glob(".submitit/*_*")}) if at_slurm else []
+    if ids:
+        array_jobs.call(["scancel", *ids])
+    submitting = [
+        log.parent for log in _files_of_trials(folder, array_jobs.LOG) if array_jobs.JobLog(log.parent).read().jobs
+    ]
+    cancelled = sum(len(array_jobs.cancel(root)) - 1 for root in submitting)
+    told = ["the trials' Slurm jobs"] * bool(ids) + [f"{cancelled} array jobs"] * bool(cancelled)
+    return f"{' and '.join(told)} cancelled" if told else None
 
 
 def _compare(config: DictConfig) -> None:

@@ -16,8 +16,9 @@ import yaml
 from array_work import work
 from test_line import COARSE, digests, rows, wsiflow
 
-from wsiflow import executor
+from wsiflow import executor, publish
 from wsiflow.executor import ExecutorParams, Outcome, Slice, jobs
+from wsiflow.executor.array import ArrayJobs
 from wsiflow.executor.dialect import Dialect, Place, Seen
 
 CONF = Path(__file__).parents[1] / "conf/executor"
@@ -321,6 +322,16 @@ def test_a_refused_array_is_told_with_what_the_scheduler_said(slurm_here: str, t
 
     with pytest.raises(EnvironmentFault, match=r"refused an array of 2: .*partition"):
         run(settings(slurm_here, extra=["--partition=nowhere"]), told(tmp_path), pairs(4))
+
+
+def test_an_array_that_cannot_be_prepared_keeps_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk ends one shard, and the others do not wait for the room that its array had taken."""
+    pool = ArrayJobs(settings("slurm", limit=5).array, root=tmp_path, workers=0, threads=1)
+    pool._log.append("driver", **jobs.identity())
+    monkeypatch.setattr(publish, "write_view", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        list(pool.run(work, told(tmp_path), "predict", pairs(4)))
+    assert pool._queue._held == {}
 
 
 def test_without_a_scheduler_the_run_says_what_is_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,10 +1,14 @@
 """The commands on files, as a user types them."""
 
 import json
+import os
+import subprocess
 from pathlib import Path
 
 import pytest
+from serving import BIN
 from test_evaluation import A_ITC, E1, E2, E3, e1_masks, e3_truth
+from test_line import over
 
 from flows.__main__ import main
 
@@ -81,3 +85,34 @@ def test_doctor_tells_cores_and_versions(capsys) -> None:
     told = capsys.readouterr().out
     assert "cores this process may use" in told
     assert "openslide-bin" in told
+
+
+def without_a_reader(*arguments: str) -> tuple[int, str]:
+    """Return exit code and errors of a command whose output nobody reads, as behind ``| head`` that has ended."""
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([BIN / "wsiflow", *arguments], stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(write)
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize("arguments", [["doctor"], ["--help"], ["run", "--cfg", "job"], ["run", "--hydra-help"]])
+def test_a_closed_pipe_is_no_fault(arguments: list[str]) -> None:
+    """Nothing is said of it, neither by the command nor by the interpreter that ends."""
+    assert without_a_reader(*arguments) == (0, "")
+
+
+def test_a_run_goes_on_without_a_reader(tiny_slides: Path, tmp_path: Path) -> None:
+    """All that it publishes is there, and its exit code is its own."""
+    assert without_a_reader("run", *over(tiny_slides, tmp_path / "run")) == (0, "")
+    assert (tmp_path / "run/evaluation/summary.json").exists()
+    assert (tmp_path / "run/report.html").exists()
+
+
+def test_output_that_cannot_be_written_is_told_once() -> None:
+    """A full disk behind standard output costs a sentence and no run."""
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run([BIN / "wsiflow", "doctor"], stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 0
+    assert done.stderr.count("\n") == 1
+    assert "standard output cannot be written: No space left on device" in done.stderr

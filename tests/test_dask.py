@@ -139,6 +139,19 @@ def test_a_task_that_kills_its_worker_fails_alone(local) -> None:
     assert len(list(pool.run(square, HERE, "predict", slices(3)))) == 3
 
 
+def test_what_cannot_be_submitted_keeps_no_place(local, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error between taking a place and using it gives the place back, as does a consumer that stops."""
+    client, pool = local
+    with monkeypatch.context() as patched:
+        patched.setattr(client, "submit", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            list(pool.run(square, HERE, "stage", slices(9)))
+    outcomes = pool.run(square, HERE, "stage", slices(9))
+    next(outcomes)
+    outcomes.close()
+    assert pool._flying == 0
+
+
 def test_a_scheduler_that_ends_is_one_clear_error(tmp_path: Path) -> None:
     """A run at an address stops with what happened and what to do, and does not wait for ever."""
     with LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None, host="127.0.0.1") as lent:

@@ -1,13 +1,18 @@
-"""Executors: every task once, and a task that kills its worker fails alone."""
+"""Executors: every task once, a task that kills its worker fails alone, and nobody waits for ever."""
 
 import os
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 
 import pytest
 
 from wsiflow import executor
-from wsiflow.executor import ExecutorParams, Outcome, Slice
+from wsiflow.errors import EnvironmentFault
+from wsiflow.executor import Executor, ExecutorParams, Outcome, Slice
 
 HERE = Path(__file__)
 
@@ -57,3 +62,83 @@ def test_a_task_that_kills_its_worker_fails_alone() -> None:
 def test_workers_follow_the_cores_unless_told(kind: str, workers: int, expected: int) -> None:
     """Zero means one worker per core this process may use."""
     assert executor.worker_count(params(kind, workers), cores=3) == expected
+
+
+def linger(folder: Path, _stage: str, lo: int, hi: int) -> Iterator[Outcome]:
+    for index in range(lo, hi):
+        (folder / str(index)).touch()
+        time.sleep(0.1 if index < 4 else 600)
+        yield Outcome(index, {}, executed=True)
+
+
+def both(kind: str, root: Path) -> AbstractContextManager[Executor]:
+    return executor.make(params(kind), cores=2, root=root)
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.02)
+
+
+class Shards:
+    """Threads that feed one executor, and how each of them ended."""
+
+    def __init__(self, pool: Executor, folder: Path, count: int) -> None:
+        self.ended: list[object] = []
+        self._threads = [threading.Thread(target=self._shard, args=(pool, folder), daemon=True) for _ in range(count)]
+        for thread in self._threads:
+            thread.start()
+
+    def _shard(self, pool: Executor, folder: Path) -> None:
+        try:
+            self.ended.append(list(pool.run(linger, folder, "predict", [Slice(5, 6), Slice(6, 7), Slice(7, 8)])))
+        except EnvironmentFault as error:
+            self.ended.append(str(error))
+
+    def join(self) -> None:
+        for thread in self._threads:
+            thread.join(120)
+            assert not thread.is_alive(), "a shard waits for ever"
+
+
+@pytest.mark.parametrize("how", ["an error", "a stop"])
+def test_a_pool_that_ends_lets_nobody_wait(tmp_path: Path, how: str) -> None:
+    """Twelve shards, more than there is room for, whose slices take ten minutes: all end, each with the reason."""
+    with suppress(OSError), both("process", tmp_path) as pool:
+        shards = Shards(pool, tmp_path, 12)
+        wait_for(lambda: any(tmp_path.iterdir()))
+        if how == "an error":
+            raise OSError
+        pool.stop()
+    shards.join()
+    assert len(shards.ended) == 12
+    assert set(shards.ended) == {"the run ended before this was done; run again: what is done stays done"}
+    assert pool._flying == 0
+
+
+def test_inline_begins_nothing_after_its_end(tmp_path: Path) -> None:
+    """The task under way ends; neither the rest of its slice nor what waits for its turn begins."""
+    with both("inline", tmp_path) as pool:
+        first = pool.run(linger, tmp_path, "predict", [Slice(0, 1), Slice(1, 2)])
+        next(first)
+    with pytest.raises(EnvironmentFault, match="the run ended before"):
+        next(first)
+    assert [path.name for path in tmp_path.iterdir()] == ["0"]
+
+
+def test_a_consumer_that_stops_gives_its_places_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does one whose slice cannot be handed over keep one: others use all of the room."""
+    with both("process", tmp_path) as pool:
+        for _ in range(6):  # more than there are places
+            outcomes = pool.run(linger, tmp_path, "predict", [Slice(index, index + 1) for index in range(4)])
+            next(outcomes)
+            outcomes.close()
+        wait_for(lambda: pool._flying == 0)
+        with monkeypatch.context() as patched:
+            patched.setattr(ProcessPoolExecutor, "submit", lambda *_: 1 / 0)
+            for _ in range(6):
+                with pytest.raises(ZeroDivisionError):
+                    next(pool.run(square, HERE, "predict", sliced(3)))
+        assert len(list(pool.run(square, HERE, "predict", sliced(20)))) == 20

@@ -6,7 +6,9 @@ import os
 from pathlib import Path
 
 import pytest
+from test_line import attempts, over
 
+from flows import run as command
 from wsiflow import trace
 from wsiflow.executor import Outcome
 from wsiflow.steps import run_slice
@@ -103,3 +105,21 @@ def test_a_slice_tells_what_each_task_used(tmp_path: Path) -> None:
     outcomes = list(run_slice(tmp_path / "plan.json", "predict", 3, 5))
     assert [outcome.task for outcome in outcomes] == [3, 4]
     assert all(outcome.exit_code == 20 and outcome.usage["ended"] for outcome in outcomes)
+
+
+@pytest.mark.parametrize("kind", ["inline", "process"])
+def test_a_trace_that_cannot_be_written_ends_the_run(tiny_slides: Path, tmp_path: Path, kind: str, capsys) -> None:
+    """One line names the file; no shard waits, and what was published stays and is not done again."""
+    (tmp_path / "run").mkdir()
+    log = tmp_path / "run/attempts.jsonl"
+    log.symlink_to("/dev/full")
+    line = over(tiny_slides, tmp_path / "run", f"executor={kind}", "shard_slides=1")
+    assert command.main(["run", *line]) == 30
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert f"{log}: the file system refused: No space left on device; free space" in said
+    before = attempts(tmp_path / "run")
+    assert before
+    log.unlink()
+    assert command.main(["run", *line]) == 0
+    assert before.items() <= attempts(tmp_path / "run").items()

@@ -8,6 +8,7 @@ a full disk, the command goes on without it.
 
 import contextlib
 import os
+import select
 import sys
 from collections.abc import Callable
 from typing import TextIO
@@ -44,7 +45,7 @@ def bounded(command: Callable[[], int]) -> int:
     except WsiflowError as error:
         return report(error)
     except OSError as error:
-        if isinstance(error, BrokenPipeError) and not flush():
+        if isinstance(error, BrokenPipeError) and not _has_reader(sys.stdout):
             return 0  # Hydra or argparse was printing, and nobody wants more of it
         if "WSIFLOW_DEBUG" in os.environ:
             raise
@@ -56,16 +57,25 @@ def bounded(command: Callable[[], int]) -> int:
         return report(WsiflowError(f"{type(error).__name__}: {error}", remedy))
 
 
-def flush() -> bool:
-    """Write what is still buffered, so that the interpreter need not when it ends; tell whether all could be."""
-    told = [_write(stream, None) for stream in (sys.stdout, sys.stderr)]
-    return all(told)
+def flush() -> None:
+    """Write what is still buffered, so that the interpreter need not when it ends."""
+    for stream in (sys.stdout, sys.stderr):
+        _write(stream, None)
 
 
-def _write(stream: TextIO | None, text: str | None) -> bool:
-    """Write a line, or only what is buffered, and tell whether that could be done."""
-    if stream is None:  # it was closed before this process began
+def _has_reader(stream: TextIO | None) -> bool:
+    """Tell whether a stream is something else than a pipe whose other end was closed."""
+    if stream is None:
         return True
+    look = select.poll()
+    look.register(stream, 0)
+    return not look.poll(0)
+
+
+def _write(stream: TextIO | None, text: str | None) -> None:
+    """Write a line, or only what is buffered."""
+    if stream is None:  # it was closed before this process began
+        return
     try:
         if text is not None:
             print(_fit(text, stream), file=stream)
@@ -74,8 +84,6 @@ def _write(stream: TextIO | None, text: str | None) -> bool:
         _turn_away(stream)
         if stream is sys.stdout and not isinstance(error, BrokenPipeError):
             _write(sys.stderr, f"wsiflow: nothing more is told, standard output cannot be written: {error.strerror}")
-        return False
-    return True
 
 
 def _turn_away(stream: TextIO) -> None:
