@@ -305,8 +305,8 @@ def scheduled(deployed: Deployed, request: dict[str, Any]) -> str:
 
 
 @pytest.fixture(scope="module")
-def finished(deployed: Deployed, small_slides: Path) -> Finished:
-    common = {"dataset": "manifest", "manifest": str(small_slides), "executor": "inline", "overrides": COARSE}
+def finished(deployed: Deployed, tiny_slides: Path, small_slides: Path) -> Finished:
+    common = {"dataset": "manifest", "manifest": str(tiny_slides), "executor": "inline", "overrides": COARSE}
     found = detections(small_slides, deployed.home / "detections")
     wanted = {
         "run": {**common, "name": "one", "stride": 224, "tracking": "off"},

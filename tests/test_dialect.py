@@ -473,7 +473,7 @@ def test_a_refusal_halves_the_window_but_keeps_what_was_accepted() -> None:
 def test_a_second_driver_is_refused_while_the_first_lives(commands: Callable[..., Path], tmp_path: Path) -> None:
     """Two processes on one folder: the second hears of the first; one that was killed, or has left, is no hindrance."""
     commands(squeue="")
-    first = subprocess.Popen(["sleep", "60"])
+    first = subprocess.Popen(["sleep", "3600"])
     pool = ArrayJobs(params("slurm"), root=tmp_path, workers=0, threads=1)
     known = {**jobs.identity(), "pid": first.pid, "born": processes.born(first.pid)}
     pool._log.append("driver", **known)

@@ -279,19 +279,28 @@ def by_hand(path: Path, width: int, height: int) -> tuple[np.ndarray, tuple[int,
     return expected, (xmin, ymin)
 
 
-@pytest.mark.parametrize("engine", ["window", "dense"])
-def test_reference_geometry_equals_a_loop_over_openslide_reads(tmp_path: Path, engine: str) -> None:
-    """Stride 16, reference geometry: every cell has the score of the window the paper would have cut there."""
+@pytest.fixture(scope="module")
+def slide_by_hand(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, np.ndarray, tuple[int, int]]:
+    """A slide whose last patches of both axes are shifted inwards, its map and its first tile."""
     from wsiflow import synth
 
-    width, height = 1000, 910  # the last patches of both axes are shifted inwards
+    width, height = 1000, 910
     spec = synth.plan_slide("micro", width_px=width, height_px=height, seed=3)
-    path, out = tmp_path / "s.tif", tmp_path / "run"
+    path = tmp_path_factory.mktemp("by hand") / "s.tif"
     pyramid.write_rgb(path, synth._bands(spec), shape=(height, width), um_px=0.243, quality=90)
+    return path, *by_hand(path, width, height)
+
+
+@pytest.mark.parametrize("engine", ["window", "dense"])
+def test_reference_geometry_equals_a_loop_over_openslide_reads(
+    slide_by_hand: tuple[Path, np.ndarray, tuple[int, int]], tmp_path: Path, engine: str
+) -> None:
+    """Stride 16, reference geometry: every cell has the score of the window the paper would have cut there."""
+    path, expected, first = slide_by_hand
+    out = tmp_path / "run"
     reference = ["geometry=reference", "tiles=patch", "inference.stride=16", f"inference.engine={engine}"]
     assert wsiflow("dataset=single", f"dataset.path={path}", f"out={out}", *COARSE, *reference) == 0
     heat, about = pyramid.read_heatmap(out / "heatmaps/s.tif")
-    expected, first = by_hand(path, width, height)
     assert (about["frame"]["t_col0"], about["frame"]["t_row0"]) == first
     assert np.isfinite(expected[:, -14:]).any(), "the last column of tiles, which is shifted, has scores"
     np.testing.assert_allclose(heat, expected, atol=1e-5)

@@ -36,8 +36,8 @@ def calibrated(small_slides: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 def test_costs_are_measured_for_every_stage_of_the_run(calibrated: Path) -> None:
     """Starting, loading and each stage take some time, prediction more for more tiles; the run uses these costs."""
     costs = shards.costs_of(calibrated)
-    assert 0.05 < costs.start_s < 60
-    assert 0 < costs.load_s < 60
+    assert 0.05 < costs.start_s < 600
+    assert 0 < costs.load_s < 600
     assert 0 <= costs.spread < 3
     written = json.loads((calibrated / measure.COSTS).read_text())["stages"]
     assert set(written) == {

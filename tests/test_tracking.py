@@ -291,7 +291,7 @@ def test_a_silent_server_is_given_up(silent_server: str) -> None:
     start = time.monotonic()
     logged = tracking.log_run(params_for(silent_server), record())
     assert logged.run_id is None
-    assert time.monotonic() - start < 60
+    assert time.monotonic() - start < 300
 
 
 def test_a_locked_store_is_waited_for_and_then_given_up(tmp_path: Path) -> None:
