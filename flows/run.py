@@ -144,6 +144,7 @@ def _compose_and_run(composed: DictConfig) -> float | None:
     def job() -> int:
         nonlocal name
         if is_trial:
+            sweep.end_with_it()
             name = sweep.trial_name(own.overrides.task) or str(own.job.num)
         config = to_config(composed, job=name)
         if is_trial:

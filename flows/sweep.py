@@ -25,7 +25,7 @@ from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from wsiflow import compare, ledger, redaction, stopping, terminal, tracking
+from wsiflow import compare, ledger, processes, redaction, stopping, terminal, tracking
 from wsiflow.errors import PARTIAL, EnvironmentFault, InputError
 from wsiflow.executor import jobs as array_jobs
 
@@ -70,7 +70,8 @@ class Sweep(Callback):
         axes = [f"{key}={value}" for key, value in (sweeper.get("params") or {}).items()]
         out = Path(config.out).absolute()
         folder = out / _MARKS / uuid.uuid4().hex
-        shared = {"name": name_of(config.tracking.sweep, config.name, out), "out": str(out), "folder": str(folder)}
+        name = name_of(config.tracking.sweep, config.name, out)
+        shared = {"name": name, "out": str(out), "folder": str(folder), "pid": os.getpid()}
         _planned.clear()
         os.environ[_VARIABLE] = json.dumps({**shared, "given": given, "alike": []})
         jobs = _jobs_or_none(given, axes)
@@ -237,6 +238,12 @@ def claim(root: Path, swept: Sequence[str]) -> None:
     if found != text:
         cause = f"the folder is that of the trial {found!r}, this one is {text!r}"
         raise InputError(cause, "choose another out= folder", stage="sweep", path=root)
+
+
+def end_with_it() -> None:
+    """Let a trial in a process that the sweep started end with it: joblib's go on for ever when the sweep is killed."""
+    if _shared().get("pid") == os.getppid():
+        processes.end_with(os.getppid())
 
 
 def claim_own(root: Path, overrides: Sequence[str]) -> None:

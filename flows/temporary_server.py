@@ -4,31 +4,22 @@ It listens on a socket that its parent has opened, and ends when its parent has 
 knows of it.
 """
 
-import os
 import socket
 import sys
-import threading
-import time
 
-_PARENT_POLL_S = 1.0
+from wsiflow import processes
 
 
 def main() -> None:
     """Serve until the parent is gone or asks for the end."""
-    listening, parent = socket.socket(fileno=int(sys.argv[1])), int(sys.argv[2])
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    listening = socket.socket(fileno=int(sys.argv[1]))
+    processes.end_with(int(sys.argv[2]))
     import uvicorn
 
     served = uvicorn.Config(
         "prefect.server.api.server:create_app", factory=True, log_level="error", lifespan="on", access_log=False
     )
     uvicorn.Server(served).run(sockets=[listening])
-
-
-def _end_with(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(_PARENT_POLL_S)
-    os._exit(1)
 
 
 if __name__ == "__main__":

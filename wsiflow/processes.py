@@ -10,14 +10,17 @@ That a process has ended is only ever said of one that would be seen if it lived
 import os
 import socket
 import sys
+import threading
+import time
 import uuid
 from collections.abc import Mapping
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 _PROC = Path("/proc")
 _SPACE_CHARS = 12
+_PARENT_POLL_S = 1.0
 _ZOMBIE = "Z"  # it has ended, and nobody has asked how
 
 
@@ -71,6 +74,18 @@ def born(pid: int) -> str:
     """Return when a process of this space started; empty where there is none, or it cannot be told."""
     state, started = _stat(pid)
     return "" if state == _ZOMBIE else started
+
+
+@cache
+def end_with(parent: int) -> None:
+    """End this process when its parent has ended, however that died; a thread looks now and then."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_PARENT_POLL_S)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="parent", daemon=True).start()
 
 
 def _stat(pid: int) -> tuple[str, str]:

@@ -9,7 +9,6 @@ alone.
 import multiprocessing
 import os
 import threading
-import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ProcessPoolExecutor
@@ -18,13 +17,12 @@ from functools import partial
 from pathlib import Path
 from typing import Self
 
-from wsiflow import faults
+from wsiflow import faults, processes
 from wsiflow.errors import EnvironmentFault
 from wsiflow.executor import Outcome, Slice, Work, closed
 from wsiflow.model.threads import limit_threads
 from wsiflow.usage import now
 
-_PARENT_POLL_S = 1.0
 _WAITING = 2  # slices handed over beyond those at work, so that no worker waits for the next
 
 _Landed = deque[Future[list[Outcome]]]
@@ -182,10 +180,4 @@ def _collect(work: Work, source: Path, stage: str, part: Slice) -> list[Outcome]
 
 def _begin_worker(threads: int, parent: int) -> None:
     limit_threads(threads)
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-
-
-def _end_with(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(_PARENT_POLL_S)
-    os._exit(1)
+    processes.end_with(parent)
