@@ -203,6 +203,29 @@ def test_one_slide_in_a_class_has_an_area_but_no_variance():
 
 
 @pytest.mark.parametrize(
+    ("scores", "other", "difference", "p"),
+    [
+        ([1, 1, 0, 0], [0, 0, 1, 1], 1, math.nan),
+        ([1, 1, 0, 0], [0.5] * 4, 0.5, math.nan),
+        ([1, 1, 0, 0], [9, 8, 1, 2], 0, 1),
+        ([0.5] * 4, [0.1] * 4, 0, 1),
+    ],
+)
+def test_areas_that_do_not_vary_are_not_told_apart(scores, other, difference, p):
+    """Two slides of either class, separated or all alike: DeLong's variance is 0, which is no p-value of 0."""
+    found = roc.paired_test(scores, other, [1, 1, 0, 0])
+    assert found[:2] == (difference, 0)
+    assert found.p == pytest.approx(p, nan_ok=True)
+
+
+@pytest.mark.filterwarnings("error")
+def test_huge_scores_are_resampled_without_a_word():
+    """A difference of finite scores may be infinite; who wins is not."""
+    times = np.ones((1, 3), np.int64)
+    assert roc.resample([1e308, -1e308, 0], [1, 0, 0], times) == 1
+
+
+@pytest.mark.parametrize(
     ("scores", "labels", "told"),
     [([0.1, math.nan], [0, 1], "NaN"), ([0.1, 0.2], [0, 2], "label"), ([0.1, 0.2], [0], "one label per score")],
 )
