@@ -168,6 +168,11 @@ def test_bad_values_are_refused(prob: list[float], outcome: list[int], cause: st
         calibration.bins(prob, outcome, k=10)
 
 
+def test_without_cases_nothing_is_said_of_outcomes() -> None:
+    """No case is not the same as cases of one outcome."""
+    assert calibration.recalibrate([], [], []).note == "there are no cases"
+
+
 def test_nothing_has_no_scores() -> None:
     found = calibration.scores(calibration.bins([], [], k=10))
     assert found["n"] == 0

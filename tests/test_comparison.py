@@ -124,6 +124,14 @@ def test_corrected_interval_of_what_does_not_vary():
     assert np.isnan(resampling.corrected_interval(1.0, np.full(9, np.nan), np.ones(4))).all()
 
 
+@pytest.mark.parametrize("side", [-1, 1])
+def test_corrected_interval_of_what_one_case_decides(side):
+    """One case makes all the skewness and the sample lies beyond every draw: the ends reach the draws', uncrossed."""
+    draws = side * np.linspace(0.6, 1, 50_000)
+    low, high = resampling.corrected_interval(0.5 * side, draws, side * np.array([0.0] * 50 + [1.0]))
+    assert draws.min() <= low <= high <= draws.max()
+
+
 def test_one_case_or_patient_is_left_out():
     """Each row lacks one, in the order of their numbers."""
     assert resampling.left_out(2).tolist() == [[0, 1], [1, 0]]
@@ -373,6 +381,38 @@ def test_names_have_to_be_told_apart(pair):
         compare([pair[0], pair[0]], reference="a", n=1)
     with pytest.raises(InputError, match="'c' as the reference"):
         compare(pair, reference="c", n=1)
+
+
+def lone(name, n_lesions, labels, score):
+    """Return a setting of slides with so many lesions each, all found with this score, or none of them."""
+    best = [np.full(n, score if score > 0 else -np.inf) for n in n_lesions]
+    matches = [Matches(f"s{i}", one, 0, np.array([0.1, 0.2])) for i, one in enumerate(best)]
+    scores = np.where(np.array(labels) == 1, score, 0.5)
+    return Setting(name, matches, tuple(f"s{i}" for i in range(len(labels))), scores, np.array(labels))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    ("n_lesions", "labels", "patients", "known"),
+    [
+        ([3], [1], None, set()),  # one slide
+        ([3, 0], [1, 0], None, set()),  # one of each class
+        ([3, 0, 0, 0], [1, 0, 0, 0], None, set()),  # one tumour slide
+        ([2, 1, 2, 0], [1, 1, 1, 0], None, {"froc.strict_score"}),  # one normal slide
+        ([2, 1, 0, 0], [1, 1, 0, 0], {"s0": 0, "s1": 0}, set()),  # one patient with tumour
+        ([2, 1, 0, 0], [1, 1, 0, 0], None, {"froc.strict_score", "roc.auc"}),
+    ],
+)
+def test_what_rests_on_one_case_is_not_certain(n_lesions, labels, patients, known):
+    """It has a value and differs by one; as every draw is the same there is no interval and no p-value of 0.005."""
+    good, bad = (lone(name, n_lesions, labels, s)._replace(clusters=patients) for name, s in (("a", 0.9), ("b", 0.0)))
+    found = compare([good, bad], reference="b", n=400)
+    differences = found.differences["a"]
+    assert differences["froc.strict_score"].value == 1
+    for metric in ("froc.strict_score", "roc.auc"):
+        told = [*found.intervals["a"][metric][1:], *differences[metric][1:]]
+        assert [math.isfinite(one) for one in told] == [metric in known] * len(told)
+    assert np.isnan(found.bands["a"].low).all() == ("froc.strict_score" not in known)
 
 
 # --- Pareto

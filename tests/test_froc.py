@@ -267,9 +267,9 @@ def test_mask_without_tumour():
     assert (lesions.n_regions, lesions.n_lesions, lesions.labels.max()) == (0, 0, 0)
 
 
-@pytest.mark.parametrize("um_px", [0.0, -1.0, math.nan, math.inf])
+@pytest.mark.parametrize("um_px", [0.0, -1.0, math.nan, math.inf, 0.000243 * 32, 1e-300])
 def test_impossible_spacing_is_refused(um_px):
-    """A mask pixel has a size."""
+    """A mask pixel has a size, and not that of a spacing in mm: the disc of the joining distance would fill memory."""
     with pytest.raises(InputError, match="um"):
         froc.evaluation_mask(np.ones((3, 3), bool), um_px)
 
@@ -297,7 +297,7 @@ def test_no_lesions_has_no_sensitivity():
     assert math.isnan(froc.evaluate([], mode="strict")["froc.strict_score"])
 
 
-@pytest.mark.parametrize("row", [(math.nan, 1, 1), (0.5, math.inf, 1), (0.5, 1, -math.inf)])
+@pytest.mark.parametrize("row", [(math.nan, 1, 1), (0.5, math.inf, 1), (0.5, 1, -math.inf), (1e39, 1, 1)])
 def test_numbers_that_are_not_finite_are_refused(row):
     """NaN never becomes a decision: the slide is named."""
     with pytest.raises(InputError, match="slide bad"):

@@ -112,8 +112,16 @@ def test_strips_hold_the_differences() -> None:
 def test_what_is_no_pair_of_maps_is_refused() -> None:
     with pytest.raises(InputError, match="one grid"):
         tally(np.zeros(3, np.float32), np.zeros(4, np.float32), threshold=0.5)
-    with pytest.raises(InputError, match="differ by 2"):
-        tally(np.zeros(3, np.float32), np.full(3, 2, np.float32), threshold=0.5)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("odd", [2.0, -0.5, np.inf, -np.inf])
+@pytest.mark.parametrize("other", [0.5, None])
+def test_scores_that_are_no_probabilities_are_refused(odd: float, other: float | None) -> None:
+    """Where both maps hold the same odd score too: two maps of 5 everywhere are not equal, they are no maps."""
+    a = np.array([0.5, odd], np.float32)
+    with pytest.raises(InputError, match=f"a score is {odd:g}"):
+        tally(a, a if other is None else np.full(2, other, np.float32), threshold=0.5)
 
 
 points = hnp.arrays(np.float64, st.tuples(st.integers(0, 6), st.just(2)), elements=st.integers(0, 6).map(float))

@@ -119,12 +119,11 @@ def test_paired_test_of_equal_and_mirrored_scores(sample):
     assert roc.paired_test(scores, scores, labels) == (0, 0, 1)
     there, back = roc.paired_test(scores, other, labels), roc.paired_test(other, scores, labels)
     assert there[0] == pytest.approx(-back[0])
-    assert there[1:] == pytest.approx(back[1:])
+    assert there[1:] == pytest.approx(back[1:], nan_ok=True)
 
 
-def test_paired_test_without_variance():
-    """A perfect score against a useless one leaves no doubt; one slide of a class leaves no test."""
-    assert roc.paired_test([1, 1, 0, 0], [0, 0, 0, 0], [1, 1, 0, 0]) == (0.5, 0, 0)
+def test_paired_test_of_one_slide_in_a_class():
+    """One slide of a class leaves no test."""
     difference, error, p = roc.paired_test([1, 0, 0], [0, 0, 0], [1, 0, 0])
     assert difference == 0.5
     assert math.isnan(error)
@@ -200,6 +199,29 @@ def test_one_slide_in_a_class_has_an_area_but_no_variance():
     """A variance needs two slides in each class."""
     assert roc.auc([0.1, 0.2, 0.3], [0, 0, 1]) == 1
     assert math.isnan(roc.delong_variance([0.1, 0.2, 0.3], [0, 0, 1]))
+
+
+@pytest.mark.parametrize(
+    ("scores", "other", "difference", "p"),
+    [
+        ([1, 1, 0, 0], [0, 0, 1, 1], 1, math.nan),
+        ([1, 1, 0, 0], [0.5] * 4, 0.5, math.nan),
+        ([1, 1, 0, 0], [9, 8, 1, 2], 0, 1),
+        ([0.5] * 4, [0.1] * 4, 0, 1),
+    ],
+)
+def test_areas_that_do_not_vary_are_not_told_apart(scores, other, difference, p):
+    """Two slides of either class, separated or all alike: DeLong's variance is 0, which is no p-value of 0."""
+    found = roc.paired_test(scores, other, [1, 1, 0, 0])
+    assert found[:2] == (difference, 0)
+    assert found.p == pytest.approx(p, nan_ok=True)
+
+
+@pytest.mark.filterwarnings("error")
+def test_huge_scores_are_resampled_without_a_word():
+    """A difference of finite scores may be infinite; who wins is not."""
+    times = np.ones((1, 3), np.int64)
+    assert roc.resample([1e308, -1e308, 0], [1, 0, 0], times) == 1
 
 
 @pytest.mark.parametrize(

@@ -121,7 +121,7 @@ def test_a_slide_in_two_runs_and_a_folder_without_a_run_are_refused(
 
 
 def test_a_table_that_is_none_is_refused(tmp_path: Path, small_slides: Path, fails: Call) -> None:
-    """Another CSV, a word for a number, a short line."""
+    """Another CSV, a word for a number, a short line, cells without a size."""
     table = tmp_path / "f.csv"
     header = ",".join(slide_score.COLUMNS)
     for text in (
@@ -129,6 +129,8 @@ def test_a_table_that_is_none_is_refused(tmp_path: Path, small_slides: Path, fai
         "",
         f"{header}\na,0.5,1,3.9,{','.join(['x'] * 30)}\n",
         f"{header}\na,0.5,1,3.9{',0' * 29}\n",
+        f"{header}\na,0.5,1,0{',0' * 30}\n",
+        f"{header}\na,0.5,1,nan{',0' * 30}\n",
     ):
         table.write_text(text)
         options = ["--features", table, "--manifest", small_slides, "--out", tmp_path / "forest.json"]

@@ -451,10 +451,11 @@ def test_neighbours_agree_per_slide_and_not_per_patch(scanners: dict[str, Pixels
         (np.full((100, 100, 3), 255, np.uint8), "0 of 10000 pixels are tissue"),
         (np.full((100, 100, 3), 243, np.uint8), "0 of 10000 pixels are tissue"),
         (np.zeros((100, 100, 3), np.uint8), "black"),
+        (np.empty((0, 3), np.uint8), "no pixels"),
         (np.concatenate([np.full((9000, 3), 250), np.full((1000, 3), (120, 60, 130))]).astype(np.uint8), "one colour"),
         (np.concatenate([np.full((9001, 3), 250), painted(amounts(999)) // 2]).astype(np.uint8), "1000 are needed"),
     ],
-    ids=["white", "glass", "black", "one-colour", "too-little"],
+    ids=["white", "glass", "black", "nothing", "one-colour", "too-little"],
 )
 def test_what_has_no_colours_has_no_fit(method: str, per_patch: bool, pixels: Pixels, cause: str) -> None:
     """The error says what was found."""

@@ -213,6 +213,8 @@ def recalibrate(prob: ArrayLike, positives: ArrayLike, n: ArrayLike) -> Fit:
 def _unfit(logit: NDArray[np.float64], y: NDArray[np.float64], n: NDArray[np.float64]) -> str:
     """Say why there is no finite slope; an empty text where there is one."""
     positive, negative = logit[y > 0], logit[y < n]
+    if not len(n):
+        return "there are no cases"
     if not (positive.size and negative.size):
         return "only one outcome occurs"
     if logit.max() == logit.min():

@@ -15,7 +15,9 @@ What that is worth, in 1,000 simulated sets of 120 slides with 145 lesions (``te
 hold the truth in 93.6 % (score) to 95.8 % (sensitivities) of the sets, differences in 95.2 to 96.5 %; of equal settings
 4.5 % are called different by the score, 4.3 % by the AUC, and 2 to 4 % by a single sensitivity. Draws know only what is
 in the sample: where almost every lesion is found the intervals of sensitivities are too short (of one of 0.98 they held
-89 %, of one of 0.995 58 %), and where none is missed they have no width. Then the slides cannot tell.
+89 %, of one of 0.995 58 %), and where none is missed they have no width. Then the slides cannot tell. What rests on one
+case alone (one with lesions, one of a class for the AUC; a patient's slides are one) is the same in every draw, which
+says nothing of other cases: it has a value, no interval and no p-value.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,6 +33,7 @@ from wsiflow.resampling import case_draws, corrected_interval, holm, interval, l
 FP_GRID = np.linspace(0, 8, 129)
 """False positives per slide at which bands are computed; the six rates of the score are among them."""
 
+_LEAST_CASES = 2  # that tell how much a number varies from case to case
 _DIGITS = 12  # equal metrics that were added up in another order differ beyond these
 
 
@@ -146,7 +149,7 @@ def compare(
         remedy = "compare runs over the same slides, protocol and truth"
         raise InputError("; ".join(reasons), remedy, stage="comparison")
     times = _draws(settings[0], n, seed)
-    drawn = {one.name: _drawn(one, times, mode) for one in settings}
+    drawn = {one.name: _without_lone_cases(_drawn(one, times, mode), one) for one in settings}
     return Compared(
         {name: _intervals(one) for name, one in drawn.items()},
         _differences({name: one.metrics for name, one in drawn.items()}, reference),
@@ -314,6 +317,20 @@ def _drawn(setting: Setting, times: _Times, mode: froc.Mode) -> _Drawn:
         curve,
         without,
     )
+
+
+def _without_lone_cases(drawn: _Drawn, setting: Setting) -> _Drawn:
+    """Return NaN for the draws of metrics that rest on one case: they would all be the same, and call it certain."""
+    cluster = dict(zip(_cases(setting), _clusters(setting), strict=True))
+    labelled = list(zip(setting.slide_ids, setting.labels.tolist(), strict=True))
+    of_class = [{cluster[slide.casefold()] for slide, label in labelled if label == kind} for kind in (0, 1)]
+    with_lesions = {cluster[one.slide_id.casefold()] for one in setting.matches if one.n_lesions}
+    for metric, values in drawn.metrics.items():
+        if min(map(len, of_class if metric == "roc.auc" else [with_lesions])) < _LEAST_CASES:
+            values[1:] = np.nan
+    if len(with_lesions) < _LEAST_CASES:
+        drawn.curve[1:] = np.nan
+    return drawn
 
 
 def _intervals(drawn: _Drawn) -> dict[str, Interval]:

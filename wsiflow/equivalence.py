@@ -96,18 +96,21 @@ def tally(a: NDArray[np.float32], b: NDArray[np.float32], *, threshold: float) -
         threshold: A cell is positive from this score on.
 
     Raises:
-        InputError: The shapes differ, or scores differ by more than 1, which probabilities cannot.
+        InputError: The shapes differ, or a score is no probability.
     """
     if a.shape != b.shape:
         raise InputError(f"maps of {a.shape} and {b.shape} cells", "compare maps of one grid")
     has_a, has_b = ~np.isnan(a), ~np.isnan(b)
     both = has_a & has_b
     left, right = a[both].astype(np.float64), b[both].astype(np.float64)
+    for scores in (left, right):
+        low, high = scores.min(initial=0.0), scores.max(initial=1.0)
+        if low < 0 or high > 1:
+            cause = f"a score is {low if low < 0 else high:g}"
+            raise InputError(cause, "compare maps of probabilities, 0 to 1")
     apart = right - left
     size = np.abs(apart)
     largest = float(size.max(initial=0.0))
-    if not largest <= 1:
-        raise InputError(f"scores that differ by {largest:g}", "compare maps of probabilities, 0 to 1")
     place = size.astype(np.float32).view(np.uint32) >> _SHIFT
     return Tally(
         moments=_moments(left, right),

@@ -28,6 +28,8 @@ FORMAT = "wsiflow forest 1"
 CELL_TOLERANCE = 0.1
 """Relative difference up to which two sizes of heatmap cells are the same."""
 
+_LARGEST = float(np.finfo(np.float32).max)
+
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
@@ -422,6 +424,7 @@ def _joined(trees: Sequence[Trees]) -> Trees:
 
 
 def _check(rows: Floats) -> None:
-    if rows.ndim != 2 or rows.shape[1] != len(features.NAMES) or not np.isfinite(rows).all():
-        cause = f"features of shape {rows.shape}, {int((~np.isfinite(rows)).sum())} of them not finite"
+    odd = ~(np.abs(rows) <= _LARGEST)  # True for NaN
+    if rows.ndim != 2 or rows.shape[1] != len(features.NAMES) or odd.any():
+        cause = f"features of shape {rows.shape}, {int(odd.sum())} of them not finite in float32"
         raise InputError(cause, f"give {len(features.NAMES)} finite numbers for each slide", stage="forest")

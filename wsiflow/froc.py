@@ -42,6 +42,10 @@ ITC_UM = 275.0
 """The challenge's limit. A dilated region with a shorter major axis is isolated tumour cells: 200 um and dilation."""
 
 
+_LARGEST_RADIUS_PX = 2000  # 75 um are 150 px at the finest spacing there is; a disc of this size takes for ever
+_LARGEST = float(np.finfo(np.float32).max)
+
+
 @dataclass(frozen=True, eq=False)
 class LesionMask:
     """The true regions of one slide at evaluation resolution.
@@ -136,10 +140,13 @@ def evaluation_mask(
         Dilated, filled and 8-connected regions, with those small enough to be ITC.
 
     Raises:
-        InputError: ``um_px`` is not a positive number.
+        InputError: ``um_px`` is not a positive number, or so small that the joining distance is thousands of pixels.
     """
     if not (math.isfinite(um_px) and um_px > 0):
         raise InputError(f"a mask pixel of {um_px} um", "give its side in um, more than 0")
+    if join_um / (um_px * 2) > _LARGEST_RADIUS_PX:
+        cause = f"a mask pixel of {um_px:g} um, of which more than {_LARGEST_RADIUS_PX} would be half of {join_um:g} um"
+        raise InputError(cause, "give spacings in um, not in mm (mpp), or a larger downsample")
     labels = np.zeros(tumour.shape, np.int32)
     if not tumour.any():
         return LesionMask(labels, frozenset(), np.empty(0))
@@ -154,17 +161,17 @@ def match(slide: SlideFindings) -> Matches:
     """Tell hits from false positives.
 
     Raises:
-        InputError: The detections are not (n, 3), or one of their numbers is not finite.
+        InputError: The detections are not (n, 3), one of their numbers is not finite, or a confidence no float32.
     """
     detections = np.asarray(slide.detections, np.float64)
     if detections.ndim != 2 or detections.shape[1] != 3:
         raise InputError(f"detections of shape {detections.shape}", "give prob, x, y", slide=slide.slide_id)
-    bad = np.flatnonzero(~np.isfinite(detections).all(axis=1))
+    bad = np.flatnonzero(~np.isfinite(detections).all(axis=1) | (np.abs(detections[:, 0]) > _LARGEST))
     if bad.size:
         row = detections[bad[0]].tolist()
         raise InputError(
             f"detection {bad[0]} is {row}",
-            "give finite confidences and coordinates",
+            "give finite confidences (at most 3.4e38) and coordinates",
             slide=slide.slide_id,
             stage="froc",
         )

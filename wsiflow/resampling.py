@@ -14,6 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import special
 
+_LEAST_DIVISOR = 1e-9
+
 
 def case_draws(n_cases: int, *, n: int, seed: int, clusters: Sequence[int] | None = None) -> NDArray[np.int64]:
     """Draw as many cases as there are, with replacement, again and again.
@@ -86,7 +88,9 @@ def corrected_interval(value: float, drawn: NDArray[np.float64], jackknife: NDAr
     squares = float((spread**2).sum())
     skew = float((spread**3).sum()) / (6 * squares**1.5) if squares > 0 else 0.0
     shifted = bias + special.ndtri([0.025, 0.975])
-    ends: NDArray[np.float64] = np.quantile(kept, special.ndtr(bias + shifted / (1 - skew * shifted)))
+    # Where one case makes all the skewness the divisor falls to 0, the end of the draws; below it the ends would cross.
+    stretched = shifted / np.maximum(1 - skew * shifted, _LEAST_DIVISOR)
+    ends: NDArray[np.float64] = np.quantile(kept, special.ndtr(bias + stretched))
     return ends
 
 

@@ -143,8 +143,9 @@ def paired_test(scores: ArrayLike, reference: ArrayLike, labels: ArrayLike) -> P
     """Compare the areas of two scores of the same slides (DeLong et al. 1988).
 
     Returns:
-        The difference, its standard error and the two-sided p-value of a normal deviate. Without any variance p is 1
-        for equal areas and else 0; with fewer than two slides in a class all but the difference is NaN.
+        The difference, its standard error and the two-sided p-value of a normal deviate. Without any variance, as
+        between scores that separate the classes and the same scores turned round, p is 1 for equal areas and else NaN:
+        four slides can look like that by chance. With fewer than two slides in a class all but the difference is NaN.
 
     Raises:
         InputError: As for ``auc``.
@@ -156,7 +157,7 @@ def paired_test(scores: ArrayLike, reference: ArrayLike, labels: ArrayLike) -> P
         return Paired(difference, math.nan, math.nan)
     error = math.sqrt(max(variance, 0.0))
     if error < _ROUNDING:  # what is left of equal numbers after subtraction
-        return Paired(difference, 0.0, float(abs(difference) < _ROUNDING))
+        return Paired(difference, 0.0, 1.0 if abs(difference) < _ROUNDING else math.nan)
     return Paired(difference, error, math.erfc(abs(difference) / error / math.sqrt(2)))
 
 
@@ -176,7 +177,8 @@ def resample(scores: ArrayLike, labels: ArrayLike, times: NDArray[np.int64]) -> 
     """
     positive, negative = _split(scores, labels)
     tumour = np.asarray(labels) == 1
-    outcomes = (np.sign(positive[:, None] - negative[None, :]) + 1) / 2
+    ours, theirs = positive[:, None], negative[None, :]
+    outcomes = (ours > theirs) + (ours == theirs) / 2
     of_tumour, of_normal = times[:, tumour], times[:, ~tumour]
     won = ((of_tumour @ outcomes) * of_normal).sum(axis=1)
     with np.errstate(invalid="ignore"):  # 0 / 0 is NaN: no pair was drawn

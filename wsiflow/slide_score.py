@@ -9,6 +9,7 @@ of scores has the header ``slide_id,score``, as `evaluation.read_scores` takes i
 
 import csv
 import io
+import math
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -95,7 +96,7 @@ def read_features(path: Path) -> list[Row]:
     """Read what `write_features` wrote.
 
     Raises:
-        InputError: The file cannot be read, has other columns, or a cell is no number.
+        InputError: The file cannot be read, has other columns, a cell is no number, or a heatmap's cell has no size.
     """
     try:
         with path.open(newline="", encoding="utf-8") as stream:
@@ -104,7 +105,7 @@ def read_features(path: Path) -> list[Row]:
             if tuple(header) != COLUMNS or odd is not None:
                 cause = "other columns" if odd is None else f"line {odd} has other columns"
                 raise InputError(cause, "give a table that wsiflow features wrote", path=path)
-            return [
+            rows = [
                 Row(line[0], float(line[1]), line[2], float(line[3]), np.array(line[4:], np.float64)) for line in lines
             ]
     except OSError as error:
@@ -112,6 +113,11 @@ def read_features(path: Path) -> list[Row]:
     except (ValueError, csv.Error) as error:
         cause = f"not a readable table of features ({error})"
         raise InputError(cause, "give a table that wsiflow features wrote", path=path) from error
+    odd = next((i for i, row in enumerate(rows, start=2) if not (math.isfinite(row.cell_um) and row.cell_um > 0)), None)
+    if odd is not None:
+        cause = f"line {odd}: cell_um is {rows[odd - 2].cell_um:g}"
+        raise InputError(cause, "give a table that wsiflow features wrote", path=path)
+    return rows
 
 
 def sample_of(rows: Iterable[Row], cases: Sequence[Case]) -> Sample:

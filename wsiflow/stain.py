@@ -193,6 +193,8 @@ def fit(pixels: Pixels, params: StainParams) -> StainFit:
     Raises:
         InputError: There is too little tissue, or no two stains, or hardly any variation of colour.
     """
+    if not pixels.size:
+        raise _failed("there are no pixels")
     image = _one_row(pixels)
     if params.per_patch:
         return _fit_prepared(_prepared(image, params.method), 255.0, params)
