@@ -16,7 +16,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from wsiflow import ingest, ledger, publish, redaction, stopping, terminal
+from wsiflow import ingest, ledger, redaction, stopping, terminal
 from wsiflow.config import RunConfig, validate
 from wsiflow.errors import EnvironmentFault, InputError
 from wsiflow.model.threads import limit_threads
@@ -72,13 +72,13 @@ def _retry(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("run", type=Path)
     root = parser.parse_args(arguments).run
-    told = publish.generations(root, "cases.json")
-    if not told:
+    told = ingest.told(root)
+    if told is None:
         raise InputError("it holds no cases.json", "name the out= folder of a run, or start it as at first", path=root)
-    config, _ = ingest.read_cases(told[-1])
+    config, _ = ingest.read_cases(told)
     if redaction.holds_redacted(config.executor.model_dump()):
         cause = "executor settings hold a secret, which the folder does not keep"
-        raise InputError(cause, "start it with the wsiflow run command that began it", path=told[-1])
+        raise InputError(cause, "start it with the wsiflow run command that began it", path=told)
     summary = start(_here(config, root))
     terminal.say(summary.text)
     return summary.exit_code

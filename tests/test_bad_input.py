@@ -341,12 +341,18 @@ def test_a_bad_key_or_value_ends_at_once(tmp_path: Path, capsys, override: str, 
 
 
 def test_the_same_folder_with_other_settings_is_refused(slide: Path, tmp_path: Path, capsys) -> None:
-    """A folder holds one set of settings; the message names the one that differs."""
+    """A folder holds one set of settings; the message names the one that differs, and what it was asked is no part."""
     given = manifest(slide, "good,good.tif,,0,")
     assert started(capsys, "dataset=manifest", given, f"out={tmp_path / 'run'}")[0] == 0
     code, said = started(capsys, "dataset=manifest", given, f"out={tmp_path / 'run'}", "lesions.threshold=0.7")
     assert code == 20
     assert "lesions.threshold (0.5 there, 0.7 now)" in said
+    assert command.main(["retry", str(tmp_path / "run")]) == 0
+    assert finished.in_folders([tmp_path / "run"]).runs[0].params["lesions.threshold"] == "0.5"
+    shutil.copy(slide, slide.with_name("other.tif"))
+    other = manifest(slide, "other,other.tif,,0,", "more,good.tif,,0,")
+    assert started(capsys, "dataset=manifest", other, f"out={tmp_path / 'run'}")[0] == 20
+    assert "ingest 1 of 1\n" in told_by_status(tmp_path / "run", capsys)
 
 
 def test_slides_and_truth_may_join_a_finished_run(slide: Path, tmp_path: Path, capsys) -> None:

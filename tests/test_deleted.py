@@ -13,9 +13,9 @@ from wsiflow import cli, publish
 FAST = ["orchestrator=none", "tracking=off", "executor=inline", "inference.stride=56", "dense.windows=8"]
 
 
-def start(manifest: Path, out: Path) -> int:
+def start(manifest: Path, out: Path, *more: str) -> int:
     given = ["dataset=manifest", f"dataset.manifest={manifest}", "dataset.limit=1", "stain=macenko"]
-    return run.main(["run", f"out={out}", *FAST, "evaluation.bootstrap=0", *given])
+    return run.main(["run", f"out={out}", *FAST, "evaluation.bootstrap=0", *given, *more])
 
 
 def published(root: Path) -> dict[str, str]:
@@ -94,3 +94,12 @@ def test_pixels_that_are_scored_are_spare(
     assert verified(finished) == 40
     assert start(tiny_slides, finished) == 0
     assert published(finished) == before
+
+
+def test_what_a_folder_was_first_told_can_be_forgotten(tiny_slides: Path, finished: Path) -> None:
+    """The first configuration and its receipt, once there is a second one: the folder is known by that."""
+    assert start(tiny_slides, finished, "allow_partial=true") == 0
+    (finished / "config.yaml").unlink()
+    publish.receipt_path(finished, "config.yaml").unlink()
+    assert start(tiny_slides, finished, "allow_partial=true") == 0
+    assert verified(finished) == 0

@@ -1,5 +1,6 @@
 """Scores through files: the worked examples as a user would evaluate them, and every way the files can be wrong."""
 
+import contextlib
 import csv
 import io
 import json
@@ -316,6 +317,17 @@ def test_mask_of_another_scale(tmp_path):
     assert evaluation.read_truth(case, E3_PARAMS, l0_size_px=(5000, 3100)).lesions.n_lesions == 4
     with pytest.raises(InputError, match=r"160 x 100 px where the slide is 320 x 200"):
         evaluation.read_truth(case, E3_PARAMS, l0_size_px=(10240, 6400))
+
+
+@pytest.mark.parametrize(
+    ("side", "fits"), [(300, False), (530, False), (600, True), (620, True), (1024, True), (1200, False)]
+)
+def test_a_small_slides_mask_of_another_scale(tmp_path, side, fits):
+    """On a slide of a few tiles another scale differs by fewer pixels than a tile has: only padding may be large."""
+    path = png(tmp_path / "a.png", np.zeros((side, side), np.uint8))
+    case = dataset.Case("t", tmp_path, mpp=0.25, label=0, mask_path=path)
+    with contextlib.nullcontext() if fits else pytest.raises(InputError, match="where the slide is 19 x 19"):
+        evaluation.check_truth(case, protocol(downsample=32), l0_size_px=(600, 600))
 
 
 def test_outline_at_an_impossible_place(tmp_path):

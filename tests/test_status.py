@@ -44,14 +44,15 @@ def test_a_run_without_its_scores_is_not_complete(copied: Path, capsys, lost: st
 
 
 def test_what_is_lacking_is_counted_by_stage(copied: Path, capsys) -> None:
-    """A map that was deleted with its receipt, with the scores still there; pixels that were deleted are not missed."""
+    """A map's receipt and another's picture were deleted; pixels that were deleted are not missed."""
     name = next((copied / "heatmaps").glob("*.tif")).name
     publish.receipt_path(copied, f"heatmaps/{name}").unlink()
     for part in (copied / "receipts/patches").rglob("*.json"):
         part.unlink()
+    next((copied / "heatmaps").glob("*.preview.tif")).unlink()
     told = said(copied, capsys)
     assert "  stitch 5 of 6\n" in told
-    assert "not complete: it lacks 1 of stitch\n" in told
+    assert "not complete: it lacks 1 of stitch, 1 of detect\n" in told
 
 
 def test_before_there_is_a_plan_the_slides_are_counted(copied: Path, capsys) -> None:

@@ -62,14 +62,14 @@ def status(arguments: argparse.Namespace) -> int:
     """Say what a run has done, whether it is complete, and who runs it."""
     import json
 
-    from wsiflow import publish, stages
+    from wsiflow import ingest, publish, stages
     from wsiflow.executor import driver
 
     root = arguments.run
-    told = publish.generations(root, "cases.json")
-    if not told:
+    told = ingest.told(root)
+    if told is None:
         raise InputError(*_no_run(root), path=root)
-    cases = json.loads(told[-1].read_text(encoding="utf-8"))["cases"]
+    cases = json.loads(told.read_text(encoding="utf-8"))["cases"]
     plans = publish.generations(root, "plan.json")
     n_looked = stages.ingested(root, (case["slide_id"] for case in cases))
     if not plans:

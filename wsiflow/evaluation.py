@@ -619,11 +619,21 @@ def _slide_shape(l0_size_px: tuple[int, int], downsample: int) -> tuple[int, int
 
 
 def _check_size(shape: tuple[int, ...], expected: tuple[int, int], case: Case) -> None:
-    """Refuse a mask of another slide or scale; masks padded to whole tiles pass."""
-    if any(abs(a - b) > max(_PADDING_M_PX, 0.02 * b) for a, b in zip(shape, expected, strict=True)):
+    """Refuse a mask of another slide or scale; masks padded to whole tiles pass.
+
+    On a slide of a few tiles a mask of half its size lacks no more pixels than such padding adds.
+    """
+    if not all(_fits(a, b) for a, b in zip(shape, expected, strict=True)):
         cause = f"the mask is {shape[1]} x {shape[0]} px where the slide is {expected[1]} x {expected[0]}"
         remedy = "give the mask of this slide, with the slide's size at level 0"
         raise InputError(cause, remedy, slide=case.slide_id, path=case.mask_path)
+
+
+def _fits(side: int, expected: int) -> bool:
+    """Tell whether a mask's side is the slide's, to rounding, or what padding to whole tiles makes of it."""
+    rounding = max(1, 0.02 * expected)
+    padded = math.ceil(expected / _PADDING_M_PX) * _PADDING_M_PX
+    return expected - rounding <= side <= max(padded, expected + rounding)
 
 
 def _shape(

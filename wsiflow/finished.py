@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from wsiflow import evaluation, plan, publish, redaction, results, tracking
+from wsiflow import evaluation, ingest, plan, publish, redaction, results, tracking
 from wsiflow.errors import InputError
 from wsiflow.tracking import TrackingParams
 
@@ -106,17 +106,17 @@ def scores_of(folder: Path) -> Path | None:
 def _from_folder(root: Path) -> Run:
     folder = scores_of(root) or root
     metrics = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    told, receipt = publish.generations(root, "cases.json"), publish.read_receipt(root, "config.yaml")
+    told = ingest.told(root)
     params = {"run": root.name}
     if told:
-        made, values = plan.latest(root), json.loads(told[-1].read_text(encoding="utf-8"))["config"]
+        made, values = plan.latest(root), json.loads(told.read_text(encoding="utf-8"))["config"]
         params = _texts(results.settings(values, made)) | results.digests(made)
     elif (folder / "settings.json").is_file():
         params = _texts(json.loads((folder / "settings.json").read_text(encoding="utf-8")))
     return Run(
         name=root.name,
         where=str(root),
-        identity=receipt["attempt"] if receipt else "",
+        identity=ingest.folder_id(root),
         sweep="",
         params=params,
         core_hours=_number(metrics.get("throughput.core_hours")),

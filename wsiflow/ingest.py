@@ -20,7 +20,7 @@ from pydantic import TypeAdapter
 from wsiflow import evaluation, export, geometry, identity, plan, publish, redaction, sharing, slide, tissue
 from wsiflow.config import MAX_UPSAMPLE, RunConfig
 from wsiflow.dataset import Case
-from wsiflow.errors import InputError
+from wsiflow.errors import InputError, WsiflowError
 from wsiflow.executor import Outcome
 from wsiflow.geometry import Frame
 from wsiflow.model import card
@@ -121,8 +121,8 @@ def _publish_beside(root: Path, case: Case, looked: Mapping[str, Any], cut: Slid
 
 def shared_folder(root: Path) -> Path | None:
     """Return the folder that a run shares with the other trials of its sweep, None where it shares nothing."""
-    told = publish.generations(root, "cases.json")
-    return read_cases(told[-1])[0].share if told else None
+    source = told(root)
+    return read_cases(source)[0].share if source else None
 
 
 def _looked(case: Case, config: RunConfig) -> tuple[dict[str, Any], publish.Receipt | None]:
@@ -399,7 +399,22 @@ def make_plan(source: Path, outcomes: Sequence[Outcome]) -> Path:
             record = json.loads((root / outcome.receipt["path"]).read_text(encoding="utf-8"))
             slides.append(_slide_plan(case, record))
     settled = _settled(root, config)
-    settings = {
+    work = {
+        "store": config.store.model_dump(),
+        "model": json.loads(config.model.model_dump_json()),
+        "choice": settled["choice"],
+        "cuts": settled["cuts"],
+        "tolerance": config.dense.tolerance,
+        "beyond": config.dense.beyond,
+        "told": settled["told"],
+    }
+    return plan.publish_plan(root, Plan(_settings(root, config), work, slides, rejected))
+
+
+def _settings(root: Path, config: RunConfig) -> dict[str, Any]:
+    """Return every setting that can change a number."""
+    settled = _settled(root, config)
+    return {
         "cut": cutting(root, config),
         "predict": {
             "model": card.identity(card.read_card(config.model)),
@@ -414,16 +429,35 @@ def make_plan(source: Path, outcomes: Sequence[Outcome]) -> Path:
         "evaluation": config.evaluation.model_dump(mode="json"),
         "seed": config.seed,
     }
-    work = {
-        "store": config.store.model_dump(),
-        "model": json.loads(config.model.model_dump_json()),
-        "choice": settled["choice"],
-        "cuts": settled["cuts"],
-        "tolerance": config.dense.tolerance,
-        "beyond": config.dense.beyond,
-        "told": settled["told"],
-    }
-    return plan.publish_plan(root, Plan(settings, work, slides, rejected))
+
+
+def told(root: Path) -> Path | None:
+    """Return the newest ``cases.json`` of a folder, None where it holds no run.
+
+    A start that asked for other settings or fewer slides than the folder's plan has was refused: it left its word, but
+    the folder is not what it asked for.
+    """
+    files = publish.generations(root, "cases.json")
+    if len(files) > 1 and publish.generations(root, "plan.json"):
+        made = plan.latest(root)
+        return next((path for path in reversed(files) if _follows(made, path)), files[-1])
+    return files[-1] if files else None
+
+
+def folder_id(root: Path) -> str:
+    """Return what stands for a run's folder wherever it lies; empty where nothing is known of its beginning."""
+    receipts = (publish.read_receipt(root, path.name) for path in publish.generations(root, "config.yaml"))
+    return next((str(receipt["attempt"]) for receipt in receipts if receipt), "")
+
+
+def _follows(made: Plan, source: Path) -> bool:
+    """Tell whether a plan is what becomes of cases and configuration, or what may still join it."""
+    config, cases = read_cases(source)
+    try:
+        same = made.settings == json.loads(json.dumps(_settings(source.parent, config)))
+    except (OSError, WsiflowError):  # nothing was settled for these, or their model is gone
+        return False
+    return same and {one.slide_id for one in made.slides} <= {case.slide_id for case in cases}
 
 
 def _slide_plan(case: Case, record: Mapping[str, Any]) -> SlidePlan:

@@ -567,7 +567,7 @@ def _track(
     root = shown.parent
     curves = json.loads((shown / "froc.json").read_text(encoding="utf-8"))
     matched = evaluation.read_matches(shown / "matches.json")
-    folder_id, found = _receipt(root, "config.yaml")["attempt"], digests(made)
+    folder_id, found = ingest.folder_id(root), digests(made)
     record = tracking.RunRecord(
         name=config.out.name if config.tracking.sweep else config.name,
         # The same scores in another folder are another run: its cost is its own.

@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
-from wsiflow import dataset, evaluation, faults, ingest, plan, publish
+from wsiflow import dataset, evaluation, faults, ingest, plan
 from wsiflow.config import RunConfig
 from wsiflow.dataset import Case
 from wsiflow.errors import InputError, IntegrityError
@@ -110,10 +110,10 @@ def read(root: Path) -> Scored:
         InputError: The folder holds no run, or one that was not scored.
         IntegrityError: The scores are not of the slides that ended well.
     """
-    told = publish.generations(root, "cases.json")
-    if not told:
+    told = ingest.told(root)
+    if told is None:
         raise InputError("it holds no run", "name the out= folder of a run", path=root)
-    config, cases = ingest.read_cases(told[-1])
+    config, cases = ingest.read_cases(told)
     ended = _ended(root / "process_list.csv")
     partial = any(one.status in {"failed", "rejected"} for one in ended.values())
     folder = root / ("evaluation-PARTIAL" if partial else "evaluation")

@@ -120,9 +120,9 @@ def _published(root: Path, made: Plan, stage: str, slide: int) -> list[str]:
 
 
 def census(root: Path, made: Plan) -> dict[str, tuple[int, int]]:
-    """Return how many tasks of each stage are published, and how many were planned, as the receipts' names tell.
+    """Return how many tasks of each stage are published and not deleted, and how many were planned.
 
-    Each folder of receipts is looked at once, however many tasks there are.
+    The names of files and receipts tell: each folder is looked at once, however many tasks there are.
     """
     there = _listing(root)
     found = {}
@@ -130,8 +130,8 @@ def census(root: Path, made: Plan) -> dict[str, tuple[int, int]]:
         slides = (slide for slide in range(len(made.slides)) if is_due(made, stage, slide))
         if stage in STORES:  # a slide without tissue may have no pixels to store
             slides = (slide for slide in slides if made.slides[slide].n_tiles)
-        names = (product(made, stage, task) for slide in slides for task in made.tasks_of(stage, slide))
-        done = [there(name) for name in names]
+        tasks = (task for slide in slides for task in made.tasks_of(stage, slide))
+        done = [all(map(there, [product(made, stage, task), *beside(made, stage, task)])) for task in tasks]
         if done:
             found[stage] = (sum(done), len(done))
     return found
@@ -144,18 +144,18 @@ def ingested(root: Path, slides: Iterable[str]) -> int:
 
 
 def _listing(root: Path) -> Callable[[str], bool]:
-    """Return a function that tells whether a name has a receipt."""
+    """Return a function that tells whether a name has a receipt and its file."""
 
     @cache
-    def names(folder: str) -> frozenset[str]:
+    def names(folder: Path) -> frozenset[str]:
         try:
-            with os.scandir(root / publish.RECEIPTS / folder) as found:
+            with os.scandir(folder) as found:
                 return frozenset(item.name for item in found)
         except (FileNotFoundError, NotADirectoryError):
             return frozenset()
 
     def there(name: str) -> bool:
         folder, _, last = name.rpartition("/")
-        return f"{last}.json" in names(folder)
+        return f"{last}.json" in names(root / publish.RECEIPTS / folder) and last in names(root / folder)
 
     return there
