@@ -224,7 +224,7 @@ def claim(root: Path, swept: Sequence[str]) -> None:
     Raises:
         InputError: Another trial has the folder.
     """
-    path, text = root / _CLAIM, ",".join(swept)
+    path, text = root / _CLAIM, _kept(",".join(swept))
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
     draft.write_bytes(text.encode("utf-8", "surrogatepass"))
@@ -286,11 +286,22 @@ def folder_name(swept: Sequence[str], alike: Collection[str] = ()) -> str:
         alike: Those that a disk may take for others of the sweep.
     """
     plain = ",".join(swept)
-    if _is_safe(plain) and not any(one in alike for one in swept):
+    told = redaction.without_secrets(plain)
+    if told == plain and _is_safe(plain) and not any(one in alike for one in swept):
         return plain
-    digest = hashlib.sha256(plain.encode("utf-8", "surrogatepass")).hexdigest()[:10]
-    shown = "".join(one if one.isprintable() else "_" for one in _UNSAFE.sub("_", plain))
-    return f"{shown.encode()[:_SHOWN_BYTES].decode(errors='ignore')}~{digest}"
+    plainly = _UNSAFE.sub("_", told.replace(redaction.REDACTED, "redacted"))
+    shown = "".join(one if one.isprintable() else "_" for one in plainly)
+    return f"{shown.encode()[:_SHOWN_BYTES].decode(errors='ignore')}~{_digest(plain)}"
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:10]
+
+
+def _kept(text: str) -> str:
+    """Return a text as a file may hold it: with a hash in the place of its secrets."""
+    told = redaction.without_secrets(text)
+    return text if told == text else f"{told}~{_digest(text)}"
 
 
 def _is_safe(plain: str) -> bool:

@@ -152,6 +152,7 @@ def test_what_is_not_an_attempt_is_left_alone(tmp_path: Path) -> None:
     (root / f"{host}-{2**22 + 1}-{space}-1-{'0' * 32}").symlink_to(tmp_path)
     (root / ".DS_Store").write_text("")
     before = sorted(root.iterdir())
+    (root / f"{host}-{2**70}-{space}-1-{'0' * 32}").mkdir()  # a number that no process has
     publish.sweep_attempts(tmp_path)
     publish.forget_attempts(tmp_path, processes.this())
     assert sorted(root.iterdir()) == before

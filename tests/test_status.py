@@ -87,6 +87,9 @@ def test_who_runs_it_now_is_told_and_who_was_killed(tmp_path: Path) -> None:
     assert f"nobody runs it now: process {process.pid} on" in driver.told(tmp_path)[0]
     assert "is gone without a word" in driver.told(tmp_path)[0]
     time.sleep(0.01)  # a later time is noted
+    with pytest.raises(ValueError, match="canary"), driver.noted(tmp_path):
+        raise ValueError("no answer from http://bob:canary@host/")
+    assert "canary" not in (tmp_path / driver.LOG).read_text()
     with pytest.raises(ValueError, match="odd"), driver.noted(tmp_path):
         raise ValueError("odd")
     assert driver.told(tmp_path)[0].endswith("with exit code 50 (ValueError: odd)")

@@ -134,6 +134,19 @@ def test_no_two_trials_have_one_folder(axis: str) -> None:
         assert len(name.encode()) <= 255
 
 
+def test_no_folder_is_named_by_a_secret(tmp_path: Path) -> None:
+    """A swept address with a password: neither the trial's folder nor what claims it shows the password."""
+    swept = [f"tracking.uri='http://bob:canary{n}@one/'" for n in (1, 2)]
+    names = [sweeps.folder_name([one]) for one in swept]
+    assert len(set(names)) == 2
+    assert "canary" not in "".join(names)
+    sweeps.claim(tmp_path, swept[:1])
+    assert "canary" not in "".join(path.read_text() for path in tmp_path.rglob("*") if path.is_file())
+    sweeps.claim(tmp_path, swept[:1])
+    with pytest.raises(InputError, match="that of the trial"):
+        sweeps.claim(tmp_path, swept[1:])
+
+
 def test_plain_names_stay_as_they_were() -> None:
     """So that a sweep that is started again finds its folders."""
     jobs = command.sweep_jobs(["inference.stride=16,32", "stain=none,macenko", "name='a b'"])

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from wsiflow import tracking
+from wsiflow.errors import EnvironmentFault
 from wsiflow.tracking import RunRecord, TrackingParams
 
 
@@ -284,6 +285,17 @@ def test_no_server_is_a_reason_not_an_error() -> None:
     assert f"127.0.0.1:{port}" in logged.reason
     assert "canary" not in logged.reason
     assert "\n" not in logged.reason
+
+
+def test_a_store_whose_driver_is_not_installed_is_a_reason() -> None:
+    """What a store lacks here has errors of its own: the run that it cannot record is complete all the same."""
+    params = params_for("mssql+pyodbc://joe:canary@127.0.0.1/runs")
+    logged = tracking.log_run(params, record())
+    assert logged.run_id is None
+    assert "pyodbc" in logged.reason
+    assert "canary" not in logged.reason
+    with pytest.raises(EnvironmentFault, match="pyodbc"):
+        tracking.recorded(params)
 
 
 def test_a_silent_server_is_given_up(silent_server: str) -> None:

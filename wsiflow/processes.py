@@ -62,7 +62,7 @@ def has_ended(process: Process) -> bool:
         return False
     try:
         os.kill(process.pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):  # the latter: no process has a number as large
         return True
     except OSError:  # not ours to signal: it is there
         pass

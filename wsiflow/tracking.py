@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from pydantic import BaseModel, Field, field_serializer
 
 from wsiflow import faults
-from wsiflow.errors import EnvironmentFault, InputError
+from wsiflow.errors import EnvironmentFault, InputError, WsiflowError
 from wsiflow.paths import SQLITE, StoreAddress
 from wsiflow.redaction import REDACTED, redacted, without_secrets
 
@@ -208,14 +208,12 @@ def _with_store(params: TrackingParams, record: Callable[["MlflowClient"], str])
     """Record something, whose id ``record`` returns."""
     _set_environment(params)
     from mlflow import MlflowClient
-    from mlflow.exceptions import MlflowException
-    from sqlalchemy.exc import SQLAlchemyError
 
     try:
         params = params.model_copy(update={"uri": _whole(params.uri)})
         with _only_writer(params):
             return Logged(record(MlflowClient(tracking_uri=params.uri)), "")
-    except (MlflowException, SQLAlchemyError, OSError, EnvironmentFault) as error:
+    except Exception as error:  # noqa: BLE001 - drivers of databases and of artifact stores have errors of their own
         # The run is complete on disk; an MLflow that cannot take its record must not make it fail.
         return Logged(None, f"{without_secrets(params.uri)} did not take the record: {_one_line(error)}")
 
@@ -368,14 +366,14 @@ def _readable(params: TrackingParams) -> Iterator["MlflowClient"]:
     """Give a client that reads; what the store refuses becomes a fault of the environment."""
     _set_environment(params)
     from mlflow import MlflowClient
-    from mlflow.exceptions import MlflowException
-    from sqlalchemy.exc import SQLAlchemyError
 
     try:
         params = params.model_copy(update={"uri": _whole(params.uri)})
         with _only_writer(params):
             yield MlflowClient(tracking_uri=params.uri)
-    except (MlflowException, SQLAlchemyError, OSError) as error:
+    except WsiflowError:
+        raise
+    except Exception as error:
         cause = f"{without_secrets(params.uri)} cannot be read: {_one_line(error)}"
         raise EnvironmentFault(cause, "see that it is there and try again", stage="tracking") from error
 

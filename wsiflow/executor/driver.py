@@ -14,6 +14,7 @@ from wsiflow import processes, publish
 from wsiflow.errors import WsiflowError
 from wsiflow.executor.jobs import LOG as JOBS
 from wsiflow.executor.jobs import identity, parse
+from wsiflow.redaction import without_secrets
 from wsiflow.usage import now
 
 LOG = f"{publish.RECEIPTS}/drivers.jsonl"
@@ -29,7 +30,7 @@ def noted(root: Path) -> Iterator[dict[str, Any]]:
         yield ended
     except BaseException as error:
         ended["exit_code"] = getattr(error, "exit_code", WsiflowError.exit_code)
-        ended["error"] = " ".join(f"{type(error).__name__}: {error}".split())
+        ended["error"] = without_secrets(" ".join(f"{type(error).__name__}: {error}".split()))
         raise
     finally:
         _note(root, {"event": "left", **who, **ended})

@@ -120,7 +120,13 @@ def call(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
     """
     try:
         return subprocess.run(
-            command, capture_output=True, text=True, timeout=_CALL_S, check=False, stdin=subprocess.DEVNULL
+            command,
+            capture_output=True,
+            text=True,
+            errors="replace",  # others name their jobs as they like
+            timeout=_CALL_S,
+            check=False,
+            stdin=subprocess.DEVNULL,
         )
     except FileNotFoundError as error:
         remedy = "run on a machine that submits jobs, with the scheduler's commands in PATH"
@@ -274,10 +280,11 @@ def _end_driver(history: History) -> str:
         return f"the run was started on {driver.host}, or in another container: it will notice there, or has ended"
     if not _drives_here(history):
         return "the process that ran the line had ended"
-    os.kill(driver.pid, signal.SIGTERM)
     patience = time.monotonic() + _DRIVER_S
-    while processes.born(driver.pid) == driver.born:
-        if time.monotonic() > patience:
-            os.kill(driver.pid, signal.SIGKILL)
-        time.sleep(0.1)
+    with contextlib.suppress(ProcessLookupError):  # it ends by itself
+        os.kill(driver.pid, signal.SIGTERM)
+        while processes.born(driver.pid) == driver.born:
+            if time.monotonic() > patience:
+                os.kill(driver.pid, signal.SIGKILL)
+            time.sleep(0.1)
     return f"process {driver.pid}, which ran the line, was ended"
