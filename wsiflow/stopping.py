@@ -142,7 +142,7 @@ def _listening(heard: "queue.SimpleQueue[_Ended | int]") -> Iterator[None]:
 
     def hear(number: int, _frame: FrameType | None) -> None:
         if _State.stopping:
-            _leave(number, _line("stopped at once"))
+            _leave(number, _line("stopped at once", goes_on=bool(_tellers)))
         _State.stopping = True
         heard.put(number)
 
@@ -162,14 +162,15 @@ def _listening(heard: "queue.SimpleQueue[_Ended | int]") -> Iterator[None]:
 def _end(number: int) -> NoReturn:
     """End the command after a first signal."""
     _mute()
+    tellers = _tellers[:1]  # what is cleaned up ends their bodies
     told = _within(_CLEANING_S, _cleanings[::-1])
     kill_descendants()
-    told[:0] = _within(_COUNTING_S, _tellers[:1])
-    _leave(number, _line(f"stopped: {', '.join(told)}" if told else "stopped"))
+    told[:0] = _within(_COUNTING_S, tellers)
+    _leave(number, _line(f"stopped: {', '.join(told)}" if told else "stopped", goes_on=bool(tellers)))
 
 
-def _line(text: str) -> str:
-    return f"{text}; {GOES_ON}" if _tellers else text
+def _line(text: str, *, goes_on: bool) -> str:
+    return f"{text}; {GOES_ON}" if goes_on else text
 
 
 def _mute() -> None:
