@@ -1,8 +1,11 @@
 """How scores are computed is settled once, and what that costs in accuracy is measured on every slide."""
 
+import contextlib
 import csv
+import io
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -20,10 +23,11 @@ FAST = ["executor=inline", "orchestrator=none", "tracking=off", "evaluation.boot
 
 @pytest.fixture(scope="module")
 def tiny_slide(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """A slide of 1,000 px, as the overrides that choose it: GoogLeNet's windows take their time."""
+    """A slide of 2 x 2 tiles of tissue, as the overrides that choose it: GoogLeNet's windows take their time."""
     path = tmp_path_factory.mktemp("slide") / "s.tif"
     spec = synth.plan_slide("micro", width_px=1000, height_px=900, seed=3)
-    pyramid.write_rgb(path, synth._bands(spec), shape=(900, 1000), um_px=0.243, quality=90)
+    corner = np.ascontiguousarray(np.concatenate(list(synth._bands(spec)))[:448, :448])
+    pyramid.write_rgb(path, iter([corner]), shape=corner.shape[:2], um_px=0.243, quality=90)
     return ["dataset=single", f"dataset.path={path}"]
 
 
@@ -58,12 +62,36 @@ def googlenet(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return ["model=card", f"model.card={save_card(network, folder)}"]
 
 
+class Strict(NamedTuple):
+    """What came of a run whose tolerance is exceeded, started again, and started to tell only: in this order.
+
+    Attributes:
+        out: The folder of all three.
+        codes: Their exit codes.
+        said: What each printed.
+        scored: Whether there were scores after each.
+    """
+
+    out: Path
+    codes: list[int]
+    said: list[str]
+    scored: list[bool]
+
+
+TOLERANCE = 0.02  # the scores of this slide differ by 0.032 on average, by 0.008 where windows share the first layers
+PADDED = ["inference.stride=32", "dense.windows=8", f"dense.tolerance={TOLERANCE}"]
+
+
 @pytest.fixture(scope="module")
-def padded(tiny_slide: list[str], googlenet: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run of GoogLeNet whose tolerance nothing exceeds."""
-    out = tmp_path_factory.mktemp("padded") / "run"
-    assert wsiflow(tiny_slide, out, *googlenet, "inference.stride=32", "dense.tolerance=0.5") == 0
-    return out
+def strict(tiny_slide: list[str], googlenet: list[str], tmp_path_factory: pytest.TempPathFactory) -> Strict:
+    """GoogLeNet beyond its tolerance: predicted and certified once for all tests."""
+    found = Strict(tmp_path_factory.mktemp("strict") / "run", [], [], [])
+    for more in ([], [], ["dense.beyond=tell"]):
+        with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.redirect_stderr(said):
+            found.codes.append(wsiflow(tiny_slide, found.out, *googlenet, *PADDED, *more))
+        found.said.append(said.getvalue())
+        found.scored.append((found.out / "evaluation").exists())
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -81,40 +109,31 @@ def save_card(network: nn.Module, folder: Path) -> Path:
     return save.save(network.eval(), fields, folder)
 
 
-def test_a_network_that_pads_is_run_with_context_and_measured(padded: Path) -> None:
+def test_a_network_that_pads_is_run_with_context_and_measured(strict: Strict) -> None:
     """GoogLeNet gets 96 px beyond its windows; its dense scores differ from single windows, and by how much is said."""
-    choice = settled(padded)["choice"]
+    choice = settled(strict.out)["choice"]
     assert (choice["engine"], choice["context_px"], choice["exact"]) == ("dense", 96, False)
     assert choice["halo_px"] == 112 - 16 + 96
-    found = summary(padded)
-    assert 1e-4 < found["dense.mean_abs_diff"] < found["dense.max_abs_diff"] < 0.5
-    assert found["dense.n"] == 24
+    found = summary(strict.out)
+    assert TOLERANCE < found["dense.mean_abs_diff"] < found["dense.max_abs_diff"] < 0.5
+    assert found["dense.n"] == 8
 
 
 def test_beyond_the_tolerance_a_run_stops_and_names_what_would_pass(
-    tiny_slide: list[str], googlenet: list[str], padded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    strict: Strict, tiny_slide: list[str], googlenet: list[str], tmp_path: Path
 ) -> None:
     """Nothing is scored; the advice was tried on the same windows, and following it passes."""
-    apart = summary(padded)["dense.mean_abs_diff"]
-    strict = [*googlenet, "inference.stride=32", f"dense.tolerance={0.8 * apart}"]
-    capsys.readouterr()
-    assert wsiflow(tiny_slide, tmp_path / "strict", *strict) == 40
-    said = capsys.readouterr()
-    said_text = said.out + said.err
-    assert "scores differ from single windows in fp32: mean abs diff is" in said_text
-    assert not (tmp_path / "strict/evaluation").exists()
-    assert said_text.count("looking for a setting that keeps dense.tolerance") == 1
-    assert wsiflow(tiny_slide, tmp_path / "strict", *strict) == 40
-    again = capsys.readouterr().out
-    assert "looking for" not in again, "once for a run"
+    first, again, told = strict.said
+    assert (strict.codes, strict.scored) == ([40, 40, 0], [False, False, True])
+    assert "scores differ from single windows in fp32: mean abs diff is" in first
+    assert first.count("looking for a setting that keeps dense.tolerance") == 1
+    assert "looking for" not in again + told, "once for a run"
     assert "advice     set dense.share_until=" in again
-    assert wsiflow(tiny_slide, tmp_path / "strict", *strict, "dense.beyond=tell") == 0
-    assert summary(tmp_path / "strict")["certificate.slides_beyond"] == 1
-    assert "slides beyond the limits: 1" in capsys.readouterr().out
-    assert "set dense.share_until=" in said_text
-    cut = said_text.split("set dense.share_until=")[1].split()[0]
-    assert wsiflow(tiny_slide, tmp_path / "shared", *strict, f"dense.share_until={cut}") == 0
-    assert summary(tmp_path / "shared")["dense.mean_abs_diff"] <= 0.8 * apart
+    assert summary(strict.out)["certificate.slides_beyond"] == 1
+    assert "slides beyond the limits: 1" in told
+    cut = first.split("set dense.share_until=")[1].split()[0]
+    assert wsiflow(tiny_slide, tmp_path / "shared", *googlenet, *PADDED, f"dense.share_until={cut}") == 0
+    assert summary(tmp_path / "shared")["dense.mean_abs_diff"] <= TOLERANCE
 
 
 def test_where_windows_do_not_overlap_they_are_run(small_slides: Path, tmp_path: Path) -> None:

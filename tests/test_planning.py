@@ -150,3 +150,14 @@ def test_what_cannot_be_planned_is_refused_in_one_line(
     error = capsys.readouterr().err
     assert told in error
     assert error.count("\n") == 1
+
+
+def test_a_clock_that_does_not_move_is_no_division_by_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where CPU time comes in steps of 10 ms a short task takes none of it."""
+    monkeypatch.setattr(measure.time, "process_time", lambda: 1.0)
+    works = {"predict": lambda _source, _task: None}
+    timed = [measure._timed(works, "predict", Path(), 0, tiles) for tiles in (1.0, 4.0)]
+    for stage in ("predict", "stitch"):
+        cost = measure._fit(stage, timed)
+        assert cost.fixed_s + cost.unit_s > 0
+        assert measure._spread(cost, timed) < 10

@@ -34,6 +34,7 @@ Works = Mapping[str, Callable[[Path, int], tuple[publish.Receipt, bool]]]
 _SLIDES = 2
 _BLOCKS = (1, 4)
 _PER_TILE = {"extract", "predict"}
+_LEAST_CORE_S = 1e-6
 # The first prediction of this process, after the fresh worker's, loads the network; that is `load_s`.
 _LOADS = {"predict": 2, "certify": 0}
 _IMPORT = "import wsiflow.steps"
@@ -202,7 +203,7 @@ def _timed_stage(
 def _timed(works: Works, stage: str, source: Path, task: int, tiles: float) -> Timed:
     clock, cpu = time.perf_counter(), time.process_time()
     works[stage](source, task)
-    core_s = time.process_time() - cpu
+    core_s = max(_LEAST_CORE_S, time.process_time() - cpu)  # a coarse clock may not move; costs are divided by it
     return Timed(tiles, core_s, max(0.0, time.perf_counter() - clock - core_s))
 
 
