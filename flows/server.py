@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -31,6 +32,7 @@ from wsiflow.errors import EnvironmentFault
 _HEALTH_TIMEOUT_S = 10.0  # of a server that is there and busy; where there is none the answer comes at once
 _START_TIMEOUT_S = 120.0
 _END_S = 10.0
+_ERROR = re.compile(r"(?:[\w.]+\.)?\w*(?:Error|Exception)\b")
 _REFUSED = {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}
 
 
@@ -144,6 +146,7 @@ def _server_environment() -> dict[str, str]:
     """Return the environment of a temporary server, as Prefect starts its own: without pages."""
     settings = get_current_settings().to_environment_variables(exclude_unset=True)
     own = {"PREFECT_UI_ENABLED": "0", "PREFECT__SERVER_EPHEMERAL": "1", "PREFECT__SERVER_FINAL": "1"}
+    own["PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"] = "ERROR"  # to the file that says why it does not start
     kept = {**os.environ, **settings, **own}
     kept.pop("PREFECT_API_URL", None)  # it is the server
     return kept
@@ -157,10 +160,15 @@ def _wait_for(server: subprocess.Popen[bytes], api: str, told: IO[bytes]) -> Non
         server.kill()
         server.wait()
         told.seek(0)
-        lines = told.read().decode(errors="replace").strip().splitlines()
-        cause = f"the temporary Prefect server does not start ({lines[-1] if lines else error})"
-        remedy = "free space or permissions for PREFECT_HOME, set PREFECT_API_URL to a lasting server (make prefect)"
-        raise EnvironmentFault(cause, f"{remedy}, or set orchestrator=none", stage="Prefect") from error
+        cause = f"the temporary Prefect server does not start ({_last_error(told.read()) or error})"
+        remedy = "see to space and permissions for PREFECT_HOME and TMPDIR, set PREFECT_API_URL to a lasting server"
+        raise EnvironmentFault(cause, f"{remedy} (make prefect), or set orchestrator=none", stage="Prefect") from error
+
+
+def _last_error(told: bytes) -> str:
+    """Return the line that ends the last traceback, else the last line; a server goes on to say that it ends."""
+    lines = told.decode(errors="replace").strip().splitlines()
+    return next((line for line in reversed(lines) if _ERROR.match(line)), lines[-1] if lines else "")
 
 
 def _send_what_waits() -> None:

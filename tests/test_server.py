@@ -100,13 +100,14 @@ def test_a_home_that_cannot_be_used_is_replaced(tmp_path: Path) -> None:
         assert Path(PREFECT_HOME.value()).is_dir()
 
 
-def test_a_temporary_server_that_does_not_start_says_why(tmp_path: Path) -> None:
-    """At once and in one line, with ways to go on."""
+def test_a_temporary_server_that_does_not_start_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At once and in one line, with ways to go on; the quiet of the command's own console does not hide the cause."""
+    monkeypatch.setenv("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
     broken = {
         PREFECT_HOME: tmp_path,
         PREFECT_SERVER_DATABASE_CONNECTION_URL: "sqlite+aiosqlite:////proc/none/prefect.db",
     }
-    refusal = pytest.raises(EnvironmentFault, match=r"does not start \(.+\); .*orchestrator=none")
+    refusal = pytest.raises(EnvironmentFault, match=r"does not start \(.*unable to open .+\); .*orchestrator=none")
     settings = temporary_settings(broken, restore_defaults={PREFECT_API_URL})
     with settings, refusal as refused, server.chosen_server():
         pass
