@@ -44,7 +44,7 @@ def _line(config: RunConfig, submit: Submit) -> results.Summary:
         ingested = [submit(f"ingest {i}", shards.ingest_shard, pool, cases, part) for i, part in enumerate(wanted, 1)]
         plan_path = ingest.make_plan(cases, [outcome for future in ingested for outcome in future.result()])
         results.set_aside(plan_path)
-        for told in shards.rejections(plan_path):
+        for told in (*shards.rejections(plan_path), *shards.doubles(plan_path)):
             terminal.say(told)
         slice_s = config.executor.slice_s
         if slice_s:
