@@ -25,7 +25,7 @@ Submit = Callable[..., Any]
 def line(config: RunConfig, submit: Submit) -> results.Summary:
     """Run everything, with ``submit`` starting each shard's work, and note who does."""
     with driver.noted(config.out) as ended:
-        summary = _line(config, submit, workers)
+        summary = _line(config, submit, workers, terminal.say)
         ended["exit_code"] = summary.exit_code
     return summary
 
@@ -35,25 +35,29 @@ def finished(config: RunConfig) -> results.Summary | None:
 
     It takes neither workers nor an orchestrator to see that.
     """
+    said: list[str] = []
     try:
-        return _line(config, _at_once, _nobody)
+        summary = _line(config, _at_once, _nobody, said.append)
     except _WorkLeftError:
-        return None
+        return None  # whoever does it says all of that again
+    for sentence in said:
+        terminal.say(sentence)
+    return summary
 
 
-def _line(config: RunConfig, submit: Submit, pool_of: Pool) -> results.Summary:
+def _line(config: RunConfig, submit: Submit, pool_of: Pool, say: Callable[[str], None]) -> results.Summary:
     clock = results.Clock(config)
     cases = shards.begin(config)
     with pool_of(config.executor, config.out) as pool:
         told = shards.choose(pool, cases)
         if told:
-            terminal.say(told)
+            say(told)
         wanted = shards.cut(shards.case_sizes(cases), config.shard_slides)
         ingested = [submit(f"ingest {i}", shards.ingest_shard, pool, cases, part) for i, part in enumerate(wanted, 1)]
         plan_path = ingest.make_plan(cases, [outcome for future in ingested for outcome in future.result()])
         results.set_aside(plan_path)
-        for told in shards.rejections(plan_path):
-            terminal.say(told)
+        for told in (*shards.rejections(plan_path), *shards.doubles(plan_path)):
+            say(told)
         slice_s = config.executor.slice_s
         if slice_s:
             shards.measure_costs(pool, plan_path)
@@ -64,7 +68,7 @@ def _line(config: RunConfig, submit: Submit, pool_of: Pool) -> results.Summary:
         ]
         progress = [calibrated, *(future.result() for future in futures)]
         for told in shards.advise(pool, plan_path):
-            terminal.say(told)
+            say(told)
     return results.finish(config, plan_path, progress, clock)
 
 

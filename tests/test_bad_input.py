@@ -359,9 +359,12 @@ def test_slides_and_truth_may_join_a_finished_run(slide: Path, tmp_path: Path, c
     """A third slide, or a corrected label, gives new scores beside the former ones, and keeps all finished work."""
     out = tmp_path / "run"
     shutil.copy(slide, slide.with_name("b.tif"))
-    assert started(capsys, "dataset=manifest", manifest(slide, "a,good.tif,,0,"), f"out={out}")[0] == 0
+    code, said = started(capsys, "dataset=manifest", manifest(slide, "a,good.tif,,0,"), f"out={out}")
+    assert (code, "the same slide" in said) == (0, False)
     before = (out / "heatmaps/a.tif").stat().st_mtime_ns
-    assert started(capsys, "dataset=manifest", manifest(slide, "a,good.tif,,0,", "b,b.tif,,0,"), f"out={out}")[0] == 0
+    two = manifest(slide, "a,good.tif,,0,", "b,b.tif,,0,")
+    code, said = started(capsys, "dataset=manifest", two, f"out={out}")
+    assert (code, "the same slide under several names, each of which counts in the scores: a, b\n" in said) == (0, True)
     assert json.loads((out / "evaluation/summary.json").read_text())["froc.n_slides"] == 2
     assert started(capsys, "dataset=manifest", manifest(slide, "a,good.tif,,0,", "b,b.tif,,1,"), f"out={out}")[0] == 0
     assert len(list((out / "evaluations").iterdir())) == 3

@@ -175,6 +175,7 @@ def test_a_configuration_survives_being_written() -> None:
         ("++inference.strid=32", r"there is no key inference\.strid \(did you mean inference\.stride\?\)"),
         ("stride=32", r"did you mean inference\.stride\?"),
         ("inferense.stride=32", r"did you mean inference\.stride\?"),
+        ("infrence=dense", r"there is no key infrence; did you mean inference\?"),
         ("executor=slrum_array", r"did you mean executor=slurm_array\? choices: dask, .*slurm_array"),
         ("model=3", r"no such choice; choices: card, demo, googlenet, pcam"),
         ("+executor=inline", r"executor is a choice that is made already; write executor=NAME: dask"),

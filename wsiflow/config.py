@@ -268,12 +268,14 @@ def _keys_of(form: type[BaseModel], prefix: str) -> Iterator[str]:
 
 
 def nearest(key: str) -> str:
-    """Return the key that was probably meant by one that is none, or an empty text."""
+    """Return the key or section that was probably meant by one that is none, or an empty text."""
     name = key.rpartition(".")[2]
     alone = {one.rpartition(".")[2]: one for one in reversed(known_keys())}
     near = difflib.get_close_matches(key, known_keys(), n=1, cutoff=0.8) or [
         alone[one] for one in difflib.get_close_matches(name, alone, n=1, cutoff=0.75)
     ]
+    sections = {one.partition(".")[0] for one in known_keys()}
+    near = near or difflib.get_close_matches(key, sections, n=1, cutoff=0.75)
     return near[0] if near else ""
 
 

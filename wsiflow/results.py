@@ -644,21 +644,14 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def _success_text(
     shown: Path, made: Plan, statuses: Sequence[Status], metrics: Mapping[str, float], executed: int, logged: str
 ) -> str:
-    def told(name: str, stem: str) -> str:
-        if math.isnan(metrics[name]):
-            return "not defined: it needs truth for tumour and normal slides"
-        return (
-            f"{metrics[name]:.4f} (95 % interval {metrics[f'{stem}_ci_low']:.4f} to {metrics[f'{stem}_ci_high']:.4f})"
-        )
-
     chosen = made.work["choice"]
     missing = [status for status in statuses if status.exit_code]
     lines = [f"PARTIAL: {status.slide_id} is missing: {status.reason}" for status in missing]
     lines += [
         f"slides     {len(statuses) - len(missing)} of {len(statuses)}, {executed} tasks done now",
-        f"FROC       {told('froc.score', 'froc.score')}",
-        f"  strict   {told('froc.strict_score', 'froc.strict_score')}",
-        f"AUC        {told('roc.auc', 'roc.auc')}",
+        f"FROC       {_score_told(metrics, 'froc.score', 'froc.score')}",
+        f"  strict   {_score_told(metrics, 'froc.strict_score', 'froc.strict_score')}",
+        f"AUC        {_score_told(metrics, 'roc.auc', 'roc.auc')}",
         f"protocol   {made.settings['evaluation']['name']} {_protocol_hash(shown)[:12]}",
         f"throughput {metrics['throughput.tiles_per_s']:.1f} tiles/s, "
         f"{metrics['throughput.windows_per_s']:.0f} windows/s, {metrics['throughput.core_hours']:.4f} core-hours, "
@@ -671,6 +664,18 @@ def _success_text(
         logged,
     ]
     return "\n".join(lines)
+
+
+def _score_told(metrics: Mapping[str, float], name: str, stem: str) -> str:
+    """Return a score with its interval, or why there is none."""
+    score, low, high = metrics[name], metrics[f"{stem}_ci_low"], metrics[f"{stem}_ci_high"]
+    if math.isnan(score):
+        if name.startswith("froc.") and metrics["froc.n_itc"] and not metrics["froc.n_lesions"]:
+            return "not defined: all tumour is as small as isolated tumour cells, which are not counted"
+        return "not defined: it needs truth for tumour and normal slides"
+    if math.isnan(low) or math.isnan(high):
+        return f"{score:.4f} (no interval: too few slides, or bootstrap=0)"
+    return f"{score:.4f} (95 % interval {low:.4f} to {high:.4f})"
 
 
 def _protocol_hash(shown: Path) -> str:

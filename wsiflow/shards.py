@@ -204,6 +204,15 @@ def rejections(plan_path: Path) -> list[str]:
     return [f"rejected: {named(one.reason, one.slide_id)}" for one in plan.read(plan_path).rejected]
 
 
+def doubles(plan_path: Path) -> list[str]:
+    """Say which slides have the same content: a manifest may list a file twice, and each line counts in the scores."""
+    alike: dict[str, list[str]] = {}
+    for planned in plan.read(plan_path).slides:
+        alike.setdefault(planned.sha256, []).append(planned.slide_id)
+    groups = (", ".join(slides) for slides in alike.values() if len(slides) > 1)
+    return [f"the same slide under several names, each of which counts in the scores: {names}" for names in groups]
+
+
 def named(reason: str, slide_id: str) -> str:
     """Return a reason that names the slide: faults of disk or process do not know which one they hit."""
     return reason if reason.startswith(f"slide {slide_id}") else f"slide {slide_id}, {reason}"
