@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from wsiflow import executor
+from wsiflow import executor, shards
+from wsiflow.errors import EnvironmentFault
 from wsiflow.executor import ExecutorParams, Outcome, Slice
 
 HERE = Path(__file__)
@@ -57,3 +58,16 @@ def test_a_task_that_kills_its_worker_fails_alone() -> None:
 def test_workers_follow_the_cores_unless_told(kind: str, workers: int, expected: int) -> None:
     """Zero means one worker per core this process may use."""
     assert executor.worker_count(params(kind, workers), cores=3) == expected
+
+
+def test_a_worker_that_died_without_a_word_has_cause_and_remedy(tmp_path: Path) -> None:
+    """What a run has only one task of ends it: the line begins with the cause, whatever the executor said."""
+
+    class Dying:
+        def run(self, *_: object) -> Iterator[Outcome]:
+            yield Outcome(0, None, executed=True, error="choose: the worker died", exit_code=30)
+
+        def stop(self) -> None: ...
+
+    with pytest.raises(EnvironmentFault, match="^choose: the worker died; free memory"):
+        shards.once(Dying(), tmp_path / "cases.json", "choose")
