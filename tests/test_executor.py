@@ -69,5 +69,5 @@ def test_a_worker_that_died_without_a_word_has_cause_and_remedy(tmp_path: Path) 
 
         def stop(self) -> None: ...
 
-    with pytest.raises(EnvironmentFault, match="^choose: the worker died; free memory"):
+    with pytest.raises(EnvironmentFault, match=r"^choose: the worker died; free memory"):
         shards.once(Dying(), tmp_path / "cases.json", "choose")
