@@ -1,6 +1,8 @@
 """The commands on files, as a user types them."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -81,3 +83,13 @@ def test_doctor_tells_cores_and_versions(capsys) -> None:
     told = capsys.readouterr().out
     assert "cores this process may use" in told
     assert "openslide-bin" in told
+
+
+def test_streams_that_were_closed_before_lead_nowhere(tmp_path: Path) -> None:
+    """A file that is opened must not get the number of one, nor must what prints meet none."""
+    code = "import sys; from wsiflow.flows.__main__ import give_streams; give_streams()\n"
+    code += "with open(sys.argv[1], 'w') as file: file.write(str(file.fileno())); print('told', flush=True)"
+    kept = tmp_path / "kept"
+    command = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", sys.executable, "-c", code, str(kept)]
+    assert subprocess.run(command, check=False).returncode == 0
+    assert int(kept.read_text()) > 2
