@@ -20,6 +20,7 @@ _COMPOSED = {"plan", "run", "retry"}
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    give_streams()
     give_home()
     try:
         if arguments[:1] == ["element"]:  # ended by its scheduler, which knows what signals mean
@@ -43,6 +44,20 @@ def _call(arguments: Sequence[str]) -> int:
 
         return cli.main(arguments, comparing.answer)
     return cli.main(arguments)
+
+
+def give_streams() -> None:
+    """Let streams that were closed before this process began lead nowhere.
+
+    The next file that is opened would have the number of one, and get what libraries print.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # noqa: FBT003 - the lowest number, which is this
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "w" if number else "r", encoding="utf-8", closefd=False))  # noqa: SIM115
 
 
 def give_home() -> None:

@@ -336,7 +336,7 @@ def test_an_array_that_cannot_be_prepared_keeps_no_room(tmp_path: Path, monkeypa
 
 def test_a_scheduler_may_answer_in_any_encoding() -> None:
     """A queue lists what others named, and their locale is not ours."""
-    assert jobs.call(["printf", r"1 caf\351 r"]).stdout == "1 caf\ufffd r"
+    assert jobs.call(["printf", r"1 na\357ve"]).stdout == "1 na\ufffdve"
 
 
 def test_without_a_scheduler_the_run_says_what_is_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

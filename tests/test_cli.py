@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -116,3 +117,13 @@ def test_output_that_cannot_be_written_is_told_once() -> None:
     assert done.returncode == 0
     assert done.stderr.count("\n") == 1
     assert "standard output cannot be written: No space left on device" in done.stderr
+
+
+def test_streams_that_were_closed_before_lead_nowhere(tmp_path: Path) -> None:
+    """A file that is opened must not get the number of one, nor must what prints meet none."""
+    code = "import sys; from wsiflow.flows.__main__ import give_streams; give_streams()\n"
+    code += "with open(sys.argv[1], 'w') as file: file.write(str(file.fileno())); print('told', flush=True)"
+    kept = tmp_path / "kept"
+    command = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", sys.executable, "-c", code, str(kept)]
+    assert subprocess.run(command, check=False).returncode == 0
+    assert int(kept.read_text()) > 2

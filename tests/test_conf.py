@@ -61,12 +61,12 @@ def test_every_path_begins_at_the_root(tmp_path: Path, monkeypatch: pytest.Monke
     """Workers may be in other folders: what is published of a configuration means the same everywhere."""
     monkeypatch.chdir(tmp_path)
     given = ["out=o", "share=s", "model=card", "model.card=c.json", "tracking.uri=sqlite:///x/../t.db"]
-    given += [f"dataset.{name}=d/{name}" for name in ("manifest", "folder", "path", "data")]
-    config = composed(*given)
+    given += ["dataset=manifest", *(f"dataset.{name}=d/{name}" for name in ("manifest", "folder", "data"))]
+    config, single = composed(*given), composed("dataset=single", "dataset.path=d/path")
     told = config.model_dump_json()
-    found = [config.out, config.share, config.model.card, *config.dataset.model_dump().values()]
+    found = [config.out, config.share, config.model.card, *config.dataset.model_dump().values(), single.dataset.path]
     paths = [path.relative_to(tmp_path).as_posix() for path in found if isinstance(path, Path)]
-    assert paths == ["o", "s", "c.json", "d/manifest", "d/folder", "d/path", "d/data"]
+    assert paths == ["o", "s", "c.json", "d/manifest", "d/folder", "d/data", "d/path"]
     assert config.tracking.uri == f"sqlite:///{tmp_path}/t.db"
     monkeypatch.chdir("/")
     assert RunConfig.model_validate_json(told) == config
@@ -153,6 +153,13 @@ def test_what_must_be_given_is_asked_for() -> None:
     """A data set that needs a path says which key."""
     with pytest.raises(InputError, match=r"no value for dataset\.manifest"):
         composed("dataset=manifest")
+
+
+@pytest.mark.parametrize(("setting", "kind"), [("manifest", "manifest"), ("path", "single")])
+def test_slides_that_are_named_and_would_not_be_read_are_refused(setting: str, kind: str) -> None:
+    """Without the word for their kind, the run would score the synthetic slides of the default."""
+    with pytest.raises(InputError, match=rf"dataset\.{setting} is given, .* add dataset={kind}"):
+        composed(f"dataset.{setting}=mine")
 
 
 def test_all_problems_are_told_together() -> None:

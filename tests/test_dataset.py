@@ -358,13 +358,13 @@ def test_a_data_set_is_loaded_up_to_a_limit(slides: Path, limit: object, count: 
 
 
 def test_each_kind_reads_its_own_setting(slides: Path) -> None:
-    """A manifest, a folder and a single slide are told apart by the kind alone."""
+    """A manifest, a folder and a single slide; the folder of synthetic slides may be named beside their manifest."""
     listed = slides / "manifest.csv"
     listed.write_text("path\nb.SVS\n")
-    everything = {"manifest": str(listed), "folder": str(slides / "lone"), "path": str(slides / "a.tif")}
+    given = {"manifest": {"manifest": str(listed)}, "folder": {}, "single": {"path": str(slides / "a.tif")}}
     found = [
-        [case.slide_id for case in load_dataset(params(kind=kind, **everything))]
-        for kind in ("manifest", "folder", "single")
+        [case.slide_id for case in load_dataset(params(kind=kind, folder=str(slides / "lone"), **own))]
+        for kind, own in given.items()
     ]
     assert found == [["b"], ["x"], ["a"]]
 

@@ -300,7 +300,7 @@ def scheduled(deployed: Deployed, request: dict[str, Any]) -> str:
     def made() -> list[str]:
         return [run["id"] for run in deployed.server.ask("flow_runs/filter", own) if run["auto_scheduled"]]
 
-    wait(lambda: bool(made()), seconds=180)
+    wait(lambda: bool(made()))
     return made()[0]
 
 

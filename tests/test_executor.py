@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from wsiflow import executor
+from wsiflow import executor, shards
 from wsiflow.errors import EnvironmentFault
 from wsiflow.executor import Executor, ExecutorParams, Outcome, Slice
 
@@ -142,3 +142,16 @@ def test_a_consumer_that_stops_gives_its_places_back(tmp_path: Path, monkeypatch
                 with pytest.raises(ZeroDivisionError):
                     next(pool.run(square, HERE, "predict", sliced(3)))
         assert len(list(pool.run(square, HERE, "predict", sliced(20)))) == 20
+
+
+def test_a_worker_that_died_without_a_word_has_cause_and_remedy(tmp_path: Path) -> None:
+    """What a run has only one task of ends it: the line begins with the cause, whatever the executor said."""
+
+    class Dying:
+        def run(self, *_: object) -> Iterator[Outcome]:
+            yield Outcome(0, None, executed=True, error="choose: the worker died", exit_code=30)
+
+        def stop(self) -> None: ...
+
+    with pytest.raises(EnvironmentFault, match=r"^choose: the worker died; free memory"):
+        shards.once(Dying(), tmp_path / "cases.json", "choose")

@@ -161,6 +161,25 @@ def test_what_is_not_an_attempt_is_left_alone(tmp_path: Path) -> None:
     publish.sweep_attempts(tmp_path)
 
 
+def test_receipts_that_may_not_be_listed_are_not_taken_for_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What checks every file would otherwise say that all is well."""
+    assert publish.receipt_names(tmp_path) == []
+    make(tmp_path)
+    assert publish.receipt_names(tmp_path) == ["a/b.bin"]
+    listed = os.scandir
+
+    def scandir(path: str) -> object:
+        if str(path).endswith("receipts/a"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(EnvironmentFault, match="Permission denied; correct the permissions"):
+        publish.receipt_names(tmp_path)
+
+
 def test_of_eight_attempts_at_once_one_wins(tmp_path: Path) -> None:
     """Racing attempts with equal bytes all succeed, and one file is there."""
     with ThreadPoolExecutor(8) as pool:

@@ -409,3 +409,21 @@ def test_data_of_a_slide_that_may_not_be_listed(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(os, "scandir", scandir)
     with pytest.raises(EnvironmentFault, match=r"/s: the folder cannot be listed \(Permission denied\)"):
         sha256(tmp_path / "s.mrxs")
+
+
+def test_a_slide_that_may_not_be_read_is_not_called_another_format(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """OpenSlide says the same of both; who asks before it was read, as for its outlines, must not blame the file."""
+    path = write(tmp_path / "s.tif", [coded(64, 64)])
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    def unsupported(_path: Path) -> None:
+        raise openslide.OpenSlideUnsupportedFormatError
+
+    monkeypatch.setattr(openslide, "OpenSlide", unsupported)
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(EnvironmentFault, match=r"s\.tif: the slide file cannot be read \(Permission denied\)"):
+        open_slide(path, slide_id="s")

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, BeforeValidator, Field
+from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
 from wsiflow import faults, identity
 from wsiflow.errors import EnvironmentFault, InputError
@@ -122,6 +122,14 @@ class DatasetParams(BaseModel, frozen=True, extra="forbid"):
     data: _OptionalPath
     slides: int = Field(ge=1, le=10_000)
     scale: float = Field(gt=0, le=1)
+
+    @model_validator(mode="after")
+    def _means_what_is_given(self) -> "DatasetParams":
+        """Refuse slides that are named and would not be read: others would be scored in their place."""
+        for setting, value, kind in (("manifest", self.manifest, "manifest"), ("path", self.path, "single")):
+            if value is not None and self.kind != kind:
+                raise ValueError(f"dataset.{setting} is given, but the slides are {self.kind}: add dataset={kind}")
+        return self
 
 
 class _Row(NamedTuple):

@@ -131,6 +131,17 @@ def require_file(path: Path, slide_id: str = "", *, what: str = "slide") -> None
         raise InputError(f"the {what} file is empty (0 bytes)", COPY_AGAIN, slide=slide_id, path=path)
 
 
+def require_readable(path: Path) -> None:
+    """See that the system lets us read a slide's files, of which a library says no more than that it knows no such one.
+
+    Raises:
+        EnvironmentFault: It does not.
+    """
+    for _, part in _parts(path):
+        with _as_slide_fault(part), part.open("rb") as stream:
+            stream.read(1)
+
+
 def unlisted(error: OSError) -> EnvironmentFault:
     """Return what to say of a folder that may not be listed: what it holds would be left out without a word."""
     cause = f"the folder cannot be listed ({faults.cause(error)})"

@@ -83,11 +83,22 @@ def read_receipt(root: Path, name: str) -> Receipt | None:
 
 
 def receipt_names(root: Path) -> list[str]:
-    """Return the names of all files that have receipts, sorted; hidden files that others leave there are none."""
+    """Return the names of all files that have receipts, sorted; hidden files that others leave there are none.
+
+    Raises:
+        EnvironmentFault: Not all of their folders can be listed.
+    """
     folder = root / RECEIPTS
-    found = (path.relative_to(folder) for path in folder.rglob("*.json"))
+    with _as_fault(folder):
+        files = [Path(place, name) for place, _, names in os.walk(folder, onerror=_raise) for name in names]
+    found = (path.relative_to(folder) for path in files if path.suffix == ".json")
     named = (path.as_posix().removesuffix(".json") for path in found if not any(p.startswith(".") for p in path.parts))
     return sorted(named)
+
+
+def _raise(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):
+        raise error
 
 
 def done(root: Path, name: str, key: str) -> Receipt | None:

@@ -36,6 +36,8 @@ SIDE_BY_SIDE = 64
 
 _SHARDS_WANTED = 40
 _BULK = {"extract", "predict"}
+# Where an executor tells of a worker that could not say anything itself.
+_OF_WORKERS = "free memory or use fewer workers, or see what ended it; then run again"
 _KINDS = {kind.exit_code: kind for kind in (InputError, EnvironmentFault, IntegrityError)}
 
 
@@ -172,7 +174,7 @@ def once(pool: Executor, source: Path, stage: str, key: str = "") -> None:
         if outcome.receipt is None and not outcome.retried:
             kind = _KINDS.get(outcome.exit_code, WsiflowError)
             cause, _, remedy = outcome.error.rpartition("; ")
-            raise kind(cause, remedy)
+            raise kind(cause or remedy, remedy if cause else _OF_WORKERS)
 
 
 def cut(sizes: Sequence[int], slides_each: int) -> list[tuple[int, ...]]:

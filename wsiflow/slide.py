@@ -426,6 +426,7 @@ def _open_handle(path: Path, slide_id: str) -> openslide.OpenSlide:
     try:
         return openslide.OpenSlide(path)
     except openslide.OpenSlideUnsupportedFormatError as error:
+        identity.require_readable(path)
         cause = "the file is not a slide in a format OpenSlide reads"
         raise InputError(cause, identity.COPY_AGAIN, slide=slide_id, path=path) from error
     except openslide.OpenSlideError as error:
