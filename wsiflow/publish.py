@@ -503,10 +503,15 @@ def _is_of_attempt(error: OSError, attempt: Attempt) -> bool:
     return Path(named).is_relative_to(attempt.path.parent) if named else faults.is_of_writing(error)
 
 
-def require_space(root: Path, needed_bytes: int) -> None:
+def require_space(root: Path, needed_bytes: int, *, less: str = "") -> None:
     """Refuse to begin a file that the disk has no room for.
 
     HDF5 does not survive a full disk: the process ends with a segmentation fault, and nobody is told why.
+
+    Args:
+        root: The folder it belongs to.
+        needed_bytes: Its size.
+        less: A setting that needs less room, where there is one.
 
     Raises:
         EnvironmentFault: Less than ``needed_bytes`` and a small reserve are free.
@@ -515,7 +520,8 @@ def require_space(root: Path, needed_bytes: int) -> None:
         free = shutil.disk_usage(root).free
     if free < needed_bytes + _RESERVE_BYTES:
         cause = f"{(needed_bytes + _RESERVE_BYTES) / 1e6:.0f} MB are needed, {free / 1e6:.0f} MB are free"
-        raise EnvironmentFault(cause, "free space there, or choose another out= (store=none needs far less)", path=root)
+        remedy = f"free space there, or choose another out={f' ({less} needs far less)' if less else ''}"
+        raise EnvironmentFault(cause, remedy, path=root)
 
 
 def preflight(root: Path) -> None:

@@ -528,9 +528,8 @@ def _receipt(root: Path, name: str) -> publish.Receipt:
 def _failure_text(root: Path, statuses: Sequence[Status]) -> str:
     bad = [status for status in statuses if status.exit_code]
     lines = [f"{status.status}: {status.reason}" for status in bad]
-    lines.append(
-        f"{len(bad)} of {len(statuses)} slides have no result, so nothing was scored; the others are in {root}"
-    )
+    others = f"; the others are in {root}" if len(bad) < len(statuses) else ""
+    lines.append(f"{len(bad)} of {len(statuses)} slides have no result, so nothing was scored{others}")
     partly = ", or score without them: allow_partial=true" if len(bad) < len(statuses) else ""
     lines.append(f"mend them and run the same command again{partly}")
     if (root / _FORMER).is_dir():

@@ -139,7 +139,7 @@ def extract(source: Path, index: int) -> tuple[publish.Receipt, bool]:
         store.check_patches(path, sizes)
 
     raw_bytes = sum(rows * cols * 3 for group in sizes.values() for rows, cols in group)
-    publish.require_space(place.shared or root, raw_bytes // 3 if params.loss else raw_bytes)
+    publish.require_space(place.shared or root, raw_bytes // 3 if params.loss else raw_bytes, less="store=none")
     with sharing.publishing(place, receipt_facts, verify) as attempt:
         with (
             attempt.timed("write"),

@@ -116,6 +116,7 @@ class Dask:
                 outcomes += _told(flight, ended)
         if outcomes[-1].retried:
             died = "the worker process died each time it ran (killed, out of memory, or a crash in a decoder)"
+            died += "; give workers more memory or see what kills them, then run again"
             outcomes[-1] = outcomes[-1]._replace(error=f"{call.stage}: {died}", exit_code=30, retried=False)
         return outcomes
 

@@ -122,6 +122,7 @@ class ProcessPool:
         if outcomes is not None:
             return outcomes[0].with_usage(submitted=submitted)
         died = "the worker process died while it ran alone (killed, out of memory, or a crash in a decoder)"
+        died += "; free memory or see what kills it, then run again"
         usage = {"submitted": submitted, "exit_class": "killed"}
         return Outcome(index, None, executed=True, error=f"{stage}: {died}", exit_code=30, usage=usage)
 
