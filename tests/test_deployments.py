@@ -81,9 +81,13 @@ def test_an_untouched_form_is_the_command_without_arguments() -> None:
 
 
 GIVEN = {
-    "dataset": {"manifest": "m.csv", "folder": "slides", "path": "a.svs"},
-    "model": {"card": "g.json"},
-    "geometry": {"tiles": "patch"},
+    "dataset=manifest": {"manifest": "m.csv"},
+    "dataset=folder": {"folder": "slides"},
+    "dataset=synthetic": {"folder": "slides"},
+    "dataset=single": {"path": "a.svs"},
+    "model=card": {"card": "g.json"},
+    "model=googlenet": {"card": "g.json"},
+    "geometry=reference": {"tiles": "patch"},
 }
 
 
@@ -93,7 +97,7 @@ def test_a_choice_means_what_its_file_says(path: Path) -> None:
     group = path.parent.name
     if len(GROUPS[group]) == 1:
         return
-    given = GIVEN.get(group, {})
+    given = GIVEN.get(f"{group}={path.stem}", {})
     keys = {field.title: given[name] for name, field in forms.Run.model_fields.items() if name in given}
     typed = [f"{group}={path.stem}", "inference.stride=16", *(f"{key}={value}" for key, value in keys.items())]
     assert compose_config(forms.Run(**{group: path.stem}, **given).said()) == compose_config(typed)
@@ -290,18 +294,21 @@ def detections(manifest: Path, folder: Path) -> Path:
 
 
 def scheduled(deployed: Deployed, request: dict[str, Any]) -> str:
-    """Let the server's scheduler make a run of an evaluation, now, and return its id."""
-    once = {"interval": 10**9, "anchor_date": (datetime.now(UTC) + timedelta(seconds=2)).isoformat()}
+    """Let the server's scheduler make runs of an evaluation, bring the first one forward, and return its id."""
+    daily = {"interval": 86_400, "anchor_date": (datetime.now(UTC) + timedelta(hours=1)).isoformat()}
     entry = deployed.entries["evaluate"]["id"]
-    wanted = [{"active": True, "schedule": once, "parameters": {"request": request}}]
+    wanted = [{"active": True, "schedule": daily, "parameters": {"request": request}}]
     assert deployed.server.answer(f"deployments/{entry}/schedules", wanted)[0] == 201
-    own = {"flow_runs": {"deployment_id": {"any_": [entry]}}}
+    own = {"flow_runs": {"deployment_id": {"any_": [entry]}}, "sort": "EXPECTED_START_TIME_ASC"}
 
     def made() -> list[str]:
         return [run["id"] for run in deployed.server.ask("flow_runs/filter", own) if run["auto_scheduled"]]
 
     wait(lambda: bool(made()))
-    return made()[0]
+    first = made()[0]
+    now = {"type": "SCHEDULED", "state_details": {"scheduled_time": datetime.now(UTC).isoformat()}}
+    assert deployed.server.answer(f"flow_runs/{first}/set_state", {"state": now, "force": True})[0] == 201
+    return first
 
 
 @pytest.fixture(scope="module")
