@@ -31,12 +31,6 @@ Once = Callable[[str, Callable[[Path], object]], Path]
 _LONGEST = ("deployments", "arrays", "crash", "line", "sweep", "equivalence", "certify", "dask", "experiments")
 
 
-def pytest_itemcollected(item: pytest.Item) -> None:
-    """Give pytest-xdist the tests of a file together, for their fixtures, and those of the one Prefect server."""
-    group = "server" if "server" in getattr(item, "fixturenames", ()) else item.path.stem
-    item.add_marker(pytest.mark.xdist_group(group))
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the files that take longest."""
     ranks = {f"test_{name}": rank for rank, name in enumerate(_LONGEST)}
