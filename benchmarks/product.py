@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from flows import pipeline
+from flows import line
 from flows.run import compose_config
 from wsiflow import plan, pyramid, synth, throughput
 from wsiflow.model.threads import limit_threads
@@ -98,7 +98,7 @@ def run(folder: Path, *overrides: str) -> Iterator[tuple[Path, dict[str, float]]
     with tempfile.TemporaryDirectory(dir=folder) as name:
         config = compose_config([f"out={name}/run", *_QUIET, *overrides])
         limit_threads(config.executor.threads)
-        summary = pipeline.direct(config)
+        summary = line.direct(config)
         if summary.exit_code:
             raise RuntimeError(f"the run ended with {summary.exit_code}: {summary.text}")
         yield config.out, summary.metrics

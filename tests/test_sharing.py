@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from test_line import COARSE, digests
 
-from flows import pipeline, run
+from flows import line, run
 from wsiflow import cli, dataset, ingest, publish, pyramid, scoring, sharing, throughput
 from wsiflow.errors import IntegrityError
 
@@ -135,7 +135,7 @@ def trial(manifest: Path, out: Path, stride: int, *more: str) -> Path:
     """Run one trial of a sweep below ``out`` and return its folder."""
     asked = ["dataset=manifest", f"dataset.manifest={manifest}", f"out={out}", *COARSE, *WIDEST]
     config = run.compose_config([*asked, f"inference.stride={stride}", *more], job=f"stride={stride}")
-    assert pipeline.direct(config).exit_code == 0
+    assert line.direct(config).exit_code == 0
     return config.out
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from test_line import over
 
-from flows import pipeline, run
+from flows import line, run
 from wsiflow import cli, heatmap, plan, pyramid
 from wsiflow.model.choice import Choice, alike
 
@@ -21,7 +21,7 @@ def folder_of(tiny_slides: Path, tmp_path_factory: pytest.TempPathFactory) -> Ca
     @functools.cache
     def folder(*settings: str) -> Path:
         out = tmp_path_factory.mktemp("run")
-        assert pipeline.direct(run.compose_config(over(tiny_slides, out, "store=none", *settings))).exit_code == 0
+        assert line.direct(run.compose_config(over(tiny_slides, out, "store=none", *settings))).exit_code == 0
         return out
 
     return folder
