@@ -446,7 +446,8 @@ def told(root: Path) -> Path | None:
 
 def folder_id(root: Path) -> str:
     """Return what stands for a run's folder wherever it lies; empty where nothing is known of its beginning."""
-    receipts = (publish.read_receipt(root, path.name) for path in publish.generations(root, "config.yaml"))
+    names = ("config.yaml", *(path.name for path in publish.generations(root, "config.yaml")))
+    receipts = (publish.read_receipt(root, name) for name in names)  # the file may be gone, its receipt still tells
     return next((str(receipt["attempt"]) for receipt in receipts if receipt), "")
 
 
