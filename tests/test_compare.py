@@ -357,7 +357,8 @@ def test_folders_and_mlflow_agree(uri: str, tmp_path: Path) -> None:
     for name, n_found, cost in (("a", 4, 2.0), ("b", 3, 3.0)):
         write_folder(out / name, some(n_found), cost)
         (out / name / "receipts").mkdir()
-        (out / name / "receipts/config.yaml.json").write_text(json.dumps({"attempt": f"folder-{name}"}))
+        receipt = {"attempt": f"folder-{name}", "path": "config.yaml", "key": "k", "sha256": "0" * 64, "bytes": 0}
+        (out / name / "receipts/config.yaml.json").write_text(json.dumps(receipt))
         trial = Trial({"run": name}, cost, some(n_found))
         ids += log(params, [trial], tmp_path / name, key=f"k{name}", tags={"wsiflow.folder": f"folder-{name}"})
     (out / "died/evaluation").mkdir(parents=True)  # between two files
