@@ -5,6 +5,7 @@ to the workers as plain functions, so workers need neither Prefect nor its serve
 """
 
 import logging
+import pkgutil
 import shutil
 import tempfile
 import threading
@@ -119,8 +120,9 @@ def _runner(params: ExecutorParams, cores: int, scratch: str) -> "DaskTaskRunner
     own = size | _GUARDED if path.startswith("dask_jobqueue.") else size
     kwargs = {**(own if dask.cluster else _local(params.workers or cores, scratch)), **dask.cluster_kwargs}
     try:
+        stopping.in_main_thread(lambda: pkgutil.resolve_name(path))
         return DaskTaskRunner(cluster_class=path, cluster_kwargs=kwargs, adapt_kwargs=dict(dask.adapt_kwargs))
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, ValueError) as error:
         remedy = "give the path of a class and install its package"
         raise InputError(f"executor.dask.cluster is {path}: {error}", remedy, stage="configuration") from error
 

@@ -274,3 +274,23 @@ def test_a_second_signal_ends_it_at_once(tmp_path: Path, presses: int) -> None:
     said = {1: "stopped: 1 tasks done, 2 left", 2: "stopped at once"}[presses]
     assert running.errors == f"{said}; the same command goes on\n"
     running.close()
+
+
+def test_what_sets_handlers_while_it_is_imported_is_called_by_the_thread_that_listens(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(
+        "import os, signal, threading\n"
+        "from wsiflow import stopping\n"
+        "def sets() -> None:\n"
+        "    signal.signal(signal.SIGTERM, signal.SIG_DFL)\n"
+        "def command() -> int:\n"
+        "    stopping.in_main_thread(sets)\n"
+        "    assert threading.current_thread() is not threading.main_thread()\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    threading.Event().wait()\n"
+        "    return 0\n"
+        "stopping.run(command)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "own.py"], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (143, "stopped\n")

@@ -38,7 +38,7 @@ _tellers: list[Callable[[], str]] = []
 class _State:
     """What the handler of signals and the rest of this module know of each other."""
 
-    listening = False
+    heard: "_Heard | None" = None  # what the main thread waits for, while it listens
     stopping = False
     stderr = 2  # where the one line goes
     said = False
@@ -51,11 +51,15 @@ class _Ended(NamedTuple):
     error: BaseException | None
 
 
+#: How the command ended, the number of a signal, or what the main thread is to call.
+_Heard = queue.SimpleQueue[_Ended | int | Callable[[], None]]
+
+
 def run(command: Callable[[], int]) -> int:
     """Call a command and return its exit code; does not return where a signal ends it."""
     if threading.current_thread() is not threading.main_thread():
         return command()  # only the main thread hears signals
-    heard: queue.SimpleQueue[_Ended | int] = queue.SimpleQueue()
+    heard: _Heard = queue.SimpleQueue()
 
     def body() -> None:
         _block()
@@ -65,12 +69,42 @@ def run(command: Callable[[], int]) -> int:
 
     with _listening(heard):
         threading.Thread(target=body, name="command", daemon=True).start()
-        ended = heard.get()
+        while callable(ended := heard.get()):
+            ended()
         if isinstance(ended, int):
             _end(ended)
     if ended.error is not None:
         raise ended.error
     return ended.exit_code
+
+
+def in_main_thread(call: Callable[[], object]) -> None:
+    """Call a function in the thread that listens, and keep this module's handlers of signals.
+
+    Some libraries set handlers while they are imported (dask-jobqueue does), which only the main thread may.
+
+    Raises:
+        Exception: Whatever the function raises.
+    """
+    if _State.heard is None:
+        call()
+        return
+    answer: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+    _State.heard.put(lambda: answer.put(_raised(call)))
+    if (error := answer.get()) is not None:
+        raise error
+
+
+def _raised(call: Callable[[], object]) -> BaseException | None:
+    handlers = {number: signal.getsignal(number) for number in _SIGNALS}
+    try:
+        call()
+    except BaseException as error:  # noqa: BLE001 - raised again in the thread that asked
+        return error
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return None
 
 
 def _called(command: Callable[[], int]) -> _Ended:
@@ -112,7 +146,7 @@ def shield() -> None:
     and that thread's signals are unblocked in the course of it.
     """
     resource_tracker.ensure_running()
-    if _State.listening:
+    if _State.heard is not None:
         _block()
 
 
@@ -137,7 +171,7 @@ def kill_descendants() -> None:
 
 
 @contextlib.contextmanager
-def _listening(heard: "queue.SimpleQueue[_Ended | int]") -> Iterator[None]:
+def _listening(heard: _Heard) -> Iterator[None]:
     """Put signals into the queue; those that whoever started this wants ignored, as ``nohup`` does, stay ignored."""
 
     def hear(number: int, _frame: FrameType | None) -> None:
@@ -150,11 +184,11 @@ def _listening(heard: "queue.SimpleQueue[_Ended | int]") -> Iterator[None]:
     for number, handler in before.items():
         if handler != signal.SIG_IGN:
             signal.signal(number, hear)
-    _State.listening = True
+    _State.heard = heard
     try:
         yield
     finally:
-        _State.listening = False
+        _State.heard = None
         for number, handler in before.items():
             signal.signal(number, handler)
 
