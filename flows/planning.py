@@ -6,7 +6,6 @@ run's folder or a file, or is a rough value for GoogLeNet at stride 16; the repo
 """
 
 import argparse
-import csv
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +14,6 @@ from typing import Any, NamedTuple
 
 from wsiflow import (
     executor,
-    faults,
     ingest,
     ledger,
     measure,
@@ -26,6 +24,7 @@ from wsiflow import (
     simulation,
     stages,
     stopping,
+    tables,
     terminal,
 )
 from wsiflow.config import RunConfig
@@ -221,15 +220,12 @@ def _stitching_mb(made: Plan) -> int:
 
 def _from_table(config: RunConfig, path: Path, share: float) -> Counted:
     """Count what slides would be of which a table tells the tiles."""
+    advice = "give a CSV with slide,n_tiles_224"
+    table = tables.read(path, "the table of tiles", advice, ("n_tiles_224",))
     try:
-        with path.open(encoding="utf-8", newline="") as stream:
-            boxes = [int(row["n_tiles_224"]) for row in csv.DictReader(stream)]
-    except OSError as error:
-        raise faults.unreadable(error, "it", "give a CSV with slide,n_tiles_224", path=path) from error
-    except (KeyError, ValueError) as error:
-        raise InputError(
-            f"it has no tile counts ({error!r})", "give a CSV with slide,n_tiles_224", path=path
-        ) from error
+        boxes = [int(row["n_tiles_224"]) for row in table.rows()]
+    except ValueError as error:
+        raise InputError(f"the table of tiles holds what is no count ({error})", advice, path=path) from error
     tiles = [max(1, round(share * box)) for box in boxes]
     stored = config.store.kind == "hdf5"
     sizes = Sizes(

@@ -167,7 +167,7 @@ def test_a_stream_that_lacks_a_letter_is_told_all_the_same(monkeypatch: pytest.M
     [
         ("ENOENT", InputError, "the card cannot be read (No such file or directory); give another"),
         ("EISDIR", InputError, "give another"),
-        ("EACCES", InputError, "correct the permissions there"),
+        ("EACCES", EnvironmentFault, "correct the permissions there"),
         ("EIO", EnvironmentFault, "see that the disk or network"),
         ("EMFILE", EnvironmentFault, "ulimit"),
     ],

@@ -8,7 +8,6 @@ of its name. Pictures carry the colours of two scanners; their stains are taken 
 Points are x, y in level-0 px of the real slide.
 """
 
-import csv
 import hashlib
 import json
 import math
@@ -26,8 +25,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from wsiflow import faults, stain, textures
+from wsiflow import faults, stain, tables, textures
 from wsiflow.errors import InputError, WsiflowError
+
+_ADVICE = "name a folder that has camelyon16/ and patches/ complete"
 
 Part = Literal["train", "test"]
 
@@ -198,11 +199,8 @@ def _codes(pixels: NDArray[np.uint8], fit: stain.DensityFit) -> textures.Codes:
 
 def _centers(table: Path) -> dict[str, str]:
     """Return the center of each slide of CAMELYON16."""
-    try:
-        with table.open(newline="", encoding="utf-8") as stream:
-            found = {row["image"].removesuffix(".tif"): row["center"] for row in csv.DictReader(stream)}
-    except (OSError, KeyError) as error:
-        raise _unusable(error, table) from error
+    rows = tables.read(table, "the table of centers", _ADVICE, ("image", "center")).rows()
+    found = {row["image"].removesuffix(".tif"): row["center"] for row in rows}
     odd = sorted(set(found.values()) - set(SCANNERS))
     if odd:
         raise _unusable(ValueError(f"center {', '.join(odd)}, known are {', '.join(SCANNERS)}"), table)
@@ -233,10 +231,9 @@ def _outlines(archive: Path) -> Iterator[tuple[str, dict[str, list[NDArray[np.fl
 
 def _unusable(error: Exception, path: Path) -> WsiflowError:
     """Return the error of a file of the data folder."""
-    advice = "name a folder that has camelyon16/ and patches/ complete"
     if isinstance(error, OSError) and faults.number(error):
-        return faults.unreadable(error, "it", advice, path=path)
-    return InputError(f"it cannot be read ({type(error).__name__}: {error})", advice, path=path)
+        return faults.unreadable(error, "it", _ADVICE, path=path)
+    return InputError(f"it cannot be read ({type(error).__name__}: {error})", _ADVICE, path=path)
 
 
 def area(outline: NDArray[np.float64]) -> float:

@@ -4,7 +4,6 @@ Modules are imported where they are used, so that no command waits for another's
 """
 
 import argparse
-import csv
 import platform
 import shutil
 from pathlib import Path
@@ -62,7 +61,7 @@ def status(arguments: argparse.Namespace) -> int:
     """Say what a run has done, whether it is complete, and who runs it."""
     import json
 
-    from wsiflow import ingest, publish, stages
+    from wsiflow import ingest, publish, stages, tables
     from wsiflow.executor import driver
 
     root = arguments.run
@@ -81,9 +80,8 @@ def status(arguments: argparse.Namespace) -> int:
         say(sentence)
     listed = root / "process_list.csv"
     if listed.exists():
-        with listed.open(newline="", encoding="utf-8") as stream:
-            for row in csv.DictReader(stream):
-                say(f"{row['slide_id']}: {row['status']}{': ' + row['reason'] if row['reason'] else ''}")
+        for row in tables.read(listed, "the list of slides", "start the run again").rows():
+            say(f"{row['slide_id']}: {row['status']}{': ' + row['reason'] if row['reason'] else ''}")
     return 0
 
 

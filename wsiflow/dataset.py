@@ -8,7 +8,6 @@ is wrong with a manifest is reported at once, with line numbers. A slide file th
 fault: opening it fails, for that slide alone.
 """
 
-import csv
 import difflib
 import errno
 import math
@@ -24,9 +23,10 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
-from wsiflow import faults, identity
+from wsiflow import identity, tables
 from wsiflow.errors import EnvironmentFault, InputError
 from wsiflow.paths import AbsolutePath
+from wsiflow.tables import Line
 
 COLUMNS: Mapping[str, tuple[str, ...]] = {
     "slide_id": ("slide_id", "slide", "sample_id"),
@@ -132,13 +132,6 @@ class DatasetParams(BaseModel, frozen=True, extra="forbid"):
         return self
 
 
-class _Row(NamedTuple):
-    """A line of a manifest that is not blank."""
-
-    line: int
-    cells: list[str]
-
-
 def load_dataset(params: DatasetParams) -> tuple[Case, ...]:
     """Return the slides the settings name, at most ``limit`` of them.
 
@@ -169,14 +162,14 @@ def read_manifest(path: Path) -> tuple[Case, ...]:
     Raises:
         InputError: The file is missing, empty or not CSV, or lines of it are wrong: all of them, with their numbers.
     """
-    rows = _rows(path)
+    rows = tables.read_lines(path, "the manifest", "correct dataset.manifest")
     if not rows:
         raise InputError("the manifest is empty", "give it a header 'slide_id,path' and a line per slide", path=path)
     columns = _columns(rows[0].cells, path)
     parsed = [_parsed(row, columns, path.parent.absolute()) for row in rows[1:]]
     problems = [problem for _, wrong in parsed for problem in wrong]
     if not parsed:
-        problems.append(f"line {rows[0].line}: there is a header but no slide")
+        problems.append(f"line {rows[0].number}: there is a header but no slide")
     named = [(values["slide_id"], f"line {values['line']}") for values, _ in parsed if "slide_id" in values]
     _report(problems + _collisions(named), "correct the manifest", path)
     return tuple(Case(**values) for values, _ in parsed)
@@ -231,24 +224,6 @@ def read_single(path: Path) -> tuple[Case, ...]:
     return (Case(name, path, annotation_path=_companion(path, path.parent)),)
 
 
-def _rows(path: Path) -> list[_Row]:
-    """Read the lines of a CSV file that are not blank."""
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as stream:
-            reader = csv.reader(stream, strict=True)
-            return [_Row(reader.line_num, cells) for cells in reader if any(cell.strip() for cell in cells)]
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
-        raise InputError("the manifest is not an existing file", "correct dataset.manifest", path=path) from error
-    except OSError as error:
-        cause = f"the manifest cannot be read ({faults.cause(error)})"
-        raise EnvironmentFault(cause, faults.remedy(error), path=path) from error
-    except UnicodeDecodeError as error:
-        raise InputError("the manifest is not UTF-8 text", "save it as 'CSV UTF-8'", path=path) from error
-    except csv.Error as error:
-        cause = f"line {reader.line_num}: not CSV ({error})"
-        raise InputError(cause, "correct the quotes of that line", path=path) from error
-
-
 def _columns(header: Sequence[str], path: Path) -> list[str]:
     """Return the meaning of every column of a header; an empty text for one that is passed over."""
     known = {alias: column for column, aliases in COLUMNS.items() for alias in aliases}
@@ -274,11 +249,11 @@ def _unknown(name: str, known: Iterable[str]) -> str:
     return f"unknown column {name!r}" + (f" (did you mean {near[0]}?)" if near else "")
 
 
-def _parsed(row: _Row, columns: Sequence[str], folder: Path) -> tuple[dict[str, Any], list[str]]:
+def _parsed(row: Line, columns: Sequence[str], folder: Path) -> tuple[dict[str, Any], list[str]]:
     """Return the values of a line by attribute of :class:`Case`, and what is wrong with the line."""
-    values: dict[str, Any] = {"line": row.line}
+    values: dict[str, Any] = {"line": row.number}
     if len(row.cells) != len(columns):
-        return values, [f"line {row.line}: {len(row.cells)} cells, but the header has {len(columns)}"]
+        return values, [f"line {row.number}: {len(row.cells)} cells, but the header has {len(columns)}"]
     wrong = []
     for column, cell in zip(columns, row.cells, strict=True):
         try:
@@ -286,13 +261,13 @@ def _parsed(row: _Row, columns: Sequence[str], folder: Path) -> tuple[dict[str, 
             if column and text:
                 values[column] = _PARSERS[column](text, folder)
         except ValueError as error:
-            wrong.append(f"line {row.line}: {column or 'class'}: {error}")
+            wrong.append(f"line {row.number}: {column or 'class'}: {error}")
     if "path" not in values and not wrong:
-        wrong.append(f"line {row.line}: path: is empty")
+        wrong.append(f"line {row.number}: path: is empty")
     if "slide_id" not in values and not wrong:
         values["slide_id"] = _slide_name(values["path"])
         if bad := _bad_id(values["slide_id"]):
-            wrong.append(f"line {row.line}: {bad}; give it a slide_id")
+            wrong.append(f"line {row.number}: {bad}; give it a slide_id")
     return values, wrong
 
 

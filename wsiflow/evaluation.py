@@ -14,13 +14,11 @@ null in JSON.
 for, a digest of its truth, its score and its matched confidences. Bootstrap intervals are of `comparison`.
 """
 
-import csv
 import dataclasses
 import hashlib
-import io
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, Field, FiniteFloat, ValidationError
 
-from wsiflow import annotations, comparison, dataset, faults, froc, identity, publish, pyramid, roc
+from wsiflow import annotations, comparison, dataset, faults, froc, identity, publish, pyramid, roc, tables
 from wsiflow.annotations import TumourOutline
 from wsiflow.comparison import Setting
 from wsiflow.config import EvaluationParams
@@ -299,13 +297,9 @@ def evaluate_judged(judged: Sequence[Judged], params: EvaluationParams, *, seed:
 
 def documents(scores: Scores) -> dict[str, str]:
     """Return the files of an evaluation, text by name; NaN and infinity are null."""
-    table = io.StringIO()
-    writer = csv.DictWriter(table, list(scores.cases[0]) if scores.cases else ["slide_id"], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(scores.cases)
     return {
         "summary.json": json_text(scores.metrics),
-        "cases.csv": table.getvalue(),
+        "cases.csv": tables.csv_text(scores.cases, None if scores.cases else ["slide_id"]),
         "froc.json": json_text(scores.froc),
         "roc.json": json_text(scores.roc),
         "matches.json": json.dumps(scores.matches.model_dump(mode="json"), sort_keys=True, allow_nan=False) + "\n",
@@ -460,7 +454,9 @@ def read_detections(path: Path) -> NDArray[np.float64]:
     Raises:
         InputError: The file cannot be read, or a line is not three finite numbers; the line is named.
     """
-    return np.array([_numbers(line, cells, path) for line, cells in _csv_rows(path)], np.float64).reshape(-1, 3)
+    return np.array(
+        [_numbers(line, cells, path) for line, cells in tables.read_lines(path, "it", "correct the path")], np.float64
+    ).reshape(-1, 3)
 
 
 def format_detections(detections: NDArray[np.float64]) -> str:
@@ -485,7 +481,7 @@ def read_scores(path: Path) -> dict[str, float]:
     Raises:
         InputError: The file cannot be read, has another header, a slide twice or a score that is not finite.
     """
-    rows = list(_csv_rows(path))
+    rows = tables.read_lines(path, "it", "correct the path")
     if not rows or [cell.strip().lower() for cell in rows[0][1]] != ["slide_id", "score"]:
         found = ",".join(rows[0][1]) if rows else ""
         raise InputError(f"the first line is {found!r}", "begin the file with slide_id,score", path=path)
@@ -708,22 +704,6 @@ def _same_slides(expected: Iterable[str], found: Iterable[str], what: str, path:
     parts += [f"a {what} for {', '.join(stray)}, which the manifest does not have"] if stray else []
     remedy = "give exactly the slides of the manifest (an empty file where nothing was found)"
     raise InputError(" and ".join(parts), remedy, path=path)
-
-
-def _csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """Yield line number and cells of every line that is not blank.
-
-    Raises:
-        InputError: The file cannot be read as CSV.
-    """
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.reader(file, strict=True)
-            yield from ((reader.line_num, cells) for cells in reader if cells)
-    except OSError as error:
-        raise faults.unreadable(error, "it", "correct the path", path=path) from error
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"not a readable CSV ({error})", "write it as UTF-8 text with commas", path=path) from error
 
 
 def _numbers(line: int, cells: list[str], path: Path) -> list[float]:

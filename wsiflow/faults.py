@@ -32,12 +32,8 @@ _REMEDIES = {
 }
 _AGAIN = "then run again"
 _OF_PROCESS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
-_OF_ACCESS = {errno.EACCES, errno.EPERM}
-# What a path, a file or its permissions are wrong for, wherever they are read; all else may pass.
-_OF_INPUT = {
-    *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL),
-    *_OF_ACCESS,
-}
+# What a path or a file is wrong for, wherever it is read; all else may pass.
+_OF_INPUT = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL}
 _OF_WRITING = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _OF_SEMAPHORES = {errno.EROFS, errno.EACCES, errno.ENOSPC, errno.ENOENT, errno.ENOSYS}
 _NUMBER = re.compile(r"errno = (\d+)")
@@ -82,7 +78,7 @@ def is_of_machine(error: OSError) -> bool:
 
 def named_in(text: str) -> OSError | None:
     """Return the error of the machine that a library tells in words, None where it tells another."""
-    codes = (code for code in _REMEDIES if code not in _OF_INPUT or code in _OF_ACCESS)
+    codes = (code for code in _REMEDIES if code not in _OF_INPUT)
     return next((OSError(code, os.strerror(code)) for code in codes if os.strerror(code) in text), None)
 
 
@@ -114,8 +110,7 @@ def unreadable(error: OSError, what: str, advice: str, *, path: object, slide: s
     """
     told = f"{what} cannot be read ({cause(error)})"
     if number(error) in _OF_INPUT:
-        denied = number(error) in _OF_ACCESS
-        return InputError(told, remedy(error) if denied else advice, path=path, slide=slide)
+        return InputError(told, advice, path=path, slide=slide)
     return EnvironmentFault(told, remedy(error), path=path, slide=slide)
 
 

@@ -5,13 +5,11 @@ are shown under ``evaluation-PARTIAL/``, the report says what is missing, and th
 the folder as it is now: scores of an earlier state go to ``evaluation-FORMER/`` as soon as they are no longer true.
 """
 
-import csv
-import io
 import json
 import math
 import shutil
 import time
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,19 +29,23 @@ from wsiflow import (
     redaction,
     report,
     stages,
+    tables,
     throughput,
     trace,
     tracking,
 )
 from wsiflow.config import RunConfig
 from wsiflow.dataset import Case
-from wsiflow.errors import PARTIAL, InputError, IntegrityError, WsiflowError
+from wsiflow.errors import PARTIAL, IntegrityError, WsiflowError
 from wsiflow.executor import worker_count
+from wsiflow.faults import unreadable
 from wsiflow.ledger import Ledger
 from wsiflow.model.threads import allocated_cores
 from wsiflow.plan import Plan, SlidePlan
 from wsiflow.provenance import facts, versions
 from wsiflow.shards import Ended, Progress, named
+
+_OWN = ("a table of the run", "run again")
 
 
 class Summary(NamedTuple):
@@ -275,15 +277,7 @@ def _process_list(statuses: Sequence[Status], receipts: Sequence[publish.Receipt
         | {name: f"{value:.3f}" for name, value in seconds.get(status.slide_id, {}).items()}
         for status in statuses
     ]
-    return _table([*columns, *timed], rows)
-
-
-def _table(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n", restval="")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
+    return tables.csv_text(rows, [*columns, *timed])
 
 
 def _certificates(root: Path, folder: str, made: Plan, statuses: Sequence[Status]) -> dict[str, float]:
@@ -291,7 +285,7 @@ def _certificates(root: Path, folder: str, made: Plan, statuses: Sequence[Status
     good = {status.slide_id for status in statuses if not status.exit_code}
     rows, metrics = certify.summary(root, made, [planned for planned in made.slides if planned.slide_id in good])
     if rows:
-        publish.write_view(root, f"{folder}/certificates.csv", _table(list(rows[0]), rows).encode())
+        publish.write_view(root, f"{folder}/certificates.csv", tables.csv_text(rows).encode())
     return metrics
 
 
@@ -306,7 +300,9 @@ def _colours(root: Path, made: Plan, receipts: Sequence[publish.Receipt]) -> dic
         for x, y, reason in receipt.get("stain_failures", [])
     ]
     rows.sort(key=lambda row: (row["slide_id"], row["l0_y"], row["l0_x"]))
-    publish.write_view(root, "stain_failures.csv", _table(["slide_id", "l0_x", "l0_y", "reason"], rows).encode())
+    publish.write_view(
+        root, "stain_failures.csv", tables.csv_text(rows, ["slide_id", "l0_x", "l0_y", "reason"]).encode()
+    )
     return {"stain.failures": float(len(rows))}
 
 
@@ -497,12 +493,8 @@ def _truth_sha256(cases: Sequence[Case], config: RunConfig) -> tuple[dict[str, l
             except OSError as error:
                 hashes.append(None)
                 if config.evaluation.excluded(case.slide_id) != "all":
-                    cause, remedy = (
-                        f"its truth cannot be read ({error.strerror})",
-                        "correct the path or its permissions",
-                    )
-                    told = InputError(cause, remedy, slide=case.slide_id, stage="evaluation", path=path or "")
-                    faults[case.slide_id] = told
+                    told = unreadable(error, "its truth", "correct the path", path=path or "")
+                    faults[case.slide_id] = told.about(slide=case.slide_id, stage="evaluation")
         if case.slide_id not in faults:
             found[case.slide_id] = [case.label, *hashes]
     return found, faults
@@ -541,10 +533,8 @@ def _write_report(
     root: Path, folder: str, config: RunConfig, made: Plan, statuses: Sequence[Status], metrics: Mapping[str, float]
 ) -> None:
     """Write ``report.html`` from what is published."""
-    with (root / folder / "cases.csv").open(newline="", encoding="utf-8") as stream:
-        scored = {row["slide_id"]: row for row in csv.DictReader(stream)}
-    with (root / "process_list.csv").open(newline="", encoding="utf-8") as stream:
-        listed = list(csv.DictReader(stream))
+    scored = {row["slide_id"]: row for row in tables.read(root / folder / "cases.csv", *_OWN).rows()}
+    listed = list(tables.read(root / "process_list.csv", *_OWN).rows())
     good = [status.slide_id for status in statuses if not status.exit_code]
     data = report.ReportData(
         name=config.name,

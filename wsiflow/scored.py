@@ -4,7 +4,6 @@ Input: a run's folder. Output: a `Scored`, the list of its cases in which nothin
 by column, from the cases, the manifest or a table that is given.
 """
 
-import csv
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
-from wsiflow import dataset, evaluation, faults, ingest, plan
+from wsiflow import dataset, evaluation, ingest, plan, tables
 from wsiflow.config import RunConfig
 from wsiflow.dataset import Case
 from wsiflow.errors import InputError, IntegrityError
@@ -183,11 +182,10 @@ def manifest(scored: Scored) -> Path | None:
 
 
 def _ended(path: Path) -> dict[str, Ended]:
-    try:
-        with path.open(newline="", encoding="utf-8") as stream:
-            return {row["slide_id"]: Ended(row["status"], row["reason"]) for row in csv.DictReader(stream)}
-    except FileNotFoundError as error:
-        raise InputError("the run has not ended yet", "let it end, or start it again", path=path) from error
+    if not path.exists():
+        raise InputError("the run has not ended yet", "let it end, or start it again", path=path)
+    listed = tables.read(path, "the list of slides", "start the run again", ("slide_id", "status", "reason"))
+    return {row["slide_id"]: Ended(row["status"], row["reason"]) for row in listed.rows()}
 
 
 def _check_scores(scored: Scored) -> None:
@@ -259,7 +257,7 @@ def _kept(case: Case, column: str) -> str:
 
 def _table(path: Path) -> dict[str, dict[str, str]]:
     """Read a table of slides."""
-    header, rows = _csv(path)
+    header, rows = tables.read(path, "it", "correct the path")
     if "slide_id" not in header:
         raise InputError("it has no column slide_id", "give a CSV with slide_id and any other columns", path=path)
     ids = [cells[header.index("slide_id")] for _, cells in rows]
@@ -279,28 +277,8 @@ def _manifest(scored: Scored) -> dict[str, dict[str, str]]:
     path = manifest(scored)
     if path is None:
         return {}
-    header, rows = _csv(path)
+    header, rows = tables.read(path, "it", "correct the path")
     names = {case.line: case.slide_id for case in dataset.read_manifest(path)}
     return {
         name: {names[line]: cells[place] for line, cells in rows if line in names} for place, name in enumerate(header)
     }
-
-
-def _csv(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
-    """Return the header of a CSV file in lower case, and its other lines with their numbers; cells are stripped."""
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as stream:
-            reader = csv.reader(stream, strict=True)
-            lines = [(reader.line_num, [cell.strip() for cell in cells]) for cells in reader if any(cells)]
-    except OSError as error:
-        raise faults.unreadable(error, "it", "correct the path", path=path) from error
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"not a readable CSV ({error})", "write it as UTF-8 text with commas", path=path) from error
-    if not lines:
-        raise InputError("it is empty", "give a header and a line per slide", path=path)
-    header = [name.lower() for name in lines[0][1]]
-    for line, cells in lines[1:]:
-        if len(cells) != len(header):
-            cause = f"line {line} has {len(cells)} cells, the header {len(header)}"
-            raise InputError(cause, "give every line a cell per column", path=path)
-    return header, lines[1:]

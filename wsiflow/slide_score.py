@@ -7,8 +7,6 @@ A table of features has a row for each slide and threshold: ``slide_id``, ``thre
 of scores has the header ``slide_id,score``, as `evaluation.read_scores` takes it.
 """
 
-import csv
-import io
 import math
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from wsiflow import dataset, faults, features, forest, plan, publish, pyramid
+from wsiflow import dataset, features, forest, plan, publish, pyramid, tables
 from wsiflow.dataset import Case
 from wsiflow.errors import InputError
 from wsiflow.forest import Choices, Forest, Sample
@@ -49,18 +47,16 @@ def write_features(runs: Sequence[Path], out: Path, *, reference: bool = False) 
         IntegrityError: A heatmap is not what its receipt says.
     """
     seen: dict[str, Path] = {}
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(COLUMNS)
+    rows: list[Row] = []
     for run in runs:
         for planned in plan.latest(run).slides:
             if planned.slide_id in seen:
                 cause = f"it is in {seen[planned.slide_id]} and in {run}"
                 raise InputError(cause, "name one run for each slide", slide=planned.slide_id, stage="features")
             seen[planned.slide_id] = run
-            for row in slide_rows(run, planned, features.LEVELS, reference=reference):
-                writer.writerow([*row[:-1], *row.values.tolist()])
-    _write(out, text.getvalue())
+            rows += slide_rows(run, planned, features.LEVELS, reference=reference)
+    cells = [dict(zip(COLUMNS, [*row[:-1], *row.values.tolist()], strict=True)) for row in rows]
+    _write(out, tables.csv_text(cells, COLUMNS))
     return len(seen)
 
 
@@ -98,25 +94,19 @@ def read_features(path: Path) -> list[Row]:
     Raises:
         InputError: The file cannot be read, has other columns, a cell is no number, or a heatmap's cell has no size.
     """
-    try:
-        with path.open(newline="", encoding="utf-8") as stream:
-            header, *lines = csv.reader(stream, strict=True)
-            odd = next((i for i, line in enumerate(lines, start=2) if len(line) != len(COLUMNS)), None)
-            if tuple(header) != COLUMNS or odd is not None:
-                cause = "other columns" if odd is None else f"line {odd} has other columns"
-                raise InputError(cause, "give a table that wsiflow features wrote", path=path)
-            rows = [
-                Row(line[0], float(line[1]), line[2], float(line[3]), np.array(line[4:], np.float64)) for line in lines
-            ]
-    except OSError as error:
-        raise faults.unreadable(error, "the table of features", "correct the path", path=path) from error
-    except (ValueError, csv.Error) as error:
-        cause = f"not a readable table of features ({error})"
-        raise InputError(cause, "give a table that wsiflow features wrote", path=path) from error
-    odd = next((i for i, row in enumerate(rows, start=2) if not (math.isfinite(row.cell_um) and row.cell_um > 0)), None)
-    if odd is not None:
-        cause = f"line {odd}: cell_um is {rows[odd - 2].cell_um:g}"
-        raise InputError(cause, "give a table that wsiflow features wrote", path=path)
+    advice = "give a table that wsiflow features wrote"
+    table = tables.read(path, "the table of features", advice)
+    if tuple(table.header) != COLUMNS:
+        raise InputError("the table of features has other columns", advice, path=path)
+    rows = []
+    for number, cells in table.lines:
+        try:
+            row = Row(cells[0], float(cells[1]), cells[2], float(cells[3]), np.array(cells[4:], np.float64))
+        except ValueError as error:
+            raise InputError(f"line {number}: {error}", advice, path=path) from error
+        if not (math.isfinite(row.cell_um) and row.cell_um > 0):
+            raise InputError(f"line {number}: cell_um is {row.cell_um:g}", advice, path=path)
+        rows.append(row)
     return rows
 
 

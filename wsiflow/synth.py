@@ -6,9 +6,7 @@ README and ``manifest.csv``, which comes last.
 Files are published one by one: a data set that was interrupted is continued, one that is complete is left alone.
 """
 
-import csv
 import hashlib
-import io
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,7 +21,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from wsiflow import faults, likeness, publish, pyramid
+from wsiflow import faults, likeness, publish, pyramid, tables
 from wsiflow.atlas import read_atlas
 from wsiflow.errors import InputError
 from wsiflow.model.threads import allocated_cores
@@ -367,28 +365,32 @@ def _check_slide(path: Path) -> None:
 
 def _manifest(jobs: list[_Job]) -> str:
     """Return the manifest, paths relative to it."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["slide_id", "path", "mpp", "label", "annotation_path"])
-    for job in jobs:
-        label, annotation = ("tumor", f"{job.slide_id}.xml") if job.spec.lesions else ("normal", "")
-        writer.writerow([job.slide_id, f"{job.slide_id}.tif", UM_PX, label, annotation])
-    return text.getvalue()
+    return tables.csv_text([_manifest_row(job.slide_id, has_tumour=bool(job.spec.lesions)) for job in jobs])
+
+
+def _manifest_row(slide_id: str, *, has_tumour: bool) -> dict[str, Any]:
+    label, annotation = ("tumor", f"{slide_id}.xml") if has_tumour else ("normal", "")
+    return {
+        "slide_id": slide_id,
+        "path": f"{slide_id}.tif",
+        "mpp": UM_PX,
+        "label": label,
+        "annotation_path": annotation,
+    }
 
 
 def _like_manifest(plans: Iterable[likeness.Plan]) -> str:
     """Return the manifest of slides like real ones, paths relative to it."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["slide_id", "path", "mpp", "label", "annotation_path", "patient_id", "split", "scanner"])
-    for planned in plans:
-        name = planned.slide_id
-        label, annotation = ("tumor", f"{name}.xml") if planned.lesions else ("normal", "")
-        patient = name.replace(planned.part, "patient")
-        writer.writerow(
-            [name, f"{name}.tif", UM_PX, label, annotation, patient, planned.part, f"center_{planned.scanner}"]
-        )
-    return text.getvalue()
+    rows = [
+        {
+            **_manifest_row(planned.slide_id, has_tumour=bool(planned.lesions)),
+            "patient_id": planned.slide_id.replace(planned.part, "patient"),
+            "split": planned.part,
+            "scanner": f"center_{planned.scanner}",
+        }
+        for planned in plans
+    ]
+    return tables.csv_text(rows)
 
 
 def _sources(plans: Iterable[likeness.Plan]) -> str:

@@ -4,8 +4,6 @@ The process that runs the line appends each attempt to ``attempts.jsonl`` as it 
 that file, so it holds the attempts of every start of the run. Nothing that is published depends on either.
 """
 
-import csv
-import io
 import json
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -13,7 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from wsiflow import publish
+from wsiflow import publish, tables
 from wsiflow.executor import Outcome
 
 COLUMNS = (
@@ -112,16 +110,8 @@ def _between(first: str, second: str) -> float | str:
 
 def write_views(root: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write ``trace.csv``, and the timing statistics as ``timing.json``, of what `attempts` returns."""
-    publish.write_view(root, "trace.csv", _table(rows).encode())
+    publish.write_view(root, "trace.csv", tables.csv_text(rows, COLUMNS).encode())
     publish.write_view(root, "timing.json", json.dumps(statistics(rows)._asdict(), indent=1).encode())
-
-
-def _table(rows: Sequence[Mapping[str, Any]]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n", restval="")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
 
 
 class Statistics(NamedTuple):

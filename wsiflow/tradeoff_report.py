@@ -3,15 +3,13 @@
 Input: a `Tradeoff` and its figures. Output: texts. What has no value is a dash, or empty in the CSV.
 """
 
-import csv
-import io
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from wsiflow import page, tradeoff
+from wsiflow import page, tables, tradeoff
 from wsiflow.comparison import Difference, Interval
 from wsiflow.tradeoff import Cost, Row, Tradeoff
 
@@ -46,12 +44,9 @@ def columns(found: Tradeoff) -> dict[str, list[Any]]:
 
 
 def _csv(found: Tradeoff) -> str:
-    text = io.StringIO()
     table = columns(found)
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(table)
-    writer.writerows(zip(*table.values(), strict=True))
-    return text.getvalue()
+    rows = [dict(zip(table, values, strict=True)) for values in zip(*table.values(), strict=True)]
+    return tables.csv_text(rows, list(table))
 
 
 def _cells(row: Row) -> Iterator[tuple[str, Any]]:
