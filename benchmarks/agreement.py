@@ -15,7 +15,8 @@ import numpy as np
 
 from benchmarks import product
 from benchmarks.measuring import Table, arguments, finish, machine, say
-from wsiflow import certificate, synth
+from wsiflow.model import certificate
+from wsiflow.slides.synthetic.dataset import write_dataset
 
 _QUANTILES = (0.5, 0.95, 0.99)
 
@@ -52,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         os.environ["WSIFLOW_CACHE"] = str(folder / "cache")
         size_px = given.size_px or 2048
         say(f"drawing six slides of {size_px} px")
-        manifest = synth.write_dataset(folder / "slides", size_px=size_px, seed=1)
+        manifest = write_dataset(folder / "slides", size_px=size_px, seed=1)
         for case in _cases(given, manifest):
             values[case.name] = _compared(folder, case)
             rows += _rows(case.name, values[case.name])

@@ -26,8 +26,9 @@ from benchmarks.measuring import (
     ratio,
     say,
 )
-from wsiflow.model import engines, scorer
+from wsiflow.model import scorer
 from wsiflow.model.classifier import Classifier
+from wsiflow.model.engines.engine import PRECISIONS, available, cpu_supports_bf16
 
 Run = Callable[[], NDArray[np.float32]]
 """Scores the tile or the block once."""
@@ -56,9 +57,9 @@ def ways(*, quick: bool, only: Sequence[str] = ("window", "dense")) -> list[tupl
     found = [
         (engine, backend, precision)
         for engine in only
-        for backend in engines.available()
-        for precision in engines.PRECISIONS[backend]
-        if (precision != "bf16" or engines.cpu_supports_bf16()) and (backend, precision) != ("torch", "bf16")
+        for backend in available()
+        for precision in PRECISIONS[backend]
+        if (precision != "bf16" or cpu_supports_bf16()) and (backend, precision) != ("torch", "bf16")
     ]
     return [way for way in found if way[1] == "openvino" and way[2] != "int8"] if quick else found
 

@@ -20,10 +20,10 @@ from torch import nn
 
 from benchmarks import networks, product
 from benchmarks.measuring import Spent, Spread, Table, arguments, finish, interleave, machine, say, spread
-from wsiflow import slide
-from wsiflow.model import dense, engines
 from wsiflow.model.classifier import Classifier
-from wsiflow.model.engines import EngineSpec, Network
+from wsiflow.model.dense.network import describe
+from wsiflow.model.engines.engine import Backend, EngineSpec, Network, Precision, cpu_supports_bf16, prepare, quantise
+from wsiflow.slides import slide
 
 _LAYERS = 4
 
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _products(classifier: Classifier, size: Size, *, quick: bool) -> tuple[dict[str, Any], list[Table]]:
     """Measure multiplications per second: of bare products, and of the dense pass."""
-    facts = dense.describe(classifier, networks.STRIDE_PX)
+    facts = describe(classifier, networks.STRIDE_PX)
     pixels = networks.tissue(size.region_px)
     work: dict[str, tuple[Callable[[], Any], float]] = {}
     for backend, precision in _specs(quick=quick):
@@ -83,10 +83,10 @@ def _products(classifier: Classifier, size: Size, *, quick: bool) -> tuple[dict[
     return values, _product_tables(values)
 
 
-def _specs(*, quick: bool) -> list[tuple[engines.Backend, engines.Precision]]:
+def _specs(*, quick: bool) -> list[tuple[Backend, Precision]]:
     """Return the backends and precisions whose peak is looked for."""
-    found: list[tuple[engines.Backend, engines.Precision]] = [("torch", "fp32"), ("openvino", "fp32")]
-    if engines.cpu_supports_bf16():
+    found: list[tuple[Backend, Precision]] = [("torch", "fp32"), ("openvino", "fp32")]
+    if cpu_supports_bf16():
         found += [("torch", "bf16"), ("openvino", "bf16")]
     return found if quick else [*found, ("openvino", "int8")]
 
@@ -113,8 +113,8 @@ def _bare(size: Size) -> list[tuple[str, Network, float]]:
 
 
 def _bare_run(network: Network, spec: EngineSpec) -> Callable[[], Any]:
-    quantised = engines.quantise(network, [network.example]) if spec.precision == "int8" else None
-    engine = engines.prepare(network, spec, threads=1, quantised=quantised)
+    quantised = quantise(network, [network.example]) if spec.precision == "int8" else None
+    engine = prepare(network, spec, threads=1, quantised=quantised)
     return lambda: engine(network.example)
 
 

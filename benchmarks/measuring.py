@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from wsiflow.model.threads import allocated_cores, cpu_flags, cpu_model
+from wsiflow.system.machine import allocated_cores, cpu_flags, cpu_model
 
 Contestant = Callable[[], float]
 """Does its work once and returns how many tiles it was."""

@@ -23,11 +23,11 @@ from benchmarks import networks, product
 from benchmarks.measuring import Table, arguments, finish, machine, say
 from benchmarks.scaling import block_pixels, context_px
 from flows.run import compose_config
-from wsiflow import settle
 from wsiflow.model import scorer
 from wsiflow.model.classifier import load
-from wsiflow.model.engines import cpu_supports_bf16
-from wsiflow.synthetic import UM_PX
+from wsiflow.model.engines.engine import cpu_supports_bf16
+from wsiflow.run.stages import choose
+from wsiflow.slides.synthetic.tissue import UM_PX
 
 LIMIT_BYTES = 2_000_000_000
 _FILE_TILE_PX = 256
@@ -81,7 +81,7 @@ def _blocks(card: str, *, workers: int, quick: bool) -> tuple[dict[str, Any], Ta
 def _default_cols(card: str, precision: str) -> int:
     """Return the most columns of a block at default settings."""
     config = compose_config(["model=card", f"model.card={card}", f"inference.precision={precision}"])
-    settled = settle.settle(load(networks.spec(card)), config, threads=1)
+    settled = choose.settle(load(networks.spec(card)), config, threads=1)
     return int(settled["choice"]["block_cols"])
 
 

@@ -15,15 +15,15 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from wsiflow import synth
 from wsiflow.model import scorer
-from wsiflow.model.architectures import build
+from wsiflow.model.architectures.registry import build
 from wsiflow.model.card import ModelSpec
 from wsiflow.model.choice import Choice
 from wsiflow.model.classifier import Classifier, load
 from wsiflow.model.save import save
-from wsiflow.synthetic import render
-from wsiflow.throughput import untimed
+from wsiflow.run.results.cost import untimed
+from wsiflow.slides.synthetic import dataset
+from wsiflow.slides.synthetic.tissue import render
 
 WINDOW_PX = TILE_PX = 224
 STRIDE_PX = 16
@@ -84,7 +84,7 @@ def _fields(architecture: str) -> Mapping[str, Any]:
 def tissue(side_px: int) -> NDArray[np.uint8]:
     """Return a square of drawn tissue, uint8 (side, side, 3)."""
     whole_px = max(6144, 3 * side_px)
-    plan = synth.plan_slide("macro", width_px=whole_px * 19 // 12, height_px=whole_px, seed=0)
+    plan = dataset.plan_slide("macro", width_px=whole_px * 19 // 12, height_px=whole_px, seed=0)
     first = [int((extent - side_px) // 2) for extent in (plan.width_px, plan.height_px)]
     return render(plan, first[0], first[1], side_px, side_px)
 

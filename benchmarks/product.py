@@ -18,9 +18,12 @@ from numpy.typing import NDArray
 
 from flows import line
 from flows.run import compose_config
-from wsiflow import plan, pyramid, synth, throughput
-from wsiflow.model.threads import limit_threads
-from wsiflow.synthetic import UM_PX, SlideSpec, render
+from wsiflow.plan import plan
+from wsiflow.run.results import cost as throughput
+from wsiflow.slides import pyramid
+from wsiflow.slides.synthetic import dataset
+from wsiflow.slides.synthetic.tissue import UM_PX, SlideSpec, render
+from wsiflow.system.machine import limit_threads
 
 STEPS = (*throughput.STEPS, "other")
 _BAND_PX = 512
@@ -54,7 +57,7 @@ class Cost(NamedTuple):
 
 def write_slide(path: Path, side_px: int, *, seed: int = 0, workers: int = 1) -> Path:
     """Write a square synthetic slide, under a half of it tissue; ``workers`` processes draw."""
-    drawn = synth.plan_slide("micro", width_px=side_px, height_px=side_px, seed=seed)
+    drawn = dataset.plan_slide("micro", width_px=side_px, height_px=side_px, seed=seed)
     pyramid.write_rgb(path, _bands(drawn, workers), shape=(side_px, side_px), um_px=UM_PX, quality=85)
     return path
 

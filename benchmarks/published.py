@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from wsiflow import forest, roc
-from wsiflow.features import LEVELS, NAMES
-from wsiflow.forest import Choices, Sample, Settings
+from wsiflow.evaluation import forest, roc
+from wsiflow.evaluation.forest import Choices, Sample, Settings
+from wsiflow.heatmap.features import LEVELS, NAMES
 
 SEEDS = (42, 0, 1)
 REFERENCE = {"max_features": 20, "max_depth": 10, "min_leaf": 1}

@@ -22,12 +22,15 @@ import numpy as np
 from benchmarks.measuring import Table, arguments, finish, machine, say, significant
 from flows.cluster import workers
 from flows.run import compose_config
-from wsiflow import executor, ingest, plan, publish, shards
-from wsiflow.dataset import Case, read_manifest
 from wsiflow.errors import InputError
-from wsiflow.executor import Executor, Outcome, Slice, Work
-from wsiflow.geometry import Frame
-from wsiflow.usage import Meter
+from wsiflow.plan import plan
+from wsiflow.plan.geometry import Frame
+from wsiflow.run import executor, shards
+from wsiflow.run.executor import Executor, Outcome, Slice, Work
+from wsiflow.run.stages import ingest
+from wsiflow.slides.manifest import Case, read_manifest
+from wsiflow.system import publish
+from wsiflow.system.usage import Meter
 
 _GROUPS_PER_SLIDE = 100
 _SLICE_S = 10.0

@@ -17,9 +17,10 @@ import numpy as np
 
 from benchmarks import networks
 from benchmarks.measuring import Spent, Table, arguments, finish, interleave, machine, per_tile, say, spread
-from wsiflow.model import dense, scorer
+from wsiflow.model import scorer
 from wsiflow.model.classifier import Classifier, load
-from wsiflow.model.engines import cpu_supports_bf16
+from wsiflow.model.dense import network
+from wsiflow.model.engines.engine import cpu_supports_bf16
 
 _CONTEXT_PX = 96  # what `dense.halo` says
 
@@ -86,7 +87,7 @@ def _strides(classifier: Classifier, size: Size) -> tuple[dict[str, Any], Table]
     rounds = interleave(contestants, rounds=size.rounds, unit="tile (window)")
     values, rows = {}, []
     for stride in size.strides:
-        facts = dense.describe(classifier, stride)
+        facts = network.describe(classifier, stride)
         count = (networks.TILE_PX / stride) ** 2
         cells = [str(stride), str(facts.grid_px), f"{2e-9 * facts.dense_macs_px * networks.TILE_PX**2:.2f}"]
         for precision in _precisions():
@@ -116,7 +117,7 @@ def block_pixels(rows: int, cols: int, context_px: int) -> np.ndarray:
 
 def context_px(classifier: Classifier) -> int:
     """Return the context around the windows of a block: none for a network that does not pad."""
-    return _CONTEXT_PX if dense.describe(classifier, networks.STRIDE_PX).padded else 0
+    return _CONTEXT_PX if network.describe(classifier, networks.STRIDE_PX).padded else 0
 
 
 def _blocks(classifier: Classifier, size: Size) -> tuple[dict[str, Any], Table]:

@@ -19,9 +19,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from wsiflow import schedule, shards, simulation
-from wsiflow.schedule import Costs, StageCost
-from wsiflow.simulation import Cluster, Forecast, Share, Sizes, Stage
+from wsiflow.run import shards
+from wsiflow.run.costs import ROUGH, Costs, StageCost
+from wsiflow.run.forecast import simulation
+from wsiflow.run.forecast.simulation import Cluster, Forecast, Share, Sizes, Stage
 
 RESULTS = Path(__file__).parent / "results"
 PAPER_CORE_S = 18 * 365.25 * 24 * 3600  # for all slides
@@ -59,18 +60,18 @@ class Work(NamedTuple):
         """Return what tasks cost on one core."""
         if self.kind == "paper":
             per_tile = PAPER_CORE_S / (PAPER_TISSUE * sum(_boxes(self.table)))
-            return schedule.ROUGH._replace(
+            return ROUGH._replace(
                 stages={
-                    **schedule.ROUGH.stages,
+                    **ROUGH.stages,
                     "predict": StageCost(0.0, per_tile),
                     "extract": StageCost(0.0, _REFERENCE_EXTRACT_S),
                 }
             )
         line = _line(self.kind)
-        return schedule.ROUGH._replace(
+        return ROUGH._replace(
             stages={
-                **schedule.ROUGH.stages,
-                "predict": StageCost(schedule.ROUGH.stages["predict"].fixed_s, line["line_s_tile"][0]),
+                **ROUGH.stages,
+                "predict": StageCost(ROUGH.stages["predict"].fixed_s, line["line_s_tile"][0]),
                 "certify": StageCost(line["certificate_s"][0], 0.0),
             }
         )

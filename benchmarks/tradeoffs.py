@@ -18,10 +18,13 @@ from numpy.typing import NDArray
 
 from benchmarks import networks, product
 from flows.run import compose_config
-from wsiflow import heatmap, plan, stain, synth
-from wsiflow.geometry import Frame, subsampling
+from wsiflow.heatmap import assembly
 from wsiflow.model.choice import Choice, alike
 from wsiflow.model.classifier import Classifier, load
+from wsiflow.plan import plan
+from wsiflow.plan.geometry import Frame, subsampling
+from wsiflow.slides.stain import transfer
+from wsiflow.slides.synthetic import dataset
 
 _WAYS = {
     "dense": (),
@@ -49,7 +52,7 @@ def _folder() -> Path:
 
 @cache
 def _slides(size_px: int, seed: int) -> Path:
-    return synth.write_dataset(_folder() / f"slides-{size_px}-{seed}", size_px=size_px, seed=seed)
+    return dataset.write_dataset(_folder() / f"slides-{size_px}-{seed}", size_px=size_px, seed=seed)
 
 
 @cache
@@ -96,7 +99,7 @@ def _subsampled_diff(found: _Run, settings: dict[str, Any]) -> float:
         if fine_px == settings["stride"] or alike(fine.choice, found.choice):
             continue
         for slide, heat in found.maps.items():
-            taken = heatmap.subsample(fine.maps[slide], fine.frames[slide], found.frames[slide])
+            taken = assembly.subsample(fine.maps[slide], fine.frames[slide], found.frames[slide])
             if not np.array_equal(np.isnan(taken), np.isnan(heat)):
                 return np.inf
             worst = np.nanmax([worst, np.nanmax(np.abs(taken - heat), initial=0.0)])
@@ -112,7 +115,7 @@ def colours(settings: dict[str, Any], *, seed: int) -> dict[str, float]:
     params = compose_config([f"stain={settings['method']}"]).stain
     params = params.model_copy(update={"per_patch": settings["fitted"] == "patch", "on_failure": "raw"})
     clock = time.perf_counter()
-    fitted = None if params.per_patch or params.method == "none" else stain.fit(pixels, params)
+    fitted = None if params.per_patch or params.method == "none" else transfer.fit(pixels, params)
     fit_s = time.perf_counter() - clock
     once, patch_s, failed = _normalised(pixels, fitted, params, side)
     again, *_ = _normalised(pixels, fitted, params, side)
@@ -126,14 +129,14 @@ def colours(settings: dict[str, Any], *, seed: int) -> dict[str, float]:
 
 
 def _normalised(
-    pixels: NDArray[np.uint8], fitted: stain.StainFit | None, params: stain.StainParams, side: int
+    pixels: NDArray[np.uint8], fitted: transfer.StainFit | None, params: transfer.StainParams, side: int
 ) -> tuple[NDArray[np.uint8], float, int]:
     """Return the pixels patch by patch in other colours, the median seconds of a patch, and how many failed."""
     result, seconds, failed = np.empty_like(pixels), [], 0
     for y in range(0, pixels.shape[0], side):
         for x in range(0, pixels.shape[1], side):
             clock = time.perf_counter()
-            outcome = stain.normalise_block(pixels[y : y + side, x : x + side], fitted, params)
+            outcome = transfer.normalise_block(pixels[y : y + side, x : x + side], fitted, params)
             seconds.append(time.perf_counter() - clock)
             result[y : y + side, x : x + side] = outcome.rgb
             failed += bool(outcome.failure)

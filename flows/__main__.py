@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from wsiflow import stopping, terminal
+from . import stopping, terminal
 
 _COMPOSED = {"plan", "run", "retry"}
 
@@ -36,7 +36,7 @@ def _call(arguments: Sequence[str]) -> int:
         from . import run
 
         return run.main(arguments)
-    from wsiflow import cli
+    from . import cli
 
     if arguments and arguments[0] == "compare" and os.environ.get("PREFECT_API_URL"):
         os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")  # errors are told once, here

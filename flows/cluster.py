@@ -14,10 +14,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wsiflow import executor, faults, stopping
 from wsiflow.errors import EnvironmentFault, InputError
-from wsiflow.executor import DaskParams, Executor, ExecutorParams, Outcome, Slice, Work
-from wsiflow.model.threads import allocated_cores
+from wsiflow.run import executor
+from wsiflow.run.executor import DaskParams, Executor, ExecutorParams, Outcome, Slice, Work
+from wsiflow.system import faults
+from wsiflow.system.machine import allocated_cores
+
+from . import stopping
 
 if TYPE_CHECKING:  # imported where there is a cluster: it takes seconds
     from distributed import Client
@@ -40,7 +43,7 @@ def workers(params: ExecutorParams, root: Path) -> Iterator[Executor]:
     """Yield the executor of a run whose folder is ``root``, with its cluster if it has one.
 
     Raises:
-        WsiflowError: As `cluster` and `wsiflow.executor.make`.
+        WsiflowError: As `cluster` and `wsiflow.run.executor.make`.
     """
     cores = allocated_cores()
     if params.kind in {"process", "dask"}:

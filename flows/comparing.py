@@ -12,36 +12,37 @@ from prefect import flow
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.settings import PREFECT_API_URL
 
-from wsiflow import compare, terminal, tradeoff_report
-from wsiflow.compare import Answer
+from wsiflow.analysis.tradeoff import comparison, report
+from wsiflow.analysis.tradeoff.comparison import Answer
 from wsiflow.errors import WsiflowError
-from wsiflow.tracking import TrackingParams
+from wsiflow.run.tracking import TrackingParams
 
+from . import terminal
 from .server import answers
 
 _PICTURE = re.compile(r"^!\[.*\]\((.*)\)$", re.MULTILINE)
 
 
-def answer(wanted: compare.Asked, out: Path) -> Answer:
-    """Compare what a user asks for, see `wsiflow.compare.answer`."""
-    made = compare.answer(wanted, out)
+def answer(wanted: comparison.Asked, out: Path) -> Answer:
+    """Compare what a user asks for, see `wsiflow.analysis.tradeoff.comparison.answer`."""
+    made = comparison.answer(wanted, out)
     _tell_prefect(made)
     return made
 
 
-def end_of_sweep(out: Path, params: TrackingParams, options: compare.Options, failed: Collection[str] = ()) -> None:
+def end_of_sweep(out: Path, params: TrackingParams, options: comparison.Options, failed: Collection[str] = ()) -> None:
     """Compare the runs of a sweep's folder and say what was found, or why they were not compared.
 
     The sweep is complete without: what is wrong is told and raises nothing. What failed now is left out, whatever an
     earlier start left in its folder.
     """
     try:
-        made = compare.sweep_folder(out, params, options, failed)
+        made = comparison.sweep_folder(out, params, options, failed)
     except WsiflowError as error:
         terminal.say(f"not compared: {error}")
         return
     if made is not None:
-        terminal.say(compare.told(made))
+        terminal.say(comparison.told(made))
         _tell_prefect(made)
 
 
@@ -59,7 +60,7 @@ def _tell_prefect(made: Answer) -> None:
 def show(made: Answer) -> None:
     """Make the artifacts of a comparison, on the page of the flow run that this is called in."""
     key = "wsiflow-compare-" + re.sub(r"[^a-z0-9]+", "-", made.found.name.lower()).strip("-")
-    table = tradeoff_report.columns(made.found)
+    table = report.columns(made.found)
     rows = [dict(zip(table, row, strict=True)) for row in zip(*table.values(), strict=True)]
     create_table_artifact(rows, key=f"{key}-table", description=f"Comparison of {made.found.name}")
     # Prefect shows pictures from addresses alone, and these are files.

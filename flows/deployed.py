@@ -15,11 +15,11 @@ from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.client.schemas.objects import FlowRun, State
 from prefect.logging.loggers import flow_run_logger
 
-from wsiflow import compare as compared
-from wsiflow import evaluation
-from wsiflow.config import RunConfig
+from wsiflow.analysis.tradeoff import comparison as compared
 from wsiflow.errors import InputError, WsiflowError
-from wsiflow.results import Summary
+from wsiflow.evaluation.evaluate import Existing, evaluate_existing
+from wsiflow.run.config import RunConfig
+from wsiflow.run.results.finish import Summary
 
 from . import comparing, forms
 from . import sweep as sweeps
@@ -45,7 +45,7 @@ def cancel_arrays(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) ->
 
 def _cancelled(root: Path) -> list[str]:
     """Cancel a run's array jobs and say what was done; what cannot be done is told, since other runs follow."""
-    from wsiflow.executor import jobs
+    from wsiflow.run.executor import jobs
 
     try:
         return jobs.cancel(root)
@@ -124,14 +124,14 @@ def evaluate(request: forms.Evaluate) -> dict[str, float]:
         InputError: A value of the form is out of bounds, or a file cannot be used.
     """
     config = compose_config(request.said())
-    existing = evaluation.Existing(
+    existing = Existing(
         Path(request.manifest),
         Path(request.detections),
         Path(request.scores) if request.scores else None,
         request.mask_downsample,
     )
     out = Path(request.out)
-    metrics = evaluation.evaluate_existing(existing, config.evaluation, seed=config.seed, out=out).metrics
+    metrics = evaluate_existing(existing, config.evaluation, seed=config.seed, out=out).metrics
     _tell("evaluation", metrics, f"Scores and curves: `{out.resolve()}`")
     return metrics
 

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, Field
 
-from wsiflow.config import RunConfig
+from wsiflow.run.config import RunConfig
 
 from .overrides import choices, quoted
 from .run import compose_config

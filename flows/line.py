@@ -9,10 +9,13 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
-from wsiflow import ingest, results, shards, terminal
-from wsiflow.config import RunConfig
-from wsiflow.executor import Executor, ExecutorParams, Outcome, Slice, Work, driver
+from wsiflow.run import shards
+from wsiflow.run.config import RunConfig
+from wsiflow.run.executor import Executor, ExecutorParams, Outcome, Slice, Work, driver
+from wsiflow.run.results import finish
+from wsiflow.run.stages import ingest
 
+from . import terminal
 from .cluster import workers
 
 Pool = Callable[[ExecutorParams, Path], AbstractContextManager[Executor]]
@@ -22,7 +25,7 @@ Submit = Callable[..., Any]
 """``submit(name, function, *args)`` starts a call and returns its future."""
 
 
-def line(config: RunConfig, submit: Submit) -> results.Summary:
+def line(config: RunConfig, submit: Submit) -> finish.Summary:
     """Run everything, with ``submit`` starting each shard's work, and note who does."""
     with driver.noted(config.out) as ended:
         summary = _line(config, submit, workers, terminal.say)
@@ -30,7 +33,7 @@ def line(config: RunConfig, submit: Submit) -> results.Summary:
     return summary
 
 
-def finished(config: RunConfig) -> results.Summary | None:
+def finished(config: RunConfig) -> finish.Summary | None:
     """Look through a run once more, and return what it ends with where there is nothing left to do; else None.
 
     It takes neither workers nor an orchestrator to see that.
@@ -45,8 +48,8 @@ def finished(config: RunConfig) -> results.Summary | None:
     return summary
 
 
-def _line(config: RunConfig, submit: Submit, pool_of: Pool, say: Callable[[str], None]) -> results.Summary:
-    clock = results.Clock(config)
+def _line(config: RunConfig, submit: Submit, pool_of: Pool, say: Callable[[str], None]) -> finish.Summary:
+    clock = finish.Clock(config)
     cases = shards.begin(config)
     with pool_of(config.executor, config.out) as pool:
         told = shards.choose(pool, cases)
@@ -55,7 +58,7 @@ def _line(config: RunConfig, submit: Submit, pool_of: Pool, say: Callable[[str],
         wanted = shards.cut(shards.case_sizes(cases), config.shard_slides)
         ingested = [submit(f"ingest {i}", shards.ingest_shard, pool, cases, part) for i, part in enumerate(wanted, 1)]
         plan_path = ingest.make_plan(cases, [outcome for future in ingested for outcome in future.result()])
-        results.set_aside(plan_path)
+        finish.set_aside(plan_path)
         for told in (*shards.rejections(plan_path), *shards.doubles(plan_path)):
             say(told)
         slice_s = config.executor.slice_s
@@ -69,7 +72,7 @@ def _line(config: RunConfig, submit: Submit, pool_of: Pool, say: Callable[[str],
         progress = [calibrated, *(future.result() for future in futures)]
         for told in shards.advise(pool, plan_path):
             say(told)
-    return results.finish(config, plan_path, progress, clock)
+    return finish.finish(config, plan_path, progress, clock)
 
 
 class _WorkLeftError(Exception):
@@ -101,7 +104,7 @@ def _at_once(_name: str, function: Callable[..., Any], *args: Any) -> Future[Any
     return done
 
 
-def direct(config: RunConfig) -> results.Summary:
+def direct(config: RunConfig) -> finish.Summary:
     """Run the same line without Prefect."""
     with ThreadPoolExecutor(shards.SIDE_BY_SIDE) as threads:
 

@@ -14,8 +14,8 @@ from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from wsiflow import config
 from wsiflow.errors import InputError
+from wsiflow.run import config
 
 _ALL = "wsiflow run --cfg job shows every key"
 _KEY = re.compile(r"[A-Za-z0-9_./@:-]+")

@@ -12,8 +12,9 @@ from prefect.cache_policies import NO_CACHE
 from prefect.futures import PrefectFuture
 from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
-from wsiflow import results, shards
-from wsiflow.config import RunConfig
+from wsiflow.run import shards
+from wsiflow.run.config import RunConfig
+from wsiflow.run.results import finish
 
 from .line import line
 
@@ -23,7 +24,7 @@ _TASK_RUNNER = cast("TaskRunner[PrefectFuture[Any]]", ThreadPoolTaskRunner(max_w
 class SlidesFailedError(Exception):
     """A run that ended without scores; everything there is to say is in its summary."""
 
-    def __init__(self, summary: results.Summary) -> None:
+    def __init__(self, summary: finish.Summary) -> None:
         """Keep the summary."""
         super().__init__(summary.text)
         self.summary = summary
@@ -46,7 +47,7 @@ def _as_task(name: str, function: Callable[..., Any], *args: Any) -> Any:
     validate_parameters=False,
     task_runner=_TASK_RUNNER,
 )
-def pipeline(config: RunConfig) -> results.Summary:
+def pipeline(config: RunConfig) -> finish.Summary:
     """Test a classifier on every slide of a data set.
 
     Raises:

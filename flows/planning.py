@@ -12,28 +12,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from wsiflow import (
-    executor,
-    ingest,
-    ledger,
-    measure,
-    plan,
-    publish,
-    schedule,
-    shards,
-    simulation,
-    stages,
-    stopping,
-    tables,
-    terminal,
-)
-from wsiflow.config import RunConfig
 from wsiflow.errors import InputError
-from wsiflow.model.threads import allocated_cores, limit_threads
-from wsiflow.plan import Plan
-from wsiflow.schedule import Costs
-from wsiflow.simulation import Cluster, Forecast, Sizes, Tasks
+from wsiflow.plan import plan
+from wsiflow.plan.plan import Plan
+from wsiflow.run import executor, ledger, shards
+from wsiflow.run.config import RunConfig
+from wsiflow.run.costs import ROUGH, Costs
+from wsiflow.run.forecast import simulation
+from wsiflow.run.forecast.simulation import Cluster, Forecast, Sizes, Tasks
+from wsiflow.run.stages import ingest, line, measure
+from wsiflow.system import publish, tables
+from wsiflow.system.machine import allocated_cores, limit_threads
 
+from . import stopping, terminal
 from .cluster import workers
 
 # Bytes of a block's pixels that a store keeps, as measured on synthetic slides: docs/performance.md.
@@ -117,7 +108,7 @@ def _plan(given: argparse.Namespace) -> int:
     if given.tiles:
         if given.calibrate:
             raise InputError("a table of tiles has no pixels to measure", "calibrate on slides and give --costs")
-        counted, costs, origin = _from_table(config, given.tiles, given.tissue), schedule.ROUGH, "rough"
+        counted, costs, origin = _from_table(config, given.tiles, given.tissue), ROUGH, "rough"
     else:
         plan_path = make(config, calibrate=given.calibrate)
         counted, costs = count(plan_path, config), shards.costs_of(config.out)
@@ -169,12 +160,12 @@ def count(plan_path: Path, config: RunConfig) -> Counted:
     """Count what a plan asks for, and what of it is published."""
     root, made = plan_path.parent, plan.read(plan_path)
     slides: list[Tasks] = []
-    tasks, done = dict.fromkeys(stages.LINE, 0), dict.fromkeys(stages.LINE, 0)
+    tasks, done = dict.fromkeys(line.LINE, 0), dict.fromkeys(line.LINE, 0)
     for slide in range(len(made.slides)):
-        due = {stage: made.tasks_of(stage, slide) for stage in stages.LINE if stages.is_due(made, stage, slide)}
+        due = {stage: made.tasks_of(stage, slide) for stage in line.LINE if line.is_due(made, stage, slide)}
         lacking: Tasks = {}
         for stage, places in due.items():
-            left = [place for place in places if not publish.is_there(root, stages.product(made, stage, place))]
+            left = [place for place in places if not publish.is_there(root, line.product(made, stage, place))]
             tasks[stage] += len(places)
             done[stage] += len(places) - len(left)
             lacking[stage] = {place: shards.units(made, stage, place) for place in left}
@@ -235,7 +226,7 @@ def _from_table(config: RunConfig, path: Path, share: float) -> Counted:
         certified=config.dense.windows > 0,
     )
     found = [simulation.slide_tasks(count, sizes) for count in tiles]
-    tasks = {stage: sum(len(slide[stage]) for slide in found) for stage in stages.LINE}
+    tasks = {stage: sum(len(slide[stage]) for slide in found) for stage in line.LINE}
     cells = sum(tiles) * (config.tiles.tile_px // config.inference.stride) ** 2
     pixels = _READ_SHARE * sum(tiles) * config.tiles.tile_px**2 if stored else 0
     scratch = _bytes(pixels, config.store.compression, cells, sum(tiles), tasks["predict"])

@@ -16,14 +16,16 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from wsiflow import ingest, ledger, redaction, stopping, terminal
-from wsiflow.config import RunConfig, validate
+from wsiflow import redaction
 from wsiflow.errors import EnvironmentFault, InputError
-from wsiflow.model.threads import limit_threads
-from wsiflow.paths import is_same
-from wsiflow.results import Summary
+from wsiflow.run import ledger
+from wsiflow.run.config import RunConfig, validate
+from wsiflow.run.results.finish import Summary
+from wsiflow.run.stages import ingest
+from wsiflow.system.machine import limit_threads
+from wsiflow.system.paths import is_same
 
-from . import folders, overrides, sweep
+from . import folders, overrides, stopping, sweep, terminal
 
 _ENVIRONMENT = {
     "HYDRA_FULL_ERROR": "1",  # raise errors instead of printing them with advice about Hydra's own internals

@@ -25,9 +25,14 @@ from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from wsiflow import compare, ledger, processes, redaction, stopping, terminal, tracking
+from wsiflow import redaction
+from wsiflow.analysis.tradeoff import comparison
 from wsiflow.errors import PARTIAL, EnvironmentFault, InputError
-from wsiflow.executor import jobs as array_jobs
+from wsiflow.run import ledger, tracking
+from wsiflow.run.executor import jobs as array_jobs
+from wsiflow.system import processes
+
+from . import stopping, terminal
 
 _VARIABLE = "WSIFLOW_SWEEP"
 _MARKS = ".trials"
@@ -132,7 +137,7 @@ def _compare(config: DictConfig) -> None:
 
     params: Any = OmegaConf.to_container(config.tracking, resolve=True)
     named = tracking.TrackingParams.model_validate({**params, "sweep": name()})
-    options = compare.Options(resamples=config.evaluation.bootstrap, seed=config.seed)
+    options = comparison.Options(resamples=config.evaluation.bootstrap, seed=config.seed)
     failed = {trial.name for trial in _trials() if trial.failed}
     end_of_sweep(folder(), named, options, failed)
 

@@ -7,7 +7,7 @@ knows of it.
 import socket
 import sys
 
-from wsiflow import processes
+from wsiflow.system import processes
 
 
 def main() -> None:

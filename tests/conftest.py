@@ -70,9 +70,11 @@ def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
 @pytest.fixture(scope="session")
 def small_slides(once: Once) -> Path:
     """The manifest of a small synthetic data set: six slides of 2,048 px with lesions."""
-    from wsiflow import synth
+    from wsiflow.slides.synthetic import dataset
 
-    return once("slides", lambda folder: synth.write_dataset(folder, size_px=2048, seed=1, workers=1)) / "manifest.csv"
+    return (
+        once("slides", lambda folder: dataset.write_dataset(folder, size_px=2048, seed=1, workers=1)) / "manifest.csv"
+    )
 
 
 @pytest.fixture(scope="session")
@@ -98,9 +100,9 @@ def two_settings(small_slides: Path, once: Once, finished: Path) -> tuple[Path, 
     """The folders of two runs over the small data set: fp32, and bf16 (window by window where the CPU has no bf16)."""
     from test_line import over, wsiflow
 
-    from wsiflow.model import engines
+    from wsiflow.model.engines import engine
 
-    other = "inference.precision=bf16" if engines.cpu_supports_bf16() else "inference.engine=window"
+    other = "inference.precision=bf16" if engine.cpu_supports_bf16() else "inference.engine=window"
 
     def make(folder: Path) -> None:
         assert wsiflow(*over(small_slides, folder / "other", other)) == 0
@@ -111,7 +113,7 @@ def two_settings(small_slides: Path, once: Once, finished: Path) -> tuple[Path, 
 @pytest.fixture(scope="session")
 def tiny_slides(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The manifest of two tiny slides, one with a tumour outline."""
-    from wsiflow import pyramid
+    from wsiflow.slides import pyramid
 
     folder = tmp_path_factory.mktemp("tiny")
     rng = np.random.default_rng(0)

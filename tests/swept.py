@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from wsiflow import evaluation, tracking
-from wsiflow.config import evaluation_params
-from wsiflow.evaluation import Recorded, RecordedSlide
-from wsiflow.tracking import TrackingParams
+from wsiflow.evaluation import evaluate
+from wsiflow.evaluation.evaluate import Recorded, RecordedSlide
+from wsiflow.run import tracking
+from wsiflow.run.config import evaluation_params
+from wsiflow.run.tracking import TrackingParams
 
 PROTOCOL = evaluation_params("own_spacing", {})
 
@@ -90,7 +91,7 @@ def log(params: TrackingParams, trials: Sequence[Trial], folder: Path, **changes
         document.parent.mkdir(parents=True, exist_ok=True)
         document.write_text(trial.matches.model_dump_json())
         setting = trial.matches.setting("")
-        numbers = evaluation._froc_metrics(setting) | evaluation._roc_metrics(setting)
+        numbers = evaluate._froc_metrics(setting) | evaluate._roc_metrics(setting)
         own = ("inference.stride", "inference.precision", "stain.method", "repeat")
         content: dict[str, Any] = {
             "name": ",".join(f"{key}={trial.params[key]}" for key in own if key in trial.params) or "run",

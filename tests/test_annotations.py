@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.path import Path as Outline
 
-from wsiflow import annotations
-from wsiflow.annotations import TumourOutline
 from wsiflow.errors import InputError
+from wsiflow.slides import annotations
+from wsiflow.slides.annotations import TumourOutline
 
 SQUARE = [(0, 0), (96, 0), (96, 96), (0, 96)]
 

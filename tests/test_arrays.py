@@ -16,10 +16,11 @@ import yaml
 from array_work import work
 from test_line import COARSE, digests, rows, wsiflow
 
-from wsiflow import executor, publish
-from wsiflow.executor import ExecutorParams, Outcome, Slice, jobs
-from wsiflow.executor.array import ArrayJobs
-from wsiflow.executor.dialect import Dialect, Place, Seen
+from wsiflow.run import executor
+from wsiflow.run.executor import ExecutorParams, Outcome, Slice, jobs
+from wsiflow.run.executor.array import ArrayJobs
+from wsiflow.run.executor.dialect import Dialect, Place, Seen
+from wsiflow.system import publish
 
 CONF = Path(__file__).parents[1] / "conf/executor"
 QUICK = {"poll_s": 0.3, "grace_s": 1.0, "memory_mb": 200, "memory_limit_mb": 700, "minutes": 5, "minutes_limit": 8}

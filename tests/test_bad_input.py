@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from flows import cli
 from flows import run as command
-from wsiflow import cli, finished, pyramid
+from wsiflow.analysis import runs
+from wsiflow.slides import pyramid
 
 COARSE = [
     "inference.stride=112",
@@ -122,7 +124,7 @@ def test_scores_of_an_earlier_state_are_not_shown_as_those_of_now(slide: Path, t
     assert (out / "evaluation-FORMER/report.html").exists()
     assert not (out / "evaluation").exists()
     assert not (out / "report.html").exists()
-    assert finished.scores_of(out) is None
+    assert runs.scores_of(out) is None
     assert "not complete: it lacks 1 of ingest, 1 of evaluation" in told_by_status(out, capsys)
     for _ in range(2):  # the second time there are partial scores already
         assert started(capsys, "dataset=manifest", given, f"out={out}", "allow_partial=true")[0] == 10
@@ -348,7 +350,7 @@ def test_the_same_folder_with_other_settings_is_refused(slide: Path, tmp_path: P
     assert code == 20
     assert "lesions.threshold (0.5 there, 0.7 now)" in said
     assert command.main(["retry", str(tmp_path / "run")]) == 0
-    assert finished.in_folders([tmp_path / "run"]).runs[0].params["lesions.threshold"] == "0.5"
+    assert runs.in_folders([tmp_path / "run"]).runs[0].params["lesions.threshold"] == "0.5"
     shutil.copy(slide, slide.with_name("other.tif"))
     other = manifest(slide, "other,other.tif,,0,", "more,good.tif,,0,")
     assert started(capsys, "dataset=manifest", other, f"out={tmp_path / 'run'}")[0] == 20
@@ -378,7 +380,7 @@ def test_slides_and_truth_may_join_a_finished_run(slide: Path, tmp_path: Path, c
 
 def test_a_slide_replaced_after_the_plan_is_not_predicted(slide: Path, tmp_path: Path, capsys) -> None:
     """Other pixels under a planned name are refused before they are read."""
-    from wsiflow import steps
+    from wsiflow.run.stages import work
 
     out = tmp_path / "run"
     given = manifest(slide, "good,good.tif,,0,")
@@ -388,21 +390,21 @@ def test_a_slide_replaced_after_the_plan_is_not_predicted(slide: Path, tmp_path:
     other = np.full((700, 900, 3), 120, np.uint8)
     pyramid.write_rgb(slide.with_name("other.tif"), iter([other]), shape=(700, 900), um_px=0.243, quality=90)
     slide.with_name("other.tif").replace(slide)
-    outcome = steps.run_task(out / "plan.json", "predict", 0)
+    outcome = work.run_task(out / "plan.json", "predict", 0)
     assert outcome.exit_code == 20
     assert "its content has changed since the run was planned" in outcome.error
 
 
 def test_another_kind_of_machine_may_not_use_the_plans_key(slide: Path, tmp_path: Path, capsys, monkeypatch) -> None:
     """A worker whose libraries use other instructions says so instead of publishing other last bits."""
-    from wsiflow import steps
+    from wsiflow.run.stages import work
 
     out = tmp_path / "run"
     assert started(capsys, "dataset=manifest", manifest(slide, "good,good.tif,,0,"), f"out={out}")[0] == 0
     for part in ("predictions", "receipts/predictions"):
         shutil.rmtree(out / part)
     monkeypatch.setenv("ATEN_CPU_CAPABILITY", "default")
-    outcome = steps.run_task(out / "plan.json", "predict", 0)
+    outcome = work.run_task(out / "plan.json", "predict", 0)
     assert outcome.exit_code == 30
     assert "gives other last bits" in outcome.error
 

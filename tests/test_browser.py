@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from serving import BIN
 from swept import log, store, stride_trials
 
-from wsiflow import compare
+from wsiflow.analysis.tradeoff import comparison
 
 pytestmark = pytest.mark.skipif(browser.CHROMIUM is None, reason="Chromium is not installed")
 
@@ -51,7 +51,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seen]:
     folder = tmp_path_factory.mktemp("seen")
     params = store(f"sqlite:///{folder}/mlflow.db")
     log(params, stride_trials(STRIDES, repeats=1), folder)
-    made = compare.answer(compare.Asked([], params, compare.Options(resamples=200)), folder / "out")
+    made = comparison.answer(comparison.Asked([], params, comparison.Options(resamples=200)), folder / "out")
     assert made.logged is not None
     client = mlflow.MlflowClient(tracking_uri=params.uri)
     experiment = client.get_experiment_by_name("wsiflow").experiment_id

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
-from wsiflow import calibration
 from wsiflow.errors import InputError
+from wsiflow.evaluation import calibration
 
 # Forecasts of 0.1, 0.3 and 0.8 for ten days; it rained on 1 of 4, on 1 of 2 and on 3 of 4.
 P = np.repeat([0.1, 0.3, 0.8], [4, 2, 4])

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wsiflow import certificate
-from wsiflow.certificate import Limits
+from wsiflow.model import certificate
+from wsiflow.model.certificate import Limits
 
 
 def test_differences_by_hand() -> None:

@@ -13,10 +13,13 @@ import torch
 from torch import nn
 
 from flows import run as command
-from wsiflow import pyramid, settle, synth
-from wsiflow.model import engines, save
-from wsiflow.model.architectures import build
+from wsiflow.model import save
+from wsiflow.model.architectures.registry import build
 from wsiflow.model.classifier import load
+from wsiflow.model.engines import engine
+from wsiflow.run.stages import choose
+from wsiflow.slides import pyramid
+from wsiflow.slides.synthetic import dataset
 
 FAST = ["executor=inline", "orchestrator=none", "tracking=off", "evaluation.bootstrap=0", "dense.windows=24"]
 
@@ -25,8 +28,8 @@ FAST = ["executor=inline", "orchestrator=none", "tracking=off", "evaluation.boot
 def tiny_slide(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """A slide of 2 x 2 tiles of tissue, as the overrides that choose it: GoogLeNet's windows take their time."""
     path = tmp_path_factory.mktemp("slide") / "s.tif"
-    spec = synth.plan_slide("micro", width_px=1000, height_px=900, seed=3)
-    corner = np.ascontiguousarray(np.concatenate(list(synth._bands(spec)))[:448, :448])
+    spec = dataset.plan_slide("micro", width_px=1000, height_px=900, seed=3)
+    corner = np.ascontiguousarray(np.concatenate(list(dataset._bands(spec)))[:448, :448])
     pyramid.write_rgb(path, iter([corner]), shape=corner.shape[:2], um_px=0.243, quality=90)
     return ["dataset=single", f"dataset.path={path}"]
 
@@ -103,7 +106,7 @@ def usual(small_slides: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def save_card(network: nn.Module, folder: Path) -> Path:
-    fields = json.loads((Path(engines.__file__).parent / "weights/demo.json").read_text())
+    fields = json.loads((Path(engine.__file__).parent / "weights/demo.json").read_text())
     fields = {name: value for name, value in fields.items() if name not in {"weights", "sha256", "probe"}}
     fields |= {"name": "googlenet", "architecture": "googlenet", "architecture_args": {"dropout": 0.5}}
     return save.save(network.eval(), fields, folder)
@@ -160,7 +163,7 @@ def test_memory_bounds_rows_as_well_as_columns() -> None:
 
     def chosen(*more: str) -> dict:
         config = command.compose_config(["out=unused", "tiles.memory_mb=100", *more])
-        return settle.settle(load(config.model), config, threads=1)
+        return choose.settle(load(config.model), config, threads=1)
 
     tight, fine = chosen("inference.stride=16"), chosen("inference.stride=1")
     assert tight["choice"]["engine"] == "dense"
@@ -200,7 +203,7 @@ def test_a_slide_without_tissue_is_a_slide(small_slides: Path, tmp_path: Path, h
         }
 
 
-@pytest.mark.skipif(not engines.cpu_supports_bf16(), reason="this CPU has no bf16")
+@pytest.mark.skipif(not engine.cpu_supports_bf16(), reason="this CPU has no bf16")
 def test_bf16_is_certified_against_fp32(small_slides: Path, tmp_path: Path) -> None:
     """Both comparisons keep to the promise: mean at most 0.002, largest at most 0.02."""
     assert wsiflow(small_slides, tmp_path / "run", "inference.precision=bf16", "inference.stride=32") == 0

@@ -16,12 +16,13 @@ from serving import BIN, PrefectServer
 from swept import Trial, drawn, log, matches, slide, store, stride_trials, write_folder
 
 from flows.__main__ import main
-from wsiflow import compare, finished, tracking
-from wsiflow.compare import Options
+from wsiflow.analysis.runs import Found, Run, in_folders, of_sweep
+from wsiflow.analysis.tradeoff import comparison
+from wsiflow.analysis.tradeoff.comparison import Options
+from wsiflow.analysis.tradeoff.figures import Tradeoff
 from wsiflow.errors import InputError
-from wsiflow.evaluation import Recorded
-from wsiflow.finished import Found, Run
-from wsiflow.tradeoff import Tradeoff
+from wsiflow.evaluation.evaluate import Recorded
+from wsiflow.run import tracking
 
 QUICK = Options(resamples=200)
 
@@ -39,7 +40,7 @@ def run(name: str, found: Recorded, core_hours: float = 1.0, **params: Any) -> R
 
 
 def compared(*runs: Run, **options: Any) -> Tradeoff:
-    return compare.compare(Found(runs, []), "s", QUICK._replace(**options))
+    return comparison.compare(Found(runs, []), "s", QUICK._replace(**options))
 
 
 # --- settings
@@ -222,7 +223,7 @@ def test_what_is_beside_the_scored_runs_is_told(tmp_path: Path) -> None:
     write_folder(tmp_path / "a", some(3))
     (tmp_path / "b").mkdir()
     (tmp_path / "b/cases.json").write_text("{}")
-    assert finished.in_folders([tmp_path]).notes == ["Left out, since not all of its slides have scores: b."]
+    assert in_folders([tmp_path]).notes == ["Left out, since not all of its slides have scores: b."]
 
 
 # --- figures
@@ -231,12 +232,12 @@ def test_what_is_beside_the_scored_runs_is_told(tmp_path: Path) -> None:
 def test_figures_show_what_there_is(tmp_path: Path) -> None:
     """Three figures with something drawn on them; without costs or differences there is one."""
     many = [run(str(i), one.matches, one.core_hours, **one.params) for i, one in enumerate(stride_trials(repeats=1))]
-    compare.write(tmp_path / "many", compared(*many))
+    comparison.write(tmp_path / "many", compared(*many))
     for name in ("froc", "tradeoff", "differences"):
         pixels = np.asarray(Image.open(tmp_path / f"many/{name}.png").convert("HSV"))
         assert (pixels[..., 1] > 100).mean() > 0.001, f"{name} has no colour"
         assert b"<svg" in (tmp_path / f"many/{name}.svg").read_bytes()
-    alone = compare.write(tmp_path / "one", compared(run("a", some(3), math.nan)))
+    alone = comparison.write(tmp_path / "one", compared(run("a", some(3), math.nan)))
     assert [name for name in alone if name.endswith(".png")] == ["froc.png"]
     assert "There is nothing to draw" in (tmp_path / "one/report.html").read_text()
 
@@ -244,7 +245,7 @@ def test_figures_show_what_there_is(tmp_path: Path) -> None:
 def test_the_same_comparison_is_the_same_bytes(tmp_path: Path) -> None:
     """Figures and pages have no date and no random name."""
     runs = [run("a", some(3), 2.0, stride=8), run("b", some(2), 1.0, stride=16)]
-    first, again = (compare.write(tmp_path / name, compared(*runs)) for name in ("1", "2"))
+    first, again = (comparison.write(tmp_path / name, compared(*runs)) for name in ("1", "2"))
     assert first == again
 
 
@@ -298,12 +299,12 @@ def test_a_later_comparison_replaces_the_former(uri: str, tmp_path: Path) -> Non
     first = [Trial({"inference.stride": s, "lesions.k": 1}, 1.0 + s / 100, some(3)) for s in (16, 56)]
     ids = log(params, first, tmp_path)
     out = tmp_path / "out"
-    compare.answer(compare.Asked([], params, QUICK), out)
+    comparison.answer(comparison.Asked([], params, QUICK), out)
     client = mlflow.MlflowClient(tracking_uri=uri)
     assert client.get_run(ids[0]).data.tags["wsiflow.pareto"] == "yes"
     joined = [*first, Trial({"inference.stride": 16, "lesions.k": 2}, 0.5, some(4))]
     log(params, joined, tmp_path)
-    made = compare.answer(compare.Asked([], params, QUICK), out)
+    made = comparison.answer(comparison.Asked([], params, QUICK), out)
     assert len(made.found.rows) == 3
     assert client.get_run(ids[0]).data.tags["wsiflow.pareto"] == "no"
     parent = client.get_run(made.logged.run_id)
@@ -318,7 +319,7 @@ def test_of_a_folder_the_latest_record_counts(uri: str, tmp_path: Path) -> None:
     for number, found in enumerate((some(3), more)):
         log(params, [Trial({"inference.stride": 16}, 1.0, found)], tmp_path, key=f"k{number}")
     log(params, [Trial({"inference.stride": 56}, 1.0, more)], tmp_path, key="k3", tags={"wsiflow.folder": "other"})
-    assert [len(one.matches.slides) for one in finished.of_sweep(params).runs] == [9, 9]
+    assert [len(one.matches.slides) for one in of_sweep(params).runs] == [9, 9]
 
 
 def test_a_sweep_has_to_be_named_where_there_are_two(uri: str, tmp_path: Path) -> None:
@@ -326,17 +327,17 @@ def test_a_sweep_has_to_be_named_where_there_are_two(uri: str, tmp_path: Path) -
     for sweep in ("coarse", "fine"):
         log(store(uri, sweep, "two"), [Trial({"inference.stride": 16}, 1.0, some(3))], tmp_path)
     with pytest.raises(InputError, match="2 sweeps; --sweep: coarse, fine"):
-        finished.of_sweep(store(uri, None, "two"))
+        of_sweep(store(uri, None, "two"))
     with pytest.raises(InputError, match="no run of sweep other; it has the sweeps coarse, fine"):
-        finished.of_sweep(store(uri, "other", "two"))
-    assert len(finished.of_sweep(store(uri, "fine", "two")).runs) == 1
+        of_sweep(store(uri, "other", "two"))
+    assert len(of_sweep(store(uri, "fine", "two")).runs) == 1
 
 
 def test_single_runs_do_not_join_the_only_sweep(uri: str, tmp_path: Path) -> None:
     """They share the experiment by default."""
     for sweep, folder in ((None, "single"), ("fine", "fine")):
         log(store(uri, sweep, "one"), [Trial({"inference.stride": 16}, 1.0, some(3))], tmp_path, key=folder)
-    assert [one.sweep for one in finished.of_sweep(store(uri, None, "one")).runs] == ["fine"]
+    assert [one.sweep for one in of_sweep(store(uri, None, "one")).runs] == ["fine"]
 
 
 def test_what_is_not_in_a_store_is_named(uri: str, recorded: list[str], tmp_path: Path, capsys: Any) -> None:
@@ -363,7 +364,7 @@ def test_folders_and_mlflow_agree(uri: str, tmp_path: Path) -> None:
         ids += log(params, [trial], tmp_path / name, key=f"k{name}", tags={"wsiflow.folder": f"folder-{name}"})
     (out / "died/evaluation").mkdir(parents=True)  # between two files
     (out / "died/evaluation/matches.json").write_text("{}")
-    made = compare.sweep_folder(out, params, QUICK)
+    made = comparison.sweep_folder(out, params, QUICK)
     assert made is not None
     assert (out / "report.html").exists()
     client = mlflow.MlflowClient(tracking_uri=params.uri)
@@ -374,8 +375,8 @@ def test_one_run_is_no_sweep(tmp_path: Path) -> None:
     """Nothing is written for a single run, nor where nothing has scores."""
     off = tracking.TrackingParams.model_validate({**store("x").model_dump(), "kind": "off"})
     write_folder(tmp_path / "sweep/a", some(3))
-    assert compare.sweep_folder(tmp_path / "sweep", off, QUICK) is None
-    assert compare.sweep_folder(tmp_path / "absent", off, QUICK) is None
+    assert comparison.sweep_folder(tmp_path / "sweep", off, QUICK) is None
+    assert comparison.sweep_folder(tmp_path / "absent", off, QUICK) is None
     assert [path.name for path in (tmp_path / "sweep").iterdir()] == ["a"]
 
 

@@ -10,12 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from wsiflow import cli, compare_maps, evaluation, pyramid
+from flows import cli
+from wsiflow.analysis.equivalence.maps import NOT_EQUIVALENT, Comparison, compare, tally_files, verdict
 from wsiflow.errors import InputError
+from wsiflow.evaluation import evaluate
+from wsiflow.slides import pyramid
 
 
-def compared(a: Path, b: Path, **more: Any) -> compare_maps.Comparison:
-    return compare_maps.compare(a, b, **{"threshold": 0.5, "radius_um": 75.0, **more})
+def compared(a: Path, b: Path, **more: Any) -> Comparison:
+    return compare(a, b, **{"threshold": 0.5, "radius_um": 75.0, **more})
 
 
 def changed(source: Path, out: Path, change: Any = None, **frame: Any) -> Path:
@@ -59,7 +62,7 @@ def test_lesions_of_two_runs(two_settings: tuple[Path, Path]) -> None:
     """Every detection has its counterpart, and every true lesion that one run hits the other hits too."""
     found = compared(*two_settings).pooled().found
     assert found is not None
-    recorded = evaluation.read_matches(two_settings[0] / "evaluation/matches.json").slides
+    recorded = evaluate.read_matches(two_settings[0] / "evaluation/matches.json").slides
     assert found.true == sum(len(one.best) - one.n_itc for one in recorded) > 0
     assert found.a == found.b > 0
     assert found.same
@@ -102,7 +105,7 @@ def test_beyond_the_bound_the_exit_code_says_so(
         heat[np.unravel_index(np.nanargmin(heat), heat.shape)] = 0.9
 
     other = changed(tumour, tmp_path / "other.tif", flip)
-    assert cli.main(["compare-maps", str(tumour), str(other), "--bound", "0.01"]) == compare_maps.NOT_EQUIVALENT
+    assert cli.main(["compare-maps", str(tumour), str(other), "--bound", "0.01"]) == NOT_EQUIVALENT
     told = capsys.readouterr().out
     assert "differs from tumor_001.tif by at most" in told
     assert ": 1 of" in told
@@ -120,7 +123,7 @@ def test_cells_of_one_map_only_are_counted(tumour: Path, tmp_path: Path) -> None
     made = compared(tumour, changed(tumour, tmp_path / "o.tif", less))
     assert (made.total.only_a, made.total.only_b) == (7, 0)
     assert made.total.largest == 0
-    assert compare_maps.verdict(made, 0.0) == ["7 cells are scored by one of the two only"]
+    assert verdict(made, 0.0) == ["7 cells are scored by one of the two only"]
 
 
 def test_maps_that_begin_elsewhere_are_laid_on_one_grid(tumour: Path, tmp_path: Path) -> None:
@@ -132,7 +135,7 @@ def test_maps_that_begin_elsewhere_are_laid_on_one_grid(tumour: Path, tmp_path: 
     moved = frame | {"t_row0": 2, "t_col0": 3, "t_rows": frame["t_rows"] - 2, "t_cols": frame["t_cols"] - 3}
     pyramid.write_heatmap(tmp_path / "part.tif", part, um_px=1.0, description=about | {"frame": moved})
     for paths in ((tumour, tmp_path / "part.tif"), (tmp_path / "part.tif", tumour)):
-        tally = compare_maps.tally_files(*paths, threshold=0.5)
+        tally = tally_files(*paths, threshold=0.5)
         assert tally.n == np.isfinite(part).sum() > 0
         assert tally.largest == 0
         assert tally.only_a + tally.only_b == np.isfinite(heat).sum() - tally.n
@@ -147,7 +150,7 @@ def test_more_rows_than_a_band(tmp_path: Path) -> None:
     frame |= {"stride_px": 32, "tile_px": 32, "t_row0": 0, "t_col0": 0}
     for name, heat in (("a", a), ("b", b)):
         pyramid.write_heatmap(tmp_path / f"{name}.tif", heat, um_px=8.0, description={"frame": frame})
-    tally = compare_maps.tally_files(tmp_path / "a.tif", tmp_path / "b.tif", threshold=0.5)
+    tally = tally_files(tmp_path / "a.tif", tmp_path / "b.tif", threshold=0.5)
     assert tally.n == a.size
     assert tally.total_abs == pytest.approx(np.abs(b.astype(np.float64) - a).sum())
     assert tally.up == ((a < 0.5) & (b >= 0.5)).sum()
@@ -166,8 +169,8 @@ def test_a_missing_slide_is_named(two_settings: tuple[Path, Path], copied: Path)
     made = compared(two_settings[0], copied)
     assert len(made.slides) == 5
     assert made.missing == ["tumor_002 has no heatmap in copy"]
-    assert compare_maps.verdict(made, 1.0) == made.missing
-    (told,) = compare_maps.verdict(dataclasses.replace(made, missing=[], neither=["tumor_002"]), 1.0)
+    assert verdict(made, 1.0) == made.missing
+    (told,) = verdict(dataclasses.replace(made, missing=[], neither=["tumor_002"]), 1.0)
     assert told == "neither has a heatmap of 1 planned slides"
 
 
@@ -184,7 +187,7 @@ def test_lost_and_gained_lesions_are_told(two_settings: tuple[Path, Path], copie
     found = compared(two_settings[0], copied).pooled().found
     assert found is not None
     assert (found.lost, found.gained, found.true_lost, found.true_gained) == (lost, 1, 1, 0)
-    assert "true lesions gained 0, lost 1 of" in compare_maps.verdict(compared(two_settings[0], copied), 1.0)[0]
+    assert "true lesions gained 0, lost 1 of" in verdict(compared(two_settings[0], copied), 1.0)[0]
 
 
 def test_other_truth_is_refused(two_settings: tuple[Path, Path], copied: Path) -> None:
@@ -229,8 +232,8 @@ def test_what_cannot_be_compared_ends_in_one_line(
 def test_numbers_that_do_not_exist_are_null(tumour: Path, tmp_path: Path) -> None:
     """Maps without a common cell: no maximum in JSON, no crash in figure and table."""
     made = compared(tumour, changed(tumour, tmp_path / "o.tif", lambda heat: heat.fill(np.nan)))
-    from wsiflow import maps_report
+    from wsiflow.analysis.equivalence import report
 
-    files = maps_report.documents(made)
+    files = report.documents(made)
     assert json.loads(files["equivalence.json"])["pooled"]["max"] is None
     assert b"score no common cell" in files["equivalence.md"]

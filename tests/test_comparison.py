@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from wsiflow import froc, resampling, roc
-from wsiflow.comparison import Setting, compare, incomparable, pareto
 from wsiflow.errors import InputError
-from wsiflow.froc import Matches
+from wsiflow.evaluation import froc, resampling, roc
+from wsiflow.evaluation.froc import Matches
+from wsiflow.evaluation.paired import Setting, compare, incomparable, pareto
 
 SETS = int(os.environ.get("WSIFLOW_COVERAGE_SETS", "60"))
 """Simulated data sets: 1000 for the sentence that intervals hold what they should in 93 to 97 % of the cases."""

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from flows.run import compose_config
-from wsiflow.config import RunConfig, validate
 from wsiflow.errors import InputError
+from wsiflow.run.config import RunConfig, validate
 
 CONF = Path(__file__).parents[1] / "conf"
 OPTIONS = sorted(f"{path.parent.name}={path.stem}" for path in CONF.rglob("*/*.yaml"))

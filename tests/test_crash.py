@@ -11,13 +11,15 @@ from test_line import COARSE, attempts, digests, over
 
 from flows import run
 from flows.line import direct
-from wsiflow import publish
+from wsiflow.system import publish
 
 # Every effect of the line is a place to crash; one in STRIDE is tried. WSIFLOW_CRASH_STRIDE=1 tries them all.
 STRIDE = int(os.environ.get("WSIFLOW_CRASH_STRIDE", "37"))
 
 _SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(["flows.line", "flows.run", "wsiflow.certify", "wsiflow.settle", "wsiflow.steps"])
+_SERVER.set_forkserver_preload(
+    ["flows.line", "flows.run", "wsiflow.run.stages.certify", "wsiflow.run.stages.choose", "wsiflow.run.stages.work"]
+)
 
 
 def line(manifest: Path, out: Path, last: int = -1) -> int:

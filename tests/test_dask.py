@@ -18,9 +18,9 @@ from slice_work import die_at_7, square, tell_pid_and_wait
 from test_line import digests, over
 
 from flows.cluster import cluster
-from wsiflow import executor
 from wsiflow.errors import EnvironmentFault, InputError
-from wsiflow.executor import DaskParams, Executor, ExecutorParams, Outcome, Slice
+from wsiflow.run import executor
+from wsiflow.run.executor import DaskParams, Executor, ExecutorParams, Outcome, Slice
 
 HERE = Path(__file__)
 

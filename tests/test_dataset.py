@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from wsiflow.dataset import LABELS, Case, DatasetParams, load_dataset, read_folder, read_manifest, read_single
 from wsiflow.errors import EnvironmentFault, InputError, WsiflowError
-from wsiflow.slide import open_slide
+from wsiflow.slides.manifest import LABELS, Case, DatasetParams, load_dataset, read_folder, read_manifest, read_single
+from wsiflow.slides.slide import open_slide
 
 
 def manifest(folder: Path, text: str | bytes) -> Path:

@@ -14,9 +14,9 @@ import tifffile
 from numpy.typing import NDArray
 from PIL import Image
 
-from wsiflow import decode, pyramid
 from wsiflow.errors import InputError
-from wsiflow.slide import Slide, open_slide
+from wsiflow.slides import pyramid, tiff_tiles
+from wsiflow.slides.slide import Slide, open_slide
 
 Pixels = NDArray[np.uint8]
 WIDTH, HEIGHT = 710, 498
@@ -265,9 +265,9 @@ def test_a_decoder_that_disagrees_is_not_used(tmp_path: Path, monkeypatch: pytes
         assert opened.decoder == "openslide"
 
 
-def tiled_level(path: Path) -> decode.TiledLevel:
+def tiled_level(path: Path) -> tiff_tiles.TiledLevel:
     """The index of level 0."""
-    tiles = decode.open_tiles(path)
+    tiles = tiff_tiles.open_tiles(path)
     assert tiles is not None
     level = tiles.level((WIDTH, HEIGHT))
     tiles.close()
@@ -275,7 +275,7 @@ def tiled_level(path: Path) -> decode.TiledLevel:
     return level
 
 
-def probed(level: decode.TiledLevel) -> set[tuple[int, int]]:
+def probed(level: tiff_tiles.TiledLevel) -> set[tuple[int, int]]:
     """Column and row of the tiles the probes touch."""
     return {
         (col, row)
@@ -299,7 +299,7 @@ def test_the_probe_looks_at_tissue_borders_and_tile_corners(tmp_path: Path) -> N
 def test_a_level_smaller_than_half_a_tile_is_probed(tmp_path: Path, size: tuple[int, int]) -> None:
     """The last level of a narrow slide is one tile in part; no probe reaches beyond it."""
     path = write(tmp_path / "narrow.tif", tissue(*size), tile=(256, 256))
-    tiles = decode.open_tiles(path)
+    tiles = tiff_tiles.open_tiles(path)
     assert tiles is not None
     level = tiles.level(size)
     assert level is not None
@@ -439,4 +439,4 @@ def test_what_is_no_tiff_has_no_tiles(tmp_path: Path, content: bytes) -> None:
     """Any file may be asked."""
     path = tmp_path / "s.tif"
     path.write_bytes(content)
-    assert decode.open_tiles(path) is None
+    assert tiff_tiles.open_tiles(path) is None

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from flows import run
-from wsiflow import cli, publish
+from flows import cli, run
+from wsiflow.system import publish
 
 FAST = ["orchestrator=none", "tracking=off", "executor=inline", "inference.stride=56", "dense.windows=8"]
 

@@ -12,11 +12,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from wsiflow import model
 from wsiflow.errors import InputError, WsiflowError
-from wsiflow.model import layers
+from wsiflow.model.architectures.googlenet import GoogLeNet
 from wsiflow.model.classifier import Classifier
-from wsiflow.model.dense import DenseClassifier, densify, describe, window_crops
-from wsiflow.model.googlenet import GoogLeNet
-from wsiflow.model.receptive import follow
+from wsiflow.model.dense import layers
+from wsiflow.model.dense.network import DenseClassifier, densify, describe, window_crops
+from wsiflow.model.dense.receptive import follow
 
 ROOT = Path(__file__).parents[1]
 

@@ -17,13 +17,12 @@ import psutil
 import pytest
 from serving import BIN, PrefectServer, end
 
-from flows import forms
+from flows import cli, forms
 from flows.run import compose_config, sweep_jobs
-from wsiflow import cli
-from wsiflow.config import InferenceParams
 from wsiflow.errors import InputError
-from wsiflow.executor import jobs
-from wsiflow.store import StoreParams
+from wsiflow.run.config import InferenceParams
+from wsiflow.run.executor import jobs
+from wsiflow.run.store import StoreParams
 
 ROOT = Path(__file__).parents[1]
 # An experiment is a list of overrides: it goes where a form takes those.

@@ -16,12 +16,12 @@ from array_work import work
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wsiflow import processes
 from wsiflow.errors import EnvironmentFault, InputError
-from wsiflow.executor import ExecutorParams, Outcome, Slice, element, jobs
-from wsiflow.executor.array import ArrayJobs, Batch, runs
-from wsiflow.executor.dialect import ArrayParams, Place, Seen, expand, indices
-from wsiflow.executor.watch import Look, Piece, Queue, Tries
+from wsiflow.run.executor import ExecutorParams, Outcome, Slice, element, jobs
+from wsiflow.run.executor.array import ArrayJobs, Batch, runs
+from wsiflow.run.executor.dialect import ArrayParams, Place, Seen, expand, indices
+from wsiflow.run.executor.watch import Look, Piece, Queue, Tries
+from wsiflow.system import processes
 
 CONF = Path(__file__).parents[1] / "conf/executor"
 SPACE = "0a1b2c3d4e5f"

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from flows import cli
 from flows.run import compose_config, sweep_jobs
-from wsiflow import cli
 
 ROOT = Path(__file__).parents[1]
 PAGES = (

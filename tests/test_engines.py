@@ -19,11 +19,28 @@ from torch import nn
 
 from wsiflow import model
 from wsiflow.errors import EnvironmentFault, InputError, WsiflowError
-from wsiflow.model import dense, engines, threads
-from wsiflow.model.cache import cache_folder, cached
 from wsiflow.model.card import ModelSpec
 from wsiflow.model.classifier import Classifier, predict, probe_image
-from wsiflow.model.engines import EngineSpec, Network, prepare, quantise, scores_from_pixels
+from wsiflow.model.dense.network import densify
+from wsiflow.model.engines import engine as engine_module
+from wsiflow.model.engines.cache import cache_folder, cached
+from wsiflow.model.engines.engine import (
+    Engine,
+    EngineSpec,
+    Network,
+    _converted,
+    _one_thread,
+    _packed,
+    _read,
+    available,
+    choose,
+    converts,
+    cpu_supports_bf16,
+    prepare,
+    quantise,
+    scores_from_pixels,
+)
+from wsiflow.system import machine
 
 STRIDE_PX = 16
 SHAPES = ((240, 272), (560, 331), (432, 704))
@@ -31,7 +48,7 @@ FP32 = [EngineSpec("torch", "fp32"), EngineSpec("openvino", "fp32"), EngineSpec(
 BF16 = [EngineSpec("torch", "bf16"), EngineSpec("openvino", "bf16")]
 OPENVINO, INT8 = EngineSpec("openvino", "fp32"), EngineSpec("openvino", "int8")
 
-needs_bf16 = pytest.mark.skipif(not engines.cpu_supports_bf16(), reason="this CPU has no bfloat16")
+needs_bf16 = pytest.mark.skipif(not cpu_supports_bf16(), reason="this CPU has no bfloat16")
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +78,7 @@ def windows(n: int) -> NDArray[np.uint8]:
 
 
 def dense_network(classifier: Classifier, *, fixed: tuple[int, int] | None = None) -> Network:
-    module = scores_from_pixels(classifier, dense.densify(classifier, STRIDE_PX).module)
+    module = scores_from_pixels(classifier, densify(classifier, STRIDE_PX).module)
     return Network(module, "demo", region(*(fixed or (256, 272))), fixed=fixed is not None)
 
 
@@ -116,7 +133,7 @@ def test_bits_do_not_depend_on_process_order_or_open_shapes(
     """Other shapes before, another process, another conversion, a graph compiled for one shape: the same bits."""
     shape = SHAPES[1]
     fixed = dense_network(classifier, fixed=shape)
-    specs = [OPENVINO, BF16[1]] if engines.cpu_supports_bf16() else [OPENVINO]
+    specs = [OPENVINO, BF16[1]] if cpu_supports_bf16() else [OPENVINO]
     here = [digests(maps, spec, SHAPES, cache) for spec in specs]
     assert elsewhere(specs, SHAPES[::-1], tmp_path) == here
     for spec, found in zip(specs, here, strict=True):
@@ -153,7 +170,7 @@ def test_nothing_reports_home(tmp_path: Path) -> None:
     """OpenVINO, NNCF and ONNX Runtime leave no consent file, no number of the machine and no queue of events."""
     code = (
         "import numpy as np, sys, torch\n"
-        "from wsiflow.model.engines import EngineSpec, Network, prepare, quantise\n"
+        "from wsiflow.model.engines.engine import EngineSpec, Network, prepare, quantise\n"
         "network = Network(torch.nn.Conv2d(3, 3, 3).eval(), 'k', np.ones((1, 3, 5, 5), np.float32), True)\n"
         "prepare(network, EngineSpec('openvino', 'fp32'), threads=1)(network.example)\n"
         "prepare(network, EngineSpec('onnxruntime', 'fp32'), threads=1)(network.example)\n"
@@ -190,12 +207,12 @@ def test_the_same_samples_give_the_same_bytes(tiny: Network, tmp_path: Path) -> 
 
 def test_calibration_runs_with_one_thread(tiny: Network) -> None:
     """NNCF would take every core; afterwards OpenVINO is as it was."""
-    packed = engines._converted(tiny, None)
+    packed = _converted(tiny, None)
     import openvino
 
     core = openvino.Core
-    with engines._one_thread():
-        made = openvino.Core().compile_model(engines._read(packed), device_name="CPU", config=None)
+    with _one_thread():
+        made = openvino.Core().compile_model(_read(packed), device_name="CPU", config=None)
     assert made.get_property("INFERENCE_NUM_THREADS") == 1
     assert openvino.Core is core
 
@@ -229,10 +246,10 @@ def test_bfloat16_is_refused_where_it_would_be_emulated(
     spec: EngineSpec, tiny: Network, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A CPU with AVX512 alone emulates it, slower than fp32."""
-    monkeypatch.setattr(threads, "cpu_flags", lambda: {"avx512f", "avx512_vnni"})
+    monkeypatch.setattr(machine, "cpu_flags", lambda: {"avx512f", "avx512_vnni"})
     with pytest.raises(EnvironmentFault, match="this CPU has no bfloat16"):
         prepare(tiny, spec, threads=1)
-    monkeypatch.setattr(threads, "cpu_flags", lambda: {"avx512f", "amx_bf16"})
+    monkeypatch.setattr(machine, "cpu_flags", lambda: {"avx512f", "amx_bf16"})
     assert prepare(tiny, spec, threads=1)
 
 
@@ -244,7 +261,7 @@ def test_missing_packages_are_named_with_their_remedy(tiny: Network, monkeypatch
         prepare(tiny, FP32[2], threads=1)
     with pytest.raises(EnvironmentFault, match=r"nncf cannot be used: .* pip install 'wsiflow\[int8\]'"):
         quantise(tiny, [tiny.example])
-    assert engines.available() == ("openvino", "torch")
+    assert available() == ("openvino", "torch")
 
 
 class Exotic(nn.Module):
@@ -296,8 +313,8 @@ def test_a_resized_window_is_left_to_pytorch(classifier: Classifier) -> None:
     """Others round it differently by a grey level; PyTorch gives what `predict` gives."""
     resized = replace(classifier, window_px=448)
     images = np.stack([probe_image(seed, 448) for seed in range(2)])
-    assert engines.converts(classifier)
-    assert not engines.converts(resized)
+    assert converts(classifier)
+    assert not converts(resized)
     engine = prepare(Network(scores_from_pixels(resized), "resized", images, fixed=True), FP32[0], threads=1)
     assert np.abs(engine(images) - predict(resized, images)).max() < 1e-5
 
@@ -305,13 +322,13 @@ def test_a_resized_window_is_left_to_pytorch(classifier: Classifier) -> None:
 def count_conversions(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Record every conversion that is really done."""
     made: list[str] = []
-    packed = engines._packed
+    packed = _packed
 
     def record(graph: object) -> bytes:
         made.append("openvino")
         return packed(graph)
 
-    monkeypatch.setattr(engines, "_packed", record)
+    monkeypatch.setattr(engine_module, "_packed", record)
     return made
 
 
@@ -398,7 +415,7 @@ class Clock:
     def __init__(self) -> None:
         self.now, self.ran = 0.0, ""
 
-    def engine(self, name: str, *seconds: float) -> engines.Engine:
+    def engine(self, name: str, *seconds: float) -> Engine:
         """Return an engine that takes these times, the last one ever after."""
         times = list(seconds)
 
@@ -414,7 +431,7 @@ def test_the_fastest_is_chosen_by_medians_of_turns() -> None:
     """First runs do not count, candidates take turns, and one disturbance does not decide."""
     clock = Clock()
     candidates = {"a": clock.engine("a", 1, 3.0), "b": clock.engine("b", 50, 2, 90, 2.0)}
-    assert list(engines.choose(candidates, region(8, 8), seconds=105, clock=lambda: clock.now).items()) == [
+    assert list(choose(candidates, region(8, 8), seconds=105, clock=lambda: clock.now).items()) == [
         ("b", 2.0),
         ("a", 3.0),
     ]
@@ -424,14 +441,14 @@ def test_the_fastest_is_chosen_by_medians_of_turns() -> None:
 def test_a_slow_candidate_is_measured_once() -> None:
     """The time is over after the first turn: two runs each."""
     clock = Clock()
-    assert engines.choose({"a": clock.engine("a", 9)}, region(8, 8), clock=lambda: clock.now) == {"a": 9}
+    assert choose({"a": clock.engine("a", 9)}, region(8, 8), clock=lambda: clock.now) == {"a": 9}
     assert clock.ran == "aa"
 
 
 def test_real_engines_are_told_apart(tiny: Network) -> None:
     """What runs a network fifty times takes longer, however busy the machine is."""
     once = prepare(tiny, OPENVINO, threads=1)
-    found = engines.choose(
+    found = choose(
         {"often": lambda inputs: np.stack([once(inputs) for _ in range(50)]), "once": once}, tiny.example, seconds=0.2
     )
     assert list(found) == ["once", "often"]

@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from PIL import Image
 
-from wsiflow import comparison, dataset, evaluation, froc, pyramid, roc
-from wsiflow.config import EvaluationParams, evaluation_params
 from wsiflow.errors import InputError
-from wsiflow.evaluation import Evidence, Truth
+from wsiflow.evaluation import evaluate, froc, paired, roc
+from wsiflow.evaluation.evaluate import Evidence, Truth
+from wsiflow.run.config import EvaluationParams, evaluation_params
+from wsiflow.slides import manifest, pyramid
 
 
 def protocol(**changes):
@@ -96,7 +97,7 @@ def project(tmp_path):
             label = "tumour" if slide_id.startswith("Tumor") else "normal"
             lines.append(f"{slide_id},{slide_id}.tif,{label},{columns[0]},{columns[1]},")
         (tmp_path / "manifest.csv").write_text("\n".join(lines) + "\n")
-        return dataset.read_manifest(tmp_path / "manifest.csv"), folder
+        return manifest.read_manifest(tmp_path / "manifest.csv"), folder
 
     return made
 
@@ -118,7 +119,7 @@ def sensitivities(metrics, mode="official"):
 def test_e1_through_files(project, tmp_path):
     """Masks, detection files and a manifest give E1's score, counts and slide AUC."""
     cases, folder = project(E1, e1_masks(tmp_path, A_ITC))
-    scores = evaluation.evaluate_folder(cases, folder, E1_PARAMS, seed=0)
+    scores = evaluate.evaluate_folder(cases, folder, E1_PARAMS, seed=0)
     assert sensitivities(scores.metrics) == [2 / 3, 2 / 3, 1, 1, 1, 1]
     assert round(scores.metrics["froc.score"], 6) == 0.888889
     assert [scores.metrics[f"froc.n_{what}"] for what in ("lesions", "itc", "slides")] == [3, 1, 4]
@@ -130,7 +131,7 @@ def test_e1_without_the_empty_slide(project, tmp_path):
     """The manifest, not the files, says which slides there are; without Normal_D the score is lower."""
     e1 = {slide_id: text for slide_id, text in E1.items() if slide_id != "Normal_D"}
     cases, folder = project(e1, e1_masks(tmp_path, A_ITC))
-    metrics = evaluation.evaluate_folder(cases, folder, E1_PARAMS, seed=0).metrics
+    metrics = evaluate.evaluate_folder(cases, folder, E1_PARAMS, seed=0).metrics
     assert round(metrics["froc.score"], 6) == 0.833333
 
 
@@ -148,7 +149,7 @@ def test_e1_without_the_empty_slide(project, tmp_path):
 def test_e2_through_files(project, tmp_path, changed, itc, official, strict):
     """E2 and its variants, in both modes."""
     cases, folder = project(E2 | changed, e1_masks(tmp_path, *([A_ITC] if itc else [])))
-    metrics = evaluation.evaluate_folder(cases, folder, E1_PARAMS, seed=0).metrics
+    metrics = evaluate.evaluate_folder(cases, folder, E1_PARAMS, seed=0).metrics
     assert (round(metrics["froc.score"], 6), round(metrics["froc.strict_score"], 6)) == (official, strict)
 
 
@@ -167,7 +168,7 @@ def e3_truth(kind, tmp_path):
 def test_e3_through_files(project, tmp_path, kind, mask_downsample):
     """Whatever form the truth has, E3 gives its score to the last digit."""
     cases, folder = project(E3, {"Tumor_T": e3_truth(kind, tmp_path)})
-    scores = evaluation.evaluate_folder(cases, folder, E3_PARAMS, seed=0, mask_downsample=mask_downsample)
+    scores = evaluate.evaluate_folder(cases, folder, E3_PARAMS, seed=0, mask_downsample=mask_downsample)
     assert sensitivities(scores.metrics) == pytest.approx([0.25, 0.375, 1, 1, 1, 1], abs=1e-15)
     assert round(scores.metrics["froc.score"], 6) == 0.770833
     assert round(scores.metrics["froc.strict_score"], 6) == 0.770833
@@ -179,8 +180,8 @@ def test_e3_through_files(project, tmp_path, kind, mask_downsample):
 @pytest.mark.parametrize("size", [None, (5120, 3200)])
 def test_outlines_give_the_mask_of_e3(tmp_path, size):
     """With or without the slide's size, outlines on pixel borders give E3's regions."""
-    case = dataset.Case("t", tmp_path, annotation_path=e3_truth("xml", tmp_path))
-    labels = evaluation.read_truth(case, E3_PARAMS, l0_size_px=size).lesions.labels
+    case = manifest.Case("t", tmp_path, annotation_path=e3_truth("xml", tmp_path))
+    labels = evaluate.read_truth(case, E3_PARAMS, l0_size_px=size).lesions.labels
     expected = froc.evaluation_mask(painted((100, 160), E3_BOXES, E3_HOLE) > 0, 0.243 * 32).labels
     rows, cols = (min(a, b) for a, b in zip(labels.shape, expected.shape, strict=True))
     assert np.array_equal(labels[:rows, :cols], expected[:rows, :cols])
@@ -205,7 +206,7 @@ def test_rows_tell_what_a_slide_counted_for():
         evidence("unknown", None),
         evidence("normal", 0, 0, [(0.5, 1, 1)], score=0.25),
     ]
-    scores = evaluation.evaluate_cases(slides, E1_PARAMS, seed=0)
+    scores = evaluate.evaluate_cases(slides, E1_PARAMS, seed=0)
     told = [(r["n_lesions"], r["n_found"], r["n_false_positives"], r["score"], r["note"]) for r in scores.cases]
     assert told == [
         (2, 1, 1, 0.9, ""),
@@ -222,7 +223,7 @@ def test_rows_tell_what_a_slide_counted_for():
 
 def test_truth_labels_a_slide_without_label():
     """Regions make it a tumour slide; a truth without any makes it a normal one."""
-    scores = evaluation.evaluate_cases([evidence("t", None, 1), evidence("n", None, 0)], E1_PARAMS, seed=0)
+    scores = evaluate.evaluate_cases([evidence("t", None, 1), evidence("n", None, 0)], E1_PARAMS, seed=0)
     assert [row["label"] for row in scores.cases] == [1, 0]
 
 
@@ -230,29 +231,27 @@ def test_truth_labels_a_slide_without_label():
 def test_label_against_truth(label, n, told):
     """A label that the truth contradicts is refused: one of the two is of another slide."""
     with pytest.raises(InputError, match=f"slide s, evaluation: the {told}"):
-        evaluation.evaluate_cases([evidence("s", label, n)], E1_PARAMS, seed=0)
+        evaluate.evaluate_cases([evidence("s", label, n)], E1_PARAMS, seed=0)
 
 
 def test_slide_score_must_be_finite():
     """NaN never becomes a decision."""
     with pytest.raises(InputError, match="slide s"):
-        evaluation.evaluate_cases([evidence("s", 0, score=math.nan)], E1_PARAMS, seed=0)
+        evaluate.evaluate_cases([evidence("s", 0, score=math.nan)], E1_PARAMS, seed=0)
 
 
 def test_nothing_labelled_gives_no_number():
     """Without labels every metric is NaN, and the files are still valid."""
-    scores = evaluation.evaluate_cases([evidence("s", None)], E1_PARAMS, seed=0)
+    scores = evaluate.evaluate_cases([evidence("s", None)], E1_PARAMS, seed=0)
     assert math.isnan(scores.metrics["froc.score"])
     assert math.isnan(scores.metrics["roc.auc"])
-    assert json.loads(evaluation.documents(scores)["summary.json"])["froc.score"] is None
+    assert json.loads(evaluate.documents(scores)["summary.json"])["froc.score"] is None
 
 
 def test_documents_are_reproducible_and_readable(project, tmp_path):
     """Same input, same bytes; JSON holds no NaN or infinity; the table has a line per slide."""
     cases, folder = project(E1, e1_masks(tmp_path, A_ITC))
-    first, again = (
-        evaluation.documents(evaluation.evaluate_folder(cases, folder, E1_PARAMS, seed=3)) for _ in range(2)
-    )
+    first, again = (evaluate.documents(evaluate.evaluate_folder(cases, folder, E1_PARAMS, seed=3)) for _ in range(2))
     assert first == again
     assert sorted(first) == ["cases.csv", "froc.json", "matches.json", "roc.json", "summary.json"]
     assert json.loads(first["froc.json"])["strict"]["thresholds"][-1] is None
@@ -264,7 +263,7 @@ def test_given_scores_replace_the_highest_detection(project, tmp_path):
     """A CSV of slide scores decides the AUC."""
     cases, folder = project(E1, e1_masks(tmp_path, A_ITC))
     (tmp_path / "scores.csv").write_text("slide_id,score\nTumor_A,.9\nTumor_B,.8\nNormal_C,.1\nNormal_D,.2\n")
-    scores = evaluation.evaluate_folder(cases, folder, E1_PARAMS, seed=0, scores=tmp_path / "scores.csv")
+    scores = evaluate.evaluate_folder(cases, folder, E1_PARAMS, seed=0, scores=tmp_path / "scores.csv")
     assert scores.metrics["roc.auc"] == 1
 
 
@@ -274,14 +273,14 @@ def test_missing_and_stray_detection_files_are_all_named(project, tmp_path):
     for slide_id in ("Tumor_A", "Normal_D"):
         (folder / f"{slide_id}.csv").rename(folder / f"{slide_id.lower()}.csv")
     with pytest.raises(InputError, match=r"no detection file for Normal_D, Tumor_A and a .* for normal_d, tumor_a"):
-        evaluation.evaluate_folder(cases, folder, E1_PARAMS, seed=0)
+        evaluate.evaluate_folder(cases, folder, E1_PARAMS, seed=0)
 
 
 def test_detections_folder_must_exist(project, tmp_path):
     """A wrong path is not a folder without detections."""
     cases, _ = project(E1, e1_masks(tmp_path))
     with pytest.raises(InputError, match="not a folder"):
-        evaluation.evaluate_folder(cases, tmp_path / "none", E1_PARAMS, seed=0)
+        evaluate.evaluate_folder(cases, tmp_path / "none", E1_PARAMS, seed=0)
 
 
 def test_missing_scores_are_named(project, tmp_path):
@@ -289,7 +288,7 @@ def test_missing_scores_are_named(project, tmp_path):
     cases, folder = project(E1, e1_masks(tmp_path))
     (tmp_path / "scores.csv").write_text("slide_id,score\nTumor_A,.9\nTumor_B,.8\nOther,.8\n")
     with pytest.raises(InputError, match="no score for Normal_C, Normal_D and a score for Other"):
-        evaluation.evaluate_folder(cases, folder, E1_PARAMS, seed=0, scores=tmp_path / "scores.csv")
+        evaluate.evaluate_folder(cases, folder, E1_PARAMS, seed=0, scores=tmp_path / "scores.csv")
 
 
 def test_spacing_must_come_from_somewhere(project, tmp_path):
@@ -297,7 +296,7 @@ def test_spacing_must_come_from_somewhere(project, tmp_path):
     cases, folder = project(E1, e1_masks(tmp_path))
     own = protocol(l0_um_px=None, bootstrap=0)
     with pytest.raises(InputError, match=r"slide Tumor_A.*add its mpp"):
-        evaluation.evaluate_folder(cases, folder, own, seed=0)
+        evaluate.evaluate_folder(cases, folder, own, seed=0)
 
 
 def test_own_spacing_decides_what_is_itc(tmp_path):
@@ -305,7 +304,7 @@ def test_own_spacing_decides_what_is_itc(tmp_path):
     path = png(tmp_path / "a.png", painted((60, 60), [(25, 35, 25, 35)]))
     own = protocol(l0_um_px=None, bootstrap=0)
     n = [
-        evaluation.read_truth(dataset.Case("a", tmp_path, mpp=mpp, mask_path=path), own).lesions.n_lesions
+        evaluate.read_truth(manifest.Case("a", tmp_path, mpp=mpp, mask_path=path), own).lesions.n_lesions
         for mpp in (25.0, 10.0)
     ]
     assert n == [1, 0]
@@ -313,10 +312,10 @@ def test_own_spacing_decides_what_is_itc(tmp_path):
 
 def test_mask_of_another_scale(tmp_path):
     """A mask of half the slide's size is refused; one padded by less than a tile passes."""
-    case = dataset.Case("t", tmp_path, mask_path=e3_truth("tif", tmp_path))
-    assert evaluation.read_truth(case, E3_PARAMS, l0_size_px=(5000, 3100)).lesions.n_lesions == 4
+    case = manifest.Case("t", tmp_path, mask_path=e3_truth("tif", tmp_path))
+    assert evaluate.read_truth(case, E3_PARAMS, l0_size_px=(5000, 3100)).lesions.n_lesions == 4
     with pytest.raises(InputError, match=r"160 x 100 px where the slide is 320 x 200"):
-        evaluation.read_truth(case, E3_PARAMS, l0_size_px=(10240, 6400))
+        evaluate.read_truth(case, E3_PARAMS, l0_size_px=(10240, 6400))
 
 
 @pytest.mark.parametrize(
@@ -325,16 +324,16 @@ def test_mask_of_another_scale(tmp_path):
 def test_a_small_slides_mask_of_another_scale(tmp_path, side, fits):
     """On a slide of a few tiles another scale differs by fewer pixels than a tile has: only padding may be large."""
     path = png(tmp_path / "a.png", np.zeros((side, side), np.uint8))
-    case = dataset.Case("t", tmp_path, mpp=0.25, label=0, mask_path=path)
+    case = manifest.Case("t", tmp_path, mpp=0.25, label=0, mask_path=path)
     with contextlib.nullcontext() if fits else pytest.raises(InputError, match="where the slide is 19 x 19"):
-        evaluation.check_truth(case, protocol(downsample=32), l0_size_px=(600, 600))
+        evaluate.check_truth(case, protocol(downsample=32), l0_size_px=(600, 600))
 
 
 def test_outline_at_an_impossible_place(tmp_path):
     """A coordinate of another unit does not exhaust the memory."""
     path = xml(tmp_path / "t.xml", [(0, 10**6, 0, 10**6)], E3_HOLE)
     with pytest.raises(InputError, match=r"slide t.*mask px"):
-        evaluation.read_truth(dataset.Case("t", tmp_path, annotation_path=path), E3_PARAMS)
+        evaluate.read_truth(manifest.Case("t", tmp_path, annotation_path=path), E3_PARAMS)
 
 
 def test_outline_without_area_is_told_in_the_row(tmp_path):
@@ -343,8 +342,8 @@ def test_outline_without_area_is_told_in_the_row(tmp_path):
     point = '<Coordinates><Coordinate X="1" Y="1" /></Coordinates>'
     stray = f'<Annotation Name="stray" PartOfGroup="Tumor">{point}</Annotation>'
     path.write_text(path.read_text().replace("<Annotations>", f"<Annotations>{stray}"))
-    truth = evaluation.read_truth(dataset.Case("t", tmp_path, annotation_path=path), E3_PARAMS)
-    scores = evaluation.evaluate_cases([Evidence("t", 1, truth, np.empty((0, 3)))], E3_PARAMS, seed=0)
+    truth = evaluate.read_truth(manifest.Case("t", tmp_path, annotation_path=path), E3_PARAMS)
+    scores = evaluate.evaluate_cases([Evidence("t", 1, truth, np.empty((0, 3)))], E3_PARAMS, seed=0)
     assert scores.cases[0]["note"] == "outlines without area: stray"
 
 
@@ -366,7 +365,7 @@ def test_damaged_detection_files(tmp_path, text, told):
     path = tmp_path / "slide.csv"
     path.write_text(text)
     with pytest.raises(InputError, match=told) as caught:
-        evaluation.read_detections(path)
+        evaluate.read_detections(path)
     assert "slide.csv" in str(caught.value)
 
 
@@ -374,13 +373,13 @@ def test_damaged_detection_files(tmp_path, text, told):
 def test_empty_detection_file(tmp_path, text):
     """An empty file is a slide without detections."""
     (tmp_path / "slide.csv").write_text(text, encoding="utf-8")
-    assert evaluation.read_detections(tmp_path / "slide.csv").shape == (0, 3)
+    assert evaluate.read_detections(tmp_path / "slide.csv").shape == (0, 3)
 
 
 def test_detection_file_of_another_system(tmp_path):
     """A byte order mark, CRLF and fractions of pixels are read."""
     (tmp_path / "slide.csv").write_bytes(b"\xef\xbb\xbf0.5,1,2\r\n1e-3,3.5,4\r\n")
-    assert evaluation.read_detections(tmp_path / "slide.csv").tolist() == [[0.5, 1, 2], [0.001, 3.5, 4]]
+    assert evaluate.read_detections(tmp_path / "slide.csv").tolist() == [[0.5, 1, 2], [0.001, 3.5, 4]]
 
 
 @pytest.mark.parametrize(
@@ -397,36 +396,36 @@ def test_damaged_score_files(tmp_path, text, told):
     """Header, number and duplicates are checked."""
     (tmp_path / "scores.csv").write_text(text)
     with pytest.raises(InputError, match=told):
-        evaluation.read_scores(tmp_path / "scores.csv")
+        evaluate.read_scores(tmp_path / "scores.csv")
 
 
 def test_text_of_detections():
     """Whole pixels by floor; falling confidence, then y, then x; digits that give the float32 back."""
     detections = np.array([[0.3, 5.9, 7], [0.5, 9, 9], [0.5, 3, 9], [0.5, 8, 2], [0.3, -0.5, 6.2]])
-    assert evaluation.format_detections(detections) == (
+    assert evaluate.format_detections(detections) == (
         "0.5,8,2\n0.5,3,9\n0.5,9,9\n0.30000001192092896,-1,6\n0.30000001192092896,5,7\n"
     )
-    assert evaluation.format_detections(np.empty((0, 3))) == ""
+    assert evaluate.format_detections(np.empty((0, 3))) == ""
 
 
 @given(arrays(np.float64, st.tuples(st.integers(0, 6), st.just(3)), elements=st.floats(0, 1)))
 def test_written_detections_read_back(tmp_path_factory, detections):
     """What is read is exactly float32 and written again gives the same text, in any order of the rows."""
     path = tmp_path_factory.mktemp("d") / "slide.csv"
-    path.write_text(evaluation.format_detections(detections * [1, 1e5, 1e5]))
-    read = evaluation.read_detections(path)
+    path.write_text(evaluate.format_detections(detections * [1, 1e5, 1e5]))
+    read = evaluate.read_detections(path)
     assert sorted(read[:, 0].tolist()) == sorted(detections[:, 0].astype(np.float32).astype(float).tolist())
-    assert evaluation.format_detections(read[::-1]) == path.read_text()
+    assert evaluate.format_detections(read[::-1]) == path.read_text()
 
 
 def test_a_mask_of_0_and_1_needs_a_label(tmp_path):
     """It may be tumour, or the tissue of a slide whose mask could also hold 2."""
     mask = png(tmp_path / "m.png", (painted((100, 160), E3_BOXES) > 0).astype(np.uint8))
-    case = dataset.Case("a", tmp_path / "a.tif", mpp=0.243, mask_path=mask)
+    case = manifest.Case("a", tmp_path / "a.tif", mpp=0.243, mask_path=mask)
     with pytest.raises(InputError, match="may mean tumour, or tissue"):
-        evaluation.read_truth(case, E3_PARAMS, mask_downsample=1)
-    labelled = dataset.Case("a", tmp_path / "a.tif", mpp=0.243, mask_path=mask, label=1)
-    assert evaluation.read_truth(labelled, E3_PARAMS, mask_downsample=1).lesions.n_regions > 0
+        evaluate.read_truth(case, E3_PARAMS, mask_downsample=1)
+    labelled = manifest.Case("a", tmp_path / "a.tif", mpp=0.243, mask_path=mask, label=1)
+    assert evaluate.read_truth(labelled, E3_PARAMS, mask_downsample=1).lesions.n_regions > 0
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, bool])
@@ -435,10 +434,10 @@ def test_every_remedy_for_a_mask_of_0_and_1_works(tmp_path, dtype):
     mask = png(tmp_path / "m.png", (painted((100, 160), E3_BOXES) > 0).astype(dtype))
 
     def n_regions(label, **rule):
-        case = dataset.Case("a", tmp_path / "a.tif", mpp=0.243, mask_path=mask, label=label)
+        case = manifest.Case("a", tmp_path / "a.tif", mpp=0.243, mask_path=mask, label=label)
         params = protocol(**rule)
-        truth = evaluation.read_truth(case, params, mask_downsample=1)
-        return evaluation.judge(Evidence("a", label, truth, np.empty((0, 3))), params).row["n_lesions"]
+        truth = evaluate.read_truth(case, params, mask_downsample=1)
+        return evaluate.judge(Evidence("a", label, truth, np.empty((0, 3))), params).row["n_lesions"]
 
     assert n_regions(0) == 0
     assert n_regions(1) == n_regions(None, mask_tumour=[1]) == n_regions(1, mask_tumour=1) > 0
@@ -448,11 +447,11 @@ def test_every_remedy_for_a_mask_of_0_and_1_works(tmp_path, dtype):
 def test_outlines_that_mark_nothing_need_a_label(tmp_path):
     """Outlines in another unit would make a tumour slide a normal one without a word."""
     path = xml(tmp_path / "t.xml", [(1 / 64, 1 / 48, 1 / 64, 1 / 48)], E3_HOLE)
-    case = dataset.Case("t", tmp_path, annotation_path=path)
+    case = manifest.Case("t", tmp_path, annotation_path=path)
     with pytest.raises(InputError, match=r"slide t, .*t\.xml: 1 tumour outlines hold no pixel.*\(label\)"):
-        evaluation.read_truth(case, E3_PARAMS, l0_size_px=(5120, 3200))
-    labelled = dataset.Case("t", tmp_path, annotation_path=path, label=0)
-    assert evaluation.read_truth(labelled, E3_PARAMS, l0_size_px=(5120, 3200)).lesions.n_regions == 0
+        evaluate.read_truth(case, E3_PARAMS, l0_size_px=(5120, 3200))
+    labelled = manifest.Case("t", tmp_path, annotation_path=path, label=0)
+    assert evaluate.read_truth(labelled, E3_PARAMS, l0_size_px=(5120, 3200)).lesions.n_regions == 0
 
 
 def test_all_broken_truths_are_told_at_once(tmp_path, project):
@@ -466,7 +465,7 @@ def test_all_broken_truths_are_told_at_once(tmp_path, project):
     }
     cases, folder = project(dict.fromkeys((*truth, "Normal_D"), ""), truth)
     with pytest.raises(InputError, match=r"3 slides cannot be scored.*Tumor_A.*a\.png.*Tumor_B.*b\.xml.*Tumor_C"):
-        evaluation.evaluate_folder(cases, folder, E3_PARAMS, seed=0, mask_downsample=1)
+        evaluate.evaluate_folder(cases, folder, E3_PARAMS, seed=0, mask_downsample=1)
 
 
 # --- protocol and matches.json
@@ -490,7 +489,7 @@ def challenge():
 
 def test_camelyon16_leaves_out_what_publications_leave_out():
     """Two slides count for nothing, one for the AUC alone, in any case of the letters; each has its row and reason."""
-    scores = evaluation.evaluate_cases(challenge(), camelyon16(downsample=1, bootstrap=20), seed=0)
+    scores = evaluate.evaluate_cases(challenge(), camelyon16(downsample=1, bootstrap=20), seed=0)
     counts = [scores.metrics[name] for name in ("froc.n_slides", "roc.n_tumour", "roc.n_normal", "roc.auc")]
     assert counts == [2, 2, 1, 0.5]  # .9 and .8 against .85
     assert [(row["slide_id"], row["note"]) for row in scores.cases] == [
@@ -513,10 +512,10 @@ def test_camelyon16_leaves_out_what_publications_leave_out():
 def test_truth_of_an_excluded_slide_is_not_read(tmp_path):
     """What counts for nothing cannot stop an evaluation: its annotation may be broken."""
     (tmp_path / "t.xml").write_text("no XML")
-    case = dataset.Case("TEST_049", tmp_path, annotation_path=tmp_path / "t.xml")
-    assert evaluation.read_truth(case, camelyon16()) is None
+    case = manifest.Case("TEST_049", tmp_path, annotation_path=tmp_path / "t.xml")
+    assert evaluate.read_truth(case, camelyon16()) is None
     with pytest.raises(InputError):
-        evaluation.read_truth(case, E3_PARAMS)
+        evaluate.read_truth(case, E3_PARAMS)
 
 
 def test_protocol_hash_is_of_the_rules_alone():
@@ -536,9 +535,9 @@ def test_protocol_hash_is_of_the_rules_alone():
 def test_distances_of_the_protocol_decide_regions(tmp_path):
     """Annotations 10 px apart join at a larger distance, and the limit says what is isolated tumour cells."""
     path = png(tmp_path / "a.png", painted((60, 90), [(20, 30, 10, 30), (20, 30, 40, 60)]))
-    case = dataset.Case("a", tmp_path, mask_path=path, label=1)
+    case = manifest.Case("a", tmp_path, mask_path=path, label=1)
     found = [
-        evaluation.read_truth(case, protocol(l0_um_px=10.0, **rule)).lesions
+        evaluate.read_truth(case, protocol(l0_um_px=10.0, **rule)).lesions
         for rule in ({}, {"join_um": 120.0}, {"itc_um": 400.0})
     ]
     assert [(one.n_regions, one.n_lesions) for one in found] == [(2, 2), (1, 1), (2, 0)]
@@ -547,9 +546,9 @@ def test_distances_of_the_protocol_decide_regions(tmp_path):
 def test_matches_give_the_scores_again(project, tmp_path):
     """What is read back scores as it did, lists the ITC, and tells the same protocol and truth."""
     cases, folder = project(E1, e1_masks(tmp_path, A_ITC))
-    scores = evaluation.evaluate_folder(cases, folder, E1_PARAMS, seed=0)
-    (tmp_path / "matches.json").write_text(evaluation.documents(scores)["matches.json"])
-    read = evaluation.read_matches(tmp_path / "matches.json")
+    scores = evaluate.evaluate_folder(cases, folder, E1_PARAMS, seed=0)
+    (tmp_path / "matches.json").write_text(evaluate.documents(scores)["matches.json"])
+    read = evaluate.read_matches(tmp_path / "matches.json")
     assert read == scores.matches
     assert read.protocol["name"] == "test"
     assert [(one.slide_id, one.n_itc, one.itc) for one in read.slides[:2]] == [("Tumor_A", 1, [1]), ("Tumor_B", 0, [])]
@@ -557,14 +556,14 @@ def test_matches_give_the_scores_again(project, tmp_path):
     setting = read.setting("again")
     assert froc.score(setting.matches, mode="official").items() <= scores.metrics.items()
     assert roc.auc(setting.scores, setting.labels) == scores.metrics["roc.auc"]
-    found = comparison.compare([setting], reference="again", n=50, seed=0).intervals["again"]
+    found = paired.compare([setting], reference="again", n=50, seed=0).intervals["again"]
     assert found["roc.auc"].low == scores.metrics["roc.auc_bootstrap_ci_low"]
     assert found["froc.sensitivity_at_1"].high == scores.metrics["froc.sensitivity_at_1_ci_high"]
 
 
 def truths(*slides):
     """Return the hash of the truth of an evaluation and the digests of its slides."""
-    found = evaluation.evaluate_cases(slides, protocol(bootstrap=0), seed=0).matches
+    found = evaluate.evaluate_cases(slides, protocol(bootstrap=0), seed=0).matches
     return found.truth_hash(), [one.truth for one in found.slides]
 
 
@@ -580,9 +579,9 @@ def test_truth_hash_follows_the_truth_alone():
 
 def test_a_truth_is_the_same_however_far_its_mask_reaches(tmp_path):
     """With and without the slide's size known, outlines have one digest: two runs of one slide can be compared."""
-    case = dataset.Case("t", tmp_path, label=1, annotation_path=e3_truth("xml", tmp_path))
+    case = manifest.Case("t", tmp_path, label=1, annotation_path=e3_truth("xml", tmp_path))
     found = [
-        truths(Evidence("t", 1, evaluation.read_truth(case, E3_PARAMS, l0_size_px=size), np.empty((0, 3))))
+        truths(Evidence("t", 1, evaluate.read_truth(case, E3_PARAMS, l0_size_px=size), np.empty((0, 3))))
         for size in (None, (5120, 3200), (6400, 6400))
     ]
     assert found[0] == found[1] == found[2]
@@ -592,15 +591,15 @@ def test_patients_are_numbered_and_not_named():
     """Slides of one patient share a number, by which they are drawn together; no name leaves the manifest."""
     slides = [evidence("a", 1, 1), evidence("n", 0), evidence("b", 1, 1), evidence("m", 0)]
     named = [replace(one, patient_id=patient) for one, patient in zip(slides, ("Eve", "", "Eve", "Bob"), strict=True)]
-    scores = evaluation.evaluate_cases(named, E1_PARAMS, seed=0)
+    scores = evaluate.evaluate_cases(named, E1_PARAMS, seed=0)
     assert scores.matches.setting("x").clusters == {"a": 0, "b": 0, "m": 1}
-    assert "Eve" not in "".join(evaluation.documents(scores).values())
+    assert "Eve" not in "".join(evaluate.documents(scores).values())
 
 
 def spoiled(change):
     """Return the text of a matches.json after a change of its values."""
-    scores = evaluation.evaluate_cases([evidence("a", 1, 2, [(0.9, 8, 6)])], E1_PARAMS, seed=0)
-    values = json.loads(evaluation.documents(scores)["matches.json"])
+    scores = evaluate.evaluate_cases([evidence("a", 1, 2, [(0.9, 8, 6)])], E1_PARAMS, seed=0)
+    values = json.loads(evaluate.documents(scores)["matches.json"])
     change(values)
     return json.dumps(values)
 
@@ -623,14 +622,14 @@ def test_spoiled_matches_are_named(tmp_path, change, told):
     path = tmp_path / "matches.json"
     path.write_text(spoiled(change))
     with pytest.raises(InputError, match=told) as error:
-        evaluation.read_matches(path)
+        evaluate.read_matches(path)
     assert str(path) in str(error.value)
 
 
 def test_matches_that_are_no_file_or_no_json(tmp_path):
     """A missing file and another format end in one line each."""
     with pytest.raises(InputError, match=r"it cannot be read .No such file or directory.; give the matches.json"):
-        evaluation.read_matches(tmp_path / "none.json")
+        evaluate.read_matches(tmp_path / "none.json")
     (tmp_path / "cut.json").write_text('{"protocol": ')
     with pytest.raises(InputError, match=r"cut.json.*the file: Invalid JSON"):
-        evaluation.read_matches(tmp_path / "cut.json")
+        evaluate.read_matches(tmp_path / "cut.json")

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from wsiflow import executor, shards
 from wsiflow.errors import EnvironmentFault
-from wsiflow.executor import Executor, ExecutorParams, Outcome, Slice
+from wsiflow.run import executor, shards
+from wsiflow.run.executor import Executor, ExecutorParams, Outcome, Slice
 
 HERE = Path(__file__)
 

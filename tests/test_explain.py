@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from flows import run as command
-from wsiflow import explain
 from wsiflow.errors import InputError
+from wsiflow.run import explain
 
 COARSE = ["inference.stride=224", "executor=inline", "orchestrator=none", "tracking=off", "evaluation.bootstrap=0"]
 

@@ -14,14 +14,14 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy import ndimage
 
-from wsiflow import export
+from wsiflow.heatmap import overlay
 
 masks = hnp.arrays(np.bool_, hnp.array_shapes(min_dims=2, max_dims=2, min_side=1, max_side=9))
 
 
 def features(mask: NDArray[np.bool_], downsample: float = 1, offset: tuple[float, float] = (0, 0)) -> list[Any]:
     """Return the features of a mask's GeoJSON."""
-    found: list[Any] = json.loads(export.tissue_geojson(mask, downsample=downsample, offset=offset))["features"]
+    found: list[Any] = json.loads(overlay.tissue_geojson(mask, downsample=downsample, offset=offset))["features"]
     return found
 
 
@@ -88,7 +88,7 @@ def test_geojson_of_a_ring_of_tissue() -> None:
 def test_geojson_is_deterministic_with_ids_of_their_own() -> None:
     """The same mask gives the same text, and pieces have different ids."""
     mask = np.eye(3, dtype=bool)
-    assert export.tissue_geojson(mask, downsample=2.5, offset=(0, 0)) == export.tissue_geojson(
+    assert overlay.tissue_geojson(mask, downsample=2.5, offset=(0, 0)) == overlay.tissue_geojson(
         mask, downsample=2.5, offset=(0, 0)
     )
     assert len({feature["id"] for feature in features(mask)}) == 3
@@ -102,13 +102,13 @@ def test_no_tissue_is_an_empty_collection() -> None:
 @given(masks)
 def test_tissue_png_is_the_mask(mask: NDArray[np.bool_]) -> None:
     """Read back, 255 is tissue and 0 is not."""
-    assert np.array_equal(picture(export.tissue_png(mask)), mask * np.uint8(255))
+    assert np.array_equal(picture(overlay.tissue_png(mask)), mask * np.uint8(255))
 
 
 def test_cells_larger_than_pixels_fill_their_square() -> None:
     """A 2 x 2 heatmap at 3 px a cell from (1, 2) fills 6 x 6 pixels and nothing else."""
     heat = np.array([[0.1, 0.2], [0.3, np.nan]], dtype=np.float32)
-    drawn = export.heat_on_overview(heat, (10, 9), cell_px=3.0, origin_px=(1.0, 2.0))
+    drawn = overlay.heat_on_overview(heat, (10, 9), cell_px=3.0, origin_px=(1.0, 2.0))
     assert np.array_equal(drawn[2:8, 1:7], np.kron(heat, np.ones((3, 3))), equal_nan=True)
     assert np.isfinite(drawn).sum() == 27
 
@@ -118,7 +118,7 @@ def test_the_hottest_of_many_cells_shows() -> None:
     heat = np.full((8, 8), np.nan, dtype=np.float32)
     heat[4:, :4] = 0.1
     heat[6, 1] = 0.9
-    drawn = export.heat_on_overview(heat, (2, 2), cell_px=0.25, origin_px=(0.0, 0.0))
+    drawn = overlay.heat_on_overview(heat, (2, 2), cell_px=0.25, origin_px=(0.0, 0.0))
     assert drawn[1, 0] == np.float32(0.9)
     assert np.isfinite(drawn).sum() == 1
 
@@ -132,7 +132,7 @@ def test_every_pixel_shows_a_cell_it_meets(
     heat: NDArray[np.float32], cell_px: float, origin_px: tuple[float, float]
 ) -> None:
     """What a pixel shows is the score of a cell whose square meets the pixel's, wherever the map lies."""
-    drawn = export.heat_on_overview(heat, (8, 11), cell_px=cell_px, origin_px=origin_px)
+    drawn = overlay.heat_on_overview(heat, (8, 11), cell_px=cell_px, origin_px=origin_px)
     for row, col in np.argwhere(np.isfinite(drawn)):
         spans = [
             slice(
@@ -146,7 +146,7 @@ def test_every_pixel_shows_a_cell_it_meets(
 def test_a_map_beside_the_overview_draws_nothing() -> None:
     """A heatmap wholly outside leaves every pixel without a score."""
     for cell_px in (0.5, 2.0):
-        drawn = export.heat_on_overview(np.ones((4, 4), np.float32), (5, 5), cell_px=cell_px, origin_px=(50.0, 0.0))
+        drawn = overlay.heat_on_overview(np.ones((4, 4), np.float32), (5, 5), cell_px=cell_px, origin_px=(50.0, 0.0))
         assert np.isnan(drawn).all()
 
 
@@ -155,7 +155,7 @@ def test_overlay_leaves_unscored_pixels_alone() -> None:
     overview = np.full((60, 80, 3), (225, 180, 205), dtype=np.uint8)
     heat = np.full((6, 8), np.nan, dtype=np.float32)
     heat[0, 0], heat[5, 7] = 0.0, 1.0
-    seen = picture(export.overlay_png(overview, heat, cell_px=10.0, origin_px=(0.0, 0.0)))
+    seen = picture(overlay.overlay_png(overview, heat, cell_px=10.0, origin_px=(0.0, 0.0)))
     assert seen.shape[:2] > (60, 80)
     assert seen.shape[1] == 80
     change = np.abs(seen[:60].astype(int) - overview).sum(axis=2)
@@ -167,7 +167,7 @@ def test_the_scale_is_fixed() -> None:
     """The colour of a score does not depend on the other scores of the slide."""
     overview = np.full((20, 40, 3), 230, dtype=np.uint8)
     alone, beside = (
-        picture(export.overlay_png(overview, np.array([scores], np.float32), cell_px=20.0, origin_px=(0.0, 0.0)))
+        picture(overlay.overlay_png(overview, np.array([scores], np.float32), cell_px=20.0, origin_px=(0.0, 0.0)))
         for scores in ([0.3, np.nan], [0.3, 0.9])
     )
     assert np.array_equal(alone[:20, :20], beside[:20, :20])
@@ -179,7 +179,7 @@ def test_overlay_bytes_are_deterministic_and_detections_are_ringed() -> None:
     heat = np.full((1, 1), np.nan, dtype=np.float32)
     found = np.array([[0.9, 50.0, 40.0]])
     first, again = (
-        export.overlay_png(overview, heat, cell_px=1.0, origin_px=(0.0, 0.0), detections=found) for _ in range(2)
+        overlay.overlay_png(overview, heat, cell_px=1.0, origin_px=(0.0, 0.0), detections=found) for _ in range(2)
     )
     assert first == again
     rows, cols = np.nonzero((picture(first)[:100] != 200).any(axis=2))
@@ -189,6 +189,6 @@ def test_overlay_bytes_are_deterministic_and_detections_are_ringed() -> None:
 
 def test_thumbnail_is_small_and_keeps_its_shape() -> None:
     """The longer side is cut to the size asked for."""
-    small = export.thumbnail(export.tissue_png(np.ones((300, 600), dtype=bool)), side_px=100)
+    small = overlay.thumbnail(overlay.tissue_png(np.ones((300, 600), dtype=bool)), side_px=100)
     with Image.open(io.BytesIO(small)) as opened:
         assert (opened.format, opened.size) == ("JPEG", (100, 50))

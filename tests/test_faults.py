@@ -8,9 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from wsiflow import faults, publish, slide, steps, terminal
+from flows import terminal
 from wsiflow.errors import EnvironmentFault, InputError, WsiflowError
-from wsiflow.executor import process
+from wsiflow.run.executor import process
+from wsiflow.run.stages import work
+from wsiflow.slides import slide
+from wsiflow.system import faults, publish
 
 KEY = "k" * 64
 REMEDIES = {
@@ -123,8 +126,8 @@ def test_what_cannot_be_read_is_not_blamed_on_the_output(
     def stage(source: Path, _index: int) -> None:
         publishing(source.parent, error)
 
-    monkeypatch.setitem(steps.STAGES, "predict", stage)
-    outcome = steps.run_task(tmp_path / "plan.json", "predict", 0)
+    monkeypatch.setitem(work.STAGES, "predict", stage)
+    outcome = work.run_task(tmp_path / "plan.json", "predict", 0)
     assert outcome.exit_code == 30
     assert outcome.error.startswith(told)
     assert str(tmp_path) not in outcome.error

@@ -12,7 +12,7 @@ from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
 from wsiflow.errors import InputError
-from wsiflow.features import LEVELS, NAMES, describe
+from wsiflow.heatmap.features import LEVELS, NAMES, describe
 
 SHEETS = "published/dldp/RF_parameters"
 O8 = (

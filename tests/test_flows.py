@@ -14,7 +14,7 @@ from test_line import over
 
 from flows import line, run
 from flows.__main__ import give_home
-from wsiflow.model import cache
+from wsiflow.model.engines import cache
 
 
 def overrides(manifest: Path, out: Path) -> list[str]:

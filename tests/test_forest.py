@@ -9,10 +9,11 @@ import pytest
 from sklearn.ensemble import RandomForestClassifier
 
 from benchmarks import published
-from wsiflow import forest, publish, roc
 from wsiflow.errors import InputError, IntegrityError
-from wsiflow.features import LEVELS, NAMES
-from wsiflow.forest import Choices, Forest, Sample, Settings, grow, load, predict, save, train
+from wsiflow.evaluation import forest, roc
+from wsiflow.evaluation.forest import Choices, Forest, Sample, Settings, grow, load, predict, save, train
+from wsiflow.heatmap.features import LEVELS, NAMES
+from wsiflow.system import publish
 
 SMALL = Choices(max_features=(5, 20), min_leaf=(1,), trees=12, trees_choosing=6, folds=3)
 THRESHOLDS = LEVELS if os.environ.get("WSIFLOW_FOREST_ALL") else (0.9,)

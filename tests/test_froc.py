@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from scipy import ndimage
 from skimage import measure
 
-from wsiflow import froc
 from wsiflow.errors import InputError
-from wsiflow.froc import SlideFindings
+from wsiflow.evaluation import froc
+from wsiflow.evaluation.froc import SlideFindings
 
 RATES = ("0.25", "0.5", "1", "2", "4", "8")
 

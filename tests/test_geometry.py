@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wsiflow import geometry
-from wsiflow.geometry import Frame
+from wsiflow.plan import geometry
+from wsiflow.plan.geometry import Frame
 
 CENTRED = Frame("centred", 2240, 1120, 1.0, 0.243, 224, 224, 16, 112, 1, 1, 0, 0, 10, 5)
 

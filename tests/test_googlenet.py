@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from wsiflow.model.googlenet import GoogLeNet
+from wsiflow.model.architectures.googlenet import GoogLeNet
 
 
 def macs(module: nn.Module, side_px: int) -> int:

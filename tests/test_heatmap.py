@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from wsiflow import heatmap
 from wsiflow.errors import InputError, IntegrityError
-from wsiflow.geometry import Frame, window_offsets_px
+from wsiflow.heatmap import assembly
 from wsiflow.model.choice import Choice, alike
+from wsiflow.plan.geometry import Frame, window_offsets_px
 
 FRAME = Frame("centred", 896, 672, 1.0, 0.243, 224, 224, 56, 112, 1, 1, 1, 0, 3, 3)
 CELLS = np.array([[2, 1], [1, 0], [3, 2]])
@@ -15,14 +15,14 @@ PROB = np.arange(48, dtype=np.float32).reshape(3, 4, 4) / 48
 
 def test_order_of_tiles_does_not_matter() -> None:
     """Any permutation of the tiles gives the same map."""
-    forwards = heatmap.assemble(FRAME, CELLS, PROB)
-    backwards = heatmap.assemble(FRAME, CELLS[::-1], PROB[::-1])
+    forwards = assembly.assemble(FRAME, CELLS, PROB)
+    backwards = assembly.assemble(FRAME, CELLS[::-1], PROB[::-1])
     assert np.array_equal(forwards, backwards, equal_nan=True)
 
 
 def test_scores_lie_at_their_tile_and_the_rest_is_nan() -> None:
     """The map starts at the frame's first tile; cells without a tile are NaN, not zero."""
-    heat = heatmap.assemble(FRAME, CELLS, PROB)
+    heat = assembly.assemble(FRAME, CELLS, PROB)
     assert heat.shape == (12, 12)
     assert np.array_equal(heat[4:8, 4:8], PROB[0])
     assert np.array_equal(heat[0:4, 0:4], PROB[1])
@@ -32,9 +32,9 @@ def test_scores_lie_at_their_tile_and_the_rest_is_nan() -> None:
 
 def test_no_tile_gives_a_map_of_nan_and_score_zero() -> None:
     """A slide without tissue has a valid, empty map and counts as a negative."""
-    heat = heatmap.assemble(FRAME, np.empty((0, 2), int), np.empty((0, 4, 4), np.float32))
+    heat = assembly.assemble(FRAME, np.empty((0, 2), int), np.empty((0, 4, 4), np.float32))
     assert np.isnan(heat).all()
-    assert heatmap.slide_score(heat) == 0.0
+    assert assembly.slide_score(heat) == 0.0
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def test_no_tile_gives_a_map_of_nan_and_score_zero() -> None:
 def test_tiles_that_cannot_be_placed_are_refused(cells: np.ndarray, message: str) -> None:
     """A duplicate, a foreign or a missing tile is never papered over."""
     with pytest.raises(IntegrityError, match=message):
-        heatmap.assemble(FRAME, cells, PROB)
+        assembly.assemble(FRAME, cells, PROB)
 
 
 def corners(frame: Frame) -> np.ndarray:
@@ -70,7 +70,7 @@ def test_a_coarse_map_is_taken_from_cells_with_the_same_windows(convention: str,
         for coarse in (frame._replace(stride_px=s) for s in strides if s > fine.stride_px):
             wanted = corners(coarse)
             try:
-                found = np.stack([heatmap.subsample(seen[..., axis], fine, coarse) for axis in (0, 1)], axis=-1)
+                found = np.stack([assembly.subsample(seen[..., axis], fine, coarse) for axis in (0, 1)], axis=-1)
             except InputError:
                 assert not set(map(tuple, wanted.reshape(-1, 2))) <= set(map(tuple, seen.reshape(-1, 2).astype(int)))
             else:
@@ -92,7 +92,7 @@ def test_a_coarse_map_is_taken_from_cells_with_the_same_windows(convention: str,
 def test_maps_without_common_windows_are_refused(change: dict, reason: str) -> None:
     """The message says why."""
     with pytest.raises(InputError, match=reason):
-        heatmap.subsample(np.zeros(FRAME.h_shape, np.float32), FRAME, FRAME._replace(**change))
+        assembly.subsample(np.zeros(FRAME.h_shape, np.float32), FRAME, FRAME._replace(**change))
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,14 @@ import numpy as np
 import pytest
 
 from flows import run
-from wsiflow import identity, ingest, plan, publish, shards, slide, stages, steps
 from wsiflow.errors import InputError, Rewritten
-from wsiflow.executor import Outcome
+from wsiflow.plan import plan
+from wsiflow.run import shards
+from wsiflow.run.executor import Outcome
+from wsiflow.run.stages import ingest, work
+from wsiflow.run.stages.line import LINE, is_due
+from wsiflow.slides import content, slide
+from wsiflow.system import publish
 
 FAST = ["orchestrator=none", "tracking=off", "executor=inline", "inference.stride=56", "dense.windows=8"]
 #: Stages that read slides, for runs that store pixels and for those that do not.
@@ -22,8 +27,8 @@ READERS = {"hdf5": ("ingest", "stain", "extract", "detect"), "none": ("predict",
 def rewrite(path: Path) -> None:
     """Write a file, put back what it held and when that was written: a copy over itself that keeps times."""
     data, before = path.read_bytes(), path.stat()
-    stamped = identity.stamp(path)
-    while identity.stamp(path) == stamped:  # times may be no finer than some milliseconds
+    stamped = content.stamp(path)
+    while content.stamp(path) == stamped:  # times may be no finer than some milliseconds
         path.write_bytes(bytes(len(data)))
         path.write_bytes(data)
         os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
@@ -60,7 +65,7 @@ class Line:
         given = ["dataset=manifest", f"dataset.manifest={manifest}", "dataset.limit=1", f"store={store}"]
         self.config = run.compose_config([f"out={out}", *FAST, *given, "stain=macenko", "stain.on_failure=raw"])
         self.source = shards.begin(self.config)
-        assert steps.run_task(self.source, "choose", 0).receipt
+        assert work.run_task(self.source, "choose", 0).receipt
         self.outcomes: list[Outcome] = []
 
     def tasks(self) -> Iterator[tuple[str, int]]:
@@ -68,12 +73,12 @@ class Line:
         yield "ingest", 0
         self.source = ingest.make_plan(self.source, self.outcomes)
         made = plan.read(self.source)
-        for stage in stages.LINE:
-            if stages.is_due(made, stage, 0):
+        for stage in LINE:
+            if is_due(made, stage, 0):
                 yield from ((stage, index) for index in made.tasks_of(stage, 0))
 
     def do(self, stage: str, index: int) -> Outcome:
-        outcome = steps.run_task(self.source, stage, index)
+        outcome = work.run_task(self.source, stage, index)
         self.outcomes.append(outcome)
         return outcome
 
@@ -93,7 +98,7 @@ def test_what_was_read_of_a_slide_that_was_written_is_never_published(
             seen.append(stage)
             there = set((tmp_path / "disturbed/receipts").rglob("*.json"))
             with disturbed(path, monkeypatch, times=1000):
-                failed = steps.run_task(disturb.source, stage, index)
+                failed = work.run_task(disturb.source, stage, index)
             assert failed.receipt is None
             assert failed.exit_code == 20
             assert "while it was read; run again when the copy has ended" in failed.error
@@ -123,7 +128,7 @@ def test_a_reader_that_fails_since_the_slide_is_written_says_so(tmp_path: Path) 
     path.write_bytes(b"slide")
 
     def read(meanwhile: Callable[[], None]) -> None:
-        with identity.unwritten(path, "s"):
+        with content.unwritten(path, "s"):
             meanwhile()
             raise InputError("a tile cannot be decoded", "copy it again")
 
@@ -137,14 +142,14 @@ def test_a_slide_with_a_new_link_is_hashed_once(tmp_path: Path, monkeypatch: pyt
     """What is done to its entry alone is noticed, and costs one look at the content."""
     path, hashed = tmp_path / "s.tif", []
     path.write_bytes(b"slide")
-    monkeypatch.setattr(identity, "sha256", lambda path: hashed.append(path) or "0" * 64)
+    monkeypatch.setattr(content, "sha256", lambda path: hashed.append(path) or "0" * 64)
     for _ in range(3):
-        identity.settled_sha256(path)
-    before, signature = identity.stamp(path), identity.signature(path)
-    while identity.stamp(path) == before:
+        content.settled_sha256(path)
+    before, signature = content.stamp(path), content.signature(path)
+    while content.stamp(path) == before:
         (tmp_path / "link.tif").unlink(missing_ok=True)
         (tmp_path / "link.tif").hardlink_to(path)
-    assert identity.signature(path) == signature
+    assert content.signature(path) == signature
     for _ in range(3):
-        identity.settled_sha256(path)
+        content.settled_sha256(path)
     assert len(hashed) == 2

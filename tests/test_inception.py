@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch import fx, nn
 
-from wsiflow import roc, synthetic
 from wsiflow.errors import InputError
+from wsiflow.evaluation import roc
 from wsiflow.model import ModelSpec, load, read_card
-from wsiflow.model.architectures import build
+from wsiflow.model.architectures.inception import InceptionValid
+from wsiflow.model.architectures.registry import build
 from wsiflow.model.classifier import Classifier, normalise, predict
-from wsiflow.model.inception import InceptionValid
+from wsiflow.slides.synthetic import tissue
 
 SPEC = ModelSpec(card=Path("pkg:demo.json"), trust_torchscript=False, sha256="", positive_class="")
 PATCHES = Path(__file__).parents[1] / "training" / "patches.py"
@@ -173,7 +174,7 @@ def test_it_trains() -> None:
     """Eight steps on eight patches bring the loss well down."""
     rng = np.random.default_rng(11)
     labels = torch.arange(8) % 2
-    drawn = np.stack([synthetic.patch(rng, tumour=bool(label), size_px=224) for label in labels])
+    drawn = np.stack([tissue.patch(rng, tumour=bool(label), size_px=224) for label in labels])
     images = torch.from_numpy(drawn).permute(0, 3, 1, 2).float() / 128 - 1
     torch.manual_seed(0)
     net = InceptionValid(2, width=DEMO_WIDTH, dropout=0.0).train()
@@ -209,7 +210,7 @@ def test_card_tells_what_the_network_takes() -> None:
     """Window, spacing, classes and origin are in the card, and the weights are small enough to ship."""
     card = read_card(SPEC)
     assert (card.architecture, card.architecture_args["width"]) == ("inception_valid", DEMO_WIDTH)
-    assert (card.window_px, card.spacing_um_px) == (224, synthetic.UM_PX)
+    assert (card.window_px, card.spacing_um_px) == (224, tissue.UM_PX)
     assert (card.class_names, card.positive_class) == (("normal", "tumor"), "tumor")
     assert len(card.probe) >= 1
     assert "CAMELYON16" in card.trained_on
@@ -238,7 +239,7 @@ def test_fresh_synthetic_patches_are_told_apart(classifier: Classifier) -> None:
     """Patches of slides that no seed of the training drew are right."""
     rng = np.random.default_rng(77_777)
     labels = np.arange(200) % 2 == 1
-    drawn = np.stack([synthetic.patch(rng, tumour=bool(label), size_px=256) for label in labels])
+    drawn = np.stack([tissue.patch(rng, tumour=bool(label), size_px=256) for label in labels])
     assert np.mean((predict(classifier, middle(drawn)) > 0.5) == labels) > 0.95
 
 
@@ -250,7 +251,7 @@ def test_glass_is_not_tumour(classifier: Classifier, patches: SimpleNamespace) -
 def test_a_block_of_tissue_scores_as_its_windows_do(classifier: Classifier) -> None:
     """With the shipped weights, tumour and normal tissue: one pass gives every window's probability to 1e-5."""
     rng = np.random.default_rng(5)
-    halves = [synthetic.patch(rng, tumour=tumour, size_px=304) for tumour in (False, True)]
+    halves = [tissue.patch(rng, tumour=tumour, size_px=304) for tumour in (False, True)]
     block = np.concatenate(halves, axis=1)
     offsets = [(16 * col, 16 * row) for row in range(6) for col in range(25)]
     with torch.inference_mode():

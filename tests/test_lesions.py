@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from skimage import measure
 
-from wsiflow import lesions
 from wsiflow.errors import InputError
-from wsiflow.lesions import LesionParams
+from wsiflow.heatmap import lesions
+from wsiflow.heatmap.lesions import LesionParams
 
 NAN = np.nan
 COMPONENTS = {

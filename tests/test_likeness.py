@@ -14,10 +14,12 @@ import openslide
 import pytest
 
 from flows.__main__ import main
-from wsiflow import annotations, likeness, publish, synth, textures
-from wsiflow.atlas import Atlas, area, part_of, read_atlas
 from wsiflow.errors import InputError, IntegrityError
-from wsiflow.synthetic import UM_PX
+from wsiflow.slides import annotations
+from wsiflow.slides.synthetic import camelyon16, dataset, textures
+from wsiflow.slides.synthetic.atlas import Atlas, area, part_of, read_atlas
+from wsiflow.slides.synthetic.tissue import UM_PX
+from wsiflow.system import publish
 
 SCALE = 1 / 16
 
@@ -29,14 +31,14 @@ def atlas(shared_data: Path) -> Atlas:
 
 
 @pytest.fixture(scope="module")
-def plans(atlas: Atlas) -> tuple[likeness.Plan, ...]:
+def plans(atlas: Atlas) -> tuple[camelyon16.Plan, ...]:
     """Return the plans of ten small test slides."""
-    return likeness.plan(atlas, "test", slides=10, scale=SCALE, seed=3)
+    return camelyon16.plan(atlas, "test", slides=10, scale=SCALE, seed=3)
 
 
-def test_parts_are_disjoint(atlas: Atlas, plans: tuple[likeness.Plan, ...]) -> None:
+def test_parts_are_disjoint(atlas: Atlas, plans: tuple[camelyon16.Plan, ...]) -> None:
     """No picture, section or set of metastases is on both sides, and plans keep to their side."""
-    training = likeness.plan(atlas, "train", slides=10, scale=SCALE, seed=3)
+    training = camelyon16.plan(atlas, "train", slides=10, scale=SCALE, seed=3)
     parts = {picture.name: picture.part for picture in atlas.pictures}
     assert set(parts.values()) == {"train", "test"}
     for part, made in (("train", training), ("test", plans)):
@@ -55,7 +57,7 @@ def test_the_slide_in_a_picture_s_name_decides_its_part() -> None:
     assert {part_of(f"tumor_{number:03d}") for number in range(1, 40)} == {"train", "test"}
 
 
-def test_every_other_slide_has_metastases(plans: tuple[likeness.Plan, ...]) -> None:
+def test_every_other_slide_has_metastases(plans: tuple[camelyon16.Plan, ...]) -> None:
     """Each on its tissue, with pictures of tumour; the others have none."""
     assert [bool(one.lesions) for one in plans] == [False, True] * 5
     for one in plans:
@@ -71,7 +73,7 @@ def test_every_other_slide_has_metastases(plans: tuple[likeness.Plan, ...]) -> N
         assert not set(one.normal) & set(one.other)
 
 
-def test_outlines_keep_their_real_size(atlas: Atlas, plans: tuple[likeness.Plan, ...]) -> None:
+def test_outlines_keep_their_real_size(atlas: Atlas, plans: tuple[camelyon16.Plan, ...]) -> None:
     """A metastasis has the area of one on the real slide, times the scale squared."""
     checked = 0
     for one in plans:
@@ -85,28 +87,28 @@ def test_outlines_keep_their_real_size(atlas: Atlas, plans: tuple[likeness.Plan,
 
 
 def test_a_slide_is_the_same_however_often_it_is_planned_and_painted(
-    atlas: Atlas, plans: tuple[likeness.Plan, ...]
+    atlas: Atlas, plans: tuple[camelyon16.Plan, ...]
 ) -> None:
     """Plans and pixels follow from the seed, and another seed gives others."""
-    assert likeness.plan(atlas, "test", slides=10, scale=SCALE, seed=3) == plans
-    assert likeness.plan(atlas, "test", slides=4, scale=SCALE, seed=3) == plans[:4]
-    assert likeness.plan(atlas, "test", slides=4, scale=SCALE, seed=4) != plans[:4]
+    assert camelyon16.plan(atlas, "test", slides=10, scale=SCALE, seed=3) == plans
+    assert camelyon16.plan(atlas, "test", slides=4, scale=SCALE, seed=3) == plans[:4]
+    assert camelyon16.plan(atlas, "test", slides=4, scale=SCALE, seed=4) != plans[:4]
     small = min(plans, key=lambda one: one.size_px[0] * one.size_px[1])
-    first = likeness.paint(small, atlas.pictures)
+    first = camelyon16.paint(small, atlas.pictures)
     assert first.shape == (small.size_px[1], small.size_px[0], 3)
-    np.testing.assert_array_equal(first, likeness.paint(small, atlas.pictures[::-1]))
+    np.testing.assert_array_equal(first, camelyon16.paint(small, atlas.pictures[::-1]))
 
 
-def test_truth_matches_pixels(atlas: Atlas, plans: tuple[likeness.Plan, ...]) -> None:
+def test_truth_matches_pixels(atlas: Atlas, plans: tuple[camelyon16.Plan, ...]) -> None:
     """Without its metastases a slide has the same pixels outside their outlines, and others inside."""
     sick = min((one for one in plans if one.lesions), key=lambda one: one.size_px[0] * one.size_px[1])
     clear = sick.look._replace(noise=0.0, blur_px=0.3)
     painted, healthy = (
-        likeness.paint(one, atlas.pictures)
+        camelyon16.paint(one, atlas.pictures)
         for one in (sick._replace(look=clear), sick._replace(look=clear, lesions=()))
     )
     apart = (painted != healthy).any(axis=2)
-    inside = likeness.filled([lesion.outline for lesion in sick.lesions], (0, 0), sick.size_px) > 0
+    inside = camelyon16.filled([lesion.outline for lesion in sick.lesions], (0, 0), sick.size_px) > 0
     beyond = cv2.dilate(inside.astype(np.uint8), np.ones((5, 5), np.uint8)) > 0
     assert not apart[~beyond].any()
     assert apart[inside].mean() > 0.1
@@ -127,7 +129,7 @@ def test_no_class_is_told_by_how_pieces_meet(atlas: Atlas) -> None:
 def written(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the manifest of two very small slides."""
     folder = tmp_path_factory.mktemp("like")
-    return synth.write_like(folder, shared_data, slides=2, scale=0.04, seed=5, workers=1)
+    return dataset.write_like(folder, shared_data, slides=2, scale=0.04, seed=5, workers=1)
 
 
 def test_a_data_set_is_written(written: Path) -> None:
@@ -150,10 +152,10 @@ def test_a_data_set_is_written(written: Path) -> None:
 def test_a_complete_data_set_is_left_alone(written: Path, shared_data: Path) -> None:
     """And another seed in the same folder is refused."""
     before = {path.name: path.stat().st_mtime_ns for path in written.parent.glob("*.*")}
-    synth.write_like(written.parent, shared_data, slides=2, scale=0.04, seed=5, workers=1)
+    dataset.write_like(written.parent, shared_data, slides=2, scale=0.04, seed=5, workers=1)
     assert {path.name: path.stat().st_mtime_ns for path in written.parent.glob("*.*")} == before
     with pytest.raises(IntegrityError):
-        synth.write_like(written.parent, shared_data, slides=2, scale=0.04, seed=6, workers=1)
+        dataset.write_like(written.parent, shared_data, slides=2, scale=0.04, seed=6, workers=1)
 
 
 def _archive(path: Path, text: bytes) -> None:
@@ -225,7 +227,7 @@ def test_a_folder_of_another_data_set_is_refused_before_drawing(
     """More slides would begin with the same ones."""
     (tmp_path / "sources.json").write_text("{}")
     publish.publish_bytes(tmp_path, "manifest.csv", b"other", publish.key_of(text="other"), {"kind": "synthetic"})
-    monkeypatch.setattr(synth, "_each", lambda *_: pytest.fail("something was drawn"))
+    monkeypatch.setattr(dataset, "_each", lambda *_: pytest.fail("something was drawn"))
     assert main(["synth", str(tmp_path), "--like", "camelyon16", "--data", str(shared_data), "--slides", "1"]) == 40
     assert "manifest.csv" in capsys.readouterr().err
 
@@ -234,7 +236,7 @@ def test_no_room_for_decoys_is_no_error() -> None:
     """Metastases that cover all tissue leave none."""
     tissue = np.ones((4, 4), np.uint8)
     shapes = (np.array([[0.0, 0], [9, 0], [9, 9]]),)
-    assert likeness._decoys(np.random.default_rng(0), shapes, tissue, tissue > 0, 1.0) == ()
+    assert camelyon16._decoys(np.random.default_rng(0), shapes, tissue, tissue > 0, 1.0) == ()
 
 
 def test_data_must_be_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -246,4 +248,4 @@ def test_data_must_be_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 def test_no_outlines_is_an_error(atlas: Atlas) -> None:
     """A part without outlines cannot be planned."""
     with pytest.raises(InputError, match="no outlines are for the test part"):
-        likeness.plan(atlas._replace(metastases={}), "test", slides=2, scale=SCALE, seed=0)
+        camelyon16.plan(atlas._replace(metastases={}), "test", slides=2, scale=SCALE, seed=0)

@@ -18,9 +18,14 @@ import pytest
 from PIL import Image
 
 from flows import run as command
-from wsiflow import executor, ingest, plan, publish, pyramid, results, scoring, shards, store, trace
-from wsiflow.executor.inline import Inline
 from wsiflow.model.card import ModelSpec
+from wsiflow.plan import plan
+from wsiflow.run import executor, shards, store, trace
+from wsiflow.run.executor.inline import Inline
+from wsiflow.run.results import finish
+from wsiflow.run.stages import ingest, predict
+from wsiflow.slides import pyramid
+from wsiflow.system import publish
 
 COARSE = [
     "inference.stride=112",
@@ -240,11 +245,11 @@ def test_the_end_of_a_run_reads_each_receipt_and_attempt_once(
     out = tmp_path / "run"
     shutil.copytree(finished, out)
     config = command.compose_config(over(small_slides, out))
-    clock, asked, logs = results.Clock(config), [], []
+    clock, asked, logs = finish.Clock(config), [], []
     read, attempts_of = publish.read_receipt, trace.attempts
     monkeypatch.setattr(publish, "read_receipt", lambda root, name: asked.append(name) or read(root, name))
     monkeypatch.setattr(trace, "attempts", lambda root: logs.append(root) or attempts_of(root))
-    assert results.finish(config, out / "plan.json", [], clock).exit_code == 0
+    assert finish.finish(config, out / "plan.json", [], clock).exit_code == 0
     # Detections and heatmaps are asked for again, each with what its key is made of.
     counted = [name for name in asked if not name.startswith(("detections/", "heatmaps/", "predictions/"))]
     assert max(Counter(counted).values()) <= 2, "config.yaml tells where the folder was begun"
@@ -255,8 +260,8 @@ def test_the_end_of_a_run_reads_each_receipt_and_attempt_once(
 def by_hand(path: Path, width: int, height: int) -> tuple[np.ndarray, tuple[int, int]]:
     """Return the reference's stride-16 map of a slide and its first tile, from OpenSlide reads and plain loops."""
     from wsiflow.model.classifier import load, predict
-    from wsiflow.slide import open_slide
-    from wsiflow.tissue import reference_index
+    from wsiflow.plan.tissue import reference_index
+    from wsiflow.slides.slide import open_slide
 
     classifier = load(ModelSpec(card="pkg:demo.json", trust_torchscript=False, sha256="", positive_class=""))
     with open_slide(path, slide_id="s") as opened:
@@ -282,12 +287,12 @@ def by_hand(path: Path, width: int, height: int) -> tuple[np.ndarray, tuple[int,
 @pytest.fixture(scope="module")
 def slide_by_hand(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, np.ndarray, tuple[int, int]]:
     """A slide whose last patches of both axes are shifted inwards, its map and its first tile."""
-    from wsiflow import synth
+    from wsiflow.slides.synthetic import dataset
 
     width, height = 1000, 910
-    spec = synth.plan_slide("micro", width_px=width, height_px=height, seed=3)
+    spec = dataset.plan_slide("micro", width_px=width, height_px=height, seed=3)
     path = tmp_path_factory.mktemp("by hand") / "s.tif"
-    pyramid.write_rgb(path, synth._bands(spec), shape=(height, width), um_px=0.243, quality=90)
+    pyramid.write_rgb(path, dataset._bands(spec), shape=(height, width), um_px=0.243, quality=90)
     return path, *by_hand(path, width, height)
 
 
@@ -333,7 +338,7 @@ def test_the_plan_names_the_workers_kind_of_machine(small_slides: Path, tmp_path
     cases = shards.begin(config)
     with executor.make(config.executor, cores=1, root=config.out) as pool:
         with monkeypatch.context() as elsewhere:
-            elsewhere.setattr(scoring, "numeric_class", lambda: {"isa": "of the nodes"})
+            elsewhere.setattr(predict, "numeric_class", lambda: {"isa": "of the nodes"})
             shards.choose(pool, cases)
         made = plan.read(ingest.make_plan(cases, shards.ingest_shard(pool, cases, [0])))
     assert made.settings["predict"]["numeric_class"] == {"isa": "of the nodes"}

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
-from wsiflow import equivalence
-from wsiflow.equivalence import added, nothing, numbers, pair, quantile, tally
+from wsiflow.analysis.equivalence import agreement
+from wsiflow.analysis.equivalence.agreement import added, nothing, numbers, pair, quantile, tally
 from wsiflow.errors import InputError
 
 F32 = NDArray[np.float32]
@@ -75,7 +75,7 @@ def test_histogram_counts_between_powers_of_two() -> None:
     """Edges belong to the bin above them; the sign tells the side; 1 is in the last bin."""
     a = np.array([0.5, 0.5, 0.5, 0.5, 1.0, 0.2], np.float32)
     b = np.array([0.5, 0.75, 0.25, 0.625, 0.0, np.nan], np.float32)
-    edges, counts = equivalence.histogram(tally(a, b, threshold=0.5))
+    edges, counts = agreement.histogram(tally(a, b, threshold=0.5))
     below = {(edges[i], edges[i + 1]): n for i, n in enumerate(counts[0].tolist()) if n}
     above = {(edges[i], edges[i + 1]): n for i, n in enumerate(counts[1].tolist()) if n}
     assert below == {(0.25, 0.5): 1, (0.5, 1.0): 1}
@@ -103,7 +103,7 @@ def test_no_common_cell_is_no_number() -> None:
 def test_strips_hold_the_differences() -> None:
     """Mean, spread and extremes of the differences at one mean score."""
     a, b = np.array([0.40, 0.45], np.float32), np.array([0.50, 0.43], np.float32)
-    centres, bounds = equivalence.strip_bounds(tally(a, b, threshold=0.5))
+    centres, bounds = agreement.strip_bounds(tally(a, b, threshold=0.5))
     assert centres == pytest.approx([0.4375, 0.4625]) or len(centres) == 2
     assert bounds[3].min() == pytest.approx(-0.02, abs=1e-6)
     assert bounds[4].max() == pytest.approx(0.10, abs=1e-6)

@@ -17,7 +17,7 @@ from torch import nn
 
 from wsiflow import model
 from wsiflow.errors import InputError
-from wsiflow.model.architectures import build
+from wsiflow.model.architectures.registry import build
 from wsiflow.model.card import ModelSpec, card_path, identity, read_card
 from wsiflow.model.classifier import as_classifier, normalise, predict, probe_image
 from wsiflow.model.save import save

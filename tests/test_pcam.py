@@ -11,10 +11,11 @@ from test_bad_input import COARSE
 from torch import nn
 
 from flows import run as command
-from wsiflow import pyramid, roc
+from wsiflow.evaluation import roc
 from wsiflow.model import ModelSpec, load, read_card
+from wsiflow.model.architectures.compact import CompactValid
 from wsiflow.model.classifier import Classifier, predict
-from wsiflow.model.compact import CompactValid
+from wsiflow.slides import pyramid
 
 ROOT = Path(__file__).parents[1]
 SPEC = ModelSpec(card=Path("pkg:pcam.json"), trust_torchscript=False, sha256="", positive_class="")

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from wsiflow import permutation, roc
 from wsiflow.errors import InputError
-from wsiflow.permutation import compare_kinds
+from wsiflow.evaluation import permutation, roc
+from wsiflow.evaluation.permutation import compare_kinds
 
 MACRO, MICRO, NORMAL = [0.9, 0.8], [0.6, 0.3], [0.1, 0.5, 0.7]
 

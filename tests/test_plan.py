@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from wsiflow import plan
 from wsiflow.errors import InputError, IntegrityError
-from wsiflow.geometry import Frame
-from wsiflow.plan import Plan, Rejected, SlidePlan, Task
+from wsiflow.plan import plan
+from wsiflow.plan.geometry import Frame
+from wsiflow.plan.plan import Plan, Rejected, SlidePlan, Task
 
 FRAME = Frame("centred", 896, 672, 1.0, 0.243, 224, 224, 112, 112, 1, 1, 0, 0, 4, 3)
 SETTINGS = {"predict": {"stride": 112, "model": "m"}, "cut": {"tiles": {"group_tiles": 3, "part_tiles": 3}}}

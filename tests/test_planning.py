@@ -9,7 +9,9 @@ import pytest
 
 from flows import run as command
 from flows.__main__ import main
-from wsiflow import executor, ingest, measure, publish, shards
+from wsiflow.run import executor, shards
+from wsiflow.run.stages import ingest, measure
+from wsiflow.system import publish
 
 COARSE = ["inference.stride=112", "dense.windows=40", "executor=inline", "orchestrator=none", "tracking=off"]
 

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wsiflow import proportions
 from wsiflow.errors import InputError
+from wsiflow.evaluation import proportions
 
 # Newcombe (Statistics in Medicine 1998; 17: 857), table I: 81/263, 15/148, 0/20, 1/29.
 NEWCOMBE = [

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from wsiflow import processes, publish
 from wsiflow.errors import EnvironmentFault, IntegrityError
+from wsiflow.system import processes, publish
 
 KEY = "k" * 64
 DATA = b"scores" * 1000

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from wsiflow import pyramid
 from wsiflow.errors import InputError
+from wsiflow.slides import pyramid
 
 
 def heatmap(rows: int, cols: int, seed: int = 0) -> np.ndarray:

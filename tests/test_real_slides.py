@@ -8,7 +8,7 @@ import pytest
 from test_bad_input import COARSE
 
 from flows import run as command
-from wsiflow import pyramid
+from wsiflow.slides import pyramid
 
 
 def started(*arguments: str) -> int:

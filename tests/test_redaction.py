@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flows import run
-from wsiflow import ingest
 from wsiflow.errors import InputError
 from wsiflow.redaction import REDACTED, holds_redacted, redacted, redacted_list, without_secrets
+from wsiflow.run.stages import ingest
 
 HELD = [
     "http://joe:canary@host:5000/x",

@@ -13,11 +13,17 @@ import numpy as np
 import pytest
 import yaml
 
+from flows import cli
 from flows.run import compose_config, main
-from wsiflow import calibration_report, cli, evaluation, geometry, pyramid, regulatory, roc, scored, subgroups
-from wsiflow.config import RunConfig
+from wsiflow.analysis import scored
+from wsiflow.analysis.reviewers import calibration, subgroups
+from wsiflow.analysis.reviewers.export import _repeat_yaml, export_imrmc
 from wsiflow.errors import InputError, IntegrityError
-from wsiflow.geometry import Frame
+from wsiflow.evaluation import evaluate, roc
+from wsiflow.plan import geometry
+from wsiflow.plan.geometry import Frame
+from wsiflow.run.config import RunConfig
+from wsiflow.slides import pyramid
 
 
 def rows(path: Path) -> list[dict[str, str]]:
@@ -93,7 +99,7 @@ def test_imrmc_of_two_runs(two_settings: tuple[Path, Path], tmp_path: Path) -> N
         scores = [found["wsiflow", case, run.name] for case in truth]
         summary = json.loads((run / "evaluation/summary.json").read_text())
         assert roc.auc(scores, list(truth.values())) == summary["roc.auc"]
-        recorded = evaluation.read_matches(run / "evaluation/matches.json").slides
+        recorded = evaluate.read_matches(run / "evaluation/matches.json").slides
         assert scores == [one.score for one in recorded]
 
 
@@ -120,7 +126,7 @@ def relabel(slides: list[Any]) -> None:
 def test_runs_over_different_cases_are_refused(finished: Path, copied: Path, change: Any, cause: str) -> None:
     broken_matches(copied, change)
     with pytest.raises(InputError, match=cause):
-        regulatory.export_imrmc([finished, copied], [], copied / "x.imrmc")
+        export_imrmc([finished, copied], [], copied / "x.imrmc")
 
 
 def test_a_missing_score_is_named(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -218,7 +224,7 @@ def test_cells_are_compared_with_the_outlines_as_drawn(finished: Path, exported:
     total, positives, squares = 0, 0, 0.0
     for planned, case in zip(run.made.slides, run.cases, strict=True):
         heat, _ = pyramid.read_heatmap(finished / f"heatmaps/{planned.slide_id}.tif")
-        mask = calibration_report._tumour(case, planned, 32)
+        mask = calibration._tumour(case, planned, 32)
         assert mask.any() == (case.label == 1)
         for row, col in np.argwhere(np.isfinite(heat)).tolist():
             x, y = geometry.l0_from_h(planned.frame, np.array([[col, row]], np.float64))[0] // 32
@@ -237,7 +243,7 @@ def test_cells_beyond_the_mask_are_no_tumour(tmp_path: Path) -> None:
     heat = np.full((10, 10), 0.5, np.float32)
     heat[0] = np.nan
     pyramid.write_heatmap(tmp_path / "h.tif", heat, um_px=32.0, description={"frame": frame._asdict()})
-    (found,) = calibration_report.cell_bins(tmp_path / "h.tif", frame, np.ones((4, 3), bool), 32)
+    (found,) = calibration.cell_bins(tmp_path / "h.tif", frame, np.ones((4, 3), bool), 32)
     assert (found.total, found.positives.sum()) == (90, 3 * 3)
 
 
@@ -323,7 +329,7 @@ def test_a_trial_is_repeated_by_itself(finished: Path) -> None:
     run = scored.read(finished)
     tracking = run.config.tracking.model_copy(update={"sweep": "strides"})
     trial = run.config.model_copy(update={"share": Path("/runs/strides/.shared"), "tracking": tracking})
-    told = yaml.safe_load(regulatory._repeat_yaml(dataclasses.replace(run, config=trial)))
+    told = yaml.safe_load(_repeat_yaml(dataclasses.replace(run, config=trial)))
     assert (told["share"], told["tracking"]["sweep"]) == (None, None)
 
 
@@ -335,7 +341,7 @@ def test_outlines_that_have_changed_since_are_refused(copied: Path) -> None:
 
     broken_matches(copied, other)
     with pytest.raises(IntegrityError, match=r"tumor_003.*its true regions are no longer those it was scored with"):
-        calibration_report.documents(scored.read(copied), cells=True)
+        calibration.documents(scored.read(copied), cells=True)
 
 
 def test_every_file_has_its_hash(exported: Path) -> None:

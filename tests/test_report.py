@@ -14,11 +14,13 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from wsiflow import export, froc, report, throughput
+from wsiflow.evaluation import froc
+from wsiflow.heatmap import overlay
+from wsiflow.run.results import cost, report
 
 CURVE = {"fp_per_slide": [3.0, 1.0, 0.0, 0.0], "sensitivity": [0.8, 0.6, 0.4, 0.0]}
 NO_CURVE: dict[str, list[float]] = {"fp_per_slide": [], "sensitivity": []}
-PICTURE = export.tissue_png(np.ones((30, 20), dtype=bool))
+PICTURE = overlay.tissue_png(np.ones((30, 20), dtype=bool))
 _FOLDER = tempfile.TemporaryDirectory()
 _OVERLAY = Path(_FOLDER.name) / "s1.png"
 _OVERLAY.write_bytes(PICTURE)
@@ -46,7 +48,7 @@ def metrics(**given: float) -> dict[str, float]:
         "throughput.core_seconds_per_tile": 0.31,
         "throughput.efficiency": 0.87,
     }
-    numbers |= {f"cost.{step}_core_s": 0.0 for step in throughput.STEPS} | {"cost.infer_core_s": 75.0}
+    numbers |= {f"cost.{step}_core_s": 0.0 for step in cost.STEPS} | {"cost.infer_core_s": 75.0}
     numbers |= {"cost.read_core_s": 25.0}
     for prefix in ("froc.", "froc.strict_"):
         numbers |= {f"{prefix}sensitivity_at_{rate:g}": 0.5 for rate in froc.RATES}
@@ -169,7 +171,7 @@ def test_missing_slides_make_the_page_partial() -> None:
 def test_nothing_executed_is_said() -> None:
     """A run without timed work shows no bar and no speed."""
     idle = {name: math.nan for name in metrics() if name.startswith("throughput.")}
-    idle |= {f"cost.{step}_core_s": 0.0 for step in throughput.STEPS}
+    idle |= {f"cost.{step}_core_s": 0.0 for step in cost.STEPS}
     text = words(report.render(data(metrics=metrics() | idle)))
     assert "No step was timed" in text
     assert "nan" not in text

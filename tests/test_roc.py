@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wsiflow import roc
 from wsiflow.errors import InputError
+from wsiflow.evaluation import roc
 
 SCORES, LABELS = [0.9, 0.8, 0.6, 0.3, 0.1, 0.5, 0.7], [1, 1, 1, 1, 0, 0, 0]
 

@@ -7,16 +7,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from wsiflow import geometry
 from wsiflow.errors import InputError
-from wsiflow.geometry import Frame
-from wsiflow.model import dense, scorer
-from wsiflow.model.architectures import build
+from wsiflow.model import scorer
+from wsiflow.model.architectures.registry import build
 from wsiflow.model.card import ModelCard
 from wsiflow.model.choice import Choice
 from wsiflow.model.classifier import Classifier, as_classifier, predict
-from wsiflow.throughput import untimed
-from wsiflow.tiles import Block
+from wsiflow.model.dense.network import densify
+from wsiflow.plan import geometry
+from wsiflow.plan.blocks import Block
+from wsiflow.plan.geometry import Frame
+from wsiflow.run.results.cost import untimed
 
 RNG = np.random.default_rng(7)
 BLOCK = Block(3, 2, 3, 2, (0, 1, 4, 5))
@@ -249,4 +250,4 @@ def test_what_only_windows_can_do_is_refused(googlenet: Classifier) -> None:
     with pytest.raises(InputError, match="not run in int8"):
         scorer.make(googlenet, choice, threads=1, quantised=b"")
     with pytest.raises(InputError, match="pool9"):
-        dense.densify(googlenet, 16, share_until="pool9")
+        densify(googlenet, 16, share_until="pool9")

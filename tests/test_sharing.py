@@ -11,9 +11,14 @@ import numpy as np
 import pytest
 from test_line import COARSE, digests
 
-from flows import line, run
-from wsiflow import cli, dataset, ingest, publish, pyramid, scoring, sharing, throughput
+from flows import cli, line, run
 from wsiflow.errors import IntegrityError
+from wsiflow.run import sharing
+from wsiflow.run.results import cost
+from wsiflow.run.stages import ingest, predict
+from wsiflow.slides import pyramid
+from wsiflow.slides.manifest import load_dataset
+from wsiflow.system import publish
 
 DATA = b"pixels" * 1000
 WIDEST = ["tiles.halo_px=widest", "tiles.group_tiles=4"]
@@ -165,7 +170,7 @@ def test_a_sweep_over_strides_reads_every_slide_once(tiny_slides: Path, tmp_path
     assert all((first / one["path"]).samefile(second / one["path"]) for one in own["patches"] + own["stain"])
     was, now = (json.loads((root / "evaluation/summary.json").read_text()) for root in (first, second))
     assert was["cost.cached_core_s"] == 0 < now["cost.cached_core_s"]
-    costs = [throughput.step_core_seconds(receipts(root, "patches", "stain")) for root in (first, second)]
+    costs = [cost.step_core_seconds(receipts(root, "patches", "stain")) for root in (first, second)]
     assert costs[0] == costs[1], "what it would have cost alone"
     for found in (was, now):
         whole_s = found["cost.executed_core_s"] + found["cost.cached_core_s"]
@@ -184,8 +189,8 @@ def test_a_slide_that_was_replaced_is_looked_at_again(tiny_slides: Path, tmp_pat
     for number in range(2):
         config = run.compose_config([*asked, f"out={tmp_path / str(number)}"])
         config.out.mkdir()
-        source = ingest.write_cases(config.out, config, dataset.load_dataset(config.dataset))
-        scoring.choose(source, 0)
+        source = ingest.write_cases(config.out, config, load_dataset(config.dataset))
+        predict.choose(source, 0)
         receipt, _ = ingest.ingest(source, 1)
         found.append((config.out / receipt["path"]).read_text())
         pixels = np.full((500, 600, 3), 240, np.uint8)

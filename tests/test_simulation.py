@@ -9,8 +9,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wsiflow.schedule import ROUGH
-from wsiflow.simulation import Cluster, Forecast, Share, Sizes, Stage, numbered, shard, simulate, slide_tasks
+from wsiflow.run.costs import ROUGH
+from wsiflow.run.forecast.simulation import (
+    Cluster,
+    Forecast,
+    Share,
+    Sizes,
+    Stage,
+    numbered,
+    shard,
+    simulate,
+    slide_tasks,
+)
 
 WORKS = st.lists(st.floats(0.1, 100), min_size=1, max_size=40)
 

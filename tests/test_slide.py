@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
-from wsiflow import slide
 from wsiflow.errors import EnvironmentFault, InputError
-from wsiflow.identity import sha256, signature
-from wsiflow.slide import Slide, SlideFacts, open_slide, resolve_mpp
+from wsiflow.slides import slide
+from wsiflow.slides.content import sha256, signature
+from wsiflow.slides.slide import Slide, SlideFacts, open_slide, resolve_mpp
 
 WIDTH, HEIGHT = 333, 250
 Pixels = NDArray[np.uint8]

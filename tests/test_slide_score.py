@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 
 from flows.__main__ import main
-from wsiflow import dataset, evaluation, forest, plan, pyramid, roc, slide_score
 from wsiflow.errors import InputError
-from wsiflow.features import LEVELS, NAMES, describe
-from wsiflow.forest import Choices
-from wsiflow.slide_score import Row, sample_of
+from wsiflow.evaluation import evaluate, forest, roc, slide_score
+from wsiflow.evaluation.forest import Choices
+from wsiflow.evaluation.slide_score import Row, sample_of
+from wsiflow.heatmap.features import LEVELS, NAMES, describe
+from wsiflow.plan import plan
+from wsiflow.slides import manifest, pyramid
 
 Call = Callable[..., str]
 
@@ -69,7 +71,7 @@ def test_scores_go_into_evaluate(trained: Path, finished: Path, small_slides: Pa
     scores, out = trained / "scores.csv", trained / "evaluated"
     options = ["--forest", str(trained / "other_forest.json"), "--out", str(scores)]
     assert main(["forest", "score", str(finished), *options]) == 0
-    found = evaluation.read_scores(scores)
+    found = evaluate.read_scores(scores)
     made = forest.load(trained / "other_forest.json")
     table = {(row.slide_id, row.threshold): row for row in slide_score.read_features(trained / "features.csv")}
     rows = np.array([table[slide_id, made.card.settings.threshold].values for slide_id in found])
@@ -99,7 +101,7 @@ def test_slides_of_the_training_are_not_scored_unasked(trained: Path, finished: 
     assert "was trained on 6 of these slides: normal_001" in fails("forest", "score", finished, *options)
     assert not (trained / "own.csv").exists()
     assert main(["forest", "score", str(finished), *options, "--also-training"]) == 0
-    assert len(evaluation.read_scores(trained / "own.csv")) == 6
+    assert len(evaluate.read_scores(trained / "own.csv")) == 6
 
 
 def test_maps_of_another_stride_are_not_scored(trained: Path, finished: Path, fails: Call) -> None:
@@ -146,8 +148,8 @@ def rows_of(*slide_ids: str, **more: object) -> list[Row]:
     return [row._replace(slide_id=slide_id, threshold=t, **more) for slide_id in slide_ids for t in (0.5, 0.9)]
 
 
-def case(slide_id: str, label: int | None, **more: str) -> dataset.Case:
-    return dataset.Case(slide_id, Path(slide_id), label=label, **more)
+def case(slide_id: str, label: int | None, **more: str) -> manifest.Case:
+    return manifest.Case(slide_id, Path(slide_id), label=label, **more)
 
 
 def test_test_slides_and_slides_without_label_are_left_out() -> None:

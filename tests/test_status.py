@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from wsiflow import cli, publish
-from wsiflow.executor import driver, jobs
+from flows import cli
+from wsiflow.run.executor import driver, jobs
+from wsiflow.system import publish
 
 
 def said(root: Path, capsys) -> str:
@@ -74,7 +75,7 @@ def test_a_folder_of_runs_names_them(two_settings: tuple[Path, Path], tmp_path: 
 
 def test_who_runs_it_now_is_told_and_who_was_killed(tmp_path: Path) -> None:
     """A process that lives, the same one killed, and one that ended by an error."""
-    code = "import sys, time; from pathlib import Path; from wsiflow.executor import driver\n"
+    code = "import sys, time; from pathlib import Path; from wsiflow.run.executor import driver\n"
     code += "with driver.noted(Path(sys.argv[1])): print('on', flush=True); time.sleep(600)"
     process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     try:

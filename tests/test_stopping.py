@@ -17,7 +17,7 @@ from serving import BIN, environment
 from test_line import digests, over
 
 from flows import run as command
-from wsiflow import ledger
+from wsiflow.run import ledger
 
 PATIENCE_S = 60  # on a busy machine; five seconds are meant
 # Tasks that are small and many, so that the first has its receipt long before the last begins.

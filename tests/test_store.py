@@ -12,10 +12,10 @@ import h5py
 import numpy as np
 import pytest
 
-from wsiflow import store
 from wsiflow.errors import EnvironmentFault, IntegrityError
-from wsiflow.geometry import Frame
-from wsiflow.store import StoreParams
+from wsiflow.plan.geometry import Frame
+from wsiflow.run import store
+from wsiflow.run.store import StoreParams
 
 FRAME = Frame("reference", 896, 672, 1.0, 0.243, 224, 224, 112, 112, 1, 1, 0, 0, 4, 3)
 STRIPS = FRAME._replace(convention="centred", block_rows=7, block_cols=9)

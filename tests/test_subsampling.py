@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 from test_line import over
 
-from flows import line, run
-from wsiflow import cli, heatmap, plan, pyramid
+from flows import cli, line, run
+from wsiflow.heatmap import assembly
 from wsiflow.model.choice import Choice, alike
+from wsiflow.plan import plan
+from wsiflow.slides import pyramid
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +47,7 @@ def test_a_coarse_map_need_not_be_computed(
     seen = 0
     for one, other in zip(plans[fine].slides, plans[coarse].slides, strict=True):
         maps = [pyramid.read_heatmap(out / f"heatmaps/{one.slide_id}.tif")[0] for out in runs.values()]
-        taken = heatmap.subsample(maps[0], one.frame, other.frame)
+        taken = assembly.subsample(maps[0], one.frame, other.frame)
         np.testing.assert_allclose(taken, maps[1], rtol=0, atol=atol)
         seen += int(np.isfinite(taken).sum())
     assert seen > 4

@@ -7,9 +7,10 @@ import numpy as np
 import openslide
 import pytest
 
-from wsiflow import annotations, synth
 from wsiflow.errors import IntegrityError
-from wsiflow.synthetic import UM_PX
+from wsiflow.slides import annotations
+from wsiflow.slides.synthetic import dataset
+from wsiflow.slides.synthetic.tissue import UM_PX
 
 SIZE_PX = 1024
 
@@ -17,7 +18,7 @@ SIZE_PX = 1024
 @pytest.fixture(scope="module")
 def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a data set of small slides."""
-    return synth.write_dataset(tmp_path_factory.mktemp("set"), size_px=SIZE_PX, seed=3, workers=1)
+    return dataset.write_dataset(tmp_path_factory.mktemp("set"), size_px=SIZE_PX, seed=3, workers=1)
 
 
 def rows(manifest: Path) -> list[dict[str, str]]:
@@ -70,28 +71,28 @@ def test_one_slide_has_an_exclusion(manifest: Path) -> None:
 def test_second_call_writes_nothing(manifest: Path) -> None:
     """A complete data set is left alone."""
     before = {path: path.stat().st_mtime_ns for path in manifest.parent.rglob("*")}
-    assert synth.write_dataset(manifest.parent, size_px=SIZE_PX, seed=3, workers=1) == manifest
+    assert dataset.write_dataset(manifest.parent, size_px=SIZE_PX, seed=3, workers=1) == manifest
     assert {path: path.stat().st_mtime_ns for path in manifest.parent.rglob("*")} == before
 
 
 def test_workers_do_not_change_the_bytes(manifest: Path, tmp_path: Path) -> None:
     """Two processes write what one writes."""
-    synth.write_dataset(tmp_path, size_px=SIZE_PX, seed=3, workers=2)
+    dataset.write_dataset(tmp_path, size_px=SIZE_PX, seed=3, workers=2)
     assert pixels_of(tmp_path) == pixels_of(manifest.parent)
 
 
 def test_folder_of_another_set_is_refused(manifest: Path) -> None:
     """Slides of one seed are not mixed with those of another."""
     with pytest.raises(IntegrityError, match="other inputs"):
-        synth.write_dataset(manifest.parent, size_px=SIZE_PX, seed=4, workers=1)
+        dataset.write_dataset(manifest.parent, size_px=SIZE_PX, seed=4, workers=1)
 
 
 @pytest.mark.parametrize("seed", range(8))
 def test_full_size_plans_hold_the_classes_they_promise(seed: int) -> None:
     """At the size of the demo slides there is a macro, two or three micro, and a micro with two ITC."""
-    macro = synth.plan_slide("macro", width_px=9728, height_px=6144, seed=seed)
-    micro = synth.plan_slide("micro", width_px=6144, height_px=6144, seed=seed)
-    mixed = synth.plan_slide("micro+itc", width_px=6144, height_px=6144, seed=seed)
+    macro = dataset.plan_slide("macro", width_px=9728, height_px=6144, seed=seed)
+    micro = dataset.plan_slide("micro", width_px=6144, height_px=6144, seed=seed)
+    mixed = dataset.plan_slide("micro+itc", width_px=6144, height_px=6144, seed=seed)
     assert [lesion.kind for lesion in macro.lesions] == ["macro"]
     assert {lesion.kind for lesion in micro.lesions} == {"micro"}
     assert len(micro.lesions) in (2, 3)
@@ -99,9 +100,9 @@ def test_full_size_plans_hold_the_classes_they_promise(seed: int) -> None:
 
 
 @pytest.mark.parametrize("content", ["none", "macro", "micro", "micro+itc"])
-def test_tissue_covers_a_quarter_to_under_half(content: synth.Content) -> None:
+def test_tissue_covers_a_quarter_to_under_half(content: dataset.Content) -> None:
     """There is tissue to analyse and glass to leave out."""
-    spec = synth.plan_slide(content, width_px=3072, height_px=2048, seed=1)
+    spec = dataset.plan_slide(content, width_px=3072, height_px=2048, seed=1)
     area = sum(polygon_area(piece) for piece in spec.tissue)
     assert 0.25 < area / (3072 * 2048) < 0.45
 

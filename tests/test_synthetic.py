@@ -7,21 +7,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wsiflow import synthetic
-from wsiflow.synthetic import Lesion, SlideSpec
+from wsiflow.slides.synthetic import tissue
+from wsiflow.slides.synthetic.tissue import Lesion, SlideSpec
 
 SQUARE = ((200, 150), (1300, 150), (1300, 1100), (200, 1100))
 SPEC = SlideSpec(
     width_px=1500,
     height_px=1250,
     seed=5,
-    stain=synthetic.draw_stain(np.random.default_rng(5)),
+    stain=tissue.draw_stain(np.random.default_rng(5)),
     tissue=(SQUARE,),
     lesions=(
         Lesion(((400, 300), (1000, 300), (1000, 900), (400, 900)), (((600, 500), (800, 500), (800, 700), (600, 700)),)),
     ),
 )
-WHOLE = synthetic.render(SPEC, 0, 0, 1500, 1250)
+WHOLE = tissue.render(SPEC, 0, 0, 1500, 1250)
 
 
 @settings(max_examples=20, deadline=None)
@@ -29,7 +29,7 @@ WHOLE = synthetic.render(SPEC, 0, 0, 1500, 1250)
 def test_window_is_a_part_of_the_whole(x: int, y: int, width: int, height: int) -> None:
     """Pixels depend on their place in the slide, not on the window."""
     width, height = min(width, 1500 - x), min(height, 1250 - y)
-    window = synthetic.render(SPEC, x, y, width, height)
+    window = tissue.render(SPEC, x, y, width, height)
     np.testing.assert_array_equal(window, WHOLE[y : y + height, x : x + width])
 
 
@@ -37,14 +37,14 @@ def test_blocks_join_without_a_seam() -> None:
     """Across the border of two blocks, pixels differ no more than across any other column."""
     inside = WHOLE[200:1050].astype(int)
     steps = np.abs(np.diff(inside, axis=1)).mean(axis=(0, 2))
-    border = synthetic.BLOCK_PX - 1
+    border = tissue.BLOCK_PX - 1
     nearby = np.r_[steps[border - 40 : border], steps[border + 1 : border + 41]]
     assert steps[border] < nearby.max() * 1.2
 
 
 def test_another_seed_is_another_slide() -> None:
     """The seed decides where the nuclei are."""
-    other = synthetic.render(replace(SPEC, seed=6), 300, 200, 200, 200)
+    other = tissue.render(replace(SPEC, seed=6), 300, 200, 200, 200)
     assert np.mean(other != WHOLE[200:400, 300:500]) > 0.5
 
 
@@ -57,7 +57,7 @@ def test_glass_is_pale_and_noisy() -> None:
 
 def test_outside_the_slide_is_glass() -> None:
     """A window may reach over any edge."""
-    beyond = synthetic.render(SPEC, -300, -300, 250, 250)
+    beyond = tissue.render(SPEC, -300, -300, 250, 250)
     assert beyond.mean() > 225
 
 
@@ -65,7 +65,7 @@ def test_tumour_and_normal_tissue_differ_in_texture() -> None:
     """Lymphocytes on pale ground give more contrast than tumour cells in cytoplasm."""
     rng = np.random.default_rng(1)
     contrast = {
-        tumour: np.mean([synthetic.patch(rng, tumour=tumour, size_px=224)[..., 1].std() for _ in range(12)])
+        tumour: np.mean([tissue.patch(rng, tumour=tumour, size_px=224)[..., 1].std() for _ in range(12)])
         for tumour in (False, True)
     }
     assert contrast[False] > contrast[True] + 5
@@ -73,21 +73,21 @@ def test_tumour_and_normal_tissue_differ_in_texture() -> None:
 
 def test_island_in_a_lesion_is_normal_tissue() -> None:
     """An island is drawn as if the lesion were not there."""
-    healthy = synthetic.render(replace(SPEC, lesions=()), 700, 540, 60, 60)
+    healthy = tissue.render(replace(SPEC, lesions=()), 700, 540, 60, 60)
     np.testing.assert_array_equal(WHOLE[540:600, 700:760], healthy)
-    assert np.any(WHOLE[400:460, 700:760] != synthetic.render(replace(SPEC, lesions=()), 700, 400, 60, 60))
+    assert np.any(WHOLE[400:460, 700:760] != tissue.render(replace(SPEC, lesions=()), 700, 400, 60, 60))
 
 
 def test_stain_varies_between_slides() -> None:
     """Slides differ in the colour of their tissue by more than noise."""
     rng = np.random.default_rng(2)
-    means = [synthetic.patch(rng, tumour=True, size_px=128).mean(axis=(0, 1)) for _ in range(12)]
+    means = [tissue.patch(rng, tumour=True, size_px=128).mean(axis=(0, 1)) for _ in range(12)]
     assert np.std(means, axis=0).min() > 4
 
 
 def test_patch_follows_its_generator() -> None:
     """The same generator state draws the same patch."""
-    first, second = (synthetic.patch(np.random.default_rng(9), tumour=True, size_px=96) for _ in range(2))
+    first, second = (tissue.patch(np.random.default_rng(9), tumour=True, size_px=96) for _ in range(2))
     np.testing.assert_array_equal(first, second)
 
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from wsiflow import textures
-from wsiflow.textures import OVERLAP_PX, PIECE_PX, Look
+from wsiflow.slides.synthetic import textures
+from wsiflow.slides.synthetic.textures import OVERLAP_PX, PIECE_PX, Look
 
 PITCH_PX = PIECE_PX - OVERLAP_PX
 LOOK = Look((0.55, 0.7, 0.4), (0.15, 0.9, 0.3), (1.0, 1.0), (240.0, 238.0, 242.0), 0.6, 1.0)

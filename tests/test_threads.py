@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from wsiflow.errors import EnvironmentFault
-from wsiflow.model import threads
-from wsiflow.model.threads import allocated_cores, cgroup_cores, cpu_flags, numeric_class, scheduler_cores
+from wsiflow.system import machine
+from wsiflow.system.machine import allocated_cores, cgroup_cores, cpu_flags, numeric_class, scheduler_cores
 
 
 def run(code: str, **environ: str) -> subprocess.CompletedProcess[str]:
@@ -37,7 +37,7 @@ def test_affinity_limits_the_cores() -> None:
     """A process pinned to one core has one."""
     code = (
         "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
-        "from wsiflow.model.threads import allocated_cores; print(allocated_cores())"
+        "from wsiflow.system.machine import allocated_cores; print(allocated_cores())"
     )
     assert run(code).stdout.strip() == "1"
 
@@ -89,7 +89,7 @@ def test_no_cgroup_is_no_limit(tmp_path: Path) -> None:
 def test_a_limit_set_before_torch_is_what_torch_uses() -> None:
     """One thread is asked for, and torch runs with one."""
     code = (
-        "from wsiflow.model.threads import limit_threads; limit_threads(1)\n"
+        "from wsiflow.system.machine import limit_threads; limit_threads(1)\n"
         "import torch; print(torch.get_num_threads())"
     )
     assert run(code).stdout.strip() == "1"
@@ -98,7 +98,7 @@ def test_a_limit_set_before_torch_is_what_torch_uses() -> None:
 def test_a_limit_set_after_torch_is_refused_when_it_differs() -> None:
     """Half of the libraries would keep the old number, so it is an error and not a wish."""
     code = (
-        "import torch; from wsiflow.model.threads import limit_threads\n"
+        "import torch; from wsiflow.system.machine import limit_threads\n"
         "limit_threads(torch.get_num_threads())\n"
         "limit_threads(torch.get_num_threads() + 1)"
     )
@@ -108,7 +108,7 @@ def test_a_limit_set_after_torch_is_refused_when_it_differs() -> None:
 
 def test_cards_and_threads_do_not_import_torch() -> None:
     """Help texts and plans must not wait for torch, and thread limits must come before it."""
-    code = "import sys, wsiflow.model, wsiflow.model.card, wsiflow.model.threads; print('torch' in sys.modules)"
+    code = "import sys, wsiflow.model, wsiflow.model.card, wsiflow.system.machine; print('torch' in sys.modules)"
     assert run(code).stdout.strip() == "False"
 
 
@@ -147,7 +147,7 @@ def test_the_numeric_class_names_the_best_kernels_of_a_cpu(
 ) -> None:
     """Kernels differ, and with them the last bits: vector width, integer and bf16 products, matrix tiles."""
     write(tmp_path / "cpuinfo", f"processor : 0\nvendor_id : GenuineIntel\nflags : {flags}\n\nprocessor : 1\n")
-    monkeypatch.setattr(threads, "CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(machine, "CPUINFO", tmp_path / "cpuinfo")
     assert numeric_class(1)["isa"] == isa
     assert cpu_flags() == set(flags.split())
 

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wsiflow import throughput
+from wsiflow.run.results import cost
 
-NO_TIME = dict.fromkeys(throughput.STEPS, 0.0)
+NO_TIME = dict.fromkeys(cost.STEPS, 0.0)
 
 
 def receipt(kind: str = "prediction", **given: Any) -> dict[str, Any]:
@@ -31,7 +31,7 @@ def receipt(kind: str = "prediction", **given: Any) -> dict[str, Any]:
 
 def test_rates_of_one_prediction() -> None:
     """Every metric follows from its definition by hand."""
-    metrics = throughput.summarise([receipt()], run_wall_s=60.0, workers=2, tile_mm2={"s1": 0.003})
+    metrics = cost.summarise([receipt()], run_wall_s=60.0, workers=2, tile_mm2={"s1": 0.003})
     assert metrics == pytest.approx(
         {
             "throughput.tiles_per_s": 2.0,
@@ -54,7 +54,7 @@ def test_rates_of_one_prediction() -> None:
 def test_extraction_costs_but_adds_no_tiles() -> None:
     """A tile that was first extracted and then predicted counts once and costs both."""
     extracted = receipt("patches", seconds={"read": 5.0, "write": 15.0}, cpu_s=20.0)
-    metrics = throughput.summarise([extracted, receipt()], run_wall_s=60.0, workers=1, tile_mm2={"s1": 1.0})
+    metrics = cost.summarise([extracted, receipt()], run_wall_s=60.0, workers=1, tile_mm2={"s1": 1.0})
     assert metrics["throughput.tiles_per_s"] == 2.0
     assert metrics["throughput.core_seconds_per_tile"] == 0.5
     assert metrics["throughput.efficiency"] == 1.0
@@ -62,7 +62,7 @@ def test_extraction_costs_but_adds_no_tiles() -> None:
 
 def test_nothing_executed_is_unknown_speed() -> None:
     """A run served from the cache has no speed: NaN, and no cost: zero."""
-    metrics = throughput.summarise([], run_wall_s=3.0, workers=2, tile_mm2={})
+    metrics = cost.summarise([], run_wall_s=3.0, workers=2, tile_mm2={})
     assert math.isnan(metrics["throughput.core_seconds_per_tile"])
     assert math.isnan(metrics["throughput.mm2_per_core_hour"])
     assert metrics["throughput.core_hours"] == 0.0
@@ -72,12 +72,12 @@ def test_nothing_executed_is_unknown_speed() -> None:
 def test_a_slide_without_a_tile_area_is_refused() -> None:
     """A missing area is an error of the caller, not zero mm2."""
     with pytest.raises(KeyError, match="s1"):
-        throughput.summarise([receipt()], run_wall_s=1.0, workers=1, tile_mm2={})
+        cost.summarise([receipt()], run_wall_s=1.0, workers=1, tile_mm2={})
 
 
 def test_tile_area_of_the_reference() -> None:
     """224 px at 0.243 um/px are 54.432 um a side."""
-    assert throughput.tile_area_mm2(224, 0.243) == pytest.approx(0.054432**2)
+    assert cost.tile_area_mm2(224, 0.243) == pytest.approx(0.054432**2)
 
 
 @given(
@@ -85,24 +85,24 @@ def test_tile_area_of_the_reference() -> None:
         st.builds(
             lambda cpu_s, seconds: receipt(cpu_s=cpu_s, seconds=seconds),
             st.floats(0, 1e6),
-            st.fixed_dictionaries({step: st.floats(1e-3, 1e6) for step in throughput.STEPS}),
+            st.fixed_dictionaries({step: st.floats(1e-3, 1e6) for step in cost.STEPS}),
         )
     )
 )
 def test_the_split_adds_up(receipts: list[dict[str, Any]]) -> None:
     """The steps' core-seconds add up to the busy core-seconds of the run."""
-    split = throughput.step_core_seconds(receipts)
+    split = cost.step_core_seconds(receipts)
     assert sum(split.values()) == pytest.approx(sum(r["cpu_s"] for r in receipts))
 
 
 def test_a_receipt_without_steps_belongs_to_none() -> None:
     """CPU time that no step was timed for is not handed to one."""
-    assert throughput.step_core_seconds([receipt("tissue", seconds={})]) == NO_TIME
+    assert cost.step_core_seconds([receipt("tissue", seconds={})]) == NO_TIME
 
 
 def test_seconds_by_slide_are_sums() -> None:
     """Two groups of a slide add up, another slide stays apart."""
-    rows = throughput.seconds_by_slide([receipt(), receipt(group=2), receipt(slide="s2", seconds={"stitch": 4.0})])
+    rows = cost.seconds_by_slide([receipt(), receipt(group=2), receipt(slide="s2", seconds={"stitch": 4.0})])
     assert rows["s1"]["seconds_infer"] == 60.0
     assert rows["s1"]["seconds_cpu"] == 80.0
     assert rows["s2"]["seconds_stitch"] == 4.0

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from flows.run import compose_config
-from wsiflow import plan, tiles
-from wsiflow.tiles import Cut
-from wsiflow.tissue import select_tiles, tile_coverage, tissue_mask
+from wsiflow.plan import blocks, plan
+from wsiflow.plan.blocks import Cut
+from wsiflow.plan.tissue import select_tiles, tile_coverage, tissue_mask
 
 grids = hnp.arrays(bool, hnp.array_shapes(min_dims=2, max_dims=2, max_side=12))
 
@@ -23,7 +23,7 @@ cuts = st.builds(
 )
 
 
-def area_px(found: list[tiles.Block], cut: Cut) -> int:
+def area_px(found: list[blocks.Block], cut: Cut) -> int:
     margin = 2 * cut.halo_px
     return sum((b.cols * cut.tile_px + margin) * (b.rows * cut.tile_px + margin) for b in found)
 
@@ -31,7 +31,7 @@ def area_px(found: list[tiles.Block], cut: Cut) -> int:
 @given(tissue=grids, cut=cuts)
 def test_every_tissue_tile_is_in_exactly_one_block(tissue: np.ndarray, cut: Cut) -> None:
     """Blocks partition the tissue, keep to their largest size, and begin and end at tissue."""
-    found = tiles.blocks(tissue, cut)
+    found = blocks.blocks(tissue, cut)
     cells = [cell for block in found for cell in block.cells()]
     assert sorted(cells) == sorted((int(c), int(r)) for r, c in np.argwhere(tissue))
     for block in found:
@@ -49,29 +49,29 @@ def test_every_tissue_tile_is_in_exactly_one_block(tissue: np.ndarray, cut: Cut)
 def test_strips_never_read_more_than_lower_ones(tissue: np.ndarray, halo: int, rows: int) -> None:
     """Allowing one more row can only save pixels: the strips are the best there are of their kind."""
     lower, higher = (Cut(224, halo, height, 100) for height in (rows - 1, rows))
-    assert area_px(tiles.blocks(tissue, higher), higher) <= area_px(tiles.blocks(tissue, lower), lower)
+    assert area_px(blocks.blocks(tissue, higher), higher) <= area_px(blocks.blocks(tissue, lower), lower)
 
 
 def test_strips_begin_where_it_costs_least() -> None:
     """Two bands of three rows with a gap of one row: two strips of three, not one of five and one of two."""
     tissue = np.zeros((7, 10), bool)
     tissue[:3], tissue[4:] = True, True
-    found = tiles.blocks(tissue, Cut(224, 104, 5, 100))
+    found = blocks.blocks(tissue, Cut(224, 104, 5, 100))
     assert [(b.t_row, b.rows, b.cols) for b in found] == [(0, 3, 10), (4, 3, 10)]
 
 
 def test_a_gap_is_read_where_a_second_halo_would_cost_more() -> None:
     """With a halo of 200 px a gap of one tile (224 px) is cheaper than two halos (400 px), one of two tiles is not."""
     one, two = np.array([[1, 1, 0, 1]], bool), np.array([[1, 1, 0, 0, 1]], bool)
-    assert len(tiles.blocks(one, Cut(224, 200, 1, 100))) == 1
-    assert len(tiles.blocks(two, Cut(224, 200, 1, 100))) == 2
-    assert len(tiles.blocks(one, Cut(224, 104, 1, 100))) == 2
+    assert len(blocks.blocks(one, Cut(224, 200, 1, 100))) == 1
+    assert len(blocks.blocks(two, Cut(224, 200, 1, 100))) == 2
+    assert len(blocks.blocks(one, Cut(224, 104, 1, 100))) == 2
 
 
 def test_single_tiles_are_the_reference_patches() -> None:
     """One row and one column: each tissue tile alone, in row-major order."""
     tissue = np.array([[0, 1, 1], [1, 0, 1]], bool)
-    found = tiles.blocks(tissue, Cut(224, 112, 1, 1))
+    found = blocks.blocks(tissue, Cut(224, 112, 1, 1))
     assert [(b.t_col, b.t_row, b.cols, b.rows, b.tissue) for b in found] == [
         (1, 0, 1, 1, (0,)),
         (2, 0, 1, 1, (0,)),
@@ -91,7 +91,7 @@ def test_strips_of_real_tissue_hold_less_than_twice_its_pixels(shared_data: Path
         tissue_px += int(grid.sum()) * 224**2
         for halo in read_px:
             cut = Cut(224, halo, 7, 12)
-            read_px[halo] += area_px(tiles.blocks(grid, cut), cut)
+            read_px[halo] += area_px(blocks.blocks(grid, cut), cut)
     assert read_px[200] / tissue_px < 1.9
     assert read_px[104] / tissue_px < 1.55
 
@@ -106,7 +106,7 @@ def test_tissue_survives_being_written_as_runs(tissue: np.ndarray) -> None:
 @given(costs=st.lists(st.integers(1, 16), max_size=60), limit=st.integers(1, 50))
 def test_groups_cover_all_blocks_in_order(costs: list[int], limit: int) -> None:
     """Ranges join up, none is empty, and none is further from the mean than the largest block."""
-    ranges = tiles.groups(np.array(costs, dtype=float), limit=limit)
+    ranges = blocks.groups(np.array(costs, dtype=float), limit=limit)
     assert [lo for lo, _ in ranges] == [0, *(hi for _, hi in ranges)][: len(ranges)]
     assert (ranges[-1][1] if ranges else 0) == len(costs)
     sums = [sum(costs[lo:hi]) for lo, hi in ranges]
@@ -117,7 +117,9 @@ def test_groups_cover_all_blocks_in_order(costs: list[int], limit: int) -> None:
 
 def test_groups_are_balanced_rather_than_filled() -> None:
     """401 equal blocks at a limit of 400 give two halves, not 400 and a lone one."""
-    assert tiles.groups(np.ones(401), limit=400) == [(0, 201), (201, 401)] or tiles.groups(np.ones(401), limit=400) == [
+    assert blocks.groups(np.ones(401), limit=400) == [(0, 201), (201, 401)] or blocks.groups(
+        np.ones(401), limit=400
+    ) == [
         (0, 200),
         (200, 401),
     ]
@@ -130,16 +132,16 @@ def test_o5_array_tasks_of_the_old_scheme(shared_data: Path, kind: str, limit: i
     """O-5: all tiles of a class in fixed chunks stay just under the site's 150,000 array tasks."""
     with (shared_data / "camelyon16/tables/patch_counts_dldp.csv").open() as stream:
         total = sum(int(row["n_tiles_224"]) for row in csv.DictReader(stream) if row["slide"].startswith(kind))
-    assert tiles.group_count(total, limit=limit) == tasks < 150_000
+    assert blocks.group_count(total, limit=limit) == tasks < 150_000
 
 
 def test_the_largest_slide_is_cut_in_little_memory() -> None:
     """A slide of 100,000 tissue tiles gives 250 equal groups."""
-    ranges = tiles.groups(np.ones(100_000), limit=400)
+    ranges = blocks.groups(np.ones(100_000), limit=400)
     assert {hi - lo for lo, hi in ranges} == {400}
 
 
 def test_no_tissue_gives_no_block_and_no_group() -> None:
     """An empty slide is a valid slide."""
-    assert tiles.blocks(np.zeros((4, 4), bool), Cut(224, 112, 2, 2)) == []
-    assert tiles.groups(np.empty(0), limit=4) == []
+    assert blocks.blocks(np.zeros((4, 4), bool), Cut(224, 112, 2, 2)) == []
+    assert blocks.groups(np.empty(0), limit=4) == []

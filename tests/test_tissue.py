@@ -11,9 +11,9 @@ from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 from PIL import Image
 
-from wsiflow import tissue
-from wsiflow.slide import open_slide
-from wsiflow.tissue import TissueParams, select_tiles, tile_coverage, tissue_mask
+from wsiflow.plan import tissue
+from wsiflow.plan.tissue import TissueParams, select_tiles, tile_coverage, tissue_mask
+from wsiflow.slides.slide import open_slide
 
 PARAMS = TissueParams(
     method="hsv_otsu",

@@ -9,10 +9,10 @@ import pytest
 from test_line import attempts, over
 
 from flows import run as command
-from wsiflow import trace
-from wsiflow.executor import Outcome
-from wsiflow.steps import run_slice
-from wsiflow.usage import Meter
+from wsiflow.run import trace
+from wsiflow.run.executor import Outcome
+from wsiflow.run.stages.work import run_slice
+from wsiflow.system.usage import Meter
 
 
 def used(start: str, end: str, *, pid: int = 1, cpu_s: float = 1.0, **more: object) -> dict:

@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 
-from wsiflow import tracking
 from wsiflow.errors import EnvironmentFault
-from wsiflow.tracking import RunRecord, TrackingParams
+from wsiflow.run import tracking
+from wsiflow.run.tracking import RunRecord, TrackingParams
 
 
 def params_for(uri: str, **given: Any) -> TrackingParams:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from wsiflow import energy, throughput, usage
+from wsiflow.run.results import cost
+from wsiflow.system import energy, usage
 
 
 def burn(seconds: float) -> None:
@@ -45,7 +46,7 @@ def test_the_start_of_a_worker_is_with_its_first_task(first: str, counted: bool)
 def test_what_was_there_before_or_is_shared_was_not_executed() -> None:
     """Executed and cached add up to everything."""
     receipts = [{"path": "a", "cpu_s": 1.0}, {"path": "b", "cpu_s": 2.0, "shared": True}, {"path": "c", "cpu_s": 4.0}]
-    found = throughput.origin_core_seconds(receipts, {"c"})
+    found = cost.origin_core_seconds(receipts, {"c"})
     assert found == {"cost.executed_core_s": 1.0, "cost.cached_core_s": 6.0}
 
 

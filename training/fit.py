@@ -29,8 +29,9 @@ from patches import (
 )
 from torch import nn
 
-from wsiflow import roc, synthetic
+from wsiflow.evaluation import roc
 from wsiflow.model.save import save
+from wsiflow.slides.synthetic import tissue
 
 SYNTHETIC = 1600  # patches to draw
 
@@ -162,8 +163,8 @@ def fit(net: nn.Module, about: Mapping[str, Any], recipe: Recipe, given: argpars
     notes = report(net, given.data, given.seed)
     print(notes)
     trained_on = (
-        f"{SYNTHETIC} synthetic patches of wsiflow.synthetic; {len(real.labels)} patches of CAMELYON16 "
+        f"{SYNTHETIC} synthetic patches of wsiflow.slides.synthetic.tissue; {len(real.labels)} patches of CAMELYON16 "
         "lymph node slides (CC0, Radboud University Medical Center; some by way of DIDSR/dldp)"
     )
-    scale = {"window_px": WINDOW_PX, "spacing_um_px": synthetic.UM_PX}
+    scale = {"window_px": WINDOW_PX, "spacing_um_px": tissue.UM_PX}
     write(net, {**about, **scale, "trained_on": trained_on, "notes": notes}, given.out)

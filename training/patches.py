@@ -1,10 +1,10 @@
 """Labelled patches to train on and to test with: real, drawn and empty ones, and the batches made of them.
 
-Input: `wsiflow.synthetic` for as many drawn patches as asked, and two folders of real ones (see README.md).
+Input: `wsiflow.slides.synthetic.tissue` for as many drawn patches as asked, and two folders of real ones (see README.md).
 Output: RGB squares of 256 px with labels, or normalised batches of 224 px windows.
 
 Real patches are held out by slide where their names tell the slide, else by a hash of the name: see
-`wsiflow.atlas.part_of`.
+`wsiflow.slides.synthetic.atlas.part_of`.
 """
 
 from collections.abc import Sequence
@@ -17,11 +17,11 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from wsiflow import synthetic
-from wsiflow.atlas import HELD_OUT_SLIDE as HELD_OUT_SLIDE
-from wsiflow.atlas import PATCH_FOLDERS as FOLDERS
-from wsiflow.atlas import PATCH_PX as PATCH_PX
-from wsiflow.atlas import part_of
+from wsiflow.slides.synthetic import tissue
+from wsiflow.slides.synthetic.atlas import HELD_OUT_SLIDE as HELD_OUT_SLIDE
+from wsiflow.slides.synthetic.atlas import PATCH_FOLDERS as FOLDERS
+from wsiflow.slides.synthetic.atlas import PATCH_PX as PATCH_PX
+from wsiflow.slides.synthetic.atlas import part_of
 
 WINDOW_PX = 224
 MEAN, STD = (0.7, 0.55, 0.7), (0.2, 0.22, 0.18)
@@ -54,7 +54,7 @@ def draw_synthetic(n: int, seed: int) -> Patches:
     """Draw n synthetic patches, half of them tumour, each of a slide of its own."""
     rng = np.random.default_rng(seed)
     labels = np.arange(n) % 2
-    drawn = [synthetic.patch(rng, tumour=bool(label), size_px=PATCH_PX) for label in labels]
+    drawn = [tissue.patch(rng, tumour=bool(label), size_px=PATCH_PX) for label in labels]
     return Patches(np.stack(drawn), labels.astype(np.int64))
 
 

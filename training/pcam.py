@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from patches import Patches
 from PIL import Image
 
-from wsiflow import roc
-from wsiflow.model.architectures import build
+from wsiflow.evaluation import roc
+from wsiflow.model.architectures.registry import build
 
 WINDOW_PX = 96
 SPACING_UM_PX = 0.97

@@ -10,7 +10,7 @@ import math
 import torch
 from fit import Recipe, fit, parsed, parser
 
-from wsiflow.model.architectures import build
+from wsiflow.model.architectures.registry import build
 
 ARCHITECTURE_ARGS = {"width": 0.25, "dropout": 0.2}
 ABOUT = {"name": "demo", "architecture": "inception_valid", "architecture_args": ARCHITECTURE_ARGS}

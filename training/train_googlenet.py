@@ -10,7 +10,7 @@ import torch
 from fit import Recipe, fit, parsed, parser
 from torch import nn
 
-from wsiflow.model.architectures import build
+from wsiflow.model.architectures.registry import build
 
 ARCHITECTURE_ARGS = {"dropout": 0.5}
 ABOUT = {"name": "googlenet", "architecture": "googlenet", "architecture_args": ARCHITECTURE_ARGS}

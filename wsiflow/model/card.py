@@ -12,9 +12,9 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import AfterValidator, BaseModel, Field, FiniteFloat, ValidationError, model_validator
 
-from wsiflow import faults
 from wsiflow.errors import InputError
-from wsiflow.paths import NamedPath
+from wsiflow.system import faults
+from wsiflow.system.paths import NamedPath
 
 # The architecture of a card whose weights file is a program of its own.
 TORCHSCRIPT = "torchscript"
@@ -66,7 +66,7 @@ class ModelCard(BaseModel, frozen=True, extra="forbid"):
 
     Attributes:
         name: Name of the model; also that of its files.
-        architecture: A key of `wsiflow.model.architectures.ARCHITECTURES`, or ``torchscript``.
+        architecture: A key of `wsiflow.model.architectures.registry.ARCHITECTURES`, or ``torchscript``.
         architecture_args: What its builder takes besides the number of classes.
         class_names: One name for each output, in order; at least two.
         positive_class: The class whose probability is mapped.

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from wsiflow.errors import InputError
-from wsiflow.model.architectures import build
+from wsiflow.model.architectures.registry import build
 from wsiflow.model.card import TORCHSCRIPT, ModelCard, ModelSpec, Probe, card_path, identity, read_card, read_weights
 
 # The same weights differ by about 1e-6 between machines, because sums are taken in another order; another class order,

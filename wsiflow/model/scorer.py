@@ -1,7 +1,7 @@
 """From blocks of pixels to the scores of their tissue tiles: the network run over whole blocks, or window by window.
 
 Input: blocks with halo, uint8 (rows, cols, 3). Output: float32 (n, m, m), the map of every tissue tile. How it is done
-is a `Choice`; what runs the network is an engine of `wsiflow.model.engines`.
+is a `Choice`; what runs the network is an engine of `wsiflow.model.engines.engine`.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -11,14 +11,25 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from wsiflow import geometry
 from wsiflow.errors import InputError
-from wsiflow.geometry import Frame
-from wsiflow.model import dense, engines
 from wsiflow.model.choice import Choice
 from wsiflow.model.classifier import Classifier, not_finite
-from wsiflow.throughput import Timer, untimed
-from wsiflow.tiles import Block, window_corners_px
+from wsiflow.model.dense.network import densify, window_crops
+from wsiflow.model.engines import engine
+from wsiflow.model.engines.engine import (
+    Backend,
+    Engine,
+    EngineSpec,
+    Network,
+    Precision,
+    cache_folder,
+    prepare,
+    scores_from_pixels,
+)
+from wsiflow.plan import geometry
+from wsiflow.plan.blocks import Block, window_corners_px
+from wsiflow.plan.geometry import Frame
+from wsiflow.run.results.cost import Timer, untimed
 
 Blocks = Iterable[tuple[Block, NDArray[np.uint8]]]
 _Tile = tuple[
@@ -47,7 +58,7 @@ class Windows:
     share their pixels.
     """
 
-    def __init__(self, engine: engines.Engine, choice: Choice, *, window_px: int) -> None:
+    def __init__(self, engine: Engine, choice: Choice, *, window_px: int) -> None:
         """Take an engine for uint8 (choice.batch, window_px, window_px, 3)."""
         self._engine, self._window_px, self._choice = engine, window_px, choice
 
@@ -154,7 +165,7 @@ def region(frame: Frame, block: Block, pixels: NDArray[np.uint8], context_px: in
     return pixels[first : first + rows, first : first + cols]
 
 
-def in_batches(engine: engines.Engine, items: Iterable[NDArray[Any]], batch: int, timed: Timer) -> NDArray[np.float32]:
+def in_batches(engine: Engine, items: Iterable[NDArray[Any]], batch: int, timed: Timer) -> NDArray[np.float32]:
     """Run equal arrays through an engine in batches of one shape, the last one filled up with zeros.
 
     A score so never depends on how many others there are. One batch is in memory at a time.
@@ -178,7 +189,7 @@ def in_batches(engine: engines.Engine, items: Iterable[NDArray[Any]], batch: int
     return np.concatenate(found)
 
 
-def _run(engine: engines.Engine, inputs: NDArray[Any], held: int, timed: Timer) -> NDArray[np.float32]:
+def _run(engine: Engine, inputs: NDArray[Any], held: int, timed: Timer) -> NDArray[np.float32]:
     with timed("infer"):
         scores = np.array(engine(inputs)[:held])  # a copy: an engine may use its output again
     if not np.isfinite(scores).all():
@@ -199,28 +210,28 @@ def make(classifier: Classifier, choice: Choice, *, threads: int, quantised: byt
         InputError: The network cannot do what is chosen.
         EnvironmentFault: This machine cannot.
     """
-    spec = engines.EngineSpec(cast("engines.Backend", choice.backend), cast("engines.Precision", choice.precision))
+    spec = EngineSpec(cast("Backend", choice.backend), cast("Precision", choice.precision))
 
-    def prepared(network: engines.Network) -> engines.Engine:
-        return engines.prepare(network, spec, threads=threads, cache=engines.cache_folder(), quantised=quantised)
+    def prepared(network: Network) -> Engine:
+        return prepare(network, spec, threads=threads, cache=cache_folder(), quantised=quantised)
 
     if choice.engine == "window":
         return Windows(prepared(_window_network(classifier, choice)), choice, window_px=classifier.window_px)
     if not choice.share_until:
         engine = prepared(_dense_network(classifier, choice))
         return Dense(lambda pixels, timed: _timed_run(engine, pixels[None], timed)[0], choice)
-    made = dense.densify(classifier, choice.stride_px, context_px=choice.context_px, share_until=choice.share_until)
+    made = densify(classifier, choice.stride_px, context_px=choice.context_px, share_until=choice.share_until)
     if choice.precision == "int8" or made.stem is None or made.tail is None or made.crops is None:
         cause = "a network that windows share only in part is not run in int8"
         raise InputError(cause, "set inference.precision=fp32 or bf16, or dense.share_until=''")
     crops, pixels = made.crops, _pixel_network(classifier, made.stem, choice, "stem")
     stem = prepared(pixels)
-    like = dense.window_crops(stem(pixels.example), crops)[0, 0, :1]
+    like = window_crops(stem(pixels.example), crops)[0, 0, :1]
     example = np.repeat(like, choice.batch, axis=0)
-    tail = prepared(engines.Network(made.tail, _key(classifier, choice, "tail"), example, fixed=True))
+    tail = prepared(Network(made.tail, _key(classifier, choice, "tail"), example, fixed=True))
 
     def run_map(pixels: NDArray[np.uint8], timed: Timer) -> NDArray[np.float32]:
-        windows = dense.window_crops(_timed_run(stem, pixels[None], timed), crops)[0]
+        windows = window_crops(_timed_run(stem, pixels[None], timed), crops)[0]
         rows, cols = windows.shape[:2]
         each = (windows[row, col] for row in range(rows) for col in range(cols))
         return in_batches(tail, each, choice.batch, timed).reshape(rows, cols)
@@ -228,7 +239,7 @@ def make(classifier: Classifier, choice: Choice, *, threads: int, quantised: byt
     return Dense(run_map, choice)
 
 
-def probe(classifier: Classifier, choice: Choice, *, threads: int) -> engines.Engine:
+def probe(classifier: Classifier, choice: Choice, *, threads: int) -> Engine:
     """Return what runs one region or one batch of equal windows as chosen, for measuring how long it takes.
 
     The engine takes uint8 (rows, cols, 3): a region, or the window a batch is filled with.
@@ -242,7 +253,7 @@ def probe(classifier: Classifier, choice: Choice, *, threads: int) -> engines.En
 def quantise(classifier: Classifier, choice: Choice, samples: Sequence[NDArray[np.uint8]]) -> bytes:
     """Return the network in int8, calibrated on regions or windows, uint8 (n, rows, cols, 3), such as it will see."""
     network = _window_network if choice.engine == "window" else _dense_network
-    return engines.quantise(network(classifier, choice), samples, cache=engines.cache_folder())
+    return engine.quantise(network(classifier, choice), samples, cache=cache_folder())
 
 
 def sample(frame: Frame, block: Block, pixels: NDArray[np.uint8], choice: Choice) -> NDArray[np.uint8]:
@@ -261,26 +272,24 @@ def sample(frame: Frame, block: Block, pixels: NDArray[np.uint8], choice: Choice
     return np.stack([pixels[y : y + side, x : x + side] for x, y in chosen])
 
 
-def _window_network(classifier: Classifier, choice: Choice) -> engines.Network:
+def _window_network(classifier: Classifier, choice: Choice) -> Network:
     side = classifier.window_px
     example = np.zeros((choice.batch, side, side, 3), np.uint8)
-    return engines.Network(
-        engines.scores_from_pixels(classifier), _key(classifier, choice, "window"), example, fixed=True
-    )
+    return Network(scores_from_pixels(classifier), _key(classifier, choice, "window"), example, fixed=True)
 
 
-def _dense_network(classifier: Classifier, choice: Choice) -> engines.Network:
-    made = dense.densify(classifier, choice.stride_px, context_px=choice.context_px)
+def _dense_network(classifier: Classifier, choice: Choice) -> Network:
+    made = densify(classifier, choice.stride_px, context_px=choice.context_px)
     assert made.module is not None
     return _pixel_network(classifier, made.module, choice, "dense")
 
 
-def _pixel_network(classifier: Classifier, body: nn.Module, choice: Choice, part: str) -> engines.Network:
+def _pixel_network(classifier: Classifier, body: nn.Module, choice: Choice, part: str) -> Network:
     """Return a network over regions of any size; the example is large enough for four windows."""
     side = classifier.window_px + 2 * choice.context_px + choice.stride_px
     example = np.zeros((1, side, side, 3), np.uint8)
-    module = engines.scores_from_pixels(classifier, body)
-    return engines.Network(module, _key(classifier, choice, part), example, fixed=False)
+    module = scores_from_pixels(classifier, body)
+    return Network(module, _key(classifier, choice, part), example, fixed=False)
 
 
 def _key(classifier: Classifier, choice: Choice, part: str) -> str:
@@ -288,6 +297,6 @@ def _key(classifier: Classifier, choice: Choice, part: str) -> str:
     return f"{classifier.identity} {part} {choice.stride_px} {choice.context_px} {choice.share_until}"
 
 
-def _timed_run(engine: engines.Engine, inputs: NDArray[Any], timed: Timer) -> NDArray[np.float32]:
+def _timed_run(engine: Engine, inputs: NDArray[Any], timed: Timer) -> NDArray[np.float32]:
     with timed("infer"):
         return engine(inputs)

@@ -1,0 +1,1 @@
+"""What finished runs tell together: settings compared, maps compared, and what reviewers are handed."""

@@ -1,0 +1,1 @@
+"""What statisticians and regulators are handed of a run."""

@@ -1,0 +1,169 @@
+"""Calibration of a run, written: of its slide scores, and of the cells of its heatmaps where the truth is known.
+
+Input: a scored run. Output: ``calibration.json``, ``.csv`` and ``.png``, bytes by name.
+
+A slide's score is the highest probability on its map, not a probability that the slide holds tumour: its calibration
+says how it may be read, and is expected to be off. A cell's probability is compared with whether the place of its score
+lies in the annotated tumour. Neighbouring cells depend on each other, so intervals of cells are too narrow.
+"""
+
+import io
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from wsiflow.analysis.scored import Scored
+from wsiflow.errors import InputError, IntegrityError
+from wsiflow.evaluation import calibration, evaluate
+from wsiflow.evaluation.calibration import Bins
+from wsiflow.evaluation.evaluate import RecordedSlide
+from wsiflow.plan import geometry
+from wsiflow.plan.geometry import Frame
+from wsiflow.plan.plan import SlidePlan
+from wsiflow.slides import annotations, pyramid
+from wsiflow.slides.manifest import Case
+from wsiflow.system import tables
+
+_FINE, _SHOWN = 1000, 10
+_BAND = pyramid.TILE_PX
+
+
+def documents(run: Scored, *, cells: bool) -> dict[str, bytes]:
+    """Return the files.
+
+    Args:
+        run: The run.
+        cells: Calibrate the cells too: every heatmap and every mask is read.
+
+    Raises:
+        InputError: A slide score is no probability, or a truth cannot be read any more.
+    """
+    setting = run.recorded.setting("slides")
+    score, label = setting.scores, setting.labels
+    levels = {"slides": _level(calibration.bins(score, label, k=_SHOWN), score, label, np.ones(len(score)))}
+    if cells:
+        fine = calibration.merged([calibration.bins([], [], k=_FINE), *_cells(run)])
+        mean = fine.p / np.maximum(fine.n, 1)
+        levels["cells"] = _level(calibration.coarser(fine, _SHOWN), mean, fine.positives, fine.n)
+    rows = [{"level": name, **row} for name, found in levels.items() for row in found["table"]]
+    return {
+        "calibration.json": evaluate.json_text(levels).encode(),
+        "calibration.csv": tables.csv_text(rows).encode(),
+        "calibration.png": figure(levels),
+    }
+
+
+def figure(levels: Mapping[str, Mapping[str, Any]]) -> bytes:
+    """Draw the reliability diagrams, with how many values each bin holds, as PNG."""
+    from matplotlib.figure import Figure
+
+    drawn = Figure(figsize=(4.6 * len(levels), 5.2), dpi=160, layout="constrained")
+    axes = drawn.subplots(2, len(levels), squeeze=False, height_ratios=[4, 1], sharex=True)
+    for column, (name, found) in enumerate(levels.items()):
+        top, below = axes[:, column]
+        rows = [row for row in found["table"] if row["n"]]
+        mean, share = (np.array([row[key] for row in rows]) for key in ("mean", "observed"))
+        reach = np.array([[row["observed"] - row["wilson_low"], row["wilson_high"] - row["observed"]] for row in rows])
+        top.plot([0, 1], [0, 1], color="#8a939c", linewidth=0.8)
+        if rows:
+            top.errorbar(mean, share, yerr=np.maximum(reach.T, 0), fmt="o-", color="#1f5f99", markersize=4, linewidth=1)
+        top.set_xlim(0, 1)
+        top.set_ylim(-0.02, 1.02)
+        top.set_ylabel("share with tumour")
+        top.set_title(f"{name}: Brier {found['brier']:.3f}, ECE {found['ece']:.3f}", fontsize=10)
+        below.bar([(row["low"] + row["high"]) / 2 for row in rows], [row["n"] for row in rows], 0.09, color="#9ecae1")
+        below.set_yscale("symlog", linthresh=1)
+        below.set_ylabel("n")
+        below.set_xlabel("probability")
+        for each in (top, below):
+            each.spines[["top", "right"]].set_visible(False)
+    out = io.BytesIO()
+    drawn.savefig(out, format="png", metadata={"Software": None})
+    return out.getvalue()
+
+
+def _level(found: Bins, prob: ArrayLike, positives: ArrayLike, n: ArrayLike) -> dict[str, Any]:
+    """Return everything about one kind of probability, JSON values."""
+    fit = calibration.recalibrate(prob, positives, n)
+    return {
+        **calibration.scores(found),
+        "intercept": fit.intercept._asdict(),
+        "slope": fit.slope._asdict(),
+        "in_the_large": fit.in_the_large,
+        "note": fit.note,
+        "table": [row._asdict() for row in calibration.table(found)],
+    }
+
+
+def _cells(run: Scored) -> Iterator[Bins]:
+    """Yield the sums of some rows of some map at a time."""
+    cases = {case.slide_id: case for case in run.cases}
+    known = {one.slide_id: one for one in run.recorded.slides if one.in_froc}
+    for planned in run.made.slides:
+        if planned.slide_id in known:
+            downsample = run.config.evaluation.downsample
+            _require_same_truth(run, cases[planned.slide_id], planned, known[planned.slide_id])
+            named = run.config.evaluation.mask_tumour
+            mask = _tumour(cases[planned.slide_id], planned, downsample, named)
+            yield from cell_bins(run.root / f"heatmaps/{planned.slide_id}.tif", planned.frame, mask, downsample)
+
+
+def _require_same_truth(run: Scored, case: Case, planned: SlidePlan, one: RecordedSlide) -> None:
+    """Refuse outlines that are not those the slide was scored with.
+
+    Raises:
+        IntegrityError: They have changed.
+    """
+    truth = evaluate.planned_truth(planned, case, run.config.evaluation)
+    lesions = truth.lesions if truth is not None and one.label == 1 else None
+    if evaluate.truth_sha256(one.label, lesions) != one.truth:
+        cause = "its true regions are no longer those it was scored with"
+        path = case.annotation_path or case.mask_path
+        raise IntegrityError(cause, "run again, then export", slide=case.slide_id, path=path, stage="calibration")
+
+
+def cell_bins(path: Path, frame: Frame, tumour: NDArray[np.bool_], downsample: int) -> Iterator[Bins]:
+    """Yield the sums of the cells of a heatmap, band by band.
+
+    Args:
+        path: The heatmap.
+        frame: Its slide's transform.
+        tumour: bool (rows, cols), at level 0 / downsample; what lies beyond it is no tumour.
+        downsample: Level-0 px per mask px.
+    """
+    with pyramid.open_heatmap(path) as opened:
+        places = np.arange(max(opened.shape), dtype=np.float64)
+        x, y = np.floor(geometry.l0_from_h(frame, np.column_stack([places, places])) / downsample).astype(np.int64).T
+        x, y = x[: opened.shape[1]], y[: opened.shape[0]]
+        inside = x < tumour.shape[1]
+        for first in range(0, opened.shape[0], _BAND):
+            end = min(first + _BAND, opened.shape[0])
+            prob = opened.rows(first, end)
+            rows = y[first:end]
+            truth = np.zeros(prob.shape, np.bool_)
+            on = rows < tumour.shape[0]
+            truth[np.ix_(on, inside)] = tumour[np.ix_(rows[on], x[inside])]
+            scored = ~np.isnan(prob)
+            yield calibration.bins(prob[scored], truth[scored], k=_FINE)
+
+
+def _tumour(case: Case, planned: SlidePlan, downsample: int, named: Sequence[int] = ()) -> NDArray[np.bool_]:
+    """Return the annotated tumour of a slide as it was drawn, neither joined nor dilated."""
+    size = (planned.frame.l0_width_px, planned.frame.l0_height_px)
+    shape = (math.ceil(size[1] / downsample), math.ceil(size[0] / downsample))
+    if case.label == 0:
+        return np.zeros(shape, np.bool_)
+    try:
+        if case.mask_path is not None:
+            values = pyramid.read_level(case.mask_path, downsample)
+            return annotations.tumour_from_mask(values, case.mask_path, label=case.label, named=named)
+        if case.annotation_path is not None:
+            outline = annotations.read_asap(case.annotation_path, l0_size_px=size)
+            return annotations.tumour_mask(outline, shape, downsample=downsample)
+    except InputError as error:
+        raise error.about(slide=case.slide_id, stage="calibration") from error
+    return np.zeros(shape, np.bool_)

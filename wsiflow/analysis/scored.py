@@ -1,0 +1,287 @@
+"""A run that was scored, as its folder tells it: settings, cases, how every slide ended, scores and truth.
+
+Input: a run's folder. Output: a `Scored`, the list of its cases in which nothing is missing, and values of the slides
+by column, from the cases, the manifest or a table that is given.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+from wsiflow.errors import InputError, IntegrityError
+from wsiflow.evaluation import evaluate
+from wsiflow.evaluation.evaluate import Recorded, RecordedSlide
+from wsiflow.plan import plan
+from wsiflow.plan.plan import Plan
+from wsiflow.run.config import RunConfig
+from wsiflow.run.stages import ingest
+from wsiflow.slides.manifest import COLUMNS, Case, read_manifest
+from wsiflow.system import tables
+
+STATUSES = ("evaluated", "excluded", "failed", "rejected")
+NOT_GIVEN = "(not given)"
+"""The group of the slides that have no value in a column."""
+
+_CASE_COLUMNS = ("label", "patient_id", "split", "scanner")
+_LABELS = {0: "normal", 1: "tumour", None: ""}
+
+
+class Ended(NamedTuple):
+    """How a slide ended: a row of ``process_list.csv``."""
+
+    status: str
+    reason: str
+
+
+@dataclass(frozen=True, eq=False)
+class Scored:
+    """A run that was scored.
+
+    Attributes:
+        root: The run's folder.
+        folder: The folder of the scores in it: ``evaluation``, or ``evaluation-PARTIAL`` where slides are missing.
+        config: The resolved configuration.
+        cases: The slides of the run, in the order of the manifest.
+        made: The plan.
+        ended: How every slide ended, by slide.
+        recorded: Scores, truth and matches.
+    """
+
+    root: Path
+    folder: Path
+    config: RunConfig
+    cases: tuple[Case, ...]
+    made: Plan
+    ended: Mapping[str, Ended]
+    recorded: Recorded
+
+    @property
+    def is_partial(self) -> bool:
+        """Slides are missing from the scores."""
+        return self.folder.name != "evaluation"
+
+    @cached_property
+    def slides(self) -> dict[str, RecordedSlide]:
+        """What was scored, by slide."""
+        return {one.slide_id: one for one in self.recorded.slides}
+
+    @cached_property
+    def sha256(self) -> dict[str, str]:
+        """The content of the planned slides, by slide."""
+        return {slide.slide_id: slide.sha256 for slide in self.made.slides}
+
+
+class CaseRow(NamedTuple):
+    """A slide of the manifest and what became of it.
+
+    Attributes:
+        slide_id: Name of the slide.
+        status: One of `STATUSES`.
+        reason: Why it is not evaluated, or what it does not count for.
+        label: 1 tumour, 0 normal, empty unknown.
+        in_froc, in_auc: 1 where the slide counts.
+        score: Its score, empty where there is none.
+        slide_sha256: Of its content; of a slide that could not be opened, what the manifest says.
+        truth_sha256: Of its label and true regions.
+        patient_id, split, scanner: As the manifest says.
+        line: Line of the manifest, 0 where there is none.
+    """
+
+    slide_id: str
+    status: str
+    reason: str
+    label: int | str
+    in_froc: int
+    in_auc: int
+    score: float | str
+    slide_sha256: str
+    truth_sha256: str
+    patient_id: str
+    split: str
+    scanner: str
+    line: int
+
+
+def read(root: Path) -> Scored:
+    """Read a run.
+
+    Raises:
+        InputError: The folder holds no run, or one that was not scored.
+        IntegrityError: The scores are not of the slides that ended well.
+    """
+    told = ingest.told(root)
+    if told is None:
+        raise InputError("it holds no run", "name the out= folder of a run", path=root)
+    config, cases = ingest.read_cases(told)
+    ended = _ended(root / "process_list.csv")
+    partial = any(one.status in {"failed", "rejected"} for one in ended.values())
+    folder = root / ("evaluation-PARTIAL" if partial else "evaluation")
+    if not (folder / "matches.json").is_file():
+        cause = "slides are missing and nothing was scored" if partial else "it was not scored by this version"
+        remedy = f"run again{' with allow_partial=true' if partial else ''}, then export"
+        raise InputError(cause, remedy, path=folder / "matches.json")
+    recorded = evaluate.read_matches(folder / "matches.json")
+    scored = Scored(root, folder, config, cases, plan.latest(root), ended, recorded)
+    _check_scores(scored)
+    return scored
+
+
+def case_list(scored: Scored) -> list[CaseRow]:
+    """Return a row for every slide of the manifest, also for those that were never taken into the run.
+
+    Raises:
+        IntegrityError: A slide of the run has no outcome, or outcomes and slides do not balance.
+    """
+    planned = [*scored.cases, *_left_out(scored)]
+    rows = [_case_row(scored, case) for case in planned]
+    _check_balance(scored, planned, rows)
+    return rows
+
+
+def counts(rows: Iterable[CaseRow]) -> dict[str, int]:
+    """Return how many slides there are of every status, and in all as ``planned``."""
+    found = Counter(row.status for row in rows)
+    return {"planned": found.total(), **{status: found[status] for status in STATUSES}}
+
+
+def values(scored: Scored, columns: Sequence[str], table: Path | None) -> dict[str, dict[str, str]]:
+    """Return the values of every evaluated slide, by column and slide.
+
+    A column is looked for in the table that is given, among what the run kept of its manifest (label, patient_id,
+    split, scanner), and in the manifest as it is now, by its own header or by the name it stands for.
+
+    Args:
+        scored: The run.
+        columns: Names, in any case.
+        table: CSV with a column slide_id, or None.
+
+    Raises:
+        InputError: A column is nowhere, or a file cannot be used.
+    """
+    kept = {name: {case.slide_id: _kept(case, name) for case in scored.cases} for name in _CASE_COLUMNS}
+    sources = [_table(table) if table is not None else {}, kept]
+    wanted = [name.strip().lower() for name in columns]
+    if any(all(name not in source for source in sources) for name in wanted):
+        sources.append(_manifest(scored))
+        meant = {alias: name for name in _CASE_COLUMNS for alias in COLUMNS[name]}
+        sources.append({alias: kept[name] for alias, name in meant.items()})
+    found = {}
+    for name in wanted:
+        source = next((each for each in sources if name in each), None)
+        if source is None:
+            known = ", ".join(sorted({column for each in sources[:3] for column in each}))
+            raise InputError(f"there is no column {name!r}", f"use one of {known}, or give --table", path=scored.root)
+        found[name] = {one.slide_id: source[name].get(one.slide_id, "") or NOT_GIVEN for one in scored.recorded.slides}
+    return found
+
+
+def manifest(scored: Scored) -> Path | None:
+    """Return the manifest of a run, where it has one and it is still there."""
+    path = scored.config.dataset.manifest
+    return path if scored.config.dataset.kind == "manifest" and path is not None and path.is_file() else None
+
+
+def _ended(path: Path) -> dict[str, Ended]:
+    if not path.exists():
+        raise InputError("the run has not ended yet", "let it end, or start it again", path=path)
+    listed = tables.read(path, "the list of slides", "start the run again", ("slide_id", "status", "reason"))
+    return {row["slide_id"]: Ended(row["status"], row["reason"]) for row in listed.rows()}
+
+
+def _check_scores(scored: Scored) -> None:
+    good = {slide_id for slide_id, one in scored.ended.items() if one.status not in {"failed", "rejected"}}
+    odd = sorted(good ^ {one.slide_id for one in scored.recorded.slides})
+    if odd:
+        cause = f"the scores are not of the slides that ended well: {', '.join(odd[:5])}"
+        raise IntegrityError(cause, "run again, then export", path=scored.folder / "matches.json")
+
+
+def _left_out(scored: Scored) -> list[Case]:
+    """Return the slides of the manifest that the run did not take: those beyond ``dataset.limit``, or added since."""
+    path = manifest(scored)
+    if path is None:
+        return []
+    taken = {case.slide_id for case in scored.cases}
+    return [case for case in read_manifest(path) if case.slide_id not in taken]
+
+
+def _case_row(scored: Scored, case: Case) -> CaseRow:
+    status, reason = _outcome(scored, case.slide_id)
+    one = scored.slides.get(case.slide_id)
+    label = one.label if one is not None else case.label
+    return CaseRow(
+        slide_id=case.slide_id,
+        status=status,
+        reason=reason,
+        label="" if label is None else label,
+        in_froc=int(one is not None and one.in_froc),
+        in_auc=int(one is not None and one.in_auc),
+        score=one.score if one is not None else "",
+        slide_sha256=scored.sha256.get(case.slide_id, case.sha256),
+        truth_sha256=(one.truth or "") if one is not None else "",
+        patient_id=case.patient_id,
+        split=case.split,
+        scanner=case.scanner,
+        line=case.line,
+    )
+
+
+def _outcome(scored: Scored, slide_id: str) -> tuple[str, str]:
+    """Return the status of a slide and the reason for it."""
+    ended, one = scored.ended.get(slide_id), scored.slides.get(slide_id)
+    if ended is None:
+        limit = scored.config.dataset.limit
+        told = f"dataset.limit is {limit}" if limit is not None else "the manifest has changed since"
+        return "excluded", f"not among the slides of the run: {told}"
+    if one is None:
+        return ended.status, ended.reason
+    reason = one.reason or ("no tissue was found" if ended.status == "no tissue" else "")
+    return ("evaluated" if one.in_froc or one.in_auc else "excluded"), reason
+
+
+def _check_balance(scored: Scored, planned: Sequence[Case], rows: Sequence[CaseRow]) -> None:
+    """See that every slide has one outcome, and every outcome a slide."""
+    lost = sorted({case.slide_id for case in scored.cases} - scored.ended.keys())
+    stray = sorted(scored.ended.keys() - {case.slide_id for case in scored.cases})
+    found = counts(rows)
+    if lost or stray or len({case.slide_id for case in planned}) != sum(found[status] for status in STATUSES):
+        told = (
+            f"without an outcome: {', '.join(lost) or 'none'}; outcomes without a slide: {', '.join(stray) or 'none'}"
+        )
+        raise IntegrityError(f"slides and outcomes do not balance ({told})", "run again, then export", path=scored.root)
+
+
+def _kept(case: Case, column: str) -> str:
+    return _LABELS[case.label] if column == "label" else str(getattr(case, column))
+
+
+def _table(path: Path) -> dict[str, dict[str, str]]:
+    """Read a table of slides."""
+    header, rows = tables.read(path, "it", "correct the path")
+    if "slide_id" not in header:
+        raise InputError("it has no column slide_id", "give a CSV with slide_id and any other columns", path=path)
+    ids = [cells[header.index("slide_id")] for _, cells in rows]
+    twice = [slide_id for slide_id, n in Counter(ids).items() if n > 1]
+    if twice:
+        raise InputError(f"slide {twice[0]} has {ids.count(twice[0])} lines", "give each slide one line", path=path)
+    cells = [row for _, row in rows]
+    return {
+        name: dict(zip(ids, (row[place] for row in cells), strict=True))
+        for place, name in enumerate(header)
+        if name != "slide_id"
+    }
+
+
+def _manifest(scored: Scored) -> dict[str, dict[str, str]]:
+    """Read every column of the manifest as it is now; nothing where the run has none."""
+    path = manifest(scored)
+    if path is None:
+        return {}
+    header, rows = tables.read(path, "it", "correct the path")
+    names = {case.line: case.slide_id for case in read_manifest(path)}
+    return {
+        name: {names[line]: cells[place] for line, cells in rows if line in names} for place, name in enumerate(header)
+    }

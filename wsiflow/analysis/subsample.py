@@ -1,0 +1,102 @@
+"""Coarser strides from a run's own heatmaps, where those have the same windows: what they would score, without running.
+
+Input: a finished run. Output: per stride a folder with detections, scores and settings, which `wsiflow compare` takes
+beside runs. It has no cost: nobody has measured what that stride takes.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wsiflow.analysis import scored
+from wsiflow.analysis.scored import Scored
+from wsiflow.errors import InputError
+from wsiflow.evaluation import evaluate
+from wsiflow.heatmap import assembly, lesions
+from wsiflow.model.choice import Choice, alike
+from wsiflow.plan import geometry
+from wsiflow.plan.geometry import Frame
+from wsiflow.plan.plan import SlidePlan
+from wsiflow.run.results import finish
+from wsiflow.slides import pyramid
+from wsiflow.system import publish
+
+
+def write(root: Path, strides: Sequence[int], out: Path) -> list[Path]:
+    """Score a run as if it had been made at other strides.
+
+    Args:
+        root: The run's folder.
+        strides: Reading pixels, each a multiple of the run's stride.
+        out: Folder that gets one for each stride, ``stride=<s>``.
+
+    Returns:
+        These folders.
+
+    Raises:
+        InputError: The folder holds no scored run, slides are missing from its scores, or its maps do not have the
+            windows of a stride.
+        EnvironmentFault: The folder cannot be written.
+    """
+    run = scored.read(root)
+    if run.is_partial:
+        raise InputError("slides are missing from its scores", "run again until it is complete", path=root)
+    for stride in strides:  # told before anything is written
+        _require_same_windows(run, stride)
+    publish.preflight(out)
+    return [_write(run, stride, out / f"stride={stride}") for stride in strides]
+
+
+def _write(run: Scored, stride: int, out: Path) -> Path:
+    cases = {case.slide_id: case for case in run.cases}
+
+    def evidence() -> Iterator[evaluate.Evidence]:
+        for planned in run.made.slides:
+            coarse, detections = _detected(run, planned, stride)
+            text = evaluate.format_detections(detections)
+            publish.write_view(out, f"detections/{planned.slide_id}.csv", text.encode())
+            found = evaluate.read_detections(out / f"detections/{planned.slide_id}.csv")
+            score = assembly.slide_score(coarse)
+            yield finish.evidence(planned, cases[planned.slide_id], run.config, found, score)
+
+    scores = evaluate.evaluate_cases(evidence(), run.config.evaluation, seed=run.config.seed)
+    for name, text in evaluate.documents(scores).items():
+        publish.write_view(out, f"evaluation/{name}", text.encode())
+    told = finish.settings(run.config.model_dump(mode="json"), run.made) | finish.digests(run.made)
+    told |= {"inference.stride": stride, "subsampled_from": run.config.inference.stride}
+    publish.write_view(out, "evaluation/settings.json", json.dumps(told, indent=1, sort_keys=True).encode())
+    return out
+
+
+def _require_same_windows(run: Scored, stride: int) -> None:
+    """Refuse a stride at which the run's maps would not be those of a run of its own.
+
+    Raises:
+        InputError: The message says why.
+    """
+    choice = Choice(**run.made.work["choice"])
+    reason = "not every window was run (inference.refine)" if choice.refine else alike(choice, choice)
+    if run.config.tiles.tile_px % stride:
+        reason = f"it does not divide the tile of {run.config.tiles.tile_px} px"
+    for planned in run.made.slides[:1]:
+        cells = geometry.subsampling(planned.frame, _at(planned.frame, stride))
+        reason = reason or (cells if isinstance(cells, str) else "")
+    if reason:
+        remedy = "run at that stride, or take an odd multiple (any, in the reference's convention)"
+        raise InputError(f"stride {stride} cannot be taken from its maps: {reason}", remedy, path=run.root)
+
+
+def _at(frame: Frame, stride: int) -> Frame:
+    return frame._replace(stride_px=stride)
+
+
+def _detected(run: Scored, planned: SlidePlan, stride: int) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
+    """Return a slide's map at a stride, and its detections: float64 (n, 3), prob, x, y in level-0 px."""
+    fine, _ = pyramid.read_heatmap(run.root / f"heatmaps/{planned.slide_id}.tif")
+    frame = _at(planned.frame, stride)
+    coarse = assembly.subsample(fine, planned.frame, frame)
+    found = lesions.detect(coarse, run.config.lesions, cell_um=frame.um_px * stride)
+    return coarse, np.column_stack([found[:, 0], geometry.l0_from_h(frame, found[:, 1:3])])

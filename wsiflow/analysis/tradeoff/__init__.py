@@ -1,0 +1,1 @@
+"""What settings of one sweep cost, and what they find."""

@@ -1,0 +1,305 @@
+"""The tradeoff of a comparison: what a setting costs and what it scores, as values and as figures for a paper.
+
+Input: settings with their costs, intervals and differences. Output: figures as bytes. Nothing is drawn that has no
+value, and a cost that was measured once has no bar.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from wsiflow.evaluation import froc
+from wsiflow.evaluation.paired import Difference, FrocBand, Interval
+from wsiflow.run.results import page
+
+SHOWN = 4
+"""Curves that a figure shows in colour with their bands: the reference and of the Pareto set; others stay grey."""
+
+_MARKERS = "osD^vPX*"
+_TITLES = {"froc.score": "FROC score", "froc.strict_score": "Strict FROC score", "roc.auc": "Slide AUC"}
+
+
+class Cost(NamedTuple):
+    """Core-hours of a setting over its repeats.
+
+    Attributes:
+        mean: Mean core-hours; NaN where none were measured.
+        sd: Standard deviation over repeats; NaN for fewer than two.
+        low, high: The least and the most that a repeat took.
+        n: Repeats that were measured.
+    """
+
+    mean: float
+    sd: float
+    low: float
+    high: float
+    n: int
+
+
+class Row(NamedTuple):
+    """One setting of a comparison.
+
+    Attributes:
+        name: What tells it from the others, such as ``stain=none, stride=16``.
+        params: The parameters that differ in the comparison, by short name, the one with most values last.
+        runs: Where its runs are: folders or MLflow run ids.
+        cost: What it costs.
+        metrics: Intervals by metric name.
+        differences: Setting minus reference by metric name; empty for the reference.
+        delong: p-value of DeLong's test of the AUC against the reference's, alone and corrected; None for the
+            reference.
+        band: FROC curve.
+        pareto: Whether nothing is cheaper and at least as good, nor as cheap and better.
+    """
+
+    name: str
+    params: Mapping[str, str]
+    runs: tuple[str, ...]
+    cost: Cost
+    metrics: Mapping[str, Interval]
+    differences: Mapping[str, Difference]
+    delong: tuple[float, float] | None
+    band: FrocBand
+    pareto: bool
+
+
+@dataclass(frozen=True)
+class Tradeoff:
+    """A comparison as it is shown.
+
+    Attributes:
+        name: Of the sweep or experiment.
+        reference: Name of the setting that the others are compared with.
+        metric: What the Pareto set is of: ``froc.score``, or ``roc.auc`` where no lesions are known.
+        rows: The settings.
+        common: What all runs have in common, by name.
+        counts: Numbers of slides, lesions and draws by name.
+        protocol: Name and hash of the protocol of scoring.
+        notes: What a reader has to know besides: runs left out, processors that differ.
+    """
+
+    name: str
+    reference: str
+    metric: str
+    rows: Sequence[Row]
+    common: Mapping[str, str]
+    counts: Mapping[str, int]
+    protocol: tuple[str, str]
+    notes: Sequence[str]
+
+    @property
+    def pareto(self) -> list[Row]:
+        """The Pareto set, cheapest first."""
+        return sorted((row for row in self.rows if row.pareto), key=lambda row: row.cost.mean)
+
+    @property
+    def base(self) -> Row:
+        """The reference."""
+        return next(row for row in self.rows if row.name == self.reference)
+
+
+def title(metric: str) -> str:
+    """Return a metric's name in words."""
+    return _TITLES[metric]
+
+
+def figures(tradeoff: Tradeoff, kind: Literal["png", "svg"] = "png") -> dict[str, bytes]:
+    """Return the figures that there is something to draw for, by name without suffix.
+
+    * ``froc``: FROC curves with pointwise 95 % bands.
+    * ``tradeoff``: score against core-hours with intervals, and the Pareto front.
+    * ``differences``: differences to the reference on the same cases.
+    """
+    drawn = {}
+    if any(np.isfinite(row.band.sensitivity).any() for row in tradeoff.rows):
+        drawn["froc"] = _froc(tradeoff)
+    if any(_has_both(row, tradeoff.metric) for row in tradeoff.rows):
+        drawn["tradeoff"] = _score_against_cost(tradeoff)
+    if any(_shown_differences(tradeoff)):
+        drawn["differences"] = _forest(tradeoff)
+    return {name: page.picture(figure, kind) for name, figure in drawn.items()}
+
+
+# --- FROC
+
+
+def _froc(tradeoff: Tradeoff) -> Any:
+    """Draw the curves of all settings, the chosen ones in colour with their bands."""
+    chosen = _chosen(tradeoff)
+    figure, axes = page.froc_axes(size_in=(6.4, 4.8))
+    for row in tradeoff.rows:
+        if row.name not in chosen:
+            axes.plot(*_line(row), color="#c9cfd4", linewidth=0.9, zorder=1)
+    colours = iter(page.PALETTE)
+    for row in sorted(
+        (row for row in tradeoff.rows if row.name in chosen), key=lambda row: row.name != tradeoff.reference
+    ):
+        is_reference = row.name == tradeoff.reference
+        colour = page.INK if is_reference else next(colours)
+        axes.fill_between(row.band.fp_per_slide, row.band.low, row.band.high, color=colour, alpha=0.1, linewidth=0)
+        style = "-" if is_reference else (0, (5, 1.5))  # curves that lie on the reference let it be seen
+        label = f"{row.name}{' (reference)' if is_reference else ''}"
+        axes.plot(*_line(row), color=colour, linewidth=1.8, linestyle=style, label=label)
+    if len(tradeoff.rows) > len(chosen):
+        axes.plot([], [], color="#c9cfd4", label=f"{len(tradeoff.rows) - len(chosen)} others")
+    page.legend(axes, fontsize=8)
+    return figure
+
+
+def _line(row: Row) -> tuple[Any, Any]:
+    return row.band.fp_per_slide, row.band.sensitivity
+
+
+def _chosen(tradeoff: Tradeoff) -> set[str]:
+    """Return the settings to show in colour: all when they are few, else the reference and a part of the front."""
+    if len(tradeoff.rows) <= SHOWN:
+        return {row.name for row in tradeoff.rows}
+    front = [row.name for row in tradeoff.pareto if row.name != tradeoff.reference]
+    places = np.unique(np.linspace(0, len(front) - 1, min(SHOWN - 1, len(front))).round().astype(int))
+    return {tradeoff.reference, *(front[place] for place in places)}
+
+
+# --- score against cost
+
+
+def _has_both(row: Row, metric: str) -> bool:
+    return math.isfinite(row.cost.mean) and row.cost.mean > 0 and math.isfinite(row.metrics[metric].value)
+
+
+def _score_against_cost(tradeoff: Tradeoff) -> Any:
+    """Draw a point with its bars for each setting; lines join those that differ in the last parameter alone."""
+    figure, axes = page.axes("Core-hours", title(tradeoff.metric), size_in=(6.4, 4.8))
+    axes.set_xscale("log")
+    rows = [row for row in tradeoff.rows if _has_both(row, tradeoff.metric)]
+    for number, (name, members) in enumerate(_series(rows).items()):
+        colour = page.PALETTE[number % len(page.PALETTE)]
+        style = {"color": colour, "marker": _MARKERS[number // len(page.PALETTE) % len(_MARKERS)]}
+        _draw_series(axes, sorted(members, key=lambda row: row.cost.mean), tradeoff.metric, style, name)
+    _draw_front(axes, [row for row in tradeoff.pareto if row in rows], tradeoff.metric)
+    _number_ticks(axes)
+    axes.margins(x=0.09, y=0.08)
+    last = [list(row.params)[-1] for row in rows if row.params][:1]
+    page.legend(axes, fontsize=8, title=f"numbers: {last[0]}" if last else None, title_fontsize=8)
+    return figure
+
+
+def _series(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Return the settings by all of their parameters but the last."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        name = ", ".join(f"{key}={value}" for key, value in list(row.params.items())[:-1])
+        found.setdefault(name, []).append(row)
+    return found
+
+
+def _draw_series(axes: Any, rows: Sequence[Row], metric: str, style: Mapping[str, str], name: str) -> None:
+    x = np.array([row.cost.mean for row in rows])
+    y, low, high = np.array([row.metrics[metric] for row in rows]).T
+    bars = np.array([[row.cost.mean - row.cost.low, row.cost.high - row.cost.mean] for row in rows]).T
+    bars[:, [row.cost.n < 2 for row in rows]] = 0
+    axes.errorbar(
+        x,
+        y,
+        xerr=bars,
+        yerr=np.nan_to_num(np.clip([y - low, high - y], 0, None)),
+        color=style["color"],
+        marker=style["marker"],
+        markersize=5,
+        linewidth=0.9,
+        elinewidth=0.8,
+        ecolor=_faded(style["color"]),
+        label=name or None,
+        zorder=3,
+    )
+
+
+def _draw_front(axes: Any, front: Sequence[Row], metric: str) -> None:
+    """Mark and name the Pareto set, cheapest first, and draw the best score that a cost can buy."""
+    if not front:
+        return
+    x, y = np.array([(row.cost.mean, row.metrics[metric].value) for row in front]).T
+    axes.step(x, y, where="post", color=page.INK, linewidth=1.1, linestyle=(0, (2, 2)), label="Pareto front", zorder=2)
+    axes.scatter(x, y, s=95, facecolors="none", edgecolors=page.INK, linewidths=1.1, zorder=4)
+    for row, at_x, at_y in zip(front, x, y, strict=True):
+        text = ([*row.params.values()] or [""])[-1]
+        axes.annotate(text, (at_x, at_y), (-6, 6), ha="right", **_SMALL, zorder=5)
+
+
+_SMALL: dict[str, Any] = {"textcoords": "offset points", "fontsize": 8, "color": page.INK}
+
+
+def _faded(colour: str) -> tuple[float, float, float, float]:
+    from matplotlib.colors import to_rgba
+
+    red, green, blue, _ = to_rgba(colour)
+    return red, green, blue, 0.55
+
+
+def _number_ticks(axes: Any) -> None:
+    """Write the ticks of the logarithmic axis as plain numbers, three a decade."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+# --- differences
+
+
+def _shown_differences(tradeoff: Tradeoff) -> list[str]:
+    """Return the metrics that differ by a number somewhere."""
+    return [
+        metric
+        for metric in ("froc.score", "roc.auc")
+        if any(math.isfinite(row.differences[metric].value) for row in tradeoff.rows if row.differences)
+    ]
+
+
+def _forest(tradeoff: Tradeoff) -> Any:
+    """Draw a panel of differences per metric: filled where the corrected p is below 0.05."""
+    from matplotlib.figure import Figure
+
+    metrics, rows = _shown_differences(tradeoff), [row for row in tradeoff.rows if row.differences]
+    figure = Figure(figsize=(2.4 + 3.6 * len(metrics), 1.3 + 0.3 * len(rows)), dpi=160, layout="constrained")
+    panels = figure.subplots(1, len(metrics), sharey=True, squeeze=False)[0]
+    for axes, metric in zip(panels, metrics, strict=True):
+        page.plain(axes, f"{title(metric)}, difference", "")
+        axes.axvline(0, color=page.INK, linewidth=0.9, zorder=1)
+        for place, row in enumerate(rows):
+            _draw_difference(axes, place, row.differences[metric])
+        axes.margins(x=0.08)
+    panels[0].set_yticks(range(len(rows)), [row.name for row in rows], fontsize=8)
+    panels[0].set_ylim(len(rows) - 0.5, -0.5)
+    name = f"Differences to {tradeoff.reference} on the same cases, p corrected for {len(rows)}"
+    figure.suptitle(name, fontsize=9, color=page.INK)
+    return figure
+
+
+def _draw_difference(axes: Any, place: int, one: Difference) -> None:
+    if not math.isfinite(one.value):
+        return
+    differs = one.p_corrected < 0.05
+    colour = page.ORANGE if differs else page.BLUE
+    if math.isfinite(one.low):
+        axes.plot([one.low, one.high], [place, place], color=colour, linewidth=1.4, zorder=2)
+    face = colour if differs else "white"
+    axes.plot(one.value, place, marker="o", markersize=5.5, color=colour, markerfacecolor=face, zorder=3)
+    if math.isfinite(one.p_corrected):
+        told = f"p {p_text(one.p_corrected)}"
+        axes.annotate(told, (1.0, place), (2, 0), xycoords=("axes fraction", "data"), va="center", **_SMALL)
+
+
+def p_text(p: float) -> str:
+    """Return a p-value as it is printed."""
+    if not math.isfinite(p):
+        return page.NO_VALUE
+    return "<0.001" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
+
+
+def sensitivities() -> list[str]:
+    """Return the names of the sensitivities that make the FROC score."""
+    return [f"froc.sensitivity_at_{rate:g}" for rate in froc.RATES]

@@ -1,0 +1,249 @@
+"""A comparison as documents: Markdown and CSV to paste, and one HTML page that needs nothing else.
+
+Input: a `Tradeoff` and its figures. Output: texts. What has no value is a dash, or empty in the CSV.
+"""
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from html import escape
+from typing import Any
+
+from wsiflow.analysis.tradeoff.figures import Cost, Row, Tradeoff, p_text, sensitivities, title
+from wsiflow.evaluation.paired import Difference, Interval
+from wsiflow.run.results import page
+from wsiflow.system import tables
+
+_METRICS = ("froc.score", *sensitivities(), "froc.strict_score", "roc.auc")
+_CAPTIONS = {
+    "tradeoff": "Score against core-hours. Upright bars: 95 % intervals over cases; level bars: from the least to the "
+    "most of the repeats, where there are any. Rings: the Pareto set.",
+    "froc": "FROC curves, official scoring, with 95 % bands at each point by itself.",
+    "differences": "Setting minus reference with 95 % intervals. Filled: corrected p below 0.05.",
+}
+
+
+def texts(found: Tradeoff, figures: Mapping[str, bytes]) -> dict[str, str]:
+    """Return ``compare.md``, ``compare.csv`` and ``report.html``.
+
+    Args:
+        found: The comparison.
+        figures: PNG bytes by name without suffix; the Markdown refers to them as files beside it.
+    """
+    return {
+        "compare.md": _markdown(found, figures),
+        "compare.csv": _csv(found),
+        "report.html": _html(found, figures),
+    }
+
+
+def columns(found: Tradeoff) -> dict[str, list[Any]]:
+    """Return the comparison as a table of plain values: columns by name; None where there is no value."""
+    rows = [dict(_cells(row)) for row in found.rows]
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    return {name: [row.get(name) for row in rows] for name in names}
+
+
+def _csv(found: Tradeoff) -> str:
+    table = columns(found)
+    rows = [dict(zip(table, values, strict=True)) for values in zip(*table.values(), strict=True)]
+    return tables.csv_text(rows, list(table))
+
+
+def _cells(row: Row) -> Iterator[tuple[str, Any]]:
+    """Yield every number of a setting by column."""
+    yield "setting", row.name
+    yield from row.params.items()
+    for metric in _METRICS:
+        for part, value in row.metrics[metric]._asdict().items():
+            yield (metric if part == "value" else f"{metric}_ci_{part}"), _finite(value)
+    for part, value in row.cost._asdict().items():
+        yield f"core_hours_{part}", _finite(value)
+    for metric in ("froc.score", "roc.auc"):
+        for part, value in row.differences[metric]._asdict().items() if row.differences else ():
+            yield f"{metric}_difference{'' if part == 'value' else f'_{part}'}", _finite(value)
+    for part, value in zip(("p", "p_corrected"), row.delong or (), strict=False):
+        yield f"roc.auc_delong_{part}", _finite(value)
+    yield "pareto", "yes" if row.pareto else "no"
+    yield "runs", " ".join(row.runs)
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+# --- the main table
+
+
+_HEADS = (
+    "Setting",
+    "FROC score",
+    "Slide AUC",
+    "Core-hours",
+    "of reference",
+    "Difference",
+    "p",
+    "corrected",
+    "Pareto",
+)
+
+
+def _row(found: Tradeoff, row: Row) -> list[str]:
+    ratio = row.cost.mean / found.base.cost.mean if found.base.cost.mean > 0 else math.nan
+    one = row.differences.get(found.metric)
+    compared = ["reference", "", ""] if one is None else [_difference(one), *map(p_text, (one.p, one.p_corrected))]
+    return [
+        row.name,
+        _interval(row.metrics["froc.score"]),
+        _interval(row.metrics["roc.auc"]),
+        _cost(row.cost),
+        f"{ratio:.2f}" if math.isfinite(ratio) else page.NO_VALUE,
+        *compared,
+        "yes" if row.pareto else "no",
+    ]
+
+
+def _interval(one: Interval) -> str:
+    if not math.isfinite(one.value):
+        return page.NO_VALUE
+    return f"{one.value:.3f} [{one.low:.3f}, {one.high:.3f}]" if math.isfinite(one.low) else f"{one.value:.3f}"
+
+
+def _difference(one: Difference) -> str:
+    if not math.isfinite(one.value):
+        return page.NO_VALUE
+    text = f"{one.value:+.3f}"
+    return f"{text} [{one.low:+.3f}, {one.high:+.3f}]" if math.isfinite(one.low) else text
+
+
+def _cost(cost: Cost) -> str:
+    if not math.isfinite(cost.mean):
+        return page.NO_VALUE
+    return f"{cost.mean:.3g} ± {cost.sd:.2g} (n = {cost.n})" if cost.n > 1 else f"{cost.mean:.3g}"
+
+
+# --- sentences
+
+
+def _what(found: Tradeoff) -> str:
+    name, digest = found.protocol
+    counts = ", ".join(f"{number:,} {what}" for what, number in found.counts.items())
+    return f"{counts}; protocol {name} ({digest[:12]})"
+
+
+def _sentences(found: Tradeoff) -> list[str]:
+    """Return what has to be known to read the table."""
+    others = len(found.rows) - 1
+    return [
+        f"Intervals hold 95 % of {found.counts['resamples']:,} resamples of the cases, those of the AUC corrected for "
+        "bias and skewness; every setting is scored on the same ones.",
+        f"Differences of {title(found.metric)} are to {found.reference}, on the same resamples.",
+        f"p is two-sided, and corrected by Holm's method for {others} "
+        f"{'comparison' if others == 1 else 'comparisons'}, each metric by itself.",
+        "Core-hours are what a setting costs by itself, start and warm-up excluded, the comparison of its scores with "
+        "single windows in fp32 included: the mean ± the standard deviation "
+        "over n repeats, where there are any. One repeat says nothing of the spread.",
+        f"The Pareto set is of point estimates of {title(found.metric)} and mean core-hours: settings whose "
+        "intervals overlap may trade places.",
+        *found.notes,
+    ]
+
+
+def front(found: Tradeoff) -> list[str]:
+    """Return a line per setting of the Pareto set, cheapest first."""
+    return [f"{row.name}: {_interval(row.metrics[found.metric])}, {_cost(row.cost)} core-hours" for row in found.pareto]
+
+
+# --- Markdown
+
+
+def _markdown(found: Tradeoff, figures: Mapping[str, bytes]) -> str:
+    table = [_HEADS, *(_row(found, row) for row in found.rows)]
+    lines = [_piped(table[0]), _piped(["---"] * len(table[0])), *map(_piped, table[1:])]
+    pictures = [f"![{_CAPTIONS[name]}]({name}.png)\n" for name in _CAPTIONS if name in figures]
+    parts = [
+        f"# {found.name}: accuracy against core-hours\n",
+        f"{_what(found)}.\n",
+        "\n".join(lines) + "\n",
+        "## Pareto set, cheapest first\n",
+        ("\n".join(f"- {line}" for line in front(found)) if found.pareto else "None: it needs scores and core-hours.")
+        + "\n",
+        *pictures,
+        "\n".join(f"- {sentence}" for sentence in _sentences(found)),
+    ]
+    return "\n".join(parts) + "\n"
+
+
+def _piped(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cell.replace('|', '&#124;') for cell in cells)} |"
+
+
+# --- HTML
+
+
+def _html(found: Tradeoff, figures: Mapping[str, bytes]) -> str:
+    sections = [
+        f"<header><h1>{escape(found.name)}</h1>"
+        f'<p class="soft">Accuracy against core-hours · {escape(_what(found))}</p></header>\n',
+        page.cards(_cards(found)),
+        page.section("Tradeoff", _figure(figures, "tradeoff") + _main_table(found)),
+        page.section("Differences", _figure(figures, "differences")) if "differences" in figures else "",
+        page.section("FROC", _figure(figures, "froc") + _rates(found)) if "froc" in figures else "",
+        page.section("How to read and cite this", _list(_sentences(found))),
+        page.section("What all settings have in common", page.pairs(found.common, str)),
+    ]
+    return page.document(found.name, "".join(sections))
+
+
+def _cards(found: Tradeoff) -> list[tuple[str, str, str]]:
+    best = max(found.rows, key=lambda row: _or_least(row.metrics[found.metric].value))
+    shown = [
+        ("Settings", str(len(found.rows)), f"{sum(len(row.runs) for row in found.rows)} runs"),
+        ("Pareto set", str(len(found.pareto)), "nothing is cheaper and as good"),
+        (f"Best {title(found.metric)}", _interval(best.metrics[found.metric]).partition(" ")[0], best.name),
+    ]
+    if found.pareto:
+        least = found.pareto[0]
+        score = _interval(least.metrics[found.metric])
+        shown.append(("Least core-hours", f"{least.cost.mean:.3g}", f"{least.name}: {score}"))
+    return shown
+
+
+def _or_least(value: float) -> float:
+    return value if math.isfinite(value) else -math.inf
+
+
+def _figure(figures: Mapping[str, bytes], name: str) -> str:
+    if name not in figures:
+        return "<p>There is nothing to draw: it needs scores and core-hours.</p>\n"
+    picture = page.image(figures[name], "png", _CAPTIONS[name])
+    return f'<figure class="broad">{picture}<figcaption>{escape(_CAPTIONS[name])}</figcaption></figure>\n'
+
+
+def _main_table(found: Tradeoff) -> str:
+    return _by_parameter(found, _HEADS[1:], [_row(found, row)[1:] for row in found.rows])
+
+
+def _rates(found: Tradeoff) -> str:
+    """Return the sensitivities that make the score, with their intervals."""
+    metrics = [*sensitivities(), "froc.strict_score"]
+    heads = [*(f"at {name.rpartition('_')[2]} FP" for name in metrics[:-1]), "Strict score"]
+    return _by_parameter(found, heads, [[_interval(row.metrics[name]) for name in metrics] for row in found.rows])
+
+
+def _by_parameter(found: Tradeoff, heads: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
+    """Return a table of the settings, a column per parameter that differs first, those on the front in bold."""
+    names = list(found.rows[0].params) or ["setting"]
+    rows = (_marked(row, [*row.params.values()] or [row.name], own) for row, own in zip(found.rows, cells, strict=True))
+    return page.table([*names, *heads], rows)
+
+
+def _marked(row: Row, names: Sequence[str], cells: Sequence[str]) -> str:
+    """Return a row of the table; what follows a value is small and under it."""
+    told = [f"<b>{escape(name)}</b>" if row.pareto else escape(name) for name in names]
+    told += [re.sub(r" ((\[|±).*)", r"<small>\1</small>", escape(cell)) for cell in cells]
+    return "<tr>" + "".join(f'<td class="number">{cell}</td>' for cell in told) + "</tr>\n"
+
+
+def _list(sentences: Sequence[str]) -> str:
+    return f"<ul>{''.join(f'<li>{escape(sentence)}</li>' for sentence in sentences)}</ul>\n"

@@ -1,0 +1,1 @@
+"""What scores are worth: lesions found, slides told apart, and how sure that is."""

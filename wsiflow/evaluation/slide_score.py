@@ -1,0 +1,222 @@
+"""Slide scores by a forest: features of runs, a forest trained on them, the scores of a run.
+
+Input: folders of runs, a manifest, tables of features (CSV). Output: tables of features, a forest (JSON), scores (CSV).
+
+A table of features has a row for each slide and threshold: ``slide_id``, ``threshold``, ``version`` (the formulas, see
+`forest.version_of`), ``cell_um`` (side of the heatmap's cells) and the thirty features, every digit of them. A table
+of scores has the header ``slide_id,score``, as `evaluation.read_scores` takes it.
+"""
+
+import math
+import statistics
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wsiflow.errors import InputError
+from wsiflow.evaluation import forest
+from wsiflow.evaluation.forest import Choices, Forest, Sample
+from wsiflow.heatmap import features
+from wsiflow.plan import plan
+from wsiflow.plan.plan import SlidePlan
+from wsiflow.slides import pyramid
+from wsiflow.slides.manifest import Case, read_manifest
+from wsiflow.system import publish, tables
+
+COLUMNS = ("slide_id", "threshold", "version", "cell_um", *features.NAMES)
+TEST = "test"
+"""Slides of this split are never trained on."""
+
+Floats = NDArray[np.float64]
+
+
+class Row(NamedTuple):
+    """The features of a slide at one threshold."""
+
+    slide_id: str
+    threshold: float
+    version: str
+    cell_um: float
+    values: Floats
+
+
+def write_features(runs: Sequence[Path], out: Path, *, reference: bool = False) -> int:
+    """Write the features of all slides of some runs, at every threshold, and return how many slides there are.
+
+    Raises:
+        InputError: A folder holds no run, a slide of it has no heatmap, or a slide is in two of them.
+        IntegrityError: A heatmap is not what its receipt says.
+    """
+    seen: dict[str, Path] = {}
+    rows: list[Row] = []
+    for run in runs:
+        for planned in plan.latest(run).slides:
+            if planned.slide_id in seen:
+                cause = f"it is in {seen[planned.slide_id]} and in {run}"
+                raise InputError(cause, "name one run for each slide", slide=planned.slide_id, stage="features")
+            seen[planned.slide_id] = run
+            rows += slide_rows(run, planned, features.LEVELS, reference=reference)
+    cells = [dict(zip(COLUMNS, [*row[:-1], *row.values.tolist()], strict=True)) for row in rows]
+    _write(out, tables.csv_text(cells, COLUMNS))
+    return len(seen)
+
+
+def slide_rows(run: Path, planned: SlidePlan, thresholds: Sequence[float], *, reference: bool) -> Iterator[Row]:
+    """Yield the features of one slide of a run, for each threshold.
+
+    The tissue's area is that of the run's tissue mask.
+
+    Raises:
+        InputError: The slide has no heatmap.
+        IntegrityError: A file is not what its receipt says.
+    """
+    names = f"heatmaps/{planned.slide_id}.tif", f"tissue/{planned.slide_id}.png"
+    for name in names:
+        receipt = publish.read_receipt(run, name)
+        if receipt is None:
+            cause = f"{name} is not published"
+            raise InputError(cause, "finish the run: wsiflow retry", slide=planned.slide_id, path=run)
+        publish.check(run, receipt)
+    heat, _ = pyramid.read_heatmap(run / names[0])
+    tissue_l0_px2 = np.count_nonzero(pyramid.read_level(run / names[1], 1)) * planned.overview_downsample**2
+    frame = planned.frame
+    cell_l0_px = frame.stride_px * frame.l0_per_px
+    for threshold in thresholds:
+        values = features.describe(
+            heat, threshold=threshold, tissue_l0_px2=tissue_l0_px2, cell_l0_px=cell_l0_px, reference=reference
+        )
+        version, cell_um = forest.version_of(reference=reference), frame.stride_px * frame.um_px
+        yield Row(planned.slide_id, threshold, version, cell_um, values)
+
+
+def read_features(path: Path) -> list[Row]:
+    """Read what `write_features` wrote.
+
+    Raises:
+        InputError: The file cannot be read, has other columns, a cell is no number, or a heatmap's cell has no size.
+    """
+    advice = "give a table that wsiflow features wrote"
+    table = tables.read(path, "the table of features", advice)
+    if tuple(table.header) != COLUMNS:
+        raise InputError("the table of features has other columns", advice, path=path)
+    rows = []
+    for number, cells in table.lines:
+        try:
+            row = Row(cells[0], float(cells[1]), cells[2], float(cells[3]), np.array(cells[4:], np.float64))
+        except ValueError as error:
+            raise InputError(f"line {number}: {error}", advice, path=path) from error
+        if not (math.isfinite(row.cell_um) and row.cell_um > 0):
+            raise InputError(f"line {number}: cell_um is {row.cell_um:g}", advice, path=path)
+        rows.append(row)
+    return rows
+
+
+def sample_of(rows: Iterable[Row], cases: Sequence[Case]) -> Sample:
+    """Return the slides to train on: those with a label that are not of the split ``test``.
+
+    Args:
+        rows: Their features, and perhaps those of others.
+        cases: Slides with label, patient and split. A slide without a patient is one of its own.
+
+    Raises:
+        InputError: A slide to train on has no features, features differ in version, cells or thresholds, or no slide
+            is left.
+    """
+    chosen = [case for case in cases if case.label is not None and case.split.lower() != TEST]
+    found: dict[str, dict[float, Row]] = {case.slide_id: {} for case in chosen}
+    for row in rows:
+        if row.slide_id in found and found[row.slide_id].setdefault(row.threshold, row) is not row:
+            raise InputError("its features are given twice", "give each once", slide=row.slide_id, stage="forest")
+    missing = [slide_id for slide_id, each in found.items() if not each]
+    if missing or not chosen:
+        cause = f"no features of {', '.join(missing[:5])}{' ...' * (len(missing) > 5)}" if missing else "no slides"
+        raise InputError(cause, "name labelled slides that were run, or take them out of the manifest", stage="forest")
+    every = [row for each in found.values() for row in each.values()]
+    version, cell_um, thresholds = _common(every)
+    lacking = [slide_id for slide_id, each in found.items() if each.keys() != thresholds]
+    if lacking:
+        raise InputError("some thresholds are missing", "compute its features again", slide=lacking[0], stage="forest")
+    return Sample(
+        slide_ids=tuple(found),
+        labels=np.array([case.label for case in chosen], np.int64),
+        groups=tuple(case.patient_id or f"slide {case.slide_id}" for case in chosen),
+        features={t: np.array([each[t].values for each in found.values()]) for t in sorted(thresholds)},
+        version=version,
+        cell_um=cell_um,
+    )
+
+
+def train(table: Path, manifest: Path, out: Path, *, seed: int, choices: Choices | None = None) -> Forest:
+    """Train a forest on the features of labelled slides, and write it.
+
+    Raises:
+        InputError: See `sample_of` and `forest.train`.
+        EnvironmentFault: The file cannot be written.
+    """
+    sample = sample_of(read_features(table), read_manifest(manifest))
+    made = forest.train(sample, seed=seed, choices=choices)
+    publish.preflight(out.parent)
+    forest.save(made, out)
+    return made
+
+
+def score_slide(made: Forest, run: Path, planned: SlidePlan) -> float:
+    """Return the score of one slide of a run.
+
+    Raises:
+        InputError: The forest was trained on heatmaps with other cells, or the slide has no heatmap.
+        IntegrityError: A file is not what its receipt says.
+    """
+    card = made.card
+    reference = card.version == forest.version_of(reference=True)
+    (row,) = slide_rows(run, planned, [card.settings.threshold], reference=reference)
+    if row.version != card.version:
+        raise InputError(f"the forest is of features {card.version!r}", "train it again", stage="forest")
+    if not forest.is_same_cell(row.cell_um, card.cell_um):
+        cause = f"cells of {row.cell_um:.4g} um where the forest was trained on {card.cell_um:.4g} um"
+        raise InputError(cause, "train a forest for this stride and spacing", slide=row.slide_id, stage="forest")
+    return float(made.predict(row.values[np.newaxis])[0])
+
+
+def write_scores(path: Path, run: Path, out: Path, *, also_training: bool = False) -> dict[str, float]:
+    """Write the score of every slide of a run, and return them.
+
+    Args:
+        path: The forest.
+        run: The run.
+        out: The CSV to write.
+        also_training: Score slides too that the forest was trained on.
+
+    Raises:
+        InputError: The forest was trained on a slide of the run, or cannot score one.
+        IntegrityError: A file is not what its receipt or its hash says.
+    """
+    made, slides = forest.load(path), plan.latest(run).slides
+    known = [planned.slide_id for planned in slides if planned.slide_id in set(made.card.training)]
+    if known and not also_training:
+        cause = f"the forest was trained on {len(known)} of these slides: {', '.join(known[:5])}"
+        remedy = "score slides that it has not seen, or say --also-training and do not report their AUC"
+        raise InputError(cause, remedy, stage="forest", path=path)
+    scores = {planned.slide_id: score_slide(made, run, planned) for planned in slides}
+    _write(out, "slide_id,score\n" + "".join(f"{slide_id},{score!r}\n" for slide_id, score in scores.items()))
+    return scores
+
+
+def _common(rows: Sequence[Row]) -> tuple[str, float, set[float]]:
+    """Return version, cell and thresholds of features that can be used together."""
+    versions, cell_um = {row.version for row in rows}, statistics.median(row.cell_um for row in rows)
+    other = next((row for row in rows if not forest.is_same_cell(row.cell_um, cell_um)), None)
+    if len(versions) > 1:
+        raise InputError(f"features of the versions {', '.join(sorted(versions))}", "use one", stage="forest")
+    if other is not None:
+        cause = f"cells of {other.cell_um:.4g} um where most have {cell_um:.4g} um"
+        raise InputError(cause, "use maps of one stride and spacing", slide=other.slide_id, stage="forest")
+    return versions.pop(), cell_um, {row.threshold for row in rows}
+
+
+def _write(out: Path, text: str) -> None:
+    publish.preflight(out.parent)
+    publish.write_view(out.parent, out.name, text.encode())

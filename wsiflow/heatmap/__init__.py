@@ -1,0 +1,1 @@
+"""Scores on the slide: maps, their files, the lesions on them and their features."""

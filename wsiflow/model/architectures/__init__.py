@@ -1,0 +1,1 @@
+"""Networks that are part of wsiflow."""

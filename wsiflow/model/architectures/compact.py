@@ -1,0 +1,67 @@
+"""A small network without padding whose window is 96 px, the size of a PatchCamelyon patch.
+
+Input: float32 (n, 3, h, w), normalised as its card says, h and w = 96 + a multiple of 8.
+Output: logits (n, n_classes).
+
+As in `wsiflow.model.architectures.inception` no layer pads and every layer divides its map without a rest, so the map of a large
+block holds, at every 8 px, what a 96 px window placed there gives, to float rounding:
+
+    layer      kernel/stride   map side   stride px   receptive field px
+    conv1, 24      4/2            47          2               4
+    conv2, 32      3/1            45          2               8
+    pool1          3/2            22          4              12
+    conv3, 48      3/1            20          4              20
+    conv4, 64      3/1            18          4              28
+    pool2          2/2             9          8              32
+    conv5, 96      3/1             7          8              48
+    conv6, 96      3/1             5          8              64
+    conv7, 96      3/1             3          8              80
+    mean of 3 x 3                  1                         96
+"""
+
+from collections import OrderedDict
+
+import torch
+from torch import nn
+
+from wsiflow.model.architectures.inception import conv, scaled
+
+_BEFORE_POOL_1 = ((24, 4, 2), (32, 3, 1))
+_BEFORE_POOL_2 = ((48, 3, 1), (64, 3, 1))
+_LAST = ((96, 3, 1), (96, 3, 1), (96, 3, 1))
+_POOLS = {len(_BEFORE_POOL_1): (3, 2), len(_BEFORE_POOL_1 + _BEFORE_POOL_2): (2, 2)}
+
+
+class CompactValid(nn.Module):
+    """With two classes and width 1: 271,826 parameters and 0.037 GMAC for each 96 px window."""
+
+    def __init__(self, n_classes: int, *, width: float, dropout: float) -> None:
+        """Build the network with random weights.
+
+        Args:
+            n_classes: Number of classes.
+            width: Factor on every number of channels, above 0; each becomes a multiple of 8.
+            dropout: Share of the features dropped while training, 0 to 1.
+
+        Raises:
+            ValueError: The width is not above 0.
+        """
+        super().__init__()
+        if not width > 0:
+            raise ValueError(f"width is {width}, must be above 0")
+        layers: OrderedDict[str, nn.Module] = OrderedDict()
+        channels = 3
+        for number, (wanted, kernel, stride) in enumerate(_BEFORE_POOL_1 + _BEFORE_POOL_2 + _LAST):
+            if number in _POOLS:
+                layers[f"pool{len(layers) - number + 1}"] = nn.MaxPool2d(*_POOLS[number])
+            layers[f"conv{number + 1}"] = conv(channels, scaled(wanted, width), kernel, stride)
+            channels = scaled(wanted, width)
+        self.features = nn.Sequential(layers)
+        self.dropout = nn.Dropout(dropout)
+        self.classify = nn.Linear(channels, n_classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the logits (n, n_classes) of images (n, 3, h, w): of 96 px windows, where h = w = 96."""
+        pooled = self.features(x).mean(dim=(2, 3))
+        logits: torch.Tensor = self.classify(self.dropout(pooled))
+        return logits

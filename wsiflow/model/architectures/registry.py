@@ -1,0 +1,43 @@
+"""The architectures a model card may name. Code comes from here and from nowhere else."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from wsiflow.errors import InputError
+from wsiflow.model.architectures.compact import CompactValid
+from wsiflow.model.architectures.googlenet import GoogLeNet
+from wsiflow.model.architectures.inception import InceptionValid
+
+# A builder takes the number of classes and the card's architecture_args as keywords.
+ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {
+    "compact_valid": CompactValid,
+    "googlenet": GoogLeNet,
+    "inception_valid": InceptionValid,
+}
+
+
+def build(architecture: str, n_classes: int, **architecture_args: Any) -> nn.Module:
+    """Return the named architecture with random weights.
+
+    Args:
+        architecture: A key of `ARCHITECTURES`.
+        n_classes: Number of classes.
+        architecture_args: What its builder takes besides.
+
+    Raises:
+        InputError: There is no such architecture, or it does not take these arguments.
+    """
+    if architecture not in ARCHITECTURES:
+        raise InputError(
+            f"architecture {architecture!r} is unknown",
+            f"name one of {sorted(ARCHITECTURES)} in the model card, or register it in wsiflow.model.architectures.registry",
+        )
+    try:
+        return ARCHITECTURES[architecture](n_classes, **architecture_args)
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"architecture {architecture!r} cannot be built with {architecture_args}: {error}",
+            "correct architecture_args in the model card",
+        ) from error

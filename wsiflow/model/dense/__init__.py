@@ -1,0 +1,1 @@
+"""Networks run over whole regions instead of window by window."""

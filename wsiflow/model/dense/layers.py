@@ -1,0 +1,316 @@
+"""What each layer of a network does to a map: slide a kernel, work on every position alone, or join maps.
+
+Input: one call of a traced network (a module, a function or a method) with its arguments. Output: an `Op`. Only what is
+known to be local is read: a layer that looks at the whole map, or that is not in the tables below, is refused, since a
+guess would give scores that look right and are not.
+
+Pairs are (rows, cols). Maps are float32 (n, channels, rows, cols).
+"""
+
+import operator
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import fx, nn
+from torch.nn import functional
+
+from wsiflow.errors import InputError
+from wsiflow.model.dense.operations import Pair
+
+
+class Op(NamedTuple):
+    """What a layer does to a map.
+
+    Attributes:
+        kind: ``conv``; ``max`` or ``mean`` of a kernel; ``linear`` over a whole flattened map; ``move``: pad, crop or
+            take every n-th; ``each``: every position alone; ``join``: several maps of one grid; ``flat``: the same
+            numbers in another shape.
+        kernel: Taps.
+        stride: Distance of the places where the kernel is laid.
+        before: Padding in front (top, left); negative: cropped.
+        dilation: Distance of the taps.
+        groups: Groups of channels.
+        value: What a ``move`` pads with.
+        counted: A ``mean`` divides by the taps on padding too.
+    """
+
+    kind: Literal["conv", "max", "mean", "linear", "move", "each", "join", "flat"]
+    kernel: Pair = (1, 1)
+    stride: Pair = (1, 1)
+    before: Pair = (0, 0)
+    dilation: Pair = (1, 1)
+    groups: int = 1
+    value: float = 0.0
+    counted: bool = True
+
+
+EACH, JOIN, FLAT = Op("each"), Op("join"), Op("flat")
+
+_EVERYWHERE = "every position looks at every other (attention)"
+_OVER_MAP = "it normalises over the map, so a score depends on everything around its window"
+_UNKNOWN = "it is not known to work on each place of a map alone"
+
+
+def read(
+    node: fx.Node, module: nn.Module | None, args: tuple[Any, ...], kwargs: dict[str, Any], out: torch.Tensor
+) -> Op:
+    """Return what a call does to a map.
+
+    Args:
+        node: The call.
+        module: The module that is called, if it is one.
+        args: Its arguments, tensors of the window's shapes in the place of maps.
+        kwargs: Its keyword arguments, likewise.
+        out: A tensor of the shape of the result.
+
+    Raises:
+        InputError: It is not local or not known; the cause does not name the layer.
+    """
+    if module is not None:
+        # Not its parents: a module may be derived to do something else.
+        if type(module) not in _MODULES:
+            raise refused(_reason(type(module)))
+        return _MODULES[type(module)](module, out, *args)
+    if node.target not in _CALLS:
+        raise refused(_reason(node.target))
+    try:
+        return _CALLS[node.target](out, *args, **kwargs)
+    except TypeError as error:  # arguments the reader does not know
+        raise refused(f"it is called in a way that is not known: {error}") from error
+
+
+def check(node: fx.Node, module: nn.Module | None) -> None:
+    """Refuse what is known not to be local, before shapes are asked for.
+
+    Raises:
+        InputError: The layer is attention or normalises over the map; the cause does not name it.
+    """
+    target = node.target if module is None else type(module)
+    if node.op.startswith("call") and _reason(target) != _UNKNOWN:
+        raise refused(_reason(target))
+
+
+def refused(reason: str) -> InputError:
+    """Return the error of a layer that cannot be part of a map."""
+    return InputError(reason, "set inference.engine=window, which runs any network")
+
+
+def _reason(target: Any) -> str:
+    """Return why a module type, function or method is refused."""
+    return next((reason for reason, known in _REFUSED.items() if target in known), _UNKNOWN)
+
+
+def _pair(value: Any) -> Pair:
+    """Return rows and cols of what PyTorch takes as one number or two."""
+    return (int(value), int(value)) if isinstance(value, int) else (int(value[0]), int(value[1]))
+
+
+def _conv(module: nn.Conv2d, _out: torch.Tensor, _x: torch.Tensor) -> Op:
+    if module.padding_mode != "zeros":
+        raise refused(f"it pads with {module.padding_mode!r}, which repeats the window's border")
+    kernel, dilation = _pair(module.kernel_size), _pair(module.dilation)
+    if isinstance(module.padding, str):
+        # PyTorch's "same" puts the smaller half in front.
+        same = module.padding == "same"
+        before = tuple(d * (k - 1) // 2 if same else 0 for k, d in zip(kernel, dilation, strict=True))
+    else:
+        before = module.padding
+    return Op("conv", kernel, _pair(module.stride), _pair(before), dilation, module.groups)
+
+
+def _linear(_module: nn.Linear, _out: torch.Tensor, x: torch.Tensor) -> Op:
+    if x.dim() != 2:
+        raise refused("it is a linear layer over something else than the features of a window")
+    return Op("linear")
+
+
+def _batch_norm(module: nn.BatchNorm1d | nn.BatchNorm2d, _out: torch.Tensor, _x: torch.Tensor) -> Op:
+    if module.running_mean is None or module.training:
+        raise refused("it normalises with statistics of the batch, so a score depends on its neighbours in the batch")
+    return EACH
+
+
+def _max_pool(
+    _out: torch.Tensor,
+    _x: torch.Tensor,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    dilation: Any = 1,
+    ceil_mode: bool = False,  # noqa: ARG001, FBT001, FBT002  PyTorch's signature; the shapes tell what it did
+    return_indices: bool = False,  # noqa: FBT001, FBT002
+) -> Op:
+    if return_indices:
+        raise refused("it returns positions within the window")
+    return Op("max", _pair(kernel_size), _pair(stride or kernel_size), _pair(padding), _pair(dilation))
+
+
+def _mean_pool(
+    _out: torch.Tensor,
+    _x: torch.Tensor,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    ceil_mode: bool = False,  # noqa: ARG001, FBT001, FBT002
+    count_include_pad: bool = True,  # noqa: FBT001, FBT002
+    divisor_override: int | None = None,
+) -> Op:
+    if divisor_override:
+        raise refused("it divides by a number of its own")
+    before = _pair(padding)
+    counted = count_include_pad and any(before)
+    return Op("mean", _pair(kernel_size), _pair(stride or kernel_size), before, counted=counted)
+
+
+def _adaptive(kind: Literal["max", "mean"]) -> Callable[..., Op]:
+    def read_adaptive(out: torch.Tensor, x: torch.Tensor, _output_size: Any, return_indices: bool = False) -> Op:  # noqa: FBT001, FBT002
+        if out.shape == x.shape:
+            return FLAT
+        if return_indices or tuple(out.shape[2:]) != (1, 1):
+            raise refused("it pools to a fixed number of places, not to one")
+        return Op(kind, _pair(x.shape[2:]))
+
+    return read_adaptive
+
+
+def _reduce(kind: Literal["max", "mean"]) -> Callable[..., Op]:
+    def read_reduction(_out: torch.Tensor, x: torch.Tensor, dim: Any = None, keepdim: bool = False) -> Op:  # noqa: ARG001, FBT001, FBT002
+        if x.dim() != 4 or not isinstance(dim, tuple | list) or {d % 4 for d in dim} != {2, 3}:
+            raise refused("it is taken over something else than rows and columns")
+        return Op(kind, _pair(x.shape[2:]))
+
+    return read_reduction
+
+
+def _pad(_out: torch.Tensor, x: torch.Tensor, pad: Any, mode: str = "constant", value: float | None = None) -> Op:
+    if mode != "constant" or len(pad) != 4 or x.dim() != 4:
+        raise refused(f"it pads with {mode!r} or along the channels")
+    return Op("move", before=(int(pad[2]), int(pad[0])), value=float(value or 0.0))
+
+
+def _index(out: torch.Tensor, x: torch.Tensor, key: Any) -> Op:
+    keys = (key if isinstance(key, tuple) else (key,)) + (slice(None),) * 4
+    if x.dim() == 4 and out.dim() < 4:
+        return _reshape(out, x)
+    if x.dim() != 4 or Ellipsis in keys or not all(isinstance(part, slice) for part in keys):
+        raise refused("it picks single rows, columns or channels")
+    rows, cols = (range(side)[part] for part, side in zip(keys[2:4], x.shape[2:], strict=True))
+    if keys[0] != slice(None) or (out.shape[1] != x.shape[1] and out.shape[2:] != x.shape[2:]):
+        raise refused("it cuts the batch, or channels and map at once")
+    return (
+        Op("move", stride=(rows.step, cols.step), before=(-rows.start, -cols.start))
+        if x.shape[1] == out.shape[1]
+        else EACH
+    )
+
+
+def _reshape(out: torch.Tensor, x: torch.Tensor, *_: Any, **__: Any) -> Op:
+    same = out.shape[0] == x.shape[0] and out.numel() == x.numel()
+    pooled = x.shape[2:].numel() == 1 and out.shape[1] == x.shape[1]
+    if not same or not (pooled or out.dim() == 2):
+        raise refused("it changes the shape of the map")
+    return FLAT
+
+
+def _softmax(_out: torch.Tensor, _x: torch.Tensor, dim: int | None = None, **_: Any) -> Op:
+    if dim != 1:
+        raise refused("it is a softmax over something else than channels")
+    return EACH
+
+
+def _dropout(_out: torch.Tensor, _x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Op:  # noqa: ARG001, FBT001, FBT002
+    if training:
+        raise refused("it drops features at random outside of training too")
+    return EACH
+
+
+def _cat(out: torch.Tensor, _tensors: Any, dim: int = 0) -> Op:
+    if dim % out.dim() != 1:
+        raise refused("it joins maps along something else than channels")
+    return JOIN
+
+
+def _join(_out: torch.Tensor, *_: Any, **__: Any) -> Op:
+    return JOIN
+
+
+def _each(_out: torch.Tensor, _x: torch.Tensor, *_: Any, **__: Any) -> Op:
+    return EACH
+
+
+def _each_module(_module: nn.Module, _out: torch.Tensor, _x: torch.Tensor) -> Op:
+    return EACH
+
+
+_MODULES: dict[type[nn.Module], Callable[..., Op]] = {
+    nn.Conv2d: _conv,
+    nn.Linear: _linear,
+    nn.BatchNorm1d: _batch_norm,
+    nn.BatchNorm2d: _batch_norm,
+    nn.MaxPool2d: lambda m, out, x: _max_pool(
+        out, x, m.kernel_size, m.stride, m.padding, m.dilation, return_indices=m.return_indices
+    ),
+    nn.AvgPool2d: lambda m, out, x: _mean_pool(
+        out,
+        x,
+        m.kernel_size,
+        m.stride,
+        m.padding,
+        count_include_pad=m.count_include_pad,
+        divisor_override=m.divisor_override,
+    ),
+    nn.AdaptiveAvgPool2d: lambda m, out, x: _adaptive("mean")(out, x, m.output_size),
+    nn.AdaptiveMaxPool2d: lambda m, out, x: _adaptive("max")(out, x, m.output_size, m.return_indices),
+    nn.ConstantPad2d: lambda m, out, x: _pad(out, x, m.padding, value=m.value),
+    nn.ZeroPad2d: lambda m, out, x: _pad(out, x, m.padding),
+    nn.Flatten: lambda _m, out, x: _reshape(out, x),
+    nn.Softmax: lambda m, out, x: _softmax(out, x, m.dim),
+    nn.LogSoftmax: lambda m, out, x: _softmax(out, x, m.dim),
+    **dict.fromkeys(
+        (
+            *(nn.Identity, nn.Dropout, nn.Dropout2d, nn.AlphaDropout, nn.LocalResponseNorm, nn.PReLU),
+            *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Softplus),
+            *(nn.Sigmoid, nn.Tanh, nn.Hardtanh, nn.Hardsigmoid, nn.Hardswish),
+        ),
+        _each_module,
+    ),
+}
+
+_CALLS: dict[Any, Callable[..., Op]] = {
+    functional.max_pool2d: _max_pool,
+    functional.avg_pool2d: _mean_pool,
+    functional.adaptive_avg_pool2d: _adaptive("mean"),
+    functional.adaptive_max_pool2d: _adaptive("max"),
+    functional.pad: _pad,
+    functional.dropout: _dropout,
+    functional.dropout2d: _dropout,
+    operator.getitem: _index,
+    **dict.fromkeys((torch.mean, "mean"), _reduce("mean")),
+    **dict.fromkeys((torch.amax, "amax"), _reduce("max")),
+    **dict.fromkeys((torch.flatten, "flatten", "view", torch.reshape, "reshape", torch.squeeze, "squeeze"), _reshape),
+    **dict.fromkeys((torch.softmax, functional.softmax, functional.log_softmax, "softmax", "log_softmax"), _softmax),
+    **dict.fromkeys((torch.cat, torch.concat), _cat),
+    **dict.fromkeys((operator.add, operator.iadd, torch.add, "add", "add_"), _join),
+    **dict.fromkeys((operator.sub, operator.isub, torch.sub, "sub", "sub_"), _join),
+    **dict.fromkeys((operator.mul, operator.imul, torch.mul, "mul", "mul_"), _join),
+    **dict.fromkeys((operator.truediv, operator.itruediv, torch.div, "div", "div_"), _join),
+    **dict.fromkeys((torch.maximum, torch.minimum, "maximum", "minimum"), _join),
+    **dict.fromkeys((torch.relu, functional.relu, "relu", "relu_", functional.relu6, functional.leaky_relu), _each),
+    **dict.fromkeys((functional.elu, functional.gelu, functional.silu, functional.mish, functional.softplus), _each),
+    **dict.fromkeys((functional.hardswish, functional.hardsigmoid, functional.hardtanh), _each),
+    **dict.fromkeys((torch.sigmoid, functional.sigmoid, "sigmoid", torch.tanh, functional.tanh, "tanh"), _each),
+    **dict.fromkeys((functional.local_response_norm, "contiguous", "clone", torch.clamp, "clamp"), _each),
+}
+
+_REFUSED: dict[str, set[Any]] = {
+    _EVERYWHERE: {
+        *(nn.MultiheadAttention, nn.TransformerEncoder, nn.TransformerEncoderLayer),
+        *(functional.scaled_dot_product_attention, torch.matmul, torch.bmm, torch.einsum, operator.matmul),
+        *("matmul", "bmm"),
+    },
+    _OVER_MAP: {
+        *(nn.GroupNorm, nn.InstanceNorm2d, nn.LayerNorm, nn.RMSNorm),
+        *(functional.group_norm, functional.instance_norm, functional.layer_norm),
+    },
+}

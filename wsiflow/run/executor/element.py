@@ -1,0 +1,115 @@
+"""What one element of an array job does: find its slice in the table by its index, and note how each task ended.
+
+The table is ``arrays/<name>.json`` in the run's folder, published before the array was submitted. Each attempt of an
+element writes one file of JSON lines, ``arrays/<name>/<index>.<time>.jsonl``, named so that later attempts sort behind
+earlier ones: who it is, then for each task a line before it begins and one with its outcome, each on disk before the
+next thing happens, so that what a killed element finished is known. An element may run again at any time (requeued, or
+thought lost): tasks that are published are no-ops.
+"""
+
+import importlib
+import json
+import os
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from wsiflow.errors import InputError
+from wsiflow.run.executor import Work
+from wsiflow.run.executor.jobs import identity
+from wsiflow.system.machine import ISA_PINS, limit_threads
+from wsiflow.system.usage import now
+
+# Where programs and libraries are found and caches kept, texts are encoded, and what decides the last bits of a score.
+_PASSED = (
+    *("PATH", "LD_LIBRARY_PATH", "LD_PRELOAD", "HOME", "USER", "LOGNAME", "SHELL", "TZ", "XDG_CACHE_HOME"),
+    *("PYTHONPATH", "PYTHONHOME", "PYTHONUTF8", "PYTHONNOUSERSITE", "PYTHONDONTWRITEBYTECODE", "VIRTUAL_ENV"),
+    *("CONDA_PREFIX", "CONDA_DEFAULT_ENV", "LANG", "LANGUAGE", "LC_ALL", "LC_CTYPE"),
+    *("HDF5_USE_FILE_LOCKING", "HDF5_PLUGIN_PATH", "APPTAINER_BIND", "SINGULARITY_BIND"),
+    *ISA_PINS,
+)
+_NOT_PASSED = {"WSIFLOW_SWEEP"}  # overrides, as they were typed
+
+#: The job script of every array of every run: what to start is its arguments.
+SCRIPT = """\
+#!/bin/bash
+# One element of an array job. The arguments are a command and the array's table; the element's index is in
+# the environment, and says which slice of the table is its own.
+exec "$@"
+"""
+
+
+def run(table: Path) -> int:
+    """Do the slice that is this element's, and return the worst exit code of its tasks.
+
+    Args:
+        table: The array's table.
+
+    Raises:
+        InputError: The index is not in the environment.
+    """
+    made = json.loads(table.read_text(encoding="utf-8"))
+    index = _index(made["index"])
+    place = index - made["base"]
+    if place >= len(made["slices"]):  # some schedulers know no array of one element
+        return 0
+    limit_threads(made["threads"])  # before anything imports torch
+    lo, hi = made["slices"][place]
+    with (table.with_suffix("") / f"{index}.{time.time_ns()}.jsonl").open("x", encoding="utf-8") as stream:
+        _note(stream, {"started": now(), **identity()})
+        work = resolve(made["work"])
+        _note(stream, {"begun": lo})
+        worst = 0
+        for outcome in work(table.parents[1] / made["source"], made["stage"], lo, hi):
+            worst = max(worst, outcome.exit_code)
+            _note(stream, {"outcome": outcome})
+            if outcome.task + 1 < hi:
+                _note(stream, {"begun": outcome.task + 1})
+    return worst
+
+
+def variables(environ: Mapping[str, str], more: Iterable[str] = ()) -> list[str]:
+    """Return the names of the environment variables that an element needs, of those that are set.
+
+    All others stay where they are: some schedulers show every user of the cluster what a job gets, and passwords and
+    keys lie in environments.
+
+    Args:
+        environ: The environment of the run.
+        more: Names that the user adds.
+    """
+    own = (name for name in environ if name.startswith("WSIFLOW_") and name not in _NOT_PASSED)
+    return sorted({name for name in (*_PASSED, *own, *more) if name in environ})
+
+
+def starter() -> list[str]:
+    """Return what starts an element with this Python; the table follows."""
+    return [sys.executable, "-m", "wsiflow.flows", "element"]
+
+
+def dotted(work: Work) -> str:
+    """Return the name by which an element imports the function."""
+    return f"{work.__module__}:{work.__qualname__}"
+
+
+def resolve(name: str) -> Work:
+    """Import what `dotted` named."""
+    module, _, function = name.partition(":")
+    work: Work = getattr(importlib.import_module(module), function)
+    return work
+
+
+def _index(variable: str) -> int:
+    value = os.environ.get(variable, "")
+    if not value.isdecimal():  # Grid Engine says "undefined" outside of arrays
+        cause = f"{variable} is {value!r}, the index of an array's element is expected"
+        raise InputError(cause, "this command is for array jobs; wsiflow run submits them")
+    return int(value)
+
+
+def _note(stream: IO[str], line: dict[str, Any]) -> None:
+    stream.write(json.dumps(line) + "\n")
+    stream.flush()
+    os.fsync(stream.fileno())

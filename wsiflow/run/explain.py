@@ -1,0 +1,92 @@
+"""Why a task of a run is done, or is not: from the disk alone."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from wsiflow.errors import InputError
+from wsiflow.plan import plan
+from wsiflow.plan.plan import Plan
+from wsiflow.run import trace
+from wsiflow.run.stages import line
+from wsiflow.system import publish
+
+
+def explain(root: Path, words: Sequence[str]) -> Iterator[str]:
+    """Tell what is known of a task.
+
+    Args:
+        root: The run's folder.
+        words: The task as ``trace.csv`` names it: stage, slide, and group or part where a slide has several; or a slide
+            alone.
+
+    Yields:
+        Lines of text.
+
+    Raises:
+        InputError: The folder holds no plan, or the plan no such task.
+    """
+    made = plan.latest(root)
+    given = [*words] if len(words) > 1 else ["", *words]
+    stage, name, number = (*given, "")[:3]
+    rejected = {item.slide_id: item for item in made.rejected}
+    if name in rejected:
+        yield f"slide {name} was not planned: {rejected[name].reason}"
+        yield from _attempts(root, "", name, "")
+        return
+    slides = [index for index, planned in enumerate(made.slides) if planned.slide_id == name]
+    if not slides or (stage and stage not in line.LINE):
+        remedy = f"give a stage ({', '.join(line.LINE)}), a slide, and a group, as in trace.csv; or a slide"
+        raise InputError(f"there is no task {' '.join(words)!r}", remedy, path=root)
+    yield from _slide(made, slides[0])
+    for each in [stage] if stage else line.LINE:
+        yield from _stage(root, made, each, slides[0], number)
+    yield from _attempts(root, stage, name, number)
+
+
+def _slide(made: Plan, slide: int) -> Iterator[str]:
+    planned = made.slides[slide]
+    yield f"slide {planned.slide_id}: {planned.path}, {planned.um_px_l0:g} um/px, SHA-256 {planned.sha256[:12]}"
+    counts = f"{planned.n_tiles} tiles, {planned.n_blocks} blocks, {planned.n_groups} groups"
+    yield f"planned: {counts}, key {planned.key[:12]}"
+
+
+def _stage(root: Path, made: Plan, stage: str, slide: int, number: str) -> Iterator[str]:
+    """Yield a line for each file a stage publishes for a slide; many of a kind are counted."""
+    indices = made.tasks_of(stage, slide)
+    if number:
+        found = [index for index in indices if str(made.task(stage, index).group) == number]
+        if not found:
+            raise InputError(f"{stage} has no task {number} of this slide", f"it has 1 to {len(indices)}", path=root)
+        yield from _file(root, made, stage, found[0])
+    elif len(indices) == 1:
+        yield from _file(root, made, stage, indices[0])
+    else:
+        there = sum(publish.is_there(root, line.product(made, stage, index)) for index in indices)
+        yield f"{stage}: {there} of {len(indices)} published"
+
+
+def _file(root: Path, made: Plan, stage: str, index: int) -> Iterator[str]:
+    name = line.product(made, stage, index)
+    receipt = publish.read_receipt(root, name)
+    if receipt is None:
+        due = line.is_due(made, stage, made.task(stage, index).slide)
+        yield f"{stage}: {name} is not published{'' if due else ', and is not asked for'}"
+        return
+    gone = "" if (root / name).exists() else ", and was deleted since"
+    yield f"{stage}: {name} published {receipt['ended']} on {receipt['host']}, {receipt['wall_s']:.1f} s{gone}"
+    yield f"  key {receipt['key'][:12]}, SHA-256 {receipt['sha256'][:12]}, {receipt['bytes']} bytes"
+    if stage == "predict":
+        wanted = plan.task_key(root, made, made.task(stage, index))
+        if wanted != receipt["key"]:
+            yield f"  its key is not the planned one ({wanted[:12]}): it was made for other inputs or settings"
+        yield f"  numeric class {' '.join(f'{k}={v}' for k, v in receipt['numeric_class'].items())}"
+
+
+def _attempts(root: Path, stage: str, slide: str, number: str) -> Iterator[str]:
+    """Yield a line for each attempt."""
+    for row in trace.attempts(root):
+        if row["slide"] != slide or (stage and row["stage"] != stage) or (number and str(row["group"]) != number):
+            continue
+        where = " ".join(str(row[name]) for name in ("host", "native_id") if row.get(name))
+        took = f", {row['wall_s']:.1f} s" if row.get("wall_s") else ""
+        yield f"attempt {row['attempt']} at {row['task']}: {row['exit_class']} {where}{took} {row['error']}".rstrip()

@@ -1,0 +1,1 @@
+"""What a run ends with: scores, costs, tables, its report and its record."""

@@ -1,0 +1,312 @@
+"""The report of a run: one HTML page that needs nothing else, and the figures it shows.
+
+Input: the run's metrics, rows per slide and curves as plain values, pictures as bytes. Output: text and PNG bytes. What
+has no value (scores without truth) is said in words and never drawn. The same input gives the same text.
+"""
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from wsiflow import redaction
+from wsiflow.evaluation import froc
+from wsiflow.heatmap.overlay import thumbnail
+from wsiflow.run.results import cost, page
+
+# Colours that keep their order in grey and for colour-blind readers.
+_STEP_COLOURS = {
+    "read": "#9ecae1",
+    "stain": "#c994c7",
+    "infer": "#1f5f99",
+    "certify": "#e6a04b",
+    "write": "#bdbdbd",
+    "stitch": "#74a765",
+}
+# Twice the size shown, for fine screens.
+_THUMBNAIL_PX = 240
+# A page with more is too large for a browser.
+_MOST_PICTURES = 1000
+_NO_TRUTH = "not defined: it needs truth for tumour and for normal slides"
+
+
+@dataclass(frozen=True)
+class ReportData:
+    """What a report tells.
+
+    Attributes:
+        name: Name of the run.
+        metrics: Every number of ``summary.json``; NaN where not defined.
+        slides: A row per slide: slide_id, status, reason (empty unless the slide has no result), n_tiles,
+            seconds_wall, and label, score, n_detections, n_lesions, n_found, n_false_positives, note where it was
+            scored. Numbers may be text, as they come from a CSV file.
+        overlays: The file of the overlay PNG by slide id.
+        figures: ``froc.png`` and ``roc.png``.
+        settings: The resolved configuration by dotted name.
+        versions: Versions of what can change a number; ``wsiflow`` is one.
+        plan_hash: The plan's hash.
+    """
+
+    name: str
+    metrics: Mapping[str, float]
+    slides: Sequence[Mapping[str, Any]]
+    overlays: Mapping[str, Path]
+    figures: Mapping[str, bytes]
+    settings: Mapping[str, Any]
+    versions: Mapping[str, str]
+    plan_hash: str
+
+
+def froc_figure(curves: Mapping[str, Any]) -> bytes:
+    """Draw the FROC curves of both modes, sensitivity against false positives per slide, as PNG.
+
+    Args:
+        curves: ``official`` and ``strict``, each with lists ``fp_per_slide`` and ``sensitivity`` by rising threshold.
+    """
+    figure, axes = page.froc_axes()
+    for mode, colour, style in (("official", page.BLUE, "-"), ("strict", page.ORANGE, (0, (4, 2)))):
+        line = page.froc_line(curves[mode]["fp_per_slide"], curves[mode]["sensitivity"])
+        if len(line):
+            axes.plot(line[:, 0], line[:, 1], linestyle=style, color=colour, label=mode, linewidth=1.8)
+    page.legend(axes)
+    return page.picture(figure)
+
+
+def roc_figure(curve: Mapping[str, Sequence[float]]) -> bytes:
+    """Draw the slide ROC curve as PNG.
+
+    Args:
+        curve: Lists ``fpr`` and ``tpr``.
+    """
+    figure, axes = page.axes("False positive rate", "True positive rate")
+    axes.plot([0, 1], [0, 1], color="#d5dade", linewidth=0.8, zorder=0)
+    points = np.array([curve["fpr"], curve["tpr"]], dtype=np.float64)
+    if points.size and np.isfinite(points).all():
+        axes.plot(*points, color=page.BLUE, linewidth=1.8, label="slides", clip_on=False)
+    axes.set(xlim=(0, 1), ylim=(0, 1.02), aspect="equal")
+    page.legend(axes)
+    return page.picture(figure)
+
+
+def render(data: ReportData) -> str:
+    """Return the page."""
+    missing = [row for row in data.slides if row["reason"]]
+    sections = [
+        _header(data, len(missing)),
+        _headline(data.metrics, len(data.slides), len(missing)),
+        _missing(missing),
+        _accuracy(data),
+        _cost(data.metrics),
+        _slides(data),
+        _citation(data, len(missing)),
+        page.section("Every number", page.pairs(data.metrics, _number)),
+        page.section("Settings", page.pairs(redaction.redacted(data.settings), str)),
+        page.section("Versions", page.pairs(data.versions, str)),
+    ]
+    return page.document(data.name, "".join(sections))
+
+
+# --- sections
+
+
+def _header(data: ReportData, n_missing: int) -> str:
+    version = escape(data.versions["wsiflow"])
+    partial = (
+        f'<p class="partial"><b>PARTIAL</b> Scored without {n_missing} of {len(data.slides)} slides. '
+        "These numbers must not be compared with those of a complete run.</p>"
+    )
+    return (
+        f"<header><h1>{escape(data.name)}</h1>"
+        f'<p class="soft">wsiflow {version} · plan <code>{escape(data.plan_hash[:12])}</code></p></header>\n'
+        f"{partial if n_missing else ''}"
+    )
+
+
+def _headline(metrics: Mapping[str, float], n_slides: int, n_missing: int) -> str:
+    cards = [
+        ("FROC score, official", *_scored(metrics, "froc.score")),
+        ("FROC score, strict", *_scored(metrics, "froc.strict_score")),
+        ("Slide AUC", *_scored(metrics, "roc.auc")),
+        ("Slides", f"{n_slides - n_missing} of {n_slides}", f"{n_missing} missing" if n_missing else "none missing"),
+        ("Core-hours", _short(metrics, "throughput.core_hours"), f"wall time {_short(metrics, 'throughput.wall_s')} s"),
+        (
+            "Tiles per second",
+            _short(metrics, "throughput.tiles_per_s"),
+            f"{_short(metrics, 'throughput.core_seconds_per_tile')} core-seconds per tile",
+        ),
+    ]
+    return page.cards(cards)
+
+
+def _missing(rows: Sequence[Mapping[str, Any]]) -> str:
+    if not rows:
+        return page.section("What is missing", "<p>Nothing: every slide has a result.</p>\n")
+    body = (f"<tr><td>{escape(row['slide_id'])}</td><td>{escape(row['reason'])}</td></tr>\n" for row in rows)
+    return page.section(
+        "What is missing", page.table(["Slide without result", "Reason"], body) + "<p>Nothing stands in for them.</p>\n"
+    )
+
+
+def _accuracy(data: ReportData) -> str:
+    parts = []
+    for title, name, metric in (("FROC", "froc.png", "froc.score"), ("Slide ROC", "roc.png", "roc.auc")):
+        if _defined(data.metrics, metric):
+            figure = page.image(data.figures[name], "png", f"{title} curve")
+            parts.append(f"<figure><figcaption>{title}</figcaption>{figure}</figure>\n")
+        else:
+            parts.append(f"<figure><figcaption>{title}</figcaption><p>{title} is {_NO_TRUTH}.</p></figure>\n")
+    body = f'<div class="figures">\n{"".join(parts)}</div>\n'
+    return page.section("Accuracy", body + (_rates(data.metrics) if _defined(data.metrics, "froc.score") else ""))
+
+
+def _rates(metrics: Mapping[str, float]) -> str:
+    """Return the sensitivities that make the FROC scores."""
+    rows = (
+        f"<tr><td>{mode}</td>"
+        + "".join(f"<td>{_fixed(metrics, f'{prefix}sensitivity_at_{rate:g}')}</td>" for rate in froc.RATES)
+        + f"<td><b>{_fixed(metrics, f'{prefix}score')}</b></td></tr>\n"
+        for mode, prefix in (("official", "froc."), ("strict", "froc.strict_"))
+    )
+    heads = ["Sensitivity at", *(f"{rate:g} FP/slide" for rate in froc.RATES), "Score"]
+    return page.table(heads, rows)
+
+
+def _cost(metrics: Mapping[str, float]) -> str:
+    spent = {step: metrics[f"cost.{step}_core_s"] for step in cost.STEPS if metrics[f"cost.{step}_core_s"] > 0}
+    total = sum(spent.values())
+    if not total:
+        return page.section("Cost", "<p>No step was timed in the run that wrote these scores.</p>\n")
+    bars = "".join(
+        f'<i style="width:{100 * seconds / total:.2f}%;background:{_STEP_COLOURS[step]}"></i>'
+        for step, seconds in spent.items()
+    )
+    legend = "".join(
+        f'<li><i style="background:{_STEP_COLOURS[step]}"></i>{step} <b>{100 * seconds / total:.1f} %</b> '
+        f"{seconds:,.1f} core-s</li>\n"
+        for step, seconds in spent.items()
+    )
+    efficiency = metrics["throughput.efficiency"]
+    note = f"<p>The cores given to the run were busy for {efficiency:.0%} of its wall time.</p>\n"
+    shown = note if math.isfinite(efficiency) else ""
+    return page.section("Cost", f'<div class="bar">{bars}</div>\n<ul class="legend">\n{legend}</ul>\n{shown}')
+
+
+def _slides(data: ReportData) -> str:
+    heads = ["", "Slide", "Truth", "Score", "Detections", "Lesions found", "False positives", "Tiles", "Seconds"]
+    pictured = dict(itertools.islice(data.overlays.items(), _MOST_PICTURES))
+    rows = (_slide(row, pictured.get(row["slide_id"])) for row in data.slides)
+    left = len(data.overlays) - len(pictured)
+    note = f"<p>{left} more slides have their picture as heatmaps/&lt;slide&gt;.png alone.</p>\n" if left else ""
+    return page.section("Slides", page.table(heads, rows) + note)
+
+
+def _slide(row: Mapping[str, Any], overlay: Path | None) -> str:
+    slide_id = row["slide_id"]
+    picture = ""
+    if overlay is not None:
+        small = thumbnail(overlay.read_bytes(), side_px=_THUMBNAIL_PX)
+        picture = page.image(small, "jpeg", f"scores on {slide_id}")
+    remarks = "; ".join(filter(None, (row["status"], row.get("note", ""))))
+    truth = {"1": "tumour", "0": "normal"}.get(_cell(row, "label"), page.NO_VALUE)
+    lesions = _cell(row, "n_lesions")
+    found = lesions if lesions in (page.NO_VALUE, "0") else f"{_cell(row, 'n_found')} of {lesions}"
+    cells = [
+        truth,
+        _cell(row, "score", "{:.3f}"),
+        _cell(row, "n_detections"),
+        page.NO_VALUE if found == "0" else found,
+        _cell(row, "n_false_positives"),
+        _cell(row, "n_tiles"),
+        _cell(row, "seconds_wall", "{:.1f}"),
+    ]
+    name = f"<b>{escape(slide_id)}</b><small>{escape(remarks)}</small>"
+    return f"<tr><td>{picture}</td><td>{name}</td>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>\n"
+
+
+def _citation(data: ReportData, n_missing: int) -> str:
+    """Return the numbers as a sentence that can be quoted, and what belongs to it."""
+    m = data.metrics
+    settings = ("geometry.convention", "inference.engine", "inference.stride")
+    lesions = f"{_count(m, 'froc.n_slides', 'slide')}, {_count(m, 'froc.n_lesions', 'lesion')}"
+    slides = f"{_count(m, 'roc.n_tumour', 'tumour slide')}, {_count(m, 'roc.n_normal', 'normal slide')}"
+    scores = {
+        "froc.score": f"FROC score {_told(m, 'froc.score')} (official CAMELYON16 scoring, {lesions})",
+        "froc.strict_score": f"strict {_told(m, 'froc.strict_score')}",
+        "roc.auc": f"slide AUC {_told(m, 'roc.auc')} ({slides})",
+        "throughput.core_hours": f"{_short(m, 'throughput.core_hours')} core-hours",
+    }
+    parts = [
+        *(told for name, told in scores.items() if _defined(m, name)),
+        *(f"{name} {data.settings[name]}" for name in settings),
+        f"wsiflow {data.versions['wsiflow']}, plan {data.plan_hash[:12]}",
+        *([f"PARTIAL: {n_missing} missing"] if n_missing else []),
+    ]
+    notes = [
+        "Name the mode of a FROC score. <i>Official</i> follows the challenge's evaluator digit for digit, with its "
+        "defects; <i>strict</i> mends them. Compare like with like.",
+        "Give the interval. The one of FROC is a bootstrap over slides, the one of the AUC follows DeLong; both 95 %.",
+        "Give the plan's hash: it stands for the slides, the tiles and every setting that can change a number.",
+        "Cost counts what the run that wrote these scores executed, on its own machine; name the processor.",
+        "Sources: Ehteshami Bejnordi et al., JAMA 2017;318:2199 (CAMELYON16 and its FROC score); "
+        "DeLong et al., Biometrics 1988;44:837 (variance of the AUC); "
+        "Li, Mikailov, Chen, IEEE Trans. AI 2023, doi 10.1109/TAI.2023.3246032 (the reference system).",
+    ]
+    listed = "".join(f"<li>{note}</li>\n" for note in notes)
+    return page.section(
+        "How to cite these numbers", f"<blockquote>{escape('; '.join(parts))}.</blockquote>\n<ul>{listed}</ul>\n"
+    )
+
+
+# --- pieces
+
+
+def _defined(metrics: Mapping[str, float], name: str) -> bool:
+    return math.isfinite(metrics[name])
+
+
+def _scored(metrics: Mapping[str, float], name: str) -> tuple[str, str]:
+    """Return a score and its interval as texts."""
+    if not _defined(metrics, name):
+        return page.NO_VALUE, _NO_TRUTH
+    low, high = metrics[f"{name}_ci_low"], metrics[f"{name}_ci_high"]
+    interval = f"95 % interval {low:.3f} to {high:.3f}" if math.isfinite(low) else "without an interval"
+    return f"{metrics[name]:.3f}", interval
+
+
+def _told(metrics: Mapping[str, float], name: str) -> str:
+    score, interval = _scored(metrics, name)
+    return f"{score} [{interval}]"
+
+
+def _count(metrics: Mapping[str, float], name: str, what: str) -> str:
+    n = int(metrics[name])
+    return f"{n} {what}" if n == 1 else f"{n} {what}s"
+
+
+def _short(metrics: Mapping[str, float], name: str) -> str:
+    """Return three digits, or more before the point where there are."""
+    value = metrics[name]
+    if not math.isfinite(value):
+        return page.NO_VALUE
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _fixed(metrics: Mapping[str, float], name: str) -> str:
+    return f"{metrics[name]:.4f}" if _defined(metrics, name) else page.NO_VALUE
+
+
+def _number(value: float) -> str:
+    return f"{value:.6g}" if math.isfinite(value) else "not defined"
+
+
+def _cell(row: Mapping[str, Any], name: str, form: str = "") -> str:
+    """Return a cell's text, in the form given, or the sign for no value."""
+    value = row.get(name)
+    if value is None or value == "" or value != value:  # NaN
+        return page.NO_VALUE
+    return form.format(float(value)) if form else str(value)

@@ -1,0 +1,388 @@
+"""A run as shards of slides that advance stage by stage.
+
+A shard is what one orchestrator task works on. Its value is `Progress`: which of its slides are still good, and how
+every task so far ended. Nothing here knows who calls it.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from wsiflow.errors import EnvironmentFault, InputError, IntegrityError, WsiflowError
+from wsiflow.plan import plan
+from wsiflow.plan.plan import Plan
+from wsiflow.run import ledger, trace
+from wsiflow.run.config import RunConfig
+from wsiflow.run.costs import ROUGH, Costs, StageCost, slices
+from wsiflow.run.executor import Executor, Outcome, Slice
+from wsiflow.run.stages import certify, ingest, measure, predict, work
+from wsiflow.run.stages import line as stages
+from wsiflow.slides.manifest import DatasetParams, load_dataset
+from wsiflow.slides.synthetic.dataset import write_dataset, write_like
+from wsiflow.slides.synthetic.tissue import UM_PX
+from wsiflow.system import faults, publish
+
+#: Shards under way at a time. Whoever has one only waits for workers, and all shards together keep every worker busy.
+SIDE_BY_SIDE = 64
+
+_SHARDS_WANTED = 40
+_BULK = {"extract", "predict"}
+# Where an executor tells of a worker that could not say anything itself.
+_OF_WORKERS = "free memory or use fewer workers, or see what ended it; then run again"
+_KINDS = {kind.exit_code: kind for kind in (InputError, EnvironmentFault, IntegrityError)}
+
+
+class Ended(NamedTuple):
+    """How a task ended, without its receipt, which is on disk.
+
+    Attributes:
+        stage, task: Which one.
+        attempt: The name of the attempt that published its file; empty where it failed.
+        executed: False where it was done already.
+        error: What went wrong, in one line.
+        exit_code: The error's exit class, 0 where all is well.
+    """
+
+    stage: str
+    task: int
+    attempt: str
+    executed: bool
+    error: str = ""
+    exit_code: int = 0
+
+
+class Progress(NamedTuple):
+    """How far the slides of a shard have come.
+
+    Attributes:
+        slides: Indices of the slides nothing has failed for.
+        ended: Every task so far.
+    """
+
+    slides: tuple[int, ...]
+    ended: tuple[Ended, ...] = ()
+
+
+def begin(config: RunConfig) -> Path:
+    """Prove the run's folder, settle what slides there are, and publish both with the configuration.
+
+    Returns:
+        ``cases.json``.
+    """
+    for folder in filter(None, (config.out, config.share)):
+        publish.preflight(folder)
+        publish.sweep_attempts(folder)
+    ingest.check_model(config)
+    params = config.dataset
+    if params.kind == "synthetic" and params.folder is not None:
+        if params.like:
+            _require_scaled_lengths(config)
+        manifest = _drawn(params, params.folder)
+        params = params.model_copy(update={"kind": "manifest", "manifest": manifest})
+    return ingest.write_cases(config.out, config, load_dataset(params))
+
+
+def _require_scaled_lengths(config: RunConfig) -> None:
+    """Refuse to score small outlines by the lengths of real ones: most lesions would be isolated tumour cells.
+
+    Raises:
+        InputError: The spacing of the evaluation is not that of the outlines' real size.
+    """
+    meant, given = UM_PX / config.dataset.scale, config.evaluation.l0_um_px
+    if given is None or abs(given / meant - 1) > 0.01:
+        cause = f"outlines have {config.dataset.scale:g} of their real size, and the evaluation's spacing is {given}"
+        raise InputError(cause, f"set evaluation.l0_um_px={meant:.4g}", stage="configuration")
+
+
+def _drawn(params: DatasetParams, folder: Path) -> Path:
+    """Write synthetic slides, or what is missing of them, and return their manifest."""
+    if not params.like:
+        return write_dataset(folder, size_px=params.size_px, seed=params.seed)
+    if params.data is None:
+        raise InputError("dataset.data is not given", "set dataset.data=<folder with camelyon16/ and patches/>")
+    return write_like(folder, params.data, slides=params.slides, scale=params.scale, seed=params.seed)
+
+
+def choose(pool: Executor, cases: Path) -> str:
+    """Settle how scores are computed, in a worker: the choice may be measured, and workers are what does the work.
+
+    Returns:
+        What was chosen and why, where it is not what was asked for; else nothing.
+
+    Raises:
+        WsiflowError: The network or the machine cannot do what is asked for.
+    """
+    if not ingest.is_chosen(cases):
+        once(pool, cases, "choose", ingest.choice_key(ingest.read_cases(cases)[0]))
+    return ingest.surprise(cases)
+
+
+def measure_costs(pool: Executor, plan_path: Path) -> None:
+    """Measure on a few blocks what the work costs where it is done, unless it was; slices are cut by it.
+
+    A run can do without: where it fails, what is wrong shows in the tasks themselves, and rough costs are taken.
+    """
+    root, made = plan_path.parent, plan.read(plan_path)
+    if not (ledger.balance(root, made).failed == 0 or (root / measure.COSTS).exists()):
+        for outcome in pool.run(work.run_slice, plan_path, "measure", [Slice(0, 1)]):
+            trace.note(root, "measure", "", 0, outcome)
+
+
+def calibrate(pool: Executor, plan_path: Path, slice_s: float) -> Progress:
+    """Quantise the network on the run's own tissue, where the run asks for int8.
+
+    Returns:
+        What was done to the slides for it.
+    """
+    made = plan.read(plan_path)
+    if not made.n_groups or made.work["choice"]["precision"] != "int8":
+        return Progress(())
+    calibration = predict.calibration(plan_path.parent, made)
+    if publish.done(plan_path.parent, *calibration) is not None:
+        return Progress(())
+    progress = Progress(tuple(predict.calibration_slides(made)))
+    for stage in ("stain", "extract"):  # the pixels it looks at are those the network will see
+        progress = advance(pool, plan_path, stage, progress, slice_s)
+    once(pool, plan_path, "calibrate", calibration.key)
+    return progress
+
+
+def once(pool: Executor, source: Path, stage: str, key: str = "") -> None:
+    """Do a stage that a run has only one task of.
+
+    Args:
+        pool: Where it runs.
+        source: What the stage reads.
+        stage: The stage.
+        key: The key it has to publish under; empty where it publishes nothing.
+
+    Raises:
+        WsiflowError: It failed; the class is that of the task's error.
+    """
+    for ended in pool.run(work.run_slice, source, stage, [Slice(0, 1)]):
+        outcome = _checked(ended, stage, key)
+        trace.note(source.parent, stage, "", 0, outcome)
+        if outcome.receipt is None and not outcome.retried:
+            kind = _KINDS.get(outcome.exit_code, WsiflowError)
+            cause, _, remedy = outcome.error.rpartition("; ")
+            raise kind(cause or remedy, remedy if cause else _OF_WORKERS)
+
+
+def cut(sizes: Sequence[int], slides_each: int) -> list[tuple[int, ...]]:
+    """Cut slides into shards of neighbours, whose tasks can travel together; the shard with the most work first.
+
+    Args:
+        sizes: How much work each slide is.
+        slides_each: Slides per shard; 0 gives about 40 shards however many slides there are.
+    """
+    count = len(sizes)
+    each = slides_each or -(-count // _SHARDS_WANTED)
+    parts = [tuple(range(first, min(first + each, count))) for first in range(0, count, max(1, each))]
+    return sorted(parts, key=lambda part: -sum(sizes[index] for index in part))
+
+
+def case_sizes(cases: Path) -> list[int]:
+    """Return the size in bytes of each case's slide, 0 where it cannot be told."""
+    sizes = []
+    for case in ingest.read_cases(cases)[1]:
+        try:
+            sizes.append(case.path.stat().st_size)
+        except OSError:  # opening it tells what is wrong
+            sizes.append(0)
+    return sizes
+
+
+def rejections(plan_path: Path) -> list[str]:
+    """Say what is wrong with the slides that could not be planned: it is known hours before the others are done."""
+    return [f"rejected: {named(one.reason, one.slide_id)}" for one in plan.read(plan_path).rejected]
+
+
+def doubles(plan_path: Path) -> list[str]:
+    """Say which slides have the same content: a manifest may list a file twice, and each line counts in the scores."""
+    alike: dict[str, list[str]] = {}
+    for planned in plan.read(plan_path).slides:
+        alike.setdefault(planned.sha256, []).append(planned.slide_id)
+    groups = (", ".join(slides) for slides in alike.values() if len(slides) > 1)
+    return [f"the same slide under several names, each of which counts in the scores: {names}" for names in groups]
+
+
+def named(reason: str, slide_id: str) -> str:
+    """Return a reason that names the slide: faults of disk or process do not know which one they hit."""
+    return reason if reason.startswith(f"slide {slide_id}") else f"slide {slide_id}, {reason}"
+
+
+def slide_sizes(plan_path: Path) -> list[int]:
+    """Return the tissue tiles of each planned slide."""
+    return [planned.n_tiles for planned in plan.read(plan_path).slides]
+
+
+def ingest_shard(pool: Executor, cases: Path, shard: Sequence[int]) -> list[Outcome]:
+    """Ingest the cases of a shard."""
+    config, found = ingest.read_cases(cases)
+    tasks = [index for index in sorted(shard) if not ingest.is_ingested(cases, index)]
+    seconds = [ROUGH.task_s("ingest", 0)] * len(tasks)
+    cuts = slices(tasks, seconds, target_s=config.executor.slice_s)
+    cutting = ingest.cutting(cases.parent, config)
+    # To see that a slide is still the one whose record is there takes no worker.
+    outcomes = [work.run_task(cases, "ingest", index) for index in set(shard) - set(tasks)]
+    for ended in pool.run(work.run_slice, cases, "ingest", [Slice(*span) for span in cuts]):
+        outcome = _checked(ended, "ingest", ingest.record_key(found[ended.task], cutting))
+        trace.note(cases.parent, "ingest", found[outcome.task].slide_id, 0, outcome)
+        if not outcome.retried:
+            outcomes.append(outcome)
+    return outcomes
+
+
+def line(pool: Executor, plan_path: Path, shard: Sequence[int], slice_s: float) -> Progress:
+    """Take the slides of a shard from pixels to detections; a slide for which a task fails goes no further.
+
+    Args:
+        pool: Where tasks run.
+        plan_path: The plan.
+        shard: Indices of slides.
+        slice_s: Seconds of work to hand out at once.
+    """
+    progress = Progress(tuple(shard))
+    for stage in stages.LINE:
+        progress = advance(pool, plan_path, stage, progress, slice_s)
+    return progress
+
+
+def advance(pool: Executor, plan_path: Path, stage: str, progress: Progress, slice_s: float) -> Progress:
+    """Take the good slides of a shard through one stage: what is published already is not handed out again."""
+    root, made = plan_path.parent, plan.read(plan_path)
+    keys = {index: _key(root, made, stage, index) for index in _tasks(root, made, stage, progress.slides)}
+    found = {
+        index: receipt
+        for index, key in keys.items()
+        if (receipt := _published(root, made, stage, index, key)) is not None
+    }
+    lacking = [index for index in keys if index not in found]
+    costs = costs_of(root)
+    seconds = [costs.task_s(stage, units(made, stage, index)) for index in lacking]
+    cuts = [Slice(*span) for span in slices(lacking, seconds, target_s=slice_s)]
+    ended = [Ended(stage, index, receipt["attempt"], executed=False) for index, receipt in found.items()]
+    failed = set()
+    for ran in pool.run(work.run_slice, plan_path, stage, cuts):
+        outcome, task = _checked(ran, stage, keys[ran.task]), made.task(stage, ran.task)
+        trace.note(root, stage, made.slides[task.slide].slide_id, task.group, outcome)
+        if outcome.retried:
+            continue
+        attempt = outcome.receipt["attempt"] if outcome.receipt else ""
+        ended.append(Ended(stage, outcome.task, attempt, outcome.executed, outcome.error, outcome.exit_code))
+        if outcome.receipt is None:
+            failed.add(task.slide)
+    return Progress(tuple(index for index in progress.slides if index not in failed), progress.ended + tuple(ended))
+
+
+def advise(pool: Executor, plan_path: Path) -> Iterator[str]:
+    """Look, once for a run, for a setting that passes where certificates are beyond the tolerance.
+
+    Yields:
+        What is done, before it is done, and what was found; nothing where all is well.
+    """
+    root, made = plan_path.parent, plan.read(plan_path)
+    if made.work["beyond"] == "tell":
+        return
+    beyond = certify.lacks_advice(root, made)
+    if beyond:
+        slide_id = made.slides[beyond[0]].slide_id
+        yield f"looking for a setting that keeps dense.tolerance={made.work['tolerance']:g} on slide {slide_id}, once"
+        for outcome in pool.run(work.run_slice, plan_path, "advise", [Slice(0, 1)]):
+            trace.note(root, "advise", "", 0, outcome)
+            if outcome.receipt is None and not outcome.retried:
+                yield f"none was found: {outcome.error}"
+    if told := certify.advice(root, made):
+        yield f"advice     {told}"
+
+
+def units(made: Plan, stage: str, index: int) -> int:
+    """Return how many tissue tiles a task of a stage works on."""
+    slide = made.task(stage, index).slide
+    return round(made.slides[slide].n_tiles / max(1, len(made.tasks_of(stage, slide))))
+
+
+def costs_of(root: Path) -> Costs:
+    """Return what tasks cost here, as it was measured in this folder; rough values where it was not."""
+    path = root / measure.COSTS
+    return read_costs(path) if path.exists() else ROUGH
+
+
+def read_costs(path: Path) -> Costs:
+    """Read measured costs.
+
+    Raises:
+        InputError: The file holds none.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        measured = {stage: StageCost(**cost) for stage, cost in found.pop("stages").items()}
+        return Costs(**found, stages={**ROUGH.stages, **measured})
+    except OSError as error:
+        raise faults.unreadable(error, "it", "give a costs.json of wsiflow", path=path) from error
+    except (ValueError, TypeError, KeyError) as error:
+        raise InputError(f"it holds no costs ({error!r})", "give a costs.json of wsiflow", path=path) from error
+
+
+def _tasks(root: Path, made: Plan, stage: str, slides: Sequence[int]) -> list[int]:
+    """Return the tasks of a stage for some slides, rising."""
+    wanted = [index for index in sorted(slides) if stages.is_due(made, stage, index)]
+    if stage in stages.STORES:  # pixels are only for scores and certificates that are still to be made
+        wanted = [index for index in wanted if not _is_scored(root, made, index)]
+    return [task for index in wanted for task in made.tasks_of(stage, index)]
+
+
+def _key(root: Path, made: Plan, stage: str, index: int) -> str:
+    """Return the key that the plan asks a task for; empty where that follows from files that are gone."""
+    try:
+        return stages.key(root, made, stage, index)
+    except IntegrityError:
+        return ""  # the task itself tells what is missing
+
+
+def _checked(outcome: Outcome, stage: str, key: str) -> Outcome:
+    """Return how a task ended: as failed where the worker published under another key than the plan asks for."""
+    receipt = outcome.receipt
+    if receipt is None or not key or receipt["key"] == key:
+        return outcome
+    cause = f"it was published under the key {receipt['key'][:12]}, and the plan asks for {key[:12]}"
+    remedy = "the worker followed another plan or version: start the workers anew, and choose another out= folder"
+    error = IntegrityError(cause, remedy, stage=stage, path=receipt["path"])
+    return outcome._replace(receipt=None, error=str(error), exit_code=error.exit_code)
+
+
+def _published(root: Path, made: Plan, stage: str, index: int, key: str) -> publish.Receipt | None:
+    """Return the receipt of what a task publishes, where all of it is published under the plan's key and whole.
+
+    Bulk files are only looked at: whoever reads them compares every byte with its receipt or checksum.
+    """
+    name = stages.product(made, stage, index)
+    try:
+        receipt = publish.read_receipt(root, name)
+        if receipt is not None and receipt["key"] != key:
+            return None
+        if not all(publish.is_there(root, each) for each in (name, *stages.beside(made, stage, index))):
+            return None
+        if receipt is not None and stage not in _BULK:
+            publish.check(root, receipt)
+            if stage == "certify" and not certify.passes(root, made, index):
+                return None
+    except (IntegrityError, OSError):
+        return None  # the task itself tells what is wrong
+    return receipt
+
+
+def is_spare(root: Path, made: Plan, name: str) -> bool:
+    """Tell whether a run can do without a published file: pixels of a slide whose scores are there."""
+    for index, planned in enumerate(made.slides):
+        if name == f"patches/{planned.slide_id}.h5" or name.startswith(f"patches/{planned.slide_id}/"):
+            return _is_scored(root, made, index)
+    return False
+
+
+def _is_scored(root: Path, made: Plan, index: int) -> bool:
+    planned = made.slides[index]
+    certificate = certify.certificate_name(planned)
+    certified = not certify.is_needed(made) or publish.is_there(root, certificate)
+    return certified and len(ledger.groups_there(root, planned)) == planned.n_groups

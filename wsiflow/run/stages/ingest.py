@@ -1,0 +1,485 @@
+"""From cases to the plan: open every slide, hash it, find its tissue, cut it into tiles, blocks and groups.
+
+``cases.json`` holds the resolved configuration and the cases. Each slide's record is published under ``tissue/``, so a
+run started again does not look at a slide twice. Only overviews are read here; the plan is written before any patch.
+"""
+
+import base64
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from numpy.typing import NDArray
+from pydantic import TypeAdapter
+
+from wsiflow import redaction
+from wsiflow.errors import InputError, WsiflowError
+from wsiflow.evaluation import evaluate
+from wsiflow.heatmap import overlay
+from wsiflow.model import card
+from wsiflow.model.choice import Choice
+from wsiflow.plan import geometry, plan, tissue
+from wsiflow.plan.geometry import Frame
+from wsiflow.plan.plan import Plan, SlideCut, SlidePlan
+from wsiflow.run import sharing
+from wsiflow.run.config import MAX_UPSAMPLE, RunConfig
+from wsiflow.run.executor import Outcome
+from wsiflow.run.sharing import Place
+from wsiflow.slides import content, slide
+from wsiflow.slides.manifest import Case
+from wsiflow.system import publish
+from wsiflow.system.paths import is_same
+from wsiflow.system.provenance import facts
+from wsiflow.system.reread import remembered
+
+_CASES = TypeAdapter(tuple[Case, ...])
+
+
+def write_cases(root: Path, config: RunConfig, cases: Sequence[Case]) -> Path:
+    """Publish what there is to ingest, and the resolved configuration beside it; neither has a secret in it."""
+    resolved = _as_spelled(root, config).model_dump(mode="json")  # without those of places that are known to hold some
+    publish.publish_generation(
+        root, "config.yaml", yaml.safe_dump(redaction.redacted(resolved), sort_keys=False).encode(), {"kind": "config"}
+    )
+    data = {"config": resolved, "cases": _CASES.dump_python(tuple(cases), mode="json")}
+    return publish.publish_generation(root, "cases.json", json.dumps(data, indent=1).encode(), {"kind": "cases"})
+
+
+def _as_spelled(root: Path, config: RunConfig) -> RunConfig:
+    """Return the configuration with the run's folder as it was first spelled: one folder has many paths.
+
+    A folder that was moved or copied is told anew, once.
+    """
+    told = publish.generations(root, "cases.json")
+    former = Path(json.loads(told[-1].read_text(encoding="utf-8"))["config"]["out"]) if told else config.out
+    return config.model_copy(update={"out": former}) if is_same(former, root) else config
+
+
+@remembered(files=4)
+def read_cases(path: Path) -> tuple[RunConfig, tuple[Case, ...]]:
+    """Return the configuration and the cases of a run."""
+    data = json.loads(path.read_text(encoding="utf-8"))
+    return RunConfig.model_validate(data["config"]), _CASES.validate_python(data["cases"])
+
+
+def ingest(source: Path, index: int) -> tuple[publish.Receipt, bool]:
+    """Open a slide, hash it, find its tissue, and publish its record, mask and outline under ``tissue/``."""
+    config, cases = read_cases(source)
+    root, case = source.parent, cases[index]
+    sizes, name = cutting(root, config), f"tissue/{case.slide_id}.json"
+    key = record_key(case, sizes)
+    done = publish.done(root, name, key)
+    if done is not None:
+        check_unchanged(root, case.slide_id, case.path)
+        _check_manifest_sha256(case, _record(root, case.slide_id)["sha256"])
+        if any(publish.at_hand(root, each, key) is None for each in _names(case)[1:]):  # deleted: made again
+            looked, _ = _looked(case, config)
+            frame = _framed(looked["frame"], config, sizes["tiles"])
+            cut = plan.make_cut(plan.tissue_grid(looked["tile_runs"]), frame, group_tiles=config.tiles.group_tiles)
+            _publish_beside(root, case, looked, cut, key)
+        return done, False
+    _check_truth(case, config)
+    with publish.publishing(root, name, key, facts("tissue", case.slide_id), publish.accept) as attempt:
+        looked, elsewhere = _looked(case, config)
+        if elsewhere is not None:
+            attempt.charge(elsewhere)
+        sha256, frame = looked["sha256"], _framed(looked["frame"], config, sizes["tiles"])
+        _check_manifest_sha256(case, sha256)
+        grid = plan.tissue_grid(looked["tile_runs"])
+        cut = plan.make_cut(grid, frame, group_tiles=config.tiles.group_tiles)
+        record = {
+            "sha256": sha256,
+            "signature": looked["signature"],
+            "um_px_l0": looked["um_px_l0"],
+            "overview_downsample": looked["downsample"],
+            "frame": frame._asdict(),
+            "n_tiles": int(grid.sum()),
+            "n_blocks": len(cut.blocks),
+            "n_groups": len(cut.group_ranges),
+            "key": plan.slide_key(sha256, frame, cut),
+        }
+        with attempt.uncounted():
+            _publish_beside(root, case, looked, cut, key)
+        attempt.path.write_text(json.dumps(record), encoding="utf-8")
+    return attempt.receipt, True
+
+
+def _names(case: Case) -> list[str]:
+    """Return the names of what is published of a slide before the plan: its record, mask, outline and cut."""
+    return [*(f"tissue/{case.slide_id}.{kind}" for kind in ("json", "png", "geojson")), plan.cut_name(case.slide_id)]
+
+
+def _publish_beside(root: Path, case: Case, looked: Mapping[str, Any], cut: SlideCut, key: str) -> None:
+    """Publish a slide's mask, outline and cut, as far as they are lacking."""
+    documents = (
+        base64.b64decode(looked["mask_png"]),
+        looked["outline"].encode(),
+        json.dumps(cut.as_dict(), separators=(",", ":")).encode(),
+    )
+    for name, data in zip(_names(case)[1:], documents, strict=True):
+        publish.publish_bytes(root, name, data, key, facts("tissue", case.slide_id))
+
+
+def shared_folder(root: Path) -> Path | None:
+    """Return the folder that a run shares with the other trials of its sweep, None where it shares nothing."""
+    source = told(root)
+    return read_cases(source)[0].share if source else None
+
+
+def _looked(case: Case, config: RunConfig) -> tuple[dict[str, Any], publish.Receipt | None]:
+    """Return what `_look` finds, and the receipt of whoever found it for all trials where that was another one."""
+    if config.share is None:
+        return _look(case, config), None
+    # The content is hashed by who looks first; whether it is still that file, its names, sizes and times tell.
+    seen = {"path": str(case.path), "stamp": content.stamp(case.path), "mpp": case.mpp}
+    key = publish.key_of(**seen, frame=_frame_settings(config), tissue=config.tissue.model_dump())
+    address = Place(config.share, config.share, f"look/{case.slide_id}", key).address
+    receipt = sharing.found(config.share, address)
+    if receipt is None:
+        with publish.publishing(config.share, address, key, facts("look", case.slide_id), publish.accept) as attempt:
+            attempt.path.write_text(json.dumps(_look(case, config)), encoding="utf-8")
+    looked: dict[str, Any] = json.loads((config.share / address).read_text(encoding="utf-8"))
+    return looked, receipt
+
+
+def _frame_settings(config: RunConfig) -> dict[str, Any]:
+    """Return the settings that decide what is read of a slide's overview, and its tile grid."""
+    model = card.read_card(config.model)
+    window = {"window_px": model.window_px, "spacing_um_px": model.spacing_um_px}
+    return {"geometry": config.geometry.model_dump(), "tile_px": config.tiles.tile_px, "model": window}
+
+
+def _look(case: Case, config: RunConfig) -> dict[str, Any]:
+    """Open a slide, hash it and find its tissue: all that does not depend on how windows are cut and scored.
+
+    Returns:
+        Plain JSON values; ``frame`` is the transform as far as it is known without strides and blocks.
+    """
+    with content.unwritten(case.path, case.slide_id):  # hash and overview are of one content
+        signature = content.signature(case.path)
+        with slide.open_slide(case.path, slide_id=case.slide_id) as opened:
+            um_px = slide.resolve_mpp(opened.facts, case.mpp)
+            mask, downsample, tissue_grid, frame = _tiles(opened, um_px, config)
+            corner = opened.facts.l0_bounds_corner
+        sha256 = content.sha256(case.path)
+    return {
+        "sha256": sha256,
+        "signature": signature,
+        "um_px_l0": um_px,
+        "downsample": downsample,
+        "frame": frame._asdict(),
+        "tile_runs": plan.tile_runs(tissue_grid),
+        "mask_png": base64.b64encode(overlay.tissue_png(mask)).decode(),
+        "outline": overlay.tissue_geojson(mask, downsample=downsample, offset=(-corner[0], -corner[1])),
+    }
+
+
+def _check_truth(case: Case, config: RunConfig) -> None:
+    """See that a slide can be scored before its pixels are read; what changes afterwards is told when it is scored.
+
+    Raises:
+        InputError: Its truth cannot be read, is of another slide, or contradicts its label.
+    """
+    if case.mask_path is None and case.annotation_path is None:
+        return
+    with slide.open_slide(case.path, slide_id=case.slide_id) as opened:
+        sized = dataclasses.replace(case, mpp=slide.resolve_mpp(opened.facts, case.mpp))
+        l0_size_px = opened.facts.l0_size_px
+    evaluate.check_truth(sized, config.evaluation, l0_size_px=l0_size_px)
+
+
+def is_chosen(source: Path) -> bool:
+    """Tell whether it is settled how the run computes scores."""
+    config, _ = read_cases(source)
+    return publish.done(source.parent, choice_name(config), choice_key(config)) is not None
+
+
+def is_ingested(source: Path, index: int) -> bool:
+    """Tell whether all that is published of a case before the plan is there."""
+    _, cases = read_cases(source)
+    return all(publish.is_there(source.parent, name) for name in _names(cases[index]))
+
+
+def check_model(config: RunConfig) -> None:
+    """Read the model's card and hash its weights before any slide is opened; see that windows fit into blocks.
+
+    Raises:
+        InputError: Card or weights cannot be used, or the halo is too small for the model's window.
+    """
+    model = card.read_card(config.model)
+    card.read_weights(config.model, model)
+    needed = max(geometry.window_reach_px(model.window_px, config.inference.stride, config.geometry.convention))
+    if isinstance(config.tiles.halo_px, int) and config.tiles.halo_px < needed:
+        cause = f"tiles.halo_px is {config.tiles.halo_px}, windows of {model.window_px} px need at least {needed}"
+        raise InputError(cause, "set tiles.halo_px=auto and geometry=centred", stage="configuration")
+
+
+def choice_key(config: RunConfig) -> str:
+    """Return what identifies how scores are computed: the model, and what the configuration asks for.
+
+    The machine is that of the worker who settles it: the one that asks may be of another kind.
+    """
+    asked = {name: getattr(config, name).model_dump() for name in ("inference", "tiles", "geometry")}
+    asked["dense"] = config.dense.model_dump(exclude={"windows", "tolerance", "beyond"})
+    return publish.key_of(
+        asked=asked, model=card.identity(card.read_card(config.model)), threads=config.executor.threads
+    )
+
+
+def choice_name(config: RunConfig) -> str:
+    """Return the name of the file that says how scores are computed, relative to the run's folder."""
+    return f"engine/{choice_key(config)[:12]}.json"
+
+
+def surprise(source: Path) -> str:
+    """Return how scores are computed and why, where that is not what the configuration or the model asks for."""
+    config, _ = read_cases(source)
+    settled = _settled(source.parent, config)
+    choice, asked = Choice(**settled["choice"]), config.inference
+    same = choice.engine == asked.engine and asked.backend in {choice.backend, "auto"}
+    engine = "" if same else f"{choice.engine} engine, {choice.backend} {choice.precision}: {settled['told']}"
+    return "; ".join(filter(None, (engine, foreign_spacing(config))))
+
+
+def foreign_spacing(config: RunConfig) -> str:
+    """Return that slides are read at a spacing the model was not trained for; nothing where they are not."""
+    wanted, trained = config.geometry.spacing, card.read_card(config.model).spacing_um_px
+    if isinstance(wanted, str) or abs(wanted / trained - 1) <= config.geometry.tolerance:
+        return ""
+    return (
+        f"slides are read at {wanted:g} um/px, the model was trained at {trained:g}: its scores may mean nothing there"
+    )
+
+
+def _settled(root: Path, config: RunConfig) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((root / choice_name(config)).read_text(encoding="utf-8"))
+    return found
+
+
+def record_key(case: Case, settings: Mapping[str, Any]) -> str:
+    """Return the key of a slide's record; ``settings`` are those of `cutting`."""
+    return publish.key_of(slide=case.slide_id, settings=settings, mpp=case.mpp)
+
+
+def cutting(root: Path, config: RunConfig) -> dict[str, Any]:
+    """Return the settings that decide which tiles and blocks a slide has."""
+    model, choice = card.read_card(config.model), Choice(**_settled(root, config)["choice"])
+    return {
+        "geometry": config.geometry.model_dump(),
+        "tissue": config.tissue.model_dump(),
+        "tiles": {
+            "tile_px": config.tiles.tile_px,
+            "halo_px": choice.halo_px,
+            "block_rows": choice.block_rows,
+            "block_cols": choice.block_cols,
+            "group_tiles": config.tiles.group_tiles,
+            "part_tiles": config.store.part_tiles,
+        },
+        "stride": config.inference.stride,
+        "model": {"window_px": model.window_px, "spacing_um_px": model.spacing_um_px},
+    }
+
+
+def _tiles(
+    opened: slide.Slide, um_px: float, config: RunConfig
+) -> tuple[NDArray[np.bool_], float, NDArray[np.bool_], Frame]:
+    """Return the tissue mask, its downsample, the tile grid and the frame of a slide."""
+    frame = _frame(opened.facts, um_px, config)
+    if config.geometry.convention == "reference":
+        return _cut_like_the_reference(opened, frame)
+    downsample = config.tissue.downsample
+    mask = tissue.tissue_mask(opened.overview(downsample), config.tissue)
+    coverage = tissue.tile_coverage(
+        mask, downsample=downsample, tile_l0_px=frame.tile_px * frame.l0_per_px, grid=(frame.t_rows, frame.t_cols)
+    )
+    return mask, downsample, tissue.select_tiles(coverage, config.tissue), frame
+
+
+def _cut_like_the_reference(
+    opened: slide.Slide, frame: Frame
+) -> tuple[NDArray[np.bool_], float, NDArray[np.bool_], Frame]:
+    index = tissue.reference_index(opened.reference_thumbnail())
+    _, _, _, xmin, _, ymin, _, nrows, ncols = (int(value) for value in index.vector)
+    return (
+        index.mask,
+        frame.tile_px,
+        index.mask,
+        frame._replace(t_col0=xmin, t_row0=ymin, t_cols=ncols, t_rows=nrows) if nrows else frame,
+    )
+
+
+def _frame(about: slide.SlideFacts, um_px: float, config: RunConfig) -> Frame:
+    """Return the slide's transform; stride and blocks are still to be said, see `_framed`."""
+    model = card.read_card(config.model)
+    l0_per_px = 1.0
+    wanted = config.geometry.spacing
+    if wanted != "native":
+        wanted = model.spacing_um_px if wanted == "model" else wanted
+        l0_per_px = geometry.reading_scale(um_px, wanted, tolerance=config.geometry.tolerance)
+    if l0_per_px * config.geometry.max_upsample < 1:
+        who = "the model needs" if config.geometry.spacing == "model" else "geometry.spacing is"
+        cause, remedy = f"the slide has {um_px:g} um/px, {who} {wanted:g}", _enlarging(1 / l0_per_px)
+        raise InputError(cause, remedy, slide=about.slide_id, path=about.path)
+    width, height = about.l0_size_px
+    rows, cols = geometry.grid_shape(width, height, l0_per_px=l0_per_px, tile_px=config.tiles.tile_px)
+    return Frame(
+        convention=config.geometry.convention,
+        l0_width_px=width,
+        l0_height_px=height,
+        l0_per_px=l0_per_px,
+        um_px=um_px * l0_per_px,
+        tile_px=config.tiles.tile_px,
+        window_px=model.window_px,
+        stride_px=config.tiles.tile_px,
+        halo_px=0,
+        block_rows=1,
+        block_cols=1,
+        t_col0=0,
+        t_row0=0,
+        t_cols=cols,
+        t_rows=rows,
+    )
+
+
+def _enlarging(times: float) -> str:
+    """Return what helps where a slide would have to be enlarged so many times."""
+    plain = "use a model for this spacing, or correct mpp in the manifest"
+    needed = math.ceil(times * 10) / 10  # rounded down it would be refused again
+    if needed > MAX_UPSAMPLE:
+        return f"{plain}: no slide is enlarged more than {MAX_UPSAMPLE} times"
+    return f"{plain}, or allow enlarging with geometry.max_upsample={needed:.1f} in another out= folder"
+
+
+def _framed(frame: Mapping[str, Any], config: RunConfig, sizes: Mapping[str, int]) -> Frame:
+    """Return a slide's transform with the stride and the blocks of the run."""
+    blocks = {name: sizes[name] for name in ("halo_px", "block_rows", "block_cols")}
+    return Frame(**{**frame, **blocks, "stride_px": config.inference.stride})
+
+
+def check_unchanged(root: Path, slide_id: str, path: Path) -> None:
+    """See that a slide still has the content that was planned; it is hashed again only if its files were touched.
+
+    Raises:
+        InputError: The content is another.
+    """
+    record = _record(root, slide_id)
+    if content.signature(path) == record["signature"]:
+        return
+    sha256 = content.settled_sha256(path)
+    if sha256 != record["sha256"]:
+        cause = f"its content has changed since the run was planned (SHA-256 {sha256}, was {record['sha256']})"
+        raise InputError(cause, "restore it, or choose another out= folder", slide=slide_id, path=path)
+
+
+def _record(root: Path, slide_id: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((root / f"tissue/{slide_id}.json").read_text(encoding="utf-8"))
+    return found
+
+
+def _check_manifest_sha256(case: Case, sha256: str) -> None:
+    if case.sha256 and case.sha256.lower() != sha256:
+        cause = f"its SHA-256 is {sha256}, the manifest says {case.sha256}"
+        raise InputError(cause, "copy it again from its source", slide=case.slide_id, path=case.path)
+
+
+def make_plan(source: Path, outcomes: Sequence[Outcome]) -> Path:
+    """Make the plan from what ingest found, and publish it.
+
+    Args:
+        source: ``cases.json``.
+        outcomes: One outcome of `ingest` per case.
+    """
+    config, cases = read_cases(source)
+    root = source.parent
+    slides, rejected = [], []
+    for outcome in sorted(outcomes):
+        case = cases[outcome.task]
+        if outcome.receipt is None:
+            rejected.append(plan.Rejected(case.slide_id, outcome.error, outcome.exit_code))
+        else:
+            record = json.loads((root / outcome.receipt["path"]).read_text(encoding="utf-8"))
+            slides.append(_slide_plan(case, record))
+    settled = _settled(root, config)
+    work = {
+        "store": config.store.model_dump(),
+        "model": json.loads(config.model.model_dump_json()),
+        "choice": settled["choice"],
+        "cuts": settled["cuts"],
+        "tolerance": config.dense.tolerance,
+        "beyond": config.dense.beyond,
+        "told": settled["told"],
+    }
+    return plan.publish_plan(root, Plan(_settings(root, config), work, slides, rejected))
+
+
+def _settings(root: Path, config: RunConfig) -> dict[str, Any]:
+    """Return every setting that can change a number."""
+    settled = _settled(root, config)
+    return {
+        "cut": cutting(root, config),
+        "predict": {
+            "model": card.identity(card.read_card(config.model)),
+            "inference": Choice(**settled["choice"]).numbers(),
+            "stain": config.stain.model_dump(),
+            "store_loss": config.store.loss,
+            "pixels": settled["pixels"],
+            "numeric_class": settled["numeric_class"],
+        },
+        "certificate": {"windows": config.dense.windows},
+        "lesions": config.lesions.model_dump(),
+        "evaluation": config.evaluation.model_dump(mode="json"),
+        "seed": config.seed,
+    }
+
+
+def told(root: Path) -> Path | None:
+    """Return the newest ``cases.json`` of a folder, None where it holds no run.
+
+    A start that asked for other settings or fewer slides than the folder's plan has was refused: it left its word, but
+    the folder is not what it asked for.
+    """
+    files = publish.generations(root, "cases.json")
+    if len(files) > 1 and publish.generations(root, "plan.json"):
+        made = plan.latest(root)
+        return next((path for path in reversed(files) if _follows(made, path)), files[-1])
+    return files[-1] if files else None
+
+
+def folder_id(root: Path) -> str:
+    """Return what stands for a run's folder wherever it lies; empty where nothing is known of its beginning."""
+    names = ("config.yaml", *(path.name for path in publish.generations(root, "config.yaml")))
+    receipts = (publish.read_receipt(root, name) for name in names)  # the file may be gone, its receipt still tells
+    return next((str(receipt["attempt"]) for receipt in receipts if receipt), "")
+
+
+def _follows(made: Plan, source: Path) -> bool:
+    """Tell whether a plan is what becomes of cases and configuration, or what may still join it."""
+    config, cases = read_cases(source)
+    try:
+        same = made.settings == json.loads(json.dumps(_settings(source.parent, config)))
+    except (OSError, WsiflowError):  # nothing was settled for these, or their model is gone
+        return False
+    return same and {one.slide_id for one in made.slides} <= {case.slide_id for case in cases}
+
+
+def _slide_plan(case: Case, record: Mapping[str, Any]) -> SlidePlan:
+    return SlidePlan(
+        slide_id=case.slide_id,
+        path=str(case.path),
+        sha256=record["sha256"],
+        um_px_l0=record["um_px_l0"],
+        label=case.label,
+        annotation_path=str(case.annotation_path or ""),
+        mask_path=str(case.mask_path or ""),
+        overview_downsample=record["overview_downsample"],
+        frame=Frame(**record["frame"]),
+        n_tiles=record["n_tiles"],
+        n_blocks=record["n_blocks"],
+        n_groups=record["n_groups"],
+        key=record["key"],
+    )

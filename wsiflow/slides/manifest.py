@@ -1,0 +1,513 @@
+"""The slides of a run: from a manifest, a folder or a single file.
+
+Input: a CSV manifest, a folder of slides, or one slide. Output: a tuple of :class:`Case`, one per slide.
+
+A manifest has the columns ``slide_id,path`` and any of ``mpp,label,annotation_path,mask_path,patient_id,split,scanner,
+sha256``; the names other tools use for them are accepted. Paths are relative to the manifest's folder. Everything that
+is wrong with a manifest is reported at once, with line numbers. A slide file that does not exist is not the manifest's
+fault: opening it fails, for that slide alone.
+"""
+
+import difflib
+import errno
+import math
+import os
+import re
+import stat
+import unicodedata
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+from pydantic import BaseModel, BeforeValidator, Field, model_validator
+
+from wsiflow.errors import EnvironmentFault, InputError
+from wsiflow.slides import content
+from wsiflow.system import tables
+from wsiflow.system.paths import AbsolutePath
+from wsiflow.system.tables import Line
+
+COLUMNS: Mapping[str, tuple[str, ...]] = {
+    "slide_id": ("slide_id", "slide", "sample_id"),
+    "path": ("path", "wsi", "image_path", "image", "slide_path", "wsi_path"),
+    "mpp": ("mpp", "spacing_at_level_0", "spacing", "um_px"),
+    "label": ("label", "type", "class"),
+    "annotation_path": ("annotation_path", "annotation", "xml"),
+    "mask_path": ("mask_path", "mask"),
+    "patient_id": ("patient_id", "patient", "case_id"),
+    "split": ("split", "subset"),
+    "scanner": ("scanner", "center", "centre"),
+    "sha256": ("sha256",),
+}
+"""Every column of a manifest and the names it may have."""
+
+LABELS: Mapping[str, int] = {
+    **dict.fromkeys(("0", "normal", "negative", "benign"), 0),
+    **dict.fromkeys(("1", "tumor", "tumour", "positive", "metastasis", "micro", "macro"), 1),
+}
+SLIDE_SUFFIXES = frozenset(
+    {".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".dcm", ".scn", ".bif", ".vms", ".vmu", ".svslide", ".czi"}
+)
+
+_SLIDE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._ -]{0,99}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One slide of a run and what is known about it beforehand.
+
+    Attributes:
+        slide_id: Unique name, also when case is ignored; safe as a file name.
+        path: The slide, absolute; it may be missing.
+        mpp: Micrometres per level-0 pixel, or None where the slide is to say it.
+        label: 1 for tumour, 0 for normal, None where it is not known.
+        annotation_path: Tumour outlines (ASAP XML), which exist, or None.
+        mask_path: A mask image, which exists, or None.
+        patient_id: The patient, or an empty text.
+        split: For example ``train`` or ``test``, or an empty text.
+        scanner: Scanner or centre, or an empty text.
+        sha256: The slide's expected hash, or an empty text.
+        line: Line of the manifest, or 0 where there is none.
+    """
+
+    slide_id: str
+    path: Path
+    mpp: float | None = None
+    label: int | None = None
+    annotation_path: Path | None = None
+    mask_path: Path | None = None
+    patient_id: str = ""
+    split: str = ""
+    scanner: str = ""
+    sha256: str = ""
+    line: int = 0
+
+
+def _none_if_empty(value: object) -> object:
+    """Let an empty text in YAML mean that the setting is absent."""
+    return None if value == "" else value
+
+
+_OptionalPath = Annotated[AbsolutePath | None, BeforeValidator(_none_if_empty)]
+
+
+class DatasetParams(BaseModel, frozen=True, extra="forbid"):
+    """Where the slides of a run come from. An empty text means absent.
+
+    Attributes:
+        kind: Which of the three settings below is meant; ``synthetic`` is a manifest that is written first.
+        manifest: CSV file that lists the slides.
+        folder: Folder that is searched for slides, subfolders included, or where synthetic slides are kept.
+        path: One slide.
+        limit: Number of slides to take, from the first; absent means all.
+        size_px: Side of synthetic slides, level-0 px.
+        seed: Seed of synthetic slides.
+        like: What synthetic slides are like; empty: like nothing in particular.
+        data: Folder of real outlines and pictures that slides like others are made of.
+        slides: Number of slides like others.
+        scale: Size of their outlines, 1 is real.
+    """
+
+    kind: Literal["manifest", "folder", "single", "synthetic"]
+    manifest: _OptionalPath
+    folder: _OptionalPath
+    path: _OptionalPath
+    limit: Annotated[Annotated[int, Field(ge=1)] | None, BeforeValidator(_none_if_empty)]
+    size_px: int = Field(ge=1024, le=100_000)
+    seed: int = Field(ge=0)
+    like: Literal["", "camelyon16"]
+    data: _OptionalPath
+    slides: int = Field(ge=1, le=10_000)
+    scale: float = Field(gt=0, le=1)
+
+    @model_validator(mode="after")
+    def _means_what_is_given(self) -> "DatasetParams":
+        """Refuse slides that are named and would not be read: others would be scored in their place."""
+        for setting, value, kind in (("manifest", self.manifest, "manifest"), ("path", self.path, "single")):
+            if value is not None and self.kind != kind:
+                raise ValueError(f"dataset.{setting} is given, but the slides are {self.kind}: add dataset={kind}")
+        return self
+
+
+def load_dataset(params: DatasetParams) -> tuple[Case, ...]:
+    """Return the slides the settings name, at most ``limit`` of them.
+
+    Raises:
+        InputError: The setting that ``kind`` needs is absent, or what it names cannot be used.
+    """
+    readers: Mapping[str, tuple[str, Path | None, Callable[[Path], tuple[Case, ...]]]] = {
+        "manifest": ("manifest", params.manifest, read_manifest),
+        "folder": ("folder", params.folder, read_folder),
+        "single": ("path", params.path, read_single),
+        "synthetic": ("folder", None, read_manifest),  # once written, it is a manifest: only without a folder is it not
+    }
+    setting, source, read = readers[params.kind]
+    if source is None:
+        raise InputError(f"dataset.{setting} is not given", f"set dataset.{setting}=...")
+    return read(source)[: params.limit]
+
+
+def read_manifest(path: Path) -> tuple[Case, ...]:
+    """Read a CSV manifest.
+
+    Args:
+        path: UTF-8 text with a header line; a byte order mark and CRLF line ends are accepted.
+
+    Returns:
+        The cases in the order of the lines.
+
+    Raises:
+        InputError: The file is missing, empty or not CSV, or lines of it are wrong: all of them, with their numbers.
+    """
+    rows = tables.read_lines(path, "the manifest", "correct dataset.manifest")
+    if not rows:
+        raise InputError("the manifest is empty", "give it a header 'slide_id,path' and a line per slide", path=path)
+    columns = _columns(rows[0].cells, path)
+    parsed = [_parsed(row, columns, path.parent.absolute()) for row in rows[1:]]
+    problems = [problem for _, wrong in parsed for problem in wrong]
+    if not parsed:
+        problems.append(f"line {rows[0].number}: there is a header but no slide")
+    named = [(values["slide_id"], f"line {values['line']}") for values, _ in parsed if "slide_id" in values]
+    _report(problems + _collisions(named), "correct the manifest", path)
+    return tuple(Case(**values) for values, _ in parsed)
+
+
+def read_folder(folder: Path) -> tuple[Case, ...]:
+    """Find the slides in a folder and its subfolders, by their extension.
+
+    A slide is named after its file. Several ``.dcm`` in one folder are one slide, named after that folder; its path is
+    the first of them. An ``.xml`` of the slide's name, beside it or at the top of the folder, is its annotation.
+    Hidden files and folders are passed over. Whatever else has a slide's extension is a slide, for which opening it
+    fails if it is none: a link that leads nowhere, or a folder in which there is no slide. Links to folders are
+    followed, to each folder once, and not to one that holds the link.
+
+    Returns:
+        The cases, sorted by path.
+
+    Raises:
+        InputError: The folder is missing or holds no slide, names collide or cannot be used, or a file is there twice:
+            it would count twice in the scores. All are reported.
+        EnvironmentFault: A folder may not be listed; all are reported.
+    """
+    root = folder.absolute()
+    slides = _without_siblings(_slides_below(root))
+    if not slides:
+        cause = f"the folder holds no slide ({' '.join(sorted(SLIDE_SUFFIXES))})"
+        raise InputError(cause, "correct dataset.folder, or list the slides in a manifest", path=folder)
+    names = [_slide_name(path) for path in slides]
+    where = [path.relative_to(root).as_posix() for path in slides]
+    problems = [f"{place}: {_bad_id(name)}" for name, place in zip(names, where, strict=True) if _bad_id(name)]
+    problems += _collisions(zip(names, where, strict=True))
+    _report(problems, "rename the files, or list them in a manifest with a column slide_id", folder)
+    _report(_repeated(slides, where), "remove all but one, or list in a manifest what is meant", folder)
+    return tuple(
+        Case(name, path, annotation_path=_companion(path, root)) for name, path in zip(names, slides, strict=True)
+    )
+
+
+def read_single(path: Path) -> tuple[Case, ...]:
+    """Take one slide, named after its file (or after its folder, for one of several ``.dcm``).
+
+    Returns:
+        One case. Whether the file exists is found out when it is opened.
+
+    Raises:
+        InputError: The name cannot be used.
+    """
+    path = path.absolute()
+    name = _slide_name(path)
+    if bad := _bad_id(name):
+        raise InputError(bad, "rename the file, or list it in a manifest with a column slide_id", path=path)
+    return (Case(name, path, annotation_path=_companion(path, path.parent)),)
+
+
+def _columns(header: Sequence[str], path: Path) -> list[str]:
+    """Return the meaning of every column of a header; an empty text for one that is passed over."""
+    known = {alias: column for column, aliases in COLUMNS.items() for alias in aliases}
+    names = [cell.strip().lower() for cell in header]
+    # CAMELYON's table of labels has both; its class is the size of the largest lesion, not a label.
+    columns = ["" if name == "class" and "type" in names else known.get(name, "?") for name in names]
+    problems = [_unknown(name, known) for name, column in zip(names, columns, strict=True) if column == "?"]
+    for column in dict.fromkeys(columns):
+        same = [name for name, meaning in zip(names, columns, strict=True) if meaning == column]
+        if column not in {"", "?"} and len(same) > 1:
+            problems.append(f"columns {', '.join(same)} all mean {column}")
+    if not problems and "path" not in columns:
+        problems.append("there is no column path")
+    _report(problems, f"use the columns {','.join(COLUMNS)}", path)
+    return columns
+
+
+def _unknown(name: str, known: Iterable[str]) -> str:
+    """Describe a column that means nothing here, with the name that was perhaps meant."""
+    if ";" in name or "\t" in name:
+        return f"the header {name!r} is not separated by commas"
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"unknown column {name!r}" + (f" (did you mean {near[0]}?)" if near else "")
+
+
+def _parsed(row: Line, columns: Sequence[str], folder: Path) -> tuple[dict[str, Any], list[str]]:
+    """Return the values of a line by attribute of :class:`Case`, and what is wrong with the line."""
+    values: dict[str, Any] = {"line": row.number}
+    if len(row.cells) != len(columns):
+        return values, [f"line {row.number}: {len(row.cells)} cells, but the header has {len(columns)}"]
+    wrong = []
+    for column, cell in zip(columns, row.cells, strict=True):
+        try:
+            text = _safe_text(cell)
+            if column and text:
+                values[column] = _PARSERS[column](text, folder)
+        except ValueError as error:
+            wrong.append(f"line {row.number}: {column or 'class'}: {error}")
+    if "path" not in values and not wrong:
+        wrong.append(f"line {row.number}: path: is empty")
+    if "slide_id" not in values and not wrong:
+        values["slide_id"] = _slide_name(values["path"])
+        if bad := _bad_id(values["slide_id"]):
+            wrong.append(f"line {row.number}: {bad}; give it a slide_id")
+    return values, wrong
+
+
+def _safe_text(cell: str) -> str:
+    """Strip a cell; refuse what a spreadsheet would execute and what would break a line of a log."""
+    if cell.startswith(_FORMULA_STARTS):
+        raise ValueError(f"{cell!r} begins with {cell[0]!r}, which a spreadsheet takes for a formula")
+    text = cell.strip()
+    if any(unicodedata.category(letter) == "Cc" for letter in text):
+        raise ValueError(f"{text!r} contains a control character")
+    return text
+
+
+def _slide_id(text: str, _folder: Path) -> str:
+    if bad := _bad_id(text):
+        raise ValueError(bad)
+    return text
+
+
+def _place(text: str, folder: Path) -> Path:
+    return folder / text
+
+
+def _existing(text: str, folder: Path) -> Path:
+    path = folder / text
+    try:
+        is_file = stat.S_ISREG(path.stat().st_mode)
+    except PermissionError as error:
+        raise ValueError(f"{text!r} may not be looked at ({error.strerror})") from error
+    except OSError as error:
+        if path.is_symlink():
+            raise ValueError(f"{text!r} is a link that leads nowhere ({path.readlink()})") from error
+        is_file = False
+    if not is_file:
+        raise ValueError(f"{text!r} is not an existing file")
+    return path
+
+
+def _mpp(text: str, _folder: Path) -> float:
+    try:
+        mpp = float(text)
+    except ValueError as error:
+        raise ValueError(f"{text!r} is not a number (write 0.25)") from error
+    if not (math.isfinite(mpp) and mpp > 0):
+        raise ValueError(f"{text!r} is not a positive number of micrometres per pixel")
+    return mpp
+
+
+def _label(text: str, _folder: Path) -> int:
+    if text.lower() not in LABELS:
+        raise ValueError(f"{text!r} is none of {', '.join(LABELS)}")
+    return LABELS[text.lower()]
+
+
+def _sha256(text: str, _folder: Path) -> str:
+    if not _SHA256.fullmatch(text.lower()):
+        raise ValueError(f"{text!r} is not 64 hexadecimal digits")
+    return text.lower()
+
+
+def _word(text: str, _folder: Path) -> str:
+    return text
+
+
+_PARSERS: Mapping[str, Callable[[str, Path], object]] = {
+    "slide_id": _slide_id,
+    "path": _place,
+    "mpp": _mpp,
+    "label": _label,
+    "annotation_path": _existing,
+    "mask_path": _existing,
+    "patient_id": _word,
+    "split": _word,
+    "scanner": _word,
+    "sha256": _sha256,
+}
+
+
+def _bad_id(slide_id: str) -> str:
+    """Say why a name cannot be a slide id; an empty text where it can."""
+    if _SLIDE_ID.fullmatch(slide_id):
+        return ""
+    allowed = "at most 100 ASCII letters, digits, '.', '_', '-' and blanks, the first a letter or digit"
+    return f"the slide id {slide_id!r} is not {allowed}"
+
+
+def _collisions(named: Iterable[tuple[str, str]]) -> list[str]:
+    """Describe every slide id that repeats an earlier one, whatever the case of its letters.
+
+    Args:
+        named: Slide ids, each with where it stands.
+    """
+    first: dict[str, tuple[str, str]] = {}
+    problems = []
+    for slide_id, where in named:
+        earlier_id, earlier = first.setdefault(slide_id.casefold(), (slide_id, where))
+        if earlier != where:
+            problems.append(f"{where}: slide_id {slide_id!r} repeats {earlier_id!r} of {earlier}")
+    return problems
+
+
+def _report(problems: Sequence[str], remedy: str, path: Path) -> None:
+    """Raise one error for all problems, if there are any."""
+    if not problems:
+        return
+    count = "1 error" if len(problems) == 1 else f"{len(problems)} errors"
+    raise InputError(f"{count}: {'; '.join(problems)}", remedy, path=path)
+
+
+class _Tree(NamedTuple):
+    """What lies below a folder and is not hidden.
+
+    Attributes:
+        files: What is no folder, and links to folders whose content is found where it lies.
+        folders: Folders that were listed, the first one included.
+        faults: Why others could not be.
+    """
+
+    files: list[Path]
+    folders: list[Path]
+    faults: list[OSError]
+
+
+def _tree(root: Path) -> _Tree:
+    """List a folder; links to folders come last, so that a slide has the path at which it lies."""
+    tree, seen, links = _Tree([], [], []), set[Path](), deque([root])
+    while links:
+        link = links.popleft()
+        target = link.resolve()
+        if target in seen or (link != root and link.parent.resolve().is_relative_to(target)):
+            tree.files.append(link)
+        else:
+            links += _list(link, target, seen, tree)
+    return tree
+
+
+def _list(folder: Path, target: Path, seen: set[Path], tree: _Tree) -> list[Path]:
+    """List a folder and its subfolders, each by where it really lies, and return the links to folders among them."""
+    links, waiting = [], [(folder, target)]
+    while waiting:
+        here, real = waiting.pop()
+        if real in seen:
+            continue
+        seen.add(real)
+        try:
+            with os.scandir(here) as listed:
+                entries = sorted((one.name, one.is_symlink(), _is_folder(one)) for one in listed)
+        except OSError as error:
+            tree.faults.append(error)
+            continue
+        tree.folders.append(here)
+        for name, is_link, is_folder in entries:
+            if name.startswith("."):
+                continue
+            if not is_folder:
+                tree.files.append(here / name)
+            elif is_link:
+                links.append(here / name)
+            else:
+                waiting.append((here / name, real / name))
+    return links
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError as error:
+        if error.errno != errno.ELOOP:  # a link to itself leads to no folder
+            raise
+        return False
+
+
+def _slides_below(root: Path) -> list[Path]:
+    """Return whatever has the name of a slide, sorted; of folders those in which there is none.
+
+    Raises:
+        InputError: There is no such folder.
+        EnvironmentFault: Folders may not be listed.
+    """
+    tree = _tree(root)
+    if not tree.folders and isinstance(tree.faults[0], FileNotFoundError | NotADirectoryError):
+        if root.exists():
+            raise InputError("it is no folder", "correct dataset.folder, or use dataset=single", path=root)
+        raise InputError("the folder does not exist", "correct dataset.folder", path=root)
+    if tree.faults:
+        told = ", ".join(f"{fault.filename} ({fault.strerror})" for fault in tree.faults)
+        remedy = "check the permissions and the mount, or list the slides in a manifest"
+        raise EnvironmentFault(f"folders cannot be listed: {told}", remedy, path=root)
+    found = [path for path in tree.files if path.suffix.lower() in SLIDE_SUFFIXES]
+    holding = {parent for path in found for parent in path.parents}
+    named = [path for path in tree.folders[1:] if path.suffix.lower() in SLIDE_SUFFIXES and path not in holding]
+    return sorted([*found, *named])
+
+
+def _repeated(slides: Sequence[Path], where: Sequence[str]) -> list[str]:
+    """Describe every slide that is the same file as an earlier one, by whatever kind of link."""
+    first: dict[tuple[int, int, int, int], str] = {}
+    problems = []
+    for path, place in zip(slides, where, strict=True):
+        try:
+            found = path.stat()
+        except OSError:
+            continue  # opening it tells what is wrong
+        # Size and time too: not every network file system has numbers of files that are their own.
+        file = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+        earlier = first.setdefault(file, place)
+        if earlier != place:
+            problems.append(f"{place} is the same file as {earlier}")
+    return problems
+
+
+def _is_dicom(path: Path) -> bool:
+    # Path.is_dir would raise where a link may not be followed.
+    return path.suffix.lower() == ".dcm" and not os.path.isdir(path)  # noqa: PTH112
+
+
+def _without_siblings(paths: Sequence[Path]) -> list[Path]:
+    """Keep the first of the DICOM files of every folder, which together are one slide."""
+    first: dict[Path, Path] = {}
+    for path in paths:
+        first.setdefault(path.parent if _is_dicom(path) else path, path)
+    return list(first.values())
+
+
+def _slide_name(path: Path) -> str:
+    """Return the name of a slide: the file's without its extension; the folder's for one of several DICOM files."""
+    if not (_is_dicom(path) and os.path.lexists(path)):
+        return path.stem
+    try:
+        several = sum(map(_is_dicom, path.parent.iterdir())) > 1
+    except OSError as error:
+        raise content.unlisted(error) from error
+    return path.parent.name if several else path.stem
+
+
+def _companion(path: Path, root: Path) -> Path | None:
+    """Return the annotation of a slide: an ``.xml`` of its name beside it, or at the top of the folder.
+
+    Whatever has the name is meant: one that cannot be read is no slide without annotation.
+    """
+    places = (place / f"{_slide_name(path)}{suffix}" for place in (path.parent, root) for suffix in (".xml", ".XML"))
+    return next((place for place in places if os.path.lexists(place)), None)

@@ -1,0 +1,1 @@
+"""The colours of slides: measured, and brought to those of a target."""

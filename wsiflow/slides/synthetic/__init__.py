@@ -1,0 +1,1 @@
+"""Slides that are drawn, with lesions that are known."""
