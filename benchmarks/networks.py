@@ -21,9 +21,9 @@ from wsiflow.model.card import ModelSpec
 from wsiflow.model.choice import Choice
 from wsiflow.model.classifier import Classifier, load
 from wsiflow.model.save import save
-from wsiflow.run.results.cost import untimed
 from wsiflow.slides.synthetic import dataset
 from wsiflow.slides.synthetic.tissue import render
+from wsiflow.system.usage import untimed
 
 WINDOW_PX = TILE_PX = 224
 STRIDE_PX = 16

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from flows import line
 from flows.run import compose_config
+from wsiflow.heatmap import files
 from wsiflow.plan import plan
 from wsiflow.run.results import cost as throughput
 from wsiflow.slides import pyramid
@@ -171,4 +172,4 @@ def median_steps(costs: Sequence[Cost]) -> dict[str, float]:
 def heatmaps(out: Path) -> dict[str, NDArray[np.float32]]:
     """Return the heatmaps of a run by slide."""
     paths = [path for path in sorted((out / "heatmaps").glob("*.tif")) if ".preview" not in path.name]
-    return {path.stem: pyramid.read_heatmap(path)[0] for path in paths}
+    return {path.stem: files.read_heatmap(path)[0] for path in paths}

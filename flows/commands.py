@@ -298,9 +298,9 @@ def subsample(arguments: argparse.Namespace) -> int:
 
 def export_imrmc(arguments: argparse.Namespace) -> int:
     """Write slide scores as iMRMC reads them."""
-    from wsiflow.analysis.reviewers import export
+    from wsiflow.analysis.reviewers import imrmc
 
-    n_cases = export.export_imrmc(arguments.runs, arguments.names, arguments.out)
+    n_cases = imrmc.export_imrmc(arguments.runs, arguments.names, arguments.out)
     say(f"{len(arguments.runs)} modalities, {n_cases} cases: {arguments.out}")
     return 0
 

@@ -17,7 +17,7 @@ from wsiflow.plan import plan
 from wsiflow.plan.plan import Plan
 from wsiflow.run import executor, ledger, shards
 from wsiflow.run.config import RunConfig
-from wsiflow.run.costs import ROUGH, Costs
+from wsiflow.run.costs import COSTS, ROUGH, Costs, costs_of, read_costs
 from wsiflow.run.forecast import simulation
 from wsiflow.run.forecast.simulation import Cluster, Forecast, Sizes, Tasks
 from wsiflow.run.stages import ingest, line, measure
@@ -111,10 +111,10 @@ def _plan(given: argparse.Namespace) -> int:
         counted, costs, origin = _from_table(config, given.tiles, given.tissue), ROUGH, "rough"
     else:
         plan_path = make(config, calibrate=given.calibrate)
-        counted, costs = count(plan_path, config), shards.costs_of(config.out)
-        origin = "measured" if (config.out / measure.COSTS).exists() else "rough"
+        counted, costs = count(plan_path, config), costs_of(config.out)
+        origin = "measured" if (config.out / COSTS).exists() else "rough"
     if given.costs:
-        costs, origin = shards.read_costs(given.costs), f"measured, {given.costs.name}"
+        costs, origin = read_costs(given.costs), f"measured, {given.costs.name}"
     numbers = given.workers or [executor.worker_count(config.executor, cores=allocated_cores()) or 1]
     scheduler = given.scheduler or _scheduler(config)
     if scheduler != _scheduler(config):  # slices as it would be given them

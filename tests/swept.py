@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from wsiflow.evaluation import evaluate
-from wsiflow.evaluation.evaluate import Recorded, RecordedSlide
+from wsiflow.evaluation.matches import Recorded, RecordedSlide
 from wsiflow.run import tracking
 from wsiflow.run.config import evaluation_params
 from wsiflow.run.tracking import TrackingParams

@@ -13,6 +13,7 @@ from PIL import Image
 from flows import cli
 from flows import run as command
 from wsiflow.analysis import runs
+from wsiflow.heatmap import files
 from wsiflow.slides import pyramid
 
 COARSE = [
@@ -185,7 +186,7 @@ def test_a_slide_without_tissue_is_a_valid_negative(slide: Path, tmp_path: Path,
     assert code == 0
     assert statuses(out)["glass"]["status"] == "no tissue"
     assert (out / "detections/glass.csv").read_bytes() == b""
-    assert np.isnan(pyramid.read_heatmap(out / "heatmaps/glass.tif")[0]).all()
+    assert np.isnan(files.read_heatmap(out / "heatmaps/glass.tif")[0]).all()
     assert json.loads((out / "evaluation/summary.json").read_text())["froc.n_slides"] == 2
 
 
@@ -424,7 +425,7 @@ def test_no_score_beyond_the_slide(slide: Path, tmp_path: Path, capsys) -> None:
     out = tmp_path / "run"
     given = manifest(slide, "good,good.tif,,0,")
     assert started(capsys, "dataset=manifest", given, f"out={out}", "tissue=all")[0] == 0
-    heat, _ = pyramid.read_heatmap(out / "heatmaps/good.tif")
+    heat, _ = files.read_heatmap(out / "heatmaps/good.tif")
     on_slide = np.isfinite(heat)
     assert on_slide[:6, :8].all(), "700 x 900 px: centres at 56, 168 .. 616 and .. 840"
     assert on_slide.sum() == 6 * 8

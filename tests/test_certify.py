@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from flows import run as command
+from wsiflow.heatmap import files
 from wsiflow.model import save
 from wsiflow.model.architectures.registry import build
 from wsiflow.model.classifier import load
@@ -50,7 +51,7 @@ def summary(out: Path) -> dict[str, float]:
 
 def heat(out: Path) -> np.ndarray:
     (path,) = (path for path in (out / "heatmaps").glob("*.tif") if "preview" not in path.name)
-    return pyramid.read_heatmap(path)[0]
+    return files.read_heatmap(path)[0]
 
 
 @pytest.fixture(scope="module")

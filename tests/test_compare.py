@@ -21,7 +21,7 @@ from wsiflow.analysis.tradeoff import comparison
 from wsiflow.analysis.tradeoff.comparison import Options
 from wsiflow.analysis.tradeoff.figures import Tradeoff
 from wsiflow.errors import InputError
-from wsiflow.evaluation.evaluate import Recorded
+from wsiflow.evaluation.matches import Recorded
 from wsiflow.run import tracking
 
 QUICK = Options(resamples=200)

@@ -13,8 +13,8 @@ import pytest
 from flows import cli
 from wsiflow.analysis.equivalence.maps import NOT_EQUIVALENT, Comparison, compare, tally_files, verdict
 from wsiflow.errors import InputError
-from wsiflow.evaluation import evaluate
-from wsiflow.slides import pyramid
+from wsiflow.evaluation.matches import read_matches
+from wsiflow.heatmap.files import read_heatmap, write_heatmap
 
 
 def compared(a: Path, b: Path, **more: Any) -> Comparison:
@@ -23,10 +23,10 @@ def compared(a: Path, b: Path, **more: Any) -> Comparison:
 
 def changed(source: Path, out: Path, change: Any = None, **frame: Any) -> Path:
     """Write a heatmap again with other scores, or another frame."""
-    heat, about = pyramid.read_heatmap(source)
+    heat, about = read_heatmap(source)
     if change is not None:
         change(heat)
-    pyramid.write_heatmap(out, heat, um_px=1.0, description=about | {"frame": about["frame"] | frame})
+    write_heatmap(out, heat, um_px=1.0, description=about | {"frame": about["frame"] | frame})
     return out
 
 
@@ -46,7 +46,7 @@ def test_two_runs_against_whole_arrays(two_settings: tuple[Path, Path]) -> None:
     made = compared(*two_settings)
     assert len(made.slides) == 6
     maps = [
-        np.concatenate([pyramid.read_heatmap(path)[0].ravel() for path in sorted(run.glob("heatmaps/*_00?.tif"))])
+        np.concatenate([read_heatmap(path)[0].ravel() for path in sorted(run.glob("heatmaps/*_00?.tif"))])
         for run in two_settings
     ]
     known = np.isfinite(maps[0])
@@ -62,7 +62,7 @@ def test_lesions_of_two_runs(two_settings: tuple[Path, Path]) -> None:
     """Every detection has its counterpart, and every true lesion that one run hits the other hits too."""
     found = compared(*two_settings).pooled().found
     assert found is not None
-    recorded = evaluate.read_matches(two_settings[0] / "evaluation/matches.json").slides
+    recorded = read_matches(two_settings[0] / "evaluation/matches.json").slides
     assert found.true == sum(len(one.best) - one.n_itc for one in recorded) > 0
     assert found.a == found.b > 0
     assert found.same
@@ -128,12 +128,12 @@ def test_cells_of_one_map_only_are_counted(tumour: Path, tmp_path: Path) -> None
 
 def test_maps_that_begin_elsewhere_are_laid_on_one_grid(tumour: Path, tmp_path: Path) -> None:
     """A map cut to the lower right part of the slide meets the same cells."""
-    heat, about = pyramid.read_heatmap(tumour)
+    heat, about = read_heatmap(tumour)
     frame = about["frame"]
     per_tile = frame["tile_px"] // frame["stride_px"]
     part = np.ascontiguousarray(heat[2 * per_tile :, 3 * per_tile :])
     moved = frame | {"t_row0": 2, "t_col0": 3, "t_rows": frame["t_rows"] - 2, "t_cols": frame["t_cols"] - 3}
-    pyramid.write_heatmap(tmp_path / "part.tif", part, um_px=1.0, description=about | {"frame": moved})
+    write_heatmap(tmp_path / "part.tif", part, um_px=1.0, description=about | {"frame": moved})
     for paths in ((tumour, tmp_path / "part.tif"), (tmp_path / "part.tif", tumour)):
         tally = tally_files(*paths, threshold=0.5)
         assert tally.n == np.isfinite(part).sum() > 0
@@ -149,7 +149,7 @@ def test_more_rows_than_a_band(tmp_path: Path) -> None:
     frame = {"convention": "centred", "l0_width_px": 9600, "l0_height_px": 80000, "l0_per_px": 1.0, "um_px": 0.25}
     frame |= {"stride_px": 32, "tile_px": 32, "t_row0": 0, "t_col0": 0}
     for name, heat in (("a", a), ("b", b)):
-        pyramid.write_heatmap(tmp_path / f"{name}.tif", heat, um_px=8.0, description={"frame": frame})
+        write_heatmap(tmp_path / f"{name}.tif", heat, um_px=8.0, description={"frame": frame})
     tally = tally_files(tmp_path / "a.tif", tmp_path / "b.tif", threshold=0.5)
     assert tally.n == a.size
     assert tally.total_abs == pytest.approx(np.abs(b.astype(np.float64) - a).sum())

@@ -20,7 +20,7 @@ from serving import BIN, PrefectServer, end
 from flows import cli, forms
 from flows.run import compose_config, sweep_jobs
 from wsiflow.errors import InputError
-from wsiflow.run.config import InferenceParams
+from wsiflow.model.choice import InferenceParams
 from wsiflow.run.executor import jobs
 from wsiflow.run.store import StoreParams
 

@@ -15,9 +15,12 @@ from hypothesis.extra.numpy import arrays
 from PIL import Image
 
 from wsiflow.errors import InputError
-from wsiflow.evaluation import evaluate, froc, paired, roc
-from wsiflow.evaluation.evaluate import Evidence, Truth
-from wsiflow.run.config import EvaluationParams, evaluation_params
+from wsiflow.evaluation import evaluate, froc, matches, paired, roc
+from wsiflow.evaluation.detections import format_detections, read_detections, read_scores
+from wsiflow.evaluation.evaluate import Evidence
+from wsiflow.evaluation.protocol import EvaluationParams
+from wsiflow.evaluation.truth import Truth, check_truth, read_truth
+from wsiflow.run.config import evaluation_params
 from wsiflow.slides import manifest, pyramid
 
 
@@ -181,7 +184,7 @@ def test_e3_through_files(project, tmp_path, kind, mask_downsample):
 def test_outlines_give_the_mask_of_e3(tmp_path, size):
     """With or without the slide's size, outlines on pixel borders give E3's regions."""
     case = manifest.Case("t", tmp_path, annotation_path=e3_truth("xml", tmp_path))
-    labels = evaluate.read_truth(case, E3_PARAMS, l0_size_px=size).lesions.labels
+    labels = read_truth(case, E3_PARAMS, l0_size_px=size).lesions.labels
     expected = froc.evaluation_mask(painted((100, 160), E3_BOXES, E3_HOLE) > 0, 0.243 * 32).labels
     rows, cols = (min(a, b) for a, b in zip(labels.shape, expected.shape, strict=True))
     assert np.array_equal(labels[:rows, :cols], expected[:rows, :cols])
@@ -304,8 +307,7 @@ def test_own_spacing_decides_what_is_itc(tmp_path):
     path = png(tmp_path / "a.png", painted((60, 60), [(25, 35, 25, 35)]))
     own = protocol(l0_um_px=None, bootstrap=0)
     n = [
-        evaluate.read_truth(manifest.Case("a", tmp_path, mpp=mpp, mask_path=path), own).lesions.n_lesions
-        for mpp in (25.0, 10.0)
+        read_truth(manifest.Case("a", tmp_path, mpp=mpp, mask_path=path), own).lesions.n_lesions for mpp in (25.0, 10.0)
     ]
     assert n == [1, 0]
 
@@ -313,9 +315,9 @@ def test_own_spacing_decides_what_is_itc(tmp_path):
 def test_mask_of_another_scale(tmp_path):
     """A mask of half the slide's size is refused; one padded by less than a tile passes."""
     case = manifest.Case("t", tmp_path, mask_path=e3_truth("tif", tmp_path))
-    assert evaluate.read_truth(case, E3_PARAMS, l0_size_px=(5000, 3100)).lesions.n_lesions == 4
+    assert read_truth(case, E3_PARAMS, l0_size_px=(5000, 3100)).lesions.n_lesions == 4
     with pytest.raises(InputError, match=r"160 x 100 px where the slide is 320 x 200"):
-        evaluate.read_truth(case, E3_PARAMS, l0_size_px=(10240, 6400))
+        read_truth(case, E3_PARAMS, l0_size_px=(10240, 6400))
 
 
 @pytest.mark.parametrize(
@@ -326,14 +328,14 @@ def test_a_small_slides_mask_of_another_scale(tmp_path, side, fits):
     path = png(tmp_path / "a.png", np.zeros((side, side), np.uint8))
     case = manifest.Case("t", tmp_path, mpp=0.25, label=0, mask_path=path)
     with contextlib.nullcontext() if fits else pytest.raises(InputError, match="where the slide is 19 x 19"):
-        evaluate.check_truth(case, protocol(downsample=32), l0_size_px=(600, 600))
+        check_truth(case, protocol(downsample=32), l0_size_px=(600, 600))
 
 
 def test_outline_at_an_impossible_place(tmp_path):
     """A coordinate of another unit does not exhaust the memory."""
     path = xml(tmp_path / "t.xml", [(0, 10**6, 0, 10**6)], E3_HOLE)
     with pytest.raises(InputError, match=r"slide t.*mask px"):
-        evaluate.read_truth(manifest.Case("t", tmp_path, annotation_path=path), E3_PARAMS)
+        read_truth(manifest.Case("t", tmp_path, annotation_path=path), E3_PARAMS)
 
 
 def test_outline_without_area_is_told_in_the_row(tmp_path):
@@ -342,7 +344,7 @@ def test_outline_without_area_is_told_in_the_row(tmp_path):
     point = '<Coordinates><Coordinate X="1" Y="1" /></Coordinates>'
     stray = f'<Annotation Name="stray" PartOfGroup="Tumor">{point}</Annotation>'
     path.write_text(path.read_text().replace("<Annotations>", f"<Annotations>{stray}"))
-    truth = evaluate.read_truth(manifest.Case("t", tmp_path, annotation_path=path), E3_PARAMS)
+    truth = read_truth(manifest.Case("t", tmp_path, annotation_path=path), E3_PARAMS)
     scores = evaluate.evaluate_cases([Evidence("t", 1, truth, np.empty((0, 3)))], E3_PARAMS, seed=0)
     assert scores.cases[0]["note"] == "outlines without area: stray"
 
@@ -365,7 +367,7 @@ def test_damaged_detection_files(tmp_path, text, told):
     path = tmp_path / "slide.csv"
     path.write_text(text)
     with pytest.raises(InputError, match=told) as caught:
-        evaluate.read_detections(path)
+        read_detections(path)
     assert "slide.csv" in str(caught.value)
 
 
@@ -373,13 +375,13 @@ def test_damaged_detection_files(tmp_path, text, told):
 def test_empty_detection_file(tmp_path, text):
     """An empty file is a slide without detections."""
     (tmp_path / "slide.csv").write_text(text, encoding="utf-8")
-    assert evaluate.read_detections(tmp_path / "slide.csv").shape == (0, 3)
+    assert read_detections(tmp_path / "slide.csv").shape == (0, 3)
 
 
 def test_detection_file_of_another_system(tmp_path):
     """A byte order mark, CRLF and fractions of pixels are read."""
     (tmp_path / "slide.csv").write_bytes(b"\xef\xbb\xbf0.5,1,2\r\n1e-3,3.5,4\r\n")
-    assert evaluate.read_detections(tmp_path / "slide.csv").tolist() == [[0.5, 1, 2], [0.001, 3.5, 4]]
+    assert read_detections(tmp_path / "slide.csv").tolist() == [[0.5, 1, 2], [0.001, 3.5, 4]]
 
 
 @pytest.mark.parametrize(
@@ -396,26 +398,26 @@ def test_damaged_score_files(tmp_path, text, told):
     """Header, number and duplicates are checked."""
     (tmp_path / "scores.csv").write_text(text)
     with pytest.raises(InputError, match=told):
-        evaluate.read_scores(tmp_path / "scores.csv")
+        read_scores(tmp_path / "scores.csv")
 
 
 def test_text_of_detections():
     """Whole pixels by floor; falling confidence, then y, then x; digits that give the float32 back."""
     detections = np.array([[0.3, 5.9, 7], [0.5, 9, 9], [0.5, 3, 9], [0.5, 8, 2], [0.3, -0.5, 6.2]])
-    assert evaluate.format_detections(detections) == (
+    assert format_detections(detections) == (
         "0.5,8,2\n0.5,3,9\n0.5,9,9\n0.30000001192092896,-1,6\n0.30000001192092896,5,7\n"
     )
-    assert evaluate.format_detections(np.empty((0, 3))) == ""
+    assert format_detections(np.empty((0, 3))) == ""
 
 
 @given(arrays(np.float64, st.tuples(st.integers(0, 6), st.just(3)), elements=st.floats(0, 1)))
 def test_written_detections_read_back(tmp_path_factory, detections):
     """What is read is exactly float32 and written again gives the same text, in any order of the rows."""
     path = tmp_path_factory.mktemp("d") / "slide.csv"
-    path.write_text(evaluate.format_detections(detections * [1, 1e5, 1e5]))
-    read = evaluate.read_detections(path)
+    path.write_text(format_detections(detections * [1, 1e5, 1e5]))
+    read = read_detections(path)
     assert sorted(read[:, 0].tolist()) == sorted(detections[:, 0].astype(np.float32).astype(float).tolist())
-    assert evaluate.format_detections(read[::-1]) == path.read_text()
+    assert format_detections(read[::-1]) == path.read_text()
 
 
 def test_a_mask_of_0_and_1_needs_a_label(tmp_path):
@@ -423,9 +425,9 @@ def test_a_mask_of_0_and_1_needs_a_label(tmp_path):
     mask = png(tmp_path / "m.png", (painted((100, 160), E3_BOXES) > 0).astype(np.uint8))
     case = manifest.Case("a", tmp_path / "a.tif", mpp=0.243, mask_path=mask)
     with pytest.raises(InputError, match="may mean tumour, or tissue"):
-        evaluate.read_truth(case, E3_PARAMS, mask_downsample=1)
+        read_truth(case, E3_PARAMS, mask_downsample=1)
     labelled = manifest.Case("a", tmp_path / "a.tif", mpp=0.243, mask_path=mask, label=1)
-    assert evaluate.read_truth(labelled, E3_PARAMS, mask_downsample=1).lesions.n_regions > 0
+    assert read_truth(labelled, E3_PARAMS, mask_downsample=1).lesions.n_regions > 0
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, bool])
@@ -436,7 +438,7 @@ def test_every_remedy_for_a_mask_of_0_and_1_works(tmp_path, dtype):
     def n_regions(label, **rule):
         case = manifest.Case("a", tmp_path / "a.tif", mpp=0.243, mask_path=mask, label=label)
         params = protocol(**rule)
-        truth = evaluate.read_truth(case, params, mask_downsample=1)
+        truth = read_truth(case, params, mask_downsample=1)
         return evaluate.judge(Evidence("a", label, truth, np.empty((0, 3))), params).row["n_lesions"]
 
     assert n_regions(0) == 0
@@ -449,9 +451,9 @@ def test_outlines_that_mark_nothing_need_a_label(tmp_path):
     path = xml(tmp_path / "t.xml", [(1 / 64, 1 / 48, 1 / 64, 1 / 48)], E3_HOLE)
     case = manifest.Case("t", tmp_path, annotation_path=path)
     with pytest.raises(InputError, match=r"slide t, .*t\.xml: 1 tumour outlines hold no pixel.*\(label\)"):
-        evaluate.read_truth(case, E3_PARAMS, l0_size_px=(5120, 3200))
+        read_truth(case, E3_PARAMS, l0_size_px=(5120, 3200))
     labelled = manifest.Case("t", tmp_path, annotation_path=path, label=0)
-    assert evaluate.read_truth(labelled, E3_PARAMS, l0_size_px=(5120, 3200)).lesions.n_regions == 0
+    assert read_truth(labelled, E3_PARAMS, l0_size_px=(5120, 3200)).lesions.n_regions == 0
 
 
 def test_all_broken_truths_are_told_at_once(tmp_path, project):
@@ -513,9 +515,9 @@ def test_truth_of_an_excluded_slide_is_not_read(tmp_path):
     """What counts for nothing cannot stop an evaluation: its annotation may be broken."""
     (tmp_path / "t.xml").write_text("no XML")
     case = manifest.Case("TEST_049", tmp_path, annotation_path=tmp_path / "t.xml")
-    assert evaluate.read_truth(case, camelyon16()) is None
+    assert read_truth(case, camelyon16()) is None
     with pytest.raises(InputError):
-        evaluate.read_truth(case, E3_PARAMS)
+        read_truth(case, E3_PARAMS)
 
 
 def test_protocol_hash_is_of_the_rules_alone():
@@ -537,7 +539,7 @@ def test_distances_of_the_protocol_decide_regions(tmp_path):
     path = png(tmp_path / "a.png", painted((60, 90), [(20, 30, 10, 30), (20, 30, 40, 60)]))
     case = manifest.Case("a", tmp_path, mask_path=path, label=1)
     found = [
-        evaluate.read_truth(case, protocol(l0_um_px=10.0, **rule)).lesions
+        read_truth(case, protocol(l0_um_px=10.0, **rule)).lesions
         for rule in ({}, {"join_um": 120.0}, {"itc_um": 400.0})
     ]
     assert [(one.n_regions, one.n_lesions) for one in found] == [(2, 2), (1, 1), (2, 0)]
@@ -548,7 +550,7 @@ def test_matches_give_the_scores_again(project, tmp_path):
     cases, folder = project(E1, e1_masks(tmp_path, A_ITC))
     scores = evaluate.evaluate_folder(cases, folder, E1_PARAMS, seed=0)
     (tmp_path / "matches.json").write_text(evaluate.documents(scores)["matches.json"])
-    read = evaluate.read_matches(tmp_path / "matches.json")
+    read = matches.read_matches(tmp_path / "matches.json")
     assert read == scores.matches
     assert read.protocol["name"] == "test"
     assert [(one.slide_id, one.n_itc, one.itc) for one in read.slides[:2]] == [("Tumor_A", 1, [1]), ("Tumor_B", 0, [])]
@@ -581,7 +583,7 @@ def test_a_truth_is_the_same_however_far_its_mask_reaches(tmp_path):
     """With and without the slide's size known, outlines have one digest: two runs of one slide can be compared."""
     case = manifest.Case("t", tmp_path, label=1, annotation_path=e3_truth("xml", tmp_path))
     found = [
-        truths(Evidence("t", 1, evaluate.read_truth(case, E3_PARAMS, l0_size_px=size), np.empty((0, 3))))
+        truths(Evidence("t", 1, read_truth(case, E3_PARAMS, l0_size_px=size), np.empty((0, 3))))
         for size in (None, (5120, 3200), (6400, 6400))
     ]
     assert found[0] == found[1] == found[2]
@@ -622,14 +624,14 @@ def test_spoiled_matches_are_named(tmp_path, change, told):
     path = tmp_path / "matches.json"
     path.write_text(spoiled(change))
     with pytest.raises(InputError, match=told) as error:
-        evaluate.read_matches(path)
+        matches.read_matches(path)
     assert str(path) in str(error.value)
 
 
 def test_matches_that_are_no_file_or_no_json(tmp_path):
     """A missing file and another format end in one line each."""
     with pytest.raises(InputError, match=r"it cannot be read .No such file or directory.; give the matches.json"):
-        evaluate.read_matches(tmp_path / "none.json")
+        matches.read_matches(tmp_path / "none.json")
     (tmp_path / "cut.json").write_text('{"protocol": ')
     with pytest.raises(InputError, match=r"cut.json.*the file: Invalid JSON"):
-        evaluate.read_matches(tmp_path / "cut.json")
+        matches.read_matches(tmp_path / "cut.json")

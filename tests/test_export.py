@@ -15,13 +15,14 @@ from PIL import Image
 from scipy import ndimage
 
 from wsiflow.heatmap import overlay
+from wsiflow.plan import outline
 
 masks = hnp.arrays(np.bool_, hnp.array_shapes(min_dims=2, max_dims=2, min_side=1, max_side=9))
 
 
 def features(mask: NDArray[np.bool_], downsample: float = 1, offset: tuple[float, float] = (0, 0)) -> list[Any]:
     """Return the features of a mask's GeoJSON."""
-    found: list[Any] = json.loads(overlay.tissue_geojson(mask, downsample=downsample, offset=offset))["features"]
+    found: list[Any] = json.loads(outline.tissue_geojson(mask, downsample=downsample, offset=offset))["features"]
     return found
 
 
@@ -88,7 +89,7 @@ def test_geojson_of_a_ring_of_tissue() -> None:
 def test_geojson_is_deterministic_with_ids_of_their_own() -> None:
     """The same mask gives the same text, and pieces have different ids."""
     mask = np.eye(3, dtype=bool)
-    assert overlay.tissue_geojson(mask, downsample=2.5, offset=(0, 0)) == overlay.tissue_geojson(
+    assert outline.tissue_geojson(mask, downsample=2.5, offset=(0, 0)) == outline.tissue_geojson(
         mask, downsample=2.5, offset=(0, 0)
     )
     assert len({feature["id"] for feature in features(mask)}) == 3
@@ -102,7 +103,7 @@ def test_no_tissue_is_an_empty_collection() -> None:
 @given(masks)
 def test_tissue_png_is_the_mask(mask: NDArray[np.bool_]) -> None:
     """Read back, 255 is tissue and 0 is not."""
-    assert np.array_equal(picture(overlay.tissue_png(mask)), mask * np.uint8(255))
+    assert np.array_equal(picture(outline.tissue_png(mask)), mask * np.uint8(255))
 
 
 def test_cells_larger_than_pixels_fill_their_square() -> None:
@@ -189,6 +190,6 @@ def test_overlay_bytes_are_deterministic_and_detections_are_ringed() -> None:
 
 def test_thumbnail_is_small_and_keeps_its_shape() -> None:
     """The longer side is cut to the size asked for."""
-    small = overlay.thumbnail(overlay.tissue_png(np.ones((300, 600), dtype=bool)), side_px=100)
+    small = overlay.thumbnail(outline.tissue_png(np.ones((300, 600), dtype=bool)), side_px=100)
     with Image.open(io.BytesIO(small)) as opened:
         assert (opened.format, opened.size) == ("JPEG", (100, 50))

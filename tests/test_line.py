@@ -18,6 +18,7 @@ import pytest
 from PIL import Image
 
 from flows import run as command
+from wsiflow.heatmap.files import read_heatmap
 from wsiflow.model.card import ModelSpec
 from wsiflow.plan import plan
 from wsiflow.run import executor, shards, store, trace
@@ -76,7 +77,7 @@ def test_every_slide_ends_with_heatmap_and_detections(finished: Path) -> None:
     assert len(listed) == 6
     assert {row["status"] for row in listed} == {"done"}
     for row in listed:
-        heat, about = pyramid.read_heatmap(finished / f"heatmaps/{row['slide_id']}.tif")
+        heat, about = read_heatmap(finished / f"heatmaps/{row['slide_id']}.tif")
         assert 0.8 * 4 * int(row["n_tiles"]) < np.isfinite(heat).sum() <= 4 * int(row["n_tiles"])
         assert np.isnan(heat[2048 // 112 + 1 :]).all(), "no score beyond the slide"
         assert about["frame"]["stride_px"] == 112
@@ -134,8 +135,8 @@ def test_windows_strips_and_patches_give_the_same_scores(
     """The demo network does not pad: its map is the same, to rounding, however the tissue is cut and computed."""
     assert wsiflow(*over(small_slides, tmp_path / "run", *how)) == 0
     for path in sorted((finished / "heatmaps").glob("*_00?.tif")):
-        expected, _ = pyramid.read_heatmap(path)
-        found, _ = pyramid.read_heatmap(tmp_path / "run/heatmaps" / path.name)
+        expected, _ = read_heatmap(path)
+        found, _ = read_heatmap(tmp_path / "run/heatmaps" / path.name)
         np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
@@ -144,8 +145,8 @@ def test_another_split_into_groups_gives_the_same_bits(small_slides: Path, finis
     assert wsiflow(*over(small_slides, tmp_path / "run", "tiles.group_tiles=9")) == 0
     assert len(list((tmp_path / "run/predictions").rglob("*.h5"))) > len(list((finished / "predictions").rglob("*.h5")))
     for path in sorted((finished / "heatmaps").glob("*_00?.tif")):
-        found, _ = pyramid.read_heatmap(tmp_path / "run/heatmaps" / path.name)
-        assert np.array_equal(found, pyramid.read_heatmap(path)[0], equal_nan=True)
+        found, _ = read_heatmap(tmp_path / "run/heatmaps" / path.name)
+        assert np.array_equal(found, read_heatmap(path)[0], equal_nan=True)
 
 
 @pytest.mark.parametrize("seed", range(int(os.environ.get("WSIFLOW_KILLS", "2"))))
@@ -191,7 +192,7 @@ def test_a_process_that_outlives_a_run_follows_the_next_one(tiny_slides: Path, t
     for stride, threshold in ((112, 0.05), (56, 0.95)):
         settings = [f"inference.stride={stride}", f"lesions.threshold={threshold}"]
         assert wsiflow(*over(tiny_slides, out, *settings)) == 0
-        _, about = pyramid.read_heatmap(out / "heatmaps/a.tif")
+        _, about = read_heatmap(out / "heatmaps/a.tif")
         planned = plan.latest(out).settings
         assert (about["frame"]["stride_px"], planned["lesions"]["threshold"]) == (stride, threshold)
         found[threshold] = (out / "detections/a.csv").read_text()
@@ -305,7 +306,7 @@ def test_reference_geometry_equals_a_loop_over_openslide_reads(
     out = tmp_path / "run"
     reference = ["geometry=reference", "tiles=patch", "inference.stride=16", f"inference.engine={engine}"]
     assert wsiflow("dataset=single", f"dataset.path={path}", f"out={out}", *COARSE, *reference) == 0
-    heat, about = pyramid.read_heatmap(out / "heatmaps/s.tif")
+    heat, about = read_heatmap(out / "heatmaps/s.tif")
     assert (about["frame"]["t_col0"], about["frame"]["t_row0"]) == first
     assert np.isfinite(expected[:, -14:]).any(), "the last column of tiles, which is shifted, has scores"
     np.testing.assert_allclose(heat, expected, atol=1e-5)

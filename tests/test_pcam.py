@@ -12,10 +12,10 @@ from torch import nn
 
 from flows import run as command
 from wsiflow.evaluation import roc
+from wsiflow.heatmap import files
 from wsiflow.model import ModelSpec, load, read_card
 from wsiflow.model.architectures.compact import CompactValid
 from wsiflow.model.classifier import Classifier, predict
-from wsiflow.slides import pyramid
 
 ROOT = Path(__file__).parents[1]
 SPEC = ModelSpec(card=Path("pkg:pcam.json"), trust_torchscript=False, sha256="", positive_class="")
@@ -146,7 +146,7 @@ def test_a_real_slide_has_a_heatmap(
     given = ["dataset=single", f"dataset.path={shared_data / REAL_SLIDE}", "model=pcam", *COARSE, f"out={out}", *more]
     assert command.main(["run", *given]) == 0
     assert ("the model was trained at 0.97" in "".join(capsys.readouterr())) is warned
-    heat, about = pyramid.read_heatmap(out / "heatmaps/CMU-1-Small-Region.tif")
+    heat, about = files.read_heatmap(out / "heatmaps/CMU-1-Small-Region.tif")
     assert about["frame"]["um_px"] == pytest.approx(um_px, rel=0.01)
     assert about["frame"]["window_px"] == 96
     assert np.isfinite(heat).any()

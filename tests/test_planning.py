@@ -10,6 +10,7 @@ import pytest
 from flows import run as command
 from flows.__main__ import main
 from wsiflow.run import executor, shards
+from wsiflow.run.costs import COSTS, costs_of
 from wsiflow.run.stages import ingest, measure
 from wsiflow.system import publish
 
@@ -37,11 +38,11 @@ def calibrated(small_slides: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 def test_costs_are_measured_for_every_stage_of_the_run(calibrated: Path) -> None:
     """Starting, loading and each stage take some time, prediction more for more tiles; the run uses these costs."""
-    costs = shards.costs_of(calibrated)
+    costs = costs_of(calibrated)
     assert 0.05 < costs.start_s < 600
     assert 0 < costs.load_s < 600
     assert 0 <= costs.spread < 3
-    written = json.loads((calibrated / measure.COSTS).read_text())["stages"]
+    written = json.loads((calibrated / COSTS).read_text())["stages"]
     assert set(written) == {
         "ingest",
         "extract",
@@ -96,8 +97,8 @@ def test_a_plan_foretells_what_the_run_does(small_slides: Path, tmp_path: Path, 
 def test_costs_measured_elsewhere_are_used(calibrated: Path, tmp_path: Path) -> None:
     """The file of a calibration is what another plan is foretold with."""
     (tmp_path / "t.csv").write_text("slide,n_tiles_224\na,100000\n")
-    report, costs = tmp_path / "report.json", shards.costs_of(calibrated)
-    arguments = ["--tiles", str(tmp_path / "t.csv"), "--costs", str(calibrated / measure.COSTS), "--json", str(report)]
+    report, costs = tmp_path / "report.json", costs_of(calibrated)
+    arguments = ["--tiles", str(tmp_path / "t.csv"), "--costs", str(calibrated / COSTS), "--json", str(report)]
     assert main(["plan", *arguments, "store=none"]) == 0
     told = json.loads(report.read_text())
     expected = 250 * costs.stages["predict"].fixed_s + 100_000 * costs.stages["predict"].unit_s

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from wsiflow.errors import InputError
+from wsiflow.heatmap import files
 from wsiflow.slides import pyramid
 
 
@@ -32,8 +33,8 @@ def gradient(rows: int, cols: int) -> np.ndarray:
 def test_heatmap_comes_back_bit_for_bit(tmp_path: Path) -> None:
     """Values, NaN and description survive the file."""
     heat, about = heatmap(300, 517), {"stride_px": 16, "origin": [8.0, 8.0], "slide_id": "é"}
-    pyramid.write_heatmap(tmp_path / "a.tif", heat, um_px=3.888, description=about)
-    back, found = pyramid.read_heatmap(tmp_path / "a.tif")
+    files.write_heatmap(tmp_path / "a.tif", heat, um_px=3.888, description=about)
+    back, found = files.read_heatmap(tmp_path / "a.tif")
     np.testing.assert_array_equal(back, heat)
     assert found == about
 
@@ -41,7 +42,7 @@ def test_heatmap_comes_back_bit_for_bit(tmp_path: Path) -> None:
 def test_heatmap_levels_are_reduced_pages_of_largest_values(tmp_path: Path) -> None:
     """Level 1 is a tiled page marked as reduced, and keeps the peak of every 2 x 2 cell that has tissue."""
     heat = heatmap(301, 518)
-    pyramid.write_heatmap(tmp_path / "a.tif", heat, um_px=3.888, description={})
+    files.write_heatmap(tmp_path / "a.tif", heat, um_px=3.888, description={})
     with tifffile.TiffFile(tmp_path / "a.tif") as tiff:
         assert [page.shape for page in tiff.pages] == [(301, 518), (151, 259), (76, 130)]
         pages = [page.aspage() for page in tiff.pages]
@@ -56,7 +57,7 @@ def test_heatmap_levels_are_reduced_pages_of_largest_values(tmp_path: Path) -> N
 
 def test_heatmap_opens_in_openslide_with_levels_and_spacing(tmp_path: Path) -> None:
     """OpenSlide recognises the float32 file although it cannot render it."""
-    pyramid.write_heatmap(tmp_path / "a.tif", heatmap(300, 600), um_px=3.888, description={})
+    files.write_heatmap(tmp_path / "a.tif", heatmap(300, 600), um_px=3.888, description={})
     with openslide.OpenSlide(tmp_path / "a.tif") as slide:
         assert slide.level_dimensions == ((600, 300), (300, 150), (150, 75))
         assert float(slide.properties["tiff.XResolution"]) == pytest.approx(10_000 / 3.888)
@@ -65,7 +66,7 @@ def test_heatmap_opens_in_openslide_with_levels_and_spacing(tmp_path: Path) -> N
 def test_preview_is_rendered_by_openslide(tmp_path: Path) -> None:
     """Every pixel OpenSlide returns is the probability on the scale the file describes, and 0 where not tissue."""
     heat = heatmap(300, 600)
-    pyramid.write_preview(tmp_path / "a.tif", heat, um_px=3.888)
+    files.write_preview(tmp_path / "a.tif", heat, um_px=3.888)
     with openslide.OpenSlide(tmp_path / "a.tif") as slide:
         assert slide.level_count == 3
         seen = np.asarray(slide.read_region((0, 0), 0, slide.dimensions))[..., 0].astype(np.float64)
@@ -79,9 +80,9 @@ def test_same_arguments_same_bytes(tmp_path: Path, kind: str) -> None:
     heat = heatmap(280, 300)
     for name in ("a.tif", "b.tif"):
         if kind == "heatmap":
-            pyramid.write_heatmap(tmp_path / name, heat, um_px=1, description={"b": 1, "a": 2})
+            files.write_heatmap(tmp_path / name, heat, um_px=1, description={"b": 1, "a": 2})
         elif kind == "preview":
-            pyramid.write_preview(tmp_path / name, heat, um_px=1)
+            files.write_preview(tmp_path / name, heat, um_px=1)
         elif kind == "mask":
             pyramid.write_mask(tmp_path / name, heat > 0.5, um_px=1)
         else:
@@ -96,14 +97,14 @@ def test_other_tiff_is_no_heatmap(tmp_path: Path, text: str) -> None:
     """A TIFF that wsiflow did not write is refused with the reason."""
     tifffile.imwrite(tmp_path / "a.tif", np.zeros((4, 4), np.float32), description=text, metadata=None)
     with pytest.raises(InputError, match="not a readable heatmap"):
-        pyramid.read_heatmap(tmp_path / "a.tif")
+        files.read_heatmap(tmp_path / "a.tif")
 
 
 def test_eight_bit_heatmap_is_refused(tmp_path: Path) -> None:
     """A preview is not taken for the data."""
-    pyramid.write_preview(tmp_path / "a.tif", heatmap(10, 10), um_px=1)
+    files.write_preview(tmp_path / "a.tif", heatmap(10, 10), um_px=1)
     with pytest.raises(InputError, match="uint8"):
-        pyramid.read_heatmap(tmp_path / "a.tif")
+        files.read_heatmap(tmp_path / "a.tif")
 
 
 def test_slide_opens_in_openslide_with_all_levels_and_spacing(tmp_path: Path) -> None:
@@ -236,7 +237,7 @@ def test_sixteen_bit_mask_is_refused(tmp_path: Path) -> None:
 
 def test_preview_says_its_scale(tmp_path: Path) -> None:
     """The meaning of the grey values is in the file."""
-    pyramid.write_preview(tmp_path / "a.tif", heatmap(10, 10), um_px=1)
+    files.write_preview(tmp_path / "a.tif", heatmap(10, 10), um_px=1)
     with tifffile.TiffFile(tmp_path / "a.tif") as tiff:
         assert json.loads(tiff.pages.first.description)["0"] == "not tissue"
 
@@ -250,10 +251,10 @@ def test_any_rows_of_a_heatmap_are_read_alone(
     path = tmp_path_factory.mktemp("rows") / "h.tif"
     heat = np.random.default_rng(0).random((rows, cols), dtype=np.float32)
     heat[heat < 0.2] = np.nan
-    pyramid.write_heatmap(path, heat, um_px=1.0, description={"frame": {}})
+    files.write_heatmap(path, heat, um_px=1.0, description={"frame": {}})
     first = data.draw(st.integers(0, rows - 1))
     end = data.draw(st.integers(first + 1, rows))
-    with pyramid.open_heatmap(path) as opened:
+    with files.open_heatmap(path) as opened:
         assert opened.shape == (rows, cols)
         assert opened.description == {"frame": {}}
         assert np.array_equal(opened.rows(first, end), heat[first:end], equal_nan=True)
@@ -264,5 +265,5 @@ def test_what_is_no_heatmap_is_not_opened(tmp_path: Path) -> None:
     pyramid.write_mask(tmp_path / "m.tif", np.ones((300, 300), bool), um_px=1.0)
     (tmp_path / "t.tif").write_text("no image")
     for name, cause in (("m.tif", "expected float32"), ("t.tif", "not a readable heatmap")):
-        with pytest.raises(InputError, match=cause), pyramid.open_heatmap(tmp_path / name):
+        with pytest.raises(InputError, match=cause), files.open_heatmap(tmp_path / name):
             pass

@@ -8,7 +8,7 @@ import pytest
 from test_bad_input import COARSE
 
 from flows import run as command
-from wsiflow.slides import pyramid
+from wsiflow.heatmap import files
 
 
 def started(*arguments: str) -> int:
@@ -39,7 +39,7 @@ def test_a_folder_of_real_slides(shared_data: Path, tmp_path: Path) -> None:
     assert "0.00499" in found["CMU-1-Small-Region.generic.jpeg"][1]
     assert "28.9685 um/px" in found["multi_frame_jpeg2000_camelyon_challenge_image"][1]
     assert "not a slide" in found["broken"][1]
-    heat, _ = pyramid.read_heatmap(out / "heatmaps/CMU-1-Small-Region.tif")
+    heat, _ = files.read_heatmap(out / "heatmaps/CMU-1-Small-Region.tif")
     assert np.isfinite(heat).sum() > 1000
     assert not (out / "evaluation").exists(), "nothing is scored while slides are missing"
 
@@ -59,7 +59,7 @@ def test_single_real_slides(shared_data: Path, tmp_path: Path, name: str, more: 
     assert started("dataset=single", f"dataset.path={shared_data / 'wsi/good' / name}", f"out={out}", *more) == 0
     slide_id = name.rsplit(".", 1)[0]
     assert listed(out)[slide_id] == ("done", "")
-    heat, about = pyramid.read_heatmap(out / f"heatmaps/{slide_id}.tif")
+    heat, about = files.read_heatmap(out / f"heatmaps/{slide_id}.tif")
     assert heat.shape == (about["frame"]["t_rows"] * 2, about["frame"]["t_cols"] * 2)
     assert np.isfinite(heat).any()
 

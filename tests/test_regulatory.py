@@ -17,13 +17,15 @@ from flows import cli
 from flows.run import compose_config, main
 from wsiflow.analysis import scored
 from wsiflow.analysis.reviewers import calibration, subgroups
-from wsiflow.analysis.reviewers.export import _repeat_yaml, export_imrmc
+from wsiflow.analysis.reviewers.export import _repeat_yaml
+from wsiflow.analysis.reviewers.imrmc import export_imrmc
 from wsiflow.errors import InputError, IntegrityError
-from wsiflow.evaluation import evaluate, roc
+from wsiflow.evaluation import roc
+from wsiflow.evaluation.matches import read_matches
+from wsiflow.heatmap import files
 from wsiflow.plan import geometry
 from wsiflow.plan.geometry import Frame
 from wsiflow.run.config import RunConfig
-from wsiflow.slides import pyramid
 
 
 def rows(path: Path) -> list[dict[str, str]]:
@@ -99,7 +101,7 @@ def test_imrmc_of_two_runs(two_settings: tuple[Path, Path], tmp_path: Path) -> N
         scores = [found["wsiflow", case, run.name] for case in truth]
         summary = json.loads((run / "evaluation/summary.json").read_text())
         assert roc.auc(scores, list(truth.values())) == summary["roc.auc"]
-        recorded = evaluate.read_matches(run / "evaluation/matches.json").slides
+        recorded = read_matches(run / "evaluation/matches.json").slides
         assert scores == [one.score for one in recorded]
 
 
@@ -223,7 +225,7 @@ def test_cells_are_compared_with_the_outlines_as_drawn(finished: Path, exported:
     run = scored.read(finished)
     total, positives, squares = 0, 0, 0.0
     for planned, case in zip(run.made.slides, run.cases, strict=True):
-        heat, _ = pyramid.read_heatmap(finished / f"heatmaps/{planned.slide_id}.tif")
+        heat, _ = files.read_heatmap(finished / f"heatmaps/{planned.slide_id}.tif")
         mask = calibration._tumour(case, planned, 32)
         assert mask.any() == (case.label == 1)
         for row, col in np.argwhere(np.isfinite(heat)).tolist():
@@ -242,7 +244,7 @@ def test_cells_beyond_the_mask_are_no_tumour(tmp_path: Path) -> None:
     frame = Frame("centred", 320, 320, 1.0, 1.0, 32, 32, 32, 0, 1, 1, 0, 0, 10, 10)
     heat = np.full((10, 10), 0.5, np.float32)
     heat[0] = np.nan
-    pyramid.write_heatmap(tmp_path / "h.tif", heat, um_px=32.0, description={"frame": frame._asdict()})
+    files.write_heatmap(tmp_path / "h.tif", heat, um_px=32.0, description={"frame": frame._asdict()})
     (found,) = calibration.cell_bins(tmp_path / "h.tif", frame, np.ones((4, 3), bool), 32)
     assert (found.total, found.positives.sum()) == (90, 3 * 3)
 

@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from wsiflow.evaluation import froc
-from wsiflow.heatmap import overlay
+from wsiflow.plan import outline
 from wsiflow.run.results import cost, report
 
 CURVE = {"fp_per_slide": [3.0, 1.0, 0.0, 0.0], "sensitivity": [0.8, 0.6, 0.4, 0.0]}
 NO_CURVE: dict[str, list[float]] = {"fp_per_slide": [], "sensitivity": []}
-PICTURE = overlay.tissue_png(np.ones((30, 20), dtype=bool))
+PICTURE = outline.tissue_png(np.ones((30, 20), dtype=bool))
 _FOLDER = tempfile.TemporaryDirectory()
 _OVERLAY = Path(_FOLDER.name) / "s1.png"
 _OVERLAY.write_bytes(PICTURE)

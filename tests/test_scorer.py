@@ -17,7 +17,7 @@ from wsiflow.model.dense.network import densify
 from wsiflow.plan import geometry
 from wsiflow.plan.blocks import Block
 from wsiflow.plan.geometry import Frame
-from wsiflow.run.results.cost import untimed
+from wsiflow.system.usage import untimed
 
 RNG = np.random.default_rng(7)
 BLOCK = Block(3, 2, 3, 2, (0, 1, 4, 5))

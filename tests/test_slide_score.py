@@ -11,9 +11,10 @@ import pytest
 
 from flows.__main__ import main
 from wsiflow.errors import InputError
-from wsiflow.evaluation import evaluate, forest, roc, slide_score
+from wsiflow.evaluation import detections, forest, roc, slide_score
 from wsiflow.evaluation.forest import Choices
 from wsiflow.evaluation.slide_score import Row, sample_of
+from wsiflow.heatmap import files
 from wsiflow.heatmap.features import LEVELS, NAMES, describe
 from wsiflow.plan import plan
 from wsiflow.slides import manifest, pyramid
@@ -55,7 +56,7 @@ def test_the_table_has_the_features_of_the_heatmaps(trained: Path, finished: Pat
         rows = list(csv.DictReader(stream))
     assert len(rows) == 6 * len(LEVELS)
     planned = next(slide for slide in plan.latest(finished).slides if slide.slide_id == "tumor_001")
-    heat, _ = pyramid.read_heatmap(finished / "heatmaps/tumor_001.tif")
+    heat, _ = files.read_heatmap(finished / "heatmaps/tumor_001.tif")
     mask = pyramid.read_level(finished / "tissue/tumor_001.png", 1) > 0
     tissue_px = mask.sum() * planned.overview_downsample**2
     (row,) = [row for row in rows if (row["slide_id"], row["threshold"]) == ("tumor_001", "0.7")]
@@ -71,7 +72,7 @@ def test_scores_go_into_evaluate(trained: Path, finished: Path, small_slides: Pa
     scores, out = trained / "scores.csv", trained / "evaluated"
     options = ["--forest", str(trained / "other_forest.json"), "--out", str(scores)]
     assert main(["forest", "score", str(finished), *options]) == 0
-    found = evaluate.read_scores(scores)
+    found = detections.read_scores(scores)
     made = forest.load(trained / "other_forest.json")
     table = {(row.slide_id, row.threshold): row for row in slide_score.read_features(trained / "features.csv")}
     rows = np.array([table[slide_id, made.card.settings.threshold].values for slide_id in found])
@@ -101,7 +102,7 @@ def test_slides_of_the_training_are_not_scored_unasked(trained: Path, finished: 
     assert "was trained on 6 of these slides: normal_001" in fails("forest", "score", finished, *options)
     assert not (trained / "own.csv").exists()
     assert main(["forest", "score", str(finished), *options, "--also-training"]) == 0
-    assert len(evaluate.read_scores(trained / "own.csv")) == 6
+    assert len(detections.read_scores(trained / "own.csv")) == 6
 
 
 def test_maps_of_another_stride_are_not_scored(trained: Path, finished: Path, fails: Call) -> None:

@@ -10,10 +10,9 @@ import pytest
 from test_line import over
 
 from flows import cli, line, run
-from wsiflow.heatmap import assembly
+from wsiflow.heatmap import assembly, files
 from wsiflow.model.choice import Choice, alike
 from wsiflow.plan import plan
-from wsiflow.slides import pyramid
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +45,7 @@ def test_a_coarse_map_need_not_be_computed(
     assert alike(*(Choice(**made.work["choice"]) for made in plans.values())) == ""
     seen = 0
     for one, other in zip(plans[fine].slides, plans[coarse].slides, strict=True):
-        maps = [pyramid.read_heatmap(out / f"heatmaps/{one.slide_id}.tif")[0] for out in runs.values()]
+        maps = [files.read_heatmap(out / f"heatmaps/{one.slide_id}.tif")[0] for out in runs.values()]
         taken = assembly.subsample(maps[0], one.frame, other.frame)
         np.testing.assert_allclose(taken, maps[1], rtol=0, atol=atol)
         seen += int(np.isfinite(taken).sum())

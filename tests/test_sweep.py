@@ -15,7 +15,7 @@ from test_line import over
 from flows import run as command
 from flows import sweep as sweeps
 from wsiflow.errors import InputError
-from wsiflow.evaluation import evaluate
+from wsiflow.evaluation import matches
 
 WSIFLOW = Path(sys.executable).parent / "wsiflow"
 QUICK = ["dataset.limit=1", "tracking=mlflow", "name=together", "evaluation.bootstrap=0"]
@@ -65,7 +65,7 @@ def test_a_sweep_of_two_good_jobs_and_a_bad_one(small_slides: Path, tmp_path: Pa
     assert {run.data.params["inference.stride"] for run in children} == {"112", "224"}
     assert len({run.data.tags["mlflow.parentRunId"] for run in children}) == 1
     assert all("throughput.tiles_per_s" in run.data.metrics for run in children)
-    matched = evaluate.read_matches(tmp_path / "sweep/inference.stride=112/evaluation/matches.json")
+    matched = matches.read_matches(tmp_path / "sweep/inference.stride=112/evaluation/matches.json")
     for run in children:
         assert run.data.tags["wsiflow.protocol_hash"] == matched.protocol_hash
         assert run.data.tags["wsiflow.truth_hash"] == matched.truth_hash()

@@ -1,6 +1,7 @@
 """Labelled patches to train on and to test with: real, drawn and empty ones, and the batches made of them.
 
-Input: `wsiflow.slides.synthetic.tissue` for as many drawn patches as asked, and two folders of real ones (see README.md).
+Input: `wsiflow.slides.synthetic.tissue` for as many drawn patches as asked, and two folders of real ones (see
+README.md).
 Output: RGB squares of 256 px with labels, or normalised batches of 224 px windows.
 
 Real patches are held out by slide where their names tell the slide, else by a hash of the name: see

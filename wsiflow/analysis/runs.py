@@ -16,7 +16,7 @@ import yaml
 
 from wsiflow import redaction
 from wsiflow.errors import InputError
-from wsiflow.evaluation import evaluate
+from wsiflow.evaluation.matches import Recorded, read_matches
 from wsiflow.plan import plan
 from wsiflow.run import tracking
 from wsiflow.run.results import finish
@@ -46,7 +46,7 @@ class Run(NamedTuple):
     params: Mapping[str, str]
     core_hours: float
     processor: str
-    matches: evaluate.Recorded
+    matches: Recorded
 
 
 class Found(NamedTuple):
@@ -127,7 +127,7 @@ def _from_folder(root: Path) -> Run:
         params=params,
         core_hours=_number(metrics.get("throughput.core_hours")),
         processor="; ".join(sorted(_processors(root))),
-        matches=evaluate.read_matches(folder / "matches.json"),
+        matches=read_matches(folder / "matches.json"),
     )
 
 
@@ -170,7 +170,7 @@ def _from_record(params: TrackingParams, one: tracking.Recorded, passing: Path) 
         params={**one.params, **{key: one.tags[key] for key in ("digest.dataset", "digest.model") if key in one.tags}},
         core_hours=_number(one.metrics.get("throughput.core_hours")),
         processor=one.tags.get("cpu.model", ""),
-        matches=evaluate.read_matches(tracking.download(params, one.run_id, "matches.json", folder)),
+        matches=read_matches(tracking.download(params, one.run_id, "matches.json", folder)),
     )
 
 

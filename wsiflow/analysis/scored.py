@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from wsiflow.errors import InputError, IntegrityError
-from wsiflow.evaluation import evaluate
-from wsiflow.evaluation.evaluate import Recorded, RecordedSlide
+from wsiflow.evaluation import matches
+from wsiflow.evaluation.matches import Recorded, RecordedSlide
 from wsiflow.plan import plan
 from wsiflow.plan.plan import Plan
 from wsiflow.run.config import RunConfig
@@ -123,7 +123,7 @@ def read(root: Path) -> Scored:
         cause = "slides are missing and nothing was scored" if partial else "it was not scored by this version"
         remedy = f"run again{' with allow_partial=true' if partial else ''}, then export"
         raise InputError(cause, remedy, path=folder / "matches.json")
-    recorded = evaluate.read_matches(folder / "matches.json")
+    recorded = matches.read_matches(folder / "matches.json")
     scored = Scored(root, folder, config, cases, plan.latest(root), ended, recorded)
     _check_scores(scored)
     return scored

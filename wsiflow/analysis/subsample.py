@@ -15,13 +15,13 @@ from wsiflow.analysis import scored
 from wsiflow.analysis.scored import Scored
 from wsiflow.errors import InputError
 from wsiflow.evaluation import evaluate
-from wsiflow.heatmap import assembly, lesions
+from wsiflow.evaluation.detections import format_detections, read_detections
+from wsiflow.heatmap import assembly, files, lesions
 from wsiflow.model.choice import Choice, alike
 from wsiflow.plan import geometry
 from wsiflow.plan.geometry import Frame
 from wsiflow.plan.plan import SlidePlan
 from wsiflow.run.results import finish
-from wsiflow.slides import pyramid
 from wsiflow.system import publish
 
 
@@ -56,9 +56,9 @@ def _write(run: Scored, stride: int, out: Path) -> Path:
     def evidence() -> Iterator[evaluate.Evidence]:
         for planned in run.made.slides:
             coarse, detections = _detected(run, planned, stride)
-            text = evaluate.format_detections(detections)
+            text = format_detections(detections)
             publish.write_view(out, f"detections/{planned.slide_id}.csv", text.encode())
-            found = evaluate.read_detections(out / f"detections/{planned.slide_id}.csv")
+            found = read_detections(out / f"detections/{planned.slide_id}.csv")
             score = assembly.slide_score(coarse)
             yield finish.evidence(planned, cases[planned.slide_id], run.config, found, score)
 
@@ -95,7 +95,7 @@ def _at(frame: Frame, stride: int) -> Frame:
 
 def _detected(run: Scored, planned: SlidePlan, stride: int) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
     """Return a slide's map at a stride, and its detections: float64 (n, 3), prob, x, y in level-0 px."""
-    fine, _ = pyramid.read_heatmap(run.root / f"heatmaps/{planned.slide_id}.tif")
+    fine, _ = files.read_heatmap(run.root / f"heatmaps/{planned.slide_id}.tif")
     frame = _at(planned.frame, stride)
     coarse = assembly.subsample(fine, planned.frame, frame)
     found = lesions.detect(coarse, run.config.lesions, cell_um=frame.um_px * stride)

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from wsiflow.errors import InputError
 from wsiflow.evaluation import forest
 from wsiflow.evaluation.forest import Choices, Forest, Sample
-from wsiflow.heatmap import features
+from wsiflow.heatmap import features, files
 from wsiflow.plan import plan
 from wsiflow.plan.plan import SlidePlan
 from wsiflow.slides import pyramid
@@ -80,7 +80,7 @@ def slide_rows(run: Path, planned: SlidePlan, thresholds: Sequence[float], *, re
             cause = f"{name} is not published"
             raise InputError(cause, "finish the run: wsiflow retry", slide=planned.slide_id, path=run)
         publish.check(run, receipt)
-    heat, _ = pyramid.read_heatmap(run / names[0])
+    heat, _ = files.read_heatmap(run / names[0])
     tissue_l0_px2 = np.count_nonzero(pyramid.read_level(run / names[1], 1)) * planned.overview_downsample**2
     frame = planned.frame
     cell_l0_px = frame.stride_px * frame.l0_per_px

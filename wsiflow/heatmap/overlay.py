@@ -7,61 +7,20 @@ Conventions: points are x, y and arrays rows, columns; ``m_`` is a mask pixel, `
 """
 
 import io
-import json
-import uuid
-from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
-from typing import Any
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-Ring = NDArray[np.float64]
-Vertex = tuple[int, int]
+from wsiflow.plan.outline import encoded_png
 
 #: Colour map of the scores: perceptually uniform, and its bright end is a colour that stained tissue does not have.
 COLOUR_MAP = "viridis"
 
-_TISSUE_RGB = (46, 134, 171)
 # Opacity at score 0 and at score 1: what is not suspicious stays readable as tissue.
 _OPACITY = (0.30, 0.85)
 _LEGEND_PX = 26
-# Headings along pixel borders: right, down, left, up. The step each takes from corner to corner (rows, columns), and
-# where the pixel on its right lies as seen from the corner it leaves.
-_STEP = ((0, 1), (1, 0), (0, -1), (-1, 0))
-_RIGHT_OF = ((0, 0), (0, -1), (-1, -1), (-1, 0))
-_IDS = uuid.UUID("6f3f6cb2-5d0e-5b39-9c6b-0f0a3c1f7a55")
-
-
-def tissue_png(mask: NDArray[np.bool_]) -> bytes:
-    """Return a tissue mask as an 8-bit grey PNG: 255 tissue, 0 elsewhere.
-
-    Args:
-        mask: bool (rows, cols).
-    """
-    return _png(Image.fromarray(mask.astype(np.uint8) * 255))
-
-
-def tissue_geojson(mask: NDArray[np.bool_], *, downsample: float, offset: tuple[float, float]) -> str:
-    """Return the outlines of a tissue mask as a GeoJSON FeatureCollection that QuPath opens.
-
-    One annotation per 4-connected piece, its polygon with holes along the exact pixel borders: the areas of all
-    polygons add up to the area of the mask. Rings are closed and simple; outer rings have positive signed area. Ids
-    follow from the coordinates, so the same mask gives the same text.
-
-    Args:
-        mask: bool (rows, cols).
-        downsample: Level-0 pixels per mask pixel.
-        offset: Level-0 x, y of the mask's top-left corner in the viewer's frame. QuPath counts from the bounding box
-            that some scanners store, so a caller subtracts ``openslide.bounds-x`` and ``-y`` there.
-    """
-    features = [
-        _feature([_l0_ring(ring, downsample, offset) for ring in rings], number)
-        for number, rings in enumerate(_polygons(mask), start=1)
-    ]
-    return json.dumps({"type": "FeatureCollection", "features": features}, separators=(",", ":")) + "\n"
 
 
 def overlay_png(
@@ -92,7 +51,7 @@ def overlay_png(
     image = Image.fromarray(_blend(overview, score))
     if detections is not None:
         _circle(image, detections)
-    return _png(_with_legend(image))
+    return encoded_png(_with_legend(image))
 
 
 def heat_on_overview(
@@ -187,111 +146,3 @@ def _with_legend(image: Image.Image) -> Image.Image:
     draw.text((left - 5, top + 5), "0", fill="black", font=font, anchor="rm")
     draw.text((left + bar_px + 5, top + 5), "1", fill="black", font=font, anchor="lm")
     return out
-
-
-def _png(image: Image.Image) -> bytes:
-    out = io.BytesIO()
-    image.save(out, "PNG", optimize=False, compress_level=6)
-    return out.getvalue()
-
-
-def _feature(rings: Sequence[Ring], number: int) -> dict[str, Any]:
-    coordinates = [[[_number(x), _number(y)] for x, y in ring] for ring in rings]
-    return {
-        "type": "Feature",
-        "id": str(uuid.uuid5(_IDS, json.dumps(coordinates))),
-        "geometry": {"type": "Polygon", "coordinates": coordinates},
-        "properties": {
-            "objectType": "annotation",
-            "name": f"tissue {number}",
-            "classification": {"name": "Tissue", "color": list(_TISSUE_RGB)},
-            "isLocked": True,
-        },
-    }
-
-
-def _number(value: float) -> float | int:
-    """Return whole numbers as int, others to a hundredth of a pixel."""
-    return int(value) if float(value).is_integer() else round(float(value), 2)
-
-
-def _l0_ring(m_ring: Ring, downsample: float, offset: tuple[float, float]) -> Ring:
-    return m_ring * downsample + np.asarray(offset, dtype=np.float64)
-
-
-def _polygons(mask: NDArray[np.bool_]) -> list[list[Ring]]:
-    """Return, for every 4-connected piece in raster order, its outer ring and then its holes, x, y in mask pixels."""
-    count, labels = cv2.connectedComponents(mask.astype(np.uint8), connectivity=4)
-    pieces: list[list[Ring]] = [[] for _ in range(count - 1)]
-    for inside, loop in _loops(mask):
-        ring = np.array([*loop, loop[0]], dtype=np.float64)[:, ::-1]
-        pieces[labels[inside] - 1].append(ring)
-    # The outer ring of a piece is its only one of positive area.
-    return [sorted(rings, key=_signed_area, reverse=True) for rings in pieces]
-
-
-def _signed_area(ring: Ring) -> float:
-    """Return the area of a closed ring, positive where it turns from x to y."""
-    x, y = ring.T
-    return float(x[:-1] @ y[1:] - x[1:] @ y[:-1]) / 2
-
-
-def _loops(mask: NDArray[np.bool_]) -> Iterator[tuple[Vertex, list[Vertex]]]:
-    """Yield the corners of every simple loop of pixel borders, with the row and column of a pixel of its piece.
-
-    Borders are walked with the mask on the right. Where two pixels meet in a corner only, the walk stays with its own
-    pixel; where it passes a corner twice nevertheless, it is split there, so that no ring touches itself.
-    """
-    leaving = _borders(mask)
-    walked: set[tuple[Vertex, int]] = set()
-    for start, headings in leaving.items():
-        for heading in headings:
-            if (start, heading) not in walked:
-                inside = (start[0] + _RIGHT_OF[heading][0], start[1] + _RIGHT_OF[heading][1])
-                for loop in _split(_walk(leaving, walked, start, heading)):
-                    yield inside, loop
-
-
-def _borders(mask: NDArray[np.bool_]) -> dict[Vertex, list[int]]:
-    """Return, by corner (row, column), the headings of the borders that leave it with the mask on their right."""
-    m = np.pad(mask, 1)
-    inner = m[1:-1, 1:-1]
-    neighbours = (m[:-2, 1:-1], m[1:-1, 2:], m[2:, 1:-1], m[1:-1, :-2])
-    leaving: dict[Vertex, list[int]] = {}
-    for heading, (neighbour, (d_row, d_col)) in enumerate(zip(neighbours, _RIGHT_OF, strict=True)):
-        for row, col in np.argwhere(inner & ~neighbour).tolist():
-            leaving.setdefault((row - d_row, col - d_col), []).append(heading)
-    return leaving
-
-
-def _walk(
-    leaving: Mapping[Vertex, Sequence[int]], walked: set[tuple[Vertex, int]], start: Vertex, heading: int
-) -> list[Vertex]:
-    """Return the corners where the walk from ``start`` turns, until it is back, and note the borders walked."""
-    corners = []
-    vertex, turned = start, heading
-    while (vertex, turned) not in walked:
-        walked.add((vertex, turned))
-        vertex = (vertex[0] + _STEP[turned][0], vertex[1] + _STEP[turned][1])
-        options = leaving[vertex]
-        ahead = options[0] if len(options) == 1 else (turned + 1) % 4
-        if ahead != turned:
-            corners.append(vertex)
-        turned = ahead
-    return corners
-
-
-def _split(corners: Sequence[Vertex]) -> list[list[Vertex]]:
-    """Cut a walk into loops that pass every corner once."""
-    loops, path, place = [], list[Vertex](), dict[Vertex, int]()
-    for corner in corners:
-        if corner in place:
-            cut = place[corner]
-            loops.append(path[cut:])
-            for passed in path[cut + 1 :]:
-                del place[passed]
-            del path[cut + 1 :]
-        else:
-            place[corner] = len(path)
-            path.append(corner)
-    return [*loops, path]

@@ -4,7 +4,9 @@ Input: what the configuration asks for. Output: one `Choice`, published before t
 Nothing here imports torch, so a plan can be read without it.
 """
 
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
+
+from pydantic import BaseModel, Field
 
 
 class Choice(NamedTuple):
@@ -64,3 +66,47 @@ def alike(fine: Choice, coarse: Choice) -> str:
     if fine.engine == "window" and fine.batch != coarse.batch:
         return "windows were run in other batches"
     return ""
+
+
+class InferenceParams(BaseModel, frozen=True, extra="forbid"):
+    """How windows become scores.
+
+    Attributes:
+        engine: ``dense`` runs the network once over each block, ``window`` once for every window.
+        stride: Distance between window centres, reading pixels; divides the tile.
+        batch: Windows per call of the network, where it is called for windows.
+        precision: Number format of the network; ``auto`` is the faster of fp32 and bf16 here.
+        backend: What runs the network; ``auto`` is the fastest that is installed.
+        refine: ``window``: of each tile the windows of a coarse stride are run, and the others only where one of those
+            scores at least this; elsewhere a coarse score stands for its surroundings. 0: every window is run.
+        refine_from: That coarse stride, reading pixels: a multiple of the stride that divides the tile.
+    """
+
+    engine: Literal["dense", "window"]
+    stride: int = Field(ge=1)
+    batch: int = Field(ge=1, le=4096)
+    precision: Literal["fp32", "bf16", "int8", "auto"]
+    backend: Literal["openvino", "onnxruntime", "torch", "auto"]
+    refine: float = Field(ge=0, le=1)
+    refine_from: int = Field(ge=1)
+
+
+class DenseParams(BaseModel, frozen=True, extra="forbid"):
+    """How the dense engine works, and how near to the window engine it has to be.
+
+    Attributes:
+        halo: Context beyond the outermost windows of a block, reading pixels, for networks that pad (others need none);
+            ``exact`` is all that a score can see.
+        share_until: Layer up to which windows share their features; after it each window runs alone. Empty: to the end.
+        windows: Windows of each slide that are run on their own as well and compared; 0: no certificate, in fp32 only.
+        tolerance: Largest mean absolute difference of probability, and largest share of decisions that differ, that a
+            run accepts.
+        beyond: What becomes of a slide whose scores lie beyond that, or beyond the limits of a lower precision: the run
+            stops, or goes on and tells, for those who measure what a setting loses.
+    """
+
+    halo: Annotated[int, Field(ge=0, le=4096)] | Literal["exact"]
+    share_until: str
+    windows: int = Field(ge=0, le=100_000)
+    tolerance: float = Field(gt=0, le=1)
+    beyond: Literal["stop", "tell"]

@@ -29,7 +29,7 @@ from wsiflow.model.engines.engine import (
 from wsiflow.plan import geometry
 from wsiflow.plan.blocks import Block, window_corners_px
 from wsiflow.plan.geometry import Frame
-from wsiflow.run.results.cost import Timer, untimed
+from wsiflow.system.usage import Timer, untimed
 
 Blocks = Iterable[tuple[Block, NDArray[np.uint8]]]
 _Tile = tuple[

@@ -15,10 +15,11 @@ its score. ``reference``: the window is centred on the cell's top-left corner, a
 shifted inwards as in Li, Mikailov and Chen (IEEE TAI 2023), so that results can be compared with that system.
 """
 
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import BaseModel, Field, FiniteFloat
 
 Convention = Literal["centred", "reference"]
 
@@ -208,3 +209,25 @@ def l0_from_h_corner(frame: Frame, h_col: float, h_row: float) -> tuple[float, f
         for first, h in ((frame.t_col0, h_col), (frame.t_row0, h_row))
     )
     return x, y
+
+
+MAX_UPSAMPLE = 16
+"""Pixels enlarged more often than this hold nothing a model could know."""
+
+
+class GeometryParams(BaseModel, frozen=True, extra="forbid"):
+    """Which plane is read and where scores belong.
+
+    Attributes:
+        convention: ``centred``, or ``reference`` for the geometry of Li, Mikailov and Chen with its shifts.
+        spacing: ``model`` reads at the spacing the model was trained for, ``native`` reads level 0 as it is, a number
+            of um per pixel reads at that. The window keeps its pixels: at another spacing than its own a model sees
+            another piece of the slide.
+        tolerance: A slide whose spacing differs from the wanted one by at most this fraction is read as it is.
+        max_upsample: How many times a slide coarser than the wanted spacing may be enlarged; coarser ones are refused.
+    """
+
+    convention: Convention
+    spacing: Literal["model", "native"] | Annotated[FiniteFloat, Field(gt=0, le=100)]
+    tolerance: float = Field(ge=0, lt=0.5)
+    max_upsample: float = Field(ge=1, le=MAX_UPSAMPLE)

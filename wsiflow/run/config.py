@@ -5,169 +5,34 @@ values out of bounds are refused before anything else happens, with the dotted n
 """
 
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib import resources
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import (
     BaseModel,
-    BeforeValidator,
     Field,
-    FiniteFloat,
-    SerializerFunctionWrapHandler,
     ValidationError,
-    model_serializer,
     model_validator,
 )
 
 from wsiflow import redaction
 from wsiflow.errors import InputError
+from wsiflow.evaluation.protocol import EvaluationParams
 from wsiflow.heatmap.lesions import LesionParams
 from wsiflow.model.card import ModelSpec
+from wsiflow.model.choice import DenseParams, InferenceParams
 from wsiflow.plan.blocks import TilesParams
-from wsiflow.plan.geometry import Convention
+from wsiflow.plan.geometry import GeometryParams
 from wsiflow.plan.tissue import TissueParams
 from wsiflow.run.executor import ExecutorParams
 from wsiflow.run.store import StoreParams
 from wsiflow.run.tracking import TrackingParams
 from wsiflow.slides.manifest import DatasetParams
 from wsiflow.slides.stain.transfer import StainParams
-from wsiflow.system import publish
 from wsiflow.system.paths import AbsolutePath
-
-MAX_UPSAMPLE = 16
-"""Pixels enlarged more often than this hold nothing a model could know."""
-
-
-class GeometryParams(BaseModel, frozen=True, extra="forbid"):
-    """Which plane is read and where scores belong.
-
-    Attributes:
-        convention: ``centred``, or ``reference`` for the geometry of Li, Mikailov and Chen with its shifts.
-        spacing: ``model`` reads at the spacing the model was trained for, ``native`` reads level 0 as it is, a number
-            of um per pixel reads at that. The window keeps its pixels: at another spacing than its own a model sees
-            another piece of the slide.
-        tolerance: A slide whose spacing differs from the wanted one by at most this fraction is read as it is.
-        max_upsample: How many times a slide coarser than the wanted spacing may be enlarged; coarser ones are refused.
-    """
-
-    convention: Convention
-    spacing: Literal["model", "native"] | Annotated[FiniteFloat, Field(gt=0, le=100)]
-    tolerance: float = Field(ge=0, lt=0.5)
-    max_upsample: float = Field(ge=1, le=MAX_UPSAMPLE)
-
-
-class InferenceParams(BaseModel, frozen=True, extra="forbid"):
-    """How windows become scores.
-
-    Attributes:
-        engine: ``dense`` runs the network once over each block, ``window`` once for every window.
-        stride: Distance between window centres, reading pixels; divides the tile.
-        batch: Windows per call of the network, where it is called for windows.
-        precision: Number format of the network; ``auto`` is the faster of fp32 and bf16 here.
-        backend: What runs the network; ``auto`` is the fastest that is installed.
-        refine: ``window``: of each tile the windows of a coarse stride are run, and the others only where one of those
-            scores at least this; elsewhere a coarse score stands for its surroundings. 0: every window is run.
-        refine_from: That coarse stride, reading pixels: a multiple of the stride that divides the tile.
-    """
-
-    engine: Literal["dense", "window"]
-    stride: int = Field(ge=1)
-    batch: int = Field(ge=1, le=4096)
-    precision: Literal["fp32", "bf16", "int8", "auto"]
-    backend: Literal["openvino", "onnxruntime", "torch", "auto"]
-    refine: float = Field(ge=0, le=1)
-    refine_from: int = Field(ge=1)
-
-
-class DenseParams(BaseModel, frozen=True, extra="forbid"):
-    """How the dense engine works, and how near to the window engine it has to be.
-
-    Attributes:
-        halo: Context beyond the outermost windows of a block, reading pixels, for networks that pad (others need none);
-            ``exact`` is all that a score can see.
-        share_until: Layer up to which windows share their features; after it each window runs alone. Empty: to the end.
-        windows: Windows of each slide that are run on their own as well and compared; 0: no certificate, in fp32 only.
-        tolerance: Largest mean absolute difference of probability, and largest share of decisions that differ, that a
-            run accepts.
-        beyond: What becomes of a slide whose scores lie beyond that, or beyond the limits of a lower precision: the run
-            stops, or goes on and tells, for those who measure what a setting loses.
-    """
-
-    halo: Annotated[int, Field(ge=0, le=4096)] | Literal["exact"]
-    share_until: str
-    windows: int = Field(ge=0, le=100_000)
-    tolerance: float = Field(gt=0, le=1)
-    beyond: Literal["stop", "tell"]
-
-
-def _folded(value: object) -> object:
-    """Return names in one order and without case, so that equal lists are equal."""
-    if isinstance(value, Sequence) and not isinstance(value, str) and all(isinstance(one, str) for one in value):
-        return sorted({one.casefold() for one in value})
-    return value
-
-
-def _listed(value: object) -> object:
-    """Return values in one order, so that equal lists are equal; a single value is a list of one."""
-    values = [value] if isinstance(value, int) else value
-    whole = isinstance(values, Sequence) and all(isinstance(one, int) for one in values)
-    return sorted(set(values)) if whole and isinstance(values, Sequence) else values
-
-
-_Slides = Annotated[tuple[str, ...], BeforeValidator(_folded)]
-_Grey = Annotated[int, Field(ge=0, le=255)]
-
-
-class EvaluationParams(BaseModel, frozen=True, extra="forbid"):
-    """How detections are scored: a protocol, all of which is in its hash, and how often the cases are resampled.
-
-    Attributes:
-        name: Name of the protocol.
-        downsample: Level-0 pixels per pixel of the evaluation mask.
-        l0_um_px: Level-0 spacing assumed for every slide (0.243 in the CAMELYON16 evaluator), or None for each
-            slide's own.
-        join_um: Annotations nearer than this are one lesion.
-        itc_um: A lesion whose major axis, joining distance included, is shorter is isolated tumour cells.
-        exclude: Slides that count for nothing, in any case of their letters.
-        exclude_froc: Slides that count for the slide AUC alone.
-        mask_tumour: Values of mask images that are tumour, every other is none; empty: 255 of 0 and 255, 2 of 0, 1 and
-            2, 1 of 0 and 1 in a slide labelled tumour.
-        bootstrap: Resamples of the intervals; no part of the protocol.
-    """
-
-    name: str = Field(min_length=1)
-    downsample: int = Field(ge=1, le=256)
-    l0_um_px: Annotated[FiniteFloat, Field(gt=0)] | None
-    join_um: FiniteFloat = Field(ge=0, le=10_000)
-    itc_um: FiniteFloat = Field(ge=0, le=10_000)
-    exclude: _Slides
-    exclude_froc: _Slides
-    # Protocols, plans and folders that were made before there was this key are still valid: it is only told where set.
-    mask_tumour: Annotated[tuple[_Grey, ...], BeforeValidator(_listed)] = ()
-    bootstrap: int = Field(ge=0, le=100_000)
-
-    @model_serializer(mode="wrap")
-    def _told(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        values: dict[str, Any] = plain(self)
-        if not self.mask_tumour:
-            values.pop("mask_tumour", None)
-        return values
-
-    def protocol(self) -> dict[str, Any]:
-        """Return what has to be the same before two scores are compared, JSON values."""
-        return self.model_dump(mode="json", exclude={"bootstrap"})
-
-    def protocol_hash(self) -> str:
-        """Return the SHA-256 of the protocol as canonical JSON."""
-        return publish.key_of(**self.protocol())
-
-    def excluded(self, slide_id: str) -> str:
-        """Say what a slide is left out of by name: ``all``, ``froc``, or nothing."""
-        name = slide_id.casefold()
-        return "all" if name in self.exclude else "froc" if name in self.exclude_froc else ""
 
 
 class RunConfig(BaseModel, frozen=True, extra="forbid"):

@@ -4,8 +4,13 @@ A task costs a fixed part and a part for each tissue tile. Costs only decide whi
 order; no published byte depends on them.
 """
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
+
+from wsiflow.errors import InputError
+from wsiflow.system import faults
 
 
 class StageCost(NamedTuple):
@@ -84,3 +89,34 @@ def _runs(tasks: Sequence[int], costs_s: Sequence[float], target_s: float) -> It
         held, hi = held + cost, index + 1
     if hi > lo:
         yield held, (lo, hi)
+
+
+def costs_of(root: Path) -> Costs:
+    """Return what tasks cost here, as it was measured in this folder; rough values where it was not."""
+    path = root / COSTS
+    return read_costs(path) if path.exists() else ROUGH
+
+
+def read_costs(path: Path) -> Costs:
+    """Read measured costs.
+
+    Raises:
+        InputError: The file holds none.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        measured = {stage: StageCost(**cost) for stage, cost in found.pop("stages").items()}
+        return Costs(**found, stages={**ROUGH.stages, **measured})
+    except OSError as error:
+        raise faults.unreadable(error, "it", "give a costs.json of wsiflow", path=path) from error
+    except (ValueError, TypeError, KeyError) as error:
+        raise InputError(f"it holds no costs ({error!r})", "give a costs.json of wsiflow", path=path) from error
+
+
+#: Name of the result, relative to the run's folder.
+COSTS = "costs.json"
+
+
+def first_of(stage: str) -> str:
+    """Return the name under which costs hold what a worker's first task of a stage takes besides."""
+    return f"first {stage}"

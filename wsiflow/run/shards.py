@@ -4,7 +4,6 @@ A shard is what one orchestrator task works on. Its value is `Progress`: which o
 every task so far ended. Nothing here knows who calls it.
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -14,14 +13,14 @@ from wsiflow.plan import plan
 from wsiflow.plan.plan import Plan
 from wsiflow.run import ledger, trace
 from wsiflow.run.config import RunConfig
-from wsiflow.run.costs import ROUGH, Costs, StageCost, slices
+from wsiflow.run.costs import COSTS, ROUGH, costs_of, slices
 from wsiflow.run.executor import Executor, Outcome, Slice
-from wsiflow.run.stages import certify, ingest, measure, predict, work
+from wsiflow.run.stages import certify, ingest, predict, work
 from wsiflow.run.stages import line as stages
 from wsiflow.slides.manifest import DatasetParams, load_dataset
 from wsiflow.slides.synthetic.dataset import write_dataset, write_like
 from wsiflow.slides.synthetic.tissue import UM_PX
-from wsiflow.system import faults, publish
+from wsiflow.system import publish
 
 #: Shards under way at a time. Whoever has one only waits for workers, and all shards together keep every worker busy.
 SIDE_BY_SIDE = 64
@@ -124,7 +123,7 @@ def measure_costs(pool: Executor, plan_path: Path) -> None:
     A run can do without: where it fails, what is wrong shows in the tasks themselves, and rough costs are taken.
     """
     root, made = plan_path.parent, plan.read(plan_path)
-    if not (ledger.balance(root, made).failed == 0 or (root / measure.COSTS).exists()):
+    if not (ledger.balance(root, made).failed == 0 or (root / COSTS).exists()):
         for outcome in pool.run(work.run_slice, plan_path, "measure", [Slice(0, 1)]):
             trace.note(root, "measure", "", 0, outcome)
 
@@ -301,28 +300,6 @@ def units(made: Plan, stage: str, index: int) -> int:
     """Return how many tissue tiles a task of a stage works on."""
     slide = made.task(stage, index).slide
     return round(made.slides[slide].n_tiles / max(1, len(made.tasks_of(stage, slide))))
-
-
-def costs_of(root: Path) -> Costs:
-    """Return what tasks cost here, as it was measured in this folder; rough values where it was not."""
-    path = root / measure.COSTS
-    return read_costs(path) if path.exists() else ROUGH
-
-
-def read_costs(path: Path) -> Costs:
-    """Read measured costs.
-
-    Raises:
-        InputError: The file holds none.
-    """
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        measured = {stage: StageCost(**cost) for stage, cost in found.pop("stages").items()}
-        return Costs(**found, stages={**ROUGH.stages, **measured})
-    except OSError as error:
-        raise faults.unreadable(error, "it", "give a costs.json of wsiflow", path=path) from error
-    except (ValueError, TypeError, KeyError) as error:
-        raise InputError(f"it holds no costs ({error!r})", "give a costs.json of wsiflow", path=path) from error
 
 
 def _tasks(root: Path, made: Plan, stage: str, slides: Sequence[int]) -> list[int]:

@@ -1,10 +1,10 @@
 """What the trials of a sweep have in common is computed once: by the first that needs it, for all.
 
-The shared folder is published like a run's, see `wsiflow.system.publish`; a file's name there is its *address*, the hash of
-all that decides its bytes: its name and key in a run, versions, numeric class. A trial computes a file under its
-address and then links it into its own folder; one that finds the address taken links what is there. Of two that compute
-the same at once, one publishes and both link its file. Links keep what they name: a trial's folder is whole without the
-others, and without the shared one.
+The shared folder is published like a run's, see `wsiflow.system.publish`; a file's name there is its *address*, the
+hash of all that decides its bytes: its name and key in a run, versions, numeric class. A trial computes a file under
+its address and then links it into its own folder; one that finds the address taken links what is there. Of two that
+compute the same at once, one publishes and both link its file. Links keep what they name: a trial's folder is whole
+without the others, and without the shared one.
 
 Shared are a slide's tissue, its pixels and its colours: what settings of inference do not touch. Scores are not, since
 what they cost is what trials are compared by.

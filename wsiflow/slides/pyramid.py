@@ -8,11 +8,9 @@ OpenSlide opens a float32 TIFF and reports its levels, but libtiff refuses to re
 two files: the float32 one is the data, and an 8-bit preview (0 where not tissue) is what OpenSlide can show.
 """
 
-import json
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -30,101 +28,7 @@ from wsiflow.system import faults
 TILE_PX = 256
 _BIG_TIFF_PX = 2**30  # above this many pixels the offsets may not fit classic TIFF's 4 GiB
 # what tifffile, imagecodecs and Pillow raise for bytes that are no image, a cut file or a damaged tile
-_UNREADABLE = (OSError, ValueError, IndexError, RuntimeError, ArithmeticError, Image.DecompressionBombError)
-
-
-def write_heatmap(path: Path, heat: NDArray[np.float32], *, um_px: float, description: Mapping[str, Any]) -> None:
-    """Write a heatmap as a float32 pyramid.
-
-    A reduced level holds the largest known value of each 2 x 2 cell: a lesion of one cell stays visible in every
-    overview, where a mean would fade it.
-
-    Args:
-        path: The file to write.
-        heat: rows x cols, float32, probability; NaN where not tissue.
-        um_px: Spacing of the heatmap's cells, um.
-        description: JSON values about the heatmap (transform, model, classes), kept in ImageDescription.
-    """
-    text = json.dumps(description, sort_keys=True, allow_nan=False)
-    _write_gray(path, _levels(heat.astype(np.float32), _largest_known), um_px=um_px, description=text)
-
-
-def write_preview(path: Path, heat: NDArray[np.float32], *, um_px: float) -> None:
-    """Write a heatmap as the 8-bit pyramid that OpenSlide renders.
-
-    Args:
-        path: The file to write.
-        heat: rows x cols, float32, probability in 0..1; NaN where not tissue.
-        um_px: Spacing of the heatmap's cells, um.
-    """
-    gray = np.where(np.isnan(heat), 0, 1 + np.rint(254 * np.clip(np.nan_to_num(heat), 0, 1))).astype(np.uint8)
-    text = json.dumps({"0": "not tissue", "1..255": "probability = (value - 1) / 254"})
-    _write_gray(path, _levels(gray, _largest), um_px=um_px, description=text)
-
-
-def read_heatmap(path: Path) -> tuple[NDArray[np.float32], dict[str, Any]]:
-    """Read what `write_heatmap` wrote.
-
-    Returns:
-        The heatmap (rows x cols, float32, NaN where not tissue) and its description.
-
-    Raises:
-        InputError: The file is not a readable float32 heatmap with a JSON description.
-    """
-    remedy = "write the heatmap again"
-    try:
-        with tifffile.TiffFile(path) as tiff:
-            heat, text = tiff.pages.first.asarray(), tiff.pages.first.description
-        description = json.loads(text)
-    except _UNREADABLE as error:
-        raise _refused(error, "heatmap", remedy, path) from error
-    if heat.ndim != 2 or heat.dtype != np.float32:
-        raise InputError(f"found {heat.dtype} of shape {heat.shape}, expected float32 rows x cols", remedy, path=path)
-    return heat, description
-
-
-class HeatmapRows:
-    """A heatmap's file held open: what it is, and some of its rows at a time."""
-
-    def __init__(self, tiff: tifffile.TiffFile) -> None:
-        """Read what is known about the map; no cell is decoded yet."""
-        self._file, self._page = tiff.filehandle, tiff.pages.first
-        self.shape = (self._page.imagelength, self._page.imagewidth)
-        self.description: dict[str, Any] = json.loads(self._page.description)
-
-    def rows(self, first: int, end: int) -> NDArray[np.float32]:
-        """Decode the tiles that hold the rows from ``first`` up to ``end``, float32 (end - first, cols)."""
-        across = -(-self.shape[1] // TILE_PX)
-        top = first // TILE_PX
-        bottom = -(-end // TILE_PX)
-        tiles = np.empty((bottom - top, TILE_PX, across, TILE_PX), np.float32)
-        for row, col in np.ndindex(bottom - top, across):
-            index = (top + row) * across + col
-            self._file.seek(self._page.dataoffsets[index])
-            packed = self._file.read(self._page.databytecounts[index])
-            cells: Any = self._page.decode(packed, index)[0]
-            tiles[row, :, col] = cells[0, :, :, 0]
-        start = first - top * TILE_PX
-        return tiles.reshape(-1, across * TILE_PX)[start : start + end - first, : self.shape[1]]
-
-
-@contextmanager
-def open_heatmap(path: Path) -> Iterator[HeatmapRows]:
-    """Open what `write_heatmap` wrote, to be read in parts: a map may have 10^8 cells.
-
-    Raises:
-        InputError: The file is not a readable float32 heatmap with a JSON description.
-    """
-    remedy = "give the heatmap of a slide (heatmaps/<slide>.tif), or write it again"
-    try:
-        with tifffile.TiffFile(path) as tiff:
-            page = tiff.pages.first
-            if len(page.shape) != 2 or page.dtype != np.float32 or (page.tilewidth, page.tilelength) != (TILE_PX,) * 2:
-                cause = f"found {page.dtype} of shape {page.shape}, expected float32 rows x cols in tiles of {TILE_PX}"
-                raise InputError(cause, remedy, path=path)
-            yield HeatmapRows(tiff)
-    except _UNREADABLE as error:
-        raise _refused(error, "heatmap", remedy, path) from error
+UNREADABLE = (OSError, ValueError, IndexError, RuntimeError, ArithmeticError, Image.DecompressionBombError)
 
 
 def write_mask(path: Path, mask: NDArray[np.bool_] | NDArray[np.uint8], *, um_px: float) -> None:
@@ -139,7 +43,7 @@ def write_mask(path: Path, mask: NDArray[np.bool_] | NDArray[np.uint8], *, um_px
         um_px: Spacing of the mask, um.
     """
     gray = np.where(mask, 255, 0).astype(np.uint8)
-    _write_gray(path, _levels(gray, lambda level: level[::2, ::2]), um_px=um_px, description="")
+    write_gray(path, reduced_levels(gray, lambda level: level[::2, ::2]), um_px=um_px, description="")
 
 
 def write_rgb(
@@ -198,14 +102,14 @@ def read_level(path: Path, downsample: int) -> NDArray[np.uint8]:
     remedy = "give an 8-bit TIFF or PNG image"
     try:
         level = _read_png(path, downsample) if path.suffix.lower() == ".png" else _read_tiff(path, downsample)
-    except _UNREADABLE as error:
-        raise _refused(error, "image", remedy, path) from error
+    except UNREADABLE as error:
+        raise refused(error, "image", remedy, path) from error
     if level.dtype not in (np.uint8, np.bool_):
         raise InputError(f"found samples of type {level.dtype}, expected uint8", remedy, path=path)
     return level.astype(np.uint8)
 
 
-def _refused(error: Exception, what: str, remedy: str, path: Path) -> WsiflowError:
+def refused(error: Exception, what: str, remedy: str, path: Path) -> WsiflowError:
     """Return what it means that a file cannot be read: it is no such file, or the system does not let us."""
     if isinstance(error, OSError) and faults.is_of_machine(error):
         return faults.fault(error, path=path)
@@ -225,7 +129,7 @@ def _page_options(level: int, um_px: float) -> dict[str, Any]:
     }
 
 
-def _write_gray(path: Path, levels: Sequence[NDArray[Any]], *, um_px: float, description: str) -> None:
+def write_gray(path: Path, levels: Sequence[NDArray[Any]], *, um_px: float, description: str) -> None:
     """Write levels of one channel; deflate is the compression every reader has."""
     with tifffile.TiffWriter(path, bigtiff=levels[0].nbytes > _BIG_TIFF_PX) as tiff:
         for level, pixels in enumerate(levels):
@@ -238,31 +142,12 @@ def _write_gray(path: Path, levels: Sequence[NDArray[Any]], *, um_px: float, des
             )
 
 
-def _levels(base: NDArray[Any], halve: Callable[[Any], NDArray[Any]]) -> list[NDArray[Any]]:
+def reduced_levels(base: NDArray[Any], halve: Callable[[Any], NDArray[Any]]) -> list[NDArray[Any]]:
     """Return the array and its halves until one tile holds the last."""
     levels = [base]
     while max(levels[-1].shape) > TILE_PX:
         levels.append(halve(levels[-1]))
     return levels
-
-
-def _quads(level: NDArray[Any], fill: float) -> NDArray[Any]:
-    """Return the 2 x 2 cells of a level, the odd last row and column filled up: ceil(rows/2) x ceil(cols/2) x 4."""
-    rows, cols = level.shape
-    even = np.pad(level, ((0, rows % 2), (0, cols % 2)), constant_values=fill)
-    return np.stack([even[::2, ::2], even[::2, 1::2], even[1::2, ::2], even[1::2, 1::2]], axis=-1)
-
-
-def _largest_known(level: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Halve by the largest value that is not NaN."""
-    halved: NDArray[np.float32] = np.fmax.reduce(_quads(level, np.nan), axis=-1)
-    return halved
-
-
-def _largest(level: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Halve by the largest value."""
-    halved: NDArray[np.uint8] = np.max(_quads(level, 0), axis=-1)
-    return halved
 
 
 def _level_shapes(shape: tuple[int, int]) -> list[tuple[int, int]]:

@@ -6,8 +6,8 @@ Conventions: points are (x, y) and sizes (width, height), as in OpenSlide; array
 level-0 pixels, ``l_`` pixels of the level that is read. A *reading pixel* is ``l0_per_px`` level-0 pixels a side. A
 level pixel (i, j) begins at level-0 pixel (i * d, j * d), where d is the level's downsample as OpenSlide states it.
 
-OpenSlide opens every slide and says what its pixels are. Where `wsiflow.slides.tiff_tiles` can decode the tiles of a level itself,
-and a probe of that level shows the same pixels to the bit, it reads the level from then on.
+OpenSlide opens every slide and says what its pixels are. Where `wsiflow.slides.tiff_tiles` can decode the tiles of a
+level itself, and a probe of that level shows the same pixels to the bit, it reads the level from then on.
 
 This is the only module that uses OpenSlide. Label, macro and other associated images are never touched, and of the
 properties only the vendor, the pixel size and the background colour are read: the others may name a patient.

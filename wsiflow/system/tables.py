@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -118,3 +119,17 @@ def _shown(value: Any) -> str:
     if isinstance(value, str):
         return value.replace("|", "\\|")
     return f"{value:,}" if isinstance(value, int) else f"{value:.3g}"
+
+
+def json_text(values: Mapping[str, Any]) -> str:
+    """Return JSON text, null for what is not finite."""
+    return json.dumps(_finite(values), indent=1, sort_keys=True, allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    """Replace what JSON has no number for by None, at any depth."""
+    if isinstance(value, Mapping):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from wsiflow.analysis.equivalence import agreement
 from wsiflow.analysis.equivalence.agreement import Tally
 from wsiflow.errors import InputError
-from wsiflow.evaluation import evaluate, proportions
+from wsiflow.evaluation import detections, matches, proportions
+from wsiflow.heatmap import files
 from wsiflow.plan import plan
 from wsiflow.slides import pyramid
 
@@ -121,7 +122,7 @@ def tally_files(a: Path, b: Path, *, threshold: float) -> Tally:
     Raises:
         InputError: A file cannot be read, or they lie on different grids; both grids are named.
     """
-    with pyramid.open_heatmap(a) as left, pyramid.open_heatmap(b) as right:
+    with files.open_heatmap(a) as left, files.open_heatmap(b) as right:
         maps = _Map(left, a), _Map(right, b)
         _same_grid(*maps)
         first_row, first_col = (min(one.origin[axis] for one in maps) for axis in (0, 1))
@@ -185,7 +186,7 @@ class _Run:
         self.slides = {slide.slide_id: slide for slide in made.slides if self.heatmap(slide.slide_id).is_file()}
         paths = [root / folder / "matches.json" for folder in ("evaluation", "evaluation-PARTIAL")]
         scored = next((path for path in paths if path.is_file()), None)
-        recorded = evaluate.read_matches(scored).slides if scored else []
+        recorded = matches.read_matches(scored).slides if scored else []
         self.truth = {one.slide_id: one for one in recorded if one.in_froc}
 
     def heatmap(self, slide_id: str) -> Path:
@@ -194,7 +195,7 @@ class _Run:
 
     def points_um(self, slide_id: str) -> NDArray[np.float64]:
         """Return x and y of a slide's detections, um from its corner."""
-        found = evaluate.read_detections(self.root / f"detections/{slide_id}.csv")
+        found = detections.read_detections(self.root / f"detections/{slide_id}.csv")
         return found[:, 1:] * self.slides[slide_id].um_px_l0
 
     def hits(self, slide_id: str) -> NDArray[np.bool_] | None:
@@ -208,7 +209,7 @@ class _Run:
 class _Map:
     """A heatmap's place on the grid of its slide."""
 
-    def __init__(self, rows: pyramid.HeatmapRows, path: Path) -> None:
+    def __init__(self, rows: files.HeatmapRows, path: Path) -> None:
         """Read where the map begins, in cells from the slide's corner."""
         self.rows, self.path = rows, path
         frame = rows.description.get("frame")

@@ -13,7 +13,7 @@ import numpy as np
 from wsiflow.analysis.equivalence import agreement
 from wsiflow.analysis.equivalence.agreement import Tally
 from wsiflow.analysis.equivalence.maps import Comparison, Found, Slide, sentence
-from wsiflow.evaluation import evaluate, proportions
+from wsiflow.evaluation import proportions
 from wsiflow.system import publish, tables
 
 
@@ -36,7 +36,7 @@ def documents(made: Comparison) -> dict[str, bytes]:
     return {
         "equivalence.md": _markdown(made).encode(),
         "equivalence.csv": tables.csv_text(rows).encode(),
-        "equivalence.json": evaluate.json_text(values).encode(),
+        "equivalence.json": tables.json_text(values).encode(),
         "equivalence.png": figure(made.total, made.names),
     }
 

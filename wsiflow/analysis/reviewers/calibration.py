@@ -18,9 +18,11 @@ from numpy.typing import ArrayLike, NDArray
 
 from wsiflow.analysis.scored import Scored
 from wsiflow.errors import InputError, IntegrityError
-from wsiflow.evaluation import calibration, evaluate
+from wsiflow.evaluation import calibration
 from wsiflow.evaluation.calibration import Bins
-from wsiflow.evaluation.evaluate import RecordedSlide
+from wsiflow.evaluation.matches import RecordedSlide
+from wsiflow.evaluation.truth import planned_truth, truth_sha256
+from wsiflow.heatmap import files
 from wsiflow.plan import geometry
 from wsiflow.plan.geometry import Frame
 from wsiflow.plan.plan import SlidePlan
@@ -51,7 +53,7 @@ def documents(run: Scored, *, cells: bool) -> dict[str, bytes]:
         levels["cells"] = _level(calibration.coarser(fine, _SHOWN), mean, fine.positives, fine.n)
     rows = [{"level": name, **row} for name, found in levels.items() for row in found["table"]]
     return {
-        "calibration.json": evaluate.json_text(levels).encode(),
+        "calibration.json": tables.json_text(levels).encode(),
         "calibration.csv": tables.csv_text(rows).encode(),
         "calibration.png": figure(levels),
     }
@@ -118,9 +120,9 @@ def _require_same_truth(run: Scored, case: Case, planned: SlidePlan, one: Record
     Raises:
         IntegrityError: They have changed.
     """
-    truth = evaluate.planned_truth(planned, case, run.config.evaluation)
+    truth = planned_truth(planned, case, run.config.evaluation)
     lesions = truth.lesions if truth is not None and one.label == 1 else None
-    if evaluate.truth_sha256(one.label, lesions) != one.truth:
+    if truth_sha256(one.label, lesions) != one.truth:
         cause = "its true regions are no longer those it was scored with"
         path = case.annotation_path or case.mask_path
         raise IntegrityError(cause, "run again, then export", slide=case.slide_id, path=path, stage="calibration")
@@ -135,7 +137,7 @@ def cell_bins(path: Path, frame: Frame, tumour: NDArray[np.bool_], downsample: i
         tumour: bool (rows, cols), at level 0 / downsample; what lies beyond it is no tumour.
         downsample: Level-0 px per mask px.
     """
-    with pyramid.open_heatmap(path) as opened:
+    with files.open_heatmap(path) as opened:
         places = np.arange(max(opened.shape), dtype=np.float64)
         x, y = np.floor(geometry.l0_from_h(frame, np.column_stack([places, places])) / downsample).astype(np.int64).T
         x, y = x[: opened.shape[1]], y[: opened.shape[0]]

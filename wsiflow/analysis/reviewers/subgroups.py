@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from wsiflow.errors import InputError
 from wsiflow.evaluation import froc, paired, proportions, roc
-from wsiflow.evaluation.evaluate import Recorded
+from wsiflow.evaluation.matches import Recorded
 from wsiflow.evaluation.paired import Setting
 
 SMALL = 10

@@ -19,7 +19,7 @@ from wsiflow.analysis.runs import Found, Run, holds_runs, identity, in_folders, 
 from wsiflow.analysis.tradeoff import figures, report
 from wsiflow.analysis.tradeoff.figures import Cost, Row, Tradeoff
 from wsiflow.errors import EnvironmentFault, InputError
-from wsiflow.evaluation import evaluate, paired
+from wsiflow.evaluation import matches, paired
 from wsiflow.run import tracking
 from wsiflow.run.tracking import ComparisonRecord, Logged, TrackingParams
 from wsiflow.system import publish
@@ -140,7 +140,7 @@ def _reference(wanted: str, names: Sequence[str], costs: Sequence[Cost]) -> str:
     return names[int(np.argmax([-1 if math.isnan(cost.mean) else cost.mean for cost in costs]))]
 
 
-def _counts(first: evaluate.Recorded, resamples: int) -> dict[str, int]:
+def _counts(first: matches.Recorded, resamples: int) -> dict[str, int]:
     froc = [one for one in first.slides if one.in_froc]
     return {
         "slides": len(first.slides),
@@ -230,12 +230,12 @@ def _refuse_unlike_repeats(members: Sequence[Run]) -> None:
             raise InputError(cause, "leave one of them out, or see what made it", stage="comparison")
 
 
-def _aligned(first: Run, other: Run) -> list[evaluate.RecordedSlide]:
+def _aligned(first: Run, other: Run) -> list[matches.RecordedSlide]:
     by_id = {one.slide_id.casefold(): one for one in other.matches.slides}
     return [by_id.get(one.slide_id.casefold(), one) for one in first.matches.slides]
 
 
-def _same(one: evaluate.RecordedSlide, other: evaluate.RecordedSlide) -> bool:
+def _same(one: matches.RecordedSlide, other: matches.RecordedSlide) -> bool:
     """Tell whether two results of a slide agree as far as processors do."""
     ours, theirs = (
         [x.score, *(-1.0 if best is None else best for best in x.best), *sorted(x.false_positives)]

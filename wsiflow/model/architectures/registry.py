@@ -32,7 +32,7 @@ def build(architecture: str, n_classes: int, **architecture_args: Any) -> nn.Mod
     if architecture not in ARCHITECTURES:
         raise InputError(
             f"architecture {architecture!r} is unknown",
-            f"name one of {sorted(ARCHITECTURES)} in the model card, or register it in wsiflow.model.architectures.registry",
+            f"name one of {sorted(ARCHITECTURES)} in the model card, or register it in {__name__}",
         )
     try:
         return ARCHITECTURES[architecture](n_classes, **architecture_args)

@@ -1,8 +1,8 @@
 """Run slices as elements of array jobs, on Slurm, Grid Engine or what else has a dialect.
 
-An array is a table on disk (`wsiflow.run.executor.element`), a line in ``jobs.jsonl`` and a submission, in this order; its
-elements write their outcomes to files that are read while the queue is looked at. An element that is gone with tasks
-undone is judged by what the scheduler tells of it. The task that was under way is charged an attempt and gets an
+An array is a table on disk (`wsiflow.run.executor.element`), a line in ``jobs.jsonl`` and a submission, in this order;
+its elements write their outcomes to files that are read while the queue is looked at. An element that is gone with
+tasks undone is judged by what the scheduler tells of it. The task that was under way is charged an attempt and gets an
 element of its own from then on; its neighbours are not charged. A driver that is killed leaves its arrays in the queue,
 and the next one watches them instead of submitting the same work again.
 """

@@ -3,10 +3,10 @@
 Input: shards, each a list of stages, each a list of slices with their work in core-seconds; and a `Cluster`. Output: a
 `Forecast`. Times are seconds from the start of the run. Nothing is measured and nothing is run here.
 
-The rules are those of `wsiflow.run.shards` and the executors. A shard's stages run one after another, shards side by side;
-the slices of a stage start in the order given, as workers become free. Workers either live through the run (``process``
-and Dask: they start once, and load the network once) or are made for every slice (an array's element pays for both).
-Where there are fewer cores than workers, those at work share them evenly.
+The rules are those of `wsiflow.run.shards` and the executors. A shard's stages run one after another, shards side by
+side; the slices of a stage start in the order given, as workers become free. Workers either live through the run
+(``process`` and Dask: they start once, and load the network once) or are made for every slice (an array's element pays
+for both). Where there are fewer cores than workers, those at work share them evenly.
 
 A submission waits in the scheduler's queue once, for all of its slices: the elements of an array start in order. What
 a lost worker had finished of its slice is kept, task by task, and the rest is submitted again.
@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from wsiflow.run.costs import Costs, slices
+from wsiflow.run.costs import Costs, first_of, slices
 
 #: Stages whose tasks need the network.
 LOADING = frozenset({"calibrate", "predict", "certify"})
@@ -99,11 +99,6 @@ def _parts(tiles: int, most: int) -> list[int]:
     """Return parts as equal as can be."""
     count = -(-tiles // most)
     return [tiles * (i + 1) // count - tiles * i // count for i in range(count)]
-
-
-def first_of(stage: str) -> str:
-    """Return the name under which costs hold what a worker's first task of a stage takes besides."""
-    return f"first {stage}"
 
 
 def numbered(slides: Sequence[Mapping[str, Sequence[int]]]) -> list[Tasks]:

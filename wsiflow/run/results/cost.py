@@ -14,20 +14,12 @@ Conventions:
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence, Set
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 Receipt = Mapping[str, Any]
-Timer = Callable[[str], AbstractContextManager[None]]
-"""``with timed("infer"): ...`` adds the seconds of the body to a step."""
 
 STEPS = ("read", "stain", "infer", "certify", "write", "stitch")
-
-
-def untimed(_step: str) -> AbstractContextManager[None]:
-    """Count nothing: the `Timer` of work whose cost is counted elsewhere."""
-    return nullcontext()
 
 
 def summarise(

@@ -19,7 +19,9 @@ from numpy.typing import NDArray
 
 from wsiflow import redaction
 from wsiflow.errors import PARTIAL, IntegrityError, WsiflowError
-from wsiflow.evaluation import evaluate
+from wsiflow.evaluation import evaluate, matches
+from wsiflow.evaluation.detections import read_detections
+from wsiflow.evaluation.truth import planned_truth
 from wsiflow.plan import plan
 from wsiflow.plan.plan import Plan, SlidePlan
 from wsiflow.run import ledger, trace, tracking
@@ -113,7 +115,7 @@ def set_aside(plan_path: Path) -> None:
     root, made = plan_path.parent, plan.read(plan_path)
     path = root / "evaluation/matches.json"
     if path.is_file():
-        scored = {one.slide_id for one in evaluate.read_matches(path).slides}
+        scored = {one.slide_id for one in matches.read_matches(path).slides}
         if made.rejected or scored != {planned.slide_id for planned in made.slides}:
             _keep_as_former(root, but="evaluation-PARTIAL")
 
@@ -426,7 +428,7 @@ def _evaluate(root: Path, view: str, config: RunConfig, judged: _Judgement) -> E
 def _summarise(root: Path, view: str, evaluated: Evaluated, work: Mapping[str, float]) -> dict[str, float]:
     """Write ``summary.json``, scores and work by name, and return it; what is not defined is null there, NaN here."""
     scores = _numbers(evaluated.folder / "scores.json")
-    publish.write_view(root, f"{view}/summary.json", evaluate.json_text({**scores, **work}).encode())
+    publish.write_view(root, f"{view}/summary.json", tables.json_text({**scores, **work}).encode())
     return scores | dict(work)
 
 
@@ -442,7 +444,7 @@ def _numbers(path: Path) -> dict[str, float]:
 
 def _found(root: Path, made: Plan, index: int, case: Case, config: RunConfig) -> evaluate.Evidence:
     """Return what one slide is scored by; its score is the highest probability on its heatmap."""
-    detections = evaluate.read_detections(root / line.product(made, "detect", index))
+    detections = read_detections(root / line.product(made, "detect", index))
     return evidence(made.slides[index], case, config, detections, _published(root, made, "stitch", index)["score"])
 
 
@@ -455,13 +457,14 @@ def evidence(
         planned: The slide.
         case: The same in the manifest.
         config: How it is scored.
-        detections: float64 (n, 3): prob, x, y in level-0 px, as `wsiflow.evaluation.evaluate.read_detections` returns them.
+        detections: float64 (n, 3): prob, x, y in level-0 px, as `wsiflow.evaluation.detections.read_detections`
+            returns them.
         score: How likely the slide holds tumour.
     """
     return evaluate.Evidence(
         slide_id=planned.slide_id,
         label=case.label,
-        truth=evaluate.planned_truth(planned, case, config.evaluation),
+        truth=planned_truth(planned, case, config.evaluation),
         detections=detections,
         score=score,
         patient_id=case.patient_id,
@@ -545,7 +548,7 @@ def _track(
     """Record the run in MLflow and say where, or why not: the run is valid without it."""
     root = shown.parent
     curves = json.loads((shown / "froc.json").read_text(encoding="utf-8"))
-    matched = evaluate.read_matches(shown / "matches.json")
+    matched = matches.read_matches(shown / "matches.json")
     folder_id, found = ingest.folder_id(root), digests(made)
     record = tracking.RunRecord(
         name=config.out.name if config.tracking.sweep else config.name,
@@ -658,7 +661,7 @@ def _score_told(metrics: Mapping[str, float], name: str, stem: str) -> str:
 
 
 def _protocol_hash(shown: Path) -> str:
-    return evaluate.read_matches(shown / "matches.json").protocol_hash
+    return matches.read_matches(shown / "matches.json").protocol_hash
 
 
 def _certificate_line(metrics: Mapping[str, float]) -> list[str]:

@@ -23,7 +23,6 @@ from wsiflow.plan.blocks import Block, window_corners_px
 from wsiflow.plan.geometry import Frame
 from wsiflow.plan.plan import Plan, SlidePlan, Task
 from wsiflow.run import store
-from wsiflow.run.results.cost import untimed
 from wsiflow.run.stages.pixels import planned_blocks
 from wsiflow.run.stages.predict import (
     check_numeric_class,
@@ -35,6 +34,7 @@ from wsiflow.run.stages.predict import (
 )
 from wsiflow.system import publish, usage
 from wsiflow.system.provenance import facts, thread_count
+from wsiflow.system.usage import untimed
 
 if TYPE_CHECKING:
     from wsiflow.model.scorer import Dense, Windows

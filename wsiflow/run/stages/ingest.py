@@ -19,15 +19,14 @@ from pydantic import TypeAdapter
 
 from wsiflow import redaction
 from wsiflow.errors import InputError, WsiflowError
-from wsiflow.evaluation import evaluate
-from wsiflow.heatmap import overlay
+from wsiflow.evaluation import truth
 from wsiflow.model import card
 from wsiflow.model.choice import Choice
-from wsiflow.plan import geometry, plan, tissue
-from wsiflow.plan.geometry import Frame
+from wsiflow.plan import geometry, outline, plan, tissue
+from wsiflow.plan.geometry import MAX_UPSAMPLE, Frame
 from wsiflow.plan.plan import Plan, SlideCut, SlidePlan
 from wsiflow.run import sharing
-from wsiflow.run.config import MAX_UPSAMPLE, RunConfig
+from wsiflow.run.config import RunConfig
 from wsiflow.run.executor import Outcome
 from wsiflow.run.sharing import Place
 from wsiflow.slides import content, slide
@@ -174,8 +173,8 @@ def _look(case: Case, config: RunConfig) -> dict[str, Any]:
         "downsample": downsample,
         "frame": frame._asdict(),
         "tile_runs": plan.tile_runs(tissue_grid),
-        "mask_png": base64.b64encode(overlay.tissue_png(mask)).decode(),
-        "outline": overlay.tissue_geojson(mask, downsample=downsample, offset=(-corner[0], -corner[1])),
+        "mask_png": base64.b64encode(outline.tissue_png(mask)).decode(),
+        "outline": outline.tissue_geojson(mask, downsample=downsample, offset=(-corner[0], -corner[1])),
     }
 
 
@@ -190,7 +189,7 @@ def _check_truth(case: Case, config: RunConfig) -> None:
     with slide.open_slide(case.path, slide_id=case.slide_id) as opened:
         sized = dataclasses.replace(case, mpp=slide.resolve_mpp(opened.facts, case.mpp))
         l0_size_px = opened.facts.l0_size_px
-    evaluate.check_truth(sized, config.evaluation, l0_size_px=l0_size_px)
+    truth.check_truth(sized, config.evaluation, l0_size_px=l0_size_px)
 
 
 def is_chosen(source: Path) -> bool:

@@ -23,14 +23,10 @@ import numpy as np
 from wsiflow.errors import EnvironmentFault, InputError
 from wsiflow.plan import plan
 from wsiflow.plan.plan import Plan, SlideCut, SlidePlan
-from wsiflow.run.costs import Costs, StageCost
-from wsiflow.run.forecast import simulation
+from wsiflow.run.costs import COSTS, Costs, StageCost, first_of
 from wsiflow.run.stages import line, predict
 from wsiflow.system import publish
 from wsiflow.system.provenance import thread_count
-
-#: Name of the result, relative to the run's folder.
-COSTS = "costs.json"
 
 Works = Mapping[str, Callable[[Path, int], tuple[publish.Receipt, bool]]]
 
@@ -175,7 +171,7 @@ def _costs(works: Works, source: Path, weights: Sequence[Sequence[float]], shape
             cost = fitted[stage]
             seen = firsts[stage][_LOADS[stage] :]
             more_s = [max(0.0, one.core_s - cost.fixed_s - cost.unit_s * one.tiles) for one in seen]
-            fitted[simulation.first_of(stage)] = StageCost(sum(more_s) * times, 0.0)
+            fitted[first_of(stage)] = StageCost(sum(more_s) * times, 0.0)
     first_s = fitted["predict"].fixed_s * len(weights[0]) + fitted["predict"].unit_s * sum(weights[0])
     return Costs(start_s, max(0.0, fresh_s - first_s), _spread(fitted["predict"], found["predict"]), fitted)
 

@@ -19,11 +19,11 @@ from wsiflow.plan.blocks import Block
 from wsiflow.plan.geometry import Frame
 from wsiflow.plan.plan import Plan, SlidePlan
 from wsiflow.run import store
-from wsiflow.run.results.cost import Timer, untimed
 from wsiflow.run.stages import ingest
 from wsiflow.slides import content, slide
 from wsiflow.slides.stain import transfer
 from wsiflow.system import publish
+from wsiflow.system.usage import Timer, untimed
 
 _AnyPixels = TypeVar("_AnyPixels")
 

@@ -1,7 +1,7 @@
 """The stages that compute scores: how, once for a run (``choose``, ``calibrate``), and a group's (``predict``).
 
-Every stage has the form of `wsiflow.run.stages.work`. torch is imported where a stage needs it, in a worker whose threads are
-limited.
+Every stage has the form of `wsiflow.run.stages.work`. torch is imported where a stage needs it, in a worker whose
+threads are limited.
 """
 
 import gc

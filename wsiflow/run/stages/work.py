@@ -22,8 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wsiflow.errors import EnvironmentFault, InputError, IntegrityError, Rewritten, WsiflowError
-from wsiflow.evaluation import evaluate
-from wsiflow.heatmap import assembly, lesions
+from wsiflow.evaluation.detections import format_detections
+from wsiflow.heatmap import assembly, files, lesions
 from wsiflow.heatmap.overlay import overlay_png
 from wsiflow.plan import geometry, plan
 from wsiflow.plan.geometry import Frame
@@ -43,7 +43,6 @@ from wsiflow.run.stages.pixels import (
     timed_reads,
     tissue_sample,
 )
-from wsiflow.slides import pyramid
 from wsiflow.slides.stain import transfer
 from wsiflow.system import faults, publish
 from wsiflow.system.provenance import facts
@@ -209,7 +208,7 @@ def stitch(source: Path, index: int) -> tuple[publish.Receipt, bool]:
             heat = assembly.assemble(frame, coord[:, :2], prob)
         with attempt.timed("write"):
             description = {"slide_id": planned.slide_id, "frame": frame._asdict(), "key": key}
-            pyramid.write_heatmap(attempt.path, heat, um_px=_cell_um(frame), description=description)
+            files.write_heatmap(attempt.path, heat, um_px=_cell_um(frame), description=description)
         attempt.receipt["counts"] = {"tiles": len(coord)}
         attempt.receipt["score"] = assembly.slide_score(heat)
     return attempt.receipt, True
@@ -228,7 +227,7 @@ def _cell_um(frame: Frame) -> float:
 
 def _readable(frame: Frame) -> Any:
     def verify(path: Path) -> None:
-        heat, _ = pyramid.read_heatmap(path)
+        heat, _ = files.read_heatmap(path)
         if heat.shape != frame.h_shape:
             raise IntegrityError(
                 f"the map has shape {heat.shape}, {frame.h_shape} was written", "report this", path=path
@@ -256,14 +255,14 @@ def detect(source: Path, index: int) -> tuple[publish.Receipt, bool]:
         heat, l0 = _detected(root, made, index)
         with attempt.uncounted():
             _publish_pictures(root, planned, heat, l0, key)
-        attempt.path.write_text(evaluate.format_detections(l0), encoding="utf-8", newline="")
+        attempt.path.write_text(format_detections(l0), encoding="utf-8", newline="")
     return attempt.receipt, True
 
 
 def _detected(root: Path, made: Plan, index: int) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
     """Return a slide's heatmap, and the detections on it: prob, x, y in level-0 px."""
     frame = made.slides[index].frame
-    heat, _ = pyramid.read_heatmap(root / line.product(made, "stitch", index))
+    heat, _ = files.read_heatmap(root / line.product(made, "stitch", index))
     found = lesions.detect(heat, line.lesion_params(made), cell_um=_cell_um(frame))
     return heat, np.column_stack([found[:, 0], geometry.l0_from_h(frame, found[:, 1:3])])
 
@@ -276,7 +275,7 @@ def _publish_pictures(
     preview, overlay = line.picture_names(planned)
     if publish.at_hand(root, preview, key) is None:
         with publish.publishing(root, preview, key, receipt_facts, publish.accept) as attempt, attempt.timed("write"):
-            pyramid.write_preview(attempt.path, heat, um_px=_cell_um(planned.frame))
+            files.write_preview(attempt.path, heat, um_px=_cell_um(planned.frame))
     if publish.at_hand(root, overlay, key) is not None:
         return
     with publish.publishing(root, overlay, key, receipt_facts, publish.accept) as attempt:

@@ -1,8 +1,8 @@
 """Write a synthetic data set: slides with known lesions, their annotations and a manifest.
 
-Input: a folder, a size and a seed. Output: six pyramidal TIFF slides of `wsiflow.slides.synthetic.tissue` tissue (three normal, three
-with lesions of the three size classes), or any number of `wsiflow.slides.synthetic.camelyon16`; ASAP XML beside those with lesions, a
-README and ``manifest.csv``, which comes last.
+Input: a folder, a size and a seed. Output: six pyramidal TIFF slides of `wsiflow.slides.synthetic.tissue` tissue (three
+normal, three with lesions of the three size classes), or any number of `wsiflow.slides.synthetic.camelyon16`; ASAP XML
+beside those with lesions, a README and ``manifest.csv``, which comes last.
 Files are published one by one: a data set that was interrupted is continued, one that is complete is left alone.
 """
 

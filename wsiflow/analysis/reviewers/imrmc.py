@@ -1,0 +1,110 @@
+"""Scores of several settings as readers of a multi-reader study, for iMRMC."""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from wsiflow import __version__
+from wsiflow.analysis import scored
+from wsiflow.analysis.scored import Scored
+from wsiflow.errors import InputError
+from wsiflow.evaluation.matches import RecordedSlide
+from wsiflow.system import publish
+
+READER = "wsiflow"
+
+
+_FIELD = re.compile(r"[A-Za-z0-9._=+-]+")
+
+
+def export_imrmc(roots: Sequence[Path], names: Sequence[str], out: Path) -> int:
+    """Write the slide scores of runs as iMRMC text, a modality per run, and return the number of cases.
+
+    Args:
+        roots: Folders of runs over the same cases.
+        names: Names of the modalities; none: the names of the folders.
+        out: The file.
+
+    Raises:
+        InputError: A run was not scored, the runs are over different cases, or a name cannot be used.
+    """
+    if names and len(names) != len(roots):
+        raise InputError(f"{len(names)} names for {len(roots)} runs", "give --names one name per run")
+    runs = [scored.read(root) for root in roots]
+    text = imrmc_text(dict(zip(_modalities(roots, names), runs, strict=True)))
+    publish.preflight(out.absolute().parent)
+    publish.write_view(out.absolute().parent, out.name, text.encode())
+    return sum(one.in_auc for one in runs[0].recorded.slides)
+
+
+def imrmc_text(runs: Mapping[str, Scored]) -> str:
+    """Return runs as iMRMC text: free text, the sizes of the study, ``BEGIN DATA:``, and rows of four fields.
+
+    A row is ``reader,case,modality,score``; reader -1 states the truth of a case, once: 0 or 1 in the field of the
+    score. iMRMC drops blanks inside fields, so cases whose names differ by them alone are refused.
+
+    Args:
+        runs: The runs by modality.
+
+    Raises:
+        InputError: The runs are over different cases, or have no tumour or no normal slide.
+    """
+    cases = {name: {one.slide_id: one for one in run.recorded.slides if one.in_auc} for name, run in runs.items()}
+    first, *others = cases
+    for other in others:
+        _same_cases(runs, cases, first, other)
+    labels = {slide_id: one.label for slide_id, one in cases[first].items()}
+    n_normal, n_tumour = (sum(label == of for label in labels.values()) for of in (0, 1))
+    if not (n_normal and n_tumour):
+        cause = f"{n_tumour} tumour and {n_normal} normal slides count for the AUC"
+        raise InputError(cause, "iMRMC needs both: give labels in the manifest", path=runs[first].root)
+    fields = {slide_id: "".join(slide_id.split()) for slide_id in labels}
+    if len(set(fields.values())) != len(fields):
+        cause = "names of slides differ by blanks alone, which iMRMC drops"
+        raise InputError(cause, "rename slides in the manifest", path=runs[first].root)
+    lines = [f"Slide scores, wsiflow {__version__}", "", "NR: 1", f"N0: {n_normal}", f"N1: {n_tumour}"]
+    lines += [f"NM: {len(runs)}", "", "BEGIN DATA:"]
+    lines += [f"-1,{fields[slide_id]},truth,{label}" for slide_id, label in labels.items()]
+    lines += [
+        f"{READER},{fields[slide_id]},{name},{of[slide_id].score!r}"
+        for name, of in cases.items()
+        for slide_id in labels
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _modalities(roots: Sequence[Path], names: Sequence[str]) -> list[str]:
+    """Return a name for every run that iMRMC can tell from the others."""
+    found = list(names) or [root.absolute().name for root in roots]
+    bad = [name for name in found if not _FIELD.fullmatch(name)]
+    if bad:
+        cause = f"the name {bad[0]!r} holds other characters than letters, digits and . _ = + -"
+        raise InputError(cause, "give --names, separated by commas")
+    if len(set(found)) != len(found):
+        raise InputError(f"two runs are called {max(found, key=found.count)!r}", "give --names, separated by commas")
+    return found
+
+
+def _same_cases(
+    runs: Mapping[str, Scored], cases: Mapping[str, Mapping[str, RecordedSlide]], first: str, other: str
+) -> None:
+    """Refuse runs over different cases or with other labels."""
+    ours, theirs = cases[first], cases[other]
+    odd = sorted(ours.keys() ^ theirs.keys())
+    remedy = "export runs over the same slides, protocol and truth together"
+    if odd:
+        cause = f"it has other cases than {runs[first].root}: {', '.join(odd[:5])} in one of them only"
+        raise InputError(cause, remedy, path=runs[other].root)
+    relabelled = [slide_id for slide_id in ours if ours[slide_id].label != theirs[slide_id].label]
+    if relabelled:
+        cause = f"it has other labels than {runs[first].root}: {', '.join(relabelled[:5])}"
+        raise InputError(cause, remedy, path=runs[other].root)
+
+
+def study(root: Path, run: Scored) -> tuple[dict[str, bytes], list[str]]:
+    """Return the iMRMC text of a run, or a sentence why there is none: the other files are of use without it."""
+    name = root.absolute().name
+    try:
+        return {"study.imrmc": imrmc_text({name if _FIELD.fullmatch(name) else "run": run}).encode()}, []
+    except InputError as error:
+        return {}, [f"no study.imrmc: {error.cause}"]

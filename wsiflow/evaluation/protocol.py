@@ -1,0 +1,77 @@
+"""How slides are scored: what has to be the same before two scores are compared."""
+
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, Field, FiniteFloat, SerializerFunctionWrapHandler, model_serializer
+
+from wsiflow.system import publish
+
+
+def _folded(value: object) -> object:
+    """Return names in one order and without case, so that equal lists are equal."""
+    if isinstance(value, Sequence) and not isinstance(value, str) and all(isinstance(one, str) for one in value):
+        return sorted({one.casefold() for one in value})
+    return value
+
+
+def _listed(value: object) -> object:
+    """Return values in one order, so that equal lists are equal; a single value is a list of one."""
+    values = [value] if isinstance(value, int) else value
+    whole = isinstance(values, Sequence) and all(isinstance(one, int) for one in values)
+    return sorted(set(values)) if whole and isinstance(values, Sequence) else values
+
+
+_Slides = Annotated[tuple[str, ...], BeforeValidator(_folded)]
+
+
+_Grey = Annotated[int, Field(ge=0, le=255)]
+
+
+class EvaluationParams(BaseModel, frozen=True, extra="forbid"):
+    """How detections are scored: a protocol, all of which is in its hash, and how often the cases are resampled.
+
+    Attributes:
+        name: Name of the protocol.
+        downsample: Level-0 pixels per pixel of the evaluation mask.
+        l0_um_px: Level-0 spacing assumed for every slide (0.243 in the CAMELYON16 evaluator), or None for each
+            slide's own.
+        join_um: Annotations nearer than this are one lesion.
+        itc_um: A lesion whose major axis, joining distance included, is shorter is isolated tumour cells.
+        exclude: Slides that count for nothing, in any case of their letters.
+        exclude_froc: Slides that count for the slide AUC alone.
+        mask_tumour: Values of mask images that are tumour, every other is none; empty: 255 of 0 and 255, 2 of 0, 1 and
+            2, 1 of 0 and 1 in a slide labelled tumour.
+        bootstrap: Resamples of the intervals; no part of the protocol.
+    """
+
+    name: str = Field(min_length=1)
+    downsample: int = Field(ge=1, le=256)
+    l0_um_px: Annotated[FiniteFloat, Field(gt=0)] | None
+    join_um: FiniteFloat = Field(ge=0, le=10_000)
+    itc_um: FiniteFloat = Field(ge=0, le=10_000)
+    exclude: _Slides
+    exclude_froc: _Slides
+    # Protocols, plans and folders that were made before there was this key are still valid: it is only told where set.
+    mask_tumour: Annotated[tuple[_Grey, ...], BeforeValidator(_listed)] = ()
+    bootstrap: int = Field(ge=0, le=100_000)
+
+    @model_serializer(mode="wrap")
+    def _told(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = plain(self)
+        if not self.mask_tumour:
+            values.pop("mask_tumour", None)
+        return values
+
+    def protocol(self) -> dict[str, Any]:
+        """Return what has to be the same before two scores are compared, JSON values."""
+        return self.model_dump(mode="json", exclude={"bootstrap"})
+
+    def protocol_hash(self) -> str:
+        """Return the SHA-256 of the protocol as canonical JSON."""
+        return publish.key_of(**self.protocol())
+
+    def excluded(self, slide_id: str) -> str:
+        """Say what a slide is left out of by name: ``all``, ``froc``, or nothing."""
+        name = slide_id.casefold()
+        return "all" if name in self.exclude else "froc" if name in self.exclude_froc else ""
