@@ -28,7 +28,8 @@ from benchmarks.measuring import (
 )
 from wsiflow.model import scorer
 from wsiflow.model.classifier import Classifier
-from wsiflow.model.engines.engine import PRECISIONS, available, cpu_supports_bf16
+from wsiflow.model.engines.engine import available
+from wsiflow.model.engines.spec import PRECISIONS, cpu_supports_bf16
 
 Run = Callable[[], NDArray[np.float32]]
 """Scores the tile or the block once."""

@@ -22,7 +22,9 @@ from benchmarks import networks, product
 from benchmarks.measuring import Spent, Spread, Table, arguments, finish, interleave, machine, say, spread
 from wsiflow.model.classifier import Classifier
 from wsiflow.model.dense.network import describe
-from wsiflow.model.engines.engine import Backend, EngineSpec, Network, Precision, cpu_supports_bf16, prepare, quantise
+from wsiflow.model.engines.engine import prepare
+from wsiflow.model.engines.openvino import quantise
+from wsiflow.model.engines.spec import Backend, EngineSpec, Network, Precision, cpu_supports_bf16
 from wsiflow.slides import slide
 
 _LAYERS = 4

@@ -19,7 +19,7 @@ from benchmarks import engines, networks, product
 from benchmarks.measuring import Spent, Table, arguments, finish, interleave, machine, ratio, say, spread
 from benchmarks.product import Cost
 from wsiflow.model.classifier import load
-from wsiflow.model.engines.engine import cpu_supports_bf16
+from wsiflow.model.engines.spec import cpu_supports_bf16
 
 PAPER_CORE_H = 180_000
 SHARES = (0.12, 0.20, 0.30)

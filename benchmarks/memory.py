@@ -22,10 +22,10 @@ from numpy.typing import NDArray
 from benchmarks import networks, product
 from benchmarks.measuring import Table, arguments, finish, machine, say
 from benchmarks.scaling import block_pixels, context_px
-from flows.run import compose_config
+from flows.compose import compose_config
 from wsiflow.model import scorer
 from wsiflow.model.classifier import load
-from wsiflow.model.engines.engine import cpu_supports_bf16
+from wsiflow.model.engines.spec import cpu_supports_bf16
 from wsiflow.run.stages import choose
 from wsiflow.slides.synthetic.tissue import UM_PX
 

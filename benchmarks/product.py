@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flows import line
-from flows.run import compose_config
+from flows.compose import compose_config
 from wsiflow.heatmap import files
 from wsiflow.plan import plan
 from wsiflow.run.results import cost as throughput

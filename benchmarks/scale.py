@@ -21,12 +21,13 @@ import numpy as np
 
 from benchmarks.measuring import Table, arguments, finish, machine, say, significant
 from flows.cluster import workers
-from flows.run import compose_config
+from flows.compose import compose_config
 from wsiflow.errors import InputError
 from wsiflow.plan import plan
 from wsiflow.plan.geometry import Frame
 from wsiflow.run import executor, shards
-from wsiflow.run.executor import Executor, Outcome, Slice, Work
+from wsiflow.run.cases import write_cases
+from wsiflow.run.executor.protocol import Executor, Outcome, Slice, Work
 from wsiflow.run.stages import ingest
 from wsiflow.slides.manifest import Case, read_manifest
 from wsiflow.system import publish
@@ -104,7 +105,7 @@ def _ingested(root: Path, count: int) -> tuple[Path, list[Outcome]]:
     root.mkdir()
     config = compose_config([f"out={root}", "tracking=off", "orchestrator=none", "executor=inline"])
     slides = tuple(Case(f"slide_{i:06d}", root / f"slide_{i:06d}.tif") for i in range(count))
-    cases = ingest.write_cases(root, config, slides)
+    cases = write_cases(root, config, slides)
     with executor.make(config.executor, cores=1, root=root) as pool:
         shards.choose(pool, cases)
     (root / "tissue").mkdir()

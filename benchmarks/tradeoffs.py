@@ -17,13 +17,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks import networks, product
-from flows.run import compose_config
+from flows.compose import compose_config
 from wsiflow.heatmap import assembly
 from wsiflow.model.choice import Choice, alike
 from wsiflow.model.classifier import Classifier, load
 from wsiflow.plan import plan
 from wsiflow.plan.geometry import Frame, subsampling
 from wsiflow.slides.stain import transfer
+from wsiflow.slides.stain.params import StainFit, StainParams
 from wsiflow.slides.synthetic import dataset
 
 _WAYS = {
@@ -129,7 +130,7 @@ def colours(settings: dict[str, Any], *, seed: int) -> dict[str, float]:
 
 
 def _normalised(
-    pixels: NDArray[np.uint8], fitted: transfer.StainFit | None, params: transfer.StainParams, side: int
+    pixels: NDArray[np.uint8], fitted: StainFit | None, params: StainParams, side: int
 ) -> tuple[NDArray[np.uint8], float, int]:
     """Return the pixels patch by patch in other colours, the median seconds of a patch, and how many failed."""
     result, seconds, failed = np.empty_like(pixels), [], 0

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from wsiflow.errors import EnvironmentFault, InputError
 from wsiflow.run import executor
-from wsiflow.run.executor import DaskParams, Executor, ExecutorParams, Outcome, Slice, Work
+from wsiflow.run.executor.params import DaskParams, ExecutorParams
+from wsiflow.run.executor.protocol import Executor, Outcome, Slice, Work
 from wsiflow.system import faults
 from wsiflow.system.machine import allocated_cores
 

@@ -23,8 +23,9 @@ from wsiflow.run.results.finish import Summary
 
 from . import comparing, forms
 from . import sweep as sweeps
+from .compose import compose_config, trials
 from .pipeline import SlidesFailedError
-from .run import as_flow, compose_config, trials
+from .run import as_flow
 
 # What a run is judged by at a glance; summary.json has every number.
 _MAIN = ("froc.score", "froc.strict_score", "roc.auc", "throughput.tiles_per_s", "throughput.core_hours")

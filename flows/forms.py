@@ -15,8 +15,8 @@ from pydantic import BaseModel, Field
 
 from wsiflow.run.config import RunConfig
 
+from .compose import compose_config
 from .overrides import choices, quoted
-from .run import compose_config
 
 _CONF = resources.files("wsiflow.conf")
 _BOUNDS = {"type", "enum", "minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum", "minLength", "anyOf"}

@@ -11,7 +11,9 @@ from typing import Any
 
 from wsiflow.run import shards
 from wsiflow.run.config import RunConfig
-from wsiflow.run.executor import Executor, ExecutorParams, Outcome, Slice, Work, driver
+from wsiflow.run.executor import driver
+from wsiflow.run.executor.params import ExecutorParams
+from wsiflow.run.executor.protocol import Executor, Outcome, Slice, Work
 from wsiflow.run.results import finish
 from wsiflow.run.stages import ingest
 

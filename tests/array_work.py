@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from wsiflow.run.executor import Outcome
+from wsiflow.run.executor.protocol import Outcome
 
 
 def work(source: Path, stage: str, lo: int, hi: int) -> Iterator[Outcome]:
@@ -29,7 +29,9 @@ def work(source: Path, stage: str, lo: int, hi: int) -> Iterator[Outcome]:
 
 def drive(params: str, root: str, count: str) -> None:
     """Run so many tasks in a process of its own: what a test may kill."""
-    from wsiflow.run.executor import ExecutorParams, Slice, make
+    from wsiflow.run.executor import make
+    from wsiflow.run.executor.params import ExecutorParams
+    from wsiflow.run.executor.protocol import Slice
 
     source = Path(root) / "plan.json"
     slices = [Slice(lo, min(lo + 2, int(count))) for lo in range(0, int(count), 2)]

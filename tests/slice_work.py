@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from wsiflow.run.executor import Outcome
+from wsiflow.run.executor.protocol import Outcome
 
 
 def square(_source: Path, _stage: str, lo: int, hi: int) -> Iterator[Outcome]:

@@ -17,9 +17,11 @@ from array_work import work
 from test_line import COARSE, digests, rows, wsiflow
 
 from wsiflow.run import executor
-from wsiflow.run.executor import ExecutorParams, Outcome, Slice, jobs
+from wsiflow.run.executor import jobs
 from wsiflow.run.executor.array import ArrayJobs
 from wsiflow.run.executor.dialect import Dialect, Place, Seen
+from wsiflow.run.executor.params import ExecutorParams
+from wsiflow.run.executor.protocol import Outcome, Slice
 from wsiflow.system import publish
 
 CONF = Path(__file__).parents[1] / "conf/executor"

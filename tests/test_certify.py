@@ -12,12 +12,14 @@ import pytest
 import torch
 from torch import nn
 
-from flows import run as command
+from flows import compose as command
+from flows.run import main
 from wsiflow.heatmap import files
 from wsiflow.model import save
 from wsiflow.model.architectures.registry import build
 from wsiflow.model.classifier import load
 from wsiflow.model.engines import engine
+from wsiflow.model.engines.spec import cpu_supports_bf16
 from wsiflow.run.stages import choose
 from wsiflow.slides import pyramid
 from wsiflow.slides.synthetic import dataset
@@ -37,7 +39,7 @@ def tiny_slide(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 def wsiflow(slides: Path | list[str], out: Path, *more: str) -> int:
     one = ["dataset=manifest", f"dataset.manifest={slides}", "dataset.limit=1"]
-    return command.main(["run", *(one if isinstance(slides, Path) else slides), f"out={out}", *FAST, *more])
+    return main(["run", *(one if isinstance(slides, Path) else slides), f"out={out}", *FAST, *more])
 
 
 def settled(out: Path) -> dict:
@@ -204,7 +206,7 @@ def test_a_slide_without_tissue_is_a_slide(small_slides: Path, tmp_path: Path, h
         }
 
 
-@pytest.mark.skipif(not engine.cpu_supports_bf16(), reason="this CPU has no bf16")
+@pytest.mark.skipif(not cpu_supports_bf16(), reason="this CPU has no bf16")
 def test_bf16_is_certified_against_fp32(small_slides: Path, tmp_path: Path) -> None:
     """Both comparisons keep to the promise: mean at most 0.002, largest at most 0.02."""
     assert wsiflow(small_slides, tmp_path / "run", "inference.precision=bf16", "inference.stride=32") == 0

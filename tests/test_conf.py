@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from flows.run import compose_config
+from flows.compose import compose_config
 from wsiflow.errors import InputError
 from wsiflow.run.config import RunConfig, validate
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from test_line import COARSE, attempts, digests, over
 
-from flows import run
+from flows import compose
 from flows.line import direct
 from wsiflow.system import publish
 
@@ -38,7 +38,7 @@ def line(manifest: Path, out: Path, last: int = -1) -> int:
 def run_line(manifest: Path, out: Path, last: int) -> None:
     seen = itertools.count()
     publish._effect = lambda *_: os._exit(137) if next(seen) == last else None
-    config = run.compose_config(over(manifest, out, "tiles.group_tiles=4"))
+    config = compose.compose_config(over(manifest, out, "tiles.group_tiles=4"))
     os._exit(direct(config).exit_code)
 
 

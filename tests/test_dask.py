@@ -20,7 +20,8 @@ from test_line import digests, over
 from flows.cluster import cluster
 from wsiflow.errors import EnvironmentFault, InputError
 from wsiflow.run import executor
-from wsiflow.run.executor import DaskParams, Executor, ExecutorParams, Outcome, Slice
+from wsiflow.run.executor.params import DaskParams, ExecutorParams
+from wsiflow.run.executor.protocol import Executor, Outcome, Slice
 
 HERE = Path(__file__)
 

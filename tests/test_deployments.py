@@ -18,7 +18,7 @@ import pytest
 from serving import BIN, PrefectServer, end
 
 from flows import cli, forms
-from flows.run import compose_config, sweep_jobs
+from flows.compose import compose_config, sweep_jobs
 from wsiflow.errors import InputError
 from wsiflow.model.choice import InferenceParams
 from wsiflow.run.executor import jobs

@@ -17,9 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wsiflow.errors import EnvironmentFault, InputError
-from wsiflow.run.executor import ExecutorParams, Outcome, Slice, element, jobs
+from wsiflow.run.executor import element, jobs
 from wsiflow.run.executor.array import ArrayJobs, Batch, runs
 from wsiflow.run.executor.dialect import ArrayParams, Place, Seen, expand, indices
+from wsiflow.run.executor.params import ExecutorParams
+from wsiflow.run.executor.protocol import Outcome, Slice
 from wsiflow.run.executor.watch import Look, Piece, Queue, Tries
 from wsiflow.system import processes
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from flows import cli
-from flows.run import compose_config, sweep_jobs
+from flows.compose import compose_config, sweep_jobs
 
 ROOT = Path(__file__).parents[1]
 PAGES = (

@@ -24,22 +24,9 @@ from wsiflow.model.classifier import Classifier, predict, probe_image
 from wsiflow.model.dense.network import densify
 from wsiflow.model.engines import engine as engine_module
 from wsiflow.model.engines.cache import cache_folder, cached
-from wsiflow.model.engines.engine import (
-    Engine,
-    EngineSpec,
-    Network,
-    _converted,
-    _one_thread,
-    _packed,
-    _read,
-    available,
-    choose,
-    converts,
-    cpu_supports_bf16,
-    prepare,
-    quantise,
-    scores_from_pixels,
-)
+from wsiflow.model.engines.engine import available, choose, converts, prepare, scores_from_pixels
+from wsiflow.model.engines.openvino import _converted, _packed, _read, one_thread, quantise
+from wsiflow.model.engines.spec import Engine, EngineSpec, Network, cpu_supports_bf16
 from wsiflow.system import machine
 
 STRIDE_PX = 16
@@ -211,7 +198,7 @@ def test_calibration_runs_with_one_thread(tiny: Network) -> None:
     import openvino
 
     core = openvino.Core
-    with _one_thread():
+    with one_thread():
         made = openvino.Core().compile_model(_read(packed), device_name="CPU", config=None)
     assert made.get_property("INFERENCE_NUM_THREADS") == 1
     assert openvino.Core is core

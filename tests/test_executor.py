@@ -12,7 +12,8 @@ import pytest
 
 from wsiflow.errors import EnvironmentFault
 from wsiflow.run import executor, shards
-from wsiflow.run.executor import Executor, ExecutorParams, Outcome, Slice
+from wsiflow.run.executor.params import ExecutorParams, worker_count
+from wsiflow.run.executor.protocol import Executor, Outcome, Slice
 
 HERE = Path(__file__)
 
@@ -61,7 +62,7 @@ def test_a_task_that_kills_its_worker_fails_alone() -> None:
 @pytest.mark.parametrize(("kind", "workers", "expected"), [("inline", 5, 1), ("process", 0, 3), ("process", 2, 2)])
 def test_workers_follow_the_cores_unless_told(kind: str, workers: int, expected: int) -> None:
     """Zero means one worker per core this process may use."""
-    assert executor.worker_count(params(kind, workers), cores=3) == expected
+    assert worker_count(params(kind, workers), cores=3) == expected
 
 
 def linger(folder: Path, _stage: str, lo: int, hi: int) -> Iterator[Outcome]:

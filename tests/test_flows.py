@@ -12,7 +12,7 @@ import pytest
 from serving import BIN, PrefectServer, environment
 from test_line import over
 
-from flows import line, run
+from flows import compose, line
 from flows.__main__ import give_home
 from wsiflow.model.engines import cache
 
@@ -96,5 +96,5 @@ def test_a_finished_run_is_looked_through_without_prefect(
     assert "0 tasks done now" in done.stdout
     assert done.stdout.splitlines()[-1] == "[]"
     next((out / "detections").glob("*.csv")).unlink()
-    config = run.compose_config(over(small_slides, out))
+    config = compose.compose_config(over(small_slides, out))
     assert line.finished(config) is None, "something is left to do"

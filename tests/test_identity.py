@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flows import run
+from flows import compose
 from wsiflow.errors import InputError, Rewritten
 from wsiflow.plan import plan
-from wsiflow.run import shards
-from wsiflow.run.executor import Outcome
+from wsiflow.run import cases, shards
+from wsiflow.run.executor.protocol import Outcome
 from wsiflow.run.stages import ingest, work
 from wsiflow.run.stages.line import LINE, is_due
 from wsiflow.slides import content, slide
@@ -63,7 +63,7 @@ class Line:
 
     def __init__(self, manifest: Path, out: Path, store: str) -> None:
         given = ["dataset=manifest", f"dataset.manifest={manifest}", "dataset.limit=1", f"store={store}"]
-        self.config = run.compose_config([f"out={out}", *FAST, *given, "stain=macenko", "stain.on_failure=raw"])
+        self.config = compose.compose_config([f"out={out}", *FAST, *given, "stain=macenko", "stain.on_failure=raw"])
         self.source = shards.begin(self.config)
         assert work.run_task(self.source, "choose", 0).receipt
         self.outcomes: list[Outcome] = []
@@ -89,7 +89,7 @@ def test_what_was_read_of_a_slide_that_was_written_is_never_published(
 ) -> None:
     """Zeros for a moment, then whole and as old as before: the task starts over once, then fails; later it succeeds."""
     calm, disturb = (Line(tiny_slides, tmp_path / name, store) for name in ("calm", "disturbed"))
-    path = ingest.read_cases(calm.source)[1][0].path
+    path = cases.read_cases(calm.source)[1][0].path
     for task in calm.tasks():
         assert calm.do(*task).receipt
     seen = []

@@ -17,7 +17,8 @@ import psutil
 import pytest
 from PIL import Image
 
-from flows import run as command
+from flows import compose as command
+from flows.run import main
 from wsiflow.heatmap.files import read_heatmap
 from wsiflow.model.card import ModelSpec
 from wsiflow.plan import plan
@@ -43,7 +44,7 @@ TOLD = {"config.yaml", "cases.json"}
 
 
 def wsiflow(*arguments: str) -> int:
-    return command.main(["run", *arguments])
+    return main(["run", *arguments])
 
 
 def over(manifest: Path, out: Path, *more: str) -> list[str]:

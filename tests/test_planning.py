@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from flows import run as command
+from flows import compose as command
 from flows.__main__ import main
 from wsiflow.run import executor, shards
 from wsiflow.run.costs import COSTS, costs_of
+from wsiflow.run.executor import protocol
 from wsiflow.run.stages import ingest, measure
 from wsiflow.system import publish
 
@@ -31,7 +32,7 @@ def calibrated(small_slides: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         shards.choose(pool, cases)
         outcomes = shards.ingest_shard(pool, cases, range(6))
         plan_path = ingest.make_plan(cases, outcomes)
-        [measured] = pool.run(shards.steps.run_slice, plan_path, "measure", [executor.Slice(0, 1)])
+        [measured] = pool.run(shards.steps.run_slice, plan_path, "measure", [protocol.Slice(0, 1)])
     assert measured.receipt, measured.error
     return out
 

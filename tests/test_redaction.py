@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flows import run
+from flows import compose, run
 from wsiflow.errors import InputError
 from wsiflow.redaction import REDACTED, holds_redacted, redacted, redacted_list, without_secrets
-from wsiflow.run.stages import ingest
+from wsiflow.run import cases
 
 HELD = [
     "http://joe:canary@host:5000/x",
@@ -101,7 +101,7 @@ def test_any_text_can_be_told(text: str) -> None:
 @pytest.mark.parametrize("executor", ["process", "slurm_array", "sge_array", "pbs_array", "lsf_array", "dask_slurm"])
 def test_shipped_settings_hold_no_secret(executor: str) -> None:
     """What a folder keeps of a run without secrets is the whole configuration."""
-    settings = run.compose_config([f"executor={executor}"]).model_dump(mode="json")
+    settings = compose.compose_config([f"executor={executor}"]).model_dump(mode="json")
     assert redacted(settings) == settings
     assert not holds_redacted(settings)
 
@@ -114,10 +114,10 @@ def test_settings_that_are_written_hold_no_secret() -> None:
         "+executor.dask.cluster_kwargs.password=canary",
         "+executor.dask.cluster_kwargs.job_extra_directives=['--export=API_KEY=canary']",
     ]
-    config = run.compose_config(given)
+    config = compose.compose_config(given)
     assert config.tracking.uri == "http://joe:canary@host", "who runs it knows"
     assert "canary" not in json.dumps(config.model_dump(mode="json"))
-    arrays = run.compose_config(["executor=slurm_array", "executor.array.extra=['--comment','token=canary']"])
+    arrays = compose.compose_config(["executor=slurm_array", "executor.array.extra=['--comment','token=canary']"])
     assert "canary" not in arrays.model_dump_json()
 
 
@@ -126,7 +126,7 @@ def test_an_error_holds_no_secret() -> None:
     told = str(InputError("http://joe:canary@host does not answer", "see password=canary", path="s3://k:canary@b"))
     assert "canary" not in told
     with pytest.raises(InputError) as caught:
-        run.compose_config(
+        compose.compose_config(
             ["executor=dask_slurm", "tracking.uri=''", "tracking.experiment='api_key=canary'", "seed=-1"]
         )
     assert "canary" not in str(caught.value)
@@ -134,16 +134,16 @@ def test_an_error_holds_no_secret() -> None:
 
 def test_a_folder_keeps_no_secret_and_is_told_once(tmp_path: Path) -> None:
     """A start, a retry with what the folder keeps, a folder of a former version: one more generation at most."""
-    config = run.compose_config([f"out={tmp_path / 'run'}", "tracking.uri='http://joe:canary@host'"])
+    config = compose.compose_config([f"out={tmp_path / 'run'}", "tracking.uri='http://joe:canary@host'"])
     root = config.out
-    ingest.write_cases(root, config, [])
-    kept, _ = ingest.read_cases(root / "cases.json")
+    cases.write_cases(root, config, [])
+    kept, _ = cases.read_cases(root / "cases.json")
     assert kept.tracking.uri == f"http://{REDACTED}@host"
     for again in (config, kept):
-        assert ingest.write_cases(root, again, []) == root / "cases.json"
+        assert cases.write_cases(root, again, []) == root / "cases.json"
     assert not [path for path in root.rglob("*") if path.is_file() and b"canary" in path.read_bytes()]
     (root / "cases.json").write_text((root / "cases.json").read_text().replace(REDACTED, "joe:canary"))
-    names = {ingest.write_cases(root, config, []).name for _ in range(2)}
+    names = {cases.write_cases(root, config, []).name for _ in range(2)}
     assert names == {"cases.2.json"}
     assert {path.name for path in root.glob("config*.yaml")} == {"config.yaml"}
 
@@ -151,6 +151,6 @@ def test_a_folder_keeps_no_secret_and_is_told_once(tmp_path: Path) -> None:
 def test_a_retry_that_lacks_a_secret_of_its_workers_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A cluster that would be started with a wrong password is not: the command that began it knows the right one."""
     given = ["executor=dask_slurm", "+executor.dask.cluster_kwargs.password=canary", f"out={tmp_path}"]
-    ingest.write_cases(tmp_path, run.compose_config(given), [])
+    cases.write_cases(tmp_path, compose.compose_config(given), [])
     assert run.main(["retry", str(tmp_path)]) == 20
     assert "start it with the wsiflow run command that began it" in capsys.readouterr().err

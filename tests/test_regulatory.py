@@ -14,7 +14,8 @@ import pytest
 import yaml
 
 from flows import cli
-from flows.run import compose_config, main
+from flows.compose import compose_config
+from flows.run import main
 from wsiflow.analysis import scored
 from wsiflow.analysis.reviewers import calibration, subgroups
 from wsiflow.analysis.reviewers.export import _repeat_yaml

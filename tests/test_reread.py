@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from wsiflow.model import card
-from wsiflow.run.stages import predict
+from wsiflow.run.stages import network
 from wsiflow.system.reread import remembered
 
 
@@ -78,5 +78,5 @@ def test_a_model_that_is_replaced_under_its_path_is_loaded_again(tmp_path: Path)
         weights = card.read_card(card.ModelSpec(card=source, **PLAIN)).weights
         (tmp_path / weights).write_bytes((source.parent / weights).read_bytes())
         (tmp_path / "mine.json").write_text(text)
-        found.append(predict._classifier(card.ModelSpec(card=tmp_path / "mine.json", **PLAIN)).identity)
+        found.append(network.classifier_of(card.ModelSpec(card=tmp_path / "mine.json", **PLAIN)).identity)
     assert found[0] != found[1]

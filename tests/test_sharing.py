@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from test_line import COARSE, digests
 
-from flows import cli, line, run
+from flows import cli, compose, line
 from wsiflow.errors import IntegrityError
-from wsiflow.run import sharing
+from wsiflow.run import cases, sharing
 from wsiflow.run.results import cost
-from wsiflow.run.stages import ingest, predict
+from wsiflow.run.stages import choose, ingest
 from wsiflow.slides import pyramid
 from wsiflow.slides.manifest import load_dataset
 from wsiflow.system import publish
@@ -139,7 +139,7 @@ def test_ending_the_process_before_any_effect_loses_nothing(tmp_path: Path) -> N
 def trial(manifest: Path, out: Path, stride: int, *more: str) -> Path:
     """Run one trial of a sweep below ``out`` and return its folder."""
     asked = ["dataset=manifest", f"dataset.manifest={manifest}", f"out={out}", *COARSE, *WIDEST]
-    config = run.compose_config([*asked, f"inference.stride={stride}", *more], job=f"stride={stride}")
+    config = compose.compose_config([*asked, f"inference.stride={stride}", *more], job=f"stride={stride}")
     assert line.direct(config).exit_code == 0
     return config.out
 
@@ -187,10 +187,10 @@ def test_a_slide_that_was_replaced_is_looked_at_again(tiny_slides: Path, tmp_pat
     asked = ["dataset=manifest", f"dataset.manifest={folder / 'manifest.csv'}", *COARSE, f"share={tmp_path / 'shared'}"]
     found = []
     for number in range(2):
-        config = run.compose_config([*asked, f"out={tmp_path / str(number)}"])
+        config = compose.compose_config([*asked, f"out={tmp_path / str(number)}"])
         config.out.mkdir()
-        source = ingest.write_cases(config.out, config, load_dataset(config.dataset))
-        predict.choose(source, 0)
+        source = cases.write_cases(config.out, config, load_dataset(config.dataset))
+        choose.choose(source, 0)
         receipt, _ = ingest.ingest(source, 1)
         found.append((config.out / receipt["path"]).read_text())
         pixels = np.full((500, 600, 3), 240, np.uint8)

@@ -19,17 +19,11 @@ from scipy.optimize import nnls
 from sklearn.decomposition import DictionaryLearning
 
 from wsiflow.errors import InputError
-from wsiflow.slides.stain import transfer
-from wsiflow.slides.stain.transfer import (
-    DensityFit,
-    LabFit,
-    StainFit,
-    StainParams,
-    fit,
-    normalise,
-    normalise_block,
-    normalise_patch,
-)
+from wsiflow.slides.stain import reinhard, transfer, vahadane
+from wsiflow.slides.stain.density import CODE_PENALTY, density_table, stain_codes
+from wsiflow.slides.stain.params import LEAST_SINE, DensityFit, LabFit, StainFit, StainParams, read_fit
+from wsiflow.slides.stain.pixels import sample, spread
+from wsiflow.slides.stain.transfer import fit, normalise, normalise_block, normalise_patch
 from wsiflow.slides.synthetic import dataset
 from wsiflow.slides.synthetic.tissue import Stain, render
 
@@ -144,7 +138,7 @@ def test_drawn_slides_come_together(method: str, drawn: list[tuple[Stain, Pixels
     settings_ = params(method)
     means = []
     for colours, tiles in drawn:
-        found = fit(transfer.sample(tiles, None, settings_), settings_)
+        found = fit(sample(tiles, None, settings_), settings_)
         out = normalise(tiles.reshape(-1, 128, 3), found, settings_.target_fit)
         means.append([x.reshape(-1, 3)[x.reshape(-1, 3).mean(axis=1) < 205].mean(axis=0) for x in (tiles, out)])
         if isinstance(found, DensityFit):
@@ -158,9 +152,9 @@ def test_drawn_slides_come_together(method: str, drawn: list[tuple[Stain, Pixels
 
 def dictionary_objective(density: Floats, stains: Floats) -> float:
     """What a dictionary minimises, at the best codes for it."""
-    codes = np.array([lasso_by_nnls(x, stains, transfer.DICTIONARY_PENALTY) for x in density.T])
+    codes = np.array([lasso_by_nnls(x, stains, vahadane.DICTIONARY_PENALTY) for x in density.T])
     missed = density.T - codes @ stains
-    return float(0.5 * np.square(missed).sum() + transfer.DICTIONARY_PENALTY * codes.sum()) / density.shape[1]
+    return float(0.5 * np.square(missed).sum() + vahadane.DICTIONARY_PENALTY * codes.sum()) / density.shape[1]
 
 
 @pytest.mark.filterwarnings("ignore:Objective did not converge")
@@ -171,12 +165,12 @@ def test_the_dictionary_is_as_good_as_another_solvers(kind: str, request: pytest
     if kind == "template":
         folder = request.getfixturevalue("shared_data") / "patches" / "dldp_256"
         pixels = np.array(Image.open(folder / "tumor_st.png").convert("RGB")).reshape(-1, 3)[::80]
-    density = transfer._density_table(255.0)[pixels[pixels.min(axis=1) < 200].T]
-    ours = transfer._dictionary(density, params("vahadane").iterations)
+    density = density_table(255.0)[pixels[pixels.min(axis=1) < 200].T]
+    ours = vahadane.vahadane_vectors(density, params("vahadane").iterations)
     best = min(
         (
             DictionaryLearning(
-                2, alpha=transfer.DICTIONARY_PENALTY, fit_algorithm="cd", transform_algorithm="lasso_cd",
+                2, alpha=vahadane.DICTIONARY_PENALTY, fit_algorithm="cd", transform_algorithm="lasso_cd",
                 positive_code=True, positive_dict=True, random_state=seed, max_iter=150, tol=1e-9,
             ).fit(density.T).components_
             for seed in range(3)
@@ -220,14 +214,14 @@ def lasso_by_descent(density: Floats, stains: Floats, penalty: float) -> Floats:
 @given(
     stains=hnp.arrays(np.float64, (2, 3), elements=st.floats(0.01, 1)),
     density=hnp.arrays(np.float64, 3, elements=st.floats(0, 5.6)),
-    penalty=st.sampled_from([transfer.CODE_PENALTY, transfer.DICTIONARY_PENALTY, 0.0]),
+    penalty=st.sampled_from([CODE_PENALTY, vahadane.DICTIONARY_PENALTY, 0.0]),
 )
 def test_codes_solve_the_lasso(stains: Floats, density: Floats, penalty: float) -> None:
     """The closed form is the optimum that two other solvers find, for any pair that is a pair."""
     unit = stains / np.linalg.norm(stains, axis=1, keepdims=True)
-    if np.linalg.norm(np.cross(unit[0], unit[1])) < transfer.LEAST_SINE:
+    if np.linalg.norm(np.cross(unit[0], unit[1])) < LEAST_SINE:
         return
-    codes = transfer.stain_codes(density[:, None], unit, penalty)[:, 0]
+    codes = stain_codes(density[:, None], unit, penalty)[:, 0]
     np.testing.assert_allclose(codes, lasso_by_nnls(density, unit, penalty), atol=1e-6)
     np.testing.assert_allclose(codes, lasso_by_descent(density, unit, penalty), atol=1e-6)
 
@@ -236,7 +230,7 @@ def test_colours_outside_the_pair_get_no_negative_amount() -> None:
     """Blue ink and yellow have negative amounts in a plain inverse."""
     density = np.array([[2.0, 0.0, 0.1], [0.5, 0.3, 0.1], [0.0, 2.0, 0.1]])
     assert (np.linalg.pinv(STAINS).T @ density).min() < -0.1
-    assert transfer.stain_codes(density, STAINS, transfer.CODE_PENALTY).min() == 0
+    assert stain_codes(density, STAINS, CODE_PENALTY).min() == 0
 
 
 # Transforms
@@ -252,7 +246,7 @@ def plainly_normalised(rgb: Pixels, source: StainFit, target: StainFit) -> Pixel
     assert isinstance(target, DensityFit)
     density = -np.log(np.clip(rgb.reshape(-1, 3) * 255.0 / source.white, 1, 255) / 255)
     pair, other = (np.array([f.haematoxylin, f.eosin]) for f in (source, target))
-    codes = np.array([lasso_by_nnls(x, pair, transfer.CODE_PENALTY) for x in density])
+    codes = np.array([lasso_by_nnls(x, pair, CODE_PENALTY) for x in density])
     codes *= np.array(target.strengths) / source.strengths
     return np.rint((255 * np.exp(-codes @ other)).clip(0, 255)).astype(np.uint8).reshape(rgb.shape)
 
@@ -353,9 +347,9 @@ def test_glass_becomes_white(method: str) -> None:
 def test_reinhard_gives_the_targets_mean_and_spread() -> None:
     """Of tissue in LAB, where nothing is clipped; the target lies inside the gamut."""
     rgb = painted(amounts()[amounts().sum(axis=1) > 0.4]).reshape(1, -1, 3)
-    source = transfer._fit_lab(rgb[0])
+    source = reinhard.fit_lab(rgb[0])
     target = LabFit("reinhard", (130.0, 150.0, 120.0), (20.0, 4.0, 3.0))
-    out = transfer._fit_lab(normalise(rgb, source, target)[0])
+    out = reinhard.fit_lab(normalise(rgb, source, target)[0])
     np.testing.assert_allclose(out.mean, target.mean, atol=0.5)
     np.testing.assert_allclose(out.std, target.std, atol=0.5)
 
@@ -366,7 +360,7 @@ def test_two_scanners_come_closer(method: str, scanners: dict[str, Pixels]) -> N
     settings_ = params(method)
     means = []
     for tiles in scanners.values():
-        source = fit(transfer.sample(tiles, None, settings_), settings_)
+        source = fit(sample(tiles, None, settings_), settings_)
         out = normalise(tiles.reshape(-1, 256, 3), source, settings_.target_fit)
         means.append([x.reshape(-1, 3)[x.reshape(-1, 3).mean(axis=1) < 210].mean(axis=0) for x in (tiles, out)])
     raw, normalised = (float(np.linalg.norm(a - b)) for a, b in zip(*means, strict=True))
@@ -420,7 +414,7 @@ def plain_patch(rgb: Pixels, method: str, target: StainFit) -> Pixels:
     assert isinstance(found, DensityFit)
     density = -np.log(np.maximum(light.reshape(-1, 3), 1) / 255)
     pair = np.array([found.haematoxylin, found.eosin])
-    codes = np.array([lasso_by_nnls(x, pair, transfer.CODE_PENALTY) for x in density])
+    codes = np.array([lasso_by_nnls(x, pair, CODE_PENALTY) for x in density])
     np.testing.assert_allclose(found.strengths, np.percentile(codes, 99, axis=0), rtol=1e-3)
     codes *= np.array(target.strengths) / np.percentile(codes, 99, axis=0)
     out = 255 * np.exp(-codes @ np.array([target.haematoxylin, target.eosin]))
@@ -538,7 +532,7 @@ def test_a_target_of_another_method_is_refused() -> None:
 def test_a_fit_survives_json(method: str) -> None:
     """To the bit, as the tasks of a slide read it from one file."""
     source = fits(method)[0]
-    assert transfer.read_fit(json.loads(json.dumps(asdict(source)))) == source
+    assert read_fit(json.loads(json.dumps(asdict(source)))) == source
 
 
 @pytest.mark.parametrize(
@@ -549,13 +543,13 @@ def test_a_fit_survives_json(method: str) -> None:
 def test_a_damaged_fit_is_refused(change: dict[str, object], named: str) -> None:
     """Unknown, missing or impossible values are named."""
     with pytest.raises(InputError, match=named):
-        transfer.read_fit(asdict(fits("macenko")[0]) | change)
+        read_fit(asdict(fits("macenko")[0]) | change)
 
 
 @given(total=st.integers(0, 3000), count=st.integers(1, 1000))
 def test_a_choice_is_spread_evenly(total: int, count: int) -> None:
     """One from each of equal runs: no index twice, no gap of two runs or more."""
-    chosen = transfer.spread(total, count)
+    chosen = spread(total, count)
     assert len(chosen) == min(total, count)
     assert (np.diff(chosen) > 0).all()
     if total > count:
@@ -566,7 +560,7 @@ def test_a_choice_is_spread_evenly(total: int, count: int) -> None:
 
 def test_a_choice_is_the_same_everywhere() -> None:
     """The numbers come from the bits of PCG64, which no release of NumPy changes."""
-    assert transfer.spread(1000, 8).tolist() == [79, 158, 255, 377, 601, 739, 825, 966]
+    assert spread(1000, 8).tolist() == [79, 158, 255, 377, 601, 739, 825, 966]
 
 
 def test_only_tissue_is_sampled() -> None:
@@ -575,7 +569,7 @@ def test_only_tissue_is_sampled() -> None:
     tiles[..., 0] = 0
     tissue = np.random.default_rng(1).random((3, 20, 50)) < 0.3
     tiles[tissue, 0] = 255
-    assert (transfer.sample(tiles, tissue, params("macenko", sample_px=200))[:, 0] == 255).all()
-    assert len(transfer.sample(tiles, tissue, params("macenko", sample_px=200))) == 200
-    assert len(transfer.sample(tiles, tissue, params("macenko"))) == tissue.sum()
-    assert len(transfer.sample(tiles, None, params("macenko", sample_px=100))) == 100
+    assert (sample(tiles, tissue, params("macenko", sample_px=200))[:, 0] == 255).all()
+    assert len(sample(tiles, tissue, params("macenko", sample_px=200))) == 200
+    assert len(sample(tiles, tissue, params("macenko"))) == tissue.sum()
+    assert len(sample(tiles, None, params("macenko", sample_px=100))) == 100

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from test_line import over
 
-from flows import cli, line, run
+from flows import cli, compose, line
 from wsiflow.heatmap import assembly, files
 from wsiflow.model.choice import Choice, alike
 from wsiflow.plan import plan
@@ -22,7 +22,7 @@ def folder_of(tiny_slides: Path, tmp_path_factory: pytest.TempPathFactory) -> Ca
     @functools.cache
     def folder(*settings: str) -> Path:
         out = tmp_path_factory.mktemp("run")
-        assert line.direct(run.compose_config(over(tiny_slides, out, "store=none", *settings))).exit_code == 0
+        assert line.direct(compose.compose_config(over(tiny_slides, out, "store=none", *settings))).exit_code == 0
         return out
 
     return folder

@@ -12,8 +12,9 @@ import pytest
 from serving import environment
 from test_line import over
 
-from flows import run as command
+from flows import compose as command
 from flows import sweep as sweeps
+from flows.run import main
 from wsiflow.errors import InputError
 from wsiflow.evaluation import matches
 
@@ -51,7 +52,7 @@ def test_a_sweep_of_two_good_jobs_and_a_bad_one(small_slides: Path, tmp_path: Pa
     arguments += ["orchestrator=none", "evaluation.bootstrap=0", "name=strides", f"out={tmp_path / 'sweep'}"]
     arguments += [f"tracking.uri=sqlite:///{tmp_path}/mlflow.db"]  # Hydra writes the colon otherwise for a trial
     arguments += ["+hydra.job.env_set.EXAMPLE_API_KEY=canary"]
-    assert command.main(["run", "-m", "inference.stride=112,30,224", *arguments]) == 20
+    assert main(["run", "-m", "inference.stride=112,30,224", *arguments]) == 20
     assert not [path for path in (tmp_path / "sweep").rglob("*") if path.is_file() and b"canary" in path.read_bytes()]
     assert "EXAMPLE_API_KEY" in (tmp_path / "sweep/multirun.yaml").read_text()
     said = capsys.readouterr()
@@ -169,7 +170,7 @@ def test_a_sweep_without_out_makes_no_other_folders(tmp_path: Path, monkeypatch,
     """Hydra makes those of its trials; each of these is refused, and there is no other folder than the sweep's."""
     monkeypatch.chdir(tmp_path)
     quick = ["dataset=single", "orchestrator=none", "tracking=off", "executor=inline", "seed=-1"]
-    assert command.main(["run", "-m", "dataset.path=/absent/a/s.svs,/absent/b/s.svs", "name=one,two", *quick]) == 20
+    assert main(["run", "-m", "dataset.path=/absent/a/s.svs,/absent/b/s.svs", "name=one,two", *quick]) == 20
     assert capsys.readouterr().err.count("seed") == 4
     assert len(list((tmp_path / "runs").iterdir())) == 1
 
@@ -226,8 +227,8 @@ def test_a_failed_trial_is_no_part_of_the_comparison(tiny_slides: Path, tmp_path
     """Its folder has the scores of an earlier start with other settings, which is why it is refused."""
     out = tmp_path / "sweep"
     common = over(tiny_slides, out)
-    assert command.main(["run", "-m", *common, "inference.stride=112,224"]) == 0
+    assert main(["run", "-m", *common, "inference.stride=112,224"]) == 0
     capsys.readouterr()
-    assert command.main(["run", "-m", *common, "inference.stride=112,224", "lesions.threshold=0.4"]) == 20
+    assert main(["run", "-m", *common, "inference.stride=112,224", "lesions.threshold=0.4"]) == 20
     assert "compared" not in capsys.readouterr().out
     assert not (out / ".trials").exists()

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from flows.run import compose_config
+from flows.compose import compose_config
 from wsiflow.plan import blocks, plan
 from wsiflow.plan.blocks import Cut
 from wsiflow.plan.tissue import select_tiles, tile_coverage, tissue_mask

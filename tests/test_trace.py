@@ -10,7 +10,7 @@ from test_line import attempts, over
 
 from flows import run as command
 from wsiflow.run import trace
-from wsiflow.run.executor import Outcome
+from wsiflow.run.executor.protocol import Outcome
 from wsiflow.run.stages.work import run_slice
 from wsiflow.system.usage import Meter
 

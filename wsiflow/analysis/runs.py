@@ -18,8 +18,8 @@ from wsiflow import redaction
 from wsiflow.errors import InputError
 from wsiflow.evaluation.matches import Recorded, read_matches
 from wsiflow.plan import plan
-from wsiflow.run import tracking
-from wsiflow.run.results import finish
+from wsiflow.run import cases, tracking
+from wsiflow.run.results import record
 from wsiflow.run.stages import ingest
 from wsiflow.run.tracking import TrackingParams
 from wsiflow.system import publish
@@ -116,13 +116,13 @@ def _from_folder(root: Path) -> Run:
     params = {"run": root.name}
     if told:
         made, values = plan.latest(root), json.loads(told.read_text(encoding="utf-8"))["config"]
-        params = _texts(finish.settings(values, made)) | finish.digests(made)
+        params = _texts(record.settings(values, made)) | record.digests(made)
     elif (folder / "settings.json").is_file():
         params = _texts(json.loads((folder / "settings.json").read_text(encoding="utf-8")))
     return Run(
         name=root.name,
         where=str(root),
-        identity=ingest.folder_id(root),
+        identity=cases.folder_id(root),
         sweep="",
         params=params,
         core_hours=_number(metrics.get("throughput.core_hours")),

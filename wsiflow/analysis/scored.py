@@ -16,6 +16,7 @@ from wsiflow.evaluation import matches
 from wsiflow.evaluation.matches import Recorded, RecordedSlide
 from wsiflow.plan import plan
 from wsiflow.plan.plan import Plan
+from wsiflow.run.cases import read_cases
 from wsiflow.run.config import RunConfig
 from wsiflow.run.stages import ingest
 from wsiflow.slides.manifest import COLUMNS, Case, read_manifest
@@ -115,7 +116,7 @@ def read(root: Path) -> Scored:
     told = ingest.told(root)
     if told is None:
         raise InputError("it holds no run", "name the out= folder of a run", path=root)
-    config, cases = ingest.read_cases(told)
+    config, cases = read_cases(told)
     ended = _ended(root / "process_list.csv")
     partial = any(one.status in {"failed", "rejected"} for one in ended.values())
     folder = root / ("evaluation-PARTIAL" if partial else "evaluation")

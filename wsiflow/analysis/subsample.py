@@ -21,7 +21,7 @@ from wsiflow.model.choice import Choice, alike
 from wsiflow.plan import geometry
 from wsiflow.plan.geometry import Frame
 from wsiflow.plan.plan import SlidePlan
-from wsiflow.run.results import finish
+from wsiflow.run.results import record, scores
 from wsiflow.system import publish
 
 
@@ -53,19 +53,19 @@ def write(root: Path, strides: Sequence[int], out: Path) -> list[Path]:
 def _write(run: Scored, stride: int, out: Path) -> Path:
     cases = {case.slide_id: case for case in run.cases}
 
-    def evidence() -> Iterator[evaluate.Evidence]:
+    def slides() -> Iterator[evaluate.Evidence]:
         for planned in run.made.slides:
             coarse, detections = _detected(run, planned, stride)
             text = format_detections(detections)
             publish.write_view(out, f"detections/{planned.slide_id}.csv", text.encode())
             found = read_detections(out / f"detections/{planned.slide_id}.csv")
             score = assembly.slide_score(coarse)
-            yield finish.evidence(planned, cases[planned.slide_id], run.config, found, score)
+            yield scores.evidence(planned, cases[planned.slide_id], run.config, found, score)
 
-    scores = evaluate.evaluate_cases(evidence(), run.config.evaluation, seed=run.config.seed)
-    for name, text in evaluate.documents(scores).items():
+    found = evaluate.evaluate_cases(slides(), run.config.evaluation, seed=run.config.seed)
+    for name, text in evaluate.documents(found).items():
         publish.write_view(out, f"evaluation/{name}", text.encode())
-    told = finish.settings(run.config.model_dump(mode="json"), run.made) | finish.digests(run.made)
+    told = record.settings(run.config.model_dump(mode="json"), run.made) | record.digests(run.made)
     told |= {"inference.stride": stride, "subsampled_from": run.config.inference.stride}
     publish.write_view(out, "evaluation/settings.json", json.dumps(told, indent=1, sort_keys=True).encode())
     return out

@@ -15,17 +15,10 @@ from wsiflow.errors import InputError
 from wsiflow.model.choice import Choice
 from wsiflow.model.classifier import Classifier, not_finite
 from wsiflow.model.dense.network import densify, window_crops
-from wsiflow.model.engines import engine
-from wsiflow.model.engines.engine import (
-    Backend,
-    Engine,
-    EngineSpec,
-    Network,
-    Precision,
-    cache_folder,
-    prepare,
-    scores_from_pixels,
-)
+from wsiflow.model.engines import openvino
+from wsiflow.model.engines.cache import cache_folder
+from wsiflow.model.engines.engine import prepare, scores_from_pixels
+from wsiflow.model.engines.spec import Backend, Engine, EngineSpec, Network, Precision
 from wsiflow.plan import geometry
 from wsiflow.plan.blocks import Block, window_corners_px
 from wsiflow.plan.geometry import Frame
@@ -253,7 +246,7 @@ def probe(classifier: Classifier, choice: Choice, *, threads: int) -> Engine:
 def quantise(classifier: Classifier, choice: Choice, samples: Sequence[NDArray[np.uint8]]) -> bytes:
     """Return the network in int8, calibrated on regions or windows, uint8 (n, rows, cols, 3), such as it will see."""
     network = _window_network if choice.engine == "window" else _dense_network
-    return engine.quantise(network(classifier, choice), samples, cache=cache_folder())
+    return openvino.quantise(network(classifier, choice), samples, cache=cache_folder())
 
 
 def sample(frame: Frame, block: Block, pixels: NDArray[np.uint8], choice: Choice) -> NDArray[np.uint8]:

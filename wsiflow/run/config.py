@@ -27,11 +27,11 @@ from wsiflow.model.choice import DenseParams, InferenceParams
 from wsiflow.plan.blocks import TilesParams
 from wsiflow.plan.geometry import GeometryParams
 from wsiflow.plan.tissue import TissueParams
-from wsiflow.run.executor import ExecutorParams
+from wsiflow.run.executor.params import ExecutorParams
 from wsiflow.run.store import StoreParams
 from wsiflow.run.tracking import TrackingParams
 from wsiflow.slides.manifest import DatasetParams
-from wsiflow.slides.stain.transfer import StainParams
+from wsiflow.slides.stain.params import StainParams
 from wsiflow.system.paths import AbsolutePath
 
 

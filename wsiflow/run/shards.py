@@ -12,11 +12,14 @@ from wsiflow.errors import EnvironmentFault, InputError, IntegrityError, Wsiflow
 from wsiflow.plan import plan
 from wsiflow.plan.plan import Plan
 from wsiflow.run import ledger, trace
+from wsiflow.run.cases import check_model, read_cases, write_cases
 from wsiflow.run.config import RunConfig
 from wsiflow.run.costs import COSTS, ROUGH, costs_of, slices
-from wsiflow.run.executor import Executor, Outcome, Slice
-from wsiflow.run.stages import certify, ingest, predict, work
+from wsiflow.run.executor.protocol import Executor, Outcome, Slice
+from wsiflow.run.stages import certify, ingest, work
 from wsiflow.run.stages import line as stages
+from wsiflow.run.stages.calibrate import calibration, calibration_slides
+from wsiflow.run.stages.choose import choice_key, is_chosen, surprise
 from wsiflow.slides.manifest import DatasetParams, load_dataset
 from wsiflow.slides.synthetic.dataset import write_dataset, write_like
 from wsiflow.slides.synthetic.tissue import UM_PX
@@ -72,14 +75,14 @@ def begin(config: RunConfig) -> Path:
     for folder in filter(None, (config.out, config.share)):
         publish.preflight(folder)
         publish.sweep_attempts(folder)
-    ingest.check_model(config)
+    check_model(config)
     params = config.dataset
     if params.kind == "synthetic" and params.folder is not None:
         if params.like:
             _require_scaled_lengths(config)
         manifest = _drawn(params, params.folder)
         params = params.model_copy(update={"kind": "manifest", "manifest": manifest})
-    return ingest.write_cases(config.out, config, load_dataset(params))
+    return write_cases(config.out, config, load_dataset(params))
 
 
 def _require_scaled_lengths(config: RunConfig) -> None:
@@ -112,9 +115,9 @@ def choose(pool: Executor, cases: Path) -> str:
     Raises:
         WsiflowError: The network or the machine cannot do what is asked for.
     """
-    if not ingest.is_chosen(cases):
-        once(pool, cases, "choose", ingest.choice_key(ingest.read_cases(cases)[0]))
-    return ingest.surprise(cases)
+    if not is_chosen(cases):
+        once(pool, cases, "choose", choice_key(read_cases(cases)[0]))
+    return surprise(cases)
 
 
 def measure_costs(pool: Executor, plan_path: Path) -> None:
@@ -137,13 +140,13 @@ def calibrate(pool: Executor, plan_path: Path, slice_s: float) -> Progress:
     made = plan.read(plan_path)
     if not made.n_groups or made.work["choice"]["precision"] != "int8":
         return Progress(())
-    calibration = predict.calibration(plan_path.parent, made)
-    if publish.done(plan_path.parent, *calibration) is not None:
+    quantised = calibration(plan_path.parent, made)
+    if publish.done(plan_path.parent, *quantised) is not None:
         return Progress(())
-    progress = Progress(tuple(predict.calibration_slides(made)))
+    progress = Progress(tuple(calibration_slides(made)))
     for stage in ("stain", "extract"):  # the pixels it looks at are those the network will see
         progress = advance(pool, plan_path, stage, progress, slice_s)
-    once(pool, plan_path, "calibrate", calibration.key)
+    once(pool, plan_path, "calibrate", quantised.key)
     return progress
 
 
@@ -184,7 +187,7 @@ def cut(sizes: Sequence[int], slides_each: int) -> list[tuple[int, ...]]:
 def case_sizes(cases: Path) -> list[int]:
     """Return the size in bytes of each case's slide, 0 where it cannot be told."""
     sizes = []
-    for case in ingest.read_cases(cases)[1]:
+    for case in read_cases(cases)[1]:
         try:
             sizes.append(case.path.stat().st_size)
         except OSError:  # opening it tells what is wrong
@@ -218,7 +221,7 @@ def slide_sizes(plan_path: Path) -> list[int]:
 
 def ingest_shard(pool: Executor, cases: Path, shard: Sequence[int]) -> list[Outcome]:
     """Ingest the cases of a shard."""
-    config, found = ingest.read_cases(cases)
+    config, found = read_cases(cases)
     tasks = [index for index in sorted(shard) if not ingest.is_ingested(cases, index)]
     seconds = [ROUGH.task_s("ingest", 0)] * len(tasks)
     cuts = slices(tasks, seconds, target_s=config.executor.slice_s)

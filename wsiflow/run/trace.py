@@ -11,7 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from wsiflow.run.executor import Outcome
+from wsiflow.run.executor.protocol import Outcome
 from wsiflow.system import publish, tables
 
 COLUMNS = (

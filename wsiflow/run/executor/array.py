@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from wsiflow.errors import EnvironmentFault, WsiflowError
-from wsiflow.run.executor import Outcome, Slice, Work, element, jobs
+from wsiflow.run.executor import element, jobs
 from wsiflow.run.executor.dialect import ArrayParams, Place, expand
 from wsiflow.run.executor.jobs import JobLog
+from wsiflow.run.executor.protocol import Outcome, Slice, Work
 from wsiflow.run.executor.watch import FOLDER, LOGS, Array, Element, Look, Piece, Queue, Tries
 from wsiflow.system import publish
 from wsiflow.system.usage import now

@@ -23,7 +23,7 @@ from distributed.comm.core import CommClosedError
 from distributed.scheduler import KilledWorker
 
 from wsiflow.errors import EnvironmentFault
-from wsiflow.run.executor import Outcome, Slice, Work, closed
+from wsiflow.run.executor.protocol import Outcome, Slice, Work, closed
 from wsiflow.system.machine import limit_threads
 from wsiflow.system.usage import now
 

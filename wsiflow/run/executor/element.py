@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from wsiflow.errors import InputError
-from wsiflow.run.executor import Work
 from wsiflow.run.executor.jobs import identity
+from wsiflow.run.executor.protocol import Work
 from wsiflow.system.machine import ISA_PINS, limit_threads
 from wsiflow.system.usage import now
 

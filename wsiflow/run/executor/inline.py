@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Self
 
-from wsiflow.run.executor import Outcome, Slice, Work, closed
+from wsiflow.run.executor.protocol import Outcome, Slice, Work, closed
 from wsiflow.system.usage import not_a_worker, now
 
 

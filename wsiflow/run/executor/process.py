@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Self
 
 from wsiflow.errors import EnvironmentFault
-from wsiflow.run.executor import Outcome, Slice, Work, closed
+from wsiflow.run.executor.protocol import Outcome, Slice, Work, closed
 from wsiflow.system import faults, processes
 from wsiflow.system.machine import limit_threads
 from wsiflow.system.usage import now

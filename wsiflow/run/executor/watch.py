@@ -6,8 +6,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from wsiflow.run.executor import Outcome, closed, jobs
+from wsiflow.run.executor import jobs
 from wsiflow.run.executor.dialect import ArrayParams, Place, Seen
+from wsiflow.run.executor.protocol import Outcome, closed
 from wsiflow.system import processes
 from wsiflow.system.processes import Process
 

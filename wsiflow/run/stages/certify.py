@@ -23,15 +23,9 @@ from wsiflow.plan.blocks import Block, window_corners_px
 from wsiflow.plan.geometry import Frame
 from wsiflow.plan.plan import Plan, SlidePlan, Task
 from wsiflow.run import store
+from wsiflow.run.stages.network import check_numeric_class, planned_choice, planned_classifier, scorer_for
 from wsiflow.run.stages.pixels import planned_blocks
-from wsiflow.run.stages.predict import (
-    check_numeric_class,
-    planned_choice,
-    planned_classifier,
-    prediction_name,
-    published,
-    scorer_for,
-)
+from wsiflow.run.stages.predict import prediction_name, published
 from wsiflow.system import publish, usage
 from wsiflow.system.provenance import facts, thread_count
 from wsiflow.system.usage import untimed

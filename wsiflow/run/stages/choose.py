@@ -7,21 +7,28 @@ measured, and only where the configuration says ``auto``.
 
 import contextlib
 import itertools
+import json
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from wsiflow.errors import InputError
-from wsiflow.model import scorer
+from wsiflow.model import card, scorer
 from wsiflow.model.choice import Choice
 from wsiflow.model.classifier import Classifier
 from wsiflow.model.dense import network
 from wsiflow.model.dense.facts import DenseFacts
-from wsiflow.model.engines import engine
+from wsiflow.model.engines import engine, openvino, spec
 from wsiflow.plan import geometry
+from wsiflow.run import cases
+from wsiflow.run.cases import read_cases
 from wsiflow.run.config import RunConfig
+from wsiflow.run.stages.network import classifier_of
+from wsiflow.system import publish, usage
 from wsiflow.system.machine import cpu_flags
+from wsiflow.system.provenance import facts, numeric_class, pixel_versions, thread_count
 
 _MICRO_BENCHMARK_S = 2.0
 # What allocators and scratch memory add to the activations that the graph counts: GoogLeNet's are 80 bytes per pixel,
@@ -76,7 +83,7 @@ def _fastest(
     wanted = [
         planned._replace(backend=backend, precision=precision)
         for backend, precision in itertools.product(backends, _precisions(config))
-        if precision in engine.PRECISIONS[backend]
+        if precision in spec.PRECISIONS[backend]
     ]
     if not wanted:
         cause = f"{config.inference.precision} is not a precision of backend {' or '.join(backends)}"
@@ -95,7 +102,7 @@ def _prove(classifier: Classifier, choice: Choice, *, threads: int) -> None:
         EnvironmentFault: A package is missing, or the CPU cannot.
     """
     if choice.precision == "int8":
-        engine.require_int8()
+        openvino.require_int8()
         if choice.share_until:
             cause = "a network that windows share only in part is not run in int8"
             raise InputError(cause, "set inference.precision=fp32 or bf16, or dense.share_until=''")
@@ -218,7 +225,7 @@ def _precisions(config: RunConfig) -> list[str]:
     asked = config.inference.precision
     if asked != "auto":
         return [asked]
-    return ["fp32", "bf16"] if engine.cpu_supports_bf16() else ["fp32"]
+    return ["fp32", "bf16"] if spec.cpu_supports_bf16() else ["fp32"]
 
 
 def _name(choice: Choice) -> str:
@@ -233,8 +240,74 @@ def _measure(classifier: Classifier, wanted: list[Choice], config: RunConfig, *,
     if wanted[0].engine == "window":
         shape = (classifier.window_px, classifier.window_px, 3)
     pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
-    candidates: dict[str, engine.Engine] = {}
+    candidates: dict[str, spec.Engine] = {}
     for choice in wanted:
         with contextlib.suppress(InputError):  # a backend that cannot convert this network is no candidate
             candidates[_name(choice)] = scorer.probe(classifier, choice, threads=threads)
     return engine.choose(candidates, pixels, seconds=_MICRO_BENCHMARK_S) if candidates else {}
+
+
+def is_chosen(source: Path) -> bool:
+    """Tell whether it is settled how the run computes scores."""
+    config, _ = read_cases(source)
+    return publish.done(source.parent, choice_name(config), choice_key(config)) is not None
+
+
+def choice_key(config: RunConfig) -> str:
+    """Return what identifies how scores are computed: the model, and what the configuration asks for.
+
+    The machine is that of the worker who settles it: the one that asks may be of another kind.
+    """
+    asked = {name: getattr(config, name).model_dump() for name in ("inference", "tiles", "geometry")}
+    asked["dense"] = config.dense.model_dump(exclude={"windows", "tolerance", "beyond"})
+    return publish.key_of(
+        asked=asked, model=card.identity(card.read_card(config.model)), threads=config.executor.threads
+    )
+
+
+def choice_name(config: RunConfig) -> str:
+    """Return the name of the file that says how scores are computed, relative to the run's folder."""
+    return f"engine/{choice_key(config)[:12]}.json"
+
+
+def surprise(source: Path) -> str:
+    """Return how scores are computed and why, where that is not what the configuration or the model asks for."""
+    config, _ = read_cases(source)
+    settled = choice_record(source.parent, config)
+    choice, asked = Choice(**settled["choice"]), config.inference
+    same = choice.engine == asked.engine and asked.backend in {choice.backend, "auto"}
+    engine = "" if same else f"{choice.engine} engine, {choice.backend} {choice.precision}: {settled['told']}"
+    return "; ".join(filter(None, (engine, foreign_spacing(config))))
+
+
+def foreign_spacing(config: RunConfig) -> str:
+    """Return that slides are read at a spacing the model was not trained for; nothing where they are not."""
+    wanted, trained = config.geometry.spacing, card.read_card(config.model).spacing_um_px
+    if isinstance(wanted, str) or abs(wanted / trained - 1) <= config.geometry.tolerance:
+        return ""
+    return (
+        f"slides are read at {wanted:g} um/px, the model was trained at {trained:g}: its scores may mean nothing there"
+    )
+
+
+def choice_record(root: Path, config: RunConfig) -> dict[str, Any]:
+    """Return what was settled for a configuration, as it was published."""
+    found: dict[str, Any] = json.loads((root / choice_name(config)).read_text(encoding="utf-8"))
+    return found
+
+
+def choose(source: Path, _index: int) -> tuple[publish.Receipt, bool]:
+    """Settle how the run computes scores, and publish it as ``engine/<key>.json``; all of it is warm-up."""
+    config, _ = cases.read_cases(source)
+    root, name, key = source.parent, choice_name(config), choice_key(config)
+    done = publish.done(root, name, key)
+    if done is not None:
+        return done, False
+    with usage.warming_up(), publish.publishing(root, name, key, facts("choice", ""), publish.accept) as attempt:
+        if (root / name).exists():  # measured before, by a run that died before its receipt
+            attempt.path.write_bytes((root / name).read_bytes())
+        else:
+            settled = settle(classifier_of(config.model), config, threads=thread_count())
+            settled |= {"numeric_class": numeric_class(), "pixels": pixel_versions()}
+            attempt.path.write_text(json.dumps(settled, indent=1, sort_keys=True), encoding="utf-8")
+    return attempt.receipt, True

@@ -13,11 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from numpy.typing import NDArray
-from pydantic import TypeAdapter
 
-from wsiflow import redaction
 from wsiflow.errors import InputError, WsiflowError
 from wsiflow.evaluation import truth
 from wsiflow.model import card
@@ -26,44 +23,15 @@ from wsiflow.plan import geometry, outline, plan, tissue
 from wsiflow.plan.geometry import MAX_UPSAMPLE, Frame
 from wsiflow.plan.plan import Plan, SlideCut, SlidePlan
 from wsiflow.run import sharing
+from wsiflow.run.cases import read_cases
 from wsiflow.run.config import RunConfig
-from wsiflow.run.executor import Outcome
+from wsiflow.run.executor.protocol import Outcome
 from wsiflow.run.sharing import Place
+from wsiflow.run.stages.choose import choice_record
 from wsiflow.slides import content, slide
 from wsiflow.slides.manifest import Case
 from wsiflow.system import publish
-from wsiflow.system.paths import is_same
 from wsiflow.system.provenance import facts
-from wsiflow.system.reread import remembered
-
-_CASES = TypeAdapter(tuple[Case, ...])
-
-
-def write_cases(root: Path, config: RunConfig, cases: Sequence[Case]) -> Path:
-    """Publish what there is to ingest, and the resolved configuration beside it; neither has a secret in it."""
-    resolved = _as_spelled(root, config).model_dump(mode="json")  # without those of places that are known to hold some
-    publish.publish_generation(
-        root, "config.yaml", yaml.safe_dump(redaction.redacted(resolved), sort_keys=False).encode(), {"kind": "config"}
-    )
-    data = {"config": resolved, "cases": _CASES.dump_python(tuple(cases), mode="json")}
-    return publish.publish_generation(root, "cases.json", json.dumps(data, indent=1).encode(), {"kind": "cases"})
-
-
-def _as_spelled(root: Path, config: RunConfig) -> RunConfig:
-    """Return the configuration with the run's folder as it was first spelled: one folder has many paths.
-
-    A folder that was moved or copied is told anew, once.
-    """
-    told = publish.generations(root, "cases.json")
-    former = Path(json.loads(told[-1].read_text(encoding="utf-8"))["config"]["out"]) if told else config.out
-    return config.model_copy(update={"out": former}) if is_same(former, root) else config
-
-
-@remembered(files=4)
-def read_cases(path: Path) -> tuple[RunConfig, tuple[Case, ...]]:
-    """Return the configuration and the cases of a run."""
-    data = json.loads(path.read_text(encoding="utf-8"))
-    return RunConfig.model_validate(data["config"]), _CASES.validate_python(data["cases"])
 
 
 def ingest(source: Path, index: int) -> tuple[publish.Receipt, bool]:
@@ -122,12 +90,6 @@ def _publish_beside(root: Path, case: Case, looked: Mapping[str, Any], cut: Slid
     )
     for name, data in zip(_names(case)[1:], documents, strict=True):
         publish.publish_bytes(root, name, data, key, facts("tissue", case.slide_id))
-
-
-def shared_folder(root: Path) -> Path | None:
-    """Return the folder that a run shares with the other trials of its sweep, None where it shares nothing."""
-    source = told(root)
-    return read_cases(source)[0].share if source else None
 
 
 def _looked(case: Case, config: RunConfig) -> tuple[dict[str, Any], publish.Receipt | None]:
@@ -192,72 +154,10 @@ def _check_truth(case: Case, config: RunConfig) -> None:
     truth.check_truth(sized, config.evaluation, l0_size_px=l0_size_px)
 
 
-def is_chosen(source: Path) -> bool:
-    """Tell whether it is settled how the run computes scores."""
-    config, _ = read_cases(source)
-    return publish.done(source.parent, choice_name(config), choice_key(config)) is not None
-
-
 def is_ingested(source: Path, index: int) -> bool:
     """Tell whether all that is published of a case before the plan is there."""
     _, cases = read_cases(source)
     return all(publish.is_there(source.parent, name) for name in _names(cases[index]))
-
-
-def check_model(config: RunConfig) -> None:
-    """Read the model's card and hash its weights before any slide is opened; see that windows fit into blocks.
-
-    Raises:
-        InputError: Card or weights cannot be used, or the halo is too small for the model's window.
-    """
-    model = card.read_card(config.model)
-    card.read_weights(config.model, model)
-    needed = max(geometry.window_reach_px(model.window_px, config.inference.stride, config.geometry.convention))
-    if isinstance(config.tiles.halo_px, int) and config.tiles.halo_px < needed:
-        cause = f"tiles.halo_px is {config.tiles.halo_px}, windows of {model.window_px} px need at least {needed}"
-        raise InputError(cause, "set tiles.halo_px=auto and geometry=centred", stage="configuration")
-
-
-def choice_key(config: RunConfig) -> str:
-    """Return what identifies how scores are computed: the model, and what the configuration asks for.
-
-    The machine is that of the worker who settles it: the one that asks may be of another kind.
-    """
-    asked = {name: getattr(config, name).model_dump() for name in ("inference", "tiles", "geometry")}
-    asked["dense"] = config.dense.model_dump(exclude={"windows", "tolerance", "beyond"})
-    return publish.key_of(
-        asked=asked, model=card.identity(card.read_card(config.model)), threads=config.executor.threads
-    )
-
-
-def choice_name(config: RunConfig) -> str:
-    """Return the name of the file that says how scores are computed, relative to the run's folder."""
-    return f"engine/{choice_key(config)[:12]}.json"
-
-
-def surprise(source: Path) -> str:
-    """Return how scores are computed and why, where that is not what the configuration or the model asks for."""
-    config, _ = read_cases(source)
-    settled = _settled(source.parent, config)
-    choice, asked = Choice(**settled["choice"]), config.inference
-    same = choice.engine == asked.engine and asked.backend in {choice.backend, "auto"}
-    engine = "" if same else f"{choice.engine} engine, {choice.backend} {choice.precision}: {settled['told']}"
-    return "; ".join(filter(None, (engine, foreign_spacing(config))))
-
-
-def foreign_spacing(config: RunConfig) -> str:
-    """Return that slides are read at a spacing the model was not trained for; nothing where they are not."""
-    wanted, trained = config.geometry.spacing, card.read_card(config.model).spacing_um_px
-    if isinstance(wanted, str) or abs(wanted / trained - 1) <= config.geometry.tolerance:
-        return ""
-    return (
-        f"slides are read at {wanted:g} um/px, the model was trained at {trained:g}: its scores may mean nothing there"
-    )
-
-
-def _settled(root: Path, config: RunConfig) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((root / choice_name(config)).read_text(encoding="utf-8"))
-    return found
 
 
 def record_key(case: Case, settings: Mapping[str, Any]) -> str:
@@ -267,7 +167,7 @@ def record_key(case: Case, settings: Mapping[str, Any]) -> str:
 
 def cutting(root: Path, config: RunConfig) -> dict[str, Any]:
     """Return the settings that decide which tiles and blocks a slide has."""
-    model, choice = card.read_card(config.model), Choice(**_settled(root, config)["choice"])
+    model, choice = card.read_card(config.model), Choice(**choice_record(root, config)["choice"])
     return {
         "geometry": config.geometry.model_dump(),
         "tissue": config.tissue.model_dump(),
@@ -403,7 +303,7 @@ def make_plan(source: Path, outcomes: Sequence[Outcome]) -> Path:
         else:
             record = json.loads((root / outcome.receipt["path"]).read_text(encoding="utf-8"))
             slides.append(_slide_plan(case, record))
-    settled = _settled(root, config)
+    settled = choice_record(root, config)
     work = {
         "store": config.store.model_dump(),
         "model": json.loads(config.model.model_dump_json()),
@@ -418,7 +318,7 @@ def make_plan(source: Path, outcomes: Sequence[Outcome]) -> Path:
 
 def _settings(root: Path, config: RunConfig) -> dict[str, Any]:
     """Return every setting that can change a number."""
-    settled = _settled(root, config)
+    settled = choice_record(root, config)
     return {
         "cut": cutting(root, config),
         "predict": {
@@ -449,11 +349,10 @@ def told(root: Path) -> Path | None:
     return files[-1] if files else None
 
 
-def folder_id(root: Path) -> str:
-    """Return what stands for a run's folder wherever it lies; empty where nothing is known of its beginning."""
-    names = ("config.yaml", *(path.name for path in publish.generations(root, "config.yaml")))
-    receipts = (publish.read_receipt(root, name) for name in names)  # the file may be gone, its receipt still tells
-    return next((str(receipt["attempt"]) for receipt in receipts if receipt), "")
+def shared_folder(root: Path) -> Path | None:
+    """Return the folder that a run shares with the other trials of its sweep, None where it shares nothing."""
+    source = told(root)
+    return read_cases(source)[0].share if source else None
 
 
 def _follows(made: Plan, source: Path) -> bool:

@@ -24,7 +24,7 @@ from wsiflow.errors import EnvironmentFault, InputError
 from wsiflow.plan import plan
 from wsiflow.plan.plan import Plan, SlideCut, SlidePlan
 from wsiflow.run.costs import COSTS, Costs, StageCost, first_of
-from wsiflow.run.stages import line, predict
+from wsiflow.run.stages import line, network
 from wsiflow.system import publish
 from wsiflow.system.provenance import thread_count
 
@@ -160,7 +160,7 @@ def _costs(works: Works, source: Path, weights: Sequence[Sequence[float]], shape
     for stage in _due(made):
         if stage == "predict":
             fresh_s = float(_fresh(_PREDICT, str(source), str(thread_count())))
-            predict.release()  # what `choose` has left
+            network.release()  # what `choose` has left
         if stage == "calibrate":
             works[stage](source, 0)
             continue

@@ -20,9 +20,10 @@ from wsiflow.plan.geometry import Frame
 from wsiflow.plan.plan import Plan, SlidePlan
 from wsiflow.run import store
 from wsiflow.run.stages import ingest
+from wsiflow.run.stages.stain import fit_name
 from wsiflow.slides import content, slide
 from wsiflow.slides.stain import transfer
-from wsiflow.system import publish
+from wsiflow.slides.stain.params import StainParams, read_fit
 from wsiflow.system.usage import Timer, untimed
 
 _AnyPixels = TypeVar("_AnyPixels")
@@ -96,7 +97,7 @@ class Colours:
             if not path.exists():
                 raise IntegrityError("the slide's colours were not measured", "run again", path=path)
             found = json.loads(path.read_text(encoding="utf-8"))
-            self._fit = transfer.read_fit(found["fit"]) if found["fit"] else None
+            self._fit = read_fit(found["fit"]) if found["fit"] else None
 
     def normalised(self, frame: Frame, block: Block, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """Return a block in the colours of the template; by policy unchanged where that fails, which is noted.
@@ -111,37 +112,14 @@ class Colours:
         return outcome.rgb
 
 
-def stain_params(made: Plan) -> transfer.StainParams:
+def stain_params(made: Plan) -> StainParams:
     """Return how the plan normalises colours."""
-    return transfer.StainParams.model_validate(made.settings["predict"]["stain"])
+    return StainParams.model_validate(made.settings["predict"]["stain"])
 
 
-def fits_slides(params: transfer.StainParams) -> bool:
+def fits_slides(params: StainParams) -> bool:
     """Tell whether colours are fitted once per slide."""
     return params.method != "none" and not params.per_patch
-
-
-def fit_key(root: Path, planned: SlidePlan, params: transfer.StainParams) -> str:
-    """Return what identifies a slide's stain fit: the pixels that are looked at, and how."""
-    seen = (planned.sha256, planned.frame.tile_px, planned.frame.l0_per_px, plan.read_cut(root, planned).tile_runs)
-    return publish.key_of(seen=seen, stain=params.model_dump(exclude={"target"}))
-
-
-def fit_name(planned: SlidePlan) -> str:
-    """Return the name of a slide's stain fit, relative to the run's folder."""
-    return f"stain/{planned.slide_id}.json"
-
-
-def tissue_sample(root: Path, planned: SlidePlan, params: transfer.StainParams) -> NDArray[np.uint8]:
-    """Return pixels of tissue tiles from all over a slide, uint8 (n, 3)."""
-    cells = [(first + i, row) for row, first, length in plan.read_cut(root, planned).tile_runs for i in range(length)]
-    side = planned.frame.tile_px
-    with open_planned(root, planned) as opened:
-        found = [
-            opened.read_scaled(col * side, row * side, (side, side), l0_per_px=planned.frame.l0_per_px).rgb
-            for col, row in (cells[i] for i in transfer.spread(len(cells), params.sample_tiles).tolist())
-        ]
-    return transfer.sample(np.stack(found), None, params)
 
 
 @contextlib.contextmanager

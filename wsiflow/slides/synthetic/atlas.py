@@ -26,7 +26,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from wsiflow.errors import InputError, WsiflowError
-from wsiflow.slides.stain import transfer
+from wsiflow.slides.stain import density, transfer
+from wsiflow.slides.stain.params import DensityFit, StainParams
 from wsiflow.slides.synthetic import textures
 from wsiflow.system import faults, tables
 
@@ -74,7 +75,7 @@ class Atlas(NamedTuple):
     """
 
     pictures: tuple[Picture, ...]
-    stains: Mapping[str, transfer.DensityFit]
+    stains: Mapping[str, DensityFit]
     sections: Mapping[str, NDArray[np.float64]]
     metastases: Mapping[str, tuple[tuple[NDArray[np.float64], ...], tuple[NDArray[np.float64], ...]]]
     centers: Mapping[str, str]
@@ -109,7 +110,7 @@ def read_atlas(data: Path) -> Atlas:
     return Atlas(pictures, stains, sections, metastases, centers)
 
 
-def _pictures(data: Path) -> tuple[tuple[Picture, ...], dict[str, transfer.DensityFit]]:
+def _pictures(data: Path) -> tuple[tuple[Picture, ...], dict[str, DensityFit]]:
     """Return the pictures that hold enough tissue, with their stains taken apart, and the stains of each scanner."""
     paths = sorted(path for folder in PATCH_FOLDERS for path in (data / folder).glob("*/*.*"))
     read = [(path, pixels) for path in paths if (pixels := _pixels(path)) is not None]
@@ -174,9 +175,9 @@ def _two_means(values: NDArray[np.float64]) -> float:
     return float((low + high) / 2)
 
 
-def _fit_stains(pictures: list[NDArray[np.uint8]]) -> transfer.DensityFit:
+def _fit_stains(pictures: list[NDArray[np.uint8]]) -> DensityFit:
     """Return the stains of all pictures of a scanner together, by Macenko's method."""
-    params = transfer.StainParams.model_construct(  # not validated: a fit needs no target
+    params = StainParams.model_construct(  # not validated: a fit needs no target
         method="macenko",
         per_patch=False,
         on_failure="fail",
@@ -187,14 +188,14 @@ def _fit_stains(pictures: list[NDArray[np.uint8]]) -> transfer.DensityFit:
         target=None,
     )
     found = transfer.fit(np.concatenate([pixels[::4, ::4].reshape(-1, 1, 3) for pixels in pictures]), params)
-    if not isinstance(found, transfer.DensityFit):
+    if not isinstance(found, DensityFit):
         raise TypeError(type(found))
     return found
 
 
-def _codes(pixels: NDArray[np.uint8], fit: transfer.DensityFit) -> textures.Codes:
+def _codes(pixels: NDArray[np.uint8], fit: DensityFit) -> textures.Codes:
     """Return the amounts of both stains in a picture."""
-    amounts = transfer.stain_codes(_density(pixels, fit.white), np.array([fit.haematoxylin, fit.eosin]), 0.0)
+    amounts = density.stain_codes(_density(pixels, fit.white), np.array([fit.haematoxylin, fit.eosin]), 0.0)
     counts = np.clip(np.rint(amounts / textures.CODE_STEP), 0, 255).astype(np.uint8)
     return counts.T.reshape(*pixels.shape[:2], 2)
 

@@ -1,0 +1,87 @@
+"""The stage that calibrates a network in int8 on the tissue of the run, once (``calibrate``)."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wsiflow.errors import InputError, Rewritten, WsiflowError
+from wsiflow.model import certificate
+from wsiflow.plan import plan
+from wsiflow.plan.plan import Plan
+from wsiflow.run.stages.network import check_numeric_class, planned_choice, planned_classifier
+from wsiflow.run.stages.pixels import planned_blocks
+from wsiflow.system import publish
+from wsiflow.system.provenance import facts
+
+#: Blocks that int8 is calibrated on, from as many slides where there are so many.
+CALIBRATION_BLOCKS = 16
+
+
+class Calibration(NamedTuple):
+    """Name, relative to the run's folder, and key of the network in int8."""
+
+    name: str
+    key: str
+
+
+def calibration(root: Path, made: Plan) -> Calibration:
+    """Return what the network in int8 is published as; it follows the slides of the run's first plan."""
+    first = plan.read(publish.generations(root, "plan.json")[0])
+    key = publish.key_of(predict=made.settings["predict"], slides=[planned.key for planned in first.slides])
+    return Calibration(f"engine/int8-{key[:12]}.zip", key)
+
+
+def calibrate(source: Path, _index: int) -> tuple[publish.Receipt, bool]:
+    """Quantise the network on blocks of the run's own tissue, and publish it as ``engine/int8-<key>.zip``.
+
+    The blocks come from as many slides as there are, drawn by the slides' keys. Slides that cannot be read are left to
+    their own tasks to tell of.
+
+    Raises:
+        InputError: There is no tissue.
+    """
+    from wsiflow.model import scorer
+
+    made = plan.read(source)
+    root = source.parent
+    name, key = calibration(root, made)
+    done = publish.done(root, name, key)
+    if done is not None:
+        return done, False
+    check_numeric_class(made)
+    classifier = planned_classifier(made)  # loaded here, it is not a part of what the calibration costs
+    with publish.publishing(root, name, key, facts("calibration", ""), publish.accept) as attempt:
+        samples = list(_calibration_samples(root, made))
+        if not samples:
+            raise InputError(
+                "there is no tissue to calibrate int8 on", "set inference.precision=fp32 in another out= folder"
+            )
+        attempt.path.write_bytes(scorer.quantise(classifier, planned_choice(made), samples))
+    return attempt.receipt, True
+
+
+def calibration_slides(made: Plan) -> list[int]:
+    """Return the slides that int8 is calibrated on: the first ones with tissue."""
+    return [index for index, planned in enumerate(made.slides) if planned.n_tiles][:CALIBRATION_BLOCKS]
+
+
+def _calibration_samples(root: Path, made: Plan) -> Iterator[NDArray[np.uint8]]:
+    """Yield what the network sees of blocks drawn from the slides."""
+    from wsiflow.model import scorer
+
+    slides = calibration_slides(made)
+    for planned in (made.slides[index] for index in slides):
+        each = -(-CALIBRATION_BLOCKS // len(slides))
+        wanted = certificate.draw(planned.key, among=planned.n_blocks, wanted=each).tolist()
+        try:
+            with planned_blocks(root, made, planned, wanted) as parts:
+                found = list(parts)
+        except Rewritten:
+            raise
+        except WsiflowError:
+            continue
+        for block, pixels in found:
+            yield scorer.sample(planned.frame, block, pixels, planned_choice(made))

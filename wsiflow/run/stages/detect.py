@@ -1,0 +1,76 @@
+"""The stage that finds lesions on a heatmap, and draws what people look at (``detect``)."""
+
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wsiflow.evaluation.detections import format_detections
+from wsiflow.heatmap import files, lesions
+from wsiflow.heatmap.overlay import overlay_png
+from wsiflow.plan import geometry, plan
+from wsiflow.plan.plan import Plan, SlidePlan
+from wsiflow.run.stages import line
+from wsiflow.run.stages.pixels import open_planned
+from wsiflow.run.stages.stitch import cell_um, make_room
+from wsiflow.system import publish
+from wsiflow.system.provenance import facts
+
+_OVERLAY_SIDE_PX = 1024
+
+
+def detect(source: Path, index: int) -> tuple[publish.Receipt, bool]:
+    """Find lesions on a slide's heatmap and publish ``detections/<slide>.csv``, empty where there are none.
+
+    Beside it go the pictures of the heatmap: an 8-bit pyramid for viewers, and the overlay with the detections.
+    """
+    made = plan.read(source)
+    root, planned = source.parent, made.slides[index]
+    name, key = f"detections/{planned.slide_id}.csv", line.key(root, made, "detect", index)
+    done = publish.done(root, name, key)
+    if done is not None and all(publish.at_hand(root, each, key) for each in line.picture_names(planned)):
+        return done, False
+    make_room(planned.frame)
+    if done is not None:  # pictures that were deleted are made again
+        _publish_pictures(root, planned, *_detected(root, made, index), key)
+        return done, False
+    with publish.publishing(root, name, key, facts("detections", planned.slide_id), publish.accept) as attempt:
+        heat, l0 = _detected(root, made, index)
+        with attempt.uncounted():
+            _publish_pictures(root, planned, heat, l0, key)
+        attempt.path.write_text(format_detections(l0), encoding="utf-8", newline="")
+    return attempt.receipt, True
+
+
+def _detected(root: Path, made: Plan, index: int) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
+    """Return a slide's heatmap, and the detections on it: prob, x, y in level-0 px."""
+    frame = made.slides[index].frame
+    heat, _ = files.read_heatmap(root / line.product(made, "stitch", index))
+    found = lesions.detect(heat, line.lesion_params(made), cell_um=cell_um(frame))
+    return heat, np.column_stack([found[:, 0], geometry.l0_from_h(frame, found[:, 1:3])])
+
+
+def _publish_pictures(
+    root: Path, planned: SlidePlan, heat: NDArray[np.float32], detections: NDArray[np.float64], key: str
+) -> None:
+    """Publish what people look at, as far as it is lacking: the pyramid of a heatmap for viewers, and its overlay."""
+    receipt_facts = facts("overlay", planned.slide_id)
+    preview, overlay = line.picture_names(planned)
+    if publish.at_hand(root, preview, key) is None:
+        with publish.publishing(root, preview, key, receipt_facts, publish.accept) as attempt, attempt.timed("write"):
+            files.write_preview(attempt.path, heat, um_px=cell_um(planned.frame))
+    if publish.at_hand(root, overlay, key) is not None:
+        return
+    with publish.publishing(root, overlay, key, receipt_facts, publish.accept) as attempt:
+        with open_planned(root, planned) as opened:
+            downsample = max(1.0, max(opened.facts.l0_size_px) / _OVERLAY_SIDE_PX)
+            overview = opened.overview(downsample)
+        corner = geometry.l0_from_h_corner(planned.frame, 0, 0)
+        png = overlay_png(
+            overview,
+            heat,
+            cell_px=planned.frame.stride_px * planned.frame.l0_per_px / downsample,
+            origin_px=(corner[0] / downsample, corner[1] / downsample),
+            detections=detections / (1.0, downsample, downsample),
+        )
+        attempt.path.write_bytes(png)

@@ -1,0 +1,78 @@
+"""The stages that store the pixels of a slide: its parts (``extract``), and one file that links them (``index``)."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from wsiflow.plan import plan
+from wsiflow.plan.plan import SlidePlan
+from wsiflow.run import sharing, store
+from wsiflow.run.sharing import Place
+from wsiflow.run.stages import ingest, line
+from wsiflow.run.stages.pixels import block_coord, block_size_px, open_planned, part_name, read_slide, timed_reads
+from wsiflow.system import publish
+from wsiflow.system.provenance import facts
+
+
+def extract(source: Path, index: int) -> tuple[publish.Receipt, bool]:
+    """Read the blocks of a part of a slide and publish them as ``patches/<slide>/p<j>.h5``."""
+    made = plan.read(source)
+    root, task = source.parent, made.task("extract", index)
+    planned, params = made.slides[task.slide], store.StoreParams.model_validate(made.work["store"])
+    name, numbers = part_name(planned, task.group), made.part(*task)
+    frame, cut = planned.frame, plan.read_cut(root, planned)
+    key = line.key(root, made, "extract", index)
+    place = Place(ingest.shared_folder(root), root, name, key)
+    done = sharing.done(place)
+    if done is not None:
+        return done, False
+    receipt_facts = facts("patches", planned.slide_id, part=task.group)
+    groups = {k: cut.group(k) for k in numbers}
+    sizes = {k: [block_size_px(frame, block) for block in group] for k, group in groups.items()}
+
+    def verify(path: Path) -> None:
+        store.check_patches(path, sizes)
+
+    raw_bytes = sum(rows * cols * 3 for group in sizes.values() for rows, cols in group)
+    publish.require_space(place.shared or root, raw_bytes // 3 if params.loss else raw_bytes, less="store=none")
+    with sharing.publishing(place, receipt_facts, verify) as attempt:
+        with (
+            attempt.timed("write"),
+            open_planned(root, planned) as opened,
+            store.create_patches(attempt.path, frame, _described(planned, key, receipt_facts), params) as writer,
+        ):
+            for k, group in groups.items():
+                parts = timed_reads(read_slide(opened, frame, group), attempt.timed)
+                writer.add_group(k, block_coord(frame, group), parts)
+            attempt.receipt["decoder"] = opened.decoder
+        tiles = sum(len(block.tissue) for group in groups.values() for block in group)
+        attempt.receipt["counts"] = {"blocks": sum(map(len, groups.values())), "tiles": tiles}
+        attempt.receipt["seconds"]["write"] -= attempt.receipt["seconds"].get("read", 0.0)  # read while it was written
+    return attempt.receipt, True
+
+
+def _described(planned: SlidePlan, key: str, receipt_facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a patches file says of itself."""
+    versions = receipt_facts["versions"]
+    return {"slide_id": planned.slide_id, "slide_sha256": planned.sha256, "key": key, "versions": versions}
+
+
+def link_patches(source: Path, index: int) -> tuple[publish.Receipt, bool]:
+    """Publish ``patches/<slide>.h5``, through which all parts of a slide's patches are read as one file.
+
+    Raises:
+        IntegrityError: A part is not published.
+    """
+    made = plan.read(source)
+    root, planned = source.parent, made.slides[index]
+    parts = {part_name(planned, j): made.part(index, j) for j in range(1, made.n_parts(index) + 1)}
+    name, key = f"patches/{planned.slide_id}.h5", line.key(root, made, "index", index)
+    done = publish.at_hand(root, name, key)
+    if done is not None:
+        return done, False
+    receipt_facts = facts("index", planned.slide_id)
+    with publish.publishing(root, name, key, receipt_facts, publish.accept) as attempt, attempt.timed("write"):
+        described = _described(planned, key, receipt_facts)
+        links = {f"{planned.slide_id}/{Path(part).name}": groups for part, groups in parts.items()}
+        store.write_index(attempt.path, planned.frame, described, links)
+    return attempt.receipt, True

@@ -1,0 +1,99 @@
+"""The network of a plan, and what runs it: loaded once per process."""
+
+import gc
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from wsiflow.errors import EnvironmentFault, IntegrityError
+from wsiflow.model import card
+from wsiflow.model.choice import Choice
+from wsiflow.plan.plan import Plan
+from wsiflow.run.stages.calibrate import calibration
+from wsiflow.system import usage
+from wsiflow.system.provenance import numeric_class, pixel_versions, thread_count
+
+if TYPE_CHECKING:
+    from wsiflow.model.classifier import Classifier
+    from wsiflow.model.scorer import Dense, Windows
+
+
+def check_numeric_class(made: Plan) -> None:
+    """Refuse to compute scores here under the key of another kind of machine.
+
+    Raises:
+        EnvironmentFault: Processor, library or threads would give other last bits than the plan says.
+    """
+    planned = made.settings["predict"]["numeric_class"] | made.settings["predict"]["pixels"]
+    here = numeric_class() | pixel_versions()
+    differing = [
+        f"{name} is {here[name]!r}, planned {planned.get(name)!r}" for name in here if here[name] != planned.get(name)
+    ]
+    if differing:
+        remedy = "run on the kind of machine the run was planned on, or choose another out= folder"
+        raise EnvironmentFault(f"this machine gives other last bits: {'; '.join(differing)}", remedy, stage="predict")
+
+
+def classifier_of(spec: card.ModelSpec) -> "Classifier":
+    """Return the model, loaded once per process for as long as its card says the same."""
+    return _loaded(spec, card.identity(card.read_card(spec)))
+
+
+@lru_cache(maxsize=1)
+def _loaded(spec: card.ModelSpec, _identity: str) -> "Classifier":
+    """Load the model; torch is imported here so that a worker's threads are limited before."""
+    with usage.warming_up():
+        from wsiflow.model.classifier import load
+
+        return load(spec)
+
+
+def planned_classifier(made: Plan) -> "Classifier":
+    """Return the plan's classifier.
+
+    Raises:
+        IntegrityError: Card or weights are no longer what was planned.
+    """
+    model = classifier_of(card.ModelSpec.model_validate(made.work["model"]))
+    if model.identity != made.settings["predict"]["model"]:
+        cause = "the model is another than when the run was planned"
+        raise IntegrityError(
+            cause, "restore card and weights, or choose another out= folder", path=made.work["model"]["card"]
+        )
+    return model
+
+
+def planned_choice(made: Plan) -> Choice:
+    """Return how the plan's scores are computed."""
+    return Choice(**made.work["choice"])
+
+
+def planned_scorer(root: Path, made: Plan) -> "Windows | Dense":
+    """Return what computes the plan's scores; prepared once per process."""
+    model, choice = planned_classifier(made), planned_choice(made)
+    quantised = root / calibration(root, made).name if choice.precision == "int8" else None
+    if quantised is not None and not quantised.exists():
+        raise IntegrityError("the network was not calibrated for int8", "run again", path=quantised)
+    return scorer_for(model, choice, quantised)
+
+
+def timed_scorer(root: Path, made: Plan) -> "tuple[Windows | Dense, float]":
+    """Return what computes the plan's scores, and the core-seconds that preparing it took just now."""
+    before = usage.warmup_s()
+    return planned_scorer(root, made), usage.warmup_s() - before
+
+
+@lru_cache(maxsize=4)
+def scorer_for(model: "Classifier", choice: Choice, quantised: Path | None = None) -> "Windows | Dense":
+    """Return what computes scores as chosen, prepared once per process; ``quantised`` is the network in int8."""
+    with usage.warming_up():
+        from wsiflow.model import scorer
+
+        data = None if quantised is None else quantised.read_bytes()
+        return scorer.make(model, choice, threads=thread_count(), quantised=data)
+
+
+def release() -> None:
+    """Give back the memory of prepared networks; the next task of this process that needs one prepares it again."""
+    scorer_for.cache_clear()
+    gc.collect()

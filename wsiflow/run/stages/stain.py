@@ -1,0 +1,74 @@
+"""The stage that measures the colours of a slide (``stain``)."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wsiflow.errors import InputError
+from wsiflow.plan import plan
+from wsiflow.plan.plan import SlidePlan
+from wsiflow.run import sharing
+from wsiflow.run.sharing import Place
+from wsiflow.run.stages import ingest, line
+from wsiflow.run.stages.pixels import open_planned, stain_params
+from wsiflow.slides.stain import transfer
+from wsiflow.slides.stain.params import StainParams
+from wsiflow.slides.stain.pixels import sample, spread
+from wsiflow.system import publish
+from wsiflow.system.provenance import facts
+
+
+def fit_key(root: Path, planned: SlidePlan, params: StainParams) -> str:
+    """Return what identifies a slide's stain fit: the pixels that are looked at, and how."""
+    seen = (planned.sha256, planned.frame.tile_px, planned.frame.l0_per_px, plan.read_cut(root, planned).tile_runs)
+    return publish.key_of(seen=seen, stain=params.model_dump(exclude={"target"}))
+
+
+def fit_name(planned: SlidePlan) -> str:
+    """Return the name of a slide's stain fit, relative to the run's folder."""
+    return f"stain/{planned.slide_id}.json"
+
+
+def tissue_sample(root: Path, planned: SlidePlan, params: StainParams) -> NDArray[np.uint8]:
+    """Return pixels of tissue tiles from all over a slide, uint8 (n, 3)."""
+    cells = [(first + i, row) for row, first, length in plan.read_cut(root, planned).tile_runs for i in range(length)]
+    side = planned.frame.tile_px
+    with open_planned(root, planned) as opened:
+        found = [
+            opened.read_scaled(col * side, row * side, (side, side), l0_per_px=planned.frame.l0_per_px).rgb
+            for col, row in (cells[i] for i in spread(len(cells), params.sample_tiles).tolist())
+        ]
+    return sample(np.stack(found), None, params)
+
+
+def fit_stain(source: Path, index: int) -> tuple[publish.Receipt, bool]:
+    """Measure a slide's colours on a sample of its tissue and publish them as ``stain/<slide>.json``.
+
+    Raises:
+        InputError: They cannot be measured and the policy is to stop.
+    """
+    made = plan.read(source)
+    root, planned = source.parent, made.slides[index]
+    params, name = stain_params(made), fit_name(planned)
+    key = line.key(root, made, "stain", index)
+    place = Place(ingest.shared_folder(root), root, name, key)
+    done = sharing.done(place)
+    if done is not None:
+        return done, False
+    found: dict[str, Any] = {"fit": None, "failure": ""}
+    with sharing.publishing(place, facts("stain", planned.slide_id), publish.accept) as attempt:
+        with attempt.timed("stain"):
+            pixels = tissue_sample(root, planned, params)  # a slide that cannot be read is no slide in grey
+            try:
+                found["fit"] = dataclasses.asdict(transfer.fit(pixels, params))
+            except InputError as error:
+                if params.on_failure == "fail":
+                    raise
+                found["failure"] = error.cause
+                attempt.receipt["stain_failures"] = [(0, 0, f"the whole slide: {error.cause}")]
+        attempt.path.write_text(json.dumps(found, sort_keys=True), encoding="utf-8")
+    return attempt.receipt, True

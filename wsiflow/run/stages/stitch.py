@@ -1,0 +1,73 @@
+"""The stage that puts the scores of a slide together (``stitch``)."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from wsiflow.errors import IntegrityError
+from wsiflow.heatmap import assembly, files
+from wsiflow.plan import plan
+from wsiflow.plan.geometry import Frame
+from wsiflow.plan.plan import Task
+from wsiflow.run import store
+from wsiflow.run.stages import line, network, predict
+from wsiflow.system import publish
+from wsiflow.system.provenance import facts
+
+_LARGE_MAP_CELLS = 1 << 22
+
+
+def stitch(source: Path, index: int) -> tuple[publish.Receipt, bool]:
+    """Put a slide's scores together and publish ``heatmaps/<slide>.tif``, its preview and its overlay.
+
+    Raises:
+        IntegrityError: A group of the slide is not published: nothing is stitched from an unbalanced ledger.
+    """
+    made = plan.read(source)
+    root, planned = source.parent, made.slides[index]
+    tasks = [Task(index, k) for k in range(1, planned.n_groups + 1)]
+    for task in tasks:
+        predict.published(root, made, task)
+    name, key = f"heatmaps/{planned.slide_id}.tif", line.key(root, made, "stitch", index)
+    done = publish.done(root, name, key)
+    if done is not None:
+        return done, False
+    frame = planned.frame
+    make_room(frame)
+    parts = [store.read_predictions(root / predict.prediction_name(made, task)) for task in tasks]
+    coord = np.concatenate([np.empty((0, 5), dtype=np.int64), *(part[0] for part in parts)])
+    m = frame.cells_per_tile
+    prob = np.concatenate([np.empty((0, m, m), dtype=np.float32), *(part[1] for part in parts)])
+    with publish.publishing(root, name, key, facts("heatmap", planned.slide_id), _readable(frame)) as attempt:
+        with attempt.timed("stitch"):
+            heat = assembly.assemble(frame, coord[:, :2], prob)
+        with attempt.timed("write"):
+            description = {"slide_id": planned.slide_id, "frame": frame._asdict(), "key": key}
+            files.write_heatmap(attempt.path, heat, um_px=cell_um(frame), description=description)
+        attempt.receipt["counts"] = {"tiles": len(coord)}
+        attempt.receipt["score"] = assembly.slide_score(heat)
+    return attempt.receipt, True
+
+
+def make_room(frame: Frame) -> None:
+    """Release the network where the slide's map is so large that a worker should not hold both."""
+    if math.prod(frame.h_shape) > _LARGE_MAP_CELLS:
+        network.release()
+
+
+def cell_um(frame: Frame) -> float:
+    """Return the side of a heatmap cell in micrometres."""
+    return frame.um_px * frame.stride_px
+
+
+def _readable(frame: Frame) -> Any:
+    def verify(path: Path) -> None:
+        heat, _ = files.read_heatmap(path)
+        if heat.shape != frame.h_shape:
+            raise IntegrityError(
+                f"the map has shape {heat.shape}, {frame.h_shape} was written", "report this", path=path
+            )
+
+    return verify
