@@ -18,8 +18,9 @@ from wsiflow.run.costs import COSTS, ROUGH, costs_of, slices
 from wsiflow.run.executor.protocol import Executor, Outcome, Slice
 from wsiflow.run.stages import certify, ingest, work
 from wsiflow.run.stages import line as stages
-from wsiflow.run.stages.calibrate import calibration, calibration_slides
+from wsiflow.run.stages.calibrate import calibration_slides
 from wsiflow.run.stages.choose import choice_key, is_chosen, surprise
+from wsiflow.run.stages.network import calibration
 from wsiflow.slides.manifest import DatasetParams, load_dataset
 from wsiflow.slides.synthetic.dataset import write_dataset, write_like
 from wsiflow.slides.synthetic.tissue import UM_PX

@@ -24,6 +24,7 @@ from wsiflow.run.results import cost, report
 from wsiflow.run.results.record import all_receipts, machines, settings, track
 from wsiflow.run.results.scores import Judgement, former_metrics, judge, publish_scores, summarise
 from wsiflow.run.results.status import (
+    FORMER,
     OWN_TABLE,
     Status,
     failure_text,
@@ -78,7 +79,6 @@ class Clock:
 
 
 _SHOWN = ("evaluation", "evaluation-PARTIAL")
-_FORMER = "evaluation-FORMER"
 
 
 class Work(NamedTuple):
@@ -119,11 +119,11 @@ def _keep_as_former(root: Path, *, but: str = "") -> None:
     if not shown:
         return
     page = root / "report.html"
-    if "evaluation" in shown or not (root / _FORMER).is_dir():  # those of a part never replace those of all slides
-        shutil.rmtree(root / _FORMER, ignore_errors=True)
-        (root / shown.pop(0)).rename(root / _FORMER)
+    if "evaluation" in shown or not (root / FORMER).is_dir():  # those of a part never replace those of all slides
+        shutil.rmtree(root / FORMER, ignore_errors=True)
+        (root / shown.pop(0)).rename(root / FORMER)
         if page.exists():
-            page.rename(root / _FORMER / page.name)
+            page.rename(root / FORMER / page.name)
     for name in shown:
         shutil.rmtree(root / name)
     page.unlink(missing_ok=True)
@@ -131,7 +131,7 @@ def _keep_as_former(root: Path, *, but: str = "") -> None:
 
 def _show_alone(root: Path, folder: str) -> None:
     """Remove what earlier starts showed in other places than this one."""
-    for name in {*_SHOWN, _FORMER} - {folder}:
+    for name in {*_SHOWN, FORMER} - {folder}:
         if (root / name).is_dir():
             shutil.rmtree(root / name)
 

@@ -18,8 +18,7 @@ from wsiflow.plan.plan import Plan, SlidePlan
 from wsiflow.run.cases import read_cases
 from wsiflow.run.config import RunConfig
 from wsiflow.run.results import report
-from wsiflow.run.results.finish import _FORMER
-from wsiflow.run.results.status import Status
+from wsiflow.run.results.status import FORMER, Status
 from wsiflow.run.stages import line
 from wsiflow.slides.manifest import Case
 from wsiflow.system import publish, tables
@@ -113,7 +112,7 @@ def summarise(root: Path, view: str, evaluated: Evaluated, work: Mapping[str, fl
 
 def former_metrics(root: Path, view: str) -> dict[str, float]:
     """Return the metrics of an earlier start, nothing where there are none."""
-    paths = [root / name / "summary.json" for name in (view, _FORMER)]
+    paths = [root / name / "summary.json" for name in (view, FORMER)]
     return next((read_metrics(path) for path in paths if path.exists()), {})
 
 

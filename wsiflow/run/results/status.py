@@ -8,7 +8,6 @@ from wsiflow.errors import WsiflowError
 from wsiflow.plan.plan import Plan
 from wsiflow.run.config import RunConfig
 from wsiflow.run.results import cost
-from wsiflow.run.results.finish import _FORMER
 from wsiflow.run.shards import Ended, named
 from wsiflow.system import publish, tables
 
@@ -96,6 +95,9 @@ def failure_text(root: Path, statuses: Sequence[Status]) -> str:
     lines.append(f"{len(bad)} of {len(statuses)} slides have no result, so nothing was scored{others}")
     partly = ", or score without them: allow_partial=true" if len(bad) < len(statuses) else ""
     lines.append(f"mend them and run the same command again{partly}")
-    if (root / _FORMER).is_dir():
-        lines.append(f"scores of an earlier state of the folder are in {root / _FORMER}")
+    if (root / FORMER).is_dir():
+        lines.append(f"scores of an earlier state of the folder are in {root / FORMER}")
     return "\n".join(lines)
+
+
+FORMER = "evaluation-FORMER"

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,27 +10,13 @@ from wsiflow.errors import InputError, Rewritten, WsiflowError
 from wsiflow.model import certificate
 from wsiflow.plan import plan
 from wsiflow.plan.plan import Plan
-from wsiflow.run.stages.network import check_numeric_class, planned_choice, planned_classifier
+from wsiflow.run.stages.network import calibration, check_numeric_class, planned_choice, planned_classifier
 from wsiflow.run.stages.pixels import planned_blocks
 from wsiflow.system import publish
 from wsiflow.system.provenance import facts
 
 #: Blocks that int8 is calibrated on, from as many slides where there are so many.
 CALIBRATION_BLOCKS = 16
-
-
-class Calibration(NamedTuple):
-    """Name, relative to the run's folder, and key of the network in int8."""
-
-    name: str
-    key: str
-
-
-def calibration(root: Path, made: Plan) -> Calibration:
-    """Return what the network in int8 is published as; it follows the slides of the run's first plan."""
-    first = plan.read(publish.generations(root, "plan.json")[0])
-    key = publish.key_of(predict=made.settings["predict"], slides=[planned.key for planned in first.slides])
-    return Calibration(f"engine/int8-{key[:12]}.zip", key)
 
 
 def calibrate(source: Path, _index: int) -> tuple[publish.Receipt, bool]:

@@ -11,8 +11,7 @@ from wsiflow.plan import plan
 from wsiflow.plan.plan import Plan, SlidePlan, Task
 from wsiflow.run import store
 from wsiflow.run.stages import certify, predict
-from wsiflow.run.stages.pixels import fits_slides, part_name, stain_params
-from wsiflow.run.stages.stain import fit_key, fit_name
+from wsiflow.run.stages.pixels import fit_key, fit_name, fits_slides, part_name, stain_params
 from wsiflow.system import publish
 
 #: Stages after the plan, in order.

@@ -3,14 +3,14 @@
 import gc
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from wsiflow.errors import EnvironmentFault, IntegrityError
 from wsiflow.model import card
 from wsiflow.model.choice import Choice
+from wsiflow.plan import plan
 from wsiflow.plan.plan import Plan
-from wsiflow.run.stages.calibrate import calibration
-from wsiflow.system import usage
+from wsiflow.system import publish, usage
 from wsiflow.system.provenance import numeric_class, pixel_versions, thread_count
 
 if TYPE_CHECKING:
@@ -97,3 +97,17 @@ def release() -> None:
     """Give back the memory of prepared networks; the next task of this process that needs one prepares it again."""
     scorer_for.cache_clear()
     gc.collect()
+
+
+class Calibration(NamedTuple):
+    """Name, relative to the run's folder, and key of the network in int8."""
+
+    name: str
+    key: str
+
+
+def calibration(root: Path, made: Plan) -> Calibration:
+    """Return what the network in int8 is published as; it follows the slides of the run's first plan."""
+    first = plan.read(publish.generations(root, "plan.json")[0])
+    key = publish.key_of(predict=made.settings["predict"], slides=[planned.key for planned in first.slides])
+    return Calibration(f"engine/int8-{key[:12]}.zip", key)

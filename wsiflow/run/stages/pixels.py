@@ -20,10 +20,10 @@ from wsiflow.plan.geometry import Frame
 from wsiflow.plan.plan import Plan, SlidePlan
 from wsiflow.run import store
 from wsiflow.run.stages import ingest
-from wsiflow.run.stages.stain import fit_name
 from wsiflow.slides import content, slide
 from wsiflow.slides.stain import transfer
 from wsiflow.slides.stain.params import StainParams, read_fit
+from wsiflow.system import publish
 from wsiflow.system.usage import Timer, untimed
 
 _AnyPixels = TypeVar("_AnyPixels")
@@ -191,3 +191,14 @@ def _stored(root: Path, made: Plan, planned: SlidePlan, wanted: Sequence[int]) -
 def part_name(planned: SlidePlan, part: int) -> str:
     """Return the name of a part of a slide's patches, relative to the run's folder."""
     return f"patches/{planned.slide_id}/p{part}.h5"
+
+
+def fit_key(root: Path, planned: SlidePlan, params: StainParams) -> str:
+    """Return what identifies a slide's stain fit: the pixels that are looked at, and how."""
+    seen = (planned.sha256, planned.frame.tile_px, planned.frame.l0_per_px, plan.read_cut(root, planned).tile_runs)
+    return publish.key_of(seen=seen, stain=params.model_dump(exclude={"target"}))
+
+
+def fit_name(planned: SlidePlan) -> str:
+    """Return the name of a slide's stain fit, relative to the run's folder."""
+    return f"stain/{planned.slide_id}.json"

@@ -16,8 +16,7 @@ from wsiflow.plan import plan
 from wsiflow.plan.geometry import Frame
 from wsiflow.plan.plan import Plan, Task
 from wsiflow.run import store
-from wsiflow.run.stages.calibrate import calibration
-from wsiflow.run.stages.network import check_numeric_class, planned_choice, timed_scorer
+from wsiflow.run.stages.network import calibration, check_numeric_class, planned_choice, timed_scorer
 from wsiflow.run.stages.pixels import Colours, planned_blocks
 from wsiflow.system import publish
 from wsiflow.system.provenance import facts

@@ -14,23 +14,12 @@ from wsiflow.plan.plan import SlidePlan
 from wsiflow.run import sharing
 from wsiflow.run.sharing import Place
 from wsiflow.run.stages import ingest, line
-from wsiflow.run.stages.pixels import open_planned, stain_params
+from wsiflow.run.stages.pixels import fit_name, open_planned, stain_params
 from wsiflow.slides.stain import transfer
 from wsiflow.slides.stain.params import StainParams
 from wsiflow.slides.stain.pixels import sample, spread
 from wsiflow.system import publish
 from wsiflow.system.provenance import facts
-
-
-def fit_key(root: Path, planned: SlidePlan, params: StainParams) -> str:
-    """Return what identifies a slide's stain fit: the pixels that are looked at, and how."""
-    seen = (planned.sha256, planned.frame.tile_px, planned.frame.l0_per_px, plan.read_cut(root, planned).tile_runs)
-    return publish.key_of(seen=seen, stain=params.model_dump(exclude={"target"}))
-
-
-def fit_name(planned: SlidePlan) -> str:
-    """Return the name of a slide's stain fit, relative to the run's folder."""
-    return f"stain/{planned.slide_id}.json"
 
 
 def tissue_sample(root: Path, planned: SlidePlan, params: StainParams) -> NDArray[np.uint8]:

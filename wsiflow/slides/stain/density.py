@@ -4,19 +4,13 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from wsiflow.slides.stain.macenko import macenko_vectors
 from wsiflow.slides.stain.params import (
     LEAST_OD,
-    LEAST_SINE,
-    LEAST_VARIANCE,
     DensityFit,
     Floats,
     Pixels,
-    StainParams,
-    failed,
 )
 from wsiflow.slides.stain.pixels import SPARE_PX, STRIP_PX, in_strips
-from wsiflow.slides.stain.vahadane import vahadane_vectors
 
 STRENGTH_PERCENTILE = 99.0
 
@@ -50,31 +44,6 @@ def density_table(white: float) -> Floats:
     """Return the optical density of the 256 grey values; 0 counts as 1."""
     intensity = np.clip(np.arange(256) * (255 / white), 1, 255)
     return np.asarray(np.maximum(-np.log(intensity / 255), LEAST_OD))
-
-
-def fit_stains(density: Floats, params: StainParams) -> Floats:
-    """Find two stains.
-
-    Args:
-        density: Shape (3, n), of tissue.
-        params: The settings.
-
-    Returns:
-        Shape (2, 3), unit rows, not negative, haematoxylin first.
-
-    Raises:
-        InputError: The densities lie on one line, or the stains are alike.
-    """
-    variances, _ = principal(density)
-    if not variances[1] >= LEAST_VARIANCE:
-        raise failed(f"the tissue is of one colour (variance of density {variances[1]:.1e} across its main direction)")
-    stains = macenko_vectors(density) if params.method == "macenko" else vahadane_vectors(density, params.iterations)
-    stains = np.maximum(stains, 0)
-    stains /= np.sqrt(np.square(stains).sum(axis=1, keepdims=True))
-    sine = float(np.sqrt(np.square(np.cross(stains[0], stains[1])).sum()))
-    if not sine >= LEAST_SINE:
-        raise failed(f"the two stains are alike (sine of their angle {sine:.3f}, at least {LEAST_SINE} is needed)")
-    return stains if stains[0, 0] >= stains[1, 0] else stains[::-1].copy()
 
 
 def principal(density: Floats) -> tuple[Floats, Floats]:

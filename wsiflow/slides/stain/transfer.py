@@ -27,14 +27,18 @@ from wsiflow.slides.stain.density import (
     CODE_PENALTY,
     STRENGTH_PERCENTILE,
     density_table,
-    fit_stains,
+    principal,
     stain_codes,
     stain_transfer,
 )
+from wsiflow.slides.stain.macenko import macenko_vectors
 from wsiflow.slides.stain.params import (
     FIT,
+    LEAST_SINE,
     LEAST_STRENGTH,
+    LEAST_VARIANCE,
     DensityFit,
+    Floats,
     LabFit,
     Outcome,
     Pixels,
@@ -45,6 +49,7 @@ from wsiflow.slides.stain.params import (
 )
 from wsiflow.slides.stain.pixels import TISSUE_L, lightness_of, one_row, prepared, scaled, spread, white_of
 from wsiflow.slides.stain.reinhard import fit_lab, lab_transfer
+from wsiflow.slides.stain.vahadane import vahadane_vectors
 
 
 def fit(pixels: Pixels, params: StainParams) -> StainFit:
@@ -186,3 +191,28 @@ def _fit_prepared(image: Pixels, white: float, params: StainParams) -> StainFit:
             "strengths": strengths.tolist(),
         }
     )
+
+
+def fit_stains(density: Floats, params: StainParams) -> Floats:
+    """Find two stains.
+
+    Args:
+        density: Shape (3, n), of tissue.
+        params: The settings.
+
+    Returns:
+        Shape (2, 3), unit rows, not negative, haematoxylin first.
+
+    Raises:
+        InputError: The densities lie on one line, or the stains are alike.
+    """
+    variances, _ = principal(density)
+    if not variances[1] >= LEAST_VARIANCE:
+        raise failed(f"the tissue is of one colour (variance of density {variances[1]:.1e} across its main direction)")
+    stains = macenko_vectors(density) if params.method == "macenko" else vahadane_vectors(density, params.iterations)
+    stains = np.maximum(stains, 0)
+    stains /= np.sqrt(np.square(stains).sum(axis=1, keepdims=True))
+    sine = float(np.sqrt(np.square(np.cross(stains[0], stains[1])).sum()))
+    if not sine >= LEAST_SINE:
+        raise failed(f"the two stains are alike (sine of their angle {sine:.3f}, at least {LEAST_SINE} is needed)")
+    return stains if stains[0, 0] >= stains[1, 0] else stains[::-1].copy()
