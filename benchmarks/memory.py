@@ -26,7 +26,7 @@ from flows.compose import compose_config
 from wsiflow.model import scorer
 from wsiflow.model.classifier import load
 from wsiflow.model.engines.spec import cpu_supports_bf16
-from wsiflow.run.stages import choose
+from wsiflow.run.stages import fastest
 from wsiflow.slides.synthetic.tissue import UM_PX
 
 LIMIT_BYTES = 2_000_000_000
@@ -81,7 +81,7 @@ def _blocks(card: str, *, workers: int, quick: bool) -> tuple[dict[str, Any], Ta
 def _default_cols(card: str, precision: str) -> int:
     """Return the most columns of a block at default settings."""
     config = compose_config(["model=card", f"model.card={card}", f"inference.precision={precision}"])
-    settled = choose.settle(load(networks.spec(card)), config, threads=1)
+    settled = fastest.settle(load(networks.spec(card)), config, threads=1)
     return int(settled["choice"]["block_cols"])
 
 

@@ -20,7 +20,7 @@ from wsiflow.model.architectures.registry import build
 from wsiflow.model.classifier import load
 from wsiflow.model.engines import engine
 from wsiflow.model.engines.spec import cpu_supports_bf16
-from wsiflow.run.stages import choose
+from wsiflow.run.stages.fastest import settle
 from wsiflow.slides import pyramid
 from wsiflow.slides.synthetic import dataset
 
@@ -166,7 +166,7 @@ def test_memory_bounds_rows_as_well_as_columns() -> None:
 
     def chosen(*more: str) -> dict:
         config = command.compose_config(["out=unused", "tiles.memory_mb=100", *more])
-        return choose.settle(load(config.model), config, threads=1)
+        return settle(load(config.model), config, threads=1)
 
     tight, fine = chosen("inference.stride=16"), chosen("inference.stride=1")
     assert tight["choice"]["engine"] == "dense"

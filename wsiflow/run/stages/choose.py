@@ -1,250 +1,17 @@
-"""How a run computes scores, settled once: engine, backend, precision, halo and the largest block.
+"""The stage that settles how scores are computed, once for a run (``choose``), and what it is known by."""
 
-Input: the classifier and the configuration. Output: a `Choice` and the reasons. What depends on the network (can it run
-over whole blocks, how much context and memory does it need) is computed from its graph; what depends on the machine is
-measured, and only where the configuration says ``auto``.
-"""
-
-import contextlib
-import itertools
 import json
-import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from wsiflow.errors import InputError
-from wsiflow.model import card, scorer
+from wsiflow.model import card
 from wsiflow.model.choice import Choice
-from wsiflow.model.classifier import Classifier
-from wsiflow.model.dense import network
-from wsiflow.model.dense.facts import DenseFacts
-from wsiflow.model.engines import engine, openvino, spec
-from wsiflow.plan import geometry
 from wsiflow.run import cases
 from wsiflow.run.cases import read_cases
 from wsiflow.run.config import RunConfig
 from wsiflow.run.stages.network import classifier_of
 from wsiflow.system import publish, usage
-from wsiflow.system.machine import cpu_flags
 from wsiflow.system.provenance import facts, numeric_class, pixel_versions, thread_count
-
-_MICRO_BENCHMARK_S = 2.0
-# What allocators and scratch memory add to the activations that the graph counts: GoogLeNet's are 80 bytes per pixel,
-# and a worker grows by 193 (fp32) for each pixel more in a block.
-_MEMORY_FACTOR = 2.4
-_FLAGS = ("amx", "asimd", "avx", "fma", "sve")  # what decides how fast a precision is
-_WIDEST_STEP_PX = 16  # context is a multiple of the map's spacing, which differs from stride to stride
-_MOST_SHARED = 0.99
-_MOST_COLS = 12  # longer strips save hardly any halo, and a group should hold several
-_WINDOW_BYTES_PX = 200.0  # windows hold only pixels; reading more at once would gain nothing
-
-
-def settle(classifier: Classifier, config: RunConfig, *, threads: int) -> dict[str, Any]:
-    """Return the choice, the reasons, what was measured, and the names ``dense.share_until`` may have.
-
-    Raises:
-        InputError: The configuration asks for what this network cannot do.
-        EnvironmentFault: It asks for what this machine cannot do.
-    """
-    facts, told = _graph(classifier, config)
-    planned = _planned(classifier, config, facts)
-    if isinstance(planned, str):
-        facts, told = None, f"windows are run one by one: {planned}"
-        planned = _planned(classifier, config, None)
-    assert isinstance(planned, Choice), "windows fit into any memory"
-    choice, measured = _fastest(classifier, planned, config, threads=threads)
-    try:
-        _prove(classifier, choice, threads=threads)
-    except InputError as error:
-        if choice.engine == "window" or choice.share_until or choice.precision == "int8":
-            raise
-        facts, told = None, f"windows are run one by one: {error.cause}"
-        alone = _planned(classifier, config, None)
-        assert isinstance(alone, Choice)
-        choice = alone._replace(backend=choice.backend, precision=choice.precision)
-        _prove(classifier, choice, threads=threads)
-    _check_certifiable(choice, config)
-    return {
-        "choice": choice._asdict(),
-        "told": told if engine.converts(classifier) else f"{told}; PyTorch runs this network",
-        "measured_s": measured,
-        "cpu_flags": sorted(flag for flag in cpu_flags() if flag.startswith(_FLAGS)),
-        "cuts": _cuts(facts),
-    }
-
-
-def _fastest(
-    classifier: Classifier, planned: Choice, config: RunConfig, *, threads: int
-) -> tuple[Choice, dict[str, float]]:
-    """Return the choice with backend and precision, measured where there is one to choose."""
-    backends = _backends(classifier, config)
-    wanted = [
-        planned._replace(backend=backend, precision=precision)
-        for backend, precision in itertools.product(backends, _precisions(config))
-        if precision in spec.PRECISIONS[backend]
-    ]
-    if not wanted:
-        cause = f"{config.inference.precision} is not a precision of backend {' or '.join(backends)}"
-        # What PyTorch alone runs would be refused with another backend too.
-        other = " or inference.backend=openvino" if engine.converts(classifier) else ""
-        raise InputError(cause, f"set inference.precision=fp32{other}", stage="configuration")
-    measured = _measure(classifier, wanted, config, threads=threads) if len(wanted) > 1 else {}
-    return min(wanted, key=lambda each: measured.get(_name(each), math.inf)), measured
-
-
-def _prove(classifier: Classifier, choice: Choice, *, threads: int) -> None:
-    """Prepare the network as chosen: what it cannot do is told before any slide is read, and its graph is kept.
-
-    Raises:
-        InputError: The network cannot be run like this.
-        EnvironmentFault: A package is missing, or the CPU cannot.
-    """
-    if choice.precision == "int8":
-        openvino.require_int8()
-        if choice.share_until:
-            cause = "a network that windows share only in part is not run in int8"
-            raise InputError(cause, "set inference.precision=fp32 or bf16, or dense.share_until=''")
-    precision = "fp32" if choice.precision == "int8" else choice.precision
-    scorer.make(classifier, choice._replace(precision=precision), threads=threads)
-
-
-def _check_certifiable(choice: Choice, config: RunConfig) -> None:
-    """Refuse to use a lower precision unseen."""
-    if choice.precision != "fp32" and not config.dense.windows:
-        cause = f"dense.windows is 0, but scores in {choice.precision} have to be compared with fp32"
-        raise InputError(cause, "set dense.windows=200 or inference.precision=fp32", stage="configuration")
-
-
-def _graph(classifier: Classifier, config: RunConfig) -> tuple[DenseFacts | None, str]:
-    """Return what the network's graph says about running it over blocks, or None and why windows are run instead."""
-    if config.inference.engine == "window":
-        return None, "windows are run one by one, as asked"
-    try:
-        facts = network.describe(classifier, config.inference.stride)
-    except InputError as error:
-        return None, f"windows are run one by one: {error.cause}"
-    windows_per_px = 1 / config.inference.stride**2
-    if facts.window_macs * windows_per_px <= facts.dense_macs_px:
-        return None, f"windows are run one by one: at stride {config.inference.stride} they share too little"
-    return facts, f"blocks are run whole, a score every {facts.grid_px} px"
-
-
-def _planned(classifier: Classifier, config: RunConfig, facts: DenseFacts | None) -> Choice | str:
-    """Return the choice as far as no machine is concerned, or why blocks cannot be run whole."""
-    asked, params = config.inference, config.tiles
-    reach = max(geometry.window_reach_px(classifier.window_px, asked.stride, config.geometry.convention))
-    wanted = _context_px(config, facts)
-    halo = _halo_px(config, reach + wanted, classifier.window_px // 2 + wanted)
-    room = wanted if facts is None else halo - reach
-    if room < wanted:
-        return f"a halo of {params.halo_px} px leaves {room} px of context, a network that pads needs {wanted}"
-    rows, cols = _block_tiles(config, facts, halo)
-    if not rows:
-        return f"at stride {asked.stride} a single tile takes more than tiles.memory_mb={params.memory_mb}"
-    return Choice(
-        engine="dense" if facts else "window",
-        backend="",
-        precision="",
-        batch=asked.batch,
-        stride_px=asked.stride,
-        share_until=_cut(config, facts),
-        context_px=wanted,
-        exact=facts is None or not facts.padded,
-        halo_px=halo,
-        block_rows=rows,
-        block_cols=cols,
-        refine=asked.refine,
-        refine_from_px=asked.refine_from if asked.refine else 0,
-    )
-
-
-def _halo_px(config: RunConfig, least_px: int, widest_px: int) -> int:
-    """Return the halo of a block: as asked, what is needed, or what any stride would need."""
-    asked = config.tiles.halo_px
-    if isinstance(asked, int):
-        return asked
-    return least_px if asked == "auto" else -(-widest_px // _WIDEST_STEP_PX) * _WIDEST_STEP_PX
-
-
-def _context_px(config: RunConfig, facts: DenseFacts | None) -> int:
-    """Return the context beyond the outermost windows: a multiple of the map's spacing, and none that cannot matter."""
-    if facts is None:
-        return 0
-    seen = max(facts.overhang_px)
-    wanted = seen if config.dense.halo == "exact" else min(seen, config.dense.halo)
-    return -(-wanted // facts.grid_px) * facts.grid_px
-
-
-def _block_tiles(config: RunConfig, facts: DenseFacts | None, halo_px: int) -> tuple[int, int]:
-    """Return the most rows and columns of a block that fit into the memory a worker's network may take, 0 for none."""
-    params = config.tiles
-    if params.block_cols != "auto":
-        return params.block_rows, params.block_cols
-    bytes_px = _MEMORY_FACTOR * facts.activation_bytes_px if facts else _WINDOW_BYTES_PX
-    for rows in range(params.block_rows, 0, -1):
-        rows_px = rows * params.tile_px + 2 * halo_px
-        cols = math.floor((params.memory_mb * 1e6 / (rows_px * bytes_px) - 2 * halo_px) / params.tile_px)
-        if cols >= min(rows, _MOST_COLS):
-            return rows, min(cols, _MOST_COLS)
-    return (0, 0) if facts else (1, 1)
-
-
-def _cut(config: RunConfig, facts: DenseFacts | None) -> str:
-    """Return the layer up to which windows share their features, if there is such a layer."""
-    wanted = config.dense.share_until
-    if facts is None or not wanted:
-        return ""
-    known = _cuts(facts)
-    for name in known:
-        if wanted in {name, name.rpartition(".")[2]}:
-            return name
-    raise InputError(
-        f"dense.share_until is {wanted!r}, windows can share the network up to {known}",
-        "name one of them, or leave it empty",
-        stage="configuration",
-    )
-
-
-def _cuts(facts: DenseFacts | None) -> list[str]:
-    """Return the layers after which there is enough of the network left to make a difference, the last first."""
-    return [cut.name for cut in facts.cuts if cut.share < _MOST_SHARED] if facts else []
-
-
-def _backends(classifier: Classifier, config: RunConfig) -> list[str]:
-    """Return the backends to choose from."""
-    if not engine.converts(classifier):
-        return ["torch"]
-    asked = config.inference.backend
-    return [asked] if asked != "auto" else [name for name in engine.available() if name != "torch"]
-
-
-def _precisions(config: RunConfig) -> list[str]:
-    """Return the precisions to choose from."""
-    asked = config.inference.precision
-    if asked != "auto":
-        return [asked]
-    return ["fp32", "bf16"] if spec.cpu_supports_bf16() else ["fp32"]
-
-
-def _name(choice: Choice) -> str:
-    return f"{choice.backend} {choice.precision}"
-
-
-def _measure(classifier: Classifier, wanted: list[Choice], config: RunConfig, *, threads: int) -> dict[str, float]:
-    """Return median seconds by backend and precision, on the shape that will run most, the candidates taking turns."""
-    rows, cols = wanted[0].block_rows, min(wanted[0].block_rows, wanted[0].block_cols)
-    tile_px, halo_px = config.tiles.tile_px, wanted[0].halo_px
-    shape = (rows * tile_px + 2 * halo_px, cols * tile_px + 2 * halo_px, 3)
-    if wanted[0].engine == "window":
-        shape = (classifier.window_px, classifier.window_px, 3)
-    pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
-    candidates: dict[str, spec.Engine] = {}
-    for choice in wanted:
-        with contextlib.suppress(InputError):  # a backend that cannot convert this network is no candidate
-            candidates[_name(choice)] = scorer.probe(classifier, choice, threads=threads)
-    return engine.choose(candidates, pixels, seconds=_MICRO_BENCHMARK_S) if candidates else {}
 
 
 def is_chosen(source: Path) -> bool:
@@ -307,6 +74,8 @@ def choose(source: Path, _index: int) -> tuple[publish.Receipt, bool]:
         if (root / name).exists():  # measured before, by a run that died before its receipt
             attempt.path.write_bytes((root / name).read_bytes())
         else:
+            from wsiflow.run.stages.fastest import settle  # it needs torch: seconds, and threads that are limited
+
             settled = settle(classifier_of(config.model), config, threads=thread_count())
             settled |= {"numeric_class": numeric_class(), "pixels": pixel_versions()}
             attempt.path.write_text(json.dumps(settled, indent=1, sort_keys=True), encoding="utf-8")
