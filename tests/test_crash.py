@@ -14,7 +14,7 @@ from flows.line import direct
 from wsiflow.system import publish
 
 # Every effect of the line is a place to crash; one in STRIDE is tried. WSIFLOW_CRASH_STRIDE=1 tries them all.
-STRIDE = int(os.environ.get("WSIFLOW_CRASH_STRIDE", "37"))
+STRIDE = int(os.environ.get("WSIFLOW_CRASH_STRIDE", "79"))
 
 _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(

@@ -222,9 +222,10 @@ def test_a_run_is_not_scored_by_the_lengths_of_real_slides(shared_data: Path, tm
 
 
 def test_a_folder_of_another_data_set_is_refused_before_drawing(
-    shared_data: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+    shared_data: Path, atlas: Atlas, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """More slides would begin with the same ones."""
+    monkeypatch.setattr(dataset, "read_atlas", lambda _: atlas)  # to read it takes long
     (tmp_path / "sources.json").write_text("{}")
     publish.publish_bytes(tmp_path, "manifest.csv", b"other", publish.key_of(text="other"), {"kind": "synthetic"})
     monkeypatch.setattr(dataset, "_each", lambda *_: pytest.fail("something was drawn"))
