@@ -1,1 +1,26 @@
 """What finished runs tell together: settings compared, maps compared, and what reviewers are handed."""
+
+from typing import TYPE_CHECKING
+
+import lazy_loader
+
+if TYPE_CHECKING:
+    from wsiflow.analysis.reviewers.export import export
+    from wsiflow.analysis.reviewers.imrmc import export_imrmc
+    from wsiflow.analysis.runs import Run
+    from wsiflow.analysis.scored import Scored
+    from wsiflow.analysis.tradeoff.comparison import compare
+
+__all__ = ["Run", "Scored", "compare", "export", "export_imrmc"]
+
+# Loaded by whoever asks first: most commands need little of it.
+__getattr__, __dir__, _ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "reviewers.export": ["export"],
+        "reviewers.imrmc": ["export_imrmc"],
+        "runs": ["Run"],
+        "scored": ["Scored"],
+        "tradeoff.comparison": ["compare"],
+    },
+)

@@ -1,1 +1,38 @@
 """What scores are worth: lesions found, slides told apart, and how sure that is."""
+
+from typing import TYPE_CHECKING
+
+import lazy_loader
+
+if TYPE_CHECKING:
+    from wsiflow.evaluation import froc, roc
+    from wsiflow.evaluation.evaluate import Evidence, Scores, evaluate_cases, evaluate_folder
+    from wsiflow.evaluation.matches import Recorded, read_matches
+    from wsiflow.evaluation.protocol import EvaluationParams
+    from wsiflow.evaluation.truth import Truth, read_truth
+
+__all__ = [
+    "EvaluationParams",
+    "Evidence",
+    "Recorded",
+    "Scores",
+    "Truth",
+    "evaluate_cases",
+    "evaluate_folder",
+    "froc",
+    "read_matches",
+    "read_truth",
+    "roc",
+]
+
+# Loaded by whoever asks first: most commands need little of it.
+__getattr__, __dir__, _ = lazy_loader.attach(
+    __name__,
+    submodules=["froc", "roc"],
+    submod_attrs={
+        "evaluate": ["Evidence", "Scores", "evaluate_cases", "evaluate_folder"],
+        "matches": ["Recorded", "read_matches"],
+        "protocol": ["EvaluationParams"],
+        "truth": ["Truth", "read_truth"],
+    },
+)

@@ -1,1 +1,22 @@
-"""Scores on the slide: maps, their files, the lesions on them and their features."""
+"""Scores on the slide: assembled maps, their files, the lesions on them, overlays and features."""
+
+from typing import TYPE_CHECKING
+
+import lazy_loader
+
+if TYPE_CHECKING:
+    from wsiflow.heatmap.assembly import assemble, subsample
+    from wsiflow.heatmap.files import open_heatmap, read_heatmap, write_heatmap
+    from wsiflow.heatmap.lesions import LesionParams, detect
+
+__all__ = ["LesionParams", "assemble", "detect", "open_heatmap", "read_heatmap", "subsample", "write_heatmap"]
+
+# Loaded by whoever asks first: most commands need little of it.
+__getattr__, __dir__, _ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "assembly": ["assemble", "subsample"],
+        "files": ["open_heatmap", "read_heatmap", "write_heatmap"],
+        "lesions": ["LesionParams", "detect"],
+    },
+)

@@ -1,20 +1,24 @@
-"""Classifiers: cards, architectures, loading and the engines that run them; the one place that knows torch.
+"""Networks and what runs them: cards, architectures, loading, engines and certificates; the one place that knows torch.
 
 Importing this package is cheap: torch, which takes seconds, is imported by what needs it.
 """
 
 from typing import TYPE_CHECKING
 
-from wsiflow.model.card import ModelCard, ModelSpec, read_card
+import lazy_loader
 
 if TYPE_CHECKING:
-    from wsiflow.model.classifier import Classifier
+    from wsiflow.model.card import ModelCard, ModelSpec, read_card
+    from wsiflow.model.choice import Choice
+    from wsiflow.model.classifier import Classifier, load
 
-__all__ = ["ModelCard", "ModelSpec", "load", "read_card"]
+__all__ = ["Choice", "Classifier", "ModelCard", "ModelSpec", "load", "read_card"]
 
-
-def load(spec: ModelSpec) -> "Classifier":
-    """Load the classifier a run asks for; see `wsiflow.model.classifier.load`."""
-    from wsiflow.model import classifier
-
-    return classifier.load(spec)
+__getattr__, __dir__, _ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "card": ["ModelCard", "ModelSpec", "read_card"],
+        "choice": ["Choice"],
+        "classifier": ["Classifier", "load"],
+    },
+)

@@ -1,1 +1,38 @@
-"""What there is to test on: manifests, slides, their colours, annotations and synthetic data."""
+"""What there is to test on: manifests, slides, their content and colours, annotations, and synthetic data."""
+
+from typing import TYPE_CHECKING
+
+import lazy_loader
+
+if TYPE_CHECKING:
+    from wsiflow.slides import annotations
+    from wsiflow.slides.annotations import read_asap
+    from wsiflow.slides.manifest import Case, DatasetParams, load_dataset
+    from wsiflow.slides.slide import Slide, open_slide
+    from wsiflow.slides.stain.params import StainParams
+    from wsiflow.slides.stain.transfer import normalise
+
+__all__ = [
+    "Case",
+    "DatasetParams",
+    "Slide",
+    "StainParams",
+    "annotations",
+    "load_dataset",
+    "normalise",
+    "open_slide",
+    "read_asap",
+]
+
+# Loaded by whoever asks first: most commands need little of it.
+__getattr__, __dir__, _ = lazy_loader.attach(
+    __name__,
+    submodules=["annotations"],
+    submod_attrs={
+        "annotations": ["read_asap"],
+        "manifest": ["Case", "DatasetParams", "load_dataset"],
+        "slide": ["Slide", "open_slide"],
+        "stain.params": ["StainParams"],
+        "stain.transfer": ["normalise"],
+    },
+)
