@@ -28,7 +28,7 @@ hypothesis.settings.load_profile("patient")
 Once = Callable[[str, Callable[[Path], object]], Path]
 
 # What takes longest is begun first: a process that came to it at the end would go on alone.
-_LONGEST = ("deployments", "arrays", "crash", "line", "sweep", "equivalence", "certify", "dask", "experiments")
+_LONGEST = ("deployments", "arrays", "crash", "line", "sweep", "executors_agree", "certify", "dask", "experiments")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -80,7 +80,7 @@ def small_slides(once: Once) -> Path:
 @pytest.fixture(scope="session")
 def finished(small_slides: Path, once: Once) -> Path:
     """The folder of an undisturbed run in one process over the small data set, as `test_line.over` asks for it."""
-    from test_line import digests, over, wsiflow
+    from small_runs import digests, over, wsiflow
 
     def make(folder: Path) -> None:
         assert wsiflow(*over(small_slides, folder / "fp32")) == 0
@@ -98,7 +98,7 @@ def expected(finished: Path) -> dict[str, str]:
 @pytest.fixture(scope="session")
 def two_settings(small_slides: Path, once: Once, finished: Path) -> tuple[Path, Path]:
     """The folders of two runs over the small data set: fp32, and bf16 (window by window where the CPU has no bf16)."""
-    from test_line import over, wsiflow
+    from small_runs import over, wsiflow
 
     from wsiflow.model.engines import spec
 

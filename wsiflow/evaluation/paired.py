@@ -11,13 +11,13 @@ AUC's too, so that interval and p-value do not contradict each other; DeLong's t
 those who report that. For every metric p-values are corrected by Holm's method for the number of settings that are
 compared with the reference. Many metrics of one setting are not corrected for: name one beforehand.
 
-What that is worth, in 1,000 simulated sets of 120 slides with 145 lesions (``tests/test_comparison.py``): intervals
-hold the truth in 93.6 % (score) to 95.8 % (sensitivities) of the sets, differences in 95.2 to 96.5 %; of equal settings
-4.5 % are called different by the score, 4.3 % by the AUC, and 2 to 4 % by a single sensitivity. Draws know only what is
-in the sample: where almost every lesion is found the intervals of sensitivities are too short (of one of 0.98 they held
-89 %, of one of 0.995 58 %), and where none is missed they have no width. Then the slides cannot tell. What rests on one
-case alone (one with lesions, one of a class for the AUC; a patient's slides are one) is the same in every draw, which
-says nothing of other cases: it has a value, no interval and no p-value.
+What that is worth, in 1,000 simulated sets of 120 slides with 145 lesions (``tests/evaluation/test_paired.py``):
+intervals hold the truth in 93.6 % (score) to 95.8 % (sensitivities) of the sets, differences in 95.2 to 96.5 %; of
+equal settings 4.5 % are called different by the score, 4.3 % by the AUC, and 2 to 4 % by a single sensitivity. Draws
+know only what is in the sample: where almost every lesion is found the intervals of sensitivities are too short (of one
+of 0.98 they held 89 %, of one of 0.995 58 %), and where none is missed they have no width. Then the slides cannot tell.
+What rests on one case alone (one with lesions, one of a class for the AUC; a patient's slides are one) is the same in
+every draw, which says nothing of other cases: it has a value, no interval and no p-value.
 """
 
 from collections.abc import Mapping, Sequence

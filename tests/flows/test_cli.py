@@ -1,0 +1,129 @@
+"""The commands on files, as a user types them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from serving import BIN
+from small_runs import over
+from worked_examples import A_ITC, E1, E2, E3, e1_masks, e3_truth
+
+from flows.__main__ import main
+
+SCORES = {
+    "E1": (E1, lambda folder: e1_masks(folder, A_ITC), ["--downsample", "1", "--um-px", "25"], 0.888889),
+    "E2": (E2, e1_masks, ["--downsample", "1", "--um-px", "25"], 0.666667),
+    "E3": (E3, lambda folder: {"Tumor_T": e3_truth("xml", folder)}, ["--um-px", "0.243"], 0.770833),
+}
+
+
+@pytest.mark.parametrize("example", SCORES)
+def test_evaluate_scores_the_worked_examples(tmp_path: Path, capsys, example: str) -> None:
+    """``wsiflow evaluate`` on detections, a manifest and truth files gives E1, E2 and E3 to the last digit."""
+    detections, truth, options, expected = SCORES[example]
+    lines = ["slide_id,path,label,mask_path,annotation_path"]
+    (tmp_path / "detections").mkdir()
+    for slide_id, text in detections.items():
+        (tmp_path / "detections" / f"{slide_id}.csv").write_text(text)
+        path = truth(tmp_path).get(slide_id)
+        columns = {".xml": f",{path and path.name}", ".png": f"{path and path.name},"}.get(
+            path.suffix if path else "", ","
+        )
+        lines.append(f"{slide_id},{slide_id}.tif,{'tumor' if slide_id.startswith('Tumor') else 'normal'},{columns}")
+    manifest = tmp_path / "manifest.csv"
+    manifest.write_text("\n".join(lines) + "\n")
+    out = tmp_path / "scores"
+    arguments = ["--manifest", str(manifest), "--detections", str(tmp_path / "detections"), "--out", str(out)]
+    assert main(["evaluate", *arguments, *options, "--bootstrap", "20"]) == 0
+    assert f"froc.score {expected:.6f}" in capsys.readouterr().out
+    assert round(json.loads((out / "summary.json").read_text())["froc.score"], 6) == expected
+    assert (out / "cases.csv").exists()
+
+
+def test_a_missing_detections_file_is_bad_input(tmp_path: Path, capsys) -> None:
+    """A slide without a file is named, exit code 20."""
+    (tmp_path / "detections").mkdir()
+    (tmp_path / "manifest.csv").write_text("slide_id,path,label\na,a.tif,normal\n")
+    arguments = ["--manifest", str(tmp_path / "manifest.csv"), "--detections", str(tmp_path / "detections")]
+    assert main(["evaluate", *arguments, "--out", str(tmp_path / "o")]) == 20
+    assert "no detection file for a" in capsys.readouterr().err
+
+
+def test_evaluate_follows_a_named_protocol(tmp_path: Path, capsys) -> None:
+    """``--protocol camelyon16`` leaves its slides out; options replace single rules; an unknown name is bad input."""
+    (tmp_path / "detections").mkdir()
+    for name in ("normal_001", "Normal_086"):
+        (tmp_path / "detections" / f"{name}.csv").write_text("")
+    (tmp_path / "manifest.csv").write_text("slide_id,path,label\nnormal_001,a.tif,normal\nNormal_086,b.tif,normal\n")
+    arguments = ["evaluate", "--manifest", str(tmp_path / "manifest.csv"), "--detections", str(tmp_path / "detections")]
+    found = {}
+    for name, options in {"own_spacing": [], "camelyon16": [], "changed": ["--downsample", "16"]}.items():
+        protocol = "camelyon16" if name == "changed" else name
+        out = tmp_path / name
+        assert main([*arguments, "--out", str(out), "--protocol", protocol, "--bootstrap", "5", *options]) == 0
+        matches = json.loads((out / "matches.json").read_text())
+        assert f"protocol {protocol} {matches['protocol_hash'][:12]}" in capsys.readouterr().out
+        found[name] = (matches["protocol_hash"], json.loads((out / "summary.json").read_text())["froc.n_slides"])
+    assert [n for _, n in found.values()] == [2, 1, 1]
+    assert len({digest for digest, _ in found.values()}) == 3
+    assert main([*arguments, "--out", str(tmp_path / "o"), "--protocol", "cam"]) == 20
+    assert "use one of camelyon16, own_spacing" in capsys.readouterr().err
+
+
+def test_commands_on_a_folder_without_a_run_say_so(tmp_path: Path, capsys) -> None:
+    """Status and verify name the folder and what it lacks."""
+    assert main(["status", str(tmp_path)]) == 20
+    assert main(["verify", str(tmp_path)]) == 20
+    assert capsys.readouterr().err.count("name the out= folder of a run") == 2
+
+
+def test_doctor_tells_cores_and_versions(capsys) -> None:
+    """What a bug report needs."""
+    assert main(["doctor"]) == 0
+    told = capsys.readouterr().out
+    assert "cores this process may use" in told
+    assert "openslide-bin" in told
+
+
+def without_a_reader(*arguments: str) -> tuple[int, str]:
+    """Return exit code and errors of a command whose output nobody reads, as behind ``| head`` that has ended."""
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([BIN / "wsiflow", *arguments], stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(write)
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize("arguments", [["doctor"], ["--help"], ["run", "--cfg", "job"], ["run", "--hydra-help"]])
+def test_a_closed_pipe_is_no_fault(arguments: list[str]) -> None:
+    """Nothing is said of it, neither by the command nor by the interpreter that ends."""
+    assert without_a_reader(*arguments) == (0, "")
+
+
+def test_a_run_goes_on_without_a_reader(tiny_slides: Path, tmp_path: Path) -> None:
+    """All that it publishes is there, and its exit code is its own."""
+    assert without_a_reader("run", *over(tiny_slides, tmp_path / "run")) == (0, "")
+    assert (tmp_path / "run/evaluation/summary.json").exists()
+    assert (tmp_path / "run/report.html").exists()
+
+
+def test_output_that_cannot_be_written_is_told_once() -> None:
+    """A full disk behind standard output costs a sentence and no run."""
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run([BIN / "wsiflow", "doctor"], stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 0
+    assert done.stderr.count("\n") == 1
+    assert "standard output cannot be written: No space left on device" in done.stderr
+
+
+def test_streams_that_were_closed_before_lead_nowhere(tmp_path: Path) -> None:
+    """A file that is opened must not get the number of one, nor must what prints meet none."""
+    code = "import sys; from wsiflow.flows.__main__ import give_streams; give_streams()\n"
+    code += "with open(sys.argv[1], 'w') as file: file.write(str(file.fileno())); print('told', flush=True)"
+    kept = tmp_path / "kept"
+    command = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", sys.executable, "-c", code, str(kept)]
+    assert subprocess.run(command, check=False).returncode == 0
+    assert int(kept.read_text()) > 2

@@ -1,0 +1,228 @@
+"""Configuration: every YAML composes and validates; nothing unknown or out of bounds gets past the start."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flows.compose import compose_config
+from wsiflow.errors import InputError
+from wsiflow.run.config import RunConfig, validate
+
+CONF = Path(__file__).parents[2] / "conf"
+OPTIONS = sorted(f"{path.parent.name}={path.stem}" for path in CONF.rglob("*/*.yaml"))
+# What a group's option leaves for the user to say.
+GIVEN = {
+    "dataset=manifest": ["dataset.manifest=m.csv"],
+    "dataset=folder": ["dataset.folder=slides"],
+    "dataset=single": ["dataset.path=a.svs"],
+    "dataset=synthetic": ["dataset.folder=synthetic"],
+    "model=googlenet": ["model.card=g.json"],
+    "model=card": ["model.card=g.json"],
+    "experiment=like_camelyon16": ["dataset.manifest=m.csv"],
+    "geometry=reference": ["tiles=patch"],
+}
+
+
+def composed(*overrides: str) -> RunConfig:
+    return compose_config(overrides)
+
+
+def test_every_option_is_found() -> None:
+    """The walk sees the groups of the design."""
+    groups = {option.split("=")[0] for option in OPTIONS}
+    assert groups >= {
+        "dataset",
+        "model",
+        "geometry",
+        "tissue",
+        "tiles",
+        "inference",
+        "stain",
+        "store",
+        "executor",
+        "tracking",
+    }
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_yaml_composes_and_validates(option: str) -> None:
+    """Each file of each group makes a valid configuration with what it asks for."""
+    assert isinstance(composed(option, *GIVEN.get(option, [])), RunConfig)
+
+
+def test_defaults_compose() -> None:
+    """No argument at all is the demo."""
+    assert composed().dataset.kind == "synthetic"
+
+
+def test_every_path_begins_at_the_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers may be in other folders: what is published of a configuration means the same everywhere."""
+    monkeypatch.chdir(tmp_path)
+    given = ["out=o", "share=s", "model=card", "model.card=c.json", "tracking.uri=sqlite:///x/../t.db"]
+    given += ["dataset=manifest", *(f"dataset.{name}=d/{name}" for name in ("manifest", "folder", "data"))]
+    config, single = composed(*given), composed("dataset=single", "dataset.path=d/path")
+    told = config.model_dump_json()
+    found = [config.out, config.share, config.model.card, *config.dataset.model_dump().values(), single.dataset.path]
+    paths = [path.relative_to(tmp_path).as_posix() for path in found if isinstance(path, Path)]
+    assert paths == ["o", "s", "c.json", "d/manifest", "d/folder", "d/data", "d/path"]
+    assert config.tracking.uri == f"sqlite:///{tmp_path}/t.db"
+    monkeypatch.chdir("/")
+    assert RunConfig.model_validate_json(told) == config
+    assert {name for name, node in _nodes(RunConfig.model_json_schema()) if node.get("format") == "path"} == {
+        *("out", "share", "card", "manifest", "folder", "path", "data")
+    }, "a new path is added to this test"
+
+
+def _nodes(schema: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield every value of a configuration by its name, with each of the schemas it may have."""
+    for part in (schema, *schema["$defs"].values()):
+        for name, node in part.get("properties", {}).items():
+            yield from ((name, each) for each in (node, *node.get("anyOf", [])))
+
+
+def test_packaged_cards_are_found_anywhere() -> None:
+    """Their path is a name."""
+    assert str(composed("model=pcam").model.card) == "pkg:pcam.json"
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("inference.stride=30", "inference.stride"),
+        ("inference.stride=0", "inference.stride"),
+        ("inference.precision=fp8", "inference.precision"),
+        ("inference.engine=psychic", "inference.engine"),
+        ("tissue.min_coverage=1.5", "tissue.min_coverage"),
+        ("seed=-1", "seed"),
+        ("executor.threads=0", "executor.threads"),
+        ("orchestrator=airflow", "orchestrator"),
+        ("+tiles.colour=red", "tiles.colour"),
+        ("+nonsense=1", "nonsense"),
+        ("tiles.halo_px=wide", "tiles.halo_px"),
+        ("tiles.block_cols=0", "tiles.block_cols"),
+        ("dense.tolerance=0", "dense.tolerance"),
+        ("dense.halo=most", "dense.halo"),
+        ("store.compression=zip", "store.compression"),
+        ("out=", "out"),
+        ("evaluation.l0_um_px=inf", "evaluation.l0_um_px"),
+    ],
+)
+def test_bad_values_are_refused_by_name(override: str, named: str) -> None:
+    """The message names the dotted key."""
+    with pytest.raises(InputError, match=named.replace(".", r"\.")):
+        composed(override)
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("tiles.tile_px=112", "tiles.tile_px"),
+        ("geometry.spacing=model", "geometry.spacing"),
+        ("tiles.block_cols=4", "tiles.block_cols"),
+        ("tiles=strip", r"tiles\.halo_px"),
+    ],
+)
+def test_reference_geometry_has_one_meaning(override: str, named: str) -> None:
+    """Its index is of 224 px tiles at level 0; anything else would read other places than it names."""
+    with pytest.raises(InputError, match=f"{named} is .*, geometry=reference needs"):
+        composed("geometry=reference", "tiles=patch", override)
+
+
+@pytest.mark.parametrize(("given", "meant"), [("model", "model"), ("native", "native"), ("0.5", 0.5), ("2", 2.0)])
+def test_spacing_is_a_word_or_a_number(given: str, meant: object) -> None:
+    """So that it can be swept."""
+    assert composed(f"geometry.spacing={given}").geometry.spacing == meant
+
+
+@pytest.mark.parametrize("given", ["0", "-1", "inf", "somewhere"])
+def test_a_spacing_that_is_none_is_refused(given: str) -> None:
+    """By name."""
+    with pytest.raises(InputError, match=r"geometry\.spacing"):
+        composed(f"geometry.spacing={given}")
+
+
+def test_an_experiment_that_is_none_is_refused() -> None:
+    """It would run something else, and say nothing."""
+    with pytest.raises(InputError, match=r"Could not find 'experiment/nothing'.*stride_tradeoff"):
+        composed("experiment=nothing")
+
+
+def test_what_must_be_given_is_asked_for() -> None:
+    """A data set that needs a path says which key."""
+    with pytest.raises(InputError, match=r"no value for dataset\.manifest"):
+        composed("dataset=manifest")
+
+
+@pytest.mark.parametrize(("setting", "kind"), [("manifest", "manifest"), ("path", "single")])
+def test_slides_that_are_named_and_would_not_be_read_are_refused(setting: str, kind: str) -> None:
+    """Without the word for their kind, the run would score the synthetic slides of the default."""
+    with pytest.raises(InputError, match=rf"dataset\.{setting} is given, .* add dataset={kind}"):
+        composed(f"dataset.{setting}=mine")
+
+
+def test_all_problems_are_told_together() -> None:
+    """Two bad values give one message with both keys."""
+    with pytest.raises(InputError, match=r"(?s)seed.*tissue\.min_coverage|tissue\.min_coverage.*seed"):
+        composed("seed=-1", "tissue.min_coverage=2")
+
+
+def test_a_configuration_survives_being_written() -> None:
+    """What is published as config.yaml validates to the same value."""
+    config = composed()
+    assert validate(config.model_dump(mode="json")) == config
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("inference.strid=32", r"there is no key inference\.strid; did you mean inference\.stride\?"),
+        ("+inference.strid=32", r"there is no key inference\.strid \(did you mean inference\.stride\?\)"),
+        ("++inference.strid=32", r"there is no key inference\.strid \(did you mean inference\.stride\?\)"),
+        ("stride=32", r"did you mean inference\.stride\?"),
+        ("inferense.stride=32", r"did you mean inference\.stride\?"),
+        ("infrence=dense", r"there is no key infrence; did you mean inference\?"),
+        ("executor=slrum_array", r"did you mean executor=slurm_array\? choices: dask, .*slurm_array"),
+        ("model=3", r"no such choice; choices: card, demo, googlenet, pcam"),
+        ("+executor=inline", r"executor is a choice that is made already; write executor=NAME: dask"),
+        (
+            "executor.array.window=3",
+            r"no key executor\.array\.window with this executor; choose another: executor=dask",
+        ),
+        ("+name=x", r"name is a key that has a value; write name=VALUE"),
+        ("~inference.strides", r"there is no key inference\.strides; did you mean inference\.stride\?"),
+        ("~inference.stride", r"inference\.stride has no value"),
+        ("~executor", r"executor has no value"),
+        ("inference.stride", r"has no '='; write inference\.stride=VALUE"),
+        ("inference.stride =32", r"write inference\.stride=32"),
+        ("=3", "has no key before its '='"),
+        ("evaluation.exclude=[a,b", r"'\[' without its other half; close it, such as 'evaluation\.exclude=\[a,b\]'"),
+        ("name='a", r"write \"name='a'\""),
+        ("dataset.path=/x/a (1).svs", r"write \"dataset\.path='/x/a \(1\)\.svs'\""),
+        ("name=a,b", r"names several values; quote it: \"name='a,b'\"; list them: 'name=\[a,b\]'"),
+        ("name=${nothing}", "'nothing' not found"),
+    ],
+)
+def test_what_hydra_refuses_is_told_by_its_right_form(override: str, told: str) -> None:
+    """In one line, without the advice to add keys, which is refused too."""
+    with pytest.raises(InputError, match=told) as refused:
+        composed(override)
+    text = str(refused.value)
+    assert "\n" not in text
+    assert "hydra.cc" not in text
+    assert "+" not in text
+
+
+def test_a_folder_that_is_not_given_is_that_of_data_model_and_settings(monkeypatch) -> None:
+    """The same for the same command and for another place to run; another for other slides or other numbers."""
+    one = ["dataset=single", "dataset.path=/slides/one.svs"]
+    first = composed(*one).out
+    assert first.parent == Path("runs").absolute()
+    assert first.name.startswith("one-demo-")
+    same = ["executor=inline", "tracking=off", "store=none", "allow_partial=true", "dense.beyond=tell"]
+    assert composed(*one, *same).out == first
+    assert composed("dataset=single", "dataset.path=/slides/./one.svs").out == first
+    other = [["dataset.path=/else/one.svs"], ["model=pcam"], ["inference.stride=32"], ["seed=1"], ["repeat=2"]]
+    assert len({composed(*one, *each).out for each in other} | {first}) == len(other) + 1
+    assert composed("name=mine").out == Path("runs/mine").absolute()

@@ -1,0 +1,455 @@
+"""Deployments: forms made of the configuration, a server that refuses what they do not allow, a worker that runs."""
+
+import csv
+import json
+import os
+import re
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, NamedTuple, get_args
+
+import mlflow
+import psutil
+import pytest
+from serving import BIN, PrefectServer, end
+
+from flows import cli, forms
+from flows.compose import compose_config, sweep_jobs
+from wsiflow.errors import InputError
+from wsiflow.model.choice import InferenceParams
+from wsiflow.run.executor import jobs
+from wsiflow.run.store import StoreParams
+
+ROOT = Path(__file__).parents[2]
+# An experiment is a list of overrides: it goes where a form takes those.
+FILES = sorted(path for path in (ROOT / "conf").glob("*/*.yaml") if path.parent.name != "experiment")
+GROUPS = {path.parent.name: sorted(one.stem for one in path.parent.glob("*.yaml")) for path in FILES}
+FORMS = (forms.Demo, forms.Run, forms.Sweep, forms.Evaluate, forms.Compare)
+COARSE = ["dense.windows=4", "evaluation.bootstrap=0"]
+
+
+def properties(form: type[forms.Form]) -> dict[str, Any]:
+    """Return a form's fields by the key each one sets."""
+    return {field.get("title", name): field for name, field in form.model_json_schema()["properties"].items()}
+
+
+# --- forms
+
+
+@pytest.mark.parametrize("form", [forms.Run, forms.Sweep])
+def test_every_file_of_the_configuration_can_be_chosen(form: type[forms.Form]) -> None:
+    """A group of ``conf/`` that no form shows, or a file that is not among its choices, fails here."""
+    shown = properties(form)
+    offered = {group: shown[group].get("items", shown[group])["enum"] for group in GROUPS if len(GROUPS[group]) > 1}
+    assert offered == {group: names for group, names in GROUPS.items() if len(names) > 1}
+
+
+def test_bounds_and_choices_are_those_of_the_configuration() -> None:
+    """Literals become the choices of a drop-down, bounds those of a number."""
+    shown = properties(forms.Run)
+    for key, literal in {
+        "inference.precision": InferenceParams.model_fields["precision"].annotation,
+        "inference.backend": InferenceParams.model_fields["backend"].annotation,
+        "store.compression": StoreParams.model_fields["compression"].annotation,
+    }.items():
+        assert shown[key]["enum"] == list(get_args(literal))
+    assert shown["inference.stride"]["minimum"] == 1
+    assert (shown["evaluation.bootstrap"]["minimum"], shown["evaluation.bootstrap"]["maximum"]) == (0, 100_000)
+    assert shown["shard_slides"]["minimum"] == shown["executor.workers"]["anyOf"][0]["minimum"] == 0
+    assert shown["dataset.limit"]["anyOf"][0]["minimum"] == 1
+    assert properties(forms.Sweep)["inference.stride"]["items"] == {"type": "integer", "minimum": 1}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_field_is_described(form: type[forms.Form]) -> None:
+    """No field of a form is a bare name, and the free overrides come last."""
+    shown = form.model_json_schema()["properties"]
+    assert all(field["description"] for field in shown.values())
+    assert [field["position"] for field in shown.values()] == list(range(len(shown)))
+    assert list(shown)[-1] == "overrides"
+
+
+def test_an_untouched_form_is_the_command_without_arguments() -> None:
+    """What a form shows before anything is filled in is what ``conf/`` says."""
+    assert compose_config(forms.Run().said()) == compose_config([])
+    assert sweep_jobs(forms.Sweep().said()) == {"": forms.Sweep().said()}
+
+
+GIVEN = {
+    "dataset=manifest": {"manifest": "m.csv"},
+    "dataset=folder": {"folder": "slides"},
+    "dataset=synthetic": {"folder": "slides"},
+    "dataset=single": {"path": "a.svs"},
+    "model=card": {"card": "g.json"},
+    "model=googlenet": {"card": "g.json"},
+    "geometry=reference": {"tiles": "patch"},
+}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}={path.stem}")
+def test_a_choice_means_what_its_file_says(path: Path) -> None:
+    """A file chosen in the form sets every key as it does on the command line; only the stride is always the form's."""
+    group = path.parent.name
+    if len(GROUPS[group]) == 1:
+        return
+    given = GIVEN.get(f"{group}={path.stem}", {})
+    keys = {field.title: given[name] for name, field in forms.Run.model_fields.items() if name in given}
+    typed = [f"{group}={path.stem}", "inference.stride=16", *(f"{key}={value}" for key, value in keys.items())]
+    assert compose_config(forms.Run(**{group: path.stem}, **given).said()) == compose_config(typed)
+
+
+@pytest.mark.parametrize("text", ["null", "true", "1e3", "a b,c", "it's", "x=1", "[1]", "back\\", "\\'", "#1", "æ"])
+def test_a_text_arrives_as_it_was_typed(text: str) -> None:
+    """Whatever Hydra would make of its characters."""
+    config = compose_config(forms.Run(name=text, dataset="folder", folder=f"/slides/{text}").said())
+    assert (config.name, config.dataset.folder) == (text, Path(f"/slides/{text}"))
+
+
+def test_an_override_has_the_last_word() -> None:
+    """What is typed as an override replaces the field that sets the same key."""
+    assert compose_config(forms.Run(stride=16, overrides=["inference.stride=56"]).said()).inference.stride == 56
+
+
+def test_what_cannot_go_together_is_refused_in_one_line() -> None:
+    """A stride within its bounds that does not divide the tile."""
+    with pytest.raises(InputError, match=r"inference\.stride is 30, it must divide tiles\.tile_px") as refused:
+        compose_config(forms.Run(stride=30).said())
+    assert "\n" not in str(refused.value)
+
+
+def test_a_sweep_is_every_combination_of_its_lists() -> None:
+    """Lists of the form and sweeps among its overrides, named as ``wsiflow run -m`` names them."""
+    form = forms.Sweep(stride=[56, 112], stain=["none", "macenko"], overrides=["lesions.threshold=0.3,0.5"])
+    jobs = sweep_jobs(form.said())
+    assert len(jobs) == 8
+    assert "inference.stride=112,stain=macenko,lesions.threshold=0.5" in jobs
+    folder = compose_config(forms.Sweep().said()).out
+    for job, overrides in jobs.items():
+        assert compose_config(overrides, job=job).out.name == job
+        assert compose_config(overrides, job=job).out.parent.parent == folder.parent
+    assert len({compose_config(overrides, job=job).out.parent for job, overrides in jobs.items()}) == 1
+
+
+# --- files for sites
+
+
+def copied(recipe: Path) -> set[str]:
+    """Return what a recipe copies to ``/src``."""
+    lines = [line.split() for line in recipe.read_text().splitlines() if "/src" in line]
+    return {name for line in lines if line[0] == "COPY" for name in line[1:-1]} | {
+        line[0] for line in lines if len(line) == 2 and line[1] == f"/src/{line[0]}"
+    }
+
+
+@pytest.mark.parametrize("name", ["Dockerfile", "apptainer.def"])
+def test_a_recipe_copies_what_the_package_is_built_of(name: str) -> None:
+    """What the test of the wheel builds it from, with the versions that ``make`` pins."""
+    recipe = ROOT / "deployments" / name
+    sources = {"wsiflow", "conf", "flows", "pyproject.toml", "README.md", "LICENSE"}
+    assert copied(recipe) == sources | {"constraints.txt"}
+    torch = re.search(r"torch==[\d.]+", (ROOT / "Makefile").read_text())
+    assert torch is not None
+    assert torch[0] in recipe.read_text()
+    assert "-c /src/constraints.txt" in recipe.read_text()
+
+
+def test_the_settings_of_a_server_are_settings_of_prefect() -> None:
+    """Every line of ``server.env`` is read by Prefect under that name."""
+    lines = (ROOT / "deployments/server.env").read_text().splitlines()
+    given = dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
+    said = subprocess.run(
+        [BIN / "prefect", "config", "view", "--show-secrets"],
+        env={**os.environ, **given},
+        capture_output=True,
+        text=True,
+    ).stdout
+    for name in given.keys() - {"DO_NOT_TRACK"}:
+        assert f"{name}=" in said.replace("\n", ""), name
+
+
+# --- on a server
+
+
+class Deployed(NamedTuple):
+    """A server with every deployment of ``deployments/prefect.yaml``, called from `home`."""
+
+    server: PrefectServer
+    home: Path
+    entries: dict[str, dict[str, Any]]
+
+    def trigger(self, name: str, parameters: dict[str, Any]) -> tuple[int, Any]:
+        """Ask for a run, as the form does."""
+        return self.server.answer(f"deployments/{self.entries[name]['id']}/create_flow_run", {"parameters": parameters})
+
+    def run(self, flow_run: str) -> dict[str, Any]:
+        """Return a flow run."""
+        return self.server.ask(f"flow_runs/{flow_run}")
+
+
+def wait(what: Callable[[], bool]) -> None:
+    over = time.monotonic() + 250  # a busy machine may take minutes
+    while not what():
+        assert time.monotonic() < over, "it did not happen in time"
+        time.sleep(0.3)
+
+
+@pytest.fixture(scope="module")
+def deployed(server: PrefectServer, tmp_path_factory: pytest.TempPathFactory) -> Deployed:
+    home = tmp_path_factory.mktemp("deployed from here")
+    server.prefect("work-pool", "create", "wsiflow", "--type", "process", cwd=home)
+    server.prefect("work-pool", "set-concurrency-limit", "wsiflow", "4", cwd=home)
+    server.prefect("deploy", "--prefect-file", str(ROOT / "deployments/prefect.yaml"), "--all", cwd=home)
+    return Deployed(server, home, {entry["name"]: entry for entry in server.ask("deployments/filter", {})})
+
+
+def test_there_is_an_entry_for_every_use(deployed: Deployed) -> None:
+    """Each has a description and a limit, enforces its form and works where it was deployed; schedules are examples."""
+    assert set(deployed.entries) == {"demo", "run", "sweep", "evaluate", "compare"}
+    for entry in deployed.entries.values():
+        assert entry["enforce_parameter_schema"]
+        assert entry["description"]
+        assert entry["global_concurrency_limit"]["limit"] >= 1
+        assert entry["job_variables"]["env"]["DO_NOT_TRACK"] == "1"
+        step = entry["pull_steps"][0]["prefect.deployments.steps.set_working_directory"]
+        assert Path(step["directory"]) == deployed.home
+    assert [schedule["active"] for schedule in deployed.entries["run"]["schedules"]] == [False]
+
+
+def test_the_server_shows_the_form(deployed: Deployed) -> None:
+    """Choices, bounds and descriptions reach the page that asks for them, in the order of the form."""
+    for name, form in zip(("demo", "run", "sweep", "evaluate", "compare"), FORMS, strict=True):
+        found = deployed.entries[name]["parameter_openapi_schema"]["definitions"][form.__name__]
+        assert found["properties"] == form.model_json_schema()["properties"]
+        assert found["additionalProperties"] is False
+
+
+@pytest.mark.parametrize(
+    ("name", "request_"),
+    [
+        ("run", {"stride": 0}),
+        ("run", {"stride": "fine"}),
+        ("run", {"workers": -1}),
+        ("run", {"shard_slides": -1}),
+        ("run", {"bootstrap": 1_000_000}),
+        ("run", {"limit": 0}),
+        ("run", {"executor": "airflow"}),
+        ("run", {"precision": "fp8"}),
+        ("run", {"stain": "ink"}),
+        ("run", {"name": ""}),
+        ("run", {"colour": "red"}),
+        ("run", {"overrides": "stride=16"}),
+        ("demo", {"size_px": 10}),
+        ("sweep", {"stride": []}),
+        ("sweep", {"stride": [16, 0]}),
+        ("sweep", {"stain": ["none", "ink"]}),
+        ("evaluate", {"manifest": "m.csv", "detections": "d"}),
+        ("evaluate", {"manifest": "m.csv", "detections": "d", "out": "o", "mask_downsample": 0}),
+    ],
+)
+def test_the_server_refuses_what_the_form_does_not_allow(deployed: Deployed, name: str, request_: dict) -> None:
+    """It names the field and makes no run of it."""
+    before = deployed.server.ask("flow_runs/count", {})
+    status, answer = deployed.trigger(name, {"request": request_})
+    assert status == 409
+    named = next(reversed(request_)) if name != "evaluate" or len(request_) == 4 else "out"
+    assert named in answer["detail"]
+    assert deployed.server.ask("flow_runs/count", {}) == before
+
+
+def test_the_server_refuses_a_run_without_a_form(deployed: Deployed) -> None:
+    """Parameters that are no form at all."""
+    assert deployed.trigger("run", {"stride": 16})[0] == 409
+    assert deployed.trigger("sweep", {})[0] == 409
+
+
+class Finished(NamedTuple):
+    """What a worker made of one good form for each use; it had no network."""
+
+    deployed: Deployed
+    runs: dict[str, str]
+
+    def artifacts(self, name: str) -> dict[str, str]:
+        """Return what a run shows on its page, by key."""
+        own = {"flow_runs": {"id": {"any_": [self.runs[name]]}}}
+        return {one["key"]: one["data"] for one in self.deployed.server.ask("artifacts/filter", own)}
+
+    def children(self, name: str) -> dict[str, str]:
+        """Return names and states of a run's child runs."""
+        own = {"flow_runs": {"parent_flow_run_id": {"any_": [self.runs[name]]}}}
+        return {one["name"]: one["state_type"] for one in self.deployed.server.ask("flow_runs/filter", own)}
+
+
+def detections(manifest: Path, folder: Path) -> Path:
+    """Write a detection for every slide of a manifest."""
+    folder.mkdir()
+    with manifest.open(newline="") as stream:
+        for i, row in enumerate(csv.DictReader(stream)):
+            (folder / f"{row['slide_id']}.csv").write_text(f"0.{i + 1},{200 * i + 300},700\n")
+    return folder
+
+
+def scheduled(deployed: Deployed, request: dict[str, Any]) -> str:
+    """Let the server's scheduler make runs of an evaluation, bring the first one forward, and return its id."""
+    daily = {"interval": 86_400, "anchor_date": (datetime.now(UTC) + timedelta(hours=1)).isoformat()}
+    entry = deployed.entries["evaluate"]["id"]
+    wanted = [{"active": True, "schedule": daily, "parameters": {"request": request}}]
+    assert deployed.server.answer(f"deployments/{entry}/schedules", wanted)[0] == 201
+    own = {"flow_runs": {"deployment_id": {"any_": [entry]}}, "sort": "EXPECTED_START_TIME_ASC"}
+
+    def made() -> list[str]:
+        return [run["id"] for run in deployed.server.ask("flow_runs/filter", own) if run["auto_scheduled"]]
+
+    wait(lambda: bool(made()))
+    first = made()[0]
+    now = {"type": "SCHEDULED", "state_details": {"scheduled_time": datetime.now(UTC).isoformat()}}
+    assert deployed.server.answer(f"flow_runs/{first}/set_state", {"state": now, "force": True})[0] == 201
+    return first
+
+
+@pytest.fixture(scope="module")
+def finished(deployed: Deployed, tiny_slides: Path, small_slides: Path) -> Finished:
+    common = {"dataset": "manifest", "manifest": str(tiny_slides), "executor": "inline", "overrides": COARSE}
+    found = detections(small_slides, deployed.home / "detections")
+    wanted = {
+        "run": {**common, "name": "one", "stride": 224, "tracking": "off"},
+        "sweep": {**common, "name": "many", "stride": [30, 112, 224], "store": ["none"]},
+        "evaluate": {"manifest": str(small_slides), "detections": str(found), "out": "scores", "bootstrap": 20},
+    }
+    runs = {"scheduled": scheduled(deployed, {**wanted["evaluate"], "out": "weekly"})}
+    for name, request in wanted.items():
+        status, answer = deployed.trigger(name, {"request": request})
+        assert status == 201, answer
+        runs[name] = answer["id"]
+    deployed.server.prefect("worker", "start", "--pool", "wsiflow", "--run-once", cwd=ROOT)
+    wait(lambda: all(deployed.run(one)["end_time"] for one in runs.values()))
+    return Finished(deployed, runs)
+
+
+def test_a_worker_completes_what_the_form_says(finished: Finished) -> None:
+    """The run has the form's name and lies below the directory of the deployment, its numbers on its page."""
+    run = finished.deployed.run(finished.runs["run"])
+    assert (run["name"], run["state_type"]) == ("one", "COMPLETED")
+    out = finished.deployed.home / "runs/one"
+    summary = json.loads((out / "evaluation/summary.json").read_text())
+    shown = finished.artifacts("run")
+    numbers = {row["number"]: row["value"] for row in json.loads(shown["wsiflow-numbers"])}
+    assert numbers["roc.auc"] == summary["roc.auc"]
+    assert numbers["throughput.core_hours"] == summary["throughput.core_hours"]
+    assert f"Folder: `{out}`" in shown["wsiflow-report"]
+    assert (out / "report.html").exists()
+    assert finished.children("run") == {"one": "COMPLETED"}
+
+
+def test_a_scheduled_run_starts(finished: Finished) -> None:
+    """The server's scheduler makes it, and a worker completes it."""
+    run = finished.deployed.run(finished.runs["scheduled"])
+    assert (run["auto_scheduled"], run["state_type"]) == (True, "COMPLETED")
+    assert (finished.deployed.home / "weekly/summary.json").exists()
+
+
+def test_a_sweep_goes_on_after_a_trial_that_fails(finished: Finished) -> None:
+    """The good trial is a child run with a folder, and a record under the sweep's; the bad one is named."""
+    run = finished.deployed.run(finished.runs["sweep"])
+    assert run["state_type"] == "FAILED"
+    assert "inference.stride=30: InputError" in run["state"]["message"]
+    assert "must divide tiles.tile_px" in run["state"]["message"]
+    assert finished.children("sweep") == {"inference.stride=112": "COMPLETED", "inference.stride=224": "COMPLETED"}
+    assert (finished.deployed.home / "runs/many/inference.stride=224/evaluation/summary.json").exists()
+    client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{finished.deployed.home}/runs/mlflow.db")
+    records = client.search_runs([client.get_experiment_by_name("wsiflow").experiment_id])
+    (parent,) = [one for one in records if one.data.tags["wsiflow.role"] == "sweep"]
+    children = [one for one in records if one.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
+    assert (parent.info.run_name, len(children)) == ("many", 2)
+    shown = finished.artifacts("sweep")
+    table = json.loads(shown["wsiflow-sweep"])
+    assert [(row["run"], row["exit code"]) for row in table] == [
+        ("inference.stride=30", 20),
+        ("inference.stride=112", 0),
+        ("inference.stride=224", 0),
+    ]
+    assert [row["setting"] for row in json.loads(shown["wsiflow-compare-many-table"])] == ["stride=112", "stride=224"]
+
+
+def test_runs_are_compared_from_a_form(finished: Finished, tmp_path: Path) -> None:
+    """The files lie where the form says, the table is on the page, and the reference is the one that was asked for."""
+    request = {"folders": [str(finished.deployed.home / "runs/many")], "out": str(tmp_path), "reference": "stride=224"}
+    status, answer = finished.deployed.trigger("compare", {"request": request})
+    assert status == 201, answer
+    finished.deployed.server.prefect("worker", "start", "--pool", "wsiflow", "--run-once", cwd=ROOT)
+    wait(lambda: finished.deployed.run(answer["id"])["end_time"])
+    assert finished.deployed.run(answer["id"])["state_type"] == "COMPLETED"
+    made = Finished(finished.deployed, {"compare": answer["id"]}).artifacts("compare")
+    assert [key for key in made if key.endswith("-table")] == ["wsiflow-compare-many-table"]
+    assert "Differences of" in (tmp_path / "compare.md").read_text()
+    assert "to stride=224" in (tmp_path / "compare.md").read_text()
+
+
+def test_an_evaluation_gives_what_the_command_gives(finished: Finished, small_slides: Path, tmp_path: Path) -> None:
+    """The same files, byte for byte."""
+    assert finished.deployed.run(finished.runs["evaluate"])["state_type"] == "COMPLETED"
+    found = finished.deployed.home / "detections"
+    command = ["evaluate", "--manifest", str(small_slides), "--detections", str(found), "--bootstrap", "20"]
+    assert cli.main([*command, "--out", str(tmp_path)]) == 0
+    names = {path.name for path in tmp_path.glob("*.*") if path.is_file()}
+    assert names >= {"summary.json", "cases.csv", "froc.json", "roc.json"}
+    for name in names:
+        assert (finished.deployed.home / "scores" / name).read_bytes() == (tmp_path / name).read_bytes()
+    numbers = json.loads(finished.artifacts("evaluate")["wsiflow-numbers"])
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert {row["number"]: row["value"] for row in numbers}["roc.auc"] == summary["roc.auc"]
+
+
+@pytest.fixture
+def scheduler(tmp_path: Path) -> Path:
+    """A folder with commands of a Slurm that has one array, 77, and notes what it is told to cancel."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name, line in {"squeue": "echo '77_0|RUNNING|long'", "scancel": f'echo "$@" >> {tmp_path}/cancelled'}.items():
+        (folder / name).write_text(f"#!/bin/sh\n{line}\n")
+        (folder / name).chmod(0o755)
+    return folder
+
+
+@pytest.fixture
+def worker(deployed: Deployed, scheduler: Path) -> Iterator[psutil.Process]:
+    """A worker that stays."""
+    env = deployed.server.env | {"PATH": f"{scheduler}:{deployed.server.env['PATH']}"}
+    command = [BIN / "prefect", "worker", "start", "--pool", "wsiflow"]
+    process = subprocess.Popen(command, env=env, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        yield psutil.Process(process.pid)
+    finally:
+        end(process)
+
+
+def submitted(root: Path) -> None:
+    """Leave what a driver that submitted array 77 to Slurm and died leaves on the disk."""
+    dialect = compose_config(["executor=slurm_array"]).executor.array.dialect.model_dump(mode="json")
+    log = jobs.JobLog(root)
+    log.append("driver", host=socket.gethostname(), pid=2**22 + 1, born="never", dialect=dialect)
+    log.append("job", name="long", job="77")
+
+
+def test_a_cancelled_run_leaves_nothing_behind(
+    deployed: Deployed, worker: psutil.Process, small_slides: Path, tmp_path: Path
+) -> None:
+    """Its processes are gone, and so are the array jobs that its folder knows of."""
+    slow = ["inference=window", "dense.windows=0", "tiles.group_tiles=2"]
+    request = {"name": "long", "dataset": "manifest", "manifest": str(small_slides), "tracking": "off"}
+    status, run = deployed.trigger("run", {"request": {**request, "stride": 8, "overrides": slow}})
+    assert status == 201
+    root = deployed.home / "runs/long"
+    wait(lambda: any((root / "patches").glob("*.h5")))
+    processes = worker.children(recursive=True)
+    assert len(processes) >= 2, "a flow and its workers"
+    submitted(root)
+    assert deployed.server.answer(f"flow_runs/{run['id']}/set_state", {"state": {"type": "CANCELLING"}})[0] == 201
+    wait(lambda: deployed.run(run["id"])["state_type"] == "CANCELLED")
+    assert psutil.wait_procs(processes, timeout=60)[1] == []
+    assert (tmp_path / "cancelled").read_text().split() == ["77"]
+    own = {"logs": {"flow_run_id": {"any_": [run["id"]]}}}
+    wait(lambda: any("77 cancelled" in log["message"] for log in deployed.server.ask("logs/filter", own)))

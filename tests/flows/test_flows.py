@@ -1,0 +1,100 @@
+"""Prefect: a real server on loopback, and none at all."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+from serving import BIN, PrefectServer, environment
+from small_runs import over
+
+from flows import compose, line
+from flows.__main__ import give_home
+from wsiflow.model.engines import cache
+
+
+def overrides(manifest: Path, out: Path) -> list[str]:
+    line = ["dataset=manifest", f"dataset.manifest={manifest}", f"out={out}", "inference.stride=224", "tracking=off"]
+    return [*line, "evaluation.bootstrap=0", "executor.workers=1", "shard_slides=2", "name=watched"]
+
+
+def test_a_run_is_one_flow_with_a_task_per_shard(server: PrefectServer, small_slides: Path, tmp_path: Path) -> None:
+    """Six slides in shards of two: three tasks to ingest them and three for the line, however many groups there are."""
+    command = [BIN / "wsiflow", "run", *overrides(small_slides, tmp_path / "run")]
+    command += ["tracking.uri='http://joe:canary@127.0.0.1:9/?token=canary'"]
+    done = subprocess.run(command, env=server.env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert f"Prefect server: {server.url}" in done.stdout
+    own = {"name": {"any_": ["watched"]}}
+    for _ in range(200):  # the server records what it is told a little later
+        tasks = server.ask("task_runs/filter", {"flow_runs": own})
+        if len(tasks) == 6 and all(task["state_type"] == "COMPLETED" for task in tasks):
+            break
+        time.sleep(1)
+    assert sorted(task["name"] for task in tasks) == [f"{part} {i}" for part in ("ingest", "slides") for i in (1, 2, 3)]
+    flows = server.ask("flow_runs/filter", {"flow_runs": own})
+    assert [(flow["name"], flow["state_type"]) for flow in flows] == [("watched", "COMPLETED")]
+    assert flows[0]["parameters"]["config"]["tracking"]["uri"] == "http://[redacted]@127.0.0.1:9/?token=[redacted]"
+    written = [path for path in (tmp_path / "run").rglob("*") if path.is_file() and b"canary" in path.read_bytes()]
+    assert not written
+    assert "canary" not in done.stdout + done.stderr
+
+
+def test_a_user_without_a_home_gets_a_passing_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a container that runs under any number there may be none, or one that is not there."""
+
+    def absent() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setenv("HOME", "")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    for home in (absent, lambda: tmp_path / "nowhere"):
+        monkeypatch.setattr(Path, "home", home)
+        give_home()
+        assert Path(os.environ["HOME"]).parent == tmp_path
+        assert cache.cache_folder({}) is None or home is not absent
+    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    monkeypatch.setenv("HOME", "mine")
+    give_home()
+    assert os.environ["HOME"] == "mine"
+
+
+def test_without_a_server_a_run_says_so_and_goes_on(small_slides: Path, tmp_path: Path) -> None:
+    """An address where nobody answers costs one line."""
+    env = environment(tmp_path / "home", PREFECT_API_URL="http://127.0.0.1:9/api")
+    command = [BIN / "wsiflow", "run", *overrides(small_slides, tmp_path / "run"), "dataset.limit=1", "executor=inline"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    said = [line for line in done.stdout.splitlines() if "Prefect" in line]
+    assert len(said) == 1
+    assert said[0].startswith("no Prefect server answers at http://127.0.0.1:9/api: going on")
+    assert done.stderr == ""
+
+
+_AGAIN = """
+import sys
+from flows.__main__ import main
+assert main(sys.argv[1:]) == 0
+print(sorted({"prefect", "mlflow", "torch", "openvino"} & sys.modules.keys()))
+"""
+
+
+def test_a_finished_run_is_looked_through_without_prefect(
+    finished: Path, small_slides: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is left to do: what takes seconds to import or to start is not needed to see that."""
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    command = [sys.executable, "-c", _AGAIN, "run", *over(small_slides, out), "orchestrator=prefect"]
+    env = environment(tmp_path / "home")
+    done = subprocess.run(command, env=env, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "0 tasks done now" in done.stdout
+    assert done.stdout.splitlines()[-1] == "[]"
+    next((out / "detections").glob("*.csv")).unlink()
+    config = compose.compose_config(over(small_slides, out))
+    assert line.finished(config) is None, "something is left to do"

@@ -1,0 +1,296 @@
+"""Ctrl-C and SIGTERM on a real terminal: one line, nothing left behind, and the same command goes on."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from serving import BIN, environment
+from small_runs import digests, over
+
+from flows import run as command
+from wsiflow.run import ledger
+
+PATIENCE_S = 60  # on a busy machine; five seconds are meant
+# Tasks that are small and many, so that the first has its receipt long before the last begins.
+MANY = ["dataset.limit=1", "inference=window", "inference.stride=56", "dense.windows=0", "tiles=patch"]
+MANY += ["tiles.group_tiles=1", "executor.slice_s=0", "store=none"]
+ENDLESS = "inference.stride=8"  # for what nobody waits for
+ARRAY = [f"executor.array.{it}" for it in ("poll_s=0.5", "grace_s=1", "memory_mb=900")]
+_ON_A_TERMINAL = """
+import fcntl, os, sys, termios
+os.setsid()
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+os.execvp(sys.argv[1], sys.argv[1:])
+"""
+
+
+class Running:
+    """A command in a session of its own, in the foreground of a terminal of its own."""
+
+    def __init__(self, line: list[str], env: dict[str, str], folder: Path) -> None:
+        self._keyboard, terminal = os.openpty()
+        self._errors = folder / "stderr"
+        self._said: list[bytes] = []
+        with self._errors.open("wb") as errors:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", _ON_A_TERMINAL, *line],
+                stdin=terminal,
+                stdout=terminal,
+                stderr=errors,
+                env=env,
+                cwd=folder,
+            )
+        os.close(terminal)
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        self._started: set[psutil.Process] = set()
+
+    def wait_for(self, condition: Callable[[], object]) -> None:
+        end = time.monotonic() + 4 * PATIENCE_S
+        while not condition():
+            assert self._process.poll() is None, f"it ended too early: {self.said} {self.errors}"
+            assert time.monotonic() < end, "it did not happen in time"
+            time.sleep(0.02)
+        self._started |= set(psutil.Process(self._process.pid).children(recursive=True))
+
+    def stop(self, number: int) -> int:
+        """Press Ctrl-C, or send SIGTERM; return the exit code, once every process is seen to be gone."""
+        if number == signal.SIGINT:
+            os.write(self._keyboard, b"\x03")
+        else:
+            self._process.send_signal(number)
+        code = self.end()
+        assert psutil.wait_procs(self._started, timeout=PATIENCE_S)[1] == []
+        return code
+
+    def end(self) -> int:
+        code = self._process.wait(4 * PATIENCE_S)
+        self._reader.join(PATIENCE_S)
+        return code
+
+    @property
+    def errors(self) -> str:
+        return self._errors.read_text()
+
+    @property
+    def said(self) -> str:
+        return b"".join(self._said).decode()
+
+    @property
+    def started(self) -> list[psutil.Process]:
+        return list(self._started)
+
+    def close(self) -> None:
+        for process in [*self._started, self._process]:
+            try:
+                process.kill()
+            except psutil.NoSuchProcess:
+                continue
+        self._process.wait()
+        os.close(self._keyboard)
+
+    def _read(self) -> None:
+        while True:
+            try:
+                data = os.read(self._keyboard, 1 << 16)
+            except OSError:  # nobody has the terminal open any more
+                return
+            self._said.append(data)
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Running]]:
+    """Start commands on terminals; none outlives its test."""
+    running: list[Running] = []
+
+    def begin(*arguments: str, **more: str) -> Running:
+        running.append(Running([str(BIN / "wsiflow"), *arguments], environment(tmp_path / "home", **more), tmp_path))
+        return running[-1]
+
+    yield begin
+    for one in running:
+        one.close()
+
+
+def receipts(out: Path, kind: str = "predictions") -> list[Path]:
+    return list(out.glob(f"receipts/{kind}/**/*.json"))
+
+
+def many(manifest: Path, out: Path, *more: str) -> list[str]:
+    return over(manifest, out, *MANY, *more)
+
+
+@pytest.fixture(scope="module")
+def expected(small_slides: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The published bytes of a run that nobody disturbs."""
+    out = tmp_path_factory.mktemp("undisturbed") / "run"
+    assert command.main(["run", *many(small_slides, out)]) == 0
+    return digests(out)
+
+
+LINE = re.compile(r"stopped: (\d+) tasks done, (\d+) left; the same command goes on\n")
+
+
+@pytest.mark.parametrize(
+    ("executor", "orchestrator", "number"),
+    [
+        ("inline", "none", signal.SIGINT),
+        ("inline", "prefect", signal.SIGTERM),
+        ("process", "none", signal.SIGTERM),
+        ("process", "prefect", signal.SIGINT),
+        ("dask", "none", signal.SIGINT),
+        ("dask", "prefect", signal.SIGTERM),
+    ],
+)
+def test_a_signal_ends_a_run_with_one_line(
+    start: Callable[..., Running],
+    small_slides: Path,
+    expected: dict[str, str],
+    tmp_path: Path,
+    executor: str,
+    orchestrator: str,
+    number: int,
+) -> None:
+    """In the middle of the predictions, from the foreground of a terminal; a second start ends with the same bytes."""
+    out = tmp_path / "run"
+    more = [f"executor={executor}", f"orchestrator={orchestrator}"]
+    more += [] if executor == "inline" else ["executor.workers=2"]
+    is_continued = (executor, orchestrator) == ("inline", "none")  # after a kill of workers too: test_line
+    more += [] if is_continued else [ENDLESS]
+    running = start("run", *many(small_slides, out, *more))
+    running.wait_for(lambda: receipts(out))
+    assert bool(running.started) == (executor != "inline" or orchestrator == "prefect")
+    assert running.stop(number) == 128 + number
+    counted = LINE.fullmatch(running.errors)
+    assert counted, running.errors
+    done, left = map(int, counted.groups())
+    assert done == len(receipts(out)) > 0
+    assert left > 0
+    assert "Traceback" not in running.said
+    if is_continued:
+        assert start("run", *many(small_slides, out, *more)).end() == 0
+        assert digests(out) == expected
+
+
+@pytest.mark.parametrize(("scheduler", "orchestrator", "number"), [("slurm", "prefect", 2), ("sge", "none", 15)])
+def test_a_signal_takes_array_jobs_along(
+    start: Callable[..., Running],
+    small_slides: Path,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+    scheduler: str,
+    orchestrator: str,
+    number: int,
+) -> None:
+    """Elements that run and that wait are cancelled, and the line says so."""
+    env, out = request.getfixturevalue(scheduler), tmp_path / "run"
+    more = [f"executor={scheduler}_array", f"orchestrator={orchestrator}", *ARRAY, ENDLESS]
+    running = start("run", *many(small_slides, out, *more), **env)
+    running.wait_for(lambda: receipts(out))
+    assert running.stop(number) == 128 + number
+    pattern = r"stopped: \d+ tasks done, [1-9]\d* left, [1-9]\d* array jobs? cancelled; the same command goes on\n"
+    assert re.fullmatch(pattern, running.errors), running.errors
+    queue = ["squeue", "-h", "-t", "PD,R"] if scheduler == "slurm" else ["qstat"]
+    end = time.monotonic() + PATIENCE_S
+    while subprocess.run(queue, env=os.environ | env, capture_output=True, check=True).stdout:
+        assert time.monotonic() < end, "jobs are left in the queue"
+        time.sleep(0.2)
+
+
+def test_a_signal_ends_retry_and_plan_too(start: Callable[..., Running], small_slides: Path, tmp_path: Path) -> None:
+    """A plan that measures costs, then a run in its folder, then `retry` of what is there."""
+    out, more = tmp_path / "run", [ENDLESS, "executor=process"]
+    running = start("plan", *many(small_slides, out, *more), "--calibrate")
+    running.wait_for((out / "plan.json").exists)
+    assert running.stop(signal.SIGINT) == 130
+    assert re.fullmatch(r"stopped: 0 tasks done, [1-9]\d* left; the same command goes on\n", running.errors)
+    running = start("run", *many(small_slides, out, *more))
+    running.wait_for(lambda: receipts(out))
+    assert running.stop(signal.SIGTERM) == 143
+    before = len(receipts(out))
+    running = start("retry", str(out))
+    running.wait_for(lambda: len(receipts(out)) > before)
+    assert running.stop(signal.SIGINT) == 130
+    assert LINE.fullmatch(running.errors), running.errors
+    assert ledger.told([tmp_path]) == "nothing was planned yet"
+
+
+def test_a_signal_ends_a_whole_sweep(start: Callable[..., Running], small_slides: Path, tmp_path: Path) -> None:
+    """The trials that follow are not started."""
+    out = tmp_path / "sweep"
+    running = start("run", "-m", *many(small_slides, out, ENDLESS, "seed=1,2,3"))
+    running.wait_for(lambda: list(out.glob("*/receipts/predictions/*/*.json")))
+    assert running.stop(signal.SIGINT) == 130
+    assert LINE.fullmatch(running.errors), running.errors
+    assert len(list(out.glob("*/plan.json"))) == 1
+
+
+def test_trials_at_once_end_with_their_sweep(start: Callable[..., Running], small_slides: Path, tmp_path: Path) -> None:
+    """Processes of joblib are gone too, and say nothing."""
+    out = tmp_path / "sweep"
+    more = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "seed=1,2,3", ENDLESS]
+    running = start("run", "-m", *many(small_slides, out, *more))
+    running.wait_for(lambda: list(out.glob("*/receipts/predictions/*/*.json")))
+    assert running.stop(signal.SIGINT) == 130
+    assert LINE.fullmatch(running.errors), running.errors
+    assert "Traceback" not in running.said
+
+
+STUBBORN = """
+import sys, threading, time
+from pathlib import Path
+from wsiflow import stopping
+def clean():
+    Path("cleaning").touch()
+    time.sleep(600)
+def command():
+    with stopping.telling(lambda: "1 tasks done, 2 left"), stopping.at_stop(clean):
+        Path("begun").touch()
+        time.sleep(600)
+sys.exit(stopping.run(command))
+"""
+
+
+@pytest.mark.parametrize("presses", [1, 2])
+def test_a_second_signal_ends_it_at_once(tmp_path: Path, presses: int) -> None:
+    """What hangs while it is cleaned up is left alone after a while, or at once when the user insists."""
+    (tmp_path / "stubborn.py").write_text(textwrap.dedent(STUBBORN))
+    running = Running([sys.executable, str(tmp_path / "stubborn.py")], dict(os.environ), tmp_path)
+    running.wait_for((tmp_path / "begun").exists)
+    os.write(running._keyboard, b"\x03")
+    if presses == 2:
+        running.wait_for((tmp_path / "cleaning").exists)
+        os.write(running._keyboard, b"\x03")
+    assert running.end() == 130
+    said = {1: "stopped: 1 tasks done, 2 left", 2: "stopped at once"}[presses]
+    assert running.errors == f"{said}; the same command goes on\n"
+    running.close()
+
+
+def test_what_sets_handlers_while_it_is_imported_is_called_by_the_thread_that_listens(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(
+        "import os, signal, threading\n"
+        "from wsiflow import stopping\n"
+        "def sets() -> None:\n"
+        "    signal.signal(signal.SIGTERM, signal.SIG_DFL)\n"
+        "def command() -> int:\n"
+        "    stopping.in_main_thread(sets)\n"
+        "    assert threading.current_thread() is not threading.main_thread()\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    threading.Event().wait()\n"
+        "    return 0\n"
+        "stopping.run(command)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "own.py"], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (143, "stopped\n")

@@ -1,0 +1,234 @@
+"""Sweeps: every job a folder and a record of its own, and a bad job does not stop the others."""
+
+import json
+import os
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import mlflow
+import pytest
+from serving import environment
+from small_runs import over
+
+from flows import compose as command
+from flows import sweep as sweeps
+from flows.run import main
+from wsiflow.errors import InputError
+from wsiflow.evaluation import matches
+
+WSIFLOW = Path(sys.executable).parent / "wsiflow"
+QUICK = ["dataset.limit=1", "tracking=mlflow", "name=together", "evaluation.bootstrap=0"]
+
+
+def sweep(manifest: Path, out: Path, env: dict[str, str], *more: str) -> subprocess.CompletedProcess[str]:
+    command = [WSIFLOW, "run", "-m", *over(manifest, out, *QUICK, *more)]
+    return subprocess.run(command, env=env, cwd=out.parent, capture_output=True, text=True, check=False)
+
+
+def rows(database: Path, query: str) -> list[tuple]:
+    with sqlite3.connect(database) as opened:
+        assert opened.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+        return opened.execute(query).fetchall()
+
+
+def children(database: Path) -> tuple[set[str], set[str]]:
+    """Return the strides that MLflow has runs of, and the parents of these runs."""
+    client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{database}")
+    runs = client.search_runs([client.get_experiment_by_name("wsiflow").experiment_id])
+    trials = [run for run in runs if "mlflow.parentRunId" in run.data.tags]
+    assert all(run.info.status == "FINISHED" for run in runs)
+    assert len(runs) == len(trials) + 1, "every run that is no trial is the parent"
+    strides, parents = zip(
+        *((run.data.params["inference.stride"], run.data.tags["mlflow.parentRunId"]) for run in trials), strict=True
+    )
+    return set(strides), set(parents)
+
+
+def test_a_sweep_of_two_good_jobs_and_a_bad_one(small_slides: Path, tmp_path: Path, capsys) -> None:
+    """Folders are named after what was swept; the exit code is that of the worst job; MLflow nests the good ones."""
+    arguments = ["dataset=manifest", f"dataset.manifest={small_slides}", "dataset.limit=1", "executor=inline"]
+    arguments += ["orchestrator=none", "evaluation.bootstrap=0", "name=strides", f"out={tmp_path / 'sweep'}"]
+    arguments += [f"tracking.uri=sqlite:///{tmp_path}/mlflow.db"]  # Hydra writes the colon otherwise for a trial
+    arguments += ["+hydra.job.env_set.EXAMPLE_API_KEY=canary"]
+    assert main(["run", "-m", "inference.stride=112,30,224", *arguments]) == 20
+    assert not [path for path in (tmp_path / "sweep").rglob("*") if path.is_file() and b"canary" in path.read_bytes()]
+    assert "EXAMPLE_API_KEY" in (tmp_path / "sweep/multirun.yaml").read_text()
+    said = capsys.readouterr()
+    assert "inference.stride is 30" in said.err
+    for stride in (112, 224):
+        assert (tmp_path / f"sweep/inference.stride={stride}/evaluation/summary.json").exists()
+    client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
+    experiment = client.get_experiment_by_name("wsiflow")
+    runs = client.search_runs([experiment.experiment_id])
+    children = [run for run in runs if "mlflow.parentRunId" in run.data.tags]
+    assert {run.data.params["inference.stride"] for run in children} == {"112", "224"}
+    assert len({run.data.tags["mlflow.parentRunId"] for run in children}) == 1
+    assert all("throughput.tiles_per_s" in run.data.metrics for run in children)
+    matched = matches.read_matches(tmp_path / "sweep/inference.stride=112/evaluation/matches.json")
+    for run in children:
+        assert run.data.tags["wsiflow.protocol_hash"] == matched.protocol_hash
+        assert run.data.tags["wsiflow.truth_hash"] == matched.truth_hash()
+        assert "matches.json" in {artifact.path for artifact in client.list_artifacts(run.info.run_id)}
+
+
+def test_trials_at_once_share_a_server_and_a_record(small_slides: Path, tmp_path: Path) -> None:
+    """Two good joblib trials from nothing: two flows in Prefect's database, two runs under one parent, both sound.
+
+    A bad one between them fails alone, and the exit code is its own.
+    """
+    more = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=3", "inference.stride=56,30,224", "store=none"]
+    done = sweep(small_slides, tmp_path / "sweep", environment(tmp_path / "home"), "orchestrator=prefect", *more)
+    assert done.returncode == 20, done.stderr
+    assert done.stderr.count("inference.stride is 30") == 1
+    assert done.stdout.count("going on with a temporary one") == 1
+    strides, parents = children(tmp_path / "mlflow.db")
+    assert (strides, len(parents)) == ({"56", "224"}, 1)
+    assert rows(tmp_path / "mlflow.db", "select count(*) from runs") == [(3,)]
+    flows = rows(tmp_path / "home/prefect.db", "select state_type, count(*) from flow_run group by 1")
+    assert flows == [("COMPLETED", 2)]
+    folders = {path.parent.parent.name for path in tmp_path.glob("sweep/*/evaluation/summary.json")}
+    assert folders == {"inference.stride=56", "inference.stride=224"}
+
+
+def test_trials_are_slurm_jobs(slurm: dict[str, str], small_slides: Path, tmp_path: Path) -> None:
+    """Through submitit on a real Slurm: each trial an element of an array, all under one parent."""
+    more = ["hydra/launcher=submitit_slurm", "hydra.launcher.timeout_min=5", "hydra.launcher.mem_gb=2"]
+    more += ["hydra.launcher.cpus_per_task=1", "inference.stride=56,224", "executor=process"]
+    done = sweep(small_slides, tmp_path / "sweep", environment(tmp_path / "home") | slurm, *more)
+    assert done.returncode == 0, done.stderr
+    strides, parents = children(tmp_path / "mlflow.db")
+    assert (strides, len(parents)) == ({"56", "224"}, 1)
+    assert rows(tmp_path / "mlflow.db", "select count(*) from runs") == [(3,)]
+    assert len(list((tmp_path / "sweep/.submitit").glob("*_[01]"))) == 2
+
+
+# --- names and marks, without a run
+
+
+@pytest.mark.parametrize(
+    "axis",
+    [
+        "dataset.manifest=col/a/b/manifest.csv,col/a_b/manifest.csv",
+        "name=a/b,a_b",
+        "name=Fine,fine",
+        "name='a ','a'",
+        "name=a?b,a_b",
+        "name='\\u0001','_'",
+        r"name='a\\b',a_b",
+        f"name={'a' * 300},{'a' * 299}",
+        f"name={'a' * 248},{'b' * 260}",
+        "name='\u00e9','e\u0301'",
+        "name='~a','_a'",
+        "name='..','.'",
+    ],
+)
+def test_no_two_trials_have_one_folder(axis: str) -> None:
+    """On any disk: whatever the case, the form of a letter and the length; the same names each time."""
+    names = list(command.sweep_jobs([axis]))
+    assert list(command.sweep_jobs([axis])) == names
+    assert len({name.casefold() for name in names}) == len(names) >= 2
+    for name in names:
+        assert "/" not in name
+        assert name.isprintable()
+        assert len(name.encode()) <= 255
+
+
+def test_no_folder_is_named_by_a_secret(tmp_path: Path) -> None:
+    """A swept address with a password: neither the trial's folder nor what claims it shows the password."""
+    swept = [f"tracking.uri='http://bob:canary{n}@one/'" for n in (1, 2)]
+    names = [sweeps.folder_name([one]) for one in swept]
+    assert len(set(names)) == 2
+    assert "canary" not in "".join(names)
+    sweeps.claim(tmp_path, swept[:1])
+    assert "canary" not in "".join(path.read_text() for path in tmp_path.rglob("*") if path.is_file())
+    sweeps.claim(tmp_path, swept[:1])
+    with pytest.raises(InputError, match="that of the trial"):
+        sweeps.claim(tmp_path, swept[1:])
+
+
+def test_plain_names_stay_as_they_were() -> None:
+    """So that a sweep that is started again finds its folders."""
+    jobs = command.sweep_jobs(["inference.stride=16,32", "stain=none,macenko", "name='a b'"])
+    strides_and_stains = [(stride, stain) for stride in (16, 32) for stain in ("none", "macenko")]
+    assert list(jobs) == [f"inference.stride={stride},stain={stain}" for stride, stain in strides_and_stains]
+    assert sweeps.folder_name(["name='a b'"]) == "name='a b'"
+    assert sweeps.folder_name(["name=a/b"]) == sweeps.folder_name(["name=a/b"]) != sweeps.folder_name(["name=a_b"])
+
+
+def test_all_trials_are_in_the_folder_of_their_sweep() -> None:
+    """Also where names or data sets, by which a run's own folder is called, are what is swept."""
+    for axis in ("name=a,b", "dataset.seed=1,2"):
+        jobs = command.sweep_jobs([axis])
+        assert len({command.compose_config(job, job=name).out.parent for name, job in jobs.items()}) == 1
+    with pytest.raises(InputError, match="out is the folder of the whole sweep"):
+        command.sweep_jobs(["out=runs/a,runs/b"])
+
+
+def test_a_sweep_without_out_makes_no_other_folders(tmp_path: Path, monkeypatch, capsys) -> None:
+    """Hydra makes those of its trials; each of these is refused, and there is no other folder than the sweep's."""
+    monkeypatch.chdir(tmp_path)
+    quick = ["dataset=single", "orchestrator=none", "tracking=off", "executor=inline", "seed=-1"]
+    assert main(["run", "-m", "dataset.path=/absent/a/s.svs,/absent/b/s.svs", "name=one,two", *quick]) == 20
+    assert capsys.readouterr().err.count("seed") == 4
+    assert len(list((tmp_path / "runs").iterdir())) == 1
+
+
+def test_a_folder_belongs_to_one_trial(tmp_path: Path) -> None:
+    """Another one that comes to the same folder, by whatever way, is refused; the same may come again."""
+    sweeps.claim(tmp_path, ["name=a/b"])
+    sweeps.claim(tmp_path, ["name=a/b"])
+    with pytest.raises(InputError, match="is that of the trial 'name=a/b', this one is 'name=a_b'"):
+        sweeps.claim(tmp_path, ["name=a_b"])
+    assert [path.name for path in (tmp_path / "receipts").iterdir()] == ["trial"]
+
+
+@pytest.fixture
+def marked(tmp_path: Path, monkeypatch) -> Path:
+    """A sweep of three trials, as its process knows it."""
+    folder = tmp_path / ".trials/mine"
+    shared = {"name": "s", "out": str(tmp_path), "folder": str(folder), "given": [], "alike": []}
+    monkeypatch.setenv("WSIFLOW_SWEEP", json.dumps(shared))
+    monkeypatch.setattr(sweeps, "_planned", ["a", "b", "c"])
+    sweeps._make_marks(folder)
+    return folder
+
+
+def test_a_trial_that_leaves_no_word_has_failed(marked: Path) -> None:
+    """It was killed, or its word is gone or torn."""
+    sweeps.ended(0, "a", 0)
+    sweeps.ended(1, "b", 20)
+    assert [(one.name, one.exit_code, one.told) for one in sweeps._trials()] == [
+        ("a", 0, True),
+        ("b", 20, True),
+        ("c", 30, False),
+    ]
+    (marked / "0.json").write_text("[")
+    assert sweeps.end()[0] == ("a", 30, False)
+    assert not marked.parent.exists()
+    assert "WSIFLOW_SWEEP" not in os.environ
+
+
+def test_sweeps_in_one_folder_have_marks_of_their_own(marked: Path) -> None:
+    """One that begins removes what dead ones left, and nothing of one that lives."""
+    dead = marked.parent / "dead"
+    dead.mkdir()
+    (dead / "lock").touch()
+    other = marked.parent / "other"
+    sweeps._make_marks(other)
+    assert {path.name for path in marked.parent.iterdir()} == {"mine", "other"}
+    sweeps.ended(0, "a", 20)
+    sweeps.end()
+    assert other.exists()
+
+
+def test_a_failed_trial_is_no_part_of_the_comparison(tiny_slides: Path, tmp_path: Path, capsys) -> None:
+    """Its folder has the scores of an earlier start with other settings, which is why it is refused."""
+    out = tmp_path / "sweep"
+    common = over(tiny_slides, out)
+    assert main(["run", "-m", *common, "inference.stride=112,224"]) == 0
+    capsys.readouterr()
+    assert main(["run", "-m", *common, "inference.stride=112,224", "lesions.threshold=0.4"]) == 20
+    assert "compared" not in capsys.readouterr().out
+    assert not (out / ".trials").exists()

@@ -1,0 +1,695 @@
+"""A classifier over whole regions gives the scores of its windows, at any stride and position."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from torch import nn
+from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode
+
+from wsiflow import model
+from wsiflow.errors import InputError, WsiflowError
+from wsiflow.model.architectures.googlenet import GoogLeNet
+from wsiflow.model.classifier import Classifier
+from wsiflow.model.dense import layers
+from wsiflow.model.dense.network import DenseClassifier, densify, describe, window_crops
+from wsiflow.model.dense.receptive import follow
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def _no_gradients() -> Iterator[None]:
+    torch.manual_seed(5)
+    with torch.no_grad():
+        yield
+
+
+def classifier(module: nn.Module, window_px: int, *, input_px: int = 0, n_classes: int = 2) -> Classifier:
+    return Classifier(
+        module.eval().to(memory_format=torch.channels_last),  # type: ignore[call-overload]
+        class_names=tuple("abc"[:n_classes]),
+        positive_index=1,
+        window_px=window_px,
+        input_px=input_px or window_px,
+        spacing_um_px=0.5,
+        mean=(0.5, 0.5, 0.5),
+        std=(0.5, 0.5, 0.5),
+        sha256="",
+        identity="",
+    )
+
+
+def trained(module: nn.Module, window_px: int) -> nn.Module:
+    """Give a network weights under which windows differ and scores are neither 0 nor 1."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+        elif isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
+            layer.running_mean.normal_(0, 0.1)  # type: ignore[union-attr]
+            layer.running_var.uniform_(0.5, 1.5)  # type: ignore[union-attr]
+            layer.weight.uniform_(0.5, 1.5)
+            layer.bias.normal_(0, 0.1)
+    head = [layer for layer in module.modules() if isinstance(layer, nn.Conv2d | nn.Linear)][-1]
+    logits = module.eval()(texture(16, window_px, window_px))
+    head.weight /= logits.std(0).view(-1, *[1] * (head.weight.dim() - 1))
+    head.bias.copy_(-(logits - head.bias).mean(0) / logits.std(0))  # type: ignore[union-attr]
+    return module
+
+
+def texture(n: int, h: int, w: int) -> torch.Tensor:
+    """Images that vary on every scale, as tissue does."""
+    image = torch.zeros(n, 3, h, w)
+    for cell in (2, 8, 32, 128):
+        coarse = torch.randn(n, 3, h // cell + 2, w // cell + 2)
+        image += functional.interpolate(coarse, scale_factor=cell, mode="bilinear")[:, :, :h, :w]
+    return image / 2
+
+
+def windows_scores(classifier: Classifier, pixels: torch.Tensor, stride: int) -> torch.Tensor:
+    """The slow way: each window of one image on its own."""
+    side = classifier.window_px
+    cut = pixels.unfold(2, side, stride).unfold(3, side, stride)[0].permute(1, 2, 0, 3, 4)
+    scores = [classifier.module(row.contiguous()).softmax(1)[:, classifier.positive_index] for row in cut]
+    return torch.stack(scores)
+
+
+def scores_of(dense: DenseClassifier, pixels: torch.Tensor) -> torch.Tensor:
+    assert dense.module is not None
+    scores: torch.Tensor = dense.module(pixels)
+    return scores
+
+
+class Block(nn.Module):
+    """An Inception block without padding."""
+
+    def __init__(self, channels: int, out: int) -> None:
+        super().__init__()
+        self.one = nn.Sequential(nn.Conv2d(channels, out, 1, bias=False), nn.BatchNorm2d(out), nn.ReLU(inplace=True))
+        self.three = nn.Sequential(nn.Conv2d(channels, out, 3), nn.SiLU(inplace=True))
+        self.two_threes = nn.Sequential(nn.Conv2d(channels, out, 3, padding=1), nn.GELU(), nn.Conv2d(out, out, 5))
+        self.pooled = nn.Sequential(nn.MaxPool2d(3, 1), nn.Conv2d(channels, out, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        side = x.shape[2]
+        return torch.cat(
+            [self.one(x[:, :, 1:-1, 1 : side - 1]), self.three(x), self.pooled(x), self.two_threes(x)[:, :, :, :]], 1
+        )
+
+
+class ValidBlock(Block):
+    """The same, without padding in the branch of two convolutions either."""
+
+    def __init__(self, channels: int, out: int) -> None:
+        super().__init__(channels, out)
+        self.two_threes = nn.Sequential(nn.Conv2d(channels, out, (3, 1)), nn.GELU(), nn.Conv2d(out, out, (1, 3)))
+
+
+def inception() -> nn.Module:
+    """Native stride 8, window 48."""
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 4, 2),
+        nn.ReLU(inplace=True),
+        nn.LocalResponseNorm(5),
+        ValidBlock(8, 4),
+        nn.MaxPool2d(3, 2),
+        ValidBlock(16, 6),
+        nn.MaxPool2d(2, 2),
+        nn.Conv2d(24, 32, 3, groups=2),
+        nn.PReLU(32),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Dropout(0.3),
+        nn.Linear(32, 2),
+    )
+
+
+class Residual(nn.Module):
+    """Strided shortcuts of another length than the strided branch; native stride 8, window 75."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 5, 2)
+        self.main_1 = nn.Sequential(nn.Conv2d(8, 8, 3, 2), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3))
+        self.short_1 = nn.Conv2d(8, 8, 1, 2)
+        self.main_2 = nn.Sequential(nn.Conv2d(8, 12, 3, 2), nn.ReLU(), nn.Conv2d(12, 12, 3, dilation=1))
+        self.short_2 = nn.Sequential(nn.AvgPool2d(2, 2), nn.Conv2d(8, 12, 1))
+        self.scale = nn.Parameter(torch.rand(12, 1, 1) + 0.5)
+        self.norm = nn.BatchNorm1d(12)
+        self.classify = nn.Linear(12, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = functional.relu(self.stem(x))  # 36
+        out = self.main_1(x)  # 17, 15
+        out += self.short_1(x[:, :, 3:-3, 3:-3])  # 30, 15
+        x = functional.relu(out)
+        y = self.main_2(x)  # 7, 5
+        y = y * self.scale + self.short_2(x[:, :, 2:-2, 2:-2])  # 11, 5
+        return self.classify(self.norm(y.mean([2, 3])))
+
+
+class Vgg(nn.Module):
+    """A hidden layer over the flattened map; three classes; native stride 4, window 30."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv_1, self.conv_2 = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)
+        self.pool = nn.AdaptiveMaxPool2d((6, 6))
+        self.hidden, self.norm, self.classify = nn.Linear(288, 16), nn.BatchNorm1d(16), nn.Linear(16, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = functional.max_pool2d(torch.relu(self.conv_1(x)), 2)
+        x = self.pool(functional.max_pool2d(self.conv_2(x).relu_(), 2))
+        x = functional.dropout(x.reshape(x.size(0), -1), 0.5, self.training)
+        return self.classify(self.norm(functional.relu(self.hidden(x))))
+
+
+class Padded(nn.Module):
+    """Every kind of padding, among them what overhangs a map at one side only; native stride 8, window 50."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pad = nn.ConstantPad2d((2, 3, 2, 3), 0.5)
+        self.conv_1 = nn.Conv2d(3, 6, 7, stride=2)
+        self.pool_1 = nn.MaxPool2d(3, 2, ceil_mode=True)
+        self.conv_2 = nn.Conv2d(6, 6, 3, padding=1, padding_mode="zeros")
+        self.pool_2 = nn.AvgPool2d(3, 2, padding=1, count_include_pad=False)
+        self.mean_3 = nn.AvgPool2d(3, 1, padding=1)
+        self.pool_3 = nn.MaxPool2d(3, 1, padding=1)
+        self.classify = nn.Conv2d(12, 2, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.pool_1(functional.relu(self.conv_1(self.pad(x))))
+        x = self.pool_2(functional.relu(self.conv_2(x)))
+        x = torch.cat([self.mean_3(x), self.pool_3(x)], dim=1)
+        return self.classify(functional.adaptive_avg_pool2d(x, 1)).flatten(1)
+
+
+VALID: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
+    "inception": (inception, 48, 2),
+    "residual": (Residual, 75, 2),
+    "vgg": (Vgg, 30, 3),
+}
+
+
+def valid(name: str) -> Classifier:
+    build, window_px, n_classes = VALID[name]
+    return classifier(trained(build(), window_px), window_px, n_classes=n_classes)
+
+
+@pytest.fixture(scope="module")
+def demo() -> Classifier:
+    """The network that ships."""
+    card = yaml.safe_load((ROOT / "conf/model/demo.yaml").read_text())["card"]
+    return model.load(model.ModelSpec(card=card, trust_torchscript=False, sha256="", positive_class=""))
+
+
+@pytest.fixture(scope="module")
+def region() -> torch.Tensor:
+    torch.manual_seed(3)
+    return texture(1, 800, 800)
+
+
+@pytest.fixture(scope="module")
+def googlenet(region: torch.Tensor) -> Classifier:
+    """Random weights, with scores spread about one half by a few hundredths, as random weights spread them."""
+    torch.manual_seed(4)
+    with torch.no_grad():
+        network = trained(GoogLeNet(2, dropout=0.5), 224)
+        pooled = functional.avg_pool2d(network.features(region), 7, 1)
+        logits = functional.conv2d(pooled, network.classify.weight, network.classify.bias)
+        scale = 0.14 / logits.std((0, 2, 3))
+        network.classify.weight *= scale.view(-1, 1, 1, 1)
+        network.classify.bias.copy_(scale * (network.classify.bias - logits.mean((0, 2, 3))))
+        return classifier(network, 224)
+
+
+@pytest.fixture(scope="module")
+def whole(googlenet: Classifier, region: torch.Tensor) -> torch.Tensor:
+    """The map of the region with the exact context, at stride 16."""
+    with torch.no_grad():
+        return scores_of(densify(googlenet, 16, context_px=192), region)[0]
+
+
+@pytest.mark.parametrize("stride", [1, 2, 4, 6, 8, 16, 24])
+@pytest.mark.parametrize("name", VALID)
+def test_dense_equals_window_at_every_position(name: str, stride: int) -> None:
+    """Finer than the network's stride, equal to it, and a multiple; sides that differ and end anywhere."""
+    network = valid(name)
+    side = network.window_px
+    pixels = texture(1, side + 13, side + 26 if stride < 8 else side + 50)
+    wanted = windows_scores(network, pixels, stride)
+    dense = densify(network, stride)
+    found = scores_of(dense, pixels)
+    assert found.shape[1:] == wanted.shape == dense.map_shape(*pixels.shape[2:])
+    assert float(wanted.std()) > 0.01, "the windows must differ for the comparison to mean anything"
+    torch.testing.assert_close(found[0], wanted, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("stride", [4, 8, 16, 48])
+def test_dense_equals_window_for_the_network_that_ships(demo: Classifier, stride: int) -> None:
+    """A quarter and a half of the network's stride, the stride, and a multiple."""
+    assert not describe(demo, stride).padded
+    side = demo.window_px
+    pixels = texture(1, side + 17, side + 53 if stride > 4 else side + 22)
+    dense = scores_of(densify(demo, stride), pixels)[0]
+    torch.testing.assert_close(dense, windows_scores(demo, pixels, stride), atol=1e-5, rtol=0)
+
+
+def test_images_of_a_batch_keep_apart() -> None:
+    """Phases lie along the batch too, and still each image gets its own map."""
+    network = valid("inception")
+    pixels = texture(3, 70, 61)
+    dense = densify(network, 2)
+    torch.testing.assert_close(scores_of(dense, pixels), torch.cat([scores_of(dense, one[None]) for one in pixels]))
+
+
+@pytest.mark.parametrize(("stride", "context_px"), [(8, 16), (4, 12), (16, 24)])
+def test_context_moves_the_first_window_inwards(stride: int, context_px: int) -> None:
+    """With context the map is that of the region without its rim."""
+    network = valid("inception")
+    pixels = texture(1, 101, 120)
+    inner = pixels[:, :, context_px:-context_px, context_px:-context_px]
+    dense = densify(network, stride, context_px=context_px)
+    assert dense.map_shape(101, 120) == tuple(scores_of(dense, pixels).shape[1:])
+    torch.testing.assert_close(scores_of(dense, pixels), scores_of(densify(network, stride), inner), atol=1e-6, rtol=0)
+
+
+def test_context_must_lie_on_the_grid() -> None:
+    with pytest.raises(InputError, match=r"context of 12 px is no multiple of the 8 px"):
+        densify(valid("inception"), 8, context_px=12)
+
+
+def test_region_without_a_window_is_refused() -> None:
+    with pytest.raises(WsiflowError, match=r"no window of 48 px with 8 px of context fits a region of 90 x 63 px"):
+        densify(valid("inception"), 8, context_px=8).map_shape(63, 90)
+
+
+@pytest.mark.parametrize("stride", [1, 2, 4])
+def test_phases_of_a_padded_network_equal_shifted_maps(stride: int) -> None:
+    """Away from the region's border, finer maps hold what the coarse map of the shifted region holds."""
+    network = classifier(trained(Padded(), 50), 50)
+    facts = describe(network, 8)
+    before, after = (8 * -(-px // 8) for px in facts.overhang_px)
+    pixels = texture(1, 50 + before + after + 48, 50 + before + after + 40)
+    fine, coarse = densify(network, stride), densify(network, 8)
+    assert (fine.facts.grid_px, coarse.facts.grid_px, facts.padded) == (stride, 8, True)
+    found = scores_of(fine, pixels)[0]
+    for y in range(0, 8, stride):
+        for x in range(0, 8, stride):
+            shifted = scores_of(coarse, pixels[:, :, y:, x:])[0]
+            same = found[y // stride :: 8 // stride, x // stride :: 8 // stride]
+            rows, cols = (slice(before // 8, length - after // 8) for length in shifted.shape)
+            assert shifted[rows, cols].numel() >= 20
+            torch.testing.assert_close(same[rows, cols], shifted[rows, cols], atol=1e-5, rtol=0)
+
+
+def footprint(dense: DenseClassifier, side: int) -> tuple[int, int, int, int]:
+    """Rows and columns of an image that its first score depends on."""
+    assert dense.module is not None
+    pixels = torch.ones(1, 3, side, side, requires_grad=True)
+    with torch.enable_grad():
+        dense.module.logits(pixels)[0, 1, 0, 0].backward()  # type: ignore[operator]
+    assert pixels.grad is not None
+    seen = pixels.grad[0].abs().sum(0)
+    rows, cols = seen.sum(1).nonzero(), seen.sum(0).nonzero()
+    return int(rows[0]), int(rows[-1]) + 1, int(cols[0]), int(cols[-1]) + 1
+
+
+class Smooth(nn.Module):
+    """A pool of means as wide as a maximum pool: its gradient reaches everything the pool sees."""
+
+    def __init__(self, pool: nn.MaxPool2d) -> None:
+        super().__init__()
+        self.pool = nn.AvgPool2d(pool.kernel_size, pool.stride, pool.padding, pool.ceil_mode, count_include_pad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.pool(x)
+
+
+def test_overhang_is_what_the_gradient_reaches() -> None:
+    """GoogLeNet: 571 px, 166 before the window and 181 after it; a pixel less would not be exact."""
+    network = GoogLeNet(2, dropout=0.5)
+    features = network.features
+    for block in [features, *(module for module in features.modules() if hasattr(module, "branch_3"))]:
+        parent = block.branch_3 if hasattr(block, "branch_3") else block
+        for name, layer in parent.named_children():
+            if isinstance(layer, nn.MaxPool2d):
+                parent.add_module(name, Smooth(layer))
+    for weight in network.parameters():
+        weight.fill_(1 / weight[0].numel())
+    smooth = classifier(network, 224)
+    facts = describe(smooth, 32)
+    assert facts == describe(classifier(GoogLeNet(2, dropout=0.5), 224), 32)
+    assert facts.overhang_px == (166, 181)
+    assert sum(facts.overhang_px) + 224 == 571
+    begin, end = 192 - 166, 192 + 224 + 181
+    assert footprint(densify(smooth, 32, context_px=192), 224 + 2 * 192) == (begin, end, begin, end)
+
+
+class CroppedThenPadded(nn.Module):
+    """Padding stands for values that the window has seen, but that cropping took away; native stride 2, window 33."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv_1, self.conv_2 = nn.Conv2d(3, 6, 5, 2), nn.Conv2d(6, 6, 3, padding=1)
+        self.classify = nn.Conv2d(6, 2, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.conv_2(self.conv_1(x)[:, :, 3:-2, 3:-2])
+        return self.classify(functional.relu(x).amax((2, 3), keepdim=True)).flatten(1)
+
+
+@pytest.mark.parametrize(("build", "window_px"), [(CroppedThenPadded, 33), (Padded, 50)])
+def test_overhang_is_the_context_that_makes_maps_exact(build: Callable[[], nn.Module], window_px: int) -> None:
+    """With the next multiple of the grid the border has no influence; with one less it has."""
+    network = classifier(trained(build(), window_px), window_px)
+    facts = describe(network, 2)
+    assert facts.padded
+    enough = -(-max(facts.overhang_px) // 2) * 2
+    assert enough > 0
+    region = texture(1, window_px + 160, window_px + 164)
+    wanted = scores_of(densify(network, 2, context_px=80), region)
+    for context_px, exact in [(enough, True), (enough - 2, False)]:
+        inner = slice(80 - context_px, context_px - 80)
+        found = scores_of(densify(network, 2, context_px=context_px), region[:, :, inner, inner])
+        assert (float((found - wanted).abs().max()) <= 1e-6) is exact
+
+
+def test_googlenet_works_as_much_as_was_measured(googlenet: Classifier) -> None:
+    """1.497 GMAC for a window; 1.50, 1.84 and 4.76 for a tile of 224 px at stride 32, 16 and 8."""
+    tiles = {stride: describe(googlenet, stride).dense_macs_px * 224**2 / 1e9 for stride in (64, 32, 16, 8)}
+    assert {stride: round(macs, 2) for stride, macs in tiles.items()} == {64: 1.5, 32: 1.5, 16: 1.84, 8: 4.76}
+    facts = describe(googlenet, 16)
+    assert round(facts.window_macs / 1e9, 3) == 1.497
+    assert (facts.grid_px, facts.native_px, facts.align_px, facts.padded) == (16, 32, 16, True)
+    # The widest moment: the 7 x 7 convolution (64 channels, a quarter of the pixels) beside what its pool makes of it.
+    assert facts.activation_bytes_px == 4 * (64 / 4 + 64 / 16)
+
+
+@pytest.mark.parametrize(("name", "stride"), [("inception", 2), ("residual", 4), ("vgg", 4), ("vgg", 1)])
+def test_multiplications_are_those_of_a_real_pass(name: str, stride: int) -> None:
+    """What a counter sees grows with the area as the facts say."""
+    network = valid(name)
+    dense = densify(network, stride)
+    counts = []
+    for steps in range(3):
+        with FlopCounterMode(display=False) as counter:
+            scores_of(dense, torch.zeros(1, 3, *[network.window_px + 48 * steps] * 2))
+        counts.append(counter.get_total_flops() / 2)
+    growth = (counts[2] - 2 * counts[1] + counts[0]) / 2  # what is left of a parabola is its square term
+    assert growth == pytest.approx(dense.facts.dense_macs_px * 48**2)
+    with FlopCounterMode(display=False) as counter:
+        network.module(torch.zeros(1, 3, network.window_px, network.window_px))
+    assert dense.facts.window_macs == counter.get_total_flops() / 2
+
+
+def test_features_that_see_no_padding_are_those_known(googlenet: Classifier) -> None:
+    """Share of a window's features that are equal to those of a region, per cent, down to none in 4e."""
+    _, network = follow(googlenet)
+    shares = {}
+    for layer in network:
+        rows, cols = (max(0, span.last - span.first) / span.side for span in layer.spans)
+        shares.update(dict.fromkeys(layer.names, 100 * rows * cols))
+    names = ("conv1", "pool2", "stage3.0", "stage3.1", "pool3", "stage4.0", "stage4.1", "stage4.2", "stage4.3")
+    found = [round(shares[f"features.{name}"]) for name in names]
+    assert found == [95, 80, 67, 56, 41, 25, 13, 5, 1]
+    assert shares["features.stage4.4"] < 1
+    assert shares["features.stage5"] == 0
+
+
+@pytest.mark.parametrize(("share_until", "stride"), [("features.pool3", 16), ("pool3", 32)])
+def test_stem_and_tail_are_those_of_the_network(googlenet: Classifier, share_until: str, stride: int) -> None:
+    """GoogLeNet shared up to pool3: crops of 14 x 14 features, each through the rest with its own padding."""
+    network = googlenet.module
+    assert isinstance(network, GoogLeNet)
+    dense = densify(googlenet, stride, context_px=32, share_until=share_until)
+    assert dense.module is None
+    pixels = texture(1, 320, 352)
+    features, wanted = pixels, []
+    for name, layer in network.features.named_children():
+        features = layer(features)
+        if name == "pool3":
+            break
+    rows, cols = dense.map_shape(320, 352)
+    for row in range(rows):
+        for col in range(cols):
+            y, x = 2 + row * stride // 16, 2 + col * stride // 16
+            crop = features[:, :, y : y + 14, x : x + 14]
+            for name in ("stage4", "pool4", "stage5"):
+                crop = network.features.get_submodule(name)(crop)
+            wanted.append(network.classify(crop.mean((2, 3), keepdim=True)).softmax(1)[0, 1, 0, 0])
+    assert float(torch.stack(wanted).std()) > 0.005
+    torch.testing.assert_close(shared_scores(dense, pixels), torch.stack(wanted).view(rows, cols), atol=1e-5, rtol=0)
+
+
+def shared_scores(dense: DenseClassifier, pixels: torch.Tensor) -> torch.Tensor:
+    assert dense.stem is not None
+    assert dense.tail is not None
+    assert dense.crops is not None
+    crops = window_crops(dense.stem(pixels).numpy(), dense.crops)
+    assert crops.shape[1:3] == dense.map_shape(*pixels.shape[2:])
+    scores: torch.Tensor = dense.tail(torch.tensor(crops.reshape(-1, *crops.shape[3:])))
+    return scores.view(crops.shape[1:3])
+
+
+@pytest.mark.parametrize("stride", [2, 4, 8, 16])
+@pytest.mark.parametrize("cut", ["0", "3", "4", "6", "7"])
+def test_sharing_a_part_equals_window_without_padding(cut: str, stride: int) -> None:
+    """Wherever the cut is, also where the shared features are in phases."""
+    network = valid("inception")
+    pixels = texture(1, 81, 94)
+    dense = densify(network, stride, context_px=8 if stride == 8 else 0, share_until=cut)
+    inner = pixels[:, :, 8:-8, 8:-8] if stride == 8 else pixels
+    wanted = windows_scores(network, inner, stride)
+    torch.testing.assert_close(shared_scores(dense, pixels), wanted, atol=1e-5, rtol=0)
+
+
+def test_cuts_tell_what_windows_can_share(googlenet: Classifier) -> None:
+    """Deepest first; up to pool3 lie 58 % of a window's multiplications."""
+    cuts = describe(googlenet, 16).cuts
+    shares = {cut.name: round(cut.share, 2) for cut in cuts}
+    assert shares["features.pool3"] == 0.58
+    assert [cut.share for cut in cuts] == sorted((cut.share for cut in cuts), reverse=True)
+    assert not any("branch" in cut.name for cut in cuts), "a branch holds only a part of what later layers need"
+    with pytest.raises(InputError, match=r"windows cannot share the network up to 'pool9'; name one of \['features"):
+        densify(googlenet, 16, share_until="pool9")
+    with pytest.raises(InputError, match="up to 'branch_1'"):
+        densify(googlenet, 16, share_until="branch_1")
+
+
+@pytest.mark.parametrize(("context_px", "tolerance"), [(96, 1e-2), (128, 1e-3), (192, 1e-5)])
+def test_a_region_in_pieces_gives_the_same_map(
+    googlenet: Classifier, region: torch.Tensor, whole: torch.Tensor, context_px: int, tolerance: float
+) -> None:
+    """For a network that pads, little of the border's influence is left after some context; none at the exact one.
+
+    Random weights forget the border more slowly than trained ones.
+    """
+    assert max(describe(googlenet, 16).overhang_px) <= 192
+    pieces = densify(googlenet, 16, context_px=context_px)
+    side = 224 + 2 * context_px
+    differences = []
+    for row, col in [(0, 0), (5, 3), (11, 12)]:
+        y, x = (192 - context_px + 16 * cell for cell in (row, col))
+        piece = scores_of(pieces, region[:, :, y : y + side + 16, x : x + side])[0]
+        assert piece.shape == (2, 1)
+        differences.append(float((piece[:, 0] - whole[row : row + 2, col]).abs().max()))
+    assert whole.shape == (13, 13)
+    assert 0.45 < float(whole.mean()) < 0.55
+    assert 0.018 <= float(whole.std()) <= 0.04
+    assert max(differences) <= tolerance
+
+
+@pytest.mark.parametrize("name", ["inception", "padded"])
+def test_openvino_runs_other_sides_than_it_was_converted_with(name: str) -> None:
+    """Height, width and batch are the only things left open, also where the map is made of phases."""
+    openvino = pytest.importorskip("openvino")
+    network = classifier(trained(Padded(), 50), 50) if name == "padded" else valid(name)
+    dense = densify(network, 2, context_px=16)
+    side = network.window_px + 32
+    converted = openvino.convert_model(dense.module, example_input=torch.zeros(1, 3, side + 16, side + 16))
+    compiled = openvino.Core().compile_model(
+        converted, "CPU", {"INFERENCE_NUM_THREADS": 1, "INFERENCE_PRECISION_HINT": "f32"}
+    )
+    for shape in [(1, 3, side + 31, side + 8), (2, 3, side, side + 50)]:
+        pixels = texture(shape[0], *shape[2:])
+        found = torch.tensor(compiled(pixels.numpy())[0])
+        torch.testing.assert_close(found, scores_of(dense, pixels), atol=1e-5, rtol=0)
+
+
+def test_openvino_runs_stem_and_tail() -> None:
+    """Also where the shared features are in phases."""
+    openvino = pytest.importorskip("openvino")
+    dense = densify(valid("inception"), 2, share_until="6")
+    assert dense.stem is not None
+    assert dense.tail is not None
+    pixels = texture(1, 71, 90)
+    for part, example, inputs in [
+        (dense.stem, torch.zeros(1, 3, 60, 60), pixels),
+        (dense.tail, torch.zeros(2, 24, 4, 4), torch.randn(5, 24, 4, 4)),
+    ]:
+        compiled = openvino.Core().compile_model(
+            openvino.convert_model(part, example_input=example), "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
+        )
+        found = torch.tensor(compiled(inputs.numpy())[0])
+        torch.testing.assert_close(found, part(inputs), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_trace_holds_for_other_sides() -> None:
+    """What is exported is not bound to the region it was traced with."""
+    dense = densify(valid("residual"), 4, context_px=8)
+    traced = torch.jit.trace(dense.module, torch.zeros(1, 3, 100, 100))  # type: ignore[no-untyped-call]
+    pixels = texture(2, 131, 118)
+    torch.testing.assert_close(traced(pixels), scores_of(dense, pixels))
+
+
+class SqueezeExcite(nn.Module):
+    """A gate over the whole map."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.gate, self.classify = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1), nn.Linear(8, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.conv(x)
+        x = x * torch.sigmoid(self.gate(functional.adaptive_avg_pool2d(x, 1)))
+        return self.classify(x.mean((2, 3)))
+
+
+class Attention(nn.Module):
+    """Attention written by hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.classify = nn.Conv2d(3, 8, 8, 8), nn.Linear(8, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        tokens = self.conv(x).reshape(-1, 8, 16)
+        return self.classify(torch.matmul(torch.matmul(tokens, tokens.transpose(1, 2)), tokens).mean(2))
+
+
+class Heads(nn.Module):
+    """Attention by PyTorch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.attend, self.classify = nn.Conv2d(3, 8, 8, 8), nn.MultiheadAttention(8, 2), nn.Linear(8, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.conv(x)
+        return self.classify(self.attend(x, x, x)[0].mean((2, 3)))
+
+
+class Positions(nn.Module):
+    """A learned number for each place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.where, self.classify = nn.Conv2d(3, 8, 3), nn.Parameter(torch.rand(8, 30, 30)), nn.Linear(8, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.classify((self.conv(x) + self.where).mean((2, 3)))
+
+
+class Uneven(nn.Module):
+    """Strides 4 and 3 meet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 2, 4, 4), nn.Conv2d(3, 2, 9, 3, dilation=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (self.a(x) + self.b(x)).mean((2, 3))
+
+
+class Branching(nn.Module):
+    """What it does depends on the pixels."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.mean((2, 3))[:, :2] if float(x.sum()) > 0 else x.mean((2, 3))[:, 1:]
+
+
+class Call(nn.Module):
+    """A convolution, one call, and a mean."""
+
+    def __init__(self, call: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.conv, self.call = nn.Conv2d(3, 2, 3), call
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.call(self.conv(x)).mean((2, 3))
+
+
+def ending(*layers: nn.Module) -> nn.Module:
+    """A convolution, some layers, and a head."""
+    return nn.Sequential(nn.Conv2d(3, 8, 3), *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2))
+
+
+REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "group norm": (lambda: ending(nn.GroupNorm(2, 8)), r"layer 1 \(GroupNorm\) .* normalises over the map"),
+    "instance norm": (lambda: ending(nn.InstanceNorm2d(8)), r"layer 1 \(InstanceNorm2d\) .* normalises over the map"),
+    "layer norm": (lambda: ending(nn.LayerNorm([30, 30])), r"layer 1 \(LayerNorm\) .* normalises over the map"),
+    "batch statistics": (
+        lambda: ending(nn.BatchNorm2d(8, track_running_stats=False)),
+        r"layer 1 \(BatchNorm2d\) .* statistics of the batch",
+    ),
+    "squeeze and excite": (SqueezeExcite, r"layer mul \(mul\) .*\(squeeze-and-excite\)"),
+    "attention by hand": (Attention, r"layer matmul \(matmul\) .*\(attention\)"),
+    "attention": (Heads, r"layer attend \(MultiheadAttention\) .*\(attention\)"),
+    "positions": (Positions, r"layer add \(add\) .* differ from place to place"),
+    "strides that do not meet": (Uneven, r"layer add \(add\) .* different strides meet"),
+    "reflection": (
+        lambda: ending(nn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect")),
+        r"layer 1 \(Conv2d\) .* pads with 'reflect'",
+    ),
+    "upsampling": (lambda: ending(nn.Upsample(scale_factor=2)), r"layer 1 \(Upsample\) .* not known"),
+    "pool to a fixed size": (
+        lambda: nn.Sequential(nn.Conv2d(3, 2, 3), nn.AdaptiveAvgPool2d(3), nn.AdaptiveMaxPool2d(1), nn.Flatten()),
+        r"layer 1 \(AdaptiveAvgPool2d\) .* fixed number of places",
+    ),
+    "dropout outside of training": (lambda: Call(functional.dropout), "at random outside of training"),
+    "turned maps": (lambda: Call(lambda x: x.flip(2)), r"\(flip\) .* not known"),
+    "mean of columns": (lambda: Call(lambda x: x - x.mean(2, keepdim=True)), "something else than rows and columns"),
+    "softmax over rows": (lambda: Call(lambda x: functional.softmax(x, dim=2)), "something else than channels"),
+    "sides of the window": (lambda: Call(lambda x: x * x.shape[2]), "computes with the sides of the window"),
+    "one row": (lambda: Call(lambda x: x[:, :, :, 3:4] + x), "squeeze-and-excite"),
+    "centred by its mean": (lambda: Call(lambda x: x - x.mean((2, 3), keepdim=True)), "squeeze-and-excite"),
+    "a map": (lambda: nn.Sequential(nn.Conv2d(3, 2, 3)), "returns a map"),
+    "depends on its input": (Branching, "cannot be traced"),
+    "TorchScript": (lambda: torch.jit.script(ending()), "TorchScript program"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_not_local_is_refused(name: str) -> None:
+    """The layer, the reason and the engine that runs it are named; nothing is guessed."""
+    build, message = REFUSED[name]
+    module = build()
+    network = Classifier(**{**vars(classifier(ending(), 32)), "module": module.eval()})
+    with pytest.raises(InputError, match=message) as refusal:
+        describe(network, 8)
+    assert "set inference.engine=window" in str(refusal.value)
+    with pytest.raises(InputError, match=message):
+        densify(network, 8)
+
+
+def test_resized_windows_are_refused() -> None:
+    """Each window is resized on its own, with its own border."""
+    with pytest.raises(InputError, match=r"resizes windows of 64 px to 32 px.*inference.engine=window"):
+        densify(classifier(ending(), 64, input_px=32), 8)
+
+
+def test_a_conversion_that_gives_other_scores_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer that is read wrongly ends the run before its first slide."""
+    network = classifier(ending(nn.InstanceNorm2d(8, affine=True)), 32)
+    monkeypatch.setattr(layers, "_REFUSED", {})
+    monkeypatch.setitem(layers._MODULES, nn.InstanceNorm2d, lambda *_: layers.EACH)
+    with pytest.raises(
+        InputError, match=r"other scores than over its windows: .* in logits; set inference.engine=window"
+    ):
+        densify(network, 8)

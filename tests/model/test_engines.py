@@ -1,0 +1,442 @@
+"""What runs a network: all backends give PyTorch's scores, always the same bits, and say what they cannot do."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from numpy.typing import NDArray
+from torch import nn
+
+from wsiflow import model
+from wsiflow.errors import EnvironmentFault, InputError, WsiflowError
+from wsiflow.model.card import ModelSpec
+from wsiflow.model.classifier import Classifier, predict, probe_image
+from wsiflow.model.dense.network import densify
+from wsiflow.model.engines import engine as engine_module
+from wsiflow.model.engines.cache import cache_folder, cached
+from wsiflow.model.engines.engine import available, choose, converts, prepare, scores_from_pixels
+from wsiflow.model.engines.openvino import _converted, _packed, _read, one_thread, quantise
+from wsiflow.model.engines.spec import Engine, EngineSpec, Network, cpu_supports_bf16
+from wsiflow.system import machine
+
+STRIDE_PX = 16
+SHAPES = ((240, 272), (560, 331), (432, 704))
+FP32 = [EngineSpec("torch", "fp32"), EngineSpec("openvino", "fp32"), EngineSpec("onnxruntime", "fp32")]
+BF16 = [EngineSpec("torch", "bf16"), EngineSpec("openvino", "bf16")]
+OPENVINO, INT8 = EngineSpec("openvino", "fp32"), EngineSpec("openvino", "int8")
+
+needs_bf16 = pytest.mark.skipif(not cpu_supports_bf16(), reason="this CPU has no bfloat16")
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+def demo() -> Classifier:
+    fields = yaml.safe_load((Path(__file__).parents[2] / "conf/model/demo.yaml").read_text())
+    return model.load(ModelSpec(**fields))
+
+
+@pytest.fixture(scope="module")
+def classifier() -> Classifier:
+    """The trained network that ships with wsiflow."""
+    return demo()
+
+
+def region(rows: int, cols: int) -> NDArray[np.uint8]:
+    """Squares of many colours, purple to white, uint8 (1, rows, cols, 3)."""
+    tiles = [np.concatenate([probe_image(7 * row + col, 112) for col in range(7)], axis=1) for row in range(6)]
+    return np.ascontiguousarray(np.concatenate(tiles)[None, :rows, :cols])
+
+
+def windows(n: int) -> NDArray[np.uint8]:
+    return np.stack([probe_image(seed, 224) for seed in range(n)])
+
+
+def dense_network(classifier: Classifier, *, fixed: tuple[int, int] | None = None) -> Network:
+    module = scores_from_pixels(classifier, densify(classifier, STRIDE_PX).module)
+    return Network(module, "demo", region(*(fixed or (256, 272))), fixed=fixed is not None)
+
+
+@pytest.fixture(scope="module")
+def maps(classifier: Classifier) -> Network:
+    """The network over regions of any size."""
+    return dense_network(classifier)
+
+
+@pytest.fixture
+def tiny() -> Network:
+    """A network that converts in no time, fed with features instead of pixels."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+    return Network(module, "tiny", np.random.default_rng(0).random((2, 2, 5, 5), np.float32), fixed=True)
+
+
+@pytest.mark.parametrize("spec", FP32, ids=lambda spec: spec.backend)
+def test_windows_have_the_classifiers_scores(spec: EngineSpec, classifier: Classifier, cache: Path) -> None:
+    """Whatever runs the window network, its scores are those of `predict`."""
+    images = windows(5)
+    network = Network(scores_from_pixels(classifier), "demo", images, fixed=True)
+    found = prepare(network, spec, threads=1, cache=cache)(images)
+    assert (found.dtype, found.shape) == (np.float32, (5,))
+    assert np.abs(found - predict(classifier, images)).max() < 1e-5
+
+
+@pytest.mark.parametrize("spec", FP32[1:], ids=lambda spec: spec.backend)
+def test_regions_of_any_shape_have_pytorchs_scores(spec: EngineSpec, maps: Network, cache: Path) -> None:
+    """One engine takes regions of all shapes, one after the other, and the limit is fp32's: bfloat16 would break it."""
+    oracle, engine = (prepare(maps, each, threads=1, cache=cache) for each in (FP32[0], spec))
+    for shape in SHAPES:
+        expected, found = oracle(region(*shape)), engine(region(*shape))
+        assert found.shape == (1, *((side - 224) // STRIDE_PX + 1 for side in shape))
+        assert np.abs(found - expected).max() < 5e-5
+    assert expected.std() > 0.01
+
+
+@needs_bf16
+@pytest.mark.parametrize("spec", BF16, ids=lambda spec: spec.backend)
+def test_bfloat16_is_near_fp32(spec: EngineSpec, maps: Network, cache: Path) -> None:
+    """At most 0.002 off in the mean and 0.02 anywhere, and not fp32 in disguise."""
+    oracle, engine = (prepare(maps, each, threads=1, cache=cache) for each in (FP32[0], spec))
+    difference = np.abs(engine(region(*SHAPES[-1])) - oracle(region(*SHAPES[-1])))
+    assert difference.mean() < 0.002
+    assert 1e-5 < difference.max() < 0.02
+
+
+def test_bits_do_not_depend_on_process_order_or_open_shapes(
+    classifier: Classifier, maps: Network, cache: Path, tmp_path: Path
+) -> None:
+    """Other shapes before, another process, another conversion, a graph compiled for one shape: the same bits."""
+    shape = SHAPES[1]
+    fixed = dense_network(classifier, fixed=shape)
+    specs = [OPENVINO, BF16[1]] if cpu_supports_bf16() else [OPENVINO]
+    here = [digests(maps, spec, SHAPES, cache) for spec in specs]
+    assert elsewhere(specs, SHAPES[::-1], tmp_path) == here
+    for spec, found in zip(specs, here, strict=True):
+        assert digests(fixed, spec, [shape], tmp_path)[str(shape)] == found[str(shape)]
+
+
+def digests(network: Network, spec: EngineSpec, shapes: Sequence[tuple[int, int]], folder: Path) -> dict[str, str]:
+    """Return the hash of the scores of each region, one after the other."""
+    engine = prepare(network, spec, threads=1, cache=folder)
+    return {str(shape): hashlib.sha256(engine(region(*shape)).tobytes()).hexdigest() for shape in shapes}
+
+
+def elsewhere(specs: Sequence[EngineSpec], shapes: Sequence[tuple[int, int]], folder: Path) -> list[dict[str, str]]:
+    """Return the same for each of some engines, from a process of its own."""
+    code = (
+        "import json, pathlib, sys; sys.path.insert(0, sys.argv[1]); import test_engines as t\n"
+        f"specs, shapes, folder = {[tuple(spec) for spec in specs]}, {tuple(shapes)}, pathlib.Path(sys.argv[2])\n"
+        "maps = t.dense_network(t.demo())\n"
+        "print(json.dumps([t.digests(maps, t.EngineSpec(*spec), shapes, folder) for spec in specs]))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(Path(__file__).parent), str(folder)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    found: list[dict[str, str]] = json.loads(result.stdout.splitlines()[-1])
+    return found
+
+
+def test_nothing_reports_home(tmp_path: Path) -> None:
+    """OpenVINO, NNCF and ONNX Runtime leave no consent file, no number of the machine and no queue of events."""
+    code = (
+        "import numpy as np, sys, torch\n"
+        "from wsiflow.model.engines.engine import EngineSpec, Network, prepare, quantise\n"
+        "network = Network(torch.nn.Conv2d(3, 3, 3).eval(), 'k', np.ones((1, 3, 5, 5), np.float32), True)\n"
+        "prepare(network, EngineSpec('openvino', 'fp32'), threads=1)(network.example)\n"
+        "prepare(network, EngineSpec('onnxruntime', 'fp32'), threads=1)(network.example)\n"
+        "quantise(network, [network.example])\n"
+        "assert not [name for name in sys.modules if name.startswith('openvino_telemetry.')]"
+    )
+    silenced = {"DO_NOT_TRACK", "ORT_DISABLE_TELEMETRY"}
+    environ = {key: value for key, value in os.environ.items() if key not in silenced}
+    result = subprocess.run(
+        [sys.executable, "-c", code], env=environ | {"HOME": str(tmp_path)}, capture_output=True, text=True, check=False
+    )
+    assert (result.returncode, result.stdout) == (0, ""), result.stderr
+    assert list(tmp_path.rglob("*")) == []
+
+
+def test_int8_is_near_fp32(maps: Network, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Calibrated on other regions of its kind it is 0.02 off in the mean at most; calibration says not a word."""
+    samples = [region(448, 512)[:, -240:, -256:], region(560, 512)[:, -272:, :240]]
+    quantised = quantise(maps, samples, cache=cache)
+    assert capsys.readouterr().out == ""
+    int8, oracle = prepare(maps, INT8, threads=1, quantised=quantised), prepare(maps, FP32[0], threads=1)
+    for shape in SHAPES[:2]:
+        difference = np.abs(int8(region(*shape)) - oracle(region(*shape)))
+        assert 1e-5 < difference.mean() < 0.02
+
+
+def test_the_same_samples_give_the_same_bytes(tiny: Network, tmp_path: Path) -> None:
+    """Whatever the process converted before, and whether the graph came from the cache; other samples give others."""
+    samples = [np.random.default_rng(seed).random((2, 2, 5, 5), np.float32) for seed in range(3)]
+    first = quantise(tiny, samples, cache=tmp_path)
+    assert quantise(tiny, samples) == quantise(tiny, iter(samples), cache=tmp_path) == first
+    assert quantise(tiny, samples[:1], cache=tmp_path) != first
+
+
+def test_calibration_runs_with_one_thread(tiny: Network) -> None:
+    """NNCF would take every core; afterwards OpenVINO is as it was."""
+    packed = _converted(tiny, None)
+    import openvino
+
+    core = openvino.Core
+    with one_thread():
+        made = openvino.Core().compile_model(_read(packed), device_name="CPU", config=None)
+    assert made.get_property("INFERENCE_NUM_THREADS") == 1
+    assert openvino.Core is core
+
+
+def test_int8_needs_samples_and_belongs_to_a_calibrated_network(tiny: Network) -> None:
+    """Nothing to calibrate with is the user's to mend; a missing or needless calibration is ours."""
+    with pytest.raises(InputError, match="no pixels to calibrate"):
+        quantise(tiny, [])
+    with pytest.raises(WsiflowError, match="go together"):
+        prepare(tiny, INT8, threads=1)
+    with pytest.raises(WsiflowError, match="go together"):
+        prepare(tiny, OPENVINO, threads=1, quantised=b"")
+
+
+@pytest.mark.parametrize(
+    ("spec", "told"),
+    [
+        (EngineSpec("torch", "int8"), "torch runs fp32 and bf16, not int8; set inference.backend to openvino"),
+        (EngineSpec("onnxruntime", "int8"), "onnxruntime runs fp32, not int8; set inference.backend to openvino"),
+        (EngineSpec("onnxruntime", "bf16"), "not bf16; set inference.backend to openvino or torch"),
+    ],
+)
+def test_a_precision_a_backend_does_not_have_is_refused(spec: EngineSpec, told: str, tiny: Network) -> None:
+    """The message says which backend has it."""
+    with pytest.raises(InputError, match=told):
+        prepare(tiny, spec, threads=1)
+
+
+@pytest.mark.parametrize("spec", BF16, ids=lambda spec: spec.backend)
+def test_bfloat16_is_refused_where_it_would_be_emulated(
+    spec: EngineSpec, tiny: Network, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A CPU with AVX512 alone emulates it, slower than fp32."""
+    monkeypatch.setattr(machine, "cpu_flags", lambda: {"avx512f", "avx512_vnni"})
+    with pytest.raises(EnvironmentFault, match="this CPU has no bfloat16"):
+        prepare(tiny, spec, threads=1)
+    monkeypatch.setattr(machine, "cpu_flags", lambda: {"avx512f", "amx_bf16"})
+    assert prepare(tiny, spec, threads=1)
+
+
+def test_missing_packages_are_named_with_their_remedy(tiny: Network, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ONNX Runtime and NNCF are optional."""
+    for name in ("onnx", "onnxruntime", "nncf"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(EnvironmentFault, match=r"onnxruntime cannot be used: .* pip install 'wsiflow\[onnxruntime\]'"):
+        prepare(tiny, FP32[2], threads=1)
+    with pytest.raises(EnvironmentFault, match=r"nncf cannot be used: .* pip install 'wsiflow\[int8\]'"):
+        quantise(tiny, [tiny.example])
+    assert available() == ("openvino", "torch")
+
+
+class Exotic(nn.Module):
+    """Something no other backend knows."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.linalg.eigvals(x).real
+
+
+@pytest.mark.parametrize("spec", FP32[1:], ids=lambda spec: spec.backend)
+def test_a_network_that_cannot_be_converted_is_the_users_to_mend(spec: EngineSpec) -> None:
+    """It still runs in PyTorch, and the message says so."""
+    network = Network(Exotic().eval(), "exotic", np.eye(3, dtype=np.float32)[None], fixed=True)
+    with pytest.raises(InputError, match=r"cannot be converted to .*; set inference.backend=torch"):
+        prepare(network, spec, threads=1)
+    assert prepare(network, FP32[0], threads=1)(network.example).tolist() == [[1, 1, 1]]
+
+
+@pytest.mark.parametrize("spec", FP32, ids=lambda spec: spec.backend)
+def test_results_are_the_callers_and_any_memory_order_serves(spec: EngineSpec, tiny: Network) -> None:
+    """A later call changes no earlier result; arrays may be read-only or views."""
+    engine = prepare(tiny, spec, threads=1)
+    first = engine(tiny.example)
+    kept = first.copy()
+    wide = np.random.default_rng(1).random((2, 5, 5, 4), np.float32)
+    wide.setflags(write=False)
+    view = wide.transpose(0, 3, 1, 2)[:, ::2]
+    assert (engine(view) == engine(view.copy())).all()
+    assert (first == kept).all()
+    assert (engine(view) != kept).any()
+
+
+def test_arrays_the_network_was_not_made_for_are_refused(tiny: Network, maps: Network, cache: Path) -> None:
+    """OpenVINO would cast floats to bytes, and a batch of another size is another shape."""
+    exact, free = prepare(tiny, OPENVINO, threads=1), prepare(maps, OPENVINO, threads=1, cache=cache)
+    for wrong in (tiny.example[:1], tiny.example[:, :, 1:], tiny.example[0], tiny.example.astype(np.float64)):
+        with pytest.raises(WsiflowError, match="the network was made for float32"):
+            exact(wrong)
+    for wrong in (
+        region(240, 240).astype(np.float32),
+        np.concatenate([region(240, 240)] * 2),
+        region(240, 240)[..., 0],
+    ):
+        with pytest.raises(WsiflowError, match="the network was made for uint8"):
+            free(wrong)
+
+
+def test_a_resized_window_is_left_to_pytorch(classifier: Classifier) -> None:
+    """Others round it differently by a grey level; PyTorch gives what `predict` gives."""
+    resized = replace(classifier, window_px=448)
+    images = np.stack([probe_image(seed, 448) for seed in range(2)])
+    assert converts(classifier)
+    assert not converts(resized)
+    engine = prepare(Network(scores_from_pixels(resized), "resized", images, fixed=True), FP32[0], threads=1)
+    assert np.abs(engine(images) - predict(resized, images)).max() < 1e-5
+
+
+def count_conversions(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Record every conversion that is really done."""
+    made: list[str] = []
+    packed = _packed
+
+    def record(graph: object) -> bytes:
+        made.append("openvino")
+        return packed(graph)
+
+    monkeypatch.setattr(engine_module, "_packed", record)
+    return made
+
+
+def damage(path: Path, how: Callable[[bytes], bytes]) -> None:
+    path.write_bytes(how(path.read_bytes()))
+
+
+def test_a_network_is_converted_once(tiny: Network, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second time it comes from the cache; another network, example or key does not."""
+    made = count_conversions(monkeypatch)
+    expected = prepare(tiny, OPENVINO, threads=1, cache=tmp_path / "new")(tiny.example)
+    again = prepare(tiny, OPENVINO, threads=1, cache=tmp_path / "new")(tiny.example)
+    assert len(made) == 1
+    assert (again == expected).all()
+    for other in (tiny._replace(key="b"), tiny._replace(example=tiny.example[:1]), tiny._replace(fixed=False)):
+        prepare(other, OPENVINO, threads=1, cache=tmp_path / "new")
+    prepare(tiny._replace(module=nn.Sequential(tiny.module)), OPENVINO, threads=1, cache=tmp_path / "new")
+    assert len(made) == 5
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        lambda _: b"",
+        lambda data: data[:20],
+        lambda data: data[:-1],
+        lambda data: data[:100] + bytes([data[100] ^ 1]) + data[101:],
+    ],
+    ids=["empty", "hash only", "cut", "one bit"],
+)
+def test_a_damaged_entry_is_made_again(
+    how: Callable[[bytes], bytes], tiny: Network, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is never an error, and afterwards the entry is whole."""
+    made = count_conversions(monkeypatch)
+    expected = prepare(tiny, OPENVINO, threads=1, cache=tmp_path)(tiny.example)
+    (entry,) = tmp_path.iterdir()
+    damage(entry, how)
+    assert (prepare(tiny, OPENVINO, threads=1, cache=tmp_path)(tiny.example) == expected).all()
+    assert len(made) == 2
+    prepare(tiny, OPENVINO, threads=1, cache=tmp_path)
+    assert len(made) == 2
+
+
+def test_a_folder_that_cannot_be_written_is_no_cache(tmp_path: Path) -> None:
+    """A file in its place, and an entry that is a folder: the content is made, nothing is left behind."""
+    (tmp_path / "file").write_text("")
+    assert cached(tmp_path / "file", "key", lambda: b"made") == b"made"
+    (tmp_path / "key").mkdir()
+    assert cached(tmp_path, "key", lambda: b"made") == b"made"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "key"]
+    assert cached(None, "key", lambda: b"made") == b"made"
+
+
+def test_racing_for_an_entry_is_harmless(tmp_path: Path) -> None:
+    """All of them find nothing, all make it, each gets whole content, one file is left."""
+    ready, content = threading.Barrier(4), b"x" * 1_000_000
+    found: list[bytes] = []
+
+    def make() -> bytes:
+        ready.wait()
+        return content
+
+    racers = [threading.Thread(target=lambda: found.append(cached(tmp_path, "key", make))) for _ in range(4)]
+    for racer in racers:
+        racer.start()
+    for racer in racers:
+        racer.join()
+    assert found == [content] * 4
+    assert [path.name for path in tmp_path.iterdir()] == ["key"]
+    assert cached(tmp_path, "key", lambda: b"") == content
+
+
+def test_where_the_cache_is() -> None:
+    """The project's own variable first, then the desktop standard, then the home."""
+    assert cache_folder({"WSIFLOW_CACHE": "/a", "XDG_CACHE_HOME": "/b"}) == Path("/a")
+    assert cache_folder({"WSIFLOW_CACHE": "", "XDG_CACHE_HOME": "/b"}) == Path("/b/wsiflow")
+    assert cache_folder({}) == Path.home() / ".cache/wsiflow"
+
+
+class Clock:
+    """Time that passes only when an engine runs."""
+
+    def __init__(self) -> None:
+        self.now, self.ran = 0.0, ""
+
+    def engine(self, name: str, *seconds: float) -> Engine:
+        """Return an engine that takes these times, the last one ever after."""
+        times = list(seconds)
+
+        def run(inputs: NDArray[np.uint8]) -> NDArray[np.float32]:
+            self.now += times.pop(0) if len(times) > 1 else times[0]
+            self.ran += name
+            return np.zeros(1, np.float32)
+
+        return run
+
+
+def test_the_fastest_is_chosen_by_medians_of_turns() -> None:
+    """First runs do not count, candidates take turns, and one disturbance does not decide."""
+    clock = Clock()
+    candidates = {"a": clock.engine("a", 1, 3.0), "b": clock.engine("b", 50, 2, 90, 2.0)}
+    assert list(choose(candidates, region(8, 8), seconds=105, clock=lambda: clock.now).items()) == [
+        ("b", 2.0),
+        ("a", 3.0),
+    ]
+    assert clock.ran == "ab" * 5  # once to warm up, then 5, 93, 5 and 5 s
+
+
+def test_a_slow_candidate_is_measured_once() -> None:
+    """The time is over after the first turn: two runs each."""
+    clock = Clock()
+    assert choose({"a": clock.engine("a", 9)}, region(8, 8), clock=lambda: clock.now) == {"a": 9}
+    assert clock.ran == "aa"
+
+
+def test_real_engines_are_told_apart(tiny: Network) -> None:
+    """What runs a network fifty times takes longer, however busy the machine is."""
+    once = prepare(tiny, OPENVINO, threads=1)
+    found = choose(
+        {"often": lambda inputs: np.stack([once(inputs) for _ in range(50)]), "once": once}, tiny.example, seconds=0.2
+    )
+    assert list(found) == ["once", "often"]
+    assert 0 < found["once"] < found["often"]

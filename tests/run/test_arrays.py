@@ -1,0 +1,387 @@
+"""Array jobs on a real Slurm and a real Grid Engine: the same bytes, and nothing lost or done twice on the way."""
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from array_work import work
+from small_runs import COARSE, digests, rows, wsiflow
+
+from wsiflow.run import executor
+from wsiflow.run.executor import jobs
+from wsiflow.run.executor.array import ArrayJobs
+from wsiflow.run.executor.dialect import Dialect, Place, Seen
+from wsiflow.run.executor.params import ExecutorParams
+from wsiflow.run.executor.protocol import Outcome, Slice
+from wsiflow.system import publish
+
+CONF = Path(__file__).parents[2] / "conf/executor"
+QUICK = {"poll_s": 0.3, "grace_s": 1.0, "memory_mb": 200, "memory_limit_mb": 700, "minutes": 5, "minutes_limit": 8}
+SLURM = ["executor=slurm_array", *(f"executor.array.{it}" for it in ("poll_s=0.5", "grace_s=20", "memory_mb=900"))]
+# One slide in many groups, an element each: more than an array may have here.
+CUT = [
+    "dataset.limit=1",
+    "inference.precision=fp32",
+    "inference.backend=openvino",
+    "tiles=patch",
+    "tiles.group_tiles=12",
+    "executor.slice_s=0",
+    "dense.windows=0",
+]
+
+
+def settings(name: str, **changed: Any) -> ExecutorParams:
+    """Return a scheduler's settings as shipped, but quick."""
+    values = yaml.safe_load((CONF / f"{name}_array.yaml").read_text())
+    values["array"] |= {**QUICK, **changed}
+    return ExecutorParams.model_validate(values)
+
+
+@pytest.fixture(params=["slurm", "sge"])
+def scheduler(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of a scheduler that the process now speaks to."""
+    return use(request.param, request, monkeypatch)
+
+
+@pytest.fixture
+def slurm_here(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Slurm is what the process now speaks to."""
+    return use("slurm", request, monkeypatch)
+
+
+def use(name: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    environment = {**request.getfixturevalue(name), "PYTHONPATH": str(Path(__file__).parents[1])}
+    for key, value in environment.items():
+        monkeypatch.setenv(key, value)
+    return name
+
+
+def told(root: Path, **behaviour: Any) -> Path:
+    """Write a source that says how tasks misbehave."""
+    (root / "plan.json").write_text(json.dumps(behaviour))
+    return root / "plan.json"
+
+
+def run(params: ExecutorParams, source: Path, slices: list[Slice]) -> list[Outcome]:
+    with executor.make(params, cores=1, root=source.parent) as pool:
+        return list(pool.run(work, source, "predict", slices))
+
+
+def pairs(count: int) -> list[Slice]:
+    return [Slice(lo, lo + 2) for lo in range(0, count, 2)]
+
+
+def events(root: Path, kind: str) -> list[dict[str, Any]]:
+    return [line for line in jobs.JobLog(root).lines() if line["event"] == kind]
+
+
+def job_of(root: Path) -> str:
+    """Return the id of the one array, once the driver has noted it: its elements may begin before."""
+    wait_for(lambda: bool(events(root, "job")))
+    (job,) = events(root, "job")
+    return str(job["job"])
+
+
+def submitted(root: Path, stage: str) -> list[int]:
+    """Return every task of a stage as often as it was submitted."""
+    tables = [json.loads(path.read_text()) for path in (root / "arrays").glob(f"{stage}-*.json")]
+    return sorted(task for table in tables for lo, hi in table["slices"] for task in range(lo, hi))
+
+
+def squares(outcomes: list[Outcome]) -> dict[int, int]:
+    return {outcome.task: outcome.receipt["square"] for outcome in outcomes if outcome.receipt}
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 250  # a busy machine may take minutes
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.1)
+
+
+def began(root: Path, task: int) -> Callable[[], bool]:
+    return lambda: (root / f"predict-{task}").exists()
+
+
+def call(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def queued(scheduler: str) -> str:
+    return call("squeue", "-h") if scheduler == "slurm" else call("qstat")
+
+
+class Running:
+    """A run in a thread of this process, so that a test can interfere."""
+
+    def __init__(self, *arguments: Any) -> None:
+        self.outcomes: list[Outcome] = []
+        self._thread = threading.Thread(target=lambda: self.outcomes.extend(run(*arguments)))
+        self._thread.start()
+
+    def end(self) -> list[Outcome]:
+        self._thread.join(250)
+        assert not self._thread.is_alive()
+        return self.outcomes
+
+
+def test_a_killed_element_is_retried_with_more_memory_and_its_neighbours_are_not_charged(
+    scheduler: str, tmp_path: Path
+) -> None:
+    """Task 3 ends its element with 137: it goes alone with twice the memory, what waited behind it as before."""
+    source = told(tmp_path, exit={"3": 137})
+    outcomes = run(
+        settings(scheduler, grace_s=1.0 if scheduler == "slurm" else 15.0),
+        source,
+        [Slice(0, 2), Slice(2, 6), Slice(6, 8)],
+    )
+    assert squares(outcomes) == {task: task**2 for task in range(8)}
+    lost = [outcome for outcome in outcomes if outcome.retried]
+    assert [(outcome.task, outcome.usage["exit_class"]) for outcome in lost] == [(3, "memory")]
+    asked = {(line["tasks"], line["memory_mb"]) for line in events(tmp_path, "intent")}
+    assert asked == {(8, 200), (1, 400), (2, 200)}
+    assert {task for task in range(8) if submitted(tmp_path, "predict").count(task) > 1} == {3, 4, 5}
+    natives = {outcome.usage["native_id"] for outcome in outcomes}
+    assert len(natives) == 5, "three elements, and two more"
+
+
+def test_arrays_are_cut_under_the_limit_and_the_window(slurm_here: str, tmp_path: Path) -> None:
+    """Twelve elements where arrays have at most five and the queue takes six: none is submitted twice."""
+    outcomes = run(settings(slurm_here, window=6), told(tmp_path), pairs(24))
+    assert squares(outcomes) == {task: task**2 for task in range(24)}
+    sizes = [line["elements"] for line in events(tmp_path, "intent")]
+    assert sum(sizes) == 12
+    assert max(sizes) == 5
+    assert submitted(tmp_path, "predict") == list(range(24))
+
+
+def test_shards_share_the_window(slurm_here: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three threads feed one executor: all of it is done, and the queue never holds more than the window."""
+    most = []
+    ask = jobs.listing
+
+    def listing(dialect: Dialect, names: Iterable[str]) -> dict[Place, Seen] | None:
+        found = ask(dialect, names)
+        most.append(sum(dialect.is_alive(seen.state) for seen in (found or {}).values()))
+        return found
+
+    monkeypatch.setattr(jobs, "listing", listing)
+    source = told(tmp_path)
+    with (
+        executor.make(settings(slurm_here, window=4), cores=1, root=tmp_path) as pool,
+        ThreadPoolExecutor(3) as threads,
+    ):
+
+        def shard(lo: int) -> list[Outcome]:
+            return list(pool.run(work, source, "predict", [Slice(task, task + 1) for task in range(lo, lo + 4)]))
+
+        outcomes = [outcome for found in threads.map(shard, (0, 4, 8)) for outcome in found]
+    assert squares(outcomes) == {task: task**2 for task in range(12)}
+    assert 1 < max(most) <= 4
+
+
+def test_an_element_that_never_begins_is_given_up_with_its_log(slurm_here: str, tmp_path: Path) -> None:
+    """A command that fails is tried as often as allowed; the message names job, log and remedy."""
+    command = ["/bin/sh", "-c", "echo no such image >&2; exit 3"]
+    outcomes = run(settings(slurm_here, command=command, retries=1), told(tmp_path), [Slice(0, 2)])
+    assert [outcome.retried for outcome in outcomes] == [True, True, False, False]
+    assert {outcome.exit_code for outcome in outcomes} == {30}
+    assert "died 2 times" in outcomes[-1].error
+    log = Path(outcomes[-1].error.split("log ")[1].split(")")[0])
+    assert log.read_text() == "no such image\n"
+
+
+def test_a_requeued_element_goes_on(slurm_here: str, tmp_path: Path) -> None:
+    """Slurm runs the same element again: what it had done is not asked for again, and nothing is resubmitted."""
+    running = Running(settings(slurm_here), told(tmp_path, wait=[1]), [Slice(0, 3)])
+    wait_for(began(tmp_path, 1))
+    job = job_of(tmp_path)
+    call("scontrol", "requeue", f"{job}_0")
+    wait_for(lambda: "PENDING" in call("squeue", "-h", "-o", "%T", "-j", job))
+    time.sleep(2)  # Slurm does not launch a job again in the second in which it was stopped
+    call("scontrol", "update", f"jobid={job}_0", "starttime=now")  # else two minutes
+    outcomes = running.end()
+    assert squares(outcomes) == {0: 0, 1: 1, 2: 4}
+    assert [(outcome.task, outcome.usage["exit_class"]) for outcome in outcomes if outcome.retried] == [(1, "node")]
+    assert submitted(tmp_path, "predict") == [0, 1, 2]
+
+
+@pytest.mark.parametrize("state", ["Hold", "SpecialExit"])
+def test_an_element_that_is_held_is_tried_again(slurm_here: str, tmp_path: Path, state: str) -> None:
+    """Slurm requeues it and waits for an administrator: it is cancelled, and its tasks are submitted again."""
+    running = Running(settings(slurm_here), told(tmp_path, wait=[1]), [Slice(0, 3)])
+    wait_for(began(tmp_path, 1))
+    job = job_of(tmp_path)
+    how = ["requeuehold"] if state == "Hold" else ["requeuehold", "state=SpecialExit"]
+    call("scontrol", *how, f"{job}_0")
+    outcomes = running.end()
+    assert squares(outcomes) == {0: 0, 1: 1, 2: 4}
+    assert [(outcome.task, outcome.usage["exit_class"]) for outcome in outcomes if outcome.retried] == [(1, "node")]
+
+
+def test_an_element_cancelled_by_hand_is_not_retried(scheduler: str, tmp_path: Path) -> None:
+    """What a user takes out of the queue stays out; the others go on, and the message says so."""
+    throttle = ["--array=0-2%1"] if scheduler == "slurm" else ["-tc", "1"]
+    running = Running(settings(scheduler, extra=throttle), told(tmp_path, wait=[0]), pairs(6))
+    wait_for(began(tmp_path, 0))
+    job = job_of(tmp_path)
+    native = [f"{job}_1"] if scheduler == "slurm" else [job, "-t", "2"]
+    call("scancel" if scheduler == "slurm" else "qdel", *native)
+    (tmp_path / "go").touch()
+    outcomes = running.end()
+    assert squares(outcomes) == {0: 0, 1: 1, 4: 16, 5: 25}
+    failed = [outcome for outcome in outcomes if outcome.receipt is None]
+    assert [outcome.task for outcome in failed] == [2, 3]
+    assert all("was cancelled" in outcome.error and "run again" in outcome.error for outcome in failed)
+
+
+def test_an_error_in_the_driver_cancels_what_it_submitted(slurm_here: str, tmp_path: Path) -> None:
+    """Interrupted with Ctrl-C, a run leaves nothing in the queue."""
+    source = told(tmp_path, wait=[0])
+
+    def interrupted() -> None:
+        with executor.make(settings(slurm_here), cores=1, root=tmp_path) as pool:
+            next(pool.run(work, source, "predict", pairs(4)))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    wait_for(lambda: queued(slurm_here) == "")
+
+
+def drive(params: ExecutorParams, root: Path, count: int) -> subprocess.Popen[bytes]:
+    code = "import sys, array_work; array_work.drive(*sys.argv[1:])"
+    return subprocess.Popen([sys.executable, "-c", code, params.model_dump_json(), str(root), str(count)])
+
+
+def test_a_killed_driver_takes_its_arrays_up_again(scheduler: str, tmp_path: Path) -> None:
+    """SIGKILL while elements wait and run, start again: each is waited for, none is submitted a second time."""
+    told(tmp_path, wait=[0])
+    params = settings(scheduler).model_copy(update={"workers": 1})
+    driver = drive(params, tmp_path, 8)
+    wait_for(began(tmp_path, 0))
+    driver.send_signal(signal.SIGKILL)
+    driver.wait()
+    later = drive(params, tmp_path, 8)
+    wait_for(lambda: len(events(tmp_path, "driver")) == 2)
+    (tmp_path / "go").touch()
+    assert later.wait(250) == 0
+    assert json.loads((tmp_path / "ended").read_text()) == list(range(8))
+    assert submitted(tmp_path, "predict") == list(range(8))
+    assert not jobs.JobLog(tmp_path).read().jobs
+
+
+def test_a_run_is_cancelled_from_its_folder(scheduler: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The driver ends, the queue is empty, what was done is said; started again, the run begins anew."""
+    told(tmp_path, wait=[0])
+    driver = drive(settings(scheduler), tmp_path, 8)
+    wait_for(began(tmp_path, 0))
+    from flows.__main__ import main
+
+    assert main(["cancel", str(tmp_path)]) == 0
+    assert driver.wait(60) == -signal.SIGTERM
+    said = capfd.readouterr().out
+    assert f"process {driver.pid}" in said
+    assert "cancelled" in said
+    wait_for(lambda: queued(scheduler) == "")
+    assert drive(settings(scheduler), tmp_path, 8).wait(250) == 0
+    assert json.loads((tmp_path / "ended").read_text()) == list(range(8))
+
+
+def test_what_others_see_of_a_job_holds_no_secret(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Grid Engine shows the environment of a job to everybody: an element gets what it needs and what is named."""
+    use("sge", request, monkeypatch)
+    given = {"STORE_PASSWORD": "canary-1", "WSIFLOW_SWEEP": "canary-2", "LICENSE": "a,b=c d", "CONDA_PREFIX": "/x,/y"}
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    running = Running(
+        settings("sge", environment=["LICENSE", "ABSENT"]), told(tmp_path, sleep={"0": 3}, environ=given), pairs(2)
+    )
+    wait_for(began(tmp_path, 0))
+    shown = [call("qstat", "-j", "*"), call("qstat", "-xml", "-j", "*")]
+    outcomes = running.end()
+    (native,) = {outcome.usage["native_id"].partition(".")[0] for outcome in outcomes if outcome.usage}
+    shown.append(subprocess.run(["qacct", "-j", native], check=False, capture_output=True, text=True).stdout)
+    assert all("PATH" in text for text in shown[:2])
+    assert "canary" not in "".join(shown)
+    seen = {"STORE_PASSWORD": None, "WSIFLOW_SWEEP": None, "LICENSE": "a,b=c d", "CONDA_PREFIX": "/x,/y"}
+    assert [outcome.receipt["environ"] for outcome in outcomes if outcome.receipt] == [seen, seen]
+
+
+def test_a_refused_array_is_told_with_what_the_scheduler_said(slurm_here: str, tmp_path: Path) -> None:
+    """A partition that does not exist ends the run at once, with Slurm's own words."""
+    from wsiflow.errors import EnvironmentFault
+
+    with pytest.raises(EnvironmentFault, match=r"refused an array of 2: .*partition"):
+        run(settings(slurm_here, extra=["--partition=nowhere"]), told(tmp_path), pairs(4))
+
+
+def test_an_array_that_cannot_be_prepared_keeps_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk ends one shard, and the others do not wait for the room that its array had taken."""
+    pool = ArrayJobs(settings("slurm", limit=5).array, root=tmp_path, workers=0, threads=1)
+    pool._log.append("driver", **jobs.identity())
+    monkeypatch.setattr(publish, "write_view", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        list(pool.run(work, told(tmp_path), "predict", pairs(4)))
+    assert pool._queue._held == {}
+
+
+def test_a_scheduler_may_answer_in_any_encoding() -> None:
+    """A queue lists what others named, and their locale is not ours."""
+    assert jobs.call(["printf", r"1 na\357ve"]).stdout == "1 na\ufffdve"
+
+
+def test_without_a_scheduler_the_run_says_what_is_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command that is not there is named."""
+    from wsiflow.errors import EnvironmentFault
+
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(EnvironmentFault, match="no command"):
+        run(settings("slurm"), told(tmp_path), pairs(2))
+
+
+def line(manifest: Path, out: Path, *more: str) -> list[str]:
+    return ["dataset=manifest", f"dataset.manifest={manifest}", f"out={out}", *COARSE, *CUT, *more]
+
+
+def published(out: Path) -> dict[str, str]:
+    """Return the digests of everything but what arrays need on the way."""
+    return {name: digest for name, digest in digests(out).items() if not name.startswith(("arrays", "logs", "jobs"))}
+
+
+@pytest.fixture(scope="module")
+def expected(small_slides: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The published bytes of the run in one process."""
+    out = tmp_path_factory.mktemp("inline") / "run"
+    assert wsiflow(*line(small_slides, out)) == 0
+    return published(out)
+
+
+def test_the_line_killed_in_the_middle_publishes_the_same_bytes(
+    slurm_here: str, small_slides: Path, expected: dict[str, str], tmp_path: Path
+) -> None:
+    """Every stage as arrays of Slurm, the driver killed while it predicts and started again: likewise."""
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "wsiflow.flows", "run", *line(small_slides, out, *SLURM)]
+    driver = subprocess.Popen(command)
+    wait_for(lambda: any(found["name"].startswith("predict") for found in events(out, "job")))
+    driver.send_signal(signal.SIGKILL)
+    driver.wait()
+    assert subprocess.run(command, check=False).returncode == 0
+    assert published(out) == expected
+    predicted = submitted(out, "predict")
+    assert predicted == list(range(len(predicted))), "every group was submitted once"
+    assert max(found["elements"] for found in events(out, "intent")) == 5 < len(predicted)
+    traced = {row["group"]: row["native_id"] for row in rows(out / "trace.csv") if row["stage"] == "predict"}
+    assert len(traced) == len(set(traced.values())) == len(predicted), "each in an element of its own, all heard of"

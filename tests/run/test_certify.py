@@ -1,0 +1,288 @@
+"""How scores are computed is settled once, and what that costs in accuracy is measured on every slide."""
+
+import contextlib
+import csv
+import io
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from flows import compose as command
+from flows.run import main
+from wsiflow.heatmap import files
+from wsiflow.model import save
+from wsiflow.model.architectures.registry import build
+from wsiflow.model.classifier import load
+from wsiflow.model.engines import engine
+from wsiflow.model.engines.spec import cpu_supports_bf16
+from wsiflow.run.stages.fastest import settle
+from wsiflow.slides import pyramid
+from wsiflow.slides.synthetic import dataset
+
+FAST = ["executor=inline", "orchestrator=none", "tracking=off", "evaluation.bootstrap=0", "dense.windows=24"]
+
+
+@pytest.fixture(scope="module")
+def tiny_slide(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """A slide of 2 x 2 tiles of tissue, as the overrides that choose it: GoogLeNet's windows take their time."""
+    path = tmp_path_factory.mktemp("slide") / "s.tif"
+    spec = dataset.plan_slide("micro", width_px=1000, height_px=900, seed=3)
+    corner = np.ascontiguousarray(np.concatenate(list(dataset._bands(spec)))[:448, :448])
+    pyramid.write_rgb(path, iter([corner]), shape=corner.shape[:2], um_px=0.243, quality=90)
+    return ["dataset=single", f"dataset.path={path}"]
+
+
+def wsiflow(slides: Path | list[str], out: Path, *more: str) -> int:
+    one = ["dataset=manifest", f"dataset.manifest={slides}", "dataset.limit=1"]
+    return main(["run", *(one if isinstance(slides, Path) else slides), f"out={out}", *FAST, *more])
+
+
+def settled(out: Path) -> dict:
+    (found,) = (out / "engine").glob("*.json")
+    return json.loads(found.read_text())
+
+
+def summary(out: Path) -> dict[str, float]:
+    return json.loads((out / "evaluation/summary.json").read_text())
+
+
+def heat(out: Path) -> np.ndarray:
+    (path,) = (path for path in (out / "heatmaps").glob("*.tif") if "preview" not in path.name)
+    return files.read_heatmap(path)[0]
+
+
+@pytest.fixture(scope="module")
+def googlenet(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """GoogLeNet with random weights whose answers differ, as the overrides that choose it."""
+    torch.manual_seed(0)
+    network = build("googlenet", 2, dropout=0.5)
+    for layer in network.modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+    folder = tmp_path_factory.mktemp("googlenet")
+    return ["model=card", f"model.card={save_card(network, folder)}"]
+
+
+class Strict(NamedTuple):
+    """What came of a run whose tolerance is exceeded, started again, and started to tell only: in this order.
+
+    Attributes:
+        out: The folder of all three.
+        codes: Their exit codes.
+        said: What each printed.
+        scored: Whether there were scores after each.
+    """
+
+    out: Path
+    codes: list[int]
+    said: list[str]
+    scored: list[bool]
+
+
+TOLERANCE = 0.02  # the scores of this slide differ by 0.032 on average, by 0.008 where windows share the first layers
+PADDED = ["inference.stride=32", "dense.windows=8", f"dense.tolerance={TOLERANCE}"]
+
+
+@pytest.fixture(scope="module")
+def strict(tiny_slide: list[str], googlenet: list[str], tmp_path_factory: pytest.TempPathFactory) -> Strict:
+    """GoogLeNet beyond its tolerance: predicted and certified once for all tests."""
+    found = Strict(tmp_path_factory.mktemp("strict") / "run", [], [], [])
+    for more in ([], [], ["dense.beyond=tell"]):
+        with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.redirect_stderr(said):
+            found.codes.append(wsiflow(tiny_slide, found.out, *googlenet, *PADDED, *more))
+        found.said.append(said.getvalue())
+        found.scored.append((found.out / "evaluation").exists())
+    return found
+
+
+@pytest.fixture(scope="module")
+def usual(small_slides: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run at stride 56 with everything as it comes."""
+    out = tmp_path_factory.mktemp("usual") / "run"
+    assert wsiflow(small_slides, out, "inference.stride=56", "inference.backend=openvino") == 0
+    return out
+
+
+def save_card(network: nn.Module, folder: Path) -> Path:
+    fields = json.loads((Path(engine.__file__).parents[1] / "weights/demo.json").read_text())
+    fields = {name: value for name, value in fields.items() if name not in {"weights", "sha256", "probe"}}
+    fields |= {"name": "googlenet", "architecture": "googlenet", "architecture_args": {"dropout": 0.5}}
+    return save.save(network.eval(), fields, folder)
+
+
+def test_a_network_that_pads_is_run_with_context_and_measured(strict: Strict) -> None:
+    """GoogLeNet gets 96 px beyond its windows; its dense scores differ from single windows, and by how much is said."""
+    choice = settled(strict.out)["choice"]
+    assert (choice["engine"], choice["context_px"], choice["exact"]) == ("dense", 96, False)
+    assert choice["halo_px"] == 112 - 16 + 96
+    found = summary(strict.out)
+    assert TOLERANCE < found["dense.mean_abs_diff"] < found["dense.max_abs_diff"] < 0.5
+    assert found["dense.n"] == 8
+
+
+def test_beyond_the_tolerance_a_run_stops_and_names_what_would_pass(
+    strict: Strict, tiny_slide: list[str], googlenet: list[str], tmp_path: Path
+) -> None:
+    """Nothing is scored; the advice was tried on the same windows, and following it passes."""
+    first, again, told = strict.said
+    assert (strict.codes, strict.scored) == ([40, 40, 0], [False, False, True])
+    assert "scores differ from single windows in fp32: mean abs diff is" in first
+    assert first.count("looking for a setting that keeps dense.tolerance") == 1
+    assert "looking for" not in again + told, "once for a run"
+    assert "advice     set dense.share_until=" in again
+    assert summary(strict.out)["certificate.slides_beyond"] == 1
+    assert "slides beyond the limits: 1" in told
+    cut = first.split("set dense.share_until=")[1].split()[0]
+    assert wsiflow(tiny_slide, tmp_path / "shared", *googlenet, *PADDED, f"dense.share_until={cut}") == 0
+    assert summary(tmp_path / "shared")["dense.mean_abs_diff"] <= TOLERANCE
+
+
+def test_where_windows_do_not_overlap_they_are_run(small_slides: Path, tmp_path: Path) -> None:
+    """At a stride of a whole window the dense pass saves nothing; the run says what it chose and why."""
+    assert wsiflow(small_slides, tmp_path / "run", "inference.stride=224") == 0
+    found = settled(tmp_path / "run")
+    assert found["choice"]["engine"] == "window"
+    assert "share too little" in found["told"]
+    assert not (tmp_path / "run/certificates").exists(), "there is nothing to compare"
+
+
+def test_a_halo_too_small_for_a_network_that_pads_means_windows(
+    tiny_slide: list[str], googlenet: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The reference's patches leave GoogLeNet no context: its scores would be another thing, so windows are run."""
+    assert wsiflow(tiny_slide, tmp_path / "run", *googlenet, "tiles=patch", "inference.stride=112") == 0
+    assert settled(tmp_path / "run")["choice"]["engine"] == "window"
+    said = capsys.readouterr().out
+    assert "window engine, openvino fp32: windows are run one by one: a halo of 112 px leaves" in said
+
+
+def test_memory_bounds_rows_as_well_as_columns() -> None:
+    """With little memory blocks are lower and shorter; where a single tile is too much, windows are run."""
+
+    def chosen(*more: str) -> dict:
+        config = command.compose_config(["out=unused", "tiles.memory_mb=100", *more])
+        return settle(load(config.model), config, threads=1)
+
+    tight, fine = chosen("inference.stride=16"), chosen("inference.stride=1")
+    assert tight["choice"]["engine"] == "dense"
+    assert 1 <= tight["choice"]["block_rows"] < 7
+    assert fine["choice"]["engine"] == "window"
+    assert "a single tile takes more than tiles.memory_mb=100" in fine["told"]
+
+
+def test_a_choice_measured_before_a_crash_is_kept(small_slides: Path, tmp_path: Path) -> None:
+    """Killed between file and receipt: seconds are never the same again, so the first measurement stands."""
+    auto = ["inference.precision=auto", "inference.stride=112"]
+    assert wsiflow(small_slides, tmp_path / "run", *auto) == 0
+    first = settled(tmp_path / "run")
+    (receipt,) = (tmp_path / "run/receipts/engine").glob("*.json")
+    receipt.unlink()
+    assert wsiflow(small_slides, tmp_path / "run", *auto) == 0
+    assert settled(tmp_path / "run") == first
+    assert receipt.exists()
+
+
+@pytest.mark.parametrize("how", [["stain=macenko"], ["stain=macenko", "inference.precision=int8"]])
+def test_a_slide_without_tissue_is_a_slide(small_slides: Path, tmp_path: Path, how: list[str]) -> None:
+    """Glass has no colours to fit, no window to certify and nothing to calibrate on; the other slide is finished."""
+    blank = tmp_path / "blank.tif"
+    glass = np.full((1000, 1200, 3), 244, np.uint8)
+    pyramid.write_rgb(blank, iter([glass]), shape=glass.shape[:2], um_px=0.243, quality=90)
+    with small_slides.open(newline="") as stream:
+        other = next(csv.DictReader(stream))
+    manifest = tmp_path / "two.csv"
+    manifest.write_text(f"slide_id,path\nblank,{blank}\nother,{small_slides.parent / other['path']}\n")
+    slides = ["dataset=manifest", f"dataset.manifest={manifest}"]
+    assert wsiflow(slides, tmp_path / "run", "inference.stride=56", *how) == 0
+    with (tmp_path / "run/process_list.csv").open(newline="") as stream:
+        assert {row["slide_id"]: row["status"] for row in csv.DictReader(stream)} == {
+            "blank": "no tissue",
+            "other": "done",
+        }
+
+
+@pytest.mark.skipif(not cpu_supports_bf16(), reason="this CPU has no bf16")
+def test_bf16_is_certified_against_fp32(small_slides: Path, tmp_path: Path) -> None:
+    """Both comparisons keep to the promise: mean at most 0.002, largest at most 0.02."""
+    assert wsiflow(small_slides, tmp_path / "run", "inference.precision=bf16", "inference.stride=32") == 0
+    found = summary(tmp_path / "run")
+    for kind in ("dense", "precision"):
+        assert 0 < found[f"{kind}.mean_abs_diff"] <= 0.002
+        assert found[f"{kind}.max_abs_diff"] <= 0.02
+
+
+def test_int8_is_calibrated_on_the_runs_own_tissue(small_slides: Path, tmp_path: Path) -> None:
+    """Run twice from nothing: the same bytes, near fp32, and certified."""
+    for name in ("a", "b"):
+        assert wsiflow(small_slides, tmp_path / name, "inference.precision=int8", "inference.stride=32") == 0
+    found = summary(tmp_path / "a")
+    assert 0 < found["precision.mean_abs_diff"] <= 0.02
+    assert found["precision.flips"] <= 0.02
+    assert np.array_equal(heat(tmp_path / "a"), heat(tmp_path / "b"), equal_nan=True)
+
+
+def test_auto_measures_and_keeps_its_choice(small_slides: Path, tmp_path: Path) -> None:
+    """What was measured is published, and the same run again keeps to it."""
+    auto = ["inference.precision=auto", "inference.backend=auto", "inference.stride=112"]
+    assert wsiflow(small_slides, tmp_path / "run", *auto) == 0
+    first = settled(tmp_path / "run")
+    assert len(first["measured_s"]) >= 2
+    fastest = min(first["measured_s"], key=first["measured_s"].get)
+    assert fastest == f"{first['choice']['backend']} {first['choice']['precision']}"
+    assert wsiflow(small_slides, tmp_path / "run", *auto) == 0
+    assert settled(tmp_path / "run") == first
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "torch"])
+def test_every_backend_gives_the_same_map(small_slides: Path, usual: Path, tmp_path: Path, backend: str) -> None:
+    """ONNX Runtime and PyTorch agree with OpenVINO to rounding."""
+    assert wsiflow(small_slides, tmp_path / "run", f"inference.backend={backend}", "inference.stride=56") == 0
+    np.testing.assert_allclose(heat(tmp_path / "run"), heat(usual), atol=5e-5)
+
+
+@pytest.mark.parametrize("method", ["reinhard", "macenko", "vahadane"])
+def test_colours_are_fitted_once_per_slide(small_slides: Path, usual: Path, tmp_path: Path, method: str) -> None:
+    """The fit is published, the scores change, and dense still equals windows."""
+    assert wsiflow(small_slides, tmp_path / "run", "inference.stride=56", f"stain={method}") == 0
+    (fit,) = (tmp_path / "run/stain").glob("*.json")
+    assert json.loads(fit.read_text())["fit"]["method"] == method
+    found = summary(tmp_path / "run")
+    assert found["stain.failures"] == 0
+    assert found["cost.stain_core_s"] > 0
+    assert found["dense.max_abs_diff"] <= 1e-5
+    assert np.nanmax(np.abs(heat(tmp_path / "run") - heat(usual))) > 1e-3
+
+
+def test_patches_without_a_fit_are_counted_with_their_places(small_slides: Path, tmp_path: Path) -> None:
+    """stain.per_patch on the whole slide: glass has no stains; by policy it keeps its colours, and the run lists it."""
+    glass = ["tissue=all", "tiles=patch", "inference.stride=112", "stain=macenko", "stain.per_patch=true"]
+    assert wsiflow(small_slides, tmp_path / "fail", *glass) == 20
+    assert wsiflow(small_slides, tmp_path / "raw", *glass, "stain.on_failure=raw") == 0
+    with (tmp_path / "raw/stain_failures.csv").open(newline="") as stream:
+        listed = list(csv.DictReader(stream))
+    assert len(listed) == summary(tmp_path / "raw")["stain.failures"] > 0
+    assert all(int(row["l0_x"]) % 224 == 0 and row["reason"] for row in listed)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["dense.share_until=pool9"], "dense.share_until is 'pool9'"),
+        (["inference.backend=torch", "inference.precision=int8"], "int8 is not a precision of backend torch"),
+        (["stain=macenko", "stain.per_patch=true"], "stain.per_patch"),
+        (["inference.precision=int8", "dense.share_until=pool3"], "not run in int8"),
+        (["inference.precision=int8", "dense.windows=0"], "have to be compared with fp32"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_any_work(
+    small_slides: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], overrides: list[str], said: str
+) -> None:
+    """One line, exit 20, no plan."""
+    assert wsiflow(small_slides, tmp_path / "run", *overrides) == 20
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "run/plan.json").exists()

@@ -1,0 +1,211 @@
+"""The Dask executor on local workers, on a cluster at an address, and on a real Slurm."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from dask import config
+from distributed import Client, LocalCluster
+from slice_work import die_at_7, square, tell_pid_and_wait
+from small_runs import digests, over
+
+from flows.cluster import cluster
+from wsiflow.errors import EnvironmentFault, InputError
+from wsiflow.run import executor
+from wsiflow.run.executor.params import DaskParams, ExecutorParams
+from wsiflow.run.executor.protocol import Executor, Outcome, Slice
+
+HERE = Path(__file__)
+
+
+def slices(count: int, each: int = 1) -> list[Slice]:
+    return [Slice(lo, min(lo + each, count)) for lo in range(0, count, each)]
+
+
+def params(workers: int = 2, threads: int = 1, **dask: object) -> ExecutorParams:
+    return ExecutorParams(kind="dask", workers=workers, threads=threads, slice_s=0, dask=DaskParams(**dask))
+
+
+@contextmanager
+def dask(chosen: ExecutorParams) -> Iterator[tuple[Client, Executor]]:
+    with (
+        cluster(chosen, cores=2) as client,
+        executor.make(chosen, cores=2, root=HERE.parent, client=client) as pool,
+    ):
+        assert client is not None
+        yield client, pool
+
+
+def published(out: Path) -> dict[str, str]:
+    return {name: value for name, value in digests(out).items() if not name.startswith("logs/")}
+
+
+@pytest.fixture(scope="module")
+def local() -> Iterator[tuple[Client, Executor]]:
+    """Two local workers that use three threads each."""
+    with dask(params(threads=3, window=3)) as both:
+        yield both
+
+
+def test_every_task_ends_once(local) -> None:
+    """Fifty tasks in slices of up to three, from four threads at once: fifty outcomes each, and nothing is kept."""
+    _, pool = local
+    found: dict[int, list[Outcome]] = {}
+
+    def shard(number: int) -> None:
+        found[number] = sorted(pool.run(square, HERE, "stage", slices(50, 3)))
+
+    threads = [threading.Thread(target=shard, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for outcomes in found.values():
+        assert [(o.task, o.receipt) for o in outcomes] == [(i, {"square": i**2, "threads": "3"}) for i in range(50)]
+        assert {o.usage["native_id"] for o in outcomes} <= {"0", "1"}
+        assert all(o.usage["submitted"] for o in outcomes)
+    assert len(found) == 4
+    assert pool._flying == 0
+
+
+def test_no_more_in_flight_than_the_window(local, tmp_path: Path) -> None:
+    """Three per worker, however many threads ask: counted at the scheduler while they run."""
+    client, pool = local
+    seen: list[int] = []
+    ended = threading.Event()
+
+    def count() -> None:
+        while not ended.is_set():
+            seen.append(client.run_on_scheduler(lambda dask_scheduler: len(dask_scheduler.tasks)))
+            time.sleep(0.02)
+
+    threads = [threading.Thread(target=count)]
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder in folders:
+        folder.mkdir()
+        work = threading.Thread(target=lambda f=folder: list(pool.run(tell_pid_and_wait, f, "s", slices(8))))
+        threads.append(work)
+    for thread in threads:
+        thread.start()
+    for thread in threads[1:]:
+        thread.join()
+    ended.set()
+    threads[0].join()
+    assert 4 <= max(seen) <= 6 + 2, "two may be on their way out when others come in"
+    assert [len(list(folder.iterdir())) for folder in folders] == [8, 8]
+
+
+def test_the_first_slices_start_first(local, tmp_path: Path) -> None:
+    """Slices start in the order given, so that the longest, which come first, do not end last."""
+    _, pool = local
+    list(pool.run(tell_pid_and_wait, tmp_path, "stage", slices(10)))
+    begun = sorted(range(10), key=lambda index: (tmp_path / f"{index}").stat().st_mtime_ns)
+    assert all(abs(begun.index(index) - index) <= 3 for index in range(10)), begun
+
+
+def test_a_worker_killed_at_work_loses_nothing(local, tmp_path: Path) -> None:
+    """Its slice goes to another worker, and every task has its one outcome."""
+    _, pool = local
+    outcomes: list[Outcome] = []
+    thread = threading.Thread(target=lambda: outcomes.extend(pool.run(tell_pid_and_wait, tmp_path, "s", slices(10, 2))))
+    thread.start()
+    told = tmp_path / "1"
+    while not (told.exists() and told.read_text()):
+        time.sleep(0.02)
+    os.kill(int(told.read_text()), signal.SIGKILL)
+    thread.join()
+    assert sorted(o.task for o in outcomes if not o.retried) == list(range(10))
+    assert all(o.receipt is not None for o in outcomes if not o.retried)
+    assert len((tmp_path / "1").read_text().split()) == 2, "it was done again"
+
+
+def test_a_task_that_kills_its_worker_fails_alone(local) -> None:
+    """Its neighbours in the slice and in the queue succeed; it is named with the reason, and the workers go on."""
+    _, pool = local
+    outcomes = list(pool.run(die_at_7, HERE, "predict", slices(12, 3)))
+    last = sorted(o for o in outcomes if not o.retried)
+    assert [o.task for o in last] == list(range(12))
+    assert [o.task for o in last if o.receipt is None] == [7]
+    assert "worker process died" in last[7].error
+    assert (last[7].exit_code, last[7].usage["exit_class"]) == (30, "killed")
+    assert {6, 7, 8} <= {o.task for o in outcomes if o.retried}
+    assert len(list(pool.run(square, HERE, "predict", slices(3)))) == 3
+
+
+def test_what_cannot_be_submitted_keeps_no_place(local, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error between taking a place and using it gives the place back, as does a consumer that stops."""
+    client, pool = local
+    with monkeypatch.context() as patched:
+        patched.setattr(client, "submit", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            list(pool.run(square, HERE, "stage", slices(9)))
+    outcomes = pool.run(square, HERE, "stage", slices(9))
+    next(outcomes)
+    outcomes.close()
+    assert pool._flying == 0
+
+
+def test_a_scheduler_that_ends_is_one_clear_error(tmp_path: Path) -> None:
+    """A run at an address stops with what happened and what to do, and does not wait for ever."""
+    with LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None, host="127.0.0.1") as lent:
+        chosen = params(address=lent.scheduler_address)
+        with cluster(chosen, cores=2) as client:
+            assert client is not None
+            client._timeout = 1
+            with executor.make(chosen, cores=2, root=tmp_path, client=client) as pool:
+                outcomes = pool.run(tell_pid_and_wait, tmp_path, "stage", slices(100))
+                next(outcomes)
+                lent.close()
+                with pytest.raises(EnvironmentFault, match=r"connection to the Dask scheduler is lost; .*run again"):
+                    list(outcomes)
+
+
+def test_what_does_not_start_is_named() -> None:
+    """A class that does not exist, keywords it does not take, an address where nobody answers, or beside a class."""
+    with pytest.raises(ValueError, match="what starts one must be empty"):
+        DaskParams(address="tcp://127.0.0.1:9", cluster="distributed.LocalCluster")
+    with (
+        pytest.raises(InputError, match=r"executor\.dask\.cluster is distributed\.Nowhere"),
+        dask(params(cluster="distributed.Nowhere")),
+    ):
+        pass
+    with (
+        pytest.raises(InputError, match=r"refuses executor\.dask\.cluster_kwargs: security must be"),
+        dask(params(cluster_kwargs={"security": "yes"})),
+    ):
+        pass
+    with (
+        config.set({"distributed.comm.timeouts.connect": "1s"}),
+        pytest.raises(EnvironmentFault, match=r"no Dask scheduler answers at tcp://127\.0\.0\.1:9"),
+        dask(params(address="tcp://127.0.0.1:9")),
+    ):
+        pass
+
+
+def test_slurm_jobs_do_not_change_a_byte(
+    slurm: dict[str, str], small_slides: Path, expected: dict[str, str], tmp_path: Path
+) -> None:
+    """dask-jobqueue on a real Slurm: the same bytes, under TLS, with logs in the run's folder, and no job left."""
+    env = os.environ | slurm
+    out = tmp_path / "run"
+    more = ["executor=dask_slurm", "executor.workers=2", "executor.dask.cluster_kwargs.memory=2GB"]
+    more += ["+executor.dask.cluster_kwargs.interface=lo", "executor.dask.cluster_kwargs.walltime=00:10:00"]
+    command = [Path(sys.executable).parent / "wsiflow", "run", *over(small_slides, out, *more)]
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert published(out) == expected
+    with (out / "trace.csv").open(newline="") as stream:
+        names = {row["native_id"] for row in csv.DictReader(stream)}
+    assert names == {"SLURMCluster-0", "SLURMCluster-1"}
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    assert list((out / ".attempts").iterdir()) == [], "no certificate is left"
+    queue = subprocess.run(["squeue", "-h", "-t", "PD,R"], env=env, capture_output=True, text=True, check=True)
+    assert queue.stdout == ""

@@ -1,0 +1,605 @@
+"""Schedulers' words: the commands wsiflow sends and what it makes of the answers, golden for each scheduler."""
+
+import itertools
+import json
+import os
+import shlex
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+from array_work import work
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from wsiflow.errors import EnvironmentFault, InputError
+from wsiflow.run.executor import element, jobs
+from wsiflow.run.executor.array import ArrayJobs, Batch, runs
+from wsiflow.run.executor.dialect import ArrayParams, Place, Seen, expand, indices
+from wsiflow.run.executor.params import ExecutorParams
+from wsiflow.run.executor.protocol import Outcome, Slice
+from wsiflow.run.executor.watch import Look, Piece, Queue, Tries
+from wsiflow.system import processes
+
+CONF = Path(__file__).parents[2] / "conf/executor"
+SPACE = "0a1b2c3d4e5f"
+NAMES = ("slurm", "sge", "pbs", "lsf")
+
+FIELDS = {
+    "first": 1,
+    "last": 7,
+    "running": 3,
+    "name": "predict-1a2b",
+    "memory_mb": 4000,
+    "minutes": 60,
+    "seconds": 3600,
+    "logs": "/run/logs/predict-1a2b",
+    "script": "/run/arrays/element.sh",
+    "extra": ["-X", "a {b}"],
+    "command": ["wsiflow", "element", "/run/arrays/predict-1a2b.json"],
+}
+
+SUBMISSIONS = {
+    "slurm": "sbatch --parsable --array=1-7%3 --job-name=predict-1a2b --ntasks=1 --cpus-per-task=2 --time=60"
+    " --output=/run/logs/predict-1a2b/%a.log --open-mode=append --requeue --mem=4000M -X 'a {b}' /run/arrays/element.sh"
+    " wsiflow element /run/arrays/predict-1a2b.json",
+    "sge": "qsub -terse -t 1-7 -tc 3 -N predict-1a2b -cwd -v HOME,PATH -r y -j y"
+    " -o '/run/logs/predict-1a2b/$TASK_ID.log' -l h_rt=3600 -l mem_free=4000M -pe smp 2"
+    " -X 'a {b}' -b y -shell n /bin/bash /run/arrays/element.sh"
+    " wsiflow element /run/arrays/predict-1a2b.json",
+    "pbs": "qsub -J 1-7%3 -N predict-1a2b -v HOME,PATH -r y -j oe -o '/run/logs/predict-1a2b/^array_index^.log'"
+    " -l walltime=3600 -l select=1:ncpus=2:mem=4000mb -X 'a {b}' -- /bin/bash /run/arrays/element.sh"
+    " wsiflow element /run/arrays/predict-1a2b.json",
+    "lsf": "bsub -J 'predict-1a2b[1-7]%3' -n 2 -R 'span[hosts=1]' -r -W 60 -o /run/logs/predict-1a2b/%I.log"
+    " -M 4000MB -R 'rusage[mem=4000MB]' -X 'a {b}' /bin/bash /run/arrays/element.sh"
+    " wsiflow element /run/arrays/predict-1a2b.json",
+}
+
+SUBMITTED = {
+    "slurm": ["1234\n", "1234;cluster\n"],
+    "sge": ["1234.1-100:1\n"],
+    "pbs": ["1234[].server\n"],
+    "lsf": ["Job <1234> is submitted to default queue <normal>.\n"],
+}
+
+QUEUES = {
+    "slurm": "1234_0|RUNNING|None|p-1\n1234_1|PENDING|JobArrayTaskLimit|p-1\n1234_2|OUT_OF_MEMORY|OutOfMemory|p-1\n"
+    "1240|RUNNING|None|other\n1234_3|PENDING|launch failed requeued held|p-1\n"
+    "1234_4|PENDING|job requeued in held state|p-1\n1234_5|PENDING|JobHeldUser|p-1\n",
+    "sge": """<?xml version='1.0'?>
+<job_info>
+  <queue_info>
+    <job_list state="running">
+      <JB_job_number>9</JB_job_number>
+      <JB_name>no-array</JB_name>
+      <state>r</state>
+    </job_list>
+    <job_list state="running">
+      <JB_job_number>1234</JB_job_number>
+      <JAT_prio>0.5</JAT_prio>
+      <JB_name>p-1</JB_name>
+      <state>dr</state>
+      <tasks>1</tasks>
+    </job_list>
+  </queue_info>
+  <job_info>
+    <job_list state="pending">
+      <JB_job_number>1234</JB_job_number>
+      <JB_name>p-1</JB_name>
+      <state>qw</state>
+      <tasks>3-7:2,9</tasks>
+    </job_list>
+    <job_list state="pending">
+      <JB_job_number>1234</JB_job_number>
+      <JB_name>p-1</JB_name>
+      <state>Eqw</state>
+      <tasks>2</tasks>
+    </job_list>
+  </job_info>
+</job_info>
+""",
+    "pbs": "Job Id: 1234[].server\n    Job_Name = p-1\n    job_state = B\n"
+    "Job Id: 1234[1].server\n    Job_Name = p-1\n    resources_used.mem = 9kb\n    job_state = R\n"
+    "Job Id: 1234[2].server\n    Job_Name = p-1\n    job_state = X\n",
+    "lsf": "1234|RUN|p-1[1]\n1234|EXIT|p-1[2]\n99|RUN|alone\n",
+}
+
+LISTED = {
+    "slurm": {
+        0: "RUNNING",
+        1: "PENDING",
+        2: "OUT_OF_MEMORY",
+        3: "PENDING|launch failed requeued held",
+        4: "PENDING|job requeued in held state",
+        5: "PENDING",
+    },
+    "sge": {1: "dr", 2: "Eqw", 3: "qw", 5: "qw", 7: "qw", 9: "qw"},
+    "pbs": {1: "R", 2: "X"},
+    "lsf": {1: "RUN", 2: "EXIT"},
+}
+
+# Scheduler, last state, what it tells, whether the element began, and why it ended.
+ENDS = [
+    ("slurm", "COMPLETED", "JobId=9 JobState=OUT_OF_MEMORY Reason=OutOfMemory ExitCode=0:125", True, "memory"),
+    ("slurm", "FAILED", "JobId=9 JobState=FAILED Reason=NonZeroExitCode ExitCode=137:0", True, "memory"),
+    ("slurm", "FAILED", "JobId=9 JobState=FAILED Reason=JobLaunchFailure ExitCode=0:9", True, "memory"),
+    ("slurm", "TIMEOUT", "", True, "time"),
+    ("slurm", "RUNNING", "JobId=9 JobState=NODE_FAIL Reason=NodeDown ExitCode=0:0", True, "node"),
+    ("slurm", "CANCELLED", "", True, "cancelled"),
+    ("slurm", "RUNNING", "JobId=9 JobState=FAILED Reason=NonZeroExitCode ExitCode=1:0", True, "killed"),
+    ("slurm", "RUNNING", "", True, "lost"),
+    ("slurm", "PENDING", "", False, "cancelled"),
+    ("slurm", "", "", False, "cancelled"),
+    ("slurm", "REQUEUE_HOLD", "JobId=9 JobState=CANCELLED Reason=JobHeldAdmin ExitCode=0:0", True, "node"),
+    ("slurm", "SPECIAL_EXIT", "", False, "node"),
+    ("slurm", "PENDING", "", True, "lost"),
+    ("slurm", "FAILED", "", False, "lost"),
+    ("slurm", "RUNNING", "", False, "lost"),
+    ("sge", "r", "failed       100 : assumedly after job\nexit_status  137                  (Killed)", True, "memory"),
+    ("sge", "r", "failed       0\nexit_status  137", True, "memory"),
+    ("sge", "r", "failed       37  : qmaster enforced h_rt, h_cpu, or h_vmem limit\nexit_status  137", True, "time"),
+    ("sge", "dr", "failed       100 : assumedly after job\nexit_status  137", True, "cancelled"),
+    ("sge", "Eqw", "failed       26  : opening input/output file\nexit_status  0", False, "node"),
+    ("sge", "r", "failed       0\nexit_status  1", True, "killed"),
+    ("sge", "qw", "", False, "cancelled"),
+    ("sge", "hRwq", "", False, "cancelled"),
+    ("sge", "r", "", False, "lost"),
+    ("sge", "Rr", "", False, "lost"),
+    ("pbs", "Q", "", False, "cancelled"),
+    ("pbs", "R", "", False, "lost"),
+    ("pbs", "R", "Exit_status = 265", True, "memory"),
+    ("pbs", "R", "comment = Job terminated: walltime 60 exceeded limit 50\nExit_status = 271", True, "time"),
+    ("lsf", "PEND", "", False, "cancelled"),
+    ("lsf", "EXIT", "", False, "lost"),
+    ("lsf", "RUN", "TERM_RUNLIMIT: job killed after reaching LSF run time limit.", True, "time"),
+    ("lsf", "RUN", "TERM_MEMLIMIT: job killed after reaching LSF memory usage limit.", True, "memory"),
+    ("lsf", "ZOMBI", "TERM_OWNER: job killed by owner.", True, "node"),
+    ("lsf", "RUN", "TERM_OWNER: job killed by owner.", True, "cancelled"),
+]
+
+LIMITS = {
+    "slurm": ("MaxArraySize            = 1001\nMaxDBDMsgs = 20016", 1001),
+    "sge": ("max_aj_instances             2000\nmax_aj_tasks                 75000\n", 75000),
+    "pbs": ("    max_array_size = 10000\n", 10000),
+    "lsf": ("MAX_JOB_ARRAY_SIZE = 1000\n", 1000),
+}
+
+
+def params(name: str, **changed: object) -> ArrayParams:
+    """Return a scheduler's settings as shipped, with some changed."""
+    values = yaml.safe_load((CONF / f"{name}_array.yaml").read_text())
+    made = ExecutorParams.model_validate(values).array
+    assert made is not None
+    return made.model_copy(update=changed)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_submission(name: str) -> None:
+    """The command that submits an array is this one, to the letter; the user's own braces are left alone."""
+    assert (
+        shlex.join(params(name).dialect.submission(FIELDS, threads=2, variables=["HOME", "PATH"])) == SUBMISSIONS[name]
+    )
+
+
+def test_one_thread_needs_no_parallel_environment() -> None:
+    """Grid Engine is asked for slots only where more than one thread is used."""
+    assert "-pe" not in params("sge").dialect.submission(FIELDS, threads=1)
+
+
+def test_the_variables_of_an_element() -> None:
+    """Only what is needed or named, of what is set."""
+    there = dict.fromkeys(("PATH", "WSIFLOW_DEBUG", "WSIFLOW_SWEEP", "API_KEY", "MINE", "MKL_CBWR"), "x")
+    assert element.variables(there, ["MINE", "ABSENT"]) == ["MINE", "MKL_CBWR", "PATH", "WSIFLOW_DEBUG"]
+    assert "-v" not in params("sge").dialect.submission(FIELDS, threads=1)
+    with pytest.raises(ValueError, match="pattern"):
+        ArrayParams.model_validate({**params("sge").model_dump(), "environment": ["A,B"]})
+
+
+def test_the_job_script_is_constant() -> None:
+    """The script holds nothing of any run: command and table are its arguments."""
+    assert element.SCRIPT == (
+        "#!/bin/bash\n"
+        "# One element of an array job. The arguments are a command and the array's table; the element's index is in\n"
+        "# the environment, and says which slice of the table is its own.\n"
+        'exec "$@"\n'
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_ids_are_found_in_what_the_submission_prints(name: str) -> None:
+    """The array's id, and nothing where the answer is something else."""
+    dialect = params(name).dialect
+    assert [dialect.submitted(text) for text in SUBMITTED[name]] == ["1234"] * len(SUBMITTED[name])
+    assert dialect.submitted("error: it did not work\n") == ""
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_queue_is_read_element_by_element(name: str) -> None:
+    """Every listed element of every array with its state; jobs that are no arrays are passed over."""
+    expected = {Place("p-1", index): Seen("1234", state) for index, state in LISTED[name].items()}
+    assert params(name).dialect.listed(QUEUES[name]) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "alive", "stuck", "ended"),
+    [
+        (
+            "slurm",
+            ["PENDING", "RUNNING", "COMPLETING", "REQUEUED"],
+            ["SPECIAL_EXIT", "REQUEUE_HOLD", "PENDING|held"],
+            ["COMPLETED"],
+        ),
+        ("sge", ["qw", "hqw", "r", "t", "Rr", "dr"], ["Eqw"], []),
+        ("pbs", ["Q", "R", "H", "E"], [], ["X", "F"]),
+        ("lsf", ["PEND", "RUN", "UNKWN"], ["ZOMBI"], ["EXIT", "DONE"]),
+    ],
+)
+def test_states(name: str, alive: list[str], stuck: list[str], ended: list[str]) -> None:
+    """Each state waits or runs, needs help, or is over."""
+    dialect = params(name).dialect
+    found = {state: (dialect.is_alive(state), dialect.is_stuck(state)) for state in alive + stuck + ended}
+    assert found == {
+        **dict.fromkeys(alive, (True, False)),
+        **dict.fromkeys(stuck, (False, True)),
+        **dict.fromkeys(ended, (False, False)),
+    }
+
+
+@pytest.mark.parametrize(("name", "state", "told", "began", "cause"), ENDS)
+def test_why_an_element_ended(name: str, state: str, told: str, began: bool, cause: str) -> None:
+    """What the scheduler tells of a dead element is one of a few causes."""
+    assert params(name).dialect.cause(state, told, began=began) == cause
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_longest_array_is_read(name: str) -> None:
+    """The site's limit, and 0 where the answer does not name one."""
+    text, limit = LIMITS[name]
+    assert params(name).dialect.longest(text) == limit
+    assert params(name).dialect.longest("") == 0
+
+
+def test_a_pattern_that_is_none_is_refused() -> None:
+    """A mistake in a site's own dialect is told before anything runs."""
+    values = params("slurm").dialect.model_dump()
+    with pytest.raises(ValueError, match="unterminated"):
+        type(params("slurm").dialect).model_validate({**values, "alive": "(RUNNING"})
+    with pytest.raises(ValueError, match="are no causes"):
+        type(params("slurm").dialect).model_validate({**values, "causes": {"magic": "x"}})
+
+
+def test_lists_are_spliced() -> None:
+    """A placeholder that stands alone for a list becomes its arguments, none for an empty one."""
+    assert expand(["a", "{x}", "{y}", "b{z}"], {"x": ["1", "2"], "y": [], "z": 3}) == ["a", "1", "2", "b3"]
+
+
+def test_compressed_indices() -> None:
+    """Ranges with and without a step, and single ones."""
+    assert list(indices("1-9:4,12,20-21")) == [1, 5, 9, 12, 20, 21]
+
+
+@given(st.sets(st.integers(0, 60)))
+def test_runs_hold_each_task_once(tasks: set[int]) -> None:
+    """Ranges rise, never touch, and hold exactly the tasks."""
+    found = list(runs(tasks))
+    assert [task for lo, hi in found for task in range(lo, hi)] == sorted(tasks)
+    assert all(before.hi < after.lo for before, after in itertools.pairwise(found))
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    spans=st.lists(st.integers(1, 4), max_size=40),
+    limit=st.integers(2, 12),
+    window=st.integers(2, 30),
+    lost=st.lists(st.integers(0, 2), min_size=40, max_size=40),
+)
+def test_every_slice_is_in_one_array_and_no_index_over_the_cap(
+    spans: list[int], limit: int, window: int, lost: list[int]
+) -> None:
+    """However slices, limit, window and earlier losses fall, all slices are submitted once, in arrays that fit."""
+    pool = ArrayJobs(params("slurm", limit=limit, window=window), root=Path("/nowhere"), workers=0, threads=1)
+    pieces, lo = [], 0
+    for span, memory in zip(spans, lost, strict=False):
+        pieces.append(Piece(lo, lo + span, Tries(memory, memory)))
+        lo += span
+    batch = Batch({"stage": "s"}, set(range(lo)), deque(pieces), [])
+    arrays: list[list[Piece]] = []
+
+    def start(name: str, _told: object, request: dict[str, int], taken: list[Piece]) -> object:
+        assert {pool._request(piece.tries)["memory_mb"] for piece in taken} == {request["memory_mb"]}
+        arrays.append(taken)
+        return object()
+
+    pool._start = start  # type: ignore[assignment,method-assign]
+    while batch.waiting:
+        before = len(batch.waiting)
+        pool._submit(batch)
+        assert len(pool._queue._held) <= window
+        assert len(batch.waiting) < before, "an empty queue has room"
+        pool._queue.release(list(pool._queue._held))
+    assert [piece for taken in arrays for piece in taken] == pieces
+    assert all(0 < len(taken) <= limit for taken in arrays)
+
+
+@pytest.mark.parametrize(
+    ("causes", "asked"),
+    [
+        ([], (4000, 60)),
+        (["memory"], (8000, 60)),
+        (["time", "memory"], (8000, 120)),
+        (["killed", "node", "lost"], (4000, 60)),
+        (["memory"] * 5, (32000, 60)),
+        (["time"] * 6, (4000, 1440)),
+    ],
+)
+def test_what_was_too_little_is_doubled_up_to_the_limit(causes: list[str], asked: tuple[int, int]) -> None:
+    """Memory after memory, time after time, nothing after what more of them would not have mended."""
+    pool = ArrayJobs(params("slurm"), root=Path("/nowhere"), workers=0, threads=1)
+    tries = Tries()
+    for cause in causes:
+        tries = tries.after(cause)
+    assert tries.lost == len(causes)
+    assert pool._request(tries) == {"memory_mb": asked[0], "minutes": asked[1]}
+
+
+def test_a_torn_line_is_as_if_it_had_not_been_written(tmp_path: Path) -> None:
+    """A driver killed in the middle of a line spoils neither that line's neighbours nor the next one."""
+    log = jobs.JobLog(tmp_path)
+    log.append("driver", pid=1)
+    log.append("intent", name="a")
+    with log.path.open("a") as stream:
+        stream.write('{"event": "job", "name": "a", "jo')
+    assert log.read().jobs == (jobs.Job("a", ""),)
+    log.append("job", name="a", job="7")
+    assert log.read().jobs == (jobs.Job("a", "7"),)
+    log.append("ended", name="a")
+    assert log.read().jobs == ()
+
+
+def test_cancelling_counts_for_the_drivers_before_it(tmp_path: Path) -> None:
+    """A run that is started again after it was cancelled begins anew."""
+    log = jobs.JobLog(tmp_path)
+    log.append("driver", pid=1)
+    log.append("cancel")
+    assert log.read().cancelled
+    log.append("driver", pid=2)
+    assert not log.read().cancelled
+
+
+@pytest.fixture
+def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """Put commands into PATH, each a shell script that runs in the folder returned."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+
+    def put(**scripts: str) -> Path:
+        for name, script in scripts.items():
+            (folder / name).write_text(f"#!/bin/bash\ncd {folder}\n{script}\n")
+            (folder / name).chmod(0o755)
+        return folder
+
+    return put
+
+
+# Slurm with room for so many elements of a user; it runs one whenever squeue is asked the fourth time.
+SBATCH = """\
+for one; do case $one in
+    --array=*) span=${one#--array=}; span=${span%\\%*} ;;
+    --job-name=*) name=${one#--job-name=} ;;
+esac; done
+size=$((${span#*-} - ${span%-*} + 1))
+echo $size >> asked
+if [ $(($(cat queue 2> /dev/null | wc -l) + size)) -gt ROOM ]; then
+    echo "sbatch: error: AssocMaxSubmitJobLimit" >&2
+    exit 1
+fi
+job=$(wc -l < asked)
+for ((i = 0; i < size; i++)); do echo "$job $i $name ${*: -1}" >> queue; done
+echo $job
+"""
+SQUEUE = """\
+while read -r job i name table; do echo "${job}_$i|RUNNING|$name"; done < queue
+echo >> looks
+[ $(($(wc -l < looks) % 4)) -eq 0 ] || exit 0
+head -n 1 queue | while read -r job i name table; do
+    SLURM_ARRAY_TASK_ID=$i PYTHON -m wsiflow.flows element $table >&2
+done
+sed -i 1d queue
+"""
+
+
+def test_a_refused_array_waits_for_others_of_the_run(commands: Callable[..., Path], tmp_path: Path) -> None:
+    """Where a user may have three jobs, a run goes on as its first three end: all is done, and nothing is left."""
+    python = f"PYTHONPATH={Path(__file__).parents[1]} {sys.executable}"
+    told = commands(sbatch=SBATCH.replace("ROOM", "3"), squeue=SQUEUE.replace("PYTHON", python))
+    (tmp_path / "plan.json").write_text("{}")
+    made = params("slurm", limit=3, poll_s=0.01, grace_s=60)
+    with ArrayJobs(made, root=tmp_path, workers=0, threads=1) as pool:
+        outcomes = list(pool.run(work, tmp_path / "plan.json", "predict", [Slice(i, i + 1) for i in range(5)]))
+    assert sorted(outcome.task for outcome in outcomes if outcome.receipt) == list(range(5))
+    assert not any(outcome.retried for outcome in outcomes)
+    assert (told / "asked").read_text().split() == ["3", *["2"] * 7], "twice three refusals"
+    assert len(list((tmp_path / "arrays").glob("*.json"))) == len(list((tmp_path / "logs").iterdir())) == 2
+    assert pool._queue._window == made.window // 4
+    assert not pool._log.read().jobs
+
+
+def test_an_array_refused_while_nothing_is_in_the_queue_ends_the_run(
+    commands: Callable[..., Path], tmp_path: Path
+) -> None:
+    """There is nothing to wait for: the scheduler's own words are told."""
+    commands(sbatch=SBATCH.replace("ROOM", "1"), squeue="")
+    pool = ArrayJobs(params("slurm", limit=3, poll_s=0.01), root=tmp_path, workers=0, threads=1)
+    with pytest.raises(EnvironmentFault, match=r"refused an array of 2: .*AssocMaxSubmitJobLimit"), pool:
+        list(pool.run(work, tmp_path / "plan.json", "predict", [Slice(0, 1), Slice(1, 2)]))
+
+
+def test_a_scheduler_that_is_not_there_is_told_at_once(commands: Callable[..., Path], tmp_path: Path) -> None:
+    """Its commands are installed and nothing answers them: a run does not begin, and leaves nothing to wait for."""
+    commands(squeue="echo 'squeue: error: no configuration' >&2; exit 1", sbatch="exit 1")
+    pool = ArrayJobs(params("slurm", poll_s=0.01), root=tmp_path, workers=0, threads=1)
+    with pytest.raises(EnvironmentFault, match=r"Slurm does not answer \(squeue: error: no config.*squeue works"), pool:
+        pytest.fail("it began")
+    assert not (tmp_path / "jobs.jsonl").exists()
+
+
+@pytest.mark.parametrize(("workers", "room"), [(0, 100), (7, 7), (1, 1), (1000, 100)])
+def test_workers_are_those_of_the_run(workers: int, room: int) -> None:
+    """Shards side by side have no more in the queue together than may run at a time, nor than the window."""
+    queue = Queue(params("slurm", window=100), workers=workers)
+    taken = [queue.take(f"shard-{i}", 5, longest=1000) for i in range(200)]
+    assert sum(taken) == room
+
+
+def test_a_refusal_halves_the_window_but_keeps_what_was_accepted() -> None:
+    """Down to one where nothing was accepted; refusals of many shards at once do not stop what runs."""
+    queue = Queue(params("slurm", window=100), workers=0)
+    assert queue.take("a", 30, longest=1000) == 30
+    queue._last = Look(0.0, {Place("a", i): Seen("1", "RUNNING") for i in range(30)})
+    windows = []
+    for _ in range(3):
+        assert queue.take("b", 20, longest=1000) or queue._window == 30
+        assert queue.give_back("b")
+        windows.append(queue._window)
+    assert windows == [50, 30, 30]
+    for _ in range(6):
+        assert not queue.give_back("a")
+    assert queue._window == 1
+
+
+def test_a_second_driver_is_refused_while_the_first_lives(commands: Callable[..., Path], tmp_path: Path) -> None:
+    """Two processes on one folder: the second hears of the first; one that was killed, or has left, is no hindrance."""
+    commands(squeue="")
+    first = subprocess.Popen(["sleep", "3600"])
+    pool = ArrayJobs(params("slurm"), root=tmp_path, workers=0, threads=1)
+    known = {**jobs.identity(), "pid": first.pid, "born": processes.born(first.pid)}
+    pool._log.append("driver", **known)
+    with pytest.raises(EnvironmentFault, match=rf"process {first.pid} on .*wsiflow cancel {tmp_path}"), pool:
+        pass
+    pool._log.append("left", **known)
+    with pool, pool:  # its own process is no other
+        pass
+    pool._log.append("driver", **known)
+    pool._log.append("driver", **known | {"space": "another"})
+    assert "another container" in jobs._end_driver(pool._log.read())
+    with pool:  # whatever has its number here
+        pass
+    assert first.poll() is None, "who has the number of another container's process is not ended"
+    pool._log.append("driver", **known)
+    first.kill()
+    first.wait()
+    with pool:
+        assert not pool._log.read().left
+    assert pool._log.read().left
+
+
+def test_an_array_cancelled_while_it_is_submitted_is_looked_for_again(
+    commands: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Neither its id nor the queue is known at the first look; at the second it is found by its name and cancelled."""
+    told = commands(squeue="touch queue; cat queue", scancel='echo "$@" >> dropped')
+    log, dialect = jobs.JobLog(tmp_path), params("slurm").dialect
+    log.append("intent", name="under-way")
+    log.append("intent", name="gone")
+    log.append("job", name="gone", job="6")
+    assert jobs.drop_open(log, dialect) == []
+    assert log.read().jobs == (jobs.Job("under-way", ""),)
+    (told / "queue").write_text("7_0|PENDING|under-way\n")
+    assert jobs.drop_open(log, dialect) == ["under-way: 7 cancelled, 1 elements were waiting or running"]
+    assert (told / "dropped").read_text() == "7\n"
+    assert log.read().jobs == ()
+
+
+def test_an_array_taken_over_is_expected_until_every_shard_has_its_own(
+    commands: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Two shards want an element each of an array that was left: it has not ended when one of them has its own."""
+    commands(squeue="printf '7_0|RUNNING|predict-a\\n7_1|RUNNING|predict-a\\n'")
+    first = ArrayJobs(params("slurm"), root=tmp_path, workers=0, threads=1).__enter__()  # and then it was killed
+    first._send = lambda *_: "7"  # type: ignore[method-assign]
+    told = {"work": element.dotted(work), "source": "plan.json", "stage": "predict"}
+    first._start("predict-a", told, {"memory_mb": 1, "minutes": 1}, [Piece(0, 1, Tries()), Piece(1, 2, Tries())])
+    expected = []
+    with ArrayJobs(params("slurm", poll_s=0.01), root=tmp_path, workers=0, threads=1) as pool:
+        for task in (0, 1):
+            shard = pool.run(work, tmp_path / "plan.json", "predict", [Slice(task, task + 1)])
+            outcome = {"outcome": Outcome(task, {}, executed=True)}
+            (tmp_path / f"arrays/predict-a/{task}.2.jsonl").write_text(json.dumps(outcome) + "\n")
+            assert [found.task for found in shard if not found.retried] == [task]
+            expected.append(pool._log.read().jobs)
+    assert expected == [(jobs.Job("predict-a", "7"),), ()]
+
+
+def test_what_a_lost_element_left_is_removed(commands: Callable[..., Path], tmp_path: Path) -> None:
+    """Killed on another host in the middle of a file: its attempt goes, those of hosts and processes alike stay."""
+    commands(squeue="", scontrol="exit 1")
+    pool = ArrayJobs(params("slurm", poll_s=0.01, grace_s=0, retries=0), root=tmp_path, workers=0, threads=1)
+    one, other = f"{SPACE}-1-{'a' * 32}", f"{SPACE}-1-{'b' * 32}"
+    gone = {f"node-7-{one}", f"node-7-{other}"}
+    stays = {
+        f"node-7-7-{one}",
+        f"node-71-{one}",
+        f"edon-7-{one}",
+        f"node-7-{'f' * 12}-1-{'a' * 32}",
+        "node-7-" + "a" * 32,
+    }
+
+    def send(name: str, *_: object) -> str:
+        about = {"started": "", "host": "node", "pid": 7, "space": SPACE, "born": "1"}
+        lines = "".join(json.dumps(line) + "\n" for line in (about, {"begun": 0}))
+        (tmp_path / f"arrays/{name}/0.1.jsonl").write_text(lines)
+        for attempt in (*gone, *stays):
+            (tmp_path / ".attempts" / attempt).mkdir(parents=True)
+            (tmp_path / ".attempts" / attempt / "scores.h5").touch()
+        return "9"
+
+    pool._send = send  # type: ignore[method-assign]
+    with pool:
+        (outcome,) = pool.run(work, tmp_path / "plan.json", "predict", [Slice(0, 1)])
+    assert outcome.usage is not None
+    assert (outcome.exit_code, outcome.usage["exit_class"]) == (30, "lost")
+    left = {folder.name for folder in (tmp_path / ".attempts").iterdir()}
+    assert left == stays
+
+
+def test_a_driver_stops_where_a_later_one_began(commands: Callable[..., Path], tmp_path: Path) -> None:
+    """Cancelled and started again elsewhere: the first submits nothing, and leaves the other's arrays alone."""
+    commands(squeue="")
+    pool = ArrayJobs(params("slurm"), root=tmp_path, workers=0, threads=1).__enter__()
+    pool._log.append("cancel")
+    pool._log.append("driver", host="elsewhere", pid=1, born="1")
+    pool._log.append("intent", name="later")
+    outcomes = list(pool.run(work, tmp_path / "plan.json", "predict", [Slice(0, 2)]))
+    pool.__exit__(KeyboardInterrupt)
+    assert [(outcome.task, outcome.usage["exit_class"]) for outcome in outcomes] == [(0, "cancelled"), (1, "cancelled")]
+    history = pool._log.read()
+    assert (history.cancelled, history.left, history.jobs) == (False, False, (jobs.Job("later", ""),))
+
+
+def test_a_run_without_arrays_cannot_be_cancelled(tmp_path: Path) -> None:
+    """The folder is named, and what to name instead."""
+    with pytest.raises(InputError, match="submitted no array jobs"):
+        jobs.cancel(tmp_path)
+
+
+@pytest.mark.parametrize("value", ["", "undefined"])
+def test_an_element_needs_its_index(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, value: str) -> None:
+    """Outside of an array job the command says what it is for."""
+    monkeypatch.setenv("SGE_TASK_ID", value)
+    table = tmp_path / "t.json"
+    table.write_text('{"index": "SGE_TASK_ID", "base": 1, "slices": [[0, 1]]}')
+    with pytest.raises(InputError, match="SGE_TASK_ID"):
+        element.run(table)
+
+
+def test_an_element_beyond_the_table_has_nothing_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Where arrays need two elements, the second of one slice ends well."""
+    monkeypatch.setenv("PBS_ARRAY_INDEX", "2")
+    table = tmp_path / "t.json"
+    table.write_text('{"index": "PBS_ARRAY_INDEX", "base": 1, "slices": [[0, 1]]}')
+    assert element.run(table) == 0

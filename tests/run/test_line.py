@@ -1,0 +1,308 @@
+"""The whole line on small slides: from a manifest to scores, interrupted, repeated, against a loop written by hand."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import openslide
+import psutil
+import pytest
+from PIL import Image
+from small_runs import COARSE, attempts, digests, over, rows, wsiflow
+
+from flows import compose as command
+from wsiflow.heatmap.files import read_heatmap
+from wsiflow.model.card import ModelSpec
+from wsiflow.plan import plan
+from wsiflow.run import executor, shards, store, trace
+from wsiflow.run.executor.inline import Inline
+from wsiflow.run.results import finish
+from wsiflow.run.stages import ingest, predict
+from wsiflow.slides import pyramid
+from wsiflow.system import publish
+
+
+@pytest.fixture
+def copied(finished: Path, tmp_path: Path) -> Path:
+    """A copy of the finished run that a test may change."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def test_every_slide_ends_with_heatmap_and_detections(finished: Path) -> None:
+    """Each row of the process list is done, and its files are there."""
+    listed = rows(finished / "process_list.csv")
+    assert len(listed) == 6
+    assert {row["status"] for row in listed} == {"done"}
+    for row in listed:
+        heat, about = read_heatmap(finished / f"heatmaps/{row['slide_id']}.tif")
+        assert 0.8 * 4 * int(row["n_tiles"]) < np.isfinite(heat).sum() <= 4 * int(row["n_tiles"])
+        assert np.isnan(heat[2048 // 112 + 1 :]).all(), "no score beyond the slide"
+        assert about["frame"]["stride_px"] == 112
+        assert (finished / f"detections/{row['slide_id']}.csv").exists()
+        with openslide.OpenSlide(finished / f"heatmaps/{row['slide_id']}.preview.tif") as preview:
+            shown = np.array(preview.read_region((0, 0), 0, preview.dimensions))[..., 0]
+        assert np.array_equal(shown == 0, np.isnan(heat)), "the preview is 0 exactly where there is no score"
+
+
+def test_summary_has_the_names_others_rely_on(finished: Path) -> None:
+    """Scores, throughput, cost and ledger under the names of the documentation."""
+    summary = json.loads((finished / "evaluation/summary.json").read_text())
+    names = """
+        froc.score froc.strict_score froc.score_ci_low froc.n_lesions froc.n_itc
+        froc.sensitivity_at_0.25 froc.sensitivity_at_8 froc.sensitivity_at_8_ci_low roc.auc roc.auc_ci_high
+        roc.auc_bootstrap_ci_low throughput.tiles_per_s
+        throughput.core_hours throughput.efficiency cost.read_core_s cost.infer_core_s cost.stitch_core_s
+        ledger.planned ledger.published cache.hit_rate
+    """
+    for name in names.split():
+        assert name in summary, name
+    assert summary["ledger.planned"] == summary["ledger.published"] > 0
+    assert 0 < summary["throughput.efficiency"] <= 1.1
+
+
+def test_a_second_identical_run_does_no_work(tiny_slides: Path, tmp_path: Path) -> None:
+    """No file is made again: every receipt is that of the same attempt."""
+    out = tmp_path / "run"
+    assert wsiflow(*over(tiny_slides, out)) == 0
+    before, traced = attempts(out), rows(out / "trace.csv")
+    assert len(before) > 20
+    assert wsiflow(*over(tiny_slides, out)) == 0
+    assert attempts(out) == before
+    assert rows(out / "trace.csv") == traced
+
+
+def test_pixels_straight_from_the_slide_give_the_same_scores(
+    small_slides: Path, finished: Path, tmp_path: Path
+) -> None:
+    """Without the HDF5 store the heatmaps are the same bytes."""
+    assert wsiflow(*over(small_slides, tmp_path / "run", "store=none")) == 0
+    mine, theirs = digests(tmp_path / "run"), digests(finished)
+    assert not (tmp_path / "run/patches").exists()
+    assert {name: mine[name] for name in mine if name.endswith(".tif")} == {
+        name: theirs[name] for name in theirs if name.endswith(".tif")
+    }
+
+
+@pytest.mark.parametrize(
+    "how", [["tiles=patch"], ["inference.engine=window"], ["tiles.block_rows=2", "tiles.block_cols=3"]]
+)
+def test_windows_strips_and_patches_give_the_same_scores(
+    small_slides: Path, finished: Path, tmp_path: Path, how: list[str]
+) -> None:
+    """The demo network does not pad: its map is the same, to rounding, however the tissue is cut and computed."""
+    assert wsiflow(*over(small_slides, tmp_path / "run", *how)) == 0
+    for path in sorted((finished / "heatmaps").glob("*_00?.tif")):
+        expected, _ = read_heatmap(path)
+        found, _ = read_heatmap(tmp_path / "run/heatmaps" / path.name)
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_another_split_into_groups_gives_the_same_bits(small_slides: Path, finished: Path, tmp_path: Path) -> None:
+    """A block's scores do not depend on the group it is predicted in, nor on what was predicted before it."""
+    assert wsiflow(*over(small_slides, tmp_path / "run", "tiles.group_tiles=9")) == 0
+    assert len(list((tmp_path / "run/predictions").rglob("*.h5"))) > len(list((finished / "predictions").rglob("*.h5")))
+    for path in sorted((finished / "heatmaps").glob("*_00?.tif")):
+        found, _ = read_heatmap(tmp_path / "run/heatmaps" / path.name)
+        assert np.array_equal(found, read_heatmap(path)[0], equal_nan=True)
+
+
+@pytest.mark.parametrize("seed", range(int(os.environ.get("WSIFLOW_KILLS", "1"))))
+def test_a_killed_run_finishes_with_the_same_bytes(
+    small_slides: Path, expected: dict[str, str], tmp_path: Path, seed: int
+) -> None:
+    """SIGKILL at random moments, start again: same bytes, and what was finished is not repeated."""
+    rng = np.random.default_rng(seed)
+    out = tmp_path / "run"
+    arguments = [sys.executable, "-m", "wsiflow.flows", "run", *over(small_slides, out, "executor=process")]
+    kept: dict[str, str] = {}
+    for _ in range(3):
+        process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL)
+        enough = len(kept) + rng.integers(1, 30)
+        while process.poll() is None and len(attempts(out)) < enough:
+            time.sleep(0.05)
+        time.sleep(rng.exponential(0.2))
+        workers = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+        process.kill()
+        process.wait()
+        assert psutil.wait_procs(workers, timeout=250)[1] == [], "workers whose parent is gone end"
+        assert kept.items() <= attempts(out).items(), "a published file was made again"
+        kept = attempts(out)
+    assert subprocess.run(arguments, stdout=subprocess.DEVNULL, check=False).returncode == 0
+    assert kept.items() <= attempts(out).items()
+    assert digests(out) == expected
+
+
+def test_a_lost_group_is_noticed_before_anything_is_stitched(small_slides: Path, copied: Path) -> None:
+    """A predictions file that vanished stops its slide with its name, and nothing is scored."""
+    victim = next((copied / "predictions").rglob("t1.h5"))
+    victim.unlink()
+    assert wsiflow(*over(small_slides, copied)) == 40
+    bad = [row for row in rows(copied / "process_list.csv") if row["status"] == "failed"]
+    assert [row["slide_id"] for row in bad] == [victim.parent.name]
+    assert "t1.h5" in bad[0]["reason"]
+
+
+def test_a_process_that_outlives_a_run_follows_the_next_one(tiny_slides: Path, tmp_path: Path) -> None:
+    """Another run in a folder of the same name, after the first was deleted, has its own settings throughout."""
+    out = tmp_path / "run"
+    found = {}
+    for stride, threshold in ((112, 0.05), (56, 0.95)):
+        settings = [f"inference.stride={stride}", f"lesions.threshold={threshold}"]
+        assert wsiflow(*over(tiny_slides, out, *settings)) == 0
+        _, about = read_heatmap(out / "heatmaps/a.tif")
+        planned = plan.latest(out).settings
+        assert (about["frame"]["stride_px"], planned["lesions"]["threshold"]) == (stride, threshold)
+        found[threshold] = (out / "detections/a.csv").read_text()
+        shutil.rmtree(out)
+    assert found[0.05] != found[0.95]
+
+
+class StaleWorkers:
+    """Workers that follow another plan in one stage: what they publish has another key than the run's plan asks for."""
+
+    def __init__(self, stage: str) -> None:
+        self._stage = stage
+
+    def run(self, work, source, stage, slices):
+        for outcome in Inline().run(work, source, stage, slices):
+            receipt = outcome.receipt
+            yield outcome._replace(receipt={**receipt, "key": "f" * 64}) if stage == self._stage else outcome
+
+
+@pytest.mark.parametrize("stage", ["extract", "predict", "certify", "stitch", "detect"])
+def test_the_driver_compares_every_receipt_with_its_plan(tiny_slides: Path, tmp_path: Path, stage: str) -> None:
+    """A slide of which a worker published something else goes no further; the receipts of the disk count likewise."""
+    config = command.compose_config(over(tiny_slides, tmp_path / "run", "dataset.limit=1"))
+    cases = shards.begin(config)
+    pool = Inline()
+    shards.choose(pool, cases)
+    planned = ingest.make_plan(cases, shards.ingest_shard(pool, cases, [0]))
+    progress = shards.line(StaleWorkers(stage), planned, [0], 0)
+    assert progress.slides == ()
+    failed = [one for one in progress.ended if one.exit_code]
+    assert {(one.stage, one.exit_code) for one in failed} == {(stage, 40)}
+    assert "the plan asks for" in failed[0].error
+
+
+def test_a_receipt_of_another_run_is_not_taken_for_done(tiny_slides: Path, tmp_path: Path) -> None:
+    """Its slide fails with exit code 40: nothing is scored from files of other settings."""
+    out = tmp_path / "run"
+    assert wsiflow(*over(tiny_slides, out)) == 0
+    receipt = out / "receipts/detections/a.csv.json"
+    receipt.write_text(receipt.read_text().replace('"key": "', '"key": "f'))
+    assert wsiflow(*over(tiny_slides, out)) == 40
+    bad = [row for row in rows(out / "process_list.csv") if row["status"] == "failed"]
+    assert [row["slide_id"] for row in bad] == ["a"]
+    assert "other inputs or settings" in bad[0]["reason"]
+
+
+def test_the_end_of_a_run_reads_each_receipt_and_attempt_once(
+    small_slides: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There are ten for every slide, and data sets of tens of thousands of slides."""
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    config = command.compose_config(over(small_slides, out))
+    clock, asked, logs = finish.Clock(config), [], []
+    read, attempts_of = publish.read_receipt, trace.attempts
+    monkeypatch.setattr(publish, "read_receipt", lambda root, name: asked.append(name) or read(root, name))
+    monkeypatch.setattr(trace, "attempts", lambda root: logs.append(root) or attempts_of(root))
+    assert finish.finish(config, out / "plan.json", [], clock).exit_code == 0
+    # Detections and heatmaps are asked for again, each with what its key is made of.
+    counted = [name for name in asked if not name.startswith(("detections/", "heatmaps/", "predictions/"))]
+    assert max(Counter(counted).values()) <= 2, "config.yaml tells where the folder was begun"
+    assert max(Counter(asked).values()) <= 4
+    assert logs == [out]
+
+
+def by_hand(path: Path, width: int, height: int) -> tuple[np.ndarray, tuple[int, int]]:
+    """Return the reference's stride-16 map of a slide and its first tile, from OpenSlide reads and plain loops."""
+    from wsiflow.model.classifier import load, predict
+    from wsiflow.plan.tissue import reference_index
+    from wsiflow.slides.slide import open_slide
+
+    classifier = load(ModelSpec(card="pkg:demo.json", trust_torchscript=False, sha256="", positive_class=""))
+    with open_slide(path, slide_id="s") as opened:
+        index = reference_index(opened.reference_thumbnail())
+    _, _, _, xmin, _, ymin, _, nrows, ncols = index.vector.tolist()
+    expected = np.full((nrows * 14, ncols * 14), np.nan, np.float32)
+    with openslide.OpenSlide(path) as slide:
+        for row, col in np.argwhere(index.mask).tolist():
+            x, y = (224 * k - 112 if k else 0 for k in (col, row))
+            x = width - 447 if x + 448 > width else x
+            y = height - 447 if y + 448 > height else y
+            region = slide.read_region((x, y), 0, (448, 448))
+            patch = Image.new("RGB", (448, 448), "white")
+            patch.paste(region, (0, 0), region)
+            pixels = np.array(patch)
+            for i in range(14):
+                windows = np.stack([pixels[16 * i : 16 * i + 224, 16 * j : 16 * j + 224] for j in range(14)])
+                cells = slice((col - xmin) * 14, (col - xmin + 1) * 14)
+                expected[(row - ymin) * 14 + i, cells] = predict(classifier, windows)
+    return expected, (xmin, ymin)
+
+
+@pytest.fixture(scope="module")
+def slide_by_hand(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, np.ndarray, tuple[int, int]]:
+    """A slide whose last patches of both axes are shifted inwards, its map and its first tile."""
+    from wsiflow.slides.synthetic import dataset
+
+    width, height = 1000, 910
+    spec = dataset.plan_slide("micro", width_px=width, height_px=height, seed=3)
+    path = tmp_path_factory.mktemp("by hand") / "s.tif"
+    pyramid.write_rgb(path, dataset._bands(spec), shape=(height, width), um_px=0.243, quality=90)
+    return path, *by_hand(path, width, height)
+
+
+@pytest.mark.parametrize("engine", ["window", "dense"])
+def test_reference_geometry_equals_a_loop_over_openslide_reads(
+    slide_by_hand: tuple[Path, np.ndarray, tuple[int, int]], tmp_path: Path, engine: str
+) -> None:
+    """Stride 16, reference geometry: every cell has the score of the window the paper would have cut there."""
+    path, expected, first = slide_by_hand
+    out = tmp_path / "run"
+    reference = ["geometry=reference", "tiles=patch", "inference.stride=16", f"inference.engine={engine}"]
+    assert wsiflow("dataset=single", f"dataset.path={path}", f"out={out}", *COARSE, *reference) == 0
+    heat, about = read_heatmap(out / "heatmaps/s.tif")
+    assert (about["frame"]["t_col0"], about["frame"]["t_row0"]) == first
+    assert np.isfinite(expected[:, -14:]).any(), "the last column of tiles, which is shifted, has scores"
+    np.testing.assert_allclose(heat, expected, atol=1e-5)
+
+
+def test_patches_of_the_reference_layout(small_slides: Path, tmp_path: Path) -> None:
+    """tiles=patch: 448 px with tile column, row and level-0 corner, grouped t1..tN."""
+    assert wsiflow(*over(small_slides, tmp_path / "run", "tiles=patch", "dataset.limit=2")) == 0
+    path = next((tmp_path / "run/patches").glob("*.h5"))
+    with store.open_patches(path) as file:
+        group = store.patch_group(file, 1)
+        assert group.img.shape[1:] == (448, 448, 3)
+        assert (group.coord[:, 2] == group.coord[:, 0] * 224 - 112).all()
+        assert (group.coord[:, 3] == group.coord[:, 1] * 224 - 112).all()
+
+
+def test_the_certificate_is_part_of_every_dense_run(finished: Path) -> None:
+    """Windows run alone agree to rounding, slide by slide and over all; the numbers are in the summary."""
+    summary = json.loads((finished / "evaluation/summary.json").read_text())
+    assert summary["dense.max_abs_diff"] <= 1e-5
+    assert summary["dense.flips"] == 0
+    listed = rows(finished / "evaluation/certificates.csv")
+    assert {row["slide_id"] for row in listed} == {row["slide_id"] for row in rows(finished / "process_list.csv")}
+    assert sum(int(row["n"]) for row in listed) == summary["dense.n"] > 6 * 30
+
+
+def test_the_plan_names_the_workers_kind_of_machine(small_slides: Path, tmp_path: Path, monkeypatch) -> None:
+    """Whoever submits may have another processor than those who compute: theirs is in every key."""
+    config = command.compose_config([*over(small_slides, tmp_path / "run"), "dataset.limit=1"])
+    cases = shards.begin(config)
+    with executor.make(config.executor, cores=1, root=config.out) as pool:
+        with monkeypatch.context() as elsewhere:
+            elsewhere.setattr(predict, "numeric_class", lambda: {"isa": "of the nodes"})
+            shards.choose(pool, cases)
+        made = plan.read(ingest.make_plan(cases, shards.ingest_shard(pool, cases, [0])))
+    assert made.settings["predict"]["numeric_class"] == {"isa": "of the nodes"}

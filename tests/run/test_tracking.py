@@ -1,0 +1,330 @@
+"""Tracking: one record per run, whatever else happens to the store."""
+
+import errno
+import fcntl
+import json
+import math
+import multiprocessing
+import os
+import re
+import socket
+import sqlite3
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from wsiflow.errors import EnvironmentFault
+from wsiflow.run import tracking
+from wsiflow.run.tracking import RunRecord, TrackingParams
+
+
+def params_for(uri: str, **given: Any) -> TrackingParams:
+    """Return tracking settings for a store."""
+    settings = {"kind": "mlflow", "experiment": "test", "sweep": None, "timeout_s": 1, "retries": 0, "lock_wait_s": 90}
+    return TrackingParams(uri=uri, **{**settings, **given})
+
+
+def record(**given: Any) -> RunRecord:
+    """Return a record with a little of everything, changed as given."""
+    content = {
+        "name": "run",
+        "key": "abc123",
+        "plan_hash": "feed",
+        "partial": False,
+        "params": {"inference.stride": 16},
+        "metrics": {"froc.score": 0.5, "roc.auc": math.nan, "throughput.efficiency": math.inf},
+        "tags": {},
+        "dataset": ("cases.csv", "d1"),
+        "artifacts": [],
+        "figures": {},
+        "tables": {},
+    }
+    return RunRecord(**{**content, **given})
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A SQLite store for all tests that only add to it, each under keys of its own."""
+    return f"sqlite:///{tmp_path_factory.mktemp('store') / 'mlflow.db'}"
+
+
+@pytest.fixture
+def silent_server() -> Iterator[str]:
+    """The address of a server that accepts connections and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+def read(store: str, run_id: str | None) -> Any:
+    """Return a run as MLflow tells it."""
+    from mlflow import MlflowClient
+
+    assert run_id is not None
+    return MlflowClient(tracking_uri=store).get_run(run_id)
+
+
+def all_runs(store: str, experiment: str) -> list[Any]:
+    """Return every run of an experiment."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=store)
+    found = client.get_experiment_by_name(experiment)
+    assert found is not None
+    return list(client.search_runs([found.experiment_id]))
+
+
+def test_everything_arrives(store: str, tmp_path: Path) -> None:
+    """Parameters, metrics, tags, files, folders, figures and tables of one run."""
+    config = tmp_path / "config.yaml"
+    config.write_text("seed: 0\n")
+    folder = tmp_path / "evaluation"
+    folder.mkdir()
+    (folder / "summary.json").write_text("{}")
+    told = record(
+        artifacts=[config, folder],
+        figures={"froc.png": b"\x89PNG"},
+        tables={"froc.json": {"fp_per_slide": [8.0, 0.0], "thresholds": [0.1, math.inf]}},
+        tags={"version.numpy": "2.4"},
+    )
+    logged = tracking.log_run(params_for(store), told)
+    run = read(store, logged.run_id)
+    assert (run.info.run_name, run.info.status) == ("run", "FINISHED")
+    assert run.data.params == {"inference.stride": "16"}
+    assert run.data.metrics == {"froc.score": 0.5}
+    assert run.data.tags["wsiflow.metrics_without_value"] == "roc.auc, throughput.efficiency"
+    assert run.data.tags["wsiflow.plan_hash"] == "feed"
+    assert run.data.tags["version.numpy"] == "2.4"
+    artifacts = Path(run.info.artifact_uri.removeprefix("file://"))
+    assert artifacts.is_relative_to(Path(store.removeprefix("sqlite:///")).parent)
+    found = {str(path.relative_to(artifacts)) for path in artifacts.rglob("*") if path.is_file()}
+    assert found == {"config.yaml", "evaluation/summary.json", "figures/froc.png", "froc.json"}
+    table = json.loads((artifacts / "froc.json").read_text())
+    assert table == {"columns": ["fp_per_slide", "thresholds"], "data": [[8.0, 0.1], [0.0, None]]}
+
+
+def test_the_same_run_is_recorded_once(store: str) -> None:
+    """A second record with the same key returns the first; a partial one is another."""
+    params = params_for(store, experiment="once")
+    first, again = (tracking.log_run(params, record()) for _ in range(2))
+    assert first == again
+    assert tracking.find_run(params, "abc123", partial=False) == first.run_id
+    assert tracking.find_run(params, "abc123", partial=True) is None
+    assert tracking.log_run(params, record(partial=True)).run_id != first.run_id
+
+
+def test_a_record_that_is_there_is_found_without_mlflow(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To import it takes seconds; a record that was deleted, or is of another experiment, is made anew."""
+    params, one = params_for(store), record(key="known")
+    run_id = tracking.log_run(params, one).run_id
+    with monkeypatch.context() as without:
+        without.setattr(tracking, "_with_store", None)
+        assert tracking.log_run(params, one) == (run_id, "")
+    assert tracking._known_to_sqlite(params, record(key="known", partial=True)) is None
+    assert tracking._known_to_sqlite(params_for(store, experiment="other"), one) is None
+    from mlflow import MlflowClient
+
+    MlflowClient(tracking_uri=store).delete_run(run_id)
+    assert tracking._known_to_sqlite(params, one) is None
+    assert tracking.log_run(params, one).run_id not in {run_id, None}
+
+
+def test_find_in_an_experiment_that_is_not_there(store: str) -> None:
+    """Looking for a run makes no experiment and finds none."""
+    assert tracking.find_run(params_for(store, experiment="nowhere"), "abc123", partial=False) is None
+
+
+def test_remains_of_a_broken_record_are_replaced(store: str, tmp_path: Path) -> None:
+    """A record that failed half-way is reported, and recording again leaves exactly one finished run."""
+    params = params_for(store, experiment="broken")
+    failed = tracking.log_run(params, record(artifacts=[tmp_path / "absent.json"]))
+    assert failed.run_id is None
+    assert "absent.json" in failed.reason
+    logged = tracking.log_run(params, record())
+    assert [(run.info.run_id, run.info.status) for run in all_runs(store, "broken")] == [(logged.run_id, "FINISHED")]
+
+
+def test_runs_of_a_sweep_share_a_parent(store: str) -> None:
+    """Two runs of one sweep are children of one parent; another sweep has its own."""
+    runs = [
+        tracking.log_run(params_for(store, experiment="sweeps", sweep=sweep), record(key=key))
+        for sweep, key in (("stride's", "k1"), ("stride's", "k2"), ("other", "k3"))
+    ]
+    parents = [read(store, run.run_id).data.tags["mlflow.parentRunId"] for run in runs]
+    assert parents[0] == parents[1] != parents[2]
+    assert read(store, parents[0]).info.run_name == "stride's"
+    assert len(all_runs(store, "sweeps")) == 5
+
+
+GIT = {
+    "absent": None,
+    "refused": "echo 'fatal: detected dubious ownership in repository' >&2; exit 128",
+    "empty repository": "echo HEAD; exit 128",
+    "something else": "echo hello",
+    "hangs": "exec sleep 60",
+    "not text": "printf '\\377\\376'",
+}
+
+
+@pytest.mark.parametrize("how", GIT)
+def test_a_record_needs_no_git(how: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Whatever git does, or where it is absent: no commit is named, and that is all."""
+    monkeypatch.setattr(tracking, "_GIT_S", 0.5)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin")
+    if GIT[how] is None:
+        monkeypatch.setenv("PATH", "/nowhere")
+    else:
+        (tmp_path / "git").write_text(f"#!/bin/sh\n{GIT[how]}\n")
+        (tmp_path / "git").chmod(0o755)
+    assert tracking._git_commit(Path(__file__).parents[2]) == ""
+
+
+def test_the_commit_of_a_checkout_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forty hexadecimal digits, as git says."""
+    (tmp_path / "git").write_text(f"#!/bin/sh\necho {'0a' * 20}\n")
+    (tmp_path / "git").chmod(0o755)
+    (tmp_path / ".git").mkdir()
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin")
+    assert tracking._git_commit(tmp_path) == "0a" * 20
+    assert tracking._git_commit(tmp_path / "elsewhere") == ""
+
+
+@pytest.mark.parametrize(
+    ("kept", "environment", "found"),
+    [
+        ("http://h:5", {"MLFLOW_TRACKING_URI": "http://other"}, "http://h:5"),
+        ("http://[redacted]@h:5", {"MLFLOW_TRACKING_URI": "http://u:p@h:5"}, "http://u:p@h:5"),
+        ("http://[redacted]@h:5", {"MLFLOW_TRACKING_USERNAME": "u", "MLFLOW_TRACKING_PASSWORD": "p"}, "http://h:5"),
+        ("http://[redacted]@h:5", {"MLFLOW_TRACKING_URI": "http://u:p@other:5"}, None),
+        ("http://h/?token=[redacted]", {"MLFLOW_TRACKING_TOKEN": "t"}, None),
+        ("http://[redacted]@h:5", {}, None),
+    ],
+)
+def test_what_a_folder_does_not_keep_is_taken_from_the_environment(
+    kept: str, environment: dict[str, str], found: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A retry reads the address without its password; where nobody knows it, the record is left out and says why."""
+    for name in ("URI", "USERNAME", "PASSWORD", "TOKEN"):
+        monkeypatch.delenv(f"MLFLOW_TRACKING_{name}", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    if found is not None:
+        assert tracking._whole(kept) == found
+    else:
+        logged = tracking.log_run(params_for(kept), record())
+        assert logged.run_id is None
+        assert "set MLFLOW_TRACKING_URI to the whole address, then run the same command again" in logged.reason
+
+
+def test_a_store_without_locks_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A disk without a lock service: which file, and what to do, instead of free space."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    logged = tracking.log_run(params_for(f"sqlite:///{tmp_path}/mlflow.db"), record())
+    assert logged.run_id is None
+    assert re.search(r"mlflow\.db\.lock: .*No locks available.*a disk with a lock service", logged.reason)
+
+
+def test_more_than_mlflow_takes_at_once(store: str) -> None:
+    """Hundreds of parameters, thousands of metrics, long values and odd names all fit."""
+    settings = {f"p{i}": i for i in range(250)} | {"long": "x" * 9000, "+odd[0]": 1}
+    numbers = {f"m{i}": float(i) for i in range(2100)}
+    logged = tracking.log_run(params_for(store), record(key="many", params=settings, metrics=numbers))
+    data = read(store, logged.run_id).data
+    assert len(data.params) == 252
+    assert len(data.params["long"]) == 6000
+    assert data.params["_odd_0_"] == "1"
+    assert data.metrics == numbers
+
+
+def test_secrets_stay_at_home(store: str) -> None:
+    """Neither a password nor the user in an address is in the database."""
+    settings = {"store.api_key": "canary-1", "server": "https://joe:canary-2@host/x"}
+    logged = tracking.log_run(params_for(store), record(key="secret", params=settings, tags={"token": "canary-3"}))
+    assert read(store, logged.run_id).data.params["server"] == "https://[redacted]@host/x"
+    assert b"canary" not in Path(store.removeprefix("sqlite:///")).read_bytes()
+
+
+def _first_start(uri: str, key: str, barrier: Any, told: Any) -> None:
+    barrier.wait()
+    told.put(tracking.log_run(params_for(uri), record(key=key)))
+
+
+def test_first_starts_at_the_same_time(tmp_path: Path) -> None:
+    """Three processes on a store that is not there yet each leave their run, in one experiment."""
+    context = multiprocessing.get_context("spawn")
+    uri, barrier, told = f"sqlite:///{tmp_path}/new/mlflow.db", context.Barrier(3), context.Queue()
+    processes = [context.Process(target=_first_start, args=(uri, f"k{i}", barrier, told)) for i in range(3)]
+    for process in processes:
+        process.start()
+    logged = [told.get(timeout=200) for _ in processes]
+    for process in processes:
+        process.join()
+    assert [item.reason for item in logged] == ["", "", ""]
+    assert {run.info.run_id for run in all_runs(uri, "test")} == {item.run_id for item in logged}
+
+
+def test_off_records_nothing(tmp_path: Path) -> None:
+    """Tracking that is off says so and makes no file."""
+    logged = tracking.log_run(params_for(f"sqlite:///{tmp_path}/mlflow.db", kind="off"), record())
+    assert logged == (None, "tracking is off")
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_server_is_a_reason_not_an_error() -> None:
+    """A refused connection gives up soon and names the address without its password."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    logged = tracking.log_run(params_for(f"http://joe:canary@127.0.0.1:{port}", retries=1), record())
+    assert logged.run_id is None
+    assert f"127.0.0.1:{port}" in logged.reason
+    assert "canary" not in logged.reason
+    assert "\n" not in logged.reason
+
+
+def test_a_store_whose_driver_is_not_installed_is_a_reason() -> None:
+    """What a store lacks here has errors of its own: the run that it cannot record is complete all the same."""
+    params = params_for("mssql+pyodbc://joe:canary@127.0.0.1/runs")
+    logged = tracking.log_run(params, record())
+    assert logged.run_id is None
+    assert "pyodbc" in logged.reason
+    assert "canary" not in logged.reason
+    with pytest.raises(EnvironmentFault, match="pyodbc"):
+        tracking.recorded(params)
+
+
+def test_a_silent_server_is_given_up(silent_server: str) -> None:
+    """A server that never answers is left after the time-out, far before mlflow's own minutes."""
+    start = time.monotonic()
+    logged = tracking.log_run(params_for(silent_server), record())
+    assert logged.run_id is None
+    assert time.monotonic() - start < 300
+
+
+def test_a_locked_store_is_waited_for_and_then_given_up(tmp_path: Path) -> None:
+    """While another run holds the lock the store is not touched, and the reason says so."""
+    params = params_for(f"sqlite:///{tmp_path}/mlflow.db", lock_wait_s=0.2)
+    with tracking._only_writer(params):
+        logged = tracking.log_run(params, record())
+    assert "locked for 0.2 s" in logged.reason
+    assert not (tmp_path / "mlflow.db").exists()
+
+
+def test_a_store_that_is_no_database(tmp_path: Path) -> None:
+    """An unusable path is a reason, not an error."""
+    (tmp_path / "file").write_text("")
+    logged = tracking.log_run(params_for(f"sqlite:///{tmp_path}/file/mlflow.db"), record())
+    assert logged.run_id is None
+    assert "file" in logged.reason
+
+
+def test_the_database_is_a_plain_sqlite_file(store: str) -> None:
+    """Another program can read the metrics without mlflow."""
+    tracking.log_run(params_for(store), record(key="plain", metrics={"only.here": 2.5}))
+    with sqlite3.connect(store.removeprefix("sqlite:///")) as database:
+        assert database.execute("select value from metrics where key = 'only.here'").fetchall() == [(2.5,)]
