@@ -12,7 +12,21 @@ from omegaconf.errors import OmegaConfBaseException
 from wsiflow.errors import InputError
 from wsiflow.run.config import RunConfig, validate
 
-from . import overrides, sweep
+from . import folders, overrides, sweep
+
+
+def _folder(*, _root_: DictConfig) -> str:
+    """Return the name of a run's folder where none is given; interpolations are names here, and not followed."""
+    values: Any = OmegaConf.to_container(_root_, resolve=False)
+    return folders.default_name(values)
+
+
+def _sweep_folder(out: str) -> str:
+    return str(sweep.folder()) if sweep.is_on() else out
+
+
+OmegaConf.register_new_resolver("wsiflow_folder", _folder, replace=True)
+OmegaConf.register_new_resolver("wsiflow_sweep", _sweep_folder, replace=True)
 
 
 def to_config(composed: DictConfig, *, job: str = "") -> RunConfig:

@@ -7,12 +7,11 @@ import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from wsiflow import redaction
 from wsiflow.errors import EnvironmentFault, InputError
@@ -23,7 +22,7 @@ from wsiflow.run.stages import ingest
 from wsiflow.system.machine import limit_threads
 from wsiflow.system.paths import is_same
 
-from . import folders, overrides, stopping, sweep, terminal
+from . import overrides, stopping, sweep, terminal
 from .compose import to_config
 
 _ENVIRONMENT = {
@@ -35,20 +34,6 @@ _ENVIRONMENT = {
 _OPTIONS_WITH_VALUES = {"--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn"}
 _OPTIONS_WITH_VALUES |= {"--config-dir", "-cd", "--experimental-rerun"}
 _exit_codes: list[int] = []
-
-
-def _folder(*, _root_: DictConfig) -> str:
-    """Return the name of a run's folder where none is given; interpolations are names here, and not followed."""
-    values: Any = OmegaConf.to_container(_root_, resolve=False)
-    return folders.default_name(values)
-
-
-def _sweep_folder(out: str) -> str:
-    return str(sweep.folder()) if sweep.is_on() else out
-
-
-OmegaConf.register_new_resolver("wsiflow_folder", _folder, replace=True)
-OmegaConf.register_new_resolver("wsiflow_sweep", _sweep_folder, replace=True)
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -248,7 +248,7 @@ def test_trials_at_once_end_with_their_sweep(start: Callable[..., Running], smal
 STUBBORN = """
 import sys, threading, time
 from pathlib import Path
-from wsiflow import stopping
+from wsiflow.flows import stopping
 def clean():
     Path("cleaning").touch()
     time.sleep(600)
@@ -279,7 +279,7 @@ def test_a_second_signal_ends_it_at_once(tmp_path: Path, presses: int) -> None:
 def test_what_sets_handlers_while_it_is_imported_is_called_by_the_thread_that_listens(tmp_path: Path) -> None:
     (tmp_path / "own.py").write_text(
         "import os, signal, threading\n"
-        "from wsiflow import stopping\n"
+        "from wsiflow.flows import stopping\n"
         "def sets() -> None:\n"
         "    signal.signal(signal.SIGTERM, signal.SIG_DFL)\n"
         "def command() -> int:\n"

@@ -22,7 +22,7 @@ from wsiflow.errors import EnvironmentFault, InputError, WsiflowError
 from wsiflow.model.card import ModelSpec
 from wsiflow.model.classifier import Classifier, predict, probe_image
 from wsiflow.model.dense.network import densify
-from wsiflow.model.engines import engine as engine_module
+from wsiflow.model.engines import openvino
 from wsiflow.model.engines.cache import cache_folder, cached
 from wsiflow.model.engines.engine import available, choose, converts, prepare, scores_from_pixels
 from wsiflow.model.engines.openvino import _converted, _packed, _read, one_thread, quantise
@@ -157,7 +157,9 @@ def test_nothing_reports_home(tmp_path: Path) -> None:
     """OpenVINO, NNCF and ONNX Runtime leave no consent file, no number of the machine and no queue of events."""
     code = (
         "import numpy as np, sys, torch\n"
-        "from wsiflow.model.engines.engine import EngineSpec, Network, prepare, quantise\n"
+        "from wsiflow.model.engines.engine import prepare\n"
+        "from wsiflow.model.engines.openvino import quantise\n"
+        "from wsiflow.model.engines.spec import EngineSpec, Network\n"
         "network = Network(torch.nn.Conv2d(3, 3, 3).eval(), 'k', np.ones((1, 3, 5, 5), np.float32), True)\n"
         "prepare(network, EngineSpec('openvino', 'fp32'), threads=1)(network.example)\n"
         "prepare(network, EngineSpec('onnxruntime', 'fp32'), threads=1)(network.example)\n"
@@ -315,7 +317,7 @@ def count_conversions(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         made.append("openvino")
         return packed(graph)
 
-    monkeypatch.setattr(engine_module, "_packed", record)
+    monkeypatch.setattr(openvino, "_packed", record)
     return made
 
 

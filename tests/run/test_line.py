@@ -23,7 +23,7 @@ from wsiflow.plan import plan
 from wsiflow.run import executor, shards, store, trace
 from wsiflow.run.executor.inline import Inline
 from wsiflow.run.results import finish
-from wsiflow.run.stages import ingest, predict
+from wsiflow.run.stages import choose, ingest
 from wsiflow.slides import pyramid
 from wsiflow.system import publish
 
@@ -302,7 +302,7 @@ def test_the_plan_names_the_workers_kind_of_machine(small_slides: Path, tmp_path
     cases = shards.begin(config)
     with executor.make(config.executor, cores=1, root=config.out) as pool:
         with monkeypatch.context() as elsewhere:
-            elsewhere.setattr(predict, "numeric_class", lambda: {"isa": "of the nodes"})
+            elsewhere.setattr(choose, "numeric_class", lambda: {"isa": "of the nodes"})
             shards.choose(pool, cases)
         made = plan.read(ingest.make_plan(cases, shards.ingest_shard(pool, cases, [0])))
     assert made.settings["predict"]["numeric_class"] == {"isa": "of the nodes"}

@@ -19,11 +19,11 @@ from scipy.optimize import nnls
 from sklearn.decomposition import DictionaryLearning
 
 from wsiflow.errors import InputError
-from wsiflow.slides.stain import reinhard, transfer, vahadane
+from wsiflow.slides.stain import pixels, reinhard, vahadane
 from wsiflow.slides.stain.density import CODE_PENALTY, density_table, stain_codes
 from wsiflow.slides.stain.params import LEAST_SINE, DensityFit, LabFit, StainFit, StainParams, read_fit
 from wsiflow.slides.stain.pixels import sample, spread
-from wsiflow.slides.stain.transfer import fit, normalise, normalise_block, normalise_patch
+from wsiflow.slides.stain.transfer import fit, fit_target, normalise, normalise_block, normalise_patch
 from wsiflow.slides.synthetic import dataset
 from wsiflow.slides.synthetic.tissue import Stain, render
 
@@ -288,7 +288,7 @@ def test_strips_are_not_seen(method: str, monkeypatch: pytest.MonkeyPatch) -> No
     source, target = fits(method)
     rgb = rainbow()
     whole = normalise(rgb, source, target)
-    monkeypatch.setattr(transfer, "STRIP_PX", 4)
+    monkeypatch.setattr(pixels, "STRIP_PX", 4)
     np.testing.assert_array_equal(normalise(rgb, source, target), whole)
 
 
@@ -510,7 +510,7 @@ def test_the_target_that_ships_is_the_papers_template(method: str, shared_data: 
     """The numbers in ``conf/`` are those of ``tumor_st.png``."""
     template = np.array(Image.open(shared_data / "patches" / "dldp_256" / "tumor_st.png").convert("RGB"))
     settings_ = params(method)
-    measured = transfer.fit_target(template, settings_)
+    measured = fit_target(template, settings_)
     assert settings_.target is not None
     for way in ("per_slide", "per_patch"):
         numbers = [asdict(getattr(target, way)) for target in (measured, settings_.target)]

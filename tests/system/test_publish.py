@@ -120,7 +120,7 @@ def test_a_container_of_the_same_name_does_not_harm_a_live_attempt(tmp_path: Pat
     live.parent.mkdir(parents=True)
     code = """if True:
         import os, pathlib, sys
-        from wsiflow import processes, publish
+        from wsiflow.system import processes, publish
         root = pathlib.Path(sys.argv[1])
         if (child := os.fork()) == 0:
             publish.Attempt(root, "y.bin", "k", {}).path.parent.mkdir(parents=True)

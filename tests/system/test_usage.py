@@ -38,7 +38,7 @@ def test_warm_up_is_counted_once_and_with_its_task() -> None:
 def test_the_start_of_a_worker_is_with_its_first_task(first: str, counted: bool) -> None:
     """A fresh worker has started and imported for its tasks; a process that did other things has not."""
     told = "print(*(usage.Meter().usage()['warmup_s'] for _ in range(2)))"
-    code = f"from wsiflow import usage; {first}; {told}"
+    code = f"from wsiflow.system import usage; {first}; {told}"
     found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
     assert (float(found[0]) > 0, float(found[1])) == (counted, 0.0)
 

@@ -39,11 +39,11 @@ _LOADS = {"predict": 2, "certify": 0}
 _IMPORT = "import wsiflow.run.stages.work"
 _PREDICT = """
 import pathlib, sys, time
-from wsiflow import steps
-from wsiflow.model.threads import limit_threads
+from wsiflow.run.stages import work
+from wsiflow.system.machine import limit_threads
 limit_threads(int(sys.argv[2]))
 clock = time.perf_counter()
-outcome = steps.run_task(pathlib.Path(sys.argv[1]), "predict", 0)
+outcome = work.run_task(pathlib.Path(sys.argv[1]), "predict", 0)
 print(time.perf_counter() - clock)
 sys.exit(outcome.exit_code)
 """
