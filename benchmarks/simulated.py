@@ -19,10 +19,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from wsiflow.plan.plan import Unit
 from wsiflow.run import shards
-from wsiflow.run.costs import ROUGH, Costs, StageCost
+from wsiflow.run.costs import Costs, StageCost
 from wsiflow.run.forecast import simulation
-from wsiflow.run.forecast.simulation import Cluster, Forecast, Share, Sizes, Stage
+from wsiflow.run.forecast.simulation import Cluster, Forecast, Share, Sizes, Step
+from wsiflow.run.stages.line import LOADING, ROUGH, STAGES
 
 RESULTS = Path(__file__).parent / "results"
 PAPER_CORE_S = 18 * 365.25 * 24 * 3600  # for all slides
@@ -129,29 +131,35 @@ class Site(NamedTuple):
         )
 
 
-def reference(work: Work, *, group_tiles: int = 400) -> list[list[Stage]]:
+def _units(*names: str) -> dict[str, Unit]:
+    """Return what one task of each of some stages works on, in the order of the line."""
+    return {stage.name: stage.unit for stage in STAGES.values() if stage.name in names}
+
+
+def reference(work: Work, *, group_tiles: int = 400) -> list[list[Step]]:
     """Return the reference's job: every slide extracted, then an array of groups for each slide, then stitching.
 
     Work is in seconds of a job of 7 cores, which its network is taken to use fully; extraction and stitching use one.
     """
     costs, tiles = work.costs(), work.tiles()
-    groups = [simulation.slide_tasks(count, Sizes(group_tiles, 0, stained=False, certified=False)) for count in tiles]
+    groups = [simulation.slide_tasks(count, _units("predict"), Sizes(group_tiles, group_tiles)) for count in tiles]
 
-    def stage(name: str, counts: list[int], cores: int) -> Stage:
+    def stage(name: str, counts: list[int], cores: int) -> Step:
         shares = tuple(Share(costs.task_s(name, count) / cores, 1) for count in counts)
-        return Stage(name, shares, loads=name == "predict")
+        return Step(name, shares, loads=name == "predict")
 
     in_order = [count for slide in groups for count in slide["predict"]]
     return [[stage("extract", tiles, 1), stage("predict", in_order, SLOTS), stage("stitch", tiles, 1)]]
 
 
-def line(work: Work, *, slice_s: float, group_tiles: int = 400) -> list[list[Stage]]:
+def line(work: Work, *, slice_s: float, group_tiles: int = 400) -> list[list[Step]]:
     """Return wsiflow's line: about 40 shards of slides, side by side, the largest first."""
-    sizes = Sizes(group_tiles, 0, stained=True, certified=work.kind != "paper")
-    slides, costs = [simulation.slide_tasks(count, sizes) for count in work.tiles()], work.costs()
+    sizes = Sizes(group_tiles, group_tiles)
+    units = _units("stain", "predict", *(["certify"] if work.kind != "paper" else []), "stitch", "detect")
+    slides, costs = [simulation.slide_tasks(count, units, sizes) for count in work.tiles()], work.costs()
     tasks = simulation.numbered(slides)
     parts = [[tasks[index] for index in part] for part in shards.cut(work.tiles(), 0)]
-    return [simulation.shard(part, costs, target_s=slice_s) for part in parts]
+    return [simulation.shard(part, costs, loading=LOADING, target_s=slice_s) for part in parts]
 
 
 def told(found: Forecast, cores_each: int = 1) -> dict[str, float]:
@@ -198,7 +206,7 @@ def scaling(settings: dict[str, Any], *, seed: int) -> dict[str, float]:
     return values
 
 
-def _model_s(parts: list[list[Stage]], site: Site, costs: Costs) -> float:
+def _model_s(parts: list[list[Step]], site: Site, costs: Costs) -> float:
     """Return setup + waves of the mean group + merge: each stage of one shard at its mean, its longest task or more."""
     cluster, total = site.cluster(costs, 0), 0.0
     for stage in parts[0] if len(parts) == 1 else ():
@@ -245,13 +253,13 @@ def order(settings: dict[str, Any], *, seed: int) -> dict[str, float]:
     if settings["order"] == "largest":
         tiles.sort(reverse=True)
     most = max(tiles) if settings["cut"] == "slide" else 400
-    sizes = Sizes(most, most if settings["cut"] == "slide" else 4000, stained=False, certified=False)
-    slides = [simulation.slide_tasks(count, sizes) for count in tiles]
+    sizes = Sizes(most, most if settings["cut"] == "slide" else 4000)
+    slides = [simulation.slide_tasks(count, _units("extract", "predict"), sizes) for count in tiles]
     stages = [
-        Stage(
+        Step(
             name,
             tuple(Share(costs.task_s(name, count), 1) for slide in slides for count in slide[name]),
-            loads=name in simulation.LOADING,
+            loads=name in LOADING,
         )
         for name in ("extract", "predict")
     ]

@@ -102,7 +102,7 @@ def _planned_told(root: Path, path: Path, n_looked: int) -> list[str]:
     """Say how far each stage of a planned run has come, and return what it still lacks."""
     from wsiflow.plan import plan
     from wsiflow.run import ledger
-    from wsiflow.run.stages.line import STORES, census
+    from wsiflow.run.stages.line import STAGES, census
 
     made = plan.read(path)
     balance = ledger.balance(root, made)
@@ -115,7 +115,8 @@ def _planned_told(root: Path, path: Path, n_looked: int) -> list[str]:
     found["evaluation"] = (int(_is_evaluated(root, made)), 1)
     for stage, (done, planned) in found.items():
         say(f"  {stage} {done:,} of {planned:,}")
-    needed = found.keys() - (STORES if found["evaluation"][0] else set())  # pixels are only for scores
+    spare = {stage.name for stage in STAGES.values() if stage.serves_scores} if found["evaluation"][0] else set()
+    needed = found.keys() - spare
     lacks = [f"{all_ - done:,} of {stage}" for stage, (done, all_) in found.items() if stage in needed and done < all_]
     if (root / "evaluation-PARTIAL/summary.json").is_file():
         lacks.append("slides: evaluation-PARTIAL/ has the scores of the others")
@@ -181,7 +182,7 @@ def task(arguments: argparse.Namespace) -> int:
     from wsiflow.run.stages import pixels, work
 
     if pixels.fits_slides(pixels.stain_params(made)):  # done already where the run has come so far
-        outcome = work.run_task(arguments.plan, "stain", made.task("predict", arguments.index).slide)
+        outcome = work.run_task(arguments.plan, "stain", made.task("group", arguments.index).slide)
         if outcome.receipt is None:
             say(outcome.error)
             return outcome.exit_code

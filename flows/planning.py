@@ -14,11 +14,12 @@ from typing import Any
 from wsiflow.errors import InputError
 from wsiflow.run import ledger, shards
 from wsiflow.run.config import RunConfig
-from wsiflow.run.costs import COSTS, ROUGH, Costs, costs_of, read_costs
+from wsiflow.run.costs import COSTS, Costs, costs_of, read_costs
 from wsiflow.run.executor import params
 from wsiflow.run.forecast.forecast import SCHEDULERS, Counted, cluster_of, core_hours, count, count_table, forecast
 from wsiflow.run.forecast.simulation import Forecast
 from wsiflow.run.stages import ingest
+from wsiflow.run.stages.line import ROUGH
 from wsiflow.system import publish
 from wsiflow.system.machine import allocated_cores, limit_threads
 
@@ -67,10 +68,10 @@ def _plan(given: argparse.Namespace) -> int:
         counted, costs, origin = count_table(config, given.tiles, given.tissue), ROUGH, "rough"
     else:
         plan_path = make(config, calibrate=given.calibrate)
-        counted, costs = count(plan_path, config), costs_of(config.out)
+        counted, costs = count(plan_path, config), costs_of(config.out, ROUGH)
         origin = "measured" if (config.out / COSTS).exists() else "rough"
     if given.costs:
-        costs, origin = read_costs(given.costs), f"measured, {given.costs.name}"
+        costs, origin = read_costs(given.costs, ROUGH), f"measured, {given.costs.name}"
     numbers = given.workers or [params.worker_count(config.executor, cores=allocated_cores()) or 1]
     scheduler = given.scheduler or _scheduler(config)
     if scheduler != _scheduler(config):  # slices as it would be given them

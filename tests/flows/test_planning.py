@@ -13,6 +13,7 @@ from wsiflow.run import executor, shards
 from wsiflow.run.costs import COSTS, costs_of
 from wsiflow.run.executor import protocol
 from wsiflow.run.stages import ingest, measure
+from wsiflow.run.stages.line import ROUGH, STAGES
 from wsiflow.system import publish
 
 COARSE = ["inference.stride=112", "dense.windows=40", "executor=inline", "orchestrator=none", "tracking=off"]
@@ -39,7 +40,7 @@ def calibrated(small_slides: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 def test_costs_are_measured_for_every_stage_of_the_run(calibrated: Path) -> None:
     """Starting, loading and each stage take some time, prediction more for more tiles; the run uses these costs."""
-    costs = costs_of(calibrated)
+    costs = costs_of(calibrated, ROUGH)
     assert 0.05 < costs.start_s < 600
     assert 0 < costs.load_s < 600
     assert 0 <= costs.spread < 3
@@ -98,7 +99,7 @@ def test_a_plan_foretells_what_the_run_does(small_slides: Path, tmp_path: Path, 
 def test_costs_measured_elsewhere_are_used(calibrated: Path, tmp_path: Path) -> None:
     """The file of a calibration is what another plan is foretold with."""
     (tmp_path / "t.csv").write_text("slide,n_tiles_224\na,100000\n")
-    report, costs = tmp_path / "report.json", costs_of(calibrated)
+    report, costs = tmp_path / "report.json", costs_of(calibrated, ROUGH)
     arguments = ["--tiles", str(tmp_path / "t.csv"), "--costs", str(calibrated / COSTS), "--json", str(report)]
     assert main(["plan", *arguments, "store=none"]) == 0
     told = json.loads(report.read_text())
@@ -159,9 +160,8 @@ def test_what_cannot_be_planned_is_refused_in_one_line(
 def test_a_clock_that_does_not_move_is_no_division_by_zero(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where CPU time comes in steps of 10 ms a short task takes none of it."""
     monkeypatch.setattr(measure.time, "process_time", lambda: 1.0)
-    works = {"predict": lambda _source, _task: None}
-    timed = [measure._timed(works, "predict", Path(), 0, tiles) for tiles in (1.0, 4.0)]
+    timed = [measure._timed(lambda _source, _task: ({}, True), Path(), 0, tiles) for tiles in (1.0, 4.0)]
     for stage in ("predict", "stitch"):
-        cost = measure._fit(stage, timed)
+        cost = measure._fit(STAGES[stage], timed)
         assert cost.fixed_s + cost.unit_s > 0
         assert measure._spread(cost, timed) < 10

@@ -42,7 +42,7 @@ def test_a_plan_comes_back_as_published(tmp_path: Path) -> None:
     assert again.hash == made.hash
     assert again.slides == made.slides
     assert again.n_groups == 4
-    assert [again.task("predict", index) for index in range(4)] == [Task(0, 1), Task(0, 2), Task(1, 1), Task(1, 2)]
+    assert [again.task("group", index) for index in range(4)] == [Task(0, 1), Task(0, 2), Task(1, 1), Task(1, 2)]
 
 
 def test_tasks_of_slides_without_tissue_are_none() -> None:
@@ -50,12 +50,12 @@ def test_tasks_of_slides_without_tissue_are_none() -> None:
     sizes = [0, 2, 0, 0, 3, 1, 0]
     made = make(*(slide(str(i))._replace(n_groups=count) for i, count in enumerate(sizes)))
     expected = [Task(i, k) for i, count in enumerate(sizes) for k in range(1, count + 1)]
-    assert [made.task("predict", index) for index in range(made.n_groups)] == expected
+    assert [made.task("group", index) for index in range(made.n_groups)] == expected
     for i, count in enumerate(sizes):
-        found = made.tasks_of("predict", i)
+        found = made.tasks_of("group", i)
         assert len(found) == count
-        assert all(made.task("predict", index).slide == i for index in found)
-    assert made.task("stitch", 4) == Task(4, 0)
+        assert all(made.task("group", index).slide == i for index in found)
+    assert made.task("slide", 4) == Task(4, 0)
 
 
 def test_a_long_slide_is_extracted_in_parts() -> None:
@@ -63,7 +63,7 @@ def test_a_long_slide_is_extracted_in_parts() -> None:
     long = make(
         slide("a")._replace(n_groups=7), settings=SETTINGS | {"cut": {"tiles": {"group_tiles": 400, "part_tiles": 900}}}
     )
-    assert long.count("extract") == 4
+    assert long.count("part") == 4
     assert [list(long.part(0, j)) for j in range(1, 5)] == [[1, 2], [3, 4], [5, 6], [7]]
     assert [long.part_of(k) for k in range(1, 8)] == [1, 1, 2, 2, 3, 3, 4]
 

@@ -9,24 +9,25 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wsiflow.run.costs import ROUGH
 from wsiflow.run.forecast.simulation import (
     Cluster,
     Forecast,
     Share,
     Sizes,
-    Stage,
+    Step,
     numbered,
     shard,
     simulate,
     slide_tasks,
 )
+from wsiflow.run.stages.line import LOADING, ROUGH, STAGES
 
+UNITS = {stage.name: stage.unit for stage in STAGES.values() if stage.name != "stain"}
 WORKS = st.lists(st.floats(0.1, 100), min_size=1, max_size=40)
 
 
-def one_stage(works: list[float], *, tasks: int = 1, loads: bool = False) -> list[list[Stage]]:
-    return [[Stage("predict", tuple(Share(work, tasks) for work in works), loads)]]
+def one_stage(works: list[float], *, tasks: int = 1, loads: bool = False) -> list[list[Step]]:
+    return [[Step("predict", tuple(Share(work, tasks) for work in works), loads)]]
 
 
 def makespan(works: list[float], cluster: Cluster) -> float:
@@ -81,11 +82,11 @@ def test_workers_beyond_the_cores_share_them_evenly() -> None:
 
 def test_a_stage_waits_for_the_one_before_and_shards_do_not() -> None:
     """Within a shard stages are in order; another shard fills the gap."""
-    shard = [Stage("extract", (Share(4, 1), Share(1, 1))), Stage("predict", (Share(2, 1),))]
+    shard = [Step("extract", (Share(4, 1), Share(1, 1))), Step("predict", (Share(2, 1),))]
     assert simulate([shard], Cluster(2)).makespan_s == pytest.approx(6)
     assert simulate([shard, shard], Cluster(4)).makespan_s == pytest.approx(6)
     assert simulate([shard, shard], Cluster(4, side_by_side=1)).makespan_s == pytest.approx(12)
-    assert simulate([[Stage("stain", ()), *shard]], Cluster(2)).makespan_s == pytest.approx(6), "empty stages cost none"
+    assert simulate([[Step("stain", ()), *shard]], Cluster(2)).makespan_s == pytest.approx(6), "empty stages cost none"
 
 
 def test_workers_that_live_start_and_load_once() -> None:
@@ -103,7 +104,7 @@ def test_workers_that_live_start_and_load_once() -> None:
 
 def test_the_first_slice_of_a_stage_may_take_longer() -> None:
     """Each living worker pays once for each such stage; an array's element, which sees little, does not."""
-    stages = [Stage("predict", (Share(1, 1),) * 4, loads=True), Stage("certify", (Share(1, 1),) * 4, first_s=5)]
+    stages = [Step("predict", (Share(1, 1),) * 4, loads=True), Step("certify", (Share(1, 1),) * 4, first_s=5)]
     assert simulate([stages], Cluster(2)).makespan_s == pytest.approx(2 + 5 + 2)
     assert simulate([stages], Cluster(2, fresh=True)).makespan_s == pytest.approx(2 + 2)
 
@@ -122,7 +123,7 @@ def test_a_scheduler_starts_no_faster_than_it_can() -> None:
 
 def test_an_end_is_seen_at_the_next_look() -> None:
     """A driver that looks every 10 s begins the next stage then."""
-    shard = [Stage("extract", (Share(11, 1),)), Stage("predict", (Share(3, 1),))]
+    shard = [Step("extract", (Share(11, 1),)), Step("predict", (Share(3, 1),))]
     assert simulate([shard], Cluster(1, fresh=True, poll_s=10)).makespan_s == pytest.approx(30)
 
 
@@ -147,7 +148,7 @@ def test_a_window_bounds_what_is_submitted() -> None:
 
 def test_the_queue_is_paid_once_per_submission() -> None:
     """With slots free, every stage of a shard waits: the mean over seeds is that of the exponential."""
-    shard = [Stage(str(i), (Share(1, 1),) * 3) for i in range(4)]
+    shard = [Step(str(i), (Share(1, 1),) * 3) for i in range(4)]
     found = [simulate([shard], Cluster(3, fresh=True, queue_s=50, seed=seed)) for seed in range(300)]
     assert np.mean([each.makespan_s for each in found]) == pytest.approx(4 + 4 * 50, rel=0.1)
     assert np.mean([each.queue_s for each in found]) == pytest.approx(50, rel=0.1)
@@ -190,7 +191,7 @@ def makespan_of_one(tasks: int, seed: int) -> float:
 
 def test_the_seed_decides_and_nothing_else() -> None:
     """The same seed gives the same forecast, another one another; the work drawn does not depend on the workers."""
-    shards = [[Stage("predict", tuple(Share(5.0, 4) for _ in range(200)), loads=True)] for _ in range(5)]
+    shards = [[Step("predict", tuple(Share(5.0, 4) for _ in range(200)), loads=True)] for _ in range(5)]
 
     def forecast(seed: int, workers: int = 9) -> Forecast:
         return simulate(shards, Cluster(workers, fresh=True, spread=0.3, queue_s=9, failure=0.05, seed=seed))
@@ -209,7 +210,7 @@ def test_more_workers_are_never_much_worse() -> None:
 
 def test_thousands_of_workers_are_simulated_in_seconds() -> None:
     """30,000 slices on 4,000 workers, 40 shards: well under ten seconds."""
-    shards = [[Stage("predict", tuple(Share(60.0, 4) for _ in range(750)), loads=True)] for _ in range(40)]
+    shards = [[Step("predict", tuple(Share(60.0, 4) for _ in range(750)), loads=True)] for _ in range(40)]
     begin = time.process_time()
     found = simulate(shards, Cluster(4000, fresh=True, spread=0.2, queue_s=30, poll_s=5, failure=0.01))
     assert time.process_time() - begin < 10
@@ -218,17 +219,17 @@ def test_thousands_of_workers_are_simulated_in_seconds() -> None:
 
 def test_a_slide_known_by_its_tiles_is_cut_like_one_that_is_read() -> None:
     """Groups and parts are as few as their limit allows, nearly equal, and hold every tile."""
-    found = slide_tasks(1001, Sizes(group_tiles=400, part_tiles=4000, stained=False, certified=True))
+    found = slide_tasks(1001, UNITS, Sizes(group_tiles=400, part_tiles=4000))
     assert found["predict"] == [333, 334, 334]
     assert found["extract"] == found["stitch"] == found["certify"] == [1001]
-    assert found["stain"] == []
-    assert slide_tasks(0, Sizes(400, 0, stained=True, certified=True))["predict"] == []
+    assert "stain" not in found
+    assert slide_tasks(0, UNITS, Sizes(400, 4000))["predict"] == []
 
 
 def test_a_shard_holds_the_work_its_tasks_cost() -> None:
     """Slices keep the sum, are near the target, and the largest comes first; the network is needed where it is."""
-    tasks = slide_tasks(20_000, Sizes(400, 4000, stained=True, certified=True))
-    stages = {stage.name: stage for stage in shard(numbered([tasks, tasks]), ROUGH, target_s=60)}
+    tasks = slide_tasks(20_000, UNITS, Sizes(400, 4000))
+    stages = {stage.name: stage for stage in shard(numbered([tasks, tasks]), ROUGH, loading=LOADING, target_s=60)}
     assert sum(share.work_s for share in stages["predict"].shares) == pytest.approx(100 * 0.2 + 40_000 * 0.067)
     assert sum(share.tasks for share in stages["predict"].shares) == 100
     works = [share.work_s for share in stages["predict"].shares]
@@ -241,5 +242,5 @@ def test_slices_do_not_span_what_lies_between_them() -> None:
     """Slides that are not neighbours in the plan share no slice; neighbours do."""
     first, _, third = found = numbered([{"certify": [10]}] * 3)
     assert [list(tasks["certify"]) for tasks in found] == [[0], [1], [2]]
-    assert len(shard([first, third], ROUGH, target_s=1000)[0].shares) == 2
-    assert len(shard(found, ROUGH, target_s=1000)[0].shares) == 1
+    assert len(shard([first, third], ROUGH, loading=LOADING, target_s=1000)[0].shares) == 2
+    assert len(shard(found, ROUGH, loading=LOADING, target_s=1000)[0].shares) == 1

@@ -15,7 +15,7 @@ from wsiflow.plan import plan
 from wsiflow.run import cases, shards
 from wsiflow.run.executor.protocol import Outcome
 from wsiflow.run.stages import ingest, work
-from wsiflow.run.stages.line import LINE, is_due
+from wsiflow.run.stages.line import STAGES
 from wsiflow.slides import content, slide
 from wsiflow.system import publish
 
@@ -73,9 +73,9 @@ class Line:
         yield "ingest", 0
         self.source = ingest.make_plan(self.source, self.outcomes)
         made = plan.read(self.source)
-        for stage in LINE:
-            if is_due(made, stage, 0):
-                yield from ((stage, index) for index in made.tasks_of(stage, 0))
+        for stage in STAGES.values():
+            if stage.is_due(made, 0):
+                yield from ((stage.name, index) for index in stage.tasks_of(made, 0))
 
     def do(self, stage: str, index: int) -> Outcome:
         outcome = work.run_task(self.source, stage, index)

@@ -12,6 +12,7 @@ from flows import terminal
 from wsiflow.errors import EnvironmentFault, InputError, WsiflowError
 from wsiflow.run.executor import process
 from wsiflow.run.stages import work
+from wsiflow.run.stages.line import STAGES
 from wsiflow.slides import slide
 from wsiflow.system import faults, publish
 
@@ -126,7 +127,7 @@ def test_what_cannot_be_read_is_not_blamed_on_the_output(
     def stage(source: Path, _index: int) -> None:
         publishing(source.parent, error)
 
-    monkeypatch.setitem(work.STAGES, "predict", stage)
+    monkeypatch.setitem(STAGES, "predict", STAGES["predict"]._replace(work=stage))
     outcome = work.run_task(tmp_path / "plan.json", "predict", 0)
     assert outcome.exit_code == 30
     assert outcome.error.startswith(told)

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property, lru_cache
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -155,8 +155,12 @@ class Rejected(NamedTuple):
     exit_code: int
 
 
+Unit = Literal["slide", "part", "group"]
+"""What one task of a stage works on."""
+
+
 class Task(NamedTuple):
-    """A place in a stage: a slide's group (``predict``) or part (``extract``), counted from 1; 0: the whole slide."""
+    """What a task works on: a slide's group or part, counted from 1; 0: the whole slide."""
 
     slide: int
     group: int
@@ -189,11 +193,14 @@ class Plan:
         return publish.key_of(**self.as_dict())
 
     @cached_property
-    def _ends(self) -> dict[str, list[int]]:
-        """For the stages that have several tasks a slide, how many there are up to and with each slide."""
+    def _ends(self) -> dict[Unit, list[int]]:
+        """Of the units of which a slide has several, how many there are up to and with each slide."""
         slides = range(len(self.slides))
-        counts = {"predict": [s.n_groups for s in self.slides], "extract": [self.n_parts(i) for i in slides]}
-        return {stage: list(accumulate(each)) for stage, each in counts.items()}
+        counts: dict[Unit, list[int]] = {
+            "group": [slide.n_groups for slide in self.slides],
+            "part": [self.n_parts(index) for index in slides],
+        }
+        return {unit: list(accumulate(each)) for unit, each in counts.items()}
 
     @property
     def part_groups(self) -> int:
@@ -201,26 +208,26 @@ class Plan:
         sizes = self.settings["cut"]["tiles"]
         return max(1, int(sizes["part_tiles"]) // int(sizes["group_tiles"]))
 
-    def count(self, stage: str) -> int:
-        """Return how many tasks a stage has."""
-        return self._ends[stage][-1] if self.slides and stage in self._ends else len(self.slides)
+    def count(self, unit: Unit) -> int:
+        """Return how many tasks a stage of such a unit has."""
+        return self._ends[unit][-1] if self.slides and unit in self._ends else len(self.slides)
 
     @property
     def n_groups(self) -> int:
         """Array tasks: the groups of all slides."""
-        return self.count("predict")
+        return self.count("group")
 
-    def task(self, stage: str, index: int) -> Task:
-        """Return what the task of a stage works on."""
-        ends = self._ends.get(stage)
+    def task(self, unit: Unit, index: int) -> Task:
+        """Return what a task works on, by its place among those of its stage."""
+        ends = self._ends.get(unit)
         if ends is None:
             return Task(index, 0)
         slide = bisect_right(ends, index)
         return Task(slide, index + 1 - (ends[slide - 1] if slide else 0))
 
-    def tasks_of(self, stage: str, slide: int) -> range:
-        """Return the tasks of a stage for one slide."""
-        ends = self._ends.get(stage)
+    def tasks_of(self, unit: Unit, slide: int) -> range:
+        """Return the places of the tasks for one slide."""
+        ends = self._ends.get(unit)
         return range(slide, slide + 1) if ends is None else range(ends[slide - 1] if slide else 0, ends[slide])
 
     def n_parts(self, slide: int) -> int:

@@ -41,26 +41,6 @@ class Costs(NamedTuple):
         return cost.fixed_s + cost.unit_s * tiles
 
 
-# Of GoogLeNet at stride 16 in fp32 on one Zen 4 core. Measured: a tile of extract and of predict, and a certificate
-# (docs/performance.md). The rest is assumed, on the cautious side: start and load are at the upper end of what was seen
-# (docs/scaling.md, X3b), and what a task costs besides its tiles is what the demo's slides take.
-ROUGH = Costs(
-    start_s=4.0,
-    load_s=3.0,
-    spread=0.2,
-    stages={
-        "ingest": StageCost(2.0, 0.0),
-        "stain": StageCost(2.0, 0.0),
-        "extract": StageCost(0.04, 0.0015),
-        "index": StageCost(0.05, 0.0),
-        "predict": StageCost(0.2, 0.067),
-        "certify": StageCost(7.5, 0.0),
-        "stitch": StageCost(0.5, 0.0005),
-        "detect": StageCost(1.0, 0.0005),
-    },
-)
-
-
 def slices(tasks: Sequence[int], costs_s: Sequence[float], *, target_s: float) -> list[tuple[int, int]]:
     """Cut tasks into slices of about so much work, the largest first.
 
@@ -91,13 +71,13 @@ def _runs(tasks: Sequence[int], costs_s: Sequence[float], target_s: float) -> It
         yield held, (lo, hi)
 
 
-def costs_of(root: Path) -> Costs:
+def costs_of(root: Path, rough: Costs) -> Costs:
     """Return what tasks cost here, as it was measured in this folder; rough values where it was not."""
     path = root / COSTS
-    return read_costs(path) if path.exists() else ROUGH
+    return read_costs(path, rough) if path.exists() else rough
 
 
-def read_costs(path: Path) -> Costs:
+def read_costs(path: Path, rough: Costs) -> Costs:
     """Read measured costs.
 
     Raises:
@@ -106,7 +86,7 @@ def read_costs(path: Path) -> Costs:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         measured = {stage: StageCost(**cost) for stage, cost in found.pop("stages").items()}
-        return Costs(**found, stages={**ROUGH.stages, **measured})
+        return Costs(**found, stages={**rough.stages, **measured})
     except OSError as error:
         raise faults.unreadable(error, "it", "give a costs.json of wsiflow", path=path) from error
     except (ValueError, TypeError, KeyError) as error:

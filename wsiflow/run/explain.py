@@ -7,7 +7,8 @@ from wsiflow.errors import InputError
 from wsiflow.plan import plan
 from wsiflow.plan.plan import Plan
 from wsiflow.run import trace
-from wsiflow.run.stages import line
+from wsiflow.run.stages.line import STAGES
+from wsiflow.run.stages.stage import Stage
 from wsiflow.system import publish
 
 
@@ -34,11 +35,11 @@ def explain(root: Path, words: Sequence[str]) -> Iterator[str]:
         yield from _attempts(root, "", name, "")
         return
     slides = [index for index, planned in enumerate(made.slides) if planned.slide_id == name]
-    if not slides or (stage and stage not in line.LINE):
-        remedy = f"give a stage ({', '.join(line.LINE)}), a slide, and a group, as in trace.csv; or a slide"
+    if not slides or (stage and stage not in STAGES):
+        remedy = f"give a stage ({', '.join(STAGES)}), a slide, and a group, as in trace.csv; or a slide"
         raise InputError(f"there is no task {' '.join(words)!r}", remedy, path=root)
     yield from _slide(made, slides[0])
-    for each in [stage] if stage else line.LINE:
+    for each in [STAGES[stage]] if stage else STAGES.values():
         yield from _stage(root, made, each, slides[0], number)
     yield from _attempts(root, stage, name, number)
 
@@ -50,33 +51,35 @@ def _slide(made: Plan, slide: int) -> Iterator[str]:
     yield f"planned: {counts}, key {planned.key[:12]}"
 
 
-def _stage(root: Path, made: Plan, stage: str, slide: int, number: str) -> Iterator[str]:
+def _stage(root: Path, made: Plan, stage: Stage, slide: int, number: str) -> Iterator[str]:
     """Yield a line for each file a stage publishes for a slide; many of a kind are counted."""
-    indices = made.tasks_of(stage, slide)
+    indices = stage.tasks_of(made, slide)
     if number:
-        found = [index for index in indices if str(made.task(stage, index).group) == number]
+        found = [index for index in indices if str(stage.task(made, index).group) == number]
         if not found:
-            raise InputError(f"{stage} has no task {number} of this slide", f"it has 1 to {len(indices)}", path=root)
+            raise InputError(
+                f"{stage.name} has no task {number} of this slide", f"it has 1 to {len(indices)}", path=root
+            )
         yield from _file(root, made, stage, found[0])
     elif len(indices) == 1:
         yield from _file(root, made, stage, indices[0])
     else:
-        there = sum(publish.is_there(root, line.product(made, stage, index)) for index in indices)
-        yield f"{stage}: {there} of {len(indices)} published"
+        there = sum(publish.is_there(root, stage.product_of(made, index)) for index in indices)
+        yield f"{stage.name}: {there} of {len(indices)} published"
 
 
-def _file(root: Path, made: Plan, stage: str, index: int) -> Iterator[str]:
-    name = line.product(made, stage, index)
+def _file(root: Path, made: Plan, stage: Stage, index: int) -> Iterator[str]:
+    name = stage.product_of(made, index)
     receipt = publish.read_receipt(root, name)
     if receipt is None:
-        due = line.is_due(made, stage, made.task(stage, index).slide)
-        yield f"{stage}: {name} is not published{'' if due else ', and is not asked for'}"
+        due = stage.is_due(made, stage.task(made, index).slide)
+        yield f"{stage.name}: {name} is not published{'' if due else ', and is not asked for'}"
         return
     gone = "" if (root / name).exists() else ", and was deleted since"
-    yield f"{stage}: {name} published {receipt['ended']} on {receipt['host']}, {receipt['wall_s']:.1f} s{gone}"
+    yield f"{stage.name}: {name} published {receipt['ended']} on {receipt['host']}, {receipt['wall_s']:.1f} s{gone}"
     yield f"  key {receipt['key'][:12]}, SHA-256 {receipt['sha256'][:12]}, {receipt['bytes']} bytes"
-    if stage == "predict":
-        wanted = plan.task_key(root, made, made.task(stage, index))
+    if stage.unit == "group":
+        wanted = stage.key_of(root, made, index)
         if wanted != receipt["key"]:
             yield f"  its key is not the planned one ({wanted[:12]}): it was made for other inputs or settings"
         yield f"  numeric class {' '.join(f'{k}={v}' for k, v in receipt['numeric_class'].items())}"

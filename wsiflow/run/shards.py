@@ -14,13 +14,14 @@ from wsiflow.plan.plan import Plan
 from wsiflow.run import ledger, trace
 from wsiflow.run.cases import check_model, read_cases, write_cases
 from wsiflow.run.config import RunConfig
-from wsiflow.run.costs import COSTS, ROUGH, costs_of, slices
+from wsiflow.run.costs import COSTS, costs_of, slices
 from wsiflow.run.executor.protocol import Executor, Outcome, Slice
-from wsiflow.run.stages import certify, ingest, work
-from wsiflow.run.stages import line as stages
+from wsiflow.run.stages import certify, extract, ingest, stain, work
 from wsiflow.run.stages.calibrate import calibration_slides
 from wsiflow.run.stages.choose import choice_key, is_chosen, surprise
+from wsiflow.run.stages.line import ROUGH, STAGES, names_of
 from wsiflow.run.stages.network import calibration
+from wsiflow.run.stages.stage import Stage
 from wsiflow.slides.manifest import DatasetParams, load_dataset
 from wsiflow.slides.synthetic.dataset import write_dataset, write_like
 from wsiflow.slides.synthetic.tissue import UM_PX
@@ -30,7 +31,6 @@ from wsiflow.system import publish
 SIDE_BY_SIDE = 64
 
 _SHARDS_WANTED = 40
-_BULK = {"extract", "predict"}
 # Where an executor tells of a worker that could not say anything itself.
 _OF_WORKERS = "free memory or use fewer workers, or see what ended it; then run again"
 _KINDS = {kind.exit_code: kind for kind in (InputError, EnvironmentFault, IntegrityError)}
@@ -145,7 +145,7 @@ def calibrate(pool: Executor, plan_path: Path, slice_s: float) -> Progress:
     if publish.done(plan_path.parent, *quantised) is not None:
         return Progress(())
     progress = Progress(tuple(calibration_slides(made)))
-    for stage in ("stain", "extract"):  # the pixels it looks at are those the network will see
+    for stage in (stain.STAGE, extract.EXTRACT):  # the pixels it looks at are those the network will see
         progress = advance(pool, plan_path, stage, progress, slice_s)
     once(pool, plan_path, "calibrate", quantised.key)
     return progress
@@ -247,12 +247,12 @@ def line(pool: Executor, plan_path: Path, shard: Sequence[int], slice_s: float) 
         slice_s: Seconds of work to hand out at once.
     """
     progress = Progress(tuple(shard))
-    for stage in stages.LINE:
+    for stage in STAGES.values():
         progress = advance(pool, plan_path, stage, progress, slice_s)
     return progress
 
 
-def advance(pool: Executor, plan_path: Path, stage: str, progress: Progress, slice_s: float) -> Progress:
+def advance(pool: Executor, plan_path: Path, stage: Stage, progress: Progress, slice_s: float) -> Progress:
     """Take the good slides of a shard through one stage: what is published already is not handed out again."""
     root, made = plan_path.parent, plan.read(plan_path)
     keys = {index: _key(root, made, stage, index) for index in _tasks(root, made, stage, progress.slides)}
@@ -262,18 +262,18 @@ def advance(pool: Executor, plan_path: Path, stage: str, progress: Progress, sli
         if (receipt := _published(root, made, stage, index, key)) is not None
     }
     lacking = [index for index in keys if index not in found]
-    costs = costs_of(root)
-    seconds = [costs.task_s(stage, units(made, stage, index)) for index in lacking]
+    costs = costs_of(root, ROUGH)
+    seconds = [costs.task_s(stage.name, units(made, stage, index)) for index in lacking]
     cuts = [Slice(*span) for span in slices(lacking, seconds, target_s=slice_s)]
-    ended = [Ended(stage, index, receipt["attempt"], executed=False) for index, receipt in found.items()]
+    ended = [Ended(stage.name, index, receipt["attempt"], executed=False) for index, receipt in found.items()]
     failed = set()
-    for ran in pool.run(work.run_slice, plan_path, stage, cuts):
-        outcome, task = _checked(ran, stage, keys[ran.task]), made.task(stage, ran.task)
-        trace.note(root, stage, made.slides[task.slide].slide_id, task.group, outcome)
+    for ran in pool.run(work.run_slice, plan_path, stage.name, cuts):
+        outcome, task = _checked(ran, stage.name, keys[ran.task]), stage.task(made, ran.task)
+        trace.note(root, stage.name, made.slides[task.slide].slide_id, task.group, outcome)
         if outcome.retried:
             continue
         attempt = outcome.receipt["attempt"] if outcome.receipt else ""
-        ended.append(Ended(stage, outcome.task, attempt, outcome.executed, outcome.error, outcome.exit_code))
+        ended.append(Ended(stage.name, outcome.task, attempt, outcome.executed, outcome.error, outcome.exit_code))
         if outcome.receipt is None:
             failed.add(task.slide)
     return Progress(tuple(index for index in progress.slides if index not in failed), progress.ended + tuple(ended))
@@ -300,24 +300,24 @@ def advise(pool: Executor, plan_path: Path) -> Iterator[str]:
         yield f"advice     {told}"
 
 
-def units(made: Plan, stage: str, index: int) -> int:
+def units(made: Plan, stage: Stage, index: int) -> int:
     """Return how many tissue tiles a task of a stage works on."""
-    slide = made.task(stage, index).slide
-    return round(made.slides[slide].n_tiles / max(1, len(made.tasks_of(stage, slide))))
+    slide = stage.task(made, index).slide
+    return round(made.slides[slide].n_tiles / max(1, len(stage.tasks_of(made, slide))))
 
 
-def _tasks(root: Path, made: Plan, stage: str, slides: Sequence[int]) -> list[int]:
+def _tasks(root: Path, made: Plan, stage: Stage, slides: Sequence[int]) -> list[int]:
     """Return the tasks of a stage for some slides, rising."""
-    wanted = [index for index in sorted(slides) if stages.is_due(made, stage, index)]
-    if stage in stages.STORES:  # pixels are only for scores and certificates that are still to be made
+    wanted = [index for index in sorted(slides) if stage.is_due(made, index)]
+    if stage.serves_scores:  # pixels are only for scores and certificates that are still to be made
         wanted = [index for index in wanted if not _is_scored(root, made, index)]
-    return [task for index in wanted for task in made.tasks_of(stage, index)]
+    return [task for index in wanted for task in stage.tasks_of(made, index)]
 
 
-def _key(root: Path, made: Plan, stage: str, index: int) -> str:
+def _key(root: Path, made: Plan, stage: Stage, index: int) -> str:
     """Return the key that the plan asks a task for; empty where that follows from files that are gone."""
     try:
-        return stages.key(root, made, stage, index)
+        return stage.key_of(root, made, index)
     except IntegrityError:
         return ""  # the task itself tells what is missing
 
@@ -333,22 +333,22 @@ def _checked(outcome: Outcome, stage: str, key: str) -> Outcome:
     return outcome._replace(receipt=None, error=str(error), exit_code=error.exit_code)
 
 
-def _published(root: Path, made: Plan, stage: str, index: int, key: str) -> publish.Receipt | None:
+def _published(root: Path, made: Plan, stage: Stage, index: int, key: str) -> publish.Receipt | None:
     """Return the receipt of what a task publishes, where all of it is published under the plan's key and whole.
 
-    Bulk files are only looked at: whoever reads them compares every byte with its receipt or checksum.
+    Some are only looked at, see `Stage.verified`.
     """
-    name = stages.product(made, stage, index)
+    slide = stage.task(made, index).slide
     try:
-        receipt = publish.read_receipt(root, name)
+        receipt = publish.read_receipt(root, stage.product_of(made, index))
         if receipt is not None and receipt["key"] != key:
             return None
-        if not all(publish.is_there(root, each) for each in (name, *stages.beside(made, stage, index))):
+        if not all(publish.is_there(root, name) for name in names_of(stage, made, slide, index)):
             return None
-        if receipt is not None and stage not in _BULK:
+        if receipt is not None and stage.verified == "hash":
             publish.check(root, receipt)
-            if stage == "certify" and not certify.passes(root, made, index):
-                return None
+        if not stage.is_good(root, made, slide):
+            return None
     except (IntegrityError, OSError):
         return None  # the task itself tells what is wrong
     return receipt

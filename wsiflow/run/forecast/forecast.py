@@ -13,7 +13,8 @@ from wsiflow.run.config import RunConfig
 from wsiflow.run.costs import Costs
 from wsiflow.run.forecast import simulation
 from wsiflow.run.forecast.simulation import Cluster, Forecast, Sizes, Tasks
-from wsiflow.run.stages import line, measure
+from wsiflow.run.stages import measure
+from wsiflow.run.stages.line import LOADING, STAGES
 from wsiflow.system import publish, tables
 from wsiflow.system.machine import allocated_cores
 
@@ -74,16 +75,16 @@ def count(plan_path: Path, config: RunConfig) -> Counted:
     """Count what a plan asks for, and what of it is published."""
     root, made = plan_path.parent, plan.read(plan_path)
     slides: list[Tasks] = []
-    tasks, done = dict.fromkeys(line.LINE, 0), dict.fromkeys(line.LINE, 0)
+    tasks, done = dict.fromkeys(STAGES, 0), dict.fromkeys(STAGES, 0)
     for slide in range(len(made.slides)):
-        due = {stage: made.tasks_of(stage, slide) for stage in line.LINE if line.is_due(made, stage, slide)}
-        lacking: Tasks = {}
-        for stage, places in due.items():
-            left = [place for place in places if not publish.is_there(root, line.product(made, stage, place))]
-            tasks[stage] += len(places)
-            done[stage] += len(places) - len(left)
-            lacking[stage] = {place: shards.units(made, stage, place) for place in left}
-        slides.append(lacking)
+        missing: Tasks = {}
+        for stage in (stage for stage in STAGES.values() if stage.is_due(made, slide)):
+            places = stage.tasks_of(made, slide)
+            left = [place for place in places if not publish.is_there(root, stage.product_of(made, place))]
+            tasks[stage.name] += len(places)
+            done[stage.name] += len(places) - len(left)
+            missing[stage.name] = {place: shards.units(made, stage, place) for place in left}
+        slides.append(missing)
     return Counted(
         slides,
         [planned.n_tiles for planned in made.slides],
@@ -113,8 +114,8 @@ def _bytes(pixels: float, compression: str, cells: int, tiles: int, groups: int)
 
 
 def _files(tasks: Mapping[str, int]) -> int:
-    """Return how many files the tasks leave, each with its receipt: a heatmap comes with two pictures."""
-    return 2 * (sum(tasks.values()) + 2 * tasks["detect"])
+    """Return how many files the tasks leave, each with its receipt."""
+    return 2 * sum(count * (1 + len(STAGES[stage].beside)) for stage, count in tasks.items())
 
 
 def _stitching_mb(made: Plan) -> int:
@@ -135,12 +136,17 @@ def count_table(config: RunConfig, path: Path, share: float) -> Counted:
     stored = config.store.kind == "hdf5"
     sizes = Sizes(
         config.tiles.group_tiles,
-        max(1, config.store.part_tiles // config.tiles.group_tiles) * config.tiles.group_tiles if stored else 0,
-        stained=config.stain.method != "none",
-        certified=config.dense.windows > 0,
+        max(1, config.store.part_tiles // config.tiles.group_tiles) * config.tiles.group_tiles,
     )
-    found = [simulation.slide_tasks(count, sizes) for count in tiles]
-    tasks = {stage: sum(len(slide[stage]) for slide in found) for stage in line.LINE}
+    asked = {
+        "stain": config.stain.method != "none",
+        "extract": stored,
+        "index": stored,
+        "certify": config.dense.windows > 0,
+    }
+    units = {stage.name: stage.unit for stage in STAGES.values() if asked.get(stage.name, True)}
+    found = [simulation.slide_tasks(count, units, sizes) for count in tiles]
+    tasks = {stage: sum(len(slide.get(stage, ())) for slide in found) for stage in STAGES}
     cells = sum(tiles) * (config.tiles.tile_px // config.inference.stride) ** 2
     pixels = _READ_SHARE * sum(tiles) * config.tiles.tile_px**2 if stored else 0
     scratch = _bytes(pixels, config.store.compression, cells, sum(tiles), tasks["predict"])
@@ -170,7 +176,7 @@ def forecast(counted: Counted, costs: Costs, config: RunConfig, cluster: Cluster
     cuts = shards.cut(counted.tiles, config.shard_slides)
     parts = [[counted.slides[index] for index in part] for part in cuts]
     return simulation.simulate(
-        [simulation.shard(part, costs, target_s=config.executor.slice_s) for part in parts], cluster
+        [simulation.shard(part, costs, loading=LOADING, target_s=config.executor.slice_s) for part in parts], cluster
     )
 
 

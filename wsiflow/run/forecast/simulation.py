@@ -16,16 +16,14 @@ import heapq
 import itertools
 import math
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from wsiflow.plan.plan import Unit
 from wsiflow.run.costs import Costs, first_of, slices
-
-#: Stages whose tasks need the network.
-LOADING = frozenset({"calibrate", "predict", "certify"})
 
 
 class Share(NamedTuple):
@@ -40,8 +38,8 @@ class Share(NamedTuple):
     tasks: int
 
 
-class Stage(NamedTuple):
-    """What a shard does between two barriers.
+class Step(NamedTuple):
+    """What a shard does between two barriers: its part of a stage.
 
     Attributes:
         name: Its name.
@@ -57,7 +55,7 @@ class Stage(NamedTuple):
     first_s: float = 0.0
 
 
-Shard = Sequence[Stage]
+Shard = Sequence[Step]
 """Stages, one after another."""
 
 
@@ -69,30 +67,24 @@ class Sizes(NamedTuple):
     """How a slide of which only the tissue tiles are known is cut.
 
     Attributes:
-        group_tiles: Tissue tiles of a group, the task of ``predict``.
-        part_tiles: Tissue tiles of a part, the task of ``extract``; 0: there is no such stage.
-        stained: Whether colours are measured.
-        certified: Whether slides have a certificate.
+        group_tiles: Tissue tiles of a group.
+        part_tiles: Tissue tiles of a part.
     """
 
     group_tiles: int
     part_tiles: int
-    stained: bool
-    certified: bool
 
 
-def slide_tasks(tiles: int, sizes: Sizes) -> dict[str, list[int]]:
-    """Return the tissue tiles of each task of a slide, by stage, in the order of the line."""
-    parts = _parts(tiles, sizes.part_tiles) if sizes.part_tiles else []
-    return {
-        "stain": [tiles] * sizes.stained,
-        "extract": parts,
-        "index": [tiles] * bool(parts),
-        "predict": _parts(tiles, sizes.group_tiles),
-        "certify": [tiles] * sizes.certified,
-        "stitch": [tiles],
-        "detect": [tiles],
-    }
+def slide_tasks(tiles: int, stages: Mapping[str, Unit], sizes: Sizes) -> dict[str, list[int]]:
+    """Return the tissue tiles of each task of a slide, by stage.
+
+    Args:
+        tiles: Tissue tiles of the slide.
+        stages: What one task of each stage works on, in the order of the line.
+        sizes: How the slide is cut.
+    """
+    most = {"group": sizes.group_tiles, "part": sizes.part_tiles}
+    return {name: _parts(tiles, most[unit]) if unit in most else [tiles] for name, unit in stages.items()}
 
 
 def _parts(tiles: int, most: int) -> list[int]:
@@ -115,24 +107,26 @@ def numbered(slides: Sequence[Mapping[str, Sequence[int]]]) -> list[Tasks]:
     return found
 
 
-def shard(slides: Sequence[Tasks], costs: Costs, *, target_s: float) -> list[Stage]:
+def shard(slides: Sequence[Tasks], costs: Costs, *, loading: Collection[str], target_s: float) -> list[Step]:
     """Return a shard for `simulate`, cut into slices as a run cuts it.
 
     Args:
         slides: The tasks of its slides, stages in the order of the line.
         costs: What tasks cost.
+        loading: Stages whose tasks need the network.
         target_s: Work of a slice, 0: every task is one.
     """
-    return [_stage(name, slides, costs, target_s) for name in dict.fromkeys(name for tasks in slides for name in tasks)]
+    names = dict.fromkeys(name for tasks in slides for name in tasks)
+    return [_step(name, slides, costs, target_s)._replace(loads=name in loading) for name in names]
 
 
-def _stage(name: str, slides: Sequence[Tasks], costs: Costs, target_s: float) -> Stage:
+def _step(name: str, slides: Sequence[Tasks], costs: Costs, target_s: float) -> Step:
     works = {place: costs.task_s(name, tiles) for tasks in slides for place, tiles in tasks.get(name, {}).items()}
     places = sorted(works)
     spans = slices(places, [works[place] for place in places], target_s=target_s)
     shares = [Share(sum(works[place] for place in range(lo, hi)), hi - lo) for lo, hi in spans]
     first = costs.stages.get(first_of(name))
-    return Stage(name, tuple(shares), name in LOADING, first.fixed_s if first else 0.0)
+    return Step(name, tuple(shares), first_s=first.fixed_s if first else 0.0)
 
 
 class Cluster(NamedTuple):

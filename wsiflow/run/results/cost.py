@@ -17,9 +17,9 @@ import math
 from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
-Receipt = Mapping[str, Any]
+from wsiflow.run.stages.line import STEPS
 
-STEPS = ("read", "stain", "infer", "certify", "write", "stitch")
+Receipt = Mapping[str, Any]
 
 
 def summarise(

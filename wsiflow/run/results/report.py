@@ -17,17 +17,12 @@ import numpy as np
 from wsiflow import redaction
 from wsiflow.evaluation import froc
 from wsiflow.heatmap.overlay import thumbnail
-from wsiflow.run.results import cost, page
+from wsiflow.run.results import page
+from wsiflow.run.stages.line import STEPS
 
 # Colours that keep their order in grey and for colour-blind readers.
-_STEP_COLOURS = {
-    "read": "#9ecae1",
-    "stain": "#c994c7",
-    "infer": "#1f5f99",
-    "certify": "#e6a04b",
-    "write": "#bdbdbd",
-    "stitch": "#74a765",
-}
+_COLOURS = ("#c994c7", "#9ecae1", "#bdbdbd", "#1f5f99", "#e6a04b", "#74a765")
+_STEP_COLOURS = dict(zip(STEPS, itertools.cycle(_COLOURS), strict=False))
 # Twice the size shown, for fine screens.
 _THUMBNAIL_PX = 240
 # A page with more is too large for a browser.
@@ -177,7 +172,7 @@ def _rates(metrics: Mapping[str, float]) -> str:
 
 
 def _cost(metrics: Mapping[str, float]) -> str:
-    spent = {step: metrics[f"cost.{step}_core_s"] for step in cost.STEPS if metrics[f"cost.{step}_core_s"] > 0}
+    spent = {step: metrics[f"cost.{step}_core_s"] for step in STEPS if metrics[f"cost.{step}_core_s"] > 0}
     total = sum(spent.values())
     if not total:
         return page.section("Cost", "<p>No step was timed in the run that wrote these scores.</p>\n")

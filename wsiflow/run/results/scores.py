@@ -19,7 +19,8 @@ from wsiflow.run.cases import read_cases
 from wsiflow.run.config import RunConfig
 from wsiflow.run.results import report
 from wsiflow.run.results.status import FORMER, Status
-from wsiflow.run.stages import line
+from wsiflow.run.stages import detect, stitch
+from wsiflow.run.stages.stage import Stage
 from wsiflow.slides.manifest import Case
 from wsiflow.system import publish, tables
 from wsiflow.system.faults import unreadable
@@ -81,7 +82,7 @@ def _scores_key(
 ) -> str:
     return publish.key_of(
         settings=made.settings,
-        detections=[published_receipt(root, made, "detect", i)["sha256"] for i in slides.values()],
+        detections=[published_receipt(root, made, detect.STAGE, i)["sha256"] for i in slides.values()],
         truth=[[slide_id, *truth[slide_id]] for slide_id in slides],
         patients=[cases[slide_id].patient_id for slide_id in slides],  # whose slides are drawn together
     )
@@ -124,9 +125,9 @@ def read_metrics(path: Path) -> dict[str, float]:
 
 def _found(root: Path, made: Plan, index: int, case: Case, config: RunConfig) -> evaluate.Evidence:
     """Return what one slide is scored by; its score is the highest probability on its heatmap."""
-    detections = read_detections(root / line.product(made, "detect", index))
+    detections = read_detections(root / detect.STAGE.product_of(made, index))
     return evidence(
-        made.slides[index], case, config, detections, published_receipt(root, made, "stitch", index)["score"]
+        made.slides[index], case, config, detections, published_receipt(root, made, stitch.STAGE, index)["score"]
     )
 
 
@@ -175,10 +176,10 @@ def _truth_sha256(cases: Sequence[Case], config: RunConfig) -> tuple[dict[str, l
     return found, faults
 
 
-def published_receipt(root: Path, made: Plan, stage: str, index: int) -> publish.Receipt:
+def published_receipt(root: Path, made: Plan, stage: Stage, index: int) -> publish.Receipt:
     """Return the receipt of what a task has published, which must be what the plan asks for."""
-    name = line.product(made, stage, index)
-    receipt, wanted = receipt_of(root, name), line.key(root, made, stage, index)
+    name = stage.product_of(made, index)
+    receipt, wanted = receipt_of(root, name), stage.key_of(root, made, index)
     if receipt["key"] != wanted:
         cause = f"it was published under the key {receipt['key'][:12]}, and the plan asks for {wanted[:12]}"
         raise IntegrityError(cause, "choose another out= folder", path=root / name)

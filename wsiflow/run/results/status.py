@@ -9,6 +9,7 @@ from wsiflow.plan.plan import Plan
 from wsiflow.run.config import RunConfig
 from wsiflow.run.results import cost
 from wsiflow.run.shards import Ended, named
+from wsiflow.run.stages.line import STAGES, STEPS
 from wsiflow.system import publish, tables
 
 OWN_TABLE = ("a table of the run", "run again")
@@ -48,11 +49,11 @@ def slide_statuses(made: Plan, ended: Sequence[Ended]) -> list[Status]:
     failures: dict[int, Ended] = {}
     attempts: dict[int, int] = {}
     for item in ended:
-        index = made.task(item.stage, item.task).slide
+        index = STAGES[item.stage].task(made, item.task).slide
         attempts[index] = attempts.get(index, 0) + item.executed
     for item in {(item.stage, item.task): item for item in ended}.values():  # a later try of a task is what counts
         if not item.attempt:
-            failures.setdefault(made.task(item.stage, item.task).slide, item)
+            failures.setdefault(STAGES[item.stage].task(made, item.task).slide, item)
     rows = []
     for index, planned in enumerate(made.slides):
         failure = failures.get(index)
@@ -78,7 +79,7 @@ def process_list(statuses: Sequence[Status], receipts: Sequence[publish.Receipt]
     """Return ``process_list.csv``: a row per slide, its times summed over everything published for it."""
     seconds = cost.seconds_by_slide(receipts)
     columns = ["slide_id", "status", "reason", "n_tiles", "n_groups", "attempts"]
-    timed = [f"seconds_{step}" for step in (*cost.STEPS, "wall", "cpu")]
+    timed = [f"seconds_{step}" for step in (*STEPS, "wall", "cpu")]
     rows = [
         {name: getattr(status, name) for name in columns}
         | {name: f"{value:.3f}" for name, value in seconds.get(status.slide_id, {}).items()}

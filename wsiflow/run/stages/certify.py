@@ -23,9 +23,12 @@ from wsiflow.plan.blocks import Block, window_corners_px
 from wsiflow.plan.geometry import Frame
 from wsiflow.plan.plan import Plan, SlidePlan, Task
 from wsiflow.run import store
+from wsiflow.run.costs import StageCost
+from wsiflow.run.stages import predict
 from wsiflow.run.stages.network import check_numeric_class, planned_choice, planned_classifier, scorer_for
 from wsiflow.run.stages.pixels import planned_blocks
 from wsiflow.run.stages.predict import prediction_name, published
+from wsiflow.run.stages.stage import Stage
 from wsiflow.system import publish, usage
 from wsiflow.system.provenance import facts, thread_count
 from wsiflow.system.usage import untimed
@@ -319,3 +322,21 @@ def summary(root: Path, made: Plan, slides: Sequence[SlidePlan]) -> tuple[list[d
         pooled = {side: [score for part in parts for score in part[side]] for side in ("scores", "expected")}
         metrics |= {f"{names[kind]}.{name}": float(value) for name, value in comparison(pooled)._asdict().items()}
     return rows, metrics
+
+
+def _key(root: Path, made: Plan, task: Task) -> str:
+    return certificate_key(made, made.slides[task.slide], predict.STAGE.published(root, made, task.slide))
+
+
+STAGE = Stage(
+    name="certify",
+    unit="slide",
+    work=certify,
+    product=lambda made, task: certificate_name(made.slides[task.slide]),
+    key=_key,
+    cost=StageCost(7.5, 0.0),
+    steps=("certify",),
+    is_due=lambda made, _slide: is_needed(made),
+    is_good=passes,
+    loads_network=True,
+)

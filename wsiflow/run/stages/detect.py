@@ -7,11 +7,14 @@ from numpy.typing import NDArray
 
 from wsiflow.evaluation.detections import format_detections
 from wsiflow.heatmap import files, lesions
+from wsiflow.heatmap.lesions import LesionParams
 from wsiflow.heatmap.overlay import overlay_png
 from wsiflow.plan import geometry, plan
-from wsiflow.plan.plan import Plan, SlidePlan
-from wsiflow.run.stages import line
+from wsiflow.plan.plan import Plan, Task
+from wsiflow.run.costs import StageCost
+from wsiflow.run.stages import stitch
 from wsiflow.run.stages.pixels import open_planned
+from wsiflow.run.stages.stage import Stage
 from wsiflow.run.stages.stitch import cell_um, make_room
 from wsiflow.system import publish
 from wsiflow.system.provenance import facts
@@ -26,18 +29,18 @@ def detect(source: Path, index: int) -> tuple[publish.Receipt, bool]:
     """
     made = plan.read(source)
     root, planned = source.parent, made.slides[index]
-    name, key = f"detections/{planned.slide_id}.csv", line.key(root, made, "detect", index)
+    name, key = STAGE.product_of(made, index), STAGE.key_of(root, made, index)
     done = publish.done(root, name, key)
-    if done is not None and all(publish.at_hand(root, each, key) for each in line.picture_names(planned)):
+    if done is not None and all(publish.at_hand(root, each, key) for each in STAGE.beside_of(made, index)):
         return done, False
     make_room(planned.frame)
     if done is not None:  # pictures that were deleted are made again
-        _publish_pictures(root, planned, *_detected(root, made, index), key)
+        _publish_pictures(root, made, index, *_detected(root, made, index), key)
         return done, False
     with publish.publishing(root, name, key, facts("detections", planned.slide_id), publish.accept) as attempt:
         heat, l0 = _detected(root, made, index)
         with attempt.uncounted():
-            _publish_pictures(root, planned, heat, l0, key)
+            _publish_pictures(root, made, index, heat, l0, key)
         attempt.path.write_text(format_detections(l0), encoding="utf-8", newline="")
     return attempt.receipt, True
 
@@ -45,17 +48,17 @@ def detect(source: Path, index: int) -> tuple[publish.Receipt, bool]:
 def _detected(root: Path, made: Plan, index: int) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
     """Return a slide's heatmap, and the detections on it: prob, x, y in level-0 px."""
     frame = made.slides[index].frame
-    heat, _ = files.read_heatmap(root / line.product(made, "stitch", index))
-    found = lesions.detect(heat, line.lesion_params(made), cell_um=cell_um(frame))
+    heat, _ = files.read_heatmap(root / stitch.STAGE.product_of(made, index))
+    found = lesions.detect(heat, _lesion_params(made), cell_um=cell_um(frame))
     return heat, np.column_stack([found[:, 0], geometry.l0_from_h(frame, found[:, 1:3])])
 
 
 def _publish_pictures(
-    root: Path, planned: SlidePlan, heat: NDArray[np.float32], detections: NDArray[np.float64], key: str
+    root: Path, made: Plan, index: int, heat: NDArray[np.float32], detections: NDArray[np.float64], key: str
 ) -> None:
     """Publish what people look at, as far as it is lacking: the pyramid of a heatmap for viewers, and its overlay."""
+    planned, (preview, overlay) = made.slides[index], STAGE.beside_of(made, index)
     receipt_facts = facts("overlay", planned.slide_id)
-    preview, overlay = line.picture_names(planned)
     if publish.at_hand(root, preview, key) is None:
         with publish.publishing(root, preview, key, receipt_facts, publish.accept) as attempt, attempt.timed("write"):
             files.write_preview(attempt.path, heat, um_px=cell_um(planned.frame))
@@ -74,3 +77,24 @@ def _publish_pictures(
             detections=detections / (1.0, downsample, downsample),
         )
         attempt.path.write_bytes(png)
+
+
+def _lesion_params(made: Plan) -> LesionParams:
+    return LesionParams.model_validate(made.settings["lesions"])
+
+
+def _key(root: Path, made: Plan, task: Task) -> str:
+    (heatmap,) = stitch.STAGE.published(root, made, task.slide)
+    return publish.key_of(heatmap=heatmap, lesions=_lesion_params(made).model_dump())
+
+
+STAGE = Stage(
+    name="detect",
+    unit="slide",
+    work=detect,
+    product=lambda made, task: f"detections/{made.slides[task.slide].slide_id}.csv",
+    key=_key,
+    cost=StageCost(1.0, 0.0005),
+    steps=("write",),
+    beside=("heatmaps/{slide}.preview.tif", "heatmaps/{slide}.png"),
+)

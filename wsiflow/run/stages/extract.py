@@ -5,11 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from wsiflow.plan import plan
-from wsiflow.plan.plan import SlidePlan
+from wsiflow.plan.plan import Plan, SlidePlan, Task
 from wsiflow.run import sharing, store
+from wsiflow.run.costs import StageCost
 from wsiflow.run.sharing import Place
-from wsiflow.run.stages import ingest, line
+from wsiflow.run.stages import ingest
 from wsiflow.run.stages.pixels import block_coord, block_size_px, open_planned, part_name, read_slide, timed_reads
+from wsiflow.run.stages.stage import Stage
 from wsiflow.system import publish
 from wsiflow.system.provenance import facts
 
@@ -17,11 +19,11 @@ from wsiflow.system.provenance import facts
 def extract(source: Path, index: int) -> tuple[publish.Receipt, bool]:
     """Read the blocks of a part of a slide and publish them as ``patches/<slide>/p<j>.h5``."""
     made = plan.read(source)
-    root, task = source.parent, made.task("extract", index)
+    root, task = source.parent, EXTRACT.task(made, index)
     planned, params = made.slides[task.slide], store.StoreParams.model_validate(made.work["store"])
     name, numbers = part_name(planned, task.group), made.part(*task)
     frame, cut = planned.frame, plan.read_cut(root, planned)
-    key = line.key(root, made, "extract", index)
+    key = EXTRACT.key_of(root, made, index)
     place = Place(ingest.shared_folder(root), root, name, key)
     done = sharing.done(place)
     if done is not None:
@@ -66,7 +68,7 @@ def link_patches(source: Path, index: int) -> tuple[publish.Receipt, bool]:
     made = plan.read(source)
     root, planned = source.parent, made.slides[index]
     parts = {part_name(planned, j): made.part(index, j) for j in range(1, made.n_parts(index) + 1)}
-    name, key = f"patches/{planned.slide_id}.h5", line.key(root, made, "index", index)
+    name, key = INDEX.product_of(made, index), INDEX.key_of(root, made, index)
     done = publish.at_hand(root, name, key)
     if done is not None:
         return done, False
@@ -76,3 +78,45 @@ def link_patches(source: Path, index: int) -> tuple[publish.Receipt, bool]:
         links = {f"{planned.slide_id}/{Path(part).name}": groups for part, groups in parts.items()}
         store.write_index(attempt.path, planned.frame, described, links)
     return attempt.receipt, True
+
+
+def _is_due(made: Plan, _slide: int) -> bool:
+    return bool(made.work["store"]["kind"] == "hdf5")
+
+
+def _part_key(root: Path, made: Plan, task: Task) -> str:
+    planned, params = made.slides[task.slide], store.StoreParams.model_validate(made.work["store"])
+    pixels = plan.pixels_key(planned, plan.read_cut(root, planned))
+    numbers = list(made.part(*task))
+    return publish.key_of(pixels=pixels, groups=numbers, compression=params.compression, loss=params.loss)
+
+
+EXTRACT = Stage(
+    name="extract",
+    unit="part",
+    work=extract,
+    product=lambda made, task: part_name(made.slides[task.slide], task.group),
+    key=_part_key,
+    cost=StageCost(0.04, 0.0015),
+    steps=("read", "write"),
+    is_due=_is_due,
+    verified="size",
+    serves_scores=True,
+)
+
+
+def _index_key(root: Path, made: Plan, task: Task) -> str:
+    return publish.key_of(slide=made.slides[task.slide].key, parts=EXTRACT.published(root, made, task.slide))
+
+
+INDEX = Stage(
+    name="index",
+    unit="slide",
+    work=link_patches,
+    product=lambda made, task: f"patches/{made.slides[task.slide].slide_id}.h5",
+    key=_index_key,
+    cost=StageCost(0.05, 0.0),
+    steps=("write",),
+    is_due=_is_due,
+    serves_scores=True,
+)

@@ -1,126 +1,50 @@
-"""The line's stages: their order, which of them a run asks for, and what their tasks publish under which key."""
+"""The line: its stages in order, each described in its own file, and what of them a run has done."""
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
 
-from wsiflow.errors import IntegrityError
-from wsiflow.heatmap.lesions import LesionParams
-from wsiflow.plan import plan
-from wsiflow.plan.plan import Plan, SlidePlan, Task
-from wsiflow.run import store
-from wsiflow.run.stages import certify, predict
-from wsiflow.run.stages.pixels import fit_key, fit_name, fits_slides, part_name, stain_params
+from wsiflow.plan.plan import Plan
+from wsiflow.run.costs import Costs, StageCost
+from wsiflow.run.stages import certify, detect, extract, predict, stain, stitch
+from wsiflow.run.stages.stage import Stage
 from wsiflow.system import publish
 
-#: Stages after the plan, in order.
-LINE = ("stain", "extract", "index", "predict", "certify", "stitch", "detect")
-
-#: Stages that hand pixels on, for runs that store them.
-STORES = frozenset({"extract", "index"})
-
-
-def is_due(made: Plan, stage: str, slide: int) -> bool:
-    """Tell whether the run's settings ask for a stage of a slide."""
-    if stage in STORES:
-        return bool(made.work["store"]["kind"] == "hdf5")
-    if stage == "stain":
-        return fits_slides(stain_params(made)) and made.slides[slide].n_tiles > 0
-    return stage != "certify" or certify.is_needed(made)
-
-
-def beside(made: Plan, stage: str, index: int) -> list[str]:
-    """Return the names of what a task publishes beside its product, for people to look at."""
-    return picture_names(made.slides[index]) if stage == "detect" else []
-
-
-def picture_names(planned: SlidePlan) -> list[str]:
-    """Return the names of the pictures of a slide's heatmap: the pyramid for viewers, and the overlay."""
-    return [f"heatmaps/{planned.slide_id}.preview.tif", f"heatmaps/{planned.slide_id}.png"]
-
-
-def product(made: Plan, stage: str, index: int) -> str:
-    """Return the name of the file that a task of a stage publishes, relative to the run's folder."""
-    task = made.task(stage, index)
-    planned = made.slides[task.slide]
-    names = {
-        "stain": fit_name(planned),
-        "extract": part_name(planned, task.group),
-        "index": f"patches/{planned.slide_id}.h5",
-        "predict": predict.prediction_name(made, task),
-        "certify": certify.certificate_name(planned),
-        "stitch": f"heatmaps/{planned.slide_id}.tif",
-        "detect": f"detections/{planned.slide_id}.csv",
-    }
-    return names[stage]
-
-
-def key(root: Path, made: Plan, stage: str, index: int) -> str:
-    """Return the key under which a task of a stage publishes its file: what decides the file's content.
-
-    Raises:
-        IntegrityError: The file is made of others of the run, and one of those is not published.
-    """
-    return _KEYS[stage](root, made, made.task(stage, index))
-
-
-def lesion_params(made: Plan) -> LesionParams:
-    """Return how the plan finds lesions on a heatmap."""
-    return LesionParams.model_validate(made.settings["lesions"])
-
-
-def _fit_key(root: Path, made: Plan, task: Task) -> str:
-    return fit_key(root, made.slides[task.slide], stain_params(made))
-
-
-def _part_key(root: Path, made: Plan, task: Task) -> str:
-    planned, params = made.slides[task.slide], store.StoreParams.model_validate(made.work["store"])
-    pixels = plan.pixels_key(planned, plan.read_cut(root, planned))
-    numbers = list(made.part(*task))
-    return publish.key_of(pixels=pixels, groups=numbers, compression=params.compression, loss=params.loss)
-
-
-def _index_key(root: Path, made: Plan, task: Task) -> str:
-    return publish.key_of(slide=made.slides[task.slide].key, parts=_published(root, made, "extract", task.slide))
-
-
-def _certificate_key(root: Path, made: Plan, task: Task) -> str:
-    return certify.certificate_key(made, made.slides[task.slide], _published(root, made, "predict", task.slide))
-
-
-def _heatmap_key(root: Path, made: Plan, task: Task) -> str:
-    return publish.key_of(slide=made.slides[task.slide].key, scores=_published(root, made, "predict", task.slide))
-
-
-def _detections_key(root: Path, made: Plan, task: Task) -> str:
-    heatmap = _published(root, made, "stitch", task.slide)[0]
-    return publish.key_of(heatmap=heatmap, lesions=lesion_params(made).model_dump())
-
-
-_KEYS: Mapping[str, Callable[[Path, Plan, Task], str]] = {
-    "stain": _fit_key,
-    "extract": _part_key,
-    "index": _index_key,
-    "predict": plan.task_key,
-    "certify": _certificate_key,
-    "stitch": _heatmap_key,
-    "detect": _detections_key,
+#: The stages after the plan, in order, by name.
+STAGES: dict[str, Stage] = {
+    stage.name: stage
+    for stage in (
+        stain.STAGE,
+        extract.EXTRACT,
+        extract.INDEX,
+        predict.STAGE,
+        certify.STAGE,
+        stitch.STAGE,
+        detect.STAGE,
+    )
 }
 
+#: Those whose tasks need the network.
+LOADING = frozenset(stage.name for stage in STAGES.values() if stage.loads_network)
 
-def _published(root: Path, made: Plan, stage: str, slide: int) -> list[str]:
-    """Return the SHA-256 of what a stage has published of a slide, as the receipts say, in the order of the tasks.
+#: What the seconds of receipts are told apart by.
+STEPS = tuple(dict.fromkeys(step for stage in STAGES.values() for step in stage.steps))
 
-    Raises:
-        IntegrityError: Something is missing.
-    """
-    names = [product(made, stage, index) for index in made.tasks_of(stage, slide)]
-    receipts = {name: publish.read_receipt(root, name) for name in names}
-    missing = next((name for name, receipt in receipts.items() if receipt is None), None)
-    if missing:
-        raise IntegrityError(f"{missing} was not published", "run again", slide=made.slides[slide].slide_id)
-    return [receipt["sha256"] for receipt in receipts.values() if receipt]
+# Of GoogLeNet at stride 16 in fp32 on one Zen 4 core. Measured: a tile of extract and of predict, and a certificate
+# (docs/performance.md). The rest is assumed, on the cautious side: start and load are at the upper end of what was seen
+# (docs/scaling.md, X3b), and what a task costs besides its tiles is what the demo's slides take.
+ROUGH = Costs(
+    start_s=4.0,
+    load_s=3.0,
+    spread=0.2,
+    stages={"ingest": StageCost(2.0, 0.0), **{stage.name: stage.cost for stage in STAGES.values()}},
+)
+
+
+def names_of(stage: Stage, made: Plan, slide: int, index: int) -> list[str]:
+    """Return the names of all that a task of a slide publishes."""
+    return [stage.product_of(made, index), *stage.beside_of(made, slide)]
 
 
 def census(root: Path, made: Plan) -> dict[str, tuple[int, int]]:
@@ -130,14 +54,14 @@ def census(root: Path, made: Plan) -> dict[str, tuple[int, int]]:
     """
     there = _listing(root)
     found = {}
-    for stage in LINE:
-        slides = (slide for slide in range(len(made.slides)) if is_due(made, stage, slide))
-        if stage in STORES:  # a slide without tissue may have no pixels to store
-            slides = (slide for slide in slides if made.slides[slide].n_tiles)
-        tasks = (task for slide in slides for task in made.tasks_of(stage, slide))
-        done = [all(map(there, [product(made, stage, task), *beside(made, stage, task)])) for task in tasks]
+    for stage in STAGES.values():
+        slides = [slide for slide in range(len(made.slides)) if stage.is_due(made, slide)]
+        if stage.serves_scores:  # a slide without tissue may have no pixels to store
+            slides = [slide for slide in slides if made.slides[slide].n_tiles]
+        tasks = [(slide, task) for slide in slides for task in stage.tasks_of(made, slide)]
+        done = [all(map(there, names_of(stage, made, slide, task))) for slide, task in tasks]
         if done:
-            found[stage] = (sum(done), len(done))
+            found[stage.name] = (sum(done), len(done))
     return found
 
 

@@ -14,7 +14,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,18 +24,18 @@ from wsiflow.errors import EnvironmentFault, InputError
 from wsiflow.plan import plan
 from wsiflow.plan.plan import Plan, SlideCut, SlidePlan
 from wsiflow.run.costs import COSTS, Costs, StageCost, first_of
-from wsiflow.run.stages import line, network
+from wsiflow.run.stages import network, predict
+from wsiflow.run.stages.calibrate import calibrate
+from wsiflow.run.stages.line import STAGES
+from wsiflow.run.stages.stage import Stage, Work
 from wsiflow.system import publish
 from wsiflow.system.provenance import thread_count
 
-Works = Mapping[str, Callable[[Path, int], tuple[publish.Receipt, bool]]]
-
 _SLIDES = 2
 _BLOCKS = (1, 4)
-_PER_TILE = {"extract", "predict"}
 _LEAST_CORE_S = 1e-6
-# The first prediction of this process, after the fresh worker's, loads the network; that is `load_s`.
-_LOADS = {"predict": 2, "certify": 0}
+# The first two of the stage that loads the network, that of a fresh worker and that of this process, are in `load_s`.
+_LOADS = 2
 _IMPORT = "import wsiflow.run.stages.work"
 _PREDICT = """
 import pathlib, sys, time
@@ -63,11 +63,10 @@ class Timed(NamedTuple):
     waited_s: float
 
 
-def measure(works: Works, source: Path, _index: int) -> tuple[publish.Receipt, bool]:
+def measure(source: Path, _index: int) -> tuple[publish.Receipt, bool]:
     """Take a few blocks of a run through every stage and write what tasks cost as ``costs.json``.
 
     Args:
-        works: What does the work of each stage.
         source: The run's plan.
 
     Raises:
@@ -77,7 +76,7 @@ def measure(works: Works, source: Path, _index: int) -> tuple[publish.Receipt, b
     made, root = plan.read(source), source.parent
     with publish.private_folder(root) as folder:
         small, weights = _small_plan(folder, root, made)
-        costs = _costs(works, small, weights, _shapes(root, made))
+        costs = _costs(small, weights, _shapes(root, made))
     values = costs._asdict() | {"stages": {stage: cost._asdict() for stage, cost in costs.stages.items()}}
     values["stages"]["ingest"] = StageCost(_ingest_s(root, made), 0.0)._asdict()
     publish.write_view(root, COSTS, json.dumps(values, indent=1, sort_keys=True).encode())
@@ -150,70 +149,62 @@ def _publish_slide(folder: Path, root: Path, slide: SlidePlan, cut: SlideCut, na
     )
 
 
-def _costs(works: Works, source: Path, weights: Sequence[Sequence[float]], shapes: int) -> Costs:
+def _costs(source: Path, weights: Sequence[Sequence[float]], shapes: int) -> Costs:
     """Take the small plan through the line and return what it cost."""
     made = plan.read(source)
     found: dict[str, list[Timed]] = {}
     fresh_s = 0.0
     start_s = min(_start_s() for _ in range(2))
     firsts: dict[str, list[Timed]] = {}
-    for stage in _due(made):
-        if stage == "predict":
+    due = [stage for stage in STAGES.values() if stage.is_due(made, 0)]
+    for stage in due:
+        if stage is predict.STAGE:
+            if made.work["choice"]["precision"] == "int8":
+                calibrate(source, 0)
             fresh_s = float(_fresh(_PREDICT, str(source), str(thread_count())))
             network.release()  # what `choose` has left
-        if stage == "calibrate":
-            works[stage](source, 0)
-            continue
-        firsts[stage], found[stage] = _timed_stage(works, stage, source, weights)
-    fitted = {stage: _fit(stage, timed) for stage, timed in found.items()}
-    for stage, times in (("predict", shapes / _shapes(source.parent, made)), ("certify", 1.0)):
-        if stage in fitted:  # shapes that were not seen before, and networks of its own
-            cost = fitted[stage]
-            seen = firsts[stage][_LOADS[stage] :]
-            more_s = [max(0.0, one.core_s - cost.fixed_s - cost.unit_s * one.tiles) for one in seen]
-            fitted[first_of(stage)] = StageCost(sum(more_s) * times, 0.0)
-    first_s = fitted["predict"].fixed_s * len(weights[0]) + fitted["predict"].unit_s * sum(weights[0])
-    return Costs(start_s, max(0.0, fresh_s - first_s), _spread(fitted["predict"], found["predict"]), fitted)
+        firsts[stage.name], found[stage.name] = _timed_stage(stage, source, weights)
+    fitted = {stage.name: _fit(stage, found[stage.name]) for stage in due}
+    for stage in due:
+        if stage.loads_network:  # shapes that were not seen before, and networks of its own
+            is_first, cost = stage is predict.STAGE, fitted[stage.name]
+            seen = firsts[stage.name][_LOADS if is_first else 0 :]
+            more_s = sum(max(0.0, one.core_s - cost.fixed_s - cost.unit_s * one.tiles) for one in seen)
+            fitted[first_of(stage.name)] = StageCost(
+                more_s * (shapes / _shapes(source.parent, made) if is_first else 1.0), 0.0
+            )
+    cost, timed = fitted[predict.STAGE.name], found[predict.STAGE.name]
+    first_s = cost.fixed_s * len(weights[0]) + cost.unit_s * sum(weights[0])
+    return Costs(start_s, max(0.0, fresh_s - first_s), _spread(cost, timed), fitted)
 
 
-def _due(made: Plan) -> Iterator[str]:
-    """Yield the stages that the run has, in order."""
-    for stage in line.LINE:
-        if stage == "predict" and made.work["choice"]["precision"] == "int8":
-            yield "calibrate"
-        if line.is_due(made, stage, 0):
-            yield stage
-
-
-def _timed_stage(
-    works: Works, stage: str, source: Path, weights: Sequence[Sequence[float]]
-) -> tuple[list[Timed], list[Timed]]:
+def _timed_stage(stage: Stage, source: Path, weights: Sequence[Sequence[float]]) -> tuple[list[Timed], list[Timed]]:
     """Do the tasks of a stage, and return what they took for the first time and again."""
     made, half = plan.read(source), len(weights) // 2
     found: list[list[Timed]] = []
     for slide, groups in enumerate(weights):
-        tasks = made.tasks_of(stage, slide)
+        tasks = stage.tasks_of(made, slide)
         each = groups if len(tasks) == len(groups) else [sum(groups) / len(tasks)] * len(tasks)
-        found.append([_timed(works, stage, source, task, tiles) for task, tiles in zip(tasks, each, strict=True)])
+        found.append([_timed(stage.work, source, task, tiles) for task, tiles in zip(tasks, each, strict=True)])
     first, again = found[:-half], found[-half:]
     return [one for slide in first for one in slide], [one for slide in again for one in slide]
 
 
-def _timed(works: Works, stage: str, source: Path, task: int, tiles: float) -> Timed:
+def _timed(work: Work, source: Path, task: int, tiles: float) -> Timed:
     clock, cpu = time.perf_counter(), time.process_time()
-    works[stage](source, task)
+    work(source, task)
     core_s = max(_LEAST_CORE_S, time.process_time() - cpu)  # a coarse clock may not move; costs are divided by it
     return Timed(tiles, core_s, max(0.0, time.perf_counter() - clock - core_s))
 
 
-def _fit(stage: str, timed: Sequence[Timed]) -> StageCost:
+def _fit(stage: Stage, timed: Sequence[Timed]) -> StageCost:
     """Return what a stage's tasks cost: least squares of relative errors, neither part below 0.
 
     To the core-seconds comes the least that any of the tasks waited: what it waits for a disk, and no other process.
     """
     waited_s = min(each.waited_s for each in timed)
     core_s = np.array([each.core_s for each in timed])
-    if stage not in _PER_TILE:
+    if stage.unit == "slide":
         return StageCost(float(core_s.mean()) + waited_s, 0.0)
     tiles = np.array([each.tiles for each in timed])
     weighed = np.column_stack([1 / core_s, tiles / core_s])

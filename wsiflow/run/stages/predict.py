@@ -1,12 +1,10 @@
-"""The stages that compute scores: how, once for a run (``choose``, ``calibrate``), and a group's (``predict``).
+"""The stage that computes the scores of a group (``predict``).
 
-Every stage has the form of `wsiflow.run.stages.work`. torch is imported where a stage needs it, in a worker whose
-threads are limited.
+torch is imported where a stage needs it, in a worker whose threads are limited.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,19 +14,18 @@ from wsiflow.plan import plan
 from wsiflow.plan.geometry import Frame
 from wsiflow.plan.plan import Plan, Task
 from wsiflow.run import store
+from wsiflow.run.costs import StageCost
 from wsiflow.run.stages.network import calibration, check_numeric_class, planned_choice, timed_scorer
 from wsiflow.run.stages.pixels import Colours, planned_blocks
+from wsiflow.run.stages.stage import Stage
 from wsiflow.system import publish
 from wsiflow.system.provenance import facts
-
-if TYPE_CHECKING:
-    pass
 
 
 def predict(source: Path, index: int) -> tuple[publish.Receipt, bool]:
     """Predict one group and publish ``predictions/<slide>/t<k>.h5``."""
     made = plan.read(source)
-    root, task = source.parent, made.task("predict", index)
+    root, task = source.parent, STAGE.task(made, index)
     planned = made.slides[task.slide]
     name, key = prediction_name(made, task), plan.task_key(root, made, task)
     done = publish.done(root, name, key)
@@ -92,3 +89,16 @@ def tile_coord(frame: Frame, cells: Sequence[tuple[int, int]]) -> NDArray[np.int
     return np.array([(c, r, round(c * side), round(r * side), round(side)) for c, r in cells], dtype=np.int64).reshape(
         -1, 5
     )
+
+
+STAGE = Stage(
+    name="predict",
+    unit="group",
+    work=predict,
+    product=prediction_name,
+    key=plan.task_key,
+    cost=StageCost(0.2, 0.067),
+    steps=("read", "stain", "infer", "write"),
+    verified="size",
+    loads_network=True,
+)

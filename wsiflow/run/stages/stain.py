@@ -10,11 +10,13 @@ from numpy.typing import NDArray
 
 from wsiflow.errors import InputError
 from wsiflow.plan import plan
-from wsiflow.plan.plan import SlidePlan
+from wsiflow.plan.plan import Plan, SlidePlan, Task
 from wsiflow.run import sharing
+from wsiflow.run.costs import StageCost
 from wsiflow.run.sharing import Place
-from wsiflow.run.stages import ingest, line
-from wsiflow.run.stages.pixels import fit_name, open_planned, stain_params
+from wsiflow.run.stages import ingest
+from wsiflow.run.stages.pixels import fit_key, fit_name, fits_slides, open_planned, stain_params
+from wsiflow.run.stages.stage import Stage
 from wsiflow.slides.stain import transfer
 from wsiflow.slides.stain.params import StainParams
 from wsiflow.slides.stain.pixels import sample, spread
@@ -43,7 +45,7 @@ def fit_stain(source: Path, index: int) -> tuple[publish.Receipt, bool]:
     made = plan.read(source)
     root, planned = source.parent, made.slides[index]
     params, name = stain_params(made), fit_name(planned)
-    key = line.key(root, made, "stain", index)
+    key = STAGE.key_of(root, made, index)
     place = Place(ingest.shared_folder(root), root, name, key)
     done = sharing.done(place)
     if done is not None:
@@ -61,3 +63,23 @@ def fit_stain(source: Path, index: int) -> tuple[publish.Receipt, bool]:
                 attempt.receipt["stain_failures"] = [(0, 0, f"the whole slide: {error.cause}")]
         attempt.path.write_text(json.dumps(found, sort_keys=True), encoding="utf-8")
     return attempt.receipt, True
+
+
+def _is_due(made: Plan, slide: int) -> bool:
+    return fits_slides(stain_params(made)) and made.slides[slide].n_tiles > 0
+
+
+def _key(root: Path, made: Plan, task: Task) -> str:
+    return fit_key(root, made.slides[task.slide], stain_params(made))
+
+
+STAGE = Stage(
+    name="stain",
+    unit="slide",
+    work=fit_stain,
+    product=lambda made, task: fit_name(made.slides[task.slide]),
+    key=_key,
+    cost=StageCost(2.0, 0.0),
+    steps=("stain",),
+    is_due=_is_due,
+)

@@ -10,9 +10,11 @@ from wsiflow.errors import IntegrityError
 from wsiflow.heatmap import assembly, files
 from wsiflow.plan import plan
 from wsiflow.plan.geometry import Frame
-from wsiflow.plan.plan import Task
+from wsiflow.plan.plan import Plan, Task
 from wsiflow.run import store
-from wsiflow.run.stages import line, network, predict
+from wsiflow.run.costs import StageCost
+from wsiflow.run.stages import network, predict
+from wsiflow.run.stages.stage import Stage
 from wsiflow.system import publish
 from wsiflow.system.provenance import facts
 
@@ -30,7 +32,7 @@ def stitch(source: Path, index: int) -> tuple[publish.Receipt, bool]:
     tasks = [Task(index, k) for k in range(1, planned.n_groups + 1)]
     for task in tasks:
         predict.published(root, made, task)
-    name, key = f"heatmaps/{planned.slide_id}.tif", line.key(root, made, "stitch", index)
+    name, key = STAGE.product_of(made, index), STAGE.key_of(root, made, index)
     done = publish.done(root, name, key)
     if done is not None:
         return done, False
@@ -71,3 +73,18 @@ def _readable(frame: Frame) -> Any:
             )
 
     return verify
+
+
+def _key(root: Path, made: Plan, task: Task) -> str:
+    return publish.key_of(slide=made.slides[task.slide].key, scores=predict.STAGE.published(root, made, task.slide))
+
+
+STAGE = Stage(
+    name="stitch",
+    unit="slide",
+    work=stitch,
+    product=lambda made, task: f"heatmaps/{made.slides[task.slide].slide_id}.tif",
+    key=_key,
+    cost=StageCost(0.5, 0.0005),
+    steps=("stitch", "write"),
+)

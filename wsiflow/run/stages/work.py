@@ -11,16 +11,13 @@ slide), ``advise`` (once, where a certificate is beyond the tolerance).
 
 import traceback
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 from wsiflow.errors import EnvironmentFault, Rewritten, WsiflowError
 from wsiflow.run.executor.protocol import Outcome
-from wsiflow.run.stages import calibrate, certify, choose, ingest, measure, predict
-from wsiflow.run.stages.detect import detect
-from wsiflow.run.stages.extract import extract, link_patches
-from wsiflow.run.stages.stain import fit_stain
-from wsiflow.run.stages.stitch import stitch
+from wsiflow.run.stages import calibrate, certify, choose, ingest, measure
+from wsiflow.run.stages.line import STAGES
+from wsiflow.run.stages.stage import Work
 from wsiflow.system import faults
 from wsiflow.system.usage import Meter
 
@@ -38,14 +35,14 @@ def run_task(source: Path, stage: str, index: int) -> Outcome:
 
     Args:
         source: ``cases.json`` or a plan.
-        stage: One of `STAGES`.
+        stage: Its name, as in the trace.
         index: The task's place in its stage: a case, slide, part or group.
     """
     try:
         try:
-            receipt, executed = STAGES[stage](source, index)
+            receipt, executed = _work(stage)(source, index)
         except Rewritten:  # a new link or owner would do, and a copy may have ended: what was read is read again, once
-            receipt, executed = STAGES[stage](source, index)
+            receipt, executed = _work(stage)(source, index)
     except WsiflowError as error:
         return Outcome(index, None, executed=True, error=str(error.about(stage=stage)), exit_code=error.exit_code)
     except OSError as error:
@@ -62,17 +59,15 @@ def run_task(source: Path, stage: str, index: int) -> Outcome:
     return Outcome(index, receipt, executed=executed)
 
 
-STAGES = {
+def _work(stage: str) -> Work:
+    return _APART[stage] if stage in _APART else STAGES[stage].work
+
+
+# What a run does before the line and beside it.
+_APART: dict[str, Work] = {
     "choose": choose.choose,
     "ingest": ingest.ingest,
+    "measure": measure.measure,
     "calibrate": calibrate.calibrate,
-    "stain": fit_stain,
-    "extract": extract,
-    "index": link_patches,
-    "predict": predict.predict,
-    "certify": certify.certify,
     "advise": certify.advise,
-    "stitch": stitch,
-    "detect": detect,
 }
-STAGES["measure"] = partial(measure.measure, STAGES)

@@ -1,0 +1,73 @@
+"""A stage is one record: what is added to the table is run, told and not done twice, and nothing else has to change."""
+
+from pathlib import Path
+
+import pytest
+from small_runs import attempts, over, rows, wsiflow
+
+from flows import cli
+from wsiflow.plan import plan
+from wsiflow.plan.plan import Plan, Task
+from wsiflow.run.costs import StageCost
+from wsiflow.run.stages import detect
+from wsiflow.run.stages.line import ROUGH, STAGES
+from wsiflow.run.stages.stage import Stage
+from wsiflow.system import publish
+from wsiflow.system.provenance import facts
+
+
+def tally(source: Path, index: int) -> tuple[publish.Receipt, bool]:
+    """Publish how many lesions a slide has."""
+    made, root = plan.read(source), source.parent
+    name, key = TALLY.product_of(made, index), TALLY.key_of(root, made, index)
+    done = publish.done(root, name, key)
+    if done is not None:
+        return done, False
+    lines = (root / detect.STAGE.product_of(made, index)).read_text().count("\n")
+    with publish.publishing(root, name, key, facts("tally", made.slides[index].slide_id), publish.accept) as attempt:
+        attempt.path.write_text(f"{lines}\n")
+    return attempt.receipt, True
+
+
+def key(root: Path, made: Plan, task: Task) -> str:
+    return publish.key_of(detections=detect.STAGE.published(root, made, task.slide))
+
+
+TALLY = Stage(
+    name="tally",
+    unit="slide",
+    work=tally,
+    product=lambda made, task: f"tallies/{made.slides[task.slide].slide_id}.txt",
+    key=key,
+    cost=StageCost(0.1, 0.0),
+    steps=("write",),
+)
+
+
+def test_a_stage_that_is_added_to_the_table_is_a_stage_like_any(
+    tiny_slides: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Shards, trace, status, explain, plan and a second start know it by its record alone."""
+    monkeypatch.setitem(STAGES, TALLY.name, TALLY)
+    monkeypatch.setitem(ROUGH.stages, TALLY.name, TALLY.cost)  # what the table gives where the record is in its file
+    out = tmp_path / "run"
+    assert wsiflow(*over(tiny_slides, out)) == 0
+    lesions = {path.stem: path.read_text().count("\n") for path in (out / "detections").glob("*.csv")}
+    assert {path.stem: int(path.read_text()) for path in (out / "tallies").glob("*.txt")} == lesions
+    assert {row["slide"] for row in rows(out / "trace.csv") if row["stage"] == "tally"} == lesions.keys()
+    kept = attempts(out)
+    assert wsiflow(*over(tiny_slides, out)) == 0
+    assert attempts(out) == kept
+    capsys.readouterr()
+    assert cli.main(["status", str(out)]) == 0
+    assert "  tally 2 of 2" in capsys.readouterr().out
+    assert cli.main(["explain", str(out), "tally", "a"]) == 0
+    assert "tally: tallies/a.txt published" in capsys.readouterr().out
+    (out / "tallies/a.txt").unlink()
+    assert wsiflow(*over(tiny_slides, out)) != 0, "others may be computed from it: that it was deleted is told"
+
+
+def test_the_steps_and_costs_of_the_line_are_those_of_its_stages() -> None:
+    """What the report and the forecast know of a stage is in its record."""
+    assert list(STAGES) == ["stain", "extract", "index", "predict", "certify", "stitch", "detect"]
+    assert {name: ROUGH.stages[name] for name in STAGES} == {name: stage.cost for name, stage in STAGES.items()}
