@@ -84,7 +84,7 @@ class Dask:
     def __exit__(self, *_exc: object) -> None:
         """Leave the workers as they were found, and let nobody wait for them."""
         self.stop()
-        with suppress(OSError, RuntimeError, ValueError):  # the scheduler is gone
+        with suppress(OSError, RuntimeError, ValueError, AttributeError):  # the scheduler is gone, and so is its proxy
             self._client.unregister_worker_plugin(self._plugin.name)  # type: ignore[no-untyped-call]
 
     def stop(self) -> None:
