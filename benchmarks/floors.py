@@ -105,10 +105,10 @@ def _bare(size: Size) -> list[tuple[str, Network, float]]:
     rows = rng.normal(size=(side, side)).astype(np.float32)
     maps = rng.normal(size=(1, channels, map_px, map_px)).astype(np.float32)
     return [
-        ("matrices", Network(matrices.eval(), f"matrices {side}", rows, fixed=True), 2.0 * _LAYERS * side**3),
+        ("matrices", Network(matrices.eval, f"matrices {side}", rows, fixed=True), 2.0 * _LAYERS * side**3),
         (
             "convolution 3x3",
-            Network(convolutions.eval(), f"convolutions {map_px}", maps, fixed=True),
+            Network(convolutions.eval, f"convolutions {map_px}", maps, fixed=True),
             2.0 * _LAYERS * 9 * channels**2 * map_px**2,
         ),
     ]

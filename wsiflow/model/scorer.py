@@ -4,6 +4,9 @@ Input: blocks with halo, uint8 (rows, cols, 3). Output: float32 (n, m, m), the m
 is a `Choice`; what runs the network is an engine of `wsiflow.model.engines.engine`.
 """
 
+import hashlib
+import importlib.metadata
+import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -11,17 +14,20 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from wsiflow.errors import InputError
+from wsiflow.errors import InputError, WsiflowError
 from wsiflow.model.choice import Choice
 from wsiflow.model.classifier import Classifier, not_finite
+from wsiflow.model.dense import network
+from wsiflow.model.dense.facts import Cut, DenseFacts
 from wsiflow.model.dense.network import densify, window_crops
 from wsiflow.model.engines import openvino
-from wsiflow.model.engines.cache import cache_folder
+from wsiflow.model.engines.cache import cache_folder, cached
 from wsiflow.model.engines.engine import prepare, scores_from_pixels
-from wsiflow.model.engines.spec import Backend, Engine, EngineSpec, Network, Precision
+from wsiflow.model.engines.spec import Backend, Engine, EngineSpec, Network, Precision, code_sha256
 from wsiflow.plan import geometry
 from wsiflow.plan.blocks import Block, window_corners_px
 from wsiflow.plan.geometry import Frame
+from wsiflow.system.publish import key_of
 from wsiflow.system.usage import Timer, untimed
 
 Blocks = Iterable[tuple[Block, NDArray[np.uint8]]]
@@ -217,11 +223,12 @@ def make(classifier: Classifier, choice: Choice, *, threads: int, quantised: byt
     if choice.precision == "int8" or made.stem is None or made.tail is None or made.crops is None:
         cause = "a network that windows share only in part is not run in int8"
         raise InputError(cause, "set inference.precision=fp32 or bf16, or dense.share_until=''")
-    crops, pixels = made.crops, _pixel_network(classifier, made.stem, choice, "stem")
+    crops, stem_module, tail_module = made.crops, made.stem, made.tail
+    pixels = _pixel_network(classifier, lambda: stem_module, choice, "stem")
     stem = prepared(pixels)
     like = window_crops(stem(pixels.example), crops)[0, 0, :1]
     example = np.repeat(like, choice.batch, axis=0)
-    tail = prepared(Network(made.tail, _key(classifier, choice, "tail"), example, fixed=True))
+    tail = prepared(Network(lambda: tail_module, _key(classifier, choice, "tail"), example, fixed=True))
 
     def run_map(pixels: NDArray[np.uint8], timed: Timer) -> NDArray[np.float32]:
         windows = window_crops(_timed_run(stem, pixels[None], timed), crops)[0]
@@ -268,26 +275,50 @@ def sample(frame: Frame, block: Block, pixels: NDArray[np.uint8], choice: Choice
 def _window_network(classifier: Classifier, choice: Choice) -> Network:
     side = classifier.window_px
     example = np.zeros((choice.batch, side, side, 3), np.uint8)
-    return Network(scores_from_pixels(classifier), _key(classifier, choice, "window"), example, fixed=True)
+    return Network(lambda: scores_from_pixels(classifier), _key(classifier, choice, "window"), example, fixed=True)
 
 
 def _dense_network(classifier: Classifier, choice: Choice) -> Network:
-    made = densify(classifier, choice.stride_px, context_px=choice.context_px)
-    assert made.module is not None
-    return _pixel_network(classifier, made.module, choice, "dense")
+    def whole() -> nn.Module:
+        module = densify(classifier, choice.stride_px, context_px=choice.context_px).module
+        if module is None:
+            raise WsiflowError("a network that is not cut has no module", "please report this", stage="predict")
+        return module
+
+    return _pixel_network(classifier, whole, choice, "dense")
 
 
-def _pixel_network(classifier: Classifier, body: nn.Module, choice: Choice, part: str) -> Network:
+def _pixel_network(classifier: Classifier, body: Callable[[], nn.Module], choice: Choice, part: str) -> Network:
     """Return a network over regions of any size; the example is large enough for four windows."""
     side = classifier.window_px + 2 * choice.context_px + choice.stride_px
     example = np.zeros((1, side, side, 3), np.uint8)
-    module = scores_from_pixels(classifier, body)
-    return Network(module, _key(classifier, choice, part), example, fixed=False)
+    return Network(lambda: scores_from_pixels(classifier, body()), _key(classifier, choice, part), example, fixed=False)
+
+
+def describe(classifier: Classifier, stride: int) -> DenseFacts:
+    """Return what running a classifier over regions means; it takes seconds, so it is kept like converted graphs.
+
+    See `wsiflow.model.dense.network.describe`.
+
+    Raises:
+        InputError: The network cannot run over whole regions.
+    """
+    versions = {"torch": importlib.metadata.version("torch")}
+    key = key_of(facts=_identity(classifier), stride=stride, code=code_sha256(), versions=versions)
+    found = cached(cache_folder(), key, lambda: json.dumps(network.describe(classifier, stride)._asdict()).encode())
+    facts: dict[str, Any] = json.loads(found)
+    facts |= {"overhang_px": tuple(facts["overhang_px"]), "cuts": tuple(Cut(*cut) for cut in facts["cuts"])}
+    return DenseFacts(**facts)
+
+
+def _identity(classifier: Classifier) -> str:
+    """Return what tells networks apart: weights and structure."""
+    return f"{classifier.identity} {hashlib.sha256(repr(classifier.module).encode()).hexdigest()}"
 
 
 def _key(classifier: Classifier, choice: Choice, part: str) -> str:
-    """Return what tells converted networks apart."""
-    return f"{classifier.identity} {part} {choice.stride_px} {choice.context_px} {choice.share_until}"
+    """Return what tells converted networks apart: the network, and what is done with it."""
+    return f"{_identity(classifier)} {part} {choice.stride_px} {choice.context_px} {choice.share_until}"
 
 
 def _timed_run(engine: Engine, inputs: NDArray[Any], timed: Timer) -> NDArray[np.float32]:

@@ -122,11 +122,12 @@ def choose(
 
 def _torch(network: Network, spec: EngineSpec) -> Engine:
     """Return the module itself; images keep their memory order, which is channels last."""
+    module = network.build()
 
     def run(inputs: NDArray[Any]) -> NDArray[np.float32]:
         autocast = torch.autocast("cpu", torch.bfloat16, enabled=spec.precision == "bf16")
         with torch.inference_mode(), autocast:
             # torch.tensor copies, so that a read-only array serves as well.
-            return np.asarray(network.module(torch.tensor(inputs)).float().numpy(), np.float32)
+            return np.asarray(module(torch.tensor(inputs)).float().numpy(), np.float32)
 
     return run

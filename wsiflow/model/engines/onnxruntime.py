@@ -45,7 +45,7 @@ def _exported(network: Network, cache: Path | None) -> bytes:
             try:
                 # The newer one takes ten times as long and warns on standard error.
                 torch.onnx.export(
-                    network.module,
+                    network.build(),
                     (torch.tensor(network.example),),
                     stream,  # type: ignore[arg-type]
                     dynamo=False,

@@ -127,7 +127,7 @@ def _converted(network: Network, cache: Path | None) -> bytes:
             warnings.simplefilter("ignore")  # of the tracer, about shapes that are constants on purpose
             try:
                 # Tracing runs the network in PyTorch: a whole batch would take as much memory as all the rest.
-                model = openvino.convert_model(network.module, example_input=torch.tensor(network.example[:2]))
+                model = openvino.convert_model(network.build(), example_input=torch.tensor(network.example[:2]))
             except (RuntimeError, openvino.frontend.OpConversionFailure) as error:
                 raise cannot_convert("OpenVINO", error) from error
         return _packed(model)

@@ -4,6 +4,7 @@ import hashlib
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -45,14 +46,15 @@ class Network(NamedTuple):
     """A module to run, and what decides its graph.
 
     Attributes:
-        module: The module, in evaluation mode.
-        key: Names the weights and everything else in which two modules of one structure may differ.
+        build: Makes the module, in evaluation mode. To make it takes seconds for a network over whole regions, and
+            where its converted graph is kept nobody needs it.
+        key: Names the module: its structure, its weights and everything else in which two modules may differ.
         example: An array the module takes; a small one, since converting runs the module on it.
         fixed: All arrays have the example's shape. Otherwise the second and third axis may have any length the module
             takes: height and width of pixels.
     """
 
-    module: nn.Module
+    build: Callable[[], nn.Module]
     key: str
     example: NDArray[Any]
     fixed: bool
@@ -127,17 +129,22 @@ def cannot_convert(form: str, error: Exception) -> InputError:
     return InputError(cause, "set inference.backend=torch and inference.precision=fp32", stage="predict")
 
 
-def graph_key(network: Network, form: str) -> str:
-    """Return the hash of what decides a converted graph: the network, and the code and packages that convert it."""
+@cache
+def code_sha256() -> str:
+    """Return the hash of the code that reads and converts networks."""
     code = hashlib.sha256()
     for path in sorted(Path(__file__).parents[1].rglob("*.py")):
         code.update(path.read_bytes())
+    return code.hexdigest()
+
+
+def graph_key(network: Network, form: str) -> str:
+    """Return the hash of what decides a converted graph: the network, and the code and packages that convert it."""
     return key_of(
         form=form,
         network=network.key,
-        module=repr(network.module),
         example=[str(network.example.dtype), *network.example.shape],
         fixed=network.fixed,
-        code=code.hexdigest(),
+        code=code_sha256(),
         versions={name: importlib.metadata.version(name) for name in ("torch", form)},
     )

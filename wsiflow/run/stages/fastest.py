@@ -16,7 +16,6 @@ from wsiflow.errors import InputError
 from wsiflow.model import scorer
 from wsiflow.model.choice import Choice
 from wsiflow.model.classifier import Classifier
-from wsiflow.model.dense import network
 from wsiflow.model.dense.facts import DenseFacts
 from wsiflow.model.engines import engine, openvino, spec
 from wsiflow.plan import geometry
@@ -127,7 +126,7 @@ def _graph(classifier: Classifier, config: RunConfig) -> tuple[DenseFacts | None
     if config.inference.engine == "window":
         return None, "windows are run one by one, as asked"
     try:
-        facts = network.describe(classifier, config.inference.stride)
+        facts = scorer.describe(classifier, config.inference.stride)
     except InputError as error:
         return None, f"windows are run one by one: {error.cause}"
     windows_per_px = 1 / config.inference.stride**2
