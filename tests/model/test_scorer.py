@@ -13,6 +13,7 @@ from wsiflow.model.architectures.registry import build
 from wsiflow.model.card import ModelCard
 from wsiflow.model.choice import Choice
 from wsiflow.model.classifier import Classifier, as_classifier, predict
+from wsiflow.model.dense import network
 from wsiflow.model.dense.network import densify
 from wsiflow.plan import geometry
 from wsiflow.plan.blocks import Block
@@ -77,6 +78,16 @@ def googlenet() -> Classifier:
 
 def images(n: int, rows: int, cols: int) -> np.ndarray:
     return RNG.integers(0, 256, (n, rows, cols, 3), dtype=np.uint8)
+
+
+def test_what_is_kept_of_a_network_is_what_it_says(
+    inception: Classifier, googlenet: Classifier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The facts of either network come back equal without it being traced; another stride has its own."""
+    expected = {(one, stride): network.describe(one, stride) for one in (inception, googlenet) for stride in (16, 56)}
+    assert {key: scorer.describe(*key) for key in expected} == expected
+    monkeypatch.setattr(network, "describe", lambda *_: pytest.fail("it was traced, and its facts are kept"))
+    assert {key: scorer.describe(*key) for key in expected} == expected
 
 
 def frame(stride: int, halo: int, convention: geometry.Convention = "centred") -> Frame:

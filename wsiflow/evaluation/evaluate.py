@@ -11,7 +11,8 @@ by name. All are told in their rows. A metric that does not exist, such as the A
 null in JSON.
 
 ``matches.json`` is what two evaluations are compared by: the protocol and its hash, and for every slide what it counted
-for, a digest of its truth, its score and its matched confidences. Bootstrap intervals are of `comparison`.
+for, a digest of its truth, its score and its matched confidences. Bootstrap intervals are of
+`wsiflow.evaluation.paired`.
 """
 
 import json

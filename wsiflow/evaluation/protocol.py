@@ -23,8 +23,6 @@ def _listed(value: object) -> object:
 
 
 _Slides = Annotated[tuple[str, ...], BeforeValidator(_folded)]
-
-
 _Grey = Annotated[int, Field(ge=0, le=255)]
 
 

@@ -20,8 +20,6 @@ from wsiflow.slides.annotations import TumourOutline
 from wsiflow.slides.manifest import Case
 
 _PADDING_M_PX = 16  # a tile of 512 px at 1/32
-
-
 _MAX_MASK_PX = 2**30  # an evaluation mask beyond this comes from an outline at an impossible place
 
 

@@ -1,4 +1,8 @@
-"""The files of heatmaps: float32 TIFF of probabilities, and a pyramid for viewers."""
+"""The files of heatmaps: float32 TIFF of probabilities, and a pyramid for viewers.
+
+OpenSlide opens a float32 TIFF and reports its levels, but libtiff refuses to render 32-bit samples, so a heatmap has
+two files: the float32 one is the data, and an 8-bit preview (0 where not tissue) is what OpenSlide can show.
+"""
 
 import json
 from collections.abc import Iterator, Mapping

@@ -1,9 +1,9 @@
-"""Pictures and outlines for people and viewers: tissue as PNG and QuPath GeoJSON, scores drawn on the slide.
+"""Pictures for people: scores drawn on the slide.
 
 Input: arrays. Output: bytes of a file; writing it is the caller's. The same input gives the same bytes.
 
-Conventions: points are x, y and arrays rows, columns; ``m_`` is a mask pixel, ``o_`` a pixel of the slide overview,
-``l0_`` a level-0 pixel. Every heatmap is drawn on one fixed scale, 0 to 1, so that slides can be compared by eye.
+Conventions: points are x, y and arrays rows, columns; ``o_`` is a pixel of the slide overview. Every heatmap is drawn
+on one fixed scale, 0 to 1, so that slides can be compared by eye.
 """
 
 import io

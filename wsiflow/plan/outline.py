@@ -1,4 +1,9 @@
-"""The tissue of a slide for people and viewers: a picture of the mask, and its outlines as GeoJSON."""
+"""The tissue of a slide for people and viewers: a picture of the mask, and its outlines as GeoJSON for QuPath.
+
+Input: arrays. Output: bytes or text of a file; writing it is the caller's. The same input gives the same bytes.
+
+Conventions: points are x, y and arrays rows, columns; ``m_`` is a mask pixel, ``l0_`` a level-0 pixel.
+"""
 
 import io
 import json
@@ -12,22 +17,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 Ring = NDArray[np.float64]
-
-
 Vertex = tuple[int, int]
-
-
 _TISSUE_RGB = (46, 134, 171)
-
 
 # Headings along pixel borders: right, down, left, up. The step each takes from corner to corner (rows, columns), and
 # where the pixel on its right lies as seen from the corner it leaves.
 _STEP = ((0, 1), (1, 0), (0, -1), (-1, 0))
-
-
 _RIGHT_OF = ((0, 0), (0, -1), (-1, -1), (-1, 0))
-
-
 _IDS = uuid.UUID("6f3f6cb2-5d0e-5b39-9c6b-0f0a3c1f7a55")
 
 

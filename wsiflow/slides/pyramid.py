@@ -1,11 +1,8 @@
-"""Pyramidal TIFF files: heatmaps, slides and masks written; heatmaps and masks read.
+"""Pyramidal TIFF files: slides and masks written, masks read; `wsiflow.heatmap.files` writes heatmaps with it.
 
 Input and output are arrays of rows x cols (x channel). Every file is tiled, carries its spacing in XResolution and
 YResolution, and keeps its reduced levels in the chain of main pages with NewSubfileType 1: OpenSlide (``generic-tiff``)
 finds levels nowhere else. Level k is 1/2**k of level 0. Same arguments, same bytes: there is no date in the file.
-
-OpenSlide opens a float32 TIFF and reports its levels, but libtiff refuses to render 32-bit samples, so a heatmap has
-two files: the float32 one is the data, and an 8-bit preview (0 where not tissue) is what OpenSlide can show.
 """
 
 import math

@@ -12,8 +12,6 @@ from wsiflow.evaluation.matches import RecordedSlide
 from wsiflow.system import publish
 
 READER = "wsiflow"
-
-
 _FIELD = re.compile(r"[A-Za-z0-9._=+-]+")
 
 

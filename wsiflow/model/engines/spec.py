@@ -17,17 +17,9 @@ from wsiflow.system import machine as cores
 from wsiflow.system.publish import key_of
 
 Backend = Literal["torch", "openvino", "onnxruntime"]
-
-
 Precision = Literal["fp32", "bf16", "int8"]
-
-
 Engine = Callable[[NDArray[Any]], NDArray[np.float32]]
-
-
 Candidate = TypeVar("Candidate")
-
-
 PRECISIONS: dict[str, tuple[str, ...]] = {
     "openvino": ("fp32", "bf16", "int8"),
     "onnxruntime": ("fp32",),

@@ -20,23 +20,11 @@ from wsiflow.system.machine import allocated_cores
 
 # Bytes of a block's pixels that a store keeps, as measured on synthetic slides: docs/performance.md.
 _READ_SHARE = 1.69  # pixels read over pixels of tissue tiles, likewise
-
-
 _KEPT = {"none": 1.0, "lzf": 0.74, "gzip": 0.62, "jpeg": 0.08}
-
-
 _WORKER_MB = 800  # a worker without its network's activations
-
-
 _SLIDE_FILES = 10  # of ingest, and folders
-
-
 _FILE_BYTES = 8192  # structure and receipt of a small file
-
-
 _SEED = 0
-
-
 SCHEDULERS = {
     "inline": Cluster(1, window=1),
     "process": Cluster(1, starts_per_s=2000),

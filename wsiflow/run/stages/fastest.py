@@ -24,24 +24,13 @@ from wsiflow.system.machine import cpu_flags
 
 _MICRO_BENCHMARK_S = 2.0
 
-
 # What allocators and scratch memory add to the activations that the graph counts: GoogLeNet's are 80 bytes per pixel,
 # and a worker grows by 193 (fp32) for each pixel more in a block.
 _MEMORY_FACTOR = 2.4
-
-
 _FLAGS = ("amx", "asimd", "avx", "fma", "sve")  # what decides how fast a precision is
-
-
 _WIDEST_STEP_PX = 16  # context is a multiple of the map's spacing, which differs from stride to stride
-
-
 _MOST_SHARED = 0.99
-
-
 _MOST_COLS = 12  # longer strips save hardly any halo, and a group should hold several
-
-
 _WINDOW_BYTES_PX = 200.0  # windows hold only pixels; reading more at once would gain nothing
 
 

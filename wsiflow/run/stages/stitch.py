@@ -22,7 +22,7 @@ _LARGE_MAP_CELLS = 1 << 22
 
 
 def stitch(source: Path, index: int) -> tuple[publish.Receipt, bool]:
-    """Put a slide's scores together and publish ``heatmaps/<slide>.tif``, its preview and its overlay.
+    """Put a slide's scores together and publish ``heatmaps/<slide>.tif``.
 
     Raises:
         IntegrityError: A group of the slide is not published: nothing is stitched from an unbalanced ledger.

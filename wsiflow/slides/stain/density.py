@@ -13,8 +13,6 @@ from wsiflow.slides.stain.params import (
 from wsiflow.slides.stain.pixels import SPARE_PX, STRIP_PX, in_strips
 
 STRENGTH_PERCENTILE = 99.0
-
-
 CODE_PENALTY = 0.01
 
 

@@ -6,8 +6,6 @@ from wsiflow.slides.stain.density import principal
 from wsiflow.slides.stain.params import Floats
 
 MACENKO_LEAST_OD = 0.15  # in any channel; paler pixels say little about direction
-
-
 MACENKO_PERCENTILES = (1.0, 99.0)
 
 

@@ -12,27 +12,14 @@ from wsiflow.errors import InputError
 
 LEAST_OD = 1e-6
 
-
 # Less than this is no pair of stains: their sine of angle, density of the darkest percent, variance of OD across the
 # main direction, and standard deviation in steps of LAB.
 LEAST_SINE, LEAST_STRENGTH, LEAST_VARIANCE, LEAST_LAB_STD = 0.05, 0.05, 1e-5, 0.5
-
-
 Floats: TypeAlias = NDArray[np.float64]
-
-
 Pixels: TypeAlias = NDArray[np.uint8]
-
-
 Density = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
-
-
 Grey = Annotated[float, Field(ge=0, le=255, allow_inf_nan=False)]
-
-
 Spread = Annotated[float, Field(ge=LEAST_LAB_STD, le=255, allow_inf_nan=False)]
-
-
 Strength = Annotated[float, Field(ge=LEAST_STRENGTH, le=100, allow_inf_nan=False)]
 
 

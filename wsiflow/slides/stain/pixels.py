@@ -9,20 +9,10 @@ from numpy.typing import NDArray
 from wsiflow.slides.stain.params import Pixels, StainParams, failed
 
 WHITE_PERCENTILE = 95.0  # of L: what counts as white
-
-
 BRIGHT_PERCENTILE = 90.0  # of all channels: white once more, for Reinhard and Macenko patch by patch
-
-
 TISSUE_L = 204  # 0.8 of 255; tissue is darker
-
-
 SAMPLE_SEED = 0
-
-
 STRIP_PX = 32_768  # intermediate floats of a strip stay in the cache
-
-
 SPARE_PX = 64  # OpenCV rounds the last few pixels of an array otherwise; these are never the image's
 
 

@@ -7,7 +7,6 @@ from wsiflow.slides.stain.params import LEAST_OD, Floats
 
 DICTIONARY_PENALTY = 0.1
 
-
 # Where the search for a dictionary begins: usual H and E, so that the same order and minimum are found everywhere.
 FIRST_GUESS = ((0.65, 0.70, 0.29), (0.07, 0.99, 0.11))
 
