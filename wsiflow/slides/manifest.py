@@ -163,7 +163,7 @@ def read_manifest(path: Path) -> tuple[Case, ...]:
     Raises:
         InputError: The file is missing, empty or not CSV, or lines of it are wrong: all of them, with their numbers.
     """
-    rows = tables.read_lines(path, "the manifest", "correct dataset.manifest")
+    rows = tables.read_lines(path, "the manifest", "correct its path (dataset.manifest or --manifest)")
     if not rows:
         raise InputError("the manifest is empty", "give it a header 'slide_id,path' and a line per slide", path=path)
     columns = _columns(rows[0].cells, path)
