@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from flows import line
 from flows.compose import compose_config
 from wsiflow.heatmap import files
-from wsiflow.plan import plan
+from wsiflow.run.plan import read_plan
 from wsiflow.run.results import cost as throughput
 from wsiflow.slides import pyramid
 from wsiflow.slides.synthetic import dataset
@@ -121,7 +121,7 @@ def receipts(out: Path) -> list[dict[str, Any]]:
 
 def cost(out: Path) -> Cost:
     """Return what a run cost, from its receipts; what is done once for a run, however many slides, is left out."""
-    made, found = plan.read(out / "plan.json"), receipts(out)
+    made, found = read_plan(out / "plan.json"), receipts(out)
     slides = [receipt for receipt in found if receipt.get("slide") and "cpu_s" in receipt]
     steps = throughput.step_core_seconds(slides)
     tiles = sum(planned.n_tiles for planned in made.slides)

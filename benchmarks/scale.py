@@ -23,11 +23,12 @@ from benchmarks.measuring import Table, arguments, finish, machine, say, signifi
 from flows.cluster import workers
 from flows.compose import compose_config
 from wsiflow.errors import InputError
-from wsiflow.plan import plan
 from wsiflow.plan.geometry import Frame
+from wsiflow.plan.slide_plan import make_cut
 from wsiflow.run import executor, shards
 from wsiflow.run.cases import write_cases
 from wsiflow.run.executor.protocol import Executor, Outcome, Slice, Work
+from wsiflow.run.plan import read_plan
 from wsiflow.run.stages import ingest
 from wsiflow.slides.manifest import Case, read_manifest
 from wsiflow.system import publish
@@ -73,7 +74,7 @@ def _plans(folder: Path, size: Size) -> tuple[dict[str, Any], Table]:
     for groups in size.groups:
         cases = _ingested(folder / str(groups), groups // _GROUPS_PER_SLIDE)
         made, found = _measured(lambda cases=cases: ingest.make_plan(*cases))
-        read, plan_read = _measured(lambda made=made: plan.read(made))
+        read, plan_read = _measured(lambda made=made: read_plan(made))
         assert read.n_groups == groups
         values[str(groups)] = {"make": found, "read": plan_read, "bytes": made.stat().st_size}
         row = [f"{groups:,}", f"{groups // _GROUPS_PER_SLIDE:,}"]
@@ -88,11 +89,11 @@ def _plans(folder: Path, size: Size) -> tuple[dict[str, Any], Table]:
 
 def _measured(work: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
     """Return what a call returns, its seconds, and the most memory its values take, measured in a second call."""
-    plan.read.cache_clear()
+    read_plan.cache_clear()
     begin = time.perf_counter()
     result = work()
     seconds = time.perf_counter() - begin
-    plan.read.cache_clear()
+    read_plan.cache_clear()
     tracemalloc.start()
     work()
     peak = tracemalloc.get_traced_memory()[1]
@@ -134,14 +135,14 @@ def _cut_seconds() -> float:
     coarse = rng.random((27, 27)) < 0.12  # patches of tissue of 16 tiles a side
     tissue = np.kron(coarse, np.ones((16, 16), bool))
     begin = time.perf_counter()
-    plan.make_cut(tissue, _FRAME._replace(t_cols=432, t_rows=432), group_tiles=400)
+    make_cut(tissue, _FRAME._replace(t_cols=432, t_rows=432), group_tiles=400)
     return time.perf_counter() - begin
 
 
 def _status(folder: Path, size: Size) -> tuple[dict[str, Any], Table]:
     """Time the command ``wsiflow status`` on a folder in which every other group is published."""
     cases, outcomes = _ingested(folder / "run", size.status_groups // _GROUPS_PER_SLIDE)
-    made = plan.read(ingest.make_plan(cases, outcomes))
+    made = read_plan(ingest.make_plan(cases, outcomes))
     for planned in made.slides:
         there = folder / "run" / publish.RECEIPTS / "predictions" / planned.slide_id
         there.mkdir(parents=True)

@@ -19,11 +19,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from wsiflow.plan.plan import Unit
 from wsiflow.run import shards
 from wsiflow.run.costs import Costs, StageCost
 from wsiflow.run.forecast import simulation
 from wsiflow.run.forecast.simulation import Cluster, Forecast, Share, Sizes, Step
+from wsiflow.run.plan import Unit
 from wsiflow.run.stages.line import LOADING, ROUGH, STAGES
 
 RESULTS = Path(__file__).parent / "results"

@@ -21,8 +21,8 @@ from flows.compose import compose_config
 from wsiflow.heatmap import assembly
 from wsiflow.model.choice import Choice, alike
 from wsiflow.model.classifier import Classifier, load
-from wsiflow.plan import plan
 from wsiflow.plan.geometry import Frame, subsampling
+from wsiflow.run.plan import read_plan
 from wsiflow.slides.stain import transfer
 from wsiflow.slides.stain.params import StainFit, StainParams
 from wsiflow.slides.synthetic import dataset
@@ -62,7 +62,7 @@ def _run(way: str, stride: int, size_px: int, seed: int) -> _Run:
     manifest = _slides(size_px, seed)
     asked = ["dataset=manifest", f"dataset.manifest={manifest}", f"inference.stride={stride}", "executor=inline"]
     with product.run(_folder(), *asked, "store=none", *_WAYS[way]) as (out, metrics):
-        made = plan.read(out / "plan.json")
+        made = read_plan(out / "plan.json")
         frames = {planned.slide_id: planned.frame for planned in made.slides}
         return _Run(Choice(**made.work["choice"]), frames, product.heatmaps(out), metrics)
 

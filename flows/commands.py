@@ -14,7 +14,7 @@ from wsiflow.errors import InputError, IntegrityError
 from .terminal import report, say
 
 if TYPE_CHECKING:
-    from wsiflow.plan.plan import Plan
+    from wsiflow.run.plan import Plan
 
 _SMALLEST_SYNTHETIC_PX = 1024
 
@@ -100,11 +100,11 @@ def _no_run(root: Path) -> tuple[str, str]:
 
 def _planned_told(root: Path, path: Path, n_looked: int) -> list[str]:
     """Say how far each stage of a planned run has come, and return what it still lacks."""
-    from wsiflow.plan import plan
     from wsiflow.run import ledger
+    from wsiflow.run.plan import read_plan
     from wsiflow.run.stages.line import STAGES, census
 
-    made = plan.read(path)
+    made = read_plan(path)
     balance = ledger.balance(root, made)
     say(f"plan {made.hash[:12]}: {len(made.slides)} slides, {made.n_groups} tasks")
     say(
@@ -146,14 +146,14 @@ def explain(arguments: argparse.Namespace) -> int:
 
 def verify(arguments: argparse.Namespace) -> int:
     """Compare every published file of a run with its receipt."""
-    from wsiflow.plan import plan
     from wsiflow.run import shards
+    from wsiflow.run.plan import latest_plan
     from wsiflow.system import publish
 
     names = publish.receipt_names(arguments.run)
     if not names:
         raise InputError("it holds no receipts", "name the out= folder of a run", path=arguments.run)
-    made = plan.latest(arguments.run) if publish.generations(arguments.run, "plan.json") else None
+    made = latest_plan(arguments.run) if publish.generations(arguments.run, "plan.json") else None
     damaged = spared = 0
     for name in names:
         if made and not (arguments.run / name).exists() and shards.is_spare(arguments.run, made, name):
@@ -172,10 +172,10 @@ def verify(arguments: argparse.Namespace) -> int:
 
 def task(arguments: argparse.Namespace) -> int:
     """Predict one array task of a plan."""
-    from wsiflow.plan import plan
+    from wsiflow.run.plan import read_plan
     from wsiflow.system import machine
 
-    made = plan.read(arguments.plan)
+    made = read_plan(arguments.plan)
     if not 0 <= arguments.index < made.n_groups:
         raise InputError(f"there is no task {arguments.index}, the plan has {made.n_groups}", "count from 0")
     machine.limit_threads(int(made.settings["predict"]["numeric_class"]["threads"]))
@@ -233,8 +233,10 @@ def doctor(_arguments: argparse.Namespace) -> int:
 def features(arguments: argparse.Namespace) -> int:
     """Write the features of some runs' slides."""
     from wsiflow.evaluation import slide_score
+    from wsiflow.run.plan import latest_plan
 
-    count = slide_score.write_features(arguments.runs, arguments.out, reference=arguments.reference)
+    slides = {run: latest_plan(run).slides for run in arguments.runs}
+    count = slide_score.write_features(slides, arguments.out, reference=arguments.reference)
     say(f"features of {count} slides: {arguments.out}")
     return 0
 
@@ -259,9 +261,11 @@ def train_forest(arguments: argparse.Namespace) -> int:
 def score_by_forest(arguments: argparse.Namespace) -> int:
     """Score a run's slides with a forest."""
     from wsiflow.evaluation import slide_score
+    from wsiflow.run.plan import latest_plan
 
+    slides = latest_plan(arguments.run).slides
     scores = slide_score.write_scores(
-        arguments.forest, arguments.run, arguments.out, also_training=arguments.also_training
+        arguments.forest, arguments.run, slides, arguments.out, also_training=arguments.also_training
     )
     say(f"scores of {len(scores)} slides: {arguments.out}")
     return 0

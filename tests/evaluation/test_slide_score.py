@@ -16,7 +16,7 @@ from wsiflow.evaluation.forest import Choices
 from wsiflow.evaluation.slide_score import Row, sample_of
 from wsiflow.heatmap import files
 from wsiflow.heatmap.features import LEVELS, NAMES, describe
-from wsiflow.plan import plan
+from wsiflow.run.plan import latest_plan
 from wsiflow.slides import manifest, pyramid
 
 Call = Callable[..., str]
@@ -55,7 +55,7 @@ def test_the_table_has_the_features_of_the_heatmaps(trained: Path, finished: Pat
     with (trained / "features.csv").open() as stream:
         rows = list(csv.DictReader(stream))
     assert len(rows) == 6 * len(LEVELS)
-    planned = next(slide for slide in plan.latest(finished).slides if slide.slide_id == "tumor_001")
+    planned = next(slide for slide in latest_plan(finished).slides if slide.slide_id == "tumor_001")
     heat, _ = files.read_heatmap(finished / "heatmaps/tumor_001.tif")
     mask = pyramid.read_level(finished / "tissue/tumor_001.png", 1) > 0
     tissue_px = mask.sum() * planned.overview_downsample**2

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from flows.compose import compose_config
-from wsiflow.plan import blocks, plan
+from wsiflow.plan import blocks
 from wsiflow.plan.blocks import Cut
+from wsiflow.plan.slide_plan import tile_runs, tissue_grid
 from wsiflow.plan.tissue import select_tiles, tile_coverage, tissue_mask
 
 grids = hnp.arrays(bool, hnp.array_shapes(min_dims=2, max_dims=2, max_side=12))
@@ -99,7 +100,7 @@ def test_strips_of_real_tissue_hold_less_than_twice_its_pixels(shared_data: Path
 @given(tissue=grids)
 def test_tissue_survives_being_written_as_runs(tissue: np.ndarray) -> None:
     """Runs describe the grid exactly."""
-    again = plan.tissue_grid(plan.tile_runs(tissue))
+    again = tissue_grid(tile_runs(tissue))
     assert np.array_equal(np.argwhere(again), np.argwhere(tissue))
 
 

@@ -7,16 +7,16 @@ import numpy as np
 import pytest
 
 from wsiflow.errors import InputError, IntegrityError
-from wsiflow.plan import plan
 from wsiflow.plan.geometry import Frame
-from wsiflow.plan.plan import Plan, Rejected, SlidePlan, Task
+from wsiflow.plan.slide_plan import SlidePlan, cut_name, make_cut, read_cut, slide_key
+from wsiflow.run.plan import Plan, Rejected, Task, publish_plan, read_plan, task_key
 
 FRAME = Frame("centred", 896, 672, 1.0, 0.243, 224, 224, 112, 112, 1, 1, 0, 0, 4, 3)
 SETTINGS = {"predict": {"stride": 112, "model": "m"}, "cut": {"tiles": {"group_tiles": 3, "part_tiles": 3}}}
 
 
 TISSUE = np.array([[0, 1, 1, 0], [0, 0, 0, 0], [1, 1, 1, 1]], dtype=bool)
-CUT = plan.make_cut(TISSUE, FRAME, group_tiles=3)
+CUT = make_cut(TISSUE, FRAME, group_tiles=3)
 
 
 def slide(name: str, key: str = "k1", path: str = "/data/a.svs") -> SlidePlan:
@@ -29,16 +29,16 @@ def make(*slides: SlidePlan, settings: dict = SETTINGS, rejected: tuple[Rejected
 
 def publish_cut(root: Path, planned: SlidePlan) -> SlidePlan:
     """Write the slide's tiles where a plan has them, and return the slide under the key of its content."""
-    path = root / plan.cut_name(planned.slide_id)
+    path = root / cut_name(planned.slide_id)
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(CUT.as_dict()))
-    return planned._replace(key=plan.slide_key(planned.sha256, FRAME, CUT))
+    return planned._replace(key=slide_key(planned.sha256, FRAME, CUT))
 
 
 def test_a_plan_comes_back_as_published(tmp_path: Path) -> None:
     """Writing and reading a plan changes nothing, its hash included."""
     made = make(slide("a"), slide("b"), rejected=(Rejected("c", "broken", 20),))
-    again = plan.read(plan.publish_plan(tmp_path, made))
+    again = read_plan(publish_plan(tmp_path, made))
     assert again.hash == made.hash
     assert again.slides == made.slides
     assert again.n_groups == 4
@@ -70,7 +70,7 @@ def test_a_long_slide_is_extracted_in_parts() -> None:
 
 def test_groups_are_ranges_of_the_slides_blocks(tmp_path: Path) -> None:
     """Group 2 of a slide with runs (row 0: 1-2) and (row 2: 0-3) holds the last three tiles."""
-    cut = plan.read_cut(tmp_path, publish_cut(tmp_path, slide("a")))
+    cut = read_cut(tmp_path, publish_cut(tmp_path, slide("a")))
     assert cut == CUT
     assert [(block.t_col, block.t_row) for block in cut.group(2)] == [(1, 2), (2, 2), (3, 2)]
 
@@ -78,56 +78,56 @@ def test_groups_are_ranges_of_the_slides_blocks(tmp_path: Path) -> None:
 def test_tiles_that_are_not_those_planned_are_refused(tmp_path: Path) -> None:
     """The slide's key names its tiles: a changed file is named, and never computed with."""
     planned = publish_cut(tmp_path, slide("a"))
-    path = tmp_path / plan.cut_name("a")
+    path = tmp_path / cut_name("a")
     path.write_text(path.read_text().replace("[2, 0, 4]", "[2, 0, 3]"))
     with pytest.raises(IntegrityError, match=r"slide a.*cuts/a\.json.*not those that were planned"):
-        plan.read_cut(tmp_path, planned)
+        read_cut(tmp_path, planned)
     path.write_text("{")
     with pytest.raises(IntegrityError, match="cannot be read"):
-        plan.read_cut(tmp_path, planned)
+        read_cut(tmp_path, planned)
 
 
 def test_a_task_key_follows_what_can_change_a_number(tmp_path: Path) -> None:
     """Model, stride, slide content and blocks are in the key; the slide's place and the store are not."""
     planned = publish_cut(tmp_path, slide("a"))
-    base = plan.task_key(tmp_path, make(planned), Task(0, 1))
+    base = task_key(tmp_path, make(planned), Task(0, 1))
     other_stride = {**SETTINGS, "predict": {"stride": 56, "model": "m"}}
-    assert plan.task_key(tmp_path, make(planned, settings=other_stride), Task(0, 1)) != base
+    assert task_key(tmp_path, make(planned, settings=other_stride), Task(0, 1)) != base
     (tmp_path / "other").mkdir()
     other = publish_cut(tmp_path / "other", planned._replace(sha256="e" * 64))
-    assert plan.task_key(tmp_path / "other", make(other), Task(0, 1)) != base
-    assert plan.task_key(tmp_path, make(planned), Task(0, 2)) != base
-    assert plan.task_key(tmp_path, make(planned._replace(path="/moved/a.svs")), Task(0, 1)) == base
+    assert task_key(tmp_path / "other", make(other), Task(0, 1)) != base
+    assert task_key(tmp_path, make(planned), Task(0, 2)) != base
+    assert task_key(tmp_path, make(planned._replace(path="/moved/a.svs")), Task(0, 1)) == base
 
 
 def test_the_same_plan_again_is_the_same_file(tmp_path: Path) -> None:
     """A second identical run finds its plan."""
-    assert plan.publish_plan(tmp_path, make(slide("a"))) == plan.publish_plan(tmp_path, make(slide("a")))
+    assert publish_plan(tmp_path, make(slide("a"))) == publish_plan(tmp_path, make(slide("a")))
     assert len(list(tmp_path.glob("plan*.json"))) == 1
 
 
 def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
     """A folder holds one set of settings; the message says which one differs and both values."""
-    plan.publish_plan(tmp_path, make(slide("a")))
+    publish_plan(tmp_path, make(slide("a")))
     with pytest.raises(InputError, match=r"predict.stride \(112 there, 56 now\); choose another out="):
-        plan.publish_plan(tmp_path, make(slide("a"), settings={**SETTINGS, "predict": {"stride": 56, "model": "m"}}))
+        publish_plan(tmp_path, make(slide("a"), settings={**SETTINGS, "predict": {"stride": 56, "model": "m"}}))
 
 
 def test_a_mended_slide_may_join(tmp_path: Path) -> None:
     """A slide that was rejected and can now be read comes into a second generation of the plan."""
-    plan.publish_plan(tmp_path, make(slide("a"), rejected=(Rejected("b", "missing", 20),)))
-    assert plan.publish_plan(tmp_path, make(slide("a"), slide("b"))).name == "plan.2.json"
+    publish_plan(tmp_path, make(slide("a"), rejected=(Rejected("b", "missing", 20),)))
+    assert publish_plan(tmp_path, make(slide("a"), slide("b"))).name == "plan.2.json"
 
 
 def test_a_planned_slide_may_not_change(tmp_path: Path) -> None:
     """Other pixels under the same id would mix two slides in one folder."""
-    plan.publish_plan(tmp_path, make(slide("a"), slide("b")))
+    publish_plan(tmp_path, make(slide("a"), slide("b")))
     with pytest.raises(InputError, match="have changed or are gone: b"):
-        plan.publish_plan(tmp_path, make(slide("a"), slide("b", key="k2")))
+        publish_plan(tmp_path, make(slide("a"), slide("b", key="k2")))
 
 
 def test_a_plan_that_cannot_be_read_says_so(tmp_path: Path) -> None:
     """A damaged plan is one clear line."""
     (tmp_path / "plan.json").write_text("{")
     with pytest.raises(InputError, match="the plan cannot be read"):
-        plan.read(tmp_path / "plan.json")
+        read_plan(tmp_path / "plan.json")

@@ -19,9 +19,9 @@ from small_runs import COARSE, attempts, digests, over, rows, wsiflow
 from flows import compose as command
 from wsiflow.heatmap.files import read_heatmap
 from wsiflow.model.card import ModelSpec
-from wsiflow.plan import plan
 from wsiflow.run import executor, shards, store, trace
 from wsiflow.run.executor.inline import Inline
+from wsiflow.run.plan import latest_plan, read_plan
 from wsiflow.run.results import finish
 from wsiflow.run.stages import choose, ingest
 from wsiflow.slides import pyramid
@@ -156,7 +156,7 @@ def test_a_process_that_outlives_a_run_follows_the_next_one(tiny_slides: Path, t
         settings = [f"inference.stride={stride}", f"lesions.threshold={threshold}"]
         assert wsiflow(*over(tiny_slides, out, *settings)) == 0
         _, about = read_heatmap(out / "heatmaps/a.tif")
-        planned = plan.latest(out).settings
+        planned = latest_plan(out).settings
         assert (about["frame"]["stride_px"], planned["lesions"]["threshold"]) == (stride, threshold)
         found[threshold] = (out / "detections/a.csv").read_text()
         shutil.rmtree(out)
@@ -304,5 +304,5 @@ def test_the_plan_names_the_workers_kind_of_machine(small_slides: Path, tmp_path
         with monkeypatch.context() as elsewhere:
             elsewhere.setattr(choose, "numeric_class", lambda: {"isa": "of the nodes"})
             shards.choose(pool, cases)
-        made = plan.read(ingest.make_plan(cases, shards.ingest_shard(pool, cases, [0])))
+        made = read_plan(ingest.make_plan(cases, shards.ingest_shard(pool, cases, [0])))
     assert made.settings["predict"]["numeric_class"] == {"isa": "of the nodes"}

@@ -6,9 +6,8 @@ import pytest
 from small_runs import attempts, over, rows, wsiflow
 
 from flows import cli
-from wsiflow.plan import plan
-from wsiflow.plan.plan import Plan, Task
 from wsiflow.run.costs import StageCost
+from wsiflow.run.plan import Plan, Task, read_plan
 from wsiflow.run.stages import detect
 from wsiflow.run.stages.line import ROUGH, STAGES
 from wsiflow.run.stages.stage import Stage
@@ -18,7 +17,7 @@ from wsiflow.system.provenance import facts
 
 def tally(source: Path, index: int) -> tuple[publish.Receipt, bool]:
     """Publish how many lesions a slide has."""
-    made, root = plan.read(source), source.parent
+    made, root = read_plan(source), source.parent
     name, key = TALLY.product_of(made, index), TALLY.key_of(root, made, index)
     done = publish.done(root, name, key)
     if done is not None:

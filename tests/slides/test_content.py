@@ -11,9 +11,9 @@ import pytest
 
 from flows import compose
 from wsiflow.errors import InputError, Rewritten
-from wsiflow.plan import plan
 from wsiflow.run import cases, shards
 from wsiflow.run.executor.protocol import Outcome
+from wsiflow.run.plan import read_plan
 from wsiflow.run.stages import ingest, work
 from wsiflow.run.stages.line import STAGES
 from wsiflow.slides import content, slide
@@ -72,7 +72,7 @@ class Line:
         """Yield every task; the plan is made once the first has ended."""
         yield "ingest", 0
         self.source = ingest.make_plan(self.source, self.outcomes)
-        made = plan.read(self.source)
+        made = read_plan(self.source)
         for stage in STAGES.values():
             if stage.is_due(made, 0):
                 yield from ((stage.name, index) for index in stage.tasks_of(made, 0))

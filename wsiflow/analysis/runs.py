@@ -17,8 +17,8 @@ import yaml
 from wsiflow import redaction
 from wsiflow.errors import InputError
 from wsiflow.evaluation.matches import Recorded, read_matches
-from wsiflow.plan import plan
 from wsiflow.run import cases, tracking
+from wsiflow.run.plan import latest_plan
 from wsiflow.run.results import record
 from wsiflow.run.stages import ingest
 from wsiflow.run.tracking import TrackingParams
@@ -115,7 +115,7 @@ def _from_folder(root: Path) -> Run:
     told = ingest.told(root)
     params = {"run": root.name}
     if told:
-        made, values = plan.latest(root), json.loads(told.read_text(encoding="utf-8"))["config"]
+        made, values = latest_plan(root), json.loads(told.read_text(encoding="utf-8"))["config"]
         params = _texts(record.settings(values, made)) | record.digests(made)
     elif (folder / "settings.json").is_file():
         params = _texts(json.loads((folder / "settings.json").read_text(encoding="utf-8")))

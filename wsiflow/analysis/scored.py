@@ -14,10 +14,9 @@ from typing import NamedTuple
 from wsiflow.errors import InputError, IntegrityError
 from wsiflow.evaluation import matches
 from wsiflow.evaluation.matches import Recorded, RecordedSlide
-from wsiflow.plan import plan
-from wsiflow.plan.plan import Plan
 from wsiflow.run.cases import read_cases
 from wsiflow.run.config import RunConfig
+from wsiflow.run.plan import Plan, latest_plan
 from wsiflow.run.stages import ingest
 from wsiflow.slides.manifest import COLUMNS, Case, read_manifest
 from wsiflow.system import tables
@@ -125,7 +124,7 @@ def read(root: Path) -> Scored:
         remedy = f"run again{' with allow_partial=true' if partial else ''}, then export"
         raise InputError(cause, remedy, path=folder / "matches.json")
     recorded = matches.read_matches(folder / "matches.json")
-    scored = Scored(root, folder, config, cases, plan.latest(root), ended, recorded)
+    scored = Scored(root, folder, config, cases, latest_plan(root), ended, recorded)
     _check_scores(scored)
     return scored
 

@@ -20,7 +20,7 @@ from wsiflow.heatmap import assembly, files, lesions
 from wsiflow.model.choice import Choice, alike
 from wsiflow.plan import geometry
 from wsiflow.plan.geometry import Frame
-from wsiflow.plan.plan import SlidePlan
+from wsiflow.plan.slide_plan import SlidePlan
 from wsiflow.run.results import record, scores
 from wsiflow.system import publish
 

@@ -9,7 +9,7 @@ of scores has the header ``slide_id,score``, as `evaluation.read_scores` takes i
 
 import math
 import statistics
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,8 +20,7 @@ from wsiflow.errors import InputError
 from wsiflow.evaluation import forest
 from wsiflow.evaluation.forest import Choices, Forest, Sample
 from wsiflow.heatmap import features, files
-from wsiflow.plan import plan
-from wsiflow.plan.plan import SlidePlan
+from wsiflow.plan.slide_plan import SlidePlan
 from wsiflow.slides import pyramid
 from wsiflow.slides.manifest import Case, read_manifest
 from wsiflow.system import publish, tables
@@ -43,17 +42,22 @@ class Row(NamedTuple):
     values: Floats
 
 
-def write_features(runs: Sequence[Path], out: Path, *, reference: bool = False) -> int:
+def write_features(runs: Mapping[Path, Sequence[SlidePlan]], out: Path, *, reference: bool = False) -> int:
     """Write the features of all slides of some runs, at every threshold, and return how many slides there are.
 
+    Args:
+        runs: The planned slides of each run, by its folder.
+        out: The CSV to write.
+        reference: With the quirks of the reference system.
+
     Raises:
-        InputError: A folder holds no run, a slide of it has no heatmap, or a slide is in two of them.
+        InputError: A slide has no heatmap, or is in two of the runs.
         IntegrityError: A heatmap is not what its receipt says.
     """
     seen: dict[str, Path] = {}
     rows: list[Row] = []
-    for run in runs:
-        for planned in plan.latest(run).slides:
+    for run, slides in runs.items():
+        for planned in slides:
             if planned.slide_id in seen:
                 cause = f"it is in {seen[planned.slide_id]} and in {run}"
                 raise InputError(cause, "name one run for each slide", slide=planned.slide_id, stage="features")
@@ -181,12 +185,15 @@ def score_slide(made: Forest, run: Path, planned: SlidePlan) -> float:
     return float(made.predict(row.values[np.newaxis])[0])
 
 
-def write_scores(path: Path, run: Path, out: Path, *, also_training: bool = False) -> dict[str, float]:
+def write_scores(
+    path: Path, run: Path, slides: Sequence[SlidePlan], out: Path, *, also_training: bool = False
+) -> dict[str, float]:
     """Write the score of every slide of a run, and return them.
 
     Args:
         path: The forest.
-        run: The run.
+        run: The folder of the run.
+        slides: Its planned slides.
         out: The CSV to write.
         also_training: Score slides too that the forest was trained on.
 
@@ -194,7 +201,7 @@ def write_scores(path: Path, run: Path, out: Path, *, also_training: bool = Fals
         InputError: The forest was trained on a slide of the run, or cannot score one.
         IntegrityError: A file is not what its receipt or its hash says.
     """
-    made, slides = forest.load(path), plan.latest(run).slides
+    made = forest.load(path)
     known = [planned.slide_id for planned in slides if planned.slide_id in set(made.card.training)]
     if known and not also_training:
         cause = f"the forest was trained on {len(known)} of these slides: {', '.join(known[:5])}"

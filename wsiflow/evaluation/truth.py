@@ -14,7 +14,7 @@ from wsiflow.errors import InputError, WsiflowError
 from wsiflow.evaluation import froc
 from wsiflow.evaluation.froc import LesionMask
 from wsiflow.evaluation.protocol import EvaluationParams
-from wsiflow.plan.plan import SlidePlan
+from wsiflow.plan.slide_plan import SlidePlan
 from wsiflow.slides import annotations, content, pyramid
 from wsiflow.slides.annotations import TumourOutline
 from wsiflow.slides.manifest import Case

@@ -1,4 +1,4 @@
-"""Where to look on a slide, and what will be done: transforms, tissue, blocks, outlines and the plan of a run."""
+"""Where to look on a slide: transforms, tissue, blocks, outlines, and what is planned for one slide."""
 
 from typing import TYPE_CHECKING
 
@@ -7,16 +7,14 @@ import lazy_loader
 if TYPE_CHECKING:
     from wsiflow.plan.blocks import Block, TilesParams
     from wsiflow.plan.geometry import Frame, GeometryParams
-    from wsiflow.plan.plan import Plan, SlidePlan, Task
+    from wsiflow.plan.slide_plan import SlidePlan
     from wsiflow.plan.tissue import TissueParams, tissue_mask
 
 __all__ = [
     "Block",
     "Frame",
     "GeometryParams",
-    "Plan",
     "SlidePlan",
-    "Task",
     "TilesParams",
     "TissueParams",
     "tissue_mask",
@@ -28,7 +26,7 @@ __getattr__, __dir__, _ = lazy_loader.attach(
     submod_attrs={
         "blocks": ["Block", "TilesParams"],
         "geometry": ["Frame", "GeometryParams"],
-        "plan": ["Plan", "SlidePlan", "Task"],
+        "slide_plan": ["SlidePlan"],
         "tissue": ["TissueParams", "tissue_mask"],
     },
 )

@@ -7,14 +7,20 @@ import lazy_loader
 if TYPE_CHECKING:
     from wsiflow.run import store
     from wsiflow.run.config import RunConfig
+    from wsiflow.run.plan import Plan, Task
     from wsiflow.run.results.finish import Summary, finish
     from wsiflow.run.shards import begin, line
 
-__all__ = ["RunConfig", "Summary", "begin", "finish", "line", "store"]
+__all__ = ["Plan", "RunConfig", "Summary", "Task", "begin", "finish", "line", "store"]
 
 # Loaded by whoever asks first: most commands need little of it.
 __getattr__, __dir__, _ = lazy_loader.attach(
     __name__,
     submodules=["store"],
-    submod_attrs={"config": ["RunConfig"], "results.finish": ["Summary", "finish"], "shards": ["begin", "line"]},
+    submod_attrs={
+        "config": ["RunConfig"],
+        "plan": ["Plan", "Task"],
+        "results.finish": ["Summary", "finish"],
+        "shards": ["begin", "line"],
+    },
 )

@@ -4,9 +4,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from wsiflow.errors import InputError
-from wsiflow.plan import plan
-from wsiflow.plan.plan import Plan
 from wsiflow.run import trace
+from wsiflow.run.plan import Plan, latest_plan
 from wsiflow.run.stages.line import STAGES
 from wsiflow.run.stages.stage import Stage
 from wsiflow.system import publish
@@ -26,7 +25,7 @@ def explain(root: Path, words: Sequence[str]) -> Iterator[str]:
     Raises:
         InputError: The folder holds no plan, or the plan no such task.
     """
-    made = plan.latest(root)
+    made = latest_plan(root)
     given = [*words] if len(words) > 1 else ["", *words]
     stage, name, number = (*given, "")[:3]
     rejected = {item.slide_id: item for item in made.rejected}

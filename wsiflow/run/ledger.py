@@ -5,8 +5,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from wsiflow.plan import plan
-from wsiflow.plan.plan import Plan, SlidePlan
+from wsiflow.plan.slide_plan import SlidePlan
+from wsiflow.run.plan import Plan, latest_plan
 from wsiflow.system import publish
 
 
@@ -52,7 +52,7 @@ def _names(folder: Path) -> set[str]:
 
 def told(roots: Iterable[Path]) -> str:
     """Say in a few words how far some runs have come."""
-    found = [balance(root, plan.latest(root)) for root in roots if publish.generations(root, "plan.json")]
+    found = [balance(root, latest_plan(root)) for root in roots if publish.generations(root, "plan.json")]
     if not found:
         return "nothing was planned yet"
     return f"{sum(each.published for each in found)} tasks done, {sum(each.failed for each in found)} left"

@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from wsiflow.errors import EnvironmentFault, InputError, IntegrityError, WsiflowError
-from wsiflow.plan import plan
-from wsiflow.plan.plan import Plan
 from wsiflow.run import ledger, trace
 from wsiflow.run.cases import check_model, read_cases, write_cases
 from wsiflow.run.config import RunConfig
 from wsiflow.run.costs import COSTS, costs_of, slices
 from wsiflow.run.executor.protocol import Executor, Outcome, Slice
+from wsiflow.run.plan import Plan, read_plan
 from wsiflow.run.stages import certify, extract, ingest, stain, work
 from wsiflow.run.stages.calibrate import calibration_slides
 from wsiflow.run.stages.choose import choice_key, is_chosen, surprise
@@ -126,7 +125,7 @@ def measure_costs(pool: Executor, plan_path: Path) -> None:
 
     A run can do without: where it fails, what is wrong shows in the tasks themselves, and rough costs are taken.
     """
-    root, made = plan_path.parent, plan.read(plan_path)
+    root, made = plan_path.parent, read_plan(plan_path)
     if not (ledger.balance(root, made).failed == 0 or (root / COSTS).exists()):
         for outcome in pool.run(work.run_slice, plan_path, "measure", [Slice(0, 1)]):
             trace.note(root, "measure", "", 0, outcome)
@@ -138,7 +137,7 @@ def calibrate(pool: Executor, plan_path: Path, slice_s: float) -> Progress:
     Returns:
         What was done to the slides for it.
     """
-    made = plan.read(plan_path)
+    made = read_plan(plan_path)
     if not made.n_groups or made.work["choice"]["precision"] != "int8":
         return Progress(())
     quantised = calibration(plan_path.parent, made)
@@ -198,13 +197,13 @@ def case_sizes(cases: Path) -> list[int]:
 
 def rejections(plan_path: Path) -> list[str]:
     """Say what is wrong with the slides that could not be planned: it is known hours before the others are done."""
-    return [f"rejected: {named(one.reason, one.slide_id)}" for one in plan.read(plan_path).rejected]
+    return [f"rejected: {named(one.reason, one.slide_id)}" for one in read_plan(plan_path).rejected]
 
 
 def doubles(plan_path: Path) -> list[str]:
     """Say which slides have the same content: a manifest may list a file twice, and each line counts in the scores."""
     alike: dict[str, list[str]] = {}
-    for planned in plan.read(plan_path).slides:
+    for planned in read_plan(plan_path).slides:
         alike.setdefault(planned.sha256, []).append(planned.slide_id)
     groups = (", ".join(slides) for slides in alike.values() if len(slides) > 1)
     return [f"the same slide under several names, each of which counts in the scores: {names}" for names in groups]
@@ -217,7 +216,7 @@ def named(reason: str, slide_id: str) -> str:
 
 def slide_sizes(plan_path: Path) -> list[int]:
     """Return the tissue tiles of each planned slide."""
-    return [planned.n_tiles for planned in plan.read(plan_path).slides]
+    return [planned.n_tiles for planned in read_plan(plan_path).slides]
 
 
 def ingest_shard(pool: Executor, cases: Path, shard: Sequence[int]) -> list[Outcome]:
@@ -254,7 +253,7 @@ def line(pool: Executor, plan_path: Path, shard: Sequence[int], slice_s: float) 
 
 def advance(pool: Executor, plan_path: Path, stage: Stage, progress: Progress, slice_s: float) -> Progress:
     """Take the good slides of a shard through one stage: what is published already is not handed out again."""
-    root, made = plan_path.parent, plan.read(plan_path)
+    root, made = plan_path.parent, read_plan(plan_path)
     keys = {index: _key(root, made, stage, index) for index in _tasks(root, made, stage, progress.slides)}
     found = {
         index: receipt
@@ -285,7 +284,7 @@ def advise(pool: Executor, plan_path: Path) -> Iterator[str]:
     Yields:
         What is done, before it is done, and what was found; nothing where all is well.
     """
-    root, made = plan_path.parent, plan.read(plan_path)
+    root, made = plan_path.parent, read_plan(plan_path)
     if made.work["beyond"] == "tell":
         return
     beyond = certify.lacks_advice(root, made)

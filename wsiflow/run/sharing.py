@@ -15,9 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from wsiflow.plan.plan import NUMERICS
 from wsiflow.system import publish
-from wsiflow.system.provenance import numeric_class, versions
+from wsiflow.system.provenance import NUMERICS, numeric_class, versions
 
 _LARGE_BYTES = 1 << 26  # whoever reads larger files compares every chunk with its checksum
 

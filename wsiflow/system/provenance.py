@@ -19,6 +19,9 @@ _LIBRARIES = (
     "pillow",
     "opencv-python-headless",
 )
+#: Raised whenever a change of code changes the numbers that come out for the same settings.
+NUMERICS = 3
+
 _PIXEL_LIBRARIES = {"openslide-bin", "imagecodecs", "pillow", "opencv-python-headless", "numpy"}
 
 

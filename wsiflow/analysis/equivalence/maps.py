@@ -20,7 +20,7 @@ from wsiflow.analysis.equivalence.agreement import Tally
 from wsiflow.errors import InputError
 from wsiflow.evaluation import detections, matches, proportions
 from wsiflow.heatmap import files
-from wsiflow.plan import plan
+from wsiflow.run.plan import latest_plan
 from wsiflow.slides import pyramid
 
 NOT_EQUIVALENT = 10
@@ -180,7 +180,7 @@ class _Run:
 
     def __init__(self, root: Path) -> None:
         """Read the plan, and the matches where the run was scored."""
-        made = plan.latest(root)
+        made = latest_plan(root)
         self.root = root
         self.planned = {slide.slide_id for slide in made.slides} | {slide.slide_id for slide in made.rejected}
         self.slides = {slide.slide_id: slide for slide in made.slides if self.heatmap(slide.slide_id).is_file()}

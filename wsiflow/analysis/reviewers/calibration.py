@@ -25,7 +25,7 @@ from wsiflow.evaluation.truth import planned_truth, truth_sha256
 from wsiflow.heatmap import files
 from wsiflow.plan import geometry
 from wsiflow.plan.geometry import Frame
-from wsiflow.plan.plan import SlidePlan
+from wsiflow.plan.slide_plan import SlidePlan
 from wsiflow.slides import annotations, pyramid
 from wsiflow.slides.manifest import Case
 from wsiflow.system import tables

@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from wsiflow.errors import InputError
-from wsiflow.plan import plan
-from wsiflow.plan.plan import Plan
 from wsiflow.run import shards
 from wsiflow.run.config import RunConfig
 from wsiflow.run.costs import Costs
 from wsiflow.run.forecast import simulation
 from wsiflow.run.forecast.simulation import Cluster, Forecast, Sizes, Tasks
+from wsiflow.run.plan import Plan, read_plan
 from wsiflow.run.stages import measure
 from wsiflow.run.stages.line import LOADING, STAGES
 from wsiflow.system import publish, tables
@@ -61,7 +60,7 @@ class Counted(NamedTuple):
 
 def count(plan_path: Path, config: RunConfig) -> Counted:
     """Count what a plan asks for, and what of it is published."""
-    root, made = plan_path.parent, plan.read(plan_path)
+    root, made = plan_path.parent, read_plan(plan_path)
     slides: list[Tasks] = []
     tasks, done = dict.fromkeys(STAGES, 0), dict.fromkeys(STAGES, 0)
     for slide in range(len(made.slides)):

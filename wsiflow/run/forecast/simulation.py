@@ -22,8 +22,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from wsiflow.plan.plan import Unit
 from wsiflow.run.costs import Costs, first_of, slices
+from wsiflow.run.plan import Unit
 
 
 class Share(NamedTuple):

@@ -14,12 +14,11 @@ from typing import Any, NamedTuple
 
 from wsiflow.errors import PARTIAL, IntegrityError
 from wsiflow.evaluation import matches
-from wsiflow.plan import plan
-from wsiflow.plan.plan import Plan
 from wsiflow.run import ledger, trace
 from wsiflow.run.config import RunConfig
 from wsiflow.run.executor.params import worker_count
 from wsiflow.run.ledger import Ledger
+from wsiflow.run.plan import Plan, read_plan
 from wsiflow.run.results import cost, report
 from wsiflow.run.results.record import all_receipts, machines, settings, track
 from wsiflow.run.results.scores import Judgement, former_metrics, judge, publish_scores, summarise
@@ -100,7 +99,7 @@ def set_aside(plan_path: Path) -> None:
 
     Whoever reads the folder before this start has ended, or after it was killed, finds no scores instead of old ones.
     """
-    root, made = plan_path.parent, plan.read(plan_path)
+    root, made = plan_path.parent, read_plan(plan_path)
     path = root / "evaluation/matches.json"
     if path.is_file():
         scored = {one.slide_id for one in matches.read_matches(path).slides}
@@ -142,7 +141,7 @@ def finish(config: RunConfig, plan_path: Path, progress: Sequence[Progress], clo
     Raises:
         IntegrityError: The ledger does not balance although no task failed.
     """
-    root, made = plan_path.parent, plan.read(plan_path)
+    root, made = plan_path.parent, read_plan(plan_path)
     ended = [item for shard in progress for item in shard.ended]
     statuses, receipts, attempts = slide_statuses(made, ended), all_receipts(root), trace.attempts(root)
     publish.write_view(root, "process_list.csv", process_list(statuses, receipts).encode())

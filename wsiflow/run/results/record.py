@@ -7,10 +7,10 @@ from typing import Any
 
 from wsiflow import redaction
 from wsiflow.evaluation import matches
-from wsiflow.plan.plan import Plan
 from wsiflow.run import tracking
 from wsiflow.run.cases import folder_id
 from wsiflow.run.config import RunConfig
+from wsiflow.run.plan import Plan
 from wsiflow.run.stages import choose
 from wsiflow.system import publish
 from wsiflow.system.provenance import versions

@@ -14,9 +14,10 @@ from wsiflow.errors import IntegrityError, WsiflowError
 from wsiflow.evaluation import evaluate
 from wsiflow.evaluation.detections import read_detections
 from wsiflow.evaluation.truth import planned_truth
-from wsiflow.plan.plan import Plan, SlidePlan
+from wsiflow.plan.slide_plan import SlidePlan
 from wsiflow.run.cases import read_cases
 from wsiflow.run.config import RunConfig
+from wsiflow.run.plan import Plan
 from wsiflow.run.results import report
 from wsiflow.run.results.status import FORMER, Status
 from wsiflow.run.stages import detect, stitch

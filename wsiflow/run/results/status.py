@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from wsiflow.errors import WsiflowError
-from wsiflow.plan.plan import Plan
 from wsiflow.run.config import RunConfig
+from wsiflow.run.plan import Plan
 from wsiflow.run.results import cost
 from wsiflow.run.shards import Ended, named
 from wsiflow.run.stages.line import STAGES, STEPS

@@ -8,8 +8,7 @@ from numpy.typing import NDArray
 
 from wsiflow.errors import InputError, Rewritten, WsiflowError
 from wsiflow.model import certificate
-from wsiflow.plan import plan
-from wsiflow.plan.plan import Plan
+from wsiflow.run.plan import Plan, read_plan
 from wsiflow.run.stages.network import calibration, check_numeric_class, planned_choice, planned_classifier
 from wsiflow.run.stages.pixels import planned_blocks
 from wsiflow.system import publish
@@ -30,7 +29,7 @@ def calibrate(source: Path, _index: int) -> tuple[publish.Receipt, bool]:
     """
     from wsiflow.model import scorer
 
-    made = plan.read(source)
+    made = read_plan(source)
     root = source.parent
     name, key = calibration(root, made)
     done = publish.done(root, name, key)

@@ -18,12 +18,12 @@ from wsiflow.errors import InputError, IntegrityError
 from wsiflow.model import certificate
 from wsiflow.model.certificate import Comparison, Limits
 from wsiflow.model.choice import Choice
-from wsiflow.plan import plan
 from wsiflow.plan.blocks import Block, window_corners_px
 from wsiflow.plan.geometry import Frame
-from wsiflow.plan.plan import Plan, SlidePlan, Task
+from wsiflow.plan.slide_plan import SlidePlan, read_cut
 from wsiflow.run import store
 from wsiflow.run.costs import StageCost
+from wsiflow.run.plan import Plan, Task, read_plan
 from wsiflow.run.stages import predict
 from wsiflow.run.stages.network import check_numeric_class, planned_choice, planned_classifier, scorer_for
 from wsiflow.run.stages.pixels import planned_blocks
@@ -83,7 +83,7 @@ def certify(source: Path, index: int) -> tuple[publish.Receipt, bool]:
     Raises:
         IntegrityError: The scores differ by more than is allowed; the message names what certainly passes.
     """
-    made = plan.read(source)
+    made = read_plan(source)
     root, planned = source.parent, made.slides[index]
     receipts = [published(root, made, Task(index, k)) for k in range(1, planned.n_groups + 1)]
     name, wanted = certificate_name(planned), made.settings["certificate"]["windows"]
@@ -116,7 +116,7 @@ def _sample(root: Path, made: Plan, index: int, wanted: int) -> _Sample:
 
 def _block_scores(root: Path, made: Plan, index: int, number: int) -> NDArray[np.float32]:
     """Return the published scores of a block's tissue tiles, float32 (n, m, m)."""
-    cut = plan.read_cut(root, made.slides[index])
+    cut = read_cut(root, made.slides[index])
     k, (lo, _) = next((k, span) for k, span in enumerate(cut.group_ranges, 1) if span[0] <= number < span[1])
     _, prob = store.read_predictions(root / prediction_name(made, Task(index, k)))
     before = sum(len(block.tissue) for block in cut.blocks[lo:number])
@@ -250,7 +250,7 @@ def _advice_key(made: Plan) -> str:
 
 def advise(source: Path, _index: int) -> tuple[publish.Receipt, bool]:
     """Look for a setting that keeps the tolerance on one slide's windows, once for a run, and write ``advice.json``."""
-    made, root = plan.read(source), source.parent
+    made, root = read_plan(source), source.parent
     told = _what_would_pass(root, made, lacks_advice(root, made)[0])
     publish.write_view(root, ADVICE, json.dumps({"key": _advice_key(made), "told": told}).encode())
     return {"path": ADVICE, "attempt": ""}, True

@@ -9,9 +9,9 @@ from wsiflow.evaluation.detections import format_detections
 from wsiflow.heatmap import files, lesions
 from wsiflow.heatmap.lesions import LesionParams
 from wsiflow.heatmap.overlay import overlay_png
-from wsiflow.plan import geometry, plan
-from wsiflow.plan.plan import Plan, Task
+from wsiflow.plan import geometry
 from wsiflow.run.costs import StageCost
+from wsiflow.run.plan import Plan, Task, read_plan
 from wsiflow.run.stages import stitch
 from wsiflow.run.stages.pixels import open_planned
 from wsiflow.run.stages.stage import Stage
@@ -27,7 +27,7 @@ def detect(source: Path, index: int) -> tuple[publish.Receipt, bool]:
 
     Beside it go the pictures of the heatmap: an 8-bit pyramid for viewers, and the overlay with the detections.
     """
-    made = plan.read(source)
+    made = read_plan(source)
     root, planned = source.parent, made.slides[index]
     name, key = STAGE.product_of(made, index), STAGE.key_of(root, made, index)
     done = publish.done(root, name, key)

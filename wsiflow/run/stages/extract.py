@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from wsiflow.plan import plan
-from wsiflow.plan.plan import Plan, SlidePlan, Task
+from wsiflow.plan.slide_plan import SlidePlan, pixels_key, read_cut
 from wsiflow.run import sharing, store
 from wsiflow.run.costs import StageCost
+from wsiflow.run.plan import Plan, Task, read_plan
 from wsiflow.run.sharing import Place
 from wsiflow.run.stages import ingest
 from wsiflow.run.stages.pixels import block_coord, block_size_px, open_planned, part_name, read_slide, timed_reads
@@ -18,11 +18,11 @@ from wsiflow.system.provenance import facts
 
 def extract(source: Path, index: int) -> tuple[publish.Receipt, bool]:
     """Read the blocks of a part of a slide and publish them as ``patches/<slide>/p<j>.h5``."""
-    made = plan.read(source)
+    made = read_plan(source)
     root, task = source.parent, EXTRACT.task(made, index)
     planned, params = made.slides[task.slide], store.StoreParams.model_validate(made.work["store"])
     name, numbers = part_name(planned, task.group), made.part(*task)
-    frame, cut = planned.frame, plan.read_cut(root, planned)
+    frame, cut = planned.frame, read_cut(root, planned)
     key = EXTRACT.key_of(root, made, index)
     place = Place(ingest.shared_folder(root), root, name, key)
     done = sharing.done(place)
@@ -65,7 +65,7 @@ def link_patches(source: Path, index: int) -> tuple[publish.Receipt, bool]:
     Raises:
         IntegrityError: A part is not published.
     """
-    made = plan.read(source)
+    made = read_plan(source)
     root, planned = source.parent, made.slides[index]
     parts = {part_name(planned, j): made.part(index, j) for j in range(1, made.n_parts(index) + 1)}
     name, key = INDEX.product_of(made, index), INDEX.key_of(root, made, index)
@@ -86,7 +86,7 @@ def _is_due(made: Plan, _slide: int) -> bool:
 
 def _part_key(root: Path, made: Plan, task: Task) -> str:
     planned, params = made.slides[task.slide], store.StoreParams.model_validate(made.work["store"])
-    pixels = plan.pixels_key(planned, plan.read_cut(root, planned))
+    pixels = pixels_key(planned, read_cut(root, planned))
     numbers = list(made.part(*task))
     return publish.key_of(pixels=pixels, groups=numbers, compression=params.compression, loss=params.loss)
 

@@ -19,13 +19,14 @@ from wsiflow.errors import InputError, WsiflowError
 from wsiflow.evaluation import truth
 from wsiflow.model import card
 from wsiflow.model.choice import Choice
-from wsiflow.plan import geometry, outline, plan, tissue
+from wsiflow.plan import geometry, outline, tissue
 from wsiflow.plan.geometry import MAX_UPSAMPLE, Frame
-from wsiflow.plan.plan import Plan, SlideCut, SlidePlan
+from wsiflow.plan.slide_plan import SlideCut, SlidePlan, cut_name, make_cut, slide_key, tile_runs, tissue_grid
 from wsiflow.run import sharing
 from wsiflow.run.cases import read_cases
 from wsiflow.run.config import RunConfig
 from wsiflow.run.executor.protocol import Outcome
+from wsiflow.run.plan import Plan, Rejected, latest_plan, publish_plan
 from wsiflow.run.sharing import Place
 from wsiflow.run.stages.choose import choice_record
 from wsiflow.slides import content, slide
@@ -47,7 +48,7 @@ def ingest(source: Path, index: int) -> tuple[publish.Receipt, bool]:
         if any(publish.at_hand(root, each, key) is None for each in _names(case)[1:]):  # deleted: made again
             looked, _ = _looked(case, config)
             frame = _framed(looked["frame"], config, sizes["tiles"])
-            cut = plan.make_cut(plan.tissue_grid(looked["tile_runs"]), frame, group_tiles=config.tiles.group_tiles)
+            cut = make_cut(tissue_grid(looked["tile_runs"]), frame, group_tiles=config.tiles.group_tiles)
             _publish_beside(root, case, looked, cut, key)
         return done, False
     _check_truth(case, config)
@@ -57,8 +58,8 @@ def ingest(source: Path, index: int) -> tuple[publish.Receipt, bool]:
             attempt.charge(elsewhere)
         sha256, frame = looked["sha256"], _framed(looked["frame"], config, sizes["tiles"])
         _check_manifest_sha256(case, sha256)
-        grid = plan.tissue_grid(looked["tile_runs"])
-        cut = plan.make_cut(grid, frame, group_tiles=config.tiles.group_tiles)
+        grid = tissue_grid(looked["tile_runs"])
+        cut = make_cut(grid, frame, group_tiles=config.tiles.group_tiles)
         record = {
             "sha256": sha256,
             "signature": looked["signature"],
@@ -68,7 +69,7 @@ def ingest(source: Path, index: int) -> tuple[publish.Receipt, bool]:
             "n_tiles": int(grid.sum()),
             "n_blocks": len(cut.blocks),
             "n_groups": len(cut.group_ranges),
-            "key": plan.slide_key(sha256, frame, cut),
+            "key": slide_key(sha256, frame, cut),
         }
         with attempt.uncounted():
             _publish_beside(root, case, looked, cut, key)
@@ -78,7 +79,7 @@ def ingest(source: Path, index: int) -> tuple[publish.Receipt, bool]:
 
 def _names(case: Case) -> list[str]:
     """Return the names of what is published of a slide before the plan: its record, mask, outline and cut."""
-    return [*(f"tissue/{case.slide_id}.{kind}" for kind in ("json", "png", "geojson")), plan.cut_name(case.slide_id)]
+    return [*(f"tissue/{case.slide_id}.{kind}" for kind in ("json", "png", "geojson")), cut_name(case.slide_id)]
 
 
 def _publish_beside(root: Path, case: Case, looked: Mapping[str, Any], cut: SlideCut, key: str) -> None:
@@ -134,7 +135,7 @@ def _look(case: Case, config: RunConfig) -> dict[str, Any]:
         "um_px_l0": um_px,
         "downsample": downsample,
         "frame": frame._asdict(),
-        "tile_runs": plan.tile_runs(tissue_grid),
+        "tile_runs": tile_runs(tissue_grid),
         "mask_png": base64.b64encode(outline.tissue_png(mask)).decode(),
         "outline": outline.tissue_geojson(mask, downsample=downsample, offset=(-corner[0], -corner[1])),
     }
@@ -299,7 +300,7 @@ def make_plan(source: Path, outcomes: Sequence[Outcome]) -> Path:
     for outcome in sorted(outcomes):
         case = cases[outcome.task]
         if outcome.receipt is None:
-            rejected.append(plan.Rejected(case.slide_id, outcome.error, outcome.exit_code))
+            rejected.append(Rejected(case.slide_id, outcome.error, outcome.exit_code))
         else:
             record = json.loads((root / outcome.receipt["path"]).read_text(encoding="utf-8"))
             slides.append(_slide_plan(case, record))
@@ -313,7 +314,7 @@ def make_plan(source: Path, outcomes: Sequence[Outcome]) -> Path:
         "beyond": config.dense.beyond,
         "told": settled["told"],
     }
-    return plan.publish_plan(root, Plan(_settings(root, config), work, slides, rejected))
+    return publish_plan(root, Plan(_settings(root, config), work, slides, rejected))
 
 
 def _settings(root: Path, config: RunConfig) -> dict[str, Any]:
@@ -344,7 +345,7 @@ def told(root: Path) -> Path | None:
     """
     files = publish.generations(root, "cases.json")
     if len(files) > 1 and publish.generations(root, "plan.json"):
-        made = plan.latest(root)
+        made = latest_plan(root)
         return next((path for path in reversed(files) if _follows(made, path)), files[-1])
     return files[-1] if files else None
 

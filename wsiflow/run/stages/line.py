@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
 
-from wsiflow.plan.plan import Plan
 from wsiflow.run.costs import Costs, StageCost
+from wsiflow.run.plan import Plan
 from wsiflow.run.stages import certify, detect, extract, predict, stain, stitch
 from wsiflow.run.stages.stage import Stage
 from wsiflow.system import publish

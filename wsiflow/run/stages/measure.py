@@ -21,9 +21,9 @@ from typing import NamedTuple
 import numpy as np
 
 from wsiflow.errors import EnvironmentFault, InputError
-from wsiflow.plan import plan
-from wsiflow.plan.plan import Plan, SlideCut, SlidePlan
+from wsiflow.plan.slide_plan import SlideCut, SlidePlan, cut_name, make_cut, read_cut, slide_key
 from wsiflow.run.costs import COSTS, Costs, StageCost, first_of
+from wsiflow.run.plan import Plan, publish_plan, read_plan
 from wsiflow.run.stages import network, predict
 from wsiflow.run.stages.calibrate import calibrate
 from wsiflow.run.stages.line import STAGES
@@ -73,7 +73,7 @@ def measure(source: Path, _index: int) -> tuple[publish.Receipt, bool]:
         InputError: There is no tissue.
         EnvironmentFault: A fresh interpreter cannot be started.
     """
-    made, root = plan.read(source), source.parent
+    made, root = read_plan(source), source.parent
     with publish.private_folder(root) as folder:
         small, weights = _small_plan(folder, root, made)
         costs = _costs(small, weights, _shapes(root, made))
@@ -85,7 +85,7 @@ def measure(source: Path, _index: int) -> tuple[publish.Receipt, bool]:
 
 def areas_px(root: Path, made: Plan) -> list[int]:
     """Return the pixels that are read for the blocks of each slide, halo included."""
-    return [_area_px(planned, plan.read_cut(root, planned)) for planned in made.slides]
+    return [_area_px(planned, read_cut(root, planned)) for planned in made.slides]
 
 
 def _area_px(planned: SlidePlan, cut: SlideCut) -> int:
@@ -95,7 +95,7 @@ def _area_px(planned: SlidePlan, cut: SlideCut) -> int:
 
 def _shapes(root: Path, made: Plan) -> int:
     """Return how many shapes the blocks of a plan have."""
-    cuts = (plan.read_cut(root, planned) for planned in made.slides)
+    cuts = (read_cut(root, planned) for planned in made.slides)
     return len({(block.rows, block.cols) for cut in cuts for block in cut.blocks})
 
 
@@ -114,11 +114,11 @@ def _small_plan(folder: Path, root: Path, made: Plan) -> tuple[Path, list[list[f
     wanted = [timed[0], *timed, *timed]  # for a fresh worker; to see each shape for the first time; to be timed
     slides, weights = [], []
     for number, (slide, place, count) in enumerate(wanted):
-        cut = _piece(plan.read_cut(root, slide), slide, place, count, made.settings["cut"]["tiles"]["group_tiles"])
+        cut = _piece(read_cut(root, slide), slide, place, count, made.settings["cut"]["tiles"]["group_tiles"])
         slides.append(_publish_slide(folder, root, slide, cut, f"{number}"))
         groups = [cut._replace(blocks=tuple(cut.group(k))) for k in range(1, len(cut.group_ranges) + 1)]
         weights.append([_area_px(slide, group) / px_tile for group in groups])
-    return plan.publish_plan(folder, Plan(made.settings, made.work, slides, ())), weights
+    return publish_plan(folder, Plan(made.settings, made.work, slides, ())), weights
 
 
 def _piece(cut: SlideCut, slide: SlidePlan, place: int, count: int, group_tiles: int) -> SlideCut:
@@ -129,13 +129,13 @@ def _piece(cut: SlideCut, slide: SlidePlan, place: int, count: int, group_tiles:
     for block in cut.blocks[first : first + count]:
         cols, rows = np.array(block.cells()).T
         grid[rows, cols] = True
-    return plan.make_cut(grid, slide.frame, group_tiles=group_tiles)
+    return make_cut(grid, slide.frame, group_tiles=group_tiles)
 
 
 def _publish_slide(folder: Path, root: Path, slide: SlidePlan, cut: SlideCut, name: str) -> SlidePlan:
     """Write what tasks read of a slide: its cut, and the record that tells whether its content has changed."""
     for path, text in (
-        (folder / plan.cut_name(name), json.dumps(cut.as_dict())),
+        (folder / cut_name(name), json.dumps(cut.as_dict())),
         (folder / f"tissue/{name}.json", (root / f"tissue/{slide.slide_id}.json").read_text(encoding="utf-8")),
     ):
         path.parent.mkdir(exist_ok=True)
@@ -145,13 +145,13 @@ def _publish_slide(folder: Path, root: Path, slide: SlidePlan, cut: SlideCut, na
         n_tiles=sum(len(block.tissue) for block in cut.blocks),
         n_blocks=len(cut.blocks),
         n_groups=len(cut.group_ranges),
-        key=plan.slide_key(slide.sha256, slide.frame, cut),
+        key=slide_key(slide.sha256, slide.frame, cut),
     )
 
 
 def _costs(source: Path, weights: Sequence[Sequence[float]], shapes: int) -> Costs:
     """Take the small plan through the line and return what it cost."""
-    made = plan.read(source)
+    made = read_plan(source)
     found: dict[str, list[Timed]] = {}
     fresh_s = 0.0
     start_s = min(_start_s() for _ in range(2))
@@ -180,7 +180,7 @@ def _costs(source: Path, weights: Sequence[Sequence[float]], shapes: int) -> Cos
 
 def _timed_stage(stage: Stage, source: Path, weights: Sequence[Sequence[float]]) -> tuple[list[Timed], list[Timed]]:
     """Do the tasks of a stage, and return what they took for the first time and again."""
-    made, half = plan.read(source), len(weights) // 2
+    made, half = read_plan(source), len(weights) // 2
     found: list[list[Timed]] = []
     for slide, groups in enumerate(weights):
         tasks = stage.tasks_of(made, slide)

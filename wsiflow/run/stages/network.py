@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from wsiflow.errors import EnvironmentFault, IntegrityError
 from wsiflow.model import card
 from wsiflow.model.choice import Choice
-from wsiflow.plan import plan
-from wsiflow.plan.plan import Plan
+from wsiflow.run.plan import Plan, read_plan
 from wsiflow.system import publish, usage
 from wsiflow.system.provenance import numeric_class, pixel_versions, thread_count
 
@@ -108,6 +107,6 @@ class Calibration(NamedTuple):
 
 def calibration(root: Path, made: Plan) -> Calibration:
     """Return what the network in int8 is published as; it follows the slides of the run's first plan."""
-    first = plan.read(publish.generations(root, "plan.json")[0])
+    first = read_plan(publish.generations(root, "plan.json")[0])
     key = publish.key_of(predict=made.settings["predict"], slides=[planned.key for planned in first.slides])
     return Calibration(f"engine/int8-{key[:12]}.zip", key)

@@ -14,11 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wsiflow.errors import IntegrityError
-from wsiflow.plan import geometry, plan
+from wsiflow.plan import geometry
 from wsiflow.plan.blocks import Block
 from wsiflow.plan.geometry import Frame
-from wsiflow.plan.plan import Plan, SlidePlan
+from wsiflow.plan.slide_plan import SlidePlan, read_cut
 from wsiflow.run import store
+from wsiflow.run.plan import Plan
 from wsiflow.run.stages import ingest
 from wsiflow.slides import content, slide
 from wsiflow.slides.stain import transfer
@@ -151,7 +152,7 @@ def planned_blocks(
     if not wanted:
         yield iter(())
         return
-    cut, colours = plan.read_cut(root, planned), colours or Colours(root, made, planned)
+    cut, colours = read_cut(root, planned), colours or Colours(root, made, planned)
     blocks = [cut.blocks[index] for index in wanted]
     with contextlib.ExitStack() as held:
         parts = _stored(root, made, planned, wanted)
@@ -174,7 +175,7 @@ def _normalised(
 
 def _stored(root: Path, made: Plan, planned: SlidePlan, wanted: Sequence[int]) -> Iterator[NDArray[np.uint8]]:
     """Yield the pixels of blocks as they were stored."""
-    cut = plan.read_cut(root, planned)
+    cut = read_cut(root, planned)
     for k, (lo, hi) in enumerate(cut.group_ranges, 1):
         inside = [index - lo for index in wanted if lo <= index < hi]
         if not inside:
@@ -195,7 +196,7 @@ def part_name(planned: SlidePlan, part: int) -> str:
 
 def fit_key(root: Path, planned: SlidePlan, params: StainParams) -> str:
     """Return what identifies a slide's stain fit: the pixels that are looked at, and how."""
-    seen = (planned.sha256, planned.frame.tile_px, planned.frame.l0_per_px, plan.read_cut(root, planned).tile_runs)
+    seen = (planned.sha256, planned.frame.tile_px, planned.frame.l0_per_px, read_cut(root, planned).tile_runs)
     return publish.key_of(seen=seen, stain=params.model_dump(exclude={"target"}))
 
 

@@ -10,11 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wsiflow.errors import IntegrityError
-from wsiflow.plan import plan
 from wsiflow.plan.geometry import Frame
-from wsiflow.plan.plan import Plan, Task
+from wsiflow.plan.slide_plan import read_cut
 from wsiflow.run import store
 from wsiflow.run.costs import StageCost
+from wsiflow.run.plan import Plan, Task, read_plan, task_key
 from wsiflow.run.stages.network import calibration, check_numeric_class, planned_choice, timed_scorer
 from wsiflow.run.stages.pixels import Colours, planned_blocks
 from wsiflow.run.stages.stage import Stage
@@ -24,16 +24,16 @@ from wsiflow.system.provenance import facts
 
 def predict(source: Path, index: int) -> tuple[publish.Receipt, bool]:
     """Predict one group and publish ``predictions/<slide>/t<k>.h5``."""
-    made = plan.read(source)
+    made = read_plan(source)
     root, task = source.parent, STAGE.task(made, index)
     planned = made.slides[task.slide]
-    name, key = prediction_name(made, task), plan.task_key(root, made, task)
+    name, key = prediction_name(made, task), task_key(root, made, task)
     done = publish.done(root, name, key)
     if done is not None:
         return done, False
     check_numeric_class(made)
     score, warmup_s = timed_scorer(root, made)
-    cut, frame = plan.read_cut(root, planned), planned.frame
+    cut, frame = read_cut(root, planned), planned.frame
     blocks = cut.group(task.group)
     coord = tile_coord(frame, [cell for block in blocks for cell in block.cells()])
     receipt_facts = facts("prediction", planned.slide_id, group=task.group, warmup_s=warmup_s)
@@ -76,7 +76,7 @@ def published(root: Path, made: Plan, task: Task) -> publish.Receipt:
         IntegrityError: The group is not published.
     """
     name = prediction_name(made, task)
-    receipt = publish.done(root, name, plan.task_key(root, made, task))
+    receipt = publish.done(root, name, task_key(root, made, task))
     if receipt is None:
         slide_id = made.slides[task.slide].slide_id
         raise IntegrityError("the group was not predicted", "run again", slide=slide_id, path=root / name)
@@ -96,7 +96,7 @@ STAGE = Stage(
     unit="group",
     work=predict,
     product=prediction_name,
-    key=plan.task_key,
+    key=task_key,
     cost=StageCost(0.2, 0.067),
     steps=("read", "stain", "infer", "write"),
     verified="size",

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from wsiflow.errors import IntegrityError
-from wsiflow.plan.plan import Plan, Task, Unit
 from wsiflow.run.costs import StageCost
+from wsiflow.run.plan import Plan, Task, Unit
 from wsiflow.system import publish
 
 Work = Callable[[Path, int], tuple[publish.Receipt, bool]]

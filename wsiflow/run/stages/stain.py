@@ -9,10 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wsiflow.errors import InputError
-from wsiflow.plan import plan
-from wsiflow.plan.plan import Plan, SlidePlan, Task
+from wsiflow.plan.slide_plan import SlidePlan, read_cut
 from wsiflow.run import sharing
 from wsiflow.run.costs import StageCost
+from wsiflow.run.plan import Plan, Task, read_plan
 from wsiflow.run.sharing import Place
 from wsiflow.run.stages import ingest
 from wsiflow.run.stages.pixels import fit_key, fit_name, fits_slides, open_planned, stain_params
@@ -26,7 +26,7 @@ from wsiflow.system.provenance import facts
 
 def tissue_sample(root: Path, planned: SlidePlan, params: StainParams) -> NDArray[np.uint8]:
     """Return pixels of tissue tiles from all over a slide, uint8 (n, 3)."""
-    cells = [(first + i, row) for row, first, length in plan.read_cut(root, planned).tile_runs for i in range(length)]
+    cells = [(first + i, row) for row, first, length in read_cut(root, planned).tile_runs for i in range(length)]
     side = planned.frame.tile_px
     with open_planned(root, planned) as opened:
         found = [
@@ -42,7 +42,7 @@ def fit_stain(source: Path, index: int) -> tuple[publish.Receipt, bool]:
     Raises:
         InputError: They cannot be measured and the policy is to stop.
     """
-    made = plan.read(source)
+    made = read_plan(source)
     root, planned = source.parent, made.slides[index]
     params, name = stain_params(made), fit_name(planned)
     key = STAGE.key_of(root, made, index)

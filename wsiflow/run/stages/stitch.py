@@ -8,11 +8,10 @@ import numpy as np
 
 from wsiflow.errors import IntegrityError
 from wsiflow.heatmap import assembly, files
-from wsiflow.plan import plan
 from wsiflow.plan.geometry import Frame
-from wsiflow.plan.plan import Plan, Task
 from wsiflow.run import store
 from wsiflow.run.costs import StageCost
+from wsiflow.run.plan import Plan, Task, read_plan
 from wsiflow.run.stages import network, predict
 from wsiflow.run.stages.stage import Stage
 from wsiflow.system import publish
@@ -27,7 +26,7 @@ def stitch(source: Path, index: int) -> tuple[publish.Receipt, bool]:
     Raises:
         IntegrityError: A group of the slide is not published: nothing is stitched from an unbalanced ledger.
     """
-    made = plan.read(source)
+    made = read_plan(source)
     root, planned = source.parent, made.slides[index]
     tasks = [Task(index, k) for k in range(1, planned.n_groups + 1)]
     for task in tasks:

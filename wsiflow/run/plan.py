@@ -1,150 +1,29 @@
-"""The plan: an immutable file that names every slide, block and group with its key.
+"""The plan of a run: an immutable file that names every slide and task, and every setting that can change a number.
 
 It is made from the slides' overviews, before any patch is read; everything after it follows it. Nothing in it is a
 time, a host or a count of workers, so the same input and settings give the same plan and the same keys anywhere.
 
-The plan has a line for each slide. A slide's tissue, blocks and groups lie beside it in ``cuts/<slide>.json``, whose
-content the slide's key names: a worker reads those of the slides it works on, and a plan of a million groups stays
-small. A task is a place in a stage: groups and parts are counted through all slides, in the order of the plan.
+The plan has a line for each slide; how a slide is cut lies beside it, see `wsiflow.plan.slide_plan`. A task is a place
+in a stage: groups and parts are counted through all slides, in the order of the plan.
 
-A run's folder holds ``plan.json``. When a slide that could not be read is mended, the next plan is published beside it
+A run's folder holds ``plan.json``. When a slide that could not be read is fixed, the next plan is published beside it
 as ``plan.2.json``; it must agree with the former one on every slide that was planned, so finished work stays valid.
 """
 
 import json
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property, lru_cache
+from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
-
-from wsiflow.errors import InputError, IntegrityError
-from wsiflow.plan.blocks import Block, Cut, groups
-from wsiflow.plan.blocks import block as block_at
-from wsiflow.plan.blocks import blocks as blocks_of
+from wsiflow.errors import InputError
 from wsiflow.plan.geometry import Frame
+from wsiflow.plan.slide_plan import SlidePlan, read_cut
 from wsiflow.system import faults, publish
+from wsiflow.system.provenance import NUMERICS
 from wsiflow.system.reread import remembered
-
-#: Raised whenever a change of code changes the numbers that come out for the same settings.
-NUMERICS = 3
-
-Runs = tuple[tuple[int, int, int], ...]
-
-
-class SlidePlan(NamedTuple):
-    """What is planned for one slide.
-
-    Attributes:
-        slide_id, path, sha256, um_px_l0: The slide, its content and its level-0 spacing.
-        label: 1 tumour, 0 normal, None unknown.
-        annotation_path, mask_path: Truth, empty where there is none.
-        overview_downsample: Level-0 pixels per pixel of the tissue mask.
-        frame: The transform stored with every array of this slide.
-        n_tiles, n_blocks, n_groups: How much there is to do: tissue tiles, and the blocks and groups they are cut into.
-        key: What identifies the slide's pixels and their cutting, see `slide_key`.
-    """
-
-    slide_id: str
-    path: str
-    sha256: str
-    um_px_l0: float
-    label: int | None
-    annotation_path: str
-    mask_path: str
-    overview_downsample: float
-    frame: Frame
-    n_tiles: int
-    n_blocks: int
-    n_groups: int
-    key: str
-
-
-class SlideCut(NamedTuple):
-    """A slide's tissue, cut.
-
-    Attributes:
-        tile_runs: Tissue tiles as runs along rows: row, first column, length.
-        blocks: The blocks, in order.
-        group_ranges: Half-open ranges of blocks, one per group.
-    """
-
-    tile_runs: Runs
-    blocks: tuple[Block, ...]
-    group_ranges: tuple[tuple[int, int], ...]
-
-    def group(self, k: int) -> Sequence[Block]:
-        """Return the blocks of group ``k``, counted from 1."""
-        lo, hi = self.group_ranges[k - 1]
-        return self.blocks[lo:hi]
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the cut as plain JSON values: which of a block's tiles hold tissue follows from the runs."""
-        return {
-            "tile_runs": self.tile_runs,
-            "blocks": [block[:4] for block in self.blocks],
-            "group_ranges": self.group_ranges,
-        }
-
-
-def make_cut(tissue: NDArray[np.bool_], frame: Frame, *, group_tiles: int) -> SlideCut:
-    """Cut a slide's tissue into blocks and groups balanced by cost: a block counts for its tissue tiles.
-
-    Args:
-        tissue: bool (rows, cols), the tile grid.
-        frame: The slide's transform, with the sizes of blocks.
-        group_tiles: Tissue tiles that a group should not exceed on average.
-    """
-    runs = tile_runs(tissue)
-    cut = Cut(frame.tile_px, frame.halo_px, frame.block_rows, frame.block_cols)
-    blocks = blocks_of(tissue_grid(runs), cut)
-    costs = np.array([len(block.tissue) for block in blocks], dtype=np.float64)
-    return SlideCut(runs, tuple(blocks), tuple(groups(costs, limit=group_tiles)))
-
-
-def slide_key(sha256: str, frame: Frame, cut: SlideCut) -> str:
-    """Return what identifies a slide's pixels and their cutting."""
-    return publish.key_of(sha256=sha256, frame=frame._asdict(), **cut.as_dict())
-
-
-def pixels_key(planned: SlidePlan, cut: SlideCut) -> str:
-    """Return what identifies the pixels of a slide's blocks, whatever windows are cut from them."""
-    return publish.key_of(sha256=planned.sha256, frame=planned.frame.of_pixels(), **cut.as_dict())
-
-
-def cut_name(slide_id: str) -> str:
-    """Return the name of the file with a slide's cut, relative to the run's folder."""
-    return f"cuts/{slide_id}.json"
-
-
-@lru_cache(maxsize=8)
-def read_cut(root: Path, planned: SlidePlan) -> SlideCut:
-    """Read how a slide is cut.
-
-    Raises:
-        IntegrityError: It is not what was planned.
-    """
-    path = root / cut_name(planned.slide_id)
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        runs = tuple((row, first, length) for row, first, length in data["tile_runs"])
-        ranges = tuple((lo, hi) for lo, hi in data["group_ranges"])
-        grid = tissue_grid(runs)
-        blocks = tuple(block_at(grid, *numbers) for numbers in data["blocks"])
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
-            raise faults.fault(error, path=path) from error
-        cause = f"the slide's tiles cannot be read ({error})"
-        raise IntegrityError(cause, "choose another out= folder", slide=planned.slide_id, path=path) from error
-    cut = SlideCut(runs, blocks, ranges)
-    if slide_key(planned.sha256, planned.frame, cut) != planned.key:
-        cause = "the slide's tiles are not those that were planned"
-        raise IntegrityError(cause, "choose another out= folder", slide=planned.slide_id, path=path)
-    return cut
 
 
 class Rejected(NamedTuple):
@@ -254,25 +133,6 @@ class Plan:
         }
 
 
-def tile_runs(tissue: NDArray[np.bool_]) -> Runs:
-    """Return a tissue grid as runs along its rows: row, first column, length."""
-    runs = []
-    for row in np.flatnonzero(tissue.any(axis=1)):
-        edges = np.flatnonzero(np.diff(np.pad(tissue[row].astype(np.int8), 1)))
-        runs += [(int(row), int(first), int(end - first)) for first, end in edges.reshape(-1, 2)]
-    return tuple(runs)
-
-
-def tissue_grid(runs: Runs) -> NDArray[np.bool_]:
-    """Return the tissue grid, bool (rows, cols), as far as there is tissue; the inverse of `tile_runs`."""
-    rows = max((row for row, _, _ in runs), default=-1) + 1
-    cols = max((first + length for _, first, length in runs), default=0)
-    grid = np.zeros((rows, cols), dtype=bool)
-    for row, first, length in runs:
-        grid[row, first : first + length] = True
-    return grid
-
-
 def task_key(root: Path, plan: Plan, task: Task) -> str:
     """Return the key of a group's scores: slide content, blocks, model and every setting that can change a number."""
     slide = plan.slides[task.slide]
@@ -281,7 +141,7 @@ def task_key(root: Path, plan: Plan, task: Task) -> str:
 
 
 @remembered(files=4)
-def read(path: Path) -> Plan:
+def read_plan(path: Path) -> Plan:
     """Read a plan.
 
     Raises:
@@ -292,7 +152,7 @@ def read(path: Path) -> Plan:
     except OSError as error:
         raise faults.unreadable(error, "the plan", "start the run again", path=path) from error
     except ValueError as error:
-        raise InputError(f"the plan cannot be read ({error})", "start the run again", path=path) from error
+        raise InputError(f"the plan cannot be read_plan ({error})", "start the run again", path=path) from error
     if data.get("numerics") != NUMERICS:
         cause = f"the plan was made by a version with other numbers ({data.get('numerics')}, this one is {NUMERICS})"
         raise InputError(cause, "choose another out= folder", path=path)
@@ -300,7 +160,7 @@ def read(path: Path) -> Plan:
     return Plan(data["settings"], data["work"], slides, [Rejected(**item) for item in data["rejected"]])
 
 
-def latest(root: Path) -> Plan:
+def latest_plan(root: Path) -> Plan:
     """Return the plan of a run's folder.
 
     Raises:
@@ -309,7 +169,7 @@ def latest(root: Path) -> Plan:
     files = publish.generations(root, "plan.json")
     if not files:
         raise InputError("it holds no plan", "name the out= folder of a run", path=root)
-    return read(files[-1])
+    return read_plan(files[-1])
 
 
 def publish_plan(root: Path, plan: Plan) -> Path:
@@ -323,7 +183,7 @@ def publish_plan(root: Path, plan: Plan) -> Path:
     """
     files = publish.generations(root, "plan.json")
     if files:
-        _check_succession(root, read(files[-1]), plan)
+        _check_succession(root, read_plan(files[-1]), plan)
     return publish.publish_generation(root, "plan.json", _document(plan), {"kind": "plan"})
 
 
