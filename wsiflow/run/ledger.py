@@ -24,15 +24,15 @@ class Ledger(NamedTuple):
         return self.planned == self.published
 
 
-def balance(root: Path, made: Plan) -> Ledger:
+def balance(root: Path, plan: Plan) -> Ledger:
     """Count what the disk says: the groups' files and receipts, nothing an orchestrator remembers.
 
     A folder holds one set of settings, and a receipt of its own for every file, so the names tell; keys and hashes are
     compared by whoever reads a group's scores.
     """
-    published = sum(len(groups_there(root, planned)) for planned in made.slides)
-    planned = made.n_groups + len(made.rejected)
-    return Ledger(planned, published, len(made.rejected), made.n_groups - published)
+    published = sum(len(groups_there(root, planned)) for planned in plan.slides)
+    planned = plan.n_groups + len(plan.rejected)
+    return Ledger(planned, published, len(plan.rejected), plan.n_groups - published)
 
 
 def groups_there(root: Path, planned: SlidePlan) -> set[str]:

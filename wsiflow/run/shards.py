@@ -125,8 +125,8 @@ def measure_costs(pool: Executor, plan_path: Path) -> None:
 
     A run can do without: where it fails, what is wrong shows in the tasks themselves, and rough costs are taken.
     """
-    root, made = plan_path.parent, read_plan(plan_path)
-    if not (ledger.balance(root, made).failed == 0 or (root / COSTS).exists()):
+    root, plan = plan_path.parent, read_plan(plan_path)
+    if not (ledger.balance(root, plan).failed == 0 or (root / COSTS).exists()):
         for outcome in pool.run(work.run_slice, plan_path, "measure", [Slice(0, 1)]):
             trace.note(root, "measure", "", 0, outcome)
 
@@ -137,13 +137,13 @@ def calibrate(pool: Executor, plan_path: Path, slice_s: float) -> Progress:
     Returns:
         What was done to the slides for it.
     """
-    made = read_plan(plan_path)
-    if not made.n_groups or made.work["choice"]["precision"] != "int8":
+    plan = read_plan(plan_path)
+    if not plan.n_groups or plan.work["choice"]["precision"] != "int8":
         return Progress(())
-    quantised = calibration(plan_path.parent, made)
+    quantised = calibration(plan_path.parent, plan)
     if publish.done(plan_path.parent, *quantised) is not None:
         return Progress(())
-    progress = Progress(tuple(calibration_slides(made)))
+    progress = Progress(tuple(calibration_slides(plan)))
     for stage in (stain.STAGE, extract.EXTRACT):  # the pixels it looks at are those the network will see
         progress = advance(pool, plan_path, stage, progress, slice_s)
     once(pool, plan_path, "calibrate", quantised.key)
@@ -253,22 +253,22 @@ def line(pool: Executor, plan_path: Path, shard: Sequence[int], slice_s: float) 
 
 def advance(pool: Executor, plan_path: Path, stage: Stage, progress: Progress, slice_s: float) -> Progress:
     """Take the good slides of a shard through one stage: what is published already is not handed out again."""
-    root, made = plan_path.parent, read_plan(plan_path)
-    keys = {index: _key(root, made, stage, index) for index in _tasks(root, made, stage, progress.slides)}
+    root, plan = plan_path.parent, read_plan(plan_path)
+    keys = {index: _key(root, plan, stage, index) for index in _tasks(root, plan, stage, progress.slides)}
     found = {
         index: receipt
         for index, key in keys.items()
-        if (receipt := _published(root, made, stage, index, key)) is not None
+        if (receipt := _published(root, plan, stage, index, key)) is not None
     }
     lacking = [index for index in keys if index not in found]
     costs = costs_of(root, ROUGH)
-    seconds = [costs.task_s(stage.name, units(made, stage, index)) for index in lacking]
+    seconds = [costs.task_s(stage.name, units(plan, stage, index)) for index in lacking]
     cuts = [Slice(*span) for span in slices(lacking, seconds, target_s=slice_s)]
     ended = [Ended(stage.name, index, receipt["attempt"], executed=False) for index, receipt in found.items()]
     failed = set()
     for ran in pool.run(work.run_slice, plan_path, stage.name, cuts):
-        outcome, task = _checked(ran, stage.name, keys[ran.task]), stage.task(made, ran.task)
-        trace.note(root, stage.name, made.slides[task.slide].slide_id, task.group, outcome)
+        outcome, task = _checked(ran, stage.name, keys[ran.task]), stage.task(plan, ran.task)
+        trace.note(root, stage.name, plan.slides[task.slide].slide_id, task.group, outcome)
         if outcome.retried:
             continue
         attempt = outcome.receipt["attempt"] if outcome.receipt else ""
@@ -284,39 +284,39 @@ def advise(pool: Executor, plan_path: Path) -> Iterator[str]:
     Yields:
         What is done, before it is done, and what was found; nothing where all is well.
     """
-    root, made = plan_path.parent, read_plan(plan_path)
-    if made.work["beyond"] == "tell":
+    root, plan = plan_path.parent, read_plan(plan_path)
+    if plan.work["beyond"] == "tell":
         return
-    beyond = certify.lacks_advice(root, made)
+    beyond = certify.lacks_advice(root, plan)
     if beyond:
-        slide_id = made.slides[beyond[0]].slide_id
-        yield f"looking for a setting that keeps dense.tolerance={made.work['tolerance']:g} on slide {slide_id}, once"
+        slide_id = plan.slides[beyond[0]].slide_id
+        yield f"looking for a setting that keeps dense.tolerance={plan.work['tolerance']:g} on slide {slide_id}, once"
         for outcome in pool.run(work.run_slice, plan_path, "advise", [Slice(0, 1)]):
             trace.note(root, "advise", "", 0, outcome)
             if outcome.receipt is None and not outcome.retried:
                 yield f"none was found: {outcome.error}"
-    if told := certify.advice(root, made):
+    if told := certify.advice(root, plan):
         yield f"advice     {told}"
 
 
-def units(made: Plan, stage: Stage, index: int) -> int:
+def units(plan: Plan, stage: Stage, index: int) -> int:
     """Return how many tissue tiles a task of a stage works on."""
-    slide = stage.task(made, index).slide
-    return round(made.slides[slide].n_tiles / max(1, len(stage.tasks_of(made, slide))))
+    slide = stage.task(plan, index).slide
+    return round(plan.slides[slide].n_tiles / max(1, len(stage.tasks_of(plan, slide))))
 
 
-def _tasks(root: Path, made: Plan, stage: Stage, slides: Sequence[int]) -> list[int]:
+def _tasks(root: Path, plan: Plan, stage: Stage, slides: Sequence[int]) -> list[int]:
     """Return the tasks of a stage for some slides, rising."""
-    wanted = [index for index in sorted(slides) if stage.is_due(made, index)]
+    wanted = [index for index in sorted(slides) if stage.is_due(plan, index)]
     if stage.serves_scores:  # pixels are only for scores and certificates that are still to be made
-        wanted = [index for index in wanted if not _is_scored(root, made, index)]
-    return [task for index in wanted for task in stage.tasks_of(made, index)]
+        wanted = [index for index in wanted if not _is_scored(root, plan, index)]
+    return [task for index in wanted for task in stage.tasks_of(plan, index)]
 
 
-def _key(root: Path, made: Plan, stage: Stage, index: int) -> str:
+def _key(root: Path, plan: Plan, stage: Stage, index: int) -> str:
     """Return the key that the plan asks a task for; empty where that follows from files that are gone."""
     try:
-        return stage.key_of(root, made, index)
+        return stage.key_of(root, plan, index)
     except IntegrityError:
         return ""  # the task itself tells what is missing
 
@@ -332,37 +332,37 @@ def _checked(outcome: Outcome, stage: str, key: str) -> Outcome:
     return outcome._replace(receipt=None, error=str(error), exit_code=error.exit_code)
 
 
-def _published(root: Path, made: Plan, stage: Stage, index: int, key: str) -> publish.Receipt | None:
+def _published(root: Path, plan: Plan, stage: Stage, index: int, key: str) -> publish.Receipt | None:
     """Return the receipt of what a task publishes, where all of it is published under the plan's key and whole.
 
     Some are only looked at, see `Stage.verified`.
     """
-    slide = stage.task(made, index).slide
+    slide = stage.task(plan, index).slide
     try:
-        receipt = publish.read_receipt(root, stage.product_of(made, index))
+        receipt = publish.read_receipt(root, stage.product_of(plan, index))
         if receipt is not None and receipt["key"] != key:
             return None
-        if not all(publish.is_there(root, name) for name in names_of(stage, made, slide, index)):
+        if not all(publish.is_there(root, name) for name in names_of(stage, plan, slide, index)):
             return None
         if receipt is not None and stage.verified == "hash":
             publish.check(root, receipt)
-        if not stage.is_good(root, made, slide):
+        if not stage.is_good(root, plan, slide):
             return None
     except (IntegrityError, OSError):
         return None  # the task itself tells what is wrong
     return receipt
 
 
-def is_spare(root: Path, made: Plan, name: str) -> bool:
+def is_spare(root: Path, plan: Plan, name: str) -> bool:
     """Tell whether a run can do without a published file: pixels of a slide whose scores are there."""
-    for index, planned in enumerate(made.slides):
+    for index, planned in enumerate(plan.slides):
         if name == f"patches/{planned.slide_id}.h5" or name.startswith(f"patches/{planned.slide_id}/"):
-            return _is_scored(root, made, index)
+            return _is_scored(root, plan, index)
     return False
 
 
-def _is_scored(root: Path, made: Plan, index: int) -> bool:
-    planned = made.slides[index]
+def _is_scored(root: Path, plan: Plan, index: int) -> bool:
+    planned = plan.slides[index]
     certificate = certify.certificate_name(planned)
-    certified = not certify.is_needed(made) or publish.is_there(root, certificate)
+    certified = not certify.is_needed(plan) or publish.is_there(root, certificate)
     return certified and len(ledger.groups_there(root, planned)) == planned.n_groups

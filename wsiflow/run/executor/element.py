@@ -50,19 +50,19 @@ def run(table: Path) -> int:
     Raises:
         InputError: The index is not in the environment.
     """
-    made = json.loads(table.read_text(encoding="utf-8"))
-    index = _index(made["index"])
-    place = index - made["base"]
-    if place >= len(made["slices"]):  # some schedulers know no array of one element
+    job = json.loads(table.read_text(encoding="utf-8"))
+    index = _index(job["index"])
+    place = index - job["base"]
+    if place >= len(job["slices"]):  # some schedulers know no array of one element
         return 0
-    limit_threads(made["threads"])  # before anything imports torch
-    lo, hi = made["slices"][place]
+    limit_threads(job["threads"])  # before anything imports torch
+    lo, hi = job["slices"][place]
     with (table.with_suffix("") / f"{index}.{time.time_ns()}.jsonl").open("x", encoding="utf-8") as stream:
         _note(stream, {"started": now(), **identity()})
-        work = resolve(made["work"])
+        work = resolve(job["work"])
         _note(stream, {"begun": lo})
         worst = 0
-        for outcome in work(table.parents[1] / made["source"], made["stage"], lo, hi):
+        for outcome in work(table.parents[1] / job["source"], job["stage"], lo, hi):
             worst = max(worst, outcome.exit_code)
             _note(stream, {"outcome": outcome})
             if outcome.task + 1 < hi:

@@ -29,43 +29,43 @@ def calibrate(source: Path, _index: int) -> tuple[publish.Receipt, bool]:
     """
     from wsiflow.model import scorer
 
-    made = read_plan(source)
+    plan = read_plan(source)
     root = source.parent
-    name, key = calibration(root, made)
+    name, key = calibration(root, plan)
     done = publish.done(root, name, key)
     if done is not None:
         return done, False
-    check_numeric_class(made)
-    classifier = planned_classifier(made)  # loaded here, it is not a part of what the calibration costs
+    check_numeric_class(plan)
+    classifier = planned_classifier(plan)  # loaded here, it is not a part of what the calibration costs
     with publish.publishing(root, name, key, facts("calibration", ""), publish.accept) as attempt:
-        samples = list(_calibration_samples(root, made))
+        samples = list(_calibration_samples(root, plan))
         if not samples:
             raise InputError(
                 "there is no tissue to calibrate int8 on", "set inference.precision=fp32 in another out= folder"
             )
-        attempt.path.write_bytes(scorer.quantise(classifier, planned_choice(made), samples))
+        attempt.path.write_bytes(scorer.quantise(classifier, planned_choice(plan), samples))
     return attempt.receipt, True
 
 
-def calibration_slides(made: Plan) -> list[int]:
+def calibration_slides(plan: Plan) -> list[int]:
     """Return the slides that int8 is calibrated on: the first ones with tissue."""
-    return [index for index, planned in enumerate(made.slides) if planned.n_tiles][:CALIBRATION_BLOCKS]
+    return [index for index, planned in enumerate(plan.slides) if planned.n_tiles][:CALIBRATION_BLOCKS]
 
 
-def _calibration_samples(root: Path, made: Plan) -> Iterator[NDArray[np.uint8]]:
+def _calibration_samples(root: Path, plan: Plan) -> Iterator[NDArray[np.uint8]]:
     """Yield what the network sees of blocks drawn from the slides."""
     from wsiflow.model import scorer
 
-    slides = calibration_slides(made)
-    for planned in (made.slides[index] for index in slides):
+    slides = calibration_slides(plan)
+    for planned in (plan.slides[index] for index in slides):
         each = -(-CALIBRATION_BLOCKS // len(slides))
         wanted = certificate.draw(planned.key, among=planned.n_blocks, wanted=each).tolist()
         try:
-            with planned_blocks(root, made, planned, wanted) as parts:
+            with planned_blocks(root, plan, planned, wanted) as parts:
                 found = list(parts)
         except Rewritten:
             raise
         except WsiflowError:
             continue
         for block, pixels in found:
-            yield scorer.sample(planned.frame, block, pixels, planned_choice(made))
+            yield scorer.sample(planned.frame, block, pixels, planned_choice(plan))

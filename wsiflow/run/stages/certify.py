@@ -45,11 +45,11 @@ _CUTS_TRIED = 4
 _BATCH = 8  # memory for a second network beside the run's own; larger batches are hardly faster
 
 
-def is_needed(made: Plan) -> bool:
+def is_needed(plan: Plan) -> bool:
     """Tell whether the plan's scores are computed in a way that has to be compared with the plain one."""
-    choice = planned_choice(made)
+    choice = planned_choice(plan)
     plain = choice.engine == "window" and choice.precision == "fp32"
-    return not plain and made.settings["certificate"]["windows"] > 0
+    return not plain and plan.settings["certificate"]["windows"] > 0
 
 
 def certificate_name(planned: SlidePlan) -> str:
@@ -57,9 +57,9 @@ def certificate_name(planned: SlidePlan) -> str:
     return f"certificates/{planned.slide_id}.json"
 
 
-def certificate_key(made: Plan, planned: SlidePlan, scores_sha256: Sequence[str]) -> str:
+def certificate_key(plan: Plan, planned: SlidePlan, scores_sha256: Sequence[str]) -> str:
     """Return what identifies a slide's certificate: the published scores, and how many windows are looked at again."""
-    windows = made.settings["certificate"]["windows"]
+    windows = plan.settings["certificate"]["windows"]
     return publish.key_of(slide=planned.key, scores=scores_sha256, windows=windows)
 
 
@@ -83,47 +83,47 @@ def certify(source: Path, index: int) -> tuple[publish.Receipt, bool]:
     Raises:
         IntegrityError: The scores differ by more than is allowed; the message names what certainly passes.
     """
-    made = read_plan(source)
-    root, planned = source.parent, made.slides[index]
-    receipts = [published(root, made, Task(index, k)) for k in range(1, planned.n_groups + 1)]
-    name, wanted = certificate_name(planned), made.settings["certificate"]["windows"]
-    key = certificate_key(made, planned, [found["sha256"] for found in receipts])
+    plan = read_plan(source)
+    root, planned = source.parent, plan.slides[index]
+    receipts = [published(root, plan, Task(index, k)) for k in range(1, planned.n_groups + 1)]
+    name, wanted = certificate_name(planned), plan.settings["certificate"]["windows"]
+    key = certificate_key(plan, planned, [found["sha256"] for found in receipts])
     receipt, executed = publish.done(root, name, key), False
     if receipt is None:
-        check_numeric_class(made)
-        _windows(made)  # loaded here, it is not a part of what a certificate costs; nor is this
-        dense = _dense_in_fp32(made)
+        check_numeric_class(plan)
+        _windows(plan)  # loaded here, it is not a part of what a certificate costs; nor is this
+        dense = _dense_in_fp32(plan)
         with publish.publishing(root, name, key, facts("certificate", planned.slide_id), publish.accept) as attempt:
             with attempt.timed("certify"):
-                found = _measured(made, planned, _sample(root, made, index, wanted), dense)
+                found = _measured(plan, planned, _sample(root, plan, index, wanted), dense)
             attempt.path.write_text(json.dumps(found, sort_keys=True), encoding="utf-8")
         receipt, executed = attempt.receipt, True
-    _require(root, made, index)
+    _require(root, plan, index)
     return receipt, executed
 
 
-def _sample(root: Path, made: Plan, index: int, wanted: int) -> _Sample:
+def _sample(root: Path, plan: Plan, index: int, wanted: int) -> _Sample:
     """Draw windows of a slide, a few from each of a few blocks, with their published scores."""
-    planned = made.slides[index]
+    planned = plan.slides[index]
     chosen = certificate.draw(planned.key, among=planned.n_blocks, wanted=min(_CERTIFIED_BLOCKS, wanted)).tolist()
-    scores = [_block_scores(root, made, index, number).ravel() for number in chosen]
+    scores = [_block_scores(root, plan, index, number).ravel() for number in chosen]
     seeds = [publish.key_of(slide=planned.key, block=number) for number in chosen]
     each = -(-wanted // max(1, len(chosen)))
     places = [certificate.draw(seed, among=len(found), wanted=each) for seed, found in zip(seeds, scores, strict=True)]
-    with planned_blocks(root, made, planned, chosen) as parts:
+    with planned_blocks(root, plan, planned, chosen) as parts:
         return _Sample(list(parts), places, scores)
 
 
-def _block_scores(root: Path, made: Plan, index: int, number: int) -> NDArray[np.float32]:
+def _block_scores(root: Path, plan: Plan, index: int, number: int) -> NDArray[np.float32]:
     """Return the published scores of a block's tissue tiles, float32 (n, m, m)."""
-    cut = read_cut(root, made.slides[index])
+    cut = read_cut(root, plan.slides[index])
     k, (lo, _) = next((k, span) for k, span in enumerate(cut.group_ranges, 1) if span[0] <= number < span[1])
-    _, prob = store.read_predictions(root / prediction_name(made, Task(index, k)))
+    _, prob = store.read_predictions(root / prediction_name(plan, Task(index, k)))
     before = sum(len(block.tissue) for block in cut.blocks[lo:number])
     return prob[before : before + len(cut.blocks[number].tissue)]
 
 
-def _measured(made: Plan, planned: SlidePlan, sample: _Sample, dense: "Dense | None") -> dict[str, Any]:
+def _measured(plan: Plan, planned: SlidePlan, sample: _Sample, dense: "Dense | None") -> dict[str, Any]:
     """Return the pairs of scores that the certificate compares.
 
     ``windows``: published scores and those of single windows in fp32. ``precision``: published scores of one block and
@@ -131,7 +131,7 @@ def _measured(made: Plan, planned: SlidePlan, sample: _Sample, dense: "Dense | N
     """
     frame = planned.frame
     published_scores = [found[places] for found, places in zip(sample.scores, sample.places, strict=True)]
-    expected = _windows(made).run(_cut_windows(frame, sample, context_px=0), untimed)
+    expected = _windows(plan).run(_cut_windows(frame, sample, context_px=0), untimed)
     found = {"windows": _pairs(np.concatenate([np.empty(0, np.float32), *published_scores]), expected)}
     if dense is not None and sample.blocks:
         # The smallest block: a second network is in memory while it runs.
@@ -141,27 +141,27 @@ def _measured(made: Plan, planned: SlidePlan, sample: _Sample, dense: "Dense | N
     return found
 
 
-def _windows(made: Plan) -> "Windows":
+def _windows(plan: Plan) -> "Windows":
     """Return what computes scores window by window in fp32; prepared once per process."""
-    choice = planned_choice(made)
+    choice = planned_choice(plan)
     few = choice._replace(precision="fp32", engine="window", batch=min(choice.batch, _BATCH))
-    return cast("Windows", scorer_for(planned_classifier(made), few))
+    return cast("Windows", scorer_for(planned_classifier(plan), few))
 
 
-def _dense_in_fp32(made: Plan) -> "Dense | None":
+def _dense_in_fp32(plan: Plan) -> "Dense | None":
     """Return what computes dense scores in fp32 where the run uses less; not kept, its memory is as large again."""
-    choice = planned_choice(made)
+    choice = planned_choice(plan)
     if choice.precision == "fp32" or choice.engine != "dense":
         return None
     with usage.warming_up():
-        return _dense(made, choice._replace(precision="fp32"))
+        return _dense(plan, choice._replace(precision="fp32"))
 
 
-def _dense(made: Plan, choice: Choice) -> "Dense":
+def _dense(plan: Plan, choice: Choice) -> "Dense":
     """Return what computes dense scores otherwise than the run."""
     from wsiflow.model import scorer
 
-    return cast("Dense", scorer.make(planned_classifier(made), choice, threads=thread_count()))
+    return cast("Dense", scorer.make(planned_classifier(plan), choice, threads=thread_count()))
 
 
 def _cut_windows(frame: Frame, sample: _Sample, *, context_px: int) -> Iterator[NDArray[np.uint8]]:
@@ -181,16 +181,16 @@ def comparison(pairs: dict[str, list[float]]) -> Comparison:
     return certificate.compare(np.array(pairs["scores"], np.float32), np.array(pairs["expected"], np.float32))
 
 
-def passes(root: Path, made: Plan, index: int) -> bool:
+def passes(root: Path, plan: Plan, index: int) -> bool:
     """Tell whether the run goes on with a slide's published certificate."""
-    return made.work["beyond"] == "tell" or not any(_broken(root, made, made.slides[index]).values())
+    return plan.work["beyond"] == "tell" or not any(_broken(root, plan, plan.slides[index]).values())
 
 
-def _broken(root: Path, made: Plan, planned: SlidePlan) -> dict[str, list[str]]:
+def _broken(root: Path, plan: Plan, planned: SlidePlan) -> dict[str, list[str]]:
     """Return, by kind of comparison, what of a slide's published certificate is beyond what the run allows."""
-    choice = planned_choice(made)
+    choice = planned_choice(plan)
     lower = certificate.PRECISION_LIMITS[choice.precision]
-    limits = lower if choice.exact or choice.engine == "window" else _tolerated(made)
+    limits = lower if choice.exact or choice.engine == "window" else _tolerated(plan)
     found = json.loads((root / certificate_name(planned)).read_text(encoding="utf-8"))
     told = {"windows": certificate.broken(comparison(found["windows"]), limits)}
     if "precision" in found:
@@ -198,13 +198,13 @@ def _broken(root: Path, made: Plan, planned: SlidePlan) -> dict[str, list[str]]:
     return told
 
 
-def _require(root: Path, made: Plan, index: int) -> None:
+def _require(root: Path, plan: Plan, index: int) -> None:
     """Refuse scores that differ by more than the run allows."""
-    told = _broken(root, made, made.slides[index])
-    if made.work["beyond"] == "tell" or not any(told.values()):
+    told = _broken(root, plan, plan.slides[index])
+    if plan.work["beyond"] == "tell" or not any(told.values()):
         return
-    choice, slide_id = planned_choice(made), made.slides[index].slide_id
-    path = root / certificate_name(made.slides[index])
+    choice, slide_id = planned_choice(plan), plan.slides[index].slide_id
+    path = root / certificate_name(plan.slides[index])
     if told["windows"]:
         cause = f"{choice.engine} {choice.precision} scores differ from single windows in fp32"
         raise IntegrityError(f"{cause}: {'; '.join(told['windows'])}", _plainly(choice), slide=slide_id, path=path)
@@ -212,9 +212,9 @@ def _require(root: Path, made: Plan, index: int) -> None:
     raise IntegrityError(cause, "set inference.precision=fp32, in another out= folder", slide=slide_id, path=path)
 
 
-def _tolerated(made: Plan) -> Limits:
+def _tolerated(plan: Plan) -> Limits:
     """Return how far scores of a network that pads may lie from those of single windows."""
-    tolerance = made.work["tolerance"]
+    tolerance = plan.work["tolerance"]
     return Limits(mean_abs_diff=tolerance, flips=tolerance)
 
 
@@ -225,63 +225,63 @@ def _plainly(choice: Choice) -> str:
     return f"{plain or 'set inference.engine=window'}, in another out= folder"
 
 
-def lacks_advice(root: Path, made: Plan) -> list[int]:
+def lacks_advice(root: Path, plan: Plan) -> list[int]:
     """Return the slides whose scores a setting between this one and single windows might bring within the tolerance.
 
     None where the run was advised already, or where no such setting can be tried.
     """
-    choice = planned_choice(made)
-    if choice.engine != "dense" or choice.exact or not made.work["cuts"] or advice(root, made):
+    choice = planned_choice(plan)
+    if choice.engine != "dense" or choice.exact or not plan.work["cuts"] or advice(root, plan):
         return []
-    there = [i for i, planned in enumerate(made.slides) if publish.is_there(root, certificate_name(planned))]
-    return [index for index in there if _broken(root, made, made.slides[index])["windows"]]
+    there = [i for i, planned in enumerate(plan.slides) if publish.is_there(root, certificate_name(planned))]
+    return [index for index in there if _broken(root, plan, plan.slides[index])["windows"]]
 
 
-def advice(root: Path, made: Plan) -> str:
+def advice(root: Path, plan: Plan) -> str:
     """Return what was found for the plan's settings, an empty text where nothing was looked for."""
     path = root / ADVICE
     found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    return str(found["told"]) if found.get("key") == _advice_key(made) else ""
+    return str(found["told"]) if found.get("key") == _advice_key(plan) else ""
 
 
-def _advice_key(made: Plan) -> str:
-    return publish.key_of(settings=made.settings, work=made.work)
+def _advice_key(plan: Plan) -> str:
+    return publish.key_of(settings=plan.settings, work=plan.work)
 
 
 def advise(source: Path, _index: int) -> tuple[publish.Receipt, bool]:
     """Look for a setting that keeps the tolerance on one slide's windows, once for a run, and write ``advice.json``."""
-    made, root = read_plan(source), source.parent
-    told = _what_would_pass(root, made, lacks_advice(root, made)[0])
-    publish.write_view(root, ADVICE, json.dumps({"key": _advice_key(made), "told": told}).encode())
+    plan, root = read_plan(source), source.parent
+    told = _what_would_pass(root, plan, lacks_advice(root, plan)[0])
+    publish.write_view(root, ADVICE, json.dumps({"key": _advice_key(plan), "told": told}).encode())
     return {"path": ADVICE, "attempt": ""}, True
 
 
-def _what_would_pass(root: Path, made: Plan, index: int) -> str:
+def _what_would_pass(root: Path, plan: Plan, index: int) -> str:
     """Return which setting keeps the tolerance on the same windows, found by trying them in fp32.
 
     Layers are tried from those that cost a run least; one that can no longer keep the tolerance is given up at once.
     The search ends when it took as long as the slide's scores did, or what a short one may take.
     """
-    choice, planned = planned_choice(made), made.slides[index]
-    receipts = [published(root, made, Task(index, k)) for k in range(1, planned.n_groups + 1)]
+    choice, planned = planned_choice(plan), plan.slides[index]
+    receipts = [published(root, plan, Task(index, k)) for k in range(1, planned.n_groups + 1)]
     until = time.process_time() + max(_SEARCH_CPU_S, sum(receipt["cpu_s"] for receipt in receipts))
     certified = json.loads((root / certificate_name(planned)).read_text(encoding="utf-8"))["windows"]
     expected = np.array(certified["expected"], np.float32)
-    sample = _sample(root, made, index, made.settings["certificate"]["windows"])
-    cuts = made.work["cuts"]
+    sample = _sample(root, plan, index, plan.settings["certificate"]["windows"])
+    cuts = plan.work["cuts"]
     also = " and inference.precision=fp32" if choice.precision != "fp32" else ""
     for cut in cuts[:: -(-len(cuts) // _CUTS_TRIED) or 1]:
         if time.process_time() > until:
             return "no setting was found in the time that the search may take"
         try:
-            shared = _dense(made, choice._replace(share_until=cut, precision="fp32"))
+            shared = _dense(plan, choice._replace(share_until=cut, precision="fp32"))
         except InputError:  # windows at this stride cannot be cut from that layer
             continue
         regions = _cut_windows(planned.frame, sample, context_px=choice.context_px)
         scores = np.array([], np.float32)
         for pixels in regions:
             scores = np.concatenate([scores, shared.run(pixels, untimed).ravel()])
-            if time.process_time() > until or _is_beyond(scores, expected, made.work["tolerance"]):
+            if time.process_time() > until or _is_beyond(scores, expected, plan.work["tolerance"]):
                 break
         else:
             found = certificate.compare(scores, expected)
@@ -295,7 +295,7 @@ def _is_beyond(scores: NDArray[np.float32], expected: NDArray[np.float32], toler
     return max(found.mean_abs_diff, found.flips) * len(scores) > tolerance * len(expected)
 
 
-def summary(root: Path, made: Plan, slides: Sequence[SlidePlan]) -> tuple[list[dict[str, Any]], dict[str, float]]:
+def summary(root: Path, plan: Plan, slides: Sequence[SlidePlan]) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """Return what the certificates of some slides say.
 
     Returns:
@@ -303,9 +303,9 @@ def summary(root: Path, made: Plan, slides: Sequence[SlidePlan]) -> tuple[list[d
         ``p95_abs_diff``, ``max_abs_diff``, ``correlation``, ``flips``, ``n`` of scores against single windows in fp32
         (``precision.*`` against the same engine in fp32); and ``certificate.slides_beyond``, those beyond their limits.
     """
-    if not is_needed(made):
+    if not is_needed(plan):
         return [], {}
-    names = {"windows": "dense" if planned_choice(made).engine == "dense" else "precision", "precision": "precision"}
+    names = {"windows": "dense" if planned_choice(plan).engine == "dense" else "precision", "precision": "precision"}
     found = {
         planned.slide_id: json.loads((root / certificate_name(planned)).read_text(encoding="utf-8"))
         for planned in slides
@@ -315,7 +315,7 @@ def summary(root: Path, made: Plan, slides: Sequence[SlidePlan]) -> tuple[list[d
         for slide_id, kinds in found.items()
         for kind, pairs in kinds.items()
     ]
-    beyond = sum(any(_broken(root, made, planned).values()) for planned in slides)
+    beyond = sum(any(_broken(root, plan, planned).values()) for planned in slides)
     metrics = {"certificate.slides_beyond": float(beyond)}
     for kind in sorted({kind for kinds in found.values() for kind in kinds}):
         parts = [kinds[kind] for kinds in found.values() if kind in kinds]
@@ -324,19 +324,19 @@ def summary(root: Path, made: Plan, slides: Sequence[SlidePlan]) -> tuple[list[d
     return rows, metrics
 
 
-def _key(root: Path, made: Plan, task: Task) -> str:
-    return certificate_key(made, made.slides[task.slide], predict.STAGE.published(root, made, task.slide))
+def _key(root: Path, plan: Plan, task: Task) -> str:
+    return certificate_key(plan, plan.slides[task.slide], predict.STAGE.published(root, plan, task.slide))
 
 
 STAGE = Stage(
     name="certify",
     unit="slide",
     work=certify,
-    product=lambda made, task: certificate_name(made.slides[task.slide]),
+    product=lambda plan, task: certificate_name(plan.slides[task.slide]),
     key=_key,
     cost=StageCost(7.5, 0.0),
     steps=("certify",),
-    is_due=lambda made, _slide: is_needed(made),
+    is_due=lambda plan, _slide: is_needed(plan),
     is_good=passes,
     loads_network=True,
 )

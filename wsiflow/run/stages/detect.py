@@ -27,37 +27,37 @@ def detect(source: Path, index: int) -> tuple[publish.Receipt, bool]:
 
     Beside it go the pictures of the heatmap: an 8-bit pyramid for viewers, and the overlay with the detections.
     """
-    made = read_plan(source)
-    root, planned = source.parent, made.slides[index]
-    name, key = STAGE.product_of(made, index), STAGE.key_of(root, made, index)
+    plan = read_plan(source)
+    root, planned = source.parent, plan.slides[index]
+    name, key = STAGE.product_of(plan, index), STAGE.key_of(root, plan, index)
     done = publish.done(root, name, key)
-    if done is not None and all(publish.at_hand(root, each, key) for each in STAGE.beside_of(made, index)):
+    if done is not None and all(publish.at_hand(root, each, key) for each in STAGE.beside_of(plan, index)):
         return done, False
     make_room(planned.frame)
     if done is not None:  # pictures that were deleted are made again
-        _publish_pictures(root, made, index, *_detected(root, made, index), key)
+        _publish_pictures(root, plan, index, *_detected(root, plan, index), key)
         return done, False
     with publish.publishing(root, name, key, facts("detections", planned.slide_id), publish.accept) as attempt:
-        heat, l0 = _detected(root, made, index)
+        heat, l0 = _detected(root, plan, index)
         with attempt.uncounted():
-            _publish_pictures(root, made, index, heat, l0, key)
+            _publish_pictures(root, plan, index, heat, l0, key)
         attempt.path.write_text(format_detections(l0), encoding="utf-8", newline="")
     return attempt.receipt, True
 
 
-def _detected(root: Path, made: Plan, index: int) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
+def _detected(root: Path, plan: Plan, index: int) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
     """Return a slide's heatmap, and the detections on it: prob, x, y in level-0 px."""
-    frame = made.slides[index].frame
-    heat, _ = files.read_heatmap(root / stitch.STAGE.product_of(made, index))
-    found = lesions.detect(heat, _lesion_params(made), cell_um=cell_um(frame))
+    frame = plan.slides[index].frame
+    heat, _ = files.read_heatmap(root / stitch.STAGE.product_of(plan, index))
+    found = lesions.detect(heat, _lesion_params(plan), cell_um=cell_um(frame))
     return heat, np.column_stack([found[:, 0], geometry.l0_from_h(frame, found[:, 1:3])])
 
 
 def _publish_pictures(
-    root: Path, made: Plan, index: int, heat: NDArray[np.float32], detections: NDArray[np.float64], key: str
+    root: Path, plan: Plan, index: int, heat: NDArray[np.float32], detections: NDArray[np.float64], key: str
 ) -> None:
     """Publish what people look at, as far as it is lacking: the pyramid of a heatmap for viewers, and its overlay."""
-    planned, (preview, overlay) = made.slides[index], STAGE.beside_of(made, index)
+    planned, (preview, overlay) = plan.slides[index], STAGE.beside_of(plan, index)
     receipt_facts = facts("overlay", planned.slide_id)
     if publish.at_hand(root, preview, key) is None:
         with publish.publishing(root, preview, key, receipt_facts, publish.accept) as attempt, attempt.timed("write"):
@@ -79,20 +79,20 @@ def _publish_pictures(
         attempt.path.write_bytes(png)
 
 
-def _lesion_params(made: Plan) -> LesionParams:
-    return LesionParams.model_validate(made.settings["lesions"])
+def _lesion_params(plan: Plan) -> LesionParams:
+    return LesionParams.model_validate(plan.settings["lesions"])
 
 
-def _key(root: Path, made: Plan, task: Task) -> str:
-    (heatmap,) = stitch.STAGE.published(root, made, task.slide)
-    return publish.key_of(heatmap=heatmap, lesions=_lesion_params(made).model_dump())
+def _key(root: Path, plan: Plan, task: Task) -> str:
+    (heatmap,) = stitch.STAGE.published(root, plan, task.slide)
+    return publish.key_of(heatmap=heatmap, lesions=_lesion_params(plan).model_dump())
 
 
 STAGE = Stage(
     name="detect",
     unit="slide",
     work=detect,
-    product=lambda made, task: f"detections/{made.slides[task.slide].slide_id}.csv",
+    product=lambda plan, task: f"detections/{plan.slides[task.slide].slide_id}.csv",
     key=_key,
     cost=StageCost(1.0, 0.0005),
     steps=("write",),

@@ -18,12 +18,12 @@ from wsiflow.system.provenance import facts
 
 def extract(source: Path, index: int) -> tuple[publish.Receipt, bool]:
     """Read the blocks of a part of a slide and publish them as ``patches/<slide>/p<j>.h5``."""
-    made = read_plan(source)
-    root, task = source.parent, EXTRACT.task(made, index)
-    planned, params = made.slides[task.slide], store.StoreParams.model_validate(made.work["store"])
-    name, numbers = part_name(planned, task.group), made.part(*task)
+    plan = read_plan(source)
+    root, task = source.parent, EXTRACT.task(plan, index)
+    planned, params = plan.slides[task.slide], store.StoreParams.model_validate(plan.work["store"])
+    name, numbers = part_name(planned, task.group), plan.part(*task)
     frame, cut = planned.frame, read_cut(root, planned)
-    key = EXTRACT.key_of(root, made, index)
+    key = EXTRACT.key_of(root, plan, index)
     place = Place(ingest.shared_folder(root), root, name, key)
     done = sharing.done(place)
     if done is not None:
@@ -65,10 +65,10 @@ def link_patches(source: Path, index: int) -> tuple[publish.Receipt, bool]:
     Raises:
         IntegrityError: A part is not published.
     """
-    made = read_plan(source)
-    root, planned = source.parent, made.slides[index]
-    parts = {part_name(planned, j): made.part(index, j) for j in range(1, made.n_parts(index) + 1)}
-    name, key = INDEX.product_of(made, index), INDEX.key_of(root, made, index)
+    plan = read_plan(source)
+    root, planned = source.parent, plan.slides[index]
+    parts = {part_name(planned, j): plan.part(index, j) for j in range(1, plan.n_parts(index) + 1)}
+    name, key = INDEX.product_of(plan, index), INDEX.key_of(root, plan, index)
     done = publish.at_hand(root, name, key)
     if done is not None:
         return done, False
@@ -80,14 +80,14 @@ def link_patches(source: Path, index: int) -> tuple[publish.Receipt, bool]:
     return attempt.receipt, True
 
 
-def _is_due(made: Plan, _slide: int) -> bool:
-    return bool(made.work["store"]["kind"] == "hdf5")
+def _is_due(plan: Plan, _slide: int) -> bool:
+    return bool(plan.work["store"]["kind"] == "hdf5")
 
 
-def _part_key(root: Path, made: Plan, task: Task) -> str:
-    planned, params = made.slides[task.slide], store.StoreParams.model_validate(made.work["store"])
+def _part_key(root: Path, plan: Plan, task: Task) -> str:
+    planned, params = plan.slides[task.slide], store.StoreParams.model_validate(plan.work["store"])
     pixels = pixels_key(planned, read_cut(root, planned))
-    numbers = list(made.part(*task))
+    numbers = list(plan.part(*task))
     return publish.key_of(pixels=pixels, groups=numbers, compression=params.compression, loss=params.loss)
 
 
@@ -95,7 +95,7 @@ EXTRACT = Stage(
     name="extract",
     unit="part",
     work=extract,
-    product=lambda made, task: part_name(made.slides[task.slide], task.group),
+    product=lambda plan, task: part_name(plan.slides[task.slide], task.group),
     key=_part_key,
     cost=StageCost(0.04, 0.0015),
     steps=("read", "write"),
@@ -105,15 +105,15 @@ EXTRACT = Stage(
 )
 
 
-def _index_key(root: Path, made: Plan, task: Task) -> str:
-    return publish.key_of(slide=made.slides[task.slide].key, parts=EXTRACT.published(root, made, task.slide))
+def _index_key(root: Path, plan: Plan, task: Task) -> str:
+    return publish.key_of(slide=plan.slides[task.slide].key, parts=EXTRACT.published(root, plan, task.slide))
 
 
 INDEX = Stage(
     name="index",
     unit="slide",
     work=link_patches,
-    product=lambda made, task: f"patches/{made.slides[task.slide].slide_id}.h5",
+    product=lambda plan, task: f"patches/{plan.slides[task.slide].slide_id}.h5",
     key=_index_key,
     cost=StageCost(0.05, 0.0),
     steps=("write",),

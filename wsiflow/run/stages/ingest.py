@@ -345,8 +345,8 @@ def told(root: Path) -> Path | None:
     """
     files = publish.generations(root, "cases.json")
     if len(files) > 1 and publish.generations(root, "plan.json"):
-        made = latest_plan(root)
-        return next((path for path in reversed(files) if _follows(made, path)), files[-1])
+        plan = latest_plan(root)
+        return next((path for path in reversed(files) if _follows(plan, path)), files[-1])
     return files[-1] if files else None
 
 
@@ -356,14 +356,14 @@ def shared_folder(root: Path) -> Path | None:
     return read_cases(source)[0].share if source else None
 
 
-def _follows(made: Plan, source: Path) -> bool:
+def _follows(plan: Plan, source: Path) -> bool:
     """Tell whether a plan is what becomes of cases and configuration, or what may still join it."""
     config, cases = read_cases(source)
     try:
-        same = made.settings == json.loads(json.dumps(_settings(source.parent, config)))
+        same = plan.settings == json.loads(json.dumps(_settings(source.parent, config)))
     except (OSError, WsiflowError):  # nothing was settled for these, or their model is gone
         return False
-    return same and {one.slide_id for one in made.slides} <= {case.slide_id for case in cases}
+    return same and {one.slide_id for one in plan.slides} <= {case.slide_id for case in cases}
 
 
 def _slide_plan(case: Case, record: Mapping[str, Any]) -> SlidePlan:

@@ -42,12 +42,12 @@ ROUGH = Costs(
 )
 
 
-def names_of(stage: Stage, made: Plan, slide: int, index: int) -> list[str]:
+def names_of(stage: Stage, plan: Plan, slide: int, index: int) -> list[str]:
     """Return the names of all that a task of a slide publishes."""
-    return [stage.product_of(made, index), *stage.beside_of(made, slide)]
+    return [stage.product_of(plan, index), *stage.beside_of(plan, slide)]
 
 
-def census(root: Path, made: Plan) -> dict[str, tuple[int, int]]:
+def census(root: Path, plan: Plan) -> dict[str, tuple[int, int]]:
     """Return how many tasks of each stage are published and not deleted, and how many were planned.
 
     The names of files and receipts tell: each folder is looked at once, however many tasks there are.
@@ -55,11 +55,11 @@ def census(root: Path, made: Plan) -> dict[str, tuple[int, int]]:
     there = _listing(root)
     found = {}
     for stage in STAGES.values():
-        slides = [slide for slide in range(len(made.slides)) if stage.is_due(made, slide)]
+        slides = [slide for slide in range(len(plan.slides)) if stage.is_due(plan, slide)]
         if stage.serves_scores:  # a slide without tissue may have no pixels to store
-            slides = [slide for slide in slides if made.slides[slide].n_tiles]
-        tasks = [(slide, task) for slide in slides for task in stage.tasks_of(made, slide)]
-        done = [all(map(there, names_of(stage, made, slide, task))) for slide, task in tasks]
+            slides = [slide for slide in slides if plan.slides[slide].n_tiles]
+        tasks = [(slide, task) for slide in slides for task in stage.tasks_of(plan, slide)]
+        done = [all(map(there, names_of(stage, plan, slide, task))) for slide, task in tasks]
         if done:
             found[stage.name] = (sum(done), len(done))
     return found

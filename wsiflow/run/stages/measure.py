@@ -73,19 +73,19 @@ def measure(source: Path, _index: int) -> tuple[publish.Receipt, bool]:
         InputError: There is no tissue.
         EnvironmentFault: A fresh interpreter cannot be started.
     """
-    made, root = read_plan(source), source.parent
+    plan, root = read_plan(source), source.parent
     with publish.private_folder(root) as folder:
-        small, weights = _small_plan(folder, root, made)
-        costs = _costs(small, weights, _shapes(root, made))
+        small, weights = _small_plan(folder, root, plan)
+        costs = _costs(small, weights, _shapes(root, plan))
     values = costs._asdict() | {"stages": {stage: cost._asdict() for stage, cost in costs.stages.items()}}
-    values["stages"]["ingest"] = StageCost(_ingest_s(root, made), 0.0)._asdict()
+    values["stages"]["ingest"] = StageCost(_ingest_s(root, plan), 0.0)._asdict()
     publish.write_view(root, COSTS, json.dumps(values, indent=1, sort_keys=True).encode())
     return {"path": COSTS, "attempt": ""}, True
 
 
-def areas_px(root: Path, made: Plan) -> list[int]:
+def areas_px(root: Path, plan: Plan) -> list[int]:
     """Return the pixels that are read for the blocks of each slide, halo included."""
-    return [_area_px(planned, read_cut(root, planned)) for planned in made.slides]
+    return [_area_px(planned, read_cut(root, planned)) for planned in plan.slides]
 
 
 def _area_px(planned: SlidePlan, cut: SlideCut) -> int:
@@ -93,32 +93,32 @@ def _area_px(planned: SlidePlan, cut: SlideCut) -> int:
     return sum(frame.block_px(block.rows) * frame.block_px(block.cols) for block in cut.blocks)
 
 
-def _shapes(root: Path, made: Plan) -> int:
+def _shapes(root: Path, plan: Plan) -> int:
     """Return how many shapes the blocks of a plan have."""
-    cuts = (read_cut(root, planned) for planned in made.slides)
+    cuts = (read_cut(root, planned) for planned in plan.slides)
     return len({(block.rows, block.cols) for cut in cuts for block in cut.blocks})
 
 
-def _small_plan(folder: Path, root: Path, made: Plan) -> tuple[Path, list[list[float]]]:
+def _small_plan(folder: Path, root: Path, plan: Plan) -> tuple[Path, list[list[float]]]:
     """Publish a plan of a few blocks; the slides to be timed are its last, after others that are the same.
 
     Returns:
         The plan, and the tiles of each group of its slides, weighed by area.
     """
-    with_tissue = sorted((slide for slide in made.slides if slide.n_tiles), key=lambda slide: slide.n_tiles)
+    with_tissue = sorted((slide for slide in plan.slides if slide.n_tiles), key=lambda slide: slide.n_tiles)
     if not with_tissue:
         raise InputError("there is no tissue to measure costs on", "plan without --calibrate")
-    px_tile = sum(areas_px(root, made)) / sum(slide.n_tiles for slide in made.slides)
+    px_tile = sum(areas_px(root, plan)) / sum(slide.n_tiles for slide in plan.slides)
     chosen = [with_tissue[len(with_tissue) * (2 * i + 1) // (2 * _SLIDES)] for i in range(_SLIDES)]
     timed = [(slide, place, count) for slide in chosen for place, count in enumerate(_BLOCKS)]
     wanted = [timed[0], *timed, *timed]  # for a fresh worker; to see each shape for the first time; to be timed
     slides, weights = [], []
     for number, (slide, place, count) in enumerate(wanted):
-        cut = _piece(read_cut(root, slide), slide, place, count, made.settings["cut"]["tiles"]["group_tiles"])
+        cut = _piece(read_cut(root, slide), slide, place, count, plan.settings["cut"]["tiles"]["group_tiles"])
         slides.append(_publish_slide(folder, root, slide, cut, f"{number}"))
         groups = [cut._replace(blocks=tuple(cut.group(k))) for k in range(1, len(cut.group_ranges) + 1)]
         weights.append([_area_px(slide, group) / px_tile for group in groups])
-    return publish_plan(folder, Plan(made.settings, made.work, slides, ())), weights
+    return publish_plan(folder, Plan(plan.settings, plan.work, slides, ())), weights
 
 
 def _piece(cut: SlideCut, slide: SlidePlan, place: int, count: int, group_tiles: int) -> SlideCut:
@@ -151,15 +151,15 @@ def _publish_slide(folder: Path, root: Path, slide: SlidePlan, cut: SlideCut, na
 
 def _costs(source: Path, weights: Sequence[Sequence[float]], shapes: int) -> Costs:
     """Take the small plan through the line and return what it cost."""
-    made = read_plan(source)
+    plan = read_plan(source)
     found: dict[str, list[Timed]] = {}
     fresh_s = 0.0
     start_s = min(_start_s() for _ in range(2))
     firsts: dict[str, list[Timed]] = {}
-    due = [stage for stage in STAGES.values() if stage.is_due(made, 0)]
+    due = [stage for stage in STAGES.values() if stage.is_due(plan, 0)]
     for stage in due:
         if stage is predict.STAGE:
-            if made.work["choice"]["precision"] == "int8":
+            if plan.work["choice"]["precision"] == "int8":
                 calibrate(source, 0)
             fresh_s = float(_fresh(_PREDICT, str(source), str(thread_count())))
             network.release()  # what `choose` has left
@@ -171,7 +171,7 @@ def _costs(source: Path, weights: Sequence[Sequence[float]], shapes: int) -> Cos
             seen = firsts[stage.name][_LOADS if is_first else 0 :]
             more_s = sum(max(0.0, one.core_s - cost.fixed_s - cost.unit_s * one.tiles) for one in seen)
             fitted[first_of(stage.name)] = StageCost(
-                more_s * (shapes / _shapes(source.parent, made) if is_first else 1.0), 0.0
+                more_s * (shapes / _shapes(source.parent, plan) if is_first else 1.0), 0.0
             )
     cost, timed = fitted[predict.STAGE.name], found[predict.STAGE.name]
     first_s = cost.fixed_s * len(weights[0]) + cost.unit_s * sum(weights[0])
@@ -180,10 +180,10 @@ def _costs(source: Path, weights: Sequence[Sequence[float]], shapes: int) -> Cos
 
 def _timed_stage(stage: Stage, source: Path, weights: Sequence[Sequence[float]]) -> tuple[list[Timed], list[Timed]]:
     """Do the tasks of a stage, and return what they took for the first time and again."""
-    made, half = read_plan(source), len(weights) // 2
+    plan, half = read_plan(source), len(weights) // 2
     found: list[list[Timed]] = []
     for slide, groups in enumerate(weights):
-        tasks = stage.tasks_of(made, slide)
+        tasks = stage.tasks_of(plan, slide)
         each = groups if len(tasks) == len(groups) else [sum(groups) / len(tasks)] * len(tasks)
         found.append([_timed(stage.work, source, task, tiles) for task, tiles in zip(tasks, each, strict=True)])
     first, again = found[:-half], found[-half:]
@@ -237,7 +237,7 @@ def _fresh(program: str, *arguments: str) -> str:
     return ended.stdout
 
 
-def _ingest_s(root: Path, made: Plan) -> float:
+def _ingest_s(root: Path, plan: Plan) -> float:
     """Return the mean of the seconds that ingest took, from its receipts."""
-    found = (publish.read_receipt(root, f"tissue/{slide.slide_id}.json") for slide in made.slides)
+    found = (publish.read_receipt(root, f"tissue/{slide.slide_id}.json") for slide in plan.slides)
     return statistics.fmean(receipt["wall_s"] for receipt in found if receipt)

@@ -17,13 +17,13 @@ if TYPE_CHECKING:
     from wsiflow.model.scorer import Dense, Windows
 
 
-def check_numeric_class(made: Plan) -> None:
+def check_numeric_class(plan: Plan) -> None:
     """Refuse to compute scores here under the key of another kind of machine.
 
     Raises:
         EnvironmentFault: Processor, library or threads would give other last bits than the plan says.
     """
-    planned = made.settings["predict"]["numeric_class"] | made.settings["predict"]["pixels"]
+    planned = plan.settings["predict"]["numeric_class"] | plan.settings["predict"]["pixels"]
     here = numeric_class() | pixel_versions()
     differing = [
         f"{name} is {here[name]!r}, planned {planned.get(name)!r}" for name in here if here[name] != planned.get(name)
@@ -47,39 +47,39 @@ def _loaded(spec: card.ModelSpec, _identity: str) -> "Classifier":
         return load(spec)
 
 
-def planned_classifier(made: Plan) -> "Classifier":
+def planned_classifier(plan: Plan) -> "Classifier":
     """Return the plan's classifier.
 
     Raises:
         IntegrityError: Card or weights are no longer what was planned.
     """
-    model = classifier_of(card.ModelSpec.model_validate(made.work["model"]))
-    if model.identity != made.settings["predict"]["model"]:
+    model = classifier_of(card.ModelSpec.model_validate(plan.work["model"]))
+    if model.identity != plan.settings["predict"]["model"]:
         cause = "the model is another than when the run was planned"
         raise IntegrityError(
-            cause, "restore card and weights, or choose another out= folder", path=made.work["model"]["card"]
+            cause, "restore card and weights, or choose another out= folder", path=plan.work["model"]["card"]
         )
     return model
 
 
-def planned_choice(made: Plan) -> Choice:
+def planned_choice(plan: Plan) -> Choice:
     """Return how the plan's scores are computed."""
-    return Choice(**made.work["choice"])
+    return Choice(**plan.work["choice"])
 
 
-def planned_scorer(root: Path, made: Plan) -> "Windows | Dense":
+def planned_scorer(root: Path, plan: Plan) -> "Windows | Dense":
     """Return what computes the plan's scores; prepared once per process."""
-    model, choice = planned_classifier(made), planned_choice(made)
-    quantised = root / calibration(root, made).name if choice.precision == "int8" else None
+    model, choice = planned_classifier(plan), planned_choice(plan)
+    quantised = root / calibration(root, plan).name if choice.precision == "int8" else None
     if quantised is not None and not quantised.exists():
         raise IntegrityError("the network was not calibrated for int8", "run again", path=quantised)
     return scorer_for(model, choice, quantised)
 
 
-def timed_scorer(root: Path, made: Plan) -> "tuple[Windows | Dense, float]":
+def timed_scorer(root: Path, plan: Plan) -> "tuple[Windows | Dense, float]":
     """Return what computes the plan's scores, and the core-seconds that preparing it took just now."""
     before = usage.warmup_s()
-    return planned_scorer(root, made), usage.warmup_s() - before
+    return planned_scorer(root, plan), usage.warmup_s() - before
 
 
 @lru_cache(maxsize=4)
@@ -105,8 +105,8 @@ class Calibration(NamedTuple):
     key: str
 
 
-def calibration(root: Path, made: Plan) -> Calibration:
+def calibration(root: Path, plan: Plan) -> Calibration:
     """Return what the network in int8 is published as; it follows the slides of the run's first plan."""
     first = read_plan(publish.generations(root, "plan.json")[0])
-    key = publish.key_of(predict=made.settings["predict"], slides=[planned.key for planned in first.slides])
+    key = publish.key_of(predict=plan.settings["predict"], slides=[planned.key for planned in first.slides])
     return Calibration(f"engine/int8-{key[:12]}.zip", key)

@@ -84,13 +84,13 @@ def timed_reads(parts: Iterator[_AnyPixels], timed: Timer) -> Iterator[_AnyPixel
 class Colours:
     """How the colours of a slide's blocks are normalised, and which blocks could not be."""
 
-    def __init__(self, root: Path, made: Plan, planned: SlidePlan) -> None:
+    def __init__(self, root: Path, plan: Plan, planned: SlidePlan) -> None:
         """Read the slide's fit, where the run has one.
 
         Raises:
             IntegrityError: It should have one and has not.
         """
-        self.params = stain_params(made)
+        self.params = stain_params(plan)
         self.failures: list[tuple[int, int, str]] = []
         self._fit = None
         if fits_slides(self.params):
@@ -113,9 +113,9 @@ class Colours:
         return outcome.rgb
 
 
-def stain_params(made: Plan) -> StainParams:
+def stain_params(plan: Plan) -> StainParams:
     """Return how the plan normalises colours."""
-    return StainParams.model_validate(made.settings["predict"]["stain"])
+    return StainParams.model_validate(plan.settings["predict"]["stain"])
 
 
 def fits_slides(params: StainParams) -> bool:
@@ -126,7 +126,7 @@ def fits_slides(params: StainParams) -> bool:
 @contextlib.contextmanager
 def planned_blocks(
     root: Path,
-    made: Plan,
+    plan: Plan,
     planned: SlidePlan,
     wanted: Sequence[int],
     timed: Timer = untimed,
@@ -136,7 +136,7 @@ def planned_blocks(
 
     Args:
         root: The run's folder.
-        made: The plan.
+        plan: The plan.
         planned: The slide.
         wanted: Indices of blocks among the slide's, rising.
         timed: Counts the seconds of the steps ``read`` and ``stain``.
@@ -152,11 +152,11 @@ def planned_blocks(
     if not wanted:
         yield iter(())
         return
-    cut, colours = read_cut(root, planned), colours or Colours(root, made, planned)
+    cut, colours = read_cut(root, planned), colours or Colours(root, plan, planned)
     blocks = [cut.blocks[index] for index in wanted]
     with contextlib.ExitStack() as held:
-        parts = _stored(root, made, planned, wanted)
-        if made.work["store"]["kind"] == "none":
+        parts = _stored(root, plan, planned, wanted)
+        if plan.work["store"]["kind"] == "none":
             with timed("read"):
                 opened = held.enter_context(open_planned(root, planned))
             parts = (pixels for pixels, _ in read_slide(opened, planned.frame, blocks))
@@ -173,14 +173,14 @@ def _normalised(
         yield block, normal
 
 
-def _stored(root: Path, made: Plan, planned: SlidePlan, wanted: Sequence[int]) -> Iterator[NDArray[np.uint8]]:
+def _stored(root: Path, plan: Plan, planned: SlidePlan, wanted: Sequence[int]) -> Iterator[NDArray[np.uint8]]:
     """Yield the pixels of blocks as they were stored."""
     cut = read_cut(root, planned)
     for k, (lo, hi) in enumerate(cut.group_ranges, 1):
         inside = [index - lo for index in wanted if lo <= index < hi]
         if not inside:
             continue
-        path = root / part_name(planned, made.part_of(k))
+        path = root / part_name(planned, plan.part_of(k))
         with store.open_patches(path) as file:
             group = store.patch_group(file, k)
             if not np.array_equal(group.coord, block_coord(planned.frame, cut.group(k))):

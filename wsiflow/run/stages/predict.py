@@ -24,15 +24,15 @@ from wsiflow.system.provenance import facts
 
 def predict(source: Path, index: int) -> tuple[publish.Receipt, bool]:
     """Predict one group and publish ``predictions/<slide>/t<k>.h5``."""
-    made = read_plan(source)
-    root, task = source.parent, STAGE.task(made, index)
-    planned = made.slides[task.slide]
-    name, key = prediction_name(made, task), task_key(root, made, task)
+    plan = read_plan(source)
+    root, task = source.parent, STAGE.task(plan, index)
+    planned = plan.slides[task.slide]
+    name, key = prediction_name(plan, task), task_key(root, plan, task)
     done = publish.done(root, name, key)
     if done is not None:
         return done, False
-    check_numeric_class(made)
-    score, warmup_s = timed_scorer(root, made)
+    check_numeric_class(plan)
+    score, warmup_s = timed_scorer(root, plan)
     cut, frame = read_cut(root, planned), planned.frame
     blocks = cut.group(task.group)
     coord = tile_coord(frame, [cell for block in blocks for cell in block.cells()])
@@ -46,17 +46,17 @@ def predict(source: Path, index: int) -> tuple[publish.Receipt, bool]:
     described = {
         "slide_id": planned.slide_id,
         "slide_sha256": planned.sha256,
-        "model": made.settings["predict"]["model"],
+        "model": plan.settings["predict"]["model"],
         "key": key,
         "versions": receipt_facts["versions"],
     }
     with publish.publishing(root, name, key, receipt_facts, verify) as attempt:
-        wanted, colours = range(*cut.group_ranges[task.group - 1]), Colours(root, made, planned)
-        with planned_blocks(root, made, planned, wanted, attempt.timed, colours) as parts:
+        wanted, colours = range(*cut.group_ranges[task.group - 1]), Colours(root, plan, planned)
+        with planned_blocks(root, plan, planned, wanted, attempt.timed, colours) as parts:
             prob, windows = score.score(frame, parts, attempt.timed)
         attempt.receipt["stain_failures"] = colours.failures
-        if planned_choice(made).precision == "int8":
-            attempt.receipt["calibration_sha256"] = publish.file_sha256(root / calibration(root, made).name)
+        if planned_choice(plan).precision == "int8":
+            attempt.receipt["calibration_sha256"] = publish.file_sha256(root / calibration(root, plan).name)
         publish.require_space(root, prob.nbytes + coord.nbytes)
         with attempt.timed("write"):
             store.write_predictions(attempt.path, frame, coord, prob, described)
@@ -64,21 +64,21 @@ def predict(source: Path, index: int) -> tuple[publish.Receipt, bool]:
     return attempt.receipt, True
 
 
-def prediction_name(made: Plan, task: Task) -> str:
+def prediction_name(plan: Plan, task: Task) -> str:
     """Return the name of a task's file, relative to the run's folder."""
-    return f"predictions/{made.slides[task.slide].slide_id}/t{task.group}.h5"
+    return f"predictions/{plan.slides[task.slide].slide_id}/t{task.group}.h5"
 
 
-def published(root: Path, made: Plan, task: Task) -> publish.Receipt:
+def published(root: Path, plan: Plan, task: Task) -> publish.Receipt:
     """Return the receipt of a group's scores.
 
     Raises:
         IntegrityError: The group is not published.
     """
-    name = prediction_name(made, task)
-    receipt = publish.done(root, name, task_key(root, made, task))
+    name = prediction_name(plan, task)
+    receipt = publish.done(root, name, task_key(root, plan, task))
     if receipt is None:
-        slide_id = made.slides[task.slide].slide_id
+        slide_id = plan.slides[task.slide].slide_id
         raise IntegrityError("the group was not predicted", "run again", slide=slide_id, path=root / name)
     return receipt
 

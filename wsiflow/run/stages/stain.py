@@ -42,10 +42,10 @@ def fit_stain(source: Path, index: int) -> tuple[publish.Receipt, bool]:
     Raises:
         InputError: They cannot be measured and the policy is to stop.
     """
-    made = read_plan(source)
-    root, planned = source.parent, made.slides[index]
-    params, name = stain_params(made), fit_name(planned)
-    key = STAGE.key_of(root, made, index)
+    plan = read_plan(source)
+    root, planned = source.parent, plan.slides[index]
+    params, name = stain_params(plan), fit_name(planned)
+    key = STAGE.key_of(root, plan, index)
     place = Place(ingest.shared_folder(root), root, name, key)
     done = sharing.done(place)
     if done is not None:
@@ -65,19 +65,19 @@ def fit_stain(source: Path, index: int) -> tuple[publish.Receipt, bool]:
     return attempt.receipt, True
 
 
-def _is_due(made: Plan, slide: int) -> bool:
-    return fits_slides(stain_params(made)) and made.slides[slide].n_tiles > 0
+def _is_due(plan: Plan, slide: int) -> bool:
+    return fits_slides(stain_params(plan)) and plan.slides[slide].n_tiles > 0
 
 
-def _key(root: Path, made: Plan, task: Task) -> str:
-    return fit_key(root, made.slides[task.slide], stain_params(made))
+def _key(root: Path, plan: Plan, task: Task) -> str:
+    return fit_key(root, plan.slides[task.slide], stain_params(plan))
 
 
 STAGE = Stage(
     name="stain",
     unit="slide",
     work=fit_stain,
-    product=lambda made, task: fit_name(made.slides[task.slide]),
+    product=lambda plan, task: fit_name(plan.slides[task.slide]),
     key=_key,
     cost=StageCost(2.0, 0.0),
     steps=("stain",),

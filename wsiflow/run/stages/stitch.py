@@ -26,18 +26,18 @@ def stitch(source: Path, index: int) -> tuple[publish.Receipt, bool]:
     Raises:
         IntegrityError: A group of the slide is not published: nothing is stitched from an unbalanced ledger.
     """
-    made = read_plan(source)
-    root, planned = source.parent, made.slides[index]
+    plan = read_plan(source)
+    root, planned = source.parent, plan.slides[index]
     tasks = [Task(index, k) for k in range(1, planned.n_groups + 1)]
     for task in tasks:
-        predict.published(root, made, task)
-    name, key = STAGE.product_of(made, index), STAGE.key_of(root, made, index)
+        predict.published(root, plan, task)
+    name, key = STAGE.product_of(plan, index), STAGE.key_of(root, plan, index)
     done = publish.done(root, name, key)
     if done is not None:
         return done, False
     frame = planned.frame
     make_room(frame)
-    parts = [store.read_predictions(root / predict.prediction_name(made, task)) for task in tasks]
+    parts = [store.read_predictions(root / predict.prediction_name(plan, task)) for task in tasks]
     coord = np.concatenate([np.empty((0, 5), dtype=np.int64), *(part[0] for part in parts)])
     m = frame.cells_per_tile
     prob = np.concatenate([np.empty((0, m, m), dtype=np.float32), *(part[1] for part in parts)])
@@ -74,15 +74,15 @@ def _readable(frame: Frame) -> Any:
     return verify
 
 
-def _key(root: Path, made: Plan, task: Task) -> str:
-    return publish.key_of(slide=made.slides[task.slide].key, scores=predict.STAGE.published(root, made, task.slide))
+def _key(root: Path, plan: Plan, task: Task) -> str:
+    return publish.key_of(slide=plan.slides[task.slide].key, scores=predict.STAGE.published(root, plan, task.slide))
 
 
 STAGE = Stage(
     name="stitch",
     unit="slide",
     work=stitch,
-    product=lambda made, task: f"heatmaps/{made.slides[task.slide].slide_id}.tif",
+    product=lambda plan, task: f"heatmaps/{plan.slides[task.slide].slide_id}.tif",
     key=_key,
     cost=StageCost(0.5, 0.0005),
     steps=("stitch", "write"),
