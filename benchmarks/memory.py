@@ -81,8 +81,8 @@ def _blocks(card: str, *, workers: int, quick: bool) -> tuple[dict[str, Any], Ta
 def _default_cols(card: str, precision: str) -> int:
     """Return the most columns of a block at default settings."""
     config = compose_config(["model=card", f"model.card={card}", f"inference.precision={precision}"])
-    settled = fastest.settle(load(networks.spec(card)), config, threads=1)
-    return int(settled["choice"]["block_cols"])
+    record = fastest.choose_engine(load(networks.spec(card)), config, threads=1)
+    return int(record["choice"]["block_cols"])
 
 
 def _peak_bytes(card: str, precision: str, rows: int, cols: int) -> int:

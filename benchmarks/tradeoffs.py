@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from benchmarks import networks, product
 from flows.compose import compose_config
+from wsiflow.errors import InputError
 from wsiflow.heatmap import assembly
 from wsiflow.model.choice import Choice, alike
 from wsiflow.model.classifier import Classifier, load
@@ -64,7 +65,7 @@ def _run(way: str, stride: int, size_px: int, seed: int) -> _Run:
     with product.run(_folder(), *asked, "store=none", *_WAYS[way]) as (out, metrics):
         made = read_plan(out / "plan.json")
         frames = {planned.slide_id: planned.frame for planned in made.slides}
-        return _Run(Choice(**made.work["choice"]), frames, product.heatmaps(out), metrics)
+        return _Run(made.settings.choice, frames, product.heatmaps(out), metrics)
 
 
 def stride(settings: dict[str, Any], *, seed: int) -> dict[str, float]:
@@ -94,7 +95,10 @@ def _subsampled_diff(found: _Run, settings: dict[str, Any]) -> float:
     worst, way = np.nan, settings["way"]
     for fine_px in settings["fine"][way]:
         planned = {slide: frame._replace(stride_px=fine_px) for slide, frame in found.frames.items()}
-        if any(isinstance(subsampling(planned[slide], frame), str) for slide, frame in found.frames.items()):
+        try:
+            for slide, frame in found.frames.items():
+                subsampling(planned[slide], frame)
+        except InputError:
             continue
         fine = _run(way, fine_px, settings["size_px"][settings["quick"]], settings["seed"])
         if fine_px == settings["stride"] or alike(fine.choice, found.choice):

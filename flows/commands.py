@@ -178,16 +178,16 @@ def task(arguments: argparse.Namespace) -> int:
     made = read_plan(arguments.plan)
     if not 0 <= arguments.index < made.n_groups:
         raise InputError(f"there is no task {arguments.index}, the plan has {made.n_groups}", "count from 0")
-    machine.limit_threads(int(made.settings["predict"]["numeric_class"]["threads"]))
+    machine.limit_threads(int(made.settings.numeric_class["threads"]))
     from wsiflow.run.stages import pixels, work
 
-    if pixels.fits_slides(pixels.stain_params(made)):  # done already where the run has come so far
+    if pixels.fits_slides(made.settings.stain):  # done already where the run has come so far
         outcome = work.run_task(arguments.plan, "stain", made.task("group", arguments.index).slide)
         if outcome.receipt is None:
-            say(outcome.error)
+            say(str(outcome.failure))
             return outcome.exit_code
     outcome = work.run_task(arguments.plan, "predict", arguments.index)
-    say(outcome.error or f"published {(outcome.receipt or {})['path']}")
+    say(f"published {outcome.receipt['path']}" if outcome.receipt else str(outcome.failure))
     return outcome.exit_code
 
 

@@ -1,4 +1,4 @@
-"""How scores are computed is settled once, and what that costs in accuracy is measured on every slide."""
+"""How scores are computed is chosen once, and what that costs in accuracy is measured on every slide."""
 
 import contextlib
 import csv
@@ -20,7 +20,7 @@ from wsiflow.model.architectures.registry import build
 from wsiflow.model.classifier import load
 from wsiflow.model.engines import engine
 from wsiflow.model.engines.spec import cpu_supports_bf16
-from wsiflow.run.stages.fastest import settle
+from wsiflow.run.stages.fastest import choose_engine
 from wsiflow.slides import pyramid
 from wsiflow.slides.synthetic import dataset
 
@@ -42,7 +42,7 @@ def wsiflow(slides: Path | list[str], out: Path, *more: str) -> int:
     return main(["run", *(one if isinstance(slides, Path) else slides), f"out={out}", *FAST, *more])
 
 
-def settled(out: Path) -> dict:
+def choice_of(out: Path) -> dict:
     (found,) = (out / "engine").glob("*.json")
     return json.loads(found.read_text())
 
@@ -117,7 +117,7 @@ def save_card(network: nn.Module, folder: Path) -> Path:
 
 def test_a_network_that_pads_is_run_with_context_and_measured(strict: Strict) -> None:
     """GoogLeNet gets 96 px beyond its windows; its dense scores differ from single windows, and by how much is said."""
-    choice = settled(strict.out)["choice"]
+    choice = choice_of(strict.out)["choice"]
     assert (choice["engine"], choice["context_px"], choice["exact"]) == ("dense", 96, False)
     assert choice["halo_px"] == 112 - 16 + 96
     found = summary(strict.out)
@@ -145,7 +145,7 @@ def test_beyond_the_tolerance_a_run_stops_and_names_what_would_pass(
 def test_where_windows_do_not_overlap_they_are_run(small_slides: Path, tmp_path: Path) -> None:
     """At a stride of a whole window the dense pass saves nothing; the run says what it chose and why."""
     assert wsiflow(small_slides, tmp_path / "run", "inference.stride=224") == 0
-    found = settled(tmp_path / "run")
+    found = choice_of(tmp_path / "run")
     assert found["choice"]["engine"] == "window"
     assert "share too little" in found["told"]
     assert not (tmp_path / "run/certificates").exists(), "there is nothing to compare"
@@ -156,7 +156,7 @@ def test_a_halo_too_small_for_a_network_that_pads_means_windows(
 ) -> None:
     """The reference's patches leave GoogLeNet no context: its scores would be another thing, so windows are run."""
     assert wsiflow(tiny_slide, tmp_path / "run", *googlenet, "tiles=patch", "inference.stride=112") == 0
-    assert settled(tmp_path / "run")["choice"]["engine"] == "window"
+    assert choice_of(tmp_path / "run")["choice"]["engine"] == "window"
     said = capsys.readouterr().out
     assert "window engine, openvino fp32: windows are run one by one: a halo of 112 px leaves" in said
 
@@ -166,7 +166,7 @@ def test_memory_bounds_rows_as_well_as_columns() -> None:
 
     def chosen(*more: str) -> dict:
         config = command.compose_config(["out=unused", "tiles.memory_mb=100", *more])
-        return settle(load(config.model), config, threads=1)
+        return choose_engine(load(config.model), config, threads=1)
 
     tight, fine = chosen("inference.stride=16"), chosen("inference.stride=1")
     assert tight["choice"]["engine"] == "dense"
@@ -179,11 +179,11 @@ def test_a_choice_measured_before_a_crash_is_kept(small_slides: Path, tmp_path: 
     """Killed between file and receipt: seconds are never the same again, so the first measurement stands."""
     auto = ["inference.precision=auto", "inference.stride=112"]
     assert wsiflow(small_slides, tmp_path / "run", *auto) == 0
-    first = settled(tmp_path / "run")
+    first = choice_of(tmp_path / "run")
     (receipt,) = (tmp_path / "run/receipts/engine").glob("*.json")
     receipt.unlink()
     assert wsiflow(small_slides, tmp_path / "run", *auto) == 0
-    assert settled(tmp_path / "run") == first
+    assert choice_of(tmp_path / "run") == first
     assert receipt.exists()
 
 
@@ -230,12 +230,12 @@ def test_auto_measures_and_keeps_its_choice(small_slides: Path, tmp_path: Path) 
     """What was measured is published, and the same run again keeps to it."""
     auto = ["inference.precision=auto", "inference.backend=auto", "inference.stride=112"]
     assert wsiflow(small_slides, tmp_path / "run", *auto) == 0
-    first = settled(tmp_path / "run")
+    first = choice_of(tmp_path / "run")
     assert len(first["measured_s"]) >= 2
     fastest = min(first["measured_s"], key=first["measured_s"].get)
     assert fastest == f"{first['choice']['backend']} {first['choice']['precision']}"
     assert wsiflow(small_slides, tmp_path / "run", *auto) == 0
-    assert settled(tmp_path / "run") == first
+    assert choice_of(tmp_path / "run") == first
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "torch"])

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from wsiflow.errors import EnvironmentFault
+from wsiflow.errors import EnvironmentFault, Failure
 from wsiflow.run import executor, shards
 from wsiflow.run.executor.params import ExecutorParams, worker_count
 from wsiflow.run.executor.protocol import Executor, Outcome, Slice
@@ -145,14 +145,16 @@ def test_a_consumer_that_stops_gives_its_places_back(tmp_path: Path, monkeypatch
         assert len(list(pool.run(square, HERE, "predict", sliced(20)))) == 20
 
 
-def test_a_worker_that_died_without_a_word_has_cause_and_remedy(tmp_path: Path) -> None:
-    """What a run has only one task of ends it: the line begins with the cause, whatever the executor said."""
+def test_what_a_run_has_one_task_of_ends_it_with_the_error_of_that_task(tmp_path: Path) -> None:
+    """Class, cause and remedy are those of the worker, also where a cause holds what separates the two in a line."""
+    failure = Failure(30, "it died; nobody knows why", "free memory; run again", stage="choose")
 
     class Dying:
         def run(self, *_: object) -> Iterator[Outcome]:
-            yield Outcome(0, None, executed=True, error="choose: the worker died", exit_code=30)
+            yield Outcome(0, None, executed=True, failure=failure)
 
         def stop(self) -> None: ...
 
-    with pytest.raises(EnvironmentFault, match=r"^choose: the worker died; free memory"):
+    with pytest.raises(EnvironmentFault, match=r"^choose: it died; nobody knows why; free memory; run again") as ended:
         shards.once(Dying(), tmp_path / "cases.json", "choose")
+    assert ended.value.failure == failure

@@ -157,7 +157,7 @@ def test_a_process_that_outlives_a_run_follows_the_next_one(tiny_slides: Path, t
         assert wsiflow(*over(tiny_slides, out, *settings)) == 0
         _, about = read_heatmap(out / "heatmaps/a.tif")
         planned = latest_plan(out).settings
-        assert (about["frame"]["stride_px"], planned["lesions"]["threshold"]) == (stride, threshold)
+        assert (about["frame"]["stride_px"], planned.lesions.threshold) == (stride, threshold)
         found[threshold] = (out / "detections/a.csv").read_text()
         shutil.rmtree(out)
     assert found[0.05] != found[0.95]
@@ -305,4 +305,4 @@ def test_the_plan_names_the_workers_kind_of_machine(small_slides: Path, tmp_path
             elsewhere.setattr(choose, "numeric_class", lambda: {"isa": "of the nodes"})
             shards.choose(pool, cases)
         made = read_plan(ingest.make_plan(cases, shards.ingest_shard(pool, cases, [0])))
-    assert made.settings["predict"]["numeric_class"] == {"isa": "of the nodes"}
+    assert made.settings.numeric_class == {"isa": "of the nodes"}

@@ -17,7 +17,7 @@ from wsiflow.errors import InputError
 from wsiflow.evaluation import evaluate
 from wsiflow.evaluation.detections import format_detections, read_detections
 from wsiflow.heatmap import assembly, files, lesions
-from wsiflow.model.choice import Choice, alike
+from wsiflow.model.choice import alike
 from wsiflow.plan import geometry
 from wsiflow.plan.geometry import Frame
 from wsiflow.plan.slide_plan import SlidePlan
@@ -77,16 +77,18 @@ def _require_same_windows(run: Scored, stride: int) -> None:
     Raises:
         InputError: The message says why.
     """
-    choice = Choice(**run.made.work["choice"])
+    choice = run.made.settings.choice
     reason = "not every window was run (inference.refine)" if choice.refine else alike(choice, choice)
     if run.config.tiles.tile_px % stride:
         reason = f"it does not divide the tile of {run.config.tiles.tile_px} px"
-    for planned in run.made.slides[:1]:
-        cells = geometry.subsampling(planned.frame, _at(planned.frame, stride))
-        reason = reason or (cells if isinstance(cells, str) else "")
     if reason:
-        remedy = "run at that stride, or take an odd multiple (any, in the reference's convention)"
-        raise InputError(f"stride {stride} cannot be taken from its maps: {reason}", remedy, path=run.root)
+        cause = f"stride {stride} cannot be taken from its maps: {reason}"
+        raise InputError(cause, "run at that stride", path=run.root)
+    for planned in run.made.slides[:1]:
+        try:
+            geometry.subsampling(planned.frame, _at(planned.frame, stride))
+        except InputError as error:
+            raise error.about(path=run.root) from error
 
 
 def _at(frame: Frame, stride: int) -> Frame:

@@ -7,7 +7,7 @@ probability in [0, 1]; anything else is refused before it gets here.
 import numpy as np
 from numpy.typing import NDArray
 
-from wsiflow.errors import InputError, IntegrityError
+from wsiflow.errors import IntegrityError
 from wsiflow.plan.geometry import Frame, cells_on_slide, h_from_t, subsampling
 
 
@@ -58,11 +58,7 @@ def subsample(heat: NDArray[np.float32], fine: Frame, coarse: Frame) -> NDArray[
     Raises:
         InputError: The maps have no windows in common; the message says why.
     """
-    cells = subsampling(fine, coarse)
-    if isinstance(cells, str):
-        remedy = "run at that stride, or take an odd multiple (any, in the reference's convention)"
-        raise InputError(f"a map at stride {coarse.stride_px} cannot be taken from this one: {cells}", remedy)
-    step, first = cells
+    step, first = subsampling(fine, coarse)
     return np.ascontiguousarray(heat[first::step, first::step])
 
 

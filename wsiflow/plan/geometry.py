@@ -21,6 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, Field, FiniteFloat
 
+from wsiflow.errors import InputError
+
 Convention = Literal["centred", "reference"]
 
 
@@ -124,8 +126,8 @@ def window_reach_px(window_px: int, stride_px: int, convention: Convention) -> t
     return before, window_px - before - stride_px
 
 
-def subsampling(fine: Frame, coarse: Frame) -> tuple[int, int] | str:
-    """Return which cells of a fine map have the windows of a coarse one, or why none have.
+def subsampling(fine: Frame, coarse: Frame) -> tuple[int, int]:
+    """Return which cells of a fine map have the windows of a coarse one.
 
     A window of the coarse map begins at a multiple of its stride less what its window reaches beyond the cell. In the
     reference convention that reach is the same at every stride. Centred, it is half a stride less, so the windows of
@@ -133,27 +135,34 @@ def subsampling(fine: Frame, coarse: Frame) -> tuple[int, int] | str:
 
     Args:
         fine: Transform of the map that there is.
-        coarse: Transform of the map that is wanted.
+        coarse: Transform of the map that is asked for.
 
     Returns:
-        Step and first cell, along rows and columns alike: the cells ``first::step``. Or the reason in one line.
+        Step and first cell, along rows and columns alike: the cells ``first::step``.
+
+    Raises:
+        InputError: The maps have no windows in common; the message says why.
     """
-    same = {
-        name: value for name, value in fine.of_pixels().items() if name not in {"halo_px", "block_rows", "block_cols"}
-    }
+    free = {"halo_px", "block_rows", "block_cols"}
+    same = {name: value for name, value in fine.of_pixels().items() if name not in free}
     differing = [name for name, value in same.items() if value != getattr(coarse, name)]
     if fine.window_px != coarse.window_px or differing:
-        return f"the maps differ in {', '.join(differing or ['window_px'])}"
+        raise _not_taken(coarse, f"the maps differ in {', '.join(differing or ['window_px'])}")
     step, rest = divmod(coarse.stride_px, fine.stride_px)
     if rest or step < 1:
-        return f"stride {coarse.stride_px} is no multiple of stride {fine.stride_px}"
+        raise _not_taken(coarse, f"it is no multiple of stride {fine.stride_px}")
     reaches = (window_reach_px(each.window_px, each.stride_px, each.convention)[0] for each in (fine, coarse))
     shift_px = next(reaches) - next(reaches)
     first, rest = divmod(shift_px, fine.stride_px)
     if rest:
-        strides = f"stride {coarse.stride_px} is an even multiple of stride {fine.stride_px}"
-        return f"{strides}: the centres of its cells lie between those of the fine map"
+        cause = f"it is an even multiple of stride {fine.stride_px}, so its cells' centres lie between those of the map"
+        raise _not_taken(coarse, cause)
     return step, first
+
+
+def _not_taken(coarse: Frame, cause: str) -> InputError:
+    remedy = "run at that stride, or take an odd multiple (any, in the reference's convention)"
+    return InputError(f"stride {coarse.stride_px} cannot be taken from a finer map: {cause}", remedy)
 
 
 def window_offsets_px(frame: Frame) -> NDArray[np.int64]:

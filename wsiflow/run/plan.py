@@ -18,9 +18,12 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from pydantic import ValidationError
+
 from wsiflow.errors import InputError
 from wsiflow.plan.geometry import Frame
 from wsiflow.plan.slide_plan import SlidePlan, read_cut
+from wsiflow.run.settings import PlanSettings
 from wsiflow.system import faults, publish
 from wsiflow.system.provenance import NUMERICS
 from wsiflow.system.reread import remembered
@@ -46,24 +49,17 @@ class Task(NamedTuple):
 
 
 class Plan:
-    """A run's plan: settings that change numbers, how the work is done, slides, rejected slides."""
+    """The plan of a run: its settings, the slides that are planned, and those that were rejected."""
 
-    def __init__(
-        self,
-        settings: Mapping[str, Any],
-        work: Mapping[str, Any],
-        slides: Sequence[SlidePlan],
-        rejected: Sequence[Rejected],
-    ) -> None:
+    def __init__(self, settings: PlanSettings, slides: Sequence[SlidePlan], rejected: Sequence[Rejected]) -> None:
         """Hold the parts.
 
         Args:
-            settings: Everything that can change a number; the same for every plan of a folder.
-            work: What the tasks must know besides: the store, where the model lies.
+            settings: Everything that can change a number, and what the tasks must know besides.
             slides: The slides planned.
             rejected: The slides that could not be.
         """
-        self.settings, self.work = dict(settings), dict(work)
+        self.settings = settings
         self.slides, self.rejected = tuple(slides), tuple(rejected)
 
     @cached_property
@@ -84,8 +80,7 @@ class Plan:
     @property
     def part_groups(self) -> int:
         """Groups of a slide that one task of ``extract`` reads."""
-        sizes = self.settings["cut"]["tiles"]
-        return max(1, int(sizes["part_tiles"]) // int(sizes["group_tiles"]))
+        return max(1, self.settings.store.part_tiles // self.settings.group_tiles)
 
     def count(self, unit: Unit) -> int:
         """Return how many tasks a stage of such a unit has."""
@@ -126,8 +121,8 @@ class Plan:
         """Return the plan as plain JSON values."""
         return {
             "numerics": NUMERICS,
-            "settings": self.settings,
-            "work": self.work,
+            "settings": self.settings.numbers(),
+            "work": self.settings.work(),
             "slides": [slide._asdict() | {"frame": slide.frame._asdict()} for slide in self.slides],
             "rejected": [rejected._asdict() for rejected in self.rejected],
         }
@@ -137,7 +132,7 @@ def task_key(root: Path, plan: Plan, task: Task) -> str:
     """Return the key of a group's scores: slide content, blocks, model and every setting that can change a number."""
     slide = plan.slides[task.slide]
     blocks = read_cut(root, slide).group_ranges[task.group - 1]
-    return publish.key_of(slide=slide.key, blocks=blocks, predict=plan.settings["predict"], numerics=NUMERICS)
+    return publish.key_of(slide=slide.key, blocks=blocks, predict=plan.settings.of_scores, numerics=NUMERICS)
 
 
 @remembered(files=4)
@@ -152,12 +147,18 @@ def read_plan(path: Path) -> Plan:
     except OSError as error:
         raise faults.unreadable(error, "the plan", "start the run again", path=path) from error
     except ValueError as error:
-        raise InputError(f"the plan cannot be read_plan ({error})", "start the run again", path=path) from error
+        raise InputError(f"the plan cannot be read ({error})", "start the run again", path=path) from error
     if data.get("numerics") != NUMERICS:
         cause = f"the plan was made by a version with other numbers ({data.get('numerics')}, this one is {NUMERICS})"
         raise InputError(cause, "choose another out= folder", path=path)
+    try:
+        settings = PlanSettings.from_values(data["settings"], data["work"])
+    except (KeyError, ValidationError) as error:
+        cause = f"the plan's settings are not those of this version ({' '.join(str(error).split())})"
+        remedy = "read it with the version that wrote it, or choose another out= folder"
+        raise InputError(cause, remedy, path=path) from error
     slides = [SlidePlan(**item | {"frame": Frame(**item["frame"])}) for item in data["slides"]]
-    return Plan(data["settings"], data["work"], slides, [Rejected(**item) for item in data["rejected"]])
+    return Plan(settings, slides, [Rejected(**item) for item in data["rejected"]])
 
 
 def latest_plan(root: Path) -> Plan:
@@ -183,7 +184,7 @@ def publish_plan(root: Path, plan: Plan) -> Path:
     """
     files = publish.generations(root, "plan.json")
     if files:
-        _check_succession(root, read_plan(files[-1]), plan)
+        _check_succession(files[-1], plan)
     return publish.publish_generation(root, "plan.json", _document(plan), {"kind": "plan"})
 
 
@@ -197,9 +198,12 @@ def _document(plan: Plan) -> bytes:
     return ("{" + ",\n".join(parts) + "}\n").encode()
 
 
-def _check_succession(root: Path, former: Plan, plan: Plan) -> None:
-    settings = json.loads(json.dumps(plan.settings))  # as the former ones were read: without tuples
-    changed = sorted(_differences(former.settings, settings))
+def _check_succession(path: Path, plan: Plan) -> None:
+    """Refuse a plan that contradicts the one that the folder holds."""
+    root, former = path.parent, read_plan(path)
+    # As the file says it: what an earlier version wrote may have a form that this one would write otherwise.
+    published = json.loads(path.read_text(encoding="utf-8"))["settings"]
+    changed = sorted(_differences(published, json.loads(json.dumps(plan.settings.numbers()))))
     if changed:
         cause = f"the folder holds a run with other settings: {', '.join(changed)}"
         raise InputError(cause, "choose another out= folder", path=root)

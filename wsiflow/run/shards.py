@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from wsiflow.errors import EnvironmentFault, InputError, IntegrityError, WsiflowError
+from wsiflow.errors import Failure, InputError, IntegrityError
 from wsiflow.run import ledger, trace
 from wsiflow.run.cases import check_model, read_cases, write_cases
 from wsiflow.run.config import RunConfig
@@ -17,7 +17,7 @@ from wsiflow.run.executor.protocol import Executor, Outcome, Slice
 from wsiflow.run.plan import Plan, read_plan
 from wsiflow.run.stages import certify, extract, ingest, stain, work
 from wsiflow.run.stages.calibrate import calibration_slides
-from wsiflow.run.stages.choose import choice_key, is_chosen, surprise
+from wsiflow.run.stages.choose import choice_key, describe_fallback, is_chosen
 from wsiflow.run.stages.line import ROUGH, STAGES, names_of
 from wsiflow.run.stages.network import calibration
 from wsiflow.run.stages.stage import Stage
@@ -30,9 +30,6 @@ from wsiflow.system import publish
 SIDE_BY_SIDE = 64
 
 _SHARDS_WANTED = 40
-# Where an executor tells of a worker that could not say anything itself.
-_OF_WORKERS = "free memory or use fewer workers, or see what ended it; then run again"
-_KINDS = {kind.exit_code: kind for kind in (InputError, EnvironmentFault, IntegrityError)}
 
 
 class Ended(NamedTuple):
@@ -42,16 +39,14 @@ class Ended(NamedTuple):
         stage, task: Which one.
         attempt: The name of the attempt that published its file; empty where it failed.
         executed: False where it was done already.
-        error: What went wrong, in one line.
-        exit_code: The error's exit class, 0 where all is well.
+        failure: Why nothing was published; None where something was.
     """
 
     stage: str
     task: int
     attempt: str
     executed: bool
-    error: str = ""
-    exit_code: int = 0
+    failure: Failure | None = None
 
 
 class Progress(NamedTuple):
@@ -67,7 +62,7 @@ class Progress(NamedTuple):
 
 
 def begin(config: RunConfig) -> Path:
-    """Prove the run's folder, settle what slides there are, and publish both with the configuration.
+    """Prove the run's folder, list its slides, and publish both with the configuration.
 
     Returns:
         ``cases.json``.
@@ -107,7 +102,7 @@ def _drawn(params: DatasetParams, folder: Path) -> Path:
 
 
 def choose(pool: Executor, cases: Path) -> str:
-    """Settle how scores are computed, in a worker: the choice may be measured, and workers are what does the work.
+    """Choose how scores are computed, in a worker: the choice may be measured, and workers are what does the work.
 
     Returns:
         What was chosen and why, where it is not what was asked for; else nothing.
@@ -117,7 +112,7 @@ def choose(pool: Executor, cases: Path) -> str:
     """
     if not is_chosen(cases):
         once(pool, cases, "choose", choice_key(read_cases(cases)[0]))
-    return surprise(cases)
+    return describe_fallback(cases)
 
 
 def measure_costs(pool: Executor, plan_path: Path) -> None:
@@ -138,7 +133,7 @@ def calibrate(pool: Executor, plan_path: Path, slice_s: float) -> Progress:
         What was done to the slides for it.
     """
     plan = read_plan(plan_path)
-    if not plan.n_groups or plan.work["choice"]["precision"] != "int8":
+    if not plan.n_groups or plan.settings.choice.precision != "int8":
         return Progress(())
     quantised = calibration(plan_path.parent, plan)
     if publish.done(plan_path.parent, *quantised) is not None:
@@ -165,10 +160,8 @@ def once(pool: Executor, source: Path, stage: str, key: str = "") -> None:
     for ended in pool.run(work.run_slice, source, stage, [Slice(0, 1)]):
         outcome = _checked(ended, stage, key)
         trace.note(source.parent, stage, "", 0, outcome)
-        if outcome.receipt is None and not outcome.retried:
-            kind = _KINDS.get(outcome.exit_code, WsiflowError)
-            cause, _, remedy = outcome.error.rpartition("; ")
-            raise kind(cause or remedy, remedy if cause else _OF_WORKERS)
+        if outcome.failure and not outcome.retried:
+            raise outcome.failure.error()
 
 
 def cut(sizes: Sequence[int], slides_each: int) -> list[tuple[int, ...]]:
@@ -197,7 +190,7 @@ def case_sizes(cases: Path) -> list[int]:
 
 def rejections(plan_path: Path) -> list[str]:
     """Say what is wrong with the slides that could not be planned: it is known hours before the others are done."""
-    return [f"rejected: {named(one.reason, one.slide_id)}" for one in read_plan(plan_path).rejected]
+    return [f"rejected: {one.reason}" for one in read_plan(plan_path).rejected]
 
 
 def doubles(plan_path: Path) -> list[str]:
@@ -207,11 +200,6 @@ def doubles(plan_path: Path) -> list[str]:
         alike.setdefault(planned.sha256, []).append(planned.slide_id)
     groups = (", ".join(slides) for slides in alike.values() if len(slides) > 1)
     return [f"the same slide under several names, each of which counts in the scores: {names}" for names in groups]
-
-
-def named(reason: str, slide_id: str) -> str:
-    """Return a reason that names the slide: faults of disk or process do not know which one they hit."""
-    return reason if reason.startswith(f"slide {slide_id}") else f"slide {slide_id}, {reason}"
 
 
 def slide_sizes(plan_path: Path) -> list[int]:
@@ -225,11 +213,11 @@ def ingest_shard(pool: Executor, cases: Path, shard: Sequence[int]) -> list[Outc
     tasks = [index for index in sorted(shard) if not ingest.is_ingested(cases, index)]
     seconds = [ROUGH.task_s("ingest", 0)] * len(tasks)
     cuts = slices(tasks, seconds, target_s=config.executor.slice_s)
-    cutting = ingest.cutting(cases.parent, config)
+    settings = ingest.plan_settings(cases.parent, config)
     # To see that a slide is still the one whose record is there takes no worker.
     outcomes = [work.run_task(cases, "ingest", index) for index in set(shard) - set(tasks)]
     for ended in pool.run(work.run_slice, cases, "ingest", [Slice(*span) for span in cuts]):
-        outcome = _checked(ended, "ingest", ingest.record_key(found[ended.task], cutting))
+        outcome = _checked(ended, "ingest", ingest.record_key(found[ended.task], settings))
         trace.note(cases.parent, "ingest", found[outcome.task].slide_id, 0, outcome)
         if not outcome.retried:
             outcomes.append(outcome)
@@ -272,7 +260,7 @@ def advance(pool: Executor, plan_path: Path, stage: Stage, progress: Progress, s
         if outcome.retried:
             continue
         attempt = outcome.receipt["attempt"] if outcome.receipt else ""
-        ended.append(Ended(stage.name, outcome.task, attempt, outcome.executed, outcome.error, outcome.exit_code))
+        ended.append(Ended(stage.name, outcome.task, attempt, outcome.executed, outcome.failure))
         if outcome.receipt is None:
             failed.add(task.slide)
     return Progress(tuple(index for index in progress.slides if index not in failed), progress.ended + tuple(ended))
@@ -285,16 +273,16 @@ def advise(pool: Executor, plan_path: Path) -> Iterator[str]:
         What is done, before it is done, and what was found; nothing where all is well.
     """
     root, plan = plan_path.parent, read_plan(plan_path)
-    if plan.work["beyond"] == "tell":
+    if plan.settings.beyond == "tell":
         return
     beyond = certify.lacks_advice(root, plan)
     if beyond:
         slide_id = plan.slides[beyond[0]].slide_id
-        yield f"looking for a setting that keeps dense.tolerance={plan.work['tolerance']:g} on slide {slide_id}, once"
+        yield f"looking for a setting that keeps dense.tolerance={plan.settings.tolerance:g} on slide {slide_id}, once"
         for outcome in pool.run(work.run_slice, plan_path, "advise", [Slice(0, 1)]):
             trace.note(root, "advise", "", 0, outcome)
             if outcome.receipt is None and not outcome.retried:
-                yield f"none was found: {outcome.error}"
+                yield f"none was found: {outcome.failure}"
     if told := certify.advice(root, plan):
         yield f"advice     {told}"
 
@@ -329,7 +317,7 @@ def _checked(outcome: Outcome, stage: str, key: str) -> Outcome:
     cause = f"it was published under the key {receipt['key'][:12]}, and the plan asks for {key[:12]}"
     remedy = "the worker followed another plan or version: start the workers anew, and choose another out= folder"
     error = IntegrityError(cause, remedy, stage=stage, path=receipt["path"])
-    return outcome._replace(receipt=None, error=str(error), exit_code=error.exit_code)
+    return outcome._replace(receipt=None, failure=error.failure)
 
 
 def _published(root: Path, plan: Plan, stage: Stage, index: int, key: str) -> publish.Receipt | None:

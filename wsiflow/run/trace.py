@@ -56,7 +56,7 @@ def note(root: Path, stage: str, slide: str, group: int, outcome: Outcome) -> No
     if not outcome.executed:
         return
     used = outcome.usage or {}
-    failure = "" if outcome.receipt is not None or outcome.retried else outcome.error
+    failure = "" if outcome.failure is None or outcome.retried else str(outcome.failure)
     row = {"stage": stage, "slide": slide, "group": group, "index": outcome.task, **used, "error": failure}
     row["exit_code"] = outcome.exit_code
     row["exit_class"] = used.get("exit_class") or _CLASSES.get(outcome.exit_code, "")

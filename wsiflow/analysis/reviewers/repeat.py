@@ -34,12 +34,12 @@ def document(run: Scored, table: Path | None, exported: Mapping[str, str]) -> di
         "numbers": json.loads((run.folder / "summary.json").read_text(encoding="utf-8")),
         "partial": run.is_partial,
         "config": redaction.redacted(run.config.model_dump(mode="json")),
-        "settings": run.made.settings,
+        "settings": run.made.settings.numbers(),
         "plan": {
             "hash": run.made.hash,
             "slides": len(run.made.slides),
             "tasks": run.made.n_groups,
-            "choice": run.made.work["choice"],
+            "choice": run.made.settings.choice._asdict(),
         },
         "protocol": run.recorded.protocol,
         "protocol_hash": run.recorded.protocol_hash,
@@ -94,7 +94,7 @@ def _machines(receipts: list[publish.Receipt]) -> list[dict[str, Any]]:
 
 def _model(run: Scored) -> dict[str, Any]:
     """Return what identifies the model; its card only while it is still there and the same."""
-    identity = run.made.settings["predict"]["model"]
+    identity = run.made.settings.model_identity
     try:
         found = card.read_card(run.config.model)
     except InputError as error:

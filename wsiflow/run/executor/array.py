@@ -191,9 +191,9 @@ class ArrayJobs:
         while batch.waiting:
             piece = batch.waiting.popleft()
             for task in range(piece.lo, piece.hi):
-                error = f"{batch.told['stage']}: the run was cancelled; {_REMEDIES['cancelled']}"
+                fault = EnvironmentFault("the run was cancelled", _REMEDIES["cancelled"], stage=batch.told["stage"])
                 usage = {"exit_class": "cancelled"}
-                yield from _wanted(batch, Outcome(task, None, executed=False, error=error, exit_code=30, usage=usage))
+                yield from _wanted(batch, Outcome(task, None, executed=False, failure=fault.failure, usage=usage))
 
     def _submit(self, batch: Batch) -> None:
         """Submit what there is room for."""
@@ -375,9 +375,9 @@ class ArrayJobs:
         if process:  # a driver on another machine could not tell that the process is gone
             publish.forget_attempts(self._root, process)
         usage = {**one.about(), **known, "exit_class": cause}
-        error = self._message(array, one, cause, tries.lost) if over else ""
+        failure = self._fault(array, one, cause, tries.lost).failure
         for task in charged:
-            outcome = Outcome(task, None, executed=True, error=error, exit_code=30, usage=usage, retried=not over)
+            outcome = Outcome(task, None, executed=True, failure=failure, usage=usage, retried=not over)
             yield from _wanted(batch, outcome)
         again = [Piece(*span, tries) for span in runs(charged)] if not over else []
         spared = [Piece(*span, one.piece.tries) for span in runs(set(one.missing) - set(charged))]
@@ -392,14 +392,14 @@ class ArrayJobs:
         told = "" if answer.returncode else answer.stdout
         return self._dialect.cause(one.seen.state, told, began=one.began)
 
-    def _message(self, array: Array, one: Element, cause: str, lost: int) -> str:
-        """Say in one line why tasks are given up."""
+    def _fault(self, array: Array, one: Element, cause: str, lost: int) -> EnvironmentFault:
+        """Return why the tasks of a lost element are not done."""
         request, stage = array.table["request"], array.table["stage"]
         asked = f"{request['memory_mb']} MB, {request['minutes']} min"
         fate = "it was cancelled" if cause == "cancelled" else f"its element died {lost} times, at last of {cause!r}"
         log = array.logs / f"{one.place.number}.log"
         remedy = _REMEDIES.get(cause, "read the log, then run again")
-        return f"{stage}: {fate} ({self._native(array, one)}, {asked}; log {log}); {remedy}"
+        return EnvironmentFault(f"{fate} ({self._native(array, one)}, {asked}; log {log})", remedy, stage=stage)
 
 
 def _wanted(batch: Batch, outcome: Outcome) -> Iterator[Outcome]:

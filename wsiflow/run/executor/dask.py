@@ -115,9 +115,10 @@ class Dask:
             for flight, ended in self._fly(call, [Slice(index, index + 1)], priority=_FIRST):
                 outcomes += _told(flight, ended)
         if outcomes[-1].retried:
-            died = "the worker process died each time it ran (killed, out of memory, or a crash in a decoder)"
-            died += "; give workers more memory or see what kills them, then run again"
-            outcomes[-1] = outcomes[-1]._replace(error=f"{call.stage}: {died}", exit_code=30, retried=False)
+            cause = "the worker process died each time it ran (killed, out of memory, or a crash in a decoder)"
+            remedy = "give workers more memory or see what kills them, then run again"
+            fault = EnvironmentFault(cause, remedy, stage=call.stage)
+            outcomes[-1] = outcomes[-1]._replace(failure=fault.failure, retried=False)
         return outcomes
 
     def _fly(
@@ -254,5 +255,9 @@ def _told(flight: _Flight, ended: list[Outcome] | str) -> list[Outcome]:
     """Return what the caller hears of an attempt."""
     if isinstance(ended, str):
         usage = {"submitted": flight.submitted, "exit_class": ended}
-        return [Outcome(index, None, executed=True, usage=usage, retried=True) for index in range(*flight.part)]
+        failure = EnvironmentFault(f"its worker was lost ({ended})", "nothing to do: it starts again").failure
+        return [
+            Outcome(index, None, executed=True, failure=failure, usage=usage, retried=True)
+            for index in range(*flight.part)
+        ]
     return [outcome.with_usage(submitted=flight.submitted) for outcome in ended]

@@ -64,7 +64,7 @@ def run(table: Path) -> int:
         worst = 0
         for outcome in work(table.parents[1] / job["source"], job["stage"], lo, hi):
             worst = max(worst, outcome.exit_code)
-            _note(stream, {"outcome": outcome})
+            _note(stream, {"outcome": outcome._asdict()})
             if outcome.task + 1 < hi:
                 _note(stream, {"begun": outcome.task + 1})
     return worst

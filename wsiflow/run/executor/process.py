@@ -121,10 +121,10 @@ class ProcessPool:
                 outcomes = self._outcomes(future)
         if outcomes is not None:
             return outcomes[0].with_usage(submitted=submitted)
-        died = "the worker process died while it ran alone (killed, out of memory, or a crash in a decoder)"
-        died += "; free memory or see what kills it, then run again"
+        cause = "the worker process died while it ran alone (killed, out of memory, or a crash in a decoder)"
+        fault = EnvironmentFault(cause, "free memory or see what kills it, then run again", stage=stage)
         usage = {"submitted": submitted, "exit_class": "killed"}
-        return Outcome(index, None, executed=True, error=f"{stage}: {died}", exit_code=30, usage=usage)
+        return Outcome(index, None, executed=True, failure=fault.failure, usage=usage)
 
     def _submit(self, work: Work, source: Path, stage: str, part: Slice, landed: _Landed) -> Future[list[Outcome]]:
         """Hand a slice over; its place comes back when it has ended, or now if it cannot be handed over."""

@@ -1,10 +1,10 @@
 """What every executor takes and returns."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from wsiflow.errors import EnvironmentFault
+from wsiflow.errors import EnvironmentFault, Failure
 
 
 class Slice(NamedTuple):
@@ -21,8 +21,7 @@ class Outcome(NamedTuple):
         task: The task's place in its stage.
         receipt: The receipt of what it published, None where it failed.
         executed: False where it was done already.
-        error: What went wrong, in one line.
-        exit_code: The error's exit class, 0 where all is well.
+        failure: Why it published nothing; None where it did.
         usage: What the attempt used and where it ran, see `wsiflow.system.usage`; None where it is not known.
         retried: This attempt was lost and another one follows: of interest to the trace alone.
     """
@@ -30,10 +29,20 @@ class Outcome(NamedTuple):
     task: int
     receipt: dict[str, Any] | None
     executed: bool
-    error: str = ""
-    exit_code: int = 0
+    failure: Failure | None = None
     usage: dict[str, Any] | None = None
     retried: bool = False
+
+    @property
+    def exit_code(self) -> int:
+        """The exit code of the failure's class, 0 where there is none."""
+        return self.failure.exit_code if self.failure else 0
+
+    @classmethod
+    def from_values(cls, values: Mapping[str, Any]) -> "Outcome":
+        """Return the outcome that was written as JSON of its fields."""
+        failure = values["failure"]
+        return cls(**{**values, "failure": None if failure is None else Failure(*failure)})
 
     def with_usage(self, **known: Any) -> "Outcome":
         """Return the outcome with more that is known of its attempt."""

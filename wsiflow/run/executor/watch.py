@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from wsiflow.errors import EnvironmentFault
 from wsiflow.run.executor import jobs
 from wsiflow.run.executor.dialect import ArrayParams, Place, Seen
 from wsiflow.run.executor.protocol import Outcome, closed
@@ -154,6 +155,9 @@ class Queue:
         return [Place(name, base + i) for i in range(size)]
 
 
+_REQUEUED = EnvironmentFault("its element was requeued by the scheduler", "nothing to do: it starts again").failure
+
+
 class Element:
     """One element that is watched: its slice, and what its files have said so far."""
 
@@ -174,9 +178,9 @@ class Element:
         """Yield what the element's files have to say that is new, and the attempt that ended with each but the last."""
         for path in sorted(files):
             at = self.under_way()
-            if path not in self._files and at is not None:  # taken off its node, and begun again
+            if path not in self._files and at is not None:  # it was requeued, and started again
                 usage = {**self.about(), "exit_class": "node"}
-                yield Outcome(at, None, executed=True, exit_code=30, usage=usage, retried=True)
+                yield Outcome(at, None, executed=True, failure=_REQUEUED, usage=usage, retried=True)
             offset, about, begun = self._files.get(path, (0, {}, None))
             with path.open("rb") as stream:
                 stream.seek(offset)
@@ -187,8 +191,8 @@ class Element:
                     about = {key: line[key] for key in ("started", *Process._fields) if key in line}
                 elif "begun" in line:
                     begun = line["begun"]
-                else:
-                    outcome = Outcome(*line["outcome"])
+                elif isinstance(line["outcome"], dict):  # an earlier version wrote lists; its receipts still count
+                    outcome = Outcome.from_values(line["outcome"])
                     begun = None
                     if outcome.task in self.missing:
                         del self.missing[outcome.task]

@@ -86,10 +86,10 @@ def count(plan_path: Path, config: RunConfig) -> Counted:
 
 def _scratch(root: Path, made: Plan) -> dict[str, int]:
     """Return bytes by kind: patches as stored, scores, and heatmaps at most, since cells without tissue take little."""
-    stored = made.work["store"]
-    pixels = sum(measure.areas_px(root, made)) if stored["kind"] == "hdf5" else 0
+    stored = made.settings.store
+    pixels = sum(measure.areas_px(root, made)) if stored.kind == "hdf5" else 0
     cells = sum(planned.n_tiles * planned.frame.cells_per_tile**2 for planned in made.slides)
-    return _bytes(pixels, stored["compression"], cells, sum(slide.n_tiles for slide in made.slides), made.n_groups)
+    return _bytes(pixels, stored.compression, cells, sum(slide.n_tiles for slide in made.slides), made.n_groups)
 
 
 def _bytes(pixels: float, compression: str, cells: int, tiles: int, groups: int) -> dict[str, int]:

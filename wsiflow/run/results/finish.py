@@ -34,7 +34,7 @@ from wsiflow.run.results.status import (
     slide_statuses,
 )
 from wsiflow.run.shards import Progress
-from wsiflow.run.stages import certify, pixels
+from wsiflow.run.stages import certify
 from wsiflow.system import energy, publish, tables
 from wsiflow.system.machine import allocated_cores
 from wsiflow.system.provenance import versions
@@ -208,7 +208,7 @@ def _certificates(root: Path, folder: str, made: Plan, statuses: Sequence[Status
 
 def _colours(root: Path, made: Plan, receipts: Sequence[publish.Receipt]) -> dict[str, float]:
     """Write ``stain_failures.csv``, a row per slide or patch whose colours stayed as they were, and return how many."""
-    params = pixels.stain_params(made)
+    params = made.settings.stain
     if params.method == "none":
         return {}
     rows = [
@@ -278,7 +278,7 @@ def _write_report(
 def _success_text(
     shown: Path, made: Plan, statuses: Sequence[Status], metrics: Mapping[str, float], executed: int, logged: str
 ) -> str:
-    chosen = made.work["choice"]
+    chosen = made.settings.choice
     missing = [status for status in statuses if status.exit_code]
     lines = [f"PARTIAL: {status.slide_id} is missing: {status.reason}" for status in missing]
     lines += [
@@ -286,11 +286,11 @@ def _success_text(
         f"FROC       {_score_told(metrics, 'froc.score', 'froc.score')}",
         f"  strict   {_score_told(metrics, 'froc.strict_score', 'froc.strict_score')}",
         f"AUC        {_score_told(metrics, 'roc.auc', 'roc.auc')}",
-        f"protocol   {made.settings['evaluation']['name']} {_protocol_hash(shown)[:12]}",
+        f"protocol   {made.settings.evaluation.name} {_protocol_hash(shown)[:12]}",
         f"throughput {metrics['throughput.tiles_per_s']:.1f} tiles/s, "
         f"{metrics['throughput.windows_per_s']:.0f} windows/s, {metrics['throughput.core_hours']:.4f} core-hours, "
         f"efficiency {metrics['throughput.efficiency']:.2f}",
-        f"inference  {chosen['engine']}, {chosen['backend']} {chosen['precision']}: {made.work['told']}",
+        f"inference  {chosen.engine}, {chosen.backend} {chosen.precision}: {made.settings.reason}",
         *_certificate_line(metrics),
         f"report     {shown.parent / 'report.html'}",
         f"overlays   {shown.parent / 'heatmaps'}/*.png",

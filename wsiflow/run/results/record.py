@@ -95,15 +95,15 @@ def settings(values: Mapping[str, Any], made: Plan) -> dict[str, Any]:
         values: The configuration as JSON values.
         made: The run's plan.
     """
-    chosen = {f"inference.{name}": made.work["choice"][name] for name in ("engine", "backend", "precision")}
-    sizes = {f"tiles.{name}": made.work["choice"][name] for name in ("halo_px", "block_rows", "block_cols")}
+    chosen = {f"inference.{name}": getattr(made.settings.choice, name) for name in ("engine", "backend", "precision")}
+    sizes = {f"tiles.{name}": getattr(made.settings.choice, name) for name in ("halo_px", "block_rows", "block_cols")}
     return _flat(values) | chosen | sizes
 
 
 def digests(made: Plan) -> dict[str, str]:
     """Return what stands for the model and for the pixels of the slides: SHA-256, by tag."""
     slides = sorted([planned.slide_id, planned.sha256] for planned in made.slides)
-    return {"digest.model": made.settings["predict"]["model"], "digest.dataset": publish.key_of(slides=slides)}
+    return {"digest.model": made.settings.model_identity, "digest.dataset": publish.key_of(slides=slides)}
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -82,7 +82,7 @@ def _scores_key(
     truth: Mapping[str, list[Any]],
 ) -> str:
     return publish.key_of(
-        settings=made.settings,
+        settings=made.settings.numbers(),
         detections=[published_receipt(root, made, detect.STAGE, i)["sha256"] for i in slides.values()],
         truth=[[slide_id, *truth[slide_id]] for slide_id in slides],
         patients=[cases[slide_id].patient_id for slide_id in slides],  # whose slides are drawn together

@@ -4,11 +4,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from wsiflow.errors import WsiflowError
+from wsiflow.errors import Failure, WsiflowError
 from wsiflow.run.config import RunConfig
 from wsiflow.run.plan import Plan
 from wsiflow.run.results import cost
-from wsiflow.run.shards import Ended, named
+from wsiflow.run.shards import Ended
 from wsiflow.run.stages.line import STAGES, STEPS
 from wsiflow.system import publish, tables
 
@@ -46,33 +46,31 @@ def faulted(status: Status, faults: Mapping[str, WsiflowError]) -> Status:
 
 def slide_statuses(made: Plan, ended: Sequence[Ended]) -> list[Status]:
     """Return how every slide ended, in the order of the plan, the rejected ones last."""
-    failures: dict[int, Ended] = {}
+    failures: dict[int, Failure] = {}
     attempts: dict[int, int] = {}
     for item in ended:
         index = STAGES[item.stage].task(made, item.task).slide
         attempts[index] = attempts.get(index, 0) + item.executed
     for item in {(item.stage, item.task): item for item in ended}.values():  # a later try of a task is what counts
-        if not item.attempt:
-            failures.setdefault(STAGES[item.stage].task(made, item.task).slide, item)
+        if item.failure:
+            failures.setdefault(STAGES[item.stage].task(made, item.task).slide, item.failure)
     rows = []
     for index, planned in enumerate(made.slides):
         failure = failures.get(index)
         status = "failed" if failure else "no tissue" if not planned.n_tiles else "done"
-        reason, code = (named(failure.error, planned.slide_id), failure.exit_code) if failure else ("", 0)
+        reason = str(failure.about(slide=planned.slide_id)) if failure else ""
         rows.append(
             Status(
                 planned.slide_id,
                 status,
                 reason,
-                code,
+                failure.exit_code if failure else 0,
                 planned.n_tiles,
                 planned.n_groups,
                 attempts.get(index, 0),
             )
         )
-    return rows + [
-        Status(slide, "rejected", named(reason, slide), code, 0, 0, 1) for slide, reason, code in made.rejected
-    ]
+    return rows + [Status(slide, "rejected", reason, code, 0, 0, 1) for slide, reason, code in made.rejected]
 
 
 def process_list(statuses: Sequence[Status], receipts: Sequence[publish.Receipt]) -> str:

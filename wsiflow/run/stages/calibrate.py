@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from wsiflow.errors import InputError, Rewritten, WsiflowError
 from wsiflow.model import certificate
 from wsiflow.run.plan import Plan, read_plan
-from wsiflow.run.stages.network import calibration, check_numeric_class, planned_choice, planned_classifier
+from wsiflow.run.stages.network import calibration, check_numeric_class, planned_classifier
 from wsiflow.run.stages.pixels import planned_blocks
 from wsiflow.system import publish
 from wsiflow.system.provenance import facts
@@ -43,7 +43,7 @@ def calibrate(source: Path, _index: int) -> tuple[publish.Receipt, bool]:
             raise InputError(
                 "there is no tissue to calibrate int8 on", "set inference.precision=fp32 in another out= folder"
             )
-        attempt.path.write_bytes(scorer.quantise(classifier, planned_choice(plan), samples))
+        attempt.path.write_bytes(scorer.quantise(classifier, plan.settings.choice, samples))
     return attempt.receipt, True
 
 
@@ -68,4 +68,4 @@ def _calibration_samples(root: Path, plan: Plan) -> Iterator[NDArray[np.uint8]]:
         except WsiflowError:
             continue
         for block, pixels in found:
-            yield scorer.sample(planned.frame, block, pixels, planned_choice(plan))
+            yield scorer.sample(planned.frame, block, pixels, plan.settings.choice)

@@ -25,7 +25,7 @@ from wsiflow.run import store
 from wsiflow.run.costs import StageCost
 from wsiflow.run.plan import Plan, Task, read_plan
 from wsiflow.run.stages import predict
-from wsiflow.run.stages.network import check_numeric_class, planned_choice, planned_classifier, scorer_for
+from wsiflow.run.stages.network import check_numeric_class, planned_classifier, scorer_for
 from wsiflow.run.stages.pixels import planned_blocks
 from wsiflow.run.stages.predict import prediction_name, published
 from wsiflow.run.stages.stage import Stage
@@ -47,9 +47,9 @@ _BATCH = 8  # memory for a second network beside the run's own; larger batches a
 
 def is_needed(plan: Plan) -> bool:
     """Tell whether the plan's scores are computed in a way that has to be compared with the plain one."""
-    choice = planned_choice(plan)
+    choice = plan.settings.choice
     plain = choice.engine == "window" and choice.precision == "fp32"
-    return not plain and plan.settings["certificate"]["windows"] > 0
+    return not plain and plan.settings.certificate_windows > 0
 
 
 def certificate_name(planned: SlidePlan) -> str:
@@ -59,7 +59,7 @@ def certificate_name(planned: SlidePlan) -> str:
 
 def certificate_key(plan: Plan, planned: SlidePlan, scores_sha256: Sequence[str]) -> str:
     """Return what identifies a slide's certificate: the published scores, and how many windows are looked at again."""
-    windows = plan.settings["certificate"]["windows"]
+    windows = plan.settings.certificate_windows
     return publish.key_of(slide=planned.key, scores=scores_sha256, windows=windows)
 
 
@@ -86,7 +86,7 @@ def certify(source: Path, index: int) -> tuple[publish.Receipt, bool]:
     plan = read_plan(source)
     root, planned = source.parent, plan.slides[index]
     receipts = [published(root, plan, Task(index, k)) for k in range(1, planned.n_groups + 1)]
-    name, wanted = certificate_name(planned), plan.settings["certificate"]["windows"]
+    name, wanted = certificate_name(planned), plan.settings.certificate_windows
     key = certificate_key(plan, planned, [found["sha256"] for found in receipts])
     receipt, executed = publish.done(root, name, key), False
     if receipt is None:
@@ -143,14 +143,14 @@ def _measured(plan: Plan, planned: SlidePlan, sample: _Sample, dense: "Dense | N
 
 def _windows(plan: Plan) -> "Windows":
     """Return what computes scores window by window in fp32; prepared once per process."""
-    choice = planned_choice(plan)
+    choice = plan.settings.choice
     few = choice._replace(precision="fp32", engine="window", batch=min(choice.batch, _BATCH))
     return cast("Windows", scorer_for(planned_classifier(plan), few))
 
 
 def _dense_in_fp32(plan: Plan) -> "Dense | None":
     """Return what computes dense scores in fp32 where the run uses less; not kept, its memory is as large again."""
-    choice = planned_choice(plan)
+    choice = plan.settings.choice
     if choice.precision == "fp32" or choice.engine != "dense":
         return None
     with usage.warming_up():
@@ -183,12 +183,12 @@ def comparison(pairs: dict[str, list[float]]) -> Comparison:
 
 def passes(root: Path, plan: Plan, index: int) -> bool:
     """Tell whether the run goes on with a slide's published certificate."""
-    return plan.work["beyond"] == "tell" or not any(_broken(root, plan, plan.slides[index]).values())
+    return plan.settings.beyond == "tell" or not any(_broken(root, plan, plan.slides[index]).values())
 
 
 def _broken(root: Path, plan: Plan, planned: SlidePlan) -> dict[str, list[str]]:
     """Return, by kind of comparison, what of a slide's published certificate is beyond what the run allows."""
-    choice = planned_choice(plan)
+    choice = plan.settings.choice
     lower = certificate.PRECISION_LIMITS[choice.precision]
     limits = lower if choice.exact or choice.engine == "window" else _tolerated(plan)
     found = json.loads((root / certificate_name(planned)).read_text(encoding="utf-8"))
@@ -201,9 +201,9 @@ def _broken(root: Path, plan: Plan, planned: SlidePlan) -> dict[str, list[str]]:
 def _require(root: Path, plan: Plan, index: int) -> None:
     """Refuse scores that differ by more than the run allows."""
     told = _broken(root, plan, plan.slides[index])
-    if plan.work["beyond"] == "tell" or not any(told.values()):
+    if plan.settings.beyond == "tell" or not any(told.values()):
         return
-    choice, slide_id = planned_choice(plan), plan.slides[index].slide_id
+    choice, slide_id = plan.settings.choice, plan.slides[index].slide_id
     path = root / certificate_name(plan.slides[index])
     if told["windows"]:
         cause = f"{choice.engine} {choice.precision} scores differ from single windows in fp32"
@@ -214,7 +214,7 @@ def _require(root: Path, plan: Plan, index: int) -> None:
 
 def _tolerated(plan: Plan) -> Limits:
     """Return how far scores of a network that pads may lie from those of single windows."""
-    tolerance = plan.work["tolerance"]
+    tolerance = plan.settings.tolerance
     return Limits(mean_abs_diff=tolerance, flips=tolerance)
 
 
@@ -230,8 +230,8 @@ def lacks_advice(root: Path, plan: Plan) -> list[int]:
 
     None where the run was advised already, or where no such setting can be tried.
     """
-    choice = planned_choice(plan)
-    if choice.engine != "dense" or choice.exact or not plan.work["cuts"] or advice(root, plan):
+    choice = plan.settings.choice
+    if choice.engine != "dense" or choice.exact or not plan.settings.shared_layers or advice(root, plan):
         return []
     there = [i for i, planned in enumerate(plan.slides) if publish.is_there(root, certificate_name(planned))]
     return [index for index in there if _broken(root, plan, plan.slides[index])["windows"]]
@@ -245,7 +245,7 @@ def advice(root: Path, plan: Plan) -> str:
 
 
 def _advice_key(plan: Plan) -> str:
-    return publish.key_of(settings=plan.settings, work=plan.work)
+    return publish.key_of(settings=plan.settings.numbers(), work=plan.settings.work())
 
 
 def advise(source: Path, _index: int) -> tuple[publish.Receipt, bool]:
@@ -262,13 +262,13 @@ def _what_would_pass(root: Path, plan: Plan, index: int) -> str:
     Layers are tried from those that cost a run least; one that can no longer keep the tolerance is given up at once.
     The search ends when it took as long as the slide's scores did, or what a short one may take.
     """
-    choice, planned = planned_choice(plan), plan.slides[index]
+    choice, planned = plan.settings.choice, plan.slides[index]
     receipts = [published(root, plan, Task(index, k)) for k in range(1, planned.n_groups + 1)]
     until = time.process_time() + max(_SEARCH_CPU_S, sum(receipt["cpu_s"] for receipt in receipts))
     certified = json.loads((root / certificate_name(planned)).read_text(encoding="utf-8"))["windows"]
     expected = np.array(certified["expected"], np.float32)
-    sample = _sample(root, plan, index, plan.settings["certificate"]["windows"])
-    cuts = plan.work["cuts"]
+    sample = _sample(root, plan, index, plan.settings.certificate_windows)
+    cuts = plan.settings.shared_layers
     also = " and inference.precision=fp32" if choice.precision != "fp32" else ""
     for cut in cuts[:: -(-len(cuts) // _CUTS_TRIED) or 1]:
         if time.process_time() > until:
@@ -281,7 +281,7 @@ def _what_would_pass(root: Path, plan: Plan, index: int) -> str:
         scores = np.array([], np.float32)
         for pixels in regions:
             scores = np.concatenate([scores, shared.run(pixels, untimed).ravel()])
-            if time.process_time() > until or _is_beyond(scores, expected, plan.work["tolerance"]):
+            if time.process_time() > until or _is_beyond(scores, expected, plan.settings.tolerance):
                 break
         else:
             found = certificate.compare(scores, expected)
@@ -305,7 +305,7 @@ def summary(root: Path, plan: Plan, slides: Sequence[SlidePlan]) -> tuple[list[d
     """
     if not is_needed(plan):
         return [], {}
-    names = {"windows": "dense" if planned_choice(plan).engine == "dense" else "precision", "precision": "precision"}
+    names = {"windows": "dense" if plan.settings.choice.engine == "dense" else "precision", "precision": "precision"}
     found = {
         planned.slide_id: json.loads((root / certificate_name(planned)).read_text(encoding="utf-8"))
         for planned in slides

@@ -1,4 +1,4 @@
-"""The stage that settles how scores are computed, once for a run (``choose``), and what it is known by."""
+"""The stage that chooses how scores are computed, once for a run (``choose``), and the name and key of that choice."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ from wsiflow.system.provenance import facts, numeric_class, pixel_versions, thre
 
 
 def is_chosen(source: Path) -> bool:
-    """Tell whether it is settled how the run computes scores."""
+    """Tell whether it was chosen how the run computes scores."""
     config, _ = read_cases(source)
     return publish.done(source.parent, choice_name(config), choice_key(config)) is not None
 
@@ -23,7 +23,7 @@ def is_chosen(source: Path) -> bool:
 def choice_key(config: RunConfig) -> str:
     """Return what identifies how scores are computed: the model, and what the configuration asks for.
 
-    The machine is that of the worker who settles it: the one that asks may be of another kind.
+    The machine is that of the worker that chooses: the one that asks may be of another kind.
     """
     asked = {name: getattr(config, name).model_dump() for name in ("inference", "tiles", "geometry")}
     asked["dense"] = config.dense.model_dump(exclude={"windows", "tolerance", "beyond"})
@@ -37,34 +37,34 @@ def choice_name(config: RunConfig) -> str:
     return f"engine/{choice_key(config)[:12]}.json"
 
 
-def surprise(source: Path) -> str:
+def describe_fallback(source: Path) -> str:
     """Return how scores are computed and why, where that is not what the configuration or the model asks for."""
     config, _ = read_cases(source)
-    settled = choice_record(source.parent, config)
-    choice, asked = Choice(**settled["choice"]), config.inference
+    record = choice_record(source.parent, config)
+    choice, asked = Choice(**record["choice"]), config.inference
     same = choice.engine == asked.engine and asked.backend in {choice.backend, "auto"}
-    engine = "" if same else f"{choice.engine} engine, {choice.backend} {choice.precision}: {settled['told']}"
+    engine = "" if same else f"{choice.engine} engine, {choice.backend} {choice.precision}: {record['told']}"
     return "; ".join(filter(None, (engine, foreign_spacing(config))))
 
 
 def foreign_spacing(config: RunConfig) -> str:
     """Return that slides are read at a spacing the model was not trained for; nothing where they are not."""
-    wanted, trained = config.geometry.spacing, card.read_card(config.model).spacing_um_px
-    if isinstance(wanted, str) or abs(wanted / trained - 1) <= config.geometry.tolerance:
+    spacing, trained = config.geometry.spacing, card.read_card(config.model).spacing_um_px
+    if isinstance(spacing, str) or abs(spacing / trained - 1) <= config.geometry.tolerance:
         return ""
     return (
-        f"slides are read at {wanted:g} um/px, the model was trained at {trained:g}: its scores may mean nothing there"
+        f"slides are read at {spacing:g} um/px, the model was trained at {trained:g}: its scores may mean nothing there"
     )
 
 
 def choice_record(root: Path, config: RunConfig) -> dict[str, Any]:
-    """Return what was settled for a configuration, as it was published."""
-    found: dict[str, Any] = json.loads((root / choice_name(config)).read_text(encoding="utf-8"))
-    return found
+    """Return what was chosen for a configuration, as it was published."""
+    record: dict[str, Any] = json.loads((root / choice_name(config)).read_text(encoding="utf-8"))
+    return record
 
 
 def choose(source: Path, _index: int) -> tuple[publish.Receipt, bool]:
-    """Settle how the run computes scores, and publish it as ``engine/<key>.json``; all of it is warm-up."""
+    """Choose how the run computes scores, and publish it as ``engine/<key>.json``; all of it counts as warm-up."""
     config, _ = cases.read_cases(source)
     root, name, key = source.parent, choice_name(config), choice_key(config)
     done = publish.done(root, name, key)
@@ -74,9 +74,11 @@ def choose(source: Path, _index: int) -> tuple[publish.Receipt, bool]:
         if (root / name).exists():  # measured before, by a run that died before its receipt
             attempt.path.write_bytes((root / name).read_bytes())
         else:
-            from wsiflow.run.stages.fastest import settle  # it needs torch: seconds, and threads that are limited
+            from wsiflow.run.stages.fastest import (
+                choose_engine,  # it needs torch: seconds, and threads that are limited
+            )
 
-            settled = settle(classifier_of(config.model), config, threads=thread_count())
-            settled |= {"numeric_class": numeric_class(), "pixels": pixel_versions()}
-            attempt.path.write_text(json.dumps(settled, indent=1, sort_keys=True), encoding="utf-8")
+            record = choose_engine(classifier_of(config.model), config, threads=thread_count())
+            record |= {"numeric_class": numeric_class(), "pixels": pixel_versions()}
+            attempt.path.write_text(json.dumps(record, indent=1, sort_keys=True), encoding="utf-8")
     return attempt.receipt, True

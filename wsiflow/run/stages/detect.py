@@ -7,7 +7,6 @@ from numpy.typing import NDArray
 
 from wsiflow.evaluation.detections import format_detections
 from wsiflow.heatmap import files, lesions
-from wsiflow.heatmap.lesions import LesionParams
 from wsiflow.heatmap.overlay import overlay_png
 from wsiflow.plan import geometry
 from wsiflow.run.costs import StageCost
@@ -49,7 +48,7 @@ def _detected(root: Path, plan: Plan, index: int) -> tuple[NDArray[np.float32], 
     """Return a slide's heatmap, and the detections on it: prob, x, y in level-0 px."""
     frame = plan.slides[index].frame
     heat, _ = files.read_heatmap(root / stitch.STAGE.product_of(plan, index))
-    found = lesions.detect(heat, _lesion_params(plan), cell_um=cell_um(frame))
+    found = lesions.detect(heat, plan.settings.lesions, cell_um=cell_um(frame))
     return heat, np.column_stack([found[:, 0], geometry.l0_from_h(frame, found[:, 1:3])])
 
 
@@ -79,13 +78,9 @@ def _publish_pictures(
         attempt.path.write_bytes(png)
 
 
-def _lesion_params(plan: Plan) -> LesionParams:
-    return LesionParams.model_validate(plan.settings["lesions"])
-
-
 def _key(root: Path, plan: Plan, task: Task) -> str:
     (heatmap,) = stitch.STAGE.published(root, plan, task.slide)
-    return publish.key_of(heatmap=heatmap, lesions=_lesion_params(plan).model_dump())
+    return publish.key_of(heatmap=heatmap, lesions=plan.settings.lesions.model_dump())
 
 
 STAGE = Stage(

@@ -20,7 +20,7 @@ def extract(source: Path, index: int) -> tuple[publish.Receipt, bool]:
     """Read the blocks of a part of a slide and publish them as ``patches/<slide>/p<j>.h5``."""
     plan = read_plan(source)
     root, task = source.parent, EXTRACT.task(plan, index)
-    planned, params = plan.slides[task.slide], store.StoreParams.model_validate(plan.work["store"])
+    planned, params = plan.slides[task.slide], plan.settings.store
     name, numbers = part_name(planned, task.group), plan.part(*task)
     frame, cut = planned.frame, read_cut(root, planned)
     key = EXTRACT.key_of(root, plan, index)
@@ -81,11 +81,11 @@ def link_patches(source: Path, index: int) -> tuple[publish.Receipt, bool]:
 
 
 def _is_due(plan: Plan, _slide: int) -> bool:
-    return bool(plan.work["store"]["kind"] == "hdf5")
+    return plan.settings.store.kind == "hdf5"
 
 
 def _part_key(root: Path, plan: Plan, task: Task) -> str:
-    planned, params = plan.slides[task.slide], store.StoreParams.model_validate(plan.work["store"])
+    planned, params = plan.slides[task.slide], plan.settings.store
     pixels = pixels_key(planned, read_cut(root, planned))
     numbers = list(plan.part(*task))
     return publish.key_of(pixels=pixels, groups=numbers, compression=params.compression, loss=params.loss)

@@ -1,4 +1,4 @@
-"""How a run computes scores, settled once: engine, backend, precision, halo and the largest block.
+"""How a run computes scores, chosen once: engine, backend, precision, halo and the largest block.
 
 Input: the classifier and the configuration. Output: a `Choice` and the reasons. What depends on the network (can it run
 over whole blocks, how much context and memory does it need) is computed from its graph; what depends on the machine is
@@ -23,6 +23,7 @@ from wsiflow.run.config import RunConfig
 from wsiflow.system.machine import cpu_flags
 
 _MICRO_BENCHMARK_S = 2.0
+_ONE_BY_ONE = "windows are run one by one"
 
 # What allocators and scratch memory add to the activations that the graph counts: GoogLeNet's are 80 bytes per pixel,
 # and a worker grows by 193 (fp32) for each pixel more in a block.
@@ -34,38 +35,41 @@ _MOST_COLS = 12  # longer strips save hardly any halo, and a group should hold s
 _WINDOW_BYTES_PX = 200.0  # windows hold only pixels; reading more at once would gain nothing
 
 
-def settle(classifier: Classifier, config: RunConfig, *, threads: int) -> dict[str, Any]:
-    """Return the choice, the reasons, what was measured, and the names ``dense.share_until`` may have.
+def choose_engine(classifier: Classifier, config: RunConfig, *, threads: int) -> dict[str, Any]:
+    """Return the choice, the reason, what was measured, and the names that ``dense.share_until`` may have.
 
     Raises:
         InputError: The configuration asks for what this network cannot do.
         EnvironmentFault: It asks for what this machine cannot do.
     """
-    facts, told = _graph(classifier, config)
-    planned = _planned(classifier, config, facts)
-    if isinstance(planned, str):
-        facts, told = None, f"windows are run one by one: {planned}"
-        planned = _planned(classifier, config, None)
-    assert isinstance(planned, Choice), "windows fit into any memory"
+    facts, reason = _graph(classifier, config)
+    try:
+        planned = _plan_blocks(classifier, config, facts)
+    except _NoRegionsError as error:
+        facts, reason = None, f"{_ONE_BY_ONE}: {error}"
+        planned = _plan_windows(classifier, config)
     choice, measured = _fastest(classifier, planned, config, threads=threads)
     try:
         _prove(classifier, choice, threads=threads)
     except InputError as error:
         if choice.engine == "window" or choice.share_until or choice.precision == "int8":
             raise
-        facts, told = None, f"windows are run one by one: {error.cause}"
-        alone = _planned(classifier, config, None)
-        assert isinstance(alone, Choice)
+        facts, reason = None, f"{_ONE_BY_ONE}: {error.cause}"
+        alone = _plan_windows(classifier, config)
         choice = alone._replace(backend=choice.backend, precision=choice.precision)
         _prove(classifier, choice, threads=threads)
     _check_certifiable(choice, config)
     return {
         "choice": choice._asdict(),
-        "told": told if engine.converts(classifier) else f"{told}; PyTorch runs this network",
+        "told": reason if engine.converts(classifier) else f"{reason}; PyTorch runs this network",
         "measured_s": measured,
         "cpu_flags": sorted(flag for flag in cpu_flags() if flag.startswith(_FLAGS)),
         "cuts": _cuts(facts),
     }
+
+
+class _NoRegionsError(Exception):
+    """Whole regions cannot be run, for the reason that is the message."""
 
 
 def _fastest(
@@ -112,30 +116,41 @@ def _check_certifiable(choice: Choice, config: RunConfig) -> None:
 
 def _graph(classifier: Classifier, config: RunConfig) -> tuple[DenseFacts | None, str]:
     """Return what the network's graph says about running it over blocks, or None and why windows are run instead."""
+    stride_px = config.inference.stride
     if config.inference.engine == "window":
-        return None, "windows are run one by one, as asked"
+        return None, f"{_ONE_BY_ONE}, as asked"
     try:
-        facts = scorer.describe(classifier, config.inference.stride)
+        facts = scorer.describe(classifier, stride_px)
     except InputError as error:
-        return None, f"windows are run one by one: {error.cause}"
-    windows_per_px = 1 / config.inference.stride**2
-    if facts.window_macs * windows_per_px <= facts.dense_macs_px:
-        return None, f"windows are run one by one: at stride {config.inference.stride} they share too little"
+        return None, f"{_ONE_BY_ONE}: {error.cause}"
+    if facts.window_macs / stride_px**2 <= facts.dense_macs_px:
+        return None, f"{_ONE_BY_ONE}: at stride {stride_px} they share too little"
     return facts, f"blocks are run whole, a score every {facts.grid_px} px"
 
 
-def _planned(classifier: Classifier, config: RunConfig, facts: DenseFacts | None) -> Choice | str:
-    """Return the choice as far as no machine is concerned, or why blocks cannot be run whole."""
+def _plan_windows(classifier: Classifier, config: RunConfig) -> Choice:
+    """Return the choice for windows that are run one by one, as far as no machine is concerned."""
+    return _plan_blocks(classifier, config, None)
+
+
+def _plan_blocks(classifier: Classifier, config: RunConfig, facts: DenseFacts | None) -> Choice:
+    """Return the choice as far as no machine is concerned.
+
+    Raises:
+        _NoRegionsError: Blocks cannot be run whole; never where ``facts`` is None.
+    """
     asked, params = config.inference, config.tiles
     reach = max(geometry.window_reach_px(classifier.window_px, asked.stride, config.geometry.convention))
-    wanted = _context_px(config, facts)
-    halo = _halo_px(config, reach + wanted, classifier.window_px // 2 + wanted)
-    room = wanted if facts is None else halo - reach
-    if room < wanted:
-        return f"a halo of {params.halo_px} px leaves {room} px of context, a network that pads needs {wanted}"
+    context = _context_px(config, facts)
+    halo = _halo_px(config, reach + context, classifier.window_px // 2 + context)
+    room = context if facts is None else halo - reach
+    if room < context:
+        cause = f"a halo of {params.halo_px} px leaves {room} px of context, a network that pads needs {context}"
+        raise _NoRegionsError(cause)
     rows, cols = _block_tiles(config, facts, halo)
     if not rows:
-        return f"at stride {asked.stride} a single tile takes more than tiles.memory_mb={params.memory_mb}"
+        cause = f"at stride {asked.stride} a single tile takes more than tiles.memory_mb={params.memory_mb}"
+        raise _NoRegionsError(cause)
     return Choice(
         engine="dense" if facts else "window",
         backend="",
@@ -143,7 +158,7 @@ def _planned(classifier: Classifier, config: RunConfig, facts: DenseFacts | None
         batch=asked.batch,
         stride_px=asked.stride,
         share_until=_cut(config, facts),
-        context_px=wanted,
+        context_px=context,
         exact=facts is None or not facts.padded,
         halo_px=halo,
         block_rows=rows,

@@ -27,6 +27,7 @@ from wsiflow.run.cases import read_cases
 from wsiflow.run.config import RunConfig
 from wsiflow.run.executor.protocol import Outcome
 from wsiflow.run.plan import Plan, Rejected, latest_plan, publish_plan
+from wsiflow.run.settings import PlanSettings
 from wsiflow.run.sharing import Place
 from wsiflow.run.stages.choose import choice_record
 from wsiflow.slides import content, slide
@@ -39,16 +40,16 @@ def ingest(source: Path, index: int) -> tuple[publish.Receipt, bool]:
     """Open a slide, hash it, find its tissue, and publish its record, mask and outline under ``tissue/``."""
     config, cases = read_cases(source)
     root, case = source.parent, cases[index]
-    sizes, name = cutting(root, config), f"tissue/{case.slide_id}.json"
-    key = record_key(case, sizes)
+    settings, name = plan_settings(root, config), f"tissue/{case.slide_id}.json"
+    key = record_key(case, settings)
     done = publish.done(root, name, key)
     if done is not None:
         check_unchanged(root, case.slide_id, case.path)
         _check_manifest_sha256(case, _record(root, case.slide_id)["sha256"])
         if any(publish.at_hand(root, each, key) is None for each in _names(case)[1:]):  # deleted: made again
             looked, _ = _looked(case, config)
-            frame = _framed(looked["frame"], config, sizes["tiles"])
-            cut = make_cut(tissue_grid(looked["tile_runs"]), frame, group_tiles=config.tiles.group_tiles)
+            frame = _framed(looked["frame"], settings.choice)
+            cut = make_cut(tissue_grid(looked["tile_runs"]), frame, group_tiles=settings.group_tiles)
             _publish_beside(root, case, looked, cut, key)
         return done, False
     _check_truth(case, config)
@@ -56,10 +57,10 @@ def ingest(source: Path, index: int) -> tuple[publish.Receipt, bool]:
         looked, elsewhere = _looked(case, config)
         if elsewhere is not None:
             attempt.charge(elsewhere)
-        sha256, frame = looked["sha256"], _framed(looked["frame"], config, sizes["tiles"])
+        sha256, frame = looked["sha256"], _framed(looked["frame"], settings.choice)
         _check_manifest_sha256(case, sha256)
         grid = tissue_grid(looked["tile_runs"])
-        cut = make_cut(grid, frame, group_tiles=config.tiles.group_tiles)
+        cut = make_cut(grid, frame, group_tiles=settings.group_tiles)
         record = {
             "sha256": sha256,
             "signature": looked["signature"],
@@ -161,28 +162,37 @@ def is_ingested(source: Path, index: int) -> bool:
     return all(publish.is_there(source.parent, name) for name in _names(cases[index]))
 
 
-def record_key(case: Case, settings: Mapping[str, Any]) -> str:
-    """Return the key of a slide's record; ``settings`` are those of `cutting`."""
-    return publish.key_of(slide=case.slide_id, settings=settings, mpp=case.mpp)
+def record_key(case: Case, settings: PlanSettings) -> str:
+    """Return the key of a slide's record."""
+    return publish.key_of(slide=case.slide_id, settings=settings.of_tiles, mpp=case.mpp)
 
 
-def cutting(root: Path, config: RunConfig) -> dict[str, Any]:
-    """Return the settings that decide which tiles and blocks a slide has."""
-    model, choice = card.read_card(config.model), Choice(**choice_record(root, config)["choice"])
-    return {
-        "geometry": config.geometry.model_dump(),
-        "tissue": config.tissue.model_dump(),
-        "tiles": {
-            "tile_px": config.tiles.tile_px,
-            "halo_px": choice.halo_px,
-            "block_rows": choice.block_rows,
-            "block_cols": choice.block_cols,
-            "group_tiles": config.tiles.group_tiles,
-            "part_tiles": config.store.part_tiles,
-        },
-        "stride": config.inference.stride,
-        "model": {"window_px": model.window_px, "spacing_um_px": model.spacing_um_px},
-    }
+def plan_settings(root: Path, config: RunConfig) -> PlanSettings:
+    """Return the settings that a run's plan has, from its configuration and from how it computes scores."""
+    model, record = card.read_card(config.model), choice_record(root, config)
+    return PlanSettings(
+        geometry=config.geometry,
+        tissue=config.tissue,
+        tile_px=config.tiles.tile_px,
+        group_tiles=config.tiles.group_tiles,
+        window_px=model.window_px,
+        trained_um_px=model.spacing_um_px,
+        choice=record["choice"],
+        stain=config.stain,
+        store=config.store,
+        model=config.model,
+        model_identity=card.identity(model),
+        pixel_versions=record["pixels"],
+        numeric_class=record["numeric_class"],
+        certificate_windows=config.dense.windows,
+        lesions=config.lesions,
+        evaluation=config.evaluation,
+        seed=config.seed,
+        tolerance=config.dense.tolerance,
+        beyond=config.dense.beyond,
+        shared_layers=record["cuts"],
+        reason=record["told"],
+    )
 
 
 def _tiles(
@@ -255,10 +265,10 @@ def _enlarging(times: float) -> str:
     return f"{plain}, or allow enlarging with geometry.max_upsample={needed:.1f} in another out= folder"
 
 
-def _framed(frame: Mapping[str, Any], config: RunConfig, sizes: Mapping[str, int]) -> Frame:
+def _framed(frame: Mapping[str, Any], choice: Choice) -> Frame:
     """Return a slide's transform with the stride and the blocks of the run."""
-    blocks = {name: sizes[name] for name in ("halo_px", "block_rows", "block_cols")}
-    return Frame(**{**frame, **blocks, "stride_px": config.inference.stride})
+    chosen = {name: getattr(choice, name) for name in ("stride_px", "halo_px", "block_rows", "block_cols")}
+    return Frame(**{**frame, **chosen})
 
 
 def check_unchanged(root: Path, slide_id: str, path: Path) -> None:
@@ -299,42 +309,13 @@ def make_plan(source: Path, outcomes: Sequence[Outcome]) -> Path:
     slides, rejected = [], []
     for outcome in sorted(outcomes):
         case = cases[outcome.task]
-        if outcome.receipt is None:
-            rejected.append(Rejected(case.slide_id, outcome.error, outcome.exit_code))
-        else:
+        if outcome.failure is not None:
+            failure = outcome.failure.about(slide=case.slide_id)
+            rejected.append(Rejected(case.slide_id, str(failure), failure.exit_code))
+        elif outcome.receipt is not None:
             record = json.loads((root / outcome.receipt["path"]).read_text(encoding="utf-8"))
             slides.append(_slide_plan(case, record))
-    settled = choice_record(root, config)
-    work = {
-        "store": config.store.model_dump(),
-        "model": json.loads(config.model.model_dump_json()),
-        "choice": settled["choice"],
-        "cuts": settled["cuts"],
-        "tolerance": config.dense.tolerance,
-        "beyond": config.dense.beyond,
-        "told": settled["told"],
-    }
-    return publish_plan(root, Plan(_settings(root, config), work, slides, rejected))
-
-
-def _settings(root: Path, config: RunConfig) -> dict[str, Any]:
-    """Return every setting that can change a number."""
-    settled = choice_record(root, config)
-    return {
-        "cut": cutting(root, config),
-        "predict": {
-            "model": card.identity(card.read_card(config.model)),
-            "inference": Choice(**settled["choice"]).numbers(),
-            "stain": config.stain.model_dump(),
-            "store_loss": config.store.loss,
-            "pixels": settled["pixels"],
-            "numeric_class": settled["numeric_class"],
-        },
-        "certificate": {"windows": config.dense.windows},
-        "lesions": config.lesions.model_dump(),
-        "evaluation": config.evaluation.model_dump(mode="json"),
-        "seed": config.seed,
-    }
+    return publish_plan(root, Plan(plan_settings(root, config), slides, rejected))
 
 
 def told(root: Path) -> Path | None:
@@ -360,8 +341,8 @@ def _follows(plan: Plan, source: Path) -> bool:
     """Tell whether a plan is what becomes of cases and configuration, or what may still join it."""
     config, cases = read_cases(source)
     try:
-        same = plan.settings == json.loads(json.dumps(_settings(source.parent, config)))
-    except (OSError, WsiflowError):  # nothing was settled for these, or their model is gone
+        same = plan.settings.numbers() == plan_settings(source.parent, config).numbers()
+    except (OSError, WsiflowError):  # nothing was chosen for these, or their model is gone
         return False
     return same and {one.slide_id for one in plan.slides} <= {case.slide_id for case in cases}
 

@@ -114,11 +114,11 @@ def _small_plan(folder: Path, root: Path, plan: Plan) -> tuple[Path, list[list[f
     wanted = [timed[0], *timed, *timed]  # for a fresh worker; to see each shape for the first time; to be timed
     slides, weights = [], []
     for number, (slide, place, count) in enumerate(wanted):
-        cut = _piece(read_cut(root, slide), slide, place, count, plan.settings["cut"]["tiles"]["group_tiles"])
+        cut = _piece(read_cut(root, slide), slide, place, count, plan.settings.group_tiles)
         slides.append(_publish_slide(folder, root, slide, cut, f"{number}"))
         groups = [cut._replace(blocks=tuple(cut.group(k))) for k in range(1, len(cut.group_ranges) + 1)]
         weights.append([_area_px(slide, group) / px_tile for group in groups])
-    return publish_plan(folder, Plan(plan.settings, plan.work, slides, ())), weights
+    return publish_plan(folder, Plan(plan.settings, slides, ())), weights
 
 
 def _piece(cut: SlideCut, slide: SlidePlan, place: int, count: int, group_tiles: int) -> SlideCut:
@@ -159,7 +159,7 @@ def _costs(source: Path, weights: Sequence[Sequence[float]], shapes: int) -> Cos
     due = [stage for stage in STAGES.values() if stage.is_due(plan, 0)]
     for stage in due:
         if stage is predict.STAGE:
-            if plan.work["choice"]["precision"] == "int8":
+            if plan.settings.choice.precision == "int8":
                 calibrate(source, 0)
             fresh_s = float(_fresh(_PREDICT, str(source), str(thread_count())))
             network.release()  # what `choose` has left

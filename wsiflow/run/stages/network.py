@@ -23,7 +23,7 @@ def check_numeric_class(plan: Plan) -> None:
     Raises:
         EnvironmentFault: Processor, library or threads would give other last bits than the plan says.
     """
-    planned = plan.settings["predict"]["numeric_class"] | plan.settings["predict"]["pixels"]
+    planned = {**plan.settings.numeric_class, **plan.settings.pixel_versions}
     here = numeric_class() | pixel_versions()
     differing = [
         f"{name} is {here[name]!r}, planned {planned.get(name)!r}" for name in here if here[name] != planned.get(name)
@@ -53,23 +53,18 @@ def planned_classifier(plan: Plan) -> "Classifier":
     Raises:
         IntegrityError: Card or weights are no longer what was planned.
     """
-    model = classifier_of(card.ModelSpec.model_validate(plan.work["model"]))
-    if model.identity != plan.settings["predict"]["model"]:
+    model = classifier_of(plan.settings.model)
+    if model.identity != plan.settings.model_identity:
         cause = "the model is another than when the run was planned"
         raise IntegrityError(
-            cause, "restore card and weights, or choose another out= folder", path=plan.work["model"]["card"]
+            cause, "restore card and weights, or choose another out= folder", path=plan.settings.model.card
         )
     return model
 
 
-def planned_choice(plan: Plan) -> Choice:
-    """Return how the plan's scores are computed."""
-    return Choice(**plan.work["choice"])
-
-
 def planned_scorer(root: Path, plan: Plan) -> "Windows | Dense":
     """Return what computes the plan's scores; prepared once per process."""
-    model, choice = planned_classifier(plan), planned_choice(plan)
+    model, choice = planned_classifier(plan), plan.settings.choice
     quantised = root / calibration(root, plan).name if choice.precision == "int8" else None
     if quantised is not None and not quantised.exists():
         raise IntegrityError("the network was not calibrated for int8", "run again", path=quantised)
@@ -108,5 +103,5 @@ class Calibration(NamedTuple):
 def calibration(root: Path, plan: Plan) -> Calibration:
     """Return what the network in int8 is published as; it follows the slides of the run's first plan."""
     first = read_plan(publish.generations(root, "plan.json")[0])
-    key = publish.key_of(predict=plan.settings["predict"], slides=[planned.key for planned in first.slides])
+    key = publish.key_of(predict=plan.settings.of_scores, slides=[planned.key for planned in first.slides])
     return Calibration(f"engine/int8-{key[:12]}.zip", key)

@@ -90,7 +90,7 @@ class Colours:
         Raises:
             IntegrityError: It should have one and has not.
         """
-        self.params = stain_params(plan)
+        self.params = plan.settings.stain
         self.failures: list[tuple[int, int, str]] = []
         self._fit = None
         if fits_slides(self.params):
@@ -111,11 +111,6 @@ class Colours:
             x, y = (round(tile * frame.tile_px * frame.l0_per_px) for tile in (block.t_col, block.t_row))
             self.failures.append((x, y, outcome.failure))
         return outcome.rgb
-
-
-def stain_params(plan: Plan) -> StainParams:
-    """Return how the plan normalises colours."""
-    return StainParams.model_validate(plan.settings["predict"]["stain"])
 
 
 def fits_slides(params: StainParams) -> bool:
@@ -156,7 +151,7 @@ def planned_blocks(
     blocks = [cut.blocks[index] for index in wanted]
     with contextlib.ExitStack() as held:
         parts = _stored(root, plan, planned, wanted)
-        if plan.work["store"]["kind"] == "none":
+        if plan.settings.store.kind == "none":
             with timed("read"):
                 opened = held.enter_context(open_planned(root, planned))
             parts = (pixels for pixels, _ in read_slide(opened, planned.frame, blocks))

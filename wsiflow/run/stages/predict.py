@@ -15,7 +15,7 @@ from wsiflow.plan.slide_plan import read_cut
 from wsiflow.run import store
 from wsiflow.run.costs import StageCost
 from wsiflow.run.plan import Plan, Task, read_plan, task_key
-from wsiflow.run.stages.network import calibration, check_numeric_class, planned_choice, timed_scorer
+from wsiflow.run.stages.network import calibration, check_numeric_class, timed_scorer
 from wsiflow.run.stages.pixels import Colours, planned_blocks
 from wsiflow.run.stages.stage import Stage
 from wsiflow.system import publish
@@ -46,7 +46,7 @@ def predict(source: Path, index: int) -> tuple[publish.Receipt, bool]:
     described = {
         "slide_id": planned.slide_id,
         "slide_sha256": planned.sha256,
-        "model": plan.settings["predict"]["model"],
+        "model": plan.settings.model_identity,
         "key": key,
         "versions": receipt_facts["versions"],
     }
@@ -55,7 +55,7 @@ def predict(source: Path, index: int) -> tuple[publish.Receipt, bool]:
         with planned_blocks(root, plan, planned, wanted, attempt.timed, colours) as parts:
             prob, windows = score.score(frame, parts, attempt.timed)
         attempt.receipt["stain_failures"] = colours.failures
-        if planned_choice(plan).precision == "int8":
+        if plan.settings.choice.precision == "int8":
             attempt.receipt["calibration_sha256"] = publish.file_sha256(root / calibration(root, plan).name)
         publish.require_space(root, prob.nbytes + coord.nbytes)
         with attempt.timed("write"):

@@ -15,7 +15,7 @@ from wsiflow.run.costs import StageCost
 from wsiflow.run.plan import Plan, Task, read_plan
 from wsiflow.run.sharing import Place
 from wsiflow.run.stages import ingest
-from wsiflow.run.stages.pixels import fit_key, fit_name, fits_slides, open_planned, stain_params
+from wsiflow.run.stages.pixels import fit_key, fit_name, fits_slides, open_planned
 from wsiflow.run.stages.stage import Stage
 from wsiflow.slides.stain import transfer
 from wsiflow.slides.stain.params import StainParams
@@ -44,7 +44,7 @@ def fit_stain(source: Path, index: int) -> tuple[publish.Receipt, bool]:
     """
     plan = read_plan(source)
     root, planned = source.parent, plan.slides[index]
-    params, name = stain_params(plan), fit_name(planned)
+    params, name = plan.settings.stain, fit_name(planned)
     key = STAGE.key_of(root, plan, index)
     place = Place(ingest.shared_folder(root), root, name, key)
     done = sharing.done(place)
@@ -66,11 +66,11 @@ def fit_stain(source: Path, index: int) -> tuple[publish.Receipt, bool]:
 
 
 def _is_due(plan: Plan, slide: int) -> bool:
-    return fits_slides(stain_params(plan)) and plan.slides[slide].n_tiles > 0
+    return fits_slides(plan.settings.stain) and plan.slides[slide].n_tiles > 0
 
 
 def _key(root: Path, plan: Plan, task: Task) -> str:
-    return fit_key(root, plan.slides[task.slide], stain_params(plan))
+    return fit_key(root, plan.slides[task.slide], plan.settings.stain)
 
 
 STAGE = Stage(

@@ -43,20 +43,22 @@ def run_task(source: Path, stage: str, index: int) -> Outcome:
             receipt, executed = _work(stage)(source, index)
         except Rewritten:  # a new link or owner would do, and a copy may have ended: what was read is read again, once
             receipt, executed = _work(stage)(source, index)
-    except WsiflowError as error:
-        return Outcome(index, None, executed=True, error=str(error.about(stage=stage)), exit_code=error.exit_code)
-    except OSError as error:
-        told = str(faults.fault(error, stage=stage))
-        return Outcome(index, None, executed=True, error=told, exit_code=EnvironmentFault.exit_code)
-    except MemoryError as error:
-        told = str(EnvironmentFault(f"out of memory ({error})", "free memory, or use fewer workers", stage=stage))
-        return Outcome(index, None, executed=True, error=told, exit_code=EnvironmentFault.exit_code)
     except Exception as error:  # noqa: BLE001 - the boundary: a defect in one task must not lose the others
-        where = traceback.extract_tb(error.__traceback__)[-1]
-        cause = f"{type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno})"
-        told = str(WsiflowError(cause, "report this", stage=stage))
-        return Outcome(index, None, executed=True, error=told, exit_code=WsiflowError.exit_code)
+        return Outcome(index, None, executed=True, failure=_known(error).failure.about(stage=stage))
     return Outcome(index, receipt, executed=executed)
+
+
+def _known(error: Exception) -> WsiflowError:
+    """Return what ended a task as one of the errors that wsiflow raises."""
+    if isinstance(error, WsiflowError):
+        return error
+    if isinstance(error, OSError):
+        return faults.fault(error)
+    if isinstance(error, MemoryError):
+        return EnvironmentFault(f"out of memory ({error})", "free memory, or use fewer workers")
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    cause = f"{type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno})"
+    return WsiflowError(cause, "report this")
 
 
 def _work(stage: str) -> Work:

@@ -6,13 +6,41 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from flows.compose import compose_config
 from wsiflow.errors import InputError, IntegrityError
+from wsiflow.model.choice import Choice
 from wsiflow.plan.geometry import Frame
 from wsiflow.plan.slide_plan import SlidePlan, cut_name, make_cut, read_cut, slide_key
 from wsiflow.run.plan import Plan, Rejected, Task, publish_plan, read_plan, task_key
+from wsiflow.run.settings import PlanSettings
 
 FRAME = Frame("centred", 896, 672, 1.0, 0.243, 224, 224, 112, 112, 1, 1, 0, 0, 4, 3)
-SETTINGS = {"predict": {"stride": 112, "model": "m"}, "cut": {"tiles": {"group_tiles": 3, "part_tiles": 3}}}
+CONFIG = compose_config(["out=run", "stain=macenko"])
+CHOICE = Choice("window", "torch", "fp32", 8, 112, "", 0, exact=True, halo_px=112, block_rows=1, block_cols=1)
+SETTINGS = PlanSettings(
+    geometry=CONFIG.geometry,
+    tissue=CONFIG.tissue,
+    tile_px=224,
+    group_tiles=3,
+    window_px=224,
+    trained_um_px=0.243,
+    choice=CHOICE,
+    stain=CONFIG.stain,
+    store=CONFIG.store.model_copy(update={"part_tiles": 3}),
+    model=CONFIG.model,
+    model_identity="m",
+    pixel_versions={"openslide-bin": "4"},
+    numeric_class={"isa": "avx2", "threads": "1"},
+    certificate_windows=0,
+    lesions=CONFIG.lesions,
+    evaluation=CONFIG.evaluation,
+    seed=0,
+    tolerance=0.01,
+    beyond="stop",
+    shared_layers=("pool",),
+    reason="windows are run one by one, as asked",
+)
+OTHER_STRIDE = SETTINGS.model_copy(update={"choice": CHOICE._replace(stride_px=56)})
 
 
 TISSUE = np.array([[0, 1, 1, 0], [0, 0, 0, 0], [1, 1, 1, 1]], dtype=bool)
@@ -23,8 +51,8 @@ def slide(name: str, key: str = "k1", path: str = "/data/a.svs") -> SlidePlan:
     return SlidePlan(name, path, "f" * 64, 0.243, 1, "", "", 32, FRAME, 6, 6, 2, key)
 
 
-def make(*slides: SlidePlan, settings: dict = SETTINGS, rejected: tuple[Rejected, ...] = ()) -> Plan:
-    return Plan(settings, {"store": {"kind": "none"}}, slides, rejected)
+def make(*slides: SlidePlan, settings: PlanSettings = SETTINGS, rejected: tuple[Rejected, ...] = ()) -> Plan:
+    return Plan(settings, slides, rejected)
 
 
 def publish_cut(root: Path, planned: SlidePlan) -> SlidePlan:
@@ -37,10 +65,11 @@ def publish_cut(root: Path, planned: SlidePlan) -> SlidePlan:
 
 def test_a_plan_comes_back_as_published(tmp_path: Path) -> None:
     """Writing and reading a plan changes nothing, its hash included."""
-    made = make(slide("a"), slide("b"), rejected=(Rejected("c", "broken", 20),))
-    again = read_plan(publish_plan(tmp_path, made))
-    assert again.hash == made.hash
-    assert again.slides == made.slides
+    plan = make(slide("a"), slide("b"), rejected=(Rejected("c", "broken", 20),))
+    again = read_plan(publish_plan(tmp_path, plan))
+    assert again.hash == plan.hash
+    assert again.slides == plan.slides
+    assert again.settings == plan.settings
     assert again.n_groups == 4
     assert [again.task("group", index) for index in range(4)] == [Task(0, 1), Task(0, 2), Task(1, 1), Task(1, 2)]
 
@@ -48,21 +77,21 @@ def test_a_plan_comes_back_as_published(tmp_path: Path) -> None:
 def test_tasks_of_slides_without_tissue_are_none() -> None:
     """Places are counted through slides with and without groups, back and forth."""
     sizes = [0, 2, 0, 0, 3, 1, 0]
-    made = make(*(slide(str(i))._replace(n_groups=count) for i, count in enumerate(sizes)))
+    plan = make(*(slide(str(i))._replace(n_groups=count) for i, count in enumerate(sizes)))
     expected = [Task(i, k) for i, count in enumerate(sizes) for k in range(1, count + 1)]
-    assert [made.task("group", index) for index in range(made.n_groups)] == expected
+    assert [plan.task("group", index) for index in range(plan.n_groups)] == expected
     for i, count in enumerate(sizes):
-        found = made.tasks_of("group", i)
+        found = plan.tasks_of("group", i)
         assert len(found) == count
-        assert all(made.task("group", index).slide == i for index in found)
-    assert made.task("slide", 4) == Task(4, 0)
+        assert all(plan.task("group", index).slide == i for index in found)
+    assert plan.task("slide", 4) == Task(4, 0)
 
 
 def test_a_long_slide_is_extracted_in_parts() -> None:
     """Every group is in one part, and no part has more tiles than is asked for, unless one group has."""
-    long = make(
-        slide("a")._replace(n_groups=7), settings=SETTINGS | {"cut": {"tiles": {"group_tiles": 400, "part_tiles": 900}}}
-    )
+    store = CONFIG.store.model_copy(update={"part_tiles": 900})
+    settings = SETTINGS.model_copy(update={"store": store, "group_tiles": 400})
+    long = make(slide("a")._replace(n_groups=7), settings=settings)
     assert long.count("part") == 4
     assert [list(long.part(0, j)) for j in range(1, 5)] == [[1, 2], [3, 4], [5, 6], [7]]
     assert [long.part_of(k) for k in range(1, 8)] == [1, 1, 2, 2, 3, 3, 4]
@@ -91,8 +120,7 @@ def test_a_task_key_follows_what_can_change_a_number(tmp_path: Path) -> None:
     """Model, stride, slide content and blocks are in the key; the slide's place and the store are not."""
     planned = publish_cut(tmp_path, slide("a"))
     base = task_key(tmp_path, make(planned), Task(0, 1))
-    other_stride = {**SETTINGS, "predict": {"stride": 56, "model": "m"}}
-    assert task_key(tmp_path, make(planned, settings=other_stride), Task(0, 1)) != base
+    assert task_key(tmp_path, make(planned, settings=OTHER_STRIDE), Task(0, 1)) != base
     (tmp_path / "other").mkdir()
     other = publish_cut(tmp_path / "other", planned._replace(sha256="e" * 64))
     assert task_key(tmp_path / "other", make(other), Task(0, 1)) != base
@@ -109,8 +137,10 @@ def test_the_same_plan_again_is_the_same_file(tmp_path: Path) -> None:
 def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
     """A folder holds one set of settings; the message says which one differs and both values."""
     publish_plan(tmp_path, make(slide("a")))
-    with pytest.raises(InputError, match=r"predict.stride \(112 there, 56 now\); choose another out="):
-        publish_plan(tmp_path, make(slide("a"), settings={**SETTINGS, "predict": {"stride": 56, "model": "m"}}))
+    with pytest.raises(
+        InputError, match=r"cut.stride \(112 there, 56 now\), predict.inference.stride_px .*; choose another out="
+    ):
+        publish_plan(tmp_path, make(slide("a"), settings=OTHER_STRIDE))
 
 
 def test_a_mended_slide_may_join(tmp_path: Path) -> None:
@@ -131,3 +161,11 @@ def test_a_plan_that_cannot_be_read_says_so(tmp_path: Path) -> None:
     (tmp_path / "plan.json").write_text("{")
     with pytest.raises(InputError, match="the plan cannot be read"):
         read_plan(tmp_path / "plan.json")
+
+
+def test_a_setting_that_this_version_does_not_know_is_named(tmp_path: Path) -> None:
+    """A plan of an earlier or later version is not half understood."""
+    path = publish_plan(tmp_path, make(slide("a")))
+    path.write_text(path.read_text().replace('"beyond": "stop"', '"beyond": "perhaps"'))
+    with pytest.raises(InputError, match=r"plan\.json: .*settings are not those of this version.*beyond"):
+        read_plan(path)
