@@ -385,7 +385,7 @@ def test_a_slide_replaced_after_the_plan_is_not_predicted(slide: Path, tmp_path:
     slide.with_name("other.tif").replace(slide)
     outcome = work.run_task(out / "plan.json", "predict", 0)
     assert outcome.exit_code == 20
-    assert "its content has changed since the run was planned" in outcome.error
+    assert "its content has changed since the run was planned" in outcome.failure.cause
 
 
 def test_another_kind_of_machine_may_not_use_the_plans_key(slide: Path, tmp_path: Path, capsys, monkeypatch) -> None:
@@ -399,7 +399,7 @@ def test_another_kind_of_machine_may_not_use_the_plans_key(slide: Path, tmp_path
     monkeypatch.setenv("ATEN_CPU_CAPABILITY", "default")
     outcome = work.run_task(out / "plan.json", "predict", 0)
     assert outcome.exit_code == 30
-    assert "gives other last bits" in outcome.error
+    assert "gives other last bits" in outcome.failure.cause
 
 
 def test_a_hash_in_the_manifest_is_compared_even_later(slide: Path, tmp_path: Path, capsys) -> None:

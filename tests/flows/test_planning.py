@@ -34,7 +34,7 @@ def calibrated(small_slides: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         outcomes = shards.ingest_shard(pool, cases, range(6))
         plan_path = ingest.make_plan(cases, outcomes)
         [measured] = pool.run(shards.work.run_slice, plan_path, "measure", [protocol.Slice(0, 1)])
-    assert measured.receipt, measured.error
+    assert measured.receipt, measured.failure
     return out
 
 

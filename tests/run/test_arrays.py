@@ -195,8 +195,8 @@ def test_an_element_that_never_begins_is_given_up_with_its_log(slurm_here: str, 
     outcomes = run(settings(slurm_here, command=command, retries=1), told(tmp_path), [Slice(0, 2)])
     assert [outcome.retried for outcome in outcomes] == [True, True, False, False]
     assert {outcome.exit_code for outcome in outcomes} == {30}
-    assert "died 2 times" in outcomes[-1].error
-    log = Path(outcomes[-1].error.split("log ")[1].split(")")[0])
+    assert "died 2 times" in outcomes[-1].failure.cause
+    log = Path(outcomes[-1].failure.cause.split("log ")[1].split(")")[0])
     assert log.read_text() == "no such image\n"
 
 
@@ -241,7 +241,7 @@ def test_an_element_cancelled_by_hand_is_not_retried(scheduler: str, tmp_path: P
     assert squares(outcomes) == {0: 0, 1: 1, 4: 16, 5: 25}
     failed = [outcome for outcome in outcomes if outcome.receipt is None]
     assert [outcome.task for outcome in failed] == [2, 3]
-    assert all("was cancelled" in outcome.error and "run again" in outcome.error for outcome in failed)
+    assert all("was cancelled" in outcome.failure.cause and "run again" in outcome.failure.remedy for outcome in failed)
 
 
 def test_an_error_in_the_driver_cancels_what_it_submitted(slurm_here: str, tmp_path: Path) -> None:

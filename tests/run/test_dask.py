@@ -134,7 +134,7 @@ def test_a_task_that_kills_its_worker_fails_alone(local) -> None:
     last = sorted(o for o in outcomes if not o.retried)
     assert [o.task for o in last] == list(range(12))
     assert [o.task for o in last if o.receipt is None] == [7]
-    assert "worker process died" in last[7].error
+    assert "worker process died" in last[7].failure.cause
     assert (last[7].exit_code, last[7].usage["exit_class"]) == (30, "killed")
     assert {6, 7, 8} <= {o.task for o in outcomes if o.retried}
     assert len(list(pool.run(square, HERE, "predict", slices(3)))) == 3

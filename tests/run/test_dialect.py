@@ -528,7 +528,7 @@ def test_an_array_taken_over_is_expected_until_every_shard_has_its_own(
     with ArrayJobs(params("slurm", poll_s=0.01), root=tmp_path, workers=0, threads=1) as pool:
         for task in (0, 1):
             shard = pool.run(work, tmp_path / "plan.json", "predict", [Slice(task, task + 1)])
-            outcome = {"outcome": Outcome(task, {}, executed=True)}
+            outcome = {"outcome": Outcome(task, {}, executed=True)._asdict()}
             (tmp_path / f"arrays/predict-a/{task}.2.jsonl").write_text(json.dumps(outcome) + "\n")
             assert [found.task for found in shard if not found.retried] == [task]
             expected.append(pool._log.read().jobs)

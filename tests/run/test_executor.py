@@ -53,7 +53,7 @@ def test_a_task_that_kills_its_worker_fails_alone() -> None:
         outcomes = {o.task: o for o in attempts if not o.retried}
         assert sorted(outcomes) == list(range(12))
         assert [o.task for o in outcomes.values() if o.receipt is None] == [7]
-        assert "worker process died" in outcomes[7].error
+        assert "worker process died" in outcomes[7].failure.cause
         assert outcomes[7].exit_code == 30
         assert {o.task for o in attempts if o.retried} >= {6, 7, 8}, "lost attempts are told"
         assert len(list(pool.run(square, HERE, "predict", sliced(3)))) == 3

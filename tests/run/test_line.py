@@ -185,9 +185,9 @@ def test_the_driver_compares_every_receipt_with_its_plan(tiny_slides: Path, tmp_
     planned = ingest.make_plan(cases, shards.ingest_shard(pool, cases, [0]))
     progress = shards.line(StaleWorkers(stage), planned, [0], 0)
     assert progress.slides == ()
-    failed = [one for one in progress.ended if one.exit_code]
-    assert {(one.stage, one.exit_code) for one in failed} == {(stage, 40)}
-    assert "the plan asks for" in failed[0].error
+    failed = [one for one in progress.ended if one.failure]
+    assert {(one.stage, one.failure.exit_code) for one in failed} == {(stage, 40)}
+    assert "the plan asks for" in failed[0].failure.cause
 
 
 def test_a_receipt_of_another_run_is_not_taken_for_done(tiny_slides: Path, tmp_path: Path) -> None:

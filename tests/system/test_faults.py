@@ -130,9 +130,9 @@ def test_what_cannot_be_read_is_not_blamed_on_the_output(
     monkeypatch.setitem(STAGES, "predict", STAGES["predict"]._replace(work=stage))
     outcome = work.run_task(tmp_path / "plan.json", "predict", 0)
     assert outcome.exit_code == 30
-    assert outcome.error.startswith(told)
-    assert str(tmp_path) not in outcome.error
-    assert "out=" not in outcome.error
+    assert str(outcome.failure).startswith(told)
+    assert str(tmp_path) not in str(outcome.failure)
+    assert "out=" not in str(outcome.failure)
 
 
 def test_a_lost_attempt_does_not_hide_what_went_wrong(tmp_path: Path) -> None:
