@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from wsiflow.errors import EnvironmentFault, InputError
 from wsiflow.run import executor
+from wsiflow.run.executor.kinds import KINDS
 from wsiflow.run.executor.params import DaskParams, ExecutorParams
 from wsiflow.run.executor.protocol import Executor, Outcome, Slice, Work
 from wsiflow.system import faults
@@ -47,7 +48,7 @@ def workers(params: ExecutorParams, root: Path) -> Iterator[Executor]:
         WsiflowError: As `cluster` and `wsiflow.run.executor.make`.
     """
     cores = allocated_cores()
-    if params.kind in {"process", "dask"}:
+    if KINDS[params.kind].forks:
         stopping.shield()
     with (
         cluster(params, cores=cores) as client,
@@ -91,7 +92,7 @@ def cluster(params: ExecutorParams, *, cores: int) -> "Iterator[Client | None]":
         InputError: The class or its keywords are wrong.
         EnvironmentFault: The cluster does not start, or the scheduler does not answer.
     """
-    if params.kind != "dask" or params.dask is None:
+    if not KINDS[params.kind].has_client:
         yield None
         return
     import dask
@@ -101,7 +102,7 @@ def cluster(params: ExecutorParams, *, cores: int) -> "Iterator[Client | None]":
         dask.config.set({"distributed.deploy.lost-worker-timeout": _LOST_WORKER_TIMEOUT}),
         _runner(params, cores, scratch) as runner,
     ):
-        client = _client(runner, params.dask)
+        client = _client(runner, params.dask or DaskParams())
         with _kept(client), stopping.at_stop(lambda: _end(client, scratch)):
             yield client
 

@@ -9,9 +9,12 @@ from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
+from flows.cluster import workers
 from wsiflow.errors import EnvironmentFault, Failure
 from wsiflow.run import executor, shards
+from wsiflow.run.executor.kinds import KINDS, Kind
 from wsiflow.run.executor.params import ExecutorParams, worker_count
 from wsiflow.run.executor.protocol import Executor, Outcome, Slice
 
@@ -57,6 +60,31 @@ def test_a_task_that_kills_its_worker_fails_alone() -> None:
         assert outcomes[7].exit_code == 30
         assert {o.task for o in attempts if o.retried} >= {6, 7, 8}, "lost attempts are told"
         assert len(list(pool.run(square, HERE, "predict", sliced(3)))) == 3
+
+
+BACKWARDS = """
+from wsiflow.run.executor.inline import Inline
+
+class Backwards(Inline):
+    def run(self, work, source, stage, slices):
+        return super().run(work, source, stage, slices[::-1])
+
+def make(params, site):
+    return Backwards()
+"""
+
+
+def test_a_kind_of_executor_is_a_file_and_a_line_in_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The configuration may name it, a run gets it, and nothing else has to change."""
+    with pytest.raises(ValidationError, match="Input should be 'inline', 'process', 'dask' or 'array'"):
+        params("backwards")
+    (tmp_path / "backwards.py").write_text(BACKWARDS)
+    monkeypatch.setattr(executor, "__path__", [*executor.__path__, str(tmp_path)])
+    monkeypatch.setitem(KINDS, "backwards", Kind("backwards", "one"))
+    chosen = params("backwards")
+    assert worker_count(chosen, cores=3) == 1
+    with workers(chosen, tmp_path) as pool:
+        assert [outcome.task for outcome in pool.run(square, HERE, "stage", sliced(6))] == [3, 4, 5, 0, 1, 2]
 
 
 @pytest.mark.parametrize(("kind", "workers", "expected"), [("inline", 5, 1), ("process", 0, 3), ("process", 2, 2)])

@@ -22,7 +22,8 @@ from wsiflow.errors import EnvironmentFault, WsiflowError
 from wsiflow.run.executor import element, jobs
 from wsiflow.run.executor.dialect import ArrayParams, Place, expand
 from wsiflow.run.executor.jobs import JobLog
-from wsiflow.run.executor.protocol import Outcome, Slice, Work
+from wsiflow.run.executor.params import ExecutorParams
+from wsiflow.run.executor.protocol import Outcome, Site, Slice, Work
 from wsiflow.run.executor.watch import FOLDER, LOGS, Array, Element, Look, Piece, Queue, Tries
 from wsiflow.system import publish
 from wsiflow.system.usage import now
@@ -51,6 +52,12 @@ class Batch(NamedTuple):
     wanted: set[int]
     waiting: deque[Piece]
     arrays: list[Array]
+
+
+def make(params: ExecutorParams, site: Site) -> "ArrayJobs":
+    """Return the arrays of the scheduler that the settings describe."""
+    assert params.array is not None, "the settings of this kind have it"
+    return ArrayJobs(params.array, root=site.root, workers=params.workers, threads=params.threads)
 
 
 class ArrayJobs:

@@ -23,7 +23,8 @@ from distributed.comm.core import CommClosedError
 from distributed.scheduler import KilledWorker
 
 from wsiflow.errors import EnvironmentFault
-from wsiflow.run.executor.protocol import Outcome, Slice, Work, closed
+from wsiflow.run.executor.params import DaskParams, ExecutorParams
+from wsiflow.run.executor.protocol import Outcome, Site, Slice, Work, closed
 from wsiflow.system.machine import limit_threads
 from wsiflow.system.usage import now
 
@@ -49,6 +50,11 @@ class _Call(NamedTuple):
     source: Path
     stage: str
     name: str  # the scheduler's group of keys
+
+
+def make(params: ExecutorParams, site: Site) -> "Dask":
+    """Return the workers of the cluster that the client is connected to."""
+    return Dask(site.client, threads=params.threads, window=(params.dask or DaskParams()).window)
 
 
 class Dask:

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from wsiflow.errors import InputError
-from wsiflow.run.executor.jobs import identity
 from wsiflow.run.executor.protocol import Work
+from wsiflow.system import processes
 from wsiflow.system.machine import ISA_PINS, limit_threads
 from wsiflow.system.usage import now
 
@@ -58,7 +58,7 @@ def run(table: Path) -> int:
     limit_threads(job["threads"])  # before anything imports torch
     lo, hi = job["slices"][place]
     with (table.with_suffix("") / f"{index}.{time.time_ns()}.jsonl").open("x", encoding="utf-8") as stream:
-        _note(stream, {"started": now(), **identity()})
+        _note(stream, {"started": now(), **processes.this()._asdict()})
         work = resolve(job["work"])
         _note(stream, {"begun": lo})
         worst = 0

@@ -5,8 +5,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Self
 
-from wsiflow.run.executor.protocol import Outcome, Slice, Work, closed
+from wsiflow.run.executor.params import ExecutorParams
+from wsiflow.run.executor.protocol import Outcome, Site, Slice, Work, closed
 from wsiflow.system.usage import not_a_worker, now
+
+
+def make(_params: ExecutorParams, _site: Site) -> "Inline":
+    """Return the executor."""
+    return Inline()
 
 
 class Inline:

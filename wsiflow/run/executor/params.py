@@ -1,12 +1,14 @@
 """Where tasks run."""
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any
 
 from pydantic import BaseModel, Field, field_serializer, model_validator
 
 from wsiflow.redaction import redacted
 from wsiflow.run.executor.dialect import ArrayParams
+from wsiflow.run.executor.kinds import KINDS
+from wsiflow.system.choices import OneOf
 
 
 class DaskParams(BaseModel, frozen=True, extra="forbid"):
@@ -51,7 +53,7 @@ class ExecutorParams(BaseModel, frozen=True, extra="forbid"):
         array: Settings of ``array``.
     """
 
-    kind: Literal["inline", "process", "dask", "array"]
+    kind: Annotated[str, OneOf(KINDS)]
     workers: int = Field(ge=0, le=100_000)
     threads: int = Field(ge=1, le=1024)
     slice_s: float = Field(ge=0, le=86_400)
@@ -69,6 +71,7 @@ class ExecutorParams(BaseModel, frozen=True, extra="forbid"):
 
 def worker_count(params: ExecutorParams, *, cores: int) -> int:
     """Return how many tasks run at a time; 0 where only the cluster knows."""
-    if params.kind == "inline":
+    size = KINDS[params.kind].size
+    if size == "one":
         return 1
-    return params.workers or (cores if params.kind == "process" else 0)
+    return params.workers or (cores if size == "cores" else 0)

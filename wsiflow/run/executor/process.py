@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Self
 
 from wsiflow.errors import EnvironmentFault
-from wsiflow.run.executor.protocol import Outcome, Slice, Work, closed
+from wsiflow.run.executor.params import ExecutorParams, worker_count
+from wsiflow.run.executor.protocol import Outcome, Site, Slice, Work, closed
 from wsiflow.system import faults, processes
 from wsiflow.system.machine import limit_threads
 from wsiflow.system.usage import now
@@ -26,6 +27,11 @@ from wsiflow.system.usage import now
 _WAITING = 2  # slices handed over beyond those at work, so that no worker waits for the next
 
 _Landed = deque[Future[list[Outcome]]]
+
+
+def make(params: ExecutorParams, site: Site) -> "ProcessPool":
+    """Return a pool of the size that the settings say."""
+    return ProcessPool(worker_count(params, cores=site.cores), threads=params.threads)
 
 
 class ProcessPool:

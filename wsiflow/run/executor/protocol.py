@@ -49,6 +49,20 @@ class Outcome(NamedTuple):
         return self._replace(usage={**(self.usage or {}), **known})
 
 
+class Site(NamedTuple):
+    """What an executor is given besides its settings.
+
+    Attributes:
+        cores: Cores this process may use.
+        root: The run's folder.
+        client: Of the Dask cluster, for kinds of executors that have one.
+    """
+
+    cores: int
+    root: Path
+    client: Any
+
+
 Work = Callable[[Path, str, int, int], Iterator[Outcome]]
 """``work(source, stage, lo, hi)`` does the tasks of a slice and yields how each ended."""
 

@@ -16,6 +16,7 @@ from wsiflow.errors import PARTIAL, IntegrityError
 from wsiflow.evaluation import matches
 from wsiflow.run import ledger, trace
 from wsiflow.run.config import RunConfig
+from wsiflow.run.executor.kinds import KINDS
 from wsiflow.run.executor.params import worker_count
 from wsiflow.run.ledger import Ledger
 from wsiflow.run.plan import Plan, read_plan
@@ -65,7 +66,7 @@ class Clock:
         """Start; energy is counted where all of the work is done on this machine."""
         self._start = time.perf_counter()
         self.before = frozenset(publish.receipt_names(config.out))
-        self._energy = energy.Meter() if config.executor.kind in {"inline", "process"} else None
+        self._energy = energy.Meter() if KINDS[config.executor.kind].is_local else None
 
     def energy(self) -> dict[str, float]:
         """Return ``energy.joules`` since the start, nothing where there is no counter."""

@@ -1,0 +1,24 @@
+"""The executor that a configuration names."""
+
+import importlib
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from wsiflow.run.executor.kinds import KINDS
+from wsiflow.run.executor.params import ExecutorParams
+from wsiflow.run.executor.protocol import Executor, Site
+
+
+def make(params: ExecutorParams, *, cores: int, root: Path, client: Any = None) -> AbstractContextManager[Executor]:
+    """Return the executor that the parameters name.
+
+    Args:
+        params: The choice.
+        cores: Cores this process may use.
+        root: The run's folder.
+        client: Of the Dask cluster, for kinds that have one.
+    """
+    module = importlib.import_module(f"{__package__}.{KINDS[params.kind].name}")
+    executor: AbstractContextManager[Executor] = module.make(params, Site(cores, root, client))
+    return executor
