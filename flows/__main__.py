@@ -12,9 +12,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import stopping, terminal
-
-_COMPOSED = {"plan", "run", "retry"}
+from . import cli, stopping, terminal
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,26 +22,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     give_home()
     try:
         if arguments[:1] == ["element"]:  # ended by its scheduler, which knows what signals mean
-            return _call(arguments)
-        return stopping.run(lambda: _call(arguments))
+            return cli.main(arguments)
+        return stopping.run(lambda: cli.main(arguments))
     finally:
         terminal.flush()
-
-
-def _call(arguments: Sequence[str]) -> int:
-    """Do what the command line asks for."""
-    if arguments and arguments[0] in _COMPOSED:
-        from . import run
-
-        return run.main(arguments)
-    from . import cli
-
-    if arguments and arguments[0] == "compare" and os.environ.get("PREFECT_API_URL"):
-        os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")  # errors are told once, here
-        from . import comparing
-
-        return cli.main(arguments, comparing.answer)
-    return cli.main(arguments)
 
 
 def give_streams() -> None:

@@ -1,10 +1,8 @@
-"""The commands that start the line: ``run`` composes the configuration with Hydra, ``retry`` takes that of a folder."""
+"""What starts the line: the jobs that Hydra composes, one or those of a sweep, through Prefect or directly."""
 
-import argparse
 import os
 import sys
 import warnings
-from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
@@ -13,14 +11,11 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from wsiflow import redaction
-from wsiflow.errors import EnvironmentFault, InputError
-from wsiflow.run import cases, ledger
+from wsiflow.errors import EnvironmentFault
+from wsiflow.run import ledger
 from wsiflow.run.config import RunConfig
 from wsiflow.run.results.finish import Summary
-from wsiflow.run.stages import ingest
 from wsiflow.system.machine import limit_threads
-from wsiflow.system.paths import is_same
 
 from . import overrides, stopping, sweep, terminal
 from .compose import to_config
@@ -36,54 +31,14 @@ _OPTIONS_WITH_VALUES |= {"--config-dir", "-cd", "--experimental-rerun"}
 _exit_codes: list[int] = []
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Run ``run`` or ``retry`` with what stands behind it, and return the exit code."""
+def quieten() -> None:
+    """Keep Hydra and Prefect from saying what the command says itself, and from sending anything."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     warnings.filterwarnings("ignore", "Failed to create the Prefect home")  # what becomes of it is said by `server`
-    if arguments[0] == "plan":
-        from . import planning
-
-        return planning.main(arguments[1:])
-    if arguments[0] == "retry":
-        return terminal.bounded(lambda: _retry(arguments[1:]))
-    sys.argv = ["wsiflow run", *arguments[1:]]
-    return terminal.bounded(_all_jobs)
 
 
-def _retry(arguments: Sequence[str]) -> int:
-    """Start a run again with the configuration in its folder."""
-    parser = argparse.ArgumentParser(
-        prog="wsiflow retry", description="Start a run again as its folder says: does what is lacking."
-    )
-    parser.add_argument("run", type=Path)
-    root = parser.parse_args(arguments).run
-    told = ingest.told(root)
-    if told is None:
-        raise InputError("it holds no cases.json", "name the out= folder of a run, or start it as at first", path=root)
-    config, _ = cases.read_cases(told)
-    if redaction.holds_redacted(config.executor.model_dump()):
-        cause = "executor settings hold a secret, which the folder does not keep"
-        raise InputError(cause, "start it with the wsiflow run command that began it", path=told)
-    summary = start(_here(config, root))
-    terminal.say(summary.text)
-    return summary.exit_code
-
-
-def _here(config: RunConfig, root: Path) -> RunConfig:
-    """Return the configuration of a run in the folder where it lies: it may have been moved or copied since.
-
-    What a sweep's trials share lies beside them, and is taken to have been moved with them.
-    """
-    if is_same(config.out, root):
-        return config
-    here, share = root.resolve(), config.share
-    if share is not None and share.is_relative_to(config.out.parent):
-        share = here.parent / share.relative_to(config.out.parent)
-    return config.model_copy(update={"out": here, "share": share})
-
-
-def _all_jobs() -> int:
+def all_jobs() -> int:
     """Run the job, or every job of a sweep, and return the worst exit code."""
     _exit_codes.clear()
     try:

@@ -5,7 +5,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from flows.run import main
+from flows.cli import main
 
 COARSE = [
     "inference.stride=112",

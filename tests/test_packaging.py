@@ -23,7 +23,7 @@ def test_the_wheel_holds_conf_flows_and_weights(tmp_path: Path) -> None:
         names = set(opened.namelist())
     expected = {f"wsiflow/conf/{path.relative_to(ROOT / 'conf')}" for path in (ROOT / "conf").rglob("*.yaml")}
     expected |= {f"wsiflow/{path.relative_to(ROOT / 'wsiflow')}" for path in (ROOT / "wsiflow").rglob("*.py")}
-    expected |= {f"wsiflow/flows/{path.name}" for path in (ROOT / "flows").glob("*.py")}
+    expected |= {f"wsiflow/flows/{path.relative_to(ROOT / 'flows')}" for path in (ROOT / "flows").rglob("*.py")}
     expected |= {"wsiflow/model/weights/demo.json", "wsiflow/model/weights/demo.safetensors"}
     assert expected <= names
     assert not [name for name in names if name.startswith("tests/")]

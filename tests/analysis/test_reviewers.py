@@ -1,5 +1,6 @@
 """Exports for reviewers, of real runs: complete, partial, and of folders that a test has broken."""
 
+import argparse
 import csv
 import dataclasses
 import hashlib
@@ -14,12 +15,14 @@ import pytest
 import yaml
 
 from flows import cli
+from flows.cli import main
+from flows.commands.export import FORMATS
 from flows.compose import compose_config
-from flows.run import main
 from wsiflow.analysis import scored
 from wsiflow.analysis.reviewers import calibration, subgroups
-from wsiflow.analysis.reviewers.export import _repeat_yaml
+from wsiflow.analysis.reviewers.format import Format
 from wsiflow.analysis.reviewers.imrmc import export_imrmc
+from wsiflow.analysis.reviewers.regulatory import _repeat_yaml
 from wsiflow.errors import InputError, IntegrityError
 from wsiflow.evaluation import roc
 from wsiflow.evaluation.matches import read_matches
@@ -88,6 +91,30 @@ def parsed(text: str) -> tuple[dict[str, int], dict[str, int], dict[tuple[str, s
             assert (reader, case, modality) not in found
             found[reader, case, modality] = float(score)
     return sizes, truth, found
+
+
+def slides_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+
+
+def write_slides(arguments: argparse.Namespace) -> list[str]:
+    names = [case.slide_id for case in scored.read(arguments.run).cases]
+    arguments.out.write_text("\n".join(names))
+    return [f"{len(names)} slides: {arguments.out}"]
+
+
+def test_an_export_format_is_a_record_in_the_table(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command knows its help, its options and what it writes by the record alone."""
+    monkeypatch.setitem(FORMATS, "slides", Format("slides", "names of slides", slides_options, write_slides))
+    with pytest.raises(SystemExit):
+        cli.main(["export", "--help"])
+    assert "    slides    names of slides" in capsys.readouterr().out
+    out = tmp_path / "slides.txt"
+    assert cli.main(["export", "slides", str(finished), "--out", str(out)]) == 0
+    assert capsys.readouterr().out == f"{len(out.read_text().splitlines())} slides: {out}\n"
 
 
 def test_imrmc_of_two_runs(two_settings: tuple[Path, Path], tmp_path: Path) -> None:

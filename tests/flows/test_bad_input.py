@@ -12,14 +12,13 @@ from PIL import Image
 from small_runs import COARSE
 
 from flows import cli
-from flows import run as command
 from wsiflow.analysis import runs
 from wsiflow.heatmap import files
 from wsiflow.slides import pyramid
 
 
 def started(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
-    code = command.main(["run", *arguments, *COARSE])
+    code = cli.main(["run", *arguments, *COARSE])
     said = capsys.readouterr()
     assert "Traceback" not in said.out + said.err
     return code, said.out + said.err
@@ -327,7 +326,7 @@ def test_an_output_folder_that_cannot_be_written(slide: Path, tmp_path: Path, ca
 )
 def test_a_bad_key_or_value_ends_at_once(tmp_path: Path, capsys, override: str, named: str) -> None:
     """Exit code 20 with the key's name, before anything is written."""
-    code = command.main(["run", f"out={tmp_path / 'run'}", "orchestrator=none", *override.split()])
+    code = cli.main(["run", f"out={tmp_path / 'run'}", "orchestrator=none", *override.split()])
     said = capsys.readouterr()
     assert code == 20
     assert named in said.err
@@ -342,7 +341,7 @@ def test_the_same_folder_with_other_settings_is_refused(slide: Path, tmp_path: P
     code, said = started(capsys, "dataset=manifest", given, f"out={tmp_path / 'run'}", "lesions.threshold=0.7")
     assert code == 20
     assert "lesions.threshold (0.5 there, 0.7 now)" in said
-    assert command.main(["retry", str(tmp_path / "run")]) == 0
+    assert cli.main(["retry", str(tmp_path / "run")]) == 0
     assert runs.in_folders([tmp_path / "run"]).runs[0].params["lesions.threshold"] == "0.5"
     shutil.copy(slide, slide.with_name("other.tif"))
     other = manifest(slide, "other,other.tif,,0,", "more,good.tif,,0,")

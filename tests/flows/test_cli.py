@@ -11,7 +11,9 @@ from serving import BIN
 from small_runs import over
 from worked_examples import A_ITC, E1, E2, E3, e1_masks, e3_truth
 
+from flows import commands
 from flows.__main__ import main
+from flows.commands import COMMANDS, Command
 
 SCORES = {
     "E1": (E1, lambda folder: e1_masks(folder, A_ITC), ["--downsample", "1", "--um-px", "25"], 0.888889),
@@ -78,6 +80,53 @@ def test_commands_on_a_folder_without_a_run_say_so(tmp_path: Path, capsys) -> No
     assert main(["status", str(tmp_path)]) == 20
     assert main(["verify", str(tmp_path)]) == 20
     assert capsys.readouterr().err.count("name the out= folder of a run") == 2
+
+
+HELLO = """
+from flows.terminal import say
+
+def add_options(parser):
+    parser.add_argument("who")
+
+def main(arguments):
+    say(f"hello {arguments.who}")
+    return 10
+"""
+
+
+def test_a_command_is_a_file_and_a_line_in_the_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is in the help, has one of its own, and is imported when it is typed."""
+    (tmp_path / "say_hello.py").write_text(HELLO)
+    monkeypatch.setattr(commands, "__path__", [*commands.__path__, str(tmp_path)])
+    monkeypatch.setitem(COMMANDS, "say-hello", Command("say-hello", "greet somebody"))
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "    say-hello   greet somebody" in capsys.readouterr().out
+    assert "flows.commands.say_hello" not in sys.modules
+    assert main(["say-hello", "you"]) == 10
+    assert capsys.readouterr().out == "hello you\n"
+    with pytest.raises(SystemExit):
+        main(["say-hello", "--help"])
+    assert capsys.readouterr().out.startswith("usage: wsiflow say-hello [-h] who\n\ngreet somebody")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_of_the_table_has_its_file(name: str) -> None:
+    """With the two functions that are called; what they import is there."""
+    module = COMMANDS[name].load()
+    assert callable(module.add_options)
+    assert callable(module.main)
+
+
+def test_no_command_waits_for_the_modules_of_another() -> None:
+    """An array job starts one for each of its elements, and a help is wanted at once."""
+    code = "import sys\nfrom wsiflow.flows import __main__, commands\ncommands.COMMANDS['element'].load()\n"
+    code += "heavy = {'numpy', 'pydantic', 'hydra', 'prefect'} & sys.modules.keys()\n"
+    code += "print(*heavy, *(name for name in sys.modules if name.startswith('wsiflow.flows.commands.')))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["wsiflow.flows.commands.element"]
 
 
 def test_doctor_tells_cores_and_versions(capsys) -> None:

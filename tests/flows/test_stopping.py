@@ -16,7 +16,7 @@ import pytest
 from serving import BIN, environment
 from small_runs import digests, over
 
-from flows import run as command
+from flows import cli as command
 from wsiflow.run import ledger
 
 PATIENCE_S = 60  # on a busy machine; five seconds are meant

@@ -14,7 +14,7 @@ from small_runs import over
 
 from flows import compose as command
 from flows import sweep as sweeps
-from flows.run import main
+from flows.cli import main
 from wsiflow.errors import InputError
 from wsiflow.evaluation import matches
 

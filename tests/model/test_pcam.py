@@ -10,7 +10,7 @@ import torch
 from small_runs import COARSE
 from torch import nn
 
-from flows import run as command
+from flows import cli as command
 from wsiflow.evaluation import roc
 from wsiflow.heatmap import files
 from wsiflow.model import ModelSpec, load, read_card

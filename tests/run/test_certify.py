@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from flows import compose as command
-from flows.run import main
+from flows.cli import main
 from wsiflow.heatmap import files
 from wsiflow.model import save
 from wsiflow.model.architectures.registry import build

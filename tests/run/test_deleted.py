@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from flows import cli, run
+from flows import cli
 from wsiflow.system import publish
 
 FAST = ["orchestrator=none", "tracking=off", "executor=inline", "inference.stride=56", "dense.windows=8"]
@@ -15,7 +15,7 @@ FAST = ["orchestrator=none", "tracking=off", "executor=inline", "inference.strid
 
 def start(manifest: Path, out: Path, *more: str) -> int:
     given = ["dataset=manifest", f"dataset.manifest={manifest}", "dataset.limit=1", "stain=macenko"]
-    return run.main(["run", f"out={out}", *FAST, "evaluation.bootstrap=0", *given, *more])
+    return cli.main(["run", f"out={out}", *FAST, "evaluation.bootstrap=0", *given, *more])
 
 
 def published(root: Path) -> dict[str, str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from flows import run as command
+from flows import cli as command
 from wsiflow.errors import InputError
 from wsiflow.run import explain
 

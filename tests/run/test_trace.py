@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from small_runs import attempts, over
 
-from flows import run as command
+from flows import cli as command
 from wsiflow.run import trace
 from wsiflow.run.executor.protocol import Outcome
 from wsiflow.run.stages.work import run_slice

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from small_runs import COARSE
 
-from flows import run as command
+from flows import cli as command
 from wsiflow.heatmap import files
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flows import compose, run
+from flows import cli, compose
 from wsiflow.errors import InputError
 from wsiflow.redaction import REDACTED, holds_redacted, redacted, redacted_list, without_secrets
 from wsiflow.run import cases
@@ -152,5 +152,5 @@ def test_a_retry_that_lacks_a_secret_of_its_workers_says_so(tmp_path: Path, caps
     """A cluster that would be started with a wrong password is not: the command that began it knows the right one."""
     given = ["executor=dask_slurm", "+executor.dask.cluster_kwargs.password=canary", f"out={tmp_path}"]
     cases.write_cases(tmp_path, compose.compose_config(given), [])
-    assert run.main(["retry", str(tmp_path)]) == 20
+    assert cli.main(["retry", str(tmp_path)]) == 20
     assert "start it with the wsiflow run command that began it" in capsys.readouterr().err

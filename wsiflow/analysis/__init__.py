@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 import lazy_loader
 
 if TYPE_CHECKING:
-    from wsiflow.analysis.reviewers.export import export
     from wsiflow.analysis.reviewers.imrmc import export_imrmc
+    from wsiflow.analysis.reviewers.regulatory import export
     from wsiflow.analysis.runs import Run
     from wsiflow.analysis.scored import Scored
     from wsiflow.analysis.tradeoff.comparison import compare
@@ -17,8 +17,8 @@ __all__ = ["Run", "Scored", "compare", "export", "export_imrmc"]
 __getattr__, __dir__, _ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "reviewers.export": ["export"],
         "reviewers.imrmc": ["export_imrmc"],
+        "reviewers.regulatory": ["export"],
         "runs": ["Run"],
         "scored": ["Scored"],
         "tradeoff.comparison": ["compare"],

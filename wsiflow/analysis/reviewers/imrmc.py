@@ -1,11 +1,13 @@
 """Scores of several settings as readers of a multi-reader study, for iMRMC."""
 
 import re
+from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from wsiflow import __version__
 from wsiflow.analysis import scored
+from wsiflow.analysis.reviewers.format import Format, names
 from wsiflow.analysis.scored import Scored
 from wsiflow.errors import InputError
 from wsiflow.evaluation.matches import RecordedSlide
@@ -106,3 +108,17 @@ def study(root: Path, run: Scored) -> tuple[dict[str, bytes], list[str]]:
         return {"study.imrmc": imrmc_text({name if _FIELD.fullmatch(name) else "run": run}).encode()}, []
     except InputError as error:
         return {}, [f"no study.imrmc: {error.cause}"]
+
+
+def _add_options(parser: ArgumentParser) -> None:
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run: one modality")
+    parser.add_argument("--names", type=names, default=(), help="names of the modalities, separated by commas")
+    parser.add_argument("--out", type=Path, required=True, help="file to write")
+
+
+def _export(arguments: Namespace) -> list[str]:
+    n_cases = export_imrmc(arguments.runs, arguments.names, arguments.out)
+    return [f"{len(arguments.runs)} modalities, {n_cases} cases: {arguments.out}"]
+
+
+FORMAT = Format("imrmc", "slide scores of runs over the same cases, as iMRMC reads them", _add_options, _export)

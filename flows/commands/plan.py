@@ -5,9 +5,9 @@ counting, and a simulation for each number of workers. What tasks cost is measur
 run's folder or a file, or is a rough value for GoogLeNet at stride 16; the report says which.
 """
 
-import argparse
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,23 +23,22 @@ from wsiflow.run.stages.line import ROUGH
 from wsiflow.system import publish
 from wsiflow.system.machine import allocated_cores, limit_threads
 
-from . import stopping, terminal
-from .cluster import workers
+from .. import stopping
+from ..cluster import workers
+from ..compose import compose_config
+from ..options import positives
+from ..run import quieten
+from ..terminal import say
 
 _GROUPS = {"slurm": "slurm_array", "sge": "sge_array"}
 
 
-def main(argv: Sequence[str]) -> int:
-    """Plan a run, say what it will take, and return the exit code."""
-    given = _parser().parse_intermixed_args(argv)
-    return terminal.bounded(lambda: _plan(given))
-
-
-def _parser() -> argparse.ArgumentParser:
+def add_options(parser: ArgumentParser) -> None:
+    """Add the overrides, and what is simulated."""
     about = "What a run will take: slides, tasks, disk, memory, core-hours, and time on any number of workers."
-    parser = argparse.ArgumentParser(prog="wsiflow plan", description=about)
+    parser.description = about
     parser.add_argument("overrides", nargs="*", help="as for wsiflow run")
-    parser.add_argument("--workers", type=_numbers, help="numbers of workers to simulate: 1,16,256 (the run's own)")
+    parser.add_argument("--workers", type=positives, help="numbers of workers to simulate: 1,16,256 (the run's own)")
     parser.add_argument("--scheduler", choices=SCHEDULERS, help="what starts them (the run's own)")
     parser.add_argument("--calibrate", action="store_true", help="run a few blocks to measure what tasks cost here")
     parser.add_argument("--costs", type=Path, help="a costs.json measured elsewhere")
@@ -47,42 +46,36 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tissue", type=float, default=1.0, help="share of those tiles that hold tissue (1)")
     parser.add_argument("--queue-s", type=float, default=0.0, help="mean wait of a submission, seconds (0)")
     parser.add_argument("--json", type=Path, help="file to write the report to")
-    return parser
 
 
-def _numbers(text: str) -> list[int]:
-    """Return whole numbers from 1, given with commas."""
-    values = [int(part) for part in text.split(",")]
-    if min(values) < 1:
-        raise argparse.ArgumentTypeError(f"{min(values)} is below 1")
-    return values
-
-
-def _plan(given: argparse.Namespace) -> int:
-    from .compose import compose_config
-
-    config = compose_config([*given.overrides, *(["dataset=demo"] if given.tiles else [])])
-    if given.tiles:
-        if given.calibrate:
+def main(arguments: Namespace) -> int:
+    """Plan a run and say what it will take."""
+    quieten()
+    config = compose_config([*arguments.overrides, *(["dataset=demo"] if arguments.tiles else [])])
+    if arguments.tiles:
+        if arguments.calibrate:
             raise InputError("a table of tiles has no pixels to measure", "calibrate on slides and give --costs")
-        counted, costs, origin = count_table(config, given.tiles, given.tissue), ROUGH, "rough"
+        counted, costs, origin = count_table(config, arguments.tiles, arguments.tissue), ROUGH, "rough"
     else:
-        plan_path = make(config, calibrate=given.calibrate)
+        plan_path = make(config, calibrate=arguments.calibrate)
         counted, costs = count(plan_path, config), costs_of(config.out, ROUGH)
         origin = "measured" if (config.out / COSTS).exists() else "rough"
-    if given.costs:
-        costs, origin = read_costs(given.costs, ROUGH), f"measured, {given.costs.name}"
-    numbers = given.workers or [params.worker_count(config.executor, cores=allocated_cores()) or 1]
-    scheduler = given.scheduler or _scheduler(config)
-    if scheduler != _scheduler(config):  # slices as it would be given them
+    if arguments.costs:
+        costs, origin = read_costs(arguments.costs, ROUGH), f"measured, {arguments.costs.name}"
+    numbers = arguments.workers or [params.worker_count(config.executor, cores=allocated_cores()) or 1]
+    own = _scheduler(config)
+    scheduler = arguments.scheduler or own
+    if scheduler not in SCHEDULERS:
+        raise InputError(f"there is no simulation of executor {own}", f"give --scheduler: {', '.join(SCHEDULERS)}")
+    if scheduler != own:  # slices as it would be given them
         other = compose_config([f"executor={_GROUPS.get(scheduler, scheduler)}"]).executor
         config = config.model_copy(update={"executor": other})
-    found = {n: forecast(counted, costs, config, cluster_of(scheduler, n, costs, given.queue_s)) for n in numbers}
-    if given.json:
+    found = {n: forecast(counted, costs, config, cluster_of(scheduler, n, costs, arguments.queue_s)) for n in numbers}
+    if arguments.json:
         report = _as_json(counted, costs, origin, found) | {"scheduler": scheduler}
-        publish.write_view(given.json.parent, given.json.name, json.dumps(report, indent=1).encode())
-    terminal.say("\n".join([*_counts_told(counted, config), *_costs_told(counted, costs, origin)]))
-    terminal.say("\n".join(_forecasts_told(scheduler, found)))
+        publish.write_view(arguments.json.parent, arguments.json.name, json.dumps(report, indent=1).encode())
+    say("\n".join([*_counts_told(counted, config), *_costs_told(counted, costs, origin)]))
+    say("\n".join(_forecasts_told(scheduler, found)))
     return 0
 
 
@@ -105,7 +98,7 @@ def _made(config: RunConfig, *, calibrate: bool) -> Path:
     with workers(config.executor, config.out) as pool:
         told = shards.choose(pool, cases)
         if told:
-            terminal.say(told)
+            say(told)
         wanted = range(len(shards.case_sizes(cases)))
         plan_path = ingest.make_plan(cases, shards.ingest_shard(pool, cases, wanted))
         if calibrate:

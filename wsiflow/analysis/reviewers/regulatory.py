@@ -1,6 +1,6 @@
-"""``wsiflow export``: what a reviewer asks of a run, from its folder alone.
+"""``wsiflow export regulatory``: what a reviewer asks of a run, from its folder alone.
 
-Input: folders of runs that were scored. Output: iMRMC text, or a folder with
+Input: the folder of a run that was scored. Output: a folder with
 
 * ``study.imrmc``: the slide scores, as iMRMC of DIDSR reads them,
 * ``case_list.csv`` and ``.sha256``: every slide of the manifest and what became of it,
@@ -14,6 +14,7 @@ No score is computed anew here: they are those of ``matches.json``. The same run
 
 import hashlib
 import math
+from argparse import ArgumentParser, Namespace
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ import yaml
 from wsiflow import redaction
 from wsiflow.analysis import scored
 from wsiflow.analysis.reviewers import calibration, repeat, subgroups
+from wsiflow.analysis.reviewers.format import Format, names
 from wsiflow.analysis.reviewers.imrmc import study
 from wsiflow.analysis.scored import Scored
 from wsiflow.errors import InputError
@@ -121,3 +123,20 @@ def _repeat_yaml(run: Scored) -> bytes:
 def _sums(files: Mapping[str, bytes]) -> bytes:
     lines: Iterable[str] = (f"{hashlib.sha256(files[name]).hexdigest()}  {name}\n" for name in sorted(files))
     return "".join(lines).encode()
+
+
+def _add_options(parser: ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, metavar="RUN")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument("--subgroups", type=names, default=(), help="columns of the manifest, separated by commas")
+    parser.add_argument("--table", type=Path, help="CSV with slide_id and more columns to make subgroups of")
+    parser.add_argument("--threshold", type=float, default=0.5, help="a slide is positive from this score on (0.5)")
+    parser.add_argument("--no-cells", action="store_true", help="calibrate slide scores alone: reads no heatmap")
+
+
+def _export(arguments: Namespace) -> list[str]:
+    asked = Asked(arguments.subgroups, arguments.table, arguments.threshold, cells=not arguments.no_cells)
+    return export(arguments.run, arguments.out, asked)
+
+
+FORMAT = Format("regulatory", "everything about one run, in a folder", _add_options, _export)

@@ -1,0 +1,78 @@
+"""The commands of ``wsiflow``: a file for each, and a line in `COMMANDS`.
+
+A command's file has two functions, and imports what they need: it is imported when somebody types the command, so that
+no command waits for another's modules.
+
+    add_options(parser)     adds what may stand behind the command
+    main(arguments) -> int  does it, and returns the exit code
+"""
+
+import importlib
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol, cast
+
+
+class Module(Protocol):
+    """What the file of a command has."""
+
+    def add_options(self, parser: ArgumentParser) -> None:
+        """Add what may stand behind the command."""
+        ...
+
+    def main(self, arguments: Namespace) -> int:
+        """Do it, and return the exit code."""
+        ...
+
+
+class Command(NamedTuple):
+    """A command.
+
+    Attributes:
+        name: What a user types; its file is called so too, with ``_`` for ``-``.
+        about: Its line in the help.
+        parse: Reads what stands behind it.
+    """
+
+    name: str
+    about: str
+    parse: Callable[[ArgumentParser, Sequence[str]], Namespace] = ArgumentParser.parse_args
+
+    def load(self) -> Module:
+        """Import the command's file."""
+        return cast("Module", importlib.import_module(f"{__name__}.{self.name.replace('-', '_')}"))
+
+
+def as_typed(_parser: ArgumentParser, words: Sequence[str]) -> Namespace:
+    """Leave the words to another parser, which has its own options and help."""
+    return Namespace(words=words)
+
+
+#: The commands by name, in the order of the help.
+COMMANDS: dict[str, Command] = {
+    command.name: command
+    for command in (
+        Command("run", "the whole line: wsiflow run [overrides] [-m]; wsiflow run --help shows every key", as_typed),
+        Command("evaluate", "score existing detections: FROC (official and strict) and slide AUC"),
+        Command("synth", "write a synthetic data set with known lesions"),
+        Command("status", "what a run has done, from the disk alone"),
+        Command("explain", "why a task of a run is done, or is not, and every attempt at it"),
+        Command(
+            "plan",
+            "what a run will take: wsiflow plan [overrides] [--workers 1,16] [--calibrate]",
+            ArgumentParser.parse_intermixed_args,  # overrides stand before and behind options
+        ),
+        Command("retry", "start a run again from its folder alone: what is missing is done, and nothing else"),
+        Command("verify", "compare every published file of a run with its receipt"),
+        Command("task", "predict one array task of a plan by hand"),
+        Command("element", "one element of an array job: what its job script calls"),
+        Command("cancel", "cancel a run's array jobs and its driver, from its folder alone"),
+        Command("doctor", "machine, cores, versions"),
+        Command("features", "thirty features of every slide of some runs, from their heatmaps"),
+        Command("forest", "train a random forest on features, or score the slides of a run with it"),
+        Command("compare", "what settings score and cost, with intervals, and which are worth their cost"),
+        Command("compare-maps", "how far the heatmaps of two runs lie apart, and what that changes"),
+        Command("export", "a run for reviewers: iMRMC text, case list, calibration, subgroups, repeat.json"),
+        Command("subsample", "what a run would score at coarser strides, from its own heatmaps"),
+    )
+}

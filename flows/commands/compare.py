@@ -1,0 +1,46 @@
+"""``wsiflow compare``: what settings score and cost, with intervals, and which are worth their cost."""
+
+import os
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+from wsiflow.analysis.tradeoff import comparison
+from wsiflow.analysis.tradeoff.comparison import Answer, Asked
+
+from ..options import natural
+from ..terminal import say
+
+
+def add_options(parser: ArgumentParser) -> None:
+    """Add what is compared, and how."""
+    parser.add_argument("names", nargs="+", metavar="EXPERIMENT | RUN", help="an MLflow experiment, or folders of runs")
+    parser.add_argument("--sweep", help="the sweep of the experiment to compare; needed where it has several")
+    parser.add_argument(
+        "--uri",
+        default=os.environ.get("MLFLOW_TRACKING_URI", "sqlite:///runs/mlflow.db"),
+        help="MLflow store of the experiment (MLFLOW_TRACKING_URI, else sqlite:///runs/mlflow.db)",
+    )
+    parser.add_argument(
+        "--reference", default="", help="setting the others are compared with (the one that costs most)"
+    )
+    parser.add_argument("--out", type=Path, default=Path("comparison"), help="folder to write (comparison)")
+    parser.add_argument("--bootstrap", type=natural, default=2000, help="resamples of the intervals (2000)")
+    parser.add_argument("--seed", type=natural, default=0)
+
+
+def main(arguments: Namespace) -> int:
+    """Compare the settings of a sweep, or of some runs."""
+    options = comparison.Options(arguments.reference, arguments.bootstrap, arguments.seed)
+    request = comparison.asked(arguments.names, arguments.uri, arguments.sweep, options)
+    say(comparison.told(_compare(request, arguments.out)))
+    return 0
+
+
+def _compare(request: Asked, out: Path) -> Answer:
+    """Compare, and show it where there is a Prefect server."""
+    if not os.environ.get("PREFECT_API_URL"):
+        return comparison.answer(request, out)
+    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")  # errors are told once, here
+    from ..comparing import answer  # Prefect takes seconds
+
+    return answer(request, out)

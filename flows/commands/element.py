@@ -1,0 +1,16 @@
+"""``wsiflow element``: one element of an array job, which its job script calls: it starts as quickly as it can."""
+
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+from wsiflow.run.executor import element
+
+
+def add_options(parser: ArgumentParser) -> None:
+    """Add the array's table."""
+    parser.add_argument("table", type=Path)
+
+
+def main(arguments: Namespace) -> int:
+    """Do the slice that is this element's."""
+    return element.run(arguments.table)

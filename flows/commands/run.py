@@ -1,0 +1,17 @@
+"""``wsiflow run``: the whole line. What stands behind it is for Hydra: overrides, and options with their own help."""
+
+import sys
+from argparse import ArgumentParser, Namespace
+
+from .. import run
+
+
+def add_options(_parser: ArgumentParser) -> None:
+    """Add nothing: Hydra reads the command line."""
+
+
+def main(arguments: Namespace) -> int:
+    """Run the job, or every job of a sweep."""
+    run.quieten()
+    sys.argv = ["wsiflow run", *arguments.words]
+    return run.all_jobs()

@@ -1,0 +1,33 @@
+"""Types of options: what may stand behind one, and what becomes of it."""
+
+from argparse import ArgumentTypeError
+
+
+def natural(text: str) -> int:
+    """Return a whole number from 0."""
+    return _at_least(0, text)
+
+
+def positive(text: str) -> int:
+    """Return a whole number from 1."""
+    return _at_least(1, text)
+
+
+def positives(text: str) -> tuple[int, ...]:
+    """Return whole numbers from 1 that are separated by commas."""
+    return tuple(positive(part) for part in text.split(","))
+
+
+def scale(text: str) -> float:
+    """Return a number above 0 and at most 1."""
+    value = float(text)
+    if not 0 < value <= 1:
+        raise ArgumentTypeError(f"{value} is not above 0 and at most 1")
+    return value
+
+
+def _at_least(least: int, text: str) -> int:
+    value = int(text)
+    if value < least:
+        raise ArgumentTypeError(f"{value} is below {least}")
+    return value
