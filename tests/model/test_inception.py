@@ -12,8 +12,9 @@ from torch import fx, nn
 from wsiflow.errors import InputError
 from wsiflow.evaluation import roc
 from wsiflow.model import ModelSpec, load, read_card
-from wsiflow.model.architectures.inception import InceptionValid
+from wsiflow.model.architectures.inception import inception_valid
 from wsiflow.model.architectures.registry import build
+from wsiflow.model.architectures.valid import ValidNetwork
 from wsiflow.model.classifier import Classifier, normalise, predict
 from wsiflow.slides.synthetic import tissue
 
@@ -22,10 +23,10 @@ PATCHES = Path(__file__).parents[2] / "training" / "patches.py"
 DEMO_WIDTH = 0.25
 
 
-def network(width: float = DEMO_WIDTH, n_classes: int = 2) -> InceptionValid:
+def network(width: float = DEMO_WIDTH, n_classes: int = 2) -> ValidNetwork:
     """Return a network with random weights, whose batch norms are no identity, in evaluation mode."""
     torch.manual_seed(3)
-    net = InceptionValid(n_classes, width=width, dropout=0.2)
+    net = inception_valid(n_classes, width=width, dropout=0.2)
     for layer in net.modules():
         if isinstance(layer, nn.BatchNorm2d):
             nn.init.normal_(layer.running_mean, std=0.1)
@@ -56,7 +57,7 @@ def logit_map(net: nn.Module, block: torch.Tensor) -> torch.Tensor:
     return nn.functional.conv2d(means, net.classify.weight[:, :, None, None], net.classify.bias)[0]
 
 
-def seen(net: InceptionValid, row: int, col: int) -> torch.Tensor:
+def seen(net: ValidNetwork, row: int, col: int) -> torch.Tensor:
     """Return which pixels (240, 240) of a block of 240 px can move one element of its logit map."""
     torch.manual_seed(5)
     found = torch.zeros(240, 240, dtype=torch.bool)
@@ -130,7 +131,7 @@ def test_maps_have_the_sides_of_the_table() -> None:
 )
 def test_size_and_work(width: float, parameters: int, window_mmac: float, tile_mmac: float) -> None:
     """Parameters, and multiplications of one window and of each 224 px tile that a growing block adds."""
-    net = InceptionValid(2, width=width, dropout=0.0)
+    net = inception_valid(2, width=width, dropout=0.0)
     assert sum(parameter.numel() for parameter in net.parameters()) == parameters
     assert round(macs(net, 224) / 1e6, 1) == window_mmac
     # second difference of the work of squares: what is left is the interior, without borders
@@ -177,7 +178,7 @@ def test_it_trains() -> None:
     drawn = np.stack([tissue.patch(rng, tumour=bool(label), size_px=224) for label in labels])
     images = torch.from_numpy(drawn).permute(0, 3, 1, 2).float() / 128 - 1
     torch.manual_seed(0)
-    net = InceptionValid(2, width=DEMO_WIDTH, dropout=0.0).train()
+    net = inception_valid(2, width=DEMO_WIDTH, dropout=0.0).train()
     optimiser = torch.optim.AdamW(net.parameters(), lr=2e-3)
     losses = []
     for _ in range(8):

@@ -17,7 +17,8 @@ from torch import nn
 
 from wsiflow import model
 from wsiflow.errors import InputError
-from wsiflow.model.architectures.registry import build
+from wsiflow.model.architectures.architecture import Architecture
+from wsiflow.model.architectures.registry import ARCHITECTURES, build
 from wsiflow.model.card import ModelSpec, card_path, identity, read_card
 from wsiflow.model.classifier import as_classifier, normalise, predict, probe_image
 from wsiflow.model.save import save
@@ -88,6 +89,18 @@ def test_a_saved_model_loads_and_answers(card: Path) -> None:
     assert len(set(found.tolist())) == 5
     assert not classifier.module.training
     assert (classifier.window_px, classifier.spacing_um_px, classifier.positive_index) == (224, 0.25, 1)
+
+
+def striped(n_classes: int, *, stride: int) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, n_classes, 16, stride), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+def test_an_architecture_is_a_record_in_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A card may name it, and its network is built, saved and loaded."""
+    monkeypatch.setitem(ARCHITECTURES, "striped", Architecture("striped", striped))
+    args = {"stride": 16}
+    saved = save(build("striped", 2, **args), FIELDS | {"architecture": "striped", "architecture_args": args}, tmp_path)
+    assert len(set(predict(model.load(spec(saved)), windows(3)).tolist())) == 3
 
 
 def test_saving_twice_gives_the_same_bytes(card: Path, tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ from flows import cli as command
 from wsiflow.evaluation import roc
 from wsiflow.heatmap import files
 from wsiflow.model import ModelSpec, load, read_card
-from wsiflow.model.architectures.compact import CompactValid
+from wsiflow.model.architectures.compact import compact_valid
+from wsiflow.model.architectures.valid import ValidNetwork
 from wsiflow.model.classifier import Classifier, predict
 
 ROOT = Path(__file__).parents[2]
@@ -22,10 +23,10 @@ SPEC = ModelSpec(card=Path("pkg:pcam.json"), trust_torchscript=False, sha256="",
 REAL_SLIDE = "wsi/good/CMU-1-Small-Region.svs"
 
 
-def network() -> CompactValid:
+def network() -> ValidNetwork:
     """Return a network with random weights, whose batch norms are no identity, in evaluation mode."""
     torch.manual_seed(3)
-    net = CompactValid(2, width=1.0, dropout=0.2)
+    net = compact_valid(2, width=1.0, dropout=0.2)
     for layer in net.modules():
         if isinstance(layer, nn.BatchNorm2d):
             nn.init.normal_(layer.running_mean, std=0.1)
@@ -33,7 +34,7 @@ def network() -> CompactValid:
     return net.eval()
 
 
-def logit_map(net: CompactValid, block: torch.Tensor) -> torch.Tensor:
+def logit_map(net: ValidNetwork, block: torch.Tensor) -> torch.Tensor:
     """Return the logits (n_classes, r, c) of every window of a block (1, 3, h, w), all from one feature map."""
     means = nn.functional.avg_pool2d(net.features(block), 3, stride=1)
     return nn.functional.conv2d(means, net.classify.weight[:, :, None, None], net.classify.bias)[0]
@@ -80,7 +81,7 @@ def test_maps_have_the_sides_and_channels_of_the_table() -> None:
 def test_width_must_be_positive() -> None:
     """No channels are no network."""
     with pytest.raises(ValueError, match="width is 0"):
-        CompactValid(2, width=0, dropout=0.0)
+        compact_valid(2, width=0, dropout=0.0)
 
 
 @pytest.fixture(scope="module")

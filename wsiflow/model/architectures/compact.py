@@ -21,10 +21,10 @@ of a large block holds, at every 8 px, what a 96 px window placed there gives, t
 
 from collections import OrderedDict
 
-import torch
 from torch import nn
 
-from wsiflow.model.architectures.inception import conv, scaled
+from wsiflow.model.architectures.architecture import Architecture
+from wsiflow.model.architectures.valid import ValidNetwork, conv, scaled
 
 _BEFORE_POOL_1 = ((24, 4, 2), (32, 3, 1))
 _BEFORE_POOL_2 = ((48, 3, 1), (64, 3, 1))
@@ -32,36 +32,27 @@ _LAST = ((96, 3, 1), (96, 3, 1), (96, 3, 1))
 _POOLS = {len(_BEFORE_POOL_1): (3, 2), len(_BEFORE_POOL_1 + _BEFORE_POOL_2): (2, 2)}
 
 
-class CompactValid(nn.Module):
-    """With two classes and width 1: 271,826 parameters and 0.037 GMAC for each 96 px window."""
+def compact_valid(n_classes: int, *, width: float, dropout: float) -> ValidNetwork:
+    """Return the network with random weights.
 
-    def __init__(self, n_classes: int, *, width: float, dropout: float) -> None:
-        """Build the network with random weights.
+    With two classes and width 1: 271,826 parameters and 0.037 GMAC for each 96 px window.
 
-        Args:
-            n_classes: Number of classes.
-            width: Factor on every number of channels, above 0; each becomes a multiple of 8.
-            dropout: Share of the features dropped while training, 0 to 1.
+    Args:
+        n_classes: Number of classes.
+        width: Factor on every number of channels, above 0; each becomes a multiple of 8.
+        dropout: Share of the features dropped while training, 0 to 1.
 
-        Raises:
-            ValueError: The width is not above 0.
-        """
-        super().__init__()
-        if not width > 0:
-            raise ValueError(f"width is {width}, must be above 0")
-        layers: OrderedDict[str, nn.Module] = OrderedDict()
-        channels = 3
-        for number, (wanted, kernel, stride) in enumerate(_BEFORE_POOL_1 + _BEFORE_POOL_2 + _LAST):
-            if number in _POOLS:
-                layers[f"pool{len(layers) - number + 1}"] = nn.MaxPool2d(*_POOLS[number])
-            layers[f"conv{number + 1}"] = conv(channels, scaled(wanted, width), kernel, stride)
-            channels = scaled(wanted, width)
-        self.features = nn.Sequential(layers)
-        self.dropout = nn.Dropout(dropout)
-        self.classify = nn.Linear(channels, n_classes)
+    Raises:
+        ValueError: The width is not above 0.
+    """
+    layers: OrderedDict[str, nn.Module] = OrderedDict()
+    channels = 3
+    for number, (channels_out, kernel, stride) in enumerate(_BEFORE_POOL_1 + _BEFORE_POOL_2 + _LAST):
+        if number in _POOLS:
+            layers[f"pool{len(layers) - number + 1}"] = nn.MaxPool2d(*_POOLS[number])
+        layers[f"conv{number + 1}"] = conv(channels, scaled(channels_out, width), kernel, stride)
+        channels = scaled(channels_out, width)
+    return ValidNetwork(layers, channels, n_classes, dropout=dropout)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the logits (n, n_classes) of images (n, 3, h, w): of 96 px windows, where h = w = 96."""
-        pooled = self.features(x).mean(dim=(2, 3))
-        logits: torch.Tensor = self.classify(self.dropout(pooled))
-        return logits
+
+ARCHITECTURE = Architecture("compact_valid", compact_valid)

@@ -15,6 +15,8 @@ front (top, left). So the 7 x 7 convolution pads 2 in front and 3 behind, and th
 import torch
 from torch import nn
 
+from wsiflow.model.architectures.architecture import Architecture
+
 # Widths of a block: 1x1 | 1x1 -> 3x3 | 1x1 -> 3x3 (the "5x5") | pool -> 1x1.
 _BLOCKS_28 = ((64, 96, 128, 16, 32, 32), (128, 128, 192, 32, 96, 64))
 _BLOCKS_14 = (
@@ -103,3 +105,6 @@ class GoogLeNet(nn.Module):
         pooled = self.features(x).mean(dim=(2, 3), keepdim=True)
         logits: torch.Tensor = self.classify(self.dropout(pooled)).flatten(1)
         return logits
+
+
+ARCHITECTURE = Architecture("googlenet", GoogLeNet)

@@ -31,6 +31,9 @@ from collections import OrderedDict
 import torch
 from torch import nn
 
+from wsiflow.model.architectures.architecture import Architecture
+from wsiflow.model.architectures.valid import ValidNetwork, conv, scaled
+
 # Widths of a block: 1x1 | 1x1 -> 3x3 | 1x1 -> 3x3 | pool -> 1x1.
 Widths = tuple[int, int, int, int, int, int]
 
@@ -42,20 +45,6 @@ _STAGE_4: dict[str, Widths] = {
     "4c": (128, 128, 256, 24, 64, 64),
     "4d": (112, 144, 288, 32, 64, 64),
 }
-
-
-def scaled(channels: int, width: float) -> int:
-    """Return a number of channels times the width, to the nearest multiple of 8 (halves up), at least 8."""
-    return max(8, 8 * int(channels * width / 8 + 0.5))
-
-
-def conv(channels_in: int, channels_out: int, kernel: int, stride: int = 1) -> nn.Sequential:
-    """Return a valid convolution, its batch norm and a ReLU."""
-    return nn.Sequential(
-        nn.Conv2d(channels_in, channels_out, kernel, stride, bias=False),
-        nn.BatchNorm2d(channels_out),
-        nn.ReLU(inplace=True),
-    )
 
 
 class InceptionBlock(nn.Module):
@@ -83,46 +72,32 @@ class InceptionBlock(nn.Module):
         return torch.cat([self.branch_0(centre), self.branch_1(x), self.branch_2(x), self.branch_3(x)], dim=1)
 
 
-class InceptionValid(nn.Module):
-    """With two classes and width 1: 2,468,642 parameters and 0.741 GMAC for each 224 px window.
+def inception_valid(n_classes: int, *, width: float, dropout: float) -> ValidNetwork:
+    """Return the network with random weights.
 
-    As one map of a large block, with a logit every 16 px, it takes 1.195 GMAC for each 224 px tile of 196 windows.
+    With two classes and width 1: 2,468,642 parameters and 0.741 GMAC for each 224 px window. As one map of a large
+    block, with a logit every 16 px, it takes 1.195 GMAC for each 224 px tile of 196 windows.
+
+    Args:
+        n_classes: Number of classes.
+        width: Factor on every number of channels, above 0; each becomes a multiple of 8. 1 has GoogLeNet's widths.
+        dropout: Share of the features dropped while training, 0 to 1.
+
+    Raises:
+        ValueError: The width is not above 0.
     """
-
-    def __init__(self, n_classes: int, *, width: float, dropout: float) -> None:
-        """Build the network with random weights.
-
-        Args:
-            n_classes: Number of classes.
-            width: Factor on every number of channels, above 0; each becomes a multiple of 8. 1 has GoogLeNet's widths.
-            dropout: Share of the features dropped while training, 0 to 1.
-
-        Raises:
-            ValueError: The width is not above 0.
-        """
-        super().__init__()
-        if not width > 0:
-            raise ValueError(f"width is {width}, must be above 0")
-        one, two, three = (scaled(channels, width) for channels in _STEM)
-        layers: OrderedDict[str, nn.Module] = OrderedDict(
-            conv1=conv(3, one, 6, 2),
-            pool1=nn.MaxPool2d(2, 2),
-            conv2a=conv(one, two, 1),
-            conv2b=conv(two, three, 3),
-            pool2=nn.MaxPool2d(3, 2),
-        )
-        channels = _append(layers, three, _STAGE_3, width)
-        layers["pool3"] = nn.MaxPool2d(2, 2)
-        channels = _append(layers, channels, _STAGE_4, width)
-        self.features = nn.Sequential(layers)
-        self.dropout = nn.Dropout(dropout)
-        self.classify = nn.Linear(channels, n_classes)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the logits (n, n_classes) of images (n, 3, h, w): of 224 px windows, where h = w = 224."""
-        pooled = self.features(x).mean(dim=(2, 3))
-        logits: torch.Tensor = self.classify(self.dropout(pooled))
-        return logits
+    one, two, three = (scaled(channels, width) for channels in _STEM)
+    layers: OrderedDict[str, nn.Module] = OrderedDict(
+        conv1=conv(3, one, 6, 2),
+        pool1=nn.MaxPool2d(2, 2),
+        conv2a=conv(one, two, 1),
+        conv2b=conv(two, three, 3),
+        pool2=nn.MaxPool2d(3, 2),
+    )
+    channels = _append(layers, three, _STAGE_3, width)
+    layers["pool3"] = nn.MaxPool2d(2, 2)
+    channels = _append(layers, channels, _STAGE_4, width)
+    return ValidNetwork(layers, channels, n_classes, dropout=dropout)
 
 
 def _append(layers: OrderedDict[str, nn.Module], channels_in: int, blocks: dict[str, Widths], width: float) -> int:
@@ -133,3 +108,6 @@ def _append(layers: OrderedDict[str, nn.Module], channels_in: int, blocks: dict[
         layers[f"inception_{name}"] = block
         channels_in = block.channels_out
     return channels_in
+
+
+ARCHITECTURE = Architecture("inception_valid", inception_valid)

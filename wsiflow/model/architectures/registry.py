@@ -1,20 +1,16 @@
 """The architectures a model card may name. Code comes from here and from nowhere else."""
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
 from wsiflow.errors import InputError
-from wsiflow.model.architectures.compact import CompactValid
-from wsiflow.model.architectures.googlenet import GoogLeNet
-from wsiflow.model.architectures.inception import InceptionValid
+from wsiflow.model.architectures import compact, googlenet, inception
+from wsiflow.model.architectures.architecture import Architecture
 
-# A builder takes the number of classes and the card's architecture_args as keywords.
-ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {
-    "compact_valid": CompactValid,
-    "googlenet": GoogLeNet,
-    "inception_valid": InceptionValid,
+#: The architectures by name, each described in its own file.
+ARCHITECTURES: dict[str, Architecture] = {
+    each.name: each for each in (compact.ARCHITECTURE, googlenet.ARCHITECTURE, inception.ARCHITECTURE)
 }
 
 
@@ -35,7 +31,7 @@ def build(architecture: str, n_classes: int, **architecture_args: Any) -> nn.Mod
             f"name one of {sorted(ARCHITECTURES)} in the model card, or register it in {__name__}",
         )
     try:
-        return ARCHITECTURES[architecture](n_classes, **architecture_args)
+        return ARCHITECTURES[architecture].build(n_classes, **architecture_args)
     except (TypeError, ValueError) as error:
         raise InputError(
             f"architecture {architecture!r} cannot be built with {architecture_args}: {error}",
