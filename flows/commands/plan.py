@@ -57,7 +57,7 @@ def main(arguments: Namespace) -> int:
             raise InputError("a table of tiles has no pixels to measure", "calibrate on slides and give --costs")
         counted, costs, origin = count_table(config, arguments.tiles, arguments.tissue), ROUGH, "rough"
     else:
-        plan_path = make(config, calibrate=arguments.calibrate)
+        plan_path = _make_plan(config, calibrate=arguments.calibrate)
         counted, costs = count(plan_path, config), costs_of(config.out, ROUGH)
         origin = "measured" if (config.out / COSTS).exists() else "rough"
     if arguments.costs:
@@ -74,8 +74,8 @@ def main(arguments: Namespace) -> int:
     if arguments.json:
         report = _as_json(counted, costs, origin, found) | {"scheduler": scheduler}
         publish.write_view(arguments.json.parent, arguments.json.name, json.dumps(report, indent=1).encode())
-    say("\n".join([*_counts_told(counted, config), *_costs_told(counted, costs, origin)]))
-    say("\n".join(_forecasts_told(scheduler, found)))
+    say("\n".join([*_count_lines(counted, config), *_cost_lines(counted, costs, origin)]))
+    say("\n".join(_forecast_lines(scheduler, found)))
     return 0
 
 
@@ -86,14 +86,14 @@ def _scheduler(config: RunConfig) -> str:
     return "sge" if config.executor.array.dialect.name == "Grid Engine" else "slurm"
 
 
-def make(config: RunConfig, *, calibrate: bool) -> Path:
+def _make_plan(config: RunConfig, *, calibrate: bool) -> Path:
     """Make the plan of a run, as the run itself would, and measure costs if that is asked for."""
     limit_threads(config.executor.threads)
     with stopping.telling(lambda: ledger.told([config.out])):
-        return _made(config, calibrate=calibrate)
+        return _ingest(config, calibrate=calibrate)
 
 
-def _made(config: RunConfig, *, calibrate: bool) -> Path:
+def _ingest(config: RunConfig, *, calibrate: bool) -> Path:
     cases = shards.begin(config)
     with workers(config.executor, config.out) as pool:
         told = shards.choose(pool, cases)
@@ -106,7 +106,7 @@ def _made(config: RunConfig, *, calibrate: bool) -> Path:
     return plan_path
 
 
-def _counts_told(counted: Counted, config: RunConfig) -> Iterator[str]:
+def _count_lines(counted: Counted, config: RunConfig) -> Iterator[str]:
     groups = counted.tasks["predict"]
     yield (
         f"{len(counted.slides)} slides, {len(counted.rejected)} rejected; {sum(counted.tiles):,} tissue tiles "
@@ -123,10 +123,10 @@ def _counts_told(counted: Counted, config: RunConfig) -> Iterator[str]:
     yield f"memory of a task: {counted.memory_mb:,} MB"
 
 
-def _costs_told(counted: Counted, costs: Costs, origin: str) -> Iterator[str]:
+def _cost_lines(counted: Counted, costs: Costs, origin: str) -> Iterator[str]:
     hours = core_hours(counted, costs)
-    told = "rough values for GoogLeNet at stride 16, fp32: measure with --calibrate" if origin == "rough" else origin
-    yield f"costs: {told}"
+    source = "rough values for GoogLeNet at stride 16, fp32: measure with --calibrate" if origin == "rough" else origin
+    yield f"costs: {source}"
     each = ", ".join(f"{stage} {value:.3g}" for stage, value in hours.items())
     yield f"core-hours to do: {sum(hours.values()):.3g} ({each})"
     yield (
@@ -135,7 +135,7 @@ def _costs_told(counted: Counted, costs: Costs, origin: str) -> Iterator[str]:
     )
 
 
-def _forecasts_told(scheduler: str, found: Mapping[int, Forecast]) -> Iterator[str]:
+def _forecast_lines(scheduler: str, found: Mapping[int, Forecast]) -> Iterator[str]:
     yield f"simulated, {scheduler}:"
     yield "  workers    makespan  efficiency  idle tail  slices  arrays"
     for number, each in found.items():
