@@ -20,8 +20,10 @@ from sklearn.decomposition import DictionaryLearning
 
 from wsiflow.errors import InputError
 from wsiflow.slides.stain import pixels, reinhard, vahadane
-from wsiflow.slides.stain.density import CODE_PENALTY, density_table, stain_codes
-from wsiflow.slides.stain.params import LEAST_SINE, DensityFit, LabFit, StainFit, StainParams, read_fit
+from wsiflow.slides.stain.density import CODE_PENALTY, density_method, density_table, stain_codes
+from wsiflow.slides.stain.fits import LEAST_SINE, DensityFit, LabFit
+from wsiflow.slides.stain.methods import METHODS as TABLE
+from wsiflow.slides.stain.params import StainFit, StainParams, read_fit
 from wsiflow.slides.stain.pixels import sample, stratified_indices
 from wsiflow.slides.stain.transfer import fit, fit_target, normalise, normalise_block, normalise_patch
 from wsiflow.slides.synthetic import dataset
@@ -138,7 +140,7 @@ def test_drawn_slides_come_together(method: str, drawn: list[tuple[Stain, Pixels
     settings_ = params(method)
     means = []
     for colours, tiles in drawn:
-        found = fit(sample(tiles, None, settings_), settings_)
+        found = fit(sample(tiles, None, settings_.sample_px), settings_)
         out = normalise(tiles.reshape(-1, 128, 3), found, settings_.target_fit)
         means.append([x.reshape(-1, 3)[x.reshape(-1, 3).mean(axis=1) < 205].mean(axis=0) for x in (tiles, out)])
         if isinstance(found, DensityFit):
@@ -360,7 +362,7 @@ def test_two_scanners_come_closer(method: str, scanners: dict[str, Pixels]) -> N
     settings_ = params(method)
     means = []
     for tiles in scanners.values():
-        source = fit(sample(tiles, None, settings_), settings_)
+        source = fit(sample(tiles, None, settings_.sample_px), settings_)
         out = normalise(tiles.reshape(-1, 256, 3), source, settings_.target_fit)
         means.append([x.reshape(-1, 3)[x.reshape(-1, 3).mean(axis=1) < 210].mean(axis=0) for x in (tiles, out)])
     raw, normalised = (float(np.linalg.norm(a - b)) for a, b in zip(*means, strict=True))
@@ -519,12 +521,26 @@ def test_the_target_that_ships_is_the_papers_template(method: str, shared_data: 
             np.testing.assert_allclose(numbers[0][name], numbers[1][name], rtol=1e-3, err_msg=name)
 
 
+def test_a_method_is_a_record_in_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The settings may name it, and slides are fitted and normalised by it."""
+    values = json.loads(params("macenko").model_dump_json().replace("macenko", "known"))
+    with pytest.raises(ValueError, match="Input should be 'none', 'reinhard', 'macenko' or 'vahadane'"):
+        StainParams(**values)
+    monkeypatch.setitem(TABLE, "known", density_method("known", lambda _density, _params: STAINS))
+    settings_ = StainParams(**values)
+    found = fit(painted(amounts()), settings_)
+    assert isinstance(found, DensityFit)
+    assert angle(found.eosin, STAINS[1]) < 1e-3
+    assert read_fit(asdict(found)) == found
+    assert not normalise_block(rainbow(), found, settings_).failure
+
+
 def test_a_target_of_another_method_is_refused() -> None:
     """Changing the method alone would mix two kinds of numbers."""
     values = yaml.safe_load((CONF / "macenko.yaml").read_text())
-    with pytest.raises(ValueError, match="target is of method macenko, method is vahadane"):
+    with pytest.raises(ValueError, match="target is of method macenko, but method is vahadane"):
         StainParams(**(values | {"method": "vahadane"}))
-    with pytest.raises(ValueError, match="target is of method none, method is macenko"):
+    with pytest.raises(ValueError, match="target is of method none, but method is macenko"):
         StainParams(**(values | {"target": None}))
 
 
@@ -569,7 +585,7 @@ def test_only_tissue_is_sampled() -> None:
     tiles[..., 0] = 0
     tissue = np.random.default_rng(1).random((3, 20, 50)) < 0.3
     tiles[tissue, 0] = 255
-    assert (sample(tiles, tissue, params("macenko", sample_px=200))[:, 0] == 255).all()
-    assert len(sample(tiles, tissue, params("macenko", sample_px=200))) == 200
-    assert len(sample(tiles, tissue, params("macenko"))) == tissue.sum()
-    assert len(sample(tiles, None, params("macenko", sample_px=100))) == 100
+    assert (sample(tiles, tissue, 200)[:, 0] == 255).all()
+    assert len(sample(tiles, tissue, 200)) == 200
+    assert len(sample(tiles, tissue, 100_000)) == tissue.sum()
+    assert len(sample(tiles, None, 100)) == 100

@@ -10,9 +10,9 @@ from pydantic_core import PydanticKnownError, core_schema
 class OneOf:
     """Accepts the names of a table, as `typing.Literal` accepts its own: ``Annotated[str, OneOf(TABLE)]``."""
 
-    def __init__(self, table: Collection[str]) -> None:
-        """Remember the table, which is looked at when there is a value."""
-        self._table = table
+    def __init__(self, table: Collection[str], *others: str) -> None:
+        """Remember the table, which is looked at when there is a value, and names that are accepted besides."""
+        self._table, self._others = table, others
 
     def __get_pydantic_core_schema__(
         self, _source: type[Any], _handler: GetCoreSchemaHandler
@@ -24,10 +24,13 @@ class OneOf:
         self, _schema: core_schema.CoreSchema, _handler: GetJsonSchemaHandler
     ) -> dict[str, Any]:
         """Return what forms show."""
-        return {"enum": list(self._table), "type": "string"}
+        return {"enum": self._names(), "type": "string"}
+
+    def _names(self) -> list[str]:
+        return [*self._others, *self._table]
 
     def _known(self, value: Any) -> str:
-        names = list(self._table)
+        names = self._names()
         if value not in names:
             *first, last = map(repr, names)
             raise PydanticKnownError("literal_error", {"expected": f"{', '.join(first)} or {last}" if first else last})

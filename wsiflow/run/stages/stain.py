@@ -33,7 +33,7 @@ def tissue_sample(root: Path, planned: SlidePlan, params: StainParams) -> NDArra
             opened.read_scaled(col * side, row * side, (side, side), l0_per_px=planned.frame.l0_per_px).rgb
             for col, row in (cells[i] for i in stratified_indices(len(cells), params.sample_tiles).tolist())
         ]
-    return sample(np.stack(found), None, params)
+    return sample(np.stack(found), None, params.sample_px)
 
 
 def fit_stain(source: Path, index: int) -> tuple[publish.Receipt, bool]:

@@ -1,19 +1,60 @@
 """Stain separation in optical density: the amounts of two stains in pixels, and their transfer to a target's stains."""
 
+from collections.abc import Callable
+
 import cv2
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import TypeAdapter
 
-from wsiflow.slides.stain.params import (
+from wsiflow.slides.stain.fits import (
     LEAST_OD,
+    LEAST_SINE,
+    LEAST_STRENGTH,
+    LEAST_VARIANCE,
     DensityFit,
     Floats,
     Pixels,
+    cannot_measure,
 )
+from wsiflow.slides.stain.method import MethodParams, Sample, StainMethod
 from wsiflow.slides.stain.pixels import SPARE_PX, STRIP_PX, in_strips
 
 STRENGTH_PERCENTILE = 99.0
 CODE_PENALTY = 0.01
+
+_FIT = TypeAdapter(DensityFit)
+
+
+def density_method(
+    name: str, vectors: Callable[[Floats, MethodParams], Floats], *, brightens: bool = True
+) -> StainMethod:
+    """Return a method that exchanges two stains.
+
+    Args:
+        name: Its name.
+        vectors: Returns two stain vectors, float64 (2, 3) in any order, from densities (3, n) of tissue.
+        brightens: See `StainMethod`.
+    """
+
+    def measure(sample: Sample, params: MethodParams) -> DensityFit:
+        table = density_table(sample.white)
+        stains = fit_stains(table[sample.tissue.T], lambda density: vectors(density, params))
+        amounts = stain_codes(table[sample.measured.T], stains, CODE_PENALTY)
+        strengths = np.percentile(amounts, STRENGTH_PERCENTILE, axis=1)
+        if strengths.min() < LEAST_STRENGTH:
+            raise cannot_measure(f"there is only one stain (densities {strengths[0]:.3f} and {strengths[1]:.3f})")
+        return _FIT.validate_python(
+            {
+                "method": name,
+                "white": sample.white,
+                "haematoxylin": stains[0].tolist(),
+                "eosin": stains[1].tolist(),
+                "strengths": strengths.tolist(),
+            }
+        )
+
+    return StainMethod(name, DensityFit, measure, stain_transfer, brightens)
 
 
 def stain_codes(density: Floats, stains: Floats, penalty: float) -> Floats:
@@ -53,6 +94,34 @@ def principal(density: Floats) -> tuple[Floats, Floats]:
     centred = density - density.mean(axis=1, keepdims=True)
     values, vectors = np.linalg.eigh(np.einsum("cn,dn->cd", centred, centred) / density.shape[1])
     return values[::-1], vectors.T[::-1]
+
+
+def fit_stains(density: Floats, vectors: Callable[[Floats], Floats]) -> Floats:
+    """Return two stain vectors of tissue, checked and in order.
+
+    Args:
+        density: float64 (3, n), optical densities of tissue.
+        vectors: Finds them.
+
+    Returns:
+        float64 (2, 3), non-negative rows of unit length, haematoxylin first.
+
+    Raises:
+        InputError: The densities lie on one line, or the two stain vectors are nearly equal.
+    """
+    variances, _ = principal(density)
+    if not variances[1] >= LEAST_VARIANCE:
+        raise cannot_measure(
+            f"the tissue is of one colour (variance of density {variances[1]:.1e} across its main direction)"
+        )
+    stains = np.maximum(vectors(density), 0)
+    stains /= np.sqrt(np.square(stains).sum(axis=1, keepdims=True))
+    sine = float(np.sqrt(np.square(np.cross(stains[0], stains[1])).sum()))
+    if not sine >= LEAST_SINE:
+        raise cannot_measure(
+            f"the two stains are alike (sine of their angle {sine:.3f}, at least {LEAST_SINE} is needed)"
+        )
+    return stains if stains[0, 0] >= stains[1, 0] else stains[::-1].copy()
 
 
 def stain_transfer(rgb: Pixels, source: DensityFit, target: DensityFit) -> Pixels:

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from wsiflow.slides.stain.density import principal
-from wsiflow.slides.stain.params import Floats
+from wsiflow.slides.stain.density import density_method, principal
+from wsiflow.slides.stain.fits import Floats
 
 MACENKO_LEAST_OD = 0.15  # minimum in any channel; the direction of paler pixels is too noisy
 MACENKO_PERCENTILES = (1.0, 99.0)
@@ -18,3 +18,6 @@ def macenko_vectors(density: Floats) -> Floats:
     angles = np.percentile(np.arctan2(across, along), MACENKO_PERCENTILES)
     turned: Floats = np.stack([np.cos(angles), np.sin(angles)], axis=1)
     return np.asarray(np.einsum("ik,kc->ic", turned, plane))
+
+
+METHOD = density_method("macenko", lambda density, _params: macenko_vectors(density))

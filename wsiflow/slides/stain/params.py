@@ -1,53 +1,29 @@
-"""The settings of stain normalisation, and the measured colours of a slide."""
+"""The settings of stain normalisation."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeAlias, Union
 
-import numpy as np
-from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import BaseModel, Discriminator, Field, Tag, TypeAdapter, ValidationError, model_validator
 
 from wsiflow.errors import InputError
-
-LEAST_OD = 1e-6
-
-# Colours below one of these bounds are not two stains: sine of the angle between the stains, density of the darkest
-# percent of pixels, variance of the optical density across its main direction, and standard deviation in LAB.
-LEAST_SINE, LEAST_STRENGTH, LEAST_VARIANCE, LEAST_LAB_STD = 0.05, 0.05, 1e-5, 0.5
-Floats: TypeAlias = NDArray[np.float64]
-Pixels: TypeAlias = NDArray[np.uint8]
-Density = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
-Grey = Annotated[float, Field(ge=0, le=255, allow_inf_nan=False)]
-Spread = Annotated[float, Field(ge=LEAST_LAB_STD, le=255, allow_inf_nan=False)]
-Strength = Annotated[float, Field(ge=LEAST_STRENGTH, le=100, allow_inf_nan=False)]
+from wsiflow.slides.stain.fits import DensityFit, LabFit, Pixels
+from wsiflow.slides.stain.methods import METHODS
+from wsiflow.system.choices import OneOf
 
 
-@dataclass(frozen=True)
-class LabFit:
-    """The colours of a slide for Reinhard's method: mean and standard deviation of L, a and b, 0 to 255."""
-
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
-    method: Literal["reinhard"]
-    mean: tuple[Grey, Grey, Grey]
-    std: tuple[Spread, Spread, Spread]
+def _form(fit: Any) -> str:
+    """Return the name of the form in which a fit's method measures colours; of an unknown method that of the method."""
+    name = fit.get("method") if isinstance(fit, Mapping) else getattr(fit, "method", None)
+    method = METHODS.get(str(name))
+    return method.form.__name__ if method else str(name)
 
 
-@dataclass(frozen=True)
-class DensityFit:
-    """The colours of a slide as two stains on a white background; the vectors are optical densities in R, G, B."""
-
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
-    method: Literal["macenko", "vahadane"]
-    white: Annotated[float, Field(ge=1, le=255, allow_inf_nan=False)]
-    """Grey value of the background, which is scaled to 255 before densities are computed."""
-    haematoxylin: tuple[Density, Density, Density]
-    eosin: tuple[Density, Density, Density]
-    strengths: tuple[Strength, Strength]
-    """99th percentiles of the amounts of haematoxylin and eosin."""
-
-
-StainFit: TypeAlias = Annotated[LabFit | DensityFit, Field(discriminator="method")]
+if TYPE_CHECKING:
+    StainFit: TypeAlias = LabFit | DensityFit
+else:
+    _FORMS = dict.fromkeys(method.form for method in METHODS.values())
+    _UNION = Union[tuple(Annotated[form, Tag(form.__name__)] for form in _FORMS)]  # noqa: UP007 - as many as there are
+    StainFit = Annotated[_UNION, Discriminator(_form)]
 
 
 class Target(BaseModel, frozen=True, extra="forbid"):
@@ -78,7 +54,7 @@ class StainParams(BaseModel, frozen=True, extra="forbid"):
         target: The template's colours; None with ``none``.
     """
 
-    method: Literal["none", "reinhard", "macenko", "vahadane"]
+    method: Annotated[str, OneOf(METHODS, "none")]
     per_patch: bool
     on_failure: Literal["fail", "raw"]
     sample_tiles: int = Field(ge=1, le=10_000)
@@ -124,15 +100,8 @@ def read_fit(values: Mapping[str, object]) -> StainFit:
         return FIT.validate_python(dict(values))
     except ValidationError as error:
         problem = error.errors()[0]
-        cause = f"the stain fit is invalid: {'.'.join(map(str, problem['loc']))}: {problem['msg']}"
+        cause = f"the stain fit is invalid: {'.'.join(map(str, problem['loc'][1:]))}: {problem['msg']}"
         raise InputError(cause, "fit the slide again", stage="stain") from error
 
 
 FIT: TypeAdapter[StainFit] = TypeAdapter(StainFit)
-
-
-def cannot_measure(cause: str) -> InputError:
-    """Return the error of colours that cannot be measured."""
-    return InputError(
-        cause, "see whether the slide is stained, or set stain.on_failure=raw in another out= folder", stage="stain"
-    )

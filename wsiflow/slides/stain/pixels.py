@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from wsiflow.slides.stain.params import Pixels, StainParams, cannot_measure
+from wsiflow.slides.stain.fits import Pixels, cannot_measure
 
 WHITE_PERCENTILE = 95.0  # this percentile of L is white
 BRIGHT_PERCENTILE = 90.0  # this percentile of all channels becomes white too, for Reinhard and Macenko per patch
@@ -35,7 +35,7 @@ def stratified_indices(total: int, count: int) -> NDArray[np.intp]:
     return edges[:-1] + (within * np.diff(edges)).astype(np.intp)
 
 
-def sample(tiles: Pixels, tissue: NDArray[np.bool_] | None, params: StainParams) -> Pixels:
+def sample(tiles: Pixels, tissue: NDArray[np.bool_] | None, count: int) -> Pixels:
     """Return a sample of a slide's pixels, from which its colours are measured.
 
     The sample includes bright pixels inside the tissue, which determine white. `transfer.fit` excludes them from the
@@ -44,16 +44,16 @@ def sample(tiles: Pixels, tissue: NDArray[np.bool_] | None, params: StainParams)
     Args:
         tiles: Shape (n, rows, cols, 3), RGB, tissue tiles that `stratified_indices` chose from the whole slide.
         tissue: bool (n, rows, cols), the pixels that may be sampled; None for all.
-        params: The settings, of which ``sample_px`` is used.
+        count: Size of the sample.
 
     Returns:
-        Shape (m, 3), where m is at most ``sample_px``.
+        Shape (m, 3), where m is at most ``count``.
     """
     flat = tiles.reshape(-1, 3)
     if tissue is None:
-        return flat[stratified_indices(len(flat), params.sample_px)]
+        return flat[stratified_indices(len(flat), count)]
     candidates = np.flatnonzero(tissue)
-    return flat[candidates[stratified_indices(len(candidates), params.sample_px)]]
+    return flat[candidates[stratified_indices(len(candidates), count)]]
 
 
 def one_row(pixels: Pixels) -> Pixels:
@@ -90,12 +90,12 @@ def scaled(factor: float) -> Pixels:
     return np.asarray(np.rint(np.clip(np.arange(256) * factor, 0, 255)), np.uint8)
 
 
-def standardised(image: Pixels, method: str) -> Pixels:
-    """Return a patch with its luminosity standardised as in the reference system; the result depends on the method."""
+def standardised(image: Pixels, *, brighten: bool) -> Pixels:
+    """Return a patch with its luminosity standardised as in the reference system, and its channels too if asked for."""
     lab = cv2.cvtColor(image, cv2.COLOR_RGB2LAB)
     lab[..., 0] = cv2.LUT(lab[..., 0], scaled(255 / white_lightness(image)))
     light = np.asarray(cv2.cvtColor(lab, cv2.COLOR_LAB2RGB), np.uint8)
-    if method == "vahadane":
+    if not brighten:
         return light
     return np.asarray(cv2.LUT(light, scaled(255 / max(1.0, float(np.percentile(light, BRIGHT_PERCENTILE))))), np.uint8)
 

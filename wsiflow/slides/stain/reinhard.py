@@ -3,7 +3,8 @@
 import cv2
 import numpy as np
 
-from wsiflow.slides.stain.params import LEAST_LAB_STD, LabFit, Pixels, cannot_measure
+from wsiflow.slides.stain.fits import LEAST_LAB_STD, LabFit, Pixels, cannot_measure
+from wsiflow.slides.stain.method import StainMethod
 from wsiflow.slides.stain.pixels import in_strips
 
 
@@ -33,3 +34,6 @@ def lab_transfer(rgb: Pixels, source: LabFit, target: LabFit) -> Pixels:
         cv2.cvtColor(lab, cv2.COLOR_LAB2RGB, out)
 
     return in_strips(rgb, transform)
+
+
+METHOD = StainMethod("reinhard", LabFit, lambda sample, _params: fit_lab(sample.measured), lab_transfer)

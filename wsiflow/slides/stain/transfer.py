@@ -23,30 +23,10 @@ import cv2
 import numpy as np
 
 from wsiflow.errors import InputError
-from wsiflow.slides.stain.density import (
-    CODE_PENALTY,
-    STRENGTH_PERCENTILE,
-    density_table,
-    principal,
-    stain_codes,
-    stain_transfer,
-)
-from wsiflow.slides.stain.macenko import macenko_vectors
-from wsiflow.slides.stain.params import (
-    FIT,
-    LEAST_SINE,
-    LEAST_STRENGTH,
-    LEAST_VARIANCE,
-    DensityFit,
-    Floats,
-    LabFit,
-    NormalisedBlock,
-    Pixels,
-    StainFit,
-    StainParams,
-    Target,
-    cannot_measure,
-)
+from wsiflow.slides.stain.fits import Pixels, cannot_measure
+from wsiflow.slides.stain.method import Sample
+from wsiflow.slides.stain.methods import METHODS
+from wsiflow.slides.stain.params import NormalisedBlock, StainFit, StainParams, Target
 from wsiflow.slides.stain.pixels import (
     TISSUE_L,
     lightness_of,
@@ -56,8 +36,6 @@ from wsiflow.slides.stain.pixels import (
     stratified_indices,
     white_of,
 )
-from wsiflow.slides.stain.reinhard import fit_lab, lab_transfer
-from wsiflow.slides.stain.vahadane import vahadane_vectors
 
 
 def fit(pixels: Pixels, params: StainParams) -> StainFit:
@@ -74,7 +52,7 @@ def fit(pixels: Pixels, params: StainParams) -> StainFit:
         raise cannot_measure("there are no pixels")
     image = one_row(pixels)
     if params.per_patch:
-        return _fit_row(standardised(image, params.method), 255.0, params)
+        return _fit_row(_standardised(image, params), 255.0, params)
     return _fit_row(image, white_of(image), params)
 
 
@@ -90,7 +68,7 @@ def fit_target(template: Pixels, params: StainParams) -> Target:
     Raises:
         InputError: As `fit`.
     """
-    image = standardised(one_row(template), params.method)
+    image = _standardised(one_row(template), params)
     ways = [_fit_row(image, 255.0, params.model_copy(update={"per_patch": way})) for way in (False, True)]
     return Target(per_slide=ways[0], per_patch=ways[1])
 
@@ -114,11 +92,7 @@ def normalise(rgb: Pixels, source: StainFit, target: StainFit) -> Pixels:
     if source.method != target.method:
         cause = f"a fit by {source.method} cannot be mapped to a target of {target.method}"
         raise InputError(cause, "fit the slide with the method of the target", stage="stain")
-    if isinstance(source, LabFit) and isinstance(target, LabFit):
-        return lab_transfer(rgb, source, target)
-    assert isinstance(source, DensityFit)
-    assert isinstance(target, DensityFit)
-    return stain_transfer(rgb, source, target)
+    return METHODS[source.method].transfer(rgb, source, target)
 
 
 def normalise_patch(rgb: Pixels, params: StainParams) -> Pixels:
@@ -134,7 +108,7 @@ def normalise_patch(rgb: Pixels, params: StainParams) -> Pixels:
     Raises:
         InputError: The colours of the patch cannot be measured.
     """
-    image = standardised(one_row(rgb), params.method)
+    image = _standardised(one_row(rgb), params)
     source = _fit_row(image, 255.0, params)
     return normalise(image.reshape(rgb.shape), source, params.target_fit)
 
@@ -171,6 +145,10 @@ def _normalised(rgb: Pixels, source: StainFit | None, params: StainParams) -> Pi
     return normalise(rgb, source, params.target_fit)
 
 
+def _standardised(image: Pixels, params: StainParams) -> Pixels:
+    return standardised(image, brighten=METHODS[params.method].brightens)
+
+
 def _fit_row(image: Pixels, white: float, params: StainParams) -> StainFit:
     """Measure the colours of an image of one row (1, n, 3) whose white has this grey value."""
     is_tissue = lightness_of(np.asarray(cv2.LUT(image, scaled(255 / white)), np.uint8)) < TISSUE_L
@@ -179,50 +157,7 @@ def _fit_row(image: Pixels, white: float, params: StainParams) -> StainFit:
         raise cannot_measure(f"{found}, at least {params.min_tissue_px} are needed")
     # The reference measures over all pixels of a patch. In a slide, the glass around the tissue would bias the result.
     measured = image[0] if params.per_patch else image[is_tissue]
-    if params.method == "reinhard":
-        return fit_lab(measured)
-    table = density_table(white)
     tissue = image[is_tissue]
     tissue = tissue[stratified_indices(len(tissue), params.sample_px)]
-    stains = fit_stains(table[tissue.T], params)
-    strengths = np.percentile(stain_codes(table[measured.T], stains, CODE_PENALTY), STRENGTH_PERCENTILE, axis=1)
-    if strengths.min() < LEAST_STRENGTH:
-        raise cannot_measure(f"there is only one stain (densities {strengths[0]:.3f} and {strengths[1]:.3f})")
-    return FIT.validate_python(
-        {
-            "method": params.method,
-            "white": white,
-            "haematoxylin": stains[0].tolist(),
-            "eosin": stains[1].tolist(),
-            "strengths": strengths.tolist(),
-        }
-    )
-
-
-def fit_stains(density: Floats, params: StainParams) -> Floats:
-    """Return the vectors of two stains, measured by the method of the settings.
-
-    Args:
-        density: float64 (3, n), optical densities of tissue.
-        params: The settings.
-
-    Returns:
-        float64 (2, 3), non-negative rows of unit length, haematoxylin first.
-
-    Raises:
-        InputError: The densities lie on one line, or the two stain vectors are nearly equal.
-    """
-    variances, _ = principal(density)
-    if not variances[1] >= LEAST_VARIANCE:
-        raise cannot_measure(
-            f"the tissue is of one colour (variance of density {variances[1]:.1e} across its main direction)"
-        )
-    stains = macenko_vectors(density) if params.method == "macenko" else vahadane_vectors(density, params.iterations)
-    stains = np.maximum(stains, 0)
-    stains /= np.sqrt(np.square(stains).sum(axis=1, keepdims=True))
-    sine = float(np.sqrt(np.square(np.cross(stains[0], stains[1])).sum()))
-    if not sine >= LEAST_SINE:
-        raise cannot_measure(
-            f"the two stains are alike (sine of their angle {sine:.3f}, at least {LEAST_SINE} is needed)"
-        )
-    return stains if stains[0, 0] >= stains[1, 0] else stains[::-1].copy()
+    fit: StainFit = METHODS[params.method].measure(Sample(tissue, measured, white), params)
+    return fit

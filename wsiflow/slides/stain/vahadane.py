@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from wsiflow.slides.stain.density import stain_codes
-from wsiflow.slides.stain.params import LEAST_OD, Floats
+from wsiflow.slides.stain.density import density_method, stain_codes
+from wsiflow.slides.stain.fits import LEAST_OD, Floats
 
 DICTIONARY_PENALTY = 0.1
 
@@ -35,3 +35,8 @@ def vahadane_vectors(density: Floats, iterations: int) -> Floats:
                 moved = np.maximum(stains[k] + (targets[k] - products[k] @ stains) / products[k, k], 0)
                 stains[k] = moved / max(float(np.sqrt(np.square(moved).sum())), LEAST_OD)
     return stains
+
+
+METHOD = density_method(
+    "vahadane", lambda density, params: vahadane_vectors(density, params.iterations), brightens=False
+)

@@ -27,7 +27,8 @@ from PIL import Image
 
 from wsiflow.errors import InputError, WsiflowError
 from wsiflow.slides.stain import density, transfer
-from wsiflow.slides.stain.params import DensityFit, StainParams
+from wsiflow.slides.stain.fits import DensityFit
+from wsiflow.slides.stain.params import StainParams
 from wsiflow.slides.synthetic import textures
 from wsiflow.system import faults, tables
 

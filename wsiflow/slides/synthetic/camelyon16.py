@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wsiflow.errors import InputError
-from wsiflow.slides.stain import params
+from wsiflow.slides.stain.fits import DensityFit
 from wsiflow.slides.synthetic import textures
 from wsiflow.slides.synthetic.atlas import SCANNERS, Atlas, Part, Picture, area, part_of
 from wsiflow.slides.synthetic.tissue import UM_PX, Lesion, Polygon, polygon
@@ -303,7 +303,7 @@ def _planned(atlas: Atlas, part: Part, index: int, layout: _Layout, seed: int) -
     )
 
 
-def _look(rng: np.random.Generator, fit: params.DensityFit) -> textures.Look:
+def _look(rng: np.random.Generator, fit: DensityFit) -> textures.Look:
     """Draw the look of a slide of a scanner: stains a little off, weak to strong, sharp to slightly soft."""
     haematoxylin = np.array(fit.haematoxylin) * rng.normal(1, 0.06, 3)
     eosin = np.array(fit.eosin) * rng.normal(1, 0.06, 3)
