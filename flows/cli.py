@@ -21,12 +21,15 @@ def _call(words: Sequence[str]) -> int:
 
 def read(words: Sequence[str]) -> tuple[Module, Namespace]:
     """Return the command that was typed, and what stands behind it; no other command is imported."""
-    name = _parser().parse_known_args(words)[0].name
+    first = _parser()
+    name = first.parse_known_args(words)[0].name
+    if name != words[0]:
+        first.error(f"unrecognized arguments: {words[0]}")
     command = COMMANDS[name]
     module = command.load()
     parser = ArgumentParser(prog=f"wsiflow {name}", description=command.about)
     module.add_options(parser)
-    return module, command.parse(parser, words[list(words).index(name) + 1 :])
+    return module, command.parse(parser, words[1:])
 
 
 def _parser() -> ArgumentParser:

@@ -120,6 +120,22 @@ def test_every_command_of_the_table_has_its_file(name: str) -> None:
     assert callable(module.main)
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "the following arguments are required: COMMAND"),
+        (["dotcor"], "argument COMMAND: invalid choice: 'dotcor' (choose from 'run', 'evaluate'"),
+        (["--shout", "doctor"], "wsiflow: error: unrecognized arguments: --shout"),
+        (["doctor", "--shout"], "wsiflow doctor: error: unrecognized arguments: --shout"),
+    ],
+)
+def test_what_is_typed_wrong_is_named(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Before anything is done."""
+    with pytest.raises(SystemExit, match="2"):
+        main(words)
+    assert message in capsys.readouterr().err
+
+
 def test_no_command_waits_for_the_modules_of_another() -> None:
     """An array job starts one for each of its elements, and a help is wanted at once."""
     code = "import sys\nfrom wsiflow.flows import __main__, commands\ncommands.COMMANDS['element'].load()\n"
