@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, Field
 
-from wsiflow.run.config import RunConfig
+from wsiflow.run.config import RunConfig, descriptions
 
 from .compose import compose_config
 from .overrides import choices, quoted
@@ -66,18 +66,9 @@ def _allowed(key: str) -> dict[str, Any]:
     return {name: found for name, found in _node(key).items() if name in _BOUNDS}
 
 
-def _about(key: str) -> str:
-    """Return what the docstrings of the configuration say about a key, on one line."""
-    if key in _chosen():
-        return str(_node(key)["description"].partition("\n")[0])
-    section, _, name = key.rpartition(".")
-    found = re.search(rf"^ +{name}: (.+(?:\n {{8}}.+)*)", _node(section)["description"], re.MULTILINE)
-    return " ".join(found[1].split()).replace("``", "") if found else ""
-
-
 def knob(key: str) -> Any:
     """Return the field of one key, with its default."""
-    return Field(default=_default(key), title=key, description=_about(key), json_schema_extra=_allowed(key))
+    return Field(default=_default(key), title=key, description=descriptions()[key], json_schema_extra=_allowed(key))
 
 
 def axis(key: str) -> Any:
@@ -86,7 +77,7 @@ def axis(key: str) -> Any:
         default=[_default(key)],
         min_length=1,
         title=key,
-        description=_about(key),
+        description=descriptions()[key],
         json_schema_extra={"items": _allowed(key)},
     )
 
@@ -95,13 +86,16 @@ def may(key: str) -> Any:
     """Return the field of a value that each file of its group sets in its own way; None leaves it to the file."""
     allowed: Any = {"anyOf": [_allowed(key), {"type": "null"}]}
     return Field(
-        default=None, title=key, description=f"{_about(key)} None: as its group says.", json_schema_extra=allowed
+        default=None,
+        title=key,
+        description=f"{descriptions()[key]} None: as its group says.",
+        json_schema_extra=allowed,
     )
 
 
 def text(key: str) -> Any:
     """Return the field of a path or another text that may be left to ``conf/``."""
-    return Field(default="", title=key, description=f"{_about(key)} Empty: as the configuration says.")
+    return Field(default="", title=key, description=f"{descriptions()[key]} Empty: as the configuration says.")
 
 
 def _number(schema: dict[str, Any]) -> None:

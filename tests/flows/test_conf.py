@@ -1,5 +1,6 @@
 """Configuration: every YAML composes and validates; nothing unknown or out of bounds gets past the start."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import pytest
 
 from flows.compose import compose_config
 from wsiflow.errors import InputError
-from wsiflow.run.config import RunConfig, validate
+from wsiflow.run.config import RunConfig, descriptions, validate
 
 CONF = Path(__file__).parents[2] / "conf"
 OPTIONS = sorted(f"{path.parent.name}={path.stem}" for path in CONF.rglob("*/*.yaml"))
@@ -160,6 +161,11 @@ def test_slides_that_are_named_and_would_not_be_read_are_refused(setting: str, k
     """Without the word for their kind, the run would score the synthetic slides of the default."""
     with pytest.raises(InputError, match=rf"dataset\.{setting} is given, .* add dataset={kind}"):
         composed(f"dataset.{setting}=mine")
+
+
+def test_every_key_is_described() -> None:
+    """In whole sentences: forms and the help show them."""
+    assert [key for key, about in descriptions().items() if not re.fullmatch(r"[A-Z].*\.", about)] == []
 
 
 def test_all_problems_are_told_together() -> None:

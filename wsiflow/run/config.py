@@ -5,10 +5,11 @@ values out of bounds are refused before anything else happens, with the dotted n
 """
 
 import difflib
+import inspect
 from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib import resources
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import yaml
 from pydantic import (
@@ -36,27 +37,28 @@ from wsiflow.system.paths import AbsolutePath
 
 
 class RunConfig(BaseModel, frozen=True, extra="forbid"):
-    """Everything a run needs to know; see the ``XParams`` of each part.
+    """Everything a run needs to know; see the ``XParams`` of each part."""
 
-    Attributes:
-        out: The run's folder.
-        name: Name of the run in reports.
-        seed: Seed of everything drawn at random (only the bootstrap).
-        repeat: Number of this repeat of a run: changes no result, and repeats share nothing that is measured.
-        share: Folder of what trials of a sweep have in common and compute once; None: nothing is shared.
-        allow_partial: Score the slides that have results when others failed; marked PARTIAL, exit code 10.
-        shard_slides: Slides per Prefect task; 0 makes about 40 tasks however many slides there are.
-        orchestrator: ``prefect``, or ``none`` to call the same functions without it.
-    """
-
-    out: AbsolutePath
-    name: str = Field(min_length=1)
-    seed: int = Field(ge=0)
-    repeat: int = Field(ge=1)
-    share: AbsolutePath | None
-    allow_partial: bool
-    shard_slides: int = Field(ge=0)
-    orchestrator: Literal["prefect", "none"]
+    out: AbsolutePath = Field(description="Folder of the run.")
+    name: str = Field(min_length=1, description="Name of the run in reports.")
+    seed: int = Field(ge=0, description="Seed of everything that is drawn at random, which is the bootstrap.")
+    repeat: int = Field(
+        ge=1,
+        description="Number of this repeat of a run. It changes no result, and repeats share nothing that is measured.",
+    )
+    share: AbsolutePath | None = Field(
+        description="Folder of what the trials of a sweep have in common and compute once. None: they share nothing."
+    )
+    allow_partial: bool = Field(
+        description="Whether the slides that have results are scored when others failed. The scores are then marked "
+        "PARTIAL, and the exit code is 10."
+    )
+    shard_slides: int = Field(
+        ge=0, description="Slides of one Prefect task. 0: about 40 tasks, however many slides there are."
+    )
+    orchestrator: Literal["prefect", "none"] = Field(
+        description="Who calls the stages. prefect: a Prefect flow. none: wsiflow itself, with the same functions."
+    )
     dataset: DatasetParams
     model: ModelSpec
     geometry: GeometryParams
@@ -117,20 +119,33 @@ def validate(values: Mapping[str, Any]) -> RunConfig:
     return _validated(RunConfig, values, "correct the override or the YAML file")
 
 
+class _Entry(NamedTuple):
+    key: str
+    description: str
+    is_section: bool
+
+
 @cache
 def known_keys() -> tuple[str, ...]:
     """Return every dotted key that a configuration may have."""
-    return tuple(_keys_of(RunConfig, ""))
+    return tuple(entry.key for entry in _entries(RunConfig, "") if not entry.is_section)
 
 
-def _keys_of(form: type[BaseModel], prefix: str) -> Iterator[str]:
+@cache
+def descriptions() -> dict[str, str]:
+    """Return what every key and section of a configuration is, by its dotted name."""
+    return {entry.key: entry.description for entry in _entries(RunConfig, "")}
+
+
+def _entries(form: type[BaseModel], prefix: str) -> Iterator[_Entry]:
+    """Yield the fields of a form and of its parts; a part that has no description of its own is what its form is."""
     for name, field in form.model_fields.items():
         kinds = (field.annotation, *get_args(field.annotation))
         part = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
-        if part is None:
-            yield f"{prefix}{name}"
-        else:
-            yield from _keys_of(part, f"{prefix}{name}.")
+        about = field.description or (part and inspect.getdoc(part)) or ""
+        yield _Entry(f"{prefix}{name}", about.partition("\n")[0], part is not None)
+        if part is not None:
+            yield from _entries(part, f"{prefix}{name}.")
 
 
 def nearest(key: str) -> str:

@@ -96,33 +96,27 @@ _OptionalPath = Annotated[AbsolutePath | None, BeforeValidator(_none_if_empty)]
 
 
 class DatasetParams(BaseModel, frozen=True, extra="forbid"):
-    """Where the slides of a run come from. An empty text means absent.
+    """Where the slides of a run come from. An empty text means absent."""
 
-    Attributes:
-        kind: Which of the three settings below is meant; ``synthetic`` is a manifest that is written first.
-        manifest: CSV file that lists the slides.
-        folder: Folder that is searched for slides, subfolders included, or where synthetic slides are kept.
-        path: One slide.
-        limit: Number of slides to take, from the first; absent means all.
-        size_px: Side of synthetic slides, level-0 px.
-        seed: Seed of synthetic slides.
-        like: What synthetic slides are like; empty: like nothing in particular.
-        data: Folder of real outlines and pictures that slides like others are made of.
-        slides: Number of slides like others.
-        scale: Size of their outlines, 1 is real.
-    """
-
-    kind: Literal["manifest", "folder", "single", "synthetic"]
-    manifest: _OptionalPath
-    folder: _OptionalPath
-    path: _OptionalPath
-    limit: Annotated[Annotated[int, Field(ge=1)] | None, BeforeValidator(_none_if_empty)]
-    size_px: int = Field(ge=1024, le=100_000)
-    seed: int = Field(ge=0)
-    like: Literal["", "camelyon16"]
-    data: _OptionalPath
-    slides: int = Field(ge=1, le=10_000)
-    scale: float = Field(gt=0, le=1)
+    kind: Literal["manifest", "folder", "single", "synthetic"] = Field(description="What the slides come from.")
+    manifest: _OptionalPath = Field(description="CSV file that lists the slides.")
+    folder: _OptionalPath = Field(
+        description="Folder that is searched for slides, subfolders included, or where synthetic slides are kept."
+    )
+    path: _OptionalPath = Field(description="File of the one slide.")
+    limit: Annotated[Annotated[int, Field(ge=1)] | None, BeforeValidator(_none_if_empty)] = Field(
+        description="Number of slides to take, from the first. None: all."
+    )
+    size_px: int = Field(ge=1024, le=100_000, description="Side of a synthetic slide, level-0 pixels.")
+    seed: int = Field(ge=0, description="Seed of synthetic slides.")
+    like: Literal["", "camelyon16"] = Field(
+        description="What synthetic slides are like. Empty: like nothing in particular."
+    )
+    data: _OptionalPath = Field(description="Folder of real outlines and pictures that slides like others are made of.")
+    slides: int = Field(ge=1, le=10_000, description="Number of slides like others.")
+    scale: float = Field(
+        gt=0, le=1, description="Size of the outlines of slides like others. 1: they are as in reality."
+    )
 
     @model_validator(mode="after")
     def _means_what_is_given(self) -> "DatasetParams":
