@@ -51,12 +51,17 @@ def _default(key: str) -> Any:
 
 
 def _node(key: str) -> dict[str, Any]:
-    """Return the schema of a section or a value."""
-    node = _schema()
-    for part in key.split(".") if key else []:
-        node = node["properties"][part]
-        node = _schema()["$defs"][node["$ref"].rpartition("/")[2]] if "$ref" in node else node
-    return node
+    """Return the schema of a value."""
+    nodes = [_schema()]
+    for part in key.split("."):
+        nodes = [one for node in nodes if part in node["properties"] for one in _kinds(node["properties"][part])]
+    return nodes[0]
+
+
+def _kinds(node: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the schemas of a section, which has one for each of its kinds; of a value its own."""
+    listed = node.get("oneOf", [node])
+    return [_schema()["$defs"][one["$ref"].rpartition("/")[2]] if "$ref" in one else one for one in listed]
 
 
 def _allowed(key: str) -> dict[str, Any]:

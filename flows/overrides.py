@@ -12,10 +12,12 @@ from importlib import resources
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from wsiflow.errors import InputError
 from wsiflow.run import config
+from wsiflow.slides.manifest import misplaced
 
 _ALL = "wsiflow run --cfg job shows every key"
 _KEY = re.compile(r"[A-Za-z0-9_./@:-]+")
@@ -39,7 +41,13 @@ def is_refusal(error: Exception) -> bool:
 def refused(error: Exception, overrides: Sequence[str]) -> InputError:
     """Return what is wrong with the overrides that Hydra refused, and what to write instead."""
     text = str(error).strip()
-    cause, remedy = _unread(overrides) or _unknown(text) or _meant_otherwise(text, overrides) or (_short(text), _ALL)
+    cause, remedy = (
+        _unread(overrides)
+        or _of_other_slides(error)
+        or _unknown(text)
+        or _meant_otherwise(text, overrides)
+        or (_short(text), _ALL)
+    )
     return InputError(cause, remedy, stage="configuration")
 
 
@@ -99,6 +107,15 @@ def _open(value: str) -> str:
 
 
 # --- what is not there
+
+
+def _of_other_slides(error: Exception) -> tuple[str, str] | None:
+    """Return cause and remedy where Hydra found no such key of these slides, and others have it."""
+    origin = error.__cause__
+    if not isinstance(origin, OmegaConfBaseException) or not isinstance(origin.parent_node, DictConfig):
+        return None
+    section, _, name = str(origin.full_key).partition(".")
+    return misplaced(name, origin.parent_node["kind"]) if section == "dataset" else None
 
 
 def _unknown(text: str) -> tuple[str, str] | None:

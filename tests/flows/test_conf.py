@@ -62,12 +62,15 @@ def test_every_path_begins_at_the_root(tmp_path: Path, monkeypatch: pytest.Monke
     """Workers may be in other folders: what is published of a configuration means the same everywhere."""
     monkeypatch.chdir(tmp_path)
     given = ["out=o", "share=s", "model=card", "model.card=c.json", "tracking.uri=sqlite:///x/../t.db"]
-    given += ["dataset=manifest", *(f"dataset.{name}=d/{name}" for name in ("manifest", "folder", "data"))]
-    config, single = composed(*given), composed("dataset=single", "dataset.path=d/path")
-    told = config.model_dump_json()
-    found = [config.out, config.share, config.model.card, *config.dataset.model_dump().values(), single.dataset.path]
+    slides = {"manifest": ["manifest"], "folder": ["folder"], "single": ["path"], "synthetic": ["folder", "data"]}
+    configs = [
+        composed(*given, f"dataset={kind}", *(f"dataset.{name}=d/{name}" for name in names))
+        for kind, names in slides.items()
+    ]
+    config, told = configs[0], configs[0].model_dump_json()
+    found = [config.out, config.share, config.model.card, *(one for each in configs for _, one in each.dataset)]
     paths = [path.relative_to(tmp_path).as_posix() for path in found if isinstance(path, Path)]
-    assert paths == ["o", "s", "c.json", "d/manifest", "d/folder", "d/data", "d/path"]
+    assert paths == ["o", "s", "c.json", "d/manifest", "d/folder", "d/path", "d/folder", "d/data"]
     assert config.tracking.uri == f"sqlite:///{tmp_path}/t.db"
     monkeypatch.chdir("/")
     assert RunConfig.model_validate_json(told) == config
@@ -156,11 +159,20 @@ def test_what_must_be_given_is_asked_for() -> None:
         composed("dataset=manifest")
 
 
-@pytest.mark.parametrize(("setting", "kind"), [("manifest", "manifest"), ("path", "single")])
-def test_slides_that_are_named_and_would_not_be_read_are_refused(setting: str, kind: str) -> None:
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (["dataset.manifest=mine"], "manifest is given, but the slides are synthetic; add dataset=manifest"),
+        (["+dataset.manifest=mine"], "manifest is given, but the slides are synthetic: add dataset=manifest"),
+        (["dataset.path=mine"], "path is given, but the slides are synthetic; add dataset=single"),
+        (["dataset=single", "dataset.path=a", "dataset.size_px=9000"], "slides are a single one; add dataset=synth"),
+        (["dataset=manifest", "dataset.folder=b"], "a manifest; add dataset=folder or dataset=synthetic"),
+    ],
+)
+def test_what_is_said_of_other_slides_is_refused(given: list[str], told: str) -> None:
     """Without the word for their kind, the run would score the synthetic slides of the default."""
-    with pytest.raises(InputError, match=rf"dataset\.{setting} is given, .* add dataset={kind}"):
-        composed(f"dataset.{setting}=mine")
+    with pytest.raises(InputError, match=rf"dataset\..*{told}"):
+        composed(*given)
 
 
 def test_every_key_is_described() -> None:

@@ -128,23 +128,26 @@ class _Entry(NamedTuple):
 @cache
 def known_keys() -> tuple[str, ...]:
     """Return every dotted key that a configuration may have."""
-    return tuple(entry.key for entry in _entries(RunConfig, "") if not entry.is_section)
+    return tuple(dict.fromkeys(entry.key for entry in _entries(RunConfig, "") if not entry.is_section))
 
 
 @cache
 def descriptions() -> dict[str, str]:
-    """Return what every key and section of a configuration is, by its dotted name."""
-    return {entry.key: entry.description for entry in _entries(RunConfig, "")}
+    """Return what every key and section of a configuration is, by its dotted name; a key of several kinds is each."""
+    found: dict[str, list[str]] = {}
+    for entry in _entries(RunConfig, ""):
+        found.setdefault(entry.key, []).append(entry.description)
+    return {key: " ".join(dict.fromkeys(told)) for key, told in found.items()}
 
 
 def _entries(form: type[BaseModel], prefix: str) -> Iterator[_Entry]:
     """Yield the fields of a form and of its parts; a part that has no description of its own is what its form is."""
     for name, field in form.model_fields.items():
         kinds = (field.annotation, *get_args(field.annotation))
-        part = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
-        about = field.description or (part and inspect.getdoc(part)) or ""
-        yield _Entry(f"{prefix}{name}", about.partition("\n")[0], part is not None)
-        if part is not None:
+        parts = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
+        about = field.description or next(filter(None, map(inspect.getdoc, parts)), "")
+        yield _Entry(f"{prefix}{name}", about.partition("\n")[0], bool(parts))
+        for part in parts:
             yield from _entries(part, f"{prefix}{name}.")
 
 
@@ -172,7 +175,10 @@ def _validated(form: type[_Params], values: Mapping[str, Any], remedy: str) -> _
 
 
 def _problem(loc: tuple[int | str, ...], kind: str, message: str, value: object) -> str:
-    key = ".".join(str(part) for part in loc)
+    parts = [str(part) for part in loc]
+    if parts[:1] == ["dataset"] and len(parts) > 2:
+        del parts[1]  # the kind of the slides, which is no part of a key
+    key = ".".join(parts)
     if kind == "extra_forbidden":
         return f"there is no key {key}" + (f" (did you mean {near}?)" if (near := nearest(key)) else "")
     if kind == "missing":

@@ -19,9 +19,9 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, TypeAlias
 
-from pydantic import BaseModel, BeforeValidator, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, ValidationInfo
 
 from wsiflow.errors import EnvironmentFault, InputError
 from wsiflow.slides import content
@@ -92,57 +92,138 @@ def _none_if_empty(value: object) -> object:
     return None if value == "" else value
 
 
-_OptionalPath = Annotated[AbsolutePath | None, BeforeValidator(_none_if_empty)]
+_Limit = Annotated[
+    Annotated[int, Field(ge=1)] | None,
+    BeforeValidator(_none_if_empty),
+    Field(description="Number of slides to take, from the first. None: all."),
+]
 
 
-class DatasetParams(BaseModel, frozen=True, extra="forbid"):
-    """Where the slides of a run come from. An empty text means absent."""
+class ManifestSlides(BaseModel, frozen=True, extra="forbid"):
+    """The slides that a CSV file lists."""
 
-    kind: Literal["manifest", "folder", "single", "synthetic"] = Field(description="What the slides come from.")
-    manifest: _OptionalPath = Field(description="CSV file that lists the slides.")
-    folder: _OptionalPath = Field(
-        description="Folder that is searched for slides, subfolders included, or where synthetic slides are kept."
-    )
-    path: _OptionalPath = Field(description="File of the one slide.")
-    limit: Annotated[Annotated[int, Field(ge=1)] | None, BeforeValidator(_none_if_empty)] = Field(
-        description="Number of slides to take, from the first. None: all."
-    )
+    kind: Literal["manifest"] = Field(description="With manifest, a CSV file lists the slides.")
+    manifest: AbsolutePath = Field(description="CSV file that lists the slides.")
+    limit: _Limit
+
+
+class FolderSlides(BaseModel, frozen=True, extra="forbid"):
+    """The slides in a folder."""
+
+    kind: Literal["folder"] = Field(description="With folder, they are those in a folder.")
+    folder: AbsolutePath = Field(description="Folder that is searched for slides, subfolders included.")
+    limit: _Limit
+
+
+class SingleSlide(BaseModel, frozen=True, extra="forbid"):
+    """One slide."""
+
+    kind: Literal["single"] = Field(description="With single, there is one slide.")
+    path: AbsolutePath = Field(description="File of the one slide.")
+    limit: _Limit
+
+
+class SyntheticSlides(BaseModel, frozen=True, extra="forbid"):
+    """Slides with known lesions, which are drawn before the run: then they are those of a manifest."""
+
+    kind: Literal["synthetic"] = Field(description="With synthetic, slides with known lesions are drawn.")
+    folder: AbsolutePath = Field(description="Folder of synthetic slides; those that are missing in it are drawn.")
+    limit: _Limit
     size_px: int = Field(ge=1024, le=100_000, description="Side of a synthetic slide, level-0 pixels.")
     seed: int = Field(ge=0, description="Seed of synthetic slides.")
     like: Literal["", "camelyon16"] = Field(
-        description="What synthetic slides are like. Empty: like nothing in particular."
+        description="What synthetic slides are like. camelyon16: those of CAMELYON16, whatever size_px is. Empty: "
+        "nothing in particular."
     )
-    data: _OptionalPath = Field(description="Folder of real outlines and pictures that slides like others are made of.")
+    data: Annotated[AbsolutePath | None, BeforeValidator(_none_if_empty)] = Field(
+        description="Folder of the real outlines and pictures that slides like others are made of."
+    )
     slides: int = Field(ge=1, le=10_000, description="Number of slides like others.")
-    scale: float = Field(
-        gt=0, le=1, description="Size of the outlines of slides like others. 1: they are as in reality."
-    )
-
-    @model_validator(mode="after")
-    def _means_what_is_given(self) -> "DatasetParams":
-        """Refuse slides that are named and would not be read: others would be scored in their place."""
-        for setting, value, kind in (("manifest", self.manifest, "manifest"), ("path", self.path, "single")):
-            if value is not None and self.kind != kind:
-                raise ValueError(f"dataset.{setting} is given, but the slides are {self.kind}: add dataset={kind}")
-        return self
+    scale: float = Field(gt=0, le=1, description="Size of the outlines of slides like others. 1: as in reality.")
 
 
-def load_dataset(params: DatasetParams) -> tuple[Case, ...]:
+GivenSlides: TypeAlias = ManifestSlides | FolderSlides | SingleSlide
+_KINDS: Mapping[str, type[BaseModel]] = {
+    "manifest": ManifestSlides,
+    "folder": FolderSlides,
+    "single": SingleSlide,
+    "synthetic": SyntheticSlides,
+}
+_ARE = {"manifest": "listed in a manifest", "folder": "in a folder", "single": "a single one", "synthetic": "synthetic"}
+
+FLAT: Mapping[str, object] = {
+    "manifest": "",
+    "folder": "",
+    "path": "",
+    "limit": None,
+    "size_px": 6144,
+    "seed": 0,
+    "like": "",
+    "data": "",
+    "slides": 40,
+    "scale": 0.25,
+}
+"""What configurations of earlier versions hold, whatever the kind of the slides, of settings that are not given."""
+
+RECORDED: Mapping[str, bool] = {"recorded": True}
+"""Context in which a configuration is validated that a run has had already: what had no meaning then is passed over."""
+
+
+def misplaced(name: str, kind: str) -> tuple[str, str] | None:
+    """Return what is wrong with a setting that slides of another kind have, and the remedy; None where nothing is.
+
+    Args:
+        name: The setting, without its section.
+        kind: What the slides of the run come from.
+    """
+    kinds = [f"dataset={other}" for other, form in _KINDS.items() if name in form.model_fields]
+    if not kinds or f"dataset={kind}" in kinds:
+        return None
+    return f"dataset.{name} is given, but the slides are {_ARE[kind]}", f"add {' or '.join(kinds)}"
+
+
+def _of_its_kind(values: object, info: ValidationInfo) -> object:
+    """Pass over what earlier versions wrote of other kinds; refuse what is given of them.
+
+    Slides that are named and would not be read are an error: others would be scored in their place.
+    """
+    if not isinstance(values, Mapping):
+        return values
+    kind = str(values.get("kind", ""))
+    if kind not in _KINDS:
+        raise ValueError(f"dataset.kind is {kind or 'not given'}, it must be one of {', '.join(_KINDS)}")
+    foreign = {name: problem for name in values if (problem := misplaced(name, kind))}
+    for name, problem in foreign.items():
+        if values[name] not in (None, "", FLAT[name]) and info.context != RECORDED:
+            raise ValueError(": ".join(problem))
+    return {name: value for name, value in values.items() if name not in foreign}
+
+
+DatasetParams: TypeAlias = Annotated[
+    GivenSlides | SyntheticSlides,
+    Field(discriminator="kind", description="Where the slides of a run come from."),
+    BeforeValidator(_of_its_kind),
+]
+
+
+def load_dataset(params: GivenSlides) -> tuple[Case, ...]:
     """Return the slides the settings name, at most ``limit`` of them.
 
     Raises:
-        InputError: The setting that ``kind`` needs is absent, or what it names cannot be used.
+        InputError: What the settings name cannot be used.
     """
-    readers: Mapping[str, tuple[str, Path | None, Callable[[Path], tuple[Case, ...]]]] = {
-        "manifest": ("manifest", params.manifest, read_manifest),
-        "folder": ("folder", params.folder, read_folder),
-        "single": ("path", params.path, read_single),
-        "synthetic": ("folder", None, read_manifest),  # once written, it is a manifest: only without a folder is it not
-    }
-    setting, source, read = readers[params.kind]
-    if source is None:
-        raise InputError(f"dataset.{setting} is not given", f"set dataset.{setting}=...")
-    return read(source)[: params.limit]
+    if isinstance(params, ManifestSlides):
+        cases = read_manifest(params.manifest)
+    else:
+        cases = read_single(params.path) if isinstance(params, SingleSlide) else read_folder(params.folder)
+    return cases[: params.limit]
+
+
+def source_of(params: GivenSlides | SyntheticSlides) -> Path:
+    """Return the file or folder that the slides come from."""
+    if isinstance(params, ManifestSlides):
+        return params.manifest
+    return params.path if isinstance(params, SingleSlide) else params.folder
 
 
 def read_manifest(path: Path) -> tuple[Case, ...]:
