@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from wsiflow.errors import InputError
+from wsiflow.model.choice import FORMER_EXCESS
 from wsiflow.run import config
 from wsiflow.slides.manifest import misplaced
 
@@ -25,6 +26,8 @@ _ADVICE = re.compile(
     r"\n?\s*(To append to your config use|See https|Set the environment variable|Either remove).*", re.DOTALL
 )
 _NO_TEXT = "Config group override must be a string or a list"
+# Keys that earlier versions had, each with its name of now, and with the words of now by the former ones.
+_RENAMED = {"dense.beyond": ("dense.on_excess", FORMER_EXCESS)}
 _BRACKETS = {"[": "]", "{": "}", "(": ")"}
 
 
@@ -141,6 +144,10 @@ def _no_choice(group: str, name: str, known: Sequence[str]) -> tuple[str, str]:
 
 
 def _no_key(key: str) -> tuple[str, str]:
+    if key in _RENAMED:
+        now, words = _RENAMED[key]
+        meant = ", ".join(f"{now}={word} for {former}" for word, former in words.items())
+        return f"{key} was renamed {now}", f"write {meant}"
     if key in config.known_keys() or any(one.startswith(f"{key}.") for one in config.known_keys()):
         section = key.partition(".")[0]
         return f"there is no key {key} with this {section}", f"choose another: {section}={'|'.join(choices(section))}"

@@ -192,6 +192,15 @@ def test_a_configuration_survives_being_written() -> None:
     assert validate(config.model_dump(mode="json")) == config
 
 
+@pytest.mark.parametrize(("former", "now"), [("stop", "fail"), ("tell", "report")])
+def test_a_key_that_was_renamed_is_read_by_its_former_name(former: str, now: str) -> None:
+    """As folders of earlier versions have it."""
+    values = composed().model_dump(mode="json")
+    del values["dense"]["on_excess"]
+    values["dense"]["beyond"] = former
+    assert validate(values) == composed(f"dense.on_excess={now}")
+
+
 @pytest.mark.parametrize(
     ("override", "told"),
     [
@@ -220,6 +229,11 @@ def test_a_configuration_survives_being_written() -> None:
         ("dataset.path=/x/a (1).svs", r"write \"dataset\.path='/x/a \(1\)\.svs'\""),
         ("name=a,b", r"names several values; quote it: \"name='a,b'\"; list them: 'name=\[a,b\]'"),
         ("name=${nothing}", "'nothing' not found"),
+        (
+            "dense.beyond=tell",
+            r"was renamed dense\.on_excess; .*on_excess=fail for stop, dense\.on_excess=report for tell",
+        ),
+        ("++dense.beyond=tell", r"was renamed dense\.on_excess: write dense\.on_excess=report"),
     ],
 )
 def test_what_hydra_refuses_is_told_by_its_right_form(override: str, told: str) -> None:
@@ -238,7 +252,7 @@ def test_a_folder_that_is_not_given_is_that_of_data_model_and_settings(monkeypat
     first = composed(*one).out
     assert first.parent == Path("runs").absolute()
     assert first.name.startswith("one-demo-")
-    same = ["executor=inline", "tracking=off", "store=none", "allow_partial=true", "dense.beyond=tell"]
+    same = ["executor=inline", "tracking=off", "store=none", "allow_partial=true", "dense.on_excess=report"]
     assert composed(*one, *same).out == first
     assert composed("dataset=single", "dataset.path=/slides/./one.svs").out == first
     other = [["dataset.path=/else/one.svs"], ["model=pcam"], ["inference.stride=32"], ["seed=1"], ["repeat=2"]]

@@ -4,9 +4,10 @@ Input: what the configuration asks for. Output: one `Choice`, published before t
 Nothing here imports torch, so a plan can be read without it.
 """
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
 
 
 class Choice(NamedTuple):
@@ -101,6 +102,10 @@ class InferenceParams(BaseModel, frozen=True, extra="forbid"):
     )
 
 
+FORMER_EXCESS: Mapping[Literal["fail", "report"], Literal["stop", "tell"]] = {"fail": "stop", "report": "tell"}
+"""What ``dense.beyond`` said, which is ``dense.on_excess`` now, by what that says; plans keep the former words."""
+
+
 class DenseParams(BaseModel, frozen=True, extra="forbid"):
     """How the dense engine works, and how near to the window engine it has to be."""
 
@@ -124,7 +129,19 @@ class DenseParams(BaseModel, frozen=True, extra="forbid"):
         description="Largest mean absolute difference of probability, and largest share of decisions that differ, that "
         "a run accepts.",
     )
-    beyond: Literal["stop", "tell"] = Field(
+    on_excess: Literal["fail", "report"] = Field(
         description="What becomes of a run where the scores of a slide differ by more than the tolerance, or than a "
-        "lower precision may. stop: it stops. tell: it goes on and says so, for measuring what a setting loses."
+        "lower precision may. fail: the slide fails. report: the run goes on and says so, for measuring what a setting "
+        "loses."
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _renamed(cls, values: object) -> object:
+        """Take the former name of a key and its former words, in which older folders say the same."""
+        if not isinstance(values, Mapping) or "beyond" not in values:
+            return values
+        meant = next((now for now, former in FORMER_EXCESS.items() if former == values["beyond"]), values["beyond"])
+        if values.get("on_excess", meant) != meant:
+            raise ValueError(f"dense.beyond was renamed dense.on_excess: write dense.on_excess={meant}")
+        return {name: value for name, value in values.items() if name != "beyond"} | {"on_excess": meant}
