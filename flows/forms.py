@@ -93,7 +93,7 @@ def may(key: str) -> Any:
     return Field(
         default=None,
         title=key,
-        description=f"{descriptions()[key]} None: as its group says.",
+        description=f"{descriptions()[key]} null: as its group says.",
         json_schema_extra=allowed,
     )
 
@@ -227,7 +227,9 @@ class Compare(Form):
     folders: list[str] = Field(default=[], description="Folders of runs. Empty: the runs of the experiment in MLflow.")
     uri: str = text("tracking.uri")
     experiment: str = knob("tracking.experiment")
-    sweep: str | None = may("tracking.sweep")
+    sweep: str | None = Field(
+        default=None, title="tracking.sweep", description="Sweep of the experiment to compare. null: its only one."
+    )
     out: str = Field(min_length=1, description="Folder to write.")
     reference: str = Field(
         default="", description="Setting the others are compared with. Empty: the one that costs most."

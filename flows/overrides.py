@@ -20,7 +20,7 @@ from wsiflow.model.choice import FORMER_EXCESS
 from wsiflow.run import config
 from wsiflow.slides.manifest import misplaced
 
-_ALL = "wsiflow run --cfg job shows every key"
+_ALL = "wsiflow run --help shows every key"
 _KEY = re.compile(r"[A-Za-z0-9_./@:-]+")
 _ADVICE = re.compile(
     r"\n?\s*(To append to your config use|See https|Set the environment variable|Either remove).*", re.DOTALL

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 
+from flows.__main__ import main
 from flows.compose import compose_config
 from wsiflow.errors import InputError
-from wsiflow.run.config import RunConfig, descriptions, validate
+from wsiflow.run.config import RunConfig, descriptions, known_keys, validate
+from wsiflow.slides.manifest import SyntheticSlides
 
 CONF = Path(__file__).parents[2] / "conf"
 OPTIONS = sorted(f"{path.parent.name}={path.stem}" for path in CONF.rglob("*/*.yaml"))
@@ -178,6 +180,19 @@ def test_what_is_said_of_other_slides_is_refused(given: list[str], told: str) ->
 def test_every_key_is_described() -> None:
     """In whole sentences: forms and the help show them."""
     assert [key for key, about in descriptions().items() if not re.fullmatch(r"[A-Z].*\.", about)] == []
+
+
+def test_the_help_shows_every_key_of_what_is_chosen(capsys: pytest.CaptureFixture[str]) -> None:
+    """With its value, though that refers to another, and with what it is."""
+    with pytest.raises(SystemExit):
+        main(["run", "--help", "executor=slurm_array"])
+    told = capsys.readouterr().out
+    shown = {line.partition("=")[0] for line in told.splitlines() if re.match(r"[a-z_.0-9]+=", line)}
+    assert shown == {
+        key for key in known_keys() if not key.startswith(("executor.dask", "stain.target", "dataset."))
+    } - {"executor.array.dialect.environment"} | {f"dataset.{name}" for name in SyntheticSlides.model_fields}
+    assert "\ninference.stride=16\n    Distance between" in told
+    assert "\ntracking.uri=sqlite:///${out}/../mlflow.db\n    Address of" in told
 
 
 def test_all_problems_are_told_together() -> None:

@@ -33,7 +33,7 @@ class EvaluationParams(BaseModel, frozen=True, extra="forbid"):
     downsample: int = Field(ge=1, le=256, description="Level-0 pixels per pixel of the evaluation mask.")
     l0_um_px: Annotated[FiniteFloat, Field(gt=0)] | None = Field(
         description="Spacing of level 0 that is assumed for every slide, um per pixel; 0.243 in the CAMELYON16 "
-        "evaluator. None: each slide's own."
+        "evaluator. null: each slide's own."
     )
     join_um: FiniteFloat = Field(ge=0, le=10_000, description="Annotations nearer than this are one lesion, um.")
     itc_um: FiniteFloat = Field(

@@ -47,7 +47,7 @@ class RunConfig(BaseModel, frozen=True, extra="forbid"):
         description="Number of this repeat of a run. It changes no result, and repeats share nothing that is measured.",
     )
     share: AbsolutePath | None = Field(
-        description="Folder of what the trials of a sweep have in common and compute once. None: they share nothing."
+        description="Folder of what the trials of a sweep have in common and compute once. null: they share nothing."
     )
     allow_partial: bool = Field(
         description="Whether the slides that have results are scored when others failed. The scores are then marked "

@@ -62,7 +62,7 @@ class TrackingParams(BaseModel, frozen=True, extra="forbid"):
         min_length=1, max_length=500, description="Name of the MLflow experiment, which is made when absent."
     )
     sweep: str | None = Field(
-        description="Name of the sweep: its runs are children of one parent run of this name. None: a single run."
+        description="Name of the sweep: its runs are children of one parent run of this name. null: a single run."
     )
     timeout_s: int = Field(ge=1, le=600, description="Seconds that a server has to answer a request.")
     retries: int = Field(ge=0, le=7, description="How often a request that got no answer is sent again.")

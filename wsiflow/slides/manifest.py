@@ -95,7 +95,7 @@ def _none_if_empty(value: object) -> object:
 _Limit = Annotated[
     Annotated[int, Field(ge=1)] | None,
     BeforeValidator(_none_if_empty),
-    Field(description="Number of slides to take, from the first. None: all."),
+    Field(description="Number of slides to take, from the first. null: all."),
 ]
 
 

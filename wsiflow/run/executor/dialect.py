@@ -186,7 +186,7 @@ class ArrayParams(BaseModel, frozen=True, extra="forbid"):
         description="Most elements in the queue at a time, over all arrays of the run; fewer where executor.workers is "
         "less.",
     )
-    limit: int | None = Field(ge=2, description="Most elements of one array. None: as the scheduler says.")
+    limit: int | None = Field(ge=2, description="Most elements of one array. null: as the scheduler says.")
     poll_s: float = Field(gt=0, le=3600, description="Seconds between two looks at the queue.")
     grace_s: float = Field(
         ge=0,

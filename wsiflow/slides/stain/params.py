@@ -81,7 +81,7 @@ class StainParams(BaseModel, frozen=True, extra="forbid"):
         ge=3, description="Least number of tissue pixels among those that are sampled; with fewer there is no fit."
     )
     iterations: int = Field(ge=1, le=10_000, description="Number of steps of Vahadane's dictionary search.")
-    target: Target | None = Field(description="Colours of the template. None: there is none, for the method none.")
+    target: Target | None = Field(description="Colours of the template. null: there is none, for the method none.")
 
     @model_validator(mode="after")
     def _target_is_of_the_method(self) -> "StainParams":
