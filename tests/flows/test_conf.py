@@ -74,6 +74,10 @@ def test_every_path_begins_at_the_root(tmp_path: Path, monkeypatch: pytest.Monke
     paths = [path.relative_to(tmp_path).as_posix() for path in found if isinstance(path, Path)]
     assert paths == ["o", "s", "c.json", "d/manifest", "d/folder", "d/path", "d/folder", "d/data"]
     assert config.tracking.uri == f"sqlite:///{tmp_path}/t.db"
+    dask = composed("out=o", "executor=dask_slurm").executor.dask
+    assert dask is not None
+    assert dask.cluster_kwargs["log_directory"] == f"{tmp_path}/o/logs/dask"
+    assert dask.cluster_kwargs["shared_temp_directory"] == f"{tmp_path}/o/.attempts"
     monkeypatch.chdir("/")
     assert RunConfig.model_validate_json(told) == config
     assert {name for name, node in _nodes(RunConfig.model_json_schema()) if node.get("format") == "path"} == {

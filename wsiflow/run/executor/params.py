@@ -1,12 +1,24 @@
 """Where tasks run."""
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, field_serializer, model_validator
+from pydantic import AfterValidator, BaseModel, Field, field_serializer, model_validator
 
 from wsiflow.redaction import redacted
 from wsiflow.run.executor.dialect import ArrayParams
+
+# Keywords of dask-jobqueue that name folders where the run is started; others are of where its jobs run.
+_FOLDERS = ("log_directory", "shared_temp_directory")
+
+
+def _with_absolute_folders(keywords: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return keywords of a cluster with the folders among them as paths that mean the same everywhere."""
+    return {
+        name: str(Path(value).absolute()) if name in _FOLDERS and isinstance(value, str) else value
+        for name, value in keywords.items()
+    }
 
 
 class DaskParams(BaseModel, frozen=True, extra="forbid"):
@@ -17,7 +29,9 @@ class DaskParams(BaseModel, frozen=True, extra="forbid"):
         description="Class path of the cluster to start, such as dask_jobqueue.SLURMCluster. Empty: workers on this "
         "machine.",
     )
-    cluster_kwargs: Mapping[str, Any] = Field(default={}, description="Keywords that the class is called with.")
+    cluster_kwargs: Annotated[Mapping[str, Any], AfterValidator(_with_absolute_folders)] = Field(
+        default={}, description="Keywords that the class is called with."
+    )
     adapt_kwargs: Mapping[str, Any] = Field(
         default={},
         description="Limits between which the cluster grows and shrinks, such as {minimum: 1, maximum: 20}. Empty: its "
