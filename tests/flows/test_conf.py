@@ -1,5 +1,6 @@
 """Configuration: every YAML composes and validates; nothing unknown or out of bounds gets past the start."""
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,8 +11,9 @@ import pytest
 from flows.__main__ import main
 from flows.compose import compose_config
 from wsiflow.errors import InputError
+from wsiflow.run.cases import read_cases
 from wsiflow.run.config import RunConfig, descriptions, known_keys, validate
-from wsiflow.slides.manifest import SyntheticSlides
+from wsiflow.slides.manifest import FLAT, SyntheticSlides
 
 CONF = Path(__file__).parents[2] / "conf"
 OPTIONS = sorted(f"{path.parent.name}={path.stem}" for path in CONF.rglob("*/*.yaml"))
@@ -212,12 +214,16 @@ def test_a_configuration_survives_being_written() -> None:
 
 
 @pytest.mark.parametrize(("former", "now"), [("stop", "fail"), ("tell", "report")])
-def test_a_key_that_was_renamed_is_read_by_its_former_name(former: str, now: str) -> None:
-    """As folders of earlier versions have it."""
-    values = composed().model_dump(mode="json")
+def test_a_folder_of_an_earlier_version_is_read(former: str, now: str, tmp_path: Path) -> None:
+    """Its slides have the settings of every kind, some of them given in vain, and a key has its former name."""
+    config = composed("dataset=manifest", "dataset.manifest=/m.csv", f"dense.on_excess={now}")
+    values = config.model_dump(mode="json")
+    values["dataset"] = {**FLAT, "path": None, "folder": "/slides", "size_px": 9000, **values["dataset"]}
     del values["dense"]["on_excess"]
     values["dense"]["beyond"] = former
-    assert validate(values) == composed(f"dense.on_excess={now}")
+    path = tmp_path / "cases.json"
+    path.write_text(json.dumps({"config": values, "cases": []}))
+    assert read_cases(path) == (config, ())
 
 
 @pytest.mark.parametrize(
