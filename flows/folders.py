@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Any
 
-from wsiflow.slides.manifest import FLAT
+from wsiflow.slides.kinds import FLAT
 
 # Sections that decide what a run is of. How it is done (executor, tracking, store) may change from start to start.
 _DECIDE = ("dataset", "model", "geometry", "tissue", "tiles", "inference", "stain", "lesions", "evaluation")

@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from wsiflow.errors import InputError
 from wsiflow.model.choice import FORMER_EXCESS
 from wsiflow.run import config
-from wsiflow.slides.manifest import misplaced
+from wsiflow.slides.kinds import misplaced
 
 _ALL = "wsiflow run --help shows every key"
 _KEY = re.compile(r"[A-Za-z0-9_./@:-]+")
@@ -118,7 +118,7 @@ def _of_other_slides(error: Exception) -> tuple[str, str] | None:
     if not isinstance(origin, OmegaConfBaseException) or not isinstance(origin.parent_node, DictConfig):
         return None
     section, _, name = str(origin.full_key).partition(".")
-    return misplaced(name, origin.parent_node["kind"]) if section == "dataset" else None
+    return misplaced(name, str(origin.parent_node.get("kind"))) if section == "dataset" else None
 
 
 def _unknown(text: str) -> tuple[str, str] | None:

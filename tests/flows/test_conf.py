@@ -10,10 +10,11 @@ import pytest
 
 from flows.__main__ import main
 from flows.compose import compose_config
+from flows.folders import default_name
 from wsiflow.errors import InputError
 from wsiflow.run.cases import read_cases
 from wsiflow.run.config import RunConfig, descriptions, known_keys, validate
-from wsiflow.slides.manifest import FLAT, SyntheticSlides
+from wsiflow.slides.kinds import FLAT, SyntheticSlides
 
 CONF = Path(__file__).parents[2] / "conf"
 OPTIONS = sorted(f"{path.parent.name}={path.stem}" for path in CONF.rglob("*/*.yaml"))
@@ -283,3 +284,7 @@ def test_a_folder_that_is_not_given_is_that_of_data_model_and_settings(monkeypat
     other = [["dataset.path=/else/one.svs"], ["model=pcam"], ["inference.stride=32"], ["seed=1"], ["repeat=2"]]
     assert len({composed(*one, *each).out for each in other} | {first}) == len(other) + 1
     assert composed("name=mine").out == Path("runs/mine").absolute()
+    slide = {"kind": "single", "path": "/slides/one.svs"}
+    assert default_name({"dataset": slide}) == default_name({"dataset": {**FLAT, **slide}}), (
+        "as earlier versions named it"
+    )

@@ -8,23 +8,18 @@ import pytest
 from pydantic import TypeAdapter, ValidationError
 
 from wsiflow.errors import EnvironmentFault, InputError, WsiflowError
-from wsiflow.slides.manifest import (
+from wsiflow.slides.kinds import (
     FLAT,
-    LABELS,
     RECORDED,
-    Case,
     DatasetParams,
     FolderSlides,
     GivenSlides,
     ManifestSlides,
     SingleSlide,
     SyntheticSlides,
-    load_dataset,
-    read_folder,
-    read_manifest,
-    read_single,
     source_of,
 )
+from wsiflow.slides.manifest import LABELS, Case, load_dataset, read_folder, read_manifest, read_single
 from wsiflow.slides.slide import open_slide
 
 

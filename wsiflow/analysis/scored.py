@@ -18,7 +18,8 @@ from wsiflow.run.cases import read_cases
 from wsiflow.run.config import RunConfig
 from wsiflow.run.plan import Plan, latest_plan
 from wsiflow.run.stages import ingest
-from wsiflow.slides.manifest import COLUMNS, Case, ManifestSlides, read_manifest
+from wsiflow.slides.kinds import ManifestSlides
+from wsiflow.slides.manifest import COLUMNS, Case, read_manifest
 from wsiflow.system import tables
 
 STATUSES = ("evaluated", "excluded", "failed", "rejected")

@@ -12,7 +12,8 @@ from wsiflow.errors import InputError
 from wsiflow.model import card
 from wsiflow.plan import geometry
 from wsiflow.run.config import RunConfig
-from wsiflow.slides.manifest import RECORDED, Case
+from wsiflow.slides.kinds import RECORDED
+from wsiflow.slides.manifest import Case
 from wsiflow.system import publish
 from wsiflow.system.paths import is_same
 from wsiflow.system.reread import remembered

@@ -31,7 +31,7 @@ from wsiflow.plan.tissue import TissueParams
 from wsiflow.run.executor.params import ExecutorParams
 from wsiflow.run.store import StoreParams
 from wsiflow.run.tracking import TrackingParams
-from wsiflow.slides.manifest import DatasetParams
+from wsiflow.slides.kinds import DatasetParams
 from wsiflow.slides.stain.params import StainParams
 from wsiflow.system.paths import AbsolutePath
 
@@ -137,7 +137,7 @@ def descriptions() -> dict[str, str]:
     found: dict[str, list[str]] = {}
     for entry in _entries(RunConfig, ""):
         found.setdefault(entry.key, []).append(entry.description)
-    return {key: " ".join(dict.fromkeys(told)) for key, told in found.items()}
+    return {key: " ".join(dict.fromkeys(texts)) for key, texts in found.items()}
 
 
 def _entries(form: type[BaseModel], prefix: str) -> Iterator[_Entry]:

@@ -21,7 +21,8 @@ from wsiflow.run.stages.choose import choice_key, describe_fallback, is_chosen
 from wsiflow.run.stages.line import ROUGH, STAGES, names_of
 from wsiflow.run.stages.network import calibration
 from wsiflow.run.stages.stage import Stage
-from wsiflow.slides.manifest import ManifestSlides, SyntheticSlides, load_dataset
+from wsiflow.slides.kinds import ManifestSlides, SyntheticSlides
+from wsiflow.slides.manifest import load_dataset
 from wsiflow.slides.synthetic.dataset import write_dataset, write_like
 from wsiflow.slides.synthetic.tissue import UM_PX
 from wsiflow.system import publish

@@ -15,7 +15,7 @@ from wsiflow.analysis import scored
 from wsiflow.analysis.scored import Scored
 from wsiflow.errors import InputError
 from wsiflow.model import card
-from wsiflow.slides.manifest import SyntheticSlides
+from wsiflow.slides.kinds import SyntheticSlides
 from wsiflow.system import publish
 
 _MACHINE = ("host", "cpu", "versions", "numeric_class")

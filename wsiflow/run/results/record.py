@@ -12,7 +12,7 @@ from wsiflow.run.cases import folder_id
 from wsiflow.run.config import RunConfig
 from wsiflow.run.plan import Plan
 from wsiflow.run.stages import choose
-from wsiflow.slides.manifest import source_of
+from wsiflow.slides.kinds import source_of
 from wsiflow.system import publish
 from wsiflow.system.provenance import versions
 
