@@ -12,7 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 from wsiflow.errors import InputError
 from wsiflow.run.config import RunConfig, validate
 
-from . import folders, overrides, sweep
+from . import folders, keys, overrides, sweep
 
 
 def _folder(*, _root_: DictConfig) -> str:
@@ -25,8 +25,14 @@ def _sweep_folder(out: str) -> str:
     return str(sweep.folder()) if sweep.is_on() else out
 
 
+def _keys(*, _root_: DictConfig) -> str:
+    """Return the keys for Hydra's help, in whose template a dollar sign stands for something else."""
+    return keys.listed(_root_).replace("$", "$$")
+
+
 OmegaConf.register_new_resolver("wsiflow_folder", _folder, replace=True)
 OmegaConf.register_new_resolver("wsiflow_sweep", _sweep_folder, replace=True)
+OmegaConf.register_new_resolver("wsiflow_keys", _keys, replace=True)
 
 
 def to_config(composed: DictConfig, *, job: str = "") -> RunConfig:

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Any
 
+from wsiflow.slides.kinds import FLAT
+
 # Sections that decide what a run is of. How it is done (executor, tracking, store) may change from start to start.
 _DECIDE = ("dataset", "model", "geometry", "tissue", "tiles", "inference", "stain", "lesions", "evaluation")
 _PATHS = ("manifest", "folder", "path", "data", "card")
@@ -25,6 +27,7 @@ def default_name(values: Mapping[str, Any]) -> str:
     parts = {"dense": ("halo", "share_until", "windows"), "store": ("compression", "quality", "part_tiles")}
     for section, keys in {**parts, "executor": ("threads",)}.items():
         decides[section] = {key: values.get(section, {}).get(key) for key in keys}
+    decides["dataset"] = {**FLAT, **decides["dataset"]}  # so that folders keep the names that earlier versions gave
     decides |= {key: values.get(key) for key in ("seed", "repeat")}
     digest = hashlib.sha256(json.dumps(decides, sort_keys=True, default=str).encode()).hexdigest()[:6]
     dataset = values.get("dataset", {})

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, Field
 
-from wsiflow.run.config import RunConfig
+from wsiflow.run.config import RunConfig, descriptions
 
 from .compose import compose_config
 from .overrides import choices, quoted
@@ -51,12 +51,17 @@ def _default(key: str) -> Any:
 
 
 def _node(key: str) -> dict[str, Any]:
-    """Return the schema of a section or a value."""
-    node = _schema()
-    for part in key.split(".") if key else []:
-        node = node["properties"][part]
-        node = _schema()["$defs"][node["$ref"].rpartition("/")[2]] if "$ref" in node else node
-    return node
+    """Return the schema of a value."""
+    nodes = [_schema()]
+    for part in key.split("."):
+        nodes = [one for node in nodes if part in node["properties"] for one in _kinds(node["properties"][part])]
+    return nodes[0]
+
+
+def _kinds(node: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the schemas of a section, which has one for each of its kinds; of a value its own."""
+    listed = node.get("oneOf", [node])
+    return [_schema()["$defs"][one["$ref"].rpartition("/")[2]] if "$ref" in one else one for one in listed]
 
 
 def _allowed(key: str) -> dict[str, Any]:
@@ -66,18 +71,9 @@ def _allowed(key: str) -> dict[str, Any]:
     return {name: found for name, found in _node(key).items() if name in _BOUNDS}
 
 
-def _about(key: str) -> str:
-    """Return what the docstrings of the configuration say about a key, on one line."""
-    if key in _chosen():
-        return str(_node(key)["description"].partition("\n")[0])
-    section, _, name = key.rpartition(".")
-    found = re.search(rf"^ +{name}: (.+(?:\n {{8}}.+)*)", _node(section)["description"], re.MULTILINE)
-    return " ".join(found[1].split()).replace("``", "") if found else ""
-
-
 def knob(key: str) -> Any:
     """Return the field of one key, with its default."""
-    return Field(default=_default(key), title=key, description=_about(key), json_schema_extra=_allowed(key))
+    return Field(default=_default(key), title=key, description=descriptions()[key], json_schema_extra=_allowed(key))
 
 
 def axis(key: str) -> Any:
@@ -86,7 +82,7 @@ def axis(key: str) -> Any:
         default=[_default(key)],
         min_length=1,
         title=key,
-        description=_about(key),
+        description=descriptions()[key],
         json_schema_extra={"items": _allowed(key)},
     )
 
@@ -95,13 +91,16 @@ def may(key: str) -> Any:
     """Return the field of a value that each file of its group sets in its own way; None leaves it to the file."""
     allowed: Any = {"anyOf": [_allowed(key), {"type": "null"}]}
     return Field(
-        default=None, title=key, description=f"{_about(key)} None: as its group says.", json_schema_extra=allowed
+        default=None,
+        title=key,
+        description=f"{descriptions()[key]} null: as its group says.",
+        json_schema_extra=allowed,
     )
 
 
 def text(key: str) -> Any:
     """Return the field of a path or another text that may be left to ``conf/``."""
-    return Field(default="", title=key, description=f"{_about(key)} Empty: as the configuration says.")
+    return Field(default="", title=key, description=f"{descriptions()[key]} Empty: as the configuration says.")
 
 
 def _number(schema: dict[str, Any]) -> None:
@@ -228,7 +227,9 @@ class Compare(Form):
     folders: list[str] = Field(default=[], description="Folders of runs. Empty: the runs of the experiment in MLflow.")
     uri: str = text("tracking.uri")
     experiment: str = knob("tracking.experiment")
-    sweep: str | None = may("tracking.sweep")
+    sweep: str | None = Field(
+        default=None, title="tracking.sweep", description="Sweep of the experiment to compare. null: its only one."
+    )
     out: str = Field(min_length=1, description="Folder to write.")
     reference: str = Field(
         default="", description="Setting the others are compared with. Empty: the one that costs most."

@@ -12,17 +12,22 @@ from importlib import resources
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from wsiflow.errors import InputError
+from wsiflow.model.choice import FORMER_EXCESS
 from wsiflow.run import config
+from wsiflow.slides.kinds import misplaced
 
-_ALL = "wsiflow run --cfg job shows every key"
+_ALL = "wsiflow run --help shows every key"
 _KEY = re.compile(r"[A-Za-z0-9_./@:-]+")
 _ADVICE = re.compile(
     r"\n?\s*(To append to your config use|See https|Set the environment variable|Either remove).*", re.DOTALL
 )
 _NO_TEXT = "Config group override must be a string or a list"
+# Keys that earlier versions had, each with its name of now, and with the words of now by the former ones.
+_RENAMED = {"dense.beyond": ("dense.on_excess", FORMER_EXCESS)}
 _BRACKETS = {"[": "]", "{": "}", "(": ")"}
 
 
@@ -39,7 +44,13 @@ def is_refusal(error: Exception) -> bool:
 def refused(error: Exception, overrides: Sequence[str]) -> InputError:
     """Return what is wrong with the overrides that Hydra refused, and what to write instead."""
     text = str(error).strip()
-    cause, remedy = _unread(overrides) or _unknown(text) or _meant_otherwise(text, overrides) or (_short(text), _ALL)
+    cause, remedy = (
+        _unread(overrides)
+        or _of_other_slides(error)
+        or _unknown(text)
+        or _meant_otherwise(text, overrides)
+        or (_short(text), _ALL)
+    )
     return InputError(cause, remedy, stage="configuration")
 
 
@@ -101,6 +112,15 @@ def _open(value: str) -> str:
 # --- what is not there
 
 
+def _of_other_slides(error: Exception) -> tuple[str, str] | None:
+    """Return cause and remedy where Hydra found no such key of these slides, and others have it."""
+    origin = error.__cause__
+    if not isinstance(origin, OmegaConfBaseException) or not isinstance(origin.parent_node, DictConfig):
+        return None
+    section, _, name = str(origin.full_key).partition(".")
+    return misplaced(name, str(origin.parent_node.get("kind"))) if section == "dataset" else None
+
+
 def _unknown(text: str) -> tuple[str, str] | None:
     """Return cause and remedy where Hydra found no such key or choice."""
     if found := re.search(r"Could not find '([^']+)/([^'/]*)'", text):
@@ -124,6 +144,10 @@ def _no_choice(group: str, name: str, known: Sequence[str]) -> tuple[str, str]:
 
 
 def _no_key(key: str) -> tuple[str, str]:
+    if key in _RENAMED:
+        now, words = _RENAMED[key]
+        meant = ", ".join(f"{now}={word} for {former}" for word, former in words.items())
+        return f"{key} was renamed {now}", f"write {meant}"
     if key in config.known_keys() or any(one.startswith(f"{key}.") for one in config.known_keys()):
         section = key.partition(".")[0]
         return f"there is no key {key} with this {section}", f"choose another: {section}={'|'.join(choices(section))}"

@@ -1,14 +1,20 @@
 """Configuration: every YAML composes and validates; nothing unknown or out of bounds gets past the start."""
 
+import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from flows.__main__ import main
 from flows.compose import compose_config
+from flows.folders import default_name
 from wsiflow.errors import InputError
-from wsiflow.run.config import RunConfig, validate
+from wsiflow.run.cases import read_cases
+from wsiflow.run.config import RunConfig, descriptions, known_keys, validate
+from wsiflow.slides.kinds import FLAT, SyntheticSlides
 
 CONF = Path(__file__).parents[2] / "conf"
 OPTIONS = sorted(f"{path.parent.name}={path.stem}" for path in CONF.rglob("*/*.yaml"))
@@ -61,13 +67,20 @@ def test_every_path_begins_at_the_root(tmp_path: Path, monkeypatch: pytest.Monke
     """Workers may be in other folders: what is published of a configuration means the same everywhere."""
     monkeypatch.chdir(tmp_path)
     given = ["out=o", "share=s", "model=card", "model.card=c.json", "tracking.uri=sqlite:///x/../t.db"]
-    given += ["dataset=manifest", *(f"dataset.{name}=d/{name}" for name in ("manifest", "folder", "data"))]
-    config, single = composed(*given), composed("dataset=single", "dataset.path=d/path")
-    told = config.model_dump_json()
-    found = [config.out, config.share, config.model.card, *config.dataset.model_dump().values(), single.dataset.path]
+    slides = {"manifest": ["manifest"], "folder": ["folder"], "single": ["path"], "synthetic": ["folder", "data"]}
+    configs = [
+        composed(*given, f"dataset={kind}", *(f"dataset.{name}=d/{name}" for name in names))
+        for kind, names in slides.items()
+    ]
+    config, told = configs[0], configs[0].model_dump_json()
+    found = [config.out, config.share, config.model.card, *(one for each in configs for _, one in each.dataset)]
     paths = [path.relative_to(tmp_path).as_posix() for path in found if isinstance(path, Path)]
-    assert paths == ["o", "s", "c.json", "d/manifest", "d/folder", "d/data", "d/path"]
+    assert paths == ["o", "s", "c.json", "d/manifest", "d/folder", "d/path", "d/folder", "d/data"]
     assert config.tracking.uri == f"sqlite:///{tmp_path}/t.db"
+    dask = composed("out=o", "executor=dask_slurm").executor.dask
+    assert dask is not None
+    assert dask.cluster_kwargs["log_directory"] == f"{tmp_path}/o/logs/dask"
+    assert dask.cluster_kwargs["shared_temp_directory"] == f"{tmp_path}/o/.attempts"
     monkeypatch.chdir("/")
     assert RunConfig.model_validate_json(told) == config
     assert {name for name, node in _nodes(RunConfig.model_json_schema()) if node.get("format") == "path"} == {
@@ -155,11 +168,38 @@ def test_what_must_be_given_is_asked_for() -> None:
         composed("dataset=manifest")
 
 
-@pytest.mark.parametrize(("setting", "kind"), [("manifest", "manifest"), ("path", "single")])
-def test_slides_that_are_named_and_would_not_be_read_are_refused(setting: str, kind: str) -> None:
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (["dataset.manifest=mine"], "manifest is given, but the slides are synthetic; add dataset=manifest"),
+        (["+dataset.manifest=mine"], "manifest is given, but the slides are synthetic: add dataset=manifest"),
+        (["dataset.path=mine"], "path is given, but the slides are synthetic; add dataset=single"),
+        (["dataset=single", "dataset.path=a", "dataset.size_px=9000"], "slides are a single one; add dataset=synth"),
+        (["dataset=manifest", "dataset.folder=b"], "a manifest; add dataset=folder or dataset=synthetic"),
+    ],
+)
+def test_what_is_said_of_other_slides_is_refused(given: list[str], told: str) -> None:
     """Without the word for their kind, the run would score the synthetic slides of the default."""
-    with pytest.raises(InputError, match=rf"dataset\.{setting} is given, .* add dataset={kind}"):
-        composed(f"dataset.{setting}=mine")
+    with pytest.raises(InputError, match=rf"dataset\..*{told}"):
+        composed(*given)
+
+
+def test_every_key_is_described() -> None:
+    """In whole sentences: forms and the help show them."""
+    assert [key for key, about in descriptions().items() if not re.fullmatch(r"[A-Z].*\.", about)] == []
+
+
+def test_the_help_shows_every_key_of_what_is_chosen(capsys: pytest.CaptureFixture[str]) -> None:
+    """With its value, though that refers to another, and with what it is."""
+    with pytest.raises(SystemExit):
+        main(["run", "--help", "executor=slurm_array"])
+    told = capsys.readouterr().out
+    shown = {line.partition("=")[0] for line in told.splitlines() if re.match(r"[a-z_.0-9]+=", line)}
+    assert shown == {
+        key for key in known_keys() if not key.startswith(("executor.dask", "stain.target", "dataset."))
+    } - {"executor.array.dialect.environment"} | {f"dataset.{name}" for name in SyntheticSlides.model_fields}
+    assert "\ninference.stride=16\n    Distance between" in told
+    assert "\ntracking.uri=sqlite:///${out}/../mlflow.db\n    Address of" in told
 
 
 def test_all_problems_are_told_together() -> None:
@@ -172,6 +212,19 @@ def test_a_configuration_survives_being_written() -> None:
     """What is published as config.yaml validates to the same value."""
     config = composed()
     assert validate(config.model_dump(mode="json")) == config
+
+
+@pytest.mark.parametrize(("former", "now"), [("stop", "fail"), ("tell", "report")])
+def test_a_folder_of_an_earlier_version_is_read(former: str, now: str, tmp_path: Path) -> None:
+    """Its slides have the settings of every kind, some of them given in vain, and a key has its former name."""
+    config = composed("dataset=manifest", "dataset.manifest=/m.csv", f"dense.on_excess={now}")
+    values = config.model_dump(mode="json")
+    values["dataset"] = {**FLAT, "path": None, "folder": "/slides", "size_px": 9000, **values["dataset"]}
+    del values["dense"]["on_excess"]
+    values["dense"]["beyond"] = former
+    path = tmp_path / "cases.json"
+    path.write_text(json.dumps({"config": values, "cases": []}))
+    assert read_cases(path) == (config, ())
 
 
 @pytest.mark.parametrize(
@@ -202,6 +255,11 @@ def test_a_configuration_survives_being_written() -> None:
         ("dataset.path=/x/a (1).svs", r"write \"dataset\.path='/x/a \(1\)\.svs'\""),
         ("name=a,b", r"names several values; quote it: \"name='a,b'\"; list them: 'name=\[a,b\]'"),
         ("name=${nothing}", "'nothing' not found"),
+        (
+            "dense.beyond=tell",
+            r"was renamed dense\.on_excess; .*on_excess=fail for stop, dense\.on_excess=report for tell",
+        ),
+        ("++dense.beyond=tell", r"was renamed dense\.on_excess: write dense\.on_excess=report"),
     ],
 )
 def test_what_hydra_refuses_is_told_by_its_right_form(override: str, told: str) -> None:
@@ -220,9 +278,13 @@ def test_a_folder_that_is_not_given_is_that_of_data_model_and_settings(monkeypat
     first = composed(*one).out
     assert first.parent == Path("runs").absolute()
     assert first.name.startswith("one-demo-")
-    same = ["executor=inline", "tracking=off", "store=none", "allow_partial=true", "dense.beyond=tell"]
+    same = ["executor=inline", "tracking=off", "store=none", "allow_partial=true", "dense.on_excess=report"]
     assert composed(*one, *same).out == first
     assert composed("dataset=single", "dataset.path=/slides/./one.svs").out == first
     other = [["dataset.path=/else/one.svs"], ["model=pcam"], ["inference.stride=32"], ["seed=1"], ["repeat=2"]]
     assert len({composed(*one, *each).out for each in other} | {first}) == len(other) + 1
     assert composed("name=mine").out == Path("runs/mine").absolute()
+    slide = {"kind": "single", "path": "/slides/one.svs"}
+    assert default_name({"dataset": slide}) == default_name({"dataset": {**FLAT, **slide}}), (
+        "as earlier versions named it"
+    )

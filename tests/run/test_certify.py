@@ -92,7 +92,7 @@ PADDED = ["inference.stride=32", "dense.windows=8", f"dense.tolerance={TOLERANCE
 def strict(tiny_slide: list[str], googlenet: list[str], tmp_path_factory: pytest.TempPathFactory) -> Strict:
     """GoogLeNet beyond its tolerance: predicted and certified once for all tests."""
     found = Strict(tmp_path_factory.mktemp("strict") / "run", [], [], [])
-    for more in ([], [], ["dense.beyond=tell"]):
+    for more in ([], [], ["dense.on_excess=report"]):
         with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.redirect_stderr(said):
             found.codes.append(wsiflow(tiny_slide, found.out, *googlenet, *PADDED, *more))
         found.said.append(said.getvalue())

@@ -5,10 +5,21 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from wsiflow.errors import EnvironmentFault, InputError, WsiflowError
-from wsiflow.slides.manifest import LABELS, Case, DatasetParams, load_dataset, read_folder, read_manifest, read_single
+from wsiflow.slides.kinds import (
+    FLAT,
+    RECORDED,
+    DatasetParams,
+    FolderSlides,
+    GivenSlides,
+    ManifestSlides,
+    SingleSlide,
+    SyntheticSlides,
+    source_of,
+)
+from wsiflow.slides.manifest import LABELS, Case, load_dataset, read_folder, read_manifest, read_single
 from wsiflow.slides.slide import open_slide
 
 
@@ -344,43 +355,61 @@ def test_a_single_slide_is_a_data_set(slides: Path) -> None:
     assert read_single(slides / "gone.svs")[0].path == slides / "gone.svs"
 
 
-def params(**settings: object) -> DatasetParams:
-    """Settings as YAML gives them, where an empty text means absent."""
-    absent = {"manifest": "", "folder": "", "path": "", "limit": "", "size_px": 1024, "seed": 0}
-    absent |= {"like": "", "data": "", "slides": 1, "scale": 1}
-    return DatasetParams.model_validate(absent | settings)
+FORM: TypeAdapter[SyntheticSlides | GivenSlides] = TypeAdapter(DatasetParams)
 
 
 @pytest.mark.parametrize(("limit", "count"), [("", 5), (None, 5), (2, 2), (9, 5)])
 def test_a_data_set_is_loaded_up_to_a_limit(slides: Path, limit: object, count: int) -> None:
     """The first slides are taken; an absent limit takes all."""
-    assert len(load_dataset(params(kind="folder", folder=str(slides), limit=limit))) == count
+    params = FolderSlides.model_validate({"kind": "folder", "folder": slides, "limit": limit})
+    assert len(load_dataset(params)) == count
 
 
 def test_each_kind_reads_its_own_setting(slides: Path) -> None:
-    """A manifest, a folder and a single slide; the folder of synthetic slides may be named beside their manifest."""
+    """A manifest, a folder and a single slide."""
     listed = slides / "manifest.csv"
     listed.write_text("path\nb.SVS\n")
-    given = {"manifest": {"manifest": str(listed)}, "folder": {}, "single": {"path": str(slides / "a.tif")}}
-    found = [
-        [case.slide_id for case in load_dataset(params(kind=kind, folder=str(slides / "lone"), **own))]
-        for kind, own in given.items()
+    given = [
+        ManifestSlides(kind="manifest", manifest=listed, limit=None),
+        FolderSlides(kind="folder", folder=slides / "lone", limit=None),
+        SingleSlide(kind="single", path=slides / "a.tif", limit=None),
     ]
-    assert found == [["b"], ["x"], ["a"]]
+    assert [[case.slide_id for case in load_dataset(params)] for params in given] == [["b"], ["x"], ["a"]]
+    assert [source_of(params) for params in given] == [listed, slides / "lone", slides / "a.tif"]
+
+
+SETTING = {"manifest": "manifest", "folder": "folder", "single": "path", "synthetic": "folder"}
+
+
+@pytest.mark.parametrize("kind", SETTING)
+def test_what_earlier_versions_wrote_of_other_kinds_is_passed_over(kind: str) -> None:
+    """Every setting was there, whatever the kind: as YAML had it, and as JSON of finished runs has it."""
+    own = {"kind": kind, SETTING[kind]: "/slides"}
+    flat = FORM.validate_python({**FLAT, **own})
+    assert flat == FORM.validate_python({**FLAT, **dict.fromkeys(("manifest", "folder", "path", "data")), **own})
+    assert source_of(flat) == Path("/slides")
+
+
+def test_what_is_given_of_other_kinds_is_refused_but_for_runs_that_were() -> None:
+    """It had no meaning, and their folders are still read."""
+    given = {"kind": "manifest", "manifest": "/m.csv", "limit": None, "folder": "/slides", "size_px": 9000}
+    with pytest.raises(ValidationError, match=r"dataset\.folder is given, but the slides are listed in a manifest"):
+        FORM.validate_python(given)
+    assert FORM.validate_python(given, context=RECORDED) == ManifestSlides.model_validate(
+        {"kind": "manifest", "manifest": "/m.csv", "limit": None}
+    )
 
 
 @pytest.mark.parametrize(
-    ("kind", "setting"),
-    [("manifest", "manifest"), ("folder", "folder"), ("single", "path"), ("synthetic", "folder")],
+    ("wrong", "told"),
+    [
+        ({"kind": "cloud"}, "dataset.kind is cloud, it must be one of manifest, folder, single, synthetic"),
+        ({"limit": 0}, "greater than or equal to 1"),
+        ({"glob": "*"}, "Extra inputs"),
+        ({"folder": ""}, "it is empty"),
+    ],
 )
-def test_an_absent_setting_is_named(kind: str, setting: str) -> None:
-    """An empty text in YAML means absent, and the kind says which setting it needs."""
-    with pytest.raises(InputError, match=rf"dataset\.{setting} is not given"):
-        load_dataset(params(kind=kind))
-
-
-@pytest.mark.parametrize("wrong", [{"kind": "cloud"}, {"kind": "folder", "limit": 0}, {"kind": "folder", "glob": "*"}])
-def test_wrong_settings_are_refused(wrong: dict[str, object]) -> None:
-    """Unknown kinds and keys, and a limit of no slides, are refused at the start."""
-    with pytest.raises(ValidationError):
-        params(**wrong)
+def test_wrong_settings_are_refused(wrong: dict[str, object], told: str) -> None:
+    """Unknown kinds and keys, a limit of no slides, and slides that are nowhere, are refused at the start."""
+    with pytest.raises(ValidationError, match=told):
+        FORM.validate_python({"kind": "folder", "folder": "/slides", "limit": None, **wrong})

@@ -115,8 +115,8 @@ def _from_folder(root: Path) -> Run:
     told = ingest.told(root)
     params = {"run": root.name}
     if told:
-        made, values = latest_plan(root), json.loads(told.read_text(encoding="utf-8"))["config"]
-        params = _texts(record.settings(values, made)) | record.digests(made)
+        made, config = latest_plan(root), cases.read_cases(told)[0]
+        params = _texts(record.settings(config.model_dump(mode="json"), made)) | record.digests(made)
     elif (folder / "settings.json").is_file():
         params = _texts(json.loads((folder / "settings.json").read_text(encoding="utf-8")))
     return Run(

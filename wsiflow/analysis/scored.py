@@ -18,6 +18,7 @@ from wsiflow.run.cases import read_cases
 from wsiflow.run.config import RunConfig
 from wsiflow.run.plan import Plan, latest_plan
 from wsiflow.run.stages import ingest
+from wsiflow.slides.kinds import ManifestSlides
 from wsiflow.slides.manifest import COLUMNS, Case, read_manifest
 from wsiflow.system import tables
 
@@ -180,8 +181,8 @@ def values(scored: Scored, columns: Sequence[str], table: Path | None) -> dict[s
 
 def manifest(scored: Scored) -> Path | None:
     """Return the manifest of a run, where it has one and it is still there."""
-    path = scored.config.dataset.manifest
-    return path if scored.config.dataset.kind == "manifest" and path is not None and path.is_file() else None
+    slides = scored.config.dataset
+    return slides.manifest if isinstance(slides, ManifestSlides) and slides.manifest.is_file() else None
 
 
 def _ended(path: Path) -> dict[str, Ended]:

@@ -27,32 +27,34 @@ _Grey = Annotated[int, Field(ge=0, le=255)]
 
 
 class EvaluationParams(BaseModel, frozen=True, extra="forbid"):
-    """How detections are scored: a protocol, all of which is in its hash, and how often the cases are resampled.
+    """How detections are scored: a protocol, all of which is in its hash, and how often the cases are resampled."""
 
-    Attributes:
-        name: Name of the protocol.
-        downsample: Level-0 pixels per pixel of the evaluation mask.
-        l0_um_px: Level-0 spacing assumed for every slide (0.243 in the CAMELYON16 evaluator), or None for each
-            slide's own.
-        join_um: Annotations nearer than this are one lesion.
-        itc_um: A lesion whose major axis, joining distance included, is shorter is isolated tumour cells.
-        exclude: Slides that count for nothing, in any case of their letters.
-        exclude_froc: Slides that count for the slide AUC alone.
-        mask_tumour: Values of mask images that are tumour, every other is none; empty: 255 of 0 and 255, 2 of 0, 1 and
-            2, 1 of 0 and 1 in a slide labelled tumour.
-        bootstrap: Resamples of the intervals; no part of the protocol.
-    """
-
-    name: str = Field(min_length=1)
-    downsample: int = Field(ge=1, le=256)
-    l0_um_px: Annotated[FiniteFloat, Field(gt=0)] | None
-    join_um: FiniteFloat = Field(ge=0, le=10_000)
-    itc_um: FiniteFloat = Field(ge=0, le=10_000)
-    exclude: _Slides
-    exclude_froc: _Slides
+    name: str = Field(min_length=1, description="Name of the protocol.")
+    downsample: int = Field(ge=1, le=256, description="Level-0 pixels per pixel of the evaluation mask.")
+    l0_um_px: Annotated[FiniteFloat, Field(gt=0)] | None = Field(
+        description="Spacing of level 0 that is assumed for every slide, um per pixel; 0.243 in the CAMELYON16 "
+        "evaluator. null: each slide's own."
+    )
+    join_um: FiniteFloat = Field(ge=0, le=10_000, description="Annotations nearer than this are one lesion, um.")
+    itc_um: FiniteFloat = Field(
+        ge=0,
+        le=10_000,
+        description="A lesion whose major axis, joining distance included, is shorter than this is isolated tumour "
+        "cells, um.",
+    )
+    exclude: _Slides = Field(description="Names of slides that count for nothing, in any case of their letters.")
+    exclude_froc: _Slides = Field(description="Names of slides that count for the slide AUC alone.")
     # Protocols, plans and folders that were made before there was this key are still valid: it is only told where set.
-    mask_tumour: Annotated[tuple[_Grey, ...], BeforeValidator(_listed)] = ()
-    bootstrap: int = Field(ge=0, le=100_000)
+    mask_tumour: Annotated[tuple[_Grey, ...], BeforeValidator(_listed)] = Field(
+        default=(),
+        description="Values of mask images that are tumour; every other value is none. Empty: 255 of 0 and 255, 2 of "
+        "0, 1 and 2, and 1 of 0 and 1 in a slide labelled tumour.",
+    )
+    bootstrap: int = Field(
+        ge=0,
+        le=100_000,
+        description="Number of resamples of the cases for the intervals; no part of the protocol. 0: no intervals.",
+    )
 
     @model_serializer(mode="wrap")
     def _told(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:

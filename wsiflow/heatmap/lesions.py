@@ -26,34 +26,47 @@ _CHUNK = 65536  # cells looked at together in non-maximum suppression
 
 
 class LesionParams(BaseModel, frozen=True, extra="forbid"):
-    """How a heatmap becomes detections.
+    """How a heatmap becomes detections."""
 
-    Attributes:
-        method: ``components`` or ``nms``.
-        threshold: A cell counts when its score is higher than this.
-        unit: Of the sizes below: ``um`` means the same at every stride and spacing; ``cells`` of the heatmap are what
-            the reference system counts in.
-        smoothing: Standard deviation of a Gaussian over the scored cells, before anything else; 0: none.
-        morphology: ``components``: which of opening and closing comes first, or none.
-        kernel: ``components``: width of OpenCV's elliptical kernel; one cell changes nothing. The reference system uses
-            20 cells at stride 16, which removes anything under 320 px.
-        min_area: ``components``: components with less scored area (square um, or cells) are dropped.
-        confidence: ``components``: mean (reference) or maximum of the component's scores.
-        position: ``components``: centroid (reference; outside a crescent), or peak, the scored cell of the component
-            farthest from its outline.
-        nms_radius: ``nms``: what is cleared before and after the maximum, [-r, r) in both directions.
-    """
-
-    method: Literal["components", "nms"]
-    threshold: float = Field(ge=0, le=1)
-    unit: Literal["um", "cells"]
-    smoothing: float = Field(ge=0, le=1000)
-    morphology: Literal["open_close", "close_open", "none"]
-    kernel: float = Field(ge=0, le=1000)
-    min_area: float = Field(ge=0)
-    confidence: Literal["mean", "max"]
-    position: Literal["centroid", "peak"]
-    nms_radius: float = Field(gt=0)
+    method: Literal["components", "nms"] = Field(
+        description="How detections are found. components: a detection for each connected component of the thresholded "
+        "map. nms: the highest cell, then the next one outside a square around it, and so on."
+    )
+    threshold: float = Field(ge=0, le=1, description="A cell counts when its score is higher than this.")
+    unit: Literal["um", "cells"] = Field(
+        description="Unit of smoothing, kernel, min_area and nms_radius. um: they mean the same at every stride and "
+        "spacing. cells: they count cells of the heatmap, as the reference system does."
+    )
+    smoothing: float = Field(
+        ge=0,
+        le=1000,
+        description="Standard deviation of a Gaussian over the scored cells, before anything else. 0: none.",
+    )
+    morphology: Literal["open_close", "close_open", "none"] = Field(
+        description="For components: how the thresholded map is cleaned. open_close: opening, then closing. "
+        "close_open: the other way round. none: it is left as it is."
+    )
+    kernel: float = Field(
+        ge=0,
+        le=1000,
+        description="For components: width of the elliptical kernel of opening and closing; one cell changes nothing. "
+        "The reference system uses 20 cells at stride 16, which removes anything under 320 px.",
+    )
+    min_area: float = Field(
+        ge=0, description="For components: those with less scored area than this are dropped, square um or cells."
+    )
+    confidence: Literal["mean", "max"] = Field(
+        description="For components: which of the component's scores is its confidence. The reference takes the mean."
+    )
+    position: Literal["centroid", "peak"] = Field(
+        description="For components: where the detection lies. centroid: at the mean of its cells, as in the "
+        "reference, which may lie outside of it. peak: at the scored cell that is farthest from the outline."
+    )
+    nms_radius: float = Field(
+        gt=0,
+        description="For nms: what is cleared around a maximum, from this far before it to this far after it, in both "
+        "directions.",
+    )
 
 
 class _Sizes(NamedTuple):

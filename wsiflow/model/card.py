@@ -33,20 +33,23 @@ def _found_anywhere(card: Path) -> Path:
     return card if str(card).startswith(PACKAGED) else card.absolute()
 
 
+CardPath = Annotated[NamedPath, AfterValidator(_found_anywhere)]
+
+
 class ModelSpec(BaseModel, frozen=True, extra="forbid"):
-    """Which model a run uses.
+    """Which model a run uses."""
 
-    Attributes:
-        card: Path of the card; ``pkg:NAME`` is one that ships with wsiflow.
-        trust_torchscript: Whether a TorchScript program may be run; it can do whatever its author wanted.
-        sha256: What the weights must hash to, whatever the card says; empty: the card's word is enough.
-        positive_class: The class whose probability is mapped; empty: the card's.
-    """
-
-    card: Annotated[NamedPath, AfterValidator(_found_anywhere)]
-    trust_torchscript: bool
-    sha256: Annotated[str, Field(pattern="^([0-9a-f]{64})?$")]
-    positive_class: str
+    card: CardPath = Field(
+        description="Path of the model's card: one of wsiflow, or WSInfer's JSON. pkg:NAME is one that ships with "
+        "wsiflow."
+    )
+    trust_torchscript: bool = Field(
+        description="Whether a TorchScript program may be run; it can do whatever its author wanted."
+    )
+    sha256: Annotated[str, Field(pattern="^([0-9a-f]{64})?$")] = Field(
+        description="SHA-256 that the weights must have, whatever the card says. Empty: the card's word is enough."
+    )
+    positive_class: str = Field(description="Name of the class whose probability is mapped. Empty: the card's.")
 
 
 class Probe(BaseModel, frozen=True, extra="forbid"):

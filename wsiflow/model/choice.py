@@ -4,9 +4,10 @@ Input: what the configuration asks for. Output: one `Choice`, published before t
 Nothing here imports torch, so a plan can be read without it.
 """
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
 
 
 class Choice(NamedTuple):
@@ -69,44 +70,78 @@ def alike(fine: Choice, coarse: Choice) -> str:
 
 
 class InferenceParams(BaseModel, frozen=True, extra="forbid"):
-    """How windows become scores.
+    """How windows become scores."""
 
-    Attributes:
-        engine: ``dense`` runs the network once over each block, ``window`` once for every window.
-        stride: Distance between window centres, reading pixels; divides the tile.
-        batch: Windows per call of the network, where it is called for windows.
-        precision: Number format of the network; ``auto`` is the faster of fp32 and bf16 here.
-        backend: What runs the network; ``auto`` is the fastest that is installed.
-        refine: ``window``: of each tile the windows of a coarse stride are run, and the others only where one of those
-            scores at least this; elsewhere a coarse score stands for its surroundings. 0: every window is run.
-        refine_from: That coarse stride, reading pixels: a multiple of the stride that divides the tile.
-    """
+    engine: Literal["dense", "window"] = Field(
+        description="What the network is run over. dense: once over each block, which gives the scores of all its "
+        "windows. window: once for every window."
+    )
+    stride: int = Field(
+        ge=1, description="Distance between the centres of neighbouring windows, reading pixels. It divides the tile."
+    )
+    batch: int = Field(
+        ge=1, le=4096, description="Number of windows in one call of the network, where it is called for windows."
+    )
+    precision: Literal["fp32", "bf16", "int8", "auto"] = Field(
+        description="Number format of the network. bf16 needs a CPU that has it, int8 is calibrated on the run's own "
+        "tissue. auto: the faster of fp32 and bf16 on this machine."
+    )
+    backend: Literal["openvino", "onnxruntime", "torch", "auto"] = Field(
+        description="Library that runs the network. auto: the fastest of those that are installed."
+    )
+    refine: float = Field(
+        ge=0,
+        le=1,
+        description="With engine window: the windows of a coarse stride are run first, and the others of a tile only "
+        "where one of those scores at least this; elsewhere a coarse score stands for its surroundings. 0: every "
+        "window is run.",
+    )
+    refine_from: int = Field(
+        ge=1,
+        description="The coarse stride of refine, reading pixels: a multiple of the stride that divides the tile.",
+    )
 
-    engine: Literal["dense", "window"]
-    stride: int = Field(ge=1)
-    batch: int = Field(ge=1, le=4096)
-    precision: Literal["fp32", "bf16", "int8", "auto"]
-    backend: Literal["openvino", "onnxruntime", "torch", "auto"]
-    refine: float = Field(ge=0, le=1)
-    refine_from: int = Field(ge=1)
+
+FORMER_EXCESS: Mapping[Literal["fail", "report"], Literal["stop", "tell"]] = {"fail": "stop", "report": "tell"}
+"""What ``dense.beyond`` said, which is ``dense.on_excess`` now, by what that says; plans keep the former words."""
 
 
 class DenseParams(BaseModel, frozen=True, extra="forbid"):
-    """How the dense engine works, and how near to the window engine it has to be.
+    """How the dense engine works, and how near to the window engine it has to be."""
 
-    Attributes:
-        halo: Context beyond the outermost windows of a block, reading pixels, for networks that pad (others need none);
-            ``exact`` is all that a score can see.
-        share_until: Layer up to which windows share their features; after it each window runs alone. Empty: to the end.
-        windows: Windows of each slide that are run on their own as well and compared; 0: no certificate, in fp32 only.
-        tolerance: Largest mean absolute difference of probability, and largest share of decisions that differ, that a
-            run accepts.
-        beyond: What becomes of a slide whose scores lie beyond that, or beyond the limits of a lower precision: the run
-            stops, or goes on and tells, for those who measure what a setting loses.
-    """
+    halo: Annotated[int, Field(ge=0, le=4096)] | Literal["exact"] = Field(
+        description="Context beyond the outermost windows of a block, reading pixels a side, for networks that pad; "
+        "others need none. exact: everything that a score can see."
+    )
+    share_until: str = Field(
+        description="Layer up to which windows share their features; after it each window runs alone. Empty: they "
+        "share all layers."
+    )
+    windows: int = Field(
+        ge=0,
+        le=100_000,
+        description="Number of windows of each slide that are run on their own as well and compared. 0: nothing is "
+        "compared, which fp32 alone allows.",
+    )
+    tolerance: float = Field(
+        gt=0,
+        le=1,
+        description="Largest mean absolute difference of probability, and largest share of decisions that differ, that "
+        "a run accepts.",
+    )
+    on_excess: Literal["fail", "report"] = Field(
+        description="What becomes of a run where the scores of a slide differ by more than the tolerance, or than a "
+        "lower precision may. fail: the slide fails. report: the run goes on and says so, for measuring what a setting "
+        "loses."
+    )
 
-    halo: Annotated[int, Field(ge=0, le=4096)] | Literal["exact"]
-    share_until: str
-    windows: int = Field(ge=0, le=100_000)
-    tolerance: float = Field(gt=0, le=1)
-    beyond: Literal["stop", "tell"]
+    @model_validator(mode="before")
+    @classmethod
+    def _renamed(cls, values: object) -> object:
+        """Take the former name of a key and its former words, in which older folders say the same."""
+        if not isinstance(values, Mapping) or "beyond" not in values:
+            return values
+        meant = next((now for now, former in FORMER_EXCESS.items() if former == values["beyond"]), values["beyond"])
+        if values.get("on_excess", meant) != meant:
+            raise ValueError(f"dense.beyond was renamed dense.on_excess: write dense.on_excess={meant}")
+        return {name: value for name, value in values.items() if name != "beyond"} | {"on_excess": meant}

@@ -22,25 +22,23 @@ from wsiflow.plan.geometry import Frame
 
 
 class TilesParams(BaseModel, frozen=True, extra="forbid"):
-    """How the tissue grid is cut.
+    """How the tissue grid is cut."""
 
-    Attributes:
-        tile_px: Side of a tile in reading pixels.
-        halo_px: Context read around each block, reading pixels a side; ``auto`` is what the windows and the network
-            need, ``widest`` what they would need at the finest stride: the same pixels for all strides of a sweep.
-        block_rows: Most tile rows of a block.
-        block_cols: Most tile columns of a block; ``auto`` fits blocks to ``memory_mb``, with fewer rows where they have
-            to be. One row and one column with a halo of 112 px are the reference's 448 px patches.
-        memory_mb: What the activations of a worker's network may take, MB.
-        group_tiles: Tissue tiles a group should hold at most: one group is one array task.
-    """
-
-    tile_px: int = Field(ge=16, le=4096)
-    halo_px: Annotated[int, Field(ge=0, le=4096)] | Literal["auto", "widest"]
-    block_rows: int = Field(ge=1, le=64)
-    block_cols: Annotated[int, Field(ge=1, le=256)] | Literal["auto"]
-    memory_mb: int = Field(ge=100)
-    group_tiles: int = Field(ge=1)
+    tile_px: int = Field(ge=16, le=4096, description="Side of a tile, reading pixels.")
+    halo_px: Annotated[int, Field(ge=0, le=4096)] | Literal["auto", "widest"] = Field(
+        description="Context that is read around each block, reading pixels a side. auto: what the windows and the "
+        "network need. widest: what they would need at the finest stride, so that all strides of a sweep read the same "
+        "pixels."
+    )
+    block_rows: int = Field(ge=1, le=64, description="Most tile rows of a block.")
+    block_cols: Annotated[int, Field(ge=1, le=256)] | Literal["auto"] = Field(
+        description="Most tile columns of a block. auto: as many as memory_mb allows, with fewer rows where they have "
+        "to be. One row and one column with a halo of 112 pixels are the reference's 448 px patches."
+    )
+    memory_mb: int = Field(ge=100, description="Memory that the activations of a worker's network may take, MB.")
+    group_tiles: int = Field(
+        ge=1, description="Most tissue tiles that a group should hold. One group is one array task."
+    )
 
 
 class Cut(NamedTuple):

@@ -225,18 +225,26 @@ MAX_UPSAMPLE = 16
 
 
 class GeometryParams(BaseModel, frozen=True, extra="forbid"):
-    """Which plane is read and where scores belong.
+    """Which plane is read and where scores belong."""
 
-    Attributes:
-        convention: ``centred``, or ``reference`` for the geometry of Li, Mikailov and Chen with its shifts.
-        spacing: ``model`` reads at the spacing the model was trained for, ``native`` reads level 0 as it is, a number
-            of um per pixel reads at that. The window keeps its pixels: at another spacing than its own a model sees
-            another piece of the slide.
-        tolerance: A slide whose spacing differs from the wanted one by at most this fraction is read as it is.
-        max_upsample: How many times a slide coarser than the wanted spacing may be enlarged; coarser ones are refused.
-    """
-
-    convention: Convention
-    spacing: Literal["model", "native"] | Annotated[FiniteFloat, Field(gt=0, le=100)]
-    tolerance: float = Field(ge=0, lt=0.5)
-    max_upsample: float = Field(ge=1, le=MAX_UPSAMPLE)
+    convention: Convention = Field(
+        description="Where a score belongs. centred: at the centre of its heatmap cell. reference: at the cell's "
+        "corner, the geometry of Li, Mikailov and Chen with its shifts at the border."
+    )
+    spacing: Literal["model", "native"] | Annotated[FiniteFloat, Field(gt=0, le=100)] = Field(
+        description="Spacing at which slides are read. model: the one the model was trained for. native: level 0 as it "
+        "is. A number: um per pixel. The window keeps its number of pixels, so that at another spacing than its own a "
+        "model sees another piece of the slide."
+    )
+    tolerance: float = Field(
+        ge=0,
+        lt=0.5,
+        description="Largest difference, as a fraction, between a slide's spacing and the requested one at which the "
+        "slide is read as it is.",
+    )
+    max_upsample: float = Field(
+        ge=1,
+        le=MAX_UPSAMPLE,
+        description="How many times a slide that is coarser than the requested spacing may be enlarged; coarser slides "
+        "are refused.",
+    )

@@ -22,27 +22,33 @@ REFERENCE_HUE_LIMIT = 180
 
 
 class TissueParams(BaseModel, frozen=True, extra="forbid"):
-    """How tissue is found.
+    """How tissue is found."""
 
-    Attributes:
-        method: ``hsv_otsu`` thresholds saturation and, where two colours are present, hue; ``saturation`` leaves hue
-            out; ``all`` takes the whole slide.
-        downsample: Level-0 pixels per overview pixel.
-        min_chroma: Least difference between the largest and the smallest of red, green and blue (0 to 255) that
-            counts as colour.
-        closing_px: Radius in overview pixels up to which gaps are closed; 0 closes none.
-        min_object_px: Smallest piece of tissue that is kept, in overview pixels of area.
-        min_coverage: Least part of a tile, 0 to 1, that must be tissue. A tile without any tissue is never selected.
-        dilate_tiles: Number of times the selection grows by its neighbouring tiles, diagonal ones included.
-    """
-
-    method: Literal["hsv_otsu", "saturation", "all"]
-    downsample: float = Field(ge=1, le=1024)
-    min_chroma: int = Field(ge=1, le=255)
-    closing_px: int = Field(ge=0, le=100)
-    min_object_px: int = Field(ge=0)
-    min_coverage: float = Field(ge=0, le=1)
-    dilate_tiles: int = Field(ge=0, le=16)
+    method: Literal["hsv_otsu", "saturation", "all"] = Field(
+        description="How tissue is told from glass. hsv_otsu: by a threshold of saturation and, where two colours are "
+        "present, of hue. saturation: by saturation alone. all: the whole slide is taken."
+    )
+    downsample: float = Field(ge=1, le=1024, description="Level-0 pixels per pixel of the overview.")
+    min_chroma: int = Field(
+        ge=1,
+        le=255,
+        description="Least difference between the largest and the smallest of red, green and blue that counts as "
+        "colour, of 255 grey levels.",
+    )
+    closing_px: int = Field(
+        ge=0, le=100, description="Radius up to which gaps are closed, overview pixels. 0: none is closed."
+    )
+    min_object_px: int = Field(ge=0, description="Area of the smallest piece of tissue that is kept, overview pixels.")
+    min_coverage: float = Field(
+        ge=0,
+        le=1,
+        description="Least part of a tile, 0 to 1, that must be tissue. A tile without any tissue is never selected.",
+    )
+    dilate_tiles: int = Field(
+        ge=0,
+        le=16,
+        description="How many times the selection grows by its neighbouring tiles, diagonal ones included.",
+    )
 
 
 class ReferenceIndex(NamedTuple):

@@ -12,6 +12,7 @@ from wsiflow.errors import InputError
 from wsiflow.model import card
 from wsiflow.plan import geometry
 from wsiflow.run.config import RunConfig
+from wsiflow.slides.kinds import RECORDED
 from wsiflow.slides.manifest import Case
 from wsiflow.system import publish
 from wsiflow.system.paths import is_same
@@ -44,7 +45,7 @@ def _as_spelled(root: Path, config: RunConfig) -> RunConfig:
 def read_cases(path: Path) -> tuple[RunConfig, tuple[Case, ...]]:
     """Return the configuration and the cases of a run."""
     data = json.loads(path.read_text(encoding="utf-8"))
-    return RunConfig.model_validate(data["config"]), _CASES.validate_python(data["cases"])
+    return RunConfig.model_validate(data["config"], context=RECORDED), _CASES.validate_python(data["cases"])
 
 
 def check_model(config: RunConfig) -> None:

@@ -5,10 +5,11 @@ values out of bounds are refused before anything else happens, with the dotted n
 """
 
 import difflib
+import inspect
 from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib import resources
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import yaml
 from pydantic import (
@@ -30,33 +31,34 @@ from wsiflow.plan.tissue import TissueParams
 from wsiflow.run.executor.params import ExecutorParams
 from wsiflow.run.store import StoreParams
 from wsiflow.run.tracking import TrackingParams
-from wsiflow.slides.manifest import DatasetParams
+from wsiflow.slides.kinds import DatasetParams
 from wsiflow.slides.stain.params import StainParams
 from wsiflow.system.paths import AbsolutePath
 
 
 class RunConfig(BaseModel, frozen=True, extra="forbid"):
-    """Everything a run needs to know; see the ``XParams`` of each part.
+    """Everything a run needs to know; see the ``XParams`` of each part."""
 
-    Attributes:
-        out: The run's folder.
-        name: Name of the run in reports.
-        seed: Seed of everything drawn at random (only the bootstrap).
-        repeat: Number of this repeat of a run: changes no result, and repeats share nothing that is measured.
-        share: Folder of what trials of a sweep have in common and compute once; None: nothing is shared.
-        allow_partial: Score the slides that have results when others failed; marked PARTIAL, exit code 10.
-        shard_slides: Slides per Prefect task; 0 makes about 40 tasks however many slides there are.
-        orchestrator: ``prefect``, or ``none`` to call the same functions without it.
-    """
-
-    out: AbsolutePath
-    name: str = Field(min_length=1)
-    seed: int = Field(ge=0)
-    repeat: int = Field(ge=1)
-    share: AbsolutePath | None
-    allow_partial: bool
-    shard_slides: int = Field(ge=0)
-    orchestrator: Literal["prefect", "none"]
+    out: AbsolutePath = Field(description="Folder of the run.")
+    name: str = Field(min_length=1, description="Name of the run in reports.")
+    seed: int = Field(ge=0, description="Seed of everything that is drawn at random, which is the bootstrap.")
+    repeat: int = Field(
+        ge=1,
+        description="Number of this repeat of a run. It changes no result, and repeats share nothing that is measured.",
+    )
+    share: AbsolutePath | None = Field(
+        description="Folder of what the trials of a sweep have in common and compute once. null: they share nothing."
+    )
+    allow_partial: bool = Field(
+        description="Whether the slides that have results are scored when others failed. The scores are then marked "
+        "PARTIAL, and the exit code is 10."
+    )
+    shard_slides: int = Field(
+        ge=0, description="Slides of one Prefect task. 0: about 40 tasks, however many slides there are."
+    )
+    orchestrator: Literal["prefect", "none"] = Field(
+        description="Who calls the stages. prefect: a Prefect flow. none: wsiflow itself, with the same functions."
+    )
     dataset: DatasetParams
     model: ModelSpec
     geometry: GeometryParams
@@ -117,20 +119,36 @@ def validate(values: Mapping[str, Any]) -> RunConfig:
     return _validated(RunConfig, values, "correct the override or the YAML file")
 
 
+class _Entry(NamedTuple):
+    key: str
+    description: str
+    is_section: bool
+
+
 @cache
 def known_keys() -> tuple[str, ...]:
     """Return every dotted key that a configuration may have."""
-    return tuple(_keys_of(RunConfig, ""))
+    return tuple(dict.fromkeys(entry.key for entry in _entries(RunConfig, "") if not entry.is_section))
 
 
-def _keys_of(form: type[BaseModel], prefix: str) -> Iterator[str]:
+@cache
+def descriptions() -> dict[str, str]:
+    """Return what every key and section of a configuration is, by its dotted name; a key of several kinds is each."""
+    found: dict[str, list[str]] = {}
+    for entry in _entries(RunConfig, ""):
+        found.setdefault(entry.key, []).append(entry.description)
+    return {key: " ".join(dict.fromkeys(texts)) for key, texts in found.items()}
+
+
+def _entries(form: type[BaseModel], prefix: str) -> Iterator[_Entry]:
+    """Yield the fields of a form and of its parts; a part that has no description of its own is what its form is."""
     for name, field in form.model_fields.items():
         kinds = (field.annotation, *get_args(field.annotation))
-        part = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
-        if part is None:
-            yield f"{prefix}{name}"
-        else:
-            yield from _keys_of(part, f"{prefix}{name}.")
+        parts = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
+        about = field.description or next(filter(None, map(inspect.getdoc, parts)), "")
+        yield _Entry(f"{prefix}{name}", about.partition("\n")[0], bool(parts))
+        for part in parts:
+            yield from _entries(part, f"{prefix}{name}.")
 
 
 def nearest(key: str) -> str:
@@ -157,7 +175,10 @@ def _validated(form: type[_Params], values: Mapping[str, Any], remedy: str) -> _
 
 
 def _problem(loc: tuple[int | str, ...], kind: str, message: str, value: object) -> str:
-    key = ".".join(str(part) for part in loc)
+    parts = [str(part) for part in loc]
+    if parts[:1] == ["dataset"] and len(parts) > 2:
+        del parts[1]  # the kind of the slides, which is no part of a key
+    key = ".".join(parts)
     if kind == "extra_forbidden":
         return f"there is no key {key}" + (f" (did you mean {near}?)" if (near := nearest(key)) else "")
     if kind == "missing":

@@ -21,7 +21,8 @@ from wsiflow.run.stages.choose import choice_key, describe_fallback, is_chosen
 from wsiflow.run.stages.line import ROUGH, STAGES, names_of
 from wsiflow.run.stages.network import calibration
 from wsiflow.run.stages.stage import Stage
-from wsiflow.slides.manifest import DatasetParams, load_dataset
+from wsiflow.slides.kinds import ManifestSlides, SyntheticSlides
+from wsiflow.slides.manifest import load_dataset
 from wsiflow.slides.synthetic.dataset import write_dataset, write_like
 from wsiflow.slides.synthetic.tissue import UM_PX
 from wsiflow.system import publish
@@ -72,33 +73,32 @@ def begin(config: RunConfig) -> Path:
         publish.sweep_attempts(folder)
     check_model(config)
     params = config.dataset
-    if params.kind == "synthetic" and params.folder is not None:
+    if isinstance(params, SyntheticSlides):
         if params.like:
-            _require_scaled_lengths(config)
-        manifest = _drawn(params, params.folder)
-        params = params.model_copy(update={"kind": "manifest", "manifest": manifest})
+            _require_scaled_lengths(params, config.evaluation.l0_um_px)
+        params = ManifestSlides(kind="manifest", manifest=_drawn(params), limit=params.limit)
     return write_cases(config.out, config, load_dataset(params))
 
 
-def _require_scaled_lengths(config: RunConfig) -> None:
+def _require_scaled_lengths(params: SyntheticSlides, given: float | None) -> None:
     """Refuse to score small outlines by the lengths of real ones: most lesions would be isolated tumour cells.
 
     Raises:
         InputError: The spacing of the evaluation is not that of the outlines' real size.
     """
-    meant, given = UM_PX / config.dataset.scale, config.evaluation.l0_um_px
+    meant = UM_PX / params.scale
     if given is None or abs(given / meant - 1) > 0.01:
-        cause = f"outlines have {config.dataset.scale:g} of their real size, and the evaluation's spacing is {given}"
+        cause = f"outlines have {params.scale:g} of their real size, and the evaluation's spacing is {given}"
         raise InputError(cause, f"set evaluation.l0_um_px={meant:.4g}", stage="configuration")
 
 
-def _drawn(params: DatasetParams, folder: Path) -> Path:
+def _drawn(params: SyntheticSlides) -> Path:
     """Write synthetic slides, or what is missing of them, and return their manifest."""
     if not params.like:
-        return write_dataset(folder, size_px=params.size_px, seed=params.seed)
+        return write_dataset(params.folder, size_px=params.size_px, seed=params.seed)
     if params.data is None:
         raise InputError("dataset.data is not given", "set dataset.data=<folder with camelyon16/ and patches/>")
-    return write_like(folder, params.data, slides=params.slides, scale=params.scale, seed=params.seed)
+    return write_like(params.folder, params.data, slides=params.slides, scale=params.scale, seed=params.seed)
 
 
 def choose(pool: Executor, cases: Path) -> str:

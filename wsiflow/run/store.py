@@ -48,19 +48,20 @@ Pixels = tuple[NDArray[np.uint8], float]
 
 
 class StoreParams(BaseModel, frozen=True, extra="forbid"):
-    """Where pixels wait between extraction and prediction.
+    """Where pixels wait between extraction and prediction."""
 
-    Attributes:
-        kind: ``hdf5`` writes them to ``patches/``; ``none`` reads the slide again in each prediction task.
-        part_tiles: Tissue tiles of a slide that one task reads and writes, to whole groups.
-        compression: ``none``, ``lzf`` and ``gzip`` keep every pixel; ``jpeg`` does not.
-        quality: Quality of JPEG, without chroma subsampling.
-    """
-
-    kind: Literal["hdf5", "none"]
-    compression: Literal["none", "lzf", "gzip", "jpeg"]
-    quality: int = Field(ge=1, le=100)
-    part_tiles: int = Field(ge=1)
+    kind: Literal["hdf5", "none"] = Field(
+        description="Where pixels wait. hdf5: in files below patches/. none: nowhere, each prediction task reads the "
+        "slide again."
+    )
+    compression: Literal["none", "lzf", "gzip", "jpeg"] = Field(
+        description="How pixels are compressed. none, lzf and gzip keep every pixel; jpeg takes a tenth of the space "
+        "and changes scores a little."
+    )
+    quality: int = Field(ge=1, le=100, description="Quality of JPEG, which is without chroma subsampling.")
+    part_tiles: int = Field(
+        ge=1, description="Number of tissue tiles of a slide that one task reads and writes, to whole groups."
+    )
 
     @property
     def loss(self) -> str:

@@ -48,25 +48,27 @@ _GIT_S = 5.0
 
 
 class TrackingParams(BaseModel, frozen=True, extra="forbid"):
-    """Where runs are recorded.
+    """Where runs are recorded."""
 
-    Attributes:
-        kind: ``mlflow``, or ``off`` to record nothing.
-        uri: ``sqlite:///`` with the path of a database, which is made when absent, or the address of a server.
-        experiment: Name of the MLflow experiment; it is made when absent.
-        sweep: Runs of one sweep are children of one parent run of this name; None for a single run.
-        timeout_s: Seconds a server has to answer a request.
-        retries: How often a request is sent again.
-        lock_wait_s: Seconds to wait for another run that writes to the same SQLite store.
-    """
-
-    kind: Literal["mlflow", "off"]
-    uri: StoreAddress = Field(min_length=1)
-    experiment: str = Field(min_length=1, max_length=500)
-    sweep: str | None
-    timeout_s: int = Field(ge=1, le=600)
-    retries: int = Field(ge=0, le=7)
-    lock_wait_s: float = Field(ge=0, le=3600)
+    kind: Literal["mlflow", "off"] = Field(
+        description="Where runs are recorded. mlflow: in an MLflow store. off: nowhere."
+    )
+    uri: StoreAddress = Field(
+        min_length=1,
+        description="Address of the MLflow store: sqlite:/// with the path of a database, which is made when absent, "
+        "or that of a server.",
+    )
+    experiment: str = Field(
+        min_length=1, max_length=500, description="Name of the MLflow experiment, which is made when absent."
+    )
+    sweep: str | None = Field(
+        description="Name of the sweep: its runs are children of one parent run of this name. null: a single run."
+    )
+    timeout_s: int = Field(ge=1, le=600, description="Seconds that a server has to answer a request.")
+    retries: int = Field(ge=0, le=7, description="How often a request that got no answer is sent again.")
+    lock_wait_s: float = Field(
+        ge=0, le=3600, description="Seconds to wait for another run that writes to the same SQLite store."
+    )
 
     @field_serializer("uri", when_used="json")
     def _without_secrets(self, uri: str) -> str:

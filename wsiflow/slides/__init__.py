@@ -7,7 +7,8 @@ import lazy_loader
 if TYPE_CHECKING:
     from wsiflow.slides import annotations
     from wsiflow.slides.annotations import read_asap
-    from wsiflow.slides.manifest import Case, DatasetParams, load_dataset
+    from wsiflow.slides.kinds import DatasetParams
+    from wsiflow.slides.manifest import Case, load_dataset
     from wsiflow.slides.slide import Slide, open_slide
     from wsiflow.slides.stain.params import StainParams
     from wsiflow.slides.stain.transfer import normalise
@@ -30,7 +31,8 @@ __getattr__, __dir__, _ = lazy_loader.attach(
     submodules=["annotations"],
     submod_attrs={
         "annotations": ["read_asap"],
-        "manifest": ["Case", "DatasetParams", "load_dataset"],
+        "kinds": ["DatasetParams"],
+        "manifest": ["Case", "load_dataset"],
         "slide": ["Slide", "open_slide"],
         "stain.params": ["StainParams"],
         "stain.transfer": ["normalise"],

@@ -19,14 +19,12 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
-
-from pydantic import BaseModel, BeforeValidator, Field, model_validator
+from typing import Any, NamedTuple
 
 from wsiflow.errors import EnvironmentFault, InputError
 from wsiflow.slides import content
+from wsiflow.slides.kinds import GivenSlides, ManifestSlides, SingleSlide
 from wsiflow.system import tables
-from wsiflow.system.paths import AbsolutePath
 from wsiflow.system.tables import Line
 
 COLUMNS: Mapping[str, tuple[str, ...]] = {
@@ -87,68 +85,17 @@ class Case:
     line: int = 0
 
 
-def _none_if_empty(value: object) -> object:
-    """Let an empty text in YAML mean that the setting is absent."""
-    return None if value == "" else value
-
-
-_OptionalPath = Annotated[AbsolutePath | None, BeforeValidator(_none_if_empty)]
-
-
-class DatasetParams(BaseModel, frozen=True, extra="forbid"):
-    """Where the slides of a run come from. An empty text means absent.
-
-    Attributes:
-        kind: Which of the three settings below is meant; ``synthetic`` is a manifest that is written first.
-        manifest: CSV file that lists the slides.
-        folder: Folder that is searched for slides, subfolders included, or where synthetic slides are kept.
-        path: One slide.
-        limit: Number of slides to take, from the first; absent means all.
-        size_px: Side of synthetic slides, level-0 px.
-        seed: Seed of synthetic slides.
-        like: What synthetic slides are like; empty: like nothing in particular.
-        data: Folder of real outlines and pictures that slides like others are made of.
-        slides: Number of slides like others.
-        scale: Size of their outlines, 1 is real.
-    """
-
-    kind: Literal["manifest", "folder", "single", "synthetic"]
-    manifest: _OptionalPath
-    folder: _OptionalPath
-    path: _OptionalPath
-    limit: Annotated[Annotated[int, Field(ge=1)] | None, BeforeValidator(_none_if_empty)]
-    size_px: int = Field(ge=1024, le=100_000)
-    seed: int = Field(ge=0)
-    like: Literal["", "camelyon16"]
-    data: _OptionalPath
-    slides: int = Field(ge=1, le=10_000)
-    scale: float = Field(gt=0, le=1)
-
-    @model_validator(mode="after")
-    def _means_what_is_given(self) -> "DatasetParams":
-        """Refuse slides that are named and would not be read: others would be scored in their place."""
-        for setting, value, kind in (("manifest", self.manifest, "manifest"), ("path", self.path, "single")):
-            if value is not None and self.kind != kind:
-                raise ValueError(f"dataset.{setting} is given, but the slides are {self.kind}: add dataset={kind}")
-        return self
-
-
-def load_dataset(params: DatasetParams) -> tuple[Case, ...]:
+def load_dataset(params: GivenSlides) -> tuple[Case, ...]:
     """Return the slides the settings name, at most ``limit`` of them.
 
     Raises:
-        InputError: The setting that ``kind`` needs is absent, or what it names cannot be used.
+        InputError: What the settings name cannot be used.
     """
-    readers: Mapping[str, tuple[str, Path | None, Callable[[Path], tuple[Case, ...]]]] = {
-        "manifest": ("manifest", params.manifest, read_manifest),
-        "folder": ("folder", params.folder, read_folder),
-        "single": ("path", params.path, read_single),
-        "synthetic": ("folder", None, read_manifest),  # once written, it is a manifest: only without a folder is it not
-    }
-    setting, source, read = readers[params.kind]
-    if source is None:
-        raise InputError(f"dataset.{setting} is not given", f"set dataset.{setting}=...")
-    return read(source)[: params.limit]
+    if isinstance(params, ManifestSlides):
+        cases = read_manifest(params.manifest)
+    else:
+        cases = read_single(params.path) if isinstance(params, SingleSlide) else read_folder(params.folder)
+    return cases[: params.limit]
 
 
 def read_manifest(path: Path) -> tuple[Case, ...]:

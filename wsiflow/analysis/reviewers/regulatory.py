@@ -115,8 +115,9 @@ def _repeat_yaml(run: Scored) -> bytes:
     """
     settings = redaction.redacted(run.config.model_dump(mode="json"))
     settings |= {"share": None, "tracking": {**settings["tracking"], "sweep": None}}
+    defaults = ["config", {"override dataset": run.config.dataset.kind}, "_self_"]
     head = "# wsiflow run --config-dir <folder of this file> --config-name repeat out=runs/again\n"
-    text: str = yaml.safe_dump({"defaults": ["config", "_self_"], **settings}, sort_keys=False)
+    text: str = yaml.safe_dump({"defaults": defaults, **settings}, sort_keys=False)
     return (head + text).encode()
 
 

@@ -15,6 +15,7 @@ from wsiflow.analysis import scored
 from wsiflow.analysis.scored import Scored
 from wsiflow.errors import InputError
 from wsiflow.model import card
+from wsiflow.slides.kinds import SyntheticSlides
 from wsiflow.system import publish
 
 _MACHINE = ("host", "cpu", "versions", "numeric_class")
@@ -29,7 +30,7 @@ def document(run: Scored, table: Path | None, exported: Mapping[str, str]) -> di
         exported: SHA-256 of the other exported files, by name.
     """
     receipts = _receipts(run.root)
-    manifest = scored.manifest(run)
+    manifest, slides = scored.manifest(run), run.config.dataset
     return {
         "numbers": json.loads((run.folder / "summary.json").read_text(encoding="utf-8")),
         "partial": run.is_partial,
@@ -43,7 +44,7 @@ def document(run: Scored, table: Path | None, exported: Mapping[str, str]) -> di
         },
         "protocol": run.recorded.protocol,
         "protocol_hash": run.recorded.protocol_hash,
-        "seeds": {"run": run.config.seed, "dataset": run.config.dataset.seed},
+        "seeds": {"run": run.config.seed, "dataset": slides.seed if isinstance(slides, SyntheticSlides) else None},
         "dataset": {
             "sha256": publish.key_of(slides=sorted([one.slide_id, one.sha256] for one in run.made.slides)),
             "truth_sha256": publish.key_of(truth=sorted([one.slide_id, one.truth] for one in run.recorded.slides)),

@@ -37,55 +37,51 @@ class Dialect(BaseModel, frozen=True, extra="forbid"):
     Placeholders of ``submit``: ``{first}``, ``{last}``, ``{running}`` (elements at a time), ``{name}``,
     ``{memory_mb}``, ``{minutes}``, ``{seconds}``, ``{threads}``, ``{logs}`` (folder), ``{script}``, and the lists
     ``{slots}``, ``{memory}``, ``{environment}``, ``{extra}`` and ``{command}``.
-
-    Attributes:
-        name: The scheduler's name in messages.
-        base: Index of the first element.
-        least: Elements an array must have at least; what is beyond the table has nothing to do.
-        index: Environment variable that holds an element's index.
-        submit: Submits an array and prints its id.
-        slots: Options that ask for more than one core, where more than one thread is used.
-        memory: Options that ask for memory, where their names are the site's own.
-        environment: Options that name the variables an element gets, ``{names}``, with commas; empty where it gets all.
-        job_id: Finds ``job`` in what ``submit`` prints.
-        whole: An array as the other commands name it, from ``{job}``.
-        native: An element likewise, from ``{job}`` and ``{index}``.
-        queue: Lists elements; ``{names}`` and ``{user}``.
-        element: Finds ``job``, ``name``, ``state`` and ``tasks`` (``3``, ``1-4`` or ``1-9:2,12``) of each listed.
-        alive: States of elements that wait or run.
-        pending: Those of them in which an element has not begun: one that is gone from there was taken out.
-        stuck: States of elements that never go on without help; they are cancelled and tried again.
-        nothing: What failing commands say when they only mean that there is no such job.
-        inspect: Tells how an element ended; ``{job}``, ``{index}``.
-        causes: For some of `CAUSES`, what is found in the last state (as ``state=...``) or in what ``inspect`` prints;
-            the first one that is found counts.
-        cancel: Cancels; the list ``{jobs}``.
-        limit: Tells the longest array that is accepted.
-        limit_value: Finds ``limit`` in what that prints; 0 means none.
     """
 
-    name: str
-    base: int = Field(ge=0, le=1)
-    least: int = Field(ge=1, le=2)
-    index: str
-    submit: tuple[str, ...]
-    slots: tuple[str, ...]
-    memory: tuple[str, ...]
-    environment: tuple[str, ...] = ()  # not in older folders
-    job_id: str
-    whole: str
-    native: str
-    queue: tuple[str, ...]
-    element: str
-    alive: str
-    pending: str
-    stuck: str
-    nothing: str
-    inspect: tuple[str, ...]
-    causes: Mapping[str, str]
-    cancel: tuple[str, ...]
-    limit: tuple[str, ...]
-    limit_value: str
+    name: str = Field(description="The scheduler's name in messages.")
+    base: int = Field(ge=0, le=1, description="Index of an array's first element.")
+    least: int = Field(
+        ge=1, le=2, description="Least number of elements of an array; one without tasks of its own has nothing to do."
+    )
+    index: str = Field(description="Name of the environment variable that holds an element's index.")
+    submit: tuple[str, ...] = Field(description="Command that submits an array and prints its id.")
+    slots: tuple[str, ...] = Field(
+        description="Options that ask for several cores, where an element has several threads."
+    )
+    memory: tuple[str, ...] = Field(description="Options that ask for memory, where their names are the site's own.")
+    environment: tuple[str, ...] = Field(  # not in older folders
+        default=(),
+        description="Options that name the variables an element gets, {names}, with commas. Empty: it gets all there "
+        "are.",
+    )
+    job_id: str = Field(description="Pattern that finds job in what submit prints.")
+    whole: str = Field(description="An array as the other commands name it, from {job}.")
+    native: str = Field(description="An element as the other commands name it, from {job} and {index}.")
+    queue: tuple[str, ...] = Field(description="Command that lists elements; it may hold {names} and {user}.")
+    element: str = Field(
+        description="Pattern that finds job, name, state and tasks (3, 1-4 or 1-9:2,12) of each listed element."
+    )
+    alive: str = Field(description="Pattern of the states of elements that wait or run.")
+    pending: str = Field(
+        description="Pattern of those of them in which an element has not begun yet: one that is gone from there was "
+        "taken out."
+    )
+    stuck: str = Field(
+        description="Pattern of the states of elements that never go on without help; they are cancelled and tried "
+        "again."
+    )
+    nothing: str = Field(
+        description="Pattern of what failing commands say when they only mean that there is no such job."
+    )
+    inspect: tuple[str, ...] = Field(description="Command that tells how an element ended, from {job} and {index}.")
+    causes: Mapping[str, str] = Field(
+        description="Why an element ended (cancelled, memory, time, node), each with a pattern of its last state "
+        "(state=...) or of what inspect prints; the first one that is found counts."
+    )
+    cancel: tuple[str, ...] = Field(description="Command that cancels the list {jobs}.")
+    limit: tuple[str, ...] = Field(description="Command that prints the longest array that is accepted.")
+    limit_value: str = Field(description="Pattern that finds limit in what the command limit prints; 0 means no limit.")
 
     @field_serializer("submit", "slots", "memory", when_used="json")
     def _without_secrets(self, arguments: tuple[str, ...]) -> list[str]:
@@ -172,38 +168,40 @@ class Dialect(BaseModel, frozen=True, extra="forbid"):
 
 
 class ArrayParams(BaseModel, frozen=True, extra="forbid"):
-    """How array jobs are submitted and watched.
+    """How array jobs are submitted and watched."""
 
-    Attributes:
-        dialect: The scheduler's words.
-        memory_mb: Memory to ask for, per element; doubled for what ran out of it.
-        minutes: Wall time to ask for, per element; doubled for what ran out of it.
-        memory_limit_mb: Memory never to ask more than.
-        minutes_limit: Wall time never to ask more than.
-        retries: How often a task is tried again after its element died.
-        window: Elements in the queue at once, over all arrays of the run; fewer where `workers` is less.
-        limit: Elements of one array; None asks the scheduler.
-        poll_s: Seconds between two looks at the queue.
-        grace_s: Seconds for which files of an element that is gone may still appear; a network file system needs them.
-        extra: Options added to every submission, for example a partition.
-        command: What starts wsiflow in an element; empty for this Python. A container is entered here.
-        environment: More variables that elements get from the environment of the run, by name. Grid Engine and PBS show
-            them with their values to every user of the cluster; Slurm and LSF pass on all there are and show none.
-    """
-
-    dialect: Dialect
-    memory_mb: int = Field(ge=1)
-    minutes: int = Field(ge=1)
-    memory_limit_mb: int = Field(ge=1)
-    minutes_limit: int = Field(ge=1)
-    retries: int = Field(ge=0, le=20)
-    window: int = Field(ge=2, le=1_000_000)
-    limit: int | None = Field(ge=2)
-    poll_s: float = Field(gt=0, le=3600)
-    grace_s: float = Field(ge=0, le=3600)
-    extra: tuple[str, ...]
-    command: tuple[str, ...]
-    environment: tuple[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], ...] = ()  # not in older folders
+    dialect: Dialect = Field(description="The words of the batch scheduler.")
+    memory_mb: int = Field(
+        ge=1, description="Memory that is requested for an element, MB; doubled for one that ran out of it."
+    )
+    minutes: int = Field(
+        ge=1, description="Wall time that is requested for an element, minutes; doubled for one that ran out of it."
+    )
+    memory_limit_mb: int = Field(ge=1, description="Most memory that is ever requested for an element, MB.")
+    minutes_limit: int = Field(ge=1, description="Most wall time that is ever requested for an element, minutes.")
+    retries: int = Field(ge=0, le=20, description="How often a task is tried again after its element died.")
+    window: int = Field(
+        ge=2,
+        le=1_000_000,
+        description="Most elements in the queue at a time, over all arrays of the run; fewer where executor.workers is "
+        "less.",
+    )
+    limit: int | None = Field(ge=2, description="Most elements of one array. null: as the scheduler says.")
+    poll_s: float = Field(gt=0, le=3600, description="Seconds between two looks at the queue.")
+    grace_s: float = Field(
+        ge=0,
+        le=3600,
+        description="Seconds for which files of an element that is gone may still appear, as on a network file system.",
+    )
+    extra: tuple[str, ...] = Field(description="Options that every submission gets, such as a partition.")
+    command: tuple[str, ...] = Field(
+        description="Command that starts wsiflow in an element, such as in a container. Empty: this Python."
+    )
+    environment: tuple[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], ...] = Field(  # not in older folders
+        default=(),
+        description="Names of more variables that elements get from the run's environment. Grid Engine and PBS show "
+        "them with their values to every user of the cluster; Slurm and LSF pass on all there are and show none.",
+    )
 
     @field_serializer("extra", "command", when_used="json")
     def _without_secrets(self, arguments: tuple[str, ...]) -> list[str]:

@@ -1,32 +1,48 @@
 """Where tasks run."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, Field, field_serializer, model_validator
+from pydantic import AfterValidator, BaseModel, Field, field_serializer, model_validator
 
 from wsiflow.redaction import redacted
 from wsiflow.run.executor.dialect import ArrayParams
 from wsiflow.run.executor.kinds import KINDS
 from wsiflow.system.choices import OneOf
 
+# Keywords of dask-jobqueue that name folders where the run is started; others are of where its jobs run.
+_FOLDERS = ("log_directory", "shared_temp_directory")
+
+
+def _with_absolute_folders(keywords: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return keywords of a cluster with the folders among them as paths that mean the same everywhere."""
+    return {
+        name: str(Path(value).absolute()) if name in _FOLDERS and isinstance(value, str) else value
+        for name, value in keywords.items()
+    }
+
 
 class DaskParams(BaseModel, frozen=True, extra="forbid"):
-    """Which Dask workers do the work.
+    """Which Dask workers do the work."""
 
-    Attributes:
-        cluster: Class path of the cluster to start, such as ``dask_jobqueue.SLURMCluster``; empty for this machine.
-        cluster_kwargs: What the class is called with.
-        adapt_kwargs: Limits between which the cluster grows and shrinks; empty for a fixed size.
-        address: Scheduler of a cluster that runs already, instead of ``cluster``.
-        window: Slices in flight at most, per worker.
-    """
-
-    cluster: str = ""
-    cluster_kwargs: Mapping[str, Any] = {}
-    adapt_kwargs: Mapping[str, Any] = {}
-    address: str = ""
-    window: int = Field(default=4, ge=1, le=1000)
+    cluster: str = Field(
+        default="",
+        description="Class path of the cluster to start, such as dask_jobqueue.SLURMCluster. Empty: workers on this "
+        "machine.",
+    )
+    cluster_kwargs: Annotated[Mapping[str, Any], AfterValidator(_with_absolute_folders)] = Field(
+        default={}, description="Keywords that the class is called with."
+    )
+    adapt_kwargs: Mapping[str, Any] = Field(
+        default={},
+        description="Limits between which the cluster grows and shrinks, such as {minimum: 1, maximum: 20}. Empty: its "
+        "size is fixed.",
+    )
+    address: str = Field(
+        default="", description="Address of a scheduler that runs already. Empty: a cluster is started for the run."
+    )
+    window: int = Field(default=4, ge=1, le=1000, description="Most slices in flight at a time, per worker.")
 
     @field_serializer("cluster_kwargs", when_used="json")
     def _without_secrets(self, keywords: Mapping[str, Any]) -> dict[str, Any]:
@@ -41,24 +57,28 @@ class DaskParams(BaseModel, frozen=True, extra="forbid"):
 
 
 class ExecutorParams(BaseModel, frozen=True, extra="forbid"):
-    """Where tasks run.
+    """Where tasks run."""
 
-    Attributes:
-        kind: ``inline`` in this process, ``process`` in a pool of worker processes, ``dask`` on a Dask cluster,
-            ``array`` in array jobs of a batch scheduler.
-        workers: Tasks that run at a time; 0 takes all there is: a core each, or what the cluster gives.
-        threads: Threads of each worker's network; part of the numeric class, since it can change the last bits.
-        slice_s: Seconds of work to hand out at once; 0 hands out single tasks.
-        dask: Settings of ``dask``.
-        array: Settings of ``array``.
-    """
-
-    kind: Annotated[str, OneOf(KINDS)]
-    workers: int = Field(ge=0, le=100_000)
-    threads: int = Field(ge=1, le=1024)
-    slice_s: float = Field(ge=0, le=86_400)
-    dask: DaskParams | None = None
-    array: ArrayParams | None = None
+    kind: Annotated[str, OneOf(KINDS)] = Field(
+        description="Where tasks run. inline: in this process. process: in a pool of worker processes. dask: on a Dask "
+        "cluster. array: in array jobs of a batch scheduler."
+    )
+    workers: int = Field(
+        ge=0,
+        le=100_000,
+        description="Number of tasks that run at a time. 0: as many as there are cores, or as the cluster gives.",
+    )
+    threads: int = Field(
+        ge=1,
+        le=1024,
+        description="Threads of each worker's network. They are part of the numeric class: their number can change the "
+        "last bits of a score.",
+    )
+    slice_s: float = Field(
+        ge=0, le=86_400, description="Seconds of work that are handed out at once. 0: tasks are handed out one by one."
+    )
+    dask: DaskParams | None = Field(default=None, description="Settings of the Dask cluster, where there is one.")
+    array: ArrayParams | None = Field(default=None, description="Settings of array jobs, where there are some.")
 
     @model_validator(mode="after")
     def _has_its_settings(self) -> "ExecutorParams":

@@ -12,6 +12,7 @@ from wsiflow.run.cases import folder_id
 from wsiflow.run.config import RunConfig
 from wsiflow.run.plan import Plan
 from wsiflow.run.stages import choose
+from wsiflow.slides.kinds import source_of
 from wsiflow.system import publish
 from wsiflow.system.provenance import versions
 
@@ -64,7 +65,7 @@ def track(
             *(root / name for name in ("report.html", "process_list.csv")),
             publish.generations(root, "config.yaml")[-1],
         ],
-        dataset=(_dataset_name(config), found["digest.dataset"][:32]),
+        dataset=(source_of(config.dataset).name, found["digest.dataset"][:32]),
         figures={path.name: path.read_bytes() for path in sorted(shown.glob("*.png"))},
         tables={f"froc_{mode}.json": curves[mode] for mode in ("official", "strict")},
     )
@@ -80,12 +81,6 @@ def machines(root: Path, config: RunConfig, receipts: Sequence[publish.Receipt])
         "cpu.model": "; ".join(sorted({receipt["cpu"] for receipt in receipts if "cpu" in receipt})),
         "cpu.flags": " ".join(settled["cpu_flags"]),
     }
-
-
-def _dataset_name(config: RunConfig) -> str:
-    """Return the file or folder that the slides are of, without where it lies."""
-    found = config.dataset.manifest or config.dataset.folder or config.dataset.path
-    return found.name if found else config.dataset.kind
 
 
 def settings(values: Mapping[str, Any], made: Plan) -> dict[str, Any]:

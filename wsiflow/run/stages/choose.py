@@ -26,7 +26,7 @@ def choice_key(config: RunConfig) -> str:
     The machine is that of the worker that chooses: the one that asks may be of another kind.
     """
     asked = {name: getattr(config, name).model_dump() for name in ("inference", "tiles", "geometry")}
-    asked["dense"] = config.dense.model_dump(exclude={"windows", "tolerance", "beyond"})
+    asked["dense"] = config.dense.model_dump(exclude={"windows", "tolerance", "on_excess"})
     return publish.key_of(
         asked=asked, model=card.identity(card.read_card(config.model)), threads=config.executor.threads
     )

@@ -27,41 +27,37 @@ else:
 
 
 class Target(BaseModel, frozen=True, extra="forbid"):
-    """The colours of the template, measured in the same two ways as those of slides.
+    """The colours of the template, measured in the same two ways as those of slides."""
 
-    Attributes:
-        per_slide: The fit over the template's tissue, the target where slides are fitted once.
-        per_patch: The fit over the whole template, the target where every patch is fitted by itself.
-    """
-
-    per_slide: StainFit
-    per_patch: StainFit
+    per_slide: StainFit = Field(description="Strengths, means and deviations over the template's tissue.")
+    per_patch: StainFit = Field(description="Strengths, means and deviations over all of the template.")
 
 
 class StainParams(BaseModel, frozen=True, extra="forbid"):
-    """How colours are normalised before prediction.
+    """How colours are normalised before prediction."""
 
-    Attributes:
-        method: ``none`` leaves the scanner's colours; ``reinhard`` matches mean and spread in LAB; ``macenko`` and
-            ``vahadane`` exchange the two stains and match their strengths.
-        per_patch: Fit every patch by itself, as the reference does, instead of the slide once.
-        on_failure: What becomes of a slide or patch without a usable fit: ``fail`` ends its task, ``raw`` leaves its
-            colours as they are, and the run counts and lists it.
-        sample_tiles: Tiles of a slide that are read for its fit.
-        sample_px: Pixels of a slide, or of a patch, that its stains are searched in.
-        min_tissue_px: Least number of tissue pixels among them.
-        iterations: Steps of Vahadane's dictionary search.
-        target: The template's colours; None with ``none``.
-    """
-
-    method: Annotated[str, OneOf(METHODS, "none")]
-    per_patch: bool
-    on_failure: Literal["fail", "raw"]
-    sample_tiles: int = Field(ge=1, le=10_000)
-    sample_px: int = Field(ge=100, le=10_000_000)
-    min_tissue_px: int = Field(ge=3)
-    iterations: int = Field(ge=1, le=10_000)
-    target: Target | None
+    method: Annotated[str, OneOf(METHODS, "none")] = Field(
+        description="How colours are normalised. none: they stay the scanner's. reinhard: mean and spread in LAB "
+        "become the template's. macenko and vahadane: the two stains and their strengths become the template's."
+    )
+    per_patch: bool = Field(
+        description="Whether every patch is fitted by itself, as in the reference, instead of the slide once."
+    )
+    on_failure: Literal["fail", "raw"] = Field(
+        description="What becomes of a slide or patch without a usable fit. fail: its task fails. raw: its colours "
+        "stay as they are, and the run counts and lists it."
+    )
+    sample_tiles: int = Field(ge=1, le=10_000, description="Number of tiles of a slide that are read for its fit.")
+    sample_px: int = Field(
+        ge=100,
+        le=10_000_000,
+        description="Number of pixels of a slide, or of a patch, in which its stains are searched.",
+    )
+    min_tissue_px: int = Field(
+        ge=3, description="Least number of tissue pixels among those that are sampled; with fewer there is no fit."
+    )
+    iterations: int = Field(ge=1, le=10_000, description="Number of steps of Vahadane's dictionary search.")
+    target: Target | None = Field(description="Colours of the template. null: there is none, for the method none.")
 
     @model_validator(mode="after")
     def _target_is_of_the_method(self) -> "StainParams":
