@@ -143,9 +143,16 @@ def _temporary_server(lock: IO[str] | None) -> Iterator[str]:
 
 
 def _server_environment() -> dict[str, str]:
-    """Return the environment of a temporary server, as Prefect starts its own: without pages."""
+    """Return the environment of a temporary server, as Prefect starts its own: without pages, and without blocks.
+
+    To register the types of blocks takes as long as all else that a new database needs, and no run uses them. A lasting
+    server registers them when it starts: it must not find noted that it was done.
+    """
     settings = get_current_settings().to_environment_variables(exclude_unset=True)
     own = {"PREFECT_UI_ENABLED": "0", "PREFECT__SERVER_EPHEMERAL": "1", "PREFECT__SERVER_FINAL": "1"}
+    own |= dict.fromkeys(
+        ("PREFECT_SERVER_REGISTER_BLOCKS_ON_START", "PREFECT_SERVER_MEMOIZE_BLOCK_AUTO_REGISTRATION"), "0"
+    )
     own["PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"] = "ERROR"  # to the file that says why it does not start
     kept = {**os.environ, **settings, **own}
     kept.pop("PREFECT_API_URL", None)  # it is the server

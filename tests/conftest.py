@@ -181,7 +181,26 @@ def _daemons(name: str, folder: Path, settings: dict[str, str]) -> Iterator[None
 
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[serving.PrefectServer]:
-    """A Prefect server that listens on loopback."""
-    with serving.serving(tmp_path_factory.mktemp("prefect")) as listening:
+def new_prefect_home(once: Once) -> Callable[[Path], Path]:
+    """Makes a folder a home of Prefect whose database is there and empty: to create one takes seconds."""
+    created = once("prefect", serving.create_database)
+
+    def new(home: Path) -> Path:
+        return shutil.copytree(created, home, dirs_exist_ok=True)
+
+    return new
+
+
+@pytest.fixture
+def prefect_home(new_prefect_home: Callable[[Path], Path], tmp_path: Path) -> Path:
+    """A home of Prefect, with an empty database."""
+    return new_prefect_home(tmp_path / "home")
+
+
+@pytest.fixture(scope="module")
+def server(
+    new_prefect_home: Callable[[Path], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[serving.PrefectServer]:
+    """A Prefect server that listens on loopback; it ends with the file of the tests, since it is busy all the time."""
+    with serving.serving(new_prefect_home(tmp_path_factory.mktemp("prefect"))) as listening:
         yield listening

@@ -28,6 +28,12 @@ def environment(home: Path, **more: str) -> dict[str, str]:
     return kept | offline | {"PREFECT_HOME": str(home), "PREFECT_SERVER_ANALYTICS_ENABLED": "false"} | more
 
 
+def create_database(home: Path) -> None:
+    """Create Prefect's database in its home."""
+    command = [BIN / "prefect", "server", "database", "upgrade", "--yes"]
+    subprocess.run(command, env=environment(home), check=True, capture_output=True)
+
+
 class PrefectServer(NamedTuple):
     """A server that listens, and the environment of its clients."""
 

@@ -63,9 +63,9 @@ def test_a_user_without_a_home_gets_a_passing_one(tmp_path: Path, monkeypatch: p
     assert os.environ["HOME"] == "mine"
 
 
-def test_without_a_server_a_run_says_so_and_goes_on(small_slides: Path, tmp_path: Path) -> None:
+def test_without_a_server_a_run_says_so_and_goes_on(prefect_home: Path, small_slides: Path, tmp_path: Path) -> None:
     """An address where nobody answers costs one line."""
-    env = environment(tmp_path / "home", PREFECT_API_URL="http://127.0.0.1:9/api")
+    env = environment(prefect_home, PREFECT_API_URL="http://127.0.0.1:9/api")
     command = [BIN / "wsiflow", "run", *overrides(small_slides, tmp_path / "run"), "dataset.limit=1", "executor=inline"]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

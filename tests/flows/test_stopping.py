@@ -108,12 +108,12 @@ class Running:
 
 
 @pytest.fixture
-def start(tmp_path: Path) -> Iterator[Callable[..., Running]]:
+def start(prefect_home: Path, tmp_path: Path) -> Iterator[Callable[..., Running]]:
     """Start commands on terminals; none outlives its test."""
     running: list[Running] = []
 
     def begin(*arguments: str, **more: str) -> Running:
-        running.append(Running([str(BIN / "wsiflow"), *arguments], environment(tmp_path / "home", **more), tmp_path))
+        running.append(Running([str(BIN / "wsiflow"), *arguments], environment(prefect_home, **more), tmp_path))
         return running[-1]
 
     yield begin
