@@ -13,7 +13,9 @@ from wsiflow.model.certificate import Limits
 
 def test_differences_by_hand() -> None:
     """Four scores with known distances; one of them crosses one half."""
-    found = certificate.compare(np.array([0.1, 0.6, 0.9, 0.3], np.float32), np.array([0.1, 0.4, 0.8, 0.4], np.float32))
+    found = certificate.score_deviation(
+        np.array([0.1, 0.6, 0.9, 0.3], np.float32), np.array([0.1, 0.4, 0.8, 0.4], np.float32)
+    )
     assert found.n == 4
     assert found.mean_abs_diff == pytest.approx(0.1)
     assert found.max_abs_diff == pytest.approx(0.2)
@@ -24,20 +26,22 @@ def test_differences_by_hand() -> None:
 
 def test_what_is_not_defined_is_nan_and_breaks_nothing() -> None:
     """No scores, or scores that do not vary, have no correlation."""
-    none = certificate.compare(np.empty(0, np.float32), np.empty(0, np.float32))
+    none = certificate.score_deviation(np.empty(0, np.float32), np.empty(0, np.float32))
     assert none.n == 0
     assert math.isnan(none.mean_abs_diff)
     same = np.full(3, 0.25, np.float32)
-    assert math.isnan(certificate.compare(same, same).correlation)
-    assert certificate.broken(none, Limits(0.0, 0.0, 0.0)) == []
+    assert math.isnan(certificate.score_deviation(same, same).correlation)
+    assert certificate.exceeded_limits(none, Limits(0.0, 0.0, 0.0)) == []
 
 
 def test_broken_limits_are_named_with_both_numbers() -> None:
     """Each limit is told by name, found and allowed."""
-    found = certificate.compare(np.array([0.1, 0.6], np.float32), np.array([0.1, 0.4], np.float32))
-    assert certificate.broken(found, Limits()) == []
-    assert certificate.broken(found, Limits(mean_abs_diff=0.05, flips=0.6)) == ["mean abs diff is 0.1, allowed 0.05"]
-    assert len(certificate.broken(found, Limits(0.05, 0.05, 0.05))) == 3
+    found = certificate.score_deviation(np.array([0.1, 0.6], np.float32), np.array([0.1, 0.4], np.float32))
+    assert certificate.exceeded_limits(found, Limits()) == []
+    assert certificate.exceeded_limits(found, Limits(mean_abs_diff=0.05, flips=0.6)) == [
+        "mean abs diff is 0.1, allowed 0.05"
+    ]
+    assert len(certificate.exceeded_limits(found, Limits(0.05, 0.05, 0.05))) == 3
 
 
 def test_bf16_may_cost_what_the_documentation_says() -> None:
@@ -49,7 +53,7 @@ def test_bf16_may_cost_what_the_documentation_says() -> None:
 @given(among=st.integers(0, 300), wanted=st.integers(0, 300))
 def test_a_draw_has_no_index_twice(among: int, wanted: int) -> None:
     """As many as there are, each once, in order."""
-    drawn = certificate.draw("abcdef0123456789", among=among, wanted=wanted)
+    drawn = certificate.draw_indices("abcdef0123456789", among=among, wanted=wanted)
     assert len(drawn) == min(among, wanted)
     assert (np.diff(drawn) > 0).all()
     assert ((drawn >= 0) & (drawn < among)).all()
@@ -57,5 +61,5 @@ def test_a_draw_has_no_index_twice(among: int, wanted: int) -> None:
 
 def test_a_draw_is_the_same_everywhere() -> None:
     """The windows a certificate looks at are fixed by the slide's key."""
-    assert certificate.draw("0123456789abcdef", among=1000, wanted=4).tolist() == [90, 279, 512, 622]
-    assert certificate.draw("1123456789abcdef", among=1000, wanted=4).tolist() != [90, 279, 512, 622]
+    assert certificate.draw_indices("0123456789abcdef", among=1000, wanted=4).tolist() == [90, 279, 512, 622]
+    assert certificate.draw_indices("1123456789abcdef", among=1000, wanted=4).tolist() != [90, 279, 512, 622]

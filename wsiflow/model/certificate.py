@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 DECISION = 0.5
 
 
-class Comparison(NamedTuple):
+class ScoreDeviation(NamedTuple):
     """How far scores lie from those expected.
 
     Attributes:
@@ -52,7 +52,7 @@ PRECISION_LIMITS = {
 }
 
 
-def compare(scores: NDArray[np.float32], expected: NDArray[np.float32]) -> Comparison:
+def score_deviation(scores: NDArray[np.float32], expected: NDArray[np.float32]) -> ScoreDeviation:
     """Compare scores with those expected.
 
     Args:
@@ -61,9 +61,9 @@ def compare(scores: NDArray[np.float32], expected: NDArray[np.float32]) -> Compa
     """
     left, right = scores.astype(np.float64).ravel(), expected.astype(np.float64).ravel()
     if not len(left):
-        return Comparison(0, math.nan, math.nan, math.nan, math.nan, math.nan)
+        return ScoreDeviation(0, math.nan, math.nan, math.nan, math.nan, math.nan)
     apart = np.abs(left - right)
-    return Comparison(
+    return ScoreDeviation(
         n=len(left),
         mean_abs_diff=float(apart.mean()),
         p95_abs_diff=float(np.quantile(apart, 0.95)),
@@ -73,7 +73,7 @@ def compare(scores: NDArray[np.float32], expected: NDArray[np.float32]) -> Compa
     )
 
 
-def broken(found: Comparison, limits: Limits) -> list[str]:
+def exceeded_limits(found: ScoreDeviation, limits: Limits) -> list[str]:
     """Return which limits a comparison breaks, in words; none where it keeps to all."""
     return [
         f"{name.replace('_', ' ')} is {getattr(found, name):.2g}, allowed {limit:g}"
@@ -82,7 +82,7 @@ def broken(found: Comparison, limits: Limits) -> list[str]:
     ]
 
 
-def draw(seed: str, *, among: int, wanted: int) -> NDArray[np.int64]:
+def draw_indices(seed: str, *, among: int, wanted: int) -> NDArray[np.int64]:
     """Return up to ``wanted`` different indices below ``among`` in rising order, the same for the same seed anywhere.
 
     Only the raw stream of PCG64 is used, which NumPy never changes, unlike its distributions.

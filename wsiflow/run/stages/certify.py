@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from wsiflow.errors import InputError, IntegrityError
 from wsiflow.model import certificate
-from wsiflow.model.certificate import Comparison, Limits
+from wsiflow.model.certificate import Limits, ScoreDeviation
 from wsiflow.model.choice import Choice
 from wsiflow.plan import plan
 from wsiflow.plan.blocks import Block, window_corners_px
@@ -105,11 +105,15 @@ def certify(source: Path, index: int) -> tuple[publish.Receipt, bool]:
 def _sample(root: Path, made: Plan, index: int, wanted: int) -> _Sample:
     """Draw windows of a slide, a few from each of a few blocks, with their published scores."""
     planned = made.slides[index]
-    chosen = certificate.draw(planned.key, among=planned.n_blocks, wanted=min(_CERTIFIED_BLOCKS, wanted)).tolist()
+    chosen = certificate.draw_indices(
+        planned.key, among=planned.n_blocks, wanted=min(_CERTIFIED_BLOCKS, wanted)
+    ).tolist()
     scores = [_block_scores(root, made, index, number).ravel() for number in chosen]
     seeds = [publish.key_of(slide=planned.key, block=number) for number in chosen]
     each = -(-wanted // max(1, len(chosen)))
-    places = [certificate.draw(seed, among=len(found), wanted=each) for seed, found in zip(seeds, scores, strict=True)]
+    places = [
+        certificate.draw_indices(seed, among=len(found), wanted=each) for seed, found in zip(seeds, scores, strict=True)
+    ]
     with planned_blocks(root, made, planned, chosen) as parts:
         return _Sample(list(parts), places, scores)
 
@@ -176,9 +180,9 @@ def _pairs(scores: NDArray[np.float32], expected: NDArray[np.float32]) -> dict[s
     return {"scores": scores.tolist(), "expected": expected.tolist()}
 
 
-def comparison(pairs: dict[str, list[float]]) -> Comparison:
+def comparison(pairs: dict[str, list[float]]) -> ScoreDeviation:
     """Return how far the scores of a certificate lie apart."""
-    return certificate.compare(np.array(pairs["scores"], np.float32), np.array(pairs["expected"], np.float32))
+    return certificate.score_deviation(np.array(pairs["scores"], np.float32), np.array(pairs["expected"], np.float32))
 
 
 def passes(root: Path, made: Plan, index: int) -> bool:
@@ -192,9 +196,9 @@ def _broken(root: Path, made: Plan, planned: SlidePlan) -> dict[str, list[str]]:
     lower = certificate.PRECISION_LIMITS[choice.precision]
     limits = lower if choice.exact or choice.engine == "window" else _tolerated(made)
     found = json.loads((root / certificate_name(planned)).read_text(encoding="utf-8"))
-    told = {"windows": certificate.broken(comparison(found["windows"]), limits)}
+    told = {"windows": certificate.exceeded_limits(comparison(found["windows"]), limits)}
     if "precision" in found:
-        told["precision"] = certificate.broken(comparison(found["precision"]), lower)
+        told["precision"] = certificate.exceeded_limits(comparison(found["precision"]), lower)
     return told
 
 
@@ -284,14 +288,14 @@ def _what_would_pass(root: Path, made: Plan, index: int) -> str:
             if time.process_time() > until or _is_beyond(scores, expected, made.work["tolerance"]):
                 break
         else:
-            found = certificate.compare(scores, expected)
+            found = certificate.score_deviation(scores, expected)
             return f"set dense.share_until={cut}{also} (mean abs diff {found.mean_abs_diff:.2g} on its windows)"
     return "none of the layers up to which windows may share the network keeps the tolerance"
 
 
 def _is_beyond(scores: NDArray[np.float32], expected: NDArray[np.float32], tolerance: float) -> bool:
     """Tell whether the first scores differ so much that all of them cannot be within the tolerance, as means."""
-    found = certificate.compare(scores, expected[: len(scores)])
+    found = certificate.score_deviation(scores, expected[: len(scores)])
     return max(found.mean_abs_diff, found.flips) * len(scores) > tolerance * len(expected)
 
 
