@@ -18,7 +18,7 @@ from wsiflow.errors import InputError, WsiflowError
 from wsiflow.model.choice import Choice
 from wsiflow.model.classifier import Classifier, not_finite
 from wsiflow.model.dense import network
-from wsiflow.model.dense.facts import Cut, DenseFacts
+from wsiflow.model.dense.facts import DenseFacts, SplitPoint
 from wsiflow.model.dense.network import densify, window_crops
 from wsiflow.model.engines import openvino
 from wsiflow.model.engines.cache import cache_folder, cached
@@ -307,7 +307,7 @@ def describe(classifier: Classifier, stride: int) -> DenseFacts:
     key = key_of(facts=_identity(classifier), stride=stride, code=code_sha256(), versions=versions)
     found = cached(cache_folder(), key, lambda: json.dumps(network.describe(classifier, stride)._asdict()).encode())
     facts: dict[str, Any] = json.loads(found)
-    facts |= {"overhang_px": tuple(facts["overhang_px"]), "cuts": tuple(Cut(*cut) for cut in facts["cuts"])}
+    facts |= {"overhang_px": tuple(facts["overhang_px"]), "cuts": tuple(SplitPoint(*cut) for cut in facts["cuts"])}
     return DenseFacts(**facts)
 
 

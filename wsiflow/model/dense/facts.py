@@ -14,7 +14,7 @@ from wsiflow.model.dense.operations import Pair
 from wsiflow.model.dense.receptive import Layer, about
 
 
-class Pace(NamedTuple):
+class DenseStride(NamedTuple):
     """How a layer runs when the map has to be finer than the network's own.
 
     Attributes:
@@ -26,7 +26,7 @@ class Pace(NamedTuple):
     factors: tuple[int, ...]
 
 
-class Cut(NamedTuple):
+class SplitPoint(NamedTuple):
     """A layer up to which windows can share the network.
 
     Attributes:
@@ -61,7 +61,7 @@ class DenseFacts(NamedTuple):
     window_macs: int
     dense_macs_px: float
     activation_bytes_px: float
-    cuts: tuple[Cut, ...]
+    cuts: tuple[SplitPoint, ...]
 
 
 def dense_facts(network: Sequence[Layer], stride: int) -> DenseFacts:
@@ -86,13 +86,13 @@ def dense_facts(network: Sequence[Layer], stride: int) -> DenseFacts:
         (before, after) if padded else (0, 0),
         grid_px,
         window_macs,
-        *_dense_costs(network, paces(network, grid_px)),
+        *_dense_costs(network, dense_strides(network, grid_px)),
         # Of cuts that share as much, the last: its map is the smallest.
-        tuple({share: Cut(layer.names[0], share) for layer, share in cuts(network)}.values())[::-1],
+        tuple({share: SplitPoint(layer.names[0], share) for layer, share in split_points(network)}.values())[::-1],
     )
 
 
-def paces(network: Sequence[Layer], grid_px: int) -> dict[fx.Node, Pace]:
+def dense_strides(network: Sequence[Layer], grid_px: int) -> dict[fx.Node, DenseStride]:
     """Return how each layer runs where scores are `grid_px` apart.
 
     An op whose stride would pass the grid runs with the part of it that does not, and its result is split into phases.
@@ -100,7 +100,7 @@ def paces(network: Sequence[Layer], grid_px: int) -> dict[fx.Node, Pace]:
     Raises:
         InputError: Maps that meet are split differently.
     """
-    found: dict[fx.Node, Pace] = {}
+    found: dict[fx.Node, DenseStride] = {}
     spacings = {layer.node: layer.spacing_px for layer in network}
     for layer in network:
         factors = {found[node].factors for node in layer.inputs} or {()}
@@ -112,11 +112,11 @@ def paces(network: Sequence[Layer], grid_px: int) -> dict[fx.Node, Pace]:
         whole = not before and grid_px % spacing_px == 0
         stride = math.gcd(layer.stride, grid_px // spacing_px) if whole else 1
         split = layer.stride // stride
-        found[layer.node] = Pace(stride, (*before, split) if split > 1 else before)
+        found[layer.node] = DenseStride(stride, (*before, split) if split > 1 else before)
     return found
 
 
-def cuts(network: Sequence[Layer]) -> Iterator[tuple[Layer, float]]:
+def split_points(network: Sequence[Layer]) -> Iterator[tuple[Layer, float]]:
     """Yield the named layers that all later ones depend on alone, with the share of multiplications up to them."""
     last_use = _last_uses(network)
     total, done, live = sum(layer.window_macs for layer in network), 0, 0
@@ -140,7 +140,7 @@ def _last_uses(network: Sequence[Layer]) -> dict[fx.Node, int]:
     return found
 
 
-def _dense_costs(network: Sequence[Layer], how: dict[fx.Node, Pace]) -> tuple[float, float]:
+def _dense_costs(network: Sequence[Layer], how: dict[fx.Node, DenseStride]) -> tuple[float, float]:
     """Return multiplications, and the peak of bytes, for each pixel of a large region."""
     macs = peak = 0.0
     held: dict[fx.Node, float] = {}

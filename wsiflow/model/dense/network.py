@@ -26,7 +26,7 @@ from torch import fx, nn
 from wsiflow.errors import InputError, WsiflowError
 from wsiflow.model.classifier import Classifier
 from wsiflow.model.dense import operations
-from wsiflow.model.dense.facts import DenseFacts, Pace, cuts, dense_facts, paces
+from wsiflow.model.dense.facts import DenseFacts, DenseStride, dense_facts, dense_strides, split_points
 from wsiflow.model.dense.layers import refused
 from wsiflow.model.dense.operations import Pair
 from wsiflow.model.dense.receptive import Layer, follow
@@ -230,7 +230,7 @@ class _Plan:
     def __init__(self, classifier: Classifier, traced: fx.GraphModule, network: list[Layer], stride: int) -> None:
         self.classifier, self.traced, self.network, self.stride = classifier, traced, network, stride
         self.facts = dense_facts(network, stride)
-        self.how = paces(network, self.facts.grid_px)
+        self.how = dense_strides(network, self.facts.grid_px)
 
 
 def _whole(plan: _Plan, context_px: int, _share_until: str) -> DenseClassifier:
@@ -259,7 +259,7 @@ def _shared(plan: _Plan, context_px: int, share_until: str) -> DenseClassifier:
         emitted(plan.traced, plan.network[: place + 1], plan.how),
         _Region(plan.classifier.window_px, plan.facts.grid_px, cell_px, factors, (side - 1) * every + 1),
     )
-    own = {layer.node: Pace(layer.stride, ()) for layer in plan.network}
+    own = {layer.node: DenseStride(layer.stride, ()) for layer in plan.network}
     tail = Tail(emitted(plan.traced, plan.network[place:], own), plan.classifier.positive_index)
     return DenseClassifier(
         plan.facts,
@@ -278,7 +278,7 @@ def _cut(network: Sequence[Layer], name: str) -> int:
     Raises:
         InputError: There is no such module, there are several, or windows cannot share the network up to it.
     """
-    known = [layer for layer, _ in cuts(network)]
+    known = [layer for layer, _ in split_points(network)]
     whole = [layer for layer in known if name in layer.names]
     found = whole or [layer for layer in known if name in {path.rpartition(".")[2] for path in layer.names}]
     if len(found) == 1:

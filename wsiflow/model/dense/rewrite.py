@@ -12,13 +12,13 @@ from torch import fx, nn
 from torch.nn import functional
 
 from wsiflow.model.dense import operations
-from wsiflow.model.dense.facts import Pace
+from wsiflow.model.dense.facts import DenseStride
 from wsiflow.model.dense.layers import Op
 from wsiflow.model.dense.operations import Pair
 from wsiflow.model.dense.receptive import Layer
 
 
-def emitted(traced: fx.GraphModule, network: Sequence[Layer], how: Mapping[fx.Node, Pace]) -> fx.GraphModule:
+def emitted(traced: fx.GraphModule, network: Sequence[Layer], how: Mapping[fx.Node, DenseStride]) -> fx.GraphModule:
     """Return the network of some layers, the first of which is the input, for maps of any size."""
     graph = fx.Graph()
     done = {network[0].node: graph.placeholder("x")}
@@ -61,7 +61,11 @@ def _is_dropout(traced: fx.GraphModule, node: fx.Node) -> bool:
 
 
 def _emit(
-    graph: fx.Graph, traced: fx.GraphModule, layer: Layer, how: Mapping[fx.Node, Pace], done: Mapping[fx.Node, fx.Node]
+    graph: fx.Graph,
+    traced: fx.GraphModule,
+    layer: Layer,
+    how: Mapping[fx.Node, DenseStride],
+    done: Mapping[fx.Node, fx.Node],
 ) -> fx.Node:
     """Append what a layer does to maps of any size, and return its result."""
     op, stride = layer.op, how[layer.node].stride
