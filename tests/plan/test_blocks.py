@@ -12,24 +12,28 @@ from hypothesis.extra import numpy as hnp
 
 from flows.compose import compose_config
 from wsiflow.plan import blocks, plan
-from wsiflow.plan.blocks import Cut
+from wsiflow.plan.blocks import BlockLimits
 from wsiflow.plan.tissue import select_tiles, tile_coverage, tissue_mask
 
 grids = hnp.arrays(bool, hnp.array_shapes(min_dims=2, max_dims=2, max_side=12))
 
 
 cuts = st.builds(
-    Cut, st.just(224), st.sampled_from([0, 104, 200, 296]), block_rows=st.integers(1, 5), block_cols=st.integers(1, 6)
+    BlockLimits,
+    st.just(224),
+    st.sampled_from([0, 104, 200, 296]),
+    block_rows=st.integers(1, 5),
+    block_cols=st.integers(1, 6),
 )
 
 
-def area_px(found: list[blocks.Block], cut: Cut) -> int:
+def area_px(found: list[blocks.Block], cut: BlockLimits) -> int:
     margin = 2 * cut.halo_px
     return sum((b.cols * cut.tile_px + margin) * (b.rows * cut.tile_px + margin) for b in found)
 
 
 @given(tissue=grids, cut=cuts)
-def test_every_tissue_tile_is_in_exactly_one_block(tissue: np.ndarray, cut: Cut) -> None:
+def test_every_tissue_tile_is_in_exactly_one_block(tissue: np.ndarray, cut: BlockLimits) -> None:
     """Blocks partition the tissue, keep to their largest size, and begin and end at tissue."""
     found = blocks.blocks(tissue, cut)
     cells = [cell for block in found for cell in block.cells()]
@@ -48,7 +52,7 @@ def test_every_tissue_tile_is_in_exactly_one_block(tissue: np.ndarray, cut: Cut)
 @given(tissue=grids, halo=st.sampled_from([0, 104, 200]), rows=st.integers(2, 5))
 def test_strips_never_read_more_than_lower_ones(tissue: np.ndarray, halo: int, rows: int) -> None:
     """Allowing one more row can only save pixels: the strips are the best there are of their kind."""
-    lower, higher = (Cut(224, halo, height, 100) for height in (rows - 1, rows))
+    lower, higher = (BlockLimits(224, halo, height, 100) for height in (rows - 1, rows))
     assert area_px(blocks.blocks(tissue, higher), higher) <= area_px(blocks.blocks(tissue, lower), lower)
 
 
@@ -56,22 +60,22 @@ def test_strips_begin_where_it_costs_least() -> None:
     """Two bands of three rows with a gap of one row: two strips of three, not one of five and one of two."""
     tissue = np.zeros((7, 10), bool)
     tissue[:3], tissue[4:] = True, True
-    found = blocks.blocks(tissue, Cut(224, 104, 5, 100))
+    found = blocks.blocks(tissue, BlockLimits(224, 104, 5, 100))
     assert [(b.t_row, b.rows, b.cols) for b in found] == [(0, 3, 10), (4, 3, 10)]
 
 
 def test_a_gap_is_read_where_a_second_halo_would_cost_more() -> None:
     """With a halo of 200 px a gap of one tile (224 px) is cheaper than two halos (400 px), one of two tiles is not."""
     one, two = np.array([[1, 1, 0, 1]], bool), np.array([[1, 1, 0, 0, 1]], bool)
-    assert len(blocks.blocks(one, Cut(224, 200, 1, 100))) == 1
-    assert len(blocks.blocks(two, Cut(224, 200, 1, 100))) == 2
-    assert len(blocks.blocks(one, Cut(224, 104, 1, 100))) == 2
+    assert len(blocks.blocks(one, BlockLimits(224, 200, 1, 100))) == 1
+    assert len(blocks.blocks(two, BlockLimits(224, 200, 1, 100))) == 2
+    assert len(blocks.blocks(one, BlockLimits(224, 104, 1, 100))) == 2
 
 
 def test_single_tiles_are_the_reference_patches() -> None:
     """One row and one column: each tissue tile alone, in row-major order."""
     tissue = np.array([[0, 1, 1], [1, 0, 1]], bool)
-    found = blocks.blocks(tissue, Cut(224, 112, 1, 1))
+    found = blocks.blocks(tissue, BlockLimits(224, 112, 1, 1))
     assert [(b.t_col, b.t_row, b.cols, b.rows, b.tissue) for b in found] == [
         (1, 0, 1, 1, (0,)),
         (2, 0, 1, 1, (0,)),
@@ -90,7 +94,7 @@ def test_strips_of_real_tissue_hold_less_than_twice_its_pixels(shared_data: Path
         grid = select_tiles(tile_coverage(mask, downsample=128, tile_l0_px=224, grid=(rows, cols)), params)
         tissue_px += int(grid.sum()) * 224**2
         for halo in read_px:
-            cut = Cut(224, halo, 7, 12)
+            cut = BlockLimits(224, halo, 7, 12)
             read_px[halo] += area_px(blocks.blocks(grid, cut), cut)
     assert read_px[200] / tissue_px < 1.9
     assert read_px[104] / tissue_px < 1.55
@@ -143,5 +147,5 @@ def test_the_largest_slide_is_cut_in_little_memory() -> None:
 
 def test_no_tissue_gives_no_block_and_no_group() -> None:
     """An empty slide is a valid slide."""
-    assert blocks.blocks(np.zeros((4, 4), bool), Cut(224, 112, 2, 2)) == []
+    assert blocks.blocks(np.zeros((4, 4), bool), BlockLimits(224, 112, 2, 2)) == []
     assert blocks.groups(np.empty(0), limit=4) == []

@@ -43,7 +43,7 @@ class TilesParams(BaseModel, frozen=True, extra="forbid"):
     group_tiles: int = Field(ge=1)
 
 
-class Cut(NamedTuple):
+class BlockLimits(NamedTuple):
     """What decides where blocks begin and end.
 
     Attributes:
@@ -83,7 +83,7 @@ class Block(NamedTuple):
         return [(self.t_col + col, self.t_row + row) for col, row in self.corners()]
 
 
-def blocks(tissue: NDArray[np.bool_], cut: Cut) -> list[Block]:
+def blocks(tissue: NDArray[np.bool_], cut: BlockLimits) -> list[Block]:
     """Return the blocks that hold tissue; every tissue tile is in exactly one, and every block is as small as can be.
 
     Args:
@@ -103,7 +103,7 @@ def block(tissue: NDArray[np.bool_], t_col: int, t_row: int, cols: int, rows: in
     return Block(t_col, t_row, cols, rows, tuple(np.flatnonzero(inside).tolist()))
 
 
-def _strips(tissue: NDArray[np.bool_], cut: Cut) -> list[tuple[int, int]]:
+def _strips(tissue: NDArray[np.bool_], cut: BlockLimits) -> list[tuple[int, int]]:
     """Return ranges of rows that hold all tissue, for which the area of the blocks with halo is the least."""
     count = len(tissue)
     least, best_last = np.zeros(count + 1), np.arange(1, count + 1)
@@ -125,13 +125,15 @@ def _strips(tissue: NDArray[np.bool_], cut: Cut) -> list[tuple[int, int]]:
     return found
 
 
-def _area_px(rectangle: tuple[int, int, int, int], cut: Cut) -> int:
+def _area_px(rectangle: tuple[int, int, int, int], cut: BlockLimits) -> int:
     """Return how many pixels are read for a rectangle of tiles."""
     _, _, cols, rows = rectangle
     return (cols * cut.tile_px + 2 * cut.halo_px) * (rows * cut.tile_px + 2 * cut.halo_px)
 
 
-def _rectangles(tissue: NDArray[np.bool_], first: int, last: int, cut: Cut) -> Iterator[tuple[int, int, int, int]]:
+def _rectangles(
+    tissue: NDArray[np.bool_], first: int, last: int, cut: BlockLimits
+) -> Iterator[tuple[int, int, int, int]]:
     """Yield first column, first row, columns and rows of the blocks of one strip, left to right."""
     strip = tissue[first:last]
     for begin, end in _joined_runs(np.asarray(strip.any(axis=0)), widest_gap=(2 * cut.halo_px - 1) // cut.tile_px):

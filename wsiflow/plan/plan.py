@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wsiflow.errors import InputError, IntegrityError
-from wsiflow.plan.blocks import Block, Cut, groups
+from wsiflow.plan.blocks import Block, BlockLimits, groups
 from wsiflow.plan.blocks import block as block_at
 from wsiflow.plan.blocks import blocks as blocks_of
 from wsiflow.plan.geometry import Frame
@@ -100,7 +100,7 @@ def make_cut(tissue: NDArray[np.bool_], frame: Frame, *, group_tiles: int) -> Sl
         group_tiles: Tissue tiles that a group should not exceed on average.
     """
     runs = tile_runs(tissue)
-    cut = Cut(frame.tile_px, frame.halo_px, frame.block_rows, frame.block_cols)
+    cut = BlockLimits(frame.tile_px, frame.halo_px, frame.block_rows, frame.block_cols)
     blocks = blocks_of(tissue_grid(runs), cut)
     costs = np.array([len(block.tissue) for block in blocks], dtype=np.float64)
     return SlideCut(runs, tuple(blocks), tuple(groups(costs, limit=group_tiles)))
