@@ -105,7 +105,7 @@ class StainParams(BaseModel, frozen=True, extra="forbid"):
         return self.target.per_patch if self.per_patch else self.target.per_slide
 
 
-class Outcome(NamedTuple):
+class NormalisedBlock(NamedTuple):
     """What became of a block."""
 
     rgb: Pixels

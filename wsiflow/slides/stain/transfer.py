@@ -40,7 +40,7 @@ from wsiflow.slides.stain.params import (
     DensityFit,
     Floats,
     LabFit,
-    Outcome,
+    NormalisedBlock,
     Pixels,
     StainFit,
     StainParams,
@@ -131,7 +131,7 @@ def normalise_patch(rgb: Pixels, params: StainParams) -> Pixels:
     return normalise(image.reshape(rgb.shape), source, params.target_fit)
 
 
-def normalise_block(rgb: Pixels, source: StainFit | None, params: StainParams) -> Outcome:
+def normalise_block(rgb: Pixels, source: StainFit | None, params: StainParams) -> NormalisedBlock:
     """Normalise a block as the settings say, and what cannot be normalised as their policy says.
 
     Args:
@@ -146,13 +146,13 @@ def normalise_block(rgb: Pixels, source: StainFit | None, params: StainParams) -
         InputError: There is no fit and the policy is ``fail``.
     """
     if params.method == "none":
-        return Outcome(rgb, "")
+        return NormalisedBlock(rgb, "")
     try:
-        return Outcome(_normalised(rgb, source, params), "")
+        return NormalisedBlock(_normalised(rgb, source, params), "")
     except InputError as error:
         if params.on_failure == "fail":
             raise
-        return Outcome(rgb, error.cause)
+        return NormalisedBlock(rgb, error.cause)
 
 
 def _normalised(rgb: Pixels, source: StainFit | None, params: StainParams) -> Pixels:
