@@ -69,14 +69,14 @@ def counters(root: Path, **microjoules: int) -> Path:
 
 def test_energy_is_that_of_processors_and_memory(tmp_path: Path) -> None:
     """Parts of a processor, the board, and the same counter under another name are not added again."""
-    meter = energy.Meter(counters(tmp_path, package_0=5_000_000, core=1, dram=1_000_000, package_1=100, psys=0))
+    meter = energy.EnergyMeter(counters(tmp_path, package_0=5_000_000, core=1, dram=1_000_000, package_1=100, psys=0))
     counters(tmp_path, package_0=8_000_000, core=3_000_000, dram=1_500_000, package_1=100, psys=9_000_000)
     assert meter.joules() == pytest.approx(3.5)
 
 
 def test_a_counter_that_begins_again_goes_on(tmp_path: Path) -> None:
     """Its range is added, each time."""
-    meter = energy.Meter(counters(tmp_path, package_0=262_143_000_000), look_s=0.01)
+    meter = energy.EnergyMeter(counters(tmp_path, package_0=262_143_000_000), look_s=0.01)
     counters(tmp_path, package_0=671_150)
     end = time.monotonic() + 200
     while meter._last[tmp_path / "intel-rapl:0"] != 671_150 and time.monotonic() < end:
@@ -87,7 +87,7 @@ def test_a_counter_that_begins_again_goes_on(tmp_path: Path) -> None:
 
 def test_without_counters_there_is_no_energy(tmp_path: Path) -> None:
     """No folder, and counters that cannot be read: nothing, and not zero."""
-    assert energy.Meter(tmp_path / "none").joules() is None
+    assert energy.EnergyMeter(tmp_path / "none").joules() is None
     counters(tmp_path)
     (tmp_path / "intel-rapl:0/energy_uj").unlink()
-    assert energy.Meter(tmp_path).joules() is None
+    assert energy.EnergyMeter(tmp_path).joules() is None

@@ -15,7 +15,7 @@ POWERCAP = Path("/sys/class/powercap")
 _LOOK_S = 30.0  # a counter of 262 kJ begins again after ten minutes at 400 W
 
 
-class Meter:
+class EnergyMeter:
     """Counts from the moment it is made, in a thread that sees every counter begin again."""
 
     def __init__(self, powercap: Path = POWERCAP, *, look_s: float = _LOOK_S) -> None:
