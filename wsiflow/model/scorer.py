@@ -38,7 +38,7 @@ _REFINED_BATCHES = 8  # the last batch of some windows is filled up: an eighth a
 _CALIBRATION_PX = 448  # two tiles a side: enough to see what there is, little enough for quantisation to take seconds
 
 
-class Scored(NamedTuple):
+class TileScores(NamedTuple):
     """Scores of tiles.
 
     Attributes:
@@ -61,7 +61,7 @@ class Windows:
         """Take an engine for uint8 (choice.batch, window_px, window_px, 3)."""
         self._engine, self._window_px, self._choice = engine, window_px, choice
 
-    def score(self, frame: Frame, blocks: Blocks, timed: Timer) -> Scored:
+    def score(self, frame: Frame, blocks: Blocks, timed: Timer) -> TileScores:
         """Return the scores of the blocks' tissue tiles in order.
 
         Raises:
@@ -69,11 +69,11 @@ class Windows:
         """
         if self._choice.refine:
             parts = [self._refined(frame, held, timed) for held in self._held(frame, blocks)]
-            return Scored(np.concatenate([part.prob for part in parts]), sum(part.windows for part in parts))
+            return TileScores(np.concatenate([part.prob for part in parts]), sum(part.windows for part in parts))
         m = frame.cells_per_tile
         every = np.ones((m, m), np.bool_)
         found = self.run(self._cut((tile for each in blocks for tile in _tiles(frame, *each)), every), timed)
-        return Scored(found.reshape(-1, m, m), found.size)
+        return TileScores(found.reshape(-1, m, m), found.size)
 
     def run(self, windows: Iterable[NDArray[np.uint8]], timed: Timer) -> NDArray[np.float32]:
         """Return float32 (n,), the score of each window, uint8 (window_px, window_px, 3)."""
@@ -98,7 +98,7 @@ class Windows:
         if held:
             yield held
 
-    def _refined(self, frame: Frame, tiles: Sequence[_Tile], timed: Timer) -> Scored:
+    def _refined(self, frame: Frame, tiles: Sequence[_Tile], timed: Timer) -> TileScores:
         """Score a coarse grid of each tile, and the rest of it where one of these scores is high enough.
 
         A coarse score is that of a window of the fine grid, the nearest to the middle of the cells it stands for.
@@ -113,7 +113,7 @@ class Windows:
         fine = prob[closer]
         fine[:, ~coarse] = rest.reshape(len(closer), int((~coarse).sum()))
         prob[closer] = fine
-        return Scored(prob, first.size + rest.size)
+        return TileScores(prob, first.size + rest.size)
 
 
 def _tiles(frame: Frame, block: Block, pixels: NDArray[np.uint8]) -> Iterator[_Tile]:
@@ -130,7 +130,7 @@ class Dense:
         """Take what turns a region, uint8 (rows, cols, 3), into its map."""
         self._run_map, self._choice = run_map, choice
 
-    def score(self, frame: Frame, blocks: Blocks, timed: Timer) -> Scored:
+    def score(self, frame: Frame, blocks: Blocks, timed: Timer) -> TileScores:
         """Return the scores of the blocks' tissue tiles in order.
 
         Raises:
@@ -142,7 +142,7 @@ class Dense:
             tiles = scores.reshape(block.rows, m, block.cols, m).swapaxes(1, 2)
             found.append(tiles.reshape(-1, m, m)[list(block.tissue)])
         prob = np.concatenate(found)
-        return Scored(prob, prob.size)
+        return TileScores(prob, prob.size)
 
     def run(self, pixels: NDArray[np.uint8], timed: Timer) -> NDArray[np.float32]:
         """Return the map of a region, float32 (rows, cols); its first window lies ``context_px`` inside the region."""
