@@ -83,7 +83,7 @@ class Block(NamedTuple):
         return [(self.t_col + col, self.t_row + row) for col, row in self.corners()]
 
 
-def blocks(tissue: NDArray[np.bool_], cut: BlockLimits) -> list[Block]:
+def blocks(tissue: NDArray[np.bool_], limits: BlockLimits) -> list[Block]:
     """Return the blocks that hold tissue; every tissue tile is in exactly one, and every block is as small as can be.
 
     Args:
@@ -92,8 +92,8 @@ def blocks(tissue: NDArray[np.bool_], cut: BlockLimits) -> list[Block]:
     """
     return [
         block(tissue, col, row, cols, rows)
-        for first, last in _strips(tissue, cut)
-        for col, row, cols, rows in _rectangles(tissue, first, last, cut)
+        for first, last in _strips(tissue, limits)
+        for col, row, cols, rows in _rectangles(tissue, first, last, limits)
     ]
 
 
@@ -103,7 +103,7 @@ def block(tissue: NDArray[np.bool_], t_col: int, t_row: int, cols: int, rows: in
     return Block(t_col, t_row, cols, rows, tuple(np.flatnonzero(inside).tolist()))
 
 
-def _strips(tissue: NDArray[np.bool_], cut: BlockLimits) -> list[tuple[int, int]]:
+def _strips(tissue: NDArray[np.bool_], limits: BlockLimits) -> list[tuple[int, int]]:
     """Return ranges of rows that hold all tissue, for which the area of the blocks with halo is the least."""
     count = len(tissue)
     least, best_last = np.zeros(count + 1), np.arange(1, count + 1)
@@ -112,8 +112,9 @@ def _strips(tissue: NDArray[np.bool_], cut: BlockLimits) -> list[tuple[int, int]
         if not tissue[first].any():
             continue
         costs = {
-            last: least[last] + sum(_area_px(rectangle, cut) for rectangle in _rectangles(tissue, first, last, cut))
-            for last in range(first + 1, min(first + cut.block_rows, count) + 1)
+            last: least[last]
+            + sum(_area_px(rectangle, limits) for rectangle in _rectangles(tissue, first, last, limits))
+            for last in range(first + 1, min(first + limits.block_rows, count) + 1)
         }
         best_last[first] = min(costs, key=lambda last: (costs[last], last))
         least[first] = costs[best_last[first]]
@@ -125,19 +126,21 @@ def _strips(tissue: NDArray[np.bool_], cut: BlockLimits) -> list[tuple[int, int]
     return found
 
 
-def _area_px(rectangle: tuple[int, int, int, int], cut: BlockLimits) -> int:
+def _area_px(rectangle: tuple[int, int, int, int], limits: BlockLimits) -> int:
     """Return how many pixels are read for a rectangle of tiles."""
     _, _, cols, rows = rectangle
-    return (cols * cut.tile_px + 2 * cut.halo_px) * (rows * cut.tile_px + 2 * cut.halo_px)
+    return (cols * limits.tile_px + 2 * limits.halo_px) * (rows * limits.tile_px + 2 * limits.halo_px)
 
 
 def _rectangles(
-    tissue: NDArray[np.bool_], first: int, last: int, cut: BlockLimits
+    tissue: NDArray[np.bool_], first: int, last: int, limits: BlockLimits
 ) -> Iterator[tuple[int, int, int, int]]:
     """Yield first column, first row, columns and rows of the blocks of one strip, left to right."""
     strip = tissue[first:last]
-    for begin, end in _joined_runs(np.asarray(strip.any(axis=0)), widest_gap=(2 * cut.halo_px - 1) // cut.tile_px):
-        pieces = -(-(end - begin) // cut.block_cols)
+    for begin, end in _joined_runs(
+        np.asarray(strip.any(axis=0)), widest_gap=(2 * limits.halo_px - 1) // limits.tile_px
+    ):
+        pieces = -(-(end - begin) // limits.block_cols)
         edges = [begin + (end - begin) * i // pieces for i in range(pieces + 1)]
         for left, right in pairwise(edges):
             cols, rows = (np.flatnonzero(strip[:, left:right].any(axis=axis)) for axis in (0, 1))
