@@ -85,7 +85,7 @@ def test_what_a_dead_process_left_is_swept_and_a_live_ones_is_not(tmp_path: Path
 
 def attempt_of(root: Path, **changed: object) -> Path:
     """Leave a private folder as a process like this one makes it, changed as given."""
-    host, pid, space, born = processes.this()._replace(**changed)
+    host, pid, space, born = processes.current()._replace(**changed)
     folder = root / publish.ATTEMPTS / f"{host}-{pid}-{space}-{born}-{'0' * 32}"
     folder.mkdir(parents=True)
     return folder
@@ -148,13 +148,13 @@ def test_what_is_not_an_attempt_is_left_alone(tmp_path: Path) -> None:
     (root / f"{socket.gethostname()}-{2**22 + 1}-{'a' * 32}").mkdir()  # it says nothing of its PID namespace
     (root / f"a-b-{'a' * 12}-c-{'d' * 32}").mkdir()
     (root / "x-1-y").write_text("")
-    host, _, space, _ = processes.this()
+    host, _, space, _ = processes.current()
     (root / f"{host}-{2**22 + 1}-{space}-1-{'0' * 32}").symlink_to(tmp_path)
     (root / ".DS_Store").write_text("")
     before = sorted(root.iterdir())
     (root / f"{host}-{2**70}-{space}-1-{'0' * 32}").mkdir()  # a number that no process has
     publish.sweep_attempts(tmp_path)
-    publish.forget_attempts(tmp_path, processes.this())
+    publish.forget_attempts(tmp_path, processes.current())
     assert sorted(root.iterdir()) == before
     shutil.rmtree(root)
     root.write_text("a file in the place of the folder")

@@ -40,25 +40,25 @@ class Process(NamedTuple):
     born: str
 
 
-def this() -> Process:
+def current() -> Process:
     """Return the process that asks; it is another one after a fork."""
     pid = os.getpid()
-    return Process(socket.gethostname(), pid, _space(), born(pid))
+    return Process(socket.gethostname(), pid, _space(), start_ticks(pid))
 
 
-def noted(facts: Mapping[str, Any]) -> Process:
+def from_record(facts: Mapping[str, Any]) -> Process:
     """Return the process of a note; one of a former version names no space, which is then nobody's."""
     return Process(facts["host"], facts["pid"], facts.get("space", ""), facts.get("born", ""))
 
 
-def is_near(process: Process) -> bool:
+def is_observable(process: Process) -> bool:
     """Tell whether a process would be seen here if it lived."""
     return (process.host, process.space) == (socket.gethostname(), _space())
 
 
 def has_ended(process: Process) -> bool:
     """Tell whether a process is known to have ended."""
-    if not is_near(process):
+    if not is_observable(process):
         return False
     try:
         os.kill(process.pid, 0)
@@ -70,7 +70,7 @@ def has_ended(process: Process) -> bool:
     return state == _ZOMBIE or bool(started and process.born and started != process.born)
 
 
-def born(pid: int) -> str:
+def start_ticks(pid: int) -> str:
     """Return when a process of this space started; empty where there is none, or it cannot be told."""
     state, started = _stat(pid)
     return "" if state == _ZOMBIE else started

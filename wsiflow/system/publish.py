@@ -156,7 +156,7 @@ def check(root: Path, receipt: Receipt, *, largest: int | None = None) -> None:
 
 def attempt_folder(root: Path) -> Path:
     """Name a private folder, so that what a dead process leaves can be told from what is under way."""
-    host, pid, space, born = processes.this()
+    host, pid, space, born = processes.current()
     return root / ATTEMPTS / f"{host}-{pid}-{space}-{born}-{uuid.uuid4().hex}"
 
 
