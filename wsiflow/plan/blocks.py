@@ -88,7 +88,7 @@ def blocks(tissue: NDArray[np.bool_], limits: BlockLimits) -> list[Block]:
 
     Args:
         tissue: bool (rows, cols), the tile grid.
-        cut: Sizes and limits.
+        limits: The tile and halo sizes, and the largest rows and columns of a block.
     """
     return [
         block(tissue, col, row, cols, rows)
