@@ -343,7 +343,7 @@ def _published(root: Path, made: Plan, stage: Stage, index: int, key: str) -> pu
         receipt = publish.read_receipt(root, stage.product_of(made, index))
         if receipt is not None and receipt["key"] != key:
             return None
-        if not all(publish.is_there(root, name) for name in names_of(stage, made, slide, index)):
+        if not all(publish.has_recorded_size(root, name) for name in names_of(stage, made, slide, index)):
             return None
         if receipt is not None and stage.verified == "hash":
             publish.check(root, receipt)
@@ -365,5 +365,5 @@ def is_spare(root: Path, made: Plan, name: str) -> bool:
 def _is_scored(root: Path, made: Plan, index: int) -> bool:
     planned = made.slides[index]
     certificate = certify.certificate_name(planned)
-    certified = not certify.is_needed(made) or publish.is_there(root, certificate)
+    certified = not certify.is_needed(made) or publish.has_recorded_size(root, certificate)
     return certified and len(ledger.groups_there(root, planned)) == planned.n_groups

@@ -120,12 +120,12 @@ def done(root: Path, name: str, key: str) -> Receipt | None:
     return receipt
 
 
-def at_hand(root: Path, name: str, key: str) -> Receipt | None:
+def done_if_present(root: Path, name: str, key: str) -> Receipt | None:
     """Like `done`, of what can be made again at any time: None where the file was deleted."""
     return done(root, name, key) if (root / name).exists() else None
 
 
-def is_there(root: Path, name: str) -> bool:
+def has_recorded_size(root: Path, name: str) -> bool:
     """Tell whether ``name`` is published and still has its size: a look, no proof."""
     receipt = read_receipt(root, name)
     try:
@@ -308,7 +308,7 @@ def _require_former(root: Path, name: str, path: Path, receipt: Receipt) -> None
 
 def publish_bytes(root: Path, name: str, data: bytes, key: str, facts: Mapping[str, Any]) -> Receipt:
     """Publish a small file whose bytes are at hand, unless it is done already, and return its receipt."""
-    receipt = at_hand(root, name, key)
+    receipt = done_if_present(root, name, key)
     if receipt is not None:
         return receipt
     with publishing(root, name, key, facts, accept) as attempt, attempt.timed("write"):

@@ -237,7 +237,7 @@ def lacks_advice(root: Path, made: Plan) -> list[int]:
     choice = planned_choice(made)
     if choice.engine != "dense" or choice.exact or not made.work["cuts"] or advice(root, made):
         return []
-    there = [i for i, planned in enumerate(made.slides) if publish.is_there(root, certificate_name(planned))]
+    there = [i for i, planned in enumerate(made.slides) if publish.has_recorded_size(root, certificate_name(planned))]
     return [index for index in there if _broken(root, made, made.slides[index])["windows"]]
 
 

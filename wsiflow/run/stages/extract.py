@@ -69,7 +69,7 @@ def link_patches(source: Path, index: int) -> tuple[publish.Receipt, bool]:
     root, planned = source.parent, made.slides[index]
     parts = {part_name(planned, j): made.part(index, j) for j in range(1, made.n_parts(index) + 1)}
     name, key = INDEX.product_of(made, index), INDEX.key_of(root, made, index)
-    done = publish.at_hand(root, name, key)
+    done = publish.done_if_present(root, name, key)
     if done is not None:
         return done, False
     receipt_facts = facts("index", planned.slide_id)

@@ -44,7 +44,7 @@ def ingest(source: Path, index: int) -> tuple[publish.Receipt, bool]:
     if done is not None:
         check_unchanged(root, case.slide_id, case.path)
         _check_manifest_sha256(case, _record(root, case.slide_id)["sha256"])
-        if any(publish.at_hand(root, each, key) is None for each in _names(case)[1:]):  # deleted: made again
+        if any(publish.done_if_present(root, each, key) is None for each in _names(case)[1:]):  # deleted: made again
             looked, _ = _looked(case, config)
             frame = _framed(looked["frame"], config, sizes["tiles"])
             cut = plan.make_cut(plan.tissue_grid(looked["tile_runs"]), frame, group_tiles=config.tiles.group_tiles)
@@ -157,7 +157,7 @@ def _check_truth(case: Case, config: RunConfig) -> None:
 def is_ingested(source: Path, index: int) -> bool:
     """Tell whether all that is published of a case before the plan is there."""
     _, cases = read_cases(source)
-    return all(publish.is_there(source.parent, name) for name in _names(cases[index]))
+    return all(publish.has_recorded_size(source.parent, name) for name in _names(cases[index]))
 
 
 def record_key(case: Case, settings: Mapping[str, Any]) -> str:
