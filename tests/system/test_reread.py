@@ -7,7 +7,7 @@ import pytest
 
 from wsiflow.model import card
 from wsiflow.run.stages import network
-from wsiflow.system.reread import remembered
+from wsiflow.system.reread import cached_by_content
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def test_a_file_is_read_once_while_it_stays_the_same(tmp_path: Path, reads: list
     path = tmp_path / "plan.json"
     path.write_text("one")
 
-    @remembered(files=2)
+    @cached_by_content(files=2)
     def read(path: Path) -> str:
         reads.append(path.read_text())
         return reads[-1]
@@ -42,7 +42,7 @@ def test_another_content_is_read_whatever_its_size_and_times(tmp_path: Path, how
     path.write_text("0.05")
     then = path.stat().st_mtime_ns - age_s * 10**9
     os.utime(path, ns=(then, then))
-    read = remembered(files=2)(Path.read_text)
+    read = cached_by_content(files=2)(Path.read_text)
     assert read(path) == "0.05"
     if how == "made anew":
         path.unlink()
@@ -59,7 +59,7 @@ def test_a_file_that_is_gone_is_told_by_whoever_reads_it(tmp_path: Path) -> None
     """A remembered file does not stand in for a missing one."""
     path = tmp_path / "plan.json"
     path.write_text("one")
-    read = remembered(files=2)(Path.read_text)
+    read = cached_by_content(files=2)(Path.read_text)
     assert read(path) == "one"
     path.unlink()
     with pytest.raises(FileNotFoundError):

@@ -28,7 +28,7 @@ from wsiflow.plan.blocks import block as block_at
 from wsiflow.plan.blocks import blocks as blocks_of
 from wsiflow.plan.geometry import Frame
 from wsiflow.system import faults, publish
-from wsiflow.system.reread import remembered
+from wsiflow.system.reread import cached_by_content
 
 #: Raised whenever a change of code changes the numbers that come out for the same settings.
 NUMERICS = 3
@@ -280,7 +280,7 @@ def task_key(root: Path, plan: Plan, task: Task) -> str:
     return publish.key_of(slide=slide.key, blocks=blocks, predict=plan.settings["predict"], numerics=NUMERICS)
 
 
-@remembered(files=4)
+@cached_by_content(files=4)
 def read(path: Path) -> Plan:
     """Read a plan.
 

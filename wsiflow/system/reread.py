@@ -36,7 +36,7 @@ def content_sha256(path: Path) -> str:
     return _known_hash(path, state)
 
 
-def remembered(files: int) -> Callable[[Callable[[Path], _Parsed]], Callable[[Path], _Parsed]]:
+def cached_by_content(files: int) -> Callable[[Callable[[Path], _Parsed]], Callable[[Path], _Parsed]]:
     """Return a decorator for functions that read one file: what they returned is kept while its content is the same.
 
     Args:
