@@ -436,7 +436,7 @@ def _open_handle(path: Path, slide_id: str) -> openslide.OpenSlide:
 
 def _refused(cause: str, slide_id: str, path: Path) -> WsiflowError:
     """Return the error of a slide that OpenSlide does not read: it is damaged, or the system does not let us."""
-    told = faults.named_in(cause)
+    told = faults.error_named_in(cause)
     if told is not None:
         return faults.unreadable(told, "the slide", content.COPY_AGAIN, slide=slide_id, path=path)
     return InputError(cause, content.COPY_AGAIN, slide=slide_id, path=path)

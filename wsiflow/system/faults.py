@@ -76,7 +76,7 @@ def is_of_machine(error: OSError) -> bool:
     return number(error) not in {0, *_OF_INPUT}
 
 
-def named_in(text: str) -> OSError | None:
+def error_named_in(text: str) -> OSError | None:
     """Return the error of the machine that a library tells in words, None where it tells another."""
     codes = (code for code in _REMEDIES if code not in _OF_INPUT)
     return next((OSError(code, os.strerror(code)) for code in codes if os.strerror(code) in text), None)
@@ -114,7 +114,7 @@ def unreadable(error: OSError, what: str, advice: str, *, path: object, slide: s
     return EnvironmentFault(told, remedy(error), path=path, slide=slide)
 
 
-def of_workers(error: OSError, otherwise: str = _AGAIN) -> EnvironmentFault:
+def worker_fault(error: OSError, otherwise: str = _AGAIN) -> EnvironmentFault:
     """Return the error of worker processes that cannot be started; their locks are files of the shared memory."""
     place = "/dev/shm" if number(error) in _OF_SEMAPHORES and not subject(error) else ""
     told = f"worker processes cannot be started ({cause(error)})"

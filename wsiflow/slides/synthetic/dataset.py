@@ -145,7 +145,7 @@ def _each(
     try:
         pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=begin, initargs=begin_with)
     except OSError as error:
-        raise faults.of_workers(error) from error
+        raise faults.worker_fault(error) from error
     with pool:
         list(pool.map(write, jobs))
 
