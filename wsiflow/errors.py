@@ -2,7 +2,7 @@
 
     WsiflowError                50  a defect of wsiflow itself
     +-- InputError              20  a slide, manifest, annotation, model or setting is wrong
-    |   +-- Rewritten               a slide was written while it was read
+    |   +-- SlideModified               a slide was written while it was read
     +-- EnvironmentFault        30  disk, permission, memory, scheduler
     +-- IntegrityError          40  a published file differs from what its receipt says
 
@@ -69,7 +69,7 @@ class InputError(WsiflowError):
     exit_code = 20
 
 
-class Rewritten(InputError):
+class SlideModified(InputError):
     """A slide was written while it was read: what was read of it may be of no one content, whatever it holds now."""
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from flows import compose
-from wsiflow.errors import InputError, Rewritten
+from wsiflow.errors import InputError, SlideModified
 from wsiflow.plan import plan
 from wsiflow.run import cases, shards
 from wsiflow.run.executor.protocol import Outcome
@@ -128,11 +128,11 @@ def test_a_reader_that_fails_since_the_slide_is_written_says_so(tmp_path: Path) 
     path.write_bytes(b"slide")
 
     def read(meanwhile: Callable[[], None]) -> None:
-        with content.unwritten(path, "s"):
+        with content.unmodified(path, "s"):
             meanwhile()
             raise InputError("a tile cannot be decoded", "copy it again")
 
-    with pytest.raises(Rewritten, match="its file was written"):
+    with pytest.raises(SlideModified, match="its file was written"):
         read(lambda: rewrite(path))
     with pytest.raises(InputError, match="cannot be decoded"):
         read(lambda: None)
@@ -144,12 +144,12 @@ def test_a_slide_with_a_new_link_is_hashed_once(tmp_path: Path, monkeypatch: pyt
     path.write_bytes(b"slide")
     monkeypatch.setattr(content, "sha256", lambda path: hashed.append(path) or "0" * 64)
     for _ in range(3):
-        content.settled_sha256(path)
+        content.cached_sha256(path)
     before, signature = content.stamp(path), content.signature(path)
     while content.stamp(path) == before:
         (tmp_path / "link.tif").unlink(missing_ok=True)
         (tmp_path / "link.tif").hardlink_to(path)
     assert content.signature(path) == signature
     for _ in range(3):
-        content.settled_sha256(path)
+        content.cached_sha256(path)
     assert len(hashed) == 2

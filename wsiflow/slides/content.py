@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 
-from wsiflow.errors import EnvironmentFault, InputError, Rewritten, WsiflowError
+from wsiflow.errors import EnvironmentFault, InputError, SlideModified, WsiflowError
 from wsiflow.system import faults
 
 COPY_AGAIN = "copy it again from its source, or remove its line"
@@ -69,38 +69,38 @@ def stamp(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def unwritten(path: Path, slide_id: str = "") -> Iterator[str]:
+def unmodified(path: Path, slide_id: str = "") -> Iterator[str]:
     """See that nothing writes a slide while the body reads it; what has its old content at the end was written too.
 
     Yields:
         The slide's stamp.
 
     Raises:
-        Rewritten: Something was done to its files; also where that made the body fail.
+        SlideModified: Something was done to its files; also where that made the body fail.
     """
     before = stamp(path)
     try:
         yield before
     except Exception as error:
         if stamp(path) != before:
-            raise _rewritten(path, slide_id) from error
+            raise _modified(path, slide_id) from error
         raise
     if stamp(path) != before:
-        raise _rewritten(path, slide_id)
+        raise _modified(path, slide_id)
 
 
-def _rewritten(path: Path, slide_id: str) -> Rewritten:
+def _modified(path: Path, slide_id: str) -> SlideModified:
     cause = "its file was written, replaced or given another owner, permission or link while it was read"
-    return Rewritten(cause, "run again when the copy has ended", slide=slide_id, path=path)
+    return SlideModified(cause, "run again when the copy has ended", slide=slide_id, path=path)
 
 
-def settled_sha256(path: Path) -> str:
+def cached_sha256(path: Path) -> str:
     """Return the SHA-256 of a slide, which is computed once in a process while the slide is not touched.
 
     Raises:
-        Rewritten: It was touched while it was hashed.
+        SlideModified: It was touched while it was hashed.
     """
-    with unwritten(path) as stamped:
+    with unmodified(path) as stamped:
         return _sha256_of(path, stamped)
 
 

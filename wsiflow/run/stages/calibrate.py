@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from wsiflow.errors import InputError, Rewritten, WsiflowError
+from wsiflow.errors import InputError, SlideModified, WsiflowError
 from wsiflow.model import certificate
 from wsiflow.plan import plan
 from wsiflow.plan.plan import Plan
@@ -64,7 +64,7 @@ def _calibration_samples(root: Path, made: Plan) -> Iterator[NDArray[np.uint8]]:
         try:
             with planned_blocks(root, made, planned, wanted) as parts:
                 found = list(parts)
-        except Rewritten:
+        except SlideModified:
             raise
         except WsiflowError:
             continue

@@ -121,7 +121,7 @@ def _look(case: Case, config: RunConfig) -> dict[str, Any]:
     Returns:
         Plain JSON values; ``frame`` is the transform as far as it is known without strides and blocks.
     """
-    with content.unwritten(case.path, case.slide_id):  # hash and overview are of one content
+    with content.unmodified(case.path, case.slide_id):  # hash and overview are of one content
         signature = content.signature(case.path)
         with slide.open_slide(case.path, slide_id=case.slide_id) as opened:
             um_px = slide.resolve_mpp(opened.facts, case.mpp)
@@ -269,7 +269,7 @@ def check_unchanged(root: Path, slide_id: str, path: Path) -> None:
     record = _record(root, slide_id)
     if content.signature(path) == record["signature"]:
         return
-    sha256 = content.settled_sha256(path)
+    sha256 = content.cached_sha256(path)
     if sha256 != record["sha256"]:
         cause = f"its content has changed since the run was planned (SHA-256 {sha256}, was {record['sha256']})"
         raise InputError(cause, "restore it, or choose another out= folder", slide=slide_id, path=path)
