@@ -22,7 +22,7 @@ from wsiflow.errors import InputError
 from wsiflow.slides.stain import pixels, reinhard, vahadane
 from wsiflow.slides.stain.density import CODE_PENALTY, density_table, stain_codes
 from wsiflow.slides.stain.params import LEAST_SINE, DensityFit, LabFit, StainFit, StainParams, read_fit
-from wsiflow.slides.stain.pixels import sample, spread
+from wsiflow.slides.stain.pixels import sample, stratified_indices
 from wsiflow.slides.stain.transfer import fit, fit_target, normalise, normalise_block, normalise_patch
 from wsiflow.slides.synthetic import dataset
 from wsiflow.slides.synthetic.tissue import Stain, render
@@ -549,7 +549,7 @@ def test_a_damaged_fit_is_refused(change: dict[str, object], named: str) -> None
 @given(total=st.integers(0, 3000), count=st.integers(1, 1000))
 def test_a_choice_is_spread_evenly(total: int, count: int) -> None:
     """One from each of equal runs: no index twice, no gap of two runs or more."""
-    chosen = spread(total, count)
+    chosen = stratified_indices(total, count)
     assert len(chosen) == min(total, count)
     assert (np.diff(chosen) > 0).all()
     if total > count:
@@ -560,7 +560,7 @@ def test_a_choice_is_spread_evenly(total: int, count: int) -> None:
 
 def test_a_choice_is_the_same_everywhere() -> None:
     """The numbers come from the bits of PCG64, which no release of NumPy changes."""
-    assert spread(1000, 8).tolist() == [79, 158, 255, 377, 601, 739, 825, 966]
+    assert stratified_indices(1000, 8).tolist() == [79, 158, 255, 377, 601, 739, 825, 966]
 
 
 def test_only_tissue_is_sampled() -> None:

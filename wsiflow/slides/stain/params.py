@@ -131,7 +131,7 @@ def read_fit(values: Mapping[str, object]) -> StainFit:
 FIT: TypeAdapter[StainFit] = TypeAdapter(StainFit)
 
 
-def failed(cause: str) -> InputError:
+def cannot_measure(cause: str) -> InputError:
     """Return the error of colours that cannot be measured."""
     return InputError(
         cause, "see whether the slide is stained, or set stain.on_failure=raw in another out= folder", stage="stain"

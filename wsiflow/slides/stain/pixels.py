@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from wsiflow.slides.stain.params import Pixels, StainParams, failed
+from wsiflow.slides.stain.params import Pixels, StainParams, cannot_measure
 
 WHITE_PERCENTILE = 95.0  # of L: what counts as white
 BRIGHT_PERCENTILE = 90.0  # of all channels: white once more, for Reinhard and Macenko patch by patch
@@ -16,7 +16,7 @@ STRIP_PX = 32_768  # intermediate floats of a strip stay in the cache
 SPARE_PX = 64  # OpenCV rounds the last few pixels of an array otherwise; these are never the image's
 
 
-def spread(total: int, count: int) -> NDArray[np.intp]:
+def stratified_indices(total: int, count: int) -> NDArray[np.intp]:
     """Choose ``count`` of ``total`` things, one at random from each of ``count`` equal runs; all, if there are fewer.
 
     The same numbers give the same choice on every machine.
@@ -37,7 +37,7 @@ def sample(tiles: Pixels, tissue: NDArray[np.bool_] | None, params: StainParams)
     Light pixels inside the tissue are drawn as well, for they tell what white is; `fit` leaves them out of the stains.
 
     Args:
-        tiles: Shape (n, rows, cols, 3), RGB, tiles of tissue from all over the slide (`spread` chooses them).
+        tiles: Shape (n, rows, cols, 3), RGB, tiles of tissue from all over the slide (`stratified_indices` chooses them).
         tissue: Shape (n, rows, cols), which pixels may be drawn; None for all.
         params: The settings, of which ``sample_px`` is used.
 
@@ -46,9 +46,9 @@ def sample(tiles: Pixels, tissue: NDArray[np.bool_] | None, params: StainParams)
     """
     flat = tiles.reshape(-1, 3)
     if tissue is None:
-        return flat[spread(len(flat), params.sample_px)]
+        return flat[stratified_indices(len(flat), params.sample_px)]
     candidates = np.flatnonzero(tissue)
-    return flat[candidates[spread(len(candidates), params.sample_px)]]
+    return flat[candidates[stratified_indices(len(candidates), params.sample_px)]]
 
 
 def one_row(pixels: Pixels) -> Pixels:
@@ -69,7 +69,7 @@ def white_lightness(image: Pixels) -> float:
     """
     lightness = float(np.percentile(lightness_of(image), WHITE_PERCENTILE))
     if lightness < 1:
-        raise failed("the pixels are black")
+        raise cannot_measure("the pixels are black")
     return lightness
 
 
@@ -85,7 +85,7 @@ def scaled(factor: float) -> Pixels:
     return np.asarray(np.rint(np.clip(np.arange(256) * factor, 0, 255)), np.uint8)
 
 
-def prepared(image: Pixels, method: str) -> Pixels:
+def standardised(image: Pixels, method: str) -> Pixels:
     """Standardise the luminosity of a patch as the reference does."""
     lab = cv2.cvtColor(image, cv2.COLOR_RGB2LAB)
     lab[..., 0] = cv2.LUT(lab[..., 0], scaled(255 / white_lightness(image)))

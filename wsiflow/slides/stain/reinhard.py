@@ -3,7 +3,7 @@
 import cv2
 import numpy as np
 
-from wsiflow.slides.stain.params import LEAST_LAB_STD, LabFit, Pixels, failed
+from wsiflow.slides.stain.params import LEAST_LAB_STD, LabFit, Pixels, cannot_measure
 from wsiflow.slides.stain.pixels import in_strips
 
 
@@ -12,7 +12,9 @@ def fit_lab(pixels: Pixels) -> LabFit:
     lab = cv2.cvtColor(pixels.reshape(1, -1, 3), cv2.COLOR_RGB2LAB)[0]
     mean, std = lab.mean(axis=0).tolist(), lab.std(axis=0).tolist()
     if min(std) < LEAST_LAB_STD:
-        raise failed(f"the tissue is of one colour (standard deviations in LAB {', '.join(f'{s:.2f}' for s in std)})")
+        raise cannot_measure(
+            f"the tissue is of one colour (standard deviations in LAB {', '.join(f'{s:.2f}' for s in std)})"
+        )
     return LabFit("reinhard", (mean[0], mean[1], mean[2]), (std[0], std[1], std[2]))
 
 

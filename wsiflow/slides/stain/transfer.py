@@ -45,9 +45,17 @@ from wsiflow.slides.stain.params import (
     StainFit,
     StainParams,
     Target,
-    failed,
+    cannot_measure,
 )
-from wsiflow.slides.stain.pixels import TISSUE_L, lightness_of, one_row, prepared, scaled, spread, white_of
+from wsiflow.slides.stain.pixels import (
+    TISSUE_L,
+    lightness_of,
+    one_row,
+    scaled,
+    standardised,
+    stratified_indices,
+    white_of,
+)
 from wsiflow.slides.stain.reinhard import fit_lab, lab_transfer
 from wsiflow.slides.stain.vahadane import vahadane_vectors
 
@@ -63,11 +71,11 @@ def fit(pixels: Pixels, params: StainParams) -> StainFit:
         InputError: There is too little tissue, or no two stains, or hardly any variation of colour.
     """
     if not pixels.size:
-        raise failed("there are no pixels")
+        raise cannot_measure("there are no pixels")
     image = one_row(pixels)
     if params.per_patch:
-        return _fit_prepared(prepared(image, params.method), 255.0, params)
-    return _fit_prepared(image, white_of(image), params)
+        return _fit_row(standardised(image, params.method), 255.0, params)
+    return _fit_row(image, white_of(image), params)
 
 
 def fit_target(template: Pixels, params: StainParams) -> Target:
@@ -82,8 +90,8 @@ def fit_target(template: Pixels, params: StainParams) -> Target:
     Raises:
         InputError: As `fit`.
     """
-    image = prepared(one_row(template), params.method)
-    ways = [_fit_prepared(image, 255.0, params.model_copy(update={"per_patch": way})) for way in (False, True)]
+    image = standardised(one_row(template), params.method)
+    ways = [_fit_row(image, 255.0, params.model_copy(update={"per_patch": way})) for way in (False, True)]
     return Target(per_slide=ways[0], per_patch=ways[1])
 
 
@@ -126,8 +134,8 @@ def normalise_patch(rgb: Pixels, params: StainParams) -> Pixels:
     Raises:
         InputError: The patch has no fit.
     """
-    image = prepared(one_row(rgb), params.method)
-    source = _fit_prepared(image, 255.0, params)
+    image = standardised(one_row(rgb), params.method)
+    source = _fit_row(image, 255.0, params)
     return normalise(image.reshape(rgb.shape), source, params.target_fit)
 
 
@@ -159,29 +167,29 @@ def _normalised(rgb: Pixels, source: StainFit | None, params: StainParams) -> Pi
     if params.per_patch:
         return normalise_patch(rgb, params)
     if source is None:
-        raise failed("the slide has no stain fit")
+        raise cannot_measure("the slide has no stain fit")
     return normalise(rgb, source, params.target_fit)
 
 
-def _fit_prepared(image: Pixels, white: float, params: StainParams) -> StainFit:
+def _fit_row(image: Pixels, white: float, params: StainParams) -> StainFit:
     """Fit an image of one row whose white is known."""
     is_tissue = lightness_of(np.asarray(cv2.LUT(image, scaled(255 / white)), np.uint8)) < TISSUE_L
     if np.count_nonzero(is_tissue) < params.min_tissue_px:
         cause = (
             f"{np.count_nonzero(is_tissue)} of {is_tissue.size} pixels are tissue, {params.min_tissue_px} are needed"
         )
-        raise failed(cause)
+        raise cannot_measure(cause)
     # The reference measures over everything; glass between tissue would make a slide's numbers those of its outline.
     measured = image[0] if params.per_patch else image[is_tissue]
     if params.method == "reinhard":
         return fit_lab(measured)
     table = density_table(white)
     tissue = image[is_tissue]
-    tissue = tissue[spread(len(tissue), params.sample_px)]
+    tissue = tissue[stratified_indices(len(tissue), params.sample_px)]
     stains = fit_stains(table[tissue.T], params)
     strengths = np.percentile(stain_codes(table[measured.T], stains, CODE_PENALTY), STRENGTH_PERCENTILE, axis=1)
     if strengths.min() < LEAST_STRENGTH:
-        raise failed(f"only one stain is found (densities {strengths[0]:.3f} and {strengths[1]:.3f})")
+        raise cannot_measure(f"only one stain is found (densities {strengths[0]:.3f} and {strengths[1]:.3f})")
     return FIT.validate_python(
         {
             "method": params.method,
@@ -208,11 +216,15 @@ def fit_stains(density: Floats, params: StainParams) -> Floats:
     """
     variances, _ = principal(density)
     if not variances[1] >= LEAST_VARIANCE:
-        raise failed(f"the tissue is of one colour (variance of density {variances[1]:.1e} across its main direction)")
+        raise cannot_measure(
+            f"the tissue is of one colour (variance of density {variances[1]:.1e} across its main direction)"
+        )
     stains = macenko_vectors(density) if params.method == "macenko" else vahadane_vectors(density, params.iterations)
     stains = np.maximum(stains, 0)
     stains /= np.sqrt(np.square(stains).sum(axis=1, keepdims=True))
     sine = float(np.sqrt(np.square(np.cross(stains[0], stains[1])).sum()))
     if not sine >= LEAST_SINE:
-        raise failed(f"the two stains are alike (sine of their angle {sine:.3f}, at least {LEAST_SINE} is needed)")
+        raise cannot_measure(
+            f"the two stains are alike (sine of their angle {sine:.3f}, at least {LEAST_SINE} is needed)"
+        )
     return stains if stains[0, 0] >= stains[1, 0] else stains[::-1].copy()
