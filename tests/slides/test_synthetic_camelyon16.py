@@ -18,7 +18,7 @@ from wsiflow.errors import InputError, IntegrityError
 from wsiflow.slides import annotations
 from wsiflow.slides.synthetic import camelyon16, dataset, textures
 from wsiflow.slides.synthetic.atlas import Atlas, area, part_of, read_atlas
-from wsiflow.slides.synthetic.tissue import UM_PX
+from wsiflow.slides.synthetic.tissue import UM_PX, Lesion
 from wsiflow.system import publish
 
 SCALE = 1 / 16
@@ -31,14 +31,14 @@ def atlas(shared_data: Path) -> Atlas:
 
 
 @pytest.fixture(scope="module")
-def plans(atlas: Atlas) -> tuple[camelyon16.Plan, ...]:
+def plans(atlas: Atlas) -> tuple[camelyon16.SyntheticSlide, ...]:
     """Return the plans of ten small test slides."""
-    return camelyon16.plan(atlas, "test", slides=10, scale=SCALE, seed=3)
+    return camelyon16.plan_slides(atlas, "test", slides=10, scale=SCALE, seed=3)
 
 
-def test_parts_are_disjoint(atlas: Atlas, plans: tuple[camelyon16.Plan, ...]) -> None:
+def test_parts_are_disjoint(atlas: Atlas, plans: tuple[camelyon16.SyntheticSlide, ...]) -> None:
     """No picture, section or set of metastases is on both sides, and plans keep to their side."""
-    training = camelyon16.plan(atlas, "train", slides=10, scale=SCALE, seed=3)
+    training = camelyon16.plan_slides(atlas, "train", slides=10, scale=SCALE, seed=3)
     parts = {picture.name: picture.part for picture in atlas.pictures}
     assert set(parts.values()) == {"train", "test"}
     for part, made in (("train", training), ("test", plans)):
@@ -57,7 +57,7 @@ def test_the_slide_in_a_picture_s_name_decides_its_part() -> None:
     assert {part_of(f"tumor_{number:03d}") for number in range(1, 40)} == {"train", "test"}
 
 
-def test_every_other_slide_has_metastases(plans: tuple[camelyon16.Plan, ...]) -> None:
+def test_every_other_slide_has_metastases(plans: tuple[camelyon16.SyntheticSlide, ...]) -> None:
     """Each on its tissue, with pictures of tumour; the others have none."""
     assert [bool(one.lesions) for one in plans] == [False, True] * 5
     for one in plans:
@@ -73,7 +73,7 @@ def test_every_other_slide_has_metastases(plans: tuple[camelyon16.Plan, ...]) ->
         assert not set(one.normal) & set(one.other)
 
 
-def test_outlines_keep_their_real_size(atlas: Atlas, plans: tuple[camelyon16.Plan, ...]) -> None:
+def test_outlines_keep_their_real_size(atlas: Atlas, plans: tuple[camelyon16.SyntheticSlide, ...]) -> None:
     """A metastasis has the area of one on the real slide, times the scale squared."""
     checked = 0
     for one in plans:
@@ -87,25 +87,25 @@ def test_outlines_keep_their_real_size(atlas: Atlas, plans: tuple[camelyon16.Pla
 
 
 def test_a_slide_is_the_same_however_often_it_is_planned_and_painted(
-    atlas: Atlas, plans: tuple[camelyon16.Plan, ...]
+    atlas: Atlas, plans: tuple[camelyon16.SyntheticSlide, ...]
 ) -> None:
     """Plans and pixels follow from the seed, and another seed gives others."""
-    assert camelyon16.plan(atlas, "test", slides=10, scale=SCALE, seed=3) == plans
-    assert camelyon16.plan(atlas, "test", slides=4, scale=SCALE, seed=3) == plans[:4]
-    assert camelyon16.plan(atlas, "test", slides=4, scale=SCALE, seed=4) != plans[:4]
+    assert camelyon16.plan_slides(atlas, "test", slides=10, scale=SCALE, seed=3) == plans
+    assert camelyon16.plan_slides(atlas, "test", slides=4, scale=SCALE, seed=3) == plans[:4]
+    assert camelyon16.plan_slides(atlas, "test", slides=4, scale=SCALE, seed=4) != plans[:4]
     small = min(plans, key=lambda one: one.size_px[0] * one.size_px[1])
     first = camelyon16.paint(small, atlas.pictures)
     assert first.shape == (small.size_px[1], small.size_px[0], 3)
     np.testing.assert_array_equal(first, camelyon16.paint(small, atlas.pictures[::-1]))
 
 
-def test_truth_matches_pixels(atlas: Atlas, plans: tuple[camelyon16.Plan, ...]) -> None:
+def test_truth_matches_pixels(atlas: Atlas, plans: tuple[camelyon16.SyntheticSlide, ...]) -> None:
     """Without its metastases a slide has the same pixels outside their outlines, and others inside."""
     sick = min((one for one in plans if one.lesions), key=lambda one: one.size_px[0] * one.size_px[1])
-    clear = sick.look._replace(noise=0.0, blur_px=0.3)
+    clear = sick.appearance._replace(noise=0.0, blur_px=0.3)
     painted, healthy = (
         camelyon16.paint(one, atlas.pictures)
-        for one in (sick._replace(look=clear), sick._replace(look=clear, lesions=()))
+        for one in (sick._replace(appearance=clear), sick._replace(appearance=clear, lesions=()))
     )
     apart = (painted != healthy).any(axis=2)
     inside = camelyon16.filled([lesion.outline for lesion in sick.lesions], (0, 0), sick.size_px) > 0
@@ -249,4 +249,18 @@ def test_data_must_be_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 def test_no_outlines_is_an_error(atlas: Atlas) -> None:
     """A part without outlines cannot be planned."""
     with pytest.raises(InputError, match="no outlines are for the test part"):
-        camelyon16.plan(atlas._replace(metastases={}), "test", slides=2, scale=SCALE, seed=0)
+        camelyon16.plan_slides(atlas._replace(metastases={}), "test", slides=2, scale=SCALE, seed=0)
+
+
+def test_keys_of_existing_data_sets_stay() -> None:
+    """A folder that was written before can be continued: the key of a slide does not depend on the names of classes."""
+    outline = ((0, 0), (5, 0), (5, 5))
+    appearance = textures.Appearance((0.1, 0.2, 0.3), (0.1, 0.2, 0.3), (1.0, 1.0), (240.0, 240.0, 240.0), 0.5, 1.0)
+    lesion = Lesion(outline, (outline,))
+    names = ("a",), ("b",), ("c",)
+    slide = camelyon16.SyntheticSlide(
+        *("test_001", "test", "0", 7, (10, 20), (outline,), (lesion,), (outline,), (0.5,), *names),
+        appearance,
+        ("x", "y"),
+    )
+    assert dataset._like_key(slide, "00").startswith("5ec6110077ff92fe")

@@ -1,14 +1,14 @@
-"""Quilted tissue has no seams to be seen, is the same for the same seed, and takes its colours from a look."""
+"""Quilted tissue has no seams to be seen, is the same for the same seed, and takes its colours from an appearance."""
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
 from wsiflow.slides.synthetic import textures
-from wsiflow.slides.synthetic.textures import OVERLAP_PX, PIECE_PX, Look
+from wsiflow.slides.synthetic.textures import OVERLAP_PX, PIECE_PX, Appearance
 
 PITCH_PX = PIECE_PX - OVERLAP_PX
-LOOK = Look((0.55, 0.7, 0.4), (0.15, 0.9, 0.3), (1.0, 1.0), (240.0, 238.0, 242.0), 0.6, 1.0)
+APPEARANCE = Appearance((0.55, 0.7, 0.4), (0.15, 0.9, 0.3), (1.0, 1.0), (240.0, 238.0, 242.0), 0.6, 1.0)
 
 
 @pytest.fixture(scope="module")
@@ -113,10 +113,10 @@ def test_uniform_field_is_uniform() -> None:
 def test_colours_follow_the_look() -> None:
     """No stain is glass; one unit of haematoxylin dims as Beer and Lambert say."""
     codes = np.zeros((64, 64, 2), np.uint8)
-    clear = LOOK._replace(noise=0.0)
-    np.testing.assert_allclose(textures.coloured(codes, clear, 0)[32, 32], LOOK.glass, atol=1)
+    clear = APPEARANCE._replace(noise=0.0)
+    np.testing.assert_allclose(textures.coloured(codes, clear, 0)[32, 32], APPEARANCE.glass, atol=1)
     codes[..., 0] = 85
-    expected = np.array(LOOK.glass) * np.exp(-np.array(LOOK.haematoxylin))
+    expected = np.array(APPEARANCE.glass) * np.exp(-np.array(APPEARANCE.haematoxylin))
     np.testing.assert_allclose(textures.coloured(codes, clear, 0)[32, 32], expected, atol=1)
     strong = clear._replace(strengths=(2.0, 1.0))
     assert (textures.coloured(codes, strong, 0)[32, 32] < expected - 20).all()

@@ -37,7 +37,7 @@ def sample(tiles: Pixels, tissue: NDArray[np.bool_] | None, params: StainParams)
     Light pixels inside the tissue are drawn as well, for they tell what white is; `fit` leaves them out of the stains.
 
     Args:
-        tiles: Shape (n, rows, cols, 3), RGB, tiles of tissue from all over the slide (`stratified_indices` chooses them).
+        tiles: Shape (n, rows, cols, 3), RGB, tissue tiles that `stratified_indices` chose from the whole slide.
         tissue: Shape (n, rows, cols), which pixels may be drawn; None for all.
         params: The settings, of which ``sample_px`` is used.
 

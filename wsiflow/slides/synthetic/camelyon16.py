@@ -34,7 +34,7 @@ _MOST_SECTIONS = 12  # sections tried for a slide's metastases
 _PURITY = (0.45, 1.0)
 
 
-class Plan(NamedTuple):
+class SyntheticSlide(NamedTuple):
     """One synthetic slide.
 
     Attributes:
@@ -50,7 +50,7 @@ class Plan(NamedTuple):
         normal: Pictures of its normal tissue, by name.
         other: Pictures of its decoys.
         tumour: Pictures of its metastases.
-        look: Its stains and scanner.
+        appearance: Its stains and scanner.
         like: The real slides whose outlines it has: tissue, and metastases or an empty text.
     """
 
@@ -66,11 +66,11 @@ class Plan(NamedTuple):
     normal: tuple[str, ...]
     other: tuple[str, ...]
     tumour: tuple[str, ...]
-    look: textures.Look
+    appearance: textures.Appearance
     like: tuple[str, str]
 
 
-def plan(atlas: Atlas, part: Part, *, slides: int, scale: float, seed: int) -> tuple[Plan, ...]:
+def plan_slides(atlas: Atlas, part: Part, *, slides: int, scale: float, seed: int) -> tuple[SyntheticSlide, ...]:
     """Lay out slides: every other one with metastases, each like another real slide as far as there are enough.
 
     Args:
@@ -87,7 +87,7 @@ def plan(atlas: Atlas, part: Part, *, slides: int, scale: float, seed: int) -> t
     return tuple(_planned(atlas, part, index, layout, seed) for index, layout in enumerate(pairs))
 
 
-def paint(planned: Plan, pictures: tuple[Picture, ...]) -> NDArray[np.uint8]:
+def paint(planned: SyntheticSlide, pictures: tuple[Picture, ...]) -> NDArray[np.uint8]:
     """Draw a slide.
 
     Args:
@@ -116,20 +116,20 @@ def paint(planned: Plan, pictures: tuple[Picture, ...]) -> NDArray[np.uint8]:
         strip = np.s_[top : top + 512]
         share = tissue[strip].astype(np.float32) / np.float32(255)
         field[strip] = textures.mixed(np.zeros_like(field[strip]), field[strip], share)
-    return textures.coloured(field, planned.look, planned.seed)
+    return textures.coloured(field, planned.appearance, planned.seed)
 
 
-_held: list[Picture] = []
+_kept_pictures: list[Picture] = []
 
 
-def hold(pictures: tuple[Picture, ...]) -> None:
+def keep_pictures(pictures: tuple[Picture, ...]) -> None:
     """Keep the pictures of an atlas in this process, which is handed them once for all its slides."""
-    _held[:] = pictures
+    _kept_pictures[:] = pictures
 
 
-def held() -> tuple[Picture, ...]:
+def kept_pictures() -> tuple[Picture, ...]:
     """Return the pictures that this process keeps."""
-    return tuple(_held)
+    return tuple(_kept_pictures)
 
 
 class _Layout(NamedTuple):
@@ -277,7 +277,7 @@ def _decoys(
     return tuple(placed)
 
 
-def _planned(atlas: Atlas, part: Part, index: int, layout: _Layout, seed: int) -> Plan:
+def _planned(atlas: Atlas, part: Part, index: int, layout: _Layout, seed: int) -> SyntheticSlide:
     """Return the plan of a slide: its layout, textures, mixtures and colours."""
     rng = np.random.default_rng([seed, part == "test", index])
     scanner = atlas.centers.get(layout.like[1] or layout.like[0], SCANNERS[0])
@@ -285,7 +285,7 @@ def _planned(atlas: Atlas, part: Part, index: int, layout: _Layout, seed: int) -
     tumour = [picture.name for picture in atlas.pictures if picture.part == part and picture.tumour]
     n_normal = min(_PIECES, len(normal) // 2)
     drawn = [normal[one] for one in rng.permutation(len(normal))[: 2 * n_normal]]
-    return Plan(
+    return SyntheticSlide(
         slide_id=f"{part}_{index + 1:03d}",
         part=part,
         scanner=scanner,
@@ -298,17 +298,17 @@ def _planned(atlas: Atlas, part: Part, index: int, layout: _Layout, seed: int) -
         normal=tuple(drawn[:n_normal]),
         other=tuple(drawn[n_normal:]),
         tumour=tuple(tumour[one] for one in rng.permutation(len(tumour))[:_PIECES]) if layout.lesions else (),
-        look=_look(rng, atlas.stains[scanner]),
+        appearance=_appearance(rng, atlas.stains[scanner]),
         like=layout.like,
     )
 
 
-def _look(rng: np.random.Generator, fit: params.DensityFit) -> textures.Look:
+def _appearance(rng: np.random.Generator, fit: params.DensityFit) -> textures.Appearance:
     """Draw the look of a slide of a scanner: stains a little off, weak to strong, sharp to slightly soft."""
     haematoxylin = np.array(fit.haematoxylin) * rng.normal(1, 0.06, 3)
     eosin = np.array(fit.eosin) * rng.normal(1, 0.06, 3)
     glass = rng.uniform(232, 246) + rng.uniform(-2, 2, 3)
-    return textures.Look(
+    return textures.Appearance(
         haematoxylin=tuple(haematoxylin.tolist()),
         eosin=tuple(eosin.tolist()),
         strengths=tuple(rng.uniform(0.75, 1.3, 2).tolist()),

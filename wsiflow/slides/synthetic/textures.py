@@ -30,7 +30,7 @@ _EDGE_PX = 6.0
 Codes = NDArray[np.uint8]
 
 
-class Look(NamedTuple):
+class Appearance(NamedTuple):
     """How a slide was stained and scanned.
 
     Attributes:
@@ -118,24 +118,27 @@ def mixed(under: Codes, over: Codes, share: NDArray[np.float32]) -> Codes:
     return np.rint(under * (1 - weight) + over * weight).astype(np.uint8)
 
 
-def coloured(codes: Codes, look: Look, seed: int) -> NDArray[np.uint8]:
+def coloured(codes: Codes, appearance: Appearance, seed: int) -> NDArray[np.uint8]:
     """Return what a scanner sees of a field.
 
     Args:
         codes: rows x cols x 2.
-        look: Stains and scanner.
+        appearance: Stains and scanner.
         seed: Decides the noise.
 
     Returns:
         rows x cols x 3, uint8, RGB.
     """
     amount = np.arange(256) * CODE_STEP
-    stains = [np.multiply(look.strengths[k], stain) for k, stain in enumerate((look.haematoxylin, look.eosin))]
+    stains = [
+        np.multiply(appearance.strengths[k], stain)
+        for k, stain in enumerate((appearance.haematoxylin, appearance.eosin))
+    ]
     density = amount[:, None, None] * stains[0] + amount[None, :, None] * stains[1]
-    table = np.rint(np.array(look.glass) * np.exp(-density)).astype(np.uint8).reshape(-1, 3)
+    table = np.rint(np.array(appearance.glass) * np.exp(-density)).astype(np.uint8).reshape(-1, 3)
     colours = table[codes[..., 0].astype(np.uint16) * 256 + codes[..., 1]]
-    soft = cv2.GaussianBlur(colours, (0, 0), look.blur_px)
-    noise = np.random.default_rng(seed).normal(0, look.noise, (1024, 1024, 3))
+    soft = cv2.GaussianBlur(colours, (0, 0), appearance.blur_px)
+    noise = np.random.default_rng(seed).normal(0, appearance.noise, (1024, 1024, 3))
     repeats = [-(-side // 1024) for side in codes.shape[:2]]
     grain = np.tile(np.rint(noise).astype(np.int8), (*repeats, 1))[: codes.shape[0], : codes.shape[1]]
     return np.asarray(cv2.add(soft, grain, dtype=cv2.CV_8U), np.uint8)
