@@ -97,8 +97,10 @@ def differences(runs: Mapping[str, Run]) -> dict[str, float]:
     }
 
 
-def _run(made: scorer.Windows | scorer.Dense, cut: Sequence[NDArray[np.uint8]], pixels: NDArray[np.uint8]) -> Run:
-    if isinstance(made, scorer.Windows):
+def _run(
+    made: scorer.WindowScorer | scorer.DenseScorer, cut: Sequence[NDArray[np.uint8]], pixels: NDArray[np.uint8]
+) -> Run:
+    if isinstance(made, scorer.WindowScorer):
         return lambda: networks.run_windows(made, cut)
     return lambda: networks.run_region(made, pixels)
 

@@ -117,7 +117,7 @@ def test_windows_equal_a_naive_loop(inception: Classifier, backend: str) -> None
     """Tissue tiles of one block, with batches that cross rows and tiles."""
     about = frame(112, 56)
     pixels = pixels_of(about)
-    made = scorer.make(inception, PLAIN._replace(stride_px=112, batch=7, backend=backend), threads=1)
+    made = scorer.make_scorer(inception, PLAIN._replace(stride_px=112, batch=7, backend=backend), threads=1)
     found = made.score(about, [(BLOCK, pixels)], untimed).prob
     assert found.std() > 1e-4
     np.testing.assert_allclose(found, naive(inception, about, BLOCK, pixels), atol=5e-6)
@@ -134,7 +134,7 @@ def test_refinement_looks_closely_where_a_coarse_window_is_high(inception: Class
     tops = np.sort(coarse.max(axis=(1, 2)))
     refine = float((tops[1] + tops[2]) / 2)
     choice = PLAIN._replace(batch=3, refine=refine, refine_from_px=56 * step)
-    found = scorer.make(inception, choice, threads=1).score(about, [(BLOCK, pixels)] * 2, untimed)
+    found = scorer.make_scorer(inception, choice, threads=1).score(about, [(BLOCK, pixels)] * 2, untimed)
     near = coarse.max(axis=(1, 2)) >= refine
     assert near.tolist().count(True) == 2
     wanted = np.where(near[:, None, None], expected, coarse)
@@ -146,7 +146,7 @@ def test_refinement_of_tissue_where_nothing_is_high(inception: Classifier) -> No
     """Most tissue: coarse scores are all there is."""
     about = frame(56, 84)
     choice = PLAIN._replace(batch=3, refine=1.0, refine_from_px=112)
-    found = scorer.make(inception, choice, threads=1).score(about, [(BLOCK, pixels_of(about))], untimed)
+    found = scorer.make_scorer(inception, choice, threads=1).score(about, [(BLOCK, pixels_of(about))], untimed)
     coarse = found.prob[:, ::2, ::2]
     assert coarse.min() > 0
     np.testing.assert_array_equal(found.prob, coarse.repeat(2, axis=1).repeat(2, axis=2))
@@ -161,9 +161,11 @@ def test_dense_equals_windows_wherever_the_region_begins(inception: Classifier, 
     block = Block(0, 0, 2, 1, (1,))
     pixels = pixels_of(about, block)
     choice = PLAIN._replace(stride_px=16, backend=backend, halo_px=halo)
-    expected = scorer.make(inception, choice, threads=1).score(about, [(block, pixels)], untimed).prob
+    expected = scorer.make_scorer(inception, choice, threads=1).score(about, [(block, pixels)], untimed).prob
     found = (
-        scorer.make(inception, choice._replace(engine="dense"), threads=1).score(about, [(block, pixels)], untimed).prob
+        scorer.make_scorer(inception, choice._replace(engine="dense"), threads=1)
+        .score(about, [(block, pixels)], untimed)
+        .prob
     )
     assert found.shape == (1, 14, 14)
     np.testing.assert_allclose(found, expected, atol=1e-5)
@@ -177,7 +179,7 @@ def test_dense_equals_a_naive_loop_at_other_strides(inception: Classifier, strid
         block = Block(0, 0, 1, 1, (0,))
     pixels = pixels_of(about, block)
     choice = PLAIN._replace(engine="dense", stride_px=stride, backend="openvino")
-    found = scorer.make(inception, choice, threads=1).score(about, [(block, pixels)], untimed).prob
+    found = scorer.make_scorer(inception, choice, threads=1).score(about, [(block, pixels)], untimed).prob
     np.testing.assert_allclose(found, naive(inception, about, block, pixels), atol=1e-5)
 
 
@@ -190,7 +192,7 @@ def test_sharing_up_to_a_layer_lies_between(googlenet: Classifier) -> None:
     expected = naive(googlenet, about, block, pixels)
     apart = {
         cut: np.abs(
-            scorer.make(googlenet, choice._replace(share_until=cut), threads=1)
+            scorer.make_scorer(googlenet, choice._replace(share_until=cut), threads=1)
             .score(about, [(block, pixels)], untimed)
             .prob
             - expected
@@ -206,9 +208,9 @@ def test_int8_is_calibrated_and_near(inception: Classifier) -> None:
     block = Block(0, 0, 3, 2, tuple(range(6)))
     pixels = pixels_of(about, block)
     choice = PLAIN._replace(engine="dense", stride_px=16, backend="openvino")
-    data = scorer.quantise(inception, choice, [scorer.sample(about, block, pixels, choice)])
-    expected = scorer.make(inception, choice, threads=1).score(about, [(block, pixels)], untimed).prob
-    small = scorer.make(inception, choice._replace(precision="int8"), threads=1, quantised=data)
+    data = scorer.quantise(inception, choice, [scorer.calibration_sample(about, block, pixels, choice)])
+    expected = scorer.make_scorer(inception, choice, threads=1).score(about, [(block, pixels)], untimed).prob
+    small = scorer.make_scorer(inception, choice._replace(precision="int8"), threads=1, quantised=data)
     found = small.score(about, [(block, pixels)], untimed).prob
     assert 0 < np.abs(found - expected).mean() < 0.02
 
@@ -232,7 +234,7 @@ def windows(n: int) -> np.ndarray:
 def test_a_window_scores_the_same_in_any_company(input_px: int, batch: int, n: int) -> None:
     """With one batch size, the first windows alone have the very bits they have among others."""
     classifier = small(input_px)
-    made = scorer.make(classifier, PLAIN._replace(batch=batch), threads=1)
+    made = scorer.make_scorer(classifier, PLAIN._replace(batch=batch), threads=1)
     every = made.run(windows(23), untimed)
     np.testing.assert_array_equal(made.run(windows(n), untimed), every[:n])
     np.testing.assert_allclose(every, predict(classifier, windows(23)), atol=1e-6)
@@ -250,7 +252,7 @@ def test_a_score_that_is_not_finite_is_an_error() -> None:
     """NaN never becomes a score."""
     bad = np.full((3, 16, 16, 3), 255, np.uint8)
     bad[1, 0, 0] = 0
-    made = scorer.make(as_classifier(_Overflow(), card(16, 16)), PLAIN, threads=1)
+    made = scorer.make_scorer(as_classifier(_Overflow(), card(16, 16)), PLAIN, threads=1)
     with pytest.raises(InputError, match="no finite probability for window 1 of a batch"):
         made.run(bad, untimed)
 
@@ -259,6 +261,6 @@ def test_what_only_windows_can_do_is_refused(googlenet: Classifier) -> None:
     """int8 takes the whole network; a layer that is not there is named."""
     choice = PLAIN._replace(engine="dense", backend="openvino", share_until="pool3", precision="int8")
     with pytest.raises(InputError, match="not run in int8"):
-        scorer.make(googlenet, choice, threads=1, quantised=b"")
+        scorer.make_scorer(googlenet, choice, threads=1, quantised=b"")
     with pytest.raises(InputError, match="pool9"):
         densify(googlenet, 16, share_until="pool9")

@@ -50,7 +50,7 @@ class TileScores(NamedTuple):
     windows: int
 
 
-class Windows:
+class WindowScorer:
     """The sliding window: every window goes through the classifier on its own, as in the reference system.
 
     It is the measure the dense engine is compared with: right for any network, and slow, since neighbouring windows
@@ -123,7 +123,7 @@ def _tiles(frame: Frame, block: Block, pixels: NDArray[np.uint8]) -> Iterator[_T
         yield pixels, corners
 
 
-class Dense:
+class DenseScorer:
     """The network once over a block: every window of it at once."""
 
     def __init__(self, run_map: Callable[[NDArray[np.uint8], Timer], NDArray[np.float32]], choice: Choice) -> None:
@@ -196,7 +196,9 @@ def _run(engine: Engine, inputs: NDArray[Any], held: int, timed: Timer) -> NDArr
     return scores
 
 
-def make(classifier: Classifier, choice: Choice, *, threads: int, quantised: bytes | None = None) -> Windows | Dense:
+def make_scorer(
+    classifier: Classifier, choice: Choice, *, threads: int, quantised: bytes | None = None
+) -> WindowScorer | DenseScorer:
     """Return what computes scores as chosen.
 
     Args:
@@ -215,10 +217,10 @@ def make(classifier: Classifier, choice: Choice, *, threads: int, quantised: byt
         return prepare(network, spec, threads=threads, cache=cache_folder(), quantised=quantised)
 
     if choice.engine == "window":
-        return Windows(prepared(_window_network(classifier, choice)), choice, window_px=classifier.window_px)
+        return WindowScorer(prepared(_window_network(classifier, choice)), choice, window_px=classifier.window_px)
     if not choice.share_until:
         engine = prepared(_dense_network(classifier, choice))
-        return Dense(lambda pixels, timed: _timed_run(engine, pixels[None], timed)[0], choice)
+        return DenseScorer(lambda pixels, timed: _timed_run(engine, pixels[None], timed)[0], choice)
     made = densify(classifier, choice.stride_px, context_px=choice.context_px, share_until=choice.share_until)
     if choice.precision == "int8" or made.stem is None or made.tail is None or made.crops is None:
         cause = "a network that windows share only in part is not run in int8"
@@ -236,16 +238,16 @@ def make(classifier: Classifier, choice: Choice, *, threads: int, quantised: byt
         each = (windows[row, col] for row in range(rows) for col in range(cols))
         return in_batches(tail, each, choice.batch, timed).reshape(rows, cols)
 
-    return Dense(run_map, choice)
+    return DenseScorer(run_map, choice)
 
 
-def probe(classifier: Classifier, choice: Choice, *, threads: int) -> Engine:
+def engine_to_time(classifier: Classifier, choice: Choice, *, threads: int) -> Engine:
     """Return what runs one region or one batch of equal windows as chosen, for measuring how long it takes.
 
     The engine takes uint8 (rows, cols, 3): a region, or the window a batch is filled with.
     """
-    made = make(classifier, choice, threads=threads)
-    if isinstance(made, Dense):
+    made = make_scorer(classifier, choice, threads=threads)
+    if isinstance(made, DenseScorer):
         return lambda pixels: made.run(pixels, untimed)
     return lambda pixels: made.run([pixels] * choice.batch, untimed)
 
@@ -256,7 +258,7 @@ def quantise(classifier: Classifier, choice: Choice, samples: Sequence[NDArray[n
     return openvino.quantise(network(classifier, choice), samples, cache=cache_folder())
 
 
-def sample(frame: Frame, block: Block, pixels: NDArray[np.uint8], choice: Choice) -> NDArray[np.uint8]:
+def calibration_sample(frame: Frame, block: Block, pixels: NDArray[np.uint8], choice: Choice) -> NDArray[np.uint8]:
     """Return what the network sees of a block, to calibrate it on: uint8 (n, rows, cols, 3).
 
     A region of at most some 900 px from the block's middle; or a batch of its windows, from all over it.

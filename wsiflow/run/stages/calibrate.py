@@ -69,4 +69,4 @@ def _calibration_samples(root: Path, made: Plan) -> Iterator[NDArray[np.uint8]]:
         except WsiflowError:
             continue
         for block, pixels in found:
-            yield scorer.sample(planned.frame, block, pixels, planned_choice(made))
+            yield scorer.calibration_sample(planned.frame, block, pixels, planned_choice(made))

@@ -34,7 +34,7 @@ from wsiflow.system.provenance import facts, thread_count
 from wsiflow.system.usage import untimed
 
 if TYPE_CHECKING:
-    from wsiflow.model.scorer import Dense, Windows
+    from wsiflow.model.scorer import DenseScorer, WindowScorer
 
 #: Name of what the search for a setting found, relative to the run's folder.
 ADVICE = "advice.json"
@@ -127,7 +127,7 @@ def _block_scores(root: Path, made: Plan, index: int, number: int) -> NDArray[np
     return prob[before : before + len(cut.blocks[number].tissue)]
 
 
-def _measured(made: Plan, planned: SlidePlan, sample: _Sample, dense: "Dense | None") -> dict[str, Any]:
+def _measured(made: Plan, planned: SlidePlan, sample: _Sample, dense: "DenseScorer | None") -> dict[str, Any]:
     """Return the pairs of scores that the certificate compares.
 
     ``windows``: published scores and those of single windows in fp32. ``precision``: published scores of one block and
@@ -145,14 +145,14 @@ def _measured(made: Plan, planned: SlidePlan, sample: _Sample, dense: "Dense | N
     return found
 
 
-def _windows(made: Plan) -> "Windows":
+def _windows(made: Plan) -> "WindowScorer":
     """Return what computes scores window by window in fp32; prepared once per process."""
     choice = planned_choice(made)
     few = choice._replace(precision="fp32", engine="window", batch=min(choice.batch, _BATCH))
-    return cast("Windows", scorer_for(planned_classifier(made), few))
+    return cast("WindowScorer", scorer_for(planned_classifier(made), few))
 
 
-def _dense_in_fp32(made: Plan) -> "Dense | None":
+def _dense_in_fp32(made: Plan) -> "DenseScorer | None":
     """Return what computes dense scores in fp32 where the run uses less; not kept, its memory is as large again."""
     choice = planned_choice(made)
     if choice.precision == "fp32" or choice.engine != "dense":
@@ -161,11 +161,11 @@ def _dense_in_fp32(made: Plan) -> "Dense | None":
         return _dense(made, choice._replace(precision="fp32"))
 
 
-def _dense(made: Plan, choice: Choice) -> "Dense":
+def _dense(made: Plan, choice: Choice) -> "DenseScorer":
     """Return what computes dense scores otherwise than the run."""
     from wsiflow.model import scorer
 
-    return cast("Dense", scorer.make(planned_classifier(made), choice, threads=thread_count()))
+    return cast("DenseScorer", scorer.make_scorer(planned_classifier(made), choice, threads=thread_count()))
 
 
 def _cut_windows(frame: Frame, sample: _Sample, *, context_px: int) -> Iterator[NDArray[np.uint8]]:

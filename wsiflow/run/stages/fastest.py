@@ -100,7 +100,7 @@ def _prove(classifier: Classifier, choice: Choice, *, threads: int) -> None:
             cause = "a network that windows share only in part is not run in int8"
             raise InputError(cause, "set inference.precision=fp32 or bf16, or dense.share_until=''")
     precision = "fp32" if choice.precision == "int8" else choice.precision
-    scorer.make(classifier, choice._replace(precision=precision), threads=threads)
+    scorer.make_scorer(classifier, choice._replace(precision=precision), threads=threads)
 
 
 def _check_certifiable(choice: Choice, config: RunConfig) -> None:
@@ -236,5 +236,5 @@ def _measure(classifier: Classifier, wanted: list[Choice], config: RunConfig, *,
     candidates: dict[str, spec.Engine] = {}
     for choice in wanted:
         with contextlib.suppress(InputError):  # a backend that cannot convert this network is no candidate
-            candidates[_name(choice)] = scorer.probe(classifier, choice, threads=threads)
+            candidates[_name(choice)] = scorer.engine_to_time(classifier, choice, threads=threads)
     return engine.choose(candidates, pixels, seconds=_MICRO_BENCHMARK_S) if candidates else {}
