@@ -24,7 +24,7 @@ from wsiflow.model.classifier import Classifier, predict, probe_image
 from wsiflow.model.dense.network import densify
 from wsiflow.model.engines import openvino
 from wsiflow.model.engines.cache import cache_folder, cached
-from wsiflow.model.engines.engine import available, choose, converts, prepare, scores_from_pixels
+from wsiflow.model.engines.engine import installed_backends, is_convertible, median_seconds, prepare, scores_from_pixels
 from wsiflow.model.engines.openvino import _converted, _packed, _read, one_thread, quantise
 from wsiflow.model.engines.spec import Engine, EngineSpec, Network, cpu_supports_bf16
 from wsiflow.system import machine
@@ -250,7 +250,7 @@ def test_missing_packages_are_named_with_their_remedy(tiny: Network, monkeypatch
         prepare(tiny, FP32[2], threads=1)
     with pytest.raises(EnvironmentFault, match=r"nncf cannot be used: .* pip install 'wsiflow\[int8\]'"):
         quantise(tiny, [tiny.example])
-    assert available() == ("openvino", "torch")
+    assert installed_backends() == ("openvino", "torch")
 
 
 class Exotic(nn.Module):
@@ -302,8 +302,8 @@ def test_a_resized_window_is_left_to_pytorch(classifier: Classifier) -> None:
     """Others round it differently by a grey level; PyTorch gives what `predict` gives."""
     resized = replace(classifier, window_px=448)
     images = np.stack([probe_image(seed, 448) for seed in range(2)])
-    assert converts(classifier)
-    assert not converts(resized)
+    assert is_convertible(classifier)
+    assert not is_convertible(resized)
     engine = prepare(Network(lambda: scores_from_pixels(resized), "resized", images, fixed=True), FP32[0], threads=1)
     assert np.abs(engine(images) - predict(resized, images)).max() < 1e-5
 
@@ -421,7 +421,7 @@ def test_the_fastest_is_chosen_by_medians_of_turns() -> None:
     """First runs do not count, candidates take turns, and one disturbance does not decide."""
     clock = Clock()
     candidates = {"a": clock.engine("a", 1, 3.0), "b": clock.engine("b", 50, 2, 90, 2.0)}
-    assert list(choose(candidates, region(8, 8), seconds=105, clock=lambda: clock.now).items()) == [
+    assert list(median_seconds(candidates, region(8, 8), seconds=105, clock=lambda: clock.now).items()) == [
         ("b", 2.0),
         ("a", 3.0),
     ]
@@ -431,14 +431,14 @@ def test_the_fastest_is_chosen_by_medians_of_turns() -> None:
 def test_a_slow_candidate_is_measured_once() -> None:
     """The time is over after the first turn: two runs each."""
     clock = Clock()
-    assert choose({"a": clock.engine("a", 9)}, region(8, 8), clock=lambda: clock.now) == {"a": 9}
+    assert median_seconds({"a": clock.engine("a", 9)}, region(8, 8), clock=lambda: clock.now) == {"a": 9}
     assert clock.ran == "aa"
 
 
 def test_real_engines_are_told_apart(tiny: Network) -> None:
     """What runs a network fifty times takes longer, however busy the machine is."""
     once = prepare(tiny, OPENVINO, threads=1)
-    found = choose(
+    found = median_seconds(
         {"often": lambda inputs: np.stack([once(inputs) for _ in range(50)]), "once": once}, tiny.example, seconds=0.2
     )
     assert list(found) == ["once", "often"]

@@ -26,7 +26,7 @@ from wsiflow.model.classifier import Classifier
 from wsiflow.model.engines.onnxruntime import onnxruntime_engine
 from wsiflow.model.engines.openvino import openvino_engine
 from wsiflow.model.engines.pixels import FromPixels, WindowScores
-from wsiflow.model.engines.spec import Backend, Candidate, Engine, EngineSpec, Network, _Checked, check_spec
+from wsiflow.model.engines.spec import Backend, Candidate, CheckedEngine, Engine, EngineSpec, Network, check_spec
 
 
 def scores_from_pixels(classifier: Classifier, body: nn.Module | None = None) -> nn.Module:
@@ -40,7 +40,7 @@ def scores_from_pixels(classifier: Classifier, body: nn.Module | None = None) ->
     return FromPixels(classifier, body or WindowScores(classifier)).eval()
 
 
-def converts(classifier: Classifier) -> bool:
+def is_convertible(classifier: Classifier) -> bool:
     """Return whether backends other than PyTorch run a classifier and give its probabilities.
 
     They round resized windows differently, by a grey level, and TorchScript may hold what they do not know.
@@ -48,7 +48,7 @@ def converts(classifier: Classifier) -> bool:
     return classifier.input_px == classifier.window_px and not isinstance(classifier.module, torch.jit.ScriptModule)
 
 
-def available() -> tuple[Backend, ...]:
+def installed_backends() -> tuple[Backend, ...]:
     """Return the backends that are installed, the fastest first as a rule."""
     needed: dict[Backend, tuple[str, ...]] = {
         "openvino": ("openvino",),
@@ -84,10 +84,10 @@ def prepare(
         run = openvino_engine(network, spec, threads, cache, quantised)
     else:
         run = onnxruntime_engine(network, threads, cache)
-    return _Checked(network.example.shape, network.example.dtype, network.fixed, run)
+    return CheckedEngine(network.example.shape, network.example.dtype, network.fixed, run)
 
 
-def choose(
+def median_seconds(
     candidates: Mapping[Candidate, Engine],
     inputs: NDArray[Any],
     *,

@@ -61,7 +61,7 @@ def cpu_supports_bf16() -> bool:
 
 
 @dataclass(frozen=True)
-class _Checked:
+class CheckedEngine:
     """An engine that refuses arrays it was not made for; backends would convert or read them as something else."""
 
     shape: tuple[int, ...]
