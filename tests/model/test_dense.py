@@ -16,7 +16,7 @@ from wsiflow.model.architectures.googlenet import GoogLeNet
 from wsiflow.model.classifier import Classifier
 from wsiflow.model.dense import layers
 from wsiflow.model.dense.network import DenseClassifier, densify, describe, window_crops
-from wsiflow.model.dense.receptive import follow
+from wsiflow.model.dense.receptive import trace_layers
 
 ROOT = Path(__file__).parents[2]
 
@@ -409,7 +409,7 @@ def test_multiplications_are_those_of_a_real_pass(name: str, stride: int) -> Non
 
 def test_features_that_see_no_padding_are_those_known(googlenet: Classifier) -> None:
     """Share of a window's features that are equal to those of a region, per cent, down to none in 4e."""
-    _, network = follow(googlenet)
+    _, network = trace_layers(googlenet)
     shares = {}
     for layer in network:
         rows, cols = (max(0, span.last - span.first) / span.side for span in layer.spans)

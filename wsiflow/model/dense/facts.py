@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 from torch import fx
 
-from wsiflow.model.dense.layers import refused
+from wsiflow.model.dense.layers import cannot_run_dense
 from wsiflow.model.dense.operations import Pair
-from wsiflow.model.dense.receptive import Layer, about
+from wsiflow.model.dense.receptive import Layer
 
 
 class DenseStride(NamedTuple):
@@ -68,7 +68,7 @@ def dense_facts(network: Sequence[Layer], stride: int) -> DenseFacts:
     """Return what running a network over regions at a stride means.
 
     Args:
-        network: What `follow` returned.
+        network: What `trace_layers` returned.
         stride: Distance of the wanted scores, px.
 
     Raises:
@@ -105,7 +105,7 @@ def dense_strides(network: Sequence[Layer], grid_px: int) -> dict[fx.Node, Dense
     for layer in network:
         factors = {found[node].factors for node in layer.inputs} or {()}
         if len(factors) > 1:
-            raise about(layer.node, refused("maps of different strides meet in it"))
+            raise about(layer.node, cannot_run_dense("maps of different strides meet in it"))
         (before,) = factors
         spacing_px = spacings[layer.inputs[0]] if layer.inputs else grid_px
         # Phases hold every n-th place already; only a map that is in one piece and on the grid can be thinned out.

@@ -70,14 +70,14 @@ def read(
     if module is not None:
         # Not its parents: a module may be derived to do something else.
         if type(module) not in _MODULES:
-            raise refused(_reason(type(module)))
+            raise cannot_run_dense(_reason(type(module)))
         return _MODULES[type(module)](module, out, *args)
     if node.target not in _CALLS:
-        raise refused(_reason(node.target))
+        raise cannot_run_dense(_reason(node.target))
     try:
         return _CALLS[node.target](out, *args, **kwargs)
     except TypeError as error:  # arguments the reader does not know
-        raise refused(f"it is called in a way that is not known: {error}") from error
+        raise cannot_run_dense(f"it is called in a way that is not known: {error}") from error
 
 
 def check(node: fx.Node, module: nn.Module | None) -> None:
@@ -88,10 +88,10 @@ def check(node: fx.Node, module: nn.Module | None) -> None:
     """
     target = node.target if module is None else type(module)
     if node.op.startswith("call") and _reason(target) != _UNKNOWN:
-        raise refused(_reason(target))
+        raise cannot_run_dense(_reason(target))
 
 
-def refused(reason: str) -> InputError:
+def cannot_run_dense(reason: str) -> InputError:
     """Return the error of a layer that cannot be part of a map."""
     return InputError(reason, "set inference.engine=window, which runs any network")
 
@@ -108,7 +108,7 @@ def _pair(value: Any) -> Pair:
 
 def _conv(module: nn.Conv2d, _out: torch.Tensor, _x: torch.Tensor) -> Op:
     if module.padding_mode != "zeros":
-        raise refused(f"it pads with {module.padding_mode!r}, which repeats the window's border")
+        raise cannot_run_dense(f"it pads with {module.padding_mode!r}, which repeats the window's border")
     kernel, dilation = _pair(module.kernel_size), _pair(module.dilation)
     if isinstance(module.padding, str):
         # PyTorch's "same" puts the smaller half in front.
@@ -121,13 +121,15 @@ def _conv(module: nn.Conv2d, _out: torch.Tensor, _x: torch.Tensor) -> Op:
 
 def _linear(_module: nn.Linear, _out: torch.Tensor, x: torch.Tensor) -> Op:
     if x.dim() != 2:
-        raise refused("it is a linear layer over something else than the features of a window")
+        raise cannot_run_dense("it is a linear layer over something else than the features of a window")
     return Op("linear")
 
 
 def _batch_norm(module: nn.BatchNorm1d | nn.BatchNorm2d, _out: torch.Tensor, _x: torch.Tensor) -> Op:
     if module.running_mean is None or module.training:
-        raise refused("it normalises with statistics of the batch, so a score depends on its neighbours in the batch")
+        raise cannot_run_dense(
+            "it normalises with statistics of the batch, so a score depends on its neighbours in the batch"
+        )
     return EACH
 
 
@@ -142,7 +144,7 @@ def _max_pool(
     return_indices: bool = False,  # noqa: FBT001, FBT002
 ) -> Op:
     if return_indices:
-        raise refused("it returns positions within the window")
+        raise cannot_run_dense("it returns positions within the window")
     return Op("max", _pair(kernel_size), _pair(stride or kernel_size), _pair(padding), _pair(dilation))
 
 
@@ -157,7 +159,7 @@ def _mean_pool(
     divisor_override: int | None = None,
 ) -> Op:
     if divisor_override:
-        raise refused("it divides by a number of its own")
+        raise cannot_run_dense("it divides by a number of its own")
     before = _pair(padding)
     counted = count_include_pad and any(before)
     return Op("mean", _pair(kernel_size), _pair(stride or kernel_size), before, counted=counted)
@@ -168,7 +170,7 @@ def _adaptive(kind: Literal["max", "mean"]) -> Callable[..., Op]:
         if out.shape == x.shape:
             return FLAT
         if return_indices or tuple(out.shape[2:]) != (1, 1):
-            raise refused("it pools to a fixed number of places, not to one")
+            raise cannot_run_dense("it pools to a fixed number of places, not to one")
         return Op(kind, _pair(x.shape[2:]))
 
     return read_adaptive
@@ -177,7 +179,7 @@ def _adaptive(kind: Literal["max", "mean"]) -> Callable[..., Op]:
 def _reduce(kind: Literal["max", "mean"]) -> Callable[..., Op]:
     def read_reduction(_out: torch.Tensor, x: torch.Tensor, dim: Any = None, keepdim: bool = False) -> Op:  # noqa: ARG001, FBT001, FBT002
         if x.dim() != 4 or not isinstance(dim, tuple | list) or {d % 4 for d in dim} != {2, 3}:
-            raise refused("it is taken over something else than rows and columns")
+            raise cannot_run_dense("it is taken over something else than rows and columns")
         return Op(kind, _pair(x.shape[2:]))
 
     return read_reduction
@@ -185,7 +187,7 @@ def _reduce(kind: Literal["max", "mean"]) -> Callable[..., Op]:
 
 def _pad(_out: torch.Tensor, x: torch.Tensor, pad: Any, mode: str = "constant", value: float | None = None) -> Op:
     if mode != "constant" or len(pad) != 4 or x.dim() != 4:
-        raise refused(f"it pads with {mode!r} or along the channels")
+        raise cannot_run_dense(f"it pads with {mode!r} or along the channels")
     return Op("move", before=(int(pad[2]), int(pad[0])), value=float(value or 0.0))
 
 
@@ -194,10 +196,10 @@ def _index(out: torch.Tensor, x: torch.Tensor, key: Any) -> Op:
     if x.dim() == 4 and out.dim() < 4:
         return _reshape(out, x)
     if x.dim() != 4 or Ellipsis in keys or not all(isinstance(part, slice) for part in keys):
-        raise refused("it picks single rows, columns or channels")
+        raise cannot_run_dense("it picks single rows, columns or channels")
     rows, cols = (range(side)[part] for part, side in zip(keys[2:4], x.shape[2:], strict=True))
     if keys[0] != slice(None) or (out.shape[1] != x.shape[1] and out.shape[2:] != x.shape[2:]):
-        raise refused("it cuts the batch, or channels and map at once")
+        raise cannot_run_dense("it cuts the batch, or channels and map at once")
     return (
         Op("move", stride=(rows.step, cols.step), before=(-rows.start, -cols.start))
         if x.shape[1] == out.shape[1]
@@ -209,25 +211,25 @@ def _reshape(out: torch.Tensor, x: torch.Tensor, *_: Any, **__: Any) -> Op:
     same = out.shape[0] == x.shape[0] and out.numel() == x.numel()
     pooled = x.shape[2:].numel() == 1 and out.shape[1] == x.shape[1]
     if not same or not (pooled or out.dim() == 2):
-        raise refused("it changes the shape of the map")
+        raise cannot_run_dense("it changes the shape of the map")
     return FLAT
 
 
 def _softmax(_out: torch.Tensor, _x: torch.Tensor, dim: int | None = None, **_: Any) -> Op:
     if dim != 1:
-        raise refused("it is a softmax over something else than channels")
+        raise cannot_run_dense("it is a softmax over something else than channels")
     return EACH
 
 
 def _dropout(_out: torch.Tensor, _x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Op:  # noqa: ARG001, FBT001, FBT002
     if training:
-        raise refused("it drops features at random outside of training too")
+        raise cannot_run_dense("it drops features at random outside of training too")
     return EACH
 
 
 def _cat(out: torch.Tensor, _tensors: Any, dim: int = 0) -> Op:
     if dim % out.dim() != 1:
-        raise refused("it joins maps along something else than channels")
+        raise cannot_run_dense("it joins maps along something else than channels")
     return JOIN
 
 

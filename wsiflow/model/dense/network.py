@@ -27,10 +27,10 @@ from wsiflow.errors import InputError, WsiflowError
 from wsiflow.model.classifier import Classifier
 from wsiflow.model.dense import operations
 from wsiflow.model.dense.facts import DenseFacts, DenseStride, dense_facts, dense_strides, split_points
-from wsiflow.model.dense.layers import refused
+from wsiflow.model.dense.layers import cannot_run_dense
 from wsiflow.model.dense.operations import Pair
-from wsiflow.model.dense.receptive import Layer, follow
-from wsiflow.model.dense.rewrite import emitted
+from wsiflow.model.dense.receptive import Layer, trace_layers
+from wsiflow.model.dense.rewrite import dense_module
 
 # Sums are taken in another order than in the window, which moves a probability by some 1e-6. Logits are compared too,
 # relative to the largest: probabilities that are all 0 or 1 would hide any difference.
@@ -102,7 +102,7 @@ def describe(classifier: Classifier, stride: int) -> DenseFacts:
     Raises:
         InputError: The classifier cannot run over whole regions; the layer and the reason are named.
     """
-    return dense_facts(follow(classifier)[1], stride)
+    return dense_facts(trace_layers(classifier)[1], stride)
 
 
 def densify(classifier: Classifier, stride: int, *, context_px: int = 0, share_until: str = "") -> DenseClassifier:
@@ -119,7 +119,7 @@ def densify(classifier: Classifier, stride: int, *, context_px: int = 0, share_u
         InputError: The classifier cannot run over whole regions, or does not give there what it gives of a window; or
             there is no such module.
     """
-    plan = _Plan(classifier, *follow(classifier), stride)
+    plan = _Plan(classifier, *trace_layers(classifier), stride)
     if context_px % plan.facts.align_px:
         raise InputError(
             f"a context of {context_px} px is no multiple of the {plan.facts.align_px} px between scores",
@@ -238,7 +238,7 @@ def _whole(plan: _Plan, context_px: int, _share_until: str) -> DenseClassifier:
     grid_px, window_px = plan.facts.grid_px, plan.classifier.window_px
     factors = plan.how[plan.network[-1].node].factors
     module = DenseNetwork(
-        emitted(plan.traced, plan.network, plan.how),
+        dense_module(plan.traced, plan.network, plan.how),
         _Region(window_px, grid_px, grid_px, factors, 1),
         Crops(plan.stride // grid_px, 1, 1, context_px // grid_px),
         plan.classifier.positive_index,
@@ -253,14 +253,14 @@ def _shared(plan: _Plan, context_px: int, share_until: str) -> DenseClassifier:
     factors = plan.how[last.node].factors
     every = math.prod(factors)
     if last.side[0] != last.side[1] or last.spacing_px % every or plan.stride % (last.spacing_px // every):
-        raise refused(f"features at {share_until} lie {last.spacing_px} px apart, windows {plan.stride} px")
+        raise cannot_run_dense(f"features at {share_until} lie {last.spacing_px} px apart, windows {plan.stride} px")
     cell_px, side = last.spacing_px // every, last.side[0]
     stem = Stem(
-        emitted(plan.traced, plan.network[: place + 1], plan.how),
+        dense_module(plan.traced, plan.network[: place + 1], plan.how),
         _Region(plan.classifier.window_px, plan.facts.grid_px, cell_px, factors, (side - 1) * every + 1),
     )
     own = {layer.node: DenseStride(layer.stride, ()) for layer in plan.network}
-    tail = Tail(emitted(plan.traced, plan.network[place:], own), plan.classifier.positive_index)
+    tail = Tail(dense_module(plan.traced, plan.network[place:], own), plan.classifier.positive_index)
     return DenseClassifier(
         plan.facts,
         plan.stride,
@@ -305,11 +305,11 @@ def _check(classifier: Classifier, dense: DenseClassifier) -> None:
         wanted = torch.cat([classifier.module(pixels[:, :, y : y + side, x : x + side]) for y, x in corners])
         found = _logits(dense, pixels)
     if found.shape != wanted.shape:
-        raise refused(f"the network over a region gives {len(found)} scores for {len(wanted)} windows")
+        raise cannot_run_dense(f"the network over a region gives {len(found)} scores for {len(wanted)} windows")
     error = float((found.softmax(1) - wanted.softmax(1)).abs().max())
     logit_error = float((found - wanted).abs().max()) / max(1.0, float(wanted.abs().max()))
     if not (error <= PROBABILITY_TOLERANCE and logit_error <= LOGIT_TOLERANCE):
-        raise refused(
+        raise cannot_run_dense(
             f"the network over a region gives other scores than over its windows: {error:.2g} apart in probability, "
             f"{logit_error:.2g} of the largest logit in logits"
         )

@@ -18,7 +18,7 @@ from torch import fx, nn
 from wsiflow.errors import InputError
 from wsiflow.model.classifier import Classifier
 from wsiflow.model.dense import layers
-from wsiflow.model.dense.layers import Op, refused
+from wsiflow.model.dense.layers import Op, cannot_run_dense
 from wsiflow.model.dense.operations import Pair
 
 # What a forward method may raise when it meets something that is no tensor.
@@ -87,7 +87,7 @@ class Layer(NamedTuple):
         return self.macs * math.prod(self.side)
 
 
-def follow(classifier: Classifier) -> tuple[fx.GraphModule, list[Layer]]:
+def trace_layers(classifier: Classifier) -> tuple[fx.GraphModule, list[Layer]]:
     """Return the traced network and its layers, from the image to the logits.
 
     Raises:
@@ -108,22 +108,22 @@ def follow(classifier: Classifier) -> tuple[fx.GraphModule, list[Layer]]:
             found[node] = Layer(node, (), layers.EACH, (), 3, (span, span), 1)
         elif isinstance(values[node], torch.Tensor) and node.op != "get_attr":
             found[node] = _layer(traced, node, values, found)
-    raise refused("the network returns nothing")
+    raise cannot_run_dense("the network returns nothing")
 
 
 def _traced(classifier: Classifier) -> fx.GraphModule:
     """Return the classifier's network as a graph."""
     module = classifier.module
     if isinstance(module, torch.jit.ScriptModule):
-        raise refused("the model is a TorchScript program, whose layers cannot be read")
+        raise cannot_run_dense("the model is a TorchScript program, whose layers cannot be read")
     if classifier.input_px != classifier.window_px:
-        raise refused(
+        raise cannot_run_dense(
             f"the model resizes windows of {classifier.window_px} px to {classifier.input_px} px, each on its own"
         )
     try:
         return fx.symbolic_trace(module)
     except _TRACING as error:
-        raise refused(f"the model cannot be traced: {str(error).splitlines()[0][:200]}") from error
+        raise cannot_run_dense(f"the model cannot be traced: {str(error).splitlines()[0][:200]}") from error
 
 
 class _Shapes(fx.Interpreter):
@@ -147,7 +147,9 @@ def _values(traced: fx.GraphModule, side: int) -> dict[fx.Node, Any]:
         shapes.run(torch.empty((_BATCH, 3, side, side), device="meta"))
     except _TRACING as error:
         reason = str(error).splitlines()[0][:200]
-        raise refused(f"the model does not run on the shapes of a window of {side} px alone: {reason}") from error
+        raise cannot_run_dense(
+            f"the model does not run on the shapes of a window of {side} px alone: {reason}"
+        ) from error
     values = {node.name: value for node, value in shapes.values.items()}
     return {node: values[node.name] for node in traced.graph.nodes}
 
@@ -165,7 +167,7 @@ def _layer(traced: fx.GraphModule, node: fx.Node, values: dict[fx.Node, Any], fo
     kwargs = fx.node.map_arg(node.kwargs, values.__getitem__)
     with _named_errors(traced, node):
         if not inputs:
-            raise refused("it makes a map that depends on the size of the window alone")
+            raise cannot_run_dense("it makes a map that depends on the size of the window alone")
         op = layers.read(node, module, args, kwargs, out)
         _check_inputs(op, node, inputs, values, module)
         return _moved(node, op, inputs, out, module)
@@ -182,10 +184,10 @@ def _named_errors(traced: fx.GraphModule, node: fx.Node) -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        raise about(node, error, _module(traced, node)) from error
+        raise with_layer_name(node, error, _module(traced, node)) from error
 
 
-def about(node: fx.Node, error: InputError, module: nn.Module | None = None) -> InputError:
+def with_layer_name(node: fx.Node, error: InputError, module: nn.Module | None = None) -> InputError:
     """Return the error of a layer with its name."""
     path = next((path for path, _ in reversed(node.meta.get("nn_module_stack", {}).values())), "") or node.name
     kind = type(module).__name__ if module is not None else getattr(node.target, "__name__", node.target)
@@ -197,19 +199,19 @@ def _check_inputs(
 ) -> None:
     """Refuse maps that do not lie on one grid, and constants that differ from place to place."""
     if len({layer.side for layer in inputs}) > 1:
-        raise refused("what is known of the whole map flows back into every place of it (squeeze-and-excite)")
+        raise cannot_run_dense("what is known of the whole map flows back into every place of it (squeeze-and-excite)")
     if len({layer.spacing_px for layer in inputs}) > 1:
-        raise refused("maps of different strides meet in it")
+        raise cannot_run_dense("maps of different strides meet in it")
     flattened = inputs[0].vector and inputs[0].side != (1, 1)
     weighted = module is not None and any(True for _ in module.parameters())
     if flattened and op.kind != "linear" and (op.kind != "each" or weighted):
-        raise refused("it works on a flattened map")
+        raise cannot_run_dense("it works on a flattened map")
     others = [other for other in node.all_input_nodes if other not in {layer.node for layer in inputs}]
     if op.kind in {"each", "join"} and any(other.op != "get_attr" for other in others):
-        raise refused("it computes with the sides of the window")
+        raise cannot_run_dense("it computes with the sides of the window")
     constants = [values[other] for other in others if isinstance(values[other], torch.Tensor)]
     if any(not inputs[0].vector and set(other.shape[-2:]) - {1} for other in constants):
-        raise refused("it adds or multiplies numbers that differ from place to place")
+        raise cannot_run_dense("it adds or multiplies numbers that differ from place to place")
 
 
 def _moved(node: fx.Node, op: Op, inputs: tuple[Layer, ...], out: torch.Tensor, module: nn.Module | None) -> Layer:
@@ -226,14 +228,14 @@ def _moved(node: fx.Node, op: Op, inputs: tuple[Layer, ...], out: torch.Tensor, 
     side = _pair_of(out) if op.kind != "linear" else (1, 1)
     strides = {s for s, elements in zip(op.stride, side, strict=True) if elements > 1} or {1}
     if len(strides) > 1:
-        raise refused(f"its stride is {op.stride[0]} along rows and {op.stride[1]} along columns")
+        raise cannot_run_dense(f"its stride is {op.stride[0]} along rows and {op.stride[1]} along columns")
     (stride,) = strides
     reach = tuple((k - 1) * d + 1 for k, d in zip(op.kernel, op.dilation, strict=True))
     behind = tuple(
         stride * (n - 1) + k - b - span.side for n, k, b, span in zip(side, reach, op.before, spans, strict=True)
     )
     if op.kind == "mean" and op.counted and any(e > b for e, b in zip(behind, op.before, strict=True)):
-        raise refused("it counts padding, but not what overhangs the map (ceil_mode)")
+        raise cannot_run_dense("it counts padding, but not what overhangs the map (ceil_mode)")
     slid = tuple(
         _slid(span, source.spacing_px, n, k, b, stride)
         for span, n, k, b in zip(spans, side, reach, op.before, strict=True)
@@ -298,9 +300,9 @@ def _ended(found: dict[fx.Node, Layer], output: fx.Node, n_classes: int) -> list
     """Return the layers up to the logits of one window, in order and without those nothing depends on."""
     (result,) = output.args
     if not isinstance(result, fx.Node) or result not in found:
-        raise refused("the model returns something else than the logits of a window")
+        raise cannot_run_dense("the model returns something else than the logits of a window")
     if found[result].side != (1, 1) or found[result].channels != n_classes:
-        raise refused(f"the model returns a map of {found[result].side} places instead of {n_classes} logits")
+        raise cannot_run_dense(f"the model returns a map of {found[result].side} places instead of {n_classes} logits")
     needed = {result}
     for node in reversed(list(found)):
         if node in needed:

@@ -18,7 +18,9 @@ from wsiflow.model.dense.operations import Pair
 from wsiflow.model.dense.receptive import Layer
 
 
-def emitted(traced: fx.GraphModule, network: Sequence[Layer], how: Mapping[fx.Node, DenseStride]) -> fx.GraphModule:
+def dense_module(
+    traced: fx.GraphModule, network: Sequence[Layer], how: Mapping[fx.Node, DenseStride]
+) -> fx.GraphModule:
     """Return the network of some layers, the first of which is the input, for maps of any size."""
     graph = fx.Graph()
     done = {network[0].node: graph.placeholder("x")}
