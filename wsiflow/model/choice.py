@@ -41,14 +41,14 @@ class Choice(NamedTuple):
     refine: float = 0.0
     refine_from_px: int = 0
 
-    def numbers(self) -> dict[str, Any]:
+    def score_settings(self) -> dict[str, Any]:
         """Return what changes scores and is not in a slide's frame already."""
         batch = self.batch if self.engine == "window" or self.share_until else 0
         frame = {"halo_px", "block_rows", "block_cols"}
         return {key: value for key, value in self._replace(batch=batch)._asdict().items() if key not in frame}
 
 
-def alike(fine: Choice, coarse: Choice) -> str:
+def reason_scores_differ(fine: Choice, coarse: Choice) -> str:
     """Return why the scores of windows that two runs of one model have in common may differ, nothing where they do not.
 
     Run alone, a window has the same bits in any run of the same batch. In a dense map of a network that does not pad it

@@ -58,7 +58,7 @@ class Frame(NamedTuple):
         """Return how many reading pixels so many tiles in a line have with their halo."""
         return tiles * self.tile_px + 2 * self.halo_px
 
-    def of_pixels(self) -> dict[str, Any]:
+    def pixel_settings(self) -> dict[str, Any]:
         """Return the transform as far as it concerns which pixels blocks have: windows and scores do not matter."""
         return {name: value for name, value in self._asdict().items() if name not in {"window_px", "stride_px"}}
 
@@ -73,15 +73,15 @@ class Frame(NamedTuple):
         return self.t_rows * self.cells_per_tile, self.t_cols * self.cells_per_tile
 
 
-def reading_scale(um_px_l0: float, um_px_wanted: float, *, tolerance: float) -> float:
+def reading_scale(um_px_l0: float, um_px_target: float, *, tolerance: float) -> float:
     """Return the level-0 pixels per reading pixel: 1.0 where the slide's spacing is near enough to the wanted one.
 
     Args:
         um_px_l0: The slide's level-0 spacing.
-        um_px_wanted: The spacing to read at.
+        um_px_target: The spacing to read at.
         tolerance: Relative difference up to which the slide is read as it is.
     """
-    return 1.0 if abs(um_px_l0 / um_px_wanted - 1) <= tolerance else um_px_wanted / um_px_l0
+    return 1.0 if abs(um_px_l0 / um_px_target - 1) <= tolerance else um_px_target / um_px_l0
 
 
 def r_size_px(l0_px: int, l0_per_px: float) -> int:
@@ -139,7 +139,9 @@ def subsampling(fine: Frame, coarse: Frame) -> tuple[int, int] | str:
         Step and first cell, along rows and columns alike: the cells ``first::step``. Or the reason in one line.
     """
     same = {
-        name: value for name, value in fine.of_pixels().items() if name not in {"halo_px", "block_rows", "block_cols"}
+        name: value
+        for name, value in fine.pixel_settings().items()
+        if name not in {"halo_px", "block_rows", "block_cols"}
     }
     differing = [name for name, value in same.items() if value != getattr(coarse, name)]
     if fine.window_px != coarse.window_px or differing:

@@ -33,7 +33,7 @@ def tissue_png(mask: NDArray[np.bool_]) -> bytes:
     Args:
         mask: bool (rows, cols).
     """
-    return encoded_png(Image.fromarray(mask.astype(np.uint8) * 255))
+    return png_bytes(Image.fromarray(mask.astype(np.uint8) * 255))
 
 
 def tissue_geojson(mask: NDArray[np.bool_], *, downsample: float, offset: tuple[float, float]) -> str:
@@ -56,7 +56,7 @@ def tissue_geojson(mask: NDArray[np.bool_], *, downsample: float, offset: tuple[
     return json.dumps({"type": "FeatureCollection", "features": features}, separators=(",", ":")) + "\n"
 
 
-def encoded_png(image: Image.Image) -> bytes:
+def png_bytes(image: Image.Image) -> bytes:
     """Return a picture as PNG, the same bytes for the same pixels."""
     out = io.BytesIO()
     image.save(out, "PNG", optimize=False, compress_level=6)

@@ -113,7 +113,7 @@ def slide_key(sha256: str, frame: Frame, cut: SlideCut) -> str:
 
 def pixels_key(planned: SlidePlan, cut: SlideCut) -> str:
     """Return what identifies the pixels of a slide's blocks, whatever windows are cut from them."""
-    return publish.key_of(sha256=planned.sha256, frame=planned.frame.of_pixels(), **cut.as_dict())
+    return publish.key_of(sha256=planned.sha256, frame=planned.frame.pixel_settings(), **cut.as_dict())
 
 
 def cut_name(slide_id: str) -> str:

@@ -35,7 +35,7 @@ MAX_BYTES = 256 * 2**20
 MAX_POINTS = 4_000_000
 """More points than this are refused."""
 
-SAY_VALUES = (
+NAME_TUMOUR_VALUES = (
     "say which values are tumour, such as evaluation.mask_tumour=[2] in another out= folder"
     " (wsiflow evaluate: --mask-tumour 2)"
 )
@@ -137,7 +137,7 @@ def tumour_from_mask(
             mask: NDArray[np.bool_] = values == tumour
             return mask
     listed = ", ".join(map(str, sorted(found)[:8])) + (", ..." if len(found) > 8 else "")
-    remedy = f"write a lossless mask of 0 and 255, of 0 and 1, or of 0, 1 and 2, or {SAY_VALUES}"
+    remedy = f"write a lossless mask of 0 and 255, of 0 and 1, or of 0, 1 and 2, or {NAME_TUMOUR_VALUES}"
     raise InputError(f"mask values {listed}", remedy, path=path)
 
 

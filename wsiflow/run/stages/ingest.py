@@ -323,7 +323,7 @@ def _settings(root: Path, config: RunConfig) -> dict[str, Any]:
         "cut": cutting(root, config),
         "predict": {
             "model": card.identity(card.read_card(config.model)),
-            "inference": Choice(**settled["choice"]).numbers(),
+            "inference": Choice(**settled["choice"]).score_settings(),
             "stain": config.stain.model_dump(),
             "store_loss": config.store.loss,
             "pixels": settled["pixels"],
