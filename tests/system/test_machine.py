@@ -45,7 +45,7 @@ def test_affinity_limits_the_cores() -> None:
 def test_an_empty_variable_grants_nothing_and_a_word_is_refused() -> None:
     """An empty variable is as good as none; anything else must be a number."""
     assert scheduler_cores({"NSLOTS": "", "NCPUS": "6"}) == [6]
-    with pytest.raises(EnvironmentFault, match="NSLOTS is 'many', a number of cores is expected"):
+    with pytest.raises(EnvironmentFault, match="NSLOTS is 'many', but must be a number of cores"):
         scheduler_cores({"NSLOTS": "many"})
 
 
@@ -103,7 +103,7 @@ def test_a_limit_set_after_torch_is_refused_when_it_differs() -> None:
         "limit_threads(torch.get_num_threads() + 1)"
     )
     result = run(code, OMP_NUM_THREADS="1")
-    assert "torch already runs with 1 threads, 2 are asked for" in result.stderr
+    assert "torch already runs with 1 threads, but 2 are requested" in result.stderr
 
 
 def test_cards_and_threads_do_not_import_torch() -> None:

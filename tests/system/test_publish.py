@@ -200,8 +200,8 @@ def test_attempts_with_other_bytes_stop_the_run_and_keep_both(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda path: path.write_bytes(b"x" + DATA[1:]), "bytes are not those"),
-        (lambda path: path.unlink(), "is gone"),
+        (lambda path: path.write_bytes(b"x" + DATA[1:]), "size or SHA-256 is not that"),
+        (lambda path: path.unlink(), "no longer exists"),
     ],
 )
 def test_damage_to_a_published_file_is_noticed(tmp_path: Path, damage, message: str) -> None:
@@ -303,7 +303,7 @@ def test_a_folder_that_cannot_be_made_is_told_at_once(tmp_path: Path) -> None:
 def test_a_file_the_disk_has_no_room_for_is_not_begun(tmp_path: Path) -> None:
     """The message says how much is needed and how much there is."""
     publish.require_space(tmp_path, 1000)
-    with pytest.raises(EnvironmentFault, match=r"MB are needed, .* MB are free; free space there"):
+    with pytest.raises(EnvironmentFault, match=r"MB are needed, but only .* MB are free; free space there"):
         publish.require_space(tmp_path, 10**18)
 
 

@@ -76,7 +76,7 @@ def test_energy_is_that_of_processors_and_memory(tmp_path: Path) -> None:
 
 def test_a_counter_that_begins_again_goes_on(tmp_path: Path) -> None:
     """Its range is added, each time."""
-    meter = energy.EnergyMeter(counters(tmp_path, package_0=262_143_000_000), look_s=0.01)
+    meter = energy.EnergyMeter(counters(tmp_path, package_0=262_143_000_000), poll_s=0.01)
     counters(tmp_path, package_0=671_150)
     end = time.monotonic() + 200
     while meter._last[tmp_path / "intel-rapl:0"] != 671_150 and time.monotonic() < end:

@@ -11,7 +11,7 @@ from torch import fx
 
 from wsiflow.model.dense.layers import cannot_run_dense
 from wsiflow.model.dense.operations import Pair
-from wsiflow.model.dense.receptive import Layer
+from wsiflow.model.dense.receptive import Layer, with_layer_name
 
 
 class DenseStride(NamedTuple):
@@ -105,7 +105,7 @@ def dense_strides(network: Sequence[Layer], grid_px: int) -> dict[fx.Node, Dense
     for layer in network:
         factors = {found[node].factors for node in layer.inputs} or {()}
         if len(factors) > 1:
-            raise about(layer.node, cannot_run_dense("maps of different strides meet in it"))
+            raise with_layer_name(layer.node, cannot_run_dense("maps of different strides meet in it"))
         (before,) = factors
         spacing_px = spacings[layer.inputs[0]] if layer.inputs else grid_px
         # Phases hold every n-th place already; only a map that is in one piece and on the grid can be thinned out.
