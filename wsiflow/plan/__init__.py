@@ -1,4 +1,4 @@
-"""Where to look on a slide, and what will be done: transforms, tissue, blocks, outlines and the plan of a run."""
+"""Where a slide is analysed and what a run will do: transforms, tissue, blocks, outlines and the plan of a run."""
 
 from typing import TYPE_CHECKING
 
@@ -22,7 +22,7 @@ __all__ = [
     "tissue_mask",
 ]
 
-# Loaded by whoever asks first: most commands need little of it.
+# Each module is imported when a name of it is first used, because most commands need few of them.
 __getattr__, __dir__, _ = lazy_loader.attach(
     __name__,
     submod_attrs={

@@ -1,6 +1,6 @@
-"""The tissue of a slide for people and viewers: a picture of the mask, and its outlines as GeoJSON for QuPath.
+"""Tissue masks for people and viewers: a PNG image of the mask, and its outlines as GeoJSON for QuPath.
 
-Input: arrays. Output: bytes or text of a file; writing it is the caller's. The same input gives the same bytes.
+Input: arrays. Output: the bytes or the text of a file, which the caller writes. The same input gives the same bytes.
 
 Conventions: points are x, y and arrays rows, columns; ``m_`` is a mask pixel, ``l0_`` a level-0 pixel.
 """
@@ -20,15 +20,15 @@ Ring = NDArray[np.float64]
 Vertex = tuple[int, int]
 _TISSUE_RGB = (46, 134, 171)
 
-# Headings along pixel borders: right, down, left, up. The step each takes from corner to corner (rows, columns), and
-# where the pixel on its right lies as seen from the corner it leaves.
+# Headings along pixel borders: right, down, left, up. `_STEP` is the step of each from corner to corner (row, column),
+# and `_RIGHT_OF` the offset from the corner it leaves to the pixel on its right.
 _STEP = ((0, 1), (1, 0), (0, -1), (-1, 0))
 _RIGHT_OF = ((0, 0), (0, -1), (-1, -1), (-1, 0))
 _IDS = uuid.UUID("6f3f6cb2-5d0e-5b39-9c6b-0f0a3c1f7a55")
 
 
 def tissue_png(mask: NDArray[np.bool_]) -> bytes:
-    """Return a tissue mask as an 8-bit grey PNG: 255 tissue, 0 elsewhere.
+    """Return a tissue mask as an 8-bit greyscale PNG: 255 for tissue, 0 elsewhere.
 
     Args:
         mask: bool (rows, cols).
@@ -39,15 +39,15 @@ def tissue_png(mask: NDArray[np.bool_]) -> bytes:
 def tissue_geojson(mask: NDArray[np.bool_], *, downsample: float, offset: tuple[float, float]) -> str:
     """Return the outlines of a tissue mask as a GeoJSON FeatureCollection that QuPath opens.
 
-    One annotation per 4-connected piece, its polygon with holes along the exact pixel borders: the areas of all
-    polygons add up to the area of the mask. Rings are closed and simple; outer rings have positive signed area. Ids
-    follow from the coordinates, so the same mask gives the same text.
+    Each 4-connected piece is one annotation, whose polygon and holes follow the pixel borders exactly, so the areas of
+    all polygons add up to the area of the mask. Rings are closed and simple, and outer rings have positive signed area.
+    Ids are derived from the coordinates, so the same mask gives the same text.
 
     Args:
         mask: bool (rows, cols).
         downsample: Level-0 pixels per mask pixel.
-        offset: Level-0 x, y of the mask's top-left corner in the viewer's frame. QuPath counts from the bounding box
-            that some scanners store, so a caller subtracts ``openslide.bounds-x`` and ``-y`` there.
+        offset: Level-0 x, y of the mask's top-left corner in the viewer's coordinates. QuPath counts from the bounding
+            box that some scanners store; for these the caller passes minus ``openslide.bounds-x`` and ``-y``.
     """
     features = [
         _feature([_l0_ring(ring, downsample, offset) for ring in rings], number)
@@ -57,7 +57,7 @@ def tissue_geojson(mask: NDArray[np.bool_], *, downsample: float, offset: tuple[
 
 
 def png_bytes(image: Image.Image) -> bytes:
-    """Return a picture as PNG, the same bytes for the same pixels."""
+    """Return an image as PNG; the same pixels give the same bytes."""
     out = io.BytesIO()
     image.save(out, "PNG", optimize=False, compress_level=6)
     return out.getvalue()
@@ -79,7 +79,7 @@ def _feature(rings: Sequence[Ring], number: int) -> dict[str, Any]:
 
 
 def _number(value: float) -> float | int:
-    """Return whole numbers as int, others to a hundredth of a pixel."""
+    """Return a whole number as int, and any other rounded to a hundredth of a pixel."""
     return int(value) if float(value).is_integer() else round(float(value), 2)
 
 
