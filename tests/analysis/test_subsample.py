@@ -73,7 +73,7 @@ def test_a_run_scored_at_a_coarser_stride_equals_the_run_at_that_stride(
 
 @pytest.mark.parametrize(
     ("stride", "reason"),
-    [(64, "does not divide the tile"), (112, "the centres of its cells lie between"), (28, "is no multiple of")],
+    [(64, "does not divide the tile"), (112, "the centres of its cells lie between"), (28, "is not a multiple of")],
 )
 def test_a_stride_that_has_other_windows_is_refused(
     folder_of: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], stride: int, reason: str

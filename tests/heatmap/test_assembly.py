@@ -83,7 +83,7 @@ def test_a_coarse_map_is_taken_from_cells_with_the_same_windows(convention: str,
     ("change", "reason"),
     [
         ({"stride_px": 112}, "even multiple"),
-        ({"stride_px": 32}, "no multiple"),
+        ({"stride_px": 32}, "not a multiple"),
         ({"window_px": 299, "stride_px": 224}, "window_px"),
         ({"um_px": 0.5}, "um_px"),
         ({"t_cols": 4}, "t_cols"),

@@ -279,7 +279,7 @@ def test_context_moves_the_first_window_inwards(stride: int, context_px: int) ->
 
 
 def test_context_must_lie_on_the_grid() -> None:
-    with pytest.raises(InputError, match=r"context of 12 px is no multiple of the 8 px"):
+    with pytest.raises(InputError, match=r"context of 12 px is not a multiple of the 8 px"):
         densify(valid("inception"), 8, context_px=12)
 
 

@@ -83,7 +83,7 @@ def test_outline_of_two_points_is_named(write):
 
 def test_unknown_group_is_named(write):
     """A group that means nothing here could be tumour or not: nobody guesses."""
-    with pytest.raises(InputError, match=r"'Annotation 1' is of group 'Necrosis'.*metastases"):
+    with pytest.raises(InputError, match=r"'Annotation 1' has the unknown group 'Necrosis'.*metastases"):
         annotations.read_asap(write(asap(("Tumor", SQUARE), ("Necrosis", SQUARE))))
 
 
@@ -91,7 +91,7 @@ def test_annotation_of_another_slide(write):
     """A point far outside the slide tells that the outline belongs elsewhere."""
     path = write(asap(("Tumor", [(0, 0), (5000, 0), (5000, 90)])))
     assert len(annotations.read_asap(path, l0_size_px=(5000, 90)).tumour) == 1
-    with pytest.raises(InputError, match=r"5000, 0, the slide is 4000 x 3000 px"):
+    with pytest.raises(InputError, match=r"5000, 0, but the slide has 4000 x 3000 px"):
         annotations.read_asap(path, l0_size_px=(4000, 3000))
 
 
@@ -246,7 +246,7 @@ def test_values_that_are_named_are_tumour():
 @pytest.mark.parametrize("values", [[0, 254, 255], [0, 1, 255], [0, 128], [0, 1, 2, 3]])
 def test_other_mask_values_are_refused(values):
     """JPEG noise and label images of something else are not read as tumour or as its absence."""
-    with pytest.raises(InputError, match=rf"m\.tif: mask values {values[0]}, {values[1]}"):
+    with pytest.raises(InputError, match=rf"m\.tif: the mask has the values {values[0]}, {values[1]}"):
         annotations.tumour_from_mask(np.array([values], np.uint8), "m.tif")
 
 

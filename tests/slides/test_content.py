@@ -101,7 +101,7 @@ def test_what_was_read_of_a_slide_that_was_written_is_never_published(
                 failed = work.run_task(disturb.source, stage, index)
             assert failed.receipt is None
             assert failed.exit_code == 20
-            assert "while it was read; run again when the copy has ended" in failed.error
+            assert "while it was read; run again when copying has ended" in failed.error
             now = set((tmp_path / "disturbed/receipts").rglob("*.json")) - there
             assert all("preview" in receipt.name for receipt in now), "of a map, not of the slide"
             with disturbed(path, monkeypatch, times=1):

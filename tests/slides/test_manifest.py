@@ -121,16 +121,16 @@ def test_all_errors_are_reported_together(tmp_path: Path) -> None:
     assert "11 errors" in message
     for part in (
         "line 3: mpp: '0,25' is not a number (write 0.25)",
-        "line 3: label: 'maybe' is none of 0, normal",
+        "line 3: label: 'maybe' is not one of 0, normal",
         "line 4: mpp: '-1' begins with '-'",
         "line 4: annotation_path: 'gone.xml' is not an existing file",
         "line 4: sha256: '12' is not 64",
         "line 4: slide_id 'A' repeats 'a' of line 2",
         "line 5: slide_id 'A' repeats 'a' of line 2",
-        "line 6: 2 cells, but the header has 6",
+        "line 6: it has 2 cells, but the header has 6",
         "line 7: slide_id: the slide id '../e' is not",
         "line 7: mpp: '0' is not a positive number",
-        "line 8: path: is empty",
+        "line 8: the path is empty",
     ):
         assert part in message
     assert "line 2:" not in message
@@ -147,7 +147,7 @@ def test_every_error_of_a_long_list_is_told(tmp_path: Path) -> None:
     ("text", "cause"),
     [
         ("", "the manifest is empty"),
-        ("slide_id,path\n", "there is a header but no slide"),
+        ("slide_id,path\n", "there is a header, but no line with a slide"),
         ("slide_id,mpp\na,1\n", "there is no column path"),
         ("slide_id,path,lable\na,a.svs,1\n", r"unknown column 'lable' \(did you mean label\?\)"),
         ("path,wsi\na,b\n", "columns path, wsi all mean path"),
@@ -256,15 +256,15 @@ def test_whatever_has_the_name_of_a_slide_is_one(tmp_path: Path) -> None:
     (tmp_path / "set.dcm/1.dcm").touch()
     found = {case.slide_id: case.path for case in read_folder(tmp_path)}
     assert sorted(found) == ["1", "empty", "folder", "itself", "nowhere", "pipe", "to_folder", "up"]
-    assert "link that leads nowhere (gone.svs)" in rejection(found["nowhere"])
-    assert "link that leads nowhere" in rejection(found["itself"])
+    assert "broken link (gone.svs)" in rejection(found["nowhere"])
+    assert "broken link" in rejection(found["itself"])
     assert "not a regular file" in rejection(found["pipe"])
     for name in ("folder", "to_folder", "up"):
         assert "is a folder" in rejection(found[name])
 
 
 def test_an_annotation_that_cannot_be_read_is_still_the_slides(tmp_path: Path) -> None:
-    """A link that leads nowhere is not the absence of an annotation, nor is another case of its extension."""
+    """A broken link is not the absence of an annotation, nor is another case of its extension."""
     for name in ("a.tif", "b.tif", "b.XML"):
         (tmp_path / name).touch()
     (tmp_path / "a.xml").symlink_to("gone.xml")
@@ -324,7 +324,7 @@ def test_names_that_collide_in_a_folder_are_all_reported(slides: Path) -> None:
 
 def test_a_folder_without_slides_is_refused(tmp_path: Path) -> None:
     """An empty folder and a missing one are told apart."""
-    with pytest.raises(InputError, match="holds no slide"):
+    with pytest.raises(InputError, match="contains no slide"):
         read_folder(tmp_path)
     with pytest.raises(InputError, match="does not exist"):
         read_folder(tmp_path / "none")

@@ -218,8 +218,11 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing": (_missing, "does not exist"),
     "folder": (Path.mkdir, "is a folder"),
     "empty": (Path.touch, r"empty \(0 bytes\)"),
-    "text": (lambda path: path.write_text("not a slide"), "not a slide in a format OpenSlide reads"),
-    "png": (lambda path: Image.new("RGB", (9, 9)).save(path, format="PNG"), "not a slide in a format OpenSlide reads"),
+    "text": (lambda path: path.write_text("not a slide"), "not a slide in a format that OpenSlide reads"),
+    "png": (
+        lambda path: Image.new("RGB", (9, 9)).save(path, format="PNG"),
+        "not a slide in a format that OpenSlide reads",
+    ),
     "pipe": (os.mkfifo, "not a regular file"),
 }
 
@@ -394,7 +397,7 @@ def test_what_belongs_to_a_slide_and_is_gone_is_refused(tmp_path: Path, names: t
     part.parent.mkdir(exist_ok=True)
     part.symlink_to("gone")
     for look in (sha256, signature):
-        with pytest.raises(InputError, match=rf"{part.name}: the slide's data file is a link that leads nowhere"):
+        with pytest.raises(InputError, match=rf"{part.name}: the slide's data file is a broken link"):
             look(named)
 
 

@@ -84,7 +84,7 @@ class Block(NamedTuple):
 
 
 def blocks(tissue: NDArray[np.bool_], limits: BlockLimits) -> list[Block]:
-    """Return the blocks of a slide: every tissue tile is in exactly one, and each block is as small as its tissue allows.
+    """Return the blocks of a slide: each tissue tile is in exactly one, and each block is cropped to its tissue.
 
     Args:
         tissue: bool (rows, cols), the tile grid.

@@ -122,7 +122,7 @@ def densify(classifier: Classifier, stride: int, *, context_px: int = 0, share_u
     plan = _Plan(classifier, *trace_layers(classifier), stride)
     if context_px % plan.facts.align_px:
         raise InputError(
-            f"a context of {context_px} px is no multiple of the {plan.facts.align_px} px between scores",
+            f"a context of {context_px} px is not a multiple of the {plan.facts.align_px} px between scores",
             f"set dense.halo to a multiple of {plan.facts.align_px}",
         )
     build = _shared if share_until else _whole
