@@ -162,7 +162,7 @@ def read_manifest(path: Path) -> tuple[Case, ...]:
         The cases in the order of the lines.
 
     Raises:
-        InputError: The file is missing, empty or not CSV, or lines are wrong, which are all reported with their numbers.
+        InputError: The file is missing, empty or not CSV, or lines are wrong; all are reported with their numbers.
         EnvironmentFault: The system refuses to read the file.
     """
     rows = tables.read_lines(path, "the manifest", "correct its path (dataset.manifest or --manifest)")

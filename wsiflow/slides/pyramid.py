@@ -3,7 +3,7 @@
 Input and output are arrays (rows, cols) or (rows, cols, channels). Every file is tiled, states its spacing in
 XResolution and YResolution, and stores its reduced levels in the chain of main pages with NewSubfileType 1, the only
 place where OpenSlide (``generic-tiff``) looks for levels. The sides of level k are 1/2**k of those of level 0. The same
-arguments give the same bytes, since the files contain no date. `wsiflow.heatmap.files` writes heatmaps with this module.
+arguments give the same bytes, since the files contain no date. `wsiflow.heatmap.files` uses this module for heatmaps.
 """
 
 import math

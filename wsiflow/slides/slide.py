@@ -500,7 +500,7 @@ def _resized(
     window: tuple[float, float, float, float],
     resample: Image.Resampling,
 ) -> NDArray[np.uint8]:
-    """Resample a window of an image, always along x first, since Pillow's order, and so its rounding, varies by size."""
+    """Resample a window of an image, always along x first: Pillow's order, and so its rounding, depends on the size."""
     left, top, right, bottom = window
     image = Image.fromarray(pixels)
     flat = image.resize((size_px[0], image.height), resample, (left, 0, right, image.height))

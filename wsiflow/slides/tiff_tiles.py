@@ -269,23 +269,23 @@ def _jpeg_decoder(page: Any) -> Decoder | None:
 
 
 class _Longer(NamedTuple):
-    """A JPEG whose header promises one more row of blocks than there is data for."""
+    """A JPEG whose header was changed to declare one more row of coding units than its data contain."""
 
     data: bytes
     blends_rows: bool
-    """Whether colour is stored at half the rows, so that the last true row is blended with the promised one."""
+    """Whether colour has half the vertical resolution, so that the last true row is blended with the added one."""
 
 
 def _made_longer(data: bytes, height: int) -> _Longer | None:
-    """Return a tile with a header that promises more rows, to see whether its data are complete.
+    """Return a tile whose header declares more rows, with which the decoder shows whether the data are complete.
 
-    The decoder passes over damage in silence, where OpenSlide stops. What betrays damage is that the data end too
-    early: then the decoder leaves every unit of blocks that it has not begun grey. Of a whole tile it begins the first
-    unit of the row that does not exist, and finds the end there; of a damaged one it found the end before. (Damage
-    after which the count of units is right again passes here as in OpenSlide, except for the rare invalid code.)
+    For damaged data OpenSlide stops, but this decoder reports nothing. Damage mostly shows in data that end too early:
+    the decoder then leaves all coding units that it has not begun grey. In a complete tile it still begins the first
+    unit of the added row, and meets the end of the data there. In a damaged tile it has met the end before. (Damage
+    after which the number of units is right again is not detected here or by OpenSlide, except for invalid codes.)
 
     Returns:
-        The tile, or None where it is no baseline JPEG of three samples, of that height, in one scan, without restarts.
+        The tile, or None if it is not a baseline JPEG of three samples and this height, in one scan without restarts.
     """
     begins = _segments(data)
     frame, scan = begins.get(_BASELINE, 0), begins.get(_SCAN, 0)
@@ -299,7 +299,7 @@ def _made_longer(data: bytes, height: int) -> _Longer | None:
 
 
 def _segments(data: bytes) -> dict[int, int]:
-    """Return where the segments of a JPEG's header begin, by marker; none where they are no chain up to the scan."""
+    """Return the positions of the segments of a JPEG's header by marker; empty if they are not a chain up to the scan."""
     begins: dict[int, int] = {}
     begin = 2
     while _SCAN not in begins and data[begin] == _MARKER:
@@ -309,11 +309,11 @@ def _segments(data: bytes) -> dict[int, int]:
 
 
 def _ends_early(longer: NDArray[np.uint8], height: int) -> bool:
-    """Return whether the decoder had found the end of the data before it came to the first promised block."""
+    """Return whether the decoder met the end of the data before the first block of the added row."""
     return bool((longer[height : height + _BLOCK_PX, :_BLOCK_PX] == _GREY).all())
 
 
 def _decode_jpeg(data: bytes, tables: bytes | None, colour: str, out: NDArray[np.uint8]) -> None:
-    """Decode a JPEG into an array of its size; its colour space is the TIFF's, since the JPEG's markers may be wrong."""
+    """Decode a JPEG into an array of its size. The TIFF states its colour space; the JPEG's markers may be wrong."""
     shown = "RGB" if out.ndim == 3 else "GRAYSCALE"
     imagecodecs.jpeg8_decode(data, tables=tables, colorspace=colour, outcolorspace=shown, out=out)
