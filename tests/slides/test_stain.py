@@ -392,7 +392,7 @@ def test_weak_stains_never_wrap_around() -> None:
 
 def test_fits_of_two_methods_are_not_mixed() -> None:
     """Their strengths and vectors mean different things."""
-    with pytest.raises(InputError, match="macenko cannot be mapped on a target of vahadane"):
+    with pytest.raises(InputError, match="macenko cannot be mapped to a target of vahadane"):
         normalise(rainbow(2, 2), fits("macenko")[0], fits("vahadane")[1])
 
 

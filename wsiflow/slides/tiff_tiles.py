@@ -299,7 +299,7 @@ def _made_longer(data: bytes, height: int) -> _Longer | None:
 
 
 def _segments(data: bytes) -> dict[int, int]:
-    """Return the positions of the segments of a JPEG's header by marker; empty if they are not a chain up to the scan."""
+    """Return the positions of a JPEG's header segments by marker; empty if they are not a chain up to the scan."""
     begins: dict[int, int] = {}
     begin = 2
     while _SCAN not in begins and data[begin] == _MARKER:
