@@ -189,9 +189,9 @@ def _leave_training_pictures(patches: Path) -> None:
         (lambda data: (data / "camelyon16/tissue_normal_json.tar.gz").unlink(), "tissue_normal_json"),
         (lambda data: _archive(data / "camelyon16/tissue_normal_json.tar.gz", b"{"), "tissue_normal_json"),
         (lambda data: _cut_short(data / "camelyon16/annotations_train_json.tar.gz"), "annotations_train_json"),
-        (lambda data: _leave_training_pictures(data / "patches"), "0 readable normal pictures are for the test part"),
-        (lambda _: None, "no outlines are for the test part"),
-        (lambda data: (data / "patches").rename(data / "other"), "holds no pictures of tissue"),
+        (lambda data: _leave_training_pictures(data / "patches"), "the test part has 0 readable normal images"),
+        (lambda _: None, "the test part has no outlines"),
+        (lambda data: (data / "patches").rename(data / "other"), "contains no images of tissue"),
     ],
 )
 def test_a_bad_data_folder_is_named(
@@ -248,7 +248,7 @@ def test_data_must_be_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 
 def test_no_outlines_is_an_error(atlas: Atlas) -> None:
     """A part without outlines cannot be planned."""
-    with pytest.raises(InputError, match="no outlines are for the test part"):
+    with pytest.raises(InputError, match="the test part has no outlines"):
         camelyon16.plan_slides(atlas._replace(metastases={}), "test", slides=2, scale=SCALE, seed=0)
 
 
