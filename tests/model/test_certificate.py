@@ -53,7 +53,7 @@ def test_bf16_may_cost_what_the_documentation_says() -> None:
 @given(among=st.integers(0, 300), wanted=st.integers(0, 300))
 def test_a_draw_has_no_index_twice(among: int, wanted: int) -> None:
     """As many as there are, each once, in order."""
-    drawn = certificate.draw_indices("abcdef0123456789", among=among, wanted=wanted)
+    drawn = certificate.draw_indices("abcdef0123456789", among=among, count=wanted)
     assert len(drawn) == min(among, wanted)
     assert (np.diff(drawn) > 0).all()
     assert ((drawn >= 0) & (drawn < among)).all()
@@ -61,5 +61,5 @@ def test_a_draw_has_no_index_twice(among: int, wanted: int) -> None:
 
 def test_a_draw_is_the_same_everywhere() -> None:
     """The windows a certificate looks at are fixed by the slide's key."""
-    assert certificate.draw_indices("0123456789abcdef", among=1000, wanted=4).tolist() == [90, 279, 512, 622]
-    assert certificate.draw_indices("1123456789abcdef", among=1000, wanted=4).tolist() != [90, 279, 512, 622]
+    assert certificate.draw_indices("0123456789abcdef", among=1000, count=4).tolist() == [90, 279, 512, 622]
+    assert certificate.draw_indices("1123456789abcdef", among=1000, count=4).tolist() != [90, 279, 512, 622]

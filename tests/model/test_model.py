@@ -156,7 +156,7 @@ def test_a_faulty_card_is_refused_by_name(card: Path, changes: dict[str, Any], m
         (None, r"the model card cannot be read \(No such file or directory\)"),
         (b"{", "the model card is not JSON: Expecting property name"),
         (b"[1]", "the model card is a JSON list, not an object"),
-        (b"\xff\xfe", "the model card is not text: invalid start byte at byte 0"),
+        (b"\xff\xfe", "the model card is not UTF-8 text: invalid start byte at byte 0"),
         (b"[" * 500_000, "the model card is not JSON: "),
         (b" " * 1_000_001, "the model card has more than 1000000 bytes"),
     ],
@@ -182,7 +182,7 @@ def test_weights_that_hash_to_something_else_are_refused(card: Path) -> None:
     expected = read_card(spec(card)).sha256
     weights = card.parent / "tiny.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"!")
-    with pytest.raises(InputError, match=f"weights hash to [0-9a-f]{{64}}, tiny.json expects {expected}"):
+    with pytest.raises(InputError, match=f"the weights have SHA-256 [0-9a-f]{{64}}, but tiny.json expects {expected}"):
         model.load(spec(card))
 
 
@@ -197,7 +197,7 @@ def test_a_pinned_hash_must_be_the_cards(card: Path) -> None:
     """The configuration's word binds; the right one changes nothing."""
     right = read_card(spec(card)).sha256
     assert model.load(spec(card, sha256=right)).sha256 == right
-    with pytest.raises(InputError, match=f"the card says sha256 {right}, the configuration pins {'0' * 64}"):
+    with pytest.raises(InputError, match=f"the card has sha256 {right}, but the configuration pins {'0' * 64}"):
         model.load(spec(card, sha256="0" * 64))
 
 
@@ -246,7 +246,7 @@ def test_weights_that_are_not_finite_are_refused(card: Path) -> None:
 )
 def test_other_preprocessing_fails_the_probe(card: Path, changes: dict[str, Any]) -> None:
     """A model used otherwise than it was trained is refused before the first window."""
-    with pytest.raises(InputError, match=r"probe \d+ gives .* apart, at most 0.0001 is allowed"):
+    with pytest.raises(InputError, match=r"probe \d+ gives .*, at most 0.0001 is allowed"):
         model.load(edit(card, **changes))
 
 
@@ -385,7 +385,7 @@ def test_torchscript_is_refused_without_trust_and_hash(wsinfer: tuple[Path, str]
 def test_torchscript_with_another_hash_is_refused(wsinfer: tuple[Path, str]) -> None:
     """Trust is given to bytes, not to a file name."""
     path, sha256 = wsinfer
-    with pytest.raises(InputError, match=f"weights hash to {sha256}, config.json expects {'0' * 64}"):
+    with pytest.raises(InputError, match=f"the weights have SHA-256 {sha256}, but config.json expects {'0' * 64}"):
         model.load(spec(path, positive_class="Tumor", trust_torchscript=True, sha256="0" * 64))
 
 
@@ -460,5 +460,5 @@ def test_a_wrong_number_of_outputs_is_refused(wsinfer: tuple[Path, str]) -> None
     """A program with two outputs is not one with three classes."""
     path, sha256 = wsinfer
     path.write_text(json.dumps(WSINFER | {"num_classes": 3, "class_names": ["a", "b", "c"]}))
-    with pytest.raises(InputError, match=r"the model gives an array \(1, 2\) for 1 windows"):
+    with pytest.raises(InputError, match=r"the model returns an array of shape \(1, 2\) for 1 windows"):
         model.load(spec(path, positive_class="a", trust_torchscript=True, sha256=sha256))

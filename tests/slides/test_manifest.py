@@ -156,7 +156,7 @@ def test_every_error_of_a_long_list_is_told(tmp_path: Path) -> None:
         ("slide_id,path\na,\ta.svs\n", "line 2: path: .*formula"),
         ("slide_id,path,scanner\na,a.svs,@x\n", "line 2: scanner: '@x' begins"),
         ("slide_id,path\na,a\x00.svs\n", "line 2: path: .*control character"),
-        ('slide_id,path\na,"a.svs\n', "line 2: not CSV"),
+        ('slide_id,path\na,"a.svs\n', "line 2 is not CSV"),
         ("path\nä.svs\n", "line 2: the slide id 'ä' is not .*give it a slide_id"),
         ("path\na.svs\nx/a.tif\n", "line 3: slide_id 'a' repeats 'a' of line 2"),
     ],

@@ -60,7 +60,7 @@ def _calibration_samples(root: Path, made: Plan) -> Iterator[NDArray[np.uint8]]:
     slides = calibration_slides(made)
     for planned in (made.slides[index] for index in slides):
         each = -(-CALIBRATION_BLOCKS // len(slides))
-        wanted = certificate.draw_indices(planned.key, among=planned.n_blocks, wanted=each).tolist()
+        wanted = certificate.draw_indices(planned.key, among=planned.n_blocks, count=each).tolist()
         try:
             with planned_blocks(root, made, planned, wanted) as parts:
                 found = list(parts)

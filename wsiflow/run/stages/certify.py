@@ -106,13 +106,13 @@ def _sample(root: Path, made: Plan, index: int, wanted: int) -> _Sample:
     """Draw windows of a slide, a few from each of a few blocks, with their published scores."""
     planned = made.slides[index]
     chosen = certificate.draw_indices(
-        planned.key, among=planned.n_blocks, wanted=min(_CERTIFIED_BLOCKS, wanted)
+        planned.key, among=planned.n_blocks, count=min(_CERTIFIED_BLOCKS, wanted)
     ).tolist()
     scores = [_block_scores(root, made, index, number).ravel() for number in chosen]
     seeds = [publish.key_of(slide=planned.key, block=number) for number in chosen]
     each = -(-wanted // max(1, len(chosen)))
     places = [
-        certificate.draw_indices(seed, among=len(found), wanted=each) for seed, found in zip(seeds, scores, strict=True)
+        certificate.draw_indices(seed, among=len(found), count=each) for seed, found in zip(seeds, scores, strict=True)
     ]
     with planned_blocks(root, made, planned, chosen) as parts:
         return _Sample(list(parts), places, scores)
