@@ -208,11 +208,11 @@ def test_calibration_runs_with_one_thread(tiny: Network) -> None:
 
 def test_int8_needs_samples_and_belongs_to_a_calibrated_network(tiny: Network) -> None:
     """Nothing to calibrate with is the user's to mend; a missing or needless calibration is ours."""
-    with pytest.raises(InputError, match="no pixels to calibrate"):
+    with pytest.raises(InputError, match="no pixels for the calibration"):
         quantise(tiny, [])
-    with pytest.raises(WsiflowError, match="go together"):
+    with pytest.raises(WsiflowError, match="must be given for int8"):
         prepare(tiny, INT8, threads=1)
-    with pytest.raises(WsiflowError, match="go together"):
+    with pytest.raises(WsiflowError, match="must be given for int8"):
         prepare(tiny, OPENVINO, threads=1, quantised=b"")
 
 
@@ -287,14 +287,14 @@ def test_arrays_the_network_was_not_made_for_are_refused(tiny: Network, maps: Ne
     """OpenVINO would cast floats to bytes, and a batch of another size is another shape."""
     exact, free = prepare(tiny, OPENVINO, threads=1), prepare(maps, OPENVINO, threads=1, cache=cache)
     for wrong in (tiny.example[:1], tiny.example[:, :, 1:], tiny.example[0], tiny.example.astype(np.float64)):
-        with pytest.raises(WsiflowError, match="the network was made for float32"):
+        with pytest.raises(WsiflowError, match="the network takes float32"):
             exact(wrong)
     for wrong in (
         region(240, 240).astype(np.float32),
         np.concatenate([region(240, 240)] * 2),
         region(240, 240)[..., 0],
     ):
-        with pytest.raises(WsiflowError, match="the network was made for uint8"):
+        with pytest.raises(WsiflowError, match="the network takes uint8"):
             free(wrong)
 
 

@@ -149,7 +149,7 @@ def test_channels_are_multiples_of_eight(width: float) -> None:
 @pytest.mark.parametrize("width", [0.0, -1.0, float("nan")])
 def test_a_width_that_is_none_is_refused(width: float) -> None:
     """A card with such a width is refused by name."""
-    with pytest.raises(InputError, match=f"width is {width}, must be above 0"):
+    with pytest.raises(InputError, match=f"width is {width}, but must be above 0"):
         build("inception_valid", 2, width=width, dropout=0.2)
 
 
