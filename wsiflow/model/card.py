@@ -103,7 +103,7 @@ class ModelCard(BaseModel, frozen=True, extra="forbid"):
 
     @model_validator(mode="after")
     def _is_consistent(self) -> Self:
-        """Check what no single field can tell."""
+        """Verify conditions that involve several fields."""
         if len(set(self.class_names)) != len(self.class_names):
             raise ValueError(f"class_names {list(self.class_names)} holds a name twice")
         if self.positive_class not in self.class_names:
@@ -139,7 +139,7 @@ class _WSInferConfig(BaseModel, frozen=True, extra="ignore"):
 
     @model_validator(mode="after")
     def _is_consistent(self) -> Self:
-        """Check what no single field can tell."""
+        """Verify conditions that involve several fields."""
         if len(self.class_names) != self.num_classes:
             raise ValueError(f"num_classes is {self.num_classes}, but class_names are {list(self.class_names)}")
         return self

@@ -37,7 +37,7 @@ MAX_POINTS = 4_000_000
 """Maximum number of points of an XML file."""
 
 NAME_TUMOUR_VALUES = (
-    "say which values are tumour, such as evaluation.mask_tumour=[2] in another out= folder"
+    "set which values are tumour, for example evaluation.mask_tumour=[2] in another out= folder"
     " (wsiflow evaluate: --mask-tumour 2)"
 )
 """The remedy where the values of a mask do not show which of them are tumour."""
@@ -136,12 +136,12 @@ def tumour_from_mask(
     if named:
         chosen: NDArray[np.bool_] = np.isin(np.arange(256), named)[values]
         return chosen
-    found = set(np.flatnonzero(np.bincount(values.ravel(), minlength=256)).tolist())
+    present = set(np.flatnonzero(np.bincount(values.ravel(), minlength=256)).tolist())
     for known, tumour in (({0, 255}, 255), ({0, 1}, 2 if label == 0 else 1), ({0, 1, 2}, 2)):
-        if found <= known:
+        if present <= known:
             mask: NDArray[np.bool_] = values == tumour
             return mask
-    listed = ", ".join(map(str, sorted(found)[:8])) + (", ..." if len(found) > 8 else "")
+    listed = ", ".join(map(str, sorted(present)[:8])) + (", ..." if len(present) > 8 else "")
     remedy = f"write a lossless mask of 0 and 255, of 0 and 1, or of 0, 1 and 2, or {NAME_TUMOUR_VALUES}"
     raise InputError(f"the mask has the values {listed}", remedy, path=path)
 

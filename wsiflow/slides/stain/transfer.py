@@ -175,8 +175,8 @@ def _fit_row(image: Pixels, white: float, params: StainParams) -> StainFit:
     """Measure the colours of an image of one row (1, n, 3) whose white has this grey value."""
     is_tissue = lightness_of(np.asarray(cv2.LUT(image, scaled(255 / white)), np.uint8)) < TISSUE_L
     if np.count_nonzero(is_tissue) < params.min_tissue_px:
-        found = f"{np.count_nonzero(is_tissue)} of {is_tissue.size} pixels are tissue"
-        raise cannot_measure(f"{found}, at least {params.min_tissue_px} are needed")
+        count = f"{np.count_nonzero(is_tissue)} of {is_tissue.size}"
+        raise cannot_measure(f"{count} pixels are tissue, at least {params.min_tissue_px} are needed")
     # The reference measures over all pixels of a patch. In a slide, the glass around the tissue would bias the result.
     measured = image[0] if params.per_patch else image[is_tissue]
     if params.method == "reinhard":
@@ -223,6 +223,6 @@ def fit_stains(density: Floats, params: StainParams) -> Floats:
     sine = float(np.sqrt(np.square(np.cross(stains[0], stains[1])).sum()))
     if not sine >= LEAST_SINE:
         raise cannot_measure(
-            f"the two stains are alike (sine of their angle {sine:.3f}, at least {LEAST_SINE} is needed)"
+            f"the two stains are too similar (the sine of their angle is {sine:.3f}, at least {LEAST_SINE} is needed)"
         )
     return stains if stains[0, 0] >= stains[1, 0] else stains[::-1].copy()

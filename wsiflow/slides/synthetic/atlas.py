@@ -110,8 +110,8 @@ def read_atlas(data: Path) -> Atlas:
             raise _unusable(FileNotFoundError("it does not exist"), path)
     pictures, stains = _pictures(data)
     centers = _centers(table)
-    sections = {slide: max(found["negative"], key=area) for slide, found in _outlines(tissue) if found["negative"]}
-    metastases = {slide: (tuple(found["positive"]), tuple(found["negative"])) for slide, found in _outlines(tumour)}
+    sections = {slide: max(kinds["negative"], key=area) for slide, kinds in _outlines(tissue) if kinds["negative"]}
+    metastases = {slide: (tuple(kinds["positive"]), tuple(kinds["negative"])) for slide, kinds in _outlines(tumour)}
     return Atlas(pictures, stains, sections, metastases, centers)
 
 

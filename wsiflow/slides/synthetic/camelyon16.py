@@ -253,8 +253,8 @@ def _laid_out(
     grown = cv2.dilate(tumour, cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * reach + 1, 2 * reach + 1)))
     tissue = filled([polygon((section - origin) / _COARSE_PX)], (0, 0), coarse)
     tissue[grown > 0] = 255
-    found, _ = cv2.findContours(tissue, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
-    outlines = tuple(polygon(ring[:, 0].astype(np.float64) * _COARSE_PX) for ring in found if len(ring) > 2)
+    rings, _ = cv2.findContours(tissue, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
+    outlines = tuple(polygon(ring[:, 0].astype(np.float64) * _COARSE_PX) for ring in rings if len(ring) > 2)
     diseased = sorted(slide for slide in atlas.metastases if part_of(slide) == part_of(like[0]))
     shapes = atlas.metastases[diseased[int(rng.integers(len(diseased)))]][0]
     return _Layout(like, (width_px, height_px), outlines, moved, _decoys(rng, shapes, tissue, grown > 0, scale))

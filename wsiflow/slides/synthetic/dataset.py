@@ -424,10 +424,10 @@ def _like_readme(plans: Sequence[camelyon16.SyntheticSlide], scale: float, seed:
     rows = []
     for planned in plans:
         axes = sorted((round(lesion.axis_um / scale) for lesion in planned.lesions), reverse=True)
-        found = ", ".join(map(str, axes[:5])) + (f" and {len(axes) - 5} more" if len(axes) > 5 else "")
+        lengths = ", ".join(map(str, axes[:5])) + (f" and {len(axes) - 5} more" if len(axes) > 5 else "")
         like = " and ".join(filter(None, planned.like))
         rows.append(
-            f"| {planned.slide_id} | {planned.size_px[0]} x {planned.size_px[1]} | {like} | {found or 'none'} |"
+            f"| {planned.slide_id} | {planned.size_px[0]} x {planned.size_px[1]} | {like} | {lengths or 'none'} |"
         )
     return "\n".join(
         [
@@ -457,8 +457,8 @@ def _readme(jobs: list[_Job], size_px: int, seed: int) -> str:
     """Return the README, Markdown, of the data set."""
     rows = []
     for job in jobs:
-        found = ", ".join(f"{lesion.kind} ({lesion.axis_um:.0f} µm)" for lesion in job.spec.lesions) or "none"
-        rows.append(f"| {job.slide_id} | {job.spec.width_px} x {job.spec.height_px} | {found} |")
+        lesions = ", ".join(f"{lesion.kind} ({lesion.axis_um:.0f} µm)" for lesion in job.spec.lesions) or "none"
+        rows.append(f"| {job.slide_id} | {job.spec.width_px} x {job.spec.height_px} | {lesions} |")
     return "\n".join(
         [
             "# Synthetic slides",
