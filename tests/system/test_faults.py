@@ -1,4 +1,4 @@
-"""What the system refuses is told with the file, the cause and a remedy that fits."""
+"""Errors of the system are reported with the file, the cause and a remedy that fits."""
 
 import errno
 import io
@@ -48,7 +48,7 @@ def refused(name: str, path: object = None) -> OSError:
 
 @pytest.mark.parametrize("name", REMEDIES)
 def test_each_cause_has_the_remedy_that_fits(name: str) -> None:
-    """And no other one; the file is named."""
+    """Each errno has its own remedy, and the message names the file."""
     told = str(faults.fault(refused(name, "/a/b.tif")))
     assert told.startswith(f"/a/b.tif: {os.strerror(getattr(errno, name))}; ")
     assert [text for text in sorted(set(REMEDIES.values())) if text in told] == [REMEDIES[name]]
@@ -77,13 +77,13 @@ HDF5 = (
     ],
 )  # fmt: skip
 def test_numbers_and_files_are_found_where_they_are(error: OSError, number: int, subject: str) -> None:
-    """HDF5 has them in its text, the system beside it."""
+    """HDF5 writes errno and file into its text; Python's errors have them as attributes."""
     assert (faults.number(error), faults.subject(error)) == (number, subject)
     assert faults.cause(error)
 
 
 def publishing(root: Path, error: Exception) -> None:
-    """Begin to publish a file, and meet an error."""
+    """Publish a file whose body raises an error."""
     with publish.publishing(root, "a/b.bin", KEY, {}, publish.accept) as attempt:
         attempt.path.write_bytes(b"half")
         if isinstance(error, OSError) and error.filename == "attempt":
@@ -102,7 +102,7 @@ def publishing(root: Path, error: Exception) -> None:
     ],
 )
 def test_what_an_attempt_cannot_write_names_the_output(tmp_path: Path, error: OSError, told: str) -> None:
-    """Whether the error names the file, HDF5 does, or nobody does; what was begun is removed."""
+    """The output is named, whether the error, HDF5 or nothing names a file, and the attempt is removed."""
     with pytest.raises(EnvironmentFault, match=told):
         publishing(tmp_path, error)
     assert not list((tmp_path / publish.ATTEMPTS).iterdir())
@@ -122,7 +122,7 @@ def test_what_an_attempt_cannot_write_names_the_output(tmp_path: Path, error: OS
 def test_what_cannot_be_read_is_not_blamed_on_the_output(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, told: str
 ) -> None:
-    """A task that meets an error of its inputs names those, and the output folder is left out of it."""
+    """An error about an input names the input, and the message does not mention the output folder."""
 
     def stage(source: Path, _index: int) -> None:
         publishing(source.parent, error)
@@ -136,7 +136,7 @@ def test_what_cannot_be_read_is_not_blamed_on_the_output(
 
 
 def test_a_lost_attempt_does_not_hide_what_went_wrong(tmp_path: Path) -> None:
-    """Somebody removed the private folder meanwhile: the first error is the one that is told."""
+    """If the private folder was removed in the meantime, the first error is still the one reported."""
 
     def lose() -> None:
         with publish.publishing(tmp_path, "a/b.bin", KEY, {}, publish.accept) as attempt:
@@ -148,7 +148,7 @@ def test_a_lost_attempt_does_not_hide_what_went_wrong(tmp_path: Path) -> None:
 
 
 def test_a_command_names_what_was_refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """One line with the file and what to do, of class 30."""
+    """The message is one line with the file and the remedy, and the exit code is 30."""
     monkeypatch.delenv("WSIFLOW_DEBUG", raising=False)
 
     def command() -> int:
@@ -159,7 +159,7 @@ def test_a_command_names_what_was_refused(capsys: pytest.CaptureFixture[str], mo
 
 
 def test_a_stream_that_lacks_a_letter_is_told_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Under an odd locale, or with a name that is no text: letters are written as numbers."""
+    """Characters that the locale cannot encode, or file names that are not text, are written as escapes."""
     out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", out)
     terminal.say("Präparat \udcff")
@@ -177,7 +177,7 @@ def test_a_stream_that_lacks_a_letter_is_told_all_the_same(monkeypatch: pytest.M
     ],
 )
 def test_an_input_is_wrong_or_the_machine_is(name: str, kind: type[WsiflowError], told: str) -> None:
-    """A wrong path is bad input; a disk that fails is not."""
+    """A wrong path is an InputError; a failing disk is an EnvironmentFault."""
     error = faults.unreadable(refused(name), "the card", "give another", path="/x")
     assert type(error) is kind
     assert told in str(error)
@@ -185,7 +185,7 @@ def test_an_input_is_wrong_or_the_machine_is(name: str, kind: type[WsiflowError]
 
 @pytest.mark.parametrize("name", ["EMFILE", "EIO", "ESTALE", "ENOMEM", "EACCES"])
 def test_a_slide_is_not_damaged_where_the_system_does_not_let_us_read_it(name: str) -> None:
-    """OpenSlide tells in words what it was refused: nobody copies a slide again for too few open files."""
+    """OpenSlide reports refusals in words: too few open files must not look like a damaged slide."""
     words = f"the slide cannot be opened (Couldn't open /s.tif: {os.strerror(getattr(errno, name))})"
     error = slide._refused(words, "s", Path("/s.tif"))
     assert REMEDIES[name] in str(error)
@@ -193,7 +193,7 @@ def test_a_slide_is_not_damaged_where_the_system_does_not_let_us_read_it(name: s
 
 
 def test_workers_that_cannot_have_semaphores_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A read-only /dev/shm has no name in the error: it is found by where it arises."""
+    """The error of a read-only /dev/shm names no file, but the message names /dev/shm."""
 
     def refuse(*_: object, **__: object) -> None:
         raise refused("EROFS")
