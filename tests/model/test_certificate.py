@@ -1,4 +1,4 @@
-"""The certificate's arithmetic: differences, flips, limits, and a draw that never changes."""
+"""Certificates: deviations, flips, limits, and a random sample that never changes."""
 
 import math
 
@@ -12,7 +12,7 @@ from wsiflow.model.certificate import Limits
 
 
 def test_differences_by_hand() -> None:
-    """Four scores with known distances; one of them crosses one half."""
+    """Four scores have known differences, and one of them is on the other side of one half."""
     found = certificate.score_deviation(
         np.array([0.1, 0.6, 0.9, 0.3], np.float32), np.array([0.1, 0.4, 0.8, 0.4], np.float32)
     )
@@ -25,7 +25,7 @@ def test_differences_by_hand() -> None:
 
 
 def test_what_is_not_defined_is_nan_and_breaks_nothing() -> None:
-    """No scores, or scores that do not vary, have no correlation."""
+    """Without scores, or for constant scores, there is no correlation."""
     none = certificate.score_deviation(np.empty(0, np.float32), np.empty(0, np.float32))
     assert none.n == 0
     assert math.isnan(none.mean_abs_diff)
@@ -35,7 +35,7 @@ def test_what_is_not_defined_is_nan_and_breaks_nothing() -> None:
 
 
 def test_broken_limits_are_named_with_both_numbers() -> None:
-    """Each limit is told by name, found and allowed."""
+    """The message for each limit has its name, the value and the limit."""
     found = certificate.score_deviation(np.array([0.1, 0.6], np.float32), np.array([0.1, 0.4], np.float32))
     assert certificate.exceeded_limits(found, Limits()) == []
     assert certificate.exceeded_limits(found, Limits(mean_abs_diff=0.05, flips=0.6)) == [
@@ -45,14 +45,14 @@ def test_broken_limits_are_named_with_both_numbers() -> None:
 
 
 def test_bf16_may_cost_what_the_documentation_says() -> None:
-    """The promise: mean at most 0.002, largest at most 0.02 against fp32; int8 mean 0.02, flips 2 %."""
+    """The documented limits against fp32 are: bf16 mean 0.002, maximum 0.02; int8 mean 0.02, flips 2 %."""
     assert certificate.PRECISION_LIMITS["bf16"] == Limits(mean_abs_diff=0.002, max_abs_diff=0.02)
     assert certificate.PRECISION_LIMITS["int8"] == Limits(mean_abs_diff=0.02, flips=0.02)
 
 
 @given(among=st.integers(0, 300), wanted=st.integers(0, 300))
 def test_a_draw_has_no_index_twice(among: int, wanted: int) -> None:
-    """As many as there are, each once, in order."""
+    """The sample has the requested size or all indices, each once and in ascending order."""
     drawn = certificate.draw_indices("abcdef0123456789", among=among, count=wanted)
     assert len(drawn) == min(among, wanted)
     assert (np.diff(drawn) > 0).all()
@@ -60,6 +60,6 @@ def test_a_draw_has_no_index_twice(among: int, wanted: int) -> None:
 
 
 def test_a_draw_is_the_same_everywhere() -> None:
-    """The windows a certificate looks at are fixed by the slide's key."""
+    """The windows of a certificate are determined by the slide's key."""
     assert certificate.draw_indices("0123456789abcdef", among=1000, count=4).tolist() == [90, 279, 512, 622]
     assert certificate.draw_indices("1123456789abcdef", among=1000, count=4).tolist() != [90, 279, 512, 622]

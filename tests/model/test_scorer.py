@@ -1,4 +1,4 @@
-"""From blocks to the scores of their tiles: every way against a loop that is too simple to be wrong."""
+"""From blocks to the scores of their tiles: every scorer is compared with a simple loop."""
 
 import numpy as np
 import pytest
@@ -48,13 +48,13 @@ def card(window_px: int = 224, input_px: int = 224) -> ModelCard:
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Random networks share a name; their converted graphs must not."""
+    """Give each test its own cache, because random networks share a key that their converted graphs must not."""
     monkeypatch.setenv("WSIFLOW_CACHE", str(tmp_path_factory.mktemp("cache")))
 
 
 @pytest.fixture(scope="module")
 def inception() -> Classifier:
-    """A narrow padding-free Inception with random weights whose answers differ."""
+    """Return a narrow Inception without padding, with random weights and differing probabilities."""
     torch.manual_seed(0)
     network = build("inception_valid", 2, width=0.125, dropout=0.0)
     for layer in network.modules():
@@ -67,7 +67,7 @@ def inception() -> Classifier:
 
 @pytest.fixture(scope="module")
 def googlenet() -> Classifier:
-    """GoogLeNet with random weights; its classes are pulled apart, so that its answers differ."""
+    """Return GoogLeNet with random weights and classes that are separated, so that probabilities differ."""
     torch.manual_seed(3)
     network = build("googlenet", 2, dropout=0.5)
     for layer in network.modules():
@@ -83,7 +83,7 @@ def images(n: int, rows: int, cols: int) -> np.ndarray:
 def test_what_is_kept_of_a_network_is_what_it_says(
     inception: Classifier, googlenet: Classifier, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The facts of either network come back equal without it being traced; another stride has its own."""
+    """The cached facts of each network are equal without tracing it; another stride has its own."""
     expected = {(one, stride): network.describe(one, stride) for one in (inception, googlenet) for stride in (16, 56)}
     assert {key: scorer.describe(*key) for key in expected} == expected
     monkeypatch.setattr(network, "describe", lambda *_: pytest.fail("it was traced, and its facts are kept"))
@@ -99,7 +99,7 @@ def pixels_of(about: Frame, block: Block = BLOCK) -> np.ndarray:
 
 
 def naive(classifier: Classifier, about: Frame, block: Block, pixels: np.ndarray) -> np.ndarray:
-    """Predict every window of every tissue tile alone, at the place the heatmap says."""
+    """Return the score of every window of every tissue tile, run alone at its place on the heatmap."""
     m, side, stride = about.cells_per_tile, about.window_px, about.stride_px
     found = np.empty((len(block.tissue), m, m), np.float32)
     for n, index in enumerate(block.tissue):
@@ -114,7 +114,7 @@ def naive(classifier: Classifier, about: Frame, block: Block, pixels: np.ndarray
 
 @pytest.mark.parametrize("backend", ["torch", "openvino", "onnxruntime"])
 def test_windows_equal_a_naive_loop(inception: Classifier, backend: str) -> None:
-    """Tissue tiles of one block, with batches that cross rows and tiles."""
+    """The tissue tiles of a block are scored, with batches that span rows and tiles."""
     about = frame(112, 56)
     pixels = pixels_of(about)
     made = scorer.make_scorer(inception, PLAIN._replace(stride_px=112, batch=7, backend=backend), threads=1)
@@ -125,7 +125,7 @@ def test_windows_equal_a_naive_loop(inception: Classifier, backend: str) -> None
 
 @pytest.mark.parametrize("step", [2, 4])
 def test_refinement_looks_closely_where_a_coarse_window_is_high(inception: Classifier, step: int) -> None:
-    """Tiles above the threshold equal the naive loop; in the others the middle window stands for its surroundings."""
+    """Tiles above the threshold equal the naive loop; in others the middle window fills its surroundings."""
     about = frame(56, 84)
     pixels = pixels_of(about)
     expected = naive(inception, about, BLOCK, pixels)
@@ -143,7 +143,7 @@ def test_refinement_looks_closely_where_a_coarse_window_is_high(inception: Class
 
 
 def test_refinement_of_tissue_where_nothing_is_high(inception: Classifier) -> None:
-    """Most tissue: coarse scores are all there is."""
+    """In most tissue there are only coarse scores."""
     about = frame(56, 84)
     choice = PLAIN._replace(batch=3, refine=1.0, refine_from_px=112)
     found = scorer.make_scorer(inception, choice, threads=1).score(about, [(BLOCK, pixels_of(about))], untimed)
@@ -156,7 +156,7 @@ def test_refinement_of_tissue_where_nothing_is_high(inception: Classifier) -> No
 @pytest.mark.parametrize("backend", ["torch", "openvino"])
 @pytest.mark.parametrize("halo", [104, 112, 200])
 def test_dense_equals_windows_wherever_the_region_begins(inception: Classifier, halo: int, backend: str) -> None:
-    """A network without padding: the same scores to rounding, with more halo than it needs as well."""
+    """A network without padding gives the same scores except for rounding, also with a wider halo."""
     about = frame(16, halo)
     block = Block(0, 0, 2, 1, (1,))
     pixels = pixels_of(about, block)
@@ -173,7 +173,7 @@ def test_dense_equals_windows_wherever_the_region_begins(inception: Classifier, 
 
 @pytest.mark.parametrize("stride", [8, 32, 112])
 def test_dense_equals_a_naive_loop_at_other_strides(inception: Classifier, stride: int) -> None:
-    """Finer than the network's own 16 px and coarser: the tiles' maps are in their places."""
+    """The maps of tiles are in their places at strides finer and coarser than the network's 16 px."""
     about, block = frame(stride, 112), Block(0, 0, 2, 2, (1, 2))
     if stride == 8:
         block = Block(0, 0, 1, 1, (0,))
@@ -184,7 +184,7 @@ def test_dense_equals_a_naive_loop_at_other_strides(inception: Classifier, strid
 
 
 def test_sharing_up_to_a_layer_lies_between(googlenet: Classifier) -> None:
-    """GoogLeNet pads: windows that share only a stem are nearer to single windows than those that share everything."""
+    """GoogLeNet pads, so windows that share only a stem are nearer to single windows than fully shared ones."""
     about = frame(56, 84 + 96)
     block = Block(0, 0, 2, 1, (0, 1))
     pixels = np.repeat(np.repeat(pixels_of(about, block)[::8, ::8], 8, axis=0), 8, axis=1)[: about.block_px(1)]
@@ -203,7 +203,7 @@ def test_sharing_up_to_a_layer_lies_between(googlenet: Classifier) -> None:
 
 
 def test_int8_is_calibrated_and_near(inception: Classifier) -> None:
-    """Quantised on regions of the block itself: near the scores in fp32, and not the same."""
+    """Quantised on regions of the block itself, the scores are near those in fp32, but differ."""
     about = frame(16, 104)
     block = Block(0, 0, 3, 2, tuple(range(6)))
     pixels = pixels_of(about, block)
@@ -216,7 +216,7 @@ def test_int8_is_calibrated_and_near(inception: Classifier) -> None:
 
 
 def small(input_px: int) -> Classifier:
-    """A network of one convolution that sees windows of 16 px."""
+    """A network of one convolution with a window of 16 px."""
     torch.manual_seed(1)
     network = nn.Sequential(
         nn.Conv2d(3, 4, 5, bias=False), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)
@@ -232,7 +232,7 @@ def windows(n: int) -> np.ndarray:
 @settings(deadline=None, max_examples=20)
 @given(batch=st.integers(1, 20), n=st.integers(0, 23))
 def test_a_window_scores_the_same_in_any_company(input_px: int, batch: int, n: int) -> None:
-    """With one batch size, the first windows alone have the very bits they have among others."""
+    """With one batch size, the first windows alone have the same bits as among others."""
     classifier = small(input_px)
     made = scorer.make_scorer(classifier, PLAIN._replace(batch=batch), threads=1)
     every = made.run(windows(23), untimed)
@@ -241,7 +241,7 @@ def test_a_window_scores_the_same_in_any_company(input_px: int, batch: int, n: i
 
 
 class _Overflow(nn.Module):
-    """Gives NaN for windows that begin with a black pixel."""
+    """A module that returns NaN for windows that begin with a black pixel."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         start = x[:, :, 0, 0].sum(dim=1)
@@ -258,7 +258,7 @@ def test_a_score_that_is_not_finite_is_an_error() -> None:
 
 
 def test_what_only_windows_can_do_is_refused(googlenet: Classifier) -> None:
-    """int8 takes the whole network; a layer that is not there is named."""
+    """int8 needs the whole network, and the message names a layer that does not exist."""
     choice = PLAIN._replace(engine="dense", backend="openvino", share_until="pool3", precision="int8")
     with pytest.raises(InputError, match="not run in int8"):
         scorer.make_scorer(googlenet, choice, threads=1, quantised=b"")

@@ -1,4 +1,4 @@
-"""Slides like those of CAMELYON16: training and test share nothing, truth is true, and a bad folder is named."""
+"""Slides like those of CAMELYON16: parts are disjoint, the truth is correct, and bad folders are refused."""
 
 import csv
 import io
@@ -26,18 +26,18 @@ SCALE = 1 / 16
 
 @pytest.fixture(scope="module")
 def atlas(shared_data: Path) -> Atlas:
-    """Return the real outlines and pictures."""
+    """Return the real outlines and images."""
     return read_atlas(shared_data)
 
 
 @pytest.fixture(scope="module")
 def plans(atlas: Atlas) -> tuple[camelyon16.SyntheticSlide, ...]:
-    """Return the plans of ten small test slides."""
+    """Return the descriptions of ten small test slides."""
     return camelyon16.plan_slides(atlas, "test", slides=10, scale=SCALE, seed=3)
 
 
 def test_parts_are_disjoint(atlas: Atlas, plans: tuple[camelyon16.SyntheticSlide, ...]) -> None:
-    """No picture, section or set of metastases is on both sides, and plans keep to their side."""
+    """No image, section or set of metastases is in both parts, and slides use only their own part."""
     training = camelyon16.plan_slides(atlas, "train", slides=10, scale=SCALE, seed=3)
     parts = {picture.name: picture.part for picture in atlas.pictures}
     assert set(parts.values()) == {"train", "test"}
@@ -58,7 +58,7 @@ def test_the_slide_in_a_picture_s_name_decides_its_part() -> None:
 
 
 def test_every_other_slide_has_metastases(plans: tuple[camelyon16.SyntheticSlide, ...]) -> None:
-    """Each on its tissue, with pictures of tumour; the others have none."""
+    """These have metastases on their tissue and images of tumour; the others have neither."""
     assert [bool(one.lesions) for one in plans] == [False, True] * 5
     for one in plans:
         assert bool(one.tumour) == bool(one.lesions)
@@ -74,7 +74,7 @@ def test_every_other_slide_has_metastases(plans: tuple[camelyon16.SyntheticSlide
 
 
 def test_outlines_keep_their_real_size(atlas: Atlas, plans: tuple[camelyon16.SyntheticSlide, ...]) -> None:
-    """A metastasis has the area of one on the real slide, times the scale squared."""
+    """A metastasis has the area of one on the real slide, times the square of the scale."""
     checked = 0
     for one in plans:
         real = np.array([area(outline) for outline in atlas.metastases[one.like[1]][0]]) if one.lesions else ()
@@ -89,7 +89,7 @@ def test_outlines_keep_their_real_size(atlas: Atlas, plans: tuple[camelyon16.Syn
 def test_a_slide_is_the_same_however_often_it_is_planned_and_painted(
     atlas: Atlas, plans: tuple[camelyon16.SyntheticSlide, ...]
 ) -> None:
-    """Plans and pixels follow from the seed, and another seed gives others."""
+    """Descriptions and pixels depend on the seed only, and another seed gives others."""
     assert camelyon16.plan_slides(atlas, "test", slides=10, scale=SCALE, seed=3) == plans
     assert camelyon16.plan_slides(atlas, "test", slides=4, scale=SCALE, seed=3) == plans[:4]
     assert camelyon16.plan_slides(atlas, "test", slides=4, scale=SCALE, seed=4) != plans[:4]
@@ -115,7 +115,7 @@ def test_truth_matches_pixels(atlas: Atlas, plans: tuple[camelyon16.SyntheticSli
 
 
 def test_no_class_is_told_by_how_pieces_meet(atlas: Atlas) -> None:
-    """In either class neighbours differ as much where pieces meet as elsewhere."""
+    """In both classes neighbouring pixels differ as much at the joints of pieces as elsewhere."""
     for tumour in (False, True):
         chosen = [one.codes for one in atlas.pictures if one.part == "test" and one.tumour == tumour][:8]
         side = 8 * (textures.PIECE_PX - textures.OVERLAP_PX)
@@ -133,7 +133,7 @@ def written(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 def test_a_data_set_is_written(written: Path) -> None:
-    """Manifest, annotation, sources and slides fit together."""
+    """Manifest, annotation, sources and slides are consistent."""
     with written.open(newline="") as stream:
         rows = list(csv.DictReader(stream))
     assert [row["label"] for row in rows] == ["normal", "tumor"]
@@ -150,7 +150,7 @@ def test_a_data_set_is_written(written: Path) -> None:
 
 
 def test_a_complete_data_set_is_left_alone(written: Path, shared_data: Path) -> None:
-    """And another seed in the same folder is refused."""
+    """A complete data set is unchanged, and another seed in the same folder is refused."""
     before = {path.name: path.stat().st_mtime_ns for path in written.parent.glob("*.*")}
     dataset.write_like(written.parent, shared_data, slides=2, scale=0.04, seed=5, workers=1)
     assert {path.name: path.stat().st_mtime_ns for path in written.parent.glob("*.*")} == before
@@ -159,7 +159,7 @@ def test_a_complete_data_set_is_left_alone(written: Path, shared_data: Path) -> 
 
 
 def _archive(path: Path, text: bytes) -> None:
-    """Write an archive of one outline file."""
+    """Write an archive with one file of outlines."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w:gz") as opened:
         about = tarfile.TarInfo("x/Normal_001.json")
@@ -168,13 +168,13 @@ def _archive(path: Path, text: bytes) -> None:
 
 
 def _cut_short(path: Path) -> None:
-    """Leave the first half of a file, as a download that broke off does."""
+    """Truncate a file to its first half, like an interrupted download."""
     _archive(path, b'{"positive": [], "negative": []}' + bytes(1000) + np.random.default_rng(0).bytes(5000))
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
 def _leave_training_pictures(patches: Path) -> None:
-    """Replace a folder of pictures by one with some normal ones of the training part."""
+    """Replace a folder of images by one with only some normal ones of the training part."""
     real = sorted((patches / "camelyon16_256/normal").resolve().iterdir())
     patches.rename(patches.with_name("other"))
     folder = patches / "camelyon16_256/normal"
@@ -197,7 +197,7 @@ def _leave_training_pictures(patches: Path) -> None:
 def test_a_bad_data_folder_is_named(
     spoil: Callable[[Path], object], named: str, shared_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One line says what is missing, and the exit code is that of bad input."""
+    """The message is one line about what is missing, and the exit code is that of bad input."""
     (tmp_path / "patches").mkdir()
     for folder in ("camelyon16_256", "dldp_256"):
         (tmp_path / "patches" / folder).symlink_to(shared_data / "patches" / folder)
@@ -213,7 +213,7 @@ def test_a_bad_data_folder_is_named(
 
 
 def test_a_run_is_not_scored_by_the_lengths_of_real_slides(shared_data: Path, tmp_path: Path, capsys: Any) -> None:
-    """Small outlines, 275 um: most lesions would be isolated tumour cells; told before anything is drawn."""
+    """At this scale most lesions would count as isolated tumour cells; the run is refused before rendering."""
     given = ["dataset=synthetic", "dataset.like=camelyon16", f"dataset.data={shared_data}", "dataset.scale=0.125"]
     given += [f"dataset.folder={tmp_path / 'slides'}", f"out={tmp_path / 'run'}", "orchestrator=none", "tracking=off"]
     assert main(["run", *given]) == 20
@@ -224,7 +224,7 @@ def test_a_run_is_not_scored_by_the_lengths_of_real_slides(shared_data: Path, tm
 def test_a_folder_of_another_data_set_is_refused_before_drawing(
     shared_data: Path, atlas: Atlas, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """More slides would begin with the same ones."""
+    """A data set with more slides would begin with the same slides, but is another one."""
     monkeypatch.setattr(dataset, "read_atlas", lambda _: atlas)  # to read it takes long
     (tmp_path / "sources.json").write_text("{}")
     publish.publish_bytes(tmp_path, "manifest.csv", b"other", publish.key_of(text="other"), {"kind": "synthetic"})
@@ -234,26 +234,26 @@ def test_a_folder_of_another_data_set_is_refused_before_drawing(
 
 
 def test_no_room_for_decoys_is_no_error() -> None:
-    """Metastases that cover all tissue leave none."""
+    """If metastases cover all tissue, there is no room for decoys."""
     tissue = np.ones((4, 4), np.uint8)
     shapes = (np.array([[0.0, 0], [9, 0], [9, 9]]),)
     assert camelyon16._decoys(np.random.default_rng(0), shapes, tissue, tissue > 0, 1.0) == ()
 
 
 def test_data_must_be_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """--like alone is not enough."""
+    """The option --like needs a data folder."""
     assert main(["synth", str(tmp_path), "--like", "camelyon16"]) == 20
     assert "--data" in capsys.readouterr().err
 
 
 def test_no_outlines_is_an_error(atlas: Atlas) -> None:
-    """A part without outlines cannot be planned."""
+    """For a part without outlines there are no slides."""
     with pytest.raises(InputError, match="the test part has no outlines"):
         camelyon16.plan_slides(atlas._replace(metastases={}), "test", slides=2, scale=SCALE, seed=0)
 
 
 def test_keys_of_existing_data_sets_stay() -> None:
-    """A folder that was written before can be continued: the key of a slide does not depend on the names of classes."""
+    """The key of a slide does not depend on the names of classes, so existing folders can be continued."""
     outline = ((0, 0), (5, 0), (5, 5))
     appearance = textures.Appearance((0.1, 0.2, 0.3), (0.1, 0.2, 0.3), (1.0, 1.0), (240.0, 240.0, 240.0), 0.5, 1.0)
     lesion = Lesion(outline, (outline,))
