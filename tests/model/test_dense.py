@@ -84,7 +84,7 @@ def scores_of(dense: DenseClassifier, pixels: torch.Tensor) -> torch.Tensor:
 
 
 class Block(nn.Module):
-    """An Inception block without padding in its pooling branch."""
+    """An Inception block that pads only in its branch of two convolutions."""
 
     def __init__(self, channels: int, out: int) -> None:
         super().__init__()

@@ -422,7 +422,7 @@ def test_a_file_that_is_no_program_is_refused(wsinfer: tuple[Path, str]) -> None
 
 
 WSINFER_FAULTS: list[tuple[dict[str, Any], str]] = [
-    ({"class_names": ["Other"]}, r"num_classes is 2, class_names are \['Other'\]"),
+    ({"class_names": ["Other"]}, r"num_classes is 2, but class_names are \['Other'\]"),
     ({"num_classes": 1}, "num_classes: Input should be greater than or equal to 2"),
     ({"patch_size_pixels": "350"}, "patch_size_pixels: Input should be a valid integer"),
     ({"transform": [{"name": "ColorJitter"}]}, "transform.0.name: Input should be 'Resize', 'ToTensor' or 'Normalize'"),

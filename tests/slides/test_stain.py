@@ -522,9 +522,9 @@ def test_the_target_that_ships_is_the_papers_template(method: str, shared_data: 
 def test_a_target_of_another_method_is_refused() -> None:
     """Changing only the method would mix two kinds of numbers."""
     values = yaml.safe_load((CONF / "macenko.yaml").read_text())
-    with pytest.raises(ValueError, match="target is of method macenko, method is vahadane"):
+    with pytest.raises(ValueError, match="target is of method macenko, but method is vahadane"):
         StainParams(**(values | {"method": "vahadane"}))
-    with pytest.raises(ValueError, match="target is of method none, method is macenko"):
+    with pytest.raises(ValueError, match="target is of method none, but method is macenko"):
         StainParams(**(values | {"target": None}))
 
 
