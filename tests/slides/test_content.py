@@ -132,7 +132,7 @@ def test_a_reader_that_fails_since_the_slide_is_written_says_so(tmp_path: Path) 
             meanwhile()
             raise InputError("a tile cannot be decoded", "copy it again")
 
-    with pytest.raises(SlideModified, match="its file was written"):
+    with pytest.raises(SlideModified, match="the slide was written"):
         read(lambda: rewrite(path))
     with pytest.raises(InputError, match="cannot be decoded"):
         read(lambda: None)

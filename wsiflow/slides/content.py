@@ -91,7 +91,7 @@ def unmodified(path: Path, slide_id: str = "") -> Iterator[str]:
 
 
 def _modified(path: Path, slide_id: str) -> SlideModified:
-    cause = "its file was written, replaced or given another owner, permission or link while it was read"
+    cause = "the slide was written, replaced or given another owner, permission or link while it was read"
     return SlideModified(cause, "run again when copying has ended", slide=slide_id, path=path)
 
 
@@ -185,7 +185,7 @@ def _companions(path: Path) -> Iterator[Path]:
     for part in _candidates(path):
         kind = _file_status(part, "", "slide's data").st_mode
         if not stat.S_ISREG(kind) and not stat.S_ISDIR(kind):
-            raise InputError("it is among the slide's files, but is not a regular file", "remove it", path=part)
+            raise InputError("the file belongs to a slide, but is not a regular file", "remove it", path=part)
         if stat.S_ISREG(kind):
             yield part
 

@@ -458,7 +458,7 @@ def _slides_below(root: Path) -> list[Path]:
     tree = _tree(root)
     if not tree.folders and isinstance(tree.faults[0], FileNotFoundError | NotADirectoryError):
         if root.exists():
-            raise InputError("it is not a folder", "correct dataset.folder, or use dataset=single", path=root)
+            raise InputError("the path is not a folder", "correct dataset.folder, or use dataset=single", path=root)
         raise InputError("the folder does not exist", "correct dataset.folder", path=root)
     if tree.faults:
         listing = ", ".join(f"{fault.filename} ({fault.strerror})" for fault in tree.faults)

@@ -116,7 +116,7 @@ def done(root: Path, name: str, key: str) -> Receipt | None:
         return None
     if receipt["key"] != key:
         raise IntegrityError(
-            f"it was published for other inputs or settings (its key is {receipt['key'][:12]}, not {key[:12]})",
+            f"the file was published for other inputs or settings (its key is {receipt['key'][:12]}, not {key[:12]})",
             "choose another out= folder",
             path=root / name,
         )
@@ -152,10 +152,10 @@ def check(root: Path, receipt: Receipt, *, largest: int | None = None) -> None:
     path = root / receipt["path"]
     remedy = f"delete {path} and {receipt_path(root, receipt['path'])}, then run again"
     if not path.is_file():
-        raise IntegrityError("it was published, but no longer exists", remedy, path=path)
+        raise IntegrityError("the file was published, but no longer exists", remedy, path=path)
     hashed = largest is None or receipt["bytes"] <= largest
     if path.stat().st_size != receipt["bytes"] or (hashed and file_sha256(path) != receipt["sha256"]):
-        raise IntegrityError("its size or SHA-256 is not that of its receipt", remedy, path=path)
+        raise IntegrityError("the file's size or SHA-256 is not that of its receipt", remedy, path=path)
 
 
 def attempt_folder(root: Path) -> Path:
@@ -310,7 +310,9 @@ def _require_former(root: Path, name: str, path: Path, receipt: Receipt) -> None
     if former is None or (former["sha256"], former["key"]) == (receipt["sha256"], receipt["key"]):
         return
     _forget(path.parent)
-    cause = f"it was deleted, and computed again it has other bytes (SHA-256 {receipt['sha256'][:12]}) or another key"
+    cause = (
+        f"the file was deleted, and computed again it has other bytes (SHA-256 {receipt['sha256'][:12]}) or another key"
+    )
     raise IntegrityError(cause, f"delete {receipt_path(root, name)}, then run again", path=root / name)
 
 

@@ -179,7 +179,7 @@ class _Region(NamedTuple):
 
 
 class DenseNetwork(nn.Module):
-    """A network from the pixels of regions to the probabilities of their windows."""
+    """A fully convolutional network that maps the pixels of regions to the probabilities of their windows."""
 
     def __init__(self, network: nn.Module, region: _Region, crops: Crops, positive_index: int) -> None:
         """Build the module from a network and the positions of its windows."""
@@ -197,7 +197,7 @@ class DenseNetwork(nn.Module):
 
 
 class Stem(nn.Module):
-    """A network from the pixels of regions to the features that windows share."""
+    """The first part of a split network, which maps the pixels of regions to the features that windows share."""
 
     def __init__(self, network: nn.Module, region: _Region) -> None:
         """Build the module from a network and the positions of its windows."""
@@ -210,7 +210,7 @@ class Stem(nn.Module):
 
 
 class Tail(nn.Module):
-    """A network from the features of windows to their probabilities."""
+    """The second part of a split network, which maps the features of each window to its probability."""
 
     def __init__(self, network: nn.Module, positive_index: int) -> None:
         """Build the module from a network and the index of the positive class."""
@@ -257,7 +257,7 @@ def _shared(conversion: _Conversion, context_px: int, share_until: str) -> Dense
     every = math.prod(factors)
     if last.side[0] != last.side[1] or last.spacing_px % every or conversion.stride % (last.spacing_px // every):
         raise cannot_run_dense(
-            f"features at {share_until} lie {last.spacing_px} px apart, windows {conversion.stride} px"
+            f"the features at {share_until}, {last.spacing_px} px apart, do not fit windows {conversion.stride} px apart"
         )
     cell_px, side = last.spacing_px // every, last.side[0]
     stem = Stem(

@@ -118,7 +118,7 @@ def _traced(classifier: Classifier) -> fx.GraphModule:
         raise cannot_run_dense("the model is a TorchScript program, whose layers cannot be read")
     if classifier.input_px != classifier.window_px:
         raise cannot_run_dense(
-            f"the model resizes windows of {classifier.window_px} px to {classifier.input_px} px, each on its own"
+            f"the model resizes windows of {classifier.window_px} px to {classifier.input_px} px, each by itself"
         )
     try:
         return fx.symbolic_trace(module)

@@ -134,5 +134,5 @@ FIT: TypeAdapter[StainFit] = TypeAdapter(StainFit)
 def cannot_measure(cause: str) -> InputError:
     """Return the error of colours that cannot be measured."""
     return InputError(
-        cause, "see whether the slide is stained, or set stain.on_failure=raw in another out= folder", stage="stain"
+        cause, "check that the slide is stained, or set stain.on_failure=raw in another out= folder", stage="stain"
     )

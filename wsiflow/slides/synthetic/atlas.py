@@ -241,8 +241,8 @@ def _outlines(archive: Path) -> Iterator[tuple[str, dict[str, list[NDArray[np.fl
 def _unusable(error: Exception, path: Path) -> WsiflowError:
     """Return the error of a file of the data folder that cannot be used."""
     if isinstance(error, OSError) and faults.number(error):
-        return faults.unreadable(error, "it", _ADVICE, path=path)
-    return InputError(f"it cannot be read ({type(error).__name__}: {error})", _ADVICE, path=path)
+        return faults.unreadable(error, "the file", _ADVICE, path=path)
+    return InputError(f"the file cannot be read ({type(error).__name__}: {error})", _ADVICE, path=path)
 
 
 def area(outline: NDArray[np.float64]) -> float:
