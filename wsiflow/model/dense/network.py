@@ -257,7 +257,7 @@ def _shared(conversion: _Conversion, context_px: int, share_until: str) -> Dense
     every = math.prod(factors)
     if last.side[0] != last.side[1] or last.spacing_px % every or conversion.stride % (last.spacing_px // every):
         raise cannot_run_dense(
-            f"the features at {share_until}, {last.spacing_px} px apart, do not fit windows {conversion.stride} px apart"
+            f"the features at {share_until}, {last.spacing_px} px apart, do not fit windows at {conversion.stride} px"
         )
     cell_px, side = last.spacing_px // every, last.side[0]
     stem = Stem(

@@ -215,7 +215,7 @@ def fit_stains(density: Floats, params: StainParams) -> Floats:
     variances, _ = principal(density)
     if not variances[1] >= LEAST_VARIANCE:
         raise cannot_measure(
-            f"the tissue has only one colour (its density has a variance of {variances[1]:.1e} across its main direction)"
+            f"the tissue has only one colour (its density varies by {variances[1]:.1e} across its main direction)"
         )
     stains = macenko_vectors(density) if params.method == "macenko" else vahadane_vectors(density, params.iterations)
     stains = np.maximum(stains, 0)
