@@ -88,27 +88,27 @@ def _l0_ring(m_ring: Ring, downsample: float, offset: tuple[float, float]) -> Ri
 
 
 def _polygons(mask: NDArray[np.bool_]) -> list[list[Ring]]:
-    """Return, for every 4-connected piece in raster order, its outer ring and then its holes, x, y in mask pixels."""
+    """Return the rings, x, y in mask pixels, of every 4-connected piece in raster order, the outer ring first."""
     count, labels = cv2.connectedComponents(mask.astype(np.uint8), connectivity=4)
     pieces: list[list[Ring]] = [[] for _ in range(count - 1)]
     for inside, loop in _loops(mask):
         ring = np.array([*loop, loop[0]], dtype=np.float64)[:, ::-1]
         pieces[labels[inside] - 1].append(ring)
-    # The outer ring of a piece is its only one of positive area.
+    # The outer ring of a piece is its only ring with a positive area.
     return [sorted(rings, key=_signed_area, reverse=True) for rings in pieces]
 
 
 def _signed_area(ring: Ring) -> float:
-    """Return the area of a closed ring, positive where it turns from x to y."""
+    """Return the area of a closed ring, which is positive if the ring turns from the x to the y axis."""
     x, y = ring.T
     return float(x[:-1] @ y[1:] - x[1:] @ y[:-1]) / 2
 
 
 def _loops(mask: NDArray[np.bool_]) -> Iterator[tuple[Vertex, list[Vertex]]]:
-    """Yield the corners of every simple loop of pixel borders, with the row and column of a pixel of its piece.
+    """Yield every simple loop of pixel borders: row and column of a pixel of its piece, and the corners of the loop.
 
-    Borders are walked with the mask on the right. Where two pixels meet in a corner only, the walk stays with its own
-    pixel; where it passes a corner twice nevertheless, it is split there, so that no ring touches itself.
+    Borders are followed with the mask on their right. Where two pixels touch only at a corner, the path stays with its
+    own pixel. A path that nevertheless passes a corner twice is split there, so that no ring touches itself.
     """
     leaving = _borders(mask)
     walked: set[tuple[Vertex, int]] = set()
@@ -121,7 +121,7 @@ def _loops(mask: NDArray[np.bool_]) -> Iterator[tuple[Vertex, list[Vertex]]]:
 
 
 def _borders(mask: NDArray[np.bool_]) -> dict[Vertex, list[int]]:
-    """Return, by corner (row, column), the headings of the borders that leave it with the mask on their right."""
+    """Return the headings of all pixel borders by the corner (row, column) at which they begin, mask on their right."""
     m = np.pad(mask, 1)
     inner = m[1:-1, 1:-1]
     neighbours = (m[:-2, 1:-1], m[1:-1, 2:], m[2:, 1:-1], m[1:-1, :-2])
@@ -135,7 +135,7 @@ def _borders(mask: NDArray[np.bool_]) -> dict[Vertex, list[int]]:
 def _walk(
     leaving: Mapping[Vertex, Sequence[int]], walked: set[tuple[Vertex, int]], start: Vertex, heading: int
 ) -> list[Vertex]:
-    """Return the corners where the walk from ``start`` turns, until it is back, and note the borders walked."""
+    """Return the corners at which the path from ``start`` turns until it closes, and add its borders to ``walked``."""
     corners = []
     vertex, turned = start, heading
     while (vertex, turned) not in walked:
@@ -150,7 +150,7 @@ def _walk(
 
 
 def _split(corners: Sequence[Vertex]) -> list[list[Vertex]]:
-    """Cut a walk into loops that pass every corner once."""
+    """Return the loops into which a closed path is divided, so that each passes every corner at most once."""
     loops, path, place = [], list[Vertex](), dict[Vertex, int]()
     for corner in corners:
         if corner in place:

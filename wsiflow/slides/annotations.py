@@ -218,12 +218,12 @@ def _check_inside(polygon: NDArray[np.float64], l0_size_px: tuple[int, int], nam
 
 
 def _filled(m_polygon: NDArray[np.float64], shape: tuple[int, int]) -> tuple[slice, slice, NDArray[np.bool_]]:
-    """Return the rows and columns of a window and the pixels in it whose centres a polygon winds round.
+    """Return the pixels whose centres are inside a polygon: slices of rows and columns, and a mask of that window.
 
-    Every edge adds its direction, +1 or -1, to the pixels right of it in each row whose centre line it crosses; the sum
-    is the winding number.
+    Every edge adds its direction, +1 or -1, to all pixels to its right in each row whose centre line it crosses. The
+    sum for a pixel is its winding number, which is not 0 inside the polygon.
     """
-    p = m_polygon - 0.5  # now pixel (row, col) has its centre at y = row, x = col
+    p = m_polygon - 0.5  # so that the centre of pixel (row, col) is at y = row, x = col
     first, last = np.ceil(p.min(axis=0)), np.ceil(p.max(axis=0))
     (col0, row0), (col1, row1) = (np.clip(corner, 0, shape[::-1]).astype(np.int64).tolist() for corner in (first, last))
     window = slice(row0, row1), slice(col0, col1)
@@ -239,9 +239,9 @@ def _filled(m_polygon: NDArray[np.float64], shape: tuple[int, int]) -> tuple[sli
 def _crossings(
     p: NDArray[np.float64], row0: int, row1: int
 ) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.int64]]:
-    """Return row, x and direction of every crossing of an edge with a centre line between two rows.
+    """Return the row, x and direction of every crossing of an edge with the centre line of a row from row0 to row1 - 1.
 
-    An edge reaches from its upper end, included, to its lower end, excluded, so that a shared corner is crossed once.
+    An edge includes its upper end and excludes its lower end, so that a corner of two edges is crossed once.
     """
     start, end = p, np.roll(p, -1, axis=0)
     upper, lower = np.minimum(start[:, 1], end[:, 1]), np.maximum(start[:, 1], end[:, 1])
