@@ -34,7 +34,7 @@ def test_what_is_not_defined_is_nan_and_breaks_nothing() -> None:
     assert certificate.exceeded_limits(none, Limits(0.0, 0.0, 0.0)) == []
 
 
-def test_broken_limits_are_named_with_both_numbers() -> None:
+def test_exceeded_limits_are_named_with_both_numbers() -> None:
     """The message for each limit has its name, the value and the limit."""
     found = certificate.score_deviation(np.array([0.1, 0.6], np.float32), np.array([0.1, 0.4], np.float32))
     assert certificate.exceeded_limits(found, Limits()) == []

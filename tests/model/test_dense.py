@@ -386,7 +386,7 @@ def test_googlenet_works_as_much_as_was_measured(googlenet: Classifier) -> None:
     facts = describe(googlenet, 16)
     assert round(facts.window_macs / 1e9, 3) == 1.497
     assert (facts.grid_px, facts.native_px, facts.align_px, facts.padded) == (16, 32, 16, True)
-    # The widest moment: the 7 x 7 convolution (64 channels, a quarter of the pixels) beside what its pool makes of it.
+    # The peak is at the output of the 7 x 7 convolution (64 channels, a quarter of the pixels) and of its pooling.
     assert facts.activation_bytes_px == 4 * (64 / 4 + 64 / 16)
 
 
@@ -400,7 +400,7 @@ def test_multiplications_are_those_of_a_real_pass(name: str, stride: int) -> Non
         with FlopCounterMode(display=False) as counter:
             scores_of(dense, torch.zeros(1, 3, *[network.window_px + 48 * steps] * 2))
         counts.append(counter.get_total_flops() / 2)
-    growth = (counts[2] - 2 * counts[1] + counts[0]) / 2  # what is left of a parabola is its square term
+    growth = (counts[2] - 2 * counts[1] + counts[0]) / 2  # the second difference of a parabola is its quadratic term
     assert growth == pytest.approx(dense.facts.dense_macs_px * 48**2)
     with FlopCounterMode(display=False) as counter:
         network.module(torch.zeros(1, 3, network.window_px, network.window_px))
@@ -468,7 +468,7 @@ def test_sharing_a_part_equals_window_without_padding(cut: str, stride: int) -> 
     torch.testing.assert_close(shared_scores(dense, pixels), wanted, atol=1e-5, rtol=0)
 
 
-def test_cuts_tell_what_windows_can_share(googlenet: Classifier) -> None:
+def test_split_points_are_those_up_to_which_windows_share(googlenet: Classifier) -> None:
     """The deepest comes first; 58 % of a window's multiplications are before the end of pool3."""
     cuts = describe(googlenet, 16).cuts
     shares = {cut.name: round(cut.share, 2) for cut in cuts}

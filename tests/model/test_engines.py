@@ -153,7 +153,7 @@ def elsewhere(specs: Sequence[EngineSpec], shapes: Sequence[tuple[int, int]], fo
     return found
 
 
-def test_nothing_reports_home(tmp_path: Path) -> None:
+def test_no_usage_is_reported(tmp_path: Path) -> None:
     """OpenVINO, NNCF and ONNX Runtime leave no consent file, machine id or event queue."""
     code = (
         "import numpy as np, sys, torch\n"
@@ -261,7 +261,7 @@ class Exotic(nn.Module):
 
 
 @pytest.mark.parametrize("spec", FP32[1:], ids=lambda spec: spec.backend)
-def test_a_network_that_cannot_be_converted_is_the_users_to_mend(spec: EngineSpec) -> None:
+def test_a_network_that_cannot_be_converted_is_an_input_error(spec: EngineSpec) -> None:
     """The error is an input error, and its message says that PyTorch runs the network."""
     network = Network(lambda: Exotic().eval(), "exotic", np.eye(3, dtype=np.float32)[None], fixed=True)
     with pytest.raises(InputError, match=r"cannot be converted to .*; set inference.backend=torch"):
@@ -283,7 +283,7 @@ def test_results_are_the_callers_and_any_memory_order_serves(spec: EngineSpec, t
     assert (engine(view) != kept).any()
 
 
-def test_arrays_the_network_was_not_made_for_are_refused(tiny: Network, maps: Network, cache: Path) -> None:
+def test_arrays_of_another_form_are_refused(tiny: Network, maps: Network, cache: Path) -> None:
     """OpenVINO would cast floats to bytes, and a batch of another size is another shape."""
     exact, free = prepare(tiny, OPENVINO, threads=1), prepare(maps, OPENVINO, threads=1, cache=cache)
     for wrong in (tiny.example[:1], tiny.example[:, :, 1:], tiny.example[0], tiny.example.astype(np.float64)):
@@ -349,7 +349,7 @@ def test_a_network_is_converted_once(tiny: Network, tmp_path: Path, monkeypatch:
     ],
     ids=["empty", "hash only", "cut", "one bit"],
 )
-def test_a_damaged_entry_is_made_again(
+def test_a_damaged_entry_is_computed_again(
     how: Callable[[bytes], bytes], tiny: Network, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A damaged entry is never an error, and afterwards it is intact."""
@@ -435,7 +435,7 @@ def test_a_slow_candidate_is_measured_once() -> None:
     assert clock.ran == "aa"
 
 
-def test_real_engines_are_told_apart(tiny: Network) -> None:
+def test_real_engines_are_distinguished(tiny: Network) -> None:
     """An engine that runs a network fifty times takes longer, however busy the machine is."""
     once = prepare(tiny, OPENVINO, threads=1)
     found = median_seconds(

@@ -60,7 +60,7 @@ def seen(net: InceptionValid, row: int, col: int) -> torch.Tensor:
     """Return which pixels (240, 240) of a block of 240 px influence one element of its logit map."""
     torch.manual_seed(5)
     found = torch.zeros(240, 240, dtype=torch.bool)
-    # A pool and a ReLU may block a pixel's gradient in one image, hardly in three.
+    # Pooling and ReLU may block the gradient of a pixel in one image, but hardly in three.
     for _ in range(3):
         image = torch.rand(1, 3, 240, 240, requires_grad=True)
         logit_map(net, image)[1, row, col].backward()
@@ -133,7 +133,7 @@ def test_size_and_work(width: float, parameters: int, window_mmac: float, tile_m
     net = InceptionValid(2, width=width, dropout=0.0)
     assert sum(parameter.numel() for parameter in net.parameters()) == parameters
     assert round(macs(net, 224) / 1e6, 1) == window_mmac
-    # second difference of the work of squares: what is left is the interior, without borders
+    # The second difference of the multiplications for squares is that of the interior, without borders.
     sides = [macs(net, 224 * n) for n in (1, 2, 3)]
     assert (sides[0] - 2 * sides[1] + sides[2]) / 2 / 1e6 == pytest.approx(tile_mmac, abs=0.1)
 
@@ -147,7 +147,7 @@ def test_channels_are_multiples_of_eight(width: float) -> None:
 
 
 @pytest.mark.parametrize("width", [0.0, -1.0, float("nan")])
-def test_a_width_that_is_none_is_refused(width: float) -> None:
+def test_an_invalid_width_is_refused(width: float) -> None:
     """A card with such a width is refused, and the message names it."""
     with pytest.raises(InputError, match=f"width is {width}, but must be above 0"):
         build("inception_valid", 2, width=width, dropout=0.2)
@@ -206,7 +206,7 @@ def middle(squares: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(squares[:, 16:240, 16:240])
 
 
-def test_card_tells_what_the_network_takes() -> None:
+def test_the_card_describes_the_networks_input() -> None:
     """Window, spacing, classes and origin are in the card, and the weights are small enough to ship."""
     card = read_card(SPEC)
     assert (card.architecture, card.architecture_args["width"]) == ("inception_valid", DEMO_WIDTH)
@@ -235,7 +235,7 @@ def test_no_patch_is_on_both_sides(patches: SimpleNamespace, shared_data: Path) 
     assert len(train.labels) > len(test.labels) > 100
 
 
-def test_fresh_synthetic_patches_are_told_apart(classifier: Classifier) -> None:
+def test_new_synthetic_patches_are_classified(classifier: Classifier) -> None:
     """Patches of slides with seeds outside the training data are classified correctly."""
     rng = np.random.default_rng(77_777)
     labels = np.arange(200) % 2 == 1

@@ -51,7 +51,7 @@ def network() -> nn.Module:
     for layer in net.modules():
         if isinstance(layer, nn.BatchNorm2d):
             layer.momentum = 1.0
-    # One pass gives the norms the statistics of real maps; without, random layers say the same of every image.
+    # One pass sets the statistics of the norms; without it random layers give the same for every image.
     net.train()(torch.from_numpy(windows(4)).permute(0, 3, 1, 2) / 64 - 2)
     return net
 
@@ -345,7 +345,7 @@ def test_the_probe_of_seed_zero_never_changes() -> None:
     assert probe_image(0, 14)[:2, :2].tolist() == corner
 
 
-# WSInfer's form.
+# WSInfer's format.
 
 WSINFER = {
     "spec_version": "1.0",

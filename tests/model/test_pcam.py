@@ -42,7 +42,7 @@ def logit_map(net: CompactValid, block: torch.Tensor) -> torch.Tensor:
 def test_a_logit_sees_its_window_whole_and_nothing_else() -> None:
     """Every pixel of the 96 px window has a gradient, and the pixels next to it have none."""
     net, found = network(), torch.zeros(112, 112, dtype=torch.bool)
-    for _ in range(4):  # a pool and a ReLU may block a pixel's gradient in one image, hardly in four
+    for _ in range(4):  # pooling and ReLU may block the gradient of a pixel in one image, but hardly in four
         image = torch.rand(1, 3, 112, 112, requires_grad=True)
         logit_map(net, image)[1, 1, 1].backward()
         assert image.grad is not None
@@ -97,7 +97,7 @@ def training() -> SimpleNamespace:
         return SimpleNamespace(**runpy.run_path(str(ROOT / "training/pcam.py")))
 
 
-def test_card_tells_what_the_network_takes() -> None:
+def test_the_card_describes_the_networks_input() -> None:
     """Window, spacing, classes and origin are in the card, and the weights are small enough to ship."""
     card = read_card(SPEC)
     assert (card.architecture, card.window_px, card.spacing_um_px) == ("compact_valid", 96, 0.97)
@@ -108,9 +108,7 @@ def test_card_tells_what_the_network_takes() -> None:
     assert (folder / card.weights).stat().st_size < 5_000_000
 
 
-def test_held_out_auc_is_what_the_card_says(
-    classifier: Classifier, training: SimpleNamespace, shared_data: Path
-) -> None:
+def test_held_out_auc_is_that_of_the_card(classifier: Classifier, training: SimpleNamespace, shared_data: Path) -> None:
     """The validation patches, unused in any choice, give all numbers of the card, and an AUC above 0.85."""
     held_out, _ = training.read(shared_data, "val")
     found = predict(classifier, held_out.pixels).astype(np.float64)

@@ -60,7 +60,7 @@ def inception() -> Classifier:
     for layer in network.modules():
         if isinstance(layer, nn.BatchNorm2d):
             layer.momentum = 1.0
-    # One pass gives the norms the statistics of real maps; without, random layers say the same of every window.
+    # One pass sets the statistics of the norms; without it random layers give the same for every window.
     network.train()(torch.from_numpy(images(4, 224, 224)).permute(0, 3, 1, 2) / 64 - 2)
     return as_classifier(network, card())
 
@@ -80,7 +80,7 @@ def images(n: int, rows: int, cols: int) -> np.ndarray:
     return RNG.integers(0, 256, (n, rows, cols, 3), dtype=np.uint8)
 
 
-def test_what_is_kept_of_a_network_is_what_it_says(
+def test_cached_facts_are_those_of_the_network(
     inception: Classifier, googlenet: Classifier, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The cached facts of each network are equal without tracing it; another stride has its own."""
@@ -124,7 +124,7 @@ def test_windows_equal_a_naive_loop(inception: Classifier, backend: str) -> None
 
 
 @pytest.mark.parametrize("step", [2, 4])
-def test_refinement_looks_closely_where_a_coarse_window_is_high(inception: Classifier, step: int) -> None:
+def test_refinement_runs_all_windows_where_a_coarse_score_is_high(inception: Classifier, step: int) -> None:
     """Tiles above the threshold equal the naive loop; in others the middle window fills its surroundings."""
     about = frame(56, 84)
     pixels = pixels_of(about)
@@ -142,7 +142,7 @@ def test_refinement_looks_closely_where_a_coarse_window_is_high(inception: Class
     assert found.windows == 2 * (2 * 16 + 2 * (4 // step) ** 2)
 
 
-def test_refinement_of_tissue_where_nothing_is_high(inception: Classifier) -> None:
+def test_refinement_keeps_coarse_scores_where_none_is_high(inception: Classifier) -> None:
     """In most tissue there are only coarse scores."""
     about = frame(56, 84)
     choice = PLAIN._replace(batch=3, refine=1.0, refine_from_px=112)
@@ -231,7 +231,7 @@ def windows(n: int) -> np.ndarray:
 @pytest.mark.parametrize("input_px", [16, 24], ids=["as they are", "resized"])
 @settings(deadline=None, max_examples=20)
 @given(batch=st.integers(1, 20), n=st.integers(0, 23))
-def test_a_window_scores_the_same_in_any_company(input_px: int, batch: int, n: int) -> None:
+def test_a_score_does_not_depend_on_other_windows(input_px: int, batch: int, n: int) -> None:
     """With one batch size, the first windows alone have the same bits as among others."""
     classifier = small(input_px)
     made = scorer.make_scorer(classifier, PLAIN._replace(batch=batch), threads=1)

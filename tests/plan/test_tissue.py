@@ -71,7 +71,7 @@ def test_all_tissue_colours_together_are_found() -> None:
     assert found(tissue_mask(blocks(PINK, PURPLE, RED), PARAMS)) == [1.0, 1.0, 1.0]
 
 
-def test_ink_is_told_from_tissue_by_its_hue() -> None:
+def test_ink_is_distinguished_from_tissue_by_its_hue() -> None:
     """Green ink is removed by its hue, and kept by the method that ignores hue."""
     image = blocks(PURPLE, GREEN_INK)
     assert found(tissue_mask(image, PARAMS)) == [1.0, 0.0]
@@ -90,7 +90,7 @@ def test_violet_tissue_on_bluish_glass_is_whole() -> None:
     assert mask.sum() == 40 * 40
 
 
-def test_the_whole_slide_can_be_asked_for() -> None:
+def test_the_whole_slide_can_be_selected() -> None:
     """``all`` ignores the pixels."""
     assert tissue_mask(blocks(PINK), with_(method="all")).all()
 

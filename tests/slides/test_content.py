@@ -28,7 +28,7 @@ def rewrite(path: Path) -> None:
     """Write other bytes to a file, then restore its content and times, as a copying tool might do."""
     data, before = path.read_bytes(), path.stat()
     stamped = content.stamp(path)
-    while content.stamp(path) == stamped:  # times may be no finer than some milliseconds
+    while content.stamp(path) == stamped:  # times may have a resolution of some milliseconds
         path.write_bytes(bytes(len(data)))
         path.write_bytes(data)
         os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))

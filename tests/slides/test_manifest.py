@@ -136,7 +136,7 @@ def test_all_errors_are_reported_together(tmp_path: Path) -> None:
     assert "line 2:" not in message
 
 
-def test_every_error_of_a_long_list_is_told(tmp_path: Path) -> None:
+def test_every_error_of_a_long_list_is_reported(tmp_path: Path) -> None:
     """All wrong lines are reported at once, so that a manifest can be corrected in one pass."""
     message = problems_of(tmp_path, "path,mpp\n" + "".join(f"s{k}.svs,x\n" for k in range(1000)))
     assert "1000 errors" in message
@@ -241,7 +241,7 @@ def rejection(path: Path) -> str:
     return str(caught.value)
 
 
-def test_whatever_has_the_name_of_a_slide_is_one(tmp_path: Path) -> None:
+def test_every_file_named_like_a_slide_is_one(tmp_path: Path) -> None:
     """Broken links, special files and folders are not slides, and each is rejected with its name."""
     (tmp_path / "nowhere.svs").symlink_to("gone.svs")
     (tmp_path / "itself.svs").symlink_to("itself.svs")
@@ -293,7 +293,7 @@ def test_one_file_under_two_names_is_refused(tmp_path: Path, link: Callable[[Pat
         read_folder(tmp_path)
 
 
-def test_a_folder_that_may_not_be_listed_is_told(tmp_path: Path, monkeypatch) -> None:
+def test_a_folder_that_cannot_be_listed_is_reported(tmp_path: Path, monkeypatch) -> None:
     """The slides of such a folder would be left out silently, so it is named, with exit code 30."""
     for name in ("a.tif", "shut/b.tif", "open/too/c.tif"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

@@ -64,7 +64,7 @@ def test_single_real_slides(shared_data: Path, tmp_path: Path, name: str, more: 
     assert np.isfinite(heat).any()
 
 
-def test_the_manifest_mends_a_wrong_pixel_size(shared_data: Path, tmp_path: Path) -> None:
+def test_the_manifest_corrects_a_wrong_pixel_size(shared_data: Path, tmp_path: Path) -> None:
     """The generic TIFF states 0.00499 um/px; with the true value in the manifest it equals the SVS."""
     path = shared_data / "wsi/good/CMU-1-Small-Region.generic.jpeg.tiff"
     (tmp_path / "m.csv").write_text(f"slide_id,path,mpp\ncmu,{path},0.499\n")

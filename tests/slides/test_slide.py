@@ -335,7 +335,7 @@ def test_all_files_of_a_slide_count(tmp_path: Path, main: str, companion: str) -
     assert signature(path) != before[1]
 
 
-def test_the_signature_tells_a_replaced_file(tmp_path: Path) -> None:
+def test_the_signature_changes_with_a_replaced_file(tmp_path: Path) -> None:
     """The same bytes in a new file with the same time are another file."""
     path, copy = tmp_path / "a.svs", tmp_path / "copy"
     for file in (path, copy):
@@ -390,7 +390,7 @@ def test_an_old_openslide_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("names", [("s.mrxs", "s/Data0.dat"), ("1.dcm", "2.dcm"), ("i.vms", "tile.jpg")])
-def test_what_belongs_to_a_slide_and_is_gone_is_refused(tmp_path: Path, names: tuple[str, str]) -> None:
+def test_a_missing_file_of_a_slide_is_refused(tmp_path: Path, names: tuple[str, str]) -> None:
     """If it were left out, the hash of the slide would silently not cover it."""
     named, part = (tmp_path / name for name in names)
     named.write_text(part.name)
@@ -401,7 +401,7 @@ def test_what_belongs_to_a_slide_and_is_gone_is_refused(tmp_path: Path, names: t
             look(named)
 
 
-def test_data_of_a_slide_that_may_not_be_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_of_a_slide_that_cannot_be_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another user may be able to list it, so the exit code is 30."""
     (tmp_path / "s.mrxs").write_text("[GENERAL]")
     (tmp_path / "s").mkdir()

@@ -142,7 +142,7 @@ def test_drawn_slides_come_together(method: str, drawn: list[tuple[Stain, Pixels
         out = normalise(tiles.reshape(-1, 128, 3), found, settings_.target_fit)
         means.append([x.reshape(-1, 3)[x.reshape(-1, 3).mean(axis=1) < 205].mean(axis=0) for x in (tiles, out)])
         if isinstance(found, DensityFit):
-            # Less than a twentieth of a tile inside the tissue is glass: its white is a little darker.
+            # Less than a twentieth of a tile inside the tissue is glass, so its white is slightly darker.
             assert -8 < found.white - np.mean(colours.glass) < 4
             assert angle(found.haematoxylin, colours.haematoxylin) < 3
             assert angle(found.eosin, colours.eosin) < 9
@@ -502,7 +502,7 @@ def test_what_can_be_normalised_is() -> None:
     assert normalise_block(rgb, None, params("none")) == (rgb, "")
 
 
-# Numbers: settings, fits, samples
+# Settings, fits and samples
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -547,7 +547,7 @@ def test_a_damaged_fit_is_refused(change: dict[str, object], named: str) -> None
 
 
 @given(total=st.integers(0, 3000), count=st.integers(1, 1000))
-def test_a_choice_is_spread_evenly(total: int, count: int) -> None:
+def test_a_sample_is_stratified(total: int, count: int) -> None:
     """One index comes from each of equal ranges: none is repeated, and no gap is as long as two ranges."""
     chosen = stratified_indices(total, count)
     assert len(chosen) == min(total, count)
@@ -558,7 +558,7 @@ def test_a_choice_is_spread_evenly(total: int, count: int) -> None:
         assert np.diff(edges).max() <= 2 * total / count + 1
 
 
-def test_a_choice_is_the_same_everywhere() -> None:
+def test_a_sample_is_the_same_everywhere() -> None:
     """The sample is computed from the bits of PCG64, which no release of NumPy changes."""
     assert stratified_indices(1000, 8).tolist() == [79, 158, 255, 377, 601, 739, 825, 966]
 

@@ -114,7 +114,7 @@ def test_truth_matches_pixels(atlas: Atlas, plans: tuple[camelyon16.SyntheticSli
     assert apart[inside].mean() > 0.1
 
 
-def test_no_class_is_told_by_how_pieces_meet(atlas: Atlas) -> None:
+def test_joints_of_pieces_do_not_reveal_the_class(atlas: Atlas) -> None:
     """In both classes neighbouring pixels differ as much at the joints of pieces as elsewhere."""
     for tumour in (False, True):
         chosen = [one.codes for one in atlas.pictures if one.part == "test" and one.tumour == tumour][:8]
@@ -225,7 +225,7 @@ def test_a_folder_of_another_data_set_is_refused_before_drawing(
     shared_data: Path, atlas: Atlas, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A data set with more slides would begin with the same slides, but is another one."""
-    monkeypatch.setattr(dataset, "read_atlas", lambda _: atlas)  # to read it takes long
+    monkeypatch.setattr(dataset, "read_atlas", lambda _: atlas)  # because reading it takes long
     (tmp_path / "sources.json").write_text("{}")
     publish.publish_bytes(tmp_path, "manifest.csv", b"other", publish.key_of(text="other"), {"kind": "synthetic"})
     monkeypatch.setattr(dataset, "_each", lambda *_: pytest.fail("something was drawn"))

@@ -47,7 +47,7 @@ def test_the_same_seed_gives_the_same_field(pieces: NDArray[np.uint8]) -> None:
     assert (first != other).mean() > 0.3
 
 
-def test_everything_wanted_is_covered(pieces: NDArray[np.uint8]) -> None:
+def test_the_region_is_covered(pieces: NDArray[np.uint8]) -> None:
     """The region is covered, and places far from it are empty."""
     wanted = np.zeros((1200, 1200), np.bool_)
     wanted[700:760, 100:900] = True
@@ -110,7 +110,7 @@ def test_uniform_field_is_uniform() -> None:
     np.testing.assert_allclose(counts / counts.sum(), 0.1, atol=0.01)
 
 
-def test_colours_follow_the_look() -> None:
+def test_colours_follow_the_appearance() -> None:
     """Without stain there is glass; one unit of haematoxylin absorbs according to the Beer-Lambert law."""
     codes = np.zeros((64, 64, 2), np.uint8)
     clear = APPEARANCE._replace(noise=0.0)

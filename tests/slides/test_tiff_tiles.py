@@ -196,7 +196,7 @@ def test_a_philips_slide_with_padded_levels_is_decoded_directly(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("vendor", ["generic-tiff", "aperio"])
-def test_missing_tiles_are_what_openslide_makes_of_them(tmp_path: Path, vendor: str) -> None:
+def test_missing_tiles_are_those_of_openslide(tmp_path: Path, vendor: str) -> None:
     """They are background, or for one vendor what another level shows, and their fraction is returned."""
     description = "Aperio Image Library v12.0.5\r\n710x498 (128x128) JPEG|MPP = 0.25" if vendor == "aperio" else None
     path = write(tmp_path / "s.tif", tissue(), tissue()[::2, ::2], description=description, metadata=None)
@@ -239,7 +239,7 @@ def test_a_level_with_a_fractional_downsample_is_openslides(tmp_path: Path) -> N
         assert opened.decoder == "openslide"
 
 
-def test_two_pages_of_a_size_are_not_guessed_at(tmp_path: Path) -> None:
+def test_two_pages_of_one_size_are_left_to_openslide(tmp_path: Path) -> None:
     """If a page that is not a level has the size of one, OpenSlide reads the level."""
     path = tmp_path / "s.tif"
     with tifffile.TiffWriter(path) as writer:
@@ -285,7 +285,7 @@ def probed(level: tiff_tiles.TiledLevel) -> set[tuple[int, int]]:
     }
 
 
-def test_the_probe_looks_at_tissue_borders_and_tile_corners(tmp_path: Path) -> None:
+def test_the_samples_cover_tissue_and_borders(tmp_path: Path) -> None:
     """The samples, about seven tiles, include the tile with most bytes, off the grid, and the last tile."""
     level = tiled_level(write(tmp_path / "s.tif", tissue()))
     richest, probes, touched = int(np.argmax(level.counts)), level.probes(), probed(level)
@@ -379,7 +379,7 @@ def bent(tile: bytearray) -> None:
 
 @pytest.mark.parametrize("form", ["4:2:0", "4:4:4", "rgb-jpeg"])
 @pytest.mark.parametrize("damage", [zeroed, holed, shifted, mixed, beheaded, bent])
-def test_damage_is_what_openslide_says_it_is(tmp_path: Path, form: str, damage: Callable[[bytearray], None]) -> None:
+def test_damage_is_reported_as_by_openslide(tmp_path: Path, form: str, damage: Callable[[bytearray], None]) -> None:
     """The decoder does not report damage, but the same tiles are refused with the same messages as by OpenSlide."""
     path = write(tmp_path / "s.tif", tissue(), **({"compressionargs": {"level": 40}} | DIRECT[form]))
     level = tiled_level(path)

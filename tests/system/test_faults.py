@@ -135,7 +135,7 @@ def test_what_cannot_be_read_is_not_blamed_on_the_output(
     assert "out=" not in outcome.error
 
 
-def test_a_lost_attempt_does_not_hide_what_went_wrong(tmp_path: Path) -> None:
+def test_a_lost_attempt_does_not_hide_the_first_error(tmp_path: Path) -> None:
     """If the private folder was removed in the meantime, the first error is still the one reported."""
 
     def lose() -> None:
@@ -158,7 +158,7 @@ def test_a_command_names_what_was_refused(capsys: pytest.CaptureFixture[str], mo
     assert capsys.readouterr().err == "wsiflow: /data/x: Read-only file system; mount it for writing, then run again\n"
 
 
-def test_a_stream_that_lacks_a_letter_is_told_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_is_printed_where_the_stream_lacks_a_character(monkeypatch: pytest.MonkeyPatch) -> None:
     """Characters that the locale cannot encode, or file names that are not text, are written as escapes."""
     out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", out)
@@ -184,7 +184,7 @@ def test_an_input_is_wrong_or_the_machine_is(name: str, kind: type[WsiflowError]
 
 
 @pytest.mark.parametrize("name", ["EMFILE", "EIO", "ESTALE", "ENOMEM", "EACCES"])
-def test_a_slide_is_not_damaged_where_the_system_does_not_let_us_read_it(name: str) -> None:
+def test_a_slide_that_the_system_refuses_to_read_is_not_called_damaged(name: str) -> None:
     """OpenSlide reports refusals in words: too few open files must not look like a damaged slide."""
     words = f"the slide cannot be opened (Couldn't open /s.tif: {os.strerror(getattr(errno, name))})"
     error = slide._refused(words, "s", Path("/s.tif"))
@@ -192,7 +192,7 @@ def test_a_slide_is_not_damaged_where_the_system_does_not_let_us_read_it(name: s
     assert "copy it again" in str(slide._refused("the slide cannot be opened (no marker)", "s", Path("/s.tif")))
 
 
-def test_workers_that_cannot_have_semaphores_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_without_semaphores_name_the_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """The error of a read-only /dev/shm names no file, but the message names /dev/shm."""
 
     def refuse(*_: object, **__: object) -> None:

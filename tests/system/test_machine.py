@@ -112,7 +112,7 @@ def test_cards_and_threads_do_not_import_torch() -> None:
     assert run(code).stdout.strip() == "False"
 
 
-def test_the_numeric_class_tells_threads_and_pins_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_numeric_class_depends_on_threads_and_pins(monkeypatch: pytest.MonkeyPatch) -> None:
     """Other threads or a restricted instruction set give another class; a second call gives the same."""
     monkeypatch.delenv("ATEN_CPU_CAPABILITY", raising=False)
     plain = numeric_class(1)

@@ -95,7 +95,7 @@ def attempt_of(root: Path, **changed: object) -> Path:
     ("changed", "swept"),
     [
         ({}, False),
-        ({"born": "1"}, True),  # its number is another process's now
+        ({"born": "1"}, True),  # its PID is now that of another process
         ({"pid": 2**22 + 1}, True),
         ({"pid": 1, "born": ""}, False),
         (
@@ -145,14 +145,14 @@ def test_what_is_not_an_attempt_is_left_alone(tmp_path: Path) -> None:
     """Files, links and folders with other names, including those of former versions, are harmless and stay."""
     root = tmp_path / publish.ATTEMPTS
     (root / "a-b-c").mkdir(parents=True)
-    (root / f"{socket.gethostname()}-{2**22 + 1}-{'a' * 32}").mkdir()  # it says nothing of its PID namespace
+    (root / f"{socket.gethostname()}-{2**22 + 1}-{'a' * 32}").mkdir()  # without a PID namespace
     (root / f"a-b-{'a' * 12}-c-{'d' * 32}").mkdir()
     (root / "x-1-y").write_text("")
     host, _, space, _ = processes.current()
     (root / f"{host}-{2**22 + 1}-{space}-1-{'0' * 32}").symlink_to(tmp_path)
     (root / ".DS_Store").write_text("")
     before = sorted(root.iterdir())
-    (root / f"{host}-{2**70}-{space}-1-{'0' * 32}").mkdir()  # a number that no process has
+    (root / f"{host}-{2**70}-{space}-1-{'0' * 32}").mkdir()  # a PID that no process can have
     publish.sweep_attempts(tmp_path)
     publish.forget_attempts(tmp_path, processes.current())
     assert sorted(root.iterdir()) == before
@@ -161,9 +161,7 @@ def test_what_is_not_an_attempt_is_left_alone(tmp_path: Path) -> None:
     publish.sweep_attempts(tmp_path)
 
 
-def test_receipts_that_may_not_be_listed_are_not_taken_for_none(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_receipts_that_cannot_be_listed_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """If receipts cannot be listed, a check of all files must not succeed."""
     assert publish.receipt_names(tmp_path) == []
     make(tmp_path)
@@ -214,7 +212,7 @@ def test_damage_to_a_published_file_is_noticed(tmp_path: Path, damage, message: 
     assert "delete" in str(caught.value)
 
 
-def test_what_is_made_again_has_the_bytes_that_others_were_computed_from(tmp_path: Path) -> None:
+def test_a_file_computed_again_has_its_former_bytes(tmp_path: Path) -> None:
     """The receipt of a deleted file remains valid: other bytes are refused, and the remedy works."""
     receipt = make(tmp_path)
     (tmp_path / "a/b.bin").unlink()
@@ -251,7 +249,7 @@ def test_a_failed_check_publishes_nothing(tmp_path: Path) -> None:
     assert publish.done(tmp_path, "a/b.bin", KEY) is None
 
 
-def test_generations_keep_what_a_run_was_told_before(tmp_path: Path) -> None:
+def test_generations_keep_the_former_ones(tmp_path: Path) -> None:
     """The same text gives the same generation; another text gets the next number."""
     names = [
         publish.publish_generation(tmp_path, "plan.json", text, {}).name for text in (b"1", b"1", b"2", b"3", b"3")
@@ -275,7 +273,7 @@ def test_files_of_similar_names_are_no_generations(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", '{"path": "a/b', "null", "[]", "{}", '{"path": "a/b.bin"}', "\x00\x00"])
-def test_a_receipt_that_is_none_is_named(tmp_path: Path, text: str) -> None:
+def test_an_invalid_receipt_is_named(tmp_path: Path, text: str) -> None:
     """For an empty, truncated or foreign receipt the message gives the remedy, and is not that of a defect."""
     make(tmp_path)
     publish.receipt_path(tmp_path, "a/b.bin").write_text(text)
@@ -293,7 +291,7 @@ def test_receipts_are_listed_without_what_others_left(tmp_path: Path) -> None:
     assert publish.receipt_names(tmp_path / "nowhere") == []
 
 
-def test_a_folder_that_cannot_be_made_is_told_at_once(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_created_is_reported(tmp_path: Path) -> None:
     """A file in the place of the folder is an environment fault whose message names the path."""
     (tmp_path / "file").write_text("")
     with pytest.raises(EnvironmentFault, match="choose another out="):

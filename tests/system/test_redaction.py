@@ -50,7 +50,7 @@ LEFT = [
 
 
 @pytest.mark.parametrize("text", HELD)
-def test_a_secret_in_a_text_is_taken_out(text: str) -> None:
+def test_a_secret_in_a_text_is_redacted(text: str) -> None:
     """Secrets in URLs, queries, connection strings, options, headers and dictionaries are replaced, once."""
     told = without_secrets(text)
     assert not any(part in told for part in ("canary", "nary", "can@", "can,", "ary@")), told
@@ -59,7 +59,7 @@ def test_a_secret_in_a_text_is_taken_out(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", LEFT)
-def test_what_is_no_secret_stays(text: str) -> None:
+def test_other_texts_are_kept(text: str) -> None:
     """Ports, file names and words in sentences are kept."""
     assert without_secrets(text) == text
 
@@ -78,12 +78,12 @@ GONE = REDACTED
         ({"x.api_key": "k", "authors": ["a"]}, {"x.api_key": GONE, "authors": ["a"]}),
     ],
 )
-def test_settings_lose_the_values_of_telling_names(settings: dict[str, Any], told: dict[str, Any]) -> None:
+def test_values_with_the_name_of_a_secret_are_redacted(settings: dict[str, Any], told: dict[str, Any]) -> None:
     """Values are replaced at any depth, except switches and empty values."""
     assert redacted(settings) == told
 
 
-def test_an_argument_behind_its_option_is_taken_out() -> None:
+def test_an_argument_after_its_option_is_redacted() -> None:
     """An option and its value are often two arguments."""
     given = ["--password", "canary", "--partition", "cpu", "--token", "--quiet", "--env", "API_KEY=canary"]
     told = ["--password", REDACTED, "--partition", "cpu", "--token", "--quiet", "--env", f"API_KEY={REDACTED}"]
@@ -93,7 +93,7 @@ def test_an_argument_behind_its_option_is_taken_out() -> None:
 
 
 @given(st.text())
-def test_any_text_can_be_told(text: str) -> None:
+def test_any_text_can_be_redacted(text: str) -> None:
     """No text raises an error, and a second redaction changes nothing."""
     assert without_secrets(without_secrets(text)) == without_secrets(text)
 
@@ -132,7 +132,7 @@ def test_an_error_holds_no_secret() -> None:
     assert "canary" not in str(caught.value)
 
 
-def test_a_folder_keeps_no_secret_and_is_told_once(tmp_path: Path) -> None:
+def test_a_folder_keeps_no_secret_and_one_generation(tmp_path: Path) -> None:
     """A start, a retry with the stored settings and a folder of a former version add at most one generation."""
     config = compose.compose_config([f"out={tmp_path / 'run'}", "tracking.uri='http://joe:canary@host'"])
     root = config.out

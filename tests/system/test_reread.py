@@ -55,7 +55,7 @@ def test_another_content_is_read_whatever_its_size_and_times(tmp_path: Path, how
     assert read(path) == "0.95"
 
 
-def test_a_file_that_is_gone_is_told_by_whoever_reads_it(tmp_path: Path) -> None:
+def test_a_deleted_file_is_reported_by_its_reader(tmp_path: Path) -> None:
     """A cached result does not replace a missing file."""
     path = tmp_path / "plan.json"
     path.write_text("one")

@@ -20,7 +20,7 @@ def burn(seconds: float) -> None:
 def test_warm_up_is_counted_once_and_with_its_task() -> None:
     """Nested loading is counted once, and other work is not counted as warm-up."""
     usage.not_a_worker()
-    usage.Meter().usage()  # what other tests have left
+    usage.Meter().usage()  # reports the warm-up of other tests
     meter, before = usage.Meter(), usage.warmup_s()
     with usage.warming_up():
         burn(0.05)
@@ -74,7 +74,7 @@ def test_energy_is_that_of_processors_and_memory(tmp_path: Path) -> None:
     assert meter.joules() == pytest.approx(3.5)
 
 
-def test_a_counter_that_begins_again_goes_on(tmp_path: Path) -> None:
+def test_a_counter_that_wraps_goes_on(tmp_path: Path) -> None:
     """When a counter wraps, its range is added each time."""
     meter = energy.EnergyMeter(counters(tmp_path, package_0=262_143_000_000), poll_s=0.01)
     counters(tmp_path, package_0=671_150)
