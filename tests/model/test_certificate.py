@@ -50,11 +50,11 @@ def test_bf16_may_cost_what_the_documentation_says() -> None:
     assert certificate.PRECISION_LIMITS["int8"] == Limits(mean_abs_diff=0.02, flips=0.02)
 
 
-@given(among=st.integers(0, 300), wanted=st.integers(0, 300))
-def test_a_draw_has_no_index_twice(among: int, wanted: int) -> None:
+@given(among=st.integers(0, 300), count=st.integers(0, 300))
+def test_a_draw_has_no_index_twice(among: int, count: int) -> None:
     """The sample has the requested size or all indices, each once and in ascending order."""
-    drawn = certificate.draw_indices("abcdef0123456789", among=among, count=wanted)
-    assert len(drawn) == min(among, wanted)
+    drawn = certificate.draw_indices("abcdef0123456789", among=among, count=count)
+    assert len(drawn) == min(among, count)
     assert (np.diff(drawn) > 0).all()
     assert ((drawn >= 0) & (drawn < among)).all()
 

@@ -241,12 +241,12 @@ def test_dense_equals_window_at_every_position(name: str, stride: int) -> None:
     network = valid(name)
     side = network.window_px
     pixels = texture(1, side + 13, side + 26 if stride < 8 else side + 50)
-    wanted = windows_scores(network, pixels, stride)
+    expected = windows_scores(network, pixels, stride)
     dense = densify(network, stride)
     found = scores_of(dense, pixels)
-    assert found.shape[1:] == wanted.shape == dense.map_shape(*pixels.shape[2:])
-    assert float(wanted.std()) > 0.01, "the windows must differ for the comparison to mean anything"
-    torch.testing.assert_close(found[0], wanted, atol=1e-5, rtol=0)
+    assert found.shape[1:] == expected.shape == dense.map_shape(*pixels.shape[2:])
+    assert float(expected.std()) > 0.01, "the windows must differ for the comparison to mean anything"
+    torch.testing.assert_close(found[0], expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("stride", [4, 8, 16, 48])
@@ -372,11 +372,11 @@ def test_overhang_is_the_context_that_makes_maps_exact(build: Callable[[], nn.Mo
     enough = -(-max(facts.overhang_px) // 2) * 2
     assert enough > 0
     region = texture(1, window_px + 160, window_px + 164)
-    wanted = scores_of(densify(network, 2, context_px=80), region)
+    expected = scores_of(densify(network, 2, context_px=80), region)
     for context_px, exact in [(enough, True), (enough - 2, False)]:
         inner = slice(80 - context_px, context_px - 80)
         found = scores_of(densify(network, 2, context_px=context_px), region[:, :, inner, inner])
-        assert (float((found - wanted).abs().max()) <= 1e-6) is exact
+        assert (float((found - expected).abs().max()) <= 1e-6) is exact
 
 
 def test_googlenet_works_as_much_as_was_measured(googlenet: Classifier) -> None:
@@ -429,7 +429,7 @@ def test_stem_and_tail_are_those_of_the_network(googlenet: Classifier, share_unt
     dense = densify(googlenet, stride, context_px=32, share_until=share_until)
     assert dense.module is None
     pixels = texture(1, 320, 352)
-    features, wanted = pixels, []
+    features, expected = pixels, []
     for name, layer in network.features.named_children():
         features = layer(features)
         if name == "pool3":
@@ -441,9 +441,9 @@ def test_stem_and_tail_are_those_of_the_network(googlenet: Classifier, share_unt
             crop = features[:, :, y : y + 14, x : x + 14]
             for name in ("stage4", "pool4", "stage5"):
                 crop = network.features.get_submodule(name)(crop)
-            wanted.append(network.classify(crop.mean((2, 3), keepdim=True)).softmax(1)[0, 1, 0, 0])
-    assert float(torch.stack(wanted).std()) > 0.005
-    torch.testing.assert_close(shared_scores(dense, pixels), torch.stack(wanted).view(rows, cols), atol=1e-5, rtol=0)
+            expected.append(network.classify(crop.mean((2, 3), keepdim=True)).softmax(1)[0, 1, 0, 0])
+    assert float(torch.stack(expected).std()) > 0.005
+    torch.testing.assert_close(shared_scores(dense, pixels), torch.stack(expected).view(rows, cols), atol=1e-5, rtol=0)
 
 
 def shared_scores(dense: DenseClassifier, pixels: torch.Tensor) -> torch.Tensor:
@@ -464,8 +464,8 @@ def test_sharing_a_part_equals_window_without_padding(cut: str, stride: int) -> 
     pixels = texture(1, 81, 94)
     dense = densify(network, stride, context_px=8 if stride == 8 else 0, share_until=cut)
     inner = pixels[:, :, 8:-8, 8:-8] if stride == 8 else pixels
-    wanted = windows_scores(network, inner, stride)
-    torch.testing.assert_close(shared_scores(dense, pixels), wanted, atol=1e-5, rtol=0)
+    expected = windows_scores(network, inner, stride)
+    torch.testing.assert_close(shared_scores(dense, pixels), expected, atol=1e-5, rtol=0)
 
 
 def test_split_points_are_those_up_to_which_windows_share(googlenet: Classifier) -> None:

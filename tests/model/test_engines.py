@@ -217,16 +217,16 @@ def test_int8_needs_samples_and_belongs_to_a_calibrated_network(tiny: Network) -
 
 
 @pytest.mark.parametrize(
-    ("spec", "told"),
+    ("spec", "message"),
     [
         (EngineSpec("torch", "int8"), "torch runs fp32 and bf16, not int8; set inference.backend to openvino"),
         (EngineSpec("onnxruntime", "int8"), "onnxruntime runs fp32, not int8; set inference.backend to openvino"),
         (EngineSpec("onnxruntime", "bf16"), "not bf16; set inference.backend to openvino or torch"),
     ],
 )
-def test_a_precision_a_backend_does_not_have_is_refused(spec: EngineSpec, told: str, tiny: Network) -> None:
+def test_a_precision_a_backend_does_not_have_is_refused(spec: EngineSpec, message: str, tiny: Network) -> None:
     """The message names the backends that support it."""
-    with pytest.raises(InputError, match=told):
+    with pytest.raises(InputError, match=message):
         prepare(tiny, spec, threads=1)
 
 

@@ -137,8 +137,8 @@ def test_refinement_runs_all_windows_where_a_coarse_score_is_high(inception: Cla
     found = scorer.make_scorer(inception, choice, threads=1).score(about, [(BLOCK, pixels)] * 2, untimed)
     near = coarse.max(axis=(1, 2)) >= refine
     assert near.tolist().count(True) == 2
-    wanted = np.where(near[:, None, None], expected, coarse)
-    np.testing.assert_allclose(found.prob, np.concatenate([wanted] * 2), atol=5e-6)
+    refined = np.where(near[:, None, None], expected, coarse)
+    np.testing.assert_allclose(found.prob, np.concatenate([refined] * 2), atol=5e-6)
     assert found.windows == 2 * (2 * 16 + 2 * (4 // step) ** 2)
 
 

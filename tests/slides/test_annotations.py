@@ -101,7 +101,7 @@ EXTERNAL = '<!DOCTYPE a SYSTEM "file:///etc/hostname"><ASAP_Annotations />'
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         (WHOLE[: len(WHOLE) // 2], "not well-formed"),
         ("", "not well-formed"),
@@ -116,9 +116,9 @@ EXTERNAL = '<!DOCTYPE a SYSTEM "file:///etc/hostname"><ASAP_Annotations />'
         (WHOLE.replace('X="96"', ""), "coordinate"),
     ],
 )
-def test_damaged_files_are_refused_with_their_path(write, text, told):
+def test_damaged_files_are_refused_with_their_path(write, text, message):
     """Truncated, foreign or malicious XML, and coordinates that are not numbers, are refused."""
-    with pytest.raises(InputError, match=told) as caught:
+    with pytest.raises(InputError, match=message) as caught:
         annotations.read_asap(write(text))
     assert "slide.xml" in str(caught.value)
 

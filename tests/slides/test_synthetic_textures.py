@@ -40,8 +40,8 @@ def by_phase(field: NDArray[np.uint8]) -> NDArray[np.float64]:
 
 def test_the_same_seed_gives_the_same_field(pieces: NDArray[np.uint8]) -> None:
     """The same seed gives the same field, and another seed another."""
-    wanted = np.ones((400, 500), np.bool_)
-    first, again, other = (textures.quilt(pieces, wanted, seed) for seed in (1, 1, 2))
+    region = np.ones((400, 500), np.bool_)
+    first, again, other = (textures.quilt(pieces, region, seed) for seed in (1, 1, 2))
     assert first.shape == (400, 500, 2)
     np.testing.assert_array_equal(first, again)
     assert (first != other).mean() > 0.3
@@ -49,10 +49,10 @@ def test_the_same_seed_gives_the_same_field(pieces: NDArray[np.uint8]) -> None:
 
 def test_the_region_is_covered(pieces: NDArray[np.uint8]) -> None:
     """The region is covered, and places far from it are empty."""
-    wanted = np.zeros((1200, 1200), np.bool_)
-    wanted[700:760, 100:900] = True
-    field = textures.quilt(pieces, wanted, 3)
-    assert field[wanted].min() > 0
+    region = np.zeros((1200, 1200), np.bool_)
+    region[700:760, 100:900] = True
+    field = textures.quilt(pieces, region, 3)
+    assert field[region].min() > 0
     assert not field[:400].any()
 
 

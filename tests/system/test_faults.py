@@ -49,10 +49,10 @@ def refused(name: str, path: object = None) -> OSError:
 @pytest.mark.parametrize("name", REMEDIES)
 def test_each_cause_has_the_remedy_that_fits(name: str) -> None:
     """Each errno has its own remedy, and the message names the file."""
-    told = str(faults.fault(refused(name, "/a/b.tif")))
-    assert told.startswith(f"/a/b.tif: {os.strerror(getattr(errno, name))}; ")
-    assert [text for text in sorted(set(REMEDIES.values())) if text in told] == [REMEDIES[name]]
-    assert told.endswith(", then run again")
+    message = str(faults.fault(refused(name, "/a/b.tif")))
+    assert message.startswith(f"/a/b.tif: {os.strerror(getattr(errno, name))}; ")
+    assert [text for text in sorted(set(REMEDIES.values())) if text in message] == [REMEDIES[name]]
+    assert message.endswith(", then run again")
 
 
 HDF5 = (
@@ -92,7 +92,7 @@ def publishing(root: Path, error: Exception) -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "told"),
+    ("error", "message"),
     [
         (refused("ENOSPC"), "a/b.bin: the file system refused: No space left on device; free space there, or choose"),
         (OSError(HDF5.replace("/out/.attempts/a/t1.h5", "")), "a/b.bin: the file system refused: No space left"),
@@ -101,15 +101,15 @@ def publishing(root: Path, error: Exception) -> None:
         (refused("EMFILE", "attempt"), r"Too many open files; allow more open files \(ulimit -n\), then run again"),
     ],
 )
-def test_what_an_attempt_cannot_write_names_the_output(tmp_path: Path, error: OSError, told: str) -> None:
+def test_what_an_attempt_cannot_write_names_the_output(tmp_path: Path, error: OSError, message: str) -> None:
     """The output is named, whether the error, HDF5 or nothing names a file, and the attempt is removed."""
-    with pytest.raises(EnvironmentFault, match=told):
+    with pytest.raises(EnvironmentFault, match=message):
         publishing(tmp_path, error)
     assert not list((tmp_path / publish.ATTEMPTS).iterdir())
 
 
 @pytest.mark.parametrize(
-    ("error", "told"),
+    ("error", "message"),
     [
         (refused("EIO", "/slides/s.tif"), "predict, /slides/s.tif: Input/output error; see that the disk"),
         (refused("EACCES", "/models/m.json"), "predict, /models/m.json: Permission denied; correct the permissions"),
@@ -120,7 +120,7 @@ def test_what_an_attempt_cannot_write_names_the_output(tmp_path: Path, error: OS
     ],
 )
 def test_what_cannot_be_read_is_not_blamed_on_the_output(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, told: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, message: str
 ) -> None:
     """An error about an input names the input, and the message does not mention the output folder."""
 
@@ -130,7 +130,7 @@ def test_what_cannot_be_read_is_not_blamed_on_the_output(
     monkeypatch.setitem(STAGES, "predict", STAGES["predict"]._replace(work=stage))
     outcome = work.run_task(tmp_path / "plan.json", "predict", 0)
     assert outcome.exit_code == 30
-    assert outcome.error.startswith(told)
+    assert outcome.error.startswith(message)
     assert str(tmp_path) not in outcome.error
     assert "out=" not in outcome.error
 
@@ -167,7 +167,7 @@ def test_an_error_is_printed_where_the_stream_lacks_a_character(monkeypatch: pyt
 
 
 @pytest.mark.parametrize(
-    ("name", "kind", "told"),
+    ("name", "kind", "message"),
     [
         ("ENOENT", InputError, "the card cannot be read (No such file or directory); give another"),
         ("EISDIR", InputError, "give another"),
@@ -176,11 +176,11 @@ def test_an_error_is_printed_where_the_stream_lacks_a_character(monkeypatch: pyt
         ("EMFILE", EnvironmentFault, "ulimit"),
     ],
 )
-def test_an_input_is_wrong_or_the_machine_is(name: str, kind: type[WsiflowError], told: str) -> None:
+def test_an_input_is_wrong_or_the_machine_is(name: str, kind: type[WsiflowError], message: str) -> None:
     """A wrong path is an InputError; a failing disk is an EnvironmentFault."""
     error = faults.unreadable(refused(name), "the card", "give another", path="/x")
     assert type(error) is kind
-    assert told in str(error)
+    assert message in str(error)
 
 
 @pytest.mark.parametrize("name", ["EMFILE", "EIO", "ESTALE", "ENOMEM", "EACCES"])
@@ -199,6 +199,6 @@ def test_workers_without_semaphores_name_the_shared_memory(monkeypatch: pytest.M
         raise refused("EROFS")
 
     monkeypatch.setattr(process, "ProcessPoolExecutor", refuse)
-    told = r"/dev/shm: worker processes .*Read-only file system.*mount it for writing, or take executor=inline"
-    with pytest.raises(EnvironmentFault, match=told), process.ProcessPool(1, threads=1) as pool:
+    message = r"/dev/shm: worker processes .*Read-only file system.*mount it for writing, or take executor=inline"
+    with pytest.raises(EnvironmentFault, match=message), process.ProcessPool(1, threads=1) as pool:
         pool._start(1)

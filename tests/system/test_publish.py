@@ -132,10 +132,10 @@ def test_a_container_of_the_same_name_does_not_harm_a_live_attempt(tmp_path: Pat
         print(len(list((root / publish.ATTEMPTS).iterdir())), own.is_dir())
     """
     command = ["unshare", "-p", "-f", *mount, sys.executable, "-c", code, str(tmp_path)]
-    told = subprocess.run(command, check=False, capture_output=True, text=True)
-    if "unshare" in told.stderr:
-        pytest.skip(told.stderr.strip())
-    assert told.stdout.split() == ["2", "True"], told.stderr
+    completed = subprocess.run(command, check=False, capture_output=True, text=True)
+    if "unshare" in completed.stderr:
+        pytest.skip(completed.stderr.strip())
+    assert completed.stdout.split() == ["2", "True"], completed.stderr
     assert live.parent.is_dir()
     publish.sweep_attempts(tmp_path)
     assert len(list((tmp_path / publish.ATTEMPTS).iterdir())) == 2, "nor does a start out here harm what is in there"

@@ -52,10 +52,10 @@ LEFT = [
 @pytest.mark.parametrize("text", HELD)
 def test_a_secret_in_a_text_is_redacted(text: str) -> None:
     """Secrets in URLs, queries, connection strings, options, headers and dictionaries are replaced, once."""
-    told = without_secrets(text)
-    assert not any(part in told for part in ("canary", "nary", "can@", "can,", "ary@")), told
-    assert REDACTED in told
-    assert without_secrets(told) == told
+    result = without_secrets(text)
+    assert not any(part in result for part in ("canary", "nary", "can@", "can,", "ary@")), result
+    assert REDACTED in result
+    assert without_secrets(result) == result
 
 
 @pytest.mark.parametrize("text", LEFT)
@@ -68,7 +68,7 @@ GONE = REDACTED
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "expected"),
     [
         ({"a": {"password": "x", "stride": 16}, "name": "key"}, {"a": {"password": GONE, "stride": 16}, "name": "key"}),
         ({"urls": ["http://u:p@h", 3]}, {"urls": [f"http://{GONE}@h", 3]}),
@@ -78,17 +78,17 @@ GONE = REDACTED
         ({"x.api_key": "k", "authors": ["a"]}, {"x.api_key": GONE, "authors": ["a"]}),
     ],
 )
-def test_values_with_the_name_of_a_secret_are_redacted(settings: dict[str, Any], told: dict[str, Any]) -> None:
+def test_values_with_the_name_of_a_secret_are_redacted(settings: dict[str, Any], expected: dict[str, Any]) -> None:
     """Values are replaced at any depth, except switches and empty values."""
-    assert redacted(settings) == told
+    assert redacted(settings) == expected
 
 
 def test_an_argument_after_its_option_is_redacted() -> None:
     """An option and its value are often two arguments."""
     given = ["--password", "canary", "--partition", "cpu", "--token", "--quiet", "--env", "API_KEY=canary"]
-    told = ["--password", REDACTED, "--partition", "cpu", "--token", "--quiet", "--env", f"API_KEY={REDACTED}"]
-    assert redacted_list(given) == told
-    assert holds_redacted({"a": [told]})
+    expected = ["--password", REDACTED, "--partition", "cpu", "--token", "--quiet", "--env", f"API_KEY={REDACTED}"]
+    assert redacted_list(given) == expected
+    assert holds_redacted({"a": [expected]})
     assert not holds_redacted({"a": ["x", None, 3]})
 
 
@@ -123,8 +123,8 @@ def test_settings_that_are_written_hold_no_secret() -> None:
 
 def test_an_error_holds_no_secret() -> None:
     """Messages end in tables, logs and servers, so they must not contain secrets."""
-    told = str(InputError("http://joe:canary@host does not answer", "see password=canary", path="s3://k:canary@b"))
-    assert "canary" not in told
+    message = str(InputError("http://joe:canary@host does not answer", "see password=canary", path="s3://k:canary@b"))
+    assert "canary" not in message
     with pytest.raises(InputError) as caught:
         compose.compose_config(
             ["executor=dask_slurm", "tracking.uri=''", "tracking.experiment='api_key=canary'", "seed=-1"]

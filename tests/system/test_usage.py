@@ -37,8 +37,8 @@ def test_warm_up_is_counted_once_and_with_its_task() -> None:
 @pytest.mark.parametrize(("first", "counted"), [("pass", True), ("usage.not_a_worker()", False)])
 def test_the_start_of_a_worker_is_with_its_first_task(first: str, counted: bool) -> None:
     """A worker starts and imports for its tasks, so that is warm-up; a process with other work has none."""
-    told = "print(*(usage.Meter().usage()['warmup_s'] for _ in range(2)))"
-    code = f"from wsiflow.system import usage; {first}; {told}"
+    report = "print(*(usage.Meter().usage()['warmup_s'] for _ in range(2)))"
+    code = f"from wsiflow.system import usage; {first}; {report}"
     found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
     assert (float(found[0]) > 0, float(found[1])) == (counted, 0.0)
 
