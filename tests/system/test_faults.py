@@ -187,9 +187,9 @@ def test_an_input_is_wrong_or_the_machine_is(name: str, kind: type[WsiflowError]
 def test_a_slide_that_the_system_refuses_to_read_is_not_called_damaged(name: str) -> None:
     """OpenSlide reports refusals in words: too few open files must not look like a damaged slide."""
     words = f"the slide cannot be opened (Couldn't open /s.tif: {os.strerror(getattr(errno, name))})"
-    error = slide._refused(words, "s", Path("/s.tif"))
+    error = slide._unreadable_slide(words, "s", Path("/s.tif"))
     assert REMEDIES[name] in str(error)
-    assert "copy it again" in str(slide._refused("the slide cannot be opened (no marker)", "s", Path("/s.tif")))
+    assert "copy it again" in str(slide._unreadable_slide("the slide cannot be opened (no marker)", "s", Path("/s.tif")))
 
 
 def test_workers_without_semaphores_name_the_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
