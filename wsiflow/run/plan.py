@@ -23,7 +23,7 @@ from wsiflow.plan.geometry import Frame
 from wsiflow.plan.slide_plan import SlidePlan, read_cut
 from wsiflow.system import faults, publish
 from wsiflow.system.provenance import NUMERICS
-from wsiflow.system.reread import remembered
+from wsiflow.system.reread import cached_by_content
 
 
 class Rejected(NamedTuple):
@@ -140,7 +140,7 @@ def task_key(root: Path, plan: Plan, task: Task) -> str:
     return publish.key_of(slide=slide.key, blocks=blocks, predict=plan.settings["predict"], numerics=NUMERICS)
 
 
-@remembered(files=4)
+@cached_by_content(files=4)
 def read_plan(path: Path) -> Plan:
     """Read a plan.
 

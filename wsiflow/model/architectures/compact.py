@@ -1,10 +1,10 @@
-"""A small network without padding whose window is 96 px, the size of a PatchCamelyon patch.
+"""A small network without padding and with a window of 96 px, the size of a PatchCamelyon patch.
 
-Input: float32 (n, 3, h, w), normalised as its card says, h and w = 96 + a multiple of 8.
+Input: float32 (n, 3, h, w), normalised by the mean and std of its card; h and w are 96 plus a multiple of 8.
 Output: logits (n, n_classes).
 
-As in `wsiflow.model.architectures.inception` no layer pads and every layer divides its map without a rest, so the map
-of a large block holds, at every 8 px, what a 96 px window placed there gives, to float rounding:
+As in `wsiflow.model.architectures.inception`, no layer pads, and every layer divides its map without a remainder. The
+map of a large block therefore contains, at every 8 px, the logits of the 96 px window there, except for float rounding:
 
     layer      kernel/stride   map side   stride px   receptive field px
     conv1, 24      4/2            47          2               4
@@ -33,35 +33,35 @@ _POOLS = {len(_BEFORE_POOL_1): (3, 2), len(_BEFORE_POOL_1 + _BEFORE_POOL_2): (2,
 
 
 class CompactValid(nn.Module):
-    """With two classes and width 1: 271,826 parameters and 0.037 GMAC for each 96 px window."""
+    """The network; with two classes and width 1 it has 271,826 parameters and needs 0.037 GMAC for a 96 px window."""
 
     def __init__(self, n_classes: int, *, width: float, dropout: float) -> None:
         """Build the network with random weights.
 
         Args:
             n_classes: Number of classes.
-            width: Factor on every number of channels, above 0; each becomes a multiple of 8.
-            dropout: Share of the features dropped while training, 0 to 1.
+            width: Factor for all numbers of channels, above 0; the products are rounded to multiples of 8.
+            dropout: Fraction of the features that are dropped in training, 0 to 1.
 
         Raises:
             ValueError: The width is not above 0.
         """
         super().__init__()
         if not width > 0:
-            raise ValueError(f"width is {width}, must be above 0")
+            raise ValueError(f"width is {width}, but must be above 0")
         layers: OrderedDict[str, nn.Module] = OrderedDict()
         channels = 3
-        for number, (wanted, kernel, stride) in enumerate(_BEFORE_POOL_1 + _BEFORE_POOL_2 + _LAST):
+        for number, (full, kernel, stride) in enumerate(_BEFORE_POOL_1 + _BEFORE_POOL_2 + _LAST):
             if number in _POOLS:
                 layers[f"pool{len(layers) - number + 1}"] = nn.MaxPool2d(*_POOLS[number])
-            layers[f"conv{number + 1}"] = conv(channels, scaled(wanted, width), kernel, stride)
-            channels = scaled(wanted, width)
+            layers[f"conv{number + 1}"] = conv(channels, scaled(full, width), kernel, stride)
+            channels = scaled(full, width)
         self.features = nn.Sequential(layers)
         self.dropout = nn.Dropout(dropout)
         self.classify = nn.Linear(channels, n_classes)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the logits (n, n_classes) of images (n, 3, h, w): of 96 px windows, where h = w = 96."""
+        """Return the logits (n, n_classes) of images (n, 3, h, w); a window has h = w = 96."""
         pooled = self.features(x).mean(dim=(2, 3))
         logits: torch.Tensor = self.classify(self.dropout(pooled))
         return logits

@@ -1,11 +1,11 @@
-"""Inception without padding: what it says of a window does not depend on what lies around the window.
+"""An Inception network without padding, whose logits for a window do not depend on the surroundings of the window.
 
-Input: float32 (n, 3, h, w), normalised as its card says, h and w = 224 + a multiple of 16.
+Input: float32 (n, 3, h, w), normalised by the mean and std of its card; h and w are 224 plus a multiple of 16.
 Output: logits (n, n_classes).
 
-The blocks have the widths of GoogLeNet, but no layer pads. A value of the feature map depends on its own receptive
-field and on nothing else, so the map of a large block holds, at every 16 px, what a 224 px window placed there gives,
-to float rounding. Sizes divide at every layer, so no row or column of a window is dropped:
+The blocks have the numbers of channels of GoogLeNet, but no layer pads. A value of the feature map depends only on its
+receptive field, so the map of a large block contains, at every 16 px, the logits of the 224 px window there, except for
+float rounding. Every layer divides its map without a remainder, so no row or column of a window is dropped:
 
     layer          kernel/stride   map side   stride px   receptive field px
     conv1, 64            6/2         110          2               6
@@ -22,8 +22,8 @@ to float rounding. Sizes divide at every layer, so no row or column of a window 
     4d, 528              3/1           3         16             192
     mean of 3 x 3                      1                        224
 
-The mean over the 3 x 3 map sees 192 + 2 * 16 = 224 px: the whole window and nothing beyond it. A 7 x 7 first layer, as
-GoogLeNet has, would drop a row and a column: 224 - 7 is odd.
+The receptive field of the mean over the 3 x 3 map is 192 + 2 * 16 = 224 px: exactly the window. A first layer of 7 x 7,
+as in GoogLeNet, would drop a row and a column, because 224 - 7 is odd.
 """
 
 from collections import OrderedDict
@@ -31,7 +31,7 @@ from collections import OrderedDict
 import torch
 from torch import nn
 
-# Widths of a block: 1x1 | 1x1 -> 3x3 | 1x1 -> 3x3 | pool -> 1x1.
+# Numbers of channels in a block: 1x1 | 1x1 -> 3x3 | 1x1 -> 3x3 | pool -> 1x1.
 Widths = tuple[int, int, int, int, int, int]
 
 _STEM = (64, 64, 192)
@@ -45,12 +45,12 @@ _STAGE_4: dict[str, Widths] = {
 
 
 def scaled(channels: int, width: float) -> int:
-    """Return a number of channels times the width, to the nearest multiple of 8 (halves up), at least 8."""
+    """Return a number of channels times the width, rounded to a multiple of 8 (halves up), at least 8."""
     return max(8, 8 * int(channels * width / 8 + 0.5))
 
 
 def conv(channels_in: int, channels_out: int, kernel: int, stride: int = 1) -> nn.Sequential:
-    """Return a valid convolution, its batch norm and a ReLU."""
+    """Return a convolution without padding, followed by batch norm and a ReLU."""
     return nn.Sequential(
         nn.Conv2d(channels_in, channels_out, kernel, stride, bias=False),
         nn.BatchNorm2d(channels_out),
@@ -59,14 +59,14 @@ def conv(channels_in: int, channels_out: int, kernel: int, stride: int = 1) -> n
 
 
 class InceptionBlock(nn.Module):
-    """Four branches that see 3 x 3 places each and lose the outermost ring of the map, joined along the channels."""
+    """Four branches with 3 x 3 kernels and no padding, concatenated; the output is one place smaller on each side."""
 
     def __init__(self, channels_in: int, widths: Widths) -> None:
         """Build the branches.
 
         Args:
-            channels_in: Channels of the map that comes in.
-            widths: 1x1; 1x1 and 3x3; 1x1 and second 3x3; 1x1 after the pool.
+            channels_in: Number of channels of the input.
+            widths: Numbers of channels: 1x1; 1x1 and 3x3; 1x1 and second 3x3; 1x1 after the pool.
         """
         super().__init__()
         one, reduce_a, three_a, reduce_b, three_b, pooled = widths
@@ -78,15 +78,15 @@ class InceptionBlock(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return (n, channels_out, h - 2, w - 2) from (n, channels_in, h, w)."""
-        # The 1 x 1 branch is cut to the centre, where the places of the 3 x 3 branches are.
+        # The 1 x 1 branch is cropped to the places of the 3 x 3 branches.
         centre = x[:, :, 1:-1, 1:-1]
         return torch.cat([self.branch_0(centre), self.branch_1(x), self.branch_2(x), self.branch_3(x)], dim=1)
 
 
 class InceptionValid(nn.Module):
-    """With two classes and width 1: 2,468,642 parameters and 0.741 GMAC for each 224 px window.
+    """The network; with two classes and width 1 it has 2,468,642 parameters and needs 0.741 GMAC for a 224 px window.
 
-    As one map of a large block, with a logit every 16 px, it takes 1.195 GMAC for each 224 px tile of 196 windows.
+    As one map over a large block, with logits at every 16 px, it needs 1.195 GMAC for a 224 px tile of 196 windows.
     """
 
     def __init__(self, n_classes: int, *, width: float, dropout: float) -> None:
@@ -94,15 +94,16 @@ class InceptionValid(nn.Module):
 
         Args:
             n_classes: Number of classes.
-            width: Factor on every number of channels, above 0; each becomes a multiple of 8. 1 has GoogLeNet's widths.
-            dropout: Share of the features dropped while training, 0 to 1.
+            width: Factor for all numbers of channels, above 0; the products are rounded to multiples of 8. 1 gives the
+                numbers of channels of GoogLeNet.
+            dropout: Fraction of the features that are dropped in training, 0 to 1.
 
         Raises:
             ValueError: The width is not above 0.
         """
         super().__init__()
         if not width > 0:
-            raise ValueError(f"width is {width}, must be above 0")
+            raise ValueError(f"width is {width}, but must be above 0")
         one, two, three = (scaled(channels, width) for channels in _STEM)
         layers: OrderedDict[str, nn.Module] = OrderedDict(
             conv1=conv(3, one, 6, 2),
@@ -119,14 +120,14 @@ class InceptionValid(nn.Module):
         self.classify = nn.Linear(channels, n_classes)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the logits (n, n_classes) of images (n, 3, h, w): of 224 px windows, where h = w = 224."""
+        """Return the logits (n, n_classes) of images (n, 3, h, w); a window has h = w = 224."""
         pooled = self.features(x).mean(dim=(2, 3))
         logits: torch.Tensor = self.classify(self.dropout(pooled))
         return logits
 
 
 def _append(layers: OrderedDict[str, nn.Module], channels_in: int, blocks: dict[str, Widths], width: float) -> int:
-    """Append blocks, each fed by the one before; return the channels of the last."""
+    """Append a sequence of blocks to the layers, and return the number of channels of the last one."""
     for name, widths in blocks.items():
         one, reduce_a, three_a, reduce_b, three_b, pooled = (scaled(channels, width) for channels in widths)
         block = InceptionBlock(channels_in, (one, reduce_a, three_a, reduce_b, three_b, pooled))

@@ -1,4 +1,4 @@
-"""The architectures a model card may name. Code comes from here and from nowhere else."""
+"""The registry of architectures that a model card may name; apart from TorchScript, no other code is run."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +10,7 @@ from wsiflow.model.architectures.compact import CompactValid
 from wsiflow.model.architectures.googlenet import GoogLeNet
 from wsiflow.model.architectures.inception import InceptionValid
 
-# A builder takes the number of classes and the card's architecture_args as keywords.
+# A builder is called with the number of classes, and with the card's architecture_args as keyword arguments.
 ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {
     "compact_valid": CompactValid,
     "googlenet": GoogLeNet,
@@ -24,10 +24,10 @@ def build(architecture: str, n_classes: int, **architecture_args: Any) -> nn.Mod
     Args:
         architecture: A key of `ARCHITECTURES`.
         n_classes: Number of classes.
-        architecture_args: What its builder takes besides.
+        architecture_args: Further arguments of its builder.
 
     Raises:
-        InputError: There is no such architecture, or it does not take these arguments.
+        InputError: The architecture is unknown, or its builder does not accept these arguments.
     """
     if architecture not in ARCHITECTURES:
         raise InputError(

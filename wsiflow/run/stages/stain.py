@@ -19,7 +19,7 @@ from wsiflow.run.stages.pixels import fit_key, fit_name, fits_slides, open_plann
 from wsiflow.run.stages.stage import Stage
 from wsiflow.slides.stain import transfer
 from wsiflow.slides.stain.params import StainParams
-from wsiflow.slides.stain.pixels import sample, spread
+from wsiflow.slides.stain.pixels import sample, stratified_indices
 from wsiflow.system import publish
 from wsiflow.system.provenance import facts
 
@@ -31,7 +31,7 @@ def tissue_sample(root: Path, planned: SlidePlan, params: StainParams) -> NDArra
     with open_planned(root, planned) as opened:
         found = [
             opened.read_scaled(col * side, row * side, (side, side), l0_per_px=planned.frame.l0_per_px).rgb
-            for col, row in (cells[i] for i in spread(len(cells), params.sample_tiles).tolist())
+            for col, row in (cells[i] for i in stratified_indices(len(cells), params.sample_tiles).tolist())
         ]
     return sample(np.stack(found), None, params)
 

@@ -1,1 +1,1 @@
-"""The colours of slides: measured, and brought to those of a target."""
+"""Stain normalisation: the colours of slides are measured and transferred to those of a target."""

@@ -1,4 +1,4 @@
-"""Two stains in optical density: how much of each a pixel holds, and what it looks like in those of the target."""
+"""Stain separation in optical density: the amounts of two stains in pixels, and their transfer to a target's stains."""
 
 import cv2
 import numpy as np
@@ -17,19 +17,19 @@ CODE_PENALTY = 0.01
 
 
 def stain_codes(density: Floats, stains: Floats, penalty: float) -> Floats:
-    """Split densities into amounts of two stains: the non-negative lasso, in closed form.
+    """Return the amounts of two stains in optical densities: the solution of the non-negative lasso, in closed form.
 
-    The minimum of ``|density - codes @ stains|² / 2 + penalty * sum(codes)`` over codes of at least 0. For vectors of
-    unit length at an angle of at most 90° it is, for either stain, the smaller of its amount beside the other and its
-    amount alone, and never below 0.
+    The amounts minimise ``|density - codes @ stains|² / 2 + penalty * sum(codes)`` over codes of at least 0. For stain
+    vectors of unit length at an angle of at most 90°, the solution for either stain is the smaller of its amount in the
+    joint fit of both stains and its amount in a fit without the other, or 0 if that is negative.
 
     Args:
-        density: Shape (3, n).
-        stains: Shape (2, 3), rows of unit length, no negative scalar product.
+        density: float64 (3, n), optical densities of pixels in red, green and blue.
+        stains: float64 (2, 3), stain vectors of unit length whose scalar product is not negative.
         penalty: Weight of the sum of the amounts.
 
     Returns:
-        Shape (2, n).
+        float64 (2, n), the amounts of both stains.
     """
     alone = np.einsum("kc,cn->kn", stains, density) - penalty
     common = float(np.einsum("c,c->", stains[0], stains[1]))
@@ -39,22 +39,34 @@ def stain_codes(density: Floats, stains: Floats, penalty: float) -> Floats:
 
 
 def density_table(white: float) -> Floats:
-    """Return the optical density of the 256 grey values; 0 counts as 1."""
+    """Return the optical densities of the grey values 0 to 255, float64 (256,); 0 counts as 1.
+
+    Args:
+        white: Grey value of the background, which has no density.
+    """
     intensity = np.clip(np.arange(256) * (255 / white), 1, 255)
     return np.asarray(np.maximum(-np.log(intensity / 255), LEAST_OD))
 
 
 def principal(density: Floats) -> tuple[Floats, Floats]:
-    """Return variances, the larger first, and directions, shape (3, 3) in rows, of densities of shape (3, n)."""
+    """Return the principal components of densities (3, n): descending variances (3,), and directions in rows (3, 3)."""
     centred = density - density.mean(axis=1, keepdims=True)
     values, vectors = np.linalg.eigh(np.einsum("cn,dn->cd", centred, centred) / density.shape[1])
     return values[::-1], vectors.T[::-1]
 
 
 def stain_transfer(rgb: Pixels, source: DensityFit, target: DensityFit) -> Pixels:
-    """Split into stains, rescale their amounts, and paint with the target's stains.
+    """Return an image with its stains separated, their amounts rescaled, and the target's stains in their place.
 
-    `stain_codes` written as two affine maps of the densities, their minimum and a maximum, in single precision.
+    This computes `stain_codes` in single precision as two affine maps of the densities, their minimum, and a maximum.
+
+    Args:
+        rgb: Shape (rows, cols, 3).
+        source: Fit of the slide.
+        target: Fit of the template.
+
+    Returns:
+        Shape (rows, cols, 3).
     """
     table = density_table(source.white).astype(np.float32)
     to_alone, to_beside = _code_maps(source)
@@ -76,9 +88,9 @@ def stain_transfer(rgb: Pixels, source: DensityFit, target: DensityFit) -> Pixel
 
 
 def _code_maps(source: DensityFit) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Return the affine maps, each of shape (3, 4), from densities to either stain's amount alone and beside the other.
+    """Return two affine maps (3, 4) from densities to amounts of stain: fitted alone, and jointly with the other stain.
 
-    Their third row is 0, for OpenCV is fast only from three channels to three.
+    Their third row is 0, because OpenCV is only fast from three channels to three.
     """
     stains = np.array([source.haematoxylin, source.eosin])
     common = float(stains[0] @ stains[1])
@@ -90,6 +102,6 @@ def _code_maps(source: DensityFit) -> tuple[NDArray[np.float32], NDArray[np.floa
 
 
 def _log_map(source: DensityFit, target: DensityFit) -> NDArray[np.float32]:
-    """Return the affine map, shape (3, 4), from amounts of stain to the logarithm of the grey values painted."""
+    """Return the affine map, float32 (3, 4), from amounts of stain to the logarithms of the resulting grey values."""
     painted = np.array([target.haematoxylin, target.eosin]) * (np.array(target.strengths) / source.strengths)[:, None]
     return np.column_stack([-painted.T, np.zeros(3), np.full(3, np.log(255))]).astype(np.float32)

@@ -1,16 +1,16 @@
-"""The vectors of two stains from the extreme angles of the principal plane (Macenko et al. 2009)."""
+"""Stain vectors from the extreme angles of densities in their principal plane (Macenko et al. 2009)."""
 
 import numpy as np
 
 from wsiflow.slides.stain.density import principal
 from wsiflow.slides.stain.params import Floats
 
-MACENKO_LEAST_OD = 0.15  # in any channel; paler pixels say little about direction
+MACENKO_LEAST_OD = 0.15  # minimum in any channel; the direction of paler pixels is too noisy
 MACENKO_PERCENTILES = (1.0, 99.0)
 
 
 def macenko_vectors(density: Floats) -> Floats:
-    """Return the outer two directions of the densities in the plane of their largest variance; shape (2, 3)."""
+    """Return the two outermost directions, (2, 3), of densities (3, n) in the plane of their largest variance."""
     dense = density[:, (density > MACENKO_LEAST_OD).any(axis=0)]
     _, axes = principal(dense)
     plane = axes[:2] * np.where(axes[:2, :1] < 0, -1.0, 1.0)

@@ -1,4 +1,4 @@
-"""How colours are normalised, and what is known of those of a slide."""
+"""The settings of stain normalisation, and the measured colours of a slide."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,8 +12,8 @@ from wsiflow.errors import InputError
 
 LEAST_OD = 1e-6
 
-# Less than this is no pair of stains: their sine of angle, density of the darkest percent, variance of OD across the
-# main direction, and standard deviation in steps of LAB.
+# Colours below one of these bounds are not two stains: sine of the angle between the stains, density of the darkest
+# percent of pixels, variance of the optical density across its main direction, and standard deviation in LAB.
 LEAST_SINE, LEAST_STRENGTH, LEAST_VARIANCE, LEAST_LAB_STD = 0.05, 0.05, 1e-5, 0.5
 Floats: TypeAlias = NDArray[np.float64]
 Pixels: TypeAlias = NDArray[np.uint8]
@@ -25,7 +25,7 @@ Strength = Annotated[float, Field(ge=LEAST_STRENGTH, le=100, allow_inf_nan=False
 
 @dataclass(frozen=True)
 class LabFit:
-    """The colours of a slide by Reinhard: mean and standard deviation of L, a and b."""
+    """The colours of a slide for Reinhard's method: mean and standard deviation of L, a and b, 0 to 255."""
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
     method: Literal["reinhard"]
@@ -35,27 +35,27 @@ class LabFit:
 
 @dataclass(frozen=True)
 class DensityFit:
-    """The colours of a slide as two stains on a white ground."""
+    """The colours of a slide as two stains on a white background; the vectors are optical densities in R, G, B."""
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
     method: Literal["macenko", "vahadane"]
     white: Annotated[float, Field(ge=1, le=255, allow_inf_nan=False)]
-    """Grey value that becomes 255 before densities are taken."""
+    """Grey value of the background, which is scaled to 255 before densities are computed."""
     haematoxylin: tuple[Density, Density, Density]
     eosin: tuple[Density, Density, Density]
     strengths: tuple[Strength, Strength]
-    """99th percentile of the amount of either stain."""
+    """99th percentiles of the amounts of haematoxylin and eosin."""
 
 
 StainFit: TypeAlias = Annotated[LabFit | DensityFit, Field(discriminator="method")]
 
 
 class Target(BaseModel, frozen=True, extra="forbid"):
-    """The template's fit, measured both ways, for either is compared with its like only.
+    """The colours of the template, measured in the same two ways as those of slides.
 
     Attributes:
-        per_slide: Strengths, means and deviations over the template's tissue.
-        per_patch: The same over all of the template.
+        per_slide: The fit over the template's tissue, the target where slides are fitted once.
+        per_patch: The fit over the whole template, the target where every patch is fitted by itself.
     """
 
     per_slide: StainFit
@@ -91,31 +91,31 @@ class StainParams(BaseModel, frozen=True, extra="forbid"):
     def _target_is_of_the_method(self) -> "StainParams":
         methods = {self.target.per_slide.method, self.target.per_patch.method} if self.target else {"none"}
         if methods != {self.method}:
-            found = " and ".join(sorted(methods))
+            target = " and ".join(sorted(methods))
             raise ValueError(
-                f"target is of method {found}, method is {self.method}; choose both with stain={self.method}"
+                f"target is of method {target}, but method is {self.method}; choose both with stain={self.method}"
             )
         return self
 
     @property
     def target_fit(self) -> StainFit:
-        """The target of this mode."""
+        """The target for the chosen mode, per slide or per patch."""
         if self.target is None:
-            raise InputError("stain.method is none, it has no target", "choose another method")
+            raise InputError("stain.method is none, which has no target", "choose another method")
         return self.target.per_patch if self.per_patch else self.target.per_slide
 
 
-class Outcome(NamedTuple):
-    """What became of a block."""
+class NormalisedBlock(NamedTuple):
+    """The result of normalising a block."""
 
     rgb: Pixels
     """Shape (rows, cols, 3)."""
     failure: str
-    """Why its colours were not normalised; empty where they were."""
+    """The reason why the colours were not normalised; empty if they were."""
 
 
 def read_fit(values: Mapping[str, object]) -> StainFit:
-    """Rebuild a fit from what ``dataclasses.asdict`` and JSON made of it.
+    """Return a fit from its values by name, as written by ``dataclasses.asdict`` and read from JSON.
 
     Raises:
         InputError: A value is missing, unknown or out of bounds.
@@ -124,15 +124,15 @@ def read_fit(values: Mapping[str, object]) -> StainFit:
         return FIT.validate_python(dict(values))
     except ValidationError as error:
         problem = error.errors()[0]
-        cause = f"not a stain fit: {'.'.join(map(str, problem['loc']))}: {problem['msg']}"
+        cause = f"the stain fit is invalid: {'.'.join(map(str, problem['loc']))}: {problem['msg']}"
         raise InputError(cause, "fit the slide again", stage="stain") from error
 
 
 FIT: TypeAdapter[StainFit] = TypeAdapter(StainFit)
 
 
-def failed(cause: str) -> InputError:
+def cannot_measure(cause: str) -> InputError:
     """Return the error of colours that cannot be measured."""
     return InputError(
-        cause, "see whether the slide is stained, or set stain.on_failure=raw in another out= folder", stage="stain"
+        cause, "check that the slide is stained, or set stain.on_failure=raw in another out= folder", stage="stain"
     )

@@ -1,4 +1,4 @@
-"""Pixels prepared for measuring colours: brightness, white, tissue, samples and strips."""
+"""Preparation of pixels for the measurement of colours: brightness, white, samples and strips."""
 
 from collections.abc import Callable
 
@@ -6,23 +6,27 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from wsiflow.slides.stain.params import Pixels, StainParams, failed
+from wsiflow.slides.stain.params import Pixels, StainParams, cannot_measure
 
-WHITE_PERCENTILE = 95.0  # of L: what counts as white
-BRIGHT_PERCENTILE = 90.0  # of all channels: white once more, for Reinhard and Macenko patch by patch
+WHITE_PERCENTILE = 95.0  # this percentile of L is white
+BRIGHT_PERCENTILE = 90.0  # this percentile of all channels becomes white too, for Reinhard and Macenko per patch
 TISSUE_L = 204  # 0.8 of 255; tissue is darker
 SAMPLE_SEED = 0
-STRIP_PX = 32_768  # intermediate floats of a strip stay in the cache
-SPARE_PX = 64  # OpenCV rounds the last few pixels of an array otherwise; these are never the image's
+STRIP_PX = 32_768  # the intermediate floats of a strip of this length fit in the CPU cache
+SPARE_PX = 64  # OpenCV rounds the last few pixels of an array differently, so the image's are followed by spare ones
 
 
-def spread(total: int, count: int) -> NDArray[np.intp]:
-    """Choose ``count`` of ``total`` things, one at random from each of ``count`` equal runs; all, if there are fewer.
+def stratified_indices(total: int, count: int) -> NDArray[np.intp]:
+    """Return a stratified random sample of indices: one from each of ``count`` equal ranges of ``total`` indices.
 
-    The same numbers give the same choice on every machine.
+    The sample is the same on every machine.
+
+    Args:
+        total: Number of indices to choose from.
+        count: Size of the sample; where ``total`` is not larger, all indices are returned.
 
     Returns:
-        Rising indices.
+        intp (min(total, count),), in ascending order.
     """
     if total <= count:
         return np.arange(total)
@@ -32,61 +36,62 @@ def spread(total: int, count: int) -> NDArray[np.intp]:
 
 
 def sample(tiles: Pixels, tissue: NDArray[np.bool_] | None, params: StainParams) -> Pixels:
-    """Draw the pixels of a slide that its fit is made of.
+    """Return a sample of a slide's pixels, from which its colours are measured.
 
-    Light pixels inside the tissue are drawn as well, for they tell what white is; `fit` leaves them out of the stains.
+    The sample includes bright pixels inside the tissue, which determine white. `transfer.fit` excludes them from the
+    measurement of the stains.
 
     Args:
-        tiles: Shape (n, rows, cols, 3), RGB, tiles of tissue from all over the slide (`spread` chooses them).
-        tissue: Shape (n, rows, cols), which pixels may be drawn; None for all.
+        tiles: Shape (n, rows, cols, 3), RGB, tissue tiles that `stratified_indices` chose from the whole slide.
+        tissue: bool (n, rows, cols), the pixels that may be sampled; None for all.
         params: The settings, of which ``sample_px`` is used.
 
     Returns:
-        Shape (m, 3), m at most ``sample_px``.
+        Shape (m, 3), where m is at most ``sample_px``.
     """
     flat = tiles.reshape(-1, 3)
     if tissue is None:
-        return flat[spread(len(flat), params.sample_px)]
+        return flat[stratified_indices(len(flat), params.sample_px)]
     candidates = np.flatnonzero(tissue)
-    return flat[candidates[spread(len(candidates), params.sample_px)]]
+    return flat[candidates[stratified_indices(len(candidates), params.sample_px)]]
 
 
 def one_row(pixels: Pixels) -> Pixels:
-    """View pixels as an image of one row, which OpenCV does not share out among threads."""
+    """Return pixels as an image of one row (1, n, 3), which OpenCV does not distribute among threads."""
     return np.ascontiguousarray(pixels).reshape(1, -1, 3)
 
 
 def lightness_of(image: Pixels) -> Pixels:
-    """Return L of CIELAB, uint8 (rows, cols)."""
+    """Return the lightness L of CIELAB of an image (rows, cols, 3): uint8 (rows, cols), 0 to 255."""
     return np.asarray(cv2.cvtColor(image, cv2.COLOR_RGB2LAB)[..., 0], np.uint8)
 
 
 def white_lightness(image: Pixels) -> float:
-    """Return the L that counts as white.
+    """Return the lightness L, 0 to 255, that counts as white in an image.
 
     Raises:
         InputError: The image is black.
     """
     lightness = float(np.percentile(lightness_of(image), WHITE_PERCENTILE))
     if lightness < 1:
-        raise failed("the pixels are black")
+        raise cannot_measure("the pixels are black")
     return lightness
 
 
 def white_of(image: Pixels) -> float:
-    """Return the grey value that counts as white, at least 1."""
+    """Return the grey value, 1 to 255, that counts as white in an image."""
     greys = np.arange(256, dtype=np.uint8)
     by_lightness = lightness_of(np.repeat(greys[None, :, None], 3, axis=2))[0]
     return max(1.0, float(np.interp(white_lightness(image), by_lightness, greys)))
 
 
 def scaled(factor: float) -> Pixels:
-    """Return the table of grey values times a factor, rounded and clipped."""
+    """Return a lookup table (256,) that multiplies grey values by a factor, rounds them and clips them to 0 to 255."""
     return np.asarray(np.rint(np.clip(np.arange(256) * factor, 0, 255)), np.uint8)
 
 
-def prepared(image: Pixels, method: str) -> Pixels:
-    """Standardise the luminosity of a patch as the reference does."""
+def standardised(image: Pixels, method: str) -> Pixels:
+    """Return a patch with its luminosity standardised as in the reference system; the result depends on the method."""
     lab = cv2.cvtColor(image, cv2.COLOR_RGB2LAB)
     lab[..., 0] = cv2.LUT(lab[..., 0], scaled(255 / white_lightness(image)))
     light = np.asarray(cv2.cvtColor(lab, cv2.COLOR_LAB2RGB), np.uint8)
@@ -96,7 +101,7 @@ def prepared(image: Pixels, method: str) -> Pixels:
 
 
 def in_strips(rgb: Pixels, transform: Callable[[Pixels, Pixels], None]) -> Pixels:
-    """Apply a function of (pixels in, pixels out), each of shape (1, n, 3), to an image."""
+    """Return an image transformed strip by strip by a function of input and output pixels, each of shape (1, n, 3)."""
     image = one_row(rgb)
     out = np.empty_like(image)
     for start in range(0, image.shape[1], STRIP_PX):

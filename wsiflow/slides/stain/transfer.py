@@ -1,22 +1,22 @@
-"""Stain: the colours of a scanner and a laboratory are mapped on those of a template.
+"""Stain normalisation: the colours of a scanner and a laboratory are mapped to those of a template.
 
-Input and output: uint8 RGB. A `StainFit` describes the colours of one slide; it is measured once on a sample of the
-slide's tissue (`sample`, `fit`) and used for every block (`normalise`), so that neighbours are treated alike. The
-target, the fit of a template, comes as numbers from ``conf/`` (`fit_target` makes others).
+Input and output: uint8 RGB. A `StainFit` describes the colours of one slide. It is measured once on a sample of the
+slide's tissue (`sample`, `fit`) and used for all blocks (`normalise`), so that neighbours are treated equally. The
+target is the fit of a template. Its values are in ``conf/``; `fit_target` computes those of other templates.
 
-Conventions: optical density (OD) is -ln(intensity / 255), white is 0. LAB is OpenCV's with 8 bits, L from 0 to 255 and
-neutral a and b at 128. Stain vectors are OD in red, green and blue, of unit length, haematoxylin first, the one with
-more red OD.
+Conventions: optical density (OD) is -ln(intensity / 255), and 0 for white. LAB is OpenCV's with 8 bits: L is 0 to 255,
+and neutral a and b are 128. Stain vectors are OD in red, green and blue and have unit length; haematoxylin, the one
+with more red OD, comes first.
 
-A slide's grey values are divided by its white before densities are taken, as light is by glass: it costs nothing.
-With ``per_patch`` each patch is its own slide and its luminosity is stretched in LAB instead, as Li, Mikailov and Chen
-do. The two differ by 1 to 3 grey levels where white is above 225, by 10 on dark scans with a white near 200.
-What is left out of theirs: the dictionary's limit of one second, which makes the result depend on the machine, grey
-values that wrap around, and patches passed on unchanged without a word.
+The grey values of a slide are divided by its white before densities are computed, at no cost. With ``per_patch`` each
+patch is fitted like a slide of its own, and its luminosity is stretched in LAB instead, as Li, Mikailov and Chen do.
+Results differ by 1 to 3 grey levels where white is above 225, and by 10 in dark scans with a white near 200. Not
+adopted from their system are: the time limit of one second for the dictionary, with which results depend on the
+machine; grey values that wrap around; and patches that are passed on unchanged without notice.
 
-Everything is deterministic and runs on the calling thread: images are handed to OpenCV as single rows, which it does
-not share out, and sums are NumPy's, not those of a linear algebra library. A pixel's result does not depend on where it
-lies in its block.
+Everything is deterministic and runs on the calling thread: OpenCV gets images as single rows, which it does not
+distribute among threads, and sums are NumPy's, not those of a linear algebra library. The result for a pixel does not
+depend on its position in the block.
 """
 
 import cv2
@@ -40,40 +40,48 @@ from wsiflow.slides.stain.params import (
     DensityFit,
     Floats,
     LabFit,
-    Outcome,
+    NormalisedBlock,
     Pixels,
     StainFit,
     StainParams,
     Target,
-    failed,
+    cannot_measure,
 )
-from wsiflow.slides.stain.pixels import TISSUE_L, lightness_of, one_row, prepared, scaled, spread, white_of
+from wsiflow.slides.stain.pixels import (
+    TISSUE_L,
+    lightness_of,
+    one_row,
+    scaled,
+    standardised,
+    stratified_indices,
+    white_of,
+)
 from wsiflow.slides.stain.reinhard import fit_lab, lab_transfer
 from wsiflow.slides.stain.vahadane import vahadane_vectors
 
 
 def fit(pixels: Pixels, params: StainParams) -> StainFit:
-    """Measure the colours of a slide on a sample of it, or with ``per_patch`` those of a patch.
+    """Measure the colours of a slide on a sample of its pixels, or with ``per_patch`` those of a patch.
 
     Args:
         pixels: Shape (n, 3) or (rows, cols, 3), RGB.
         params: The settings; the target is not used.
 
     Raises:
-        InputError: There is too little tissue, or no two stains, or hardly any variation of colour.
+        InputError: The pixels have too little tissue, fewer than two stains, or hardly any variation of colour.
     """
     if not pixels.size:
-        raise failed("there are no pixels")
+        raise cannot_measure("there are no pixels")
     image = one_row(pixels)
     if params.per_patch:
-        return _fit_prepared(prepared(image, params.method), 255.0, params)
-    return _fit_prepared(image, white_of(image), params)
+        return _fit_row(standardised(image, params.method), 255.0, params)
+    return _fit_row(image, white_of(image), params)
 
 
 def fit_target(template: Pixels, params: StainParams) -> Target:
-    """Measure a template's colours in both ways; the result belongs under ``target`` in ``conf/stain/``.
+    """Measure the colours of a template in both ways; the result belongs under ``target`` in ``conf/stain/``.
 
-    Its luminosity is standardised in LAB first, so that slides are mapped on what the reference maps patches on.
+    Its luminosity is standardised in LAB first, so that the target is that of the reference system.
 
     Args:
         template: Shape (rows, cols, 3), RGB.
@@ -82,20 +90,20 @@ def fit_target(template: Pixels, params: StainParams) -> Target:
     Raises:
         InputError: As `fit`.
     """
-    image = prepared(one_row(template), params.method)
-    ways = [_fit_prepared(image, 255.0, params.model_copy(update={"per_patch": way})) for way in (False, True)]
+    image = standardised(one_row(template), params.method)
+    ways = [_fit_row(image, 255.0, params.model_copy(update={"per_patch": way})) for way in (False, True)]
     return Target(per_slide=ways[0], per_patch=ways[1])
 
 
 def normalise(rgb: Pixels, source: StainFit, target: StainFit) -> Pixels:
-    """Give a block the colours of the target.
+    """Return a block with its colours mapped from the source's fit to the target's.
 
-    White stays white with two stains: no density, no stain. Reinhard shifts all colours alike, white included.
+    With two stains white stays white, since it has no density. Reinhard's method shifts all colours, including white.
 
     Args:
-        rgb: Shape (rows, cols, 3), any pixels.
-        source: The fit of the block's slide.
-        target: The fit of the template, of the same method.
+        rgb: Shape (rows, cols, 3).
+        source: Fit of the block's slide.
+        target: Fit of the template by the same method.
 
     Returns:
         Shape (rows, cols, 3), rounded and clipped to 0..255.
@@ -104,7 +112,7 @@ def normalise(rgb: Pixels, source: StainFit, target: StainFit) -> Pixels:
         InputError: The fits are of different methods.
     """
     if source.method != target.method:
-        cause = f"a fit of {source.method} cannot be mapped on a target of {target.method}"
+        cause = f"a fit by {source.method} cannot be mapped to a target of {target.method}"
         raise InputError(cause, "fit the slide with the method of the target", stage="stain")
     if isinstance(source, LabFit) and isinstance(target, LabFit):
         return lab_transfer(rgb, source, target)
@@ -114,74 +122,72 @@ def normalise(rgb: Pixels, source: StainFit, target: StainFit) -> Pixels:
 
 
 def normalise_patch(rgb: Pixels, params: StainParams) -> Pixels:
-    """Give a patch the colours of the target by its own fit, as the reference does, but rounded where that truncates.
+    """Return a patch with its colours mapped by its own fit, as in the reference system, but rounded, not truncated.
 
     Args:
-        rgb: Shape (rows, cols, 3), what the reference calls a patch (448 px).
+        rgb: Shape (rows, cols, 3), a patch (448 px a side in the reference).
         params: The settings.
 
     Returns:
         Shape (rows, cols, 3).
 
     Raises:
-        InputError: The patch has no fit.
+        InputError: The colours of the patch cannot be measured.
     """
-    image = prepared(one_row(rgb), params.method)
-    source = _fit_prepared(image, 255.0, params)
+    image = standardised(one_row(rgb), params.method)
+    source = _fit_row(image, 255.0, params)
     return normalise(image.reshape(rgb.shape), source, params.target_fit)
 
 
-def normalise_block(rgb: Pixels, source: StainFit | None, params: StainParams) -> Outcome:
-    """Normalise a block as the settings say, and what cannot be normalised as their policy says.
+def normalise_block(rgb: Pixels, source: StainFit | None, params: StainParams) -> NormalisedBlock:
+    """Normalise a block according to the settings; ``on_failure`` decides about a block that cannot be normalised.
 
     Args:
         rgb: Shape (rows, cols, 3).
-        source: The fit of the slide; None where it has none, and with ``per_patch``, where none is needed.
+        source: Fit of the slide; None if it has none, and with ``per_patch``, which needs none.
         params: The settings.
 
     Returns:
-        The pixels to predict on, and the reason where they are not normalised: the caller counts these.
+        The pixels for prediction, and the reason if they are not normalised, which the caller counts.
 
     Raises:
-        InputError: There is no fit and the policy is ``fail``.
+        InputError: The block cannot be normalised, and ``on_failure`` is ``fail``.
     """
     if params.method == "none":
-        return Outcome(rgb, "")
+        return NormalisedBlock(rgb, "")
     try:
-        return Outcome(_normalised(rgb, source, params), "")
+        return NormalisedBlock(_normalised(rgb, source, params), "")
     except InputError as error:
         if params.on_failure == "fail":
             raise
-        return Outcome(rgb, error.cause)
+        return NormalisedBlock(rgb, error.cause)
 
 
 def _normalised(rgb: Pixels, source: StainFit | None, params: StainParams) -> Pixels:
     if params.per_patch:
         return normalise_patch(rgb, params)
     if source is None:
-        raise failed("the slide has no stain fit")
+        raise cannot_measure("the slide has no stain fit")
     return normalise(rgb, source, params.target_fit)
 
 
-def _fit_prepared(image: Pixels, white: float, params: StainParams) -> StainFit:
-    """Fit an image of one row whose white is known."""
+def _fit_row(image: Pixels, white: float, params: StainParams) -> StainFit:
+    """Measure the colours of an image of one row (1, n, 3) whose white has this grey value."""
     is_tissue = lightness_of(np.asarray(cv2.LUT(image, scaled(255 / white)), np.uint8)) < TISSUE_L
     if np.count_nonzero(is_tissue) < params.min_tissue_px:
-        cause = (
-            f"{np.count_nonzero(is_tissue)} of {is_tissue.size} pixels are tissue, {params.min_tissue_px} are needed"
-        )
-        raise failed(cause)
-    # The reference measures over everything; glass between tissue would make a slide's numbers those of its outline.
+        count = f"{np.count_nonzero(is_tissue)} of {is_tissue.size}"
+        raise cannot_measure(f"{count} pixels are tissue, at least {params.min_tissue_px} are needed")
+    # The reference measures over all pixels of a patch. In a slide, the glass around the tissue would bias the result.
     measured = image[0] if params.per_patch else image[is_tissue]
     if params.method == "reinhard":
         return fit_lab(measured)
     table = density_table(white)
     tissue = image[is_tissue]
-    tissue = tissue[spread(len(tissue), params.sample_px)]
+    tissue = tissue[stratified_indices(len(tissue), params.sample_px)]
     stains = fit_stains(table[tissue.T], params)
     strengths = np.percentile(stain_codes(table[measured.T], stains, CODE_PENALTY), STRENGTH_PERCENTILE, axis=1)
     if strengths.min() < LEAST_STRENGTH:
-        raise failed(f"only one stain is found (densities {strengths[0]:.3f} and {strengths[1]:.3f})")
+        raise cannot_measure(f"there is only one stain (densities {strengths[0]:.3f} and {strengths[1]:.3f})")
     return FIT.validate_python(
         {
             "method": params.method,
@@ -194,25 +200,29 @@ def _fit_prepared(image: Pixels, white: float, params: StainParams) -> StainFit:
 
 
 def fit_stains(density: Floats, params: StainParams) -> Floats:
-    """Find two stains.
+    """Return the vectors of two stains, measured by the method of the settings.
 
     Args:
-        density: Shape (3, n), of tissue.
+        density: float64 (3, n), optical densities of tissue.
         params: The settings.
 
     Returns:
-        Shape (2, 3), unit rows, not negative, haematoxylin first.
+        float64 (2, 3), non-negative rows of unit length, haematoxylin first.
 
     Raises:
-        InputError: The densities lie on one line, or the stains are alike.
+        InputError: The densities lie on one line, or the two stain vectors are nearly equal.
     """
     variances, _ = principal(density)
     if not variances[1] >= LEAST_VARIANCE:
-        raise failed(f"the tissue is of one colour (variance of density {variances[1]:.1e} across its main direction)")
+        raise cannot_measure(
+            f"the tissue has only one colour (its density varies by {variances[1]:.1e} across its main direction)"
+        )
     stains = macenko_vectors(density) if params.method == "macenko" else vahadane_vectors(density, params.iterations)
     stains = np.maximum(stains, 0)
     stains /= np.sqrt(np.square(stains).sum(axis=1, keepdims=True))
     sine = float(np.sqrt(np.square(np.cross(stains[0], stains[1])).sum()))
     if not sine >= LEAST_SINE:
-        raise failed(f"the two stains are alike (sine of their angle {sine:.3f}, at least {LEAST_SINE} is needed)")
+        raise cannot_measure(
+            f"the two stains are too similar (the sine of their angle is {sine:.3f}, at least {LEAST_SINE} is needed)"
+        )
     return stains if stains[0, 0] >= stains[1, 0] else stains[::-1].copy()

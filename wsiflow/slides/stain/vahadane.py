@@ -1,4 +1,4 @@
-"""The vectors of two stains from a sparse dictionary (Vahadane et al. 2016)."""
+"""Stain vectors from sparse dictionary learning (Vahadane et al. 2016)."""
 
 import numpy as np
 
@@ -7,22 +7,22 @@ from wsiflow.slides.stain.params import LEAST_OD, Floats
 
 DICTIONARY_PENALTY = 0.1
 
-# Where the search for a dictionary begins: usual H and E, so that the same order and minimum are found everywhere.
+# The initial dictionary: typical vectors of haematoxylin and eosin, so that order and minimum are always the same.
 FIRST_GUESS = ((0.65, 0.70, 0.29), (0.07, 0.99, 0.11))
 
 
 def vahadane_vectors(density: Floats, iterations: int) -> Floats:
-    """Learn two non-negative vectors from which the densities are sparse sums.
+    """Return two non-negative stain vectors of which the densities are sparse sums.
 
-    Minimises ``|density - codes @ stains|² / 2 + DICTIONARY_PENALTY * sum(codes)`` over codes and over unit
-    vectors, by turns: the codes in closed form, then each vector (Mairal et al., ICML 2009, algorithm 2).
+    The search minimises ``|density - codes @ stains|² / 2 + DICTIONARY_PENALTY * sum(codes)`` alternately over the
+    codes, in closed form, and over each unit vector (Mairal et al., ICML 2009, algorithm 2).
 
     Args:
-        density: Shape (3, n).
-        iterations: Turns.
+        density: float64 (3, n), optical densities of tissue.
+        iterations: Number of alternations.
 
     Returns:
-        Shape (2, 3).
+        float64 (2, 3), one stain vector per row.
     """
     stains = np.array(FIRST_GUESS)
     stains /= np.sqrt(np.square(stains).sum(axis=1, keepdims=True))
