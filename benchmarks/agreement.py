@@ -118,7 +118,7 @@ def _apart(maps: dict[str, Any], expected: dict[str, Any]) -> dict[str, Any]:
     left, right = left[known], right[known]
     apart = np.abs(left.astype(np.float64) - right)
     quantiles = {f"q{100 * q:.0f}": float(np.quantile(apart, q)) for q in _QUANTILES}
-    return certificate.compare(left, right)._asdict() | quantiles
+    return certificate.score_deviation(left, right)._asdict() | quantiles
 
 
 def _rows(name: str, found: dict[str, Any]) -> list[list[str]]:

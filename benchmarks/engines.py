@@ -28,7 +28,7 @@ from benchmarks.measuring import (
 )
 from wsiflow.model import scorer
 from wsiflow.model.classifier import Classifier
-from wsiflow.model.engines.engine import available
+from wsiflow.model.engines.engine import installed_backends
 from wsiflow.model.engines.spec import PRECISIONS, cpu_supports_bf16
 
 Run = Callable[[], NDArray[np.float32]]
@@ -58,7 +58,7 @@ def ways(*, quick: bool, only: Sequence[str] = ("window", "dense")) -> list[tupl
     found = [
         (engine, backend, precision)
         for engine in only
-        for backend in available()
+        for backend in installed_backends()
         for precision in PRECISIONS[backend]
         if (precision != "bf16" or cpu_supports_bf16()) and (backend, precision) != ("torch", "bf16")
     ]
@@ -97,8 +97,10 @@ def differences(runs: Mapping[str, Run]) -> dict[str, float]:
     }
 
 
-def _run(made: scorer.Windows | scorer.Dense, cut: Sequence[NDArray[np.uint8]], pixels: NDArray[np.uint8]) -> Run:
-    if isinstance(made, scorer.Windows):
+def _run(
+    made: scorer.WindowScorer | scorer.DenseScorer, cut: Sequence[NDArray[np.uint8]], pixels: NDArray[np.uint8]
+) -> Run:
+    if isinstance(made, scorer.WindowScorer):
         return lambda: networks.run_windows(made, cut)
     return lambda: networks.run_region(made, pixels)
 

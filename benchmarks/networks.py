@@ -124,13 +124,13 @@ class Reference:
 
 def prepared(
     classifier: Classifier, how: Choice, pixels: NDArray[np.uint8], *, threads: int = 1
-) -> scorer.Windows | scorer.Dense:
+) -> scorer.WindowScorer | scorer.DenseScorer:
     """Return what computes scores; int8 is calibrated on the pixels it will see."""
     quantised = None
     if how.precision == "int8":
         samples = _calibration(how, pixels)
         quantised = scorer.quantise(classifier, how, samples)
-    return scorer.make(classifier, how, threads=threads, quantised=quantised)
+    return scorer.make_scorer(classifier, how, threads=threads, quantised=quantised)
 
 
 def _calibration(how: Choice, pixels: NDArray[np.uint8]) -> list[NDArray[np.uint8]]:
@@ -143,11 +143,11 @@ def _calibration(how: Choice, pixels: NDArray[np.uint8]) -> list[NDArray[np.uint
     return [pixels[None, y : y + side, x : x + side] for y in {0, far} for x in {0, far}]
 
 
-def run_windows(made: scorer.Windows, cut: Sequence[NDArray[np.uint8]]) -> NDArray[np.float32]:
+def run_windows(made: scorer.WindowScorer, cut: Sequence[NDArray[np.uint8]]) -> NDArray[np.float32]:
     """Return the score of each window."""
     return made.run(cut, untimed)
 
 
-def run_region(made: scorer.Dense, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+def run_region(made: scorer.DenseScorer, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
     """Return the map of a region."""
     return made.run(pixels, untimed)

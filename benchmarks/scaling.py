@@ -201,8 +201,8 @@ def _rate(job: tuple[str, str, int, tuple[int, int], Any, float]) -> float:
     card, precision, context, tiles, ready, seconds = job
     how = networks.choice("dense", "openvino", precision, context_px=context)
     pixels = block_pixels(*tiles, context)
-    made = scorer.make(load(networks.spec(card)), how, threads=1)
-    assert isinstance(made, scorer.Dense)
+    made = scorer.make_scorer(load(networks.spec(card)), how, threads=1)
+    assert isinstance(made, scorer.DenseScorer)
     networks.run_region(made, pixels)
     ready.wait()
     begin, done = time.perf_counter(), 0

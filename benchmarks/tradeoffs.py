@@ -20,7 +20,7 @@ from benchmarks import networks, product
 from flows.compose import compose_config
 from wsiflow.errors import InputError
 from wsiflow.heatmap import assembly
-from wsiflow.model.choice import Choice, alike
+from wsiflow.model.choice import Choice, reason_scores_differ
 from wsiflow.model.classifier import Classifier, load
 from wsiflow.plan.geometry import Frame, subsampling
 from wsiflow.run.plan import read_plan
@@ -101,7 +101,7 @@ def _subsampled_diff(found: _Run, settings: dict[str, Any]) -> float:
         except InputError:
             continue
         fine = _run(way, fine_px, settings["size_px"][settings["quick"]], settings["seed"])
-        if fine_px == settings["stride"] or alike(fine.choice, found.choice):
+        if fine_px == settings["stride"] or reason_scores_differ(fine.choice, found.choice):
             continue
         for slide, heat in found.maps.items():
             taken = assembly.subsample(fine.maps[slide], fine.frames[slide], found.frames[slide])

@@ -155,7 +155,7 @@ def _client(runner: "DaskTaskRunner", dask: DaskParams) -> "Client":
         raise InputError(cause, "see the keywords of its class", stage="configuration") from error
     except (OSError, RuntimeError) as error:
         if isinstance(error, OSError) and faults.number(error) and not dask.cluster + dask.address:
-            raise faults.of_workers(error, "or take executor=inline") from error
+            raise faults.worker_fault(error, "or take executor=inline") from error
         cause = f"no Dask scheduler answers at {dask.address}" if dask.address else f"{name} does not start"
         raise EnvironmentFault(f"{cause}: {error}", "see that it can be reached, then run again") from error
 

@@ -1,15 +1,15 @@
-"""Every error wsiflow raises on purpose, and the exit code each one ends a command with.
+"""The exceptions that wsiflow raises on purpose, and the exit code with which each one ends a command.
 
-    WsiflowError                50  a defect of wsiflow itself
+    WsiflowError                50  wsiflow itself has a defect
     +-- InputError              20  a slide, manifest, annotation, model or setting is wrong
-    |   +-- Rewritten               a slide was written while it was read
-    +-- EnvironmentFault        30  disk, permission, memory, scheduler
-    +-- IntegrityError          40  a published file differs from what its receipt says
+    |   +-- SlideModified           a slide was modified while it was read
+    +-- EnvironmentFault        30  the disk, a permission, the memory or the scheduler is at fault
+    +-- IntegrityError          40  a published file differs from its receipt
 
-A complete run ends with 0, one that scored without some slides, as the user allowed, with `PARTIAL`.
+A complete run ends with exit code 0. A run that left out slides, as its settings allow, ends with `PARTIAL`.
 
-A message is one line: slide, stage and file as far as they are known, the cause, and what to do about it; never with a
-secret in it, since messages are kept in tables and sent to servers.
+A message is one line. It names the slide, the stage and the file as far as they are known, then the cause, then the
+remedy. Secrets are redacted in it, because messages are written to tables and sent to servers.
 """
 
 from collections.abc import Callable
@@ -25,11 +25,11 @@ class Failure(NamedTuple):
 
     Attributes:
         exit_code: The exit code of the error's class.
-        cause: What was wrong, with the value found and the bound or form expected.
+        cause: What was wrong, with the actual value and the bound or form that was expected.
         remedy: What the user can do about it.
-        slide: The slide id, where one is concerned.
-        stage: The step of the line, for example ``tissue`` or ``predict``.
-        path: The file or folder concerned.
+        slide: Id of the slide that is concerned, if any.
+        stage: Stage of the run, for example ``tissue`` or ``predict``, if any.
+        path: File or folder that is concerned, if any.
     """
 
     exit_code: int
@@ -46,7 +46,7 @@ class Failure(NamedTuple):
         return without_secrets(" ".join((f"{where}: {text}" if where else text).split()))
 
     def about(self, *, slide: str = "", stage: str = "", path: object = "") -> "Failure":
-        """Return the same failure with slide, stage and path filled in where they were not known."""
+        """Return a copy of the failure in which slide, stage and path are filled in where they were empty."""
         return self._replace(slide=self.slide or slide, stage=self.stage or stage, path=self.path or str(path))
 
     def error(self) -> "WsiflowError":
@@ -56,7 +56,7 @@ class Failure(NamedTuple):
 
 
 class WsiflowError(Exception):
-    """A failure with a cause and a remedy, told in one line."""
+    """A failure that has a cause and a remedy, and whose message is one line."""
 
     exit_code = 50
 
@@ -80,11 +80,11 @@ class WsiflowError(Exception):
         return str(self.failure)
 
     def __reduce__(self) -> tuple[Callable[..., "WsiflowError"], tuple[Any, ...]]:
-        """Pickle with the keyword arguments, so that the error survives a process boundary."""
+        """Pickle the keyword arguments too, so that an error of a worker process reaches its parent whole."""
         return _rebuild, (type(self), self.failure)
 
     def about(self, *, slide: str = "", stage: str = "", path: object = "") -> "WsiflowError":
-        """Return the same error with slide, stage and path filled in where they were not known."""
+        """Return a copy of the error in which slide, stage and path are filled in where they were empty."""
         return _rebuild(type(self), self.failure.about(slide=slide, stage=stage, path=path))
 
 
@@ -94,23 +94,23 @@ def _rebuild(kind: type[WsiflowError], failure: Failure) -> WsiflowError:
 
 
 class InputError(WsiflowError):
-    """A slide, manifest, annotation, model card or setting cannot be used as it is."""
+    """Raised when a slide, manifest, annotation, model card or setting cannot be used as it is."""
 
     exit_code = 20
 
 
-class Rewritten(InputError):
-    """A slide was written while it was read: what was read of it may be of no one content, whatever it holds now."""
+class SlideModified(InputError):
+    """Raised when a slide was modified while it was read, so that the pixels may mix two versions of the file."""
 
 
 class EnvironmentFault(WsiflowError):
-    """The machine, file system or scheduler refused something that may work later or elsewhere."""
+    """Raised when the machine, file system or scheduler refused something that may work later or elsewhere."""
 
     exit_code = 30
 
 
 class IntegrityError(WsiflowError):
-    """A file is not what its receipt, hash or plan says it is."""
+    """Raised when a file differs from its receipt, its recorded hash or the plan."""
 
     exit_code = 40
 

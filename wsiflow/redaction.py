@@ -1,8 +1,8 @@
-"""What looks like a secret, taken out of settings and sentences before anybody else can see them.
+"""Redaction of secrets from settings and messages before they are stored, printed or sent.
 
-Nothing here knows which settings there are: names tell (``password``, ``api_key``, ``--token``), and the places where
-secrets are put into longer texts: the user of an address, ``name=value`` of a query, a connection string or an option,
-and the word after ``Bearer``. Too much is taken rather than too little.
+This module does not know the settings. It recognises secrets by the names of settings and options (``password``,
+``api_key``, ``--token``) and by their place in longer texts: the user part of a URL, ``name=value`` in a query, a
+connection string or an option, and the word after ``Bearer``. In doubt it redacts.
 """
 
 import re
@@ -16,11 +16,12 @@ _WORDS = (
     r"|(?<![a-z])auth(?![a-z])|auth[_-]?string|(?:api|access|private|account|shared|encryption|ssh|deploy)[_-]?key"
 )
 _KEY = re.compile(_WORDS, re.IGNORECASE)
-# Up to the last @ before the path, since passwords may hold one; one with a slash is no port and a path.
+# The user part reaches to the last @ before the path, since a password may contain one. A password may also contain a
+# slash: then what follows the colon is neither a port alone nor a port and a path.
 _USER = re.compile(r"(?<=://)(?:[^\s/?#'\"]*|[^\s:/@'\"]+:(?!\d+(?:[/?#]|$))[^\s@'\"]*)@")
-# A value goes on behind a comma or semicolon unless another name follows there.
+# A value continues after a comma or semicolon unless another name follows there.
 _TEXT = r"(?P<value>\"[^\"]*\"|'[^']*'|(?:[^\s&;,\"'}]|[;,](?![\w.-]+=|[\s\"']|$))+)"
-_SAID = re.compile(rf"(?P<name>[\w.-]*(?:{_WORDS})[\w.-]*(?:=|[\"']\s?[:,]\s?)){_TEXT}", re.IGNORECASE)
+_ASSIGNMENT = re.compile(rf"(?P<name>[\w.-]*(?:{_WORDS})[\w.-]*(?:=|[\"']\s?[:,]\s?)){_TEXT}", re.IGNORECASE)
 _HEADER = re.compile(rf"(?P<name>\b(?:authorization|cookie|x-api-key|passw\w*|\w*secret\w*):\s*){_TEXT}", re.IGNORECASE)
 _QUERY = re.compile(r"(?P<name>[?&](?:sig|key|auth|code|sas|pw|pass)=)(?P<value>[^\s&\"']+)", re.IGNORECASE)
 _SCHEME = re.compile(r"\b(?P<name>(?:Bearer|Basic)\s+)(?P<value>[\w.~+/=-]{8,})")
@@ -28,36 +29,37 @@ _OPTION = re.compile(rf"--?[\w-]*(?:{_WORDS})[\w-]*", re.IGNORECASE)
 
 
 def redacted(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings without secrets: `REDACTED` stands for values of telling names, and within texts.
+    """Return the settings with their secrets replaced by `REDACTED`.
 
-    A value that cannot be a secret stays: none, true, false, nothing.
+    A value is replaced as a whole where its name is that of a secret; elsewhere only the secrets inside its text are.
+    None, booleans and empty texts are kept, since they hold no secret.
 
     Args:
-        values: Settings by name, nested or with dotted names.
+        values: Settings by name. Names may be dotted, and values may be nested.
     """
-    return {key: _value(value, told=_KEY.search(str(key)) is not None) for key, value in values.items()}
+    return {key: _value(value, is_secret=_KEY.search(str(key)) is not None) for key, value in values.items()}
 
 
 def redacted_list(values: Iterable[Any]) -> list[Any]:
-    """Return arguments without secrets, those behind an option such as ``--password`` included."""
-    found: list[Any] = []
+    """Return command-line arguments without secrets; the argument after ``--password`` and its like is one."""
+    arguments: list[Any] = []
     after_option = False
     for value in values:
-        found.append(_value(value, told=after_option and not str(value).startswith("-")))
+        arguments.append(_value(value, is_secret=after_option and not str(value).startswith("-")))
         after_option = isinstance(value, str) and _OPTION.fullmatch(value) is not None
-    return found
+    return arguments
 
 
 def without_secrets(text: str) -> str:
-    """Return a text with `REDACTED` in the place of what looks like a secret."""
+    """Return the text with `REDACTED` in place of everything that looks like a secret."""
     text = _USER.sub(f"{REDACTED}@", text)
-    for pattern in (_SCHEME, _SAID, _HEADER, _QUERY):
+    for pattern in (_SCHEME, _ASSIGNMENT, _HEADER, _QUERY):
         text = pattern.sub(rf"\g<name>{REDACTED}", text)
     return text
 
 
 def holds_redacted(value: Any) -> bool:
-    """Tell whether something was taken out of a setting, at any depth."""
+    """Return whether a secret was redacted from the setting, at any depth."""
     if isinstance(value, Mapping):
         return any(holds_redacted(one) for one in value.values())
     if isinstance(value, list | tuple):
@@ -65,15 +67,15 @@ def holds_redacted(value: Any) -> bool:
     return isinstance(value, str) and REDACTED in value
 
 
-def _value(value: Any, *, told: bool) -> Any:
+def _value(value: Any, *, is_secret: bool) -> Any:
     if isinstance(value, Mapping):
-        return {key: _value(one, told=True) for key, one in value.items()} if told else redacted(value)
+        return {key: _value(one, is_secret=True) for key, one in value.items()} if is_secret else redacted(value)
     if isinstance(value, list | tuple):
-        return [_value(one, told=True) for one in value] if told else redacted_list(value)
-    if told:
-        return REDACTED if _is_any(value) else value
+        return [_value(one, is_secret=True) for one in value] if is_secret else redacted_list(value)
+    if is_secret:
+        return REDACTED if _can_be_secret(value) else value
     return without_secrets(value) if isinstance(value, str) else value
 
 
-def _is_any(value: Any) -> bool:
+def _can_be_secret(value: Any) -> bool:
     return value is not None and not isinstance(value, bool) and value != ""

@@ -301,7 +301,7 @@ def test_outline_without_area_is_told_in_the_row(tmp_path):
         (".5,1,2\nnan,1,2\n", "line 2: 'nan' is not finite"),
         (".5,1,inf\n", "not finite"),
         (".5;1;2\n", "line 1 has 1 cells"),
-        ('".5,1,2\n', "line 1: not CSV"),
+        ('".5,1,2\n', "line 1 is not CSV"),
     ],
 )
 def test_damaged_detection_files(tmp_path, text, told):

@@ -5,7 +5,7 @@ import pytest
 
 from wsiflow.errors import InputError, IntegrityError
 from wsiflow.heatmap import assembly
-from wsiflow.model.choice import Choice, alike
+from wsiflow.model.choice import Choice, reason_scores_differ
 from wsiflow.plan.geometry import Frame, window_offsets_px
 
 FRAME = Frame("centred", 896, 672, 1.0, 0.243, 224, 224, 56, 112, 1, 1, 1, 0, 3, 3)
@@ -83,7 +83,7 @@ def test_a_coarse_map_is_taken_from_cells_with_the_same_windows(convention: str,
     ("change", "reason"),
     [
         ({"stride_px": 112}, "even multiple"),
-        ({"stride_px": 32}, "no multiple"),
+        ({"stride_px": 32}, "not a multiple"),
         ({"window_px": 299, "stride_px": 224}, "window_px"),
         ({"um_px": 0.5}, "um_px"),
         ({"t_cols": 4}, "t_cols"),
@@ -109,11 +109,15 @@ def test_maps_without_common_windows_are_refused(change: dict, reason: str) -> N
 def test_scores_are_alike_only_if_computed_alike(change: dict, reason: str) -> None:
     """Another engine, format or batch, or a network that pads, may give other scores of the same window."""
     one = Choice("window", "openvino", "fp32", 32, 16, "", 0, exact=True, halo_px=104, block_rows=7, block_cols=12)
-    assert (reason in alike(one, one._replace(**change))) if reason else alike(one, one._replace(**change)) == ""
+    assert (
+        (reason in reason_scores_differ(one, one._replace(**change)))
+        if reason
+        else reason_scores_differ(one, one._replace(**change)) == ""
+    )
 
 
 @pytest.mark.parametrize("precision", ["bf16", "int8"])
 def test_a_dense_map_of_less_than_fp32_is_of_its_stride_alone(precision: str) -> None:
     """Another stride is another graph, which rounds otherwise and is calibrated otherwise."""
     one = Choice("dense", "openvino", precision, 32, 16, "", 0, exact=True, halo_px=104, block_rows=7, block_cols=12)
-    assert precision in alike(one, one)
+    assert precision in reason_scores_differ(one, one)

@@ -1,4 +1,4 @@
-"""The certificate's arithmetic: differences, flips, limits, and a draw that never changes."""
+"""Certificates: deviations, flips, limits, and a random sample that never changes."""
 
 import math
 
@@ -12,8 +12,10 @@ from wsiflow.model.certificate import Limits
 
 
 def test_differences_by_hand() -> None:
-    """Four scores with known distances; one of them crosses one half."""
-    found = certificate.compare(np.array([0.1, 0.6, 0.9, 0.3], np.float32), np.array([0.1, 0.4, 0.8, 0.4], np.float32))
+    """Four scores have known differences, and one of them is on the other side of one half."""
+    found = certificate.score_deviation(
+        np.array([0.1, 0.6, 0.9, 0.3], np.float32), np.array([0.1, 0.4, 0.8, 0.4], np.float32)
+    )
     assert found.n == 4
     assert found.mean_abs_diff == pytest.approx(0.1)
     assert found.max_abs_diff == pytest.approx(0.2)
@@ -23,39 +25,41 @@ def test_differences_by_hand() -> None:
 
 
 def test_what_is_not_defined_is_nan_and_breaks_nothing() -> None:
-    """No scores, or scores that do not vary, have no correlation."""
-    none = certificate.compare(np.empty(0, np.float32), np.empty(0, np.float32))
+    """Without scores, or for constant scores, there is no correlation."""
+    none = certificate.score_deviation(np.empty(0, np.float32), np.empty(0, np.float32))
     assert none.n == 0
     assert math.isnan(none.mean_abs_diff)
     same = np.full(3, 0.25, np.float32)
-    assert math.isnan(certificate.compare(same, same).correlation)
-    assert certificate.broken(none, Limits(0.0, 0.0, 0.0)) == []
+    assert math.isnan(certificate.score_deviation(same, same).correlation)
+    assert certificate.exceeded_limits(none, Limits(0.0, 0.0, 0.0)) == []
 
 
-def test_broken_limits_are_named_with_both_numbers() -> None:
-    """Each limit is told by name, found and allowed."""
-    found = certificate.compare(np.array([0.1, 0.6], np.float32), np.array([0.1, 0.4], np.float32))
-    assert certificate.broken(found, Limits()) == []
-    assert certificate.broken(found, Limits(mean_abs_diff=0.05, flips=0.6)) == ["mean abs diff is 0.1, allowed 0.05"]
-    assert len(certificate.broken(found, Limits(0.05, 0.05, 0.05))) == 3
+def test_exceeded_limits_are_named_with_both_numbers() -> None:
+    """The message for each limit has its name, the value and the limit."""
+    found = certificate.score_deviation(np.array([0.1, 0.6], np.float32), np.array([0.1, 0.4], np.float32))
+    assert certificate.exceeded_limits(found, Limits()) == []
+    assert certificate.exceeded_limits(found, Limits(mean_abs_diff=0.05, flips=0.6)) == [
+        "mean abs diff is 0.1, allowed 0.05"
+    ]
+    assert len(certificate.exceeded_limits(found, Limits(0.05, 0.05, 0.05))) == 3
 
 
 def test_bf16_may_cost_what_the_documentation_says() -> None:
-    """The promise: mean at most 0.002, largest at most 0.02 against fp32; int8 mean 0.02, flips 2 %."""
+    """The documented limits against fp32 are: bf16 mean 0.002, maximum 0.02; int8 mean 0.02, flips 2 %."""
     assert certificate.PRECISION_LIMITS["bf16"] == Limits(mean_abs_diff=0.002, max_abs_diff=0.02)
     assert certificate.PRECISION_LIMITS["int8"] == Limits(mean_abs_diff=0.02, flips=0.02)
 
 
-@given(among=st.integers(0, 300), wanted=st.integers(0, 300))
-def test_a_draw_has_no_index_twice(among: int, wanted: int) -> None:
-    """As many as there are, each once, in order."""
-    drawn = certificate.draw("abcdef0123456789", among=among, wanted=wanted)
-    assert len(drawn) == min(among, wanted)
+@given(among=st.integers(0, 300), count=st.integers(0, 300))
+def test_a_draw_has_no_index_twice(among: int, count: int) -> None:
+    """The sample has the requested size or all indices, each once and in ascending order."""
+    drawn = certificate.draw_indices("abcdef0123456789", among=among, count=count)
+    assert len(drawn) == min(among, count)
     assert (np.diff(drawn) > 0).all()
     assert ((drawn >= 0) & (drawn < among)).all()
 
 
 def test_a_draw_is_the_same_everywhere() -> None:
-    """The windows a certificate looks at are fixed by the slide's key."""
-    assert certificate.draw("0123456789abcdef", among=1000, wanted=4).tolist() == [90, 279, 512, 622]
-    assert certificate.draw("1123456789abcdef", among=1000, wanted=4).tolist() != [90, 279, 512, 622]
+    """The windows of a certificate are determined by the slide's key."""
+    assert certificate.draw_indices("0123456789abcdef", among=1000, count=4).tolist() == [90, 279, 512, 622]
+    assert certificate.draw_indices("1123456789abcdef", among=1000, count=4).tolist() != [90, 279, 512, 622]

@@ -16,7 +16,7 @@ from wsiflow.model.architectures.googlenet import GoogLeNet
 from wsiflow.model.classifier import Classifier
 from wsiflow.model.dense import layers
 from wsiflow.model.dense.network import DenseClassifier, densify, describe, window_crops
-from wsiflow.model.dense.receptive import follow
+from wsiflow.model.dense.receptive import trace_layers
 
 ROOT = Path(__file__).parents[2]
 
@@ -44,7 +44,7 @@ def classifier(module: nn.Module, window_px: int, *, input_px: int = 0, n_classe
 
 
 def trained(module: nn.Module, window_px: int) -> nn.Module:
-    """Give a network weights under which windows differ and scores are neither 0 nor 1."""
+    """Return a network with weights for which windows differ and scores are neither 0 nor 1."""
     for layer in module.modules():
         if isinstance(layer, nn.Conv2d | nn.Linear):
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
@@ -61,7 +61,7 @@ def trained(module: nn.Module, window_px: int) -> nn.Module:
 
 
 def texture(n: int, h: int, w: int) -> torch.Tensor:
-    """Images that vary on every scale, as tissue does."""
+    """Return images that vary on every scale, like tissue."""
     image = torch.zeros(n, 3, h, w)
     for cell in (2, 8, 32, 128):
         coarse = torch.randn(n, 3, h // cell + 2, w // cell + 2)
@@ -70,7 +70,7 @@ def texture(n: int, h: int, w: int) -> torch.Tensor:
 
 
 def windows_scores(classifier: Classifier, pixels: torch.Tensor, stride: int) -> torch.Tensor:
-    """The slow way: each window of one image on its own."""
+    """Return the scores of each window of an image, run alone."""
     side = classifier.window_px
     cut = pixels.unfold(2, side, stride).unfold(3, side, stride)[0].permute(1, 2, 0, 3, 4)
     scores = [classifier.module(row.contiguous()).softmax(1)[:, classifier.positive_index] for row in cut]
@@ -84,7 +84,7 @@ def scores_of(dense: DenseClassifier, pixels: torch.Tensor) -> torch.Tensor:
 
 
 class Block(nn.Module):
-    """An Inception block without padding."""
+    """An Inception block that pads only in its branch of two convolutions."""
 
     def __init__(self, channels: int, out: int) -> None:
         super().__init__()
@@ -101,7 +101,7 @@ class Block(nn.Module):
 
 
 class ValidBlock(Block):
-    """The same, without padding in the branch of two convolutions either."""
+    """The same block, without padding in the branch of two convolutions either."""
 
     def __init__(self, channels: int, out: int) -> None:
         super().__init__(channels, out)
@@ -109,7 +109,7 @@ class ValidBlock(Block):
 
 
 def inception() -> nn.Module:
-    """Native stride 8, window 48."""
+    """An Inception network with total stride 8 and window 48."""
     return nn.Sequential(
         nn.Conv2d(3, 8, 4, 2),
         nn.ReLU(inplace=True),
@@ -128,7 +128,7 @@ def inception() -> nn.Module:
 
 
 class Residual(nn.Module):
-    """Strided shortcuts of another length than the strided branch; native stride 8, window 75."""
+    """Strided shortcuts with another length than the strided branch; total stride 8, window 75."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -152,7 +152,7 @@ class Residual(nn.Module):
 
 
 class Vgg(nn.Module):
-    """A hidden layer over the flattened map; three classes; native stride 4, window 30."""
+    """A hidden layer over the flattened map; three classes; total stride 4, window 30."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -168,7 +168,7 @@ class Vgg(nn.Module):
 
 
 class Padded(nn.Module):
-    """Every kind of padding, among them what overhangs a map at one side only; native stride 8, window 50."""
+    """All kinds of padding, some of it on one side only; total stride 8, window 50."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -202,7 +202,7 @@ def valid(name: str) -> Classifier:
 
 @pytest.fixture(scope="module")
 def demo() -> Classifier:
-    """The network that ships."""
+    """Return the network that ships with wsiflow."""
     card = yaml.safe_load((ROOT / "conf/model/demo.yaml").read_text())["card"]
     return model.load(model.ModelSpec(card=card, trust_torchscript=False, sha256="", positive_class=""))
 
@@ -215,7 +215,7 @@ def region() -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def googlenet(region: torch.Tensor) -> Classifier:
-    """Random weights, with scores spread about one half by a few hundredths, as random weights spread them."""
+    """Return GoogLeNet with random weights whose scores vary by a few hundredths around one half."""
     torch.manual_seed(4)
     with torch.no_grad():
         network = trained(GoogLeNet(2, dropout=0.5), 224)
@@ -229,7 +229,7 @@ def googlenet(region: torch.Tensor) -> Classifier:
 
 @pytest.fixture(scope="module")
 def whole(googlenet: Classifier, region: torch.Tensor) -> torch.Tensor:
-    """The map of the region with the exact context, at stride 16."""
+    """Return the map of the region with the exact context, at stride 16."""
     with torch.no_grad():
         return scores_of(densify(googlenet, 16, context_px=192), region)[0]
 
@@ -237,21 +237,21 @@ def whole(googlenet: Classifier, region: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("stride", [1, 2, 4, 6, 8, 16, 24])
 @pytest.mark.parametrize("name", VALID)
 def test_dense_equals_window_at_every_position(name: str, stride: int) -> None:
-    """Finer than the network's stride, equal to it, and a multiple; sides that differ and end anywhere."""
+    """The stride is finer than the network's, equal, or a multiple; the sides of the region are arbitrary."""
     network = valid(name)
     side = network.window_px
     pixels = texture(1, side + 13, side + 26 if stride < 8 else side + 50)
-    wanted = windows_scores(network, pixels, stride)
+    expected = windows_scores(network, pixels, stride)
     dense = densify(network, stride)
     found = scores_of(dense, pixels)
-    assert found.shape[1:] == wanted.shape == dense.map_shape(*pixels.shape[2:])
-    assert float(wanted.std()) > 0.01, "the windows must differ for the comparison to mean anything"
-    torch.testing.assert_close(found[0], wanted, atol=1e-5, rtol=0)
+    assert found.shape[1:] == expected.shape == dense.map_shape(*pixels.shape[2:])
+    assert float(expected.std()) > 0.01, "the windows must differ for the comparison to mean anything"
+    torch.testing.assert_close(found[0], expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("stride", [4, 8, 16, 48])
 def test_dense_equals_window_for_the_network_that_ships(demo: Classifier, stride: int) -> None:
-    """A quarter and a half of the network's stride, the stride, and a multiple."""
+    """The stride is a quarter, a half, once and twice that of the network."""
     assert not describe(demo, stride).padded
     side = demo.window_px
     pixels = texture(1, side + 17, side + 53 if stride > 4 else side + 22)
@@ -260,7 +260,7 @@ def test_dense_equals_window_for_the_network_that_ships(demo: Classifier, stride
 
 
 def test_images_of_a_batch_keep_apart() -> None:
-    """Phases lie along the batch too, and still each image gets its own map."""
+    """Phases are along the batch axis too, but each image has its own map."""
     network = valid("inception")
     pixels = texture(3, 70, 61)
     dense = densify(network, 2)
@@ -269,7 +269,7 @@ def test_images_of_a_batch_keep_apart() -> None:
 
 @pytest.mark.parametrize(("stride", "context_px"), [(8, 16), (4, 12), (16, 24)])
 def test_context_moves_the_first_window_inwards(stride: int, context_px: int) -> None:
-    """With context the map is that of the region without its rim."""
+    """With context the map is that of the region without its border."""
     network = valid("inception")
     pixels = texture(1, 101, 120)
     inner = pixels[:, :, context_px:-context_px, context_px:-context_px]
@@ -279,7 +279,7 @@ def test_context_moves_the_first_window_inwards(stride: int, context_px: int) ->
 
 
 def test_context_must_lie_on_the_grid() -> None:
-    with pytest.raises(InputError, match=r"context of 12 px is no multiple of the 8 px"):
+    with pytest.raises(InputError, match=r"context of 12 px is not a multiple of the 8 px"):
         densify(valid("inception"), 8, context_px=12)
 
 
@@ -290,7 +290,7 @@ def test_region_without_a_window_is_refused() -> None:
 
 @pytest.mark.parametrize("stride", [1, 2, 4])
 def test_phases_of_a_padded_network_equal_shifted_maps(stride: int) -> None:
-    """Away from the region's border, finer maps hold what the coarse map of the shifted region holds."""
+    """Away from the region's border, finer maps equal the coarse maps of shifted regions."""
     network = classifier(trained(Padded(), 50), 50)
     facts = describe(network, 8)
     before, after = (8 * -(-px // 8) for px in facts.overhang_px)
@@ -308,7 +308,7 @@ def test_phases_of_a_padded_network_equal_shifted_maps(stride: int) -> None:
 
 
 def footprint(dense: DenseClassifier, side: int) -> tuple[int, int, int, int]:
-    """Rows and columns of an image that its first score depends on."""
+    """Return the rows and columns of an image on which its first score depends."""
     assert dense.module is not None
     pixels = torch.ones(1, 3, side, side, requires_grad=True)
     with torch.enable_grad():
@@ -320,7 +320,7 @@ def footprint(dense: DenseClassifier, side: int) -> tuple[int, int, int, int]:
 
 
 class Smooth(nn.Module):
-    """A pool of means as wide as a maximum pool: its gradient reaches everything the pool sees."""
+    """A mean pooling of the size of a max pooling, whose gradient reaches everything in its window."""
 
     def __init__(self, pool: nn.MaxPool2d) -> None:
         super().__init__()
@@ -331,7 +331,7 @@ class Smooth(nn.Module):
 
 
 def test_overhang_is_what_the_gradient_reaches() -> None:
-    """GoogLeNet: 571 px, 166 before the window and 181 after it; a pixel less would not be exact."""
+    """For GoogLeNet it is 571 px, 166 before the window and 181 after it, and one pixel less is not exact."""
     network = GoogLeNet(2, dropout=0.5)
     features = network.features
     for block in [features, *(module for module in features.modules() if hasattr(module, "branch_3"))]:
@@ -351,7 +351,7 @@ def test_overhang_is_what_the_gradient_reaches() -> None:
 
 
 class CroppedThenPadded(nn.Module):
-    """Padding stands for values that the window has seen, but that cropping took away; native stride 2, window 33."""
+    """A network that pads after cropping; total stride 2, window 33."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -365,34 +365,34 @@ class CroppedThenPadded(nn.Module):
 
 @pytest.mark.parametrize(("build", "window_px"), [(CroppedThenPadded, 33), (Padded, 50)])
 def test_overhang_is_the_context_that_makes_maps_exact(build: Callable[[], nn.Module], window_px: int) -> None:
-    """With the next multiple of the grid the border has no influence; with one less it has."""
+    """With the next multiple of the grid the border has no influence; with one step less it has."""
     network = classifier(trained(build(), window_px), window_px)
     facts = describe(network, 2)
     assert facts.padded
     enough = -(-max(facts.overhang_px) // 2) * 2
     assert enough > 0
     region = texture(1, window_px + 160, window_px + 164)
-    wanted = scores_of(densify(network, 2, context_px=80), region)
+    expected = scores_of(densify(network, 2, context_px=80), region)
     for context_px, exact in [(enough, True), (enough - 2, False)]:
         inner = slice(80 - context_px, context_px - 80)
         found = scores_of(densify(network, 2, context_px=context_px), region[:, :, inner, inner])
-        assert (float((found - wanted).abs().max()) <= 1e-6) is exact
+        assert (float((found - expected).abs().max()) <= 1e-6) is exact
 
 
 def test_googlenet_works_as_much_as_was_measured(googlenet: Classifier) -> None:
-    """1.497 GMAC for a window; 1.50, 1.84 and 4.76 for a tile of 224 px at stride 32, 16 and 8."""
+    """It needs 1.497 GMAC for a window, and 1.50, 1.84 and 4.76 for a 224 px tile at stride 32, 16 and 8."""
     tiles = {stride: describe(googlenet, stride).dense_macs_px * 224**2 / 1e9 for stride in (64, 32, 16, 8)}
     assert {stride: round(macs, 2) for stride, macs in tiles.items()} == {64: 1.5, 32: 1.5, 16: 1.84, 8: 4.76}
     facts = describe(googlenet, 16)
     assert round(facts.window_macs / 1e9, 3) == 1.497
     assert (facts.grid_px, facts.native_px, facts.align_px, facts.padded) == (16, 32, 16, True)
-    # The widest moment: the 7 x 7 convolution (64 channels, a quarter of the pixels) beside what its pool makes of it.
+    # The peak is at the output of the 7 x 7 convolution (64 channels, a quarter of the pixels) and of its pooling.
     assert facts.activation_bytes_px == 4 * (64 / 4 + 64 / 16)
 
 
 @pytest.mark.parametrize(("name", "stride"), [("inception", 2), ("residual", 4), ("vgg", 4), ("vgg", 1)])
 def test_multiplications_are_those_of_a_real_pass(name: str, stride: int) -> None:
-    """What a counter sees grows with the area as the facts say."""
+    """The counted multiplications grow with the area as the facts state."""
     network = valid(name)
     dense = densify(network, stride)
     counts = []
@@ -400,7 +400,7 @@ def test_multiplications_are_those_of_a_real_pass(name: str, stride: int) -> Non
         with FlopCounterMode(display=False) as counter:
             scores_of(dense, torch.zeros(1, 3, *[network.window_px + 48 * steps] * 2))
         counts.append(counter.get_total_flops() / 2)
-    growth = (counts[2] - 2 * counts[1] + counts[0]) / 2  # what is left of a parabola is its square term
+    growth = (counts[2] - 2 * counts[1] + counts[0]) / 2  # the second difference of a parabola is its quadratic term
     assert growth == pytest.approx(dense.facts.dense_macs_px * 48**2)
     with FlopCounterMode(display=False) as counter:
         network.module(torch.zeros(1, 3, network.window_px, network.window_px))
@@ -408,8 +408,8 @@ def test_multiplications_are_those_of_a_real_pass(name: str, stride: int) -> Non
 
 
 def test_features_that_see_no_padding_are_those_known(googlenet: Classifier) -> None:
-    """Share of a window's features that are equal to those of a region, per cent, down to none in 4e."""
-    _, network = follow(googlenet)
+    """The percentage of a window's features that equal those of a region decreases to 0 in 4e."""
+    _, network = trace_layers(googlenet)
     shares = {}
     for layer in network:
         rows, cols = (max(0, span.last - span.first) / span.side for span in layer.spans)
@@ -423,13 +423,13 @@ def test_features_that_see_no_padding_are_those_known(googlenet: Classifier) -> 
 
 @pytest.mark.parametrize(("share_until", "stride"), [("features.pool3", 16), ("pool3", 32)])
 def test_stem_and_tail_are_those_of_the_network(googlenet: Classifier, share_until: str, stride: int) -> None:
-    """GoogLeNet shared up to pool3: crops of 14 x 14 features, each through the rest with its own padding."""
+    """GoogLeNet split after pool3: crops of 14 x 14 features, each run through the tail with its own padding."""
     network = googlenet.module
     assert isinstance(network, GoogLeNet)
     dense = densify(googlenet, stride, context_px=32, share_until=share_until)
     assert dense.module is None
     pixels = texture(1, 320, 352)
-    features, wanted = pixels, []
+    features, expected = pixels, []
     for name, layer in network.features.named_children():
         features = layer(features)
         if name == "pool3":
@@ -441,9 +441,9 @@ def test_stem_and_tail_are_those_of_the_network(googlenet: Classifier, share_unt
             crop = features[:, :, y : y + 14, x : x + 14]
             for name in ("stage4", "pool4", "stage5"):
                 crop = network.features.get_submodule(name)(crop)
-            wanted.append(network.classify(crop.mean((2, 3), keepdim=True)).softmax(1)[0, 1, 0, 0])
-    assert float(torch.stack(wanted).std()) > 0.005
-    torch.testing.assert_close(shared_scores(dense, pixels), torch.stack(wanted).view(rows, cols), atol=1e-5, rtol=0)
+            expected.append(network.classify(crop.mean((2, 3), keepdim=True)).softmax(1)[0, 1, 0, 0])
+    assert float(torch.stack(expected).std()) > 0.005
+    torch.testing.assert_close(shared_scores(dense, pixels), torch.stack(expected).view(rows, cols), atol=1e-5, rtol=0)
 
 
 def shared_scores(dense: DenseClassifier, pixels: torch.Tensor) -> torch.Tensor:
@@ -459,17 +459,17 @@ def shared_scores(dense: DenseClassifier, pixels: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("stride", [2, 4, 8, 16])
 @pytest.mark.parametrize("cut", ["0", "3", "4", "6", "7"])
 def test_sharing_a_part_equals_window_without_padding(cut: str, stride: int) -> None:
-    """Wherever the cut is, also where the shared features are in phases."""
+    """This holds for every split, also where the shared features are in phases."""
     network = valid("inception")
     pixels = texture(1, 81, 94)
     dense = densify(network, stride, context_px=8 if stride == 8 else 0, share_until=cut)
     inner = pixels[:, :, 8:-8, 8:-8] if stride == 8 else pixels
-    wanted = windows_scores(network, inner, stride)
-    torch.testing.assert_close(shared_scores(dense, pixels), wanted, atol=1e-5, rtol=0)
+    expected = windows_scores(network, inner, stride)
+    torch.testing.assert_close(shared_scores(dense, pixels), expected, atol=1e-5, rtol=0)
 
 
-def test_cuts_tell_what_windows_can_share(googlenet: Classifier) -> None:
-    """Deepest first; up to pool3 lie 58 % of a window's multiplications."""
+def test_split_points_are_those_up_to_which_windows_share(googlenet: Classifier) -> None:
+    """The deepest comes first; 58 % of a window's multiplications are before the end of pool3."""
     cuts = describe(googlenet, 16).cuts
     shares = {cut.name: round(cut.share, 2) for cut in cuts}
     assert shares["features.pool3"] == 0.58
@@ -506,7 +506,7 @@ def test_a_region_in_pieces_gives_the_same_map(
 
 @pytest.mark.parametrize("name", ["inception", "padded"])
 def test_openvino_runs_other_sides_than_it_was_converted_with(name: str) -> None:
-    """Height, width and batch are the only things left open, also where the map is made of phases."""
+    """Only height, width and batch are dynamic, also where the map consists of phases."""
     openvino = pytest.importorskip("openvino")
     network = classifier(trained(Padded(), 50), 50) if name == "padded" else valid(name)
     dense = densify(network, 2, context_px=16)
@@ -522,7 +522,7 @@ def test_openvino_runs_other_sides_than_it_was_converted_with(name: str) -> None
 
 
 def test_openvino_runs_stem_and_tail() -> None:
-    """Also where the shared features are in phases."""
+    """This also holds where the shared features are in phases."""
     openvino = pytest.importorskip("openvino")
     dense = densify(valid("inception"), 2, share_until="6")
     assert dense.stem is not None
@@ -541,7 +541,7 @@ def test_openvino_runs_stem_and_tail() -> None:
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_trace_holds_for_other_sides() -> None:
-    """What is exported is not bound to the region it was traced with."""
+    """The exported graph is not bound to the region with which it was traced."""
     dense = densify(valid("residual"), 4, context_px=8)
     traced = torch.jit.trace(dense.module, torch.zeros(1, 3, 100, 100))  # type: ignore[no-untyped-call]
     pixels = texture(2, 131, 118)
@@ -549,7 +549,7 @@ def test_a_trace_holds_for_other_sides() -> None:
 
 
 class SqueezeExcite(nn.Module):
-    """A gate over the whole map."""
+    """A gate that depends on the whole map."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -562,7 +562,7 @@ class SqueezeExcite(nn.Module):
 
 
 class Attention(nn.Module):
-    """Attention written by hand."""
+    """Attention written as matrix products."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -574,7 +574,7 @@ class Attention(nn.Module):
 
 
 class Heads(nn.Module):
-    """Attention by PyTorch."""
+    """The attention module of PyTorch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -586,7 +586,7 @@ class Heads(nn.Module):
 
 
 class Positions(nn.Module):
-    """A learned number for each place."""
+    """A learned constant for each place."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -597,7 +597,7 @@ class Positions(nn.Module):
 
 
 class Uneven(nn.Module):
-    """Strides 4 and 3 meet."""
+    """Two branches with strides 4 and 3 that are joined."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -608,7 +608,7 @@ class Uneven(nn.Module):
 
 
 class Branching(nn.Module):
-    """What it does depends on the pixels."""
+    """A network whose control flow depends on the pixels."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x.mean((2, 3))[:, :2] if float(x.sum()) > 0 else x.mean((2, 3))[:, 1:]
@@ -626,7 +626,7 @@ class Call(nn.Module):
 
 
 def ending(*layers: nn.Module) -> nn.Module:
-    """A convolution, some layers, and a head."""
+    """Return a network of a convolution, some layers, and a head."""
     return nn.Sequential(nn.Conv2d(3, 8, 3), *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2))
 
 
@@ -641,8 +641,8 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "squeeze and excite": (SqueezeExcite, r"layer mul \(mul\) .*\(squeeze-and-excite\)"),
     "attention by hand": (Attention, r"layer matmul \(matmul\) .*\(attention\)"),
     "attention": (Heads, r"layer attend \(MultiheadAttention\) .*\(attention\)"),
-    "positions": (Positions, r"layer add \(add\) .* differ from place to place"),
-    "strides that do not meet": (Uneven, r"layer add \(add\) .* different strides meet"),
+    "positions": (Positions, r"layer add \(add\) .* vary over the map"),
+    "strides that do not meet": (Uneven, r"layer add \(add\) .* joins maps of different strides"),
     "reflection": (
         lambda: ending(nn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect")),
         r"layer 1 \(Conv2d\) .* pads with 'reflect'",
@@ -652,11 +652,11 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: nn.Sequential(nn.Conv2d(3, 2, 3), nn.AdaptiveAvgPool2d(3), nn.AdaptiveMaxPool2d(1), nn.Flatten()),
         r"layer 1 \(AdaptiveAvgPool2d\) .* fixed number of places",
     ),
-    "dropout outside of training": (lambda: Call(functional.dropout), "at random outside of training"),
+    "dropout outside of training": (lambda: Call(functional.dropout), "at random, even in evaluation mode"),
     "turned maps": (lambda: Call(lambda x: x.flip(2)), r"\(flip\) .* not known"),
-    "mean of columns": (lambda: Call(lambda x: x - x.mean(2, keepdim=True)), "something else than rows and columns"),
-    "softmax over rows": (lambda: Call(lambda x: functional.softmax(x, dim=2)), "something else than channels"),
-    "sides of the window": (lambda: Call(lambda x: x * x.shape[2]), "computes with the sides of the window"),
+    "mean of columns": (lambda: Call(lambda x: x - x.mean(2, keepdim=True)), "other axes than rows and columns"),
+    "softmax over rows": (lambda: Call(lambda x: functional.softmax(x, dim=2)), "another axis than the channels"),
+    "sides of the window": (lambda: Call(lambda x: x * x.shape[2]), "uses the size of the window"),
     "one row": (lambda: Call(lambda x: x[:, :, :, 3:4] + x), "squeeze-and-excite"),
     "centred by its mean": (lambda: Call(lambda x: x - x.mean((2, 3), keepdim=True)), "squeeze-and-excite"),
     "a map": (lambda: nn.Sequential(nn.Conv2d(3, 2, 3)), "returns a map"),
@@ -667,7 +667,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_not_local_is_refused(name: str) -> None:
-    """The layer, the reason and the engine that runs it are named; nothing is guessed."""
+    """The message has the layer, the reason and the engine that supports it."""
     build, message = REFUSED[name]
     module = build()
     network = Classifier(**{**vars(classifier(ending(), 32)), "module": module.eval()})
@@ -679,13 +679,13 @@ def test_what_is_not_local_is_refused(name: str) -> None:
 
 
 def test_resized_windows_are_refused() -> None:
-    """Each window is resized on its own, with its own border."""
+    """Each window is resized alone, with its own border."""
     with pytest.raises(InputError, match=r"resizes windows of 64 px to 32 px.*inference.engine=window"):
         densify(classifier(ending(), 64, input_px=32), 8)
 
 
 def test_a_conversion_that_gives_other_scores_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A layer that is read wrongly ends the run before its first slide."""
+    """A layer that is converted wrongly is found before the first slide."""
     network = classifier(ending(nn.InstanceNorm2d(8, affine=True)), 32)
     monkeypatch.setattr(layers, "_REFUSED", {})
     monkeypatch.setitem(layers._MODULES, nn.InstanceNorm2d, lambda *_: layers.EACH)

@@ -1,4 +1,4 @@
-"""What runs a network: all backends give PyTorch's scores, always the same bits, and say what they cannot do."""
+"""Engines: all backends give PyTorch's scores, always the same bits, and report what they do not support."""
 
 import hashlib
 import json
@@ -24,7 +24,7 @@ from wsiflow.model.classifier import Classifier, predict, probe_image
 from wsiflow.model.dense.network import densify
 from wsiflow.model.engines import openvino
 from wsiflow.model.engines.cache import cache_folder, cached
-from wsiflow.model.engines.engine import available, choose, converts, prepare, scores_from_pixels
+from wsiflow.model.engines.engine import installed_backends, is_convertible, median_seconds, prepare, scores_from_pixels
 from wsiflow.model.engines.openvino import _converted, _packed, _read, one_thread, quantise
 from wsiflow.model.engines.spec import Engine, EngineSpec, Network, cpu_supports_bf16
 from wsiflow.system import machine
@@ -50,12 +50,12 @@ def demo() -> Classifier:
 
 @pytest.fixture(scope="module")
 def classifier() -> Classifier:
-    """The trained network that ships with wsiflow."""
+    """Return the trained network that ships with wsiflow."""
     return demo()
 
 
 def region(rows: int, cols: int) -> NDArray[np.uint8]:
-    """Squares of many colours, purple to white, uint8 (1, rows, cols, 3)."""
+    """Return squares of many colours, purple to white, uint8 (1, rows, cols, 3)."""
     tiles = [np.concatenate([probe_image(7 * row + col, 112) for col in range(7)], axis=1) for row in range(6)]
     return np.ascontiguousarray(np.concatenate(tiles)[None, :rows, :cols])
 
@@ -71,13 +71,13 @@ def dense_network(classifier: Classifier, *, fixed: tuple[int, int] | None = Non
 
 @pytest.fixture(scope="module")
 def maps(classifier: Classifier) -> Network:
-    """The network over regions of any size."""
+    """Return the network over regions of any size."""
     return dense_network(classifier)
 
 
 @pytest.fixture
 def tiny() -> Network:
-    """A network that converts in no time, fed with features instead of pixels."""
+    """Return a network that converts at once and takes features instead of pixels."""
     torch.manual_seed(0)
     module = nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
     return Network(lambda: module, "tiny", np.random.default_rng(0).random((2, 2, 5, 5), np.float32), fixed=True)
@@ -85,7 +85,7 @@ def tiny() -> Network:
 
 @pytest.mark.parametrize("spec", FP32, ids=lambda spec: spec.backend)
 def test_windows_have_the_classifiers_scores(spec: EngineSpec, classifier: Classifier, cache: Path) -> None:
-    """Whatever runs the window network, its scores are those of `predict`."""
+    """On every backend the scores of windows are those of `predict`."""
     images = windows(5)
     network = Network(lambda: scores_from_pixels(classifier), "demo", images, fixed=True)
     found = prepare(network, spec, threads=1, cache=cache)(images)
@@ -95,7 +95,7 @@ def test_windows_have_the_classifiers_scores(spec: EngineSpec, classifier: Class
 
 @pytest.mark.parametrize("spec", FP32[1:], ids=lambda spec: spec.backend)
 def test_regions_of_any_shape_have_pytorchs_scores(spec: EngineSpec, maps: Network, cache: Path) -> None:
-    """One engine takes regions of all shapes, one after the other, and the limit is fp32's: bfloat16 would break it."""
+    """One engine takes regions of all shapes in turn; the limit is that of fp32, which bfloat16 would exceed."""
     oracle, engine = (prepare(maps, each, threads=1, cache=cache) for each in (FP32[0], spec))
     for shape in SHAPES:
         expected, found = oracle(region(*shape)), engine(region(*shape))
@@ -107,7 +107,7 @@ def test_regions_of_any_shape_have_pytorchs_scores(spec: EngineSpec, maps: Netwo
 @needs_bf16
 @pytest.mark.parametrize("spec", BF16, ids=lambda spec: spec.backend)
 def test_bfloat16_is_near_fp32(spec: EngineSpec, maps: Network, cache: Path) -> None:
-    """At most 0.002 off in the mean and 0.02 anywhere, and not fp32 in disguise."""
+    """Scores deviate by at most 0.002 in the mean and 0.02 anywhere, but are not those of fp32."""
     oracle, engine = (prepare(maps, each, threads=1, cache=cache) for each in (FP32[0], spec))
     difference = np.abs(engine(region(*SHAPES[-1])) - oracle(region(*SHAPES[-1])))
     assert difference.mean() < 0.002
@@ -117,7 +117,7 @@ def test_bfloat16_is_near_fp32(spec: EngineSpec, maps: Network, cache: Path) -> 
 def test_bits_do_not_depend_on_process_order_or_open_shapes(
     classifier: Classifier, maps: Network, cache: Path, tmp_path: Path
 ) -> None:
-    """Other shapes before, another process, another conversion, a graph compiled for one shape: the same bits."""
+    """Former shapes, another process or conversion, and a graph for one shape give the same bits."""
     shape = SHAPES[1]
     fixed = dense_network(classifier, fixed=shape)
     specs = [OPENVINO, BF16[1]] if cpu_supports_bf16() else [OPENVINO]
@@ -128,13 +128,13 @@ def test_bits_do_not_depend_on_process_order_or_open_shapes(
 
 
 def digests(network: Network, spec: EngineSpec, shapes: Sequence[tuple[int, int]], folder: Path) -> dict[str, str]:
-    """Return the hash of the scores of each region, one after the other."""
+    """Return the hashes of the scores of each region, run in this order."""
     engine = prepare(network, spec, threads=1, cache=folder)
     return {str(shape): hashlib.sha256(engine(region(*shape)).tobytes()).hexdigest() for shape in shapes}
 
 
 def elsewhere(specs: Sequence[EngineSpec], shapes: Sequence[tuple[int, int]], folder: Path) -> list[dict[str, str]]:
-    """Return the same for each of some engines, from a process of its own."""
+    """Return the same for each of several engines, from another process."""
     code = (
         "import json, pathlib, sys; sys.path.insert(0, sys.argv[1]); import test_engines as t\n"
         f"specs, shapes, folder = {[tuple(spec) for spec in specs]}, {tuple(shapes)}, pathlib.Path(sys.argv[2])\n"
@@ -153,8 +153,8 @@ def elsewhere(specs: Sequence[EngineSpec], shapes: Sequence[tuple[int, int]], fo
     return found
 
 
-def test_nothing_reports_home(tmp_path: Path) -> None:
-    """OpenVINO, NNCF and ONNX Runtime leave no consent file, no number of the machine and no queue of events."""
+def test_no_usage_is_reported(tmp_path: Path) -> None:
+    """OpenVINO, NNCF and ONNX Runtime leave no consent file, machine id or event queue."""
     code = (
         "import numpy as np, sys, torch\n"
         "from wsiflow.model.engines.engine import prepare\n"
@@ -176,7 +176,7 @@ def test_nothing_reports_home(tmp_path: Path) -> None:
 
 
 def test_int8_is_near_fp32(maps: Network, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Calibrated on other regions of its kind it is 0.02 off in the mean at most; calibration says not a word."""
+    """Calibrated on other such regions, it deviates by at most 0.02 in the mean, and nothing is printed."""
     samples = [region(448, 512)[:, -240:, -256:], region(560, 512)[:, -272:, :240]]
     quantised = quantise(maps, samples, cache=cache)
     assert capsys.readouterr().out == ""
@@ -187,7 +187,7 @@ def test_int8_is_near_fp32(maps: Network, cache: Path, capsys: pytest.CaptureFix
 
 
 def test_the_same_samples_give_the_same_bytes(tiny: Network, tmp_path: Path) -> None:
-    """Whatever the process converted before, and whether the graph came from the cache; other samples give others."""
+    """Former conversions and the cache do not change the bytes; other samples do."""
     samples = [np.random.default_rng(seed).random((2, 2, 5, 5), np.float32) for seed in range(3)]
     first = quantise(tiny, samples, cache=tmp_path)
     assert quantise(tiny, samples) == quantise(tiny, iter(samples), cache=tmp_path) == first
@@ -195,7 +195,7 @@ def test_the_same_samples_give_the_same_bytes(tiny: Network, tmp_path: Path) -> 
 
 
 def test_calibration_runs_with_one_thread(tiny: Network) -> None:
-    """NNCF would take every core; afterwards OpenVINO is as it was."""
+    """NNCF would use all cores; afterwards OpenVINO is restored."""
     packed = _converted(tiny, None)
     import openvino
 
@@ -207,26 +207,26 @@ def test_calibration_runs_with_one_thread(tiny: Network) -> None:
 
 
 def test_int8_needs_samples_and_belongs_to_a_calibrated_network(tiny: Network) -> None:
-    """Nothing to calibrate with is the user's to mend; a missing or needless calibration is ours."""
-    with pytest.raises(InputError, match="no pixels to calibrate"):
+    """Missing samples are an input error; a missing or unneeded calibration is a defect of wsiflow."""
+    with pytest.raises(InputError, match="no pixels for the calibration"):
         quantise(tiny, [])
-    with pytest.raises(WsiflowError, match="go together"):
+    with pytest.raises(WsiflowError, match="must be given for int8"):
         prepare(tiny, INT8, threads=1)
-    with pytest.raises(WsiflowError, match="go together"):
+    with pytest.raises(WsiflowError, match="must be given for int8"):
         prepare(tiny, OPENVINO, threads=1, quantised=b"")
 
 
 @pytest.mark.parametrize(
-    ("spec", "told"),
+    ("spec", "message"),
     [
         (EngineSpec("torch", "int8"), "torch runs fp32 and bf16, not int8; set inference.backend to openvino"),
         (EngineSpec("onnxruntime", "int8"), "onnxruntime runs fp32, not int8; set inference.backend to openvino"),
         (EngineSpec("onnxruntime", "bf16"), "not bf16; set inference.backend to openvino or torch"),
     ],
 )
-def test_a_precision_a_backend_does_not_have_is_refused(spec: EngineSpec, told: str, tiny: Network) -> None:
-    """The message says which backend has it."""
-    with pytest.raises(InputError, match=told):
+def test_a_precision_a_backend_does_not_have_is_refused(spec: EngineSpec, message: str, tiny: Network) -> None:
+    """The message names the backends that support it."""
+    with pytest.raises(InputError, match=message):
         prepare(tiny, spec, threads=1)
 
 
@@ -234,7 +234,7 @@ def test_a_precision_a_backend_does_not_have_is_refused(spec: EngineSpec, told: 
 def test_bfloat16_is_refused_where_it_would_be_emulated(
     spec: EngineSpec, tiny: Network, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A CPU with AVX512 alone emulates it, slower than fp32."""
+    """A CPU with only AVX512 emulates it, slower than fp32."""
     monkeypatch.setattr(machine, "cpu_flags", lambda: {"avx512f", "avx512_vnni"})
     with pytest.raises(EnvironmentFault, match="this CPU has no bfloat16"):
         prepare(tiny, spec, threads=1)
@@ -250,19 +250,19 @@ def test_missing_packages_are_named_with_their_remedy(tiny: Network, monkeypatch
         prepare(tiny, FP32[2], threads=1)
     with pytest.raises(EnvironmentFault, match=r"nncf cannot be used: .* pip install 'wsiflow\[int8\]'"):
         quantise(tiny, [tiny.example])
-    assert available() == ("openvino", "torch")
+    assert installed_backends() == ("openvino", "torch")
 
 
 class Exotic(nn.Module):
-    """Something no other backend knows."""
+    """A network with an operation that only PyTorch supports."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.linalg.eigvals(x).real
 
 
 @pytest.mark.parametrize("spec", FP32[1:], ids=lambda spec: spec.backend)
-def test_a_network_that_cannot_be_converted_is_the_users_to_mend(spec: EngineSpec) -> None:
-    """It still runs in PyTorch, and the message says so."""
+def test_a_network_that_cannot_be_converted_is_an_input_error(spec: EngineSpec) -> None:
+    """The error is an input error, and its message says that PyTorch runs the network."""
     network = Network(lambda: Exotic().eval(), "exotic", np.eye(3, dtype=np.float32)[None], fixed=True)
     with pytest.raises(InputError, match=r"cannot be converted to .*; set inference.backend=torch"):
         prepare(network, spec, threads=1)
@@ -283,33 +283,33 @@ def test_results_are_the_callers_and_any_memory_order_serves(spec: EngineSpec, t
     assert (engine(view) != kept).any()
 
 
-def test_arrays_the_network_was_not_made_for_are_refused(tiny: Network, maps: Network, cache: Path) -> None:
+def test_arrays_of_another_form_are_refused(tiny: Network, maps: Network, cache: Path) -> None:
     """OpenVINO would cast floats to bytes, and a batch of another size is another shape."""
     exact, free = prepare(tiny, OPENVINO, threads=1), prepare(maps, OPENVINO, threads=1, cache=cache)
     for wrong in (tiny.example[:1], tiny.example[:, :, 1:], tiny.example[0], tiny.example.astype(np.float64)):
-        with pytest.raises(WsiflowError, match="the network was made for float32"):
+        with pytest.raises(WsiflowError, match="the network takes float32"):
             exact(wrong)
     for wrong in (
         region(240, 240).astype(np.float32),
         np.concatenate([region(240, 240)] * 2),
         region(240, 240)[..., 0],
     ):
-        with pytest.raises(WsiflowError, match="the network was made for uint8"):
+        with pytest.raises(WsiflowError, match="the network takes uint8"):
             free(wrong)
 
 
 def test_a_resized_window_is_left_to_pytorch(classifier: Classifier) -> None:
-    """Others round it differently by a grey level; PyTorch gives what `predict` gives."""
+    """Other backends round it differently by a grey level; PyTorch gives the result of `predict`."""
     resized = replace(classifier, window_px=448)
     images = np.stack([probe_image(seed, 448) for seed in range(2)])
-    assert converts(classifier)
-    assert not converts(resized)
+    assert is_convertible(classifier)
+    assert not is_convertible(resized)
     engine = prepare(Network(lambda: scores_from_pixels(resized), "resized", images, fixed=True), FP32[0], threads=1)
     assert np.abs(engine(images) - predict(resized, images)).max() < 1e-5
 
 
 def count_conversions(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Record every conversion that is really done."""
+    """Record every conversion that is not answered from the cache."""
     made: list[str] = []
     packed = _packed
 
@@ -349,10 +349,10 @@ def test_a_network_is_converted_once(tiny: Network, tmp_path: Path, monkeypatch:
     ],
     ids=["empty", "hash only", "cut", "one bit"],
 )
-def test_a_damaged_entry_is_made_again(
+def test_a_damaged_entry_is_computed_again(
     how: Callable[[bytes], bytes], tiny: Network, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is never an error, and afterwards the entry is whole."""
+    """A damaged entry is never an error, and afterwards it is intact."""
     made = count_conversions(monkeypatch)
     expected = prepare(tiny, OPENVINO, threads=1, cache=tmp_path)(tiny.example)
     (entry,) = tmp_path.iterdir()
@@ -364,7 +364,7 @@ def test_a_damaged_entry_is_made_again(
 
 
 def test_a_folder_that_cannot_be_written_is_no_cache(tmp_path: Path) -> None:
-    """A file in its place, and an entry that is a folder: the content is made, nothing is left behind."""
+    """If the folder is a file, or an entry is a folder, the content is computed and no file is left."""
     (tmp_path / "file").write_text("")
     assert cached(tmp_path / "file", "key", lambda: b"made") == b"made"
     (tmp_path / "key").mkdir()
@@ -374,7 +374,7 @@ def test_a_folder_that_cannot_be_written_is_no_cache(tmp_path: Path) -> None:
 
 
 def test_racing_for_an_entry_is_harmless(tmp_path: Path) -> None:
-    """All of them find nothing, all make it, each gets whole content, one file is left."""
+    """All processes miss, all compute, each gets the content, and one file is left."""
     ready, content = threading.Barrier(4), b"x" * 1_000_000
     found: list[bytes] = []
 
@@ -393,20 +393,20 @@ def test_racing_for_an_entry_is_harmless(tmp_path: Path) -> None:
 
 
 def test_where_the_cache_is() -> None:
-    """The project's own variable first, then the desktop standard, then the home."""
+    """The variable of wsiflow comes first, then that of the desktop standard, then the home."""
     assert cache_folder({"WSIFLOW_CACHE": "/a", "XDG_CACHE_HOME": "/b"}) == Path("/a")
     assert cache_folder({"WSIFLOW_CACHE": "", "XDG_CACHE_HOME": "/b"}) == Path("/b/wsiflow")
     assert cache_folder({}) == Path.home() / ".cache/wsiflow"
 
 
 class Clock:
-    """Time that passes only when an engine runs."""
+    """A clock that advances only when an engine runs."""
 
     def __init__(self) -> None:
         self.now, self.ran = 0.0, ""
 
     def engine(self, name: str, *seconds: float) -> Engine:
-        """Return an engine that takes these times, the last one ever after."""
+        """Return an engine that takes these times in turn, and then always the last one."""
         times = list(seconds)
 
         def run(inputs: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -418,10 +418,10 @@ class Clock:
 
 
 def test_the_fastest_is_chosen_by_medians_of_turns() -> None:
-    """First runs do not count, candidates take turns, and one disturbance does not decide."""
+    """First runs do not count, candidates take turns, and a single disturbance does not decide."""
     clock = Clock()
     candidates = {"a": clock.engine("a", 1, 3.0), "b": clock.engine("b", 50, 2, 90, 2.0)}
-    assert list(choose(candidates, region(8, 8), seconds=105, clock=lambda: clock.now).items()) == [
+    assert list(median_seconds(candidates, region(8, 8), seconds=105, clock=lambda: clock.now).items()) == [
         ("b", 2.0),
         ("a", 3.0),
     ]
@@ -429,16 +429,16 @@ def test_the_fastest_is_chosen_by_medians_of_turns() -> None:
 
 
 def test_a_slow_candidate_is_measured_once() -> None:
-    """The time is over after the first turn: two runs each."""
+    """The time is over after the first turn, so each runs twice."""
     clock = Clock()
-    assert choose({"a": clock.engine("a", 9)}, region(8, 8), clock=lambda: clock.now) == {"a": 9}
+    assert median_seconds({"a": clock.engine("a", 9)}, region(8, 8), clock=lambda: clock.now) == {"a": 9}
     assert clock.ran == "aa"
 
 
-def test_real_engines_are_told_apart(tiny: Network) -> None:
-    """What runs a network fifty times takes longer, however busy the machine is."""
+def test_real_engines_are_distinguished(tiny: Network) -> None:
+    """An engine that runs a network fifty times takes longer, however busy the machine is."""
     once = prepare(tiny, OPENVINO, threads=1)
-    found = choose(
+    found = median_seconds(
         {"often": lambda inputs: np.stack([once(inputs) for _ in range(50)]), "once": once}, tiny.example, seconds=0.2
     )
     assert list(found) == ["once", "often"]

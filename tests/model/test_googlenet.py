@@ -1,4 +1,4 @@
-"""GoogLeNet is the reference's network: its size, its work, its padding."""
+"""GoogLeNet is the network of the reference: its parameters, its multiplications and its padding."""
 
 from collections.abc import Callable
 
@@ -10,7 +10,7 @@ from wsiflow.model.architectures.googlenet import GoogLeNet
 
 
 def macs(module: nn.Module, side_px: int) -> int:
-    """Return multiplications of all convolutions and linear layers for one window."""
+    """Return the multiplications of all convolutions and linear layers for one window."""
     counts: list[int] = []
 
     def count(layer: nn.Module, _: object, output: torch.Tensor) -> None:
@@ -38,7 +38,7 @@ def test_googlenet_has_the_size_and_the_work_of_the_reference() -> None:
 
 
 def test_googlenet_has_neither_bias_nor_batch_norm_before_the_head() -> None:
-    """The only bias is that of the classifying layer."""
+    """The only bias is that of the last layer."""
     biases = [name for name, _ in GoogLeNet(2, dropout=0.5).named_parameters() if name.endswith("bias")]
     assert biases == ["classify.bias"]
     assert not any(isinstance(layer, nn.BatchNorm2d) for layer in GoogLeNet(2, dropout=0.5).modules())
@@ -56,7 +56,7 @@ def test_maps_have_the_sides_of_the_reference() -> None:
 
 
 def same_windows(x: np.ndarray, kernel: int, reduce: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-    """Apply a stride-2 operation as TensorFlow's SAME defines it: one place after another, ignoring what is outside."""
+    """Apply a stride-2 operation with TensorFlow's SAME padding, place by place, ignoring those outside."""
     side = x.shape[-1]
     before = max((-(-side // 2) - 1) * 2 + kernel - side, 0) // 2
     starts = range(-before, side - before, 2)
@@ -66,7 +66,7 @@ def same_windows(x: np.ndarray, kernel: int, reduce: Callable[[np.ndarray], np.n
 
 
 def test_pools_follow_tensorflow_same_padding() -> None:
-    """A 3 x 3 pool of stride 2 overhangs at the bottom and the right only."""
+    """A 3 x 3 pooling with stride 2 pads only at the bottom and the right."""
     image = np.random.default_rng(1).normal(size=(16, 16)).astype(np.float32)
     pools = [layer for layer in GoogLeNet(2, dropout=0.5).features if isinstance(layer, nn.MaxPool2d)]
     for pool, kernel in zip(pools, (3, 3, 3, 2), strict=True):
@@ -75,7 +75,7 @@ def test_pools_follow_tensorflow_same_padding() -> None:
 
 
 def test_the_first_convolution_follows_tensorflow_same_padding() -> None:
-    """The 7 x 7 convolution of stride 2 sees 2 px of zeros in front and 3 behind."""
+    """The 7 x 7 convolution with stride 2 pads 2 px in front and 3 behind."""
     image = np.random.default_rng(2).normal(size=(16, 16)).astype(np.float32)
     pad, conv, _ = GoogLeNet(2, dropout=0.5).features.get_submodule("conv1")
     with torch.inference_mode():
@@ -85,6 +85,6 @@ def test_the_first_convolution_follows_tensorflow_same_padding() -> None:
 
 
 def test_logits_have_one_column_for_each_class() -> None:
-    """Three windows and four classes give (3, 4)."""
+    """Three windows and four classes give logits of shape (3, 4)."""
     with torch.inference_mode():
         assert GoogLeNet(4, dropout=0.1).eval()(torch.zeros(3, 3, 224, 224)).shape == (3, 4)

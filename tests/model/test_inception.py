@@ -1,4 +1,4 @@
-"""The padding-free network sees its window and nothing else, and the shipped weights do what their card says."""
+"""The network without padding depends on its window only, and the shipped weights are those of their card."""
 
 import runpy
 from pathlib import Path
@@ -35,7 +35,7 @@ def network(width: float = DEMO_WIDTH, n_classes: int = 2) -> ValidNetwork:
 
 
 def macs(module: nn.Module, side_px: int) -> int:
-    """Return multiplications of all convolutions and linear layers for one image."""
+    """Return the multiplications of all convolutions and linear layers for one image."""
     counts: list[int] = []
 
     def count(layer: nn.Module, _: object, output: torch.Tensor) -> None:
@@ -52,7 +52,7 @@ def macs(module: nn.Module, side_px: int) -> int:
 
 
 def logit_map(net: nn.Module, block: torch.Tensor) -> torch.Tensor:
-    """Return the logits (n_classes, r, c) of every window of a block (1, 3, h, w), all from one feature map."""
+    """Return the logits (n_classes, r, c) of all windows of a block (1, 3, h, w), from one feature map."""
     means = nn.functional.avg_pool2d(net.features(block), 3, stride=1)
     return nn.functional.conv2d(means, net.classify.weight[:, :, None, None], net.classify.bias)[0]
 
@@ -61,7 +61,7 @@ def seen(net: ValidNetwork, row: int, col: int) -> torch.Tensor:
     """Return which pixels (240, 240) of a block of 240 px can move one element of its logit map."""
     torch.manual_seed(5)
     found = torch.zeros(240, 240, dtype=torch.bool)
-    # A pool and a ReLU may block a pixel's gradient in one image, hardly in three.
+    # Pooling and ReLU may block the gradient of a pixel in one image, but hardly in three.
     for _ in range(3):
         image = torch.rand(1, 3, 240, 240, requires_grad=True)
         logit_map(net, image)[1, row, col].backward()
@@ -72,7 +72,7 @@ def seen(net: ValidNetwork, row: int, col: int) -> torch.Tensor:
 
 @pytest.mark.parametrize(("row", "col"), [(0, 0), (0, 1), (1, 0), (1, 1)])
 def test_a_logit_sees_its_window_whole_and_nothing_else(row: int, col: int) -> None:
-    """Every pixel of the 224 px window has a gradient, corners too, and the 16 px beside the window have none."""
+    """Every pixel of the 224 px window has a gradient, corners too, and the 16 px next to it have none."""
     expected = torch.zeros(240, 240, dtype=torch.bool)
     expected[16 * row : 16 * row + 224, 16 * col : 16 * col + 224] = True
     torch.testing.assert_close(seen(network(), row, col), expected)
@@ -80,7 +80,7 @@ def test_a_logit_sees_its_window_whole_and_nothing_else(row: int, col: int) -> N
 
 @pytest.mark.parametrize("width", [DEMO_WIDTH, 1.0])
 def test_a_block_equals_its_windows(width: float) -> None:
-    """One pass over 272 x 304 px holds the logits of all 4 x 6 windows at stride 16."""
+    """One pass over 272 x 304 px gives the logits of all 4 x 6 windows at stride 16."""
     net = network(width)
     block = torch.rand(1, 3, 272, 304)
     with torch.inference_mode():
@@ -93,7 +93,7 @@ def test_a_block_equals_its_windows(width: float) -> None:
 
 
 def test_no_layer_pads_or_drops() -> None:
-    """Nothing is added at a border, and every layer's steps end at the last row of its map."""
+    """No layer pads, and the steps of every layer end at the last row of its input."""
     net, checked = network(), []
 
     def check(layer: nn.Module, inputs: tuple[torch.Tensor], _: torch.Tensor) -> None:
@@ -113,7 +113,7 @@ def test_no_layer_pads_or_drops() -> None:
 
 
 def test_maps_have_the_sides_of_the_table() -> None:
-    """The sides and channels that the module's docstring gives for width 1."""
+    """The sides and channels are those in the module's docstring for width 1."""
     x, sides, channels = torch.zeros(1, 3, 224, 224), [], []
     with torch.inference_mode():
         for layer in network(1.0).features:
@@ -134,34 +134,34 @@ def test_size_and_work(width: float, parameters: int, window_mmac: float, tile_m
     net = inception_valid(2, width=width, dropout=0.0)
     assert sum(parameter.numel() for parameter in net.parameters()) == parameters
     assert round(macs(net, 224) / 1e6, 1) == window_mmac
-    # second difference of the work of squares: what is left is the interior, without borders
+    # The second difference of the multiplications for squares is that of the interior, without borders.
     sides = [macs(net, 224 * n) for n in (1, 2, 3)]
     assert (sides[0] - 2 * sides[1] + sides[2]) / 2 / 1e6 == pytest.approx(tile_mmac, abs=0.1)
 
 
 @pytest.mark.parametrize("width", [0.05, DEMO_WIDTH, 0.3, 1.5])
 def test_channels_are_multiples_of_eight(width: float) -> None:
-    """At any width, so that vector units are full; never fewer than eight."""
+    """This holds for any width, so that vector units are used fully; there are at least eight."""
     outputs = {layer.out_channels for layer in network(width).modules() if isinstance(layer, nn.Conv2d)}
     assert min(outputs) >= 8
     assert not [n for n in outputs if n % 8]
 
 
 @pytest.mark.parametrize("width", [0.0, -1.0, float("nan")])
-def test_a_width_that_is_none_is_refused(width: float) -> None:
-    """A card with such a width is refused by name."""
-    with pytest.raises(InputError, match=f"width is {width}, must be above 0"):
+def test_an_invalid_width_is_refused(width: float) -> None:
+    """A card with such a width is refused, and the message names it."""
+    with pytest.raises(InputError, match=f"width is {width}, but must be above 0"):
         build("inception_valid", 2, width=width, dropout=0.2)
 
 
 def test_logits_have_one_column_for_each_class() -> None:
-    """Three windows and four classes give (3, 4)."""
+    """Three windows and four classes give logits of shape (3, 4)."""
     with torch.inference_mode():
         assert network(n_classes=4)(torch.zeros(3, 3, 224, 224)).shape == (3, 4)
 
 
 def test_the_graph_can_be_traced() -> None:
-    """torch.fx sees plain operations with constant arguments, and the traced network is the same one."""
+    """torch.fx traces plain operations with constant arguments, and the traced network gives the same logits."""
     net = network()
     traced = fx.symbolic_trace(net)
     image = torch.rand(1, 3, 224, 224)
@@ -172,7 +172,7 @@ def test_the_graph_can_be_traced() -> None:
 
 
 def test_it_trains() -> None:
-    """Eight steps on eight patches bring the loss well down."""
+    """Eight steps on eight patches reduce the loss clearly."""
     rng = np.random.default_rng(11)
     labels = torch.arange(8) % 2
     drawn = np.stack([tissue.patch(rng, tumour=bool(label), size_px=224) for label in labels])
@@ -198,7 +198,7 @@ def classifier() -> Classifier:
 
 @pytest.fixture(scope="module")
 def patches() -> SimpleNamespace:
-    """Return the functions that made the training patches, which know what was held out."""
+    """Return the functions that selected the training patches, and so know the held-out ones."""
     return SimpleNamespace(**runpy.run_path(str(PATCHES)))
 
 
@@ -207,7 +207,7 @@ def middle(squares: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(squares[:, 16:240, 16:240])
 
 
-def test_card_tells_what_the_network_takes() -> None:
+def test_the_card_describes_the_networks_input() -> None:
     """Window, spacing, classes and origin are in the card, and the weights are small enough to ship."""
     card = read_card(SPEC)
     assert (card.architecture, card.architecture_args["width"]) == ("inception_valid", DEMO_WIDTH)
@@ -223,21 +223,21 @@ def test_card_tells_what_the_network_takes() -> None:
 def test_better_than_chance_on_held_out_real_patches(
     classifier: Classifier, patches: SimpleNamespace, shared_data: Path
 ) -> None:
-    """Real patches that training never saw are told apart; how little that says is in training/README.md."""
+    """Real patches outside the training data are classified; training/README.md says how little that proves."""
     real = patches.read_real(shared_data, test=True)
     assert roc.auc(predict(classifier, middle(real.pixels)), real.labels) > 0.7
 
 
 def test_no_patch_is_on_both_sides(patches: SimpleNamespace, shared_data: Path) -> None:
-    """Training and test patches have no image in common, and every readable one is on one side."""
+    """Training and test patches have no image in common, and every readable one is in one of them."""
     train, test = (patches.read_real(shared_data, test=side) for side in (False, True))
     seen = {image.tobytes() for image in train.pixels}
     assert not any(image.tobytes() in seen for image in test.pixels)
     assert len(train.labels) > len(test.labels) > 100
 
 
-def test_fresh_synthetic_patches_are_told_apart(classifier: Classifier) -> None:
-    """Patches of slides that no seed of the training drew are right."""
+def test_new_synthetic_patches_are_classified(classifier: Classifier) -> None:
+    """Patches of slides with seeds outside the training data are classified correctly."""
     rng = np.random.default_rng(77_777)
     labels = np.arange(200) % 2 == 1
     drawn = np.stack([tissue.patch(rng, tumour=bool(label), size_px=256) for label in labels])
@@ -245,12 +245,12 @@ def test_fresh_synthetic_patches_are_told_apart(classifier: Classifier) -> None:
 
 
 def test_glass_is_not_tumour(classifier: Classifier, patches: SimpleNamespace) -> None:
-    """An empty slide scores low whatever its colour and noise."""
+    """An empty slide has low scores, whatever its colour and noise."""
     assert predict(classifier, middle(patches.glass(50, 4321).pixels)).max() < 0.3
 
 
 def test_a_block_of_tissue_scores_as_its_windows_do(classifier: Classifier) -> None:
-    """With the shipped weights, tumour and normal tissue: one pass gives every window's probability to 1e-5."""
+    """With the shipped weights one pass gives every window's probability to 1e-5, for tumour and normal tissue."""
     rng = np.random.default_rng(5)
     halves = [tissue.patch(rng, tumour=tumour, size_px=304) for tumour in (False, True)]
     block = np.concatenate(halves, axis=1)

@@ -1,4 +1,4 @@
-"""Cards and loading: what is accepted, what is refused and with which words."""
+"""Model cards and loading: what is accepted, and what is refused with which message."""
 
 import hashlib
 import json
@@ -46,32 +46,32 @@ def spec(card: Path, **changes: Any) -> ModelSpec:
 
 @pytest.fixture(scope="module")
 def network() -> nn.Module:
-    """A network with random weights whose answers differ from image to image."""
+    """Return a network with random weights whose probabilities differ between images."""
     torch.manual_seed(0)
     net = build("inception_valid", 2, width=0.125, dropout=0.0)
     for layer in net.modules():
         if isinstance(layer, nn.BatchNorm2d):
             layer.momentum = 1.0
-    # One pass gives the norms the statistics of real maps; without, random layers say the same of every image.
+    # One pass sets the statistics of the norms; without it random layers give the same for every image.
     net.train()(torch.from_numpy(windows(4)).permute(0, 3, 1, 2) / 64 - 2)
     return net
 
 
 @pytest.fixture
 def card(network: nn.Module, tmp_path: Path) -> Path:
-    """The card of the network, in a folder of its own."""
+    """Return the path of the network's card in a folder of its own."""
     return save(network, FIELDS, tmp_path)
 
 
 def edit(card: Path, **changes: Any) -> ModelSpec:
-    """Change keys of a card; a value of None removes the key."""
+    """Change keys of a card; the value None removes a key."""
     keys = {key: value for key, value in (json.loads(card.read_text()) | changes).items() if value is not None}
     card.write_text(json.dumps(keys))
     return spec(card)
 
 
 def reseal(card: Path, data: bytes) -> ModelSpec:
-    """Replace the weights, and the hash with them."""
+    """Replace the weights, and their hash in the card."""
     (card.parent / "tiny.safetensors").write_bytes(data)
     return edit(card, sha256=hashlib.sha256(data).hexdigest())
 
@@ -81,7 +81,7 @@ def windows(n: int) -> np.ndarray:
 
 
 def test_a_saved_model_loads_and_answers(card: Path) -> None:
-    """Weights and card round-trip: a classifier in evaluation mode with the facts of its card."""
+    """A saved network loads as a classifier in evaluation mode with the values of its card."""
     classifier = model.load(spec(card))
     found = predict(classifier, windows(5))
     assert (found.dtype, found.shape) == (np.float32, (5,))
@@ -104,7 +104,7 @@ def test_an_architecture_is_a_record_in_the_table(tmp_path: Path, monkeypatch: p
 
 
 def test_saving_twice_gives_the_same_bytes(card: Path, tmp_path: Path) -> None:
-    """A card holds nothing that depends on when or where it was written."""
+    """A card contains nothing that depends on when or where it was written."""
     (tmp_path / "again").mkdir()
     again = save(model.load(spec(card)).module, FIELDS, tmp_path / "again")
     assert again.read_bytes() == card.read_bytes()
@@ -112,7 +112,7 @@ def test_saving_twice_gives_the_same_bytes(card: Path, tmp_path: Path) -> None:
 
 
 def test_probes_are_taken_where_the_model_is_unsure(card: Path) -> None:
-    """A saturated probe could not show a wrong mean."""
+    """A saturated probe could not detect a wrong mean."""
     for probe in read_card(spec(card)).probe:
         assert max(probe.probabilities) < 0.99
 
@@ -156,7 +156,7 @@ CARD_FAULTS = [
 
 @pytest.mark.parametrize(("changes", "message", "_reason"), CARD_FAULTS, ids=[reason for *_, reason in CARD_FAULTS])
 def test_a_faulty_card_is_refused_by_name(card: Path, changes: dict[str, Any], message: str, _reason: str) -> None:
-    """Every fault is one line that names key, value and file."""
+    """Every error is one line with key, value and file."""
     with pytest.raises(InputError, match=message) as caught:
         model.load(edit(card, **changes))
     assert "tiny." in str(caught.value)
@@ -169,13 +169,13 @@ def test_a_faulty_card_is_refused_by_name(card: Path, changes: dict[str, Any], m
         (None, r"the model card cannot be read \(No such file or directory\)"),
         (b"{", "the model card is not JSON: Expecting property name"),
         (b"[1]", "the model card is a JSON list, not an object"),
-        (b"\xff\xfe", "the model card is not text: invalid start byte at byte 0"),
+        (b"\xff\xfe", "the model card is not UTF-8 text: invalid start byte at byte 0"),
         (b"[" * 500_000, "the model card is not JSON: "),
         (b" " * 1_000_001, "the model card has more than 1000000 bytes"),
     ],
 )
 def test_a_file_that_is_no_card_is_refused(tmp_path: Path, data: bytes | None, message: str) -> None:
-    """Missing, broken, foreign and absurd files are told apart."""
+    """Missing, broken, foreign and oversized files have different messages."""
     path = tmp_path / "card.json"
     if data is not None:
         path.write_bytes(data)
@@ -191,26 +191,26 @@ def test_a_packaged_card_lies_beside_the_code() -> None:
 
 
 def test_weights_that_hash_to_something_else_are_refused(card: Path) -> None:
-    """The message names the card, the hash expected and the hash found."""
+    """The message has the card, the expected hash and the actual one."""
     expected = read_card(spec(card)).sha256
     weights = card.parent / "tiny.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"!")
-    with pytest.raises(InputError, match=f"weights hash to [0-9a-f]{{64}}, tiny.json expects {expected}"):
+    with pytest.raises(InputError, match=f"the weights have SHA-256 [0-9a-f]{{64}}, but tiny.json expects {expected}"):
         model.load(spec(card))
 
 
 def test_missing_weights_are_named(card: Path) -> None:
-    """The message names the file that should be there."""
+    """The message names the missing file."""
     (card.parent / "tiny.safetensors").unlink()
     with pytest.raises(InputError, match=r"tiny\.safetensors: the weights cannot be read \(No such file"):
         model.load(spec(card))
 
 
 def test_a_pinned_hash_must_be_the_cards(card: Path) -> None:
-    """The configuration's word binds; the right one changes nothing."""
+    """A wrong pinned hash is refused; the right one changes nothing."""
     right = read_card(spec(card)).sha256
     assert model.load(spec(card, sha256=right)).sha256 == right
-    with pytest.raises(InputError, match=f"the card says sha256 {right}, the configuration pins {'0' * 64}"):
+    with pytest.raises(InputError, match=f"the card has sha256 {right}, but the configuration pins {'0' * 64}"):
         model.load(spec(card, sha256="0" * 64))
 
 
@@ -226,13 +226,13 @@ def test_a_pinned_hash_must_be_the_cards(card: Path) -> None:
     ids=["10 GB header", "bytes nobody owns", "pickle", "empty", "zip"],
 )
 def test_hostile_weights_are_refused(card: Path, data: bytes) -> None:
-    """A card that vouches for them does not make them safetensors, and nothing falls back to pickle."""
+    """A matching hash in the card does not make them safetensors, and no pickle is read."""
     with pytest.raises(InputError, match="the weights are not a safetensors file"):
         model.load(reseal(card, data))
 
 
 def test_overlapping_tensors_are_refused(card: Path) -> None:
-    """Two tensors may not share their bytes."""
+    """Two tensors must not share their bytes."""
     entry = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
     header = json.dumps({"a": entry, "b": entry}).encode()
     with pytest.raises(InputError, match="not a safetensors file"):
@@ -258,13 +258,13 @@ def test_weights_that_are_not_finite_are_refused(card: Path) -> None:
     ids=["other mean", "slightly other mean", "other std", "resized"],
 )
 def test_other_preprocessing_fails_the_probe(card: Path, changes: dict[str, Any]) -> None:
-    """A model used otherwise than it was trained is refused before the first window."""
-    with pytest.raises(InputError, match=r"probe \d+ gives .* apart, at most 0.0001 is allowed"):
+    """A card with another preprocessing than in training is refused before the first window."""
+    with pytest.raises(InputError, match=r"probe \d+ gives .*, at most 0.0001 is allowed"):
         model.load(edit(card, **changes))
 
 
 def test_swapped_outputs_fail_the_probe(card: Path) -> None:
-    """Weights whose outputs are in the other order are refused, even with a hash that fits."""
+    """Weights with swapped outputs are refused, even if the hash matches."""
     tensors = safetensors.torch.load((card.parent / "tiny.safetensors").read_bytes())
     swapped = {key: tensor.flip(0) if key.startswith("classify") else tensor for key, tensor in tensors.items()}
     with pytest.raises(InputError, match=r"probe \d+ gives"):
@@ -272,7 +272,7 @@ def test_swapped_outputs_fail_the_probe(card: Path) -> None:
 
 
 def test_a_run_may_map_another_class(card: Path) -> None:
-    """With two classes the other one's probability is the rest."""
+    """With two classes the probability of the other one is the complement."""
     tumour, normal = model.load(spec(card)), model.load(spec(card, positive_class="normal"))
     np.testing.assert_allclose(predict(tumour, windows(3)) + predict(normal, windows(3)), 1, atol=1e-6)
     assert tumour.identity != normal.identity
@@ -281,7 +281,7 @@ def test_a_run_may_map_another_class(card: Path) -> None:
 
 
 def test_identity_follows_what_can_change_a_number(card: Path) -> None:
-    """Notes and licence do not make another model; preprocessing and weights do."""
+    """Notes and licence do not change the identity; preprocessing and weights do."""
     before = read_card(spec(card))
     same = before.model_copy(update={"notes": "better words", "licence": "MIT", "name": "renamed"})
     assert identity(same) == identity(before)
@@ -295,13 +295,13 @@ def test_identity_follows_what_can_change_a_number(card: Path) -> None:
     ids=["small", "float", "no batch axis"],
 )
 def test_windows_of_another_form_are_refused(card: Path, given: np.ndarray) -> None:
-    """The message says what came and what the model takes."""
+    """The message has the given and the expected shape and dtype."""
     with pytest.raises(InputError, match=r"the model takes uint8 \(n, 224, 224, 3\)"):
         predict(model.load(spec(card)), given)
 
 
 class _Overflow(nn.Module):
-    """Gives NaN for windows that begin with a black pixel."""
+    """A module that returns NaN for windows that begin with a black pixel."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         start = x[:, :, 0, 0].sum(dim=1)
@@ -318,7 +318,7 @@ def test_a_probability_that_is_not_finite_names_its_window(card: Path) -> None:
 
 
 def test_the_answer_does_not_depend_on_the_batch(card: Path) -> None:
-    """One by one or together: the same to 1e-6, since nothing is averaged over a batch."""
+    """One by one or together, probabilities agree to 1e-6, since nothing is averaged over a batch."""
     classifier = model.load(spec(card))
     together = predict(classifier, windows(9))
     alone = np.concatenate([predict(classifier, window[None]) for window in windows(9)])
@@ -326,7 +326,7 @@ def test_the_answer_does_not_depend_on_the_batch(card: Path) -> None:
 
 
 def test_normalisation_is_that_of_the_card(card: Path) -> None:
-    """(x / 255 - mean) / std, red first."""
+    """The result is (x / 255 - mean) / std, red first."""
     classifier = model.load(spec(card))
     image = windows(1)
     expected = (image[0].astype(np.float64) / 255 - np.array(classifier.mean)) / np.array(classifier.std)
@@ -334,7 +334,7 @@ def test_normalisation_is_that_of_the_card(card: Path) -> None:
 
 
 def test_resizing_follows_pillow(card: Path) -> None:
-    """A smaller network input is what torchvision's Resize makes of the image: within one grey level."""
+    """The resized input is that of torchvision's Resize to within one grey level."""
     shrunk = as_classifier(
         nn.Identity(), read_card(spec(card)).model_copy(update={"input_px": 96, "mean": (0.0,) * 3, "std": (1.0,) * 3})
     )
@@ -346,19 +346,19 @@ def test_resizing_follows_pillow(card: Path) -> None:
 
 @given(st.integers(0, 2**64 - 1), st.integers(14, 64))
 def test_probe_images_are_fixed_by_their_seed(seed: int, side: int) -> None:
-    """The same seed gives the same image, of the side asked for."""
+    """The same seed gives the same image with the requested side."""
     image = probe_image(seed, side)
     assert (image.shape, image.dtype) == ((side, side, 3), np.uint8)
     np.testing.assert_array_equal(image, probe_image(seed, side))
 
 
 def test_the_probe_of_seed_zero_never_changes() -> None:
-    """Cards in the world depend on these bytes."""
+    """Existing cards depend on these bytes."""
     corner = [[[83, 138, 121], [159, 127, 74]], [[195, 63, 84], [92, 141, 105]]]
     assert probe_image(0, 14)[:2, :2].tolist() == corner
 
 
-# WSInfer's form.
+# WSInfer's format.
 
 WSINFER = {
     "spec_version": "1.0",
@@ -377,7 +377,7 @@ WSINFER = {
 
 @pytest.fixture
 def wsinfer(tmp_path: Path) -> tuple[Path, str]:
-    """A model in WSInfer's form: its JSON and the hash of its TorchScript file."""
+    """Return a model in WSInfer's format: the path of its JSON and the hash of its TorchScript file."""
     torch.manual_seed(1)
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
     program = tmp_path / "torchscript_model.pt"
@@ -388,7 +388,7 @@ def wsinfer(tmp_path: Path) -> tuple[Path, str]:
 
 @pytest.mark.parametrize("trust", [{}, {"trust_torchscript": True}, {"sha256": "right"}], ids=["none", "word", "hash"])
 def test_torchscript_is_refused_without_trust_and_hash(wsinfer: tuple[Path, str], trust: dict[str, Any]) -> None:
-    """A program needs both, and the message says what to set."""
+    """A program needs both, and the message names the settings."""
     path, sha256 = wsinfer
     trust = {key: sha256 if value == "right" else value for key, value in trust.items()}
     with pytest.raises(InputError, match=r"set model\.trust_torchscript=true and model\.sha256=<its SHA-256>"):
@@ -396,14 +396,14 @@ def test_torchscript_is_refused_without_trust_and_hash(wsinfer: tuple[Path, str]
 
 
 def test_torchscript_with_another_hash_is_refused(wsinfer: tuple[Path, str]) -> None:
-    """Trust is given to bytes, not to a file name."""
+    """The hash makes bytes trusted, not a file name."""
     path, sha256 = wsinfer
-    with pytest.raises(InputError, match=f"weights hash to {sha256}, config.json expects {'0' * 64}"):
+    with pytest.raises(InputError, match=f"the weights have SHA-256 {sha256}, but config.json expects {'0' * 64}"):
         model.load(spec(path, positive_class="Tumor", trust_torchscript=True, sha256="0" * 64))
 
 
 def test_trusted_torchscript_gives_the_numbers_of_its_program(wsinfer: tuple[Path, str]) -> None:
-    """Resize, scale, normalise, softmax: as done step by step with Pillow and the program itself."""
+    """Resizing, scaling, normalising and softmax are compared with Pillow and the program itself."""
     path, sha256 = wsinfer
     classifier = model.load(spec(path, positive_class="Tumor", trust_torchscript=True, sha256=sha256))
     image = probe_image(5, 64)
@@ -415,7 +415,7 @@ def test_trusted_torchscript_gives_the_numbers_of_its_program(wsinfer: tuple[Pat
 
 
 def test_a_frozen_program_loads(wsinfer: tuple[Path, str]) -> None:
-    """WSInfer's own converter freezes what it traces, so that no weights are left to list."""
+    """WSInfer's own converter freezes the traced network, so that it has no parameters."""
     path, _ = wsinfer
     program = path.parent / "torchscript_model.pt"
     torch.jit.freeze(torch.jit.load(str(program))).save(str(program))
@@ -425,7 +425,7 @@ def test_a_frozen_program_loads(wsinfer: tuple[Path, str]) -> None:
 
 
 def test_a_file_that_is_no_program_is_refused(wsinfer: tuple[Path, str]) -> None:
-    """A pickle with a matching hash is still not TorchScript."""
+    """A pickle with a matching hash is refused, since it is not TorchScript."""
     path, _ = wsinfer
     data = b"\x80\x04\x95 pickle"
     (path.parent / "torchscript_model.pt").write_bytes(data)
@@ -435,7 +435,7 @@ def test_a_file_that_is_no_program_is_refused(wsinfer: tuple[Path, str]) -> None
 
 
 WSINFER_FAULTS: list[tuple[dict[str, Any], str]] = [
-    ({"class_names": ["Other"]}, r"num_classes is 2, class_names are \['Other'\]"),
+    ({"class_names": ["Other"]}, r"num_classes is 2, but class_names are \['Other'\]"),
     ({"num_classes": 1}, "num_classes: Input should be greater than or equal to 2"),
     ({"patch_size_pixels": "350"}, "patch_size_pixels: Input should be a valid integer"),
     ({"transform": [{"name": "ColorJitter"}]}, "transform.0.name: Input should be 'Resize', 'ToTensor' or 'Normalize'"),
@@ -455,7 +455,7 @@ WSINFER_FAULTS: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("changes", "message"), WSINFER_FAULTS)
 def test_a_faulty_wsinfer_json_is_refused(wsinfer: tuple[Path, str], changes: dict[str, Any], message: str) -> None:
-    """What cannot be reproduced exactly is not guessed."""
+    """A preprocessing that cannot be reproduced exactly is refused."""
     path, sha256 = wsinfer
     path.write_text(json.dumps(WSINFER | changes))
     with pytest.raises(InputError, match=message):
@@ -463,15 +463,15 @@ def test_a_faulty_wsinfer_json_is_refused(wsinfer: tuple[Path, str], changes: di
 
 
 def test_wsinfer_needs_a_positive_class(wsinfer: tuple[Path, str]) -> None:
-    """WSInfer maps every class; a run maps one, and has to say which."""
+    """WSInfer maps every class; a run maps one, which must be set."""
     path, sha256 = wsinfer
     with pytest.raises(InputError, match=r"which of \['Other', 'Tumor'\] is the positive class; set model"):
         read_card(spec(path, trust_torchscript=True, sha256=sha256))
 
 
 def test_a_wrong_number_of_outputs_is_refused(wsinfer: tuple[Path, str]) -> None:
-    """A program with two outputs is not one with three classes."""
+    """A program with two outputs does not fit a card with three classes."""
     path, sha256 = wsinfer
     path.write_text(json.dumps(WSINFER | {"num_classes": 3, "class_names": ["a", "b", "c"]}))
-    with pytest.raises(InputError, match=r"the model gives an array \(1, 2\) for 1 windows"):
+    with pytest.raises(InputError, match=r"the model returns an array of shape \(1, 2\) for 1 windows"):
         model.load(spec(path, positive_class="a", trust_torchscript=True, sha256=sha256))

@@ -1,4 +1,4 @@
-"""The compact network sees its 96 px window and no more; the lymph node classifier is as good as its card says."""
+"""The compact network depends on its 96 px window only; the lymph node classifier is as good as its card says."""
 
 import runpy
 from pathlib import Path
@@ -41,9 +41,9 @@ def logit_map(net: ValidNetwork, block: torch.Tensor) -> torch.Tensor:
 
 
 def test_a_logit_sees_its_window_whole_and_nothing_else() -> None:
-    """Every pixel of the 96 px window has a gradient, the pixels beside it none."""
+    """Every pixel of the 96 px window has a gradient, and the pixels next to it have none."""
     net, found = network(), torch.zeros(112, 112, dtype=torch.bool)
-    for _ in range(4):  # a pool and a ReLU may block a pixel's gradient in one image, hardly in four
+    for _ in range(4):  # pooling and ReLU may block the gradient of a pixel in one image, but hardly in four
         image = torch.rand(1, 3, 112, 112, requires_grad=True)
         logit_map(net, image)[1, 1, 1].backward()
         assert image.grad is not None
@@ -54,7 +54,7 @@ def test_a_logit_sees_its_window_whole_and_nothing_else() -> None:
 
 
 def test_a_block_equals_its_windows() -> None:
-    """One pass over 120 x 136 px holds the logits of all 4 x 6 windows at stride 8."""
+    """One pass over 120 x 136 px gives the logits of all 4 x 6 windows at stride 8."""
     net, block = network(), torch.rand(1, 3, 120, 136)
     with torch.inference_mode():
         dense = logit_map(net, block)
@@ -66,7 +66,7 @@ def test_a_block_equals_its_windows() -> None:
 
 
 def test_maps_have_the_sides_and_channels_of_the_table() -> None:
-    """And the network has the parameters that its docstring names."""
+    """The network also has the number of parameters in its docstring."""
     x, sides, channels = torch.zeros(1, 3, 96, 96), [], []
     with torch.inference_mode():
         for layer in network().features:
@@ -79,26 +79,26 @@ def test_maps_have_the_sides_and_channels_of_the_table() -> None:
 
 
 def test_width_must_be_positive() -> None:
-    """No channels are no network."""
+    """A network without channels is refused."""
     with pytest.raises(ValueError, match="width is 0"):
         compact_valid(2, width=0, dropout=0.0)
 
 
 @pytest.fixture(scope="module")
 def classifier() -> Classifier:
-    """Return the network that ships."""
+    """Return the network that ships with wsiflow."""
     return load(SPEC)
 
 
 @pytest.fixture(scope="module")
 def training() -> SimpleNamespace:
-    """Return the functions of the script that trained it."""
+    """Return the functions of its training script."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(ROOT / "training"))
         return SimpleNamespace(**runpy.run_path(str(ROOT / "training/pcam.py")))
 
 
-def test_card_tells_what_the_network_takes() -> None:
+def test_the_card_describes_the_networks_input() -> None:
     """Window, spacing, classes and origin are in the card, and the weights are small enough to ship."""
     card = read_card(SPEC)
     assert (card.architecture, card.window_px, card.spacing_um_px) == ("compact_valid", 96, 0.97)
@@ -109,10 +109,8 @@ def test_card_tells_what_the_network_takes() -> None:
     assert (folder / card.weights).stat().st_size < 5_000_000
 
 
-def test_held_out_auc_is_what_the_card_says(
-    classifier: Classifier, training: SimpleNamespace, shared_data: Path
-) -> None:
-    """The validation patches, which no recipe was chosen on: every number of the card, and an AUC above 0.85."""
+def test_held_out_auc_is_that_of_the_card(classifier: Classifier, training: SimpleNamespace, shared_data: Path) -> None:
+    """The validation patches, unused in any choice, give all numbers of the card, and an AUC above 0.85."""
     held_out, _ = training.read(shared_data, "val")
     found = predict(classifier, held_out.pixels).astype(np.float64)
     low, _ = roc.auc_interval(found, held_out.labels)
@@ -130,7 +128,7 @@ def test_no_patch_is_on_both_sides(training: SimpleNamespace, shared_data: Path)
 
 
 def test_calibration_error_of_known_scores(training: SimpleNamespace) -> None:
-    """Scores of 0.25 and 0.75 where a half and all are tumour: both are 0.25 off."""
+    """Scores of 0.25 and 0.75 where a half and all are tumour both have an error of 0.25."""
     found, labels = np.repeat([0.25, 0.75], 100), np.r_[np.tile([0, 1], 50), np.ones(100, int)]
     assert "expected calibration error 0.250." in training.measured(found, labels)
 
@@ -142,7 +140,7 @@ def test_calibration_error_of_known_scores(training: SimpleNamespace) -> None:
 def test_a_real_slide_has_a_heatmap(
     shared_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str], um_px: float, warned: bool
 ) -> None:
-    """At its own spacing without a word, at another with a warning; the window keeps its pixels."""
+    """At its own spacing there is no warning, at another there is one; the window keeps its pixels."""
     out = tmp_path / "run"
     given = ["dataset=single", f"dataset.path={shared_data / REAL_SLIDE}", "model=pcam", *COARSE, f"out={out}", *more]
     assert command.main(["run", *given]) == 0

@@ -1,4 +1,4 @@
-"""From blocks to the scores of their tiles: every way against a loop that is too simple to be wrong."""
+"""From blocks to the scores of their tiles: every scorer is compared with a simple loop."""
 
 import numpy as np
 import pytest
@@ -48,26 +48,26 @@ def card(window_px: int = 224, input_px: int = 224) -> ModelCard:
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Random networks share a name; their converted graphs must not."""
+    """Give each test its own cache, because random networks share a key that their converted graphs must not."""
     monkeypatch.setenv("WSIFLOW_CACHE", str(tmp_path_factory.mktemp("cache")))
 
 
 @pytest.fixture(scope="module")
 def inception() -> Classifier:
-    """A narrow padding-free Inception with random weights whose answers differ."""
+    """Return a narrow Inception without padding, with random weights and differing probabilities."""
     torch.manual_seed(0)
     network = build("inception_valid", 2, width=0.125, dropout=0.0)
     for layer in network.modules():
         if isinstance(layer, nn.BatchNorm2d):
             layer.momentum = 1.0
-    # One pass gives the norms the statistics of real maps; without, random layers say the same of every window.
+    # One pass sets the statistics of the norms; without it random layers give the same for every window.
     network.train()(torch.from_numpy(images(4, 224, 224)).permute(0, 3, 1, 2) / 64 - 2)
     return as_classifier(network, card())
 
 
 @pytest.fixture(scope="module")
 def googlenet() -> Classifier:
-    """GoogLeNet with random weights; its classes are pulled apart, so that its answers differ."""
+    """Return GoogLeNet with random weights and classes that are separated, so that probabilities differ."""
     torch.manual_seed(3)
     network = build("googlenet", 2, dropout=0.5)
     for layer in network.modules():
@@ -80,10 +80,10 @@ def images(n: int, rows: int, cols: int) -> np.ndarray:
     return RNG.integers(0, 256, (n, rows, cols, 3), dtype=np.uint8)
 
 
-def test_what_is_kept_of_a_network_is_what_it_says(
+def test_cached_facts_are_those_of_the_network(
     inception: Classifier, googlenet: Classifier, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The facts of either network come back equal without it being traced; another stride has its own."""
+    """The cached facts of each network are equal without tracing it; another stride has its own."""
     expected = {(one, stride): network.describe(one, stride) for one in (inception, googlenet) for stride in (16, 56)}
     assert {key: scorer.describe(*key) for key in expected} == expected
     monkeypatch.setattr(network, "describe", lambda *_: pytest.fail("it was traced, and its facts are kept"))
@@ -99,7 +99,7 @@ def pixels_of(about: Frame, block: Block = BLOCK) -> np.ndarray:
 
 
 def naive(classifier: Classifier, about: Frame, block: Block, pixels: np.ndarray) -> np.ndarray:
-    """Predict every window of every tissue tile alone, at the place the heatmap says."""
+    """Return the score of every window of every tissue tile, run alone at its place on the heatmap."""
     m, side, stride = about.cells_per_tile, about.window_px, about.stride_px
     found = np.empty((len(block.tissue), m, m), np.float32)
     for n, index in enumerate(block.tissue):
@@ -114,18 +114,18 @@ def naive(classifier: Classifier, about: Frame, block: Block, pixels: np.ndarray
 
 @pytest.mark.parametrize("backend", ["torch", "openvino", "onnxruntime"])
 def test_windows_equal_a_naive_loop(inception: Classifier, backend: str) -> None:
-    """Tissue tiles of one block, with batches that cross rows and tiles."""
+    """The tissue tiles of a block are scored, with batches that span rows and tiles."""
     about = frame(112, 56)
     pixels = pixels_of(about)
-    made = scorer.make(inception, PLAIN._replace(stride_px=112, batch=7, backend=backend), threads=1)
+    made = scorer.make_scorer(inception, PLAIN._replace(stride_px=112, batch=7, backend=backend), threads=1)
     found = made.score(about, [(BLOCK, pixels)], untimed).prob
     assert found.std() > 1e-4
     np.testing.assert_allclose(found, naive(inception, about, BLOCK, pixels), atol=5e-6)
 
 
 @pytest.mark.parametrize("step", [2, 4])
-def test_refinement_looks_closely_where_a_coarse_window_is_high(inception: Classifier, step: int) -> None:
-    """Tiles above the threshold equal the naive loop; in the others the middle window stands for its surroundings."""
+def test_refinement_runs_all_windows_where_a_coarse_score_is_high(inception: Classifier, step: int) -> None:
+    """Tiles above the threshold equal the naive loop; in others the middle window fills its surroundings."""
     about = frame(56, 84)
     pixels = pixels_of(about)
     expected = naive(inception, about, BLOCK, pixels)
@@ -134,19 +134,19 @@ def test_refinement_looks_closely_where_a_coarse_window_is_high(inception: Class
     tops = np.sort(coarse.max(axis=(1, 2)))
     refine = float((tops[1] + tops[2]) / 2)
     choice = PLAIN._replace(batch=3, refine=refine, refine_from_px=56 * step)
-    found = scorer.make(inception, choice, threads=1).score(about, [(BLOCK, pixels)] * 2, untimed)
+    found = scorer.make_scorer(inception, choice, threads=1).score(about, [(BLOCK, pixels)] * 2, untimed)
     near = coarse.max(axis=(1, 2)) >= refine
     assert near.tolist().count(True) == 2
-    wanted = np.where(near[:, None, None], expected, coarse)
-    np.testing.assert_allclose(found.prob, np.concatenate([wanted] * 2), atol=5e-6)
+    refined = np.where(near[:, None, None], expected, coarse)
+    np.testing.assert_allclose(found.prob, np.concatenate([refined] * 2), atol=5e-6)
     assert found.windows == 2 * (2 * 16 + 2 * (4 // step) ** 2)
 
 
-def test_refinement_of_tissue_where_nothing_is_high(inception: Classifier) -> None:
-    """Most tissue: coarse scores are all there is."""
+def test_refinement_keeps_coarse_scores_where_none_is_high(inception: Classifier) -> None:
+    """In most tissue there are only coarse scores."""
     about = frame(56, 84)
     choice = PLAIN._replace(batch=3, refine=1.0, refine_from_px=112)
-    found = scorer.make(inception, choice, threads=1).score(about, [(BLOCK, pixels_of(about))], untimed)
+    found = scorer.make_scorer(inception, choice, threads=1).score(about, [(BLOCK, pixels_of(about))], untimed)
     coarse = found.prob[:, ::2, ::2]
     assert coarse.min() > 0
     np.testing.assert_array_equal(found.prob, coarse.repeat(2, axis=1).repeat(2, axis=2))
@@ -156,14 +156,16 @@ def test_refinement_of_tissue_where_nothing_is_high(inception: Classifier) -> No
 @pytest.mark.parametrize("backend", ["torch", "openvino"])
 @pytest.mark.parametrize("halo", [104, 112, 200])
 def test_dense_equals_windows_wherever_the_region_begins(inception: Classifier, halo: int, backend: str) -> None:
-    """A network without padding: the same scores to rounding, with more halo than it needs as well."""
+    """A network without padding gives the same scores except for rounding, also with a wider halo."""
     about = frame(16, halo)
     block = Block(0, 0, 2, 1, (1,))
     pixels = pixels_of(about, block)
     choice = PLAIN._replace(stride_px=16, backend=backend, halo_px=halo)
-    expected = scorer.make(inception, choice, threads=1).score(about, [(block, pixels)], untimed).prob
+    expected = scorer.make_scorer(inception, choice, threads=1).score(about, [(block, pixels)], untimed).prob
     found = (
-        scorer.make(inception, choice._replace(engine="dense"), threads=1).score(about, [(block, pixels)], untimed).prob
+        scorer.make_scorer(inception, choice._replace(engine="dense"), threads=1)
+        .score(about, [(block, pixels)], untimed)
+        .prob
     )
     assert found.shape == (1, 14, 14)
     np.testing.assert_allclose(found, expected, atol=1e-5)
@@ -171,18 +173,18 @@ def test_dense_equals_windows_wherever_the_region_begins(inception: Classifier, 
 
 @pytest.mark.parametrize("stride", [8, 32, 112])
 def test_dense_equals_a_naive_loop_at_other_strides(inception: Classifier, stride: int) -> None:
-    """Finer than the network's own 16 px and coarser: the tiles' maps are in their places."""
+    """The maps of tiles are in their places at strides finer and coarser than the network's 16 px."""
     about, block = frame(stride, 112), Block(0, 0, 2, 2, (1, 2))
     if stride == 8:
         block = Block(0, 0, 1, 1, (0,))
     pixels = pixels_of(about, block)
     choice = PLAIN._replace(engine="dense", stride_px=stride, backend="openvino")
-    found = scorer.make(inception, choice, threads=1).score(about, [(block, pixels)], untimed).prob
+    found = scorer.make_scorer(inception, choice, threads=1).score(about, [(block, pixels)], untimed).prob
     np.testing.assert_allclose(found, naive(inception, about, block, pixels), atol=1e-5)
 
 
 def test_sharing_up_to_a_layer_lies_between(googlenet: Classifier) -> None:
-    """GoogLeNet pads: windows that share only a stem are nearer to single windows than those that share everything."""
+    """GoogLeNet pads, so windows that share only a stem are nearer to single windows than fully shared ones."""
     about = frame(56, 84 + 96)
     block = Block(0, 0, 2, 1, (0, 1))
     pixels = np.repeat(np.repeat(pixels_of(about, block)[::8, ::8], 8, axis=0), 8, axis=1)[: about.block_px(1)]
@@ -190,7 +192,7 @@ def test_sharing_up_to_a_layer_lies_between(googlenet: Classifier) -> None:
     expected = naive(googlenet, about, block, pixels)
     apart = {
         cut: np.abs(
-            scorer.make(googlenet, choice._replace(share_until=cut), threads=1)
+            scorer.make_scorer(googlenet, choice._replace(share_until=cut), threads=1)
             .score(about, [(block, pixels)], untimed)
             .prob
             - expected
@@ -201,20 +203,20 @@ def test_sharing_up_to_a_layer_lies_between(googlenet: Classifier) -> None:
 
 
 def test_int8_is_calibrated_and_near(inception: Classifier) -> None:
-    """Quantised on regions of the block itself: near the scores in fp32, and not the same."""
+    """Quantised on regions of the block itself, the scores are near those in fp32, but differ."""
     about = frame(16, 104)
     block = Block(0, 0, 3, 2, tuple(range(6)))
     pixels = pixels_of(about, block)
     choice = PLAIN._replace(engine="dense", stride_px=16, backend="openvino")
-    data = scorer.quantise(inception, choice, [scorer.sample(about, block, pixels, choice)])
-    expected = scorer.make(inception, choice, threads=1).score(about, [(block, pixels)], untimed).prob
-    small = scorer.make(inception, choice._replace(precision="int8"), threads=1, quantised=data)
+    data = scorer.quantise(inception, choice, [scorer.calibration_sample(about, block, pixels, choice)])
+    expected = scorer.make_scorer(inception, choice, threads=1).score(about, [(block, pixels)], untimed).prob
+    small = scorer.make_scorer(inception, choice._replace(precision="int8"), threads=1, quantised=data)
     found = small.score(about, [(block, pixels)], untimed).prob
     assert 0 < np.abs(found - expected).mean() < 0.02
 
 
 def small(input_px: int) -> Classifier:
-    """A network of one convolution that sees windows of 16 px."""
+    """A network of one convolution with a window of 16 px."""
     torch.manual_seed(1)
     network = nn.Sequential(
         nn.Conv2d(3, 4, 5, bias=False), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)
@@ -229,17 +231,17 @@ def windows(n: int) -> np.ndarray:
 @pytest.mark.parametrize("input_px", [16, 24], ids=["as they are", "resized"])
 @settings(deadline=None, max_examples=20)
 @given(batch=st.integers(1, 20), n=st.integers(0, 23))
-def test_a_window_scores_the_same_in_any_company(input_px: int, batch: int, n: int) -> None:
-    """With one batch size, the first windows alone have the very bits they have among others."""
+def test_a_score_does_not_depend_on_other_windows(input_px: int, batch: int, n: int) -> None:
+    """With one batch size, the first windows alone have the same bits as among others."""
     classifier = small(input_px)
-    made = scorer.make(classifier, PLAIN._replace(batch=batch), threads=1)
+    made = scorer.make_scorer(classifier, PLAIN._replace(batch=batch), threads=1)
     every = made.run(windows(23), untimed)
     np.testing.assert_array_equal(made.run(windows(n), untimed), every[:n])
     np.testing.assert_allclose(every, predict(classifier, windows(23)), atol=1e-6)
 
 
 class _Overflow(nn.Module):
-    """Gives NaN for windows that begin with a black pixel."""
+    """A module that returns NaN for windows that begin with a black pixel."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         start = x[:, :, 0, 0].sum(dim=1)
@@ -250,15 +252,15 @@ def test_a_score_that_is_not_finite_is_an_error() -> None:
     """NaN never becomes a score."""
     bad = np.full((3, 16, 16, 3), 255, np.uint8)
     bad[1, 0, 0] = 0
-    made = scorer.make(as_classifier(_Overflow(), card(16, 16)), PLAIN, threads=1)
+    made = scorer.make_scorer(as_classifier(_Overflow(), card(16, 16)), PLAIN, threads=1)
     with pytest.raises(InputError, match="no finite probability for window 1 of a batch"):
         made.run(bad, untimed)
 
 
 def test_what_only_windows_can_do_is_refused(googlenet: Classifier) -> None:
-    """int8 takes the whole network; a layer that is not there is named."""
+    """int8 needs the whole network, and the message names a layer that does not exist."""
     choice = PLAIN._replace(engine="dense", backend="openvino", share_until="pool3", precision="int8")
     with pytest.raises(InputError, match="not run in int8"):
-        scorer.make(googlenet, choice, threads=1, quantised=b"")
+        scorer.make_scorer(googlenet, choice, threads=1, quantised=b"")
     with pytest.raises(InputError, match="pool9"):
         densify(googlenet, 16, share_until="pool9")

@@ -1,4 +1,4 @@
-"""Blocks and groups: nothing lost, nothing twice, costs balanced."""
+"""Blocks and groups: no tile is lost or repeated, and costs are balanced."""
 
 import csv
 from pathlib import Path
@@ -12,7 +12,7 @@ from hypothesis.extra import numpy as hnp
 
 from flows.compose import compose_config
 from wsiflow.plan import blocks
-from wsiflow.plan.blocks import Cut
+from wsiflow.plan.blocks import BlockLimits
 from wsiflow.plan.slide_plan import tile_runs, tissue_grid
 from wsiflow.plan.tissue import select_tiles, tile_coverage, tissue_mask
 
@@ -20,18 +20,22 @@ grids = hnp.arrays(bool, hnp.array_shapes(min_dims=2, max_dims=2, max_side=12))
 
 
 cuts = st.builds(
-    Cut, st.just(224), st.sampled_from([0, 104, 200, 296]), block_rows=st.integers(1, 5), block_cols=st.integers(1, 6)
+    BlockLimits,
+    st.just(224),
+    st.sampled_from([0, 104, 200, 296]),
+    block_rows=st.integers(1, 5),
+    block_cols=st.integers(1, 6),
 )
 
 
-def area_px(found: list[blocks.Block], cut: Cut) -> int:
+def area_px(found: list[blocks.Block], cut: BlockLimits) -> int:
     margin = 2 * cut.halo_px
     return sum((b.cols * cut.tile_px + margin) * (b.rows * cut.tile_px + margin) for b in found)
 
 
 @given(tissue=grids, cut=cuts)
-def test_every_tissue_tile_is_in_exactly_one_block(tissue: np.ndarray, cut: Cut) -> None:
-    """Blocks partition the tissue, keep to their largest size, and begin and end at tissue."""
+def test_every_tissue_tile_is_in_exactly_one_block(tissue: np.ndarray, cut: BlockLimits) -> None:
+    """Blocks partition the tissue, are within their maximum size, and begin and end with tissue."""
     found = blocks.blocks(tissue, cut)
     cells = [cell for block in found for cell in block.cells()]
     assert sorted(cells) == sorted((int(c), int(r)) for r, c in np.argwhere(tissue))
@@ -48,31 +52,31 @@ def test_every_tissue_tile_is_in_exactly_one_block(tissue: np.ndarray, cut: Cut)
 
 @given(tissue=grids, halo=st.sampled_from([0, 104, 200]), rows=st.integers(2, 5))
 def test_strips_never_read_more_than_lower_ones(tissue: np.ndarray, halo: int, rows: int) -> None:
-    """Allowing one more row can only save pixels: the strips are the best there are of their kind."""
-    lower, higher = (Cut(224, halo, height, 100) for height in (rows - 1, rows))
+    """A larger maximum number of rows never increases the number of pixels that are read."""
+    lower, higher = (BlockLimits(224, halo, height, 100) for height in (rows - 1, rows))
     assert area_px(blocks.blocks(tissue, higher), higher) <= area_px(blocks.blocks(tissue, lower), lower)
 
 
 def test_strips_begin_where_it_costs_least() -> None:
-    """Two bands of three rows with a gap of one row: two strips of three, not one of five and one of two."""
+    """Two bands of three rows with an empty row between them give two strips of three, not of five and two."""
     tissue = np.zeros((7, 10), bool)
     tissue[:3], tissue[4:] = True, True
-    found = blocks.blocks(tissue, Cut(224, 104, 5, 100))
+    found = blocks.blocks(tissue, BlockLimits(224, 104, 5, 100))
     assert [(b.t_row, b.rows, b.cols) for b in found] == [(0, 3, 10), (4, 3, 10)]
 
 
 def test_a_gap_is_read_where_a_second_halo_would_cost_more() -> None:
-    """With a halo of 200 px a gap of one tile (224 px) is cheaper than two halos (400 px), one of two tiles is not."""
+    """With a halo of 200 px a gap of one tile (224 px) costs less than two halos (400 px), two tiles do not."""
     one, two = np.array([[1, 1, 0, 1]], bool), np.array([[1, 1, 0, 0, 1]], bool)
-    assert len(blocks.blocks(one, Cut(224, 200, 1, 100))) == 1
-    assert len(blocks.blocks(two, Cut(224, 200, 1, 100))) == 2
-    assert len(blocks.blocks(one, Cut(224, 104, 1, 100))) == 2
+    assert len(blocks.blocks(one, BlockLimits(224, 200, 1, 100))) == 1
+    assert len(blocks.blocks(two, BlockLimits(224, 200, 1, 100))) == 2
+    assert len(blocks.blocks(one, BlockLimits(224, 104, 1, 100))) == 2
 
 
 def test_single_tiles_are_the_reference_patches() -> None:
-    """One row and one column: each tissue tile alone, in row-major order."""
+    """With one row and one column, each tissue tile is a block, in row-major order."""
     tissue = np.array([[0, 1, 1], [1, 0, 1]], bool)
-    found = blocks.blocks(tissue, Cut(224, 112, 1, 1))
+    found = blocks.blocks(tissue, BlockLimits(224, 112, 1, 1))
     assert [(b.t_col, b.t_row, b.cols, b.rows, b.tissue) for b in found] == [
         (1, 0, 1, 1, (0,)),
         (2, 0, 1, 1, (0,)),
@@ -82,7 +86,7 @@ def test_single_tiles_are_the_reference_patches() -> None:
 
 
 def test_strips_of_real_tissue_hold_less_than_twice_its_pixels(shared_data: Path) -> None:
-    """Every fourth of the 156 real overviews: with the halo of a network that pads, 1.9 times the tissue at most."""
+    """On every fourth of the 156 real overviews, blocks with a wide halo have at most 1.9 times the tissue."""
     params = compose_config([]).tissue
     read_px, tissue_px = dict.fromkeys((104, 200), 0), 0
     for path in sorted((shared_data / "camelyon16/thumbnails_128").glob("*.jpg"))[::4]:
@@ -91,7 +95,7 @@ def test_strips_of_real_tissue_hold_less_than_twice_its_pixels(shared_data: Path
         grid = select_tiles(tile_coverage(mask, downsample=128, tile_l0_px=224, grid=(rows, cols)), params)
         tissue_px += int(grid.sum()) * 224**2
         for halo in read_px:
-            cut = Cut(224, halo, 7, 12)
+            cut = BlockLimits(224, halo, 7, 12)
             read_px[halo] += area_px(blocks.blocks(grid, cut), cut)
     assert read_px[200] / tissue_px < 1.9
     assert read_px[104] / tissue_px < 1.55
@@ -99,14 +103,14 @@ def test_strips_of_real_tissue_hold_less_than_twice_its_pixels(shared_data: Path
 
 @given(tissue=grids)
 def test_tissue_survives_being_written_as_runs(tissue: np.ndarray) -> None:
-    """Runs describe the grid exactly."""
+    """Run-length encoding describes the grid exactly."""
     again = tissue_grid(tile_runs(tissue))
     assert np.array_equal(np.argwhere(again), np.argwhere(tissue))
 
 
 @given(costs=st.lists(st.integers(1, 16), max_size=60), limit=st.integers(1, 50))
 def test_groups_cover_all_blocks_in_order(costs: list[int], limit: int) -> None:
-    """Ranges join up, none is empty, and none is further from the mean than the largest block."""
+    """Ranges are contiguous, none is empty, and none differs from the mean by more than the largest block."""
     ranges = blocks.groups(np.array(costs, dtype=float), limit=limit)
     assert [lo for lo, _ in ranges] == [0, *(hi for _, hi in ranges)][: len(ranges)]
     assert (ranges[-1][1] if ranges else 0) == len(costs)
@@ -117,7 +121,7 @@ def test_groups_cover_all_blocks_in_order(costs: list[int], limit: int) -> None:
 
 
 def test_groups_are_balanced_rather_than_filled() -> None:
-    """401 equal blocks at a limit of 400 give two halves, not 400 and a lone one."""
+    """401 equal blocks with a limit of 400 give two halves, not a group of 400 and one of 1."""
     assert blocks.groups(np.ones(401), limit=400) == [(0, 201), (201, 401)] or blocks.groups(
         np.ones(401), limit=400
     ) == [
@@ -130,19 +134,19 @@ def test_groups_are_balanced_rather_than_filled() -> None:
     ("kind", "limit", "tasks"), [("normal", 200, 149724), ("tumor", 180, 142492), ("test", 160, 147934)]
 )
 def test_o5_array_tasks_of_the_old_scheme(shared_data: Path, kind: str, limit: int, tasks: int) -> None:
-    """O-5: all tiles of a class in fixed chunks stay just under the site's 150,000 array tasks."""
+    """O-5: fixed chunks of all tiles of a class stay just below the site's limit of 150,000 array tasks."""
     with (shared_data / "camelyon16/tables/patch_counts_dldp.csv").open() as stream:
         total = sum(int(row["n_tiles_224"]) for row in csv.DictReader(stream) if row["slide"].startswith(kind))
     assert blocks.group_count(total, limit=limit) == tasks < 150_000
 
 
 def test_the_largest_slide_is_cut_in_little_memory() -> None:
-    """A slide of 100,000 tissue tiles gives 250 equal groups."""
+    """A slide with 100,000 tissue tiles gives 250 equal groups."""
     ranges = blocks.groups(np.ones(100_000), limit=400)
     assert {hi - lo for lo, hi in ranges} == {400}
 
 
 def test_no_tissue_gives_no_block_and_no_group() -> None:
-    """An empty slide is a valid slide."""
-    assert blocks.blocks(np.zeros((4, 4), bool), Cut(224, 112, 2, 2)) == []
+    """An empty slide is valid."""
+    assert blocks.blocks(np.zeros((4, 4), bool), BlockLimits(224, 112, 2, 2)) == []
     assert blocks.groups(np.empty(0), limit=4) == []

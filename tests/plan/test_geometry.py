@@ -1,4 +1,4 @@
-"""Planes and conversions, with the reference's oracle values."""
+"""Planes and conversions, compared with known values of the reference system."""
 
 import numpy as np
 import pytest
@@ -33,12 +33,12 @@ def test_o4_ideal_origin_is_kept_elsewhere() -> None:
 
 
 def test_reference_has_no_halo_before_the_first_tile() -> None:
-    """At index 0 the reference's patch starts at the slide's edge, each axis for itself."""
+    """At index 0 the reference's patch starts at the slide's border, on each axis separately."""
     assert geometry.patch_origin_px(reference(97280, 97280), 0, 3) == (0, 560)
 
 
 def test_o6_window_of_tile_1_column_13() -> None:
-    """O-6: tile 1, j = 13: window 320, centre 432, cell 432."""
+    """O-6: in tile 1, j = 13, the window starts at 320, and its centre and the cell are at 432."""
     frame = reference(97280, 97280)
     window_x = geometry.patch_origin_px(frame, 1, 1)[0] + frame.halo_px + geometry.window_offsets_px(frame)[13, 0]
     assert window_x == 320
@@ -56,7 +56,7 @@ def test_reference_windows_stay_inside_the_patch() -> None:
 
 @given(stride=st.sampled_from([1, 2, 4, 7, 8, 14, 16, 28, 32, 56, 112, 224]), col=st.integers(0, 9))
 def test_centred_window_centre_is_its_cells_centre(stride: int, col: int) -> None:
-    """A score belongs to the centre of its cell, to the pixel."""
+    """The centre of a window is the centre of its cell, to the pixel."""
     frame = CENTRED._replace(stride_px=stride)
     offsets = geometry.window_offsets_px(frame)
     h_row, h_col = geometry.h_from_t(frame, col, 0)
@@ -85,5 +85,5 @@ def test_heatmap_cell_corner_maps_back_to_level_0() -> None:
     ("um_px", "scale"), [(0.226, 1.0), (0.243, 1.0), (0.121, 0.243 / 0.121), (0.499, 0.243 / 0.499)]
 )
 def test_reading_scale_within_tolerance_is_one(um_px: float, scale: float) -> None:
-    """Both CAMELYON scanners are read as they are; other spacings are resampled."""
+    """Slides of both CAMELYON scanners are read unchanged; other spacings are resampled."""
     assert geometry.reading_scale(um_px, 0.243, tolerance=0.1) == scale

@@ -1,4 +1,4 @@
-"""Tissue: what is found on an overview, how tiles are chosen, and the reference's tile index."""
+"""Tissue detection on an overview, the selection of tiles, and the reference's tile index."""
 
 import csv
 from pathlib import Path
@@ -28,12 +28,12 @@ PINK, PURPLE, RED, GREEN_INK = (230, 150, 200), (120, 80, 160), (200, 60, 50), (
 
 
 def with_(**settings: object) -> TissueParams:
-    """The settings of these tests with some replaced."""
+    """Return the settings of these tests with some replaced."""
     return TissueParams(**(PARAMS.model_dump() | settings))
 
 
 def blocks(*colours: tuple[int, int, int], background: int = 245, noise: float = 2.0) -> NDArray[np.uint8]:
-    """A noisy field of 60 rows with a block of 20 x 20 px per colour, every 40 columns from column 10."""
+    """Return a noisy field of 60 rows with a block of 20 x 20 px per colour, every 40 columns from column 10."""
     image = np.full((60, 40 * max(1, len(colours)), 3), background, dtype=np.float64)
     for k, colour in enumerate(colours):
         image[20:40, 40 * k + 10 : 40 * k + 30] = colour
@@ -42,7 +42,7 @@ def blocks(*colours: tuple[int, int, int], background: int = 245, noise: float =
 
 
 def found(mask: NDArray[np.bool_]) -> list[float]:
-    """The part of every block that is in a mask, after a check that nothing around the blocks is."""
+    """Return the fraction of every block that is in a mask, after a check that nothing around them is."""
     inside = np.zeros_like(mask)
     parts = []
     for left in range(10, mask.shape[1], 40):
@@ -55,7 +55,7 @@ def found(mask: NDArray[np.bool_]) -> list[float]:
 @pytest.mark.parametrize("noise", [0.0, 2.0], ids=["flat", "noisy"])
 @pytest.mark.parametrize("colour", [PINK, PURPLE, RED], ids=["pink", "purple", "red"])
 def test_a_block_of_tissue_is_found_exactly(colour: tuple[int, int, int], noise: float) -> None:
-    """Also on a flat two-colour image, and also where the hue is at the red end of the scale."""
+    """This also holds on a flat two-colour image, and where the hue is at the red end of the scale."""
     assert found(tissue_mask(blocks(colour, noise=noise), PARAMS)) == [1.0]
 
 
@@ -67,19 +67,19 @@ def test_a_slide_of_one_grey_has_no_tissue(background: int, noise: float) -> Non
 
 
 def test_all_tissue_colours_together_are_found() -> None:
-    """Pink, purple and red beside each other are all tissue; no hue threshold runs between them."""
+    """Pink, purple and red next to each other are all tissue; no hue threshold separates them."""
     assert found(tissue_mask(blocks(PINK, PURPLE, RED), PARAMS)) == [1.0, 1.0, 1.0]
 
 
-def test_ink_is_told_from_tissue_by_its_hue() -> None:
-    """Green ink is dropped by the hue, and kept where hue is left out."""
+def test_ink_is_distinguished_from_tissue_by_its_hue() -> None:
+    """Green ink is removed by its hue, and kept by the method that ignores hue."""
     image = blocks(PURPLE, GREEN_INK)
     assert found(tissue_mask(image, PARAMS)) == [1.0, 0.0]
     assert found(tissue_mask(image, with_(method="saturation"))) == [1.0, 1.0]
 
 
 def test_violet_tissue_on_bluish_glass_is_whole() -> None:
-    """Where the glass has the tissue's hue, the reference cuts the tissue in two; this does not."""
+    """If the glass has the hue of the tissue, the reference splits the tissue; this method does not."""
     image = np.full((60, 60, 3), (226, 224, 234), np.uint8)
     image[10:50, 10:30], image[10:50, 30:50] = (96, 60, 160), (190, 110, 190)
     noise = np.random.default_rng(0).integers(-2, 3, image.shape)
@@ -90,13 +90,13 @@ def test_violet_tissue_on_bluish_glass_is_whole() -> None:
     assert mask.sum() == 40 * 40
 
 
-def test_the_whole_slide_can_be_asked_for() -> None:
-    """``all`` asks nothing of the pixels."""
+def test_the_whole_slide_can_be_selected() -> None:
+    """``all`` ignores the pixels."""
     assert tissue_mask(blocks(PINK), with_(method="all")).all()
 
 
 def test_specks_go_and_gaps_close() -> None:
-    """Pieces below the least area are dropped; gaps up to twice the radius are closed."""
+    """Pieces below the minimum area are removed; gaps up to twice the radius are closed."""
     image = blocks(PURPLE, noise=0)
     image[5, 5:8] = PURPLE
     image[30, 10:30] = 245
@@ -112,7 +112,7 @@ def test_specks_go_and_gaps_close() -> None:
 )
 @example(mask=np.ones((3, 6), np.bool_), ratio=0.99999, downsample=4.016)
 def test_coverage_conserves_the_area(mask: NDArray[np.bool_], ratio: float, downsample: float) -> None:
-    """Whatever the ratio of tile to mask pixel, the tiles hold all of the tissue and nothing else."""
+    """For any ratio of tile to mask pixel, the areas in the tiles add up to that of the tissue."""
     grid = tuple(int(np.ceil(extent / ratio)) for extent in mask.shape)
     coverage = tile_coverage(mask, downsample=downsample, tile_l0_px=ratio * downsample, grid=(grid[0], grid[1]))
     sides = [np.diff(np.minimum(np.arange(cells + 1) * ratio, n)) for cells, n in zip(grid, mask.shape, strict=True)]
@@ -129,7 +129,7 @@ def test_coverage_of_a_fractional_tile() -> None:
 
 
 def test_coverage_at_the_edge_counts_what_is_on_the_slide() -> None:
-    """A tile half outside is covered whole by tissue up to the edge; a tile beyond is not covered."""
+    """A tile half outside is fully covered by tissue up to the border; a tile outside has no coverage."""
     coverage = tile_coverage(np.ones((3, 3), np.bool_), downsample=1, tile_l0_px=2, grid=(3, 3))
     np.testing.assert_array_equal(coverage, [[1, 1, 0], [1, 1, 0], [0, 0, 0]])
 
@@ -143,7 +143,7 @@ def test_coverage_at_the_edge_counts_what_is_on_the_slide() -> None:
     ],
 )
 def test_selection_grows_to_the_neighbours_and_stays_on_the_grid(dilate_tiles: int, expected: list[str]) -> None:
-    """Each step takes the eight neighbours of every chosen tile."""
+    """Each step adds the eight neighbours of every selected tile."""
     coverage = np.zeros((4, 4))
     coverage[1, 1], coverage[3, 3] = 0.05, 0.049
     chosen = select_tiles(coverage, with_(dilate_tiles=dilate_tiles))
@@ -151,7 +151,7 @@ def test_selection_grows_to_the_neighbours_and_stays_on_the_grid(dilate_tiles: i
 
 
 def test_glass_is_never_selected() -> None:
-    """Not even where any coverage is enough."""
+    """A tile without tissue is not selected even if the minimum coverage is 0."""
     assert not select_tiles(np.zeros((3, 3)), with_(min_coverage=0)).any()
 
 
@@ -186,14 +186,14 @@ def test_the_reference_index_of_a_published_slide(shared_data: Path) -> None:
 
 
 def small_slide(noise: float) -> NDArray[np.uint8]:
-    """A white thumbnail of 10 x 12 pixels with a pink block of 3 x 4."""
+    """Return a white thumbnail of 10 x 12 pixels with a pink block of 3 x 4."""
     image = np.full((10, 12, 3), 245.0)
     image[3:6, 4:8] = PINK
     return np.clip(image + np.random.default_rng(0).normal(0, noise, image.shape), 0, 255).astype(np.uint8)
 
 
 def test_the_reference_on_a_small_noisy_slide() -> None:
-    """With sensor noise the thresholds are 85 and 16, and the block is found."""
+    """With sensor noise the thresholds are 85 and 16, and the block is detected."""
     thumbnail = small_slide(noise=3)
     index = tissue.reference_index(thumbnail)
     assert tissue.reference_thresholds(thumbnail) == (85, 16)
@@ -202,7 +202,7 @@ def test_the_reference_on_a_small_noisy_slide() -> None:
 
 
 def test_the_reference_takes_a_flat_slide_whole() -> None:
-    """Its thresholds are 0 there and its bounds inclusive: all of 120 pixels. The guarded method finds the block."""
+    """On a flat slide the reference's thresholds are 0 and inclusive, so all 120 pixels are tissue."""
     thumbnail = small_slide(noise=0)
     assert tissue.reference_thresholds(thumbnail) == (0, 0)
     assert tissue.reference_mask(thumbnail).all()
@@ -212,7 +212,7 @@ def test_the_reference_takes_a_flat_slide_whole() -> None:
 
 
 def test_the_reference_index_without_tissue_lists_nothing() -> None:
-    """Where the reference crashes, the index is empty."""
+    """In cases where the reference crashes, the index is empty."""
     index = tissue.reference_index_of(np.zeros((4, 5), np.bool_))
     assert index.vector.tolist() == [4, 5, 3, 0, 0, 0, 0, 0, 0]
     assert index.tile_rows_cols.shape == (0, 2)
@@ -220,7 +220,7 @@ def test_the_reference_index_without_tissue_lists_nothing() -> None:
 
 
 def test_real_overviews_have_a_plausible_share_of_tissue(shared_data: Path) -> None:
-    """All but a few with crumbs of tissue have 0.5 to 60 %; the Radboud slides as much as their outlines say."""
+    """All but a few overviews have 0.5 to 60 % tissue; the Radboud slides have as much as their outlines."""
     paths = sorted((shared_data / "camelyon16" / "thumbnails_128").glob("*.jpg"))
     overviews = [np.array(Image.open(path).convert("RGB")) for path in paths]
     shares = np.array([tissue_mask(overview, PARAMS).mean() for overview in overviews])
@@ -247,7 +247,7 @@ def test_real_overviews_have_a_plausible_share_of_tissue(shared_data: Path) -> N
 def test_real_slides_have_the_tissue_one_sees(
     shared_data: Path, name: str, least: float, most: float, downsample: int
 ) -> None:
-    """On real slides the share is near what the eye finds, at any scale; a dark slide gives something, not a crash."""
+    """On real slides the tissue is as large as a viewer sees it, at any scale, and a dark slide has some."""
     with open_slide(shared_data / "wsi" / "good" / name, slide_id="real") as opened:
         share = tissue_mask(opened.overview(downsample), with_(closing_px=2, min_object_px=16)).mean()
     assert least < share < most

@@ -477,7 +477,7 @@ def test_a_second_driver_is_refused_while_the_first_lives(commands: Callable[...
     commands(squeue="")
     first = subprocess.Popen(["sleep", "3600"])
     pool = ArrayJobs(params("slurm"), root=tmp_path, workers=0, threads=1)
-    known = {**jobs.identity(), "pid": first.pid, "born": processes.born(first.pid)}
+    known = {**jobs.identity(), "pid": first.pid, "born": processes.start_ticks(first.pid)}
     pool._log.append("driver", **known)
     with pytest.raises(EnvironmentFault, match=rf"process {first.pid} on .*wsiflow cancel {tmp_path}"), pool:
         pass

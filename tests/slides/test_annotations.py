@@ -1,4 +1,4 @@
-"""Outlines and mask images: what is tumour, and what is refused."""
+"""Outlines and mask images: which pixels are tumour, and which files are refused."""
 
 import tarfile
 
@@ -49,7 +49,7 @@ def outline(*tumour, exclusions=()):
 
 @pytest.mark.parametrize("group", ["_0", "_1", "Tumor", "metastases", "tumor"])
 def test_tumour_groups(write, group):
-    """The groups of CAMELYON16 and 17 that hold tumour."""
+    """These groups of CAMELYON16 and 17 are tumour."""
     read = annotations.read_asap(write(asap((group, SQUARE))))
     assert [polygon.tolist() for polygon in read.tumour] == [[list(point) for point in SQUARE]]
     assert read.exclusions == ()
@@ -57,7 +57,7 @@ def test_tumour_groups(write, group):
 
 @pytest.mark.parametrize("group", ["_2", "Exclusion", "None", "normal"])
 def test_exclusion_groups(write, group):
-    """The groups that are cut out."""
+    """These groups are cut out of the tumour."""
     read = annotations.read_asap(write(asap((group, SQUARE))))
     assert (len(read.tumour), len(read.exclusions)) == (0, 1)
 
@@ -69,29 +69,29 @@ def test_file_without_annotations(write):
 
 
 def test_fractions_and_negative_coordinates_are_kept(write):
-    """ASAP writes fractions, and a point may slip over the edge."""
+    """ASAP writes fractions, and a point may be slightly outside the slide."""
     read = annotations.read_asap(write(asap(("Tumor", [(-1.5, 0.25), (9, 0), (9, 9.75)]))), l0_size_px=(9, 9))
     assert read.tumour[0].tolist() == [[-1.5, 0.25], [9, 0], [9, 9.75]]
 
 
 def test_outline_of_two_points_is_named(write):
-    """A stray of the mouse encloses nothing, and is told, not dropped in silence."""
+    """An outline of two points encloses nothing, but is reported, not silently dropped."""
     read = annotations.read_asap(write(asap(("Tumor", [(1, 1), (2, 2)]), ("Tumor", SQUARE))))
     assert read.without_area == ("Annotation 0",)
     assert len(read.tumour) == 1
 
 
 def test_unknown_group_is_named(write):
-    """A group that means nothing here could be tumour or not: nobody guesses."""
-    with pytest.raises(InputError, match=r"'Annotation 1' is of group 'Necrosis'.*metastases"):
+    """An unknown group could be tumour or not, so it is refused."""
+    with pytest.raises(InputError, match=r"'Annotation 1' has the unknown group 'Necrosis'.*metastases"):
         annotations.read_asap(write(asap(("Tumor", SQUARE), ("Necrosis", SQUARE))))
 
 
 def test_annotation_of_another_slide(write):
-    """A point far outside the slide tells that the outline belongs elsewhere."""
+    """A point far outside the slide shows that the outline belongs to another one."""
     path = write(asap(("Tumor", [(0, 0), (5000, 0), (5000, 90)])))
     assert len(annotations.read_asap(path, l0_size_px=(5000, 90)).tumour) == 1
-    with pytest.raises(InputError, match=r"5000, 0, the slide is 4000 x 3000 px"):
+    with pytest.raises(InputError, match=r"5000, 0, but the slide has 4000 x 3000 px"):
         annotations.read_asap(path, l0_size_px=(4000, 3000))
 
 
@@ -101,7 +101,7 @@ EXTERNAL = '<!DOCTYPE a SYSTEM "file:///etc/hostname"><ASAP_Annotations />'
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         (WHOLE[: len(WHOLE) // 2], "not well-formed"),
         ("", "not well-formed"),
@@ -116,9 +116,9 @@ EXTERNAL = '<!DOCTYPE a SYSTEM "file:///etc/hostname"><ASAP_Annotations />'
         (WHOLE.replace('X="96"', ""), "coordinate"),
     ],
 )
-def test_damaged_files_are_refused_with_their_path(write, text, told):
-    """Truncated, foreign or hostile XML, and coordinates that are no numbers."""
-    with pytest.raises(InputError, match=told) as caught:
+def test_damaged_files_are_refused_with_their_path(write, text, message):
+    """Truncated, foreign or malicious XML, and coordinates that are not numbers, are refused."""
+    with pytest.raises(InputError, match=message) as caught:
         annotations.read_asap(write(text))
     assert "slide.xml" in str(caught.value)
 
@@ -131,14 +131,14 @@ def test_missing_file(tmp_path):
 
 @pytest.mark.parametrize("limit", ["MAX_BYTES", "MAX_POINTS"])
 def test_too_large_files_are_refused(write, monkeypatch, limit):
-    """A file beyond the limits does not exhaust the machine."""
+    """A file beyond the limits is refused before it exhausts the memory."""
     monkeypatch.setattr(annotations, limit, 3)
     with pytest.raises(InputError, match="simplify"):
         annotations.read_asap(write(WHOLE))
 
 
 def test_a_pixel_belongs_by_its_centre():
-    """A square of 3 x 3 mask pixels, shifted by just under and just over half of one."""
+    """A square of 3 x 3 mask pixels is shifted by slightly less and slightly more than half a pixel."""
     for shift, first in ((15, 0), (16, 0), (17, 1)):
         square = [(x + shift, y + shift) for x, y in SQUARE]
         mask = annotations.tumour_mask(outline(square), (6, 6))
@@ -152,7 +152,7 @@ def test_downsample_scales_the_points():
 
 
 def test_outlines_overlap_without_making_holes_and_exclusions_do():
-    """Tumour is united; an exclusion cuts, also out of two outlines, also when it comes first in the file."""
+    """Tumour outlines are united; an exclusion is cut out of all of them, even if it comes first in the file."""
     big, small = [(0, 0), (320, 0), (320, 320), (0, 320)], [(96, 96), (224, 96), (224, 224), (96, 224)]
     assert annotations.tumour_mask(outline(big, small), (10, 10)).all()
     cut = annotations.tumour_mask(outline(big, small, exclusions=[small]), (10, 10))
@@ -161,13 +161,13 @@ def test_outlines_overlap_without_making_holes_and_exclusions_do():
 
 
 def test_outline_that_crosses_itself_has_no_hole():
-    """A pentagram is filled in its middle."""
+    """The middle of a pentagram is filled."""
     star = [(100 + 90 * np.sin(4 * np.pi * k / 5), 100 - 90 * np.cos(4 * np.pi * k / 5)) for k in range(5)]
     assert annotations.tumour_mask(outline(star), (200, 200), downsample=1)[100, 100]
 
 
 def test_neighbours_share_no_pixel_and_leave_none():
-    """Two triangles along a diagonal tile their square."""
+    """Two triangles along a diagonal fill their square without overlap."""
     upper, lower = [SQUARE[0], SQUARE[1], SQUARE[2]], [SQUARE[0], SQUARE[2], SQUARE[3]]
     masks = [annotations.tumour_mask(outline(one), (96, 96), downsample=1) for one in (upper, lower)]
     assert (masks[0] ^ masks[1]).all()
@@ -176,7 +176,7 @@ def test_neighbours_share_no_pixel_and_leave_none():
 @settings(deadline=None)
 @given(st.lists(st.tuples(st.floats(-8, 24), st.floats(-8, 24)), min_size=3, max_size=9))
 def test_mask_equals_a_test_of_every_centre(points):
-    """Rasterising equals asking for each pixel's centre, outlines beyond the edges included."""
+    """Rasterising equals a test of the centre of each pixel, also for outlines beyond the borders."""
     mask = annotations.tumour_mask(outline(points), (16, 17), downsample=1)
     y, x = np.mgrid[:16, :17] + 0.5
     centres = np.column_stack([x.ravel(), y.ravel()])
@@ -199,7 +199,7 @@ def _near(centres, start, end):
 
 
 def test_convex_outline_equals_matplotlib():
-    """Another library's point-in-polygon test gives the same disc."""
+    """The point-in-polygon test of another library gives the same disc."""
     angles = np.linspace(0, 2 * np.pi, 37)[:-1]
     points = np.column_stack([50.3 + 40 * np.cos(angles), 49.1 + 30 * np.sin(angles)])
     y, x = np.mgrid[:100, :100] + 0.5
@@ -208,7 +208,7 @@ def test_convex_outline_equals_matplotlib():
 
 
 def test_outline_outside_the_mask():
-    """Nothing of it is left, and nothing wraps."""
+    """An outline outside the mask leaves it empty, and does not wrap around."""
     assert not annotations.tumour_mask(outline([(x + 1000, y) for x, y in SQUARE]), (9, 9)).any()
     assert not annotations.tumour_mask(outline([(x - 1000, y) for x, y in SQUARE]), (9, 9)).any()
 
@@ -225,19 +225,19 @@ def test_outline_outside_the_mask():
     ],
 )
 def test_mask_values(values, tumour):
-    """255, or 1 where there is nothing higher, or 2 where 1 is other tissue."""
+    """255 is tumour, or 1 if there is no larger value, or 2 if 1 is other tissue."""
     assert annotations.tumour_from_mask(np.array([values], np.uint8), "m.tif").tolist() == [tumour]
 
 
 def test_what_1_means_depends_on_the_label():
-    """In a slide labelled normal the 1 of a mask of 0 and 1 is tissue, in one labelled tumour it is tumour."""
+    """In a mask of 0 and 1, the 1 is tissue in a slide labelled normal, and tumour in one labelled tumour."""
     values = np.array([[0, 1]], np.uint8)
     assert annotations.tumour_from_mask(values, "m.tif", label=1).tolist() == [[False, True]]
     assert annotations.tumour_from_mask(values, "m.tif", label=0).tolist() == [[False, False]]
 
 
 def test_values_that_are_named_are_tumour():
-    """Whoever names them is believed, whatever else there is."""
+    """Values that the user declares are tumour, whatever other values there are."""
     values = np.array([[0, 1, 2, 3, 254]], np.uint8)
     found = annotations.tumour_from_mask(values, "m.tif", label=0, named=(1, 3))
     assert found.tolist() == [[False, True, False, True, False]]
@@ -245,8 +245,8 @@ def test_values_that_are_named_are_tumour():
 
 @pytest.mark.parametrize("values", [[0, 254, 255], [0, 1, 255], [0, 128], [0, 1, 2, 3]])
 def test_other_mask_values_are_refused(values):
-    """JPEG noise and label images of something else are not read as tumour or as its absence."""
-    with pytest.raises(InputError, match=rf"m\.tif: mask values {values[0]}, {values[1]}"):
+    """JPEG noise and label images of other objects are not taken for tumour or for its absence."""
+    with pytest.raises(InputError, match=rf"m\.tif: the mask has the values {values[0]}, {values[1]}"):
         annotations.tumour_from_mask(np.array([values], np.uint8), "m.tif")
 
 

@@ -1,4 +1,4 @@
-"""What is read of a slide is of one content: whatever writes it meanwhile is noticed, and nothing is published."""
+"""A slide that is modified while it is read is detected, and nothing is published from it."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from flows import compose
-from wsiflow.errors import InputError, Rewritten
+from wsiflow.errors import InputError, SlideModified
 from wsiflow.run import cases, shards
 from wsiflow.run.executor.protocol import Outcome
 from wsiflow.run.plan import read_plan
@@ -25,10 +25,10 @@ READERS = {"hdf5": ("ingest", "stain", "extract", "detect"), "none": ("predict",
 
 
 def rewrite(path: Path) -> None:
-    """Write a file, put back what it held and when that was written: a copy over itself that keeps times."""
+    """Write other bytes to a file, then restore its content and times, as a copying tool might do."""
     data, before = path.read_bytes(), path.stat()
     stamped = content.stamp(path)
-    while content.stamp(path) == stamped:  # times may be no finer than some milliseconds
+    while content.stamp(path) == stamped:  # times may have a resolution of some milliseconds
         path.write_bytes(bytes(len(data)))
         path.write_bytes(data)
         os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
@@ -36,7 +36,7 @@ def rewrite(path: Path) -> None:
 
 @contextmanager
 def disturbed(path: Path, monkeypatch: pytest.MonkeyPatch, *, times: int) -> Iterator[None]:
-    """Rewrite a slide at each of the first reads; what they return is of the time in between."""
+    """Modify a slide during each of the first reads, so that these return the temporary content."""
     left = [times]
 
     def reading(read: Callable[..., Any]) -> Callable[..., Any]:
@@ -69,7 +69,7 @@ class Line:
         self.outcomes: list[Outcome] = []
 
     def tasks(self) -> Iterator[tuple[str, int]]:
-        """Yield every task; the plan is made once the first has ended."""
+        """Yield every task; the plan is written after the first has ended."""
         yield "ingest", 0
         self.source = ingest.make_plan(self.source, self.outcomes)
         made = read_plan(self.source)
@@ -87,7 +87,7 @@ class Line:
 def test_what_was_read_of_a_slide_that_was_written_is_never_published(
     tiny_slides: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, store: str
 ) -> None:
-    """Zeros for a moment, then whole and as old as before: the task starts over once, then fails; later it succeeds."""
+    """After a modification the task is repeated once, then fails; when the writer has ended it succeeds."""
     calm, disturb = (Line(tiny_slides, tmp_path / name, store) for name in ("calm", "disturbed"))
     path = cases.read_cases(calm.source)[1][0].path
     for task in calm.tasks():
@@ -101,7 +101,7 @@ def test_what_was_read_of_a_slide_that_was_written_is_never_published(
                 failed = work.run_task(disturb.source, stage, index)
             assert failed.receipt is None
             assert failed.exit_code == 20
-            assert "while it was read; run again when the copy has ended" in str(failed.failure)
+            assert "while it was read; run again when copying has ended" in str(failed.failure)
             now = set((tmp_path / "disturbed/receipts").rglob("*.json")) - there
             assert all("preview" in receipt.name for receipt in now), "of a map, not of the slide"
             with disturbed(path, monkeypatch, times=1):
@@ -117,39 +117,39 @@ def test_what_was_read_of_a_slide_that_was_written_is_never_published(
 
 
 def published(root: Path) -> list[Path]:
-    """Return the files of a run that follow from its slides."""
+    """Return the files of a run that are derived from its slides."""
     folders = ("tissue", "cuts", "stain", "patches", "predictions", "certificates", "heatmaps", "detections")
     return sorted(path for name in folders for path in (root / name).rglob("*") if path.is_file())
 
 
 def test_a_reader_that_fails_since_the_slide_is_written_says_so(tmp_path: Path) -> None:
-    """Half a copy cannot be decoded: that is no damaged slide. Without a writer the reader's own error is told."""
+    """A partial copy that cannot be decoded is not a damaged slide; without a writer the error is the reader's."""
     path = tmp_path / "s.tif"
     path.write_bytes(b"slide")
 
     def read(meanwhile: Callable[[], None]) -> None:
-        with content.unwritten(path, "s"):
+        with content.unmodified(path, "s"):
             meanwhile()
             raise InputError("a tile cannot be decoded", "copy it again")
 
-    with pytest.raises(Rewritten, match="its file was written"):
+    with pytest.raises(SlideModified, match="the slide was written"):
         read(lambda: rewrite(path))
     with pytest.raises(InputError, match="cannot be decoded"):
         read(lambda: None)
 
 
 def test_a_slide_with_a_new_link_is_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is done to its entry alone is noticed, and costs one look at the content."""
+    """A change of the directory entry alone is detected, and the content is then hashed once."""
     path, hashed = tmp_path / "s.tif", []
     path.write_bytes(b"slide")
     monkeypatch.setattr(content, "sha256", lambda path: hashed.append(path) or "0" * 64)
     for _ in range(3):
-        content.settled_sha256(path)
+        content.cached_sha256(path)
     before, signature = content.stamp(path), content.signature(path)
     while content.stamp(path) == before:
         (tmp_path / "link.tif").unlink(missing_ok=True)
         (tmp_path / "link.tif").hardlink_to(path)
     assert content.signature(path) == signature
     for _ in range(3):
-        content.settled_sha256(path)
+        content.cached_sha256(path)
     assert len(hashed) == 2

@@ -1,4 +1,4 @@
-"""Data sets: manifests of many dialects, folders, single slides, and everything that is wrong with them."""
+"""Data sets: manifests of many forms, folders, single slides, and all of their errors."""
 
 import os
 from collections.abc import Callable
@@ -24,7 +24,7 @@ from wsiflow.slides.slide import open_slide
 
 
 def manifest(folder: Path, text: str | bytes) -> Path:
-    """Write a manifest and the files it may name."""
+    """Write a manifest and the files that it may name."""
     path = folder / "manifest.csv"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     for name in ("t.xml", "m.tif"):
@@ -33,14 +33,14 @@ def manifest(folder: Path, text: str | bytes) -> Path:
 
 
 def problems_of(folder: Path, text: str) -> str:
-    """The message a manifest is refused with."""
+    """Return the message with which a manifest is refused."""
     with pytest.raises(InputError) as caught:
         read_manifest(manifest(folder, text))
     return str(caught.value)
 
 
 def test_every_column_is_read(tmp_path: Path) -> None:
-    """Paths are relative to the manifest; the slide itself need not exist."""
+    """Paths are relative to the manifest, and the slide itself need not exist."""
     header = "slide_id,path,mpp,label,annotation_path,mask_path,patient_id,split,scanner,sha256"
     path = manifest(tmp_path, f"{header}\nT1,wsi/a.svs,0.25,tumor,t.xml,m.tif,P1,test,Aperio,{'AB' * 32}\n")
     assert read_manifest(path) == (
@@ -71,13 +71,13 @@ def test_every_column_is_read(tmp_path: Path) -> None:
     ids=["trident", "hs2p", "slideflow", "capitals-and-blanks"],
 )
 def test_the_dialects_of_neighbouring_tools_are_read(tmp_path: Path, header: str, line: str) -> None:
-    """Their names of the columns are understood; without an id the file's name is the id."""
+    """The column names of other tools are recognised; without an id the file name is the id."""
     (case,) = read_manifest(manifest(tmp_path, f"{header}\n{line}\n"))
     assert (case.slide_id, case.path, case.mpp) == ("a", tmp_path / "a.svs", 0.5)
 
 
 def test_the_label_table_of_camelyon_is_a_manifest(shared_data: Path) -> None:
-    """Its 399 slides have the labels of their type; the class of the lesions is passed over."""
+    """Its 399 slides have the labels of their type; the class of the lesions is ignored."""
     cases = read_manifest(shared_data / "camelyon16" / "tables" / "reference.csv")
     assert len(cases) == 399
     assert {case.slide_id: case.label for case in cases}["tumor_001"] == 1
@@ -97,26 +97,26 @@ def test_the_label_table_of_camelyon_is_a_manifest(shared_data: Path) -> None:
     ids=["byte-order-mark", "crlf", "quotes", "blank-lines", "no-last-line-end"],
 )
 def test_what_spreadsheets_write_is_read(tmp_path: Path, text: bytes) -> None:
-    """Marks, line ends, quotes and blank lines do not matter."""
+    """Byte order marks, line ends, quotes and blank lines do not matter."""
     (case,) = read_manifest(manifest(tmp_path, text))
     assert (case.slide_id, case.path) == ("a", tmp_path / "a.svs")
 
 
 def test_a_quoted_field_may_hold_a_comma(tmp_path: Path) -> None:
-    """A comma in a file name is part of it."""
+    """A comma in a quoted file name is part of it."""
     (case,) = read_manifest(manifest(tmp_path, 'slide_id,path\na,"x, y.svs"\n'))
     assert case.path.name == "x, y.svs"
 
 
 @pytest.mark.parametrize("word", LABELS)
 def test_label_words(tmp_path: Path, word: str) -> None:
-    """Each word is understood in any case of its letters; an empty cell is no label."""
+    """Each word is recognised in any case; an empty cell is no label."""
     labels = [case.label for case in read_manifest(manifest(tmp_path, f"path,label\na.svs,{word.upper()}\nb.svs,\n"))]
     assert labels == [LABELS[word], None]
 
 
 def test_all_errors_are_reported_together(tmp_path: Path) -> None:
-    """One message names every wrong line, and nothing of the right ones."""
+    """One message names every wrong line, and no other."""
     message = problems_of(
         tmp_path,
         "slide_id,path,mpp,label,annotation_path,sha256\n"
@@ -132,23 +132,23 @@ def test_all_errors_are_reported_together(tmp_path: Path) -> None:
     assert "11 errors" in message
     for part in (
         "line 3: mpp: '0,25' is not a number (write 0.25)",
-        "line 3: label: 'maybe' is none of 0, normal",
+        "line 3: label: 'maybe' is not one of 0, normal",
         "line 4: mpp: '-1' begins with '-'",
         "line 4: annotation_path: 'gone.xml' is not an existing file",
         "line 4: sha256: '12' is not 64",
         "line 4: slide_id 'A' repeats 'a' of line 2",
         "line 5: slide_id 'A' repeats 'a' of line 2",
-        "line 6: 2 cells, but the header has 6",
+        "line 6: it has 2 cells, but the header has 6",
         "line 7: slide_id: the slide id '../e' is not",
         "line 7: mpp: '0' is not a positive number",
-        "line 8: path: is empty",
+        "line 8: the path is empty",
     ):
         assert part in message
     assert "line 2:" not in message
 
 
-def test_every_error_of_a_long_list_is_told(tmp_path: Path) -> None:
-    """Nobody mends a manifest in rounds: all the bad lines are named at once."""
+def test_every_error_of_a_long_list_is_reported(tmp_path: Path) -> None:
+    """All wrong lines are reported at once, so that a manifest can be corrected in one pass."""
     message = problems_of(tmp_path, "path,mpp\n" + "".join(f"s{k}.svs,x\n" for k in range(1000)))
     assert "1000 errors" in message
     assert all(f"line {k + 2}: mpp" in message for k in range(1000))
@@ -158,7 +158,7 @@ def test_every_error_of_a_long_list_is_told(tmp_path: Path) -> None:
     ("text", "cause"),
     [
         ("", "the manifest is empty"),
-        ("slide_id,path\n", "there is a header but no slide"),
+        ("slide_id,path\n", "there is a header, but no line with a slide"),
         ("slide_id,mpp\na,1\n", "there is no column path"),
         ("slide_id,path,lable\na,a.svs,1\n", r"unknown column 'lable' \(did you mean label\?\)"),
         ("path,wsi\na,b\n", "columns path, wsi all mean path"),
@@ -167,20 +167,20 @@ def test_every_error_of_a_long_list_is_told(tmp_path: Path) -> None:
         ("slide_id,path\na,\ta.svs\n", "line 2: path: .*formula"),
         ("slide_id,path,scanner\na,a.svs,@x\n", "line 2: scanner: '@x' begins"),
         ("slide_id,path\na,a\x00.svs\n", "line 2: path: .*control character"),
-        ('slide_id,path\na,"a.svs\n', "line 2: not CSV"),
+        ('slide_id,path\na,"a.svs\n', "line 2 is not CSV"),
         ("path\nä.svs\n", "line 2: the slide id 'ä' is not .*give it a slide_id"),
         ("path\na.svs\nx/a.tif\n", "line 3: slide_id 'a' repeats 'a' of line 2"),
     ],
 )
 def test_a_wrong_manifest_is_refused(tmp_path: Path, text: str, cause: str) -> None:
-    """Every fault of the text is named where it stands."""
+    """Every error of the text is reported with its place."""
     with pytest.raises(InputError, match=cause) as caught:
         read_manifest(manifest(tmp_path, text))
     assert caught.value.exit_code == 20
 
 
 def test_an_unreadable_manifest_is_refused(tmp_path: Path) -> None:
-    """A missing file, a folder and another encoding are told apart."""
+    """A missing file, a folder and another encoding have different messages."""
     with pytest.raises(InputError, match=r"the manifest cannot be read \(No such file"):
         read_manifest(tmp_path / "none.csv")
     with pytest.raises(InputError, match=r"the manifest cannot be read \(Is a directory"):
@@ -194,20 +194,20 @@ def test_an_unreadable_manifest_is_refused(tmp_path: Path) -> None:
     ["..", ".a", "_a", "../a", "a/b", "a\\b", "a;b", "a$b", "a*", "a" * 101, "é", "e\u0301", "a\u200b", "a\u00a0b"],
 )
 def test_a_name_that_is_no_safe_file_name_is_refused(tmp_path: Path, slide_id: str) -> None:
-    """Output files are named after slides, so only harmless names pass."""
+    """Output files are named after slides, so only safe names are accepted."""
     assert "slide_id: the slide id" in problems_of(tmp_path, f"slide_id,path\n{slide_id},a.svs\n")
 
 
 @pytest.mark.parametrize("slide_id", ["a", "7", "tumor_001", "S 1.2-b", "a" * 100])
 def test_ordinary_names_are_slide_ids(tmp_path: Path, slide_id: str) -> None:
-    """Letters, digits, points, lines and blanks are accepted as they are."""
+    """Letters, digits, periods, dashes and blanks are accepted unchanged."""
     (case,) = read_manifest(manifest(tmp_path, f"slide_id,path\n{slide_id},a.svs\n"))
     assert case.slide_id == slide_id
 
 
 @pytest.fixture
 def slides(tmp_path: Path) -> Path:
-    """A folder of files as people keep them."""
+    """Create a folder of files as users keep them."""
     for name in (
         "b.SVS",
         "a.tif",
@@ -228,7 +228,7 @@ def slides(tmp_path: Path) -> Path:
 
 
 def test_a_folder_is_searched_by_extension(slides: Path) -> None:
-    """Slides are sorted by path; DICOM files of one folder are one slide; hidden files are passed over."""
+    """Slides are sorted by path; the DICOM files of a folder are one slide; hidden files are ignored."""
     found = [(case.slide_id, case.path.relative_to(slides).as_posix()) for case in read_folder(slides)]
     assert found == [
         ("a", "a.tif"),
@@ -240,7 +240,7 @@ def test_a_folder_is_searched_by_extension(slides: Path) -> None:
 
 
 def test_annotations_beside_a_slide_or_on_top_are_found(slides: Path) -> None:
-    """The one of the slide's name is taken, others have none."""
+    """The file with the name of the slide is its annotation; the other slides have none."""
     found = {case.slide_id: case.annotation_path for case in read_folder(slides)}
     assert found == {"a": slides / "a.xml", "b": None, "c": slides / "c.xml", "dicom": None, "x": None}
 
@@ -252,8 +252,8 @@ def rejection(path: Path) -> str:
     return str(caught.value)
 
 
-def test_whatever_has_the_name_of_a_slide_is_one(tmp_path: Path) -> None:
-    """Links that lead nowhere, special files and folders are no slides: each is rejected by its name."""
+def test_every_file_named_like_a_slide_is_one(tmp_path: Path) -> None:
+    """Broken links, special files and folders are not slides, and each is rejected with its name."""
     (tmp_path / "nowhere.svs").symlink_to("gone.svs")
     (tmp_path / "itself.svs").symlink_to("itself.svs")
     (tmp_path / "folder.svs").mkdir()
@@ -267,15 +267,15 @@ def test_whatever_has_the_name_of_a_slide_is_one(tmp_path: Path) -> None:
     (tmp_path / "set.dcm/1.dcm").touch()
     found = {case.slide_id: case.path for case in read_folder(tmp_path)}
     assert sorted(found) == ["1", "empty", "folder", "itself", "nowhere", "pipe", "to_folder", "up"]
-    assert "link that leads nowhere (gone.svs)" in rejection(found["nowhere"])
-    assert "link that leads nowhere" in rejection(found["itself"])
+    assert "broken link (gone.svs)" in rejection(found["nowhere"])
+    assert "broken link" in rejection(found["itself"])
     assert "not a regular file" in rejection(found["pipe"])
     for name in ("folder", "to_folder", "up"):
         assert "is a folder" in rejection(found[name])
 
 
 def test_an_annotation_that_cannot_be_read_is_still_the_slides(tmp_path: Path) -> None:
-    """A link that leads nowhere is not the absence of an annotation, nor is another case of its extension."""
+    """A broken link still counts as an annotation, and so does an extension in upper case."""
     for name in ("a.tif", "b.tif", "b.XML"):
         (tmp_path / name).touch()
     (tmp_path / "a.xml").symlink_to("gone.xml")
@@ -284,7 +284,7 @@ def test_an_annotation_that_cannot_be_read_is_still_the_slides(tmp_path: Path) -
 
 
 def test_links_to_folders_are_followed_to_each_folder_once(tmp_path: Path) -> None:
-    """Slides behind a link are slides; loops end, and what lies within the folder keeps its own path."""
+    """Slides behind a link are included; loops end, and slides within the folder keep their own path."""
     for name in ("other/far.tif", "slides/b/near.tif", "other/deep/far2.tif"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
@@ -297,15 +297,15 @@ def test_links_to_folders_are_followed_to_each_folder_once(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("link", [os.link, os.symlink])
 def test_one_file_under_two_names_is_refused(tmp_path: Path, link: Callable[[Path, Path], None]) -> None:
-    """It would count twice in the scores; whoever means it says so in a manifest."""
+    """The slide would count twice in the scores; a manifest can list it twice on purpose."""
     (tmp_path / "a.tif").touch()
     link(tmp_path / "a.tif", tmp_path / "b.tif")
     with pytest.raises(InputError, match=r"1 error: b\.tif is the same file as a\.tif; .*manifest"):
         read_folder(tmp_path)
 
 
-def test_a_folder_that_may_not_be_listed_is_told(tmp_path: Path, monkeypatch) -> None:
-    """What it holds would be left out without a word: every such folder is named, exit code 30."""
+def test_a_folder_that_cannot_be_listed_is_reported(tmp_path: Path, monkeypatch) -> None:
+    """The slides of such a folder would be left out silently, so it is named, with exit code 30."""
     for name in ("a.tif", "shut/b.tif", "open/too/c.tif"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
@@ -324,7 +324,7 @@ def test_a_folder_that_may_not_be_listed_is_told(tmp_path: Path, monkeypatch) ->
 
 
 def test_names_that_collide_in_a_folder_are_all_reported(slides: Path) -> None:
-    """Files of one name, whatever its case, are refused together with those whose name cannot be used."""
+    """Names that are equal except for case are reported together with names that are no slide ids."""
     for name in ("deep/A.svs", "deep/B.tif", "ü.svs"):
         (slides / name).touch()
     with pytest.raises(InputError, match="3 errors") as caught:
@@ -334,22 +334,22 @@ def test_names_that_collide_in_a_folder_are_all_reported(slides: Path) -> None:
 
 
 def test_a_folder_without_slides_is_refused(tmp_path: Path) -> None:
-    """An empty folder and a missing one are told apart."""
-    with pytest.raises(InputError, match="holds no slide"):
+    """An empty folder and a missing one have different messages."""
+    with pytest.raises(InputError, match="contains no slide"):
         read_folder(tmp_path)
     with pytest.raises(InputError, match="does not exist"):
         read_folder(tmp_path / "none")
 
 
 def test_the_real_folder_is_read(shared_data: Path) -> None:
-    """Six good slides and two bad ones; what is bad is found out on opening."""
+    """Six good slides and two bad ones are listed; the bad ones fail when they are opened."""
     names = {case.slide_id for case in read_folder(shared_data / "wsi")}
     assert len(names) == 8
     assert {"boxes_dicom", "multi_frame_jpeg2000_camelyon_challenge_image", "broken"} <= names
 
 
 def test_a_single_slide_is_a_data_set(slides: Path) -> None:
-    """It is named as in a folder and finds its annotation; a missing file is left to the opening."""
+    """It is named as in a folder and has its annotation; a missing file only fails on opening."""
     assert read_single(slides / "a.tif") == (Case("a", slides / "a.tif", annotation_path=slides / "a.xml"),)
     assert read_single(slides / "dicom" / "2.dcm")[0].slide_id == "dicom"
     assert read_single(slides / "gone.svs")[0].path == slides / "gone.svs"
@@ -360,13 +360,13 @@ FORM: TypeAdapter[SyntheticSlides | GivenSlides] = TypeAdapter(DatasetParams)
 
 @pytest.mark.parametrize(("limit", "count"), [("", 5), (None, 5), (2, 2), (9, 5)])
 def test_a_data_set_is_loaded_up_to_a_limit(slides: Path, limit: object, count: int) -> None:
-    """The first slides are taken; an absent limit takes all."""
+    """The first slides are used; without a limit all are."""
     params = FolderSlides.model_validate({"kind": "folder", "folder": slides, "limit": limit})
     assert len(load_dataset(params)) == count
 
 
 def test_each_kind_reads_its_own_setting(slides: Path) -> None:
-    """A manifest, a folder and a single slide."""
+    """Each kind reads a manifest, a folder or a slide."""
     listed = slides / "manifest.csv"
     listed.write_text("path\nb.SVS\n")
     given = [

@@ -1,4 +1,4 @@
-"""Pyramidal TIFF files are read back by every reader the project names."""
+"""Pyramidal TIFF files can be read by every reader that the project names."""
 
 import json
 from pathlib import Path
@@ -31,7 +31,7 @@ def gradient(rows: int, cols: int) -> np.ndarray:
 
 
 def test_heatmap_comes_back_bit_for_bit(tmp_path: Path) -> None:
-    """Values, NaN and description survive the file."""
+    """Values, NaN and the description are unchanged after writing and reading."""
     heat, about = heatmap(300, 517), {"stride_px": 16, "origin": [8.0, 8.0], "slide_id": "é"}
     files.write_heatmap(tmp_path / "a.tif", heat, um_px=3.888, description=about)
     back, found = files.read_heatmap(tmp_path / "a.tif")
@@ -40,7 +40,7 @@ def test_heatmap_comes_back_bit_for_bit(tmp_path: Path) -> None:
 
 
 def test_heatmap_levels_are_reduced_pages_of_largest_values(tmp_path: Path) -> None:
-    """Level 1 is a tiled page marked as reduced, and keeps the peak of every 2 x 2 cell that has tissue."""
+    """Level 1 is a tiled page marked as reduced, and keeps the peak of every 2 x 2 cell with tissue."""
     heat = heatmap(301, 518)
     files.write_heatmap(tmp_path / "a.tif", heat, um_px=3.888, description={})
     with tifffile.TiffFile(tmp_path / "a.tif") as tiff:
@@ -56,7 +56,7 @@ def test_heatmap_levels_are_reduced_pages_of_largest_values(tmp_path: Path) -> N
 
 
 def test_heatmap_opens_in_openslide_with_levels_and_spacing(tmp_path: Path) -> None:
-    """OpenSlide recognises the float32 file although it cannot render it."""
+    """OpenSlide recognises the float32 file, although it cannot render it."""
     files.write_heatmap(tmp_path / "a.tif", heatmap(300, 600), um_px=3.888, description={})
     with openslide.OpenSlide(tmp_path / "a.tif") as slide:
         assert slide.level_dimensions == ((600, 300), (300, 150), (150, 75))
@@ -64,7 +64,7 @@ def test_heatmap_opens_in_openslide_with_levels_and_spacing(tmp_path: Path) -> N
 
 
 def test_preview_is_rendered_by_openslide(tmp_path: Path) -> None:
-    """Every pixel OpenSlide returns is the probability on the scale the file describes, and 0 where not tissue."""
+    """Every pixel from OpenSlide is the probability on the scale stated in the file, and 0 outside tissue."""
     heat = heatmap(300, 600)
     files.write_preview(tmp_path / "a.tif", heat, um_px=3.888)
     with openslide.OpenSlide(tmp_path / "a.tif") as slide:
@@ -76,7 +76,7 @@ def test_preview_is_rendered_by_openslide(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["heatmap", "preview", "mask", "rgb"])
 def test_same_arguments_same_bytes(tmp_path: Path, kind: str) -> None:
-    """No clock, version or address gets into a file."""
+    """A file contains no time, version or address."""
     heat = heatmap(280, 300)
     for name in ("a.tif", "b.tif"):
         if kind == "heatmap":
@@ -101,14 +101,14 @@ def test_other_tiff_is_no_heatmap(tmp_path: Path, text: str) -> None:
 
 
 def test_eight_bit_heatmap_is_refused(tmp_path: Path) -> None:
-    """A preview is not taken for the data."""
+    """A preview is not mistaken for the data."""
     files.write_preview(tmp_path / "a.tif", heatmap(10, 10), um_px=1)
     with pytest.raises(InputError, match="uint8"):
         files.read_heatmap(tmp_path / "a.tif")
 
 
 def test_slide_opens_in_openslide_with_all_levels_and_spacing(tmp_path: Path) -> None:
-    """Levels, spacing and pixels of a streamed slide are what was written."""
+    """Levels, spacing and pixels of a slide that was written in bands are correct."""
     image = gradient(1100, 1501)
     pyramid.write_rgb(
         tmp_path / "a.tif", [image[:300], image[300:307], image[307:]], shape=(1100, 1501), um_px=0.243, quality=95
@@ -127,7 +127,7 @@ def test_slide_opens_in_openslide_with_all_levels_and_spacing(tmp_path: Path) ->
 @settings(max_examples=25, deadline=None)
 @given(rows=st.integers(1, 1100), cols=st.integers(1, 1100))
 def test_slide_of_any_size_is_whole(tmp_path_factory: pytest.TempPathFactory, rows: int, cols: int) -> None:
-    """Every level of a slide of any size, whole tiles or not, is there to its last pixel."""
+    """Every level of a slide of any size is complete to its last pixel."""
     path = tmp_path_factory.mktemp("size") / "a.tif"
     pyramid.write_rgb(path, [np.full((rows, cols, 3), 99, np.uint8)], shape=(rows, cols), um_px=1, quality=90)
     with tifffile.TiffFile(path) as tiff:
@@ -138,7 +138,7 @@ def test_slide_of_any_size_is_whole(tmp_path_factory: pytest.TempPathFactory, ro
 @settings(max_examples=15, deadline=None)
 @given(cuts=st.lists(st.integers(1, 599), max_size=6, unique=True))
 def test_bands_may_be_cut_anywhere(tmp_path_factory: pytest.TempPathFactory, cuts: list[int]) -> None:
-    """The file depends on the pixels, not on how they arrived."""
+    """The file depends on the pixels, not on their division into bands."""
     folder, image = tmp_path_factory.mktemp("bands"), gradient(600, 310)
     pyramid.write_rgb(folder / "whole.tif", [image], shape=(600, 310), um_px=1, quality=80)
     pyramid.write_rgb(folder / "cut.tif", np.split(image, sorted(cuts)), shape=(600, 310), um_px=1, quality=80)
@@ -147,14 +147,14 @@ def test_bands_may_be_cut_anywhere(tmp_path_factory: pytest.TempPathFactory, cut
 
 @pytest.mark.parametrize(("shape", "reason"), [((600, 300), "310 px wide"), ((599, 310), "600 rows")])
 def test_bands_must_fill_the_slide(tmp_path: Path, shape: tuple[int, int], reason: str) -> None:
-    """Too few or too many pixels are named, not cut or invented."""
+    """Too few or too many pixels are an error, and not cropped or filled."""
     with pytest.raises(InputError, match=reason):
         pyramid.write_rgb(tmp_path / "a.tif", [gradient(600, 310)], shape=shape, um_px=1, quality=80)
 
 
 @pytest.mark.parametrize("downsample", [1, 2, 4])
 def test_stored_mask_level_is_returned_as_it_is(tmp_path: Path, downsample: int) -> None:
-    """A level of the file is used where it exists."""
+    """A level of the file is returned where there is one."""
     mask = np.zeros((801, 643), bool)
     mask[100:300, 50:600] = True
     pyramid.write_mask(tmp_path / "m.tif", mask, um_px=0.243)
@@ -165,7 +165,7 @@ def test_stored_mask_level_is_returned_as_it_is(tmp_path: Path, downsample: int)
 
 @pytest.mark.parametrize("suffix", [".png", ".tif"])
 def test_missing_level_is_subsampled(tmp_path: Path, suffix: str) -> None:
-    """From one level, the centre pixel of each cell is taken and the cut last cell is kept."""
+    """From one level, the centre pixel of each cell is taken, and the incomplete last cell is kept."""
     mask = np.random.default_rng(3).integers(0, 2, (67, 100)).astype(np.uint8)
     path = tmp_path / f"m{suffix}"
     Image.fromarray(mask).save(path) if suffix == ".png" else tifffile.imwrite(path, mask)
@@ -187,7 +187,7 @@ def test_missing_level_is_subsampled(tmp_path: Path, suffix: str) -> None:
 )
 @pytest.mark.parametrize("downsample", [3, 32])
 def test_a_mask_without_levels_is_read_tile_by_tile(tmp_path: Path, stored: dict[str, Any], downsample: int) -> None:
-    """However it is stored, the pixels are those that would be picked of the whole, which need not fit into memory."""
+    """In any storage, the pixels equal those picked from the whole mask, which need not fit into memory."""
     stored = dict(stored)
     dtype = stored.pop("dtype", np.uint8)
     image = np.random.default_rng(5).integers(0, 256 if dtype is np.uint8 else 2, (3, 101, 67)).astype(dtype)
@@ -203,7 +203,7 @@ def test_a_mask_without_levels_is_read_tile_by_tile(tmp_path: Path, stored: dict
 
 
 def test_first_channel_of_a_colour_mask(tmp_path: Path) -> None:
-    """The red channel of an RGB mask decides."""
+    """The red channel of an RGB mask is used."""
     image = gradient(40, 40)
     tifffile.imwrite(tmp_path / "m.tif", image, photometric="rgb")
     np.testing.assert_array_equal(pyramid.read_level(tmp_path / "m.tif", 1), image[..., 0])
@@ -219,7 +219,7 @@ def test_unreadable_mask_is_named(tmp_path: Path, name: str, content: bytes) -> 
 
 
 def test_damaged_mask_is_named(tmp_path: Path) -> None:
-    """A flipped run of bytes inside a compressed tile is an input error, not a crash of the decoder."""
+    """Inverted bytes in a compressed tile are an input error, and do not crash the decoder."""
     pyramid.write_mask(tmp_path / "m.tif", heatmap(600, 600) > 0.5, um_px=1)
     content = (tmp_path / "m.tif").read_bytes()
     middle = len(content) // 2
@@ -229,14 +229,14 @@ def test_damaged_mask_is_named(tmp_path: Path) -> None:
 
 
 def test_sixteen_bit_mask_is_refused(tmp_path: Path) -> None:
-    """Labels of more than 8 bits are not cut to fit."""
+    """Masks with more than 8 bits are refused, and not truncated."""
     tifffile.imwrite(tmp_path / "m.tif", np.zeros((8, 8), np.uint16))
     with pytest.raises(InputError, match="uint16"):
         pyramid.read_level(tmp_path / "m.tif", 1)
 
 
 def test_preview_says_its_scale(tmp_path: Path) -> None:
-    """The meaning of the grey values is in the file."""
+    """The file states the meaning of the grey values."""
     files.write_preview(tmp_path / "a.tif", heatmap(10, 10), um_px=1)
     with tifffile.TiffFile(tmp_path / "a.tif") as tiff:
         assert json.loads(tiff.pages.first.description)["0"] == "not tissue"
@@ -247,7 +247,7 @@ def test_preview_says_its_scale(tmp_path: Path) -> None:
 def test_any_rows_of_a_heatmap_are_read_alone(
     tmp_path_factory: pytest.TempPathFactory, rows: int, cols: int, data: st.DataObject
 ) -> None:
-    """Some rows are those of the whole map, wherever they begin and end."""
+    """A range of rows equals that of the whole map, wherever it begins and ends."""
     path = tmp_path_factory.mktemp("rows") / "h.tif"
     heat = np.random.default_rng(0).random((rows, cols), dtype=np.float32)
     heat[heat < 0.2] = np.nan
@@ -261,7 +261,7 @@ def test_any_rows_of_a_heatmap_are_read_alone(
 
 
 def test_what_is_no_heatmap_is_not_opened(tmp_path: Path) -> None:
-    """A mask, and a text."""
+    """A mask and a text file are refused."""
     pyramid.write_mask(tmp_path / "m.tif", np.ones((300, 300), bool), um_px=1.0)
     (tmp_path / "t.tif").write_text("no image")
     for name, cause in (("m.tif", "expected float32"), ("t.tif", "not a readable heatmap")):

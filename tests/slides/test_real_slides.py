@@ -1,4 +1,4 @@
-"""Real slides: every one ends with a heatmap or with a named reason, and the exit code tells which."""
+"""Real slides end with a heatmap or with a reason, and the exit code shows which."""
 
 import csv
 from pathlib import Path
@@ -21,7 +21,7 @@ def listed(out: Path) -> dict[str, tuple[str, str]]:
 
 
 def test_a_folder_of_real_slides(shared_data: Path, tmp_path: Path) -> None:
-    """Aperio, Hamamatsu, DICOM and TIFF, good and broken: each is done, empty, or rejected with its reason."""
+    """Aperio, Hamamatsu, DICOM and TIFF, good and broken: each is done, empty, or rejected with a reason."""
     out = tmp_path / "run"
     folder = ["dataset=folder", f"dataset.folder={shared_data / 'wsi'}"]
     assert started(*folder, f"out={out}", "geometry.max_upsample=2.1") == 20
@@ -54,7 +54,7 @@ def test_a_folder_of_real_slides(shared_data: Path, tmp_path: Path) -> None:
     ],
 )
 def test_single_real_slides(shared_data: Path, tmp_path: Path, name: str, more: list[str]) -> None:
-    """A slide read as it is, in the reference's geometry, or enlarged: a heatmap with scores, exit code 0."""
+    """A slide that is read unchanged, in the reference's geometry, or enlarged has a heatmap and exit code 0."""
     out = tmp_path / "run"
     assert started("dataset=single", f"dataset.path={shared_data / 'wsi/good' / name}", f"out={out}", *more) == 0
     slide_id = name.rsplit(".", 1)[0]
@@ -64,8 +64,8 @@ def test_single_real_slides(shared_data: Path, tmp_path: Path, name: str, more: 
     assert np.isfinite(heat).any()
 
 
-def test_the_manifest_mends_a_wrong_pixel_size(shared_data: Path, tmp_path: Path) -> None:
-    """The generic TIFF says 0.00499 um/px; a manifest line with the true one makes it the same slide as the SVS."""
+def test_the_manifest_corrects_a_wrong_pixel_size(shared_data: Path, tmp_path: Path) -> None:
+    """The generic TIFF states 0.00499 um/px; with the true value in the manifest it equals the SVS."""
     path = shared_data / "wsi/good/CMU-1-Small-Region.generic.jpeg.tiff"
     (tmp_path / "m.csv").write_text(f"slide_id,path,mpp\ncmu,{path},0.499\n")
     out = tmp_path / "run"

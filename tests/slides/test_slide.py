@@ -1,4 +1,4 @@
-"""Slides: what opens, what is refused, and that every pixel comes from where it should."""
+"""Slides: which files open and which are refused, and that every pixel comes from the right place."""
 
 import hashlib
 import os
@@ -26,13 +26,13 @@ Pixels = NDArray[np.uint8]
 
 
 def coded(width: int, height: int) -> Pixels:
-    """An image whose colour tells the coordinates: red x, green y, blue the higher parts of both."""
+    """Return an image whose colours encode the coordinates: red x, green y, blue the higher parts of both."""
     y, x = np.mgrid[:height, :width]
     return np.stack([x % 256, y % 256, x // 256 * 16 + y // 256], axis=2).astype(np.uint8)
 
 
 def smooth(width: int, height: int) -> Pixels:
-    """A band-limited texture, as tissue is under a microscope."""
+    """Return a band-limited texture, like tissue under a microscope."""
     noise = np.random.default_rng(0).integers(0, 256, (height // 6 + 2, width // 6 + 2, 3), dtype=np.uint8)
     return np.array(Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC))
 
@@ -54,12 +54,12 @@ def write(path: Path, levels: Sequence[Pixels], um_px: float = 0.25, compression
 
 
 def halved(image: Pixels) -> Pixels:
-    """Every second pixel: unlike an average, it can be told from a resampled read."""
+    """Return every second pixel, which unlike an average differs from a resampled read."""
     return np.ascontiguousarray(image[::2, ::2])
 
 
 def padded(image: Pixels, x: int, y: int, width: int, height: int) -> Pixels:
-    """A rectangle of an image in white surroundings, pixel by pixel."""
+    """Return a rectangle of an image in white surroundings, pixel by pixel."""
     rows, cols = np.arange(y, y + height), np.arange(x, x + width)
     inside = ((rows >= 0) & (rows < image.shape[0]))[:, None] & ((cols >= 0) & (cols < image.shape[1]))
     found = image[np.clip(rows, 0, image.shape[0] - 1)][:, np.clip(cols, 0, image.shape[1] - 1)]
@@ -68,7 +68,7 @@ def padded(image: Pixels, x: int, y: int, width: int, height: int) -> Pixels:
 
 @pytest.fixture(scope="module")
 def pyramid(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slide]:
-    """A coded slide of two levels with downsamples 1 and about 2."""
+    """Return the path of a coded slide of two levels with downsamples 1 and about 2."""
     image = coded(WIDTH + 1, HEIGHT)
     path = write(tmp_path_factory.mktemp("pyramid") / "coded.tif", [image, halved(image)])
     with open_slide(path, slide_id="coded") as opened:
@@ -77,14 +77,14 @@ def pyramid(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slide]:
 
 @pytest.fixture(scope="module")
 def texture(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slide]:
-    """A textured slide of one level."""
+    """Return the path of a textured slide of one level."""
     path = write(tmp_path_factory.mktemp("texture") / "texture.tif", [smooth(WIDTH, HEIGHT)])
     with open_slide(path, slide_id="texture") as opened:
         yield opened
 
 
 def test_the_facts_are_the_files(pyramid: Slide) -> None:
-    """Format, sizes, scale and background are read off the file."""
+    """Format, sizes, scale and background are those of the file."""
     facts = pyramid.facts
     assert facts.vendor == "generic-tiff"
     assert facts.l0_size_px == (WIDTH + 1, HEIGHT)
@@ -100,7 +100,7 @@ rectangles = st.tuples(st.integers(-90, 400), st.integers(-90, 320), st.integers
 @given(rectangle=rectangles)
 @settings(deadline=None, max_examples=60)
 def test_a_read_is_the_padded_image(pyramid: Slide, rectangle: tuple[int, int, int, int]) -> None:
-    """Wherever a rectangle of level 0 lies, its pixels are the slide's and the rest is background."""
+    """Wherever a level-0 rectangle lies, its pixels are those of the slide, and the rest is background."""
     x, y, width, height = rectangle
     region = pyramid.read(x, y, 0, (width, height))
     np.testing.assert_array_equal(region.rgb, padded(coded(WIDTH + 1, HEIGHT), *rectangle))
@@ -110,7 +110,7 @@ def test_a_read_is_the_padded_image(pyramid: Slide, rectangle: tuple[int, int, i
 @given(rectangle=rectangles)
 @settings(deadline=None, max_examples=60)
 def test_a_scaled_read_of_a_stored_scale_is_the_level(pyramid: Slide, rectangle: tuple[int, int, int, int]) -> None:
-    """At the scale of a level the level's own pixels are returned, none of them blended."""
+    """At the scale of a level the level's own pixels are returned without blending."""
     x, y, width, height = rectangle
     region = pyramid.read_scaled(x, y, (width, height), l0_per_px=2.0)
     np.testing.assert_array_equal(region.rgb, padded(halved(coded(WIDTH + 1, HEIGHT)), *rectangle))
@@ -127,7 +127,7 @@ def test_a_scaled_read_of_a_stored_scale_is_the_level(pyramid: Slide, rectangle:
 def test_neighbouring_scaled_reads_join_without_a_seam(
     texture: Slide, l0_per_px: float, x: int, y: int, size: tuple[int, int], cut: float
 ) -> None:
-    """Two reads side by side are one read of both; each of the two passes of the filter may round differently."""
+    """Two adjacent reads equal one read of both, except for the rounding of the filter's two passes."""
     width, height = size
     left = max(1, int(width * cut))
     whole = texture.read_scaled(x, y, (width, height), l0_per_px=l0_per_px).rgb
@@ -139,7 +139,7 @@ def test_neighbouring_scaled_reads_join_without_a_seam(
 
 
 def test_a_scaled_read_stays_in_place(pyramid: Slide) -> None:
-    """The centre of a resampled pixel shows the level-0 coordinate it stands for."""
+    """The centre of a resampled pixel shows its level-0 coordinate."""
     l0_per_px = 1.5
     region = pyramid.read_scaled(20, 30, (100, 80), l0_per_px=l0_per_px)
     centre = (np.arange(20, 120) + 0.5) * l0_per_px - 0.5
@@ -147,21 +147,21 @@ def test_a_scaled_read_stays_in_place(pyramid: Slide) -> None:
 
 
 def test_enlarging_interpolates(pyramid: Slide) -> None:
-    """Below one level-0 pixel per reading pixel the slide is enlarged around the same place."""
+    """With less than one level-0 pixel per reading pixel the slide is enlarged around the same place."""
     region = pyramid.read_scaled(100, 100, (60, 40), l0_per_px=0.5)
     assert region.rgb.shape == (40, 60, 3)
     np.testing.assert_allclose(region.rgb[20, :, 0], (np.arange(100, 160) + 0.5) * 0.5 - 0.5, atol=0.51)
 
 
 def test_a_read_in_halves_is_the_same_read(texture: Slide, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The limit on pixels per read changes the memory, not the result."""
+    """The limit of pixels per read changes the memory, but not the result."""
     whole = texture.read_scaled(-5, -7, (150, 120), l0_per_px=2.2).rgb
     monkeypatch.setattr(slide, "_READ_LIMIT_PX", 500)
     assert np.abs(texture.read_scaled(-5, -7, (150, 120), l0_per_px=2.2).rgb.astype(int) - whole).max() <= 2
 
 
 def test_the_overview_averages_areas(texture: Slide) -> None:
-    """A pixel of the overview is the mean of what it covers; beyond the slide it sees background."""
+    """A pixel of the overview is the mean of the pixels it covers, with background outside the slide."""
     overview = texture.overview(8)
     assert overview.shape == (32, 42, 3)
     canvas = padded(smooth(WIDTH, HEIGHT), 0, 0, 42 * 8, 32 * 8)
@@ -175,14 +175,14 @@ def test_the_overview_averages_areas(texture: Slide) -> None:
     ids=["finest", "between", "just-finer", "the-level", "coarser-than-all"],
 )
 def test_the_overview_never_enlarges_a_level(tmp_path: Path, downsample: float, expected: int) -> None:
-    """The coarsest level that is fine enough serves; the levels have different greys to be told apart."""
+    """The coarsest level that is fine enough is used; the levels have different greys to distinguish them."""
     levels = [np.full((256, 512, 3), 10, np.uint8), np.full((32, 64, 3), 90, np.uint8)]
     with open_slide(write(tmp_path / "greys.tif", levels), slide_id="greys") as opened:
         assert opened.overview(downsample)[3, 3].tolist() == [expected] * 3
 
 
 def test_a_missing_tile_shows_background_and_is_counted(tmp_path: Path) -> None:
-    """A tile of a sparse file becomes background, and its share of the rectangle is told."""
+    """A tile that is missing in a sparse file is background, and its fraction of the rectangle is returned."""
     path = write(tmp_path / "sparse.tif", [np.full((128, 128, 3), 40, np.uint8)])
     with tifffile.TiffFile(path, mode="r+") as tiff:
         counts = tiff.pages.first.tags["TileByteCounts"]
@@ -211,22 +211,25 @@ def test_a_broken_tile_spoils_only_reads_of_it(tmp_path: Path) -> None:
 
 
 def _missing(path: Path) -> None:
-    """Leave nothing there."""
+    """Return a path at which there is nothing."""
 
 
 REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing": (_missing, "does not exist"),
     "folder": (Path.mkdir, "is a folder"),
     "empty": (Path.touch, r"empty \(0 bytes\)"),
-    "text": (lambda path: path.write_text("not a slide"), "not a slide in a format OpenSlide reads"),
-    "png": (lambda path: Image.new("RGB", (9, 9)).save(path, format="PNG"), "not a slide in a format OpenSlide reads"),
+    "text": (lambda path: path.write_text("not a slide"), "not a slide in a format that OpenSlide reads"),
+    "png": (
+        lambda path: Image.new("RGB", (9, 9)).save(path, format="PNG"),
+        "not a slide in a format that OpenSlide reads",
+    ),
     "pipe": (os.mkfifo, "not a regular file"),
 }
 
 
 @pytest.mark.parametrize("kind", REFUSED)
 def test_what_is_no_slide_is_refused(tmp_path: Path, kind: str) -> None:
-    """Every impostor named .svs is refused with the slide, the file, the cause and what to do."""
+    """Other files with the suffix .svs are refused with the slide, the file, the cause and the remedy."""
     make, cause = REFUSED[kind]
     path = tmp_path / "s.svs"
     make(path)
@@ -256,14 +259,14 @@ def test_damaged_real_files_are_refused(shared_data: Path, name: str, cause: str
     ],
 )
 def test_real_slides_open(shared_data: Path, name: str, vendor: str, size: tuple[int, int]) -> None:
-    """The formats of four makers open; their overview covers them."""
+    """Slides of four vendors open, and their overviews cover them."""
     with open_slide(shared_data / "wsi" / "good" / name, slide_id="good") as opened:
         assert (opened.facts.vendor, opened.facts.l0_size_px) == (vendor, size)
         assert opened.overview(32).shape == (-(-size[1] // 32), -(-size[0] // 32), 3)
 
 
 def test_an_overview_joins_without_a_seam_on_a_real_slide(shared_data: Path) -> None:
-    """On real tissue too, two reads at a foreign scale are one read of both."""
+    """On real tissue too, two adjacent reads at another scale equal one read of both."""
     with open_slide(shared_data / "wsi" / "good" / "CMU-1-Small-Region.svs", slide_id="cmu") as opened:
         whole = opened.read_scaled(200, 300, (400, 100), l0_per_px=2.0040).rgb
         parts = [opened.read_scaled(x, 300, (200, 100), l0_per_px=2.0040).rgb for x in (200, 400)]
@@ -281,7 +284,7 @@ FACTS = SlideFacts("T1", Path("T1.svs"), "aperio", (10, 10), (0.25, 0.25), ((10,
 def test_the_pixel_size_is_the_manifests_else_the_slides(
     stated: tuple[float, float] | None, manifest: float | None, expected: float
 ) -> None:
-    """The manifest wins, because slides are sometimes wrong."""
+    """The manifest takes precedence, because slides are sometimes wrong."""
     assert resolve_mpp(replace(FACTS, mpp=stated), manifest) == pytest.approx(expected)
 
 
@@ -298,7 +301,7 @@ def test_the_pixel_size_is_the_manifests_else_the_slides(
 def test_a_doubtful_pixel_size_is_refused(
     stated: tuple[float, float] | None, manifest: float | None, cause: str
 ) -> None:
-    """The error names the value found and the line to add to the manifest."""
+    """The error has the stated value and the line to add to the manifest."""
     with pytest.raises(InputError, match=cause) as caught:
         resolve_mpp(replace(FACTS, mpp=stated), manifest)
     assert "'slide_id,path,mpp'" in caught.value.remedy
@@ -306,7 +309,7 @@ def test_a_doubtful_pixel_size_is_refused(
 
 
 def test_the_hash_of_one_file_is_that_of_the_file(tmp_path: Path) -> None:
-    """``sha256sum`` prints the same."""
+    """``sha256sum`` prints the same hash."""
     path = tmp_path / "a.svs"
     path.write_bytes(b"pixels")
     (tmp_path / "b.svs").write_bytes(b"other")
@@ -332,8 +335,8 @@ def test_all_files_of_a_slide_count(tmp_path: Path, main: str, companion: str) -
     assert signature(path) != before[1]
 
 
-def test_the_signature_tells_a_replaced_file(tmp_path: Path) -> None:
-    """The same bytes in a new file of the same time are another file."""
+def test_the_signature_changes_with_a_replaced_file(tmp_path: Path) -> None:
+    """The same bytes in a new file with the same time are another file."""
     path, copy = tmp_path / "a.svs", tmp_path / "copy"
     for file in (path, copy):
         file.write_bytes(b"pixels")
@@ -352,7 +355,7 @@ def test_the_signature_tells_a_replaced_file(tmp_path: Path) -> None:
 def test_the_reference_thumbnail_has_a_pixel_per_tile(
     tmp_path: Path, size: tuple[int, int], expected: tuple[int, int]
 ) -> None:
-    """Slides of the size of published ones give the thumbnails of their published index."""
+    """Slides of the published sizes give the thumbnails of their published index."""
     path = tmp_path / "big.tif"
     width, height = size
     with tifffile.TiffWriter(path, bigtiff=True) as writer:
@@ -373,7 +376,7 @@ def test_the_reference_thumbnail_has_a_pixel_per_tile(
 
 
 def test_a_slide_smaller_than_a_tile_has_no_reference_thumbnail(tmp_path: Path) -> None:
-    """The reference geometry says what it needs instead of dividing by zero."""
+    """The message states what the reference geometry needs; there is no division by zero."""
     path = write(tmp_path / "small.tif", [coded(300, 200)])
     with open_slide(path, slide_id="small") as opened, pytest.raises(InputError, match="300 x 200 px, less than one"):
         opened.reference_thumbnail()
@@ -387,19 +390,19 @@ def test_an_old_openslide_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("names", [("s.mrxs", "s/Data0.dat"), ("1.dcm", "2.dcm"), ("i.vms", "tile.jpg")])
-def test_what_belongs_to_a_slide_and_is_gone_is_refused(tmp_path: Path, names: tuple[str, str]) -> None:
-    """Left out, it would be missing from the slide's hash without a word."""
+def test_a_missing_file_of_a_slide_is_refused(tmp_path: Path, names: tuple[str, str]) -> None:
+    """If it were left out, the hash of the slide would silently not cover it."""
     named, part = (tmp_path / name for name in names)
     named.write_text(part.name)
     part.parent.mkdir(exist_ok=True)
     part.symlink_to("gone")
     for look in (sha256, signature):
-        with pytest.raises(InputError, match=rf"{part.name}: the slide's data file is a link that leads nowhere"):
+        with pytest.raises(InputError, match=rf"{part.name}: the slide's data file is a broken link"):
             look(named)
 
 
-def test_data_of_a_slide_that_may_not_be_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It may be there for another user: exit code 30."""
+def test_a_folder_of_a_slide_that_cannot_be_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another user may be able to list it, so the exit code is 30."""
     (tmp_path / "s.mrxs").write_text("[GENERAL]")
     (tmp_path / "s").mkdir()
 
@@ -414,7 +417,7 @@ def test_data_of_a_slide_that_may_not_be_listed(tmp_path: Path, monkeypatch: pyt
 def test_a_slide_that_may_not_be_read_is_not_called_another_format(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """OpenSlide says the same of both; who asks before it was read, as for its outlines, must not blame the file."""
+    """OpenSlide reports both in the same way, but a file without permission must not look damaged."""
     path = write(tmp_path / "s.tif", [coded(64, 64)])
 
     def refuse(*_: object, **__: object) -> None:

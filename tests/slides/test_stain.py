@@ -1,4 +1,4 @@
-"""Stain: fits recover what made the colours, transforms do what their formulas say, and nothing fails silently."""
+"""Stain: fits recover the true colours, transforms equal their formulas, and no failure is silent."""
 
 import json
 from collections.abc import Iterator
@@ -40,23 +40,23 @@ STAINS = np.stack([H / np.linalg.norm(H), E / np.linalg.norm(E)])
 
 
 def params(method: str, **changes: object) -> StainParams:
-    """The settings that ship, with some replaced."""
+    """Return the default settings with some replaced."""
     return StainParams(**(yaml.safe_load((CONF / f"{method}.yaml").read_text()) | changes))
 
 
 def angle(a: Floats | tuple[float, ...], b: Floats | tuple[float, ...]) -> float:
-    """Degrees between two vectors."""
+    """Return the angle between two vectors in degrees."""
     cosine = np.dot(a, b) / np.linalg.norm(a) / np.linalg.norm(b)
     return float(np.degrees(np.arccos(min(1.0, cosine))))
 
 
 def painted(codes: Floats, stains: Floats = STAINS, white: float = 255.0) -> Pixels:
-    """Pixels, shape (n, 3), of known amounts of stain, shape (n, 2)."""
+    """Return pixels, shape (n, 3), with known amounts of stain, shape (n, 2)."""
     return np.rint(white * np.exp(-codes @ stains)).clip(0, 255).astype(np.uint8)
 
 
 def amounts(n: int = 60_000, seed: int = 0) -> Floats:
-    """Amounts as tissue has them: nuclei with little eosin, cytoplasm with little haematoxylin, a tenth of glass."""
+    """Return amounts as in tissue: nuclei with little eosin, cytoplasm with little haematoxylin, 10 % glass."""
     rng = np.random.default_rng(seed)
     kind = rng.choice(3, n, p=[0.4, 0.5, 0.1])
     means = np.array([[1.0, 0.1], [0.1, 0.7], [0.0, 0.0]])[kind]
@@ -64,13 +64,13 @@ def amounts(n: int = 60_000, seed: int = 0) -> Floats:
 
 
 def rainbow(rows: int = 301, cols: int = 203, seed: int = 0) -> Pixels:
-    """Every kind of colour, stained or not, in a shape that no strip divides."""
+    """Return all kinds of colours, in a shape that is not a multiple of a strip."""
     return np.random.default_rng(seed).integers(0, 256, (rows, cols, 3), dtype=np.uint8)
 
 
 @pytest.fixture(scope="module")
 def scanners(shared_data: Path) -> dict[str, Pixels]:
-    """Patches of one slide of either scanner, shape (n, 256, 256, 3)."""
+    """Return patches of one slide of each scanner, shape (n, 256, 256, 3)."""
     folder = shared_data / "patches" / "dldp_256"
     return {
         slide: np.stack([np.array(Image.open(p).convert("RGB")) for p in sorted(folder.glob(f"*/{slide}_*.png"))][:20])
@@ -80,7 +80,7 @@ def scanners(shared_data: Path) -> dict[str, Pixels]:
 
 @pytest.fixture(scope="module")
 def drawn() -> list[tuple[Stain, Pixels]]:
-    """Tiles of tissue, shape (n, 128, 128, 3), of synthetic slides, and how these were stained."""
+    """Return tissue tiles, shape (n, 128, 128, 3), of synthetic slides, and the stains of these slides."""
     slides = []
     for seed in range(4):
         spec = dataset.plan_slide("micro", width_px=4096, height_px=4096, seed=seed)
@@ -92,7 +92,7 @@ def drawn() -> list[tuple[Stain, Pixels]]:
 
 @pytest.fixture
 def threads() -> Iterator[None]:
-    """Give OpenCV its threads back after a test."""
+    """Restore the number of OpenCV's threads after a test."""
     before = cv2.getNumThreads()
     yield
     cv2.setNumThreads(before)
@@ -104,7 +104,7 @@ def threads() -> Iterator[None]:
 @pytest.mark.parametrize(("method", "limit"), [("macenko", 4.0), ("vahadane", 6.0)])
 @pytest.mark.parametrize("white", [255.0, 232.0])
 def test_known_stains_are_recovered(method: str, limit: float, white: float) -> None:
-    """Whatever the glass; a sparse dictionary lies a little inside of the true pair, for its codes are shrunk."""
+    """This holds for any glass; a sparse dictionary is slightly inside the true pair, as its codes are shrunk."""
     found = fit(painted(amounts(), white=white), params(method))
     assert isinstance(found, DensityFit)
     assert found.white == pytest.approx(white, abs=1)
@@ -114,7 +114,7 @@ def test_known_stains_are_recovered(method: str, limit: float, white: float) -> 
 
 @pytest.mark.parametrize("method", DENSITIES)
 def test_haematoxylin_comes_first(method: str) -> None:
-    """The order of the vectors is that of their red density, however much there is of either."""
+    """The vectors are ordered by their red density, whatever their amounts."""
     for share in (0.2, 5.0):
         found = fit(painted(amounts() * [share, 1.0]), params(method))
         assert isinstance(found, DensityFit)
@@ -123,7 +123,7 @@ def test_haematoxylin_comes_first(method: str) -> None:
 
 
 def test_strengths_are_the_amounts_of_the_darkest_percent() -> None:
-    """With Macenko's vectors, which are near the true ones, of the tissue; glass does not thin them."""
+    """With Macenko's vectors the strengths are near the true ones of the tissue; glass does not dilute them."""
     codes = amounts()
     few = fit(painted(codes), params("macenko"))
     glassy = fit(np.concatenate([painted(codes), np.full((60_000, 3), 255, np.uint8)]), params("macenko"))
@@ -136,7 +136,7 @@ def test_strengths_are_the_amounts_of_the_darkest_percent() -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_drawn_slides_come_together(method: str, drawn: list[tuple[Stain, Pixels]]) -> None:
-    """Of synthetic slides, blurred and noisy, the stains are found and the mean colours end twice as close."""
+    """For blurred, noisy synthetic slides the stains are found, and the mean colours end twice as close."""
     settings_ = params(method)
     means = []
     for colours, tiles in drawn:
@@ -144,7 +144,7 @@ def test_drawn_slides_come_together(method: str, drawn: list[tuple[Stain, Pixels
         out = normalise(tiles.reshape(-1, 128, 3), found, settings_.target_fit)
         means.append([x.reshape(-1, 3)[x.reshape(-1, 3).mean(axis=1) < 205].mean(axis=0) for x in (tiles, out)])
         if isinstance(found, DensityFit):
-            # Less than a twentieth of a tile inside the tissue is glass: its white is a little darker.
+            # Less than a twentieth of a tile inside the tissue is glass, so its white is slightly darker.
             assert -8 < found.white - np.mean(colours.glass) < 4
             assert angle(found.haematoxylin, colours.haematoxylin) < 3
             assert angle(found.eosin, colours.eosin) < 9
@@ -153,7 +153,7 @@ def test_drawn_slides_come_together(method: str, drawn: list[tuple[Stain, Pixels
 
 
 def dictionary_objective(density: Floats, stains: Floats) -> float:
-    """What a dictionary minimises, at the best codes for it."""
+    """Return the objective that a dictionary minimises, with the best codes for it."""
     codes = np.array([lasso_by_nnls(x, stains, vahadane.DICTIONARY_PENALTY) for x in density.T])
     missed = density.T - codes @ stains
     return float(0.5 * np.square(missed).sum() + vahadane.DICTIONARY_PENALTY * codes.sum()) / density.shape[1]
@@ -162,7 +162,7 @@ def dictionary_objective(density: Floats, stains: Floats) -> float:
 @pytest.mark.filterwarnings("ignore:Objective did not converge")
 @pytest.mark.parametrize("kind", ["painted", "template"])
 def test_the_dictionary_is_as_good_as_another_solvers(kind: str, request: pytest.FixtureRequest) -> None:
-    """Scikit-learn's coordinate descent, from random starts, finds no lower objective, and the same vectors."""
+    """Scikit-learn's coordinate descent from random starts finds no lower objective, and the same vectors."""
     pixels = painted(amounts(1500))
     if kind == "template":
         folder = request.getfixturevalue("shared_data") / "patches" / "dldp_256"
@@ -185,7 +185,7 @@ def test_the_dictionary_is_as_good_as_another_solvers(kind: str, request: pytest
 
 
 def test_the_dictionary_has_converged(scanners: dict[str, Pixels]) -> None:
-    """The number of iterations that ships is as good as twenty times as many."""
+    """The default number of iterations is as good as twenty times as many."""
     for tiles in scanners.values():
         few, many = (fit(tiles[::4], params("vahadane", sample_px=10_000, iterations=n)) for n in (100, 2000))
         assert isinstance(few, DensityFit)
@@ -198,13 +198,13 @@ def test_the_dictionary_has_converged(scanners: dict[str, Pixels]) -> None:
 
 
 def lasso_by_nnls(density: Floats, stains: Floats, penalty: float) -> Floats:
-    """The non-negative lasso of one pixel, by an active-set solver: completed squares make it least squares."""
+    """Solve the non-negative lasso of a pixel as least squares, by completing squares, with an active-set solver."""
     root = np.linalg.cholesky(stains @ stains.T)
     return np.asarray(nnls(root.T, np.linalg.solve(root, stains @ density - penalty))[0])
 
 
 def lasso_by_descent(density: Floats, stains: Floats, penalty: float) -> Floats:
-    """The same, one code after the other until nothing moves."""
+    """Solve the non-negative lasso of a pixel by coordinate descent."""
     codes = np.zeros(2)
     for _ in range(5000):
         for k in (0, 1):
@@ -219,7 +219,7 @@ def lasso_by_descent(density: Floats, stains: Floats, penalty: float) -> Floats:
     penalty=st.sampled_from([CODE_PENALTY, vahadane.DICTIONARY_PENALTY, 0.0]),
 )
 def test_codes_solve_the_lasso(stains: Floats, density: Floats, penalty: float) -> None:
-    """The closed form is the optimum that two other solvers find, for any pair that is a pair."""
+    """The closed form is the optimum that two other solvers find, for any valid pair of stains."""
     unit = stains / np.linalg.norm(stains, axis=1, keepdims=True)
     if np.linalg.norm(np.cross(unit[0], unit[1])) < LEAST_SINE:
         return
@@ -229,7 +229,7 @@ def test_codes_solve_the_lasso(stains: Floats, density: Floats, penalty: float) 
 
 
 def test_colours_outside_the_pair_get_no_negative_amount() -> None:
-    """Blue ink and yellow have negative amounts in a plain inverse."""
+    """Blue ink and yellow would have negative amounts in a plain inverse."""
     density = np.array([[2.0, 0.0, 0.1], [0.5, 0.3, 0.1], [0.0, 2.0, 0.1]])
     assert (np.linalg.pinv(STAINS).T @ density).min() < -0.1
     assert stain_codes(density, STAINS, CODE_PENALTY).min() == 0
@@ -239,7 +239,7 @@ def test_colours_outside_the_pair_get_no_negative_amount() -> None:
 
 
 def plainly_normalised(rgb: Pixels, source: StainFit, target: StainFit) -> Pixels:
-    """The formulas, pixel by pixel, in double precision."""
+    """Return an image normalised by the formulas, pixel by pixel, in double precision."""
     if isinstance(source, LabFit) and isinstance(target, LabFit):
         lab = cv2.cvtColor(rgb, cv2.COLOR_RGB2LAB).astype(np.float64)
         moved = (lab - source.mean) / source.std * target.std + target.mean
@@ -255,14 +255,14 @@ def plainly_normalised(rgb: Pixels, source: StainFit, target: StainFit) -> Pixel
 
 @cache
 def fits(method: str) -> tuple[StainFit, StainFit]:
-    """The fit of painted tissue on grey glass, and the target that ships."""
+    """Return the fit of painted tissue on grey glass, and the default target."""
     settings_ = params(method)
     return fit(painted(amounts(), white=236), settings_), settings_.target_fit
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_fast_transform_is_the_formula(method: str) -> None:
-    """On any colour, at most one grey level from double precision, and that seldom."""
+    """For any colour the result differs from double precision by at most one grey level, and rarely."""
     source, target = fits(method)
     rgb = np.concatenate([rainbow(60, 80), painted(amounts(4800)).reshape(60, 80, 3)])
     away = np.abs(normalise(rgb, source, target).astype(int) - plainly_normalised(rgb, source, target))
@@ -272,7 +272,7 @@ def test_the_fast_transform_is_the_formula(method: str) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_pixel_is_the_same_wherever_it_lies(method: str) -> None:
-    """Any crop, turn or view of a block gives the same bits: strips and vector ends are not seen."""
+    """Any crop, rotation or view of a block gives the same bits: strips have no influence."""
     source, target = fits(method)
     rgb = rainbow()
     whole = normalise(rgb, source, target)
@@ -286,7 +286,7 @@ def test_a_pixel_is_the_same_wherever_it_lies(method: str) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_strips_are_not_seen(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Strips of four pixels, all of them the last few of something, give the same bits as a long one."""
+    """Strips of four pixels, which are all last pixels of an array, give the same bits as a long one."""
     source, target = fits(method)
     rgb = rainbow()
     whole = normalise(rgb, source, target)
@@ -297,7 +297,7 @@ def test_strips_are_not_seen(method: str, monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("method", METHODS)
 def test_bits_do_not_depend_on_threads(method: str) -> None:
-    """Fit and transform, slide by slide and patch by patch, are the same with one thread of OpenCV's and with four."""
+    """Fit and transform, per slide and per patch, are equal with one and with four OpenCV threads."""
     rgb = painted(amounts(256 * 256)).reshape(256, 256, 3)
     seen = []
     for count in (1, 4):
@@ -311,7 +311,7 @@ def test_bits_do_not_depend_on_threads(method: str) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_callers_pixels_are_left_alone(method: str) -> None:
-    """Nothing is written into what is handed in."""
+    """The input arrays are not modified."""
     rgb = painted(amounts(64 * 64)).reshape(64, 64, 3)
     rgb[0, 0] = 0
     before = rgb.copy()
@@ -338,7 +338,7 @@ def test_a_slide_normalised_to_itself_stays(method: str) -> None:
 
 @pytest.mark.parametrize("method", DENSITIES)
 def test_glass_becomes_white(method: str) -> None:
-    """What is as light as the slide's white or lighter is 255 exactly; a little darker is nearly."""
+    """Pixels as light as the slide's white or lighter become exactly 255; slightly darker ones almost."""
     source, target = fits(method)
     glass = np.arange(230, 256, dtype=np.uint8).repeat(3).reshape(1, -1, 3)
     out = normalise(glass, source, target)[0]
@@ -347,7 +347,7 @@ def test_glass_becomes_white(method: str) -> None:
 
 
 def test_reinhard_gives_the_targets_mean_and_spread() -> None:
-    """Of tissue in LAB, where nothing is clipped; the target lies inside the gamut."""
+    """This holds for tissue in LAB if nothing is clipped; the target is inside the gamut."""
     rgb = painted(amounts()[amounts().sum(axis=1) > 0.4]).reshape(1, -1, 3)
     source = reinhard.fit_lab(rgb[0])
     target = LabFit("reinhard", (130.0, 150.0, 120.0), (20.0, 4.0, 3.0))
@@ -374,7 +374,7 @@ def test_two_scanners_come_closer(method: str, scanners: dict[str, Pixels]) -> N
 @settings(max_examples=25, deadline=None)
 @given(rgb=hnp.arrays(np.uint8, hnp.array_shapes(min_dims=2, max_dims=2, max_side=40).map(lambda s: (*s, 3))))
 def test_any_pixels_can_be_normalised(method: str, rgb: Pixels) -> None:
-    """White, black, one colour or noise: with a fit the transform never fails and keeps shape and type."""
+    """With a fit the transform never fails on white, black, one colour or noise, and keeps shape and dtype."""
     source, target = fits(method)
     out = normalise(rgb, source, target)
     assert out.dtype == np.uint8
@@ -382,7 +382,7 @@ def test_any_pixels_can_be_normalised(method: str, rgb: Pixels) -> None:
 
 
 def test_weak_stains_never_wrap_around() -> None:
-    """At the strongest ratio that is allowed, dark is 0 and white 255, with nothing between them inverted."""
+    """At the largest allowed ratio, dark is 0 and white 255, and the order of greys is kept."""
     source = DensityFit("macenko", 255.0, tuple(STAINS[0]), tuple(STAINS[1]), (0.05, 0.05))
     target = DensityFit("macenko", 255.0, tuple(STAINS[0]), tuple(STAINS[1]), (100.0, 100.0))
     greys = np.arange(256, dtype=np.uint8).repeat(3).reshape(1, -1, 3)
@@ -393,7 +393,7 @@ def test_weak_stains_never_wrap_around() -> None:
 
 
 def test_fits_of_two_methods_are_not_mixed() -> None:
-    """Their strengths and vectors mean different things."""
+    """Strengths and vectors of different methods have different meanings."""
     with pytest.raises(InputError, match="macenko cannot be mapped to a target of vahadane"):
         normalise(rainbow(2, 2), fits("macenko")[0], fits("vahadane")[1])
 
@@ -402,7 +402,7 @@ def test_fits_of_two_methods_are_not_mixed() -> None:
 
 
 def plain_patch(rgb: Pixels, method: str, target: StainFit) -> Pixels:
-    """The reference's formulas for a patch, written out, with the stains that were found."""
+    """Return a patch normalised by the reference's formulas, with the measured stains."""
     lab = cv2.cvtColor(rgb, cv2.COLOR_RGB2LAB).astype(np.float64)
     lab[..., 0] = (255 * lab[..., 0] / np.percentile(lab[..., 0], 95)).clip(0, 255)
     light = cv2.cvtColor(np.rint(lab).astype(np.uint8), cv2.COLOR_LAB2RGB)
@@ -425,7 +425,7 @@ def plain_patch(rgb: Pixels, method: str, target: StainFit) -> Pixels:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_patch_is_normalised_by_the_references_formulas(method: str, scanners: dict[str, Pixels]) -> None:
-    """Luminosity of the patch, its own fit, the 99th percentiles of its own amounts."""
+    """The result uses the luminosity of the patch, its own fit, and the 99th percentiles of its amounts."""
     settings_ = params(method, per_patch=True)
     for tiles in scanners.values():
         patch = tiles[0][:96, :96]
@@ -435,7 +435,7 @@ def test_a_patch_is_normalised_by_the_references_formulas(method: str, scanners:
 
 
 def test_neighbours_agree_per_slide_and_not_per_patch(scanners: dict[str, Pixels]) -> None:
-    """Two overlapping patches give their common pixels the same colours only with the slide's fit."""
+    """Two overlapping patches give their common pixels the same colours only with the fit of the slide."""
     row = np.concatenate(list(scanners["tumor_064"][:2]), axis=1)
     settings_ = params("vahadane", sample_px=10_000)
     source = fit(row, settings_)
@@ -464,7 +464,7 @@ def test_neighbours_agree_per_slide_and_not_per_patch(scanners: dict[str, Pixels
     ids=["white", "glass", "black", "nothing", "one-colour", "too-little"],
 )
 def test_what_has_no_colours_has_no_fit(method: str, per_patch: bool, pixels: Pixels, cause: str) -> None:
-    """The error says what was found."""
+    """The error describes the pixels."""
     if per_patch and method == "reinhard" and cause == "one colour":
         pytest.skip("the reference measures over glass as well, which is a second colour")
     with pytest.raises(InputError, match=cause):
@@ -476,13 +476,13 @@ def test_a_slide_of_one_stain_has_no_fit(method: str) -> None:
     """Without eosin there is no second vector, only noise."""
     rng = np.random.default_rng(0)
     pixels = painted(amounts() * [1, 0]).astype(np.int16) + rng.integers(-1, 2, (60_000, 3), dtype=np.int16)
-    with pytest.raises(InputError, match=r"alike|one colour|one stain"):
+    with pytest.raises(InputError, match=r"too similar|one colour|one stain"):
         fit(pixels.clip(0, 255).astype(np.uint8), params(method))
 
 
 @pytest.mark.parametrize("per_patch", [False, True])
 def test_the_policy_is_followed(per_patch: bool) -> None:
-    """``fail`` raises; ``raw`` returns the pixels and says why."""
+    """``fail`` raises; ``raw`` returns the unchanged pixels and the reason."""
     white = np.full((50, 60, 3), 255, np.uint8)
     cause = "tissue" if per_patch else "no stain fit"
     with pytest.raises(InputError, match=cause):
@@ -493,7 +493,7 @@ def test_the_policy_is_followed(per_patch: bool) -> None:
 
 
 def test_what_can_be_normalised_is() -> None:
-    """With a fit, or patch by patch without one, there is no failure; ``none`` hands back the same array."""
+    """With a fit, or per patch without one, there is no failure; ``none`` returns the same array."""
     rgb = painted(amounts(100 * 100)).reshape(100, 100, 3)
     settings_ = params("vahadane")
     source = fit(rgb, settings_)
@@ -504,7 +504,7 @@ def test_what_can_be_normalised_is() -> None:
     assert normalise_block(rgb, None, params("none")) == (rgb, "")
 
 
-# Numbers: settings, fits, samples
+# Settings, fits and samples
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -536,7 +536,7 @@ def test_a_method_is_a_record_in_the_table(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_target_of_another_method_is_refused() -> None:
-    """Changing the method alone would mix two kinds of numbers."""
+    """Changing only the method would mix two kinds of numbers."""
     values = yaml.safe_load((CONF / "macenko.yaml").read_text())
     with pytest.raises(ValueError, match="target is of method macenko, but method is vahadane"):
         StainParams(**(values | {"method": "vahadane"}))
@@ -546,7 +546,7 @@ def test_a_target_of_another_method_is_refused() -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_fit_survives_json(method: str) -> None:
-    """To the bit, as the tasks of a slide read it from one file."""
+    """A fit is equal to the bit after writing and reading, as the tasks of a slide read it from one file."""
     source = fits(method)[0]
     assert read_fit(json.loads(json.dumps(asdict(source)))) == source
 
@@ -557,14 +557,14 @@ def test_a_fit_survives_json(method: str) -> None:
      ({"strengths": [1.0, float("nan")]}, "strengths"), ({"colour": 1}, "colour"), ({"method": "magic"}, "magic")],
 )  # fmt: skip
 def test_a_damaged_fit_is_refused(change: dict[str, object], named: str) -> None:
-    """Unknown, missing or impossible values are named."""
+    """The error names unknown, missing or invalid values."""
     with pytest.raises(InputError, match=named):
         read_fit(asdict(fits("macenko")[0]) | change)
 
 
 @given(total=st.integers(0, 3000), count=st.integers(1, 1000))
-def test_a_choice_is_spread_evenly(total: int, count: int) -> None:
-    """One from each of equal runs: no index twice, no gap of two runs or more."""
+def test_a_sample_is_stratified(total: int, count: int) -> None:
+    """One index comes from each of equal ranges: none is repeated, and no gap is as long as two ranges."""
     chosen = stratified_indices(total, count)
     assert len(chosen) == min(total, count)
     assert (np.diff(chosen) > 0).all()
@@ -574,13 +574,13 @@ def test_a_choice_is_spread_evenly(total: int, count: int) -> None:
         assert np.diff(edges).max() <= 2 * total / count + 1
 
 
-def test_a_choice_is_the_same_everywhere() -> None:
-    """The numbers come from the bits of PCG64, which no release of NumPy changes."""
+def test_a_sample_is_the_same_everywhere() -> None:
+    """The sample is computed from the bits of PCG64, which no release of NumPy changes."""
     assert stratified_indices(1000, 8).tolist() == [79, 158, 255, 377, 601, 739, 825, 966]
 
 
 def test_only_tissue_is_sampled() -> None:
-    """With a mask nothing else is drawn, and of a small slide everything is."""
+    """With a mask only its pixels are sampled, and of a small slide all."""
     tiles = rainbow(60, 50).reshape(3, 20, 50, 3)
     tiles[..., 0] = 0
     tissue = np.random.default_rng(1).random((3, 20, 50)) < 0.3

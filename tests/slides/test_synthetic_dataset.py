@@ -22,13 +22,13 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def rows(manifest: Path) -> list[dict[str, str]]:
-    """Return the lines of a manifest."""
+    """Return the rows of a manifest."""
     with manifest.open(newline="") as file:
         return list(csv.DictReader(file))
 
 
 def pixels_of(folder: Path) -> dict[str, bytes]:
-    """Return the bytes of every file of a data set that is no record of its making."""
+    """Return the bytes of all files of a data set except receipts."""
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
 
 
@@ -41,7 +41,7 @@ def test_manifest_names_three_normal_and_three_tumour_slides(manifest: Path) -> 
 
 
 def test_openslide_reads_spacing_and_levels(manifest: Path) -> None:
-    """Every slide is a pyramid with the spacing the manifest gives."""
+    """Every slide is a pyramid with the spacing in the manifest."""
     for row in rows(manifest):
         with openslide.OpenSlide(manifest.parent / row["path"]) as slide:
             assert float(slide.properties["openslide.mpp-x"]) == pytest.approx(UM_PX)
@@ -51,7 +51,7 @@ def test_openslide_reads_spacing_and_levels(manifest: Path) -> None:
 
 
 def test_annotations_lie_on_tissue(manifest: Path) -> None:
-    """What the XML calls tumour is darker than the glass, and is there on every tumour slide."""
+    """The regions that the XML marks as tumour are darker than glass, on every tumour slide."""
     for row in rows(manifest)[3:]:
         with openslide.OpenSlide(manifest.parent / row["path"]) as slide:
             cols, rows_px = slide.level_dimensions[2]
@@ -63,20 +63,20 @@ def test_annotations_lie_on_tissue(manifest: Path) -> None:
 
 
 def test_one_slide_has_an_exclusion(manifest: Path) -> None:
-    """The large lesion holds an island of group _2."""
+    """The large lesion has an island of group _2."""
     outlines = [annotations.read_asap(manifest.parent / row["annotation_path"]) for row in rows(manifest)[3:]]
     assert [len(outline.exclusions) for outline in outlines] == [1, 0, 0]
 
 
 def test_second_call_writes_nothing(manifest: Path) -> None:
-    """A complete data set is left alone."""
+    """A complete data set is not written again."""
     before = {path: path.stat().st_mtime_ns for path in manifest.parent.rglob("*")}
     assert dataset.write_dataset(manifest.parent, size_px=SIZE_PX, seed=3, workers=1) == manifest
     assert {path: path.stat().st_mtime_ns for path in manifest.parent.rglob("*")} == before
 
 
 def test_workers_do_not_change_the_bytes(manifest: Path, tmp_path: Path) -> None:
-    """Two processes write what one writes."""
+    """Two processes write the same bytes as one."""
     dataset.write_dataset(tmp_path, size_px=SIZE_PX, seed=3, workers=2)
     assert pixels_of(tmp_path) == pixels_of(manifest.parent)
 

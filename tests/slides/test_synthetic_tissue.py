@@ -1,4 +1,4 @@
-"""A synthetic slide is the same however it is cut, and its tissue is what its plan says."""
+"""A synthetic slide does not depend on how it is divided, and its tissue is that of its specification."""
 
 from dataclasses import replace
 
@@ -49,20 +49,20 @@ def test_another_seed_is_another_slide() -> None:
 
 
 def test_glass_is_pale_and_noisy() -> None:
-    """Outside the tissue there is off-white with sensor noise, which a threshold needs to be well defined."""
+    """Outside the tissue there is off-white with sensor noise, which makes thresholds well defined."""
     glass = WHOLE[:100].astype(float)
     assert glass.mean() > 225
     assert 1 < glass.std(axis=(0, 1)).min() < 5
 
 
 def test_outside_the_slide_is_glass() -> None:
-    """A window may reach over any edge."""
+    """A window may extend beyond any border of the slide."""
     beyond = tissue.render(SPEC, -300, -300, 250, 250)
     assert beyond.mean() > 225
 
 
 def test_tumour_and_normal_tissue_differ_in_texture() -> None:
-    """Lymphocytes on pale ground give more contrast than tumour cells in cytoplasm."""
+    """Lymphocytes on a pale ground give more contrast than tumour cells in cytoplasm."""
     rng = np.random.default_rng(1)
     contrast = {
         tumour: np.mean([tissue.patch(rng, tumour=tumour, size_px=224)[..., 1].std() for _ in range(12)])
@@ -72,26 +72,26 @@ def test_tumour_and_normal_tissue_differ_in_texture() -> None:
 
 
 def test_island_in_a_lesion_is_normal_tissue() -> None:
-    """An island is drawn as if the lesion were not there."""
+    """An island is rendered as if the lesion were not there."""
     healthy = tissue.render(replace(SPEC, lesions=()), 700, 540, 60, 60)
     np.testing.assert_array_equal(WHOLE[540:600, 700:760], healthy)
     assert np.any(WHOLE[400:460, 700:760] != tissue.render(replace(SPEC, lesions=()), 700, 400, 60, 60))
 
 
 def test_stain_varies_between_slides() -> None:
-    """Slides differ in the colour of their tissue by more than noise."""
+    """The colours of the tissue of different slides differ by more than noise."""
     rng = np.random.default_rng(2)
     means = [tissue.patch(rng, tumour=True, size_px=128).mean(axis=(0, 1)) for _ in range(12)]
     assert np.std(means, axis=0).min() > 4
 
 
 def test_patch_follows_its_generator() -> None:
-    """The same generator state draws the same patch."""
+    """The same generator state gives the same patch."""
     first, second = (tissue.patch(np.random.default_rng(9), tumour=True, size_px=96) for _ in range(2))
     np.testing.assert_array_equal(first, second)
 
 
 @pytest.mark.parametrize(("axis_px", "kind"), [(822, "itc"), (824, "micro"), (8229, "micro"), (8231, "macro")])
 def test_class_of_a_lesion_is_its_longest_axis(axis_px: int, kind: str) -> None:
-    """0.2 mm and 2 mm part the classes, at 0.243 um per px."""
+    """The classes are separated at 0.2 mm and 2 mm, at 0.243 um per px."""
     assert Lesion(((0, 0), (axis_px, 0), (axis_px // 2, 100))).kind == kind

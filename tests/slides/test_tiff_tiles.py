@@ -1,4 +1,4 @@
-"""Direct decoding: wherever it is used, its pixels are OpenSlide's to the bit; elsewhere OpenSlide reads."""
+"""Direct decoding gives OpenSlide's pixels to the bit wherever it is used; elsewhere OpenSlide reads."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -23,7 +23,7 @@ WIDTH, HEIGHT = 710, 498
 
 
 def tissue(width: int = WIDTH, height: int = HEIGHT) -> Pixels:
-    """A texture with the range of colours of a stained section and sharp borders on white."""
+    """Return a texture with the colours of a stained section and sharp borders on white."""
     random = np.random.default_rng(3)
     noise = random.integers(0, 256, (height // 5 + 2, width // 5 + 2, 3), dtype=np.uint8)
     image = np.array(Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC))
@@ -32,7 +32,7 @@ def tissue(width: int = WIDTH, height: int = HEIGHT) -> Pixels:
 
 
 def write(path: Path, *levels: Pixels, **options: Any) -> Path:
-    """Write a tiled pyramid, by default of JPEG tiles of 128 px as scanners make them."""
+    """Write a tiled pyramid, by default with JPEG tiles of 128 px, as scanners do."""
     options = {"tile": (128, 128), "photometric": "ycbcr", "subsampling": (2, 2), "compression": "jpeg"} | options
     bigtiff = options.pop("bigtiff", False)
     with tifffile.TiffWriter(path, bigtiff=bigtiff) as writer:
@@ -42,7 +42,7 @@ def write(path: Path, *levels: Pixels, **options: Any) -> Path:
 
 
 def random_rectangles(size_px: tuple[int, int], count: int) -> Iterator[tuple[int, int, int, int]]:
-    """Left, top, width and height in level pixels, some of them beyond the borders or wholly outside."""
+    """Return left, top, width and height in level pixels, some of them partly or fully outside."""
     random = np.random.default_rng(size_px)
     for _ in range(count):
         width, height = (int(side) for side in random.integers(1, 400, 2))
@@ -50,7 +50,7 @@ def random_rectangles(size_px: tuple[int, int], count: int) -> Iterator[tuple[in
 
 
 def shown_by_openslide(path: Path, level: int, rectangle: tuple[int, int, int, int]) -> Pixels:
-    """What OpenSlide shows of a rectangle of a level, on white."""
+    """Return what OpenSlide shows of a rectangle of a level, on white."""
     x, y, width, height = rectangle
     with openslide.OpenSlide(path) as handle:
         downsample = round(handle.level_downsamples[level])
@@ -69,9 +69,9 @@ def assert_shows_openslides_pixels(opened: Slide, level: int, count: int = 12) -
 
 @contextmanager
 def only_openslide(path: Path) -> Iterator[Slide]:
-    """A slide that is read by OpenSlide alone."""
+    """Return a slide that is read by OpenSlide only."""
     with open_slide(path, slide_id="T1") as opened:
-        opened._proven = dict.fromkeys(range(len(opened.facts.level_sizes_px)))
+        opened._verified = dict.fromkeys(range(len(opened.facts.level_sizes_px)))
         yield opened
 
 
@@ -94,7 +94,7 @@ DIRECT: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("form", DIRECT)
 def test_every_supported_form_is_decoded_directly_and_equally(tmp_path: Path, form: str) -> None:
-    """Each compression, colour and tile shape gives OpenSlide's pixels on every level, borders included."""
+    """Each compression, colour space and tile shape gives OpenSlide's pixels on every level, borders included."""
     path = write(tmp_path / "s.tif", tissue(), tissue()[::2, ::2], **DIRECT[form])
     with open_slide(path, slide_id="T1") as opened:
         for level in (0, 1):
@@ -103,7 +103,7 @@ def test_every_supported_form_is_decoded_directly_and_equally(tmp_path: Path, fo
 
 
 def test_our_own_slides_are_decoded_directly(tmp_path: Path) -> None:
-    """Synthetic slides are read the way scanned ones are, on each level."""
+    """Synthetic slides are read in the same way as scanned ones, on each level."""
     path = tmp_path / "s.tif"
     pyramid.write_rgb(path, [tissue(1024, 1280)], shape=(1280, 1024), um_px=0.25, quality=80)
     with open_slide(path, slide_id="T1") as opened:
@@ -124,7 +124,7 @@ OTHER: dict[str, tuple[Pixels, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("form", OTHER)
 def test_other_forms_are_left_to_openslide(tmp_path: Path, form: str) -> None:
-    """What cannot be decoded here is read as before, and the slide says so."""
+    """Files that cannot be decoded directly are read by OpenSlide, and the slide's ``decoder`` says so."""
     pixels, options = OTHER[form]
     path = write(tmp_path / "s.tif", pixels, **({"subsampling": None, "compression": None} | options))
     with open_slide(path, slide_id="T1") as opened:
@@ -145,7 +145,7 @@ def test_other_forms_are_left_to_openslide(tmp_path: Path, form: str) -> None:
     ],
 )
 def test_real_slides_show_openslides_pixels(shared_data: Path, name: str, decoder: str) -> None:
-    """Of slides of four makers, the tiled TIFFs are decoded directly, all of them equally."""
+    """Of slides of four vendors the tiled TIFFs are decoded directly, with equal pixels."""
     with open_slide(shared_data / "wsi" / "good" / name, slide_id="good") as opened:
         assert_shows_openslides_pixels(opened, 0, count=10)
         assert opened.decoder == decoder
@@ -172,7 +172,7 @@ PHILIPS = """<?xml version="1.0" encoding="UTF-8" ?><DataObject ObjectType="DPUf
 
 
 def test_a_philips_slide_with_padded_levels_is_decoded_directly(tmp_path: Path) -> None:
-    """Levels filled up to whole tiles, as this maker's are, lie where OpenSlide has them."""
+    """Levels that are padded to whole tiles, as this vendor's are, have the same place as in OpenSlide."""
     full = np.pad(tissue(), ((0, 14), (0, 58), (0, 0)))
     reduced = np.pad(tissue()[::2, ::2], ((0, 7), (0, 29), (0, 0)))
     path = tmp_path / "s.tif"
@@ -196,8 +196,8 @@ def test_a_philips_slide_with_padded_levels_is_decoded_directly(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("vendor", ["generic-tiff", "aperio"])
-def test_missing_tiles_are_what_openslide_makes_of_them(tmp_path: Path, vendor: str) -> None:
-    """Background and its share, or, in the slides of one maker, what another level shows."""
+def test_missing_tiles_are_those_of_openslide(tmp_path: Path, vendor: str) -> None:
+    """They are background, or for one vendor what another level shows, and their fraction is returned."""
     description = "Aperio Image Library v12.0.5\r\n710x498 (128x128) JPEG|MPP = 0.25" if vendor == "aperio" else None
     path = write(tmp_path / "s.tif", tissue(), tissue()[::2, ::2], description=description, metadata=None)
     with tifffile.TiffFile(path, mode="r+") as tiff:
@@ -218,7 +218,7 @@ def test_missing_tiles_are_what_openslide_makes_of_them(tmp_path: Path, vendor: 
 
 
 def test_between_two_pixels_of_a_level_openslide_blends(tmp_path: Path) -> None:
-    """A read that begins half a level pixel off is OpenSlide's, though the level is decoded directly elsewhere."""
+    """A read that begins half a level pixel off is OpenSlide's, even if the level is otherwise decoded directly."""
     path = write(tmp_path / "s.tif", tissue(), tissue()[::2, ::2])
     with open_slide(path, slide_id="T1") as opened, only_openslide(path) as expected:
         for l0_x, l0_y in ((101, 40), (40, 101), (40, 40)):
@@ -228,7 +228,7 @@ def test_between_two_pixels_of_a_level_openslide_blends(tmp_path: Path) -> None:
 
 
 def test_a_level_with_a_fractional_downsample_is_openslides(tmp_path: Path) -> None:
-    """Where a side was halved to less than its half, level pixels lie between level-0 pixels, and OpenSlide blends."""
+    """If a side was rounded down, level pixels lie between level-0 pixels, and OpenSlide blends them."""
     path = write(tmp_path / "s.tif", tissue()[:497], tissue()[:496:2, ::2])
     with open_slide(path, slide_id="T1") as opened, only_openslide(path) as expected:
         assert not opened.facts.level_downsamples[1].is_integer()
@@ -239,8 +239,8 @@ def test_a_level_with_a_fractional_downsample_is_openslides(tmp_path: Path) -> N
         assert opened.decoder == "openslide"
 
 
-def test_two_pages_of_a_size_are_not_guessed_at(tmp_path: Path) -> None:
-    """A page that is no level but as large as one leaves the level to OpenSlide."""
+def test_two_pages_of_one_size_are_left_to_openslide(tmp_path: Path) -> None:
+    """If a page that is not a level has the size of one, OpenSlide reads the level."""
     path = tmp_path / "s.tif"
     with tifffile.TiffWriter(path) as writer:
         for page in (tissue(), 255 - tissue()):
@@ -251,7 +251,7 @@ def test_two_pages_of_a_size_are_not_guessed_at(tmp_path: Path) -> None:
 
 
 def test_a_decoder_that_disagrees_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One grey level in one channel of the probe, and OpenSlide reads the slide."""
+    """One different grey level in one channel of a sample, and OpenSlide reads the slide."""
     decoded = imagecodecs.jpeg8_decode
 
     def brighter(data: bytes, *, out: Pixels, **options: Any) -> None:
@@ -266,7 +266,7 @@ def test_a_decoder_that_disagrees_is_not_used(tmp_path: Path, monkeypatch: pytes
 
 
 def tiled_level(path: Path) -> tiff_tiles.TiledLevel:
-    """The index of level 0."""
+    """Return the index of level 0."""
     tiles = tiff_tiles.open_tiles(path)
     assert tiles is not None
     level = tiles.level((WIDTH, HEIGHT))
@@ -276,7 +276,7 @@ def tiled_level(path: Path) -> tiff_tiles.TiledLevel:
 
 
 def probed(level: tiff_tiles.TiledLevel) -> set[tuple[int, int]]:
-    """Column and row of the tiles the probes touch."""
+    """Return column and row of the tiles that the sample rectangles touch."""
     return {
         (col, row)
         for probe in level.probes()
@@ -285,8 +285,8 @@ def probed(level: tiff_tiles.TiledLevel) -> set[tuple[int, int]]:
     }
 
 
-def test_the_probe_looks_at_tissue_borders_and_tile_corners(tmp_path: Path) -> None:
-    """It covers the richest tile, off the grid, and the cut last tile, in about seven tiles."""
+def test_the_samples_cover_tissue_and_borders(tmp_path: Path) -> None:
+    """The samples, about seven tiles, include the tile with most bytes, off the grid, and the last tile."""
     level = tiled_level(write(tmp_path / "s.tif", tissue()))
     richest, probes, touched = int(np.argmax(level.counts)), level.probes(), probed(level)
     assert {(richest % 6, richest // 6), (0, 0), (5, 3)} <= touched
@@ -297,7 +297,7 @@ def test_the_probe_looks_at_tissue_borders_and_tile_corners(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("size", [(124, 154), (154, 60), (1, 1)])
 def test_a_level_smaller_than_half_a_tile_is_probed(tmp_path: Path, size: tuple[int, int]) -> None:
-    """The last level of a narrow slide is one tile in part; no probe reaches beyond it."""
+    """The last level of a narrow slide is a partial tile; no sample extends beyond it."""
     path = write(tmp_path / "narrow.tif", tissue(*size), tile=(256, 256))
     tiles = tiff_tiles.open_tiles(path)
     assert tiles is not None
@@ -313,7 +313,7 @@ def test_a_level_smaller_than_half_a_tile_is_probed(tmp_path: Path, size: tuple[
 
 
 def test_nothing_is_probed_until_pixels_are_read(tmp_path: Path) -> None:
-    """Opening for facts opens no second file; closing closes it."""
+    """Opening a slide for its metadata opens no second file, and closing it closes all."""
     path = write(tmp_path / "s.tif", tissue())
 
     def handles() -> int:
@@ -329,7 +329,7 @@ def test_nothing_is_probed_until_pixels_are_read(tmp_path: Path) -> None:
 
 
 def test_the_index_of_a_large_slide_is_read_whole(tmp_path: Path) -> None:
-    """Of 152,881 tiles only one is present; it is found, and the rest is background."""
+    """Of 152,881 tiles only one exists; it is found, and the rest is background."""
     path, side = tmp_path / "s.tif", 391
     tile = imagecodecs.jpeg8_encode(tissue(256, 256), level=80, outcolorspace="ycbcr", subsampling="420")
     blank = (b"" for _ in range(side * side))
@@ -347,40 +347,40 @@ def test_the_index_of_a_large_slide_is_read_whole(tmp_path: Path) -> None:
 
 
 def zeroed(tile: bytearray) -> None:
-    """A hole up to the end, as a copy that broke off leaves it."""
+    """Return data with zeros up to the end, as an interrupted copy leaves them."""
     tile[len(tile) // 2 :] = bytes(len(tile) - len(tile) // 2)
 
 
 def holed(tile: bytearray) -> None:
-    """A short hole, after which the data go on."""
+    """Return data with a short run of zeros."""
     tile[len(tile) // 2 : len(tile) // 2 + 40] = bytes(40)
 
 
 def shifted(tile: bytearray) -> None:
-    """Some bytes lost, the rest moved up."""
+    """Return data of which some bytes are lost and the rest has moved up."""
     tile[len(tile) // 2 : -20] = tile[len(tile) // 2 + 20 :]
 
 
 def mixed(tile: bytearray) -> None:
-    """Foreign bytes in the middle."""
+    """Return data with foreign bytes in the middle."""
     tile[len(tile) // 3 : len(tile) // 3 + 200] = np.random.default_rng(0).bytes(200)
 
 
 def beheaded(tile: bytearray) -> None:
-    """No JPEG at all."""
+    """Return data that are not a JPEG."""
     tile[:100] = bytes(100)
 
 
 def bent(tile: bytearray) -> None:
-    """A header that states another height."""
+    """Return data whose header states another height."""
     frame = tile.index(b"\xff\xc0")
     tile[frame + 5 : frame + 7] = (96).to_bytes(2, "big")
 
 
 @pytest.mark.parametrize("form", ["4:2:0", "4:4:4", "rgb-jpeg"])
 @pytest.mark.parametrize("damage", [zeroed, holed, shifted, mixed, beheaded, bent])
-def test_damage_is_what_openslide_says_it_is(tmp_path: Path, form: str, damage: Callable[[bytearray], None]) -> None:
-    """The decoder is silent about damaged data; still the same tiles are refused, with the same words."""
+def test_damage_is_reported_as_by_openslide(tmp_path: Path, form: str, damage: Callable[[bytearray], None]) -> None:
+    """The decoder does not report damage, but the same tiles are refused with the same messages as by OpenSlide."""
     path = write(tmp_path / "s.tif", tissue(), **({"compressionargs": {"level": 40}} | DIRECT[form]))
     level = tiled_level(path)
     unprobed = sorted(set(range(len(level.counts))) - {row * level.across + col for col, row in probed(level)})
@@ -401,7 +401,7 @@ def test_damage_is_what_openslide_says_it_is(tmp_path: Path, form: str, damage: 
 
 
 def outcome(opened: Slide, number: int) -> Pixels | str:
-    """The pixels of a tile, or what is wrong with it."""
+    """Return the pixels of a tile, or the error about it."""
     try:
         return opened.read(number % 6 * 128, number // 6 * 128, 0, (100, 100)).rgb
     except InputError as error:
@@ -409,7 +409,7 @@ def outcome(opened: Slide, number: int) -> Pixels | str:
 
 
 def test_a_file_that_was_cut_is_refused_where_it_is_missing(tmp_path: Path) -> None:
-    """Tiles in front of the cut are read, those behind it are errors."""
+    """Tiles before the end of the file are read; those beyond are errors."""
     path = write(tmp_path / "s.tif", tissue())
     with tifffile.TiffFile(path) as tiff:
         offset = tiff.pages.first.dataoffsets[16]
@@ -436,7 +436,7 @@ def test_a_child_process_may_read_on(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", [b"", b"II*\0", b"no TIFF at all", b"II*\0\x08\0\0\0\xff\xff"])
 def test_what_is_no_tiff_has_no_tiles(tmp_path: Path, content: bytes) -> None:
-    """Any file may be asked."""
+    """Any file may be opened; one that is not a TIFF gives None."""
     path = tmp_path / "s.tif"
     path.write_bytes(content)
     assert tiff_tiles.open_tiles(path) is None

@@ -1,4 +1,4 @@
-"""What the system refuses is told with the file, the cause and a remedy that fits."""
+"""Errors of the system are reported with the file, the cause and a remedy that fits."""
 
 import errno
 import io
@@ -48,11 +48,11 @@ def refused(name: str, path: object = None) -> OSError:
 
 @pytest.mark.parametrize("name", REMEDIES)
 def test_each_cause_has_the_remedy_that_fits(name: str) -> None:
-    """And no other one; the file is named."""
-    told = str(faults.fault(refused(name, "/a/b.tif")))
-    assert told.startswith(f"/a/b.tif: {os.strerror(getattr(errno, name))}; ")
-    assert [text for text in sorted(set(REMEDIES.values())) if text in told] == [REMEDIES[name]]
-    assert told.endswith(", then run again")
+    """Each errno has its own remedy, and the message names the file."""
+    message = str(faults.fault(refused(name, "/a/b.tif")))
+    assert message.startswith(f"/a/b.tif: {os.strerror(getattr(errno, name))}; ")
+    assert [text for text in sorted(set(REMEDIES.values())) if text in message] == [REMEDIES[name]]
+    assert message.endswith(", then run again")
 
 
 HDF5 = (
@@ -77,13 +77,13 @@ HDF5 = (
     ],
 )  # fmt: skip
 def test_numbers_and_files_are_found_where_they_are(error: OSError, number: int, subject: str) -> None:
-    """HDF5 has them in its text, the system beside it."""
+    """HDF5 writes errno and file into its text; Python's errors have them as attributes."""
     assert (faults.number(error), faults.subject(error)) == (number, subject)
     assert faults.cause(error)
 
 
 def publishing(root: Path, error: Exception) -> None:
-    """Begin to publish a file, and meet an error."""
+    """Publish a file whose body raises an error."""
     with publish.publishing(root, "a/b.bin", KEY, {}, publish.accept) as attempt:
         attempt.path.write_bytes(b"half")
         if isinstance(error, OSError) and error.filename == "attempt":
@@ -92,7 +92,7 @@ def publishing(root: Path, error: Exception) -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "told"),
+    ("error", "message"),
     [
         (refused("ENOSPC"), "a/b.bin: the file system refused: No space left on device; free space there, or choose"),
         (OSError(HDF5.replace("/out/.attempts/a/t1.h5", "")), "a/b.bin: the file system refused: No space left"),
@@ -101,15 +101,15 @@ def publishing(root: Path, error: Exception) -> None:
         (refused("EMFILE", "attempt"), r"Too many open files; allow more open files \(ulimit -n\), then run again"),
     ],
 )
-def test_what_an_attempt_cannot_write_names_the_output(tmp_path: Path, error: OSError, told: str) -> None:
-    """Whether the error names the file, HDF5 does, or nobody does; what was begun is removed."""
-    with pytest.raises(EnvironmentFault, match=told):
+def test_what_an_attempt_cannot_write_names_the_output(tmp_path: Path, error: OSError, message: str) -> None:
+    """The output is named, whether the error, HDF5 or nothing names a file, and the attempt is removed."""
+    with pytest.raises(EnvironmentFault, match=message):
         publishing(tmp_path, error)
     assert not list((tmp_path / publish.ATTEMPTS).iterdir())
 
 
 @pytest.mark.parametrize(
-    ("error", "told"),
+    ("error", "message"),
     [
         (refused("EIO", "/slides/s.tif"), "predict, /slides/s.tif: Input/output error; see that the disk"),
         (refused("EACCES", "/models/m.json"), "predict, /models/m.json: Permission denied; correct the permissions"),
@@ -120,9 +120,9 @@ def test_what_an_attempt_cannot_write_names_the_output(tmp_path: Path, error: OS
     ],
 )
 def test_what_cannot_be_read_is_not_blamed_on_the_output(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, told: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, message: str
 ) -> None:
-    """A task that meets an error of its inputs names those, and the output folder is left out of it."""
+    """An error about an input names the input, and the message does not mention the output folder."""
 
     def stage(source: Path, _index: int) -> None:
         publishing(source.parent, error)
@@ -130,13 +130,13 @@ def test_what_cannot_be_read_is_not_blamed_on_the_output(
     monkeypatch.setitem(STAGES, "predict", STAGES["predict"]._replace(work=stage))
     outcome = work.run_task(tmp_path / "plan.json", "predict", 0)
     assert outcome.exit_code == 30
-    assert str(outcome.failure).startswith(told)
+    assert str(outcome.failure).startswith(message)
     assert str(tmp_path) not in str(outcome.failure)
     assert "out=" not in str(outcome.failure)
 
 
-def test_a_lost_attempt_does_not_hide_what_went_wrong(tmp_path: Path) -> None:
-    """Somebody removed the private folder meanwhile: the first error is the one that is told."""
+def test_a_lost_attempt_does_not_hide_the_first_error(tmp_path: Path) -> None:
+    """If the private folder was removed in the meantime, the first error is still the one reported."""
 
     def lose() -> None:
         with publish.publishing(tmp_path, "a/b.bin", KEY, {}, publish.accept) as attempt:
@@ -148,7 +148,7 @@ def test_a_lost_attempt_does_not_hide_what_went_wrong(tmp_path: Path) -> None:
 
 
 def test_a_command_names_what_was_refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """One line with the file and what to do, of class 30."""
+    """The message is one line with the file and the remedy, and the exit code is 30."""
     monkeypatch.delenv("WSIFLOW_DEBUG", raising=False)
 
     def command() -> int:
@@ -158,8 +158,8 @@ def test_a_command_names_what_was_refused(capsys: pytest.CaptureFixture[str], mo
     assert capsys.readouterr().err == "wsiflow: /data/x: Read-only file system; mount it for writing, then run again\n"
 
 
-def test_a_stream_that_lacks_a_letter_is_told_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Under an odd locale, or with a name that is no text: letters are written as numbers."""
+def test_an_error_is_printed_where_the_stream_lacks_a_character(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Characters that the locale cannot encode, or file names that are not text, are written as escapes."""
     out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", out)
     terminal.say("Präparat \udcff")
@@ -167,7 +167,7 @@ def test_a_stream_that_lacks_a_letter_is_told_all_the_same(monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize(
-    ("name", "kind", "told"),
+    ("name", "kind", "message"),
     [
         ("ENOENT", InputError, "the card cannot be read (No such file or directory); give another"),
         ("EISDIR", InputError, "give another"),
@@ -176,29 +176,31 @@ def test_a_stream_that_lacks_a_letter_is_told_all_the_same(monkeypatch: pytest.M
         ("EMFILE", EnvironmentFault, "ulimit"),
     ],
 )
-def test_an_input_is_wrong_or_the_machine_is(name: str, kind: type[WsiflowError], told: str) -> None:
-    """A wrong path is bad input; a disk that fails is not."""
+def test_an_input_is_wrong_or_the_machine_is(name: str, kind: type[WsiflowError], message: str) -> None:
+    """A wrong path is an InputError; a failing disk is an EnvironmentFault."""
     error = faults.unreadable(refused(name), "the card", "give another", path="/x")
     assert type(error) is kind
-    assert told in str(error)
+    assert message in str(error)
 
 
 @pytest.mark.parametrize("name", ["EMFILE", "EIO", "ESTALE", "ENOMEM", "EACCES"])
-def test_a_slide_is_not_damaged_where_the_system_does_not_let_us_read_it(name: str) -> None:
-    """OpenSlide tells in words what it was refused: nobody copies a slide again for too few open files."""
+def test_a_slide_that_the_system_refuses_to_read_is_not_called_damaged(name: str) -> None:
+    """OpenSlide reports refusals in words: too few open files must not look like a damaged slide."""
     words = f"the slide cannot be opened (Couldn't open /s.tif: {os.strerror(getattr(errno, name))})"
-    error = slide._refused(words, "s", Path("/s.tif"))
+    error = slide._unreadable_slide(words, "s", Path("/s.tif"))
     assert REMEDIES[name] in str(error)
-    assert "copy it again" in str(slide._refused("the slide cannot be opened (no marker)", "s", Path("/s.tif")))
+    assert "copy it again" in str(
+        slide._unreadable_slide("the slide cannot be opened (no marker)", "s", Path("/s.tif"))
+    )
 
 
-def test_workers_that_cannot_have_semaphores_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A read-only /dev/shm has no name in the error: it is found by where it arises."""
+def test_workers_without_semaphores_name_the_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error of a read-only /dev/shm names no file, but the message names /dev/shm."""
 
     def refuse(*_: object, **__: object) -> None:
         raise refused("EROFS")
 
     monkeypatch.setattr(process, "ProcessPoolExecutor", refuse)
-    told = r"/dev/shm: worker processes .*Read-only file system.*mount it for writing, or take executor=inline"
-    with pytest.raises(EnvironmentFault, match=told), process.ProcessPool(1, threads=1) as pool:
+    message = r"/dev/shm: worker processes .*Read-only file system.*mount it for writing, or take executor=inline"
+    with pytest.raises(EnvironmentFault, match=message), process.ProcessPool(1, threads=1) as pool:
         pool._start(1)

@@ -1,4 +1,4 @@
-"""Facts about cores, thread limits and the numeric class."""
+"""Tests of core counts, thread limits and the numeric class."""
 
 import importlib.metadata
 import os
@@ -22,19 +22,19 @@ def run(code: str, **environ: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("name", ["SLURM_CPUS_PER_TASK", "NSLOTS", "PBS_NUM_PPN", "NCPUS", "LSB_DJOB_NUMPROC"])
 def test_a_scheduler_limits_the_cores(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One slot is one core, whatever the machine has."""
+    """One slot of a scheduler is one core, however many the machine has."""
     monkeypatch.setenv(name, "1")
     assert allocated_cores() == 1
 
 
 def test_a_generous_scheduler_does_not_add_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Affinity binds when it grants less than the scheduler."""
+    """CPU affinity applies if it grants fewer cores than the scheduler."""
     monkeypatch.setenv("NSLOTS", "4096")
     assert 1 <= allocated_cores() <= len(os.sched_getaffinity(0))
 
 
 def test_affinity_limits_the_cores() -> None:
-    """A process pinned to one core has one."""
+    """A process that is pinned to one core has one core."""
     code = (
         "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
         "from wsiflow.system.machine import allocated_cores; print(allocated_cores())"
@@ -43,9 +43,9 @@ def test_affinity_limits_the_cores() -> None:
 
 
 def test_an_empty_variable_grants_nothing_and_a_word_is_refused() -> None:
-    """An empty variable is as good as none; anything else must be a number."""
+    """An empty variable counts as missing; any other text must be a number."""
     assert scheduler_cores({"NSLOTS": "", "NCPUS": "6"}) == [6]
-    with pytest.raises(EnvironmentFault, match="NSLOTS is 'many', a number of cores is expected"):
+    with pytest.raises(EnvironmentFault, match="NSLOTS is 'many', but must be a number of cores"):
         scheduler_cores({"NSLOTS": "many"})
 
 
@@ -55,7 +55,7 @@ def write(path: Path, text: str) -> None:
 
 
 def test_version_2_quotas_of_all_ancestors_count(tmp_path: Path) -> None:
-    """Quotas of the group and of those above it are rounded down, and ``max`` is none."""
+    """The quotas of the group and its ancestors are rounded down, and ``max`` means no limit."""
     write(tmp_path / "proc", "0::/user.slice/job\n")
     write(tmp_path / "cg/cpu.max", "max 100000\n")
     write(tmp_path / "cg/user.slice/cpu.max", "350000 100000\n")
@@ -64,7 +64,7 @@ def test_version_2_quotas_of_all_ancestors_count(tmp_path: Path) -> None:
 
 
 def test_version_1_quota_counts(tmp_path: Path) -> None:
-    """The quota of the cpu controller binds; -1 is none; other controllers do not matter."""
+    """The quota of the cpu controller applies; -1 means no limit, and other controllers are ignored."""
     write(tmp_path / "proc", "5:cpu,cpuacct:/job\n4:memory:/job\n")
     write(tmp_path / "cg/cpu/cpu.cfs_quota_us", "-1\n")
     write(tmp_path / "cg/cpu/cpu.cfs_period_us", "100000\n")
@@ -75,19 +75,19 @@ def test_version_1_quota_counts(tmp_path: Path) -> None:
 
 
 def test_a_container_whose_group_is_not_mounted_has_the_quota_of_the_mount(tmp_path: Path) -> None:
-    """A group named as the host sees it does not exist inside; the mount's own quota binds."""
+    """A group with the host's path does not exist in the container; the quota of the mount point applies."""
     write(tmp_path / "proc", "0::/docker/0123abcd\n")
     write(tmp_path / "cg/cpu.max", "400000 100000\n")
     assert cgroup_cores(tmp_path / "proc", tmp_path / "cg") == [4]
 
 
 def test_no_cgroup_is_no_limit(tmp_path: Path) -> None:
-    """Where the kernel has no cgroups, nothing is limited."""
+    """Without cgroups there is no limit."""
     assert cgroup_cores(tmp_path / "absent", tmp_path) == []
 
 
 def test_a_limit_set_before_torch_is_what_torch_uses() -> None:
-    """One thread is asked for, and torch runs with one."""
+    """If one thread is requested before the import, torch runs with one."""
     code = (
         "from wsiflow.system.machine import limit_threads; limit_threads(1)\n"
         "import torch; print(torch.get_num_threads())"
@@ -96,24 +96,24 @@ def test_a_limit_set_before_torch_is_what_torch_uses() -> None:
 
 
 def test_a_limit_set_after_torch_is_refused_when_it_differs() -> None:
-    """Half of the libraries would keep the old number, so it is an error and not a wish."""
+    """Some libraries would keep the former number, so a later change is an error."""
     code = (
         "import torch; from wsiflow.system.machine import limit_threads\n"
         "limit_threads(torch.get_num_threads())\n"
         "limit_threads(torch.get_num_threads() + 1)"
     )
     result = run(code, OMP_NUM_THREADS="1")
-    assert "torch already runs with 1 threads, 2 are asked for" in result.stderr
+    assert "torch already runs with 1 threads, but 2 are requested" in result.stderr
 
 
 def test_cards_and_threads_do_not_import_torch() -> None:
-    """Help texts and plans must not wait for torch, and thread limits must come before it."""
+    """Help texts and plans must not wait for torch, and thread limits must be set before its import."""
     code = "import sys, wsiflow.model, wsiflow.model.card, wsiflow.system.machine; print('torch' in sys.modules)"
     assert run(code).stdout.strip() == "False"
 
 
-def test_the_numeric_class_tells_threads_and_pins_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Threads and a restricted instruction set make another class; asking twice does not."""
+def test_the_numeric_class_depends_on_threads_and_pins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other threads or a restricted instruction set give another class; a second call gives the same."""
     monkeypatch.delenv("ATEN_CPU_CAPABILITY", raising=False)
     plain = numeric_class(1)
     assert plain == numeric_class(1)
@@ -145,7 +145,7 @@ AVX512 = "fma avx avx2 avx512f avx512bw avx512dq avx512vl"
 def test_the_numeric_class_names_the_best_kernels_of_a_cpu(
     flags: str, isa: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Kernels differ, and with them the last bits: vector width, integer and bf16 products, matrix tiles."""
+    """Vector width, int8 and bf16 products and matrix tiles select other kernels, with other last bits."""
     write(tmp_path / "cpuinfo", f"processor : 0\nvendor_id : GenuineIntel\nflags : {flags}\n\nprocessor : 1\n")
     monkeypatch.setattr(machine, "CPUINFO", tmp_path / "cpuinfo")
     assert numeric_class(1)["isa"] == isa
@@ -153,7 +153,7 @@ def test_the_numeric_class_names_the_best_kernels_of_a_cpu(
 
 
 def test_the_numeric_class_names_what_runs_networks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another version of a backend is another class; one that is not installed is an empty word."""
+    """Another version of a backend is another class; a backend that is not installed has an empty version."""
     versions = {"torch": "2.10.0", "openvino": "2026.1.0"}
 
     def version(package: str) -> str:

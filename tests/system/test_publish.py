@@ -1,4 +1,4 @@
-"""Files appear whole or not at all, once, with a receipt: shown by ending the process before every single effect."""
+"""Files appear whole or not at all, once and with a receipt, wherever the process is ended."""
 
 import itertools
 import json
@@ -29,7 +29,7 @@ def published(root: Path) -> dict[str, bytes]:
 
 
 def test_a_published_file_has_a_receipt_that_fits(tmp_path: Path) -> None:
-    """The receipt names key, size and hash; nothing else is left behind."""
+    """The receipt has the key, the size and the hash; no other file is left behind."""
     receipt = make(tmp_path)
     assert receipt["sha256"] == publish.file_sha256(tmp_path / "a/b.bin")
     assert json.loads(publish.receipt_path(tmp_path, "a/b.bin").read_text()) == receipt
@@ -37,7 +37,7 @@ def test_a_published_file_has_a_receipt_that_fits(tmp_path: Path) -> None:
 
 
 def test_a_second_call_does_nothing(tmp_path: Path) -> None:
-    """Done is done: the same receipt comes back, attempt included."""
+    """A file that is done is not written again: the same receipt, with the same attempt, is returned."""
     assert make(tmp_path)["attempt"] == make(tmp_path)["attempt"]
 
 
@@ -50,7 +50,7 @@ def _make_until(root: Path, last: int) -> None:
 
 
 def test_ending_the_process_before_any_effect_loses_nothing(tmp_path: Path) -> None:
-    """Killed before effect 1, 2, ... n and started again, the folder ends with the same bytes as an undisturbed one."""
+    """Killed before effect 1, 2, ... n and restarted, the folder has the same bytes as without a kill."""
     survived, effects = 0, 0
     while survived == 0:
         root = tmp_path / str(effects)
@@ -70,7 +70,7 @@ def test_ending_the_process_before_any_effect_loses_nothing(tmp_path: Path) -> N
 
 
 def test_what_a_dead_process_left_is_swept_and_a_live_ones_is_not(tmp_path: Path) -> None:
-    """Attempts carry host and process id, so that a restart cleans up after a kill and disturbs nobody."""
+    """Attempts have the host and the PID in their names, so a restart removes only those of dead processes."""
     child = os.fork()
     if child == 0:
         publish._effect = lambda name, _: os._exit(0) if name == "link" else None
@@ -84,8 +84,8 @@ def test_what_a_dead_process_left_is_swept_and_a_live_ones_is_not(tmp_path: Path
 
 
 def attempt_of(root: Path, **changed: object) -> Path:
-    """Leave a private folder as a process like this one makes it, changed as given."""
-    host, pid, space, born = processes.this()._replace(**changed)
+    """Create a private folder as this process would, with the given fields of its identity replaced."""
+    host, pid, space, born = processes.current()._replace(**changed)
     folder = root / publish.ATTEMPTS / f"{host}-{pid}-{space}-{born}-{'0' * 32}"
     folder.mkdir(parents=True)
     return folder
@@ -95,7 +95,7 @@ def attempt_of(root: Path, **changed: object) -> Path:
     ("changed", "swept"),
     [
         ({}, False),
-        ({"born": "1"}, True),  # its number is another process's now
+        ({"born": "1"}, True),  # its PID is now that of another process
         ({"pid": 2**22 + 1}, True),
         ({"pid": 1, "born": ""}, False),
         (
@@ -106,7 +106,7 @@ def attempt_of(root: Path, **changed: object) -> Path:
     ],
 )
 def test_only_what_is_known_to_have_ended_is_swept(tmp_path: Path, changed: dict[str, object], swept: bool) -> None:
-    """A process number counts together with its host, boot, PID namespace and start."""
+    """A process is identified by its PID together with its host, boot, PID namespace and start time."""
     folder = attempt_of(tmp_path, **changed)
     publish.sweep_attempts(tmp_path)
     assert folder.exists() is not swept
@@ -115,7 +115,7 @@ def test_only_what_is_known_to_have_ended_is_swept(tmp_path: Path, changed: dict
 @pytest.mark.skipif(os.geteuid() != 0, reason="a PID namespace of its own needs root")
 @pytest.mark.parametrize("mount", [["--mount-proc"], []])
 def test_a_container_of_the_same_name_does_not_harm_a_live_attempt(tmp_path: Path, mount: list[str]) -> None:
-    """Process numbers begin anew in a PID namespace; what a killed process left in there is swept in there."""
+    """PIDs start again in a PID namespace; what a killed process left there is only removed from there."""
     live = publish.Attempt(tmp_path, "x.bin", KEY, {}).path
     live.parent.mkdir(parents=True)
     code = """if True:
@@ -132,39 +132,37 @@ def test_a_container_of_the_same_name_does_not_harm_a_live_attempt(tmp_path: Pat
         print(len(list((root / publish.ATTEMPTS).iterdir())), own.is_dir())
     """
     command = ["unshare", "-p", "-f", *mount, sys.executable, "-c", code, str(tmp_path)]
-    told = subprocess.run(command, check=False, capture_output=True, text=True)
-    if "unshare" in told.stderr:
-        pytest.skip(told.stderr.strip())
-    assert told.stdout.split() == ["2", "True"], told.stderr
+    completed = subprocess.run(command, check=False, capture_output=True, text=True)
+    if "unshare" in completed.stderr:
+        pytest.skip(completed.stderr.strip())
+    assert completed.stdout.split() == ["2", "True"], completed.stderr
     assert live.parent.is_dir()
     publish.sweep_attempts(tmp_path)
     assert len(list((tmp_path / publish.ATTEMPTS).iterdir())) == 2, "nor does a start out here harm what is in there"
 
 
 def test_what_is_not_an_attempt_is_left_alone(tmp_path: Path) -> None:
-    """Files, links and folders of other names, those of a former version included, harm nothing and stay."""
+    """Files, links and folders with other names, including those of former versions, are harmless and stay."""
     root = tmp_path / publish.ATTEMPTS
     (root / "a-b-c").mkdir(parents=True)
-    (root / f"{socket.gethostname()}-{2**22 + 1}-{'a' * 32}").mkdir()  # it says nothing of its PID namespace
+    (root / f"{socket.gethostname()}-{2**22 + 1}-{'a' * 32}").mkdir()  # without a PID namespace
     (root / f"a-b-{'a' * 12}-c-{'d' * 32}").mkdir()
     (root / "x-1-y").write_text("")
-    host, _, space, _ = processes.this()
+    host, _, space, _ = processes.current()
     (root / f"{host}-{2**22 + 1}-{space}-1-{'0' * 32}").symlink_to(tmp_path)
     (root / ".DS_Store").write_text("")
     before = sorted(root.iterdir())
-    (root / f"{host}-{2**70}-{space}-1-{'0' * 32}").mkdir()  # a number that no process has
+    (root / f"{host}-{2**70}-{space}-1-{'0' * 32}").mkdir()  # a PID that no process can have
     publish.sweep_attempts(tmp_path)
-    publish.forget_attempts(tmp_path, processes.this())
+    publish.forget_attempts(tmp_path, processes.current())
     assert sorted(root.iterdir()) == before
     shutil.rmtree(root)
     root.write_text("a file in the place of the folder")
     publish.sweep_attempts(tmp_path)
 
 
-def test_receipts_that_may_not_be_listed_are_not_taken_for_none(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What checks every file would otherwise say that all is well."""
+def test_receipts_that_cannot_be_listed_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If receipts cannot be listed, a check of all files must not succeed."""
     assert publish.receipt_names(tmp_path) == []
     make(tmp_path)
     assert publish.receipt_names(tmp_path) == ["a/b.bin"]
@@ -181,7 +179,7 @@ def test_receipts_that_may_not_be_listed_are_not_taken_for_none(
 
 
 def test_of_eight_attempts_at_once_one_wins(tmp_path: Path) -> None:
-    """Racing attempts with equal bytes all succeed, and one file is there."""
+    """Of simultaneous attempts with equal bytes all succeed, and there is one file."""
     with ThreadPoolExecutor(8) as pool:
         receipts = list(pool.map(lambda _: make(tmp_path), range(8)))
     assert {receipt["sha256"] for receipt in receipts} == {publish.file_sha256(tmp_path / "a/b.bin")}
@@ -189,7 +187,7 @@ def test_of_eight_attempts_at_once_one_wins(tmp_path: Path) -> None:
 
 
 def test_attempts_with_other_bytes_stop_the_run_and_keep_both(tmp_path: Path) -> None:
-    """The same key must give the same bytes; where it does not, nobody is overwritten."""
+    """The same key must give the same bytes; if it does not, no file is overwritten."""
     make(tmp_path)
     publish.receipt_path(tmp_path, "a/b.bin").unlink()
     with pytest.raises(IntegrityError, match="different bytes"):
@@ -200,12 +198,12 @@ def test_attempts_with_other_bytes_stop_the_run_and_keep_both(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda path: path.write_bytes(b"x" + DATA[1:]), "bytes are not those"),
-        (lambda path: path.unlink(), "is gone"),
+        (lambda path: path.write_bytes(b"x" + DATA[1:]), "size or SHA-256 is not that"),
+        (lambda path: path.unlink(), "no longer exists"),
     ],
 )
 def test_damage_to_a_published_file_is_noticed(tmp_path: Path, damage, message: str) -> None:
-    """One changed byte or a lost file is an error that names the file and the way out."""
+    """A changed byte or a deleted file is an error that names the file and the remedy."""
     make(tmp_path)
     damage(tmp_path / "a/b.bin")
     with pytest.raises(IntegrityError, match=message) as caught:
@@ -214,8 +212,8 @@ def test_damage_to_a_published_file_is_noticed(tmp_path: Path, damage, message: 
     assert "delete" in str(caught.value)
 
 
-def test_what_is_made_again_has_the_bytes_that_others_were_computed_from(tmp_path: Path) -> None:
-    """The receipt of a file that was deleted stands for them: other bytes are refused, with a way out that works."""
+def test_a_file_computed_again_has_its_former_bytes(tmp_path: Path) -> None:
+    """The receipt of a deleted file remains valid: other bytes are refused, and the remedy works."""
     receipt = make(tmp_path)
     (tmp_path / "a/b.bin").unlink()
     with pytest.raises(IntegrityError, match="it has other bytes") as caught:
@@ -230,14 +228,14 @@ def test_what_is_made_again_has_the_bytes_that_others_were_computed_from(tmp_pat
 
 
 def test_another_key_is_never_taken_for_the_same_work(tmp_path: Path) -> None:
-    """A file made with other settings is refused, not reused."""
+    """A file that was published with other settings is refused, and not reused."""
     make(tmp_path)
     with pytest.raises(IntegrityError, match="other inputs or settings"):
         publish.done(tmp_path, "a/b.bin", "z" * 64)
 
 
 def test_a_failed_check_publishes_nothing(tmp_path: Path) -> None:
-    """What does not verify never gets its final name."""
+    """A file that fails its verification never gets its final name."""
 
     def refuse(path: Path) -> None:
         raise IntegrityError("not what it should be", "run again", path=path)
@@ -251,8 +249,8 @@ def test_a_failed_check_publishes_nothing(tmp_path: Path) -> None:
     assert publish.done(tmp_path, "a/b.bin", KEY) is None
 
 
-def test_generations_keep_what_a_run_was_told_before(tmp_path: Path) -> None:
-    """The same text is found again; another text gets the next number."""
+def test_generations_keep_the_former_ones(tmp_path: Path) -> None:
+    """The same text gives the same generation; another text gets the next number."""
     names = [
         publish.publish_generation(tmp_path, "plan.json", text, {}).name for text in (b"1", b"1", b"2", b"3", b"3")
     ]
@@ -260,7 +258,7 @@ def test_generations_keep_what_a_run_was_told_before(tmp_path: Path) -> None:
 
 
 def test_files_of_similar_names_are_no_generations(tmp_path: Path) -> None:
-    """What editors, other systems and users leave beside a plan counts for nothing, and is not replaced."""
+    """Files that editors, other systems and users leave next to a plan are ignored, and not replaced."""
     for text in (b"1", b"2"):
         publish.publish_generation(tmp_path, "plan.json", text, {})
     strays = ["plan.x.json", "plan.002.json", "plan.1.json", "plan.\u00b2.json", "._plan.3.json", "plan.old.3.json"]
@@ -275,8 +273,8 @@ def test_files_of_similar_names_are_no_generations(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", '{"path": "a/b', "null", "[]", "{}", '{"path": "a/b.bin"}', "\x00\x00"])
-def test_a_receipt_that_is_none_is_named(tmp_path: Path, text: str) -> None:
-    """Empty, cut off or something else: the way out is told, it is no defect of the program."""
+def test_an_invalid_receipt_is_named(tmp_path: Path, text: str) -> None:
+    """For an empty, truncated or foreign receipt the message gives the remedy, and is not that of a defect."""
     make(tmp_path)
     publish.receipt_path(tmp_path, "a/b.bin").write_text(text)
     with pytest.raises(IntegrityError, match=r"the receipt cannot be read .*delete it and a/b.bin, then run again"):
@@ -284,7 +282,7 @@ def test_a_receipt_that_is_none_is_named(tmp_path: Path, text: str) -> None:
 
 
 def test_receipts_are_listed_without_what_others_left(tmp_path: Path) -> None:
-    """Hidden files, backups of editors and folders are no receipts."""
+    """Hidden files, backups of editors and folders are not receipts."""
     make(tmp_path)
     folder = tmp_path / publish.RECEIPTS / "a"
     for name in ("._b.bin.json", ".DS_Store", "b.bin.json~", "#b.bin.json#", "b.bin.json.bak"):
@@ -293,21 +291,21 @@ def test_receipts_are_listed_without_what_others_left(tmp_path: Path) -> None:
     assert publish.receipt_names(tmp_path / "nowhere") == []
 
 
-def test_a_folder_that_cannot_be_made_is_told_at_once(tmp_path: Path) -> None:
-    """A file in the way is an environment fault that names the path."""
+def test_a_folder_that_cannot_be_created_is_reported(tmp_path: Path) -> None:
+    """A file in the place of the folder is an environment fault whose message names the path."""
     (tmp_path / "file").write_text("")
     with pytest.raises(EnvironmentFault, match="choose another out="):
         publish.preflight(tmp_path / "file" / "out")
 
 
 def test_a_file_the_disk_has_no_room_for_is_not_begun(tmp_path: Path) -> None:
-    """The message says how much is needed and how much there is."""
+    """The message has the space that is needed and the space that is free."""
     publish.require_space(tmp_path, 1000)
-    with pytest.raises(EnvironmentFault, match=r"MB are needed, .* MB are free; free space there"):
+    with pytest.raises(EnvironmentFault, match=r"MB are needed, but only .* MB are free; free space there"):
         publish.require_space(tmp_path, 10**18)
 
 
 def test_key_is_of_content_only() -> None:
-    """The order of the parts does not matter, every part does."""
+    """The order of the parts does not change the key, but every part does."""
     assert publish.key_of(a=1, b={"x": 2, "y": 3}) == publish.key_of(b={"y": 3, "x": 2}, a=1)
     assert publish.key_of(a=1) != publish.key_of(a=2)

@@ -1,4 +1,4 @@
-"""Secrets: what is taken out of settings and sentences, and what is left."""
+"""Redaction: which parts of settings and messages are replaced, and which are kept."""
 
 import json
 from pathlib import Path
@@ -50,17 +50,17 @@ LEFT = [
 
 
 @pytest.mark.parametrize("text", HELD)
-def test_a_secret_in_a_text_is_taken_out(text: str) -> None:
-    """Addresses, queries, connection strings, options, headers and dictionaries; what is left is stable."""
-    told = without_secrets(text)
-    assert not any(part in told for part in ("canary", "nary", "can@", "can,", "ary@")), told
-    assert REDACTED in told
-    assert without_secrets(told) == told
+def test_a_secret_in_a_text_is_redacted(text: str) -> None:
+    """Secrets in URLs, queries, connection strings, options, headers and dictionaries are replaced, once."""
+    result = without_secrets(text)
+    assert not any(part in result for part in ("canary", "nary", "can@", "can,", "ary@")), result
+    assert REDACTED in result
+    assert without_secrets(result) == result
 
 
 @pytest.mark.parametrize("text", LEFT)
-def test_what_is_no_secret_stays(text: str) -> None:
-    """Ports, file names and words in sentences."""
+def test_other_texts_are_kept(text: str) -> None:
+    """Ports, file names and words in sentences are kept."""
     assert without_secrets(text) == text
 
 
@@ -68,7 +68,7 @@ GONE = REDACTED
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "expected"),
     [
         ({"a": {"password": "x", "stride": 16}, "name": "key"}, {"a": {"password": GONE, "stride": 16}, "name": "key"}),
         ({"urls": ["http://u:p@h", 3]}, {"urls": [f"http://{GONE}@h", 3]}),
@@ -78,36 +78,36 @@ GONE = REDACTED
         ({"x.api_key": "k", "authors": ["a"]}, {"x.api_key": GONE, "authors": ["a"]}),
     ],
 )
-def test_settings_lose_the_values_of_telling_names(settings: dict[str, Any], told: dict[str, Any]) -> None:
-    """At any depth; a switch or an empty value is none."""
-    assert redacted(settings) == told
+def test_values_with_the_name_of_a_secret_are_redacted(settings: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Values are replaced at any depth, except switches and empty values."""
+    assert redacted(settings) == expected
 
 
-def test_an_argument_behind_its_option_is_taken_out() -> None:
-    """Options and their values are often two arguments."""
+def test_an_argument_after_its_option_is_redacted() -> None:
+    """An option and its value are often two arguments."""
     given = ["--password", "canary", "--partition", "cpu", "--token", "--quiet", "--env", "API_KEY=canary"]
-    told = ["--password", REDACTED, "--partition", "cpu", "--token", "--quiet", "--env", f"API_KEY={REDACTED}"]
-    assert redacted_list(given) == told
-    assert holds_redacted({"a": [told]})
+    expected = ["--password", REDACTED, "--partition", "cpu", "--token", "--quiet", "--env", f"API_KEY={REDACTED}"]
+    assert redacted_list(given) == expected
+    assert holds_redacted({"a": [expected]})
     assert not holds_redacted({"a": ["x", None, 3]})
 
 
 @given(st.text())
-def test_any_text_can_be_told(text: str) -> None:
-    """Nothing raises, and telling twice changes nothing more."""
+def test_any_text_can_be_redacted(text: str) -> None:
+    """No text raises an error, and a second redaction changes nothing."""
     assert without_secrets(without_secrets(text)) == without_secrets(text)
 
 
 @pytest.mark.parametrize("executor", ["process", "slurm_array", "sge_array", "pbs_array", "lsf_array", "dask_slurm"])
 def test_shipped_settings_hold_no_secret(executor: str) -> None:
-    """What a folder keeps of a run without secrets is the whole configuration."""
+    """For a run without secrets the folder has the complete configuration."""
     settings = compose.compose_config([f"executor={executor}"]).model_dump(mode="json")
     assert redacted(settings) == settings
     assert not holds_redacted(settings)
 
 
 def test_settings_that_are_written_hold_no_secret() -> None:
-    """Files of a run, Prefect's parameters and MLflow's are all made by this one way."""
+    """The files of a run and the parameters for Prefect and MLflow are all redacted by the same function."""
     given = [
         "executor=dask_slurm",
         "tracking.uri='http://joe:canary@host'",
@@ -122,9 +122,9 @@ def test_settings_that_are_written_hold_no_secret() -> None:
 
 
 def test_an_error_holds_no_secret() -> None:
-    """Messages end in tables, logs and servers."""
-    told = str(InputError("http://joe:canary@host does not answer", "see password=canary", path="s3://k:canary@b"))
-    assert "canary" not in told
+    """Messages end in tables, logs and servers, so they must not contain secrets."""
+    message = str(InputError("http://joe:canary@host does not answer", "see password=canary", path="s3://k:canary@b"))
+    assert "canary" not in message
     with pytest.raises(InputError) as caught:
         compose.compose_config(
             ["executor=dask_slurm", "tracking.uri=''", "tracking.experiment='api_key=canary'", "seed=-1"]
@@ -132,8 +132,8 @@ def test_an_error_holds_no_secret() -> None:
     assert "canary" not in str(caught.value)
 
 
-def test_a_folder_keeps_no_secret_and_is_told_once(tmp_path: Path) -> None:
-    """A start, a retry with what the folder keeps, a folder of a former version: one more generation at most."""
+def test_a_folder_keeps_no_secret_and_one_generation(tmp_path: Path) -> None:
+    """A start, a retry with the stored settings and a folder of a former version add at most one generation."""
     config = compose.compose_config([f"out={tmp_path / 'run'}", "tracking.uri='http://joe:canary@host'"])
     root = config.out
     cases.write_cases(root, config, [])
@@ -149,7 +149,7 @@ def test_a_folder_keeps_no_secret_and_is_told_once(tmp_path: Path) -> None:
 
 
 def test_a_retry_that_lacks_a_secret_of_its_workers_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A cluster that would be started with a wrong password is not: the command that began it knows the right one."""
+    """A cluster is not started with a redacted password; the message says that the first command has it."""
     given = ["executor=dask_slurm", "+executor.dask.cluster_kwargs.password=canary", f"out={tmp_path}"]
     cases.write_cases(tmp_path, compose.compose_config(given), [])
     assert cli.main(["retry", str(tmp_path)]) == 20

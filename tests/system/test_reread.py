@@ -1,4 +1,4 @@
-"""What is remembered of a file is of its content: a path may hold another file tomorrow."""
+"""Cached results are bound to the content of a file: the path may have another file later."""
 
 import os
 from pathlib import Path
@@ -7,21 +7,21 @@ import pytest
 
 from wsiflow.model import card
 from wsiflow.run.stages import network
-from wsiflow.system.reread import remembered
+from wsiflow.system.reread import cached_by_content
 
 
 @pytest.fixture
 def reads() -> list[str]:
-    """What was read, in order."""
+    """Return the list of the paths that were read, in order."""
     return []
 
 
 def test_a_file_is_read_once_while_it_stays_the_same(tmp_path: Path, reads: list[str]) -> None:
-    """Also when it is touched or replaced by an equal one."""
+    """The file is also not read again if it is touched or replaced by an equal one."""
     path = tmp_path / "plan.json"
     path.write_text("one")
 
-    @remembered(files=2)
+    @cached_by_content(files=2)
     def read(path: Path) -> str:
         reads.append(path.read_text())
         return reads[-1]
@@ -37,12 +37,12 @@ def test_a_file_is_read_once_while_it_stays_the_same(tmp_path: Path, reads: list
 @pytest.mark.parametrize("how", ["rewritten", "replaced", "made anew"])
 @pytest.mark.parametrize("age_s", [0, 3600])
 def test_another_content_is_read_whatever_its_size_and_times(tmp_path: Path, how: str, age_s: int) -> None:
-    """Same path, same size, same times of the content: only the bytes differ."""
+    """A file with the same path, size and times but other bytes is read again."""
     path = tmp_path / "cases.json"
     path.write_text("0.05")
     then = path.stat().st_mtime_ns - age_s * 10**9
     os.utime(path, ns=(then, then))
-    read = remembered(files=2)(Path.read_text)
+    read = cached_by_content(files=2)(Path.read_text)
     assert read(path) == "0.05"
     if how == "made anew":
         path.unlink()
@@ -55,11 +55,11 @@ def test_another_content_is_read_whatever_its_size_and_times(tmp_path: Path, how
     assert read(path) == "0.95"
 
 
-def test_a_file_that_is_gone_is_told_by_whoever_reads_it(tmp_path: Path) -> None:
-    """A remembered file does not stand in for a missing one."""
+def test_a_deleted_file_is_reported_by_its_reader(tmp_path: Path) -> None:
+    """A cached result does not replace a missing file."""
     path = tmp_path / "plan.json"
     path.write_text("one")
-    read = remembered(files=2)(Path.read_text)
+    read = cached_by_content(files=2)(Path.read_text)
     assert read(path) == "one"
     path.unlink()
     with pytest.raises(FileNotFoundError):
@@ -70,7 +70,7 @@ PLAIN = {"trust_torchscript": False, "sha256": "", "positive_class": ""}
 
 
 def test_a_model_that_is_replaced_under_its_path_is_loaded_again(tmp_path: Path) -> None:
-    """The demo network and then that for lymph nodes, under one card's name."""
+    """The demo network and then that for lymph nodes are loaded from the path of the same card."""
     found = []
     for name in ("demo", "pcam"):
         source = card.card_path(card.ModelSpec(card=f"pkg:{name}.json", **PLAIN))

@@ -1,4 +1,4 @@
-"""What is counted as warm-up, and energy from counters laid out like the real ones."""
+"""Warm-up is counted separately, and energy is read from counters in the layout of real ones."""
 
 import subprocess
 import sys
@@ -18,9 +18,9 @@ def burn(seconds: float) -> None:
 
 
 def test_warm_up_is_counted_once_and_with_its_task() -> None:
-    """What is loaded inside of what is loaded is not counted twice, and what is no loading not at all."""
+    """Nested loading is counted once, and other work is not counted as warm-up."""
     usage.not_a_worker()
-    usage.Meter().usage()  # what other tests have left
+    usage.Meter().usage()  # reports the warm-up of other tests
     meter, before = usage.Meter(), usage.warmup_s()
     with usage.warming_up():
         burn(0.05)
@@ -36,22 +36,22 @@ def test_warm_up_is_counted_once_and_with_its_task() -> None:
 
 @pytest.mark.parametrize(("first", "counted"), [("pass", True), ("usage.not_a_worker()", False)])
 def test_the_start_of_a_worker_is_with_its_first_task(first: str, counted: bool) -> None:
-    """A fresh worker has started and imported for its tasks; a process that did other things has not."""
-    told = "print(*(usage.Meter().usage()['warmup_s'] for _ in range(2)))"
-    code = f"from wsiflow.system import usage; {first}; {told}"
+    """A worker starts and imports for its tasks, so that is warm-up; a process with other work has none."""
+    report = "print(*(usage.Meter().usage()['warmup_s'] for _ in range(2)))"
+    code = f"from wsiflow.system import usage; {first}; {report}"
     found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
     assert (float(found[0]) > 0, float(found[1])) == (counted, 0.0)
 
 
 def test_what_was_there_before_or_is_shared_was_not_executed() -> None:
-    """Executed and cached add up to everything."""
+    """Executed and cached tasks add up to all tasks."""
     receipts = [{"path": "a", "cpu_s": 1.0}, {"path": "b", "cpu_s": 2.0, "shared": True}, {"path": "c", "cpu_s": 4.0}]
     found = cost.origin_core_seconds(receipts, {"c"})
     assert found == {"cost.executed_core_s": 1.0, "cost.cached_core_s": 6.0}
 
 
 def counters(root: Path, **microjoules: int) -> Path:
-    """Lay out the counters of a machine with two processors as Linux does."""
+    """Write the counters of a machine with two processors as Linux shows them."""
     names = {"0": "package-0", "0:0": "core", "0:1": "dram", "1": "package-1", "2": "psys"}
     for place, name in names.items():
         folder = root / f"intel-rapl:{place}"
@@ -68,15 +68,15 @@ def counters(root: Path, **microjoules: int) -> Path:
 
 
 def test_energy_is_that_of_processors_and_memory(tmp_path: Path) -> None:
-    """Parts of a processor, the board, and the same counter under another name are not added again."""
-    meter = energy.Meter(counters(tmp_path, package_0=5_000_000, core=1, dram=1_000_000, package_1=100, psys=0))
+    """Parts of a processor, the board, and the same counter under another name are not added."""
+    meter = energy.EnergyMeter(counters(tmp_path, package_0=5_000_000, core=1, dram=1_000_000, package_1=100, psys=0))
     counters(tmp_path, package_0=8_000_000, core=3_000_000, dram=1_500_000, package_1=100, psys=9_000_000)
     assert meter.joules() == pytest.approx(3.5)
 
 
-def test_a_counter_that_begins_again_goes_on(tmp_path: Path) -> None:
-    """Its range is added, each time."""
-    meter = energy.Meter(counters(tmp_path, package_0=262_143_000_000), look_s=0.01)
+def test_a_counter_that_wraps_goes_on(tmp_path: Path) -> None:
+    """When a counter wraps, its range is added each time."""
+    meter = energy.EnergyMeter(counters(tmp_path, package_0=262_143_000_000), poll_s=0.01)
     counters(tmp_path, package_0=671_150)
     end = time.monotonic() + 200
     while meter._last[tmp_path / "intel-rapl:0"] != 671_150 and time.monotonic() < end:
@@ -86,8 +86,8 @@ def test_a_counter_that_begins_again_goes_on(tmp_path: Path) -> None:
 
 
 def test_without_counters_there_is_no_energy(tmp_path: Path) -> None:
-    """No folder, and counters that cannot be read: nothing, and not zero."""
-    assert energy.Meter(tmp_path / "none").joules() is None
+    """Without a folder, or with unreadable counters, the result is None and not 0."""
+    assert energy.EnergyMeter(tmp_path / "none").joules() is None
     counters(tmp_path)
     (tmp_path / "intel-rapl:0/energy_uj").unlink()
-    assert energy.Meter(tmp_path).joules() is None
+    assert energy.EnergyMeter(tmp_path).joules() is None

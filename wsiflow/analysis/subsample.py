@@ -17,7 +17,7 @@ from wsiflow.errors import InputError
 from wsiflow.evaluation import evaluate
 from wsiflow.evaluation.detections import format_detections, read_detections
 from wsiflow.heatmap import assembly, files, lesions
-from wsiflow.model.choice import alike
+from wsiflow.model.choice import reason_scores_differ
 from wsiflow.plan import geometry
 from wsiflow.plan.geometry import Frame
 from wsiflow.plan.slide_plan import SlidePlan
@@ -78,7 +78,7 @@ def _require_same_windows(run: Scored, stride: int) -> None:
         InputError: The message says why.
     """
     choice = run.made.settings.choice
-    reason = "not every window was run (inference.refine)" if choice.refine else alike(choice, choice)
+    reason = "not every window was run (inference.refine)" if choice.refine else reason_scores_differ(choice, choice)
     if run.config.tiles.tile_px % stride:
         reason = f"it does not divide the tile of {run.config.tiles.tile_px} px"
     if reason:

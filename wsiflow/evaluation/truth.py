@@ -121,7 +121,9 @@ def _painted(
         _check_size(values.shape, _slide_shape(l0_size_px, params.downsample), case)
     if case.label is None and not params.mask_tumour and values.max(initial=0) == 1:
         cause = "the mask holds only 0 and 1, which may mean tumour, or tissue in a mask of 0, 1 and 2"
-        remedy = f"say in the manifest whether the slide is tumour or normal (label), or {annotations.SAY_VALUES}"
+        remedy = (
+            f"say in the manifest whether the slide is tumour or normal (label), or {annotations.NAME_TUMOUR_VALUES}"
+        )
         raise InputError(cause, remedy, path=path)
     tumour = annotations.tumour_from_mask(values, path, label=case.label, named=params.mask_tumour)
     return _Marked(tumour, _m_um_px(case, params))
@@ -166,7 +168,7 @@ def require_agreement(slide_id: str, label: int | None, *, found: bool, path: Pa
         return
     cause = f"the label says {'tumour' if label else 'normal'} and the truth holds {'' if found else 'no '}tumour"
     remedy = "correct the label, or the truth (in level-0 px, at least a mask pixel large)"
-    remedy += f", or, of a mask, {annotations.SAY_VALUES}"
+    remedy += f", or, of a mask, {annotations.NAME_TUMOUR_VALUES}"
     raise InputError(cause, remedy, slide=slide_id, stage="evaluation", path=path or "")
 
 

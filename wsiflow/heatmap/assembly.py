@@ -48,7 +48,7 @@ def subsample(heat: NDArray[np.float32], fine: Frame, coarse: Frame) -> NDArray[
     """Return the map at a coarser stride, taken from the cells of a finer one that have the same windows.
 
     The scores are those of a coarse run where a window's score does not depend on its neighbours: see
-    `wsiflow.model.choice.alike`.
+    `wsiflow.model.choice.reason_scores_differ`.
 
     Args:
         heat: float32 (rows, cols) of the fine frame's `Frame.h_shape`.

@@ -15,7 +15,7 @@ import tifffile
 from numpy.typing import NDArray
 
 from wsiflow.errors import InputError
-from wsiflow.slides.pyramid import TILE_PX, UNREADABLE, reduced_levels, refused, write_gray
+from wsiflow.slides.pyramid import TILE_PX, UNREADABLE, reduced_levels, unreadable_file, write_gray
 
 
 def write_heatmap(path: Path, heat: NDArray[np.float32], *, um_px: float, description: Mapping[str, Any]) -> None:
@@ -62,7 +62,7 @@ def read_heatmap(path: Path) -> tuple[NDArray[np.float32], dict[str, Any]]:
             heat, text = tiff.pages.first.asarray(), tiff.pages.first.description
         description = json.loads(text)
     except UNREADABLE as error:
-        raise refused(error, "heatmap", remedy, path) from error
+        raise unreadable_file(error, "heatmap", remedy, path) from error
     if heat.ndim != 2 or heat.dtype != np.float32:
         raise InputError(f"found {heat.dtype} of shape {heat.shape}, expected float32 rows x cols", remedy, path=path)
     return heat, description
@@ -109,7 +109,7 @@ def open_heatmap(path: Path) -> Iterator[HeatmapRows]:
                 raise InputError(cause, remedy, path=path)
             yield HeatmapRows(tiff)
     except UNREADABLE as error:
-        raise refused(error, "heatmap", remedy, path) from error
+        raise unreadable_file(error, "heatmap", remedy, path) from error
 
 
 def _quads(level: NDArray[Any], fill: float) -> NDArray[Any]:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from wsiflow.plan.outline import encoded_png
+from wsiflow.plan.outline import png_bytes
 
 #: Colour map of the scores: perceptually uniform, and its bright end is a colour that stained tissue does not have.
 COLOUR_MAP = "viridis"
@@ -51,7 +51,7 @@ def overlay_png(
     image = Image.fromarray(_blend(overview, score))
     if detections is not None:
         _circle(image, detections)
-    return encoded_png(_with_legend(image))
+    return png_bytes(_with_legend(image))
 
 
 def heat_on_overview(

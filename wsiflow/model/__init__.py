@@ -1,6 +1,6 @@
-"""Networks and what runs them: cards, architectures, loading, engines and certificates; the one place that knows torch.
+"""Classifiers and the engines that run them: cards, architectures, loading, certificates; the only package with torch.
 
-Importing this package is cheap: torch, which takes seconds, is imported by what needs it.
+Importing this package is cheap: torch, which takes seconds to import, is imported by the modules that need it.
 """
 
 from typing import TYPE_CHECKING

@@ -1,8 +1,9 @@
-"""Model cards: everything about a classifier except its weights.
+"""Model cards, which describe everything about a classifier except its weights.
 
-Input: the path of a card (JSON) and what the configuration says about it. Output: one `ModelCard`, checked.
-Two forms are read: our own, beside weights as safetensors, and WSInfer's, beside a TorchScript program. Both become a
-`ModelCard`. Nothing here opens weights or imports torch, so a plan can name a model without loading it.
+Input: the path of a card (JSON) and the settings of the model. Output: a validated `ModelCard`.
+Two formats are read: wsiflow's own, with weights as safetensors in the same folder, and WSInfer's, with a TorchScript
+program there. Both are converted to a `ModelCard`. This module does not parse weights or import torch, so a plan can
+name a model without loading it.
 """
 
 import hashlib
@@ -16,7 +17,7 @@ from wsiflow.errors import InputError
 from wsiflow.system import faults
 from wsiflow.system.paths import NamedPath
 
-# The architecture of a card whose weights file is a program of its own.
+# The architecture in a card whose weights file is a TorchScript program.
 TORCHSCRIPT = "torchscript"
 PACKAGED = "pkg:"
 MAX_CARD_BYTES = 1_000_000
@@ -28,12 +29,12 @@ Side = Annotated[int, Field(ge=16, le=4096)]
 _Form = TypeVar("_Form", bound=BaseModel)
 
 
-def _found_anywhere(card: Path) -> Path:
-    """Return the path of a card that does not depend on where it is read."""
+def _independent_of_folder(card: Path) -> Path:
+    """Return the path of a card, made absolute unless the card ships with wsiflow."""
     return card if str(card).startswith(PACKAGED) else card.absolute()
 
 
-CardPath = Annotated[NamedPath, AfterValidator(_found_anywhere)]
+CardPath = Annotated[NamedPath, AfterValidator(_independent_of_folder)]
 
 
 class ModelSpec(BaseModel, frozen=True, extra="forbid"):
@@ -53,11 +54,11 @@ class ModelSpec(BaseModel, frozen=True, extra="forbid"):
 
 
 class Probe(BaseModel, frozen=True, extra="forbid"):
-    """An input made from a seed, and the answer the weights gave when the card was written.
+    """An image generated from a seed, and the probabilities that the weights gave for it when the card was written.
 
     Attributes:
         seed: Seed of `wsiflow.model.classifier.probe_image`.
-        probabilities: Probability of every class, in order.
+        probabilities: Probability of every class, in the order of the class names.
     """
 
     seed: Annotated[int, Field(ge=0, lt=2**64)]
@@ -105,7 +106,7 @@ class ModelCard(BaseModel, frozen=True, extra="forbid"):
 
     @model_validator(mode="after")
     def _is_consistent(self) -> Self:
-        """Check what no single field can tell."""
+        """Verify conditions that involve several fields."""
         if len(set(self.class_names)) != len(self.class_names):
             raise ValueError(f"class_names {list(self.class_names)} holds a name twice")
         if self.positive_class not in self.class_names:
@@ -118,19 +119,19 @@ class ModelCard(BaseModel, frozen=True, extra="forbid"):
 
     @property
     def positive_index(self) -> int:
-        """Index of the positive class among the outputs."""
+        """Index of the positive class among the outputs of the network."""
         return self.class_names.index(self.positive_class)
 
 
 class _Transform(BaseModel, frozen=True, extra="forbid"):
-    """One step of WSInfer's preprocessing."""
+    """One step of the preprocessing in WSInfer's model JSON."""
 
     name: Literal["Resize", "ToTensor", "Normalize"]
     arguments: dict[str, Any] | None = None
 
 
 class _WSInferConfig(BaseModel, frozen=True, extra="ignore"):
-    """The keys of WSInfer's model JSON that say how to use it; other keys are its own business."""
+    """The keys of WSInfer's model JSON that decide how the model is used; other keys are ignored."""
 
     num_classes: Annotated[int, Field(ge=2)]
     class_names: tuple[str, ...]
@@ -141,24 +142,25 @@ class _WSInferConfig(BaseModel, frozen=True, extra="ignore"):
 
     @model_validator(mode="after")
     def _is_consistent(self) -> Self:
-        """Check what no single field can tell."""
+        """Verify conditions that involve several fields."""
         if len(self.class_names) != self.num_classes:
-            raise ValueError(f"num_classes is {self.num_classes}, class_names are {list(self.class_names)}")
+            raise ValueError(f"num_classes is {self.num_classes}, but class_names are {list(self.class_names)}")
         return self
 
 
 def card_path(spec: ModelSpec) -> Path:
-    """Return where the card lies; its weights lie in the same folder."""
+    """Return the path of the card; the weights are in the same folder."""
     name = str(spec.card)
     return Path(__file__).parent / "weights" / name.removeprefix(PACKAGED) if name.startswith(PACKAGED) else spec.card
 
 
 def read_card(spec: ModelSpec) -> ModelCard:
-    """Read the card a run asks for, with the run's own positive class where it names one.
+    """Read the card that the settings name; their positive class, if any, replaces that of the card.
 
     Raises:
-        InputError: The card is missing, is not JSON, has unknown, missing or impossible values, or names a TorchScript
-            program the run does not trust.
+        InputError: The card is missing, is not JSON, has unknown keys or missing or invalid values, has another hash
+            than the settings pin, or names a TorchScript program that the settings do not trust.
+        EnvironmentFault: The system refuses to read the card.
     """
     path = card_path(spec)
     text = _read_text(path)
@@ -166,38 +168,39 @@ def read_card(spec: ModelSpec) -> ModelCard:
     _check_trust(card, spec)
     if spec.sha256 not in {"", card.sha256}:
         raise InputError(
-            f"the card says sha256 {card.sha256}, the configuration pins {spec.sha256}",
-            "check where the card comes from, then set model.sha256 to the hash of the weights you mean",
+            f"the card has sha256 {card.sha256}, but the configuration pins {spec.sha256}",
+            "check the source of the card, then set model.sha256 to the hash of the intended weights",
             path=spec.card,
         )
     return _with_positive_class(card, spec)
 
 
 def read_weights(spec: ModelSpec, card: ModelCard) -> bytes:
-    """Return the weights of a card, which are read once so that what is hashed is what is used.
+    """Return the bytes of a card's weights file; it is read once, so that the bytes used are those that were hashed.
 
     Raises:
-        InputError: The file is missing, or its hash is not the card's.
+        InputError: The file is missing, or its hash is not that of the card.
+        EnvironmentFault: The system refuses to read the file.
     """
     path = card_path(spec)
     weights = path.parent / card.weights
     try:
         data = weights.read_bytes()
     except OSError as error:
-        advice = f"put the file {path.name} names beside it"
+        advice = f"put the file that {path.name} names into its folder"
         raise faults.unreadable(error, "the weights", advice, path=weights) from error
-    found = hashlib.sha256(data).hexdigest()
-    if found != card.sha256:
+    sha256 = hashlib.sha256(data).hexdigest()
+    if sha256 != card.sha256:
         raise InputError(
-            f"weights hash to {found}, {path.name} expects {card.sha256}",
-            "fetch card and weights again from where they come from",
+            f"the weights have SHA-256 {sha256}, but {path.name} expects {card.sha256}",
+            "fetch the card and the weights again from their source",
             path=weights,
         )
     return data
 
 
 def identity(card: ModelCard) -> str:
-    """Return a SHA-256 (hex) over everything in a card that can change a number, and nothing else."""
+    """Return a SHA-256 in hexadecimal over exactly those values of a card that can change a probability."""
     relevant = card.model_dump(
         mode="json",
         include={
@@ -229,12 +232,12 @@ def _read_text(path: Path) -> str:
         return data.decode()
     except UnicodeDecodeError as error:
         raise InputError(
-            f"the model card is not text: {error.reason} at byte {error.start}", remedy, path=path
+            f"the model card is not UTF-8 text: {error.reason} at byte {error.start}", remedy, path=path
         ) from error
 
 
 def _keys(text: str, path: Path) -> set[str]:
-    """Return the keys of the JSON object a card is."""
+    """Return the keys of a card's JSON object."""
     try:
         raw = json.loads(text)
     except (json.JSONDecodeError, RecursionError) as error:
@@ -245,24 +248,24 @@ def _keys(text: str, path: Path) -> set[str]:
 
 
 def _parse(model: type[_Form], text: str, path: Path) -> _Form:
-    """Return a card of the given form."""
+    """Return the text of a card, validated as the given model."""
     try:
-        # Strict: the text "0.5" is not a number, and 1 is not a name.
+        # In strict mode the text "0.5" is not a number, and 1 is not a name.
         return model.model_validate_json(text, strict=True)
     except ValidationError as error:
         raise InputError(f"model card: {_first_fault(error)}", "correct this key of the card", path=path) from error
 
 
 def _first_fault(error: ValidationError) -> str:
-    """Return key, fault and value of the first thing pydantic found, in one line."""
+    """Return the key, the message and the value of pydantic's first error, in one line."""
     fault = error.errors(include_url=False)[0]
     key = ".".join(str(part) for part in fault["loc"])
-    found = "" if fault["type"] in {"missing", "value_error"} else f", found {str(fault['input'])[:60]!r}"
-    return ": ".join(filter(None, [key, fault["msg"].removeprefix("Value error, ")])) + found
+    value = "" if fault["type"] in {"missing", "value_error"} else f", but it is {str(fault['input'])[:60]!r}"
+    return ": ".join(filter(None, [key, fault["msg"].removeprefix("Value error, ")])) + value
 
 
 def _from_wsinfer(text: str, spec: ModelSpec) -> ModelCard:
-    """Return WSInfer's model JSON as a card of ours; its hash is the one the configuration pins."""
+    """Return WSInfer's model JSON as a `ModelCard`; the hash of the weights is the one that the configuration pins."""
     config = _parse(_WSInferConfig, text, spec.card)
     if not spec.positive_class:
         raise InputError(
@@ -283,7 +286,7 @@ def _from_wsinfer(text: str, spec: ModelSpec) -> ModelCard:
         "mean": mean,
         "std": std,
         "weights": "torchscript_model.pt",
-        # Refused just below unless the configuration pins one.
+        # Without a pinned hash the card is refused later, in _check_trust.
         "sha256": spec.sha256 or "0" * 64,
         "probe": (),
         "licence": "",
@@ -294,7 +297,7 @@ def _from_wsinfer(text: str, spec: ModelSpec) -> ModelCard:
 
 
 def _preprocessing(config: _WSInferConfig, path: Path) -> tuple[Any, Any, Any]:
-    """Return the network's side, mean and std from a list Resize (optional), ToTensor, Normalize (optional)."""
+    """Return the input side, mean and std from the steps Resize (optional), ToTensor and Normalize (optional)."""
     steps = {step.name: step.arguments or {} for step in config.transform}
     expected = [name for name in ("Resize", "ToTensor", "Normalize") if name in steps]
     allowed = {"Resize": {"size"}, "ToTensor": set(), "Normalize": {"mean", "std"}}
@@ -311,24 +314,24 @@ def _preprocessing(config: _WSInferConfig, path: Path) -> tuple[Any, Any, Any]:
 
 
 def _check_trust(card: ModelCard, spec: ModelSpec) -> None:
-    """Refuse a TorchScript program unless the run trusts it and pins its hash."""
+    """Refuse a TorchScript program unless the settings trust it and pin its hash."""
     if card.architecture != TORCHSCRIPT or (spec.trust_torchscript and spec.sha256):
         return
     raise InputError(
-        f"{card.weights} is TorchScript, a program that can do anything to this account",
-        "if you trust where it comes from, set model.trust_torchscript=true and model.sha256=<its SHA-256>",
+        f"{card.weights} is TorchScript, a program that can do anything with the rights of this account",
+        "if you trust its source, set model.trust_torchscript=true and model.sha256=<its SHA-256>",
         path=spec.card,
     )
 
 
 def _with_positive_class(card: ModelCard, spec: ModelSpec) -> ModelCard:
-    """Return the card with the run's positive class, where it names one."""
+    """Return the card with the positive class of the settings, if they name one."""
     if spec.positive_class in {"", card.positive_class}:
         return card
     if spec.positive_class not in card.class_names:
         raise InputError(
             f"model.positive_class {spec.positive_class!r} is not one of {list(card.class_names)}",
-            "set it to one of them, or leave it empty for the card's",
+            "set it to one of them, or leave it empty for that of the card",
             path=spec.card,
         )
     return card.model_copy(update={"positive_class": spec.positive_class})

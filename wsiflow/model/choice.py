@@ -1,7 +1,7 @@
-"""How scores are computed, settled once for a run: engine, backend, precision, and where dense maps begin.
+"""The choice of how scores are computed, which is made once for a run: engine, backend, precision and context.
 
-Input: what the configuration asks for. Output: one `Choice`, published before the plan and part of every task's key.
-Nothing here imports torch, so a plan can be read without it.
+Input: the settings. Output: one `Choice`, which is published before the plan and is part of the key of every task.
+This module does not import torch, so a plan can be read without it.
 """
 
 from collections.abc import Mapping
@@ -11,20 +11,20 @@ from pydantic import BaseModel, Field, model_validator
 
 
 class Choice(NamedTuple):
-    """Everything about inference that can change a number, besides the model.
+    """All properties of inference, besides the model, that can change a score.
 
     Attributes:
         engine: ``dense`` or ``window``.
-        backend: What runs the network.
+        backend: The library that runs the network.
         precision: Number format of the network.
-        batch: Windows per call, where the network is called for windows.
+        batch: Number of windows per call, where the network is called for windows.
         stride_px: Distance between windows, reading pixels.
-        share_until: Layer after which each window runs alone; empty: none.
-        context_px: Context beyond the outermost windows of a dense map, reading pixels a side.
-        exact: Dense and window scores are equal to rounding: the network does not pad.
-        halo_px: Context around a block's tiles, reading pixels a side: the windows' reach and ``context_px``.
-        block_rows, block_cols: Most tile rows and columns of a block.
-        refine: Least coarse score for which all windows of a tile are run; 0: they always are.
+        share_until: Layer up to which windows share the network; after it each runs alone. Empty if all is shared.
+        context_px: Width of the context beyond the outermost windows of a dense map, reading pixels.
+        exact: Whether dense and window scores are equal except for rounding, because the network does not pad.
+        halo_px: Width of the halo around a block's tiles, reading pixels: the reach of the windows plus ``context_px``.
+        block_rows, block_cols: Maximum number of tile rows and columns of a block.
+        refine: Minimum coarse score with which all windows of a tile are run; 0 if they always are.
         refine_from_px: Distance between the coarse windows, reading pixels; 0 without refinement.
     """
 
@@ -42,30 +42,34 @@ class Choice(NamedTuple):
     refine: float = 0.0
     refine_from_px: int = 0
 
-    def numbers(self) -> dict[str, Any]:
-        """Return what changes scores and is not in a slide's frame already."""
+    def score_settings(self) -> dict[str, Any]:
+        """Return the properties by name that can change a score and are not part of a slide's frame."""
         batch = self.batch if self.engine == "window" or self.share_until else 0
         frame = {"halo_px", "block_rows", "block_cols"}
         return {key: value for key, value in self._replace(batch=batch)._asdict().items() if key not in frame}
 
 
-def alike(fine: Choice, coarse: Choice) -> str:
-    """Return why the scores of windows that two runs of one model have in common may differ, nothing where they do not.
+def reason_scores_differ(fine: Choice, coarse: Choice) -> str:
+    """Return why two runs of one model may give different scores for the same windows, or an empty text if they do not.
 
-    Run alone, a window has the same bits in any run of the same batch. In a dense map of a network that does not pad it
-    has the same score to rounding, since another stride is another graph: fp32's, that is. In bf16 and int8 another
-    graph rounds otherwise, and int8 is calibrated on it.
+    A window that is run alone has the same bits in all runs with the same batch size. In a dense map of a network that
+    does not pad, its fp32 score is the same except for rounding, since another stride is another graph. In bf16 and
+    int8 other graphs round differently, and int8 is calibrated for its graph.
+
+    Args:
+        fine: Choice of the run with the finer stride.
+        coarse: Choice of the run with the coarser stride.
     """
     names = ("engine", "backend", "precision", "share_until")
     differing = [name for name in names if getattr(fine, name) != getattr(coarse, name)]
     if differing:
-        return f"they were computed otherwise: {', '.join(differing)}"
+        return f"they were computed with another {', '.join(differing)}"
     if not (fine.exact and coarse.exact):
         return "the network pads, so that a score of a dense map depends on where the map's cells lie"
     if fine.engine == "dense" and fine.precision != "fp32":
-        return f"a dense map in {fine.precision} is of its own stride's graph alone"
+        return f"a dense map in {fine.precision} is only valid for the graph of its own stride"
     if fine.engine == "window" and fine.batch != coarse.batch:
-        return "windows were run in other batches"
+        return "windows were run in batches of another size"
     return ""
 
 

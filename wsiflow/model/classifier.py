@@ -1,9 +1,9 @@
-"""Classifiers: from a card and its weights to probabilities.
+"""Patch classifiers: loading from a model card and weights, and prediction of probabilities.
 
 Input: windows, uint8 (n, window_px, window_px, 3), RGB at the card's spacing. Output: float32 (n,), the probability of
-the positive class. Weights are read once, hashed, and only then parsed; a classifier that does not reproduce the
-probes of its card is never handed out. No pickle is read: weights are safetensors, or a TorchScript program that the
-run trusts by its hash.
+the positive class. Weights are read once and hashed before they are parsed. A classifier that does not reproduce the
+probes of its card is never returned. No pickle is read: weights are safetensors, or a TorchScript program that the
+settings trust by its hash.
 """
 
 import io
@@ -21,25 +21,25 @@ from wsiflow.errors import InputError
 from wsiflow.model.architectures.registry import build
 from wsiflow.model.card import TORCHSCRIPT, ModelCard, ModelSpec, Probe, card_path, identity, read_card, read_weights
 
-# The same weights differ by about 1e-6 between machines, because sums are taken in another order; another class order,
-# mean or layer moves a probability near one half by far more than this.
+# The probabilities of the same weights differ by about 1e-6 between machines, because sums are taken in another order.
+# Another class order, mean or layer changes a probability near one half by far more than this tolerance.
 PROBE_TOLERANCE = 1e-4
 PROBE_CELLS = 14
 
 
 @dataclass(frozen=True, eq=False)
 class Classifier:
-    """A network ready to use, and how to use it.
+    """A network that is ready for prediction, and the parameters of its input and output.
 
     Attributes:
-        module: The network in evaluation mode: (n, 3, input_px, input_px) to logits (n, classes).
+        module: The network in evaluation mode, from (n, 3, input_px, input_px) to logits (n, classes).
         class_names: One name for each output.
-        positive_index: Index of the class whose probability is mapped.
+        positive_index: Index of the class whose probability becomes the heatmap.
         window_px: Side of a window, px.
-        input_px: Side the network takes, px; windows are resized where it differs.
+        input_px: Side of the network's input, px; windows are resized if it differs from ``window_px``.
         spacing_um_px: Spacing of a window, um per px.
-        mean: Mean of red, green, blue on a scale of 0 to 1.
-        std: Standard deviation of red, green, blue on a scale of 0 to 1.
+        mean: Mean of red, green and blue on a scale of 0 to 1, which is subtracted.
+        std: Standard deviation of red, green and blue on a scale of 0 to 1, by which is divided.
         sha256: Hash of the weights.
         identity: Hash of everything that can change a probability.
     """
@@ -57,11 +57,12 @@ class Classifier:
 
 
 def load(spec: ModelSpec) -> Classifier:
-    """Load the classifier a run asks for.
+    """Load the classifier that the settings name, and verify it.
 
     Raises:
-        InputError: Card or weights cannot be used: missing, not what their hash or the probes say, not finite, not
-            fitting the architecture, or a program that the run does not trust.
+        InputError: The card or the weights are missing or invalid, their hash or the probes are not reproduced, the
+            weights are not finite or do not fit the architecture, or are a program that the settings do not trust.
+        EnvironmentFault: The system refuses to read a file.
     """
     card, path = read_card(spec), card_path(spec)
     weights_path = path.parent / card.weights
@@ -73,8 +74,8 @@ def load(spec: ModelSpec) -> Classifier:
 
 
 def as_classifier(module: nn.Module, card: ModelCard) -> Classifier:
-    """Return a classifier of a network whose weights are in place; the network is put into evaluation mode."""
-    # Channels last is the memory order of images, and about twice as fast on CPUs.
+    """Return a network with loaded weights as a classifier; the network is put into evaluation mode."""
+    # Channels-last is the memory order of images, and about twice as fast on CPUs.
     return Classifier(
         module.eval().to(memory_format=torch.channels_last),  # type: ignore[call-overload]
         class_names=card.class_names,
@@ -100,7 +101,7 @@ def predict(classifier: Classifier, windows: NDArray[np.uint8]) -> NDArray[np.fl
         float32 (n,), 0 to 1.
 
     Raises:
-        InputError: The windows have another shape or type, or a probability is not finite.
+        InputError: The windows have another shape or dtype, or a probability is not finite.
     """
     return probabilities(classifier, windows)[:, classifier.positive_index]
 
@@ -110,8 +111,8 @@ def probabilities(classifier: Classifier, windows: NDArray[np.uint8]) -> NDArray
     side = classifier.window_px
     if windows.dtype != np.uint8 or windows.shape[1:] != (side, side, 3):
         raise InputError(
-            f"windows are {windows.dtype} {windows.shape}, the model takes uint8 (n, {side}, {side}, 3)",
-            "read patches of the size and spacing the model card asks for",
+            f"windows are {windows.dtype} {windows.shape}, but the model takes uint8 (n, {side}, {side}, 3)",
+            "read patches of the size and spacing in the model card",
             stage="predict",
         )
     with torch.inference_mode():
@@ -123,20 +124,20 @@ def probabilities(classifier: Classifier, windows: NDArray[np.uint8]) -> NDArray
 
 
 def normalise(classifier: Classifier, images: NDArray[np.uint8]) -> torch.Tensor:
-    """Return what the network takes of images: (x / 255 - mean) / std in channels-last memory order.
+    """Return the network's input for images: (x / 255 - mean) / std in channels-last memory order.
 
     Args:
         classifier: The classifier.
-        images: uint8 (n, h, w, 3), RGB. Windows where the network takes another side than the window; else any size.
+        images: uint8 (n, h, w, 3), RGB; windows if the classifier resizes them, otherwise images of any size.
 
     Returns:
         float32 (n, 3, h, w), or (n, 3, input_px, input_px) where windows are resized.
     """
-    # torch.tensor copies, so that a read-only array or a view of a patch serves as well.
+    # torch.tensor copies, so read-only arrays and views of patches are accepted too.
     pixels = torch.tensor(images).permute(0, 3, 1, 2)
     if classifier.input_px != classifier.window_px:
         side = [classifier.input_px, classifier.input_px]
-        # Resized as 8 bit with antialiasing: what WSInfer's pipeline does with an image.
+        # Windows are resized as 8-bit images with antialiasing, as in WSInfer's pipeline.
         pixels = nn.functional.interpolate(pixels, size=side, mode="bilinear", antialias=True)
     mean = torch.tensor(classifier.mean).view(1, 3, 1, 1) * 255
     std = torch.tensor(classifier.std).view(1, 3, 1, 1) * 255
@@ -144,16 +145,16 @@ def normalise(classifier: Classifier, images: NDArray[np.uint8]) -> torch.Tensor
 
 
 def infer(classifier: Classifier, inputs: torch.Tensor) -> NDArray[np.float32]:
-    """Return the probability of every class, float32 (n, classes), of normalised windows; call in inference mode.
+    """Return the probability of every class, float32 (n, classes), for normalised windows; call this in inference mode.
 
     Raises:
-        InputError: The network has another number of outputs than its card has class names.
+        InputError: The number of the network's outputs is not the number of class names in its card.
     """
     logits = classifier.module(inputs)
     if logits.shape != (len(inputs), len(classifier.class_names)):
         raise InputError(
-            f"the model gives an array {tuple(logits.shape)} for {len(inputs)} windows",
-            f"correct class_names in its card: they are {list(classifier.class_names)}",
+            f"the model returns an array of shape {tuple(logits.shape)} for {len(inputs)} windows",
+            f"correct class_names in its card, which are {list(classifier.class_names)}",
             stage="predict",
         )
     return np.asarray(torch.softmax(logits, dim=1).numpy(), np.float32)
@@ -162,16 +163,16 @@ def infer(classifier: Classifier, inputs: torch.Tensor) -> NDArray[np.float32]:
 def not_finite(window: str) -> InputError:
     """Return the error of a window whose probability is NaN or infinite."""
     return InputError(
-        f"the model gives no finite probability for {window}",
+        f"the model returns no finite probability for {window}",
         "its weights overflow on this input: use another model, or correct mean and std in its card",
         stage="predict",
     )
 
 
 def probe_image(seed: int, window_px: int) -> NDArray[np.uint8]:
-    """Return the image of a probe: 14 x 14 squares of colours drawn around one colour.
+    """Return the image of a probe: 14 x 14 squares with random colours around one random colour.
 
-    Only the raw stream of PCG64 is used, which NumPy never changes, unlike its distributions.
+    Only the raw stream of PCG64 is used, which NumPy guarantees not to change, unlike its distributions.
 
     Args:
         seed: Seed of PCG64.
@@ -188,7 +189,7 @@ def probe_image(seed: int, window_px: int) -> NDArray[np.uint8]:
 
 
 def _registered(data: bytes, card: ModelCard, path: Path) -> nn.Module:
-    """Return a network of the registry with its weights."""
+    """Return the network of a card from the registry, with its weights loaded."""
     try:
         module = build(card.architecture, len(card.class_names), **card.architecture_args)
     except InputError as error:
@@ -213,14 +214,14 @@ def _registered(data: bytes, card: ModelCard, path: Path) -> nn.Module:
 
 
 def _check_finite(module: nn.Module, path: Path) -> None:
-    """Refuse weights that hold NaN or infinity."""
+    """Refuse weights that contain NaN or infinity."""
     for name, tensor in module.state_dict().items():
         if not torch.isfinite(tensor).all():
-            raise InputError(f"weight {name} is not finite", "export the weights again", path=path)
+            raise InputError(f"the weight {name} is not finite", "export the weights again", path=path)
 
 
 def _torchscript(data: bytes, path: Path) -> nn.Module:
-    """Return the program in a TorchScript file that the run trusts."""
+    """Return the program in a TorchScript file, which the settings must trust."""
     try:
         module: nn.Module = torch.jit.load(io.BytesIO(data), map_location="cpu")  # type: ignore[no-untyped-call]
     except (RuntimeError, ValueError) as error:
@@ -232,7 +233,7 @@ def _torchscript(data: bytes, path: Path) -> nn.Module:
 
 
 def _check_answers(classifier: Classifier, card: ModelCard, path: Path) -> None:
-    """Refuse a classifier that does not run, or does not answer its probes as it did when the card was written."""
+    """Refuse a classifier that does not run, or does not reproduce the probabilities of its probes."""
     if not card.probe and card.architecture != TORCHSCRIPT:
         raise InputError("the model card has no probe", "write weights and card with wsiflow.model.save", path=path)
     seeds = [probe.seed for probe in card.probe] or [0]
@@ -250,12 +251,12 @@ def _check_answers(classifier: Classifier, card: ModelCard, path: Path) -> None:
 
 
 def _check_probe(probe: Probe, answer: NDArray[np.float32], path: Path) -> None:
-    """Refuse an answer that differs from the probe's."""
+    """Refuse probabilities that differ from those of a probe by more than `PROBE_TOLERANCE`."""
     error = float(np.abs(answer - np.array(probe.probabilities)).max())
     if error > PROBE_TOLERANCE:
         raise InputError(
-            f"probe {probe.seed} gives {np.round(answer, 6).tolist()}, the card says {list(probe.probabilities)}: "
-            f"{error:.2g} apart, at most {PROBE_TOLERANCE} is allowed",
-            "class order, mean, std, window or architecture in the card do not belong to these weights",
+            f"probe {probe.seed} gives {np.round(answer, 6).tolist()}, but the card has {list(probe.probabilities)}: "
+            f"the difference is {error:.2g}, at most {PROBE_TOLERANCE} is allowed",
+            "correct class order, mean, std, window or architecture in the card, or use the weights that belong to it",
             path=path,
         )

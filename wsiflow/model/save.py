@@ -1,4 +1,4 @@
-"""Write a trained network as weights and card, ready for `wsiflow.model.load`.
+"""Saving of a trained network as weights and model card, which `wsiflow.model.load` reads.
 
 Input: a network of the registry. Output: two files in one folder, ``<name>.safetensors`` and ``<name>.json``.
 """
@@ -21,18 +21,18 @@ N_PROBES = 3
 
 
 def save(module: nn.Module, fields: Mapping[str, Any], folder: Path) -> Path:
-    """Write weights and card; files of the same name are replaced.
+    """Write the weights and the card of a network; existing files of the same names are replaced.
 
     Args:
         module: A trained network; it is put into evaluation mode.
-        fields: The keys of `ModelCard` except ``weights``, ``sha256`` and ``probe``, which are found here.
+        fields: The fields of `ModelCard` except ``weights``, ``sha256`` and ``probe``, which are computed here.
         folder: An existing folder.
 
     Returns:
         The path of the card.
 
     Raises:
-        pydantic.ValidationError: The fields do not make a card.
+        pydantic.ValidationError: The fields are not those of a valid card.
     """
     weights = safetensors.torch.save({key: tensor.contiguous() for key, tensor in module.state_dict().items()})
     file_name = f"{fields['name']}.safetensors"
@@ -45,7 +45,7 @@ def save(module: nn.Module, fields: Mapping[str, Any], folder: Path) -> Path:
 
 
 def _probes(classifier: Classifier) -> tuple[Probe, ...]:
-    """Return the probes the classifier is least sure about: a saturated answer would hide a wrong mean."""
+    """Return the probes for which the classifier is least certain, since saturated probabilities hide a wrong mean."""
     images = (probe_image(seed, classifier.window_px)[None] for seed in range(N_CANDIDATES))
     answers = np.concatenate([probabilities(classifier, image) for image in images])
     unsure = np.argsort(answers.max(axis=1), kind="stable")[:N_PROBES]

@@ -1,4 +1,4 @@
-"""Where to look on a slide: transforms, tissue, blocks, outlines, and what is planned for one slide."""
+"""Where a slide is analysed and what a run will do: transforms, tissue, blocks, outlines and the plan of a run."""
 
 from typing import TYPE_CHECKING
 
@@ -20,7 +20,7 @@ __all__ = [
     "tissue_mask",
 ]
 
-# Loaded by whoever asks first: most commands need little of it.
+# Each module is imported when a name of it is first used, because most commands need few of them.
 __getattr__, __dir__, _ = lazy_loader.attach(
     __name__,
     submod_attrs={

@@ -1,18 +1,18 @@
-"""Planes, and every conversion between them.
+"""The coordinate planes of a slide and all conversions between them.
 
-Planes and their prefixes:
+Planes and the prefixes of their names:
 
 * ``l0_``  pixels of the slide's level 0.
-* ``r_``   pixels of the reading plane: the spacing the model wants. One reading pixel covers ``l0_per_px`` level-0
-  pixels, the same in x and y; 1.0 where the slide is read as it is.
-* ``t_``   tile cells: column and row of the tissue grid in the reading plane. Tile (0, 0) starts at the slide's corner.
-* ``h_``   heatmap cells: ``stride_px`` reading pixels a side, counted from the first tile of the map.
+* ``r_``   pixels of the reading plane, at the spacing that the model expects. One reading pixel covers ``l0_per_px``
+  level-0 pixels, the same in x and y; this is 1.0 where level 0 is read unchanged.
+* ``t_``   tile cells: column and row of the tissue grid in the reading plane. Tile (0, 0) begins at the slide's corner.
+* ``h_``   heatmap cells: ``stride_px`` reading pixels a side, counted from the first tile of the heatmap.
 
 Points are x, y; arrays are rows, columns.
 
-Two conventions say where a score belongs. ``centred`` (default): the window is centred on the heatmap cell that takes
-its score. ``reference``: the window is centred on the cell's top-left corner, and patches at the slide's border are
-shifted inwards as in Li, Mikailov and Chen (IEEE TAI 2023), so that results can be compared with that system.
+There are two conventions for the place of a score. ``centred`` (the default): the window is centred on the heatmap cell
+that holds its score. ``reference``: the window is centred on the cell's top-left corner, and patches at the slide's
+border are shifted inwards as in Li, Mikailov and Chen (IEEE TAI 2023), so that results can be compared with theirs.
 """
 
 from typing import Annotated, Any, Literal, NamedTuple
@@ -27,17 +27,17 @@ Convention = Literal["centred", "reference"]
 
 
 class Frame(NamedTuple):
-    """The one transform that is stored with every array of a slide.
+    """The transform between all planes of a slide, which is stored with every array of the slide.
 
     Attributes:
-        convention: Where in its heatmap cell a score belongs.
+        convention: Place of a score within its heatmap cell.
         l0_width_px, l0_height_px: Size of level 0.
         l0_per_px: Level-0 pixels per reading pixel.
         um_px: Size of a reading pixel in micrometres.
         tile_px, window_px, stride_px, halo_px: Sizes in reading pixels.
-        block_rows, block_cols: Most tile rows and columns of a block.
-        t_col0, t_row0: First tile of the heatmap.
-        t_cols, t_rows: Tiles of the heatmap.
+        block_rows, block_cols: Maximum number of tile rows and columns of a block.
+        t_col0, t_row0: Column and row of the first tile of the heatmap.
+        t_cols, t_rows: Number of tile columns and rows of the heatmap.
     """
 
     convention: Convention
@@ -57,52 +57,52 @@ class Frame(NamedTuple):
     t_rows: int
 
     def block_px(self, tiles: int) -> int:
-        """Return how many reading pixels so many tiles in a line have with their halo."""
+        """Return the length in reading pixels of a row of ``tiles`` tiles, including the halo on both sides."""
         return tiles * self.tile_px + 2 * self.halo_px
 
-    def of_pixels(self) -> dict[str, Any]:
-        """Return the transform as far as it concerns which pixels blocks have: windows and scores do not matter."""
+    def pixel_settings(self) -> dict[str, Any]:
+        """Return the fields that decide which pixels are read for blocks: all but the sizes of windows and strides."""
         return {name: value for name, value in self._asdict().items() if name not in {"window_px", "stride_px"}}
 
     @property
     def cells_per_tile(self) -> int:
-        """Heatmap cells per tile side."""
+        """Number of heatmap cells along a side of a tile."""
         return self.tile_px // self.stride_px
 
     @property
     def h_shape(self) -> tuple[int, int]:
-        """Rows and columns of the heatmap."""
+        """Number of rows and columns of the heatmap."""
         return self.t_rows * self.cells_per_tile, self.t_cols * self.cells_per_tile
 
 
-def reading_scale(um_px_l0: float, um_px_wanted: float, *, tolerance: float) -> float:
-    """Return the level-0 pixels per reading pixel: 1.0 where the slide's spacing is near enough to the wanted one.
+def reading_scale(um_px_l0: float, um_px_target: float, *, tolerance: float) -> float:
+    """Return the level-0 pixels per reading pixel; 1.0 where the slide's spacing is within the tolerance of the target.
 
     Args:
-        um_px_l0: The slide's level-0 spacing.
-        um_px_wanted: The spacing to read at.
-        tolerance: Relative difference up to which the slide is read as it is.
+        um_px_l0: Spacing of level 0, um per px.
+        um_px_target: Spacing of the reading plane, um per px.
+        tolerance: Relative difference up to which level 0 is read unchanged.
     """
-    return 1.0 if abs(um_px_l0 / um_px_wanted - 1) <= tolerance else um_px_wanted / um_px_l0
+    return 1.0 if abs(um_px_l0 / um_px_target - 1) <= tolerance else um_px_target / um_px_l0
 
 
 def r_size_px(l0_px: int, l0_per_px: float) -> int:
-    """Return how many reading pixels cover ``l0_px`` level-0 pixels, the last one perhaps in part."""
+    """Return how many reading pixels cover ``l0_px`` level-0 pixels; the last one may reach beyond them."""
     return int(np.ceil(round(l0_px / l0_per_px, 6)))
 
 
 def grid_shape(l0_width_px: int, l0_height_px: int, *, l0_per_px: float, tile_px: int) -> tuple[int, int]:
-    """Return rows and columns of the tile grid that covers the whole slide, the last row and column perhaps in part."""
+    """Return the rows and columns of the tile grid that covers a slide; the last ones may reach beyond its border."""
     rows, cols = (-(-r_size_px(side, l0_per_px) // tile_px) for side in (l0_height_px, l0_width_px))
     return rows, cols
 
 
 def patch_origin_px(frame: Frame, t_col: int, t_row: int) -> tuple[int, int]:
-    """Return the reading-plane x, y of the top-left pixel of the block whose first tile is ``t_col, t_row``.
+    """Return the reading-plane x, y of the top-left pixel, halo included, of a block with this first tile.
 
-    In the reference convention, whose blocks are single tiles, the first tile of an axis has no halo before it, and a
-    patch that would pass the slide's far side is shifted back to one pixel past the edge (``D - 447`` for a 448 px
-    patch: oracle O-4).
+    In the reference convention, where blocks are single tiles, the first tile of an axis has no halo before it. A patch
+    that would reach beyond the slide's far border is shifted back to one pixel past that border, as in the published
+    system (``D - 447`` for a 448 px patch on a side of D px).
     """
     return (
         _axis_origin_px(frame, t_col, frame.l0_width_px),
@@ -121,36 +121,37 @@ def _axis_origin_px(frame: Frame, index: int, side_px: int) -> int:
 
 
 def window_reach_px(window_px: int, stride_px: int, convention: Convention) -> tuple[int, int]:
-    """Return how far the windows of a tile reach beyond its near (left, top) and far side, in reading pixels."""
+    """Return how far the windows of a tile reach beyond its near (left, top) and its far side, in reading pixels."""
     before = window_px // 2 - (stride_px // 2 if convention == "centred" else 0)
     return before, window_px - before - stride_px
 
 
 def subsampling(fine: Frame, coarse: Frame) -> tuple[int, int]:
-    """Return which cells of a fine map have the windows of a coarse one.
+    """Return which cells of a fine heatmap have the same windows as a coarse one.
 
-    A window of the coarse map begins at a multiple of its stride less what its window reaches beyond the cell. In the
-    reference convention that reach is the same at every stride. Centred, it is half a stride less, so the windows of
-    both meet where the coarse cell's centre is a fine cell's: the coarse stride is an odd multiple of the fine one.
+    A window begins at a multiple of the stride minus its reach beyond the cell. In the reference convention that reach
+    is the same at every stride. In the centred convention it is shorter by half a stride, so windows of both maps
+    coincide only where the centre of a coarse cell is the centre of a fine one: where the coarse stride is an odd
+    multiple of the fine stride.
 
     Args:
-        fine: Transform of the map that there is.
-        coarse: Transform of the map that is asked for.
+        fine: Transform of the existing map.
+        coarse: Transform of the map to derive from it.
 
     Returns:
-        Step and first cell, along rows and columns alike: the cells ``first::step``.
+        The step and the first cell, the same along rows and columns: the cells ``first::step``.
 
     Raises:
         InputError: The maps have no windows in common; the message says why.
     """
     free = {"halo_px", "block_rows", "block_cols"}
-    same = {name: value for name, value in fine.of_pixels().items() if name not in free}
+    same = {name: value for name, value in fine.pixel_settings().items() if name not in free}
     differing = [name for name, value in same.items() if value != getattr(coarse, name)]
     if fine.window_px != coarse.window_px or differing:
         raise _not_taken(coarse, f"the maps differ in {', '.join(differing or ['window_px'])}")
     step, rest = divmod(coarse.stride_px, fine.stride_px)
     if rest or step < 1:
-        raise _not_taken(coarse, f"it is no multiple of stride {fine.stride_px}")
+        raise _not_taken(coarse, f"it is not a multiple of stride {fine.stride_px}")
     reaches = (window_reach_px(each.window_px, each.stride_px, each.convention)[0] for each in (fine, coarse))
     shift_px = next(reaches) - next(reaches)
     first, rest = divmod(shift_px, fine.stride_px)
@@ -166,10 +167,10 @@ def _not_taken(coarse: Frame, cause: str) -> InputError:
 
 
 def window_offsets_px(frame: Frame) -> NDArray[np.int64]:
-    """Return the top-left x, y of every window of one tile, relative to that tile's top-left pixel, row by row.
+    """Return the top-left x, y of every window of a tile, relative to the tile's top-left pixel, row by row.
 
-    Centred: the window's centre is the cell's centre (its lower-right middle pixel where the stride is odd).
-    Reference: the window's centre is the cell's top-left corner.
+    In the centred convention the window's centre is the cell's centre (its lower-right middle pixel where the stride is
+    odd). In the reference convention the window's centre is the cell's top-left corner.
 
     Returns:
         int64 (cells_per_tile ** 2, 2), x and y in reading pixels.
@@ -187,11 +188,11 @@ def h_from_t(frame: Frame, t_col: int, t_row: int) -> tuple[int, int]:
 
 
 def l0_from_h(frame: Frame, h_points: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the level-0 x, y to which the scores of heatmap cells belong.
+    """Return the level-0 x, y of the scores of heatmap cells.
 
     Args:
         frame: The slide's transform.
-        h_points: float64 (n, 2), column and row of cells; a fraction lies between cells.
+        h_points: float64 (n, 2), column and row of cells; fractions are positions between cells.
 
     Returns:
         float64 (n, 2), x and y in level-0 pixels: cell centres, or corners in the reference convention.
@@ -202,9 +203,9 @@ def l0_from_h(frame: Frame, h_points: NDArray[np.float64]) -> NDArray[np.float64
 
 
 def cells_on_slide(frame: Frame) -> tuple[int, int]:
-    """Return how many rows and columns of the heatmap have the place of their score on the slide.
+    """Return how many rows and columns of the heatmap have scores whose place is on the slide.
 
-    The last tiles may reach beyond the slide; what is there is padding, and a score of it would be a detection nowhere.
+    The last tiles may reach beyond the slide. The pixels there are padding, and a detection there would be false.
     """
     rows, cols = frame.h_shape
     l0 = l0_from_h(frame, np.column_stack([np.arange(max(rows, cols))] * 2).astype(np.float64))
@@ -212,7 +213,7 @@ def cells_on_slide(frame: Frame) -> tuple[int, int]:
 
 
 def l0_from_h_corner(frame: Frame, h_col: float, h_row: float) -> tuple[float, float]:
-    """Return the level-0 x, y of the top-left corner of the area that a heatmap cell covers."""
+    """Return the level-0 x, y of the top-left corner of a heatmap cell, the same in both conventions."""
     x, y = (
         (first * frame.tile_px + h * frame.stride_px) * frame.l0_per_px
         for first, h in ((frame.t_col0, h_col), (frame.t_row0, h_row))
@@ -221,7 +222,7 @@ def l0_from_h_corner(frame: Frame, h_col: float, h_row: float) -> tuple[float, f
 
 
 MAX_UPSAMPLE = 16
-"""Pixels enlarged more often than this hold nothing a model could know."""
+"""Upper limit of the setting `max_upsample`: pixels enlarged further contain no information for a model."""
 
 
 class GeometryParams(BaseModel, frozen=True, extra="forbid"):

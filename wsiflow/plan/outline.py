@@ -1,6 +1,6 @@
-"""The tissue of a slide for people and viewers: a picture of the mask, and its outlines as GeoJSON for QuPath.
+"""Tissue masks for people and viewers: a PNG image of the mask, and its outlines as GeoJSON for QuPath.
 
-Input: arrays. Output: bytes or text of a file; writing it is the caller's. The same input gives the same bytes.
+Input: arrays. Output: the bytes or the text of a file, which the caller writes. The same input gives the same bytes.
 
 Conventions: points are x, y and arrays rows, columns; ``m_`` is a mask pixel, ``l0_`` a level-0 pixel.
 """
@@ -20,34 +20,34 @@ Ring = NDArray[np.float64]
 Vertex = tuple[int, int]
 _TISSUE_RGB = (46, 134, 171)
 
-# Headings along pixel borders: right, down, left, up. The step each takes from corner to corner (rows, columns), and
-# where the pixel on its right lies as seen from the corner it leaves.
+# Headings along pixel borders: right, down, left, up. `_STEP` is the step of each from corner to corner (row, column),
+# and `_RIGHT_OF` the offset from the corner it leaves to the pixel on its right.
 _STEP = ((0, 1), (1, 0), (0, -1), (-1, 0))
 _RIGHT_OF = ((0, 0), (0, -1), (-1, -1), (-1, 0))
 _IDS = uuid.UUID("6f3f6cb2-5d0e-5b39-9c6b-0f0a3c1f7a55")
 
 
 def tissue_png(mask: NDArray[np.bool_]) -> bytes:
-    """Return a tissue mask as an 8-bit grey PNG: 255 tissue, 0 elsewhere.
+    """Return a tissue mask as an 8-bit greyscale PNG: 255 for tissue, 0 elsewhere.
 
     Args:
         mask: bool (rows, cols).
     """
-    return encoded_png(Image.fromarray(mask.astype(np.uint8) * 255))
+    return png_bytes(Image.fromarray(mask.astype(np.uint8) * 255))
 
 
 def tissue_geojson(mask: NDArray[np.bool_], *, downsample: float, offset: tuple[float, float]) -> str:
     """Return the outlines of a tissue mask as a GeoJSON FeatureCollection that QuPath opens.
 
-    One annotation per 4-connected piece, its polygon with holes along the exact pixel borders: the areas of all
-    polygons add up to the area of the mask. Rings are closed and simple; outer rings have positive signed area. Ids
-    follow from the coordinates, so the same mask gives the same text.
+    Each 4-connected piece is one annotation, whose polygon and holes follow the pixel borders exactly, so the areas of
+    all polygons add up to the area of the mask. Rings are closed and simple, and outer rings have positive signed area.
+    Ids are derived from the coordinates, so the same mask gives the same text.
 
     Args:
         mask: bool (rows, cols).
         downsample: Level-0 pixels per mask pixel.
-        offset: Level-0 x, y of the mask's top-left corner in the viewer's frame. QuPath counts from the bounding box
-            that some scanners store, so a caller subtracts ``openslide.bounds-x`` and ``-y`` there.
+        offset: Level-0 x, y of the mask's top-left corner in the viewer's coordinates. QuPath counts from the bounding
+            box that some scanners store; for these the caller passes minus ``openslide.bounds-x`` and ``-y``.
     """
     features = [
         _feature([_l0_ring(ring, downsample, offset) for ring in rings], number)
@@ -56,8 +56,8 @@ def tissue_geojson(mask: NDArray[np.bool_], *, downsample: float, offset: tuple[
     return json.dumps({"type": "FeatureCollection", "features": features}, separators=(",", ":")) + "\n"
 
 
-def encoded_png(image: Image.Image) -> bytes:
-    """Return a picture as PNG, the same bytes for the same pixels."""
+def png_bytes(image: Image.Image) -> bytes:
+    """Return an image as PNG; the same pixels give the same bytes."""
     out = io.BytesIO()
     image.save(out, "PNG", optimize=False, compress_level=6)
     return out.getvalue()
@@ -79,7 +79,7 @@ def _feature(rings: Sequence[Ring], number: int) -> dict[str, Any]:
 
 
 def _number(value: float) -> float | int:
-    """Return whole numbers as int, others to a hundredth of a pixel."""
+    """Return a whole number as int, and any other rounded to a hundredth of a pixel."""
     return int(value) if float(value).is_integer() else round(float(value), 2)
 
 
@@ -88,27 +88,27 @@ def _l0_ring(m_ring: Ring, downsample: float, offset: tuple[float, float]) -> Ri
 
 
 def _polygons(mask: NDArray[np.bool_]) -> list[list[Ring]]:
-    """Return, for every 4-connected piece in raster order, its outer ring and then its holes, x, y in mask pixels."""
+    """Return the rings, x, y in mask pixels, of every 4-connected piece in raster order, the outer ring first."""
     count, labels = cv2.connectedComponents(mask.astype(np.uint8), connectivity=4)
     pieces: list[list[Ring]] = [[] for _ in range(count - 1)]
     for inside, loop in _loops(mask):
         ring = np.array([*loop, loop[0]], dtype=np.float64)[:, ::-1]
         pieces[labels[inside] - 1].append(ring)
-    # The outer ring of a piece is its only one of positive area.
+    # The outer ring of a piece is its only ring with a positive area.
     return [sorted(rings, key=_signed_area, reverse=True) for rings in pieces]
 
 
 def _signed_area(ring: Ring) -> float:
-    """Return the area of a closed ring, positive where it turns from x to y."""
+    """Return the area of a closed ring, which is positive if the ring turns from the x to the y axis."""
     x, y = ring.T
     return float(x[:-1] @ y[1:] - x[1:] @ y[:-1]) / 2
 
 
 def _loops(mask: NDArray[np.bool_]) -> Iterator[tuple[Vertex, list[Vertex]]]:
-    """Yield the corners of every simple loop of pixel borders, with the row and column of a pixel of its piece.
+    """Yield every simple loop of pixel borders: row and column of a pixel of its piece, and the corners of the loop.
 
-    Borders are walked with the mask on the right. Where two pixels meet in a corner only, the walk stays with its own
-    pixel; where it passes a corner twice nevertheless, it is split there, so that no ring touches itself.
+    Borders are followed with the mask on their right. Where two pixels touch only at a corner, the path stays with its
+    own pixel. A path that nevertheless passes a corner twice is split there, so that no ring touches itself.
     """
     leaving = _borders(mask)
     walked: set[tuple[Vertex, int]] = set()
@@ -121,7 +121,7 @@ def _loops(mask: NDArray[np.bool_]) -> Iterator[tuple[Vertex, list[Vertex]]]:
 
 
 def _borders(mask: NDArray[np.bool_]) -> dict[Vertex, list[int]]:
-    """Return, by corner (row, column), the headings of the borders that leave it with the mask on their right."""
+    """Return the headings of all pixel borders by the corner (row, column) at which they begin, mask on their right."""
     m = np.pad(mask, 1)
     inner = m[1:-1, 1:-1]
     neighbours = (m[:-2, 1:-1], m[1:-1, 2:], m[2:, 1:-1], m[1:-1, :-2])
@@ -135,7 +135,7 @@ def _borders(mask: NDArray[np.bool_]) -> dict[Vertex, list[int]]:
 def _walk(
     leaving: Mapping[Vertex, Sequence[int]], walked: set[tuple[Vertex, int]], start: Vertex, heading: int
 ) -> list[Vertex]:
-    """Return the corners where the walk from ``start`` turns, until it is back, and note the borders walked."""
+    """Return the corners at which the path from ``start`` turns until it closes, and add its borders to ``walked``."""
     corners = []
     vertex, turned = start, heading
     while (vertex, turned) not in walked:
@@ -150,7 +150,7 @@ def _walk(
 
 
 def _split(corners: Sequence[Vertex]) -> list[list[Vertex]]:
-    """Cut a walk into loops that pass every corner once."""
+    """Return the loops into which a closed path is divided, so that each passes every corner at most once."""
     loops, path, place = [], list[Vertex](), dict[Vertex, int]()
     for corner in corners:
         if corner in place:

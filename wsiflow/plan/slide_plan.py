@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wsiflow.errors import IntegrityError
-from wsiflow.plan.blocks import Block, Cut, groups
+from wsiflow.plan.blocks import Block, BlockLimits, groups
 from wsiflow.plan.blocks import block as block_at
 from wsiflow.plan.blocks import blocks as blocks_of
 from wsiflow.plan.geometry import Frame
@@ -87,7 +87,7 @@ def make_cut(tissue: NDArray[np.bool_], frame: Frame, *, group_tiles: int) -> Sl
         group_tiles: Tissue tiles that a group should not exceed on average.
     """
     runs = tile_runs(tissue)
-    cut = Cut(frame.tile_px, frame.halo_px, frame.block_rows, frame.block_cols)
+    cut = BlockLimits(frame.tile_px, frame.halo_px, frame.block_rows, frame.block_cols)
     blocks = blocks_of(tissue_grid(runs), cut)
     costs = np.array([len(block.tissue) for block in blocks], dtype=np.float64)
     return SlideCut(runs, tuple(blocks), tuple(groups(costs, limit=group_tiles)))
@@ -100,7 +100,7 @@ def slide_key(sha256: str, frame: Frame, cut: SlideCut) -> str:
 
 def pixels_key(planned: SlidePlan, cut: SlideCut) -> str:
     """Return what identifies the pixels of a slide's blocks, whatever windows are cut from them."""
-    return publish.key_of(sha256=planned.sha256, frame=planned.frame.of_pixels(), **cut.as_dict())
+    return publish.key_of(sha256=planned.sha256, frame=planned.frame.pixel_settings(), **cut.as_dict())
 
 
 def cut_name(slide_id: str) -> str:

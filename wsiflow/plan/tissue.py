@@ -1,10 +1,10 @@
-"""Tissue: which pixels of an overview and which tiles of a slide are worth looking at.
+"""Tissue detection: which pixels of an overview and which tiles of a slide contain tissue.
 
 Input: an overview of a slide, uint8 RGB (rows, cols, 3). Output: boolean masks of the overview and of the tile grid.
 
-Conventions: ``m_`` names pixels of the overview, each ``downsample`` level-0 pixels a side, and ``t_`` cells of the
-tile grid; both grids begin at level-0 (0, 0). Hue is OpenCV's, 0 to 179 (red is 0, green 60, blue 120); saturation is 0
-to 255. The functions named ``reference`` reproduce the published system with its flaws; the others do not have them.
+Conventions: the prefix ``m_`` marks pixels of the overview, each ``downsample`` level-0 pixels a side, and ``t_`` cells
+of the tile grid; both grids begin at level-0 (0, 0). Hue is OpenCV's, 0 to 179 (red is 0, green 60, blue 120);
+saturation is 0 to 255. Functions whose names begin with ``reference`` reproduce the published system with its flaws.
 """
 
 from typing import Literal, NamedTuple
@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, Field
 from skimage.filters import threshold_otsu
 
-RED_HUE = 15  # hues below are reds that belong with the pinks at the other end of the scale
-HUE_LIMIT = 110  # haematoxylin and eosin lie above; a threshold beyond would cut tissue in two
-HUES_APART = 30  # two groups of hues closer than this are both tissue
+RED_HUE = 15  # hues below this are reds, which continue the pinks at the other end of the scale
+HUE_LIMIT = 110  # haematoxylin and eosin have larger hues, so a larger threshold would split the tissue
+HUES_APART = 30  # two groups of hues whose means are closer than this are both tissue
 REFERENCE_HUE_LIMIT = 180
 
 
@@ -52,33 +52,33 @@ class TissueParams(BaseModel, frozen=True, extra="forbid"):
 
 
 class ReferenceIndex(NamedTuple):
-    """The tile index of the reference system: one thumbnail pixel is one tile."""
+    """The tile index of the reference system, in which one thumbnail pixel stands for one tile."""
 
     vector: NDArray[np.int64]
     """Shape (9,): ny, nx, 3, xmin, xmax, ymin, ymax, nrows, ncols; xmax and ymax are exclusive."""
     mask: NDArray[np.bool_]
-    """Shape (ny, nx): tissue."""
+    """Shape (ny, nx): True for tissue."""
     tile_rows_cols: NDArray[np.int64]
     """Shape (nrows * ncols, 2): row and column of every tile of the kept rectangle, row by row."""
     is_tissue: NDArray[np.bool_]
-    """Shape (nrows * ncols,): the mask at those tiles."""
+    """Shape (nrows * ncols,): True for the tiles of the kept rectangle that are tissue."""
 
 
 def tissue_mask(overview: NDArray[np.uint8], params: TissueParams) -> NDArray[np.bool_]:
-    """Find the tissue on an overview.
+    """Return the tissue mask of an overview.
 
-    Tissue is what is more saturated than Otsu's threshold and has some colour at all, so that an empty slide, white or
-    black, has none. With ``hsv_otsu`` the hues of these pixels are split by Otsu's method as well. Only where the two
-    groups are far apart, as ink and tissue are, the lower one is dropped, and never anything above blue (hue 110) or
-    among the reds (hue below 15): a hue threshold on the whole image, as the reference has it, loses red tissue, takes
-    the hue of grey glass for a signal, and cuts violet tissue on bluish glass in two.
+    Pixels are tissue if their saturation is above Otsu's threshold and their chroma is at least ``min_chroma``, so that
+    an empty slide, white or black, has no tissue. With ``hsv_otsu`` the hues of these pixels are split by Otsu's method
+    as well. The group of lower hues is dropped only where the two groups are far apart, as ink and tissue are; hues
+    above blue (110) and reds (below 15) are always kept. A hue threshold on the whole image, as in the reference, loses
+    red tissue, treats the hue of grey glass as a signal, and splits violet tissue on bluish glass.
 
     Args:
-        overview: Shape (rows, cols, 3), RGB.
+        overview: uint8 (rows, cols, 3), RGB.
         params: The settings.
 
     Returns:
-        Shape (rows, cols).
+        bool (rows, cols).
     """
     if params.method == "all":
         return np.ones(overview.shape[:2], dtype=np.bool_)
@@ -93,17 +93,17 @@ def tissue_mask(overview: NDArray[np.uint8], params: TissueParams) -> NDArray[np
 def tile_coverage(
     mask: NDArray[np.bool_], *, downsample: float, tile_l0_px: float, grid: tuple[int, int]
 ) -> NDArray[np.float64]:
-    """Return which part of every tile is tissue, exactly.
+    """Return the exact fraction of every tile that is tissue.
 
     Args:
-        mask: Shape (rows, cols) of the overview.
+        mask: bool (rows, cols), the tissue on the overview.
         downsample: Level-0 pixels per overview pixel.
-        tile_l0_px: Level-0 pixels per tile, not necessarily a multiple of ``downsample``.
-        grid: Rows and columns of the tile grid.
+        tile_l0_px: Side of a tile in level-0 pixels, not necessarily a multiple of ``downsample``.
+        grid: Number of rows and columns of the tile grid.
 
     Returns:
-        Shape ``grid``, 0 to 1. Of a tile that reaches beyond the overview only the part on it counts; a tile that lies
-        beyond it has coverage 0.
+        float64 of shape ``grid``, 0 to 1. Of a tile that extends beyond the overview only the part inside counts; a
+        tile outside the overview has coverage 0.
     """
     summed = np.pad(mask, ((1, 0), (1, 0))).cumsum(axis=0, dtype=np.float64).cumsum(axis=1)
     m_edges = [
@@ -113,21 +113,21 @@ def tile_coverage(
     at_corners = _between(_between(summed, m_edges[0]).T, m_edges[1]).T
     tissue = np.diff(np.diff(at_corners, axis=0), axis=1)
     area = np.outer(np.diff(m_edges[0]), np.diff(m_edges[1]))
-    # Differences of large sums leave rounding of the order of 1e-9, which must not make a tile of glass tissue. Over a
-    # sliver at the edge it grows, so the ends are held.
+    # Differences of large sums have rounding errors of about 1e-9, which must not turn a tile of glass into tissue. For
+    # a sliver at the border the division magnifies them, so the result is clipped.
     coverage = np.divide(tissue, area, out=np.zeros_like(tissue), where=area > 0).round(6)
     return np.clip(coverage, 0, 1)
 
 
 def select_tiles(coverage: NDArray[np.float64], params: TissueParams) -> NDArray[np.bool_]:
-    """Select the tiles with enough tissue and their neighbours.
+    """Return which tiles have enough tissue or are their neighbours.
 
     Args:
-        coverage: Shape (rows, cols), the part of each tile that is tissue.
-        params: The settings.
+        coverage: float64 (rows, cols), the fraction of each tile that is tissue.
+        params: The settings, of which ``min_coverage`` and ``dilate_tiles`` are used.
 
     Returns:
-        Shape (rows, cols).
+        bool (rows, cols).
     """
     enough = (coverage > 0) & (coverage >= params.min_coverage)
     around = np.ones((3, 3), dtype=np.uint8)
@@ -135,25 +135,25 @@ def select_tiles(coverage: NDArray[np.float64], params: TissueParams) -> NDArray
 
 
 def reference_index(thumbnail: NDArray[np.uint8]) -> ReferenceIndex:
-    """Return the reference system's tile index of a slide.
+    """Return the reference system's tile index for a thumbnail.
 
     Args:
-        thumbnail: Shape (ny, nx, 3), RGB, one pixel per tile.
+        thumbnail: uint8 (ny, nx, 3), RGB, one pixel per tile.
 
     Returns:
-        The index; without any tissue it lists no tile.
+        The index, which lists no tile if there is no tissue.
     """
     return reference_index_of(reference_mask(thumbnail))
 
 
 def reference_mask(thumbnail: NDArray[np.uint8]) -> NDArray[np.bool_]:
-    """Threshold hue and saturation each by Otsu's method on the whole plane, bounds included, as the reference does.
+    """Return the reference system's tissue mask: hue and saturation are at least Otsu's thresholds of the whole image.
 
     Args:
-        thumbnail: Shape (ny, nx, 3), RGB.
+        thumbnail: uint8 (ny, nx, 3), RGB.
 
     Returns:
-        Shape (ny, nx).
+        bool (ny, nx).
     """
     hue, saturation = _hue_and_saturation(thumbnail)
     least_hue, least_saturation = reference_thresholds(thumbnail)
@@ -161,19 +161,19 @@ def reference_mask(thumbnail: NDArray[np.uint8]) -> NDArray[np.bool_]:
 
 
 def reference_thresholds(thumbnail: NDArray[np.uint8]) -> tuple[int, int]:
-    """Return the reference's lower bounds of hue and of saturation for a thumbnail of shape (ny, nx, 3)."""
+    """Return the reference system's lower bounds of hue and saturation for a thumbnail, uint8 (ny, nx, 3), RGB."""
     hue, saturation = _hue_and_saturation(thumbnail)
     return _otsu(hue), _otsu(saturation)
 
 
 def reference_index_of(mask: NDArray[np.bool_]) -> ReferenceIndex:
-    """Cut the reference's rectangle of tiles around a mask.
+    """Return the reference system's tile index for a tissue mask.
 
     Args:
-        mask: Shape (ny, nx).
+        mask: bool (ny, nx), one pixel per tile.
 
     Returns:
-        The index; without any tissue it lists no tile.
+        The index, which lists no tile if there is no tissue.
     """
     ny, nx = mask.shape
     t_rows, t_cols = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
@@ -185,14 +185,14 @@ def reference_index_of(mask: NDArray[np.bool_]) -> ReferenceIndex:
 
 
 def reference_vector(shape: tuple[int, int], box: tuple[int, int, int, int]) -> NDArray[np.int64]:
-    """Return the nine numbers the reference keeps of a slide.
+    """Return the nine numbers that the reference system stores for a slide, see `ReferenceIndex.vector`.
 
     Args:
-        shape: Rows and columns of the thumbnail.
+        shape: Number of rows and columns of the thumbnail.
         box: xmin, xmax, ymin, ymax of the tissue in thumbnail pixels, the maxima exclusive; all 0 without tissue.
 
     Returns:
-        Shape (9,). The kept rectangle has one row and one column more than the box, unless the thumbnail ends there.
+        int64 (9,). The kept rectangle has one row and one column more than the box, unless the thumbnail ends there.
     """
     ny, nx = shape
     xmin, xmax, ymin, ymax = box
@@ -202,19 +202,19 @@ def reference_vector(shape: tuple[int, int], box: tuple[int, int, int, int]) -> 
 
 
 def _hue_and_saturation(rgb: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """Return OpenCV's hue and saturation, uint8, of shape (rows, cols)."""
+    """Return OpenCV's hue and saturation, each uint8 (rows, cols), of an image (rows, cols, 3), RGB."""
     hsv = np.asarray(cv2.cvtColor(np.ascontiguousarray(rgb), cv2.COLOR_RGB2HSV), dtype=np.uint8)
     return hsv[..., 0], hsv[..., 1]
 
 
 def _otsu(values: NDArray[np.integer]) -> int:
-    """Return Otsu's threshold: the largest value of the lower class; the only value of a flat array."""
+    """Return Otsu's threshold, the largest value of the lower class; of a constant array, its only value."""
     return int(threshold_otsu(values))  # type: ignore[no-untyped-call]
 
 
 def _tissue_hues(hue: NDArray[np.uint8], coloured: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Return where the hue may be tissue's, judged from the hues of the coloured pixels."""
-    # Turned so that the scale begins behind the reds and they end up beside the pinks.
+    """Return where the hue may be that of tissue, bool (rows, cols); the threshold is that of the coloured pixels."""
+    # The scale is rotated to begin above the reds, which then lie beside the pinks.
     turned = (hue.astype(np.int16) + 180 - RED_HUE) % 180
     values = turned[coloured]
     if values.size == 0:
@@ -228,13 +228,13 @@ def _tissue_hues(hue: NDArray[np.uint8], coloured: NDArray[np.bool_]) -> NDArray
 
 
 def _closed(mask: NDArray[np.bool_], radius_px: int) -> NDArray[np.bool_]:
-    """Close gaps by a disc; the world beyond the border is neither tissue nor glass."""
+    """Return the morphological closing of a mask by a disc; pixels outside the image do not influence it."""
     disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * radius_px + 1, 2 * radius_px + 1))
     return cv2.morphologyEx(mask.astype(np.uint8), cv2.MORPH_CLOSE, disc) > 0
 
 
 def _without_small_objects(mask: NDArray[np.bool_], least_px: int) -> NDArray[np.bool_]:
-    """Drop pieces (touching also at corners) of less than an area."""
+    """Return a mask without its 8-connected components of less than ``least_px`` pixels."""
     _, labels, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=8)
     keep = stats[:, cv2.CC_STAT_AREA] >= least_px
     keep[0] = False
@@ -242,14 +242,14 @@ def _without_small_objects(mask: NDArray[np.bool_], least_px: int) -> NDArray[np
 
 
 def _between(values: NDArray[np.float64], at: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Interpolate linearly between the rows of an array.
+    """Return the linear interpolation between the rows of an array.
 
     Args:
-        values: Shape (rows, cols).
-        at: Shape (n,), row numbers, not necessarily whole.
+        values: float64 (rows, cols).
+        at: float64 (n,), row numbers, not necessarily whole.
 
     Returns:
-        Shape (n, cols).
+        float64 (n, cols).
     """
     below = np.minimum(at.astype(np.intp), len(values) - 2)
     weight = (at - below)[:, np.newaxis]

@@ -16,7 +16,7 @@ from wsiflow.slides.kinds import RECORDED
 from wsiflow.slides.manifest import Case
 from wsiflow.system import publish
 from wsiflow.system.paths import is_same
-from wsiflow.system.reread import remembered
+from wsiflow.system.reread import cached_by_content
 
 _CASES = TypeAdapter(tuple[Case, ...])
 
@@ -41,7 +41,7 @@ def _as_spelled(root: Path, config: RunConfig) -> RunConfig:
     return config.model_copy(update={"out": former}) if is_same(former, root) else config
 
 
-@remembered(files=4)
+@cached_by_content(files=4)
 def read_cases(path: Path) -> tuple[RunConfig, tuple[Case, ...]]:
     """Return the configuration and the cases of a run."""
     data = json.loads(path.read_text(encoding="utf-8"))

@@ -63,7 +63,7 @@ def _stage(root: Path, made: Plan, stage: Stage, slide: int, number: str) -> Ite
     elif len(indices) == 1:
         yield from _file(root, made, stage, indices[0])
     else:
-        there = sum(publish.is_there(root, stage.product_of(made, index)) for index in indices)
+        there = sum(publish.has_recorded_size(root, stage.product_of(made, index)) for index in indices)
         yield f"{stage.name}: {there} of {len(indices)} published"
 
 

@@ -26,7 +26,7 @@ from wsiflow.plan.slide_plan import SlidePlan, read_cut
 from wsiflow.run.settings import PlanSettings
 from wsiflow.system import faults, publish
 from wsiflow.system.provenance import NUMERICS
-from wsiflow.system.reread import remembered
+from wsiflow.system.reread import cached_by_content
 
 
 class Rejected(NamedTuple):
@@ -135,7 +135,7 @@ def task_key(root: Path, plan: Plan, task: Task) -> str:
     return publish.key_of(slide=slide.key, blocks=blocks, predict=plan.settings.of_scores, numerics=NUMERICS)
 
 
-@remembered(files=4)
+@cached_by_content(files=4)
 def read_plan(path: Path) -> Plan:
     """Read a plan.
 

@@ -126,7 +126,7 @@ class PlanSettings(BaseModel, frozen=True):
         """What decides the scores of a slide's blocks, JSON values: a part of the key of every group's scores."""
         return {
             "model": self.model_identity,
-            "inference": self.choice.numbers(),
+            "inference": self.choice.score_settings(),
             "stain": self.stain.model_dump(mode="json"),
             "store_loss": self.store.loss,
             "pixels": dict(self.pixel_versions),

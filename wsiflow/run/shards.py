@@ -330,7 +330,7 @@ def _published(root: Path, plan: Plan, stage: Stage, index: int, key: str) -> pu
         receipt = publish.read_receipt(root, stage.product_of(plan, index))
         if receipt is not None and receipt["key"] != key:
             return None
-        if not all(publish.is_there(root, name) for name in names_of(stage, plan, slide, index)):
+        if not all(publish.has_recorded_size(root, name) for name in names_of(stage, plan, slide, index)):
             return None
         if receipt is not None and stage.verified == "hash":
             publish.check(root, receipt)
@@ -352,5 +352,5 @@ def is_spare(root: Path, plan: Plan, name: str) -> bool:
 def _is_scored(root: Path, plan: Plan, index: int) -> bool:
     planned = plan.slides[index]
     certificate = certify.certificate_name(planned)
-    certified = not certify.is_needed(plan) or publish.is_there(root, certificate)
+    certified = not certify.is_needed(plan) or publish.has_recorded_size(root, certificate)
     return certified and len(ledger.groups_there(root, planned)) == planned.n_groups

@@ -52,7 +52,7 @@ def done(place: Place) -> publish.Receipt | None:
         IntegrityError: A receipt is there, but for another key, or the file is not what the receipt says.
         EnvironmentFault: The file system refused.
     """
-    receipt = publish.at_hand(place.root, place.name, place.key)
+    receipt = publish.done_if_present(place.root, place.name, place.key)
     if receipt is not None or place.shared is None:
         return receipt
     made = found(place.shared, place.address)

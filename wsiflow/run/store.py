@@ -166,7 +166,7 @@ def create_patches(path: Path, frame: Frame, facts: Mapping[str, Any], params: S
     Nobody else knows a file that is being written: no lock is asked for, which not every disk could give.
     """
     with h5py.File(path, "x", libver=("v110", "v110"), locking=False) as file:
-        _describe(file, frame.of_pixels(), facts)
+        _describe(file, frame.pixel_settings(), facts)
         yield PatchWriter(file, frame, params)
 
 
@@ -229,7 +229,7 @@ def write_index(path: Path, frame: Frame, facts: Mapping[str, Any], links: Mappi
         links: Numbers of groups, by the name of the file that has them, relative to the folder of ``path``.
     """
     with h5py.File(path, "x", libver=("v110", "v110"), locking=False) as file:
-        _describe(file, frame.of_pixels(), facts)
+        _describe(file, frame.pixel_settings(), facts)
         for name, numbers in links.items():
             for k in numbers:
                 file[f"t{k}"] = h5py.ExternalLink(name, f"/t{k}")

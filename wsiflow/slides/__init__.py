@@ -1,4 +1,4 @@
-"""What there is to test on: manifests, slides, their content and colours, annotations, and synthetic data."""
+"""The slides of a run: manifests, slide files, their identity and colours, annotations, and synthetic data sets."""
 
 from typing import TYPE_CHECKING
 
@@ -25,7 +25,7 @@ __all__ = [
     "read_asap",
 ]
 
-# Loaded by whoever asks first: most commands need little of it.
+# Each module is imported when a name of it is first used, because most commands need few of them.
 __getattr__, __dir__, _ = lazy_loader.attach(
     __name__,
     submodules=["annotations"],

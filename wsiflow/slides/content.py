@@ -1,9 +1,9 @@
-"""Which files a slide consists of, and whether they are still the same.
+"""The files of which a slide consists, and whether they have changed.
 
-Input: the path that names a slide. Output: hashes over all of its files. Nothing here opens the slide as an image.
+Input: the path of a slide. Output: hashes over all of its files. This module does not open the slide as an image.
 
-That files were written shows in their sizes and times. It does not show at once where another machine writes into a
-memory map, or where a file system keeps times no finer than what happens within them.
+Changes are detected by the sizes and times of the files. A change may be missed for a while where another machine
+writes through a memory map, or where the times of a file system are coarser than the interval between two changes.
 """
 
 import contextlib
@@ -15,21 +15,22 @@ from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 
-from wsiflow.errors import EnvironmentFault, InputError, Rewritten, WsiflowError
+from wsiflow.errors import EnvironmentFault, InputError, SlideModified, WsiflowError
 from wsiflow.system import faults
 
 COPY_AGAIN = "copy it again from its source, or remove its line"
 
 
 def sha256(path: Path) -> str:
-    """Return the SHA-256 of a slide, hexadecimal.
+    """Return the SHA-256 of a slide in hexadecimal.
 
-    A slide of one file has that file's hash. A slide of several (MIRAX with its folder, the DICOM files of a folder,
-    a Hamamatsu index with the files it names) has the hash of the list of their names and hashes.
+    The hash of a slide that is one file is that of the file. A slide may also consist of several files: MIRAX with its
+    folder, the DICOM files of a folder, or a Hamamatsu index with the files it names. Its hash is that of the list of
+    their hashes and names.
 
     Raises:
         InputError: The file is missing or not a regular file.
-        EnvironmentFault: A file may not be read.
+        EnvironmentFault: The system refuses to read a file.
     """
     parts = {name: _file_sha256(part) for name, part in _parts(path)}
     if len(parts) == 1:
@@ -39,68 +40,68 @@ def sha256(path: Path) -> str:
 
 
 def signature(path: Path) -> str:
-    """Return a text that changes when a file of the slide is replaced or written: names, sizes, times and inodes.
+    """Return a hash of the names, sizes, modification times and inodes of a slide's files.
 
-    While it stays the same, a hash computed before may be taken as still valid.
+    It changes when a file is written or replaced. While it is unchanged, a former SHA-256 of the slide remains valid.
 
     Raises:
         InputError: The file is missing or not a regular file.
     """
     parts = [(name, part.stat()) for name, part in _parts(path)]
-    listing = "".join(f"{found.st_size} {found.st_mtime_ns} {found.st_ino} {name}\n" for name, found in parts)
+    listing = "".join(f"{status.st_size} {status.st_mtime_ns} {status.st_ino} {name}\n" for name, status in parts)
     return hashlib.sha256(listing.encode()).hexdigest()
 
 
 def stamp(path: Path) -> str:
-    """Return a text that changes whenever something is done to a file of the slide.
+    """Return a hash that changes with any modification of a slide's files, including links, owners and permissions.
 
-    Unlike its `signature` it tells a file that was written from one that never was even where its times were set back,
-    as copies do: nobody can set the time of a change. New links, owners or permissions show in it as well.
+    Unlike `signature` it covers the status change times (ctime), which no program can set. It therefore also detects a
+    file that was written and whose modification time was then set back, as copying tools do.
 
     Raises:
         InputError: The file is missing or not a regular file.
-        EnvironmentFault: A file may not be read.
+        EnvironmentFault: The system refuses to read a file.
     """
     parts = [(name, _status(part)) for name, part in _parts(path)]
     listing = "".join(
-        f"{found.st_size} {found.st_mtime_ns} {found.st_ctime_ns} {found.st_ino} {name}\n" for name, found in parts
+        f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns} {status.st_ino} {name}\n" for name, status in parts
     )
     return hashlib.sha256(listing.encode()).hexdigest()
 
 
 @contextlib.contextmanager
-def unwritten(path: Path, slide_id: str = "") -> Iterator[str]:
-    """See that nothing writes a slide while the body reads it; what has its old content at the end was written too.
+def unmodified(path: Path, slide_id: str = "") -> Iterator[str]:
+    """Verify that no file of a slide is modified while the body reads it, not even back to its former content.
 
     Yields:
-        The slide's stamp.
+        The stamp of the slide, see `stamp`.
 
     Raises:
-        Rewritten: Something was done to its files; also where that made the body fail.
+        SlideModified: A file was modified; this replaces any error of the body, which the modification may have caused.
     """
     before = stamp(path)
     try:
         yield before
     except Exception as error:
         if stamp(path) != before:
-            raise _rewritten(path, slide_id) from error
+            raise _modified(path, slide_id) from error
         raise
     if stamp(path) != before:
-        raise _rewritten(path, slide_id)
+        raise _modified(path, slide_id)
 
 
-def _rewritten(path: Path, slide_id: str) -> Rewritten:
-    cause = "its file was written, replaced or given another owner, permission or link while it was read"
-    return Rewritten(cause, "run again when the copy has ended", slide=slide_id, path=path)
+def _modified(path: Path, slide_id: str) -> SlideModified:
+    cause = "the slide was written, replaced or given another owner, permission or link while it was read"
+    return SlideModified(cause, "run again when copying has ended", slide=slide_id, path=path)
 
 
-def settled_sha256(path: Path) -> str:
-    """Return the SHA-256 of a slide, which is computed once in a process while the slide is not touched.
+def cached_sha256(path: Path) -> str:
+    """Return the SHA-256 of a slide, which this process computes again only if the slide's stamp has changed.
 
     Raises:
-        Rewritten: It was touched while it was hashed.
+        SlideModified: A file of the slide was modified while it was hashed.
     """
-    with unwritten(path) as stamped:
+    with unmodified(path) as stamped:
         return _sha256_of(path, stamped)
 
 
@@ -110,32 +111,32 @@ def _sha256_of(path: Path, _stamped: str) -> str:
 
 
 def require_file(path: Path, slide_id: str = "", *, what: str = "slide") -> None:
-    """Refuse what is not a regular file with something in it, before a library looks at it.
+    """Refuse a path that is not a regular file with content, before a library opens it.
 
     Args:
         path: The file.
-        slide_id: Name of the slide for messages.
-        what: What the file holds.
+        slide_id: Id of the slide, for messages.
+        what: What the file contains, for messages.
 
     Raises:
-        InputError: There is no such file, or something else has the name.
-        EnvironmentFault: It may not be looked at.
+        InputError: The file does not exist, is empty, is a folder or is not a regular file.
+        EnvironmentFault: The system refuses to access it.
     """
-    found = _looked_at(path, slide_id, what)
-    if stat.S_ISDIR(found.st_mode):
+    status = _file_status(path, slide_id, what)
+    if stat.S_ISDIR(status.st_mode):
         remedy = "name a file (of DICOM any .dcm in the folder) in its line, or use dataset=folder"
         raise InputError(f"the path is a folder, not a {what} file", remedy, slide=slide_id, path=path)
-    if not stat.S_ISREG(found.st_mode):
+    if not stat.S_ISREG(status.st_mode):
         raise InputError("the path is not a regular file", "remove it or its line", slide=slide_id, path=path)
-    if found.st_size == 0:
+    if status.st_size == 0:
         raise InputError(f"the {what} file is empty (0 bytes)", COPY_AGAIN, slide=slide_id, path=path)
 
 
 def require_readable(path: Path) -> None:
-    """See that the system lets us read a slide's files, of which a library says no more than that it knows no such one.
+    """Verify that the files of a slide can be read; libraries report a file without permission as an unknown format.
 
     Raises:
-        EnvironmentFault: It does not.
+        EnvironmentFault: The system refuses to read a file.
     """
     for _, part in _parts(path):
         with _as_slide_fault(part), part.open("rb") as stream:
@@ -143,12 +144,12 @@ def require_readable(path: Path) -> None:
 
 
 def unlisted(error: OSError) -> EnvironmentFault:
-    """Return what to say of a folder that may not be listed: what it holds would be left out without a word."""
+    """Return the error of a folder that cannot be listed; without it the files in there would be left out silently."""
     cause = f"the folder cannot be listed ({faults.cause(error)})"
     return EnvironmentFault(cause, faults.remedy(error), path=error.filename or "")
 
 
-def _looked_at(path: Path, slide_id: str, what: str) -> os.stat_result:
+def _file_status(path: Path, slide_id: str, what: str) -> os.stat_result:
     try:
         return path.stat()
     except OSError as error:
@@ -156,41 +157,41 @@ def _looked_at(path: Path, slide_id: str, what: str) -> os.stat_result:
 
 
 def _absent(path: Path, slide_id: str, what: str, error: OSError) -> WsiflowError:
-    """Return why a file cannot be looked at: a link that leads nowhere is not a file out of reach."""
+    """Return the error of a file that cannot be accessed: it is missing, is a broken link, or the system refuses it."""
     if isinstance(error, FileNotFoundError | NotADirectoryError) or error.errno == errno.ELOOP:
         if path.is_symlink():
-            cause = f"the {what} file is a link that leads nowhere ({path.readlink()})"
-            return InputError(cause, "mend the link, or remove it or its line", slide=slide_id, path=path)
+            cause = f"the {what} file is a broken link ({path.readlink()})"
+            return InputError(cause, "correct the link, or remove it or its line", slide=slide_id, path=path)
         cause, remedy = f"the {what} file does not exist", "correct the path, or remove its line"
         return InputError(cause, remedy, slide=slide_id, path=path)
-    cause = f"the {what} file is out of reach ({faults.cause(error)})"
+    cause = f"the {what} file cannot be accessed ({faults.cause(error)})"
     return EnvironmentFault(cause, faults.remedy(error), slide=slide_id, path=path)
 
 
 def _parts(path: Path) -> list[tuple[str, Path]]:
-    """Return every file of a slide with its name relative to the slide's folder, sorted by name."""
+    """Return all files of a slide, each with its name relative to the folder of the slide, sorted by name."""
     require_file(path)
     parts = {path, *_companions(path)}
     return sorted((part.relative_to(path.parent).as_posix(), part) for part in parts)
 
 
 def _companions(path: Path) -> Iterator[Path]:
-    """Yield the files that belong to a slide besides the one that names it.
+    """Yield the files that belong to a slide besides the one at its path.
 
     Raises:
-        InputError: One of them is no file: left out, it would be missing from the hash without a word.
-        EnvironmentFault: They may not be listed or read.
+        InputError: One of them is not a regular file; if it were skipped, the hash would silently not cover it.
+        EnvironmentFault: The files cannot be listed or read.
     """
-    for part in _named_so(path):
-        kind = _looked_at(part, "", "slide's data").st_mode
+    for part in _candidates(path):
+        kind = _file_status(part, "", "slide's data").st_mode
         if not stat.S_ISREG(kind) and not stat.S_ISDIR(kind):
-            raise InputError("it is among the slide's files and no regular file", "remove it", path=part)
+            raise InputError("the file belongs to a slide, but is not a regular file", "remove it", path=part)
         if stat.S_ISREG(kind):
             yield part
 
 
-def _named_so(path: Path) -> Iterator[Path]:
-    """Yield what belongs to a slide by its name."""
+def _candidates(path: Path) -> Iterator[Path]:
+    """Yield the files and folders that by their names belong to a slide, according to its format."""
     kind, data = path.suffix.lower(), path.with_suffix("")
     if kind == ".mrxs" and data.is_dir():
         for folder, _, names in os.walk(data, onerror=_raise_unlisted):
@@ -222,13 +223,13 @@ def _unread(path: Path, error: OSError) -> EnvironmentFault:
 
 
 def _status(path: Path) -> os.stat_result:
-    """Return size and times of a file; opened, for a network file system then asks its server."""
+    """Return the status of a file; it is opened first, so that a network file system asks its server."""
     with _as_slide_fault(path), path.open("rb") as stream:
         return os.fstat(stream.fileno())
 
 
 def _file_sha256(path: Path) -> str:
-    """Hash one file in pieces."""
+    """Return the SHA-256 of one file."""
     with _as_slide_fault(path), path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 

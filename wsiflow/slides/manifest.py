@@ -1,11 +1,11 @@
-"""The slides of a run: from a manifest, a folder or a single file.
+"""The slides of a run, read from a manifest, a folder or the path of a single slide.
 
 Input: a CSV manifest, a folder of slides, or one slide. Output: a tuple of :class:`Case`, one per slide.
 
 A manifest has the columns ``slide_id,path`` and any of ``mpp,label,annotation_path,mask_path,patient_id,split,scanner,
-sha256``; the names other tools use for them are accepted. Paths are relative to the manifest's folder. Everything that
-is wrong with a manifest is reported at once, with line numbers. A slide file that does not exist is not the manifest's
-fault: opening it fails, for that slide alone.
+sha256``. Names that other tools use for these columns are accepted. Paths are relative to the folder of the manifest.
+All errors of a manifest are reported at once, with line numbers. A slide file that does not exist is not an error of
+the manifest: only that slide fails, when it is opened.
 """
 
 import difflib
@@ -39,7 +39,7 @@ COLUMNS: Mapping[str, tuple[str, ...]] = {
     "scanner": ("scanner", "center", "centre"),
     "sha256": ("sha256",),
 }
-"""Every column of a manifest and the names it may have."""
+"""The columns of a manifest, each with the names by which it is recognised."""
 
 LABELS: Mapping[str, int] = {
     **dict.fromkeys(("0", "normal", "negative", "benign"), 0),
@@ -56,20 +56,20 @@ _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
 
 @dataclass(frozen=True)
 class Case:
-    """One slide of a run and what is known about it beforehand.
+    """One slide of a run and what is known about it before it is opened.
 
     Attributes:
-        slide_id: Unique name, also when case is ignored; safe as a file name.
-        path: The slide, absolute; it may be missing.
-        mpp: Micrometres per level-0 pixel, or None where the slide is to say it.
-        label: 1 for tumour, 0 for normal, None where it is not known.
-        annotation_path: Tumour outlines (ASAP XML), which exist, or None.
-        mask_path: A mask image, which exists, or None.
-        patient_id: The patient, or an empty text.
-        split: For example ``train`` or ``test``, or an empty text.
+        slide_id: Name that is unique even if case is ignored, and safe as a file name.
+        path: Absolute path of the slide file, which may not exist.
+        mpp: Micrometres per level-0 pixel; None for the value that the slide states.
+        label: 1 for tumour, 0 for normal, None where it is unknown.
+        annotation_path: Existing ASAP XML file with tumour outlines, or None.
+        mask_path: Existing mask image, or None.
+        patient_id: Id of the patient, or an empty text.
+        split: Part of the data set, for example ``train`` or ``test``, or an empty text.
         scanner: Scanner or centre, or an empty text.
-        sha256: The slide's expected hash, or an empty text.
-        line: Line of the manifest, or 0 where there is none.
+        sha256: Expected hash of the slide, or an empty text.
+        line: Line number in the manifest, or 0 without a manifest.
     """
 
     slide_id: str
@@ -86,10 +86,11 @@ class Case:
 
 
 def load_dataset(params: GivenSlides) -> tuple[Case, ...]:
-    """Return the slides the settings name, at most ``limit`` of them.
+    """Return the slides that the settings name, at most ``limit`` of them.
 
     Raises:
-        InputError: What the settings name cannot be used.
+        InputError: The manifest, folder or file that the settings name is unusable.
+        EnvironmentFault: The system refuses to read it.
     """
     if isinstance(params, ManifestSlides):
         cases = read_manifest(params.manifest)
@@ -108,7 +109,8 @@ def read_manifest(path: Path) -> tuple[Case, ...]:
         The cases in the order of the lines.
 
     Raises:
-        InputError: The file is missing, empty or not CSV, or lines of it are wrong: all of them, with their numbers.
+        InputError: The file is missing, empty or not CSV, or lines are wrong; all are reported with their numbers.
+        EnvironmentFault: The system refuses to read the file.
     """
     rows = tables.read_lines(path, "the manifest", "correct its path (dataset.manifest or --manifest)")
     if not rows:
@@ -117,66 +119,67 @@ def read_manifest(path: Path) -> tuple[Case, ...]:
     parsed = [_parsed(row, columns, path.parent.absolute()) for row in rows[1:]]
     problems = [problem for _, wrong in parsed for problem in wrong]
     if not parsed:
-        problems.append(f"line {rows[0].number}: there is a header but no slide")
+        problems.append(f"line {rows[0].number}: there is a header, but no line with a slide")
     named = [(values["slide_id"], f"line {values['line']}") for values, _ in parsed if "slide_id" in values]
     _report(problems + _collisions(named), "correct the manifest", path)
     return tuple(Case(**values) for values, _ in parsed)
 
 
 def read_folder(folder: Path) -> tuple[Case, ...]:
-    """Find the slides in a folder and its subfolders, by their extension.
+    """Return the slides in a folder and its subfolders, which are recognised by their file extensions.
 
-    A slide is named after its file. Several ``.dcm`` in one folder are one slide, named after that folder; its path is
-    the first of them. An ``.xml`` of the slide's name, beside it or at the top of the folder, is its annotation.
-    Hidden files and folders are passed over. Whatever else has a slide's extension is a slide, for which opening it
-    fails if it is none: a link that leads nowhere, or a folder in which there is no slide. Links to folders are
-    followed, to each folder once, and not to one that holds the link.
+    A slide is named after its file. Several ``.dcm`` files in one folder are one slide, which is named after that
+    folder, and its path is the first of them. An ``.xml`` file with the name of the slide, next to it or directly in
+    ``folder``, is its annotation. Hidden files and folders are ignored. Anything else with the extension of a slide is
+    taken for one, such as a broken link or a folder without a slide, and fails when it is opened. Links to folders are
+    followed, but to each folder only once, and never to a folder that contains the link.
 
     Returns:
         The cases, sorted by path.
 
     Raises:
-        InputError: The folder is missing or holds no slide, names collide or cannot be used, or a file is there twice:
-            it would count twice in the scores. All are reported.
-        EnvironmentFault: A folder may not be listed; all are reported.
+        InputError: The folder is missing or contains no slide, names collide or are unusable as slide ids, or a file
+            occurs twice, which would count twice in the scores. All of these are reported together.
+        EnvironmentFault: Folders cannot be listed; all of them are reported.
     """
     root = folder.absolute()
     slides = _without_siblings(_slides_below(root))
     if not slides:
-        cause = f"the folder holds no slide ({' '.join(sorted(SLIDE_SUFFIXES))})"
+        cause = f"the folder contains no slide ({' '.join(sorted(SLIDE_SUFFIXES))})"
         raise InputError(cause, "correct dataset.folder, or list the slides in a manifest", path=folder)
     names = [_slide_name(path) for path in slides]
     where = [path.relative_to(root).as_posix() for path in slides]
-    problems = [f"{place}: {_bad_id(name)}" for name, place in zip(names, where, strict=True) if _bad_id(name)]
+    problems = [f"{place}: {_id_problem(name)}" for name, place in zip(names, where, strict=True) if _id_problem(name)]
     problems += _collisions(zip(names, where, strict=True))
     _report(problems, "rename the files, or list them in a manifest with a column slide_id", folder)
-    _report(_repeated(slides, where), "remove all but one, or list in a manifest what is meant", folder)
+    _report(_repeated(slides, where), "remove all but one, or list the slides in a manifest", folder)
     return tuple(
         Case(name, path, annotation_path=_companion(path, root)) for name, path in zip(names, slides, strict=True)
     )
 
 
 def read_single(path: Path) -> tuple[Case, ...]:
-    """Take one slide, named after its file (or after its folder, for one of several ``.dcm``).
+    """Return one slide, which is named after its file (or after its folder, for one of several ``.dcm`` files).
 
     Returns:
-        One case. Whether the file exists is found out when it is opened.
+        One case. The file need not exist; opening it would then fail.
 
     Raises:
-        InputError: The name cannot be used.
+        InputError: The name cannot be used as a slide id.
+        EnvironmentFault: The folder of a ``.dcm`` file cannot be listed.
     """
     path = path.absolute()
     name = _slide_name(path)
-    if bad := _bad_id(name):
+    if bad := _id_problem(name):
         raise InputError(bad, "rename the file, or list it in a manifest with a column slide_id", path=path)
     return (Case(name, path, annotation_path=_companion(path, path.parent)),)
 
 
 def _columns(header: Sequence[str], path: Path) -> list[str]:
-    """Return the meaning of every column of a header; an empty text for one that is passed over."""
+    """Return the name in `COLUMNS` of every column of a header, or an empty text for a column to ignore."""
     known = {alias: column for column, aliases in COLUMNS.items() for alias in aliases}
     names = [cell.strip().lower() for cell in header]
-    # CAMELYON's table of labels has both; its class is the size of the largest lesion, not a label.
+    # CAMELYON's table of labels has both columns; its class is the size of the largest lesion, not a label.
     columns = ["" if name == "class" and "type" in names else known.get(name, "?") for name in names]
     problems = [_unknown(name, known) for name, column in zip(names, columns, strict=True) if column == "?"]
     for column in dict.fromkeys(columns):
@@ -190,7 +193,7 @@ def _columns(header: Sequence[str], path: Path) -> list[str]:
 
 
 def _unknown(name: str, known: Iterable[str]) -> str:
-    """Describe a column that means nothing here, with the name that was perhaps meant."""
+    """Return the message about an unknown column, with a suggestion if its name is close to a known one."""
     if ";" in name or "\t" in name:
         return f"the header {name!r} is not separated by commas"
     near = difflib.get_close_matches(name, list(known), n=1)
@@ -198,10 +201,10 @@ def _unknown(name: str, known: Iterable[str]) -> str:
 
 
 def _parsed(row: Line, columns: Sequence[str], folder: Path) -> tuple[dict[str, Any], list[str]]:
-    """Return the values of a line by attribute of :class:`Case`, and what is wrong with the line."""
+    """Return the values of a line by attribute of :class:`Case`, and messages about what is wrong with the line."""
     values: dict[str, Any] = {"line": row.number}
     if len(row.cells) != len(columns):
-        return values, [f"line {row.number}: {len(row.cells)} cells, but the header has {len(columns)}"]
+        return values, [f"line {row.number}: it has {len(row.cells)} cells, but the header has {len(columns)}"]
     wrong = []
     for column, cell in zip(columns, row.cells, strict=True):
         try:
@@ -211,16 +214,20 @@ def _parsed(row: Line, columns: Sequence[str], folder: Path) -> tuple[dict[str, 
         except ValueError as error:
             wrong.append(f"line {row.number}: {column or 'class'}: {error}")
     if "path" not in values and not wrong:
-        wrong.append(f"line {row.number}: path: is empty")
+        wrong.append(f"line {row.number}: the path is empty")
     if "slide_id" not in values and not wrong:
         values["slide_id"] = _slide_name(values["path"])
-        if bad := _bad_id(values["slide_id"]):
+        if bad := _id_problem(values["slide_id"]):
             wrong.append(f"line {row.number}: {bad}; give it a slide_id")
     return values, wrong
 
 
 def _safe_text(cell: str) -> str:
-    """Strip a cell; refuse what a spreadsheet would execute and what would break a line of a log."""
+    """Return a cell without surrounding blanks; refuse formulas of spreadsheets and control characters.
+
+    Raises:
+        ValueError: A spreadsheet would execute the text, or it would break a line of a log.
+    """
     if cell.startswith(_FORMULA_STARTS):
         raise ValueError(f"{cell!r} begins with {cell[0]!r}, which a spreadsheet takes for a formula")
     text = cell.strip()
@@ -230,24 +237,24 @@ def _safe_text(cell: str) -> str:
 
 
 def _slide_id(text: str, _folder: Path) -> str:
-    if bad := _bad_id(text):
+    if bad := _id_problem(text):
         raise ValueError(bad)
     return text
 
 
-def _place(text: str, folder: Path) -> Path:
+def _path(text: str, folder: Path) -> Path:
     return folder / text
 
 
-def _existing(text: str, folder: Path) -> Path:
+def _existing_file(text: str, folder: Path) -> Path:
     path = folder / text
     try:
         is_file = stat.S_ISREG(path.stat().st_mode)
     except PermissionError as error:
-        raise ValueError(f"{text!r} may not be looked at ({error.strerror})") from error
+        raise ValueError(f"{text!r} cannot be accessed ({error.strerror})") from error
     except OSError as error:
         if path.is_symlink():
-            raise ValueError(f"{text!r} is a link that leads nowhere ({path.readlink()})") from error
+            raise ValueError(f"{text!r} is a broken link ({path.readlink()})") from error
         is_file = False
     if not is_file:
         raise ValueError(f"{text!r} is not an existing file")
@@ -266,7 +273,7 @@ def _mpp(text: str, _folder: Path) -> float:
 
 def _label(text: str, _folder: Path) -> int:
     if text.lower() not in LABELS:
-        raise ValueError(f"{text!r} is none of {', '.join(LABELS)}")
+        raise ValueError(f"{text!r} is not one of {', '.join(LABELS)}")
     return LABELS[text.lower()]
 
 
@@ -276,26 +283,26 @@ def _sha256(text: str, _folder: Path) -> str:
     return text.lower()
 
 
-def _word(text: str, _folder: Path) -> str:
+def _any_text(text: str, _folder: Path) -> str:
     return text
 
 
 _PARSERS: Mapping[str, Callable[[str, Path], object]] = {
     "slide_id": _slide_id,
-    "path": _place,
+    "path": _path,
     "mpp": _mpp,
     "label": _label,
-    "annotation_path": _existing,
-    "mask_path": _existing,
-    "patient_id": _word,
-    "split": _word,
-    "scanner": _word,
+    "annotation_path": _existing_file,
+    "mask_path": _existing_file,
+    "patient_id": _any_text,
+    "split": _any_text,
+    "scanner": _any_text,
     "sha256": _sha256,
 }
 
 
-def _bad_id(slide_id: str) -> str:
-    """Say why a name cannot be a slide id; an empty text where it can."""
+def _id_problem(slide_id: str) -> str:
+    """Return why a name cannot be a slide id, or an empty text if it can."""
     if _SLIDE_ID.fullmatch(slide_id):
         return ""
     allowed = "at most 100 ASCII letters, digits, '.', '_', '-' and blanks, the first a letter or digit"
@@ -303,10 +310,10 @@ def _bad_id(slide_id: str) -> str:
 
 
 def _collisions(named: Iterable[tuple[str, str]]) -> list[str]:
-    """Describe every slide id that repeats an earlier one, whatever the case of its letters.
+    """Return a message for every slide id that repeats an earlier one, ignoring case.
 
     Args:
-        named: Slide ids, each with where it stands.
+        named: Slide ids, each with its place, for example ``line 3``.
     """
     first: dict[str, tuple[str, str]] = {}
     problems = []
@@ -318,7 +325,7 @@ def _collisions(named: Iterable[tuple[str, str]]) -> list[str]:
 
 
 def _report(problems: Sequence[str], remedy: str, path: Path) -> None:
-    """Raise one error for all problems, if there are any."""
+    """Raise one InputError that lists all problems, if there are any."""
     if not problems:
         return
     count = "1 error" if len(problems) == 1 else f"{len(problems)} errors"
@@ -326,12 +333,12 @@ def _report(problems: Sequence[str], remedy: str, path: Path) -> None:
 
 
 class _Tree(NamedTuple):
-    """What lies below a folder and is not hidden.
+    """All files and folders below a folder that are not hidden.
 
     Attributes:
-        files: What is no folder, and links to folders whose content is found where it lies.
-        folders: Folders that were listed, the first one included.
-        faults: Why others could not be.
+        files: Everything that is not a folder, and links to folders that are listed under another path.
+        folders: Folders that were listed, including the topmost one.
+        faults: Errors of the folders that could not be listed.
     """
 
     files: list[Path]
@@ -340,7 +347,7 @@ class _Tree(NamedTuple):
 
 
 def _tree(root: Path) -> _Tree:
-    """List a folder; links to folders come last, so that a slide has the path at which it lies."""
+    """Return the tree below a folder; links to folders are followed last, so that slides keep their real paths."""
     tree, seen, links = _Tree([], [], []), set[Path](), deque([root])
     while links:
         link = links.popleft()
@@ -353,7 +360,7 @@ def _tree(root: Path) -> _Tree:
 
 
 def _list(folder: Path, target: Path, seen: set[Path], tree: _Tree) -> list[Path]:
-    """List a folder and its subfolders, each by where it really lies, and return the links to folders among them."""
+    """Add a folder and its subfolders, each real folder once, to the tree; return the links to folders among them."""
     links, waiting = [], [(folder, target)]
     while waiting:
         here, real = waiting.pop()
@@ -383,44 +390,44 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
     except OSError as error:
-        if error.errno != errno.ELOOP:  # a link to itself leads to no folder
+        if error.errno != errno.ELOOP:  # a link to itself is not a folder
             raise
         return False
 
 
 def _slides_below(root: Path) -> list[Path]:
-    """Return whatever has the name of a slide, sorted; of folders those in which there is none.
+    """Return all files with the extension of a slide, sorted, and folders with such a name that contain no slide.
 
     Raises:
-        InputError: There is no such folder.
-        EnvironmentFault: Folders may not be listed.
+        InputError: The folder does not exist, or is not a folder.
+        EnvironmentFault: Folders cannot be listed.
     """
     tree = _tree(root)
     if not tree.folders and isinstance(tree.faults[0], FileNotFoundError | NotADirectoryError):
         if root.exists():
-            raise InputError("it is no folder", "correct dataset.folder, or use dataset=single", path=root)
+            raise InputError("the path is not a folder", "correct dataset.folder, or use dataset=single", path=root)
         raise InputError("the folder does not exist", "correct dataset.folder", path=root)
     if tree.faults:
-        told = ", ".join(f"{fault.filename} ({fault.strerror})" for fault in tree.faults)
+        listing = ", ".join(f"{fault.filename} ({fault.strerror})" for fault in tree.faults)
         remedy = "check the permissions and the mount, or list the slides in a manifest"
-        raise EnvironmentFault(f"folders cannot be listed: {told}", remedy, path=root)
-    found = [path for path in tree.files if path.suffix.lower() in SLIDE_SUFFIXES]
-    holding = {parent for path in found for parent in path.parents}
-    named = [path for path in tree.folders[1:] if path.suffix.lower() in SLIDE_SUFFIXES and path not in holding]
-    return sorted([*found, *named])
+        raise EnvironmentFault(f"folders cannot be listed: {listing}", remedy, path=root)
+    files = [path for path in tree.files if path.suffix.lower() in SLIDE_SUFFIXES]
+    parents = {parent for path in files for parent in path.parents}
+    folders = [path for path in tree.folders[1:] if path.suffix.lower() in SLIDE_SUFFIXES and path not in parents]
+    return sorted([*files, *folders])
 
 
 def _repeated(slides: Sequence[Path], where: Sequence[str]) -> list[str]:
-    """Describe every slide that is the same file as an earlier one, by whatever kind of link."""
+    """Return a message for every slide that is the same file as an earlier one, by a hard or a symbolic link."""
     first: dict[tuple[int, int, int, int], str] = {}
     problems = []
     for path, place in zip(slides, where, strict=True):
         try:
-            found = path.stat()
+            status = path.stat()
         except OSError:
-            continue  # opening it tells what is wrong
-        # Size and time too: not every network file system has numbers of files that are their own.
-        file = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+            continue  # opening it raises the error
+        # Size and time are compared too, because inodes are not unique on every network file system.
+        file = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
         earlier = first.setdefault(file, place)
         if earlier != place:
             problems.append(f"{place} is the same file as {earlier}")
@@ -428,12 +435,12 @@ def _repeated(slides: Sequence[Path], where: Sequence[str]) -> list[str]:
 
 
 def _is_dicom(path: Path) -> bool:
-    # Path.is_dir would raise where a link may not be followed.
+    # Path.is_dir would raise for a link that cannot be followed.
     return path.suffix.lower() == ".dcm" and not os.path.isdir(path)  # noqa: PTH112
 
 
 def _without_siblings(paths: Sequence[Path]) -> list[Path]:
-    """Keep the first of the DICOM files of every folder, which together are one slide."""
+    """Return the paths with only the first DICOM file of every folder, since these files are one slide."""
     first: dict[Path, Path] = {}
     for path in paths:
         first.setdefault(path.parent if _is_dicom(path) else path, path)
@@ -441,7 +448,7 @@ def _without_siblings(paths: Sequence[Path]) -> list[Path]:
 
 
 def _slide_name(path: Path) -> str:
-    """Return the name of a slide: the file's without its extension; the folder's for one of several DICOM files."""
+    """Return the name of a slide: its file name without extension, or its folder's for one of several DICOM files."""
     if not (_is_dicom(path) and os.path.lexists(path)):
         return path.stem
     try:
@@ -452,9 +459,9 @@ def _slide_name(path: Path) -> str:
 
 
 def _companion(path: Path, root: Path) -> Path | None:
-    """Return the annotation of a slide: an ``.xml`` of its name beside it, or at the top of the folder.
+    """Return the annotation of a slide: an ``.xml`` file with its name next to it or in ``root``; None without one.
 
-    Whatever has the name is meant: one that cannot be read is no slide without annotation.
+    Anything with that name counts, even if it cannot be read: the slide must not be taken for one without annotation.
     """
     places = (place / f"{_slide_name(path)}{suffix}" for place in (path.parent, root) for suffix in (".xml", ".XML"))
     return next((place for place in places if os.path.lexists(place)), None)

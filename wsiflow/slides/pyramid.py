@@ -1,8 +1,9 @@
-"""Pyramidal TIFF files: slides and masks written, masks read; `wsiflow.heatmap.files` writes heatmaps with it.
+"""Writing of slides and masks as pyramidal TIFF files, and reading of masks.
 
-Input and output are arrays of rows x cols (x channel). Every file is tiled, carries its spacing in XResolution and
-YResolution, and keeps its reduced levels in the chain of main pages with NewSubfileType 1: OpenSlide (``generic-tiff``)
-finds levels nowhere else. Level k is 1/2**k of level 0. Same arguments, same bytes: there is no date in the file.
+Input and output are arrays (rows, cols) or (rows, cols, channels). Every file is tiled, states its spacing in
+XResolution and YResolution, and stores its reduced levels in the chain of main pages with NewSubfileType 1, the only
+place where OpenSlide (``generic-tiff``) looks for levels. The sides of level k are 1/2**k of those of level 0. The same
+arguments give the same bytes, since the files contain no date. `wsiflow.heatmap.files` uses this module for heatmaps.
 """
 
 import math
@@ -23,21 +24,20 @@ from wsiflow.errors import InputError, WsiflowError
 from wsiflow.system import faults
 
 TILE_PX = 256
-_BIG_TIFF_PX = 2**30  # above this many pixels the offsets may not fit classic TIFF's 4 GiB
-# what tifffile, imagecodecs and Pillow raise for bytes that are no image, a cut file or a damaged tile
+_BIG_TIFF_PX = 2**30  # above this number of pixels, offsets may exceed the 4 GiB of a classic TIFF
+# Exceptions of tifffile, imagecodecs and Pillow for a file that is not an image, is truncated or has a damaged tile.
 UNREADABLE = (OSError, ValueError, IndexError, RuntimeError, ArithmeticError, Image.DecompressionBombError)
 
 
 def write_mask(path: Path, mask: NDArray[np.bool_] | NDArray[np.uint8], *, um_px: float) -> None:
-    """Write a mask as a pyramid of 0 and 255.
+    """Write a mask as a pyramid with the values 0 and 255.
 
-    A reduced level takes every second pixel: area and outline keep their expected size, so a lesion is as large at
-    1/32 as at level 0.
+    A reduced level takes every second row and column, which keeps the expected area of lesions at every level.
 
     Args:
         path: The file to write.
-        mask: rows x cols; anything but 0 is inside.
-        um_px: Spacing of the mask, um.
+        mask: Shape (rows, cols); every value but 0 is inside the mask.
+        um_px: Spacing of the mask, um per px.
     """
     gray = np.where(mask, 255, 0).astype(np.uint8)
     write_gray(path, reduced_levels(gray, lambda level: level[::2, ::2]), um_px=um_px, description="")
@@ -46,25 +46,25 @@ def write_mask(path: Path, mask: NDArray[np.bool_] | NDArray[np.uint8], *, um_px
 def write_rgb(
     path: Path, bands: Iterable[NDArray[np.uint8]], *, shape: tuple[int, int], um_px: float, quality: int
 ) -> None:
-    """Write a slide as a JPEG pyramid, band by band.
+    """Write a slide as a JPEG pyramid, one horizontal band after the other.
 
-    One band and the compressed reduced levels (about a third of the file) are in memory at a time. Reduced levels are
-    2 x 2 box means; an odd last row or column is not carried up, as scanners do it.
+    Only one band and the compressed reduced levels (about a third of the file) are in memory at a time. The pixels of
+    reduced levels are means of 2 x 2 pixels; an odd last row or column is dropped, as scanners do.
 
     Args:
         path: The file to write.
-        bands: Horizontal strips from top to bottom, each any number of rows x cols x 3 (RGB).
-        shape: rows, cols of the whole slide.
-        um_px: Spacing of level 0, um.
-        quality: JPEG quality, 1..100.
+        bands: Horizontal strips from top to bottom, each uint8 (any number of rows, cols, 3), RGB.
+        shape: Number of rows and columns of the whole slide.
+        um_px: Spacing of level 0, um per px.
+        quality: JPEG quality, 1 to 100.
 
     Raises:
-        InputError: The bands do not fill the shape.
+        InputError: The bands do not add up to the shape.
     """
     shapes = _level_shapes(shape)
     reduced: list[list[bytes]] = [[] for _ in shapes]
     tiles = _encoded(_regrouped(bands, len(shapes), shape, path), reduced, quality)
-    # the writer closes a generator after its last tile, but not a chain: what follows that tile is still needed
+    # The writer closes a generator after the last tile of level 0, but not a chain, and the generator must continue.
     level_0 = chain(tiles)
     with tifffile.TiffWriter(path, bigtiff=math.prod(shape) > _BIG_TIFF_PX) as tiff:
         for level, (rows, cols) in enumerate(shapes):
@@ -77,44 +77,55 @@ def write_rgb(
                 compression="jpeg",
                 **_page_options(level, um_px),
             )
-            deque(tiles, maxlen=0)  # complete the reduced levels, and check the number of rows
+            deque(tiles, maxlen=0)  # this completes the reduced levels and checks the number of rows
 
 
 def read_level(path: Path, downsample: int) -> NDArray[np.uint8]:
     """Read the first channel of an image at a reduced scale.
 
-    A stored level within 1 % of the scale is returned as it is; otherwise the centre pixel of each cell is taken from
-    the next finer level.
+    A stored level whose scale is within 1 % of the requested one is returned unchanged. Otherwise the centre pixel of
+    each cell is taken from the next finer level.
 
     Args:
-        path: A TIFF, pyramidal or not, or a PNG; 8 bits or 1 bit per sample.
+        path: A TIFF, pyramidal or not, or a PNG, with 8 bits or 1 bit per sample.
         downsample: Level-0 px per pixel of the result.
 
     Returns:
-        rows x cols, uint8: ceil(level 0 / downsample) where it is computed.
+        uint8 (rows, cols); each side is ceil(side of level 0 / downsample) unless a stored level is returned.
 
     Raises:
-        InputError: The file cannot be read, or has other samples.
+        InputError: The file is not such an image.
+        EnvironmentFault: The system refuses to read the file.
     """
     remedy = "give an 8-bit TIFF or PNG image"
     try:
         level = _read_png(path, downsample) if path.suffix.lower() == ".png" else _read_tiff(path, downsample)
     except UNREADABLE as error:
-        raise refused(error, "image", remedy, path) from error
+        raise unreadable_file(error, "image", remedy, path) from error
     if level.dtype not in (np.uint8, np.bool_):
-        raise InputError(f"found samples of type {level.dtype}, expected uint8", remedy, path=path)
+        raise InputError(f"the image has samples of type {level.dtype}, expected uint8", remedy, path=path)
     return level.astype(np.uint8)
 
 
-def refused(error: Exception, what: str, remedy: str, path: Path) -> WsiflowError:
-    """Return what it means that a file cannot be read: it is no such file, or the system does not let us."""
+def unreadable_file(error: Exception, what: str, remedy: str, path: Path) -> WsiflowError:
+    """Return the error of an image file that cannot be read.
+
+    Args:
+        error: An exception of `UNREADABLE`.
+        what: What the file should be, for example ``image``.
+        remedy: The remedy where the file is at fault.
+        path: The file.
+
+    Returns:
+        An `EnvironmentFault` where the machine is at fault, otherwise an `InputError`.
+    """
     if isinstance(error, OSError) and faults.is_of_machine(error):
         return faults.fault(error, path=path)
-    return InputError(f"not a readable {what} ({error})", remedy, path=path)
+    return InputError(f"the file is not a readable {what} ({error})", remedy, path=path)
 
 
 def _page_options(level: int, um_px: float) -> dict[str, Any]:
-    """Return what every page of every file has in common."""
+    """Return the arguments of the TIFF writer that all pages of all files have in common."""
     px_cm = 10_000 / um_px
     return {
         "tile": (TILE_PX, TILE_PX),
@@ -127,7 +138,14 @@ def _page_options(level: int, um_px: float) -> dict[str, Any]:
 
 
 def write_gray(path: Path, levels: Sequence[NDArray[Any]], *, um_px: float, description: str) -> None:
-    """Write levels of one channel; deflate is the compression every reader has."""
+    """Write a pyramid of one channel, compressed with deflate, which all readers support.
+
+    Args:
+        path: The file to write.
+        levels: Arrays (rows, cols), level 0 first.
+        um_px: Spacing of level 0, um per px.
+        description: ImageDescription of level 0.
+    """
     with tifffile.TiffWriter(path, bigtiff=levels[0].nbytes > _BIG_TIFF_PX) as tiff:
         for level, pixels in enumerate(levels):
             tiff.write(
@@ -140,7 +158,7 @@ def write_gray(path: Path, levels: Sequence[NDArray[Any]], *, um_px: float, desc
 
 
 def reduced_levels(base: NDArray[Any], halve: Callable[[Any], NDArray[Any]]) -> list[NDArray[Any]]:
-    """Return the array and its halves until one tile holds the last."""
+    """Return the levels of a pyramid: the array, then each level reduced by ``halve``, until one fits in a tile."""
     levels = [base]
     while max(levels[-1].shape) > TILE_PX:
         levels.append(halve(levels[-1]))
@@ -148,7 +166,7 @@ def reduced_levels(base: NDArray[Any], halve: Callable[[Any], NDArray[Any]]) -> 
 
 
 def _level_shapes(shape: tuple[int, int]) -> list[tuple[int, int]]:
-    """Return rows, cols of every level of a slide, halved until one tile holds the last."""
+    """Return the rows and columns of every level of a slide, halved until a level fits in one tile."""
     shapes = [shape]
     while max(shapes[-1]) > TILE_PX and min(shapes[-1]) > 1:
         shapes.append((shapes[-1][0] // 2, shapes[-1][1] // 2))
@@ -158,27 +176,28 @@ def _level_shapes(shape: tuple[int, int]) -> list[tuple[int, int]]:
 def _regrouped(
     bands: Iterable[NDArray[np.uint8]], n_levels: int, shape: tuple[int, int], path: Path
 ) -> Iterator[list[NDArray[np.uint8]]]:
-    """Yield, for each tile row of level 0, what is ready of every level: whole tile rows, and at the end the rest.
+    """Yield, for each tile row of level 0, the complete tile rows of every level, and at the end the remaining rows.
 
     Raises:
-        InputError: The bands do not fill the shape.
+        InputError: The bands do not add up to the shape.
     """
     waiting: list[NDArray[np.uint8]] = [np.empty((0, shape[1] >> level, 3), np.uint8) for level in range(n_levels)]
     seen = 0
     for band in bands:
         if band.shape[1] != shape[1]:
-            raise InputError(f"a band is {band.shape[1]} px wide, the slide {shape[1]}", "cut equal bands", path=path)
+            cause = f"a band is {band.shape[1]} px wide, but the slide is {shape[1]} px wide"
+            raise InputError(cause, "give bands as wide as the slide", path=path)
         seen += band.shape[0]
         for start in range(0, band.shape[0], TILE_PX):
             waiting[0] = np.concatenate([waiting[0], band[start : start + TILE_PX]])
             yield _ready(waiting, last=False)
     if seen != shape[0]:
-        raise InputError(f"the bands have {seen} rows, the slide {shape[0]}", "give every row once", path=path)
+        raise InputError(f"the bands have {seen} rows, but the slide has {shape[0]}", "give every row once", path=path)
     yield _ready(waiting, last=True)
 
 
 def _encoded(tile_rows: Iterable[list[NDArray[np.uint8]]], reduced: list[list[bytes]], quality: int) -> Iterator[bytes]:
-    """Yield the tiles of level 0 and append those of every reduced level to its list."""
+    """Yield the encoded tiles of level 0, and append those of every reduced level to its list in ``reduced``."""
     for levels in tile_rows:
         for level, rows in enumerate(levels[1:], start=1):
             reduced[level].extend(_jpeg_tiles(rows, quality))
@@ -186,7 +205,7 @@ def _encoded(tile_rows: Iterable[list[NDArray[np.uint8]]], reduced: list[list[by
 
 
 def _ready(waiting: list[NDArray[np.uint8]], *, last: bool) -> list[NDArray[np.uint8]]:
-    """Take the rows that fill tiles off every level, and hand their halves to the next one."""
+    """Remove the rows that fill tiles from every level, return them, and append their halves to the next level."""
     ready = []
     for level, rows in enumerate(waiting):
         n = rows.shape[0] if last else rows.shape[0] // TILE_PX * TILE_PX
@@ -198,14 +217,14 @@ def _ready(waiting: list[NDArray[np.uint8]], *, last: bool) -> list[NDArray[np.u
 
 
 def _box_halved(rows: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Return the mean of every whole 2 x 2 cell, rounded half up."""
+    """Return the mean of every complete 2 x 2 cell, rounded half up."""
     height, width = rows.shape[0] // 2, rows.shape[1] // 2
     halved = cv2.resize(rows[: 2 * height, : 2 * width], (width, height), interpolation=cv2.INTER_AREA)
     return halved.astype(np.uint8, copy=False)
 
 
 def _jpeg_tiles(rows: NDArray[np.uint8], quality: int) -> Iterator[bytes]:
-    """Yield the tiles of some rows, left to right and top to bottom, edges filled up with their last pixels."""
+    """Yield the JPEG tiles of some rows, left to right and top to bottom; incomplete tiles repeat their last pixels."""
     height, width = rows.shape[:2]
     for y in range(0, height, TILE_PX):
         for x in range(0, width, TILE_PX):
@@ -229,12 +248,12 @@ def _read_png(path: Path, downsample: int) -> NDArray[Any]:
 
 
 def _read_tiff(path: Path, downsample: int) -> NDArray[Any]:
-    """Return the first channel of a TIFF at a reduced scale, from the coarsest level that is not coarser than asked."""
+    """Return the first channel of a TIFF at a reduced scale, from its coarsest level that is fine enough."""
     with tifffile.TiffFile(path) as tiff:
         first = tiff.pages.first
         scales = {index: _scale(first, page) for index, page in enumerate(tiff.pages)}
         fine = {index: scale for index, scale in scales.items() if scale and scale <= downsample * 1.01}
-        index = max(fine, key=lambda found: fine[found])
+        index = max(fine, key=lambda level: fine[level])
         if math.isclose(fine[index], downsample, rel_tol=0.01):
             pixels = tiff.pages[index].asarray()
             return pixels if pixels.ndim == 2 else pixels[..., 0]
@@ -242,36 +261,36 @@ def _read_tiff(path: Path, downsample: int) -> NDArray[Any]:
 
 
 def _picked(page: Any, step: float) -> NDArray[Any]:
-    """Return what `_subsampled` returns of a page, with one tile or strip of it in memory at a time.
+    """Return what `_subsampled` returns for a page, with only one tile or strip of it in memory at a time.
 
-    A mask without levels may have 10^10 pixels, and every worker of a run may look at one.
+    A mask without reduced levels may have 10^10 pixels, and every worker of a run may read one.
     """
     rows, cols = (_picks(side, step) for side in (page.imagelength, page.imagewidth))
-    found = np.zeros((len(rows), len(cols)), page.dtype)
+    picked = np.zeros((len(rows), len(cols)), page.dtype)
     for tile, (plane, _, top, left, _), (_, height, width, _) in page.segments(maxworkers=1):
-        if tile is None or plane:  # not stored, all 0; another channel
+        if tile is None or plane:  # a tile that is not stored is all 0; another plane is another channel
             continue
         (r0, r1), (c0, c1) = (
             np.searchsorted(picks, (begin, begin + side))
             for picks, begin, side in ((rows, top, height), (cols, left, width))
         )
-        found[r0:r1, c0:c1] = tile[0, :, :, 0][np.ix_(rows[r0:r1] - top, cols[c0:c1] - left)]
-    return found
+        picked[r0:r1, c0:c1] = tile[0, :, :, 0][np.ix_(rows[r0:r1] - top, cols[c0:c1] - left)]
+    return picked
 
 
 def _scale(first: Any, page: Any) -> float | None:
-    """Return the downsample of a page, or None for a page that is no level of the first one (a label, a thumbnail)."""
+    """Return the downsample of a page, or None if it is not a level of the first page (but a label or thumbnail)."""
     across, down = first.imagewidth / page.imagewidth, first.imagelength / page.imagelength
-    # rounding a side to whole pixels moves the ratio by at most one pixel in its length
+    # Rounding a side to whole pixels changes its ratio by at most one pixel in its length.
     slack = across / page.imagewidth + down / page.imagelength
     return (across + down) / 2 if abs(across - down) <= slack else None
 
 
 def _subsampled(level: NDArray[Any], step: float) -> NDArray[Any]:
-    """Return the pixel at the centre of each cell of step x step pixels; the last cells may be cut."""
+    """Return the pixel at the centre of each cell of step x step pixels; the last cells may be incomplete."""
     return level[np.ix_(*(_picks(side, step) for side in level.shape))]
 
 
 def _picks(side: int, step: float) -> NDArray[np.int64]:
-    """Return the centre of each cell along a side, rising."""
+    """Return the index of the pixel at the centre of each cell along a side, in ascending order."""
     return np.minimum(((np.arange(math.ceil(side / step)) + 0.5) * step).astype(np.int64), side - 1)

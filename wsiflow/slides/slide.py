@@ -1,16 +1,17 @@
-"""Whole-slide images: opening, facts, pixels.
+"""Whole-slide images: opening them, their metadata, and reading their pixels.
 
-Input: a file OpenSlide can read. Output: facts about the slide and uint8 RGB arrays on an opaque background.
+Input: a file that OpenSlide can read. Output: facts about the slide, and uint8 RGB arrays on an opaque background.
 
-Conventions: points are (x, y) and sizes (width, height), as in OpenSlide; arrays are (rows, cols, 3). ``l0_`` names
-level-0 pixels, ``l_`` pixels of the level that is read. A *reading pixel* is ``l0_per_px`` level-0 pixels a side. A
-level pixel (i, j) begins at level-0 pixel (i * d, j * d), where d is the level's downsample as OpenSlide states it.
+Conventions: points are (x, y) and sizes (width, height), as in OpenSlide; arrays are (rows, cols, 3). The prefix
+``l0_`` marks level-0 pixels, ``l_`` pixels of the level that is read. A *reading pixel* is ``l0_per_px`` level-0 pixels
+a side. Pixel (i, j) of a level begins at level-0 pixel (i * d, j * d), where d is the level's downsample as stated by
+OpenSlide.
 
-OpenSlide opens every slide and says what its pixels are. Where `wsiflow.slides.tiff_tiles` can decode the tiles of a
-level itself, and a probe of that level shows the same pixels to the bit, it reads the level from then on.
+OpenSlide opens every slide and defines what its pixels are. Where `wsiflow.slides.tiff_tiles` can decode the tiles of a
+level itself, and sample regions of that level are equal to the bit, it reads that level from then on.
 
-This is the only module that uses OpenSlide. Label, macro and other associated images are never touched, and of the
-properties only the vendor, the pixel size and the background colour are read: the others may name a patient.
+This is the only module that uses OpenSlide. Label, macro and other associated images are never read. Of the properties
+only the vendor, the pixel size, the background colour and the bounds are read, since others may identify a patient.
 """
 
 import math
@@ -35,38 +36,38 @@ MPP_BOUNDS_UM_PX = (0.05, 100.0)
 MPP_ANISOTROPY = 0.02
 REFERENCE_TILE_PX = 224
 
-_LEVEL_TOLERANCE = 0.01  # a level this much too coarse still serves
-_DIRECT_TOLERANCE = 0.001  # below this difference of scale, resampling would only blur
-_READ_LIMIT_PX = 1 << 24  # 64 MiB of RGBA: larger reads are cut in two
+_LEVEL_TOLERANCE = 0.01  # a level may be coarser than requested by this relative difference
+_DIRECT_TOLERANCE = 0.001  # below this relative difference of scale, resampling would only blur
+_READ_LIMIT_PX = 1 << 24  # 64 MiB of RGBA; larger reads are split in two
 _THUMBNAIL_LIMIT_PX = 1 << 27
 _FILTER_SUPPORT_PX = {Image.Resampling.BOX: 0.5, Image.Resampling.BICUBIC: 2.0}
-_DECODED_VENDORS = frozenset({"aperio", "generic-tiff", "philips"})  # OpenSlide lays their tiles edge to edge
-_FILLED_VENDORS = frozenset({"aperio"})  # OpenSlide may draw their missing tiles from another level, blended
+_DECODED_VENDORS = frozenset({"aperio", "generic-tiff", "philips"})  # OpenSlide places their tiles without overlap
+_FILLED_VENDORS = frozenset({"aperio"})  # OpenSlide may fill their missing tiles by blending in another level
 
 
 class Region(NamedTuple):
-    """A rectangle of pixels."""
+    """A rectangle of pixels read from a slide."""
 
     rgb: NDArray[np.uint8]
-    """Shape (rows, cols, 3); what the slide has no pixels for shows the slide's background colour."""
+    """Shape (rows, cols, 3); where the slide has no pixels, its background colour."""
     transparent: float
-    """Part of the rectangle, 0 to 1, that lies on the slide but has no pixels. Outside the slide does not count."""
+    """Fraction of the rectangle, 0 to 1, that lies on the slide but has no pixels; the part outside does not count."""
 
 
 @dataclass(frozen=True)
 class SlideFacts:
-    """What is known about a slide without reading a pixel.
+    """The metadata of a slide that are known without reading pixels.
 
     Attributes:
-        slide_id: Name of the slide in messages and results.
+        slide_id: Id of the slide in messages and results.
         path: The file that was opened.
         vendor: OpenSlide's name of the format, for example ``aperio``.
         l0_size_px: Width and height of level 0.
         mpp: Micrometres per level-0 pixel along x and y, or None where the slide does not state both.
         level_sizes_px: Width and height of every level, finest first.
         level_downsamples: Level-0 pixels per pixel of every level.
-        background_rgb: Colour behind transparent pixels and outside the slide.
-        l0_bounds_corner: Level-0 x, y of the scanned area's corner; viewers such as QuPath count from there.
+        background_rgb: Colour shown behind transparent pixels and outside the slide.
+        l0_bounds_corner: Level-0 x, y of the top-left corner of the scanned area, the origin of viewers such as QuPath.
     """
 
     slide_id: str
@@ -80,7 +81,7 @@ class SlideFacts:
     l0_bounds_corner: tuple[int, int] = (0, 0)
 
     def level_for(self, l0_per_px: float) -> int:
-        """Return the coarsest level that is not coarser than ``l0_per_px`` (by more than 1 %), or 0."""
+        """Return the index of the coarsest level whose downsample is at most ``l0_per_px`` plus 1 %, or 0."""
         fine = [
             level
             for level, downsample in enumerate(self.level_downsamples)
@@ -90,7 +91,7 @@ class SlideFacts:
 
 
 class _Pixels(NamedTuple):
-    """Composited pixels (rows, cols, 3) and how much of each was missing, 0 to 255 (None: none was)."""
+    """Composited pixels (rows, cols, 3), and the transparency of each, 0 to 255, or None if all are opaque."""
 
     rgb: NDArray[np.uint8]
     missing: NDArray[np.uint8] | None
@@ -106,14 +107,14 @@ class _Part(NamedTuple):
 
 
 class Slide:
-    """An open slide: its facts and its pixels. Use it in a ``with`` statement; one thread at a time."""
+    """An open slide with its metadata and pixels. Use it in a ``with`` statement, and from one thread at a time."""
 
     def __init__(self, facts: SlideFacts, handle: openslide.OpenSlide) -> None:
-        """Take over an open handle (use :func:`open_slide`)."""
+        """Take ownership of an open handle; callers use :func:`open_slide`."""
         self.facts = facts
         self._handle = handle
         self._tiles: tiff_tiles.TileFile | None = None
-        self._proven: dict[int, tiff_tiles.TiledLevel | None] = {}
+        self._verified: dict[int, tiff_tiles.TiledLevel | None] = {}
 
     def __enter__(self) -> "Slide":
         """Return the slide itself."""
@@ -131,15 +132,15 @@ class Slide:
         if self._tiles is not None:
             self._tiles.close()
             self._tiles = None
-        self._proven.clear()
+        self._verified.clear()
 
     @property
     def decoder(self) -> str:
-        """``direct`` where every level that was read so far is decoded without OpenSlide, else ``openslide``."""
-        return "direct" if self._proven and all(self._proven.values()) else "openslide"
+        """``direct`` if all levels that were read so far are decoded without OpenSlide, otherwise ``openslide``."""
+        return "direct" if self._verified and all(self._verified.values()) else "openslide"
 
     def read(self, l0_x: int, l0_y: int, level: int, size_px: tuple[int, int]) -> Region:
-        """Read a rectangle of one level, padded with the background colour where it leaves the slide.
+        """Read a rectangle of one level, padded with the background colour outside the slide.
 
         Args:
             l0_x: Left edge in level-0 pixels; may lie outside the slide.
@@ -158,15 +159,15 @@ class Slide:
     def read_scaled(self, x: int, y: int, size_px: tuple[int, int], *, l0_per_px: float) -> Region:
         """Read a rectangle of the reading plane.
 
-        A level of that scale (within 0.1 %) is read as it is, from its nearest pixel. Otherwise the coarsest
-        level that is fine enough is resampled by Pillow's antialiased bicubic filter, with enough margin around the
-        rectangle that neighbouring reads join as if they had been one, rounding (at most 2 grey levels) apart.
+        A level of that scale (within 0.1 %) is read unchanged, from its nearest pixel. Otherwise the coarsest level
+        that is fine enough is resampled with Pillow's antialiased bicubic filter. The margin around the rectangle is
+        wide enough that neighbouring reads join without a seam, except for rounding by at most 2 grey levels.
 
         Args:
             x: Left edge in reading pixels; may lie outside the slide.
             y: Top edge in reading pixels; may lie outside the slide.
             size_px: Width and height in reading pixels.
-            l0_per_px: Level-0 pixels per reading pixel; below 1 enlarges.
+            l0_per_px: Level-0 pixels per reading pixel; values below 1 enlarge the slide.
 
         Returns:
             The region, (height, width, 3).
@@ -177,7 +178,7 @@ class Slide:
         return self._read_scaled(x, y, size_px, l0_per_px, Image.Resampling.BICUBIC)
 
     def overview(self, downsample: float) -> NDArray[np.uint8]:
-        """Return the whole slide, area-averaged, in memory bounded by the result.
+        """Return the whole slide at a reduced scale, averaged over areas; the memory needed is bounded by the result.
 
         Args:
             downsample: Level-0 pixels per pixel of the overview, at least 1.
@@ -193,7 +194,7 @@ class Slide:
         return self._read_scaled(0, 0, (cols, rows), downsample, Image.Resampling.BOX).rgb
 
     def reference_thumbnail(self) -> NDArray[np.uint8]:
-        """Return the reference system's thumbnail: at most (W / 224, H / 224) pixels, shrunk from one level by Lanczos.
+        """Return the reference system's thumbnail: one level, reduced by Lanczos to at most (W / 224, H / 224) px.
 
         Returns:
             Shape (ny, nx, 3), about one pixel per 224-pixel tile of level 0.
@@ -203,17 +204,17 @@ class Slide:
         """
         width, height = self.facts.l0_size_px
         if min(width, height) < REFERENCE_TILE_PX:
-            self._refuse(f"the slide has {width} x {height} px, less than one {REFERENCE_TILE_PX} px tile")
+            self._refuse_reference(f"the slide has {width} x {height} px, less than one {REFERENCE_TILE_PX} px tile")
         level = self._handle.get_best_level_for_downsample(REFERENCE_TILE_PX)
         l_size = self.facts.level_sizes_px[level]
         if l_size[0] * l_size[1] > _THUMBNAIL_LIMIT_PX:
-            self._refuse(f"its overview would be made from {l_size[0]} x {l_size[1]} px at once")
+            self._refuse_reference(f"its thumbnail would be computed from {l_size[0]} x {l_size[1]} px at once")
         shrunk = _fitted(l_size, (width / REFERENCE_TILE_PX, height / REFERENCE_TILE_PX))
         image = Image.fromarray(self._pixels(0, 0, level, l_size).rgb)
         return np.array(image.resize(shrunk, Image.Resampling.LANCZOS))
 
-    def _refuse(self, cause: str) -> None:
-        """Say that the reference geometry cannot be used for this slide."""
+    def _refuse_reference(self, cause: str) -> None:
+        """Raise the error that the reference geometry cannot be used for this slide."""
         raise InputError(
             cause, "use geometry=centred in another out= folder", slide=self.facts.slide_id, path=self.facts.path
         )
@@ -221,7 +222,7 @@ class Slide:
     def _read_scaled(
         self, x: int, y: int, size_px: tuple[int, int], l0_per_px: float, resample: Image.Resampling
     ) -> Region:
-        """Read a rectangle of the reading plane, in halves where it would need too many pixels at once."""
+        """Read a rectangle of the reading plane; it is split in halves where it needs more than `_READ_LIMIT_PX`."""
         level = self.facts.level_for(l0_per_px)
         l_per_px = l0_per_px / self.facts.level_downsamples[level]
         width, height = size_px
@@ -233,7 +234,7 @@ class Slide:
             parts = [self._read_scaled(*half, l0_per_px, resample) for half in halves]
             return _joined(parts, axis=1 if width >= height else 0)
         if abs(l_per_px - 1) <= _DIRECT_TOLERANCE:
-            # From a whole pixel of the level: OpenSlide would blend neighbours to begin between two of them.
+            # The read begins at a whole pixel of the level; between two pixels OpenSlide would blend them.
             downsample = self.facts.level_downsamples[level]
             l0_x, l0_y = (round(round(begin * l_per_px) * downsample) for begin in (x, y))
             return self.read(l0_x, l0_y, level, size_px)
@@ -242,7 +243,7 @@ class Slide:
     def _resampled(
         self, x: int, y: int, size_px: tuple[int, int], level: int, l_per_px: float, resample: Image.Resampling
     ) -> _Pixels:
-        """Resample a rectangle of the reading plane from a rectangle of a level that encloses it."""
+        """Resample a rectangle of the reading plane from an enclosing rectangle of a level."""
         downsample = self.facts.level_downsamples[level]
         margin = math.ceil(_FILTER_SUPPORT_PX[resample] * max(l_per_px, 1.0)) + 1
         l0_corner, l_size, box = [], [], []
@@ -250,7 +251,7 @@ class Slide:
             l_begin = math.floor(begin * l_per_px) - margin
             l_end = math.ceil((begin + extent) * l_per_px) + margin
             l0_begin = round(l_begin * downsample)
-            # Where the downsample is not an integer, the read begins a fraction of a level pixel away from l_begin.
+            # If the downsample is not an integer, the read begins a fraction of a level pixel away from l_begin.
             box.append(begin * l_per_px - l0_begin / downsample)
             l0_corner.append(l0_begin)
             l_size.append(l_end - l_begin)
@@ -260,7 +261,7 @@ class Slide:
         return _Pixels(_resized(pixels.rgb, size_px, window, resample), missing)
 
     def _pixels(self, l0_x: int, l0_y: int, level: int, size_px: tuple[int, int]) -> _Pixels:
-        """Read the part of a rectangle that lies on the slide and put it on the background colour."""
+        """Read the part of a rectangle that lies on the slide, composited on the background colour."""
         downsample = self.facts.level_downsamples[level]
         spans = [
             _span_on_slide(l0_begin / downsample, extent, l_extent)
@@ -286,15 +287,15 @@ class Slide:
         return _Pixels(rgb, missing)
 
     def _read_direct(self, target: NDArray[np.uint8], l0_corner: tuple[int, int], level: int) -> list[_Part]:
-        """Fill an array with pixels that lie on the slide, as far as that is proven to be what OpenSlide would do.
+        """Fill an array with pixels of the slide as far as they can be decoded without OpenSlide.
 
         Returns:
-            What is left to OpenSlide: nothing, some tiles, or all of it.
+            The parts that OpenSlide must read: none, some tiles, or the whole rectangle.
         """
         everything = [_Part(0, 0, target.shape[1], target.shape[0])]
-        tiled = self._proven_level(level)
+        tiled = self._verified_level(level)
         l_x, l_y = (begin / self.facts.level_downsamples[level] for begin in l0_corner)
-        # between two pixels of a level OpenSlide blends them
+        # Where a read begins between two pixels of a level, OpenSlide blends them.
         if tiled is None or self._tiles is None or not (l_x.is_integer() and l_y.is_integer()):
             return everything
         declined = self._tiles.read_into(target, tiled, int(l_x), int(l_y))
@@ -302,16 +303,16 @@ class Slide:
             return everything
         return [_Part(part.l_x - int(l_x), part.l_y - int(l_y), part.width, part.height) for part in declined]
 
-    def _proven_level(self, level: int) -> tiff_tiles.TiledLevel | None:
-        """Return a level whose tiles are decoded directly, or None; found out when the level is first read."""
-        if level not in self._proven:
-            self._proven[level] = self._probed(level)
-        return self._proven[level]
+    def _verified_level(self, level: int) -> tiff_tiles.TiledLevel | None:
+        """Return a level whose tiles are decoded directly, or None; this is decided when the level is first read."""
+        if level not in self._verified:
+            self._verified[level] = self._verify(level)
+        return self._verified[level]
 
-    def _probed(self, level: int) -> tiff_tiles.TiledLevel | None:
-        """Return a level if its tiles, decoded directly, are what OpenSlide shows."""
+    def _verify(self, level: int) -> tiff_tiles.TiledLevel | None:
+        """Return a level if its sample regions, decoded directly, equal those of OpenSlide; otherwise None."""
         downsample = self.facts.level_downsamples[level]
-        # a read larger than 4,096 px is cut by OpenSlide, and with a fractional downsample blended behind the cut
+        # OpenSlide splits reads above 4,096 px; with a fractional downsample it blends the pixels beyond the split.
         if self.facts.vendor not in _DECODED_VENDORS or not downsample.is_integer():
             return None
         self._tiles = self._tiles or tiff_tiles.open_tiles(self.facts.path)
@@ -326,7 +327,7 @@ class Slide:
     def _agrees(
         self, tiles: tiff_tiles.TileFile, tiled: tiff_tiles.TiledLevel, level: int, probe: tiff_tiles.Rectangle
     ) -> bool | None:
-        """Return whether a rectangle is the same from both readers, or None where it is left to OpenSlide."""
+        """Return whether both readers give the same pixels, or None if the direct one declines part of them."""
         direct, shown = (np.empty((probe.height, probe.width, 3), np.uint8) for _ in range(2))
         if tiles.read_into(direct, tiled, probe.l_x, probe.l_y):
             return None
@@ -340,7 +341,7 @@ class Slide:
     def _read_openslide(
         self, target: NDArray[np.uint8], l0_corner: tuple[int, int], level: int
     ) -> NDArray[np.uint8] | None:
-        """Fill an array with pixels that lie on the slide; return their opacity, (rows, cols), if any is not 255."""
+        """Fill an array with pixels of the slide; return their opacity (rows, cols), or None if all are opaque."""
         size_px = (target.shape[1], target.shape[0])
         decoded = self._decode(l0_corner, level, size_px)
         alpha = decoded.getchannel("A")
@@ -350,7 +351,7 @@ class Slide:
         return None if alpha.getextrema() == (255, 255) else np.array(alpha)
 
     def _decode(self, l0_corner: tuple[int, int], level: int, size_px: tuple[int, int]) -> Image.Image:
-        """Read RGBA pixels that lie on the slide."""
+        """Return RGBA pixels of the slide, read by OpenSlide."""
         try:
             return self._handle.read_region(l0_corner, level, size_px)
         except openslide.OpenSlideError as error:
@@ -358,23 +359,23 @@ class Slide:
             raise self._reopened(f"{where} cannot be decoded ({error})") from error
 
     def _reopened(self, cause: str) -> WsiflowError:
-        """Open the file again, because OpenSlide refuses every read after one that failed, and describe the failure."""
+        """Open the file again, since OpenSlide refuses all reads after a failed one, and return the error to raise."""
         fresh = _open_handle(self.facts.path, self.facts.slide_id)
         self._handle.close()
         self._handle = fresh
-        return _refused(cause, self.facts.slide_id, self.facts.path)
+        return _unreadable_slide(cause, self.facts.slide_id, self.facts.path)
 
 
 def open_slide(path: Path, *, slide_id: str) -> Slide:
     """Open a slide.
 
     Args:
-        path: A file in a format of OpenSlide. An ordinary image is refused whatever its name.
-        slide_id: Name of the slide for messages.
+        path: A file in a format that OpenSlide supports. An ordinary image is refused whatever its name.
+        slide_id: Id of the slide, for messages.
 
     Raises:
         InputError: The file is missing, empty, a folder, not a slide, or damaged.
-        EnvironmentFault: The OpenSlide library is too old, or the file may not be read.
+        EnvironmentFault: The OpenSlide library is too old, or the system refuses to read the file.
     """
     _require_openslide()
     content.require_file(path, slide_id)
@@ -383,19 +384,19 @@ def open_slide(path: Path, *, slide_id: str) -> Slide:
 
 
 def resolve_mpp(facts: SlideFacts, manifest_mpp: float | None) -> float:
-    """Return the micrometres per level-0 pixel: what the manifest says, else what the slide says.
+    """Return the micrometres per level-0 pixel that the manifest states, or else those that the slide states.
 
     Args:
-        facts: Facts of the slide.
-        manifest_mpp: Micrometres per pixel from the manifest; it wins, because slides are sometimes wrong.
+        facts: Metadata of the slide.
+        manifest_mpp: Micrometres per pixel in the manifest, or None. It takes precedence, as slides may be wrong.
 
     Raises:
-        InputError: Neither says it, x and y differ by more than 2 %, or the value is outside 0.05 to 100 um/px.
+        InputError: Neither states a value, x and y differ by more than 2 %, or the value is outside 0.05 to 100 um/px.
     """
-    source, found = "the manifest", (manifest_mpp, manifest_mpp)
+    source, stated = "the manifest", (manifest_mpp, manifest_mpp)
     if manifest_mpp is None:
-        source, found = "the slide", facts.mpp or (None, None)
-    mpp_x, mpp_y = found
+        source, stated = "the slide", facts.mpp or (None, None)
+    mpp_x, mpp_y = stated
     remedy = (
         f"give the level-0 pixel size in the manifest: header 'slide_id,path,mpp', "
         f"line '{facts.slide_id},{facts.path.name},<um per pixel>'"
@@ -414,36 +415,36 @@ def resolve_mpp(facts: SlideFacts, manifest_mpp: float | None) -> float:
 
 @cache
 def _require_openslide() -> None:
-    """Refuse an OpenSlide library with known memory faults and wrong pixel sizes."""
-    found = tuple(int(part) for part in openslide.__library_version__.split(".")[:3])
-    if found < OPENSLIDE_AT_LEAST:
-        wanted = ".".join(str(part) for part in OPENSLIDE_AT_LEAST)
-        cause = f"the OpenSlide library is {openslide.__library_version__}, older than {wanted}"
+    """Refuse versions of the OpenSlide library that have known memory faults and wrong pixel sizes."""
+    version = tuple(int(part) for part in openslide.__library_version__.split(".")[:3])
+    if version < OPENSLIDE_AT_LEAST:
+        required = ".".join(str(part) for part in OPENSLIDE_AT_LEAST)
+        cause = f"the OpenSlide library has version {openslide.__library_version__}, older than {required}"
         raise EnvironmentFault(cause, "install openslide-bin of that version or newer")
 
 
 def _open_handle(path: Path, slide_id: str) -> openslide.OpenSlide:
-    """Open the file as a slide. The library's own ``open_slide`` would also take an ordinary image."""
+    """Open a file as a slide; the library's own ``open_slide`` would also accept an ordinary image."""
     try:
         return openslide.OpenSlide(path)
     except openslide.OpenSlideUnsupportedFormatError as error:
         content.require_readable(path)
-        cause = "the file is not a slide in a format OpenSlide reads"
+        cause = "the file is not a slide in a format that OpenSlide reads"
         raise InputError(cause, content.COPY_AGAIN, slide=slide_id, path=path) from error
     except openslide.OpenSlideError as error:
-        raise _refused(f"the slide cannot be opened ({error})", slide_id, path) from error
+        raise _unreadable_slide(f"the slide cannot be opened ({error})", slide_id, path) from error
 
 
-def _refused(cause: str, slide_id: str, path: Path) -> WsiflowError:
-    """Return the error of a slide that OpenSlide does not read: it is damaged, or the system does not let us."""
-    told = faults.named_in(cause)
-    if told is not None:
-        return faults.unreadable(told, "the slide", content.COPY_AGAIN, slide=slide_id, path=path)
+def _unreadable_slide(cause: str, slide_id: str, path: Path) -> WsiflowError:
+    """Return the error of a slide that OpenSlide cannot read, because it is damaged or the machine is at fault."""
+    fault = faults.error_named_in(cause)
+    if fault is not None:
+        return faults.unreadable(fault, "the slide", content.COPY_AGAIN, slide=slide_id, path=path)
     return InputError(cause, content.COPY_AGAIN, slide=slide_id, path=path)
 
 
 def _facts(handle: openslide.OpenSlide, path: Path, slide_id: str) -> SlideFacts:
-    """Read the facts off an open handle."""
+    """Return the metadata of an open slide."""
     sizes = tuple((int(width), int(height)) for width, height in handle.level_dimensions)
     if not sizes or min(sizes[0]) < 1:
         handle.close()
@@ -466,7 +467,7 @@ def _facts(handle: openslide.OpenSlide, path: Path, slide_id: str) -> SlideFacts
 
 
 def _stated_mpp(properties: Mapping[str, str]) -> tuple[float, float] | None:
-    """Return the pixel size along x and y where both are positive numbers."""
+    """Return the stated pixel size along x and y, um, or None unless both are positive numbers."""
     stated = [properties.get(name) for name in (openslide.PROPERTY_NAME_MPP_X, openslide.PROPERTY_NAME_MPP_Y)]
     try:
         mpp_x, mpp_y = (float(text or "nan") for text in stated)
@@ -476,20 +477,20 @@ def _stated_mpp(properties: Mapping[str, str]) -> tuple[float, float] | None:
 
 
 def _background(properties: Mapping[str, str]) -> tuple[int, int, int]:
-    """Return the colour the slide gives for what was not scanned; white where it gives none."""
+    """Return the colour that the slide states for areas that were not scanned, or white."""
     red, green, blue = bytes.fromhex(properties.get(openslide.PROPERTY_NAME_BACKGROUND_COLOR, "ffffff"))
     return red, green, blue
 
 
 def _span_on_slide(l_begin: float, extent: int, l_extent: int) -> tuple[int, int]:
-    """Return which pixels, first and one past the last, of an axis of a rectangle lie on the level.
+    """Return the half-open range of pixels along an axis of a rectangle that lie on the level.
 
     Args:
-        l_begin: Where the rectangle begins, in level pixels.
-        extent: Pixels of the rectangle.
-        l_extent: Pixels of the level.
+        l_begin: Position at which the rectangle begins, level pixels.
+        extent: Length of the rectangle, px.
+        l_extent: Length of the level, px.
     """
-    rounding = 1e-6  # of divisions by a downsample that is not an integer
+    rounding = 1e-6  # the error of divisions by a downsample that is not an integer
     return max(0, math.ceil(-l_begin - rounding)), min(extent, math.ceil(l_extent - l_begin - rounding))
 
 
@@ -499,7 +500,7 @@ def _resized(
     window: tuple[float, float, float, float],
     resample: Image.Resampling,
 ) -> NDArray[np.uint8]:
-    """Resample a window of an image, always along x first: Pillow's own order, and rounding, depend on the size."""
+    """Resample a window of an image, always along x first: Pillow's order, and so its rounding, depends on the size."""
     left, top, right, bottom = window
     image = Image.fromarray(pixels)
     flat = image.resize((size_px[0], image.height), resample, (left, 0, right, image.height))
@@ -507,7 +508,7 @@ def _resized(
 
 
 def _fitted(size_px: tuple[int, int], most: tuple[float, float]) -> tuple[int, int]:
-    """Return the size that fits, rounded down as Pillow did before version 7, with which the reference was run."""
+    """Return the largest size within ``most``, rounded down as in Pillow before version 7, which the reference used."""
     width, height = size_px
     if width > most[0]:
         width, height = int(most[0]), int(height * most[0] / width)
@@ -517,13 +518,13 @@ def _fitted(size_px: tuple[int, int], most: tuple[float, float]) -> tuple[int, i
 
 
 def _region(pixels: _Pixels) -> Region:
-    """Turn composited pixels into arrays."""
+    """Return composited pixels as a region."""
     missing = 0.0 if pixels.missing is None else float(pixels.missing.mean()) / 255
     return Region(pixels.rgb, missing)
 
 
 def _joined(parts: list[Region], axis: int) -> Region:
-    """Join regions along an axis."""
+    """Return adjacent regions joined along an axis of their arrays."""
     rgb = np.concatenate([part.rgb for part in parts], axis=axis)
     areas = [part.rgb.shape[0] * part.rgb.shape[1] for part in parts]
     return Region(rgb, float(np.average([part.transparent for part in parts], weights=areas)))

@@ -1,15 +1,15 @@
-"""Tiles of a TIFF slide, decoded without OpenSlide: the same pixels in a fraction of the time.
+"""Direct decoding of the tiles of a TIFF slide, which gives the pixels of OpenSlide in a fraction of the time.
 
-Input: a tiled TIFF or BigTIFF of 8-bit RGB. Output: uint8 arrays of (rows, cols, 3) in pixels of a level (``l_``).
+Input: a tiled TIFF or BigTIFF of 8-bit RGB. Output: uint8 arrays (rows, cols, 3) in pixels of a level (``l_``).
 
-OpenSlide decodes a tile to 32 bits per pixel and then paints it through a drawing library; here the decoder's bytes are
-copied once. Both decode JPEG by libjpeg-turbo with its default settings, so the pixels are equal, but nothing here
-relies on it: whoever reads compares `TileFile.probes` with OpenSlide first.
+OpenSlide decodes a tile to 32 bits per pixel and then paints it with a drawing library; this module copies the bytes of
+the decoder once. Both decode JPEG with the default settings of libjpeg-turbo, so their pixels are equal. This module
+does not rely on that: its caller first compares the regions of `TiledLevel.probes` with OpenSlide.
 
-Whatever is unusual is declined, never guessed: a missing tile, a tile whose data end too early, a tile whose header is
-not that of a plain baseline JPEG. The caller lets OpenSlide decide what such a tile shows.
+Unusual tiles are declined: tiles that are missing, whose data end too early, or whose header is not that of a plain
+baseline JPEG. The caller reads them with OpenSlide.
 
-Tiles are not kept: of strips with their halo, a tile is decoded 1.3 times.
+Decoded tiles are not cached: when strips are read with their halo, a tile is decoded 1.3 times on average.
 """
 
 import os
@@ -24,18 +24,18 @@ import tifffile
 from numpy.typing import NDArray
 
 _JPEG = 7
-_LOSSLESS = frozenset({1, 5, 8, 32946})  # none, LZW, deflate under its two numbers
+_LOSSLESS = frozenset({1, 5, 8, 32946})  # uncompressed, LZW, and the two numbers of deflate
 _RGB, _YCBCR = 2, 6
 _COLOURS = {_RGB: "RGB", _YCBCR: "YCBCR"}
-_MCU_PX = 16  # TIFF wants tile sides in multiples of it, and a JPEG's units fill them whole
+_MCU_PX = 16  # TIFF requires tile sides to be multiples of 16, so they consist of whole minimum coded units of a JPEG
 _BLOCK_PX = 8
-_GREY = 128  # what libjpeg shows of a block of which it decoded nothing
+_GREY = 128  # the value of all pixels of a block of which libjpeg has decoded nothing
 _MARKER, _BASELINE, _SCAN, _RESTARTS = 0xFF, 0xC0, 0xDA, 0xDD  # of a JPEG: any, SOF0, SOS, DRI
 _DEFINED_RESTARTS = bytes((_MARKER, _RESTARTS))
 _ALL_SAMPLES = range(3)
 _ONE_SCAN = b"\x00\x0c\x03\x00\x3f\x00"  # length and samples, then first and last coefficient, of a scan of everything
-_MOST_EXPANSION = 2  # a compressed tile is never this many times larger than its pixels
-# what tifffile and imagecodecs raise for bytes that are no TIFF, and for a damaged tile
+_MOST_EXPANSION = 2  # a compressed tile is always smaller than this multiple of its pixels
+# The exceptions of tifffile and imagecodecs for a file that is not a TIFF and for a damaged tile.
 _UNREADABLE = (
     ArithmeticError,
     AttributeError,
@@ -49,11 +49,13 @@ _UNREADABLE = (
 )
 
 Decoder = Callable[[bytes, int], NDArray[np.uint8] | None]
-"""From the bytes of a tile and its index to its pixels, (rows, cols, 3) or None. The array may be used again."""
+"""A function from the bytes and the index of a tile to its pixels (rows, cols, 3), or None.
+
+The next call may reuse the array."""
 
 
 class Rectangle(NamedTuple):
-    """A rectangle of a level that lies within it."""
+    """A rectangle inside a level, in pixels of that level."""
 
     l_x: int
     l_y: int
@@ -62,14 +64,14 @@ class Rectangle(NamedTuple):
 
 
 class TiledLevel(NamedTuple):
-    """Where the tiles of a level are in the file, and how to decode one.
+    """The positions of a level's tiles in the file, and their decoder.
 
     Attributes:
         size_px: Width and height of the level.
         tile_px: Width and height of a tile.
-        across: Tiles per row.
-        offsets: First byte of each tile, int64, row by row.
-        counts: Bytes of each tile, int64; 0 where a tile is missing.
+        across: Number of tiles per row.
+        offsets: int64 (tiles,), position in the file of the first byte of each tile, row by row.
+        counts: int64 (tiles,), number of bytes of each tile, 0 for a missing one.
         decode: Decoder of a tile.
     """
 
@@ -81,10 +83,11 @@ class TiledLevel(NamedTuple):
     decode: Decoder
 
     def probes(self) -> list[Rectangle]:
-        """Return rectangles that show whether another reader sees the same: about seven tiles.
+        """Return sample rectangles, about seven tiles in all, to compare with another reader.
 
-        The tile with the most bytes, which is no blank one, with three neighbours, from corners off the tile grid;
-        and whole tiles at the first, the middle and the last place that has one, the last being cut by the border.
+        One rectangle, off the tile grid, covers parts of the tile with the most bytes, which is not blank, and of three
+        neighbours. The others are whole tiles: the first, the middle and the last one that exist. The border of the
+        level cuts the last one.
         """
         present = np.flatnonzero(self.counts)
         if not present.size:
@@ -93,24 +96,24 @@ class TiledLevel(NamedTuple):
         return [self._around(int(np.argmax(self.counts))), *(self._tile(index) for index in chosen)]
 
     def _tile(self, index: int) -> Rectangle:
-        """Return the part of a tile that lies on the level."""
+        """Return the part of a tile inside the level."""
         l_corner = [
             place * side for place, side in zip((index % self.across, index // self.across), self.tile_px, strict=True)
         ]
         return self._clipped(l_corner[0], l_corner[1])
 
     def _around(self, index: int) -> Rectangle:
-        """Return a rectangle of the size of a tile that reaches from its middle into the neighbours."""
+        """Return a rectangle of the size of a tile that extends from the tile's middle into three neighbours."""
         tile = self._tile(index)
         steps = [-1 if begin else 1 for begin in (tile.l_x, tile.l_y)]
-        # a level smaller than half a tile has no such place: then from its last pixel
+        # In a level smaller than half a tile there is no such place; the rectangle then begins at the last pixel.
         return self._clipped(
             min(max(0, tile.l_x + steps[0] * (self.tile_px[0] // 2 - 3)), self.size_px[0] - 1),
             min(max(0, tile.l_y + steps[1] * (self.tile_px[1] // 2 - 5)), self.size_px[1] - 1),
         )
 
     def _clipped(self, l_x: int, l_y: int) -> Rectangle:
-        """Return what the level has of a rectangle of the size of a tile."""
+        """Return the part inside the level of a rectangle of the size of a tile."""
         width, height = (
             min(side, end - begin) for side, end, begin in zip(self.tile_px, self.size_px, (l_x, l_y), strict=True)
         )
@@ -118,10 +121,13 @@ class TiledLevel(NamedTuple):
 
 
 class TileFile:
-    """The tiled levels of an open TIFF; one thread at a time. Reads leave no file position, so a fork may share it."""
+    """The tiled levels of an open TIFF; use it from one thread at a time.
+
+    Reads do not change the position of the file descriptor, so forked processes may share it.
+    """
 
     def __init__(self, descriptor: int, levels: tuple[TiledLevel, ...]) -> None:
-        """Take over a file descriptor (use :func:`open_tiles`)."""
+        """Take ownership of a file descriptor; callers use :func:`open_tiles`."""
         self._descriptor = descriptor
         self._levels = levels
 
@@ -130,21 +136,21 @@ class TileFile:
         os.close(self._descriptor)
 
     def level(self, size_px: tuple[int, int]) -> TiledLevel | None:
-        """Return the level of that width and height; None where the file has no such level, or several."""
-        found = [level for level in self._levels if level.size_px == size_px]
-        return found[0] if len(found) == 1 else None
+        """Return the level with this width and height, or None if the file has no such level, or several."""
+        levels = [level for level in self._levels if level.size_px == size_px]
+        return levels[0] if len(levels) == 1 else None
 
     def read_into(self, target: NDArray[np.uint8], level: TiledLevel, l_x: int, l_y: int) -> list[Rectangle]:
         """Fill an array with the pixels of a level.
 
         Args:
-            target: Shape (rows, cols, 3), uint8, may be a part of a larger array.
+            target: uint8 (rows, cols, 3), possibly a view of a larger array.
             level: A level of this file.
             l_x: Left edge in pixels of the level; the rectangle must lie within the level.
             l_y: Top edge in pixels of the level.
 
         Returns:
-            The parts of the rectangle that could not be decoded and were left as they are: one per tile.
+            The parts of the rectangle, one per tile, that could not be decoded; these are unchanged in ``target``.
         """
         rows, cols = target.shape[:2]
         tile_width, tile_height = level.tile_px
@@ -162,7 +168,7 @@ class TileFile:
         return declined
 
     def _decoded(self, level: TiledLevel, index: int) -> NDArray[np.uint8] | None:
-        """Read and decode one tile; None where it is missing, cut or damaged."""
+        """Return the pixels of one tile, or None if it is missing, truncated or damaged."""
         count = int(level.counts[index])
         if not count:
             return None
@@ -174,16 +180,16 @@ class TileFile:
 
 
 def open_tiles(path: Path) -> TileFile | None:
-    """Open a file for reading tiles.
+    """Open a file for the direct decoding of its tiles.
 
-    Only the chain of main pages is searched: there OpenSlide finds its levels. Of a slide of 100,000 x 100,000 pixels
-    in tiles of 256 this takes about 0.05 s.
+    Only the chain of main pages is searched, where OpenSlide finds its levels too. For a slide of 100,000 x 100,000 px
+    in tiles of 256 px this takes about 0.05 s.
 
     Args:
         path: Any file.
 
     Returns:
-        The file, or None where it is no TIFF or none of its pages can be read here.
+        The file, or None if it is not a TIFF or no page of it is supported.
     """
     try:
         with tifffile.TiffFile(path) as tiff:
@@ -194,7 +200,7 @@ def open_tiles(path: Path) -> TileFile | None:
 
 
 def _levels(tiff: Any) -> Iterator[TiledLevel]:
-    """Yield the pages that can be read here."""
+    """Yield the pages that this module can decode."""
     for page in tiff.pages:
         if not _is_plain(page):
             continue
@@ -211,7 +217,7 @@ def _levels(tiff: Any) -> Iterator[TiledLevel]:
 
 
 def _is_plain(page: Any) -> bool:
-    """Return whether a page is one flat, tiled, upright image of three 8-bit samples side by side."""
+    """Return whether a page is a tiled, upright, two-dimensional image of three interleaved 8-bit samples."""
     return bool(
         page.is_tiled
         and (page.imagedepth, page.tiledepth, page.planarconfig, page.fillorder) == (1, 1, 1, 1)
@@ -222,7 +228,7 @@ def _is_plain(page: Any) -> bool:
 
 
 def _lossless_decoder(page: Any) -> Decoder | None:
-    """Return a decoder by tifffile, which knows predictors; None for other compressions and colours."""
+    """Return tifffile's decoder, which handles predictors too; None for other compressions and colour spaces."""
     if page.compression not in _LOSSLESS or page.photometric != _RGB:
         return None
     decode = page.decode
@@ -235,7 +241,7 @@ def _lossless_decoder(page: Any) -> Decoder | None:
 
 
 def _jpeg_decoder(page: Any) -> Decoder | None:
-    """Return a decoder of JPEG tiles that writes all of them into one array; None for colours it does not know."""
+    """Return a decoder of JPEG tiles that writes all of them to one array; None for other colour spaces."""
     colour, tables = _COLOURS.get(page.photometric), page.jpegtables
     height, width = page.tilelength, page.tilewidth
     if colour is None or height % _MCU_PX or width % _MCU_PX or _DEFINED_RESTARTS in (tables or b""):
@@ -251,7 +257,7 @@ def _jpeg_decoder(page: Any) -> Decoder | None:
             _decode_jpeg(longer.data, tables, colour, longer_rgb)
             return None if _ends_early(longer_rgb, height) else longer_rgb[:height]
         if not complete[index]:
-            # of an image that is said to be YCbCr only the first sample is needed for this
+            # The first sample suffices to detect truncation, and is decoded alone if the image is declared YCbCr.
             _decode_jpeg(longer.data, tables, "YCBCR", longer_gray)
             if _ends_early(longer_gray, height):
                 return None
@@ -263,23 +269,23 @@ def _jpeg_decoder(page: Any) -> Decoder | None:
 
 
 class _Longer(NamedTuple):
-    """A JPEG whose header promises one more row of blocks than there is data for."""
+    """A JPEG whose header was changed to declare one more row of coding units than its data contain."""
 
     data: bytes
     blends_rows: bool
-    """Whether colour is stored at half the rows, so that the last true row is blended with the promised one."""
+    """Whether colour has half the vertical resolution, so that the last true row is blended with the added one."""
 
 
 def _made_longer(data: bytes, height: int) -> _Longer | None:
-    """Return a tile with a header that promises more rows, to see whether its data are complete.
+    """Return a tile whose header declares more rows, with which the decoder shows whether the data are complete.
 
-    The decoder passes over damage in silence, where OpenSlide stops. What betrays damage is that the data end too
-    early: then the decoder leaves every unit of blocks that it has not begun grey. Of a whole tile it begins the first
-    unit of the row that does not exist, and finds the end there; of a damaged one it found the end before. (Damage
-    after which the count of units is right again passes here as in OpenSlide, except for the rare invalid code.)
+    For damaged data OpenSlide stops, but this decoder reports nothing. Damage mostly shows in data that end too early:
+    the decoder then leaves all coding units that it has not begun grey. In a complete tile it still begins the first
+    unit of the added row, and meets the end of the data there. In a damaged tile it has met the end before. (Damage
+    after which the number of units is right again is not detected here or by OpenSlide, except for invalid codes.)
 
     Returns:
-        The tile, or None where it is no baseline JPEG of three samples, of that height, in one scan, without restarts.
+        The tile, or None if it is not a baseline JPEG of three samples and this height, in one scan without restarts.
     """
     begins = _segments(data)
     frame, scan = begins.get(_BASELINE, 0), begins.get(_SCAN, 0)
@@ -293,7 +299,7 @@ def _made_longer(data: bytes, height: int) -> _Longer | None:
 
 
 def _segments(data: bytes) -> dict[int, int]:
-    """Return where the segments of a JPEG's header begin, by marker; none where they are no chain up to the scan."""
+    """Return the positions of a JPEG's header segments by marker; empty if they are not a chain up to the scan."""
     begins: dict[int, int] = {}
     begin = 2
     while _SCAN not in begins and data[begin] == _MARKER:
@@ -303,11 +309,11 @@ def _segments(data: bytes) -> dict[int, int]:
 
 
 def _ends_early(longer: NDArray[np.uint8], height: int) -> bool:
-    """Return whether the decoder had found the end of the data before it came to the first promised block."""
+    """Return whether the decoder met the end of the data before the first block of the added row."""
     return bool((longer[height : height + _BLOCK_PX, :_BLOCK_PX] == _GREY).all())
 
 
 def _decode_jpeg(data: bytes, tables: bytes | None, colour: str, out: NDArray[np.uint8]) -> None:
-    """Decode a JPEG into an array of its size; the TIFF knows its colours, its own markers may be wrong."""
+    """Decode a JPEG into an array of its size. The TIFF states its colour space; the JPEG's markers may be wrong."""
     shown = "RGB" if out.ndim == 3 else "GRAYSCALE"
     imagecodecs.jpeg8_decode(data, tables=tables, colorspace=colour, outcolorspace=shown, out=out)

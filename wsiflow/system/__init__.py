@@ -1,4 +1,4 @@
-"""What lies under a run: published files and their receipts, tables, this machine, its processes and what they use."""
+"""The system beneath a run: published files and their receipts, tables, this machine, its processes and their usage."""
 
 from typing import TYPE_CHECKING
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Meter", "Receipt", "done", "facts", "publishing", "read_receipt"]
 
-# Loaded by whoever asks first: most commands need little of it.
+# Each module is imported when a name of it is first used, because most commands need few of them.
 __getattr__, __dir__, _ = lazy_loader.attach(
     __name__,
     submod_attrs={

@@ -1,6 +1,6 @@
-"""What the system refused, told so that it can be mended: the file it is about, the cause, and the remedy that fits.
+"""Errors of the operating system, translated into the file concerned, the cause and a remedy that fits.
 
-Python's own errors have a number; HDF5 writes it into the text of an error that has none.
+Errors that Python raises carry an errno. Errors that HDF5 raises carry none, but their text contains it.
 """
 
 import errno
@@ -32,7 +32,7 @@ _REMEDIES = {
 }
 _AGAIN = "then run again"
 _OF_PROCESS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
-# What a path or a file is wrong for, wherever it is read; all else may pass.
+# These errors mean that the path or the file is wrong, on any machine; all others may pass.
 _OF_INPUT = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL}
 _OF_WRITING = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _OF_SEMAPHORES = {errno.EROFS, errno.EACCES, errno.ENOSPC, errno.ENOENT, errno.ENOSYS}
@@ -41,81 +41,85 @@ _FILE = re.compile(r"name = '([^']+)'")
 
 
 def number(error: OSError) -> int:
-    """Return the number of an error, from its text where HDF5 wrote it; 0 where there is none."""
-    found = _NUMBER.search(str(error))
-    return int(found[1]) if found else error.errno or 0
+    """Return the errno of an error, read from the text where HDF5 wrote it there; 0 where there is none."""
+    match = _NUMBER.search(str(error))
+    return int(match[1]) if match else error.errno or 0
 
 
 def subject(error: OSError) -> str:
-    """Return the file that an error names; empty where it names none."""
-    found = _FILE.search(str(error))
-    if found:
-        return found[1]
+    """Return the file that an error names, or an empty text where it names none."""
+    match = _FILE.search(str(error))
+    if match:
+        return match[1]
     return os.fsdecode(error.filename) if isinstance(error.filename, str | bytes | os.PathLike) else ""
 
 
 def cause(error: OSError) -> str:
-    """Say what the system refused, without the file."""
+    """Return the system's description of an error, without the file."""
     code = number(error)
     return os.strerror(code) if code else " ".join(str(error).split()) or type(error).__name__
 
 
 def remedy(error: OSError, otherwise: str = _AGAIN) -> str:
-    """Say what to do about it.
+    """Return what the user can do about an error.
 
     Args:
-        error: What the system said.
-        otherwise: What else helps where the place is what is wrong, and not the process.
+        error: The error of the system.
+        otherwise: The alternative that is offered where the place is at fault, and not the process: for a process
+            without memory another folder does not help.
     """
     code = number(error)
-    return f"{_REMEDIES.get(code, 'mend it')}, {_AGAIN if code in _OF_PROCESS else otherwise}"
+    return f"{_REMEDIES.get(code, 'correct the cause')}, {_AGAIN if code in _OF_PROCESS else otherwise}"
 
 
 def is_of_machine(error: OSError) -> bool:
-    """Tell whether an error says nothing of the file that is read: there or later it may be read."""
+    """Return whether an error is the machine's and not the file's: elsewhere or later the file may be readable."""
     return number(error) not in {0, *_OF_INPUT}
 
 
-def named_in(text: str) -> OSError | None:
-    """Return the error of the machine that a library tells in words, None where it tells another."""
+def error_named_in(text: str) -> OSError | None:
+    """Return the error of the machine that a library's message describes in words, or None where it describes none."""
     codes = (code for code in _REMEDIES if code not in _OF_INPUT)
     return next((OSError(code, os.strerror(code)) for code in codes if os.strerror(code) in text), None)
 
 
 def is_of_writing(error: OSError) -> bool:
-    """Tell whether only who writes can meet the error."""
+    """Return whether an error can only occur while a file is written."""
     return number(error) in _OF_WRITING
 
 
 def fault(error: OSError, *, path: object = "", stage: str = "") -> EnvironmentFault:
-    """Return the error as one of the environment.
+    """Return the error of the system as an `EnvironmentFault`.
 
     Args:
-        error: What the system said.
+        error: The error of the system.
         path: The file concerned, where the error does not name it.
-        stage: The step of the line.
+        stage: The stage of the run.
     """
     return EnvironmentFault(cause(error), remedy(error), path=subject(error) or path, stage=stage)
 
 
 def unreadable(error: OSError, what: str, advice: str, *, path: object, slide: str = "") -> WsiflowError:
-    """Return the error of an input that cannot be read: its own, or that of the machine it is read on.
+    """Return the error of an input file that cannot be read.
 
     Args:
-        error: What the system said.
+        error: The error of the system.
         what: What cannot be read, for example ``the manifest``.
-        advice: What to do where the path or the file is wrong.
+        advice: The remedy where the path or the file is wrong.
         path: The file.
-        slide: The slide it belongs to.
+        slide: Id of the slide to which the file belongs.
+
+    Returns:
+        An `InputError` where the path or the file is wrong, an `EnvironmentFault` where the machine is at fault.
     """
-    told = f"{what} cannot be read ({cause(error)})"
+    message = f"{what} cannot be read ({cause(error)})"
     if number(error) in _OF_INPUT:
-        return InputError(told, advice, path=path, slide=slide)
-    return EnvironmentFault(told, remedy(error), path=path, slide=slide)
+        return InputError(message, advice, path=path, slide=slide)
+    return EnvironmentFault(message, remedy(error), path=path, slide=slide)
 
 
-def of_workers(error: OSError, otherwise: str = _AGAIN) -> EnvironmentFault:
-    """Return the error of worker processes that cannot be started; their locks are files of the shared memory."""
+def worker_fault(error: OSError, otherwise: str = _AGAIN) -> EnvironmentFault:
+    """Return the error of worker processes that cannot be started; their semaphores are files in shared memory."""
     place = "/dev/shm" if number(error) in _OF_SEMAPHORES and not subject(error) else ""
-    told = f"worker processes cannot be started ({cause(error)})"
-    return EnvironmentFault(told, remedy(error, otherwise), path=subject(error) or place)
+    message = f"worker processes cannot be started ({cause(error)})"
+    return EnvironmentFault(message, remedy(error, otherwise), path=subject(error) or place)

@@ -1,6 +1,6 @@
-"""How many cores this process was given, and the class of machines on which its numbers are the same to the bit.
+"""The number of CPU cores this process may use, and the class of machines on which its results are equal to the bit.
 
-Nothing here imports torch: thread counts are environment variables that it reads once, when it is imported.
+This module does not import torch, which reads the thread counts from environment variables once, on import.
 """
 
 import importlib.metadata
@@ -21,7 +21,8 @@ CPUINFO = Path("/proc/cpuinfo")
 SCHEDULER_VARIABLES = ("SLURM_CPUS_PER_TASK", "NSLOTS", "PBS_NUM_PPN", "NCPUS", "LSB_DJOB_NUMPROC")
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
-# Best first: what oneDNN, OpenVINO and MKL choose kernels by. Each step of a vendor's ladder holds those below it.
+# Instruction sets by which oneDNN, OpenVINO and MKL choose their kernels, the most capable first: a CPU has those below
+# its own as well.
 _AVX512 = {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
 _ISA_FLAGS = {
     "amx": {*_AVX512, "amx_tile", "amx_bf16", "amx_int8"},
@@ -34,12 +35,12 @@ _ISA_FLAGS = {
     "sve": {"sve"},
     "neon": {"asimd"},
 }
-# Settings that make torch, oneDNN or MKL use less than the CPU has.
+# Environment variables that restrict torch, oneDNN or MKL to a part of the CPU's instruction sets.
 ISA_PINS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "MKL_CBWR")
 
 
 def allocated_cores() -> int:
-    """Return how many cores this process may use: the least of affinity, cgroup quota and scheduler allocation.
+    """Return how many cores this process may use: the minimum of affinity, cgroup quotas and scheduler allocation.
 
     Raises:
         EnvironmentFault: A scheduler variable does not hold a whole number.
@@ -49,42 +50,42 @@ def allocated_cores() -> int:
 
 
 def limit_threads(n: int) -> None:
-    """Let the numerical libraries use n threads; to be called before NumPy and torch are imported.
+    """Limit the numerical libraries to n threads; call this before NumPy and torch are imported.
 
     Args:
         n: Number of threads, at least 1.
 
     Raises:
-        EnvironmentFault: torch is imported already and uses another number.
+        EnvironmentFault: torch is already imported and uses another number of threads.
     """
     torch = sys.modules.get("torch")
     if torch is not None and torch.get_num_threads() != n:
         raise EnvironmentFault(
-            f"torch already runs with {torch.get_num_threads()} threads, {n} are asked for",
+            f"torch already runs with {torch.get_num_threads()} threads, but {n} are requested",
             f"set OMP_NUM_THREADS={n} before the process starts, or limit threads before importing torch",
         )
     os.environ.update(dict.fromkeys(THREAD_VARIABLES, str(n)))
-    # A thread count the libraries choose from call to call would change the order of sums.
+    # With a thread count that libraries adapt from call to call, sums would be taken in different orders.
     os.environ.update({"OMP_DYNAMIC": "FALSE", "MKL_DYNAMIC": "FALSE"})
 
 
 def numeric_class(threads: int) -> dict[str, str]:
-    """Return what decides the last bits of a probability besides model and pixels.
+    """Return the properties of this machine and its software on which the last bits of a probability depend.
 
-    Two runs of one class give the same bits; between classes they agree to about 1e-6.
+    Two runs of the same class give equal bits. Runs of different classes agree to about 1e-6.
 
     Args:
-        threads: Threads the network runs with.
+        threads: Number of threads with which the network runs.
 
     Returns:
-        machine, vendor and isa of the CPU, settings that restrict it, versions of what runs networks (empty where it
-        is not installed), and threads.
+        ``machine``, ``vendor`` and ``isa`` of the CPU; ``pins``, the variables of `ISA_PINS` that are set; the versions
+        of ``torch``, ``openvino`` and ``onnxruntime`` (empty where it is not installed); and ``threads``.
     """
     vendor, flags = _cpu(CPUINFO)
     pins = [f"{name}={os.environ[name]}" for name in ISA_PINS if name in os.environ]
     return {
         "machine": platform.machine(),
-        "vendor": vendor,  # MKL chooses its kernels by it
+        "vendor": vendor,  # MKL chooses its kernels by the vendor
         "isa": next((isa for isa, needed in _ISA_FLAGS.items() if needed <= flags), "generic"),
         "pins": " ".join(pins),
         "torch": importlib.metadata.version("torch"),
@@ -95,12 +96,12 @@ def numeric_class(threads: int) -> dict[str, str]:
 
 
 def cpu_flags() -> set[str]:
-    """Return the features of this CPU as Linux names them, for example ``avx512_bf16``; none on other systems."""
+    """Return the features of this CPU as Linux names them, for example ``avx512_bf16``; an empty set elsewhere."""
     return _cpu(CPUINFO)[1]
 
 
 def cpu_model() -> str:
-    """Return the name of this CPU; models, where there are several, one after the other."""
+    """Return the model name of this CPU; several models are separated by commas."""
     lines = _text(CPUINFO).splitlines()
     if not lines:  # not Linux
         return platform.processor()
@@ -109,28 +110,28 @@ def cpu_model() -> str:
 
 
 def scheduler_cores(environ: Mapping[str, str]) -> list[int]:
-    """Return the cores each scheduler variable in an environment grants.
+    """Return the number of cores that each scheduler variable grants, of those that the environment has.
 
     Raises:
-        EnvironmentFault: One does not hold a whole number.
+        EnvironmentFault: A scheduler variable does not hold a whole number.
     """
     return [_whole(name, environ[name]) for name in SCHEDULER_VARIABLES if environ.get(name)]
 
 
 def cgroup_cores(membership: Path, root: Path) -> list[int]:
-    """Return the whole cores of every CPU quota above a process, for both versions of cgroups.
+    """Return the number of whole cores of every CPU quota that applies to a process, for both versions of cgroups.
 
     Args:
-        membership: The ``/proc/<pid>/cgroup`` of the process.
-        root: Where cgroups are mounted.
+        membership: The file ``/proc/<pid>/cgroup`` of the process.
+        root: Folder where cgroups are mounted.
     """
     quotas = (_quota(folder) for folder in _cgroup_folders(_text(membership), root))
-    # Rounded down: a thread more than the quota is throttled, and holds the others up at every barrier.
+    # Rounded down: the kernel throttles a thread beyond the quota, and all others wait for it at every barrier.
     return [max(1, math.floor(cores)) for cores in quotas if cores is not None]
 
 
 def _version(package: str) -> str:
-    """Return the version of an optional package, empty where it is not installed."""
+    """Return the version of an optional package, or an empty text where it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -138,7 +139,7 @@ def _version(package: str) -> str:
 
 
 def _text(path: Path) -> str:
-    """Return what the kernel tells in a file; nothing where there is none or it does not let us read it."""
+    """Return the text of a file of the kernel, or an empty text where it does not exist or cannot be read."""
     try:
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -146,21 +147,21 @@ def _text(path: Path) -> str:
 
 
 def _affinity_cores() -> int:
-    """Return how many cores the process may be scheduled on."""
+    """Return on how many cores the process may be scheduled."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def _whole(name: str, value: str) -> int:
-    """Return the number a scheduler variable holds."""
+    """Return the number of cores that a scheduler variable holds."""
     if not value.isdecimal():
-        raise EnvironmentFault(f"{name} is {value!r}, a number of cores is expected", f"correct or unset {name}")
+        raise EnvironmentFault(f"{name} is {value!r}, but must be a number of cores", f"correct or unset {name}")
     return int(value)
 
 
 def _cgroup_folders(membership: str, root: Path) -> Iterator[Path]:
-    """Yield the folders whose quotas bind: the group of the process and all above it."""
+    """Yield the folders whose quotas apply: the cgroup of the process and all its ancestors."""
     for line in membership.splitlines():
         _, _, rest = line.partition(":")
         controllers, _, name = rest.partition(":")
@@ -170,22 +171,22 @@ def _cgroup_folders(membership: str, root: Path) -> Iterator[Path]:
             mounts = [root / "cpu", root / controllers]
         else:
             continue
-        # In a container the group is named as the host sees it, and only the mount itself may exist.
+        # In a container the group has the path that the host sees, and perhaps only the mount point itself exists.
         group = Path(name.lstrip("/"))
         yield from (mount / part for mount in mounts for part in (group, *group.parents) if ".." not in part.parts)
 
 
 def _quota(folder: Path) -> float | None:
-    """Return the cores a cgroup folder grants, or None where it sets no limit."""
-    told = _text(folder / "cpu.max").split()  # version 2
-    told = told or [*_text(folder / "cpu.cfs_quota_us").split(), *_text(folder / "cpu.cfs_period_us").split()]
-    if len(told) != 2 or not all(number.isdecimal() for number in told):  # max, -1, or nothing that can be read
+    """Return how many cores a cgroup folder grants, or None where it sets no limit."""
+    fields = _text(folder / "cpu.max").split()  # version 2
+    fields = fields or [*_text(folder / "cpu.cfs_quota_us").split(), *_text(folder / "cpu.cfs_period_us").split()]
+    if len(fields) != 2 or not all(field.isdecimal() for field in fields):  # no limit ("max" or -1), or unreadable
         return None
-    return int(told[0]) / max(1, int(told[1]))
+    return int(fields[0]) / max(1, int(fields[1]))
 
 
 def _cpu(cpuinfo: Path) -> tuple[str, set[str]]:
-    """Return vendor and flags of the first CPU; the processor's name and no flags where there is no such file."""
+    """Return the vendor and the flags of the first CPU; without that file, the processor's name and no flags."""
     text = _text(cpuinfo)
     if not text:  # not Linux
         return platform.processor(), set()

@@ -1,6 +1,6 @@
-"""Paths in settings begin at the root from the moment they are read.
+"""Types for paths in settings: relative paths become absolute as soon as the settings are validated.
 
-Workers, and whoever starts a run again, may be in other folders than whoever composed its settings.
+Workers, and users who restart a run, may work in other folders than the user who composed its settings.
 """
 
 import os
@@ -10,26 +10,26 @@ from typing import Annotated
 from pydantic import AfterValidator, BeforeValidator
 
 SQLITE = "sqlite:///"
-"""How the address of a database in a file begins."""
+"""The prefix of the URI of a SQLite database file."""
 
 
 def _named(value: object) -> object:
     if value == "":
-        raise ValueError("it is empty, it must name a file or folder")
+        raise ValueError("it is empty, but it must name a file or folder")
     return value
 
 
 def _absolute_store(uri: str) -> str:
-    """Return the address of a store, the path of a file in it absolute and without detours."""
+    """Return the URI of a tracking store; the path of a SQLite file is made absolute and normalised."""
     path = uri.removeprefix(SQLITE)
     return uri if path in {uri, ""} else SQLITE + os.path.normpath(Path(path).absolute())
 
 
 def is_same(a: Path, b: Path) -> bool:
-    """Tell whether two paths are one file or folder, however they are spelled."""
+    """Return whether two paths lead to the same file or folder, however they are spelled."""
     try:
         return a.samefile(b)
-    except OSError:  # what cannot be reached is not what lies here
+    except OSError:  # a path that cannot be reached is not the same as one that can
         return False
 
 

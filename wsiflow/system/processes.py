@@ -1,10 +1,10 @@
-"""Which process did something, told from every other one, and whether it has ended.
+"""Identities of processes across machines and containers, and whether a process has ended.
 
-A number alone does not tell: it is used again, containers with one host name each count their processes from 1, and
-another machine may have the same name. A process is therefore its host, the *space* in which its number means
-something (this boot of this machine, this PID namespace), the number, and the moment it started in the kernel's ticks.
+A PID alone does not identify a process: PIDs are reused, containers that share a host name each count from 1, and
+another machine may have the same name. A process is therefore identified by its host, its *space* (the boot of the
+machine and the PID namespace in which the PID is valid), its PID, and its start time in kernel ticks.
 
-That a process has ended is only ever said of one that would be seen if it lived; of any other it may still live.
+A process is only reported as ended if this process would see it while it lived. Any other may still be alive.
 """
 
 import os
@@ -21,17 +21,17 @@ from typing import Any, NamedTuple
 _PROC = Path("/proc")
 _SPACE_CHARS = 12
 _PARENT_POLL_S = 1.0
-_ZOMBIE = "Z"  # it has ended, and nobody has asked how
+_ZOMBIE = "Z"  # it has ended, and its parent has not collected the exit status
 
 
 class Process(NamedTuple):
-    """A process.
+    """The identity of a process.
 
     Attributes:
-        host: Name of the machine or container.
-        pid: Its number there.
-        space: Names the boot and the PID namespace that the number belongs to, letters and digits.
-        born: When it started, in ticks of the kernel's clock; empty where that cannot be told.
+        host: Host name of the machine or container.
+        pid: The PID there.
+        space: Id of the boot and the PID namespace in which the PID is valid, letters and digits.
+        born: Start time in kernel ticks; empty where it is unknown.
     """
 
     host: str
@@ -40,45 +40,48 @@ class Process(NamedTuple):
     born: str
 
 
-def this() -> Process:
-    """Return the process that asks; it is another one after a fork."""
+def current() -> Process:
+    """Return the identity of the calling process, which changes after a fork."""
     pid = os.getpid()
-    return Process(socket.gethostname(), pid, _space(), born(pid))
+    return Process(socket.gethostname(), pid, _space(), start_ticks(pid))
 
 
-def noted(facts: Mapping[str, Any]) -> Process:
-    """Return the process of a note; one of a former version names no space, which is then nobody's."""
+def from_record(facts: Mapping[str, Any]) -> Process:
+    """Return the process that a JSON record identifies.
+
+    Records of former versions have no space. Theirs is then empty, which matches the space of no process.
+    """
     return Process(facts["host"], facts["pid"], facts.get("space", ""), facts.get("born", ""))
 
 
-def is_near(process: Process) -> bool:
-    """Tell whether a process would be seen here if it lived."""
+def is_observable(process: Process) -> bool:
+    """Return whether this process would see the given one while it lived: whether host and space are the same."""
     return (process.host, process.space) == (socket.gethostname(), _space())
 
 
 def has_ended(process: Process) -> bool:
-    """Tell whether a process is known to have ended."""
-    if not is_near(process):
+    """Return whether a process is known to have ended; False where that cannot be observed from here."""
+    if not is_observable(process):
         return False
     try:
         os.kill(process.pid, 0)
-    except (ProcessLookupError, OverflowError):  # the latter: no process has a number as large
+    except (ProcessLookupError, OverflowError):  # the latter where no PID can be as large
         return True
-    except OSError:  # not ours to signal: it is there
+    except OSError:  # this user may not signal it, so it exists
         pass
     state, started = _stat(process.pid)
     return state == _ZOMBIE or bool(started and process.born and started != process.born)
 
 
-def born(pid: int) -> str:
-    """Return when a process of this space started; empty where there is none, or it cannot be told."""
+def start_ticks(pid: int) -> str:
+    """Return the start time in kernel ticks of a process of this space; empty where it does not exist or is unknown."""
     state, started = _stat(pid)
     return "" if state == _ZOMBIE else started
 
 
 @cache
 def end_with(parent: int) -> None:
-    """End this process when its parent has ended, however that died; a thread looks now and then."""
+    """End this process when its parent has ended, in whatever way; a thread polls for that every second."""
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -89,15 +92,15 @@ def end_with(parent: int) -> None:
 
 
 def _stat(pid: int) -> tuple[str, str]:
-    """Return state and start of a process; empty where they cannot be told."""
+    """Return the state and the start time in kernel ticks of a process; both empty where they are unknown."""
     own = pid == os.getpid()
     try:
-        if not own and not _is_own_proc():  # that of another namespace, where the number is another process's
+        if not own and not _is_own_proc():  # /proc is of another namespace, where the PID is another process's
             return "", ""
         text = (_PROC / ("self" if own else str(pid)) / "stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return "", ""
-    fields = text.rpartition(")")[2].split()  # the name before it may hold anything
+    fields = text.rpartition(")")[2].split()  # the command name, in parentheses, may contain any character
     return fields[0], fields[19]
 
 
@@ -111,8 +114,8 @@ def _space() -> str:
 
 @lru_cache(maxsize=2)
 def _space_of(_pid: int) -> str:
-    """Return the name of this process's space: one that nobody else has where the system does not tell."""
-    if sys.platform != "linux":  # where there are no namespaces
+    """Return the id of this process's space; a random one where the system does not reveal boot and namespace."""
+    if sys.platform != "linux":  # there are no PID namespaces
         return "0" * _SPACE_CHARS
     try:
         boot = (_PROC / "sys/kernel/random/boot_id").read_text(encoding="ascii").strip()

@@ -1,4 +1,4 @@
-"""What receipts say about where numbers came from."""
+"""The facts about software and hardware that receipts record."""
 
 import os
 from functools import lru_cache
@@ -27,13 +27,13 @@ _PIXEL_LIBRARIES = {"openslide-bin", "imagecodecs", "pillow", "opencv-python-hea
 
 @lru_cache(maxsize=1)
 def versions() -> dict[str, str]:
-    """Return the versions that can change a number."""
+    """Return the versions of wsiflow and of the libraries that can change a result."""
     return {name: version(name) for name in _LIBRARIES}
 
 
 def pixel_versions() -> dict[str, str]:
-    """Return the versions of what decodes, resamples and normalises pixels."""
-    return {name: found for name, found in versions().items() if name in _PIXEL_LIBRARIES}
+    """Return the versions of the libraries that decode, resample and normalise pixels."""
+    return {name: version for name, version in versions().items() if name in _PIXEL_LIBRARIES}
 
 
 def thread_count() -> int:
@@ -42,18 +42,24 @@ def thread_count() -> int:
 
 
 def numeric_class() -> dict[str, str]:
-    """Return the numeric class of this process."""
+    """Return the numeric class of this process, see `wsiflow.system.machine.numeric_class`."""
     return machine.numeric_class(thread_count())
 
 
 @lru_cache(maxsize=1)
 def cpu() -> str:
-    """Return the CPU that this process runs on."""
+    """Return the model name of the CPU on which this process runs."""
     return machine.cpu_model()
 
 
 def facts(kind: str, slide_id: str, **more: Any) -> dict[str, Any]:
-    """Return what the receipt of a file says besides its hash and times."""
+    """Return the facts that the receipt of a file records besides its hash and times.
+
+    Args:
+        kind: Kind of the file, for example ``predictions``.
+        slide_id: The slide, or an empty text.
+        more: Further facts by name.
+    """
     return {
         "kind": kind,
         "slide": slide_id,

@@ -1,16 +1,16 @@
-"""Files appear whole or not at all, once, with a receipt.
+"""Publishing of files: a file appears under its final name whole or not at all, exactly once, and with a receipt.
 
-One file is published in this order: a private attempt file on the same file system; written and closed by the caller;
-verified by the caller's check; hashed; flushed to disk; linked to its final name, which fails if that name exists, so
-that of any number of attempts exactly one wins; then its receipt, published the same way. A final name is never
-replaced and never opened for writing.
+A file is published in these steps. The caller writes and closes a private attempt file on the same file system, which
+is then verified by the caller's function, hashed, flushed to disk and hard-linked to its final name. The link fails if
+the name exists, so exactly one of any number of attempts wins. The receipt is published last, in the same way. A final
+name is never replaced and never opened for writing. An attempt that loses the race compares hashes: equal bytes are a
+success, different bytes an `IntegrityError`, and both files are kept.
 
-A file is *done* when its receipt exists, names the key that is asked for, and the file's size and SHA-256 are those of
-the receipt. Where a file that others are computed from was deleted, that is told; what is made from others alone, or
-may be deleted to save space, is made again, and must have the bytes that its receipt names. A loser of the race
-compares hashes: equal is success, different is an `IntegrityError` and both are kept.
+A file is *done* when its receipt exists and has the requested key, and the size and the SHA-256 of the file are those
+of the receipt. A deleted file from which others were computed is an error. A deleted file that is only derived from
+others, or that may be deleted to save space, is computed again and must have the bytes that its receipt records.
 
-Every change to the file system goes through `_effect`, so that a test can end the process before any one of them.
+Every change of the file system calls `_effect` first, so that a test can end the process before any of them.
 """
 
 import contextlib
@@ -34,19 +34,23 @@ from wsiflow.system.processes import Process
 
 Receipt = dict[str, Any]
 
-_RESERVE_BYTES = 8_000_000  # for the structure of the file, receipts, and others who write
+_RESERVE_BYTES = 8_000_000  # for the structure of the file, for receipts, and for other processes that write
 ATTEMPTS = ".attempts"
 _NAME = re.compile(r"(?P<host>.*)-(?P<pid>[0-9]+)-(?P<space>[0-9a-f]{12})-(?P<born>[0-9]*)-[0-9a-f]{32}")
 RECEIPTS = "receipts"
-_SAID = frozenset({"path", "key", "sha256", "bytes", "attempt"})
+_REQUIRED_KEYS = frozenset({"path", "key", "sha256", "bytes", "attempt"})
 
 
 def _effect(name: str, path: Path) -> None:
-    """Mark one change of the file system; does nothing, tests replace it."""
+    """Announce one change of the file system; this does nothing, but tests replace it."""
 
 
 def key_of(**parts: Any) -> str:
-    """Return the SHA-256 of the canonical JSON of what identifies a piece of work: content, never a time or a path."""
+    """Return the key of a piece of work: the SHA-256 of the canonical JSON of everything that decides its result.
+
+    Args:
+        parts: Hashes, settings and versions by name, but no times and no paths.
+    """
     text = json.dumps(parts, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -58,15 +62,15 @@ def file_sha256(path: Path) -> str:
 
 
 def receipt_path(root: Path, name: str) -> Path:
-    """Return where the receipt of the published file ``name`` (relative to ``root``) lies."""
+    """Return the path of the receipt of the published file ``name`` (relative to ``root``)."""
     return root / RECEIPTS / f"{name}.json"
 
 
 def read_receipt(root: Path, name: str) -> Receipt | None:
-    """Return the receipt of ``name``, or None where there is none.
+    """Return the receipt of the file ``name``, or None where it has none.
 
     Raises:
-        IntegrityError: The receipt cannot be parsed.
+        IntegrityError: The receipt cannot be parsed, or a required key is missing.
     """
     path = receipt_path(root, name)
     remedy = f"delete it and {name}, then run again"
@@ -76,24 +80,24 @@ def read_receipt(root: Path, name: str) -> Receipt | None:
         return None
     except ValueError as error:
         raise IntegrityError(f"the receipt cannot be read ({error})", remedy, path=path) from error
-    if not isinstance(receipt, dict) or not receipt.keys() >= _SAID:
-        cause = f"the receipt cannot be read (it does not say {', '.join(sorted(_SAID))})"
+    if not isinstance(receipt, dict) or not receipt.keys() >= _REQUIRED_KEYS:
+        cause = f"the receipt cannot be read (it does not have all of {', '.join(sorted(_REQUIRED_KEYS))})"
         raise IntegrityError(cause, remedy, path=path)
     return receipt
 
 
 def receipt_names(root: Path) -> list[str]:
-    """Return the names of all files that have receipts, sorted; hidden files that others leave there are none.
+    """Return the sorted names of all files that have a receipt; hidden files among the receipts are ignored.
 
     Raises:
-        EnvironmentFault: Not all of their folders can be listed.
+        EnvironmentFault: A folder of receipts cannot be listed.
     """
     folder = root / RECEIPTS
     with _as_fault(folder):
         files = [Path(place, name) for place, _, names in os.walk(folder, onerror=_raise) for name in names]
-    found = (path.relative_to(folder) for path in files if path.suffix == ".json")
-    named = (path.as_posix().removesuffix(".json") for path in found if not any(p.startswith(".") for p in path.parts))
-    return sorted(named)
+    receipts = (path.relative_to(folder) for path in files if path.suffix == ".json")
+    visible = (path for path in receipts if not any(part.startswith(".") for part in path.parts))
+    return sorted(path.as_posix().removesuffix(".json") for path in visible)
 
 
 def _raise(error: OSError) -> None:
@@ -102,17 +106,17 @@ def _raise(error: OSError) -> None:
 
 
 def done(root: Path, name: str, key: str) -> Receipt | None:
-    """Return the receipt if ``name`` is published under ``key`` and whole, None if it has yet to be made.
+    """Return the receipt of ``name`` if it is published with this key and intact, or None if it is not published.
 
     Raises:
-        IntegrityError: A receipt is there, but for another key, or the file is gone or is not what the receipt says.
+        IntegrityError: The file was published with another key, was deleted, or differs from its receipt.
     """
     receipt = read_receipt(root, name)
     if receipt is None:
         return None
     if receipt["key"] != key:
         raise IntegrityError(
-            f"it was published for other inputs or settings (key {receipt['key'][:12]}, wanted {key[:12]})",
+            f"the file was published for other inputs or settings (its key is {receipt['key'][:12]}, not {key[:12]})",
             "choose another out= folder",
             path=root / name,
         )
@@ -120,13 +124,13 @@ def done(root: Path, name: str, key: str) -> Receipt | None:
     return receipt
 
 
-def at_hand(root: Path, name: str, key: str) -> Receipt | None:
-    """Like `done`, of what can be made again at any time: None where the file was deleted."""
+def done_if_present(root: Path, name: str, key: str) -> Receipt | None:
+    """Return what `done` returns, but None for a deleted file: for files that can be computed again at any time."""
     return done(root, name, key) if (root / name).exists() else None
 
 
-def is_there(root: Path, name: str) -> bool:
-    """Tell whether ``name`` is published and still has its size: a look, no proof."""
+def has_recorded_size(root: Path, name: str) -> bool:
+    """Return whether ``name`` is published and has the size of its receipt; quick, since nothing is hashed."""
     receipt = read_receipt(root, name)
     try:
         return receipt is not None and (root / name).stat().st_size == receipt["bytes"]
@@ -135,36 +139,36 @@ def is_there(root: Path, name: str) -> bool:
 
 
 def check(root: Path, receipt: Receipt, *, largest: int | None = None) -> None:
-    """Compare a published file with its receipt.
+    """Verify a published file against its receipt.
 
     Args:
-        root: The run's folder.
-        receipt: The receipt.
-        largest: Of a file of more bytes only the size is compared; None: every file is hashed.
+        root: Folder of the run.
+        receipt: Receipt of the file.
+        largest: Size in bytes above which a file is not hashed and only its size is compared; None to hash any file.
 
     Raises:
-        IntegrityError: The file is gone, or its size or SHA-256 is another.
+        IntegrityError: The file does not exist, or its size or SHA-256 is not that of the receipt.
     """
     path = root / receipt["path"]
     remedy = f"delete {path} and {receipt_path(root, receipt['path'])}, then run again"
     if not path.is_file():
-        raise IntegrityError("it was published and is gone", remedy, path=path)
+        raise IntegrityError("the file was published, but no longer exists", remedy, path=path)
     hashed = largest is None or receipt["bytes"] <= largest
     if path.stat().st_size != receipt["bytes"] or (hashed and file_sha256(path) != receipt["sha256"]):
-        raise IntegrityError("its bytes are not those of its receipt", remedy, path=path)
+        raise IntegrityError("the file's size or SHA-256 is not that of its receipt", remedy, path=path)
 
 
 def attempt_folder(root: Path) -> Path:
-    """Name a private folder, so that what a dead process leaves can be told from what is under way."""
-    host, pid, space, born = processes.this()
+    """Return the path of a new private folder, named after this process so that others can tell if it has ended."""
+    host, pid, space, born = processes.current()
     return root / ATTEMPTS / f"{host}-{pid}-{space}-{born}-{uuid.uuid4().hex}"
 
 
 class Attempt:
-    """One attempt at one file: where to write it, and what its receipt will say."""
+    """One attempt to publish a file: the path at which to write it, and its future receipt."""
 
     def __init__(self, root: Path, name: str, key: str, facts: Mapping[str, Any]) -> None:
-        """Choose a private path; nothing is created yet."""
+        """Choose a private path without creating it; the arguments are those of `publishing`."""
         self.root, self.name = root, name
         self.path = attempt_folder(root) / Path(name).name
         self._clock, self._cpu = time.perf_counter(), time.process_time()
@@ -182,7 +186,7 @@ class Attempt:
 
     @contextlib.contextmanager
     def timed(self, step: str) -> Iterator[None]:
-        """Add the wall seconds of the body to the step's sum."""
+        """Add the wall seconds of the body to the receipt's sum for this step."""
         start = time.perf_counter()
         yield
         seconds = self.receipt["seconds"]
@@ -190,20 +194,24 @@ class Attempt:
 
     @contextlib.contextmanager
     def uncounted(self) -> Iterator[None]:
-        """Leave the time of the body, for which there are other receipts, out of this one."""
+        """Exclude the time of the body, which other receipts record, from this receipt."""
         clock, cpu = time.perf_counter(), time.process_time()
         yield
         self._clock += time.perf_counter() - clock
         self._cpu += time.process_time() - cpu
 
     def charge(self, receipt: Receipt) -> None:
-        """Count what a part of the work cost when it was done, elsewhere or earlier, and say so."""
+        """Add the cost of a part of the work that was done elsewhere or earlier, and mark the receipt as shared.
+
+        Args:
+            receipt: Receipt of that part.
+        """
         self._clock -= receipt["wall_s"]
         self._cpu -= receipt["cpu_s"]
         self.receipt["shared"] = True
 
     def finish(self) -> None:
-        """Fill in what is known only once the file is closed."""
+        """Complete the receipt with the facts that are known once the file is closed: hash, size, times and memory."""
         self.receipt |= {
             "sha256": file_sha256(self.path),
             "bytes": self.path.stat().st_size,
@@ -221,19 +229,19 @@ def publishing(
     """Publish the file that the body writes at ``attempt.path``.
 
     Args:
-        root: The run's folder.
-        name: Final name relative to the run's folder.
-        key: What identifies the content, see `key_of`.
-        facts: What else the receipt says, for example kind, slide, group, versions.
-        verify: Opens the closed attempt again and raises if it is not what it should be.
+        root: Folder of the run.
+        name: Final name, relative to the folder of the run.
+        key: Key of the content, see `key_of`.
+        facts: Further entries of the receipt, for example kind, slide, group and versions.
+        verify: Function that reads the closed attempt file and raises if its content is wrong.
 
     Yields:
         The attempt to write.
 
     Raises:
-        EnvironmentFault: The file system refused what the attempt did.
-        OSError: It refused what else the body did, for example to read a slide.
-        IntegrityError: Another attempt published different bytes.
+        EnvironmentFault: The file system refused an operation on the attempt.
+        OSError: The system refused another operation of the body, for example to read a slide.
+        IntegrityError: Another attempt has published different bytes.
     """
     attempt = Attempt(root, name, key, facts)
     with _as_fault(root / name):
@@ -246,27 +254,27 @@ def publishing(
         _forget(attempt.path.parent)
         if isinstance(error, OSError) and _is_of_attempt(error, attempt):
             raise _fault(error, root / name) from error
-        raise  # what was read cannot be read: whoever reads says so
+        raise  # an input cannot be read: the code that reads it describes the error
     with _as_fault(root / name):
         attempt.finish()
         _give_name(root, name, attempt.path, attempt.receipt)
 
 
 def adopt(root: Path, name: str, source: Path, receipt: Receipt) -> Receipt:
-    """Publish a file that another folder has, whole and final: as a link to it, or a copy where links cannot be.
+    """Publish a file of another folder as a hard link, or as a copy where links are impossible.
 
     Args:
-        root: The run's folder.
-        name: Final name relative to the run's folder.
-        source: The file; it stays where it is.
-        receipt: Its receipt there, which says what it cost.
+        root: Folder of the run.
+        name: Final name, relative to the folder of the run.
+        source: The file, complete and final; it stays where it is.
+        receipt: Receipt of the file in its own folder, which records its cost.
 
     Returns:
-        The receipt in the run's folder.
+        The receipt in the folder of the run.
 
     Raises:
-        EnvironmentFault: The file system refused.
-        IntegrityError: Other bytes have the name.
+        EnvironmentFault: The file system refused an operation.
+        IntegrityError: A file with different bytes already has this name.
     """
     folder = attempt_folder(root)
     path = folder / Path(name).name
@@ -276,14 +284,14 @@ def adopt(root: Path, name: str, source: Path, receipt: Receipt) -> Receipt:
         _effect("link", path)
         try:
             os.link(source, path)
-        except OSError:  # another file system, or none with links
+        except OSError:  # another file system, or one without hard links
             shutil.copyfile(source, path)
         _give_name(root, name, path, own)
     return own
 
 
 def _give_name(root: Path, name: str, path: Path, receipt: Receipt) -> None:
-    """Give the file of an attempt its final name, and publish its receipt."""
+    """Link the file of an attempt to its final name, and publish its receipt."""
     final = root / name
     _require_former(root, name, path, receipt)
     _make_folder(final.parent)
@@ -297,18 +305,20 @@ def _give_name(root: Path, name: str, path: Path, receipt: Receipt) -> None:
 
 
 def _require_former(root: Path, name: str, path: Path, receipt: Receipt) -> None:
-    """Refuse to make a file that was deleted with other bytes than it had: others were computed from those."""
+    """Refuse to replace a deleted file by one with other bytes, because other files were computed from the former."""
     former = None if (root / name).exists() else read_receipt(root, name)
     if former is None or (former["sha256"], former["key"]) == (receipt["sha256"], receipt["key"]):
         return
     _forget(path.parent)
-    cause = f"it was deleted, and made again it has other bytes (SHA-256 {receipt['sha256'][:12]}) or another key"
+    cause = (
+        f"the file was deleted, and computed again it has other bytes (SHA-256 {receipt['sha256'][:12]}) or another key"
+    )
     raise IntegrityError(cause, f"delete {receipt_path(root, name)}, then run again", path=root / name)
 
 
 def publish_bytes(root: Path, name: str, data: bytes, key: str, facts: Mapping[str, Any]) -> Receipt:
-    """Publish a small file whose bytes are at hand, unless it is done already, and return its receipt."""
-    receipt = at_hand(root, name, key)
+    """Publish a small file from memory, unless it is already done, and return its receipt."""
+    receipt = done_if_present(root, name, key)
     if receipt is not None:
         return receipt
     with publishing(root, name, key, facts, accept) as attempt, attempt.timed("write"):
@@ -317,11 +327,11 @@ def publish_bytes(root: Path, name: str, data: bytes, key: str, facts: Mapping[s
 
 
 def accept(_path: Path) -> None:
-    """Accept a file as it was written: the ``verify`` of those whose bytes came from memory."""
+    """Accept a file without verification: the ``verify`` for files that are written from memory."""
 
 
 def generations(root: Path, name: str) -> list[Path]:
-    """Return the published generations of ``name``, oldest first: ``plan.json``, ``plan.2.json``, ..."""
+    """Return the paths of all published generations of ``name``, oldest first: ``plan.json``, ``plan.2.json``, ..."""
     stem, suffix = name.rsplit(".", 1)
     later = sorted(number for path in root.glob(f"{stem}.*.{suffix}") if (number := _generation(path, name)))
     files = (root / name, *(root / f"{stem}.{number}.{suffix}" for number in later))
@@ -329,21 +339,23 @@ def generations(root: Path, name: str) -> list[Path]:
 
 
 def _generation(path: Path, name: str) -> int:
-    """Return the number of a later generation of ``name``; 0 for a file that has only a similar name."""
+    """Return the number, from 2, of a later generation of ``name``, or 0 for a file whose name is only similar."""
     stem, suffix = name.rsplit(".", 1)
-    found = re.fullmatch(rf"{re.escape(stem)}\.([1-9][0-9]*)\.{re.escape(suffix)}", path.name)
-    return int(found[1]) if found and found[1] != "1" else 0
+    match = re.fullmatch(rf"{re.escape(stem)}\.([1-9][0-9]*)\.{re.escape(suffix)}", path.name)
+    return int(match[1]) if match and match[1] != "1" else 0
 
 
 def publish_generation(root: Path, name: str, data: bytes, facts: Mapping[str, Any]) -> Path:
-    """Publish what a run was told, without ever replacing what it was told before.
+    """Publish a new generation of a file, for example of the plan, next to the former ones.
+
+    Nothing is published where the newest generation already has these bytes.
 
     Returns:
-        The newest generation, which holds ``data``: it is left alone where it does already.
+        The path of the newest generation, which contains ``data``.
     """
     files = generations(root, name)
     stem, suffix = name.rsplit(".", 1)
-    known = bool(files) and files[-1].read_bytes() == data  # its receipt may still be missing
+    known = bool(files) and files[-1].read_bytes() == data  # though its receipt may still be missing
     if files:
         latest = files[-1].name if known else f"{stem}.{max(1, _generation(files[-1], name)) + 1}.{suffix}"
     else:
@@ -353,7 +365,7 @@ def publish_generation(root: Path, name: str, data: bytes, facts: Mapping[str, A
 
 
 def write_view(root: Path, name: str, data: bytes) -> None:
-    """Write a file that later runs may replace whole; no published byte is ever computed from it."""
+    """Write a view: a file that later runs may replace as a whole, and from which no result is computed."""
     path, folder = root / name, attempt_folder(root)
     with _as_fault(path):
         _make_folder(folder)
@@ -368,15 +380,15 @@ def write_view(root: Path, name: str, data: bytes) -> None:
 
 
 def append_line(path: Path, text: str, *, sync: bool = False) -> None:
-    """Append a line to a log; what a process that was killed left of its last line stays a line of its own.
+    """Append a line to a log; an incomplete last line of a process that was killed stays a separate line.
 
     Args:
         path: The log.
-        text: The line, without its end.
-        sync: Have it on disk before this returns.
+        text: The line, without a line end.
+        sync: Whether to flush the line to disk before returning.
 
     Raises:
-        EnvironmentFault: The file system refused.
+        EnvironmentFault: The file system refused to write.
     """
     with _as_fault(path), path.open("a+b") as stream:
         size = stream.seek(0, os.SEEK_END)
@@ -389,9 +401,9 @@ def append_line(path: Path, text: str, *, sync: bool = False) -> None:
 
 
 def sweep_attempts(root: Path) -> None:
-    """Remove what killed attempts left, as far as it is known that their processes have ended.
+    """Remove the private folders of processes that are known to have ended.
 
-    What another machine, container or boot of this machine left stays: it may be under way.
+    Folders of another machine, container or boot of this machine are kept, because their process may be at work.
     """
     for folder, process in _attempts(root):
         if processes.has_ended(process):
@@ -399,19 +411,19 @@ def sweep_attempts(root: Path) -> None:
 
 
 def forget_attempts(root: Path, process: Process) -> None:
-    """Remove what a process left that is known to be gone, wherever it ran; what cannot be removed stays."""
+    """Remove the private folders of a process that the caller knows to have ended, wherever it ran."""
     for folder, whose in _attempts(root):
         if whose == process:
             _remove(folder)
 
 
 def _attempts(root: Path) -> list[tuple[Path, Process]]:
-    """Return the private folders there are, each with its process; what has another name is not ours to touch."""
+    """Return all private folders, each with its process; folders with names of another form are ignored."""
     try:
-        there = sorted((root / ATTEMPTS).iterdir())
-    except OSError:  # none, or nothing that can be looked at
+        folders = sorted((root / ATTEMPTS).iterdir())
+    except OSError:  # there are none, or they cannot be listed
         return []
-    named = ((folder, _NAME.fullmatch(folder.name)) for folder in there)
+    named = ((folder, _NAME.fullmatch(folder.name)) for folder in folders)
     return [
         (folder, Process(name["host"], int(name["pid"]), name["space"], name["born"])) for folder, name in named if name
     ]
@@ -419,7 +431,7 @@ def _attempts(root: Path) -> list[tuple[Path, Process]]:
 
 @contextlib.contextmanager
 def private_folder(root: Path) -> Iterator[Path]:
-    """Give a folder that is gone afterwards, and that others sweep away where this process is killed."""
+    """Provide a private folder and remove it afterwards; if this process is killed, another one will."""
     folder = attempt_folder(root)
     with _as_fault(folder):
         folder.mkdir(parents=True)
@@ -435,10 +447,10 @@ def _remove(folder: Path) -> None:
 
 
 def _link(source: Path, final: Path, sha256: str | None) -> None:
-    """Give ``source`` its final name if that name is free.
+    """Link ``source`` to its final name, unless that name exists.
 
-    Where the name is taken, an equal file counts as success. A reply lost on a network file system looks like a
-    failure although the link was made; whether both are one file tells.
+    An existing file with the same bytes counts as success. Where a network file system loses the reply, the call fails
+    although the link was created; the two names are then the same file.
     """
     _sync(source)
     _effect("link", final)
@@ -449,7 +461,7 @@ def _link(source: Path, final: Path, sha256: str | None) -> None:
             raise
         if sha256 is not None and file_sha256(final) != sha256:
             raise IntegrityError(
-                f"two attempts gave different bytes (the other one is kept at {source})",
+                f"two attempts wrote different bytes (the other file is kept at {source})",
                 "report this: the same inputs must give the same bytes on one kind of machine",
                 path=final,
             ) from error
@@ -471,8 +483,8 @@ def _make_folder(folder: Path) -> None:
 
 
 def _forget(folder: Path) -> None:
-    """Remove a folder of attempts; another process may be doing the same."""
-    with contextlib.suppress(OSError):  # what cannot be removed harms nobody, and must not hide what went wrong
+    """Remove a private folder; another process may be doing the same."""
+    with contextlib.suppress(OSError):  # a folder that stays does no harm, and its error must not hide a former one
         for file in folder.iterdir():
             _effect("unlink", file)
             file.unlink(missing_ok=True)
@@ -489,7 +501,7 @@ def _as_fault(path: Path) -> Iterator[None]:
 
 
 def _fault(error: OSError, path: Path) -> EnvironmentFault:
-    """Return the error as one of a published file, or of another that it names."""
+    """Return the error of the system as that of the published file, or of another file that the error names."""
     named = Path(faults.subject(error) or path)
     if not (path.is_relative_to(named) or named.is_relative_to(path) or {ATTEMPTS, RECEIPTS} & set(named.parts)):
         return faults.fault(error)
@@ -498,37 +510,37 @@ def _fault(error: OSError, path: Path) -> EnvironmentFault:
 
 
 def _is_of_attempt(error: OSError, attempt: Attempt) -> bool:
-    """Tell whether an error is about what an attempt writes, and not about what it reads."""
+    """Return whether an error is about the files that an attempt writes, and not about those it reads."""
     named = faults.subject(error)
     return Path(named).is_relative_to(attempt.path.parent) if named else faults.is_of_writing(error)
 
 
 def require_space(root: Path, needed_bytes: int, *, less: str = "") -> None:
-    """Refuse to begin a file that the disk has no room for.
+    """Refuse to begin a file for which the disk has too little space.
 
-    HDF5 does not survive a full disk: the process ends with a segmentation fault, and nobody is told why.
+    On a full disk HDF5 ends the process with a segmentation fault, so that no error message is written.
 
     Args:
-        root: The folder it belongs to.
-        needed_bytes: Its size.
-        less: A setting that needs less room, where there is one.
+        root: Folder of the file.
+        needed_bytes: Expected size of the file.
+        less: A setting with which less space is needed, if there is one.
 
     Raises:
-        EnvironmentFault: Less than ``needed_bytes`` and a small reserve are free.
+        EnvironmentFault: Less than ``needed_bytes`` plus a small reserve is free.
     """
     with _as_fault(root):
         free = shutil.disk_usage(root).free
     if free < needed_bytes + _RESERVE_BYTES:
-        cause = f"{(needed_bytes + _RESERVE_BYTES) / 1e6:.0f} MB are needed, {free / 1e6:.0f} MB are free"
+        cause = f"{(needed_bytes + _RESERVE_BYTES) / 1e6:.0f} MB are needed, but only {free / 1e6:.0f} MB are free"
         remedy = f"free space there, or choose another out={f' ({less} needs far less)' if less else ''}"
         raise EnvironmentFault(cause, remedy, path=root)
 
 
 def preflight(root: Path) -> None:
-    """Prove that the run's folder can hold published files, before any work is done.
+    """Verify, before any work is done, that files can be published in the folder of the run.
 
     Raises:
-        EnvironmentFault: It cannot be created, written, linked or read back.
+        EnvironmentFault: The folder cannot be created, or a file in it cannot be written, linked or read back.
     """
     folder = attempt_folder(root)
     probe, twin = folder / "probe", folder / "linked"
@@ -540,4 +552,6 @@ def preflight(root: Path) -> None:
         readable = twin.read_bytes() == b"probe"
         _forget(folder)
     if not readable:
-        raise EnvironmentFault("what was written is not what is read back", "choose another out=", path=root)
+        raise EnvironmentFault(
+            "a file that is read back differs from what was written", "choose another out=", path=root
+        )

@@ -1,8 +1,8 @@
-"""Files that a process reads once, and again when they have changed.
+"""A cache of parsed files that a process reads again only when their content has changed.
 
-A worker may outlive a run: Dask workers at an address, served flows and notebooks meet another plan, another
-configuration or another model under a path they have seen before. What is remembered of a file is therefore bound to
-its content, and whether that is still the same is asked at each use.
+A worker may outlive a run: persistent Dask workers, served flows and notebooks meet another plan, configuration or
+model under a path they have read before. Cached results are therefore bound to the content of the file, which is
+checked at each use.
 """
 
 import hashlib
@@ -15,48 +15,48 @@ from typing import TypeVar
 
 _Parsed = TypeVar("_Parsed")
 
-# Within a tick of its clock a file system gives two versions of a file the same times.
+# Two versions of a file that are written within one tick of the file system's clock have the same times.
 _CLOCK_TICK_NS = 2_000_000_000
 
 _State = tuple[int, ...]
 
 
 def content_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file's bytes; they are hashed again only where the file was touched.
+    """Return the SHA-256 of a file, which is hashed again only if its inode, size or times have changed.
 
     Raises:
-        OSError: It cannot be read.
+        OSError: The file cannot be read.
     """
-    # A file that is opened is asked about anew on network file systems; by its path it may be an old answer.
+    # Network file systems ask the server about an open file, but may answer from a cache about a path.
     with path.open("rb") as stream:
-        found = os.fstat(stream.fileno())
-        state = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
-    if abs(time.time_ns() - found.st_ctime_ns) < _CLOCK_TICK_NS:
+        status = os.fstat(stream.fileno())
+        state = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    if abs(time.time_ns() - status.st_ctime_ns) < _CLOCK_TICK_NS:
         return _hashed(path)
     return _known_hash(path, state)
 
 
-def remembered(files: int) -> Callable[[Callable[[Path], _Parsed]], Callable[[Path], _Parsed]]:
-    """Return a decorator for functions that read one file: what they returned is kept while its content is the same.
+def cached_by_content(files: int) -> Callable[[Callable[[Path], _Parsed]], Callable[[Path], _Parsed]]:
+    """Return a decorator for functions that read one file; it caches their results by the content of the file.
 
     Args:
-        files: How many files are remembered at a time.
+        files: Number of files whose results are cached, the least recently used being dropped.
     """
 
     def decorate(read: Callable[[Path], _Parsed]) -> Callable[[Path], _Parsed]:
         @lru_cache(maxsize=files)
-        def known(path: Path, _sha256: str) -> _Parsed:
+        def read_once(path: Path, _sha256: str) -> _Parsed:
             return read(path)
 
         @wraps(read)
-        def look(path: Path) -> _Parsed:
+        def read_if_changed(path: Path) -> _Parsed:
             try:
                 sha256 = content_sha256(path)
             except OSError:
-                return read(path)  # which says what is wrong in its own words
-            return known(path, sha256)
+                return read(path)  # which raises an error of its own about the file
+            return read_once(path, sha256)
 
-        return look
+        return read_if_changed
 
     return decorate
 

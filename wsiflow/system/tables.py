@@ -1,4 +1,4 @@
-"""Tables as text: CSV for programs, Markdown for readers. What is not defined is an empty cell, or a dash."""
+"""Tables as text: CSV for programs and Markdown for readers. Undefined values are empty cells, or dashes."""
 
 import csv
 import io
@@ -13,7 +13,7 @@ from wsiflow.system import faults
 
 
 class Line(NamedTuple):
-    """A line of a CSV file: its number, from 1, and its cells as they are written."""
+    """A line of a CSV file: its number, counted from 1, and its cells as they are written."""
 
     number: int
     cells: list[str]
@@ -24,28 +24,28 @@ class Table(NamedTuple):
 
     Attributes:
         header: The names of the columns, in lower case.
-        lines: The other lines, each with a cell for every column.
+        lines: The lines below the header, each with one cell for every column.
     """
 
     header: list[str]
     lines: list[Line]
 
     def rows(self) -> Iterator[dict[str, str]]:
-        """Yield every line as cells by column."""
+        """Yield each line as a mapping from column names to cells."""
         return (dict(zip(self.header, line.cells, strict=True)) for line in self.lines)
 
 
 def read_lines(path: Path, what: str, advice: str) -> list[Line]:
-    """Read the lines of a CSV file that are not blank.
+    """Read all lines of a CSV file that are not blank.
 
     Args:
-        path: UTF-8 text with commas; a byte order mark and CRLF line ends are accepted.
-        what: What the file is, for messages, for example ``the manifest``.
-        advice: What to do where there is no such file.
+        path: UTF-8 text separated by commas; a byte order mark and CRLF line ends are accepted.
+        what: What the file is called in messages, for example ``the manifest``.
+        advice: The remedy in the message where the file does not exist.
 
     Raises:
-        InputError: There is no such file, or it is not CSV; the line is named.
-        EnvironmentFault: The system does not let us read it.
+        InputError: The file does not exist or is not CSV; the message names the line.
+        EnvironmentFault: The system refuses to read the file.
     """
     try:
         with path.open(encoding="utf-8-sig", newline="") as stream:
@@ -56,22 +56,23 @@ def read_lines(path: Path, what: str, advice: str) -> list[Line]:
     except UnicodeDecodeError as error:
         raise InputError(f"{what} is not UTF-8 text", "save it as 'CSV UTF-8'", path=path) from error
     except csv.Error as error:
-        cause = f"line {reader.line_num}: not CSV ({error})"
+        cause = f"line {reader.line_num} is not CSV ({error})"
         raise InputError(cause, "correct the quotes of that line", path=path) from error
 
 
 def read(path: Path, what: str, advice: str, columns: Iterable[str] = ()) -> Table:
-    """Read a CSV file with a header; cells are stripped.
+    """Read a CSV file with a header, and strip the blanks around its cells.
 
     Args:
         path: See `read_lines`.
-        what: Likewise.
-        advice: What to do where there is no such file, or columns are missing.
-        columns: Those that it must have.
+        what: See `read_lines`.
+        advice: The remedy in the message where the file does not exist or a column is missing.
+        columns: Names of the columns that the file must have.
 
     Raises:
-        InputError: See `read_lines`; the file is empty, lacks columns, or a line has not a cell for each of them.
-        EnvironmentFault: The system does not let us read it.
+        InputError: The file does not exist, is not CSV, is empty or has no header with these columns, or the number of
+            cells of a line is not that of the header.
+        EnvironmentFault: The system refuses to read the file.
     """
     lines = [Line(line.number, [cell.strip() for cell in line.cells]) for line in read_lines(path, what, advice)]
     if not lines:
@@ -82,17 +83,17 @@ def read(path: Path, what: str, advice: str, columns: Iterable[str] = ()) -> Tab
         raise InputError(f"{what} has no column {', '.join(missing)}", advice, path=path)
     for line in lines[1:]:
         if len(line.cells) != len(header):
-            cause = f"line {line.number} has {len(line.cells)} cells, the header has {len(header)}"
+            cause = f"line {line.number} has {len(line.cells)} cells, but the header has {len(header)}"
             raise InputError(cause, "give every line a cell for each column", path=path)
     return Table(header, lines[1:])
 
 
 def csv_text(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None) -> str:
-    """Return rows as CSV with a header; None, NaN and what a row lacks are empty cells.
+    """Return rows as CSV with a header; None, NaN and missing values become empty cells.
 
     Args:
         rows: Values by column.
-        columns: The columns; those of the first row where nothing else is said.
+        columns: Names of the columns; None for those of the first row.
     """
     names = list(rows[0]) if columns is None and rows else list(columns or ())
     text = io.StringIO()
@@ -103,13 +104,13 @@ def csv_text(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = 
 
 
 def markdown(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Return rows as a Markdown table: counts in full, other numbers to three digits, None and NaN as a dash."""
+    """Return rows as a Markdown table: integers in full, floats to three digits, None and NaN as a dash."""
     lines = [heads, ["---"] * len(heads), *([_shown(value) for value in row] for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def is_undefined(value: Any) -> bool:
-    """Tell whether there is no value."""
+    """Return whether a value is None or NaN."""
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
@@ -122,12 +123,12 @@ def _shown(value: Any) -> str:
 
 
 def json_text(values: Mapping[str, Any]) -> str:
-    """Return JSON text, null for what is not finite."""
+    """Return JSON text in which NaN and infinity are null."""
     return json.dumps(_finite(values), indent=1, sort_keys=True, allow_nan=False) + "\n"
 
 
 def _finite(value: Any) -> Any:
-    """Replace what JSON has no number for by None, at any depth."""
+    """Return a value in which NaN and infinity, which JSON does not have, are None at any depth."""
     if isinstance(value, Mapping):
         return {key: _finite(inner) for key, inner in value.items()}
     if isinstance(value, list):

@@ -1,7 +1,7 @@
-"""What an attempt at a task used: seconds, memory, bytes, and where it ran.
+"""The resources that an attempt at a task used: time, memory and bytes, and the host on which it ran.
 
-The counters are those of the whole process, so they belong to one task as long as a worker does one at a time. What a
-process does once, whatever its tasks (it starts, imports, loads networks), is warm-up: it is counted apart.
+The counters belong to the whole process, so they describe one task as long as a worker does one at a time. The work
+that a process does once, whatever its tasks (starting, importing, loading networks), is warm-up and counted separately.
 """
 
 import os
@@ -18,19 +18,19 @@ _IO = Path("/proc/self/io")
 
 
 def now() -> str:
-    """Return the time as attempts note it: ISO 8601, UTC, milliseconds."""
+    """Return the current time as attempts record it: ISO 8601, UTC, milliseconds."""
     return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
 class _Warmup:
-    """Core-seconds of this process that went into getting ready for tasks."""
+    """The core-seconds that this process has spent on warm-up."""
 
     def __init__(self) -> None:
-        self.core_s, self.told_s, self.started, self.inside = 0.0, 0.0, False, False
+        self.core_s, self.reported_s, self.started, self.inside = 0.0, 0.0, False, False
 
-    def untold_s(self) -> float:
-        """Return what has not been returned before."""
-        before, self.told_s = self.told_s, self.core_s
+    def unreported_s(self) -> float:
+        """Return the core-seconds of warm-up since the last call."""
+        before, self.reported_s = self.reported_s, self.core_s
         return self.core_s - before
 
 
@@ -39,7 +39,7 @@ _warmup = _Warmup()
 
 @contextmanager
 def warming_up() -> Iterator[None]:
-    """Count the core-seconds of the body as warm-up, those of a body inside of it once."""
+    """Count the core-seconds of the body as warm-up; those of a nested body are counted once."""
     if _warmup.inside:
         yield
         return
@@ -52,20 +52,20 @@ def warming_up() -> Iterator[None]:
 
 
 def warmup_s() -> float:
-    """Return the core-seconds of warm-up of this process so far."""
+    """Return the core-seconds of warm-up that this process has spent so far."""
     return _warmup.core_s
 
 
 def not_a_worker() -> None:
-    """Say that this process did other things before its first task: what it has used so far is not its start."""
+    """Declare that this process did other work before its first task, so its CPU time so far is not warm-up."""
     _warmup.started = True
 
 
 class Meter:
-    """Counts from the moment it is made."""
+    """Measures the resources that this process has used since the meter was created."""
 
     def __init__(self) -> None:
-        """Start counting."""
+        """Start the measurement."""
         self._started, self._clock = now(), time.perf_counter()
         self._cpu, self._io = os.times(), _io_bytes()
         if not _warmup.started:  # the first task of a worker: the process has started and imported what it needs
@@ -73,16 +73,17 @@ class Meter:
             _warmup.started = True
 
     def usage(self, *, executed: bool = True) -> dict[str, Any]:
-        """Return what was used since.
+        """Return the resources used since the start of the measurement.
 
         Args:
-            executed: The task did something. What one that found its work done has of warm-up is told with the next.
+            executed: Whether the task did its work. Where it was already done, the warm-up so far is reported with
+                the next task that does some.
 
         Returns:
             ``started`` and ``ended`` (ISO 8601, UTC), ``host``, ``pid``, ``wall_s``, ``cpu_user_s``, ``cpu_sys_s``,
-            ``warmup_s`` (core-seconds of warm-up; loading is in the CPU seconds too, the start of the process is not),
-            ``max_rss_bytes`` (the process's peak so far), ``bytes_read`` and ``bytes_written`` (by system calls, page
-            cache included).
+            ``warmup_s`` (core-seconds of warm-up; the CPU seconds include loading, but not the start of the process),
+            ``max_rss_bytes`` (the peak of the process so far), ``bytes_read`` and ``bytes_written`` (by system calls,
+            page cache included).
         """
         cpu, (read, written) = os.times(), _io_bytes()
         return {
@@ -93,7 +94,7 @@ class Meter:
             "wall_s": round(time.perf_counter() - self._clock, 6),
             "cpu_user_s": round(cpu.user - self._cpu.user, 2),
             "cpu_sys_s": round(cpu.system - self._cpu.system, 2),
-            "warmup_s": round(_warmup.untold_s(), 3) if executed else 0.0,
+            "warmup_s": round(_warmup.unreported_s(), 3) if executed else 0.0,
             "max_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             "bytes_read": read - self._io[0],
             "bytes_written": written - self._io[1],
@@ -101,18 +102,18 @@ class Meter:
 
 
 def _io_bytes() -> tuple[int, int]:
-    """Return bytes read and written by this process; zeros where the kernel does not count them."""
+    """Return the bytes read and written by this process; zeros where the kernel does not count them."""
     try:
-        found = dict(line.split(": ") for line in _IO.read_text(encoding="ascii").splitlines())
-        return int(found["rchar"]), int(found["wchar"])
+        counters = dict(line.split(": ") for line in _IO.read_text(encoding="ascii").splitlines())
+        return int(counters["rchar"]), int(counters["wchar"])
     except (OSError, ValueError, KeyError):
         return 0, 0
 
 
 Timer = Callable[[str], AbstractContextManager[None]]
-"""``with timed("infer"): ...`` adds the seconds of the body to a step."""
+"""A function from the name of a step to a context manager that adds the seconds of its body to that step."""
 
 
 def untimed(_step: str) -> AbstractContextManager[None]:
-    """Count nothing: the `Timer` of work whose cost is counted elsewhere."""
+    """Return a context manager that counts nothing: the `Timer` of work whose cost is counted elsewhere."""
     return nullcontext()

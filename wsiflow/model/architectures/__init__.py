@@ -1,1 +1,1 @@
-"""Networks that are part of wsiflow."""
+"""Network architectures that are part of wsiflow."""

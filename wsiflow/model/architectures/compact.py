@@ -1,10 +1,10 @@
-"""A small network without padding whose window is 96 px, the size of a PatchCamelyon patch.
+"""A small network without padding and with a window of 96 px, the size of a PatchCamelyon patch.
 
-Input: float32 (n, 3, h, w), normalised as its card says, h and w = 96 + a multiple of 8.
+Input: float32 (n, 3, h, w), normalised by the mean and std of its card; h and w are 96 plus a multiple of 8.
 Output: logits (n, n_classes).
 
-As in `wsiflow.model.architectures.inception` no layer pads and every layer divides its map without a rest, so the map
-of a large block holds, at every 8 px, what a 96 px window placed there gives, to float rounding:
+As in `wsiflow.model.architectures.inception`, no layer pads, and every layer divides its map without a remainder. The
+map of a large block therefore contains, at every 8 px, the logits of the 96 px window there, except for float rounding:
 
     layer      kernel/stride   map side   stride px   receptive field px
     conv1, 24      4/2            47          2               4

@@ -1,15 +1,15 @@
-"""GoogLeNet (Inception v1) in the layout of TF-slim, as the reference system trained it.
+"""GoogLeNet (Inception v1) in the variant of TF-slim, which the reference system trained.
 
-Input: float32 (n, 3, h, w), normalised as its card says, h and w multiples of 32 (224 in the reference).
-Output: logits (n, n_classes).
+Input: float32 (n, 3, h, w), normalised by the mean and std of its card; h and w are multiples of 32 (224 in the
+reference). Output: logits (n, n_classes).
 
-What differs from the network of the paper: the "5x5" branches are 3 x 3, convolutions have neither bias nor batch norm,
-the last pool is 2 x 2, there is no local response normalisation and no auxiliary head.
+The network differs from that of the paper: the "5x5" branches are 3 x 3, convolutions have neither bias nor batch norm,
+the last pool is 2 x 2, and there is no local response normalisation and no auxiliary head.
 
-Padding is TensorFlow's SAME, so that weights trained there give the same numbers here. With stride 1 and an odd kernel
-it is symmetric. With stride 2 and an even side it is not: the kernel overhangs by k - 2 in total, the smaller half in
-front (top, left). So the 7 x 7 convolution pads 2 in front and 3 behind, and the 3 x 3 pools pad 0 and 1; PyTorch's
-``ceil_mode`` does the latter, ignoring the places outside as TensorFlow does.
+Padding is TensorFlow's SAME, so that weights trained there give the same results here. It is symmetric with stride 1
+and an odd kernel, but not with stride 2 and an even side: of the k - 2 padded rows or columns the smaller half is in
+front (top, left). The 7 x 7 convolution therefore pads 2 in front and 3 behind, and the 3 x 3 pools pad 0 and 1. For
+the pools PyTorch's ``ceil_mode`` has this effect, and like TensorFlow it ignores the places outside.
 """
 
 import torch
@@ -30,21 +30,21 @@ _BLOCKS_7 = ((256, 160, 320, 32, 128, 128), (384, 192, 384, 48, 128, 128))
 
 
 def _conv(channels_in: int, channels_out: int, kernel: int) -> nn.Sequential:
-    """Return a stride-1 convolution that keeps the side, and a ReLU."""
+    """Return a convolution with stride 1 that keeps the size of the map, followed by a ReLU."""
     return nn.Sequential(
         nn.Conv2d(channels_in, channels_out, kernel, padding=kernel // 2, bias=False), nn.ReLU(inplace=True)
     )
 
 
 class Inception(nn.Module):
-    """Four branches over one map, joined along the channels."""
+    """An Inception block: four branches over one map, concatenated along the channels."""
 
     def __init__(self, channels_in: int, widths: tuple[int, int, int, int, int, int]) -> None:
         """Build the branches.
 
         Args:
-            channels_in: Channels of the map that comes in.
-            widths: 1x1; 1x1 and 3x3; 1x1 and second 3x3; 1x1 after the pool.
+            channels_in: Number of channels of the input.
+            widths: Numbers of channels: 1x1; 1x1 and 3x3; 1x1 and second 3x3; 1x1 after the pool.
         """
         super().__init__()
         one, reduce_a, three_a, reduce_b, three_b, pooled = widths
@@ -60,7 +60,7 @@ class Inception(nn.Module):
 
 
 def _stage(channels_in: int, blocks: tuple[tuple[int, int, int, int, int, int], ...]) -> nn.Sequential:
-    """Return the blocks between two pools, each fed by the one before."""
+    """Return the sequence of blocks between two pools."""
     stage = nn.Sequential()
     for widths in blocks:
         block = Inception(channels_in, widths)
@@ -70,17 +70,17 @@ def _stage(channels_in: int, blocks: tuple[tuple[int, int, int, int, int, int], 
 
 
 class GoogLeNet(nn.Module):
-    """With two classes: 5,587,394 parameters and 1.497 GMAC for each 224 px window."""
+    """The network; with two classes it has 5,587,394 parameters and needs 1.497 GMAC for a 224 px window."""
 
     def __init__(self, n_classes: int, *, dropout: float) -> None:
         """Build the network with random weights.
 
         Args:
             n_classes: Number of classes, 2 in the reference.
-            dropout: Share of the 1,024 features dropped while training, 0 to 1; 0.5 in the reference.
+            dropout: Fraction of the 1,024 features that are dropped in training, 0 to 1; 0.5 in the reference.
         """
         super().__init__()
-        # The names of the paper's table: runs share the network up to one of them.
+        # These are the names in the paper's table; settings name the layer up to which windows share the network.
         self.features = nn.Sequential()
         for name, layer in {
             "conv1": nn.Sequential(

@@ -1,11 +1,11 @@
-"""Inception without padding: what it says of a window does not depend on what lies around the window.
+"""An Inception network without padding, whose logits for a window do not depend on the surroundings of the window.
 
-Input: float32 (n, 3, h, w), normalised as its card says, h and w = 224 + a multiple of 16.
+Input: float32 (n, 3, h, w), normalised by the mean and std of its card; h and w are 224 plus a multiple of 16.
 Output: logits (n, n_classes).
 
-The blocks have the widths of GoogLeNet, but no layer pads. A value of the feature map depends on its own receptive
-field and on nothing else, so the map of a large block holds, at every 16 px, what a 224 px window placed there gives,
-to float rounding. Sizes divide at every layer, so no row or column of a window is dropped:
+The blocks have the numbers of channels of GoogLeNet, but no layer pads. A value of the feature map depends only on its
+receptive field, so the map of a large block contains, at every 16 px, the logits of the 224 px window there, except for
+float rounding. Every layer divides its map without a remainder, so no row or column of a window is dropped:
 
     layer          kernel/stride   map side   stride px   receptive field px
     conv1, 64            6/2         110          2               6
@@ -22,8 +22,8 @@ to float rounding. Sizes divide at every layer, so no row or column of a window 
     4d, 528              3/1           3         16             192
     mean of 3 x 3                      1                        224
 
-The mean over the 3 x 3 map sees 192 + 2 * 16 = 224 px: the whole window and nothing beyond it. A 7 x 7 first layer, as
-GoogLeNet has, would drop a row and a column: 224 - 7 is odd.
+The receptive field of the mean over the 3 x 3 map is 192 + 2 * 16 = 224 px: exactly the window. A first layer of 7 x 7,
+as in GoogLeNet, would drop a row and a column, because 224 - 7 is odd.
 """
 
 from collections import OrderedDict
@@ -48,14 +48,14 @@ _STAGE_4: dict[str, Widths] = {
 
 
 class InceptionBlock(nn.Module):
-    """Four branches that see 3 x 3 places each and lose the outermost ring of the map, joined along the channels."""
+    """Four branches with 3 x 3 kernels and no padding, concatenated; the output is one place smaller on each side."""
 
     def __init__(self, channels_in: int, widths: Widths) -> None:
         """Build the branches.
 
         Args:
-            channels_in: Channels of the map that comes in.
-            widths: 1x1; 1x1 and 3x3; 1x1 and second 3x3; 1x1 after the pool.
+            channels_in: Number of channels of the input.
+            widths: Numbers of channels: 1x1; 1x1 and 3x3; 1x1 and second 3x3; 1x1 after the pool.
         """
         super().__init__()
         one, reduce_a, three_a, reduce_b, three_b, pooled = widths
@@ -67,7 +67,7 @@ class InceptionBlock(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return (n, channels_out, h - 2, w - 2) from (n, channels_in, h, w)."""
-        # The 1 x 1 branch is cut to the centre, where the places of the 3 x 3 branches are.
+        # The 1 x 1 branch is cropped to the places of the 3 x 3 branches.
         centre = x[:, :, 1:-1, 1:-1]
         return torch.cat([self.branch_0(centre), self.branch_1(x), self.branch_2(x), self.branch_3(x)], dim=1)
 
@@ -101,7 +101,7 @@ def inception_valid(n_classes: int, *, width: float, dropout: float) -> ValidNet
 
 
 def _append(layers: OrderedDict[str, nn.Module], channels_in: int, blocks: dict[str, Widths], width: float) -> int:
-    """Append blocks, each fed by the one before; return the channels of the last."""
+    """Append a sequence of blocks to the layers, and return the number of channels of the last one."""
     for name, widths in blocks.items():
         one, reduce_a, three_a, reduce_b, three_b, pooled = (scaled(channels, width) for channels in widths)
         block = InceptionBlock(channels_in, (one, reduce_a, three_a, reduce_b, three_b, pooled))

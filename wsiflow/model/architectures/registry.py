@@ -1,4 +1,4 @@
-"""The architectures a model card may name. Code comes from here and from nowhere else."""
+"""The registry of architectures that a model card may name; apart from TorchScript, no other code is run."""
 
 from typing import Any
 
@@ -20,10 +20,10 @@ def build(architecture: str, n_classes: int, **architecture_args: Any) -> nn.Mod
     Args:
         architecture: A key of `ARCHITECTURES`.
         n_classes: Number of classes.
-        architecture_args: What its builder takes besides.
+        architecture_args: Further arguments of its builder.
 
     Raises:
-        InputError: There is no such architecture, or it does not take these arguments.
+        InputError: The architecture is unknown, or its builder does not accept these arguments.
     """
     if architecture not in ARCHITECTURES:
         raise InputError(

@@ -1,1 +1,1 @@
-"""Networks run over whole regions instead of window by window."""
+"""Dense inference: networks run over whole regions instead of window by window."""

@@ -1,6 +1,6 @@
-"""What running a window classifier over whole regions means and costs.
+"""The properties and costs of running a window classifier over whole regions.
 
-Input: the layers of a network. Output: `DenseFacts`, and at which stride each layer runs.
+Input: the layers of a network. Output: `DenseFacts`, and the stride with which each layer runs.
 """
 
 import math
@@ -9,29 +9,29 @@ from typing import NamedTuple
 
 from torch import fx
 
-from wsiflow.model.dense.layers import refused
+from wsiflow.model.dense.layers import cannot_run_dense
 from wsiflow.model.dense.operations import Pair
-from wsiflow.model.dense.receptive import Layer, about
+from wsiflow.model.dense.receptive import Layer, with_layer_name
 
 
-class Pace(NamedTuple):
-    """How a layer runs when the map has to be finer than the network's own.
+class DenseStride(NamedTuple):
+    """How a layer runs if the map must be finer than the total stride of the network.
 
     Attributes:
-        stride: Stride the op runs with.
-        factors: Phases an axis of the result is split into, in the order of splitting.
+        stride: Stride with which the operation runs.
+        factors: Numbers of phases into which each axis of the result is split, in the order of splitting.
     """
 
     stride: int
     factors: tuple[int, ...]
 
 
-class Cut(NamedTuple):
-    """A layer up to which windows can share the network.
+class SplitPoint(NamedTuple):
+    """A layer up to which overlapping windows can share the network.
 
     Attributes:
-        name: Its module.
-        share: Share of a window's multiplications up to it, 0 to 1.
+        name: Path of its module.
+        share: Fraction of a window's multiplications that are shared, 0 to 1.
     """
 
     name: str
@@ -39,18 +39,18 @@ class Cut(NamedTuple):
 
 
 class DenseFacts(NamedTuple):
-    """What running a network over whole regions means.
+    """The properties of a network that is run over whole regions.
 
     Attributes:
-        grid_px: Distance of the scores that are computed; a coarser stride takes every n-th.
+        grid_px: Distance between the scores that are computed; a coarser stride uses every n-th of them.
         native_px: Total stride of the network.
-        padded: A score sees padding in its own window, so dense scores differ from the window's.
-        overhang_px: How far a score sees beyond its window, before (top, left) and after.
-        align_px: Context and positions of windows must be multiples of it.
-        window_macs: Multiplications of one window on its own.
-        dense_macs_px: Multiplications for each pixel of a large region.
-        activation_bytes_px: Peak of float32 activations for each pixel of a large region.
-        cuts: Layers up to which windows can share the network, deepest first.
+        padded: Whether scores depend on padding within their windows, so that dense scores differ from window scores.
+        overhang_px: How far the receptive field of a score extends beyond its window, before (top, left) and after.
+        align_px: Context and positions of windows must be multiples of this.
+        window_macs: Multiplications for one window that is run alone.
+        dense_macs_px: Multiplications per pixel of a large region.
+        activation_bytes_px: Peak memory of float32 activations per pixel of a large region, bytes.
+        cuts: Layers up to which windows can share the network, the deepest first.
     """
 
     grid_px: int
@@ -61,18 +61,18 @@ class DenseFacts(NamedTuple):
     window_macs: int
     dense_macs_px: float
     activation_bytes_px: float
-    cuts: tuple[Cut, ...]
+    cuts: tuple[SplitPoint, ...]
 
 
 def dense_facts(network: Sequence[Layer], stride: int) -> DenseFacts:
-    """Return what running a network over regions at a stride means.
+    """Return the properties of a network that is run over regions with a stride.
 
     Args:
-        network: What `follow` returned.
-        stride: Distance of the wanted scores, px.
+        network: The layers that `trace_layers` returned.
+        stride: Required distance between scores, px.
 
     Raises:
-        InputError: Maps of different strides meet.
+        InputError: A layer joins maps with different strides.
     """
     grid_px = _grid(network, stride)
     last, window_macs = network[-1], sum(layer.window_macs for layer in network)
@@ -86,38 +86,39 @@ def dense_facts(network: Sequence[Layer], stride: int) -> DenseFacts:
         (before, after) if padded else (0, 0),
         grid_px,
         window_macs,
-        *_dense_costs(network, paces(network, grid_px)),
-        # Of cuts that share as much, the last: its map is the smallest.
-        tuple({share: Cut(layer.names[0], share) for layer, share in cuts(network)}.values())[::-1],
+        *_dense_costs(network, dense_strides(network, grid_px)),
+        # Of several layers with the same share, the last one is used, because its map is the smallest.
+        tuple({share: SplitPoint(layer.names[0], share) for layer, share in split_points(network)}.values())[::-1],
     )
 
 
-def paces(network: Sequence[Layer], grid_px: int) -> dict[fx.Node, Pace]:
-    """Return how each layer runs where scores are `grid_px` apart.
+def dense_strides(network: Sequence[Layer], grid_px: int) -> dict[fx.Node, DenseStride]:
+    """Return how each layer runs if scores are `grid_px` apart.
 
-    An op whose stride would pass the grid runs with the part of it that does not, and its result is split into phases.
+    An operation whose stride would make the map coarser than the grid runs with a divisor of that stride, and its
+    result is split into phases.
 
     Raises:
-        InputError: Maps that meet are split differently.
+        InputError: A layer joins maps that are split differently.
     """
-    found: dict[fx.Node, Pace] = {}
+    strides: dict[fx.Node, DenseStride] = {}
     spacings = {layer.node: layer.spacing_px for layer in network}
     for layer in network:
-        factors = {found[node].factors for node in layer.inputs} or {()}
+        factors = {strides[node].factors for node in layer.inputs} or {()}
         if len(factors) > 1:
-            raise about(layer.node, refused("maps of different strides meet in it"))
+            raise with_layer_name(layer.node, cannot_run_dense("it joins maps of different strides"))
         (before,) = factors
         spacing_px = spacings[layer.inputs[0]] if layer.inputs else grid_px
-        # Phases hold every n-th place already; only a map that is in one piece and on the grid can be thinned out.
+        # Phases already consist of every n-th place; only a map that is not split and is on the grid can be subsampled.
         whole = not before and grid_px % spacing_px == 0
         stride = math.gcd(layer.stride, grid_px // spacing_px) if whole else 1
         split = layer.stride // stride
-        found[layer.node] = Pace(stride, (*before, split) if split > 1 else before)
-    return found
+        strides[layer.node] = DenseStride(stride, (*before, split) if split > 1 else before)
+    return strides
 
 
-def cuts(network: Sequence[Layer]) -> Iterator[tuple[Layer, float]]:
-    """Yield the named layers that all later ones depend on alone, with the share of multiplications up to them."""
+def split_points(network: Sequence[Layer]) -> Iterator[tuple[Layer, float]]:
+    """Yield the named layers on which alone all later ones depend, with the fraction of multiplications up to each."""
     last_use = _last_uses(network)
     total, done, live = sum(layer.window_macs for layer in network), 0, 0
     for place, layer in enumerate(network):
@@ -128,30 +129,30 @@ def cuts(network: Sequence[Layer]) -> Iterator[tuple[Layer, float]]:
 
 
 def _grid(network: Sequence[Layer], stride: int) -> int:
-    """Return the largest of the network's strides so far that divides the wanted one."""
+    """Return the largest distance between elements of any layer's map, px, that divides the required stride."""
     return max(layer.spacing_px for layer in network if stride % layer.spacing_px == 0)
 
 
 def _last_uses(network: Sequence[Layer]) -> dict[fx.Node, int]:
-    """Return for each layer the place of the last one that needs it."""
-    found = {layer.node: place for place, layer in enumerate(network)}
+    """Return for each layer the index of the last layer that uses its map."""
+    last_uses = {layer.node: place for place, layer in enumerate(network)}
     for place, layer in enumerate(network):
-        found.update(dict.fromkeys(layer.inputs, place))
-    return found
+        last_uses.update(dict.fromkeys(layer.inputs, place))
+    return last_uses
 
 
-def _dense_costs(network: Sequence[Layer], how: dict[fx.Node, Pace]) -> tuple[float, float]:
-    """Return multiplications, and the peak of bytes, for each pixel of a large region."""
+def _dense_costs(network: Sequence[Layer], strides: dict[fx.Node, DenseStride]) -> tuple[float, float]:
+    """Return the multiplications, and the peak memory in bytes, per pixel of a large region."""
     macs = peak = 0.0
     held: dict[fx.Node, float] = {}
     last_use = _last_uses(network)
     for place, layer in enumerate(network):
-        # Splitting keeps the number of elements, so they lie as close as where they were computed.
-        density = (math.prod(how[layer.node].factors) / layer.spacing_px) ** 2
+        # Splitting keeps the number of elements, so their density is that of the map before splitting.
+        density = (math.prod(strides[layer.node].factors) / layer.spacing_px) ** 2
         macs += layer.macs * density
         size = 4 * layer.channels * density
-        split = layer.inputs and how[layer.node].factors != how[layer.inputs[0]].factors
-        # One position alone can be computed in place, where nothing needs the input any more.
+        split = layer.inputs and strides[layer.node].factors != strides[layer.inputs[0]].factors
+        # Operations on single positions can run in place if no later layer uses the input.
         inplace = layer.op.kind in {"each", "flat"} and all(last_use[node] == place for node in layer.inputs)
         new = size * (2 if split else 0 if inplace and layer.inputs else 1)
         peak = max(peak, sum(held.values()) + new)

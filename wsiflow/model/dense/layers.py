@@ -1,8 +1,8 @@
-"""What each layer of a network does to a map: slide a kernel, work on every position alone, or join maps.
+"""The operation of each layer of a network on a map: sliding a kernel, mapping each position, or joining maps.
 
-Input: one call of a traced network (a module, a function or a method) with its arguments. Output: an `Op`. Only what is
-known to be local is read: a layer that looks at the whole map, or that is not in the tables below, is refused, since a
-guess would give scores that look right and are not.
+Input: one call in a traced network (a module, a function or a method) with its arguments. Output: an `Op`. Only layers
+that are known to be local are accepted. A layer that uses the whole map, or that is not in the tables below, is
+refused, since a wrong assumption would give scores that look right, but are not.
 
 Pairs are (rows, cols). Maps are float32 (n, channels, rows, cols).
 """
@@ -20,19 +20,19 @@ from wsiflow.model.dense.operations import Pair
 
 
 class Op(NamedTuple):
-    """What a layer does to a map.
+    """The operation of a layer on a map.
 
     Attributes:
-        kind: ``conv``; ``max`` or ``mean`` of a kernel; ``linear`` over a whole flattened map; ``move``: pad, crop or
-            take every n-th; ``each``: every position alone; ``join``: several maps of one grid; ``flat``: the same
-            numbers in another shape.
-        kernel: Taps.
-        stride: Distance of the places where the kernel is laid.
-        before: Padding in front (top, left); negative: cropped.
-        dilation: Distance of the taps.
-        groups: Groups of channels.
-        value: What a ``move`` pads with.
-        counted: A ``mean`` divides by the taps on padding too.
+        kind: ``conv``: convolution; ``max`` or ``mean``: pooling; ``linear``: linear layer over a whole flattened map;
+            ``move``: padding, cropping or subsampling; ``each``: function of each position alone; ``join``: function of
+            several maps on one grid; ``flat``: change of shape only.
+        kernel: Size of the kernel.
+        stride: Stride of the kernel.
+        before: Padding in front (top, left); negative values crop.
+        dilation: Dilation of the kernel.
+        groups: Number of groups of channels.
+        value: The value with which a ``move`` pads.
+        counted: Whether a ``mean`` includes padding in its divisor.
     """
 
     kind: Literal["conv", "max", "mean", "linear", "move", "each", "join", "flat"]
@@ -47,71 +47,71 @@ class Op(NamedTuple):
 
 EACH, JOIN, FLAT = Op("each"), Op("join"), Op("flat")
 
-_EVERYWHERE = "every position looks at every other (attention)"
-_OVER_MAP = "it normalises over the map, so a score depends on everything around its window"
-_UNKNOWN = "it is not known to work on each place of a map alone"
+_EVERYWHERE = "every position depends on all others (attention)"
+_OVER_MAP = "it normalises over the map, so a score would depend on everything around its window"
+_UNKNOWN = "it is not known to be local"
 
 
 def read(
     node: fx.Node, module: nn.Module | None, args: tuple[Any, ...], kwargs: dict[str, Any], out: torch.Tensor
 ) -> Op:
-    """Return what a call does to a map.
+    """Return the operation of a call on a map.
 
     Args:
         node: The call.
-        module: The module that is called, if it is one.
-        args: Its arguments, tensors of the window's shapes in the place of maps.
-        kwargs: Its keyword arguments, likewise.
-        out: A tensor of the shape of the result.
+        module: The module that is called, or None for a function or method.
+        args: Arguments of the call; maps are replaced by tensors with the shapes of one window's maps.
+        kwargs: Keyword arguments of the call, in the same form.
+        out: A tensor with the shape of the result.
 
     Raises:
-        InputError: It is not local or not known; the cause does not name the layer.
+        InputError: The operation is not local or not known; the message does not yet name the layer.
     """
     if module is not None:
-        # Not its parents: a module may be derived to do something else.
+        # Base classes are not considered, because a derived module may do something else.
         if type(module) not in _MODULES:
-            raise refused(_reason(type(module)))
+            raise cannot_run_dense(_reason(type(module)))
         return _MODULES[type(module)](module, out, *args)
     if node.target not in _CALLS:
-        raise refused(_reason(node.target))
+        raise cannot_run_dense(_reason(node.target))
     try:
         return _CALLS[node.target](out, *args, **kwargs)
-    except TypeError as error:  # arguments the reader does not know
-        raise refused(f"it is called in a way that is not known: {error}") from error
+    except TypeError as error:  # the call has arguments that its reader does not have
+        raise cannot_run_dense(f"it is called with arguments that are not supported: {error}") from error
 
 
 def check(node: fx.Node, module: nn.Module | None) -> None:
-    """Refuse what is known not to be local, before shapes are asked for.
+    """Refuse a layer that is known not to be local, before any shapes are computed.
 
     Raises:
-        InputError: The layer is attention or normalises over the map; the cause does not name it.
+        InputError: The layer is attention or normalises over the map; the message does not yet name it.
     """
     target = node.target if module is None else type(module)
     if node.op.startswith("call") and _reason(target) != _UNKNOWN:
-        raise refused(_reason(target))
+        raise cannot_run_dense(_reason(target))
 
 
-def refused(reason: str) -> InputError:
-    """Return the error of a layer that cannot be part of a map."""
+def cannot_run_dense(reason: str) -> InputError:
+    """Return the error of a layer or network that cannot run over whole regions."""
     return InputError(reason, "set inference.engine=window, which runs any network")
 
 
 def _reason(target: Any) -> str:
-    """Return why a module type, function or method is refused."""
+    """Return the reason why a module type, function or method is refused."""
     return next((reason for reason, known in _REFUSED.items() if target in known), _UNKNOWN)
 
 
 def _pair(value: Any) -> Pair:
-    """Return rows and cols of what PyTorch takes as one number or two."""
+    """Return an argument that PyTorch accepts as one or two numbers as a pair (rows, cols)."""
     return (int(value), int(value)) if isinstance(value, int) else (int(value[0]), int(value[1]))
 
 
 def _conv(module: nn.Conv2d, _out: torch.Tensor, _x: torch.Tensor) -> Op:
     if module.padding_mode != "zeros":
-        raise refused(f"it pads with {module.padding_mode!r}, which repeats the window's border")
+        raise cannot_run_dense(f"it pads with {module.padding_mode!r}, which repeats the window's border")
     kernel, dilation = _pair(module.kernel_size), _pair(module.dilation)
     if isinstance(module.padding, str):
-        # PyTorch's "same" puts the smaller half in front.
+        # PyTorch's padding "same" has its smaller half in front.
         same = module.padding == "same"
         before = tuple(d * (k - 1) // 2 if same else 0 for k, d in zip(kernel, dilation, strict=True))
     else:
@@ -121,13 +121,15 @@ def _conv(module: nn.Conv2d, _out: torch.Tensor, _x: torch.Tensor) -> Op:
 
 def _linear(_module: nn.Linear, _out: torch.Tensor, x: torch.Tensor) -> Op:
     if x.dim() != 2:
-        raise refused("it is a linear layer over something else than the features of a window")
+        raise cannot_run_dense("it is a linear layer, but its input is not the feature vector of a window")
     return Op("linear")
 
 
 def _batch_norm(module: nn.BatchNorm1d | nn.BatchNorm2d, _out: torch.Tensor, _x: torch.Tensor) -> Op:
     if module.running_mean is None or module.training:
-        raise refused("it normalises with statistics of the batch, so a score depends on its neighbours in the batch")
+        raise cannot_run_dense(
+            "it normalises with statistics of the batch, so a score depends on its neighbours in the batch"
+        )
     return EACH
 
 
@@ -138,11 +140,11 @@ def _max_pool(
     stride: Any = None,
     padding: Any = 0,
     dilation: Any = 1,
-    ceil_mode: bool = False,  # noqa: ARG001, FBT001, FBT002  PyTorch's signature; the shapes tell what it did
+    ceil_mode: bool = False,  # noqa: ARG001, FBT001, FBT002  PyTorch's signature; the output shape shows its effect
     return_indices: bool = False,  # noqa: FBT001, FBT002
 ) -> Op:
     if return_indices:
-        raise refused("it returns positions within the window")
+        raise cannot_run_dense("it returns positions within the window")
     return Op("max", _pair(kernel_size), _pair(stride or kernel_size), _pair(padding), _pair(dilation))
 
 
@@ -157,7 +159,7 @@ def _mean_pool(
     divisor_override: int | None = None,
 ) -> Op:
     if divisor_override:
-        raise refused("it divides by a number of its own")
+        raise cannot_run_dense("it divides by a number that is not the size of its kernel")
     before = _pair(padding)
     counted = count_include_pad and any(before)
     return Op("mean", _pair(kernel_size), _pair(stride or kernel_size), before, counted=counted)
@@ -168,7 +170,7 @@ def _adaptive(kind: Literal["max", "mean"]) -> Callable[..., Op]:
         if out.shape == x.shape:
             return FLAT
         if return_indices or tuple(out.shape[2:]) != (1, 1):
-            raise refused("it pools to a fixed number of places, not to one")
+            raise cannot_run_dense("it pools to a fixed number of places greater than one")
         return Op(kind, _pair(x.shape[2:]))
 
     return read_adaptive
@@ -177,7 +179,7 @@ def _adaptive(kind: Literal["max", "mean"]) -> Callable[..., Op]:
 def _reduce(kind: Literal["max", "mean"]) -> Callable[..., Op]:
     def read_reduction(_out: torch.Tensor, x: torch.Tensor, dim: Any = None, keepdim: bool = False) -> Op:  # noqa: ARG001, FBT001, FBT002
         if x.dim() != 4 or not isinstance(dim, tuple | list) or {d % 4 for d in dim} != {2, 3}:
-            raise refused("it is taken over something else than rows and columns")
+            raise cannot_run_dense("it reduces other axes than rows and columns")
         return Op(kind, _pair(x.shape[2:]))
 
     return read_reduction
@@ -185,7 +187,7 @@ def _reduce(kind: Literal["max", "mean"]) -> Callable[..., Op]:
 
 def _pad(_out: torch.Tensor, x: torch.Tensor, pad: Any, mode: str = "constant", value: float | None = None) -> Op:
     if mode != "constant" or len(pad) != 4 or x.dim() != 4:
-        raise refused(f"it pads with {mode!r} or along the channels")
+        raise cannot_run_dense(f"it pads with {mode!r} or along the channels")
     return Op("move", before=(int(pad[2]), int(pad[0])), value=float(value or 0.0))
 
 
@@ -194,10 +196,10 @@ def _index(out: torch.Tensor, x: torch.Tensor, key: Any) -> Op:
     if x.dim() == 4 and out.dim() < 4:
         return _reshape(out, x)
     if x.dim() != 4 or Ellipsis in keys or not all(isinstance(part, slice) for part in keys):
-        raise refused("it picks single rows, columns or channels")
+        raise cannot_run_dense("it selects single rows, columns or channels")
     rows, cols = (range(side)[part] for part, side in zip(keys[2:4], x.shape[2:], strict=True))
     if keys[0] != slice(None) or (out.shape[1] != x.shape[1] and out.shape[2:] != x.shape[2:]):
-        raise refused("it cuts the batch, or channels and map at once")
+        raise cannot_run_dense("it slices the batch, or channels and map at once")
     return (
         Op("move", stride=(rows.step, cols.step), before=(-rows.start, -cols.start))
         if x.shape[1] == out.shape[1]
@@ -209,25 +211,25 @@ def _reshape(out: torch.Tensor, x: torch.Tensor, *_: Any, **__: Any) -> Op:
     same = out.shape[0] == x.shape[0] and out.numel() == x.numel()
     pooled = x.shape[2:].numel() == 1 and out.shape[1] == x.shape[1]
     if not same or not (pooled or out.dim() == 2):
-        raise refused("it changes the shape of the map")
+        raise cannot_run_dense("it changes the shape of the map")
     return FLAT
 
 
 def _softmax(_out: torch.Tensor, _x: torch.Tensor, dim: int | None = None, **_: Any) -> Op:
     if dim != 1:
-        raise refused("it is a softmax over something else than channels")
+        raise cannot_run_dense("it is a softmax over another axis than the channels")
     return EACH
 
 
 def _dropout(_out: torch.Tensor, _x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Op:  # noqa: ARG001, FBT001, FBT002
     if training:
-        raise refused("it drops features at random outside of training too")
+        raise cannot_run_dense("it drops features at random, even in evaluation mode")
     return EACH
 
 
 def _cat(out: torch.Tensor, _tensors: Any, dim: int = 0) -> Op:
     if dim % out.dim() != 1:
-        raise refused("it joins maps along something else than channels")
+        raise cannot_run_dense("it concatenates maps along another axis than the channels")
     return JOIN
 
 

@@ -1,15 +1,15 @@
-"""A window classifier as a fully convolutional network: one pass over a region gives the score of every window in it.
+"""Window classifiers as fully convolutional networks: one pass over a region gives the scores of all its windows.
 
-Input: a classifier and the stride of the wanted scores. Output: a `DenseClassifier`. The global pool becomes a sliding
-pool, the linear head a 1 x 1 convolution, taken before a mean, since it has fewer channels. Where scores are wanted
-finer than the network's stride, ops run at a smaller stride and their result is split into phases along the batch,
-which later layers treat as images of their own; at the end the phases are interleaved again. Nothing is computed twice.
-(Giusti et al. 2013 call the phases fragments.)
+Input: a classifier and the required stride of the scores. Output: a `DenseClassifier`. The global pooling becomes a
+sliding pooling, and the linear head a 1 x 1 convolution, which is computed before a mean, because it reduces the number
+of channels. If scores must be finer than the network's stride, operations run with a smaller stride, and their results
+are split into phases along the batch. Later layers process the phases as separate images, and at the end the phases are
+interleaved. No value is computed twice. (Giusti et al. 2013 call the phases fragments.)
 
-Networks that do not pad give the window's scores to rounding. In networks that pad, a window's own padding is replaced
-by what really lies around it, and only the border of the region is padded.
+For networks that do not pad, dense scores equal window scores except for rounding. In networks that pad, the padding of
+a window is replaced by the actual pixels around it, and only the border of the region is padded.
 
-Everything but the region's height and width is a constant in these modules, so they can be traced and exported.
+In these modules only the height and the width of the region are variable, so they can be traced and exported.
 """
 
 import math
@@ -26,26 +26,26 @@ from torch import fx, nn
 from wsiflow.errors import InputError, WsiflowError
 from wsiflow.model.classifier import Classifier
 from wsiflow.model.dense import operations
-from wsiflow.model.dense.facts import DenseFacts, Pace, cuts, dense_facts, paces
-from wsiflow.model.dense.layers import refused
+from wsiflow.model.dense.facts import DenseFacts, DenseStride, dense_facts, dense_strides, split_points
+from wsiflow.model.dense.layers import cannot_run_dense
 from wsiflow.model.dense.operations import Pair
-from wsiflow.model.dense.receptive import Layer, follow
-from wsiflow.model.dense.rewrite import emitted
+from wsiflow.model.dense.receptive import Layer, trace_layers
+from wsiflow.model.dense.rewrite import dense_module
 
-# Sums are taken in another order than in the window, which moves a probability by some 1e-6. Logits are compared too,
-# relative to the largest: probabilities that are all 0 or 1 would hide any difference.
+# Sums are taken in another order than for a window, which changes a probability by about 1e-6. Logits are compared too,
+# relative to the largest one, because probabilities that are all 0 or 1 would hide any difference.
 PROBABILITY_TOLERANCE = 1e-5
 LOGIT_TOLERANCE = 1e-4
 
 
 class Crops(NamedTuple):
-    """Where the windows lie in the feature map of a shared stem.
+    """The positions of windows in the feature map of a shared stem.
 
     Attributes:
-        step: Cells between neighbouring windows.
-        every: Cells between neighbouring features of one window.
-        side: Features of a window along an axis.
-        first: Cells in front of the first window.
+        step: Distance between neighbouring windows, cells.
+        every: Distance between neighbouring features of one window, cells.
+        side: Number of features of a window along an axis.
+        first: Number of cells before the first window.
     """
 
     step: int
@@ -56,19 +56,21 @@ class Crops(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class DenseClassifier:
-    """A classifier for regions instead of windows.
+    """A classifier for regions instead of windows, either as one module or split into a shared stem and a tail.
 
-    Element (i, j) of its map is the window whose top-left pixel is (context_px + j * stride, context_px + i * stride).
+    Element (i, j) of its map belongs to the window with the top-left pixel x = context_px + j * stride,
+    y = context_px + i * stride.
 
     Attributes:
-        facts: What it computes and costs.
-        stride: Distance of the windows, px.
-        context_px: Context on each side of the region around the windows.
+        facts: Its properties and costs.
+        stride: Distance between windows, px.
+        context_px: Width of the context around the windows on each side of a region, px.
         window_px: Side of a window, px.
-        module: Normalised pixels, float32 (n, 3, h, w), to probabilities, float32 (n, rows, cols); None if shared.
-        stem: If shared: normalised pixels to features, float32 (n, channels, y, x).
-        tail: If shared: features of windows, float32 (n, channels, side, side), to probabilities, float32 (n,).
-        crops: If shared: where the windows lie in the features.
+        module: From normalised pixels, float32 (n, 3, h, w), to probabilities, float32 (n, rows, cols); None if split.
+        stem: From normalised pixels to features, float32 (n, channels, y, x); None if not split.
+        tail: From features of windows, float32 (n, channels, side, side), to probabilities, float32 (n,); None if not
+            split.
+        crops: Positions of the windows in the features; None if not split.
     """
 
     facts: DenseFacts
@@ -81,7 +83,7 @@ class DenseClassifier:
     crops: Crops | None = None
 
     def map_shape(self, h: int, w: int) -> Pair:
-        """Return rows and columns of the map of a region of h x w px; raise WsiflowError where no window fits."""
+        """Return the rows and columns of the map of a region of h x w px; raise WsiflowError if no window fits."""
         rows, cols = ((side - 2 * self.context_px - self.window_px) // self.stride + 1 for side in (h, w))
         if rows < 1 or cols < 1:
             raise WsiflowError(
@@ -93,49 +95,50 @@ class DenseClassifier:
 
 
 def describe(classifier: Classifier, stride: int) -> DenseFacts:
-    """Return what running a classifier over regions means; only shapes are computed.
+    """Return the properties of a classifier that is run over regions; only shapes are computed.
 
     Args:
         classifier: The classifier.
-        stride: Distance of the wanted scores, px.
+        stride: Required distance between scores, px.
 
     Raises:
-        InputError: The classifier cannot run over whole regions; the layer and the reason are named.
+        InputError: The classifier cannot run over whole regions; the message names the layer and the reason.
     """
-    return dense_facts(follow(classifier)[1], stride)
+    return dense_facts(trace_layers(classifier)[1], stride)
 
 
 def densify(classifier: Classifier, stride: int, *, context_px: int = 0, share_until: str = "") -> DenseClassifier:
-    """Return a classifier as a network over whole regions, which shares its weights.
+    """Return a classifier as a network over whole regions, which shares the classifier's weights.
 
     Args:
         classifier: The classifier.
-        stride: Distance of the wanted scores, px.
-        context_px: Context around the windows on each side of a region, px: a multiple of ``facts.align_px``.
-        share_until: Module up to which windows share the network, by its path or the last part of it. After it each
-            window runs alone, with its own padding. Empty: everything is shared.
+        stride: Required distance between scores, px.
+        context_px: Width of the context around the windows on each side of a region, px: a multiple of
+            ``facts.align_px``.
+        share_until: Path, or last part of the path, of the module up to which windows share the network. After it each
+            window runs alone, with its own padding. If empty, the whole network is shared.
 
     Raises:
-        InputError: The classifier cannot run over whole regions, or does not give there what it gives of a window; or
+        InputError: The classifier cannot run over whole regions, its dense scores differ from its window scores, or
             there is no such module.
     """
-    plan = _Plan(classifier, *follow(classifier), stride)
-    if context_px % plan.facts.align_px:
+    conversion = _Conversion(classifier, *trace_layers(classifier), stride)
+    if context_px % conversion.facts.align_px:
         raise InputError(
-            f"a context of {context_px} px is no multiple of the {plan.facts.align_px} px between scores",
-            f"set dense.halo to a multiple of {plan.facts.align_px}",
+            f"a context of {context_px} px is not a multiple of the {conversion.facts.align_px} px between scores",
+            f"set dense.halo to a multiple of {conversion.facts.align_px}",
         )
     build = _shared if share_until else _whole
-    _check(classifier, build(plan, 0, share_until))
-    return build(plan, context_px, share_until)
+    _check(classifier, build(conversion, 0, share_until))
+    return build(conversion, context_px, share_until)
 
 
 def window_crops(features: NDArray[np.float32], crops: Crops) -> NDArray[np.float32]:
-    """Return the features of every window as the tail takes them, a view without copies.
+    """Return the features of every window, the input of the tail, as a view without copies.
 
     Args:
-        features: float32 (n, channels, y, x), of a stem.
-        crops: Where the windows lie in it.
+        features: float32 (n, channels, y, x), the output of a stem.
+        crops: Positions of the windows in it.
 
     Returns:
         float32 (n, rows, cols, channels, side, side), read-only.
@@ -147,14 +150,14 @@ def window_crops(features: NDArray[np.float32], crops: Crops) -> NDArray[np.floa
 
 
 class _Region(NamedTuple):
-    """How the map of a network lies in the region it is given.
+    """The relation between the map of a network and the region from which it is computed.
 
     Attributes:
-        extent_px: Pixels of one window.
-        grid_px: Distance of the windows that are computed.
-        cell_px: Distance of the cells of the map; windows may be coarser.
-        factors: Phases an axis was split into, in the order of splitting.
-        side: Cells of one window.
+        extent_px: Side of a window, px.
+        grid_px: Distance between the windows that are computed, px.
+        cell_px: Distance between the cells of the map, px; the windows may be coarser.
+        factors: Numbers of phases into which each axis was split, in the order of splitting.
+        side: Side of a window, cells.
     """
 
     extent_px: int
@@ -164,9 +167,9 @@ class _Region(NamedTuple):
     side: int
 
     def run(self, network: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
-        """Return the network's map, float32 (n, channels, y, x), for the windows that lie wholly in the region."""
+        """Return the network's map, float32 (n, channels, y, x), for the windows that are completely in the region."""
         spare = [(side - self.extent_px) % self.grid_px for side in pixels.shape[2:]]
-        # Maps of branches then always have equal sides.
+        # The region is cropped to whole steps of the grid, so that the maps of all branches have equal sides.
         pixels = pixels[:, :, : pixels.shape[2] - spare[0], : pixels.shape[3] - spare[1]]
         cells: torch.Tensor = network(pixels)
         for factor in reversed(self.factors):
@@ -176,17 +179,17 @@ class _Region(NamedTuple):
 
 
 class DenseNetwork(nn.Module):
-    """Pixels of regions to the probabilities of their windows."""
+    """A fully convolutional network that maps the pixels of regions to the probabilities of their windows."""
 
     def __init__(self, network: nn.Module, region: _Region, crops: Crops, positive_index: int) -> None:
-        """Keep the network and where its windows lie."""
+        """Build the module from a network and the positions of its windows."""
         super().__init__()
         self.network, self.region, self.crops, self.positive_index = network, region, crops, positive_index
 
     def logits(self, pixels: torch.Tensor) -> torch.Tensor:
         """Return the logits, float32 (n, classes, rows, cols)."""
-        wanted = slice(self.crops.first, -self.crops.first or None, self.crops.step)
-        return self.region.run(self.network, pixels)[:, :, wanted, wanted]
+        windows = slice(self.crops.first, -self.crops.first or None, self.crops.step)
+        return self.region.run(self.network, pixels)[:, :, windows, windows]
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         """Return probabilities, float32 (n, rows, cols), of normalised pixels, float32 (n, 3, h, w)."""
@@ -194,10 +197,10 @@ class DenseNetwork(nn.Module):
 
 
 class Stem(nn.Module):
-    """Pixels of regions to features that windows share."""
+    """The first part of a split network, which maps the pixels of regions to the features that windows share."""
 
     def __init__(self, network: nn.Module, region: _Region) -> None:
-        """Keep the network and where its windows lie."""
+        """Build the module from a network and the positions of its windows."""
         super().__init__()
         self.network, self.region = network, region
 
@@ -207,10 +210,10 @@ class Stem(nn.Module):
 
 
 class Tail(nn.Module):
-    """Features of windows to their probabilities."""
+    """The second part of a split network, which maps the features of each window to its probability."""
 
     def __init__(self, network: nn.Module, positive_index: int) -> None:
-        """Keep the network."""
+        """Build the module from a network and the index of the positive class."""
         super().__init__()
         self.network, self.positive_index = network, positive_index
 
@@ -224,65 +227,67 @@ class Tail(nn.Module):
         return torch.softmax(self.logits(features).float(), dim=1)[:, self.positive_index]
 
 
-class _Plan:
-    """What a conversion needs to know."""
+class _Conversion:
+    """The input of a conversion: the traced network, its layers, and the strides with which they run."""
 
     def __init__(self, classifier: Classifier, traced: fx.GraphModule, network: list[Layer], stride: int) -> None:
         self.classifier, self.traced, self.network, self.stride = classifier, traced, network, stride
         self.facts = dense_facts(network, stride)
-        self.how = paces(network, self.facts.grid_px)
+        self.strides = dense_strides(network, self.facts.grid_px)
 
 
-def _whole(plan: _Plan, context_px: int, _share_until: str) -> DenseClassifier:
-    """Return a classifier whose windows share the whole network."""
-    grid_px, window_px = plan.facts.grid_px, plan.classifier.window_px
-    factors = plan.how[plan.network[-1].node].factors
+def _whole(conversion: _Conversion, context_px: int, _share_until: str) -> DenseClassifier:
+    """Return a dense classifier as one module, whose windows share the whole network."""
+    grid_px, window_px = conversion.facts.grid_px, conversion.classifier.window_px
+    factors = conversion.strides[conversion.network[-1].node].factors
     module = DenseNetwork(
-        emitted(plan.traced, plan.network, plan.how),
+        dense_module(conversion.traced, conversion.network, conversion.strides),
         _Region(window_px, grid_px, grid_px, factors, 1),
-        Crops(plan.stride // grid_px, 1, 1, context_px // grid_px),
-        plan.classifier.positive_index,
+        Crops(conversion.stride // grid_px, 1, 1, context_px // grid_px),
+        conversion.classifier.positive_index,
     ).eval()
-    return DenseClassifier(plan.facts, plan.stride, context_px, window_px, module)
+    return DenseClassifier(conversion.facts, conversion.stride, context_px, window_px, module)
 
 
-def _shared(plan: _Plan, context_px: int, share_until: str) -> DenseClassifier:
-    """Return a classifier whose windows share the network up to a module."""
-    place = _cut(plan.network, share_until)
-    last = plan.network[place]
-    factors = plan.how[last.node].factors
+def _shared(conversion: _Conversion, context_px: int, share_until: str) -> DenseClassifier:
+    """Return a dense classifier that is split after a module, up to which its windows share the network."""
+    place = _split_index(conversion.network, share_until)
+    last = conversion.network[place]
+    factors = conversion.strides[last.node].factors
     every = math.prod(factors)
-    if last.side[0] != last.side[1] or last.spacing_px % every or plan.stride % (last.spacing_px // every):
-        raise refused(f"features at {share_until} lie {last.spacing_px} px apart, windows {plan.stride} px")
+    if last.side[0] != last.side[1] or last.spacing_px % every or conversion.stride % (last.spacing_px // every):
+        raise cannot_run_dense(
+            f"the features at {share_until}, {last.spacing_px} px apart, do not fit windows at {conversion.stride} px"
+        )
     cell_px, side = last.spacing_px // every, last.side[0]
     stem = Stem(
-        emitted(plan.traced, plan.network[: place + 1], plan.how),
-        _Region(plan.classifier.window_px, plan.facts.grid_px, cell_px, factors, (side - 1) * every + 1),
+        dense_module(conversion.traced, conversion.network[: place + 1], conversion.strides),
+        _Region(conversion.classifier.window_px, conversion.facts.grid_px, cell_px, factors, (side - 1) * every + 1),
     )
-    own = {layer.node: Pace(layer.stride, ()) for layer in plan.network}
-    tail = Tail(emitted(plan.traced, plan.network[place:], own), plan.classifier.positive_index)
+    own = {layer.node: DenseStride(layer.stride, ()) for layer in conversion.network}
+    tail = Tail(dense_module(conversion.traced, conversion.network[place:], own), conversion.classifier.positive_index)
     return DenseClassifier(
-        plan.facts,
-        plan.stride,
+        conversion.facts,
+        conversion.stride,
         context_px,
-        plan.classifier.window_px,
+        conversion.classifier.window_px,
         stem=stem.eval(),
         tail=tail.eval(),
-        crops=Crops(plan.stride // cell_px, every, side, context_px // cell_px),
+        crops=Crops(conversion.stride // cell_px, every, side, context_px // cell_px),
     )
 
 
-def _cut(network: Sequence[Layer], name: str) -> int:
-    """Return the place of the layer a module ends with.
+def _split_index(network: Sequence[Layer], name: str) -> int:
+    """Return the index of the layer that ends a module.
 
     Raises:
         InputError: There is no such module, there are several, or windows cannot share the network up to it.
     """
-    known = [layer for layer, _ in cuts(network)]
-    whole = [layer for layer in known if name in layer.names]
-    found = whole or [layer for layer in known if name in {path.rpartition(".")[2] for path in layer.names}]
-    if len(found) == 1:
-        return network.index(found[0])
+    known = [layer for layer, _ in split_points(network)]
+    by_path = [layer for layer in known if name in layer.names]
+    matches = by_path or [layer for layer in known if name in {path.rpartition(".")[2] for path in layer.names}]
+    if len(matches) == 1:
+        return network.index(matches[0])
     raise InputError(
         f"windows cannot share the network up to {name!r}",
         f"name one of {[layer.names[0] for layer in reversed(known)]}",
@@ -290,9 +295,10 @@ def _cut(network: Sequence[Layer], name: str) -> int:
 
 
 def _check(classifier: Classifier, dense: DenseClassifier) -> None:
-    """Refuse a conversion that gives other scores than the windows; all of them are compared where nothing pads.
+    """Refuse a dense classifier whose scores differ from those of its windows on random pixels.
 
-    In a network that pads, the only window that sees the padding it is used to is one that fills the region.
+    If the network does not pad, a region with several windows is compared. If it pads, only a window that fills the
+    region has the same padding in both.
 
     Raises:
         InputError: The scores differ.
@@ -302,14 +308,14 @@ def _check(classifier: Classifier, dense: DenseClassifier) -> None:
     pixels = torch.randn((1, 3, side + stride, side + stride), generator=torch.Generator().manual_seed(0))
     corners = [(y, x) for y in sorted({0, stride}) for x in sorted({0, stride})]
     with torch.inference_mode():
-        wanted = torch.cat([classifier.module(pixels[:, :, y : y + side, x : x + side]) for y, x in corners])
-        found = _logits(dense, pixels)
-    if found.shape != wanted.shape:
-        raise refused(f"the network over a region gives {len(found)} scores for {len(wanted)} windows")
-    error = float((found.softmax(1) - wanted.softmax(1)).abs().max())
-    logit_error = float((found - wanted).abs().max()) / max(1.0, float(wanted.abs().max()))
+        expected = torch.cat([classifier.module(pixels[:, :, y : y + side, x : x + side]) for y, x in corners])
+        actual = _logits(dense, pixels)
+    if actual.shape != expected.shape:
+        raise cannot_run_dense(f"the network over a region gives {len(actual)} scores for {len(expected)} windows")
+    error = float((actual.softmax(1) - expected.softmax(1)).abs().max())
+    logit_error = float((actual - expected).abs().max()) / max(1.0, float(expected.abs().max()))
     if not (error <= PROBABILITY_TOLERANCE and logit_error <= LOGIT_TOLERANCE):
-        raise refused(
+        raise cannot_run_dense(
             f"the network over a region gives other scores than over its windows: {error:.2g} apart in probability, "
             f"{logit_error:.2g} of the largest logit in logits"
         )

@@ -1,9 +1,9 @@
-"""What each layer of a window classifier sees: receptive fields, strides and padding, and what it multiplies.
+"""The layers of a window classifier with their receptive fields, strides, padding and multiplications.
 
-Input: a classifier. Output: its layers in order, each with the map it gives of one window. Only shapes are computed, on
-PyTorch's meta device: nothing of a map's size is allocated.
+Input: a classifier. Output: its layers in order, each with its map of one window. Only shapes are computed, on
+PyTorch's meta device, so no map is allocated.
 
-A network is followed along one window. Pairs are (rows, cols).
+The network is traced for one window. Pairs are (rows, cols).
 """
 
 import copy
@@ -18,26 +18,26 @@ from torch import fx, nn
 from wsiflow.errors import InputError
 from wsiflow.model.classifier import Classifier
 from wsiflow.model.dense import layers
-from wsiflow.model.dense.layers import Op, refused
+from wsiflow.model.dense.layers import Op, cannot_run_dense
 from wsiflow.model.dense.operations import Pair
 
-# What a forward method may raise when it meets something that is no tensor.
+# Exceptions that a forward method may raise if its input is not a real tensor.
 _TRACING = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
-_BATCH = 2  # more than one, so that a flattened batch is not taken for a flattened map
+_BATCH = 2  # greater than one, so that a flattened batch differs from a flattened map
 
 
 class Span(NamedTuple):
     """One axis of a window's map.
 
-    Where there is no padding behind cropping, `begin_px` and `end_px` are the receptive field of element 0; that of
-    element i lies ``i * spacing_px`` further on. A region that contains it gives the element as any larger one does.
+    Unless a layer pads after another has cropped, `begin_px` and `end_px` are the receptive field of element 0. That of
+    element i is ``i * spacing_px`` further on. An element is the same in all regions that contain its receptive field.
 
     Attributes:
-        side: Elements.
-        begin_px: Where a region may begin at the latest, from the window's begin.
-        end_px: Where a region may end at the earliest, from the window's end.
-        first: First element that sees no padding.
-        last: One past the last such element; at most `first` where there is none.
+        side: Number of elements.
+        begin_px: Last position, relative to the begin of the window, at which a region may begin.
+        end_px: First position, relative to the end of the window, at which a region may end.
+        first: First element whose receptive field contains no padding.
+        last: One past the last such element; at most `first` if there is none.
     """
 
     side: int
@@ -52,16 +52,16 @@ class Layer(NamedTuple):
 
     Attributes:
         node: The call in the traced network.
-        names: Modules that end with it, the outermost first.
-        op: What it does.
-        inputs: The maps it takes.
-        channels: Channels of its map.
+        names: Paths of the modules that end with this step, the outermost first.
+        op: Its operation.
+        inputs: The calls whose maps it takes.
+        channels: Number of channels of its map.
         spans: Rows and columns of its map.
-        spacing_px: Distance of neighbouring elements in pixels.
-        stride: Stride of the op: 1 where it gives one element, whatever it asks for.
-        behind: Padding behind (bottom, right) that the op needs; negative: elements it leaves unused.
-        macs: Multiplications for each place of its map.
-        vector: Of a window it gives a vector of features, not a map.
+        spacing_px: Distance between neighbouring elements of its map, px.
+        stride: Stride of the operation; 1 if its map has one element, whatever its nominal stride.
+        behind: Padding behind (bottom, right) that the operation needs; negative for elements that it leaves unused.
+        macs: Multiplications for each element of its map.
+        vector: Whether its result for a window is a feature vector and not a map.
     """
 
     node: fx.Node
@@ -78,20 +78,20 @@ class Layer(NamedTuple):
 
     @property
     def side(self) -> Pair:
-        """Rows and columns of the window's map."""
+        """Number of rows and columns of the window's map."""
         return (self.spans[0].side, self.spans[1].side)
 
     @property
     def window_macs(self) -> int:
-        """Multiplications for one window."""
+        """Multiplications of this layer for one window."""
         return self.macs * math.prod(self.side)
 
 
-def follow(classifier: Classifier) -> tuple[fx.GraphModule, list[Layer]]:
-    """Return the traced network and its layers, from the image to the logits.
+def trace_layers(classifier: Classifier) -> tuple[fx.GraphModule, list[Layer]]:
+    """Return the traced network of a classifier and its layers, from the image to the logits.
 
     Raises:
-        InputError: The network cannot run over whole regions; the layer and the reason are named.
+        InputError: The network cannot run over whole regions; the message names the layer and the reason.
     """
     traced = _traced(classifier)
     for node in traced.graph.nodes:
@@ -99,35 +99,35 @@ def follow(classifier: Classifier) -> tuple[fx.GraphModule, list[Layer]]:
             layers.check(node, _module(traced, node))
     values = _values(traced, classifier.window_px)
     side = classifier.window_px
-    found: dict[fx.Node, Layer] = {}
+    known: dict[fx.Node, Layer] = {}
     for node in traced.graph.nodes:
         if node.op == "output":
-            return traced, _named(_ended(found, node, len(classifier.class_names)))
-        if node.op == "placeholder" and not found:
+            return traced, _with_module_names(_needed_layers(known, node, len(classifier.class_names)))
+        if node.op == "placeholder" and not known:
             span = Span(side, 0, 1 - side, 0, side)
-            found[node] = Layer(node, (), layers.EACH, (), 3, (span, span), 1)
+            known[node] = Layer(node, (), layers.EACH, (), 3, (span, span), 1)
         elif isinstance(values[node], torch.Tensor) and node.op != "get_attr":
-            found[node] = _layer(traced, node, values, found)
-    raise refused("the network returns nothing")
+            known[node] = _layer(traced, node, values, known)
+    raise cannot_run_dense("the network returns nothing")
 
 
 def _traced(classifier: Classifier) -> fx.GraphModule:
-    """Return the classifier's network as a graph."""
+    """Return the traced graph of the classifier's network."""
     module = classifier.module
     if isinstance(module, torch.jit.ScriptModule):
-        raise refused("the model is a TorchScript program, whose layers cannot be read")
+        raise cannot_run_dense("the model is a TorchScript program, whose layers cannot be read")
     if classifier.input_px != classifier.window_px:
-        raise refused(
-            f"the model resizes windows of {classifier.window_px} px to {classifier.input_px} px, each on its own"
+        raise cannot_run_dense(
+            f"the model resizes windows of {classifier.window_px} px to {classifier.input_px} px, each by itself"
         )
     try:
         return fx.symbolic_trace(module)
     except _TRACING as error:
-        raise refused(f"the model cannot be traced: {str(error).splitlines()[0][:200]}") from error
+        raise cannot_run_dense(f"the model cannot be traced: {str(error).splitlines()[0][:200]}") from error
 
 
 class _Shapes(fx.Interpreter):
-    """Runs a network without data and keeps what every call gave."""
+    """An interpreter that runs a network on the meta device and stores the result of every call."""
 
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module)
@@ -135,58 +135,60 @@ class _Shapes(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
-        # A tensor that is neither parameter nor buffer stays behind when a module moves.
+        # A tensor that is neither a parameter nor a buffer is not moved to the device with its module.
         self.values[n] = result.to("meta") if isinstance(result, torch.Tensor) else result
         return self.values[n]
 
 
 def _values(traced: fx.GraphModule, side: int) -> dict[fx.Node, Any]:
-    """Return what each call gives of a window: a tensor without data, or a number, which then is a constant."""
+    """Return the result of each call for a window: a tensor without data, or a number, which is a constant."""
     shapes = _Shapes(copy.deepcopy(traced).to("meta"))
     try:
         shapes.run(torch.empty((_BATCH, 3, side, side), device="meta"))
     except _TRACING as error:
         reason = str(error).splitlines()[0][:200]
-        raise refused(f"the model does not run on the shapes of a window of {side} px alone: {reason}") from error
+        raise cannot_run_dense(
+            f"the model does not run on PyTorch's meta device with a window of {side} px: {reason}"
+        ) from error
     values = {node.name: value for node, value in shapes.values.items()}
     return {node: values[node.name] for node in traced.graph.nodes}
 
 
-def _maps(node: fx.Node, found: dict[fx.Node, Layer]) -> tuple[fx.Node, ...]:
-    """Return the maps a call takes."""
-    return tuple(other for other in node.all_input_nodes if other in found)
+def _maps(node: fx.Node, known: dict[fx.Node, Layer]) -> tuple[fx.Node, ...]:
+    """Return the inputs of a call that are maps of known layers."""
+    return tuple(other for other in node.all_input_nodes if other in known)
 
 
-def _layer(traced: fx.GraphModule, node: fx.Node, values: dict[fx.Node, Any], found: dict[fx.Node, Layer]) -> Layer:
-    """Return the layer of a call."""
-    out, inputs = values[node], tuple(found[other] for other in _maps(node, found))
+def _layer(traced: fx.GraphModule, node: fx.Node, values: dict[fx.Node, Any], known: dict[fx.Node, Layer]) -> Layer:
+    """Return the layer of a call, given the results of all calls and the layers before it."""
+    out, inputs = values[node], tuple(known[other] for other in _maps(node, known))
     module = _module(traced, node)
     args = fx.node.map_arg(node.args, values.__getitem__)
     kwargs = fx.node.map_arg(node.kwargs, values.__getitem__)
     with _named_errors(traced, node):
         if not inputs:
-            raise refused("it makes a map that depends on the size of the window alone")
+            raise cannot_run_dense("it creates a map that depends only on the size of the window")
         op = layers.read(node, module, args, kwargs, out)
         _check_inputs(op, node, inputs, values, module)
-        return _moved(node, op, inputs, out, module)
+        return _layer_of_op(node, op, inputs, out, module)
 
 
 def _module(traced: fx.GraphModule, node: fx.Node) -> nn.Module | None:
-    """Return the module a node calls, if it calls one."""
+    """Return the module that a node calls, or None."""
     return traced.get_submodule(str(node.target)) if node.op == "call_module" else None
 
 
 @contextmanager
 def _named_errors(traced: fx.GraphModule, node: fx.Node) -> Iterator[None]:
-    """Name the layer in what is refused inside."""
+    """Add the name of the layer to every `InputError` of the body."""
     try:
         yield
     except InputError as error:
-        raise about(node, error, _module(traced, node)) from error
+        raise with_layer_name(node, error, _module(traced, node)) from error
 
 
-def about(node: fx.Node, error: InputError, module: nn.Module | None = None) -> InputError:
-    """Return the error of a layer with its name."""
+def with_layer_name(node: fx.Node, error: InputError, module: nn.Module | None = None) -> InputError:
+    """Return the error of a layer with the layer's name in its message."""
     path = next((path for path, _ in reversed(node.meta.get("nn_module_stack", {}).values())), "") or node.name
     kind = type(module).__name__ if module is not None else getattr(node.target, "__name__", node.target)
     return InputError(f"layer {path} ({kind}) cannot run over whole regions: {error.cause}", error.remedy)
@@ -195,25 +197,27 @@ def about(node: fx.Node, error: InputError, module: nn.Module | None = None) -> 
 def _check_inputs(
     op: Op, node: fx.Node, inputs: tuple[Layer, ...], values: dict[fx.Node, Any], module: nn.Module | None
 ) -> None:
-    """Refuse maps that do not lie on one grid, and constants that differ from place to place."""
+    """Refuse maps that are not on the same grid, and constants that vary over the map."""
     if len({layer.side for layer in inputs}) > 1:
-        raise refused("what is known of the whole map flows back into every place of it (squeeze-and-excite)")
+        raise cannot_run_dense("it combines every place of a map with features of the whole map (squeeze-and-excite)")
     if len({layer.spacing_px for layer in inputs}) > 1:
-        raise refused("maps of different strides meet in it")
+        raise cannot_run_dense("it joins maps of different strides")
     flattened = inputs[0].vector and inputs[0].side != (1, 1)
     weighted = module is not None and any(True for _ in module.parameters())
     if flattened and op.kind != "linear" and (op.kind != "each" or weighted):
-        raise refused("it works on a flattened map")
+        raise cannot_run_dense("it works on a flattened map")
     others = [other for other in node.all_input_nodes if other not in {layer.node for layer in inputs}]
     if op.kind in {"each", "join"} and any(other.op != "get_attr" for other in others):
-        raise refused("it computes with the sides of the window")
+        raise cannot_run_dense("it uses the size of the window in a computation")
     constants = [values[other] for other in others if isinstance(values[other], torch.Tensor)]
     if any(not inputs[0].vector and set(other.shape[-2:]) - {1} for other in constants):
-        raise refused("it adds or multiplies numbers that differ from place to place")
+        raise cannot_run_dense("it adds or multiplies constants that vary over the map")
 
 
-def _moved(node: fx.Node, op: Op, inputs: tuple[Layer, ...], out: torch.Tensor, module: nn.Module | None) -> Layer:
-    """Return the layer an op makes of the maps it takes."""
+def _layer_of_op(
+    node: fx.Node, op: Op, inputs: tuple[Layer, ...], out: torch.Tensor, module: nn.Module | None
+) -> Layer:
+    """Return the layer of an operation on its input maps."""
     source = inputs[0]
     spans = tuple(_union([layer.spans[axis] for layer in inputs]) for axis in (0, 1))
     maps = tuple(layer.node for layer in inputs)
@@ -226,16 +230,16 @@ def _moved(node: fx.Node, op: Op, inputs: tuple[Layer, ...], out: torch.Tensor, 
     side = _pair_of(out) if op.kind != "linear" else (1, 1)
     strides = {s for s, elements in zip(op.stride, side, strict=True) if elements > 1} or {1}
     if len(strides) > 1:
-        raise refused(f"its stride is {op.stride[0]} along rows and {op.stride[1]} along columns")
+        raise cannot_run_dense(f"its stride is {op.stride[0]} along rows and {op.stride[1]} along columns")
     (stride,) = strides
     reach = tuple((k - 1) * d + 1 for k, d in zip(op.kernel, op.dilation, strict=True))
     behind = tuple(
         stride * (n - 1) + k - b - span.side for n, k, b, span in zip(side, reach, op.before, spans, strict=True)
     )
     if op.kind == "mean" and op.counted and any(e > b for e, b in zip(behind, op.before, strict=True)):
-        raise refused("it counts padding, but not what overhangs the map (ceil_mode)")
+        raise cannot_run_dense("it includes padding in its divisor, but not the places outside of it (ceil_mode)")
     slid = tuple(
-        _slid(span, source.spacing_px, n, k, b, stride)
+        _span_after_kernel(span, source.spacing_px, n, k, b, stride)
         for span, n, k, b in zip(spans, side, reach, op.before, strict=True)
     )
     return Layer(
@@ -254,24 +258,24 @@ def _moved(node: fx.Node, op: Op, inputs: tuple[Layer, ...], out: torch.Tensor, 
 
 
 def _features(out: torch.Tensor, source: Layer) -> int:
-    """Return the channels of a result; a flattened map keeps those it had."""
+    """Return the number of channels of a result; that of a flattened map is unchanged."""
     return int(out.shape[1]) if out.dim() == 4 or source.side == (1, 1) else source.channels
 
 
 def _pair_of(out: torch.Tensor) -> Pair:
-    """Return rows and columns of a result; a pool that drops its axes gives one of each."""
+    """Return the rows and columns of a result; (1, 1) after a pooling that removes these axes."""
     return (int(out.shape[2]), int(out.shape[3])) if out.dim() == 4 else (1, 1)
 
 
 def _macs(module: nn.Module | None, op: Op) -> int:
-    """Return the multiplications for each place of the result."""
+    """Return the number of multiplications for each element of the result."""
     if isinstance(module, nn.Conv2d | nn.Linear) and op.kind in {"conv", "linear"}:
         return module.weight.numel()
     return 0
 
 
 def _union(spans: Sequence[Span]) -> Span:
-    """Return the span of maps of one grid that are joined."""
+    """Return the span of the result of joining maps on the same grid."""
     return Span(
         spans[0].side,
         min(span.begin_px for span in spans),
@@ -281,10 +285,10 @@ def _union(spans: Sequence[Span]) -> Span:
     )
 
 
-def _slid(span: Span, spacing_px: int, side: int, reach: int, before: int, stride: int) -> Span:
-    """Return the span after a kernel of `reach` elements slid over it."""
+def _span_after_kernel(span: Span, spacing_px: int, side: int, reach: int, before: int, stride: int) -> Span:
+    """Return the span of the map after sliding a kernel, which covers `reach` elements, over a map with this span."""
     shift = before * spacing_px
-    # What the kernel covers has to see pixels, and has to exist: cropping removes it at the border of any region.
+    # The elements under the kernel must exist and see no padding; cropping removes those at the border of any region.
     return Span(
         side,
         min(span.begin_px, 0) - shift,
@@ -294,22 +298,22 @@ def _slid(span: Span, spacing_px: int, side: int, reach: int, before: int, strid
     )
 
 
-def _ended(found: dict[fx.Node, Layer], output: fx.Node, n_classes: int) -> list[Layer]:
-    """Return the layers up to the logits of one window, in order and without those nothing depends on."""
+def _needed_layers(known: dict[fx.Node, Layer], output: fx.Node, n_classes: int) -> list[Layer]:
+    """Return those layers in order on which the logits of a window depend."""
     (result,) = output.args
-    if not isinstance(result, fx.Node) or result not in found:
-        raise refused("the model returns something else than the logits of a window")
-    if found[result].side != (1, 1) or found[result].channels != n_classes:
-        raise refused(f"the model returns a map of {found[result].side} places instead of {n_classes} logits")
+    if not isinstance(result, fx.Node) or result not in known:
+        raise cannot_run_dense("the model does not return the logits of a window")
+    if known[result].side != (1, 1) or known[result].channels != n_classes:
+        raise cannot_run_dense(f"the model returns a map of {known[result].side} places instead of {n_classes} logits")
     needed = {result}
-    for node in reversed(list(found)):
+    for node in reversed(list(known)):
         if node in needed:
-            needed.update(found[node].inputs)
-    return [layer for node, layer in found.items() if node in needed]
+            needed.update(known[node].inputs)
+    return [layer for node, layer in known.items() if node in needed]
 
 
-def _named(network: list[Layer]) -> list[Layer]:
-    """Return the layers with the names of the modules that end with them."""
+def _with_module_names(network: list[Layer]) -> list[Layer]:
+    """Return the layers, each with the names of the modules that end with it."""
     stacks = [[path for path, _ in layer.node.meta.get("nn_module_stack", {}).values()] for layer in network]
     ends = {path: place for place, stack in enumerate(stacks) for path in stack}
     return [

@@ -1,7 +1,7 @@
-"""Layers of a window's network, written again as a network for maps of any size.
+"""Conversion of the layers of a window classifier into a network for maps of any size.
 
-Input: layers and at which stride each runs. Output: a PyTorch module that shares their weights, from the map of the
-first layer to that of the last. Ops are written with PyTorch's own padding where that says the same.
+Input: layers, and the stride with which each runs. Output: a PyTorch module that shares their weights, from the map of
+the first layer to that of the last. Operations use PyTorch's own padding where it has the same effect.
 """
 
 import math
@@ -12,14 +12,22 @@ from torch import fx, nn
 from torch.nn import functional
 
 from wsiflow.model.dense import operations
-from wsiflow.model.dense.facts import Pace
+from wsiflow.model.dense.facts import DenseStride
 from wsiflow.model.dense.layers import Op
 from wsiflow.model.dense.operations import Pair
 from wsiflow.model.dense.receptive import Layer
 
 
-def emitted(traced: fx.GraphModule, network: Sequence[Layer], how: Mapping[fx.Node, Pace]) -> fx.GraphModule:
-    """Return the network of some layers, the first of which is the input, for maps of any size."""
+def dense_module(
+    traced: fx.GraphModule, network: Sequence[Layer], strides: Mapping[fx.Node, DenseStride]
+) -> fx.GraphModule:
+    """Return the network of consecutive layers for maps of any size.
+
+    Args:
+        traced: The traced network, which contains the weights.
+        network: The layers; the first one is the input of the new network.
+        strides: How each layer runs.
+    """
     graph = fx.Graph()
     done = {network[0].node: graph.placeholder("x")}
     for layer in network[1:]:
@@ -27,17 +35,20 @@ def emitted(traced: fx.GraphModule, network: Sequence[Layer], how: Mapping[fx.No
             continue
         chain = _linear_after_mean(traced, network, layer)
         if chain:
-            head = _emit(graph, traced, chain[-1], how, {chain[-1].inputs[0]: done[layer.inputs[0]]})
-            pooled = _emit(graph, traced, layer, how, {layer.inputs[0]: head})
+            head = _emit(graph, traced, chain[-1], strides, {chain[-1].inputs[0]: done[layer.inputs[0]]})
+            pooled = _emit(graph, traced, layer, strides, {layer.inputs[0]: head})
             done.update(dict.fromkeys((layer.node, *(other.node for other in chain)), pooled))
         else:
-            done[layer.node] = _emit(graph, traced, layer, how, done)
+            done[layer.node] = _emit(graph, traced, layer, strides, done)
     graph.output(done[network[-1].node])
     return fx.GraphModule(traced, graph)
 
 
 def _linear_after_mean(traced: fx.GraphModule, network: Sequence[Layer], mean: Layer) -> list[Layer]:
-    """Return the layers from a mean over the window to a linear one with fewer channels; none if it is not so."""
+    """Return the layers after a mean over the window up to a linear layer that reduces the number of channels.
+
+    The list is empty if the mean is not followed by such a layer. The linear layer is then computed before the mean.
+    """
     if mean.op.kind != "mean" or mean.side != (1, 1) or any(mean.op.before) or any(mean.behind):
         return []
     chain = [mean]
@@ -54,37 +65,41 @@ def _linear_after_mean(traced: fx.GraphModule, network: Sequence[Layer], mean: L
 
 
 def _is_dropout(traced: fx.GraphModule, node: fx.Node) -> bool:
-    """Return whether a layer does nothing outside of training."""
+    """Return whether a layer has no effect in evaluation mode."""
     if node.op == "call_module":
         return isinstance(traced.get_submodule(str(node.target)), nn.Dropout | nn.Dropout2d | nn.Identity)
     return node.target in {functional.dropout, functional.dropout2d}
 
 
 def _emit(
-    graph: fx.Graph, traced: fx.GraphModule, layer: Layer, how: Mapping[fx.Node, Pace], done: Mapping[fx.Node, fx.Node]
+    graph: fx.Graph,
+    traced: fx.GraphModule,
+    layer: Layer,
+    strides: Mapping[fx.Node, DenseStride],
+    done: Mapping[fx.Node, fx.Node],
 ) -> fx.Node:
-    """Append what a layer does to maps of any size, and return its result."""
-    op, stride = layer.op, how[layer.node].stride
+    """Append the operation of a layer for maps of any size to the graph, and return its result."""
+    op, stride = layer.op, strides[layer.node].stride
     if op.kind == "flat":
         return done[layer.inputs[0]]
     if op.kind in {"each", "join"}:
-        return _copied(graph, traced, layer, done)
+        return _copied_layer(graph, traced, layer, done)
     x = done[layer.inputs[0]]
     if op.kind in {"conv", "linear"}:
-        found = _conv(graph, traced, layer, stride, x)
+        result = _conv(graph, traced, layer, stride, x)
     elif op.kind == "max":
-        found = _max(graph, layer, stride, x)
+        result = _max(graph, layer, stride, x)
     elif op.kind == "mean":
-        found = _mean(graph, layer, stride, x)
+        result = _mean(graph, layer, stride, x)
     else:
-        found = graph.call_function(operations.fitted, (x, op.before, layer.behind, op.value))
-        found = graph.call_function(operations.every, (found, stride)) if stride > 1 else found
+        result = graph.call_function(operations.fitted, (x, op.before, layer.behind, op.value))
+        result = graph.call_function(operations.every, (result, stride)) if stride > 1 else result
     split = layer.stride // stride
-    return graph.call_function(operations.phases, (found, split)) if split > 1 else found
+    return graph.call_function(operations.phases, (result, split)) if split > 1 else result
 
 
 def _conv(graph: fx.Graph, traced: fx.GraphModule, layer: Layer, stride: int, x: fx.Node) -> fx.Node:
-    """Append a convolution, or a linear layer over the windows of a map."""
+    """Append a convolution, or a linear layer as a convolution over the windows of a map."""
     op, target = layer.op, str(layer.node.target)
     weight = graph.get_attr(f"{target}.weight")
     bias = None if traced.get_submodule(target).bias is None else graph.get_attr(f"{target}.bias")
@@ -95,7 +110,7 @@ def _conv(graph: fx.Graph, traced: fx.GraphModule, layer: Layer, stride: int, x:
 
 
 def _mean(graph: fx.Graph, layer: Layer, stride: int, x: fx.Node) -> fx.Node:
-    """Append a mean pool."""
+    """Append a mean pooling."""
     op = layer.op
     if not op.counted and max(*op.before, *layer.behind) > 0:
         return graph.call_function(operations.mean_inside, (x, op.kernel, stride, op.before, layer.behind))
@@ -104,7 +119,7 @@ def _mean(graph: fx.Graph, layer: Layer, stride: int, x: fx.Node) -> fx.Node:
 
 
 def _max(graph: fx.Graph, layer: Layer, stride: int, x: fx.Node) -> fx.Node:
-    """Append a maximum pool. Engines and quantisers are at ease with its own padding, and less so with infinity."""
+    """Append a max pooling, if possible with its own padding: engines and quantisers handle infinity less well."""
     op, margins = layer.op, list(zip(layer.op.before, layer.behind, strict=True))
     if all(0 <= b - e < stride for b, e in margins):
         return _pool(graph, op, stride, x, op.before)
@@ -112,42 +127,44 @@ def _max(graph: fx.Graph, layer: Layer, stride: int, x: fx.Node) -> fx.Node:
         return _pool(graph, op, stride, x, op.before, ceil_mode=True)
     wide = [max(0, b, e) for b, e in margins]
     if stride == 1 and all(2 * p <= k for p, k in zip(wide, op.kernel, strict=True)):
-        found = _pool(graph, op, stride, x, (wide[0], wide[1]))
-        spare = [tuple(m - p for m, p in zip(side, wide, strict=True)) for side in (op.before, layer.behind)]
-        return graph.call_function(operations.fitted, (found, *spare, 0.0))
+        pooled = _pool(graph, op, stride, x, (wide[0], wide[1]))
+        excess = [tuple(m - p for m, p in zip(side, wide, strict=True)) for side in (op.before, layer.behind)]
+        return graph.call_function(operations.fitted, (pooled, *excess, 0.0))
     x = graph.call_function(operations.fitted, (x, op.before, layer.behind, -math.inf))
     return _pool(graph, op, stride, x, (0, 0))
 
 
 def _pool(graph: fx.Graph, op: Op, stride: int, x: fx.Node, padding: Pair, *, ceil_mode: bool = False) -> fx.Node:
-    """Append a maximum pool with PyTorch's own padding."""
+    """Append a max pooling with PyTorch's own padding."""
     return graph.call_function(functional.max_pool2d, (x, op.kernel, stride, padding, op.dilation, ceil_mode))
 
 
 def _padded(graph: fx.Graph, layer: Layer, stride: int, x: fx.Node) -> tuple[fx.Node, Pair]:
-    """Return a map with the zeros an op needs around it, and the padding that is left to the op."""
+    """Return a map, padded with zeros if the operation's own padding is not sufficient, and the latter's width."""
     if all(0 <= b - e < stride for b, e in zip(layer.op.before, layer.behind, strict=True)):
         return x, layer.op.before
     return graph.call_function(operations.fitted, (x, layer.op.before, layer.behind, 0.0)), (0, 0)
 
 
-def _copied(graph: fx.Graph, traced: fx.GraphModule, layer: Layer, done: Mapping[fx.Node, fx.Node]) -> fx.Node:
-    """Append a layer that does the same to a map as to a window's."""
+def _copied_layer(graph: fx.Graph, traced: fx.GraphModule, layer: Layer, done: Mapping[fx.Node, fx.Node]) -> fx.Node:
+    """Append a copy of a layer whose operation is the same for maps of any size."""
     node = layer.node
     module = traced.get_submodule(str(node.target)) if node.op == "call_module" else None
     if isinstance(module, nn.BatchNorm1d):
-        # It refuses maps, although its maths is that of BatchNorm2d.
+        # BatchNorm1d refuses maps, although it computes the same as BatchNorm2d.
         names = ("running_mean", "running_var", "weight", "bias")
         parts = [None if getattr(module, part) is None else graph.get_attr(f"{node.target}.{part}") for part in names]
         return graph.call_function(functional.batch_norm, (done[layer.inputs[0]], *parts, False, 0.0, module.eps))
 
-    def look(other: fx.Node) -> fx.Node:
+    def mapped(other: fx.Node) -> fx.Node:
         if other in done:
             return done[other]
         constant = graph.get_attr(str(other.target))
         return graph.call_function(operations.along_channels, (constant,)) if layer.vector else constant
 
-    if node.target in {torch.cat, torch.concat}:  # its dimension may count from the end of a vector
+    if node.target in {torch.cat, torch.concat}:  # the axis may be counted from the end of a vector
         tensors = node.args[0] if node.args else node.kwargs["tensors"]
-        return graph.call_function(torch.cat, (fx.node.map_arg(tensors, look), 1))
-    return graph.create_node(node.op, node.target, fx.node.map_arg(node.args, look), fx.node.map_arg(node.kwargs, look))
+        return graph.call_function(torch.cat, (fx.node.map_arg(tensors, mapped), 1))
+    return graph.create_node(
+        node.op, node.target, fx.node.map_arg(node.args, mapped), fx.node.map_arg(node.kwargs, mapped)
+    )

@@ -1,1 +1,1 @@
-"""What runs a network: PyTorch, OpenVINO and ONNX Runtime."""
+"""Engines that run a network: PyTorch, OpenVINO and ONNX Runtime."""

@@ -1,7 +1,7 @@
-"""A folder of results that take long to make and can be made again at any time.
+"""A cache folder for results that take long to compute and can be computed again at any time.
 
-Each is one file: the SHA-256 of the content, then the content. A file that is not whole counts as none; a folder that
-cannot be written costs time and nothing else. Files appear whole, so any number of processes may share the folder.
+Each result is one file: the SHA-256 of the content, then the content. A damaged file counts as missing, and a folder
+that cannot be written only costs time. Files are renamed into place, so any number of processes may share the folder.
 """
 
 import hashlib
@@ -14,9 +14,9 @@ _DIGEST_BYTES = 32
 
 
 def cache_folder(environ: Mapping[str, str] = os.environ) -> Path | None:
-    """Return where a user's results are kept between runs; the folder can be deleted at any time.
+    """Return the user's cache folder, or None for a user without a home, as in containers with an arbitrary user id.
 
-    None for a user without a home, as in containers that run under any number.
+    The folder is ``WSIFLOW_CACHE``, or ``wsiflow`` in ``XDG_CACHE_HOME`` or ``~/.cache``. It can always be deleted.
     """
     if environ.get("WSIFLOW_CACHE"):
         return Path(environ["WSIFLOW_CACHE"])
@@ -28,12 +28,12 @@ def cache_folder(environ: Mapping[str, str] = os.environ) -> Path | None:
 
 
 def cached(folder: Path | None, key: str, make: Callable[[], bytes]) -> bytes:
-    """Return what is kept under a key.
+    """Return the cached content for a key; if it is missing or damaged, compute and store it.
 
     Args:
-        folder: The folder, None for none.
-        key: Names the content: the hash of all that decides it.
-        make: Makes the content where it is not there, or not whole.
+        folder: The cache folder; None to compute the content without a cache.
+        key: Hash of everything that decides the content.
+        make: Function that computes the content.
     """
     if folder is None:
         return make()
@@ -45,7 +45,7 @@ def cached(folder: Path | None, key: str, make: Callable[[], bytes]) -> bytes:
 
 
 def _whole(path: Path) -> bytes | None:
-    """Return the content of a file, None where there is none or it is damaged."""
+    """Return the content of a file, or None if the file is missing or damaged."""
     try:
         data = path.read_bytes()
     except OSError:
@@ -55,7 +55,7 @@ def _whole(path: Path) -> bytes | None:
 
 
 def _keep(path: Path, data: bytes) -> None:
-    """Write a file under its name, where that is possible; of two processes the later one wins."""
+    """Write a file and rename it into place, if that is possible; of two processes the later one wins."""
     attempt = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

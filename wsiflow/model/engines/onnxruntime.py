@@ -1,4 +1,4 @@
-"""Networks on ONNX Runtime."""
+"""Export of networks to ONNX, and their engine on ONNX Runtime."""
 
 import io
 import os
@@ -15,8 +15,18 @@ from wsiflow.model.engines.spec import Engine, Network, cannot_convert, graph_ke
 
 
 def onnxruntime_engine(network: Network, threads: int, cache: Path | None) -> Engine:
-    """Return a network run by ONNX Runtime."""
-    # Its Linux builds report their use over the network and keep a number for the machine in the user's home.
+    """Return the engine that runs a network on ONNX Runtime.
+
+    Args:
+        network: The network.
+        threads: Number of threads.
+        cache: Cache folder for converted networks, or None.
+
+    Raises:
+        InputError: The network cannot be converted.
+        EnvironmentFault: A package is missing.
+    """
+    # Its Linux builds send usage reports over the internet and store a machine id in the user's home.
     os.environ["ORT_DISABLE_TELEMETRY"] = "1"
     ort = optional_package("onnxruntime", "onnxruntime")
     options = ort.SessionOptions()
@@ -34,16 +44,16 @@ def onnxruntime_engine(network: Network, threads: int, cache: Path | None) -> En
 
 
 def _exported(network: Network, cache: Path | None) -> bytes:
-    """Return the ONNX graph of a network."""
+    """Return the ONNX graph of a network, serialised."""
     optional_package("onnx", "onnxruntime")
     open_axes = {} if network.fixed else {"inputs": {1: "rows", 2: "cols"}}
 
     def export() -> bytes:
         stream = io.BytesIO()
         with torch.inference_mode(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the tracer, and that this exporter is the older one
+            warnings.simplefilter("ignore")  # warnings of the tracer, and that this exporter is the older one
             try:
-                # The newer one takes ten times as long and warns on standard error.
+                # The newer exporter takes ten times as long and prints warnings to standard error.
                 torch.onnx.export(
                     network.build(),
                     (torch.tensor(network.example),),

@@ -1,4 +1,4 @@
-"""Networks on OpenVINO: converted, packed, quantised and run."""
+"""Conversion and quantisation of networks for OpenVINO, and their engine there."""
 
 import contextlib
 import functools
@@ -31,15 +31,18 @@ from wsiflow.model.engines.spec import (
 
 
 def quantise(network: Network, samples: Iterable[NDArray[Any]], *, cache: Path | None = None) -> bytes:
-    """Return a network in 8 bit for OpenVINO, its ranges taken from what it meets on samples.
+    """Return a network quantised to int8 for OpenVINO, with ranges of activations calibrated on samples.
 
-    Weights have a scale per channel, activations one per tensor. The same samples in the same order give the same
+    Weights have one scale per channel, and activations one per tensor. The same samples in the same order give the same
     bytes.
 
     Args:
         network: The network.
-        samples: Arrays it takes, typical of those it will run on; all of them are used.
-        cache: Folder of converted networks, None for none.
+        samples: Inputs of the network that are typical of later ones; all of them are used.
+        cache: Cache folder for converted networks, or None.
+
+    Returns:
+        The quantised OpenVINO model, serialised.
 
     Raises:
         InputError: There are no samples, or the network cannot be converted.
@@ -48,25 +51,25 @@ def quantise(network: Network, samples: Iterable[NDArray[Any]], *, cache: Path |
     kept = [np.ascontiguousarray(sample) for sample in samples]
     if not kept:
         raise InputError(
-            "there are no pixels to calibrate int8 with", "set inference.precision=fp32 in another out= folder"
+            "there are no pixels for the calibration of int8", "set inference.precision=fp32 in another out= folder"
         )
     nncf = _nncf()
     model = _read(_converted(network, cache))
     model.reshape(shape_of(network))
-    with one_thread(), contextlib.redirect_stdout(io.StringIO()):  # progress bars
-        made = nncf.quantize(
+    with one_thread(), contextlib.redirect_stdout(io.StringIO()):  # NNCF prints progress bars
+        quantised = nncf.quantize(
             model,
             nncf.Dataset(kept),
-            # Symmetric activations: on networks of ReLUs more accurate than the mixed preset, and faster.
+            # Symmetric activations are more accurate and faster than the mixed preset on networks with ReLUs.
             preset=nncf.QuantizationPreset.PERFORMANCE,
             target_device=nncf.TargetDevice.CPU,
             subset_size=len(kept),
         )
-    return _packed(made)
+    return _packed(quantised)
 
 
 def require_int8() -> None:
-    """Refuse to calibrate where what it takes is not installed.
+    """Verify that the package for calibration is installed.
 
     Raises:
         EnvironmentFault: NNCF is missing.
@@ -76,9 +79,9 @@ def require_int8() -> None:
 
 @functools.cache
 def core() -> Any:
-    """Return OpenVINO's core, one for the process."""
-    # OpenVINO reports its use over the network as soon as it is imported, and NNCF likewise. Without this package both
-    # fall back on stand-ins that do nothing; no consent file is looked for in the user's home.
+    """Return the OpenVINO core of this process."""
+    # OpenVINO and NNCF send usage reports over the internet as soon as they are imported. Without this package both use
+    # substitutes that do nothing, and do not search the user's home for a consent file.
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
     import openvino
 
@@ -88,45 +91,57 @@ def core() -> Any:
 def openvino_engine(
     network: Network, spec: EngineSpec, threads: int, cache: Path | None, quantised: bytes | None
 ) -> Engine:
-    """Return a network compiled by OpenVINO."""
+    """Return the engine that runs a network on OpenVINO.
+
+    Args:
+        network: The network.
+        spec: Backend and precision.
+        threads: Number of threads.
+        cache: Cache folder for converted networks, or None.
+        quantised: For int8, the result of `quantise`; otherwise None.
+
+    Raises:
+        InputError: The network cannot be converted.
+        WsiflowError: A quantised network is missing or not needed.
+    """
     if (spec.precision == "int8") != (quantised is not None):
-        raise WsiflowError("int8 and a calibrated network go together", "please report this")
+        raise WsiflowError("a calibrated network must be given for int8, and only then", "please report this")
     model = _read(quantised or _converted(network, cache))
-    # With height and width open the first call for a shape costs some 7 % more than later ones (measured on blocks of
-    # GoogLeNet in bfloat16); compiling for each shape would cost 30 %, and keep memory for each.
+    # With dynamic height and width the first call for a shape costs some 7 % more than later ones (measured on blocks
+    # of GoogLeNet in bfloat16). Compiling for each shape would cost 30 %, and occupy memory for each.
     model.reshape(shape_of(network))
     request = core().compile_model(model, "CPU", _options(spec, threads)).create_infer_request()
 
     def run(inputs: NDArray[Any]) -> NDArray[np.float32]:
         request.infer({0: inputs}, share_inputs=True)
-        return np.array(request.get_output_tensor(0).data, np.float32)  # a copy: the next call writes there
+        return np.array(request.get_output_tensor(0).data, np.float32)  # a copy, since the next call reuses the tensor
 
     return run
 
 
 def _options(spec: EngineSpec, threads: int) -> dict[str, Any]:
-    """Return what OpenVINO is told to do."""
-    # Of an 8-bit graph some layers stay in floating point: a seventh of its time is saved if they are bfloat16.
+    """Return the options with which OpenVINO compiles a network."""
+    # In an int8 graph some layers stay in floating point; running these in bfloat16 saves a seventh of its time.
     narrow = spec.precision != "fp32" and cpu_supports_bf16()
     return {
         "INFERENCE_NUM_THREADS": threads,
         "NUM_STREAMS": 1,
-        "ENABLE_CPU_PINNING": False,  # the processes of one machine would all choose the same core
-        # Left to itself OpenVINO takes bfloat16 wherever the CPU has it.
+        "ENABLE_CPU_PINNING": False,  # all processes of a machine would be pinned to the same core
+        # By default OpenVINO uses bfloat16 wherever the CPU supports it.
         "INFERENCE_PRECISION_HINT": "bf16" if narrow else "f32",
     }
 
 
 def _converted(network: Network, cache: Path | None) -> bytes:
-    """Return OpenVINO's graph of a network."""
+    """Return the OpenVINO graph of a network, serialised."""
     core()
     import openvino
 
     def convert() -> bytes:
         with torch.inference_mode(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the tracer, about shapes that are constants on purpose
+            warnings.simplefilter("ignore")  # warnings of the tracer about shapes that are constants on purpose
             try:
-                # Tracing runs the network in PyTorch: a whole batch would take as much memory as all the rest.
+                # Tracing runs the network in PyTorch, where a whole batch would need as much memory as all the rest.
                 model = openvino.convert_model(network.build(), example_input=torch.tensor(network.example[:2]))
             except (RuntimeError, openvino.frontend.OpConversionFailure) as error:
                 raise cannot_convert("OpenVINO", error) from error
@@ -136,10 +151,10 @@ def _converted(network: Network, cache: Path | None) -> bytes:
 
 
 def _packed(model: Any) -> bytes:
-    """Return an OpenVINO model as one string of bytes, the same for the same graph."""
+    """Return an OpenVINO model serialised to bytes; equal graphs give equal bytes."""
     import openvino
 
-    # Instead of names with numbers that depend on what the process did before.
+    # The default names contain numbers that depend on what the process did before.
     model.set_friendly_name("network")
     for number, op in enumerate(model.get_ordered_ops()):
         op.set_friendly_name(f"op{number}")
@@ -151,24 +166,24 @@ def _packed(model: Any) -> bytes:
 
 
 def _read(packed: bytes) -> Any:
-    """Return the OpenVINO model in a string of bytes."""
+    """Return an OpenVINO model from its serialised form."""
     parts = safetensors.numpy.load(packed)
     return core().read_model(parts["xml"].tobytes(), parts["bin"].tobytes())
 
 
 def _nncf() -> Any:
-    """Return NNCF, quiet."""
+    """Return the module of NNCF, limited to logging errors."""
     core()
     kind = logging.getLoggerClass()
     nncf = optional_package("nncf", "int8")
-    logging.setLoggerClass(kind)  # NNCF sets its own for the whole process
+    logging.setLoggerClass(kind)  # because NNCF sets its own logger class for the whole process
     nncf.set_log_level(logging.ERROR)
     return nncf
 
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """Let NNCF run networks with one thread; it would take every core, and other sums may give other last bits."""
+    """Make NNCF run networks with one thread; it would use all cores, whose number may change the last bits."""
     import openvino
 
     class Core(openvino.Core):  # type: ignore[misc]

@@ -1,6 +1,6 @@
-"""Modules from pixels to scores: the normalisation of a classifier's card is part of the graph, so pixels stay 8 bit.
+"""Modules from pixels to scores, whose graph includes the normalisation, so that their input has 8 bits per channel.
 
-Input: uint8 (n, h, w, 3), RGB. Output: what the module behind the normalisation gives.
+Input: uint8 (n, h, w, 3), RGB. Output: that of the module behind the normalisation.
 """
 
 import torch
@@ -10,13 +10,18 @@ from wsiflow.model.classifier import Classifier
 
 
 class FromPixels(nn.Module):
-    """Pixels, normalised as the classifier's card says, then another module."""
+    """The normalisation of a classifier, followed by another module."""
 
     mean: torch.Tensor
     std: torch.Tensor
 
     def __init__(self, classifier: Classifier, body: nn.Module) -> None:
-        """Take the module behind the normalisation: float32 (n, 3, h, w) to anything."""
+        """Build the module.
+
+        Args:
+            classifier: The classifier, which defines the normalisation.
+            body: Module behind the normalisation, from float32 (n, 3, h, w) to any output.
+        """
         super().__init__()
         self.body = body
         self.side = classifier.input_px if classifier.input_px != classifier.window_px else None
@@ -24,7 +29,7 @@ class FromPixels(nn.Module):
         self.register_buffer("std", torch.tensor(classifier.std).view(1, 3, 1, 1) * 255)
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Return what the body makes of pixels, uint8 (n, h, w, 3)."""
+        """Return the output of the body for pixels, uint8 (n, h, w, 3)."""
         x = pixels.permute(0, 3, 1, 2)
         if self.side is not None:
             x = nn.functional.interpolate(x, size=[self.side, self.side], mode="bilinear", antialias=True)
@@ -33,14 +38,14 @@ class FromPixels(nn.Module):
 
 
 class WindowScores(nn.Module):
-    """Normalised windows, float32 (n, 3, side, side), to the probability of the positive class, float32 (n,)."""
+    """The network of a classifier with a softmax, from normalised windows to probabilities of the positive class."""
 
     def __init__(self, classifier: Classifier) -> None:
-        """Take the classifier's network and the index of its positive class."""
+        """Build the module from the classifier's network and the index of its positive class."""
         super().__init__()
         self.network, self.positive_index = classifier.module, classifier.positive_index
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the probability of the positive class for each window."""
-        # In 32 bit whatever the network runs in: a bfloat16 probability near one is a multiple of 1/256.
+        """Return the probability of the positive class, float32 (n,), of windows, float32 (n, 3, side, side)."""
+        # The softmax is computed in fp32 at any precision, since bfloat16 probabilities near 1 are multiples of 1/256.
         return torch.softmax(self.network(x).float(), dim=1)[:, self.positive_index]

@@ -1,4 +1,4 @@
-"""What is asked of an engine, and what every backend needs."""
+"""The specification of an engine, and the functions that all backends need."""
 
 import hashlib
 import importlib.util
@@ -28,22 +28,22 @@ PRECISIONS: dict[str, tuple[str, ...]] = {
 
 
 class EngineSpec(NamedTuple):
-    """What runs a network and in which number format."""
+    """The backend that runs a network, and its number format."""
 
     backend: Backend
     precision: Precision
 
 
 class Network(NamedTuple):
-    """A module to run, and what decides its graph.
+    """A module to run, and everything that decides its graph.
 
     Attributes:
-        build: Makes the module, in evaluation mode. To make it takes seconds for a network over whole regions, and
-            where its converted graph is kept nobody needs it.
-        key: Names the module: its structure, its weights and everything else in which two modules may differ.
-        example: An array the module takes; a small one, since converting runs the module on it.
-        fixed: All arrays have the example's shape. Otherwise the second and third axis may have any length the module
-            takes: height and width of pixels.
+        build: Function that builds the module in evaluation mode. It is only called if there is no converted graph in
+            the cache, because building a network over whole regions takes seconds.
+        key: Text that identifies the module: its structure, its weights and all other properties of it.
+        example: An example of the module's input, which should be small, since the conversion runs the module on it.
+        fixed: Whether all inputs have the shape of the example. Otherwise the lengths of the second and third axis, the
+            height and width of pixels, are dynamic.
     """
 
     build: Callable[[], nn.Module]
@@ -53,16 +53,16 @@ class Network(NamedTuple):
 
 
 def cpu_supports_bf16() -> bool:
-    """Return whether this CPU multiplies bfloat16 numbers itself.
+    """Return whether this CPU has instructions for products of bfloat16 numbers.
 
-    OpenVINO emulates them elsewhere without a word: three times slower than in 32 bit (measured with AVX512 alone).
+    On other CPUs OpenVINO emulates them silently, three times slower than fp32 (measured on a CPU with only AVX512).
     """
     return bool(cores.cpu_flags() & {"avx512_bf16", "amx_bf16"})
 
 
 @dataclass(frozen=True)
-class _Checked:
-    """An engine that refuses arrays it was not made for; backends would convert or read them as something else."""
+class CheckedEngine:
+    """An engine that refuses inputs of another shape or dtype, which backends would convert or misinterpret."""
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
@@ -70,15 +70,15 @@ class _Checked:
     run: Engine
 
     def __call__(self, inputs: NDArray[Any]) -> NDArray[np.float32]:
-        """Return what the network makes of an array."""
-        open_axes = () if self.fixed else (1, 2)
+        """Return the network's output for an array."""
+        dynamic_axes = () if self.fixed else (1, 2)
         fits = inputs.ndim == len(self.shape) and all(
-            axis in open_axes or found == wanted
-            for axis, (found, wanted) in enumerate(zip(inputs.shape, self.shape, strict=True))
+            axis in dynamic_axes or actual == expected
+            for axis, (actual, expected) in enumerate(zip(inputs.shape, self.shape, strict=True))
         )
         if not fits or inputs.dtype != self.dtype:
             raise WsiflowError(
-                f"the network was made for {self.dtype} {self.shape}, not for {inputs.dtype} {inputs.shape}",
+                f"the network takes {self.dtype} {self.shape}, not {inputs.dtype} {inputs.shape}",
                 "please report this",
                 stage="predict",
             )
@@ -86,7 +86,7 @@ class _Checked:
 
 
 def check_spec(spec: EngineSpec) -> None:
-    """Refuse what a backend or this CPU does not have."""
+    """Refuse a precision that the backend or this CPU does not support."""
     if spec.precision not in PRECISIONS[spec.backend]:
         able = [name for name, precisions in PRECISIONS.items() if spec.precision in precisions]
         raise InputError(
@@ -95,19 +95,27 @@ def check_spec(spec: EngineSpec) -> None:
         )
     if spec.precision == "bf16" and not cpu_supports_bf16():
         raise EnvironmentFault(
-            "this CPU has no bfloat16 products (avx512_bf16 or amx_bf16); emulated they are slower than fp32",
+            "this CPU has no bfloat16 instructions (avx512_bf16 or amx_bf16), and emulation is slower than fp32",
             "set inference.precision=fp32, or run on a CPU that has them",
         )
 
 
 def shape_of(network: Network) -> list[int]:
-    """Return the shape a network is compiled for, -1 where it stays open."""
+    """Return the shape for which a network is compiled, with -1 for dynamic axes."""
     shape = list(network.example.shape)
     return shape if network.fixed else [shape[0], -1, -1, *shape[3:]]
 
 
 def optional_package(name: str, extra: str) -> Any:
-    """Return an optional package."""
+    """Return the module of an optional package.
+
+    Args:
+        name: Name of the package.
+        extra: The extra of wsiflow that installs it, for the message.
+
+    Raises:
+        EnvironmentFault: The package cannot be imported.
+    """
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -116,14 +124,14 @@ def optional_package(name: str, extra: str) -> Any:
 
 
 def cannot_convert(form: str, error: Exception) -> InputError:
-    """Return the error of a network that a backend cannot take."""
+    """Return the error of a network that cannot be converted to the form of a backend."""
     cause = f"the network cannot be converted to {form}: {str(error)[:300]}"
     return InputError(cause, "set inference.backend=torch and inference.precision=fp32", stage="predict")
 
 
 @cache
 def code_sha256() -> str:
-    """Return the hash of the code that reads and converts networks."""
+    """Return the SHA-256 of the source code of `wsiflow.model`, which reads and converts networks."""
     code = hashlib.sha256()
     for path in sorted(Path(__file__).parents[1].rglob("*.py")):
         code.update(path.read_bytes())
@@ -131,7 +139,7 @@ def code_sha256() -> str:
 
 
 def graph_key(network: Network, form: str) -> str:
-    """Return the hash of what decides a converted graph: the network, and the code and packages that convert it."""
+    """Return the cache key of a converted graph: a hash of the network and of the code and packages that convert it."""
     return key_of(
         form=form,
         network=network.key,

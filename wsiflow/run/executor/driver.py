@@ -86,5 +86,5 @@ def _sentence(line: Mapping[str, Any], *, lives: bool | None) -> str:
 
 def _lives(line: Mapping[str, Any]) -> bool | None:
     """Tell whether a process runs; None where its number means nothing here."""
-    process = processes.noted(line)
-    return not processes.has_ended(process) if processes.is_near(process) else None
+    process = processes.from_record(line)
+    return not processes.has_ended(process) if processes.is_observable(process) else None

@@ -61,7 +61,7 @@ class History(NamedTuple):
 
     def is_driven_by(self, process: Mapping[str, Any]) -> bool:
         """Tell whether the last driver is this process, see `identity`."""
-        return bool(self.driver) and processes.noted(process) == processes.noted(self.driver)
+        return bool(self.driver) and processes.from_record(process) == processes.from_record(self.driver)
 
 
 class JobLog:
@@ -91,7 +91,7 @@ class JobLog:
                 case "driver":
                     driver, left, cancelled = line, False, False
                 case "left":
-                    left = left or processes.noted(line) == processes.noted(driver)
+                    left = left or processes.from_record(line) == processes.from_record(driver)
                 case "intent":
                     jobs[line["name"]] = Job(line["name"], "")
                 case "job":
@@ -230,7 +230,7 @@ def drop_open(log: JobLog, dialect: Dialect) -> list[str]:
 
 def identity() -> dict[str, Any]:
     """Return what tells this process from every other, later ones with its number included."""
-    return processes.this()._asdict()
+    return processes.current()._asdict()
 
 
 def _ask(dialect: Dialect, names: Sequence[str]) -> subprocess.CompletedProcess[str]:
@@ -269,21 +269,25 @@ def _drives_here(history: History) -> bool:
     """Tell whether the last driver is another process of this machine and PID namespace, and at it."""
     if not history.driver or history.left:
         return False
-    driver = processes.noted(history.driver)
-    return processes.is_near(driver) and driver.pid != os.getpid() and processes.born(driver.pid) == driver.born
+    driver = processes.from_record(history.driver)
+    return (
+        processes.is_observable(driver)
+        and driver.pid != os.getpid()
+        and processes.start_ticks(driver.pid) == driver.born
+    )
 
 
 def _end_driver(history: History) -> str:
     """End the process that runs the line, and say what became of it."""
-    driver = processes.noted(history.driver)
-    if not processes.is_near(driver) and not history.left:
+    driver = processes.from_record(history.driver)
+    if not processes.is_observable(driver) and not history.left:
         return f"the run was started on {driver.host}, or in another container: it will notice there, or has ended"
     if not _drives_here(history):
         return "the process that ran the line had ended"
     patience = time.monotonic() + _DRIVER_S
     with contextlib.suppress(ProcessLookupError):  # it ends by itself
         os.kill(driver.pid, signal.SIGTERM)
-        while processes.born(driver.pid) == driver.born:
+        while processes.start_ticks(driver.pid) == driver.born:
             if time.monotonic() > patience:
                 os.kill(driver.pid, signal.SIGKILL)
             time.sleep(0.1)

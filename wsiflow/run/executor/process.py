@@ -178,7 +178,7 @@ class ProcessPool:
                 initargs=(self._threads, os.getpid()),
             )
         except OSError as error:
-            raise faults.of_workers(error, "or take executor=inline") from error
+            raise faults.worker_fault(error, "or take executor=inline") from error
 
 
 def _collect(work: Work, source: Path, stage: str, part: Slice) -> list[Outcome]:

@@ -211,7 +211,7 @@ class Element:
     def process(self) -> Process | None:
         """Return the process of the latest attempt, None where none began."""
         about = self._latest()[1]
-        return processes.noted(about) if about else None
+        return processes.from_record(about) if about else None
 
     def _latest(self) -> tuple[int, dict[str, Any], int | None]:
         """Return how far the latest attempt's file was read, who wrote it, and the task it was at."""

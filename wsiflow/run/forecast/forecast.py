@@ -67,7 +67,7 @@ def count(plan_path: Path, config: RunConfig) -> Counted:
         missing: Tasks = {}
         for stage in (stage for stage in STAGES.values() if stage.is_due(made, slide)):
             places = stage.tasks_of(made, slide)
-            left = [place for place in places if not publish.is_there(root, stage.product_of(made, place))]
+            left = [place for place in places if not publish.has_recorded_size(root, stage.product_of(made, place))]
             tasks[stage.name] += len(places)
             done[stage.name] += len(places) - len(left)
             missing[stage.name] = {place: shards.units(made, stage, place) for place in left}

@@ -66,7 +66,7 @@ class Clock:
         """Start; energy is counted where all of the work is done on this machine."""
         self._start = time.perf_counter()
         self.before = frozenset(publish.receipt_names(config.out))
-        self._energy = energy.Meter() if KINDS[config.executor.kind].is_local else None
+        self._energy = energy.EnergyMeter() if KINDS[config.executor.kind].is_local else None
 
     def energy(self) -> dict[str, float]:
         """Return ``energy.joules`` since the start, nothing where there is no counter."""

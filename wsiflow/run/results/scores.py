@@ -64,7 +64,7 @@ def judge(root: Path, config: RunConfig, made: Plan, statuses: Sequence[Status])
     truth, faults = _truth_sha256([cases[slide_id] for slide_id in planned], config)
     slides = {slide_id: i for slide_id, i in planned.items() if slide_id in truth}
     key = _scores_key(root, made, slides, cases, truth)
-    if all(publish.at_hand(root, f"evaluations/{key[:12]}/{name}", key) is not None for name in _SCORES):
+    if all(publish.done_if_present(root, f"evaluations/{key[:12]}/{name}", key) is not None for name in _SCORES):
         return Judgement(key, None, faults)
     readers = {slide_id: partial(_found, root, made, i, cases[slide_id], config) for slide_id, i in slides.items()}
     judged, wrong = evaluate.judge_all(readers, config.evaluation)

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from wsiflow.errors import InputError, Rewritten, WsiflowError
+from wsiflow.errors import InputError, SlideModified, WsiflowError
 from wsiflow.model import certificate
 from wsiflow.run.plan import Plan, read_plan
 from wsiflow.run.stages.network import calibration, check_numeric_class, planned_classifier
@@ -59,13 +59,13 @@ def _calibration_samples(root: Path, plan: Plan) -> Iterator[NDArray[np.uint8]]:
     slides = calibration_slides(plan)
     for planned in (plan.slides[index] for index in slides):
         each = -(-CALIBRATION_BLOCKS // len(slides))
-        wanted = certificate.draw(planned.key, among=planned.n_blocks, wanted=each).tolist()
+        wanted = certificate.draw_indices(planned.key, among=planned.n_blocks, count=each).tolist()
         try:
             with planned_blocks(root, plan, planned, wanted) as parts:
                 found = list(parts)
-        except Rewritten:
+        except SlideModified:
             raise
         except WsiflowError:
             continue
         for block, pixels in found:
-            yield scorer.sample(planned.frame, block, pixels, plan.settings.choice)
+            yield scorer.calibration_sample(planned.frame, block, pixels, plan.settings.choice)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from wsiflow.errors import InputError, IntegrityError
 from wsiflow.model import certificate
-from wsiflow.model.certificate import Comparison, Limits
+from wsiflow.model.certificate import Limits, ScoreDeviation
 from wsiflow.model.choice import Choice
 from wsiflow.plan.blocks import Block, window_corners_px
 from wsiflow.plan.geometry import Frame
@@ -34,7 +34,7 @@ from wsiflow.system.provenance import facts, thread_count
 from wsiflow.system.usage import untimed
 
 if TYPE_CHECKING:
-    from wsiflow.model.scorer import Dense, Windows
+    from wsiflow.model.scorer import DenseScorer, WindowScorer
 
 #: Name of what the search for a setting found, relative to the run's folder.
 ADVICE = "advice.json"
@@ -105,11 +105,15 @@ def certify(source: Path, index: int) -> tuple[publish.Receipt, bool]:
 def _sample(root: Path, plan: Plan, index: int, wanted: int) -> _Sample:
     """Draw windows of a slide, a few from each of a few blocks, with their published scores."""
     planned = plan.slides[index]
-    chosen = certificate.draw(planned.key, among=planned.n_blocks, wanted=min(_CERTIFIED_BLOCKS, wanted)).tolist()
+    chosen = certificate.draw_indices(
+        planned.key, among=planned.n_blocks, count=min(_CERTIFIED_BLOCKS, wanted)
+    ).tolist()
     scores = [_block_scores(root, plan, index, number).ravel() for number in chosen]
     seeds = [publish.key_of(slide=planned.key, block=number) for number in chosen]
     each = -(-wanted // max(1, len(chosen)))
-    places = [certificate.draw(seed, among=len(found), wanted=each) for seed, found in zip(seeds, scores, strict=True)]
+    places = [
+        certificate.draw_indices(seed, among=len(found), count=each) for seed, found in zip(seeds, scores, strict=True)
+    ]
     with planned_blocks(root, plan, planned, chosen) as parts:
         return _Sample(list(parts), places, scores)
 
@@ -123,7 +127,7 @@ def _block_scores(root: Path, plan: Plan, index: int, number: int) -> NDArray[np
     return prob[before : before + len(cut.blocks[number].tissue)]
 
 
-def _measured(plan: Plan, planned: SlidePlan, sample: _Sample, dense: "Dense | None") -> dict[str, Any]:
+def _measured(plan: Plan, planned: SlidePlan, sample: _Sample, dense: "DenseScorer | None") -> dict[str, Any]:
     """Return the pairs of scores that the certificate compares.
 
     ``windows``: published scores and those of single windows in fp32. ``precision``: published scores of one block and
@@ -141,14 +145,14 @@ def _measured(plan: Plan, planned: SlidePlan, sample: _Sample, dense: "Dense | N
     return found
 
 
-def _windows(plan: Plan) -> "Windows":
+def _windows(plan: Plan) -> "WindowScorer":
     """Return what computes scores window by window in fp32; prepared once per process."""
     choice = plan.settings.choice
     few = choice._replace(precision="fp32", engine="window", batch=min(choice.batch, _BATCH))
-    return cast("Windows", scorer_for(planned_classifier(plan), few))
+    return cast("WindowScorer", scorer_for(planned_classifier(plan), few))
 
 
-def _dense_in_fp32(plan: Plan) -> "Dense | None":
+def _dense_in_fp32(plan: Plan) -> "DenseScorer | None":
     """Return what computes dense scores in fp32 where the run uses less; not kept, its memory is as large again."""
     choice = plan.settings.choice
     if choice.precision == "fp32" or choice.engine != "dense":
@@ -157,11 +161,11 @@ def _dense_in_fp32(plan: Plan) -> "Dense | None":
         return _dense(plan, choice._replace(precision="fp32"))
 
 
-def _dense(plan: Plan, choice: Choice) -> "Dense":
+def _dense(plan: Plan, choice: Choice) -> "DenseScorer":
     """Return what computes dense scores otherwise than the run."""
     from wsiflow.model import scorer
 
-    return cast("Dense", scorer.make(planned_classifier(plan), choice, threads=thread_count()))
+    return cast("DenseScorer", scorer.make_scorer(planned_classifier(plan), choice, threads=thread_count()))
 
 
 def _cut_windows(frame: Frame, sample: _Sample, *, context_px: int) -> Iterator[NDArray[np.uint8]]:
@@ -176,9 +180,9 @@ def _pairs(scores: NDArray[np.float32], expected: NDArray[np.float32]) -> dict[s
     return {"scores": scores.tolist(), "expected": expected.tolist()}
 
 
-def comparison(pairs: dict[str, list[float]]) -> Comparison:
+def comparison(pairs: dict[str, list[float]]) -> ScoreDeviation:
     """Return how far the scores of a certificate lie apart."""
-    return certificate.compare(np.array(pairs["scores"], np.float32), np.array(pairs["expected"], np.float32))
+    return certificate.score_deviation(np.array(pairs["scores"], np.float32), np.array(pairs["expected"], np.float32))
 
 
 def passes(root: Path, plan: Plan, index: int) -> bool:
@@ -192,9 +196,9 @@ def _broken(root: Path, plan: Plan, planned: SlidePlan) -> dict[str, list[str]]:
     lower = certificate.PRECISION_LIMITS[choice.precision]
     limits = lower if choice.exact or choice.engine == "window" else _tolerated(plan)
     found = json.loads((root / certificate_name(planned)).read_text(encoding="utf-8"))
-    told = {"windows": certificate.broken(comparison(found["windows"]), limits)}
+    told = {"windows": certificate.exceeded_limits(comparison(found["windows"]), limits)}
     if "precision" in found:
-        told["precision"] = certificate.broken(comparison(found["precision"]), lower)
+        told["precision"] = certificate.exceeded_limits(comparison(found["precision"]), lower)
     return told
 
 
@@ -233,7 +237,7 @@ def lacks_advice(root: Path, plan: Plan) -> list[int]:
     choice = plan.settings.choice
     if choice.engine != "dense" or choice.exact or not plan.settings.shared_layers or advice(root, plan):
         return []
-    there = [i for i, planned in enumerate(plan.slides) if publish.is_there(root, certificate_name(planned))]
+    there = [i for i, planned in enumerate(plan.slides) if publish.has_recorded_size(root, certificate_name(planned))]
     return [index for index in there if _broken(root, plan, plan.slides[index])["windows"]]
 
 
@@ -284,14 +288,14 @@ def _what_would_pass(root: Path, plan: Plan, index: int) -> str:
             if time.process_time() > until or _is_beyond(scores, expected, plan.settings.tolerance):
                 break
         else:
-            found = certificate.compare(scores, expected)
+            found = certificate.score_deviation(scores, expected)
             return f"set dense.share_until={cut}{also} (mean abs diff {found.mean_abs_diff:.2g} on its windows)"
     return "none of the layers up to which windows may share the network keeps the tolerance"
 
 
 def _is_beyond(scores: NDArray[np.float32], expected: NDArray[np.float32], tolerance: float) -> bool:
     """Tell whether the first scores differ so much that all of them cannot be within the tolerance, as means."""
-    found = certificate.compare(scores, expected[: len(scores)])
+    found = certificate.score_deviation(scores, expected[: len(scores)])
     return max(found.mean_abs_diff, found.flips) * len(scores) > tolerance * len(expected)
 
 

@@ -30,7 +30,7 @@ def detect(source: Path, index: int) -> tuple[publish.Receipt, bool]:
     root, planned = source.parent, plan.slides[index]
     name, key = STAGE.product_of(plan, index), STAGE.key_of(root, plan, index)
     done = publish.done(root, name, key)
-    if done is not None and all(publish.at_hand(root, each, key) for each in STAGE.beside_of(plan, index)):
+    if done is not None and all(publish.done_if_present(root, each, key) for each in STAGE.beside_of(plan, index)):
         return done, False
     make_room(planned.frame)
     if done is not None:  # pictures that were deleted are made again
@@ -58,10 +58,10 @@ def _publish_pictures(
     """Publish what people look at, as far as it is lacking: the pyramid of a heatmap for viewers, and its overlay."""
     planned, (preview, overlay) = plan.slides[index], STAGE.beside_of(plan, index)
     receipt_facts = facts("overlay", planned.slide_id)
-    if publish.at_hand(root, preview, key) is None:
+    if publish.done_if_present(root, preview, key) is None:
         with publish.publishing(root, preview, key, receipt_facts, publish.accept) as attempt, attempt.timed("write"):
             files.write_preview(attempt.path, heat, um_px=cell_um(planned.frame))
-    if publish.at_hand(root, overlay, key) is not None:
+    if publish.done_if_present(root, overlay, key) is not None:
         return
     with publish.publishing(root, overlay, key, receipt_facts, publish.accept) as attempt:
         with open_planned(root, planned) as opened:

@@ -69,7 +69,7 @@ def link_patches(source: Path, index: int) -> tuple[publish.Receipt, bool]:
     root, planned = source.parent, plan.slides[index]
     parts = {part_name(planned, j): plan.part(index, j) for j in range(1, plan.n_parts(index) + 1)}
     name, key = INDEX.product_of(plan, index), INDEX.key_of(root, plan, index)
-    done = publish.at_hand(root, name, key)
+    done = publish.done_if_present(root, name, key)
     if done is not None:
         return done, False
     receipt_facts = facts("index", planned.slide_id)

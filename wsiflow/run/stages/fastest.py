@@ -61,7 +61,7 @@ def choose_engine(classifier: Classifier, config: RunConfig, *, threads: int) ->
     _check_certifiable(choice, config)
     return {
         "choice": choice._asdict(),
-        "told": reason if engine.converts(classifier) else f"{reason}; PyTorch runs this network",
+        "told": reason if engine.is_convertible(classifier) else f"{reason}; PyTorch runs this network",
         "measured_s": measured,
         "cpu_flags": sorted(flag for flag in cpu_flags() if flag.startswith(_FLAGS)),
         "cuts": _cuts(facts),
@@ -85,7 +85,7 @@ def _fastest(
     if not wanted:
         cause = f"{config.inference.precision} is not a precision of backend {' or '.join(backends)}"
         # What PyTorch alone runs would be refused with another backend too.
-        other = " or inference.backend=openvino" if engine.converts(classifier) else ""
+        other = " or inference.backend=openvino" if engine.is_convertible(classifier) else ""
         raise InputError(cause, f"set inference.precision=fp32{other}", stage="configuration")
     measured = _measure(classifier, wanted, config, threads=threads) if len(wanted) > 1 else {}
     return min(wanted, key=lambda each: measured.get(_name(each), math.inf)), measured
@@ -104,7 +104,7 @@ def _prove(classifier: Classifier, choice: Choice, *, threads: int) -> None:
             cause = "a network that windows share only in part is not run in int8"
             raise InputError(cause, "set inference.precision=fp32 or bf16, or dense.share_until=''")
     precision = "fp32" if choice.precision == "int8" else choice.precision
-    scorer.make(classifier, choice._replace(precision=precision), threads=threads)
+    scorer.make_scorer(classifier, choice._replace(precision=precision), threads=threads)
 
 
 def _check_certifiable(choice: Choice, config: RunConfig) -> None:
@@ -222,10 +222,10 @@ def _cuts(facts: DenseFacts | None) -> list[str]:
 
 def _backends(classifier: Classifier, config: RunConfig) -> list[str]:
     """Return the backends to choose from."""
-    if not engine.converts(classifier):
+    if not engine.is_convertible(classifier):
         return ["torch"]
     asked = config.inference.backend
-    return [asked] if asked != "auto" else [name for name in engine.available() if name != "torch"]
+    return [asked] if asked != "auto" else [name for name in engine.installed_backends() if name != "torch"]
 
 
 def _precisions(config: RunConfig) -> list[str]:
@@ -251,5 +251,5 @@ def _measure(classifier: Classifier, wanted: list[Choice], config: RunConfig, *,
     candidates: dict[str, spec.Engine] = {}
     for choice in wanted:
         with contextlib.suppress(InputError):  # a backend that cannot convert this network is no candidate
-            candidates[_name(choice)] = scorer.probe(classifier, choice, threads=threads)
-    return engine.choose(candidates, pixels, seconds=_MICRO_BENCHMARK_S) if candidates else {}
+            candidates[_name(choice)] = scorer.engine_to_time(classifier, choice, threads=threads)
+    return engine.median_seconds(candidates, pixels, seconds=_MICRO_BENCHMARK_S) if candidates else {}

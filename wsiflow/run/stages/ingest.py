@@ -46,7 +46,7 @@ def ingest(source: Path, index: int) -> tuple[publish.Receipt, bool]:
     if done is not None:
         check_unchanged(root, case.slide_id, case.path)
         _check_manifest_sha256(case, _record(root, case.slide_id)["sha256"])
-        if any(publish.at_hand(root, each, key) is None for each in _names(case)[1:]):  # deleted: made again
+        if any(publish.done_if_present(root, each, key) is None for each in _names(case)[1:]):  # deleted: made again
             looked, _ = _looked(case, config)
             frame = _framed(looked["frame"], settings.choice)
             cut = make_cut(tissue_grid(looked["tile_runs"]), frame, group_tiles=settings.group_tiles)
@@ -123,7 +123,7 @@ def _look(case: Case, config: RunConfig) -> dict[str, Any]:
     Returns:
         Plain JSON values; ``frame`` is the transform as far as it is known without strides and blocks.
     """
-    with content.unwritten(case.path, case.slide_id):  # hash and overview are of one content
+    with content.unmodified(case.path, case.slide_id):  # hash and overview are of one content
         signature = content.signature(case.path)
         with slide.open_slide(case.path, slide_id=case.slide_id) as opened:
             um_px = slide.resolve_mpp(opened.facts, case.mpp)
@@ -159,7 +159,7 @@ def _check_truth(case: Case, config: RunConfig) -> None:
 def is_ingested(source: Path, index: int) -> bool:
     """Tell whether all that is published of a case before the plan is there."""
     _, cases = read_cases(source)
-    return all(publish.is_there(source.parent, name) for name in _names(cases[index]))
+    return all(publish.has_recorded_size(source.parent, name) for name in _names(cases[index]))
 
 
 def record_key(case: Case, settings: PlanSettings) -> str:
@@ -280,7 +280,7 @@ def check_unchanged(root: Path, slide_id: str, path: Path) -> None:
     record = _record(root, slide_id)
     if content.signature(path) == record["signature"]:
         return
-    sha256 = content.settled_sha256(path)
+    sha256 = content.cached_sha256(path)
     if sha256 != record["sha256"]:
         cause = f"its content has changed since the run was planned (SHA-256 {sha256}, was {record['sha256']})"
         raise InputError(cause, "restore it, or choose another out= folder", slide=slide_id, path=path)

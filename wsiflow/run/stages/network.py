@@ -14,7 +14,7 @@ from wsiflow.system.provenance import numeric_class, pixel_versions, thread_coun
 
 if TYPE_CHECKING:
     from wsiflow.model.classifier import Classifier
-    from wsiflow.model.scorer import Dense, Windows
+    from wsiflow.model.scorer import DenseScorer, WindowScorer
 
 
 def check_numeric_class(plan: Plan) -> None:
@@ -62,7 +62,7 @@ def planned_classifier(plan: Plan) -> "Classifier":
     return model
 
 
-def planned_scorer(root: Path, plan: Plan) -> "Windows | Dense":
+def planned_scorer(root: Path, plan: Plan) -> "WindowScorer | DenseScorer":
     """Return what computes the plan's scores; prepared once per process."""
     model, choice = planned_classifier(plan), plan.settings.choice
     quantised = root / calibration(root, plan).name if choice.precision == "int8" else None
@@ -71,20 +71,20 @@ def planned_scorer(root: Path, plan: Plan) -> "Windows | Dense":
     return scorer_for(model, choice, quantised)
 
 
-def timed_scorer(root: Path, plan: Plan) -> "tuple[Windows | Dense, float]":
+def timed_scorer(root: Path, plan: Plan) -> "tuple[WindowScorer | DenseScorer, float]":
     """Return what computes the plan's scores, and the core-seconds that preparing it took just now."""
     before = usage.warmup_s()
     return planned_scorer(root, plan), usage.warmup_s() - before
 
 
 @lru_cache(maxsize=4)
-def scorer_for(model: "Classifier", choice: Choice, quantised: Path | None = None) -> "Windows | Dense":
+def scorer_for(model: "Classifier", choice: Choice, quantised: Path | None = None) -> "WindowScorer | DenseScorer":
     """Return what computes scores as chosen, prepared once per process; ``quantised`` is the network in int8."""
     with usage.warming_up():
         from wsiflow.model import scorer
 
         data = None if quantised is None else quantised.read_bytes()
-        return scorer.make(model, choice, threads=thread_count(), quantised=data)
+        return scorer.make_scorer(model, choice, threads=thread_count(), quantised=data)
 
 
 def release() -> None:

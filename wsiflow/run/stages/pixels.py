@@ -38,10 +38,10 @@ def open_planned(root: Path, planned: SlidePlan) -> Iterator[slide.Slide]:
 
     Raises:
         InputError: Its content has changed, or it cannot be opened.
-        Rewritten: It was written while it was read.
+        SlideModified: It was written while it was read.
     """
     path = Path(planned.path)
-    with content.unwritten(path, planned.slide_id):
+    with content.unmodified(path, planned.slide_id):
         ingest.check_unchanged(root, planned.slide_id, path)
         with slide.open_slide(path, slide_id=planned.slide_id) as opened:
             yield opened

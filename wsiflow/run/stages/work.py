@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
-from wsiflow.errors import EnvironmentFault, Rewritten, WsiflowError
+from wsiflow.errors import EnvironmentFault, SlideModified, WsiflowError
 from wsiflow.run.executor.protocol import Outcome
 from wsiflow.run.stages import calibrate, certify, choose, ingest, measure
 from wsiflow.run.stages.line import STAGES
@@ -41,7 +41,9 @@ def run_task(source: Path, stage: str, index: int) -> Outcome:
     try:
         try:
             receipt, executed = _work(stage)(source, index)
-        except Rewritten:  # a new link or owner would do, and a copy may have ended: what was read is read again, once
+        except (
+            SlideModified
+        ):  # a new link or owner would do, and a copy may have ended: what was read is read again, once
             receipt, executed = _work(stage)(source, index)
     except Exception as error:  # noqa: BLE001 - the boundary: a defect in one task must not lose the others
         return Outcome(index, None, executed=True, failure=_known(error).failure.about(stage=stage))

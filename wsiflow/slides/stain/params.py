@@ -63,9 +63,9 @@ class StainParams(BaseModel, frozen=True, extra="forbid"):
     def _target_is_of_the_method(self) -> "StainParams":
         methods = {self.target.per_slide.method, self.target.per_patch.method} if self.target else {"none"}
         if methods != {self.method}:
-            found = " and ".join(sorted(methods))
+            target = " and ".join(sorted(methods))
             raise ValueError(
-                f"target is of method {found}, but method is {self.method}; choose both with stain={self.method}"
+                f"target is of method {target}, but method is {self.method}; choose both with stain={self.method}"
             )
         return self
 

@@ -1,1 +1,1 @@
-"""Slides that are drawn, with lesions that are known."""
+"""Synthetic slides, whose lesions are known exactly."""

@@ -1,10 +1,10 @@
-"""Slides like those of CAMELYON16: real outlines of tissue and metastases, made smaller, filled with real tissue.
+"""Synthetic slides like those of CAMELYON16: real outlines of tissue and metastases, reduced, and filled with tissue.
 
-Input: an `Atlas`. Output: plans of slides (`plan`) and their pixels (`paint`). Nothing is written here.
+Input: an `Atlas`. Output: descriptions of slides (`plan_slides`) and their pixels (`paint`). No file is written here.
 
-Outlines are shrunk by a scale, tissue is not: a slide of a quarter of the size holds a quarter as many cells across,
-and lengths of an evaluation have to be scaled too. Training and test slides share neither pictures nor outlines.
-Points are x, y in level-0 px of the synthetic slide.
+Outlines are reduced by a scale, but the tissue in them is not: a slide of a quarter of the size is a quarter as many
+cells wide, and the lengths in an evaluation must be scaled too. Training and test slides share neither images nor
+outlines. Points are x, y in level-0 px of the synthetic slide.
 """
 
 from collections.abc import Iterator, Mapping
@@ -20,38 +20,38 @@ from wsiflow.slides.synthetic import textures
 from wsiflow.slides.synthetic.atlas import SCANNERS, Atlas, Part, Picture, area, part_of
 from wsiflow.slides.synthetic.tissue import UM_PX, Lesion, Polygon, polygon
 
-GENERATION = 1  # raise it when the same seed draws other pixels
+GENERATION = 1  # must be increased when the same seed gives other pixels
 
-TISSUE_MM2 = (10.0, 60.0)  # of one section, at real size: the middle four fifths of the real ones
-LEAST_INSIDE = 0.6  # part of a metastasis that must lie on the tissue
-_MARGIN_PX = 224  # glass around the tissue
-_RIM_PX = 64  # tissue around every metastasis
-_COARSE_PX = 16  # outlines find their places on a grid of this
-_PIECES = 8  # pictures of a class that make a slide's texture
-_DECOYS, _MOST_DECOY = 4, 0.05  # at most so many on a slide, each at most this part of the tissue
-_MOST_TUMOUR = 0.5  # part of the tissue
-_MOST_SECTIONS = 12  # sections tried for a slide's metastases
+TISSUE_MM2 = (10.0, 60.0)  # area of a section at real size; four fifths of the real sections are in this range
+LEAST_INSIDE = 0.6  # minimum fraction of a metastasis that lies on the tissue
+_MARGIN_PX = 224  # width of the glass around the tissue
+_RIM_PX = 64  # width of the tissue around every metastasis
+_COARSE_PX = 16  # pitch of the grid on which outlines are placed
+_PIECES = 8  # number of images per class that form the texture of a slide
+_DECOYS, _MOST_DECOY = 4, 0.05  # maximum number of decoys on a slide, and maximum fraction of the tissue for each
+_MOST_TUMOUR = 0.5  # maximum fraction of the tissue
+_MOST_SECTIONS = 12  # maximum number of sections that are tried for the metastases of a slide
 _PURITY = (0.45, 1.0)
 
 
-class Plan(NamedTuple):
-    """One synthetic slide.
+class SyntheticSlide(NamedTuple):
+    """The description of one synthetic slide.
 
     Attributes:
-        slide_id: Its name.
+        slide_id: Name of the slide.
         part: Training or test.
-        scanner: Whose stains it has.
-        seed: Decides texture, mixture and noise.
+        scanner: Scanner whose stains it has.
+        seed: Seed of texture, mixture and noise.
         size_px: Width and height.
         tissue: Outlines of tissue.
         lesions: Metastases.
-        decoys: Outlines filled with another normal texture, as metastases are with tumour.
-        purity: Share of tumour in the middle of each metastasis, and of other tissue in each decoy.
-        normal: Pictures of its normal tissue, by name.
-        other: Pictures of its decoys.
-        tumour: Pictures of its metastases.
-        look: Its stains and scanner.
-        like: The real slides whose outlines it has: tissue, and metastases or an empty text.
+        decoys: Outlines that are filled with a second normal texture, just as metastases are with tumour.
+        purity: Fraction of the inner texture in the middle of each decoy and, after these, of each metastasis.
+        normal: Names of the images of its normal tissue.
+        other: Names of the images of its decoys.
+        tumour: Names of the images of its metastases.
+        appearance: Its stains and scanner.
+        like: The real slides with the outlines of its tissue and of its metastases (an empty text without metastases).
     """
 
     slide_id: str
@@ -66,36 +66,38 @@ class Plan(NamedTuple):
     normal: tuple[str, ...]
     other: tuple[str, ...]
     tumour: tuple[str, ...]
-    look: textures.Look
+    appearance: textures.Appearance
     like: tuple[str, str]
 
 
-def plan(atlas: Atlas, part: Part, *, slides: int, scale: float, seed: int) -> tuple[Plan, ...]:
-    """Lay out slides: every other one with metastases, each like another real slide as far as there are enough.
+def plan_slides(atlas: Atlas, part: Part, *, slides: int, scale: float, seed: int) -> tuple[SyntheticSlide, ...]:
+    """Return the descriptions of slides; every second one has metastases.
+
+    Each slide has the outlines of different real slides as long as there are enough of them.
 
     Args:
-        atlas: What they are made of.
-        part: Which part of it they may use.
-        slides: How many.
-        scale: Length on the slide for each of the real one, 0 to 1.
-        seed: Decides everything else.
+        atlas: Material of the slides.
+        part: Part of the material that may be used.
+        slides: Number of slides.
+        scale: Ratio of lengths on the synthetic slide to those on the real one, 0 to 1.
+        seed: Seed of all random choices.
 
     Raises:
-        InputError: No outline of metastases of this part fits on a section.
+        InputError: The part has no outlines, or none of its metastases fits on a section.
     """
     pairs = _pairs(atlas, part, slides=slides, scale=scale, seed=seed)
     return tuple(_planned(atlas, part, index, layout, seed) for index, layout in enumerate(pairs))
 
 
-def paint(planned: Plan, pictures: tuple[Picture, ...]) -> NDArray[np.uint8]:
-    """Draw a slide.
+def paint(planned: SyntheticSlide, pictures: tuple[Picture, ...]) -> NDArray[np.uint8]:
+    """Return the pixels of a slide.
 
     Args:
-        planned: The slide.
-        pictures: Those of the atlas.
+        planned: Description of the slide.
+        pictures: The images of the atlas.
 
     Returns:
-        rows x cols x 3, uint8, RGB.
+        uint8 (rows, cols, 3), RGB.
     """
     codes = {picture.name: picture.codes for picture in pictures}
     width_px, height_px = planned.size_px
@@ -112,28 +114,28 @@ def paint(planned: Plan, pictures: tuple[Picture, ...]) -> NDArray[np.uint8]:
         share = textures.share_of_tumour(inside, planned.purity[index], seed)
         over = textures.quilt(_stack(codes, names), share > 0, seed)
         field[y0:y1, x0:x1] = textures.mixed(field[y0:y1, x0:x1], over, share)
-    for top in range(0, height_px, 512):  # so that no floats of the slide's size are held
+    for top in range(0, height_px, 512):  # in strips, so that no float array has the size of the slide
         strip = np.s_[top : top + 512]
         share = tissue[strip].astype(np.float32) / np.float32(255)
         field[strip] = textures.mixed(np.zeros_like(field[strip]), field[strip], share)
-    return textures.coloured(field, planned.look, planned.seed)
+    return textures.coloured(field, planned.appearance, planned.seed)
 
 
-_held: list[Picture] = []
+_kept_pictures: list[Picture] = []
 
 
-def hold(pictures: tuple[Picture, ...]) -> None:
-    """Keep the pictures of an atlas in this process, which is handed them once for all its slides."""
-    _held[:] = pictures
+def keep_pictures(pictures: tuple[Picture, ...]) -> None:
+    """Store the images of an atlas in this process, so that they are sent to it once and not with every slide."""
+    _kept_pictures[:] = pictures
 
 
-def held() -> tuple[Picture, ...]:
-    """Return the pictures that this process keeps."""
-    return tuple(_held)
+def kept_pictures() -> tuple[Picture, ...]:
+    """Return the images that `keep_pictures` stored in this process."""
+    return tuple(_kept_pictures)
 
 
 class _Layout(NamedTuple):
-    """Where tissue and metastases of a slide lie: real slides they come from, and outlines in synthetic px."""
+    """The outlines of a slide's tissue, metastases and decoys in synthetic px, and the real slides they come from."""
 
     like: tuple[str, str]
     size_px: tuple[int, int]
@@ -143,12 +145,12 @@ class _Layout(NamedTuple):
 
 
 def _pairs(atlas: Atlas, part: Part, *, slides: int, scale: float, seed: int) -> Iterator[_Layout]:
-    """Yield the layout of each slide: without and with metastases in turn."""
+    """Yield the layout of each slide, alternately without and with metastases."""
     rng = np.random.default_rng([seed, part == "test"])
     sections = [slide for slide in sorted(atlas.sections) if part_of(slide) == part and _in_bounds(atlas, slide)]
     diseased = [slide for slide in sorted(atlas.metastases) if part_of(slide) == part]
     if not sections or not diseased:
-        raise InputError(f"no outlines are for the {part} part", "complete the folder camelyon16/", stage="synth")
+        raise InputError(f"the {part} part has no outlines", "complete the folder camelyon16/", stage="synth")
     rng.shuffle(sections)
     rng.shuffle(diseased)
     queue = iter(diseased * (1 + slides))
@@ -158,14 +160,14 @@ def _pairs(atlas: Atlas, part: Part, *, slides: int, scale: float, seed: int) ->
             yield _laid_out(rng, atlas, (turn[0], ""), (), scale)
             continue
         fits = (fit for source in queue for fit in _fitting(rng, atlas, turn, source, scale))
-        found = next(fits, None)
-        if found is None:
+        fit = next(fits, None)
+        if fit is None:
             raise InputError("no metastases fit on a section", "take another seed or scale", stage="synth")
-        yield _laid_out(rng, atlas, *found, scale)
+        yield _laid_out(rng, atlas, *fit, scale)
 
 
 def _in_bounds(atlas: Atlas, slide: str) -> bool:
-    """Tell whether a section has a usual size."""
+    """Return whether the area of a section is within `TISSUE_MM2`."""
     low, high = TISSUE_MM2
     return low <= area(atlas.sections[slide]) * (UM_PX / 1000) ** 2 <= high
 
@@ -173,7 +175,10 @@ def _in_bounds(atlas: Atlas, slide: str) -> bool:
 def _fitting(
     rng: np.random.Generator, atlas: Atlas, sections: list[str], source: str, scale: float
 ) -> Iterator[tuple[tuple[str, str], tuple[Lesion, ...]]]:
-    """Yield sections that hold most metastases of a slide: the names of both, the metastases where they lie best."""
+    """Yield sections with room for at least half of a slide's metastases.
+
+    Each comes with the names of both real slides and the metastases in their best position on the section.
+    """
     outlines, islands = atlas.metastases[source]
     for slide in sections[:_MOST_SECTIONS]:
         section = atlas.sections[slide] * scale
@@ -189,13 +194,13 @@ def _fitting(
 
 
 def _turn(rng: np.random.Generator) -> NDArray[np.float64]:
-    """Return a quarter turn, or a flip, or both."""
+    """Return a random matrix (2, 2): a rotation by a multiple of 90°, in half of the cases with a reflection."""
     turn = np.linalg.matrix_power(np.array([[0.0, 1.0], [-1.0, 0.0]]), int(rng.integers(4)))
     return turn @ np.diag([1.0, -1.0]) if rng.random() < 0.5 else turn
 
 
 def _lesion(outline: NDArray[np.float64], holes: list[NDArray[np.float64]]) -> Lesion:
-    """Return a metastasis with the islands that begin inside it."""
+    """Return a metastasis with those islands of normal tissue whose first point lies inside it."""
     ring = outline.astype(np.float32)
     mine = [hole for hole in holes if cv2.pointPolygonTest(ring, hole[0].tolist(), measureDist=False) > 0]
     return Lesion(polygon(outline), tuple(polygon(hole) for hole in mine))
@@ -204,9 +209,10 @@ def _lesion(outline: NDArray[np.float64], holes: list[NDArray[np.float64]]) -> L
 def _best_shift(
     rng: np.random.Generator, section: NDArray[np.float64], outlines: list[NDArray[np.float64]]
 ) -> tuple[NDArray[np.float64], list[float]]:
-    """Return the shift that puts most of each outline on the section, and the part of each that lies on it then.
+    """Return the shift that places the outlines best on the section, and the fraction of each that then lies on it.
 
-    Every outline counts alike, however small; of nearly equal places one is drawn.
+    The best shift maximises the sum of these fractions, so that small outlines count as much as large ones. One of the
+    nearly best shifts is chosen at random.
     """
     points = np.concatenate(outlines)
     origin = points.min(axis=0)
@@ -232,7 +238,7 @@ def _best_shift(
 def _laid_out(
     rng: np.random.Generator, atlas: Atlas, like: tuple[str, str], lesions: tuple[Lesion, ...], scale: float
 ) -> _Layout:
-    """Return the layout of a slide whose metastases are placed: its corner is put a margin beside the tissue."""
+    """Return the layout of a slide with placed metastases, cropped to its tissue plus a margin."""
     section = atlas.sections[like[0]] * scale
     points = np.concatenate([section, *(np.array(lesion.outline, np.float64) for lesion in lesions)])
     origin = np.floor(points.min(axis=0)) - _MARGIN_PX - _RIM_PX
@@ -247,8 +253,8 @@ def _laid_out(
     grown = cv2.dilate(tumour, cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * reach + 1, 2 * reach + 1)))
     tissue = filled([polygon((section - origin) / _COARSE_PX)], (0, 0), coarse)
     tissue[grown > 0] = 255
-    found, _ = cv2.findContours(tissue, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
-    outlines = tuple(polygon(ring[:, 0].astype(np.float64) * _COARSE_PX) for ring in found if len(ring) > 2)
+    rings, _ = cv2.findContours(tissue, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
+    outlines = tuple(polygon(ring[:, 0].astype(np.float64) * _COARSE_PX) for ring in rings if len(ring) > 2)
     diseased = sorted(slide for slide in atlas.metastases if part_of(slide) == part_of(like[0]))
     shapes = atlas.metastases[diseased[int(rng.integers(len(diseased)))]][0]
     return _Layout(like, (width_px, height_px), outlines, moved, _decoys(rng, shapes, tissue, grown > 0, scale))
@@ -261,7 +267,7 @@ def _decoys(
     taken: NDArray[np.bool_],
     scale: float,
 ) -> tuple[Polygon, ...]:
-    """Return some outlines of metastases at random places of the tissue that are not taken; masks are coarse."""
+    """Return some outlines of metastases at random free places of the tissue; the masks have pixels of `_COARSE_PX`."""
     free = np.argwhere((tissue > 0) & ~taken)
     if not len(free):
         return ()
@@ -277,15 +283,15 @@ def _decoys(
     return tuple(placed)
 
 
-def _planned(atlas: Atlas, part: Part, index: int, layout: _Layout, seed: int) -> Plan:
-    """Return the plan of a slide: its layout, textures, mixtures and colours."""
+def _planned(atlas: Atlas, part: Part, index: int, layout: _Layout, seed: int) -> SyntheticSlide:
+    """Return the description of a slide: its layout with random textures, mixtures and colours."""
     rng = np.random.default_rng([seed, part == "test", index])
     scanner = atlas.centers.get(layout.like[1] or layout.like[0], SCANNERS[0])
     normal = [picture.name for picture in atlas.pictures if picture.part == part and not picture.tumour]
     tumour = [picture.name for picture in atlas.pictures if picture.part == part and picture.tumour]
     n_normal = min(_PIECES, len(normal) // 2)
     drawn = [normal[one] for one in rng.permutation(len(normal))[: 2 * n_normal]]
-    return Plan(
+    return SyntheticSlide(
         slide_id=f"{part}_{index + 1:03d}",
         part=part,
         scanner=scanner,
@@ -298,17 +304,17 @@ def _planned(atlas: Atlas, part: Part, index: int, layout: _Layout, seed: int) -
         normal=tuple(drawn[:n_normal]),
         other=tuple(drawn[n_normal:]),
         tumour=tuple(tumour[one] for one in rng.permutation(len(tumour))[:_PIECES]) if layout.lesions else (),
-        look=_look(rng, atlas.stains[scanner]),
+        appearance=_appearance(rng, atlas.stains[scanner]),
         like=layout.like,
     )
 
 
-def _look(rng: np.random.Generator, fit: DensityFit) -> textures.Look:
-    """Draw the look of a slide of a scanner: stains a little off, weak to strong, sharp to slightly soft."""
+def _appearance(rng: np.random.Generator, fit: DensityFit) -> textures.Appearance:
+    """Return a random appearance: stains near those of the scanner, weak to strong, sharp to slightly blurred."""
     haematoxylin = np.array(fit.haematoxylin) * rng.normal(1, 0.06, 3)
     eosin = np.array(fit.eosin) * rng.normal(1, 0.06, 3)
     glass = rng.uniform(232, 246) + rng.uniform(-2, 2, 3)
-    return textures.Look(
+    return textures.Appearance(
         haematoxylin=tuple(haematoxylin.tolist()),
         eosin=tuple(eosin.tolist()),
         strengths=tuple(rng.uniform(0.75, 1.3, 2).tolist()),
@@ -319,24 +325,30 @@ def _look(rng: np.random.Generator, fit: DensityFit) -> textures.Look:
 
 
 def _stack(codes: Mapping[str, textures.Codes], names: tuple[str, ...]) -> textures.Codes:
-    """Return the pictures of these names, n x side x side x 2."""
+    """Return the stain amounts of the images with these names, uint8 (n, side, side, 2)."""
     return np.stack([codes[name] for name in names])
 
 
 def _moved(outline: Polygon, shift: NDArray[np.float64]) -> Polygon:
-    """Return an outline shifted."""
+    """Return a shifted outline."""
     return polygon(np.array(outline, np.float64) + shift)
 
 
 def _shrunk(outline: Polygon, factor: float = 1 / _COARSE_PX) -> Polygon:
-    """Return an outline on a coarser grid."""
+    """Return an outline scaled by a factor."""
     return polygon(np.array(outline, np.float64) * factor)
 
 
 def filled(
     polygons: tuple[Polygon, ...] | list[Polygon], corner: tuple[int, int], size_px: tuple[int, int]
 ) -> NDArray[np.uint8]:
-    """Return 255 inside any of the polygons, on a window with its corner at x, y and a width and height."""
+    """Return a mask, uint8 (rows, cols), that is 255 inside any of the polygons.
+
+    Args:
+        polygons: Outlines, x, y.
+        corner: x, y of the mask's top-left corner.
+        size_px: Width and height of the mask.
+    """
     mask = np.zeros(size_px[::-1], np.uint8)
     for outline in polygons:
         cv2.fillPoly(mask, [np.array(outline, np.int32) - np.array(corner, np.int32)], 255)
@@ -344,7 +356,7 @@ def filled(
 
 
 def _smooth(outlines: tuple[Polygon, ...], size_px: tuple[int, int]) -> NDArray[np.uint8]:
-    """Return tissue as 0 to 255 with rounded outlines whose edge is some px wide."""
+    """Return a tissue mask, uint8 (rows, cols), 0 to 255, with rounded outlines and soft edges of a few px."""
     quarter = (size_px[0] // 4 + 1, size_px[1] // 4 + 1)
     mask = filled([_shrunk(outline, 0.25) for outline in outlines], (0, 0), quarter)
     soft = cv2.GaussianBlur(mask, (0, 0), 4)

@@ -1,9 +1,9 @@
-"""Write a synthetic data set: slides with known lesions, their annotations and a manifest.
+"""Synthetic data sets: slides with known lesions, their annotations and a manifest.
 
-Input: a folder, a size and a seed. Output: six pyramidal TIFF slides of `wsiflow.slides.synthetic.tissue` tissue (three
-normal, three with lesions of the three size classes), or any number of `wsiflow.slides.synthetic.camelyon16`; ASAP XML
-beside those with lesions, a README and ``manifest.csv``, which comes last.
-Files are published one by one: a data set that was interrupted is continued, one that is complete is left alone.
+Input: a folder, a size and a seed. Output: six pyramidal TIFF slides with tissue of `wsiflow.slides.synthetic.tissue`
+(three normal, three with lesions of the three size classes), or any number of `wsiflow.slides.synthetic.camelyon16`; an
+ASAP XML file for each slide with lesions; a README; and last ``manifest.csv``.
+Files are published one by one, so an interrupted data set is continued, and a complete one is left unchanged.
 """
 
 import hashlib
@@ -30,14 +30,14 @@ from wsiflow.system import faults, publish, tables
 from wsiflow.system.machine import allocated_cores
 
 Content = Literal["none", "macro", "micro", "micro+itc"]
-"""What a slide holds; at the size of the demo slides (6,144 px) the lesions have these classes."""
+"""The lesions of a slide by their size classes, which are correct from the size of the demo slides (6,144 px) on."""
 
 MANIFEST = "manifest.csv"
 SOURCES = "sources.json"
-_GENERATION = 1  # raise it when the same seed draws other pixels
-_QUALITY = 85  # JPEG
-_CELLS = 384  # lesions find their places on a grid of so many cells along the shorter side
-_GAP_CELLS = 26  # between lesions: 101 um at 6,144 px, so that the challenge's mask, which joins up to 75 um, has both
+_GENERATION = 1  # must be increased when the same seed gives other pixels
+_QUALITY = 85  # of JPEG, 1 to 100
+_CELLS = 384  # number of cells along the shorter side of the grid on which lesions are placed
+_GAP_CELLS = 26  # between lesions: 101 um at 6,144 px; the challenge's evaluation merges lesions up to 75 um apart
 _TRIES = 100
 _CONTENTS: dict[str, Content] = {
     "normal_001": "none",
@@ -53,7 +53,7 @@ _AnyJob = TypeVar("_AnyJob")
 
 
 class _Job(NamedTuple):
-    """One slide to write."""
+    """The task to write one slide."""
 
     folder: Path
     slide_id: str
@@ -61,32 +61,33 @@ class _Job(NamedTuple):
 
 
 class _LikeJob(NamedTuple):
-    """One slide like a real one to write."""
+    """The task to write one slide like those of CAMELYON16."""
 
     folder: Path
-    plan: camelyon16.Plan
+    plan: camelyon16.SyntheticSlide
     key: str
 
 
 def write_dataset(folder: Path, *, size_px: int, seed: int, workers: int | None = None) -> Path:
-    """Write the data set, or what is missing of it.
+    """Write the data set, or the files of it that are missing.
 
     Args:
-        folder: Where to; created if need be.
-        size_px: Side of the slides, level-0 px; the one with the macrometastasis is 19/12 as wide. Lesions have the
-            sizes that their slides promise from 6144 on, and are smaller on smaller slides.
-        seed: Decides everything else.
-        workers: Processes to draw with; None takes one per core this process may use.
+        folder: Target folder, which is created if it does not exist.
+        size_px: Side of the slides, level-0 px; the slide with the macrometastasis is 19/12 as wide. From 6144 on, the
+            lesions have the size class of their slide; on smaller slides they are smaller.
+        seed: Seed of all random choices.
+        workers: Number of processes; None for one per core that this process may use.
 
     Returns:
         The path of the manifest.
 
     Raises:
-        IntegrityError: The folder holds another data set, or damaged files.
+        IntegrityError: The folder contains another data set, or damaged files.
         InputError: The slides are too small for their lesions.
+        EnvironmentFault: Files cannot be written, or processes cannot be started.
     """
     jobs = [_Job(folder, name, _plan(name, size_px, seed)) for name in _CONTENTS]
-    # widest first, so that the last slide to end is a small one
+    # The widest slide comes first, so that a small one is the last to end.
     queue = sorted(jobs, key=lambda job: -job.spec.width_px)
     texts = {f"{job.slide_id}.xml": asap_xml(job.spec.lesions) for job in jobs if job.spec.lesions}
     texts |= {"README.md": _readme(jobs, size_px, seed), MANIFEST: _manifest(jobs)}
@@ -97,33 +98,34 @@ def write_dataset(folder: Path, *, size_px: int, seed: int, workers: int | None 
 
 
 def write_like(folder: Path, data: Path, *, slides: int, scale: float, seed: int, workers: int | None = None) -> Path:
-    """Write slides like those of CAMELYON16, or what is missing of them; all belong to the test part.
+    """Write slides like those of CAMELYON16, or the files of them that are missing; all slides are of the test part.
 
     Args:
-        folder: Where to; created if need be.
-        data: Real outlines and pictures of tissue, see `wsiflow.slides.synthetic.atlas`.
-        slides: How many; every other one has metastases.
-        scale: Length of an outline for each of the real one, 0 to 1.
-        seed: Decides everything else.
-        workers: Processes to draw with; None takes one per core this process may use.
+        folder: Target folder, which is created if it does not exist.
+        data: Folder with real outlines and images of tissue, see `wsiflow.slides.synthetic.atlas`.
+        slides: Number of slides; every second one has metastases.
+        scale: Ratio of lengths on the synthetic slides to those on the real ones, 0 to 1.
+        seed: Seed of all random choices.
+        workers: Number of processes; None for one per core that this process may use.
 
     Returns:
         The path of the manifest.
 
     Raises:
-        IntegrityError: The folder holds another data set, or damaged files.
-        InputError: The data folder is not complete.
+        IntegrityError: The folder contains another data set, or damaged files.
+        InputError: The data folder is incomplete, or the metastases do not fit.
+        EnvironmentFault: Files cannot be read or written, or processes cannot be started.
     """
     atlas = read_atlas(data)
     digest = hashlib.sha256(b"".join(picture.codes.tobytes() for picture in atlas.pictures)).hexdigest()
-    plans = camelyon16.plan(atlas, "test", slides=slides, scale=scale, seed=seed)
+    plans = camelyon16.plan_slides(atlas, "test", slides=slides, scale=scale, seed=seed)
     jobs = [_LikeJob(folder, planned, _like_key(planned, digest)) for planned in plans]
     queue = sorted(jobs, key=lambda job: -math.prod(job.plan.size_px))
     texts = {f"{planned.slide_id}.xml": asap_xml(planned.lesions) for planned in plans if planned.lesions}
     texts |= {SOURCES: _sources(plans), "README.md": _like_readme(plans, scale, seed), MANIFEST: _like_manifest(plans)}
     _refuse_others(folder, texts)
     missing = [job for job in queue if publish.done(folder, f"{job.plan.slide_id}.tif", job.key) is None]
-    _each(_write_like, missing, workers, camelyon16.hold, (atlas.pictures,))
+    _each(_write_like, missing, workers, camelyon16.keep_pictures, (atlas.pictures,))
     return _publish(folder, texts)
 
 
@@ -134,7 +136,15 @@ def _each(
     begin: Callable[..., None] | None = None,
     begin_with: tuple[Any, ...] = (),
 ) -> None:
-    """Call a function with each job, in as many processes as asked; each begins with the call that is given."""
+    """Call a function with each job in several processes, at most one per job.
+
+    Args:
+        write: The function, which must be picklable.
+        jobs: Its arguments.
+        workers: Number of processes; None for one per core that this process may use.
+        begin: Function that each process calls once before its first job.
+        begin_with: The arguments of ``begin``.
+    """
     workers = min(workers or allocated_cores(), len(jobs))
     if workers < 2:
         if begin is not None:
@@ -145,30 +155,30 @@ def _each(
     try:
         pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=begin, initargs=begin_with)
     except OSError as error:
-        raise faults.of_workers(error) from error
+        raise faults.worker_fault(error) from error
     with pool:
         list(pool.map(write, jobs))
 
 
 def _refuse_others(folder: Path, texts: dict[str, str]) -> None:
-    """Refuse a folder whose texts are of another data set, before anything is drawn.
+    """Refuse a folder that contains texts of another data set, before any slide is rendered.
 
     Raises:
-        IntegrityError: One is.
+        IntegrityError: A text is that of another data set, or damaged.
     """
     for name, text in texts.items():
         publish.done(folder, name, publish.key_of(text=text))
 
 
 def _publish(folder: Path, texts: dict[str, str]) -> Path:
-    """Publish texts, the manifest last, and return its path."""
+    """Publish texts by file name in their order, the manifest last, and return its path."""
     for name, text in texts.items():
         publish.publish_bytes(folder, name, text.encode(), publish.key_of(text=text), {"kind": "synthetic"})
     return folder / MANIFEST
 
 
 def _plan(slide_id: str, size_px: int, seed: int) -> SlideSpec:
-    """Return the plan of one slide of the data set."""
+    """Return the specification of one slide of the data set."""
     content = _CONTENTS[slide_id]
     width_px = size_px * 19 // 12 if content == "macro" else size_px
     slide_seed = 1000 * seed + list(_CONTENTS).index(slide_id)
@@ -176,22 +186,23 @@ def _plan(slide_id: str, size_px: int, seed: int) -> SlideSpec:
 
 
 def plan_slide(content: Content, *, width_px: int, height_px: int, seed: int) -> SlideSpec:
-    """Lay out a slide: one or two pieces of tissue on a quarter to under a half of it, and its lesions.
+    """Return the specification of a slide with one or two pieces of tissue, which cover a quarter to almost half of it.
 
-    Sizes of tissue and lesions follow the size of the slide. From 9,728 x 6,144 px, ``macro`` is a metastasis above
-    2 mm; from 6,144 px a side, ``micro`` is two or three of 0.2 to 2 mm, and ``micro+itc`` one of these with two below.
+    The sizes of tissue and lesions are proportional to that of the slide. From 9,728 x 6,144 px on, ``macro`` is a
+    metastasis above 2 mm. From 6,144 px a side on, ``micro`` is two or three metastases of 0.2 to 2 mm, and
+    ``micro+itc`` is one of these and two smaller ones.
 
     Args:
-        content: What the slide holds.
+        content: Size classes of the lesions.
         width_px: Width at level 0.
         height_px: Height at level 0.
-        seed: Decides everything else.
+        seed: Seed of all random choices.
 
     Returns:
-        The plan; lesions lie inside the tissue and apart from each other.
+        The specification; lesions lie inside the tissue and do not touch each other.
 
     Raises:
-        InputError: A lesion finds no place.
+        InputError: There is no room for a lesion.
     """
     rng = np.random.default_rng(seed)
     tissue = _plan_tissue(rng, width_px, height_px, n_pieces=1 if content == "macro" else int(rng.integers(1, 3)))
@@ -206,7 +217,7 @@ def plan_slide(content: Content, *, width_px: int, height_px: int, seed: int) ->
 
 
 def _blob(rng: np.random.Generator, *, roughness: float, n_points: int = 240) -> NDArray[np.float64]:
-    """Return a smooth irregular outline around 0, 0 with a mean radius of 1: n_points x 2."""
+    """Return a smooth irregular outline, float64 (n_points, 2), around the origin with a mean radius of about 1."""
     angle = np.linspace(0, 2 * math.pi, n_points, endpoint=False)
     order = np.arange(2, 9)
     swing = rng.normal(0, roughness / order, len(order))[:, None]
@@ -216,7 +227,7 @@ def _blob(rng: np.random.Generator, *, roughness: float, n_points: int = 240) ->
 
 
 def _plan_tissue(rng: np.random.Generator, width_px: int, height_px: int, *, n_pieces: int) -> tuple[Polygon, ...]:
-    """Return pieces of tissue side by side along the longer side, each in its own part of the slide."""
+    """Return the outlines of pieces of tissue, placed next to each other along the longer side of the slide."""
     share = rng.uniform(0.36, 0.44)
     size = np.array([width_px, height_px], np.float64)
     along = int(width_px < height_px)
@@ -228,7 +239,7 @@ def _plan_tissue(rng: np.random.Generator, width_px: int, height_px: int, *, n_p
         outline -= (outline.max(axis=0) + outline.min(axis=0)) / 2
         outline *= part * 0.955 / np.ptp(outline, axis=0)
         area = cv2.contourArea(outline.astype(np.float32))
-        # keep the piece as long as its part of the slide, and as thick as the share of tissue asks
+        # The piece is as long as its part of the slide, and as thick as the fraction of tissue requires.
         shrink = np.ones(2)
         shrink[1 - along] = min(1.0, share * part.prod() / area)
         centre = part / 2
@@ -238,7 +249,7 @@ def _plan_tissue(rng: np.random.Generator, width_px: int, height_px: int, *, n_p
 
 
 def _large_lesion(rng: np.random.Generator, tissue: Polygon) -> Lesion:
-    """Return a lesion nearly as long as the tissue and half as thick, with an island of normal tissue in it."""
+    """Return a lesion almost as long as the tissue and half as thick, with an island of normal tissue inside it."""
     outline = np.array(tissue, np.float64)
     middle = (outline.max(axis=0) + outline.min(axis=0)) / 2
     ripple = 1 - 0.12 * np.abs(np.sin(np.arange(len(outline)) * rng.integers(5, 9) * math.pi / len(outline)))
@@ -253,10 +264,10 @@ def _large_lesion(rng: np.random.Generator, tissue: Polygon) -> Lesion:
 def _place_lesions(
     rng: np.random.Generator, tissue: tuple[Polygon, ...], axes_px: list[float], side_px: int
 ) -> tuple[Lesion, ...]:
-    """Return lesions of the given longest axes at random places in the tissue, apart from each other.
+    """Return lesions with the given longest axes at random places in the tissue, with gaps between them.
 
     Raises:
-        InputError: They find no place.
+        InputError: There is no room for them.
     """
     cell_px = side_px // _CELLS
     origin = np.concatenate([np.array(piece) for piece in tissue]).min(axis=0)
@@ -271,14 +282,14 @@ def _place_lesions(
                 _oval(rng, axis) + place * cell_px + origin for axis, place in zip(axes_px, places, strict=True)
             ]
             return tuple(Lesion(polygon(outline)) for outline in outlines)
-    cause = f"no room for lesions of {', '.join(f'{axis:.0f}' for axis in axes_px)} px"
+    cause = f"there is no room for lesions of {', '.join(f'{axis:.0f}' for axis in axes_px)} px"
     raise InputError(cause, "take larger slides or another seed", stage="synth")
 
 
 def _places(rng: np.random.Generator, free: NDArray[np.uint8], radii: list[int]) -> list[NDArray[np.int64]]:
-    """Return the middles (x, y in cells) of discs put one by one into free cells, up to the first without room.
+    """Return the centres, x, y in cells, of discs that are placed in turn in free cells, until one has no room.
 
-    What a disc and the gap around it take is cleared from ``free``.
+    The cells of each disc and of the gap around it are cleared in ``free``.
     """
     places = []
     for radius in radii:
@@ -293,7 +304,7 @@ def _places(rng: np.random.Generator, free: NDArray[np.uint8], radii: list[int])
 
 
 def _oval(rng: np.random.Generator, axis_px: float) -> NDArray[np.float64]:
-    """Return an irregular outline of the given longest axis whose middle is 0, 0."""
+    """Return an irregular outline, float64 (n, 2), centred on the origin, with the given longest axis."""
     outline = _blob(rng, roughness=0.25, n_points=120) * np.array([1.0, rng.uniform(0.55, 0.9)])
     angle = rng.uniform(0, math.pi)
     outline @= np.array([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
@@ -304,7 +315,7 @@ def _oval(rng: np.random.Generator, axis_px: float) -> NDArray[np.float64]:
 
 
 def asap_xml(lesions: tuple[Lesion, ...]) -> str:
-    """Return lesions as an ASAP annotation: group _0 holds the outlines, _2 the islands that are not tumour."""
+    """Return lesions as an ASAP annotation: group _0 contains the outlines, group _2 the islands of normal tissue."""
     root = ElementTree.Element("ASAP_Annotations")
     annotations = ElementTree.SubElement(root, "Annotations")
     outlines = [("_0", lesion.outline) for lesion in lesions]
@@ -323,50 +334,50 @@ def asap_xml(lesions: tuple[Lesion, ...]) -> str:
 
 
 def _key(spec: SlideSpec) -> str:
-    """Return what identifies a slide's content."""
+    """Return the key of a slide's content."""
     return publish.key_of(kind="synthetic", generation=_GENERATION, quality=_QUALITY, spec=asdict(spec))
 
 
 def _write_slide(job: _Job) -> None:
-    """Draw and publish one slide."""
+    """Render and publish one slide."""
     spec, name = job.spec, f"{job.slide_id}.tif"
-    cv2.setNumThreads(1)  # the processes already use every core
+    cv2.setNumThreads(1)  # because the processes already use all cores
     with publish.publishing(job.folder, name, _key(spec), {"kind": "synthetic"}, _check_slide) as attempt:
         pyramid.write_rgb(
             attempt.path, _bands(spec), shape=(spec.height_px, spec.width_px), um_px=UM_PX, quality=_QUALITY
         )
 
 
-def _like_key(planned: camelyon16.Plan, pictures: str) -> str:
-    """Return what identifies the content of a slide like a real one."""
-    return publish.key_of(
-        kind="like", generation=camelyon16.GENERATION, quality=_QUALITY, plan=repr(planned), pictures=pictures
-    )
+def _like_key(planned: camelyon16.SyntheticSlide, pictures: str) -> str:
+    """Return the key of the content of a slide like those of CAMELYON16."""
+    # The receipts of existing data sets hold keys of this text, in which the two records had other names.
+    text = repr(planned).replace("SyntheticSlide(", "Plan(").replace("appearance=Appearance(", "look=Look(")
+    return publish.key_of(kind="like", generation=camelyon16.GENERATION, quality=_QUALITY, plan=text, pictures=pictures)
 
 
 def _write_like(job: _LikeJob) -> None:
-    """Draw and publish one slide like a real one."""
+    """Render and publish one slide like those of CAMELYON16."""
     name, (width_px, height_px) = f"{job.plan.slide_id}.tif", job.plan.size_px
     cv2.setNumThreads(1)
     with publish.publishing(job.folder, name, job.key, {"kind": "synthetic"}, _check_slide) as attempt:
-        pixels = camelyon16.paint(job.plan, camelyon16.held())
+        pixels = camelyon16.paint(job.plan, camelyon16.kept_pictures())
         strips = (pixels[y : y + BLOCK_PX] for y in range(0, height_px, BLOCK_PX))
         pyramid.write_rgb(attempt.path, strips, shape=(height_px, width_px), um_px=UM_PX, quality=_QUALITY)
 
 
 def _bands(spec: SlideSpec) -> Iterator[NDArray[np.uint8]]:
-    """Yield the slide in strips of one block."""
+    """Yield the pixels of a slide in strips of the height of a block."""
     for y in range(0, spec.height_px, BLOCK_PX):
         yield render(spec, 0, y, spec.width_px, min(BLOCK_PX, spec.height_px - y))
 
 
 def _check_slide(path: Path) -> None:
-    """Decode a reduced level of a slide, which is written after level 0."""
+    """Verify a slide by decoding a reduced level, since these are written after level 0."""
     pyramid.read_level(path, 4)
 
 
 def _manifest(jobs: list[_Job]) -> str:
-    """Return the manifest, paths relative to it."""
+    """Return the text of the manifest, with paths relative to its folder."""
     return tables.csv_text([_manifest_row(job.slide_id, has_tumour=bool(job.spec.lesions)) for job in jobs])
 
 
@@ -381,8 +392,8 @@ def _manifest_row(slide_id: str, *, has_tumour: bool) -> dict[str, Any]:
     }
 
 
-def _like_manifest(plans: Iterable[camelyon16.Plan]) -> str:
-    """Return the manifest of slides like real ones, paths relative to it."""
+def _like_manifest(plans: Iterable[camelyon16.SyntheticSlide]) -> str:
+    """Return the text of the manifest of slides like those of CAMELYON16, with paths relative to its folder."""
     rows = [
         {
             **_manifest_row(planned.slide_id, has_tumour=bool(planned.lesions)),
@@ -395,8 +406,8 @@ def _like_manifest(plans: Iterable[camelyon16.Plan]) -> str:
     return tables.csv_text(rows)
 
 
-def _sources(plans: Iterable[camelyon16.Plan]) -> str:
-    """Return which real outlines and pictures each slide is made of."""
+def _sources(plans: Iterable[camelyon16.SyntheticSlide]) -> str:
+    """Return JSON text with the names of the real outlines and images of which each slide consists."""
     rows = {
         planned.slide_id: {
             "tissue": planned.like[0],
@@ -408,15 +419,15 @@ def _sources(plans: Iterable[camelyon16.Plan]) -> str:
     return json.dumps(rows, indent=1) + "\n"
 
 
-def _like_readme(plans: Sequence[camelyon16.Plan], scale: float, seed: int) -> str:
-    """Return a page about a data set of slides like real ones."""
+def _like_readme(plans: Sequence[camelyon16.SyntheticSlide], scale: float, seed: int) -> str:
+    """Return the README, Markdown, of a data set of slides like those of CAMELYON16."""
     rows = []
     for planned in plans:
         axes = sorted((round(lesion.axis_um / scale) for lesion in planned.lesions), reverse=True)
-        found = ", ".join(map(str, axes[:5])) + (f" and {len(axes) - 5} more" if len(axes) > 5 else "")
+        lengths = ", ".join(map(str, axes[:5])) + (f" and {len(axes) - 5} more" if len(axes) > 5 else "")
         like = " and ".join(filter(None, planned.like))
         rows.append(
-            f"| {planned.slide_id} | {planned.size_px[0]} x {planned.size_px[1]} | {like} | {found or 'none'} |"
+            f"| {planned.slide_id} | {planned.size_px[0]} x {planned.size_px[1]} | {like} | {lengths or 'none'} |"
         )
     return "\n".join(
         [
@@ -443,11 +454,11 @@ def _like_readme(plans: Sequence[camelyon16.Plan], scale: float, seed: int) -> s
 
 
 def _readme(jobs: list[_Job], size_px: int, seed: int) -> str:
-    """Return a page about the data set."""
+    """Return the README, Markdown, of the data set."""
     rows = []
     for job in jobs:
-        found = ", ".join(f"{lesion.kind} ({lesion.axis_um:.0f} µm)" for lesion in job.spec.lesions) or "none"
-        rows.append(f"| {job.slide_id} | {job.spec.width_px} x {job.spec.height_px} | {found} |")
+        lesions = ", ".join(f"{lesion.kind} ({lesion.axis_um:.0f} µm)" for lesion in job.spec.lesions) or "none"
+        rows.append(f"| {job.slide_id} | {job.spec.width_px} x {job.spec.height_px} | {lesions} |")
     return "\n".join(
         [
             "# Synthetic slides",

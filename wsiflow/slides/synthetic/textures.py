@@ -1,14 +1,13 @@
-"""Tissue of any shape, made of small pictures of tissue: seamless textures, mixtures of two, colours.
+"""Texture synthesis: tissue of any size and shape from small images, mixtures of two textures, and their colours.
 
-Input: pieces of tissue as amounts of two stains. Output: large fields of the same, and RGB.
+Input: pieces of tissue as amounts of two stains. Output: large fields of such amounts, and RGB images.
 
-Codes are uint8, rows x cols x 2: haematoxylin and eosin, `CODE_STEP` of optical density for each count. Working in
-stains rather than in colours lets pieces of several slides, once their stains are taken apart, share the colours of
-one new slide.
+Codes are amounts of haematoxylin and eosin, uint8 (rows, cols, 2); one count is `CODE_STEP` of optical density. Because
+the stains of pieces from several slides are separated, all pieces can be shown in the stains of one new slide.
 
-A field is quilted (Efros and Freeman, 2001): pieces are laid row by row so that they overlap, of several random crops
-the one that fits best is taken, and it is cut out along the line of least difference. Every class of tissue is made by
-this one procedure, so that nothing about how pieces meet tells what they are.
+Fields are quilted (Efros and Freeman, 2001): overlapping pieces are placed row by row. Of several random crops the one
+that fits best is taken and cut along the path of least difference. All classes of tissue are synthesised by this one
+procedure, so that a network cannot recognise a class by how its pieces are joined.
 """
 
 from typing import NamedTuple
@@ -17,29 +16,29 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-CODE_STEP = 1 / 85  # 255 counts are a density of 3
+CODE_STEP = 1 / 85  # so 255 counts are an optical density of 3
 PIECE_PX, OVERLAP_PX = 192, 48
 _PITCH_PX = PIECE_PX - OVERLAP_PX
-_CANDIDATES = 8  # random crops that compete for a place
-_FEATHER_PX = 1.5  # standard deviation: a cut is as soft as the focus of a scanner
-_NEST_PX = 40  # distance over which mixed tissue changes
-_RAMP_PX = 96  # within this of its outline a lesion thins out
+_CANDIDATES = 8  # number of random crops that are compared for each place
+_FEATHER_PX = 1.5  # standard deviation of the blur along a cut, which is as soft as the focus of a scanner
+_NEST_PX = 40  # distance over which the mixture of two tissues varies
+_RAMP_PX = 96  # distance from its outline over which a lesion becomes sparser
 _RIM_PURITY = 0.35
 _EDGE_PX = 6.0
 
 Codes = NDArray[np.uint8]
 
 
-class Look(NamedTuple):
-    """How a slide was stained and scanned.
+class Appearance(NamedTuple):
+    """The appearance of a slide, determined by its stains and scanner.
 
     Attributes:
-        haematoxylin: Optical density of red, green and blue for one unit of the stain.
-        eosin: Likewise.
-        strengths: Factors on the amounts of both stains.
-        glass: Grey values of the empty slide, red, green, blue.
+        haematoxylin: Optical density of red, green and blue for one unit of haematoxylin.
+        eosin: The same for eosin.
+        strengths: Factors for the amounts of both stains.
+        glass: Grey values of the empty slide in red, green and blue.
         blur_px: Standard deviation of the focus blur.
-        noise: Standard deviation of the sensor's noise, grey values.
+        noise: Standard deviation of the sensor noise, grey values.
     """
 
     haematoxylin: tuple[float, float, float]
@@ -50,20 +49,20 @@ class Look(NamedTuple):
     noise: float
 
 
-def quilt(pieces: Codes, wanted: NDArray[np.bool_], seed: int) -> Codes:
-    """Cover a region with one texture.
+def quilt(pieces: Codes, region: NDArray[np.bool_], seed: int) -> Codes:
+    """Return a field that is covered with one texture inside a region.
 
     Args:
-        pieces: n x side x side x 2, side at least `PIECE_PX`.
-        wanted: rows x cols, where texture is needed; elsewhere there may or may not be some.
-        seed: Decides which crops compete.
+        pieces: uint8 (n, side, side, 2), where side is at least `PIECE_PX`.
+        region: bool (rows, cols), where texture is required; elsewhere the field may be empty.
+        seed: Seed of the random crops.
 
     Returns:
-        rows x cols x 2.
+        uint8 (rows, cols, 2).
     """
-    rows, cols = (-(-side // _PITCH_PX) for side in wanted.shape)
+    rows, cols = (-(-side // _PITCH_PX) for side in region.shape)
     field = np.zeros((rows * _PITCH_PX + OVERLAP_PX, cols * _PITCH_PX + OVERLAP_PX, 2), np.uint8)
-    needed = _needed(wanted, (rows, cols))
+    needed = _needed(region, (rows, cols))
     for row, col in np.argwhere(needed):
         rng = np.random.default_rng([seed, int(row), int(col)])
         here = field[row * _PITCH_PX :, col * _PITCH_PX :][:PIECE_PX, :PIECE_PX]
@@ -73,35 +72,40 @@ def quilt(pieces: Codes, wanted: NDArray[np.bool_], seed: int) -> Codes:
         misfits = [sum(int(_gap(crop[place], here[place]).sum()) for place in strips) for crop in crops]
         best = crops[int(np.argmin(misfits))]
         _lay(here, best, _kept(_gap(best, here), above=above, left=left))
-    return field[: wanted.shape[0], : wanted.shape[1]]
+    return field[: region.shape[0], : region.shape[1]]
 
 
 def share_of_tumour(lesions: NDArray[np.uint8], purity: float, seed: int) -> NDArray[np.float32]:
-    """Return how much of each pixel is tumour: nests among what was there before, sparser towards the outline.
+    """Return the fraction of tumour in each pixel: nests within the other tissue, sparser towards the outline.
 
     Args:
-        lesions: rows x cols, anything but 0 is inside a lesion.
-        purity: Share of tumour in the middle of a lesion, 0 to 1.
-        seed: Decides where nests lie.
+        lesions: Shape (rows, cols); every value but 0 is inside a lesion.
+        purity: Fraction of tumour in the middle of a lesion, 0 to 1.
+        seed: Seed of the positions of nests.
 
     Returns:
-        rows x cols, 0 to 1, and 0 outside the lesions.
+        float32 (rows, cols), 0 to 1, and 0 outside the lesions.
     """
     inside = (lesions > 0).astype(np.uint8)
     depth_px = cv2.distanceTransform(
         cv2.copyMakeBorder(inside, 1, 1, 1, 1, cv2.BORDER_CONSTANT, value=0), cv2.DIST_L2, 3
     )
     depth_px = depth_px[1:-1, 1:-1]
-    wanted = purity * (_RIM_PURITY + (1 - _RIM_PURITY) * np.minimum(depth_px / _RAMP_PX, 1))
-    # a uniform field is below w on a share w of its area
-    edge = np.clip((wanted - uniform_field(inside.shape, _NEST_PX, seed)) * _NEST_PX / _EDGE_PX + 0.5, 0, 1)
+    target = purity * (_RIM_PURITY + (1 - _RIM_PURITY) * np.minimum(depth_px / _RAMP_PX, 1))
+    # A uniform field is below the target t on a fraction t of its area.
+    edge = np.clip((target - uniform_field(inside.shape, _NEST_PX, seed)) * _NEST_PX / _EDGE_PX + 0.5, 0, 1)
     return np.asarray(edge * np.minimum(depth_px / _EDGE_PX, 1), np.float32)
 
 
 def uniform_field(shape: tuple[int, int], pitch_px: int, seed: int) -> NDArray[np.float32]:
-    """Return smooth random values, uniform in 0 to 1, that change over some pitch_px.
+    """Return a smooth random field, float32 (rows, cols), whose values are distributed uniformly in 0 to 1.
 
-    The ranks are those of the coarse grid, so the field between its points is uniform to a few percent.
+    The distribution is equalised on every fourth pixel and is uniform to a few percent.
+
+    Args:
+        shape: Number of rows and columns.
+        pitch_px: Distance over which the field varies.
+        seed: Seed of the field.
     """
     grid = np.random.default_rng(seed).normal(size=tuple(side // pitch_px + 5 for side in shape))
     smooth = cv2.GaussianBlur(grid, (0, 0), 0.8)
@@ -113,45 +117,48 @@ def uniform_field(shape: tuple[int, int], pitch_px: int, seed: int) -> NDArray[n
 
 
 def mixed(under: Codes, over: Codes, share: NDArray[np.float32]) -> Codes:
-    """Return one texture where the share is 0 and another where it is 1: codes rows x cols x 2, share rows x cols."""
+    """Return the mixture of two fields (rows, cols, 2); ``share`` (rows, cols) is the fraction of ``over``, 0 to 1."""
     weight = share[..., None]
     return np.rint(under * (1 - weight) + over * weight).astype(np.uint8)
 
 
-def coloured(codes: Codes, look: Look, seed: int) -> NDArray[np.uint8]:
-    """Return what a scanner sees of a field.
+def coloured(codes: Codes, appearance: Appearance, seed: int) -> NDArray[np.uint8]:
+    """Return the image of a field, stained and scanned.
 
     Args:
-        codes: rows x cols x 2.
-        look: Stains and scanner.
-        seed: Decides the noise.
+        codes: uint8 (rows, cols, 2).
+        appearance: Stains and scanner.
+        seed: Seed of the sensor noise.
 
     Returns:
-        rows x cols x 3, uint8, RGB.
+        uint8 (rows, cols, 3), RGB.
     """
     amount = np.arange(256) * CODE_STEP
-    stains = [np.multiply(look.strengths[k], stain) for k, stain in enumerate((look.haematoxylin, look.eosin))]
+    stains = [
+        np.multiply(appearance.strengths[k], stain)
+        for k, stain in enumerate((appearance.haematoxylin, appearance.eosin))
+    ]
     density = amount[:, None, None] * stains[0] + amount[None, :, None] * stains[1]
-    table = np.rint(np.array(look.glass) * np.exp(-density)).astype(np.uint8).reshape(-1, 3)
+    table = np.rint(np.array(appearance.glass) * np.exp(-density)).astype(np.uint8).reshape(-1, 3)
     colours = table[codes[..., 0].astype(np.uint16) * 256 + codes[..., 1]]
-    soft = cv2.GaussianBlur(colours, (0, 0), look.blur_px)
-    noise = np.random.default_rng(seed).normal(0, look.noise, (1024, 1024, 3))
+    soft = cv2.GaussianBlur(colours, (0, 0), appearance.blur_px)
+    noise = np.random.default_rng(seed).normal(0, appearance.noise, (1024, 1024, 3))
     repeats = [-(-side // 1024) for side in codes.shape[:2]]
     grain = np.tile(np.rint(noise).astype(np.int8), (*repeats, 1))[: codes.shape[0], : codes.shape[1]]
     return np.asarray(cv2.add(soft, grain, dtype=cv2.CV_8U), np.uint8)
 
 
-def _needed(wanted: NDArray[np.bool_], grid: tuple[int, int]) -> NDArray[np.bool_]:
-    """Return which places of the grid have a wanted pixel under their piece."""
-    found = np.zeros(grid, np.bool_)
+def _needed(region: NDArray[np.bool_], grid: tuple[int, int]) -> NDArray[np.bool_]:
+    """Return the places of the grid, bool of shape ``grid``, whose piece covers a pixel of the region."""
+    needed = np.zeros(grid, np.bool_)
     for row, col in np.ndindex(grid):
-        under = wanted[row * _PITCH_PX :, col * _PITCH_PX :][:PIECE_PX, :PIECE_PX]
-        found[row, col] = under.any()
-    return found
+        under = region[row * _PITCH_PX :, col * _PITCH_PX :][:PIECE_PX, :PIECE_PX]
+        needed[row, col] = under.any()
+    return needed
 
 
 def _crop(pieces: Codes, rng: np.random.Generator) -> Codes:
-    """Return a random PIECE_PX square of a random piece, turned and flipped at random."""
+    """Return a random square of `PIECE_PX` from a random piece, randomly rotated and reflected."""
     piece = pieces[rng.integers(len(pieces))]
     y, x = rng.integers(0, piece.shape[0] - PIECE_PX + 1, 2)
     crop = np.rot90(piece[y : y + PIECE_PX, x : x + PIECE_PX], int(rng.integers(4)))
@@ -159,13 +166,13 @@ def _crop(pieces: Codes, rng: np.random.Generator) -> Codes:
 
 
 def _gap(one: Codes, other: Codes) -> NDArray[np.int32]:
-    """Return the squared difference of two fields at each pixel."""
+    """Return the squared difference of two fields at each pixel, int32 (rows, cols)."""
     apart = cv2.absdiff(np.ascontiguousarray(one), np.ascontiguousarray(other)).astype(np.int32)
     return np.asarray(apart[..., 0] ** 2 + apart[..., 1] ** 2, np.int32)
 
 
 def _kept(gap: NDArray[np.int32], *, above: bool, left: bool) -> NDArray[np.bool_]:
-    """Return which pixels a new piece takes, cut along the lines of least squared difference to what lies there."""
+    """Return the pixels that a new piece takes, cut along the paths of least squared difference to the old pixels."""
     new = np.ones(gap.shape, np.bool_)
     steps = np.arange(OVERLAP_PX)
     if left:
@@ -176,7 +183,7 @@ def _kept(gap: NDArray[np.int32], *, above: bool, left: bool) -> NDArray[np.bool
 
 
 def _cut(gap: NDArray[np.int32]) -> NDArray[np.intp]:
-    """Return the column, for each row, of the path of least sum from the first row to the last."""
+    """Return the column in each row of the path with the least sum from the first to the last row."""
     total = gap.astype(np.int64)
     far = np.iinfo(np.int64).max // 2
     for row in range(1, len(total)):
@@ -191,7 +198,7 @@ def _cut(gap: NDArray[np.int32]) -> NDArray[np.intp]:
 
 
 def _lay(here: Codes, crop: Codes, new: NDArray[np.bool_]) -> None:
-    """Write a piece over what is there, softly along its cuts."""
+    """Write the new pixels of a piece into a field in place, blended along the cuts."""
     hard = new.astype(np.float32)
     weight = cv2.GaussianBlur(hard, (0, 0), _FEATHER_PX, borderType=cv2.BORDER_REPLICATE)[..., None]
     here[...] = np.rint(here * (1 - weight) + crop * weight).astype(np.uint8)
