@@ -110,8 +110,6 @@ def test_the_same_run_is_recorded_once(store: str) -> None:
     params = params_for(store, experiment="once")
     first, again = (tracking.log_run(params, record()) for _ in range(2))
     assert first == again
-    assert tracking.find_run(params, "abc123", partial=False) == first.run_id
-    assert tracking.find_run(params, "abc123", partial=True) is None
     assert tracking.log_run(params, record(partial=True)).run_id != first.run_id
 
 
@@ -129,11 +127,6 @@ def test_a_record_that_is_there_is_found_without_mlflow(store: str, monkeypatch:
     MlflowClient(tracking_uri=store).delete_run(run_id)
     assert tracking._known_to_sqlite(params, one) is None
     assert tracking.log_run(params, one).run_id not in {run_id, None}
-
-
-def test_find_in_an_experiment_that_is_not_there(store: str) -> None:
-    """Looking for a run makes no experiment and finds none."""
-    assert tracking.find_run(params_for(store, experiment="nowhere"), "abc123", partial=False) is None
 
 
 def test_remains_of_a_broken_record_are_replaced(store: str, tmp_path: Path) -> None:

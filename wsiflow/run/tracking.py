@@ -218,22 +218,6 @@ def _with_store(params: TrackingParams, record: Callable[["MlflowClient"], str])
         return Logged(None, f"{without_secrets(params.uri)} did not take the record: {_one_line(error)}")
 
 
-def find_run(params: TrackingParams, key: str, *, partial: bool) -> str | None:
-    """Return the id of the finished record with this key and completeness, or None.
-
-    Raises:
-        MlflowException: The store cannot be read.
-        TimeoutError: Another run kept the SQLite store locked for longer than ``lock_wait_s``.
-    """
-    _set_environment(params)
-    from mlflow import MlflowClient
-
-    with _only_writer(params):
-        client = MlflowClient(tracking_uri=params.uri)
-        experiment = client.get_experiment_by_name(params.experiment)
-        return None if experiment is None else _finished(client, experiment.experiment_id, key, partial=partial)
-
-
 def recorded(params: TrackingParams) -> list[Recorded]:
     """Return the finished and complete runs of an experiment, oldest first; of a folder's runs the latest alone.
 
