@@ -288,7 +288,7 @@ def test_a_store_whose_driver_is_not_installed_is_a_reason() -> None:
     assert "pyodbc" in logged.reason
     assert "canary" not in logged.reason
     with pytest.raises(EnvironmentFault, match="pyodbc"):
-        tracking.recorded(params)
+        tracking.tracked_runs(params)
 
 
 def test_a_silent_server_is_given_up(silent_server: str) -> None:

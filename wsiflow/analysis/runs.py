@@ -146,7 +146,7 @@ def of_sweep(params: TrackingParams) -> Found:
         InputError: There is no such experiment or sweep, or it has several sweeps and none is named.
         EnvironmentFault: The store cannot be read.
     """
-    listed = tracking.recorded(params)
+    listed = tracking.tracked_runs(params)
     sweeps = sorted({one.sweep for one in listed if one.sweep})
     if params.sweep is None and len(sweeps) > 1:
         raise InputError(f"experiment {params.experiment} has {len(sweeps)} sweeps", f"--sweep: {', '.join(sweeps)}")
@@ -159,7 +159,7 @@ def of_sweep(params: TrackingParams) -> Found:
         return Found(_named_apart([_from_record(params, one, Path(passing)) for one in chosen]), [])
 
 
-def _from_record(params: TrackingParams, one: tracking.Recorded, passing: Path) -> Run:
+def _from_record(params: TrackingParams, one: tracking.TrackedRun, passing: Path) -> Run:
     folder = passing / one.run_id
     folder.mkdir()
     return Run(
@@ -174,7 +174,7 @@ def _from_record(params: TrackingParams, one: tracking.Recorded, passing: Path) 
     )
 
 
-def identity(one: tracking.Recorded) -> str:
+def identity(one: tracking.TrackedRun) -> str:
     """Return what stands for the folder that a record is of."""
     return one.tags.get("wsiflow.folder", one.run_id)
 

@@ -127,7 +127,7 @@ class ComparisonRecord:
     files: Mapping[str, bytes]
 
 
-class Recorded(NamedTuple):
+class TrackedRun(NamedTuple):
     """A complete run as MLflow has it.
 
     Attributes:
@@ -145,23 +145,23 @@ class Recorded(NamedTuple):
     tags: Mapping[str, str]
 
 
-class Logged(NamedTuple):
+class LogResult(NamedTuple):
     """The id of the MLflow run, or None and the reason in one line."""
 
     run_id: str | None
     reason: str
 
 
-def log_run(params: TrackingParams, record: RunRecord) -> Logged:
+def log_run(params: TrackingParams, record: RunRecord) -> LogResult:
     """Record a run, unless a finished record with its key and completeness is there; never raises for the store.
 
     Returns:
         The id of the new or existing record; or None and the reason when tracking is off or the store failed.
     """
     if params.kind == "off":
-        return Logged(None, "tracking is off")
+        return LogResult(None, "tracking is off")
     known = _known_to_sqlite(params, record)
-    return Logged(known, "") if known else _with_store(params, lambda client: _log_once(client, params, record))
+    return LogResult(known, "") if known else _with_store(params, lambda client: _log_once(client, params, record))
 
 
 _KNOWN = """
@@ -204,7 +204,7 @@ def begin_sweep(params: TrackingParams) -> str:
     return _with_store(params, lambda client: _parent(client, _experiment(client, params), sweep)).reason
 
 
-def _with_store(params: TrackingParams, record: Callable[["MlflowClient"], str]) -> Logged:
+def _with_store(params: TrackingParams, record: Callable[["MlflowClient"], str]) -> LogResult:
     """Record something, whose id ``record`` returns."""
     _set_environment(params)
     from mlflow import MlflowClient
@@ -212,13 +212,13 @@ def _with_store(params: TrackingParams, record: Callable[["MlflowClient"], str])
     try:
         params = params.model_copy(update={"uri": _whole(params.uri)})
         with _only_writer(params):
-            return Logged(record(MlflowClient(tracking_uri=params.uri)), "")
+            return LogResult(record(MlflowClient(tracking_uri=params.uri)), "")
     except Exception as error:  # noqa: BLE001 - drivers of databases and of artifact stores have errors of their own
         # The run is complete on disk; an MLflow that cannot take its record must not make it fail.
-        return Logged(None, f"{without_secrets(params.uri)} did not take the record: {_one_line(error)}")
+        return LogResult(None, f"{without_secrets(params.uri)} did not take the record: {_one_line(error)}")
 
 
-def recorded(params: TrackingParams) -> list[Recorded]:
+def tracked_runs(params: TrackingParams) -> list[TrackedRun]:
     """Return the finished and complete runs of an experiment, oldest first; of a folder's runs the latest alone.
 
     Raises:
@@ -234,7 +234,7 @@ def recorded(params: TrackingParams) -> list[Recorded]:
             known = ", ".join(sorted(one.name for one in client.search_experiments()))
             cause = f"{without_secrets(params.uri)} has no experiment {params.experiment!r}"
             raise InputError(cause, f"name one of: {known}; or folders of finished runs")
-        runs = [_recorded(run) for run in _all_runs(client, experiment.experiment_id, _COMPLETE)]
+        runs = [_tracked_run(run) for run in _all_runs(client, experiment.experiment_id, _COMPLETE)]
     # A folder whose scores changed (a slide joined, an outline was corrected) has a record of each state.
     return list({run.tags.get("wsiflow.folder", run.run_id): run for run in runs}.values())
 
@@ -249,14 +249,14 @@ def download(params: TrackingParams, run_id: str, name: str, folder: Path) -> Pa
         return Path(client.download_artifacts(run_id, name, str(folder)))
 
 
-def log_comparison(params: TrackingParams, record: ComparisonRecord) -> Logged:
+def log_comparison(params: TrackingParams, record: ComparisonRecord) -> LogResult:
     """Tell a sweep's runs whether they belong to the Pareto set, and its parent the rest; never raises for the store.
 
     What an earlier comparison said is replaced. The tag ``wsiflow.pareto`` is ``yes`` or ``no``.
     """
     sweep = params.sweep
     if params.kind == "off" or sweep is None:
-        return Logged(None, "tracking is off" if params.kind == "off" else "the runs are of no sweep")
+        return LogResult(None, "tracking is off" if params.kind == "off" else "the runs are of no sweep")
     return _with_store(params, lambda client: _log_comparison(client, params, sweep, record))
 
 
@@ -376,10 +376,10 @@ def _all_runs(client: "MlflowClient", experiment_id: str, which: str) -> list[An
             return found
 
 
-def _recorded(run: Any) -> Recorded:
+def _tracked_run(run: Any) -> TrackedRun:
     tags = dict(run.data.tags)
     sweep = tags.get("wsiflow.sweep", "")
-    return Recorded(run.info.run_id, run.info.run_name, sweep, dict(run.data.params), dict(run.data.metrics), tags)
+    return TrackedRun(run.info.run_id, run.info.run_name, sweep, dict(run.data.params), dict(run.data.metrics), tags)
 
 
 def _log_comparison(client: "MlflowClient", params: TrackingParams, sweep: str, record: ComparisonRecord) -> str:

@@ -21,7 +21,7 @@ from wsiflow.analysis.tradeoff.figures import Cost, Row, Tradeoff
 from wsiflow.errors import EnvironmentFault, InputError
 from wsiflow.evaluation import matches, paired
 from wsiflow.run import tracking
-from wsiflow.run.tracking import ComparisonRecord, Logged, TrackingParams
+from wsiflow.run.tracking import ComparisonRecord, LogResult, TrackingParams
 from wsiflow.system import publish
 
 # What makes no setting: names, places, who is told, and what tells repeats apart.
@@ -284,16 +284,16 @@ def write(out: Path, found: Tradeoff) -> dict[str, bytes]:
     return files
 
 
-def record(params: TrackingParams, runs: Sequence[Run], found: Tradeoff, files: Mapping[str, bytes]) -> Logged:
+def record(params: TrackingParams, runs: Sequence[Run], found: Tradeoff, files: Mapping[str, bytes]) -> LogResult:
     """Tell MLflow what was found about a sweep."""
     if params.kind == "off":
-        return Logged(None, "tracking is off")
+        return LogResult(None, "tracking is off")
     identities = {run.where: run.identity for run in runs}
     front = {identities[where]: row.pareto for row in found.rows for where in row.runs}
     try:
-        listed = tracking.recorded(params)
+        listed = tracking.tracked_runs(params)
     except (InputError, EnvironmentFault) as error:  # the comparison is complete on disk
-        return Logged(None, str(error))
+        return LogResult(None, str(error))
     best = max(found.rows, key=lambda row: np.nan_to_num(row.metrics[found.metric].value, nan=-1.0))
     costs = [row.cost.mean for row in found.rows if math.isfinite(row.cost.mean)]
     return tracking.log_comparison(
@@ -353,7 +353,7 @@ class Answer(NamedTuple):
     found: Tradeoff
     out: Path
     files: Mapping[str, bytes]
-    logged: Logged | None
+    logged: LogResult | None
 
 
 def answer(wanted: Asked, out: Path) -> Answer:
