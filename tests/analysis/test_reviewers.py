@@ -102,8 +102,8 @@ def test_imrmc_of_two_runs(two_settings: tuple[Path, Path], tmp_path: Path) -> N
         scores = [found["wsiflow", case, run.name] for case in truth]
         summary = json.loads((run / "evaluation/summary.json").read_text())
         assert roc.auc(scores, list(truth.values())) == summary["roc.auc"]
-        recorded = read_matches(run / "evaluation/matches.json").slides
-        assert scores == [one.score for one in recorded]
+        record = read_matches(run / "evaluation/matches.json").slides
+        assert scores == [one.score for one in record]
 
 
 def broken_matches(run: Path, change: Any) -> None:
@@ -294,11 +294,11 @@ def test_tables_that_cannot_be_used_are_refused(
 
 def test_too_many_groups_are_refused(finished: Path) -> None:
     """A column of names is no column of groups."""
-    recorded = scored.read(finished).recorded
-    many = [one.model_copy(update={"slide_id": f"s{k}"}) for k in range(60) for one in recorded.slides[:1]]
+    record = scored.read(finished).record
+    many = [one.model_copy(update={"slide_id": f"s{k}"}) for k in range(60) for one in record.slides[:1]]
     with pytest.raises(InputError, match="60 values for 60 slides"):
         subgroups.table(
-            recorded.model_copy(update={"slides": many}),
+            record.model_copy(update={"slides": many}),
             {"patient_id": {one.slide_id: one.slide_id for one in many}},
             subgroups.How(0.5, 0, 0),
         )

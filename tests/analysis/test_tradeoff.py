@@ -21,19 +21,19 @@ from wsiflow.analysis.tradeoff import comparison
 from wsiflow.analysis.tradeoff.comparison import Options
 from wsiflow.analysis.tradeoff.figures import Tradeoff
 from wsiflow.errors import InputError
-from wsiflow.evaluation.matches import Recorded
+from wsiflow.evaluation.matches import EvaluationRecord
 from wsiflow.run import tracking
 
 QUICK = Options(resamples=200)
 
 
-def some(n_found: int) -> Recorded:
+def some(n_found: int) -> EvaluationRecord:
     """Return four tumour slides of one lesion each, of which so many are found, and four clean normal ones."""
     tumour = [slide(f"t{i}", 1, [0.9 if i < n_found else None]) for i in range(4)]
     return matches([*tumour, *(slide(f"n{i}", 0, false=[0.1]) for i in range(4))])
 
 
-def run(name: str, found: Recorded, core_hours: float = 1.0, **params: Any) -> Run:
+def run(name: str, found: EvaluationRecord, core_hours: float = 1.0, **params: Any) -> Run:
     """Return a run, its parameters with ``__`` for the point in a name."""
     settings = {key.replace("__", "."): str(value) for key, value in params.items()}
     return Run(name, f"id-{name}", f"folder-{name}", "s", settings, core_hours, "CPU", found)

@@ -16,7 +16,7 @@ import yaml
 
 from wsiflow import redaction
 from wsiflow.errors import InputError
-from wsiflow.evaluation.matches import Recorded, read_matches
+from wsiflow.evaluation.matches import EvaluationRecord, read_matches
 from wsiflow.plan import plan
 from wsiflow.run import cases, tracking
 from wsiflow.run.results import record
@@ -46,7 +46,7 @@ class Run(NamedTuple):
     params: Mapping[str, str]
     core_hours: float
     processor: str
-    matches: Recorded
+    matches: EvaluationRecord
 
 
 class Found(NamedTuple):

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from wsiflow.errors import InputError, IntegrityError
 from wsiflow.evaluation import matches
-from wsiflow.evaluation.matches import Recorded, RecordedSlide
+from wsiflow.evaluation.matches import EvaluationRecord, SlideRecord
 from wsiflow.plan import plan
 from wsiflow.plan.plan import Plan
 from wsiflow.run.cases import read_cases
@@ -48,7 +48,7 @@ class Scored:
         cases: The slides of the run, in the order of the manifest.
         made: The plan.
         ended: How every slide ended, by slide.
-        recorded: Scores, truth and matches.
+        record: Scores, truth and matches.
     """
 
     root: Path
@@ -57,7 +57,7 @@ class Scored:
     cases: tuple[Case, ...]
     made: Plan
     ended: Mapping[str, Ended]
-    recorded: Recorded
+    record: EvaluationRecord
 
     @property
     def is_partial(self) -> bool:
@@ -65,9 +65,9 @@ class Scored:
         return self.folder.name != "evaluation"
 
     @cached_property
-    def slides(self) -> dict[str, RecordedSlide]:
+    def slides(self) -> dict[str, SlideRecord]:
         """What was scored, by slide."""
-        return {one.slide_id: one for one in self.recorded.slides}
+        return {one.slide_id: one for one in self.record.slides}
 
     @cached_property
     def sha256(self) -> dict[str, str]:
@@ -124,8 +124,8 @@ def read(root: Path) -> Scored:
         cause = "slides are missing and nothing was scored" if partial else "it was not scored by this version"
         remedy = f"run again{' with allow_partial=true' if partial else ''}, then export"
         raise InputError(cause, remedy, path=folder / "matches.json")
-    recorded = matches.read_matches(folder / "matches.json")
-    scored = Scored(root, folder, config, cases, plan.latest(root), ended, recorded)
+    record = matches.read_matches(folder / "matches.json")
+    scored = Scored(root, folder, config, cases, plan.latest(root), ended, record)
     _check_scores(scored)
     return scored
 
@@ -175,7 +175,7 @@ def values(scored: Scored, columns: Sequence[str], table: Path | None) -> dict[s
         if source is None:
             known = ", ".join(sorted({column for each in sources[:3] for column in each}))
             raise InputError(f"there is no column {name!r}", f"use one of {known}, or give --table", path=scored.root)
-        found[name] = {one.slide_id: source[name].get(one.slide_id, "") or NOT_GIVEN for one in scored.recorded.slides}
+        found[name] = {one.slide_id: source[name].get(one.slide_id, "") or NOT_GIVEN for one in scored.record.slides}
     return found
 
 
@@ -194,7 +194,7 @@ def _ended(path: Path) -> dict[str, Ended]:
 
 def _check_scores(scored: Scored) -> None:
     good = {slide_id for slide_id, one in scored.ended.items() if one.status not in {"failed", "rejected"}}
-    odd = sorted(good ^ {one.slide_id for one in scored.recorded.slides})
+    odd = sorted(good ^ {one.slide_id for one in scored.record.slides})
     if odd:
         cause = f"the scores are not of the slides that ended well: {', '.join(odd[:5])}"
         raise IntegrityError(cause, "run again, then export", path=scored.folder / "matches.json")

@@ -30,7 +30,7 @@ from wsiflow.errors import EnvironmentFault, InputError, WsiflowError
 from wsiflow.evaluation import froc, paired, roc
 from wsiflow.evaluation.detections import detection_files, read_detections, read_scores, require_same_slides
 from wsiflow.evaluation.froc import SlideFindings
-from wsiflow.evaluation.matches import Recorded, RecordedSlide
+from wsiflow.evaluation.matches import EvaluationRecord, SlideRecord
 from wsiflow.evaluation.paired import Setting
 from wsiflow.evaluation.protocol import EvaluationParams
 from wsiflow.evaluation.truth import Truth, read_truth, require_agreement, truth_sha256
@@ -76,14 +76,14 @@ class Scores:
     cases: list[dict[str, Any]]
     froc: dict[str, Any]
     roc: dict[str, Any]
-    matches: "Recorded"
+    matches: "EvaluationRecord"
 
 
 class Judged(NamedTuple):
     """A slide once its mask is no longer needed: its row of the table, its record, and its patient."""
 
     row: dict[str, Any]
-    recorded: RecordedSlide
+    record: SlideRecord
     patient_id: str
 
 
@@ -200,8 +200,10 @@ def judge_all(
 
 def evaluate_judged(judged: Sequence[Judged], params: EvaluationParams, *, seed: int) -> Scores:
     """Score slides that are judged; see `evaluate_cases`."""
-    recorded = Recorded(protocol=params.protocol(), protocol_hash=params.protocol_hash(), slides=_with_patients(judged))
-    setting = recorded.setting("")
+    record = EvaluationRecord(
+        protocol=params.protocol(), protocol_hash=params.protocol_hash(), slides=_with_patients(judged)
+    )
+    setting = record.setting("")
     return Scores(
         _froc_metrics(setting) | _roc_metrics(setting) | _intervals(setting, params.bootstrap, seed),
         [one.row for one in judged],
@@ -211,7 +213,7 @@ def evaluate_judged(judged: Sequence[Judged], params: EvaluationParams, *, seed:
             "strict": _lists(froc.curve(setting.matches, mode="strict")),
         },
         _lists(roc.curve(setting.scores, setting.labels)),
-        recorded,
+        record,
     )
 
 
@@ -254,7 +256,7 @@ def judge(one: Evidence, params: EvaluationParams) -> Judged:
         "n_false_positives": len(matches.false_positives) if in_froc else "",
         "note": "; ".join(note for note in notes if note),
     }
-    recorded = RecordedSlide(
+    record = SlideRecord(
         slide_id=one.slide_id,
         label=label,
         score=row["score"],
@@ -267,7 +269,7 @@ def judge(one: Evidence, params: EvaluationParams) -> Judged:
         itc=sorted(k - 1 for k in lesions.itc) if in_froc and lesions is not None else [],
         false_positives=matches.false_positives.tolist() if in_froc else [],
     )
-    return Judged(row, recorded, one.patient_id)
+    return Judged(row, record, one.patient_id)
 
 
 def _reason(out: str, label: int | None, protocol: str, *, known: bool) -> str:
@@ -281,13 +283,13 @@ def _reason(out: str, label: int | None, protocol: str, *, known: bool) -> str:
     return "" if known else "no truth: not in FROC"
 
 
-def _with_patients(judged: Sequence[Judged]) -> list[RecordedSlide]:
+def _with_patients(judged: Sequence[Judged]) -> list[SlideRecord]:
     """Number the patients in the order in which they appear: their names stay where they are."""
     numbers: dict[str, int] = {}
     for one in judged:
         if one.patient_id:
             numbers.setdefault(one.patient_id, len(numbers))
-    return [one.recorded.model_copy(update={"patient": numbers.get(one.patient_id)}) for one in judged]
+    return [one.record.model_copy(update={"patient": numbers.get(one.patient_id)}) for one in judged]
 
 
 def _label(one: Evidence) -> int | None:

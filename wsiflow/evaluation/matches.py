@@ -13,7 +13,7 @@ from wsiflow.evaluation.paired import Setting
 from wsiflow.system import faults, publish
 
 
-class RecordedSlide(BaseModel, frozen=True):
+class SlideRecord(BaseModel, frozen=True):
     """One slide of ``matches.json``.
 
     Attributes:
@@ -45,7 +45,7 @@ class RecordedSlide(BaseModel, frozen=True):
     patient: int | None = None
 
 
-class Recorded(BaseModel, frozen=True):
+class EvaluationRecord(BaseModel, frozen=True):
     """An evaluation as ``matches.json`` keeps it.
 
     Attributes:
@@ -56,7 +56,7 @@ class Recorded(BaseModel, frozen=True):
 
     protocol: dict[str, Any]
     protocol_hash: str
-    slides: list[RecordedSlide]
+    slides: list[SlideRecord]
 
     def truth_hash(self) -> str:
         """Return the SHA-256 of what the slides counted for and of their truth, in any order of the slides."""
@@ -78,7 +78,7 @@ class Recorded(BaseModel, frozen=True):
         )
 
 
-def read_matches(path: Path) -> Recorded:
+def read_matches(path: Path) -> EvaluationRecord:
     """Read the ``matches.json`` of an evaluation.
 
     Raises:
@@ -86,7 +86,7 @@ def read_matches(path: Path) -> Recorded:
     """
     remedy = "give the matches.json that an evaluation of this version wrote"
     try:
-        found = Recorded.model_validate_json(path.read_bytes(), strict=True)
+        found = EvaluationRecord.model_validate_json(path.read_bytes(), strict=True)
     except OSError as error:
         raise faults.unreadable(error, "it", remedy, path=path) from error
     except ValidationError as error:
@@ -104,12 +104,12 @@ def read_matches(path: Path) -> Recorded:
     return found
 
 
-def _as_matches(one: RecordedSlide) -> Matches:
+def _as_matches(one: SlideRecord) -> Matches:
     best = np.array([-np.inf if value is None else value for value in one.best], np.float64)
     return Matches(one.slide_id, best, one.n_itc, np.array(one.false_positives, np.float64))
 
 
-def _contradiction(one: RecordedSlide, seen: Set[str]) -> str:
+def _contradiction(one: SlideRecord, seen: Set[str]) -> str:
     """Say what in the record of a slide cannot be, or nothing."""
     if one.slide_id.casefold() in seen:
         return "it is there twice"

@@ -20,7 +20,7 @@ from wsiflow.analysis.scored import Scored
 from wsiflow.errors import InputError, IntegrityError
 from wsiflow.evaluation import calibration
 from wsiflow.evaluation.calibration import Bins
-from wsiflow.evaluation.matches import RecordedSlide
+from wsiflow.evaluation.matches import SlideRecord
 from wsiflow.evaluation.truth import planned_truth, truth_sha256
 from wsiflow.heatmap import files
 from wsiflow.plan import geometry
@@ -44,7 +44,7 @@ def documents(run: Scored, *, cells: bool) -> dict[str, bytes]:
     Raises:
         InputError: A slide score is no probability, or a truth cannot be read any more.
     """
-    setting = run.recorded.setting("slides")
+    setting = run.record.setting("slides")
     score, label = setting.scores, setting.labels
     levels = {"slides": _level(calibration.bins(score, label, k=_SHOWN), score, label, np.ones(len(score)))}
     if cells:
@@ -104,7 +104,7 @@ def _level(found: Bins, prob: ArrayLike, positives: ArrayLike, n: ArrayLike) -> 
 def _cells(run: Scored) -> Iterator[Bins]:
     """Yield the sums of some rows of some map at a time."""
     cases = {case.slide_id: case for case in run.cases}
-    known = {one.slide_id: one for one in run.recorded.slides if one.in_froc}
+    known = {one.slide_id: one for one in run.record.slides if one.in_froc}
     for planned in run.made.slides:
         if planned.slide_id in known:
             downsample = run.config.evaluation.downsample
@@ -114,7 +114,7 @@ def _cells(run: Scored) -> Iterator[Bins]:
             yield from cell_bins(run.root / f"heatmaps/{planned.slide_id}.tif", planned.frame, mask, downsample)
 
 
-def _require_same_truth(run: Scored, case: Case, planned: SlidePlan, one: RecordedSlide) -> None:
+def _require_same_truth(run: Scored, case: Case, planned: SlidePlan, one: SlideRecord) -> None:
     """Refuse outlines that are not those the slide was scored with.
 
     Raises:

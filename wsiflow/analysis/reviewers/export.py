@@ -63,7 +63,7 @@ def export(root: Path, out: Path, asked: Asked) -> list[str]:
     files, told = study(root, run)
     files |= _case_files(cases)
     files |= calibration.documents(run, cells=asked.cells)
-    files |= _subgroup_files(subgroups.table(run.recorded, values, how))
+    files |= _subgroup_files(subgroups.table(run.record, values, how))
     files["repeat.yaml"] = _repeat_yaml(run)
     digests = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
     files["repeat.json"] = tables.json_text(repeat.document(run, asked.table, digests)).encode()

@@ -8,7 +8,7 @@ from wsiflow import __version__
 from wsiflow.analysis import scored
 from wsiflow.analysis.scored import Scored
 from wsiflow.errors import InputError
-from wsiflow.evaluation.matches import RecordedSlide
+from wsiflow.evaluation.matches import SlideRecord
 from wsiflow.system import publish
 
 READER = "wsiflow"
@@ -32,7 +32,7 @@ def export_imrmc(roots: Sequence[Path], names: Sequence[str], out: Path) -> int:
     text = imrmc_text(dict(zip(_modalities(roots, names), runs, strict=True)))
     publish.preflight(out.absolute().parent)
     publish.write_view(out.absolute().parent, out.name, text.encode())
-    return sum(one.in_auc for one in runs[0].recorded.slides)
+    return sum(one.in_auc for one in runs[0].record.slides)
 
 
 def imrmc_text(runs: Mapping[str, Scored]) -> str:
@@ -47,7 +47,7 @@ def imrmc_text(runs: Mapping[str, Scored]) -> str:
     Raises:
         InputError: The runs are over different cases, or have no tumour or no normal slide.
     """
-    cases = {name: {one.slide_id: one for one in run.recorded.slides if one.in_auc} for name, run in runs.items()}
+    cases = {name: {one.slide_id: one for one in run.record.slides if one.in_auc} for name, run in runs.items()}
     first, *others = cases
     for other in others:
         _same_cases(runs, cases, first, other)
@@ -84,7 +84,7 @@ def _modalities(roots: Sequence[Path], names: Sequence[str]) -> list[str]:
 
 
 def _same_cases(
-    runs: Mapping[str, Scored], cases: Mapping[str, Mapping[str, RecordedSlide]], first: str, other: str
+    runs: Mapping[str, Scored], cases: Mapping[str, Mapping[str, SlideRecord]], first: str, other: str
 ) -> None:
     """Refuse runs over different cases or with other labels."""
     ours, theirs = cases[first], cases[other]

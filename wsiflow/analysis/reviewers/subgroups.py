@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from wsiflow.errors import InputError
 from wsiflow.evaluation import froc, paired, proportions, roc
-from wsiflow.evaluation.matches import Recorded
+from wsiflow.evaluation.matches import EvaluationRecord
 from wsiflow.evaluation.paired import Setting
 
 SMALL = 10
@@ -37,20 +37,20 @@ class How(NamedTuple):
     seed: int
 
 
-def table(recorded: Recorded, values: Mapping[str, Mapping[str, str]], how: How) -> list[dict[str, Any]]:
+def table(record: EvaluationRecord, values: Mapping[str, Mapping[str, str]], how: How) -> list[dict[str, Any]]:
     """Return a row for all slides, and one for every value of every column.
 
     Args:
-        recorded: The evaluation.
+        record: The evaluation.
         values: A value for every slide, by column and slide.
         how: How groups are scored.
 
     Raises:
         InputError: A column has too many values to be groups.
     """
-    counted = [one for one in recorded.slides if one.in_froc or one.in_auc]
-    recorded = recorded.model_copy(update={"slides": counted})
-    rows = [_row(recorded, "all", "", how)]
+    counted = [one for one in record.slides if one.in_froc or one.in_auc]
+    record = record.model_copy(update={"slides": counted})
+    rows = [_row(record, "all", "", how)]
     for column, of_slide in values.items():
         groups = sorted({of_slide[one.slide_id] for one in counted})
         if len(groups) > _MOST_GROUPS:
@@ -58,13 +58,13 @@ def table(recorded: Recorded, values: Mapping[str, Mapping[str, str]], how: How)
             raise InputError(cause, f"name a column of at most {_MOST_GROUPS} groups", stage="subgroups")
         for group in groups:
             slides = [one for one in counted if of_slide[one.slide_id] == group]
-            rows.append(_row(recorded.model_copy(update={"slides": slides}), column, group, how))
+            rows.append(_row(record.model_copy(update={"slides": slides}), column, group, how))
     return rows
 
 
-def _row(recorded: Recorded, column: str, group: str, how: How) -> dict[str, Any]:
+def _row(record: EvaluationRecord, column: str, group: str, how: How) -> dict[str, Any]:
     """Return the numbers of one group by name; NaN for what is not defined."""
-    setting = recorded.setting("group")
+    setting = record.setting("group")
     tumour, normal = (setting.scores[setting.labels == label] for label in (1, 0))
     positive, negative = int((tumour >= how.threshold).sum()), int((normal < how.threshold).sum())
     auc_low, auc_high = roc.auc_interval(setting.scores, setting.labels)
@@ -72,7 +72,7 @@ def _row(recorded: Recorded, column: str, group: str, how: How) -> dict[str, Any
     numbers: dict[str, Any] = {
         "column": column,
         "group": group,
-        "slides": len(recorded.slides),
+        "slides": len(record.slides),
         "tumour": len(tumour),
         "normal": len(normal),
         "lesions": sum(one.n_lesions for one in setting.matches),

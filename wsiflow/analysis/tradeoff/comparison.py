@@ -140,7 +140,7 @@ def _reference(wanted: str, names: Sequence[str], costs: Sequence[Cost]) -> str:
     return names[int(np.argmax([-1 if math.isnan(cost.mean) else cost.mean for cost in costs]))]
 
 
-def _counts(first: matches.Recorded, resamples: int) -> dict[str, int]:
+def _counts(first: matches.EvaluationRecord, resamples: int) -> dict[str, int]:
     froc = [one for one in first.slides if one.in_froc]
     return {
         "slides": len(first.slides),
@@ -230,12 +230,12 @@ def _refuse_unlike_repeats(members: Sequence[Run]) -> None:
             raise InputError(cause, "leave one of them out, or see what made it", stage="comparison")
 
 
-def _aligned(first: Run, other: Run) -> list[matches.RecordedSlide]:
+def _aligned(first: Run, other: Run) -> list[matches.SlideRecord]:
     by_id = {one.slide_id.casefold(): one for one in other.matches.slides}
     return [by_id.get(one.slide_id.casefold(), one) for one in first.matches.slides]
 
 
-def _same(one: matches.RecordedSlide, other: matches.RecordedSlide) -> bool:
+def _same(one: matches.SlideRecord, other: matches.SlideRecord) -> bool:
     """Tell whether two results of a slide agree as far as processors do."""
     ours, theirs = (
         [x.score, *(-1.0 if best is None else best for best in x.best), *sorted(x.false_positives)]
