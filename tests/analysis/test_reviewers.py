@@ -225,7 +225,7 @@ def test_cells_are_compared_with_the_outlines_as_drawn(finished: Path, exported:
     """Counts and Brier's score are those of a loop over single cells."""
     run = scored.read(finished)
     total, positives, squares = 0, 0, 0.0
-    for planned, case in zip(run.made.slides, run.cases, strict=True):
+    for planned, case in zip(run.plan.slides, run.cases, strict=True):
         heat, _ = files.read_heatmap(finished / f"heatmaps/{planned.slide_id}.tif")
         mask = calibration._tumour(case, planned, 32)
         assert mask.any() == (case.label == 1)

@@ -16,7 +16,7 @@ from serving import BIN, PrefectServer
 from swept import Trial, drawn, log, matches, slide, store, stride_trials, write_folder
 
 from flows.__main__ import main
-from wsiflow.analysis.runs import Found, Run, in_folders, of_sweep
+from wsiflow.analysis.runs import FinishedRun, RunSelection, in_folders, of_sweep
 from wsiflow.analysis.tradeoff import comparison
 from wsiflow.analysis.tradeoff.comparison import Options
 from wsiflow.analysis.tradeoff.figures import Tradeoff
@@ -33,14 +33,14 @@ def some(n_found: int) -> EvaluationRecord:
     return matches([*tumour, *(slide(f"n{i}", 0, false=[0.1]) for i in range(4))])
 
 
-def run(name: str, found: EvaluationRecord, core_hours: float = 1.0, **params: Any) -> Run:
+def run(name: str, found: EvaluationRecord, core_hours: float = 1.0, **params: Any) -> FinishedRun:
     """Return a run, its parameters with ``__`` for the point in a name."""
     settings = {key.replace("__", "."): str(value) for key, value in params.items()}
-    return Run(name, f"id-{name}", f"folder-{name}", "s", settings, core_hours, "CPU", found)
+    return FinishedRun(name, f"id-{name}", f"folder-{name}", "s", settings, core_hours, "CPU", found)
 
 
-def compared(*runs: Run, **options: Any) -> Tradeoff:
-    return comparison.compare(Found(runs, []), "s", QUICK._replace(**options))
+def compared(*runs: FinishedRun, **options: Any) -> Tradeoff:
+    return comparison.compare(RunSelection(runs, []), "s", QUICK._replace(**options))
 
 
 # --- settings

@@ -1,6 +1,6 @@
 """Finished runs as a comparison needs them: settings, cost and what they are compared by.
 
-Input: folders of runs, or an experiment of MLflow. Output: `Run` values, in the order of their names or records.
+Input: folders of runs, or an MLflow experiment. Output: `FinishedRun` values, ordered by folder name or by record.
 """
 
 import json
@@ -25,7 +25,7 @@ from wsiflow.run.tracking import TrackingParams
 from wsiflow.system import publish
 
 
-class Run(NamedTuple):
+class FinishedRun(NamedTuple):
     """One run that can be compared.
 
     Attributes:
@@ -49,10 +49,10 @@ class Run(NamedTuple):
     matches: EvaluationRecord
 
 
-class Found(NamedTuple):
+class RunSelection(NamedTuple):
     """Runs to compare, and what was left out and why."""
 
-    runs: Sequence[Run]
+    runs: Sequence[FinishedRun]
     notes: Sequence[str]
 
 
@@ -67,7 +67,7 @@ def _below(folder: Path) -> list[Path]:
     return sorted(found, key=lambda one: natural(one.name))
 
 
-def trials_of(folder: Path, failed: Collection[str]) -> Found:
+def trials_of(folder: Path, failed: Collection[str]) -> RunSelection:
     """Return the runs below a sweep's folder that have scores, but for trials that failed: those are not of now."""
     below = _below(folder) if folder.is_dir() else []
     lost = [one.name for one in below if one.name in failed]
@@ -75,32 +75,32 @@ def trials_of(folder: Path, failed: Collection[str]) -> Found:
     return found._replace(notes=[*found.notes, *(f"Left out, since it failed: {name}." for name in lost)])
 
 
-def _found(below: Sequence[Path]) -> Found:
+def _found(below: Sequence[Path]) -> RunSelection:
     scored = [one for one in below if scores_of(one)]
     unscored = [one.name for one in below if not scores_of(one) and publish.generations(one, "cases.json")]
     notes = [f"Left out, since not all of its slides have scores: {name}." for name in unscored]
-    return Found(_named_apart([_from_folder(one) for one in scored]), notes)
+    return RunSelection(_named_apart([_from_folder(one) for one in scored]), notes)
 
 
-def in_folders(folders: Sequence[Path]) -> Found:
+def in_folders(folders: Sequence[Path]) -> RunSelection:
     """Return the runs of folders: each a run's, an evaluation's, or one that holds such folders.
 
     Raises:
         InputError: A folder holds nothing that was scored.
     """
-    runs: list[Run] = []
+    runs: list[FinishedRun] = []
     notes: list[str] = []
     for folder in folders:
         if not folder.is_dir():
             raise InputError(
                 "there is no such folder", "name folders of runs, or one experiment of MLflow", path=folder
             )
-        found = Found([_from_folder(folder)], []) if scores_of(folder) else _found(_below(folder))
+        found = RunSelection([_from_folder(folder)], []) if scores_of(folder) else _found(_below(folder))
         if not found.runs:
             raise InputError("it holds no evaluation/matches.json", "name the folders of finished runs", path=folder)
         runs += found.runs
         notes += found.notes
-    return Found(_named_apart(runs), notes)
+    return RunSelection(_named_apart(runs), notes)
 
 
 def scores_of(folder: Path) -> Path | None:
@@ -109,7 +109,7 @@ def scores_of(folder: Path) -> Path | None:
     return next((one for one in (folder / "evaluation", folder) if all((one / name).is_file() for name in files)), None)
 
 
-def _from_folder(root: Path) -> Run:
+def _from_folder(root: Path) -> FinishedRun:
     folder = scores_of(root) or root
     metrics = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     told = ingest.told(root)
@@ -119,7 +119,7 @@ def _from_folder(root: Path) -> Run:
         params = _texts(record.settings(values, made)) | record.digests(made)
     elif (folder / "settings.json").is_file():
         params = _texts(json.loads((folder / "settings.json").read_text(encoding="utf-8")))
-    return Run(
+    return FinishedRun(
         name=root.name,
         where=str(root),
         identity=cases.folder_id(root),
@@ -137,7 +137,7 @@ def _processors(root: Path) -> set[str]:
     return {(publish.read_receipt(root, name) or {}).get("cpu", "") for name in names} - {""}
 
 
-def of_sweep(params: TrackingParams) -> Found:
+def of_sweep(params: TrackingParams) -> RunSelection:
     """Return the runs of a sweep that MLflow has: of the one that is named, or the experiment's only one.
 
     Runs that belong to no sweep are compared where there is none.
@@ -156,13 +156,13 @@ def of_sweep(params: TrackingParams) -> Found:
         known = f"it has the sweeps {', '.join(sweeps)}" if sweeps else "it has no finished run"
         raise InputError(f"experiment {params.experiment} has no run of sweep {params.sweep}", known)
     with tempfile.TemporaryDirectory() as passing:
-        return Found(_named_apart([_from_record(params, one, Path(passing)) for one in chosen]), [])
+        return RunSelection(_named_apart([_from_record(params, one, Path(passing)) for one in chosen]), [])
 
 
-def _from_record(params: TrackingParams, one: tracking.TrackedRun, passing: Path) -> Run:
+def _from_record(params: TrackingParams, one: tracking.TrackedRun, passing: Path) -> FinishedRun:
     folder = passing / one.run_id
     folder.mkdir()
-    return Run(
+    return FinishedRun(
         name=one.name,
         where=one.run_id,
         identity=identity(one),
@@ -179,7 +179,7 @@ def identity(one: tracking.TrackedRun) -> str:
     return one.tags.get("wsiflow.folder", one.run_id)
 
 
-def _named_apart(runs: Sequence[Run]) -> list[Run]:
+def _named_apart(runs: Sequence[FinishedRun]) -> list[FinishedRun]:
     """Return the runs with names of their own."""
     names = [run.name for run in runs]
     return [run._replace(name=f"{run.name} ({run.where})") if names.count(run.name) > 1 else run for run in runs]

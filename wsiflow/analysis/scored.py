@@ -1,7 +1,7 @@
-"""A run that was scored, as its folder tells it: settings, cases, how every slide ended, scores and truth.
+"""Read a scored run from its folder: settings, cases, the outcome of every slide, scores and truth.
 
-Input: a run's folder. Output: a `Scored`, the list of its cases in which nothing is missing, and values of the slides
-by column, from the cases, the manifest or a table that is given.
+Input: a run's folder. Output: a `ScoredRun`, its complete list of cases, and values of the slides by column, taken from
+the cases, the manifest or a table that the caller names.
 """
 
 from collections import Counter
@@ -30,7 +30,7 @@ _CASE_COLUMNS = ("label", "patient_id", "split", "scanner")
 _LABELS = {0: "normal", 1: "tumour", None: ""}
 
 
-class Ended(NamedTuple):
+class SlideOutcome(NamedTuple):
     """How a slide ended: a row of ``process_list.csv``."""
 
     status: str
@@ -38,7 +38,7 @@ class Ended(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Scored:
+class ScoredRun:
     """A run that was scored.
 
     Attributes:
@@ -46,8 +46,8 @@ class Scored:
         folder: The folder of the scores in it: ``evaluation``, or ``evaluation-PARTIAL`` where slides are missing.
         config: The resolved configuration.
         cases: The slides of the run, in the order of the manifest.
-        made: The plan.
-        ended: How every slide ended, by slide.
+        plan: The plan.
+        outcomes: How every slide ended, by slide.
         record: Scores, truth and matches.
     """
 
@@ -55,8 +55,8 @@ class Scored:
     folder: Path
     config: RunConfig
     cases: tuple[Case, ...]
-    made: Plan
-    ended: Mapping[str, Ended]
+    plan: Plan
+    outcomes: Mapping[str, SlideOutcome]
     record: EvaluationRecord
 
     @property
@@ -72,7 +72,7 @@ class Scored:
     @cached_property
     def sha256(self) -> dict[str, str]:
         """The content of the planned slides, by slide."""
-        return {slide.slide_id: slide.sha256 for slide in self.made.slides}
+        return {slide.slide_id: slide.sha256 for slide in self.plan.slides}
 
 
 class CaseRow(NamedTuple):
@@ -106,7 +106,7 @@ class CaseRow(NamedTuple):
     line: int
 
 
-def read(root: Path) -> Scored:
+def read(root: Path) -> ScoredRun:
     """Read a run.
 
     Raises:
@@ -117,20 +117,20 @@ def read(root: Path) -> Scored:
     if told is None:
         raise InputError("it holds no run", "name the out= folder of a run", path=root)
     config, cases = read_cases(told)
-    ended = _ended(root / "process_list.csv")
-    partial = any(one.status in {"failed", "rejected"} for one in ended.values())
+    outcomes = _outcomes(root / "process_list.csv")
+    partial = any(one.status in {"failed", "rejected"} for one in outcomes.values())
     folder = root / ("evaluation-PARTIAL" if partial else "evaluation")
     if not (folder / "matches.json").is_file():
         cause = "slides are missing and nothing was scored" if partial else "it was not scored by this version"
         remedy = f"run again{' with allow_partial=true' if partial else ''}, then export"
         raise InputError(cause, remedy, path=folder / "matches.json")
     record = matches.read_matches(folder / "matches.json")
-    scored = Scored(root, folder, config, cases, plan.latest(root), ended, record)
+    scored = ScoredRun(root, folder, config, cases, plan.latest(root), outcomes, record)
     _check_scores(scored)
     return scored
 
 
-def case_list(scored: Scored) -> list[CaseRow]:
+def case_list(scored: ScoredRun) -> list[CaseRow]:
     """Return a row for every slide of the manifest, also for those that were never taken into the run.
 
     Raises:
@@ -148,7 +148,7 @@ def counts(rows: Iterable[CaseRow]) -> dict[str, int]:
     return {"planned": found.total(), **{status: found[status] for status in STATUSES}}
 
 
-def values(scored: Scored, columns: Sequence[str], table: Path | None) -> dict[str, dict[str, str]]:
+def values(scored: ScoredRun, columns: Sequence[str], table: Path | None) -> dict[str, dict[str, str]]:
     """Return the values of every evaluated slide, by column and slide.
 
     A column is looked for in the table that is given, among what the run kept of its manifest (label, patient_id,
@@ -179,28 +179,28 @@ def values(scored: Scored, columns: Sequence[str], table: Path | None) -> dict[s
     return found
 
 
-def manifest(scored: Scored) -> Path | None:
+def manifest(scored: ScoredRun) -> Path | None:
     """Return the manifest of a run, where it has one and it is still there."""
     path = scored.config.dataset.manifest
     return path if scored.config.dataset.kind == "manifest" and path is not None and path.is_file() else None
 
 
-def _ended(path: Path) -> dict[str, Ended]:
+def _outcomes(path: Path) -> dict[str, SlideOutcome]:
     if not path.exists():
         raise InputError("the run has not ended yet", "let it end, or start it again", path=path)
     listed = tables.read(path, "the list of slides", "start the run again", ("slide_id", "status", "reason"))
-    return {row["slide_id"]: Ended(row["status"], row["reason"]) for row in listed.rows()}
+    return {row["slide_id"]: SlideOutcome(row["status"], row["reason"]) for row in listed.rows()}
 
 
-def _check_scores(scored: Scored) -> None:
-    good = {slide_id for slide_id, one in scored.ended.items() if one.status not in {"failed", "rejected"}}
+def _check_scores(scored: ScoredRun) -> None:
+    good = {slide_id for slide_id, one in scored.outcomes.items() if one.status not in {"failed", "rejected"}}
     odd = sorted(good ^ {one.slide_id for one in scored.record.slides})
     if odd:
         cause = f"the scores are not of the slides that ended well: {', '.join(odd[:5])}"
         raise IntegrityError(cause, "run again, then export", path=scored.folder / "matches.json")
 
 
-def _left_out(scored: Scored) -> list[Case]:
+def _left_out(scored: ScoredRun) -> list[Case]:
     """Return the slides of the manifest that the run did not take: those beyond ``dataset.limit``, or added since."""
     path = manifest(scored)
     if path is None:
@@ -209,7 +209,7 @@ def _left_out(scored: Scored) -> list[Case]:
     return [case for case in read_manifest(path) if case.slide_id not in taken]
 
 
-def _case_row(scored: Scored, case: Case) -> CaseRow:
+def _case_row(scored: ScoredRun, case: Case) -> CaseRow:
     status, reason = _outcome(scored, case.slide_id)
     one = scored.slides.get(case.slide_id)
     label = one.label if one is not None else case.label
@@ -230,23 +230,23 @@ def _case_row(scored: Scored, case: Case) -> CaseRow:
     )
 
 
-def _outcome(scored: Scored, slide_id: str) -> tuple[str, str]:
+def _outcome(scored: ScoredRun, slide_id: str) -> tuple[str, str]:
     """Return the status of a slide and the reason for it."""
-    ended, one = scored.ended.get(slide_id), scored.slides.get(slide_id)
-    if ended is None:
+    outcome, one = scored.outcomes.get(slide_id), scored.slides.get(slide_id)
+    if outcome is None:
         limit = scored.config.dataset.limit
         told = f"dataset.limit is {limit}" if limit is not None else "the manifest has changed since"
         return "excluded", f"not among the slides of the run: {told}"
     if one is None:
-        return ended.status, ended.reason
-    reason = one.reason or ("no tissue was found" if ended.status == "no tissue" else "")
+        return outcome.status, outcome.reason
+    reason = one.reason or ("no tissue was found" if outcome.status == "no tissue" else "")
     return ("evaluated" if one.in_froc or one.in_auc else "excluded"), reason
 
 
-def _check_balance(scored: Scored, planned: Sequence[Case], rows: Sequence[CaseRow]) -> None:
+def _check_balance(scored: ScoredRun, planned: Sequence[Case], rows: Sequence[CaseRow]) -> None:
     """See that every slide has one outcome, and every outcome a slide."""
-    lost = sorted({case.slide_id for case in scored.cases} - scored.ended.keys())
-    stray = sorted(scored.ended.keys() - {case.slide_id for case in scored.cases})
+    lost = sorted({case.slide_id for case in scored.cases} - scored.outcomes.keys())
+    stray = sorted(scored.outcomes.keys() - {case.slide_id for case in scored.cases})
     found = counts(rows)
     if lost or stray or len({case.slide_id for case in planned}) != sum(found[status] for status in STATUSES):
         told = (
@@ -276,7 +276,7 @@ def _table(path: Path) -> dict[str, dict[str, str]]:
     }
 
 
-def _manifest(scored: Scored) -> dict[str, dict[str, str]]:
+def _manifest(scored: ScoredRun) -> dict[str, dict[str, str]]:
     """Read every column of the manifest as it is now; nothing where the run has none."""
     path = manifest(scored)
     if path is None:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wsiflow.analysis import scored
-from wsiflow.analysis.scored import Scored
+from wsiflow.analysis.scored import ScoredRun
 from wsiflow.errors import InputError
 from wsiflow.evaluation import evaluate
 from wsiflow.evaluation.detections import format_detections, read_detections
@@ -50,11 +50,11 @@ def write(root: Path, strides: Sequence[int], out: Path) -> list[Path]:
     return [_write(run, stride, out / f"stride={stride}") for stride in strides]
 
 
-def _write(run: Scored, stride: int, out: Path) -> Path:
+def _write(run: ScoredRun, stride: int, out: Path) -> Path:
     cases = {case.slide_id: case for case in run.cases}
 
     def slides() -> Iterator[evaluate.Evidence]:
-        for planned in run.made.slides:
+        for planned in run.plan.slides:
             coarse, detections = _detected(run, planned, stride)
             text = format_detections(detections)
             publish.write_view(out, f"detections/{planned.slide_id}.csv", text.encode())
@@ -65,23 +65,23 @@ def _write(run: Scored, stride: int, out: Path) -> Path:
     found = evaluate.evaluate_cases(slides(), run.config.evaluation, seed=run.config.seed)
     for name, text in evaluate.documents(found).items():
         publish.write_view(out, f"evaluation/{name}", text.encode())
-    told = record.settings(run.config.model_dump(mode="json"), run.made) | record.digests(run.made)
+    told = record.settings(run.config.model_dump(mode="json"), run.plan) | record.digests(run.plan)
     told |= {"inference.stride": stride, "subsampled_from": run.config.inference.stride}
     publish.write_view(out, "evaluation/settings.json", json.dumps(told, indent=1, sort_keys=True).encode())
     return out
 
 
-def _require_same_windows(run: Scored, stride: int) -> None:
+def _require_same_windows(run: ScoredRun, stride: int) -> None:
     """Refuse a stride at which the run's maps would not be those of a run of its own.
 
     Raises:
         InputError: The message says why.
     """
-    choice = Choice(**run.made.work["choice"])
+    choice = Choice(**run.plan.work["choice"])
     reason = "not every window was run (inference.refine)" if choice.refine else alike(choice, choice)
     if run.config.tiles.tile_px % stride:
         reason = f"it does not divide the tile of {run.config.tiles.tile_px} px"
-    for planned in run.made.slides[:1]:
+    for planned in run.plan.slides[:1]:
         cells = geometry.subsampling(planned.frame, _at(planned.frame, stride))
         reason = reason or (cells if isinstance(cells, str) else "")
     if reason:
@@ -93,7 +93,7 @@ def _at(frame: Frame, stride: int) -> Frame:
     return frame._replace(stride_px=stride)
 
 
-def _detected(run: Scored, planned: SlidePlan, stride: int) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
+def _detected(run: ScoredRun, planned: SlidePlan, stride: int) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
     """Return a slide's map at a stride, and its detections: float64 (n, 3), prob, x, y in level-0 px."""
     fine, _ = files.read_heatmap(run.root / f"heatmaps/{planned.slide_id}.tif")
     frame = _at(planned.frame, stride)

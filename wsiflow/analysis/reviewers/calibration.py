@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from wsiflow.analysis.scored import Scored
+from wsiflow.analysis.scored import ScoredRun
 from wsiflow.errors import InputError, IntegrityError
 from wsiflow.evaluation import calibration
 from wsiflow.evaluation.calibration import Bins
@@ -34,7 +34,7 @@ _FINE, _SHOWN = 1000, 10
 _BAND = pyramid.TILE_PX
 
 
-def documents(run: Scored, *, cells: bool) -> dict[str, bytes]:
+def documents(run: ScoredRun, *, cells: bool) -> dict[str, bytes]:
     """Return the files.
 
     Args:
@@ -101,11 +101,11 @@ def _level(found: Bins, prob: ArrayLike, positives: ArrayLike, n: ArrayLike) -> 
     }
 
 
-def _cells(run: Scored) -> Iterator[Bins]:
+def _cells(run: ScoredRun) -> Iterator[Bins]:
     """Yield the sums of some rows of some map at a time."""
     cases = {case.slide_id: case for case in run.cases}
     known = {one.slide_id: one for one in run.record.slides if one.in_froc}
-    for planned in run.made.slides:
+    for planned in run.plan.slides:
         if planned.slide_id in known:
             downsample = run.config.evaluation.downsample
             _require_same_truth(run, cases[planned.slide_id], planned, known[planned.slide_id])
@@ -114,7 +114,7 @@ def _cells(run: Scored) -> Iterator[Bins]:
             yield from cell_bins(run.root / f"heatmaps/{planned.slide_id}.tif", planned.frame, mask, downsample)
 
 
-def _require_same_truth(run: Scored, case: Case, planned: SlidePlan, one: SlideRecord) -> None:
+def _require_same_truth(run: ScoredRun, case: Case, planned: SlidePlan, one: SlideRecord) -> None:
     """Refuse outlines that are not those the slide was scored with.
 
     Raises:

@@ -24,7 +24,7 @@ from wsiflow import redaction
 from wsiflow.analysis import scored
 from wsiflow.analysis.reviewers import calibration, repeat, subgroups
 from wsiflow.analysis.reviewers.imrmc import study
-from wsiflow.analysis.scored import Scored
+from wsiflow.analysis.scored import ScoredRun
 from wsiflow.errors import InputError
 from wsiflow.system import publish, tables
 
@@ -106,7 +106,7 @@ def _with_interval(row: Mapping[str, Any], name: str) -> str:
     return f"{value:.3f}" if math.isnan(low) else f"{value:.3f} ({low:.3f} to {high:.3f})"
 
 
-def _repeat_yaml(run: Scored) -> bytes:
+def _repeat_yaml(run: ScoredRun) -> bytes:
     """Return the run's configuration as one that Hydra takes in the place of the packaged one.
 
     A trial of a sweep becomes a run by itself: it takes nothing from the others, and does not join them in MLflow.

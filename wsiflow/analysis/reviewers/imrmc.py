@@ -6,7 +6,7 @@ from pathlib import Path
 
 from wsiflow import __version__
 from wsiflow.analysis import scored
-from wsiflow.analysis.scored import Scored
+from wsiflow.analysis.scored import ScoredRun
 from wsiflow.errors import InputError
 from wsiflow.evaluation.matches import SlideRecord
 from wsiflow.system import publish
@@ -35,7 +35,7 @@ def export_imrmc(roots: Sequence[Path], names: Sequence[str], out: Path) -> int:
     return sum(one.in_auc for one in runs[0].record.slides)
 
 
-def imrmc_text(runs: Mapping[str, Scored]) -> str:
+def imrmc_text(runs: Mapping[str, ScoredRun]) -> str:
     """Return runs as iMRMC text: free text, the sizes of the study, ``BEGIN DATA:``, and rows of four fields.
 
     A row is ``reader,case,modality,score``; reader -1 states the truth of a case, once: 0 or 1 in the field of the
@@ -84,7 +84,7 @@ def _modalities(roots: Sequence[Path], names: Sequence[str]) -> list[str]:
 
 
 def _same_cases(
-    runs: Mapping[str, Scored], cases: Mapping[str, Mapping[str, SlideRecord]], first: str, other: str
+    runs: Mapping[str, ScoredRun], cases: Mapping[str, Mapping[str, SlideRecord]], first: str, other: str
 ) -> None:
     """Refuse runs over different cases or with other labels."""
     ours, theirs = cases[first], cases[other]
@@ -99,7 +99,7 @@ def _same_cases(
         raise InputError(cause, remedy, path=runs[other].root)
 
 
-def study(root: Path, run: Scored) -> tuple[dict[str, bytes], list[str]]:
+def study(root: Path, run: ScoredRun) -> tuple[dict[str, bytes], list[str]]:
     """Return the iMRMC text of a run, or a sentence why there is none: the other files are of use without it."""
     name = root.absolute().name
     try:

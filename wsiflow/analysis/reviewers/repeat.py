@@ -12,7 +12,7 @@ from typing import Any
 
 from wsiflow import redaction
 from wsiflow.analysis import scored
-from wsiflow.analysis.scored import Scored
+from wsiflow.analysis.scored import ScoredRun
 from wsiflow.errors import InputError
 from wsiflow.model import card
 from wsiflow.system import publish
@@ -20,7 +20,7 @@ from wsiflow.system import publish
 _MACHINE = ("host", "cpu", "versions", "numeric_class")
 
 
-def document(run: Scored, table: Path | None, exported: Mapping[str, str]) -> dict[str, Any]:
+def document(run: ScoredRun, table: Path | None, exported: Mapping[str, str]) -> dict[str, Any]:
     """Return the record.
 
     Args:
@@ -34,20 +34,20 @@ def document(run: Scored, table: Path | None, exported: Mapping[str, str]) -> di
         "numbers": json.loads((run.folder / "summary.json").read_text(encoding="utf-8")),
         "partial": run.is_partial,
         "config": redaction.redacted(run.config.model_dump(mode="json")),
-        "settings": run.made.settings,
+        "settings": run.plan.settings,
         "plan": {
-            "hash": run.made.hash,
-            "slides": len(run.made.slides),
-            "tasks": run.made.n_groups,
-            "choice": run.made.work["choice"],
+            "hash": run.plan.hash,
+            "slides": len(run.plan.slides),
+            "tasks": run.plan.n_groups,
+            "choice": run.plan.work["choice"],
         },
         "protocol": run.record.protocol,
         "protocol_hash": run.record.protocol_hash,
         "seeds": {"run": run.config.seed, "dataset": run.config.dataset.seed},
         "dataset": {
-            "sha256": publish.key_of(slides=sorted([one.slide_id, one.sha256] for one in run.made.slides)),
+            "sha256": publish.key_of(slides=sorted([one.slide_id, one.sha256] for one in run.plan.slides)),
             "truth_sha256": publish.key_of(truth=sorted([one.slide_id, one.truth] for one in run.record.slides)),
-            "slides": {one.slide_id: one.sha256 for one in run.made.slides},
+            "slides": {one.slide_id: one.sha256 for one in run.plan.slides},
             "manifest": None if manifest is None else publish.file_sha256(manifest),
             "table": None if table is None else publish.file_sha256(table),
         },
@@ -60,7 +60,7 @@ def document(run: Scored, table: Path | None, exported: Mapping[str, str]) -> di
     }
 
 
-def _commands(run: Scored) -> list[str]:
+def _commands(run: ScoredRun) -> list[str]:
     """Return what to type, in the folder of the exported files."""
     root = shlex.quote(str(run.root.absolute()))
     return [
@@ -92,9 +92,9 @@ def _machines(receipts: list[publish.Receipt]) -> list[dict[str, Any]]:
     return [found[key] for key in sorted(found)]
 
 
-def _model(run: Scored) -> dict[str, Any]:
+def _model(run: ScoredRun) -> dict[str, Any]:
     """Return what identifies the model; its card only while it is still there and the same."""
-    identity = run.made.settings["predict"]["model"]
+    identity = run.plan.settings["predict"]["model"]
     try:
         found = card.read_card(run.config.model)
     except InputError as error:

@@ -15,7 +15,17 @@ from typing import NamedTuple
 
 import numpy as np
 
-from wsiflow.analysis.runs import Found, Run, holds_runs, identity, in_folders, natural, of_sweep, store, trials_of
+from wsiflow.analysis.runs import (
+    FinishedRun,
+    RunSelection,
+    holds_runs,
+    identity,
+    in_folders,
+    natural,
+    of_sweep,
+    store,
+    trials_of,
+)
 from wsiflow.analysis.tradeoff import figures, report
 from wsiflow.analysis.tradeoff.figures import Cost, Row, Tradeoff
 from wsiflow.errors import EnvironmentFault, InputError
@@ -54,7 +64,7 @@ class Options(NamedTuple):
 # --- comparing
 
 
-def compare(found: Found, name: str, options: Options) -> Tradeoff:
+def compare(found: RunSelection, name: str, options: Options) -> Tradeoff:
     """Compare runs.
 
     Raises:
@@ -105,7 +115,7 @@ def _draws(wanted: int, n_settings: int) -> int:
     return max(wanted, _DRAWS_EACH * (n_settings - 1)) if wanted else 0
 
 
-def _refuse_unequal(runs: Sequence[Run]) -> None:
+def _refuse_unequal(runs: Sequence[FinishedRun]) -> None:
     reasons = paired.incomparable([run.matches.setting(run.name) for run in runs])
     if reasons:
         more = f"; and {len(reasons) - _SHOWN} more" if len(reasons) > _SHOWN else ""
@@ -151,7 +161,7 @@ def _counts(first: matches.EvaluationRecord, resamples: int) -> dict[str, int]:
     }
 
 
-def _processors(runs: Sequence[Run]) -> list[str]:
+def _processors(runs: Sequence[FinishedRun]) -> list[str]:
     found = sorted({run.processor for run in runs if run.processor})
     if len(found) < 2:
         return []
@@ -166,15 +176,15 @@ class _Group(NamedTuple):
 
     name: str
     params: Mapping[str, str]
-    runs: Sequence[Run]
+    runs: Sequence[FinishedRun]
 
 
-def _settings(runs: Sequence[Run]) -> tuple[list[_Group], list[str]]:
+def _settings(runs: Sequence[FinishedRun]) -> tuple[list[_Group], list[str]]:
     """Return the settings in natural order, and what to say of parameters that differ along with those shown."""
     keys = _differing(runs)
     shown = _telling(runs, keys)
     shown.sort(key=lambda key: len({run.params.get(key, "") for run in runs}))
-    groups: dict[tuple[str, ...], list[Run]] = {}
+    groups: dict[tuple[str, ...], list[FinishedRun]] = {}
     for run in runs:
         groups.setdefault(tuple(run.params.get(key, "") for key in shown), []).append(run)
     for members in groups.values():
@@ -190,7 +200,7 @@ def _settings(runs: Sequence[Run]) -> tuple[list[_Group], list[str]]:
     return named, [f"Differing along with the parameters shown: {', '.join(along)}."] if along else []
 
 
-def _differing(runs: Sequence[Run]) -> list[str]:
+def _differing(runs: Sequence[FinishedRun]) -> list[str]:
     """Return the parameters that are not the same in all runs, but for what makes no setting."""
     keys = dict.fromkeys(key for run in runs for key in run.params)
     return [
@@ -198,7 +208,7 @@ def _differing(runs: Sequence[Run]) -> list[str]:
     ]
 
 
-def _telling(runs: Sequence[Run], keys: Sequence[str]) -> list[str]:
+def _telling(runs: Sequence[FinishedRun], keys: Sequence[str]) -> list[str]:
     """Return as few of the parameters as tell the runs apart as all do: the ones with most values, and kinds first."""
 
     def apart(some: Sequence[str]) -> int:
@@ -216,7 +226,7 @@ def _telling(runs: Sequence[Run], keys: Sequence[str]) -> list[str]:
     return kept
 
 
-def _refuse_unlike_repeats(members: Sequence[Run]) -> None:
+def _refuse_unlike_repeats(members: Sequence[FinishedRun]) -> None:
     """Refuse runs of one setting whose scores are not the same."""
     first = members[0]
     for other in members[1:]:
@@ -230,7 +240,7 @@ def _refuse_unlike_repeats(members: Sequence[Run]) -> None:
             raise InputError(cause, "leave one of them out, or see what made it", stage="comparison")
 
 
-def _aligned(first: Run, other: Run) -> list[matches.SlideRecord]:
+def _aligned(first: FinishedRun, other: FinishedRun) -> list[matches.SlideRecord]:
     by_id = {one.slide_id.casefold(): one for one in other.matches.slides}
     return [by_id.get(one.slide_id.casefold(), one) for one in first.matches.slides]
 
@@ -244,7 +254,7 @@ def _same(one: matches.SlideRecord, other: matches.SlideRecord) -> bool:
     return len(ours) == len(theirs) and np.allclose(ours, theirs, rtol=0, atol=_SAME)
 
 
-def _common(runs: Sequence[Run]) -> dict[str, str]:
+def _common(runs: Sequence[FinishedRun]) -> dict[str, str]:
     """Return what all runs have in common."""
     return {
         key: value
@@ -284,7 +294,9 @@ def write(out: Path, found: Tradeoff) -> dict[str, bytes]:
     return files
 
 
-def record(params: TrackingParams, runs: Sequence[Run], found: Tradeoff, files: Mapping[str, bytes]) -> LogResult:
+def record(
+    params: TrackingParams, runs: Sequence[FinishedRun], found: Tradeoff, files: Mapping[str, bytes]
+) -> LogResult:
     """Tell MLflow what was found about a sweep."""
     if params.kind == "off":
         return LogResult(None, "tracking is off")
