@@ -212,8 +212,9 @@ def compare(arguments: argparse.Namespace) -> int:
     from wsiflow.analysis.tradeoff import comparison
 
     options = comparison.Options(arguments.reference, arguments.bootstrap, arguments.seed)
-    wanted = comparison.asked(arguments.names, arguments.uri, arguments.sweep, options)
-    say(comparison.told((arguments.answer or comparison.answer)(wanted, arguments.out)))
+    request = comparison.parse_request(arguments.names, arguments.uri, arguments.sweep, options)
+    run_comparison = arguments.run_comparison or comparison.run_comparison
+    say(comparison.summary_text(run_comparison(request, arguments.out)))
     return 0
 
 

@@ -40,7 +40,7 @@ def run(name: str, found: EvaluationRecord, core_hours: float = 1.0, **params: A
 
 
 def compared(*runs: FinishedRun, **options: Any) -> Tradeoff:
-    return comparison.compare(RunSelection(runs, []), "s", QUICK._replace(**options))
+    return comparison.compare_runs(RunSelection(runs, []), "s", QUICK._replace(**options))
 
 
 # --- settings
@@ -232,12 +232,12 @@ def test_what_is_beside_the_scored_runs_is_told(tmp_path: Path) -> None:
 def test_figures_show_what_there_is(tmp_path: Path) -> None:
     """Three figures with something drawn on them; without costs or differences there is one."""
     many = [run(str(i), one.matches, one.core_hours, **one.params) for i, one in enumerate(stride_trials(repeats=1))]
-    comparison.write(tmp_path / "many", compared(*many))
+    comparison.write_files(tmp_path / "many", compared(*many))
     for name in ("froc", "tradeoff", "differences"):
         pixels = np.asarray(Image.open(tmp_path / f"many/{name}.png").convert("HSV"))
         assert (pixels[..., 1] > 100).mean() > 0.001, f"{name} has no colour"
         assert b"<svg" in (tmp_path / f"many/{name}.svg").read_bytes()
-    alone = comparison.write(tmp_path / "one", compared(run("a", some(3), math.nan)))
+    alone = comparison.write_files(tmp_path / "one", compared(run("a", some(3), math.nan)))
     assert [name for name in alone if name.endswith(".png")] == ["froc.png"]
     assert "There is nothing to draw" in (tmp_path / "one/report.html").read_text()
 
@@ -245,7 +245,7 @@ def test_figures_show_what_there_is(tmp_path: Path) -> None:
 def test_the_same_comparison_is_the_same_bytes(tmp_path: Path) -> None:
     """Figures and pages have no date and no random name."""
     runs = [run("a", some(3), 2.0, stride=8), run("b", some(2), 1.0, stride=16)]
-    first, again = (comparison.write(tmp_path / name, compared(*runs)) for name in ("1", "2"))
+    first, again = (comparison.write_files(tmp_path / name, compared(*runs)) for name in ("1", "2"))
     assert first == again
 
 
@@ -299,15 +299,15 @@ def test_a_later_comparison_replaces_the_former(uri: str, tmp_path: Path) -> Non
     first = [Trial({"inference.stride": s, "lesions.k": 1}, 1.0 + s / 100, some(3)) for s in (16, 56)]
     ids = log(params, first, tmp_path)
     out = tmp_path / "out"
-    comparison.answer(comparison.Asked([], params, QUICK), out)
+    comparison.run_comparison(comparison.Request([], params, QUICK), out)
     client = mlflow.MlflowClient(tracking_uri=uri)
     assert client.get_run(ids[0]).data.tags["wsiflow.pareto"] == "yes"
     joined = [*first, Trial({"inference.stride": 16, "lesions.k": 2}, 0.5, some(4))]
     log(params, joined, tmp_path)
-    made = comparison.answer(comparison.Asked([], params, QUICK), out)
-    assert len(made.found.rows) == 3
+    result = comparison.run_comparison(comparison.Request([], params, QUICK), out)
+    assert len(result.tradeoff.rows) == 3
     assert client.get_run(ids[0]).data.tags["wsiflow.pareto"] == "no"
-    parent = client.get_run(made.logged.run_id)
+    parent = client.get_run(result.logged.run_id)
     assert "common.lesions.k" not in parent.data.tags
     assert parent.data.metrics["compare.n_settings"] == 3
 
@@ -364,8 +364,8 @@ def test_folders_and_mlflow_agree(uri: str, tmp_path: Path) -> None:
         ids += log(params, [trial], tmp_path / name, key=f"k{name}", tags={"wsiflow.folder": f"folder-{name}"})
     (out / "died/evaluation").mkdir(parents=True)  # between two files
     (out / "died/evaluation/matches.json").write_text("{}")
-    made = comparison.sweep_folder(out, params, QUICK)
-    assert made is not None
+    result = comparison.compare_sweep_folder(out, params, QUICK)
+    assert result is not None
     assert (out / "report.html").exists()
     client = mlflow.MlflowClient(tracking_uri=params.uri)
     assert [client.get_run(one).data.tags["wsiflow.pareto"] for one in ids] == ["yes", "no"]
@@ -375,8 +375,8 @@ def test_one_run_is_no_sweep(tmp_path: Path) -> None:
     """Nothing is written for a single run, nor where nothing has scores."""
     off = tracking.TrackingParams.model_validate({**store("x").model_dump(), "kind": "off"})
     write_folder(tmp_path / "sweep/a", some(3))
-    assert comparison.sweep_folder(tmp_path / "sweep", off, QUICK) is None
-    assert comparison.sweep_folder(tmp_path / "absent", off, QUICK) is None
+    assert comparison.compare_sweep_folder(tmp_path / "sweep", off, QUICK) is None
+    assert comparison.compare_sweep_folder(tmp_path / "absent", off, QUICK) is None
     assert [path.name for path in (tmp_path / "sweep").iterdir()] == ["a"]
 
 

@@ -9,9 +9,9 @@ if TYPE_CHECKING:
     from wsiflow.analysis.reviewers.imrmc import export_imrmc
     from wsiflow.analysis.runs import FinishedRun
     from wsiflow.analysis.scored import ScoredRun
-    from wsiflow.analysis.tradeoff.comparison import compare
+    from wsiflow.analysis.tradeoff.comparison import compare_runs
 
-__all__ = ["FinishedRun", "ScoredRun", "compare", "export", "export_imrmc"]
+__all__ = ["FinishedRun", "ScoredRun", "compare_runs", "export", "export_imrmc"]
 
 # Loaded by whoever asks first: most commands need little of it.
 __getattr__, __dir__, _ = lazy_loader.attach(
@@ -21,6 +21,6 @@ __getattr__, __dir__, _ = lazy_loader.attach(
         "reviewers.imrmc": ["export_imrmc"],
         "runs": ["FinishedRun"],
         "scored": ["ScoredRun"],
-        "tradeoff.comparison": ["compare"],
+        "tradeoff.comparison": ["compare_runs"],
     },
 )

@@ -64,7 +64,7 @@ class Options(NamedTuple):
 # --- comparing
 
 
-def compare(found: RunSelection, name: str, options: Options) -> Tradeoff:
+def compare_runs(found: RunSelection, name: str, options: Options) -> Tradeoff:
     """Compare runs.
 
     Raises:
@@ -278,72 +278,72 @@ def _short_values(values: Sequence[str]) -> dict[str, str]:
 # --- results
 
 
-def write(out: Path, found: Tradeoff) -> dict[str, bytes]:
+def write_files(out: Path, tradeoff: Tradeoff) -> dict[str, bytes]:
     """Write every file of a comparison and return their bytes by name.
 
     Raises:
         EnvironmentFault: The folder cannot be written.
     """
     publish.preflight(out)
-    pictures = figures.figures(found)
-    files = {name: text.encode() for name, text in report.texts(found, pictures).items()}
+    pictures = figures.figures(tradeoff)
+    files = {name: text.encode() for name, text in report.texts(tradeoff, pictures).items()}
     files |= {f"{name}.png": data for name, data in pictures.items()}
-    files |= {f"{name}.svg": data for name, data in figures.figures(found, "svg").items()}
+    files |= {f"{name}.svg": data for name, data in figures.figures(tradeoff, "svg").items()}
     for name, data in files.items():
         publish.write_view(out, name, data)
     return files
 
 
-def record(
-    params: TrackingParams, runs: Sequence[FinishedRun], found: Tradeoff, files: Mapping[str, bytes]
+def log_to_mlflow(
+    params: TrackingParams, runs: Sequence[FinishedRun], tradeoff: Tradeoff, files: Mapping[str, bytes]
 ) -> LogResult:
-    """Tell MLflow what was found about a sweep."""
+    """Record a comparison in MLflow: tag the runs of the Pareto set and log the rest to the sweep's parent run."""
     if params.kind == "off":
         return LogResult(None, "tracking is off")
-    identities = {run.where: run.identity for run in runs}
-    front = {identities[where]: row.pareto for row in found.rows for where in row.runs}
+    folders = {run.where: run.identity for run in runs}
+    front = {folders[where]: row.pareto for row in tradeoff.rows for where in row.runs}
     try:
-        listed = tracking.tracked_runs(params)
+        tracked = tracking.tracked_runs(params)
     except (InputError, EnvironmentFault) as error:  # the comparison is complete on disk
         return LogResult(None, str(error))
-    best = max(found.rows, key=lambda row: np.nan_to_num(row.metrics[found.metric].value, nan=-1.0))
-    costs = [row.cost.mean for row in found.rows if math.isfinite(row.cost.mean)]
+    best = max(tradeoff.rows, key=lambda row: np.nan_to_num(row.metrics[tradeoff.metric].value, nan=-1.0))
+    costs = [row.cost.mean for row in tradeoff.rows if math.isfinite(row.cost.mean)]
     return tracking.log_comparison(
         params,
         ComparisonRecord(
-            pareto={one.run_id: front[found_by] for one in listed if (found_by := identity(one)) in front},
+            pareto={one.run_id: front[folder] for one in tracked if (folder := identity(one)) in front},
             metrics={
-                "compare.n_settings": len(found.rows),
+                "compare.n_settings": len(tradeoff.rows),
                 "compare.n_runs": len(runs),
-                "compare.n_pareto": len(found.pareto),
-                "compare.best_score": best.metrics[found.metric].value,
-                "compare.best_score_ci_low": best.metrics[found.metric].low,
-                "compare.best_score_ci_high": best.metrics[found.metric].high,
-                "compare.reference_score": found.base.metrics[found.metric].value,
+                "compare.n_pareto": len(tradeoff.pareto),
+                "compare.best_score": best.metrics[tradeoff.metric].value,
+                "compare.best_score_ci_low": best.metrics[tradeoff.metric].low,
+                "compare.best_score_ci_high": best.metrics[tradeoff.metric].high,
+                "compare.reference_score": tradeoff.base.metrics[tradeoff.metric].value,
                 "compare.least_core_hours": min(costs, default=math.nan),
                 "compare.most_core_hours": max(costs, default=math.nan),
             },
             tags={
-                "wsiflow.metric": found.metric,
+                "wsiflow.metric": tradeoff.metric,
                 "wsiflow.best": best.name,
-                "wsiflow.reference": found.reference,
-                "wsiflow.pareto_set": "; ".join(row.name for row in found.pareto),
-                "wsiflow.protocol_hash": found.protocol[1],
+                "wsiflow.reference": tradeoff.reference,
+                "wsiflow.pareto_set": "; ".join(row.name for row in tradeoff.pareto),
+                "wsiflow.protocol_hash": tradeoff.protocol[1],
             },
-            common=found.common,
+            common=tradeoff.common,
             description=files["compare.md"].decode(),
             files=files,
         ),
     )
 
 
-class Asked(NamedTuple):
-    """What a user wants compared.
+class Request(NamedTuple):
+    """What a user wants to have compared.
 
     Attributes:
-        folders: Folders of runs; empty: the runs of an experiment.
-        params: The experiment in MLflow, and which of its sweeps; None where there are folders.
-        options: How.
+        folders: Folders of runs; empty where the runs of an MLflow experiment are compared.
+        params: The MLflow experiment and the sweep in it; None where folders are given.
+        options: How the runs are compared.
     """
 
     folders: Sequence[Path]
@@ -351,74 +351,87 @@ class Asked(NamedTuple):
     options: Options
 
 
-def asked(names: Sequence[str], uri: str, sweep: str | None, options: Options) -> Asked:
-    """Return what names mean: folders, or one experiment of the store at ``uri``."""
+def parse_request(names: Sequence[str], uri: str, sweep: str | None, options: Options) -> Request:
+    """Decide whether names mean folders of runs, or one experiment of the MLflow store at ``uri``."""
     folders = [Path(name) for name in names]
     if len(folders) > 1 or holds_runs(folders[0]):
-        return Asked(folders, None, options)
-    return Asked([], store(uri, names[0], sweep), options)
+        return Request(folders, None, options)
+    return Request([], store(uri, names[0], sweep), options)
 
 
-class Answer(NamedTuple):
-    """A comparison, where its files are, their bytes by name, and what MLflow made of it; None: it was not told."""
+class ComparisonResult(NamedTuple):
+    """A comparison whose files are written.
 
-    found: Tradeoff
+    Attributes:
+        tradeoff: The comparison.
+        out: Folder of its files.
+        files: Bytes of the files by name.
+        logged: What came of recording it in MLflow; None where the runs did not come from MLflow.
+    """
+
+    tradeoff: Tradeoff
     out: Path
     files: Mapping[str, bytes]
     logged: LogResult | None
 
 
-def answer(wanted: Asked, out: Path) -> Answer:
-    """Compare folders, or the runs of a sweep in MLflow, which is told; write the files.
+def run_comparison(request: Request, out: Path) -> ComparisonResult:
+    """Compare the requested runs and write the files to ``out``; a sweep from MLflow is also recorded there.
 
     Raises:
-        InputError: A folder, experiment or sweep is not there, or see `compare`.
+        InputError: A folder, experiment or sweep does not exist, or see `compare_runs`.
         EnvironmentFault: The store cannot be read, or the folder cannot be written.
     """
-    if wanted.params is None:
-        found = in_folders(wanted.folders)
-        name = wanted.folders[0].name if len(wanted.folders) == 1 else out.name
-        result = compare(found, name, wanted.options)
-        return Answer(result, out, write(out, result), None)
-    found = of_sweep(wanted.params)
-    params = wanted.params.model_copy(update={"sweep": found.runs[0].sweep or None})
-    result = compare(found, params.sweep or params.experiment, wanted.options)
-    files = write(out, result)
-    return Answer(result, out, files, record(params, found.runs, result, files))
+    if request.params is None:
+        selection = in_folders(request.folders)
+        name = request.folders[0].name if len(request.folders) == 1 else out.name
+        tradeoff = compare_runs(selection, name, request.options)
+        return ComparisonResult(tradeoff, out, write_files(out, tradeoff), None)
+    selection = of_sweep(request.params)
+    params = request.params.model_copy(update={"sweep": selection.runs[0].sweep or None})
+    return _compare_and_log(selection, params, params.sweep or params.experiment, request.options, out)
 
 
-def sweep_folder(out: Path, params: TrackingParams, options: Options, failed: Collection[str] = ()) -> Answer | None:
-    """Compare the runs below a sweep's folder, write the comparison there and tell MLflow.
+def compare_sweep_folder(
+    out: Path, params: TrackingParams, options: Options, failed: Collection[str] = ()
+) -> ComparisonResult | None:
+    """Compare the runs below a sweep's folder, write the files there and record the comparison in MLflow.
 
     Args:
-        out: The folder.
+        out: The sweep's folder.
         params: Where the runs are recorded, and the name of their sweep.
-        options: How to compare.
-        failed: Names of trials that failed, which are left out whatever lies in their folders.
+        options: How the runs are compared.
+        failed: Names of the trials that failed; they are left out whatever their folders hold.
 
     Returns:
-        What was found; None where there are fewer than two runs with scores.
+        The comparison; None where fewer than two runs have scores.
 
     Raises:
-        InputError: See `compare`.
+        InputError: See `compare_runs`.
         EnvironmentFault: The folder cannot be written.
     """
-    found = trials_of(out, failed)
-    if len(found.runs) < 2:
+    selection = trials_of(out, failed)
+    if len(selection.runs) < 2:
         return None
-    result = compare(found, params.sweep or out.name, options)
-    files = write(out, result)
-    return Answer(result, out, files, record(params, found.runs, result, files))
+    return _compare_and_log(selection, params, params.sweep or out.name, options, out)
 
 
-def told(given: Answer) -> str:
-    """Return what a user is told of a comparison."""
-    found = given.found
-    name = figures.title(found.metric)
-    lines = [f"compared   {len(found.rows)} settings with {found.reference}; Pareto set of {name}:"]
-    lines += [f"           {line}" for line in report.front(found)]
-    lines.append(f"comparison {given.out / 'report.html'}, compare.md, compare.csv, figures")
-    if given.logged is not None:
-        id_or_reason = f"sweep {given.logged.run_id}" if given.logged.run_id else given.logged.reason
+def _compare_and_log(
+    selection: RunSelection, params: TrackingParams, name: str, options: Options, out: Path
+) -> ComparisonResult:
+    tradeoff = compare_runs(selection, name, options)
+    files = write_files(out, tradeoff)
+    return ComparisonResult(tradeoff, out, files, log_to_mlflow(params, selection.runs, tradeoff, files))
+
+
+def summary_text(result: ComparisonResult) -> str:
+    """Return the lines that a user sees once a comparison is done: Pareto set, files, and the record in MLflow."""
+    tradeoff = result.tradeoff
+    name = figures.title(tradeoff.metric)
+    lines = [f"compared   {len(tradeoff.rows)} settings with {tradeoff.reference}; Pareto set of {name}:"]
+    lines += [f"           {line}" for line in report.front(tradeoff)]
+    lines.append(f"comparison {result.out / 'report.html'}, compare.md, compare.csv, figures")
+    if result.logged is not None:
+        id_or_reason = f"sweep {result.logged.run_id}" if result.logged.run_id else result.logged.reason
         lines.append(f"MLflow     {id_or_reason}")
     return "\n".join(lines)
