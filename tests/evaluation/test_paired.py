@@ -13,7 +13,7 @@ from scipy import stats
 from wsiflow.errors import InputError
 from wsiflow.evaluation import froc, resampling, roc
 from wsiflow.evaluation.froc import Matches
-from wsiflow.evaluation.paired import Setting, compare, incomparable, pareto
+from wsiflow.evaluation.paired import Setting, bootstrap, comparability_problems, pareto
 
 SETS = int(os.environ.get("WSIFLOW_COVERAGE_SETS", "60"))
 """Simulated data sets: 1000 for the sentence that intervals hold what they should in 93 to 97 % of the cases."""
@@ -183,7 +183,7 @@ def repeated(setting, times):
 @pytest.mark.parametrize("mode", ["official", "strict"])
 def test_one_draw_is_the_score_of_its_slides(pair, mode):
     """With one draw both ends of every interval and difference are those of the drawn slides, scored as a new set."""
-    found = compare(pair, reference="a", mode=mode, n=1, seed=5)
+    found = bootstrap(pair, reference="a", mode=mode, n=1, seed=5)
     order = sorted(range(40), key=lambda i: f"s{i}")
     times = np.zeros(40, int)
     times[order] = resampling.case_draws(40, n=1, seed=5)[0]
@@ -202,7 +202,7 @@ def test_one_draw_is_the_score_of_its_slides(pair, mode):
 
 def test_values_are_those_of_the_sample(pair):
     """Whatever is drawn, an interval's value is the metric itself, and the band's curve the curve itself."""
-    found = compare(pair, reference="b", n=10)
+    found = bootstrap(pair, reference="b", n=10)
     for one in pair:
         expected = froc.score(one.matches, mode="official") | froc.score(one.matches, mode="strict")
         expected["roc.auc"] = roc.auc(one.scores, one.labels)
@@ -218,7 +218,7 @@ def test_values_are_those_of_the_sample(pair):
 
 def test_bands_at_the_six_rates_are_the_intervals_there(pair):
     """A band is the interval of the sensitivity at each rate by itself."""
-    found = compare(pair, reference="a", n=200)
+    found = bootstrap(pair, reference="a", n=200)
     band = found.bands["a"]
     assert (band.fp_per_slide[0], band.fp_per_slide[-1]) == (0, 8)
     for rate in froc.RATES:
@@ -229,7 +229,7 @@ def test_bands_at_the_six_rates_are_the_intervals_there(pair):
 
 def test_a_setting_does_not_differ_from_itself(pair):
     """The same confidences under another name differ by nothing, with p = 1, though both intervals are wide."""
-    found = compare([pair[0], pair[0]._replace(name="again")], reference="a", n=200)
+    found = bootstrap([pair[0], pair[0]._replace(name="again")], reference="a", n=200)
     assert set(found.differences["again"].values()) == {(0, 0, 0, 1, 1)}
     assert found.intervals["a"]["froc.score"].high - found.intervals["a"]["froc.score"].low > 0.1
 
@@ -245,14 +245,14 @@ def test_order_of_slides_and_settings_does_not_matter(pair):
         b.scores[order],
         b.labels[order],
     )
-    found, again = compare([a, b], reference="a", n=100), compare([shuffled, a], reference="a", n=100)
+    found, again = bootstrap([a, b], reference="a", n=100), bootstrap([shuffled, a], reference="a", n=100)
     assert found.differences["b"] == again.differences["b"]
-    assert compare([b], reference="b", n=100).intervals["b"] == found.intervals["b"]
+    assert bootstrap([b], reference="b", n=100).intervals["b"] == found.intervals["b"]
 
 
 def test_seed_decides(pair):
     """The same seed gives the same numbers, another one others."""
-    first, again, other = (compare(pair, reference="a", n=100, seed=seed) for seed in (1, 1, 2))
+    first, again, other = (bootstrap(pair, reference="a", n=100, seed=seed) for seed in (1, 1, 2))
     assert (first.intervals, first.differences) == (again.intervals, again.differences)
     assert first.intervals != other.intervals
 
@@ -263,7 +263,7 @@ def test_p_values_are_corrected_for_the_number_of_settings(pair):
     perfect = b._replace(
         name="c", matches=[Matches(m.slide_id, np.ones(len(m.best)), 0, np.empty(0)) for m in b.matches]
     )
-    found = compare([a, b, perfect, a._replace(name="d")], reference="a", n=199)
+    found = bootstrap([a, b, perfect, a._replace(name="d")], reference="a", n=199)
     scores = {name: metrics["froc.score"] for name, metrics in found.differences.items()}
     assert scores["c"].p == pytest.approx(0.01)
     assert scores["c"].p_corrected == pytest.approx(0.03)
@@ -272,7 +272,7 @@ def test_p_values_are_corrected_for_the_number_of_settings(pair):
 
 def test_without_draws_there_are_values_and_no_intervals(pair):
     """Nothing is drawn, nothing is told about chance."""
-    found = compare(pair, reference="a", n=0)
+    found = bootstrap(pair, reference="a", n=0)
     one = found.differences["b"]["froc.score"]
     assert one.value == pytest.approx(
         found.intervals["b"]["froc.score"].value - found.intervals["a"]["froc.score"].value
@@ -296,9 +296,9 @@ def test_slides_of_one_patient_count_once(pair):
     )
     number = {slide: k for k, slide in enumerate(sorted(one.slide_ids))}
     patients = number | {f"{slide}+": k for slide, k in number.items()}
-    alone = compare([one], reference="a", n=300).intervals["a"]
-    clustered = compare([twice._replace(clusters=patients)], reference="a", n=300).intervals["a"]
-    apart = compare([twice], reference="a", n=300).intervals["a"]
+    alone = bootstrap([one], reference="a", n=300).intervals["a"]
+    clustered = bootstrap([twice._replace(clusters=patients)], reference="a", n=300).intervals["a"]
+    apart = bootstrap([twice], reference="a", n=300).intervals["a"]
     for metric in ("froc.strict_score", "roc.auc"):
         assert clustered[metric] == pytest.approx(alone[metric])
         assert apart[metric].high - apart[metric].low < 0.85 * (alone[metric].high - alone[metric].low)
@@ -307,10 +307,10 @@ def test_slides_of_one_patient_count_once(pair):
 def test_a_slide_for_the_auc_alone_is_drawn_with_the_others(pair):
     """FROC may have fewer slides than the AUC; without any slide for either, numbers are NaN."""
     fewer = [one._replace(matches=one.matches[1:]) for one in pair]
-    found = compare(fewer, reference="a", n=50)
+    found = bootstrap(fewer, reference="a", n=50)
     assert found.intervals["a"]["froc.score"].low < found.intervals["a"]["froc.score"].high
     none = Setting("a", [], (), np.empty(0), np.empty(0, int))
-    assert all(math.isnan(x) for one in compare([none], reference="a", n=5).intervals["a"].values() for x in one)
+    assert all(math.isnan(x) for one in bootstrap([none], reference="a", n=5).intervals["a"].values() for x in one)
 
 
 # --- refusals
@@ -347,9 +347,9 @@ def test_what_cannot_be_compared_is_refused(pair, change, told):
     """Protocol, case sets, labels, lesions, truth and patients have to be the same; the message names the slide."""
     first = pair[0]._replace(truth={"s0": "one"})
     second = pair[1]._replace(truth={"s0": "one"})
-    assert incomparable([first, second]) == []
+    assert comparability_problems([first, second]) == []
     with pytest.raises(InputError, match=f"a and b .*{told}"):
-        compare([first, change(second)], reference="a", n=1)
+        bootstrap([first, change(second)], reference="a", n=1)
 
 
 def test_patients_are_the_same_by_any_number(pair):
@@ -358,9 +358,9 @@ def test_patients_are_the_same_by_any_number(pair):
         pair[0]._replace(clusters={"s3": 7, "s5": 7}),
         pair[1]._replace(clusters={"s0": 1, "s3": 0, "S5": 0}),
     )
-    assert incomparable([first, second]) == []
+    assert comparability_problems([first, second]) == []
     alone = pair[0]._replace(clusters={f"s{i}": i for i in range(40)})
-    assert incomparable([alone, pair[1]]) == []
+    assert comparability_problems([alone, pair[1]]) == []
 
 
 def test_delongs_test_stands_beside_the_draws():
@@ -369,7 +369,7 @@ def test_delongs_test_stands_beside_the_draws():
     back = second._replace(
         name="c", slide_ids=second.slide_ids[::-1], scores=second.scores[::-1], labels=second.labels[::-1]
     )
-    found = compare([first, second, back], reference="a", n=1).delong
+    found = bootstrap([first, second, back], reference="a", n=1).delong
     alone = roc.paired_test(second.scores, first.scores, first.labels).p
     assert 0 < alone < 0.4
     assert found == {name: (pytest.approx(alone), pytest.approx(2 * alone)) for name in "bc"}
@@ -378,9 +378,9 @@ def test_delongs_test_stands_beside_the_draws():
 def test_names_have_to_be_told_apart(pair):
     """Two settings of one name, or a reference that is not there, are refused."""
     with pytest.raises(InputError, match="name of its own"):
-        compare([pair[0], pair[0]], reference="a", n=1)
+        bootstrap([pair[0], pair[0]], reference="a", n=1)
     with pytest.raises(InputError, match="'c' as the reference"):
-        compare(pair, reference="c", n=1)
+        bootstrap(pair, reference="c", n=1)
 
 
 def lone(name, n_lesions, labels, score):
@@ -406,7 +406,7 @@ def lone(name, n_lesions, labels, score):
 def test_what_rests_on_one_case_is_not_certain(n_lesions, labels, patients, known):
     """It has a value and differs by one; as every draw is the same there is no interval and no p-value of 0.005."""
     good, bad = (lone(name, n_lesions, labels, s)._replace(clusters=patients) for name, s in (("a", 0.9), ("b", 0.0)))
-    found = compare([good, bad], reference="b", n=400)
+    found = bootstrap([good, bad], reference="b", n=400)
     differences = found.differences["a"]
     assert differences["froc.strict_score"].value == 1
     for metric in ("froc.strict_score", "roc.auc"):
@@ -471,7 +471,7 @@ class Trial(NamedTuple):
 def tried(pair, seed):
     """Compare the two settings of a data set."""
     a, b = pair
-    found = compare(pair, reference="a", n=N_DRAWS, seed=seed)
+    found = bootstrap(pair, reference="a", n=N_DRAWS, seed=seed)
     p = roc.paired_test(b.scores, a.scores, a.labels).p
     return Trial(found.intervals["a"], found.differences["b"], roc.auc_interval(a.scores, a.labels), p)
 

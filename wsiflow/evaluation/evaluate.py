@@ -342,7 +342,7 @@ def _roc_metrics(setting: Setting) -> dict[str, float]:
 
 def _intervals(setting: Setting, n: int, seed: int) -> dict[str, float]:
     """Return the bootstrap intervals of all metrics, from one set of draws."""
-    found = paired.compare([setting], reference=setting.name, n=n, seed=seed).intervals[setting.name]
+    found = paired.bootstrap([setting], reference=setting.name, n=n, seed=seed).intervals[setting.name]
     stems = {metric: "roc.auc_bootstrap" if metric == "roc.auc" else metric for metric in found}
     return {f"{stems[metric]}_ci_low": one.low for metric, one in found.items()} | {
         f"{stems[metric]}_ci_high": one.high for metric, one in found.items()

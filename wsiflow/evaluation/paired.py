@@ -89,7 +89,7 @@ class FrocBand(NamedTuple):
     high: NDArray[np.float64]
 
 
-class Compared(NamedTuple):
+class PairedResults(NamedTuple):
     """What a comparison found.
 
     Attributes:
@@ -121,9 +121,9 @@ class _Times(NamedTuple):
     left_out: dict[str, NDArray[np.int64]]
 
 
-def compare(
+def bootstrap(
     settings: Sequence[Setting], *, reference: str, mode: froc.Mode = "official", n: int = 2000, seed: int = 0
-) -> Compared:
+) -> PairedResults:
     """Compare settings that were scored on the same cases.
 
     Metrics are ``froc.score``, ``froc.strict_score``, ``roc.auc`` and, of the mode, the six sensitivities
@@ -144,13 +144,13 @@ def compare(
     if len(set(names)) < len(names) or reference not in names:
         cause = f"settings {', '.join(names) or 'none'} with {reference!r} as the reference"
         raise InputError(cause, "give each setting a name of its own and name one of them", stage="comparison")
-    reasons = incomparable(settings)
+    reasons = comparability_problems(settings)
     if reasons:
         remedy = "compare runs over the same slides, protocol and truth"
         raise InputError("; ".join(reasons), remedy, stage="comparison")
     times = _draws(settings[0], n, seed)
     drawn = {one.name: _without_lone_cases(_drawn(one, times, mode), one) for one in settings}
-    return Compared(
+    return PairedResults(
         {name: _intervals(one) for name, one in drawn.items()},
         _differences({name: one.metrics for name, one in drawn.items()}, reference),
         _delong({one.name: one for one in settings}, reference),
@@ -182,7 +182,7 @@ def pareto(cost: ArrayLike, score: ArrayLike) -> NDArray[np.bool_]:
     return known & ~beaten
 
 
-def incomparable(settings: Sequence[Setting]) -> list[str]:
+def comparability_problems(settings: Sequence[Setting]) -> list[str]:
     """Say why settings must not be compared; nothing when they may.
 
     They need the same protocol, the same slides for FROC and for the AUC, and for every slide the same label, the same

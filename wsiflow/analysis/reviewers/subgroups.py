@@ -95,7 +95,7 @@ def _froc(setting: Setting, how: How) -> dict[str, paired.Interval]:
     names = {"froc.score": "froc"} | {f"froc.sensitivity_at_{rate:g}": f"froc_at_{rate:g}" for rate in froc.RATES}
     if not any(one.n_lesions for one in setting.matches):
         return dict.fromkeys(names.values(), paired.Interval(math.nan, math.nan, math.nan))
-    found = paired.compare([setting], reference=setting.name, n=how.bootstrap, seed=how.seed)
+    found = paired.bootstrap([setting], reference=setting.name, n=how.bootstrap, seed=how.seed)
     return {name: found.intervals[setting.name][metric] for metric, name in names.items()}
 
 

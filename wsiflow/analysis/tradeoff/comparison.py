@@ -77,7 +77,7 @@ def compare_runs(found: RunSelection, name: str, options: Options) -> Tradeoff:
     costs = [_cost(run.core_hours for run in one.runs) for one in groups]
     reference = _reference(options.reference, [one.name for one in settings], costs)
     draws = _draws(options.resamples, len(settings))
-    compared = paired.compare(settings, reference=reference, n=draws, seed=options.seed)
+    compared = paired.bootstrap(settings, reference=reference, n=draws, seed=options.seed)
     metric = _metric(compared)
     front = paired.pareto([one.mean for one in costs], [_value(compared, one.name, metric) for one in settings])
     rows = [
@@ -116,21 +116,21 @@ def _draws(wanted: int, n_settings: int) -> int:
 
 
 def _refuse_unequal(runs: Sequence[FinishedRun]) -> None:
-    reasons = paired.incomparable([run.matches.setting(run.name) for run in runs])
+    reasons = paired.comparability_problems([run.matches.setting(run.name) for run in runs])
     if reasons:
         more = f"; and {len(reasons) - _SHOWN} more" if len(reasons) > _SHOWN else ""
         remedy = "compare runs over the same slides, exclusions, protocol and truth"
         raise InputError("; ".join(reasons[:_SHOWN]) + more, remedy, stage="comparison")
 
 
-def _metric(compared: paired.Compared) -> str:
+def _metric(compared: paired.PairedResults) -> str:
     for metric in ("froc.score", "roc.auc"):
         if any(math.isfinite(_value(compared, name, metric)) for name in compared.intervals):
             return metric
     raise InputError("no run has a score", "compare runs over slides with truth, tumour and normal", stage="comparison")
 
 
-def _value(compared: paired.Compared, name: str, metric: str) -> float:
+def _value(compared: paired.PairedResults, name: str, metric: str) -> float:
     return compared.intervals[name][metric].value
 
 
