@@ -29,7 +29,7 @@ EXACT_UP_TO = 100_000
 _CHUNK = 4096
 
 
-class Difference(NamedTuple):
+class PermutationResult(NamedTuple):
     """How much better one kind is told from normal than another.
 
     Attributes:
@@ -45,9 +45,9 @@ class Difference(NamedTuple):
     exact: bool
 
 
-def compare_kinds(
+def permutation_test(
     first: ArrayLike, second: ArrayLike, normal: ArrayLike, *, n: int = 10_000, seed: int = 0
-) -> Difference:
+) -> PermutationResult:
     """Compare how well two kinds of tumour are told from normal slides.
 
     Args:
@@ -72,7 +72,7 @@ def compare_kinds(
     reached = sum(int((_distance(chunk, wins) >= observed).sum()) for chunk in groups)
     value = float(wins[:k].mean() - wins[k:].mean()) / (2 * len(normals))
     p = reached / possible if exact else (reached + 1) / (n + 1)
-    return Difference(value, p, possible if exact else n, exact)
+    return PermutationResult(value, p, possible if exact else n, exact)
 
 
 def _named(first: ArrayLike, second: ArrayLike, normal: ArrayLike) -> Iterator[tuple[str, ArrayLike]]:
