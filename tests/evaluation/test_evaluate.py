@@ -381,7 +381,7 @@ def test_every_remedy_for_a_mask_of_0_and_1_works(tmp_path, dtype):
         case = manifest.Case("a", tmp_path / "a.tif", mpp=0.243, mask_path=mask, label=label)
         params = protocol(**rule)
         truth = read_truth(case, params, mask_downsample=1)
-        return evaluate.judge(Evidence("a", label, truth, np.empty((0, 3))), params).row["n_lesions"]
+        return evaluate.match_slide(Evidence("a", label, truth, np.empty((0, 3))), params).row["n_lesions"]
 
     assert n_regions(0) == 0
     assert n_regions(1) == n_regions(None, mask_tumour=[1]) == n_regions(1, mask_tumour=1) > 0

@@ -79,7 +79,7 @@ class Scores:
     matches: "EvaluationRecord"
 
 
-class Judged(NamedTuple):
+class MatchedSlide(NamedTuple):
     """A slide once its mask is no longer needed: its row of the table, its record, and its patient."""
 
     row: dict[str, Any]
@@ -158,9 +158,9 @@ def evaluate_folder(
         found = read_detections(paths[case.slide_id])
         return Evidence(case.slide_id, case.label, truth, found, given.get(case.slide_id), case.patient_id)
 
-    judged, faults = judge_all({case.slide_id: partial(evidence, case) for case in cases}, params)
+    matched, faults = match_slides({case.slide_id: partial(evidence, case) for case in cases}, params)
     _report(list(faults.values()))
-    return evaluate_judged(list(judged.values()), params, seed=seed)
+    return evaluate_matched(list(matched.values()), params, seed=seed)
 
 
 def evaluate_cases(evidence: Iterable[Evidence], params: EvaluationParams, *, seed: int) -> Scores:
@@ -174,39 +174,39 @@ def evaluate_cases(evidence: Iterable[Evidence], params: EvaluationParams, *, se
     Raises:
         InputError: Truth and label contradict each other, a number is not finite, or a slide appears twice.
     """
-    return evaluate_judged([judge(one, params) for one in evidence], params, seed=seed)
+    return evaluate_matched([match_slide(one, params) for one in evidence], params, seed=seed)
 
 
-def judge_all(
+def match_slides(
     evidence: Mapping[str, Callable[[], Evidence]], params: EvaluationParams
-) -> tuple[dict[str, Judged], dict[str, WsiflowError]]:
-    """Judge slides one after another, only one mask in memory at a time; one that cannot be judged costs no other.
+) -> tuple[dict[str, MatchedSlide], dict[str, WsiflowError]]:
+    """Judge slides one after another, only one mask in memory at a time; one that cannot be matched costs no other.
 
     Args:
         evidence: What reads what a slide is scored by, by slide.
         params: How slides are scored.
 
     Returns:
-        What was judged, and what is wrong with the others, both by slide.
+        What was matched, and what is wrong with the others, both by slide.
     """
-    judged, faults = {}, {}
+    matched, faults = {}, {}
     for slide_id, read in evidence.items():
         try:
-            judged[slide_id] = judge(read(), params)
+            matched[slide_id] = match_slide(read(), params)
         except (InputError, EnvironmentFault) as error:
             faults[slide_id] = error.about(slide=slide_id, stage="evaluation")
-    return judged, faults
+    return matched, faults
 
 
-def evaluate_judged(judged: Sequence[Judged], params: EvaluationParams, *, seed: int) -> Scores:
-    """Score slides that are judged; see `evaluate_cases`."""
+def evaluate_matched(matched: Sequence[MatchedSlide], params: EvaluationParams, *, seed: int) -> Scores:
+    """Score slides that are matched; see `evaluate_cases`."""
     record = EvaluationRecord(
-        protocol=params.protocol(), protocol_hash=params.protocol_hash(), slides=_with_patients(judged)
+        protocol=params.protocol(), protocol_hash=params.protocol_hash(), slides=_with_patients(matched)
     )
     setting = record.setting("")
     return Scores(
         _froc_metrics(setting) | _roc_metrics(setting) | _intervals(setting, params.bootstrap, seed),
-        [one.row for one in judged],
+        [one.row for one in matched],
         {"downsample": params.downsample, "l0_um_px": params.l0_um_px, "rates": list(froc.RATES)}
         | {
             "official": _lists(froc.curve(setting.matches, mode="official")),
@@ -231,7 +231,7 @@ def documents(scores: Scores) -> dict[str, str]:
 # --- one slide
 
 
-def judge(one: Evidence, params: EvaluationParams) -> Judged:
+def match_slide(one: Evidence, params: EvaluationParams) -> MatchedSlide:
     """Match a slide's detections with its truth and say what it counts for.
 
     Raises:
@@ -269,7 +269,7 @@ def judge(one: Evidence, params: EvaluationParams) -> Judged:
         itc=sorted(k - 1 for k in lesions.itc) if in_froc and lesions is not None else [],
         false_positives=matches.false_positives.tolist() if in_froc else [],
     )
-    return Judged(row, record, one.patient_id)
+    return MatchedSlide(row, record, one.patient_id)
 
 
 def _reason(out: str, label: int | None, protocol: str, *, known: bool) -> str:
@@ -283,13 +283,13 @@ def _reason(out: str, label: int | None, protocol: str, *, known: bool) -> str:
     return "" if known else "no truth: not in FROC"
 
 
-def _with_patients(judged: Sequence[Judged]) -> list[SlideRecord]:
+def _with_patients(matched: Sequence[MatchedSlide]) -> list[SlideRecord]:
     """Number the patients in the order in which they appear: their names stay where they are."""
     numbers: dict[str, int] = {}
-    for one in judged:
+    for one in matched:
         if one.patient_id:
             numbers.setdefault(one.patient_id, len(numbers))
-    return [one.record.model_copy(update={"patient": numbers.get(one.patient_id)}) for one in judged]
+    return [one.record.model_copy(update={"patient": numbers.get(one.patient_id)}) for one in matched]
 
 
 def _label(one: Evidence) -> int | None:

@@ -22,7 +22,7 @@ from wsiflow.run.executor.params import worker_count
 from wsiflow.run.ledger import Ledger
 from wsiflow.run.results import cost, report
 from wsiflow.run.results.record import all_receipts, machines, settings, track
-from wsiflow.run.results.scores import Judgement, former_metrics, judge, publish_scores, summarise
+from wsiflow.run.results.scores import ScoringInput, former_metrics, prepare_scoring, publish_scores, summarise
 from wsiflow.run.results.status import (
     FORMER,
     OWN_TABLE,
@@ -148,16 +148,16 @@ def finish(config: RunConfig, plan_path: Path, progress: Sequence[Progress], clo
     publish.write_view(root, "process_list.csv", process_list(statuses, receipts).encode())
     trace.write_views(root, attempts)
     balance = _balanced(root, made, plan_path, statuses)
-    statuses, judged = _scorable(root, config, made, statuses)
+    statuses, scoring = _scorable(root, config, made, statuses)
     publish.write_view(root, "process_list.csv", process_list(statuses, receipts).encode())
     if missing_slides(statuses):
-        _keep_as_former(root, but="evaluation-PARTIAL" if judged else "")
-    if judged is None:
+        _keep_as_former(root, but="evaluation-PARTIAL" if scoring else "")
+    if scoring is None:
         worst = max(status.exit_code for status in statuses)
         return Summary(worst, {}, failure_text(root, statuses))
     missing = missing_slides(statuses)
     folder = "evaluation-PARTIAL" if missing else "evaluation"
-    evaluated = publish_scores(root, folder, config, judged)
+    evaluated = publish_scores(root, folder, config, scoring)
     new = {item.attempt for item in ended if item.executed and item.attempt}
     work = Work(receipts, attempts, new)
     metrics = summarise(
@@ -189,13 +189,13 @@ def _balanced(root: Path, made: Plan, plan_path: Path, statuses: Sequence[Status
 
 def _scorable(
     root: Path, config: RunConfig, made: Plan, statuses: list[Status]
-) -> "tuple[list[Status], Judgement | None]":
+) -> "tuple[list[Status], ScoringInput | None]":
     """Return how the slides ended, those included whose truth cannot be used, and what to score, if that is wanted."""
     if not may_be_scored(config, statuses):
         return statuses, None
-    judged = judge(root, config, made, statuses)
-    statuses = [faulted(status, judged.faults) for status in statuses]
-    return statuses, judged if may_be_scored(config, statuses) else None
+    scoring = prepare_scoring(root, config, made, statuses)
+    statuses = [faulted(status, scoring.faults) for status in statuses]
+    return statuses, scoring if may_be_scored(config, statuses) else None
 
 
 def _certificates(root: Path, folder: str, made: Plan, statuses: Sequence[Status]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""The scores of a run: judged, published under a key of their own, and shown."""
+"""Score a run: match its slides, publish the scores under a key of their own, and show the latest ones."""
 
 import json
 import math
@@ -34,24 +34,24 @@ class Evaluated(NamedTuple):
     folder: Path
 
 
-class Judgement(NamedTuple):
+class ScoringInput(NamedTuple):
     """What there is to score.
 
     Attributes:
         key: What identifies settings, detections and truth of the slides that can be scored.
-        slides: What was judged; None where the scores are published already.
+        slides: The matched slides; None where the scores are published already.
         faults: What is wrong with the slides that cannot be scored.
     """
 
     key: str
-    slides: list[evaluate.Judged] | None
+    slides: list[evaluate.MatchedSlide] | None
     faults: Mapping[str, WsiflowError]
 
 
 _SCORES = ("scores.json", "cases.csv", "froc.json", "roc.json", "matches.json", "froc.png", "roc.png")
 
 
-def judge(root: Path, config: RunConfig, made: Plan, statuses: Sequence[Status]) -> Judgement:
+def prepare_scoring(root: Path, config: RunConfig, made: Plan, statuses: Sequence[Status]) -> ScoringInput:
     """Judge the slides that have results, unless their scores are published.
 
     Scores follow the detections and the truth: a slide that joins or a corrected outline gives other scores under
@@ -64,13 +64,13 @@ def judge(root: Path, config: RunConfig, made: Plan, statuses: Sequence[Status])
     slides = {slide_id: i for slide_id, i in planned.items() if slide_id in truth}
     key = _scores_key(root, made, slides, cases, truth)
     if all(publish.at_hand(root, f"evaluations/{key[:12]}/{name}", key) is not None for name in _SCORES):
-        return Judgement(key, None, faults)
+        return ScoringInput(key, None, faults)
     readers = {slide_id: partial(_found, root, made, i, cases[slide_id], config) for slide_id, i in slides.items()}
-    judged, wrong = evaluate.judge_all(readers, config.evaluation)
+    matched, wrong = evaluate.match_slides(readers, config.evaluation)
     if wrong:
-        kept = {slide_id: i for slide_id, i in slides.items() if slide_id in judged}
+        kept = {slide_id: i for slide_id, i in slides.items() if slide_id in matched}
         key = _scores_key(root, made, kept, cases, truth)
-    return Judgement(key, list(judged.values()), faults | wrong)
+    return ScoringInput(key, list(matched.values()), faults | wrong)
 
 
 def _scores_key(
@@ -88,17 +88,17 @@ def _scores_key(
     )
 
 
-def publish_scores(root: Path, view: str, config: RunConfig, judged: Judgement) -> Evaluated:
+def publish_scores(root: Path, view: str, config: RunConfig, scoring: ScoringInput) -> Evaluated:
     """Publish scores and curves under ``evaluations/<key>``, or find them, and show the latest under ``view``."""
-    evaluated = Evaluated(judged.key, root / "evaluations" / judged.key[:12])
-    if judged.slides is not None:
-        scores = evaluate.evaluate_judged(judged.slides, config.evaluation, seed=config.seed)
+    evaluated = Evaluated(scoring.key, root / "evaluations" / scoring.key[:12])
+    if scoring.slides is not None:
+        scores = evaluate.evaluate_matched(scoring.slides, config.evaluation, seed=config.seed)
         documents = {name: text.encode() for name, text in evaluate.documents(scores).items()}
         documents["scores.json"] = documents.pop("summary.json")
         documents |= {"froc.png": report.froc_figure(scores.froc), "roc.png": report.roc_figure(scores.roc)}
         for name in _SCORES:
-            published = f"evaluations/{judged.key[:12]}/{name}"
-            publish.publish_bytes(root, published, documents[name], judged.key, facts("evaluation", ""))
+            published = f"evaluations/{scoring.key[:12]}/{name}"
+            publish.publish_bytes(root, published, documents[name], scoring.key, facts("evaluation", ""))
     for name in _SCORES[1:]:
         publish.write_view(root, f"{view}/{name}", (evaluated.folder / name).read_bytes())
     return evaluated
