@@ -13,7 +13,7 @@ from flows.__main__ import main
 from wsiflow.errors import InputError
 from wsiflow.evaluation import detections, forest, roc, slide_score
 from wsiflow.evaluation.forest import Choices
-from wsiflow.evaluation.slide_score import Row, sample_of
+from wsiflow.evaluation.slide_score import FeatureRow, sample_of
 from wsiflow.heatmap import files
 from wsiflow.heatmap.features import LEVELS, NAMES, describe
 from wsiflow.plan import plan
@@ -143,9 +143,9 @@ def test_a_table_that_is_none_is_refused(tmp_path: Path, small_slides: Path, fai
 # --- which slides are trained on
 
 
-def rows_of(*slide_ids: str, **more: object) -> list[Row]:
+def rows_of(*slide_ids: str, **more: object) -> list[FeatureRow]:
     """Return features of some slides, all the same."""
-    row = Row("", 0.5, "1", 3.9, np.zeros(len(NAMES)))
+    row = FeatureRow("", 0.5, "1", 3.9, np.zeros(len(NAMES)))
     return [row._replace(slide_id=slide_id, threshold=t, **more) for slide_id in slide_ids for t in (0.5, 0.9)]
 
 
@@ -173,7 +173,7 @@ def test_test_slides_and_slides_without_label_are_left_out() -> None:
         (rows_of("a") + rows_of("b")[:1], "slide b.*thresholds are missing"),
     ],
 )
-def test_features_that_do_not_belong_together_are_refused(rows: list[Row], told: str) -> None:
+def test_features_that_do_not_belong_together_are_refused(rows: list[FeatureRow], told: str) -> None:
     """A slide that failed silently would make another sample."""
     cases = [case("a", 1), case("b", 0)]
     extra = [replace(cases[0], slide_id="a1")] if any(row.slide_id == "a1" for row in rows) else []

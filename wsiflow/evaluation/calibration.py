@@ -57,7 +57,7 @@ class Bins:
         return int(self.n.sum())
 
 
-class Row(NamedTuple):
+class ReliabilityBin(NamedTuple):
     """A bin of a reliability table.
 
     Attributes:
@@ -147,14 +147,14 @@ def coarser(fine: Bins, k: int) -> Bins:
     return Bins(*(values.reshape(k, -1).sum(axis=1) for values in (fine.n, fine.positives, fine.p, fine.pp, fine.py)))
 
 
-def table(found: Bins) -> list[Row]:
+def table(found: Bins) -> list[ReliabilityBin]:
     """Return the reliability table: a row per bin, empty ones too."""
     edges = np.arange(len(found.n) + 1) / len(found.n)  # 0.3, and not the 0.30000000000000004 of linspace
     with np.errstate(invalid="ignore"):  # 0 / 0: an empty bin has no mean
         mean, observed = found.p / found.n, found.positives / found.n
     intervals = proportions.wilson(found.positives, found.n) + proportions.clopper_pearson(found.positives, found.n)
     columns = (edges[:-1], edges[1:], found.n, found.positives, mean, observed, *intervals)
-    return [Row(*values) for values in zip(*(column.tolist() for column in columns), strict=True)]
+    return [ReliabilityBin(*values) for values in zip(*(column.tolist() for column in columns), strict=True)]
 
 
 def scores(found: Bins) -> dict[str, float]:

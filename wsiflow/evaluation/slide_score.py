@@ -33,7 +33,7 @@ TEST = "test"
 Floats = NDArray[np.float64]
 
 
-class Row(NamedTuple):
+class FeatureRow(NamedTuple):
     """The features of a slide at one threshold."""
 
     slide_id: str
@@ -51,7 +51,7 @@ def write_features(runs: Sequence[Path], out: Path, *, reference: bool = False) 
         IntegrityError: A heatmap is not what its receipt says.
     """
     seen: dict[str, Path] = {}
-    rows: list[Row] = []
+    rows: list[FeatureRow] = []
     for run in runs:
         for planned in plan.latest(run).slides:
             if planned.slide_id in seen:
@@ -64,7 +64,7 @@ def write_features(runs: Sequence[Path], out: Path, *, reference: bool = False) 
     return len(seen)
 
 
-def slide_rows(run: Path, planned: SlidePlan, thresholds: Sequence[float], *, reference: bool) -> Iterator[Row]:
+def slide_rows(run: Path, planned: SlidePlan, thresholds: Sequence[float], *, reference: bool) -> Iterator[FeatureRow]:
     """Yield the features of one slide of a run, for each threshold.
 
     The tissue's area is that of the run's tissue mask.
@@ -89,10 +89,10 @@ def slide_rows(run: Path, planned: SlidePlan, thresholds: Sequence[float], *, re
             heat, threshold=threshold, tissue_l0_px2=tissue_l0_px2, cell_l0_px=cell_l0_px, reference=reference
         )
         version, cell_um = forest.version_of(reference=reference), frame.stride_px * frame.um_px
-        yield Row(planned.slide_id, threshold, version, cell_um, values)
+        yield FeatureRow(planned.slide_id, threshold, version, cell_um, values)
 
 
-def read_features(path: Path) -> list[Row]:
+def read_features(path: Path) -> list[FeatureRow]:
     """Read what `write_features` wrote.
 
     Raises:
@@ -105,7 +105,7 @@ def read_features(path: Path) -> list[Row]:
     rows = []
     for number, cells in table.lines:
         try:
-            row = Row(cells[0], float(cells[1]), cells[2], float(cells[3]), np.array(cells[4:], np.float64))
+            row = FeatureRow(cells[0], float(cells[1]), cells[2], float(cells[3]), np.array(cells[4:], np.float64))
         except ValueError as error:
             raise InputError(f"line {number}: {error}", advice, path=path) from error
         if not (math.isfinite(row.cell_um) and row.cell_um > 0):
@@ -114,7 +114,7 @@ def read_features(path: Path) -> list[Row]:
     return rows
 
 
-def sample_of(rows: Iterable[Row], cases: Sequence[Case]) -> Sample:
+def sample_of(rows: Iterable[FeatureRow], cases: Sequence[Case]) -> Sample:
     """Return the slides to train on: those with a label that are not of the split ``test``.
 
     Args:
@@ -126,7 +126,7 @@ def sample_of(rows: Iterable[Row], cases: Sequence[Case]) -> Sample:
             is left.
     """
     chosen = [case for case in cases if case.label is not None and case.split.lower() != TEST]
-    found: dict[str, dict[float, Row]] = {case.slide_id: {} for case in chosen}
+    found: dict[str, dict[float, FeatureRow]] = {case.slide_id: {} for case in chosen}
     for row in rows:
         if row.slide_id in found and found[row.slide_id].setdefault(row.threshold, row) is not row:
             raise InputError("its features are given twice", "give each once", slide=row.slide_id, stage="forest")
@@ -205,7 +205,7 @@ def write_scores(path: Path, run: Path, out: Path, *, also_training: bool = Fals
     return scores
 
 
-def _common(rows: Sequence[Row]) -> tuple[str, float, set[float]]:
+def _common(rows: Sequence[FeatureRow]) -> tuple[str, float, set[float]]:
     """Return version, cell and thresholds of features that can be used together."""
     versions, cell_um = {row.version for row in rows}, statistics.median(row.cell_um for row in rows)
     other = next((row for row in rows if not forest.is_same_cell(row.cell_um, cell_um)), None)

@@ -27,7 +27,7 @@ from wsiflow.analysis.runs import (
     trials_of,
 )
 from wsiflow.analysis.tradeoff import figures, report
-from wsiflow.analysis.tradeoff.figures import Cost, Row, Tradeoff
+from wsiflow.analysis.tradeoff.figures import CoreHours, SettingRow, Tradeoff
 from wsiflow.errors import EnvironmentFault, InputError
 from wsiflow.evaluation import matches, paired
 from wsiflow.run import tracking
@@ -81,7 +81,7 @@ def compare_runs(found: RunSelection, name: str, options: Options) -> Tradeoff:
     metric = _metric(compared)
     front = paired.pareto([one.mean for one in costs], [_value(compared, one.name, metric) for one in settings])
     rows = [
-        Row(
+        SettingRow(
             group.name,
             group.params,
             tuple(run.where for run in group.runs),
@@ -134,15 +134,15 @@ def _value(compared: paired.PairedResults, name: str, metric: str) -> float:
     return compared.intervals[name][metric].value
 
 
-def _cost(core_hours: Iterable[float]) -> Cost:
+def _cost(core_hours: Iterable[float]) -> CoreHours:
     known = np.array([value for value in core_hours if math.isfinite(value)])
     if not known.size:
-        return Cost(math.nan, math.nan, math.nan, math.nan, 0)
+        return CoreHours(math.nan, math.nan, math.nan, math.nan, 0)
     sd = float(known.std(ddof=1)) if known.size > 1 else math.nan
-    return Cost(float(known.mean()), sd, float(known.min()), float(known.max()), known.size)
+    return CoreHours(float(known.mean()), sd, float(known.min()), float(known.max()), known.size)
 
 
-def _reference(wanted: str, names: Sequence[str], costs: Sequence[Cost]) -> str:
+def _reference(wanted: str, names: Sequence[str], costs: Sequence[CoreHours]) -> str:
     if wanted:
         if wanted not in names:
             raise InputError(f"there is no setting {wanted!r}", f"--reference: {'; '.join(names)}", stage="comparison")

@@ -22,7 +22,7 @@ _MARKERS = "osD^vPX*"
 _TITLES = {"froc.score": "FROC score", "froc.strict_score": "Strict FROC score", "roc.auc": "Slide AUC"}
 
 
-class Cost(NamedTuple):
+class CoreHours(NamedTuple):
     """Core-hours of a setting over its repeats.
 
     Attributes:
@@ -39,7 +39,7 @@ class Cost(NamedTuple):
     n: int
 
 
-class Row(NamedTuple):
+class SettingRow(NamedTuple):
     """One setting of a comparison.
 
     Attributes:
@@ -58,7 +58,7 @@ class Row(NamedTuple):
     name: str
     params: Mapping[str, str]
     runs: tuple[str, ...]
-    cost: Cost
+    cost: CoreHours
     metrics: Mapping[str, Interval]
     differences: Mapping[str, Difference]
     delong: tuple[float, float] | None
@@ -84,19 +84,19 @@ class Tradeoff:
     name: str
     reference: str
     metric: str
-    rows: Sequence[Row]
+    rows: Sequence[SettingRow]
     common: Mapping[str, str]
     counts: Mapping[str, int]
     protocol: tuple[str, str]
     notes: Sequence[str]
 
     @property
-    def pareto(self) -> list[Row]:
+    def pareto(self) -> list[SettingRow]:
         """The Pareto set, cheapest first."""
         return sorted((row for row in self.rows if row.pareto), key=lambda row: row.cost.mean)
 
     @property
-    def base(self) -> Row:
+    def base(self) -> SettingRow:
         """The reference."""
         return next(row for row in self.rows if row.name == self.reference)
 
@@ -149,7 +149,7 @@ def _froc(tradeoff: Tradeoff) -> Any:
     return figure
 
 
-def _line(row: Row) -> tuple[Any, Any]:
+def _line(row: SettingRow) -> tuple[Any, Any]:
     return row.band.fp_per_slide, row.band.sensitivity
 
 
@@ -165,7 +165,7 @@ def _chosen(tradeoff: Tradeoff) -> set[str]:
 # --- score against cost
 
 
-def _has_both(row: Row, metric: str) -> bool:
+def _has_both(row: SettingRow, metric: str) -> bool:
     return math.isfinite(row.cost.mean) and row.cost.mean > 0 and math.isfinite(row.metrics[metric].value)
 
 
@@ -186,16 +186,16 @@ def _score_against_cost(tradeoff: Tradeoff) -> Any:
     return figure
 
 
-def _series(rows: Sequence[Row]) -> dict[str, list[Row]]:
+def _series(rows: Sequence[SettingRow]) -> dict[str, list[SettingRow]]:
     """Return the settings by all of their parameters but the last."""
-    found: dict[str, list[Row]] = {}
+    found: dict[str, list[SettingRow]] = {}
     for row in rows:
         name = ", ".join(f"{key}={value}" for key, value in list(row.params.items())[:-1])
         found.setdefault(name, []).append(row)
     return found
 
 
-def _draw_series(axes: Any, rows: Sequence[Row], metric: str, style: Mapping[str, str], name: str) -> None:
+def _draw_series(axes: Any, rows: Sequence[SettingRow], metric: str, style: Mapping[str, str], name: str) -> None:
     x = np.array([row.cost.mean for row in rows])
     y, low, high = np.array([row.metrics[metric] for row in rows]).T
     bars = np.array([[row.cost.mean - row.cost.low, row.cost.high - row.cost.mean] for row in rows]).T
@@ -216,7 +216,7 @@ def _draw_series(axes: Any, rows: Sequence[Row], metric: str, style: Mapping[str
     )
 
 
-def _draw_front(axes: Any, front: Sequence[Row], metric: str) -> None:
+def _draw_front(axes: Any, front: Sequence[SettingRow], metric: str) -> None:
     """Mark and name the Pareto set, cheapest first, and draw the best score that a cost can buy."""
     if not front:
         return

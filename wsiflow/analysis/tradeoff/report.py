@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from wsiflow.analysis.tradeoff.figures import Cost, Row, Tradeoff, p_text, sensitivities, title
+from wsiflow.analysis.tradeoff.figures import CoreHours, SettingRow, Tradeoff, p_text, sensitivities, title
 from wsiflow.evaluation.paired import Difference, Interval
 from wsiflow.run.results import page
 from wsiflow.system import tables
@@ -50,7 +50,7 @@ def _csv(found: Tradeoff) -> str:
     return tables.csv_text(rows, list(table))
 
 
-def _cells(row: Row) -> Iterator[tuple[str, Any]]:
+def _cells(row: SettingRow) -> Iterator[tuple[str, Any]]:
     """Yield every number of a setting by column."""
     yield "setting", row.name
     yield from row.params.items()
@@ -88,7 +88,7 @@ _HEADS = (
 )
 
 
-def _row(found: Tradeoff, row: Row) -> list[str]:
+def _row(found: Tradeoff, row: SettingRow) -> list[str]:
     ratio = row.cost.mean / found.base.cost.mean if found.base.cost.mean > 0 else math.nan
     one = row.differences.get(found.metric)
     compared = ["reference", "", ""] if one is None else [_difference(one), *map(p_text, (one.p, one.p_corrected))]
@@ -116,7 +116,7 @@ def _difference(one: Difference) -> str:
     return f"{text} [{one.low:+.3f}, {one.high:+.3f}]" if math.isfinite(one.low) else text
 
 
-def _cost(cost: Cost) -> str:
+def _cost(cost: CoreHours) -> str:
     if not math.isfinite(cost.mean):
         return page.NO_VALUE
     return f"{cost.mean:.3g} ± {cost.sd:.2g} (n = {cost.n})" if cost.n > 1 else f"{cost.mean:.3g}"
@@ -238,7 +238,7 @@ def _by_parameter(found: Tradeoff, heads: Sequence[str], cells: Sequence[Sequenc
     return page.table([*names, *heads], rows)
 
 
-def _marked(row: Row, names: Sequence[str], cells: Sequence[str]) -> str:
+def _marked(row: SettingRow, names: Sequence[str], cells: Sequence[str]) -> str:
     """Return a row of the table; what follows a value is small and under it."""
     told = [f"<b>{escape(name)}</b>" if row.pareto else escape(name) for name in names]
     told += [re.sub(r" ((\[|±).*)", r"<small>\1</small>", escape(cell)) for cell in cells]
