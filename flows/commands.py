@@ -276,15 +276,17 @@ def compare_maps(arguments: argparse.Namespace) -> int:
     bound = arguments.bound
     if bound is not None and not 0 <= bound <= 1:
         raise InputError(f"the bound is {bound}", "give a difference of probabilities, 0 to 1")
-    made = maps.compare(arguments.a, arguments.b, threshold=arguments.threshold, radius_um=arguments.radius_um)
-    say(table(made))
-    say(maps.sentence(made))
+    comparison = maps.compare_maps(
+        arguments.a, arguments.b, threshold=arguments.threshold, radius_um=arguments.radius_um
+    )
+    say(table(comparison))
+    say(maps.summary_sentence(comparison))
     if arguments.out is not None:
-        write(made, arguments.out)
+        write(comparison, arguments.out)
         say(f"written    {arguments.out / 'equivalence.md'}")
     if bound is None:
         return 0
-    reasons = maps.verdict(made, bound)
+    reasons = maps.reasons_not_equivalent(comparison, bound)
     say(f"NOT EQUIVALENT within {bound:g}: {'; '.join(reasons)}" if reasons else f"equivalent within {bound:g}")
     return maps.NOT_EQUIVALENT if reasons else 0
 

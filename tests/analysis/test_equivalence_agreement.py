@@ -11,7 +11,14 @@ from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
 from wsiflow.analysis.equivalence import agreement
-from wsiflow.analysis.equivalence.agreement import added, nothing, numbers, pair, quantile, tally
+from wsiflow.analysis.equivalence.agreement import (
+    empty_tally,
+    merge_tallies,
+    pair_detections,
+    quantile,
+    tally,
+    tally_numbers,
+)
 from wsiflow.errors import InputError
 
 F32 = NDArray[np.float32]
@@ -42,9 +49,9 @@ def plain(a: F32, b: F32, threshold: float) -> dict[str, float]:
 def test_numbers_are_those_of_the_whole_however_it_is_cut(drawn: tuple[F32, F32, int]) -> None:
     """Two bands added up give what NumPy gives for both together."""
     a, b, cut = drawn
-    found = added(tally(a[:cut], b[:cut], threshold=0.5), tally(a[cut:], b[cut:], threshold=0.5))
+    found = merge_tallies(tally(a[:cut], b[:cut], threshold=0.5), tally(a[cut:], b[cut:], threshold=0.5))
     expected = plain(a, b, 0.5)
-    assert {name: numbers(found)[name] for name in expected} == pytest.approx(expected, abs=1e-12, nan_ok=True)
+    assert {name: tally_numbers(found)[name] for name in expected} == pytest.approx(expected, abs=1e-12, nan_ok=True)
     assert found.counts.sum() == found.strips[0].sum() == found.n
 
 
@@ -64,11 +71,11 @@ def test_correlation_of_many_bands() -> None:
     rng = np.random.default_rng(0)
     a = (0.9 + 1e-4 * rng.random((40, 50))).astype(np.float32)
     b = (a + 1e-5 * rng.random((40, 50))).astype(np.float32)
-    found = nothing()
+    found = empty_tally()
     for x, y in zip(a, b, strict=True):
-        found = added(found, tally(x, y, threshold=0.5))
+        found = merge_tallies(found, tally(x, y, threshold=0.5))
     expected = np.corrcoef(a.ravel().astype(np.float64), b.ravel().astype(np.float64))[0, 1]
-    assert numbers(found)["correlation"] == pytest.approx(expected, rel=1e-9)
+    assert tally_numbers(found)["correlation"] == pytest.approx(expected, rel=1e-9)
 
 
 def test_histogram_counts_between_powers_of_two() -> None:
@@ -85,7 +92,7 @@ def test_histogram_counts_between_powers_of_two() -> None:
 def test_equal_maps_differ_nowhere() -> None:
     """0 everywhere, and the flip rate is bounded by the rule of three."""
     a = np.linspace(0, 1, 1000, dtype=np.float32)
-    found = numbers(tally(a, a, threshold=0.5))
+    found = tally_numbers(tally(a, a, threshold=0.5))
     assert [found[name] for name in ("max", "mean", "p50", "p99.9", "bias", "flips")] == [0] * 6
     assert found["flip_share_upper"] == pytest.approx(3 / 1000, rel=0.01)
     assert found["correlation"] == pytest.approx(1)
@@ -94,7 +101,7 @@ def test_equal_maps_differ_nowhere() -> None:
 def test_no_common_cell_is_no_number() -> None:
     """Maps of different tissue have counts and nothing else."""
     a, b = np.array([0.3, np.nan], np.float32), np.array([np.nan, 0.3], np.float32)
-    found = numbers(tally(a, b, threshold=0.5))
+    found = tally_numbers(tally(a, b, threshold=0.5))
     assert (found["cells"], found["only_a"], found["only_b"]) == (0, 1, 1)
     assert math.isnan(found["max"])
     assert found["flip_share_upper"] == 1
@@ -130,7 +137,7 @@ points = hnp.arrays(np.float64, st.tuples(st.integers(0, 6), st.just(2)), elemen
 @given(points, points, st.sampled_from([0.0, 1.0, 2.5]))
 def test_as_many_pairs_as_possible(a: NDArray[np.float64], b: NDArray[np.float64], reach: float) -> None:
     """No other choice of pairs leaves fewer alone: every one is tried."""
-    found = pair(a, b, reach=reach)
+    found = pair_detections(a, b, reach=reach)
     near = np.hypot(*(a[:, None] - b[None]).transpose(2, 0, 1)) <= reach
     n = min(len(a), len(b))
     small, large = (near, len(b)) if len(a) <= len(b) else (near.T, len(a))
@@ -141,6 +148,6 @@ def test_as_many_pairs_as_possible(a: NDArray[np.float64], b: NDArray[np.float64
 
 def test_pairs_are_not_shared() -> None:
     """Two of A's near one of B's: one of them is lost; the far one of B's is gained."""
-    found = pair(np.array([[0.0, 0], [1, 0]]), np.array([[0.5, 0], [90, 0]]), reach=5)
+    found = pair_detections(np.array([[0.0, 0], [1, 0]]), np.array([[0.5, 0], [90, 0]]), reach=5)
     assert found.lost.sum() == 1
     assert found.gained.tolist() == [False, True]

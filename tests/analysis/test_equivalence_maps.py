@@ -11,14 +11,20 @@ import numpy as np
 import pytest
 
 from flows import cli
-from wsiflow.analysis.equivalence.maps import NOT_EQUIVALENT, Comparison, compare, tally_files, verdict
+from wsiflow.analysis.equivalence.maps import (
+    NOT_EQUIVALENT,
+    MapComparison,
+    compare_maps,
+    reasons_not_equivalent,
+    tally_files,
+)
 from wsiflow.errors import InputError
 from wsiflow.evaluation.matches import read_matches
 from wsiflow.heatmap.files import read_heatmap, write_heatmap
 
 
-def compared(a: Path, b: Path, **more: Any) -> Comparison:
-    return compare(a, b, **{"threshold": 0.5, "radius_um": 75.0, **more})
+def compared(a: Path, b: Path, **more: Any) -> MapComparison:
+    return compare_maps(a, b, **{"threshold": 0.5, "radius_um": 75.0, **more})
 
 
 def changed(source: Path, out: Path, change: Any = None, **frame: Any) -> Path:
@@ -123,7 +129,7 @@ def test_cells_of_one_map_only_are_counted(tumour: Path, tmp_path: Path) -> None
     made = compared(tumour, changed(tumour, tmp_path / "o.tif", less))
     assert (made.total.only_a, made.total.only_b) == (7, 0)
     assert made.total.largest == 0
-    assert verdict(made, 0.0) == ["7 cells are scored by one of the two only"]
+    assert reasons_not_equivalent(made, 0.0) == ["7 cells are scored by one of the two only"]
 
 
 def test_maps_that_begin_elsewhere_are_laid_on_one_grid(tumour: Path, tmp_path: Path) -> None:
@@ -169,8 +175,8 @@ def test_a_missing_slide_is_named(two_settings: tuple[Path, Path], copied: Path)
     made = compared(two_settings[0], copied)
     assert len(made.slides) == 5
     assert made.missing == ["tumor_002 has no heatmap in copy"]
-    assert verdict(made, 1.0) == made.missing
-    (told,) = verdict(dataclasses.replace(made, missing=[], neither=["tumor_002"]), 1.0)
+    assert reasons_not_equivalent(made, 1.0) == made.missing
+    (told,) = reasons_not_equivalent(dataclasses.replace(made, missing=[], neither=["tumor_002"]), 1.0)
     assert told == "neither has a heatmap of 1 planned slides"
 
 
@@ -187,7 +193,7 @@ def test_lost_and_gained_lesions_are_told(two_settings: tuple[Path, Path], copie
     found = compared(two_settings[0], copied).pooled().found
     assert found is not None
     assert (found.lost, found.gained, found.true_lost, found.true_gained) == (lost, 1, 1, 0)
-    assert "true lesions gained 0, lost 1 of" in verdict(compared(two_settings[0], copied), 1.0)[0]
+    assert "true lesions gained 0, lost 1 of" in reasons_not_equivalent(compared(two_settings[0], copied), 1.0)[0]
 
 
 def test_other_truth_is_refused(two_settings: tuple[Path, Path], copied: Path) -> None:
