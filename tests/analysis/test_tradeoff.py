@@ -16,7 +16,7 @@ from serving import BIN, PrefectServer
 from swept import Trial, drawn, log, matches, slide, store, stride_trials, write_folder
 
 from flows.__main__ import main
-from wsiflow.analysis.runs import FinishedRun, RunSelection, in_folders, of_sweep
+from wsiflow.analysis.runs import FinishedRun, RunSelection, runs_in_folders, runs_of_sweep
 from wsiflow.analysis.tradeoff import comparison
 from wsiflow.analysis.tradeoff.comparison import Options
 from wsiflow.analysis.tradeoff.figures import Tradeoff
@@ -223,7 +223,7 @@ def test_what_is_beside_the_scored_runs_is_told(tmp_path: Path) -> None:
     write_folder(tmp_path / "a", some(3))
     (tmp_path / "b").mkdir()
     (tmp_path / "b/cases.json").write_text("{}")
-    assert in_folders([tmp_path]).notes == ["Left out, since not all of its slides have scores: b."]
+    assert runs_in_folders([tmp_path]).notes == ["Left out, since not all of its slides have scores: b."]
 
 
 # --- figures
@@ -319,25 +319,25 @@ def test_of_a_folder_the_latest_record_counts(uri: str, tmp_path: Path) -> None:
     for number, found in enumerate((some(3), more)):
         log(params, [Trial({"inference.stride": 16}, 1.0, found)], tmp_path, key=f"k{number}")
     log(params, [Trial({"inference.stride": 56}, 1.0, more)], tmp_path, key="k3", tags={"wsiflow.folder": "other"})
-    assert [len(one.matches.slides) for one in of_sweep(params).runs] == [9, 9]
+    assert [len(one.matches.slides) for one in runs_of_sweep(params).runs] == [9, 9]
 
 
 def test_a_sweep_has_to_be_named_where_there_are_two(uri: str, tmp_path: Path) -> None:
     """An experiment with two sweeps is not compared across them; both are named."""
     for sweep in ("coarse", "fine"):
         log(store(uri, sweep, "two"), [Trial({"inference.stride": 16}, 1.0, some(3))], tmp_path)
-    with pytest.raises(InputError, match="2 sweeps; --sweep: coarse, fine"):
-        of_sweep(store(uri, None, "two"))
-    with pytest.raises(InputError, match="no run of sweep other; it has the sweeps coarse, fine"):
-        of_sweep(store(uri, "other", "two"))
-    assert len(of_sweep(store(uri, "fine", "two")).runs) == 1
+    with pytest.raises(InputError, match="2 sweeps and none is named; name one with --sweep: coarse, fine"):
+        runs_of_sweep(store(uri, None, "two"))
+    with pytest.raises(InputError, match="no run of sweep other; name one of its sweeps: coarse, fine"):
+        runs_of_sweep(store(uri, "other", "two"))
+    assert len(runs_of_sweep(store(uri, "fine", "two")).runs) == 1
 
 
 def test_single_runs_do_not_join_the_only_sweep(uri: str, tmp_path: Path) -> None:
     """They share the experiment by default."""
     for sweep, folder in ((None, "single"), ("fine", "fine")):
         log(store(uri, sweep, "one"), [Trial({"inference.stride": 16}, 1.0, some(3))], tmp_path, key=folder)
-    assert [one.sweep for one in of_sweep(store(uri, None, "one")).runs] == ["fine"]
+    assert [one.sweep for one in runs_of_sweep(store(uri, None, "one")).runs] == ["fine"]
 
 
 def test_what_is_not_in_a_store_is_named(uri: str, recorded: list[str], tmp_path: Path, capsys: Any) -> None:

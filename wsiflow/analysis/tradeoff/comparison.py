@@ -1,10 +1,10 @@
-"""Compare runs: what each setting scores and costs, how it differs from a reference, and which are worth their cost.
+"""Compare runs: the score and the cost of each setting, its difference from a reference, and the Pareto set.
 
-Input: the runs of a sweep as MLflow has them, or their folders. Output: ``compare.md``, ``compare.csv``, figures as PNG
-and SVG, and ``report.html``; in MLflow the Pareto set as tags of the runs, the rest with the sweep's parent.
+Input: the runs of a sweep from MLflow, or folders of runs. Output: ``compare.md``, ``compare.csv``, figures as PNG and
+SVG, and ``report.html``. In MLflow the runs of the Pareto set are tagged, and the rest is logged to the sweep's parent.
 
-Runs whose settings are the same are repeats of one setting: their scores have to be equal and their costs have a
-spread. Only runs over the same slides, exclusions, protocol and truth are compared.
+Runs with equal settings are repeats of one setting: their scores must be equal, and their costs have a standard
+deviation. Only runs with the same slides, exclusions, protocol and truth are compared.
 """
 
 import math
@@ -18,13 +18,13 @@ import numpy as np
 from wsiflow.analysis.runs import (
     FinishedRun,
     RunSelection,
+    folder_identity,
     holds_runs,
-    identity,
-    in_folders,
-    natural,
-    of_sweep,
-    store,
-    trials_of,
+    natural_key,
+    runs_in_folders,
+    runs_of_sweep,
+    runs_of_trials,
+    tracking_params,
 )
 from wsiflow.analysis.tradeoff import figures, report
 from wsiflow.analysis.tradeoff.figures import CoreHours, SettingRow, Tradeoff
@@ -34,25 +34,25 @@ from wsiflow.run import tracking
 from wsiflow.run.tracking import ComparisonRecord, LogResult, TrackingParams
 from wsiflow.system import publish
 
-# What makes no setting: names, places, who is told, and what tells repeats apart.
+# Parameters that are not settings: names, folders, tracking and orchestration, and what distinguishes repeats.
 _NO_SETTING = re.compile(
     r"(name|out|share|seed|repeat|subsampled_from|orchestrator|allow_partial|shard_slides|evaluation\.bootstrap"
     r"|tracking\..*)"
 )
-# What follows from other settings more often than it is set; shown only where it tells settings apart.
+# Parameters that mostly follow from other settings; shown only where nothing else distinguishes two settings.
 _FOLLOWS = re.compile(r"(tiles|dense|executor|digest)\..*")
 _SAME = 1e-5  # the same settings on another processor give probabilities that agree to about 1e-6
-_KINDS = (".method", ".kind")  # which of a group's options: what its other parameters mean depends on it
+_KINDS = (".method", ".kind")  # select the option of a group, on which the meaning of its other parameters depends
 _DRAWS_EACH = 100  # for each difference: the smallest corrected p-value is then 0.02
 _SHOWN = 5
 
 
 class Options(NamedTuple):
-    """How to compare.
+    """How runs are compared.
 
     Attributes:
         reference: Name of the setting that others are compared with; empty: the one that costs most.
-        resamples: Draws of the intervals, 0 for none; with many settings there are more, see `_draws`.
+        resamples: Bootstrap draws of the intervals, 0 for none; `_draws` takes more where there are many settings.
         seed: Seed of the draws.
     """
 
@@ -64,17 +64,22 @@ class Options(NamedTuple):
 # --- comparing
 
 
-def compare_runs(found: RunSelection, name: str, options: Options) -> Tradeoff:
-    """Compare runs.
+def compare_runs(selection: RunSelection, name: str, options: Options) -> Tradeoff:
+    """Compare the settings of runs on the same cases.
+
+    Args:
+        selection: The runs, and notes on those that were left out.
+        name: Name of the comparison: the sweep or the experiment.
+        options: How the runs are compared.
 
     Raises:
-        InputError: Runs are over different slides, exclusions, protocols or truth; repeats differ in their scores;
-            nothing has truth; or the reference is none of the settings.
+        InputError: The runs differ in slides, exclusions, protocol or truth; repeats differ in their scores; no run has
+            a score; or no setting has the name of the reference.
     """
-    _refuse_unequal(found.runs)
-    groups, following = _settings(found.runs)
+    _refuse_incomparable(selection.runs)
+    groups, following = _settings(selection.runs)
     settings = [one.runs[0].matches.setting(one.name) for one in groups]
-    costs = [_cost(run.core_hours for run in one.runs) for one in groups]
+    costs = [_core_hours(run.core_hours for run in one.runs) for one in groups]
     reference = _reference(options.reference, [one.name for one in settings], costs)
     draws = _draws(options.resamples, len(settings))
     compared = paired.bootstrap(settings, reference=reference, n=draws, seed=options.seed)
@@ -94,28 +99,28 @@ def compare_runs(found: RunSelection, name: str, options: Options) -> Tradeoff:
         )
         for group, cost, on_front in zip(groups, costs, front, strict=True)
     ]
-    first = found.runs[0].matches
+    first = selection.runs[0].matches
     return Tradeoff(
         name=name,
         reference=reference,
         metric=metric,
         rows=rows,
-        common=_common(found.runs),
+        common=_common(selection.runs),
         counts=_counts(first, draws),
         protocol=(str(first.protocol.get("name", "")), first.protocol_hash),
-        notes=[*found.notes, *following, *_processors(found.runs)],
+        notes=[*selection.notes, *following, *_processors(selection.runs)],
     )
 
 
-def _draws(wanted: int, n_settings: int) -> int:
-    """Return how often to draw: at least so often that a clear difference is one after the correction, 0 for never.
+def _draws(requested: int, n_settings: int) -> int:
+    """Return the number of bootstrap draws: enough for a corrected p-value of 0.02; 0 where none are requested.
 
-    The smallest p-value is 2 in draws + 1, and Holm's method multiplies it by the number of differences.
+    The smallest p-value is 2 / (draws + 1), and Holm's method multiplies it by the number of differences.
     """
-    return max(wanted, _DRAWS_EACH * (n_settings - 1)) if wanted else 0
+    return max(requested, _DRAWS_EACH * (n_settings - 1)) if requested else 0
 
 
-def _refuse_unequal(runs: Sequence[FinishedRun]) -> None:
+def _refuse_incomparable(runs: Sequence[FinishedRun]) -> None:
     reasons = paired.comparability_problems([run.matches.setting(run.name) for run in runs])
     if reasons:
         more = f"; and {len(reasons) - _SHOWN} more" if len(reasons) > _SHOWN else ""
@@ -134,7 +139,7 @@ def _value(compared: paired.PairedResults, name: str, metric: str) -> float:
     return compared.intervals[name][metric].value
 
 
-def _cost(core_hours: Iterable[float]) -> CoreHours:
+def _core_hours(core_hours: Iterable[float]) -> CoreHours:
     known = np.array([value for value in core_hours if math.isfinite(value)])
     if not known.size:
         return CoreHours(math.nan, math.nan, math.nan, math.nan, 0)
@@ -142,11 +147,12 @@ def _cost(core_hours: Iterable[float]) -> CoreHours:
     return CoreHours(float(known.mean()), sd, float(known.min()), float(known.max()), known.size)
 
 
-def _reference(wanted: str, names: Sequence[str], costs: Sequence[CoreHours]) -> str:
-    if wanted:
-        if wanted not in names:
-            raise InputError(f"there is no setting {wanted!r}", f"--reference: {'; '.join(names)}", stage="comparison")
-        return wanted
+def _reference(requested: str, names: Sequence[str], costs: Sequence[CoreHours]) -> str:
+    if requested:
+        if requested not in names:
+            remedy = f"name one with --reference: {'; '.join(names)}"
+            raise InputError(f"there is no setting {requested!r}", remedy, stage="comparison")
+        return requested
     return names[int(np.argmax([-1 if math.isnan(cost.mean) else cost.mean for cost in costs]))]
 
 
@@ -162,17 +168,17 @@ def _counts(first: matches.EvaluationRecord, resamples: int) -> dict[str, int]:
 
 
 def _processors(runs: Sequence[FinishedRun]) -> list[str]:
-    found = sorted({run.processor for run in runs if run.processor})
-    if len(found) < 2:
+    names = sorted({run.processor for run in runs if run.processor})
+    if len(names) < 2:
         return []
-    return [f"Core-hours were measured on different processors and are not strictly comparable: {'; '.join(found)}."]
+    return [f"Core-hours were measured on different processors and are not strictly comparable: {'; '.join(names)}."]
 
 
 # --- settings
 
 
 class _Group(NamedTuple):
-    """The runs of one setting: its name, and the parameters that differ, by short name."""
+    """The runs of one setting, the setting's name, and the values of the parameters that differ, by short name."""
 
     name: str
     params: Mapping[str, str]
@@ -180,9 +186,9 @@ class _Group(NamedTuple):
 
 
 def _settings(runs: Sequence[FinishedRun]) -> tuple[list[_Group], list[str]]:
-    """Return the settings in natural order, and what to say of parameters that differ along with those shown."""
+    """Return the settings in natural order, and a note on differing parameters that the names do not show."""
     keys = _differing(runs)
-    shown = _telling(runs, keys)
+    shown = _distinguishing(runs, keys)
     shown.sort(key=lambda key: len({run.params.get(key, "") for run in runs}))
     groups: dict[tuple[str, ...], list[FinishedRun]] = {}
     for run in runs:
@@ -192,7 +198,7 @@ def _settings(runs: Sequence[FinishedRun]) -> tuple[list[_Group], list[str]]:
     short = _short(shown)
     texts = {key: _short_values([values[place] for values in groups]) for place, key in enumerate(shown)}
     named = []
-    for values, members in sorted(groups.items(), key=lambda item: [natural(value) for value in item[0]]):
+    for values, members in sorted(groups.items(), key=lambda item: [natural_key(value) for value in item[0]]):
         params = {name: texts[key][value] for name, key, value in zip(short, shown, values, strict=True)}
         name = ", ".join(f"{key}={value}" for key, value in params.items()) or members[0].name
         named.append(_Group(name, params, members))
@@ -201,33 +207,40 @@ def _settings(runs: Sequence[FinishedRun]) -> tuple[list[_Group], list[str]]:
 
 
 def _differing(runs: Sequence[FinishedRun]) -> list[str]:
-    """Return the parameters that are not the same in all runs, but for what makes no setting."""
+    """Return the settings, by dotted name, whose values are not the same in all runs."""
     keys = dict.fromkeys(key for run in runs for key in run.params)
     return [
         key for key in keys if not _NO_SETTING.fullmatch(key) and len({run.params.get(key, "") for run in runs}) > 1
     ]
 
 
-def _telling(runs: Sequence[FinishedRun], keys: Sequence[str]) -> list[str]:
-    """Return as few of the parameters as tell the runs apart as all do: the ones with most values, and kinds first."""
+def _distinguishing(runs: Sequence[FinishedRun], keys: Sequence[str]) -> list[str]:
+    """Return a small subset of the parameters that distinguishes the runs as well as all parameters do.
 
-    def apart(some: Sequence[str]) -> int:
+    Parameters with many values and those that select a method are preferred; greedy removal of the others.
+    """
+
+    def n_distinct(some: Sequence[str]) -> int:
         return len({tuple(run.params.get(key, "") for key in some) for run in runs})
 
     def least(key: str) -> tuple[int, bool, bool, int]:
         values = len({run.params.get(key, "") for run in runs})
         return values, not _FOLLOWS.fullmatch(key), key.endswith(_KINDS), -len(key)
 
-    kept, wanted = list(keys), apart(keys)
+    kept, needed = list(keys), n_distinct(keys)
     for key in sorted(keys, key=least):
         others = [one for one in kept if one != key]
-        if apart(others) == wanted:
+        if n_distinct(others) == needed:
             kept = others
     return kept
 
 
 def _refuse_unlike_repeats(members: Sequence[FinishedRun]) -> None:
-    """Refuse runs of one setting whose scores are not the same."""
+    """Refuse repeats of one setting whose scores differ.
+
+    Raises:
+        InputError: Two of them differ in the result of a slide; the message names the first such slide.
+    """
     first = members[0]
     for other in members[1:]:
         odd = [
@@ -237,7 +250,7 @@ def _refuse_unlike_repeats(members: Sequence[FinishedRun]) -> None:
         ]
         if odd:
             cause = f"{first.name} and {other.name} have the same settings and other scores, first for {odd[0]}"
-            raise InputError(cause, "leave one of them out, or see what made it", stage="comparison")
+            raise InputError(cause, "leave one of them out, or find out why their scores differ", stage="comparison")
 
 
 def _aligned(first: FinishedRun, other: FinishedRun) -> list[matches.SlideRecord]:
@@ -246,7 +259,7 @@ def _aligned(first: FinishedRun, other: FinishedRun) -> list[matches.SlideRecord
 
 
 def _same(one: matches.SlideRecord, other: matches.SlideRecord) -> bool:
-    """Tell whether two results of a slide agree as far as processors do."""
+    """Tell whether two results of a slide agree within 1e-5, as the same settings on two processors do."""
     ours, theirs = (
         [x.score, *(-1.0 if best is None else best for best in x.best), *sorted(x.false_positives)]
         for x in (one, other)
@@ -255,7 +268,7 @@ def _same(one: matches.SlideRecord, other: matches.SlideRecord) -> bool:
 
 
 def _common(runs: Sequence[FinishedRun]) -> dict[str, str]:
-    """Return what all runs have in common."""
+    """Return the settings that have the same value in all runs."""
     return {
         key: value
         for key, value in runs[0].params.items()
@@ -264,13 +277,16 @@ def _common(runs: Sequence[FinishedRun]) -> dict[str, str]:
 
 
 def _short(keys: Sequence[str]) -> list[str]:
-    """Return the last parts of dotted names, or the whole where that is not unique; a kind goes by its group."""
+    """Return the last part of each dotted name, or the whole name where that is ambiguous.
+
+    A parameter that selects the option of a group, such as ``stain.method``, is called by its group.
+    """
     last = [key.removesuffix(_KINDS[0]).removesuffix(_KINDS[1]).rpartition(".")[2] for key in keys]
     return [part if last.count(part) == 1 else key for part, key in zip(last, keys, strict=True)]
 
 
 def _short_values(values: Sequence[str]) -> dict[str, str]:
-    """Return values by value, paths and digests cut short where that keeps them apart."""
+    """Return a short form of each value: paths and digests are cut where the short forms stay distinct."""
     cut = {value: value.rpartition("/")[2][:40] for value in values}
     return cut if len(set(cut.values())) == len(cut) else {value: value for value in values}
 
@@ -311,7 +327,7 @@ def log_to_mlflow(
     return tracking.log_comparison(
         params,
         ComparisonRecord(
-            pareto={one.run_id: front[folder] for one in tracked if (folder := identity(one)) in front},
+            pareto={one.run_id: front[folder] for one in tracked if (folder := folder_identity(one)) in front},
             metrics={
                 "compare.n_settings": len(tradeoff.rows),
                 "compare.n_runs": len(runs),
@@ -356,7 +372,7 @@ def parse_request(names: Sequence[str], uri: str, sweep: str | None, options: Op
     folders = [Path(name) for name in names]
     if len(folders) > 1 or holds_runs(folders[0]):
         return Request(folders, None, options)
-    return Request([], store(uri, names[0], sweep), options)
+    return Request([], tracking_params(uri, names[0], sweep), options)
 
 
 class ComparisonResult(NamedTuple):
@@ -383,11 +399,11 @@ def run_comparison(request: Request, out: Path) -> ComparisonResult:
         EnvironmentFault: The store cannot be read, or the folder cannot be written.
     """
     if request.params is None:
-        selection = in_folders(request.folders)
+        selection = runs_in_folders(request.folders)
         name = request.folders[0].name if len(request.folders) == 1 else out.name
         tradeoff = compare_runs(selection, name, request.options)
         return ComparisonResult(tradeoff, out, write_files(out, tradeoff), None)
-    selection = of_sweep(request.params)
+    selection = runs_of_sweep(request.params)
     params = request.params.model_copy(update={"sweep": selection.runs[0].sweep or None})
     return _compare_and_log(selection, params, params.sweep or params.experiment, request.options, out)
 
@@ -410,7 +426,7 @@ def compare_sweep_folder(
         InputError: See `compare_runs`.
         EnvironmentFault: The folder cannot be written.
     """
-    selection = trials_of(out, failed)
+    selection = runs_of_trials(out, failed)
     if len(selection.runs) < 2:
         return None
     return _compare_and_log(selection, params, params.sweep or out.name, options, out)
