@@ -49,15 +49,15 @@ def tumour(two_settings: tuple[Path, Path]) -> Path:
 
 def test_two_runs_against_whole_arrays(two_settings: tuple[Path, Path]) -> None:
     """Pooled over bands and slides the numbers are those of all cells in one array."""
-    made = compared(*two_settings)
-    assert len(made.slides) == 6
+    comparison = compared(*two_settings)
+    assert len(comparison.slides) == 6
     maps = [
         np.concatenate([read_heatmap(path)[0].ravel() for path in sorted(run.glob("heatmaps/*_00?.tif"))])
         for run in two_settings
     ]
     known = np.isfinite(maps[0])
     d = maps[1][known].astype(np.float64) - maps[0][known]
-    pooled = made.total
+    pooled = comparison.total
     assert pooled.n == known.sum() > 1000
     assert pooled.largest == np.abs(d).max() > 0
     assert pooled.total / pooled.n == pytest.approx(d.mean())
@@ -66,7 +66,7 @@ def test_two_runs_against_whole_arrays(two_settings: tuple[Path, Path]) -> None:
 
 def test_lesions_of_two_runs(two_settings: tuple[Path, Path]) -> None:
     """Every detection has its counterpart, and every true lesion that one run hits the other hits too."""
-    found = compared(*two_settings).pooled().found
+    found = compared(*two_settings).pooled().lesions
     assert found is not None
     recorded = read_matches(two_settings[0] / "evaluation/matches.json").slides
     assert found.true == sum(len(one.best) - one.n_itc for one in recorded) > 0
@@ -126,10 +126,10 @@ def test_cells_of_one_map_only_are_counted(tumour: Path, tmp_path: Path) -> None
     def less(heat: Any) -> None:
         heat.ravel()[np.flatnonzero(np.isfinite(heat))[:7]] = np.nan
 
-    made = compared(tumour, changed(tumour, tmp_path / "o.tif", less))
-    assert (made.total.only_a, made.total.only_b) == (7, 0)
-    assert made.total.largest == 0
-    assert reasons_not_equivalent(made, 0.0) == ["7 cells are scored by one of the two only"]
+    comparison = compared(tumour, changed(tumour, tmp_path / "o.tif", less))
+    assert (comparison.total.only_a, comparison.total.only_b) == (7, 0)
+    assert comparison.total.largest == 0
+    assert reasons_not_equivalent(comparison, 0.0) == ["7 cells are scored by one of the two only"]
 
 
 def test_maps_that_begin_elsewhere_are_laid_on_one_grid(tumour: Path, tmp_path: Path) -> None:
@@ -172,11 +172,11 @@ def test_other_grids_are_refused_by_name(tumour: Path, tmp_path: Path) -> None:
 def test_a_missing_slide_is_named(two_settings: tuple[Path, Path], copied: Path) -> None:
     """The others are compared; equivalence is not claimed."""
     (copied / "heatmaps/tumor_002.tif").unlink()
-    made = compared(two_settings[0], copied)
-    assert len(made.slides) == 5
-    assert made.missing == ["tumor_002 has no heatmap in copy"]
-    assert reasons_not_equivalent(made, 1.0) == made.missing
-    (told,) = reasons_not_equivalent(dataclasses.replace(made, missing=[], neither=["tumor_002"]), 1.0)
+    comparison = compared(two_settings[0], copied)
+    assert len(comparison.slides) == 5
+    assert comparison.missing == ["tumor_002 has no heatmap in copy"]
+    assert reasons_not_equivalent(comparison, 1.0) == comparison.missing
+    (told,) = reasons_not_equivalent(dataclasses.replace(comparison, missing=[], neither=["tumor_002"]), 1.0)
     assert told == "neither has a heatmap of 1 planned slides"
 
 
@@ -190,7 +190,7 @@ def test_lost_and_gained_lesions_are_told(two_settings: tuple[Path, Path], copie
     one["best"] = [None for _ in one["best"]]
     path.write_text(json.dumps(matches))
     lost = len((two_settings[0] / name).read_text().splitlines())
-    found = compared(two_settings[0], copied).pooled().found
+    found = compared(two_settings[0], copied).pooled().lesions
     assert found is not None
     assert (found.lost, found.gained, found.true_lost, found.true_gained) == (lost, 1, 1, 0)
     assert "true lesions gained 0, lost 1 of" in reasons_not_equivalent(compared(two_settings[0], copied), 1.0)[0]
@@ -201,13 +201,13 @@ def test_other_truth_is_refused(two_settings: tuple[Path, Path], copied: Path) -
     matches = json.loads(path.read_text())
     matches["slides"][-1]["truth"] = "0" * 64
     path.write_text(json.dumps(matches))
-    with pytest.raises(InputError, match=r"tumor_003.*truth is another one"):
+    with pytest.raises(InputError, match=r"tumor_003.*another truth"):
         compared(two_settings[0], copied)
 
 
 def test_without_truth_detections_alone_are_compared(two_settings: tuple[Path, Path], copied: Path) -> None:
     (copied / "evaluation/matches.json").unlink()
-    found = compared(two_settings[0], copied).pooled().found
+    found = compared(two_settings[0], copied).pooled().lesions
     assert found is not None
     assert found.true is None
     assert found.same
@@ -217,7 +217,7 @@ def test_without_truth_detections_alone_are_compared(two_settings: tuple[Path, P
     ("arguments", "cause"),
     [
         (["nowhere", "nowhere"], "does not exist"),
-        (["{run}", "{map}"], "one is a folder and the other a file"),
+        (["{run}", "{map}"], "one of the two is a folder"),
         (["{run}/tissue", "{run}"], "holds no plan"),
         (["{run}/plan.json", "{map}"], "not a readable heatmap"),
         (["{map}", "{map}", "--threshold", "2"], "give a probability"),
@@ -237,9 +237,9 @@ def test_what_cannot_be_compared_ends_in_one_line(
 
 def test_numbers_that_do_not_exist_are_null(tumour: Path, tmp_path: Path) -> None:
     """Maps without a common cell: no maximum in JSON, no crash in figure and table."""
-    made = compared(tumour, changed(tumour, tmp_path / "o.tif", lambda heat: heat.fill(np.nan)))
+    comparison = compared(tumour, changed(tumour, tmp_path / "o.tif", lambda heat: heat.fill(np.nan)))
     from wsiflow.analysis.equivalence import report
 
-    files = report.documents(made)
+    files = report.documents(comparison)
     assert json.loads(files["equivalence.json"])["pooled"]["max"] is None
     assert b"score no common cell" in files["equivalence.md"]

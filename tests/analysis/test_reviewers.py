@@ -197,7 +197,7 @@ def test_slides_without_an_outcome_are_never_passed_over(copied: Path) -> None:
     path = copied / "process_list.csv"
     lines = path.read_text().splitlines()
     path.write_text("\n".join([*lines[:-1], ""]))
-    with pytest.raises(IntegrityError, match="ended well: tumor_003"):
+    with pytest.raises(IntegrityError, match="not those that the run completed: tumor_003"):
         scored.read(copied)
     broken_matches(copied, lambda slides: slides.pop())
     with pytest.raises(IntegrityError, match="without an outcome: tumor_003"):
@@ -363,7 +363,7 @@ def test_every_file_has_its_hash(exported: Path) -> None:
 @pytest.mark.parametrize(
     ("gone", "cause"),
     [
-        ("cases.json", "it holds no run"),
+        ("cases.json", "the folder holds no run"),
         ("process_list.csv", "has not ended yet"),
         ("evaluation/matches.json", "not scored by this version"),
     ],

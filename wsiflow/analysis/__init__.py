@@ -1,4 +1,4 @@
-"""What finished runs tell together: settings compared, maps compared, and what reviewers are handed."""
+"""Analysis of finished runs: comparison of settings, equivalence of heatmaps, and exports for reviewers."""
 
 from typing import TYPE_CHECKING
 
