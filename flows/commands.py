@@ -314,7 +314,7 @@ def export_regulatory(arguments: argparse.Namespace) -> int:
     from wsiflow.analysis.reviewers import export
 
     cells = not arguments.no_cells
-    asked = export.Asked(arguments.subgroups, arguments.table, arguments.threshold, cells)
-    for line in export.export(arguments.run, arguments.out, asked):
+    options = export.ExportOptions(arguments.subgroups, arguments.table, arguments.threshold, cells)
+    for line in export.export(arguments.run, arguments.out, options):
         say(line)
     return 0

@@ -300,7 +300,7 @@ def test_too_many_groups_are_refused(finished: Path) -> None:
         subgroups.table(
             record.model_copy(update={"slides": many}),
             {"patient_id": {one.slide_id: one.slide_id for one in many}},
-            subgroups.How(0.5, 0, 0),
+            subgroups.SubgroupOptions(0.5, 0, 0),
         )
 
 
@@ -343,7 +343,9 @@ def test_outlines_that_have_changed_since_are_refused(copied: Path) -> None:
         slides[-1]["truth"] = "0" * 64
 
     broken_matches(copied, other)
-    with pytest.raises(IntegrityError, match=r"tumor_003.*its true regions are no longer those it was scored with"):
+    with pytest.raises(
+        IntegrityError, match=r"tumor_003.*the annotated regions are no longer those that the slide was scored with"
+    ):
         calibration.documents(scored.read(copied), cells=True)
 
 

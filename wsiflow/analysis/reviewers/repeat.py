@@ -1,6 +1,6 @@
-"""``repeat.json``: everything needed to get a run's number again, and to see that it is the same.
+"""Document how to repeat a run and how to check that the repetition gives the same bytes (``repeat.json``).
 
-Input: a scored run. Output: JSON values. What was computed where comes from the receipts, not from the machine that
+Input: a scored run. Output: JSON values. Machines and versions come from the run's receipts, not from the machine that
 exports.
 """
 
@@ -21,11 +21,11 @@ _MACHINE = ("host", "cpu", "versions", "numeric_class")
 
 
 def document(run: ScoredRun, table: Path | None, exported: Mapping[str, str]) -> dict[str, Any]:
-    """Return the record.
+    """Return the content of ``repeat.json`` as JSON values.
 
     Args:
         run: The run.
-        table: A table of subgroups that was read beside the manifest, or None.
+        table: The table of subgroups that was read beside the manifest, or None.
         exported: SHA-256 of the other exported files, by name.
     """
     receipts = _receipts(run.root)
@@ -61,7 +61,7 @@ def document(run: ScoredRun, table: Path | None, exported: Mapping[str, str]) ->
 
 
 def _commands(run: ScoredRun) -> list[str]:
-    """Return what to type, in the folder of the exported files."""
+    """Return the commands that verify, repeat and compare the run, for the folder of the exported files."""
     root = shlex.quote(str(run.root.absolute()))
     return [
         f"wsiflow verify {root}",
@@ -72,33 +72,33 @@ def _commands(run: ScoredRun) -> list[str]:
 
 
 def _receipts(root: Path) -> list[publish.Receipt]:
-    """Return what was published in a run's folder, in the order of the names."""
+    """Return the receipts of a run's published files, ordered by file name."""
     return [receipt for name in publish.receipt_names(root) if (receipt := publish.read_receipt(root, name))]
 
 
 def _is_output(name: str) -> bool:
-    """Tell what a repeated run has to have the same bytes of."""
+    """Tell whether a repetition of the run must publish this file with the same bytes."""
     return name.startswith(("heatmaps/", "detections/", "evaluations/")) and not name.endswith(".png")
 
 
 def _machines(receipts: list[publish.Receipt]) -> list[dict[str, Any]]:
-    """Return every kind of machine and process that computed something, with how many files it published."""
-    found: dict[str, dict[str, Any]] = {}
+    """Return host, CPU, versions and numeric class of every process that published files, with the number of files."""
+    machines: dict[str, dict[str, Any]] = {}
     for receipt in receipts:
         about = {name: receipt[name] for name in _MACHINE if name in receipt}
         if "numeric_class" in about:
-            one = found.setdefault(json.dumps(about, sort_keys=True), {**about, "files": 0})
+            one = machines.setdefault(json.dumps(about, sort_keys=True), {**about, "files": 0})
             one["files"] += 1
-    return [found[key] for key in sorted(found)]
+    return [machines[key] for key in sorted(machines)]
 
 
 def _model(run: ScoredRun) -> dict[str, Any]:
-    """Return what identifies the model; its card only while it is still there and the same."""
+    """Return the identity of the model, and its card where the card still exists and is still the one of the run."""
     identity = run.plan.settings["predict"]["model"]
     try:
-        found = card.read_card(run.config.model)
+        model_card = card.read_card(run.config.model)
     except InputError as error:
         return {"identity": identity, "card": None, "note": str(error)}
-    if card.identity(found) != identity:
+    if card.identity(model_card) != identity:
         return {"identity": identity, "card": None, "note": "the card is no longer that of the run"}
-    return {"identity": identity, "weights_sha256": found.sha256, "card": found.model_dump(mode="json")}
+    return {"identity": identity, "weights_sha256": model_card.sha256, "card": model_card.model_dump(mode="json")}
