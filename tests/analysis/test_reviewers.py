@@ -280,7 +280,7 @@ def test_columns_come_from_a_table_too(finished: Path, tmp_path: Path) -> None:
         ("a", "slide_id,a\nx,1\nx,2\n", "slide x has 2 lines"),
         ("a", "name,a\nx,1\n", "no column slide_id"),
         ("a", "slide_id,a\nx\n", "line 2 has 1 cells"),
-        ("a", "", "it is empty"),
+        ("a", "", "the table of slides is empty"),
     ],
 )
 def test_tables_that_cannot_be_used_are_refused(

@@ -217,7 +217,9 @@ def test_missing_and_stray_detection_files_are_all_named(project, tmp_path):
     cases, folder = project(E1, e1_masks(tmp_path))
     for slide_id in ("Tumor_A", "Normal_D"):
         (folder / f"{slide_id}.csv").rename(folder / f"{slide_id.lower()}.csv")
-    with pytest.raises(InputError, match=r"no detection file for Normal_D, Tumor_A and a .* for normal_d, tumor_a"):
+    with pytest.raises(
+        InputError, match=r"no detection file for Normal_D, Tumor_A and there is a .* for normal_d, tumor_a"
+    ):
         evaluate.evaluate_folder(cases, folder, E1_PARAMS, seed=0)
 
 
@@ -232,7 +234,7 @@ def test_missing_scores_are_named(project, tmp_path):
     """Every slide needs a score when scores are given."""
     cases, folder = project(E1, e1_masks(tmp_path))
     (tmp_path / "scores.csv").write_text("slide_id,score\nTumor_A,.9\nTumor_B,.8\nOther,.8\n")
-    with pytest.raises(InputError, match="no score for Normal_C, Normal_D and a score for Other"):
+    with pytest.raises(InputError, match="no score for Normal_C, Normal_D and there is a score for Other"):
         evaluate.evaluate_folder(cases, folder, E1_PARAMS, seed=0, scores=tmp_path / "scores.csv")
 
 
@@ -332,8 +334,8 @@ def test_detection_file_of_another_system(tmp_path):
         ("", "first line is ''"),
         ("a,0.5\n", "first line is 'a,0.5'"),
         ("slide_id,score\na,x\n", "line 2"),
-        ("slide_id,score\na\n", "line 2: 1 cells"),
-        ("slide_id,score\na,.5\na,.5\n", "line 3: a second score"),
+        ("slide_id,score\na\n", "line 2 has 1 cells"),
+        ("slide_id,score\na,.5\na,.5\n", "line 3 is a second score"),
     ],
 )
 def test_damaged_score_files(tmp_path, text, told):
@@ -552,10 +554,10 @@ def spoiled(change):
     ("change", "told"),
     [
         (lambda v: v.pop("protocol_hash"), "protocol_hash: Field required"),
-        (lambda v: v["protocol"].update(itc_um=1), "does not have the hash it states"),
+        (lambda v: v["protocol"].update(itc_um=1), "does not have the hash that the file states"),
         (lambda v: v["slides"][0].update(score="high"), r"slides.0.score: .*valid number"),
         (lambda v: v["slides"][0].update(score=math.nan), r"slides.0.score: .*finite"),
-        (lambda v: v["slides"].append({**v["slides"][0], "slide_id": "A"}), "slide A.*it is there twice"),
+        (lambda v: v["slides"].append({**v["slides"][0], "slide_id": "A"}), "slide A.*recorded twice"),
         (lambda v: v["slides"][0].update(itc=[0], n_itc=1), r"slide a.*itc \[0\] does not fit"),
         (lambda v: v["slides"][0].update(n_itc=1), r"slide a.*itc \[\] does not fit n_itc 1"),
         (lambda v: v["slides"][0].update(label=None), "slide a.*has no label"),

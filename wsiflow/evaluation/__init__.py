@@ -1,4 +1,4 @@
-"""What scores are worth: lesions found, slides told apart, and how sure that is."""
+"""Evaluation of scores: FROC for lesions, ROC for slides, calibration, and the uncertainty of each."""
 
 from typing import TYPE_CHECKING
 
