@@ -114,9 +114,9 @@ def test_published_scores_agree_with_another_implementation(shared_data: Path) -
 @pytest.mark.parametrize(
     ("groups", "told"),
     [
-        (([], [1], [0]), "first kind: 0 scores"),
-        (([1], [1], []), "normal: 0 scores"),
-        (([1], [np.nan], [0]), "second kind: 1 scores, 1 of them not finite"),
+        (([], [1], [0]), "first kind has 0 scores"),
+        (([1], [1], []), "normal has 0 scores"),
+        (([1], [np.nan], [0]), "second kind has 1 scores, 1 of them not finite"),
     ],
 )
 def test_unusable_groups_are_refused(groups: tuple[list[float], ...], told: str) -> None:
