@@ -246,10 +246,10 @@ def train_forest(arguments: argparse.Namespace) -> int:
     from wsiflow.evaluation.forest import Choices
 
     choices = Choices(trees=arguments.trees, trees_choosing=-(-arguments.trees // 3))
-    made = slide_score.train(
+    trained = slide_score.train(
         arguments.features, arguments.manifest, arguments.out, seed=arguments.seed, choices=choices
     )
-    card = made.card
+    card = trained.card
     chosen = ", ".join(f"{name} {value:g}" for name, value in card.settings._asdict().items())
     say(f"trained on {len(card.training)} slides of {card.n_patients} patients, {card.n_tumour} with tumour: {chosen}")
     say(f"AUC in cross-validation {card.auc:.4f} (95 % interval {card.auc_low:.4f} to {card.auc_high:.4f})")

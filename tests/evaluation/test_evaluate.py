@@ -574,7 +574,9 @@ def test_spoiled_matches_are_named(tmp_path, change, told):
 
 def test_matches_that_are_no_file_or_no_json(tmp_path):
     """A missing file and another format end in one line each."""
-    with pytest.raises(InputError, match=r"the file of matches cannot be read .No such file or directory.; give the matches.json"):
+    with pytest.raises(
+        InputError, match=r"the file of matches cannot be read .No such file or directory.; give the matches.json"
+    ):
         matches.read_matches(tmp_path / "none.json")
     (tmp_path / "cut.json").write_text('{"protocol": ')
     with pytest.raises(InputError, match=r"cut.json.*the file: Invalid JSON"):

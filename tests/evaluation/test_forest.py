@@ -206,7 +206,7 @@ def test_nodes_that_are_no_trees_are_refused(small: Forest, tmp_path: Path, name
     document["trees"][name][0] = value
     content = {part: document[part] for part in ("card", "trees")}
     path.write_text(json.dumps(document | {"sha256": publish.key_of(**content)}))
-    with pytest.raises(IntegrityError, match="no trees"):
+    with pytest.raises(IntegrityError, match="do not form trees"):
         load(path)
 
 

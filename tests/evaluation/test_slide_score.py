@@ -170,7 +170,7 @@ def test_test_slides_and_slides_without_label_are_left_out() -> None:
         (rows_of("a", "b", "a"), "slide a.*given twice"),
         (rows_of("a") + rows_of("b", version="reference-1"), "versions 1, reference-1"),
         (rows_of("a", "a1") + rows_of("b", cell_um=15.6), "slide b.*cells of 15.6 um where most have 3.9 um"),
-        (rows_of("a") + rows_of("b")[:1], "slide b.*thresholds are missing"),
+        (rows_of("a") + rows_of("b")[:1], "slide b.*no features at some of the thresholds"),
     ],
 )
 def test_features_that_do_not_belong_together_are_refused(rows: list[FeatureRow], told: str) -> None:
@@ -179,7 +179,7 @@ def test_features_that_do_not_belong_together_are_refused(rows: list[FeatureRow]
     extra = [replace(cases[0], slide_id="a1")] if any(row.slide_id == "a1" for row in rows) else []
     with pytest.raises(InputError, match=told):
         sample_of(rows, [*cases, *extra])
-    with pytest.raises(InputError, match="no slides"):
+    with pytest.raises(InputError, match="no labelled slides"):
         sample_of(rows, [])
 
 
