@@ -229,5 +229,5 @@ def test_other_files_are_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "forest.json").write_text(text)
     with pytest.raises(InputError, match="forest"):
         load(tmp_path / "forest.json")
-    with pytest.raises(InputError, match=r"the forest cannot be read .*train it again"):
+    with pytest.raises(InputError, match=r"the forest cannot be read .*train the forest again"):
         load(tmp_path / "absent.json")
