@@ -17,7 +17,7 @@ import yaml
 from wsiflow import redaction
 from wsiflow.errors import InputError
 from wsiflow.evaluation.matches import EvaluationRecord, read_matches
-from wsiflow.plan import plan
+from wsiflow.plan.plan import latest as latest_plan
 from wsiflow.run import cases, tracking
 from wsiflow.run.results import record
 from wsiflow.run.stages import ingest
@@ -119,8 +119,8 @@ def _from_folder(root: Path) -> FinishedRun:
     cases_path = ingest.told(root)
     params = {"run": root.name}
     if cases_path:
-        run_plan, config = plan.latest(root), json.loads(cases_path.read_text(encoding="utf-8"))["config"]
-        params = _texts(record.settings(config, run_plan)) | record.digests(run_plan)
+        plan, config = latest_plan(root), json.loads(cases_path.read_text(encoding="utf-8"))["config"]
+        params = _texts(record.settings(config, plan)) | record.digests(plan)
     elif (folder / "settings.json").is_file():
         params = _texts(json.loads((folder / "settings.json").read_text(encoding="utf-8")))
     return FinishedRun(

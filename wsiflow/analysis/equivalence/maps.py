@@ -21,7 +21,7 @@ from wsiflow.analysis.equivalence.agreement import Tally
 from wsiflow.errors import InputError
 from wsiflow.evaluation import detections, matches, proportions
 from wsiflow.heatmap import files
-from wsiflow.plan import plan
+from wsiflow.plan.plan import latest as latest_plan
 from wsiflow.slides import pyramid
 
 NOT_EQUIVALENT = 10
@@ -190,10 +190,10 @@ class _RunFolder:
 
     def __init__(self, root: Path) -> None:
         """Read the plan, and ``matches.json`` where the run was scored."""
-        run_plan = plan.latest(root)
+        plan = latest_plan(root)
         self.root = root
-        self.planned = {slide.slide_id for slide in (*run_plan.slides, *run_plan.rejected)}
-        self.slides = {slide.slide_id: slide for slide in run_plan.slides if self.heatmap(slide.slide_id).is_file()}
+        self.planned = {slide.slide_id for slide in (*plan.slides, *plan.rejected)}
+        self.slides = {slide.slide_id: slide for slide in plan.slides if self.heatmap(slide.slide_id).is_file()}
         paths = [root / folder / "matches.json" for folder in ("evaluation", "evaluation-PARTIAL")]
         scored = next((path for path in paths if path.is_file()), None)
         records = matches.read_matches(scored).slides if scored else []

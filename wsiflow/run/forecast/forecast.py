@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from wsiflow.errors import InputError
-from wsiflow.plan import plan
 from wsiflow.plan.plan import Plan
+from wsiflow.plan.plan import read as read_plan
 from wsiflow.run import shards
 from wsiflow.run.config import RunConfig
 from wsiflow.run.costs import Costs
@@ -61,36 +61,36 @@ class Counted(NamedTuple):
 
 def count(plan_path: Path, config: RunConfig) -> Counted:
     """Count what a plan asks for, and what of it is published."""
-    root, made = plan_path.parent, plan.read(plan_path)
+    root, plan = plan_path.parent, read_plan(plan_path)
     slides: list[Tasks] = []
     tasks, done = dict.fromkeys(STAGES, 0), dict.fromkeys(STAGES, 0)
-    for slide in range(len(made.slides)):
+    for slide in range(len(plan.slides)):
         missing: Tasks = {}
-        for stage in (stage for stage in STAGES.values() if stage.is_due(made, slide)):
-            places = stage.tasks_of(made, slide)
-            left = [place for place in places if not publish.is_there(root, stage.product_of(made, place))]
+        for stage in (stage for stage in STAGES.values() if stage.is_due(plan, slide)):
+            places = stage.tasks_of(plan, slide)
+            left = [place for place in places if not publish.is_there(root, stage.product_of(plan, place))]
             tasks[stage.name] += len(places)
             done[stage.name] += len(places) - len(left)
-            missing[stage.name] = {place: shards.units(made, stage, place) for place in left}
+            missing[stage.name] = {place: shards.units(plan, stage, place) for place in left}
         slides.append(missing)
     return Counted(
         slides,
-        [planned.n_tiles for planned in made.slides],
-        {rejected.slide_id: rejected.reason for rejected in made.rejected},
+        [planned.n_tiles for planned in plan.slides],
+        {rejected.slide_id: rejected.reason for rejected in plan.rejected},
         tasks,
         done,
-        _scratch(root, made),
-        _files(tasks) + _SLIDE_FILES * len(made.slides),
-        max(_WORKER_MB + config.tiles.memory_mb, _stitching_mb(made)),
+        _scratch(root, plan),
+        _files(tasks) + _SLIDE_FILES * len(plan.slides),
+        max(_WORKER_MB + config.tiles.memory_mb, _stitching_mb(plan)),
     )
 
 
-def _scratch(root: Path, made: Plan) -> dict[str, int]:
+def _scratch(root: Path, plan: Plan) -> dict[str, int]:
     """Return bytes by kind: patches as stored, scores, and heatmaps at most, since cells without tissue take little."""
-    stored = made.work["store"]
-    pixels = sum(measure.areas_px(root, made)) if stored["kind"] == "hdf5" else 0
-    cells = sum(planned.n_tiles * planned.frame.cells_per_tile**2 for planned in made.slides)
-    return _bytes(pixels, stored["compression"], cells, sum(slide.n_tiles for slide in made.slides), made.n_groups)
+    stored = plan.work["store"]
+    pixels = sum(measure.areas_px(root, plan)) if stored["kind"] == "hdf5" else 0
+    cells = sum(planned.n_tiles * planned.frame.cells_per_tile**2 for planned in plan.slides)
+    return _bytes(pixels, stored["compression"], cells, sum(slide.n_tiles for slide in plan.slides), plan.n_groups)
 
 
 def _bytes(pixels: float, compression: str, cells: int, tiles: int, groups: int) -> dict[str, int]:
@@ -106,9 +106,9 @@ def _files(tasks: Mapping[str, int]) -> int:
     return 2 * sum(count * (1 + len(STAGES[stage].beside)) for stage, count in tasks.items())
 
 
-def _stitching_mb(made: Plan) -> int:
+def _stitching_mb(plan: Plan) -> int:
     """Return what stitching the largest map takes: it is held about three times."""
-    largest = max((math.prod(planned.frame.h_shape) for planned in made.slides), default=0)
+    largest = max((math.prod(planned.frame.h_shape) for planned in plan.slides), default=0)
     return round(3 * 4 * largest / 1e6)
 
 
