@@ -346,7 +346,7 @@ def test_what_is_not_in_a_store_is_named(uri: str, recorded: list[str], tmp_path
     assert not list(tmp_path.iterdir())
     assert main(["compare", "absent", "--uri", uri]) == 20
     said = capsys.readouterr().err
-    assert "absent.db: there is no such file" in said
+    assert "absent.db: there is no such MLflow store" in said
     assert re.search("no experiment 'absent'; name one of: .*wsiflow", said)
 
 

@@ -159,7 +159,7 @@ def test_one_class_and_features_that_are_none_are_refused() -> None:
     with pytest.raises(InputError, match="one class"):
         grow(rows, np.ones(10, np.int64), Settings(0.9, 5, 3, 1), trees=2, seed=0)
     for odd in (np.nan, 1e39):  # the second is finite, but not for scikit-learn
-        with pytest.raises(InputError, match="1 of them not finite"):
+        with pytest.raises(InputError, match="1 of them are not finite"):
             grow(
                 np.where(np.arange(300).reshape(10, 30) == 7, odd, rows),
                 sample.labels,

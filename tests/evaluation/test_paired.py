@@ -377,7 +377,7 @@ def test_delongs_test_stands_beside_the_draws():
 
 def test_names_have_to_be_told_apart(pair):
     """Two settings of one name, or a reference that is not there, are refused."""
-    with pytest.raises(InputError, match="name of its own"):
+    with pytest.raises(InputError, match="a unique name"):
         bootstrap([pair[0], pair[0]], reference="a", n=1)
     with pytest.raises(InputError, match="'c' as the reference"):
         bootstrap(pair, reference="c", n=1)

@@ -1,4 +1,4 @@
-"""What a run will take: its tasks counted, its bytes, and its time on other machines."""
+"""Forecast what a run will take: number of tasks, disk space, memory, and time on other machines."""
 
 import math
 from collections.abc import Mapping
@@ -18,11 +18,11 @@ from wsiflow.run.stages.line import LOADING, STAGES
 from wsiflow.system import publish, tables
 from wsiflow.system.machine import allocated_cores
 
-# Bytes of a block's pixels that a store keeps, as measured on synthetic slides: docs/performance.md.
-_READ_SHARE = 1.69  # pixels read over pixels of tissue tiles, likewise
+# Measured on synthetic slides, see docs/performance.md. _KEPT: stored bytes per byte of a block's pixels.
+_READ_SHARE = 1.69  # pixels read over pixels of tissue tiles
 _KEPT = {"none": 1.0, "lzf": 0.74, "gzip": 0.62, "jpeg": 0.08}
-_WORKER_MB = 800  # a worker without its network's activations
-_SLIDE_FILES = 10  # of ingest, and folders
+_WORKER_MB = 800  # memory of a worker without the activations of its network
+_SLIDE_FILES = 10  # files of ingest, and folders, per slide
 _FILE_BYTES = 8192  # structure and receipt of a small file
 _SEED = 0
 SCHEDULERS = {
@@ -32,21 +32,21 @@ SCHEDULERS = {
     "slurm": Cluster(1, fresh=True, starts_per_s=50, poll_s=15, array_limit=1001, failure=0.001),
     "sge": Cluster(1, fresh=True, starts_per_s=20, poll_s=15, array_limit=75_000, failure=0.001),
 }
-"""How each kind of place runs slices. Limits are the programs' own defaults; sites differ."""
+"""Simulated cluster of each executor and scheduler. Limits are the defaults of the programs; sites differ."""
 
 
 class Counted(NamedTuple):
-    """What there is to do.
+    """The tasks of a run, and the resources that they take.
 
     Attributes:
-        slides: The tasks of each slide that are still to be done.
-        tiles: Tissue tiles of each slide.
-        rejected: Slides that cannot be planned, with their reasons.
-        tasks: Tasks by stage.
-        done: How many of them are published already.
-        scratch: Bytes by kind.
-        files: Files and folders.
-        memory_mb: What the largest task takes.
+        slides: Tasks of each slide that are not published yet.
+        tiles: Number of tissue tiles of each slide.
+        rejected: Reasons of the slides that cannot be planned, by slide id.
+        tasks: Number of tasks by stage.
+        done: Number of published tasks by stage.
+        scratch: Bytes on disk by kind of file.
+        files: Number of files and folders.
+        memory_mb: Memory of the largest task, MB.
     """
 
     slides: list[Tasks]
@@ -60,7 +60,7 @@ class Counted(NamedTuple):
 
 
 def count(plan_path: Path, config: RunConfig) -> Counted:
-    """Count what a plan asks for, and what of it is published."""
+    """Count the tasks of a plan, and which of them are published, and estimate their resources."""
     root, plan = plan_path.parent, read_plan(plan_path)
     slides: list[Tasks] = []
     tasks, done = dict.fromkeys(STAGES, 0), dict.fromkeys(STAGES, 0)
@@ -86,7 +86,7 @@ def count(plan_path: Path, config: RunConfig) -> Counted:
 
 
 def _scratch(root: Path, plan: Plan) -> dict[str, int]:
-    """Return bytes by kind: patches as stored, scores, and heatmaps at most, since cells without tissue take little."""
+    """Return an estimate of the bytes on disk by kind: patches, scores, and an upper bound for heatmaps."""
     stored = plan.work["store"]
     pixels = sum(measure.areas_px(root, plan)) if stored["kind"] == "hdf5" else 0
     cells = sum(planned.n_tiles * planned.frame.cells_per_tile**2 for planned in plan.slides)
@@ -102,50 +102,67 @@ def _bytes(pixels: float, compression: str, cells: int, tiles: int, groups: int)
 
 
 def _files(tasks: Mapping[str, int]) -> int:
-    """Return how many files the tasks leave, each with its receipt."""
+    """Return the number of files that the tasks publish, receipts included."""
     return 2 * sum(count * (1 + len(STAGES[stage].beside)) for stage, count in tasks.items())
 
 
 def _stitching_mb(plan: Plan) -> int:
-    """Return what stitching the largest map takes: it is held about three times."""
+    """Return the memory in MB that stitching the largest heatmap takes: about three copies of it."""
     largest = max((math.prod(planned.frame.h_shape) for planned in plan.slides), default=0)
     return round(3 * 4 * largest / 1e6)
 
 
 def count_table(config: RunConfig, path: Path, share: float) -> Counted:
-    """Count what slides would be of which a table tells the tiles."""
+    """Count the tasks of slides of which only a table with numbers of tiles exists.
+
+    Args:
+        config: The configuration of the run.
+        path: CSV with a column ``n_tiles_224``, tiles in the bounding box of each slide's tissue.
+        share: Share of these tiles that hold tissue.
+
+    Raises:
+        InputError: The table cannot be read, or a count is not a whole number.
+    """
     advice = "give a CSV with slide,n_tiles_224"
     table = tables.read(path, "the table of tiles", advice, ("n_tiles_224",))
     try:
         boxes = [int(row["n_tiles_224"]) for row in table.rows()]
     except ValueError as error:
-        raise InputError(f"the table of tiles holds what is no count ({error})", advice, path=path) from error
+        cause = f"the table of tiles has a count that is not a whole number ({error})"
+        raise InputError(cause, advice, path=path) from error
     tiles = [max(1, round(share * box)) for box in boxes]
     stored = config.store.kind == "hdf5"
     sizes = Sizes(
         config.tiles.group_tiles,
         max(1, config.store.part_tiles // config.tiles.group_tiles) * config.tiles.group_tiles,
     )
-    asked = {
+    enabled = {
         "stain": config.stain.method != "none",
         "extract": stored,
         "index": stored,
         "certify": config.dense.windows > 0,
     }
-    units = {stage.name: stage.unit for stage in STAGES.values() if asked.get(stage.name, True)}
-    found = [simulation.slide_tasks(count, units, sizes) for count in tiles]
-    tasks = {stage: sum(len(slide.get(stage, ())) for slide in found) for stage in STAGES}
+    units = {stage.name: stage.unit for stage in STAGES.values() if enabled.get(stage.name, True)}
+    slides = [simulation.slide_tasks(count, units, sizes) for count in tiles]
+    tasks = {stage: sum(len(slide.get(stage, ())) for slide in slides) for stage in STAGES}
     cells = sum(tiles) * (config.tiles.tile_px // config.inference.stride) ** 2
     pixels = _READ_SHARE * sum(tiles) * config.tiles.tile_px**2 if stored else 0
     scratch = _bytes(pixels, config.store.compression, cells, sum(tiles), tasks["predict"])
     memory_mb = _WORKER_MB + config.tiles.memory_mb
     files = _files(tasks) + _SLIDE_FILES * len(tiles)
     none_done = dict.fromkeys(tasks, 0)
-    return Counted(simulation.numbered(found), tiles, {}, tasks, none_done, scratch, files, memory_mb)
+    return Counted(simulation.numbered(slides), tiles, {}, tasks, none_done, scratch, files, memory_mb)
 
 
 def cluster_of(scheduler: str, workers: int, costs: Costs, queue_s: float) -> Cluster:
-    """Return a cluster of so many workers; those of this machine share its cores."""
+    """Return the cluster to simulate.
+
+    Args:
+        scheduler: A name of `SCHEDULERS`; workers of ``inline`` and ``process`` share the cores of this machine.
+        workers: Number of workers.
+        costs: Measured or rough costs of tasks.
+        queue_s: Mean wait in the scheduler's queue, seconds.
+    """
     return SCHEDULERS[scheduler]._replace(
         workers=1 if scheduler == "inline" else workers,
         cores=allocated_cores() if scheduler in {"inline", "process"} else 0,
@@ -160,7 +177,7 @@ def cluster_of(scheduler: str, workers: int, costs: Costs, queue_s: float) -> Cl
 
 
 def forecast(counted: Counted, costs: Costs, config: RunConfig, cluster: Cluster) -> Forecast:
-    """Simulate what is left to do, in the run's own shards and slices."""
+    """Simulate the remaining tasks of a run on a cluster, in the shards and slices that the run would use."""
     cuts = shards.cut(counted.tiles, config.shard_slides)
     parts = [[counted.slides[index] for index in part] for part in cuts]
     return simulation.simulate(
@@ -169,7 +186,7 @@ def forecast(counted: Counted, costs: Costs, config: RunConfig, cluster: Cluster
 
 
 def core_hours(counted: Counted, costs: Costs) -> dict[str, float]:
-    """Return the core-hours that are left to do, by stage."""
+    """Return the core-hours of the remaining tasks by stage."""
     seconds: dict[str, float] = {}
     for tasks in counted.slides:
         for stage, places in tasks.items():
