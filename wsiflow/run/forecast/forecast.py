@@ -35,7 +35,7 @@ SCHEDULERS = {
 """Simulated cluster of each executor and scheduler. Limits are the defaults of the programs; sites differ."""
 
 
-class Counted(NamedTuple):
+class TaskCounts(NamedTuple):
     """The tasks of a run, and the resources that they take.
 
     Attributes:
@@ -59,7 +59,7 @@ class Counted(NamedTuple):
     memory_mb: int
 
 
-def count(plan_path: Path, config: RunConfig) -> Counted:
+def count_tasks(plan_path: Path, config: RunConfig) -> TaskCounts:
     """Count the tasks of a plan, and which of them are published, and estimate their resources."""
     root, plan = plan_path.parent, read_plan(plan_path)
     slides: list[Tasks] = []
@@ -73,7 +73,7 @@ def count(plan_path: Path, config: RunConfig) -> Counted:
             done[stage.name] += len(places) - len(left)
             missing[stage.name] = {place: shards.units(plan, stage, place) for place in left}
         slides.append(missing)
-    return Counted(
+    return TaskCounts(
         slides,
         [planned.n_tiles for planned in plan.slides],
         {rejected.slide_id: rejected.reason for rejected in plan.rejected},
@@ -112,7 +112,7 @@ def _stitching_mb(plan: Plan) -> int:
     return round(3 * 4 * largest / 1e6)
 
 
-def count_table(config: RunConfig, path: Path, share: float) -> Counted:
+def count_tasks_in_table(config: RunConfig, path: Path, share: float) -> TaskCounts:
     """Count the tasks of slides of which only a table with numbers of tiles exists.
 
     Args:
@@ -151,7 +151,7 @@ def count_table(config: RunConfig, path: Path, share: float) -> Counted:
     memory_mb = _WORKER_MB + config.tiles.memory_mb
     files = _files(tasks) + _SLIDE_FILES * len(tiles)
     none_done = dict.fromkeys(tasks, 0)
-    return Counted(simulation.numbered(slides), tiles, {}, tasks, none_done, scratch, files, memory_mb)
+    return TaskCounts(simulation.numbered(slides), tiles, {}, tasks, none_done, scratch, files, memory_mb)
 
 
 def cluster_of(scheduler: str, workers: int, costs: Costs, queue_s: float) -> Cluster:
@@ -176,19 +176,19 @@ def cluster_of(scheduler: str, workers: int, costs: Costs, queue_s: float) -> Cl
     )
 
 
-def forecast(counted: Counted, costs: Costs, config: RunConfig, cluster: Cluster) -> Forecast:
+def forecast(counts: TaskCounts, costs: Costs, config: RunConfig, cluster: Cluster) -> Forecast:
     """Simulate the remaining tasks of a run on a cluster, in the shards and slices that the run would use."""
-    cuts = shards.cut(counted.tiles, config.shard_slides)
-    parts = [[counted.slides[index] for index in part] for part in cuts]
+    cuts = shards.cut(counts.tiles, config.shard_slides)
+    parts = [[counts.slides[index] for index in part] for part in cuts]
     return simulation.simulate(
         [simulation.shard(part, costs, loading=LOADING, target_s=config.executor.slice_s) for part in parts], cluster
     )
 
 
-def core_hours(counted: Counted, costs: Costs) -> dict[str, float]:
+def core_hours(counts: TaskCounts, costs: Costs) -> dict[str, float]:
     """Return the core-hours of the remaining tasks by stage."""
     seconds: dict[str, float] = {}
-    for tasks in counted.slides:
+    for tasks in counts.slides:
         for stage, places in tasks.items():
             more = sum(costs.task_s(stage, tiles) for tiles in places.values())
             seconds[stage] = seconds.get(stage, 0.0) + more
