@@ -71,21 +71,21 @@ def _cases(given: argparse.Namespace, manifest: Path) -> list[NetworkCase]:
     networks = {"demo": ("pkg:demo.json", given.demo_stride, given.googlenet_stride)}
     if given.googlenet is not None:
         networks["googlenet"] = (str(given.googlenet), given.googlenet_stride, given.real_stride)
-    found = []
+    cases = []
     for name, (card, stride, real_stride) in networks.items():
         stride = 56 if given.quick else stride
         ways: dict[str, tuple[str, ...]] = {"dense": ()}
         if name == "googlenet":
             ways["dense, shared to pool3"] = ("dense.share_until=pool3",)
-        found.append(
+        cases.append(
             NetworkCase(f"{name}, synthetic, stride {stride}", card, (*synthetic, f"inference.stride={stride}"), ways)
         )
         if given.slide is not None:
             stride = 112 if given.quick else real_stride
             real = ("dataset=single", f"dataset.path={given.slide}", "geometry.max_upsample=2.1")
             real += (f"inference.stride={stride}",)
-            found.append(NetworkCase(f"{name}, {given.slide.name}, stride {stride}", card, real, ways))
-    return found
+            cases.append(NetworkCase(f"{name}, {given.slide.name}, stride {stride}", card, real, ways))
+    return cases
 
 
 def _compared(folder: Path, case: NetworkCase) -> dict[str, Any]:
@@ -94,14 +94,14 @@ def _compared(folder: Path, case: NetworkCase) -> dict[str, Any]:
     say(f"{case.name}: window")
     with product.run(folder, *common, "inference=window", *_stride(case)) as (out, metrics):
         expected = product.heatmaps(out)
-        found: dict[str, Any] = {"window": {"froc": metrics.get("froc.score")}}
+        results: dict[str, Any] = {"window": {"froc": metrics.get("froc.score")}}
     for name, overrides in case.ways.items():
         say(f"{case.name}: {name}")
         with product.run(folder, *common, "dense.tolerance=1", "dense.windows=50", *overrides) as (out, metrics):
             maps = product.heatmaps(out)
             about = {key: value for key, value in metrics.items() if key.startswith("dense.")}
-        found[name] = _apart(maps, expected) | {"froc": metrics.get("froc.score"), "certificate": about}
-    return found
+        results[name] = _apart(maps, expected) | {"froc": metrics.get("froc.score"), "certificate": about}
+    return results
 
 
 def _stride(case: NetworkCase) -> list[str]:
@@ -125,10 +125,10 @@ def _apart(maps: dict[str, Any], expected: dict[str, Any]) -> dict[str, Any]:
     return certificate.compare(left, right)._asdict() | quantiles
 
 
-def _rows(name: str, found: dict[str, Any]) -> list[list[str]]:
+def _rows(name: str, results: dict[str, Any]) -> list[list[str]]:
     """Return the table rows of a case, one for each way."""
     rows = []
-    for way, each in found.items():
+    for way, each in results.items():
         froc = "" if each["froc"] is None or np.isnan(each["froc"]) else f"{each['froc']:.3f}"
         if way == "window":
             rows.append([name, way, *[""] * 8, froc])

@@ -55,14 +55,14 @@ class Size(NamedTuple):
 
 def ways(*, quick: bool, only: Sequence[str] = ("window", "dense")) -> list[tuple[str, str, str]]:
     """Return every combination of engine, backend and precision that this machine can run."""
-    found = [
+    combinations = [
         (engine, backend, precision)
         for engine in only
         for backend in available()
         for precision in PRECISIONS[backend]
         if (precision != "bf16" or cpu_supports_bf16()) and (backend, precision) != ("torch", "bf16")
     ]
-    return [way for way in found if way[1] == "openvino" and way[2] != "int8"] if quick else found
+    return [way for way in combinations if way[1] == "openvino" and way[2] != "int8"] if quick else combinations
 
 
 def prepare(classifier: Classifier, chosen: Sequence[tuple[str, str, str]], size: Size) -> dict[str, Run]:
@@ -92,8 +92,8 @@ def differences(runs: Mapping[str, Run]) -> dict[str, float]:
     scores = {name: run() for name, run in runs.items()}
     plain = {"window": REFERENCE, "dense": next(name for name in runs if name.startswith("dense"))}
     return {
-        name: float(np.abs(found - scores[plain["dense" if name.startswith("dense") else "window"]]).max())
-        for name, found in scores.items()
+        name: float(np.abs(own - scores[plain["dense" if name.startswith("dense") else "window"]]).max())
+        for name, own in scores.items()
     }
 
 
@@ -111,16 +111,16 @@ def best_loop(rounds: dict[str, list[Spent]], precision: str) -> str:
 
 def compared(rounds: dict[str, list[Spent]]) -> dict[str, dict[str, Spread | None]]:
     """Return core-seconds per tile, and the ratios to both window loops, of each contestant."""
-    found: dict[str, dict[str, Spread | None]] = {}
+    results: dict[str, dict[str, Spread | None]] = {}
     for name, each in rounds.items():
-        found[name] = {"core_s_tile": per_tile(each), "against_reference": ratio(rounds[REFERENCE], each)}
+        results[name] = {"core_s_tile": per_tile(each), "against_reference": ratio(rounds[REFERENCE], each)}
         if name.startswith("dense"):
             loop = best_loop(rounds, name.split()[-1])
-            found[name]["against_window"] = ratio(rounds[loop], each)
-    return found
+            results[name]["against_window"] = ratio(rounds[loop], each)
+    return results
 
 
-def table(title: str, found: dict[str, dict[str, Spread | None]], apart: dict[str, float]) -> ResultTable:
+def table(title: str, results: dict[str, dict[str, Spread | None]], apart: dict[str, float]) -> ResultTable:
     """Return the comparison as a table."""
     columns = [
         "network only",
@@ -130,7 +130,7 @@ def table(title: str, found: dict[str, dict[str, Spread | None]], apart: dict[st
         "largest difference of probability to fp32",
     ]
     rows = []
-    for name, each in found.items():
+    for name, each in results.items():
         against = each.get("against_window")
         rows.append(
             [
@@ -157,12 +157,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         say("running everything once")
         apart = differences(runs)
         rounds = interleave(as_contestants(runs), rounds=size.rounds)
-        found = compared(rounds)
+        results = compared(rounds)
         values[name] = {
             key: {"rounds": rounds[key], "apart": apart[key], **each, "window_loop": best_loop(rounds, key.split()[-1])}
-            for key, each in found.items()
+            for key, each in results.items()
         }
-        tables.append(table(f"{name}, stride {networks.STRIDE_PX}, {size.rounds} rounds", found, apart))
+        tables.append(table(f"{name}, stride {networks.STRIDE_PX}, {size.rounds} rounds", results, apart))
     finish(given, "engines", about, values, tables)
 
 

@@ -75,8 +75,8 @@ def run(path: Path, given: argparse.Namespace) -> list[Verdict]:
         place = dict(zip(axes, values, strict=True))
         if not _selected(place, sweep.get("only", [])):
             continue
-        found = [point(settings | place, seed=seed) for seed in range(repeats)]
-        rows.append(place | {name: statistics.median(each[name] for each in found) for name in found[0]})
+        turns = [point(settings | place, seed=seed) for seed in range(repeats)]
+        rows.append(place | {name: statistics.median(each[name] for each in turns) for name in turns[0]})
         say(f"{path.stem}: {place}")
     verdicts = [verdict for check in sweep["checks"] for verdict in decide(check, rows, list(axes))]
     values = {"rows": rows, "checks": [verdict._asdict() for verdict in verdicts], "repeats": repeats}

@@ -75,7 +75,7 @@ def _products(classifier: Classifier, size: Size, *, quick: bool) -> tuple[dict[
         rounds=size.rounds,
         unit="GFLOP",
     )
-    rates = {name: spread([1 / each.core_s_tile for each in found]) for name, found in rounds.items()}
+    rates = {name: spread([1 / each.core_s_tile for each in own]) for name, own in rounds.items()}
     tile_gflop = 2e-9 * facts.dense_macs_px * networks.TILE_PX**2
     values = {
         "gflop_s": rates,
@@ -88,10 +88,10 @@ def _products(classifier: Classifier, size: Size, *, quick: bool) -> tuple[dict[
 
 def _specs(*, quick: bool) -> list[tuple[Backend, Precision]]:
     """Return the backends and precisions whose peak rate is measured."""
-    found: list[tuple[Backend, Precision]] = [("torch", "fp32"), ("openvino", "fp32")]
+    specs: list[tuple[Backend, Precision]] = [("torch", "fp32"), ("openvino", "fp32")]
     if cpu_supports_bf16():
-        found += [("torch", "bf16"), ("openvino", "bf16")]
-    return found if quick else [*found, ("openvino", "int8")]
+        specs += [("torch", "bf16"), ("openvino", "bf16")]
+    return specs if quick else [*specs, ("openvino", "int8")]
 
 
 def _bare(size: Size) -> list[tuple[str, Network, float]]:
@@ -123,8 +123,8 @@ def _bare_run(network: Network, spec: EngineSpec) -> Callable[[], Any]:
 
 def _peak(rates: dict[str, Spread], precision: str) -> float:
     """Return the fastest rate of bare products at a precision; 0 where none was measured."""
-    found = [rate.median for name, rate in rates.items() if name.endswith(precision) and not name.startswith("dense")]
-    return max(found, default=0.0)
+    own = [rate.median for name, rate in rates.items() if name.endswith(precision) and not name.startswith("dense")]
+    return max(own, default=0.0)
 
 
 def _product_tables(values: dict[str, Any]) -> list[ResultTable]:
@@ -169,7 +169,7 @@ def _reading(folder: Path, size: Size) -> tuple[dict[str, Any], ResultTable]:
     )
     opened.close()
     plain.close()
-    rates = {name: spread([1 / each.core_s_tile for each in found]) for name, found in rounds.items()}
+    rates = {name: spread([1 / each.core_s_tile for each in own]) for name, own in rounds.items()}
     best = max(rate.median for rate in rates.values())
     rows = [[name, rate.text(), f"{rate.median / best:.0%}", _tile_ms(rounds[name])] for name, rate in rates.items()]
     columns = ["what", "Mpx/s", "of the fastest", "ms per 224 px tile"]

@@ -87,8 +87,8 @@ def _lines(folder: Path, card: str, manifest: Path, size: Size) -> tuple[dict[st
     for precision in precisions:
         line(precision, "hdf5")
     values = {"loops": {name: rounds[name] for name in loops}, "lines": {}}
-    for name, found in costs.items():
-        values["lines"][name] = _compared(name, found, rounds)
+    for name, own in costs.items():
+        values["lines"][name] = _compared(name, own, rounds)
     return values, _line_tables(values["lines"], size)
 
 
@@ -119,18 +119,18 @@ def _name(precision: str, store: str) -> str:
     return f"{precision}, store={store}"
 
 
-def _compared(name: str, found: list[RunCost], rounds: dict[str, list[Spent]]) -> dict[str, Any]:
+def _compared(name: str, costs: list[RunCost], rounds: dict[str, list[Spent]]) -> dict[str, Any]:
     """Return the costs of a line and, where it ran in turns with the window loops, both ratios round by round."""
     values: dict[str, Any] = {
-        "tiles": found[0].tiles,
-        "steps_s_tile": product.median_steps(found),
-        "line_s_tile": spread([each.line_s_tile for each in found]),
-        "certificate_s": spread([each.core_s["certify"] for each in found]),
-        "area_overhead": found[0].area_overhead,
-        "stored_bytes": found[0].stored_bytes,
+        "tiles": costs[0].tiles,
+        "steps_s_tile": product.median_steps(costs),
+        "line_s_tile": spread([each.line_s_tile for each in costs]),
+        "certificate_s": spread([each.core_s["certify"] for each in costs]),
+        "area_overhead": costs[0].area_overhead,
+        "stored_bytes": costs[0].stored_bytes,
     }
     if name in rounds:
-        line = [Spent(each.slide_span_s, each.line_s_tile * each.tiles, each.tiles) for each in found]
+        line = [Spent(each.slide_span_s, each.line_s_tile * each.tiles, each.tiles) for each in costs]
         loop = engines.best_loop(rounds, name.split(",")[0])
         values |= {
             "run_s_tile": spread([each.core_s_tile for each in rounds[name]]),
@@ -174,15 +174,15 @@ def _workers(folder: Path, card: str, manifest: Path, *, most: int) -> tuple[dic
     """Run the slide with one worker process and with two, in groups as small as blocks allow."""
     values, rows = {}, []
     for precision in ("fp32", "bf16") if cpu_supports_bf16() else ("fp32",):
-        found: dict[int, float] = {}
+        rates: dict[int, float] = {}
         for workers in (1, 2) if most > 1 else (1,):
             say(f"{workers} worker processes, {precision}")
             overrides = [*_common(card, manifest, executor="process"), f"executor.workers={workers}"]
             overrides += ["tiles.group_tiles=25", "store=none", f"inference.precision={precision}"]
             with product.run(folder, *overrides) as (out, _):
-                found[workers] = product.tiles_per_s(out)
-        one, two = found[1], found[max(found)]
-        values[precision] = {"tiles_per_s": found, "speedup": two / one}
+                rates[workers] = product.tiles_per_s(out)
+        one, two = rates[1], rates[max(rates)]
+        values[precision] = {"tiles_per_s": rates, "speedup": two / one}
         rows.append([precision, f"{one:.2f}", f"{two:.2f}", f"{two / one:.2f}"])
     columns = ["precision", "1 worker, tiles per s", "2 workers, tiles per s", "speed-up"]
     return values, ResultTable(
@@ -197,13 +197,13 @@ def _stores(folder: Path, manifest: Path) -> tuple[dict[str, Any], ResultTable]:
     for name, overrides in _CODECS.items():
         say(f"store {name}")
         with product.run(folder, *_common("pkg:demo.json", manifest), *overrides) as (out, _):
-            found, maps = product.cost(out), product.heatmaps(out)
+            cost, maps = product.cost(out), product.heatmaps(out)
         plain = plain or maps
         apart = np.concatenate([np.abs(maps[key] - plain[key])[~np.isnan(maps[key])] for key in maps])
         values[name] = {
-            "bytes_per_tile": found.stored_bytes / found.tiles,
-            "read_s_tile": found.core_s["read"] / found.tiles,
-            "write_s_tile": found.core_s["write"] / found.tiles,
+            "bytes_per_tile": cost.stored_bytes / cost.tiles,
+            "read_s_tile": cost.core_s["read"] / cost.tiles,
+            "write_s_tile": cost.core_s["write"] / cost.tiles,
             "mean_abs_diff": float(apart.mean()),
             "max_abs_diff": float(apart.max()),
         }

@@ -57,8 +57,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         rounds = [
             {n: _run(folder / f"run-{turn}-{n}", settings, n) for n in size.workers} for turn in range(size.rounds)
         ]
-    found = {n: _compared(forecasts[n], [each[n] for each in rounds]) for n in size.workers}
-    finish(given, "makespan", about, {"costs": costs, "workers": found}, [_table(found)])
+    by_workers = {n: _compared(forecasts[n], [each[n] for each in rounds]) for n in size.workers}
+    finish(given, "makespan", about, {"costs": costs, "workers": by_workers}, [_table(by_workers)])
 
 
 def _settings(card: str, manifest: Path) -> list[str]:
@@ -89,11 +89,11 @@ def _forecast(
     _command("plan", *settings, f"out={out}", "--calibrate", "--workers", numbers, "--json", str(report))
     planned = json.loads(report.read_text(encoding="utf-8"))
     costs = json.loads((out / "costs.json").read_text(encoding="utf-8"))
-    found = {}
+    forecasts = {}
     for n, each in zip(workers, planned["forecasts"], strict=True):
         core_s = each["work_s"] + each["overhead_s"] - n * costs["start_s"]
-        found[n] = {"makespan_s": each["makespan_s"] - costs["start_s"], "core_s": core_s}
-    return found, costs
+        forecasts[n] = {"makespan_s": each["makespan_s"] - costs["start_s"], "core_s": core_s}
+    return forecasts, costs
 
 
 def _run(out: Path, settings: Sequence[str], workers: int) -> dict[str, float]:
@@ -105,9 +105,9 @@ def _run(out: Path, settings: Sequence[str], workers: int) -> dict[str, float]:
     with (out / "trace.csv").open(encoding="utf-8", newline="") as stream:
         rows = [row for row in csv.DictReader(stream) if row["stage"] not in {"choose", "ingest"}]
     starts, ends = ([datetime.fromisoformat(row[name]).timestamp() for row in rows] for name in ("start", "end"))
-    found = {"makespan_s": max(ends) - min(starts), "load": load, "core_s": sum(map(_cpu_s, rows))}
-    say(f"{workers} workers: {found}")
-    return found
+    measured = {"makespan_s": max(ends) - min(starts), "load": load, "core_s": sum(map(_cpu_s, rows))}
+    say(f"{workers} workers: {measured}")
+    return measured
 
 
 def _cpu_s(row: dict[str, str]) -> float:
@@ -128,9 +128,9 @@ def _compared(forecast: dict[str, float], rounds: Sequence[dict[str, float]]) ->
     return {"foretold": forecast, "measured": measured, "ratio": ratio, "rounds": list(rounds)}
 
 
-def _table(found: dict[int, dict[str, Any]]) -> ResultTable:
+def _table(by_workers: dict[int, dict[str, Any]]) -> ResultTable:
     rows = []
-    for workers, each in found.items():
+    for workers, each in by_workers.items():
         spans = [one["makespan_s"] for one in each["rounds"]]
         holds = abs(each["ratio"] - 1) <= _TOLERANCE
         rows.append(

@@ -88,12 +88,12 @@ def interleave(contestants: Mapping[str, Contestant], *, rounds: int, unit: str 
     Returns:
         The cost of each round by name.
     """
-    found: dict[str, list[Spent]] = {name: [] for name in contestants}
+    costs: dict[str, list[Spent]] = {name: [] for name in contestants}
     for turn in range(rounds):
         for name, contestant in contestants.items():
-            found[name].append(spent(contestant))
-            say(f"round {turn + 1} of {rounds}: {name}: {significant(1e3 * found[name][-1].core_s_tile)} ms per {unit}")
-    return found
+            costs[name].append(spent(contestant))
+            say(f"round {turn + 1} of {rounds}: {name}: {significant(1e3 * costs[name][-1].core_s_tile)} ms per {unit}")
+    return costs
 
 
 def spent(contestant: Contestant) -> Spent:

@@ -117,23 +117,23 @@ def _large(folder: Path, card: str, given: argparse.Namespace) -> tuple[dict[str
         folder / "run",
         *("model=card", f"model.card={card}", "dataset=manifest", f"dataset.manifest={manifest}", "dense.tolerance=1"),
     )
-    found = product.cost(folder / "run")
+    cost = product.cost(folder / "run")
     values = {
         "side_px": side_px,
         "file_bytes": path.stat().st_size,
         "written_s": written_s,
-        "tiles": found.tiles,
+        "tiles": cost.tiles,
         "run_s": time.perf_counter() - begin,
-        "worker_bytes": found.worker_bytes,
-        "stored_bytes": found.stored_bytes,
+        "worker_bytes": cost.worker_bytes,
+        "stored_bytes": cost.stored_bytes,
     }
     row = [
         f"{side_px:,} px",
         f"{values['file_bytes'] / 1e6:.0f}",
-        str(found.tiles),
+        str(cost.tiles),
         f"{values['run_s']:.0f}",
-        ", ".join(f"{peak / 1e6:,.0f}" for peak in found.worker_bytes),
-        "yes" if max(found.worker_bytes) < LIMIT_BYTES else "no",
+        ", ".join(f"{peak / 1e6:,.0f}" for peak in cost.worker_bytes),
+        "yes" if max(cost.worker_bytes) < LIMIT_BYTES else "no",
     ]
     columns = ["slide", "file, MB", "tissue tiles", "run, s", "peak of each worker, MB", "under 2 GB"]
     return values, ResultTable("A large slide at default settings, fp32, all workers", columns, [row])

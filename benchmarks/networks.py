@@ -113,13 +113,13 @@ class Reference:
 
     def run(self, cut: Sequence[NDArray[np.uint8]]) -> NDArray[np.float32]:
         """Return float32 (windows,), the score of each window."""
-        found = []
+        scores = []
         with torch.no_grad():
             for first in range(0, len(cut), BATCH):
                 pixels = torch.from_numpy(np.stack(cut[first : first + BATCH])).permute(0, 3, 1, 2).contiguous()
                 logits = self._module((pixels.float() / 255 - self._mean) / self._std)
-                found.append(logits.softmax(1)[:, self._positive].numpy())
-        return np.concatenate(found)
+                scores.append(logits.softmax(1)[:, self._positive].numpy())
+        return np.concatenate(scores)
 
 
 def prepared(

@@ -43,14 +43,14 @@ def _run(names: tuple[str, ...], data: str) -> Mapping[str, Mapping[str, int]]:
         ]
         command += ["-k", " or ".join(sorted({name.rpartition("::")[2] for name in names}))]
         subprocess.run(command, cwd=ROOT, env=_environment(data), check=False, capture_output=True)
-        found: dict[str, dict[str, int]] = {}
+        outcomes: dict[str, dict[str, int]] = {}
         for case in ElementTree.parse(report).iter("testcase"):
             path = case.get("classname", "").replace(".", "/") + ".py"
             name = f"{path}::{case.get('name', '').partition('[')[0]}"
             outcome = next((child.tag for child in case if child.tag in {"failure", "error", "skipped"}), "passed")
-            ended = found.setdefault(name, {})
+            ended = outcomes.setdefault(name, {})
             ended[outcome] = ended.get(outcome, 0) + 1
-        return found
+        return outcomes
 
 
 def _files(names: Sequence[str]) -> list[str]:

@@ -38,8 +38,8 @@ class _Process:
     def read(self) -> dict[str, float]:
         """Return the next line of the process as values, with the seconds since its start as ``since_s``."""
         assert self._running.stdout is not None
-        found: dict[str, float] = json.loads(self._running.stdout.readline())
-        return found | {"since_s": time.perf_counter() - self._clock}
+        values: dict[str, float] = json.loads(self._running.stdout.readline())
+        return values | {"since_s": time.perf_counter() - self._clock}
 
     def go(self) -> None:
         """Signal the process to begin its work."""
@@ -90,13 +90,13 @@ def threads(settings: dict[str, Any], *, seed: int) -> dict[str, float]:
     done = [process.read() for process in running]
     for process in running:
         process.end()
-    rate = sum(found["windows"] / found["wall_s"] for found in done)
+    rate = sum(one["windows"] / one["wall_s"] for one in done)
     return {
         "processes": count,
         "windows_s_core": rate / settings["cores"],
-        "windows_cpu_s": sum(found["windows"] for found in done) / sum(found["cpu_s"] for found in done),
-        "call_s": sum(found["wall_s"] / found["calls"] for found in done) / count,
-        "rss_mb": sum(found["max_rss_mb"] for found in done),
+        "windows_cpu_s": sum(one["windows"] for one in done) / sum(one["cpu_s"] for one in done),
+        "call_s": sum(one["wall_s"] / one["calls"] for one in done) / count,
+        "rss_mb": sum(one["max_rss_mb"] for one in done),
     }
 
 

@@ -78,14 +78,14 @@ def sheet(data: Path, method: str, threshold: float, kind: str) -> tuple[tuple[s
 
 def training(data: Path, method: str) -> Sample:
     """Return the training slides with features at every threshold; each slide counts as a patient of its own."""
-    found = {t: [sheet(data, method, t, kind) for kind in ("tumor", "normal")] for t in LEVELS}
-    (tumour, _), (normal, _) = found[LEVELS[0]]
-    assert all(one[0] == tumour and other[0] == normal for one, other in found.values())
+    sheets = {t: [sheet(data, method, t, kind) for kind in ("tumor", "normal")] for t in LEVELS}
+    (tumour, _), (normal, _) = sheets[LEVELS[0]]
+    assert all(one[0] == tumour and other[0] == normal for one, other in sheets.values())
     return Sample(
         slide_ids=tumour + normal,
         labels=np.repeat([1, 0], [len(tumour), len(normal)]),
         groups=tumour + normal,
-        features={t: np.concatenate([one[1], other[1]]) for t, (one, other) in found.items()},
+        features={t: np.concatenate([one[1], other[1]]) for t, (one, other) in sheets.items()},
         version=forest.version_of(reference=True),
         cell_um=CELL_UM,
     )
@@ -110,8 +110,8 @@ def fixed_auc(data: Path, method: str, threshold: float, seed: int) -> float:
 def _fixed(settings: Mapping[str, Any], *, seed: int) -> dict[str, float]:
     method, threshold = settings["method"], settings["threshold"]
     expected = FOREST_AUC[method][threshold][seed]
-    found = fixed_auc(Path(settings["data"]), method, threshold, SEEDS[seed])
-    return {"auc": found, "expected": expected, "difference": abs(found - expected)}
+    auc = fixed_auc(Path(settings["data"]), method, threshold, SEEDS[seed])
+    return {"auc": auc, "expected": expected, "difference": abs(auc - expected)}
 
 
 def _chosen(settings: Mapping[str, Any], *, seed: int) -> dict[str, float]:
@@ -150,15 +150,15 @@ def _scored(settings: Mapping[str, Any], *, seed: int) -> dict[str, float]:  # n
     names, _ = sheet(data, method, LEVELS[0], "test")
     scores, labels = [rows[name.removesuffix(".tif")] for name in names], labels_of_the_test_slides(data)
     low, high = roc.auc_interval(scores, labels)
-    found, found_deviation = roc.auc(scores, labels), roc.delong_variance(scores, labels) ** 0.5
+    auc, auc_deviation = roc.auc(scores, labels), roc.delong_variance(scores, labels) ** 0.5
     return {
-        "auc": found,
+        "auc": auc,
         "expected": area,
-        "deviation": found_deviation,
+        "deviation": auc_deviation,
         "expected_deviation": deviation,
         "low": low,
         "high": high,
-        "difference": max(abs(found - area), abs(found_deviation - deviation)),
+        "difference": max(abs(auc - area), abs(auc_deviation - deviation)),
     }
 
 

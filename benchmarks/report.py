@@ -32,8 +32,8 @@ def filled(text: str, results: Mapping[str, Any]) -> str:
     parts = {name: _part(result) for name, result in results.items()}
     parts["targets"] = _joined(targets.tables(results)) if results else ""
 
-    def put(found: re.Match[str]) -> str:
-        return f"{found[1]}{parts.get(found[2]) or 'Not measured yet.'}\n{found[3]}"
+    def put(mark: re.Match[str]) -> str:
+        return f"{mark[1]}{parts.get(mark[2]) or 'Not measured yet.'}\n{mark[3]}"
 
     return _MARKED.sub(put, text)
 
@@ -52,8 +52,8 @@ def _part(result: Mapping[str, Any]) -> str:
     return f"{_joined([ResultTable(**table) for table in result['tables']])}\n\n{how} {on}"
 
 
-def _joined(found: Sequence[ResultTable]) -> str:
-    return "\n\n".join(table.markdown() for table in found)
+def _joined(tables: Sequence[ResultTable]) -> str:
+    return "\n\n".join(table.markdown() for table in tables)
 
 
 if __name__ == "__main__":

@@ -72,14 +72,14 @@ def _plans(folder: Path, size: Size) -> tuple[dict[str, Any], ResultTable]:
     values, rows = {}, []
     for groups in size.groups:
         cases = _ingested(folder / str(groups), groups // _GROUPS_PER_SLIDE)
-        made, found = _measured(lambda cases=cases: ingest.make_plan(*cases))
-        read, plan_read = _measured(lambda made=made: plan.read(made))
+        plan_path, make_cost = _measured(lambda cases=cases: ingest.make_plan(*cases))
+        read, read_cost = _measured(lambda plan_path=plan_path: plan.read(plan_path))
         assert read.n_groups == groups
-        values[str(groups)] = {"make": found, "read": plan_read, "bytes": made.stat().st_size}
+        values[str(groups)] = {"make": make_cost, "read": read_cost, "bytes": plan_path.stat().st_size}
         row = [f"{groups:,}", f"{groups // _GROUPS_PER_SLIDE:,}"]
-        for each in (found, plan_read):
+        for each in (make_cost, read_cost):
             row += [f"{each['wall_s']:.2f}", f"{each['peak_bytes'] / 1e6:.0f}"]
-        rows.append([*row, f"{made.stat().st_size / 1e6:.1f}"])
+        rows.append([*row, f"{plan_path.stat().st_size / 1e6:.1f}"])
     values["cut_s"] = _cut_seconds()
     title = f"Plans (a slide of 22,000 tissue tiles is cut into blocks in {values['cut_s']:.2f} s when it is ingested)"
     columns = ["groups", "slides", "made in, s", "peak, MB", "read in, s", "peak, MB", "file, MB"]
@@ -141,8 +141,8 @@ def _cut_seconds() -> float:
 def _status(folder: Path, size: Size) -> tuple[dict[str, Any], ResultTable]:
     """Measure the command ``wsiflow status`` on a folder in which every other group is published."""
     cases, outcomes = _ingested(folder / "run", size.status_groups // _GROUPS_PER_SLIDE)
-    made = plan.read(ingest.make_plan(cases, outcomes))
-    for planned in made.slides:
+    run_plan = plan.read(ingest.make_plan(cases, outcomes))
+    for planned in run_plan.slides:
         there = folder / "run" / publish.RECEIPTS / "predictions" / planned.slide_id
         there.mkdir(parents=True)
         for k in range(1, planned.n_groups, 2):

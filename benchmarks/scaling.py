@@ -136,7 +136,7 @@ def _blocks(classifier: Classifier, size: Size) -> tuple[dict[str, Any], ResultT
     for contestant in contestants.values():
         contestant()
     rounds = interleave(contestants, rounds=size.rounds)
-    values = {name: per_tile(found) for name, found in rounds.items()}
+    values = {name: per_tile(own) for name, own in rounds.items()}
     table_rows = [
         [f"{rows} x {cols}", *(values[f"{precision} {rows}x{cols}"].text(1e3) for precision in _precisions())]
         for rows, cols in size.blocks
@@ -160,7 +160,7 @@ def _threads(classifier: Classifier, size: Size) -> tuple[dict[str, Any], Result
     for contestant in contestants.values():
         contestant()
     rounds = interleave(contestants, rounds=size.rounds + 1)
-    values = {name: {"wall_s_tile": _wall(found), "core_s_tile": per_tile(found)} for name, found in rounds.items()}
+    values = {name: {"wall_s_tile": _wall(own), "core_s_tile": per_tile(own)} for name, own in rounds.items()}
     rows = [
         [
             *name.split(),

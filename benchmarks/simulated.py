@@ -87,8 +87,8 @@ def _boxes(table: Path) -> tuple[int, ...]:
 
 @cache
 def _line(precision: str) -> dict[str, Any]:
-    found = json.loads((RESULTS / "line.json").read_text(encoding="utf-8"))
-    line: dict[str, Any] = found["values"]["lines"][f"{precision}, store=none"]
+    results = json.loads((RESULTS / "line.json").read_text(encoding="utf-8"))
+    line: dict[str, Any] = results["values"]["lines"][f"{precision}, store=none"]
     return line
 
 
@@ -162,26 +162,26 @@ def line(work: Workload, *, slice_s: float, group_tiles: int = 400) -> list[list
     return [simulation.shard(part, costs, loading=LOADING, target_s=slice_s) for part in parts]
 
 
-def forecast_metrics(found: Forecast, cores_each: int = 1) -> dict[str, float]:
+def forecast_metrics(forecast: Forecast, cores_each: int = 1) -> dict[str, float]:
     """Return the numbers of a forecast by name, with core-seconds converted to core-hours.
 
     Args:
-        found: The forecast.
+        forecast: The forecast.
         cores_each: Cores of a worker.
     """
     return {
-        "makespan_s": found.makespan_s,
-        "core_h": cores_each * found.work_s / 3600,
-        "efficiency": found.efficiency,
-        "tail_share": found.tail_s / found.makespan_s,
-        "waves": found.waves,
-        "overhead_share": found.overhead_s / (found.work_s + found.overhead_s),
-        "lost_core_h": cores_each * found.lost_s / 3600,
-        "queue_s": found.queue_s,
-        "elements": found.elements,
-        "arrays": found.arrays,
-        "lost": found.retried,
-        "failed": found.failed,
+        "makespan_s": forecast.makespan_s,
+        "core_h": cores_each * forecast.work_s / 3600,
+        "efficiency": forecast.efficiency,
+        "tail_share": forecast.tail_s / forecast.makespan_s,
+        "waves": forecast.waves,
+        "overhead_share": forecast.overhead_s / (forecast.work_s + forecast.overhead_s),
+        "lost_core_h": cores_each * forecast.lost_s / 3600,
+        "queue_s": forecast.queue_s,
+        "elements": forecast.elements,
+        "arrays": forecast.arrays,
+        "lost": forecast.retried,
+        "failed": forecast.failed,
     }
 
 
@@ -200,13 +200,13 @@ def scaling(settings: dict[str, Any], *, seed: int) -> dict[str, float]:
     else:
         parts = line(work, slice_s=settings["slice_s"], group_tiles=group)
     cluster = site.cluster(work.costs(), seed)._replace(side_by_side=settings.get("side_by_side", 0))
-    found = simulation.simulate(parts, cluster)
-    values = forecast_metrics(found, SLOTS if site.scheme == "reference" else 1)
-    values["speedup"] = values["core_h"] * 3600 / found.makespan_s
+    forecast = simulation.simulate(parts, cluster)
+    values = forecast_metrics(forecast, SLOTS if site.scheme == "reference" else 1)
+    values["speedup"] = values["core_h"] * 3600 / forecast.makespan_s
     # Efficiency counts all cores of the site, also those that the scheme leaves idle.
     values["efficiency"] = values["speedup"] / site.cores
     values["waves"] = sum(len(stage.shares) for part in parts for stage in part if stage.name == "predict")
-    values["waves"] /= found.workers
+    values["waves"] /= forecast.workers
     values["model_s"] = _model_s(parts, site, work.costs())
     return values
 
@@ -234,13 +234,13 @@ def group_size(settings: dict[str, Any], *, seed: int) -> dict[str, float]:
     )
     stages = [stage for stage in reference(work, group_tiles=settings["group_tiles"])[0] if stage.name == "predict"]
     cluster = site.cluster(work.costs(), seed)._replace(attempts=3)
-    found = simulation.simulate([stages], cluster)
+    forecast = simulation.simulate([stages], cluster)
     shares = stages[0].shares
-    return forecast_metrics(found, SLOTS) | {
+    return forecast_metrics(forecast, SLOTS) | {
         "group_h": float(np.median([share.work_s for share in shares])) / 3600,
         "waves": len(shares) / cluster.workers,
-        "failed_share": found.failed / len(shares),
-        "lost_each_core_h": SLOTS * found.lost_s / 3600 / max(1, found.retried),
+        "failed_share": forecast.failed / len(shares),
+        "lost_each_core_h": SLOTS * forecast.lost_s / 3600 / max(1, forecast.retried),
         "group_mb": settings["group_tiles"] * 448 * 448 * 3 / 1e6,
     }
 
@@ -269,9 +269,12 @@ def order(settings: dict[str, Any], *, seed: int) -> dict[str, float]:
         for name in ("extract", "predict")
     ]
     site = Site("dask", settings["cores"], 0.0, settings["spread"])
-    found = simulation.simulate([stages], site.cluster(costs, seed))
+    forecast = simulation.simulate([stages], site.cluster(costs, seed))
     longest_s = max(costs.task_s("extract", count) + costs.task_s("predict", count) for count in tiles)
-    return forecast_metrics(found) | {"largest_slide_s": longest_s, "against_largest": found.makespan_s / longest_s}
+    return forecast_metrics(forecast) | {
+        "largest_slide_s": longest_s,
+        "against_largest": forecast.makespan_s / longest_s,
+    }
 
 
 def array_limit(settings: dict[str, Any], *, seed: int) -> dict[str, float]:

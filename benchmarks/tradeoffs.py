@@ -71,10 +71,10 @@ def _run(way: str, stride: int, size_px: int, seed: int) -> _StrideRun:
 def stride(settings: dict[str, Any], *, seed: int) -> dict[str, float]:
     """Run at a stride, and compare its heatmaps with the same cells of finer heatmaps that have the same windows."""
     way, stride_px, size_px = settings["way"], settings["stride"], settings["size_px"][settings["quick"]]
-    found = _run(way, stride_px, size_px, seed)
+    result = _run(way, stride_px, size_px, seed)
     base = _run(way, settings["base"][way], size_px, seed)
-    metrics = found.metrics
-    windows = sum(np.isfinite(one).sum() for one in found.maps.values())
+    metrics = result.metrics
+    windows = sum(np.isfinite(one).sum() for one in result.maps.values())
     infer_s = metrics["cost.infer_core_s"]
     squared = (settings["base"][way] / stride_px) ** 2
     return {
@@ -86,22 +86,22 @@ def stride(settings: dict[str, Any], *, seed: int) -> dict[str, float]:
         "froc": metrics["froc.score"],
         "froc_strict": metrics["froc.strict_score"],
         "auc": metrics["roc.auc"],
-        "subsampled_diff": _subsampled_diff(found, settings | {"seed": seed}),
+        "subsampled_diff": _subsampled_diff(result, settings | {"seed": seed}),
     }
 
 
-def _subsampled_diff(found: _StrideRun, settings: dict[str, Any]) -> float:
+def _subsampled_diff(result: _StrideRun, settings: dict[str, Any]) -> float:
     """Return the largest difference between a heatmap and the same cells of a finer one; NaN where there are none."""
     worst, way = np.nan, settings["way"]
     for fine_px in settings["fine"][way]:
-        planned = {slide: frame._replace(stride_px=fine_px) for slide, frame in found.frames.items()}
-        if any(isinstance(subsampling(planned[slide], frame), str) for slide, frame in found.frames.items()):
+        planned = {slide: frame._replace(stride_px=fine_px) for slide, frame in result.frames.items()}
+        if any(isinstance(subsampling(planned[slide], frame), str) for slide, frame in result.frames.items()):
             continue
         fine = _run(way, fine_px, settings["size_px"][settings["quick"]], settings["seed"])
-        if fine_px == settings["stride"] or alike(fine.choice, found.choice):
+        if fine_px == settings["stride"] or alike(fine.choice, result.choice):
             continue
-        for slide, heat in found.maps.items():
-            taken = assembly.subsample(fine.maps[slide], fine.frames[slide], found.frames[slide])
+        for slide, heat in result.maps.items():
+            taken = assembly.subsample(fine.maps[slide], fine.frames[slide], result.frames[slide])
             if not np.array_equal(np.isnan(taken), np.isnan(heat)):
                 return np.inf
             worst = np.nanmax([worst, np.nanmax(np.abs(taken - heat), initial=0.0)])

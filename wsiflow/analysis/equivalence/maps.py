@@ -192,7 +192,7 @@ class _RunFolder:
         """Read the plan, and ``matches.json`` where the run was scored."""
         plan = latest_plan(root)
         self.root = root
-        self.planned = {slide.slide_id for slide in (*plan.slides, *plan.rejected)}
+        self.planned = {slide.slide_id for slide in plan.slides} | {slide.slide_id for slide in plan.rejected}
         self.slides = {slide.slide_id: slide for slide in plan.slides if self.heatmap(slide.slide_id).is_file()}
         paths = [root / folder / "matches.json" for folder in ("evaluation", "evaluation-PARTIAL")]
         scored = next((path for path in paths if path.is_file()), None)
