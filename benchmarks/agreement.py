@@ -38,7 +38,7 @@ class NetworkCase(NamedTuple):
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure and write ``agreement.json``."""
+    """Measure the agreement of dense and window maps, and write ``agreement.json``."""
     parser = arguments(__doc__ or "")
     parser.add_argument("--googlenet", type=Path, help="card of a trained GoogLeNet; without it only the demo network")
     parser.add_argument("--slide", type=Path, help="a real slide")

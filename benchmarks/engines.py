@@ -145,7 +145,7 @@ def table(title: str, results: dict[str, dict[str, Spread | None]], apart: dict[
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure and write ``engines.json``."""
+    """Measure the core-seconds per tile of every engine, and write ``engines.json``."""
     parser = arguments(__doc__ or "")
     parser.add_argument("--demo", action="store_true", help="the demo network alone, instead of GoogLeNet")
     given = parser.parse_args(argv)

@@ -42,7 +42,7 @@ class Size(NamedTuple):
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure and write ``floors.json``."""
+    """Measure peak rates of products and of reading, and write ``floors.json``."""
     given = arguments(__doc__ or "").parse_args(argv)
     size = Size(512, 32, 672, 1024, 3) if given.quick else Size(1536, 112, 1792, 4096, 7)
     about = machine()

@@ -42,7 +42,7 @@ class Size(NamedTuple):
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure and write ``line.json``."""
+    """Measure the core-seconds of the whole line, and write ``line.json``."""
     parser = arguments(__doc__ or "")
     parser.add_argument("--card", help="a model card instead of GoogLeNet with random weights")
     parser.add_argument("--data", type=Path, default=os.environ.get("WSIFLOW_TEST_DATA"), help="has camelyon16/tables")

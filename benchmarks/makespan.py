@@ -37,7 +37,7 @@ _FULL = Size((4096, 4096, 3072, 3072, 2048, 2048), (1, 2, 4), 3)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Forecast, run and compare, and write ``makespan.json``."""
+    """Forecast and measure the makespan for each number of workers, and write ``makespan.json``."""
     parser = arguments(__doc__ or "")
     parser.add_argument("--rounds", type=int, help="how often each number of workers runs")
     given = parser.parse_args(argv)

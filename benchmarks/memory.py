@@ -36,7 +36,7 @@ _GLASS = (242, 240, 243)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure and write ``memory.json``."""
+    """Measure the peak memory of workers, and write ``memory.json``."""
     parser = arguments(__doc__ or "")
     parser.add_argument("--side-px", type=int, help="side of the large slide")
     given = parser.parse_args(argv)

@@ -52,7 +52,7 @@ _FULL = Size((100_000, 1_000_000), 100_000, 10_000, 10_000)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure and write ``scale.json``."""
+    """Measure plans, status, manifests and slices by their number, and write ``scale.json``."""
     given = arguments(__doc__ or "").parse_args(argv)
     size, about = _QUICK if given.quick else _FULL, machine()
     values: dict[str, Any] = {}

@@ -48,7 +48,7 @@ _FULL = Size(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure and write ``scaling.json``."""
+    """Measure the cost per tile by stride, block, threads and workers, and write ``scaling.json``."""
     given = arguments(__doc__ or "").parse_args(argv)
     size, about = _QUICK if given.quick else _FULL, machine()
     with tempfile.TemporaryDirectory() as name:

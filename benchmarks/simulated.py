@@ -278,7 +278,7 @@ def order(settings: dict[str, Any], *, seed: int) -> dict[str, float]:
 
 
 def array_limit(settings: dict[str, Any], *, seed: int) -> dict[str, float]:
-    """Submit all groups in array jobs of limited size, lose some elements, and submit these again.
+    """Simulate the submission of all groups in array jobs of limited size, where lost elements are submitted again.
 
     Setting ``scheme`` is ``boxes``: every tile of the boxes in groups of 180, divided by the limit, lost ones submitted
     again by a list of ids; ``slides``: an array for each slide, whose elements find their group by counting from the

@@ -345,7 +345,7 @@ def _roc_metrics(setting: Setting) -> dict[str, float]:
 
 
 def _intervals(setting: Setting, n: int, seed: int) -> dict[str, float]:
-    """Return the bootstrap intervals of all metrics, from one set of draws."""
+    """Return the low and high ends of all bootstrap intervals by metric name, from one set of draws."""
     intervals = paired.bootstrap([setting], reference=setting.name, n=n, seed=seed).intervals[setting.name]
     stems = {metric: "roc.auc_bootstrap" if metric == "roc.auc" else metric for metric in intervals}
     return {f"{stems[metric]}_ci_low": one.low for metric, one in intervals.items()} | {

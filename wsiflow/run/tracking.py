@@ -310,7 +310,7 @@ def _database(uri: str) -> Path | None:
 
 @contextmanager
 def _only_writer(params: TrackingParams) -> Iterator[None]:
-    """Hold the lock beside a SQLite store; a server does its own locking."""
+    """Hold the lock file beside a SQLite store, so that one process writes at a time; a server needs no lock."""
     database = _database(params.uri)
     if database is None:
         yield

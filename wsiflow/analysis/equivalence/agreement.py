@@ -134,7 +134,7 @@ def empty_tally() -> Tally:
 
 
 def merge_tallies(x: Tally, y: Tally) -> Tally:
-    """Return the tally over the cells of both tallies."""
+    """Return the tally over the cells of ``x`` and of ``y`` together."""
     sums = x.strips[:3] + y.strips[:3]
     low, high = np.minimum(x.strips[3], y.strips[3]), np.maximum(x.strips[4], y.strips[4])
     return Tally(

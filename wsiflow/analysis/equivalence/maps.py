@@ -330,7 +330,7 @@ def _summed(known: Sequence[LesionAgreement]) -> LesionAgreement:
 
 
 def lesion_sentence(lesions: LesionAgreement) -> str:
-    """Return the numbers of gained and lost lesions in words."""
+    """Return the numbers of gained and lost detections and annotated lesions as text."""
     text = f"lesions gained {lesions.gained}, lost {lesions.lost} of {lesions.a} detections"
     if lesions.true is None:
         return text
