@@ -80,12 +80,12 @@ def test_the_command_writes_its_files(
     """Markdown, CSV, JSON and PNG; the sentence is the same in all; within 0.05 the runs are equivalent."""
     arguments = ["compare-maps", *map(str, two_settings), "--out", str(tmp_path), "--bound", "0.05"]
     assert cli.main(arguments) == 0
-    told = capsys.readouterr().out
-    assert "equivalent within 0.05" in told
-    assert "other equals fp32 within" in told
-    assert "over 6 slides: 0 of" in told
+    output = capsys.readouterr().out
+    assert "equivalent within 0.05" in output
+    assert "other equals fp32 within" in output
+    assert "over 6 slides: 0 of" in output
     values = json.loads((tmp_path / "equivalence.json").read_text())
-    assert values["sentence"] in told
+    assert values["sentence"] in output
     assert values["sentence"] in (tmp_path / "equivalence.md").read_text()
     with (tmp_path / "equivalence.csv").open(newline="") as stream:
         rows = list(csv.DictReader(stream))
@@ -112,10 +112,10 @@ def test_beyond_the_bound_the_exit_code_says_so(
 
     other = changed(tumour, tmp_path / "other.tif", flip)
     assert cli.main(["compare-maps", str(tumour), str(other), "--bound", "0.01"]) == NOT_EQUIVALENT
-    told = capsys.readouterr().out
-    assert "differs from tumor_001.tif by at most" in told
-    assert ": 1 of" in told
-    assert "NOT EQUIVALENT within 0.01: the largest |dp| is" in told
+    output = capsys.readouterr().out
+    assert "differs from tumor_001.tif by at most" in output
+    assert ": 1 of" in output
+    assert "NOT EQUIVALENT within 0.01: the largest |dp| is" in output
     tally = compared(tumour, other).total
     assert (tally.up, tally.down) == (1, 0)
 
@@ -176,8 +176,8 @@ def test_a_missing_slide_is_named(two_settings: tuple[Path, Path], copied: Path)
     assert len(comparison.slides) == 5
     assert comparison.missing == ["tumor_002 has no heatmap in copy"]
     assert reasons_not_equivalent(comparison, 1.0) == comparison.missing
-    (told,) = reasons_not_equivalent(dataclasses.replace(comparison, missing=[], neither=["tumor_002"]), 1.0)
-    assert told == "neither has a heatmap of 1 planned slides"
+    (reason,) = reasons_not_equivalent(dataclasses.replace(comparison, missing=[], neither=["tumor_002"]), 1.0)
+    assert reason == "neither has a heatmap of 1 planned slides"
 
 
 def test_lost_and_gained_lesions_are_told(two_settings: tuple[Path, Path], copied: Path) -> None:
@@ -230,9 +230,9 @@ def test_what_cannot_be_compared_ends_in_one_line(
 ) -> None:
     words = [word.format(run=two_settings[0], map=tumour) for word in arguments]
     assert cli.main(["compare-maps", *words]) == InputError.exit_code
-    told = capsys.readouterr().err
-    assert cause in told
-    assert told.count("\n") == 1
+    message = capsys.readouterr().err
+    assert cause in message
+    assert message.count("\n") == 1
 
 
 def test_numbers_that_do_not_exist_are_null(tumour: Path, tmp_path: Path) -> None:

@@ -135,9 +135,9 @@ def test_runs_over_different_cases_are_refused(finished: Path, copied: Path, cha
 def test_a_missing_score_is_named(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
     broken_matches(copied, lambda slides: slides[2].update(score=None))
     assert cli.main(["export", "imrmc", str(copied), "--out", str(copied / "x.imrmc")]) == 20
-    told = capsys.readouterr().err
-    assert "slides.2.score" in told
-    assert told.count("\n") == 1
+    message = capsys.readouterr().err
+    assert "slides.2.score" in message
+    assert message.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -310,13 +310,13 @@ def test_too_many_groups_are_refused(finished: Path) -> None:
 def test_the_exported_configuration_is_that_of_the_run(finished: Path, exported: Path, tmp_path: Path) -> None:
     """Hydra composes repeat.yaml to the very configuration; a run with it equals the first at a bound of 0."""
     record = json.loads((exported / "repeat.json").read_text())
-    told = RunConfig.model_validate(record["config"])
-    assert told == scored.read(finished).config
-    assert told != compose_config([])
+    config = RunConfig.model_validate(record["config"])
+    assert config == scored.read(finished).config
+    assert config != compose_config([])
     command = next(line for line in record["commands"] if "--config-name" in line)
     again = command.replace("--config-dir .", f"--config-dir {exported}").replace("runs/again", str(tmp_path / "again"))
     assert main(again.split()[1:]) == 0
-    assert scored.read(tmp_path / "again").config == told.model_copy(update={"out": tmp_path / "again"})
+    assert scored.read(tmp_path / "again").config == config.model_copy(update={"out": tmp_path / "again"})
     assert cli.main(["compare-maps", str(finished), str(tmp_path / "again"), "--bound", "0"]) == 0
     second = export(tmp_path / "again", tmp_path / "second", "--subgroups", "label")
     for name in ("calibration.json", "case_list.csv", "subgroups.csv"):
@@ -332,8 +332,8 @@ def test_a_trial_is_repeated_by_itself(finished: Path) -> None:
     run = scored.read(finished)
     tracking = run.config.tracking.model_copy(update={"sweep": "strides"})
     trial = run.config.model_copy(update={"share": Path("/runs/strides/.shared"), "tracking": tracking})
-    told = yaml.safe_load(_repeat_yaml(dataclasses.replace(run, config=trial)))
-    assert (told["share"], told["tracking"]["sweep"]) == (None, None)
+    settings = yaml.safe_load(_repeat_yaml(dataclasses.replace(run, config=trial)))
+    assert (settings["share"], settings["tracking"]["sweep"]) == (None, None)
 
 
 def test_outlines_that_have_changed_since_are_refused(copied: Path) -> None:
@@ -375,7 +375,7 @@ def test_what_was_not_scored_ends_in_one_line(
 ) -> None:
     (copied / gone).unlink()
     assert cli.main(["export", "regulatory", str(copied), "--out", str(copied / "out")]) == 20
-    told = capsys.readouterr().err
-    assert cause in told
-    assert told.count("\n") == 1
+    message = capsys.readouterr().err
+    assert cause in message
+    assert message.count("\n") == 1
     assert not (copied / "out").exists()

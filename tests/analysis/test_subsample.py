@@ -42,7 +42,7 @@ def test_a_coarse_map_need_not_be_computed(
     """X8: the cells, what is tissue among them, and the scores."""
     runs = {stride: folder_of(*how, f"inference.stride={stride}") for stride in (fine, coarse)}
     plans = {stride: plan.latest(out) for stride, out in runs.items()}
-    assert alike(*(Choice(**made.work["choice"]) for made in plans.values())) == ""
+    assert alike(*(Choice(**plan.work["choice"]) for plan in plans.values())) == ""
     seen = 0
     for one, other in zip(plans[fine].slides, plans[coarse].slides, strict=True):
         maps = [files.read_heatmap(out / f"heatmaps/{one.slide_id}.tif")[0] for out in runs.values()]

@@ -50,7 +50,7 @@ E3_PARAMS = protocol(downsample=32, l0_um_px=0.243)
 def project(tmp_path):
     """Return a function that writes detections and a manifest and reads the manifest's cases."""
 
-    def made(detections, truth, header="slide_id,path,label,mask_path,annotation_path,mpp"):
+    def write_project(detections, truth, header="slide_id,path,label,mask_path,annotation_path,mpp"):
         folder = tmp_path / "detections"
         folder.mkdir(exist_ok=True)
         lines = [header]
@@ -63,7 +63,7 @@ def project(tmp_path):
         (tmp_path / "manifest.csv").write_text("\n".join(lines) + "\n")
         return manifest.read_manifest(tmp_path / "manifest.csv"), folder
 
-    return made
+    return write_project
 
 
 def sensitivities(metrics, mode="official"):
@@ -152,8 +152,8 @@ def test_rows_tell_what_a_slide_counted_for():
         evidence("normal", 0, 0, [(0.5, 1, 1)], score=0.25),
     ]
     scores = evaluate.evaluate_cases(slides, E1_PARAMS, seed=0)
-    told = [(r["n_lesions"], r["n_found"], r["n_false_positives"], r["score"], r["note"]) for r in scores.cases]
-    assert told == [
+    rows = [(r["n_lesions"], r["n_found"], r["n_false_positives"], r["score"], r["note"]) for r in scores.cases]
+    assert rows == [
         (2, 1, 1, 0.9, ""),
         ("", "", "", 0.6, "no truth: not in FROC"),
         ("", "", "", 0, "no label: not scored"),
@@ -172,10 +172,10 @@ def test_truth_labels_a_slide_without_label():
     assert [row["label"] for row in scores.cases] == [1, 0]
 
 
-@pytest.mark.parametrize(("label", "n", "told"), [(0, 1, "label says normal"), (1, 0, "label says tumour")])
-def test_label_against_truth(label, n, told):
+@pytest.mark.parametrize(("label", "n", "message"), [(0, 1, "label says normal"), (1, 0, "label says tumour")])
+def test_label_against_truth(label, n, message):
     """A label that the truth contradicts is refused: one of the two is of another slide."""
-    with pytest.raises(InputError, match=f"slide s, evaluation: the {told}"):
+    with pytest.raises(InputError, match=f"slide s, evaluation: the {message}"):
         evaluate.evaluate_cases([evidence("s", label, n)], E1_PARAMS, seed=0)
 
 
@@ -294,7 +294,7 @@ def test_outline_without_area_is_told_in_the_row(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         (",probability,x_coordinate,y_coordinate\n0,.5,1,2\n", "line 1 has 4 cells .an index column"),
         ("prob,x,y\n.5,1,2\n", "line 1: 'prob' is not a number .a header"),
@@ -306,11 +306,11 @@ def test_outline_without_area_is_told_in_the_row(tmp_path):
         ('".5,1,2\n', "line 1: not CSV"),
     ],
 )
-def test_damaged_detection_files(tmp_path, text, told):
+def test_damaged_detection_files(tmp_path, text, message):
     """The file and the line are named."""
     path = tmp_path / "slide.csv"
     path.write_text(text)
-    with pytest.raises(InputError, match=told) as caught:
+    with pytest.raises(InputError, match=message) as caught:
         read_detections(path)
     assert "slide.csv" in str(caught.value)
 
@@ -329,7 +329,7 @@ def test_detection_file_of_another_system(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("", "first line is ''"),
         ("a,0.5\n", "first line is 'a,0.5'"),
@@ -338,10 +338,10 @@ def test_detection_file_of_another_system(tmp_path):
         ("slide_id,score\na,.5\na,.5\n", "line 3 is a second score"),
     ],
 )
-def test_damaged_score_files(tmp_path, text, told):
+def test_damaged_score_files(tmp_path, text, message):
     """Header, number and duplicates are checked."""
     (tmp_path / "scores.csv").write_text(text)
-    with pytest.raises(InputError, match=told):
+    with pytest.raises(InputError, match=message):
         read_scores(tmp_path / "scores.csv")
 
 
@@ -551,7 +551,7 @@ def spoiled(change):
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         (lambda v: v.pop("protocol_hash"), "protocol_hash: Field required"),
         (lambda v: v["protocol"].update(itc_um=1), "does not have the hash that the file states"),
@@ -563,11 +563,11 @@ def spoiled(change):
         (lambda v: v["slides"][0].update(label=None), "slide a.*has no label"),
     ],
 )
-def test_spoiled_matches_are_named(tmp_path, change, told):
+def test_spoiled_matches_are_named(tmp_path, change, message):
     """What was changed by hand or cut off is refused, with the file and the entry."""
     path = tmp_path / "matches.json"
     path.write_text(spoiled(change))
-    with pytest.raises(InputError, match=told) as error:
+    with pytest.raises(InputError, match=message) as error:
         matches.read_matches(path)
     assert str(path) in str(error.value)
 

@@ -24,8 +24,8 @@ def drawn(n: int, *, seed: int = 0, patients: int | None = None) -> Sample:
     """Return slides whose features tell a little at 0.5 and much at 0.9."""
     random = np.random.default_rng(seed)
     labels = np.arange(n) % 2
-    told = {0.5: 0.3, 0.9: 1.5}
-    rows = {t: random.normal(size=(n, len(NAMES))) + shift * labels[:, np.newaxis] for t, shift in told.items()}
+    shifts = {0.5: 0.3, 0.9: 1.5}
+    rows = {t: random.normal(size=(n, len(NAMES))) + shift * labels[:, np.newaxis] for t, shift in shifts.items()}
     ids = tuple(f"slide_{i:03d}" for i in range(n))
     groups = ids if patients is None else tuple(f"patient_{i // 2 % patients}" for i in range(n))
     return Sample(ids, labels, groups, rows, forest.version_of(reference=False), 3.9)
@@ -145,10 +145,10 @@ def test_patients_who_are_known_by_heart_do_not_help() -> None:
     assert train(by_patient, seed=0, choices=choices).card.auc < 0.75
 
 
-@pytest.mark.parametrize(("n", "told"), [(4, "1 patients with tumour"), (2, "1 patients with tumour")])
-def test_too_few_patients_are_refused(n: int, told: str) -> None:
+@pytest.mark.parametrize(("n", "message"), [(4, "1 patients with tumour"), (2, "1 patients with tumour")])
+def test_too_few_patients_are_refused(n: int, message: str) -> None:
     """Two of each class leave one for the choice inside the validation."""
-    with pytest.raises(InputError, match=f"{told}.*at least three patients"):
+    with pytest.raises(InputError, match=f"{message}.*at least three patients"):
         train(drawn(n), seed=0, choices=SMALL)
 
 

@@ -329,7 +329,7 @@ def other_lesions(one):
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         (lambda one: one._replace(protocol_hash="f" * 64), r"different protocols \(none and ffffffffffff\)"),
         (lambda one: one._replace(matches=one.matches[1:]), "different slides for FROC: s0 in one of them only"),
@@ -343,12 +343,12 @@ def other_lesions(one):
         (lambda one: one._replace(clusters={"s3": 0, "s5": 0}), "different patients for s5"),
     ],
 )
-def test_what_cannot_be_compared_is_refused(pair, change, told):
+def test_what_cannot_be_compared_is_refused(pair, change, message):
     """Protocol, case sets, labels, lesions, truth and patients have to be the same; the message names the slide."""
     first = pair[0]._replace(truth={"s0": "one"})
     second = pair[1]._replace(truth={"s0": "one"})
     assert comparability_problems([first, second]) == []
-    with pytest.raises(InputError, match=f"a and b .*{told}"):
+    with pytest.raises(InputError, match=f"a and b .*{message}"):
         bootstrap([first, change(second)], reference="a", n=1)
 
 
@@ -410,8 +410,8 @@ def test_what_rests_on_one_case_is_not_certain(n_lesions, labels, patients, know
     differences = found.differences["a"]
     assert differences["froc.strict_score"].value == 1
     for metric in ("froc.strict_score", "roc.auc"):
-        told = [*found.intervals["a"][metric][1:], *differences[metric][1:]]
-        assert [math.isfinite(one) for one in told] == [metric in known] * len(told)
+        numbers = [*found.intervals["a"][metric][1:], *differences[metric][1:]]
+        assert [math.isfinite(one) for one in numbers] == [metric in known] * len(numbers)
     assert np.isnan(found.bands["a"].low).all() == ("froc.strict_score" not in known)
 
 

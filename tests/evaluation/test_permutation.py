@@ -112,16 +112,16 @@ def test_published_scores_agree_with_another_implementation(shared_data: Path) -
 
 
 @pytest.mark.parametrize(
-    ("groups", "told"),
+    ("groups", "message"),
     [
         (([], [1], [0]), "first kind has 0 scores"),
         (([1], [1], []), "normal has 0 scores"),
         (([1], [np.nan], [0]), "second kind has 1 scores, 1 of them not finite"),
     ],
 )
-def test_unusable_groups_are_refused(groups: tuple[list[float], ...], told: str) -> None:
+def test_unusable_groups_are_refused(groups: tuple[list[float], ...], message: str) -> None:
     """One line names the group."""
-    with pytest.raises(InputError, match=told):
+    with pytest.raises(InputError, match=message):
         permutation_test(*groups)
     with pytest.raises(InputError, match="at least one"):
         permutation_test([1], [1], [1], n=0)

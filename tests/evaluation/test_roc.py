@@ -89,8 +89,8 @@ def test_published_paired_tests():
     """Albumin and total protein against the K-G score: difference, error, chi square and p as SAS prints them."""
     albumin, protein, kg, outcome = patients()
     found = [roc.paired_test(one, kg, outcome) for one in (albumin, protein)]
-    told = [(round(d, 4), round(e, 4), round((d / e) ** 2, 4), round(p, 4)) for d, e, p in found]
-    assert told == [(0.0108, 0.0953, 0.0127, 0.9102), (-0.0780, 0.1046, 0.5554, 0.4561)]
+    rounded = [(round(d, 4), round(e, 4), round((d / e) ** 2, 4), round(p, 4)) for d, e, p in found]
+    assert rounded == [(0.0108, 0.0953, 0.0127, 0.9102), (-0.0780, 0.1046, 0.5554, 0.4561)]
 
 
 @given(two_classes, st.randoms(use_true_random=False))
@@ -225,10 +225,10 @@ def test_huge_scores_are_resampled_without_a_word():
 
 
 @pytest.mark.parametrize(
-    ("scores", "labels", "told"),
+    ("scores", "labels", "message"),
     [([0.1, math.nan], [0, 1], "NaN"), ([0.1, 0.2], [0, 2], "label"), ([0.1, 0.2], [0], "one label per score")],
 )
-def test_unusable_input_is_refused(scores, labels, told):
+def test_unusable_input_is_refused(scores, labels, message):
     """NaN scores, odd labels and odd lengths are named."""
-    with pytest.raises(InputError, match=told):
+    with pytest.raises(InputError, match=message):
         roc.auc(scores, labels)

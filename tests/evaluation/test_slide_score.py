@@ -73,10 +73,10 @@ def test_scores_go_into_evaluate(trained: Path, finished: Path, small_slides: Pa
     options = ["--forest", str(trained / "other_forest.json"), "--out", str(scores)]
     assert main(["forest", "score", str(finished), *options]) == 0
     found = detections.read_scores(scores)
-    made = forest.load(trained / "other_forest.json")
+    other = forest.load(trained / "other_forest.json")
     table = {(row.slide_id, row.threshold): row for row in slide_score.read_features(trained / "features.csv")}
-    rows = np.array([table[slide_id, made.card.settings.threshold].values for slide_id in found])
-    assert list(found.values()) == made.predict(rows).tolist()
+    rows = np.array([table[slide_id, other.card.settings.threshold].values for slide_id in found])
+    assert list(found.values()) == other.predict(rows).tolist()
     options = ["--manifest", str(small_slides), "--detections", str(finished / "detections"), "--scores", str(scores)]
     assert main(["evaluate", *options, "--bootstrap", "0", "--out", str(out)]) == 0
     with (out / "cases.csv").open() as stream:
@@ -107,11 +107,11 @@ def test_slides_of_the_training_are_not_scored_unasked(trained: Path, finished: 
 
 def test_maps_of_another_stride_are_not_scored(trained: Path, finished: Path, fails: Call) -> None:
     """Areas in other cells are other numbers."""
-    made = forest.load(trained / "other_forest.json")
+    other = forest.load(trained / "other_forest.json")
     path = trained / "fine.json"
-    forest.save(made._replace(card=made.card._replace(cell_um=16 * 0.243)), path)
-    told = fails("forest", "score", finished, "--forest", path, "--out", trained / "never.csv")
-    assert "cells of 27.22 um where the forest was trained on 3.888 um" in told
+    forest.save(other._replace(card=other.card._replace(cell_um=16 * 0.243)), path)
+    message = fails("forest", "score", finished, "--forest", path, "--out", trained / "never.csv")
+    assert "cells of 27.22 um where the forest was trained on 3.888 um" in message
 
 
 def test_a_slide_in_two_runs_and_a_folder_without_a_run_are_refused(
@@ -164,7 +164,7 @@ def test_test_slides_and_slides_without_label_are_left_out() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "told"),
+    ("rows", "message"),
     [
         (rows_of("a"), "no features of b"),
         (rows_of("a", "b", "a"), "slide a.*given twice"),
@@ -173,11 +173,11 @@ def test_test_slides_and_slides_without_label_are_left_out() -> None:
         (rows_of("a") + rows_of("b")[:1], "slide b.*no features at some of the thresholds"),
     ],
 )
-def test_features_that_do_not_belong_together_are_refused(rows: list[FeatureRow], told: str) -> None:
+def test_features_that_do_not_belong_together_are_refused(rows: list[FeatureRow], message: str) -> None:
     """A slide that failed silently would make another sample."""
     cases = [case("a", 1), case("b", 0)]
     extra = [replace(cases[0], slide_id="a1")] if any(row.slide_id == "a1" for row in rows) else []
-    with pytest.raises(InputError, match=told):
+    with pytest.raises(InputError, match=message):
         sample_of(rows, [*cases, *extra])
     with pytest.raises(InputError, match="no labelled slides"):
         sample_of(rows, [])

@@ -68,14 +68,14 @@ def test_a_coarse_map_is_taken_from_cells_with_the_same_windows(convention: str,
     for fine in (frame._replace(stride_px=s) for s in strides[2:]):
         seen = corners(fine).astype(np.float32)
         for coarse in (frame._replace(stride_px=s) for s in strides if s > fine.stride_px):
-            wanted = corners(coarse)
+            expected = corners(coarse)
             try:
                 found = np.stack([assembly.subsample(seen[..., axis], fine, coarse) for axis in (0, 1)], axis=-1)
             except InputError:
-                assert not set(map(tuple, wanted.reshape(-1, 2))) <= set(map(tuple, seen.reshape(-1, 2).astype(int)))
+                assert not set(map(tuple, expected.reshape(-1, 2))) <= set(map(tuple, seen.reshape(-1, 2).astype(int)))
             else:
                 exact += 1
-                assert np.array_equal(found, wanted)
+                assert np.array_equal(found, expected)
     assert exact >= 4
 
 

@@ -38,12 +38,12 @@ def region(found: Named, which: str) -> list[float]:
 @pytest.fixture
 def heat() -> NDArray[np.float32]:
     """A map with a 2 x 4 box, an L of three cells, and a cell of 0.6 alone; a column of glass."""
-    made = np.full((10, 12), 0.1, np.float32)
-    made[2:4, 2:6] = [[0.95, 0.85, 0.75, 0.95], [0.95, 0.95, 0.95, 0.95]]
-    made[7, 3], made[8, 3], made[8, 4] = 0.9, 0.8, 0.7
-    made[6, 8] = 0.6
-    made[:, 11] = np.nan
-    return made
+    heat = np.full((10, 12), 0.1, np.float32)
+    heat[2:4, 2:6] = [[0.95, 0.85, 0.75, 0.95], [0.95, 0.95, 0.95, 0.95]]
+    heat[7, 3], heat[8, 3], heat[8, 4] = 0.9, 0.8, 0.7
+    heat[6, 8] = 0.6
+    heat[:, 11] = np.nan
+    return heat
 
 
 def test_shares_and_sums_by_hand(heat: NDArray[np.float32]) -> None:
@@ -84,10 +84,10 @@ def test_a_tie_for_the_second_place(heat: NDArray[np.float32]) -> None:
     """Mended, the other of two equal regions is second; the reference skips it and takes the next smaller one."""
     heat[0:2, 7:11] = 0.7
     heat[0, 6] = 0.1
-    mended, reference = features(heat[:, :11]), features(np.pad(heat, 1, constant_values=0.1), reference=True)
-    assert (mended["largest_area"], mended["second_largest_area"]) == (8, 8)
-    assert mended["maxprob_largest"] == pytest.approx(0.7)  # of equal ones the first in row order
-    assert mended["maxprob_second_largest"] == pytest.approx(0.95)
+    corrected, reference = features(heat[:, :11]), features(np.pad(heat, 1, constant_values=0.1), reference=True)
+    assert (corrected["largest_area"], corrected["second_largest_area"]) == (8, 8)
+    assert corrected["maxprob_largest"] == pytest.approx(0.7)  # of equal ones the first in row order
+    assert corrected["maxprob_second_largest"] == pytest.approx(0.95)
     assert (reference["largest_area"], reference["second_largest_area"]) == (8, 3)
 
 
@@ -95,11 +95,11 @@ def test_a_region_alone() -> None:
     """Mended, the second one is all zeros; the reference says -1 and repeats the largest."""
     heat = np.zeros((6, 6), np.float32)
     heat[2:4, 2:5] = 0.8
-    mended, reference = features(heat), features(heat, reference=True)
-    assert region(mended, "second_largest") == [0] * 10
+    corrected, reference = features(heat), features(heat, reference=True)
+    assert region(corrected, "second_largest") == [0] * 10
     assert reference["second_largest_area"] == -1
     assert region(reference, "second_largest")[1:] == region(reference, "largest")[1:]
-    assert region(mended, "largest") == region(reference, "largest")
+    assert region(corrected, "largest") == region(reference, "largest")
 
 
 def test_equal_regions_only() -> None:
@@ -112,7 +112,7 @@ def test_equal_regions_only() -> None:
 
 
 def test_the_border(heat: NDArray[np.float32]) -> None:
-    """The reference deletes a region that the map cuts, but counts its cells; mended it stays."""
+    """The reference deletes a region that the map cuts, but counts its cells; corrected it stays."""
     cut = heat[3:, :11]
     assert features(cut)["largest_area"] == 4
     reference = features(cut, reference=True)
@@ -121,12 +121,12 @@ def test_the_border(heat: NDArray[np.float32]) -> None:
 
 
 def test_no_region_above_the_threshold(heat: NDArray[np.float32]) -> None:
-    """The reference zeroes what lies above the lower levels too; mended it is kept."""
+    """The reference zeroes what lies above the lower levels too; corrected it is kept."""
     heat = np.minimum(heat, 0.88)
     assert not any(features(heat, 0.9, reference=True).values())
-    mended = features(heat, 0.9)
-    assert mended["ratio_cancer_tissue80"] == 8 / TISSUE
-    assert not any(list(mended.values())[10:])
+    corrected = features(heat, 0.9)
+    assert corrected["ratio_cancer_tissue80"] == 8 / TISSUE
+    assert not any(list(corrected.values())[10:])
 
 
 def test_tissue_is_counted_in_cells_of_the_map_or_of_16_px(heat: NDArray[np.float32]) -> None:

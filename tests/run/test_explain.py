@@ -27,8 +27,8 @@ def finished(small_slides: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
         writer.writeheader()
         writer.writerows([*rows, {"slide_id": "gone", "path": "gone.tif", "label": "normal"}])
     out = folder / "run"
-    told = ["dataset=manifest", f"dataset.manifest={folder / 'cases.csv'}", f"out={out}", *COARSE]
-    assert command.main(["run", *told]) == 20
+    overrides = ["dataset=manifest", f"dataset.manifest={folder / 'cases.csv'}", f"out={out}", *COARSE]
+    assert command.main(["run", *overrides]) == 20
     return out
 
 
@@ -42,18 +42,18 @@ def slide_of(root: Path) -> str:
 
 def test_a_task_is_told_with_its_key_and_attempts(finished: Path) -> None:
     """Where it was done, when, under which key, and every attempt."""
-    told = said(finished, "predict", slide_of(finished), "1")
-    assert "t1.h5 published" in told
-    assert "numeric class" in told
-    assert f"attempt 1 at predict {slide_of(finished)} 1: ok" in told
+    text = said(finished, "predict", slide_of(finished), "1")
+    assert "t1.h5 published" in text
+    assert "numeric class" in text
+    assert f"attempt 1 at predict {slide_of(finished)} 1: ok" in text
 
 
 def test_a_slide_is_told_stage_by_stage(finished: Path) -> None:
     """Also a stage that the run does not need: this run normalises no colours."""
-    told = said(finished, slide_of(finished))
-    assert "stain:" in told
-    assert "this run does not need it" in told
-    assert "heatmaps/" in told
+    text = said(finished, slide_of(finished))
+    assert "stain:" in text
+    assert "this run does not need it" in text
+    assert "heatmaps/" in text
 
 
 def test_a_rejected_slide_is_told_with_its_reason(finished: Path) -> None:

@@ -29,11 +29,11 @@ def copied(two_settings: tuple[Path, Path], tmp_path: Path) -> Path:
 
 def test_every_stage_has_a_line(two_settings: tuple[Path, Path], capsys) -> None:
     """Done of planned, and who did it with what exit code."""
-    told = said(two_settings[0], capsys)
+    output = said(two_settings[0], capsys)
     for stage in ("ingest", "index", "certify", "stitch", "detect"):
-        assert f"  {stage} 6 of 6\n" in told
-    assert "  evaluation 1 of 1\ncomplete\nnobody runs it now: process " in told
-    assert "with exit code 0" in told
+        assert f"  {stage} 6 of 6\n" in output
+    assert "  evaluation 1 of 1\ncomplete\nnobody runs it now: process " in output
+    assert "with exit code 0" in output
 
 
 @pytest.mark.parametrize("lost", ["evaluation/summary.json", "report.html", "evaluation"])
@@ -51,9 +51,9 @@ def test_what_is_lacking_is_counted_by_stage(copied: Path, capsys) -> None:
     for part in (copied / "receipts/patches").rglob("*.json"):
         part.unlink()
     next((copied / "heatmaps").glob("*.preview.tif")).unlink()
-    told = said(copied, capsys)
-    assert "  stitch 5 of 6\n" in told
-    assert "not complete: it lacks 1 of stitch, 1 of detect\n" in told
+    output = said(copied, capsys)
+    assert "  stitch 5 of 6\n" in output
+    assert "not complete: it lacks 1 of stitch, 1 of detect\n" in output
 
 
 def test_before_there_is_a_plan_the_slides_are_counted(copied: Path, capsys) -> None:

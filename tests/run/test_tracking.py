@@ -83,13 +83,13 @@ def test_everything_arrives(store: str, tmp_path: Path) -> None:
     folder = tmp_path / "evaluation"
     folder.mkdir()
     (folder / "summary.json").write_text("{}")
-    told = record(
+    content = record(
         artifacts=[config, folder],
         figures={"froc.png": b"\x89PNG"},
         tables={"froc.json": {"fp_per_slide": [8.0, 0.0], "thresholds": [0.1, math.inf]}},
         tags={"version.numpy": "2.4"},
     )
-    logged = tracking.log_run(params_for(store), told)
+    logged = tracking.log_run(params_for(store), content)
     run = read(store, logged.run_id)
     assert (run.info.run_name, run.info.status) == ("run", "FINISHED")
     assert run.data.params == {"inference.stride": "16"}
@@ -243,19 +243,19 @@ def test_secrets_stay_at_home(store: str) -> None:
     assert b"canary" not in Path(store.removeprefix("sqlite:///")).read_bytes()
 
 
-def _first_start(uri: str, key: str, barrier: Any, told: Any) -> None:
+def _first_start(uri: str, key: str, barrier: Any, results: Any) -> None:
     barrier.wait()
-    told.put(tracking.log_run(params_for(uri), record(key=key)))
+    results.put(tracking.log_run(params_for(uri), record(key=key)))
 
 
 def test_first_starts_at_the_same_time(tmp_path: Path) -> None:
     """Three processes on a store that is not there yet each leave their run, in one experiment."""
     context = multiprocessing.get_context("spawn")
-    uri, barrier, told = f"sqlite:///{tmp_path}/new/mlflow.db", context.Barrier(3), context.Queue()
-    processes = [context.Process(target=_first_start, args=(uri, f"k{i}", barrier, told)) for i in range(3)]
+    uri, barrier, results = f"sqlite:///{tmp_path}/new/mlflow.db", context.Barrier(3), context.Queue()
+    processes = [context.Process(target=_first_start, args=(uri, f"k{i}", barrier, results)) for i in range(3)]
     for process in processes:
         process.start()
-    logged = [told.get(timeout=200) for _ in processes]
+    logged = [results.get(timeout=200) for _ in processes]
     for process in processes:
         process.join()
     assert [item.reason for item in logged] == ["", "", ""]
