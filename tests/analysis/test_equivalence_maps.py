@@ -28,7 +28,7 @@ def compared(a: Path, b: Path, **more: Any) -> MapComparison:
 
 
 def changed(source: Path, out: Path, change: Any = None, **frame: Any) -> Path:
-    """Write a heatmap again with other scores, or another frame."""
+    """Write a heatmap with changed scores, or with another frame."""
     heat, about = read_heatmap(source)
     if change is not None:
         change(heat)
@@ -38,7 +38,7 @@ def changed(source: Path, out: Path, change: Any = None, **frame: Any) -> Path:
 
 @pytest.fixture
 def copied(two_settings: tuple[Path, Path], tmp_path: Path) -> Path:
-    """A copy of the first run that a test may change."""
+    """Return a copy of the first run that a test may change."""
     return Path(shutil.copytree(two_settings[0], tmp_path / "copy"))
 
 
@@ -48,7 +48,7 @@ def tumour(two_settings: tuple[Path, Path]) -> Path:
 
 
 def test_two_runs_against_whole_arrays(two_settings: tuple[Path, Path]) -> None:
-    """Pooled over bands and slides the numbers are those of all cells in one array."""
+    """The numbers over bands and slides equal those of all cells in one array."""
     comparison = compared(*two_settings)
     assert len(comparison.slides) == 6
     maps = [
@@ -65,7 +65,7 @@ def test_two_runs_against_whole_arrays(two_settings: tuple[Path, Path]) -> None:
 
 
 def test_lesions_of_two_runs(two_settings: tuple[Path, Path]) -> None:
-    """Every detection has its counterpart, and every true lesion that one run hits the other hits too."""
+    """Every detection has a partner, and both runs hit the same annotated lesions."""
     found = compared(*two_settings).pooled().lesions
     assert found is not None
     recorded = read_matches(two_settings[0] / "evaluation/matches.json").slides
@@ -77,7 +77,7 @@ def test_lesions_of_two_runs(two_settings: tuple[Path, Path]) -> None:
 def test_the_command_writes_its_files(
     two_settings: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Markdown, CSV, JSON and PNG; the sentence is the same in all; within 0.05 the runs are equivalent."""
+    """The Markdown, CSV, JSON and PNG are written with the same sentence; within 0.05 the runs are equivalent."""
     arguments = ["compare-maps", *map(str, two_settings), "--out", str(tmp_path), "--bound", "0.05"]
     assert cli.main(arguments) == 0
     output = capsys.readouterr().out
@@ -97,7 +97,7 @@ def test_the_command_writes_its_files(
 
 
 def test_a_run_equals_itself(two_settings: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
-    """At a bound of 0, and with every number 0."""
+    """A run is equivalent to itself with a bound of 0."""
     assert cli.main(["compare-maps", str(two_settings[0]), str(two_settings[0]), "--bound", "0"]) == 0
     assert "within 0 (max |dp|; mean 0)" in capsys.readouterr().out
 
@@ -105,7 +105,7 @@ def test_a_run_equals_itself(two_settings: tuple[Path, Path], capsys: pytest.Cap
 def test_beyond_the_bound_the_exit_code_says_so(
     tumour: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One cell that flips: counted, named, exit code 10."""
+    """One flipped cell is counted and named, and the exit code is 10."""
 
     def flip(heat: Any) -> None:
         heat[np.unravel_index(np.nanargmin(heat), heat.shape)] = 0.9
@@ -121,7 +121,7 @@ def test_beyond_the_bound_the_exit_code_says_so(
 
 
 def test_cells_of_one_map_only_are_counted(tumour: Path, tmp_path: Path) -> None:
-    """Tissue that one mask leaves out is no difference of scores, and no equivalence either."""
+    """Cells that one map lacks are no difference of scores, but rule out equivalence."""
 
     def less(heat: Any) -> None:
         heat.ravel()[np.flatnonzero(np.isfinite(heat))[:7]] = np.nan
@@ -133,7 +133,7 @@ def test_cells_of_one_map_only_are_counted(tumour: Path, tmp_path: Path) -> None
 
 
 def test_maps_that_begin_elsewhere_are_laid_on_one_grid(tumour: Path, tmp_path: Path) -> None:
-    """A map cut to the lower right part of the slide meets the same cells."""
+    """A map of the lower right part of the slide is compared with the same cells."""
     heat, about = read_heatmap(tumour)
     frame = about["frame"]
     per_tile = frame["tile_px"] // frame["stride_px"]
@@ -148,7 +148,7 @@ def test_maps_that_begin_elsewhere_are_laid_on_one_grid(tumour: Path, tmp_path: 
 
 
 def test_more_rows_than_a_band(tmp_path: Path) -> None:
-    """Maps of several bands, the last one short."""
+    """Maps of several bands are compared whole, the short last band included."""
     rng = np.random.default_rng(0)
     a = rng.random((2500, 300), dtype=np.float32)
     b = np.clip(a + rng.normal(0, 0.01, a.shape), 0, 1).astype(np.float32)
@@ -163,14 +163,14 @@ def test_more_rows_than_a_band(tmp_path: Path) -> None:
 
 
 def test_other_grids_are_refused_by_name(tumour: Path, tmp_path: Path) -> None:
-    """Both strides stand in the message."""
+    """The message names both strides."""
     other = changed(tumour, tmp_path / "o.tif", stride_px=56)
     with pytest.raises(InputError, match=r"its grid is stride 112 px.*is stride 56 px.*compare maps of one grid"):
         compared(tumour, other)
 
 
 def test_a_missing_slide_is_named(two_settings: tuple[Path, Path], copied: Path) -> None:
-    """The others are compared; equivalence is not claimed."""
+    """The other slides are compared, and the runs are not equivalent."""
     (copied / "heatmaps/tumor_002.tif").unlink()
     comparison = compared(two_settings[0], copied)
     assert len(comparison.slides) == 5
@@ -181,7 +181,7 @@ def test_a_missing_slide_is_named(two_settings: tuple[Path, Path], copied: Path)
 
 
 def test_lost_and_gained_lesions_are_told(two_settings: tuple[Path, Path], copied: Path) -> None:
-    """A detection that is gone is lost, one far away is gained, and a true lesion without a hit is lost."""
+    """A removed detection is lost, a distant one is gained, and a lesion without hit is lost."""
     name = "detections/tumor_001.csv"
     (copied / name).write_text("0.9,2000,2000\n")
     path = copied / "evaluation/matches.json"
@@ -236,7 +236,7 @@ def test_what_cannot_be_compared_ends_in_one_line(
 
 
 def test_numbers_that_do_not_exist_are_null(tumour: Path, tmp_path: Path) -> None:
-    """Maps without a common cell: no maximum in JSON, no crash in figure and table."""
+    """Maps without a common cell give null in JSON, and no error in figure and table."""
     comparison = compared(tumour, changed(tumour, tmp_path / "o.tif", lambda heat: heat.fill(np.nan)))
     from wsiflow.analysis.equivalence import report
 

@@ -1,4 +1,4 @@
-"""The permutation test against enumeration by hand, another implementation, and its own null."""
+"""The permutation test against enumeration, another implementation, and its distribution under the null."""
 
 import csv
 import itertools
@@ -20,7 +20,7 @@ scores = st.lists(st.integers(0, 6).map(float), min_size=1, max_size=4)
 
 
 def plain_differences(first: list[float], second: list[float], normal: list[float]) -> list[float]:
-    """Return the difference of areas under every labeling, the observed one first, by two areas each."""
+    """Return the difference of AUCs for every assignment of kinds, the observed one first."""
     both, k = [*first, *second], len(first)
     found = []
     for chosen in itertools.combinations(range(len(both)), k):
@@ -31,13 +31,13 @@ def plain_differences(first: list[float], second: list[float], normal: list[floa
 
 
 def references_p(first: list[float], second: list[float], normal: list[float]) -> float:
-    """Return p as the reference's script counts it: how often the observed difference is below a shuffled one."""
+    """Return the p-value of the reference's script: how often the observed difference is below a shuffled one."""
     observed, *_ = differences = plain_differences(first, second, normal)
     return float(np.mean([observed < abs(shuffled) for shuffled in differences]))
 
 
 def test_the_worked_example_has_a_third_where_the_reference_has_zero() -> None:
-    """O-14: areas 1 and 1/2; of six labelings two differ by 1/2, so p is 1/3; a strict comparison counts none."""
+    """O-14: two of six assignments differ by 1/2, so p is 1/3; the reference's strict comparison gives 0."""
     differences = plain_differences(MACRO, MICRO, NORMAL)
     assert sorted(np.abs(differences).round(4)) == [0.1667, 0.1667, 0.1667, 0.1667, 0.5, 0.5]
     assert permutation_test(MACRO, MICRO, NORMAL) == (0.5, 2 / 6, 6, True)
@@ -45,14 +45,14 @@ def test_the_worked_example_has_a_third_where_the_reference_has_zero() -> None:
 
 
 def test_the_side_does_not_matter() -> None:
-    """The reference calls the same difference certain (p = 1) or impossible (p = 0) by its sign."""
+    """The reference gives p = 1 or p = 0 for the same difference, depending on its sign."""
     assert permutation_test(MICRO, MACRO, NORMAL) == (-0.5, 2 / 6, 6, True)
     assert references_p(MICRO, MACRO, NORMAL) == 1
 
 
 @given(scores, scores, scores)
 def test_exact_p_is_the_share_of_labelings(first: list[float], second: list[float], normal: list[float]) -> None:
-    """Whole numbers count what areas by pairs give, ties included."""
+    """Integer counts equal AUCs by pairs, ties included."""
     differences = plain_differences(first, second, normal)
     found = permutation_test(first, second, normal)
     assert found.value == pytest.approx(differences[0], abs=1e-12)
@@ -60,7 +60,7 @@ def test_exact_p_is_the_share_of_labelings(first: list[float], second: list[floa
 
 
 def test_drawn_p_is_near_the_exact_one_and_repeats(monkeypatch: pytest.MonkeyPatch) -> None:
-    """20,000 draws come within four standard errors; the same seed gives the same p, another seed another."""
+    """The p-value of 20,000 draws is within four standard errors and depends on the seed alone."""
     random = np.random.default_rng(3)
     groups = random.normal(1.2, 1, 7), random.normal(0.6, 1, 8), random.normal(0, 1, 12)
     exact = permutation_test(*groups)
@@ -75,7 +75,7 @@ def test_drawn_p_is_near_the_exact_one_and_repeats(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_drawn_p_is_never_zero() -> None:
-    """With b = 0 of n it is 1 / (n + 1)."""
+    """The p-value is 1 / (n + 1) where no draw reaches the observed difference."""
     found = permutation_test(np.arange(20) + 100.0, np.arange(20) - 100.0, np.arange(20), n=99)
     assert found == (1.0, 0.01, 99, False)
 
@@ -88,7 +88,7 @@ def test_under_the_null_small_p_are_as_rare_as_they_say() -> None:
 
 
 def test_published_scores_agree_with_another_implementation(shared_data: Path) -> None:
-    """Macro against micro metastases on the 129 test slides: SciPy's test draws the same p within four errors."""
+    """Macro against micro on 129 test slides agrees with SciPy's test within four errors."""
     with (shared_data / "published/dldp/RF_results/reference_all_final_results_0515.csv").open() as file:
         rows = list(csv.DictReader(file))
     macro, micro, normal = (
@@ -120,7 +120,7 @@ def test_published_scores_agree_with_another_implementation(shared_data: Path) -
     ],
 )
 def test_unusable_groups_are_refused(groups: tuple[list[float], ...], message: str) -> None:
-    """One line names the group."""
+    """The message names the group."""
     with pytest.raises(InputError, match=message):
         permutation_test(*groups)
     with pytest.raises(InputError, match="at least one"):

@@ -192,7 +192,7 @@ def _slide_shape(l0_size_px: tuple[int, int], downsample: int) -> tuple[int, int
 def _check_size(shape: tuple[int, ...], expected: tuple[int, int], case: Case) -> None:
     """Refuse a mask of another slide or another scale; a mask that is padded to whole tiles is accepted.
 
-    On a slide of a few tiles a mask of half its size is accepted too: it lacks no more pixels than padding adds.
+    On a slide of few tiles a mask of half its size is accepted too, since it lacks no more pixels than padding adds.
 
     Raises:
         InputError: The size is neither that of the slide nor a padded one.
