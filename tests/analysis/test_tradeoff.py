@@ -131,7 +131,7 @@ def test_the_reference_can_be_chosen() -> None:
     runs = [run("fine", some(4), 8.0, stride=16), run("coarse", some(3), 2.0, stride=224)]
     found = compared(*runs, reference="stride=224")
     assert found.rows[0].differences["froc.score"].value == pytest.approx(0.25)
-    with pytest.raises(InputError, match="no setting 'stride=32'; --reference: stride=16; stride=224"):
+    with pytest.raises(InputError, match="no setting 'stride=32'; name one with --reference: stride=16; stride=224"):
         compared(*runs, reference="stride=32")
 
 

@@ -298,7 +298,7 @@ def _whole(uri: str) -> str:
         if REDACTED not in bare:
             return bare
     cause = "the password of the MLflow store is not stored in the run's folder"
-    raise EnvironmentFault(cause, "set MLFLOW_TRACKING_URI to the whole address and run the same command again")
+    raise EnvironmentFault(cause, "set MLFLOW_TRACKING_URI to the whole address, then run the same command again")
 
 
 def _database(uri: str) -> Path | None:
