@@ -244,4 +244,4 @@ def test_a_page_of_many_slides_holds_some_of_their_pictures(monkeypatch: pytest.
     overlays = {name: _OVERLAY if number < 2 else Path("/never read") for number, name in enumerate(names)}
     page = report.render(data(slides=[row(slide_id=name) for name in names], overlays=overlays))
     assert page.count('alt="scores on') == 2
-    assert "3 more slides have their picture as heatmaps/<slide>.png" in html.unescape(words(page))
+    assert "The pictures of 3 more slides are in heatmaps/<slide>.png only" in html.unescape(words(page))

@@ -143,7 +143,8 @@ def _missing(rows: Sequence[Mapping[str, Any]]) -> str:
         return page.section("What is missing", "<p>Nothing: every slide has a result.</p>\n")
     body = (f"<tr><td>{escape(row['slide_id'])}</td><td>{escape(row['reason'])}</td></tr>\n" for row in rows)
     return page.section(
-        "What is missing", page.table(["Slide without result", "Reason"], body) + "<p>Nothing stands in for them.</p>\n"
+        "What is missing",
+        page.table(["Slide without result", "Reason"], body) + "<p>No score includes these slides.</p>\n",
     )
 
 
@@ -196,7 +197,7 @@ def _slides(data: ReportData) -> str:
     pictured = dict(itertools.islice(data.overlays.items(), _MOST_PICTURES))
     rows = (_slide(row, pictured.get(row["slide_id"])) for row in data.slides)
     left = len(data.overlays) - len(pictured)
-    note = f"<p>{left} more slides have their picture as heatmaps/&lt;slide&gt;.png alone.</p>\n" if left else ""
+    note = f"<p>The pictures of {left} more slides are in heatmaps/&lt;slide&gt;.png only.</p>\n" if left else ""
     return page.section("Slides", page.table(heads, rows) + note)
 
 
@@ -244,9 +245,9 @@ def _citation(data: ReportData, n_missing: int) -> str:
     notes = [
         "Name the mode of a FROC score. <i>Official</i> follows the challenge's evaluator digit for digit, with its "
         "defects; <i>strict</i> corrects them. Compare scores of one mode only.",
-        "Give the interval. The one of FROC is a bootstrap over slides, the one of the AUC follows DeLong; both 95 %.",
-        "Give the plan's hash: it stands for the slides, the tiles and every setting that can change a number.",
-        "Cost counts what the run that wrote these scores executed, on its own machine; name the processor.",
+        "Give the 95 % interval. That of FROC is a bootstrap over slides, that of the AUC follows DeLong.",
+        "Give the hash of the plan: it identifies the slides, the tiles and every setting that can change a number.",
+        "Cost counts the work of the run that wrote these scores, on its machine; name the processor.",
         "Sources: Ehteshami Bejnordi et al., JAMA 2017;318:2199 (CAMELYON16 and its FROC score); "
         "DeLong et al., Biometrics 1988;44:837 (variance of the AUC); "
         "Li, Mikailov, Chen, IEEE Trans. AI 2023, doi 10.1109/TAI.2023.3246032 (the reference system).",
