@@ -109,7 +109,7 @@ def runs_in_folders(folders: Sequence[Path]) -> RunSelection:
 
 def scores_folder(folder: Path) -> Path | None:
     """Return the folder that holds the scores of a run or an evaluation; None where they are missing or incomplete."""
-    files = ("matches.json", "summary.json")  # a run that died between them has none yet
+    files = ("matches.json", "summary.json")  # a run killed between the two has no scores yet
     return next((one for one in (folder / "evaluation", folder) if all((one / name).is_file() for name in files)), None)
 
 

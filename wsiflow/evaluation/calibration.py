@@ -29,7 +29,7 @@ from wsiflow.errors import InputError
 from wsiflow.evaluation import proportions
 
 Z95 = 1.959963984540054
-_FLOOR = 1e-6  # probabilities nearer to 0 or 1 have no logit to speak of; float32 ends at 6e-8 below 1
+_FLOOR = 1e-6  # probabilities are clipped here: nearer to 0 or 1 float32 is too coarse for a meaningful logit
 _STEPS = 100
 _FURTHEST = 4.0  # an unbounded Newton step from nearly certain probabilities overshoots to the opposite certainty
 _SEPARATED = "the outcomes are separated: the likelihood has no maximum"

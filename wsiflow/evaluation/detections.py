@@ -75,24 +75,24 @@ def detection_files(slide_ids: Sequence[str], folder: Path) -> dict[str, Path]:
     return paths
 
 
-def require_same_slides(expected: Iterable[str], found: Iterable[str], what: str, path: Path) -> None:
+def require_same_slides(expected: Iterable[str], actual: Iterable[str], what: str, path: Path) -> None:
     """Check that files or lines exist for exactly the slides of the manifest.
 
     Args:
         expected: Slide ids of the manifest.
-        found: Slide ids of the files or lines.
+        actual: Slide ids of the files or lines.
         what: What each of them is, for the message.
         path: The folder or file, for the message.
 
     Raises:
         InputError: They differ; the message lists every missing and every additional slide.
     """
-    missing, stray = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
+    missing, stray = sorted(set(expected) - set(actual)), sorted(set(actual) - set(expected))
     if not (missing or stray):
         return
     parts = [f"there is no {what} for {', '.join(missing)}"] if missing else []
     parts += [f"there is a {what} for {', '.join(stray)}, which the manifest does not have"] if stray else []
-    remedy = "give exactly the slides of the manifest (an empty file where nothing was found)"
+    remedy = "give exactly the slides of the manifest (an empty file where nothing was detected)"
     raise InputError(" and ".join(parts), remedy, path=path)
 
 

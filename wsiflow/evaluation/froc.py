@@ -42,7 +42,7 @@ ITC_UM = 275.0
 """Size limit of the challenge, 200 um plus dilation: a dilated region with a shorter major axis is an ITC."""
 
 
-_LARGEST_RADIUS_PX = 2000  # 75 um are 150 px at the finest usual spacing, and dilation by such a disc takes hours
+_LARGEST_RADIUS_PX = 2000  # 75 um are 150 px at the finest usual spacing, and dilation by a larger disc takes too long
 _LARGEST = float(np.finfo(np.float32).max)
 
 
@@ -243,7 +243,7 @@ def resample(
     sensitivities = np.empty((len(times), len(at)))
     for row, drawn in zip(sensitivities, times, strict=True):
         points = _curve(near, drawn)
-        if points.fp_per_slide[0] <= most:  # a draw of slides with few false positives: its curve goes on below
+        if points.fp_per_slide[0] <= most:  # few false positives were drawn, so the thresholds left out matter
             points = _curve(pool, drawn)
         row[:] = _at_rates(points, at)
     return sensitivities

@@ -27,7 +27,7 @@ from wsiflow.evaluation import proportions
 
 QUANTILES = (0.5, 0.95, 0.99, 0.999)
 
-_SHIFT = 13  # of 23 bits of a float32's mantissa 10 stay
+_SHIFT = 13  # keeps 10 of the 23 bits of a float32's mantissa
 _N_BINS = (int(np.float32(1).view(np.uint32)) >> _SHIFT) + 1
 _STRIPS = 40
 
@@ -158,7 +158,7 @@ def quantile(pooled: Tally, share: float) -> float:
     reached = np.cumsum(pooled.counts.sum(axis=0))
     place = int(np.searchsorted(reached, math.ceil(share * pooled.n)))
     if place == 0:
-        return 0.0  # or below 1.2e-41
+        return 0.0  # a difference of 0, or below 1.2e-41
     edge = np.uint32(((place + 1) << _SHIFT) - 1).view(np.float32)
     return min(float(edge), pooled.largest)
 
@@ -229,7 +229,7 @@ def pair_detections(a: NDArray[np.float64], b: NDArray[np.float64], *, reach: fl
     ends = np.cumsum([0, *(len(each) for each in near)])
     places = np.array([place for each in near for place in sorted(each)], np.int32)
     graph = csr_array((np.ones(len(places), np.int8), places, ends), shape=(len(a), len(b)))
-    partner = maximum_bipartite_matching(graph, perm_type="column")  # of each of A's, or -1
+    partner = maximum_bipartite_matching(graph, perm_type="column")  # index for each of A's, or -1
     gained = np.ones(len(b), np.bool_)
     gained[partner[partner >= 0]] = False
     return Pairing(partner < 0, gained)

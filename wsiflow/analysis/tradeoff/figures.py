@@ -141,7 +141,7 @@ def _froc(tradeoff: Tradeoff) -> Any:
         is_reference = row.name == tradeoff.reference
         colour = page.INK if is_reference else next(colours)
         axes.fill_between(row.band.fp_per_slide, row.band.low, row.band.high, color=colour, alpha=0.1, linewidth=0)
-        style = "-" if is_reference else (0, (5, 1.5))  # curves that lie on the reference let it be seen
+        style = "-" if is_reference else (0, (5, 1.5))  # dashes leave a reference curve below them visible
         label = f"{row.name}{' (reference)' if is_reference else ''}"
         axes.plot(*_line(row), color=colour, linewidth=1.8, linestyle=style, label=label)
     if len(tradeoff.rows) > len(chosen):

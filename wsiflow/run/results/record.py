@@ -54,11 +54,11 @@ def track(
     identity, digest_tags = folder_id(root), digests(plan)
     record = tracking.RunRecord(
         name=config.out.name if config.tracking.sweep else config.name,
-        # The same scores in another folder are another run: its cost is its own.
+        # The same scores in another folder are another run, which has its own cost.
         key=publish.key_of(scores=key, folder=identity),
         plan_hash=plan.hash,
         partial=shown.name != "evaluation",
-        # Where a run lies is no setting: it would be an axis of every plot of MLflow.
+        # The folder of a run is not a setting; as a parameter it would be an axis of every plot in MLflow.
         params=settings(config.model_dump(mode="json", exclude={"out", "share"}), plan),
         metrics=metrics,
         tags={

@@ -210,12 +210,12 @@ def _slide(row: Mapping[str, Any], overlay: Path | None) -> str:
     remarks = "; ".join(filter(None, (row["status"], row.get("note", ""))))
     truth = {"1": "tumour", "0": "normal"}.get(_cell(row, "label"), page.NO_VALUE)
     lesions = _cell(row, "n_lesions")
-    found = lesions if lesions in (page.NO_VALUE, "0") else f"{_cell(row, 'n_found')} of {lesions}"
+    hits = lesions if lesions in (page.NO_VALUE, "0") else f"{_cell(row, 'n_found')} of {lesions}"
     cells = [
         truth,
         _cell(row, "score", "{:.3f}"),
         _cell(row, "n_detections"),
-        page.NO_VALUE if found == "0" else found,
+        page.NO_VALUE if hits == "0" else hits,
         _cell(row, "n_false_positives"),
         _cell(row, "n_tiles"),
         _cell(row, "seconds_wall", "{:.1f}"),
