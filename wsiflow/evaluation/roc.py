@@ -61,7 +61,7 @@ def auc(scores: ArrayLike, labels: ArrayLike) -> float:
     positive, negative = _split(scores, labels)
     if not (positive.size and negative.size):
         return math.nan
-    return float(_wins(positive, negative).mean())
+    return float(_placements(positive, negative).mean())
 
 
 def delong_variance(scores: ArrayLike, labels: ArrayLike) -> float:
@@ -83,11 +83,11 @@ def delong_variance(scores: ArrayLike, labels: ArrayLike) -> float:
     m, n = len(positive), len(negative)
     if min(m, n) < _LEAST:
         return math.nan
-    wins = _wins(positive, negative)
-    a, b = m * _wins(negative, positive).var(ddof=1), n * wins.var(ddof=1)
+    placements = _placements(positive, negative)
+    a, b = m * _placements(negative, positive).var(ddof=1), n * placements.var(ddof=1)
     ties = float((np.searchsorted(np.sort(negative), positive, "right") - _below(negative, positive)).sum())
     # An outcome is 1, 1/2 or 0: its square is the outcome itself, and 1/4 less for a tie.
-    s = (n * wins.sum() - ties / 4 - m * n * wins.mean() ** 2) / (m * n - 1)
+    s = (n * placements.sum() - ties / 4 - m * n * placements.mean() ** 2) / (m * n - 1)
     e = ((m * n - 1) * s - (n - 1) * a - (m - 1) * b) / ((m - 1) * (n - 1))
     return float((a + b - e) / (m * n))
 
@@ -135,9 +135,9 @@ def delong_covariance(scores: Sequence[ArrayLike], labels: ArrayLike) -> NDArray
     split = [_split(one, labels) for one in scores]
     if any(min(len(positive), len(negative)) < _LEAST for positive, negative in split):
         return np.full((len(split), len(split)), np.nan)
-    of_tumour = np.array([_wins(positive, negative) for positive, negative in split])
-    of_normal = np.array([_wins(negative, positive) for positive, negative in split])
-    parts = [np.atleast_2d(np.cov(wins)) / wins.shape[1] for wins in (of_tumour, of_normal)]
+    of_tumour = np.array([_placements(positive, negative) for positive, negative in split])
+    of_normal = np.array([_placements(negative, positive) for positive, negative in split])
+    parts = [np.atleast_2d(np.cov(placements)) / placements.shape[1] for placements in (of_tumour, of_normal)]
     total: NDArray[np.float64] = parts[0] + parts[1]
     return total
 
@@ -245,7 +245,7 @@ def _below(values: NDArray[np.float64], points: NDArray[np.float64]) -> NDArray[
     return np.searchsorted(np.sort(values), points, "left")
 
 
-def _wins(ours: NDArray[np.float64], theirs: NDArray[np.float64]) -> NDArray[np.float64]:
+def _placements(ours: NDArray[np.float64], theirs: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return placement values: for each of ``ours`` the share of ``theirs`` below it, ties counting one half."""
     ranked = np.sort(theirs)
     return (np.searchsorted(ranked, ours, "left") + np.searchsorted(ranked, ours, "right")) / (2 * len(theirs))
