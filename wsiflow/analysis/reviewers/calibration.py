@@ -1,4 +1,4 @@
-"""Calibrate a run: its slide scores, and the cells of its heatmaps where the truth is known.
+"""Assess the calibration of a run: of its slide scores, and of the cells of its heatmaps where the truth is known.
 
 Input: a scored run. Output: ``calibration.json``, ``.csv`` and ``.png``, bytes by name.
 
