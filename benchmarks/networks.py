@@ -134,7 +134,7 @@ def prepared(
 
 
 def _calibration(how: Choice, pixels: NDArray[np.uint8]) -> list[NDArray[np.uint8]]:
-    """Return samples for the calibration of int8: four batches of windows, or four regions of three tiles a side."""
+    """Return samples for the calibration of int8: four batches of windows, or four regions of up to 672 px a side."""
     if how.engine == "window":
         cut = np.stack(windows(pixels, WINDOWS_PER_TILE))
         return [cut[first : first + BATCH] for first in range(0, 4 * BATCH, BATCH)]

@@ -135,7 +135,13 @@ def _maxima(scores: NDArray[np.float32], above: NDArray[np.bool_], radius: int) 
 
 
 def _cleaned(above: NDArray[np.bool_], morphology: str, width: int) -> NDArray[np.bool_]:
-    """Return the cells above the threshold after opening and closing with an elliptical kernel ``width`` cells wide."""
+    """Return the cells that remain after opening and closing, in the order of ``morphology``, by an elliptical kernel.
+
+    Args:
+        above: bool (rows, cols), cells above the threshold.
+        morphology: ``open_close``, ``close_open`` or ``none``.
+        width: Width of the kernel, cells.
+    """
     orders = {"open_close": (cv2.MORPH_OPEN, cv2.MORPH_CLOSE), "close_open": (cv2.MORPH_CLOSE, cv2.MORPH_OPEN)}
     kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (width, width))
     cells = above.astype(np.uint8)

@@ -38,7 +38,7 @@ class LesionAgreement(NamedTuple):
         a, b: Number of detections in setting A and in setting B.
         lost: Number of A's detections that have no partner among B's within the radius.
         gained: Number of B's detections that have no partner among A's within the radius.
-        true: Number of annotated lesions without isolated tumour cells; None where no truth is known.
+        true: Number of annotated lesions, isolated tumour cells not counted; None where no truth is known.
         true_lost, true_gained: Number of annotated lesions that only A, or only B, detects.
     """
 

@@ -100,7 +100,7 @@ def _dataset_name(config: RunConfig) -> str:
 
 
 def settings(values: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
-    """Return every setting by dotted name; the plan's choices replace the settings that were left to ``auto``.
+    """Return every setting by dotted name, with the plan's engine, backend, precision, halo and block as chosen.
 
     Args:
         values: The configuration as JSON values.
