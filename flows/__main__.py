@@ -42,7 +42,7 @@ def _call(arguments: Sequence[str]) -> int:
         os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")  # errors are told once, here
         from . import comparing
 
-        return cli.main(arguments, comparing.answer)
+        return cli.main(arguments, comparing.run_comparison)
     return cli.main(arguments)
 
 

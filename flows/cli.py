@@ -12,14 +12,14 @@ from . import commands
 from .terminal import bounded
 
 
-def main(argv: Sequence[str], answer: Callable[..., Any] | None = None) -> int:
+def main(argv: Sequence[str], run_comparison: Callable[..., Any] | None = None) -> int:
     """Run one command and return its exit code.
 
     Args:
         argv: The command and its arguments.
-        answer: What ``compare`` calls in the place of `wsiflow.analysis.tradeoff.comparison.answer`.
+        run_comparison: What ``compare`` calls in the place of `wsiflow.analysis.tradeoff.comparison.run_comparison`.
     """
-    arguments = _parser().parse_args(argv, argparse.Namespace(answer=answer))
+    arguments = _parser().parse_args(argv, argparse.Namespace(run_comparison=run_comparison))
     command: Callable[[argparse.Namespace], int] = arguments.command
     return bounded(lambda: command(arguments))
 

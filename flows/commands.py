@@ -212,8 +212,9 @@ def compare(arguments: argparse.Namespace) -> int:
     from wsiflow.analysis.tradeoff import comparison
 
     options = comparison.Options(arguments.reference, arguments.bootstrap, arguments.seed)
-    wanted = comparison.asked(arguments.names, arguments.uri, arguments.sweep, options)
-    say(comparison.told((arguments.answer or comparison.answer)(wanted, arguments.out)))
+    request = comparison.parse_request(arguments.names, arguments.uri, arguments.sweep, options)
+    run_comparison = arguments.run_comparison or comparison.run_comparison
+    say(comparison.summary_text(run_comparison(request, arguments.out)))
     return 0
 
 
@@ -247,10 +248,10 @@ def train_forest(arguments: argparse.Namespace) -> int:
     from wsiflow.evaluation.forest import Choices
 
     choices = Choices(trees=arguments.trees, trees_choosing=-(-arguments.trees // 3))
-    made = slide_score.train(
+    trained = slide_score.train(
         arguments.features, arguments.manifest, arguments.out, seed=arguments.seed, choices=choices
     )
-    card = made.card
+    card = trained.card
     chosen = ", ".join(f"{name} {value:g}" for name, value in card.settings._asdict().items())
     say(f"trained on {len(card.training)} slides of {card.n_patients} patients, {card.n_tumour} with tumour: {chosen}")
     say(f"AUC in cross-validation {card.auc:.4f} (95 % interval {card.auc_low:.4f} to {card.auc_high:.4f})")
@@ -279,15 +280,17 @@ def compare_maps(arguments: argparse.Namespace) -> int:
     bound = arguments.bound
     if bound is not None and not 0 <= bound <= 1:
         raise InputError(f"the bound is {bound}", "give a difference of probabilities, 0 to 1")
-    made = maps.compare(arguments.a, arguments.b, threshold=arguments.threshold, radius_um=arguments.radius_um)
-    say(table(made))
-    say(maps.sentence(made))
+    comparison = maps.compare_maps(
+        arguments.a, arguments.b, threshold=arguments.threshold, radius_um=arguments.radius_um
+    )
+    say(table(comparison))
+    say(maps.summary_sentence(comparison))
     if arguments.out is not None:
-        write(made, arguments.out)
+        write(comparison, arguments.out)
         say(f"written    {arguments.out / 'equivalence.md'}")
     if bound is None:
         return 0
-    reasons = maps.verdict(made, bound)
+    reasons = maps.reasons_not_equivalent(comparison, bound)
     say(f"NOT EQUIVALENT within {bound:g}: {'; '.join(reasons)}" if reasons else f"equivalent within {bound:g}")
     return maps.NOT_EQUIVALENT if reasons else 0
 
@@ -315,7 +318,7 @@ def export_regulatory(arguments: argparse.Namespace) -> int:
     from wsiflow.analysis.reviewers import export
 
     cells = not arguments.no_cells
-    asked = export.Asked(arguments.subgroups, arguments.table, arguments.threshold, cells)
-    for line in export.export(arguments.run, arguments.out, asked):
+    options = export.ExportOptions(arguments.subgroups, arguments.table, arguments.threshold, cells)
+    for line in export.export(arguments.run, arguments.out, options):
         say(line)
     return 0
