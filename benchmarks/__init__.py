@@ -1,4 +1,4 @@
-"""Benchmarks: how fast, how far from what this machine can do, how exact, how much memory.
+"""Benchmarks of speed, of distance from the machine's limits, of exactness and of memory.
 
 Importing the package limits the numerical libraries to one thread, which has to happen before they are imported.
 """

@@ -13,7 +13,7 @@ from benchmarks.measuring import arguments, say
 
 
 def main() -> None:
-    """Run them all."""
+    """Run all benchmarks, print the targets and write the documents."""
     parser = arguments(__doc__ or "")
     parser.add_argument("--data", type=Path, help="folder with camelyon16/tables, for core-hours")
     parser.add_argument("--googlenet", type=Path, help="card of a trained GoogLeNet")
@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def _named(given: object, *options: str) -> list[str]:
-    """Return the options that were given, to hand on."""
+    """Return those of the options that were given, as words of a command line."""
     return [word for name in options if getattr(given, name) for word in (f"--{name}", str(getattr(given, name)))]
 
 

@@ -1,7 +1,7 @@
-"""How far dense maps lie from window maps, over whole slides, and what that does to FROC.
+"""Measure how far dense maps differ from window maps over whole slides, and how this changes the FROC score.
 
-Each case is run twice or more by the product, once window by window in fp32, and the published heatmaps are compared
-cell by cell. Synthetic slides have lesions, so FROC is given as well; a real slide has only its maps.
+wsiflow runs each case at least twice, once window by window in fp32, and the published heatmaps are compared cell by
+cell. Synthetic slides have lesions, so their FROC score is given too; a real slide has only its heatmaps.
 """
 
 import argparse
@@ -14,21 +14,21 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from benchmarks import product
-from benchmarks.measuring import Table, arguments, finish, machine, say
+from benchmarks.measuring import ResultTable, arguments, finish, machine, say
 from wsiflow.model import certificate
 from wsiflow.slides.synthetic.dataset import write_dataset
 
 _QUANTILES = (0.5, 0.95, 0.99)
 
 
-class Case(NamedTuple):
+class NetworkCase(NamedTuple):
     """One network on one data set.
 
     Attributes:
-        name: For tables.
-        card: The network.
-        dataset: Settings of the data set.
-        ways: Settings of what is compared with the window engine, by name.
+        name: Name of the case in tables.
+        card: Card of the network.
+        dataset: Overrides that select the data set.
+        ways: Overrides of each run that is compared with the window engine, by name.
     """
 
     name: str
@@ -38,7 +38,7 @@ class Case(NamedTuple):
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure and write ``agreement.json``."""
+    """Measure the agreement of dense and window maps, and write ``agreement.json``."""
     parser = arguments(__doc__ or "")
     parser.add_argument("--googlenet", type=Path, help="card of a trained GoogLeNet; without it only the demo network")
     parser.add_argument("--slide", type=Path, help="a real slide")
@@ -60,57 +60,61 @@ def main(argv: Sequence[str] | None = None) -> None:
     columns = ["network and slides", "engine", "scores", "mean", "median", "95 %", "99 %", "largest"]
     columns += ["Pearson's r", "flips at 0.5", "FROC"]
     title = "Dense maps against window maps: absolute differences of probability over whole slides, fp32"
-    finish(given, "agreement", about, values, [Table(title, columns, rows)])
+    finish(given, "agreement", about, values, [ResultTable(title, columns, rows)])
 
 
-def _cases(given: argparse.Namespace, manifest: Path) -> list[Case]:
-    """Return what is compared."""
+def _cases(given: argparse.Namespace, manifest: Path) -> list[NetworkCase]:
+    """Return the cases to compare."""
     synthetic = ("dataset=manifest", f"dataset.manifest={manifest}")
     if given.quick:
         synthetic += ("dataset.limit=1",)
     networks = {"demo": ("pkg:demo.json", given.demo_stride, given.googlenet_stride)}
     if given.googlenet is not None:
         networks["googlenet"] = (str(given.googlenet), given.googlenet_stride, given.real_stride)
-    found = []
+    cases = []
     for name, (card, stride, real_stride) in networks.items():
         stride = 56 if given.quick else stride
         ways: dict[str, tuple[str, ...]] = {"dense": ()}
         if name == "googlenet":
             ways["dense, shared to pool3"] = ("dense.share_until=pool3",)
-        found.append(
-            Case(f"{name}, synthetic, stride {stride}", card, (*synthetic, f"inference.stride={stride}"), ways)
+        cases.append(
+            NetworkCase(f"{name}, synthetic, stride {stride}", card, (*synthetic, f"inference.stride={stride}"), ways)
         )
         if given.slide is not None:
             stride = 112 if given.quick else real_stride
             real = ("dataset=single", f"dataset.path={given.slide}", "geometry.max_upsample=2.1")
             real += (f"inference.stride={stride}",)
-            found.append(Case(f"{name}, {given.slide.name}, stride {stride}", card, real, ways))
-    return found
+            cases.append(NetworkCase(f"{name}, {given.slide.name}, stride {stride}", card, real, ways))
+    return cases
 
 
-def _compared(folder: Path, case: Case) -> dict[str, Any]:
-    """Run a case in every way; return the comparison of each with the window engine."""
+def _compared(folder: Path, case: NetworkCase) -> dict[str, Any]:
+    """Run a case in every way, and return the comparison of each run with the window engine by name."""
     common = ["model=card", f"model.card={case.card}", *case.dataset, "executor=process", "evaluation.bootstrap=0"]
     say(f"{case.name}: window")
     with product.run(folder, *common, "inference=window", *_stride(case)) as (out, metrics):
         expected = product.heatmaps(out)
-        found: dict[str, Any] = {"window": {"froc": metrics.get("froc.score")}}
+        results: dict[str, Any] = {"window": {"froc": metrics.get("froc.score")}}
     for name, overrides in case.ways.items():
         say(f"{case.name}: {name}")
         with product.run(folder, *common, "dense.tolerance=1", "dense.windows=50", *overrides) as (out, metrics):
             maps = product.heatmaps(out)
             about = {key: value for key, value in metrics.items() if key.startswith("dense.")}
-        found[name] = _apart(maps, expected) | {"froc": metrics.get("froc.score"), "certificate": about}
-    return found
+        results[name] = _apart(maps, expected) | {"froc": metrics.get("froc.score"), "certificate": about}
+    return results
 
 
-def _stride(case: Case) -> list[str]:
-    """Return the stride again: choosing the window engine brings one of its own."""
+def _stride(case: NetworkCase) -> list[str]:
+    """Return the override of the stride, which has to be repeated because ``inference=window`` sets another one."""
     return [override for override in case.dataset if override.startswith("inference.stride")]
 
 
 def _apart(maps: dict[str, Any], expected: dict[str, Any]) -> dict[str, Any]:
-    """Compare the cells of all slides."""
+    """Return the agreement of the cells of all slides: moments, flips and quantiles of the absolute difference.
+
+    Raises:
+        RuntimeError: A cell has a score in one of the maps only.
+    """
     left, right = (np.concatenate([each[key].ravel() for key in sorted(expected)]) for each in (maps, expected))
     known = ~np.isnan(right)
     if not np.array_equal(known, ~np.isnan(left)):
@@ -121,10 +125,10 @@ def _apart(maps: dict[str, Any], expected: dict[str, Any]) -> dict[str, Any]:
     return certificate.score_deviation(left, right)._asdict() | quantiles
 
 
-def _rows(name: str, found: dict[str, Any]) -> list[list[str]]:
-    """Return a row for each way."""
+def _rows(name: str, results: dict[str, Any]) -> list[list[str]]:
+    """Return the table rows of a case, one for each way."""
     rows = []
-    for way, each in found.items():
+    for way, each in results.items():
         froc = "" if each["froc"] is None or np.isnan(each["froc"]) else f"{each['froc']:.3f}"
         if way == "window":
             rows.append([name, way, *[""] * 8, froc])

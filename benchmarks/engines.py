@@ -1,8 +1,8 @@
-"""The reference's window loop against every engine, on the same pixels: the network only.
+"""Measure every engine against the window loop of the reference system, on the same pixels; the network only.
 
-A tile is 224 px a side and has 196 windows at stride 16. Window loops run half the windows of one tile, dense runs one
-block of 1,792 px without halo. What either costs is divided by the windows it scores and multiplied by 196. The columns
-of the table: against the reference's loop, and against the best window loop at the same precision.
+A tile is 224 px a side and has 196 windows at stride 16. Window loops run half the windows of one tile, dense engines
+run one block of 1,792 px without halo. The core-seconds are divided by the windows scored and multiplied by 196. The
+table gives the ratio to the reference's loop, and to the best window loop at the same precision.
 """
 
 import argparse
@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from benchmarks import networks
 from benchmarks.measuring import (
     Contestant,
+    ResultTable,
     Spent,
     Spread,
-    Table,
     arguments,
     finish,
     interleave,
@@ -32,7 +32,7 @@ from wsiflow.model.engines.engine import installed_backends
 from wsiflow.model.engines.spec import PRECISIONS, cpu_supports_bf16
 
 Run = Callable[[], NDArray[np.float32]]
-"""Scores the tile or the block once."""
+"""A function that scores the tile or the block once."""
 
 REFERENCE = "reference loop, torch fp32"
 _QUICK_PX = 896
@@ -43,9 +43,9 @@ class Size(NamedTuple):
     """How much is measured.
 
     Attributes:
-        region_px: Side of the block that dense runs on.
-        windows: Windows of the tile that the window loops run.
-        rounds: How often.
+        region_px: Side of the block of the dense engines, px.
+        windows: Number of windows of the tile that the window loops run.
+        rounds: Number of rounds.
     """
 
     region_px: int
@@ -54,19 +54,19 @@ class Size(NamedTuple):
 
 
 def ways(*, quick: bool, only: Sequence[str] = ("window", "dense")) -> list[tuple[str, str, str]]:
-    """Return engine, backend and precision of everything this machine can run."""
-    found = [
+    """Return every combination of engine, backend and precision that this machine can run."""
+    combinations = [
         (engine, backend, precision)
         for engine in only
         for backend in installed_backends()
         for precision in PRECISIONS[backend]
         if (precision != "bf16" or cpu_supports_bf16()) and (backend, precision) != ("torch", "bf16")
     ]
-    return [way for way in found if way[1] == "openvino" and way[2] != "int8"] if quick else found
+    return [way for way in combinations if way[1] == "openvino" and way[2] != "int8"] if quick else combinations
 
 
 def prepare(classifier: Classifier, chosen: Sequence[tuple[str, str, str]], size: Size) -> dict[str, Run]:
-    """Return the reference and every way, each ready to score the same pixels, by name."""
+    """Return the reference's loop and every way by name, each prepared to score the same pixels."""
     pixels = networks.tissue(size.region_px)
     cut = networks.windows(pixels, size.windows)
     reference = networks.Reference(classifier)
@@ -79,7 +79,7 @@ def prepare(classifier: Classifier, chosen: Sequence[tuple[str, str, str]], size
 
 
 def as_contestants(runs: Mapping[str, Run]) -> dict[str, Contestant]:
-    """Return what runs them and counts the tiles."""
+    """Return contestants that run each function once and return the number of tiles scored."""
 
     def counted(run: Run) -> Contestant:
         return lambda: run().size / networks.WINDOWS_PER_TILE
@@ -88,12 +88,12 @@ def as_contestants(runs: Mapping[str, Run]) -> dict[str, Contestant]:
 
 
 def differences(runs: Mapping[str, Run]) -> dict[str, float]:
-    """Run each once; return the largest difference of probability to the same engine in fp32."""
+    """Run each way once, and return its largest difference of probability from the same engine in fp32."""
     scores = {name: run() for name, run in runs.items()}
     plain = {"window": REFERENCE, "dense": next(name for name in runs if name.startswith("dense"))}
     return {
-        name: float(np.abs(found - scores[plain["dense" if name.startswith("dense") else "window"]]).max())
-        for name, found in scores.items()
+        name: float(np.abs(own - scores[plain["dense" if name.startswith("dense") else "window"]]).max())
+        for name, own in scores.items()
     }
 
 
@@ -106,24 +106,24 @@ def _run(
 
 
 def best_loop(rounds: dict[str, list[Spent]], precision: str) -> str:
-    """Return the name of the cheapest window loop at a precision."""
+    """Return the name of the window loop with the fewest core-seconds at a precision."""
     loops = [name for name in rounds if name.startswith("window") and name.endswith(precision)]
     return min(loops, key=lambda name: per_tile(rounds[name]).median)
 
 
 def compared(rounds: dict[str, list[Spent]]) -> dict[str, dict[str, Spread | None]]:
-    """Return core-seconds per tile and both ratios of each contestant."""
-    found: dict[str, dict[str, Spread | None]] = {}
+    """Return core-seconds per tile, and the ratios to both window loops, of each contestant."""
+    results: dict[str, dict[str, Spread | None]] = {}
     for name, each in rounds.items():
-        found[name] = {"core_s_tile": per_tile(each), "against_reference": ratio(rounds[REFERENCE], each)}
+        results[name] = {"core_s_tile": per_tile(each), "against_reference": ratio(rounds[REFERENCE], each)}
         if name.startswith("dense"):
             loop = best_loop(rounds, name.split()[-1])
-            found[name]["against_window"] = ratio(rounds[loop], each)
-    return found
+            results[name]["against_window"] = ratio(rounds[loop], each)
+    return results
 
 
-def table(title: str, found: dict[str, dict[str, Spread | None]], apart: dict[str, float]) -> Table:
-    """Return the comparison for reading."""
+def table(title: str, results: dict[str, dict[str, Spread | None]], apart: dict[str, float]) -> ResultTable:
+    """Return the comparison as a table."""
     columns = [
         "network only",
         "core-ms per tile",
@@ -132,7 +132,7 @@ def table(title: str, found: dict[str, dict[str, Spread | None]], apart: dict[st
         "largest difference of probability to fp32",
     ]
     rows = []
-    for name, each in found.items():
+    for name, each in results.items():
         against = each.get("against_window")
         rows.append(
             [
@@ -143,11 +143,11 @@ def table(title: str, found: dict[str, dict[str, Spread | None]], apart: dict[st
                 f"{apart[name]:.1g}",
             ]
         )
-    return Table(title, columns, rows)
+    return ResultTable(title, columns, rows)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure and write ``engines.json``."""
+    """Measure the core-seconds per tile of every engine, and write ``engines.json``."""
     parser = arguments(__doc__ or "")
     parser.add_argument("--demo", action="store_true", help="the demo network alone, instead of GoogLeNet")
     given = parser.parse_args(argv)
@@ -159,17 +159,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         say("running everything once")
         apart = differences(runs)
         rounds = interleave(as_contestants(runs), rounds=size.rounds)
-        found = compared(rounds)
+        results = compared(rounds)
         values[name] = {
             key: {"rounds": rounds[key], "apart": apart[key], **each, "window_loop": best_loop(rounds, key.split()[-1])}
-            for key, each in found.items()
+            for key, each in results.items()
         }
-        tables.append(table(f"{name}, stride {networks.STRIDE_PX}, {size.rounds} rounds", found, apart))
+        tables.append(table(f"{name}, stride {networks.STRIDE_PX}, {size.rounds} rounds", results, apart))
     finish(given, "engines", about, values, tables)
 
 
 def _matches(given: argparse.Namespace) -> list[tuple[str, Classifier, list[tuple[str, str, str]], Size]]:
-    """Return what is measured: name, network, ways, size."""
+    """Return the comparisons to measure: name, network, ways and size of each."""
     size = Size(_QUICK_PX, 2 * networks.BATCH, 2) if given.quick else Size(_FULL_PX, networks.WINDOWS_PER_TILE // 2, 3)
     chosen = ways(quick=given.quick)
     if given.demo:

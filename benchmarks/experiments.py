@@ -1,10 +1,11 @@
-"""Experiments: declarative sweeps, each with the shape its numbers must have.
+"""Run experiments: declared sweeps with checks of the shape that their results must have.
 
 python -m benchmarks.experiments --data /data [--only X1 X3] [--quick]
 
-Each file of ``benchmarks/experiments/`` is one: settings, axes (every combination is a point), repeats (seeds, or turns
-where real processes run), and checks. A point gives numbers by name; the table shows their medians; checks are decided
-on the medians. Results go to ``results/<id>.json``, tables into ``docs/scaling.md`` and ``docs/tradeoff.md``.
+Each file of ``benchmarks/experiments/`` is an experiment: settings, axes (every combination of their values is a
+point), repeats (seeds, or turns of real processes), and checks. A point gives numbers by name; the table shows their
+medians, on which the checks are decided. Results are written to ``results/<id>.json``, tables to ``docs/scaling.md``
+and ``docs/tradeoff.md``.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from benchmarks import oracles, processes, published, report, simulated, tradeoffs
-from benchmarks.measuring import Table, arguments, finish, machine, say, significant
+from benchmarks.measuring import ResultTable, arguments, finish, machine, say, significant
 
 FOLDER = Path(__file__).parent / "experiments"
 TABLE = "camelyon16/tables/patch_counts_dldp.csv"
@@ -31,11 +32,11 @@ POINTS: dict[str, Callable[..., dict[str, float]]] = {
 }
 
 Row = dict[str, Any]
-"""A point: the values of its axes, and medians of its numbers."""
+"""A point: the values of its axes, and the medians of its numbers, by name."""
 
 
 class Verdict(NamedTuple):
-    """What became of a check: what it says, whether it holds, and the numbers that decided it."""
+    """The result of a check: its statement, whether it holds, and the numbers that decided it."""
 
     says: str
     holds: bool
@@ -43,7 +44,7 @@ class Verdict(NamedTuple):
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run experiments and write their results."""
+    """Run the selected experiments and write their results."""
     parser = arguments(__doc__ or "")
     parser.add_argument("--data", type=Path, default=os.environ.get("WSIFLOW_TEST_DATA"), help=f"has {TABLE}")
     parser.add_argument("--only", nargs="+", default=[], help="ids, such as X1; all where it is not given")
@@ -63,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run(path: Path, given: argparse.Namespace) -> list[Verdict]:
-    """Run one experiment, write its results and return what became of its checks."""
+    """Run one experiment, write its results and return the verdicts of its checks."""
     sweep, about = yaml.safe_load(path.read_text(encoding="utf-8")), machine()
     axes: dict[str, list[Any]] = sweep["axes"] | (sweep.get("quick", {}) if given.quick else {})
     settings = sweep.get("settings", {}) | {"table": str(Path(given.data) / TABLE), "data": str(given.data)}
@@ -72,10 +73,10 @@ def run(path: Path, given: argparse.Namespace) -> list[Verdict]:
     rows: list[Row] = []
     for values in itertools.product(*axes.values()):
         place = dict(zip(axes, values, strict=True))
-        if not _wanted(place, sweep.get("only", [])):
+        if not _selected(place, sweep.get("only", [])):
             continue
-        found = [point(settings | place, seed=seed) for seed in range(repeats)]
-        rows.append(place | {name: statistics.median(each[name] for each in found) for name in found[0]})
+        turns = [point(settings | place, seed=seed) for seed in range(repeats)]
+        rows.append(place | {name: statistics.median(each[name] for each in turns) for name in turns[0]})
         say(f"{path.stem}: {place}")
     verdicts = [verdict for check in sweep["checks"] for verdict in decide(check, rows, list(axes))]
     values = {"rows": rows, "checks": [verdict._asdict() for verdict in verdicts], "repeats": repeats}
@@ -87,30 +88,30 @@ def run(path: Path, given: argparse.Namespace) -> list[Verdict]:
     return verdicts
 
 
-def _wanted(place: Row, only: list[dict[str, Any]]) -> bool:
-    """Tell whether a combination is to be run: ``only`` lists those that are, where not all make sense."""
+def _selected(place: Row, only: list[dict[str, Any]]) -> bool:
+    """Tell whether a combination is run: one that ``only`` lists, or any where the list is empty."""
     return not only or any(_fits(place, where) for where in only)
 
 
 def _fits(row: Row, where: dict[str, Any]) -> bool:
-    """Tell whether a row has these values; two numbers in a list are bounds, other lists are choices."""
-    return all(_one_fits(row[name], wanted) for name, wanted in where.items())
+    """Tell whether a row satisfies the conditions: two numbers in a list are bounds, other lists are choices."""
+    return all(_one_fits(row[name], condition) for name, condition in where.items())
 
 
-def _one_fits(value: Any, wanted: Any) -> bool:
-    if not isinstance(wanted, list):
-        return bool(value == wanted)
-    if len(wanted) == 2 and all(isinstance(each, int | float) for each in wanted):
-        return bool(wanted[0] <= value <= wanted[1])
-    return value in wanted
+def _one_fits(value: Any, condition: Any) -> bool:
+    if not isinstance(condition, list):
+        return bool(value == condition)
+    if len(condition) == 2 and all(isinstance(each, int | float) for each in condition):
+        return bool(condition[0] <= value <= condition[1])
+    return value in condition
 
 
 def decide(check: dict[str, Any], rows: Sequence[Row], axes: Sequence[str]) -> Iterator[Verdict]:
-    """Yield whether a check holds, for every combination of the axes it does not run along.
+    """Yield the verdict of a check for every combination of the axes other than its own (``along``).
 
     Args:
-        check: ``rule`` (a name of `RULES`), ``says``, ``of`` (the number looked at), and what the rule needs besides;
-            ``where`` picks rows.
+        check: ``rule`` (a name of `RULES`), ``says`` (its statement), ``of`` (the name of the number that is checked),
+            further parameters of the rule, and ``where``, which selects rows.
         rows: The points.
         axes: Names of the axes.
     """
@@ -125,8 +126,8 @@ def decide(check: dict[str, Any], rows: Sequence[Row], axes: Sequence[str]) -> I
         if along and _numeric(held, along):
             held.sort(key=lambda row: row[along])
         holds, found = RULES[check["rule"]](check, held)
-        told = ", ".join(part for part in key if part)
-        yield Verdict(check["says"] + f" [{told}]" * bool(told), holds, found)
+        place = ", ".join(part for part in key if part)
+        yield Verdict(check["says"] + f" [{place}]" * bool(place), holds, found)
 
 
 def _numeric(rows: Sequence[Row], name: str) -> bool:
@@ -141,7 +142,7 @@ def _series(check: dict[str, Any], rows: Sequence[Row]) -> list[float]:
     return [float(row[check["of"]]) for row in rows]
 
 
-def _told(values: Sequence[float]) -> str:
+def _listed(values: Sequence[float]) -> str:
     return " ".join(significant(value) for value in values)
 
 
@@ -156,38 +157,38 @@ def _at_most(check: dict[str, Any], rows: Sequence[Row]) -> tuple[bool, str]:
 
 
 def _falls(check: dict[str, Any], rows: Sequence[Row]) -> tuple[bool, str]:
-    """Each value is below the one before, but for a tolerance, and the last is below the first."""
+    """Check that each value is at most the one before, up to a tolerance, and that the last is below the first."""
     values, slack = _series(check, rows), 1 + check.get("tolerance", 0.0)
     steps = all(later <= earlier * slack for earlier, later in itertools.pairwise(values))
-    return steps and values[-1] < values[0], _told(values)
+    return steps and values[-1] < values[0], _listed(values)
 
 
 def _rises(check: dict[str, Any], rows: Sequence[Row]) -> tuple[bool, str]:
     holds, _ = _falls(check, list(reversed(rows)))
-    return holds, _told(_series(check, rows))
+    return holds, _listed(_series(check, rows))
 
 
 def _flat(check: dict[str, Any], rows: Sequence[Row]) -> tuple[bool, str]:
     values = _series(check, rows)
-    return max(values) <= min(values) * (1 + check["tolerance"]), _told(values)
+    return max(values) <= min(values) * (1 + check["tolerance"]), _listed(values)
 
 
 def _valley(check: dict[str, Any], rows: Sequence[Row]) -> tuple[bool, str]:
-    """The least value is inside, and both ends are above it by a margin."""
+    """Check that the minimum is not at an end, and that both ends exceed it by a margin."""
     values = _series(check, rows)
     least = min(range(len(values)), key=values.__getitem__)
     inside = 0 < least < len(values) - 1
-    return inside and min(values[0], values[-1]) >= values[least] * (1 + check["margin"]), _told(values)
+    return inside and min(values[0], values[-1]) >= values[least] * (1 + check["margin"]), _listed(values)
 
 
 def _near(check: dict[str, Any], rows: Sequence[Row]) -> tuple[bool, str]:
-    """Each value is that of another number, to a relative tolerance."""
+    """Check that each value equals that of another number (``to``) within a relative tolerance."""
     ratios = [float(row[check["of"]]) / float(row[check["to"]]) for row in rows]
-    return all(abs(ratio - 1) <= check["tolerance"] for ratio in ratios), "ratio " + _told(ratios)
+    return all(abs(ratio - 1) <= check["tolerance"] for ratio in ratios), "ratio " + _listed(ratios)
 
 
 def _below(check: dict[str, Any], rows: Sequence[Row]) -> tuple[bool, str]:
-    """The value at one place of the axis is at most ``factor`` times that at another."""
+    """Check that the value at ``less`` on the axis is at most ``factor`` times the value at ``more``."""
     by = {row[check["along"]]: float(row[check["of"]]) for row in rows}
     less, more = by.get(check["less"]), by.get(check["more"])
     if less is None or more is None:
@@ -207,17 +208,17 @@ RULES = {
 }
 
 
-def _table(title: str, columns: Sequence[str], rows: Sequence[Row]) -> Table:
-    return Table(title, list(columns), [[_cell(row[name]) for name in columns] for row in rows])
+def _table(title: str, columns: Sequence[str], rows: Sequence[Row]) -> ResultTable:
+    return ResultTable(title, list(columns), [[_cell(row[name]) for name in columns] for row in rows])
 
 
 def _cell(value: Any) -> str:
     return significant(float(value)) if isinstance(value, int | float) else str(value)
 
 
-def _verdicts(name: str, verdicts: Sequence[Verdict]) -> Table:
+def _verdicts(name: str, verdicts: Sequence[Verdict]) -> ResultTable:
     cells = [[verdict.says, "pass" if verdict.holds else "**fail**", verdict.found] for verdict in verdicts]
-    return Table(f"{name}: shape", ["rule", "", "found"], cells)
+    return ResultTable(f"{name}: shape", ["rule", "", "found"], cells)
 
 
 if __name__ == "__main__":

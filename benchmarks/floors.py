@@ -1,7 +1,8 @@
-"""Floors: what this machine could do at most, and how far the dense pass and the readers are from it.
+"""Measure the limits of this machine (floors), and how far the dense pass and the readers are from them.
 
-The peak of a precision is the fastest that any library here runs products of large matrices or a convolution. The
-dense pass is run in turns with them. Reading is decoding of JPEG tiles one by one, the product's reader, and OpenSlide.
+The peak rate of a precision is the fastest rate at which a library runs products of large matrices, or a convolution.
+The dense pass runs in turns with these. Reading is compared among decoding of single JPEG tiles, wsiflow's reader and
+OpenSlide.
 """
 
 import os
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from benchmarks import networks, product
-from benchmarks.measuring import Spent, Spread, Table, arguments, finish, interleave, machine, say, spread
+from benchmarks.measuring import ResultTable, Spent, Spread, arguments, finish, interleave, machine, say, spread
 from wsiflow.model.classifier import Classifier
 from wsiflow.model.dense.network import describe
 from wsiflow.model.engines.engine import prepare
@@ -31,7 +32,7 @@ _LAYERS = 4
 
 
 class Size(NamedTuple):
-    """How much is measured: side of matrices, of the convolution's maps, of the dense block, of the slide; rounds."""
+    """How much is measured: sides of the matrices, of the convolution's maps, of the dense block and slide; rounds."""
 
     matrix: int
     map_px: int
@@ -41,7 +42,7 @@ class Size(NamedTuple):
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure and write ``floors.json``."""
+    """Measure peak rates of products and of reading, and write ``floors.json``."""
     given = arguments(__doc__ or "").parse_args(argv)
     size = Size(512, 32, 672, 1024, 3) if given.quick else Size(1536, 112, 1792, 4096, 7)
     about = machine()
@@ -54,8 +55,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     finish(given, "floors", about, values, [*products_tables, reading_table])
 
 
-def _products(classifier: Classifier, size: Size, *, quick: bool) -> tuple[dict[str, Any], list[Table]]:
-    """Measure multiplications per second: of bare products, and of the dense pass."""
+def _products(classifier: Classifier, size: Size, *, quick: bool) -> tuple[dict[str, Any], list[ResultTable]]:
+    """Measure GFLOP per second of bare products and of the dense pass."""
     facts = describe(classifier, networks.STRIDE_PX)
     pixels = networks.tissue(size.region_px)
     work: dict[str, tuple[Callable[[], Any], float]] = {}
@@ -74,7 +75,7 @@ def _products(classifier: Classifier, size: Size, *, quick: bool) -> tuple[dict[
         rounds=size.rounds,
         unit="GFLOP",
     )
-    rates = {name: spread([1 / each.core_s_tile for each in found]) for name, found in rounds.items()}
+    rates = {name: spread([1 / each.core_s_tile for each in own]) for name, own in rounds.items()}
     tile_gflop = 2e-9 * facts.dense_macs_px * networks.TILE_PX**2
     values = {
         "gflop_s": rates,
@@ -86,15 +87,15 @@ def _products(classifier: Classifier, size: Size, *, quick: bool) -> tuple[dict[
 
 
 def _specs(*, quick: bool) -> list[tuple[Backend, Precision]]:
-    """Return the backends and precisions whose peak is looked for."""
-    found: list[tuple[Backend, Precision]] = [("torch", "fp32"), ("openvino", "fp32")]
+    """Return the backends and precisions whose peak rate is measured."""
+    specs: list[tuple[Backend, Precision]] = [("torch", "fp32"), ("openvino", "fp32")]
     if cpu_supports_bf16():
-        found += [("torch", "bf16"), ("openvino", "bf16")]
-    return found if quick else [*found, ("openvino", "int8")]
+        specs += [("torch", "bf16"), ("openvino", "bf16")]
+    return specs if quick else [*specs, ("openvino", "int8")]
 
 
 def _bare(size: Size) -> list[tuple[str, Network, float]]:
-    """Return networks of nothing but products, with the floating-point operations of each."""
+    """Return networks that consist of products only: kind, network and number of floating-point operations of each."""
     torch.manual_seed(0)
     side, map_px, channels = size.matrix, size.map_px, 256
     matrices = nn.Sequential(*(nn.Linear(side, side, bias=False) for _ in range(_LAYERS)))
@@ -121,13 +122,13 @@ def _bare_run(network: Network, spec: EngineSpec) -> Callable[[], Any]:
 
 
 def _peak(rates: dict[str, Spread], precision: str) -> float:
-    """Return the fastest rate of bare products at a precision, 0 where none was measured."""
-    found = [rate.median for name, rate in rates.items() if name.endswith(precision) and not name.startswith("dense")]
-    return max(found, default=0.0)
+    """Return the fastest rate of bare products at a precision; 0 where none was measured."""
+    own = [rate.median for name, rate in rates.items() if name.endswith(precision) and not name.startswith("dense")]
+    return max(own, default=0.0)
 
 
-def _product_tables(values: dict[str, Any]) -> list[Table]:
-    """Return rates, and the floor of a tile, for reading."""
+def _product_tables(values: dict[str, Any]) -> list[ResultTable]:
+    """Return tables of the rates, and of the least time per tile at the peak rate."""
     peaks = values["peak_gflop_s"]
     rows = [
         [name, rate.text(), f"{rate.median / peaks[name.split()[-1]]:.0%}"] for name, rate in values["gflop_s"].items()
@@ -139,12 +140,12 @@ def _product_tables(values: dict[str, Any]) -> list[Table]:
     ]
     shared = f"{values['tile_gflop']:.2f} GFLOP per tile dense, {values['tile_window_gflop']:.0f} window by window"
     return [
-        Table("Products on one core", ["what", "GFLOP/s", "of the peak at this precision"], rows),
-        Table(f"Floor of a tile: {shared}", ["precision", "peak, GFLOP/s", "floor, ms per tile"], floors),
+        ResultTable("Products on one core", ["what", "GFLOP/s", "of the peak at this precision"], rows),
+        ResultTable(f"Floor of a tile: {shared}", ["precision", "peak, GFLOP/s", "floor, ms per tile"], floors),
     ]
 
 
-def _reading(folder: Path, size: Size) -> tuple[dict[str, Any], Table]:
+def _reading(folder: Path, size: Size) -> tuple[dict[str, Any], ResultTable]:
     """Measure megapixels per second of decoders on a synthetic slide."""
     path = product.write_slide(folder / "slide.tif", size.side_px)
     block_px = min(2048, size.side_px)
@@ -168,12 +169,12 @@ def _reading(folder: Path, size: Size) -> tuple[dict[str, Any], Table]:
     )
     opened.close()
     plain.close()
-    rates = {name: spread([1 / each.core_s_tile for each in found]) for name, found in rounds.items()}
+    rates = {name: spread([1 / each.core_s_tile for each in own]) for name, own in rounds.items()}
     best = max(rate.median for rate in rates.values())
     rows = [[name, rate.text(), f"{rate.median / best:.0%}", _tile_ms(rounds[name])] for name, rate in rates.items()]
     columns = ["what", "Mpx/s", "of the fastest", "ms per 224 px tile"]
     title = f"Reading JPEG tiles of a slide of {size.side_px} px on one core (wsiflow's decoder: {decoder})"
-    return {"mpx_s": rates, "decoder": decoder}, Table(title, columns, rows)
+    return {"mpx_s": rates, "decoder": decoder}, ResultTable(title, columns, rows)
 
 
 def _segments(tiff: tifffile.TiffFile) -> list[bytes]:

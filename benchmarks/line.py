@@ -1,9 +1,9 @@
-"""The whole line on a synthetic slide: read, stain, infer, certify, write, stitch, in core-seconds per tissue tile.
+"""Measure the whole line on a synthetic slide: core-seconds per tissue tile to read, stain, infer, certify and stitch.
 
-Runs are `wsiflow run` in this process (`executor=inline`), with the network loaded before; their receipts say what
-each step cost. Window loops run in turns with them, in the same process. The cost of the line is everything the
-slide's receipts count but the certificate, which is a fixed number of windows per slide. What no receipt counts
-(finding tissue, lesions, scores, report) is given as the rest of the run.
+Each run is a `wsiflow run` in this process (`executor=inline`), with the network loaded before; its receipts state the
+cost of each step. Window loops run in turns with the runs, in the same process. The cost of the line is the cost in the
+slide's receipts without the certificate, which is a fixed number of windows per slide. Work without receipts (tissue,
+lesions, scores, report) is given as the rest of the run.
 """
 
 import csv
@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from benchmarks import engines, networks, product
-from benchmarks.measuring import Spent, Table, arguments, finish, interleave, machine, ratio, say, spread
-from benchmarks.product import Cost
+from benchmarks.measuring import ResultTable, Spent, arguments, finish, interleave, machine, ratio, say, spread
+from benchmarks.product import RunCost
 from wsiflow.model.classifier import load
 from wsiflow.model.engines.spec import cpu_supports_bf16
 
@@ -34,7 +34,7 @@ _CODECS = {
 
 
 class Size(NamedTuple):
-    """How much is measured: side of the slide, windows of the loops, rounds."""
+    """How much is measured: side of the slide in px, windows of the loops, number of rounds."""
 
     side_px: int
     windows: int
@@ -42,7 +42,7 @@ class Size(NamedTuple):
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure and write ``line.json``."""
+    """Measure the core-seconds of the whole line, and write ``line.json``."""
     parser = arguments(__doc__ or "")
     parser.add_argument("--card", help="a model card instead of GoogLeNet with random weights")
     parser.add_argument("--data", type=Path, default=os.environ.get("WSIFLOW_TEST_DATA"), help="has camelyon16/tables")
@@ -63,14 +63,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     finish(given, "line", about, values, [*tables, workers_table, stores_table, *core_hours_table])
 
 
-def _lines(folder: Path, card: str, manifest: Path, size: Size) -> tuple[dict[str, Any], list[Table]]:
-    """Run the line with each precision and store, in turns with the window loops."""
+def _lines(folder: Path, card: str, manifest: Path, size: Size) -> tuple[dict[str, Any], list[ResultTable]]:
+    """Run the line with each precision and store, in turns with the window loops; return results and tables."""
     precisions = ("fp32", "bf16") if cpu_supports_bf16() else ("fp32",)
     ways = [way for way in engines.ways(quick=False, only=("window",)) if way[2] in precisions and way[1] != "torch"]
     loops = engines.prepare(
         load(networks.spec(card)), ways, engines.Size(2 * networks.WINDOW_PX, size.windows, size.rounds)
     )
-    costs: dict[str, list[Cost]] = {}
+    costs: dict[str, list[RunCost]] = {}
 
     def line(precision: str, store: str) -> float:
         overrides = [*_common(card, manifest), f"inference.precision={precision}", f"store={store}"]
@@ -87,13 +87,13 @@ def _lines(folder: Path, card: str, manifest: Path, size: Size) -> tuple[dict[st
     for precision in precisions:
         line(precision, "hdf5")
     values = {"loops": {name: rounds[name] for name in loops}, "lines": {}}
-    for name, found in costs.items():
-        values["lines"][name] = _compared(name, found, rounds)
+    for name, own in costs.items():
+        values["lines"][name] = _compared(name, own, rounds)
     return values, _line_tables(values["lines"], size)
 
 
 def _load(folder: Path, card: str) -> None:
-    """Run a small slide, so that this process has every network it needs."""
+    """Run a small slide, so that this process has loaded every network that it needs."""
     small = folder / "small"
     small.mkdir()
     manifest = product.write_manifest(small, [product.write_slide(small / "small.tif", 2048)])
@@ -103,7 +103,7 @@ def _load(folder: Path, card: str) -> None:
 
 
 def _common(card: str, manifest: Path, executor: str = "inline") -> list[str]:
-    """Return the settings of every run of this benchmark; random weights answer at random, so nothing is refused."""
+    """Return the overrides of every run; the tolerance is off because scores of random weights would exceed it."""
     return [
         "model=card",
         f"model.card={card}",
@@ -119,30 +119,30 @@ def _name(precision: str, store: str) -> str:
     return f"{precision}, store={store}"
 
 
-def _compared(name: str, found: list[Cost], rounds: dict[str, list[Spent]]) -> dict[str, Any]:
+def _compared(name: str, costs: list[RunCost], rounds: dict[str, list[Spent]]) -> dict[str, Any]:
     """Return the costs of a line and, where it ran in turns with the window loops, both ratios round by round."""
-    told: dict[str, Any] = {
-        "tiles": found[0].tiles,
-        "steps_s_tile": product.median_steps(found),
-        "line_s_tile": spread([each.line_s_tile for each in found]),
-        "certificate_s": spread([each.core_s["certify"] for each in found]),
-        "area_overhead": found[0].area_overhead,
-        "stored_bytes": found[0].stored_bytes,
+    values: dict[str, Any] = {
+        "tiles": costs[0].tiles,
+        "steps_s_tile": product.median_steps(costs),
+        "line_s_tile": spread([each.line_s_tile for each in costs]),
+        "certificate_s": spread([each.core_s["certify"] for each in costs]),
+        "area_overhead": costs[0].area_overhead,
+        "stored_bytes": costs[0].stored_bytes,
     }
     if name in rounds:
-        line = [Spent(each.slide_span_s, each.line_s_tile * each.tiles, each.tiles) for each in found]
+        line = [Spent(each.slide_span_s, each.line_s_tile * each.tiles, each.tiles) for each in costs]
         loop = engines.best_loop(rounds, name.split(",")[0])
-        told |= {
+        values |= {
             "run_s_tile": spread([each.core_s_tile for each in rounds[name]]),
             "against_reference": ratio(rounds[engines.REFERENCE], line),
             "against_window": ratio(rounds[loop], line),
             "window_loop": loop,
         }
-    return told
+    return values
 
 
-def _line_tables(lines: dict[str, Any], size: Size) -> list[Table]:
-    """Return the split and the ratios for reading."""
+def _line_tables(lines: dict[str, Any], size: Size) -> list[ResultTable]:
+    """Return tables of the cost by step and of the ratios."""
     parts = [step for step in product.STEPS if step != "certify"]
     columns = ["core-ms per tile", *parts, "line", "certificate, s per slide", "whole run", "pixels read / tissue"]
     split = [
@@ -164,41 +164,46 @@ def _line_tables(lines: dict[str, Any], size: Size) -> list[Table]:
         if "window_loop" in each
     ]
     compared = ["whole line", "against the reference loop", "against the best window loop at this precision", "which"]
-    return [Table(title, columns, split), Table("Whole line against window loops (network only)", compared, ratios)]
+    return [
+        ResultTable(title, columns, split),
+        ResultTable("Whole line against window loops (network only)", compared, ratios),
+    ]
 
 
-def _workers(folder: Path, card: str, manifest: Path, *, most: int) -> tuple[dict[str, Any], Table]:
-    """Run the slide with one worker process and with two; the groups are as small as blocks allow."""
+def _workers(folder: Path, card: str, manifest: Path, *, most: int) -> tuple[dict[str, Any], ResultTable]:
+    """Run the slide with one worker process and with two, in groups as small as blocks allow."""
     values, rows = {}, []
     for precision in ("fp32", "bf16") if cpu_supports_bf16() else ("fp32",):
-        found: dict[int, float] = {}
+        rates: dict[int, float] = {}
         for workers in (1, 2) if most > 1 else (1,):
             say(f"{workers} worker processes, {precision}")
             overrides = [*_common(card, manifest, executor="process"), f"executor.workers={workers}"]
             overrides += ["tiles.group_tiles=25", "store=none", f"inference.precision={precision}"]
             with product.run(folder, *overrides) as (out, _):
-                found[workers] = product.tiles_per_s(out)
-        one, two = found[1], found[max(found)]
-        values[precision] = {"tiles_per_s": found, "speedup": two / one}
+                rates[workers] = product.tiles_per_s(out)
+        one, two = rates[1], rates[max(rates)]
+        values[precision] = {"tiles_per_s": rates, "speedup": two / one}
         rows.append([precision, f"{one:.2f}", f"{two:.2f}", f"{two / one:.2f}"])
     columns = ["precision", "1 worker, tiles per s", "2 workers, tiles per s", "speed-up"]
-    return values, Table("Two workers against one: prediction, once every worker has loaded the network", columns, rows)
+    return values, ResultTable(
+        "Two workers against one: prediction, once every worker has loaded the network", columns, rows
+    )
 
 
-def _stores(folder: Path, manifest: Path) -> tuple[dict[str, Any], Table]:
-    """Run the demo network on one slide with every kind of store."""
+def _stores(folder: Path, manifest: Path) -> tuple[dict[str, Any], ResultTable]:
+    """Run the demo network on one slide with every store and compression."""
     values, rows = {}, []
     plain: dict[str, Any] = {}
     for name, overrides in _CODECS.items():
         say(f"store {name}")
         with product.run(folder, *_common("pkg:demo.json", manifest), *overrides) as (out, _):
-            found, maps = product.cost(out), product.heatmaps(out)
+            cost, maps = product.cost(out), product.heatmaps(out)
         plain = plain or maps
         apart = np.concatenate([np.abs(maps[key] - plain[key])[~np.isnan(maps[key])] for key in maps])
         values[name] = {
-            "bytes_per_tile": found.stored_bytes / found.tiles,
-            "read_s_tile": found.core_s["read"] / found.tiles,
-            "write_s_tile": found.core_s["write"] / found.tiles,
+            "bytes_per_tile": cost.stored_bytes / cost.tiles,
+            "read_s_tile": cost.core_s["read"] / cost.tiles,
+            "write_s_tile": cost.core_s["write"] / cost.tiles,
             "mean_abs_diff": float(apart.mean()),
             "max_abs_diff": float(apart.max()),
         }
@@ -214,11 +219,13 @@ def _stores(folder: Path, manifest: Path) -> tuple[dict[str, Any], Table]:
             ]
         )
     columns = ["store", "kB per tile", "read, ms per tile", "write, ms per tile", "mean abs dp", "max abs dp"]
-    return values, Table("What pixels cost on their way through the store (demo network, one run each)", columns, rows)
+    return values, ResultTable(
+        "What pixels cost on their way through the store (demo network, one run each)", columns, rows
+    )
 
 
-def _core_hours(data: Path | None, lines: dict[str, Any]) -> tuple[dict[str, Any] | None, list[Table]]:
-    """Return core-hours for the 399 slides of CAMELYON16, from tiles in their boxes and shares of them with tissue."""
+def _core_hours(data: Path | None, lines: dict[str, Any]) -> tuple[dict[str, Any] | None, list[ResultTable]]:
+    """Return core-hours for the 399 slides of CAMELYON16, from the tiles in their boxes and shares with tissue."""
     path = None if data is None else Path(data) / "camelyon16/tables/patch_counts_dldp.csv"
     if path is None or not path.is_file():
         say("no tile counts of CAMELYON16: name their folder by --data")
@@ -237,7 +244,7 @@ def _core_hours(data: Path | None, lines: dict[str, Any]) -> tuple[dict[str, Any
     title = (
         f"Core-hours for {len(counts)} slides, {sum(counts) / 1e6:.1f} M tiles in boxes; the paper: {PAPER_CORE_H:,}"
     )
-    return values, [Table(title, ["whole line", *(f"{share:.0%} tissue" for share in SHARES)], rows)]
+    return values, [ResultTable(title, ["whole line", *(f"{share:.0%} tissue" for share in SHARES)], rows)]
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""What `wsiflow plan` foretells against what `wsiflow run` takes: 1, 2 and 4 worker processes, one calibration.
+"""Compare the forecast of `wsiflow plan` with the time of `wsiflow run`, for 1, 2 and 4 workers and one calibration.
 
-Slides of several sizes are planned with ``--calibrate`` once. Then each number of workers has a folder of its own,
-which is planned before it is run, so that the run does the line and nothing else. The makespan is what the trace says:
-from the start of the first task to the end of the last. The forecast is without the start of the workers: by the time
-of the first task they are up, since they have looked at what ingest had done.
+Slides of several sizes are planned with ``--calibrate`` once. Each number of workers then has its own folder, which is
+planned before it is run, so that the run consists of the line only. The makespan is taken from the trace: from the
+start of the first task to the end of the last one. The forecast excludes the start of the workers, since they are
+running by the time of the first task.
 """
 
 import csv
@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks import networks, product
-from benchmarks.measuring import Table, arguments, finish, machine, say, significant
+from benchmarks.measuring import ResultTable, arguments, finish, machine, say, significant
 
 _TOLERANCE = 0.1
 
 
 class Size(NamedTuple):
-    """How much is run: sides of the slides, numbers of workers, rounds."""
+    """How much is run: sides of the slides in px, numbers of workers, number of rounds."""
 
     sides_px: tuple[int, ...]
     workers: tuple[int, ...]
@@ -37,7 +37,7 @@ _FULL = Size((4096, 4096, 3072, 3072, 2048, 2048), (1, 2, 4), 3)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Foretell, run, compare, and write ``makespan.json``."""
+    """Forecast and measure the makespan for each number of workers, and write ``makespan.json``."""
     parser = arguments(__doc__ or "")
     parser.add_argument("--rounds", type=int, help="how often each number of workers runs")
     given = parser.parse_args(argv)
@@ -53,16 +53,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         manifest = product.write_manifest(folder, slides)
         card = "pkg:demo.json" if given.quick else str(networks.random_card("googlenet", folder))
         settings = [*_settings(card, manifest), *(["inference.stride=112"] if given.quick else [])]
-        foretold, costs = _foretell(folder, settings, size.workers)
+        forecasts, costs = _forecast(folder, settings, size.workers)
         rounds = [
             {n: _run(folder / f"run-{turn}-{n}", settings, n) for n in size.workers} for turn in range(size.rounds)
         ]
-    found = {n: _compared(foretold[n], [each[n] for each in rounds]) for n in size.workers}
-    finish(given, "makespan", about, {"costs": costs, "workers": found}, [_table(found)])
+    by_workers = {n: _compared(forecasts[n], [each[n] for each in rounds]) for n in size.workers}
+    finish(given, "makespan", about, {"costs": costs, "workers": by_workers}, [_table(by_workers)])
 
 
 def _settings(card: str, manifest: Path) -> list[str]:
-    """Return the settings of every run; random weights answer at random, so nothing is refused."""
+    """Return the overrides of every run; the tolerance is off because scores of random weights would exceed it."""
     return [
         "model=card",
         f"model.card={card}",
@@ -80,24 +80,24 @@ def _settings(card: str, manifest: Path) -> list[str]:
     ]
 
 
-def _foretell(
+def _forecast(
     folder: Path, settings: Sequence[str], workers: Sequence[int]
 ) -> tuple[dict[int, dict[str, float]], dict[str, Any]]:
-    """Return makespan and core-seconds for each number of workers, from one calibration, and what that measured."""
+    """Return the forecast makespan and core-seconds for each number of workers, and the costs that were measured."""
     out, report = folder / "calibrated", folder / "report.json"
     numbers = ",".join(map(str, workers))
     _command("plan", *settings, f"out={out}", "--calibrate", "--workers", numbers, "--json", str(report))
-    told = json.loads(report.read_text(encoding="utf-8"))
+    planned = json.loads(report.read_text(encoding="utf-8"))
     costs = json.loads((out / "costs.json").read_text(encoding="utf-8"))
-    found = {}
-    for n, each in zip(workers, told["forecasts"], strict=True):
+    forecasts = {}
+    for n, each in zip(workers, planned["forecasts"], strict=True):
         core_s = each["work_s"] + each["overhead_s"] - n * costs["start_s"]
-        found[n] = {"makespan_s": each["makespan_s"] - costs["start_s"], "core_s": core_s}
-    return found, costs
+        forecasts[n] = {"makespan_s": each["makespan_s"] - costs["start_s"], "core_s": core_s}
+    return forecasts, costs
 
 
 def _run(out: Path, settings: Sequence[str], workers: int) -> dict[str, float]:
-    """Plan and run, and return the makespan and how busy the machine was before."""
+    """Plan and run, and return the makespan, the core-seconds, and the load average before the run."""
     more = [f"out={out}", f"executor.workers={workers}"]
     _command("plan", *settings, *more)
     load = os.getloadavg()[0]
@@ -105,9 +105,9 @@ def _run(out: Path, settings: Sequence[str], workers: int) -> dict[str, float]:
     with (out / "trace.csv").open(encoding="utf-8", newline="") as stream:
         rows = [row for row in csv.DictReader(stream) if row["stage"] not in {"choose", "ingest"}]
     starts, ends = ([datetime.fromisoformat(row[name]).timestamp() for row in rows] for name in ("start", "end"))
-    found = {"makespan_s": max(ends) - min(starts), "load": load, "core_s": sum(map(_cpu_s, rows))}
-    say(f"{workers} workers: {found}")
-    return found
+    measured = {"makespan_s": max(ends) - min(starts), "load": load, "core_s": sum(map(_cpu_s, rows))}
+    say(f"{workers} workers: {measured}")
+    return measured
 
 
 def _cpu_s(row: dict[str, str]) -> float:
@@ -115,22 +115,22 @@ def _cpu_s(row: dict[str, str]) -> float:
 
 
 def _command(*words: str) -> None:
-    """Run the product's command, quietly unless it fails."""
+    """Run a wsiflow command, and print its errors only if it fails."""
     ended = subprocess.run([sys.executable, "-m", "wsiflow.flows", *words], check=False, capture_output=True, text=True)
     if ended.returncode:
         sys.exit(f"wsiflow {words[0]} ended with {ended.returncode}: {ended.stderr.strip()}")
 
 
-def _compared(foretold: dict[str, float], rounds: Sequence[dict[str, float]]) -> dict[str, Any]:
-    """Return what was foretold and measured, and the ratio of makespans."""
-    measured = {name: statistics.median(each[name] for each in rounds) for name in foretold}
-    ratio = foretold["makespan_s"] / measured["makespan_s"]
-    return {"foretold": foretold, "measured": measured, "ratio": ratio, "rounds": list(rounds)}
+def _compared(forecast: dict[str, float], rounds: Sequence[dict[str, float]]) -> dict[str, Any]:
+    """Return the forecast, the medians of the measured rounds, and the ratio of the makespans."""
+    measured = {name: statistics.median(each[name] for each in rounds) for name in forecast}
+    ratio = forecast["makespan_s"] / measured["makespan_s"]
+    return {"foretold": forecast, "measured": measured, "ratio": ratio, "rounds": list(rounds)}
 
 
-def _table(found: dict[int, dict[str, Any]]) -> Table:
+def _table(by_workers: dict[int, dict[str, Any]]) -> ResultTable:
     rows = []
-    for workers, each in found.items():
+    for workers, each in by_workers.items():
         spans = [one["makespan_s"] for one in each["rounds"]]
         holds = abs(each["ratio"] - 1) <= _TOLERANCE
         rows.append(
@@ -147,7 +147,7 @@ def _table(found: dict[int, dict[str, Any]]) -> Table:
         )
     columns = ["workers", "foretold, s", "measured, s", "difference", f"within {_TOLERANCE:.0%}"]
     columns += ["core-seconds foretold", "measured", "load average before"]
-    return Table("Makespan, foretold from one calibration and measured", columns, rows)
+    return ResultTable("Makespan, foretold from one calibration and measured", columns, rows)
 
 
 if __name__ == "__main__":

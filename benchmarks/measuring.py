@@ -1,8 +1,8 @@
-"""What every benchmark does alike: take turns, count seconds, say what it ran on, write JSON, print tables.
+"""Shared steps of the benchmarks: run contestants in turns, measure seconds, describe the machine, write results.
 
-Input: contestants, functions that do some work and return how many tiles it was. Output: for each contestant what each
-round cost. In a round every contestant runs once, so that a disturbance of the machine meets all of them, and ratios
-are taken within a round.
+Input: contestants, that is, functions that do some work and return its number of tiles. Output: the cost of each round
+of each contestant. In a round every contestant runs once, so that a disturbance of the machine affects all of them, and
+ratios are computed within a round.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from wsiflow.system.machine import allocated_cores, cpu_flags, cpu_model
 
 Contestant = Callable[[], float]
-"""Does its work once and returns how many tiles it was."""
+"""A function that does its work once and returns the number of tiles."""
 
 _FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
 _PACKAGES = (
@@ -39,7 +39,7 @@ _PACKAGES = (
 
 
 class Spent(NamedTuple):
-    """What one round of a contestant cost: wall and CPU seconds of this process, and tiles done."""
+    """The cost of one round of a contestant: wall and CPU seconds of this process, and the number of tiles."""
 
     wall_s: float
     cpu_s: float
@@ -52,27 +52,27 @@ class Spent(NamedTuple):
 
 
 class Spread(NamedTuple):
-    """Median, least and largest of some rounds."""
+    """Median, minimum and maximum over rounds."""
 
     median: float
     low: float
     high: float
 
     def text(self, scale: float = 1.0, digits: int = 3) -> str:
-        """Return it for a table, to so many significant digits."""
+        """Return median and range, multiplied by ``scale``, as text with ``digits`` significant digits."""
         median, low, high = (f"{significant(scale * value, digits)}" for value in self)
         return median if low == high else f"{median} [{low} to {high}]"
 
 
-class Table(NamedTuple):
-    """A table to print: cells are text."""
+class ResultTable(NamedTuple):
+    """A table of results; cells are text."""
 
     title: str
     columns: list[str]
     rows: list[list[str]]
 
     def markdown(self) -> str:
-        """Return it as Markdown."""
+        """Return the table as Markdown."""
         lines = [self.columns, ["---"] * len(self.columns), *self.rows]
         return "\n".join([f"**{self.title}**", "", *("| " + " | ".join(line) + " |" for line in lines)])
 
@@ -81,45 +81,45 @@ def interleave(contestants: Mapping[str, Contestant], *, rounds: int, unit: str 
     """Run the contestants in turns.
 
     Args:
-        contestants: What to run, by name; each must have run once before, so that nothing is made on first use.
-        rounds: How often each runs.
-        unit: What the contestants count, if it is not tiles.
+        contestants: Functions by name; each must have run once before, so that first-use costs are not measured.
+        rounds: Number of rounds.
+        unit: Name of the unit that the contestants count, for messages.
 
     Returns:
-        What each round cost, by name.
+        The cost of each round by name.
     """
-    found: dict[str, list[Spent]] = {name: [] for name in contestants}
+    costs: dict[str, list[Spent]] = {name: [] for name in contestants}
     for turn in range(rounds):
         for name, contestant in contestants.items():
-            found[name].append(spent(contestant))
-            say(f"round {turn + 1} of {rounds}: {name}: {significant(1e3 * found[name][-1].core_s_tile)} ms per {unit}")
-    return found
+            costs[name].append(spent(contestant))
+            say(f"round {turn + 1} of {rounds}: {name}: {significant(1e3 * costs[name][-1].core_s_tile)} ms per {unit}")
+    return costs
 
 
 def spent(contestant: Contestant) -> Spent:
-    """Run once and return what it cost."""
+    """Run a contestant once and return the cost."""
     wall, cpu = time.perf_counter(), time.process_time()
     tiles = contestant()
     return Spent(time.perf_counter() - wall, time.process_time() - cpu, tiles)
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Return median and range."""
+    """Return median and range of values."""
     return Spread(statistics.median(values), min(values), max(values))
 
 
 def per_tile(rounds: Sequence[Spent]) -> Spread:
-    """Return core-seconds per tile."""
+    """Return median and range of the core-seconds per tile."""
     return spread([each.core_s_tile for each in rounds])
 
 
 def ratio(slow: Sequence[Spent], fast: Sequence[Spent]) -> Spread:
-    """Return how many times cheaper a tile is, in core-seconds, round by round."""
+    """Return median and range of the ratio of core-seconds per tile, slow over fast, round by round."""
     return spread([one.core_s_tile / other.core_s_tile for one, other in zip(slow, fast, strict=True)])
 
 
 def significant(value: float, digits: int = 3) -> str:
-    """Return a number with so many significant digits, without an exponent where it is a common size."""
+    """Return a number with ``digits`` significant digits, without exponent from 1e-4 to 1e7."""
     if value == 0 or not 1e-4 <= abs(value) < 1e7:
         return f"{value:.{digits}g}"
     short = float(f"{value:.{digits}g}")
@@ -127,7 +127,7 @@ def significant(value: float, digits: int = 3) -> str:
 
 
 def machine() -> dict[str, Any]:
-    """Return what the benchmark runs on, and how busy that is."""
+    """Return a description of the machine: CPU, memory, versions, and the load average."""
     return {
         "cpu": cpu_model(),
         "machine": platform.machine(),
@@ -142,22 +142,24 @@ def machine() -> dict[str, Any]:
 
 
 def arguments(about: str) -> argparse.ArgumentParser:
-    """Return a parser of the options all benchmarks have."""
+    """Return a parser with the options of all benchmarks; ``about`` is its description."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the JSON files")
     parser.add_argument("--quick", action="store_true", help="a small size: shows that it works, measures nothing")
     return parser
 
 
-def finish(given: argparse.Namespace, name: str, about: dict[str, Any], values: Any, tables: Sequence[Table]) -> None:
+def finish(
+    given: argparse.Namespace, name: str, about: dict[str, Any], values: Any, tables: Sequence[ResultTable]
+) -> None:
     """Write ``<name>.json`` and print the tables.
 
     Args:
-        given: The options.
+        given: The options of the benchmark.
         name: Name of the benchmark.
-        about: What `machine` returned when it began.
-        values: Everything measured.
-        tables: What to show of it.
+        about: Description of the machine at the start, from `machine`.
+        values: All measured values.
+        tables: Tables to print and to store.
     """
     settings = {key: value.name if isinstance(value, Path) else value for key, value in vars(given).items()}
     settings.pop("out")
@@ -177,7 +179,7 @@ def finish(given: argparse.Namespace, name: str, about: dict[str, Any], values: 
 
 
 def say(text: str) -> None:
-    """Tell how far it is."""
+    """Print a message of progress with the time of day to standard error."""
     print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
 
 

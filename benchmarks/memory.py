@@ -1,7 +1,7 @@
-"""Memory of a worker: peak for block sizes and precisions, and of a run over a slide of 100,000 px a side.
+"""Measure the peak memory of workers by block size and precision, and of a run over a slide of 100,000 px a side.
 
-Every size is run in fresh processes, as many at a time as there are cores. The large slide is mostly glass: one JPEG
-tile, written again and again, with a square of tissue in it; the run has default settings but for its network.
+Every size runs in fresh processes, as many at a time as there are cores. The large slide is mostly glass: one JPEG tile
+that is repeated, with a square of tissue in it. Its run has default settings except for the network.
 """
 
 import argparse
@@ -20,7 +20,7 @@ import tifffile
 from numpy.typing import NDArray
 
 from benchmarks import networks, product
-from benchmarks.measuring import Table, arguments, finish, machine, say
+from benchmarks.measuring import ResultTable, arguments, finish, machine, say
 from benchmarks.scaling import block_pixels, context_px
 from flows.compose import compose_config
 from wsiflow.model import scorer
@@ -36,7 +36,7 @@ _GLASS = (242, 240, 243)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure and write ``memory.json``."""
+    """Measure the peak memory of workers, and write ``memory.json``."""
     parser = arguments(__doc__ or "")
     parser.add_argument("--side-px", type=int, help="side of the large slide")
     given = parser.parse_args(argv)
@@ -51,8 +51,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     finish(given, "memory", about, values, [blocks_table, large_table])
 
 
-def _blocks(card: str, *, workers: int, quick: bool) -> tuple[dict[str, Any], Table]:
-    """Measure the peak of workers that run one block, all at a time."""
+def _blocks(card: str, *, workers: int, quick: bool) -> tuple[dict[str, Any], ResultTable]:
+    """Measure the peak memory of workers that run one block each at the same time."""
     rows, sizes = 7, (1, 4, 16)
     if quick:
         rows, sizes = 1, (1, 2)
@@ -75,18 +75,18 @@ def _blocks(card: str, *, workers: int, quick: bool) -> tuple[dict[str, Any], Ta
         for name, each in values.items()
     ]
     columns = ["precision", "block, tiles", "largest worker, MB", "all workers, MB"]
-    return values, Table(f"Peak memory of {workers} workers that run together", columns, table_rows)
+    return values, ResultTable(f"Peak memory of {workers} workers that run together", columns, table_rows)
 
 
 def _default_cols(card: str, precision: str) -> int:
-    """Return the most columns of a block at default settings."""
+    """Return the largest number of columns of a block at default settings."""
     config = compose_config(["model=card", f"model.card={card}", f"inference.precision={precision}"])
     record = fastest.choose_engine(load(networks.spec(card)), config, threads=1)
     return int(record["choice"]["block_cols"])
 
 
 def _peak_bytes(card: str, precision: str, rows: int, cols: int) -> int:
-    """Run a block in this fresh process; return the most memory it had."""
+    """Run a block in this fresh process and return its peak memory in bytes."""
     classifier = load(networks.spec(card))
     context = context_px(classifier)
     how = networks.choice("dense", "openvino", precision, context_px=context)
@@ -98,13 +98,13 @@ def _peak_bytes(card: str, precision: str, rows: int, cols: int) -> int:
 
 
 def peak_bytes() -> int:
-    """Return the most memory this process had; what a process inherits from its parent is not in it."""
+    """Return the peak memory of this process in bytes, without the memory inherited from its parent."""
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
 
 
-def _large(folder: Path, card: str, given: argparse.Namespace) -> tuple[dict[str, Any], Table]:
-    """Run a slide as large as slides are."""
+def _large(folder: Path, card: str, given: argparse.Namespace) -> tuple[dict[str, Any], ResultTable]:
+    """Write and run a slide of the largest usual size, and return its values and table."""
     side_px = given.side_px or (20_000 if given.quick else 100_000)
     tissue_px = 1024 if given.quick else _TISSUE_PX
     path, begin = folder / "large.tif", time.perf_counter()
@@ -117,35 +117,36 @@ def _large(folder: Path, card: str, given: argparse.Namespace) -> tuple[dict[str
         folder / "run",
         *("model=card", f"model.card={card}", "dataset=manifest", f"dataset.manifest={manifest}", "dense.tolerance=1"),
     )
-    found = product.cost(folder / "run")
+    cost = product.cost(folder / "run")
     values = {
         "side_px": side_px,
         "file_bytes": path.stat().st_size,
         "written_s": written_s,
-        "tiles": found.tiles,
+        "tiles": cost.tiles,
         "run_s": time.perf_counter() - begin,
-        "worker_bytes": found.worker_bytes,
-        "stored_bytes": found.stored_bytes,
+        "worker_bytes": cost.worker_bytes,
+        "stored_bytes": cost.stored_bytes,
     }
     row = [
         f"{side_px:,} px",
         f"{values['file_bytes'] / 1e6:.0f}",
-        str(found.tiles),
+        str(cost.tiles),
         f"{values['run_s']:.0f}",
-        ", ".join(f"{peak / 1e6:,.0f}" for peak in found.worker_bytes),
-        "yes" if max(found.worker_bytes) < LIMIT_BYTES else "no",
+        ", ".join(f"{peak / 1e6:,.0f}" for peak in cost.worker_bytes),
+        "yes" if max(cost.worker_bytes) < LIMIT_BYTES else "no",
     ]
     columns = ["slide", "file, MB", "tissue tiles", "run, s", "peak of each worker, MB", "under 2 GB"]
-    return values, Table("A large slide at default settings, fp32, all workers", columns, [row])
+    return values, ResultTable("A large slide at default settings, fp32, all workers", columns, [row])
 
 
 def write_large(path: Path, side_px: int, *, tissue_px: int) -> None:
-    """Write a pyramid of glass with a square of tissue; a tile of each kind is encoded once and written many times.
+    """Write a pyramid of glass with a square of tissue; a tile of each kind is encoded once and repeated.
 
     Args:
-        path: The file.
+        path: The file to write.
         side_px: Side of the slide.
-        tissue_px: Side of the tissue, a power of two from 256 on; it begins near the middle, at a multiple of itself.
+        tissue_px: Side of the tissue, a power of two of at least 256; its corner is near the middle of the slide, at a
+            multiple of ``tissue_px``.
     """
     drawn = networks.tissue(_FILE_TILE_PX)
     first_px = side_px // 2 // tissue_px * tissue_px
@@ -170,7 +171,7 @@ def write_large(path: Path, side_px: int, *, tissue_px: int) -> None:
 
 
 def _tiles(drawn: NDArray[np.uint8], side: int, first: float, extent: float) -> Iterator[bytes]:
-    """Yield the tiles of one level; those partly tissue are drawn, the others are two byte strings."""
+    """Yield the encoded tiles of one level; only tiles that are partly tissue are encoded anew."""
     glass, whole = (_encoded(pixels) for pixels in (np.full_like(drawn, _GLASS), drawn))
     count = -(-side // _FILE_TILE_PX)
     spans = []

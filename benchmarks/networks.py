@@ -1,7 +1,7 @@
-"""The networks that are measured, the pixels they see, and the reference's way of running them.
+"""Networks to measure, the pixels that they see, and the window loop of the reference system.
 
-Weights are random unless a card is given: speed does not depend on them. They are drawn so that the maps keep their
-size from layer to layer, and the last layer is weak, so that the product's checks of precision pass.
+Weights are random unless a card is given, since speed does not depend on them. They are drawn so that activations keep
+their magnitude from layer to layer, and the last layer is weak, so that wsiflow's checks of precision pass.
 """
 
 import copy
@@ -36,12 +36,12 @@ _ARGUMENTS: dict[str, dict[str, Any]] = {
 
 
 def demo() -> Classifier:
-    """Return the classifier that ships."""
+    """Return the demo classifier of the package."""
     return load(spec("pkg:demo.json"))
 
 
 def spec(card: str | Path) -> ModelSpec:
-    """Return how a run names a card."""
+    """Return the model settings of a run with this card."""
     return ModelSpec(card=Path(card), trust_torchscript=False, sha256="", positive_class="")
 
 
@@ -82,7 +82,7 @@ def _fields(architecture: str) -> Mapping[str, Any]:
 
 
 def tissue(side_px: int) -> NDArray[np.uint8]:
-    """Return a square of drawn tissue, uint8 (side, side, 3)."""
+    """Return a square of synthetic tissue, uint8 (side, side, 3), RGB."""
     whole_px = max(6144, 3 * side_px)
     plan = dataset.plan_slide("macro", width_px=whole_px * 19 // 12, height_px=whole_px, seed=0)
     first = [int((extent - side_px) // 2) for extent in (plan.width_px, plan.height_px)]
@@ -90,42 +90,42 @@ def tissue(side_px: int) -> NDArray[np.uint8]:
 
 
 def choice(engine: str, backend: str, precision: str, *, stride_px: int = STRIDE_PX, context_px: int = 0) -> Choice:
-    """Return a way of computing scores, of regions without a halo unless one is asked for."""
+    """Return a choice of engine, backend and precision for regions without halo, with ``context_px`` of context."""
     place = {"context_px": context_px, "exact": False, "halo_px": 0, "block_rows": 1, "block_cols": 1}
     return Choice(engine, backend, precision, BATCH, stride_px, "", **place)  # type: ignore[arg-type]
 
 
 def windows(pixels: NDArray[np.uint8], count: int) -> list[NDArray[np.uint8]]:
-    """Return the first windows of a region, row by row through the square that holds the windows of one tile."""
+    """Return the first ``count`` windows of a tile, row by row, as views of ``pixels``."""
     steps = range(0, TILE_PX, STRIDE_PX)
     corners = [(y, x) for y in steps for x in steps][:count]
     return [pixels[y : y + WINDOW_PX, x : x + WINDOW_PX] for y, x in corners]
 
 
 class Reference:
-    """The reference's loop: PyTorch as it comes, fp32, channels first, batches of 14, nothing folded or converted."""
+    """The window loop of the reference system: plain PyTorch, fp32, channels first, batches of 14, no conversion."""
 
     def __init__(self, classifier: Classifier) -> None:
-        """Take a copy of the network in PyTorch's own memory order."""
+        """Copy the network in PyTorch's default memory order."""
         self._module = copy.deepcopy(classifier.module).to(memory_format=torch.contiguous_format)
         self._positive = classifier.positive_index
         self._mean, self._std = (torch.tensor(values).view(1, 3, 1, 1) for values in (classifier.mean, classifier.std))
 
     def run(self, cut: Sequence[NDArray[np.uint8]]) -> NDArray[np.float32]:
-        """Return the score of each window."""
-        found = []
+        """Return float32 (windows,), the score of each window."""
+        scores = []
         with torch.no_grad():
             for first in range(0, len(cut), BATCH):
                 pixels = torch.from_numpy(np.stack(cut[first : first + BATCH])).permute(0, 3, 1, 2).contiguous()
                 logits = self._module((pixels.float() / 255 - self._mean) / self._std)
-                found.append(logits.softmax(1)[:, self._positive].numpy())
-        return np.concatenate(found)
+                scores.append(logits.softmax(1)[:, self._positive].numpy())
+        return np.concatenate(scores)
 
 
 def prepared(
     classifier: Classifier, how: Choice, pixels: NDArray[np.uint8], *, threads: int = 1
 ) -> scorer.WindowScorer | scorer.DenseScorer:
-    """Return what computes scores; int8 is calibrated on the pixels it will see."""
+    """Return a scorer for a choice; int8 is calibrated on the pixels that it will score."""
     quantised = None
     if how.precision == "int8":
         samples = _calibration(how, pixels)
@@ -134,7 +134,7 @@ def prepared(
 
 
 def _calibration(how: Choice, pixels: NDArray[np.uint8]) -> list[NDArray[np.uint8]]:
-    """Return four samples of the pixels: batches of windows, or regions of two tiles a side."""
+    """Return samples for the calibration of int8: four batches of windows, or four regions of up to 672 px a side."""
     if how.engine == "window":
         cut = np.stack(windows(pixels, WINDOWS_PER_TILE))
         return [cut[first : first + BATCH] for first in range(0, 4 * BATCH, BATCH)]
@@ -144,10 +144,10 @@ def _calibration(how: Choice, pixels: NDArray[np.uint8]) -> list[NDArray[np.uint
 
 
 def run_windows(made: scorer.WindowScorer, cut: Sequence[NDArray[np.uint8]]) -> NDArray[np.float32]:
-    """Return the score of each window."""
+    """Return float32 (windows,), the score of each window."""
     return made.run(cut, untimed)
 
 
 def run_region(made: scorer.DenseScorer, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Return the map of a region."""
+    """Return the scores of a region as a float32 map."""
     return made.run(pixels, untimed)

@@ -1,8 +1,7 @@
-"""Points of the experiment on worked examples: each is looked up, and the tests that hold it are run.
+"""Points of the experiment on worked examples (oracles): run the tests that hold each example.
 
-Input: names of tests for each example. Output: how many of them passed, and how many did not. The examples and what is
-to come out of them are in the tests, and nowhere else: a test that is renamed, skipped or missing is one that did not
-pass.
+Input: names of the tests of each example. Output: the number of test cases that passed, and of those that did not. The
+examples and their expected results are in the tests only. A test that is renamed, skipped or missing did not pass.
 """
 
 import os
@@ -22,14 +21,14 @@ def _oracle(settings: Mapping[str, Any], *, seed: int) -> dict[str, float]:  # n
     tests: Mapping[str, Sequence[str]] = settings["tests"]
     every = tuple(sorted({name for names in tests.values() for name in names}))
     outcomes = _run(every, settings["data"])
-    wanted = [outcomes.get(name, {"absent": 1}) for name in tests[settings["oracle"]]]
-    passed = sum(each.get("passed", 0) for each in wanted)
-    return {"tests": len(wanted), "cases": passed, "not_passed": sum(sum(each.values()) for each in wanted) - passed}
+    own = [outcomes.get(name, {"absent": 1}) for name in tests[settings["oracle"]]]
+    passed = sum(each.get("passed", 0) for each in own)
+    return {"tests": len(own), "cases": passed, "not_passed": sum(sum(each.values()) for each in own) - passed}
 
 
 @cache
 def _run(names: tuple[str, ...], data: str) -> Mapping[str, Mapping[str, int]]:
-    """Run tests once and return, for each function, how many of its cases ended how."""
+    """Run tests once and return, for each test function, the number of its cases by outcome."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = [
@@ -44,14 +43,14 @@ def _run(names: tuple[str, ...], data: str) -> Mapping[str, Mapping[str, int]]:
         ]
         command += ["-k", " or ".join(sorted({name.rpartition("::")[2] for name in names}))]
         subprocess.run(command, cwd=ROOT, env=_environment(data), check=False, capture_output=True)
-        found: dict[str, dict[str, int]] = {}
+        outcomes: dict[str, dict[str, int]] = {}
         for case in ElementTree.parse(report).iter("testcase"):
             path = case.get("classname", "").replace(".", "/") + ".py"
             name = f"{path}::{case.get('name', '').partition('[')[0]}"
             outcome = next((child.tag for child in case if child.tag in {"failure", "error", "skipped"}), "passed")
-            ended = found.setdefault(name, {})
+            ended = outcomes.setdefault(name, {})
             ended[outcome] = ended.get(outcome, 0) + 1
-        return found
+        return outcomes
 
 
 def _files(names: Sequence[str]) -> list[str]:

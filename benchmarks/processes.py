@@ -1,8 +1,7 @@
-"""Points of the experiments that are measured: fresh processes that start, load GoogLeNet and compute scores.
+"""Points of the experiments that are measured in fresh processes, which start, load GoogLeNet and compute scores.
 
-Every point runs processes of its own, since the memory of one that has done something before is not its own, and since
-starting is a part of what is measured. Processes that are to run side by side say when they are ready, and begin
-together.
+Every point starts its own processes, because start and load are part of the measurement, and because the peak memory of
+a process includes its earlier work. Processes that run at the same time report when they are ready and begin together.
 """
 
 import json
@@ -21,7 +20,7 @@ _ALL_CORES_S = 6.0
 
 @cache
 def _card() -> str:
-    """Return the card of a GoogLeNet with random weights, which stays for the other points."""
+    """Return the card of a GoogLeNet with random weights, which is shared by all points."""
     from benchmarks import networks
 
     return str(networks.random_card("googlenet", Path(tempfile.mkdtemp(prefix="wsiflow-card-"))))
@@ -31,30 +30,30 @@ class _Process:
     """A fresh interpreter that works through one request."""
 
     def __init__(self, request: dict[str, Any]) -> None:
-        """Start it."""
+        """Start the process with a request, see `_serve`."""
         self._clock = time.perf_counter()
         command = [sys.executable, "-m", "benchmarks.processes", json.dumps(request)]
         self._running = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def read(self) -> dict[str, float]:
-        """Return its next line, with the seconds since it was started."""
+        """Return the next line of the process as values, with the seconds since its start as ``since_s``."""
         assert self._running.stdout is not None
-        found: dict[str, float] = json.loads(self._running.stdout.readline())
-        return found | {"since_s": time.perf_counter() - self._clock}
+        values: dict[str, float] = json.loads(self._running.stdout.readline())
+        return values | {"since_s": time.perf_counter() - self._clock}
 
     def go(self) -> None:
-        """Let it begin."""
+        """Signal the process to begin its work."""
         assert self._running.stdin is not None
         self._running.stdin.write("\n")
         self._running.stdin.flush()
 
     def end(self) -> None:
-        """Wait for it."""
+        """Wait for the process to end."""
         self._running.communicate()
 
 
 def element(settings: dict[str, Any], *, seed: int) -> dict[str, float]:
-    """Have a fresh worker predict so many tiles, as an array's element does."""
+    """Measure a fresh worker that predicts ``group_tiles`` tiles, like an element of an array job."""
     tiles = settings["group_tiles"]
     process = _Process({"card": _card(), "engine": "dense", "tiles": tiles, "threads": 1, "seed": seed})
     begun, ready = process.read(), process.read()
@@ -72,7 +71,7 @@ def element(settings: dict[str, Any], *, seed: int) -> dict[str, float]:
 
 
 def threads(settings: dict[str, Any], *, seed: int) -> dict[str, float]:
-    """Fill the machine's cores with processes of so many threads, and count what they do together."""
+    """Fill the machine's cores with processes of ``threads`` threads, and measure their joint rate."""
     each = settings["threads"]
     count = max(1, settings["cores"] // each)
     request = {
@@ -91,18 +90,18 @@ def threads(settings: dict[str, Any], *, seed: int) -> dict[str, float]:
     done = [process.read() for process in running]
     for process in running:
         process.end()
-    rate = sum(found["windows"] / found["wall_s"] for found in done)
+    rate = sum(one["windows"] / one["wall_s"] for one in done)
     return {
         "processes": count,
         "windows_s_core": rate / settings["cores"],
-        "windows_cpu_s": sum(found["windows"] for found in done) / sum(found["cpu_s"] for found in done),
-        "call_s": sum(found["wall_s"] / found["calls"] for found in done) / count,
-        "rss_mb": sum(found["max_rss_mb"] for found in done),
+        "windows_cpu_s": sum(one["windows"] for one in done) / sum(one["cpu_s"] for one in done),
+        "call_s": sum(one["wall_s"] / one["calls"] for one in done) / count,
+        "rss_mb": sum(one["max_rss_mb"] for one in done),
     }
 
 
 def batch(settings: dict[str, Any], *, seed: int) -> dict[str, float]:
-    """Compute scores window by window with so many windows a call."""
+    """Measure the window engine with ``batch`` windows per call."""
     request = {
         "card": _card(),
         "engine": "window",
@@ -124,8 +123,8 @@ def batch(settings: dict[str, Any], *, seed: int) -> dict[str, float]:
 POINTS = {"element": element, "threads": threads, "batch": batch}
 
 
-def _answer(request: dict[str, Any]) -> None:
-    """Do what is asked for: say that the imports are done, then that the network is ready, then what it did."""
+def _serve(request: dict[str, Any]) -> None:
+    """Serve a request: report that the imports are done, then that the network is ready, then the work and its cost."""
     from benchmarks import networks
     from wsiflow.model.classifier import load
 
@@ -162,7 +161,7 @@ def _answer(request: dict[str, Any]) -> None:
 
 
 def _side_px(request: dict[str, Any]) -> int:
-    """Return the side of a square that holds the block and the windows that reach beyond it."""
+    """Return the side in px of a square that holds the block and the windows that extend beyond it."""
     return 224 * (max(_BLOCKS[request["tiles"]]) + 1)
 
 
@@ -172,4 +171,4 @@ def _say(values: dict[str, float]) -> None:
 
 
 if __name__ == "__main__":
-    _answer(json.loads(sys.argv[1]))
+    _serve(json.loads(sys.argv[1]))

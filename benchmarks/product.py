@@ -1,4 +1,4 @@
-"""Runs of the product itself, on slides written for the purpose; what they cost is in their receipts."""
+"""Run wsiflow itself on slides that are written for the purpose, and read the cost of the runs from their receipts."""
 
 import contextlib
 import json
@@ -31,15 +31,15 @@ _BAND_PX = 512
 _QUIET = ("orchestrator=none", "tracking=off", "evaluation.bootstrap=0")
 
 
-class Cost(NamedTuple):
-    """What a run cost.
+class RunCost(NamedTuple):
+    """The cost of a run.
 
     Attributes:
-        tiles: Tissue tiles predicted.
-        core_s: Core-seconds by step; ``other`` is what receipts without steps say (tables, previews, detections).
-        stored_bytes: Size of the patches files.
+        tiles: Number of predicted tissue tiles.
+        core_s: Core-seconds by step; ``other`` is that of receipts without steps (tables, previews, detections).
+        stored_bytes: Size of the files of patches.
         area_overhead: Pixels read for blocks over pixels of tissue tiles.
-        slide_span_s: Wall seconds from the first task of a slide after the plan to the end of the last.
+        slide_span_s: Wall seconds from the start of the first task after the plan to the end of the last one.
         worker_bytes: Peak memory of each worker process.
     """
 
@@ -52,12 +52,12 @@ class Cost(NamedTuple):
 
     @property
     def line_s_tile(self) -> float:
-        """Core-seconds per tile of everything but the certificate."""
+        """Core-seconds per tile of all steps except the certificate."""
         return sum(seconds for step, seconds in self.core_s.items() if step != "certify") / self.tiles
 
 
 def write_slide(path: Path, side_px: int, *, seed: int = 0, workers: int = 1) -> Path:
-    """Write a square synthetic slide, under a half of it tissue; ``workers`` processes draw."""
+    """Write a square synthetic slide, less than half of which is tissue; ``workers`` processes draw it."""
     drawn = dataset.plan_slide("micro", width_px=side_px, height_px=side_px, seed=seed)
     pyramid.write_rgb(path, _bands(drawn, workers), shape=(side_px, side_px), um_px=UM_PX, quality=85)
     return path
@@ -78,7 +78,7 @@ def _band(job: tuple[SlideSpec, int, int]) -> NDArray[np.uint8]:
 
 
 def write_manifest(folder: Path, slides: Sequence[Path]) -> Path:
-    """List slides of the synthetic spacing."""
+    """Write a manifest of synthetic slides and return its path."""
     path = folder / "manifest.csv"
     lines = [f"{slide.stem},{slide},{UM_PX}" for slide in slides]
     path.write_text("\n".join(["slide_id,path,mpp", *lines]) + "\n", encoding="utf-8")
@@ -90,14 +90,14 @@ def run(folder: Path, *overrides: str) -> Iterator[tuple[Path, dict[str, float]]
     """Run the whole line in this process, without Prefect and MLflow.
 
     Args:
-        folder: Where the run's folder is made. Every run has its own, since a process remembers what it read by path.
-        overrides: Settings, as on the command line.
+        folder: Parent of the run's folder. Every run has its own folder, since a process caches files by path.
+        overrides: Overrides of the configuration, as on the command line.
 
     Yields:
         The run's folder, which is deleted at the end, and the metrics.
 
     Raises:
-        RuntimeError: The run did not end well.
+        RuntimeError: The exit code of the run is not 0.
     """
     with tempfile.TemporaryDirectory(dir=folder) as name:
         config = compose_config([f"out={name}/run", *_QUIET, *overrides])
@@ -109,7 +109,7 @@ def run(folder: Path, *overrides: str) -> Iterator[tuple[Path, dict[str, float]]
 
 
 def run_command(out: Path, *overrides: str) -> None:
-    """Run the whole line by the command, in a process of its own."""
+    """Run the whole line as a command in a process of its own."""
     command = Path(sys.executable).with_name("wsiflow")
     subprocess.run([command, "run", f"out={out}", *_QUIET, *overrides], check=True, stdout=subprocess.DEVNULL)
 
@@ -119,33 +119,33 @@ def receipts(out: Path) -> list[dict[str, Any]]:
     return [json.loads(path.read_text(encoding="utf-8")) for path in sorted((out / "receipts").rglob("*.json"))]
 
 
-def cost(out: Path) -> Cost:
-    """Return what a run cost, from its receipts; what is done once for a run, however many slides, is left out."""
-    made, found = read_plan(out / "plan.json"), receipts(out)
-    slides = [receipt for receipt in found if receipt.get("slide") and "cpu_s" in receipt]
+def cost(out: Path) -> RunCost:
+    """Return the cost of a run from the receipts of its slides; work that is done once per run is left out."""
+    run_plan = read_plan(out / "plan.json")
+    slides = [receipt for receipt in receipts(out) if receipt.get("slide") and "cpu_s" in receipt]
     steps = throughput.step_core_seconds(slides)
-    tiles = sum(planned.n_tiles for planned in made.slides)
+    tiles = sum(planned.n_tiles for planned in run_plan.slides)
     pixels_read = sum(
         planned.frame.block_px(block.rows) * planned.frame.block_px(block.cols)
-        for planned in made.slides
+        for planned in run_plan.slides
         for block in planned.blocks()
     )
     after = [receipt for receipt in slides if receipt["kind"] != "tissue"]
     peaks: dict[int, int] = {}
     for receipt in slides:
         peaks[receipt["pid"]] = max(peaks.get(receipt["pid"], 0), receipt["max_rss_bytes"])
-    return Cost(
+    return RunCost(
         tiles,
         steps | {"other": sum(receipt["cpu_s"] for receipt in slides) - sum(steps.values())},
         sum(receipt["bytes"] for receipt in slides if receipt["kind"] == "patches"),
-        pixels_read / (tiles * made.slides[0].frame.tile_px ** 2),
+        pixels_read / (tiles * run_plan.slides[0].frame.tile_px ** 2),
         max(_time(receipt, "ended") for receipt in after) - min(_time(receipt, "started") for receipt in after),
         sorted(peaks.values()),
     )
 
 
 def tiles_per_s(out: Path) -> float:
-    """Return the rate at which workers predict: each from its second task on, added up."""
+    """Return the tiles per second that all workers predict together, each from its second task on."""
     own: dict[int, list[dict[str, Any]]] = {}
     for receipt in receipts(out):
         if receipt["kind"] == "prediction":
@@ -153,7 +153,7 @@ def tiles_per_s(out: Path) -> float:
     rate = 0.0
     for done in own.values():
         done.sort(key=lambda receipt: receipt["started"])
-        rest = done[1:]  # the first one loads the network
+        rest = done[1:]  # the first task loads the network
         rate += sum(receipt["counts"]["tiles"] for receipt in rest) / (
             _time(rest[-1], "ended") - _time(rest[0], "started")
         )
@@ -164,7 +164,7 @@ def _time(receipt: dict[str, Any], which: str) -> float:
     return datetime.fromisoformat(receipt[which]).timestamp()
 
 
-def median_steps(costs: Sequence[Cost]) -> dict[str, float]:
+def median_steps(costs: Sequence[RunCost]) -> dict[str, float]:
     """Return the median core-seconds per tile of each step."""
     return {step: statistics.median(each.core_s[step] / each.tiles for each in costs) for step in STEPS}
 

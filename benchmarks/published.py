@@ -1,8 +1,8 @@
 """Points of the experiments on published results: feature sheets and slide scores of Li, Mikailov and Chen.
 
-Input: the folder of the published files, settings and one value for each axis, and which turn it is. Output: numbers by
-name. Nothing is random but the seed of a forest: turn 0, 1, 2 has the seeds 42, 0, 1 with which the expected areas were
-computed by scikit-learn alone.
+Input: the folder of the published files, settings with one value for each axis, and the number of the repeat. Output:
+numbers by name. Only the forest is random: repeats 0, 1 and 2 have the seeds 42, 0 and 1, with which the expected AUCs
+were computed by scikit-learn alone.
 """
 
 import csv
@@ -28,7 +28,7 @@ _SHEETS = {
     "noise": "PF_parameter_Method_II_Model_I_no_norm/{0}_{1}_0502_Method_II_no_norm",
     "noise, stain": "RF_parameter_Method_II_Model_I_norm/{1}/{0}_{1}_0506_Method_II_Model_I_norm",
 }
-"""Sheets of the three models: plain, trained with colour noise, and with colour noise on normalised slides."""
+"""Feature sheets of the three models: plain, trained with colour noise, and with noise on stain-normalised slides."""
 
 FOREST_AUC = {
     "plain": {
@@ -53,14 +53,14 @@ FOREST_AUC = {
         0.9: (0.981, 0.980, 0.982),
     },
 }
-"""O-9: area on the test slides of a fixed forest (300 trees, 20 features, depth 10), for each seed."""
+"""O-9: AUC on the test slides of a forest with fixed settings (300 trees, 20 features, depth 10), for each seed."""
 
 SCORES_AUC = {
     "plain": ("Method_I", 0.915561, 0.025770),
     "noise": ("Method_II_noise_only", 0.942092, 0.021844),
     "noise, stain": ("Method_II_noise_norm", 0.983929, 0.008553),
 }
-"""O-10: column of the published slide scores, their area and its standard deviation."""
+"""O-10: column of the published slide scores, their AUC and its standard deviation."""
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -77,22 +77,22 @@ def sheet(data: Path, method: str, threshold: float, kind: str) -> tuple[tuple[s
 
 
 def training(data: Path, method: str) -> Sample:
-    """Return the training slides with their features at every threshold; of patients nothing is published."""
-    found = {t: [sheet(data, method, t, kind) for kind in ("tumor", "normal")] for t in LEVELS}
-    (tumour, _), (normal, _) = found[LEVELS[0]]
-    assert all(one[0] == tumour and other[0] == normal for one, other in found.values())
+    """Return the training slides with features at every threshold; each slide counts as a patient of its own."""
+    sheets = {t: [sheet(data, method, t, kind) for kind in ("tumor", "normal")] for t in LEVELS}
+    (tumour, _), (normal, _) = sheets[LEVELS[0]]
+    assert all(one[0] == tumour and other[0] == normal for one, other in sheets.values())
     return Sample(
         slide_ids=tumour + normal,
         labels=np.repeat([1, 0], [len(tumour), len(normal)]),
         groups=tumour + normal,
-        features={t: np.concatenate([one[1], other[1]]) for t, (one, other) in found.items()},
+        features={t: np.concatenate([one[1], other[1]]) for t, (one, other) in sheets.items()},
         version=forest.version_of(reference=True),
         cell_um=CELL_UM,
     )
 
 
 def labels_of_the_test_slides(data: Path) -> Ints:
-    """Return the labels of the test slides, in the order of the sheets."""
+    """Return int64 (n,), the labels of the test slides in the order of the sheets."""
     with (data / "camelyon16/tables/reference.csv").open(newline="") as stream:
         truth = {row["image"]: row["type"] == "tumor" for row in csv.DictReader(stream)}
     names, _ = sheet(data, "plain", LEVELS[0], "test")
@@ -100,7 +100,7 @@ def labels_of_the_test_slides(data: Path) -> Ints:
 
 
 def fixed_auc(data: Path, method: str, threshold: float, seed: int) -> float:
-    """Return the area on the test slides of the reference's fixed forest."""
+    """Return the AUC on the test slides of a forest with the fixed settings of the reference system."""
     sample = training(data, method)
     settings = Settings(threshold=threshold, **REFERENCE)
     grown = forest.grow(sample.features[threshold], sample.labels, settings, trees=300, seed=seed)
@@ -110,19 +110,19 @@ def fixed_auc(data: Path, method: str, threshold: float, seed: int) -> float:
 def _fixed(settings: Mapping[str, Any], *, seed: int) -> dict[str, float]:
     method, threshold = settings["method"], settings["threshold"]
     expected = FOREST_AUC[method][threshold][seed]
-    found = fixed_auc(Path(settings["data"]), method, threshold, SEEDS[seed])
-    return {"auc": found, "expected": expected, "difference": abs(found - expected)}
+    auc = fixed_auc(Path(settings["data"]), method, threshold, SEEDS[seed])
+    return {"auc": auc, "expected": expected, "difference": abs(auc - expected)}
 
 
 def _chosen(settings: Mapping[str, Any], *, seed: int) -> dict[str, float]:
-    """Choose on the training slides alone, then look at the test slides once; and the best by looking at them."""
+    """Choose a forest on the training slides, score the test slides once, and compare with choosing on test slides."""
     folder, method = Path(settings["data"]), settings["method"]
     choices = Choices(min_leaf=(1,), trees_choosing=settings["trees_choosing"])
     if settings["quick"]:
         choices = Choices(max_features=(20,), min_leaf=(1,), trees=20, trees_choosing=10, folds=3)
-    made = forest.train(training(folder, method), seed=SEEDS[seed], choices=choices)
-    card, labels = made.card, labels_of_the_test_slides(folder)
-    scores = made.predict(sheet(folder, method, card.settings.threshold, "test")[1])
+    trained = forest.train(training(folder, method), seed=SEEDS[seed], choices=choices)
+    card, labels = trained.card, labels_of_the_test_slides(folder)
+    scores = trained.predict(sheet(folder, method, card.settings.threshold, "test")[1])
     low, high = roc.auc_interval(scores, labels)
     best = max(areas[seed] for areas in FOREST_AUC[method].values())
     held_out = max(area for _, area in card.tried)
@@ -150,15 +150,15 @@ def _scored(settings: Mapping[str, Any], *, seed: int) -> dict[str, float]:  # n
     names, _ = sheet(data, method, LEVELS[0], "test")
     scores, labels = [rows[name.removesuffix(".tif")] for name in names], labels_of_the_test_slides(data)
     low, high = roc.auc_interval(scores, labels)
-    found, found_deviation = roc.auc(scores, labels), roc.delong_variance(scores, labels) ** 0.5
+    auc, auc_deviation = roc.auc(scores, labels), roc.delong_variance(scores, labels) ** 0.5
     return {
-        "auc": found,
+        "auc": auc,
         "expected": area,
-        "deviation": found_deviation,
+        "deviation": auc_deviation,
         "expected_deviation": deviation,
         "low": low,
         "high": high,
-        "difference": max(abs(found - area), abs(found_deviation - deviation)),
+        "difference": max(abs(auc - area), abs(auc_deviation - deviation)),
     }
 
 

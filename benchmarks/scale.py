@@ -1,7 +1,7 @@
-"""What grows with the size of a run: the plan, its status, a manifest, and handing out slices.
+"""Measure costs that grow with the size of a run: the plan, its status, a manifest, and the distribution of slices.
 
-Slides are records as ingest publishes them; no pixels are read. Slices are handed out with work that does nothing, so
-what they cost is orchestration; their share is told for slices of ten seconds.
+Slides are records as ingest publishes them; no pixels are read. The slices do no work, so their cost is orchestration,
+which is given as a share of slices of ten seconds.
 """
 
 import csv
@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.measuring import Table, arguments, finish, machine, say, significant
+from benchmarks.measuring import ResultTable, arguments, finish, machine, say, significant
 from flows.cluster import workers
 from flows.compose import compose_config
 from wsiflow.errors import InputError
@@ -53,7 +53,7 @@ _FULL = Size((100_000, 1_000_000), 100_000, 10_000, 10_000)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure and write ``scale.json``."""
+    """Measure plans, status, manifests and slices by their number, and write ``scale.json``."""
     given = arguments(__doc__ or "").parse_args(argv)
     size, about = _QUICK if given.quick else _FULL, machine()
     values: dict[str, Any] = {}
@@ -68,27 +68,27 @@ def main(argv: Sequence[str] | None = None) -> None:
     finish(given, "scale", about, values, tables)
 
 
-def _plans(folder: Path, size: Size) -> tuple[dict[str, Any], Table]:
-    """Make plans from what ingest publishes, and read them as a worker does."""
+def _plans(folder: Path, size: Size) -> tuple[dict[str, Any], ResultTable]:
+    """Make plans from the records of ingest, and read them as a worker does."""
     values, rows = {}, []
     for groups in size.groups:
         cases = _ingested(folder / str(groups), groups // _GROUPS_PER_SLIDE)
-        made, found = _measured(lambda cases=cases: ingest.make_plan(*cases))
-        read, plan_read = _measured(lambda made=made: read_plan(made))
+        plan_path, make_cost = _measured(lambda cases=cases: ingest.make_plan(*cases))
+        read, read_cost = _measured(lambda plan_path=plan_path: read_plan(plan_path))
         assert read.n_groups == groups
-        values[str(groups)] = {"make": found, "read": plan_read, "bytes": made.stat().st_size}
+        values[str(groups)] = {"make": make_cost, "read": read_cost, "bytes": plan_path.stat().st_size}
         row = [f"{groups:,}", f"{groups // _GROUPS_PER_SLIDE:,}"]
-        for each in (found, plan_read):
+        for each in (make_cost, read_cost):
             row += [f"{each['wall_s']:.2f}", f"{each['peak_bytes'] / 1e6:.0f}"]
-        rows.append([*row, f"{made.stat().st_size / 1e6:.1f}"])
+        rows.append([*row, f"{plan_path.stat().st_size / 1e6:.1f}"])
     values["cut_s"] = _cut_seconds()
     title = f"Plans (a slide of 22,000 tissue tiles is cut into blocks in {values['cut_s']:.2f} s when it is ingested)"
     columns = ["groups", "slides", "made in, s", "peak, MB", "read in, s", "peak, MB", "file, MB"]
-    return values, Table(title, columns, rows)
+    return values, ResultTable(title, columns, rows)
 
 
 def _measured(work: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
-    """Return what a call returns, its seconds, and the most memory its values take, measured in a second call."""
+    """Return the result of a call, its seconds, and its peak memory, which a second call measures."""
     read_plan.cache_clear()
     begin = time.perf_counter()
     result = work()
@@ -102,7 +102,7 @@ def _measured(work: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
 
 
 def _ingested(root: Path, count: int) -> tuple[Path, list[Outcome]]:
-    """Write a folder as it is once so many slides are ingested."""
+    """Write a run's folder as it is after ``count`` slides were ingested, and return its cases and outcomes."""
     root.mkdir()
     config = compose_config([f"out={root}", "tracking=off", "orchestrator=none", "executor=inline"])
     slides = tuple(Case(f"slide_{i:06d}", root / f"slide_{i:06d}.tif") for i in range(count))
@@ -130,7 +130,7 @@ def _ingested(root: Path, count: int) -> tuple[Path, list[Outcome]]:
 
 
 def _cut_seconds() -> float:
-    """Return the seconds that cutting a slide with as much tissue as CAMELYON16's have takes."""
+    """Return the seconds to cut a slide into blocks that has as much tissue as those of CAMELYON16."""
     rng = np.random.default_rng(0)
     coarse = rng.random((27, 27)) < 0.12  # patches of tissue of 16 tiles a side
     tissue = np.kron(coarse, np.ones((16, 16), bool))
@@ -139,27 +139,27 @@ def _cut_seconds() -> float:
     return time.perf_counter() - begin
 
 
-def _status(folder: Path, size: Size) -> tuple[dict[str, Any], Table]:
-    """Time the command ``wsiflow status`` on a folder in which every other group is published."""
+def _status(folder: Path, size: Size) -> tuple[dict[str, Any], ResultTable]:
+    """Measure the command ``wsiflow status`` on a folder in which every other group is published."""
     cases, outcomes = _ingested(folder / "run", size.status_groups // _GROUPS_PER_SLIDE)
-    made = read_plan(ingest.make_plan(cases, outcomes))
-    for planned in made.slides:
+    run_plan = read_plan(ingest.make_plan(cases, outcomes))
+    for planned in run_plan.slides:
         there = folder / "run" / publish.RECEIPTS / "predictions" / planned.slide_id
         there.mkdir(parents=True)
         for k in range(1, planned.n_groups, 2):
             (there / f"t{k}.h5.json").write_text("{}", encoding="ascii")
     command = [sys.executable, "-m", "wsiflow.flows", "status", str(folder / "run")]
     begin = time.perf_counter()
-    told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     seconds = time.perf_counter() - begin
-    assert f"published {size.status_groups // 2}" in told
+    assert f"published {size.status_groups // 2}" in output
     title = "wsiflow status, imports included"
     rows = [[f"{size.status_groups:,}", f"{seconds:.2f}"]]
-    return {"groups": size.status_groups, "wall_s": seconds}, Table(title, ["groups", "s"], rows)
+    return {"groups": size.status_groups, "wall_s": seconds}, ResultTable(title, ["groups", "s"], rows)
 
 
-def _manifest(folder: Path, size: Size) -> tuple[dict[str, Any], Table]:
-    """Time reading a manifest that is right, and one of which every tenth row is wrong."""
+def _manifest(folder: Path, size: Size) -> tuple[dict[str, Any], ResultTable]:
+    """Measure reading a correct manifest, and one in which every tenth row is wrong."""
     good, bad = folder / "good.csv", folder / "bad.csv"
     for path, every in ((good, 0), (bad, 10)):
         with path.open("w", encoding="utf-8", newline="") as stream:
@@ -173,25 +173,25 @@ def _manifest(folder: Path, size: Size) -> tuple[dict[str, Any], Table]:
     good_s, begin = time.perf_counter() - begin, time.perf_counter()
     try:
         read_manifest(bad)
-        told = ""
+        message = ""
     except InputError as error:
-        told = str(error)
+        message = str(error)
     bad_s, wrong = time.perf_counter() - begin, -(-size.manifest_rows // 10)
-    assert told.count("is not a number") == wrong
+    assert message.count("is not a number") == wrong
     count = f"{size.manifest_rows:,}"
     rows = [[count, "0", f"{good_s:.2f}"], [count, f"{wrong:,}", f"{bad_s:.2f}"]]
     values = {"rows": size.manifest_rows, "good_s": good_s, "bad_s": bad_s, "errors_told": wrong}
-    return values, Table("A manifest", ["rows", "wrong rows, all named", "s"], rows)
+    return values, ResultTable("A manifest", ["rows", "wrong rows, all named", "s"], rows)
 
 
 def nothing(_source: Path, _stage: str, lo: int, hi: int) -> Iterator[Outcome]:
-    """Do nothing, and tell it as a real task does."""
+    """Do nothing, and yield an outcome per task as a real task does."""
     for index in range(lo, hi):
         yield Outcome(index, {"attempt": str(index)}, executed=True).with_usage(**Meter().usage())
 
 
 class _Idle:
-    """An executor whose workers are given nothing to do."""
+    """An executor whose tasks do nothing."""
 
     def __init__(self, pool: Executor) -> None:
         self._pool = pool
@@ -200,8 +200,8 @@ class _Idle:
         return self._pool.run(nothing, source, stage, slices)
 
 
-def _slices(folder: Path, size: Size) -> tuple[dict[str, Any], Table]:
-    """Take slices that hold nothing through a stage with each executor, plan, trace and progress included."""
+def _slices(folder: Path, size: Size) -> tuple[dict[str, Any], ResultTable]:
+    """Run slices that do nothing through a stage with each executor, plan, trace and progress included."""
     values, rows = {}, []
     slides = -(-size.slices // _GROUPS_PER_SLIDE)
     for kind in ("inline", "process", "dask"):
@@ -219,7 +219,7 @@ def _slices(folder: Path, size: Size) -> tuple[dict[str, Any], Table]:
         cells = [f"{count:,}", significant(1e3 * wall_s / count), significant(1e3 * core_s / count)]
         rows.append([kind, *cells, f"{core_s / count / _SLICE_S:.4%}"])
     columns = ["executor", "slices", "wall, ms per slice", "driver, core-ms per slice", "of slices of 10 s"]
-    return values, Table("Orchestration: slices of which each holds nothing, two workers", columns, rows)
+    return values, ResultTable("Orchestration: slices of which each holds nothing, two workers", columns, rows)
 
 
 def _cpu_s() -> float:

@@ -1,7 +1,7 @@
-"""Cost per tile as stride, block size, threads and worker processes grow: GoogLeNet, the network only.
+"""Measure the cost per tile by stride, block size, threads and worker processes: GoogLeNet, the network only.
 
-A tile is 224 px a side whatever the stride. Blocks carry the halo that the product gives them, so small blocks pay for
-it; their tiles are all taken as tissue. Two workers are two processes that run the same block for the same seconds.
+A tile is 224 px a side at every stride. Blocks have the halo of a run, which costs small blocks more; all of their
+tiles count as tissue. Two workers are two processes that run the same block for the same number of seconds.
 """
 
 import os
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from benchmarks import networks
-from benchmarks.measuring import Spent, Table, arguments, finish, interleave, machine, per_tile, say, spread
+from benchmarks.measuring import ResultTable, Spent, arguments, finish, interleave, machine, per_tile, say, spread
 from wsiflow.model import scorer
 from wsiflow.model.classifier import Classifier, load
 from wsiflow.model.dense import network
@@ -48,7 +48,7 @@ _FULL = Size(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure and write ``scaling.json``."""
+    """Measure the cost per tile by stride, block, threads and workers, and write ``scaling.json``."""
     given = arguments(__doc__ or "").parse_args(argv)
     size, about = _QUICK if given.quick else _FULL, machine()
     with tempfile.TemporaryDirectory() as name:
@@ -67,8 +67,8 @@ def _precisions() -> tuple[str, ...]:
     return ("fp32", "bf16") if cpu_supports_bf16() else ("fp32",)
 
 
-def _strides(classifier: Classifier, size: Size) -> tuple[dict[str, Any], Table]:
-    """Measure dense and window at each stride, without halo; a window costs the same at any stride."""
+def _strides(classifier: Classifier, size: Size) -> tuple[dict[str, Any], ResultTable]:
+    """Measure the dense and the window engine at each stride, without halo; a window costs the same at any stride."""
     pixels = networks.tissue(size.stride_region_px)
     cut = networks.windows(pixels, 2 * networks.BATCH)
     contestants = {}
@@ -102,11 +102,11 @@ def _strides(classifier: Classifier, size: Size) -> tuple[dict[str, Any], Table]
     columns = ["stride, px", "computed every, px", "GFLOP per tile"]
     for precision in _precisions():
         columns += [f"dense {precision}, ms per tile", f"window {precision}, ms per tile", "ratio"]
-    return values, Table(f"Stride (region of {size.stride_region_px} px, no halo)", columns, rows)
+    return values, ResultTable(f"Stride (region of {size.stride_region_px} px, no halo)", columns, rows)
 
 
 def block_pixels(rows: int, cols: int, context_px: int) -> np.ndarray:
-    """Return drawn tissue that the network sees of a block: its windows and their context."""
+    """Return synthetic tissue, uint8 (rows, cols, 3), as large as the windows of a block and their context."""
     sides = [
         tiles * networks.TILE_PX - networks.STRIDE_PX + networks.WINDOW_PX + 2 * context_px for tiles in (rows, cols)
     ]
@@ -116,11 +116,11 @@ def block_pixels(rows: int, cols: int, context_px: int) -> np.ndarray:
 
 
 def context_px(classifier: Classifier) -> int:
-    """Return the context around the windows of a block: none for a network that does not pad."""
+    """Return the context around the windows of a block in px; 0 for a network that does not pad."""
     return _CONTEXT_PX if network.describe(classifier, networks.STRIDE_PX).padded else 0
 
 
-def _blocks(classifier: Classifier, size: Size) -> tuple[dict[str, Any], Table]:
+def _blocks(classifier: Classifier, size: Size) -> tuple[dict[str, Any], ResultTable]:
     """Measure blocks of many sizes."""
     context = context_px(classifier)
     contestants = {}
@@ -136,16 +136,16 @@ def _blocks(classifier: Classifier, size: Size) -> tuple[dict[str, Any], Table]:
     for contestant in contestants.values():
         contestant()
     rounds = interleave(contestants, rounds=size.rounds)
-    values = {name: per_tile(found) for name, found in rounds.items()}
+    values = {name: per_tile(own) for name, own in rounds.items()}
     table_rows = [
         [f"{rows} x {cols}", *(values[f"{precision} {rows}x{cols}"].text(1e3) for precision in _precisions())]
         for rows, cols in size.blocks
     ]
     title = f"Block size: core-ms per tile, all of it tissue, context of {context} px"
-    return values, Table(title, ["tile rows x columns", *_precisions()], table_rows)
+    return values, ResultTable(title, ["tile rows x columns", *_precisions()], table_rows)
 
 
-def _threads(classifier: Classifier, size: Size) -> tuple[dict[str, Any], Table]:
+def _threads(classifier: Classifier, size: Size) -> tuple[dict[str, Any], ResultTable]:
     """Measure one and two threads of one process."""
     context = context_px(classifier)
     pixels = block_pixels(*size.worker_tiles, context)
@@ -160,7 +160,7 @@ def _threads(classifier: Classifier, size: Size) -> tuple[dict[str, Any], Table]
     for contestant in contestants.values():
         contestant()
     rounds = interleave(contestants, rounds=size.rounds + 1)
-    values = {name: {"wall_s_tile": _wall(found), "core_s_tile": per_tile(found)} for name, found in rounds.items()}
+    values = {name: {"wall_s_tile": _wall(own), "core_s_tile": per_tile(own)} for name, own in rounds.items()}
     rows = [
         [
             *name.split(),
@@ -171,14 +171,14 @@ def _threads(classifier: Classifier, size: Size) -> tuple[dict[str, Any], Table]
         for name, each in values.items()
     ]
     columns = ["precision", "threads", "wall-ms per tile", "core-ms per tile", "speed-up"]
-    return values, Table(f"Threads of one process, block of {size.worker_tiles} tiles", columns, rows)
+    return values, ResultTable(f"Threads of one process, block of {size.worker_tiles} tiles", columns, rows)
 
 
 def _wall(rounds: Sequence[Spent]) -> Any:
     return spread([each.wall_s / each.tiles for each in rounds])
 
 
-def _workers(card: str, classifier: Classifier, size: Size, *, most: int) -> tuple[dict[str, Any], Table]:
+def _workers(card: str, classifier: Classifier, size: Size, *, most: int) -> tuple[dict[str, Any], ResultTable]:
     """Measure one and two processes of one thread."""
     context = context_px(classifier)
     values, rows = {}, []
@@ -193,11 +193,11 @@ def _workers(card: str, classifier: Classifier, size: Size, *, most: int) -> tup
             alone = values[f"{precision} 1"]["tiles_s"][0]
             rows.append([precision, str(workers), f"{sum(rates):.1f}", f"{sum(rates) / alone:.2f}"])
     columns = ["precision", "processes", "tiles per second", "against one"]
-    return values, Table(f"Worker processes of one thread, block of {size.worker_tiles} tiles", columns, rows)
+    return values, ResultTable(f"Worker processes of one thread, block of {size.worker_tiles} tiles", columns, rows)
 
 
 def _rate(job: tuple[str, str, int, tuple[int, int], Any, float]) -> float:
-    """Wait until every process is ready, then run a block again and again; return tiles per second."""
+    """Wait until every process is ready, run a block repeatedly for some seconds, and return tiles per second."""
     card, precision, context, tiles, ready, seconds = job
     how = networks.choice("dense", "openvino", precision, context_px=context)
     pixels = block_pixels(*tiles, context)

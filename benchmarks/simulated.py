@@ -1,13 +1,13 @@
-"""Points of the experiments that are simulated: a cluster, a way to cut the work, and what comes of it.
+"""Points of the experiments that are simulated: a cluster, a division of the work, and the forecast of the run.
 
-Input: settings and one value for each axis of an experiment, and a seed. Output: numbers by name. The slides are those
-of CAMELYON16, by the published counts of tiles in their tissue's box (``camelyon16/tables/patch_counts_dldp.csv``),
-times a share that holds tissue. Nothing here is measured; what is taken from measurements says so.
+Input: settings with one value for each axis of an experiment, and a seed. Output: numbers by name. The slides are those
+of CAMELYON16: the published numbers of tiles in the box of their tissue (``camelyon16/tables/patch_counts_dldp.csv``),
+times an assumed share with tissue. Nothing is measured here; values from measurements are marked.
 
-Two kinds of work: ``paper``, 18 years of one core for 399 slides at 12 % tissue, window by window; and ``fp32`` or
-``bf16``, the dense line of wsiflow as measured (``results/line.json``).
-Two schemes: ``reference``, jobs of 7 cores for groups of 400 tiles and one for each slide's extraction, nothing tried
-again; and wsiflow's line, by arrays (``arrays``) or on workers that live through the run (``dask``).
+There are two kinds of work: ``paper`` is 18 years of one core for 399 slides at 12 % tissue, window by window; ``fp32``
+and ``bf16`` are wsiflow's dense line as measured (``results/line.json``).
+There are two schemes: ``reference`` has jobs of 7 cores for groups of 400 tiles, a job for the extraction of each
+slide, and no retries; wsiflow's line runs in array jobs (``arrays``) or on persistent workers (``dask``).
 """
 
 import csv
@@ -34,14 +34,14 @@ SLOTS = 7  # cores of a job of the reference
 _REFERENCE_START_S, _REFERENCE_LOAD_S, _REFERENCE_EXTRACT_S = 20.0, 10.0, 0.02
 
 
-class Work(NamedTuple):
-    """What is done on which slides.
+class Workload(NamedTuple):
+    """The slides of a simulated run and the kind of work.
 
     Attributes:
-        table: File with columns slide and n_tiles_224.
-        tissue: Share of those tiles that hold tissue.
+        table: CSV with columns slide and n_tiles_224.
+        tissue: Share of these tiles that hold tissue.
         kind: ``paper``, ``fp32`` or ``bf16``.
-        slides: How many slides, evenly from small to large, repeated where there are not so many; 0: all.
+        slides: Number of slides, chosen evenly from small to large, and repeated where there are fewer; 0 for all.
     """
 
     table: Path
@@ -50,7 +50,7 @@ class Work(NamedTuple):
     slides: int = 0
 
     def tiles(self) -> list[int]:
-        """Return tissue tiles by slide, in the order of the table."""
+        """Return the number of tissue tiles of each slide, in the order of the table where all slides are taken."""
         boxes = _boxes(self.table)
         if self.slides:
             ranked, whole = sorted(boxes), self.slides // len(boxes)
@@ -59,7 +59,7 @@ class Work(NamedTuple):
         return [max(1, round(self.tissue * box)) for box in boxes]
 
     def costs(self) -> Costs:
-        """Return what tasks cost on one core."""
+        """Return the costs of tasks on one core."""
         if self.kind == "paper":
             per_tile = PAPER_CORE_S / (PAPER_TISSUE * sum(_boxes(self.table)))
             return ROUGH._replace(
@@ -87,21 +87,21 @@ def _boxes(table: Path) -> tuple[int, ...]:
 
 @cache
 def _line(precision: str) -> dict[str, Any]:
-    found = json.loads((RESULTS / "line.json").read_text(encoding="utf-8"))
-    line: dict[str, Any] = found["values"]["lines"][f"{precision}, store=none"]
+    results = json.loads((RESULTS / "line.json").read_text(encoding="utf-8"))
+    line: dict[str, Any] = results["values"]["lines"][f"{precision}, store=none"]
     return line
 
 
 class Site(NamedTuple):
-    """A cluster and how it is used.
+    """A cluster and the scheme by which it is used.
 
     Attributes:
         scheme: ``reference``, ``arrays`` or ``dask``.
-        cores: Cores there are.
-        queue_s: Mean wait of a submission.
+        cores: Number of cores.
+        queue_s: Mean wait of a submission in the queue, seconds.
         spread: Relative standard deviation of a task's time.
         failure: Probability that a job is lost.
-        limit_s: Time limit of a job, 0: none.
+        limit_s: Time limit of a job, seconds; 0 for none.
     """
 
     scheme: str
@@ -112,7 +112,7 @@ class Site(NamedTuple):
     limit_s: float = 0.0
 
     def cluster(self, costs: Costs, seed: int) -> Cluster:
-        """Return it for the simulation."""
+        """Return the cluster to simulate."""
         reference, arrays = self.scheme == "reference", self.scheme != "dask"
         return Cluster(
             workers=max(1, self.cores // SLOTS) if reference else self.cores,
@@ -132,14 +132,14 @@ class Site(NamedTuple):
 
 
 def _units(*names: str) -> dict[str, Unit]:
-    """Return what one task of each of some stages works on, in the order of the line."""
+    """Return the unit of a task (slide, part or group) of the named stages, in the order of the line."""
     return {stage.name: stage.unit for stage in STAGES.values() if stage.name in names}
 
 
-def reference(work: Work, *, group_tiles: int = 400) -> list[list[Step]]:
-    """Return the reference's job: every slide extracted, then an array of groups for each slide, then stitching.
+def reference(work: Workload, *, group_tiles: int = 400) -> list[list[Step]]:
+    """Return the shard of the reference system: extraction of every slide, prediction of all groups, then stitching.
 
-    Work is in seconds of a job of 7 cores, which its network is taken to use fully; extraction and stitching use one.
+    Work is in seconds of a job of 7 cores, all of which prediction is assumed to use; extraction and stitching use one.
     """
     costs, tiles = work.costs(), work.tiles()
     groups = [simulation.slide_tasks(count, _units("predict"), Sizes(group_tiles, group_tiles)) for count in tiles]
@@ -152,8 +152,8 @@ def reference(work: Work, *, group_tiles: int = 400) -> list[list[Step]]:
     return [[stage("extract", tiles, 1), stage("predict", in_order, SLOTS), stage("stitch", tiles, 1)]]
 
 
-def line(work: Work, *, slice_s: float, group_tiles: int = 400) -> list[list[Step]]:
-    """Return wsiflow's line: about 40 shards of slides, side by side, the largest first."""
+def line(work: Workload, *, slice_s: float, group_tiles: int = 400) -> list[list[Step]]:
+    """Return the shards of wsiflow's line: about 40 shards of slides that run in parallel, the largest first."""
     sizes = Sizes(group_tiles, group_tiles)
     units = _units("stain", "predict", *(["certify"] if work.kind != "paper" else []), "stitch", "detect")
     slides, costs = [simulation.slide_tasks(count, units, sizes) for count in work.tiles()], work.costs()
@@ -162,32 +162,37 @@ def line(work: Work, *, slice_s: float, group_tiles: int = 400) -> list[list[Ste
     return [simulation.shard(part, costs, loading=LOADING, target_s=slice_s) for part in parts]
 
 
-def told(found: Forecast, cores_each: int = 1) -> dict[str, float]:
-    """Return a forecast as numbers by name, core-seconds as hours."""
+def forecast_metrics(forecast: Forecast, cores_each: int = 1) -> dict[str, float]:
+    """Return the numbers of a forecast by name, with core-seconds converted to core-hours.
+
+    Args:
+        forecast: The forecast.
+        cores_each: Cores of a worker.
+    """
     return {
-        "makespan_s": found.makespan_s,
-        "core_h": cores_each * found.work_s / 3600,
-        "efficiency": found.efficiency,
-        "tail_share": found.tail_s / found.makespan_s,
-        "waves": found.waves,
-        "overhead_share": found.overhead_s / (found.work_s + found.overhead_s),
-        "lost_core_h": cores_each * found.lost_s / 3600,
-        "queue_s": found.queue_s,
-        "elements": found.elements,
-        "arrays": found.arrays,
-        "lost": found.retried,
-        "failed": found.failed,
+        "makespan_s": forecast.makespan_s,
+        "core_h": cores_each * forecast.work_s / 3600,
+        "efficiency": forecast.efficiency,
+        "tail_share": forecast.tail_s / forecast.makespan_s,
+        "waves": forecast.waves,
+        "overhead_share": forecast.overhead_s / (forecast.work_s + forecast.overhead_s),
+        "lost_core_h": cores_each * forecast.lost_s / 3600,
+        "queue_s": forecast.queue_s,
+        "elements": forecast.elements,
+        "arrays": forecast.arrays,
+        "lost": forecast.retried,
+        "failed": forecast.failed,
     }
 
 
 def scaling(settings: dict[str, Any], *, seed: int) -> dict[str, float]:
-    """Run a scheme on so many cores, for strong and weak scaling and for the page on scaling.
+    """Simulate a scheme on a number of cores, for strong and weak scaling.
 
-    Besides what a `Forecast` says: ``speedup`` against the same work on one core without any overhead, and ``model_s``,
-    setup + waves x group + merge, what pencil and paper give for the reference.
+    Besides the numbers of a `Forecast` it returns ``speedup`` against the same work on one core without overhead, and
+    ``model_s``, the estimate setup + waves x group + merge for the reference scheme.
     """
     slides = settings.get("slides", 0) or round(settings.get("slides_per_core", 0) * settings["cores"])
-    work = Work(Path(settings["table"]), settings["tissue"], settings["work"], slides)
+    work = Workload(Path(settings["table"]), settings["tissue"], settings["work"], slides)
     site = Site(settings["scheme"], settings["cores"], settings["queue_s"], settings["spread"])
     group = settings.get("group_tiles", 400)
     if site.scheme == "reference":
@@ -195,19 +200,19 @@ def scaling(settings: dict[str, Any], *, seed: int) -> dict[str, float]:
     else:
         parts = line(work, slice_s=settings["slice_s"], group_tiles=group)
     cluster = site.cluster(work.costs(), seed)._replace(side_by_side=settings.get("side_by_side", 0))
-    found = simulation.simulate(parts, cluster)
-    values = told(found, SLOTS if site.scheme == "reference" else 1)
-    values["speedup"] = values["core_h"] * 3600 / found.makespan_s
-    # What is asked of a scheme is what its cores did of all that there are.
+    forecast = simulation.simulate(parts, cluster)
+    values = forecast_metrics(forecast, SLOTS if site.scheme == "reference" else 1)
+    values["speedup"] = values["core_h"] * 3600 / forecast.makespan_s
+    # Efficiency counts all cores of the site, also those that the scheme leaves idle.
     values["efficiency"] = values["speedup"] / site.cores
     values["waves"] = sum(len(stage.shares) for part in parts for stage in part if stage.name == "predict")
-    values["waves"] /= found.workers
+    values["waves"] /= forecast.workers
     values["model_s"] = _model_s(parts, site, work.costs())
     return values
 
 
 def _model_s(parts: list[list[Step]], site: Site, costs: Costs) -> float:
-    """Return setup + waves of the mean group + merge: each stage of one shard at its mean, its longest task or more."""
+    """Return setup + waves x mean group + merge: each stage takes its waves at the mean time, or its longest task."""
     cluster, total = site.cluster(costs, 0), 0.0
     for stage in parts[0] if len(parts) == 1 else ():
         works = [share.work_s + cluster.start_s + cluster.load_s * stage.loads for share in stage.shares]
@@ -217,8 +222,8 @@ def _model_s(parts: list[list[Step]], site: Site, costs: Costs) -> float:
 
 
 def group_size(settings: dict[str, Any], *, seed: int) -> dict[str, float]:
-    """Run the reference's prediction with groups of so many patches."""
-    work = Work(Path(settings["table"]), settings["tissue"], "paper", settings.get("slides", 0))
+    """Simulate the prediction of the reference scheme with groups of ``group_tiles`` patches."""
+    work = Workload(Path(settings["table"]), settings["tissue"], "paper", settings.get("slides", 0))
     site = Site(
         "reference",
         settings["cores"],
@@ -229,24 +234,24 @@ def group_size(settings: dict[str, Any], *, seed: int) -> dict[str, float]:
     )
     stages = [stage for stage in reference(work, group_tiles=settings["group_tiles"])[0] if stage.name == "predict"]
     cluster = site.cluster(work.costs(), seed)._replace(attempts=3)
-    found = simulation.simulate([stages], cluster)
+    forecast = simulation.simulate([stages], cluster)
     shares = stages[0].shares
-    return told(found, SLOTS) | {
+    return forecast_metrics(forecast, SLOTS) | {
         "group_h": float(np.median([share.work_s for share in shares])) / 3600,
         "waves": len(shares) / cluster.workers,
-        "failed_share": found.failed / len(shares),
-        "lost_each_core_h": SLOTS * found.lost_s / 3600 / max(1, found.retried),
+        "failed_share": forecast.failed / len(shares),
+        "lost_each_core_h": SLOTS * forecast.lost_s / 3600 / max(1, forecast.retried),
         "group_mb": settings["group_tiles"] * 448 * 448 * 3 / 1e6,
     }
 
 
 def order(settings: dict[str, Any], *, seed: int) -> dict[str, float]:
-    """Run slides of very different sizes in some order, extraction by the slide or in parts.
+    """Simulate slides of very different sizes in some order, with whole slides or parts and groups as tasks.
 
-    ``order``: ``table``, ``random``, ``largest`` (first). ``cut``: ``slide``, a job extracts a whole slide and then
-    another predicts all of it; ``groups``, parts and groups of equal cost.
+    Setting ``order`` is ``table``, ``random`` or ``largest`` (first). Setting ``cut`` is ``slide``, where a job
+    extracts a whole slide and another one predicts it, or ``groups``, with parts and groups of equal cost.
     """
-    work = Work(Path(settings["table"]), settings["tissue"], settings["work"])
+    work = Workload(Path(settings["table"]), settings["tissue"], settings["work"])
     costs, tiles = work.costs(), work.tiles()
     if settings["order"] == "random":
         tiles = np.random.default_rng(seed).permutation(tiles).tolist()
@@ -264,20 +269,23 @@ def order(settings: dict[str, Any], *, seed: int) -> dict[str, float]:
         for name in ("extract", "predict")
     ]
     site = Site("dask", settings["cores"], 0.0, settings["spread"])
-    found = simulation.simulate([stages], site.cluster(costs, seed))
+    forecast = simulation.simulate([stages], site.cluster(costs, seed))
     longest_s = max(costs.task_s("extract", count) + costs.task_s("predict", count) for count in tiles)
-    return told(found) | {"largest_slide_s": longest_s, "against_largest": found.makespan_s / longest_s}
+    return forecast_metrics(forecast) | {
+        "largest_slide_s": longest_s,
+        "against_largest": forecast.makespan_s / longest_s,
+    }
 
 
 def array_limit(settings: dict[str, Any], *, seed: int) -> dict[str, float]:
-    """Submit all groups under a limit of an array's size, lose some, and submit those again.
+    """Simulate the submission of all groups in array jobs of limited size, where lost elements are submitted again.
 
-    ``scheme``: ``boxes``, every tile of the boxes in groups of 180, cut under the limit, what is lost by a list of ids;
-    ``slides``, an array for each slide, whose elements find their group by counting from the first of their submission;
-    ``slices``, wsiflow's, an array for each stage of a shard, whose elements find their slice in the list submitted
-    with them.
+    Setting ``scheme`` is ``boxes``: every tile of the boxes in groups of 180, divided by the limit, lost ones submitted
+    again by a list of ids; ``slides``: an array for each slide, whose elements find their group by counting from the
+    first id of their submission; or ``slices``: wsiflow's array for each stage of a shard, whose elements find their
+    slice in the list that is submitted with them.
     """
-    work = Work(Path(settings["table"]), settings["tissue"], "paper")
+    work = Workload(Path(settings["table"]), settings["tissue"], "paper")
     tiles, limit = work.tiles(), settings["array_limit"]
     if settings["scheme"] == "boxes":
         groups = [-(-sum(_boxes(work.table)) // 180)]
@@ -302,9 +310,9 @@ def array_limit(settings: dict[str, Any], *, seed: int) -> dict[str, float]:
 
 
 def _wrong(ids: np.ndarray) -> int:
-    """Return how many elements of a resubmission, one for each run of ids, would work on another group.
+    """Return the number of elements of a resubmission, with one submission per run of ids, that take the wrong group.
 
-    An element takes its number less the first of its submission for its group: right only from the start of an array.
+    An element takes its id less the first id of its submission as its group, which is correct only for the first run.
     """
     if not len(ids):
         return 0

@@ -1,6 +1,7 @@
-"""The speed to reach, and what was reached: core-seconds per tile, GoogLeNet at stride 16.
+"""Compare measured speed with its targets: core-seconds per tile, GoogLeNet at stride 16.
 
-Input: the results of the benchmarks in a folder. Output: tables of target and result, and of how far from the floors.
+Input: the results of the benchmarks in a folder. Output: tables of targets and results, and of the distance from the
+floors.
 """
 
 import json
@@ -9,19 +10,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.engines import REFERENCE
-from benchmarks.measuring import Spread, Table
+from benchmarks.measuring import ResultTable, Spread
 
 CAMELYON16_CORE_H = 100  # at 12 % tissue
 
 
-class Target(NamedTuple):
-    """How many times cheaper something should be.
+class SpeedTarget(NamedTuple):
+    """By which factor a measurement should be cheaper than the window loops.
 
     Attributes:
-        name: What.
-        path: Where its measurement is: file, then keys.
-        against_reference: Times against the reference's window loop, None: none is set.
-        against_window: Times against the best window loop at the same precision, None: none is set.
+        name: Name of the target.
+        path: Place of the measurement in the results: file, then keys.
+        against_reference: Target factor against the reference's window loop; None where there is no target.
+        against_window: Target factor against the best window loop at the same precision; None where there is none.
     """
 
     name: str
@@ -31,67 +32,70 @@ class Target(NamedTuple):
 
 
 TARGETS = (
-    Target("dense fp32, network only", ("engines", "googlenet", "dense, openvino fp32"), 450, 100),
-    Target("dense bf16, network only", ("engines", "googlenet", "dense, openvino bf16"), 850, 110),
-    Target("dense int8, network only", ("engines", "googlenet", "dense, openvino int8"), 1500, 100),
-    Target(
+    SpeedTarget("dense fp32, network only", ("engines", "googlenet", "dense, openvino fp32"), 450, 100),
+    SpeedTarget("dense bf16, network only", ("engines", "googlenet", "dense, openvino bf16"), 850, 110),
+    SpeedTarget("dense int8, network only", ("engines", "googlenet", "dense, openvino int8"), 1500, 100),
+    SpeedTarget(
         "padding-free network, dense bf16",
         ("engines", "inception_valid", "dense, openvino bf16"),
         None,
         90,
     ),
-    Target("whole line fp32", ("line", "lines", "fp32, store=none"), 250, 60),
-    Target("whole line bf16", ("line", "lines", "bf16, store=none"), 500, 65),
+    SpeedTarget("whole line fp32", ("line", "lines", "fp32, store=none"), 250, 60),
+    SpeedTarget("whole line bf16", ("line", "lines", "bf16, store=none"), 500, 65),
 )
 _SPEEDUP = 1.85
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """Return the results in a folder by benchmark."""
+    """Return the results in a folder by name of the benchmark."""
     return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
 
 
-def tables(results: Mapping[str, Any]) -> list[Table]:
-    """Return what the results say about the targets and the floors."""
-    found = [_targets(results)]
+def tables(results: Mapping[str, Any]) -> list[ResultTable]:
+    """Return the table of the targets and, where floors were measured, the table of the distance from them."""
+    result = [_targets(results)]
     if "floors" in results:
-        found.append(_floors(results))
-    return found
+        result.append(_floors(results))
+    return result
 
 
-def _targets(results: Mapping[str, Any]) -> Table:
-    """Return every target with its result."""
+def _targets(results: Mapping[str, Any]) -> ResultTable:
+    """Return the table of every target with its result."""
     rows = []
     for target in TARGETS:
         measured = _at(results, target.path)
         cells = [target.name]
         for key in ("against_reference", "against_window"):
-            wanted, reached = getattr(target, key), measured.get(key)
-            cells += [*_judged(wanted, None if reached is None else Spread(*reached))]
+            factor, reached = getattr(target, key), measured.get(key)
+            cells += [*_target_cells(factor, None if reached is None else Spread(*reached))]
         rows.append(cells)
     for precision, each in _at(results, ("line", "workers")).items():
-        rows.append([f"2 workers against 1, {precision}", *_judged(_SPEEDUP, Spread(*[each["speedup"]] * 3)), "", ""])
+        rows.append(
+            [f"2 workers against 1, {precision}", *_target_cells(_SPEEDUP, Spread(*[each["speedup"]] * 3)), "", ""]
+        )
     hours = (_at(results, ("line", "camelyon16")) or {}).get("core_h", {})
     for name, each in hours.items():
         if name.endswith("store=none"):
-            told = f"{each['0.12']:.0f} core-hours" + ("" if each["0.12"] <= CAMELYON16_CORE_H else ": **missed**")
-            rows.append([f"CAMELYON16 at 12 % tissue, {name}", f"at most {CAMELYON16_CORE_H} core-hours", told, "", ""])
+            reached = f"{each['0.12']:.0f} core-hours" + ("" if each["0.12"] <= CAMELYON16_CORE_H else ": **missed**")
+            bound = f"at most {CAMELYON16_CORE_H} core-hours"
+            rows.append([f"CAMELYON16 at 12 % tissue, {name}", bound, reached, "", ""])
     columns = ["", "target against the reference loop", "reached", "target against the best window loop", "reached"]
     quick = any(result["settings"]["quick"] for result in results.values())
-    return Table("Speed to reach" + " (quick sizes: shows nothing)" * quick, columns, rows)
+    return ResultTable("Speed to reach" + " (quick sizes: shows nothing)" * quick, columns, rows)
 
 
-def _judged(wanted: float | None, reached: Spread | None) -> tuple[str, str]:
-    """Return a target and what was reached, marked where it was missed."""
-    told = "" if reached is None else reached.text()
-    if wanted is None:
-        return "", told
-    missed = reached is not None and reached.median < wanted
-    return f"{wanted:,g}", (told or "not measured") + (" **missed**" if missed else "")
+def _target_cells(factor: float | None, reached: Spread | None) -> tuple[str, str]:
+    """Return the cells of a target and of the factor reached, marked where the target was missed."""
+    text = "" if reached is None else reached.text()
+    if factor is None:
+        return "", text
+    missed = reached is not None and reached.median < factor
+    return f"{factor:,g}", (text or "not measured") + (" **missed**" if missed else "")
 
 
-def _floors(results: Mapping[str, Any]) -> Table:
-    """Return how far the dense pass and the whole line are from what the machine could do at most."""
+def _floors(results: Mapping[str, Any]) -> ResultTable:
+    """Return the table of the distance of the dense pass and the whole line from the machine's peak rate."""
     products = results["floors"]["values"]["products"]
     rows = []
     for precision, peak in products["peak_gflop_s"].items():
@@ -114,12 +118,14 @@ def _floors(results: Mapping[str, Any]) -> Table:
         "whole line, ms (floor / reached)",
         "reference loop / floor: the most there can be",
     ]
-    return Table("Distance from the floor: FLOPs of a tile at the peak rate, no halo, nothing read", columns, rows)
+    return ResultTable(
+        "Distance from the floor: FLOPs of a tile at the peak rate, no halo, nothing read", columns, rows
+    )
 
 
 def _at(results: Mapping[str, Any], path: Sequence[str]) -> dict[str, Any]:
-    """Return the measurement at a path, empty where it was not made."""
-    found: Any = results.get(path[0], {}).get("values", {})
+    """Return the measurement at a path; empty where it was not measured."""
+    value: Any = results.get(path[0], {}).get("values", {})
     for key in path[1:]:
-        found = (found or {}).get(key, {})
-    return found or {}
+        value = (value or {}).get(key, {})
+    return value or {}

@@ -1,7 +1,8 @@
-"""Points of the experiments about accuracy and cost: strides, colour normalisation, engines.
+"""Points of the experiments on accuracy and cost: strides, stain normalisation, engines.
 
-Strides are whole runs of the product on drawn slides with known lesions; a run that several points look at is made
-once. Colours and engines are compared on drawn tissue, without slides. Nothing here is a clinical result.
+Strides are compared by whole runs of wsiflow on synthetic slides with known lesions; a run that several points use is
+executed once. Stain normalisation and engines are compared on synthetic tissue without slides. Nothing here is a
+clinical result.
 """
 
 import csv
@@ -37,8 +38,8 @@ _REFERENCE = "reference loop"
 _TISSUE_PX = 4 * networks.TILE_PX
 
 
-class _Run(NamedTuple):
-    """What a run left: how its scores were computed, transforms and maps by slide, and its metrics."""
+class _StrideRun(NamedTuple):
+    """Results of a run: the choice of its engine, transforms and heatmaps by slide id, and its metrics."""
 
     choice: Choice
     frames: dict[str, Frame]
@@ -48,7 +49,7 @@ class _Run(NamedTuple):
 
 @cache
 def _folder() -> Path:
-    """Return a folder that stays for the other points."""
+    """Return a temporary folder that all points share."""
     return Path(tempfile.mkdtemp(prefix="wsiflow-tradeoffs-"))
 
 
@@ -58,23 +59,23 @@ def _slides(size_px: int, seed: int) -> Path:
 
 
 @cache
-def _run(way: str, stride: int, size_px: int, seed: int) -> _Run:
-    """Run the line on drawn slides at one stride."""
+def _run(way: str, stride: int, size_px: int, seed: int) -> _StrideRun:
+    """Run the line on synthetic slides at one stride."""
     manifest = _slides(size_px, seed)
-    asked = ["dataset=manifest", f"dataset.manifest={manifest}", f"inference.stride={stride}", "executor=inline"]
-    with product.run(_folder(), *asked, "store=none", *_WAYS[way]) as (out, metrics):
-        made = read_plan(out / "plan.json")
-        frames = {planned.slide_id: planned.frame for planned in made.slides}
-        return _Run(made.settings.choice, frames, product.heatmaps(out), metrics)
+    overrides = ["dataset=manifest", f"dataset.manifest={manifest}", f"inference.stride={stride}", "executor=inline"]
+    with product.run(_folder(), *overrides, "store=none", *_WAYS[way]) as (out, metrics):
+        run_plan = read_plan(out / "plan.json")
+        frames = {planned.slide_id: planned.frame for planned in run_plan.slides}
+        return _StrideRun(run_plan.settings.choice, frames, product.heatmaps(out), metrics)
 
 
 def stride(settings: dict[str, Any], *, seed: int) -> dict[str, float]:
-    """Run at a stride, and take the same map from that of a finer stride where both have the same windows."""
+    """Run at a stride, and compare its heatmaps with the same cells of finer heatmaps that have the same windows."""
     way, stride_px, size_px = settings["way"], settings["stride"], settings["size_px"][settings["quick"]]
-    found = _run(way, stride_px, size_px, seed)
+    result = _run(way, stride_px, size_px, seed)
     base = _run(way, settings["base"][way], size_px, seed)
-    metrics = found.metrics
-    windows = sum(np.isfinite(one).sum() for one in found.maps.values())
+    metrics = result.metrics
+    windows = sum(np.isfinite(one).sum() for one in result.maps.values())
     infer_s = metrics["cost.infer_core_s"]
     squared = (settings["base"][way] / stride_px) ** 2
     return {
@@ -86,25 +87,25 @@ def stride(settings: dict[str, Any], *, seed: int) -> dict[str, float]:
         "froc": metrics["froc.score"],
         "froc_strict": metrics["froc.strict_score"],
         "auc": metrics["roc.auc"],
-        "subsampled_diff": _subsampled_diff(found, settings | {"seed": seed}),
+        "subsampled_diff": _subsampled_diff(result, settings | {"seed": seed}),
     }
 
 
-def _subsampled_diff(found: _Run, settings: dict[str, Any]) -> float:
-    """Return the largest difference of a computed map to the same cells of a finer one; NaN: there are none."""
+def _subsampled_diff(result: _StrideRun, settings: dict[str, Any]) -> float:
+    """Return the largest difference between a heatmap and the same cells of a finer one; NaN where there are none."""
     worst, way = np.nan, settings["way"]
     for fine_px in settings["fine"][way]:
-        planned = {slide: frame._replace(stride_px=fine_px) for slide, frame in found.frames.items()}
+        planned = {slide: frame._replace(stride_px=fine_px) for slide, frame in result.frames.items()}
         try:
-            for slide, frame in found.frames.items():
+            for slide, frame in result.frames.items():
                 subsampling(planned[slide], frame)
         except InputError:
             continue
         fine = _run(way, fine_px, settings["size_px"][settings["quick"]], settings["seed"])
-        if fine_px == settings["stride"] or reason_scores_differ(fine.choice, found.choice):
+        if fine_px == settings["stride"] or reason_scores_differ(fine.choice, result.choice):
             continue
-        for slide, heat in found.maps.items():
-            taken = assembly.subsample(fine.maps[slide], fine.frames[slide], found.frames[slide])
+        for slide, heat in result.maps.items():
+            taken = assembly.subsample(fine.maps[slide], fine.frames[slide], result.frames[slide])
             if not np.array_equal(np.isnan(taken), np.isnan(heat)):
                 return np.inf
             worst = np.nanmax([worst, np.nanmax(np.abs(taken - heat), initial=0.0)])
@@ -112,7 +113,7 @@ def _subsampled_diff(found: _Run, settings: dict[str, Any]) -> float:
 
 
 def colours(settings: dict[str, Any], *, seed: int) -> dict[str, float]:
-    """Normalise drawn tissue patch by patch: fitted on all of it, or each patch by itself."""
+    """Normalise the stain of synthetic tissue patch by patch, with one fit for all patches or one for each."""
     side = settings["patch_px"]
     count = 3 if settings["quick"] else settings["patches"]
     first = 37 * seed  # another part of the tissue for each repeat
@@ -136,7 +137,7 @@ def colours(settings: dict[str, Any], *, seed: int) -> dict[str, float]:
 def _normalised(
     pixels: NDArray[np.uint8], fitted: StainFit | None, params: StainParams, side: int
 ) -> tuple[NDArray[np.uint8], float, int]:
-    """Return the pixels patch by patch in other colours, the median seconds of a patch, and how many failed."""
+    """Return the pixels normalised patch by patch, the median seconds per patch, and the number of failed patches."""
     result, seconds, failed = np.empty_like(pixels), [], 0
     for y in range(0, pixels.shape[0], side):
         for x in range(0, pixels.shape[1], side):
@@ -149,7 +150,7 @@ def _normalised(
 
 
 def _seam(pixels: NDArray[np.uint8], side: int) -> float:
-    """Return the mean step of grey across the borders of patches, over the mean step between other neighbours."""
+    """Return the mean difference of grey across borders of patches over that between other neighbouring pixels."""
     grey = pixels.astype(np.float64).mean(axis=2)
     across, inside = [], []
     for axis in (0, 1):
@@ -166,7 +167,7 @@ def _classifier(name: str) -> Classifier:
 
 
 def _places(count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return rows and columns of so many windows from all over the tissue's map."""
+    """Return rows and columns of ``count`` windows, spread evenly over the map of the tissue."""
     side = (_TISSUE_PX - networks.WINDOW_PX) // networks.STRIDE_PX + 1
     rows, cols = np.divmod(np.linspace(0, side * side - 1, count).astype(np.int64), side)
     return rows, cols
@@ -174,7 +175,7 @@ def _places(count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
 
 @cache
 def _tissue(count: int) -> tuple[NDArray[np.uint8], list[NDArray[np.uint8]]]:
-    """Return drawn tissue, and windows from all over it."""
+    """Return synthetic tissue, uint8 (rows, cols, 3), and ``count`` windows spread evenly over it."""
     pixels, side = networks.tissue(_TISSUE_PX), networks.WINDOW_PX
     corners = [(networks.STRIDE_PX * row, networks.STRIDE_PX * col) for row, col in zip(*_places(count), strict=True)]
     return pixels, [pixels[y : y + side, x : x + side] for y, x in corners]
@@ -182,7 +183,7 @@ def _tissue(count: int) -> tuple[NDArray[np.uint8], list[NDArray[np.uint8]]]:
 
 @cache
 def _engine(name: str, way: str) -> Callable[[int], NDArray[np.float32]]:
-    """Return what scores so many windows of the tissue, or all there are; it is ready to run."""
+    """Return a prepared function that scores a number of windows of the tissue, or in a dense engine all of them."""
     if way == _REFERENCE:
         loop = networks.Reference(_classifier(name))
         return lambda count: loop.run(_tissue(count)[1])
@@ -196,16 +197,16 @@ def _engine(name: str, way: str) -> Callable[[int], NDArray[np.float32]]:
 
 @cache
 def _expected(name: str, count: int) -> NDArray[np.float32]:
-    """Return the scores of the windows by the reference's loop."""
+    """Return float32 (count,), the scores of the windows by the loop of the reference system."""
     return _engine(name, _REFERENCE)(count)
 
 
 def engine(settings: dict[str, Any], *, seed: int) -> dict[str, float]:
-    """Score windows of drawn tissue with an engine, against the reference's loop on the same windows."""
+    """Score windows of synthetic tissue with an engine, and compare with the reference's loop on the same windows."""
     count = 2 * networks.BATCH if settings["quick"] else networks.WINDOWS_PER_TILE // 2
     run, expected = _engine(settings["network"], settings["way"]), _expected(settings["network"], count)
     if not seed:
-        run(count)  # what is made on first use is no part of its speed
+        run(count)  # the first run prepares caches, which are not part of the speed
     clock, cpu = time.perf_counter(), time.process_time()
     scores = run(count)
     wall_s, cpu_s = time.perf_counter() - clock, time.process_time() - cpu
@@ -223,7 +224,7 @@ def engine(settings: dict[str, Any], *, seed: int) -> dict[str, float]:
 
 @cache
 def _mean_tiles(table: str) -> float:
-    """Return the mean of the published counts of tiles of a slide."""
+    """Return the mean of the published numbers of tiles per slide."""
     with Path(table).open(newline="", encoding="utf-8") as stream:
         return statistics.fmean(float(row["n_tiles_224"]) for row in csv.DictReader(stream))
 

@@ -1,7 +1,7 @@
-"""Comparisons as Prefect shows them, and the one at the end of a sweep.
+"""Show comparisons in Prefect, and compare the runs of a sweep when it ends.
 
-With a Prefect server that is set and answers, a comparison is a flow run with its table and its text as artifacts.
-Without one the same is done directly: nothing is started for it.
+Where `PREFECT_API_URL` names a server that answers, a comparison becomes a flow run with its table and its text as
+artifacts. Elsewhere the comparison runs without Prefect, and no server is started for it.
 """
 
 import re
@@ -13,7 +13,7 @@ from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.settings import PREFECT_API_URL
 
 from wsiflow.analysis.tradeoff import comparison, report
-from wsiflow.analysis.tradeoff.comparison import Answer
+from wsiflow.analysis.tradeoff.comparison import ComparisonResult
 from wsiflow.errors import WsiflowError
 from wsiflow.run.tracking import TrackingParams
 
@@ -23,46 +23,50 @@ from .server import answers
 _PICTURE = re.compile(r"^!\[.*\]\((.*)\)$", re.MULTILINE)
 
 
-def answer(wanted: comparison.Asked, out: Path) -> Answer:
-    """Compare what a user asks for, see `wsiflow.analysis.tradeoff.comparison.answer`."""
-    made = comparison.answer(wanted, out)
-    _tell_prefect(made)
-    return made
+def run_comparison(request: comparison.Request, out: Path) -> ComparisonResult:
+    """Run `wsiflow.analysis.tradeoff.comparison.run_comparison`, and show the result in Prefect."""
+    result = comparison.run_comparison(request, out)
+    _show_in_prefect(result)
+    return result
 
 
-def end_of_sweep(out: Path, params: TrackingParams, options: comparison.Options, failed: Collection[str] = ()) -> None:
-    """Compare the runs of a sweep's folder and say what was found, or why they were not compared.
+def compare_sweep(out: Path, params: TrackingParams, options: comparison.Options, failed: Collection[str] = ()) -> None:
+    """Compare the runs of a sweep's folder, and print the result or why they were not compared.
 
-    The sweep is complete without: what is wrong is told and raises nothing. What failed now is left out, whatever an
-    earlier start left in its folder.
+    The sweep is complete without its comparison, so a fault is printed and not raised. Trials that failed are left out,
+    whatever an earlier start left in their folders.
     """
     try:
-        made = comparison.sweep_folder(out, params, options, failed)
+        result = comparison.compare_sweep_folder(out, params, options, failed)
     except WsiflowError as error:
-        terminal.say(f"not compared: {error}")
+        terminal.say(f"the sweep's runs were not compared: {error}")
         return
-    if made is not None:
-        terminal.say(comparison.told(made))
-        _tell_prefect(made)
+    if result is not None:
+        terminal.say(comparison.summary_text(result))
+        _show_in_prefect(result)
 
 
-def _tell_prefect(made: Answer) -> None:
-    """Show a comparison as a flow run, where a server takes it."""
+def _show_in_prefect(result: ComparisonResult) -> None:
+    """Show a comparison as a flow run, where a Prefect server answers."""
     try:
         is_there = answers(PREFECT_API_URL.value() or "")
     except WsiflowError as error:
-        terminal.say(f"not shown in Prefect: {error}")
+        terminal.say(f"the comparison is not shown in Prefect: {error}")
         return
     if is_there:
-        flow(name="wsiflow compare", flow_run_name=f"compare {made.found.name}", persist_result=False)(show)(made)
+        run_name = f"compare {result.tradeoff.name}"
+        flow(name="wsiflow compare", flow_run_name=run_name, persist_result=False)(create_artifacts)(result)
 
 
-def show(made: Answer) -> None:
-    """Make the artifacts of a comparison, on the page of the flow run that this is called in."""
-    key = "wsiflow-compare-" + re.sub(r"[^a-z0-9]+", "-", made.found.name.lower()).strip("-")
-    table = report.columns(made.found)
+def create_artifacts(result: ComparisonResult) -> None:
+    """Create the table and the text of a comparison as artifacts of the flow run that calls this."""
+    name = result.tradeoff.name
+    key = "wsiflow-compare-" + re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    table = report.columns(result.tradeoff)
     rows = [dict(zip(table, row, strict=True)) for row in zip(*table.values(), strict=True)]
-    create_table_artifact(rows, key=f"{key}-table", description=f"Comparison of {made.found.name}")
+    create_table_artifact(rows, key=f"{key}-table", description=f"Comparison of {name}")
     # Prefect shows pictures from addresses alone, and these are files.
-    text = _PICTURE.sub(lambda named: f"Figure: `{(made.out / named[1]).resolve()}`", made.files["compare.md"].decode())
-    create_markdown_artifact(f"{text}\nReport: `{(made.out / 'report.html').resolve()}`\n", key=key)
+    text = _PICTURE.sub(
+        lambda picture: f"Figure: `{(result.out / picture[1]).resolve()}`", result.files["compare.md"].decode()
+    )
+    create_markdown_artifact(f"{text}\nReport: `{(result.out / 'report.html').resolve()}`\n", key=key)

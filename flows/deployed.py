@@ -147,9 +147,10 @@ def compare(request: forms.Compare) -> list[str]:
     config = compose_config(request.said())
     options = compared.Options(request.reference, config.evaluation.bootstrap, config.seed)
     folders = [Path(folder) for folder in request.folders]
-    made = compared.answer(compared.Asked(folders, None if folders else config.tracking, options), Path(request.out))
-    comparing.show(made)
-    return [row.name for row in made.found.pareto]
+    params = None if folders else config.tracking
+    result = compared.run_comparison(compared.Request(folders, params, options), Path(request.out))
+    comparing.create_artifacts(result)
+    return [row.name for row in result.tradeoff.pareto]
 
 
 def _run(config: RunConfig) -> dict[str, float]:
@@ -179,12 +180,12 @@ def _compare_trials(request: forms.Sweep, failed: list[str]) -> None:
         if config is None:
             return
         options = compared.Options(resamples=config.evaluation.bootstrap, seed=config.seed)
-        made = compared.sweep_folder(config.out.parent, config.tracking, options, failed)
+        result = compared.compare_sweep_folder(config.out.parent, config.tracking, options, failed)
     except WsiflowError as error:
         create_markdown_artifact(f"Not compared: {error}\n", key="wsiflow-compare", description=request.name)
         return
-    if made is not None:
-        comparing.show(made)
+    if result is not None:
+        comparing.create_artifacts(result)
 
 
 def _tell(name: str, metrics: Mapping[str, float], text: str) -> None:

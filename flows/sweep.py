@@ -133,13 +133,13 @@ def _end_trials(folder: Path, *, at_slurm: bool) -> str | None:
 
 def _compare(config: DictConfig) -> None:
     """Compare the trials that have scores, in the sweep's folder."""
-    from .comparing import end_of_sweep
+    from .comparing import compare_sweep
 
     params: Any = OmegaConf.to_container(config.tracking, resolve=True)
     named = tracking.TrackingParams.model_validate({**params, "sweep": name()})
     options = comparison.Options(resamples=config.evaluation.bootstrap, seed=config.seed)
     failed = {trial.name for trial in _trials() if trial.failed}
-    end_of_sweep(folder(), named, options, failed)
+    compare_sweep(folder(), named, options, failed)
 
 
 def _begin_together(params: Mapping[str, Any], *, prefect: bool) -> None:

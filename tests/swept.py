@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from wsiflow.evaluation import evaluate
-from wsiflow.evaluation.matches import Recorded, RecordedSlide
+from wsiflow.evaluation.matches import EvaluationRecord, SlideRecord
 from wsiflow.run import tracking
 from wsiflow.run.config import evaluation_params
 from wsiflow.run.tracking import TrackingParams
@@ -21,13 +21,13 @@ class Trial(NamedTuple):
 
     params: dict[str, Any]
     core_hours: float
-    matches: Recorded
+    matches: EvaluationRecord
 
 
-def slide(slide_id: str, label: int, best: Sequence[float | None] = (), false: Sequence[float] = ()) -> RecordedSlide:
+def slide(slide_id: str, label: int, best: Sequence[float | None] = (), false: Sequence[float] = ()) -> SlideRecord:
     """Return a slide of ``matches.json``: its lesions' best hits, its false positives, and the highest as its score."""
     hits = [one for one in best if one is not None]
-    return RecordedSlide(
+    return SlideRecord(
         slide_id=slide_id,
         label=label,
         score=max([0.0, *hits, *false]),
@@ -42,13 +42,13 @@ def slide(slide_id: str, label: int, best: Sequence[float | None] = (), false: S
     )
 
 
-def matches(slides: Sequence[RecordedSlide], **protocol: Any) -> Recorded:
+def matches(slides: Sequence[SlideRecord], **protocol: Any) -> EvaluationRecord:
     """Return an evaluation of these slides."""
     rules = evaluation_params("own_spacing", protocol)
-    return Recorded(protocol=rules.protocol(), protocol_hash=rules.protocol_hash(), slides=list(slides))
+    return EvaluationRecord(protocol=rules.protocol(), protocol_hash=rules.protocol_hash(), slides=list(slides))
 
 
-def drawn(skill: float, seed: int = 1, n_slides: int = 40) -> Recorded:
+def drawn(skill: float, seed: int = 1, n_slides: int = 40) -> EvaluationRecord:
     """Return an evaluation of slides whose lesions are the same for a seed, and found the better the more skill."""
     rng, slides = np.random.default_rng(seed), []
     for number in range(n_slides):
@@ -112,7 +112,7 @@ def log(params: TrackingParams, trials: Sequence[Trial], folder: Path, **changes
     return ids
 
 
-def write_folder(root: Path, found: Recorded, core_hours: float | None = None) -> Path:
+def write_folder(root: Path, found: EvaluationRecord, core_hours: float | None = None) -> Path:
     """Write the part of a run's folder that a comparison reads."""
     (root / "evaluation").mkdir(parents=True)
     (root / "evaluation/matches.json").write_text(found.model_dump_json())

@@ -1,7 +1,7 @@
-"""Fit a network of the registry to patches, measure it, and write its weights and card.
+"""Train a network of the registry on patches, evaluate it, and write its weights and card.
 
 Input: a network with random weights and the folder of real patches. Output: ``<name>.safetensors`` and ``<name>.json``.
-One process; the same seed, data and thread count on one machine give the same weights.
+Training runs in one process; the same seed, data and number of threads on one machine give the same weights.
 """
 
 import argparse
@@ -37,13 +37,13 @@ SYNTHETIC = 1600  # patches to draw
 
 
 class Recipe(NamedTuple):
-    """How to train.
+    """Hyperparameters of the training.
 
     Attributes:
         steps: Number of batches.
-        mixture: Patches of each source in a batch.
+        mixture: Number of patches of each source in a batch.
         rate: Highest learning rate, reached after a fifth of the steps.
-        clip: Largest norm of a gradient; a larger one is scaled down to it.
+        clip: Largest norm of the gradient; larger gradients are scaled down to it.
         bf16: Whether layers compute in bfloat16, weights staying float32; twice as fast where the CPU has it.
         seed: Seed of weights, dropout and batches.
         window_px: Side of the windows cut from the patches.
@@ -59,26 +59,26 @@ class Recipe(NamedTuple):
 
 
 def parser(about: str, *, steps: int) -> argparse.ArgumentParser:
-    """Return a parser of the arguments that every training takes; `about` is the help."""
-    made = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--data", type=Path, required=True, help="folder that holds patches/")
-    made.add_argument("--out", type=Path, required=True, help="folder to write weights and card to")
-    made.add_argument("--seed", type=int, default=0)
-    made.add_argument("--steps", type=int, default=steps, help="number of batches")
-    made.add_argument("--threads", type=int, default=1)
-    return made
+    """Return a parser of the arguments of every training script; ``about`` is its description."""
+    options = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--data", type=Path, required=True, help="folder that holds patches/")
+    options.add_argument("--out", type=Path, required=True, help="folder to write weights and card to")
+    options.add_argument("--seed", type=int, default=0)
+    options.add_argument("--steps", type=int, default=steps, help="number of batches")
+    options.add_argument("--threads", type=int, default=1)
+    return options
 
 
-def parsed(made: argparse.ArgumentParser) -> argparse.Namespace:
-    """Return what the command line says, and take the number of threads from it."""
-    given = made.parse_args()
+def parsed(options: argparse.ArgumentParser) -> argparse.Namespace:
+    """Parse the command line, and set the number of threads of torch and OpenCV."""
+    given = options.parse_args()
     torch.set_num_threads(given.threads)
     cv2.setNumThreads(1)
     return given
 
 
 def train(net: nn.Module, sources: list[Patches], recipe: Recipe) -> nn.Module:
-    """Train a network, from the weights it has; the sources come in the order of the recipe's mixture."""
+    """Train a network from its present weights; ``sources`` are in the order of the recipe's mixture."""
     rng = np.random.default_rng([recipe.seed, 1])
     net = net.train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimiser = torch.optim.AdamW(net.parameters(), lr=recipe.rate, weight_decay=0.02)
@@ -104,7 +104,7 @@ def train(net: nn.Module, sources: list[Patches], recipe: Recipe) -> nn.Module:
 
 
 def scores(net: nn.Module, patches: Patches, window_px: int = WINDOW_PX) -> NDArray[np.float64]:
-    """Return the probability of tumour in the middle window of each patch."""
+    """Return float64 (n,), the probability of tumour in the central window of each patch."""
     margin = (patches.pixels.shape[1] - window_px) // 2
     middle = patches.pixels[:, margin : margin + window_px, margin : margin + window_px]
     with torch.inference_mode():
@@ -113,23 +113,23 @@ def scores(net: nn.Module, patches: Patches, window_px: int = WINDOW_PX) -> NDAr
 
 
 def paleness(patches: Patches) -> NDArray[np.float64]:
-    """Return the 5th percentile of green: what can be told of a patch without any network."""
+    """Return float64 (n,), the 5th percentile of green of each patch, a baseline that needs no network."""
     return np.percentile(patches.pixels[..., 1], 5, axis=(1, 2)).astype(np.float64)
 
 
 def report(net: nn.Module, data: Path, seed: int) -> str:
-    """Measure the network on what it has not seen, beside one plain pixel statistic, and say so for its card."""
+    """Evaluate a network on held-out patches, beside the baseline of `paleness`, and return the text for its card."""
     drawn = draw_synthetic(400, seed + 1_000_000)
     accuracy = float(np.mean((scores(net, drawn) > 0.5) == drawn.labels))
     lines = [f"Freshly drawn synthetic patches ({len(drawn.labels)}): accuracy {accuracy:.3f}."]
     for folders, about in ((FOLDERS, "all"), *(((folder,), Path(folder).name) for folder in FOLDERS)):
         real = read_real(data, test=True, folders=folders)
-        found, tumour = scores(net, real), real.labels == 1
-        low, high = roc.auc_interval(found, real.labels)
+        prob, tumour = scores(net, real), real.labels == 1
+        low, high = roc.auc_interval(prob, real.labels)
         lines.append(
             f"Held-out real patches, {about} ({tumour.size}, {tumour.sum()} tumour): "
-            f"AUC {roc.auc(found, real.labels):.3f} (95 % {low:.2f} to {high:.2f}), "
-            f"{(found[tumour] > 0.5).sum()} tumour and {(found[~tumour] <= 0.5).sum()} normal right at 0.5; "
+            f"AUC {roc.auc(prob, real.labels):.3f} (95 % {low:.2f} to {high:.2f}), "
+            f"{(prob[tumour] > 0.5).sum()} tumour and {(prob[~tumour] <= 0.5).sum()} normal right at 0.5; "
             f"AUC of the 5th percentile of green alone: {roc.auc(paleness(real), real.labels):.3f}."
         )
     lines.append(
@@ -141,7 +141,7 @@ def report(net: nn.Module, data: Path, seed: int) -> str:
 
 
 def write(net: nn.Module, about: Mapping[str, Any], folder: Path) -> None:
-    """Write weights and card; `about` holds what these networks do not share: name, architecture, window and words."""
+    """Write weights and card; ``about`` holds the fields that differ between these networks."""
     fields = {
         **about,
         "class_names": ("normal", "tumor"),
@@ -156,7 +156,7 @@ def write(net: nn.Module, about: Mapping[str, Any], folder: Path) -> None:
 
 
 def fit(net: nn.Module, about: Mapping[str, Any], recipe: Recipe, given: argparse.Namespace) -> None:
-    """Train a network, measure it and write it; `about` holds name, architecture and architecture_args of its card."""
+    """Train, evaluate and write a network; ``about`` holds name, architecture and architecture_args of its card."""
     real = read_real(given.data, test=False)
     print(f"{len(real.labels)} real patches to train on, {int(real.labels.sum())} of them tumour")
     net = train(net, [real, draw_synthetic(SYNTHETIC, given.seed), glass(64, given.seed)], recipe)

@@ -1,10 +1,9 @@
-"""Labelled patches to train on and to test with: real, drawn and empty ones, and the batches made of them.
+"""Provide labelled patches for training and testing: real patches, synthetic ones and empty glass, and batches of them.
 
-Input: `wsiflow.slides.synthetic.tissue` for as many drawn patches as asked, and two folders of real ones (see
-README.md).
-Output: RGB squares of 256 px with labels, or normalised batches of 224 px windows.
+Input: `wsiflow.slides.synthetic.tissue` for synthetic patches, and folders of real patches (see README.md). Output: RGB
+squares of 256 px with labels, or normalised batches of 224 px windows.
 
-Real patches are held out by slide where their names tell the slide, else by a hash of the name: see
+Real patches are held out by slide where their names state the slide, else by a hash of the name: see
 `wsiflow.slides.synthetic.atlas.part_of`.
 """
 
@@ -29,19 +28,19 @@ MEAN, STD = (0.7, 0.55, 0.7), (0.2, 0.22, 0.18)
 
 
 class Patches(NamedTuple):
-    """Labelled squares: pixels n x side x side x 3 (RGB, uint8) and labels n (1 = tumour)."""
+    """Labelled patches: pixels, uint8 (n, side, side, 3), RGB; and labels, int64 (n,), 1 for tumour."""
 
     pixels: NDArray[np.uint8]
     labels: NDArray[np.int64]
 
 
 def read_real(data: Path, *, test: bool, folders: Sequence[str] = FOLDERS) -> Patches:
-    """Read the real patches of one side of the split; a file that cannot be decoded is named and left out."""
+    """Read the real patches of the training or the test part; a file that cannot be decoded is printed and left out."""
     pixels, labels = [], []
     for path in sorted(path for folder in folders for path in (data / folder).glob("*/*.*")):
         if (part_of(path.stem) == "test") != test:
             continue
-        try:  # Pillow refuses a truncated file, where OpenCV would return the part that is there
+        try:  # Pillow refuses a truncated file, where OpenCV would return its readable part
             with Image.open(path) as image:
                 pixels.append(np.asarray(image.convert("RGB")))
         except OSError as error:
@@ -52,7 +51,7 @@ def read_real(data: Path, *, test: bool, folders: Sequence[str] = FOLDERS) -> Pa
 
 
 def draw_synthetic(n: int, seed: int) -> Patches:
-    """Draw n synthetic patches, half of them tumour, each of a slide of its own."""
+    """Draw ``n`` synthetic patches, half of them tumour, each with the appearance of a different slide."""
     rng = np.random.default_rng(seed)
     labels = np.arange(n) % 2
     drawn = [tissue.patch(rng, tumour=bool(label), size_px=PATCH_PX) for label in labels]
@@ -60,7 +59,7 @@ def draw_synthetic(n: int, seed: int) -> Patches:
 
 
 def glass(n: int, seed: int) -> Patches:
-    """Draw n patches of empty slide: not tumour."""
+    """Draw ``n`` patches of empty glass, labelled as normal."""
     rng = np.random.default_rng(seed)
     colour = rng.uniform(225, 250, (n, 1, 1, 1)) + rng.uniform(-4, 4, (n, 1, 1, 3))
     noise = rng.normal(0, rng.uniform(0.5, 4, (n, 1, 1, 1)), (n, PATCH_PX, PATCH_PX, 3))
@@ -68,7 +67,7 @@ def glass(n: int, seed: int) -> Patches:
 
 
 def jitter(images: NDArray[np.uint8], rng: np.random.Generator, window_px: int) -> NDArray[np.uint8]:
-    """Cut a window at a random place, turn and flip it, and change its stain and brightness."""
+    """Augment images: cut a random window, rotate and flip it, and change its stain, brightness and focus."""
     windows = []
     for image in images:
         x, y = rng.integers(0, len(image) - window_px + 1, 2)
@@ -84,7 +83,7 @@ def jitter(images: NDArray[np.uint8], rng: np.random.Generator, window_px: int) 
 
 
 def normalised(images: NDArray[np.uint8]) -> torch.Tensor:
-    """Return the network's input for RGB images n x h x w x 3."""
+    """Return the input of the network, float32 (n, 3, h, w), for RGB images, uint8 (n, h, w, 3)."""
     scaled = (images.astype(np.float32) / 255 - np.array(MEAN, np.float32)) / np.array(STD, np.float32)
     return torch.from_numpy(np.ascontiguousarray(scaled.transpose(0, 3, 1, 2), np.float32))
 
@@ -92,12 +91,12 @@ def normalised(images: NDArray[np.uint8]) -> torch.Tensor:
 def batch(
     sources: list[tuple[Patches, int]], rng: np.random.Generator, window_px: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw so many patches of each source, both classes alike where it has both, changed by `jitter`."""
+    """Draw a batch: a number of patches of each source, balanced between its classes, and augmented by `jitter`."""
     images, labels = [], []
     for patches, n in sources:
         classes = np.unique(patches.labels)
-        wanted = classes[np.arange(n) % len(classes)]
-        chosen = [int(rng.choice(np.flatnonzero(patches.labels == label))) for label in wanted]
+        drawn = classes[np.arange(n) % len(classes)]
+        chosen = [int(rng.choice(np.flatnonzero(patches.labels == label))) for label in drawn]
         images.append(jitter(patches.pixels[chosen], rng, window_px))
-        labels.append(wanted)
+        labels.append(drawn)
     return normalised(np.concatenate(images)), torch.from_numpy(np.concatenate(labels))

@@ -2,9 +2,9 @@
 
     python training/pcam.py --data ../shared/data --out wsiflow/model/weights --seed 0
 
-Output: `pcam.safetensors` and `pcam.json`. One process, some ten minutes on one core that has bfloat16. With ``--tune``
-a sixth of the training patches is kept back, measured on, and nothing is written: recipes are compared there, so that
-the validation patches are looked at once, for the card.
+Output: `pcam.safetensors` and `pcam.json`. It takes one process and some ten minutes on one core with bfloat16. With
+``--tune`` a sixth of the training patches is held out for evaluation and nothing is written: recipes are compared
+there, so that the validation patches are used only once, for the card.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ CALIBRATION_BINS = 10
 
 
 def read(data: Path, split: str) -> tuple[Patches, list[str]]:
-    """Return the patches of a split, and their names; they are sorted by name, so a batch is the same everywhere."""
+    """Return the patches of a split and their names, sorted by name so that batches are reproducible."""
     folder = data / "patches" / "pcam" / split
     paths = sorted(folder.glob("[01]/*.webp"), key=lambda path: path.name)
     if not paths:
@@ -39,31 +39,35 @@ def read(data: Path, split: str) -> tuple[Patches, list[str]]:
 
 
 def kept_back(names: list[str]) -> NDArray[np.bool_]:
-    """Tell which training patches are for choosing a recipe: a sixth of the names, by their hash."""
+    """Return bool (n,), which training patches are held out to choose a recipe: a sixth, by a hash of the name."""
     return np.array([hashlib.sha256(name.encode()).digest()[0] % 6 == 0 for name in names])
 
 
-def measured(found: NDArray[np.float64], labels: NDArray[np.int64]) -> str:
-    """Return a sentence on scores of patches with these labels: AUC with DeLong's interval, accuracy, calibration.
+def measured(prob: NDArray[np.float64], labels: NDArray[np.int64]) -> str:
+    """Return a sentence with AUC and DeLong's interval, accuracy, Brier score and expected calibration error.
 
-    Calibration is the Brier score, and the mean gap between probability and share of tumour over ten bins of equal
-    width, weighted by the patches in each (expected calibration error; Naeini et al., 2015).
+    The expected calibration error (Naeini et al. 2015) is the mean gap between probability and share of tumour over ten
+    bins of equal width, weighted by the number of patches in each.
+
+    Args:
+        prob: float64 (n,), probability of tumour of each patch.
+        labels: int64 (n,), 1 for tumour.
     """
-    low, high = roc.auc_interval(found, labels)
-    bins = np.minimum((found * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
-    gap = sum(abs(found[bins == one].sum() - labels[bins == one].sum()) for one in range(CALIBRATION_BINS)) / len(found)
+    low, high = roc.auc_interval(prob, labels)
+    bins = np.minimum((prob * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
+    gap = sum(abs(prob[bins == one].sum() - labels[bins == one].sum()) for one in range(CALIBRATION_BINS)) / len(prob)
     return (
-        f"{len(found)} patches, {labels.sum()} tumour: "
-        f"AUC {roc.auc(found, labels):.3f} (95 % {low:.3f} to {high:.3f}), "
-        f"accuracy {np.mean((found > 0.5) == labels):.3f} at 0.5, "
-        f"Brier score {np.mean((found - labels) ** 2):.3f}, expected calibration error {gap:.3f}."
+        f"{len(prob)} patches, {labels.sum()} tumour: "
+        f"AUC {roc.auc(prob, labels):.3f} (95 % {low:.3f} to {high:.3f}), "
+        f"accuracy {np.mean((prob > 0.5) == labels):.3f} at 0.5, "
+        f"Brier score {np.mean((prob - labels) ** 2):.3f}, expected calibration error {gap:.3f}."
     )
 
 
-def notes(found: NDArray[np.float64], labels: NDArray[np.int64]) -> str:
-    """Return what the card says of the network."""
+def notes(prob: NDArray[np.float64], labels: NDArray[np.int64]) -> str:
+    """Return the notes of the network's card; arguments as for `measured`."""
     return (
-        f"Held-out PatchCamelyon validation patches: {measured(found, labels)} "
+        f"Held-out PatchCamelyon validation patches: {measured(prob, labels)} "
         "The splits are not by slide: patches of one slide, which share its stain, can be on both sides, so these "
         "numbers are optimistic for slides of another laboratory. A patch counts as tumour where its middle 32 px hold "
         "any. Spacing matters: the patches are at 0.97 um/px, and at others the answers are not to be trusted. "
@@ -72,7 +76,7 @@ def notes(found: NDArray[np.float64], labels: NDArray[np.int64]) -> str:
 
 
 def main() -> None:
-    """Train, measure and write."""
+    """Train, evaluate and write the network."""
     options = parser(__doc__ or "", steps=2000)
     options.add_argument("--rate", type=float, default=4e-3, help="highest learning rate")
     options.add_argument("--tune", action="store_true", help="measure on a sixth of the patches, write nothing")
@@ -87,11 +91,11 @@ def main() -> None:
     net = build("compact_valid", 2, **ARCHITECTURE_ARGS)
     recipe = Recipe(given.steps, (64,), rate=given.rate, clip=5.0, bf16=True, seed=given.seed, window_px=WINDOW_PX)
     net = train(net, [known], recipe)
-    found = scores(net, test, WINDOW_PX)
+    prob = scores(net, test, WINDOW_PX)
     if given.tune:
-        print(f"kept back: {measured(found, test.labels)}")
+        print(f"held out: {measured(prob, test.labels)}")
         return
-    about = notes(found, test.labels)
+    about = notes(prob, test.labels)
     print(about)
     fields = {
         "name": "pcam",

@@ -2,7 +2,7 @@
 
     python training/train_demo.py --data ../shared/data --out wsiflow/model/weights --seed 0
 
-Output: `demo.safetensors` and `demo.json`. One process, about a quarter of an hour on one core.
+Output: `demo.safetensors` and `demo.json`. It takes one process and about a quarter of an hour on one core.
 """
 
 import math
@@ -17,7 +17,7 @@ ABOUT = {"name": "demo", "architecture": "inception_valid", "architecture_args":
 
 
 def main() -> None:
-    """Train, measure and write."""
+    """Train, evaluate and write the network."""
     given = parsed(parser(__doc__ or "", steps=1200))
     torch.manual_seed(given.seed)
     net = build("inception_valid", 2, **ARCHITECTURE_ARGS)

@@ -2,8 +2,8 @@
 
     python training/train_googlenet.py --data ../shared/data --out somewhere --seed 0
 
-Output: `googlenet.safetensors` and `googlenet.json`; they do not ship. One process, some eight minutes on one core that
-has bfloat16. What comes out has learned enough to measure how engines differ, and no more than that.
+Output: `googlenet.safetensors` and `googlenet.json`, which are not part of the package. It takes one process and some
+eight minutes on one core with bfloat16. The network is trained only enough to measure how engines differ.
 """
 
 import torch
@@ -17,14 +17,14 @@ ABOUT = {"name": "googlenet", "architecture": "googlenet", "architecture_args": 
 
 
 def initialise(net: nn.Module) -> None:
-    """Draw weights that keep the size of the maps from layer to layer: there is no batch norm to see to it."""
+    """Draw weights that keep the magnitude of activations from layer to layer, since there is no batch norm."""
     for layer in net.modules():
         if isinstance(layer, nn.Conv2d) and layer.bias is None:
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
 
 
 def main() -> None:
-    """Train, measure and write."""
+    """Train, evaluate and write the network."""
     given = parsed(parser(__doc__ or "", steps=450))
     torch.manual_seed(given.seed)
     net = build("googlenet", 2, **ARCHITECTURE_ARGS)

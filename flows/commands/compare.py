@@ -5,7 +5,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from wsiflow.analysis.tradeoff import comparison
-from wsiflow.analysis.tradeoff.comparison import Answer, Asked
+from wsiflow.analysis.tradeoff.comparison import ComparisonResult, Request
 
 from ..options import natural
 from ..terminal import say
@@ -31,16 +31,16 @@ def add_options(parser: ArgumentParser) -> None:
 def main(arguments: Namespace) -> int:
     """Compare the settings of a sweep, or of some runs."""
     options = comparison.Options(arguments.reference, arguments.bootstrap, arguments.seed)
-    request = comparison.asked(arguments.names, arguments.uri, arguments.sweep, options)
-    say(comparison.told(_compare(request, arguments.out)))
+    request = comparison.parse_request(arguments.names, arguments.uri, arguments.sweep, options)
+    say(comparison.summary_text(_compare(request, arguments.out)))
     return 0
 
 
-def _compare(request: Asked, out: Path) -> Answer:
+def _compare(request: Request, out: Path) -> ComparisonResult:
     """Compare, and show it where there is a Prefect server."""
     if not os.environ.get("PREFECT_API_URL"):
-        return comparison.answer(request, out)
+        return comparison.run_comparison(request, out)
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")  # errors are told once, here
-    from ..comparing import answer  # Prefect takes seconds
+    from ..comparing import run_comparison  # Prefect takes seconds
 
-    return answer(request, out)
+    return run_comparison(request, out)

@@ -25,14 +25,16 @@ def main(arguments: Namespace) -> int:
     bound = arguments.bound
     if bound is not None and not 0 <= bound <= 1:
         raise InputError(f"the bound is {bound}", "give a difference of probabilities, 0 to 1")
-    compared = maps.compare(arguments.a, arguments.b, threshold=arguments.threshold, radius_um=arguments.radius_um)
-    say(table(compared))
-    say(maps.sentence(compared))
+    comparison = maps.compare_maps(
+        arguments.a, arguments.b, threshold=arguments.threshold, radius_um=arguments.radius_um
+    )
+    say(table(comparison))
+    say(maps.summary_sentence(comparison))
     if arguments.out is not None:
-        write(compared, arguments.out)
+        write(comparison, arguments.out)
         say(f"written    {arguments.out / 'equivalence.md'}")
     if bound is None:
         return 0
-    reasons = maps.verdict(compared, bound)
+    reasons = maps.reasons_not_equivalent(comparison, bound)
     say(f"NOT EQUIVALENT within {bound:g}: {'; '.join(reasons)}" if reasons else f"equivalent within {bound:g}")
     return maps.NOT_EQUIVALENT if reasons else 0

@@ -16,7 +16,15 @@ from wsiflow.run import ledger, shards
 from wsiflow.run.config import RunConfig
 from wsiflow.run.costs import COSTS, Costs, costs_of, read_costs
 from wsiflow.run.executor import params
-from wsiflow.run.forecast.forecast import SCHEDULERS, Counted, cluster_of, core_hours, count, count_table, forecast
+from wsiflow.run.forecast.forecast import (
+    SCHEDULERS,
+    TaskCounts,
+    cluster_of,
+    core_hours,
+    count_tasks,
+    count_tasks_in_table,
+    forecast,
+)
 from wsiflow.run.forecast.simulation import Forecast
 from wsiflow.run.stages import ingest
 from wsiflow.run.stages.line import ROUGH
@@ -55,10 +63,10 @@ def main(arguments: Namespace) -> int:
     if arguments.tiles:
         if arguments.calibrate:
             raise InputError("a table of tiles has no pixels to measure", "calibrate on slides and give --costs")
-        counted, costs, origin = count_table(config, arguments.tiles, arguments.tissue), ROUGH, "rough"
+        counted, costs, origin = count_tasks_in_table(config, arguments.tiles, arguments.tissue), ROUGH, "rough"
     else:
         plan_path = _make_plan(config, calibrate=arguments.calibrate)
-        counted, costs = count(plan_path, config), costs_of(config.out, ROUGH)
+        counted, costs = count_tasks(plan_path, config), costs_of(config.out, ROUGH)
         origin = "measured" if (config.out / COSTS).exists() else "rough"
     if arguments.costs:
         costs, origin = read_costs(arguments.costs, ROUGH), f"measured, {arguments.costs.name}"
@@ -106,7 +114,7 @@ def _ingest(config: RunConfig, *, calibrate: bool) -> Path:
     return plan_path
 
 
-def _count_lines(counted: Counted, config: RunConfig) -> Iterator[str]:
+def _count_lines(counted: TaskCounts, config: RunConfig) -> Iterator[str]:
     groups = counted.tasks["predict"]
     yield (
         f"{len(counted.slides)} slides, {len(counted.rejected)} rejected; {sum(counted.tiles):,} tissue tiles "
@@ -123,7 +131,7 @@ def _count_lines(counted: Counted, config: RunConfig) -> Iterator[str]:
     yield f"memory of a task: {counted.memory_mb:,} MB"
 
 
-def _cost_lines(counted: Counted, costs: Costs, origin: str) -> Iterator[str]:
+def _cost_lines(counted: TaskCounts, costs: Costs, origin: str) -> Iterator[str]:
     hours = core_hours(counted, costs)
     source = "rough values for GoogLeNet at stride 16, fp32: measure with --calibrate" if origin == "rough" else origin
     yield f"costs: {source}"
@@ -151,7 +159,7 @@ def _clock(seconds: float) -> str:
     return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"
 
 
-def _as_json(counted: Counted, costs: Costs, origin: str, found: Mapping[int, Forecast]) -> dict[str, Any]:
+def _as_json(counted: TaskCounts, costs: Costs, origin: str, found: Mapping[int, Forecast]) -> dict[str, Any]:
     return {
         "slides": len(counted.slides),
         "tiles": sum(counted.tiles),

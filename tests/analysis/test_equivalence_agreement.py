@@ -1,4 +1,4 @@
-"""Differences of two maps: against NumPy on whole arrays, whatever the bands; detections paired by distance."""
+"""Agreement of two maps against NumPy on whole arrays for any bands; detections paired by distance."""
 
 import itertools
 import math
@@ -11,7 +11,14 @@ from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
 from wsiflow.analysis.equivalence import agreement
-from wsiflow.analysis.equivalence.agreement import added, nothing, numbers, pair, quantile, tally
+from wsiflow.analysis.equivalence.agreement import (
+    empty_tally,
+    merge_tallies,
+    pair_detections,
+    quantile,
+    tally,
+    tally_numbers,
+)
 from wsiflow.errors import InputError
 
 F32 = NDArray[np.float32]
@@ -22,7 +29,7 @@ pairs = st.integers(1, 80).flatmap(
 
 
 def plain(a: F32, b: F32, threshold: float) -> dict[str, float]:
-    """Return the same numbers from whole arrays, as one would write them down."""
+    """Return the same numbers computed by NumPy from whole arrays."""
     both = np.isfinite(a) & np.isfinite(b)
     x, y = a[both].astype(np.float64), b[both].astype(np.float64)
     d = y - x
@@ -40,17 +47,17 @@ def plain(a: F32, b: F32, threshold: float) -> dict[str, float]:
 
 @given(pairs)
 def test_numbers_are_those_of_the_whole_however_it_is_cut(drawn: tuple[F32, F32, int]) -> None:
-    """Two bands added up give what NumPy gives for both together."""
+    """Merged tallies of two bands equal NumPy on both together."""
     a, b, cut = drawn
-    found = added(tally(a[:cut], b[:cut], threshold=0.5), tally(a[cut:], b[cut:], threshold=0.5))
+    found = merge_tallies(tally(a[:cut], b[:cut], threshold=0.5), tally(a[cut:], b[cut:], threshold=0.5))
     expected = plain(a, b, 0.5)
-    assert {name: numbers(found)[name] for name in expected} == pytest.approx(expected, abs=1e-12, nan_ok=True)
+    assert {name: tally_numbers(found)[name] for name in expected} == pytest.approx(expected, abs=1e-12, nan_ok=True)
     assert found.counts.sum() == found.strips[0].sum() == found.n
 
 
 @given(pairs, st.floats(0.01, 1))
 def test_quantiles_are_never_below_and_hardly_above(drawn: tuple[F32, F32, int], share: float) -> None:
-    """At least the true quantile, and at most 0.1 % more."""
+    """A quantile is at least the true one and at most 0.1 % larger."""
     a, b, _ = drawn
     found = tally(a, b, threshold=0.5)
     if found.n:
@@ -60,19 +67,19 @@ def test_quantiles_are_never_below_and_hardly_above(drawn: tuple[F32, F32, int],
 
 
 def test_correlation_of_many_bands() -> None:
-    """Pooled over bands it is NumPy's, also far from 0 where raw squares would cancel."""
+    """The correlation over bands equals NumPy's where raw squares would cancel."""
     rng = np.random.default_rng(0)
     a = (0.9 + 1e-4 * rng.random((40, 50))).astype(np.float32)
     b = (a + 1e-5 * rng.random((40, 50))).astype(np.float32)
-    found = nothing()
+    found = empty_tally()
     for x, y in zip(a, b, strict=True):
-        found = added(found, tally(x, y, threshold=0.5))
+        found = merge_tallies(found, tally(x, y, threshold=0.5))
     expected = np.corrcoef(a.ravel().astype(np.float64), b.ravel().astype(np.float64))[0, 1]
-    assert numbers(found)["correlation"] == pytest.approx(expected, rel=1e-9)
+    assert tally_numbers(found)["correlation"] == pytest.approx(expected, rel=1e-9)
 
 
 def test_histogram_counts_between_powers_of_two() -> None:
-    """Edges belong to the bin above them; the sign tells the side; 1 is in the last bin."""
+    """An edge belongs to the bin above it, 1 to the last bin, and the sign selects the row."""
     a = np.array([0.5, 0.5, 0.5, 0.5, 1.0, 0.2], np.float32)
     b = np.array([0.5, 0.75, 0.25, 0.625, 0.0, np.nan], np.float32)
     edges, counts = agreement.histogram(tally(a, b, threshold=0.5))
@@ -83,25 +90,25 @@ def test_histogram_counts_between_powers_of_two() -> None:
 
 
 def test_equal_maps_differ_nowhere() -> None:
-    """0 everywhere, and the flip rate is bounded by the rule of three."""
+    """All differences are 0, and the rule of three bounds the share of flips."""
     a = np.linspace(0, 1, 1000, dtype=np.float32)
-    found = numbers(tally(a, a, threshold=0.5))
+    found = tally_numbers(tally(a, a, threshold=0.5))
     assert [found[name] for name in ("max", "mean", "p50", "p99.9", "bias", "flips")] == [0] * 6
     assert found["flip_share_upper"] == pytest.approx(3 / 1000, rel=0.01)
     assert found["correlation"] == pytest.approx(1)
 
 
 def test_no_common_cell_is_no_number() -> None:
-    """Maps of different tissue have counts and nothing else."""
+    """Maps without a common cell have counts, and NaN for every other number."""
     a, b = np.array([0.3, np.nan], np.float32), np.array([np.nan, 0.3], np.float32)
-    found = numbers(tally(a, b, threshold=0.5))
+    found = tally_numbers(tally(a, b, threshold=0.5))
     assert (found["cells"], found["only_a"], found["only_b"]) == (0, 1, 1)
     assert math.isnan(found["max"])
     assert found["flip_share_upper"] == 1
 
 
 def test_strips_hold_the_differences() -> None:
-    """Mean, spread and extremes of the differences at one mean score."""
+    """A strip has mean, deviation and extremes of the differences at its mean score."""
     a, b = np.array([0.40, 0.45], np.float32), np.array([0.50, 0.43], np.float32)
     centres, bounds = agreement.strip_bounds(tally(a, b, threshold=0.5))
     assert centres == pytest.approx([0.4375, 0.4625]) or len(centres) == 2
@@ -118,7 +125,7 @@ def test_what_is_no_pair_of_maps_is_refused() -> None:
 @pytest.mark.parametrize("odd", [2.0, -0.5, np.inf, -np.inf])
 @pytest.mark.parametrize("other", [0.5, None])
 def test_scores_that_are_no_probabilities_are_refused(odd: float, other: float | None) -> None:
-    """Where both maps hold the same odd score too: two maps of 5 everywhere are not equal, they are no maps."""
+    """Scores above 1 are refused even where both maps are equal."""
     a = np.array([0.5, odd], np.float32)
     with pytest.raises(InputError, match=f"a score is {odd:g}"):
         tally(a, a if other is None else np.full(2, other, np.float32), threshold=0.5)
@@ -129,8 +136,8 @@ points = hnp.arrays(np.float64, st.tuples(st.integers(0, 6), st.just(2)), elemen
 
 @given(points, points, st.sampled_from([0.0, 1.0, 2.5]))
 def test_as_many_pairs_as_possible(a: NDArray[np.float64], b: NDArray[np.float64], reach: float) -> None:
-    """No other choice of pairs leaves fewer alone: every one is tried."""
-    found = pair(a, b, reach=reach)
+    """No other pairing leaves fewer detections unpaired; all are tried."""
+    found = pair_detections(a, b, reach=reach)
     near = np.hypot(*(a[:, None] - b[None]).transpose(2, 0, 1)) <= reach
     n = min(len(a), len(b))
     small, large = (near, len(b)) if len(a) <= len(b) else (near.T, len(a))
@@ -140,7 +147,7 @@ def test_as_many_pairs_as_possible(a: NDArray[np.float64], b: NDArray[np.float64
 
 
 def test_pairs_are_not_shared() -> None:
-    """Two of A's near one of B's: one of them is lost; the far one of B's is gained."""
-    found = pair(np.array([[0.0, 0], [1, 0]]), np.array([[0.5, 0], [90, 0]]), reach=5)
+    """Of two detections near one partner one is lost, and the partner that is too far is gained."""
+    found = pair_detections(np.array([[0.0, 0], [1, 0]]), np.array([[0.5, 0], [90, 0]]), reach=5)
     assert found.lost.sum() == 1
     assert found.gained.tolist() == [False, True]

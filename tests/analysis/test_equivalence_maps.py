@@ -11,18 +11,24 @@ import numpy as np
 import pytest
 
 from flows import cli
-from wsiflow.analysis.equivalence.maps import NOT_EQUIVALENT, Comparison, compare, tally_files, verdict
+from wsiflow.analysis.equivalence.maps import (
+    NOT_EQUIVALENT,
+    MapComparison,
+    compare_maps,
+    reasons_not_equivalent,
+    tally_files,
+)
 from wsiflow.errors import InputError
 from wsiflow.evaluation.matches import read_matches
 from wsiflow.heatmap.files import read_heatmap, write_heatmap
 
 
-def compared(a: Path, b: Path, **more: Any) -> Comparison:
-    return compare(a, b, **{"threshold": 0.5, "radius_um": 75.0, **more})
+def compared(a: Path, b: Path, **more: Any) -> MapComparison:
+    return compare_maps(a, b, **{"threshold": 0.5, "radius_um": 75.0, **more})
 
 
 def changed(source: Path, out: Path, change: Any = None, **frame: Any) -> Path:
-    """Write a heatmap again with other scores, or another frame."""
+    """Write a heatmap with changed scores, or with another frame."""
     heat, about = read_heatmap(source)
     if change is not None:
         change(heat)
@@ -32,7 +38,7 @@ def changed(source: Path, out: Path, change: Any = None, **frame: Any) -> Path:
 
 @pytest.fixture
 def copied(two_settings: tuple[Path, Path], tmp_path: Path) -> Path:
-    """A copy of the first run that a test may change."""
+    """Return a copy of the first run that a test may change."""
     return Path(shutil.copytree(two_settings[0], tmp_path / "copy"))
 
 
@@ -42,16 +48,16 @@ def tumour(two_settings: tuple[Path, Path]) -> Path:
 
 
 def test_two_runs_against_whole_arrays(two_settings: tuple[Path, Path]) -> None:
-    """Pooled over bands and slides the numbers are those of all cells in one array."""
-    made = compared(*two_settings)
-    assert len(made.slides) == 6
+    """The numbers over bands and slides equal those of all cells in one array."""
+    comparison = compared(*two_settings)
+    assert len(comparison.slides) == 6
     maps = [
         np.concatenate([read_heatmap(path)[0].ravel() for path in sorted(run.glob("heatmaps/*_00?.tif"))])
         for run in two_settings
     ]
     known = np.isfinite(maps[0])
     d = maps[1][known].astype(np.float64) - maps[0][known]
-    pooled = made.total
+    pooled = comparison.total
     assert pooled.n == known.sum() > 1000
     assert pooled.largest == np.abs(d).max() > 0
     assert pooled.total / pooled.n == pytest.approx(d.mean())
@@ -59,8 +65,8 @@ def test_two_runs_against_whole_arrays(two_settings: tuple[Path, Path]) -> None:
 
 
 def test_lesions_of_two_runs(two_settings: tuple[Path, Path]) -> None:
-    """Every detection has its counterpart, and every true lesion that one run hits the other hits too."""
-    found = compared(*two_settings).pooled().found
+    """Every detection has a partner, and both runs hit the same annotated lesions."""
+    found = compared(*two_settings).pooled().lesions
     assert found is not None
     recorded = read_matches(two_settings[0] / "evaluation/matches.json").slides
     assert found.true == sum(len(one.best) - one.n_itc for one in recorded) > 0
@@ -71,15 +77,15 @@ def test_lesions_of_two_runs(two_settings: tuple[Path, Path]) -> None:
 def test_the_command_writes_its_files(
     two_settings: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Markdown, CSV, JSON and PNG; the sentence is the same in all; within 0.05 the runs are equivalent."""
+    """The Markdown, CSV, JSON and PNG are written with the same sentence; within 0.05 the runs are equivalent."""
     arguments = ["compare-maps", *map(str, two_settings), "--out", str(tmp_path), "--bound", "0.05"]
     assert cli.main(arguments) == 0
-    told = capsys.readouterr().out
-    assert "equivalent within 0.05" in told
-    assert "other equals fp32 within" in told
-    assert "over 6 slides: 0 of" in told
+    output = capsys.readouterr().out
+    assert "equivalent within 0.05" in output
+    assert "other equals fp32 within" in output
+    assert "over 6 slides: 0 of" in output
     values = json.loads((tmp_path / "equivalence.json").read_text())
-    assert values["sentence"] in told
+    assert values["sentence"] in output
     assert values["sentence"] in (tmp_path / "equivalence.md").read_text()
     with (tmp_path / "equivalence.csv").open(newline="") as stream:
         rows = list(csv.DictReader(stream))
@@ -91,7 +97,7 @@ def test_the_command_writes_its_files(
 
 
 def test_a_run_equals_itself(two_settings: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
-    """At a bound of 0, and with every number 0."""
+    """A run is equivalent to itself with a bound of 0."""
     assert cli.main(["compare-maps", str(two_settings[0]), str(two_settings[0]), "--bound", "0"]) == 0
     assert "within 0 (max |dp|; mean 0)" in capsys.readouterr().out
 
@@ -99,35 +105,35 @@ def test_a_run_equals_itself(two_settings: tuple[Path, Path], capsys: pytest.Cap
 def test_beyond_the_bound_the_exit_code_says_so(
     tumour: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One cell that flips: counted, named, exit code 10."""
+    """One flipped cell is counted and named, and the exit code is 10."""
 
     def flip(heat: Any) -> None:
         heat[np.unravel_index(np.nanargmin(heat), heat.shape)] = 0.9
 
     other = changed(tumour, tmp_path / "other.tif", flip)
     assert cli.main(["compare-maps", str(tumour), str(other), "--bound", "0.01"]) == NOT_EQUIVALENT
-    told = capsys.readouterr().out
-    assert "differs from tumor_001.tif by at most" in told
-    assert ": 1 of" in told
-    assert "NOT EQUIVALENT within 0.01: the largest |dp| is" in told
+    output = capsys.readouterr().out
+    assert "differs from tumor_001.tif by at most" in output
+    assert ": 1 of" in output
+    assert "NOT EQUIVALENT within 0.01: the largest |dp| is" in output
     tally = compared(tumour, other).total
     assert (tally.up, tally.down) == (1, 0)
 
 
 def test_cells_of_one_map_only_are_counted(tumour: Path, tmp_path: Path) -> None:
-    """Tissue that one mask leaves out is no difference of scores, and no equivalence either."""
+    """Cells that one map lacks are no difference of scores, but rule out equivalence."""
 
     def less(heat: Any) -> None:
         heat.ravel()[np.flatnonzero(np.isfinite(heat))[:7]] = np.nan
 
-    made = compared(tumour, changed(tumour, tmp_path / "o.tif", less))
-    assert (made.total.only_a, made.total.only_b) == (7, 0)
-    assert made.total.largest == 0
-    assert verdict(made, 0.0) == ["7 cells are scored by one of the two only"]
+    comparison = compared(tumour, changed(tumour, tmp_path / "o.tif", less))
+    assert (comparison.total.only_a, comparison.total.only_b) == (7, 0)
+    assert comparison.total.largest == 0
+    assert reasons_not_equivalent(comparison, 0.0) == ["7 cells are scored by one of the two only"]
 
 
 def test_maps_that_begin_elsewhere_are_laid_on_one_grid(tumour: Path, tmp_path: Path) -> None:
-    """A map cut to the lower right part of the slide meets the same cells."""
+    """A map of the lower right part of the slide is compared with the same cells."""
     heat, about = read_heatmap(tumour)
     frame = about["frame"]
     per_tile = frame["tile_px"] // frame["stride_px"]
@@ -142,7 +148,7 @@ def test_maps_that_begin_elsewhere_are_laid_on_one_grid(tumour: Path, tmp_path: 
 
 
 def test_more_rows_than_a_band(tmp_path: Path) -> None:
-    """Maps of several bands, the last one short."""
+    """Maps of several bands are compared whole, the short last band included."""
     rng = np.random.default_rng(0)
     a = rng.random((2500, 300), dtype=np.float32)
     b = np.clip(a + rng.normal(0, 0.01, a.shape), 0, 1).astype(np.float32)
@@ -157,25 +163,25 @@ def test_more_rows_than_a_band(tmp_path: Path) -> None:
 
 
 def test_other_grids_are_refused_by_name(tumour: Path, tmp_path: Path) -> None:
-    """Both strides stand in the message."""
+    """The message names both strides."""
     other = changed(tumour, tmp_path / "o.tif", stride_px=56)
     with pytest.raises(InputError, match=r"its grid is stride 112 px.*is stride 56 px.*compare maps of one grid"):
         compared(tumour, other)
 
 
 def test_a_missing_slide_is_named(two_settings: tuple[Path, Path], copied: Path) -> None:
-    """The others are compared; equivalence is not claimed."""
+    """The other slides are compared, and the runs are not equivalent."""
     (copied / "heatmaps/tumor_002.tif").unlink()
-    made = compared(two_settings[0], copied)
-    assert len(made.slides) == 5
-    assert made.missing == ["tumor_002 has no heatmap in copy"]
-    assert verdict(made, 1.0) == made.missing
-    (told,) = verdict(dataclasses.replace(made, missing=[], neither=["tumor_002"]), 1.0)
-    assert told == "neither has a heatmap of 1 planned slides"
+    comparison = compared(two_settings[0], copied)
+    assert len(comparison.slides) == 5
+    assert comparison.missing == ["tumor_002 has no heatmap in copy"]
+    assert reasons_not_equivalent(comparison, 1.0) == comparison.missing
+    (reason,) = reasons_not_equivalent(dataclasses.replace(comparison, missing=[], neither=["tumor_002"]), 1.0)
+    assert reason == "neither has a heatmap of 1 planned slides"
 
 
 def test_lost_and_gained_lesions_are_told(two_settings: tuple[Path, Path], copied: Path) -> None:
-    """A detection that is gone is lost, one far away is gained, and a true lesion without a hit is lost."""
+    """A removed detection is lost, a distant one is gained, and a lesion without hit is lost."""
     name = "detections/tumor_001.csv"
     (copied / name).write_text("0.9,2000,2000\n")
     path = copied / "evaluation/matches.json"
@@ -184,10 +190,10 @@ def test_lost_and_gained_lesions_are_told(two_settings: tuple[Path, Path], copie
     one["best"] = [None for _ in one["best"]]
     path.write_text(json.dumps(matches))
     lost = len((two_settings[0] / name).read_text().splitlines())
-    found = compared(two_settings[0], copied).pooled().found
+    found = compared(two_settings[0], copied).pooled().lesions
     assert found is not None
     assert (found.lost, found.gained, found.true_lost, found.true_gained) == (lost, 1, 1, 0)
-    assert "true lesions gained 0, lost 1 of" in verdict(compared(two_settings[0], copied), 1.0)[0]
+    assert "true lesions gained 0, lost 1 of" in reasons_not_equivalent(compared(two_settings[0], copied), 1.0)[0]
 
 
 def test_other_truth_is_refused(two_settings: tuple[Path, Path], copied: Path) -> None:
@@ -195,13 +201,13 @@ def test_other_truth_is_refused(two_settings: tuple[Path, Path], copied: Path) -
     matches = json.loads(path.read_text())
     matches["slides"][-1]["truth"] = "0" * 64
     path.write_text(json.dumps(matches))
-    with pytest.raises(InputError, match=r"tumor_003.*truth is another one"):
+    with pytest.raises(InputError, match=r"tumor_003.*another truth"):
         compared(two_settings[0], copied)
 
 
 def test_without_truth_detections_alone_are_compared(two_settings: tuple[Path, Path], copied: Path) -> None:
     (copied / "evaluation/matches.json").unlink()
-    found = compared(two_settings[0], copied).pooled().found
+    found = compared(two_settings[0], copied).pooled().lesions
     assert found is not None
     assert found.true is None
     assert found.same
@@ -211,7 +217,7 @@ def test_without_truth_detections_alone_are_compared(two_settings: tuple[Path, P
     ("arguments", "cause"),
     [
         (["nowhere", "nowhere"], "does not exist"),
-        (["{run}", "{map}"], "one is a folder and the other a file"),
+        (["{run}", "{map}"], "one of the two is a folder"),
         (["{run}/tissue", "{run}"], "holds no plan"),
         (["{run}/plan.json", "{map}"], "not a readable heatmap"),
         (["{map}", "{map}", "--threshold", "2"], "give a probability"),
@@ -224,16 +230,16 @@ def test_what_cannot_be_compared_ends_in_one_line(
 ) -> None:
     words = [word.format(run=two_settings[0], map=tumour) for word in arguments]
     assert cli.main(["compare-maps", *words]) == InputError.exit_code
-    told = capsys.readouterr().err
-    assert cause in told
-    assert told.count("\n") == 1
+    message = capsys.readouterr().err
+    assert cause in message
+    assert message.count("\n") == 1
 
 
 def test_numbers_that_do_not_exist_are_null(tumour: Path, tmp_path: Path) -> None:
-    """Maps without a common cell: no maximum in JSON, no crash in figure and table."""
-    made = compared(tumour, changed(tumour, tmp_path / "o.tif", lambda heat: heat.fill(np.nan)))
+    """Maps without a common cell give null in JSON, and no error in figure and table."""
+    comparison = compared(tumour, changed(tumour, tmp_path / "o.tif", lambda heat: heat.fill(np.nan)))
     from wsiflow.analysis.equivalence import report
 
-    files = report.documents(made)
+    files = report.documents(comparison)
     assert json.loads(files["equivalence.json"])["pooled"]["max"] is None
     assert b"score no common cell" in files["equivalence.md"]

@@ -1,4 +1,4 @@
-"""Exports for reviewers, of real runs: complete, partial, and of folders that a test has broken."""
+"""Exports for reviewers of complete and partial runs, and of folders that a test has damaged."""
 
 import argparse
 import csv
@@ -44,19 +44,19 @@ def export(run: Path, out: Path, *more: str) -> Path:
 
 @pytest.fixture(scope="module")
 def exported(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of one export, with the label as a subgroup."""
+    """Return the folder of an export with the label as a subgroup."""
     return export(finished, tmp_path_factory.mktemp("export"), "--subgroups", "label")
 
 
 @pytest.fixture
 def copied(finished: Path, tmp_path: Path) -> Path:
-    """A copy of the run that a test may change."""
+    """Return a copy of the run that a test may change."""
     return Path(shutil.copytree(finished, tmp_path / "copy"))
 
 
 @pytest.fixture(scope="module")
 def partial(small_slides: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with a slide that is rejected, one that the protocol leaves out, and one beyond the limit."""
+    """Return a run with a rejected slide, an excluded slide, and one beyond the limit."""
     folder = tmp_path_factory.mktemp("partial")
     manifest = folder / "cases.csv"
     lines = [f"{row['slide_id']},{small_slides.parent / row['path']},{row['mpp']},{row['label']},"
@@ -75,7 +75,7 @@ def partial(small_slides: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 def parsed(text: str) -> tuple[dict[str, int], dict[str, int], dict[tuple[str, str, str], float]]:
-    """Read iMRMC text as iMRMC does: sizes, truth by case, scores by reader, case and modality."""
+    """Parse iMRMC text as iMRMC does: sizes, truth by case, scores by reader, case and modality."""
     lines = text.split("\n")
     start = lines.index("BEGIN DATA:")
     sizes = {line[:2]: int(line[3:]) for line in lines[:start] if line[:3] in {"NR:", "N0:", "N1:", "NM:"}}
@@ -118,7 +118,7 @@ def test_an_export_format_is_a_record_in_the_table(
 
 
 def test_imrmc_of_two_runs(two_settings: tuple[Path, Path], tmp_path: Path) -> None:
-    """Sizes are those of the data, every case has one truth, and scores give back each run's AUC to the bit."""
+    """Sizes, one truth per case, and scores that give each run's AUC to the bit."""
     out = tmp_path / "study.imrmc"
     assert cli.main(["export", "imrmc", *map(str, two_settings), "--out", str(out)]) == 0
     sizes, truth, found = parsed(out.read_text())
@@ -129,8 +129,8 @@ def test_imrmc_of_two_runs(two_settings: tuple[Path, Path], tmp_path: Path) -> N
         scores = [found["wsiflow", case, run.name] for case in truth]
         summary = json.loads((run / "evaluation/summary.json").read_text())
         assert roc.auc(scores, list(truth.values())) == summary["roc.auc"]
-        recorded = read_matches(run / "evaluation/matches.json").slides
-        assert scores == [one.score for one in recorded]
+        record = read_matches(run / "evaluation/matches.json").slides
+        assert scores == [one.score for one in record]
 
 
 def broken_matches(run: Path, change: Any) -> None:
@@ -162,9 +162,9 @@ def test_runs_over_different_cases_are_refused(finished: Path, copied: Path, cha
 def test_a_missing_score_is_named(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
     broken_matches(copied, lambda slides: slides[2].update(score=None))
     assert cli.main(["export", "imrmc", str(copied), "--out", str(copied / "x.imrmc")]) == 20
-    told = capsys.readouterr().err
-    assert "slides.2.score" in told
-    assert told.count("\n") == 1
+    message = capsys.readouterr().err
+    assert "slides.2.score" in message
+    assert message.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -180,7 +180,7 @@ def test_names_that_imrmc_cannot_tell_apart_are_refused(
 
 
 def test_one_class_has_no_study_and_the_rest_is_written(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Without normal slides there is no AUC: the folder is written without study.imrmc, and says so."""
+    """Without normal slides the export is written without study.imrmc, and a note says so."""
 
     def only_tumour(slides: list[Any]) -> None:
         for one in slides:
@@ -197,7 +197,7 @@ def test_one_class_has_no_study_and_the_rest_is_written(copied: Path, capsys: py
 
 
 def test_the_case_list_has_every_slide_of_the_manifest(partial: Path, tmp_path: Path) -> None:
-    """Evaluated, excluded by the protocol, beyond the limit, rejected: each with its reason, and they add up."""
+    """Every slide of the manifest has a row with status and reason, and they add up."""
     out = export(partial, tmp_path / "out", "--subgroups", "center", "--no-cells")
     listed = {row["slide_id"]: row for row in rows(out / "case_list.csv")}
     assert {name: row["status"] for name, row in listed.items()} == {
@@ -220,11 +220,11 @@ def test_the_case_list_has_every_slide_of_the_manifest(partial: Path, tmp_path: 
 
 
 def test_slides_without_an_outcome_are_never_passed_over(copied: Path) -> None:
-    """A line that is gone from the process list is an error, and so is one too many."""
+    """A missing and an additional line of the process list are errors."""
     path = copied / "process_list.csv"
     lines = path.read_text().splitlines()
     path.write_text("\n".join([*lines[:-1], ""]))
-    with pytest.raises(IntegrityError, match="ended well: tumor_003"):
+    with pytest.raises(IntegrityError, match="not those that the run completed: tumor_003"):
         scored.read(copied)
     broken_matches(copied, lambda slides: slides.pop())
     with pytest.raises(IntegrityError, match="without an outcome: tumor_003"):
@@ -249,10 +249,10 @@ def test_a_failed_slide_is_listed_with_its_reason(copied: Path) -> None:
 
 
 def test_cells_are_compared_with_the_outlines_as_drawn(finished: Path, exported: Path) -> None:
-    """Counts and Brier's score are those of a loop over single cells."""
+    """Counts and Brier score equal those of a loop over single cells."""
     run = scored.read(finished)
     total, positives, squares = 0, 0, 0.0
-    for planned, case in zip(run.made.slides, run.cases, strict=True):
+    for planned, case in zip(run.plan.slides, run.cases, strict=True):
         heat, _ = files.read_heatmap(finished / f"heatmaps/{planned.slide_id}.tif")
         mask = calibration._tumour(case, planned, 32)
         assert mask.any() == (case.label == 1)
@@ -268,7 +268,7 @@ def test_cells_are_compared_with_the_outlines_as_drawn(finished: Path, exported:
 
 
 def test_cells_beyond_the_mask_are_no_tumour(tmp_path: Path) -> None:
-    """A map that reaches beyond a mask of all tumour: the rest counts as normal."""
+    """Cells outside a mask that is all tumour count as normal."""
     frame = Frame("centred", 320, 320, 1.0, 1.0, 32, 32, 32, 0, 1, 1, 0, 0, 10, 10)
     heat = np.full((10, 10), 0.5, np.float32)
     heat[0] = np.nan
@@ -281,7 +281,7 @@ def test_cells_beyond_the_mask_are_no_tumour(tmp_path: Path) -> None:
 
 
 def test_subgroups_have_the_scores_of_their_slides(finished: Path, exported: Path) -> None:
-    """The first row is the run's own score; small groups are there, and marked."""
+    """The first row has the run's own scores; small groups are marked."""
     summary = json.loads((finished / "evaluation/summary.json").read_text())
     everything, normal, tumour = rows(exported / "subgroups.csv")
     assert (float(everything["auc"]), float(everything["froc"])) == (summary["roc.auc"], summary["froc.score"])
@@ -292,7 +292,7 @@ def test_subgroups_have_the_scores_of_their_slides(finished: Path, exported: Pat
 
 
 def test_columns_come_from_a_table_too(finished: Path, tmp_path: Path) -> None:
-    """A table may name slides the run does not have; a slide it lacks is a group of its own."""
+    """A table may name slides that the run does not have; slides that it lacks form a group."""
     table = tmp_path / "t.csv"
     table.write_text("slide_id,Lesion_Class\ntumor_001,macro\ntumor_002,itc\nother,micro\n")
     found = scored.values(scored.read(finished), ["lesion_class"], table)["lesion_class"]
@@ -307,7 +307,7 @@ def test_columns_come_from_a_table_too(finished: Path, tmp_path: Path) -> None:
         ("a", "slide_id,a\nx,1\nx,2\n", "slide x has 2 lines"),
         ("a", "name,a\nx,1\n", "no column slide_id"),
         ("a", "slide_id,a\nx\n", "line 2 has 1 cells"),
-        ("a", "", "it is empty"),
+        ("a", "", "the table of slides is empty"),
     ],
 )
 def test_tables_that_cannot_be_used_are_refused(
@@ -320,14 +320,14 @@ def test_tables_that_cannot_be_used_are_refused(
 
 
 def test_too_many_groups_are_refused(finished: Path) -> None:
-    """A column of names is no column of groups."""
-    recorded = scored.read(finished).recorded
-    many = [one.model_copy(update={"slide_id": f"s{k}"}) for k in range(60) for one in recorded.slides[:1]]
+    """A column with a value per slide does not define subgroups."""
+    record = scored.read(finished).record
+    many = [one.model_copy(update={"slide_id": f"s{k}"}) for k in range(60) for one in record.slides[:1]]
     with pytest.raises(InputError, match="60 values for 60 slides"):
         subgroups.table(
-            recorded.model_copy(update={"slides": many}),
+            record.model_copy(update={"slides": many}),
             {"patient_id": {one.slide_id: one.slide_id for one in many}},
-            subgroups.How(0.5, 0, 0),
+            subgroups.SubgroupOptions(0.5, 0, 0),
         )
 
 
@@ -335,15 +335,15 @@ def test_too_many_groups_are_refused(finished: Path) -> None:
 
 
 def test_the_exported_configuration_is_that_of_the_run(finished: Path, exported: Path, tmp_path: Path) -> None:
-    """Hydra composes repeat.yaml to the very configuration; a run with it equals the first at a bound of 0."""
+    """Hydra composes repeat.yaml to the same configuration, whose run is equal within a bound of 0."""
     record = json.loads((exported / "repeat.json").read_text())
-    told = RunConfig.model_validate(record["config"])
-    assert told == scored.read(finished).config
-    assert told != compose_config([])
+    config = RunConfig.model_validate(record["config"])
+    assert config == scored.read(finished).config
+    assert config != compose_config([])
     command = next(line for line in record["commands"] if "--config-name" in line)
     again = command.replace("--config-dir .", f"--config-dir {exported}").replace("runs/again", str(tmp_path / "again"))
     assert main(again.split()[1:]) == 0
-    assert scored.read(tmp_path / "again").config == told.model_copy(update={"out": tmp_path / "again"})
+    assert scored.read(tmp_path / "again").config == config.model_copy(update={"out": tmp_path / "again"})
     assert cli.main(["compare-maps", str(finished), str(tmp_path / "again"), "--bound", "0"]) == 0
     second = export(tmp_path / "again", tmp_path / "second", "--subgroups", "label")
     for name in ("calibration.json", "case_list.csv", "subgroups.csv"):
@@ -355,27 +355,29 @@ def test_the_exported_configuration_is_that_of_the_run(finished: Path, exported:
 
 
 def test_a_trial_is_repeated_by_itself(finished: Path) -> None:
-    """It neither takes from the trials of its sweep nor joins them in MLflow."""
+    """A repeated trial shares no files of its sweep and does not join it in MLflow."""
     run = scored.read(finished)
     tracking = run.config.tracking.model_copy(update={"sweep": "strides"})
     trial = run.config.model_copy(update={"share": Path("/runs/strides/.shared"), "tracking": tracking})
-    told = yaml.safe_load(_repeat_yaml(dataclasses.replace(run, config=trial)))
-    assert (told["share"], told["tracking"]["sweep"]) == (None, None)
+    settings = yaml.safe_load(_repeat_yaml(dataclasses.replace(run, config=trial)))
+    assert (settings["share"], settings["tracking"]["sweep"]) == (None, None)
 
 
 def test_outlines_that_have_changed_since_are_refused(copied: Path) -> None:
-    """Cells would be compared with another truth than the scores."""
+    """Cells must be compared with the truth of the scores."""
 
     def other(slides: list[dict[str, Any]]) -> None:
         slides[-1]["truth"] = "0" * 64
 
     broken_matches(copied, other)
-    with pytest.raises(IntegrityError, match=r"tumor_003.*its true regions are no longer those it was scored with"):
+    with pytest.raises(
+        IntegrityError, match=r"tumor_003.*the annotated regions are no longer those that the slide was scored with"
+    ):
         calibration.documents(scored.read(copied), cells=True)
 
 
 def test_every_file_has_its_hash(exported: Path) -> None:
-    """SHA256SUMS covers all files but itself, and repeat.json those written before it."""
+    """SHA256SUMS covers all files except itself, and repeat.json all files before it."""
     listed = dict(reversed(line.split("  ")) for line in (exported / "SHA256SUMS").read_text().splitlines())
     there = {path.name: path for path in exported.iterdir() if path.is_file()}
     assert listed.keys() == there.keys() - {"SHA256SUMS"}
@@ -390,7 +392,7 @@ def test_every_file_has_its_hash(exported: Path) -> None:
 @pytest.mark.parametrize(
     ("gone", "cause"),
     [
-        ("cases.json", "it holds no run"),
+        ("cases.json", "the folder holds no run"),
         ("process_list.csv", "has not ended yet"),
         ("evaluation/matches.json", "not scored by this version"),
     ],
@@ -400,7 +402,7 @@ def test_what_was_not_scored_ends_in_one_line(
 ) -> None:
     (copied / gone).unlink()
     assert cli.main(["export", "regulatory", str(copied), "--out", str(copied / "out")]) == 20
-    told = capsys.readouterr().err
-    assert cause in told
-    assert told.count("\n") == 1
+    message = capsys.readouterr().err
+    assert cause in message
+    assert message.count("\n") == 1
     assert not (copied / "out").exists()

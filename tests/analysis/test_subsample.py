@@ -1,4 +1,4 @@
-"""A coarse map taken from a fine run is that of a coarse run: to the bit for windows, to rounding for dense maps."""
+"""A coarse map from a fine run equals that of a coarse run: to the bit for windows, up to rounding for dense maps."""
 
 import functools
 import json
@@ -17,7 +17,7 @@ from wsiflow.run.plan import latest_plan
 
 @pytest.fixture(scope="module")
 def folder_of(tiny_slides: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Returns the folder of a run of some settings, which is run once for all tests."""
+    """Return the folder of a run with some settings, which is run once for all tests."""
 
     @functools.cache
     def folder(*settings: str) -> Path:
@@ -39,10 +39,10 @@ def folder_of(tiny_slides: Path, tmp_path_factory: pytest.TempPathFactory) -> Ca
 def test_a_coarse_map_need_not_be_computed(
     folder_of: Callable[..., Path], how: list[str], fine: int, coarse: int, atol: float
 ) -> None:
-    """X8: the cells, what is tissue among them, and the scores."""
+    """X8: cells, tissue and scores equal those of the coarse run."""
     runs = {stride: folder_of(*how, f"inference.stride={stride}") for stride in (fine, coarse)}
     plans = {stride: latest_plan(out) for stride, out in runs.items()}
-    assert reason_scores_differ(*(made.settings.choice for made in plans.values())) == ""
+    assert reason_scores_differ(*(plan.settings.choice for plan in plans.values())) == ""
     seen = 0
     for one, other in zip(plans[fine].slides, plans[coarse].slides, strict=True):
         maps = [files.read_heatmap(out / f"heatmaps/{one.slide_id}.tif")[0] for out in runs.values()]
@@ -55,7 +55,7 @@ def test_a_coarse_map_need_not_be_computed(
 def test_a_run_scored_at_a_coarser_stride_equals_the_run_at_that_stride(
     folder_of: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """`wsiflow subsample`: the same detections and numbers as a coarse run, beside which it can be compared."""
+    """`wsiflow subsample` gives the detections and scores of a coarse run."""
     fine, coarse = (folder_of("inference.engine=window", f"inference.stride={stride}") for stride in (32, 224))
     assert cli.main(["subsample", str(fine), "--stride", "224", "--out", str(tmp_path / "coarse")]) == 0
     taken = tmp_path / "coarse/stride=224"
@@ -78,7 +78,7 @@ def test_a_run_scored_at_a_coarser_stride_equals_the_run_at_that_stride(
 def test_a_stride_that_has_other_windows_is_refused(
     folder_of: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], stride: int, reason: str
 ) -> None:
-    """In one line, before anything is written."""
+    """The refusal is one line, before anything is written."""
     fine = folder_of("inference.engine=window", "inference.stride=56")
     assert cli.main(["subsample", str(fine), "--stride", f"{stride}", "--out", str(tmp_path / "x")]) == 20
     said = capsys.readouterr().err

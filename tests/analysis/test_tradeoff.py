@@ -1,4 +1,4 @@
-"""Comparing runs: who is told apart, who is refused, what is on the front, and what is written and told to MLflow."""
+"""Comparison of runs: settings, refusals, the Pareto front, the files written, and the record in MLflow."""
 
 import csv
 import json
@@ -16,38 +16,38 @@ from serving import BIN, PrefectServer
 from swept import Trial, drawn, log, matches, slide, store, stride_trials, write_folder
 
 from flows.__main__ import main
-from wsiflow.analysis.runs import Found, Run, in_folders, of_sweep
+from wsiflow.analysis.runs import FinishedRun, RunSelection, runs_in_folders, runs_of_sweep
 from wsiflow.analysis.tradeoff import comparison
 from wsiflow.analysis.tradeoff.comparison import Options
 from wsiflow.analysis.tradeoff.figures import Tradeoff
 from wsiflow.errors import InputError
-from wsiflow.evaluation.matches import Recorded
+from wsiflow.evaluation.matches import EvaluationRecord
 from wsiflow.run import tracking
 
 QUICK = Options(resamples=200)
 
 
-def some(n_found: int) -> Recorded:
-    """Return four tumour slides of one lesion each, of which so many are found, and four clean normal ones."""
+def some(n_found: int) -> EvaluationRecord:
+    """Return matches of four tumour slides with one lesion each, of which some are hit, and four normal slides."""
     tumour = [slide(f"t{i}", 1, [0.9 if i < n_found else None]) for i in range(4)]
     return matches([*tumour, *(slide(f"n{i}", 0, false=[0.1]) for i in range(4))])
 
 
-def run(name: str, found: Recorded, core_hours: float = 1.0, **params: Any) -> Run:
-    """Return a run, its parameters with ``__`` for the point in a name."""
+def run(name: str, found: EvaluationRecord, core_hours: float = 1.0, **params: Any) -> FinishedRun:
+    """Return a run; in the names of parameters ``__`` stands for a point."""
     settings = {key.replace("__", "."): str(value) for key, value in params.items()}
-    return Run(name, f"id-{name}", f"folder-{name}", "s", settings, core_hours, "CPU", found)
+    return FinishedRun(name, f"id-{name}", f"folder-{name}", "s", settings, core_hours, "CPU", found)
 
 
-def compared(*runs: Run, **options: Any) -> Tradeoff:
-    return comparison.compare(Found(runs, []), "s", QUICK._replace(**options))
+def compared(*runs: FinishedRun, **options: Any) -> Tradeoff:
+    return comparison.compare_runs(RunSelection(runs, []), "s", QUICK._replace(**options))
 
 
 # --- settings
 
 
 def test_settings_are_named_by_what_differs() -> None:
-    """Names, folders and what follows from a setting are no part of it; numbers are in the order of numbers."""
+    """Names show differing settings only, and numbers are in numeric order."""
     common = {"lesions__threshold": 0.5}
     runs = [
         run(f"r{stride}", some(2), stride=stride, out=f"/{stride}", tiles__halo_px=stride + 100, **common)
@@ -60,7 +60,7 @@ def test_settings_are_named_by_what_differs() -> None:
 
 
 def test_a_name_that_means_two_things_stays_whole() -> None:
-    """The last part of a dotted name is enough only where it is unique; a method goes by its group."""
+    """The last part of a dotted name is used where it is unique; a method is named by its group."""
     runs = [
         run(f"{a}{b}{stain}", some(2), stain__method=stain, tissue__limit=a, lesions__limit=b)
         for a in (1, 2)
@@ -73,7 +73,7 @@ def test_a_name_that_means_two_things_stays_whole() -> None:
 
 
 def test_a_kind_stands_for_what_comes_with_it() -> None:
-    """A method has parameters of its own; the method is what a reader looks for."""
+    """The name of a method stands for the parameters that come with it."""
     runs = [
         run("plain", some(2), stain__target="None", stain__method="none", stain__space="None"),
         run("even", some(2), stain__target="", stain__method="macenko", stain__space="od"),
@@ -82,7 +82,7 @@ def test_a_kind_stands_for_what_comes_with_it() -> None:
 
 
 def test_repeats_are_one_setting_with_a_spread() -> None:
-    """Mean, standard deviation and range of three costs; one measurement has no spread."""
+    """Three costs give mean, deviation and range; one cost has no deviation."""
     repeats = [run(f"a{i}", some(3), cost, stride=16, repeat=i, seed=i) for i, cost in enumerate((1.0, 2.0, 3.0))]
     coarse, fine = compared(run("b", some(2), 0.5, stride=224), *repeats).rows[::-1]
     assert fine.name == "stride=16"
@@ -93,7 +93,7 @@ def test_repeats_are_one_setting_with_a_spread() -> None:
 
 
 def test_repeats_with_other_scores_are_refused() -> None:
-    """The same settings cannot have found another number of lesions."""
+    """Repeats of one setting must have the same scores."""
     with pytest.raises(InputError, match="a and b have the same settings and other scores, first for t2"):
         compared(run("a", some(2), stride=16), run("b", some(3), stride=16, repeat=2))
 
@@ -102,7 +102,7 @@ def test_repeats_with_other_scores_are_refused() -> None:
 
 
 def test_scores_differences_and_the_front_are_right() -> None:
-    """Lesions found 4, 3 and 3 of 4: the dear one that finds no more is off the front."""
+    """Hits of 4, 3 and 3 of 4 lesions: the dearer one of the equal settings is off the front."""
     runs = [
         run("fine", some(4), 8.0, stride=16),
         run("middle", some(3), 2.0, stride=56),
@@ -119,7 +119,7 @@ def test_scores_differences_and_the_front_are_right() -> None:
 
 
 def test_many_settings_are_drawn_often_enough_to_be_told_apart() -> None:
-    """Holm's correction multiplies the least p-value there can be; with 200 draws it would be above 0.05 from 7 on."""
+    """With 200 draws Holm's correction would exceed 0.05 from seven settings on."""
     found = compared(run("best", drawn(0.9), 9.0, stride=8), *(run(f"r{i}", drawn(0), stride=i + 9) for i in range(9)))
     assert found.counts["resamples"] == 900
     assert all(row.differences["froc.score"].p_corrected < 0.05 for row in found.rows[1:])
@@ -127,22 +127,22 @@ def test_many_settings_are_drawn_often_enough_to_be_told_apart() -> None:
 
 
 def test_the_reference_can_be_chosen() -> None:
-    """By the setting's name; another name lists those there are."""
+    """The reference is chosen by name; the message on another name lists all."""
     runs = [run("fine", some(4), 8.0, stride=16), run("coarse", some(3), 2.0, stride=224)]
     found = compared(*runs, reference="stride=224")
     assert found.rows[0].differences["froc.score"].value == pytest.approx(0.25)
-    with pytest.raises(InputError, match="no setting 'stride=32'; --reference: stride=16; stride=224"):
+    with pytest.raises(InputError, match="no setting 'stride=32'; name one with --reference: stride=16; stride=224"):
         compared(*runs, reference="stride=32")
 
 
 def test_a_cost_that_nobody_measured_is_not_cheap() -> None:
-    """Without core-hours a setting is compared, and is on no front."""
+    """A setting without core-hours is compared and never on the front."""
     known, unknown = compared(run("a", some(2), 1.0, stride=16), run("b", some(4), math.nan, stride=8)).rows[::-1]
     assert (known.pareto, unknown.pareto) == (True, False)
 
 
 def test_processors_that_differ_are_told() -> None:
-    """Core-hours of two machines stand in one table with a warning."""
+    """A note warns where core-hours come from different processors."""
     runs = [run("a", some(2), stride=16), run("b", some(3), stride=8)._replace(processor="Another")]
     assert "Another; CPU" in compared(*runs).notes[-1]
 
@@ -174,7 +174,7 @@ def test_runs_over_different_cases_are_refused(what: str) -> None:
 
 
 def test_runs_without_truth_are_refused() -> None:
-    """There is nothing to compare."""
+    """Without truth there is no score to compare."""
     unknown = matches([slide("a", 0, false=[0.3]).model_copy(update={"in_froc": False, "in_auc": False})])
     with pytest.raises(InputError, match="no run has a score"):
         compared(run("a", unknown, stride=8), run("b", unknown, stride=16))
@@ -184,7 +184,7 @@ def test_runs_without_truth_are_refused() -> None:
 
 
 def test_folders_are_compared_from_the_command_line(tmp_path: Path, capsys: Any) -> None:
-    """Two folders, or the one that holds them; every file is there and says the same."""
+    """Two folders, or the folder that holds them, give the same files."""
     folders = [
         write_folder(tmp_path / "sweep" / name, some(n), cost) for name, n, cost in (("x", 4, 2.0), ("y", 3, 1.0))
     ]
@@ -210,7 +210,7 @@ def test_folders_are_compared_from_the_command_line(tmp_path: Path, capsys: Any)
 
 
 def test_a_folder_without_scores_is_refused(tmp_path: Path, capsys: Any) -> None:
-    """It is named, with exit code 20; so is one that is not there."""
+    """A folder without scores, and a missing one, are named with exit code 20."""
     good = write_folder(tmp_path / "good", some(3))
     (tmp_path / "empty").mkdir()
     for bad in ("empty", "absent"):
@@ -219,33 +219,33 @@ def test_a_folder_without_scores_is_refused(tmp_path: Path, capsys: Any) -> None
 
 
 def test_what_is_beside_the_scored_runs_is_told(tmp_path: Path) -> None:
-    """A trial that did not finish is named in the comparison."""
+    """A trial that did not finish is named in the notes."""
     write_folder(tmp_path / "a", some(3))
     (tmp_path / "b").mkdir()
     (tmp_path / "b/cases.json").write_text("{}")
-    assert in_folders([tmp_path]).notes == ["Left out, since not all of its slides have scores: b."]
+    assert runs_in_folders([tmp_path]).notes == ["Left out, since not all of its slides have scores: b."]
 
 
 # --- figures
 
 
 def test_figures_show_what_there_is(tmp_path: Path) -> None:
-    """Three figures with something drawn on them; without costs or differences there is one."""
+    """There are three figures, and one where costs and differences are missing."""
     many = [run(str(i), one.matches, one.core_hours, **one.params) for i, one in enumerate(stride_trials(repeats=1))]
-    comparison.write(tmp_path / "many", compared(*many))
+    comparison.write_files(tmp_path / "many", compared(*many))
     for name in ("froc", "tradeoff", "differences"):
         pixels = np.asarray(Image.open(tmp_path / f"many/{name}.png").convert("HSV"))
         assert (pixels[..., 1] > 100).mean() > 0.001, f"{name} has no colour"
         assert b"<svg" in (tmp_path / f"many/{name}.svg").read_bytes()
-    alone = comparison.write(tmp_path / "one", compared(run("a", some(3), math.nan)))
+    alone = comparison.write_files(tmp_path / "one", compared(run("a", some(3), math.nan)))
     assert [name for name in alone if name.endswith(".png")] == ["froc.png"]
     assert "There is nothing to draw" in (tmp_path / "one/report.html").read_text()
 
 
 def test_the_same_comparison_is_the_same_bytes(tmp_path: Path) -> None:
-    """Figures and pages have no date and no random name."""
+    """Figures and pages contain no date and no random name."""
     runs = [run("a", some(3), 2.0, stride=8), run("b", some(2), 1.0, stride=16)]
-    first, again = (comparison.write(tmp_path / name, compared(*runs)) for name in ("1", "2"))
+    first, again = (comparison.write_files(tmp_path / name, compared(*runs)) for name in ("1", "2"))
     assert first == again
 
 
@@ -254,13 +254,13 @@ def test_the_same_comparison_is_the_same_bytes(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A store for all tests, each with an experiment of its own."""
+    """Return the address of a store for all tests, each of which has its own experiment."""
     return f"sqlite:///{tmp_path_factory.mktemp('store')}/mlflow.db"
 
 
 @pytest.fixture(scope="module")
 def recorded(uri: str, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """The ids of one sweep of four runs, two of them repeats."""
+    """Return the ids of a sweep of four runs, two of which are repeats."""
     trials = [
         Trial({"inference.stride": 16, "repeat": 1}, 4.0, some(4)),
         Trial({"inference.stride": 16, "repeat": 2}, 6.0, some(4)),
@@ -271,7 +271,7 @@ def recorded(uri: str, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 def test_a_filter_finds_the_front_in_mlflow(uri: str, recorded: list[str], tmp_path: Path) -> None:
-    """Runs are tagged, repeats alike; the parent has the table, the figures, the report, numbers and what is common."""
+    """Runs are tagged, and the parent has table, figures, report, metrics and common settings."""
     ids = recorded
     assert main(["compare", "wsiflow", "--uri", uri, "--out", str(tmp_path / "out"), "--bootstrap", "100"]) == 0
     client = mlflow.MlflowClient(tracking_uri=uri)
@@ -294,64 +294,64 @@ def test_a_filter_finds_the_front_in_mlflow(uri: str, recorded: list[str], tmp_p
 
 
 def test_a_later_comparison_replaces_the_former(uri: str, tmp_path: Path) -> None:
-    """A run that joins changes tags and table; what is no longer common is no longer said to be."""
+    """An added run changes tags and table, and outdated common settings are removed."""
     params = store(uri, experiment="later")
     first = [Trial({"inference.stride": s, "lesions.k": 1}, 1.0 + s / 100, some(3)) for s in (16, 56)]
     ids = log(params, first, tmp_path)
     out = tmp_path / "out"
-    comparison.answer(comparison.Asked([], params, QUICK), out)
+    comparison.run_comparison(comparison.Request([], params, QUICK), out)
     client = mlflow.MlflowClient(tracking_uri=uri)
     assert client.get_run(ids[0]).data.tags["wsiflow.pareto"] == "yes"
     joined = [*first, Trial({"inference.stride": 16, "lesions.k": 2}, 0.5, some(4))]
     log(params, joined, tmp_path)
-    made = comparison.answer(comparison.Asked([], params, QUICK), out)
-    assert len(made.found.rows) == 3
+    result = comparison.run_comparison(comparison.Request([], params, QUICK), out)
+    assert len(result.tradeoff.rows) == 3
     assert client.get_run(ids[0]).data.tags["wsiflow.pareto"] == "no"
-    parent = client.get_run(made.logged.run_id)
+    parent = client.get_run(result.logged.run_id)
     assert "common.lesions.k" not in parent.data.tags
     assert parent.data.metrics["compare.n_settings"] == 3
 
 
 def test_of_a_folder_the_latest_record_counts(uri: str, tmp_path: Path) -> None:
-    """A slide joined and the folder was scored again: its former record is over other slides, and is left alone."""
+    """Of a folder that was scored again only the latest record is compared."""
     params = store(uri, experiment="latest")
     more = matches([*some(3).slides, slide("t9", 1, [0.5])])
     for number, found in enumerate((some(3), more)):
         log(params, [Trial({"inference.stride": 16}, 1.0, found)], tmp_path, key=f"k{number}")
     log(params, [Trial({"inference.stride": 56}, 1.0, more)], tmp_path, key="k3", tags={"wsiflow.folder": "other"})
-    assert [len(one.matches.slides) for one in of_sweep(params).runs] == [9, 9]
+    assert [len(one.matches.slides) for one in runs_of_sweep(params).runs] == [9, 9]
 
 
 def test_a_sweep_has_to_be_named_where_there_are_two(uri: str, tmp_path: Path) -> None:
-    """An experiment with two sweeps is not compared across them; both are named."""
+    """With two sweeps none is compared, and the message names both."""
     for sweep in ("coarse", "fine"):
         log(store(uri, sweep, "two"), [Trial({"inference.stride": 16}, 1.0, some(3))], tmp_path)
-    with pytest.raises(InputError, match="2 sweeps; --sweep: coarse, fine"):
-        of_sweep(store(uri, None, "two"))
-    with pytest.raises(InputError, match="no run of sweep other; it has the sweeps coarse, fine"):
-        of_sweep(store(uri, "other", "two"))
-    assert len(of_sweep(store(uri, "fine", "two")).runs) == 1
+    with pytest.raises(InputError, match="2 sweeps and none is named; name one with --sweep: coarse, fine"):
+        runs_of_sweep(store(uri, None, "two"))
+    with pytest.raises(InputError, match="no run of sweep other; name one of its sweeps: coarse, fine"):
+        runs_of_sweep(store(uri, "other", "two"))
+    assert len(runs_of_sweep(store(uri, "fine", "two")).runs) == 1
 
 
 def test_single_runs_do_not_join_the_only_sweep(uri: str, tmp_path: Path) -> None:
-    """They share the experiment by default."""
+    """Single runs of the same experiment are left out of the sweep's comparison."""
     for sweep, folder in ((None, "single"), ("fine", "fine")):
         log(store(uri, sweep, "one"), [Trial({"inference.stride": 16}, 1.0, some(3))], tmp_path, key=folder)
-    assert [one.sweep for one in of_sweep(store(uri, None, "one")).runs] == ["fine"]
+    assert [one.sweep for one in runs_of_sweep(store(uri, None, "one")).runs] == ["fine"]
 
 
 def test_what_is_not_in_a_store_is_named(uri: str, recorded: list[str], tmp_path: Path, capsys: Any) -> None:
-    """No database, no experiment: exit code 20 and nothing is made."""
+    """A missing database or experiment ends with exit code 20 and creates nothing."""
     assert main(["compare", "x", "--uri", f"sqlite:///{tmp_path}/absent.db"]) == 20
     assert not list(tmp_path.iterdir())
     assert main(["compare", "absent", "--uri", uri]) == 20
     said = capsys.readouterr().err
-    assert "absent.db: there is no such file" in said
+    assert "absent.db: there is no such MLflow store" in said
     assert re.search("no experiment 'absent'; name one of: .*wsiflow", said)
 
 
 def test_folders_and_mlflow_agree(uri: str, tmp_path: Path) -> None:
-    """The folders of a sweep are compared and their records tagged, found by what stands for the folder."""
+    """The folders of a sweep are compared, and their records are found by the identity of the folder and tagged."""
     params = store(uri, experiment="folders")
     out = tmp_path / "sweep"
     ids = []
@@ -364,24 +364,24 @@ def test_folders_and_mlflow_agree(uri: str, tmp_path: Path) -> None:
         ids += log(params, [trial], tmp_path / name, key=f"k{name}", tags={"wsiflow.folder": f"folder-{name}"})
     (out / "died/evaluation").mkdir(parents=True)  # between two files
     (out / "died/evaluation/matches.json").write_text("{}")
-    made = comparison.sweep_folder(out, params, QUICK)
-    assert made is not None
+    result = comparison.compare_sweep_folder(out, params, QUICK)
+    assert result is not None
     assert (out / "report.html").exists()
     client = mlflow.MlflowClient(tracking_uri=params.uri)
     assert [client.get_run(one).data.tags["wsiflow.pareto"] for one in ids] == ["yes", "no"]
 
 
 def test_one_run_is_no_sweep(tmp_path: Path) -> None:
-    """Nothing is written for a single run, nor where nothing has scores."""
+    """Nothing is written for a single run, or where no run has scores."""
     off = tracking.TrackingParams.model_validate({**store("x").model_dump(), "kind": "off"})
     write_folder(tmp_path / "sweep/a", some(3))
-    assert comparison.sweep_folder(tmp_path / "sweep", off, QUICK) is None
-    assert comparison.sweep_folder(tmp_path / "absent", off, QUICK) is None
+    assert comparison.compare_sweep_folder(tmp_path / "sweep", off, QUICK) is None
+    assert comparison.compare_sweep_folder(tmp_path / "absent", off, QUICK) is None
     assert [path.name for path in (tmp_path / "sweep").iterdir()] == ["a"]
 
 
 def test_skill_is_told_from_luck() -> None:
-    """Forty slides: a setting that finds less differs by its corrected p, one that finds the same does not."""
+    """On forty slides a worse setting differs significantly, and an equally good one does not."""
     found = compared(
         run("good", drawn(0.8), 3.0, stride=16),
         run("same", drawn(0.8), 2.0, stride=32),
@@ -396,7 +396,7 @@ def test_skill_is_told_from_luck() -> None:
 
 
 def test_a_sweep_ends_with_its_comparison(small_slides: Path, tmp_path: Path, capsys: Any) -> None:
-    """Two strides through Hydra: the sweep's folder has the comparison, MLflow the front and the figures."""
+    """A sweep over two strides leaves the comparison in its folder, and front and figures in MLflow."""
     out = tmp_path / "sweep"
     quick = ["executor=inline", "orchestrator=none", "dense.windows=4", "evaluation.bootstrap=20", "store=none"]
     given = ["dataset=manifest", f"dataset.manifest={small_slides}", f"out={out}", "name=strides", *quick]
@@ -430,7 +430,7 @@ def test_a_sweep_ends_with_its_comparison(small_slides: Path, tmp_path: Path, ca
 
 
 def test_a_server_shows_the_comparison(server: PrefectServer, tmp_path: Path) -> None:
-    """With a Prefect server that is set, the command leaves a flow run with the table and the text as artifacts."""
+    """With a Prefect server the command leaves a flow run with table and text as artifacts."""
     folders = [str(write_folder(tmp_path / name, some(n), cost)) for name, n, cost in (("x", 4, 2.0), ("y", 3, 1.0))]
     command = [BIN / "wsiflow", "compare", *folders, "--out", str(tmp_path / "out"), "--bootstrap", "50"]
     subprocess.run(command, env=server.env, check=True, capture_output=True)

@@ -1,4 +1,4 @@
-"""Calibration: a table worked by hand, the identity of the parts, and scikit-learn's regression."""
+"""Calibration against a table worked by hand, the Brier decomposition, and scikit-learn's regression."""
 
 import math
 
@@ -30,7 +30,7 @@ def test_a_table_worked_by_hand() -> None:
 
 
 def test_scores_worked_by_hand() -> None:
-    """(3 * 0.01 + 0.81 + 0.49 + 0.09 + 3 * 0.04 + 0.64) / 10, and its parts."""
+    """The Brier score is (3 * 0.01 + 0.81 + 0.49 + 0.09 + 3 * 0.04 + 0.64) / 10; its components follow."""
     found = calibration.scores(calibration.bins(P, Y, k=5))
     assert found["brier"] == pytest.approx(0.218)
     assert found["reliability"] == pytest.approx((4 * 0.0225 + 2 * 0.04 + 4 * 0.0025) / 10)
@@ -55,7 +55,7 @@ def test_the_parts_add_up_whatever_the_bins(prob: NDArray[np.float32], rng: "obj
 
 
 def test_sums_add_up_and_coarsen() -> None:
-    """Two halves merged are the whole, and 1,000 bins coarsen to 10 without touching Brier's score."""
+    """Two halves merge to the whole, and 1,000 bins coarsen to 10 without a change of the Brier score."""
     rng = np.random.default_rng(0)
     p = rng.random(5000)
     y = rng.random(5000) < p
@@ -94,7 +94,7 @@ def test_counts_are_as_good_as_cases() -> None:
 
 
 def test_wald_intervals_cover() -> None:
-    """Of 400 simulated sets the 95 % interval of the slope holds the true one in 92 to 98 %."""
+    """In 400 simulated sets the 95 % interval of the slope covers the true slope in 92 to 98 %."""
     rng, held = np.random.default_rng(2), 0
     for _ in range(400):
         logit = rng.normal(0, 1.5, 300)
@@ -122,7 +122,7 @@ def test_what_has_no_slope_is_said(prob: list[float], outcome: list[int], note: 
 @pytest.mark.parametrize("wrong", [1, 2, 5])
 @pytest.mark.parametrize("mirrored", [False, True])
 def test_a_confident_model_with_swapped_classes_is_told(wrong: int, mirrored: bool) -> None:
-    """Certain, and wrong of nearly every slide: the slope is negative, and that is said; so it is of any number."""
+    """A model that is wrong with certainty has a negative slope and a note that says so."""
     outcome = np.repeat([0, 1], [40, 3])
     prob = np.where(outcome == 1, 1e-9, 1 - 1e-9)
     prob[:wrong] = 1e-9
@@ -141,7 +141,7 @@ def test_a_confident_model_with_swapped_classes_is_told(wrong: int, mirrored: bo
     st.sampled_from([1, 1000, 10**7]),
 )
 def test_every_set_of_scores_has_a_slope_or_a_note(cases: list[tuple[float, bool]], weight: int) -> None:
-    """Certain, constant, inverted, of one outcome: nothing is a defect, and no number is infinite."""
+    """Certain, constant, inverted and one-class scores raise nothing and give no infinite number."""
     prob, outcome = (np.array(each, float) for each in zip(*cases, strict=True))
     found = calibration.recalibrate(prob, outcome * weight, np.full(len(prob), weight))
     assert found.note or math.isfinite(found.slope.high - found.slope.low)
@@ -149,7 +149,7 @@ def test_every_set_of_scores_has_a_slope_or_a_note(cases: list[tuple[float, bool
 
 
 def test_certainty_has_a_logit() -> None:
-    """0 and 1 count as one millionth away from themselves."""
+    """Probabilities of 0 and 1 are clipped by one millionth."""
     found = calibration.recalibrate([0.0, 0.0, 1.0, 1.0], [0, 1, 0, 1], np.ones(4))
     assert found.slope.value == pytest.approx(0, abs=1e-9)
 
@@ -169,7 +169,7 @@ def test_bad_values_are_refused(prob: list[float], outcome: list[int], cause: st
 
 
 def test_without_cases_nothing_is_said_of_outcomes() -> None:
-    """No case is not the same as cases of one outcome."""
+    """The note on no cases differs from the note on a single outcome."""
     assert calibration.recalibrate([], [], []).note == "there are no cases"
 
 

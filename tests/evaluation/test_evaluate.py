@@ -1,4 +1,4 @@
-"""Scores through files: the worked examples as a user would evaluate them, and every way the files can be wrong."""
+"""Evaluation through files: the worked examples as a user would evaluate them, and every fault of the files."""
 
 import contextlib
 import csv
@@ -50,7 +50,7 @@ E3_PARAMS = protocol(downsample=32, l0_um_px=0.243)
 def project(tmp_path):
     """Return a function that writes detections and a manifest and reads the manifest's cases."""
 
-    def made(detections, truth, header="slide_id,path,label,mask_path,annotation_path,mpp"):
+    def write_project(detections, truth, header="slide_id,path,label,mask_path,annotation_path,mpp"):
         folder = tmp_path / "detections"
         folder.mkdir(exist_ok=True)
         lines = [header]
@@ -63,7 +63,7 @@ def project(tmp_path):
         (tmp_path / "manifest.csv").write_text("\n".join(lines) + "\n")
         return manifest.read_manifest(tmp_path / "manifest.csv"), folder
 
-    return made
+    return write_project
 
 
 def sensitivities(metrics, mode="official"):
@@ -111,7 +111,7 @@ def test_e2_through_files(project, tmp_path, changed, itc, official, strict):
 
 @pytest.mark.parametrize(("kind", "mask_downsample"), [("png", 1), ("tif", None), ("xml", None)])
 def test_e3_through_files(project, tmp_path, kind, mask_downsample):
-    """Whatever form the truth has, E3 gives its score to the last digit."""
+    """E3 gives its score to the last digit from a mask, from outlines and in any file format."""
     cases, folder = project(E3, {"Tumor_T": e3_truth(kind, tmp_path)})
     scores = evaluate.evaluate_folder(cases, folder, E3_PARAMS, seed=0, mask_downsample=mask_downsample)
     assert sensitivities(scores.metrics) == pytest.approx([0.25, 0.375, 1, 1, 1, 1], abs=1e-15)
@@ -135,7 +135,7 @@ def test_outlines_give_the_mask_of_e3(tmp_path, size):
 
 
 def evidence(slide_id, label, n_lesions=None, detections=(), score=None):
-    """Return evidence with lesions side by side, or unknown ones."""
+    """Return the evidence of a slide with lesions side by side, or with unknown lesions."""
     truth = None
     if n_lesions is not None:
         mask = painted((30, 400), [(5, 9, 5 + 30 * k, 20 + 30 * k) for k in range(n_lesions)])
@@ -144,7 +144,7 @@ def evidence(slide_id, label, n_lesions=None, detections=(), score=None):
 
 
 def test_rows_tell_what_a_slide_counted_for():
-    """One row per slide: lesions, hits, false positives, and why a slide was left out."""
+    """A row per slide has lesions, hits, false positives, and why the slide does not count."""
     slides = [
         evidence("both", 1, 2, [(0.9, 8, 6), (0.8, 8, 6), (0.7, 0, 0)]),
         evidence("auc", 1, None, [(0.6, 1, 1)]),
@@ -152,8 +152,8 @@ def test_rows_tell_what_a_slide_counted_for():
         evidence("normal", 0, 0, [(0.5, 1, 1)], score=0.25),
     ]
     scores = evaluate.evaluate_cases(slides, E1_PARAMS, seed=0)
-    told = [(r["n_lesions"], r["n_found"], r["n_false_positives"], r["score"], r["note"]) for r in scores.cases]
-    assert told == [
+    rows = [(r["n_lesions"], r["n_found"], r["n_false_positives"], r["score"], r["note"]) for r in scores.cases]
+    assert rows == [
         (2, 1, 1, 0.9, ""),
         ("", "", "", 0.6, "no truth: not in FROC"),
         ("", "", "", 0, "no label: not scored"),
@@ -172,15 +172,15 @@ def test_truth_labels_a_slide_without_label():
     assert [row["label"] for row in scores.cases] == [1, 0]
 
 
-@pytest.mark.parametrize(("label", "n", "told"), [(0, 1, "label says normal"), (1, 0, "label says tumour")])
-def test_label_against_truth(label, n, told):
-    """A label that the truth contradicts is refused: one of the two is of another slide."""
-    with pytest.raises(InputError, match=f"slide s, evaluation: the {told}"):
+@pytest.mark.parametrize(("label", "n", "message"), [(0, 1, "label says normal"), (1, 0, "label says tumour")])
+def test_label_against_truth(label, n, message):
+    """A label that contradicts the truth is refused, since one of the two belongs to another slide."""
+    with pytest.raises(InputError, match=f"slide s, evaluation: the {message}"):
         evaluate.evaluate_cases([evidence("s", label, n)], E1_PARAMS, seed=0)
 
 
 def test_slide_score_must_be_finite():
-    """NaN never becomes a decision."""
+    """A NaN score is refused and never becomes a decision."""
     with pytest.raises(InputError, match="slide s"):
         evaluate.evaluate_cases([evidence("s", 0, score=math.nan)], E1_PARAMS, seed=0)
 
@@ -213,31 +213,33 @@ def test_given_scores_replace_the_highest_detection(project, tmp_path):
 
 
 def test_missing_and_stray_detection_files_are_all_named(project, tmp_path):
-    """No slide is scored as empty because its file is missing, and no file is passed over."""
+    """A slide without file is not scored as empty, and no file is ignored."""
     cases, folder = project(E1, e1_masks(tmp_path))
     for slide_id in ("Tumor_A", "Normal_D"):
         (folder / f"{slide_id}.csv").rename(folder / f"{slide_id.lower()}.csv")
-    with pytest.raises(InputError, match=r"no detection file for Normal_D, Tumor_A and a .* for normal_d, tumor_a"):
+    with pytest.raises(
+        InputError, match=r"no detection file for Normal_D, Tumor_A and there is a .* for normal_d, tumor_a"
+    ):
         evaluate.evaluate_folder(cases, folder, E1_PARAMS, seed=0)
 
 
 def test_detections_folder_must_exist(project, tmp_path):
-    """A wrong path is not a folder without detections."""
+    """A wrong path is refused, not taken for a folder without detections."""
     cases, _ = project(E1, e1_masks(tmp_path))
     with pytest.raises(InputError, match="not a folder"):
         evaluate.evaluate_folder(cases, tmp_path / "none", E1_PARAMS, seed=0)
 
 
 def test_missing_scores_are_named(project, tmp_path):
-    """Every slide needs a score when scores are given."""
+    """Every slide needs a score where scores are given."""
     cases, folder = project(E1, e1_masks(tmp_path))
     (tmp_path / "scores.csv").write_text("slide_id,score\nTumor_A,.9\nTumor_B,.8\nOther,.8\n")
-    with pytest.raises(InputError, match="no score for Normal_C, Normal_D and a score for Other"):
+    with pytest.raises(InputError, match="no score for Normal_C, Normal_D and there is a score for Other"):
         evaluate.evaluate_folder(cases, folder, E1_PARAMS, seed=0, scores=tmp_path / "scores.csv")
 
 
 def test_spacing_must_come_from_somewhere(project, tmp_path):
-    """Without mpp in the manifest and without a fixed one the size of a lesion is not known."""
+    """Without an mpp in the manifest or a fixed spacing the size of a lesion is unknown."""
     cases, folder = project(E1, e1_masks(tmp_path))
     own = protocol(l0_um_px=None, bootstrap=0)
     with pytest.raises(InputError, match=r"slide Tumor_A.*add its mpp"):
@@ -274,14 +276,14 @@ def test_a_small_slides_mask_of_another_scale(tmp_path, side, fits):
 
 
 def test_outline_at_an_impossible_place(tmp_path):
-    """A coordinate of another unit does not exhaust the memory."""
+    """An outline in another unit is refused before it exhausts the memory."""
     path = xml(tmp_path / "t.xml", [(0, 10**6, 0, 10**6)], E3_HOLE)
     with pytest.raises(InputError, match=r"slide t.*mask px"):
         read_truth(manifest.Case("t", tmp_path, annotation_path=path), E3_PARAMS)
 
 
 def test_outline_without_area_is_told_in_the_row(tmp_path):
-    """The stray of the mouse reaches the table of cases."""
+    """An outline without area is mentioned in the row of its slide."""
     path = xml(tmp_path / "t.xml", E3_BOXES, E3_HOLE)
     point = '<Coordinates><Coordinate X="1" Y="1" /></Coordinates>'
     stray = f'<Annotation Name="stray" PartOfGroup="Tumor">{point}</Annotation>'
@@ -292,7 +294,7 @@ def test_outline_without_area_is_told_in_the_row(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         (",probability,x_coordinate,y_coordinate\n0,.5,1,2\n", "line 1 has 4 cells .an index column"),
         ("prob,x,y\n.5,1,2\n", "line 1: 'prob' is not a number .a header"),
@@ -304,11 +306,11 @@ def test_outline_without_area_is_told_in_the_row(tmp_path):
         ('".5,1,2\n', "line 1 is not CSV"),
     ],
 )
-def test_damaged_detection_files(tmp_path, text, told):
-    """The file and the line are named."""
+def test_damaged_detection_files(tmp_path, text, message):
+    """The message names file and line."""
     path = tmp_path / "slide.csv"
     path.write_text(text)
-    with pytest.raises(InputError, match=told) as caught:
+    with pytest.raises(InputError, match=message) as caught:
         read_detections(path)
     assert "slide.csv" in str(caught.value)
 
@@ -327,24 +329,24 @@ def test_detection_file_of_another_system(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("", "first line is ''"),
         ("a,0.5\n", "first line is 'a,0.5'"),
         ("slide_id,score\na,x\n", "line 2"),
-        ("slide_id,score\na\n", "line 2: 1 cells"),
-        ("slide_id,score\na,.5\na,.5\n", "line 3: a second score"),
+        ("slide_id,score\na\n", "line 2 has 1 cells"),
+        ("slide_id,score\na,.5\na,.5\n", "line 3 is a second score"),
     ],
 )
-def test_damaged_score_files(tmp_path, text, told):
-    """Header, number and duplicates are checked."""
+def test_damaged_score_files(tmp_path, text, message):
+    """Header, numbers and duplicates are checked."""
     (tmp_path / "scores.csv").write_text(text)
-    with pytest.raises(InputError, match=told):
+    with pytest.raises(InputError, match=message):
         read_scores(tmp_path / "scores.csv")
 
 
 def test_text_of_detections():
-    """Whole pixels by floor; falling confidence, then y, then x; digits that give the float32 back."""
+    """Pixels are floored, lines ordered by falling confidence, y and x, and digits give the float32 again."""
     detections = np.array([[0.3, 5.9, 7], [0.5, 9, 9], [0.5, 3, 9], [0.5, 8, 2], [0.3, -0.5, 6.2]])
     assert format_detections(detections) == (
         "0.5,8,2\n0.5,3,9\n0.5,9,9\n0.30000001192092896,-1,6\n0.30000001192092896,5,7\n"
@@ -363,7 +365,7 @@ def test_written_detections_read_back(tmp_path_factory, detections):
 
 
 def test_a_mask_of_0_and_1_needs_a_label(tmp_path):
-    """It may be tumour, or the tissue of a slide whose mask could also hold 2."""
+    """A value of 1 may be tumour, or tissue in a mask that could also hold 2."""
     mask = png(tmp_path / "m.png", (painted((100, 160), E3_BOXES) > 0).astype(np.uint8))
     case = manifest.Case("a", tmp_path / "a.tif", mpp=0.243, mask_path=mask)
     with pytest.raises(InputError, match="may mean tumour, or tissue"):
@@ -381,7 +383,7 @@ def test_every_remedy_for_a_mask_of_0_and_1_works(tmp_path, dtype):
         case = manifest.Case("a", tmp_path / "a.tif", mpp=0.243, mask_path=mask, label=label)
         params = protocol(**rule)
         truth = read_truth(case, params, mask_downsample=1)
-        return evaluate.judge(Evidence("a", label, truth, np.empty((0, 3))), params).row["n_lesions"]
+        return evaluate.match_slide(Evidence("a", label, truth, np.empty((0, 3))), params).row["n_lesions"]
 
     assert n_regions(0) == 0
     assert n_regions(1) == n_regions(None, mask_tumour=[1]) == n_regions(1, mask_tumour=1) > 0
@@ -389,7 +391,7 @@ def test_every_remedy_for_a_mask_of_0_and_1_works(tmp_path, dtype):
 
 
 def test_outlines_that_mark_nothing_need_a_label(tmp_path):
-    """Outlines in another unit would make a tumour slide a normal one without a word."""
+    """Outlines in another unit would silently make a tumour slide a normal one."""
     path = xml(tmp_path / "t.xml", [(1 / 64, 1 / 48, 1 / 64, 1 / 48)], E3_HOLE)
     case = manifest.Case("t", tmp_path, annotation_path=path)
     with pytest.raises(InputError, match=r"slide t, .*t\.xml: 1 tumour outlines hold no pixel.*\(label\)"):
@@ -399,7 +401,7 @@ def test_outlines_that_mark_nothing_need_a_label(tmp_path):
 
 
 def test_all_broken_truths_are_told_at_once(tmp_path, project):
-    """Whoever mends one by one would start the evaluation as often as there are faults."""
+    """All faults are in one message, so that a user can fix them at once."""
     (tmp_path / "a.png").write_bytes(b"II*\0" + bytes(8))
     (tmp_path / "b.xml").write_text("no XML")
     truth = {
@@ -454,7 +456,7 @@ def test_camelyon16_leaves_out_what_publications_leave_out():
 
 
 def test_truth_of_an_excluded_slide_is_not_read(tmp_path):
-    """What counts for nothing cannot stop an evaluation: its annotation may be broken."""
+    """A broken annotation of an excluded slide does not stop an evaluation."""
     (tmp_path / "t.xml").write_text("no XML")
     case = manifest.Case("TEST_049", tmp_path, annotation_path=tmp_path / "t.xml")
     assert read_truth(case, camelyon16()) is None
@@ -488,7 +490,7 @@ def test_distances_of_the_protocol_decide_regions(tmp_path):
 
 
 def test_matches_give_the_scores_again(project, tmp_path):
-    """What is read back scores as it did, lists the ITC, and tells the same protocol and truth."""
+    """matches.json gives the same scores, ITC, protocol and truth when it is read back."""
     cases, folder = project(E1, e1_masks(tmp_path, A_ITC))
     scores = evaluate.evaluate_folder(cases, folder, E1_PARAMS, seed=0)
     (tmp_path / "matches.json").write_text(evaluate.documents(scores)["matches.json"])
@@ -500,7 +502,7 @@ def test_matches_give_the_scores_again(project, tmp_path):
     setting = read.setting("again")
     assert froc.score(setting.matches, mode="official").items() <= scores.metrics.items()
     assert roc.auc(setting.scores, setting.labels) == scores.metrics["roc.auc"]
-    found = paired.compare([setting], reference="again", n=50, seed=0).intervals["again"]
+    found = paired.bootstrap([setting], reference="again", n=50, seed=0).intervals["again"]
     assert found["roc.auc"].low == scores.metrics["roc.auc_bootstrap_ci_low"]
     assert found["froc.sensitivity_at_1"].high == scores.metrics["froc.sensitivity_at_1_ci_high"]
 
@@ -549,30 +551,32 @@ def spoiled(change):
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         (lambda v: v.pop("protocol_hash"), "protocol_hash: Field required"),
-        (lambda v: v["protocol"].update(itc_um=1), "does not have the hash it states"),
+        (lambda v: v["protocol"].update(itc_um=1), "does not have the hash that the file states"),
         (lambda v: v["slides"][0].update(score="high"), r"slides.0.score: .*valid number"),
         (lambda v: v["slides"][0].update(score=math.nan), r"slides.0.score: .*finite"),
-        (lambda v: v["slides"].append({**v["slides"][0], "slide_id": "A"}), "slide A.*it is there twice"),
+        (lambda v: v["slides"].append({**v["slides"][0], "slide_id": "A"}), "slide A.*recorded twice"),
         (lambda v: v["slides"][0].update(itc=[0], n_itc=1), r"slide a.*itc \[0\] does not fit"),
         (lambda v: v["slides"][0].update(n_itc=1), r"slide a.*itc \[\] does not fit n_itc 1"),
         (lambda v: v["slides"][0].update(label=None), "slide a.*has no label"),
     ],
 )
-def test_spoiled_matches_are_named(tmp_path, change, told):
-    """What was changed by hand or cut off is refused, with the file and the entry."""
+def test_spoiled_matches_are_named(tmp_path, change, message):
+    """A changed or truncated file is refused; the message names file and entry."""
     path = tmp_path / "matches.json"
     path.write_text(spoiled(change))
-    with pytest.raises(InputError, match=told) as error:
+    with pytest.raises(InputError, match=message) as error:
         matches.read_matches(path)
     assert str(path) in str(error.value)
 
 
 def test_matches_that_are_no_file_or_no_json(tmp_path):
     """A missing file and another format end in one line each."""
-    with pytest.raises(InputError, match=r"it cannot be read .No such file or directory.; give the matches.json"):
+    with pytest.raises(
+        InputError, match=r"the file of matches cannot be read .No such file or directory.; give the matches.json"
+    ):
         matches.read_matches(tmp_path / "none.json")
     (tmp_path / "cut.json").write_text('{"protocol": ')
     with pytest.raises(InputError, match=r"cut.json.*the file: Invalid JSON"):

@@ -1,4 +1,4 @@
-"""The forest against scikit-learn to the bit, its file, its choice without the test slides, and published areas."""
+"""The forest: bits of scikit-learn, its file, its choice without the test slides, and published AUCs."""
 
 import json
 import os
@@ -21,11 +21,11 @@ TABLES = ("plain", "noise", "noise, stain")
 
 
 def drawn(n: int, *, seed: int = 0, patients: int | None = None) -> Sample:
-    """Return slides whose features tell a little at 0.5 and much at 0.9."""
+    """Return random slides whose features separate the classes weakly at 0.5 and strongly at 0.9."""
     random = np.random.default_rng(seed)
     labels = np.arange(n) % 2
-    told = {0.5: 0.3, 0.9: 1.5}
-    rows = {t: random.normal(size=(n, len(NAMES))) + shift * labels[:, np.newaxis] for t, shift in told.items()}
+    shifts = {0.5: 0.3, 0.9: 1.5}
+    rows = {t: random.normal(size=(n, len(NAMES))) + shift * labels[:, np.newaxis] for t, shift in shifts.items()}
     ids = tuple(f"slide_{i:03d}" for i in range(n))
     groups = ids if patients is None else tuple(f"patient_{i // 2 % patients}" for i in range(n))
     return Sample(ids, labels, groups, rows, forest.version_of(reference=False), 3.9)
@@ -33,7 +33,7 @@ def drawn(n: int, *, seed: int = 0, patients: int | None = None) -> Sample:
 
 @pytest.fixture(scope="module")
 def small() -> Forest:
-    """A forest of 60 drawn slides."""
+    """Return a forest trained on 60 random slides."""
     return train(drawn(60), seed=1, choices=SMALL)
 
 
@@ -60,7 +60,7 @@ def test_our_walk_gives_scikit_learns_probabilities_to_the_bit(kind: str, settin
 @pytest.mark.parametrize("threshold", THRESHOLDS)
 @pytest.mark.parametrize("method", TABLES)
 def test_published_sheets_give_the_expected_areas(shared_data: Path, method: str, threshold: float) -> None:
-    """O-9: the fixed forest, three seeds, test area to the third decimal (WSIFLOW_FOREST_ALL=1: all thresholds)."""
+    """O-9: AUC of the fixed forest for three seeds (all thresholds with WSIFLOW_FOREST_ALL=1)."""
     found = [published.fixed_auc(shared_data, method, threshold, seed) for seed in published.SEEDS]
     assert found == pytest.approx(published.FOREST_AUC[method][threshold], abs=0.0015)
 
@@ -78,7 +78,7 @@ def test_on_published_sheets_our_probabilities_are_scikit_learns(shared_data: Pa
 
 @pytest.mark.slow
 def test_a_choice_on_the_published_training_slides_alone(shared_data: Path) -> None:
-    """In a small size: what the experiment tells is in order, and the test slides are scored well, seen only once."""
+    """The small experiment gives plausible numbers and scores the test slides once."""
     settings = {"data": str(shared_data), "method": "noise, stain", "trees_choosing": 10, "quick": True}
     found = published.POINTS["chosen_forest"](settings, seed=0)
     assert found["threshold"] in LEVELS
@@ -92,7 +92,7 @@ def test_a_choice_on_the_published_training_slides_alone(shared_data: Path) -> N
 
 
 def test_the_choice_is_the_better_threshold_and_all_that_was_tried_is_told(small: Forest) -> None:
-    """Features at 0.9 tell more: they are chosen, and the card says by how much."""
+    """The threshold 0.9, which separates better, is chosen, and the card lists all tried settings."""
     card = small.card
     assert card.settings.threshold == 0.9
     assert len(card.tried) == 4
@@ -103,7 +103,7 @@ def test_the_choice_is_the_better_threshold_and_all_that_was_tried_is_told(small
 
 
 def test_the_same_seed_gives_the_same_forest(small: Forest) -> None:
-    """And another seed another."""
+    """Another seed gives another forest."""
     again, other = (train(drawn(60), seed=seed, choices=SMALL) for seed in (1, 2))
     assert again.card == small.card
     assert all((one == two).all() for one, two in zip(again.trees, small.trees, strict=True))
@@ -111,7 +111,7 @@ def test_the_same_seed_gives_the_same_forest(small: Forest) -> None:
 
 
 def test_the_area_told_does_not_see_the_slides_it_is_of() -> None:
-    """Features that say nothing have an area near one half, while the forest knows its training slides by heart."""
+    """Uninformative features give a nested AUC near 1/2 although the forest fits its training slides."""
     sample = drawn(80)
     random = np.random.default_rng(5)
     noise = sample._replace(features={t: random.normal(size=(80, len(NAMES))) for t in LEVELS})
@@ -122,7 +122,7 @@ def test_the_area_told_does_not_see_the_slides_it_is_of() -> None:
 
 
 def test_slides_of_a_patient_stay_together() -> None:
-    """No fold has slides of a patient on both sides, and every slide is outside once."""
+    """No fold separates the slides of a patient, and every slide is held out once."""
     sample = drawn(60, patients=12)
     outside = []
     for inside, out in forest._folds(sample, 5, 0):
@@ -133,7 +133,7 @@ def test_slides_of_a_patient_stay_together() -> None:
 
 
 def test_patients_who_are_known_by_heart_do_not_help() -> None:
-    """Slides of one patient are copies, labels are chance: parted by slide the area is near 1, by patient near 1/2."""
+    """Copies of one slide with random labels: AUC near 1 in folds by slide, near 1/2 in folds by patient."""
     random = np.random.default_rng(2)
     patients, labels = np.repeat(np.arange(40), 3), np.repeat(random.permutation(np.arange(40) % 2), 3)
     rows = random.normal(size=(40, len(NAMES)))[patients] + 1e-3 * random.normal(size=(120, len(NAMES)))
@@ -145,21 +145,21 @@ def test_patients_who_are_known_by_heart_do_not_help() -> None:
     assert train(by_patient, seed=0, choices=choices).card.auc < 0.75
 
 
-@pytest.mark.parametrize(("n", "told"), [(4, "1 patients with tumour"), (2, "1 patients with tumour")])
-def test_too_few_patients_are_refused(n: int, told: str) -> None:
-    """Two of each class leave one for the choice inside the validation."""
-    with pytest.raises(InputError, match=f"{told}.*at least three patients"):
+@pytest.mark.parametrize(("n", "message"), [(4, "1 patients with tumour"), (2, "1 patients with tumour")])
+def test_too_few_patients_are_refused(n: int, message: str) -> None:
+    """Two patients of each class leave one for the inner cross-validation."""
+    with pytest.raises(InputError, match=f"{message}.*at least three patients"):
         train(drawn(n), seed=0, choices=SMALL)
 
 
 def test_one_class_and_features_that_are_none_are_refused() -> None:
-    """Told before anything is grown."""
+    """Unusable features and labels are refused before a tree is grown."""
     sample = drawn(10)
     rows = sample.features[0.9]
     with pytest.raises(InputError, match="one class"):
         grow(rows, np.ones(10, np.int64), Settings(0.9, 5, 3, 1), trees=2, seed=0)
     for odd in (np.nan, 1e39):  # the second is finite, but not for scikit-learn
-        with pytest.raises(InputError, match="1 of them not finite"):
+        with pytest.raises(InputError, match="1 of them are not finite"):
             grow(
                 np.where(np.arange(300).reshape(10, 30) == 7, odd, rows),
                 sample.labels,
@@ -175,7 +175,7 @@ def test_one_class_and_features_that_are_none_are_refused() -> None:
 
 
 def test_a_forest_survives_its_file(small: Forest, tmp_path: Path) -> None:
-    """Card and trees come back, scores to the bit, and the same forest is the same bytes."""
+    """A saved forest gives the same card and scores, and the same forest gives the same bytes."""
     save(small, tmp_path / "forest.json")
     found = load(tmp_path / "forest.json")
     assert found.card == small.card
@@ -187,7 +187,7 @@ def test_a_forest_survives_its_file(small: Forest, tmp_path: Path) -> None:
 
 
 def test_a_changed_file_is_refused(small: Forest, tmp_path: Path) -> None:
-    """One digit of one threshold is enough."""
+    """A single changed digit of a threshold is detected."""
     path = tmp_path / "forest.json"
     save(small, path)
     document = json.loads(path.read_text())
@@ -199,20 +199,20 @@ def test_a_changed_file_is_refused(small: Forest, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("name", "value"), [("left", 0), ("right", 10**6), ("feature", 30), ("roots", -1)])
 def test_nodes_that_are_no_trees_are_refused(small: Forest, tmp_path: Path, name: str, value: int) -> None:
-    """A walk that would never end or leave the arrays, under a hash that is right."""
+    """Nodes with cycles or outside the arrays are refused even with a correct hash."""
     path = tmp_path / "forest.json"
     save(small, path)
     document = json.loads(path.read_text())
     document["trees"][name][0] = value
     content = {part: document[part] for part in ("card", "trees")}
     path.write_text(json.dumps(document | {"sha256": publish.key_of(**content)}))
-    with pytest.raises(IntegrityError, match="no trees"):
+    with pytest.raises(IntegrityError, match="do not form trees"):
         load(path)
 
 
 @pytest.mark.parametrize(("part", "name"), [("card", "settings"), ("card", "seed"), ("trees", "value")])
 def test_an_incomplete_file_is_refused(small: Forest, tmp_path: Path, part: str, name: str) -> None:
-    """One that another program wrote, with a hash of its own."""
+    """A file of another program with a correct hash is refused."""
     path = tmp_path / "forest.json"
     save(small, path)
     document = json.loads(path.read_text())
@@ -225,9 +225,9 @@ def test_an_incomplete_file_is_refused(small: Forest, tmp_path: Path, part: str,
 
 @pytest.mark.parametrize("text", ["", "[]", '{"format": "another"}', "\x80\x04pickle"])
 def test_other_files_are_refused(tmp_path: Path, text: str) -> None:
-    """Whatever they are, they are only read as text."""
+    """A file of any other content is only read as text."""
     (tmp_path / "forest.json").write_text(text)
     with pytest.raises(InputError, match="forest"):
         load(tmp_path / "forest.json")
-    with pytest.raises(InputError, match=r"the forest cannot be read .*train it again"):
+    with pytest.raises(InputError, match=r"the forest cannot be read .*train the forest again"):
         load(tmp_path / "absent.json")

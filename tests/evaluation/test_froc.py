@@ -1,4 +1,4 @@
-"""The challenge's evaluator: worked examples to the last digit, and the laws of the strict mode."""
+"""FROC: worked examples of the challenge's evaluator to the last digit, and laws of the strict mode."""
 
 import math
 from dataclasses import replace
@@ -40,7 +40,7 @@ PAIR = [box((4, 5), (2, 9)), box((4, 5), (11, 18)), box((12, 15), (25, 37))]
 
 
 def e1():
-    """Return example E1: an ITC, a halo, a bridged gap, an empty slide."""
+    """Return example E1: an ITC, a dilated edge, a bridged gap, an empty slide."""
     a = slide("a", mask((20, 40), BLOB, ITC), (0.9, 6, 6), (0.6, 2, 4), (0.95, 20, 15), (0.4, 30, 2))
     b = slide("b", mask((20, 40), *PAIR), (0.7, 9, 4), (0.3, 30, 13), (0.25, 0, 19), (0.35, 39, 0))
     c = slide("c", None, (0.8, 5, 5), (0.2, 7, 7), (0.1, 8, 8), (0.05, 9, 9))
@@ -144,7 +144,7 @@ def test_e1_without_the_empty_slide():
 
 
 def test_e1_counts():
-    """Lesions, ITC and slides are counted, alike in both modes."""
+    """Lesions, ITC and slides are counted in the same way in both modes."""
     for mode in ("official", "strict"):
         scores = froc.evaluate(e1(), mode=mode)
         assert [scores[f"froc.n_{what}"] for what in ("lesions", "itc", "slides")] == [3, 1, 4]
@@ -184,7 +184,7 @@ def test_e2d_nothing_detected():
 
 
 def test_e2e_an_itc_rescues_the_perfect_detector():
-    """The zero of an ITC is the threshold that is dropped."""
+    """An ITC adds a zero, which is the threshold that the official mode drops."""
     assert points(perfect(BLOB, ITC)) == ([0, 0], [1, 0])
     assert froc.evaluate(perfect(BLOB, ITC), mode="official")["froc.score"] == 1
 
@@ -203,7 +203,7 @@ def test_e3_regions():
 
 
 def test_e3_curve_and_score():
-    """float32(0.3) is more than 0.3, so that hit outlives its equal false positive; at 0.7 it does not."""
+    """float32(0.3) exceeds 0.3, which separates a hit from an equal false positive; float32(0.7) does not."""
     fp, sens = points(e3())
     assert fp == [1, 2 / 3, 2 / 3, 2 / 3, 2 / 3, 1 / 3, 0, 0]
     assert sens == [1, 1, 0.75, 0.5, 0.5, 0.25, 0.25, 0]
@@ -212,7 +212,7 @@ def test_e3_curve_and_score():
 
 
 def test_e3_strict():
-    """All in float64, equal confidences count together."""
+    """All comparisons are in float64, and equal confidences count together."""
     assert points(e3(), "strict") == ([1, 2 / 3, 2 / 3, 1 / 3, 0, 0], [1, 0.75, 0.5, 0.25, 0.25, 0])
     assert round(froc.evaluate(e3(), mode="strict")["froc.strict_score"], 6) == 0.770833
 
@@ -243,14 +243,14 @@ def test_itc_limit_of_a_disc(diameter, axis, itc):
 
 
 def test_single_pixel_has_no_length():
-    """Major axes are of pixel centres: at a scale where nothing is dilated, one pixel has length 0."""
+    """Major axes are of pixel centres, so that one undilated pixel has length 0."""
     assert mask((9, 9), box((4, 5), (4, 5)), um_px=75.0).major_axis_px.tolist() == [0]
 
 
 @settings(deadline=None, max_examples=60)
 @given(st.integers(0, 2**32 - 1), st.floats(0.02, 0.4), st.sampled_from([0.243 * 32, 8.0, 25.0, 75.0]))
 def test_mask_equals_the_plain_recipe(seed, density, um_px):
-    """Dilation, holes, labels and axes equal a distance transform, hole filling and region properties of the whole."""
+    """Regions equal those of a distance transform, hole filling and region properties of the whole mask."""
     rng = np.random.default_rng(seed)
     tumour = ndimage.zoom(rng.random((9, 11)) < density, 4, order=0)
     lesions = froc.evaluation_mask(tumour, um_px)
@@ -269,14 +269,14 @@ def test_mask_without_tumour():
 
 @pytest.mark.parametrize("um_px", [0.0, -1.0, math.nan, math.inf, 0.000243 * 32, 1e-300])
 def test_impossible_spacing_is_refused(um_px):
-    """A mask pixel has a size, and not that of a spacing in mm: the disc of the joining distance would fill memory."""
+    """A spacing of 0 or in mm is refused before the disc of the joining distance fills the memory."""
     with pytest.raises(InputError, match="um"):
         froc.evaluation_mask(np.ones((3, 3), bool), um_px)
 
 
 @pytest.mark.parametrize("xy", [(-1, 6), (6, -1), (40, 6), (6, 20), (1e300, 6)])
 def test_outside_the_mask_is_a_false_positive(xy):
-    """A detection off the mask neither wraps nor stops the evaluation."""
+    """A detection outside the mask neither wraps around nor stops the evaluation."""
     matched = froc.match(slide("a", mask((20, 40), box((0, 20), (0, 40))), (0.9, *xy)))
     assert matched.false_positives.tolist() == [0.9]
     assert matched.best.tolist() == [-math.inf]
@@ -290,7 +290,7 @@ def test_coordinates_meet_the_mask_by_floor_division():
 
 
 def test_no_lesions_has_no_sensitivity():
-    """With nothing to find the score is NaN in both modes, never 0 or 1."""
+    """Without lesions the score is NaN in both modes, never 0 or 1."""
     normal = [slide("c", None, (0.5, 1, 1))]
     assert math.isnan(froc.evaluate(normal, mode="official")["froc.score"])
     assert math.isnan(froc.evaluate(normal, mode="strict")["froc.strict_score"])
@@ -299,19 +299,19 @@ def test_no_lesions_has_no_sensitivity():
 
 @pytest.mark.parametrize("row", [(math.nan, 1, 1), (0.5, math.inf, 1), (0.5, 1, -math.inf), (1e39, 1, 1)])
 def test_numbers_that_are_not_finite_are_refused(row):
-    """NaN never becomes a decision: the slide is named."""
+    """NaN is refused with the name of the slide and never becomes a decision."""
     with pytest.raises(InputError, match="slide bad"):
         froc.match(slide("bad", None, (0.1, 2, 2), row))
 
 
 def test_same_slide_twice_is_refused():
-    """A slide counted twice would change every rate."""
+    """A slide that is counted twice would change every rate."""
     with pytest.raises(InputError, match="slide c"):
         froc.evaluate([slide("c", None), slide("c", None)], mode="strict")
 
 
 def test_wrong_shape_is_refused():
-    """Detections are three columns."""
+    """Detections have three columns."""
     with pytest.raises(InputError, match=r"\(2, 4\)"):
         froc.match(SlideFindings("a", None, np.zeros((2, 4))))
 
@@ -350,7 +350,7 @@ def test_order_does_not_matter(slides, random, mode):
 @settings(deadline=None)
 @given(findings(coarse))
 def test_strict_rises_with_the_rate_and_never_with_a_false_positive(slides):
-    """Sensitivity grows with the allowed false positives; one more false positive cannot help."""
+    """Sensitivity grows with the rate, and a further false positive never raises it."""
     before = sensitivities(slides, "strict")
     assert before == sorted(before)
     worse = [*slides[:-1], SlideFindings(slides[-1].slide_id, slides[-1].lesions, _with_fp(slides[-1].detections), 1)]
@@ -358,12 +358,12 @@ def test_strict_rises_with_the_rate_and_never_with_a_false_positive(slides):
 
 
 def _with_fp(detections):
-    """Add a false positive outside the mask."""
+    """Return the slide with a further false positive outside the mask."""
     return np.concatenate([detections, [[0.6, -1, -1]]])
 
 
 def loop_score(slides):
-    """Score as the challenge's text says: every threshold but the lowest, float32 hits against Python floats."""
+    """Return the official score by a plain loop: all thresholds but the lowest, float32 hits, float64 others."""
     hits, false, n_lesions = [], [], 0
     for one in slides:
         matched = froc.match(one)
@@ -381,14 +381,14 @@ def loop_score(slides):
 @settings(deadline=None)
 @given(findings(st.floats(0, 1)) | findings(coarse))
 def test_official_equals_a_plain_loop(slides):
-    """Sorting and counting once gives what counting at every threshold gives."""
+    """Ranking once gives the counts of a loop over all thresholds."""
     assert froc.evaluate(slides, mode="official")["froc.score"] == pytest.approx(loop_score(slides), abs=1e-12)
 
 
 @settings(deadline=None, max_examples=30)
 @given(findings(coarse), st.integers(0, 1000), st.sampled_from(["official", "strict"]))
 def test_bootstrap_equals_scoring_the_drawn_slides(slides, seed, mode):
-    """One draw of the bootstrap is the score of that multiset of slides."""
+    """A draw of the bootstrap has the score of its multiset of slides."""
     draw = np.random.default_rng(seed).integers(len(slides), size=len(slides))
     drawn = [
         SlideFindings(str(i), slides[k].lesions, slides[k].detections, slides[k].downsample) for i, k in enumerate(draw)
@@ -404,7 +404,7 @@ def test_bootstrap_equals_scoring_the_drawn_slides(slides, seed, mode):
 @settings(deadline=None, max_examples=40)
 @given(findings(coarse), st.integers(0, 1000), st.sampled_from(["official", "strict"]))
 def test_draws_equal_the_curve_of_the_drawn_slides(slides, seed, mode):
-    """However few of the rates a draw reaches, its sensitivities are those of its own whole curve."""
+    """The sensitivities of a draw are those of its whole curve, whichever rates it reaches."""
     times = np.random.default_rng(seed).integers(0, 4, size=(5, len(slides)))
     matches = [froc.match(one) for one in slides]
     rates = [0, 0.25, 0.5]  # most sets have more false positives than the highest
@@ -417,7 +417,7 @@ def test_draws_equal_the_curve_of_the_drawn_slides(slides, seed, mode):
 
 @pytest.mark.parametrize("mode", ["official", "strict"])
 def test_a_draw_without_the_slide_of_most_false_positives(mode):
-    """Its curve goes on to confidences at which the other draws are far beyond every rate."""
+    """Its curve extends to confidences at which the other draws exceed every rate."""
     busy = froc.Matches("busy", np.empty(0), 0, np.linspace(0.5, 0.9, 100))
     lesion = froc.Matches("lesion", np.array([0.1, -np.inf]), 0, np.empty(0))
     drawn = froc.resample([busy, lesion], np.array([[0, 2], [1, 1]]), mode=mode)
@@ -425,7 +425,7 @@ def test_a_draw_without_the_slide_of_most_false_positives(mode):
 
 
 def test_draws_without_lesions_or_slides_have_no_sensitivity():
-    """A draw that misses every lesion is NaN, whatever the others are; so is every draw of nothing."""
+    """A draw without any lesion, or without any slide, is NaN."""
     matches = [froc.match(one) for one in e1()]
     drawn = froc.resample(matches, np.array([[0, 0, 2, 2], [1, 1, 1, 1]]), mode="official")
     assert np.isnan(drawn[0]).all()

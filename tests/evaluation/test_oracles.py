@@ -1,4 +1,4 @@
-"""The experiment on worked examples: it names every one, and tests that there are; and it sees what did not pass."""
+"""The experiment on worked examples names an existing test for each, and notices tests that did not pass."""
 
 import re
 from pathlib import Path
@@ -12,7 +12,7 @@ EVERY = {"E1", "E2", "E3", *(f"O-{number}" for number in range(1, 15))}
 
 
 def test_every_oracle_has_tests_that_exist() -> None:
-    """E1 to E3 and O-1 to O-14; a test that was renamed is found here before the experiment runs."""
+    """E1 to E3 and O-1 to O-14 have existing tests; a renamed test fails here first."""
     sweep = yaml.safe_load((FOLDER / "X13.yaml").read_text())
     named = sweep["settings"]["tests"]
     assert set(named) == set(sweep["axes"]["oracle"]) == EVERY
@@ -23,7 +23,7 @@ def test_every_oracle_has_tests_that_exist() -> None:
 
 
 def test_a_test_that_is_missing_or_skipped_has_not_passed(tmp_path: Path) -> None:
-    """Without the data a test that needs it is skipped; nothing of that is a pass."""
+    """A test that is skipped for lack of data does not count as passed."""
     tests = {
         "good": ["tests/evaluation/test_roc.py::test_worked_example"],
         "absent": [

@@ -1,4 +1,4 @@
-"""Intervals and differences: against scoring the drawn slides, hand values, and simulated data whose truth is known."""
+"""Paired bootstrap: against scoring the drawn slides, values by hand, and simulated data with known truth."""
 
 import math
 import os
@@ -13,7 +13,7 @@ from scipy import stats
 from wsiflow.errors import InputError
 from wsiflow.evaluation import froc, resampling, roc
 from wsiflow.evaluation.froc import Matches
-from wsiflow.evaluation.paired import Setting, compare, incomparable, pareto
+from wsiflow.evaluation.paired import Setting, bootstrap, comparability_problems, pareto
 
 SETS = int(os.environ.get("WSIFLOW_COVERAGE_SETS", "60"))
 """Simulated data sets: 1000 for the sentence that intervals hold what they should in 93 to 97 % of the cases."""
@@ -53,7 +53,7 @@ def simulated(rng, n_slides, shift, share=0.5):
 
 
 def apart(shift):
-    """Return how far apart the slide scores of both classes are, in standard deviations."""
+    """Return the distance of the slide scores of both classes in standard deviations."""
     return 0.8 * shift
 
 
@@ -66,7 +66,7 @@ def two(rng, n_slides, shift):
 
 @pytest.fixture(scope="module")
 def pair():
-    """Two settings of 40 slides."""
+    """Return two settings of 40 slides."""
     return two(np.random.default_rng(3), 40, (1.5, 2.0))
 
 
@@ -74,7 +74,7 @@ def pair():
 
 
 def test_draws_are_whole_seeded_and_begin_alike():
-    """Every draw has as many cases as there are; more draws go on where fewer end; another seed draws others."""
+    """A draw has as many cases as the sample, more draws extend fewer, and the seed decides."""
     draws = resampling.case_draws(7, n=5, seed=1)
     assert draws.sum(axis=1).tolist() == [7] * 5
     assert np.array_equal(draws, resampling.case_draws(7, n=9, seed=1)[:5])
@@ -83,14 +83,14 @@ def test_draws_are_whole_seeded_and_begin_alike():
 
 
 def test_each_case_is_drawn_as_often_as_chance_says():
-    """Over 20,000 draws of five cases, each is there once on average, and absent in (4/5)^5 of the draws."""
+    """In 20,000 draws of five cases each occurs once on average and is absent in (4/5)^5."""
     draws = resampling.case_draws(5, n=20_000, seed=0)
     assert draws.mean(axis=0) == pytest.approx(1, abs=0.03)
     assert (draws == 0).mean(axis=0) == pytest.approx(0.8**5, abs=0.02)
 
 
 def test_slides_of_one_patient_are_drawn_together():
-    """Cases of one cluster are there equally often, and clusters are what is counted."""
+    """Cases of one cluster occur equally often, and as many clusters are drawn as there are."""
     draws = resampling.case_draws(5, n=50, seed=0, clusters=[9, 4, 9, 4, 7])
     assert np.array_equal(draws[:, 0], draws[:, 2])
     assert np.array_equal(draws[:, 1], draws[:, 3])
@@ -98,7 +98,7 @@ def test_slides_of_one_patient_are_drawn_together():
 
 
 def test_interval_leaves_out_draws_without_a_number():
-    """Quantiles are of the draws that have a value; without any there is no interval."""
+    """NaN draws are left out of the quantiles; without other draws there is no interval."""
     values = np.append(np.arange(201.0), [np.nan] * 50)
     assert resampling.interval(values) == pytest.approx([5, 195])
     assert resampling.interval(np.stack([values, -values], axis=1)) == pytest.approx(np.array([[5, -195], [195, -5]]))
@@ -107,7 +107,7 @@ def test_interval_leaves_out_draws_without_a_number():
 
 
 def test_corrected_interval_equals_scipy():
-    """Of the mean of a skewed sample, the same percentiles as another implementation finds for the same draws."""
+    """The BCa interval of a skewed mean equals that of SciPy."""
     sample = np.random.default_rng(4).exponential(size=30)
     times = resampling.case_draws(30, n=20_000, seed=0)
     jackknife = resampling.left_out(30) @ sample / 29
@@ -119,21 +119,21 @@ def test_corrected_interval_equals_scipy():
 
 
 def test_corrected_interval_of_what_does_not_vary():
-    """All draws alike give one point; without draws there is none."""
+    """Equal draws give an interval of one point; without draws there is none."""
     assert resampling.corrected_interval(1.0, np.ones(9), np.ones(4)).tolist() == [1, 1]
     assert np.isnan(resampling.corrected_interval(1.0, np.full(9, np.nan), np.ones(4))).all()
 
 
 @pytest.mark.parametrize("side", [-1, 1])
 def test_corrected_interval_of_what_one_case_decides(side):
-    """One case makes all the skewness and the sample lies beyond every draw: the ends reach the draws', uncrossed."""
+    """With all skewness in one case the ends reach those of the draws and do not cross."""
     draws = side * np.linspace(0.6, 1, 50_000)
     low, high = resampling.corrected_interval(0.5 * side, draws, side * np.array([0.0] * 50 + [1.0]))
     assert draws.min() <= low <= high <= draws.max()
 
 
 def test_one_case_or_patient_is_left_out():
-    """Each row lacks one, in the order of their numbers."""
+    """Each jackknife sample leaves out one case or cluster, in order."""
     assert resampling.left_out(2).tolist() == [[0, 1], [1, 0]]
     assert resampling.left_out(3, clusters=[8, 5, 8]).tolist() == [[1, 0, 1], [0, 1, 0]]
     assert resampling.left_out(0).shape == (0, 0)
@@ -150,7 +150,7 @@ def test_one_case_or_patient_is_left_out():
     ],
 )
 def test_p_value_of_drawn_differences(drawn, p):
-    """Twice the smaller share beyond 0, the sample counted with it; the sign does not matter."""
+    """The p-value is twice the smaller share, sample included, and does not depend on the sign."""
     assert resampling.two_sided_p(drawn) == pytest.approx(p, nan_ok=True)
     assert resampling.two_sided_p(-drawn) == pytest.approx(p, nan_ok=True)
 
@@ -165,7 +165,7 @@ def test_p_value_of_drawn_differences(drawn, p):
     ],
 )
 def test_holm(p, corrected):
-    """Ranks times what is left, never falling, at most 1; what is NaN is not counted."""
+    """Corrected p-values never decrease, are at most 1, and do not count NaN."""
     assert resampling.holm(p) == pytest.approx(corrected, nan_ok=True)
 
 
@@ -173,7 +173,7 @@ def test_holm(p, corrected):
 
 
 def repeated(setting, times):
-    """Return the setting made of a draw's slides, each copy a slide of its own."""
+    """Return a setting with the slides of a draw, each copy under a name of its own."""
     copies = [(m, k) for m, n in zip(setting.matches, times, strict=True) for k in range(n)]
     matches = [Matches(f"{m.slide_id}#{k}", m.best, m.n_itc, m.false_positives) for m, k in copies]
     rows = np.repeat(np.arange(len(times)), times)
@@ -182,8 +182,8 @@ def repeated(setting, times):
 
 @pytest.mark.parametrize("mode", ["official", "strict"])
 def test_one_draw_is_the_score_of_its_slides(pair, mode):
-    """With one draw both ends of every interval and difference are those of the drawn slides, scored as a new set."""
-    found = compare(pair, reference="a", mode=mode, n=1, seed=5)
+    """With one draw both ends of every interval are the values of the drawn slides, scored anew."""
+    found = bootstrap(pair, reference="a", mode=mode, n=1, seed=5)
     order = sorted(range(40), key=lambda i: f"s{i}")
     times = np.zeros(40, int)
     times[order] = resampling.case_draws(40, n=1, seed=5)[0]
@@ -201,8 +201,8 @@ def test_one_draw_is_the_score_of_its_slides(pair, mode):
 
 
 def test_values_are_those_of_the_sample(pair):
-    """Whatever is drawn, an interval's value is the metric itself, and the band's curve the curve itself."""
-    found = compare(pair, reference="b", n=10)
+    """The value of an interval is the metric of the sample, and the curve of a band its curve."""
+    found = bootstrap(pair, reference="b", n=10)
     for one in pair:
         expected = froc.score(one.matches, mode="official") | froc.score(one.matches, mode="strict")
         expected["roc.auc"] = roc.auc(one.scores, one.labels)
@@ -217,8 +217,8 @@ def test_values_are_those_of_the_sample(pair):
 
 
 def test_bands_at_the_six_rates_are_the_intervals_there(pair):
-    """A band is the interval of the sensitivity at each rate by itself."""
-    found = compare(pair, reference="a", n=200)
+    """The band at a rate is the interval of the sensitivity at this rate."""
+    found = bootstrap(pair, reference="a", n=200)
     band = found.bands["a"]
     assert (band.fp_per_slide[0], band.fp_per_slide[-1]) == (0, 8)
     for rate in froc.RATES:
@@ -228,14 +228,14 @@ def test_bands_at_the_six_rates_are_the_intervals_there(pair):
 
 
 def test_a_setting_does_not_differ_from_itself(pair):
-    """The same confidences under another name differ by nothing, with p = 1, though both intervals are wide."""
-    found = compare([pair[0], pair[0]._replace(name="again")], reference="a", n=200)
+    """Equal confidences under two names have difference 0 and p = 1."""
+    found = bootstrap([pair[0], pair[0]._replace(name="again")], reference="a", n=200)
     assert set(found.differences["again"].values()) == {(0, 0, 0, 1, 1)}
     assert found.intervals["a"]["froc.score"].high - found.intervals["a"]["froc.score"].low > 0.1
 
 
 def test_order_of_slides_and_settings_does_not_matter(pair):
-    """Cases are known by name, in any case of the letters and any order; the others present change no interval."""
+    """Order, case of names and other settings do not change an interval."""
     order = np.random.default_rng(0).permutation(40)
     a, b = pair
     shuffled = Setting(
@@ -245,14 +245,14 @@ def test_order_of_slides_and_settings_does_not_matter(pair):
         b.scores[order],
         b.labels[order],
     )
-    found, again = compare([a, b], reference="a", n=100), compare([shuffled, a], reference="a", n=100)
+    found, again = bootstrap([a, b], reference="a", n=100), bootstrap([shuffled, a], reference="a", n=100)
     assert found.differences["b"] == again.differences["b"]
-    assert compare([b], reference="b", n=100).intervals["b"] == found.intervals["b"]
+    assert bootstrap([b], reference="b", n=100).intervals["b"] == found.intervals["b"]
 
 
 def test_seed_decides(pair):
-    """The same seed gives the same numbers, another one others."""
-    first, again, other = (compare(pair, reference="a", n=100, seed=seed) for seed in (1, 1, 2))
+    """The same seed gives the same numbers, another seed different ones."""
+    first, again, other = (bootstrap(pair, reference="a", n=100, seed=seed) for seed in (1, 1, 2))
     assert (first.intervals, first.differences) == (again.intervals, again.differences)
     assert first.intervals != other.intervals
 
@@ -263,7 +263,7 @@ def test_p_values_are_corrected_for_the_number_of_settings(pair):
     perfect = b._replace(
         name="c", matches=[Matches(m.slide_id, np.ones(len(m.best)), 0, np.empty(0)) for m in b.matches]
     )
-    found = compare([a, b, perfect, a._replace(name="d")], reference="a", n=199)
+    found = bootstrap([a, b, perfect, a._replace(name="d")], reference="a", n=199)
     scores = {name: metrics["froc.score"] for name, metrics in found.differences.items()}
     assert scores["c"].p == pytest.approx(0.01)
     assert scores["c"].p_corrected == pytest.approx(0.03)
@@ -271,8 +271,8 @@ def test_p_values_are_corrected_for_the_number_of_settings(pair):
 
 
 def test_without_draws_there_are_values_and_no_intervals(pair):
-    """Nothing is drawn, nothing is told about chance."""
-    found = compare(pair, reference="a", n=0)
+    """Without draws there are values, but no intervals and p-values."""
+    found = bootstrap(pair, reference="a", n=0)
     one = found.differences["b"]["froc.score"]
     assert one.value == pytest.approx(
         found.intervals["b"]["froc.score"].value - found.intervals["a"]["froc.score"].value
@@ -282,7 +282,7 @@ def test_without_draws_there_are_values_and_no_intervals(pair):
 
 
 def test_slides_of_one_patient_count_once(pair):
-    """Every slide there twice, as two of one patient: the intervals are those of the single slides, to the bit."""
+    """Doubling every slide within its patient leaves the intervals unchanged to the bit."""
     one = pair[0]
     twice = Setting(
         "a",
@@ -296,9 +296,9 @@ def test_slides_of_one_patient_count_once(pair):
     )
     number = {slide: k for k, slide in enumerate(sorted(one.slide_ids))}
     patients = number | {f"{slide}+": k for slide, k in number.items()}
-    alone = compare([one], reference="a", n=300).intervals["a"]
-    clustered = compare([twice._replace(clusters=patients)], reference="a", n=300).intervals["a"]
-    apart = compare([twice], reference="a", n=300).intervals["a"]
+    alone = bootstrap([one], reference="a", n=300).intervals["a"]
+    clustered = bootstrap([twice._replace(clusters=patients)], reference="a", n=300).intervals["a"]
+    apart = bootstrap([twice], reference="a", n=300).intervals["a"]
     for metric in ("froc.strict_score", "roc.auc"):
         assert clustered[metric] == pytest.approx(alone[metric])
         assert apart[metric].high - apart[metric].low < 0.85 * (alone[metric].high - alone[metric].low)
@@ -307,29 +307,29 @@ def test_slides_of_one_patient_count_once(pair):
 def test_a_slide_for_the_auc_alone_is_drawn_with_the_others(pair):
     """FROC may have fewer slides than the AUC; without any slide for either, numbers are NaN."""
     fewer = [one._replace(matches=one.matches[1:]) for one in pair]
-    found = compare(fewer, reference="a", n=50)
+    found = bootstrap(fewer, reference="a", n=50)
     assert found.intervals["a"]["froc.score"].low < found.intervals["a"]["froc.score"].high
     none = Setting("a", [], (), np.empty(0), np.empty(0, int))
-    assert all(math.isnan(x) for one in compare([none], reference="a", n=5).intervals["a"].values() for x in one)
+    assert all(math.isnan(x) for one in bootstrap([none], reference="a", n=5).intervals["a"].values() for x in one)
 
 
 # --- refusals
 
 
 def other_label(one):
-    """Return a setting with the first label turned round."""
+    """Return the setting with its first label inverted."""
     return one._replace(labels=np.append(1 - one.labels[0], one.labels[1:]))
 
 
 def other_lesions(one):
-    """Return a setting whose first slide has one lesion more."""
+    """Return the setting with one more lesion in its first slide."""
     first = one.matches[0]
     more = Matches(first.slide_id, np.append(first.best, 0.5), 0, first.false_positives)
     return one._replace(matches=[more, *one.matches[1:]])
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         (lambda one: one._replace(protocol_hash="f" * 64), r"different protocols \(none and ffffffffffff\)"),
         (lambda one: one._replace(matches=one.matches[1:]), "different slides for FROC: s0 in one of them only"),
@@ -343,48 +343,48 @@ def other_lesions(one):
         (lambda one: one._replace(clusters={"s3": 0, "s5": 0}), "different patients for s5"),
     ],
 )
-def test_what_cannot_be_compared_is_refused(pair, change, told):
-    """Protocol, case sets, labels, lesions, truth and patients have to be the same; the message names the slide."""
+def test_what_cannot_be_compared_is_refused(pair, change, message):
+    """A difference in protocol, cases, labels, lesions, truth or patients is refused by name."""
     first = pair[0]._replace(truth={"s0": "one"})
     second = pair[1]._replace(truth={"s0": "one"})
-    assert incomparable([first, second]) == []
-    with pytest.raises(InputError, match=f"a and b .*{told}"):
-        compare([first, change(second)], reference="a", n=1)
+    assert comparability_problems([first, second]) == []
+    with pytest.raises(InputError, match=f"a and b .*{message}"):
+        bootstrap([first, change(second)], reference="a", n=1)
 
 
 def test_patients_are_the_same_by_any_number(pair):
-    """What counts is which slides are of one patient, and one slide is a patient by itself."""
+    """The grouping of slides by patient counts, not the patients' numbers."""
     first, second = (
         pair[0]._replace(clusters={"s3": 7, "s5": 7}),
         pair[1]._replace(clusters={"s0": 1, "s3": 0, "S5": 0}),
     )
-    assert incomparable([first, second]) == []
+    assert comparability_problems([first, second]) == []
     alone = pair[0]._replace(clusters={f"s{i}": i for i in range(40)})
-    assert incomparable([alone, pair[1]]) == []
+    assert comparability_problems([alone, pair[1]]) == []
 
 
 def test_delongs_test_stands_beside_the_draws():
-    """Its p-values are those of the areas, whatever the order of the slides, and corrected for their number."""
+    """DeLong's p-values do not depend on the order of slides and are corrected for their number."""
     first, second = two(np.random.default_rng(3), 60, (1.0, 2.0))
     back = second._replace(
         name="c", slide_ids=second.slide_ids[::-1], scores=second.scores[::-1], labels=second.labels[::-1]
     )
-    found = compare([first, second, back], reference="a", n=1).delong
+    found = bootstrap([first, second, back], reference="a", n=1).delong
     alone = roc.paired_test(second.scores, first.scores, first.labels).p
     assert 0 < alone < 0.4
     assert found == {name: (pytest.approx(alone), pytest.approx(2 * alone)) for name in "bc"}
 
 
 def test_names_have_to_be_told_apart(pair):
-    """Two settings of one name, or a reference that is not there, are refused."""
-    with pytest.raises(InputError, match="name of its own"):
-        compare([pair[0], pair[0]], reference="a", n=1)
+    """Two settings of one name, and a missing reference, are refused."""
+    with pytest.raises(InputError, match="a unique name"):
+        bootstrap([pair[0], pair[0]], reference="a", n=1)
     with pytest.raises(InputError, match="'c' as the reference"):
-        compare(pair, reference="c", n=1)
+        bootstrap(pair, reference="c", n=1)
 
 
 def lone(name, n_lesions, labels, score):
-    """Return a setting of slides with so many lesions each, all found with this score, or none of them."""
+    """Return a setting of slides with given numbers of lesions, all hit with one score, or none."""
     best = [np.full(n, score if score > 0 else -np.inf) for n in n_lesions]
     matches = [Matches(f"s{i}", one, 0, np.array([0.1, 0.2])) for i, one in enumerate(best)]
     scores = np.where(np.array(labels) == 1, score, 0.5)
@@ -404,14 +404,14 @@ def lone(name, n_lesions, labels, score):
     ],
 )
 def test_what_rests_on_one_case_is_not_certain(n_lesions, labels, patients, known):
-    """It has a value and differs by one; as every draw is the same there is no interval and no p-value of 0.005."""
+    """A metric that depends on one case has a value, but neither interval nor p-value."""
     good, bad = (lone(name, n_lesions, labels, s)._replace(clusters=patients) for name, s in (("a", 0.9), ("b", 0.0)))
-    found = compare([good, bad], reference="b", n=400)
+    found = bootstrap([good, bad], reference="b", n=400)
     differences = found.differences["a"]
     assert differences["froc.strict_score"].value == 1
     for metric in ("froc.strict_score", "roc.auc"):
-        told = [*found.intervals["a"][metric][1:], *differences[metric][1:]]
-        assert [math.isfinite(one) for one in told] == [metric in known] * len(told)
+        numbers = [*found.intervals["a"][metric][1:], *differences[metric][1:]]
+        assert [math.isfinite(one) for one in numbers] == [metric in known] * len(numbers)
     assert np.isnan(found.bands["a"].low).all() == ("froc.strict_score" not in known)
 
 
@@ -419,7 +419,7 @@ def test_what_rests_on_one_case_is_not_certain(n_lesions, labels, patients, know
 
 
 def test_pareto_front():
-    """Dearer and no better is off the front; of equals all stay; what has no number is not on it."""
+    """A dearer and not better setting is off the front, equal ones stay, NaN is off."""
     cost, score = [1, 2, 3, 3, 4, 4, 5, math.nan], [0.5, 0.7, 0.7, 0.9, 0.9, 0.95, 0.95, 1]
     assert pareto(cost, score).tolist() == [True, True, False, True, False, True, False, False]
     assert pareto([1, 1], [0.5, 0.5]).tolist() == [True, True]
@@ -430,7 +430,7 @@ def test_pareto_front():
 
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=1, max_size=12))
 def test_pareto_front_is_what_nothing_beats(points):
-    """Every point off the front is beaten by one on it, and none on it is beaten."""
+    """Every setting off the front is dominated by one on it, and none on it is dominated."""
     front = pareto(*zip(*points, strict=True))
 
     def beats(one, other):
@@ -445,14 +445,14 @@ def test_pareto_front_is_what_nothing_beats(points):
 
 
 def share_bounds(n):
-    """Return between which shares of n data sets 95 % coverage is believed: 93 to 97 %, wider for few sets."""
+    """Return the bounds of a believable 95 % coverage for n data sets: 93 to 97 %, wider for few sets."""
     slack = 0.02 if n >= 1000 else 3.3 * math.sqrt(0.95 * 0.05 / n)
     return 0.95 - slack, 0.95 + slack
 
 
 @pytest.fixture(scope="module")
 def trials():
-    """Many simulated data sets of 120 slides, compared: with a true difference, and without one."""
+    """Return results for many simulated data sets of 120 slides, with and without a true difference."""
     found = {}
     for name, shift in {"different": (1.5, 1.8), "alike": (1.7, 1.7)}.items():
         found[name] = [tried(two(np.random.default_rng([11, k]), 120, shift), k) for k in range(SETS)]
@@ -460,7 +460,7 @@ def trials():
 
 
 class Trial(NamedTuple):
-    """What is told of one data set."""
+    """The results of one data set."""
 
     intervals: dict
     differences: dict
@@ -469,16 +469,16 @@ class Trial(NamedTuple):
 
 
 def tried(pair, seed):
-    """Compare the two settings of a data set."""
+    """Return the results of the two settings of a data set."""
     a, b = pair
-    found = compare(pair, reference="a", n=N_DRAWS, seed=seed)
+    found = bootstrap(pair, reference="a", n=N_DRAWS, seed=seed)
     p = roc.paired_test(b.scores, a.scores, a.labels).p
     return Trial(found.intervals["a"], found.differences["b"], roc.auc_interval(a.scores, a.labels), p)
 
 
 @pytest.fixture(scope="module")
 def true_values():
-    """Return what the metrics are over very many slides, of both settings."""
+    """Return the metrics of both settings over very many slides."""
     rng, shift = np.random.default_rng(99), (1.5, 1.8)
     _, found, _ = simulated(rng, 30_000, shift)
     areas = [(1 + math.erf(apart(mu) / 2)) / 2 for mu in shift]  # of normals one standard deviation wide

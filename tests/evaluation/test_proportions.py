@@ -19,13 +19,13 @@ NEWCOMBE = [
 
 @pytest.mark.parametrize(("hits", "n", "wilson", "exact"), NEWCOMBE)
 def test_published_intervals(hits: int, n: int, wilson: tuple[float, float], exact: tuple[float, float]) -> None:
-    """The four examples of Newcombe's comparison, to the digits printed there."""
+    """The intervals equal the four examples of Newcombe's comparison to the printed digits."""
     assert np.round(proportions.wilson(hits, n), 4) == pytest.approx(wilson)
     assert np.round(proportions.clopper_pearson(hits, n), 4) == pytest.approx(exact)
 
 
 def test_the_rule_of_three() -> None:
-    """Nothing seen in n draws bounds the rate by 1 - 0.05**(1/n), near 3/n."""
+    """Zero of n bounds the rate by 1 - 0.05**(1/n), about 3/n."""
     assert proportions.upper_bound(0, 100) == pytest.approx(1 - 0.05**0.01)
     assert proportions.upper_bound(0, 10**8) == pytest.approx(2.9957e-8, rel=1e-4)
     assert proportions.upper_bound(0, 0) == 1
@@ -33,14 +33,14 @@ def test_the_rule_of_three() -> None:
 
 
 def test_no_draws_say_nothing() -> None:
-    """0 of 0 is compatible with every share."""
+    """The interval of 0 of 0 is 0 to 1."""
     for interval in (proportions.wilson(0, 0), proportions.clopper_pearson(0, 0)):
         assert [float(end) for end in interval] == [0, 1]
 
 
 @given(st.integers(0, 200).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
 def test_intervals_hold_the_share_and_mirror(counts: tuple[int, int]) -> None:
-    """The share lies inside, and the complement has the mirrored interval."""
+    """The share lies inside, and the interval of the complement is mirrored."""
     hits, n = counts
     for method in (proportions.wilson, proportions.clopper_pearson):
         (low, high), (other_low, other_high) = method(hits, n), method(n - hits, n)
@@ -50,7 +50,7 @@ def test_intervals_hold_the_share_and_mirror(counts: tuple[int, int]) -> None:
 
 
 def test_exact_interval_covers_whatever_the_share() -> None:
-    """Clopper and Pearson hold at least 95 % for every share, by the binomial distribution itself."""
+    """By the binomial distribution the coverage of Clopper and Pearson is at least 95 % everywhere."""
     from scipy import stats
 
     n = 30

@@ -1,4 +1,4 @@
-"""The area under the ROC curve and its variance, against published scores and a plain double loop."""
+"""AUC, variance, intervals and DeLong's test against published values and plain double loops."""
 
 import csv
 import math
@@ -35,7 +35,7 @@ def outcomes(scores, labels):
 
 
 def test_worked_example():
-    """Four tumour and three normal slides: area 0.75, variance 0.0347222."""
+    """Four tumour and three normal slides have AUC 0.75 and variance 0.0347222."""
     assert roc.auc(SCORES, LABELS) == 0.75
     assert round(roc.delong_variance(SCORES, LABELS), 7) == 0.0347222
 
@@ -49,7 +49,7 @@ def test_worked_example():
     ],
 )
 def test_published_scores(shared_data, column, area, deviation):
-    """The published slide scores of three models have the published areas and deviations on 129 test slides."""
+    """Published slide scores of three models have the published AUCs and deviations on 129 test slides."""
     with (shared_data / "camelyon16" / "tables" / "reference.csv").open() as file:
         truth = {row["image"].removesuffix(".tif"): row["type"] == "tumor" for row in csv.DictReader(file)}
     with (shared_data / "published" / "dldp" / "RF_results" / "reference_all_final_results_0515.csv").open() as file:
@@ -62,7 +62,7 @@ def test_published_scores(shared_data, column, area, deviation):
 
 @given(two_classes)
 def test_area_and_variance_equal_the_matrix_of_outcomes(sample):
-    """Ranks give what the full matrix of pairs gives, ties included."""
+    """Ranks give the values of the full matrix of pairs, ties included."""
     x = outcomes(*sample)
     n, m = x.shape
     a, b, s = m * x.mean(axis=1).var(ddof=1), n * x.mean(axis=0).var(ddof=1), x.var(ddof=1)
@@ -72,7 +72,7 @@ def test_area_and_variance_equal_the_matrix_of_outcomes(sample):
 
 
 def patients():
-    """Return albumin, total protein, K-G score (turned so that more is better) and outcome."""
+    """Return albumin, total protein, K-G score (negated so that higher is better) and outcome."""
     albumin, protein, kg, outcome = np.array(PATIENTS.split(), float).reshape(-1, 4).T
     return albumin, protein, 10 - kg, outcome
 
@@ -89,13 +89,13 @@ def test_published_paired_tests():
     """Albumin and total protein against the K-G score: difference, error, chi square and p as SAS prints them."""
     albumin, protein, kg, outcome = patients()
     found = [roc.paired_test(one, kg, outcome) for one in (albumin, protein)]
-    told = [(round(d, 4), round(e, 4), round((d / e) ** 2, 4), round(p, 4)) for d, e, p in found]
-    assert told == [(0.0108, 0.0953, 0.0127, 0.9102), (-0.0780, 0.1046, 0.5554, 0.4561)]
+    rounded = [(round(d, 4), round(e, 4), round((d / e) ** 2, 4), round(p, 4)) for d, e, p in found]
+    assert rounded == [(0.0108, 0.0953, 0.0127, 0.9102), (-0.0780, 0.1046, 0.5554, 0.4561)]
 
 
 @given(two_classes, st.randoms(use_true_random=False))
 def test_covariance_equals_its_definition(sample, random):
-    """Covariance of mean wins, tumour slide by tumour slide and normal by normal, from the matrices of pairs."""
+    """It equals the covariance of placement values from the matrices of pairs."""
     scores, labels = sample
     other = random.sample(scores, len(scores))
     x, y = outcomes(scores, labels), outcomes(other, labels)
@@ -113,7 +113,7 @@ def test_covariance_equals_its_definition(sample, random):
 
 @given(two_classes)
 def test_paired_test_of_equal_and_mirrored_scores(sample):
-    """Scores do not differ from themselves; the order of the two turns the sign alone."""
+    """Equal scores have difference 0, and exchanging the scores changes the sign only."""
     scores, labels = sample
     other = [-score for score in scores]
     assert roc.paired_test(scores, scores, labels) == (0, 0, 1)
@@ -123,7 +123,7 @@ def test_paired_test_of_equal_and_mirrored_scores(sample):
 
 
 def test_paired_test_of_one_slide_in_a_class():
-    """One slide of a class leaves no test."""
+    """With one slide in a class there is no test."""
     difference, error, p = roc.paired_test([1, 0, 0], [0, 0, 0], [1, 0, 0])
     assert difference == 0.5
     assert math.isnan(error)
@@ -132,7 +132,7 @@ def test_paired_test_of_one_slide_in_a_class():
 
 @given(two_classes, st.integers(0, 1000))
 def test_area_of_a_draw_is_that_of_its_slides(sample, seed):
-    """Counting slides gives what repeating them gives; NaN where a class was not drawn."""
+    """Counting slides equals repeating them; a draw without a class is NaN."""
     scores, labels = (np.array(one) for one in sample)
     times = np.random.default_rng(seed).integers(0, 3, size=(4, len(scores)))
     expected = [roc.auc(np.repeat(scores, row), np.repeat(labels, row)) for row in times]
@@ -141,7 +141,7 @@ def test_area_of_a_draw_is_that_of_its_slides(sample, seed):
 
 @given(two_classes)
 def test_turning_the_scores_round_mirrors_the_area(sample):
-    """Negated scores have the complementary area and the same variance."""
+    """Negated scores have the complementary AUC and the same variance."""
     scores, labels = sample
     negated = [-score for score in scores]
     assert roc.auc(negated, labels) == pytest.approx(1 - roc.auc(scores, labels))
@@ -166,7 +166,7 @@ def test_interval_holds_the_area_within_bounds(sample):
 
 
 def test_interval_of_the_worked_example():
-    """The log odds of 0.75 -+ 1.96 deviations, with the variance of DeLong: 1/4 of 0.125 + 1/3 of 0.02083."""
+    """The interval is logit(0.75) -+ 1.96 deviations with DeLong's variance."""
     variance = roc.delong_covariance([SCORES], LABELS)[0, 0]
     half = roc.Z95 * math.sqrt(variance) / (0.75 * 0.25)
     expected = [1 / (1 + math.exp(-(math.log(3) + sign * half))) for sign in (-1, 1)]
@@ -183,14 +183,14 @@ def test_interval_of_turned_scores_is_mirrored(sample):
 
 @pytest.mark.parametrize(("m", "n"), [(3, 3), (49, 80), (1000, 1000)])
 def test_perfect_separation_is_not_certain(m, n):
-    """An area of 1 has no variance of its own, yet its interval begins below 1: the further the fewer slides."""
+    """An AUC of 1 has an interval that begins below 1, lower for fewer slides."""
     low, high = roc.auc_interval([1] * m + [0] * n, [1] * m + [0] * n)
     assert high == 1
     assert 1 - low == pytest.approx(roc.Z95**2 * 2 / (m + n), rel=0.75)  # of the order of 3.8 over the smaller class
 
 
 def test_one_class_has_no_area():
-    """Without a pair to compare everything is NaN."""
+    """With one class everything is NaN."""
     values = [roc.auc([0.1, 0.2], [1, 1]), roc.delong_variance([0.1, 0.2], [0, 0]), *roc.auc_interval([0.1], [1])]
     assert all(map(math.isnan, [*values, *roc.curve([0.1], [1]).fpr[1:]]))
 
@@ -211,7 +211,7 @@ def test_one_slide_in_a_class_has_an_area_but_no_variance():
     ],
 )
 def test_areas_that_do_not_vary_are_not_told_apart(scores, other, difference, p):
-    """Two slides of either class, separated or all alike: DeLong's variance is 0, which is no p-value of 0."""
+    """Where DeLong's variance is 0 the p-value is not 0."""
     found = roc.paired_test(scores, other, [1, 1, 0, 0])
     assert found[:2] == (difference, 0)
     assert found.p == pytest.approx(p, nan_ok=True)
@@ -219,16 +219,16 @@ def test_areas_that_do_not_vary_are_not_told_apart(scores, other, difference, p)
 
 @pytest.mark.filterwarnings("error")
 def test_huge_scores_are_resampled_without_a_word():
-    """A difference of finite scores may be infinite; who wins is not."""
+    """Scores whose difference overflows are compared without a warning."""
     times = np.ones((1, 3), np.int64)
     assert roc.resample([1e308, -1e308, 0], [1, 0, 0], times) == 1
 
 
 @pytest.mark.parametrize(
-    ("scores", "labels", "told"),
+    ("scores", "labels", "message"),
     [([0.1, math.nan], [0, 1], "NaN"), ([0.1, 0.2], [0, 2], "label"), ([0.1, 0.2], [0], "one label per score")],
 )
-def test_unusable_input_is_refused(scores, labels, told):
-    """NaN scores, odd labels and odd lengths are named."""
-    with pytest.raises(InputError, match=told):
+def test_unusable_input_is_refused(scores, labels, message):
+    """NaN scores, other labels and unequal lengths are refused by name."""
+    with pytest.raises(InputError, match=message):
         roc.auc(scores, labels)

@@ -1,4 +1,4 @@
-"""Features of real runs, a forest trained on one and its scores of another, as a user types it."""
+"""Features of real runs, a forest trained on one of them, and its scores of another, through the commands."""
 
 import csv
 import json
@@ -13,7 +13,7 @@ from flows.__main__ import main
 from wsiflow.errors import InputError
 from wsiflow.evaluation import detections, forest, roc, slide_score
 from wsiflow.evaluation.forest import Choices
-from wsiflow.evaluation.slide_score import Row, sample_of
+from wsiflow.evaluation.slide_score import FeatureRow, sample_of
 from wsiflow.heatmap import files
 from wsiflow.heatmap.features import LEVELS, NAMES, describe
 from wsiflow.run.plan import latest_plan
@@ -24,7 +24,7 @@ Call = Callable[..., str]
 
 @pytest.fixture(scope="module")
 def trained(finished: Path, small_slides: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the features of the run, a forest trained on them, and one on the same under other names."""
+    """Return a folder with features of a run, a forest trained on them, and one for slides of other names."""
     folder = tmp_path_factory.mktemp("trained")
     assert main(["features", str(finished), "--out", str(folder / "features.csv")]) == 0
     for name, path in (("features.csv", small_slides), ("other_features.csv", small_slides.with_name("other.csv"))):
@@ -40,7 +40,7 @@ def trained(finished: Path, small_slides: Path, tmp_path_factory: pytest.TempPat
 
 @pytest.fixture
 def fails(capsys: pytest.CaptureFixture[str]) -> Call:
-    """Call a command that must end with exit code 20, and return its one line."""
+    """Run a command that must end with exit code 20, and return its one line."""
 
     def call(*arguments: object) -> str:
         assert main([str(argument) for argument in arguments]) == 20
@@ -51,7 +51,7 @@ def fails(capsys: pytest.CaptureFixture[str]) -> Call:
 
 
 def test_the_table_has_the_features_of_the_heatmaps(trained: Path, finished: Path) -> None:
-    """A row for each slide and threshold; every digit is that of the map's features, tissue taken from the mask."""
+    """The table has a row per slide and threshold with all digits, and tissue from the mask."""
     with (trained / "features.csv").open() as stream:
         rows = list(csv.DictReader(stream))
     assert len(rows) == 6 * len(LEVELS)
@@ -68,15 +68,15 @@ def test_the_table_has_the_features_of_the_heatmaps(trained: Path, finished: Pat
 
 
 def test_scores_go_into_evaluate(trained: Path, finished: Path, small_slides: Path) -> None:
-    """Scores of slides whose names the forest does not know give the slide AUC of ``wsiflow evaluate``."""
+    """Scores of a forest that was not trained on these slides give the AUC of ``wsiflow evaluate``."""
     scores, out = trained / "scores.csv", trained / "evaluated"
     options = ["--forest", str(trained / "other_forest.json"), "--out", str(scores)]
     assert main(["forest", "score", str(finished), *options]) == 0
     found = detections.read_scores(scores)
-    made = forest.load(trained / "other_forest.json")
+    other = forest.load(trained / "other_forest.json")
     table = {(row.slide_id, row.threshold): row for row in slide_score.read_features(trained / "features.csv")}
-    rows = np.array([table[slide_id, made.card.settings.threshold].values for slide_id in found])
-    assert list(found.values()) == made.predict(rows).tolist()
+    rows = np.array([table[slide_id, other.card.settings.threshold].values for slide_id in found])
+    assert list(found.values()) == other.predict(rows).tolist()
     options = ["--manifest", str(small_slides), "--detections", str(finished / "detections"), "--scores", str(scores)]
     assert main(["evaluate", *options, "--bootstrap", "0", "--out", str(out)]) == 0
     with (out / "cases.csv").open() as stream:
@@ -86,7 +86,7 @@ def test_scores_go_into_evaluate(trained: Path, finished: Path, small_slides: Pa
 
 
 def test_the_reference_flag_gives_other_features(trained: Path, finished: Path) -> None:
-    """Tissue in cells of 16 px: the same share is 49 times smaller at stride 112; and forests do not mix them."""
+    """Shares in cells of 16 px are 49 times smaller at stride 112, and versions do not mix."""
     out = trained / "reference.csv"
     assert main(["features", str(finished), "--reference", "--out", str(out)]) == 0
     ours, theirs = (slide_score.read_features(path) for path in (trained / "features.csv", out))
@@ -97,7 +97,7 @@ def test_the_reference_flag_gives_other_features(trained: Path, finished: Path) 
 
 
 def test_slides_of_the_training_are_not_scored_unasked(trained: Path, finished: Path, fails: Call) -> None:
-    """Their AUC would say nothing."""
+    """Training slides are scored only with --also-training."""
     options = ["--forest", str(trained / "forest.json"), "--out", str(trained / "own.csv")]
     assert "was trained on 6 of these slides: normal_001" in fails("forest", "score", finished, *options)
     assert not (trained / "own.csv").exists()
@@ -106,25 +106,25 @@ def test_slides_of_the_training_are_not_scored_unasked(trained: Path, finished: 
 
 
 def test_maps_of_another_stride_are_not_scored(trained: Path, finished: Path, fails: Call) -> None:
-    """Areas in other cells are other numbers."""
-    made = forest.load(trained / "other_forest.json")
+    """A forest refuses heatmaps with cells of another size."""
+    other = forest.load(trained / "other_forest.json")
     path = trained / "fine.json"
-    forest.save(made._replace(card=made.card._replace(cell_um=16 * 0.243)), path)
-    told = fails("forest", "score", finished, "--forest", path, "--out", trained / "never.csv")
-    assert "cells of 27.22 um where the forest was trained on 3.888 um" in told
+    forest.save(other._replace(card=other.card._replace(cell_um=16 * 0.243)), path)
+    message = fails("forest", "score", finished, "--forest", path, "--out", trained / "never.csv")
+    assert "cells of 27.22 um where the forest was trained on 3.888 um" in message
 
 
 def test_a_slide_in_two_runs_and_a_folder_without_a_run_are_refused(
     finished: Path, tmp_path: Path, fails: Call
 ) -> None:
-    """Named, and nothing is written."""
+    """Both are named in the message, and nothing is written."""
     assert "slide normal_001" in fails("features", finished, finished, "--out", tmp_path / "f.csv")
     assert "it holds no plan" in fails("features", tmp_path, "--out", tmp_path / "f.csv")
     assert not (tmp_path / "f.csv").exists()
 
 
 def test_a_table_that_is_none_is_refused(tmp_path: Path, small_slides: Path, fails: Call) -> None:
-    """Another CSV, a word for a number, a short line, cells without a size."""
+    """Another CSV, text for a number, a short line and a cell size of 0 are refused."""
     table = tmp_path / "f.csv"
     header = ",".join(slide_score.COLUMNS)
     for text in (
@@ -143,9 +143,9 @@ def test_a_table_that_is_none_is_refused(tmp_path: Path, small_slides: Path, fai
 # --- which slides are trained on
 
 
-def rows_of(*slide_ids: str, **more: object) -> list[Row]:
-    """Return features of some slides, all the same."""
-    row = Row("", 0.5, "1", 3.9, np.zeros(len(NAMES)))
+def rows_of(*slide_ids: str, **more: object) -> list[FeatureRow]:
+    """Return feature rows of some slides, all with the same values."""
+    row = FeatureRow("", 0.5, "1", 3.9, np.zeros(len(NAMES)))
     return [row._replace(slide_id=slide_id, threshold=t, **more) for slide_id in slide_ids for t in (0.5, 0.9)]
 
 
@@ -154,7 +154,7 @@ def case(slide_id: str, label: int | None, **more: str) -> manifest.Case:
 
 
 def test_test_slides_and_slides_without_label_are_left_out() -> None:
-    """Whatever the features hold."""
+    """Test slides and unlabelled slides are not used for training."""
     cases = [case("a", 1, patient_id="p"), case("b", 0), case("c", 1, split="Test"), case("d", None)]
     sample = sample_of(rows_of("a", "b", "c", "d", "e"), cases)
     assert sample.slide_ids == ("a", "b")
@@ -164,27 +164,27 @@ def test_test_slides_and_slides_without_label_are_left_out() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "told"),
+    ("rows", "message"),
     [
         (rows_of("a"), "no features of b"),
         (rows_of("a", "b", "a"), "slide a.*given twice"),
         (rows_of("a") + rows_of("b", version="reference-1"), "versions 1, reference-1"),
         (rows_of("a", "a1") + rows_of("b", cell_um=15.6), "slide b.*cells of 15.6 um where most have 3.9 um"),
-        (rows_of("a") + rows_of("b")[:1], "slide b.*thresholds are missing"),
+        (rows_of("a") + rows_of("b")[:1], "slide b.*no features at some of the thresholds"),
     ],
 )
-def test_features_that_do_not_belong_together_are_refused(rows: list[Row], told: str) -> None:
-    """A slide that failed silently would make another sample."""
+def test_features_that_do_not_belong_together_are_refused(rows: list[FeatureRow], message: str) -> None:
+    """A missing or inconsistent slide would silently change the training sample."""
     cases = [case("a", 1), case("b", 0)]
     extra = [replace(cases[0], slide_id="a1")] if any(row.slide_id == "a1" for row in rows) else []
-    with pytest.raises(InputError, match=told):
+    with pytest.raises(InputError, match=message):
         sample_of(rows, [*cases, *extra])
-    with pytest.raises(InputError, match="no slides"):
+    with pytest.raises(InputError, match="no labelled slides"):
         sample_of(rows, [])
 
 
 def test_a_patient_is_a_group(trained: Path) -> None:
-    """What the manifest calls a patient, the forest keeps together: two patients are too few, three are not."""
+    """The manifest's patients group the slides: two patients are too few, three are enough."""
     rows = slide_score.read_features(trained / "features.csv")
     names = sorted({row.slide_id for row in rows})
     cases = [case(name, int(name.startswith("t")), patient_id=name[:1] + name[-1]) for name in names]

@@ -116,7 +116,7 @@ def test_scores_of_an_earlier_state_are_not_shown_as_those_of_now(slide: Path, t
     assert (out / "evaluation-FORMER/report.html").exists()
     assert not (out / "evaluation").exists()
     assert not (out / "report.html").exists()
-    assert runs.scores_of(out) is None
+    assert runs.scores_folder(out) is None
     assert "not complete: it lacks 1 of ingest, 1 of evaluation" in told_by_status(out, capsys)
     for _ in range(2):  # the second time there are partial scores already
         assert started(capsys, "dataset=manifest", given, f"out={out}", "allow_partial=true")[0] == 10
@@ -342,7 +342,7 @@ def test_the_same_folder_with_other_settings_is_refused(slide: Path, tmp_path: P
     assert code == 20
     assert "lesions.threshold (0.5 there, 0.7 now)" in said
     assert cli.main(["retry", str(tmp_path / "run")]) == 0
-    assert runs.in_folders([tmp_path / "run"]).runs[0].params["lesions.threshold"] == "0.5"
+    assert runs.runs_in_folders([tmp_path / "run"]).runs[0].params["lesions.threshold"] == "0.5"
     shutil.copy(slide, slide.with_name("other.tif"))
     other = manifest(slide, "other,other.tif,,0,", "more,good.tif,,0,")
     assert started(capsys, "dataset=manifest", other, f"out={tmp_path / 'run'}")[0] == 20

@@ -51,14 +51,16 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seen]:
     folder = tmp_path_factory.mktemp("seen")
     params = store(f"sqlite:///{folder}/mlflow.db")
     log(params, stride_trials(STRIDES, repeats=1), folder)
-    made = comparison.answer(comparison.Asked([], params, comparison.Options(resamples=200)), folder / "out")
-    assert made.logged is not None
+    result = comparison.run_comparison(
+        comparison.Request([], params, comparison.Options(resamples=200)), folder / "out"
+    )
+    assert result.logged is not None
     client = mlflow.MlflowClient(tracking_uri=params.uri)
     experiment = client.get_experiment_by_name("wsiflow").experiment_id
     runs = {one.info.run_id: one for one in client.search_runs([experiment], "tags.`wsiflow.role` = 'run'")}
     pictures = Path(os.environ.get("WSIFLOW_SCREENSHOTS", folder / "pictures"))
     with _server(folder) as url, browser.chromium(folder / "home") as tab:
-        yield Seen(url, experiment, made.logged.run_id or "", runs, tab, pictures)
+        yield Seen(url, experiment, result.logged.run_id or "", runs, tab, pictures)
 
 
 @contextmanager

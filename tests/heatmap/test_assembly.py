@@ -1,4 +1,4 @@
-"""Placement by coordinates, never by order."""
+"""Heatmaps are assembled by the coordinates of tiles, not by their order."""
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ def test_order_of_tiles_does_not_matter() -> None:
 
 
 def test_scores_lie_at_their_tile_and_the_rest_is_nan() -> None:
-    """The map starts at the frame's first tile; cells without a tile are NaN, not zero."""
+    """The map starts at the first tile of the frame, and cells without a tile are NaN."""
     heat = assembly.assemble(FRAME, CELLS, PROB)
     assert heat.shape == (12, 12)
     assert np.array_equal(heat[4:8, 4:8], PROB[0])
@@ -46,13 +46,13 @@ def test_no_tile_gives_a_map_of_nan_and_score_zero() -> None:
     ],
 )
 def test_tiles_that_cannot_be_placed_are_refused(cells: np.ndarray, message: str) -> None:
-    """A duplicate, a foreign or a missing tile is never papered over."""
+    """A duplicate, an unknown and a missing tile raise an error."""
     with pytest.raises(IntegrityError, match=message):
         assembly.assemble(FRAME, cells, PROB)
 
 
 def corners(frame: Frame) -> np.ndarray:
-    """Return the window corners of every cell of a map, (rows, cols, 2)."""
+    """Return int64 (rows, cols, 2), the corners of the windows of every cell of a map."""
     m = frame.cells_per_tile
     own = window_offsets_px(frame).reshape(m, m, 2)
     tiles = np.stack(np.meshgrid(np.arange(frame.t_cols), np.arange(frame.t_rows)), axis=-1) * frame.tile_px
@@ -62,20 +62,20 @@ def corners(frame: Frame) -> np.ndarray:
 @pytest.mark.parametrize("convention", ["centred", "reference"])
 @pytest.mark.parametrize("window_px", [224, 101])
 def test_a_coarse_map_is_taken_from_cells_with_the_same_windows(convention: str, window_px: int) -> None:
-    """For every pair of strides: either the windows are the same in every cell, or it is refused and none could be."""
+    """For every pair of strides all windows are the same, or the map is refused and none could be."""
     frame = FRAME._replace(convention=convention, window_px=window_px)
     strides, exact = [s for s in range(1, 225) if 224 % s == 0], 0
     for fine in (frame._replace(stride_px=s) for s in strides[2:]):
         seen = corners(fine).astype(np.float32)
         for coarse in (frame._replace(stride_px=s) for s in strides if s > fine.stride_px):
-            wanted = corners(coarse)
+            expected = corners(coarse)
             try:
                 found = np.stack([assembly.subsample(seen[..., axis], fine, coarse) for axis in (0, 1)], axis=-1)
             except InputError:
-                assert not set(map(tuple, wanted.reshape(-1, 2))) <= set(map(tuple, seen.reshape(-1, 2).astype(int)))
+                assert not set(map(tuple, expected.reshape(-1, 2))) <= set(map(tuple, seen.reshape(-1, 2).astype(int)))
             else:
                 exact += 1
-                assert np.array_equal(found, wanted)
+                assert np.array_equal(found, expected)
     assert exact >= 4
 
 
@@ -107,7 +107,7 @@ def test_maps_without_common_windows_are_refused(change: dict, reason: str) -> N
     ],
 )
 def test_scores_are_alike_only_if_computed_alike(change: dict, reason: str) -> None:
-    """Another engine, format or batch, or a network that pads, may give other scores of the same window."""
+    """Another engine, precision or batch, or a network that pads, may change the score of a window."""
     one = Choice("window", "openvino", "fp32", 32, 16, "", 0, exact=True, halo_px=104, block_rows=7, block_cols=12)
     assert (
         (reason in reason_scores_differ(one, one._replace(**change)))
@@ -118,6 +118,6 @@ def test_scores_are_alike_only_if_computed_alike(change: dict, reason: str) -> N
 
 @pytest.mark.parametrize("precision", ["bf16", "int8"])
 def test_a_dense_map_of_less_than_fp32_is_of_its_stride_alone(precision: str) -> None:
-    """Another stride is another graph, which rounds otherwise and is calibrated otherwise."""
+    """In lower precision a dense network rounds differently at each stride."""
     one = Choice("dense", "openvino", precision, 32, 16, "", 0, exact=True, halo_px=104, block_rows=7, block_cols=12)
     assert precision in reason_scores_differ(one, one)

@@ -1,4 +1,4 @@
-"""Features of small maps by hand, of any map by law, and what the published sheets say about them."""
+"""Features of small maps by hand, laws that hold for any map, and the published sheets."""
 
 import csv
 import math
@@ -31,23 +31,23 @@ def features(heat: NDArray[np.float32], threshold: float = 0.5, *, reference: bo
 
 
 def region(found: Named, which: str) -> list[float]:
-    """Return the ten features of a region."""
+    """Return the ten features of one region."""
     return [found[name] for name in (NAMES[10:20] if which == "largest" else NAMES[20:])]
 
 
 @pytest.fixture
 def heat() -> NDArray[np.float32]:
-    """A map with a 2 x 4 box, an L of three cells, and a cell of 0.6 alone; a column of glass."""
-    made = np.full((10, 12), 0.1, np.float32)
-    made[2:4, 2:6] = [[0.95, 0.85, 0.75, 0.95], [0.95, 0.95, 0.95, 0.95]]
-    made[7, 3], made[8, 3], made[8, 4] = 0.9, 0.8, 0.7
-    made[6, 8] = 0.6
-    made[:, 11] = np.nan
-    return made
+    """Return a map with a 2 x 4 box, an L of three cells, a single cell of 0.6, and a column of glass."""
+    heat = np.full((10, 12), 0.1, np.float32)
+    heat[2:4, 2:6] = [[0.95, 0.85, 0.75, 0.95], [0.95, 0.95, 0.95, 0.95]]
+    heat[7, 3], heat[8, 3], heat[8, 4] = 0.9, 0.8, 0.7
+    heat[6, 8] = 0.6
+    heat[:, 11] = np.nan
+    return heat
 
 
 def test_shares_and_sums_by_hand(heat: NDArray[np.float32]) -> None:
-    """Shares count cells strictly above a level; sums add up what exceeds it, not the probabilities."""
+    """Shares count cells strictly above a level, and sums add the excess over it."""
     found = features(heat)
     above = [12, 11, 10, 8, 6]  # 0.9 itself is not above 0.9 and 0.6 not above 0.6
     assert [found[f"ratio_cancer_tissue{level}"] for level in (50, 60, 70, 80, 90)] == [n / TISSUE for n in above]
@@ -58,7 +58,7 @@ def test_shares_and_sums_by_hand(heat: NDArray[np.float32]) -> None:
 
 
 def test_regions_by_hand(heat: NDArray[np.float32]) -> None:
-    """A full box and an L: areas, boxes, moments, intensities, hulls."""
+    """Areas, boxes, moments, intensities and hulls of a full box and an L."""
     found = features(heat)
     major, minor = 4 * math.sqrt(15 / 12), 4 * math.sqrt(3 / 12)  # of 4 and of 2 cells in a line: (n^2 - 1) / 12
     box = [8, math.sqrt(1 - (minor / major) ** 2), 1, 8, major, 0.95, 0.75, (6 * 0.95 + 0.85 + 0.75) / 8, 2 / 4, 1]
@@ -70,7 +70,7 @@ def test_regions_by_hand(heat: NDArray[np.float32]) -> None:
 
 
 def test_regions_touch_at_corners_and_follow_the_threshold(heat: NDArray[np.float32]) -> None:
-    """Diagonal neighbours are one region; a higher threshold gives smaller ones and the same shares."""
+    """Diagonal neighbours are one region; a higher threshold shrinks regions and keeps shares."""
     heat[4, 6] = 0.99
     found = features(heat)
     assert found["largest_area"] == 9
@@ -81,29 +81,29 @@ def test_regions_touch_at_corners_and_follow_the_threshold(heat: NDArray[np.floa
 
 
 def test_a_tie_for_the_second_place(heat: NDArray[np.float32]) -> None:
-    """Mended, the other of two equal regions is second; the reference skips it and takes the next smaller one."""
+    """Two equal regions are first and second; the reference skips to the next smaller one."""
     heat[0:2, 7:11] = 0.7
     heat[0, 6] = 0.1
-    mended, reference = features(heat[:, :11]), features(np.pad(heat, 1, constant_values=0.1), reference=True)
-    assert (mended["largest_area"], mended["second_largest_area"]) == (8, 8)
-    assert mended["maxprob_largest"] == pytest.approx(0.7)  # of equal ones the first in row order
-    assert mended["maxprob_second_largest"] == pytest.approx(0.95)
+    corrected, reference = features(heat[:, :11]), features(np.pad(heat, 1, constant_values=0.1), reference=True)
+    assert (corrected["largest_area"], corrected["second_largest_area"]) == (8, 8)
+    assert corrected["maxprob_largest"] == pytest.approx(0.7)  # of equal ones the first in row order
+    assert corrected["maxprob_second_largest"] == pytest.approx(0.95)
     assert (reference["largest_area"], reference["second_largest_area"]) == (8, 3)
 
 
 def test_a_region_alone() -> None:
-    """Mended, the second one is all zeros; the reference says -1 and repeats the largest."""
+    """The features of a missing second region are 0; the reference gives -1 and repeats the largest."""
     heat = np.zeros((6, 6), np.float32)
     heat[2:4, 2:5] = 0.8
-    mended, reference = features(heat), features(heat, reference=True)
-    assert region(mended, "second_largest") == [0] * 10
+    corrected, reference = features(heat), features(heat, reference=True)
+    assert region(corrected, "second_largest") == [0] * 10
     assert reference["second_largest_area"] == -1
     assert region(reference, "second_largest")[1:] == region(reference, "largest")[1:]
-    assert region(mended, "largest") == region(reference, "largest")
+    assert region(corrected, "largest") == region(reference, "largest")
 
 
 def test_equal_regions_only() -> None:
-    """Without a strictly smaller region the reference says -1 and takes the last one's other features."""
+    """Without a strictly smaller region the reference gives -1 and the features of the last region."""
     heat = np.zeros((9, 9), np.float32)
     heat[1, 1], heat[4, 4], heat[7, 7] = 0.6, 0.7, 0.8
     found = features(heat, reference=True)
@@ -112,7 +112,7 @@ def test_equal_regions_only() -> None:
 
 
 def test_the_border(heat: NDArray[np.float32]) -> None:
-    """The reference deletes a region that the map cuts, but counts its cells; mended it stays."""
+    """A region at the border counts; the reference removes it, but counts its cells."""
     cut = heat[3:, :11]
     assert features(cut)["largest_area"] == 4
     reference = features(cut, reference=True)
@@ -121,16 +121,16 @@ def test_the_border(heat: NDArray[np.float32]) -> None:
 
 
 def test_no_region_above_the_threshold(heat: NDArray[np.float32]) -> None:
-    """The reference zeroes what lies above the lower levels too; mended it is kept."""
+    """Shares of lower levels are kept; the reference sets them to 0."""
     heat = np.minimum(heat, 0.88)
     assert not any(features(heat, 0.9, reference=True).values())
-    mended = features(heat, 0.9)
-    assert mended["ratio_cancer_tissue80"] == 8 / TISSUE
-    assert not any(list(mended.values())[10:])
+    corrected = features(heat, 0.9)
+    assert corrected["ratio_cancer_tissue80"] == 8 / TISSUE
+    assert not any(list(corrected.values())[10:])
 
 
 def test_tissue_is_counted_in_cells_of_the_map_or_of_16_px(heat: NDArray[np.float32]) -> None:
-    """A map of 64 px cells has 16 times fewer tissue cells; the reference divides by those of 16 px still."""
+    """With cells of 64 px there are 16 times fewer; the reference still counts cells of 16 px."""
     inside = np.pad(heat, 1, constant_values=np.nan)
     fine, coarse = features(inside), features(inside, cell=64)
     assert coarse["ratio_cancer_tissue50"] == 16 * fine["ratio_cancer_tissue50"]
@@ -138,7 +138,7 @@ def test_tissue_is_counted_in_cells_of_the_map_or_of_16_px(heat: NDArray[np.floa
 
 
 def test_without_tissue_everything_is_zero(heat: NDArray[np.float32]) -> None:
-    """A map of glass has nothing to describe; scores without tissue, or scores that are none, are refused."""
+    """A map without tissue has zero features; scores without tissue, and infinite ones, are refused."""
     assert not any(features(np.full((4, 4), np.nan, np.float32)).values())
     with pytest.raises(InputError, match="an area of 0 px"):
         describe(heat, threshold=0.5, tissue_l0_px2=0, cell_l0_px=16)
@@ -192,13 +192,13 @@ maps = hnp.arrays(
 
 @given(maps, st.sampled_from(LEVELS), st.booleans())
 def test_features_of_any_map_keep_the_laws(heat: NDArray[np.float32], threshold: float, reference: bool) -> None:
-    """Both modes."""
+    """The laws hold for any map in both modes."""
     check_laws(features(heat, threshold, reference=reference), threshold)
 
 
 @given(maps, st.sampled_from(LEVELS))
 def test_turning_a_map_turns_only_its_boxes(heat: NDArray[np.float32], threshold: float) -> None:
-    """The transposed map has the same shares, and a largest region of the same area."""
+    """The transposed map has the same shares and areas."""
     found, turned = features(heat, threshold), features(heat.T, threshold)
     assert [turned[name] for name in NAMES[:11]] == pytest.approx([found[name] for name in NAMES[:11]])
 
@@ -210,7 +210,7 @@ def published(path: Path) -> list[dict[str, str]]:
 
 
 def test_published_sheets_keep_the_laws(shared_data: Path) -> None:
-    """All 48 sheets: the columns are ours in our order, and every row keeps the laws that our own maps keep."""
+    """All 48 sheets have our columns in our order, and every row keeps the laws of our own maps."""
     paths = sorted((shared_data / SHEETS).rglob("*.csv"))
     rows = 0
     for path in paths:
@@ -223,7 +223,7 @@ def test_published_sheets_keep_the_laws(shared_data: Path) -> None:
 
 
 def test_published_ties_are_those_that_the_reference_mode_makes(shared_data: Path) -> None:
-    """Where the published area is -1 the other nine are the largest's, or another equally large region's."""
+    """Where the area is -1, the other features are those of an equally large region."""
     found = {}
     for path in sorted((shared_data / SHEETS).rglob("*_9_*.csv")):
         for row in published(path):
@@ -237,7 +237,7 @@ def test_published_ties_are_those_that_the_reference_mode_makes(shared_data: Pat
 
 
 def test_the_published_row_of_test_001(shared_data: Path) -> None:
-    """O-8, as the sheet has it. The heatmap is not published: this checks names and order, not our computation."""
+    """O-8: names and order are those of the sheet; the heatmap itself is not published."""
     folder = shared_data / SHEETS / "RF_parameter_Method_II_Model_I_norm" / "9"
     (row,) = [row for row in published(next(folder.glob("*_test_9_*.csv"))) if row["name"] == "test_001.tif"]
     expected = [float(value) for value in O8.split(",")]

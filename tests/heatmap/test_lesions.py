@@ -1,4 +1,4 @@
-"""Detections from heatmaps: both methods, against plain recipes and hand-made maps."""
+"""Lesion detection by both methods, against plain recipes and maps made by hand."""
 
 import cv2
 import numpy as np
@@ -56,7 +56,7 @@ heatmaps = st.integers(0, 2**32 - 1).map(
 
 
 def test_two_components():
-    """Each component gives its mean and its centroid as column, row; the higher one comes first."""
+    """Each component gives its mean and its centroid, the higher one first."""
     heatmap = heat((8, 10), ((1, 3), (1, 4), 0.75), ((5, 6), (6, 8), 1.0))
     assert detect(heatmap, COMPONENTS) == [[1, 6.5, 5], [0.75, 2, 1.5]]
 
@@ -67,19 +67,19 @@ def test_diagonal_cells_are_one_component():
 
 
 def test_threshold_is_strict():
-    """A score equal to the threshold does not pass."""
+    """A score equal to the threshold does not exceed it."""
     assert detect(heat((4, 4), ((1, 2), (1, 2), 0.5)), COMPONENTS) == []
     assert detect(heat((4, 4), ((1, 2), (1, 2), 0.5)), NMS) == []
 
 
 def test_confidence_may_be_the_maximum():
-    """The highest score of the component instead of its mean."""
+    """The confidence is the highest score of the component instead of the mean."""
     assert detect([[0.625, 0.875]], COMPONENTS) == [[0.75, 0.5, 0]]
     assert detect([[0.625, 0.875]], COMPONENTS, confidence="max") == [[0.875, 0.5, 0]]
 
 
 def test_peak_lies_inside_a_crescent_and_the_centroid_does_not():
-    """The reference's centroid falls into the opening of a crescent; the peak never leaves the lesion."""
+    """The centroid of a crescent lies in its opening; the peak lies in the lesion."""
     heatmap = crescent()
     ((_, x, y),) = detect(heatmap, COMPONENTS)
     assert heatmap[round(y), round(x)] == 0
@@ -88,26 +88,26 @@ def test_peak_lies_inside_a_crescent_and_the_centroid_does_not():
 
 
 def test_peak_counts_the_edge_of_the_map_as_outline():
-    """A lesion cut by the edge has its peak in the middle of what is seen."""
+    """The peak of a lesion at the edge of the map is in the middle of its visible part."""
     assert detect(heat((5, 9), ((0, 5), (0, 5), 1.0)), COMPONENTS, position="peak") == [[1, 2, 2]]
 
 
 def test_small_components_are_dropped():
-    """Fewer cells than the minimum is noise; exactly as many is a lesion."""
+    """A component with fewer cells than the minimum is dropped; with exactly as many it is kept."""
     heatmap = heat((5, 9), ((1, 2), (1, 3), 1.0), ((1, 2), (5, 8), 1.0))
     assert detect(heatmap, COMPONENTS, min_area=3) == [[1, 6, 1]]
 
 
 @pytest.mark.parametrize(("morphology", "n"), [("open_close", 0), ("close_open", 1), ("none", 9)])
 def test_order_of_morphology_matters(morphology, n):
-    """Opening first removes a dotted field, closing first joins it."""
+    """Opening first removes a dotted field; closing first joins it."""
     heatmap = np.zeros((15, 15))
     heatmap[5:11:2, 5:11:2] = 1
     assert len(detect(heatmap, COMPONENTS, morphology=morphology, kernel=5)) == n
 
 
 def test_cells_without_a_score_are_not_averaged():
-    """A hole without tissue neither lowers the mean nor counts for area or position."""
+    """Cells without tissue count neither for the mean nor for area and position."""
     heatmap = heat((3, 5), ((0, 3), (0, 5), 0.75))
     heatmap[1, 3] = NAN
     ((prob, x, _),) = detect(heatmap, COMPONENTS, morphology="close_open", kernel=3)
@@ -119,7 +119,7 @@ def test_cells_without_a_score_are_not_averaged():
 @pytest.mark.parametrize("settings_", [COMPONENTS, NMS])
 @pytest.mark.parametrize("heatmap", [np.full((4, 5), NAN), np.zeros((4, 5)), np.empty((0, 0)), np.empty((0, 7))])
 def test_nothing_to_find(settings_, heatmap):
-    """No tissue, no score above the threshold, or no cell at all: an empty list of three columns."""
+    """Maps without tissue, without high scores or without cells give (0, 3)."""
     found = lesions.detect(heatmap.astype(np.float32), LesionParams(**settings_), cell_um=1.0)
     assert found.shape == (0, 3)
 
@@ -127,7 +127,7 @@ def test_nothing_to_find(settings_, heatmap):
 @settings(deadline=None)
 @given(heatmaps, st.integers(1, 4), st.sampled_from(["open_close", "close_open"]))
 def test_components_equal_the_plain_recipe(heatmap, kernel, morphology):
-    """On a map without holes: threshold, OpenCV's morphology, region properties."""
+    """On a map without holes the result equals OpenCV's morphology with region properties."""
     heatmap = np.nan_to_num(heatmap)
     cells = (heatmap > 0.5).astype(np.uint8)
     ellipse = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (kernel, kernel))
@@ -143,7 +143,7 @@ def test_components_equal_the_plain_recipe(heatmap, kernel, morphology):
 @settings(deadline=None)
 @given(heatmaps, st.integers(1, 5))
 def test_nms_equals_taking_the_maximum_again_and_again(heatmap, radius):
-    """The sorted walk gives what repeated search and clearing gives, ties by row then column."""
+    """The sorted pass equals repeated search and clearing, ties by row then column."""
     left, expected = np.where(np.isnan(heatmap), -1, heatmap), []
     while left.max() > 0.5:
         row, col = np.unravel_index(left.argmax(), left.shape)
@@ -153,12 +153,12 @@ def test_nms_equals_taking_the_maximum_again_and_again(heatmap, radius):
 
 
 def test_nms_clears_a_half_open_square():
-    """With radius 2 the cell two before the maximum is cleared and the one two after it is not."""
+    """With radius 2 the second cell before the maximum is cleared and the second after it is not."""
     assert detect([[0.75, 0, 1, 0, 0.875]], NMS) == [[1, 2, 0], [0.875, 4, 0]]
 
 
 def test_nms_over_more_cells_than_it_looks_at_together():
-    """A large plateau is walked in pieces and gives a regular grid."""
+    """A plateau larger than a chunk gives a regular grid."""
     found = detect(np.ones((400, 400)), NMS, nms_radius=100)
     assert [(x, y) for _, x, y in found] == [(x, y) for y in (0, 100, 200, 300) for x in (0, 100, 200, 300)]
 
@@ -166,7 +166,7 @@ def test_nms_over_more_cells_than_it_looks_at_together():
 @settings(deadline=None)
 @given(heatmaps, st.sampled_from([COMPONENTS, NMS]), st.sampled_from(["centroid", "peak"]), st.sampled_from([0, 1.5]))
 def test_order_and_scores(heatmap, settings_, position, sigma):
-    """Detections come by falling prob, then row, then column, each with a finite prob above the threshold."""
+    """Detections are ordered by falling prob, row and column, and exceed the threshold."""
     found = detect(heatmap, settings_, position=position, smoothing=sigma, morphology="none")
     assert found == sorted(found, key=lambda d: (-d[0], d[2], d[1]))
     assert all(0.5 < prob <= 1 + 1e-6 for prob, _, _ in found)
@@ -175,20 +175,20 @@ def test_order_and_scores(heatmap, settings_, position, sigma):
 @settings(deadline=None)
 @given(heatmaps, st.sampled_from([COMPONENTS | {"position": "peak"}, NMS]), st.sampled_from([0, 1.5]))
 def test_no_detection_on_a_cell_without_a_score(heatmap, settings_, sigma):
-    """Where there is no score there is no decision."""
+    """A detection never lies on a cell without a score."""
     for _, x, y in detect(heatmap, settings_, smoothing=sigma, kernel=3, morphology="close_open"):
         assert not np.isnan(heatmap[int(y), int(x)])
 
 
 def test_smoothing_keeps_a_constant_map():
-    """The mean is of scored cells only: the rim of the tissue is not darkened."""
+    """Smoothing averages scored cells only, so that the rim of the tissue keeps its value."""
     heatmap = heat((9, 9), ((2, 7), (2, 7), 0.75), fill=NAN)
     ((prob, x, y),) = detect(heatmap, COMPONENTS, smoothing=2)
     assert (prob, x, y) == pytest.approx((0.75, 4, 4))
 
 
 def test_sizes_in_um_mean_the_same_at_every_stride():
-    """A map at a quarter of the stride, each cell made four by four, gives the same lesions at four times the place."""
+    """A map with each cell repeated four by four gives the same lesions at four times the position."""
     coarse = heat((30, 30), ((2, 10), (2, 10), 0.75), ((20, 22), (20, 22), 1.0), ((12, 13), (3, 20), 0.75))
     fine = np.kron(coarse, np.ones((4, 4), np.float32))
     sizes = {"unit": "um", "kernel": 48, "min_area": 5000, "position": "centroid"}
@@ -201,7 +201,7 @@ def test_sizes_in_um_mean_the_same_at_every_stride():
 
 
 def test_no_size_is_below_a_cell():
-    """At a stride wider than every size, each cell above the threshold is its own lesion: none is lost by rounding."""
+    """Where the stride exceeds every size, each cell above the threshold is a lesion."""
     heatmap = heat((5, 5), ((1, 2), (1, 2), 1.0))
     sizes = {"unit": "um", "kernel": 20, "min_area": 500, "nms_radius": 10}
     assert detect(heatmap, COMPONENTS, cell_um=56.0, **sizes) == [[1, 1, 1]]
@@ -210,7 +210,7 @@ def test_no_size_is_below_a_cell():
 
 @pytest.mark.parametrize("heatmap", [np.array([[0.5, np.inf]]), np.array([0.5, 0.6])])
 def test_unusable_heatmaps_are_refused(heatmap):
-    """An infinite score would be the top lesion."""
+    """An infinite score is refused; it would be the first lesion."""
     with pytest.raises(InputError, match="heatmap"):
         detect(heatmap, COMPONENTS)
 
@@ -219,6 +219,6 @@ def test_unusable_heatmaps_are_refused(heatmap):
     "changed", [{"threshold": 1.5}, {"kernel": -1}, {"unit": "px"}, {"method": "dbscan"}, {"radius": 3}]
 )
 def test_bad_settings_are_refused(changed):
-    """Values out of bounds and unknown keys do not pass."""
+    """Values out of bounds and unknown keys are refused."""
     with pytest.raises(ValidationError):
         LesionParams(**(COMPONENTS | changed))

@@ -1,4 +1,4 @@
-"""Exports: outlines that cover exactly the mask, and overlays that show every score where it belongs."""
+"""Outlines cover exactly the mask, and overlays show every score at its place."""
 
 import io
 import itertools
@@ -49,7 +49,7 @@ def filled(feature: Any, shape: tuple[int, int]) -> NDArray[np.bool_]:
 
 @given(masks)
 def test_polygons_cover_exactly_the_mask(mask: NDArray[np.bool_]) -> None:
-    """Filled again, every polygon is one 4-connected piece, and together they are the mask."""
+    """Filled polygons are 4-connected pieces that together are the mask."""
     labels, count = ndimage.label(mask)
     pieces = [filled(feature, mask.shape) for feature in features(mask)]
     assert len(pieces) == count
@@ -59,7 +59,7 @@ def test_polygons_cover_exactly_the_mask(mask: NDArray[np.bool_]) -> None:
 
 @given(masks)
 def test_rings_are_closed_simple_and_oriented(mask: NDArray[np.bool_]) -> None:
-    """Each polygon is one ring of positive area and then holes of negative area; none touches itself."""
+    """A polygon is one ring of positive area and holes of negative area, without self-contact."""
     for feature in features(mask):
         outer, *holes = feature["geometry"]["coordinates"]
         assert signed_area(outer) > 0
@@ -70,7 +70,7 @@ def test_rings_are_closed_simple_and_oriented(mask: NDArray[np.bool_]) -> None:
 
 
 def test_geojson_of_a_ring_of_tissue() -> None:
-    """A 3 x 3 ring at downsample 32 with an offset, as QuPath reads it."""
+    """A 3 x 3 ring at downsample 32 with an offset has the GeoJSON that QuPath reads."""
     mask = np.ones((3, 3), dtype=bool)
     mask[1, 1] = False
     (feature,) = features(mask, 32, (100, 1000))
@@ -96,18 +96,18 @@ def test_geojson_is_deterministic_with_ids_of_their_own() -> None:
 
 
 def test_no_tissue_is_an_empty_collection() -> None:
-    """An empty slide has a valid file with nothing in it."""
+    """A slide without tissue has a valid, empty collection."""
     assert features(np.zeros((4, 4), dtype=bool)) == []
 
 
 @given(masks)
 def test_tissue_png_is_the_mask(mask: NDArray[np.bool_]) -> None:
-    """Read back, 255 is tissue and 0 is not."""
+    """In the PNG 255 is tissue and 0 is not."""
     assert np.array_equal(picture(outline.tissue_png(mask)), mask * np.uint8(255))
 
 
 def test_cells_larger_than_pixels_fill_their_square() -> None:
-    """A 2 x 2 heatmap at 3 px a cell from (1, 2) fills 6 x 6 pixels and nothing else."""
+    """A 2 x 2 heatmap at 3 px per cell from (1, 2) fills exactly 6 x 6 pixels."""
     heat = np.array([[0.1, 0.2], [0.3, np.nan]], dtype=np.float32)
     drawn = overlay.heat_on_overview(heat, (10, 9), cell_px=3.0, origin_px=(1.0, 2.0))
     assert np.array_equal(drawn[2:8, 1:7], np.kron(heat, np.ones((3, 3))), equal_nan=True)
@@ -115,7 +115,7 @@ def test_cells_larger_than_pixels_fill_their_square() -> None:
 
 
 def test_the_hottest_of_many_cells_shows() -> None:
-    """One hot cell among the 16 of a pixel is drawn, at its pixel; NaN cells beside it do not hide it."""
+    """The highest of the 16 cells of a pixel is drawn, also beside NaN."""
     heat = np.full((8, 8), np.nan, dtype=np.float32)
     heat[4:, :4] = 0.1
     heat[6, 1] = 0.9
@@ -132,7 +132,7 @@ def test_the_hottest_of_many_cells_shows() -> None:
 def test_every_pixel_shows_a_cell_it_meets(
     heat: NDArray[np.float32], cell_px: float, origin_px: tuple[float, float]
 ) -> None:
-    """What a pixel shows is the score of a cell whose square meets the pixel's, wherever the map lies."""
+    """A pixel shows the score of a cell that overlaps it, wherever the map lies."""
     drawn = overlay.heat_on_overview(heat, (8, 11), cell_px=cell_px, origin_px=origin_px)
     for row, col in np.argwhere(np.isfinite(drawn)):
         spans = [
@@ -145,14 +145,14 @@ def test_every_pixel_shows_a_cell_it_meets(
 
 
 def test_a_map_beside_the_overview_draws_nothing() -> None:
-    """A heatmap wholly outside leaves every pixel without a score."""
+    """A heatmap outside the overview draws nothing."""
     for cell_px in (0.5, 2.0):
         drawn = overlay.heat_on_overview(np.ones((4, 4), np.float32), (5, 5), cell_px=cell_px, origin_px=(50.0, 0.0))
         assert np.isnan(drawn).all()
 
 
 def test_overlay_leaves_unscored_pixels_alone() -> None:
-    """NaN is transparent; scored pixels change, a high score more than a low one; the scale is below."""
+    """NaN is transparent, higher scores tint more, and the scale is below."""
     overview = np.full((60, 80, 3), (225, 180, 205), dtype=np.uint8)
     heat = np.full((6, 8), np.nan, dtype=np.float32)
     heat[0, 0], heat[5, 7] = 0.0, 1.0
@@ -175,7 +175,7 @@ def test_the_scale_is_fixed() -> None:
 
 
 def test_overlay_bytes_are_deterministic_and_detections_are_ringed() -> None:
-    """The same input gives the same bytes; a detection leaves a ring around its point and not on it."""
+    """The same input gives the same bytes; a detection is circled and its point left visible."""
     overview = np.full((100, 100, 3), 200, dtype=np.uint8)
     heat = np.full((1, 1), np.nan, dtype=np.float32)
     found = np.array([[0.9, 50.0, 40.0]])
@@ -189,7 +189,7 @@ def test_overlay_bytes_are_deterministic_and_detections_are_ringed() -> None:
 
 
 def test_thumbnail_is_small_and_keeps_its_shape() -> None:
-    """The longer side is cut to the size asked for."""
+    """The longer side has the given length."""
     small = overlay.thumbnail(outline.tissue_png(np.ones((300, 600), dtype=bool)), side_px=100)
     with Image.open(io.BytesIO(small)) as opened:
         assert (opened.format, opened.size) == ("JPEG", (100, 50))

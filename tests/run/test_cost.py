@@ -1,4 +1,4 @@
-"""Throughput and cost: what counts, what adds up, and what is unknown."""
+"""Throughput and cost: which receipts count, sums that agree, and undefined rates."""
 
 import math
 from typing import Any
@@ -13,7 +13,7 @@ NO_TIME = dict.fromkeys(cost.STEPS, 0.0)
 
 
 def receipt(kind: str = "prediction", **given: Any) -> dict[str, Any]:
-    """Return a receipt of 120 tiles that took 40 CPU seconds, changed as given."""
+    """Return a receipt of 120 tiles and 40 CPU seconds, with changes."""
     return {
         "kind": kind,
         "slide": "s1",
@@ -30,7 +30,7 @@ def receipt(kind: str = "prediction", **given: Any) -> dict[str, Any]:
 
 
 def test_rates_of_one_prediction() -> None:
-    """Every metric follows from its definition by hand."""
+    """Every metric equals its definition by hand."""
     metrics = cost.summarise([receipt()], run_wall_s=60.0, workers=2, tile_mm2={"s1": 0.003})
     assert metrics == pytest.approx(
         {
@@ -52,7 +52,7 @@ def test_rates_of_one_prediction() -> None:
 
 
 def test_extraction_costs_but_adds_no_tiles() -> None:
-    """A tile that was first extracted and then predicted counts once and costs both."""
+    """A tile that was extracted and predicted counts once and costs both."""
     extracted = receipt("patches", seconds={"read": 5.0, "write": 15.0}, cpu_s=20.0)
     metrics = cost.summarise([extracted, receipt()], run_wall_s=60.0, workers=1, tile_mm2={"s1": 1.0})
     assert metrics["throughput.tiles_per_s"] == 2.0
@@ -61,7 +61,7 @@ def test_extraction_costs_but_adds_no_tiles() -> None:
 
 
 def test_nothing_executed_is_unknown_speed() -> None:
-    """A run served from the cache has no speed: NaN, and no cost: zero."""
+    """A run of cached work has NaN for speed and 0 for cost."""
     metrics = cost.summarise([], run_wall_s=3.0, workers=2, tile_mm2={})
     assert math.isnan(metrics["throughput.core_seconds_per_tile"])
     assert math.isnan(metrics["throughput.mm2_per_core_hour"])
@@ -70,13 +70,13 @@ def test_nothing_executed_is_unknown_speed() -> None:
 
 
 def test_a_slide_without_a_tile_area_is_refused() -> None:
-    """A missing area is an error of the caller, not zero mm2."""
+    """A missing area is an error of the caller, not 0 mm2."""
     with pytest.raises(KeyError, match="s1"):
         cost.summarise([receipt()], run_wall_s=1.0, workers=1, tile_mm2={})
 
 
 def test_tile_area_of_the_reference() -> None:
-    """224 px at 0.243 um/px are 54.432 um a side."""
+    """A tile of 224 px at 0.243 um/px is 54.432 um a side."""
     assert cost.tile_area_mm2(224, 0.243) == pytest.approx(0.054432**2)
 
 
@@ -96,7 +96,7 @@ def test_the_split_adds_up(receipts: list[dict[str, Any]]) -> None:
 
 
 def test_a_receipt_without_steps_belongs_to_none() -> None:
-    """CPU time that no step was timed for is not handed to one."""
+    """CPU time without timed steps is assigned to no step."""
     assert cost.step_core_seconds([receipt("tissue", seconds={})]) == NO_TIME
 
 

@@ -1,4 +1,4 @@
-"""What is said of a task, from the disk alone, and starting again from the folder."""
+"""``wsiflow explain`` and ``wsiflow retry``, from the files of a run alone."""
 
 import csv
 import json
@@ -16,7 +16,7 @@ COARSE = ["inference.stride=224", "executor=inline", "orchestrator=none", "track
 
 @pytest.fixture(scope="module")
 def finished(small_slides: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run of two slides, one of them gone."""
+    """Return the folder of a run with two slides, one of which is missing."""
     folder = tmp_path_factory.mktemp("explained")
     with small_slides.open(newline="") as stream:
         rows = list(csv.DictReader(stream))[:2]
@@ -27,8 +27,8 @@ def finished(small_slides: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
         writer.writeheader()
         writer.writerows([*rows, {"slide_id": "gone", "path": "gone.tif", "label": "normal"}])
     out = folder / "run"
-    told = ["dataset=manifest", f"dataset.manifest={folder / 'cases.csv'}", f"out={out}", *COARSE]
-    assert command.main(["run", *told]) == 20
+    overrides = ["dataset=manifest", f"dataset.manifest={folder / 'cases.csv'}", f"out={out}", *COARSE]
+    assert command.main(["run", *overrides]) == 20
     return out
 
 
@@ -41,19 +41,19 @@ def slide_of(root: Path) -> str:
 
 
 def test_a_task_is_told_with_its_key_and_attempts(finished: Path) -> None:
-    """Where it was done, when, under which key, and every attempt."""
-    told = said(finished, "predict", slide_of(finished), "1")
-    assert "t1.h5 published" in told
-    assert "numeric class" in told
-    assert f"attempt 1 at predict {slide_of(finished)} 1: ok" in told
+    """Host, time, key and every attempt of a task are stated."""
+    text = said(finished, "predict", slide_of(finished), "1")
+    assert "t1.h5 published" in text
+    assert "numeric class" in text
+    assert f"attempt 1 at predict {slide_of(finished)} 1: ok" in text
 
 
 def test_a_slide_is_told_stage_by_stage(finished: Path) -> None:
-    """Also what is not asked for: this run normalises no colours."""
-    told = said(finished, slide_of(finished))
-    assert "stain:" in told
-    assert "not asked for" in told
-    assert "heatmaps/" in told
+    """A stage that the run does not need is stated too, here the stain normalisation."""
+    text = said(finished, slide_of(finished))
+    assert "stain:" in text
+    assert "this run does not need it" in text
+    assert "heatmaps/" in text
 
 
 def test_a_rejected_slide_is_told_with_its_reason(finished: Path) -> None:
@@ -69,7 +69,7 @@ def test_a_task_that_is_not_there_is_bad_input(finished: Path, words: tuple[str,
 
 
 def test_retry_does_what_is_missing_from_the_folder_alone(finished: Path, tmp_path: Path) -> None:
-    """No option is given again: what was deleted comes back, and what failed is tried and named again."""
+    """Without overrides a deleted file is computed again, and a failed slide is tried again."""
     out = tmp_path / "run"
     shutil.copytree(finished, out)
     name = slide_of(out)
@@ -84,7 +84,7 @@ def test_retry_does_what_is_missing_from_the_folder_alone(finished: Path, tmp_pa
 def test_retry_publishes_nothing_however_the_folder_is_spelled(
     moved: Path, monkeypatch: pytest.MonkeyPatch, spelled: str
 ) -> None:
-    """One folder has many paths; what the run was told is what it was told."""
+    """Another path to the same folder is not another configuration."""
     before = sorted(moved.glob("*.json"))
     monkeypatch.chdir(moved.parent)
     assert command.main(["retry", spelled]) == 20
@@ -93,7 +93,7 @@ def test_retry_publishes_nothing_however_the_folder_is_spelled(
 
 @pytest.fixture(scope="module")
 def moved(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the run, which was told once that it lies elsewhere now, and a link to it."""
+    """Return a copy of the run that was started once at its new place, and a link to it."""
     folder = tmp_path_factory.mktemp("moved")
     shutil.copytree(finished, folder / "run")
     (folder / "x").mkdir()
@@ -104,5 +104,5 @@ def moved(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_retry_of_a_folder_without_a_run_is_bad_input(tmp_path: Path) -> None:
-    """One line, exit code 20."""
+    """A folder without a run ends with one line and exit code 20."""
     assert command.main(["retry", str(tmp_path)]) == 20

@@ -1,4 +1,4 @@
-"""The report: every number that is there, plain words where there is none, and one file that needs nothing else."""
+"""The report: every number that exists, words where none does, and one self-contained file."""
 
 import html
 import io
@@ -27,7 +27,7 @@ _OVERLAY.write_bytes(PICTURE)
 
 
 def metrics(**given: float) -> dict[str, float]:
-    """Return the numbers of a run, changed as given (with ``__`` for the point in a name)."""
+    """Return the metrics of a run with changes; ``__`` stands for the point in a name."""
     numbers = {
         "froc.score": 0.612,
         "froc.score_ci_low": 0.41,
@@ -56,14 +56,14 @@ def metrics(**given: float) -> dict[str, float]:
 
 
 def row(**given: Any) -> dict[str, Any]:
-    """Return the row of a scored slide as a CSV reader gives it, changed as given."""
+    """Return the row of a scored slide, as read from a CSV, with changes."""
     usual = {"slide_id": "s1", "status": "done", "reason": "", "n_tiles": "120", "seconds_wall": "31.612"}
     scored = {"label": "1", "score": "0.98765", "n_detections": "3", "n_lesions": "5", "n_found": "2"}
     return {**usual, **scored, "n_false_positives": "1", "note": "", **given}
 
 
 def data(**given: Any) -> report.ReportData:
-    """Return what a small run tells, changed as given."""
+    """Return the content of the report of a small run, with changes."""
     content: dict[str, Any] = {
         "name": "run",
         "metrics": metrics(),
@@ -78,7 +78,7 @@ def data(**given: Any) -> report.ReportData:
 
 
 class Checker(HTMLParser):
-    """Collects what a page refers to and which of its elements are left open."""
+    """Collect the references of a page and its unclosed elements."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -109,7 +109,7 @@ def drawn(png: bytes) -> NDArray[np.uint8]:
 
 
 def coloured(png: bytes) -> int:
-    """Return how many pixels of a figure are neither grey nor nearly so."""
+    """Return the number of pixels of a figure that are not grey."""
     pixels = drawn(png).astype(int)
     return int((pixels.max(axis=2) - pixels.min(axis=2) > 60).sum())
 
@@ -125,7 +125,7 @@ def test_the_page_is_well_formed_and_needs_nothing_else() -> None:
 
 
 def test_the_headline_numbers_are_there() -> None:
-    """Scores with intervals, slides, cost and speed as a reader would quote them."""
+    """Scores with intervals, slides, cost and speed are shown as a reader would quote them."""
     text = words(report.render(data()))
     for part in (
         "0.612 95 % interval 0.410 to 0.780",
@@ -139,14 +139,14 @@ def test_the_headline_numbers_are_there() -> None:
 
 
 def test_a_slide_has_its_row() -> None:
-    """Truth, score, lesions and seconds in words, and the picture."""
+    """A row has truth, score, lesions, seconds and the picture."""
     page = report.render(data())
     assert "s1 done tumour 0.988 3 2 of 5 1 120 31.6" in words(page)
     assert 'alt="scores on s1" src="data:image/jpeg' in page
 
 
 def test_without_truth_no_curve_and_no_score_is_shown() -> None:
-    """Scores that are not defined are said to be so, in place of the figures."""
+    """Undefined scores are stated in words in place of figures."""
     blank = {name: math.nan for name in metrics() if name.startswith(("froc.s", "roc.auc"))}
     bare = row(label="", n_lesions="", n_found="", n_false_positives="")
     page = report.render(data(metrics=metrics() | blank | {"froc.n_lesions": 0.0}, slides=[bare]))
@@ -169,7 +169,7 @@ def test_missing_slides_make_the_page_partial() -> None:
 
 
 def test_nothing_executed_is_said() -> None:
-    """A run without timed work shows no bar and no speed."""
+    """A run without timed work shows neither a bar nor a speed."""
     idle = {name: math.nan for name in metrics() if name.startswith("throughput.")}
     idle |= {f"cost.{step}_core_s": 0.0 for step in cost.STEPS}
     text = words(report.render(data(metrics=metrics() | idle)))
@@ -179,7 +179,7 @@ def test_nothing_executed_is_said() -> None:
 
 @pytest.mark.parametrize("field", ["name", "slide", "reason", "setting", "version"])
 def test_text_from_outside_is_escaped(field: str) -> None:
-    """No name, reason or setting can put markup into the page."""
+    """No name, reason or setting can add markup to the page."""
     evil = "<script>x</script>&"
     changes: dict[str, dict[str, Any]] = {
         "name": {"name": evil},
@@ -194,18 +194,18 @@ def test_text_from_outside_is_escaped(field: str) -> None:
 
 
 def test_secrets_are_not_shown() -> None:
-    """A password among the settings stays out of the page."""
+    """A password in the settings is not on the page."""
     page = report.render(data(settings={**data().settings, "tracking.password": "canary"}))
     assert "canary" not in page
 
 
 def test_the_same_run_gives_the_same_page() -> None:
-    """The page holds no clock and no random number."""
+    """The page contains no clock and no random number."""
     assert report.render(data()) == report.render(data())
 
 
 def test_the_citation_names_mode_interval_and_plan() -> None:
-    """The sentence to quote has all that its reader needs."""
+    """The sentence to quote names mode, interval and plan."""
     cited = "FROC score 0.612 [95 % interval 0.410 to 0.780] (official CAMELYON16 scoring, 4 slides, 7 lesions)"
     text = words(report.render(data()))
     assert cited in text
@@ -214,7 +214,7 @@ def test_the_citation_names_mode_interval_and_plan() -> None:
 
 
 def test_froc_figure_draws_both_modes() -> None:
-    """A second curve adds ink, and the same curves give the same bytes."""
+    """Both curves are drawn, and the same curves give the same bytes."""
     one = report.froc_figure({"official": CURVE, "strict": NO_CURVE})
     both = report.froc_figure({"official": CURVE, "strict": {**CURVE, "sensitivity": [0.3, 0.2, 0.1, 0.0]}})
     assert coloured(both) > coloured(one) > 0
@@ -222,7 +222,7 @@ def test_froc_figure_draws_both_modes() -> None:
 
 
 def test_figures_without_truth_draw_no_curve() -> None:
-    """Curves that are empty, or that JSON gave as null, leave only words."""
+    """Empty and null curves are replaced by words."""
     unknown = {"fp_per_slide": [1.0, 0.0], "sensitivity": [None, None]}
     for curve in (NO_CURVE, unknown):
         assert coloured(report.froc_figure({"official": curve, "strict": curve})) == 0
@@ -230,7 +230,7 @@ def test_figures_without_truth_draw_no_curve() -> None:
 
 
 def test_roc_figure_draws_its_curve() -> None:
-    """A curve along the left and top edges lies there."""
+    """A perfect curve lies along the left and the top edge."""
     perfect = drawn(report.roc_figure({"fpr": [0.0, 0.0, 1.0], "tpr": [0.0, 1.0, 1.0]})).astype(int)
     chance = drawn(report.roc_figure({"fpr": [0.0, 1.0], "tpr": [0.0, 1.0]})).astype(int)
     rows = [np.nonzero(picture[..., 2] - picture[..., 0] > 60)[0].mean() for picture in (perfect, chance)]
@@ -238,10 +238,10 @@ def test_roc_figure_draws_its_curve() -> None:
 
 
 def test_a_page_of_many_slides_holds_some_of_their_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The others stay files: a page with all of them would open in no browser; none is read before it is shown."""
+    """The other pictures stay files and are not read; all of them would be too large for a browser."""
     monkeypatch.setattr(report, "_MOST_PICTURES", 2)
     names = [f"s{number}" for number in range(5)]
     overlays = {name: _OVERLAY if number < 2 else Path("/never read") for number, name in enumerate(names)}
     page = report.render(data(slides=[row(slide_id=name) for name in names], overlays=overlays))
     assert page.count('alt="scores on') == 2
-    assert "3 more slides have their picture as heatmaps/<slide>.png" in html.unescape(words(page))
+    assert "The pictures of 3 more slides are in heatmaps/<slide>.png only" in html.unescape(words(page))

@@ -1,4 +1,4 @@
-"""The simulation against what can be said without one: sums, waves, bounds."""
+"""The simulation against sums, waves and bounds that are known without it."""
 
 import math
 import time
@@ -36,7 +36,7 @@ def makespan(works: list[float], cluster: Cluster) -> float:
 
 @given(works=WORKS)
 def test_one_worker_takes_the_sum(works: list[float]) -> None:
-    """Nothing overlaps and nothing is lost."""
+    """One worker takes the sum of all slices."""
     found = simulate(one_stage(works), Cluster(1))
     assert found.makespan_s == pytest.approx(sum(works))
     assert found.work_s == pytest.approx(sum(works))
@@ -45,13 +45,13 @@ def test_one_worker_takes_the_sum(works: list[float]) -> None:
 
 @pytest.mark.parametrize(("count", "workers"), [(1, 1), (7, 3), (9, 3), (10, 3), (3, 10), (1000, 64)])
 def test_equal_slices_take_whole_waves(count: int, workers: int) -> None:
-    """N equal slices on W workers end after ceil(N / W) of them."""
+    """N equal slices on W workers take ceil(N / W) waves."""
     assert makespan([2.5] * count, Cluster(workers)) == pytest.approx(2.5 * math.ceil(count / workers))
 
 
 @given(works=WORKS, workers=st.integers(1, 12))
 def test_list_scheduling_is_within_grahams_bounds(works: list[float], workers: int) -> None:
-    """No order beats the mean load or the longest slice; any order keeps to Graham's bound, largest first to 4/3."""
+    """No order beats the mean load or the longest slice; Graham's bounds hold."""
     least = max(sum(works) / workers, max(works))
     assert least * (1 - 1e-9) <= makespan(works, Cluster(workers)) <= sum(works) / workers + max(works) + 1e-9
     best = makespan(sorted(works, reverse=True), Cluster(workers))
@@ -64,7 +64,7 @@ def test_list_scheduling_is_within_grahams_bounds(works: list[float], workers: i
 @given(works=WORKS, workers=st.integers(1, 12), cores=st.integers(1, 12))
 @settings(max_examples=50)
 def test_shared_cores_never_give_more_than_they_have(works: list[float], workers: int, cores: int) -> None:
-    """Cores bound the rate as workers do, and sharing them loses nothing: with equal ends it is the same work."""
+    """Cores bound the rate, and sharing them loses nothing."""
     found = makespan(works, Cluster(workers, cores=cores))
     assert found >= sum(works) / min(workers, cores) * (1 - 1e-9)
     assert found >= makespan(works, Cluster(workers)) * (1 - 1e-9)
@@ -73,7 +73,7 @@ def test_shared_cores_never_give_more_than_they_have(works: list[float], workers
 
 
 def test_workers_beyond_the_cores_share_them_evenly() -> None:
-    """Four equal slices on two cores take twice as long, whether two or four of them run at a time."""
+    """Four equal slices on two cores take twice as long with two or four workers."""
     assert makespan([10.0] * 4, Cluster(4, cores=2)) == pytest.approx(20)
     assert makespan([10.0] * 4, Cluster(2, cores=2)) == pytest.approx(20)
     # 3 workers on 2 cores: both short ones end at 15 with 10 each, the long one has 10 of 20 left, alone.
@@ -81,7 +81,7 @@ def test_workers_beyond_the_cores_share_them_evenly() -> None:
 
 
 def test_a_stage_waits_for_the_one_before_and_shards_do_not() -> None:
-    """Within a shard stages are in order; another shard fills the gap."""
+    """The stages of a shard are in order, and another shard fills the gap."""
     shard = [Step("extract", (Share(4, 1), Share(1, 1))), Step("predict", (Share(2, 1),))]
     assert simulate([shard], Cluster(2)).makespan_s == pytest.approx(6)
     assert simulate([shard, shard], Cluster(4)).makespan_s == pytest.approx(6)
@@ -90,7 +90,7 @@ def test_a_stage_waits_for_the_one_before_and_shards_do_not() -> None:
 
 
 def test_workers_that_live_start_and_load_once() -> None:
-    """An array's element pays for both, a living worker does so once; what needs no network loads none."""
+    """An element of an array pays for start and load each time, a persistent worker once."""
     works = [1.0] * 6
     assert simulate(one_stage(works), Cluster(2, start_s=2, load_s=3)).makespan_s == pytest.approx(2 + 3)
     lives = simulate(one_stage(works, loads=True), Cluster(2, start_s=2, load_s=3))
@@ -103,32 +103,32 @@ def test_workers_that_live_start_and_load_once() -> None:
 
 
 def test_the_first_slice_of_a_stage_may_take_longer() -> None:
-    """Each living worker pays once for each such stage; an array's element, which sees little, does not."""
+    """A persistent worker pays extra once per stage; an array's element does not."""
     stages = [Step("predict", (Share(1, 1),) * 4, loads=True), Step("certify", (Share(1, 1),) * 4, first_s=5)]
     assert simulate([stages], Cluster(2)).makespan_s == pytest.approx(2 + 5 + 2)
     assert simulate([stages], Cluster(2, fresh=True)).makespan_s == pytest.approx(2 + 2)
 
 
 def test_arrays_are_counted_under_the_limit() -> None:
-    """2,500 elements under a limit of 1,001 are three arrays."""
+    """2,500 elements with a limit of 1,001 are three array jobs."""
     found = simulate(one_stage([1.0] * 2500), Cluster(10, fresh=True, array_limit=1001))
     assert (found.arrays, found.elements) == (3, 2500)
 
 
 def test_a_scheduler_starts_no_faster_than_it_can() -> None:
-    """100 elements at 10 a second: the last begins after 9.9 s although every slot is free."""
+    """The last of 100 elements at 10 per second starts after 9.9 s."""
     found = simulate(one_stage([1.0] * 100), Cluster(1000, fresh=True, starts_per_s=10))
     assert found.makespan_s == pytest.approx(10.9)
 
 
 def test_an_end_is_seen_at_the_next_look() -> None:
-    """A driver that looks every 10 s begins the next stage then."""
+    """A driver that polls every 10 s begins the next stage at a poll."""
     shard = [Step("extract", (Share(11, 1),)), Step("predict", (Share(3, 1),))]
     assert simulate([shard], Cluster(1, fresh=True, poll_s=10)).makespan_s == pytest.approx(30)
 
 
 def test_the_tail_begins_when_a_worker_has_nothing_left() -> None:
-    """Two workers, 5 s and 9 s: the tail is the last 4 s, however long the run was before."""
+    """Two workers with 5 s and 9 s have a tail of 4 s."""
     assert simulate(one_stage([9.0, 5.0]), Cluster(2)).tail_s == pytest.approx(4)
     assert simulate(one_stage([3.0] * 40 + [9.0, 5.0]), Cluster(2)).tail_s == pytest.approx(4)
     assert simulate(one_stage([3.0] * 40), Cluster(2)).tail_s == 0
@@ -136,18 +136,18 @@ def test_the_tail_begins_when_a_worker_has_nothing_left() -> None:
 
 @pytest.mark.parametrize("rate", [3.0, 7.0, 49.0, 999.0])
 def test_rates_that_round_badly_end(rate: float) -> None:
-    """The moment the scheduler may start again is reached, whatever its last bit."""
+    """The simulation reaches the time at which the scheduler may start again despite rounding."""
     found = simulate(one_stage([0.1] * 500), Cluster(8, fresh=True, starts_per_s=rate, poll_s=0.3, queue_s=7))
     assert found.elements == 500
 
 
 def test_a_window_bounds_what_is_submitted() -> None:
-    """One slice in flight on eight workers is one at a time."""
+    """With a window of one slice, eight workers run one at a time."""
     assert makespan([2.0] * 5, Cluster(8, window=1)) == pytest.approx(10)
 
 
 def test_the_queue_is_paid_once_per_submission() -> None:
-    """With slots free, every stage of a shard waits: the mean over seeds is that of the exponential."""
+    """Every stage of a shard waits once, with the mean of the exponential distribution."""
     shard = [Step(str(i), (Share(1, 1),) * 3) for i in range(4)]
     found = [simulate([shard], Cluster(3, fresh=True, queue_s=50, seed=seed)) for seed in range(300)]
     assert np.mean([each.makespan_s for each in found]) == pytest.approx(4 + 4 * 50, rel=0.1)
@@ -157,7 +157,7 @@ def test_the_queue_is_paid_once_per_submission() -> None:
 @given(seed=st.integers(0, 99), failure=st.floats(0, 0.4))
 @settings(max_examples=30)
 def test_lost_workers_lose_time_and_no_work(seed: int, failure: float) -> None:
-    """Everything is done in the end; what is lost is less than a task each time."""
+    """All work is done in the end, and less than a task is lost each time."""
     cluster = Cluster(7, fresh=True, failure=failure, attempts=60, seed=seed)
     found = simulate(one_stage([20.0] * 50, tasks=10), cluster)
     assert found.work_s == pytest.approx(50 * 20)
@@ -167,7 +167,7 @@ def test_lost_workers_lose_time_and_no_work(seed: int, failure: float) -> None:
 
 
 def test_a_time_limit_keeps_finished_tasks_and_ends_the_rest() -> None:
-    """A slice of ten tasks passes a limit in pieces; one whose only task is longer never does."""
+    """A slice of ten tasks passes a limit in pieces; a single longer task never does."""
     found = simulate(one_stage([100.0], tasks=10), Cluster(1, fresh=True, limit_s=35))
     assert (found.retried, found.failed) == (3, 0)
     assert found.lost_s == pytest.approx(3 * 5)
@@ -177,7 +177,7 @@ def test_a_time_limit_keeps_finished_tasks_and_ends_the_rest() -> None:
 
 
 def test_spread_has_the_mean_and_deviation_it_says() -> None:
-    """Single tasks spread as told, slices of 25 tasks a fifth of it; the mean stays."""
+    """Single tasks have the given deviation, slices of 25 tasks a fifth of it, and the same mean."""
     for tasks, expected in ((1, 0.5), (25, 0.1)):
         total = simulate(one_stage([1.0] * 20_000, tasks=tasks), Cluster(20_000, spread=0.5)).work_s
         assert total == pytest.approx(20_000, rel=0.02)
@@ -190,7 +190,7 @@ def makespan_of_one(tasks: int, seed: int) -> float:
 
 
 def test_the_seed_decides_and_nothing_else() -> None:
-    """The same seed gives the same forecast, another one another; the work drawn does not depend on the workers."""
+    """The seed decides the forecast, and the drawn work does not depend on the workers."""
     shards = [[Step("predict", tuple(Share(5.0, 4) for _ in range(200)), loads=True)] for _ in range(5)]
 
     def forecast(seed: int, workers: int = 9) -> Forecast:
@@ -202,14 +202,14 @@ def test_the_seed_decides_and_nothing_else() -> None:
 
 
 def test_more_workers_are_never_much_worse() -> None:
-    """Equal draws: makespan falls with workers, as far as list scheduling lets it."""
+    """With equal draws the makespan falls with the workers, within the bound of list scheduling."""
     works = np.random.default_rng(0).lognormal(3, 1, 3000)
     found = [makespan(sorted(works.tolist(), reverse=True), Cluster(workers)) for workers in (1, 4, 16, 64, 256, 1024)]
     assert all(later <= earlier for earlier, later in pairwise(found))
 
 
 def test_thousands_of_workers_are_simulated_in_seconds() -> None:
-    """30,000 slices on 4,000 workers, 40 shards: well under ten seconds."""
+    """30,000 slices on 4,000 workers in 40 shards are simulated quickly."""
     shards = [[Step("predict", tuple(Share(60.0, 4) for _ in range(750)), loads=True)] for _ in range(40)]
     begin = time.process_time()
     found = simulate(shards, Cluster(4000, fresh=True, spread=0.2, queue_s=30, poll_s=5, failure=0.01))
@@ -218,7 +218,7 @@ def test_thousands_of_workers_are_simulated_in_seconds() -> None:
 
 
 def test_a_slide_known_by_its_tiles_is_cut_like_one_that_is_read() -> None:
-    """Groups and parts are as few as their limit allows, nearly equal, and hold every tile."""
+    """Groups and parts are as few as allowed, nearly equal, and cover every tile."""
     found = slide_tasks(1001, UNITS, Sizes(group_tiles=400, part_tiles=4000))
     assert found["predict"] == [333, 334, 334]
     assert found["extract"] == found["stitch"] == found["certify"] == [1001]
@@ -227,7 +227,7 @@ def test_a_slide_known_by_its_tiles_is_cut_like_one_that_is_read() -> None:
 
 
 def test_a_shard_holds_the_work_its_tasks_cost() -> None:
-    """Slices keep the sum, are near the target, and the largest comes first; the network is needed where it is."""
+    """Slices keep the sum, are near the target, and only stages with a network load it."""
     tasks = slide_tasks(20_000, UNITS, Sizes(400, 4000))
     stages = {stage.name: stage for stage in shard(numbered([tasks, tasks]), ROUGH, loading=LOADING, target_s=60)}
     assert sum(share.work_s for share in stages["predict"].shares) == pytest.approx(100 * 0.2 + 40_000 * 0.067)
@@ -239,7 +239,7 @@ def test_a_shard_holds_the_work_its_tasks_cost() -> None:
 
 
 def test_slices_do_not_span_what_lies_between_them() -> None:
-    """Slides that are not neighbours in the plan share no slice; neighbours do."""
+    """Only slides that are neighbours in the plan share a slice."""
     first, _, third = found = numbered([{"certify": [10]}] * 3)
     assert [list(tasks["certify"]) for tasks in found] == [[0], [1], [2]]
     assert len(shard([first, third], ROUGH, loading=LOADING, target_s=1000)[0].shares) == 2

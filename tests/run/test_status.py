@@ -1,4 +1,4 @@
-"""What ``wsiflow status`` says of a run, from the disk alone."""
+"""``wsiflow status``, from the files of a run alone."""
 
 import json
 import os
@@ -23,48 +23,48 @@ def said(root: Path, capsys) -> str:
 
 @pytest.fixture
 def copied(two_settings: tuple[Path, Path], tmp_path: Path) -> Path:
-    """The folder of a finished run, to be changed."""
+    """Return the folder of a finished run that a test may change."""
     return Path(shutil.copytree(two_settings[0], tmp_path / "run"))
 
 
 def test_every_stage_has_a_line(two_settings: tuple[Path, Path], capsys) -> None:
-    """Done of planned, and who did it with what exit code."""
-    told = said(two_settings[0], capsys)
+    """Every stage has done and planned tasks, and the last driver its exit code."""
+    output = said(two_settings[0], capsys)
     for stage in ("ingest", "index", "certify", "stitch", "detect"):
-        assert f"  {stage} 6 of 6\n" in told
-    assert "  evaluation 1 of 1\ncomplete\nnobody runs it now: process " in told
-    assert "with exit code 0" in told
+        assert f"  {stage} 6 of 6\n" in output
+    assert "  evaluation 1 of 1\ncomplete\nnobody runs it now: process " in output
+    assert "with exit code 0" in output
 
 
 @pytest.mark.parametrize("lost", ["evaluation/summary.json", "report.html", "evaluation"])
 def test_a_run_without_its_scores_is_not_complete(copied: Path, capsys, lost: str) -> None:
-    """Though every task is done."""
+    """A run without scores is not complete, although every task is done."""
     path = copied / lost
     shutil.rmtree(path) if path.is_dir() else path.unlink()
     assert "  evaluation 0 of 1\nnot complete: it lacks 1 of evaluation\n" in said(copied, capsys)
 
 
 def test_what_is_lacking_is_counted_by_stage(copied: Path, capsys) -> None:
-    """A map's receipt and another's picture were deleted; pixels that were deleted are not missed."""
+    """A deleted receipt and a deleted picture are counted; deleted pixels are not."""
     name = next((copied / "heatmaps").glob("*.tif")).name
     publish.receipt_path(copied, f"heatmaps/{name}").unlink()
     for part in (copied / "receipts/patches").rglob("*.json"):
         part.unlink()
     next((copied / "heatmaps").glob("*.preview.tif")).unlink()
-    told = said(copied, capsys)
-    assert "  stitch 5 of 6\n" in told
-    assert "not complete: it lacks 1 of stitch, 1 of detect\n" in told
+    output = said(copied, capsys)
+    assert "  stitch 5 of 6\n" in output
+    assert "not complete: it lacks 1 of stitch, 1 of detect\n" in output
 
 
 def test_before_there_is_a_plan_the_slides_are_counted(copied: Path, capsys) -> None:
-    """What is known then: how many slides have been looked at."""
+    """Before there is a plan, the ingested slides are counted."""
     (copied / "plan.json").unlink()
     (publish.receipt_path(copied, f"tissue/{next((copied / 'tissue').glob('*.json')).stem}.json")).unlink()
     assert said(copied, capsys).startswith("there is no plan yet\ningest 5 of 6\nnot complete: it lacks a plan\n")
 
 
 def test_a_folder_of_runs_names_them(two_settings: tuple[Path, Path], tmp_path: Path, capsys) -> None:
-    """The folder of a sweep is no run's; one that is not there is told too."""
+    """The folder of a sweep, and a missing folder, are refused by name."""
     for name, run in zip(("fp32", "other"), two_settings, strict=True):
         (tmp_path / name).symlink_to(run)
     assert cli.main(["status", str(tmp_path)]) == 20
@@ -74,7 +74,7 @@ def test_a_folder_of_runs_names_them(two_settings: tuple[Path, Path], tmp_path: 
 
 
 def test_who_runs_it_now_is_told_and_who_was_killed(tmp_path: Path) -> None:
-    """A process that lives, the same one killed, and one that ended by an error."""
+    """A running, a killed and a failed driver are distinguished."""
     code = "import sys, time; from pathlib import Path; from wsiflow.run.executor import driver\n"
     code += "with driver.noted(Path(sys.argv[1])): print('on', flush=True); time.sleep(600)"
     process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
@@ -97,7 +97,7 @@ def test_who_runs_it_now_is_told_and_who_was_killed(tmp_path: Path) -> None:
 
 
 def test_a_process_elsewhere_cannot_be_judged(tmp_path: Path) -> None:
-    """On another host, or with numbers of another container: not by its number, which is another process's here."""
+    """Process numbers of another host or container say nothing about processes here."""
     (tmp_path / "receipts").mkdir()
     for known in ({"host": "elsewhere"}, {"space": "another"}):
         line = {"event": "driver", "at": "2026-01-01", **jobs.identity(), **known}
@@ -106,7 +106,7 @@ def test_a_process_elsewhere_cannot_be_judged(tmp_path: Path) -> None:
 
 
 def test_an_array_run_of_before_is_told_from_its_jobs(tmp_path: Path) -> None:
-    """It noted its driver there."""
+    """The driver of an earlier version is found in its log of jobs."""
     log = jobs.JobLog(tmp_path)
     log.append("driver", **jobs.identity(), dialect={})
     assert "runs it now" in driver.told(tmp_path)[0]

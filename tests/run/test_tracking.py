@@ -1,4 +1,4 @@
-"""Tracking: one record per run, whatever else happens to the store."""
+"""Tracking: one record per run in MLflow, whatever happens to the store."""
 
 import errno
 import fcntl
@@ -28,7 +28,7 @@ def params_for(uri: str, **given: Any) -> TrackingParams:
 
 
 def record(**given: Any) -> RunRecord:
-    """Return a record with a little of everything, changed as given."""
+    """Return a record with every kind of content, with changes."""
     content = {
         "name": "run",
         "key": "abc123",
@@ -47,19 +47,19 @@ def record(**given: Any) -> RunRecord:
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A SQLite store for all tests that only add to it, each under keys of its own."""
+    """Return a SQLite store for all tests that only add to it, each with its own keys."""
     return f"sqlite:///{tmp_path_factory.mktemp('store') / 'mlflow.db'}"
 
 
 @pytest.fixture
 def silent_server() -> Iterator[str]:
-    """The address of a server that accepts connections and never answers."""
+    """Return the address of a server that accepts connections and never answers."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         yield f"http://127.0.0.1:{server.getsockname()[1]}"
 
 
 def read(store: str, run_id: str | None) -> Any:
-    """Return a run as MLflow tells it."""
+    """Return a run as MLflow has it."""
     from mlflow import MlflowClient
 
     assert run_id is not None
@@ -83,13 +83,13 @@ def test_everything_arrives(store: str, tmp_path: Path) -> None:
     folder = tmp_path / "evaluation"
     folder.mkdir()
     (folder / "summary.json").write_text("{}")
-    told = record(
+    content = record(
         artifacts=[config, folder],
         figures={"froc.png": b"\x89PNG"},
         tables={"froc.json": {"fp_per_slide": [8.0, 0.0], "thresholds": [0.1, math.inf]}},
         tags={"version.numpy": "2.4"},
     )
-    logged = tracking.log_run(params_for(store), told)
+    logged = tracking.log_run(params_for(store), content)
     run = read(store, logged.run_id)
     assert (run.info.run_name, run.info.status) == ("run", "FINISHED")
     assert run.data.params == {"inference.stride": "16"}
@@ -110,13 +110,11 @@ def test_the_same_run_is_recorded_once(store: str) -> None:
     params = params_for(store, experiment="once")
     first, again = (tracking.log_run(params, record()) for _ in range(2))
     assert first == again
-    assert tracking.find_run(params, "abc123", partial=False) == first.run_id
-    assert tracking.find_run(params, "abc123", partial=True) is None
     assert tracking.log_run(params, record(partial=True)).run_id != first.run_id
 
 
 def test_a_record_that_is_there_is_found_without_mlflow(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """To import it takes seconds; a record that was deleted, or is of another experiment, is made anew."""
+    """A finished record is found by SQL; a deleted one, or one of another experiment, is not."""
     params, one = params_for(store), record(key="known")
     run_id = tracking.log_run(params, one).run_id
     with monkeypatch.context() as without:
@@ -131,13 +129,8 @@ def test_a_record_that_is_there_is_found_without_mlflow(store: str, monkeypatch:
     assert tracking.log_run(params, one).run_id not in {run_id, None}
 
 
-def test_find_in_an_experiment_that_is_not_there(store: str) -> None:
-    """Looking for a run makes no experiment and finds none."""
-    assert tracking.find_run(params_for(store, experiment="nowhere"), "abc123", partial=False) is None
-
-
 def test_remains_of_a_broken_record_are_replaced(store: str, tmp_path: Path) -> None:
-    """A record that failed half-way is reported, and recording again leaves exactly one finished run."""
+    """A failed record is reported, and recording again leaves one finished run."""
     params = params_for(store, experiment="broken")
     failed = tracking.log_run(params, record(artifacts=[tmp_path / "absent.json"]))
     assert failed.run_id is None
@@ -170,7 +163,7 @@ GIT = {
 
 @pytest.mark.parametrize("how", GIT)
 def test_a_record_needs_no_git(how: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Whatever git does, or where it is absent: no commit is named, and that is all."""
+    """Where git fails or is absent, no commit is recorded."""
     monkeypatch.setattr(tracking, "_GIT_S", 0.5)
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin")
     if GIT[how] is None:
@@ -182,7 +175,7 @@ def test_a_record_needs_no_git(how: str, monkeypatch: pytest.MonkeyPatch, tmp_pa
 
 
 def test_the_commit_of_a_checkout_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forty hexadecimal digits, as git says."""
+    """The commit is the forty hexadecimal digits of git."""
     (tmp_path / "git").write_text(f"#!/bin/sh\necho {'0a' * 20}\n")
     (tmp_path / "git").chmod(0o755)
     (tmp_path / ".git").mkdir()
@@ -205,7 +198,7 @@ def test_the_commit_of_a_checkout_is_named(tmp_path: Path, monkeypatch: pytest.M
 def test_what_a_folder_does_not_keep_is_taken_from_the_environment(
     kept: str, environment: dict[str, str], found: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A retry reads the address without its password; where nobody knows it, the record is left out and says why."""
+    """The password of an address is taken from the environment, or the record fails with the reason."""
     for name in ("URI", "USERNAME", "PASSWORD", "TOKEN"):
         monkeypatch.delenv(f"MLFLOW_TRACKING_{name}", raising=False)
     for name, value in environment.items():
@@ -219,7 +212,7 @@ def test_what_a_folder_does_not_keep_is_taken_from_the_environment(
 
 
 def test_a_store_without_locks_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A disk without a lock service: which file, and what to do, instead of free space."""
+    """On a disk without locks the message names the file and the remedy."""
 
     def refuse(*_: object) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
@@ -231,7 +224,7 @@ def test_a_store_without_locks_is_named(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
 
 def test_more_than_mlflow_takes_at_once(store: str) -> None:
-    """Hundreds of parameters, thousands of metrics, long values and odd names all fit."""
+    """Hundreds of parameters, thousands of metrics, long values and odd names are recorded."""
     settings = {f"p{i}": i for i in range(250)} | {"long": "x" * 9000, "+odd[0]": 1}
     numbers = {f"m{i}": float(i) for i in range(2100)}
     logged = tracking.log_run(params_for(store), record(key="many", params=settings, metrics=numbers))
@@ -243,26 +236,26 @@ def test_more_than_mlflow_takes_at_once(store: str) -> None:
 
 
 def test_secrets_stay_at_home(store: str) -> None:
-    """Neither a password nor the user in an address is in the database."""
+    """The database contains neither the password nor the user of an address."""
     settings = {"store.api_key": "canary-1", "server": "https://joe:canary-2@host/x"}
     logged = tracking.log_run(params_for(store), record(key="secret", params=settings, tags={"token": "canary-3"}))
     assert read(store, logged.run_id).data.params["server"] == "https://[redacted]@host/x"
     assert b"canary" not in Path(store.removeprefix("sqlite:///")).read_bytes()
 
 
-def _first_start(uri: str, key: str, barrier: Any, told: Any) -> None:
+def _first_start(uri: str, key: str, barrier: Any, results: Any) -> None:
     barrier.wait()
-    told.put(tracking.log_run(params_for(uri), record(key=key)))
+    results.put(tracking.log_run(params_for(uri), record(key=key)))
 
 
 def test_first_starts_at_the_same_time(tmp_path: Path) -> None:
-    """Three processes on a store that is not there yet each leave their run, in one experiment."""
+    """Three processes on a new store record three runs in one experiment."""
     context = multiprocessing.get_context("spawn")
-    uri, barrier, told = f"sqlite:///{tmp_path}/new/mlflow.db", context.Barrier(3), context.Queue()
-    processes = [context.Process(target=_first_start, args=(uri, f"k{i}", barrier, told)) for i in range(3)]
+    uri, barrier, results = f"sqlite:///{tmp_path}/new/mlflow.db", context.Barrier(3), context.Queue()
+    processes = [context.Process(target=_first_start, args=(uri, f"k{i}", barrier, results)) for i in range(3)]
     for process in processes:
         process.start()
-    logged = [told.get(timeout=200) for _ in processes]
+    logged = [results.get(timeout=200) for _ in processes]
     for process in processes:
         process.join()
     assert [item.reason for item in logged] == ["", "", ""]
@@ -270,14 +263,14 @@ def test_first_starts_at_the_same_time(tmp_path: Path) -> None:
 
 
 def test_off_records_nothing(tmp_path: Path) -> None:
-    """Tracking that is off says so and makes no file."""
+    """With tracking off nothing is written, and the reason says so."""
     logged = tracking.log_run(params_for(f"sqlite:///{tmp_path}/mlflow.db", kind="off"), record())
     assert logged == (None, "tracking is off")
     assert not list(tmp_path.iterdir())
 
 
 def test_no_server_is_a_reason_not_an_error() -> None:
-    """A refused connection gives up soon and names the address without its password."""
+    """A refused connection ends soon, and the reason has the address without password."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     logged = tracking.log_run(params_for(f"http://joe:canary@127.0.0.1:{port}", retries=1), record())
@@ -288,18 +281,18 @@ def test_no_server_is_a_reason_not_an_error() -> None:
 
 
 def test_a_store_whose_driver_is_not_installed_is_a_reason() -> None:
-    """What a store lacks here has errors of its own: the run that it cannot record is complete all the same."""
+    """An error of a database driver is a reason and not an error of the run."""
     params = params_for("mssql+pyodbc://joe:canary@127.0.0.1/runs")
     logged = tracking.log_run(params, record())
     assert logged.run_id is None
     assert "pyodbc" in logged.reason
     assert "canary" not in logged.reason
     with pytest.raises(EnvironmentFault, match="pyodbc"):
-        tracking.recorded(params)
+        tracking.tracked_runs(params)
 
 
 def test_a_silent_server_is_given_up(silent_server: str) -> None:
-    """A server that never answers is left after the time-out, far before mlflow's own minutes."""
+    """A server that never answers is given up after the timeout."""
     start = time.monotonic()
     logged = tracking.log_run(params_for(silent_server), record())
     assert logged.run_id is None
@@ -307,7 +300,7 @@ def test_a_silent_server_is_given_up(silent_server: str) -> None:
 
 
 def test_a_locked_store_is_waited_for_and_then_given_up(tmp_path: Path) -> None:
-    """While another run holds the lock the store is not touched, and the reason says so."""
+    """A locked store is not touched, and the reason names the lock."""
     params = params_for(f"sqlite:///{tmp_path}/mlflow.db", lock_wait_s=0.2)
     with tracking._only_writer(params):
         logged = tracking.log_run(params, record())

@@ -264,6 +264,6 @@ def test_what_is_no_heatmap_is_not_opened(tmp_path: Path) -> None:
     """A mask and a text file are refused."""
     pyramid.write_mask(tmp_path / "m.tif", np.ones((300, 300), bool), um_px=1.0)
     (tmp_path / "t.tif").write_text("no image")
-    for name, cause in (("m.tif", "expected float32"), ("t.tif", "not a readable heatmap")):
+    for name, cause in (("m.tif", "float32 of rows x cols"), ("t.tif", "not a readable heatmap")):
         with pytest.raises(InputError, match=cause), files.open_heatmap(tmp_path / name):
             pass

@@ -1,4 +1,4 @@
-"""What finished runs tell together: settings compared, maps compared, and what reviewers are handed."""
+"""Analysis of finished runs: comparison of settings, equivalence of heatmaps, and exports for reviewers."""
 
 from typing import TYPE_CHECKING
 
@@ -7,11 +7,11 @@ import lazy_loader
 if TYPE_CHECKING:
     from wsiflow.analysis.reviewers.imrmc import export_imrmc
     from wsiflow.analysis.reviewers.regulatory import export
-    from wsiflow.analysis.runs import Run
-    from wsiflow.analysis.scored import Scored
-    from wsiflow.analysis.tradeoff.comparison import compare
+    from wsiflow.analysis.runs import FinishedRun
+    from wsiflow.analysis.scored import ScoredRun
+    from wsiflow.analysis.tradeoff.comparison import compare_runs
 
-__all__ = ["Run", "Scored", "compare", "export", "export_imrmc"]
+__all__ = ["FinishedRun", "ScoredRun", "compare_runs", "export", "export_imrmc"]
 
 # Loaded by whoever asks first: most commands need little of it.
 __getattr__, __dir__, _ = lazy_loader.attach(
@@ -19,8 +19,8 @@ __getattr__, __dir__, _ = lazy_loader.attach(
     submod_attrs={
         "reviewers.imrmc": ["export_imrmc"],
         "reviewers.regulatory": ["export"],
-        "runs": ["Run"],
-        "scored": ["Scored"],
-        "tradeoff.comparison": ["compare"],
+        "runs": ["FinishedRun"],
+        "scored": ["ScoredRun"],
+        "tradeoff.comparison": ["compare_runs"],
     },
 )

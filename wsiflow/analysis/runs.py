@@ -1,6 +1,6 @@
-"""Finished runs as a comparison needs them: settings, cost and what they are compared by.
+"""Read finished runs for a comparison: their settings, their cost and the matches of their slides.
 
-Input: folders of runs, or an experiment of MLflow. Output: `Run` values, in the order of their names or records.
+Input: folders of runs, or an MLflow experiment. Output: `FinishedRun` values, ordered by folder name or by record.
 """
 
 import json
@@ -16,27 +16,27 @@ import yaml
 
 from wsiflow import redaction
 from wsiflow.errors import InputError
-from wsiflow.evaluation.matches import Recorded, read_matches
+from wsiflow.evaluation.matches import EvaluationRecord, read_matches
 from wsiflow.run import cases, tracking
-from wsiflow.run.plan import latest_plan
+from wsiflow.run.plan import latest_plan as latest_plan
 from wsiflow.run.results import record
 from wsiflow.run.stages import ingest
 from wsiflow.run.tracking import TrackingParams
 from wsiflow.system import publish
 
 
-class Run(NamedTuple):
-    """One run that can be compared.
+class FinishedRun(NamedTuple):
+    """A run that has scores and can be compared.
 
     Attributes:
-        name: What messages call it.
-        where: Its folder, or its id in MLflow.
-        identity: What its record in MLflow is found by: of its folder; empty where it has none.
-        sweep: Name of its sweep in MLflow, or empty.
-        params: Its settings by dotted name.
-        core_hours: What it cost; NaN where that is not known.
-        processor: The CPU that computed it, or an empty text.
-        matches: What it is compared by.
+        name: Name of the run in messages, unique in a comparison.
+        where: Folder of the run, or its id in MLflow.
+        identity: Identity of the run's folder, by which its record in MLflow is found; empty where it has none.
+        sweep: Name of the sweep in MLflow that the run belongs to, or empty.
+        params: Settings by dotted name.
+        core_hours: Core-hours that the run took; NaN where they are not known.
+        processor: CPU model that computed the heatmaps, or empty.
+        matches: Matched lesions, scores and labels of the slides, as ``matches.json`` holds them.
     """
 
     name: str
@@ -46,80 +46,84 @@ class Run(NamedTuple):
     params: Mapping[str, str]
     core_hours: float
     processor: str
-    matches: Recorded
+    matches: EvaluationRecord
 
 
-class Found(NamedTuple):
-    """Runs to compare, and what was left out and why."""
+class RunSelection(NamedTuple):
+    """Runs to compare, and sentences that say which runs were left out and why."""
 
-    runs: Sequence[Run]
+    runs: Sequence[FinishedRun]
     notes: Sequence[str]
 
 
 def holds_runs(folder: Path) -> bool:
-    """Tell whether there is something to compare in a folder: the same name may be that of an experiment."""
-    return folder.is_dir() and any(scores_of(one) for one in (folder, *_below(folder)))
+    """Tell whether a folder, or a folder in it, has scores; else the name may be that of an MLflow experiment."""
+    return folder.is_dir() and any(scores_folder(one) for one in (folder, *_subfolders(folder)))
 
 
-def _below(folder: Path) -> list[Path]:
-    """Return the folders in a folder, but for those that hold what trials share and tell."""
-    found = (one for one in folder.iterdir() if one.is_dir() and not one.name.startswith("."))
-    return sorted(found, key=lambda one: natural(one.name))
+def _subfolders(folder: Path) -> list[Path]:
+    """Return the visible folders in a folder, in natural order; hidden ones hold the shared files of a sweep."""
+    visible = (one for one in folder.iterdir() if one.is_dir() and not one.name.startswith("."))
+    return sorted(visible, key=lambda one: natural_key(one.name))
 
 
-def trials_of(folder: Path, failed: Collection[str]) -> Found:
-    """Return the runs below a sweep's folder that have scores, but for trials that failed: those are not of now."""
-    below = _below(folder) if folder.is_dir() else []
+def runs_of_trials(folder: Path, failed: Collection[str]) -> RunSelection:
+    """Return the runs below a sweep's folder that have scores, without the trials that failed.
+
+    The folder of a failed trial may hold scores of an earlier start, which are out of date.
+    """
+    below = _subfolders(folder) if folder.is_dir() else []
     lost = [one.name for one in below if one.name in failed]
-    found = _found([one for one in below if one.name not in failed])
-    return found._replace(notes=[*found.notes, *(f"Left out, since it failed: {name}." for name in lost)])
+    selection = _select_scored([one for one in below if one.name not in failed])
+    return selection._replace(notes=[*selection.notes, *(f"Left out, since it failed: {name}." for name in lost)])
 
 
-def _found(below: Sequence[Path]) -> Found:
-    scored = [one for one in below if scores_of(one)]
-    unscored = [one.name for one in below if not scores_of(one) and publish.generations(one, "cases.json")]
+def _select_scored(folders: Sequence[Path]) -> RunSelection:
+    scored = [one for one in folders if scores_folder(one)]
+    unscored = [one.name for one in folders if not scores_folder(one) and publish.generations(one, "cases.json")]
     notes = [f"Left out, since not all of its slides have scores: {name}." for name in unscored]
-    return Found(_named_apart([_from_folder(one) for one in scored]), notes)
+    return RunSelection(_with_unique_names([_from_folder(one) for one in scored]), notes)
 
 
-def in_folders(folders: Sequence[Path]) -> Found:
-    """Return the runs of folders: each a run's, an evaluation's, or one that holds such folders.
+def runs_in_folders(folders: Sequence[Path]) -> RunSelection:
+    """Return the runs of folders; each is the folder of a run or of an evaluation, or holds such folders.
 
     Raises:
-        InputError: A folder holds nothing that was scored.
+        InputError: A folder does not exist, or holds no scored run.
     """
-    runs: list[Run] = []
+    runs: list[FinishedRun] = []
     notes: list[str] = []
     for folder in folders:
         if not folder.is_dir():
-            raise InputError(
-                "there is no such folder", "name folders of runs, or one experiment of MLflow", path=folder
-            )
-        found = Found([_from_folder(folder)], []) if scores_of(folder) else _found(_below(folder))
-        if not found.runs:
-            raise InputError("it holds no evaluation/matches.json", "name the folders of finished runs", path=folder)
-        runs += found.runs
-        notes += found.notes
-    return Found(_named_apart(runs), notes)
+            remedy = "name folders of runs, or one experiment of MLflow"
+            raise InputError("there is no such folder", remedy, path=folder)
+        is_run = scores_folder(folder) is not None
+        selection = RunSelection([_from_folder(folder)], []) if is_run else _select_scored(_subfolders(folder))
+        if not selection.runs:
+            cause = "the folder holds no evaluation/matches.json"
+            raise InputError(cause, "name the folders of finished runs", path=folder)
+        runs += selection.runs
+        notes += selection.notes
+    return RunSelection(_with_unique_names(runs), notes)
 
 
-def scores_of(folder: Path) -> Path | None:
-    """Return where a folder has its scores."""
-    files = ("matches.json", "summary.json")  # a run that died between them has none yet
+def scores_folder(folder: Path) -> Path | None:
+    """Return the folder that holds the scores of a run or an evaluation; None where they are missing or incomplete."""
+    files = ("matches.json", "summary.json")  # a run killed between the two has no scores yet
     return next((one for one in (folder / "evaluation", folder) if all((one / name).is_file() for name in files)), None)
 
 
-def _from_folder(root: Path) -> Run:
-    folder = scores_of(root) or root
+def _from_folder(root: Path) -> FinishedRun:
+    folder = scores_folder(root) or root
     metrics = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    told = ingest.told(root)
+    cases_path = ingest.told(root)
     params = {"run": root.name}
-    if told:
-        made, config = latest_plan(root), cases.read_cases(told)[0]
-        params = _texts(record.settings(config.model_dump(mode="json"), made)) | record.digests(made)
+    if cases_path:
+        plan, config = latest_plan(root), cases.read_cases(cases_path)[0]
+        params = _texts(record.settings(config.model_dump(mode="json"), plan)) | record.digests(plan)
     elif (folder / "settings.json").is_file():
         params = _texts(json.loads((folder / "settings.json").read_text(encoding="utf-8")))
-    return Run(
+    return FinishedRun(
         name=root.name,
         where=str(root),
         identity=cases.folder_id(root),
@@ -132,40 +136,41 @@ def _from_folder(root: Path) -> Run:
 
 
 def _processors(root: Path) -> set[str]:
-    """Return the CPUs that the run's heatmaps came from."""
+    """Return the CPU models that computed the run's heatmaps, from the receipts."""
     names = (name for name in publish.receipt_names(root) if name.startswith("heatmaps/"))
     return {(publish.read_receipt(root, name) or {}).get("cpu", "") for name in names} - {""}
 
 
-def of_sweep(params: TrackingParams) -> Found:
-    """Return the runs of a sweep that MLflow has: of the one that is named, or the experiment's only one.
+def runs_of_sweep(params: TrackingParams) -> RunSelection:
+    """Return the runs of a sweep from MLflow: of the sweep that ``params`` names, else of the experiment's only one.
 
-    Runs that belong to no sweep are compared where there is none.
+    Where the experiment has no sweep, its single runs are returned.
 
     Raises:
-        InputError: There is no such experiment or sweep, or it has several sweeps and none is named.
+        InputError: The experiment or the sweep does not exist, or there are several sweeps and none is named.
         EnvironmentFault: The store cannot be read.
     """
-    listed = tracking.recorded(params)
-    sweeps = sorted({one.sweep for one in listed if one.sweep})
+    tracked = tracking.tracked_runs(params)
+    sweeps = sorted({one.sweep for one in tracked if one.sweep})
     if params.sweep is None and len(sweeps) > 1:
-        raise InputError(f"experiment {params.experiment} has {len(sweeps)} sweeps", f"--sweep: {', '.join(sweeps)}")
-    wanted = params.sweep or next(iter(sweeps), "")
-    chosen = [one for one in listed if one.sweep == wanted]
+        cause = f"experiment {params.experiment} has {len(sweeps)} sweeps and none is named"
+        raise InputError(cause, f"name one with --sweep: {', '.join(sweeps)}")
+    sweep = params.sweep or next(iter(sweeps), "")
+    chosen = [one for one in tracked if one.sweep == sweep]
     if not chosen:
-        known = f"it has the sweeps {', '.join(sweeps)}" if sweeps else "it has no finished run"
-        raise InputError(f"experiment {params.experiment} has no run of sweep {params.sweep}", known)
-    with tempfile.TemporaryDirectory() as passing:
-        return Found(_named_apart([_from_record(params, one, Path(passing)) for one in chosen]), [])
+        remedy = f"name one of its sweeps: {', '.join(sweeps)}" if sweeps else "it has no finished run: run one first"
+        raise InputError(f"experiment {params.experiment} has no run of sweep {params.sweep}", remedy)
+    with tempfile.TemporaryDirectory() as scratch:
+        return RunSelection(_with_unique_names([_from_record(params, one, Path(scratch)) for one in chosen]), [])
 
 
-def _from_record(params: TrackingParams, one: tracking.Recorded, passing: Path) -> Run:
-    folder = passing / one.run_id
+def _from_record(params: TrackingParams, one: tracking.TrackedRun, scratch: Path) -> FinishedRun:
+    folder = scratch / one.run_id
     folder.mkdir()
-    return Run(
+    return FinishedRun(
         name=one.name,
         where=one.run_id,
-        identity=identity(one),
+        identity=folder_identity(one),
         sweep=one.sweep,
         params={**one.params, **{key: one.tags[key] for key in ("digest.dataset", "digest.model") if key in one.tags}},
         core_hours=_number(one.metrics.get("throughput.core_hours")),
@@ -174,13 +179,13 @@ def _from_record(params: TrackingParams, one: tracking.Recorded, passing: Path) 
     )
 
 
-def identity(one: tracking.Recorded) -> str:
-    """Return what stands for the folder that a record is of."""
+def folder_identity(one: tracking.TrackedRun) -> str:
+    """Return the identity of the folder that a run in MLflow was recorded from; its run id where none is recorded."""
     return one.tags.get("wsiflow.folder", one.run_id)
 
 
-def _named_apart(runs: Sequence[Run]) -> list[Run]:
-    """Return the runs with names of their own."""
+def _with_unique_names(runs: Sequence[FinishedRun]) -> list[FinishedRun]:
+    """Return the runs, their place added to each name that several of them have."""
     names = [run.name for run in runs]
     return [run._replace(name=f"{run.name} ({run.where})") if names.count(run.name) > 1 else run for run in runs]
 
@@ -193,13 +198,13 @@ def _number(value: Any) -> float:
     return math.nan if value is None else float(value)
 
 
-def store(uri: str, experiment: str, sweep: str | None) -> TrackingParams:
-    """Return how to reach a store, as ``conf/tracking/mlflow.yaml`` says but for what is given."""
+def tracking_params(uri: str, experiment: str, sweep: str | None) -> TrackingParams:
+    """Return the parameters of ``conf/tracking/mlflow.yaml`` with another store, experiment and sweep."""
     text = (resources.files("wsiflow.conf") / "tracking/mlflow.yaml").read_text(encoding="utf-8")
     return TrackingParams.model_validate(yaml.safe_load(text) | {"uri": uri, "experiment": experiment, "sweep": sweep})
 
 
-def natural(text: str) -> list[tuple[int, float, str]]:
-    """Return a key by which 8 comes before 16."""
+def natural_key(text: str) -> list[tuple[int, float, str]]:
+    """Return a sort key that orders numbers in a text by value, so that ``stride=8`` comes before ``stride=16``."""
     parts = re.split(r"(\d+(?:\.\d+)?)", text)
     return [(0, float(part), "") if place % 2 else (1, 0.0, part) for place, part in enumerate(parts) if part]

@@ -1,7 +1,7 @@
-"""A run that was scored, as its folder tells it: settings, cases, how every slide ended, scores and truth.
+"""Read a scored run from its folder: settings, cases, the outcome of every slide, scores and truth.
 
-Input: a run's folder. Output: a `Scored`, the list of its cases in which nothing is missing, and values of the slides
-by column, from the cases, the manifest or a table that is given.
+Input: a run's folder. Output: a `ScoredRun`, its complete list of cases, and values of the slides by column, taken from
+the cases, the manifest or a table that the caller names.
 """
 
 from collections import Counter
@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from wsiflow.errors import InputError, IntegrityError
 from wsiflow.evaluation import matches
-from wsiflow.evaluation.matches import Recorded, RecordedSlide
+from wsiflow.evaluation.matches import EvaluationRecord, SlideRecord
 from wsiflow.run.cases import read_cases
 from wsiflow.run.config import RunConfig
 from wsiflow.run.plan import Plan, latest_plan
@@ -24,70 +24,70 @@ from wsiflow.system import tables
 
 STATUSES = ("evaluated", "excluded", "failed", "rejected")
 NOT_GIVEN = "(not given)"
-"""The group of the slides that have no value in a column."""
+"""Value of the slides that have none in a column, and name of the subgroup that they form."""
 
 _CASE_COLUMNS = ("label", "patient_id", "split", "scanner")
 _LABELS = {0: "normal", 1: "tumour", None: ""}
 
 
-class Ended(NamedTuple):
-    """How a slide ended: a row of ``process_list.csv``."""
+class SlideOutcome(NamedTuple):
+    """Status and reason of one slide, from a row of ``process_list.csv``."""
 
     status: str
     reason: str
 
 
 @dataclass(frozen=True, eq=False)
-class Scored:
-    """A run that was scored.
+class ScoredRun:
+    """A run with its scores.
 
     Attributes:
         root: The run's folder.
         folder: The folder of the scores in it: ``evaluation``, or ``evaluation-PARTIAL`` where slides are missing.
         config: The resolved configuration.
         cases: The slides of the run, in the order of the manifest.
-        made: The plan.
-        ended: How every slide ended, by slide.
-        recorded: Scores, truth and matches.
+        plan: The run's plan.
+        outcomes: Status and reason of every slide, by slide id.
+        record: The evaluation's record: truth, score and matches of every scored slide.
     """
 
     root: Path
     folder: Path
     config: RunConfig
     cases: tuple[Case, ...]
-    made: Plan
-    ended: Mapping[str, Ended]
-    recorded: Recorded
+    plan: Plan
+    outcomes: Mapping[str, SlideOutcome]
+    record: EvaluationRecord
 
     @property
     def is_partial(self) -> bool:
-        """Slides are missing from the scores."""
+        """Whether slides are missing from the scores."""
         return self.folder.name != "evaluation"
 
     @cached_property
-    def slides(self) -> dict[str, RecordedSlide]:
-        """What was scored, by slide."""
-        return {one.slide_id: one for one in self.recorded.slides}
+    def slides(self) -> dict[str, SlideRecord]:
+        """The evaluation's record of each scored slide, by slide id."""
+        return {one.slide_id: one for one in self.record.slides}
 
     @cached_property
     def sha256(self) -> dict[str, str]:
-        """The content of the planned slides, by slide."""
-        return {slide.slide_id: slide.sha256 for slide in self.made.slides}
+        """SHA-256 of the content of each planned slide, by slide id."""
+        return {slide.slide_id: slide.sha256 for slide in self.plan.slides}
 
 
 class CaseRow(NamedTuple):
-    """A slide of the manifest and what became of it.
+    """A slide of the manifest and its outcome in the run: a row of ``case_list.csv``.
 
     Attributes:
         slide_id: Name of the slide.
         status: One of `STATUSES`.
-        reason: Why it is not evaluated, or what it does not count for.
-        label: 1 tumour, 0 normal, empty unknown.
-        in_froc, in_auc: 1 where the slide counts.
-        score: Its score, empty where there is none.
-        slide_sha256: Of its content; of a slide that could not be opened, what the manifest says.
-        truth_sha256: Of its label and true regions.
-        patient_id, split, scanner: As the manifest says.
+        reason: Why the slide is not evaluated, or does not count for FROC or the AUC; else empty.
+        label: 1 for tumour, 0 for normal, empty where it is unknown.
+        in_froc, in_auc: 1 where the slide counts for FROC, or for the slide AUC; else 0.
+        score: Slide score; empty where there is none.
+        slide_sha256: SHA-256 of the slide's content; of a slide that could not be opened, the manifest's value.
+        truth_sha256: SHA-256 of the slide's label and annotated regions.
+        patient_id, split, scanner: Values of the manifest.
         line: Line of the manifest, 0 where there is none.
     """
 
@@ -106,35 +106,35 @@ class CaseRow(NamedTuple):
     line: int
 
 
-def read(root: Path) -> Scored:
-    """Read a run.
+def read(root: Path) -> ScoredRun:
+    """Read a scored run from its folder.
 
     Raises:
-        InputError: The folder holds no run, or one that was not scored.
-        IntegrityError: The scores are not of the slides that ended well.
+        InputError: The folder holds no run, or a run without scores.
+        IntegrityError: The scored slides are not the slides that the run completed.
     """
-    told = ingest.told(root)
-    if told is None:
-        raise InputError("it holds no run", "name the out= folder of a run", path=root)
-    config, cases = read_cases(told)
-    ended = _ended(root / "process_list.csv")
-    partial = any(one.status in {"failed", "rejected"} for one in ended.values())
+    cases_path = ingest.told(root)
+    if cases_path is None:
+        raise InputError("the folder holds no run", "name the out= folder of a run", path=root)
+    config, cases = read_cases(cases_path)
+    outcomes = _outcomes(root / "process_list.csv")
+    partial = any(one.status in {"failed", "rejected"} for one in outcomes.values())
     folder = root / ("evaluation-PARTIAL" if partial else "evaluation")
     if not (folder / "matches.json").is_file():
-        cause = "slides are missing and nothing was scored" if partial else "it was not scored by this version"
+        cause = "slides are missing and nothing was scored" if partial else "the run was not scored by this version"
         remedy = f"run again{' with allow_partial=true' if partial else ''}, then export"
         raise InputError(cause, remedy, path=folder / "matches.json")
-    recorded = matches.read_matches(folder / "matches.json")
-    scored = Scored(root, folder, config, cases, latest_plan(root), ended, recorded)
+    record = matches.read_matches(folder / "matches.json")
+    scored = ScoredRun(root, folder, config, cases, latest_plan(root), outcomes, record)
     _check_scores(scored)
     return scored
 
 
-def case_list(scored: Scored) -> list[CaseRow]:
-    """Return a row for every slide of the manifest, also for those that were never taken into the run.
+def case_list(scored: ScoredRun) -> list[CaseRow]:
+    """Return a row for every slide of the manifest, also for slides that the run did not include.
 
     Raises:
-        IntegrityError: A slide of the run has no outcome, or outcomes and slides do not balance.
+        IntegrityError: A slide of the run has no outcome, or an outcome belongs to no slide.
     """
     planned = [*scored.cases, *_left_out(scored)]
     rows = [_case_row(scored, case) for case in planned]
@@ -143,65 +143,68 @@ def case_list(scored: Scored) -> list[CaseRow]:
 
 
 def counts(rows: Iterable[CaseRow]) -> dict[str, int]:
-    """Return how many slides there are of every status, and in all as ``planned``."""
-    found = Counter(row.status for row in rows)
-    return {"planned": found.total(), **{status: found[status] for status in STATUSES}}
+    """Return the number of slides of every status, and their total as ``planned``."""
+    by_status = Counter(row.status for row in rows)
+    return {"planned": by_status.total(), **{status: by_status[status] for status in STATUSES}}
 
 
-def values(scored: Scored, columns: Sequence[str], table: Path | None) -> dict[str, dict[str, str]]:
-    """Return the values of every evaluated slide, by column and slide.
+def values(scored: ScoredRun, columns: Sequence[str], table: Path | None) -> dict[str, dict[str, str]]:
+    """Return the values of every scored slide, by column and slide id.
 
-    A column is looked for in the table that is given, among what the run kept of its manifest (label, patient_id,
-    split, scanner), and in the manifest as it is now, by its own header or by the name it stands for.
+    Each column is taken from the first source that has it: the given table, the values that the run kept of its
+    manifest (label, patient_id, split, scanner), and the manifest as it is now, by the name in its header or by the
+    column that this name is an alias of.
 
     Args:
         scored: The run.
-        columns: Names, in any case.
+        columns: Names of the columns; upper and lower case are the same.
         table: CSV with a column slide_id, or None.
 
     Raises:
-        InputError: A column is nowhere, or a file cannot be used.
+        InputError: No source has a column, or a file cannot be used.
     """
     kept = {name: {case.slide_id: _kept(case, name) for case in scored.cases} for name in _CASE_COLUMNS}
     sources = [_table(table) if table is not None else {}, kept]
-    wanted = [name.strip().lower() for name in columns]
-    if any(all(name not in source for source in sources) for name in wanted):
+    names = [name.strip().lower() for name in columns]
+    if any(all(name not in source for source in sources) for name in names):
         sources.append(_manifest(scored))
-        meant = {alias: name for name in _CASE_COLUMNS for alias in COLUMNS[name]}
-        sources.append({alias: kept[name] for alias, name in meant.items()})
-    found = {}
-    for name in wanted:
+        aliases = {alias: name for name in _CASE_COLUMNS for alias in COLUMNS[name]}
+        sources.append({alias: kept[name] for alias, name in aliases.items()})
+    by_column = {}
+    for name in names:
         source = next((each for each in sources if name in each), None)
         if source is None:
             known = ", ".join(sorted({column for each in sources[:3] for column in each}))
             raise InputError(f"there is no column {name!r}", f"use one of {known}, or give --table", path=scored.root)
-        found[name] = {one.slide_id: source[name].get(one.slide_id, "") or NOT_GIVEN for one in scored.recorded.slides}
-    return found
+        by_column[name] = {
+            one.slide_id: source[name].get(one.slide_id, "") or NOT_GIVEN for one in scored.record.slides
+        }
+    return by_column
 
 
-def manifest(scored: Scored) -> Path | None:
-    """Return the manifest of a run, where it has one and it is still there."""
+def manifest(scored: ScoredRun) -> Path | None:
+    """Return the path of a run's manifest; None where the run has none or the file no longer exists."""
     slides = scored.config.dataset
     return slides.manifest if isinstance(slides, ManifestSlides) and slides.manifest.is_file() else None
 
 
-def _ended(path: Path) -> dict[str, Ended]:
+def _outcomes(path: Path) -> dict[str, SlideOutcome]:
     if not path.exists():
         raise InputError("the run has not ended yet", "let it end, or start it again", path=path)
     listed = tables.read(path, "the list of slides", "start the run again", ("slide_id", "status", "reason"))
-    return {row["slide_id"]: Ended(row["status"], row["reason"]) for row in listed.rows()}
+    return {row["slide_id"]: SlideOutcome(row["status"], row["reason"]) for row in listed.rows()}
 
 
-def _check_scores(scored: Scored) -> None:
-    good = {slide_id for slide_id, one in scored.ended.items() if one.status not in {"failed", "rejected"}}
-    odd = sorted(good ^ {one.slide_id for one in scored.recorded.slides})
+def _check_scores(scored: ScoredRun) -> None:
+    good = {slide_id for slide_id, one in scored.outcomes.items() if one.status not in {"failed", "rejected"}}
+    odd = sorted(good ^ {one.slide_id for one in scored.record.slides})
     if odd:
-        cause = f"the scores are not of the slides that ended well: {', '.join(odd[:5])}"
+        cause = f"the scored slides are not those that the run completed: {', '.join(odd[:5])} differ"
         raise IntegrityError(cause, "run again, then export", path=scored.folder / "matches.json")
 
 
-def _left_out(scored: Scored) -> list[Case]:
-    """Return the slides of the manifest that the run did not take: those beyond ``dataset.limit``, or added since."""
+def _left_out(scored: ScoredRun) -> list[Case]:
+    """Return the slides of the manifest that the run did not include: beyond ``dataset.limit``, or added since."""
     path = manifest(scored)
     if path is None:
         return []
@@ -209,7 +212,7 @@ def _left_out(scored: Scored) -> list[Case]:
     return [case for case in read_manifest(path) if case.slide_id not in taken]
 
 
-def _case_row(scored: Scored, case: Case) -> CaseRow:
+def _case_row(scored: ScoredRun, case: Case) -> CaseRow:
     status, reason = _outcome(scored, case.slide_id)
     one = scored.slides.get(case.slide_id)
     label = one.label if one is not None else case.label
@@ -230,29 +233,31 @@ def _case_row(scored: Scored, case: Case) -> CaseRow:
     )
 
 
-def _outcome(scored: Scored, slide_id: str) -> tuple[str, str]:
+def _outcome(scored: ScoredRun, slide_id: str) -> tuple[str, str]:
     """Return the status of a slide and the reason for it."""
-    ended, one = scored.ended.get(slide_id), scored.slides.get(slide_id)
-    if ended is None:
+    outcome, one = scored.outcomes.get(slide_id), scored.slides.get(slide_id)
+    if outcome is None:
         limit = scored.config.dataset.limit
-        told = f"dataset.limit is {limit}" if limit is not None else "the manifest has changed since"
-        return "excluded", f"not among the slides of the run: {told}"
+        why = f"dataset.limit is {limit}" if limit is not None else "the manifest has changed since"
+        return "excluded", f"not among the slides of the run: {why}"
     if one is None:
-        return ended.status, ended.reason
-    reason = one.reason or ("no tissue was found" if ended.status == "no tissue" else "")
+        return outcome.status, outcome.reason
+    reason = one.reason or ("no tissue was found" if outcome.status == "no tissue" else "")
     return ("evaluated" if one.in_froc or one.in_auc else "excluded"), reason
 
 
-def _check_balance(scored: Scored, planned: Sequence[Case], rows: Sequence[CaseRow]) -> None:
-    """See that every slide has one outcome, and every outcome a slide."""
-    lost = sorted({case.slide_id for case in scored.cases} - scored.ended.keys())
-    stray = sorted(scored.ended.keys() - {case.slide_id for case in scored.cases})
-    found = counts(rows)
-    if lost or stray or len({case.slide_id for case in planned}) != sum(found[status] for status in STATUSES):
-        told = (
-            f"without an outcome: {', '.join(lost) or 'none'}; outcomes without a slide: {', '.join(stray) or 'none'}"
-        )
-        raise IntegrityError(f"slides and outcomes do not balance ({told})", "run again, then export", path=scored.root)
+def _check_balance(scored: ScoredRun, planned: Sequence[Case], rows: Sequence[CaseRow]) -> None:
+    """Check that every slide has one outcome, and that every outcome belongs to a slide.
+
+    Raises:
+        IntegrityError: A slide has no outcome, or an outcome no slide.
+    """
+    lost = sorted({case.slide_id for case in scored.cases} - scored.outcomes.keys())
+    stray = sorted(scored.outcomes.keys() - {case.slide_id for case in scored.cases})
+    n_outcomes = sum(counts(rows)[status] for status in STATUSES)
+    if lost or stray or len({case.slide_id for case in planned}) != n_outcomes:
+        odd = f"without an outcome: {', '.join(lost) or 'none'}; outcomes without a slide: {', '.join(stray) or 'none'}"
+        raise IntegrityError(f"slides and outcomes do not balance ({odd})", "run again, then export", path=scored.root)
 
 
 def _kept(case: Case, column: str) -> str:
@@ -260,10 +265,11 @@ def _kept(case: Case, column: str) -> str:
 
 
 def _table(path: Path) -> dict[str, dict[str, str]]:
-    """Read a table of slides."""
-    header, rows = tables.read(path, "it", "correct the path")
+    """Read a CSV of slides and return its values by column and slide id."""
+    header, rows = tables.read(path, "the table of slides", "correct the path")
     if "slide_id" not in header:
-        raise InputError("it has no column slide_id", "give a CSV with slide_id and any other columns", path=path)
+        cause = "the table has no column slide_id"
+        raise InputError(cause, "give a CSV with slide_id and any other columns", path=path)
     ids = [cells[header.index("slide_id")] for _, cells in rows]
     twice = [slide_id for slide_id, n in Counter(ids).items() if n > 1]
     if twice:
@@ -276,12 +282,12 @@ def _table(path: Path) -> dict[str, dict[str, str]]:
     }
 
 
-def _manifest(scored: Scored) -> dict[str, dict[str, str]]:
-    """Read every column of the manifest as it is now; nothing where the run has none."""
+def _manifest(scored: ScoredRun) -> dict[str, dict[str, str]]:
+    """Read every column of the manifest as it is now, by slide id; empty where the run has no manifest."""
     path = manifest(scored)
     if path is None:
         return {}
-    header, rows = tables.read(path, "it", "correct the path")
+    header, rows = tables.read(path, "the manifest", "correct the path")
     names = {case.line: case.slide_id for case in read_manifest(path)}
     return {
         name: {names[line]: cells[place] for line, cells in rows if line in names} for place, name in enumerate(header)

@@ -1,7 +1,8 @@
-"""Coarser strides from a run's own heatmaps, where those have the same windows: what they would score, without running.
+"""Score coarser strides from the heatmaps of a finished run, without running them.
 
-Input: a finished run. Output: per stride a folder with detections, scores and settings, which `wsiflow compare` takes
-beside runs. It has no cost: nobody has measured what that stride takes.
+A heatmap holds every cell of a coarser map whose windows are among its own. Input: a finished run. Output: per stride a
+folder with detections, scores and settings, which `wsiflow compare` accepts beside runs. Such a folder has no cost,
+since the time of that stride was never measured.
 """
 
 import json
@@ -12,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wsiflow.analysis import scored
-from wsiflow.analysis.scored import Scored
+from wsiflow.analysis.scored import ScoredRun
 from wsiflow.errors import InputError
 from wsiflow.evaluation import evaluate
 from wsiflow.evaluation.detections import format_detections, read_detections
@@ -26,65 +27,65 @@ from wsiflow.system import publish
 
 
 def write(root: Path, strides: Sequence[int], out: Path) -> list[Path]:
-    """Score a run as if it had been made at other strides.
+    """Score a run's heatmaps at coarser strides, and write a folder for each stride.
 
     Args:
         root: The run's folder.
-        strides: Reading pixels, each a multiple of the run's stride.
-        out: Folder that gets one for each stride, ``stride=<s>``.
+        strides: Strides in reading pixels, each a multiple of the run's stride.
+        out: Folder in which a folder ``stride=<s>`` is written for each stride.
 
     Returns:
-        These folders.
+        The folders written, in the order of the strides.
 
     Raises:
-        InputError: The folder holds no scored run, slides are missing from its scores, or its maps do not have the
+        InputError: The folder holds no scored run, slides are missing from its scores, or its maps do not hold the
             windows of a stride.
         EnvironmentFault: The folder cannot be written.
     """
     run = scored.read(root)
     if run.is_partial:
-        raise InputError("slides are missing from its scores", "run again until it is complete", path=root)
-    for stride in strides:  # told before anything is written
+        raise InputError("slides are missing from the run's scores", "run again until it is complete", path=root)
+    for stride in strides:  # refuse before anything is written
         _require_same_windows(run, stride)
     publish.preflight(out)
     return [_write(run, stride, out / f"stride={stride}") for stride in strides]
 
 
-def _write(run: Scored, stride: int, out: Path) -> Path:
+def _write(run: ScoredRun, stride: int, out: Path) -> Path:
     cases = {case.slide_id: case for case in run.cases}
 
     def slides() -> Iterator[evaluate.Evidence]:
-        for planned in run.made.slides:
+        for planned in run.plan.slides:
             coarse, detections = _detected(run, planned, stride)
             text = format_detections(detections)
             publish.write_view(out, f"detections/{planned.slide_id}.csv", text.encode())
-            found = read_detections(out / f"detections/{planned.slide_id}.csv")
+            detections = read_detections(out / f"detections/{planned.slide_id}.csv")  # rounded as they are published
             score = assembly.slide_score(coarse)
-            yield scores.evidence(planned, cases[planned.slide_id], run.config, found, score)
+            yield scores.evidence(planned, cases[planned.slide_id], run.config, detections, score)
 
-    found = evaluate.evaluate_cases(slides(), run.config.evaluation, seed=run.config.seed)
-    for name, text in evaluate.documents(found).items():
+    evaluation = evaluate.evaluate_cases(slides(), run.config.evaluation, seed=run.config.seed)
+    for name, text in evaluate.documents(evaluation).items():
         publish.write_view(out, f"evaluation/{name}", text.encode())
-    told = record.settings(run.config.model_dump(mode="json"), run.made) | record.digests(run.made)
-    told |= {"inference.stride": stride, "subsampled_from": run.config.inference.stride}
-    publish.write_view(out, "evaluation/settings.json", json.dumps(told, indent=1, sort_keys=True).encode())
+    settings = record.settings(run.config.model_dump(mode="json"), run.plan) | record.digests(run.plan)
+    settings |= {"inference.stride": stride, "subsampled_from": run.config.inference.stride}
+    publish.write_view(out, "evaluation/settings.json", json.dumps(settings, indent=1, sort_keys=True).encode())
     return out
 
 
-def _require_same_windows(run: Scored, stride: int) -> None:
-    """Refuse a stride at which the run's maps would not be those of a run of its own.
+def _require_same_windows(run: ScoredRun, stride: int) -> None:
+    """Refuse a stride whose map cannot be taken from the run's heatmaps without changing a score.
 
     Raises:
-        InputError: The message says why.
+        InputError: The windows differ, or a score depends on more than its window; the message says which.
     """
-    choice = run.made.settings.choice
+    choice = run.plan.settings.choice
     reason = "not every window was run (inference.refine)" if choice.refine else reason_scores_differ(choice, choice)
     if run.config.tiles.tile_px % stride:
         reason = f"it does not divide the tile of {run.config.tiles.tile_px} px"
     if reason:
-        cause = f"stride {stride} cannot be taken from its maps: {reason}"
+        cause = f"stride {stride} cannot be taken from the run's heatmaps: {reason}"
         raise InputError(cause, "run at that stride", path=run.root)
-    for planned in run.made.slides[:1]:
+    for planned in run.plan.slides[:1]:
         try:
             geometry.subsampling(planned.frame, _at(planned.frame, stride))
         except InputError as error:
@@ -95,10 +96,10 @@ def _at(frame: Frame, stride: int) -> Frame:
     return frame._replace(stride_px=stride)
 
 
-def _detected(run: Scored, planned: SlidePlan, stride: int) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
-    """Return a slide's map at a stride, and its detections: float64 (n, 3), prob, x, y in level-0 px."""
+def _detected(run: ScoredRun, planned: SlidePlan, stride: int) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
+    """Return a slide's map at a stride and its detections, float64 (n, 3): prob, x, y in level-0 px."""
     fine, _ = files.read_heatmap(run.root / f"heatmaps/{planned.slide_id}.tif")
     frame = _at(planned.frame, stride)
     coarse = assembly.subsample(fine, planned.frame, frame)
-    found = lesions.detect(coarse, run.config.lesions, cell_um=frame.um_px * stride)
-    return coarse, np.column_stack([found[:, 0], geometry.l0_from_h(frame, found[:, 1:3])])
+    detected = lesions.detect(coarse, run.config.lesions, cell_um=frame.um_px * stride)
+    return coarse, np.column_stack([detected[:, 0], geometry.l0_from_h(frame, detected[:, 1:3])])

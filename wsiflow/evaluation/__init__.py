@@ -1,4 +1,4 @@
-"""What scores are worth: lesions found, slides told apart, and how sure that is."""
+"""Evaluation of scores: FROC for lesions, ROC for slides, calibration, and the uncertainty of each."""
 
 from typing import TYPE_CHECKING
 
@@ -7,14 +7,14 @@ import lazy_loader
 if TYPE_CHECKING:
     from wsiflow.evaluation import froc, roc
     from wsiflow.evaluation.evaluate import Evidence, Scores, evaluate_cases, evaluate_folder
-    from wsiflow.evaluation.matches import Recorded, read_matches
+    from wsiflow.evaluation.matches import EvaluationRecord, read_matches
     from wsiflow.evaluation.protocol import EvaluationParams
     from wsiflow.evaluation.truth import Truth, read_truth
 
 __all__ = [
     "EvaluationParams",
+    "EvaluationRecord",
     "Evidence",
-    "Recorded",
     "Scores",
     "Truth",
     "evaluate_cases",
@@ -31,7 +31,7 @@ __getattr__, __dir__, _ = lazy_loader.attach(
     submodules=["froc", "roc"],
     submod_attrs={
         "evaluate": ["Evidence", "Scores", "evaluate_cases", "evaluate_folder"],
-        "matches": ["Recorded", "read_matches"],
+        "matches": ["EvaluationRecord", "read_matches"],
         "protocol": ["EvaluationParams"],
         "truth": ["Truth", "read_truth"],
     },

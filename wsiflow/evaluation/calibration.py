@@ -1,12 +1,14 @@
-"""Calibration: whether a probability means what it says.
+"""Measure calibration: whether a predicted probability agrees with the observed frequency.
 
-Input: probabilities (n,) and outcomes (n,) of 0 and 1. Output: sums by bin, a reliability table, scores.
+Input: probabilities (n,) and outcomes (n,) of 0 and 1. Output: sums by bin, a reliability table, calibration scores and
+a logistic recalibration.
 
-Everything is computed from sums by bin, which add up: a map of 10^8 cells is taken in band by band. The Brier score and
-its parts are exact whatever the bins. The expected calibration error depends on the bins, as it does by definition. The
-slope and intercept are those of the mean probabilities of the bins, which are exact where a bin holds one value.
+Everything is computed from sums by bin. The sums of several arrays add up, so a map of 10^8 cells can be processed in
+bands. The Brier score and its components do not depend on the bins. The expected calibration error (ECE) depends on
+them by definition. Slope and intercept are fitted to the mean probabilities of the bins, which is exact where every bin
+holds one distinct value.
 
-Brier's score splits (Murphy 1973, with the terms that bins wider than one value add, Stephenson et al. 2008) as
+The Brier score decomposes (Murphy 1973; Stephenson et al. 2008 for the within-bin terms) as
 
     brier = reliability - resolution + uncertainty + within
 
@@ -27,9 +29,9 @@ from wsiflow.errors import InputError
 from wsiflow.evaluation import proportions
 
 Z95 = 1.959963984540054
-_FLOOR = 1e-6  # probabilities nearer to 0 or 1 have no logit to speak of; float32 ends at 6e-8 below 1
+_FLOOR = 1e-6  # probabilities are clipped here: nearer to 0 or 1 float32 is too coarse for a meaningful logit
 _STEPS = 100
-_FURTHEST = 4.0  # a step of Newton's from where all is nearly certain would lead to where all is certain otherwise
+_FURTHEST = 4.0  # an unbounded Newton step from nearly certain probabilities overshoots to the opposite certainty
 _SEPARATED = "the outcomes are separated: the likelihood has no maximum"
 _INVERTED = "the higher the probability, the rarer the outcome: are the model's classes swapped (model.positive_class)?"
 _CLOSE = 1e-10
@@ -37,12 +39,12 @@ _CLOSE = 1e-10
 
 @dataclass(frozen=True, eq=False)
 class Bins:
-    """Sums over the values of each bin; equally wide bins from 0 to 1, the last one closed.
+    """Sums over the values in each of k bins of equal width from 0 to 1; the last bin includes 1.
 
     Attributes:
-        n: int64 (k,), how many values.
-        positives: int64 (k,), how many of them with outcome 1.
-        p, pp, py: float64 (k,), sums of the probability, its square, and its product with the outcome.
+        n: int64 (k,), number of values.
+        positives: int64 (k,), number of values with outcome 1.
+        p, pp, py: float64 (k,), sums of the probability, of its square, and of its product with the outcome.
     """
 
     n: NDArray[np.int64]
@@ -53,20 +55,20 @@ class Bins:
 
     @property
     def total(self) -> int:
-        """How many values there are."""
+        """Number of values in all bins."""
         return int(self.n.sum())
 
 
-class Row(NamedTuple):
+class ReliabilityBin(NamedTuple):
     """A bin of a reliability table.
 
     Attributes:
         low, high: Bounds of the probability.
-        n, positives: Values, and those with outcome 1.
+        n, positives: Number of values, and of values with outcome 1.
         mean: Mean probability; NaN in an empty bin.
         observed: Share of positives; NaN in an empty bin.
-        wilson_low, wilson_high: 95 % interval of the share, of Wilson.
-        exact_low, exact_high: Likewise, of Clopper and Pearson.
+        wilson_low, wilson_high: Wilson's 95 % interval of the share of positives.
+        exact_low, exact_high: The 95 % interval of Clopper and Pearson.
     """
 
     low: float
@@ -82,7 +84,7 @@ class Row(NamedTuple):
 
 
 class Estimate(NamedTuple):
-    """A coefficient with Wald's 95 % interval; all NaN where there is no finite estimate."""
+    """A regression coefficient with Wald's 95 % interval; all NaN where no finite estimate exists."""
 
     value: float
     low: float
@@ -96,10 +98,11 @@ class Fit(NamedTuple):
     """Logistic recalibration: logit P(y = 1) = intercept + slope * logit p (Cox 1958).
 
     Attributes:
-        intercept: Of that line.
-        slope: Of that line; 1 where the probabilities are as spread as they should be, below 1 where too far.
-        in_the_large: Intercept when the slope is held at 1: 0 where the probabilities are right on average.
-        note: Why there is no estimate, or that the slope is that of a model whose classes are swapped; else empty.
+        intercept: Calibration intercept.
+        slope: Calibration slope: 1 for calibrated probabilities, below 1 where they are too extreme.
+        in_the_large: Intercept with the slope fixed at 1 (calibration in the large): 0 where the mean probability
+            equals the share of positives.
+        note: Reason why no estimate exists, or a hint that the model's classes may be swapped; else empty.
     """
 
     intercept: Estimate
@@ -109,11 +112,11 @@ class Fit(NamedTuple):
 
 
 def bins(prob: ArrayLike, outcome: ArrayLike, *, k: int) -> Bins:
-    """Return the sums of some values.
+    """Return the sums of probabilities and outcomes by bin.
 
     Args:
-        prob: (n,), 0 to 1.
-        outcome: (n,) of 0 and 1.
+        prob: (n,), probabilities, 0 to 1.
+        outcome: (n,), outcomes, 0 or 1.
         k: Number of bins.
 
     Raises:
@@ -121,10 +124,11 @@ def bins(prob: ArrayLike, outcome: ArrayLike, *, k: int) -> Bins:
     """
     p, y = np.asarray(prob, np.float64), np.asarray(outcome)
     if p.ndim != 1 or p.shape != y.shape:
-        raise InputError(f"probabilities {p.shape} and outcomes {y.shape}", "give one outcome per probability")
+        cause = f"the probabilities have shape {p.shape} and the outcomes {y.shape}"
+        raise InputError(cause, "give one outcome per probability")
     if not ((p >= 0) & (p <= 1)).all():
         bad = p[~((p >= 0) & (p <= 1))][0]
-        raise InputError(f"a probability is {bad}", "calibration needs probabilities from 0 to 1")
+        raise InputError(f"a probability is {bad}", "give probabilities from 0 to 1, which calibration needs")
     if not ((y == 0) | (y == 1)).all():
         raise InputError(f"an outcome is {y[(y != 0) & (y != 1)][0]!r}", "use 1 and 0")
     place = np.minimum((p * k).astype(np.int64), k - 1)
@@ -137,34 +141,37 @@ def bins(prob: ArrayLike, outcome: ArrayLike, *, k: int) -> Bins:
 
 
 def merged(parts: Iterable[Bins]) -> Bins:
-    """Add up sums over the same bins; there must be at least one part."""
+    """Add up sums over the same bins; ``parts`` must not be empty."""
     columns = zip(*((part.n, part.positives, part.p, part.pp, part.py) for part in parts), strict=True)
     return Bins(*(np.sum(column, axis=0) for column in columns))
 
 
 def coarser(fine: Bins, k: int) -> Bins:
-    """Return the sums in ``k`` bins, a divisor of the number there is."""
+    """Return the sums in ``k`` wider bins; ``k`` must divide the number of bins of ``fine``."""
     return Bins(*(values.reshape(k, -1).sum(axis=1) for values in (fine.n, fine.positives, fine.p, fine.pp, fine.py)))
 
 
-def table(found: Bins) -> list[Row]:
-    """Return the reliability table: a row per bin, empty ones too."""
-    edges = np.arange(len(found.n) + 1) / len(found.n)  # 0.3, and not the 0.30000000000000004 of linspace
+def table(sums: Bins) -> list[ReliabilityBin]:
+    """Return the reliability table, a row for every bin, also for empty ones."""
+    edges = np.arange(len(sums.n) + 1) / len(sums.n)  # 0.3, and not the 0.30000000000000004 of linspace
     with np.errstate(invalid="ignore"):  # 0 / 0: an empty bin has no mean
-        mean, observed = found.p / found.n, found.positives / found.n
-    intervals = proportions.wilson(found.positives, found.n) + proportions.clopper_pearson(found.positives, found.n)
-    columns = (edges[:-1], edges[1:], found.n, found.positives, mean, observed, *intervals)
-    return [Row(*values) for values in zip(*(column.tolist() for column in columns), strict=True)]
+        mean, observed = sums.p / sums.n, sums.positives / sums.n
+    intervals = proportions.wilson(sums.positives, sums.n) + proportions.clopper_pearson(sums.positives, sums.n)
+    columns = (edges[:-1], edges[1:], sums.n, sums.positives, mean, observed, *intervals)
+    return [ReliabilityBin(*values) for values in zip(*(column.tolist() for column in columns), strict=True)]
 
 
-def scores(found: Bins) -> dict[str, float]:
-    """Return Brier's score, its parts and the calibration errors, by name; NaN without any value."""
-    n = found.total
+def scores(sums: Bins) -> dict[str, float]:
+    """Return the Brier score, its components, and the expected and largest calibration error by name.
+
+    All are NaN where the bins hold no value.
+    """
+    n = sums.total
     if not n:
         names = ("brier", "reliability", "resolution", "uncertainty", "within", "ece", "mce")
         return {"n": 0.0, "positives": 0.0, **dict.fromkeys(names, math.nan)}
-    full = found.n > 0
-    size, y, p, pp, py = (each[full] for each in (found.n, found.positives, found.p, found.pp, found.py))
+    full = sums.n > 0
+    size, y, p, pp, py = (each[full] for each in (sums.n, sums.positives, sums.p, sums.pp, sums.py))
     mean, share, overall = p / size, y / size, y.sum() / n
     spread = pp - size * mean**2  # sum of (p - p_k)^2
     common = py - size * mean * share  # sum of (p - p_k)(y - o_k)
@@ -183,12 +190,12 @@ def scores(found: Bins) -> dict[str, float]:
 
 
 def recalibrate(prob: ArrayLike, positives: ArrayLike, n: ArrayLike) -> Fit:
-    """Fit the line that turns logits into calibrated ones, by Newton's method on the binomial likelihood.
+    """Fit a logistic recalibration by Newton's method on the binomial likelihood.
 
     Args:
-        prob: (k,), probabilities; those nearer to 0 or 1 than 1e-6 count as 1e-6 away.
-        positives: (k,), how many of the cases with that probability have outcome 1.
-        n: (k,), how many cases there are.
+        prob: (k,), distinct probabilities; they are clipped to 1e-6 and 1 - 1e-6.
+        positives: (k,), number of cases with this probability and outcome 1.
+        n: (k,), number of cases with this probability.
     """
     p, y, size = (np.asarray(each, np.float64) for each in (prob, positives, n))
     p, y, size = p[size > 0], y[size > 0], size[size > 0]
@@ -200,18 +207,18 @@ def recalibrate(prob: ArrayLike, positives: ArrayLike, n: ArrayLike) -> Fit:
     (in_the_large,), _ = _newton(ones, logit, y, size)
     if note:
         return Fit(_NONE, _NONE, float(in_the_large), note)
-    found, covariance = _newton(np.column_stack([ones, logit]), np.zeros(len(p)), y, size)
+    line, covariance = _newton(np.column_stack([ones, logit]), np.zeros(len(p)), y, size)
     if not np.isfinite(covariance).all():
         return Fit(_NONE, _NONE, float(in_the_large), "the outcomes are all but separated: no finite slope was found")
     half = Z95 * np.sqrt(np.diag(covariance))
     intercept, slope = (
-        Estimate(*ends) for ends in zip(found.tolist(), (found - half).tolist(), (found + half).tolist(), strict=True)
+        Estimate(*ends) for ends in zip(line.tolist(), (line - half).tolist(), (line + half).tolist(), strict=True)
     )
     return Fit(intercept, slope, float(in_the_large), _INVERTED if slope.high < 0 else "")
 
 
 def _unfit(logit: NDArray[np.float64], y: NDArray[np.float64], n: NDArray[np.float64]) -> str:
-    """Say why there is no finite slope; an empty text where there is one."""
+    """Return the reason why no finite slope exists; empty where one exists."""
     positive, negative = logit[y > 0], logit[y < n]
     if not len(n):
         return "there are no cases"
@@ -229,30 +236,36 @@ def _unfit(logit: NDArray[np.float64], y: NDArray[np.float64], n: NDArray[np.flo
 def _newton(
     design: NDArray[np.float64], offset: NDArray[np.float64], y: NDArray[np.float64], n: NDArray[np.float64]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return coefficients of a binomial regression and their covariance.
+    """Return the coefficients of a logistic regression and their covariance, by Newton's method.
 
-    The likelihood is concave; a step that would lower it is halved, so that every start ends at the maximum. Where that
-    is too far away to be told from infinity, the covariance is NaN.
+    The log-likelihood is concave, and a step that would lower it is halved, so the iteration converges to the maximum.
+    Where the coefficients diverge and the information matrix becomes singular, the covariance is NaN.
+
+    Args:
+        design: float64 (k, c), design matrix.
+        offset: float64 (k,), fixed part of the linear predictor.
+        y: float64 (k,), positives.
+        n: float64 (k,), cases.
     """
 
     def likelihood(at: NDArray[np.float64]) -> float:
         line = design @ at + offset
         return float((y * line - n * np.logaddexp(0, line)).sum())
 
-    found = np.zeros(design.shape[1])
+    estimate = np.zeros(design.shape[1])
     for _ in range(_STEPS):
-        line = design @ found + offset
+        line = design @ estimate + offset
         fitted, rest = (np.exp(-np.logaddexp(0, each)) for each in (-line, line))
         information = design.T @ (design * (n * fitted * rest)[:, None])
         try:
             step = np.linalg.solve(information, design.T @ (y - n * fitted))
             covariance = np.linalg.inv(information).astype(np.float64)
         except np.linalg.LinAlgError:
-            return found, np.full_like(information, np.nan)
+            return estimate, np.full_like(information, np.nan)
         step = step / max(1.0, np.abs(design @ step).max() / _FURTHEST)
-        while likelihood(found + step) < likelihood(found) and np.abs(step).max() > _CLOSE:
+        while likelihood(estimate + step) < likelihood(estimate) and np.abs(step).max() > _CLOSE:
             step = step / 2
-        found = found + step
-        if np.abs(step).max() <= _CLOSE * max(1.0, np.abs(found).max()):
+        estimate = estimate + step
+        if np.abs(step).max() <= _CLOSE * max(1.0, np.abs(estimate).max()):
             break
-    return found, covariance
+    return estimate, covariance

@@ -1,4 +1,4 @@
-"""Files of detections and of slide scores."""
+"""Read and write the files of detections and of slide scores."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -15,25 +15,24 @@ def read_detections(path: Path) -> NDArray[np.float64]:
     """Read the detections of one slide.
 
     Args:
-        path: CSV without header: ``prob,x,y``, level-0 px; may be empty.
+        path: CSV without header: ``prob,x,y`` with x and y in level-0 px; the file may be empty.
 
     Returns:
-        float64 (n, 3) in the order of the file.
+        float64 (n, 3): prob, x, y, in the order of the file.
 
     Raises:
-        InputError: The file cannot be read, or a line is not three finite numbers; the line is named.
+        InputError: The file cannot be read, or a line is not three finite numbers; the message names the line.
     """
-    return np.array(
-        [_numbers(line, cells, path) for line, cells in tables.read_lines(path, "it", "correct the path")], np.float64
-    ).reshape(-1, 3)
+    lines = tables.read_lines(path, "the list of detections", "correct the path")
+    return np.array([_numbers(line, cells, path) for line, cells in lines], np.float64).reshape(-1, 3)
 
 
 def format_detections(detections: NDArray[np.float64]) -> str:
     """Return the text of a detection file.
 
-    Coordinates are floored to whole level-0 px. Confidences are rounded to float32 and written with the digits that
-    give exactly that number back: the challenge's evaluator compares float32 with what it reads, and must not see a
-    difference between equal confidences. Lines come by falling confidence, then y, then x.
+    Coordinates are floored to whole level-0 px. Confidences are rounded to float32 and written with all digits that are
+    needed to read the same number again: the evaluator of CAMELYON16 compares float32 with the values it reads, and
+    equal confidences must stay equal there. Lines are ordered by falling confidence, then y, then x.
 
     Args:
         detections: float64 (n, 3): prob, x, y in level-0 px.
@@ -48,43 +47,57 @@ def read_scores(path: Path) -> dict[str, float]:
     """Read a CSV of slide scores with the header ``slide_id,score``.
 
     Raises:
-        InputError: The file cannot be read, has another header, a slide twice or a score that is not finite.
+        InputError: The file cannot be read, has another header, names a slide twice, or a score is not finite.
     """
-    rows = tables.read_lines(path, "it", "correct the path")
+    rows = tables.read_lines(path, "the list of slide scores", "correct the path")
     if not rows or [cell.strip().lower() for cell in rows[0][1]] != ["slide_id", "score"]:
-        found = ",".join(rows[0][1]) if rows else ""
-        raise InputError(f"the first line is {found!r}", "begin the file with slide_id,score", path=path)
+        header = ",".join(rows[0][1]) if rows else ""
+        raise InputError(f"the first line is {header!r}", "begin the file with slide_id,score", path=path)
     scores: dict[str, float] = {}
     for line, cells in rows[1:]:
         if len(cells) != 2 or cells[0] in scores:
-            what = "a second score of one slide" if len(cells) == 2 else f"{len(cells)} cells"
-            raise InputError(f"line {line}: {what}", "give a line slide_id,score per slide", path=path)
+            what = "is a second score of one slide" if len(cells) == 2 else f"has {len(cells)} cells"
+            raise InputError(f"line {line} {what}", "give one line slide_id,score per slide", path=path)
         scores[cells[0]] = _number(cells[1], line, path)
     return scores
 
 
 def detection_files(slide_ids: Sequence[str], folder: Path) -> dict[str, Path]:
-    """Return the detection file of every slide."""
+    """Return the path of every slide's detection file by slide id.
+
+    Raises:
+        InputError: ``folder`` is not a folder, a slide has no file in it, or a file belongs to no slide.
+    """
     if not folder.is_dir():
-        raise InputError("not a folder", "give the folder that holds <slide_id>.csv", path=folder)
+        raise InputError("this is not a folder", "give the folder that holds <slide_id>.csv", path=folder)
     paths = {path.name.removesuffix(".csv"): path for path in sorted(folder.glob("*.csv")) if path.name[0] != "."}
     require_same_slides(slide_ids, paths, "detection file", folder)
     return paths
 
 
-def require_same_slides(expected: Iterable[str], found: Iterable[str], what: str, path: Path) -> None:
-    """Refuse files or lines that do not stand for exactly the slides of the manifest."""
-    missing, stray = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
+def require_same_slides(expected: Iterable[str], actual: Iterable[str], what: str, path: Path) -> None:
+    """Check that files or lines exist for exactly the slides of the manifest.
+
+    Args:
+        expected: Slide ids of the manifest.
+        actual: Slide ids of the files or lines.
+        what: What each of them is, for the message.
+        path: The folder or file, for the message.
+
+    Raises:
+        InputError: They differ; the message lists every missing and every additional slide.
+    """
+    missing, stray = sorted(set(expected) - set(actual)), sorted(set(actual) - set(expected))
     if not (missing or stray):
         return
-    parts = [f"no {what} for {', '.join(missing)}"] if missing else []
-    parts += [f"a {what} for {', '.join(stray)}, which the manifest does not have"] if stray else []
-    remedy = "give exactly the slides of the manifest (an empty file where nothing was found)"
+    parts = [f"there is no {what} for {', '.join(missing)}"] if missing else []
+    parts += [f"there is a {what} for {', '.join(stray)}, which the manifest does not have"] if stray else []
+    remedy = "give exactly the slides of the manifest (an empty file where nothing was detected)"
     raise InputError(" and ".join(parts), remedy, path=path)
 
 
 def _numbers(line: int, cells: list[str], path: Path) -> list[float]:
-    """Return the three numbers of a line of detections."""
+    """Return the three numbers of a line of a detection file."""
     if len(cells) != 3:
         hint = " (an index column?)" if len(cells) == 4 else ""
         cause = f"line {line} has {len(cells)} cells{hint}, expected prob,x,y"
@@ -93,7 +106,7 @@ def _numbers(line: int, cells: list[str], path: Path) -> list[float]:
 
 
 def _number(cell: str, line: int, path: Path) -> float:
-    """Return a finite number."""
+    """Return the finite number that a cell holds."""
     try:
         value = float(cell)
     except ValueError as error:

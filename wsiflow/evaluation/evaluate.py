@@ -1,18 +1,18 @@
-"""Evaluation: detections and truth of many slides, read, scored and told.
+"""Evaluate the detections of many slides against their truth: FROC, slide AUC, and a row per slide.
 
-Input: per slide a CSV of detections, a label and, for tumour, outlines (ASAP XML) or a mask image; perhaps a CSV of
+Input: per slide a CSV of detections, a label and, for tumour, outlines (ASAP XML) or a mask image; optionally a CSV of
 slide scores. Output: metrics by name, a row per slide, and the curves, as values and as the texts of their files.
 
-A detection file has a line ``prob,x,y`` per detection, level-0 px, no header, and exists for every slide, empty where
-nothing was found: FROC divides by the number of slides. A slide's score is the one given, else its highest detection,
-else 0. A tumour slide without outlines or mask counts for the slide AUC alone, as the one incompletely annotated test
-slide of CAMELYON16 does; a slide without label and truth counts for neither, nor does one that the protocol leaves out
-by name. All are told in their rows. A metric that does not exist, such as the AUC of tumour slides only, is NaN, and
-null in JSON.
+A detection file has a line ``prob,x,y`` per detection, in level-0 px and without header. It exists for every slide and
+is empty where nothing was detected, since FROC divides by the number of slides. The score of a slide is the given one,
+else its highest confidence, else 0. A tumour slide without outlines or mask counts for the slide AUC only, like the one
+incompletely annotated test slide of CAMELYON16. A slide without label and truth counts for neither, and so does a slide
+that the protocol excludes by name. The rows of the slides state all of this. A metric that is not defined, such as the
+AUC where all slides are tumour slides, is NaN, and null in JSON.
 
-``matches.json`` is what two evaluations are compared by: the protocol and its hash, and for every slide what it counted
-for, a digest of its truth, its score and its matched confidences. Bootstrap intervals are of
-`wsiflow.evaluation.paired`.
+``matches.json`` is what two evaluations are compared by: the protocol and its hash, and for every slide what it counts
+for, a hash of its truth, its score and its matched confidences. `wsiflow.evaluation.paired` computes the bootstrap
+intervals.
 """
 
 import json
@@ -30,7 +30,7 @@ from wsiflow.errors import EnvironmentFault, InputError, WsiflowError
 from wsiflow.evaluation import froc, paired, roc
 from wsiflow.evaluation.detections import detection_files, read_detections, read_scores, require_same_slides
 from wsiflow.evaluation.froc import SlideFindings
-from wsiflow.evaluation.matches import Recorded, RecordedSlide
+from wsiflow.evaluation.matches import EvaluationRecord, SlideRecord
 from wsiflow.evaluation.paired import Setting
 from wsiflow.evaluation.protocol import EvaluationParams
 from wsiflow.evaluation.truth import Truth, read_truth, require_agreement, truth_sha256
@@ -41,15 +41,15 @@ from wsiflow.system.tables import json_text
 
 @dataclass(frozen=True, eq=False)
 class Evidence:
-    """What a slide is scored by.
+    """The evidence by which a slide is scored: its label, truth, detections and score.
 
     Attributes:
         slide_id: Name of the slide.
-        label: 1 for tumour, 0 for normal, None where only the truth tells.
-        truth: Its true regions, or None where they are not known.
+        label: 1 for tumour, 0 for normal, None where the label follows from the truth.
+        truth: Annotated regions, or None where they are not known.
         detections: float64 (n, 3): prob, x, y in level-0 px.
-        score: How likely the slide holds tumour; None: its highest detection, or 0.
-        patient_id: Slides of one patient are resampled together; empty: the slide is by itself.
+        score: Slide score, higher means more likely tumour; None for the highest confidence, or 0 without detections.
+        patient_id: Slides of one patient are resampled together; empty where the patient is not known.
     """
 
     slide_id: str
@@ -62,38 +62,38 @@ class Evidence:
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """What an evaluation found.
+    """The results of an evaluation.
 
     Attributes:
-        metrics: Every number by metric name; NaN where it does not exist.
-        cases: A row per slide.
-        froc: Both FROC curves and their settings, JSON values.
-        roc: The ROC curve, JSON values.
-        matches: What the evaluation is compared by.
+        metrics: Every metric by name; NaN where it is not defined.
+        cases: A row per slide, the content of ``cases.csv``.
+        froc: Both FROC curves and their parameters, as JSON values.
+        roc: The ROC curve, as JSON values.
+        matches: The record of the evaluation, the content of ``matches.json``.
     """
 
     metrics: dict[str, float]
     cases: list[dict[str, Any]]
     froc: dict[str, Any]
     roc: dict[str, Any]
-    matches: "Recorded"
+    matches: "EvaluationRecord"
 
 
-class Judged(NamedTuple):
-    """A slide once its mask is no longer needed: its row of the table, its record, and its patient."""
+class MatchedSlide(NamedTuple):
+    """A slide after matching, without its mask: its row of ``cases.csv``, its record, and its patient."""
 
     row: dict[str, Any]
-    recorded: RecordedSlide
+    record: SlideRecord
     patient_id: str
 
 
 class Existing(NamedTuple):
-    """Detections that lie on the disk, and what they are scored against.
+    """Files of detections that any program wrote, and the manifest that they are scored against.
 
     Attributes:
         manifest: CSV with slide_id and label, annotation or mask.
         detections: Folder with one ``<slide_id>.csv`` per slide.
-        scores: CSV with the header ``slide_id,score``, or None: the highest detection counts.
+        scores: CSV with the header ``slide_id,score``; None where the highest confidence is the slide's score.
         mask_downsample: See `evaluate_folder`.
     """
 
@@ -104,7 +104,7 @@ class Existing(NamedTuple):
 
 
 def evaluate_existing(existing: Existing, params: EvaluationParams, *, seed: int, out: Path) -> Scores:
-    """Score detections that lie on the disk and write the files of the evaluation to ``out``.
+    """Score files of detections and write the files of the evaluation to ``out``.
 
     Raises:
         InputError: See `evaluate_folder`; or the manifest cannot be used.
@@ -136,17 +136,17 @@ def evaluate_folder(
     """Score a folder of detections against a manifest.
 
     Args:
-        cases: The slides of the manifest: label, annotation or mask, spacing. No slide file is opened.
+        cases: The slides of the manifest, with label, annotation or mask, and spacing. No slide file is opened.
         detections: Folder with one ``<slide_id>.csv`` per slide of the manifest and no other CSV.
         params: How detections are scored.
         seed: Seed of the bootstrap.
         scores: CSV with the header ``slide_id,score``, or None.
-        mask_downsample: Scale at which mask images are read: None for the evaluation's, 1 for mask images that are
-            already at evaluation resolution.
+        mask_downsample: Downsample at which mask images are read: None for that of the evaluation, 1 for mask images
+            that are already at evaluation resolution.
 
     Raises:
-        InputError: A slide has no detections or no score, or a file has no slide (all are listed); a file cannot be
-            used; a spacing is missing; truth and label contradict each other.
+        InputError: A slide has no detections or no score, or a file belongs to no slide (the message lists all); a file
+            cannot be used; a spacing is missing; or truth and label contradict each other.
     """
     paths = detection_files([case.slide_id for case in cases], detections)
     given = read_scores(scores) if scores is not None else {}
@@ -155,68 +155,70 @@ def evaluate_folder(
 
     def evidence(case: Case) -> Evidence:
         truth = read_truth(case, params, mask_downsample=mask_downsample)
-        found = read_detections(paths[case.slide_id])
-        return Evidence(case.slide_id, case.label, truth, found, given.get(case.slide_id), case.patient_id)
+        own = read_detections(paths[case.slide_id])
+        return Evidence(case.slide_id, case.label, truth, own, given.get(case.slide_id), case.patient_id)
 
-    judged, faults = judge_all({case.slide_id: partial(evidence, case) for case in cases}, params)
-    _report(list(faults.values()))
-    return evaluate_judged(list(judged.values()), params, seed=seed)
+    matched, faults = match_slides({case.slide_id: partial(evidence, case) for case in cases}, params)
+    _raise_faults(list(faults.values()))
+    return evaluate_matched(list(matched.values()), params, seed=seed)
 
 
 def evaluate_cases(evidence: Iterable[Evidence], params: EvaluationParams, *, seed: int) -> Scores:
     """Score slides: FROC in both modes with bootstrap intervals, and the slide AUC with its DeLong interval.
 
     Args:
-        evidence: The slides; a generator keeps one mask at a time in memory.
+        evidence: The slides; with a generator only one mask at a time is in memory.
         params: How detections are scored.
         seed: Seed of the bootstrap.
 
     Raises:
         InputError: Truth and label contradict each other, a number is not finite, or a slide appears twice.
     """
-    return evaluate_judged([judge(one, params) for one in evidence], params, seed=seed)
+    return evaluate_matched([match_slide(one, params) for one in evidence], params, seed=seed)
 
 
-def judge_all(
+def match_slides(
     evidence: Mapping[str, Callable[[], Evidence]], params: EvaluationParams
-) -> tuple[dict[str, Judged], dict[str, WsiflowError]]:
-    """Judge slides one after another, only one mask in memory at a time; one that cannot be judged costs no other.
+) -> tuple[dict[str, MatchedSlide], dict[str, WsiflowError]]:
+    """Match slides one after another; a fault of one slide does not stop the others.
 
     Args:
-        evidence: What reads what a slide is scored by, by slide.
+        evidence: For each slide id a function that reads the slide's evidence, so that one mask at a time is in memory.
         params: How slides are scored.
 
     Returns:
-        What was judged, and what is wrong with the others, both by slide.
+        The matched slides, and the faults of the slides that cannot be matched, both by slide id.
     """
-    judged, faults = {}, {}
+    matched, faults = {}, {}
     for slide_id, read in evidence.items():
         try:
-            judged[slide_id] = judge(read(), params)
+            matched[slide_id] = match_slide(read(), params)
         except (InputError, EnvironmentFault) as error:
             faults[slide_id] = error.about(slide=slide_id, stage="evaluation")
-    return judged, faults
+    return matched, faults
 
 
-def evaluate_judged(judged: Sequence[Judged], params: EvaluationParams, *, seed: int) -> Scores:
-    """Score slides that are judged; see `evaluate_cases`."""
-    recorded = Recorded(protocol=params.protocol(), protocol_hash=params.protocol_hash(), slides=_with_patients(judged))
-    setting = recorded.setting("")
+def evaluate_matched(matched: Sequence[MatchedSlide], params: EvaluationParams, *, seed: int) -> Scores:
+    """Compute metrics, curves and records of matched slides; see `evaluate_cases`."""
+    record = EvaluationRecord(
+        protocol=params.protocol(), protocol_hash=params.protocol_hash(), slides=_with_patients(matched)
+    )
+    setting = record.setting("")
     return Scores(
         _froc_metrics(setting) | _roc_metrics(setting) | _intervals(setting, params.bootstrap, seed),
-        [one.row for one in judged],
+        [one.row for one in matched],
         {"downsample": params.downsample, "l0_um_px": params.l0_um_px, "rates": list(froc.RATES)}
         | {
             "official": _lists(froc.curve(setting.matches, mode="official")),
             "strict": _lists(froc.curve(setting.matches, mode="strict")),
         },
         _lists(roc.curve(setting.scores, setting.labels)),
-        recorded,
+        record,
     )
 
 
 def documents(scores: Scores) -> dict[str, str]:
-    """Return the files of an evaluation, text by name; NaN and infinity are null."""
+    """Return the texts of the evaluation's files by name; NaN and infinity are null in JSON."""
     return {
         "summary.json": json_text(scores.metrics),
         "cases.csv": tables.csv_text(scores.cases, None if scores.cases else ["slide_id"]),
@@ -229,14 +231,14 @@ def documents(scores: Scores) -> dict[str, str]:
 # --- one slide
 
 
-def judge(one: Evidence, params: EvaluationParams) -> Judged:
-    """Match a slide's detections with its truth and say what it counts for.
+def match_slide(one: Evidence, params: EvaluationParams) -> MatchedSlide:
+    """Match a slide's detections with its truth, and decide whether it counts for FROC and for the AUC.
 
     Raises:
         InputError: Truth and label contradict each other, or a number is not finite.
     """
     out = params.excluded(one.slide_id)
-    label = one.label if out == "all" else _label(one)  # of a slide that counts for nothing nothing has to fit
+    label = one.label if out == "all" else _label(one)  # an excluded slide may contradict its truth
     lesions = one.truth.lesions if one.truth is not None and label == 1 else None
     known = lesions is not None or label == 0
     in_froc, in_auc = known and not out, label is not None and out != "all"
@@ -254,7 +256,7 @@ def judge(one: Evidence, params: EvaluationParams) -> Judged:
         "n_false_positives": len(matches.false_positives) if in_froc else "",
         "note": "; ".join(note for note in notes if note),
     }
-    recorded = RecordedSlide(
+    record = SlideRecord(
         slide_id=one.slide_id,
         label=label,
         score=row["score"],
@@ -267,11 +269,11 @@ def judge(one: Evidence, params: EvaluationParams) -> Judged:
         itc=sorted(k - 1 for k in lesions.itc) if in_froc and lesions is not None else [],
         false_positives=matches.false_positives.tolist() if in_froc else [],
     )
-    return Judged(row, recorded, one.patient_id)
+    return MatchedSlide(row, record, one.patient_id)
 
 
 def _reason(out: str, label: int | None, protocol: str, *, known: bool) -> str:
-    """Say why a slide does not count for something, or nothing."""
+    """Return the reason why a slide does not count for FROC or the AUC; empty where it counts for both."""
     if out == "all":
         return f"not scored: protocol {protocol} excludes it"
     if label is None:
@@ -281,26 +283,30 @@ def _reason(out: str, label: int | None, protocol: str, *, known: bool) -> str:
     return "" if known else "no truth: not in FROC"
 
 
-def _with_patients(judged: Sequence[Judged]) -> list[RecordedSlide]:
-    """Number the patients in the order in which they appear: their names stay where they are."""
+def _with_patients(matched: Sequence[MatchedSlide]) -> list[SlideRecord]:
+    """Return the records with patients as numbers in order of appearance: names of patients are not published."""
     numbers: dict[str, int] = {}
-    for one in judged:
+    for one in matched:
         if one.patient_id:
             numbers.setdefault(one.patient_id, len(numbers))
-    return [one.recorded.model_copy(update={"patient": numbers.get(one.patient_id)}) for one in judged]
+    return [one.record.model_copy(update={"patient": numbers.get(one.patient_id)}) for one in matched]
 
 
 def _label(one: Evidence) -> int | None:
-    """Return the label, from the truth where none is given, and refuse one that contradicts the truth."""
+    """Return the label, from the truth where none is given.
+
+    Raises:
+        InputError: The given label contradicts the truth.
+    """
     if one.truth is None:
         return one.label
-    found = one.truth.lesions.n_regions > 0
-    require_agreement(one.slide_id, one.label, found=found)
-    return int(found)
+    has_tumour = one.truth.lesions.n_regions > 0
+    require_agreement(one.slide_id, one.label, has_tumour=has_tumour)
+    return int(has_tumour)
 
 
 def _slide_score(one: Evidence) -> float:
-    """Return the score given, else the highest detection, else 0."""
+    """Return the given score, else the highest confidence, else 0."""
     if one.score is None:
         return float(one.detections[:, 0].max(initial=0.0))
     if not math.isfinite(one.score):
@@ -311,13 +317,13 @@ def _slide_score(one: Evidence) -> float:
 # --- all slides
 
 
-def _report(faults: Sequence[WsiflowError]) -> None:
-    """Raise what is wrong, all of it at once."""
+def _raise_faults(faults: Sequence[WsiflowError]) -> None:
+    """Raise the faults of all slides as one error; return where there is none."""
     if len(faults) == 1:
         raise faults[0]
     if faults:
-        told = " | ".join(str(fault) for fault in faults)
-        raise InputError(f"{len(faults)} slides cannot be scored: {told}", "mend all of them, then run again")
+        messages = " | ".join(str(fault) for fault in faults)
+        raise InputError(f"{len(faults)} slides cannot be scored: {messages}", "fix all of them and run again")
 
 
 def _froc_metrics(setting: Setting) -> dict[str, float]:
@@ -326,7 +332,7 @@ def _froc_metrics(setting: Setting) -> dict[str, float]:
 
 
 def _roc_metrics(setting: Setting) -> dict[str, float]:
-    """Return the ROC metrics."""
+    """Return the AUC, its DeLong interval and variance, and the numbers of slides."""
     low, high = roc.auc_interval(setting.scores, setting.labels)
     return {
         "roc.auc": roc.auc(setting.scores, setting.labels),
@@ -339,11 +345,11 @@ def _roc_metrics(setting: Setting) -> dict[str, float]:
 
 
 def _intervals(setting: Setting, n: int, seed: int) -> dict[str, float]:
-    """Return the bootstrap intervals of all metrics, from one set of draws."""
-    found = paired.compare([setting], reference=setting.name, n=n, seed=seed).intervals[setting.name]
-    stems = {metric: "roc.auc_bootstrap" if metric == "roc.auc" else metric for metric in found}
-    return {f"{stems[metric]}_ci_low": one.low for metric, one in found.items()} | {
-        f"{stems[metric]}_ci_high": one.high for metric, one in found.items()
+    """Return the low and high ends of all bootstrap intervals by metric name, from one set of draws."""
+    intervals = paired.bootstrap([setting], reference=setting.name, n=n, seed=seed).intervals[setting.name]
+    stems = {metric: "roc.auc_bootstrap" if metric == "roc.auc" else metric for metric in intervals}
+    return {f"{stems[metric]}_ci_low": one.low for metric, one in intervals.items()} | {
+        f"{stems[metric]}_ci_high": one.high for metric, one in intervals.items()
     }
 
 
@@ -351,5 +357,5 @@ def _intervals(setting: Setting, n: int, seed: int) -> dict[str, float]:
 
 
 def _lists(curve: froc.FrocCurve | roc.RocCurve) -> dict[str, list[float]]:
-    """Return a curve as lists."""
+    """Return the arrays of a curve as lists by name, for JSON."""
     return {name: values.tolist() for name, values in vars(curve).items()}

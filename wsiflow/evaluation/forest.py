@@ -1,15 +1,14 @@
-"""Random forest: from the features of a slide to the probability that it holds tumour.
+"""Random forest that maps the features of a slide to the probability that it holds tumour.
 
-Input: features (n, 30) of `features.describe` for each threshold, labels, and who the slides belong to. Output: a
-`Forest`, which predicts by arrays of its own and is kept in one JSON file: no pickle, nothing that runs when it is
-read.
+Input: features (n, 30) of `features.describe` for each threshold, labels, and the patient of each slide. Output: a
+`Forest`, which predicts from its own arrays and is stored in one JSON file: no pickle, and reading it runs no code.
 
-What a forest is like, the threshold of its regions included, is chosen by cross-validation on the training slides:
-folds have both classes alike, and slides of one patient stay together. The area under the ROC curve that is told was
-measured one level further out: each fold is scored by a forest that was chosen, as well as grown, without it. The
-highest area among the choices would be too good, and that of a test set would no longer be one of a test set.
+The settings of a forest, including the threshold of the regions, are chosen by cross-validation on the training slides.
+Folds are stratified by class, and slides of one patient stay in one fold. The reported AUC comes from a nested
+cross-validation: each fold is scored by a forest whose settings were chosen, and whose trees were grown, without it.
+The highest AUC among the choices would be too optimistic, and choosing by a test set would spoil the test set.
 
-scikit-learn grows the trees. It is imported where that is done: scoring needs none of it.
+scikit-learn grows the trees. It is imported only in the functions that train: scoring does not need it.
 """
 
 import json
@@ -28,7 +27,7 @@ from wsiflow.system import faults, publish
 
 FORMAT = "wsiflow forest 1"
 CELL_TOLERANCE = 0.1
-"""Relative difference up to which two sizes of heatmap cells are the same."""
+"""Largest relative difference at which two sizes of heatmap cells count as the same."""
 
 _LARGEST = float(np.finfo(np.float32).max)
 
@@ -37,12 +36,12 @@ Ints = NDArray[np.int64]
 
 
 class Settings(NamedTuple):
-    """What a forest is like.
+    """Hyperparameters of a forest.
 
     Attributes:
-        threshold: Threshold of the regions that its features are of.
-        max_features: Features that a split may choose from.
-        max_depth: Deepest level of a tree.
+        threshold: Probability above which heatmap cells form the regions that the features describe.
+        max_features: Number of features that a split may choose from.
+        max_depth: Largest depth of a tree.
         min_leaf: Fewest training slides in a leaf.
     """
 
@@ -53,13 +52,13 @@ class Settings(NamedTuple):
 
 
 class Choices(NamedTuple):
-    """What is chosen from, and how.
+    """The grid of hyperparameters to choose from, and the size of the cross-validation.
 
     Attributes:
-        max_features, max_depth, min_leaf: See `Settings`; every combination with every threshold is tried.
-        trees: Trees of a forest.
-        trees_choosing: Trees of the forests that are compared.
-        folds: Most folds of a cross-validation; fewer where a class has fewer patients.
+        max_features, max_depth, min_leaf: Values to try, see `Settings`; each combination is tried with each threshold.
+        trees: Number of trees of the final forest.
+        trees_choosing: Number of trees of the forests that are compared during the choice.
+        folds: Largest number of folds; there are fewer where a class has fewer patients.
     """
 
     max_features: tuple[int, ...] = (5, 20)
@@ -71,14 +70,14 @@ class Choices(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """Slides to learn from.
+    """Training slides with their features.
 
     Attributes:
-        slide_ids: Their names.
-        labels: int64 (n,), 1 tumour, 0 normal.
-        groups: The patient of each; slides of one group are never parted.
+        slide_ids: Names of the slides.
+        labels: int64 (n,), 1 for tumour, 0 for normal.
+        groups: Patient of each slide; slides of one patient stay in one fold.
         features: float64 (n, 30) by threshold.
-        version: What the features are, see `version_of`.
+        version: Version of the features, see `version_of`.
         cell_um: Side of the heatmaps' cells, um.
     """
 
@@ -90,21 +89,21 @@ class Sample(NamedTuple):
     cell_um: float
 
     def part(self, index: Ints) -> "Sample":
-        """Return some of the slides."""
+        """Return the slides at the indices ``index``, int64 (k,)."""
         ids, groups = (tuple(values[i] for i in index) for values in (self.slide_ids, self.groups))
         kept = {threshold: values[index] for threshold, values in self.features.items()}
         return self._replace(slide_ids=ids, labels=self.labels[index], groups=groups, features=kept)
 
 
 class Trees(NamedTuple):
-    """Trees as arrays over the nodes of all of them.
+    """Decision trees as arrays over the nodes of all trees.
 
     Attributes:
-        roots: int64 (t,), node at which each tree begins.
-        feature: int64 (m,), feature that a node looks at; -1 in a leaf.
-        threshold: float64 (m,), a value up to this goes left.
-        left, right: int64 (m,), the next node.
-        value: float64 (m,), share of tumour among the training slides that came here.
+        roots: int64 (t,), root node of each tree.
+        feature: int64 (m,), feature that a node tests; -1 in a leaf.
+        threshold: float64 (m,), a value less than or equal to this goes to the left child.
+        left, right: int64 (m,), child nodes; a leaf is its own child.
+        value: float64 (m,), share of tumour slides among the training slides in the node.
     """
 
     roots: Ints
@@ -116,22 +115,22 @@ class Trees(NamedTuple):
 
 
 class Card(NamedTuple):
-    """What is known about a forest.
+    """Description of a trained forest.
 
     Attributes:
-        version: What its features are, see `version_of`.
-        settings: What was chosen.
-        trees: How many there are.
-        cell_um: Side of the heatmap cells it was trained on.
-        training: The slides it was trained on.
-        n_tumour: How many of them hold tumour.
-        n_patients: How many patients they are of.
-        folds: Folds of the validation.
-        auc, auc_low, auc_high: Area under the ROC curve of its training slides, each scored by a forest that was chosen
-            and grown without it, and the DeLong 95 % interval, which takes slides for independent.
-        tried: Each choice and the area by which it was chosen, or not.
+        version: Version of the features, see `version_of`.
+        settings: The chosen hyperparameters.
+        trees: Number of trees.
+        cell_um: Side of the heatmap cells in training, um.
+        training: Names of the training slides.
+        n_tumour: Number of training slides with tumour.
+        n_patients: Number of patients of the training slides.
+        folds: Number of folds of the cross-validation.
+        auc, auc_low, auc_high: AUC in nested cross-validation on the training slides, and DeLong's 95 % interval, which
+            assumes independent slides.
+        tried: Each tried combination of hyperparameters with its cross-validated AUC.
         seed: Seed of folds and trees.
-        scikit_learn: Version that grew the trees.
+        scikit_learn: Version of scikit-learn that grew the trees.
     """
 
     version: str
@@ -151,33 +150,33 @@ class Card(NamedTuple):
 
 
 class Forest(NamedTuple):
-    """A forest and what is known about it."""
+    """The trees of a forest with the description of their training."""
 
     card: Card
     trees: Trees
 
     def predict(self, rows: Floats) -> Floats:
-        """Return the score of each slide, see `predict`."""
+        """Return the probability of tumour of each slide, see `predict`."""
         return predict(self.trees, rows)
 
 
 def version_of(*, reference: bool) -> str:
-    """Return what identifies the features: their formulas, with or without the reference's quirks."""
+    """Return the version of the features: which formulas they follow, with or without the quirks of the reference."""
     return "reference-1" if reference else "1"
 
 
 def is_same_cell(cell_um: float, other_um: float) -> bool:
-    """Tell whether two sizes of heatmap cells are near enough for one forest."""
+    """Tell whether two sizes of heatmap cells differ by at most `CELL_TOLERANCE`."""
     return abs(cell_um / other_um - 1) <= CELL_TOLERANCE
 
 
 def train(sample: Sample, *, seed: int, choices: Choices | None = None) -> Forest:
-    """Choose a forest by cross-validation, measure what such a choice is worth, and grow it on all slides.
+    """Choose hyperparameters by cross-validation, estimate the AUC by nested cross-validation, and train on all slides.
 
     Args:
-        sample: The training slides, and no other.
-        seed: Seed of folds and trees; the same gives the same forest.
-        choices: What to choose from.
+        sample: The training slides.
+        seed: Seed of folds and trees; the same seed gives the same forest.
+        choices: The grid of hyperparameters; None for the default grid.
 
     Raises:
         InputError: A class has slides of fewer than three patients, or a feature is not finite.
@@ -185,7 +184,7 @@ def train(sample: Sample, *, seed: int, choices: Choices | None = None) -> Fores
     import sklearn
 
     choices = choices or Choices()
-    scores = _validated(sample, choices, seed)
+    scores = _nested_scores(sample, choices, seed)
     low, high = roc.auc_interval(scores, sample.labels)
     chosen, tried = _choose(sample, choices, seed)
     card = Card(
@@ -208,14 +207,14 @@ def train(sample: Sample, *, seed: int, choices: Choices | None = None) -> Fores
 
 
 def grow(rows: Floats, labels: Ints, settings: Settings, *, trees: int, seed: int) -> Trees:
-    """Grow a forest on all the slides given.
+    """Grow a forest on slides.
 
     Args:
         rows: float64 (n, 30), features at the threshold of the settings.
-        labels: int64 (n,).
-        settings: What the forest is like.
-        trees: How many trees.
-        seed: Their seed.
+        labels: int64 (n,), 1 for tumour, 0 for normal.
+        settings: Hyperparameters of the forest.
+        trees: Number of trees.
+        seed: Seed of the trees.
 
     Raises:
         InputError: There is only one class, or a feature is not finite.
@@ -224,7 +223,7 @@ def grow(rows: Floats, labels: Ints, settings: Settings, *, trees: int, seed: in
 
     _check(rows)
     if len(set(labels.tolist())) != 2:
-        raise InputError("slides of one class only", "give tumour and normal slides", stage="forest")
+        raise InputError("the slides are of one class only", "give tumour and normal slides", stage="forest")
     grown = RandomForestClassifier(
         n_estimators=trees,
         max_features=settings.max_features,
@@ -236,20 +235,20 @@ def grow(rows: Floats, labels: Ints, settings: Settings, *, trees: int, seed: in
 
 
 def predict(trees: Trees, rows: Floats) -> Floats:
-    """Return the probability of tumour: the mean of what the trees say.
+    """Return the probability of tumour of each slide, the mean over the trees.
 
-    The features are compared in float32 and the trees added up one by one, as scikit-learn does, so that both give the
+    Features are compared in float32 and the trees are summed one by one, as scikit-learn does, so that both give the
     same bits.
 
     Args:
-        trees: The forest.
-        rows: float64 (n, 30).
+        trees: The trees of the forest.
+        rows: float64 (n, 30), features of the slides.
 
     Returns:
-        float64 (n,).
+        float64 (n,), probabilities.
 
     Raises:
-        InputError: A feature is not finite, or there are not 30 of them.
+        InputError: A feature is not finite, or there are not 30 features.
     """
     _check(rows)
     values = rows.astype(np.float32)
@@ -263,10 +262,10 @@ def predict(trees: Trees, rows: Floats) -> Floats:
 
 
 def save(forest: Forest, path: Path) -> None:
-    """Write a forest as JSON, whole or not at all.
+    """Write a forest as JSON, atomically.
 
     Raises:
-        EnvironmentFault: It cannot be written.
+        EnvironmentFault: The file cannot be written.
     """
     card = forest.card._asdict() | {
         "settings": forest.card.settings._asdict(),
@@ -278,49 +277,55 @@ def save(forest: Forest, path: Path) -> None:
 
 
 def load(path: Path) -> Forest:
-    """Read what `save` wrote.
+    """Read a forest that `save` wrote.
 
     Raises:
-        InputError: The file cannot be read, or is no forest of this format.
-        IntegrityError: Its content is not what its hash says, or its nodes are no trees.
+        InputError: The file cannot be read, or is not a forest of this format.
+        IntegrityError: The content does not have the stored hash, or the nodes do not form trees.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        document = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise faults.unreadable(
-            error, "the forest", "name a file that is there, or train it again", path=path
-        ) from error
+        remedy = "name an existing file, or train the forest again"
+        raise faults.unreadable(error, "the forest", remedy, path=path) from error
     except ValueError as error:
-        raise InputError(f"not a readable forest ({error})", "train it again", path=path) from error
-    if not isinstance(found, dict) or found.get("format") != FORMAT:
-        cause = f"the format is not {FORMAT!r}"
+        cause = f"this is not a readable forest ({error})"
+        raise InputError(cause, "train the forest again", path=path) from error
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        cause = f"the format of the file is not {FORMAT!r}"
         raise InputError(cause, "give a file that wsiflow forest train wrote", path=path)
-    content = {name: found.get(name) for name in ("card", "trees")}
-    if publish.key_of(**content) != found.get("sha256"):
-        raise IntegrityError("its content is not what its hash says", "train it again", path=path)
+    content = {name: document.get(name) for name in ("card", "trees")}
+    if publish.key_of(**content) != document.get("sha256"):
+        cause = "the content of the forest does not have the hash that the file states"
+        raise IntegrityError(cause, "train the forest again", path=path)
     try:
-        return Forest(_card(found["card"]), _trees(found["trees"], path))
+        return Forest(_card(document["card"]), _trees(document["trees"], path))
     except (KeyError, TypeError, ValueError) as error:
-        raise IntegrityError(f"its content is incomplete ({error})", "train it again", path=path) from error
+        cause = f"the content of the forest is incomplete ({error})"
+        raise IntegrityError(cause, "train the forest again", path=path) from error
 
 
-def _card(found: dict[str, Any]) -> Card:
-    tried = [dict(each) for each in found["tried"]]
+def _card(values: dict[str, Any]) -> Card:
+    tried = [dict(each) for each in values["tried"]]
     return Card(
-        **found
+        **values
         | {
-            "settings": Settings(**found["settings"]),
-            "training": tuple(found["training"]),
+            "settings": Settings(**values["settings"]),
+            "training": tuple(values["training"]),
             "tried": tuple((Settings(**each), auc) for each in tried for auc in [each.pop("auc")]),
         }
     )
 
 
-def _trees(found: dict[str, Any], path: Path) -> Trees:
-    """Return the arrays; each node must lead to later ones, so that every walk through them ends."""
+def _trees(values: dict[str, Any], path: Path) -> Trees:
+    """Return the arrays of the trees; children must come after their node, so that every walk from a root ends.
+
+    Raises:
+        IntegrityError: The nodes do not form trees.
+    """
     whole, fractions = np.int64, np.float64
     kinds = Trees(whole, whole, fractions, whole, whole, fractions)._asdict()  # type: ignore[arg-type]
-    trees = Trees(**{name: np.asarray(found[name], kind) for name, kind in kinds.items()})
+    trees = Trees(**{name: np.asarray(values[name], kind) for name, kind in kinds.items()})
     nodes = np.arange(len(trees.feature))
     inner = trees.feature >= 0
     sound = (
@@ -331,15 +336,15 @@ def _trees(found: dict[str, Any], path: Path) -> Trees:
         and all(bool(((each > nodes) & (each < len(nodes)))[inner].all()) for each in (trees.left, trees.right))
     )
     if not sound:
-        raise IntegrityError("its nodes are no trees", "train it again", path=path)
+        raise IntegrityError("the nodes of the forest do not form trees", "train the forest again", path=path)
     return trees
 
 
 # --- choosing
 
 
-def _validated(sample: Sample, choices: Choices, seed: int) -> Floats:
-    """Return the score of each slide by a forest chosen and grown without its fold."""
+def _nested_scores(sample: Sample, choices: Choices, seed: int) -> Floats:
+    """Return the score of each slide in nested cross-validation: by a forest chosen and grown without its fold."""
     scores = np.full(len(sample.labels), np.nan)
     for inside, outside in _folds(sample, choices.folds, seed):
         part = sample.part(inside)
@@ -350,7 +355,7 @@ def _validated(sample: Sample, choices: Choices, seed: int) -> Floats:
 
 
 def _choose(sample: Sample, choices: Choices, seed: int) -> tuple[Settings, tuple[tuple[Settings, float], ...]]:
-    """Return the settings with the highest area over all held-out slides, of equal ones the first; and all tried."""
+    """Return the settings with the highest cross-validated AUC, the first of equal ones, and all tried settings."""
     options = product(sorted(sample.features), choices.max_features, choices.max_depth, choices.min_leaf)
     folds = list(_folds(sample, choices.folds, seed))
     tried = tuple(
@@ -370,7 +375,7 @@ def _held_out_auc(
 
 
 def _folds(sample: Sample, most: int, seed: int) -> Iterator[tuple[Ints, Ints]]:
-    """Yield which slides are inside and outside of each fold."""
+    """Yield the indices of the training slides and of the held-out slides of each fold."""
     from sklearn.model_selection import StratifiedGroupKFold
 
     splitter = StratifiedGroupKFold(_n_folds(sample, most), shuffle=True, random_state=seed)
@@ -378,18 +383,18 @@ def _folds(sample: Sample, most: int, seed: int) -> Iterator[tuple[Ints, Ints]]:
 
 
 def _n_folds(sample: Sample, most: int) -> int:
-    """Return how many folds there can be: each needs a patient of either class.
+    """Return the number of folds: at most ``most``, and at most the number of patients of either class.
 
     Raises:
-        InputError: There are fewer than two.
+        InputError: A class has fewer than two patients.
     """
     patients = [
         len({group for group, label in zip(sample.groups, sample.labels, strict=True) if label == kind})
         for kind in (0, 1)
     ]
     if min(patients) < 2:
-        cause = f"{patients[1]} patients with tumour and {patients[0]} without in a part of the training slides"
-        remedy = "train on at least three patients of each class; where there are, on more, or with another --seed"
+        cause = f"a part of the training slides has {patients[1]} patients with tumour and {patients[0]} without"
+        remedy = "train on at least three patients of each class; where there are three, on more or with another --seed"
         raise InputError(cause, remedy, stage="forest")
     return min(most, *patients)
 
@@ -402,7 +407,7 @@ def _grown(sample: Sample, settings: Settings, trees: int, seed: int) -> Trees:
 
 
 def _arrays(tree: Any) -> Trees:
-    """Return one tree of scikit-learn's; in a leaf both children are the node itself."""
+    """Return a tree of scikit-learn as arrays; a leaf is its own child."""
     nodes = np.arange(tree.node_count)
     leaf = tree.children_left < 0
     return Trees(
@@ -416,7 +421,7 @@ def _arrays(tree: Any) -> Trees:
 
 
 def _joined(trees: Sequence[Trees]) -> Trees:
-    """Return many trees as one, their nodes renumbered."""
+    """Concatenate the arrays of trees and renumber their nodes."""
     first = np.cumsum([0, *(len(tree.feature) for tree in trees)])[:-1]
     moved = [
         tree._replace(roots=tree.roots + start, left=tree.left + start, right=tree.right + start)
@@ -428,5 +433,5 @@ def _joined(trees: Sequence[Trees]) -> Trees:
 def _check(rows: Floats) -> None:
     odd = ~(np.abs(rows) <= _LARGEST)  # True for NaN
     if rows.ndim != 2 or rows.shape[1] != len(features.NAMES) or odd.any():
-        cause = f"features of shape {rows.shape}, {int(odd.sum())} of them not finite in float32"
+        cause = f"the features have shape {rows.shape}, and {int(odd.sum())} of them are not finite in float32"
         raise InputError(cause, f"give {len(features.NAMES)} finite numbers for each slide", stage="forest")

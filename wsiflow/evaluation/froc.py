@@ -1,20 +1,20 @@
-"""FROC: how many lesions are found at how many false positives per slide.
+"""Compute FROC curves: lesion sensitivity against false positives per slide.
 
-Input: per slide, a labelled lesion mask and detections ``prob, x, y`` in level-0 px. Output: curves and flat scores.
+Input: per slide a labelled lesion mask and detections ``prob, x, y`` in level-0 px. Output: curves and metrics by name.
 
-Conventions of the CAMELYON16 challenge, in both modes: annotations are dilated by 37.5 um and holes filled, so that
-outlines less than 75 um apart are one lesion; regions whose major axis is under 275 um are isolated tumour cells
-(ITC), and hits on them count neither for nor against; several hits on one lesion count once, with the highest
-confidence; everything else is a false positive. The score is the mean sensitivity, interpolated linearly, at 1/4, 1/2,
-1, 2, 4 and 8 false positives per slide.
+Both modes follow the conventions of the CAMELYON16 challenge. Annotations are dilated by 37.5 um and holes are filled,
+so that outlines less than 75 um apart are one lesion. Regions whose major axis is under 275 um are isolated tumour
+cells (ITC), and hits on them are ignored. Several hits on one lesion count once, with the highest confidence. Every
+other detection is a false positive. The FROC score is the mean sensitivity, interpolated linearly, at 1/4, 1/2, 1, 2, 4
+and 8 false positives per slide.
 
-``official`` gives the numbers of the challenge's evaluator to the last digit, with two peculiarities. The lowest
-threshold is left out, which is harmless only when some lesion was missed or some ITC exists. Confidences of hits are
-rounded to float32 and those of false positives are not, so equal confidences may be told apart.
-``strict`` keeps every threshold, compares in float64 and lets equal confidences count together.
+``official`` gives the numbers of the challenge's evaluator to the last digit, with its two peculiarities: it omits the
+lowest threshold, which is harmless only where a lesion was missed or an ITC exists; and it rounds confidences of hits
+to float32, but not those of false positives, so that a hit and a false positive of equal confidence may be separated.
+``strict`` keeps every threshold, compares in float64, and counts equal confidences together.
 
-In both modes a detection outside the mask is a false positive (the challenge's evaluator stops, or wraps to the far
-side), and without any lesion every sensitivity and the score are NaN: there is nothing to find.
+In both modes a detection outside the mask is a false positive (the challenge's evaluator stops there, or wraps around
+to the opposite side). Without any lesion every sensitivity and the score are NaN.
 """
 
 import math
@@ -33,22 +33,22 @@ from wsiflow.errors import InputError
 Mode = Literal["official", "strict"]
 
 RATES = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
-"""False positives per slide at which the sensitivity is read."""
+"""False positives per slide at which the FROC score reads the sensitivity."""
 
 JOIN_UM = 75.0
-"""The challenge's joining distance. Annotations nearer than this are one lesion: each is dilated by half of it."""
+"""Joining distance of the challenge: annotations nearer than this are one lesion, each being dilated by half of it."""
 
 ITC_UM = 275.0
-"""The challenge's limit. A dilated region with a shorter major axis is isolated tumour cells: 200 um and dilation."""
+"""Size limit of the challenge, 200 um plus dilation: a dilated region with a shorter major axis is an ITC."""
 
 
-_LARGEST_RADIUS_PX = 2000  # 75 um are 150 px at the finest spacing there is; a disc of this size takes for ever
+_LARGEST_RADIUS_PX = 2000  # 75 um are 150 px at the finest usual spacing, and dilation by a larger disc takes too long
 _LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True, eq=False)
 class LesionMask:
-    """The true regions of one slide at evaluation resolution.
+    """The annotated regions of one slide at evaluation resolution.
 
     Attributes:
         labels: int32 (rows, cols), 0 = background, 1..K = regions in raster order of their first pixel.
@@ -67,19 +67,19 @@ class LesionMask:
 
     @property
     def n_lesions(self) -> int:
-        """Number of regions a detector has to find."""
+        """Number of lesions: regions that are not isolated tumour cells."""
         return self.n_regions - len(self.itc)
 
 
 @dataclass(frozen=True, eq=False)
 class SlideFindings:
-    """What is true of one slide and what was detected in it.
+    """The annotated regions of one slide and the detections in it.
 
     Attributes:
-        slide_id: Name of the slide, unique in a set.
-        lesions: The true regions; None for a slide without tumour.
+        slide_id: Name of the slide, unique in a set of slides.
+        lesions: The annotated regions; None for a slide without tumour.
         detections: float64 (n, 3): prob, x, y in level-0 px.
-        downsample: Level-0 px per mask px: ``x, y`` meet the mask by floor division.
+        downsample: Level-0 px per mask px; floor division of ``x, y`` by it gives the mask pixel.
     """
 
     slide_id: str
@@ -90,12 +90,12 @@ class SlideFindings:
 
 @dataclass(frozen=True, eq=False)
 class Matches:
-    """Detections of one slide told apart into hits and false positives; small, unlike the mask they came from.
+    """Detections of one slide, divided into hits and false positives.
 
     Attributes:
         slide_id: Name of the slide.
-        best: float64 (K,), highest confidence that hit each region; -inf where none did and for ITC.
-        n_itc: How many of the K regions are ITC.
+        best: float64 (K,), highest confidence of a hit on each region; -inf for a missed region and for ITC.
+        n_itc: Number of the K regions that are ITC.
         false_positives: float64 (m,), confidences of detections outside every region.
     """
 
@@ -106,17 +106,17 @@ class Matches:
 
     @property
     def n_lesions(self) -> int:
-        """Number of regions a detector has to find."""
+        """Number of lesions: regions that are not isolated tumour cells."""
         return len(self.best) - self.n_itc
 
 
 @dataclass(frozen=True, eq=False)
 class FrocCurve:
-    """Operating points, by rising threshold; the last is (0, 0) at threshold inf.
+    """Operating points of a FROC curve by rising threshold; the last point is (0, 0) at threshold inf.
 
     Attributes:
         fp_per_slide: float64 (p,), false positives per slide.
-        sensitivity: float64 (p,), share of the lesions found; NaN without lesions.
+        sensitivity: float64 (p,), share of the lesions that are hit; NaN without lesions.
         thresholds: float64 (p,), a detection counts from this confidence on.
     """
 
@@ -137,15 +137,15 @@ def evaluation_mask(
         itc_um: A dilated region with a shorter major axis is isolated tumour cells.
 
     Returns:
-        Dilated, filled and 8-connected regions, with those small enough to be ITC.
+        The dilated and filled regions, 8-connected, and which of them are ITC.
 
     Raises:
         InputError: ``um_px`` is not a positive number, or so small that the joining distance is thousands of pixels.
     """
     if not (math.isfinite(um_px) and um_px > 0):
-        raise InputError(f"a mask pixel of {um_px} um", "give its side in um, more than 0")
+        raise InputError(f"the side of a mask pixel is {um_px} um", "give its side in um, more than 0")
     if join_um / (um_px * 2) > _LARGEST_RADIUS_PX:
-        cause = f"a mask pixel of {um_px:g} um, of which more than {_LARGEST_RADIUS_PX} would be half of {join_um:g} um"
+        cause = f"the side of a mask pixel is {um_px:g} um, so half of {join_um:g} um exceeds {_LARGEST_RADIUS_PX} px"
         raise InputError(cause, "give spacings in um, not in mm (mpp), or a larger downsample")
     labels = np.zeros(tumour.shape, np.int32)
     if not tumour.any():
@@ -158,14 +158,15 @@ def evaluation_mask(
 
 
 def match(slide: SlideFindings) -> Matches:
-    """Tell hits from false positives.
+    """Divide a slide's detections into hits and false positives.
 
     Raises:
-        InputError: The detections are not (n, 3), one of their numbers is not finite, or a confidence no float32.
+        InputError: The detections are not (n, 3), a number is not finite, or a confidence is too large for float32.
     """
     detections = np.asarray(slide.detections, np.float64)
     if detections.ndim != 2 or detections.shape[1] != 3:
-        raise InputError(f"detections of shape {detections.shape}", "give prob, x, y", slide=slide.slide_id)
+        cause = f"the detections have shape {detections.shape}"
+        raise InputError(cause, "give prob, x, y for each", slide=slide.slide_id)
     bad = np.flatnonzero(~np.isfinite(detections).all(axis=1) | (np.abs(detections[:, 0]) > _LARGEST))
     if bad.size:
         row = detections[bad[0]].tolist()
@@ -185,7 +186,7 @@ def match(slide: SlideFindings) -> Matches:
 
 
 def curve(matches: Sequence[Matches], *, mode: Mode) -> FrocCurve:
-    """Return the operating points of a set of slides.
+    """Return the FROC curve of a set of slides.
 
     Raises:
         InputError: A slide appears twice.
@@ -194,7 +195,7 @@ def curve(matches: Sequence[Matches], *, mode: Mode) -> FrocCurve:
 
 
 def score(matches: Sequence[Matches], *, mode: Mode) -> dict[str, float]:
-    """Return the score, the six sensitivities and the counts, by metric name.
+    """Return the FROC score, its six sensitivities, and the numbers of lesions, ITC and slides, by metric name.
 
     Raises:
         InputError: A slide appears twice.
@@ -211,7 +212,7 @@ def score(matches: Sequence[Matches], *, mode: Mode) -> dict[str, float]:
 
 
 def evaluate(slides: Iterable[SlideFindings], *, mode: Mode) -> dict[str, float]:
-    """Match and score; the slides may come from a generator, so that one mask at a time is in memory.
+    """Match slides and return their metrics; with a generator of slides one mask at a time is in memory.
 
     Raises:
         InputError: A slide appears twice, or its detections cannot be used.
@@ -222,16 +223,16 @@ def evaluate(slides: Iterable[SlideFindings], *, mode: Mode) -> dict[str, float]
 def resample(
     matches: Sequence[Matches], times: NDArray[np.int64], *, mode: Mode, rates: ArrayLike = RATES
 ) -> NDArray[np.float64]:
-    """Return the sensitivities of many draws of the slides, all confidences being sorted once.
+    """Return the sensitivities of many bootstrap draws of the slides; confidences are sorted only once.
 
     Args:
         matches: The slides.
-        times: int64 (n, slides), how often each slide is in each draw: `resampling.case_draws`.
-        mode: Which evaluator scores each draw.
+        times: int64 (n, slides), how often each slide is in each draw, from `resampling.case_draws`.
+        mode: Mode in which each draw is scored.
         rates: (k,), false positives per slide at which the sensitivity is read.
 
     Returns:
-        float64 (n, k); NaN in a draw without any lesion. The mean over `RATES` is the score of the draw.
+        float64 (n, k); NaN in a draw without any lesion. The mean over `RATES` is the FROC score of the draw.
 
     Raises:
         InputError: A slide appears twice.
@@ -239,27 +240,27 @@ def resample(
     pool, at = _pool(matches, mode), np.asarray(rates, np.float64)
     most = float(at.max(initial=0.0))
     near = _within(pool, 2 * most)
-    found = np.empty((len(times), len(at)))
-    for row, drawn in zip(found, times, strict=True):
+    sensitivities = np.empty((len(times), len(at)))
+    for row, drawn in zip(sensitivities, times, strict=True):
         points = _curve(near, drawn)
-        if points.fp_per_slide[0] <= most:  # a draw of slides with few false positives: its curve goes on below
+        if points.fp_per_slide[0] <= most:  # few false positives were drawn, so the thresholds left out matter
             points = _curve(pool, drawn)
         row[:] = _at_rates(points, at)
-    return found
+    return sensitivities
 
 
 # --- regions
 
 
 def _window(tumour: NDArray[np.bool_], margin: int) -> tuple[slice, slice]:
-    """Return the bounding box of the tumour with a margin, cut at the mask's edges."""
+    """Return the bounding box of the tumour with a margin, as slices of rows and columns inside the mask."""
     box = [np.flatnonzero(tumour.any(axis=axis)) for axis in (1, 0)]
     rows, cols = (slice(max(int(hit[0]) - margin, 0), int(hit[-1]) + 1 + margin) for hit in box)
     return rows, cols
 
 
 def _dilated(tumour: NDArray[np.bool_], radius_px: float) -> NDArray[np.bool_]:
-    """Return the pixels whose centre is nearer than the radius to a tumour pixel's centre."""
+    """Return the pixels whose centre is nearer than ``radius_px`` to the centre of a tumour pixel."""
     reach = math.ceil(radius_px)
     y, x = np.mgrid[-reach : reach + 1, -reach : reach + 1]
     disc = (np.sqrt(x * x + y * y) < radius_px).astype(np.uint8)
@@ -267,7 +268,7 @@ def _dilated(tumour: NDArray[np.bool_], radius_px: float) -> NDArray[np.bool_]:
 
 
 def _filled(region: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Add the background that has no 4-connected way to the edge."""
+    """Fill holes: background pixels without a 4-connected path to the edge of the array."""
     background, n = ndimage.label(~region)
     is_open = np.zeros(n + 1, np.bool_)
     for edge in (background[0], background[-1], background[:, 0], background[:, -1]):
@@ -278,9 +279,10 @@ def _filled(region: NDArray[np.bool_]) -> NDArray[np.bool_]:
 
 
 def _major_axes(labels: NDArray[np.int32]) -> NDArray[np.float64]:
-    """Return each region's major axis in px: of the ellipse with the same second moments of pixel centres.
+    """Return float64 (K,), the major axis in px of the ellipse with the same second moments as each region.
 
-    A pixel is a point here, without the 1/12 of its own extent: a single pixel has a major axis of 0.
+    Pixels count as points at their centres, without the 1/12 of their own extent, as in the challenge's evaluator: a
+    single pixel has a major axis of 0.
     """
     rows, cols = np.nonzero(labels)
     region = labels[rows, cols] - 1
@@ -296,7 +298,7 @@ def _major_axes(labels: NDArray[np.int32]) -> NDArray[np.float64]:
 
 
 def _labels_at(labels: NDArray[np.int32], xy: NDArray[np.float64], downsample: int) -> NDArray[np.int32]:
-    """Return the label under each level-0 point; 0 outside the mask."""
+    """Return int32 (n,), the label of the region at each level-0 point; 0 for background and outside the mask."""
     m_xy = np.floor(xy / downsample)
     rows, cols = labels.shape
     inside = ((m_xy >= 0) & (m_xy < (cols, rows))).all(axis=1)
@@ -307,12 +309,12 @@ def _labels_at(labels: NDArray[np.int32], xy: NDArray[np.float64], downsample: i
 
 
 class _Ranked(NamedTuple):
-    """Confidences of many slides, their slides by falling value, how many reach each threshold, and each slide's least.
+    """Confidences of many slides, ranked once so that they can be counted for any resample of the slides.
 
     Attributes:
-        slides: int64 (values,), the index of each value's slide, by falling value.
-        reach: int64 (thresholds,), how many values reach each.
-        least: float64 (slides,), the lowest value; inf where a slide has none.
+        slides: int64 (values,), index of the slide of each confidence, by falling confidence.
+        reach: int64 (thresholds,), number of confidences at or above each threshold.
+        least: float64 (slides,), lowest confidence of each slide; inf where a slide has none.
     """
 
     slides: NDArray[np.int64]
@@ -320,17 +322,17 @@ class _Ranked(NamedTuple):
     least: NDArray[np.float64]
 
     def reaching(self, times: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return how many values reach each threshold when slide i is there ``times[i]`` times."""
+        """Return the number of confidences at or above each threshold where slide i is drawn ``times[i]`` times."""
         total: NDArray[np.int64] = np.concatenate([[0], np.cumsum(times[self.slides])])[self.reach]
         return total
 
     def lowest(self, times: NDArray[np.int64]) -> float:
-        """Return the lowest value of the slides that are there; inf if they have none."""
+        """Return the lowest confidence of the slides that are drawn; inf where they have none."""
         return float(self.least[times > 0].min(initial=math.inf))
 
 
 class _Pool(NamedTuple):
-    """All slides' confidences against all thresholds, sorted once and counted for any mix of the slides."""
+    """Confidences of all slides, and the thresholds, ranked once for the curves of any resample of the slides."""
 
     mode: Mode
     thresholds: NDArray[np.float64]
@@ -340,10 +342,14 @@ class _Pool(NamedTuple):
 
 
 def _pool(matches: Sequence[Matches], mode: Mode) -> _Pool:
-    """Sort the confidences of a set of slides."""
+    """Rank the confidences of a set of slides.
+
+    Raises:
+        InputError: A slide appears twice.
+    """
     slide_id, n = Counter(slide.slide_id for slide in matches).most_common(1)[0] if matches else ("", 1)
     if n > 1:
-        raise InputError(f"{n} results of one slide", "give each slide once", slide=slide_id, stage="froc")
+        raise InputError(f"there are {n} results of one slide", "give each slide once", slide=slide_id, stage="froc")
     hits = [_official(slide.best) if mode == "official" else slide.best[slide.best > -np.inf] for slide in matches]
     false = [slide.false_positives for slide in matches]
     thresholds = np.unique(np.concatenate([np.empty(0), *hits, *false]))
@@ -363,7 +369,7 @@ def _as_float32(values: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _ranked(per_slide: Sequence[NDArray[np.float64]], thresholds: NDArray[np.float64]) -> _Ranked:
-    """Sort values of many slides and count those that reach each threshold."""
+    """Rank the confidences of many slides and count those at or above each threshold."""
     values = np.concatenate([np.empty(0), *per_slide])
     slides = np.repeat(np.arange(len(per_slide)), [len(one) for one in per_slide])
     order = np.argsort(-values, kind="stable")
@@ -372,7 +378,7 @@ def _ranked(per_slide: Sequence[NDArray[np.float64]], thresholds: NDArray[np.flo
 
 
 def _within(pool: _Pool, rate: float) -> _Pool:
-    """Leave out the thresholds at which all slides together have more false positives than a rate."""
+    """Return the pool without the thresholds at which all slides together have more false positives than ``rate``."""
     first = int(np.searchsorted(-pool.false.reach, -rate * len(pool.n_lesions)))
     true, false = (
         one._replace(slides=one.slides[: one.reach[first:].max(initial=0)], reach=one.reach[first:])
@@ -382,7 +388,7 @@ def _within(pool: _Pool, rate: float) -> _Pool:
 
 
 def _curve(pool: _Pool, times: NDArray[np.int64]) -> FrocCurve:
-    """Return the operating points when slide i is there ``times[i]`` times."""
+    """Return the FROC curve where slide i is drawn ``times[i]`` times."""
     keep = np.ones(len(pool.thresholds), np.bool_)
     if pool.mode == "official":
         keep = pool.thresholds > min(pool.true.lowest(times), pool.false.lowest(times))
@@ -393,5 +399,8 @@ def _curve(pool: _Pool, times: NDArray[np.int64]) -> FrocCurve:
 
 
 def _at_rates(points: FrocCurve, rates: Sequence[float] | NDArray[np.float64] = RATES) -> NDArray[np.float64]:
-    """Return the sensitivity at each rate: the highest at a rate that was reached, else interpolated."""
+    """Return the sensitivity at each rate of false positives, interpolated linearly between operating points.
+
+    Beyond the largest rate of the curve the sensitivity stays constant.
+    """
     return np.interp(np.asarray(rates, np.float64), points.fp_per_slide[::-1], points.sensitivity[::-1])

@@ -1,4 +1,4 @@
-"""What a scored set of slides is recorded as: ``matches.json``."""
+"""Record an evaluation as ``matches.json``: the protocol, and truth, score and matches of every slide."""
 
 from collections.abc import Set
 from pathlib import Path
@@ -13,22 +13,22 @@ from wsiflow.evaluation.paired import Setting
 from wsiflow.system import faults, publish
 
 
-class RecordedSlide(BaseModel, frozen=True):
+class SlideRecord(BaseModel, frozen=True):
     """One slide of ``matches.json``.
 
     Attributes:
         slide_id: Name of the slide.
         label: 1 for tumour, 0 for normal, None where it is not known.
-        score: How likely the slide holds tumour.
-        in_froc: Whether it counts for FROC.
-        in_auc: Whether it counts for the slide AUC.
-        reason: Why it does not count for something, or empty.
-        truth: SHA-256 of the label and of the true regions, None where they are not known.
-        best: The highest confidence that hit each region, None where none did.
-        n_itc: How many of the regions are isolated tumour cells.
-        itc: Which ones, from 0.
+        score: Slide score; higher means more likely tumour.
+        in_froc: Whether the slide counts for FROC.
+        in_auc: Whether the slide counts for the slide AUC.
+        reason: Why the slide does not count for FROC or the AUC; else empty.
+        truth: SHA-256 of the label and the annotated regions; None where they are not known.
+        best: Highest confidence of a hit on each region; None for a missed region and for isolated tumour cells.
+        n_itc: Number of the regions that are isolated tumour cells (ITC).
+        itc: Indices of these regions, from 0.
         false_positives: Confidences of the detections outside every region.
-        patient: Number of its patient in this file, None where it is not known.
+        patient: Number of the slide's patient in this file; None where the patient is not known.
     """
 
     slide_id: str
@@ -45,26 +45,26 @@ class RecordedSlide(BaseModel, frozen=True):
     patient: int | None = None
 
 
-class Recorded(BaseModel, frozen=True):
-    """An evaluation as ``matches.json`` keeps it.
+class EvaluationRecord(BaseModel, frozen=True):
+    """The content of ``matches.json``.
 
     Attributes:
-        protocol: Every rule of scoring.
+        protocol: Parameters of the scoring protocol by name.
         protocol_hash: SHA-256 of the protocol.
-        slides: What was scored, in the order of the manifest.
+        slides: The scored slides, in the order of the manifest.
     """
 
     protocol: dict[str, Any]
     protocol_hash: str
-    slides: list[RecordedSlide]
+    slides: list[SlideRecord]
 
     def truth_hash(self) -> str:
-        """Return the SHA-256 of what the slides counted for and of their truth, in any order of the slides."""
+        """Return the SHA-256 of labels, truth, and what each slide counts for, in any order of the slides."""
         facts = [[one.slide_id.casefold(), one.label, one.in_froc, one.in_auc, one.truth] for one in self.slides]
         return publish.key_of(truth=sorted(facts, key=lambda fact: str(fact[0])))
 
     def setting(self, name: str) -> Setting:
-        """Return it as a row of a comparison."""
+        """Return the evaluation as a setting of a paired comparison."""
         counted = [one for one in self.slides if one.in_auc]
         return Setting(
             name=name,
@@ -78,43 +78,43 @@ class Recorded(BaseModel, frozen=True):
         )
 
 
-def read_matches(path: Path) -> Recorded:
+def read_matches(path: Path) -> EvaluationRecord:
     """Read the ``matches.json`` of an evaluation.
 
     Raises:
-        InputError: The file cannot be read, or is not what an evaluation writes; the first wrong entry is named.
+        InputError: The file cannot be read, or an evaluation did not write it; the message names the first wrong entry.
     """
     remedy = "give the matches.json that an evaluation of this version wrote"
     try:
-        found = Recorded.model_validate_json(path.read_bytes(), strict=True)
+        record = EvaluationRecord.model_validate_json(path.read_bytes(), strict=True)
     except OSError as error:
-        raise faults.unreadable(error, "it", remedy, path=path) from error
+        raise faults.unreadable(error, "the file of matches", remedy, path=path) from error
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the file"
         raise InputError(f"{where}: {first['msg']}", remedy, path=path) from error
-    if publish.key_of(**found.protocol) != found.protocol_hash:
-        raise InputError("its protocol does not have the hash it states", remedy, path=path)
+    if publish.key_of(**record.protocol) != record.protocol_hash:
+        raise InputError("the protocol does not have the hash that the file states", remedy, path=path)
     seen: set[str] = set()
-    for one in found.slides:
+    for one in record.slides:
         cause = _contradiction(one, seen)
         if cause:
             raise InputError(cause, remedy, slide=one.slide_id, path=path)
         seen.add(one.slide_id.casefold())
-    return found
+    return record
 
 
-def _as_matches(one: RecordedSlide) -> Matches:
+def _as_matches(one: SlideRecord) -> Matches:
     best = np.array([-np.inf if value is None else value for value in one.best], np.float64)
     return Matches(one.slide_id, best, one.n_itc, np.array(one.false_positives, np.float64))
 
 
-def _contradiction(one: RecordedSlide, seen: Set[str]) -> str:
-    """Say what in the record of a slide cannot be, or nothing."""
+def _contradiction(one: SlideRecord, seen: Set[str]) -> str:
+    """Return the contradiction in the record of a slide; empty where it is consistent."""
     if one.slide_id.casefold() in seen:
-        return "it is there twice"
+        return "the slide is recorded twice"
     if one.in_auc and one.label is None:
-        return "it counts for the slide AUC and has no label"
+        return "the slide counts for the slide AUC and has no label"
     if len(one.itc) != one.n_itc or not all(0 <= k < len(one.best) and one.best[k] is None for k in one.itc):
         return f"itc {one.itc} does not fit n_itc {one.n_itc} and {len(one.best)} regions"
     return ""

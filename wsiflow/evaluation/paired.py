@@ -1,23 +1,23 @@
-"""Comparison: settings scored on the same cases, their intervals and their differences.
+"""Compare settings that were scored on the same cases: bootstrap intervals, paired differences and the Pareto front.
 
-Input: per setting, the matches, scores and labels of its slides. Output: an interval for every metric, paired
+Input: per setting the matches, scores and labels of its slides. Output: an interval for every metric, paired
 differences from one reference with p-values, bands of the FROC curves, and the settings on the Pareto front.
 
-All of it comes from one set of draws. The cases, those that count for FROC and those that count for the AUC together,
-are drawn with replacement, and every metric of every setting is computed on each draw: a difference is a difference
-between two settings on the same cases. Intervals of FROC and of differences are percentiles of the draws; that of an
-AUC, which is skewed near 1, is corrected for bias and skewness. A p-value is two-sided, from the drawn differences, the
-AUC's too, so that interval and p-value do not contradict each other; DeLong's test of the areas stands beside it for
-those who report that. For every metric p-values are corrected by Holm's method for the number of settings that are
-compared with the reference. Many metrics of one setting are not corrected for: name one beforehand.
+Everything comes from one set of bootstrap draws. The cases, those that count for FROC and those that count for the AUC
+together, are drawn with replacement, and every metric of every setting is computed on each draw, so that a difference
+always compares two settings on the same cases. Intervals of FROC metrics and of differences are percentile intervals.
+The interval of an AUC, which is skewed near 1, is the bias-corrected and accelerated one (BCa). A p-value is two-sided
+and computed from the drawn differences, also for the AUC, so that interval and p-value agree; the p-value of DeLong's
+test is given beside it. For every metric the p-values are corrected by Holm's method for the number of settings that
+are compared with the reference. They are not corrected for the number of metrics: choose one metric beforehand.
 
-What that is worth, in 1,000 simulated sets of 120 slides with 145 lesions (``tests/evaluation/test_paired.py``):
-intervals hold the truth in 93.6 % (score) to 95.8 % (sensitivities) of the sets, differences in 95.2 to 96.5 %; of
-equal settings 4.5 % are called different by the score, 4.3 % by the AUC, and 2 to 4 % by a single sensitivity. Draws
-know only what is in the sample: where almost every lesion is found the intervals of sensitivities are too short (of one
-of 0.98 they held 89 %, of one of 0.995 58 %), and where none is missed they have no width. Then the slides cannot tell.
-What rests on one case alone (one with lesions, one of a class for the AUC; a patient's slides are one) is the same in
-every draw, which says nothing of other cases: it has a value, no interval and no p-value.
+Coverage in 1,000 simulated sets of 120 slides with 145 lesions (``tests/evaluation/test_paired.py``): intervals contain
+the true value in 93.6 % (score) to 95.8 % (sensitivities) of the sets, intervals of differences in 95.2 to 96.5 %. Of
+equal settings 4.5 % differ significantly in the score, 4.3 % in the AUC, and 2 to 4 % in a single sensitivity. The
+bootstrap is too optimistic where almost every lesion is detected: intervals of a true sensitivity of 0.98 contain it in
+89 %, of one of 0.995 in 58 %, and where no lesion is missed they have no width. A metric that depends on a single case
+(one case with lesions, or one of a class for the AUC, where all slides of a patient are one case) is the same in every
+draw: it has a value, but neither interval nor p-value.
 """
 
 from collections.abc import Mapping, Sequence
@@ -33,23 +33,23 @@ from wsiflow.evaluation.resampling import case_draws, corrected_interval, holm, 
 FP_GRID = np.linspace(0, 8, 129)
 """False positives per slide at which bands are computed; the six rates of the score are among them."""
 
-_LEAST_CASES = 2  # that tell how much a number varies from case to case
-_DIGITS = 12  # equal metrics that were added up in another order differ beyond these
+_LEAST_CASES = 2  # fewer cases do not show how much a metric varies from case to case
+_DIGITS = 12  # equal metrics that were summed in another order differ after these
 
 
 class Setting(NamedTuple):
-    """What is compared: one row of a comparison.
+    """The scored slides of one setting: a row of a comparison.
 
     Attributes:
-        name: Unique in a comparison.
+        name: Name of the setting, unique in a comparison.
         matches: The slides that count for FROC.
         slide_ids: The slides that count for the AUC, in the order of scores and labels.
         scores: float64 (n,), higher means more likely tumour.
         labels: int64 (n,) of 0 and 1.
-        protocol_hash: Of the rules by which the slides were scored, or an empty text.
-        truth: Digest of what is true of each slide, by slide; empty where it is not known.
-        clusters: Number of the patient of each slide, by slide: slides of one are drawn together. Without it, or where
-            a slide has none, a slide is by itself.
+        protocol_hash: SHA-256 of the scoring protocol, or empty.
+        truth: SHA-256 of each slide's truth, by slide id; a slide whose truth is not known is absent.
+        clusters: Number of each slide's patient, by slide id: slides of one patient are drawn together. A slide without
+            a number is drawn independently.
     """
 
     name: str
@@ -63,7 +63,7 @@ class Setting(NamedTuple):
 
 
 class Interval(NamedTuple):
-    """A number of the sample and the ends of its 95 % interval; NaN where it does not exist."""
+    """A metric of the sample and its 95 % interval; NaN where they are not defined."""
 
     value: float
     low: float
@@ -71,7 +71,7 @@ class Interval(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """Setting minus reference: of the sample, the 95 % interval, the p-value alone and corrected."""
+    """The difference setting minus reference in the sample, its 95 % interval, and its p-value, also corrected."""
 
     value: float
     low: float
@@ -81,7 +81,7 @@ class Difference(NamedTuple):
 
 
 class FrocBand(NamedTuple):
-    """A FROC curve with the 95 % interval at each point by itself; float64 (p,) each."""
+    """A FROC curve with a pointwise 95 % band; float64 (p,) each."""
 
     fp_per_slide: NDArray[np.float64]
     sensitivity: NDArray[np.float64]
@@ -89,15 +89,15 @@ class FrocBand(NamedTuple):
     high: NDArray[np.float64]
 
 
-class Compared(NamedTuple):
-    """What a comparison found.
+class PairedResults(NamedTuple):
+    """The results of a paired bootstrap.
 
     Attributes:
-        intervals: Setting, metric: interval.
-        differences: Setting, metric: difference from the reference, which is absent.
-        delong: Setting: p-value of DeLong's test of its AUC against the reference's, alone and corrected; slides of one
-            patient count as independent there.
-        bands: Setting: its FROC curve.
+        intervals: Interval by setting and metric.
+        differences: Difference from the reference by setting and metric; the reference is absent.
+        delong: p-value of DeLong's test of the AUC against the reference's, uncorrected and corrected, by setting. The
+            test assumes that slides of one patient are independent.
+        bands: FROC curve with its band, by setting.
     """
 
     intervals: dict[str, dict[str, Interval]]
@@ -107,7 +107,7 @@ class Compared(NamedTuple):
 
 
 class _Drawn(NamedTuple):
-    """Metrics and curve of a setting in the sample (first row) and in every draw; its AUC with a case left out."""
+    """Metrics of a setting in the sample (row 0) and in every draw, its FROC curve likewise, and its jackknifed AUC."""
 
     metrics: dict[str, NDArray[np.float64]]
     curve: NDArray[np.float64]
@@ -115,42 +115,43 @@ class _Drawn(NamedTuple):
 
 
 class _Times(NamedTuple):
-    """How often each case is in the sample (first) and in every draw, and in the samples that lack one, by case."""
+    """How often each case is in the sample (row 0) and in every draw, and in every jackknife sample; by case."""
 
     drawn: dict[str, NDArray[np.int64]]
     left_out: dict[str, NDArray[np.int64]]
 
 
-def compare(
+def bootstrap(
     settings: Sequence[Setting], *, reference: str, mode: froc.Mode = "official", n: int = 2000, seed: int = 0
-) -> Compared:
-    """Compare settings that were scored on the same cases.
+) -> PairedResults:
+    """Compare settings that were scored on the same cases, by a bootstrap over these cases.
 
-    Metrics are ``froc.score``, ``froc.strict_score``, ``roc.auc`` and, of the mode, the six sensitivities
+    Metrics are ``froc.score``, ``froc.strict_score``, ``roc.auc`` and the six sensitivities of ``mode``
     (``froc.sensitivity_at_0.25`` or ``froc.strict_sensitivity_at_0.25``).
 
     Args:
-        settings: What is compared.
+        settings: The settings to compare.
         reference: Name of the setting that the others are compared with.
-        mode: Which evaluator gives sensitivities and bands.
-        n: Number of draws; 0 leaves intervals and p-values NaN.
+        mode: FROC mode of the sensitivities and bands.
+        n: Number of draws; with 0 all intervals and p-values are NaN.
         seed: Seed of the draws.
 
     Raises:
-        InputError: Two settings have one name, none is the reference, they cannot be compared, or a slide is there
-            twice.
+        InputError: Two settings have the same name, none is the reference, they must not be compared, or a slide
+            appears twice.
     """
     names = [one.name for one in settings]
     if len(set(names)) < len(names) or reference not in names:
         cause = f"settings {', '.join(names) or 'none'} with {reference!r} as the reference"
-        raise InputError(cause, "give each setting a name of its own and name one of them", stage="comparison")
-    reasons = incomparable(settings)
+        remedy = "give each setting a unique name, and name one of them as the reference"
+        raise InputError(cause, remedy, stage="comparison")
+    reasons = comparability_problems(settings)
     if reasons:
         remedy = "compare runs over the same slides, protocol and truth"
         raise InputError("; ".join(reasons), remedy, stage="comparison")
     times = _draws(settings[0], n, seed)
     drawn = {one.name: _without_lone_cases(_drawn(one, times, mode), one) for one in settings}
-    return Compared(
+    return PairedResults(
         {name: _intervals(one) for name, one in drawn.items()},
         _differences({name: one.metrics for name, one in drawn.items()}, reference),
         _delong({one.name: one for one in settings}, reference),
@@ -159,22 +160,22 @@ def compare(
 
 
 def pareto(cost: ArrayLike, score: ArrayLike) -> NDArray[np.bool_]:
-    """Tell which settings are worth their cost.
+    """Return which settings are on the Pareto front of cost and score.
 
     Args:
-        cost: (n,), less is better.
-        score: (n,), more is better.
+        cost: (n,), lower is better.
+        score: (n,), higher is better.
 
     Returns:
-        bool (n,), True where no other is cheaper and at least as good, or as cheap and better. Of equal ones all are
-        True; one whose cost or score is NaN is not.
+        bool (n,), True where no other setting is cheaper and at least as good, or as cheap and better. Equal settings
+        are all on the front; a setting whose cost or score is NaN is not.
 
     Raises:
         InputError: The lengths differ.
     """
     costs, scores = np.asarray(cost, np.float64), np.asarray(score, np.float64)
     if costs.ndim != 1 or costs.shape != scores.shape:
-        raise InputError(f"costs {costs.shape} and scores {scores.shape}", "give one score per cost")
+        raise InputError(f"the costs have shape {costs.shape} and the scores {scores.shape}", "give one score per cost")
     known = ~(np.isnan(costs) | np.isnan(scores))
     cheaper, as_cheap = costs[None, :] < costs[:, None], costs[None, :] == costs[:, None]
     better, as_good = scores[None, :] > scores[:, None], scores[None, :] >= scores[:, None]
@@ -182,12 +183,12 @@ def pareto(cost: ArrayLike, score: ArrayLike) -> NDArray[np.bool_]:
     return known & ~beaten
 
 
-def incomparable(settings: Sequence[Setting]) -> list[str]:
-    """Say why settings must not be compared; nothing when they may.
+def comparability_problems(settings: Sequence[Setting]) -> list[str]:
+    """Return the reasons why settings must not be compared; empty where they may.
 
-    They need the same protocol, the same slides for FROC and for the AUC, and for every slide the same label, the same
-    truth and the same number of lesions; and the same slides of one patient, which are drawn together. Names of slides
-    are compared without case.
+    Settings must have the same protocol, the same slides for FROC and for the AUC, for every slide the same label,
+    truth and number of lesions, and the same grouping of slides by patient. Upper and lower case of slide names are the
+    same.
     """
     return [reason for one in settings[1:] for reason in _against(settings[0], one)]
 
@@ -196,12 +197,12 @@ def incomparable(settings: Sequence[Setting]) -> list[str]:
 
 
 def _against(first: Setting, other: Setting) -> list[str]:
-    """Say what of another setting differs from the first."""
+    """Return sentences on each difference between two settings that rules out a comparison."""
     both = f"{first.name} and {other.name}"
     reasons = []
     if first.protocol_hash != other.protocol_hash:
-        told = " and ".join(one.protocol_hash[:12] or "none" for one in (first, other))
-        reasons.append(f"{both} were scored by different protocols ({told})")
+        hashes = " and ".join(one.protocol_hash[:12] or "none" for one in (first, other))
+        reasons.append(f"{both} were scored by different protocols ({hashes})")
     for what, ours, theirs in (
         ("FROC", _lesions(first), _lesions(other)),
         ("the AUC", _labels(first), _labels(other)),
@@ -215,7 +216,7 @@ def _against(first: Setting, other: Setting) -> list[str]:
 
 
 def _unequal(both: str, kind: str, ours: Mapping[str, object], theirs: Mapping[str, object]) -> list[str]:
-    """Say which slides, of those in both, differ."""
+    """Return a sentence that names the slides whose values differ between two settings, if there are any."""
     odd = sorted(slide for slide in set(ours) & set(theirs) if ours[slide] != theirs[slide])
     return [f"{both} have different {kind} for {_listed(odd)}"] if odd else []
 
@@ -241,11 +242,11 @@ def _scores(setting: Setting) -> dict[str, float]:
 
 
 def _patients(setting: Setting) -> dict[str, str]:
-    """Return the first slide of each slide's patient: what is left of a patient without number or name."""
-    found, first = {}, dict[int, str]()
+    """Return the first slide of each slide's patient, which identifies the patient whatever its number."""
+    patients, first = {}, dict[int, str]()
     for case, number in zip(_cases(setting), _clusters(setting), strict=True):
-        found[case] = first.setdefault(number, case)
-    return found
+        patients[case] = first.setdefault(number, case)
+    return patients
 
 
 def _folded(by_slide: Mapping[str, str]) -> dict[str, str]:
@@ -256,19 +257,19 @@ def _folded(by_slide: Mapping[str, str]) -> dict[str, str]:
 
 
 def _cases(setting: Setting) -> list[str]:
-    """Return every case of a setting once, in an order that does not depend on that of its slides."""
+    """Return every case of a setting once, in an order that does not depend on the order of its slides."""
     return sorted({one.slide_id.casefold() for one in setting.matches} | {one.casefold() for one in setting.slide_ids})
 
 
 def _clusters(setting: Setting) -> list[int]:
-    """Return the number of each case's patient; a slide without one is its own, with a number that none has."""
+    """Return the cluster of each case: its patient's number, or an unused number for a slide without patient."""
     given = {slide.casefold(): number for slide, number in (setting.clusters or {}).items()}
     free = max(given.values(), default=-1) + 1
     return [given.get(case, free + index) for index, case in enumerate(_cases(setting))]
 
 
 def _draws(setting: Setting, n: int, seed: int) -> _Times:
-    """Draw the cases of a setting."""
+    """Draw the cases of a setting, ``n`` times with replacement, and leave each of them out once."""
     cases, clusters = _cases(setting), _clusters(setting)
     times = case_draws(len(cases), n=n, seed=seed, clusters=clusters)
     whole = np.concatenate([np.ones((1, len(cases)), np.int64), times])
@@ -277,26 +278,26 @@ def _draws(setting: Setting, n: int, seed: int) -> _Times:
 
 
 def _columns(times: Mapping[str, NDArray[np.int64]], slides: Sequence[str]) -> NDArray[np.int64]:
-    """Return int64 (rows, slides): the draws of some of the cases."""
+    """Return int64 (rows, slides), how often each of some slides is in each sample."""
     n_rows = len(next(iter(times.values()))) if times else 1
-    found = np.empty((n_rows, len(slides)), np.int64)
+    columns = np.empty((n_rows, len(slides)), np.int64)
     for column, slide in enumerate(slides):
-        found[:, column] = times[slide.casefold()]
-    return found
+        columns[:, column] = times[slide.casefold()]
+    return columns
 
 
 def _delong(settings: Mapping[str, Setting], reference: str) -> dict[str, tuple[float, float]]:
-    """Return DeLong's p-values of the areas against the reference's, corrected for their number."""
+    """Return DeLong's p-values of the AUCs against the reference's, uncorrected and corrected by Holm's method."""
     labels = _labels(settings[reference])
-    areas = {name: _scores(one) for name, one in settings.items()}
-    in_order = {name: [found[slide] for slide in labels] for name, found in areas.items()}
+    scores = {name: _scores(one) for name, one in settings.items()}
+    in_order = {name: [own[slide] for slide in labels] for name, own in scores.items()}
     others = [name for name in settings if name != reference]
     p = [roc.paired_test(in_order[name], in_order[reference], list(labels.values())).p for name in others]
     return dict(zip(others, zip(p, holm(p), strict=True), strict=True))
 
 
 def _drawn(setting: Setting, times: _Times, mode: froc.Mode) -> _Drawn:
-    """Return every metric of a setting in the sample and in every draw."""
+    """Compute every metric of a setting in the sample and in every draw."""
     of_froc = _columns(times.drawn, [one.slide_id for one in setting.matches])
     curve = froc.resample(setting.matches, of_froc, mode=mode, rates=FP_GRID)
     at_rates = curve[:, np.searchsorted(FP_GRID, froc.RATES)]
@@ -320,7 +321,7 @@ def _drawn(setting: Setting, times: _Times, mode: froc.Mode) -> _Drawn:
 
 
 def _without_lone_cases(drawn: _Drawn, setting: Setting) -> _Drawn:
-    """Return NaN for the draws of metrics that rest on one case: they would all be the same, and call it certain."""
+    """Replace the draws of metrics that depend on a single case by NaN: they are all equal and show no uncertainty."""
     cluster = dict(zip(_cases(setting), _clusters(setting), strict=True))
     labelled = list(zip(setting.slide_ids, setting.labels.tolist(), strict=True))
     of_class = [{cluster[slide.casefold()] for slide, label in labelled if label == kind} for kind in (0, 1)]
@@ -334,23 +335,23 @@ def _without_lone_cases(drawn: _Drawn, setting: Setting) -> _Drawn:
 
 
 def _intervals(drawn: _Drawn) -> dict[str, Interval]:
-    """Return the intervals of all metrics."""
-    found = {metric: Interval(float(x[0]), *interval(x[1:]).tolist()) for metric, x in drawn.metrics.items()}
+    """Return the 95 % intervals of all metrics of a setting: BCa for the AUC, percentiles for the others."""
+    intervals = {metric: Interval(float(x[0]), *interval(x[1:]).tolist()) for metric, x in drawn.metrics.items()}
     area = drawn.metrics["roc.auc"]
     corrected = corrected_interval(float(area[0]), area[1:], drawn.jackknife)
-    return found | {"roc.auc": Interval(float(area[0]), *corrected.tolist())}
+    return intervals | {"roc.auc": Interval(float(area[0]), *corrected.tolist())}
 
 
 def _differences(
     metrics: Mapping[str, Mapping[str, NDArray[np.float64]]], reference: str
 ) -> dict[str, dict[str, Difference]]:
-    """Return the differences of the settings from the reference, corrected for their number metric by metric."""
+    """Return the differences of the settings from the reference; p-values are corrected within each metric."""
     others = [name for name in metrics if name != reference]
-    found: dict[str, dict[str, Difference]] = {name: {} for name in others}
+    differences: dict[str, dict[str, Difference]] = {name: {} for name in others}
     for metric, base in metrics[reference].items():
         drawn = [np.round(metrics[name][metric] - base, _DIGITS) for name in others]
         p = [two_sided_p(one[1:]) for one in drawn]
         for name, one, alone, corrected in zip(others, drawn, p, holm(p), strict=True):
             low, high = interval(one[1:]).tolist()
-            found[name][metric] = Difference(float(one[0]), low, high, alone, corrected)
-    return found
+            differences[name][metric] = Difference(float(one[0]), low, high, alone, corrected)
+    return differences

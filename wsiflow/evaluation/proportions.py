@@ -1,7 +1,7 @@
-"""Intervals of a proportion: k of n.
+"""Compute confidence intervals of a proportion, k of n.
 
-Input: counts. Output: bounds, as shares. The counts are taken as independent draws; where they are not (neighbouring
-cells of a map, slides of one patient) the bounds are too narrow, and whoever shows them has to say so.
+Input: counts. Output: bounds, as shares. The n trials are assumed to be independent; where they are not (neighbouring
+cells of a map, slides of one patient) the bounds are too narrow, and the caller has to say so.
 """
 
 import numpy as np
@@ -14,18 +14,18 @@ Bounds = tuple[NDArray[np.float64], NDArray[np.float64]]
 
 
 def clopper_pearson(hits: ArrayLike, n: ArrayLike, *, level: float = 0.95) -> Bounds:
-    """Return the exact two-sided interval, which holds its level for every true share (Clopper and Pearson 1934).
+    """Return the exact two-sided interval, whose coverage is at least its level (Clopper and Pearson 1934).
 
     Args:
-        hits: (...), how many.
-        n: (...), of how many; where it is 0, nothing is known and the interval is 0 to 1.
-        level: How often the interval should hold the true share.
+        hits: (...), number of successes.
+        n: (...), number of trials; where it is 0, the interval is 0 to 1.
+        level: Confidence level.
 
     Returns:
-        float64 (...), low and high.
+        Low and high bounds, float64 (...) each.
 
     Raises:
-        InputError: A count is negative, or there are more hits than draws.
+        InputError: A count is negative, or there are more successes than trials.
     """
     k, of = _counts(hits, n)
     tail = (1 - level) / 2
@@ -36,9 +36,9 @@ def clopper_pearson(hits: ArrayLike, n: ArrayLike, *, level: float = 0.95) -> Bo
 
 
 def upper_bound(hits: int, n: int, *, level: float = 0.95) -> float:
-    """Return the exact one-sided upper bound of a share; 1 where n is 0.
+    """Return the exact one-sided upper bound of a share; 1 where ``n`` is 0.
 
-    For no hits it is 1 - (1 - level)**(1 / n), for which the rule of three is 3 / n (Hanley and Lippman-Hand 1983).
+    For 0 successes it is 1 - (1 - level)**(1 / n), about 3 / n at 95 % (rule of three, Hanley and Lippman-Hand 1983).
 
     Raises:
         InputError: As for `clopper_pearson`.
@@ -48,12 +48,15 @@ def upper_bound(hits: int, n: int, *, level: float = 0.95) -> float:
 
 
 def wilson(hits: ArrayLike, n: ArrayLike, *, z: float = 1.959963984540054) -> Bounds:
-    """Return the score interval, which is narrower and holds its level on average (Wilson 1927).
+    """Return the score interval, which is narrower than the exact one and has its level on average (Wilson 1927).
 
     Args:
-        hits: (...), how many.
-        n: (...), of how many; where it is 0, the interval is 0 to 1.
-        z: Half width in standard deviations of a normal distribution: 95 %.
+        hits: (...), number of successes.
+        n: (...), number of trials; where it is 0, the interval is 0 to 1.
+        z: Normal quantile of the level, for example 1.96 for 95 %.
+
+    Returns:
+        Low and high bounds, float64 (...) each.
 
     Raises:
         InputError: As for `clopper_pearson`.
@@ -74,5 +77,5 @@ def _counts(hits: ArrayLike, n: ArrayLike) -> Bounds:
     k, of = np.broadcast_arrays(np.asarray(hits, np.float64), np.asarray(n, np.float64))
     if not ((k >= 0) & (k <= of)).all():
         bad = np.flatnonzero(~((k >= 0) & (k <= of)).ravel())[0]
-        raise InputError(f"{k.ravel()[bad]:g} of {of.ravel()[bad]:g}", "give counts from 0 to n")
+        raise InputError(f"{k.ravel()[bad]:g} of {of.ravel()[bad]:g} is no proportion", "give counts from 0 to n")
     return k, of

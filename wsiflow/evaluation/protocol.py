@@ -1,4 +1,4 @@
-"""How slides are scored: what has to be the same before two scores are compared."""
+"""Define the scoring protocol: the rules that must be equal before two scores may be compared."""
 
 from collections.abc import Sequence
 from typing import Annotated, Any
@@ -9,14 +9,14 @@ from wsiflow.system import publish
 
 
 def _folded(value: object) -> object:
-    """Return names in one order and without case, so that equal lists are equal."""
+    """Return names sorted, without repetition and in lower case, so that equal sets of names compare equal."""
     if isinstance(value, Sequence) and not isinstance(value, str) and all(isinstance(one, str) for one in value):
         return sorted({one.casefold() for one in value})
     return value
 
 
 def _listed(value: object) -> object:
-    """Return values in one order, so that equal lists are equal; a single value is a list of one."""
+    """Return whole numbers sorted and without repetition, so that equal sets compare equal; one number is a list."""
     values = [value] if isinstance(value, int) else value
     whole = isinstance(values, Sequence) and all(isinstance(one, int) for one in values)
     return sorted(set(values)) if whole and isinstance(values, Sequence) else values
@@ -57,14 +57,14 @@ class EvaluationParams(BaseModel, frozen=True, extra="forbid"):
     )
 
     @model_serializer(mode="wrap")
-    def _told(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _without_default(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
         values: dict[str, Any] = plain(self)
         if not self.mask_tumour:
             values.pop("mask_tumour", None)
         return values
 
     def protocol(self) -> dict[str, Any]:
-        """Return what has to be the same before two scores are compared, JSON values."""
+        """Return the parameters that must be equal before two scores may be compared, as JSON values."""
         return self.model_dump(mode="json", exclude={"bootstrap"})
 
     def protocol_hash(self) -> str:
@@ -72,6 +72,6 @@ class EvaluationParams(BaseModel, frozen=True, extra="forbid"):
         return publish.key_of(**self.protocol())
 
     def excluded(self, slide_id: str) -> str:
-        """Say what a slide is left out of by name: ``all``, ``froc``, or nothing."""
+        """Return what the protocol excludes a slide from: ``all``, ``froc``, or an empty text."""
         name = slide_id.casefold()
         return "all" if name in self.exclude else "froc" if name in self.exclude_froc else ""

@@ -1,4 +1,4 @@
-"""What is true of a slide: its lesions at evaluation resolution, from outlines or a painted mask."""
+"""Read the truth of a slide: its lesions at evaluation resolution, from outlines or from a mask image."""
 
 import dataclasses
 import hashlib
@@ -20,16 +20,16 @@ from wsiflow.slides.annotations import TumourOutline
 from wsiflow.slides.manifest import Case
 
 _PADDING_M_PX = 16  # a tile of 512 px at 1/32
-_MAX_MASK_PX = 2**30  # an evaluation mask beyond this comes from an outline at an impossible place
+_MAX_MASK_PX = 2**30  # a larger evaluation mask comes from an outline at an impossible place
 
 
 @dataclass(frozen=True, eq=False)
 class Truth:
-    """What is known to be in a slide.
+    """The annotated regions of a slide.
 
     Attributes:
-        lesions: The true regions, none in a slide without tumour.
-        note: What a reader of the scores should know about them.
+        lesions: The regions; a slide without tumour has none.
+        note: A remark for readers of the scores, for example on outlines without area; else empty.
     """
 
     lesions: LesionMask
@@ -37,7 +37,7 @@ class Truth:
 
 
 def planned_truth(planned: SlidePlan, case: Case, params: EvaluationParams) -> Truth | None:
-    """Read a slide's true regions at the spacing and size it was planned with; see `read_truth`."""
+    """Read a slide's annotated regions at the spacing and size of its plan; see `read_truth`."""
     sized = dataclasses.replace(case, mpp=planned.um_px_l0)
     l0_size_px = (planned.frame.l0_width_px, planned.frame.l0_height_px)
     return read_truth(sized, params, l0_size_px=l0_size_px)
@@ -50,16 +50,17 @@ def read_truth(
     l0_size_px: tuple[int, int] | None = None,
     mask_downsample: int | None = None,
 ) -> Truth | None:
-    """Read a slide's true regions from its mask image, else from its outlines.
+    """Read a slide's annotated regions from its mask image, else from its outlines.
 
     Args:
-        case: The slide; its mpp is used unless the parameters fix one.
+        case: The slide; its mpp is used unless the parameters fix one for all slides.
         params: Downsample and spacing of the evaluation mask.
-        l0_size_px: Width and height of the slide; None where not known: the mask then reaches as far as the outlines.
-        mask_downsample: Scale at which a mask image is read; None for the evaluation's own.
+        l0_size_px: Width and height of the slide in level-0 px. None where they are not known: the evaluation mask is
+            then as large as the outlines need.
+        mask_downsample: Downsample at which a mask image is read; None for that of the evaluation.
 
     Returns:
-        The regions, or None when the slide has neither mask nor annotation, or counts for nothing.
+        The regions; None where the slide has neither mask nor annotation, or the protocol excludes it.
 
     Raises:
         InputError: A file cannot be used, or no spacing is known.
@@ -69,12 +70,12 @@ def read_truth(
 
 
 def check_truth(case: Case, params: EvaluationParams, *, l0_size_px: tuple[int, int]) -> None:
-    """See that a slide's truth can be scored, before any work is done for the slide.
+    """Check that a slide can be scored against its truth, before any work is done for the slide.
 
     Args:
         case: The slide, with its mpp.
-        params: How it will be scored.
-        l0_size_px: Width and height of the slide.
+        params: How the slide will be scored.
+        l0_size_px: Width and height of the slide in level-0 px.
 
     Raises:
         InputError: See `read_truth`; or the label contradicts the truth.
@@ -82,11 +83,11 @@ def check_truth(case: Case, params: EvaluationParams, *, l0_size_px: tuple[int, 
     marked = _marked(case, params, l0_size_px, None)
     if marked is not None:
         path = case.mask_path or case.annotation_path
-        require_agreement(case.slide_id, case.label, found=bool(marked.tumour.any()), path=path)
+        require_agreement(case.slide_id, case.label, has_tumour=bool(marked.tumour.any()), path=path)
 
 
 class _Marked(NamedTuple):
-    """What was drawn or painted: bool (rows, cols) at evaluation resolution, the side of its pixels, and a note."""
+    """Annotated tumour as bool (rows, cols) at evaluation resolution, the side of its pixels in um, and a note."""
 
     tumour: NDArray[np.bool_]
     m_um_px: float
@@ -96,7 +97,7 @@ class _Marked(NamedTuple):
 def _marked(
     case: Case, params: EvaluationParams, l0_size_px: tuple[int, int] | None, mask_downsample: int | None
 ) -> _Marked | None:
-    """Read what was painted, else what was drawn; None where there is neither, or the slide counts for nothing."""
+    """Read the mask image, else the outlines; None where there is neither, or the protocol excludes the slide."""
     path = case.mask_path or case.annotation_path
     if params.excluded(case.slide_id) == "all" or path is None:
         return None
@@ -135,7 +136,7 @@ def _drawn(case: Case, path: Path, params: EvaluationParams, l0_size_px: tuple[i
     if math.prod(shape) > _MAX_MASK_PX:
         raise InputError(f"the outlines reach {shape[1]} x {shape[0]} mask px", "give them in level-0 px", path=path)
     tumour = annotations.tumour_mask(outline, shape, downsample=params.downsample)
-    if case.label is None and outline.tumour and not tumour.any():  # it would pass for normal without a word
+    if case.label is None and outline.tumour and not tumour.any():  # the slide would silently count as normal
         cause = f"{len(outline.tumour)} tumour outlines hold no pixel of the evaluation mask"
         remedy = "give them in level-0 px, or say in the manifest whether the slide is tumour or normal (label)"
         raise InputError(cause, remedy, path=path)
@@ -144,7 +145,7 @@ def _drawn(case: Case, path: Path, params: EvaluationParams, l0_size_px: tuple[i
 
 
 def truth_sha256(label: int | None, lesions: LesionMask | None) -> str:
-    """Return the SHA-256 of a slide's label and regions; how far the mask reaches beyond them does not matter."""
+    """Return the SHA-256 of a slide's label and regions; it does not depend on the extent of the mask around them."""
     digest = hashlib.sha256(f"label {label}".encode())
     if lesions is not None and lesions.n_regions:
         box = [np.flatnonzero(lesions.labels.any(axis=axis)) for axis in (1, 0)]
@@ -158,38 +159,45 @@ def _regions(tumour: NDArray[np.bool_], m_um_px: float, params: EvaluationParams
     return froc.evaluation_mask(tumour, m_um_px, join_um=params.join_um, itc_um=params.itc_um)
 
 
-def require_agreement(slide_id: str, label: int | None, *, found: bool, path: Path | None = None) -> None:
-    """See that a label, where one is given, is what the truth says.
+def require_agreement(slide_id: str, label: int | None, *, has_tumour: bool, path: Path | None = None) -> None:
+    """Check that a label, where one is given, agrees with the truth.
 
     Raises:
-        InputError: It is not.
+        InputError: It contradicts the truth.
     """
-    if label is None or label == int(found):
+    if label is None or label == int(has_tumour):
         return
-    cause = f"the label says {'tumour' if label else 'normal'} and the truth holds {'' if found else 'no '}tumour"
+    cause = f"the label says {'tumour' if label else 'normal'} and the truth holds {'' if has_tumour else 'no '}tumour"
     remedy = "correct the label, or the truth (in level-0 px, at least a mask pixel large)"
     remedy += f", or, of a mask, {annotations.NAME_TUMOUR_VALUES}"
     raise InputError(cause, remedy, slide=slide_id, stage="evaluation", path=path or "")
 
 
 def _m_um_px(case: Case, params: EvaluationParams) -> float:
-    """Return the side of a pixel of the evaluation mask."""
+    """Return the side of a pixel of the evaluation mask in um.
+
+    Raises:
+        InputError: Neither the parameters nor the manifest state the spacing of level 0.
+    """
     l0_um_px = params.l0_um_px or case.mpp
     if l0_um_px is None:
         remedy = "add its mpp to the manifest, or fix one spacing for all slides"
-        raise InputError("the spacing is not known", remedy, slide=case.slide_id, stage="evaluation")
+        raise InputError("the spacing of the slide is not known", remedy, slide=case.slide_id, stage="evaluation")
     return l0_um_px * params.downsample
 
 
 def _slide_shape(l0_size_px: tuple[int, int], downsample: int) -> tuple[int, int]:
-    """Return rows and columns of a mask of the whole slide."""
+    """Return rows and columns of an evaluation mask of the whole slide."""
     return math.ceil(l0_size_px[1] / downsample), math.ceil(l0_size_px[0] / downsample)
 
 
 def _check_size(shape: tuple[int, ...], expected: tuple[int, int], case: Case) -> None:
-    """Refuse a mask of another slide or scale; masks padded to whole tiles pass.
+    """Refuse a mask of another slide or another scale; a mask that is padded to whole tiles is accepted.
 
-    On a slide of a few tiles a mask of half its size lacks no more pixels than such padding adds.
+    On a slide of few tiles a mask of half its size is accepted too, since it lacks no more pixels than padding adds.
+
+    Raises:
+        InputError: The size is neither that of the slide nor a padded one.
     """
     if not all(_fits(a, b) for a, b in zip(shape, expected, strict=True)):
         cause = f"the mask is {shape[1]} x {shape[0]} px where the slide is {expected[1]} x {expected[0]}"
@@ -198,7 +206,7 @@ def _check_size(shape: tuple[int, ...], expected: tuple[int, int], case: Case) -
 
 
 def _fits(side: int, expected: int) -> bool:
-    """Tell whether a mask's side is the slide's, to rounding, or what padding to whole tiles makes of it."""
+    """Tell whether a side of a mask is that of the slide, up to rounding or to padding to whole tiles."""
     rounding = max(1, 0.02 * expected)
     padded = math.ceil(expected / _PADDING_M_PX) * _PADDING_M_PX
     return expected - rounding <= side <= max(padded, expected + rounding)
@@ -207,7 +215,7 @@ def _fits(side: int, expected: int) -> bool:
 def _shape(
     outline: TumourOutline, params: EvaluationParams, m_um_px: float, l0_size_px: tuple[int, int] | None
 ) -> tuple[int, int]:
-    """Return rows and columns of a mask of the slide, or of one that holds the dilated outlines."""
+    """Return rows and columns of the slide's mask, or of a mask that holds the dilated outlines."""
     if l0_size_px is not None:
         return _slide_shape(l0_size_px, params.downsample)
     margin = math.ceil(params.join_um / (2 * m_um_px)) + 2

@@ -1,4 +1,4 @@
-"""Scores on the slide: assembled maps, their files, the lesions on them, overlays and features."""
+"""Heatmaps: maps assembled from tile scores, their files, lesion detection, overlays and features."""
 
 from typing import TYPE_CHECKING
 

@@ -1,7 +1,7 @@
-"""Put the scores of tiles together to one map per slide, by their stored coordinates.
+"""Assemble the scores of tiles to one heatmap per slide, by the stored coordinates of the tiles.
 
-A heatmap is float32 (rows, cols) with one cell per stride. NaN means "no score here": not tissue. A score is a
-probability in [0, 1]; anything else is refused before it gets here.
+A heatmap is float32 (rows, cols) with one cell per stride. NaN means "no score here", that is, no tissue. A score is a
+probability in [0, 1]; the caller has refused any other value.
 """
 
 import numpy as np
@@ -12,22 +12,22 @@ from wsiflow.plan.geometry import Frame, cells_on_slide, h_from_t, subsampling
 
 
 def assemble(frame: Frame, t_cells: NDArray[np.int64], prob: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Place every tile's scores at its own column and row.
+    """Assemble a heatmap: place the scores of every tile at its column and row.
 
     Args:
         frame: The slide's transform.
-        t_cells: int64 (n, 2), column and row of each tile.
-        prob: float32 (n, m, m), the tiles' scores, m cells a side.
+        t_cells: int64 (n, 2), column and row of each tile in the tile grid.
+        prob: float32 (n, m, m), scores of the tiles, m cells a side.
 
     Returns:
-        float32 (rows, cols) of `Frame.h_shape`, NaN where no tile was given and where the cell lies beyond the slide.
+        float32 (rows, cols) of `Frame.h_shape`; NaN in cells without a tile and in cells outside the slide.
 
     Raises:
-        IntegrityError: A tile comes twice or lies outside the map, or shapes disagree.
+        IntegrityError: A tile occurs twice or lies outside the map, or the shapes do not agree.
     """
     m = frame.cells_per_tile
     if prob.shape != (len(t_cells), m, m):
-        cause = f"scores have shape {prob.shape}, {len(t_cells)} tiles of {m} x {m} cells are expected"
+        cause = f"the scores have shape {prob.shape}, and {len(t_cells)} tiles of {m} x {m} cells are expected"
         raise IntegrityError(cause, "run again in another out= folder", stage="stitch")
     if len(np.unique(t_cells, axis=0)) != len(t_cells):
         raise IntegrityError("a tile was predicted twice", "run again in another out= folder", stage="stitch")
@@ -45,15 +45,18 @@ def assemble(frame: Frame, t_cells: NDArray[np.int64], prob: NDArray[np.float32]
 
 
 def subsample(heat: NDArray[np.float32], fine: Frame, coarse: Frame) -> NDArray[np.float32]:
-    """Return the map at a coarser stride, taken from the cells of a finer one that have the same windows.
+    """Return the heatmap of a coarser stride: the cells of a finer map that have the same windows.
 
-    The scores are those of a coarse run where a window's score does not depend on its neighbours: see
+    The scores equal those of a run at the coarser stride where a window's score does not depend on its neighbours, see
     `wsiflow.model.choice.reason_scores_differ`.
 
     Args:
-        heat: float32 (rows, cols) of the fine frame's `Frame.h_shape`.
-        fine: Transform of that map.
-        coarse: Transform of the map that is wanted.
+        heat: float32 (rows, cols), a map of the fine frame's `Frame.h_shape`.
+        fine: Transform of this map.
+        coarse: Transform of the map to return.
+
+    Returns:
+        float32 (rows, cols) of the coarse frame's `Frame.h_shape`.
 
     Raises:
         InputError: The maps have no windows in common; the message says why.
@@ -63,5 +66,5 @@ def subsample(heat: NDArray[np.float32], fine: Frame, coarse: Frame) -> NDArray[
 
 
 def slide_score(heat: NDArray[np.float32]) -> float:
-    """Return the slide's score: the highest probability on its map, 0.0 for a map without tissue."""
+    """Return the slide's score: the highest probability on its heatmap; 0.0 for a map without tissue."""
     return float(np.nanmax(heat)) if np.isfinite(heat).any() else 0.0

@@ -1,14 +1,14 @@
-"""Lesions: from a heatmap to a list of detections.
+"""Detect lesions on a heatmap.
 
-Input: heatmap, float32 (rows, cols), NaN where not tissue. Output: float64 (n, 3) of prob, column, row in heatmap
-cells, ordered by falling prob, then row, then column.
+Input: a heatmap, float32 (rows, cols), NaN where not tissue. Output: detections, float64 (n, 3): prob, column, row in
+heatmap cells, ordered by falling prob, then row, then column.
 
-Conventions: a position is an index of cells, so 0 is the first cell and 2.5 lies between the third and the fourth;
-whether an index stands for a cell's centre or corner is for `geometry` to say. A cell without a score never passes the
-threshold, is never averaged and never placed on; morphology may reach across it.
+Conventions: a position is a cell index, so 0 is the first cell and 2.5 lies between the third and the fourth.
+`geometry` defines whether an index is the centre or the corner of a cell. A cell without a score never exceeds the
+threshold, enters no mean and is never the position of a detection; morphology may reach across it.
 
-``components`` follows the reference system: threshold, morphology, 8-connected components. ``nms`` takes the highest
-cell, clears a square around it, and repeats until nothing passes the threshold.
+``components`` follows the reference system: threshold, morphology, 8-connected components. ``nms`` is non-maximum
+suppression: it takes the highest cell, clears a square around it, and repeats until no cell exceeds the threshold.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ from scipy import ndimage
 
 from wsiflow.errors import InputError
 
-_CHUNK = 65536  # cells looked at together in non-maximum suppression
+_CHUNK = 65536  # cells that non-maximum suppression processes together
 
 
 class LesionParams(BaseModel, frozen=True, extra="forbid"):
@@ -70,7 +70,7 @@ class LesionParams(BaseModel, frozen=True, extra="forbid"):
 
 
 class _Sizes(NamedTuple):
-    """Sizes in cells: whole ones, and never less than one, but for the Gaussian."""
+    """Sizes of the parameters in heatmap cells: integers of at least 1, except the standard deviation ``sigma``."""
 
     sigma: float
     kernel: int
@@ -88,18 +88,18 @@ def detect(heatmap: NDArray[np.float32], params: LesionParams, *, cell_um: float
     """Return the detections of one heatmap.
 
     Args:
-        heatmap: float32 (rows, cols), NaN where not tissue.
-        params: How to find lesions.
-        cell_um: Side of a cell, um.
+        heatmap: float32 (rows, cols), probabilities; NaN where not tissue.
+        params: How lesions are detected.
+        cell_um: Side of a heatmap cell, um.
 
     Returns:
-        float64 (n, 3): prob, column, row in heatmap cells; (0, 3) where there is nothing.
+        float64 (n, 3): prob, column, row in heatmap cells; (0, 3) where nothing is detected.
 
     Raises:
         InputError: The heatmap is not two-dimensional or holds an infinite value.
     """
     if heatmap.ndim != 2 or np.isinf(heatmap).any():
-        cause = f"a heatmap of shape {heatmap.shape} with {np.isinf(heatmap).sum()} infinite values"
+        cause = f"the heatmap has shape {heatmap.shape} and {np.isinf(heatmap).sum()} infinite values"
         raise InputError(cause, "give finite scores in rows x cols, NaN where not tissue", stage="lesions")
     sizes = _sizes(params, cell_um)
     scores = _smoothed(heatmap, sizes.sigma)
@@ -107,14 +107,14 @@ def detect(heatmap: NDArray[np.float32], params: LesionParams, *, cell_um: float
     if not above.any():
         return np.empty((0, 3))
     if params.method == "nms":
-        found = _maxima(scores, above, sizes.radius)
+        detections = _maxima(scores, above, sizes.radius)
     else:
-        found = _components(scores, _cleaned(above, params.morphology, sizes.kernel), params, sizes.area)
-    return found[np.lexsort((found[:, 1], found[:, 2], -found[:, 0]))]
+        detections = _components(scores, _cleaned(above, params.morphology, sizes.kernel), params, sizes.area)
+    return detections[np.lexsort((detections[:, 1], detections[:, 2], -detections[:, 0]))]
 
 
 def _smoothed(heatmap: NDArray[np.float32], sigma: float) -> NDArray[np.float32]:
-    """Return the Gaussian mean of the scored cells around each scored cell."""
+    """Return the Gaussian-weighted mean of the scored cells around each scored cell; other cells stay NaN."""
     if sigma == 0:
         return heatmap
     tissue = ~np.isnan(heatmap)
@@ -128,7 +128,10 @@ def _smoothed(heatmap: NDArray[np.float32], sigma: float) -> NDArray[np.float32]
 
 
 def _maxima(scores: NDArray[np.float32], above: NDArray[np.bool_], radius: int) -> NDArray[np.float64]:
-    """Return the cells that no higher one within reach has cleared; of equal cells the first in row order is higher."""
+    """Return the cells that survive non-maximum suppression, float64 (n, 3): prob, column, row.
+
+    Of equal cells the first one in row order takes precedence.
+    """
     rows, cols = np.nonzero(above)
     order = np.argsort(-scores[rows, cols], kind="stable")
     rows, cols = rows[order], cols[order]
@@ -136,7 +139,7 @@ def _maxima(scores: NDArray[np.float32], above: NDArray[np.bool_], radius: int) 
     kept = []
     for start in range(0, len(rows), _CHUNK):
         r, c = rows[start : start + _CHUNK], cols[start : start + _CHUNK]
-        left = ~cleared[r, c]  # most of a chunk is cleared already: look at the rest one by one
+        left = ~cleared[r, c]  # most of a chunk is cleared already; only the rest is processed one by one
         for row, col in zip(r[left].tolist(), c[left].tolist(), strict=True):
             if not cleared[row, col]:
                 kept.append((scores[row, col], col, row))
@@ -145,7 +148,13 @@ def _maxima(scores: NDArray[np.float32], above: NDArray[np.bool_], radius: int) 
 
 
 def _cleaned(above: NDArray[np.bool_], morphology: str, width: int) -> NDArray[np.bool_]:
-    """Return the cells left by the morphology."""
+    """Return the cells that remain after opening and closing, in the order of ``morphology``, by an elliptical kernel.
+
+    Args:
+        above: bool (rows, cols), cells above the threshold.
+        morphology: ``open_close``, ``close_open`` or ``none``.
+        width: Width of the kernel, cells.
+    """
     orders = {"open_close": (cv2.MORPH_OPEN, cv2.MORPH_CLOSE), "close_open": (cv2.MORPH_CLOSE, cv2.MORPH_OPEN)}
     kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (width, width))
     cells = above.astype(np.uint8)
@@ -157,7 +166,7 @@ def _cleaned(above: NDArray[np.bool_], morphology: str, width: int) -> NDArray[n
 def _components(
     scores: NDArray[np.float32], cells: NDArray[np.bool_], params: LesionParams, min_area: int
 ) -> NDArray[np.float64]:
-    """Return one detection per 8-connected component with enough scored cells."""
+    """Return one detection, prob, column, row, per 8-connected component with at least ``min_area`` scored cells."""
     labels, n = ndimage.label(cells, np.ones((3, 3), np.int8))
     place = _POSITIONS[params.position]
     kept = []
@@ -173,13 +182,13 @@ def _components(
 
 
 def _centroid(member: NDArray[np.bool_]) -> tuple[float, float]:
-    """Return the mean row and column."""
+    """Return the mean row and column of the cells of a component."""
     rows, cols = np.nonzero(member)
     return float(rows.mean()), float(cols.mean())
 
 
 def _peak(member: NDArray[np.bool_]) -> tuple[float, float]:
-    """Return row and column of the cell farthest from anything outside; the first in row order of equal ones."""
+    """Return row and column of the cell farthest from the outline of a component; the first of equal ones."""
     distance = ndimage.distance_transform_edt(np.pad(member, 1))
     row, col = np.unravel_index(int(distance.argmax()), distance.shape)
     return float(row - 1), float(col - 1)

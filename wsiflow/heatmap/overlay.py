@@ -1,9 +1,9 @@
-"""Pictures for people: scores drawn on the slide.
+"""Draw the scores of a heatmap on the overview of its slide.
 
-Input: arrays. Output: bytes of a file; writing it is the caller's. The same input gives the same bytes.
+Input: arrays. Output: the bytes of a picture, which the caller writes. The same input gives the same bytes.
 
-Conventions: points are x, y and arrays rows, columns; ``o_`` is a pixel of the slide overview. Every heatmap is drawn
-on one fixed scale, 0 to 1, so that slides can be compared by eye.
+Conventions: points are x, y and arrays rows, columns; ``o_`` marks pixels of the overview. Every heatmap is drawn on
+the same scale, 0 to 1, so that slides can be compared by eye.
 """
 
 import io
@@ -15,10 +15,10 @@ from PIL import Image, ImageDraw, ImageFont
 
 from wsiflow.plan.outline import png_bytes
 
-#: Colour map of the scores: perceptually uniform, and its bright end is a colour that stained tissue does not have.
+#: Colour map of the scores: perceptually uniform, with a bright end that differs from the colours of stained tissue.
 COLOUR_MAP = "viridis"
 
-# Opacity at score 0 and at score 1: what is not suspicious stays readable as tissue.
+# Opacity at score 0 and at score 1: tissue with low scores stays visible.
 _OPACITY = (0.30, 0.85)
 _LEGEND_PX = 26
 
@@ -31,20 +31,20 @@ def overlay_png(
     origin_px: tuple[float, float],
     detections: NDArray[np.float64] | None = None,
 ) -> bytes:
-    """Draw a heatmap on the overview of its slide and return a PNG, with the colour scale in a strip below.
+    """Draw a heatmap on the overview of its slide, with the colour scale in a strip below, and return a PNG.
 
-    NaN cells leave the slide as it is. Where several cells share an overview pixel the highest score is drawn, so that
-    a small lesion does not vanish in the average.
+    NaN cells leave the overview unchanged. Where several cells share an overview pixel, their highest score is drawn,
+    so that a small lesion stays visible.
 
     Args:
-        overview: uint8 (rows, cols, 3), the slide, RGB.
-        heat: float32 (h_rows, h_cols), scores 0 to 1, NaN where there is none.
+        overview: uint8 (rows, cols, 3), RGB overview of the slide.
+        heat: float32 (h_rows, h_cols), scores, 0 to 1; NaN where there is none.
         cell_px: Overview pixels per heatmap cell, the same in x and y.
         origin_px: Overview x, y of the top-left corner of cell (0, 0).
         detections: float64 (n, 3), probability and overview x, y of points to circle, or None.
 
     Returns:
-        A PNG as wide as the overview and one legend strip higher.
+        The bytes of a PNG as wide as the overview and higher by the strip of the colour scale.
     """
     shape = (overview.shape[0], overview.shape[1])
     score = heat_on_overview(heat, shape, cell_px=cell_px, origin_px=origin_px)
@@ -57,7 +57,7 @@ def overlay_png(
 def heat_on_overview(
     heat: NDArray[np.float32], shape: tuple[int, int], *, cell_px: float, origin_px: tuple[float, float]
 ) -> NDArray[np.float32]:
-    """Return the score of every overview pixel: of the cell it lies in, or the highest of the cells it holds.
+    """Return the score of every overview pixel: of the cell that contains it, or the highest of the cells in it.
 
     Args:
         heat: float32 (h_rows, h_cols), NaN where there is no score.
@@ -78,7 +78,7 @@ def heat_on_overview(
 
 
 def thumbnail(picture: bytes, *, side_px: int) -> bytes:
-    """Return a small JPEG of a picture, its longer side at most ``side_px``."""
+    """Return the bytes of a JPEG thumbnail of a picture, its longer side at most ``side_px``."""
     with Image.open(io.BytesIO(picture)) as opened:
         small = opened.convert("RGB")
     small.thumbnail((side_px, side_px), Image.Resampling.LANCZOS)
@@ -88,9 +88,11 @@ def thumbnail(picture: bytes, *, side_px: int) -> bytes:
 
 
 def _shared(n_cells: int, n_px: int, cell_px: float, origin: float) -> tuple[NDArray[np.intp], NDArray[np.intp], int]:
-    """Return, along one axis, the pixels that show cells, the first cell each shows, and the end of the last's cells.
+    """Return which cells each overview pixel shows along one axis.
 
-    A pixel that starts with the same cell as the next one shows that cell alone, as ``reduceat`` understands it.
+    Returns:
+        Indices of the pixels that show a cell; the first cell of each; and the end of the cells of the last one. Where
+        two pixels begin with the same cell, each shows this cell alone, as ``ufunc.reduceat`` defines it.
     """
     if cell_px >= 1:
         cells = np.floor((np.arange(n_px) + 0.5 - origin) / cell_px).astype(np.intp)
@@ -105,7 +107,7 @@ def _shared(n_cells: int, n_px: int, cell_px: float, origin: float) -> tuple[NDA
 
 @lru_cache(maxsize=1)
 def _colours() -> NDArray[np.uint8]:
-    """Return the colour map as uint8 (256, 3)."""
+    """Return the colour map as uint8 (256, 3), RGB."""
     from matplotlib import colormaps
 
     rgba = colormaps[COLOUR_MAP](np.arange(256), bytes=True)
@@ -113,7 +115,7 @@ def _colours() -> NDArray[np.uint8]:
 
 
 def _blend(overview: NDArray[np.uint8], score: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """Return the overview with the scored pixels tinted, the more opaque the higher the score."""
+    """Return the overview with the scored pixels tinted; the tint is more opaque for higher scores."""
     scored = ~np.isnan(score)
     value = np.clip(score[scored], 0.0, 1.0)
     opacity = (_OPACITY[0] + (_OPACITY[1] - _OPACITY[0]) * value)[:, None]
@@ -124,7 +126,7 @@ def _blend(overview: NDArray[np.uint8], score: NDArray[np.float32]) -> NDArray[n
 
 
 def _circle(image: Image.Image, detections: NDArray[np.float64]) -> None:
-    """Ring every detection, white inside black, so that it shows on any ground."""
+    """Circle every detection with a white ring on a black one, so that it is visible on any background."""
     draw = ImageDraw.Draw(image)
     radius = max(6.0, max(image.size) / 80)
     for _, x, y in detections:
@@ -134,7 +136,7 @@ def _circle(image: Image.Image, detections: NDArray[np.float64]) -> None:
 
 
 def _with_legend(image: Image.Image) -> Image.Image:
-    """Return the picture with the colour scale from 0 to 1 in a white strip below it."""
+    """Return a picture with the colour scale from 0 to 1 in a white strip below it."""
     width, height = image.size
     out = Image.new("RGB", (width, height + _LEGEND_PX), "white")
     out.paste(image, (0, 0))

@@ -1,7 +1,7 @@
-"""The trace: a row for every attempt at a task, and the timing statistics of Li, Mikailov and Chen from it.
+"""Trace every attempt at a task, and compute the timing statistics of Li, Mikailov and Chen from the trace.
 
-The process that runs the line appends each attempt to ``attempts.jsonl`` as it hears of it; ``trace.csv`` is made of
-that file, so it holds the attempts of every start of the run. Nothing that is published depends on either.
+The process that drives the run appends each attempt to ``attempts.jsonl`` when it learns of it. ``trace.csv`` is
+written from that file, so it contains the attempts of every start of the run. No published result depends on either.
 """
 
 import json
@@ -44,12 +44,12 @@ _lock = threading.Lock()
 
 
 def note(root: Path, stage: str, slide: str, group: int, outcome: Outcome) -> None:
-    """Append an attempt to the run's log; work that was found done is none.
+    """Append an attempt to the run's log, unless the task was already done and nothing was executed.
 
     Args:
         root: The run's folder.
-        stage: The stage.
-        slide: The slide's id, empty for what is done once for a run.
+        stage: Name of the stage.
+        slide: The slide's id; empty for a task that a run does once.
         group: The group or part, counted from 1; 0 for a whole slide.
         outcome: How the attempt ended.
     """
@@ -65,7 +65,7 @@ def note(root: Path, stage: str, slide: str, group: int, outcome: Outcome) -> No
 
 
 def attempts(root: Path) -> list[dict[str, Any]]:
-    """Return every attempt that was noted, with the columns of `COLUMNS`, in the order they were heard of."""
+    """Return every logged attempt with the columns of `COLUMNS`, in the order of the log."""
     path = root / _LOG
     if not path.exists():
         return []
@@ -73,19 +73,19 @@ def attempts(root: Path) -> list[dict[str, Any]]:
     seen: set[tuple[Any, ...]] = set()
     counts: dict[tuple[str, str, int], int] = {}
     with path.open(encoding="utf-8") as stream:
-        for found in _lines(stream):
-            task = (found["stage"], found["slide"], found["group"])
-            attempt = (*task, found.get("host"), found.get("pid"), found.get("started"))
-            if found.get("started") and attempt in seen:  # a driver that was started again hears of it again
+        for entry in _entries(stream):
+            task = (entry["stage"], entry["slide"], entry["group"])
+            attempt = (*task, entry.get("host"), entry.get("pid"), entry.get("started"))
+            if entry.get("started") and attempt in seen:  # a restarted driver logs it again
                 continue
             seen.add(attempt)
             counts[task] = counts.get(task, 0) + 1
-            rows.append(_row(found, counts[task]))
+            rows.append(_row(entry, counts[task]))
     return rows
 
 
-def _lines(stream: Iterable[str]) -> Iterator[dict[str, Any]]:
-    """Yield the whole lines of the log: a process that is killed leaves half a line."""
+def _entries(stream: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """Yield the complete lines of the log as JSON values: a killed process may leave half a line."""
     for line in stream:
         try:
             yield json.loads(line)
@@ -93,36 +93,36 @@ def _lines(stream: Iterable[str]) -> Iterator[dict[str, Any]]:
             continue
 
 
-def _row(found: Mapping[str, Any], attempt: int) -> dict[str, Any]:
-    submit, start, end = (found.get(name, "") for name in ("submitted", "started", "ended"))
-    used = {name: found[name] for name in COLUMNS if name in found}
-    task = f"{found['stage']} {found['slide']}".strip() + (f" {found['group']}" if found["group"] else "")
+def _row(entry: Mapping[str, Any], attempt: int) -> dict[str, Any]:
+    submit, start, end = (entry.get(name, "") for name in ("submitted", "started", "ended"))
+    used = {name: entry[name] for name in COLUMNS if name in entry}
+    task = f"{entry['stage']} {entry['slide']}".strip() + (f" {entry['group']}" if entry["group"] else "")
     times = {"submit": submit, "start": start, "end": end, "queue_s": _between(submit, start)}
-    return {**used, **times, "task": task, "group": found["group"] or "", "attempt": attempt}
+    return {**used, **times, "task": task, "group": entry["group"] or "", "attempt": attempt}
 
 
 def _between(first: str, second: str) -> float | str:
-    """Return the seconds from one moment to another; clocks of two machines may make it negative, which is 0."""
+    """Return the seconds between two ISO times; empty where one is missing, 0 where clocks of two machines disagree."""
     if not first or not second:
         return ""
     return max(0.0, (datetime.fromisoformat(second) - datetime.fromisoformat(first)).total_seconds())
 
 
 def write_views(root: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write ``trace.csv``, and the timing statistics as ``timing.json``, of what `attempts` returns."""
+    """Write the rows of `attempts` as ``trace.csv``, and their timing statistics as ``timing.json``."""
     publish.write_view(root, "trace.csv", tables.csv_text(rows, COLUMNS).encode())
     publish.write_view(root, "timing.json", json.dumps(statistics(rows)._asdict(), indent=1).encode())
 
 
 class Statistics(NamedTuple):
-    """The three timing statistics of the reference, of attempts that published something.
+    """The timing statistics of the reference system, over the attempts that succeeded.
 
     Attributes:
-        cpu_s: User and system seconds of prediction by slide, rising; their sum is the grand total.
-        group_wall_s: Wall seconds of prediction by slide and group, rising.
-        extract_wall_s: Wall seconds of extraction and grouping by slide, falling.
+        cpu_s: User and system CPU seconds of prediction by slide, in rising order.
+        group_wall_s: Wall seconds of prediction by slide and group, in rising order.
+        extract_wall_s: Wall seconds of extraction and grouping by slide, in falling order.
         cpu_total_s: Sum of ``cpu_s``.
-        makespan_s: From the first start to the end of the last attempt.
+        makespan_s: Seconds from the start of the first attempt to the end of the last one.
     """
 
     cpu_s: dict[str, float]
@@ -136,7 +136,7 @@ def statistics(rows: Sequence[Mapping[str, Any]]) -> Statistics:
     """Return the timing statistics of a run.
 
     Args:
-        rows: What `attempts` returns.
+        rows: The attempts, see `attempts`.
     """
     good = [row for row in rows if row["exit_class"] == "ok" and row["start"]]
     cpu: dict[str, float] = {}
@@ -154,17 +154,17 @@ def statistics(rows: Sequence[Mapping[str, Any]]) -> Statistics:
     return Statistics(_sorted(cpu), _sorted(wall), _sorted(read, falling=True), sum(cpu.values()), makespan_s)
 
 
-def _sorted(found: Mapping[str, float], *, falling: bool = False) -> dict[str, float]:
-    return dict(sorted(found.items(), key=lambda item: -item[1] if falling else item[1]))
+def _sorted(seconds: Mapping[str, float], *, falling: bool = False) -> dict[str, float]:
+    return dict(sorted(seconds.items(), key=lambda item: -item[1] if falling else item[1]))
 
 
 def warmup_s(rows: Sequence[Mapping[str, Any]]) -> float:
-    """Return the core-seconds that workers took to get ready: to start, to import, to load networks."""
+    """Return the core-seconds of warm-up: starting workers, importing, and loading networks."""
     return sum(float(row.get("warmup_s") or 0.0) for row in rows)
 
 
 def peak_workers(rows: Sequence[Mapping[str, Any]]) -> int:
-    """Return the most processes that had work at a time: hosts and process ids whose spans of work overlap."""
+    """Return the largest number of workers active at once; a worker is active from its first to its last attempt."""
     spans: dict[tuple[str, int], list[str]] = {}
     for row in rows:
         if row["start"] and row["end"]:

@@ -1,16 +1,16 @@
-"""One MLflow run per pipeline run, and what is found by comparing them. The only module that uses mlflow.
+"""Record each run, and comparisons of runs, in MLflow. This is the only module that uses mlflow.
 
-Input: a finished run's numbers, figures, tables and files. Output: the id of its MLflow run, or why there is none; and
-the records of an experiment.
+Input: metrics, figures, tables and files of a finished run. Output: the id of its MLflow run, or the reason why there
+is none; and the recorded runs of an experiment.
 
 Conventions:
 
-* MLflow is a view. Nothing is decided from it, workers never talk to it, and a store that cannot be reached costs
-  seconds and one warning: the run's own files stay the truth, and logging again later gives the same record once.
-* Only a SQLite store beside its artifacts, or a server. Whoever writes to a SQLite store holds a lock file beside it:
-  several first starts would otherwise create the tables at the same time.
+* MLflow is a view. No result depends on it, and workers never talk to it. A store that cannot be reached costs some
+  seconds and one warning: the files of the run are authoritative, and logging again later creates one record only.
+* The store is a SQLite database with its artifacts beside it, or a server. A writer of a SQLite store holds a lock file
+  beside it, since several first starts would otherwise create the tables at the same time.
 * A metric without a finite value is left out and named in the tag ``wsiflow.metrics_without_value``.
-* What looks like a secret is replaced before it is sent, see `wsiflow.redaction`.
+* Secrets are replaced before anything is sent, see `wsiflow.redaction`.
 """
 
 import fcntl
@@ -72,27 +72,27 @@ class TrackingParams(BaseModel, frozen=True, extra="forbid"):
 
     @field_serializer("uri", when_used="json")
     def _without_secrets(self, uri: str) -> str:
-        """Return the address as files and servers may have it: whoever reads it there must not learn a password."""
+        """Return the address without secrets, for files and servers: their readers must not learn a password."""
         return without_secrets(uri)
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What is told about one run.
+    """The content of one run in MLflow.
 
     Attributes:
         name: Name of the run in MLflow's lists.
-        key: What makes two runs the same, letters and digits: the plan's hash. A run is recorded once per key, so
-            repeats made to measure time need a key each.
+        key: Identity of the run, letters and digits. A run is recorded once per key, so repeats that measure time need
+            different keys.
         plan_hash: The plan's hash.
         partial: Whether slides are missing from the scores.
         params: Settings by dotted name.
-        metrics: Numbers by name.
-        tags: More tags.
-        dataset: Name and digest of the slides, at most 36 characters.
-        artifacts: Files, and folders with all they hold.
+        metrics: Metrics by name.
+        tags: Further tags by name.
+        dataset: Name and digest of the data set; the digest has at most 36 characters.
+        artifacts: Paths of files, and of folders with all their files.
         figures: PNG bytes by file name.
-        tables: Columns by file name, which ends in ``.json``; the columns of a table are equally long.
+        tables: Columns by file name, which ends in ``.json``; the columns of a table have equal length.
     """
 
     name: str
@@ -110,13 +110,13 @@ class RunRecord:
 
 @dataclass(frozen=True)
 class ComparisonRecord:
-    """What is told about the runs of a sweep together.
+    """The content of a comparison in MLflow, which belongs to the parent run of a sweep.
 
     Attributes:
         pareto: Whether a run belongs to the Pareto set, by run id.
-        metrics: Numbers of the comparison by name.
-        tags: Texts about it by name.
-        common: What all runs have in common by name; it becomes tags that begin with ``common.``.
+        metrics: Metrics of the comparison by name.
+        tags: Tags of the comparison by name.
+        common: Settings that all runs share, by name; they become tags that begin with ``common.``.
         description: Markdown that the page of the parent run shows.
         files: Bytes of the artifacts by name.
     """
@@ -129,14 +129,14 @@ class ComparisonRecord:
     files: Mapping[str, bytes]
 
 
-class Recorded(NamedTuple):
-    """A complete run as MLflow has it.
+class TrackedRun(NamedTuple):
+    """A finished, complete run as MLflow has recorded it.
 
     Attributes:
-        run_id: Its id.
-        name: Its name.
-        sweep: Name of its sweep, or empty.
-        params, metrics, tags: By name.
+        run_id: Id of the MLflow run.
+        name: Name of the run.
+        sweep: Name of the sweep that the run belongs to, or empty.
+        params, metrics, tags: Settings, metrics and tags by name.
     """
 
     run_id: str
@@ -147,23 +147,25 @@ class Recorded(NamedTuple):
     tags: Mapping[str, str]
 
 
-class Logged(NamedTuple):
-    """The id of the MLflow run, or None and the reason in one line."""
+class LogResult(NamedTuple):
+    """The id of a recorded MLflow run; or None, and the reason why it was not recorded, in one line."""
 
     run_id: str | None
     reason: str
 
 
-def log_run(params: TrackingParams, record: RunRecord) -> Logged:
-    """Record a run, unless a finished record with its key and completeness is there; never raises for the store.
+def log_run(params: TrackingParams, record: RunRecord) -> LogResult:
+    """Record a run, unless a finished record with the same key and completeness exists.
+
+    Faults of the store raise nothing, since the run is complete without its record.
 
     Returns:
-        The id of the new or existing record; or None and the reason when tracking is off or the store failed.
+        The id of the new or existing record; or the reason why there is none: tracking is off, or the store failed.
     """
     if params.kind == "off":
-        return Logged(None, "tracking is off")
+        return LogResult(None, "tracking is off")
     known = _known_to_sqlite(params, record)
-    return Logged(known, "") if known else _with_store(params, lambda client: _log_once(client, params, record))
+    return LogResult(known, "") if known else _with_store(params, lambda client: _log_once(client, params, record))
 
 
 _KNOWN = """
@@ -177,28 +179,28 @@ _KNOWN = """
 
 
 def _known_to_sqlite(params: TrackingParams, record: RunRecord) -> str | None:
-    """Return the id of the finished record in a SQLite store, None where MLflow has to be asked.
+    """Return the id of the finished record in a SQLite store; None where only MLflow can tell.
 
-    To import MLflow takes seconds, and a run that is looked at again, complete, has nothing to tell it. What this
-    version of MLflow's tables does not answer, MLflow does.
+    Importing MLflow takes seconds, which restarting a complete run would otherwise cost each time. Where the tables of
+    another version of MLflow do not answer the query, the record is looked up by MLflow.
     """
     database = _database(params.uri)
     if database is None or not database.exists():
         return None
-    wanted = (params.experiment, record.key, _yes_no(record.partial))
+    query = (params.experiment, record.key, _yes_no(record.partial))
     try:
         with closing(sqlite3.connect(f"{database.as_uri()}?mode=ro", uri=True)) as opened:
-            found = opened.execute(_KNOWN, wanted).fetchone()
+            row = opened.execute(_KNOWN, query).fetchone()
     except sqlite3.Error:
         return None
-    return str(found[0]) if found else None
+    return str(row[0]) if row else None
 
 
 def begin_sweep(params: TrackingParams) -> str:
-    """Make the store and the sweep's parent, before runs that are recorded at the same time would all make them.
+    """Create the store and the sweep's parent run before its trials start, which would otherwise all create them.
 
     Returns:
-        Why the store did not take it, else nothing.
+        The reason why the store failed; empty where it did not.
     """
     sweep = params.sweep
     if params.kind == "off" or sweep is None:
@@ -206,75 +208,59 @@ def begin_sweep(params: TrackingParams) -> str:
     return _with_store(params, lambda client: _parent(client, _experiment(client, params), sweep)).reason
 
 
-def _with_store(params: TrackingParams, record: Callable[["MlflowClient"], str]) -> Logged:
-    """Record something, whose id ``record`` returns."""
+def _with_store(params: TrackingParams, record: Callable[["MlflowClient"], str]) -> LogResult:
+    """Call ``record`` with a client of the store while holding its lock; it returns the id of the MLflow run."""
     _set_environment(params)
     from mlflow import MlflowClient
 
     try:
         params = params.model_copy(update={"uri": _whole(params.uri)})
         with _only_writer(params):
-            return Logged(record(MlflowClient(tracking_uri=params.uri)), "")
+            return LogResult(record(MlflowClient(tracking_uri=params.uri)), "")
     except Exception as error:  # noqa: BLE001 - drivers of databases and of artifact stores have errors of their own
         # The run is complete on disk; an MLflow that cannot take its record must not make it fail.
-        return Logged(None, f"{without_secrets(params.uri)} did not take the record: {_one_line(error)}")
+        return LogResult(None, f"{without_secrets(params.uri)} did not take the record: {_one_line(error)}")
 
 
-def find_run(params: TrackingParams, key: str, *, partial: bool) -> str | None:
-    """Return the id of the finished record with this key and completeness, or None.
-
-    Raises:
-        MlflowException: The store cannot be read.
-        TimeoutError: Another run kept the SQLite store locked for longer than ``lock_wait_s``.
-    """
-    _set_environment(params)
-    from mlflow import MlflowClient
-
-    with _only_writer(params):
-        client = MlflowClient(tracking_uri=params.uri)
-        experiment = client.get_experiment_by_name(params.experiment)
-        return None if experiment is None else _finished(client, experiment.experiment_id, key, partial=partial)
-
-
-def recorded(params: TrackingParams) -> list[Recorded]:
-    """Return the finished and complete runs of an experiment, oldest first; of a folder's runs the latest alone.
+def tracked_runs(params: TrackingParams) -> list[TrackedRun]:
+    """Return the finished and complete runs of an experiment, oldest first; of one folder only the latest record.
 
     Raises:
-        InputError: There is no such store or experiment.
+        InputError: The store or the experiment does not exist.
         EnvironmentFault: The store cannot be read.
     """
     database = _database(params.uri)
     if database is not None and not database.exists():
-        raise InputError("there is no such file", "name an MLflow store with --uri", path=database)
+        raise InputError("there is no such MLflow store", "name an existing one with --uri", path=database)
     with _readable(params) as client:
         experiment = client.get_experiment_by_name(params.experiment)
         if experiment is None:
             known = ", ".join(sorted(one.name for one in client.search_experiments()))
             cause = f"{without_secrets(params.uri)} has no experiment {params.experiment!r}"
             raise InputError(cause, f"name one of: {known}; or folders of finished runs")
-        runs = [_recorded(run) for run in _all_runs(client, experiment.experiment_id, _COMPLETE)]
-    # A folder whose scores changed (a slide joined, an outline was corrected) has a record of each state.
+        runs = [_tracked_run(run) for run in _all_runs(client, experiment.experiment_id, _COMPLETE)]
+    # A folder whose scores changed (a slide was added, an outline was corrected) has a record of each state.
     return list({run.tags.get("wsiflow.folder", run.run_id): run for run in runs}.values())
 
 
 def download(params: TrackingParams, run_id: str, name: str, folder: Path) -> Path:
-    """Fetch one artifact of a run into a folder and return its path.
+    """Download one artifact of a run into a folder and return its path.
 
     Raises:
-        EnvironmentFault: The store has no such artifact, or cannot be read.
+        EnvironmentFault: The artifact does not exist, or the store cannot be read.
     """
     with _readable(params) as client:
         return Path(client.download_artifacts(run_id, name, str(folder)))
 
 
-def log_comparison(params: TrackingParams, record: ComparisonRecord) -> Logged:
-    """Tell a sweep's runs whether they belong to the Pareto set, and its parent the rest; never raises for the store.
+def log_comparison(params: TrackingParams, record: ComparisonRecord) -> LogResult:
+    """Tag the runs of a sweep with ``wsiflow.pareto`` (``yes`` or ``no``), and log the comparison to its parent run.
 
-    What an earlier comparison said is replaced. The tag ``wsiflow.pareto`` is ``yes`` or ``no``.
+    The record of an earlier comparison is replaced. Faults of the store raise nothing.
     """
     sweep = params.sweep
     if params.kind == "off" or sweep is None:
-        return Logged(None, "tracking is off" if params.kind == "off" else "the runs are of no sweep")
+        return LogResult(None, "tracking is off" if params.kind == "off" else "the runs are of no sweep")
     return _with_store(params, lambda client: _log_comparison(client, params, sweep, record))
 
 
@@ -286,7 +272,7 @@ def _one_line(error: Exception) -> str:
 
 
 def _set_environment(params: TrackingParams) -> None:
-    """Tell mlflow, before it is imported: no telemetry, no pickles, no chatter, and when to give up on a server."""
+    """Configure mlflow before it is imported: no telemetry, no pickles, few messages, and timeouts of a server."""
     os.environ |= {
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "DO_NOT_TRACK": "true",
@@ -299,12 +285,12 @@ def _set_environment(params: TrackingParams) -> None:
 
 
 def _whole(uri: str) -> str:
-    """Return an address with the secrets that were taken out of it, where the environment has them.
+    """Return an address with the secrets that were removed from it, taken from the environment.
 
-    The folder of a run keeps none, so that `wsiflow retry` finds none there.
+    The folder of a run stores no secrets, so `wsiflow retry` reads an address without them.
 
     Raises:
-        EnvironmentFault: It has not.
+        EnvironmentFault: The environment does not have the secrets.
     """
     known = os.environ.get("MLFLOW_TRACKING_URI", "")
     if REDACTED not in uri or without_secrets(known) == uri:
@@ -313,7 +299,7 @@ def _whole(uri: str) -> str:
         bare = uri.replace(f"//{REDACTED}@", "//")
         if REDACTED not in bare:
             return bare
-    cause = "its password is not kept in the run's folder"
+    cause = "the password of the MLflow store is not stored in the run's folder"
     raise EnvironmentFault(cause, "set MLFLOW_TRACKING_URI to the whole address, then run the same command again")
 
 
@@ -326,7 +312,7 @@ def _database(uri: str) -> Path | None:
 
 @contextmanager
 def _only_writer(params: TrackingParams) -> Iterator[None]:
-    """Hold the lock beside a SQLite store; a server does its own locking."""
+    """Hold the lock file beside a SQLite store, so that one process writes at a time; a server needs no lock."""
     database = _database(params.uri)
     if database is None:
         yield
@@ -345,10 +331,10 @@ def _only_writer(params: TrackingParams) -> Iterator[None]:
 
 
 def _lock(descriptor: int, wait_s: float) -> None:
-    """Take an exclusive lock, which the system returns when the file is closed or the process dies.
+    """Take an exclusive lock on an open file; the system releases it when the file is closed or the process dies.
 
     Raises:
-        TimeoutError: It was not free within ``wait_s`` seconds.
+        TimeoutError: The lock was not free within ``wait_s`` seconds.
     """
     end = time.monotonic() + wait_s
     while True:
@@ -365,7 +351,7 @@ _COMPLETE = "tags.`wsiflow.role` = 'run' and tags.`wsiflow.partial` = 'no' and a
 
 @contextmanager
 def _readable(params: TrackingParams) -> Iterator["MlflowClient"]:
-    """Give a client that reads; what the store refuses becomes a fault of the environment."""
+    """Yield a client that reads the store, and raise any error of the store as an `EnvironmentFault`."""
     _set_environment(params)
     from mlflow import MlflowClient
 
@@ -377,31 +363,31 @@ def _readable(params: TrackingParams) -> Iterator["MlflowClient"]:
         raise
     except Exception as error:
         cause = f"{without_secrets(params.uri)} cannot be read: {_one_line(error)}"
-        raise EnvironmentFault(cause, "see that it is there and try again", stage="tracking") from error
+        raise EnvironmentFault(cause, "check that the store exists and try again", stage="tracking") from error
 
 
 def _all_runs(client: "MlflowClient", experiment_id: str, which: str) -> list[Any]:
-    """Return every run that a filter finds, oldest first."""
-    found: list[Any] = []
+    """Return every run of an experiment that matches an MLflow filter, oldest first."""
+    runs: list[Any] = []
     token = None
     while True:
         page = client.search_runs(
             [experiment_id], which, order_by=["attributes.start_time ASC"], max_results=1000, page_token=token
         )
-        found += page
+        runs += page
         token = page.token
         if not token:
-            return found
+            return runs
 
 
-def _recorded(run: Any) -> Recorded:
+def _tracked_run(run: Any) -> TrackedRun:
     tags = dict(run.data.tags)
     sweep = tags.get("wsiflow.sweep", "")
-    return Recorded(run.info.run_id, run.info.run_name, sweep, dict(run.data.params), dict(run.data.metrics), tags)
+    return TrackedRun(run.info.run_id, run.info.run_name, sweep, dict(run.data.params), dict(run.data.metrics), tags)
 
 
 def _log_comparison(client: "MlflowClient", params: TrackingParams, sweep: str, record: ComparisonRecord) -> str:
-    """Replace what is said of a sweep and return the id of its parent."""
+    """Replace the comparison of a sweep and return the id of its parent run."""
     from mlflow.entities import Metric, RunTag
 
     experiment_id = _experiment(client, params)
@@ -413,11 +399,11 @@ def _log_comparison(client: "MlflowClient", params: TrackingParams, sweep: str, 
         elif _PARETO in run.data.tags:
             client.delete_tag(run_id, _PARETO)
     common = {f"common.{key}": str(value) for key, value in redacted(record.common).items()}
-    told = {**record.tags, **common, "mlflow.note.content": record.description}
+    texts = {**record.tags, **common, "mlflow.note.content": record.description}
     for key in client.get_run(parent).data.tags:
         if key.startswith("common.") and _name(key) not in map(_name, common):
             client.delete_tag(parent, key)
-    tags = [RunTag(_name(key), text[:_TAG_CHARS]) for key, text in told.items()]
+    tags = [RunTag(_name(key), text[:_TAG_CHARS]) for key, text in texts.items()]
     now_ms = int(time.time() * 1000)
     metrics = [Metric(_name(key), value, now_ms, 0) for key, value in _finite(record.metrics).items()]
     for first in range(0, len(tags), _PARAMS_PER_CALL):
@@ -429,10 +415,10 @@ def _log_comparison(client: "MlflowClient", params: TrackingParams, sweep: str, 
 
 def _log_once(client: "MlflowClient", params: TrackingParams, record: RunRecord) -> str:
     experiment_id = _experiment(client, params)
-    found = _finished(client, experiment_id, record.key, partial=record.partial)
-    if found is not None:
-        return found
-    _drop_remains(client, experiment_id, record)
+    existing = _finished(client, experiment_id, record.key, partial=record.partial)
+    if existing is not None:
+        return existing
+    _delete_unfinished(client, experiment_id, record)
     tags = _tags(record)
     if params.sweep is not None:
         tags |= {"wsiflow.sweep": params.sweep, "mlflow.parentRunId": _parent(client, experiment_id, params.sweep)}
@@ -444,7 +430,7 @@ def _log_once(client: "MlflowClient", params: TrackingParams, record: RunRecord)
 
 
 def _experiment(client: "MlflowClient", params: TrackingParams) -> str:
-    """Return the id of the experiment; a new one on SQLite keeps its artifacts beside the database."""
+    """Return the id of the experiment, created if absent; in SQLite its artifacts lie beside the database."""
     experiment = client.get_experiment_by_name(params.experiment)
     if experiment is not None:
         return str(experiment.experiment_id)
@@ -459,15 +445,15 @@ def _finished(client: "MlflowClient", experiment_id: str, key: str, *, partial: 
     return str(runs[0].info.run_id) if runs else None
 
 
-def _drop_remains(client: "MlflowClient", experiment_id: str, record: RunRecord) -> None:
-    """Delete what an earlier attempt to record the same run left unfinished."""
+def _delete_unfinished(client: "MlflowClient", experiment_id: str, record: RunRecord) -> None:
+    """Delete the unfinished MLflow runs of earlier attempts to record the same run."""
     unfinished = f"tags.`wsiflow.key` = '{record.key}' and attributes.status != 'FINISHED'"
     for run in client.search_runs([experiment_id], unfinished):
         client.delete_run(run.info.run_id)
 
 
 def _parent(client: "MlflowClient", experiment_id: str, sweep: str) -> str:
-    """Return the id of the sweep's parent run, made when absent."""
+    """Return the id of the sweep's parent run, created if absent."""
     for run in client.search_runs([experiment_id], "tags.`wsiflow.role` = 'sweep'"):
         if run.data.tags["wsiflow.sweep"] == sweep:
             return str(run.info.run_id)
@@ -492,18 +478,18 @@ def _tags(record: RunRecord) -> dict[str, str]:
 
 
 def _git_commit(checkout: Path) -> str:
-    """Return the commit of a source checkout; empty for an installed package, and where git does not tell."""
+    """Return the commit of a source checkout; empty for an installed package, and where git fails."""
     command = ["git", "-C", str(checkout), "rev-parse", "--verify", "HEAD"]
     quiet = {**os.environ, "GIT_TERMINAL_PROMPT": "0", "GIT_OPTIONAL_LOCKS": "0"}
     try:
         if not (checkout / ".git").exists():
             return ""
-        told = subprocess.run(
+        result = subprocess.run(
             command, capture_output=True, stdin=subprocess.DEVNULL, env=quiet, timeout=_GIT_S, check=True
         )
     except (OSError, subprocess.SubprocessError):  # a record without a commit is better than none
         return ""
-    commit = told.stdout.decode("ascii", "replace").strip()
+    commit = result.stdout.decode("ascii", "replace").strip()
     return commit if re.fullmatch(r"[0-9a-f]{40,64}", commit) else ""
 
 
@@ -516,7 +502,7 @@ def _finite(metrics: Mapping[str, float]) -> dict[str, float]:
 
 
 def _name(text: str) -> str:
-    """Return a name with the characters and the length that MLflow takes."""
+    """Return a name with the characters and the length that MLflow accepts."""
     return _NOT_IN_NAMES.sub("_", text)[:_KEY_CHARS]
 
 
@@ -524,7 +510,7 @@ def _log_numbers(client: "MlflowClient", run_id: str, record: RunRecord) -> None
     from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param
 
     name, digest = record.dataset
-    # What MLflow's own client sends for slides it cannot read: a source that is a name and nothing more.
+    # MLflow cannot read slides: as for such data in its own client, the source is only a name.
     slides = Dataset(_name(name), digest, "wsiflow", "{}")
     client.log_inputs(run_id, [DatasetInput(slides, [InputTag("mlflow.data.context", "test")])])
     now_ms = int(time.time() * 1000)
@@ -548,7 +534,7 @@ def _log_files(client: "MlflowClient", run_id: str, record: RunRecord) -> None:
 
 
 def _log_bytes(client: "MlflowClient", run_id: str, files: Mapping[str, bytes], folder: str | None = None) -> None:
-    with tempfile.TemporaryDirectory() as passing:
+    with tempfile.TemporaryDirectory() as scratch:
         for name, data in files.items():
-            (Path(passing) / name).write_bytes(data)
-        client.log_artifacts(run_id, passing, folder)
+            (Path(scratch) / name).write_bytes(data)
+        client.log_artifacts(run_id, scratch, folder)

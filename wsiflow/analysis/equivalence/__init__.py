@@ -1,1 +1,1 @@
-"""How far the maps of two runs agree."""
+"""Equivalence of two runs: how far their heatmaps and detections agree."""

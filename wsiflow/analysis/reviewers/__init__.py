@@ -1,1 +1,1 @@
-"""What statisticians and regulators are handed of a run."""
+"""Exports of a run for statisticians and regulators."""

@@ -1,10 +1,11 @@
-"""Calibration of a run, written: of its slide scores, and of the cells of its heatmaps where the truth is known.
+"""Assess the calibration of a run: of its slide scores, and of the cells of its heatmaps where the truth is known.
 
 Input: a scored run. Output: ``calibration.json``, ``.csv`` and ``.png``, bytes by name.
 
-A slide's score is the highest probability on its map, not a probability that the slide holds tumour: its calibration
-says how it may be read, and is expected to be off. A cell's probability is compared with whether the place of its score
-lies in the annotated tumour. Neighbouring cells depend on each other, so intervals of cells are too narrow.
+A slide's score is the highest probability on its map, which is not the probability that the slide holds tumour. Its
+calibration is therefore expected to be poor, and says how a score is to be read. The outcome of a cell is whether the
+point of its score lies in annotated tumour. Neighbouring cells depend on each other, so the intervals of cells are too
+narrow.
 """
 
 import io
@@ -16,11 +17,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from wsiflow.analysis.scored import Scored
+from wsiflow.analysis.scored import ScoredRun
 from wsiflow.errors import InputError, IntegrityError
 from wsiflow.evaluation import calibration
 from wsiflow.evaluation.calibration import Bins
-from wsiflow.evaluation.matches import RecordedSlide
+from wsiflow.evaluation.matches import SlideRecord
 from wsiflow.evaluation.truth import planned_truth, truth_sha256
 from wsiflow.heatmap import files
 from wsiflow.plan import geometry
@@ -34,24 +35,25 @@ _FINE, _SHOWN = 1000, 10
 _BAND = pyramid.TILE_PX
 
 
-def documents(run: Scored, *, cells: bool) -> dict[str, bytes]:
-    """Return the files.
+def documents(run: ScoredRun, *, cells: bool) -> dict[str, bytes]:
+    """Return the files of the calibration, bytes by name.
 
     Args:
         run: The run.
-        cells: Calibrate the cells too: every heatmap and every mask is read.
+        cells: Whether the cells are calibrated too, for which every heatmap and every truth is read.
 
     Raises:
-        InputError: A slide score is no probability, or a truth cannot be read any more.
+        InputError: A slide score lies outside 0 to 1, or a truth can no longer be read.
+        IntegrityError: The truth of a slide has changed since the slide was scored.
     """
-    setting = run.recorded.setting("slides")
+    setting = run.record.setting("slides")
     score, label = setting.scores, setting.labels
     levels = {"slides": _level(calibration.bins(score, label, k=_SHOWN), score, label, np.ones(len(score)))}
     if cells:
         fine = calibration.merged([calibration.bins([], [], k=_FINE), *_cells(run)])
         mean = fine.p / np.maximum(fine.n, 1)
         levels["cells"] = _level(calibration.coarser(fine, _SHOWN), mean, fine.positives, fine.n)
-    rows = [{"level": name, **row} for name, found in levels.items() for row in found["table"]]
+    rows = [{"level": name, **row} for name, level in levels.items() for row in level["table"]]
     return {
         "calibration.json": tables.json_text(levels).encode(),
         "calibration.csv": tables.csv_text(rows).encode(),
@@ -60,14 +62,14 @@ def documents(run: Scored, *, cells: bool) -> dict[str, bytes]:
 
 
 def figure(levels: Mapping[str, Mapping[str, Any]]) -> bytes:
-    """Draw the reliability diagrams, with how many values each bin holds, as PNG."""
+    """Draw a reliability diagram per level, with the number of values in each bin below it, as PNG."""
     from matplotlib.figure import Figure
 
     drawn = Figure(figsize=(4.6 * len(levels), 5.2), dpi=160, layout="constrained")
     axes = drawn.subplots(2, len(levels), squeeze=False, height_ratios=[4, 1], sharex=True)
-    for column, (name, found) in enumerate(levels.items()):
+    for column, (name, level) in enumerate(levels.items()):
         top, below = axes[:, column]
-        rows = [row for row in found["table"] if row["n"]]
+        rows = [row for row in level["table"] if row["n"]]
         mean, share = (np.array([row[key] for row in rows]) for key in ("mean", "observed"))
         reach = np.array([[row["observed"] - row["wilson_low"], row["wilson_high"] - row["observed"]] for row in rows])
         top.plot([0, 1], [0, 1], color="#8a939c", linewidth=0.8)
@@ -76,7 +78,7 @@ def figure(levels: Mapping[str, Mapping[str, Any]]) -> bytes:
         top.set_xlim(0, 1)
         top.set_ylim(-0.02, 1.02)
         top.set_ylabel("share with tumour")
-        top.set_title(f"{name}: Brier {found['brier']:.3f}, ECE {found['ece']:.3f}", fontsize=10)
+        top.set_title(f"{name}: Brier {level['brier']:.3f}, ECE {level['ece']:.3f}", fontsize=10)
         below.bar([(row["low"] + row["high"]) / 2 for row in rows], [row["n"] for row in rows], 0.09, color="#9ecae1")
         below.set_yscale("symlog", linthresh=1)
         below.set_ylabel("n")
@@ -88,24 +90,24 @@ def figure(levels: Mapping[str, Mapping[str, Any]]) -> bytes:
     return out.getvalue()
 
 
-def _level(found: Bins, prob: ArrayLike, positives: ArrayLike, n: ArrayLike) -> dict[str, Any]:
-    """Return everything about one kind of probability, JSON values."""
+def _level(bins: Bins, prob: ArrayLike, positives: ArrayLike, n: ArrayLike) -> dict[str, Any]:
+    """Return the calibration of slides or of cells as JSON values: scores, recalibration line, reliability table."""
     fit = calibration.recalibrate(prob, positives, n)
     return {
-        **calibration.scores(found),
+        **calibration.scores(bins),
         "intercept": fit.intercept._asdict(),
         "slope": fit.slope._asdict(),
         "in_the_large": fit.in_the_large,
         "note": fit.note,
-        "table": [row._asdict() for row in calibration.table(found)],
+        "table": [row._asdict() for row in calibration.table(bins)],
     }
 
 
-def _cells(run: Scored) -> Iterator[Bins]:
-    """Yield the sums of some rows of some map at a time."""
+def _cells(run: ScoredRun) -> Iterator[Bins]:
+    """Yield the binned sums of all heatmaps whose slides count for FROC, one band of rows at a time."""
     cases = {case.slide_id: case for case in run.cases}
-    known = {one.slide_id: one for one in run.recorded.slides if one.in_froc}
-    for planned in run.made.slides:
+    known = {one.slide_id: one for one in run.record.slides if one.in_froc}
+    for planned in run.plan.slides:
         if planned.slide_id in known:
             downsample = run.config.evaluation.downsample
             _require_same_truth(run, cases[planned.slide_id], planned, known[planned.slide_id])
@@ -114,27 +116,27 @@ def _cells(run: Scored) -> Iterator[Bins]:
             yield from cell_bins(run.root / f"heatmaps/{planned.slide_id}.tif", planned.frame, mask, downsample)
 
 
-def _require_same_truth(run: Scored, case: Case, planned: SlidePlan, one: RecordedSlide) -> None:
-    """Refuse outlines that are not those the slide was scored with.
+def _require_same_truth(run: ScoredRun, case: Case, planned: SlidePlan, one: SlideRecord) -> None:
+    """Check that the truth of a slide is still the one that the slide was scored with.
 
     Raises:
-        IntegrityError: They have changed.
+        IntegrityError: It has changed.
     """
     truth = planned_truth(planned, case, run.config.evaluation)
     lesions = truth.lesions if truth is not None and one.label == 1 else None
     if truth_sha256(one.label, lesions) != one.truth:
-        cause = "its true regions are no longer those it was scored with"
+        cause = "the annotated regions are no longer those that the slide was scored with"
         path = case.annotation_path or case.mask_path
         raise IntegrityError(cause, "run again, then export", slide=case.slide_id, path=path, stage="calibration")
 
 
 def cell_bins(path: Path, frame: Frame, tumour: NDArray[np.bool_], downsample: int) -> Iterator[Bins]:
-    """Yield the sums of the cells of a heatmap, band by band.
+    """Yield the binned sums of the cells of a heatmap, band by band.
 
     Args:
         path: The heatmap.
-        frame: Its slide's transform.
-        tumour: bool (rows, cols), at level 0 / downsample; what lies beyond it is no tumour.
+        frame: Transform between the heatmap's cells and level 0.
+        tumour: bool (rows, cols), annotated tumour at level 0 / downsample; cells outside the array are not tumour.
         downsample: Level-0 px per mask px.
     """
     with files.open_heatmap(path) as opened:
@@ -154,7 +156,7 @@ def cell_bins(path: Path, frame: Frame, tumour: NDArray[np.bool_], downsample: i
 
 
 def _tumour(case: Case, planned: SlidePlan, downsample: int, named: Sequence[int] = ()) -> NDArray[np.bool_]:
-    """Return the annotated tumour of a slide as it was drawn, neither joined nor dilated."""
+    """Return the annotated tumour of a slide, bool (rows, cols) at level 0 / downsample, neither joined nor dilated."""
     size = (planned.frame.l0_width_px, planned.frame.l0_height_px)
     shape = (math.ceil(size[1] / downsample), math.ceil(size[0] / downsample))
     if case.label == 0:

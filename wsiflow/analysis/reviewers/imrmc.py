@@ -1,4 +1,4 @@
-"""Scores of several settings as readers of a multi-reader study, for iMRMC."""
+"""Write slide scores for iMRMC: each run is a modality of a multi-reader multi-case (MRMC) study with one reader."""
 
 import re
 from argparse import ArgumentParser, Namespace
@@ -8,9 +8,9 @@ from pathlib import Path
 from wsiflow import __version__
 from wsiflow.analysis import scored
 from wsiflow.analysis.reviewers.format import Format, names
-from wsiflow.analysis.scored import Scored
+from wsiflow.analysis.scored import ScoredRun
 from wsiflow.errors import InputError
-from wsiflow.evaluation.matches import RecordedSlide
+from wsiflow.evaluation.matches import SlideRecord
 from wsiflow.system import publish
 
 READER = "wsiflow"
@@ -18,38 +18,40 @@ _FIELD = re.compile(r"[A-Za-z0-9._=+-]+")
 
 
 def export_imrmc(roots: Sequence[Path], names: Sequence[str], out: Path) -> int:
-    """Write the slide scores of runs as iMRMC text, a modality per run, and return the number of cases.
+    """Write the slide scores of runs as iMRMC text, one modality per run, and return the number of cases.
 
     Args:
         roots: Folders of runs over the same cases.
-        names: Names of the modalities; none: the names of the folders.
-        out: The file.
+        names: Names of the modalities; empty for the names of the folders.
+        out: The file to write.
 
     Raises:
-        InputError: A run was not scored, the runs are over different cases, or a name cannot be used.
+        InputError: A run has no scores, the runs have different cases, or a name cannot be used.
+        EnvironmentFault: The file cannot be written.
     """
     if names and len(names) != len(roots):
-        raise InputError(f"{len(names)} names for {len(roots)} runs", "give --names one name per run")
+        cause = f"there are {len(names)} names for {len(roots)} runs"
+        raise InputError(cause, "give --names one name per run")
     runs = [scored.read(root) for root in roots]
     text = imrmc_text(dict(zip(_modalities(roots, names), runs, strict=True)))
     publish.preflight(out.absolute().parent)
     publish.write_view(out.absolute().parent, out.name, text.encode())
-    return sum(one.in_auc for one in runs[0].recorded.slides)
+    return sum(one.in_auc for one in runs[0].record.slides)
 
 
-def imrmc_text(runs: Mapping[str, Scored]) -> str:
+def imrmc_text(runs: Mapping[str, ScoredRun]) -> str:
     """Return runs as iMRMC text: free text, the sizes of the study, ``BEGIN DATA:``, and rows of four fields.
 
-    A row is ``reader,case,modality,score``; reader -1 states the truth of a case, once: 0 or 1 in the field of the
-    score. iMRMC drops blanks inside fields, so cases whose names differ by them alone are refused.
+    A row is ``reader,case,modality,score``. Reader -1 states the truth of a case once, as 0 or 1 in the field of the
+    score. iMRMC drops blanks inside fields, so cases whose names differ by blanks alone are refused.
 
     Args:
-        runs: The runs by modality.
+        runs: The runs by name of their modality.
 
     Raises:
-        InputError: The runs are over different cases, or have no tumour or no normal slide.
+        InputError: The runs have different cases or labels, or no tumour or no normal slide counts for the AUC.
     """
-    cases = {name: {one.slide_id: one for one in run.recorded.slides if one.in_auc} for name, run in runs.items()}
+    cases = {name: {one.slide_id: one for one in run.record.slides if one.in_auc} for name, run in runs.items()}
     first, *others = cases
     for other in others:
         _same_cases(runs, cases, first, other)
@@ -74,35 +76,44 @@ def imrmc_text(runs: Mapping[str, Scored]) -> str:
 
 
 def _modalities(roots: Sequence[Path], names: Sequence[str]) -> list[str]:
-    """Return a name for every run that iMRMC can tell from the others."""
-    found = list(names) or [root.absolute().name for root in roots]
-    bad = [name for name in found if not _FIELD.fullmatch(name)]
+    """Return a name of the modality of every run: the given names, else those of the folders.
+
+    Raises:
+        InputError: iMRMC cannot read a name, or two names are equal.
+    """
+    modalities = list(names) or [root.absolute().name for root in roots]
+    bad = [name for name in modalities if not _FIELD.fullmatch(name)]
     if bad:
         cause = f"the name {bad[0]!r} holds other characters than letters, digits and . _ = + -"
         raise InputError(cause, "give --names, separated by commas")
-    if len(set(found)) != len(found):
-        raise InputError(f"two runs are called {max(found, key=found.count)!r}", "give --names, separated by commas")
-    return found
+    if len(set(modalities)) != len(modalities):
+        cause = f"two runs are called {max(modalities, key=modalities.count)!r}"
+        raise InputError(cause, "give --names, separated by commas")
+    return modalities
 
 
 def _same_cases(
-    runs: Mapping[str, Scored], cases: Mapping[str, Mapping[str, RecordedSlide]], first: str, other: str
+    runs: Mapping[str, ScoredRun], cases: Mapping[str, Mapping[str, SlideRecord]], first: str, other: str
 ) -> None:
-    """Refuse runs over different cases or with other labels."""
+    """Refuse two runs that differ in their cases or labels.
+
+    Raises:
+        InputError: They differ; the message names the first cases.
+    """
     ours, theirs = cases[first], cases[other]
     odd = sorted(ours.keys() ^ theirs.keys())
     remedy = "export runs over the same slides, protocol and truth together"
     if odd:
-        cause = f"it has other cases than {runs[first].root}: {', '.join(odd[:5])} in one of them only"
+        cause = f"this run has other cases than {runs[first].root}: {', '.join(odd[:5])} in one of them only"
         raise InputError(cause, remedy, path=runs[other].root)
     relabelled = [slide_id for slide_id in ours if ours[slide_id].label != theirs[slide_id].label]
     if relabelled:
-        cause = f"it has other labels than {runs[first].root}: {', '.join(relabelled[:5])}"
+        cause = f"this run has other labels than {runs[first].root}: {', '.join(relabelled[:5])}"
         raise InputError(cause, remedy, path=runs[other].root)
 
 
-def study(root: Path, run: Scored) -> tuple[dict[str, bytes], list[str]]:
-    """Return the iMRMC text of a run, or a sentence why there is none: the other files are of use without it."""
+def study(root: Path, run: ScoredRun) -> tuple[dict[str, bytes], list[str]]:
+    """Return ``study.imrmc`` of a run by name; or no file and a note with the reason, for an export without it."""
     name = root.absolute().name
     try:
         return {"study.imrmc": imrmc_text({name if _FIELD.fullmatch(name) else "run": run}).encode()}, []

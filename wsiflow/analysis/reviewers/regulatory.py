@@ -1,15 +1,15 @@
-"""``wsiflow export regulatory``: what a reviewer asks of a run, from its folder alone.
+"""Export one run for a regulatory review (``wsiflow export regulatory``), from the run's folder alone.
 
-Input: the folder of a run that was scored. Output: a folder with
+Input: the folder of a scored run. Output: a folder with
 
-* ``study.imrmc``: the slide scores, as iMRMC of DIDSR reads them,
-* ``case_list.csv`` and ``.sha256``: every slide of the manifest and what became of it,
-* ``calibration.json``, ``.csv``, ``.png``: of the slide scores, and of the cells where the truth is known,
+* ``study.imrmc``: the slide scores in the format of iMRMC, the MRMC software of FDA's DIDSR,
+* ``case_list.csv`` and ``.sha256``: every slide of the manifest with its outcome,
+* ``calibration.json``, ``.csv``, ``.png``: calibration of the slide scores, and of the cells where the truth is known,
 * ``subgroups.csv``, ``.md``: scores by columns of the manifest,
-* ``repeat.json`` and ``repeat.yaml``: everything needed to get the number again,
-* ``SHA256SUMS``: of all of these.
+* ``repeat.json`` and ``repeat.yaml``: everything that is needed to repeat the run,
+* ``SHA256SUMS``: hashes of all of these.
 
-No score is computed anew here: they are those of ``matches.json``. The same run gives the same bytes.
+Scores are those of ``matches.json``; none is computed again. The same run gives the same bytes.
 """
 
 import hashlib
@@ -26,19 +26,20 @@ from wsiflow.analysis import scored
 from wsiflow.analysis.reviewers import calibration, repeat, subgroups
 from wsiflow.analysis.reviewers.format import Format, names
 from wsiflow.analysis.reviewers.imrmc import study
-from wsiflow.analysis.scored import Scored
+from wsiflow.analysis.reviewers.subgroups import SubgroupOptions
+from wsiflow.analysis.scored import ScoredRun
 from wsiflow.errors import InputError
 from wsiflow.system import publish, tables
 
 
-class Asked(NamedTuple):
-    """What to export.
+class ExportOptions(NamedTuple):
+    """What a regulatory export contains.
 
     Attributes:
-        columns: Columns to make subgroups of.
-        table: CSV with more columns of the slides, or None.
-        threshold: A slide is positive from this score on.
-        cells: Calibrate the cells of the heatmaps too.
+        columns: Columns by whose values the slides are divided into subgroups.
+        table: CSV with further columns of the slides, or None.
+        threshold: A slide is positive from this score on, 0 to 1.
+        cells: Whether the cells of the heatmaps are calibrated too.
     """
 
     columns: tuple[str, ...]
@@ -47,36 +48,44 @@ class Asked(NamedTuple):
     cells: bool
 
 
-def export(root: Path, out: Path, asked: Asked) -> list[str]:
-    """Write everything about one run to a folder, and return sentences about it.
+def export(root: Path, out: Path, options: ExportOptions) -> list[str]:
+    """Write the regulatory export of one run to a folder.
+
+    Args:
+        root: The run's folder.
+        out: The folder to write.
+        options: What the export contains.
+
+    Returns:
+        Lines for the user: slides by outcome, what is missing from the export, and the files written.
 
     Raises:
-        InputError: The run was not scored, or a column is unknown.
+        InputError: The run has no scores, or a column is unknown.
         IntegrityError: Slides and outcomes do not balance.
         EnvironmentFault: ``out`` cannot be written.
     """
-    if not 0 <= asked.threshold <= 1:
-        raise InputError(f"the threshold is {asked.threshold}", "give a probability, 0 to 1")
+    if not 0 <= options.threshold <= 1:
+        raise InputError(f"the threshold is {options.threshold}", "give a probability, 0 to 1")
     run = scored.read(root)
     cases = scored.case_list(run)
-    values = scored.values(run, asked.columns, asked.table)
-    how = subgroups.How(asked.threshold, run.config.evaluation.bootstrap, run.config.seed)
+    values = scored.values(run, options.columns, options.table)
+    subgroup_options = SubgroupOptions(options.threshold, run.config.evaluation.bootstrap, run.config.seed)
     publish.preflight(out)
-    files, told = study(root, run)
+    files, notes = study(root, run)
     files |= _case_files(cases)
-    files |= calibration.documents(run, cells=asked.cells)
-    files |= _subgroup_files(subgroups.table(run.recorded, values, how))
+    files |= calibration.documents(run, cells=options.cells)
+    files |= _subgroup_files(subgroups.table(run.record, values, subgroup_options))
     files["repeat.yaml"] = _repeat_yaml(run)
     digests = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
-    files["repeat.json"] = tables.json_text(repeat.document(run, asked.table, digests)).encode()
+    files["repeat.json"] = tables.json_text(repeat.document(run, options.table, digests)).encode()
     files["SHA256SUMS"] = _sums(files)
     for name, data in files.items():
         publish.write_view(out, name, data)
-    found = scored.counts(cases)
-    balance = " + ".join(f"{found[status]} {status}" for status in scored.STATUSES)
+    counts = scored.counts(cases)
+    balance = " + ".join(f"{counts[status]} {status}" for status in scored.STATUSES)
     return [
-        f"slides     planned {found['planned']} = {balance}",
-        *told,
+        f"slides     planned {counts['planned']} = {balance}",
+        *notes,
         f"written    {', '.join(sorted(files))} to {out}",
     ]
 
@@ -108,10 +117,10 @@ def _with_interval(row: Mapping[str, Any], name: str) -> str:
     return f"{value:.3f}" if math.isnan(low) else f"{value:.3f} ({low:.3f} to {high:.3f})"
 
 
-def _repeat_yaml(run: Scored) -> bytes:
-    """Return the run's configuration as one that Hydra takes in the place of the packaged one.
+def _repeat_yaml(run: ScoredRun) -> bytes:
+    """Return the run's configuration as a file that replaces ``conf/config.yaml`` in Hydra.
 
-    A trial of a sweep becomes a run by itself: it takes nothing from the others, and does not join them in MLflow.
+    A trial of a sweep becomes a single run: it shares no files with other trials, and no sweep in MLflow.
     """
     settings = redaction.redacted(run.config.model_dump(mode="json"))
     settings |= {"share": None, "tracking": {**settings["tracking"], "sweep": None}}
@@ -136,8 +145,8 @@ def _add_options(parser: ArgumentParser) -> None:
 
 
 def _export(arguments: Namespace) -> list[str]:
-    asked = Asked(arguments.subgroups, arguments.table, arguments.threshold, cells=not arguments.no_cells)
-    return export(arguments.run, arguments.out, asked)
+    options = ExportOptions(arguments.subgroups, arguments.table, arguments.threshold, cells=not arguments.no_cells)
+    return export(arguments.run, arguments.out, options)
 
 
 FORMAT = Format("regulatory", "everything about one run, in a folder", _add_options, _export)

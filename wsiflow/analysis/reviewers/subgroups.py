@@ -1,11 +1,12 @@
-"""Scores of subgroups of the slides: by scanner, centre, class of lesion, or any other column.
+"""Score subgroups of the slides: by scanner, centre, class of lesion, or any other column.
 
-Input: an evaluation, and a value per slide. Output: a row per value. Small groups are marked, never hidden: a group
-without tumour or without normal slides has a row whose scores are NaN.
+Input: the record of an evaluation, and a value per slide and column. Output: a row per value. Small groups are marked
+and never left out: a group without tumour or without normal slides has a row whose scores are NaN.
 
-The AUC has DeLong's 95 % interval; FROC score and sensitivities have that of a bootstrap over cases; the shares of
-tumour slides at or above the threshold, and of normal slides below it, have that of Clopper and Pearson. Groups are not
-compared with each other, and nothing is corrected for their number: a difference between two of many groups is a hint.
+The AUC has DeLong's 95 % interval. The FROC score and its sensitivities have a bootstrap interval over cases. The
+sensitivity (share of tumour slides at or above the threshold) and the specificity (share of normal slides below it)
+have the interval of Clopper and Pearson. Groups are not tested against each other, and nothing is corrected for the
+number of groups: a difference between two of many groups is only a hint.
 """
 
 import math
@@ -14,21 +15,21 @@ from typing import Any, NamedTuple
 
 from wsiflow.errors import InputError
 from wsiflow.evaluation import froc, paired, proportions, roc
-from wsiflow.evaluation.matches import Recorded
+from wsiflow.evaluation.matches import EvaluationRecord
 from wsiflow.evaluation.paired import Setting
 
 SMALL = 10
-"""Fewer tumour, or fewer normal slides than this are a small group."""
+"""A group with fewer tumour slides, or fewer normal slides, than this is marked as small."""
 
 _MOST_GROUPS = 50
 
 
-class How(NamedTuple):
-    """How groups are scored.
+class SubgroupOptions(NamedTuple):
+    """How subgroups are scored.
 
     Attributes:
-        threshold: A slide is positive from this score on.
-        bootstrap: Draws of the intervals of FROC.
+        threshold: A slide is positive from this score on, 0 to 1.
+        bootstrap: Number of bootstrap draws for the FROC intervals.
         seed: Seed of the draws.
     """
 
@@ -37,20 +38,22 @@ class How(NamedTuple):
     seed: int
 
 
-def table(recorded: Recorded, values: Mapping[str, Mapping[str, str]], how: How) -> list[dict[str, Any]]:
-    """Return a row for all slides, and one for every value of every column.
+def table(
+    record: EvaluationRecord, values: Mapping[str, Mapping[str, str]], options: SubgroupOptions
+) -> list[dict[str, Any]]:
+    """Return a row for all slides, and a row for every value of every column.
 
     Args:
-        recorded: The evaluation.
-        values: A value for every slide, by column and slide.
-        how: How groups are scored.
+        record: The evaluation's record.
+        values: A value for every slide, by column and slide id.
+        options: How subgroups are scored.
 
     Raises:
-        InputError: A column has too many values to be groups.
+        InputError: A column has more values than there may be groups.
     """
-    counted = [one for one in recorded.slides if one.in_froc or one.in_auc]
-    recorded = recorded.model_copy(update={"slides": counted})
-    rows = [_row(recorded, "all", "", how)]
+    counted = [one for one in record.slides if one.in_froc or one.in_auc]
+    record = record.model_copy(update={"slides": counted})
+    rows = [_row(record, "all", "", options)]
     for column, of_slide in values.items():
         groups = sorted({of_slide[one.slide_id] for one in counted})
         if len(groups) > _MOST_GROUPS:
@@ -58,21 +61,21 @@ def table(recorded: Recorded, values: Mapping[str, Mapping[str, str]], how: How)
             raise InputError(cause, f"name a column of at most {_MOST_GROUPS} groups", stage="subgroups")
         for group in groups:
             slides = [one for one in counted if of_slide[one.slide_id] == group]
-            rows.append(_row(recorded.model_copy(update={"slides": slides}), column, group, how))
+            rows.append(_row(record.model_copy(update={"slides": slides}), column, group, options))
     return rows
 
 
-def _row(recorded: Recorded, column: str, group: str, how: How) -> dict[str, Any]:
-    """Return the numbers of one group by name; NaN for what is not defined."""
-    setting = recorded.setting("group")
+def _row(record: EvaluationRecord, column: str, group: str, options: SubgroupOptions) -> dict[str, Any]:
+    """Return the numbers of one group by name; NaN where a score is not defined."""
+    setting = record.setting("group")
     tumour, normal = (setting.scores[setting.labels == label] for label in (1, 0))
-    positive, negative = int((tumour >= how.threshold).sum()), int((normal < how.threshold).sum())
+    positive, negative = int((tumour >= options.threshold).sum()), int((normal < options.threshold).sum())
     auc_low, auc_high = roc.auc_interval(setting.scores, setting.labels)
-    intervals = _froc(setting, how)
+    intervals = _froc(setting, options)
     numbers: dict[str, Any] = {
         "column": column,
         "group": group,
-        "slides": len(recorded.slides),
+        "slides": len(record.slides),
         "tumour": len(tumour),
         "normal": len(normal),
         "lesions": sum(one.n_lesions for one in setting.matches),
@@ -90,17 +93,17 @@ def _row(recorded: Recorded, column: str, group: str, how: How) -> dict[str, Any
     return numbers | {"note": _note(len(tumour), len(normal), numbers["auc"])}
 
 
-def _froc(setting: Setting, how: How) -> dict[str, paired.Interval]:
-    """Return the FROC score and the sensitivities with their intervals, by column of the table."""
+def _froc(setting: Setting, options: SubgroupOptions) -> dict[str, paired.Interval]:
+    """Return the FROC score and its sensitivities with their intervals, by column name of the table."""
     names = {"froc.score": "froc"} | {f"froc.sensitivity_at_{rate:g}": f"froc_at_{rate:g}" for rate in froc.RATES}
     if not any(one.n_lesions for one in setting.matches):
         return dict.fromkeys(names.values(), paired.Interval(math.nan, math.nan, math.nan))
-    found = paired.compare([setting], reference=setting.name, n=how.bootstrap, seed=how.seed)
-    return {name: found.intervals[setting.name][metric] for metric, name in names.items()}
+    results = paired.bootstrap([setting], reference=setting.name, n=options.bootstrap, seed=options.seed)
+    return {name: results.intervals[setting.name][metric] for metric, name in names.items()}
 
 
 def _note(tumour: int, normal: int, auc: float) -> str:
-    """Say what a reader has to know before using a row."""
+    """Return remarks on a row: a small group, or an AUC at the end of its range; else an empty text."""
     notes = []
     if min(tumour, normal) < SMALL:
         notes.append(f"small: {tumour} tumour and {normal} normal slides")

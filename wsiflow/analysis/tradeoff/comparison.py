@@ -1,10 +1,10 @@
-"""Compare runs: what each setting scores and costs, how it differs from a reference, and which are worth their cost.
+"""Compare runs: the score and the cost of each setting, its difference from a reference, and the Pareto set.
 
-Input: the runs of a sweep as MLflow has them, or their folders. Output: ``compare.md``, ``compare.csv``, figures as PNG
-and SVG, and ``report.html``; in MLflow the Pareto set as tags of the runs, the rest with the sweep's parent.
+Input: the runs of a sweep from MLflow, or folders of runs. Output: ``compare.md``, ``compare.csv``, figures as PNG and
+SVG, and ``report.html``. In MLflow the runs of the Pareto set are tagged, and the rest is logged to the sweep's parent.
 
-Runs whose settings are the same are repeats of one setting: their scores have to be equal and their costs have a
-spread. Only runs over the same slides, exclusions, protocol and truth are compared.
+Runs with equal settings are repeats of one setting: their scores must be equal, and their costs have a standard
+deviation. Only runs with the same slides, exclusions, protocol and truth are compared.
 """
 
 import math
@@ -15,34 +15,44 @@ from typing import NamedTuple
 
 import numpy as np
 
-from wsiflow.analysis.runs import Found, Run, holds_runs, identity, in_folders, natural, of_sweep, store, trials_of
+from wsiflow.analysis.runs import (
+    FinishedRun,
+    RunSelection,
+    folder_identity,
+    holds_runs,
+    natural_key,
+    runs_in_folders,
+    runs_of_sweep,
+    runs_of_trials,
+    tracking_params,
+)
 from wsiflow.analysis.tradeoff import figures, report
-from wsiflow.analysis.tradeoff.figures import Cost, Row, Tradeoff
+from wsiflow.analysis.tradeoff.figures import CoreHours, SettingRow, Tradeoff
 from wsiflow.errors import EnvironmentFault, InputError
 from wsiflow.evaluation import matches, paired
 from wsiflow.run import tracking
-from wsiflow.run.tracking import ComparisonRecord, Logged, TrackingParams
+from wsiflow.run.tracking import ComparisonRecord, LogResult, TrackingParams
 from wsiflow.system import publish
 
-# What makes no setting: names, places, who is told, and what tells repeats apart.
+# Parameters that are not settings: names, folders, tracking and orchestration, and what distinguishes repeats.
 _NO_SETTING = re.compile(
     r"(name|out|share|seed|repeat|subsampled_from|orchestrator|allow_partial|shard_slides|evaluation\.bootstrap"
     r"|tracking\..*)"
 )
-# What follows from other settings more often than it is set; shown only where it tells settings apart.
+# Parameters that mostly follow from other settings; shown only where nothing else distinguishes two settings.
 _FOLLOWS = re.compile(r"(tiles|dense|executor|digest)\..*")
 _SAME = 1e-5  # the same settings on another processor give probabilities that agree to about 1e-6
-_KINDS = (".method", ".kind")  # which of a group's options: what its other parameters mean depends on it
+_KINDS = (".method", ".kind")  # select the option of a group, on which the meaning of its other parameters depends
 _DRAWS_EACH = 100  # for each difference: the smallest corrected p-value is then 0.02
 _SHOWN = 5
 
 
 class Options(NamedTuple):
-    """How to compare.
+    """How runs are compared.
 
     Attributes:
         reference: Name of the setting that others are compared with; empty: the one that costs most.
-        resamples: Draws of the intervals, 0 for none; with many settings there are more, see `_draws`.
+        resamples: Bootstrap draws of the intervals, 0 for none; `_draws` takes more where there are many settings.
         seed: Seed of the draws.
     """
 
@@ -54,24 +64,29 @@ class Options(NamedTuple):
 # --- comparing
 
 
-def compare(found: Found, name: str, options: Options) -> Tradeoff:
-    """Compare runs.
+def compare_runs(selection: RunSelection, name: str, options: Options) -> Tradeoff:
+    """Compare the settings of runs on the same cases.
+
+    Args:
+        selection: The runs, and notes on those that were left out.
+        name: Name of the comparison: the sweep or the experiment.
+        options: How the runs are compared.
 
     Raises:
-        InputError: Runs are over different slides, exclusions, protocols or truth; repeats differ in their scores;
-            nothing has truth; or the reference is none of the settings.
+        InputError: The runs differ in slides, exclusions, protocol or truth; repeats differ in their scores; no run has
+            a score; or no setting has the name of the reference.
     """
-    _refuse_unequal(found.runs)
-    groups, following = _settings(found.runs)
+    _refuse_incomparable(selection.runs)
+    groups, following = _settings(selection.runs)
     settings = [one.runs[0].matches.setting(one.name) for one in groups]
-    costs = [_cost(run.core_hours for run in one.runs) for one in groups]
+    costs = [_core_hours(run.core_hours for run in one.runs) for one in groups]
     reference = _reference(options.reference, [one.name for one in settings], costs)
     draws = _draws(options.resamples, len(settings))
-    compared = paired.compare(settings, reference=reference, n=draws, seed=options.seed)
+    compared = paired.bootstrap(settings, reference=reference, n=draws, seed=options.seed)
     metric = _metric(compared)
     front = paired.pareto([one.mean for one in costs], [_value(compared, one.name, metric) for one in settings])
     rows = [
-        Row(
+        SettingRow(
             group.name,
             group.params,
             tuple(run.where for run in group.runs),
@@ -84,63 +99,64 @@ def compare(found: Found, name: str, options: Options) -> Tradeoff:
         )
         for group, cost, on_front in zip(groups, costs, front, strict=True)
     ]
-    first = found.runs[0].matches
+    first = selection.runs[0].matches
     return Tradeoff(
         name=name,
         reference=reference,
         metric=metric,
         rows=rows,
-        common=_common(found.runs),
+        common=_common(selection.runs),
         counts=_counts(first, draws),
         protocol=(str(first.protocol.get("name", "")), first.protocol_hash),
-        notes=[*found.notes, *following, *_processors(found.runs)],
+        notes=[*selection.notes, *following, *_processors(selection.runs)],
     )
 
 
-def _draws(wanted: int, n_settings: int) -> int:
-    """Return how often to draw: at least so often that a clear difference is one after the correction, 0 for never.
+def _draws(requested: int, n_settings: int) -> int:
+    """Return the number of bootstrap draws: enough for a corrected p-value of 0.02; 0 where none are requested.
 
-    The smallest p-value is 2 in draws + 1, and Holm's method multiplies it by the number of differences.
+    The smallest p-value is 2 / (draws + 1), and Holm's method multiplies it by the number of differences.
     """
-    return max(wanted, _DRAWS_EACH * (n_settings - 1)) if wanted else 0
+    return max(requested, _DRAWS_EACH * (n_settings - 1)) if requested else 0
 
 
-def _refuse_unequal(runs: Sequence[Run]) -> None:
-    reasons = paired.incomparable([run.matches.setting(run.name) for run in runs])
+def _refuse_incomparable(runs: Sequence[FinishedRun]) -> None:
+    reasons = paired.comparability_problems([run.matches.setting(run.name) for run in runs])
     if reasons:
         more = f"; and {len(reasons) - _SHOWN} more" if len(reasons) > _SHOWN else ""
         remedy = "compare runs over the same slides, exclusions, protocol and truth"
         raise InputError("; ".join(reasons[:_SHOWN]) + more, remedy, stage="comparison")
 
 
-def _metric(compared: paired.Compared) -> str:
+def _metric(compared: paired.PairedResults) -> str:
     for metric in ("froc.score", "roc.auc"):
         if any(math.isfinite(_value(compared, name, metric)) for name in compared.intervals):
             return metric
     raise InputError("no run has a score", "compare runs over slides with truth, tumour and normal", stage="comparison")
 
 
-def _value(compared: paired.Compared, name: str, metric: str) -> float:
+def _value(compared: paired.PairedResults, name: str, metric: str) -> float:
     return compared.intervals[name][metric].value
 
 
-def _cost(core_hours: Iterable[float]) -> Cost:
+def _core_hours(core_hours: Iterable[float]) -> CoreHours:
     known = np.array([value for value in core_hours if math.isfinite(value)])
     if not known.size:
-        return Cost(math.nan, math.nan, math.nan, math.nan, 0)
+        return CoreHours(math.nan, math.nan, math.nan, math.nan, 0)
     sd = float(known.std(ddof=1)) if known.size > 1 else math.nan
-    return Cost(float(known.mean()), sd, float(known.min()), float(known.max()), known.size)
+    return CoreHours(float(known.mean()), sd, float(known.min()), float(known.max()), known.size)
 
 
-def _reference(wanted: str, names: Sequence[str], costs: Sequence[Cost]) -> str:
-    if wanted:
-        if wanted not in names:
-            raise InputError(f"there is no setting {wanted!r}", f"--reference: {'; '.join(names)}", stage="comparison")
-        return wanted
+def _reference(requested: str, names: Sequence[str], costs: Sequence[CoreHours]) -> str:
+    if requested:
+        if requested not in names:
+            remedy = f"name one with --reference: {'; '.join(names)}"
+            raise InputError(f"there is no setting {requested!r}", remedy, stage="comparison")
+        return requested
     return names[int(np.argmax([-1 if math.isnan(cost.mean) else cost.mean for cost in costs]))]
 
 
-def _counts(first: matches.Recorded, resamples: int) -> dict[str, int]:
+def _counts(first: matches.EvaluationRecord, resamples: int) -> dict[str, int]:
     froc = [one for one in first.slides if one.in_froc]
     return {
         "slides": len(first.slides),
@@ -151,30 +167,30 @@ def _counts(first: matches.Recorded, resamples: int) -> dict[str, int]:
     }
 
 
-def _processors(runs: Sequence[Run]) -> list[str]:
-    found = sorted({run.processor for run in runs if run.processor})
-    if len(found) < 2:
+def _processors(runs: Sequence[FinishedRun]) -> list[str]:
+    names = sorted({run.processor for run in runs if run.processor})
+    if len(names) < 2:
         return []
-    return [f"Core-hours were measured on different processors and are not strictly comparable: {'; '.join(found)}."]
+    return [f"Core-hours were measured on different processors and are not strictly comparable: {'; '.join(names)}."]
 
 
 # --- settings
 
 
 class _Group(NamedTuple):
-    """The runs of one setting: its name, and the parameters that differ, by short name."""
+    """The runs of one setting, the setting's name, and the values of the parameters that differ, by short name."""
 
     name: str
     params: Mapping[str, str]
-    runs: Sequence[Run]
+    runs: Sequence[FinishedRun]
 
 
-def _settings(runs: Sequence[Run]) -> tuple[list[_Group], list[str]]:
-    """Return the settings in natural order, and what to say of parameters that differ along with those shown."""
+def _settings(runs: Sequence[FinishedRun]) -> tuple[list[_Group], list[str]]:
+    """Return the settings in natural order, and a note on differing parameters that the names do not show."""
     keys = _differing(runs)
-    shown = _telling(runs, keys)
+    shown = _distinguishing(runs, keys)
     shown.sort(key=lambda key: len({run.params.get(key, "") for run in runs}))
-    groups: dict[tuple[str, ...], list[Run]] = {}
+    groups: dict[tuple[str, ...], list[FinishedRun]] = {}
     for run in runs:
         groups.setdefault(tuple(run.params.get(key, "") for key in shown), []).append(run)
     for members in groups.values():
@@ -182,7 +198,7 @@ def _settings(runs: Sequence[Run]) -> tuple[list[_Group], list[str]]:
     short = _short(shown)
     texts = {key: _short_values([values[place] for values in groups]) for place, key in enumerate(shown)}
     named = []
-    for values, members in sorted(groups.items(), key=lambda item: [natural(value) for value in item[0]]):
+    for values, members in sorted(groups.items(), key=lambda item: [natural_key(value) for value in item[0]]):
         params = {name: texts[key][value] for name, key, value in zip(short, shown, values, strict=True)}
         name = ", ".join(f"{key}={value}" for key, value in params.items()) or members[0].name
         named.append(_Group(name, params, members))
@@ -190,34 +206,41 @@ def _settings(runs: Sequence[Run]) -> tuple[list[_Group], list[str]]:
     return named, [f"Differing along with the parameters shown: {', '.join(along)}."] if along else []
 
 
-def _differing(runs: Sequence[Run]) -> list[str]:
-    """Return the parameters that are not the same in all runs, but for what makes no setting."""
+def _differing(runs: Sequence[FinishedRun]) -> list[str]:
+    """Return the settings, by dotted name, whose values are not the same in all runs."""
     keys = dict.fromkeys(key for run in runs for key in run.params)
     return [
         key for key in keys if not _NO_SETTING.fullmatch(key) and len({run.params.get(key, "") for run in runs}) > 1
     ]
 
 
-def _telling(runs: Sequence[Run], keys: Sequence[str]) -> list[str]:
-    """Return as few of the parameters as tell the runs apart as all do: the ones with most values, and kinds first."""
+def _distinguishing(runs: Sequence[FinishedRun], keys: Sequence[str]) -> list[str]:
+    """Return a small subset of the parameters that distinguishes the runs as well as all parameters do.
 
-    def apart(some: Sequence[str]) -> int:
+    Parameters with many values and those that select a method are preferred; greedy removal of the others.
+    """
+
+    def n_distinct(some: Sequence[str]) -> int:
         return len({tuple(run.params.get(key, "") for key in some) for run in runs})
 
     def least(key: str) -> tuple[int, bool, bool, int]:
         values = len({run.params.get(key, "") for run in runs})
         return values, not _FOLLOWS.fullmatch(key), key.endswith(_KINDS), -len(key)
 
-    kept, wanted = list(keys), apart(keys)
+    kept, needed = list(keys), n_distinct(keys)
     for key in sorted(keys, key=least):
         others = [one for one in kept if one != key]
-        if apart(others) == wanted:
+        if n_distinct(others) == needed:
             kept = others
     return kept
 
 
-def _refuse_unlike_repeats(members: Sequence[Run]) -> None:
-    """Refuse runs of one setting whose scores are not the same."""
+def _refuse_unlike_repeats(members: Sequence[FinishedRun]) -> None:
+    """Refuse repeats of one setting whose scores differ.
+
+    Raises:
+        InputError: Two of them differ in the result of a slide; the message names the first such slide.
+    """
     first = members[0]
     for other in members[1:]:
         odd = [
@@ -227,16 +250,16 @@ def _refuse_unlike_repeats(members: Sequence[Run]) -> None:
         ]
         if odd:
             cause = f"{first.name} and {other.name} have the same settings and other scores, first for {odd[0]}"
-            raise InputError(cause, "leave one of them out, or see what made it", stage="comparison")
+            raise InputError(cause, "leave one of them out, or find out why their scores differ", stage="comparison")
 
 
-def _aligned(first: Run, other: Run) -> list[matches.RecordedSlide]:
+def _aligned(first: FinishedRun, other: FinishedRun) -> list[matches.SlideRecord]:
     by_id = {one.slide_id.casefold(): one for one in other.matches.slides}
     return [by_id.get(one.slide_id.casefold(), one) for one in first.matches.slides]
 
 
-def _same(one: matches.RecordedSlide, other: matches.RecordedSlide) -> bool:
-    """Tell whether two results of a slide agree as far as processors do."""
+def _same(one: matches.SlideRecord, other: matches.SlideRecord) -> bool:
+    """Tell whether two results of a slide agree within 1e-5, as the same settings on two processors do."""
     ours, theirs = (
         [x.score, *(-1.0 if best is None else best for best in x.best), *sorted(x.false_positives)]
         for x in (one, other)
@@ -244,8 +267,8 @@ def _same(one: matches.RecordedSlide, other: matches.RecordedSlide) -> bool:
     return len(ours) == len(theirs) and np.allclose(ours, theirs, rtol=0, atol=_SAME)
 
 
-def _common(runs: Sequence[Run]) -> dict[str, str]:
-    """Return what all runs have in common."""
+def _common(runs: Sequence[FinishedRun]) -> dict[str, str]:
+    """Return the settings that have the same value in all runs."""
     return {
         key: value
         for key, value in runs[0].params.items()
@@ -254,13 +277,16 @@ def _common(runs: Sequence[Run]) -> dict[str, str]:
 
 
 def _short(keys: Sequence[str]) -> list[str]:
-    """Return the last parts of dotted names, or the whole where that is not unique; a kind goes by its group."""
+    """Return the last part of each dotted name, or the whole name where that is ambiguous.
+
+    A parameter that selects the option of a group, such as ``stain.method``, is called by its group.
+    """
     last = [key.removesuffix(_KINDS[0]).removesuffix(_KINDS[1]).rpartition(".")[2] for key in keys]
     return [part if last.count(part) == 1 else key for part, key in zip(last, keys, strict=True)]
 
 
 def _short_values(values: Sequence[str]) -> dict[str, str]:
-    """Return values by value, paths and digests cut short where that keeps them apart."""
+    """Return a short form of each value: paths and digests are cut where the short forms stay distinct."""
     cut = {value: value.rpartition("/")[2][:40] for value in values}
     return cut if len(set(cut.values())) == len(cut) else {value: value for value in values}
 
@@ -268,70 +294,72 @@ def _short_values(values: Sequence[str]) -> dict[str, str]:
 # --- results
 
 
-def write(out: Path, found: Tradeoff) -> dict[str, bytes]:
+def write_files(out: Path, tradeoff: Tradeoff) -> dict[str, bytes]:
     """Write every file of a comparison and return their bytes by name.
 
     Raises:
         EnvironmentFault: The folder cannot be written.
     """
     publish.preflight(out)
-    pictures = figures.figures(found)
-    files = {name: text.encode() for name, text in report.texts(found, pictures).items()}
+    pictures = figures.figures(tradeoff)
+    files = {name: text.encode() for name, text in report.texts(tradeoff, pictures).items()}
     files |= {f"{name}.png": data for name, data in pictures.items()}
-    files |= {f"{name}.svg": data for name, data in figures.figures(found, "svg").items()}
+    files |= {f"{name}.svg": data for name, data in figures.figures(tradeoff, "svg").items()}
     for name, data in files.items():
         publish.write_view(out, name, data)
     return files
 
 
-def record(params: TrackingParams, runs: Sequence[Run], found: Tradeoff, files: Mapping[str, bytes]) -> Logged:
-    """Tell MLflow what was found about a sweep."""
+def log_to_mlflow(
+    params: TrackingParams, runs: Sequence[FinishedRun], tradeoff: Tradeoff, files: Mapping[str, bytes]
+) -> LogResult:
+    """Record a comparison in MLflow: tag the runs of the Pareto set and log the rest to the sweep's parent run."""
     if params.kind == "off":
-        return Logged(None, "tracking is off")
-    identities = {run.where: run.identity for run in runs}
-    front = {identities[where]: row.pareto for row in found.rows for where in row.runs}
+        return LogResult(None, "tracking is off")
+    folders = {run.where: run.identity for run in runs}
+    front = {folders[where]: row.pareto for row in tradeoff.rows for where in row.runs}
     try:
-        listed = tracking.recorded(params)
+        tracked = tracking.tracked_runs(params)
     except (InputError, EnvironmentFault) as error:  # the comparison is complete on disk
-        return Logged(None, str(error))
-    best = max(found.rows, key=lambda row: np.nan_to_num(row.metrics[found.metric].value, nan=-1.0))
-    costs = [row.cost.mean for row in found.rows if math.isfinite(row.cost.mean)]
+        return LogResult(None, str(error))
+    best = max(tradeoff.rows, key=lambda row: np.nan_to_num(row.metrics[tradeoff.metric].value, nan=-1.0))
+    costs = [row.cost.mean for row in tradeoff.rows if math.isfinite(row.cost.mean)]
     return tracking.log_comparison(
         params,
         ComparisonRecord(
-            pareto={one.run_id: front[found_by] for one in listed if (found_by := identity(one)) in front},
+            pareto={one.run_id: front[folder] for one in tracked if (folder := folder_identity(one)) in front},
             metrics={
-                "compare.n_settings": len(found.rows),
+                "compare.n_settings": len(tradeoff.rows),
                 "compare.n_runs": len(runs),
-                "compare.n_pareto": len(found.pareto),
-                "compare.best_score": best.metrics[found.metric].value,
-                "compare.best_score_ci_low": best.metrics[found.metric].low,
-                "compare.best_score_ci_high": best.metrics[found.metric].high,
-                "compare.reference_score": found.base.metrics[found.metric].value,
+                "compare.n_pareto": len(tradeoff.pareto),
+                "compare.best_score": best.metrics[tradeoff.metric].value,
+                "compare.best_score_ci_low": best.metrics[tradeoff.metric].low,
+                "compare.best_score_ci_high": best.metrics[tradeoff.metric].high,
+                "compare.reference_score": tradeoff.base.metrics[tradeoff.metric].value,
                 "compare.least_core_hours": min(costs, default=math.nan),
                 "compare.most_core_hours": max(costs, default=math.nan),
             },
             tags={
-                "wsiflow.metric": found.metric,
+                "wsiflow.metric": tradeoff.metric,
                 "wsiflow.best": best.name,
-                "wsiflow.reference": found.reference,
-                "wsiflow.pareto_set": "; ".join(row.name for row in found.pareto),
-                "wsiflow.protocol_hash": found.protocol[1],
+                "wsiflow.reference": tradeoff.reference,
+                "wsiflow.pareto_set": "; ".join(row.name for row in tradeoff.pareto),
+                "wsiflow.protocol_hash": tradeoff.protocol[1],
             },
-            common=found.common,
+            common=tradeoff.common,
             description=files["compare.md"].decode(),
             files=files,
         ),
     )
 
 
-class Asked(NamedTuple):
-    """What a user wants compared.
+class Request(NamedTuple):
+    """What a user wants to have compared.
 
     Attributes:
-        folders: Folders of runs; empty: the runs of an experiment.
-        params: The experiment in MLflow, and which of its sweeps; None where there are folders.
-        options: How.
+        folders: Folders of runs; empty where the runs of an MLflow experiment are compared.
+        params: The MLflow experiment and the sweep in it; None where folders are given.
+        options: How the runs are compared.
     """
 
     folders: Sequence[Path]
@@ -339,74 +367,87 @@ class Asked(NamedTuple):
     options: Options
 
 
-def asked(names: Sequence[str], uri: str, sweep: str | None, options: Options) -> Asked:
-    """Return what names mean: folders, or one experiment of the store at ``uri``."""
+def parse_request(names: Sequence[str], uri: str, sweep: str | None, options: Options) -> Request:
+    """Decide whether names mean folders of runs, or one experiment of the MLflow store at ``uri``."""
     folders = [Path(name) for name in names]
     if len(folders) > 1 or holds_runs(folders[0]):
-        return Asked(folders, None, options)
-    return Asked([], store(uri, names[0], sweep), options)
+        return Request(folders, None, options)
+    return Request([], tracking_params(uri, names[0], sweep), options)
 
 
-class Answer(NamedTuple):
-    """A comparison, where its files are, their bytes by name, and what MLflow made of it; None: it was not told."""
+class ComparisonResult(NamedTuple):
+    """A comparison whose files are written.
 
-    found: Tradeoff
+    Attributes:
+        tradeoff: The comparison.
+        out: Folder of its files.
+        files: Bytes of the files by name.
+        logged: What came of recording it in MLflow; None where the runs did not come from MLflow.
+    """
+
+    tradeoff: Tradeoff
     out: Path
     files: Mapping[str, bytes]
-    logged: Logged | None
+    logged: LogResult | None
 
 
-def answer(wanted: Asked, out: Path) -> Answer:
-    """Compare folders, or the runs of a sweep in MLflow, which is told; write the files.
+def run_comparison(request: Request, out: Path) -> ComparisonResult:
+    """Compare the requested runs and write the files to ``out``; a sweep from MLflow is also recorded there.
 
     Raises:
-        InputError: A folder, experiment or sweep is not there, or see `compare`.
+        InputError: A folder, experiment or sweep does not exist, or see `compare_runs`.
         EnvironmentFault: The store cannot be read, or the folder cannot be written.
     """
-    if wanted.params is None:
-        found = in_folders(wanted.folders)
-        name = wanted.folders[0].name if len(wanted.folders) == 1 else out.name
-        result = compare(found, name, wanted.options)
-        return Answer(result, out, write(out, result), None)
-    found = of_sweep(wanted.params)
-    params = wanted.params.model_copy(update={"sweep": found.runs[0].sweep or None})
-    result = compare(found, params.sweep or params.experiment, wanted.options)
-    files = write(out, result)
-    return Answer(result, out, files, record(params, found.runs, result, files))
+    if request.params is None:
+        selection = runs_in_folders(request.folders)
+        name = request.folders[0].name if len(request.folders) == 1 else out.name
+        tradeoff = compare_runs(selection, name, request.options)
+        return ComparisonResult(tradeoff, out, write_files(out, tradeoff), None)
+    selection = runs_of_sweep(request.params)
+    params = request.params.model_copy(update={"sweep": selection.runs[0].sweep or None})
+    return _compare_and_log(selection, params, params.sweep or params.experiment, request.options, out)
 
 
-def sweep_folder(out: Path, params: TrackingParams, options: Options, failed: Collection[str] = ()) -> Answer | None:
-    """Compare the runs below a sweep's folder, write the comparison there and tell MLflow.
+def compare_sweep_folder(
+    out: Path, params: TrackingParams, options: Options, failed: Collection[str] = ()
+) -> ComparisonResult | None:
+    """Compare the runs below a sweep's folder, write the files there and record the comparison in MLflow.
 
     Args:
-        out: The folder.
+        out: The sweep's folder.
         params: Where the runs are recorded, and the name of their sweep.
-        options: How to compare.
-        failed: Names of trials that failed, which are left out whatever lies in their folders.
+        options: How the runs are compared.
+        failed: Names of the trials that failed; they are left out whatever their folders hold.
 
     Returns:
-        What was found; None where there are fewer than two runs with scores.
+        The comparison; None where fewer than two runs have scores.
 
     Raises:
-        InputError: See `compare`.
+        InputError: See `compare_runs`.
         EnvironmentFault: The folder cannot be written.
     """
-    found = trials_of(out, failed)
-    if len(found.runs) < 2:
+    selection = runs_of_trials(out, failed)
+    if len(selection.runs) < 2:
         return None
-    result = compare(found, params.sweep or out.name, options)
-    files = write(out, result)
-    return Answer(result, out, files, record(params, found.runs, result, files))
+    return _compare_and_log(selection, params, params.sweep or out.name, options, out)
 
 
-def told(given: Answer) -> str:
-    """Return what a user is told of a comparison."""
-    found = given.found
-    name = figures.title(found.metric)
-    lines = [f"compared   {len(found.rows)} settings with {found.reference}; Pareto set of {name}:"]
-    lines += [f"           {line}" for line in report.front(found)]
-    lines.append(f"comparison {given.out / 'report.html'}, compare.md, compare.csv, figures")
-    if given.logged is not None:
-        id_or_reason = f"sweep {given.logged.run_id}" if given.logged.run_id else given.logged.reason
+def _compare_and_log(
+    selection: RunSelection, params: TrackingParams, name: str, options: Options, out: Path
+) -> ComparisonResult:
+    tradeoff = compare_runs(selection, name, options)
+    files = write_files(out, tradeoff)
+    return ComparisonResult(tradeoff, out, files, log_to_mlflow(params, selection.runs, tradeoff, files))
+
+
+def summary_text(result: ComparisonResult) -> str:
+    """Return the lines that a user sees once a comparison is done: Pareto set, files, and the record in MLflow."""
+    tradeoff = result.tradeoff
+    name = figures.title(tradeoff.metric)
+    lines = [f"compared   {len(tradeoff.rows)} settings with {tradeoff.reference}; Pareto set of {name}:"]
+    lines += [f"           {line}" for line in report.front(tradeoff)]
+    lines.append(f"comparison {result.out / 'report.html'}, compare.md, compare.csv, figures")
+    if result.logged is not None:
+        id_or_reason = f"sweep {result.logged.run_id}" if result.logged.run_id else result.logged.reason
         lines.append(f"MLflow     {id_or_reason}")
     return "\n".join(lines)

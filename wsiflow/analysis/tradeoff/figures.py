@@ -1,7 +1,7 @@
-"""The tradeoff of a comparison: what a setting costs and what it scores, as values and as figures for a paper.
+"""Hold the tradeoff between score and core-hours as values, and draw it as figures for a paper.
 
-Input: settings with their costs, intervals and differences. Output: figures as bytes. Nothing is drawn that has no
-value, and a cost that was measured once has no bar.
+Input: settings with their costs, intervals and differences. Output: figures as bytes. A setting without a value is not
+drawn, and a cost that was measured once has no error bar.
 """
 
 import math
@@ -16,20 +16,20 @@ from wsiflow.evaluation.paired import Difference, FrocBand, Interval
 from wsiflow.run.results import page
 
 SHOWN = 4
-"""Curves that a figure shows in colour with their bands: the reference and of the Pareto set; others stay grey."""
+"""Most FROC curves that are drawn in colour with their bands: the reference and part of the Pareto set."""
 
 _MARKERS = "osD^vPX*"
 _TITLES = {"froc.score": "FROC score", "froc.strict_score": "Strict FROC score", "roc.auc": "Slide AUC"}
 
 
-class Cost(NamedTuple):
+class CoreHours(NamedTuple):
     """Core-hours of a setting over its repeats.
 
     Attributes:
         mean: Mean core-hours; NaN where none were measured.
         sd: Standard deviation over repeats; NaN for fewer than two.
-        low, high: The least and the most that a repeat took.
-        n: Repeats that were measured.
+        low, high: Least and most core-hours of a repeat.
+        n: Number of repeats that were measured.
     """
 
     mean: float
@@ -39,26 +39,27 @@ class Cost(NamedTuple):
     n: int
 
 
-class Row(NamedTuple):
+class SettingRow(NamedTuple):
     """One setting of a comparison.
 
     Attributes:
-        name: What tells it from the others, such as ``stain=none, stride=16``.
-        params: The parameters that differ in the comparison, by short name, the one with most values last.
-        runs: Where its runs are: folders or MLflow run ids.
-        cost: What it costs.
-        metrics: Intervals by metric name.
-        differences: Setting minus reference by metric name; empty for the reference.
-        delong: p-value of DeLong's test of the AUC against the reference's, alone and corrected; None for the
-            reference.
-        band: FROC curve.
-        pareto: Whether nothing is cheaper and at least as good, nor as cheap and better.
+        name: Parameters that distinguish the setting from the others, such as ``stain=none, stride=16``.
+        params: Values of the parameters that differ in the comparison, by short name; the parameter with most values is
+            the last one.
+        runs: Folders or MLflow run ids of the setting's runs.
+        cost: Core-hours over the repeats.
+        metrics: 95 % intervals by metric name.
+        differences: Differences from the reference by metric name; empty for the reference itself.
+        delong: p-values of DeLong's test of the AUC against the reference's, uncorrected and corrected; None for the
+            reference itself.
+        band: FROC curve with its 95 % band.
+        pareto: Whether no other setting is cheaper and at least as good, or as cheap and better.
     """
 
     name: str
     params: Mapping[str, str]
     runs: tuple[str, ...]
-    cost: Cost
+    cost: CoreHours
     metrics: Mapping[str, Interval]
     differences: Mapping[str, Difference]
     delong: tuple[float, float] | None
@@ -68,46 +69,46 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Tradeoff:
-    """A comparison as it is shown.
+    """A comparison of settings: score against core-hours.
 
     Attributes:
-        name: Of the sweep or experiment.
+        name: Name of the sweep or the experiment.
         reference: Name of the setting that the others are compared with.
-        metric: What the Pareto set is of: ``froc.score``, or ``roc.auc`` where no lesions are known.
+        metric: Metric of the Pareto set: ``froc.score``, or ``roc.auc`` where no lesions are annotated.
         rows: The settings.
-        common: What all runs have in common, by name.
-        counts: Numbers of slides, lesions and draws by name.
-        protocol: Name and hash of the protocol of scoring.
-        notes: What a reader has to know besides: runs left out, processors that differ.
+        common: Settings that have the same value in all runs, by dotted name.
+        counts: Numbers of slides, lesions and bootstrap draws by name.
+        protocol: Name and hash of the scoring protocol.
+        notes: Sentences for the reader, on runs that were left out and on processors that differ.
     """
 
     name: str
     reference: str
     metric: str
-    rows: Sequence[Row]
+    rows: Sequence[SettingRow]
     common: Mapping[str, str]
     counts: Mapping[str, int]
     protocol: tuple[str, str]
     notes: Sequence[str]
 
     @property
-    def pareto(self) -> list[Row]:
+    def pareto(self) -> list[SettingRow]:
         """The Pareto set, cheapest first."""
         return sorted((row for row in self.rows if row.pareto), key=lambda row: row.cost.mean)
 
     @property
-    def base(self) -> Row:
+    def base(self) -> SettingRow:
         """The reference."""
         return next(row for row in self.rows if row.name == self.reference)
 
 
 def title(metric: str) -> str:
-    """Return a metric's name in words."""
+    """Return the name of a metric for readers."""
     return _TITLES[metric]
 
 
 def figures(tradeoff: Tradeoff, kind: Literal["png", "svg"] = "png") -> dict[str, bytes]:
-    """Return the figures that there is something to draw for, by name without suffix.
+    """Return the figures for which there are values, by file name without suffix.
 
     * ``froc``: FROC curves with pointwise 95 % bands.
     * ``tradeoff``: score against core-hours with intervals, and the Pareto front.
@@ -127,7 +128,7 @@ def figures(tradeoff: Tradeoff, kind: Literal["png", "svg"] = "png") -> dict[str
 
 
 def _froc(tradeoff: Tradeoff) -> Any:
-    """Draw the curves of all settings, the chosen ones in colour with their bands."""
+    """Draw the FROC curves of all settings: those of `_chosen` in colour with their bands, the others in grey."""
     chosen = _chosen(tradeoff)
     figure, axes = page.froc_axes(size_in=(6.4, 4.8))
     for row in tradeoff.rows:
@@ -140,7 +141,7 @@ def _froc(tradeoff: Tradeoff) -> Any:
         is_reference = row.name == tradeoff.reference
         colour = page.INK if is_reference else next(colours)
         axes.fill_between(row.band.fp_per_slide, row.band.low, row.band.high, color=colour, alpha=0.1, linewidth=0)
-        style = "-" if is_reference else (0, (5, 1.5))  # curves that lie on the reference let it be seen
+        style = "-" if is_reference else (0, (5, 1.5))  # dashes leave a reference curve below them visible
         label = f"{row.name}{' (reference)' if is_reference else ''}"
         axes.plot(*_line(row), color=colour, linewidth=1.8, linestyle=style, label=label)
     if len(tradeoff.rows) > len(chosen):
@@ -149,12 +150,12 @@ def _froc(tradeoff: Tradeoff) -> Any:
     return figure
 
 
-def _line(row: Row) -> tuple[Any, Any]:
+def _line(row: SettingRow) -> tuple[Any, Any]:
     return row.band.fp_per_slide, row.band.sensitivity
 
 
 def _chosen(tradeoff: Tradeoff) -> set[str]:
-    """Return the settings to show in colour: all when they are few, else the reference and a part of the front."""
+    """Return the names of the settings in colour: all where they are few, else the reference and part of the front."""
     if len(tradeoff.rows) <= SHOWN:
         return {row.name for row in tradeoff.rows}
     front = [row.name for row in tradeoff.pareto if row.name != tradeoff.reference]
@@ -165,12 +166,12 @@ def _chosen(tradeoff: Tradeoff) -> set[str]:
 # --- score against cost
 
 
-def _has_both(row: Row, metric: str) -> bool:
+def _has_both(row: SettingRow, metric: str) -> bool:
     return math.isfinite(row.cost.mean) and row.cost.mean > 0 and math.isfinite(row.metrics[metric].value)
 
 
 def _score_against_cost(tradeoff: Tradeoff) -> Any:
-    """Draw a point with its bars for each setting; lines join those that differ in the last parameter alone."""
+    """Draw each setting as a point with error bars; lines join settings that differ in the last parameter alone."""
     figure, axes = page.axes("Core-hours", title(tradeoff.metric), size_in=(6.4, 4.8))
     axes.set_xscale("log")
     rows = [row for row in tradeoff.rows if _has_both(row, tradeoff.metric)]
@@ -186,16 +187,16 @@ def _score_against_cost(tradeoff: Tradeoff) -> Any:
     return figure
 
 
-def _series(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """Return the settings by all of their parameters but the last."""
-    found: dict[str, list[Row]] = {}
+def _series(rows: Sequence[SettingRow]) -> dict[str, list[SettingRow]]:
+    """Group the settings by all of their parameters except the last one."""
+    series: dict[str, list[SettingRow]] = {}
     for row in rows:
         name = ", ".join(f"{key}={value}" for key, value in list(row.params.items())[:-1])
-        found.setdefault(name, []).append(row)
-    return found
+        series.setdefault(name, []).append(row)
+    return series
 
 
-def _draw_series(axes: Any, rows: Sequence[Row], metric: str, style: Mapping[str, str], name: str) -> None:
+def _draw_series(axes: Any, rows: Sequence[SettingRow], metric: str, style: Mapping[str, str], name: str) -> None:
     x = np.array([row.cost.mean for row in rows])
     y, low, high = np.array([row.metrics[metric] for row in rows]).T
     bars = np.array([[row.cost.mean - row.cost.low, row.cost.high - row.cost.mean] for row in rows]).T
@@ -216,8 +217,8 @@ def _draw_series(axes: Any, rows: Sequence[Row], metric: str, style: Mapping[str
     )
 
 
-def _draw_front(axes: Any, front: Sequence[Row], metric: str) -> None:
-    """Mark and name the Pareto set, cheapest first, and draw the best score that a cost can buy."""
+def _draw_front(axes: Any, front: Sequence[SettingRow], metric: str) -> None:
+    """Mark and label the settings of the Pareto set, and draw the front as a step line."""
     if not front:
         return
     x, y = np.array([(row.cost.mean, row.metrics[metric].value) for row in front]).T
@@ -239,7 +240,7 @@ def _faded(colour: str) -> tuple[float, float, float, float]:
 
 
 def _number_ticks(axes: Any) -> None:
-    """Write the ticks of the logarithmic axis as plain numbers, three a decade."""
+    """Label the logarithmic axis with plain numbers, three per decade."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -251,7 +252,7 @@ def _number_ticks(axes: Any) -> None:
 
 
 def _shown_differences(tradeoff: Tradeoff) -> list[str]:
-    """Return the metrics that differ by a number somewhere."""
+    """Return the metrics for which some setting has a difference from the reference."""
     return [
         metric
         for metric in ("froc.score", "roc.auc")
@@ -260,7 +261,7 @@ def _shown_differences(tradeoff: Tradeoff) -> list[str]:
 
 
 def _forest(tradeoff: Tradeoff) -> Any:
-    """Draw a panel of differences per metric: filled where the corrected p is below 0.05."""
+    """Draw a forest plot of differences per metric; markers are filled where the corrected p is below 0.05."""
     from matplotlib.figure import Figure
 
     metrics, rows = _shown_differences(tradeoff), [row for row in tradeoff.rows if row.differences]
@@ -289,17 +290,23 @@ def _draw_difference(axes: Any, place: int, one: Difference) -> None:
     face = colour if differs else "white"
     axes.plot(one.value, place, marker="o", markersize=5.5, color=colour, markerfacecolor=face, zorder=3)
     if math.isfinite(one.p_corrected):
-        told = f"p {p_text(one.p_corrected)}"
-        axes.annotate(told, (1.0, place), (2, 0), xycoords=("axes fraction", "data"), va="center", **_SMALL)
+        axes.annotate(
+            f"p {p_text(one.p_corrected)}",
+            (1.0, place),
+            (2, 0),
+            xycoords=("axes fraction", "data"),
+            va="center",
+            **_SMALL,
+        )
 
 
 def p_text(p: float) -> str:
-    """Return a p-value as it is printed."""
+    """Return a p-value as text with two or three decimals, ``<0.001``, or a dash for NaN."""
     if not math.isfinite(p):
         return page.NO_VALUE
     return "<0.001" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
 
 
 def sensitivities() -> list[str]:
-    """Return the names of the sensitivities that make the FROC score."""
+    """Return the metric names of the six sensitivities whose mean is the FROC score."""
     return [f"froc.sensitivity_at_{rate:g}" for rate in froc.RATES]

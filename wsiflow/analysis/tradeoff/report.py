@@ -1,6 +1,6 @@
-"""A comparison as documents: Markdown and CSV to paste, and one HTML page that needs nothing else.
+"""Write a comparison as documents: Markdown and CSV to paste, and one self-contained HTML page.
 
-Input: a `Tradeoff` and its figures. Output: texts. What has no value is a dash, or empty in the CSV.
+Input: a `Tradeoff` and its figures. Output: texts. A missing value is a dash, and an empty cell in the CSV.
 """
 
 import math
@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from wsiflow.analysis.tradeoff.figures import Cost, Row, Tradeoff, p_text, sensitivities, title
+from wsiflow.analysis.tradeoff.figures import CoreHours, SettingRow, Tradeoff, p_text, sensitivities, title
 from wsiflow.evaluation.paired import Difference, Interval
 from wsiflow.run.results import page
 from wsiflow.system import tables
@@ -23,35 +23,35 @@ _CAPTIONS = {
 }
 
 
-def texts(found: Tradeoff, figures: Mapping[str, bytes]) -> dict[str, str]:
-    """Return ``compare.md``, ``compare.csv`` and ``report.html``.
+def texts(tradeoff: Tradeoff, figures: Mapping[str, bytes]) -> dict[str, str]:
+    """Return the texts of ``compare.md``, ``compare.csv`` and ``report.html`` by file name.
 
     Args:
-        found: The comparison.
-        figures: PNG bytes by name without suffix; the Markdown refers to them as files beside it.
+        tradeoff: The comparison.
+        figures: PNG bytes by name without suffix. The page embeds them; the Markdown refers to files beside it.
     """
     return {
-        "compare.md": _markdown(found, figures),
-        "compare.csv": _csv(found),
-        "report.html": _html(found, figures),
+        "compare.md": _markdown(tradeoff, figures),
+        "compare.csv": _csv(tradeoff),
+        "report.html": _html(tradeoff, figures),
     }
 
 
-def columns(found: Tradeoff) -> dict[str, list[Any]]:
-    """Return the comparison as a table of plain values: columns by name; None where there is no value."""
-    rows = [dict(_cells(row)) for row in found.rows]
+def columns(tradeoff: Tradeoff) -> dict[str, list[Any]]:
+    """Return the comparison as columns of plain values by name, one value per setting; None where there is none."""
+    rows = [dict(_cells(row)) for row in tradeoff.rows]
     names = list(dict.fromkeys(name for row in rows for name in row))
     return {name: [row.get(name) for row in rows] for name in names}
 
 
-def _csv(found: Tradeoff) -> str:
-    table = columns(found)
+def _csv(tradeoff: Tradeoff) -> str:
+    table = columns(tradeoff)
     rows = [dict(zip(table, values, strict=True)) for values in zip(*table.values(), strict=True)]
     return tables.csv_text(rows, list(table))
 
 
-def _cells(row: Row) -> Iterator[tuple[str, Any]]:
-    """Yield every number of a setting by column."""
+def _cells(row: SettingRow) -> Iterator[tuple[str, Any]]:
+    """Yield name and value of every column of a setting."""
     yield "setting", row.name
     yield from row.params.items()
     for metric in _METRICS:
@@ -88,9 +88,9 @@ _HEADS = (
 )
 
 
-def _row(found: Tradeoff, row: Row) -> list[str]:
-    ratio = row.cost.mean / found.base.cost.mean if found.base.cost.mean > 0 else math.nan
-    one = row.differences.get(found.metric)
+def _row(tradeoff: Tradeoff, row: SettingRow) -> list[str]:
+    ratio = row.cost.mean / tradeoff.base.cost.mean if tradeoff.base.cost.mean > 0 else math.nan
+    one = row.differences.get(tradeoff.metric)
     compared = ["reference", "", ""] if one is None else [_difference(one), *map(p_text, (one.p, one.p_corrected))]
     return [
         row.name,
@@ -116,7 +116,7 @@ def _difference(one: Difference) -> str:
     return f"{text} [{one.low:+.3f}, {one.high:+.3f}]" if math.isfinite(one.low) else text
 
 
-def _cost(cost: Cost) -> str:
+def _cost(cost: CoreHours) -> str:
     if not math.isfinite(cost.mean):
         return page.NO_VALUE
     return f"{cost.mean:.3g} ± {cost.sd:.2g} (n = {cost.n})" if cost.n > 1 else f"{cost.mean:.3g}"
@@ -125,51 +125,58 @@ def _cost(cost: Cost) -> str:
 # --- sentences
 
 
-def _what(found: Tradeoff) -> str:
-    name, digest = found.protocol
-    counts = ", ".join(f"{number:,} {what}" for what, number in found.counts.items())
+def _what(tradeoff: Tradeoff) -> str:
+    name, digest = tradeoff.protocol
+    counts = ", ".join(f"{number:,} {what}" for what, number in tradeoff.counts.items())
     return f"{counts}; protocol {name} ({digest[:12]})"
 
 
-def _sentences(found: Tradeoff) -> list[str]:
-    """Return what has to be known to read the table."""
-    others = len(found.rows) - 1
+def _sentences(tradeoff: Tradeoff) -> list[str]:
+    """Return the sentences that explain the table: intervals, p-values, core-hours and the Pareto set."""
+    others = len(tradeoff.rows) - 1
     return [
-        f"Intervals hold 95 % of {found.counts['resamples']:,} resamples of the cases, those of the AUC corrected for "
-        "bias and skewness; every setting is scored on the same ones.",
-        f"Differences of {title(found.metric)} are to {found.reference}, on the same resamples.",
+        f"Intervals hold 95 % of {tradeoff.counts['resamples']:,} resamples of the cases, those of the AUC corrected "
+        "for bias and skewness; every setting is scored on the same ones.",
+        f"Differences of {title(tradeoff.metric)} are to {tradeoff.reference}, on the same resamples.",
         f"p is two-sided, and corrected by Holm's method for {others} "
         f"{'comparison' if others == 1 else 'comparisons'}, each metric by itself.",
         "Core-hours are what a setting costs by itself, start and warm-up excluded, the comparison of its scores with "
         "single windows in fp32 included: the mean ± the standard deviation "
         "over n repeats, where there are any. One repeat says nothing of the spread.",
-        f"The Pareto set is of point estimates of {title(found.metric)} and mean core-hours: settings whose "
+        f"The Pareto set is of point estimates of {title(tradeoff.metric)} and mean core-hours: settings whose "
         "intervals overlap may trade places.",
-        *found.notes,
+        *tradeoff.notes,
     ]
 
 
-def front(found: Tradeoff) -> list[str]:
-    """Return a line per setting of the Pareto set, cheapest first."""
-    return [f"{row.name}: {_interval(row.metrics[found.metric])}, {_cost(row.cost)} core-hours" for row in found.pareto]
+def front(tradeoff: Tradeoff) -> list[str]:
+    """Return a line of score and core-hours for each setting of the Pareto set, cheapest first."""
+    return [
+        f"{row.name}: {_interval(row.metrics[tradeoff.metric])}, {_cost(row.cost)} core-hours"
+        for row in tradeoff.pareto
+    ]
 
 
 # --- Markdown
 
 
-def _markdown(found: Tradeoff, figures: Mapping[str, bytes]) -> str:
-    table = [_HEADS, *(_row(found, row) for row in found.rows)]
+def _markdown(tradeoff: Tradeoff, figures: Mapping[str, bytes]) -> str:
+    table = [_HEADS, *(_row(tradeoff, row) for row in tradeoff.rows)]
     lines = [_piped(table[0]), _piped(["---"] * len(table[0])), *map(_piped, table[1:])]
     pictures = [f"![{_CAPTIONS[name]}]({name}.png)\n" for name in _CAPTIONS if name in figures]
     parts = [
-        f"# {found.name}: accuracy against core-hours\n",
-        f"{_what(found)}.\n",
+        f"# {tradeoff.name}: accuracy against core-hours\n",
+        f"{_what(tradeoff)}.\n",
         "\n".join(lines) + "\n",
         "## Pareto set, cheapest first\n",
-        ("\n".join(f"- {line}" for line in front(found)) if found.pareto else "None: it needs scores and core-hours.")
+        (
+            "\n".join(f"- {line}" for line in front(tradeoff))
+            if tradeoff.pareto
+            else "None: it needs scores and core-hours."
+        )
         + "\n",
         *pictures,
-        "\n".join(f"- {sentence}" for sentence in _sentences(found)),
+        "\n".join(f"- {sentence}" for sentence in _sentences(tradeoff)),
     ]
     return "\n".join(parts) + "\n"
 
@@ -181,30 +188,30 @@ def _piped(cells: Sequence[str]) -> str:
 # --- HTML
 
 
-def _html(found: Tradeoff, figures: Mapping[str, bytes]) -> str:
+def _html(tradeoff: Tradeoff, figures: Mapping[str, bytes]) -> str:
     sections = [
-        f"<header><h1>{escape(found.name)}</h1>"
-        f'<p class="soft">Accuracy against core-hours · {escape(_what(found))}</p></header>\n',
-        page.cards(_cards(found)),
-        page.section("Tradeoff", _figure(figures, "tradeoff") + _main_table(found)),
+        f"<header><h1>{escape(tradeoff.name)}</h1>"
+        f'<p class="soft">Accuracy against core-hours · {escape(_what(tradeoff))}</p></header>\n',
+        page.cards(_cards(tradeoff)),
+        page.section("Tradeoff", _figure(figures, "tradeoff") + _main_table(tradeoff)),
         page.section("Differences", _figure(figures, "differences")) if "differences" in figures else "",
-        page.section("FROC", _figure(figures, "froc") + _rates(found)) if "froc" in figures else "",
-        page.section("How to read and cite this", _list(_sentences(found))),
-        page.section("What all settings have in common", page.pairs(found.common, str)),
+        page.section("FROC", _figure(figures, "froc") + _rates(tradeoff)) if "froc" in figures else "",
+        page.section("How to read and cite this", _list(_sentences(tradeoff))),
+        page.section("What all settings have in common", page.pairs(tradeoff.common, str)),
     ]
-    return page.document(found.name, "".join(sections))
+    return page.document(tradeoff.name, "".join(sections))
 
 
-def _cards(found: Tradeoff) -> list[tuple[str, str, str]]:
-    best = max(found.rows, key=lambda row: _or_least(row.metrics[found.metric].value))
+def _cards(tradeoff: Tradeoff) -> list[tuple[str, str, str]]:
+    best = max(tradeoff.rows, key=lambda row: _or_least(row.metrics[tradeoff.metric].value))
     shown = [
-        ("Settings", str(len(found.rows)), f"{sum(len(row.runs) for row in found.rows)} runs"),
-        ("Pareto set", str(len(found.pareto)), "nothing is cheaper and as good"),
-        (f"Best {title(found.metric)}", _interval(best.metrics[found.metric]).partition(" ")[0], best.name),
+        ("Settings", str(len(tradeoff.rows)), f"{sum(len(row.runs) for row in tradeoff.rows)} runs"),
+        ("Pareto set", str(len(tradeoff.pareto)), "nothing is cheaper and as good"),
+        (f"Best {title(tradeoff.metric)}", _interval(best.metrics[tradeoff.metric]).partition(" ")[0], best.name),
     ]
-    if found.pareto:
-        least = found.pareto[0]
-        score = _interval(least.metrics[found.metric])
+    if tradeoff.pareto:
+        least = tradeoff.pareto[0]
+        score = _interval(least.metrics[tradeoff.metric])
         shown.append(("Least core-hours", f"{least.cost.mean:.3g}", f"{least.name}: {score}"))
     return shown
 
@@ -220,29 +227,31 @@ def _figure(figures: Mapping[str, bytes], name: str) -> str:
     return f'<figure class="broad">{picture}<figcaption>{escape(_CAPTIONS[name])}</figcaption></figure>\n'
 
 
-def _main_table(found: Tradeoff) -> str:
-    return _by_parameter(found, _HEADS[1:], [_row(found, row)[1:] for row in found.rows])
+def _main_table(tradeoff: Tradeoff) -> str:
+    return _by_parameter(tradeoff, _HEADS[1:], [_row(tradeoff, row)[1:] for row in tradeoff.rows])
 
 
-def _rates(found: Tradeoff) -> str:
-    """Return the sensitivities that make the score, with their intervals."""
+def _rates(tradeoff: Tradeoff) -> str:
+    """Return an HTML table of the sensitivities whose mean is the score, and of the strict score, with intervals."""
     metrics = [*sensitivities(), "froc.strict_score"]
     heads = [*(f"at {name.rpartition('_')[2]} FP" for name in metrics[:-1]), "Strict score"]
-    return _by_parameter(found, heads, [[_interval(row.metrics[name]) for name in metrics] for row in found.rows])
+    return _by_parameter(tradeoff, heads, [[_interval(row.metrics[name]) for name in metrics] for row in tradeoff.rows])
 
 
-def _by_parameter(found: Tradeoff, heads: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
-    """Return a table of the settings, a column per parameter that differs first, those on the front in bold."""
-    names = list(found.rows[0].params) or ["setting"]
-    rows = (_marked(row, [*row.params.values()] or [row.name], own) for row, own in zip(found.rows, cells, strict=True))
+def _by_parameter(tradeoff: Tradeoff, heads: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
+    """Return an HTML table: the parameters of each setting, those of the Pareto set in bold, then its ``cells``."""
+    names = list(tradeoff.rows[0].params) or ["setting"]
+    rows = (
+        _marked(row, [*row.params.values()] or [row.name], own) for row, own in zip(tradeoff.rows, cells, strict=True)
+    )
     return page.table([*names, *heads], rows)
 
 
-def _marked(row: Row, names: Sequence[str], cells: Sequence[str]) -> str:
-    """Return a row of the table; what follows a value is small and under it."""
-    told = [f"<b>{escape(name)}</b>" if row.pareto else escape(name) for name in names]
-    told += [re.sub(r" ((\[|±).*)", r"<small>\1</small>", escape(cell)) for cell in cells]
-    return "<tr>" + "".join(f'<td class="number">{cell}</td>' for cell in told) + "</tr>\n"
+def _marked(row: SettingRow, names: Sequence[str], cells: Sequence[str]) -> str:
+    """Return a row of the HTML table; an interval or a deviation stands in small type under its value."""
+    html = [f"<b>{escape(name)}</b>" if row.pareto else escape(name) for name in names]
+    html += [re.sub(r" ((\[|±).*)", r"<small>\1</small>", escape(cell)) for cell in cells]
+    return "<tr>" + "".join(f'<td class="number">{cell}</td>' for cell in html) + "</tr>\n"
 
 
 def _list(sentences: Sequence[str]) -> str:

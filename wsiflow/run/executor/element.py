@@ -58,7 +58,7 @@ def run(table: Path) -> int:
     limit_threads(job["threads"])  # before anything imports torch
     lo, hi = job["slices"][place]
     with (table.with_suffix("") / f"{index}.{time.time_ns()}.jsonl").open("x", encoding="utf-8") as stream:
-        _note(stream, {"started": now(), **processes.this()._asdict()})
+        _note(stream, {"started": now(), **processes.current()._asdict()})
         work = resolve(job["work"])
         _note(stream, {"begun": lo})
         worst = 0

@@ -1,1 +1,1 @@
-"""What a run will take, before it is started."""
+"""Forecast of a run: its tasks, bytes and time, before it is started."""

@@ -1,4 +1,4 @@
-"""What a run will take: its tasks counted, its bytes, and its time on other machines."""
+"""Forecast what a run will take: number of tasks, disk space, memory, and time on other machines."""
 
 import math
 from collections.abc import Mapping
@@ -11,17 +11,18 @@ from wsiflow.run.config import RunConfig
 from wsiflow.run.costs import Costs
 from wsiflow.run.forecast import simulation
 from wsiflow.run.forecast.simulation import Cluster, Forecast, Sizes, Tasks
-from wsiflow.run.plan import Plan, read_plan
+from wsiflow.run.plan import Plan
+from wsiflow.run.plan import read_plan as read_plan
 from wsiflow.run.stages import measure
 from wsiflow.run.stages.line import LOADING, STAGES
 from wsiflow.system import publish, tables
 from wsiflow.system.machine import allocated_cores
 
-# Bytes of a block's pixels that a store keeps, as measured on synthetic slides: docs/performance.md.
-_READ_SHARE = 1.69  # pixels read over pixels of tissue tiles, likewise
+# Measured on synthetic slides, see docs/performance.md. _KEPT: stored bytes per byte of a block's pixels.
+_READ_SHARE = 1.69  # pixels read over pixels of tissue tiles
 _KEPT = {"none": 1.0, "lzf": 0.74, "gzip": 0.62, "jpeg": 0.08}
-_WORKER_MB = 800  # a worker without its network's activations
-_SLIDE_FILES = 10  # of ingest, and folders
+_WORKER_MB = 800  # memory of a worker without the activations of its network
+_SLIDE_FILES = 10  # files of ingest, and folders, per slide
 _FILE_BYTES = 8192  # structure and receipt of a small file
 _SEED = 0
 SCHEDULERS = {
@@ -31,21 +32,21 @@ SCHEDULERS = {
     "slurm": Cluster(1, fresh=True, starts_per_s=50, poll_s=15, array_limit=1001, failure=0.001),
     "sge": Cluster(1, fresh=True, starts_per_s=20, poll_s=15, array_limit=75_000, failure=0.001),
 }
-"""How each kind of place runs slices. Limits are the programs' own defaults; sites differ."""
+"""Simulated cluster of each executor and scheduler. Limits are the defaults of the programs; sites differ."""
 
 
-class Counted(NamedTuple):
-    """What there is to do.
+class TaskCounts(NamedTuple):
+    """The tasks of a run, and the resources that they take.
 
     Attributes:
-        slides: The tasks of each slide that are still to be done.
-        tiles: Tissue tiles of each slide.
-        rejected: Slides that cannot be planned, with their reasons.
-        tasks: Tasks by stage.
-        done: How many of them are published already.
-        scratch: Bytes by kind.
-        files: Files and folders.
-        memory_mb: What the largest task takes.
+        slides: Tasks of each slide that are not published yet.
+        tiles: Number of tissue tiles of each slide.
+        rejected: Reasons of the slides that cannot be planned, by slide id.
+        tasks: Number of tasks by stage.
+        done: Number of published tasks by stage.
+        scratch: Bytes on disk by kind of file.
+        files: Number of files and folders.
+        memory_mb: Memory of the largest task, MB.
     """
 
     slides: list[Tasks]
@@ -58,38 +59,38 @@ class Counted(NamedTuple):
     memory_mb: int
 
 
-def count(plan_path: Path, config: RunConfig) -> Counted:
-    """Count what a plan asks for, and what of it is published."""
-    root, made = plan_path.parent, read_plan(plan_path)
+def count_tasks(plan_path: Path, config: RunConfig) -> TaskCounts:
+    """Count the tasks of a plan, and which of them are published, and estimate their resources."""
+    root, plan = plan_path.parent, read_plan(plan_path)
     slides: list[Tasks] = []
     tasks, done = dict.fromkeys(STAGES, 0), dict.fromkeys(STAGES, 0)
-    for slide in range(len(made.slides)):
+    for slide in range(len(plan.slides)):
         missing: Tasks = {}
-        for stage in (stage for stage in STAGES.values() if stage.is_due(made, slide)):
-            places = stage.tasks_of(made, slide)
-            left = [place for place in places if not publish.has_recorded_size(root, stage.product_of(made, place))]
+        for stage in (stage for stage in STAGES.values() if stage.is_due(plan, slide)):
+            places = stage.tasks_of(plan, slide)
+            left = [place for place in places if not publish.has_recorded_size(root, stage.product_of(plan, place))]
             tasks[stage.name] += len(places)
             done[stage.name] += len(places) - len(left)
-            missing[stage.name] = {place: shards.units(made, stage, place) for place in left}
+            missing[stage.name] = {place: shards.units(plan, stage, place) for place in left}
         slides.append(missing)
-    return Counted(
+    return TaskCounts(
         slides,
-        [planned.n_tiles for planned in made.slides],
-        {rejected.slide_id: rejected.reason for rejected in made.rejected},
+        [planned.n_tiles for planned in plan.slides],
+        {rejected.slide_id: rejected.reason for rejected in plan.rejected},
         tasks,
         done,
-        _scratch(root, made),
-        _files(tasks) + _SLIDE_FILES * len(made.slides),
-        max(_WORKER_MB + config.tiles.memory_mb, _stitching_mb(made)),
+        _scratch(root, plan),
+        _files(tasks) + _SLIDE_FILES * len(plan.slides),
+        max(_WORKER_MB + config.tiles.memory_mb, _stitching_mb(plan)),
     )
 
 
-def _scratch(root: Path, made: Plan) -> dict[str, int]:
-    """Return bytes by kind: patches as stored, scores, and heatmaps at most, since cells without tissue take little."""
-    stored = made.settings.store
-    pixels = sum(measure.areas_px(root, made)) if stored.kind == "hdf5" else 0
-    cells = sum(planned.n_tiles * planned.frame.cells_per_tile**2 for planned in made.slides)
-    return _bytes(pixels, stored.compression, cells, sum(slide.n_tiles for slide in made.slides), made.n_groups)
+def _scratch(root: Path, plan: Plan) -> dict[str, int]:
+    """Return an estimate of the bytes on disk by kind: patches, scores, and an upper bound for heatmaps."""
+    stored = plan.settings.store
+    pixels = sum(measure.areas_px(root, plan)) if stored.kind == "hdf5" else 0
+    cells = sum(planned.n_tiles * planned.frame.cells_per_tile**2 for planned in plan.slides)
+    return _bytes(pixels, stored.compression, cells, sum(slide.n_tiles for slide in plan.slides), plan.n_groups)
 
 
 def _bytes(pixels: float, compression: str, cells: int, tiles: int, groups: int) -> dict[str, int]:
@@ -101,50 +102,67 @@ def _bytes(pixels: float, compression: str, cells: int, tiles: int, groups: int)
 
 
 def _files(tasks: Mapping[str, int]) -> int:
-    """Return how many files the tasks leave, each with its receipt."""
+    """Return the number of files that the tasks publish, receipts included."""
     return 2 * sum(count * (1 + len(STAGES[stage].beside)) for stage, count in tasks.items())
 
 
-def _stitching_mb(made: Plan) -> int:
-    """Return what stitching the largest map takes: it is held about three times."""
-    largest = max((math.prod(planned.frame.h_shape) for planned in made.slides), default=0)
+def _stitching_mb(plan: Plan) -> int:
+    """Return the memory in MB that stitching the largest heatmap takes: about three copies of it."""
+    largest = max((math.prod(planned.frame.h_shape) for planned in plan.slides), default=0)
     return round(3 * 4 * largest / 1e6)
 
 
-def count_table(config: RunConfig, path: Path, share: float) -> Counted:
-    """Count what slides would be of which a table tells the tiles."""
+def count_tasks_in_table(config: RunConfig, path: Path, share: float) -> TaskCounts:
+    """Count the tasks of slides of which only a table with numbers of tiles exists.
+
+    Args:
+        config: The configuration of the run.
+        path: CSV with a column ``n_tiles_224``, tiles in the bounding box of each slide's tissue.
+        share: Share of these tiles that hold tissue.
+
+    Raises:
+        InputError: The table cannot be read, or a count is not a whole number.
+    """
     advice = "give a CSV with slide,n_tiles_224"
     table = tables.read(path, "the table of tiles", advice, ("n_tiles_224",))
     try:
         boxes = [int(row["n_tiles_224"]) for row in table.rows()]
     except ValueError as error:
-        raise InputError(f"the table of tiles holds what is no count ({error})", advice, path=path) from error
+        cause = f"the table of tiles has a count that is not a whole number ({error})"
+        raise InputError(cause, advice, path=path) from error
     tiles = [max(1, round(share * box)) for box in boxes]
     stored = config.store.kind == "hdf5"
     sizes = Sizes(
         config.tiles.group_tiles,
         max(1, config.store.part_tiles // config.tiles.group_tiles) * config.tiles.group_tiles,
     )
-    asked = {
+    enabled = {
         "stain": config.stain.method != "none",
         "extract": stored,
         "index": stored,
         "certify": config.dense.windows > 0,
     }
-    units = {stage.name: stage.unit for stage in STAGES.values() if asked.get(stage.name, True)}
-    found = [simulation.slide_tasks(count, units, sizes) for count in tiles]
-    tasks = {stage: sum(len(slide.get(stage, ())) for slide in found) for stage in STAGES}
+    units = {stage.name: stage.unit for stage in STAGES.values() if enabled.get(stage.name, True)}
+    slides = [simulation.slide_tasks(count, units, sizes) for count in tiles]
+    tasks = {stage: sum(len(slide.get(stage, ())) for slide in slides) for stage in STAGES}
     cells = sum(tiles) * (config.tiles.tile_px // config.inference.stride) ** 2
     pixels = _READ_SHARE * sum(tiles) * config.tiles.tile_px**2 if stored else 0
     scratch = _bytes(pixels, config.store.compression, cells, sum(tiles), tasks["predict"])
     memory_mb = _WORKER_MB + config.tiles.memory_mb
     files = _files(tasks) + _SLIDE_FILES * len(tiles)
     none_done = dict.fromkeys(tasks, 0)
-    return Counted(simulation.numbered(found), tiles, {}, tasks, none_done, scratch, files, memory_mb)
+    return TaskCounts(simulation.numbered(slides), tiles, {}, tasks, none_done, scratch, files, memory_mb)
 
 
 def cluster_of(scheduler: str, workers: int, costs: Costs, queue_s: float) -> Cluster:
-    """Return a cluster of so many workers; those of this machine share its cores."""
+    """Return the cluster to simulate.
+
+    Args:
+        scheduler: A name of `SCHEDULERS`; workers of ``inline`` and ``process`` share the cores of this machine.
+        workers: Number of workers.
+        costs: Measured or rough costs of tasks.
+        queue_s: Mean wait in the scheduler's queue, seconds.
+    """
     return SCHEDULERS[scheduler]._replace(
         workers=1 if scheduler == "inline" else workers,
         cores=allocated_cores() if scheduler in {"inline", "process"} else 0,
@@ -158,19 +176,19 @@ def cluster_of(scheduler: str, workers: int, costs: Costs, queue_s: float) -> Cl
     )
 
 
-def forecast(counted: Counted, costs: Costs, config: RunConfig, cluster: Cluster) -> Forecast:
-    """Simulate what is left to do, in the run's own shards and slices."""
-    cuts = shards.cut(counted.tiles, config.shard_slides)
-    parts = [[counted.slides[index] for index in part] for part in cuts]
+def forecast(counts: TaskCounts, costs: Costs, config: RunConfig, cluster: Cluster) -> Forecast:
+    """Simulate the remaining tasks of a run on a cluster, in the shards and slices that the run would use."""
+    cuts = shards.cut(counts.tiles, config.shard_slides)
+    parts = [[counts.slides[index] for index in part] for part in cuts]
     return simulation.simulate(
         [simulation.shard(part, costs, loading=LOADING, target_s=config.executor.slice_s) for part in parts], cluster
     )
 
 
-def core_hours(counted: Counted, costs: Costs) -> dict[str, float]:
-    """Return the core-hours that are left to do, by stage."""
+def core_hours(counts: TaskCounts, costs: Costs) -> dict[str, float]:
+    """Return the core-hours of the remaining tasks by stage."""
     seconds: dict[str, float] = {}
-    for tasks in counted.slides:
+    for tasks in counts.slides:
         for stage, places in tasks.items():
             more = sum(costs.task_s(stage, tiles) for tiles in places.values())
             seconds[stage] = seconds.get(stage, 0.0) + more

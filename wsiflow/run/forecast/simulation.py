@@ -1,15 +1,15 @@
-"""What a run would take on other machines: a discrete-event simulation of its shards, stages, slices and workers.
+"""Simulate a run on other machines: a discrete-event simulation of its shards, stages, slices and workers.
 
 Input: shards, each a list of stages, each a list of slices with their work in core-seconds; and a `Cluster`. Output: a
-`Forecast`. Times are seconds from the start of the run. Nothing is measured and nothing is run here.
+`Forecast`. Times are seconds from the start of the run. Nothing is measured or executed here.
 
-The rules are those of `wsiflow.run.shards` and the executors. A shard's stages run one after another, shards side by
-side; the slices of a stage start in the order given, as workers become free. Workers either live through the run
-(``process`` and Dask: they start once, and load the network once) or are made for every slice (an array's element pays
-for both). Where there are fewer cores than workers, those at work share them evenly.
+The rules are those of `wsiflow.run.shards` and the executors. The stages of a shard run one after another, and shards
+run in parallel. The slices of a stage start in the given order, as workers become free. Workers either persist through
+the run (``process`` and Dask: they start once and load the network once), or are started for every slice (an element of
+an array job pays for both each time). Where there are fewer cores than workers, the busy workers share them evenly.
 
-A submission waits in the scheduler's queue once, for all of its slices: the elements of an array start in order. What
-a lost worker had finished of its slice is kept, task by task, and the rest is submitted again.
+A submission waits in the scheduler's queue once for all of its slices: the elements of an array start in order. Tasks
+that a lost worker had finished are kept, and the rest of its slice is submitted again.
 """
 
 import heapq
@@ -30,8 +30,8 @@ class Share(NamedTuple):
     """The work of one slice.
 
     Attributes:
-        work_s: Core-seconds expected.
-        tasks: Tasks it consists of, taken as equal; each is kept once it is done.
+        work_s: Expected core-seconds.
+        tasks: Number of tasks, assumed to be equal; a finished task is kept if the worker is lost.
     """
 
     work_s: float
@@ -39,14 +39,14 @@ class Share(NamedTuple):
 
 
 class Step(NamedTuple):
-    """What a shard does between two barriers: its part of a stage.
+    """A shard's part of a stage: its work between two barriers.
 
     Attributes:
-        name: Its name.
-        shares: Its slices, in the order in which they start.
-        loads: Whether its tasks need the network.
-        first_s: What a worker that lives through the run pays besides in the stage's first slices, such as other
-            networks, or a network's first sight of each shape of block; for one that does not, ``load_s`` is all.
+        name: Name of the stage.
+        shares: The slices, in the order in which they start.
+        loads: Whether the tasks need the network.
+        first_s: Extra seconds of a persistent worker in its first slice of the stage, for other networks or for the
+            first block of each shape. Workers that are started for every slice only pay ``load_s``.
     """
 
     name: str
@@ -56,19 +56,19 @@ class Step(NamedTuple):
 
 
 Shard = Sequence[Step]
-"""Stages, one after another."""
+"""The stages of a shard, one after another."""
 
 
 Tasks = dict[str, dict[int, int]]
-"""Tissue tiles of each task, by stage and place in it."""
+"""Number of tissue tiles of each task, by stage and by the task's place in the stage."""
 
 
 class Sizes(NamedTuple):
-    """How a slide of which only the tissue tiles are known is cut.
+    """Sizes of groups and parts, for slides of which only the number of tissue tiles is known.
 
     Attributes:
-        group_tiles: Tissue tiles of a group.
-        part_tiles: Tissue tiles of a part.
+        group_tiles: Most tissue tiles of a group.
+        part_tiles: Most tissue tiles of a part.
     """
 
     group_tiles: int
@@ -76,45 +76,45 @@ class Sizes(NamedTuple):
 
 
 def slide_tasks(tiles: int, stages: Mapping[str, Unit], sizes: Sizes) -> dict[str, list[int]]:
-    """Return the tissue tiles of each task of a slide, by stage.
+    """Return the number of tissue tiles of each task of a slide, by stage.
 
     Args:
-        tiles: Tissue tiles of the slide.
-        stages: What one task of each stage works on, in the order of the line.
-        sizes: How the slide is cut.
+        tiles: Number of tissue tiles of the slide.
+        stages: Unit of a task (slide, part or group) by stage, in the order of the line.
+        sizes: Sizes of groups and parts.
     """
     most = {"group": sizes.group_tiles, "part": sizes.part_tiles}
     return {name: _parts(tiles, most[unit]) if unit in most else [tiles] for name, unit in stages.items()}
 
 
 def _parts(tiles: int, most: int) -> list[int]:
-    """Return parts as equal as can be."""
+    """Return the sizes of as few, nearly equal parts as possible with at most ``most`` tiles each."""
     count = -(-tiles // most)
     return [tiles * (i + 1) // count - tiles * i // count for i in range(count)]
 
 
 def numbered(slides: Sequence[Mapping[str, Sequence[int]]]) -> list[Tasks]:
-    """Return the tasks of slides with their places in their stages: each stage counts through all slides."""
+    """Return the tasks of slides by stage and place; the places of a stage count through all slides."""
     counts: dict[str, int] = {}
-    found = []
+    numbered_slides = []
     for tasks in slides:
         places: Tasks = {}
         for stage, tiles in tasks.items():
             first = counts.get(stage, 0)
             counts[stage] = first + len(tiles)
             places[stage] = dict(enumerate(tiles, first))
-        found.append(places)
-    return found
+        numbered_slides.append(places)
+    return numbered_slides
 
 
 def shard(slides: Sequence[Tasks], costs: Costs, *, loading: Collection[str], target_s: float) -> list[Step]:
-    """Return a shard for `simulate`, cut into slices as a run cuts it.
+    """Return a shard for `simulate`, divided into slices as a run divides it.
 
     Args:
-        slides: The tasks of its slides, stages in the order of the line.
-        costs: What tasks cost.
+        slides: The tasks of the shard's slides, stages in the order of the line.
+        costs: Costs of tasks.
         loading: Stages whose tasks need the network.
-        target_s: Work of a slice, 0: every task is one.
+        target_s: Core-seconds that a slice should have; with 0 every task is a slice.
     """
     names = dict.fromkeys(name for tasks in slides for name in tasks)
     return [_step(name, slides, costs, target_s)._replace(loads=name in loading) for name in names]
@@ -130,26 +130,26 @@ def _step(name: str, slides: Sequence[Tasks], costs: Costs, target_s: float) -> 
 
 
 class Cluster(NamedTuple):
-    """Where a run is simulated.
+    """The cluster on which a run is simulated.
 
     Attributes:
-        workers: Slices under way at a time.
-        fresh: A worker for every slice, as with arrays; else workers live through the run.
-        cores: Cores that the workers share, 0: one for each.
-        start_s: From the start of a worker to its first task: interpreter and imports.
-        load_s: Loading the network, once for each worker that needs it.
-        publish_s: Besides the work, for every task.
+        workers: Number of workers, each with one slice at a time.
+        fresh: Whether a worker is started for every slice, as with array jobs; else workers persist through the run.
+        cores: Cores that the workers share; 0 for one core per worker.
+        start_s: Seconds from the start of a worker to its first task: interpreter and imports.
+        load_s: Seconds to load the network, once per worker that needs it.
+        publish_s: Seconds of every task besides its work.
         spread: Standard deviation of a task's time over its mean; times are lognormal.
-        queue_s: Mean wait of a submission in the scheduler's queue, or of a worker that lives; exponential.
-        starts_per_s: Slices the scheduler starts in a second, 0: any number.
-        poll_s: Time between two looks at what has ended, 0: it is known at once.
-        array_limit: Most elements of an array, 0: there are no arrays.
-        window: Most slices of a stage that are submitted at a time, 0: all.
-        side_by_side: Most shards under way, 0: all.
-        failure: Probability that a slice's worker is lost before its end, at any moment.
-        limit_s: A worker that is made for a slice is ended after this time, 0: never.
-        attempts: How often a slice is tried.
-        seed: Of everything that is drawn.
+        queue_s: Mean seconds that a submission, or a persistent worker, waits in the queue; exponentially distributed.
+        starts_per_s: Most slices that the scheduler starts per second; 0 for no limit.
+        poll_s: Seconds between two polls for ended slices; 0 where the driver learns of an end at once.
+        array_limit: Most elements of an array job; 0 where there are no array jobs.
+        window: Most slices of a stage that are submitted at the same time; 0 for all.
+        side_by_side: Most shards in progress; 0 for all.
+        failure: Probability that the worker of a slice is lost, at a uniformly distributed moment.
+        limit_s: Time limit of a worker that is started for a slice; 0 for none.
+        attempts: Most attempts at a slice.
+        seed: Seed of all random numbers.
     """
 
     workers: int
@@ -172,21 +172,21 @@ class Cluster(NamedTuple):
 
 
 class Forecast(NamedTuple):
-    """How a simulated run went.
+    """The result of a simulated run.
 
     Attributes:
-        makespan_s: From the start to the end of the last slice, as the driver sees it.
+        makespan_s: Seconds from the start of the run to when the driver learns of the end of the last slice.
         work_s: Core-seconds of tasks that were kept.
         overhead_s: Core-seconds of starting workers and loading networks.
-        lost_s: Core-seconds of tasks that had to be done again or never ended.
-        tail_s: Seconds from when every worker was last at work to the end.
-        queue_s: Mean seconds from submission to start.
-        elements: Slices started, with every attempt.
-        arrays: Arrays submitted.
-        retried: Attempts that were lost.
-        failed: Slices given up.
-        cores: Cores there were.
-        workers: Workers there were.
+        lost_s: Core-seconds of tasks that were lost.
+        tail_s: Seconds from the last moment at which all workers were busy to the end of the run.
+        queue_s: Mean seconds of a slice from submission to start.
+        elements: Number of slices started, counting every attempt.
+        arrays: Number of array jobs submitted.
+        retried: Number of attempts that were lost.
+        failed: Number of slices that were given up.
+        cores: Number of cores.
+        workers: Number of workers.
     """
 
     makespan_s: float
@@ -204,17 +204,17 @@ class Forecast(NamedTuple):
 
     @property
     def efficiency(self) -> float:
-        """The share of the cores' time that went into work that was kept."""
+        """Share of the cores' time that was spent on work that was kept."""
         return self.work_s / (self.cores * self.makespan_s) if self.makespan_s else 1.0
 
     @property
     def waves(self) -> float:
-        """Slices per worker."""
+        """Number of slices per worker."""
         return self.elements / self.workers
 
 
 class _Attempt(NamedTuple):
-    """One try at a slice: work as drawn, tasks that are left, and since when it has waited."""
+    """An attempt at a slice: its drawn core-seconds, its remaining tasks, and the time of its submission."""
 
     shard: int
     work_s: float
@@ -224,7 +224,7 @@ class _Attempt(NamedTuple):
 
 
 class _Running(NamedTuple):
-    """An attempt on a worker: core-seconds before the work, work that will be kept, and what is left after it."""
+    """An attempt on a worker: core-seconds of overhead, kept and lost work, and the attempt at the rest, if any."""
 
     attempt: _Attempt
     worker: int
@@ -238,14 +238,14 @@ _NEW, _STARTED, _LOADED = range(3)
 
 
 def simulate(shards: Sequence[Shard], cluster: Cluster) -> Forecast:
-    """Simulate a run.
+    """Simulate a run on a cluster.
 
     Args:
-        shards: What there is to do, in the order in which shards begin.
-        cluster: Where.
+        shards: The shards, in the order in which they begin.
+        cluster: The cluster.
 
     Returns:
-        How it went; the same for the same seed.
+        The forecast; the same seed gives the same forecast.
     """
     return _Simulation(shards, cluster).run()
 
@@ -253,8 +253,9 @@ def simulate(shards: Sequence[Shard], cluster: Cluster) -> Forecast:
 class _Simulation:
     """The state of a simulated run.
 
-    Two clocks: ``now_s`` is time, ``turn_s`` the core-seconds each worker at work has been given so far. They run
-    alike unless there are fewer cores than workers at work. Attempts end by the second, everything else by the first.
+    There are two clocks. ``now_s`` is the time; ``turn_s`` is the core-seconds that each busy worker has received. They
+    differ only while more workers are busy than there are cores. Attempts end by ``turn_s``, all other events happen by
+    ``now_s``.
     """
 
     def __init__(self, shards: Sequence[Shard], cluster: Cluster) -> None:
@@ -300,7 +301,7 @@ class _Simulation:
         )
 
     def _workers_arrive(self) -> None:
-        """Have workers that live through the run wait for their place in the queue; slots are there at once."""
+        """Let persistent workers wait in the queue; slots for workers that are started per slice are free at once."""
         for worker in reversed(range(self._cluster.workers)):
             if self._cluster.fresh or not self._cluster.queue_s:
                 self._idle[_NEW].append(worker)
@@ -314,7 +315,7 @@ class _Simulation:
         heapq.heappush(self._events, (then_s, next(self._order), event))
 
     def _step(self) -> None:
-        """Go on to the next thing that happens."""
+        """Advance both clocks to the next event, and process it."""
         rate = min(1.0, self._cluster.cores / len(self._running)) if self._cluster.cores and self._running else 1.0
         end_s = self._now_s + (self._running[0][0] - self._turn_s) / rate if self._running else math.inf
         if self._events and self._events[0][0] <= end_s:
@@ -328,7 +329,11 @@ class _Simulation:
             self._ends(ended)
 
     def _happens(self, event: object) -> None:
-        """Let the scheduler start again, take a worker that has arrived, a submission, or an end that is seen."""
+        """Process an event.
+
+        None: the scheduler may start slices again. int: this worker arrives. list: a submission leaves the queue.
+        `_Running`: the driver learns of its end.
+        """
         if event is None:
             self._gated = False
         elif isinstance(event, int):
@@ -343,7 +348,7 @@ class _Simulation:
             self._advance(self._to_begin.popleft())
 
     def _advance(self, shard: int) -> None:
-        """Submit the next stage of a shard that has any work, or begin another shard."""
+        """Submit the next stage of a shard that has slices; where none is left, begin another shard."""
         stages = self._shards[shard]
         while self._stage[shard] + 1 < len(stages):
             self._stage[shard] += 1
@@ -355,7 +360,7 @@ class _Simulation:
         self._begin_shard()
 
     def _drawn(self, shard: int) -> Iterator[_Attempt]:
-        """Yield the attempts of a shard's stage; the draws depend on nothing that happened before."""
+        """Yield the attempts at the slices of a shard's stage, with random durations that depend on the seed alone."""
         number = self._stage[shard]
         shares = self._shards[shard][number].shares
         rng = np.random.default_rng([self._cluster.seed, 1, shard, number])
@@ -365,7 +370,7 @@ class _Simulation:
             yield _Attempt(shard, work_s, share.tasks, 1, self._now_s)
 
     def _submit(self, shard: int, count: int) -> None:
-        """Hand some of a stage's slices to the scheduler."""
+        """Submit up to ``count`` of a stage's slices to the scheduler."""
         held = self._held[shard]
         batch = [held.popleft()._replace(submitted_s=self._now_s) for _ in range(min(count, len(held)))]
         if not batch:
@@ -378,7 +383,7 @@ class _Simulation:
             self._ready.extend(batch)
 
     def _dispatch(self) -> None:
-        """Start what can start, no faster than the scheduler does."""
+        """Start slices on idle workers, at most at the scheduler's rate."""
         while self._ready and any(self._idle):
             if self._now_s < self._gate_s:
                 if not self._gated:
@@ -404,7 +409,7 @@ class _Simulation:
             self._gate_s = self._now_s + 1 / cluster.starts_per_s
 
     def _fate(self, attempt: _Attempt, worker: int, before_s: float) -> _Running:
-        """Decide how far an attempt gets."""
+        """Decide how much of its work an attempt completes before it ends or its worker is lost."""
         cluster, reached = self._cluster, 1.0
         if cluster.failure and self._rng.random() < cluster.failure:
             reached = float(self._rng.random())
@@ -418,7 +423,7 @@ class _Simulation:
         return _Running(attempt, worker, before_s, kept_s, reached * attempt.work_s - kept_s, left)
 
     def _ends(self, ended: _Running) -> None:
-        """Free a worker; a lost one is replaced by a new one."""
+        """End an attempt: free its worker, or replace it by a new one if it was lost."""
         if self._cluster.fresh or ended.left is not None:
             self._state[ended.worker] = _NEW
             self._known[ended.worker].clear()
@@ -433,7 +438,7 @@ class _Simulation:
             self._seen(ended)
 
     def _seen(self, ended: _Running) -> None:
-        """Go on after an end that the driver knows of."""
+        """Continue after the driver has learnt of an end: retry the rest, submit a slice, or advance the shard."""
         shard, left = ended.attempt.shard, ended.left
         if left is not None:
             self._counts["retried"] += 1
@@ -449,7 +454,7 @@ class _Simulation:
 
 
 def _factors(rng: np.random.Generator, tasks: NDArray[np.int64], spread: float) -> NDArray[np.float64]:
-    """Return lognormal factors of mean 1; over several tasks their times even out."""
+    """Return lognormal factors of mean 1, one per slice; their variance falls with the number of tasks of the slice."""
     variance = np.log1p((spread**2) / tasks)
     factors: NDArray[np.float64] = np.exp(np.sqrt(variance) * rng.standard_normal(len(tasks)) - variance / 2)
     return factors

@@ -1,1 +1,1 @@
-"""What a run ends with: scores, costs, tables, its report and its record."""
+"""Results of a run: scores, costs, tables, the report and the record in MLflow."""

@@ -1,16 +1,17 @@
-"""What a run did, and what it cost: numbers from the receipts of the files it wrote.
+"""Compute throughput and cost of a run from the receipts of its published files.
 
-Input: receipts, one mapping per published file; the caller says whose: for rates only those that this run wrote, so
-that work found done never counts as speed. Output: metrics by name, and seconds by slide.
+Input: receipts, one mapping per published file. The caller selects them: for rates only those that this run wrote, so
+that work of an earlier run never counts as speed. Output: metrics by name, and seconds by slide.
 
 Conventions:
 
 * A *tile* and a *window* count once, where they were predicted (``kind == "prediction"``). Extraction and stitching add
-  cost and no tiles.
-* *Busy core-seconds* are user and system CPU seconds. A worker that waits for its disk is not busy: waiting shows in
-  ``throughput.efficiency``.
-* What a worker does once, whatever its tasks (start, import, load networks), is warm-up: it is in no receipt's seconds.
-* A rate of nothing is unknown: where a denominator is zero the metric is NaN, never 0 and never infinite.
+  cost, but no tiles.
+* *Busy core-seconds* are user and system CPU seconds. A worker that waits for its disk is not busy, and the waiting
+  lowers ``throughput.efficiency``.
+* Work that a worker does once, whatever its tasks (start, imports, loading of networks), is warm-up and part of no
+  receipt.
+* Where the denominator of a rate is zero, the metric is NaN, never 0 or infinite.
 """
 
 import math
@@ -25,7 +26,7 @@ Receipt = Mapping[str, Any]
 def summarise(
     receipts: Sequence[Receipt], *, run_wall_s: float, workers: int, tile_mm2: Mapping[str, float]
 ) -> dict[str, float]:
-    """Return the throughput and cost metrics of a run.
+    """Return the throughput and cost metrics of a run by name.
 
     * ``throughput.tiles_per_s``, ``windows_per_s``: predicted tiles and windows per second of the run's wall time.
     * ``throughput.core_hours``: busy core-hours of all receipts, every kind.
@@ -36,9 +37,9 @@ def summarise(
     * ``cost.<step>_core_s``: the part of the busy core-seconds that falls to a step, see `step_core_seconds`.
 
     Args:
-        receipts: What this run wrote.
+        receipts: Receipts of the files that this run wrote.
         run_wall_s: Wall seconds from the start of the run to its end, waiting included.
-        workers: Cores the run was given: worker processes times the threads of each.
+        workers: Cores that the run may use: worker processes times threads of each.
         tile_mm2: Area of one tile in mm2, by slide id.
 
     Raises:
@@ -68,11 +69,11 @@ def tile_area_mm2(tile_px: int, um_px: float) -> float:
 
 
 def origin_core_seconds(receipts: Sequence[Receipt], before: Set[str]) -> dict[str, float]:
-    """Return ``cost.executed_core_s``, done by this start of a run, and ``cost.cached_core_s``, all else it is made of.
+    """Return ``cost.executed_core_s``, the work of this start of the run, and ``cost.cached_core_s``, all other work.
 
     Args:
-        receipts: Of everything that is published for the run.
-        before: Names of the files that were published when this start began.
+        receipts: Receipts of all files that are published for the run.
+        before: Names of the files that were published before this start.
     """
     cached = math.fsum(r["cpu_s"] for r in receipts if r["path"] in before or r.get("shared"))
     total = math.fsum(r["cpu_s"] for r in receipts)
@@ -82,8 +83,8 @@ def origin_core_seconds(receipts: Sequence[Receipt], before: Set[str]) -> dict[s
 def step_core_seconds(receipts: Sequence[Receipt]) -> dict[str, float]:
     """Return the busy core-seconds of every step of `STEPS`.
 
-    The CPU seconds of a receipt are shared out over its steps in proportion to their wall seconds, so that the steps
-    of a receipt add up to its CPU seconds. Receipts without timed steps cost core-hours but belong to no step.
+    The CPU seconds of a receipt are divided among its steps in proportion to their wall seconds, so that they add up to
+    the receipt's CPU seconds. Receipts without timed steps cost core-hours and belong to no step.
     """
     split = dict.fromkeys(STEPS, 0.0)
     for receipt in receipts:
@@ -98,7 +99,7 @@ def seconds_by_slide(receipts: Sequence[Receipt]) -> dict[str, dict[str, float]]
     """Return, by slide id, the columns ``seconds_<step>``, ``seconds_wall`` and ``seconds_cpu``.
 
     They are sums over the slide's receipts: wall seconds of each step, wall seconds of the whole tasks, and CPU
-    seconds. Tasks of one slide may run side by side, so ``seconds_wall`` is work done and not time waited.
+    seconds. Tasks of one slide may run in parallel, so ``seconds_wall`` may exceed the elapsed time.
     """
     columns = [f"seconds_{step}" for step in STEPS] + ["seconds_wall", "seconds_cpu"]
     rows: dict[str, dict[str, float]] = {}

@@ -1,8 +1,8 @@
-"""What a run ends with: the ledger balanced, scores, status tables, the report and the MLflow record.
+"""Finish a run: balance the ledger, publish scores, write status tables and the report, and record the run in MLflow.
 
-Scores come from a complete ledger only. When slides are missing and the run allows it (``allow_partial``), the others
-are shown under ``evaluation-PARTIAL/``, the report says what is missing, and the exit code is 10. What is shown is of
-the folder as it is now: scores of an earlier state go to ``evaluation-FORMER/`` as soon as they are no longer true.
+Scores come from a complete ledger only. Where slides are missing and ``allow_partial`` is set, the scores of the others
+are written to ``evaluation-PARTIAL/``, the report lists the missing slides, and the exit code is 10. The scores shown
+belong to the present state of the folder: scores of an earlier state are moved to ``evaluation-FORMER/``.
 """
 
 import math
@@ -19,20 +19,21 @@ from wsiflow.run.config import RunConfig
 from wsiflow.run.executor.kinds import KINDS
 from wsiflow.run.executor.params import worker_count
 from wsiflow.run.ledger import Ledger
-from wsiflow.run.plan import Plan, read_plan
+from wsiflow.run.plan import Plan
+from wsiflow.run.plan import read_plan as read_plan
 from wsiflow.run.results import cost, report
 from wsiflow.run.results.record import all_receipts, machines, settings, track
-from wsiflow.run.results.scores import Judgement, former_metrics, judge, publish_scores, summarise
+from wsiflow.run.results.scores import ScoringInput, former_metrics, prepare_scoring, publish_scores, summarise
 from wsiflow.run.results.status import (
     FORMER,
     OWN_TABLE,
     Status,
     failure_text,
-    faulted,
     may_be_scored,
     missing_slides,
     process_list,
     slide_statuses,
+    with_fault,
 )
 from wsiflow.run.shards import Progress
 from wsiflow.run.stages import certify
@@ -42,12 +43,12 @@ from wsiflow.system.provenance import versions
 
 
 class Summary(NamedTuple):
-    """How a run ended.
+    """The result of a run.
 
     Attributes:
-        exit_code: 0 complete, 10 partial, else the class of the worst failure.
-        metrics: Every number of ``summary.json``.
-        text: What to show the user.
+        exit_code: 0 for a complete run, 10 for a partial one, else the code of the worst failure.
+        metrics: Every number of ``summary.json`` by name; empty where nothing was scored.
+        text: The lines to show the user.
     """
 
     exit_code: int
@@ -56,20 +57,20 @@ class Summary(NamedTuple):
 
 
 class Clock:
-    """When this run started, and what there was then.
+    """Wall time and energy since this start of the run, and the files that were published before it.
 
     Attributes:
-        before: Names of the files that were published already.
+        before: Names of the files that were already published at the start.
     """
 
     def __init__(self, config: RunConfig) -> None:
-        """Start; energy is counted where all of the work is done on this machine."""
+        """Start the clock; energy is measured only where all workers run on this machine."""
         self._start = time.perf_counter()
         self.before = frozenset(publish.receipt_names(config.out))
         self._energy = energy.EnergyMeter() if KINDS[config.executor.kind].is_local else None
 
     def energy(self) -> dict[str, float]:
-        """Return ``energy.joules`` since the start, nothing where there is no counter."""
+        """Return ``energy.joules`` since the start; empty where the machine shows no counter."""
         joules = self._energy.joules() if self._energy else None
         return {} if joules is None else {"energy.joules": joules}
 
@@ -81,13 +82,13 @@ class Clock:
 _SHOWN = ("evaluation", "evaluation-PARTIAL")
 
 
-class Work(NamedTuple):
-    """What was done in a folder.
+class WorkLog(NamedTuple):
+    """The work that was done in a run's folder.
 
     Attributes:
-        receipts: Of everything that is published, see `all_receipts`.
+        receipts: Receipts of the published files, see `all_receipts`.
         attempts: Every attempt at a task, see `wsiflow.run.trace.attempts`.
-        new: Names of the attempts of this start.
+        new: Names of the attempts of this start of the run.
     """
 
     receipts: Sequence[publish.Receipt]
@@ -96,30 +97,30 @@ class Work(NamedTuple):
 
 
 def set_aside(plan_path: Path) -> None:
-    """Take what an earlier start showed out of the way, where the plan has other slides by now, or fewer.
+    """Move the scores of an earlier start to ``evaluation-FORMER/`` where the plan now has other slides.
 
-    Whoever reads the folder before this start has ended, or after it was killed, finds no scores instead of old ones.
+    A reader of the folder, before this start ends or after it was killed, then finds no scores instead of stale ones.
     """
-    root, made = plan_path.parent, read_plan(plan_path)
+    root, plan = plan_path.parent, read_plan(plan_path)
     path = root / "evaluation/matches.json"
     if path.is_file():
         scored = {one.slide_id for one in matches.read_matches(path).slides}
-        if made.rejected or scored != {planned.slide_id for planned in made.slides}:
+        if plan.rejected or scored != {planned.slide_id for planned in plan.slides}:
             _keep_as_former(root, but="evaluation-PARTIAL")
 
 
 def _keep_as_former(root: Path, *, but: str = "") -> None:
-    """Move the scores that are shown, and their report, to where nobody takes them for those of now.
+    """Move the shown scores and their report to ``evaluation-FORMER/``, where they are not mistaken for current ones.
 
     Args:
         root: The run's folder.
-        but: What stays where it is, since it is shown again.
+        but: Name of a folder of scores that stays, because it is written again.
     """
     shown = [name for name in _SHOWN if name != but and (root / name).is_dir()]
     if not shown:
         return
     page = root / "report.html"
-    if "evaluation" in shown or not (root / FORMER).is_dir():  # those of a part never replace those of all slides
+    if "evaluation" in shown or not (root / FORMER).is_dir():  # partial scores never replace complete ones
         shutil.rmtree(root / FORMER, ignore_errors=True)
         (root / shown.pop(0)).rename(root / FORMER)
         if page.exists():
@@ -130,86 +131,102 @@ def _keep_as_former(root: Path, *, but: str = "") -> None:
 
 
 def _show_alone(root: Path, folder: str) -> None:
-    """Remove what earlier starts showed in other places than this one."""
+    """Remove the folders of scores of earlier starts except ``folder``."""
     for name in {*_SHOWN, FORMER} - {folder}:
         if (root / name).is_dir():
             shutil.rmtree(root / name)
 
 
 def finish(config: RunConfig, plan_path: Path, progress: Sequence[Progress], clock: Clock) -> Summary:
-    """Score what the run published, write its tables and report, and log it.
+    """Score the published slides of a run, write its tables and report, and record it in MLflow.
+
+    Args:
+        config: The run's configuration.
+        plan_path: The run's plan.
+        progress: Outcomes of the tasks of each shard.
+        clock: Wall time, energy and published files since this start.
 
     Raises:
         IntegrityError: The ledger does not balance although no task failed.
     """
-    root, made = plan_path.parent, read_plan(plan_path)
+    root, plan = plan_path.parent, read_plan(plan_path)
     ended = [item for shard in progress for item in shard.ended]
-    statuses, receipts, attempts = slide_statuses(made, ended), all_receipts(root), trace.attempts(root)
+    statuses, receipts, attempts = slide_statuses(plan, ended), all_receipts(root), trace.attempts(root)
     publish.write_view(root, "process_list.csv", process_list(statuses, receipts).encode())
     trace.write_views(root, attempts)
-    balance = _balanced(root, made, plan_path, statuses)
-    statuses, judged = _scorable(root, config, made, statuses)
+    balance = _balanced(root, plan, plan_path, statuses)
+    statuses, scoring = _scorable(root, config, plan, statuses)
     publish.write_view(root, "process_list.csv", process_list(statuses, receipts).encode())
     if missing_slides(statuses):
-        _keep_as_former(root, but="evaluation-PARTIAL" if judged else "")
-    if judged is None:
+        _keep_as_former(root, but="evaluation-PARTIAL" if scoring else "")
+    if scoring is None:
         worst = max(status.exit_code for status in statuses)
         return Summary(worst, {}, failure_text(root, statuses))
     missing = missing_slides(statuses)
     folder = "evaluation-PARTIAL" if missing else "evaluation"
-    evaluated = publish_scores(root, folder, config, judged)
+    published = publish_scores(root, folder, config, scoring)
     new = {item.attempt for item in ended if item.executed and item.attempt}
-    work = Work(receipts, attempts, new)
+    work = WorkLog(receipts, attempts, new)
     metrics = summarise(
         root,
         folder,
-        evaluated,
-        _work_metrics(root, folder, config, made, work, clock)
+        published,
+        _work_metrics(root, folder, config, plan, work, clock)
         | _counts(balance, len(ended), len(new))
-        | _certificates(root, folder, made, statuses)
-        | _colours(root, made, receipts),
+        | _certificates(root, folder, plan, statuses)
+        | _colours(root, plan, receipts),
     )
-    _write_report(root, folder, config, made, statuses, metrics)
+    _write_report(root, folder, config, plan, statuses, metrics)
     if not missing:
         _show_alone(root, folder)
-    logged = track(root / folder, config, made, evaluated.key, metrics, machines(root, config, receipts))
-    text = _success_text(root / folder, made, statuses, metrics, len(new), logged)
+    logged = track(root / folder, config, plan, published.key, metrics, machines(root, config, receipts))
+    text = _success_text(root / folder, plan, statuses, metrics, len(new), logged)
     return Summary(PARTIAL if missing else 0, metrics, text)
 
 
-def _balanced(root: Path, made: Plan, plan_path: Path, statuses: Sequence[Status]) -> Ledger:
-    """Return the ledger, which must be complete where no slide is missing."""
-    balance = ledger.balance(root, made)
+def _balanced(root: Path, plan: Plan, plan_path: Path, statuses: Sequence[Status]) -> Ledger:
+    """Return the ledger of the run.
+
+    Raises:
+        IntegrityError: No slide is missing, and yet not all tasks are published.
+    """
+    balance = ledger.balance(root, plan)
     if not missing_slides(statuses) and not balance.complete:
         _keep_as_former(root)
-        cause = f"{balance.planned} tasks were planned and {balance.published} are published, but none failed"
-        raise IntegrityError(cause, "run again; if it stays so, report this", path=plan_path)
+        cause = f"{balance.planned} tasks were planned and {balance.published} are published, although none failed"
+        raise IntegrityError(cause, "run again; if that does not help, report this as a bug", path=plan_path)
     return balance
 
 
 def _scorable(
-    root: Path, config: RunConfig, made: Plan, statuses: list[Status]
-) -> "tuple[list[Status], Judgement | None]":
-    """Return how the slides ended, those included whose truth cannot be used, and what to score, if that is wanted."""
+    root: Path, config: RunConfig, plan: Plan, statuses: list[Status]
+) -> "tuple[list[Status], ScoringInput | None]":
+    """Return the status of every slide, also of slides with unusable truth, and the slides to score.
+
+    The second value is None where slides are missing and ``allow_partial`` is not set.
+    """
     if not may_be_scored(config, statuses):
         return statuses, None
-    judged = judge(root, config, made, statuses)
-    statuses = [faulted(status, judged.faults) for status in statuses]
-    return statuses, judged if may_be_scored(config, statuses) else None
+    scoring = prepare_scoring(root, config, plan, statuses)
+    statuses = [with_fault(status, scoring.faults) for status in statuses]
+    return statuses, scoring if may_be_scored(config, statuses) else None
 
 
-def _certificates(root: Path, folder: str, made: Plan, statuses: Sequence[Status]) -> dict[str, float]:
-    """Write ``certificates.csv``, a row per slide, and return the metrics over all; nothing where none is due."""
+def _certificates(root: Path, folder: str, plan: Plan, statuses: Sequence[Status]) -> dict[str, float]:
+    """Write ``certificates.csv``, a row per slide, and return the metrics over all slides.
+
+    Where no slide has a certificate, nothing is written and the metrics are empty.
+    """
     good = {status.slide_id for status in statuses if not status.exit_code}
-    rows, metrics = certify.summary(root, made, [planned for planned in made.slides if planned.slide_id in good])
+    rows, metrics = certify.summary(root, plan, [planned for planned in plan.slides if planned.slide_id in good])
     if rows:
         publish.write_view(root, f"{folder}/certificates.csv", tables.csv_text(rows).encode())
     return metrics
 
 
-def _colours(root: Path, made: Plan, receipts: Sequence[publish.Receipt]) -> dict[str, float]:
-    """Write ``stain_failures.csv``, a row per slide or patch whose colours stayed as they were, and return how many."""
-    params = made.settings.stain
+def _colours(root: Path, plan: Plan, receipts: Sequence[publish.Receipt]) -> dict[str, float]:
+    """Write ``stain_failures.csv``, a row per slide or patch without stain normalisation, and return their number."""
+    params = plan.settings.stain
     if params.method == "none":
         return {}
     rows = [
@@ -224,16 +241,18 @@ def _colours(root: Path, made: Plan, receipts: Sequence[publish.Receipt]) -> dic
     return {"stain.failures": float(len(rows))}
 
 
-def _work_metrics(root: Path, folder: str, config: RunConfig, made: Plan, work: Work, clock: Clock) -> dict[str, float]:
-    """Return throughput and cost.
+def _work_metrics(
+    root: Path, folder: str, config: RunConfig, plan: Plan, work: WorkLog, clock: Clock
+) -> dict[str, float]:
+    """Return the throughput and cost metrics by name.
 
-    Cost is that of everything published in the folder, whenever it was made and by whatever trial. Rates are of what
-    this run executed; a run that executed nothing keeps those of the run that did.
+    Cost counts every file published in the folder, whenever and by whatever trial it was computed. Rates count what
+    this start executed; a start that executed nothing keeps the rates of the last one that did.
     """
-    area = {s.slide_id: cost.tile_area_mm2(s.frame.tile_px, s.frame.um_px) for s in made.slides}
+    area = {s.slide_id: cost.tile_area_mm2(s.frame.tile_px, s.frame.um_px) for s in plan.slides}
     executed = [receipt for receipt in work.receipts if receipt["attempt"] in work.new]
-    known = worker_count(config.executor, cores=allocated_cores()) or trace.peak_workers(work.attempts)
-    workers = known * config.executor.threads
+    n_workers = worker_count(config.executor, cores=allocated_cores()) or trace.peak_workers(work.attempts)
+    workers = n_workers * config.executor.threads
     rates = cost.summarise(executed, run_wall_s=clock.seconds(), workers=workers, tile_mm2=area)
     used = clock.energy()
     if not executed:
@@ -241,7 +260,7 @@ def _work_metrics(root: Path, folder: str, config: RunConfig, made: Plan, work: 
         rates |= {name: value for name, value in former.items() if name in rates}
         used = {name: value for name, value in former.items() if name == "energy.joules"}
     elif len(executed) < len(work.receipts):
-        used = {}  # measured for a part of the work only, it would stand beside the cost of all
+        used = {}  # the energy of a part of the work would stand beside the cost of all of it
     whole = cost.summarise(work.receipts, run_wall_s=clock.seconds(), workers=workers, tile_mm2=area)
     whole |= cost.origin_core_seconds(work.receipts, clock.before)
     whole["cost.warmup_core_s"] = trace.warmup_s(work.attempts)
@@ -257,9 +276,9 @@ def _counts(balance: Ledger, n_outcomes: int, n_executed: int) -> dict[str, floa
 
 
 def _write_report(
-    root: Path, folder: str, config: RunConfig, made: Plan, statuses: Sequence[Status], metrics: Mapping[str, float]
+    root: Path, folder: str, config: RunConfig, plan: Plan, statuses: Sequence[Status], metrics: Mapping[str, float]
 ) -> None:
-    """Write ``report.html`` from what is published."""
+    """Write ``report.html`` from the published tables, figures and overlays."""
     scored = {row["slide_id"]: row for row in tables.read(root / folder / "cases.csv", *OWN_TABLE).rows()}
     listed = list(tables.read(root / "process_list.csv", *OWN_TABLE).rows())
     good = [status.slide_id for status in statuses if not status.exit_code]
@@ -269,29 +288,29 @@ def _write_report(
         slides=[row | scored.get(row["slide_id"], {}) for row in listed],
         overlays={slide_id: root / f"heatmaps/{slide_id}.png" for slide_id in good},
         figures={name: (root / folder / name).read_bytes() for name in ("froc.png", "roc.png")},
-        settings=settings(config.model_dump(mode="json"), made),
+        settings=settings(config.model_dump(mode="json"), plan),
         versions=versions(),
-        plan_hash=made.hash,
+        plan_hash=plan.hash,
     )
     publish.write_view(root, "report.html", report.render(data).encode())
 
 
 def _success_text(
-    shown: Path, made: Plan, statuses: Sequence[Status], metrics: Mapping[str, float], executed: int, logged: str
+    shown: Path, plan: Plan, statuses: Sequence[Status], metrics: Mapping[str, float], executed: int, logged: str
 ) -> str:
-    chosen = made.settings.choice
+    chosen = plan.settings.choice
     missing = [status for status in statuses if status.exit_code]
     lines = [f"PARTIAL: {status.slide_id} is missing: {status.reason}" for status in missing]
     lines += [
         f"slides     {len(statuses) - len(missing)} of {len(statuses)}, {executed} tasks done now",
-        f"FROC       {_score_told(metrics, 'froc.score', 'froc.score')}",
-        f"  strict   {_score_told(metrics, 'froc.strict_score', 'froc.strict_score')}",
-        f"AUC        {_score_told(metrics, 'roc.auc', 'roc.auc')}",
-        f"protocol   {made.settings.evaluation.name} {_protocol_hash(shown)[:12]}",
+        f"FROC       {_score_text(metrics, 'froc.score')}",
+        f"  strict   {_score_text(metrics, 'froc.strict_score')}",
+        f"AUC        {_score_text(metrics, 'roc.auc')}",
+        f"protocol   {plan.settings.evaluation.name} {_protocol_hash(shown)[:12]}",
         f"throughput {metrics['throughput.tiles_per_s']:.1f} tiles/s, "
         f"{metrics['throughput.windows_per_s']:.0f} windows/s, {metrics['throughput.core_hours']:.4f} core-hours, "
         f"efficiency {metrics['throughput.efficiency']:.2f}",
-        f"inference  {chosen.engine}, {chosen.backend} {chosen.precision}: {made.settings.reason}",
+        f"inference  {chosen.engine}, {chosen.backend} {chosen.precision}: {plan.settings.reason}",
         *_certificate_line(metrics),
         f"report     {shown.parent / 'report.html'}",
         f"overlays   {shown.parent / 'heatmaps'}/*.png",
@@ -301,9 +320,9 @@ def _success_text(
     return "\n".join(lines)
 
 
-def _score_told(metrics: Mapping[str, float], name: str, stem: str) -> str:
-    """Return a score with its interval, or why there is none."""
-    score, low, high = metrics[name], metrics[f"{stem}_ci_low"], metrics[f"{stem}_ci_high"]
+def _score_text(metrics: Mapping[str, float], name: str) -> str:
+    """Return a score with its 95 % interval, or the reason why it or the interval is not defined."""
+    score, low, high = metrics[name], metrics[f"{name}_ci_low"], metrics[f"{name}_ci_high"]
     if math.isnan(score):
         if name.startswith("froc.") and metrics["froc.n_itc"] and not metrics["froc.n_lesions"]:
             return "not defined: all tumour is as small as isolated tumour cells, which are not counted"
@@ -318,16 +337,16 @@ def _protocol_hash(shown: Path) -> str:
 
 
 def _certificate_line(metrics: Mapping[str, float]) -> list[str]:
-    """Return what the scores are worth against single windows in fp32, where that was measured."""
+    """Return the deviation of the scores from single windows in fp32 as a line; no line where it was not measured."""
     kind = next((kind for kind in ("dense", "precision") if f"{kind}.n" in metrics), "")
     if not kind or not metrics[f"{kind}.n"]:
         return []
     count, mean, most, flips = (metrics[f"{kind}.{name}"] for name in ("n", "mean_abs_diff", "max_abs_diff", "flips"))
     return [
         f"certified  {count:.0f} windows run alone in fp32: mean |dp| {mean:.2g}, largest {most:.2g}, "
-        f"{flips:.2%} on the other side of 0.5{_beyond(metrics['certificate.slides_beyond'])}"
+        f"{flips:.2%} on the other side of 0.5{_beyond_limits(metrics['certificate.slides_beyond'])}"
     ]
 
 
-def _beyond(slides: float) -> str:
+def _beyond_limits(slides: float) -> str:
     return f"; slides beyond the limits: {slides:.0f}" if slides else ""

@@ -1,7 +1,7 @@
-"""What every page and figure of wsiflow is made of: one look, and nothing loaded from elsewhere.
+"""Build the HTML pages and figures of wsiflow: one style for all, and no file loaded from elsewhere.
 
 Input: texts, plain values, pictures as bytes, curves as arrays. Output: HTML text, and figures as PNG or SVG bytes. The
-same input gives the same text and, with one version of matplotlib, the same bytes.
+same input gives the same text and, with the same version of matplotlib, the same bytes.
 """
 
 import base64
@@ -17,7 +17,7 @@ from wsiflow.evaluation import froc
 
 INK, BLUE, ORANGE, GREY = "#1f2328", "#1f5f99", "#c2571a", "#8a939c"
 PALETTE = (BLUE, ORANGE, "#2e8b57", "#8e5ea2", "#b8860b", "#4aa3c7", "#b03a5b", "#5f6b76")
-"""Colours of many things in one figure, told apart by colour-blind readers too."""
+"""Colours of the series of a figure, distinguishable for colour-blind readers too."""
 
 NO_VALUE = "—"
 _GUIDE = "#d5dade"
@@ -28,7 +28,7 @@ _FROC_END = froc.RATES[-1] * 1.1
 
 
 def document(title: str, body: str) -> str:
-    """Return a page that needs no other file."""
+    """Return a self-contained HTML page."""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -43,7 +43,7 @@ def section(title: str, body: str) -> str:
 
 
 def cards(items: Iterable[tuple[str, str, str]]) -> str:
-    """Return numbers to be seen first: each a name, a value and a note."""
+    """Return the headline numbers of a page as HTML; each item is a name, a value and a note."""
     shown = (
         f"<div><dt>{escape(name)}</dt><dd><b>{escape(value)}</b><small>{escape(note)}</small></dd></div>\n"
         for name, value, note in items
@@ -52,19 +52,19 @@ def cards(items: Iterable[tuple[str, str, str]]) -> str:
 
 
 def table(heads: Sequence[str], rows: Iterable[str]) -> str:
-    """Return a table of rows that are HTML already."""
+    """Return an HTML table; ``rows`` are HTML already."""
     top = "".join(f"<th>{escape(head)}</th>" for head in heads)
     return f'<div class="wide"><table><thead><tr>{top}</tr></thead><tbody>\n{"".join(rows)}</tbody></table></div>\n'
 
 
 def pairs(items: Mapping[str, Any], shown: Callable[[Any], str]) -> str:
-    """Return names and values, in the order of the names."""
+    """Return a list of names and values as HTML, ordered by name; ``shown`` formats a value."""
     rows = (f"<div><dt>{escape(key)}</dt><dd>{escape(shown(items[key]))}</dd></div>\n" for key in sorted(items))
     return f'<dl class="pairs">\n{"".join(rows)}</dl>\n'
 
 
 def image(data: bytes, kind: str, about: str) -> str:
-    """Return a picture that is part of the page."""
+    """Return a picture as HTML that contains its bytes; ``about`` is the alternative text."""
     return f'<img alt="{escape(about)}" src="data:image/{kind};base64,{base64.b64encode(data).decode()}">'
 
 
@@ -72,7 +72,7 @@ def image(data: bytes, kind: str, about: str) -> str:
 
 
 def axes(x: str, y: str, *, size_in: tuple[float, float] = (5, 4)) -> tuple[Any, Any]:
-    """Return a figure and its axes, named."""
+    """Return a new matplotlib figure and its axes with the labels ``x`` and ``y``."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=size_in, dpi=160, layout="constrained")
@@ -80,7 +80,7 @@ def axes(x: str, y: str, *, size_in: tuple[float, float] = (5, 4)) -> tuple[Any,
 
 
 def plain(axes: Any, x: str, y: str) -> Any:
-    """Return axes of a figure in the look of all."""
+    """Label axes, set the common style, and return them."""
     axes.set_xlabel(x, color=INK)
     axes.set_ylabel(y, color=INK)
     axes.grid(axis="y", color="#e8ebee", linewidth=0.8)
@@ -92,29 +92,29 @@ def plain(axes: Any, x: str, y: str) -> Any:
 
 
 def froc_axes(*, size_in: tuple[float, float] = (5, 4)) -> tuple[Any, Any]:
-    """Return a figure and axes for FROC curves: linear up to the first rate, logarithmic from there.
+    """Return a figure and axes for FROC curves; the x axis is linear up to the first rate and logarithmic beyond.
 
-    Thin lines mark the rates that make the score.
+    Thin lines mark the rates of false positives at which the score reads the sensitivity.
     """
-    figure, found = axes("False positives per slide", "Sensitivity", size_in=size_in)
+    figure, panel = axes("False positives per slide", "Sensitivity", size_in=size_in)
     for rate in froc.RATES:
-        found.axvline(rate, color=_GUIDE, linewidth=0.8, zorder=0)
-    found.set_xscale("symlog", base=2, linthresh=froc.RATES[0], linscale=0.6)
-    found.set_xticks([0, *froc.RATES], ["0", *(f"{rate:g}" for rate in froc.RATES)])
-    found.minorticks_off()
-    found.set(xlim=(0, _FROC_END), ylim=(0, 1.02))
-    return figure, found
+        panel.axvline(rate, color=_GUIDE, linewidth=0.8, zorder=0)
+    panel.set_xscale("symlog", base=2, linthresh=froc.RATES[0], linscale=0.6)
+    panel.set_xticks([0, *froc.RATES], ["0", *(f"{rate:g}" for rate in froc.RATES)])
+    panel.minorticks_off()
+    panel.set(xlim=(0, _FROC_END), ylim=(0, 1.02))
+    return figure, panel
 
 
 def froc_line(fp_per_slide: Sequence[float], sensitivity: Sequence[float]) -> NDArray[np.float64]:
-    """Return a FROC curve as it is scored: straight between operating points, level beyond the last one.
+    """Return a FROC curve as the score interpolates it: linear between operating points, constant beyond the last one.
 
     Args:
         fp_per_slide: False positives per slide, by rising threshold.
-        sensitivity: Share of the lesions found.
+        sensitivity: Share of the lesions that are hit, by rising threshold.
 
     Returns:
-        float64 (n, 2), dense enough for a logarithmic axis; empty where a point has no value.
+        float64 (n, 2), x and y of points dense enough for a logarithmic axis; empty where a point has no value.
     """
     points = np.array([fp_per_slide, sensitivity], dtype=np.float64).T
     if not len(points) or not np.isfinite(points).all():
@@ -125,7 +125,7 @@ def froc_line(fp_per_slide: Sequence[float], sensitivity: Sequence[float]) -> ND
 
 
 def legend(axes: Any, **where: Any) -> None:
-    """Explain what is drawn, or say that nothing is."""
+    """Add a legend to axes, or a remark where nothing is drawn; ``where`` overrides arguments of the legend."""
     if axes.get_legend_handles_labels()[0]:
         axes.legend(**{"frameon": True, "edgecolor": "none", "framealpha": 0.9, "loc": "lower right", **where})
     else:
@@ -133,11 +133,11 @@ def legend(axes: Any, **where: Any) -> None:
 
 
 def picture(figure: Any, kind: Literal["png", "svg"] = "png") -> bytes:
-    """Return a figure as the bytes of a file."""
+    """Return a figure as the bytes of a PNG or SVG file."""
     from matplotlib import rc_context
 
     out = io.BytesIO()
-    # Without the version of matplotlib, the date and random names in it, the same figure stays the same bytes.
+    # Version, date and random names are left out, so that the same figure has the same bytes.
     bare: dict[str, Any] = {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}}[kind]
     with rc_context({"svg.hashsalt": "wsiflow"}):
         figure.savefig(out, format=kind, metadata=bare)

@@ -1,4 +1,4 @@
-"""What a run is recorded as in MLflow."""
+"""Record a run in MLflow: collect its settings, metrics, digests, files and figures."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -20,40 +20,51 @@ _KEPT = ("path", "kind", "slide", "attempt", "cpu", "cpu_s", "wall_s", "seconds"
 
 
 def all_receipts(root: Path) -> list[publish.Receipt]:
-    """Return the receipt of everything computed for slides in this folder, and of what was computed for all of them.
+    """Return the receipts of all files that were computed for slides, and of the calibration for all slides.
 
-    Each is read once, and of each only what the end of a run counts is kept: there are ten for every slide. How scores
-    are computed is settled before there is a plan: that is warm-up.
+    Each receipt is read once, and only the fields that the metrics need are kept, since there are about ten receipts
+    per slide. The choice of engine and backend is warm-up and not among them.
     """
     names = publish.receipt_names(root)
-    found = (receipt for name in names if (receipt := publish.read_receipt(root, name)) is not None)
+    receipts = (receipt for name in names if (receipt := publish.read_receipt(root, name)) is not None)
     return [
         {name: receipt[name] for name in _KEPT if name in receipt}
-        for receipt in found
+        for receipt in receipts
         if receipt.get("slide") or receipt.get("kind") == "calibration"
     ]
 
 
 def track(
-    shown: Path, config: RunConfig, made: Plan, key: str, metrics: Mapping[str, float], machines: Mapping[str, str]
+    shown: Path, config: RunConfig, plan: Plan, key: str, metrics: Mapping[str, float], machines: Mapping[str, str]
 ) -> str:
-    """Record the run in MLflow and say where, or why not: the run is valid without it."""
+    """Record a run in MLflow, and return a line that says where, or why it was not recorded.
+
+    The run is valid without its record.
+
+    Args:
+        shown: Folder of the scores: ``evaluation`` or ``evaluation-PARTIAL`` in the run's folder.
+        config: The run's configuration.
+        plan: The run's plan.
+        key: Key of the scores.
+        metrics: Every number of ``summary.json``.
+        machines: Tags of the processors, see `machines`.
+    """
     root = shown.parent
     curves = json.loads((shown / "froc.json").read_text(encoding="utf-8"))
     matched = matches.read_matches(shown / "matches.json")
-    identity, found = folder_id(root), digests(made)
+    identity, digest_tags = folder_id(root), digests(plan)
     record = tracking.RunRecord(
         name=config.out.name if config.tracking.sweep else config.name,
-        # The same scores in another folder are another run: its cost is its own.
+        # The same scores in another folder are another run, which has its own cost.
         key=publish.key_of(scores=key, folder=identity),
-        plan_hash=made.hash,
+        plan_hash=plan.hash,
         partial=shown.name != "evaluation",
-        # Where a run lies is no setting: it would be an axis of every plot of MLflow.
-        params=settings(config.model_dump(mode="json", exclude={"out", "share"}), made),
+        # The folder of a run is not a setting; as a parameter it would be an axis of every plot in MLflow.
+        params=settings(config.model_dump(mode="json", exclude={"out", "share"}), plan),
         metrics=metrics,
         tags={
             **{f"version.{name}": number for name, number in versions().items()},
-            **found,
+            **digest_tags,
             **machines,
             "wsiflow.folder": identity,
             "wsiflow.out": str(config.out),
@@ -65,7 +76,7 @@ def track(
             *(root / name for name in ("report.html", "process_list.csv")),
             publish.generations(root, "config.yaml")[-1],
         ],
-        dataset=(source_of(config.dataset).name, found["digest.dataset"][:32]),
+        dataset=(source_of(config.dataset).name, digest_tags["digest.dataset"][:32]),
         figures={path.name: path.read_bytes() for path in sorted(shown.glob("*.png"))},
         tables={f"froc_{mode}.json": curves[mode] for mode in ("official", "strict")},
     )
@@ -75,35 +86,35 @@ def track(
 
 
 def machines(root: Path, config: RunConfig, receipts: Sequence[publish.Receipt]) -> dict[str, str]:
-    """Return the CPUs of whoever did the work."""
-    settled = json.loads((root / choose.choice_name(config)).read_text(encoding="utf-8"))
+    """Return the models and flags of the CPUs that did the work, as MLflow tags."""
+    choice = json.loads((root / choose.choice_name(config)).read_text(encoding="utf-8"))
     return {
         "cpu.model": "; ".join(sorted({receipt["cpu"] for receipt in receipts if "cpu" in receipt})),
-        "cpu.flags": " ".join(settled["cpu_flags"]),
+        "cpu.flags": " ".join(choice["cpu_flags"]),
     }
 
 
-def settings(values: Mapping[str, Any], made: Plan) -> dict[str, Any]:
-    """Return every setting by dotted name, with what was chosen in the place of what was left open.
+def settings(values: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
+    """Return every setting by dotted name, with the plan's engine, backend, precision, halo and block as chosen.
 
     Args:
         values: The configuration as JSON values.
-        made: The run's plan.
+        plan: The run's plan.
     """
-    chosen = {f"inference.{name}": getattr(made.settings.choice, name) for name in ("engine", "backend", "precision")}
-    sizes = {f"tiles.{name}": getattr(made.settings.choice, name) for name in ("halo_px", "block_rows", "block_cols")}
+    chosen = {f"inference.{name}": getattr(plan.settings.choice, name) for name in ("engine", "backend", "precision")}
+    sizes = {f"tiles.{name}": getattr(plan.settings.choice, name) for name in ("halo_px", "block_rows", "block_cols")}
     return _flat(values) | chosen | sizes
 
 
-def digests(made: Plan) -> dict[str, str]:
-    """Return what stands for the model and for the pixels of the slides: SHA-256, by tag."""
-    slides = sorted([planned.slide_id, planned.sha256] for planned in made.slides)
-    return {"digest.model": made.settings.model_identity, "digest.dataset": publish.key_of(slides=slides)}
+def digests(plan: Plan) -> dict[str, str]:
+    """Return the SHA-256 of the model and of the slides' contents, by MLflow tag."""
+    slides = sorted([planned.slide_id, planned.sha256] for planned in plan.slides)
+    return {"digest.model": plan.settings.model_identity, "digest.dataset": publish.key_of(slides=slides)}
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return nested settings by dotted name."""
-    found: dict[str, Any] = {}
+    flat: dict[str, Any] = {}
     for key, value in settings.items():
-        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return found
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat

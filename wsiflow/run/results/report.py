@@ -1,7 +1,7 @@
-"""The report of a run: one HTML page that needs nothing else, and the figures it shows.
+"""Render the report of a run: one self-contained HTML page, and its figures.
 
-Input: the run's metrics, rows per slide and curves as plain values, pictures as bytes. Output: text and PNG bytes. What
-has no value (scores without truth) is said in words and never drawn. The same input gives the same text.
+Input: the run's metrics, rows per slide and curves as plain values, pictures as bytes. Output: text and PNG bytes. A
+score that is not defined, for lack of truth, is stated in words and not drawn. The same input gives the same text.
 """
 
 import itertools
@@ -20,30 +20,30 @@ from wsiflow.heatmap.overlay import thumbnail
 from wsiflow.run.results import page
 from wsiflow.run.stages.line import STEPS
 
-# Colours that keep their order in grey and for colour-blind readers.
+# Colours that stay distinguishable in greyscale and for colour-blind readers.
 _COLOURS = ("#c994c7", "#9ecae1", "#bdbdbd", "#1f5f99", "#e6a04b", "#74a765")
 _STEP_COLOURS = dict(zip(STEPS, itertools.cycle(_COLOURS), strict=False))
-# Twice the size shown, for fine screens.
+# Twice the displayed size, for screens of high resolution.
 _THUMBNAIL_PX = 240
-# A page with more is too large for a browser.
+# A page with more pictures is too large for a browser.
 _MOST_PICTURES = 1000
 _NO_TRUTH = "not defined: it needs truth for tumour and for normal slides"
 
 
 @dataclass(frozen=True)
 class ReportData:
-    """What a report tells.
+    """The content of a report.
 
     Attributes:
         name: Name of the run.
-        metrics: Every number of ``summary.json``; NaN where not defined.
-        slides: A row per slide: slide_id, status, reason (empty unless the slide has no result), n_tiles,
-            seconds_wall, and label, score, n_detections, n_lesions, n_found, n_false_positives, note where it was
-            scored. Numbers may be text, as they come from a CSV file.
-        overlays: The file of the overlay PNG by slide id.
-        figures: ``froc.png`` and ``roc.png``.
+        metrics: Every number of ``summary.json``; NaN where it is not defined.
+        slides: A row per slide: slide_id, status, reason (empty where the slide has a result), n_tiles, seconds_wall;
+            and for a scored slide label, score, n_detections, n_lesions, n_found, n_false_positives, note. Numbers may
+            be text, as in the CSV files.
+        overlays: Path of the overlay PNG by slide id.
+        figures: Bytes of ``froc.png`` and ``roc.png`` by file name.
         settings: The resolved configuration by dotted name.
-        versions: Versions of what can change a number; ``wsiflow`` is one.
+        versions: Versions of wsiflow and of the packages that can change a number.
         plan_hash: The plan's hash.
     """
 
@@ -89,7 +89,7 @@ def roc_figure(curve: Mapping[str, Sequence[float]]) -> bytes:
 
 
 def render(data: ReportData) -> str:
-    """Return the page."""
+    """Return the HTML page of a report."""
     missing = [row for row in data.slides if row["reason"]]
     sections = [
         _header(data, len(missing)),
@@ -143,7 +143,8 @@ def _missing(rows: Sequence[Mapping[str, Any]]) -> str:
         return page.section("What is missing", "<p>Nothing: every slide has a result.</p>\n")
     body = (f"<tr><td>{escape(row['slide_id'])}</td><td>{escape(row['reason'])}</td></tr>\n" for row in rows)
     return page.section(
-        "What is missing", page.table(["Slide without result", "Reason"], body) + "<p>Nothing stands in for them.</p>\n"
+        "What is missing",
+        page.table(["Slide without result", "Reason"], body) + "<p>No score includes these slides.</p>\n",
     )
 
 
@@ -160,7 +161,7 @@ def _accuracy(data: ReportData) -> str:
 
 
 def _rates(metrics: Mapping[str, float]) -> str:
-    """Return the sensitivities that make the FROC scores."""
+    """Return an HTML table of the sensitivities whose means are the FROC scores."""
     rows = (
         f"<tr><td>{mode}</td>"
         + "".join(f"<td>{_fixed(metrics, f'{prefix}sensitivity_at_{rate:g}')}</td>" for rate in froc.RATES)
@@ -196,7 +197,7 @@ def _slides(data: ReportData) -> str:
     pictured = dict(itertools.islice(data.overlays.items(), _MOST_PICTURES))
     rows = (_slide(row, pictured.get(row["slide_id"])) for row in data.slides)
     left = len(data.overlays) - len(pictured)
-    note = f"<p>{left} more slides have their picture as heatmaps/&lt;slide&gt;.png alone.</p>\n" if left else ""
+    note = f"<p>The pictures of {left} more slides are in heatmaps/&lt;slide&gt;.png only.</p>\n" if left else ""
     return page.section("Slides", page.table(heads, rows) + note)
 
 
@@ -209,12 +210,12 @@ def _slide(row: Mapping[str, Any], overlay: Path | None) -> str:
     remarks = "; ".join(filter(None, (row["status"], row.get("note", ""))))
     truth = {"1": "tumour", "0": "normal"}.get(_cell(row, "label"), page.NO_VALUE)
     lesions = _cell(row, "n_lesions")
-    found = lesions if lesions in (page.NO_VALUE, "0") else f"{_cell(row, 'n_found')} of {lesions}"
+    hits = lesions if lesions in (page.NO_VALUE, "0") else f"{_cell(row, 'n_found')} of {lesions}"
     cells = [
         truth,
         _cell(row, "score", "{:.3f}"),
         _cell(row, "n_detections"),
-        page.NO_VALUE if found == "0" else found,
+        page.NO_VALUE if hits == "0" else hits,
         _cell(row, "n_false_positives"),
         _cell(row, "n_tiles"),
         _cell(row, "seconds_wall", "{:.1f}"),
@@ -224,29 +225,29 @@ def _slide(row: Mapping[str, Any], overlay: Path | None) -> str:
 
 
 def _citation(data: ReportData, n_missing: int) -> str:
-    """Return the numbers as a sentence that can be quoted, and what belongs to it."""
+    """Return a section with the results as a sentence to quote, and notes on how to cite them."""
     m = data.metrics
     settings = ("geometry.convention", "inference.engine", "inference.stride")
     lesions = f"{_count(m, 'froc.n_slides', 'slide')}, {_count(m, 'froc.n_lesions', 'lesion')}"
     slides = f"{_count(m, 'roc.n_tumour', 'tumour slide')}, {_count(m, 'roc.n_normal', 'normal slide')}"
     scores = {
-        "froc.score": f"FROC score {_told(m, 'froc.score')} (official CAMELYON16 scoring, {lesions})",
-        "froc.strict_score": f"strict {_told(m, 'froc.strict_score')}",
-        "roc.auc": f"slide AUC {_told(m, 'roc.auc')} ({slides})",
+        "froc.score": f"FROC score {_with_interval(m, 'froc.score')} (official CAMELYON16 scoring, {lesions})",
+        "froc.strict_score": f"strict {_with_interval(m, 'froc.strict_score')}",
+        "roc.auc": f"slide AUC {_with_interval(m, 'roc.auc')} ({slides})",
         "throughput.core_hours": f"{_short(m, 'throughput.core_hours')} core-hours",
     }
     parts = [
-        *(told for name, told in scores.items() if _defined(m, name)),
+        *(text for name, text in scores.items() if _defined(m, name)),
         *(f"{name} {data.settings[name]}" for name in settings),
         f"wsiflow {data.versions['wsiflow']}, plan {data.plan_hash[:12]}",
         *([f"PARTIAL: {n_missing} missing"] if n_missing else []),
     ]
     notes = [
         "Name the mode of a FROC score. <i>Official</i> follows the challenge's evaluator digit for digit, with its "
-        "defects; <i>strict</i> mends them. Compare like with like.",
-        "Give the interval. The one of FROC is a bootstrap over slides, the one of the AUC follows DeLong; both 95 %.",
-        "Give the plan's hash: it stands for the slides, the tiles and every setting that can change a number.",
-        "Cost counts what the run that wrote these scores executed, on its own machine; name the processor.",
+        "defects; <i>strict</i> corrects them. Compare scores of one mode only.",
+        "Give the 95 % interval. That of FROC is a bootstrap over slides, that of the AUC follows DeLong.",
+        "Give the hash of the plan: it identifies the slides, the tiles and every setting that can change a number.",
+        "Cost counts the work of the run that wrote these scores, on its machine; name the processor.",
         "Sources: Ehteshami Bejnordi et al., JAMA 2017;318:2199 (CAMELYON16 and its FROC score); "
         "DeLong et al., Biometrics 1988;44:837 (variance of the AUC); "
         "Li, Mikailov, Chen, IEEE Trans. AI 2023, doi 10.1109/TAI.2023.3246032 (the reference system).",
@@ -265,7 +266,7 @@ def _defined(metrics: Mapping[str, float], name: str) -> bool:
 
 
 def _scored(metrics: Mapping[str, float], name: str) -> tuple[str, str]:
-    """Return a score and its interval as texts."""
+    """Return a score and a remark on its interval as texts; a dash and the reason where it is not defined."""
     if not _defined(metrics, name):
         return page.NO_VALUE, _NO_TRUTH
     low, high = metrics[f"{name}_ci_low"], metrics[f"{name}_ci_high"]
@@ -273,7 +274,7 @@ def _scored(metrics: Mapping[str, float], name: str) -> tuple[str, str]:
     return f"{metrics[name]:.3f}", interval
 
 
-def _told(metrics: Mapping[str, float], name: str) -> str:
+def _with_interval(metrics: Mapping[str, float], name: str) -> str:
     score, interval = _scored(metrics, name)
     return f"{score} [{interval}]"
 
@@ -284,7 +285,7 @@ def _count(metrics: Mapping[str, float], name: str, what: str) -> str:
 
 
 def _short(metrics: Mapping[str, float], name: str) -> str:
-    """Return three digits, or more before the point where there are."""
+    """Return a metric with three significant digits, or without decimals from 100 on."""
     value = metrics[name]
     if not math.isfinite(value):
         return page.NO_VALUE
@@ -300,7 +301,7 @@ def _number(value: float) -> str:
 
 
 def _cell(row: Mapping[str, Any], name: str, form: str = "") -> str:
-    """Return a cell's text, in the form given, or the sign for no value."""
+    """Return the text of a table cell, formatted by ``form`` where it is given; a dash where there is no value."""
     value = row.get(name)
     if value is None or value == "" or value != value:  # NaN
         return page.NO_VALUE

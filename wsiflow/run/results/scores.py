@@ -1,4 +1,4 @@
-"""The scores of a run: judged, published under a key of their own, and shown."""
+"""Score a run: match its slides, publish the scores under a key of their own, and show the latest ones."""
 
 import json
 import math
@@ -28,122 +28,128 @@ from wsiflow.system.faults import unreadable
 from wsiflow.system.provenance import facts
 
 
-class Evaluated(NamedTuple):
-    """What was scored: the key of settings, detections and truth, and where its published files lie."""
+class PublishedScores(NamedTuple):
+    """The key of published scores (of settings, detections and truth), and the folder of their files."""
 
     key: str
     folder: Path
 
 
-class Judgement(NamedTuple):
-    """What there is to score.
+class ScoringInput(NamedTuple):
+    """The slides to score.
 
     Attributes:
-        key: What identifies settings, detections and truth of the slides that can be scored.
-        slides: What was judged; None where the scores are published already.
-        faults: What is wrong with the slides that cannot be scored.
+        key: Hash of settings, detections and truth of the slides that can be scored.
+        slides: The matched slides; None where the scores are published already.
+        faults: Faults of the slides that cannot be scored, by slide id.
     """
 
     key: str
-    slides: list[evaluate.Judged] | None
+    slides: list[evaluate.MatchedSlide] | None
     faults: Mapping[str, WsiflowError]
 
 
 _SCORES = ("scores.json", "cases.csv", "froc.json", "roc.json", "matches.json", "froc.png", "roc.png")
 
 
-def judge(root: Path, config: RunConfig, made: Plan, statuses: Sequence[Status]) -> Judgement:
-    """Judge the slides that have results, unless their scores are published.
+def prepare_scoring(root: Path, config: RunConfig, plan: Plan, statuses: Sequence[Status]) -> ScoringInput:
+    """Match the slides that have results with their truth, unless their scores are published already.
 
-    Scores follow the detections and the truth: a slide that joins or a corrected outline gives other scores under
-    another key, and never touches the former ones. Truth that broke after its slide was planned costs no other slide.
+    The key of scores depends on detections and truth: an added slide or a corrected outline leads to other scores under
+    another key, and earlier scores stay as they are. A truth that can no longer be read fails its own slide only.
+
+    Args:
+        root: The run's folder.
+        config: The run's configuration.
+        plan: The run's plan.
+        statuses: Status of every slide.
     """
     cases = {case.slide_id: case for case in read_cases(publish.generations(root, "cases.json")[-1])[1]}
     good = {status.slide_id for status in statuses if not status.exit_code}
-    planned = {one.slide_id: i for i, one in enumerate(made.slides) if one.slide_id in good}
+    planned = {one.slide_id: i for i, one in enumerate(plan.slides) if one.slide_id in good}
     truth, faults = _truth_sha256([cases[slide_id] for slide_id in planned], config)
     slides = {slide_id: i for slide_id, i in planned.items() if slide_id in truth}
-    key = _scores_key(root, made, slides, cases, truth)
+    key = _scores_key(root, plan, slides, cases, truth)
     if all(publish.done_if_present(root, f"evaluations/{key[:12]}/{name}", key) is not None for name in _SCORES):
-        return Judgement(key, None, faults)
-    readers = {slide_id: partial(_found, root, made, i, cases[slide_id], config) for slide_id, i in slides.items()}
-    judged, wrong = evaluate.judge_all(readers, config.evaluation)
+        return ScoringInput(key, None, faults)
+    readers = {slide_id: partial(_evidence, root, plan, i, cases[slide_id], config) for slide_id, i in slides.items()}
+    matched, wrong = evaluate.match_slides(readers, config.evaluation)
     if wrong:
-        kept = {slide_id: i for slide_id, i in slides.items() if slide_id in judged}
-        key = _scores_key(root, made, kept, cases, truth)
-    return Judgement(key, list(judged.values()), faults | wrong)
+        kept = {slide_id: i for slide_id, i in slides.items() if slide_id in matched}
+        key = _scores_key(root, plan, kept, cases, truth)
+    return ScoringInput(key, list(matched.values()), faults | wrong)
 
 
 def _scores_key(
     root: Path,
-    made: Plan,
+    plan: Plan,
     slides: Mapping[str, int],
     cases: Mapping[str, Case],
     truth: Mapping[str, list[Any]],
 ) -> str:
     return publish.key_of(
-        settings=made.settings.numbers(),
-        detections=[published_receipt(root, made, detect.STAGE, i)["sha256"] for i in slides.values()],
+        settings=plan.settings.numbers(),
+        detections=[published_receipt(root, plan, detect.STAGE, i)["sha256"] for i in slides.values()],
         truth=[[slide_id, *truth[slide_id]] for slide_id in slides],
-        patients=[cases[slide_id].patient_id for slide_id in slides],  # whose slides are drawn together
+        patients=[cases[slide_id].patient_id for slide_id in slides],  # slides of one patient are resampled together
     )
 
 
-def publish_scores(root: Path, view: str, config: RunConfig, judged: Judgement) -> Evaluated:
-    """Publish scores and curves under ``evaluations/<key>``, or find them, and show the latest under ``view``."""
-    evaluated = Evaluated(judged.key, root / "evaluations" / judged.key[:12])
-    if judged.slides is not None:
-        scores = evaluate.evaluate_judged(judged.slides, config.evaluation, seed=config.seed)
+def publish_scores(root: Path, view: str, config: RunConfig, scoring: ScoringInput) -> PublishedScores:
+    """Publish scores and curves under ``evaluations/<key>`` unless they exist, and copy them to the folder ``view``."""
+    published = PublishedScores(scoring.key, root / "evaluations" / scoring.key[:12])
+    if scoring.slides is not None:
+        scores = evaluate.evaluate_matched(scoring.slides, config.evaluation, seed=config.seed)
         documents = {name: text.encode() for name, text in evaluate.documents(scores).items()}
         documents["scores.json"] = documents.pop("summary.json")
         documents |= {"froc.png": report.froc_figure(scores.froc), "roc.png": report.roc_figure(scores.roc)}
         for name in _SCORES:
-            published = f"evaluations/{judged.key[:12]}/{name}"
-            publish.publish_bytes(root, published, documents[name], judged.key, facts("evaluation", ""))
+            path = f"evaluations/{scoring.key[:12]}/{name}"
+            publish.publish_bytes(root, path, documents[name], scoring.key, facts("evaluation", ""))
     for name in _SCORES[1:]:
-        publish.write_view(root, f"{view}/{name}", (evaluated.folder / name).read_bytes())
-    return evaluated
+        publish.write_view(root, f"{view}/{name}", (published.folder / name).read_bytes())
+    return published
 
 
-def summarise(root: Path, view: str, evaluated: Evaluated, work: Mapping[str, float]) -> dict[str, float]:
-    """Write ``summary.json``, scores and work by name, and return it; what is not defined is null there, NaN here."""
-    scores = read_metrics(evaluated.folder / "scores.json")
+def summarise(root: Path, view: str, published: PublishedScores, work: Mapping[str, float]) -> dict[str, float]:
+    """Write scores and work metrics as ``summary.json``, undefined ones as null, and return them by name."""
+    scores = read_metrics(published.folder / "scores.json")
     publish.write_view(root, f"{view}/summary.json", tables.json_text({**scores, **work}).encode())
     return scores | dict(work)
 
 
 def former_metrics(root: Path, view: str) -> dict[str, float]:
-    """Return the metrics of an earlier start, nothing where there are none."""
+    """Return the metrics of an earlier start of the run by name; empty where there are none."""
     paths = [root / name / "summary.json" for name in (view, FORMER)]
     return next((read_metrics(path) for path in paths if path.exists()), {})
 
 
 def read_metrics(path: Path) -> dict[str, float]:
-    """Read metrics by name; what is null there is NaN here."""
-    found = json.loads(path.read_text(encoding="utf-8"))
-    return {name: math.nan if value is None else value for name, value in found.items()}
+    """Read metrics by name from JSON; null becomes NaN."""
+    metrics = json.loads(path.read_text(encoding="utf-8"))
+    return {name: math.nan if value is None else value for name, value in metrics.items()}
 
 
-def _found(root: Path, made: Plan, index: int, case: Case, config: RunConfig) -> evaluate.Evidence:
-    """Return what one slide is scored by; its score is the highest probability on its heatmap."""
-    detections = read_detections(root / detect.STAGE.product_of(made, index))
+def _evidence(root: Path, plan: Plan, index: int, case: Case, config: RunConfig) -> evaluate.Evidence:
+    """Read the evidence of a slide from the run's folder; its score is the highest probability on its heatmap."""
+    detections = read_detections(root / detect.STAGE.product_of(plan, index))
     return evidence(
-        made.slides[index], case, config, detections, published_receipt(root, made, stitch.STAGE, index)["score"]
+        plan.slides[index], case, config, detections, published_receipt(root, plan, stitch.STAGE, index)["score"]
     )
 
 
 def evidence(
     planned: SlidePlan, case: Case, config: RunConfig, detections: NDArray[np.float64], score: float
 ) -> evaluate.Evidence:
-    """Return what a slide is scored by.
+    """Read the truth of a slide and return the evidence by which the slide is scored.
 
     Args:
-        planned: The slide.
-        case: The same in the manifest.
-        config: How it is scored.
+        planned: The slide in the plan.
+        case: The slide in the manifest.
+        config: The run's configuration.
         detections: float64 (n, 3): prob, x, y in level-0 px, as `wsiflow.evaluation.detections.read_detections`
             returns them.
-        score: How likely the slide holds tumour.
+        score: Slide score; higher means more likely tumour.
     """
     return evaluate.Evidence(
         slide_id=planned.slide_id,
@@ -156,11 +162,11 @@ def evidence(
 
 
 def _truth_sha256(cases: Sequence[Case], config: RunConfig) -> tuple[dict[str, list[Any]], dict[str, WsiflowError]]:
-    """Return label and hashes of each slide's truth, and what is wrong where it cannot be read, both by slide.
+    """Return label and file hashes of each slide's truth, and faults of unreadable files, both by slide id.
 
-    What a slide has that counts for nothing is hashed as far as that is possible.
+    An unreadable file of a slide that the protocol excludes is no fault, and its hash is None.
     """
-    found: dict[str, list[Any]] = {}
+    truth: dict[str, list[Any]] = {}
     faults: dict[str, WsiflowError] = {}
     for case in cases:
         hashes: list[str | None] = []
@@ -170,19 +176,29 @@ def _truth_sha256(cases: Sequence[Case], config: RunConfig) -> tuple[dict[str, l
             except OSError as error:
                 hashes.append(None)
                 if config.evaluation.excluded(case.slide_id) != "all":
-                    told = unreadable(error, "its truth", "correct the path", path=path or "")
-                    faults[case.slide_id] = told.about(slide=case.slide_id, stage="evaluation")
+                    fault = unreadable(error, "its truth", "correct the path", path=path or "")
+                    faults[case.slide_id] = fault.about(slide=case.slide_id, stage="evaluation")
         if case.slide_id not in faults:
-            found[case.slide_id] = [case.label, *hashes]
-    return found, faults
+            truth[case.slide_id] = [case.label, *hashes]
+    return truth, faults
 
 
-def published_receipt(root: Path, made: Plan, stage: Stage, index: int) -> publish.Receipt:
-    """Return the receipt of what a task has published, which must be what the plan asks for."""
-    name = stage.product_of(made, index)
-    receipt, wanted = receipt_of(root, name), stage.key_of(root, made, index)
-    if receipt["key"] != wanted:
-        cause = f"it was published under the key {receipt['key'][:12]}, and the plan asks for {wanted[:12]}"
+def published_receipt(root: Path, plan: Plan, stage: Stage, index: int) -> publish.Receipt:
+    """Return the receipt of the file that a task has published.
+
+    Args:
+        root: The run's folder.
+        plan: The run's plan.
+        stage: The stage of the task.
+        index: The task's place in its stage.
+
+    Raises:
+        IntegrityError: The file has no receipt, or another key than the planned one.
+    """
+    name = stage.product_of(plan, index)
+    receipt, planned_key = receipt_of(root, name), stage.key_of(root, plan, index)
+    if receipt["key"] != planned_key:
+        cause = f"it was published under the key {receipt['key'][:12]}, and the plan requires {planned_key[:12]}"
         raise IntegrityError(cause, "choose another out= folder", path=root / name)
     return receipt
 
