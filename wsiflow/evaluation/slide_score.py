@@ -9,7 +9,7 @@ table of scores has the header ``slide_id,score``, the format of `detections.rea
 
 import math
 import statistics
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
