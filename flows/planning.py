@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     about = "What a run will take: slides, tasks, disk, memory, core-hours, and time on any number of workers."
-    parser = argparse.ArgumentParser(prog="wsiflow plan", description=about)
+    parser = argparse.ArgumentParser(prog="wsiflow plan", description=about, epilog=logs.OPTIONS)
     parser.add_argument("overrides", nargs="*", help="as for wsiflow run")
     parser.add_argument("--workers", type=_numbers, help="numbers of workers to simulate: 1,16,256 (the run's own)")
     parser.add_argument("--scheduler", choices=SCHEDULERS, help="what starts them (the run's own)")

@@ -54,7 +54,9 @@ def main(arguments: Sequence[str]) -> int:
 def _retry(arguments: Sequence[str]) -> int:
     """Start a run again with the configuration in its folder."""
     parser = argparse.ArgumentParser(
-        prog="wsiflow retry", description="Start a run again as its folder says: does what is lacking."
+        prog="wsiflow retry",
+        description="Start a run again as its folder says: does what is missing.",
+        epilog=logs.OPTIONS,
     )
     parser.add_argument("run", type=Path)
     root = parser.parse_args(arguments).run
