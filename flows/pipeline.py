@@ -55,7 +55,7 @@ def pipeline(config: RunConfig) -> finish.Summary:
         SlidesFailedError: Slides have no result, so that the flow shows as failed.
     """
     with reported.records():
-        summary = line(config, _as_task, [reported.Progress(config.name)])
+        summary = line(config, _as_task, [reported.PageView(config.name)])
     if not summary.metrics:
         raise SlidesFailedError(summary)
     return summary

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import cast
 from uuid import UUID
 
 import httpx
@@ -45,7 +46,7 @@ def _is_of_run(_record: logging.LogRecord) -> bool:
     return FlowRunContext.get() is not None or TaskRunContext.get() is not None
 
 
-class Progress:
+class PageView:
     """A progress artifact of the flow run in whose context it is shown first."""
 
     first_s, wants_end = 0.0, True
@@ -64,7 +65,7 @@ class Progress:
         percent, text = 100 * snapshot.share, f"{self._name}: {snapshot.as_text()}"
         try:
             if self._artifact is None:
-                self._artifact = create_progress_artifact(percent, key=_KEY, description=text)
+                self._artifact = cast("UUID", create_progress_artifact(percent, key=_KEY, description=text))
             else:
                 update_progress_artifact(self._artifact, percent, description=text)
         except (httpx.HTTPError, RuntimeError):

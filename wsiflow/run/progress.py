@@ -117,8 +117,8 @@ class Follower:
         return Snapshot({"ingest": (ingested(self._root, slides), len(slides))})
 
 
-class _Attempt(NamedTuple):
-    """An attempt that published something: when it began and ended, at which stage of which slide."""
+class _EndedTask(NamedTuple):
+    """A task that published something: when it began and ended, at which stage of which slide."""
 
     began_s: float
     ended_s: float
@@ -137,7 +137,7 @@ class _Planned:
             for stage, slides in self._census.planned.items()
         }
         self._failed: set[int] = set()  # they go no further, until somebody starts the run again
-        self._attempts: list[_Attempt] = []
+        self._attempts: list[_EndedTask] = []
 
     def hear(self, rows: Iterable[Mapping[str, Any]], since: str) -> None:
         """Take in what was noted of attempts since a moment."""
@@ -151,7 +151,7 @@ class _Planned:
                 self._failed.add(slide)
             elif row["exit_class"] == "ok":
                 began_s, ended_s = (datetime.fromisoformat(row[name]).timestamp() for name in ("started", "ended"))
-                self._attempts.append(_Attempt(began_s, ended_s, row["stage"], slide))
+                self._attempts.append(_EndedTask(began_s, ended_s, row["stage"], slide))
         begin_s = max((one.ended_s for one in self._attempts), default=0.0) - _WINDOW_S
         self._attempts = [one for one in self._attempts if one.ended_s > begin_s]
 
@@ -209,7 +209,7 @@ class _Planned:
         return tiles / _span_s(scoring) if scoring else None, done_s / _span_s(self._attempts)
 
 
-def _span_s(attempts: Sequence[_Attempt]) -> float:
+def _span_s(attempts: Sequence[_EndedTask]) -> float:
     """Return the seconds over which attempts count: from the start of the first, if that is recent, to the last end."""
     span_s = max(one.ended_s for one in attempts) - min(one.began_s for one in attempts)
     return min(_WINDOW_S, max(_TICK_S, span_s))
