@@ -23,7 +23,7 @@ from wsiflow.run.stages.line import ROUGH
 from wsiflow.system import publish
 from wsiflow.system.machine import allocated_cores, limit_threads
 
-from . import logs, stopping, terminal
+from . import logs, progress, stopping, terminal
 from .cluster import workers
 
 _GROUPS = {"slurm": "slurm_array", "sge": "sge_array"}
@@ -96,7 +96,7 @@ def _scheduler(config: RunConfig) -> str:
 def make(config: RunConfig, *, calibrate: bool) -> Path:
     """Make the plan of a run, as the run itself would, and measure costs if that is asked for."""
     limit_threads(config.executor.threads)
-    with logs.shown(), stopping.telling(lambda: ledger.told([config.out])):
+    with logs.shown(), stopping.telling(lambda: ledger.told([config.out])), progress.shown(config.out):
         return _made(config, calibrate=calibrate)
 
 
