@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import stopping, terminal
+from . import logs, stopping, terminal
 
 _COMPOSED = {"plan", "run", "retry"}
 
@@ -23,15 +23,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     give_streams()
     give_home()
     try:
+        arguments, level = logs.without_options(arguments)
         if arguments[:1] == ["element"]:  # ended by its scheduler, which knows what signals mean
-            return _call(arguments)
-        return stopping.run(lambda: _call(arguments))
+            return _call(arguments, level)
+        return stopping.run(lambda: _call(arguments, level))
     finally:
         terminal.flush()
 
 
-def _call(arguments: Sequence[str]) -> int:
-    """Do what the command line asks for."""
+def _call(arguments: Sequence[str], level: str) -> int:
+    """Do what the command line asks for, and show what is logged from a level on."""
+
+    def command() -> int:
+        with logs.shown(level):
+            return _command(arguments)
+
+    return terminal.bounded(command)
+
+
+def _command(arguments: Sequence[str]) -> int:
     if arguments and arguments[0] in _COMPOSED:
         from . import run
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from wsiflow import __version__
 
-from . import commands
+from . import commands, logs
 from .terminal import bounded
 
 
@@ -25,7 +25,7 @@ def main(argv: Sequence[str], answer: Callable[..., Any] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="wsiflow", description="Test AI on whole-slide images.")
+    parser = argparse.ArgumentParser(prog="wsiflow", description="Test AI on whole-slide images.", epilog=logs.OPTIONS)
     parser.add_argument("--version", action="version", version=f"wsiflow {__version__}")
     names = parser.add_subparsers(required=True, metavar="COMMAND")
 

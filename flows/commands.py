@@ -100,9 +100,10 @@ def _no_run(root: Path) -> tuple[str, str]:
 
 def _planned_told(root: Path, path: Path, n_looked: int) -> list[str]:
     """Say how far each stage of a planned run has come, and return what it still lacks."""
-    from wsiflow.run import ledger
+    from wsiflow.run import ledger, progress
+    from wsiflow.run.executor import driver
     from wsiflow.run.plan import read_plan
-    from wsiflow.run.stages.line import STAGES, census
+    from wsiflow.run.stages.line import STAGES
 
     made = read_plan(path)
     balance = ledger.balance(root, made)
@@ -111,7 +112,9 @@ def _planned_told(root: Path, path: Path, n_looked: int) -> list[str]:
         f"planned {balance.planned} = published {balance.published} + quarantined {balance.quarantined}"
         f" + not done {balance.failed}"
     )
-    found = {"ingest": (n_looked, len(made.slides) + len(made.rejected)), **census(root, made)}
+    reached = progress.snapshot(root, made, driver.running_since(root))
+    say(reached.as_text())
+    found = {"ingest": (n_looked, len(made.slides) + len(made.rejected)), **reached.stages}
     found["evaluation"] = (int(_is_evaluated(root, made)), 1)
     for stage, (done, planned) in found.items():
         say(f"  {stage} {done:,} of {planned:,}")

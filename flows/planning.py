@@ -23,7 +23,7 @@ from wsiflow.run.stages.line import ROUGH
 from wsiflow.system import publish
 from wsiflow.system.machine import allocated_cores, limit_threads
 
-from . import stopping, terminal
+from . import logs, progress, stopping, terminal
 from .cluster import workers
 
 _GROUPS = {"slurm": "slurm_array", "sge": "sge_array"}
@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     about = "What a run will take: slides, tasks, disk, memory, core-hours, and time on any number of workers."
-    parser = argparse.ArgumentParser(prog="wsiflow plan", description=about)
+    parser = argparse.ArgumentParser(prog="wsiflow plan", description=about, epilog=logs.OPTIONS)
     parser.add_argument("overrides", nargs="*", help="as for wsiflow run")
     parser.add_argument("--workers", type=_numbers, help="numbers of workers to simulate: 1,16,256 (the run's own)")
     parser.add_argument("--scheduler", choices=SCHEDULERS, help="what starts them (the run's own)")
@@ -96,7 +96,7 @@ def _scheduler(config: RunConfig) -> str:
 def make(config: RunConfig, *, calibrate: bool) -> Path:
     """Make the plan of a run, as the run itself would, and measure costs if that is asked for."""
     limit_threads(config.executor.threads)
-    with stopping.telling(lambda: ledger.told([config.out])):
+    with logs.shown(), stopping.telling(lambda: ledger.told([config.out])), progress.shown(config.out):
         return _made(config, calibrate=calibrate)
 
 
@@ -105,7 +105,7 @@ def _made(config: RunConfig, *, calibrate: bool) -> Path:
     with workers(config.executor, config.out) as pool:
         told = shards.choose(pool, cases)
         if told:
-            terminal.say(told)
+            logs.note(told)
         wanted = range(len(shards.case_sizes(cases)))
         plan_path = ingest.make_plan(cases, shards.ingest_shard(pool, cases, wanted))
         if calibrate:

@@ -22,7 +22,7 @@ from wsiflow.run.stages import ingest
 from wsiflow.system.machine import limit_threads
 from wsiflow.system.paths import is_same
 
-from . import overrides, stopping, sweep, terminal
+from . import logs, overrides, stopping, sweep, terminal
 from .compose import to_config
 
 _ENVIRONMENT = {
@@ -54,7 +54,9 @@ def main(arguments: Sequence[str]) -> int:
 def _retry(arguments: Sequence[str]) -> int:
     """Start a run again with the configuration in its folder."""
     parser = argparse.ArgumentParser(
-        prog="wsiflow retry", description="Start a run again as its folder says: does what is lacking."
+        prog="wsiflow retry",
+        description="Start a run again as its folder says: does what is missing.",
+        epilog=logs.OPTIONS,
     )
     parser.add_argument("run", type=Path)
     root = parser.parse_args(arguments).run
@@ -149,7 +151,7 @@ def _compose_and_run(composed: DictConfig) -> float | None:
 
 def start(config: RunConfig) -> Summary:
     """Run the line, through Prefect or directly."""
-    with stopping.telling(lambda: ledger.told([config.out])):
+    with logs.shown(), stopping.telling(lambda: ledger.told([config.out])):
         from .line import direct, finished
 
         limit_threads(config.executor.threads)
@@ -160,7 +162,7 @@ def start(config: RunConfig) -> Summary:
         from .server import chosen_server
 
         with ExitStack() as server:
-            terminal.say(server.enter_context(chosen_server()))
+            logs.note(server.enter_context(chosen_server()))
             with stopping.at_stop(server.close):
                 return as_flow(config, config.name)
 

@@ -7,6 +7,7 @@ run started again does not look at a slide twice. Only overviews are read here; 
 import base64
 import dataclasses
 import json
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -33,6 +34,8 @@ from wsiflow.slides import content, slide
 from wsiflow.slides.manifest import Case
 from wsiflow.system import publish
 from wsiflow.system.provenance import facts
+
+_logger = logging.getLogger(__name__)
 
 
 def ingest(source: Path, index: int) -> tuple[publish.Receipt, bool]:
@@ -314,7 +317,10 @@ def make_plan(source: Path, outcomes: Sequence[Outcome]) -> Path:
         "beyond": config.dense.beyond,
         "told": settled["told"],
     }
-    return publish_plan(root, Plan(_settings(root, config), work, slides, rejected))
+    planned = Plan(_settings(root, config), work, slides, rejected)
+    tiles, counts = sum(one.n_tiles for one in slides), (len(slides), len(rejected))
+    _logger.info("plan: %d slides, %d rejected, %d tissue tiles in %d groups", *counts, tiles, planned.n_groups)
+    return publish_plan(root, planned)
 
 
 def _settings(root: Path, config: RunConfig) -> dict[str, Any]:
