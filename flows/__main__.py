@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import cli, stopping, terminal
+from . import cli, logs, stopping, terminal
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -21,11 +21,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     give_streams()
     give_home()
     try:
+        arguments, level = logs.without_options(arguments)
         if arguments[:1] == ["element"]:  # ended by its scheduler, which knows what signals mean
-            return cli.main(arguments)
-        return stopping.run(lambda: cli.main(arguments))
+            return _call(arguments, level)
+        return stopping.run(lambda: _call(arguments, level))
     finally:
         terminal.flush()
+
+
+def _call(arguments: Sequence[str], level: str) -> int:
+    """Do what the command line asks for, and show what is logged from a level on."""
+
+    def command() -> int:
+        with logs.shown(level):
+            return cli.main(arguments)
+
+    return terminal.bounded(command)
 
 
 def give_streams() -> None:

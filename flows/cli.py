@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from wsiflow import __version__
 
+from . import logs
 from .commands import COMMANDS, Module
 from .terminal import bounded
 
@@ -27,14 +28,14 @@ def read(words: Sequence[str]) -> tuple[Module, Namespace]:
         first.error(f"unrecognized arguments: {words[0]}")
     command = COMMANDS[name]
     module = command.load()
-    parser = ArgumentParser(prog=f"wsiflow {name}", description=command.about)
+    parser = ArgumentParser(prog=f"wsiflow {name}", description=command.about, epilog=logs.OPTIONS)
     module.add_options(parser)
     return module, command.parse(parser, words[1:])
 
 
 def _parser() -> ArgumentParser:
     """Return a parser that knows the commands by name."""
-    parser = ArgumentParser(prog="wsiflow", description="Test AI on whole-slide images.")
+    parser = ArgumentParser(prog="wsiflow", description="Test AI on whole-slide images.", epilog=logs.OPTIONS)
     parser.add_argument("--version", action="version", version=f"wsiflow {__version__}")
     names = parser.add_subparsers(required=True, metavar="COMMAND", dest="name")
     for command in COMMANDS.values():

@@ -3,6 +3,7 @@
 Who starts a shard's work is handed in: threads here, Prefect's tasks in `pipeline`.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
@@ -17,7 +18,7 @@ from wsiflow.run.executor.protocol import Executor, Outcome, Slice, Work
 from wsiflow.run.results import finish
 from wsiflow.run.stages import ingest
 
-from . import terminal
+from . import logs, progress
 from .cluster import workers
 
 Pool = Callable[[ExecutorParams, Path], AbstractContextManager[Executor]]
@@ -26,11 +27,20 @@ Pool = Callable[[ExecutorParams, Path], AbstractContextManager[Executor]]
 Submit = Callable[..., Any]
 """``submit(name, function, *args)`` starts a call and returns its future."""
 
+Note = Callable[[str, int], None]
+"""``note(text, level)`` says something on the way, see `flows.logs.note`."""
 
-def line(config: RunConfig, submit: Submit) -> finish.Summary:
-    """Run everything, with ``submit`` starting each shard's work, and note who does."""
-    with driver.noted(config.out) as ended:
-        summary = _line(config, submit, workers, terminal.say)
+
+def line(config: RunConfig, submit: Submit, views: Sequence[progress.View] = ()) -> finish.Summary:
+    """Run everything, with ``submit`` starting each shard's work, and note who does.
+
+    Args:
+        config: The configuration.
+        submit: Starts a call.
+        views: Who is shown the progress besides the user.
+    """
+    with driver.noted(config.out) as ended, progress.shown(config.out, views):
+        summary = _line(config, submit, workers, logs.note)
         ended["exit_code"] = summary.exit_code
     return summary
 
@@ -40,29 +50,28 @@ def finished(config: RunConfig) -> finish.Summary | None:
 
     It takes neither workers nor an orchestrator to see that.
     """
-    said: list[str] = []
+    notes: list[tuple[str, int]] = []
     try:
-        summary = _line(config, _at_once, _nobody, said.append)
+        summary = _line(config, _at_once, _nobody, lambda *note: notes.append(note))
     except _WorkLeftError:
         return None  # whoever does it says all of that again
-    for sentence in said:
-        terminal.say(sentence)
+    for note in notes:
+        logs.note(*note)
     return summary
 
 
-def _line(config: RunConfig, submit: Submit, pool_of: Pool, say: Callable[[str], None]) -> finish.Summary:
+def _line(config: RunConfig, submit: Submit, pool_of: Pool, note: Note) -> finish.Summary:
     clock = finish.Clock(config)
     cases = shards.begin(config)
     with pool_of(config.executor, config.out) as pool:
-        told = shards.choose(pool, cases)
-        if told:
-            say(told)
+        if choice := shards.choose(pool, cases):
+            note(choice, logging.INFO)
         wanted = shards.cut(shards.case_sizes(cases), config.shard_slides)
         ingested = [submit(f"ingest {i}", shards.ingest_shard, pool, cases, part) for i, part in enumerate(wanted, 1)]
         plan_path = ingest.make_plan(cases, [outcome for future in ingested for outcome in future.result()])
         finish.set_aside(plan_path)
-        for told in (*shards.rejections(plan_path), *shards.doubles(plan_path)):
-            say(told)
+        for warning in (*shards.rejections(plan_path), *shards.doubles(plan_path)):
+            note(warning, logging.WARNING)
         slice_s = config.executor.slice_s
         if slice_s:
             shards.measure_costs(pool, plan_path)
@@ -71,10 +80,10 @@ def _line(config: RunConfig, submit: Submit, pool_of: Pool, say: Callable[[str],
         futures = [
             submit(f"slides {i}", shards.line, pool, plan_path, part, slice_s) for i, part in enumerate(wanted, 1)
         ]
-        progress = [calibrated, *(future.result() for future in futures)]
-        for told in shards.advise(pool, plan_path):
-            say(told)
-    return finish.finish(config, plan_path, progress, clock)
+        ended = [calibrated, *(future.result() for future in futures)]
+        for advice in shards.advise(pool, plan_path):
+            note(advice, logging.WARNING)
+    return finish.finish(config, plan_path, ended, clock)
 
 
 class _WorkLeftError(Exception):

@@ -16,6 +16,7 @@ from wsiflow.run import shards
 from wsiflow.run.config import RunConfig
 from wsiflow.run.results import finish
 
+from . import reported
 from .line import line
 
 _TASK_RUNNER = cast("TaskRunner[PrefectFuture[Any]]", ThreadPoolTaskRunner(max_workers=shards.SIDE_BY_SIDE))
@@ -53,7 +54,8 @@ def pipeline(config: RunConfig) -> finish.Summary:
     Raises:
         SlidesFailedError: Slides have no result, so that the flow shows as failed.
     """
-    summary = line(config, _as_task)
+    with reported.records():
+        summary = line(config, _as_task, [reported.PageView(config.name)])
     if not summary.metrics:
         raise SlidesFailedError(summary)
     return summary

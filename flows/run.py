@@ -17,7 +17,7 @@ from wsiflow.run.config import RunConfig
 from wsiflow.run.results.finish import Summary
 from wsiflow.system.machine import limit_threads
 
-from . import overrides, stopping, sweep, terminal
+from . import logs, overrides, stopping, sweep, terminal
 from .compose import to_config
 
 _ENVIRONMENT = {
@@ -104,7 +104,7 @@ def _compose_and_run(composed: DictConfig) -> float | None:
 
 def start(config: RunConfig) -> Summary:
     """Run the line, through Prefect or directly."""
-    with stopping.telling(lambda: ledger.told([config.out])):
+    with logs.shown(), stopping.telling(lambda: ledger.told([config.out])):
         from .line import direct, finished
 
         limit_threads(config.executor.threads)
@@ -115,7 +115,7 @@ def start(config: RunConfig) -> Summary:
         from .server import chosen_server
 
         with ExitStack() as server:
-            terminal.say(server.enter_context(chosen_server()))
+            logs.note(server.enter_context(chosen_server()))
             with stopping.at_stop(server.close):
                 return as_flow(config, config.name)
 

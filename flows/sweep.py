@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import itertools
 import json
+import logging
 import os
 import re
 import shutil
@@ -32,7 +33,7 @@ from wsiflow.run import ledger, tracking
 from wsiflow.run.executor import jobs as array_jobs
 from wsiflow.system import processes
 
-from . import stopping, terminal
+from . import logs, stopping
 
 _VARIABLE = "WSIFLOW_SWEEP"
 _MARKS = ".trials"
@@ -147,10 +148,10 @@ def _begin_together(params: Mapping[str, Any], *, prefect: bool) -> None:
     from .server import chosen_server
 
     if prefect:
-        terminal.say(f"{_started.enter_context(chosen_server())}, for all trials")
+        logs.note(f"{_started.enter_context(chosen_server())}, for all trials")
     why_not = tracking.begin_sweep(tracking.TrackingParams.model_validate(params))
     if why_not:
-        terminal.say(f"MLflow: {why_not}")
+        logs.note(f"MLflow: {why_not}", logging.WARNING)
 
 
 def name_of(given: str | None, run: str, out: Path) -> str:
@@ -356,6 +357,11 @@ def ended(number: int, name: str, exit_code: int) -> None:
 def is_on() -> bool:
     """Tell whether there is a sweep."""
     return _VARIABLE in os.environ
+
+
+def is_of_another_process() -> bool:
+    """Tell whether this process does a trial of a sweep that another one drives: others may run at the same time."""
+    return is_on() and _shared()["pid"] != os.getpid()
 
 
 def end() -> list[Trial]:

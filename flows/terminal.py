@@ -23,6 +23,11 @@ def say(text: str) -> None:
     _write(sys.stdout, without_secrets(text))
 
 
+def remark(text: str) -> None:
+    """Tell the user something beside what a command answers, which scripts may read."""
+    _write(sys.stderr, without_secrets(text))
+
+
 def report(error: WsiflowError) -> int:
     """Tell the user what went wrong, in one line, and return the exit code."""
     _write(sys.stderr, f"wsiflow: {error}")

@@ -4,6 +4,8 @@ import os
 
 # Before NumPy and torch are imported anywhere: one thread, as the workers of a run have, and no reports to anyone.
 os.environ.update({"OMP_NUM_THREADS": "1", "DO_NOT_TRACK": "1", "MLFLOW_DISABLE_TELEMETRY": "true"})
+# How far a run is, is said as time goes by: what else it says must not depend on that.
+os.environ["WSIFLOW_PROGRESS_S"] = "0"
 
 import contextlib
 import fcntl

@@ -31,7 +31,7 @@ from wsiflow.run.stages.line import ROUGH
 from wsiflow.system import publish
 from wsiflow.system.machine import allocated_cores, limit_threads
 
-from .. import stopping
+from .. import logs, progress, stopping
 from ..cluster import workers
 from ..compose import compose_config
 from ..options import positives
@@ -97,7 +97,7 @@ def _scheduler(config: RunConfig) -> str:
 def _make_plan(config: RunConfig, *, calibrate: bool) -> Path:
     """Make the plan of a run, as the run itself would, and measure costs if that is asked for."""
     limit_threads(config.executor.threads)
-    with stopping.telling(lambda: ledger.told([config.out])):
+    with logs.shown(), stopping.telling(lambda: ledger.told([config.out])), progress.shown(config.out):
         return _ingest(config, calibrate=calibrate)
 
 
@@ -106,7 +106,7 @@ def _ingest(config: RunConfig, *, calibrate: bool) -> Path:
     with workers(config.executor, config.out) as pool:
         told = shards.choose(pool, cases)
         if told:
-            say(told)
+            logs.note(told)
         wanted = range(len(shards.case_sizes(cases)))
         plan_path = ingest.make_plan(cases, shards.ingest_shard(pool, cases, wanted))
         if calibrate:

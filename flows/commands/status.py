@@ -5,11 +5,11 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from wsiflow.errors import InputError
-from wsiflow.run import ledger
+from wsiflow.run import ledger, progress
 from wsiflow.run.executor import driver
 from wsiflow.run.plan import Plan, read_plan
 from wsiflow.run.stages import ingest
-from wsiflow.run.stages.line import STAGES, census, ingested
+from wsiflow.run.stages.line import STAGES, ingested
 from wsiflow.system import publish, tables
 
 from ..terminal import say
@@ -63,7 +63,9 @@ def _say_stages(root: Path, path: Path, n_ingested: int) -> list[str]:
         f"planned {balance.planned} = published {balance.published} + quarantined {balance.quarantined}"
         f" + not done {balance.failed}"
     )
-    counts = {"ingest": (n_ingested, len(plan.slides) + len(plan.rejected)), **census(root, plan)}
+    reached = progress.snapshot(root, plan, driver.running_since(root))
+    say(reached.as_text())
+    counts = {"ingest": (n_ingested, len(plan.slides) + len(plan.rejected)), **reached.stages}
     counts["evaluation"] = (int(_is_evaluated(root, plan)), 1)
     for stage, (done, planned) in counts.items():
         say(f"  {stage} {done:,} of {planned:,}")

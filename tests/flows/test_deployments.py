@@ -342,6 +342,10 @@ def test_a_worker_completes_what_the_form_says(finished: Finished) -> None:
     assert f"Folder: `{out}`" in shown["wsiflow-report"]
     assert (out / "report.html").exists()
     assert finished.children("run") == {"one": "COMPLETED"}
+    own = {"flow_runs": {"parent_flow_run_id": {"any_": [finished.runs["run"]]}}}
+    (line,) = finished.deployed.server.ask("flow_runs/filter", own)
+    records = finished.deployed.server.ask("logs/filter", {"logs": {"flow_run_id": {"any_": [line["id"]]}}})
+    assert "plan: 2 slides, 0 rejected" in str([record["message"] for record in records])
 
 
 def test_a_scheduled_run_starts(finished: Finished) -> None:

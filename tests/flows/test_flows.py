@@ -1,6 +1,8 @@
 """Prefect: a real server on loopback, and none at all."""
 
+import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -26,7 +28,8 @@ def test_a_run_is_one_flow_with_a_task_per_shard(server: PrefectServer, small_sl
     """Six slides in shards of two: three tasks to ingest them and three for the line, however many groups there are."""
     command = [BIN / "wsiflow", "run", *overrides(small_slides, tmp_path / "run")]
     command += ["tracking.uri='http://joe:canary@127.0.0.1:9/?token=canary'"]
-    done = subprocess.run(command, env=server.env, capture_output=True, text=True, check=False)
+    env = server.env | {"WSIFLOW_PROGRESS_S": "1"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert f"Prefect server: {server.url}" in done.stdout
     own = {"name": {"any_": ["watched"]}}
@@ -42,6 +45,22 @@ def test_a_run_is_one_flow_with_a_task_per_shard(server: PrefectServer, small_sl
     written = [path for path in (tmp_path / "run").rglob("*") if path.is_file() and b"canary" in path.read_bytes()]
     assert not written
     assert "canary" not in done.stdout + done.stderr
+    check_what_its_page_shows(server, flows[0]["id"])
+
+
+def check_what_its_page_shows(server: PrefectServer, flow_run_id: str) -> None:
+    """Its records, those of its tasks at the tasks, and how far it came."""
+    own = {"flow_run_id": {"any_": [flow_run_id]}}
+    (artifact,) = server.ask("artifacts/filter", {"artifacts": {**own, "key": {"any_": ["wsiflow-progress"]}}})
+    assert (artifact["type"], artifact["data"]) == ("progress", 100)
+    assert re.fullmatch(r"watched: 6 of 6 slides, ([\d,]+) of \1 tiles, [\d.,]+ tiles/s", artifact["description"])
+    records = server.ask("logs/filter", {"logs": own, "limit": 200})
+    steps = [record for record in records if record["name"].startswith("wsiflow.")]
+    assert min(record["level"] for record in steps) == logging.INFO
+    assert len([1 for step in steps if step["message"].startswith("plan: 6 slides, 0 rejected, ")]) == 1
+    shards = [step["task_run_id"] for step in steps if step["message"].startswith("shard done: 2 of its 2 slides")]
+    assert len(set(shards) - {None}) == len(shards) == 3
+    assert "canary" not in str(records)
 
 
 def test_a_user_without_a_home_gets_a_passing_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

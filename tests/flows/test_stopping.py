@@ -34,9 +34,12 @@ os.execvp(sys.argv[1], sys.argv[1:])
 
 
 class Running:
-    """A command in a session of its own, in the foreground of a terminal of its own."""
+    """A command in a session of its own, in the foreground of a terminal of its own.
 
-    def __init__(self, line: list[str], env: dict[str, str], folder: Path) -> None:
+    Standard error is a file, unless it is to be on the terminal too, as for people.
+    """
+
+    def __init__(self, line: list[str], env: dict[str, str], folder: Path, *, watched: bool = False) -> None:
         self._keyboard, terminal = os.openpty()
         self._errors = folder / "stderr"
         self._said: list[bytes] = []
@@ -45,7 +48,7 @@ class Running:
                 [sys.executable, "-c", _ON_A_TERMINAL, *line],
                 stdin=terminal,
                 stdout=terminal,
-                stderr=errors,
+                stderr=terminal if watched else errors,
                 env=env,
                 cwd=folder,
             )
@@ -112,8 +115,9 @@ def start(prefect_home: Path, tmp_path: Path) -> Iterator[Callable[..., Running]
     """Start commands on terminals; none outlives its test."""
     running: list[Running] = []
 
-    def begin(*arguments: str, **more: str) -> Running:
-        running.append(Running([str(BIN / "wsiflow"), *arguments], environment(prefect_home, **more), tmp_path))
+    def begin(*arguments: str, watched: bool = False, **more: str) -> Running:
+        env = environment(prefect_home, **more)
+        running.append(Running([str(BIN / "wsiflow"), *arguments], env, tmp_path, watched=watched))
         return running[-1]
 
     yield begin
@@ -135,6 +139,30 @@ def expected(small_slides: Path, tmp_path_factory: pytest.TempPathFactory) -> di
     out = tmp_path_factory.mktemp("undisturbed") / "run"
     assert command.main(["run", *many(small_slides, out)]) == 0
     return digests(out)
+
+
+WATCHED = {"TERM": "xterm", "WSIFLOW_PROGRESS_S": "1"}
+
+
+def assert_display_is_gone(running: Running, first: str) -> None:
+    """See that the progress was shown, and that a terminal has no trace of it, before what is printed at the end."""
+    assert re.search(r"predict .* of \d+.*0 of 1 slides, [\d,]+ of [\d,]+ tiles", running.said, re.DOTALL)
+    assert running.said.rindex("\x1b[?25h") > running.said.rindex("\x1b[?25l"), "the cursor is back"
+    lines, row, column = [""], 0, 0
+    for sign in re.findall(r"\x1b\[[?\d;]*[A-Za-z]|.", running.said, re.DOTALL):
+        if sign == "\x1b[1A":
+            row -= 1
+        elif sign == "\x1b[2K":
+            lines[row] = ""
+        elif sign == "\r":
+            column = 0
+        elif sign == "\n":
+            row += 1
+            lines += [""] * (row == len(lines))
+        elif len(sign) == 1:
+            lines[row] = lines[row][:column].ljust(column) + sign + lines[row][column + 1 :]
+            column += 1
+    assert next(line for line in lines if line).startswith(first), lines
 
 
 LINE = re.compile(r"stopped: (\d+) tasks done, (\d+) left; the same command goes on\n")
@@ -177,8 +205,19 @@ def test_a_signal_ends_a_run_with_one_line(
     assert left > 0
     assert "Traceback" not in running.said
     if is_continued:
-        assert start("run", *many(small_slides, out, *more)).end() == 0
+        running = start("run", *many(small_slides, out, *more), watched=True, **WATCHED)
+        assert running.end() == 0
         assert digests(out) == expected
+        assert_display_is_gone(running, "slides     1 of 1")
+
+
+def test_a_signal_leaves_no_display_behind(start: Callable[..., Running], small_slides: Path, tmp_path: Path) -> None:
+    """Where people watch: the one line, and the terminal as it was."""
+    running = start("run", *many(small_slides, tmp_path / "run", ENDLESS), watched=True, **WATCHED)
+    running.wait_for(lambda: "0 of 1 slides, " in running.said and "tiles/s" in running.said)
+    assert running.stop(signal.SIGINT) == 130
+    assert_display_is_gone(running, "stopped: ")
+    assert running.said.endswith("left; the same command goes on\r\n")
 
 
 @pytest.mark.parametrize(("scheduler", "orchestrator", "number"), [("slurm", "prefect", 2), ("sge", "none", 15)])

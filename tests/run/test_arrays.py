@@ -1,6 +1,7 @@
 """Array jobs on a real Slurm and a real Grid Engine: the same bytes, and nothing lost or done twice on the way."""
 
 import json
+import logging
 import signal
 import subprocess
 import sys
@@ -135,10 +136,11 @@ class Running:
 
 
 def test_a_killed_element_is_retried_with_more_memory_and_its_neighbours_are_not_charged(
-    scheduler: str, tmp_path: Path
+    scheduler: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Task 3 ends its element with 137: it goes alone with twice the memory, what waited behind it as before."""
     source = told(tmp_path, exit={"3": 137})
+    caplog.set_level(logging.INFO, "wsiflow")
     outcomes = run(
         settings(scheduler, grace_s=1.0 if scheduler == "slurm" else 15.0),
         source,
@@ -152,6 +154,12 @@ def test_a_killed_element_is_retried_with_more_memory_and_its_neighbours_are_not
     assert {task for task in range(8) if submitted(tmp_path, "predict").count(task) > 1} == {3, 4, 5}
     natives = {outcome.usage["native_id"] for outcome in outcomes}
     assert len(natives) == 5, "three elements, and two more"
+    logged = {(line["name"], line["job"]) for line in events(tmp_path, "job")}
+    assert all(
+        any(message.startswith(f"{name}: job {job} submitted, ") for message in caplog.messages) for name, job in logged
+    )
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert f"element {lost[0].usage['native_id']} was lost (memory) and is requeued; its log is " in warning
 
 
 def test_arrays_are_cut_under_the_limit_and_the_window(slurm_here: str, tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ def test_every_task_ends_once(kind: str) -> None:
     assert [(o.task, o.receipt) for o in outcomes] == [(i, {"square": i**2}) for i in range(20)]
 
 
-def test_a_task_that_kills_its_worker_fails_alone() -> None:
+def test_a_task_that_kills_its_worker_fails_alone(caplog: pytest.LogCaptureFixture) -> None:
     """Its neighbours are tried again and succeed; it is named with the reason, and the pool goes on."""
     with executor.make(params("process"), cores=2, root=HERE.parent) as pool:
         attempts = list(pool.run(die_at_7, HERE, "predict", sliced(12)))
@@ -59,6 +59,7 @@ def test_a_task_that_kills_its_worker_fails_alone() -> None:
         assert "worker process died" in outcomes[7].failure.cause
         assert outcomes[7].exit_code == 30
         assert {o.task for o in attempts if o.retried} >= {6, 7, 8}, "lost attempts are told"
+        assert "predict: a worker died, tasks 6 to 8 are tried again" in caplog.messages
         assert len(list(pool.run(square, HERE, "predict", sliced(3)))) == 3
 
 

@@ -4,6 +4,7 @@ A shard is what one orchestrator task works on. Its value is `Progress`: which o
 every task so far ended. Nothing here knows who calls it.
 """
 
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +18,7 @@ from wsiflow.run.executor.protocol import Executor, Outcome, Slice
 from wsiflow.run.plan import Plan, read_plan
 from wsiflow.run.stages import certify, extract, ingest, stain, work
 from wsiflow.run.stages.calibrate import calibration_slides
-from wsiflow.run.stages.choose import choice_key, describe_fallback, is_chosen
+from wsiflow.run.stages.choose import choice_key, describe_choice, describe_fallback, is_chosen
 from wsiflow.run.stages.line import ROUGH, STAGES, names_of
 from wsiflow.run.stages.network import calibration
 from wsiflow.run.stages.stage import Stage
@@ -26,6 +27,8 @@ from wsiflow.slides.manifest import load_dataset
 from wsiflow.slides.synthetic.dataset import write_dataset, write_like
 from wsiflow.slides.synthetic.tissue import UM_PX
 from wsiflow.system import publish
+
+_logger = logging.getLogger(__name__)
 
 #: Shards under way at a time. Whoever has one only waits for workers, and all shards together keep every worker busy.
 SIDE_BY_SIDE = 64
@@ -77,7 +80,9 @@ def begin(config: RunConfig) -> Path:
         if params.like:
             _require_scaled_lengths(params, config.evaluation.l0_um_px)
         params = ManifestSlides(kind="manifest", manifest=_drawn(params), limit=params.limit)
-    return write_cases(config.out, config, load_dataset(params))
+    cases = load_dataset(params)
+    _logger.info("%d slides to test, in %s", len(cases), config.out)
+    return write_cases(config.out, config, cases)
 
 
 def _require_scaled_lengths(params: SyntheticSlides, given: float | None) -> None:
@@ -112,7 +117,10 @@ def choose(pool: Executor, cases: Path) -> str:
     """
     if not is_chosen(cases):
         once(pool, cases, "choose", choice_key(read_cases(cases)[0]))
-    return describe_fallback(cases)
+    fallback = describe_fallback(cases)
+    if not fallback:  # whoever is told that need not read the same again
+        _logger.info("scores are computed by the %s", describe_choice(cases))
+    return fallback
 
 
 def measure_costs(pool: Executor, plan_path: Path) -> None:
@@ -122,6 +130,7 @@ def measure_costs(pool: Executor, plan_path: Path) -> None:
     """
     root, plan = plan_path.parent, read_plan(plan_path)
     if not (ledger.balance(root, plan).failed == 0 or (root / COSTS).exists()):
+        _logger.info("measuring what tasks cost here")
         for outcome in pool.run(work.run_slice, plan_path, "measure", [Slice(0, 1)]):
             trace.note(root, "measure", "", 0, outcome)
 
@@ -139,6 +148,7 @@ def calibrate(pool: Executor, plan_path: Path, slice_s: float) -> Progress:
     if publish.done(plan_path.parent, *quantised) is not None:
         return Progress(())
     progress = Progress(tuple(calibration_slides(plan)))
+    _logger.info("quantising the network on %d of the slides", len(progress.slides))
     for stage in (stain.STAGE, extract.EXTRACT):  # the pixels it looks at are those the network will see
         progress = advance(pool, plan_path, stage, progress, slice_s)
     once(pool, plan_path, "calibrate", quantised.key)
@@ -221,6 +231,8 @@ def ingest_shard(pool: Executor, cases: Path, shard: Sequence[int]) -> list[Outc
         trace.note(cases.parent, "ingest", found[outcome.task].slide_id, 0, outcome)
         if not outcome.retried:
             outcomes.append(outcome)
+    usable = sum(outcome.receipt is not None for outcome in outcomes)
+    _logger.info("shard ingested: %d of its %d slides can be used", usable, len(outcomes))
     return outcomes
 
 
@@ -236,6 +248,7 @@ def line(pool: Executor, plan_path: Path, shard: Sequence[int], slice_s: float) 
     progress = Progress(tuple(shard))
     for stage in STAGES.values():
         progress = advance(pool, plan_path, stage, progress, slice_s)
+    _logger.info("shard done: %d of its %d slides are finished", len(progress.slides), len(shard))
     return progress
 
 
@@ -252,6 +265,9 @@ def advance(pool: Executor, plan_path: Path, stage: Stage, progress: Progress, s
     costs = costs_of(root, ROUGH)
     seconds = [costs.task_s(stage.name, units(plan, stage, index)) for index in lacking]
     cuts = [Slice(*span) for span in slices(lacking, seconds, target_s=slice_s)]
+    if lacking:
+        counts = len(lacking), len(cuts), len(found)
+        _logger.debug("%s: %d tasks are handed out in %d slices, %d are done already", stage.name, *counts)
     ended = [Ended(stage.name, index, receipt["attempt"], executed=False) for index, receipt in found.items()]
     failed = set()
     for ran in pool.run(work.run_slice, plan_path, stage.name, cuts):
@@ -261,7 +277,10 @@ def advance(pool: Executor, plan_path: Path, stage: Stage, progress: Progress, s
             continue
         attempt = outcome.receipt["attempt"] if outcome.receipt else ""
         ended.append(Ended(stage.name, outcome.task, attempt, outcome.executed, outcome.failure))
-        if outcome.receipt is None:
+        if outcome.failure:
+            # A slide that failed once is given up; for whatever reason its other tasks fail, one line is enough.
+            level = logging.DEBUG if task.slide in failed else logging.WARNING
+            _logger.log(level, "failed: %s", outcome.failure.about(slide=plan.slides[task.slide].slide_id))
             failed.add(task.slide)
     return Progress(tuple(index for index in progress.slides if index not in failed), progress.ended + tuple(ended))
 

@@ -5,6 +5,7 @@ written from that file, so it contains the attempts of every start of the run. N
 """
 
 import json
+import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
@@ -40,6 +41,7 @@ COLUMNS = (
 )
 _CLASSES = {0: "ok", 20: "input", 30: "environment", 40: "integrity", 50: "bug"}
 _LOG = "attempts.jsonl"
+_END_BYTES = 8_000_000  # more than ten thousand attempts
 _lock = threading.Lock()
 
 
@@ -82,6 +84,27 @@ def attempts(root: Path) -> list[dict[str, Any]]:
             counts[task] = counts.get(task, 0) + 1
             rows.append(_row(entry, counts[task]))
     return rows
+
+
+class LogReader:
+    """Reads what is noted in a run's log, as it grows; of a long log that is there already only the end."""
+
+    def __init__(self, root: Path) -> None:
+        """Begin with nothing read."""
+        self._path, self._offset = root / _LOG, -1
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return what was noted since the last call, as `note` wrote it."""
+        try:
+            with self._path.open("rb") as stream:
+                size = stream.seek(0, os.SEEK_END)
+                self._offset = stream.seek(self._offset if self._offset >= 0 else max(0, size - _END_BYTES))
+                data = stream.read()
+        except FileNotFoundError:
+            return []
+        whole = data.rfind(b"\n") + 1
+        self._offset += whole
+        return list(_entries(data[:whole].decode(errors="replace").splitlines()))
 
 
 def _entries(stream: Iterable[str]) -> Iterator[dict[str, Any]]:

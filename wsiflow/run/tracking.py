@@ -14,6 +14,7 @@ Conventions:
 """
 
 import fcntl
+import logging
 import math
 import os
 import re
@@ -37,6 +38,8 @@ from wsiflow.system.paths import SQLITE, StoreAddress
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+
+_logger = logging.getLogger(__name__)
 
 # Limits of MLflow's API.
 _PARAM_CHARS, _TAG_CHARS, _KEY_CHARS = 6000, 8000, 250
@@ -165,7 +168,10 @@ def log_run(params: TrackingParams, record: RunRecord) -> LogResult:
     if params.kind == "off":
         return LogResult(None, "tracking is off")
     known = _known_to_sqlite(params, record)
-    return LogResult(known, "") if known else _with_store(params, lambda client: _log_once(client, params, record))
+    logged = LogResult(known, "") if known else _with_store(params, lambda client: _log_once(client, params, record))
+    if logged.run_id:
+        _logger.info("MLflow run %s has the record, in %s", logged.run_id, without_secrets(params.uri))
+    return logged
 
 
 _KNOWN = """

@@ -10,6 +10,7 @@ and the next one watches them instead of submitting the same work again.
 import contextlib
 import itertools
 import json
+import logging
 import os
 import threading
 import uuid
@@ -27,6 +28,8 @@ from wsiflow.run.executor.protocol import Outcome, Site, Slice, Work
 from wsiflow.run.executor.watch import FOLDER, LOGS, Array, Element, Look, Piece, Queue, Tries
 from wsiflow.system import publish
 from wsiflow.system.usage import now
+
+_logger = logging.getLogger(__name__)
 
 _SCRIPT = f"{FOLDER}/element.sh"
 _SUBMISSIONS = 3
@@ -151,6 +154,8 @@ class ArrayJobs:
         alive = {place: seen for place, seen in places.items() if self._dialect.is_alive(seen.state)}
         self._queue.hold(alive, finished=True)  # they count, though nobody may want their tasks
         ids = {place.name: seen.job for place, seen in alive.items()}
+        if alive:
+            _logger.info("%d elements that an earlier start submitted are in the queue: taken up again", len(alive))
         for name, job in left:
             table = json.loads((self._root / FOLDER / f"{name}.json").read_text(encoding="utf-8"))
             self._past[name] = Array(self._root, name, ids.get(name, job), table)
@@ -266,6 +271,8 @@ class ArrayJobs:
         if not job:
             return None
         self._log.append("job", name=name, job=job)
+        size, asked = (len(pieces), tasks), (request["memory_mb"], request["minutes"])
+        _logger.info("%s: job %s submitted, %d elements for %d tasks, %d MB and %d min each", name, job, *size, *asked)
         if self._is_stopped():  # whoever cancelled may have looked before it was in the queue
             jobs.drop(self._dialect, [self._dialect.whole.format(job=job)])
         return Array(self._root, name, job, table)
@@ -301,6 +308,8 @@ class ArrayJobs:
         self._log.append("ended", name=name)
         if self._queue.give_back(name):  # sites limit what a user may have in the queue, other runs included
             self._forget(name)
+            refusal = (answer.stderr or answer.stdout).strip()
+            _logger.warning("%s took no more, it is asked again later: %s", self._dialect.name, refusal)
             return ""
         cause = f"{self._dialect.name} refused an array of {size}: {(answer.stderr or answer.stdout).strip()}"
         raise EnvironmentFault(cause, "correct executor.array, then run again", path=self._log.path)
@@ -383,6 +392,10 @@ class ArrayJobs:
             publish.forget_attempts(self._root, process)
         usage = {**one.about(), **known, "exit_class": cause}
         failure = self._fault(array, one, cause, tries.lost).failure
+        if not over:
+            stage, log = array.table["stage"], array.logs / f"{one.place.number}.log"
+            native = self._native(array, one)
+            _logger.warning("%s: element %s was lost (%s) and is requeued; its log is %s", stage, native, cause, log)
         for task in charged:
             outcome = Outcome(task, None, executed=True, failure=failure, usage=usage, retried=not over)
             yield from _wanted(batch, outcome)

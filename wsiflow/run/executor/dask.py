@@ -7,6 +7,7 @@ a time, so that the one that kills its worker fails alone.
 """
 
 import itertools
+import logging
 import threading
 import time
 import uuid
@@ -32,6 +33,7 @@ _ATTEMPTS = 3
 _LOOK_S = 1.0  # how often the workers are counted, and the connection is looked at
 _FIRST = 1 << 30  # priority of a task that is tried alone: nothing that may kill the worker goes before it
 
+_logger = logging.getLogger(__name__)
 _turn = threading.Lock()  # of a worker: the process's CPU time and memory are those of one task
 
 
@@ -109,7 +111,9 @@ class Dask:
         killed: list[int] = []
         for flight, ended in self._fly(call, slices, priority=0):
             if ended == "killed":
-                killed.extend(range(*flight.part))
+                lo, hi = flight.part
+                _logger.warning("%s: workers died of tasks %d to %d, tried again one by one", stage, lo, hi - 1)
+                killed.extend(range(lo, hi))
             yield from _told(flight, ended)
         for index in sorted(killed):
             yield from self._run_alone(call, index)
@@ -162,6 +166,7 @@ class Dask:
     def _submit(self, call: _Call, flight: _Flight, priority: int) -> "Future[list[Outcome]]":
         """Hand a slice to the scheduler; keys of one group make it keep back what no worker is free for."""
         lo, hi = flight.part
+        _logger.debug("%s: tasks %d to %d are handed over", call.stage, lo, hi - 1)
         key = (call.name, lo, hi, flight.attempt, priority)
         try:
             return self._client.submit(
@@ -225,6 +230,8 @@ class Dask:
         if flight.attempt == _ATTEMPTS:
             cause = f"the Dask scheduler dropped the same work {_ATTEMPTS} times"
             raise EnvironmentFault(cause, "see its log, then run again: what is done stays done")
+        lo, hi = flight.part
+        _logger.warning("the scheduler dropped tasks %d to %d, which are handed over again", lo, hi - 1)
         return flight._replace(attempt=flight.attempt + 1)
 
 

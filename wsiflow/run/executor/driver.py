@@ -43,18 +43,16 @@ def _note(root: Path, line: Mapping[str, Any]) -> None:
         publish.append_line(path, json.dumps({"at": now(), **line}), sync=True)
 
 
+def running_since(root: Path) -> str | None:
+    """Return when the last of the processes that may run the line now began; None where all are known to have ended."""
+    began = [line["at"] for line in _started_and_last(root)[0] if _lives(line) is not False]
+    return max(began, default=None)
+
+
 def told(root: Path) -> list[str]:
     """Say which processes run the line now, or when the last one ended."""
-    started: dict[tuple[Any, ...], dict[str, Any]] = {}
-    last: dict[str, Any] = {}
-    for line in _lines(root):
-        process = (line.get("host"), line.get("pid"), line.get("born"))
-        if line["event"] == "driver":
-            started[process] = line
-        elif line["event"] == "left":
-            started.pop(process, None)
-            last = line
-    open_ones = [(line, _lives(line)) for line in started.values()]
+    started, last = _started_and_last(root)
+    open_ones = [(line, _lives(line)) for line in started]
     said = [_sentence(line, lives=lives) for line, lives in open_ones if lives is not False]
     if said:
         return said
@@ -65,6 +63,20 @@ def told(root: Path) -> list[str]:
     code, why = last.get("exit_code"), last.get("error", "")
     how = "" if code is None else f" with exit code {code}" + (f" ({why})" if why else "")
     return [f"nobody runs it now: process {last['pid']} on {last['host']} ended at {last['at']}{how}"]
+
+
+def _started_and_last(root: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Return what processes noted that left no word of their end, and the last word of an end; empty where none is."""
+    started: dict[tuple[Any, ...], dict[str, Any]] = {}
+    last: dict[str, Any] = {}
+    for line in _lines(root):
+        process = (line.get("host"), line.get("pid"), line.get("born"))
+        if line["event"] == "driver":
+            started[process] = line
+        elif line["event"] == "left":
+            started.pop(process, None)
+            last = line
+    return list(started.values()), last
 
 
 def _lines(root: Path) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ the tasks that were under way are then tried again, each in a worker of its own,
 alone.
 """
 
+import logging
 import multiprocessing
 import os
 import threading
@@ -25,6 +26,8 @@ from wsiflow.system.machine import limit_threads
 from wsiflow.system.usage import now
 
 _WAITING = 2  # slices handed over beyond those at work, so that no worker waits for the next
+
+_logger = logging.getLogger(__name__)
 
 _Landed = deque[Future[list[Outcome]]]
 
@@ -88,6 +91,7 @@ class ProcessPool:
                     part, submitted = flying.pop(future)
                     outcomes = self._outcomes(future)
                     if outcomes is None:
+                        _logger.warning("%s: a worker died, tasks %d to %d are tried again", stage, *_ends(part))
                         lost.append(part)
                     else:
                         yield from (outcome.with_usage(submitted=submitted) for outcome in outcomes)
@@ -142,6 +146,7 @@ class ProcessPool:
                 self._changed.notify_all()
             raise
         future.add_done_callback(partial(self._land, landed))
+        _logger.debug("%s: tasks %d to %d are handed over", stage, *_ends(part))
         return future
 
     def _hand_over(self, work: Work, source: Path, stage: str, part: Slice) -> Future[list[Outcome]]:
@@ -170,6 +175,7 @@ class ProcessPool:
             return None
 
     def _start(self, workers: int) -> ProcessPoolExecutor:
+        _logger.info("starting a pool of worker processes, %d at most", workers)
         try:
             return ProcessPoolExecutor(
                 workers,
@@ -179,6 +185,11 @@ class ProcessPool:
             )
         except OSError as error:
             raise faults.worker_fault(error, "or take executor=inline") from error
+
+
+def _ends(part: Slice) -> tuple[int, int]:
+    """Return the first and the last task of a slice."""
+    return part.lo, part.hi - 1
 
 
 def _collect(work: Work, source: Path, stage: str, part: Slice) -> list[Outcome]:

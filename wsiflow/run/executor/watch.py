@@ -1,5 +1,6 @@
 """What a run has in a scheduler's queue: which elements are there, and what their files have said so far."""
 
+import logging
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -12,6 +13,8 @@ from wsiflow.run.executor.dialect import ArrayParams, Place, Seen
 from wsiflow.run.executor.protocol import Outcome, closed
 from wsiflow.system import processes
 from wsiflow.system.processes import Process
+
+_logger = logging.getLogger(__name__)
 
 FOLDER, LOGS = "arrays", "logs"
 
@@ -138,6 +141,7 @@ class Queue:
         taken = time.monotonic()
         places = jobs.listing(self._params.dialect, names)
         if places is None:
+            _logger.warning("%s does not answer, it is asked again", self._params.dialect.name)
             self._pause_s = max(self._params.poll_s, min(2 * self._pause_s, _LONGEST_POLL_S))
             return Look(taken, None)
         self._pause_s = self._params.poll_s
@@ -178,7 +182,8 @@ class Element:
         """Yield what the element's files have to say that is new, and the attempt that ended with each but the last."""
         for path in sorted(files):
             at = self.under_way()
-            if path not in self._files and at is not None:  # it was requeued, and started again
+            if path not in self._files and at is not None:  # its scheduler requeued and restarted it
+                _logger.warning("element %d of %s was restarted by its scheduler", self.place.number, self.place.name)
                 usage = {**self.about(), "exit_class": "node"}
                 yield Outcome(at, None, executed=True, failure=_REQUEUED, usage=usage, retried=True)
             offset, about, begun = self._files.get(path, (0, {}, None))

@@ -43,8 +43,15 @@ def describe_fallback(source: Path) -> str:
     record = choice_record(source.parent, config)
     choice, asked = Choice(**record["choice"]), config.inference
     same = choice.engine == asked.engine and asked.backend in {choice.backend, "auto"}
-    engine = "" if same else f"{choice.engine} engine, {choice.backend} {choice.precision}: {record['told']}"
+    engine = "" if same else describe_choice(source)
     return "; ".join(filter(None, (engine, foreign_spacing(config))))
+
+
+def describe_choice(source: Path) -> str:
+    """Return how scores are computed and why."""
+    record = choice_record(source.parent, read_cases(source)[0])
+    choice = Choice(**record["choice"])
+    return f"{choice.engine} engine, {choice.backend} {choice.precision}: {record['told']}"
 
 
 def foreign_spacing(config: RunConfig) -> str:

@@ -7,6 +7,7 @@ run started again does not look at a slide twice. Only overviews are read here; 
 import base64
 import dataclasses
 import json
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -34,6 +35,8 @@ from wsiflow.slides import content, slide
 from wsiflow.slides.manifest import Case
 from wsiflow.system import publish
 from wsiflow.system.provenance import facts
+
+_logger = logging.getLogger(__name__)
 
 
 def ingest(source: Path, index: int) -> tuple[publish.Receipt, bool]:
@@ -315,7 +318,10 @@ def make_plan(source: Path, outcomes: Sequence[Outcome]) -> Path:
         elif outcome.receipt is not None:
             record = json.loads((root / outcome.receipt["path"]).read_text(encoding="utf-8"))
             slides.append(_slide_plan(case, record))
-    return publish_plan(root, Plan(plan_settings(root, config), slides, rejected))
+    plan = Plan(plan_settings(root, config), slides, rejected)
+    tiles, counts = sum(one.n_tiles for one in slides), (len(slides), len(rejected))
+    _logger.info("plan: %d slides, %d rejected, %d tissue tiles in %d groups", *counts, tiles, plan.n_groups)
+    return publish_plan(root, plan)
 
 
 def told(root: Path) -> Path | None:

@@ -1,8 +1,7 @@
 """The line: its stages in order, each described in its own file, and what of them a run has done."""
 
 import os
-from collections.abc import Callable, Iterable
-from functools import cache
+from collections.abc import Iterable
 from pathlib import Path
 
 from wsiflow.run.costs import Costs, StageCost
@@ -47,43 +46,90 @@ def names_of(stage: Stage, plan: Plan, slide: int, index: int) -> list[str]:
     return [stage.product_of(plan, index), *stage.beside_of(plan, slide)]
 
 
-def census(root: Path, plan: Plan) -> dict[str, tuple[int, int]]:
-    """Return how many tasks of each stage are published and not deleted, and how many were planned.
+class Census:
+    """How many tasks of each stage are published and not deleted.
 
-    The names of files and receipts tell: each folder is looked at once, however many tasks there are.
+    The names of files and receipts tell: each folder is looked at once, however many tasks there are. Where a slide had
+    all of a stage, the next count does not look there again.
+
+    Attributes:
+        planned: How many tasks each stage has, by stage and slide; stages that the plan does not ask for are left out.
+        missing: Likewise how many are not published, at the last count; slides that lack nothing are left out.
     """
-    there = _listing(root)
-    found = {}
-    for stage in STAGES.values():
-        slides = [slide for slide in range(len(plan.slides)) if stage.is_due(plan, slide)]
-        if stage.serves_scores:  # a slide without tissue may have no pixels to store
-            slides = [slide for slide in slides if plan.slides[slide].n_tiles]
-        tasks = [(slide, task) for slide in slides for task in stage.tasks_of(plan, slide)]
-        done = [all(map(there, names_of(stage, plan, slide, task))) for slide, task in tasks]
-        if done:
-            found[stage.name] = (sum(done), len(done))
-    return found
+
+    def __init__(self, root: Path, plan: Plan) -> None:
+        """Take what is planned; nothing is looked at yet."""
+        self._root, self._plan = root, plan
+        tasks = {stage.name: _tasks_by_slide(plan, stage) for stage in STAGES.values()}
+        self.planned = {name: each for name, each in tasks.items() if each}
+        self.missing = dict(self.planned)
+
+    def count(self) -> dict[str, tuple[int, int]]:
+        """Look, and return how many tasks of each stage are published, and how many were planned."""
+        listing = _Listing(self._root)
+        for name, slides in self.missing.items():
+            if not listing.names(_top_folder(self._plan, STAGES[name])):
+                self.missing[name] = self.planned[name]  # no slide has come so far: no need to ask for each
+                continue
+            counts = {slide: _count_missing(listing, self._plan, STAGES[name], slide) for slide in slides}
+            self.missing[name] = {slide: count for slide, count in counts.items() if count}
+        totals = {name: sum(each.values()) for name, each in self.planned.items()}
+        return {name: (total - sum(self.missing[name].values()), total) for name, total in totals.items()}
+
+
+def _tasks_by_slide(plan: Plan, stage: Stage) -> dict[int, int]:
+    slides = (slide for slide in range(len(plan.slides)) if stage.is_due(plan, slide))
+    if stage.serves_scores:  # a slide without tissue may have no pixels to store
+        slides = (slide for slide in slides if plan.slides[slide].n_tiles)
+    counts = {slide: len(stage.tasks_of(plan, slide)) for slide in slides}
+    return {slide: count for slide, count in counts.items() if count}
+
+
+def _top_folder(plan: Plan, stage: Stage) -> str:
+    """Return the folder that holds what a stage publishes, of all slides."""
+    return stage.product_of(plan, 0).partition("/")[0]
+
+
+def _count_missing(listing: "_Listing", plan: Plan, stage: Stage, slide: int) -> int:
+    tasks = stage.tasks_of(plan, slide)
+    if len(tasks) > 1 and not listing.names(stage.product_of(plan, tasks[0]).rpartition("/")[0]):
+        return len(tasks)  # likewise
+    return sum(not all(map(listing.has, names_of(stage, plan, slide, task))) for task in tasks)
+
+
+def census(root: Path, plan: Plan) -> dict[str, tuple[int, int]]:
+    """Return how many tasks of each stage are published and not deleted, and how many were planned."""
+    return Census(root, plan).count()
 
 
 def ingested(root: Path, slides: Iterable[str]) -> int:
     """Return how many slides have been looked at."""
-    there = _listing(root)
-    return sum(there(f"tissue/{slide}.json") for slide in slides)
+    listing = _Listing(root)
+    return sum(listing.has(f"tissue/{slide}.json") for slide in slides)
 
 
-def _listing(root: Path) -> Callable[[str], bool]:
-    """Return a function that tells whether a name has a receipt and its file."""
+class _Listing:
+    """The names in a run's folders, each of which is read once, when it is first asked about."""
 
-    @cache
-    def names(folder: Path) -> frozenset[str]:
+    def __init__(self, root: Path) -> None:
+        self._root, self._names = root, dict[str, frozenset[str]]()
+
+    def has(self, name: str) -> bool:
+        """Tell whether a name has a receipt and its file."""
+        folder, _, last = name.rpartition("/")
+        return f"{last}.json" in self.names(f"{publish.RECEIPTS}/{folder}") and last in self.names(folder)
+
+    def names(self, folder: str) -> frozenset[str]:
+        """Return what lies in a folder, given relative to the run's."""
+        if folder not in self._names:
+            parent, _, name = folder.rpartition("/")
+            is_absent = parent and name not in self.names(parent)
+            self._names[folder] = frozenset() if is_absent else self._read(folder)
+        return self._names[folder]
+
+    def _read(self, folder: str) -> frozenset[str]:
         try:
-            with os.scandir(folder) as found:
+            with os.scandir(f"{self._root}/{folder}") as found:
                 return frozenset(item.name for item in found)
         except (FileNotFoundError, NotADirectoryError):
             return frozenset()
-
-    def there(name: str) -> bool:
-        folder, _, last = name.rpartition("/")
-        return f"{last}.json" in names(root / publish.RECEIPTS / folder) and last in names(root / folder)
-
-    return there

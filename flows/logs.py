@@ -1,0 +1,131 @@
+"""What is logged while a command runs, and where that is shown.
+
+Records go to standard error: warnings, with ``-v`` the steps of the run, with ``-vv`` everything, with ``-q`` errors
+alone. The notes that a command makes on its way, which engine was chosen or which slides are rejected, are records too:
+standard output has these, word for word, unless ``-q`` is given. So everything is said once. What a command answers is
+no record: it is printed in any case.
+
+The level reaches trials in other processes through the environment.
+"""
+
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from wsiflow.errors import InputError
+from wsiflow.redaction import without_secrets
+
+from . import terminal
+
+#: How much is logged where the command line does not say it: ``DEBUG``, ``INFO``, ``WARNING`` or ``ERROR``.
+VARIABLE = "WSIFLOW_LOG_LEVEL"
+
+#: What help texts say of it.
+OPTIONS = "Every command takes -q (errors alone, no progress), -v (logs what it does) and -vv (logs everything)."
+
+#: Logger of all records; its name, and that of `_notes`, are the same however this package is imported.
+PACKAGE = logging.getLogger("wsiflow")
+
+_notes = logging.getLogger("wsiflow.notes")
+_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
+_QUIET = {"-q", "--quiet"}
+_VERBOSE = {"-v": 1, "--verbose": 1, "-vv": 2}
+_FORMAT = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
+
+
+def note(text: str, level: int = logging.INFO) -> None:
+    """Say something on the way to a command's answer."""
+    _notes.log(level, "%s", text)
+
+
+def without_options(arguments: Sequence[str]) -> tuple[list[str], str]:
+    """Take ``-q``, ``-v`` and ``-vv`` out of the arguments of a command.
+
+    Returns:
+        The other arguments, and the level; empty where none is asked for.
+    """
+    words = list(arguments)
+    end = words.index("--") if "--" in words else len(words)
+    options = [word for word in words[:end] if word in _QUIET or word in _VERBOSE]
+    others = [word for word in words[:end] if word not in options] + words[end:]
+    if not options:
+        return others, ""
+    if options[-1] in _QUIET:
+        return others, "ERROR"
+    return others, "DEBUG" if sum(_VERBOSE.get(word, 0) for word in options) > 1 else "INFO"
+
+
+def is_quiet() -> bool:
+    """Tell whether only errors and the answer of the command are wanted."""
+    return _level() == "ERROR"
+
+
+@contextmanager
+def shown(level: str = "") -> Iterator[None]:
+    """Show what is logged during the body; within such a body another one changes nothing.
+
+    Args:
+        level: How much; without one as the environment says it.
+
+    Raises:
+        InputError: The environment says something else than a level.
+    """
+    if any(isinstance(handler, _Printed) for handler in PACKAGE.handlers):
+        yield
+        return
+    before = os.environ.get(VARIABLE)
+    if level:
+        os.environ[VARIABLE] = level
+    try:
+        with _handled(_level()):
+            yield
+    finally:
+        if before is None:
+            os.environ.pop(VARIABLE, None)
+        else:
+            os.environ[VARIABLE] = before
+
+
+def redact(record: logging.LogRecord) -> bool:
+    """Take secrets out of a record, as a filter of whoever handles it."""
+    record.msg, record.args = without_secrets(record.getMessage()), None
+    return True
+
+
+class _Printed(logging.Handler):
+    """Prints records, as the rest of the command prints: nobody has to listen."""
+
+    def __init__(self, write: Callable[[str], None], level: str | int) -> None:
+        super().__init__(level)
+        self.addFilter(redact)
+        self._print = write
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print a record."""
+        self._print(self.format(record))
+
+
+def _level() -> str:
+    level = os.environ.get(VARIABLE, "").upper() or "WARNING"
+    if level not in _LEVELS:
+        raise InputError(f"{VARIABLE} is {level!r}", f"set it to one of {', '.join(_LEVELS)}, or unset it")
+    return level
+
+
+@contextmanager
+def _handled(level: str) -> Iterator[None]:
+    """Have records printed from a level on; what others may want to show (Prefect) is made in any case."""
+    errors, output = _Printed(terminal.remark, level), _Printed(terminal.say, "ERROR" if is_quiet() else "INFO")
+    errors.setFormatter(logging.Formatter(_FORMAT))
+    errors.addFilter(lambda record: record.name != _notes.name)
+    PACKAGE.addHandler(errors)
+    _notes.addHandler(output)
+    before = PACKAGE.level
+    PACKAGE.setLevel(min(logging.INFO, errors.level))
+    try:
+        yield
+    finally:
+        PACKAGE.setLevel(before)
+        PACKAGE.removeHandler(errors)
+        _notes.removeHandler(output)

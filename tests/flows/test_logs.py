@@ -1,0 +1,84 @@
+"""What is logged, where it is shown, and what no record may hold."""
+
+import logging
+import os
+from pathlib import Path
+
+import pytest
+from small_runs import over
+
+from flows import __main__ as command
+from flows import logs
+from wsiflow.errors import InputError
+
+STEPS = logging.getLogger("wsiflow.run.shards")
+
+
+def say_everything() -> None:
+    logs.note("a note")
+    for level in (logging.DEBUG, logging.INFO, logging.WARNING, logging.ERROR):
+        STEPS.log(level, "a record of %s", logging.getLevelName(level))
+
+
+@pytest.mark.parametrize(
+    ("typed", "output", "errors"),
+    [
+        ([], "a note\n", ["WARNING", "ERROR"]),
+        (["-q"], "", ["ERROR"]),
+        (["-v"], "a note\n", ["INFO", "WARNING", "ERROR"]),
+        (["-v", "-q", "-v", "--verbose"], "a note\n", ["DEBUG", "INFO", "WARNING", "ERROR"]),
+        (["-vv"], "a note\n", ["DEBUG", "INFO", "WARNING", "ERROR"]),
+    ],
+)
+def test_options_say_how_much_is_shown(typed: list[str], output: str, errors: list[str], capsys) -> None:
+    """Notes go to standard output and nothing else does; children and trials find the level in the environment."""
+    others, level = logs.without_options(["run", *typed, "out=x", "--", "-v"])
+    assert others == ["run", "out=x", "--", "-v"]
+    with logs.shown(level), logs.shown():
+        assert os.environ.get(logs.VARIABLE, "") == level
+        say_everything()
+    said = capsys.readouterr()
+    assert said.out == output
+    assert [line.rpartition(" ")[2] for line in said.err.splitlines()] == errors
+    assert logs.VARIABLE not in os.environ
+    say_everything()
+    assert capsys.readouterr().out == ""
+
+
+def test_no_record_holds_a_secret(capsys) -> None:
+    """Whoever logs it, in whatever argument, at standard output or error."""
+    with logs.shown("INFO"):
+        STEPS.warning("no answer from %s", "https://joe:canary@host/?token=canary")
+        logs.note("password=canary")
+    said = capsys.readouterr()
+    assert "canary" not in said.out + said.err
+    assert "no answer from https://[redacted]@host/?token=[redacted]" in said.err
+
+
+def test_a_level_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one line that names those there are."""
+    monkeypatch.setenv(logs.VARIABLE, "loud")
+    with pytest.raises(InputError, match="WSIFLOW_LOG_LEVEL is 'LOUD'; set it to one of DEBUG, INFO"), logs.shown():
+        pass
+
+
+def test_a_run_says_each_thing_once(tiny_slides: Path, tmp_path: Path, capsys) -> None:
+    """Steps where they are asked for, a slide that is rejected on standard output; with -q the answer alone."""
+    manifest = tmp_path / "manifest.csv"
+    lines = tiny_slides.read_text().splitlines()
+    slides = [line.replace(",", f",{tiny_slides.parent}/", 1).replace("a.xml", "") for line in lines[1:]]
+    (tmp_path / "broken.tif").write_text("no slide")
+    manifest.write_text("\n".join([lines[0], *slides, f"broken,{tmp_path}/broken.tif,normal,"]) + "\n")
+    run = ["run", *over(manifest, tmp_path / "run", "allow_partial=true", "dense.windows=0")]
+    assert command.main([*run, "-v"]) == 10
+    said = capsys.readouterr()
+    rejected = [line for line in said.out.splitlines() if line.startswith("rejected: slide broken")]
+    assert len(rejected) == 1
+    assert "broken" not in said.err
+    for step in ("3 slides to test", "plan: 2 slides, 1 rejected", "shard done: 1 of its 1 slides are finished"):
+        assert step in said.err
+    assert command.main([*run, "-q"]) == 10
+    quiet = capsys.readouterr()
+    assert quiet.out.startswith("PARTIAL: broken is missing")
+    assert "rejected" not in quiet.out
+    assert quiet.err == ""

@@ -1,0 +1,67 @@
+"""How far a run is, shown while it runs: lines in a log, nothing where nothing is wanted. Terminals: test_stopping."""
+
+import queue
+import threading
+from pathlib import Path
+
+import pytest
+
+from flows import logs, progress, terminal
+from wsiflow.errors import InputError
+from wsiflow.run.progress import Follower, Snapshot
+
+PATIENCE_S = 60
+
+
+class Watching:
+    """Somebody else who is shown the progress."""
+
+    first_s, interval_s, wants_end = 1e9, 1e9, True
+
+    def __init__(self) -> None:
+        self.seen: list[Snapshot] = []
+
+    def show(self, snapshot: Snapshot) -> None:
+        self.seen.append(snapshot)
+
+    def close(self) -> None:
+        """Nothing to end."""
+
+
+def threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name == "progress"]
+
+
+def test_a_log_has_a_line_now_and_then(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As often as it is asked for, until the run ends, however it does; who wants to is shown the end."""
+    lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+    monkeypatch.setattr(terminal, "remark", lines.put)
+    monkeypatch.setenv(progress.VARIABLE, "0.01")
+    expected, other = Follower(finished).look(), Watching()
+    assert expected is not None
+    said = []
+
+    def body() -> None:
+        said.extend(lines.get(timeout=PATIENCE_S) for _ in range(2))
+        raise OSError("the disk is full")
+
+    with pytest.raises(OSError, match="full"), progress.shown(finished, [other]):
+        body()
+    assert said == [expected.as_text()] * 2
+    assert threads() == []
+    assert other.seen == [expected]
+
+
+@pytest.mark.parametrize("quiet", ["by its option", "by its interval"])
+def test_nothing_is_shown_where_nothing_is_wanted(finished: Path, monkeypatch: pytest.MonkeyPatch, quiet: str) -> None:
+    """Nobody looks either."""
+    monkeypatch.setenv(progress.VARIABLE, "0" if quiet == "by its interval" else "0.01")
+    with logs.shown("ERROR" if quiet == "by its option" else ""), progress.shown(finished):
+        assert threads() == []
+
+
+@pytest.mark.parametrize("text", ["often", "-1", "nan", "inf"])
+def test_an_interval_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv(progress.VARIABLE, text)
+    with pytest.raises(InputError, match=f"WSIFLOW_PROGRESS_S is '{text}'; set it to seconds"):
+        progress.interval_s()

@@ -1,0 +1,215 @@
+"""How far a run has come, how fast it goes and how long it will take: from the files of its folder alone.
+
+What is published says how far it is, and the log of attempts how fast, whichever process asks. What tasks cost, as it
+was measured in the folder where it was, weighs what is left against what was done over the last minutes.
+"""
+
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from wsiflow.run import plan as plans
+from wsiflow.run import trace
+from wsiflow.run.cases import read_cases
+from wsiflow.run.costs import Costs, costs_of
+from wsiflow.run.plan import Plan
+from wsiflow.run.stages import ingest, predict
+from wsiflow.run.stages.line import LOADING, ROUGH, STAGES, Census, ingested
+from wsiflow.system import publish
+from wsiflow.system.usage import now
+
+_WINDOW_S = 300.0  # over which a speed is taken
+_STALE_S = 900.0  # without a task that ended, nothing is known of the speed any more
+_TICK_S = 0.001  # of the times that attempts note
+_SCORING = predict.STAGE.name
+_MINUTE_S, _HOUR_S, _DAY_S = 60.0, 3600.0, 86400.0
+
+
+class Snapshot(NamedTuple):
+    """How far a run had come at one moment.
+
+    Attributes:
+        stages: By name, how many tasks are published and how many are planned; before there is a plan, how many slides
+            have been looked at (``ingest``).
+        slides: How many slides are finished, and how many are planned.
+        tiles: How many tissue tiles have their scores, and how many are planned.
+        share: Share of the planned work that is done, by what tasks cost: 0 to 1.
+        tiles_per_s: Tiles that got their scores per second over the last minutes; None where that is not known.
+        left_s: Seconds until the rest is done at the speed of the last minutes; None where that is not known.
+    """
+
+    stages: Mapping[str, tuple[int, int]]
+    slides: tuple[int, int] = (0, 0)
+    tiles: tuple[int, int] = (0, 0)
+    share: float = 0.0
+    tiles_per_s: float | None = None
+    left_s: float | None = None
+
+    def as_text(self) -> str:
+        """Return it in one line: ``12 of 40 slides, 1,203 of 4,000 tiles, 85 tiles/s, about 32 min left``."""
+        if not self.slides[1]:
+            return ", ".join(f"{stage} {_of(counts)} slides" for stage, counts in self.stages.items())
+        parts = [f"{_of(self.slides)} slides", f"{_of(self.tiles)} tiles"]
+        if self.tiles_per_s is not None:
+            parts.append(f"{self.tiles_per_s:,.{0 if self.tiles_per_s >= 10 else 1}f} tiles/s")
+        if self.left_s:
+            parts.append(f"about {_duration(self.left_s)} left")
+        return ", ".join(parts)
+
+
+def _of(counts: tuple[int, int]) -> str:
+    return f"{counts[0]:,} of {counts[1]:,}"
+
+
+def _duration(seconds: float) -> str:
+    """Return seconds in the unit in which people would say them."""
+    if seconds < 2 * _MINUTE_S:
+        return f"{max(1, round(seconds))} s"
+    if seconds < 2 * _HOUR_S:
+        return f"{round(seconds / _MINUTE_S)} min"
+    if seconds < 2 * _DAY_S:
+        return f"{seconds / _HOUR_S:.1f} h"
+    return f"{seconds / _DAY_S:.1f} days"
+
+
+def snapshot(root: Path, plan: Plan, since: str | None) -> Snapshot:
+    """Return how far a run is that has a plan.
+
+    Args:
+        root: The run's folder.
+        plan: Its plan.
+        since: When whoever runs it now began, as attempts note times; None where nobody does: then it has no speed.
+    """
+    planned = _Planned(root, plan)
+    if since is not None:
+        planned.hear(trace.LogReader(root).rows(), since)
+    return planned.snapshot(time.time())
+
+
+class Follower:
+    """Looks at a run under way again and again; what was complete is not looked at again."""
+
+    def __init__(self, root: Path) -> None:
+        """Begin now: earlier attempts say nothing of the speed."""
+        self._root, self._since = root, now()
+        self._planned: _Planned | None = None
+        self._path: Path | None = None
+        self._log = trace.LogReader(root)
+
+    def look(self) -> Snapshot | None:
+        """Return how far the run is by now; None where nothing is known of its slides yet."""
+        found = publish.generations(self._root, "plan.json")
+        if not found:
+            return self._before_plan()
+        if self._planned is None or found[-1] != self._path:  # a slide that joins makes another plan
+            self._path, self._planned = found[-1], _Planned(self._root, plans.read_plan(found[-1]))
+        self._planned.hear(self._log.rows(), self._since)
+        return self._planned.snapshot(time.time())
+
+    def _before_plan(self) -> Snapshot | None:
+        source = ingest.told(self._root)
+        if source is None:
+            return None
+        slides = [case.slide_id for case in read_cases(source)[1]]
+        return Snapshot({"ingest": (ingested(self._root, slides), len(slides))})
+
+
+class _EndedTask(NamedTuple):
+    """A task that published something: when it began and ended, at which stage of which slide."""
+
+    began_s: float
+    ended_s: float
+    stage: str
+    slide: int
+
+
+class _Planned:
+    """What is known of a run with a plan."""
+
+    def __init__(self, root: Path, plan: Plan) -> None:
+        self._root, self._plan, self._census = root, plan, Census(root, plan)
+        self._places = {planned.slide_id: index for index, planned in enumerate(plan.slides)}
+        self._sums = {
+            stage: (sum(slides.values()), sum(plan.slides[slide].n_tiles for slide in slides))
+            for stage, slides in self._census.planned.items()
+        }
+        self._failed: set[int] = set()  # they go no further, until somebody starts the run again
+        self._attempts: list[_EndedTask] = []
+
+    def hear(self, rows: Iterable[Mapping[str, Any]], since: str) -> None:
+        """Take in what was noted of attempts since a moment."""
+        for row in rows:
+            slide = self._places.get(row["slide"], -1)
+            if slide not in self._census.planned.get(row["stage"], {}):
+                continue
+            if (row.get("started") or row.get("submitted", "")) < since:
+                continue
+            if row["error"]:
+                self._failed.add(slide)
+            elif row["exit_class"] == "ok":
+                began_s, ended_s = (datetime.fromisoformat(row[name]).timestamp() for name in ("started", "ended"))
+                self._attempts.append(_EndedTask(began_s, ended_s, row["stage"], slide))
+        begin_s = max((one.ended_s for one in self._attempts), default=0.0) - _WINDOW_S
+        self._attempts = [one for one in self._attempts if one.ended_s > begin_s]
+
+    def snapshot(self, now_s: float) -> Snapshot:
+        """Count what is published by now."""
+        stages, costs, slides = self._census.count(), costs_of(self._root, ROUGH), self._plan.slides
+        missing = self._census.missing
+        unfinished = {slide for name in missing if not STAGES[name].serves_scores for slide in missing[name]}
+        n_tiles = sum(planned.n_tiles for planned in slides)
+        unscored = sum(self._tiles(_SCORING, *one) for one in missing.get(_SCORING, {}).items())
+        undone = self._seconds_missing(costs)
+        left_s = sum(seconds for slide, seconds in undone.items() if slide not in self._failed)
+        tiles_per_s, speed = self._speeds(costs, now_s)
+        return Snapshot(
+            stages,
+            (len(slides) - len(unfinished), len(slides)),
+            (n_tiles - round(unscored), n_tiles),
+            max(0.0, 1 - sum(undone.values()) / self._seconds_planned(costs)),
+            tiles_per_s,
+            left_s / speed if speed else None,
+        )
+
+    def _tiles(self, stage: str, slide: int, tasks: int) -> float:
+        """Return how many tissue tiles some tasks of a slide work on, about."""
+        return self._plan.slides[slide].n_tiles * tasks / self._census.planned[stage][slide]
+
+    def _seconds(self, costs: Costs, stage: str, slide: int, tasks: int) -> float:
+        """Return the core-seconds that some tasks of a slide take."""
+        cost = costs.stages[stage]
+        return cost.fixed_s * tasks + cost.unit_s * self._tiles(stage, slide, tasks)
+
+    def _seconds_planned(self, costs: Costs) -> float:
+        """Return the core-seconds of everything, at least a little: where there is nothing to do, all of it is done."""
+        sums = ((costs.stages[stage], *counts) for stage, counts in self._sums.items())
+        return sum(cost.fixed_s * tasks + cost.unit_s * tiles for cost, tasks, tiles in sums) or 1.0
+
+    def _seconds_missing(self, costs: Costs) -> dict[int, float]:
+        """Return the core-seconds that are still to be spent on each slide: pixels are read only for missing scores."""
+        missing, found = self._census.missing, defaultdict[int, float](float)
+        unscored = {slide for name in missing.keys() & LOADING for slide in missing[name]}
+        for stage, slides in missing.items():
+            for slide, tasks in slides.items():
+                if slide in unscored or not STAGES[stage].serves_scores:
+                    found[slide] += self._seconds(costs, stage, slide, tasks)
+        return found
+
+    def _speeds(self, costs: Costs, now_s: float) -> tuple[float | None, float]:
+        """Return tiles per second, and the core-seconds of tasks that are done in a second, over the last minutes."""
+        latest_s = max((one.ended_s for one in self._attempts), default=0.0)
+        if now_s - latest_s > _STALE_S:
+            return None, 0.0
+        scoring = [one for one in self._attempts if one.stage == _SCORING]
+        tiles = sum(self._tiles(one.stage, one.slide, 1) for one in scoring)
+        done_s = sum(self._seconds(costs, one.stage, one.slide, 1) for one in self._attempts)
+        return tiles / _span_s(scoring) if scoring else None, done_s / _span_s(self._attempts)
+
+
+def _span_s(attempts: Sequence[_EndedTask]) -> float:
+    """Return the seconds over which attempts count: from the start of the first, if that is recent, to the last end."""
+    span_s = max(one.ended_s for one in attempts) - min(one.began_s for one in attempts)
+    return min(_WINDOW_S, max(_TICK_S, span_s))
