@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wsiflow.evaluation import forest, roc
-from wsiflow.evaluation.forest import Choices, Sample, Settings
+from wsiflow.evaluation.forest import Choices, Settings, TrainingData
 from wsiflow.heatmap.features import LEVELS, NAMES
 
 SEEDS = (42, 0, 1)
@@ -76,12 +76,12 @@ def sheet(data: Path, method: str, threshold: float, kind: str) -> tuple[tuple[s
     return tuple(row["name"] for row in rows), np.array([[float(row[name]) for name in NAMES] for row in rows])
 
 
-def training(data: Path, method: str) -> Sample:
+def training(data: Path, method: str) -> TrainingData:
     """Return the training slides with features at every threshold; each slide counts as a patient of its own."""
     sheets = {t: [sheet(data, method, t, kind) for kind in ("tumor", "normal")] for t in LEVELS}
     (tumour, _), (normal, _) = sheets[LEVELS[0]]
     assert all(one[0] == tumour and other[0] == normal for one, other in sheets.values())
-    return Sample(
+    return TrainingData(
         slide_ids=tumour + normal,
         labels=np.repeat([1, 0], [len(tumour), len(normal)]),
         groups=tumour + normal,

@@ -88,7 +88,7 @@ def sweep_jobs(given: Sequence[str]) -> dict[str, list[str]]:
     return {name: job.overrides for name, job in trials(given).items()}
 
 
-def trials(given: Sequence[str]) -> dict[str, sweep.Job]:
+def trials(given: Sequence[str]) -> dict[str, sweep.TrialOverrides]:
     """Return the trials that ``wsiflow run -m`` would make of overrides, by their names, all for one folder.
 
     Raises:

@@ -162,7 +162,7 @@ def _run(config: RunConfig) -> dict[str, float]:
     return summary.metrics
 
 
-def _trial(job: sweeps.Job, name: str) -> Summary:
+def _trial(job: sweeps.TrialOverrides, name: str) -> Summary:
     """Run one combination of a sweep, whatever becomes of it."""
     try:
         config = compose_config(job.overrides, job=name)

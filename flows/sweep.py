@@ -59,14 +59,14 @@ class Trial(NamedTuple):
         return self.exit_code not in {0, PARTIAL}
 
 
-class Job(NamedTuple):
+class TrialOverrides(NamedTuple):
     """A trial to be: its overrides, and those of them that differ from trial to trial."""
 
     overrides: list[str]
     swept: list[str]
 
 
-class Sweep(Callback):
+class SweepCallback(Callback):
     """What Hydra calls before the first trial and after the last."""
 
     def on_multirun_start(self, config: DictConfig, **_kwargs: Any) -> None:
@@ -172,7 +172,7 @@ def folder() -> Path:
 # --- what trials there are, and what they are called
 
 
-def jobs(given: Sequence[str], axes: Sequence[str] = ()) -> list[Job]:
+def jobs(given: Sequence[str], axes: Sequence[str] = ()) -> list[TrialOverrides]:
     """Return the trials that Hydra's sweeper makes of overrides, in its order.
 
     Args:
@@ -196,7 +196,7 @@ def jobs(given: Sequence[str], axes: Sequence[str] = ()) -> list[Job]:
         _refuse_out()
     varied = [key in swept for key in by_key]
     return [
-        Job(list(job), [text for text, varies in zip(job, varied, strict=True) if varies])
+        TrialOverrides(list(job), [text for text, varies in zip(job, varied, strict=True) if varies])
         for job in itertools.product(*by_key.values())
     ]
 
@@ -207,7 +207,7 @@ def fixed(given: Sequence[str]) -> list[str]:
     return [text for text, one in zip(given, parsed, strict=True) if not one.is_sweep_override()]
 
 
-def _jobs_or_none(given: Sequence[str], axes: Sequence[str]) -> list[Job]:
+def _jobs_or_none(given: Sequence[str], axes: Sequence[str]) -> list[TrialOverrides]:
     """Return the trials as far as they are known beforehand: what is wrong is told by who runs them."""
     try:
         return jobs(given, axes)
@@ -270,7 +270,7 @@ def _meant(overrides: Sequence[str]) -> list[tuple[str, Any]]:
     return [(one.get_key_element(), one.value()) for one in OverridesParser.create().parse_overrides(list(overrides))]
 
 
-def named(found: Sequence[Job]) -> dict[str, Job]:
+def named(found: Sequence[TrialOverrides]) -> dict[str, TrialOverrides]:
     """Return trials by the name of their folders, no two of which are one on any disk."""
     alike = _alike(one for job in found for one in job.swept)
     return {folder_name(job.swept, alike): job for job in found}

@@ -11,7 +11,7 @@ from sklearn.ensemble import RandomForestClassifier
 from benchmarks import published
 from wsiflow.errors import InputError, IntegrityError
 from wsiflow.evaluation import forest, roc
-from wsiflow.evaluation.forest import Choices, Forest, Sample, Settings, grow, load, predict, save, train
+from wsiflow.evaluation.forest import Choices, Forest, Settings, TrainingData, grow, load, predict, save, train
 from wsiflow.heatmap.features import LEVELS, NAMES
 from wsiflow.system import publish
 
@@ -20,7 +20,7 @@ THRESHOLDS = LEVELS if os.environ.get("WSIFLOW_FOREST_ALL") else (0.9,)
 TABLES = ("plain", "noise", "noise, stain")
 
 
-def drawn(n: int, *, seed: int = 0, patients: int | None = None) -> Sample:
+def drawn(n: int, *, seed: int = 0, patients: int | None = None) -> TrainingData:
     """Return random slides whose features separate the classes weakly at 0.5 and strongly at 0.9."""
     random = np.random.default_rng(seed)
     labels = np.arange(n) % 2
@@ -28,7 +28,7 @@ def drawn(n: int, *, seed: int = 0, patients: int | None = None) -> Sample:
     rows = {t: random.normal(size=(n, len(NAMES))) + shift * labels[:, np.newaxis] for t, shift in shifts.items()}
     ids = tuple(f"slide_{i:03d}" for i in range(n))
     groups = ids if patients is None else tuple(f"patient_{i // 2 % patients}" for i in range(n))
-    return Sample(ids, labels, groups, rows, forest.version_of(reference=False), 3.9)
+    return TrainingData(ids, labels, groups, rows, forest.version_of(reference=False), 3.9)
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +138,7 @@ def test_patients_who_are_known_by_heart_do_not_help() -> None:
     patients, labels = np.repeat(np.arange(40), 3), np.repeat(random.permutation(np.arange(40) % 2), 3)
     rows = random.normal(size=(40, len(NAMES)))[patients] + 1e-3 * random.normal(size=(120, len(NAMES)))
     ids = tuple(f"s{i}" for i in range(120))
-    by_slide = Sample(ids, labels, ids, {0.5: rows}, "1", 3.9)
+    by_slide = TrainingData(ids, labels, ids, {0.5: rows}, "1", 3.9)
     by_patient = by_slide._replace(groups=tuple(f"p{i}" for i in patients))
     choices = SMALL._replace(max_features=(5,), trees=30)
     assert train(by_slide, seed=0, choices=choices).card.auc > 0.95

@@ -26,7 +26,7 @@ WIDEST = ["tiles.halo_px=widest", "tiles.group_tiles=4"]
 
 def make(root: Path, shared: Path | None, data: bytes = DATA, key: str = "k" * 64) -> tuple[publish.Receipt, bool]:
     """Do what a stage does."""
-    place = sharing.Place(shared, root, "patches/a/p1.h5", key)
+    place = sharing.SharedFile(shared, root, "patches/a/p1.h5", key)
     found = sharing.done(place)
     if found is not None:
         return found, False
@@ -55,7 +55,7 @@ def test_a_second_trial_links_what_the_first_made(tmp_path: Path) -> None:
 @pytest.mark.parametrize("other", ["name", "key", "versions", "class"])
 def test_nothing_else_has_the_same_address(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, other: str) -> None:
     """Another file, other settings, another library or another kind of machine: another address."""
-    place = sharing.Place(tmp_path, tmp_path, "patches/a/p1.h5", "k")
+    place = sharing.SharedFile(tmp_path, tmp_path, "patches/a/p1.h5", "k")
     before = place.address
     if other == "versions":
         monkeypatch.setattr(sharing, "versions", lambda: {"numpy": "1"})
@@ -96,7 +96,7 @@ def test_where_links_cannot_be_files_are_copied(monkeypatch: pytest.MonkeyPatch,
 def test_damage_to_a_shared_file_is_not_passed_on(tmp_path: Path, harm) -> None:
     """The next trial is told which file is damaged, and how to go on."""
     receipt, _ = make(tmp_path / "a", None)
-    place = sharing.Place(tmp_path / "shared", tmp_path / "a", receipt["path"], receipt["key"])
+    place = sharing.SharedFile(tmp_path / "shared", tmp_path / "a", receipt["path"], receipt["key"])
     make(tmp_path / "c", place.shared)
     harm(tmp_path / "shared" / place.address)
     with pytest.raises(IntegrityError, match="delete"):

@@ -69,7 +69,7 @@ class Choices(NamedTuple):
     folds: int = 5
 
 
-class Sample(NamedTuple):
+class TrainingData(NamedTuple):
     """Training slides with their features.
 
     Attributes:
@@ -88,7 +88,7 @@ class Sample(NamedTuple):
     version: str
     cell_um: float
 
-    def part(self, index: Ints) -> "Sample":
+    def part(self, index: Ints) -> "TrainingData":
         """Return the slides at the indices ``index``, int64 (k,)."""
         ids, groups = (tuple(values[i] for i in index) for values in (self.slide_ids, self.groups))
         kept = {threshold: values[index] for threshold, values in self.features.items()}
@@ -170,7 +170,7 @@ def is_same_cell(cell_um: float, other_um: float) -> bool:
     return abs(cell_um / other_um - 1) <= CELL_TOLERANCE
 
 
-def train(sample: Sample, *, seed: int, choices: Choices | None = None) -> Forest:
+def train(sample: TrainingData, *, seed: int, choices: Choices | None = None) -> Forest:
     """Choose hyperparameters by cross-validation, estimate the AUC by nested cross-validation, and train on all slides.
 
     Args:
@@ -343,7 +343,7 @@ def _trees(values: dict[str, Any], path: Path) -> Trees:
 # --- choosing
 
 
-def _nested_scores(sample: Sample, choices: Choices, seed: int) -> Floats:
+def _nested_scores(sample: TrainingData, choices: Choices, seed: int) -> Floats:
     """Return the score of each slide in nested cross-validation: by a forest chosen and grown without its fold."""
     scores = np.full(len(sample.labels), np.nan)
     for inside, outside in _folds(sample, choices.folds, seed):
@@ -354,7 +354,7 @@ def _nested_scores(sample: Sample, choices: Choices, seed: int) -> Floats:
     return scores
 
 
-def _choose(sample: Sample, choices: Choices, seed: int) -> tuple[Settings, tuple[tuple[Settings, float], ...]]:
+def _choose(sample: TrainingData, choices: Choices, seed: int) -> tuple[Settings, tuple[tuple[Settings, float], ...]]:
     """Return the settings with the highest cross-validated AUC, the first of equal ones, and all tried settings."""
     options = product(sorted(sample.features), choices.max_features, choices.max_depth, choices.min_leaf)
     folds = list(_folds(sample, choices.folds, seed))
@@ -365,7 +365,7 @@ def _choose(sample: Sample, choices: Choices, seed: int) -> tuple[Settings, tupl
 
 
 def _held_out_auc(
-    sample: Sample, settings: Settings, folds: Sequence[tuple[Ints, Ints]], choices: Choices, seed: int
+    sample: TrainingData, settings: Settings, folds: Sequence[tuple[Ints, Ints]], choices: Choices, seed: int
 ) -> float:
     scores = np.full(len(sample.labels), np.nan)
     for inside, outside in folds:
@@ -374,7 +374,7 @@ def _held_out_auc(
     return roc.auc(scores, sample.labels)
 
 
-def _folds(sample: Sample, most: int, seed: int) -> Iterator[tuple[Ints, Ints]]:
+def _folds(sample: TrainingData, most: int, seed: int) -> Iterator[tuple[Ints, Ints]]:
     """Yield the indices of the training slides and of the held-out slides of each fold."""
     from sklearn.model_selection import StratifiedGroupKFold
 
@@ -382,7 +382,7 @@ def _folds(sample: Sample, most: int, seed: int) -> Iterator[tuple[Ints, Ints]]:
     yield from splitter.split(np.zeros(len(sample.labels)), sample.labels, sample.groups)
 
 
-def _n_folds(sample: Sample, most: int) -> int:
+def _n_folds(sample: TrainingData, most: int) -> int:
     """Return the number of folds: at most ``most``, and at most the number of patients of either class.
 
     Raises:
@@ -402,7 +402,7 @@ def _n_folds(sample: Sample, most: int) -> int:
 # --- trees
 
 
-def _grown(sample: Sample, settings: Settings, trees: int, seed: int) -> Trees:
+def _grown(sample: TrainingData, settings: Settings, trees: int, seed: int) -> Trees:
     return grow(sample.features[settings.threshold], sample.labels, settings, trees=trees, seed=seed)
 
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from wsiflow.errors import InputError
 from wsiflow.evaluation import forest
-from wsiflow.evaluation.forest import Choices, Forest, Sample
+from wsiflow.evaluation.forest import Choices, Forest, TrainingData
 from wsiflow.heatmap import features, files
 from wsiflow.plan.slide_plan import SlidePlan
 from wsiflow.slides import pyramid
@@ -118,7 +118,7 @@ def read_features(path: Path) -> list[FeatureRow]:
     return rows
 
 
-def sample_of(rows: Iterable[FeatureRow], cases: Sequence[Case]) -> Sample:
+def sample_of(rows: Iterable[FeatureRow], cases: Sequence[Case]) -> TrainingData:
     """Return the training slides: those of the manifest that have a label and are not of the split ``test``.
 
     Args:
@@ -146,7 +146,7 @@ def sample_of(rows: Iterable[FeatureRow], cases: Sequence[Case]) -> Sample:
     if incomplete:
         cause = "the slide has no features at some of the thresholds"
         raise InputError(cause, "compute its features again", slide=incomplete[0], stage="forest")
-    return Sample(
+    return TrainingData(
         slide_ids=tuple(by_slide),
         labels=np.array([case.label for case in chosen], np.int64),
         groups=tuple(case.patient_id or f"slide {case.slide_id}" for case in chosen),

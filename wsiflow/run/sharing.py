@@ -21,7 +21,7 @@ from wsiflow.system.provenance import NUMERICS, numeric_class, versions
 _LARGE_BYTES = 1 << 26  # whoever reads larger files compares every chunk with its checksum
 
 
-class Place(NamedTuple):
+class SharedFile(NamedTuple):
     """Where a file of a run belongs.
 
     Attributes:
@@ -43,7 +43,7 @@ class Place(NamedTuple):
         return publish.key_of(name=self.name, key=self.key, **environment)
 
 
-def done(place: Place) -> publish.Receipt | None:
+def done(place: SharedFile) -> publish.Receipt | None:
     """Return the receipt of a file that is published in the run's folder, or was made for another trial; else None.
 
     A file of another trial is linked into the run's folder; its receipt has the seconds it took when it was made.
@@ -72,7 +72,7 @@ def found(shared: Path, address: str) -> publish.Receipt | None:
 
 
 @contextmanager
-def publishing(place: Place, facts: dict[str, Any], verify: Callable[[Path], None]) -> Iterator[publish.Attempt]:
+def publishing(place: SharedFile, facts: dict[str, Any], verify: Callable[[Path], None]) -> Iterator[publish.Attempt]:
     """Publish a file in the run's folder, for other trials too where they share; see `publish.publishing`."""
     if place.shared is None:
         with publish.publishing(place.root, place.name, place.key, facts, verify) as attempt:
@@ -83,6 +83,6 @@ def publishing(place: Place, facts: dict[str, Any], verify: Callable[[Path], Non
     attempt.receipt = _adopt(place, attempt.receipt)
 
 
-def _adopt(place: Place, receipt: publish.Receipt) -> publish.Receipt:
+def _adopt(place: SharedFile, receipt: publish.Receipt) -> publish.Receipt:
     assert place.shared is not None, "only what is shared is adopted"
     return publish.adopt(place.root, place.name, place.shared / receipt["path"], receipt)

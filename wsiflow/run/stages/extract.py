@@ -8,7 +8,7 @@ from wsiflow.plan.slide_plan import SlidePlan, pixels_key, read_cut
 from wsiflow.run import sharing, store
 from wsiflow.run.costs import StageCost
 from wsiflow.run.plan import Plan, Task, read_plan
-from wsiflow.run.sharing import Place
+from wsiflow.run.sharing import SharedFile
 from wsiflow.run.stages import ingest
 from wsiflow.run.stages.pixels import block_coord, block_size_px, open_planned, part_name, read_slide, timed_reads
 from wsiflow.run.stages.stage import Stage
@@ -24,7 +24,7 @@ def extract(source: Path, index: int) -> tuple[publish.Receipt, bool]:
     name, numbers = part_name(planned, task.group), plan.part(*task)
     frame, cut = planned.frame, read_cut(root, planned)
     key = EXTRACT.key_of(root, plan, index)
-    place = Place(ingest.shared_folder(root), root, name, key)
+    place = SharedFile(ingest.shared_folder(root), root, name, key)
     done = sharing.done(place)
     if done is not None:
         return done, False

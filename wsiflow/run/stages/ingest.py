@@ -29,7 +29,7 @@ from wsiflow.run.config import RunConfig
 from wsiflow.run.executor.protocol import Outcome
 from wsiflow.run.plan import Plan, Rejected, latest_plan, publish_plan
 from wsiflow.run.settings import PlanSettings
-from wsiflow.run.sharing import Place
+from wsiflow.run.sharing import SharedFile
 from wsiflow.run.stages.choose import choice_record
 from wsiflow.slides import content, slide
 from wsiflow.slides.manifest import Case
@@ -104,7 +104,7 @@ def _looked(case: Case, config: RunConfig) -> tuple[dict[str, Any], publish.Rece
     # The content is hashed by who looks first; whether it is still that file, its names, sizes and times tell.
     seen = {"path": str(case.path), "stamp": content.stamp(case.path), "mpp": case.mpp}
     key = publish.key_of(**seen, frame=_frame_settings(config), tissue=config.tissue.model_dump())
-    address = Place(config.share, config.share, f"look/{case.slide_id}", key).address
+    address = SharedFile(config.share, config.share, f"look/{case.slide_id}", key).address
     receipt = sharing.found(config.share, address)
     if receipt is None:
         with publish.publishing(config.share, address, key, facts("look", case.slide_id), publish.accept) as attempt:

@@ -97,11 +97,6 @@ def _count_missing(listing: "_Listing", plan: Plan, stage: Stage, slide: int) ->
     return sum(not all(map(listing.has, names_of(stage, plan, slide, task))) for task in tasks)
 
 
-def census(root: Path, plan: Plan) -> dict[str, tuple[int, int]]:
-    """Return how many tasks of each stage are published and not deleted, and how many were planned."""
-    return Census(root, plan).count()
-
-
 def ingested(root: Path, slides: Iterable[str]) -> int:
     """Return how many slides have been looked at."""
     listing = _Listing(root)

@@ -13,7 +13,7 @@ from wsiflow.plan.slide_plan import SlidePlan, read_cut
 from wsiflow.run import sharing
 from wsiflow.run.costs import StageCost
 from wsiflow.run.plan import Plan, Task, read_plan
-from wsiflow.run.sharing import Place
+from wsiflow.run.sharing import SharedFile
 from wsiflow.run.stages import ingest
 from wsiflow.run.stages.pixels import fit_key, fit_name, fits_slides, open_planned
 from wsiflow.run.stages.stage import Stage
@@ -46,7 +46,7 @@ def fit_stain(source: Path, index: int) -> tuple[publish.Receipt, bool]:
     root, planned = source.parent, plan.slides[index]
     params, name = plan.settings.stain, fit_name(planned)
     key = STAGE.key_of(root, plan, index)
-    place = Place(ingest.shared_folder(root), root, name, key)
+    place = SharedFile(ingest.shared_folder(root), root, name, key)
     done = sharing.done(place)
     if done is not None:
         return done, False

@@ -17,7 +17,7 @@ from wsiflow.slides.stain.fits import (
     Pixels,
     cannot_measure,
 )
-from wsiflow.slides.stain.method import MethodParams, Sample, StainMethod
+from wsiflow.slides.stain.method import MethodParams, PixelSample, StainMethod
 from wsiflow.slides.stain.pixels import SPARE_PX, STRIP_PX, in_strips
 
 STRENGTH_PERCENTILE = 99.0
@@ -37,7 +37,7 @@ def density_method(
         brightens: See `StainMethod`.
     """
 
-    def measure(sample: Sample, params: MethodParams) -> DensityFit:
+    def measure(sample: PixelSample, params: MethodParams) -> DensityFit:
         table = density_table(sample.white)
         stains = fit_stains(table[sample.tissue.T], lambda density: vectors(density, params))
         amounts = stain_codes(table[sample.measured.T], stains, CODE_PENALTY)

@@ -15,7 +15,7 @@ class MethodParams(Protocol):
         ...
 
 
-class Sample(NamedTuple):
+class PixelSample(NamedTuple):
     """The pixels that colours are measured on, RGB.
 
     Attributes:
@@ -42,6 +42,6 @@ class StainMethod(NamedTuple):
 
     name: str
     form: type[Any]
-    measure: Callable[[Sample, MethodParams], Any]
+    measure: Callable[[PixelSample, MethodParams], Any]
     transfer: Callable[[Pixels, Any, Any], Pixels]
     brightens: bool = True

@@ -24,7 +24,7 @@ import numpy as np
 
 from wsiflow.errors import InputError
 from wsiflow.slides.stain.fits import Pixels, cannot_measure
-from wsiflow.slides.stain.method import Sample
+from wsiflow.slides.stain.method import PixelSample
 from wsiflow.slides.stain.methods import METHODS
 from wsiflow.slides.stain.params import NormalisedBlock, StainFit, StainParams, Target
 from wsiflow.slides.stain.pixels import (
@@ -159,5 +159,5 @@ def _fit_row(image: Pixels, white: float, params: StainParams) -> StainFit:
     measured = image[0] if params.per_patch else image[is_tissue]
     tissue = image[is_tissue]
     tissue = tissue[stratified_indices(len(tissue), params.sample_px)]
-    fit: StainFit = METHODS[params.method].measure(Sample(tissue, measured, white), params)
+    fit: StainFit = METHODS[params.method].measure(PixelSample(tissue, measured, white), params)
     return fit
