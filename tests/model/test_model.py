@@ -120,12 +120,12 @@ def test_probes_are_taken_where_the_model_is_unsure(card: Path) -> None:
 CARD_FAULTS = [
     ({"colour": "pink"}, "colour: Extra inputs are not permitted", "a key nobody knows may be a mistyped one"),
     ({"spacing_um_px": None}, "spacing_um_px: Field required", "a missing spacing cannot be guessed"),
-    ({"spacing_um_px": "0.25"}, "spacing_um_px: Input should be a valid number, found '0.25'", "text is no number"),
-    ({"spacing_um_px": float("nan")}, "spacing_um_px: Input should be a finite number, found 'nan'", "NaN"),
+    ({"spacing_um_px": "0.25"}, "spacing_um_px: Input should be a valid number, but it is '0.25'", "text is no number"),
+    ({"spacing_um_px": float("nan")}, "spacing_um_px: Input should be a finite number, but it is 'nan'", "NaN"),
     ({"mean": [0.5, float("inf"), 0.5]}, "mean.1: Input should be a finite number", "infinity"),
     ({"mean": [0.5, 0.5]}, "mean", "two channels"),
-    ({"std": [0.2, 0.0, 0.2]}, "std.1: Input should be greater than 0, found '0.0'", "division by zero"),
-    ({"window_px": 0}, "window_px: Input should be greater than or equal to 16, found '0'", "no window"),
+    ({"std": [0.2, 0.0, 0.2]}, "std.1: Input should be greater than 0, but it is '0.0'", "division by zero"),
+    ({"window_px": 0}, "window_px: Input should be greater than or equal to 16, but it is '0'", "no window"),
     (
         {"class_names": ["tumour"]},
         "class_names: Tuple should have at least 2 items",
