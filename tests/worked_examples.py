@@ -1,6 +1,9 @@
 """The worked examples E1 to E3 of the FROC score: detections, outlines and masks."""
 
+from pathlib import Path
+
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from wsiflow.slides import pyramid
@@ -72,5 +75,19 @@ def e3_truth(kind, tmp_path):
         return png(tmp_path / "t.png", mask)
     if kind == "xml":
         return xml(tmp_path / "t.xml", E3_BOXES, E3_HOLE)
-    pyramid.write_mask(tmp_path / "t.tif", np.kron(mask, np.ones((32, 32), np.uint8)), um_px=0.243)
+    write_mask(tmp_path / "t.tif", np.kron(mask, np.ones((32, 32), np.uint8)), um_px=0.243)
     return tmp_path / "t.tif"
+
+
+def write_mask(path: Path, mask: NDArray[np.bool_] | NDArray[np.uint8], *, um_px: float) -> None:
+    """Write a mask as a pyramid with the values 0 and 255.
+
+    A reduced level takes every second row and column, which keeps the expected area of lesions at every level.
+
+    Args:
+        path: The file to write.
+        mask: Shape (rows, cols); every value but 0 is inside the mask.
+        um_px: Spacing of the mask, um per px.
+    """
+    gray = np.where(mask, 255, 0).astype(np.uint8)
+    pyramid.write_gray(path, pyramid.reduced_levels(gray, lambda level: level[::2, ::2]), um_px=um_px, description="")

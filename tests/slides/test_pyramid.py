@@ -11,6 +11,7 @@ import tifffile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from worked_examples import write_mask
 
 from wsiflow.errors import InputError
 from wsiflow.heatmap import files
@@ -84,7 +85,7 @@ def test_same_arguments_same_bytes(tmp_path: Path, kind: str) -> None:
         elif kind == "preview":
             files.write_preview(tmp_path / name, heat, um_px=1)
         elif kind == "mask":
-            pyramid.write_mask(tmp_path / name, heat > 0.5, um_px=1)
+            write_mask(tmp_path / name, heat > 0.5, um_px=1)
         else:
             pyramid.write_rgb(tmp_path / name, [gradient(280, 300)], shape=(280, 300), um_px=1, quality=90)
     first = (tmp_path / "a.tif").read_bytes()
@@ -157,7 +158,7 @@ def test_stored_mask_level_is_returned_as_it_is(tmp_path: Path, downsample: int)
     """A level of the file is returned where there is one."""
     mask = np.zeros((801, 643), bool)
     mask[100:300, 50:600] = True
-    pyramid.write_mask(tmp_path / "m.tif", mask, um_px=0.243)
+    write_mask(tmp_path / "m.tif", mask, um_px=0.243)
     np.testing.assert_array_equal(
         pyramid.read_level(tmp_path / "m.tif", downsample), np.where(mask, 255, 0)[::downsample, ::downsample]
     )
@@ -220,7 +221,7 @@ def test_unreadable_mask_is_named(tmp_path: Path, name: str, content: bytes) -> 
 
 def test_damaged_mask_is_named(tmp_path: Path) -> None:
     """Inverted bytes in a compressed tile are an input error, and do not crash the decoder."""
-    pyramid.write_mask(tmp_path / "m.tif", heatmap(600, 600) > 0.5, um_px=1)
+    write_mask(tmp_path / "m.tif", heatmap(600, 600) > 0.5, um_px=1)
     content = (tmp_path / "m.tif").read_bytes()
     middle = len(content) // 2
     (tmp_path / "m.tif").write_bytes(content[:middle] + b"\xff" * 64 + content[middle + 64 :])
@@ -262,7 +263,7 @@ def test_any_rows_of_a_heatmap_are_read_alone(
 
 def test_what_is_no_heatmap_is_not_opened(tmp_path: Path) -> None:
     """A mask and a text file are refused."""
-    pyramid.write_mask(tmp_path / "m.tif", np.ones((300, 300), bool), um_px=1.0)
+    write_mask(tmp_path / "m.tif", np.ones((300, 300), bool), um_px=1.0)
     (tmp_path / "t.tif").write_text("no image")
     for name, cause in (("m.tif", "float32 of rows x cols"), ("t.tif", "not a readable heatmap")):
         with pytest.raises(InputError, match=cause), files.open_heatmap(tmp_path / name):

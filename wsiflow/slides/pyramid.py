@@ -29,20 +29,6 @@ _BIG_TIFF_PX = 2**30  # above this number of pixels, offsets may exceed the 4 Gi
 UNREADABLE = (OSError, ValueError, IndexError, RuntimeError, ArithmeticError, Image.DecompressionBombError)
 
 
-def write_mask(path: Path, mask: NDArray[np.bool_] | NDArray[np.uint8], *, um_px: float) -> None:
-    """Write a mask as a pyramid with the values 0 and 255.
-
-    A reduced level takes every second row and column, which keeps the expected area of lesions at every level.
-
-    Args:
-        path: The file to write.
-        mask: Shape (rows, cols); every value but 0 is inside the mask.
-        um_px: Spacing of the mask, um per px.
-    """
-    gray = np.where(mask, 255, 0).astype(np.uint8)
-    write_gray(path, reduced_levels(gray, lambda level: level[::2, ::2]), um_px=um_px, description="")
-
-
 def write_rgb(
     path: Path, bands: Iterable[NDArray[np.uint8]], *, shape: tuple[int, int], um_px: float, quality: int
 ) -> None:

@@ -23,12 +23,11 @@ from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 from torch import fx, nn
 
-from wsiflow.errors import InputError, WsiflowError
+from wsiflow.errors import InputError
 from wsiflow.model.classifier import Classifier
 from wsiflow.model.dense import operations
 from wsiflow.model.dense.facts import DenseFacts, DenseStride, dense_facts, dense_strides, split_points
 from wsiflow.model.dense.layers import cannot_run_dense
-from wsiflow.model.dense.operations import Pair
 from wsiflow.model.dense.receptive import Layer, trace_layers
 from wsiflow.model.dense.rewrite import dense_module
 
@@ -81,17 +80,6 @@ class DenseClassifier:
     stem: nn.Module | None = None
     tail: nn.Module | None = None
     crops: Crops | None = None
-
-    def map_shape(self, h: int, w: int) -> Pair:
-        """Return the rows and columns of the map of a region of h x w px; raise WsiflowError if no window fits."""
-        rows, cols = ((side - 2 * self.context_px - self.window_px) // self.stride + 1 for side in (h, w))
-        if rows < 1 or cols < 1:
-            raise WsiflowError(
-                f"no window of {self.window_px} px with {self.context_px} px of context fits a region of {w} x {h} px",
-                "region, window and context do not fit together: please report this",
-                stage="predict",
-            )
-        return rows, cols
 
 
 def describe(classifier: Classifier, stride: int) -> DenseFacts:
