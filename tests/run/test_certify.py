@@ -275,7 +275,7 @@ def test_patches_without_a_fit_are_counted_with_their_places(small_slides: Path,
         (["dense.share_until=pool9"], "dense.share_until is 'pool9'"),
         (["inference.backend=torch", "inference.precision=int8"], "int8 is not a precision of backend torch"),
         (["stain=macenko", "stain.per_patch=true"], "stain.per_patch"),
-        (["inference.precision=int8", "dense.share_until=pool3"], "not run in int8"),
+        (["inference.precision=int8", "dense.share_until=pool3"], "int8 is not supported"),
         (["inference.precision=int8", "dense.windows=0"], "have to be compared with fp32"),
     ],
 )

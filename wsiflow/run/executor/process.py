@@ -28,6 +28,7 @@ from wsiflow.system.usage import now
 _WAITING = 2  # slices handed over beyond those at work, so that no worker waits for the next
 
 _logger = logging.getLogger(__name__)
+_LOST = EnvironmentFault("a worker process died while it was under way", "nothing to do: it is tried again")
 
 _Landed = deque[Future[list[Outcome]]]
 
@@ -100,7 +101,9 @@ class ProcessPool:
                 future.cancel()
         for lo, hi in sorted(lost):
             for index in range(lo, hi):
-                yield Outcome(index, None, executed=True, usage={"exit_class": "killed"}, retried=True)
+                yield Outcome(
+                    index, None, executed=True, failure=_LOST.failure, usage={"exit_class": "killed"}, retried=True
+                )
                 yield self._run_alone(work, source, stage, index)
 
     def _place(self, *, wanted: bool, landed: _Landed) -> bool:

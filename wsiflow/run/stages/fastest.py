@@ -101,7 +101,7 @@ def _prove(classifier: Classifier, choice: Choice, *, threads: int) -> None:
     if choice.precision == "int8":
         openvino.require_int8()
         if choice.share_until:
-            cause = "a network that windows share only in part is not run in int8"
+            cause = "int8 is not supported for a network of which windows share only a part"
             raise InputError(cause, "set inference.precision=fp32 or bf16, or dense.share_until=''")
     precision = "fp32" if choice.precision == "int8" else choice.precision
     scorer.make_scorer(classifier, choice._replace(precision=precision), threads=threads)

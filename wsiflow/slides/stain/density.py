@@ -112,14 +112,14 @@ def fit_stains(density: Floats, vectors: Callable[[Floats], Floats]) -> Floats:
     variances, _ = principal(density)
     if not variances[1] >= LEAST_VARIANCE:
         raise cannot_measure(
-            f"the tissue is of one colour (variance of density {variances[1]:.1e} across its main direction)"
+            f"the tissue has only one colour (its density varies by {variances[1]:.1e} across its main direction)"
         )
     stains = np.maximum(vectors(density), 0)
     stains /= np.sqrt(np.square(stains).sum(axis=1, keepdims=True))
     sine = float(np.sqrt(np.square(np.cross(stains[0], stains[1])).sum()))
     if not sine >= LEAST_SINE:
         raise cannot_measure(
-            f"the two stains are alike (sine of their angle {sine:.3f}, at least {LEAST_SINE} is needed)"
+            f"the two stains are too similar (the sine of their angle is {sine:.3f}, at least {LEAST_SINE} is needed)"
         )
     return stains if stains[0, 0] >= stains[1, 0] else stains[::-1].copy()
 
