@@ -186,7 +186,7 @@ def test_output_that_cannot_be_written_is_told_once() -> None:
 
 def test_streams_that_were_closed_before_lead_nowhere(tmp_path: Path) -> None:
     """A file that is opened must not get the number of one, nor must what prints meet none."""
-    code = "import sys; from wsiflow.flows.__main__ import give_streams; give_streams()\n"
+    code = "import sys; from wsiflow.flows.__main__ import open_closed_streams; open_closed_streams()\n"
     code += "with open(sys.argv[1], 'w') as file: file.write(str(file.fileno())); print('told', flush=True)"
     kept = tmp_path / "kept"
     command = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", sys.executable, "-c", code, str(kept)]

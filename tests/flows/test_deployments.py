@@ -75,8 +75,8 @@ def test_every_field_is_described(form: type[forms.Form]) -> None:
 
 def test_an_untouched_form_is_the_command_without_arguments() -> None:
     """What a form shows before anything is filled in is what ``conf/`` says."""
-    assert compose_config(forms.Run().said()) == compose_config([])
-    assert sweep_jobs(forms.Sweep().said()) == {"": forms.Sweep().said()}
+    assert compose_config(forms.Run().to_overrides()) == compose_config([])
+    assert sweep_jobs(forms.Sweep().to_overrides()) == {"": forms.Sweep().to_overrides()}
 
 
 GIVEN = {
@@ -99,35 +99,35 @@ def test_a_choice_means_what_its_file_says(path: Path) -> None:
     given = GIVEN.get(f"{group}={path.stem}", {})
     keys = {field.title: given[name] for name, field in forms.Run.model_fields.items() if name in given}
     typed = [f"{group}={path.stem}", "inference.stride=16", *(f"{key}={value}" for key, value in keys.items())]
-    assert compose_config(forms.Run(**{group: path.stem}, **given).said()) == compose_config(typed)
+    assert compose_config(forms.Run(**{group: path.stem}, **given).to_overrides()) == compose_config(typed)
 
 
 @pytest.mark.parametrize("text", ["null", "true", "1e3", "a b,c", "it's", "x=1", "[1]", "back\\", "\\'", "#1", "æ"])
 def test_a_text_arrives_as_it_was_typed(text: str) -> None:
     """Whatever Hydra would make of its characters."""
-    config = compose_config(forms.Run(name=text, dataset="folder", folder=f"/slides/{text}").said())
+    config = compose_config(forms.Run(name=text, dataset="folder", folder=f"/slides/{text}").to_overrides())
     assert (config.name, config.dataset.folder) == (text, Path(f"/slides/{text}"))
 
 
 def test_an_override_has_the_last_word() -> None:
     """What is typed as an override replaces the field that sets the same key."""
-    assert compose_config(forms.Run(stride=16, overrides=["inference.stride=56"]).said()).inference.stride == 56
+    assert compose_config(forms.Run(stride=16, overrides=["inference.stride=56"]).to_overrides()).inference.stride == 56
 
 
 def test_what_cannot_go_together_is_refused_in_one_line() -> None:
     """A stride within its bounds that does not divide the tile."""
     with pytest.raises(InputError, match=r"inference\.stride is 30, it must divide tiles\.tile_px") as refused:
-        compose_config(forms.Run(stride=30).said())
+        compose_config(forms.Run(stride=30).to_overrides())
     assert "\n" not in str(refused.value)
 
 
 def test_a_sweep_is_every_combination_of_its_lists() -> None:
     """Lists of the form and sweeps among its overrides, named as ``wsiflow run -m`` names them."""
     form = forms.Sweep(stride=[56, 112], stain=["none", "macenko"], overrides=["lesions.threshold=0.3,0.5"])
-    jobs = sweep_jobs(form.said())
+    jobs = sweep_jobs(form.to_overrides())
     assert len(jobs) == 8
     assert "inference.stride=112,stain=macenko,lesions.threshold=0.5" in jobs
-    folder = compose_config(forms.Sweep().said()).out
+    folder = compose_config(forms.Sweep().to_overrides()).out
     for job, overrides in jobs.items():
         assert compose_config(overrides, job=job).out.name == job
         assert compose_config(overrides, job=job).out.parent.parent == folder.parent
@@ -161,14 +161,14 @@ def test_the_settings_of_a_server_are_settings_of_prefect() -> None:
     """Every line of ``server.env`` is read by Prefect under that name."""
     lines = (ROOT / "deployments/server.env").read_text().splitlines()
     given = dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
-    said = subprocess.run(
+    help_text = subprocess.run(
         [BIN / "prefect", "config", "view", "--show-secrets"],
         env={**os.environ, **given},
         capture_output=True,
         text=True,
     ).stdout
     for name in given.keys() - {"DO_NOT_TRACK"}:
-        assert f"{name}=" in said.replace("\n", ""), name
+        assert f"{name}=" in help_text.replace("\n", ""), name
 
 
 # --- on a server

@@ -15,7 +15,7 @@ from serving import BIN, PrefectServer, environment
 from small_runs import over
 
 from flows import compose, line
-from flows.__main__ import give_home
+from flows.__main__ import ensure_home
 from wsiflow.model.engines import cache
 
 
@@ -73,12 +73,12 @@ def test_a_user_without_a_home_gets_a_passing_one(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     for home in (absent, lambda: tmp_path / "nowhere"):
         monkeypatch.setattr(Path, "home", home)
-        give_home()
+        ensure_home()
         assert Path(os.environ["HOME"]).parent == tmp_path
         assert cache.cache_folder({}) is None or home is not absent
     monkeypatch.setattr(Path, "home", lambda: tmp_path)
     monkeypatch.setenv("HOME", "mine")
-    give_home()
+    ensure_home()
     assert os.environ["HOME"] == "mine"
 
 

@@ -16,7 +16,7 @@ PATIENCE_S = 60
 class Watching:
     """Somebody else who is shown the progress."""
 
-    first_s, interval_s, wants_end = 1e9, 1e9, True
+    first_s, interval_s, shows_end = 1e9, 1e9, True
 
     def __init__(self) -> None:
         self.seen: list[Snapshot] = []

@@ -144,7 +144,7 @@ def test_no_folder_is_named_by_a_secret(tmp_path: Path) -> None:
     sweeps.claim(tmp_path, swept[:1])
     assert "canary" not in "".join(path.read_text() for path in tmp_path.rglob("*") if path.is_file())
     sweeps.claim(tmp_path, swept[:1])
-    with pytest.raises(InputError, match="that of the trial"):
+    with pytest.raises(InputError, match="belongs to the trial"):
         sweeps.claim(tmp_path, swept[1:])
 
 
@@ -179,7 +179,7 @@ def test_a_folder_belongs_to_one_trial(tmp_path: Path) -> None:
     """Another one that comes to the same folder, by whatever way, is refused; the same may come again."""
     sweeps.claim(tmp_path, ["name=a/b"])
     sweeps.claim(tmp_path, ["name=a/b"])
-    with pytest.raises(InputError, match="is that of the trial 'name=a/b', this one is 'name=a_b'"):
+    with pytest.raises(InputError, match="belongs to the trial 'name=a/b', this one is 'name=a_b'"):
         sweeps.claim(tmp_path, ["name=a_b"])
     assert [path.name for path in (tmp_path / "receipts").iterdir()] == ["trial"]
 
@@ -188,18 +188,18 @@ def test_a_folder_belongs_to_one_trial(tmp_path: Path) -> None:
 def marked(tmp_path: Path, monkeypatch) -> Path:
     """A sweep of three trials, as its process knows it."""
     folder = tmp_path / ".trials/mine"
-    shared = {"name": "s", "out": str(tmp_path), "folder": str(folder), "given": [], "alike": []}
+    shared = {"name": "s", "out": str(tmp_path), "folder": str(folder), "overrides": [], "alike": []}
     monkeypatch.setenv("WSIFLOW_SWEEP", json.dumps(shared))
     monkeypatch.setattr(sweeps, "_planned", ["a", "b", "c"])
-    sweeps._make_marks(folder)
+    sweeps._create_records(folder)
     return folder
 
 
 def test_a_trial_that_leaves_no_word_has_failed(marked: Path) -> None:
     """It was killed, or its word is gone or torn."""
-    sweeps.ended(0, "a", 0)
-    sweeps.ended(1, "b", 20)
-    assert [(one.name, one.exit_code, one.told) for one in sweeps._trials()] == [
+    sweeps.record_end(0, "a", 0)
+    sweeps.record_end(1, "b", 20)
+    assert [(one.name, one.exit_code, one.reported) for one in sweeps._trials()] == [
         ("a", 0, True),
         ("b", 20, True),
         ("c", 30, False),
@@ -216,9 +216,9 @@ def test_sweeps_in_one_folder_have_marks_of_their_own(marked: Path) -> None:
     dead.mkdir()
     (dead / "lock").touch()
     other = marked.parent / "other"
-    sweeps._make_marks(other)
+    sweeps._create_records(other)
     assert {path.name for path in marked.parent.iterdir()} == {"mine", "other"}
-    sweeps.ended(0, "a", 20)
+    sweeps.record_end(0, "a", 20)
     sweeps.end()
     assert other.exists()
 
