@@ -125,8 +125,8 @@ class Form(BaseModel, frozen=True, extra="forbid", json_schema_extra=_number):
     def to_overrides(self) -> list[str]:
         """Return the form as overrides."""
         fields = {field.title: getattr(self, name) for name, field in type(self).model_fields.items() if field.title}
-        given = {key: value for key, value in fields.items() if value not in ("", None)}
-        return [*(f"{key}={_override(value)}" for key, value in given.items()), *self.overrides]
+        filled = {key: value for key, value in fields.items() if value not in ("", None)}
+        return [*(f"{key}={_override(value)}" for key, value in filled.items()), *self.overrides]
 
 
 def _override(value: Any) -> str:

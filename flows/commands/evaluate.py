@@ -1,4 +1,4 @@
-"""``wsiflow evaluate``: score detections that are there already, whoever found them."""
+"""``wsiflow evaluate``: score existing detections, of wsiflow or of another system."""
 
 from argparse import ArgumentParser, Namespace
 from pathlib import Path

@@ -33,7 +33,7 @@ def test_a_run_is_one_flow_with_a_task_per_shard(server: PrefectServer, small_sl
     assert done.returncode == 0, done.stderr
     assert f"Prefect server: {server.url}" in done.stdout
     own = {"name": {"any_": ["watched"]}}
-    for _ in range(200):  # the server records what it is told a little later
+    for _ in range(200):  # the server records reports a little later
         tasks = server.ask("task_runs/filter", {"flow_runs": own})
         if len(tasks) == 6 and all(task["state_type"] == "COMPLETED" for task in tasks):
             break
