@@ -22,17 +22,17 @@ def main(arguments: Namespace) -> int:
     if not names:
         raise InputError("it holds no receipts", "name the out= folder of a run", path=arguments.run)
     plan = latest_plan(arguments.run) if publish.generations(arguments.run, "plan.json") else None
-    damaged = deleted = 0
+    damaged = spared = 0
     for name in names:
         if plan and not (arguments.run / name).exists() and shards.is_spare(arguments.run, plan, name):
-            deleted += 1
+            spared += 1
             continue
         try:
             publish.check(arguments.run, publish.read_receipt(arguments.run, name) or {"path": name})
         except IntegrityError as error:
             damaged += 1
             report(error)
-    say(f"{len(names) - damaged - deleted} of {len(names)} published files are what their receipts say")
-    if deleted:
-        say(f"{deleted} files of pixels were deleted; nothing needs them, the scores are there")
+    say(f"{len(names) - damaged - spared} of {len(names)} published files are what their receipts say")
+    if spared:
+        say(f"{spared} files of pixels were deleted; nothing needs them, the scores are there")
     return IntegrityError.exit_code if damaged else 0
