@@ -18,11 +18,11 @@ from . import cli, logs, stopping, terminal
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    give_streams()
-    give_home()
+    open_closed_streams()
+    ensure_home()
     try:
         arguments, level = logs.without_options(arguments)
-        if arguments[:1] == ["element"]:  # ended by its scheduler, which knows what signals mean
+        if arguments[:1] == ["element"]:  # its scheduler ends it, and knows what signals mean
             return _call(arguments, level)
         return stopping.run(lambda: _call(arguments, level))
     finally:
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _call(arguments: Sequence[str], level: str) -> int:
-    """Do what the command line asks for, and show what is logged from a level on."""
+    """Run the command that the command line names, and show log records from a level on."""
 
     def command() -> int:
         with logs.shown(level):
@@ -39,22 +39,25 @@ def _call(arguments: Sequence[str], level: str) -> int:
     return terminal.bounded(command)
 
 
-def give_streams() -> None:
-    """Let streams that were closed before this process began lead nowhere.
+def open_closed_streams() -> None:
+    """Open the null device for standard streams that were closed before this process started.
 
-    The next file that is opened would have the number of one, and get what libraries print.
+    Otherwise the next file that is opened would get the number of such a stream, and with it what libraries print.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)
         except OSError:
-            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # noqa: FBT003 - the lowest number, which is this
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # noqa: FBT003 - open() takes the lowest free number, which is this one
         if getattr(sys, name) is None:
             setattr(sys, name, open(number, "w" if number else "r", encoding="utf-8", closefd=False))  # noqa: SIM115
 
 
-def give_home() -> None:
-    """Give a user without a home a passing one: Prefect does not start without, as in containers run by any number."""
+def ensure_home() -> None:
+    """Give a user who has no home folder a temporary one, without which Prefect does not start.
+
+    Containers that run under an arbitrary user number are such a case.
+    """
     with contextlib.suppress(RuntimeError):
         if Path.home().is_dir() and (Path.home() != Path("/") or os.access("/", os.W_OK)):
             return

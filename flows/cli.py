@@ -1,4 +1,4 @@
-"""The command line: which command was typed, and with what. `flows.commands` has the commands."""
+"""The command line: it reads which command was typed, and runs it. The commands are in `flows.commands`."""
 
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from .terminal import bounded
 
 
 def main(words: Sequence[str]) -> int:
-    """Do what the command line asks for, and return the exit code."""
+    """Run the command that the words of the command line name, and return its exit code."""
     return bounded(lambda: _call(words))
 
 
@@ -21,7 +21,7 @@ def _call(words: Sequence[str]) -> int:
 
 
 def read(words: Sequence[str]) -> tuple[Module, Namespace]:
-    """Return the command that was typed, and what stands behind it; no other command is imported."""
+    """Return the command that was typed, and its parsed arguments; no other command is imported."""
     first = _parser()
     name = first.parse_known_args(words)[0].name
     if name != words[0]:
@@ -34,7 +34,7 @@ def read(words: Sequence[str]) -> tuple[Module, Namespace]:
 
 
 def _parser() -> ArgumentParser:
-    """Return a parser that knows the commands by name."""
+    """Return a parser that knows the names of the commands and nothing of their arguments."""
     parser = ArgumentParser(prog="wsiflow", description="Test AI on whole-slide images.", epilog=logs.OPTIONS)
     parser.add_argument("--version", action="version", version=f"wsiflow {__version__}")
     names = parser.add_subparsers(required=True, metavar="COMMAND", dest="name")

@@ -1,7 +1,7 @@
-"""What a run's tasks are handed to, and its Dask cluster: started here or found at an address, ended with the run.
+"""The executor of a run, and its Dask cluster if it has one, which is started here or found at an address.
 
-prefect-dask's task runner owns the cluster's life and nothing more: shards stay threads of this process, and slices go
-to the workers as plain functions, so workers need neither Prefect nor its server.
+prefect-dask's task runner starts and ends the cluster and does nothing else: shards stay threads of this process, and
+slices are sent to the workers as plain functions, so that workers need neither Prefect nor its server.
 """
 
 import logging
@@ -28,15 +28,15 @@ if TYPE_CHECKING:  # imported where there is a cluster: it takes seconds
     from distributed import Client
     from prefect_dask.task_runners import DaskTaskRunner
 
-# Whoever can talk to a scheduler can run what they like: TLS, and no page for others.
-_GUARDED: dict[str, Any] = {
+# Anybody who can talk to a scheduler can run code on it: hence TLS, and a dashboard for this machine alone.
+_SECURED: dict[str, Any] = {
     "security": True,
     "protocol": "tls://",
     "scheduler_options": {"dashboard_address": "127.0.0.1:0"},
 }
 _KEEP_S = 10.0
-# Dask looks once, so long after a worker was lost, whether it is back; a worker that has died again and is on its way
-# back at that moment is ended for good.
+# Dask checks once, so long after a worker was lost, whether it is back. A worker that died a second time and is being
+# restarted at that moment is ended for good.
 _LOST_WORKER_TIMEOUT = "60s"
 
 
@@ -55,13 +55,13 @@ def workers(params: ExecutorParams, root: Path) -> Iterator[Executor]:
         executor.make(params, cores=cores, root=root, client=client) as pool,
         stopping.at_stop(pool.stop),
     ):
-        yield _Held(pool)
+        yield _StoppableExecutor(pool)
 
 
-class _Held:
-    """An executor whose callers go no further once the command is being stopped.
+class _StoppableExecutor:
+    """An executor that holds its callers once the command is being stopped.
 
-    How tasks end then is of the stopping: nobody is to note it, try it again or take it for a failure.
+    Tasks that end from then on end because of the stop: nobody may record that, retry them or take them for failures.
     """
 
     def __init__(self, pool: Executor) -> None:
@@ -86,7 +86,7 @@ def cluster(params: ExecutorParams, *, cores: int) -> "Iterator[Client | None]":
 
     Args:
         params: Where tasks run.
-        cores: Cores this process may use: the workers of a local cluster, unless told.
+        cores: Cores that this process may use. A local cluster has as many workers, unless ``executor.workers`` is set.
 
     Raises:
         InputError: The class or its keywords are wrong.
@@ -103,12 +103,12 @@ def cluster(params: ExecutorParams, *, cores: int) -> "Iterator[Client | None]":
         _runner(params, cores, scratch) as runner,
     ):
         client = _client(runner, params.dask or DaskParams())
-        with _kept(client), stopping.at_stop(lambda: _end(client, scratch)):
+        with _kept_at_size(client), stopping.at_stop(lambda: _end(client, scratch)):
             yield client
 
 
 def _end(client: "Client", scratch: str) -> None:
-    """End a cluster that was started here: its processes, or its jobs at a scheduler."""
+    """End a cluster that was started here, with its processes, or with its jobs at a scheduler."""
     if client.cluster is not None:
         client.cluster.close()
     shutil.rmtree(scratch, ignore_errors=True)
@@ -122,8 +122,8 @@ def _runner(params: ExecutorParams, cores: int, scratch: str) -> "DaskTaskRunner
         return DaskTaskRunner(address=dask.address)
     path = dask.cluster or "distributed.LocalCluster"
     size = {"n_workers": params.workers} if params.workers else {}
-    own = size | _GUARDED if path.startswith("dask_jobqueue.") else size
-    kwargs = {**(own if dask.cluster else _local(params.workers or cores, scratch)), **dask.cluster_kwargs}
+    keywords = size | _SECURED if path.startswith("dask_jobqueue.") else size
+    kwargs = {**(keywords if dask.cluster else _local(params.workers or cores, scratch)), **dask.cluster_kwargs}
     try:
         stopping.in_main_thread(lambda: pkgutil.resolve_name(path))
         return DaskTaskRunner(cluster_class=path, cluster_kwargs=kwargs, adapt_kwargs=dict(dask.adapt_kwargs))
@@ -138,7 +138,7 @@ def _local(workers: int, scratch: str) -> dict[str, Any]:
         "n_workers": workers,
         "threads_per_worker": 1,
         "host": "127.0.0.1",
-        "security": True,  # whoever can talk to a scheduler can run what they like: no other user of the machine may
+        "security": True,  # anybody who can talk to a scheduler can run code on it
         "dashboard_address": "127.0.0.1:0",
         "local_directory": scratch,
         "silence_logs": logging.CRITICAL,
@@ -146,7 +146,7 @@ def _local(workers: int, scratch: str) -> dict[str, Any]:
 
 
 def _client(runner: "DaskTaskRunner", dask: DaskParams) -> "Client":
-    """Start the cluster, or find it, and connect to it."""
+    """Start the cluster, or find it at its address, and return a client of it."""
     name = dask.cluster or "the local Dask cluster"
     try:
         return runner.client
@@ -157,12 +157,12 @@ def _client(runner: "DaskTaskRunner", dask: DaskParams) -> "Client":
         if isinstance(error, OSError) and faults.number(error) and not dask.cluster + dask.address:
             raise faults.worker_fault(error, "or take executor=inline") from error
         cause = f"no Dask scheduler answers at {dask.address}" if dask.address else f"{name} does not start"
-        raise EnvironmentFault(f"{cause}: {error}", "see that it can be reached, then run again") from error
+        raise EnvironmentFault(f"{cause}: {error}", "make sure that it can be reached, then run again") from error
 
 
 @contextmanager
-def _kept(client: "Client") -> Iterator[None]:
-    """Keep the cluster at its size: jobs that end before the run does, at their time limit, are asked for again."""
+def _kept_at_size(client: "Client") -> Iterator[None]:
+    """Keep the cluster at its size: jobs that end before the run does, at their time limit, are submitted again."""
     from distributed import SpecCluster
 
     ended = threading.Event()

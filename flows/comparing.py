@@ -49,11 +49,11 @@ def compare_sweep(out: Path, params: TrackingParams, options: comparison.Options
 def _show_in_prefect(result: ComparisonResult) -> None:
     """Show a comparison as a flow run, where a Prefect server answers."""
     try:
-        is_there = answers(PREFECT_API_URL.value() or "")
+        server_answers = answers(PREFECT_API_URL.value() or "")
     except WsiflowError as error:
         terminal.say(f"the comparison is not shown in Prefect: {error}")
         return
-    if is_there:
+    if server_answers:
         run_name = f"compare {result.tradeoff.name}"
         flow(name="wsiflow compare", flow_run_name=run_name, persist_result=False)(create_artifacts)(result)
 
@@ -65,7 +65,7 @@ def create_artifacts(result: ComparisonResult) -> None:
     table = report.columns(result.tradeoff)
     rows = [dict(zip(table, row, strict=True)) for row in zip(*table.values(), strict=True)]
     create_table_artifact(rows, key=f"{key}-table", description=f"Comparison of {name}")
-    # Prefect shows pictures from addresses alone, and these are files.
+    # Prefect shows pictures from web addresses alone, and these are files.
     text = _PICTURE.sub(
         lambda picture: f"Figure: `{(result.out / picture[1]).resolve()}`", result.files["compare.md"].decode()
     )

@@ -1,4 +1,4 @@
-"""Configurations composed by Hydra from overrides, one or those of a sweep."""
+"""Compose configurations from overrides with Hydra: that of one run, or those of a sweep."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,11 +12,12 @@ from omegaconf.errors import OmegaConfBaseException
 from wsiflow.errors import InputError
 from wsiflow.run.config import RunConfig, validate
 
-from . import folders, keys, overrides, sweep
+from . import folders, keys, sweep
+from .overrides import explain_refusal, is_refusal, quoted
 
 
 def _folder(*, _root_: DictConfig) -> str:
-    """Return the name of a run's folder where none is given; interpolations are names here, and not followed."""
+    """Return the folder of a run without ``out=``; interpolations count as they are written, and are not followed."""
     values: Any = OmegaConf.to_container(_root_, resolve=False)
     return folders.default_name(values)
 
@@ -26,8 +27,8 @@ def _sweep_folder(out: str) -> str:
 
 
 def _keys(*, _root_: DictConfig) -> str:
-    """Return the keys for Hydra's help, in whose template a dollar sign stands for something else."""
-    return keys.listed(_root_).replace("$", "$$")
+    """Return the keys for Hydra's help, whose template needs a dollar sign to be doubled."""
+    return keys.list_keys(_root_).replace("$", "$$")
 
 
 OmegaConf.register_new_resolver("wsiflow_folder", _folder, replace=True)
@@ -39,79 +40,79 @@ def to_config(composed: DictConfig, *, job: str = "") -> RunConfig:
     """Turn what Hydra composed into a validated configuration.
 
     Args:
-        composed: What Hydra made of ``conf/`` and the overrides.
-        job: Name of a sweep's job, which gets a folder of its own below ``out``; empty: a single run.
+        composed: What Hydra composed from ``conf/`` and the overrides.
+        job: Name of a trial of a sweep, whose folder lies below ``out``; empty for a single run.
     """
     try:
         missing = sorted(OmegaConf.missing_keys(composed))
         if missing:
             raise InputError(f"no value for {', '.join(missing)}", "give it on the command line", stage="configuration")
         values: Any = OmegaConf.to_container(composed, resolve=True)
-    except OmegaConfBaseException as error:  # a ${name} that is none
-        raise overrides.refused(error, []) from error
-    if job and sweep.is_on():  # where its own data set or name would put it, the sweep is not
+    except OmegaConfBaseException as error:  # an interpolation that names no key
+        raise explain_refusal(error, []) from error
+    if job and sweep.is_on():  # a trial's data set or name must not move it out of the sweep's folder
         values["out"] = str(sweep.folder())
-    if values["share"] == "auto":  # repeats are there to measure, so each does its own work
+    if values["share"] == "auto":  # repeats measure costs, so each does its own work
         values["share"] = str(Path(values["out"]) / ".shared" / f"repeat-{values['repeat']}") if job else None
     if job:
-        given, out = values["tracking"]["sweep"], Path(values["out"])
-        values["tracking"]["sweep"] = sweep.name() or sweep.name_of(given, values["name"], out)
+        tracking, out = values["tracking"], Path(values["out"])
+        tracking["sweep"] = sweep.name() or sweep.name_of(tracking["sweep"], values["name"], out)
         values["out"] = str(out / job)
     return validate(values)
 
 
-def compose_config(given: Sequence[str], *, job: str = "") -> RunConfig:
-    """Compose a configuration outside of the command line; see `to_config`.
+def compose_config(overrides: Sequence[str], *, job: str = "") -> RunConfig:
+    """Compose and validate a configuration from overrides; see `to_config`.
 
     Raises:
         InputError: An override is unknown or out of bounds.
     """
-    return to_config(_composed(given), job=job)
+    return to_config(_composed(overrides), job=job)
 
 
-def _composed(given: Sequence[str]) -> DictConfig:
+def _composed(overrides: Sequence[str]) -> DictConfig:
     try:
         with hydra.initialize_config_module("wsiflow.conf", version_base="1.3"):
-            return hydra.compose("config", overrides=list(given))
+            return hydra.compose("config", overrides=list(overrides))
     except Exception as error:
-        if not overrides.is_refusal(error):
+        if not is_refusal(error):
             raise
-        raise overrides.refused(error, given) from error
+        raise explain_refusal(error, overrides) from error
 
 
-def sweep_jobs(given: Sequence[str]) -> dict[str, list[str]]:
-    """Return the overrides of every job that ``wsiflow run -m`` would make of these, by the job's name.
+def sweep_jobs(overrides: Sequence[str]) -> dict[str, list[str]]:
+    """Return the overrides of every trial of ``wsiflow run -m``, by the name of the trial.
 
     Raises:
         InputError: An override cannot be parsed.
     """
-    return {name: job.overrides for name, job in trials(given).items()}
+    return {name: job.overrides for name, job in trials(overrides).items()}
 
 
-def trials(given: Sequence[str]) -> dict[str, sweep.TrialOverrides]:
-    """Return the trials that ``wsiflow run -m`` would make of overrides, by their names, all for one folder.
+def trials(overrides: Sequence[str]) -> dict[str, sweep.TrialOverrides]:
+    """Return the trials into which ``wsiflow run -m`` splits overrides, by name, all in the folder of one sweep.
 
     Raises:
         InputError: An override cannot be parsed.
     """
     try:
-        found = sweep.named(sweep.jobs(given, _experiment_axes(given)))
+        by_name = sweep.named(sweep.jobs(overrides, _experiment_axes(overrides)))
     except HydraException as error:
-        raise overrides.refused(error, given) from error
-    if "" in found or any(one.startswith("out=") for one in given):
-        return found
-    folder = f"out={overrides.quoted(_folder_of_sweep(given))}"
-    return {name: job._replace(overrides=[*job.overrides, folder]) for name, job in found.items()}
+        raise explain_refusal(error, overrides) from error
+    if "" in by_name or any(one.startswith("out=") for one in overrides):
+        return by_name
+    folder = f"out={quoted(_folder_of_sweep(overrides))}"
+    return {name: job._replace(overrides=[*job.overrides, folder]) for name, job in by_name.items()}
 
 
-def _folder_of_sweep(given: Sequence[str]) -> str:
-    """Return where a sweep goes that is not told: where a run would without what is swept."""
-    return str(_composed(sweep.fixed(given)).out)
+def _folder_of_sweep(overrides: Sequence[str]) -> str:
+    """Return the folder of a sweep without ``out=``: that of a run with the overrides that all trials share."""
+    return str(_composed(sweep.fixed(overrides)).out)
 
 
-def _experiment_axes(given: Sequence[str]) -> list[str]:
-    """Return the axes of the experiment that overrides choose, as overrides; nothing where they choose none."""
-    chosen = [one for one in given if one.startswith("experiment=")]
+def _experiment_axes(overrides: Sequence[str]) -> list[str]:
+    """Return the axes of the experiment that overrides choose, as overrides; none where they choose no experiment."""
+    chosen = [one for one in overrides if one.startswith("experiment=")]
     if not chosen:
         return []
     with hydra.initialize_config_module("wsiflow.conf", version_base="1.3"):

@@ -1,7 +1,7 @@
 """The flows that Prefect deployments start: one for each use, each with a form from `flows.forms`.
 
-A filled form becomes the overrides of the command line. Whatever ends a flow early, the array jobs it submitted are
-cancelled from what the run's folder says: the process that submitted them is gone by then.
+A filled form becomes the overrides of the command line. When a flow is cancelled or crashes, its array jobs are
+cancelled by what the run's folder records, since the process that submitted them has ended by then.
 """
 
 import math
@@ -15,7 +15,7 @@ from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.client.schemas.objects import FlowRun, State
 from prefect.logging.loggers import flow_run_logger
 
-from wsiflow.analysis.tradeoff import comparison as compared
+from wsiflow.analysis.tradeoff import comparison
 from wsiflow.errors import InputError, WsiflowError
 from wsiflow.evaluation.evaluate import Existing, evaluate_existing
 from wsiflow.run.config import RunConfig
@@ -28,24 +28,24 @@ from .pipeline import SlidesFailedError
 from .run import as_flow
 
 # What a run is judged by at a glance; summary.json has every number.
-_MAIN = ("froc.score", "froc.strict_score", "roc.auc", "throughput.tiles_per_s", "throughput.core_hours")
+_MAIN_NUMBERS = ("froc.score", "froc.strict_score", "roc.auc", "throughput.tiles_per_s", "throughput.core_hours")
 
 
 class TrialsFailedError(Exception):
-    """Runs of a sweep have no scores; the others are finished."""
+    """Some runs of a sweep have no scores; the others are finished."""
 
 
 def cancel_arrays(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
-    """Cancel the array jobs that a flow run left behind, as the folders of its runs have them."""
+    """Cancel the array jobs that a flow run left behind, as the folders of its runs record them."""
     form: type[forms.Form] = flow.fn.__annotations__["request"]
     logger = flow_run_logger(flow_run, flow)
     for root in _roots(form.model_validate(flow_run.parameters["request"])):
-        for sentence in _cancelled(root):
+        for sentence in _cancel(root):
             logger.info("%s: %s: %s", state.name, root, sentence)
 
 
-def _cancelled(root: Path) -> list[str]:
-    """Cancel a run's array jobs and say what was done; what cannot be done is told, since other runs follow."""
+def _cancel(root: Path) -> list[str]:
+    """Cancel a run's array jobs, and return what was done, or why it failed; other runs follow."""
     from wsiflow.run.executor import jobs
 
     try:
@@ -55,13 +55,13 @@ def _cancelled(root: Path) -> list[str]:
 
 
 def _roots(form: forms.Form) -> Iterator[Path]:
-    """Return the folders of a form's runs."""
+    """Yield the folders of a form's runs."""
     return (config.out for config in _configs(form))
 
 
 def _configs(form: forms.Form) -> Iterator[RunConfig]:
-    """Return the configurations of a form's runs, but for settings that are refused: they have started nothing."""
-    for name, job in trials(form.said()).items():
+    """Yield the configurations of a form's runs, without those that are refused: these have started nothing."""
+    for name, job in trials(form.to_overrides()).items():
         with suppress(InputError):
             yield compose_config(job.overrides, job=name)
 
@@ -82,7 +82,7 @@ def demo(request: forms.Demo) -> dict[str, float]:
         InputError: A value of the form is out of bounds.
         SlidesFailedError: Slides have no result; the message lists them.
     """
-    return _run(compose_config(request.said()))
+    return _run(compose_config(request.to_overrides()))
 
 
 @flow(name="wsiflow run", **_RUNS)
@@ -93,28 +93,31 @@ def run(request: forms.Run) -> dict[str, float]:
         InputError: A value of the form is out of bounds.
         SlidesFailedError: Slides have no result; the message lists them.
     """
-    return _run(compose_config(request.said()))
+    return _run(compose_config(request.to_overrides()))
 
 
 @flow(name="wsiflow sweep", **_RUNS)
 def sweep(request: forms.Sweep) -> dict[str, dict[str, float]]:
-    """Run every combination of what is listed, one after the other; one that fails does not stop the others.
+    """Run every combination of the listed values, one after another; one that fails does not stop the others.
 
     Raises:
         InputError: An override cannot be parsed.
         TrialsFailedError: A run has no scores; the message names it and the reason.
     """
-    summaries = {name: _trial(job, name) for name, job in trials(request.said()).items()}
+    summaries = {name: _trial(job, name) for name, job in trials(request.to_overrides()).items()}
     create_table_artifact(
-        [{"run": job, "exit code": one.exit_code, **_main(one.metrics)} for job, one in summaries.items()],
+        [
+            {"run": job, "exit code": summary.exit_code, **_main_numbers(summary.metrics)}
+            for job, summary in summaries.items()
+        ],
         key="wsiflow-sweep",
         description=f"Sweep {request.name}",
     )
-    _compare_trials(request, [job for job, one in summaries.items() if not one.metrics])
-    failed = [f"{job}: {one.text}" for job, one in summaries.items() if not one.metrics]
+    _compare_trials(request, [job for job, summary in summaries.items() if not summary.metrics])
+    failed = [f"{job}: {summary.text}" for job, summary in summaries.items() if not summary.metrics]
     if failed:
         raise TrialsFailedError("; ".join(failed))
-    return {job: one.metrics for job, one in summaries.items()}
+    return {job: summary.metrics for job, summary in summaries.items()}
 
 
 @flow(name="wsiflow evaluate", flow_run_name="{request.out}", persist_result=False)
@@ -124,7 +127,7 @@ def evaluate(request: forms.Evaluate) -> dict[str, float]:
     Raises:
         InputError: A value of the form is out of bounds, or a file cannot be used.
     """
-    config = compose_config(request.said())
+    config = compose_config(request.to_overrides())
     existing = Existing(
         Path(request.manifest),
         Path(request.detections),
@@ -133,7 +136,7 @@ def evaluate(request: forms.Evaluate) -> dict[str, float]:
     )
     out = Path(request.out)
     metrics = evaluate_existing(existing, config.evaluation, seed=config.seed, out=out).metrics
-    _tell("evaluation", metrics, f"Scores and curves: `{out.resolve()}`")
+    _show_on_page("evaluation", metrics, f"Scores and curves: `{out.resolve()}`")
     return metrics
 
 
@@ -144,43 +147,43 @@ def compare(request: forms.Compare) -> list[str]:
     Raises:
         InputError: A value of the form is out of bounds, or runs must not be compared.
     """
-    config = compose_config(request.said())
-    options = compared.Options(request.reference, config.evaluation.bootstrap, config.seed)
+    config = compose_config(request.to_overrides())
+    options = comparison.Options(request.reference, config.evaluation.bootstrap, config.seed)
     folders = [Path(folder) for folder in request.folders]
     params = None if folders else config.tracking
-    result = compared.run_comparison(compared.Request(folders, params, options), Path(request.out))
+    result = comparison.run_comparison(comparison.Request(folders, params, options), Path(request.out))
     comparing.create_artifacts(result)
     return [row.name for row in result.tradeoff.pareto]
 
 
 def _run(config: RunConfig) -> dict[str, float]:
-    """Run the line as a flow of its own and say where its report lies."""
+    """Run the line as a flow of its own, and show its numbers and its folder on the page of this flow run."""
     summary = as_flow(config, config.name)
-    _tell(config.name, summary.metrics, f"```\n{summary.text}\n```\n\nFolder: `{config.out.resolve()}`")
+    _show_on_page(config.name, summary.metrics, f"```\n{summary.text}\n```\n\nFolder: `{config.out.resolve()}`")
     if not summary.metrics:
         raise SlidesFailedError(summary)
     return summary.metrics
 
 
 def _trial(job: sweeps.TrialOverrides, name: str) -> Summary:
-    """Run one combination of a sweep, whatever becomes of it."""
+    """Run one combination of a sweep, and return its summary even where it fails."""
     try:
         config = compose_config(job.overrides, job=name)
         if name:
             sweeps.claim(config.out, job.swept)
         return as_flow(config, name or config.name)
-    except Exception as error:  # noqa: BLE001 - the others go on; the flow run of this one has its traceback
+    except Exception as error:  # noqa: BLE001 - the other trials go on, and the flow run of this one has its traceback
         return Summary(getattr(error, "exit_code", WsiflowError.exit_code), {}, f"{type(error).__name__}: {error}")
 
 
 def _compare_trials(request: forms.Sweep, failed: list[str]) -> None:
-    """Compare the trials that have scores, and show what was found or why they were not compared."""
+    """Compare the trials that have scores, and show the result, or why they were not compared."""
     try:
         config = next(_configs(request), None)
         if config is None:
             return
-        options = compared.Options(resamples=config.evaluation.bootstrap, seed=config.seed)
-        result = compared.compare_sweep_folder(config.out.parent, config.tracking, options, failed)
+        options = comparison.Options(resamples=config.evaluation.bootstrap, seed=config.seed)
+        result = comparison.compare_sweep_folder(config.out.parent, config.tracking, options, failed)
     except WsiflowError as error:
         create_markdown_artifact(f"Not compared: {error}\n", key="wsiflow-compare", description=request.name)
         return
@@ -188,13 +191,13 @@ def _compare_trials(request: forms.Sweep, failed: list[str]) -> None:
         comparing.create_artifacts(result)
 
 
-def _tell(name: str, metrics: Mapping[str, float], text: str) -> None:
-    """Show the main numbers and where the files are on the page of the flow run."""
-    rows = [{"number": key, "value": value} for key, value in _main(metrics).items()]
+def _show_on_page(name: str, metrics: Mapping[str, float], text: str) -> None:
+    """Show the main numbers, and where the files are, on the page of the flow run."""
+    rows = [{"number": key, "value": value} for key, value in _main_numbers(metrics).items()]
     create_table_artifact(rows, key="wsiflow-numbers", description=name)
     create_markdown_artifact(f"# {name}\n\n{text}\n", key="wsiflow-report", description=name)
 
 
-def _main(metrics: Mapping[str, float]) -> dict[str, float | None]:
-    """Return the main numbers; what does not exist is null."""
-    return {key: metrics[key] if math.isfinite(metrics[key]) else None for key in _MAIN if key in metrics}
+def _main_numbers(metrics: Mapping[str, float]) -> dict[str, float | None]:
+    """Return the main numbers; one that does not exist is null."""
+    return {key: metrics[key] if math.isfinite(metrics[key]) else None for key in _MAIN_NUMBERS if key in metrics}

@@ -1,4 +1,4 @@
-"""What the folder of a run is called that is given none: the same for the same command, another for other results."""
+"""Name the folder of a run without ``out=``: the same for the same command, another for other results."""
 
 import hashlib
 import json
@@ -10,41 +10,41 @@ from typing import Any
 
 from wsiflow.slides.kinds import FLAT
 
-# Sections that decide what a run is of. How it is done (executor, tracking, store) may change from start to start.
-_DECIDE = ("dataset", "model", "geometry", "tissue", "tiles", "inference", "stain", "lesions", "evaluation")
-_PATHS = ("manifest", "folder", "path", "data", "card")
+# Sections that decide the results of a run; others (executor, tracking, store) may change from start to start.
+_DECISIVE_SECTIONS = ("dataset", "model", "geometry", "tissue", "tiles", "inference", "stain", "lesions", "evaluation")
+_PATH_KEYS = ("manifest", "folder", "path", "data", "card")
 
 
 def default_name(values: Mapping[str, Any]) -> str:
-    """Return the run's own name, or the data set, the model and a short hash where it has none.
+    """Return the name of a run, or where it has none, one of its data set, its model and a short hash.
 
     Args:
-        values: The configuration; what is missing in it may be so.
+        values: The configuration, in which values may be missing.
     """
     if values.get("name", "run") != "run":
         return str(values["name"])
-    decides: dict[str, Any] = {section: _normal(values.get(section, {})) for section in _DECIDE}
+    decisive: dict[str, Any] = {section: _normal(values.get(section, {})) for section in _DECISIVE_SECTIONS}
     parts = {"dense": ("halo", "share_until", "windows"), "store": ("compression", "quality", "part_tiles")}
     for section, keys in {**parts, "executor": ("threads",)}.items():
-        decides[section] = {key: values.get(section, {}).get(key) for key in keys}
-    decides["dataset"] = {**FLAT, **decides["dataset"]}  # so that folders keep the names that earlier versions gave
-    decides |= {key: values.get(key) for key in ("seed", "repeat")}
-    digest = hashlib.sha256(json.dumps(decides, sort_keys=True, default=str).encode()).hexdigest()[:6]
+        decisive[section] = {key: values.get(section, {}).get(key) for key in keys}
+    decisive["dataset"] = {**FLAT, **decisive["dataset"]}  # so that folders keep the names that earlier versions gave
+    decisive |= {key: values.get(key) for key in ("seed", "repeat")}
+    digest = hashlib.sha256(json.dumps(decisive, sort_keys=True, default=str).encode()).hexdigest()[:6]
     dataset = values.get("dataset", {})
     slides = next((dataset[key] for key in ("manifest", "path", "folder") if dataset.get(key)), "")
     slides = "synthetic" if dataset.get("kind") == "synthetic" else slides
-    return f"{_word(slides)}-{_word(values.get('model', {}).get('card'))}-{digest}"
+    return f"{_stem(slides)}-{_stem(values.get('model', {}).get('card'))}-{digest}"
 
 
 def _normal(section: Mapping[str, Any]) -> dict[str, Any]:
     """Return a section with its paths as one text each, however they were typed."""
     return {
-        key: os.path.normpath(value) if key in _PATHS and value and not str(value).startswith("pkg:") else value
+        key: os.path.normpath(value) if key in _PATH_KEYS and value and not str(value).startswith("pkg:") else value
         for key, value in section.items()
     }
 
 
-def _word(path: Any) -> str:
-    """Return what a file or folder is called, as a part of a name."""
+def _stem(path: Any) -> str:
+    """Return the stem of a path in the characters that a part of a folder's name may have."""
     stem = PurePath(str(path).removeprefix("pkg:")).stem
     return re.sub(r"[^A-Za-z0-9._]+", "_", stem).strip("._")[:40] or "run"

@@ -1,8 +1,8 @@
-"""The forms of the deployments: what the Prefect UI asks for, and what its server refuses.
+"""The forms of the deployments, which the Prefect UI shows and whose bounds its server checks.
 
-A form is a list of keys of the configuration. Choices are the files of ``conf/``, defaults what it says, bounds and
-descriptions those of `RunConfig`: nothing is declared a second time. A filled form becomes the overrides that would
-stand behind ``wsiflow run``; what is left empty is left to ``conf/``.
+A form is a list of keys of the configuration. Its choices are the files of ``conf/``, its defaults the values there,
+its bounds and descriptions those of `RunConfig`: nothing is declared a second time. A filled form becomes the overrides
+of a ``wsiflow run``; ``conf/`` decides what is left empty.
 """
 
 import re
@@ -20,13 +20,13 @@ from .overrides import choices, quoted
 
 _CONF = resources.files("wsiflow.conf")
 _BOUNDS = {"type", "enum", "minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum", "minLength", "anyOf"}
-# What Hydra does not read as text although it looks like a name.
+# Words that Hydra does not read as text, although they look like names.
 _VALUES = {"null", "true", "false", "inf", "nan"}
 
 
 @cache
-def _chosen() -> dict[str, str]:
-    """Return the choice that ``conf/config.yaml`` makes of every group."""
+def _default_choices() -> dict[str, str]:
+    """Return the default choice of every group, as ``conf/config.yaml`` lists them."""
     listed = yaml.safe_load((_CONF / "config.yaml").read_text(encoding="utf-8"))["defaults"]
     return {group: name for one in listed if isinstance(one, dict) for group, name in one.items()}
 
@@ -42,15 +42,15 @@ def _schema() -> dict[str, Any]:
 
 
 def _default(key: str) -> Any:
-    if key in _chosen():
-        return _chosen()[key]
-    found: Any = _defaults()
+    if key in _default_choices():
+        return _default_choices()[key]
+    value: Any = _defaults()
     for part in key.split("."):
-        found = found[part]
-    return found
+        value = value[part]
+    return value
 
 
-def _node(key: str) -> dict[str, Any]:
+def _schema_of(key: str) -> dict[str, Any]:
     """Return the schema of a value."""
     nodes = [_schema()]
     for part in key.split("."):
@@ -59,16 +59,16 @@ def _node(key: str) -> dict[str, Any]:
 
 
 def _kinds(node: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the schemas of a section, which has one for each of its kinds; of a value its own."""
+    """Return the schemas of a section, one for each of its kinds, or the one schema of a value."""
     listed = node.get("oneOf", [node])
     return [_schema()["$defs"][one["$ref"].rpartition("/")[2]] if "$ref" in one else one for one in listed]
 
 
 def _allowed(key: str) -> dict[str, Any]:
-    """Return the JSON schema of what a key may be: a file of its group, or a value within bounds."""
-    if key in _chosen():
+    """Return the JSON schema of the values that a key may have: files of its group, or values within bounds."""
+    if key in _default_choices():
         return {"type": "string", "enum": choices(key)}
-    return {name: found for name, found in _node(key).items() if name in _BOUNDS}
+    return {name: bound for name, bound in _schema_of(key).items() if name in _BOUNDS}
 
 
 def knob(key: str) -> Any:
@@ -87,8 +87,8 @@ def axis(key: str) -> Any:
     )
 
 
-def may(key: str) -> Any:
-    """Return the field of a value that each file of its group sets in its own way; None leaves it to the file."""
+def optional(key: str) -> Any:
+    """Return the field of a value that each file of its group sets differently; None leaves it to the file."""
     allowed: Any = {"anyOf": [_allowed(key), {"type": "null"}]}
     return Field(
         default=None,
@@ -104,7 +104,7 @@ def text(key: str) -> Any:
 
 
 def _number(schema: dict[str, Any]) -> None:
-    """Number the fields, the free overrides last: a PostgreSQL server does not keep them in their order."""
+    """Number the fields, the free overrides last, since a PostgreSQL server does not keep their order."""
     fields = schema["properties"]
     fields["overrides"] = fields.pop("overrides")
     for place, field in enumerate(fields.values()):
@@ -112,21 +112,21 @@ def _number(schema: dict[str, Any]) -> None:
 
 
 class Form(BaseModel, frozen=True, extra="forbid", json_schema_extra=_number):
-    """What every form asks for.
+    """The fields of every form.
 
     Attributes:
-        overrides: Anything the form has no field for; it comes last.
+        overrides: Overrides of keys that the form has no field for; they come last.
     """
 
     overrides: list[str] = Field(
         default=[], description="Whatever else would stand behind wsiflow run, such as tiles.group_tiles=200."
     )
 
-    def said(self) -> list[str]:
+    def to_overrides(self) -> list[str]:
         """Return the form as overrides."""
         fields = {field.title: getattr(self, name) for name, field in type(self).model_fields.items() if field.title}
-        given = {key: value for key, value in fields.items() if value not in ("", None)}
-        return [*(f"{key}={_override(value)}" for key, value in given.items()), *self.overrides]
+        filled = {key: value for key, value in fields.items() if value not in ("", None)}
+        return [*(f"{key}={_override(value)}" for key, value in filled.items()), *self.overrides]
 
 
 def _override(value: Any) -> str:
@@ -143,7 +143,7 @@ class Named(Form):
     name: str = knob("name")
     out: str = text("out")
     executor: str = knob("executor")
-    workers: int | None = may("executor.workers")
+    workers: int | None = optional("executor.workers")
 
 
 class Demo(Named):

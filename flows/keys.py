@@ -1,4 +1,4 @@
-"""Every key of a run with its value and what it is, as ``wsiflow run --help`` shows them."""
+"""List every key of a run with its value and its meaning, as ``wsiflow run --help`` shows them."""
 
 import json
 import textwrap
@@ -11,8 +11,8 @@ from wsiflow.run import config
 _ABSENT = object()
 
 
-def listed(composed: DictConfig) -> str:
-    """Return every key that a configuration has, as an override above its description, below that of its section."""
+def list_keys(composed: DictConfig) -> str:
+    """Return a text of every key that a configuration has: an override with a description, section by section."""
     values: Any = OmegaConf.to_container(composed, resolve=False)  # an interpolation is shown as it is written
     return "\n".join(
         _entry(key, value, about)
@@ -24,7 +24,7 @@ def listed(composed: DictConfig) -> str:
 def _value(values: Any, key: str) -> Any:
     for part in key.split("."):
         if not isinstance(values, dict) or part not in values:
-            return _ABSENT  # the keys of a section depend on what is chosen for it
+            return _ABSENT  # a section has other keys where another choice is made for it
         values = values[part]
     return values
 

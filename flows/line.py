@@ -1,6 +1,6 @@
-"""The whole line: cases, plan, then shards of slides through every stage, then the scores.
+"""Run the whole line: cases, plan, then shards of slides through every stage, then the scores.
 
-Who starts a shard's work is handed in: threads here, Prefect's tasks in `pipeline`.
+The caller passes the function that starts a shard's work: it uses threads in `direct`, Prefect's tasks in `pipeline`.
 """
 
 import logging
@@ -22,22 +22,22 @@ from . import logs, progress
 from .cluster import workers
 
 Pool = Callable[[ExecutorParams, Path], AbstractContextManager[Executor]]
-"""``pool(params, root)`` gives the executor of the run in a folder."""
+"""``pool(params, root)`` yields the executor of the run in a folder."""
 
 Submit = Callable[..., Any]
 """``submit(name, function, *args)`` starts a call and returns its future."""
 
 Note = Callable[[str, int], None]
-"""``note(text, level)`` says something on the way, see `flows.logs.note`."""
+"""``note(text, level)`` logs a note for the user, see `flows.logs.note`."""
 
 
 def line(config: RunConfig, submit: Submit, views: Sequence[progress.View] = ()) -> finish.Summary:
-    """Run everything, with ``submit`` starting each shard's work, and note who does.
+    """Run the whole line, and record in the run's folder which process does so.
 
     Args:
         config: The configuration.
-        submit: Starts a call.
-        views: Who is shown the progress besides the user.
+        submit: Starts the work of a shard, and returns its future.
+        views: Where the progress is shown besides the user's terminal.
     """
     with driver.noted(config.out) as ended, progress.shown(config.out, views):
         summary = _line(config, submit, workers, logs.note)
@@ -46,15 +46,15 @@ def line(config: RunConfig, submit: Submit, views: Sequence[progress.View] = ())
 
 
 def finished(config: RunConfig) -> finish.Summary | None:
-    """Look through a run once more, and return what it ends with where there is nothing left to do; else None.
+    """Return the summary of a run in which nothing is left to do, else None.
 
-    It takes neither workers nor an orchestrator to see that.
+    The check goes through the whole line, but needs neither workers nor an orchestrator.
     """
     notes: list[tuple[str, int]] = []
     try:
-        summary = _line(config, _at_once, _nobody, lambda *note: notes.append(note))
+        summary = _line(config, _at_once, _no_workers, lambda *note: notes.append(note))
     except _WorkLeftError:
-        return None  # whoever does it says all of that again
+        return None  # the run that does the work logs all notes again
     for note in notes:
         logs.note(*note)
     return summary
@@ -66,8 +66,8 @@ def _line(config: RunConfig, submit: Submit, pool_of: Pool, note: Note) -> finis
     with pool_of(config.executor, config.out) as pool:
         if choice := shards.choose(pool, cases):
             note(choice, logging.INFO)
-        wanted = shards.cut(shards.case_sizes(cases), config.shard_slides)
-        ingested = [submit(f"ingest {i}", shards.ingest_shard, pool, cases, part) for i, part in enumerate(wanted, 1)]
+        parts = shards.cut(shards.case_sizes(cases), config.shard_slides)
+        ingested = [submit(f"ingest {i}", shards.ingest_shard, pool, cases, part) for i, part in enumerate(parts, 1)]
         plan_path = ingest.make_plan(cases, [outcome for future in ingested for outcome in future.result()])
         finish.set_aside(plan_path)
         for warning in (*shards.rejections(plan_path), *shards.doubles(plan_path)):
@@ -76,9 +76,9 @@ def _line(config: RunConfig, submit: Submit, pool_of: Pool, note: Note) -> finis
         if slice_s:
             shards.measure_costs(pool, plan_path)
         calibrated = shards.calibrate(pool, plan_path, slice_s)
-        wanted = shards.cut(shards.slide_sizes(plan_path), config.shard_slides)
+        parts = shards.cut(shards.slide_sizes(plan_path), config.shard_slides)
         futures = [
-            submit(f"slides {i}", shards.line, pool, plan_path, part, slice_s) for i, part in enumerate(wanted, 1)
+            submit(f"slides {i}", shards.line, pool, plan_path, part, slice_s) for i, part in enumerate(parts, 1)
         ]
         ended = [calibrated, *(future.result() for future in futures)]
         for advice in shards.advise(pool, plan_path):
@@ -87,11 +87,11 @@ def _line(config: RunConfig, submit: Submit, pool_of: Pool, note: Note) -> finis
 
 
 class _WorkLeftError(Exception):
-    """There is something to do."""
+    """Some work of the run is left to do."""
 
 
-class _Nobody:
-    """The executor that does nothing and says so."""
+class _NoWorkers:
+    """An executor that does nothing, and raises an error where there is work."""
 
     def run(self, work: Work, source: Path, stage: str, slices: Sequence[Slice]) -> Iterator[Outcome]:  # noqa: ARG002
         """Return no outcome, for no slices."""
@@ -104,12 +104,12 @@ class _Nobody:
 
 
 @contextmanager
-def _nobody(_params: ExecutorParams, _root: Path) -> Iterator[Executor]:
-    yield _Nobody()
+def _no_workers(_params: ExecutorParams, _root: Path) -> Iterator[Executor]:
+    yield _NoWorkers()
 
 
 def _at_once(_name: str, function: Callable[..., Any], *args: Any) -> Future[Any]:
-    """Call a function now; what it raises ends the line here."""
+    """Call a function now, and return its future; its exceptions are raised here."""
     done: Future[Any] = Future()
     done.set_result(function(*args))
     return done

@@ -1,9 +1,9 @@
-"""What is logged while a command runs, and where that is shown.
+"""Show what is logged while a command runs.
 
 Records go to standard error: warnings, with ``-v`` the steps of the run, with ``-vv`` everything, with ``-q`` errors
-alone. The notes that a command makes on its way, which engine was chosen or which slides are rejected, are records too:
-standard output has these, word for word, unless ``-q`` is given. So everything is said once. What a command answers is
-no record: it is printed in any case.
+alone. The notes of a command, such as which engine was chosen or which slides are rejected, are records too, but go to
+standard output, without a time or a level, unless ``-q`` is given. So each of them is shown once. The result of a
+command is no record: it is printed in any case.
 
 The level reaches trials in other processes through the environment.
 """
@@ -18,10 +18,10 @@ from wsiflow.redaction import without_secrets
 
 from . import terminal
 
-#: How much is logged where the command line does not say it: ``DEBUG``, ``INFO``, ``WARNING`` or ``ERROR``.
+#: The lowest level that is logged where the command line names none: ``DEBUG``, ``INFO``, ``WARNING`` or ``ERROR``.
 VARIABLE = "WSIFLOW_LOG_LEVEL"
 
-#: What help texts say of it.
+#: The options of every command, as help texts describe them.
 OPTIONS = "Every command takes -q (errors alone, no progress), -v (logs what it does) and -vv (logs everything)."
 
 #: Logger of all records; its name, and that of `_notes`, are the same however this package is imported.
@@ -35,7 +35,7 @@ _FORMAT = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
 
 
 def note(text: str, level: int = logging.INFO) -> None:
-    """Say something on the way to a command's answer."""
+    """Log a note that the user is shown before the result of the command."""
     _notes.log(level, "%s", text)
 
 
@@ -43,7 +43,7 @@ def without_options(arguments: Sequence[str]) -> tuple[list[str], str]:
     """Take ``-q``, ``-v`` and ``-vv`` out of the arguments of a command.
 
     Returns:
-        The other arguments, and the level; empty where none is asked for.
+        The other arguments, and the level, which is empty where none of these options is given.
     """
     words = list(arguments)
     end = words.index("--") if "--" in words else len(words)
@@ -57,28 +57,28 @@ def without_options(arguments: Sequence[str]) -> tuple[list[str], str]:
 
 
 def is_quiet() -> bool:
-    """Tell whether only errors and the answer of the command are wanted."""
+    """Tell whether only errors and the result of the command are shown."""
     return _level() == "ERROR"
 
 
 @contextmanager
 def shown(level: str = "") -> Iterator[None]:
-    """Show what is logged during the body; within such a body another one changes nothing.
+    """Show what is logged during the body; a second call within the body changes nothing.
 
     Args:
-        level: How much; without one as the environment says it.
+        level: The lowest level that is shown; empty for that of the environment.
 
     Raises:
-        InputError: The environment says something else than a level.
+        InputError: The environment names no level.
     """
-    if any(isinstance(handler, _Printed) for handler in PACKAGE.handlers):
+    if any(isinstance(handler, _PrintingHandler) for handler in PACKAGE.handlers):
         yield
         return
     before = os.environ.get(VARIABLE)
     if level:
         os.environ[VARIABLE] = level
     try:
-        with _handled(_level()):
+        with _printed(_level()):
             yield
     finally:
         if before is None:
@@ -88,13 +88,13 @@ def shown(level: str = "") -> Iterator[None]:
 
 
 def redact(record: logging.LogRecord) -> bool:
-    """Take secrets out of a record, as a filter of whoever handles it."""
+    """Take the secrets out of a record; this is a filter for handlers."""
     record.msg, record.args = without_secrets(record.getMessage()), None
     return True
 
 
-class _Printed(logging.Handler):
-    """Prints records, as the rest of the command prints: nobody has to listen."""
+class _PrintingHandler(logging.Handler):
+    """A handler that prints records as the command prints, so that closed streams do no harm."""
 
     def __init__(self, write: Callable[[str], None], level: str | int) -> None:
         super().__init__(level)
@@ -114,9 +114,12 @@ def _level() -> str:
 
 
 @contextmanager
-def _handled(level: str) -> Iterator[None]:
-    """Have records printed from a level on; what others may want to show (Prefect) is made in any case."""
-    errors, output = _Printed(terminal.remark, level), _Printed(terminal.say, "ERROR" if is_quiet() else "INFO")
+def _printed(level: str) -> Iterator[None]:
+    """Print records from a level on; records from INFO on are created in any case, since Prefect may show them."""
+    errors, output = (
+        _PrintingHandler(terminal.remark, level),
+        _PrintingHandler(terminal.say, "ERROR" if is_quiet() else "INFO"),
+    )
     errors.setFormatter(logging.Formatter(_FORMAT))
     errors.addFilter(lambda record: record.name != _notes.name)
     PACKAGE.addHandler(errors)

@@ -1,4 +1,4 @@
-"""Types of options: what may stand behind one, and what becomes of it."""
+"""Types of options: functions that turn the text of an option into its value, or refuse it."""
 
 from argparse import ArgumentTypeError
 

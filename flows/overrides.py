@@ -1,7 +1,7 @@
-"""Overrides as users type them: how a text is quoted in one, and what is said of those that cannot be used.
+"""Quote texts in overrides, and explain in one line why overrides are refused.
 
-Hydra's own advice is for applications that take any key: a key that is added is refused by the next check. What is said
-here names the key or the choice that was probably meant, in one line.
+Hydra's own advice is for applications that accept any key; here the next check would refuse a key that was added on
+that advice. The messages of this module name the key or the choice that was probably meant.
 """
 
 import difflib
@@ -26,94 +26,94 @@ _ADVICE = re.compile(
     r"\n?\s*(To append to your config use|See https|Set the environment variable|Either remove).*", re.DOTALL
 )
 _NO_TEXT = "Config group override must be a string or a list"
-# Keys that earlier versions had, each with its name of now, and with the words of now by the former ones.
+# Keys of earlier versions, each with its present name, and with its present values by the former ones.
 _RENAMED = {"dense.beyond": ("dense.on_excess", FORMER_EXCESS)}
 _BRACKETS = {"[": "]", "{": "}", "(": ")"}
 
 
 def quoted(text: str) -> str:
-    """Return a text as the value of an override, whatever characters it has."""
+    """Return a text quoted as the value of an override, whatever characters it has."""
     return QuotedString(text, Quote.single).with_quotes()
 
 
 def is_refusal(error: Exception) -> bool:
-    """Tell whether Hydra refused overrides; of a choice that is no text it says so as Python does of any value."""
+    """Tell whether Hydra refused overrides; the error for a choice that is no text is known by its message alone."""
     return isinstance(error, HydraException | OmegaConfBaseException) or _NO_TEXT in str(error)
 
 
-def refused(error: Exception, overrides: Sequence[str]) -> InputError:
-    """Return what is wrong with the overrides that Hydra refused, and what to write instead."""
+def explain_refusal(error: Exception, overrides: Sequence[str]) -> InputError:
+    """Return an error that says what is wrong with overrides that Hydra refused, and what to write instead."""
     text = str(error).strip()
     cause, remedy = (
-        _unread(overrides)
+        _malformed(overrides)
         or _of_other_slides(error)
         or _unknown(text)
-        or _meant_otherwise(text, overrides)
-        or (_short(text), _ALL)
+        or _wrong_value(text, overrides)
+        or (_without_advice(text), _ALL)
     )
     return InputError(cause, remedy, stage="configuration")
 
 
-def _short(text: str) -> str:
+def _without_advice(text: str) -> str:
     return _ADVICE.sub("", text) or text
 
 
-# --- what cannot be read
+# --- overrides that cannot be parsed
 
 
-def _unread(overrides: Sequence[str]) -> tuple[str, str] | None:
-    """Return cause and remedy of the first override that has not the form of one."""
+def _malformed(overrides: Sequence[str]) -> tuple[str, str] | None:
+    """Return cause and remedy of the first override that cannot be parsed."""
     parser = OverridesParser.create()
     for text in overrides:
         try:
             parser.parse_overrides([text])
         except HydraException:
-            return _form(text)
+            return _explain_form(text)
         if text.startswith("="):
             return f"{text!r} has no key before its '='", "write key=value, such as inference.stride=32"
     return None
 
 
-def _form(text: str) -> tuple[str, str]:
-    given, equals, value = text.partition("=")
-    key = given.strip().lstrip("+~")
+def _explain_form(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    key = name.strip().lstrip("+~")
     if not equals:
         example = f"{key}=VALUE" if key in config.known_keys() else "key=value, such as inference.stride=32"
         return f"{text!r} has no '='", f"write {example}; a value with blanks is quoted: \"name='a b'\""
-    if not _KEY.fullmatch(given.lstrip("+~")):
-        return f"{given!r} is no key", f"write {key}={value.strip()}" if _KEY.fullmatch(key) else _ALL
-    open_one = _open(value)
-    if open_one and value.startswith(open_one) and open_one in "[{":
-        form = "{a: 1, b: 2}" if open_one == "{" else "[a,b]"
-        return f"{text!r} has {open_one!r} without its other half", f"close it, such as '{key}={form}', or quote it"
-    bare = value.strip().strip("'\"") if open_one in {"'", '"'} else value
-    why = f"{open_one} without its other half" if open_one else "a value that needs quotes"
-    return f"{text!r} has {why}", f'write "{key}={quoted(bare)}"'
+    if not _KEY.fullmatch(name.lstrip("+~")):
+        return f"{name!r} is no key", f"write {key}={value.strip()}" if _KEY.fullmatch(key) else _ALL
+    unmatched = _unmatched(value)
+    if unmatched and value.startswith(unmatched) and unmatched in "[{":
+        form = "{a: 1, b: 2}" if unmatched == "{" else "[a,b]"
+        return f"{text!r} has an unmatched {unmatched!r}", f"close it, such as '{key}={form}', or quote it"
+    bare = value.strip().strip("'\"") if unmatched in {"'", '"'} else value
+    reason = f"an unmatched {unmatched}" if unmatched else "a value that needs quotes"
+    return f"{text!r} has {reason}", f'write "{key}={quoted(bare)}"'
 
 
-def _open(value: str) -> str:
-    """Return the bracket or quote of a value that has no other half, or an empty text."""
-    waiting: list[str] = []
+def _unmatched(value: str) -> str:
+    """Return the bracket or quote of a value whose other half is missing, or an empty text."""
+    open_brackets: list[str] = []
     quote = ""
-    for one in re.sub(r"\\.", "", value):
+    for character in re.sub(r"\\.", "", value):
         if quote:
-            quote = "" if one == quote else quote
-        elif one in "'\"":
-            quote = one
-        elif one in _BRACKETS:
-            waiting.append(one)
-        elif one in _BRACKETS.values():
-            if not waiting or _BRACKETS[waiting[-1]] != one:
-                return next(opening for opening, closing in _BRACKETS.items() if closing == one)
-            waiting.pop()
-    return quote or (waiting[-1] if waiting else "")
+            quote = "" if character == quote else quote
+        elif character in "'\"":
+            quote = character
+        elif character in _BRACKETS:
+            open_brackets.append(character)
+        elif character in _BRACKETS.values():
+            if not open_brackets or _BRACKETS[open_brackets[-1]] != character:
+                return next(opening for opening, closing in _BRACKETS.items() if closing == character)
+            open_brackets.pop()
+    return quote or (open_brackets[-1] if open_brackets else "")
 
 
-# --- what is not there
+# --- keys and choices that do not exist
 
 
 def _of_other_slides(error: Exception) -> tuple[str, str] | None:
-    """Return cause and remedy where Hydra found no such key of these slides, and others have it."""
+    """Return cause and remedy where a data set of this kind lacks a key that other kinds have."""
     origin = error.__cause__
     if not isinstance(origin, OmegaConfBaseException) or not isinstance(origin.parent_node, DictConfig):
         return None
@@ -122,32 +122,32 @@ def _of_other_slides(error: Exception) -> tuple[str, str] | None:
 
 
 def _unknown(text: str) -> tuple[str, str] | None:
-    """Return cause and remedy where Hydra found no such key or choice."""
-    if found := re.search(r"Could not find '([^']+)/([^'/]*)'", text):
+    """Return cause and remedy where a key or choice does not exist, or exists already."""
+    if match := re.search(r"Could not find '([^']+)/([^'/]*)'", text):
         listed = re.search(r"Available options in '[^']*':((?:\n\t\S+)+)", text)
-        return _no_choice(found[1], found[2], listed[1].split() if listed else choices(found[1]))
-    if found := re.search(r"Multiple values for ([^.\s]+)\.", text):
-        return f"{found[1]} is a choice that is made already", f"write {found[1]}=NAME: {', '.join(choices(found[1]))}"
-    if found := re.search(r"An item is already at '([^']+)'", text):
-        return f"{found[1]} is a key that has a value", f"write {found[1]}=VALUE to change it"
-    if found := re.search(
+        return _no_choice(match[1], match[2], listed[1].split() if listed else choices(match[1]))
+    if match := re.search(r"Multiple values for ([^.\s]+)\.", text):
+        return f"{match[1]} has a choice already", f"write {match[1]}=NAME: {', '.join(choices(match[1]))}"
+    if match := re.search(r"An item is already at '([^']+)'", text):
+        return f"{match[1]} has a value already", f"write {match[1]}=VALUE to change it"
+    if match := re.search(
         r"Could not (?:override|append to config\. No match[^']*|delete from config\.)\s*'([^']+)'", text
     ):
-        return _no_key(found[1])
+        return _no_key(match[1])
     return None
 
 
 def _no_choice(group: str, name: str, known: Sequence[str]) -> tuple[str, str]:
     near = difflib.get_close_matches(name, known, n=1)
-    meant = f"did you mean {group}={near[0]}? choices" if near else "choices"
-    return f"Could not find '{group}/{name}', there is no such choice", f"{meant}: {', '.join(known)}"
+    choices_are = f"did you mean {group}={near[0]}? choices" if near else "choices"
+    return f"Could not find '{group}/{name}', there is no such choice", f"{choices_are}: {', '.join(known)}"
 
 
 def _no_key(key: str) -> tuple[str, str]:
     if key in _RENAMED:
-        now, words = _RENAMED[key]
-        meant = ", ".join(f"{now}={word} for {former}" for word, former in words.items())
-        return f"{key} was renamed {now}", f"write {meant}"
+        new_key, words = _RENAMED[key]
+        overrides = ", ".join(f"{new_key}={word} for {former}" for word, former in words.items())
+        return f"{key} was renamed {new_key}", f"write {overrides}"
     if key in config.known_keys() or any(one.startswith(f"{key}.") for one in config.known_keys()):
         section = key.partition(".")[0]
         return f"there is no key {key} with this {section}", f"choose another: {section}={'|'.join(choices(section))}"
@@ -156,22 +156,22 @@ def _no_key(key: str) -> tuple[str, str]:
 
 
 def choices(group: str) -> list[str]:
-    """Return the choices of a group of ``conf/``, none where there is no such group."""
+    """Return the choices of a group of ``conf/``; an unknown group has none."""
     folder = resources.files("wsiflow.conf").joinpath(*group.split("/"))
     if not folder.is_dir():
         return []
     return sorted(one.name.removesuffix(".yaml") for one in folder.iterdir() if one.name.endswith(".yaml"))
 
 
-def _meant_otherwise(text: str, overrides: Sequence[str]) -> tuple[str, str] | None:
-    """Return cause and remedy of values of another kind than the key takes."""
-    if found := re.search(r"Ambiguous value for argument '([^=]+)=(.*?)'\n", text):
-        key, value = found.groups()
+def _wrong_value(text: str, overrides: Sequence[str]) -> tuple[str, str] | None:
+    """Return cause and remedy where a value has a form that its key does not accept."""
+    if match := re.search(r"Ambiguous value for argument '([^=]+)=(.*?)'\n", text):
+        key, value = match.groups()
         ways = f"quote it: \"{key}={quoted(value)}\"; list them: '{key}=[{value}]'; or add -m for a run of each"
         return f"{key}={value} names several values", ways
     if _NO_TEXT in text:
-        for one in overrides:
-            group, _, value = one.partition("=")
+        for override in overrides:
+            group, _, value = override.partition("=")
             if choices(group) and value not in choices(group):
                 return _no_choice(group, value, choices(group))
     return None

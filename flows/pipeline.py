@@ -1,7 +1,7 @@
 """The line as a Prefect flow.
 
-One Prefect task to ingest a shard and one to take it through the line: tens to hundreds however many array tasks there
-are.
+Each shard is two Prefect tasks, one that ingests it and one that takes it through the line. So there are tens to
+hundreds of Prefect tasks, however many array tasks there are.
 """
 
 from collections.abc import Callable
@@ -23,17 +23,17 @@ _TASK_RUNNER = cast("TaskRunner[PrefectFuture[Any]]", ThreadPoolTaskRunner(max_w
 
 
 class SlidesFailedError(Exception):
-    """A run that ended without scores; everything there is to say is in its summary."""
+    """A run ended without scores; its summary says why."""
 
     def __init__(self, summary: finish.Summary) -> None:
-        """Keep the summary."""
+        """Make the summary's text the message, and keep the summary."""
         super().__init__(summary.text)
         self.summary = summary
 
 
 @task(cache_policy=NO_CACHE, persist_result=False, retries=0)
 def _shard(function: Callable[..., Any], *args: Any) -> Any:
-    """Do one shard's work; retries are the executor's, and results are files."""
+    """Do the work of one shard; the executor retries what fails, and results are files."""
     return function(*args)
 
 

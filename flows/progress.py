@@ -1,7 +1,7 @@
-"""How far a run has come, shown while it runs.
+"""Show how far a run is while it runs.
 
-On a terminal as a display that is drawn anew every second, elsewhere as a line on standard error every half a minute.
-One thread looks at the run's folder, and the less often the longer that takes.
+A terminal shows a display that is drawn anew every second, other outputs get a line on standard error every half a
+minute. One thread reads the run's folder, and the less often the longer that takes.
 """
 
 import contextvars
@@ -24,42 +24,42 @@ if TYPE_CHECKING:
     from rich.console import Console, Group
     from rich.live import Live
 
-#: Seconds from one line to the next, and between updates of Prefect's page; 0: no progress is shown at all.
+#: Seconds from one line to the next, and between updates of Prefect's page; 0 shows no progress at all.
 VARIABLE = "WSIFLOW_PROGRESS_S"
 
 _LINE_S = 30.0
 _DISPLAY_S = 1.0
-_SHARE = 0.05  # of the time of one core that looking may take
-_PATIENCE_S = 10.0  # for a server that is shown the end
+_SHARE = 0.05  # of the time of one core that reading the folder may take
+_PATIENCE_S = 10.0  # for a server that is sent the last snapshot
 _BAR_CHARS = 32
 
 
 class View(Protocol):
-    """Somebody who is shown snapshots.
+    """A place that shows snapshots of a run's progress.
 
     Attributes:
         first_s, interval_s: Seconds until the first one is shown, and from one to the next.
-        wants_end: Whether how it ended is to be shown too.
+        shows_end: Whether it shows a last snapshot when the run has ended.
     """
 
     first_s: float
     interval_s: float
-    wants_end: bool
+    shows_end: bool
 
     def show(self, snapshot: Snapshot) -> None:
-        """Show how far the run is."""
+        """Show a snapshot."""
         ...
 
     def close(self) -> None:
-        """Show nothing more; may be called from any thread, and again."""
+        """Show nothing more; any thread may call this, more than once."""
         ...
 
 
 def interval_s() -> float:
-    """Return the seconds from one line to the next, 0 where none is wanted.
+    """Return the seconds from one line to the next, or 0 where no progress is shown.
 
     Raises:
-        InputError: The environment says something else than seconds.
+        InputError: The value in the environment is no number of seconds.
     """
     text = os.environ.get(VARIABLE, "")
     with suppress(ValueError):
@@ -71,34 +71,34 @@ def interval_s() -> float:
 
 @contextmanager
 def shown(root: Path, more: Sequence[View] = ()) -> Iterator[None]:
-    """Show during the body how far the run in a folder is.
+    """Show how far the run in a folder is, as long as the body runs.
 
     Args:
         root: The run's folder.
-        more: Who is shown it besides the user.
+        more: Views besides those of the user.
     """
-    views = [*_of_user(root), *more] if interval_s() else []
+    views = [*_user_views(root), *more] if interval_s() else []
     if not views:
         yield
         return
-    over = threading.Event()
+    ended = threading.Event()
     # Prefect finds the flow run, and the address of its server, in the context.
-    inside = contextvars.copy_context()
+    context = contextvars.copy_context()
     thread = threading.Thread(
-        target=inside.run, args=(_follow, Follower(root), views, over), daemon=True, name="progress"
+        target=context.run, args=(_follow, Follower(root), views, ended), daemon=True, name="progress"
     )
     with ExitStack() as stack:
         stack.callback(thread.join, _PATIENCE_S)
         for view in views:
             stack.enter_context(stopping.at_stop(view.close))
             stack.callback(view.close)
-        stack.callback(over.set)
+        stack.callback(ended.set)
         thread.start()
         yield
 
 
-def _of_user(root: Path) -> list[View]:
-    """Return what shows the progress to whoever started the command."""
+def _user_views(root: Path) -> list[View]:
+    """Return the views for the user who started the command."""
     if logs.is_quiet():
         return []
     if sys.stdout.isatty() and sys.stderr.isatty() and not sweep.is_of_another_process():
@@ -109,16 +109,16 @@ def _of_user(root: Path) -> list[View]:
     return [_Lines(f"{root.name}: " if sweep.is_on() else "")]
 
 
-def _follow(follower: Follower, views: Sequence[View], over: threading.Event) -> None:
-    """Look and show until it is over; what cannot be looked at or shown now may be the next time."""
+def _follow(follower: Follower, views: Sequence[View], ended: threading.Event) -> None:
+    """Show snapshots in the views that are due, until the run has ended; a snapshot that fails is skipped."""
     due = {id(view): time.monotonic() + view.first_s for view in views}
     pause_s = 0.0
-    while not over.wait(max(pause_s, min(due.values()) - time.monotonic())):
-        began = time.monotonic()
-        _show(follower, [view for view in views if due[id(view)] <= began])
-        due |= {id(view): began + view.interval_s for view in views if due[id(view)] <= began}
-        pause_s = (time.monotonic() - began) / _SHARE
-    _show(follower, [view for view in views if view.wants_end])
+    while not ended.wait(max(pause_s, min(due.values()) - time.monotonic())):
+        start_s = time.monotonic()
+        _show(follower, [view for view in views if due[id(view)] <= start_s])
+        due |= {id(view): start_s + view.interval_s for view in views if due[id(view)] <= start_s}
+        pause_s = (time.monotonic() - start_s) / _SHARE
+    _show(follower, [view for view in views if view.shows_end])
 
 
 def _show(follower: Follower, views: Sequence[View]) -> None:
@@ -129,9 +129,9 @@ def _show(follower: Follower, views: Sequence[View]) -> None:
 
 
 class _Lines:
-    """A line on standard error now and then."""
+    """A view that prints a line to standard error at each interval."""
 
-    wants_end = False
+    shows_end = False
 
     def __init__(self, begin: str) -> None:
         self.first_s = self.interval_s = interval_s()
@@ -149,9 +149,9 @@ class _Lines:
 
 
 class _Display:
-    """A table of the stages that stays in its place on the terminal; what else is printed goes above it."""
+    """A view that draws a table of the stages below everything else that is printed to the terminal."""
 
-    first_s, interval_s, wants_end = 0.5, _DISPLAY_S, False
+    first_s, interval_s, shows_end = 0.5, _DISPLAY_S, False
 
     def __init__(self, root: Path, console: "Console") -> None:
         self._root, self._console = root, console
@@ -163,11 +163,11 @@ class _Display:
             if self._closed:
                 return
             if self._live is None:
-                self._live = _started(self._console)
-            self._live.update(_drawn(self._root, snapshot), refresh=True)
+                self._live = _start_live(self._console)
+            self._live.update(_draw(self._root, snapshot), refresh=True)
 
     def close(self) -> None:
-        """Leave the terminal as it was, also while what else is printed leads nowhere already."""
+        """Leave the terminal as it was, even where the standard streams lead nowhere already."""
         with self._lock, suppress(OSError):  # the terminal is gone
             if not self._closed:
                 self._closed = True
@@ -176,7 +176,7 @@ class _Display:
                 self._console.file.close()
 
 
-def _started(console: "Console") -> "Live":
+def _start_live(console: "Console") -> "Live":
     from rich.live import Live
 
     live = Live(console=console, auto_refresh=False, transient=True)
@@ -184,7 +184,7 @@ def _started(console: "Console") -> "Live":
     return live
 
 
-def _drawn(root: Path, snapshot: Snapshot) -> "Group":
+def _draw(root: Path, snapshot: Snapshot) -> "Group":
     from rich.console import Group
     from rich.progress_bar import ProgressBar
     from rich.table import Table
@@ -198,7 +198,7 @@ def _drawn(root: Path, snapshot: Snapshot) -> "Group":
 
 
 def _terminal() -> "Console":
-    """Return a console that writes to the terminal of standard error, whatever becomes of that."""
+    """Return a console that writes to the terminal of standard error, even after that stream is turned away."""
     from rich.console import Console
 
     stream = os.fdopen(os.dup(sys.stderr.fileno()), "w", encoding=sys.stderr.encoding, errors="backslashreplace")

@@ -1,4 +1,4 @@
-"""What the page of a flow run shows while it runs: the records of the run, and how far it is."""
+"""Show on the page of a flow run, while it runs, the log records of the run and how far it is."""
 
 import logging
 from collections.abc import Iterator
@@ -21,9 +21,10 @@ _KEY = "wsiflow-progress"
 
 @contextmanager
 def records() -> Iterator[None]:
-    """Send what is logged during the body to Prefect, as for one of its extra loggers, whatever its settings are.
+    """Send what is logged during the body to Prefect, as if its settings named this package's logger.
 
-    What is logged outside of a flow run, as by a thread of a library, is nobody's: Prefect would complain of it.
+    Records from outside of a flow run, such as those of a library's thread, are left out: Prefect would complain of
+    them.
     """
     known = [handler for handler in logs.PACKAGE.handlers if isinstance(handler, APILogHandler)]
     handlers = known or [APILogHandler(logging.INFO)]  # the user may have named this package in Prefect's settings
@@ -32,7 +33,7 @@ def records() -> Iterator[None]:
         handler.addFilter(_is_of_run)
         handler.addFilter(logs.redact)
         logs.PACKAGE.addHandler(handler)
-    if level == logging.NOTSET:  # a deployment, where no command line says how much is shown
+    if level == logging.NOTSET:  # a deployment, where no command line sets a level
         logs.PACKAGE.setLevel(logging.INFO)
     try:
         yield
@@ -49,19 +50,19 @@ def _is_of_run(_record: logging.LogRecord) -> bool:
 class PageView:
     """A progress artifact of the flow run in whose context it is shown first."""
 
-    first_s, wants_end = 0.0, True
+    first_s, shows_end = 0.0, True
 
     def __init__(self, name: str) -> None:
-        """Begin with none.
+        """Start without an artifact, which the first snapshot creates.
 
         Args:
-            name: Of the run.
+            name: Name of the run.
         """
         self.interval_s, self._name = interval_s(), name
         self._artifact: UUID | None = None
 
     def show(self, snapshot: Snapshot) -> None:
-        """Create the artifact, or update it; a server that is away for a while is told the next time."""
+        """Create the artifact, or update it; a server that does not answer gets the next snapshot."""
         percent, text = 100 * snapshot.share, f"{self._name}: {snapshot.as_text()}"
         try:
             if self._artifact is None:
@@ -72,4 +73,4 @@ class PageView:
             return
 
     def close(self) -> None:
-        """Leave what was shown last."""
+        """Leave the last snapshot on the page."""

@@ -1,4 +1,4 @@
-"""What starts the line: the jobs that Hydra composes, one or those of a sweep, through Prefect or directly."""
+"""Start the line for the jobs that Hydra composes, one or those of a sweep, through Prefect or directly."""
 
 import os
 import sys
@@ -22,7 +22,7 @@ from .compose import to_config
 
 _ENVIRONMENT = {
     "HYDRA_FULL_ERROR": "1",  # raise errors instead of printing them with advice about Hydra's own internals
-    "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",  # errors are told once, here; the server keeps its logs
+    "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",  # the command prints errors, once; the server keeps its logs
     "DO_NOT_TRACK": "1",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
 }
@@ -32,10 +32,10 @@ _exit_codes: list[int] = []
 
 
 def quieten() -> None:
-    """Keep Hydra and Prefect from saying what the command says itself, and from sending anything."""
+    """Keep Hydra and Prefect from printing what the command prints itself, and from sending statistics."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    warnings.filterwarnings("ignore", "Failed to create the Prefect home")  # what becomes of it is said by `server`
+    warnings.filterwarnings("ignore", "Failed to create the Prefect home")  # `server` says what follows from it
 
 
 def all_jobs() -> int:
@@ -46,29 +46,29 @@ def all_jobs() -> int:
     except Exception as error:
         if overrides.is_refusal(error):
             sweep.end()
-            return terminal.report(overrides.refused(error, _typed()))
+            return terminal.report(overrides.explain_refusal(error, _typed_overrides()))
         if not sweep.is_on():
             raise
         cause = f"a trial of the sweep did not end: {type(error).__name__}: {error}"
-        told = terminal.report(EnvironmentFault(cause, "run the same command again: what is done stays done"))
-        return max([told, *(trial.exit_code for trial in sweep.end())])
+        exit_code = terminal.report(EnvironmentFault(cause, "run the same command again: what is done stays done"))
+        return max([exit_code, *(trial.exit_code for trial in sweep.end())])
     trials = sweep.end()
-    for lost in (trial for trial in trials if not trial.told):
-        cause = f"the trial {lost.name} left no word of how it ended, so it counts as failed"
+    for lost in (trial for trial in trials if not trial.reported):
+        cause = f"the trial {lost.name} left no record of how it ended, so it counts as failed"
         terminal.report(EnvironmentFault(cause, "run the same command again: what is done stays done"))
     return max([*_exit_codes, *(trial.exit_code for trial in trials)], default=0)
 
 
-def _typed() -> list[str]:
+def _typed_overrides() -> list[str]:
     """Return the overrides of the command line, without Hydra's options and their values."""
     words = iter(sys.argv[1:])
-    found = []
+    typed = []
     for word in words:
         if word in _OPTIONS_WITH_VALUES:
             next(words, None)
         elif not word.startswith("-"):
-            found.append(word)
-    return found
+            typed.append(word)
+    return typed
 
 
 @hydra.main(version_base="1.3", config_path="pkg://wsiflow.conf", config_name="config")
@@ -78,28 +78,28 @@ def _compose_and_run(composed: DictConfig) -> float | None:
     Returns:
         The FROC score, for sweepers that optimise.
     """
-    found: list[Summary] = []
-    own = HydraConfig.get()
-    is_trial, name = own.mode == RunMode.MULTIRUN, ""
+    summaries: list[Summary] = []
+    hydra_config = HydraConfig.get()
+    is_trial, name = hydra_config.mode == RunMode.MULTIRUN, ""
 
     def job() -> int:
         nonlocal name
         if is_trial:
-            sweep.end_with_it()
-            name = sweep.trial_name(own.overrides.task) or str(own.job.num)
+            sweep.end_with_sweep()
+            name = sweep.trial_name(hydra_config.overrides.task) or str(hydra_config.job.num)
         config = to_config(composed, job=name)
         if is_trial:
-            sweep.claim_own(config.out, own.overrides.task)
-        found.append(start(config))
-        terminal.say(found[0].text)
-        return found[0].exit_code
+            sweep.claim_own(config.out, hydra_config.overrides.task)
+        summaries.append(start(config))
+        terminal.say(summaries[0].text)
+        return summaries[0].exit_code
 
     exit_code = terminal.bounded(job)
     if is_trial:
-        sweep.ended(own.job.num, name, exit_code)
+        sweep.record_end(hydra_config.job.num, name, exit_code)
     else:
         _exit_codes.append(exit_code)
-    return found[0].metrics.get("froc.score") if found else None
+    return summaries[0].metrics.get("froc.score") if summaries else None
 
 
 def start(config: RunConfig) -> Summary:

@@ -1,4 +1,4 @@
-"""Which Prefect server a run reports to."""
+"""Choose the Prefect server that a run reports to, and start a temporary one where there is none."""
 
 import fcntl
 import os
@@ -29,7 +29,7 @@ from prefect.settings import (
 
 from wsiflow.errors import EnvironmentFault
 
-_HEALTH_TIMEOUT_S = 10.0  # of a server that is there and busy; where there is none the answer comes at once
+_HEALTH_TIMEOUT_S = 10.0  # for a server that is busy; where there is none the connection is refused at once
 _START_TIMEOUT_S = 120.0
 _END_S = 10.0
 _ERROR = re.compile(r"(?:[\w.]+\.)?\w*(?:Error|Exception)\b")
@@ -38,11 +38,11 @@ _REFUSED = {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}
 
 @contextmanager
 def chosen_server() -> Iterator[str]:
-    """Make sure that Prefect can record a flow, and say in one line where.
+    """Make sure that Prefect can record a flow, and yield one line that says where it does.
 
-    Without a server that answers, a temporary one is started for this process, and for trials that it starts, which
-    find its address in the environment. The run works the same and its history stays in Prefect's own database, but
-    there is no page to look at while it runs.
+    Where no server answers, a temporary one is started for this process and for the trials that it starts, which read
+    its address from the environment. The run works the same, and its history stays in Prefect's own database, but there
+    is no page to look at while it runs.
 
     Raises:
         EnvironmentFault: The server that is set refuses this user, or a temporary one does not start.
@@ -51,7 +51,7 @@ def chosen_server() -> Iterator[str]:
     if url and answers(url):
         yield f"Prefect server: {url}"
         return
-    found = f"no Prefect server answers at {url}" if url else "no Prefect server is set"
+    reason = f"no Prefect server answers at {url}" if url else "no Prefect server is set"
     with (
         _own_database() as (where, lock),
         _temporary_server(lock) as api,
@@ -59,28 +59,28 @@ def chosen_server() -> Iterator[str]:
         temporary_settings({PREFECT_API_URL: api}),
     ):
         try:
-            yield f"{found}: going on with a temporary one{where} (make prefect starts a lasting one)"
+            yield f"{reason}: going on with a temporary one{where} (make prefect starts a lasting one)"
         finally:
-            _send_what_waits()
+            _send_buffered_records()
 
 
 def answers(url: str) -> bool:
-    """Tell whether a Prefect server is there; it is asked as Prefect's own client asks, with key and certificates.
+    """Tell whether a Prefect server answers a request of Prefect's own client, with its key and certificates.
 
     Raises:
-        EnvironmentFault: It is there and refuses this user.
+        EnvironmentFault: The server answers, but refuses this user.
     """
     if not url:
         return False
-    asked = {PREFECT_API_URL: url, PREFECT_API_REQUEST_TIMEOUT: _HEALTH_TIMEOUT_S, PREFECT_CLIENT_MAX_RETRIES: 0}
+    settings = {PREFECT_API_URL: url, PREFECT_API_REQUEST_TIMEOUT: _HEALTH_TIMEOUT_S, PREFECT_CLIENT_MAX_RETRIES: 0}
     try:
-        with temporary_settings(asked), get_client(sync_client=True) as client:
-            client.read_flows(limit=1)  # the health of a server is told to anybody
+        with temporary_settings(settings), get_client(sync_client=True) as client:
+            client.read_flows(limit=1)  # a server tells its health to anybody, so another request is needed
     except (httpx.HTTPError, PrefectHTTPStatusError, OSError, RuntimeError, ValueError) as error:
-        answer = getattr(error, "response", None)
-        if answer is not None and answer.status_code in _REFUSED:
+        response = getattr(error, "response", None)
+        if response is not None and response.status_code in _REFUSED:
             remedy = "set PREFECT_API_KEY or PREFECT_API_AUTH_STRING, or unset PREFECT_API_URL"
-            cause = f"the Prefect server at {url} refuses this user ({answer.status_code})"
+            cause = f"the Prefect server at {url} refuses this user ({response.status_code})"
             raise EnvironmentFault(cause, remedy, stage="Prefect") from error
         return False
     return True
@@ -88,11 +88,11 @@ def answers(url: str) -> bool:
 
 @contextmanager
 def _own_database() -> Iterator[tuple[str, IO[str] | None]]:
-    """Keep temporary servers out of each other's database: one at a time has Prefect's home, others a passing one.
+    """Keep temporary servers out of each other's database: one has Prefect's home, others a temporary folder.
 
     Yields:
-        What there is to say of it, and the file whose lock the server has to hold: a server that outlives its run for
-        a moment still has the database.
+        Words that say so for the user, and the file whose lock the server has to hold, since a server that outlives its
+        run for a moment still uses the database.
     """
     with ExitStack() as held:
         home = Path(PREFECT_HOME.value())
@@ -107,8 +107,10 @@ def _own_database() -> Iterator[tuple[str, IO[str] | None]]:
         else:
             yield "", lock
             return
-        passing = held.enter_context(tempfile.TemporaryDirectory(prefix="wsiflow-prefect-", ignore_cleanup_errors=True))
-        with temporary_settings({PREFECT_HOME: Path(passing)}):
+        temporary = held.enter_context(
+            tempfile.TemporaryDirectory(prefix="wsiflow-prefect-", ignore_cleanup_errors=True)
+        )
+        with temporary_settings({PREFECT_HOME: Path(temporary)}):
             yield f" that leaves no history, since {reason}", None
 
 
@@ -116,13 +118,13 @@ def _own_database() -> Iterator[tuple[str, IO[str] | None]]:
 def _temporary_server(lock: IO[str] | None) -> Iterator[str]:
     """Keep a server running during the body, and yield the address of its API.
 
-    It has a session of its own: what a terminal sends to this process and its workers does not end it before they have
-    told it how they ended.
+    The server has a session of its own, so that a signal from the terminal, which ends this process and its workers,
+    does not end it before they have reported to it how they ended.
 
     Raises:
-        EnvironmentFault: It does not start.
+        EnvironmentFault: The server does not start.
     """
-    with tempfile.TemporaryFile() as told:
+    with tempfile.TemporaryFile() as output:
         with socket.create_server(("127.0.0.1", 0)) as listening:
             api = f"http://127.0.0.1:{listening.getsockname()[1]}/api"
             kept = [listening.fileno(), *([lock.fileno()] if lock is not None else [])]
@@ -132,54 +134,54 @@ def _temporary_server(lock: IO[str] | None) -> Iterator[str]:
                 pass_fds=kept,
                 start_new_session=True,
                 stdin=subprocess.DEVNULL,
-                stdout=told,
-                stderr=told,
+                stdout=output,
+                stderr=output,
             )
         try:
-            _wait_for(server, api, told)
+            _wait_for(server, api, output)
             yield api
         finally:
             _end(server)
 
 
 def _server_environment() -> dict[str, str]:
-    """Return the environment of a temporary server, as Prefect starts its own: without pages, and without blocks.
+    """Return the environment of a temporary server, which has neither pages nor types of blocks.
 
-    To register the types of blocks takes as long as all else that a new database needs, and no run uses them. A lasting
-    server registers them when it starts: it must not find noted that it was done.
+    Registering the types of blocks takes as long as all else that a new database needs, and no run uses them. A lasting
+    server registers them when it starts, so the database must not record that it was done.
     """
     settings = get_current_settings().to_environment_variables(exclude_unset=True)
     own = {"PREFECT_UI_ENABLED": "0", "PREFECT__SERVER_EPHEMERAL": "1", "PREFECT__SERVER_FINAL": "1"}
     own |= dict.fromkeys(
         ("PREFECT_SERVER_REGISTER_BLOCKS_ON_START", "PREFECT_SERVER_MEMOIZE_BLOCK_AUTO_REGISTRATION"), "0"
     )
-    own["PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"] = "ERROR"  # to the file that says why it does not start
+    own["PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"] = "ERROR"  # into the file that says why it does not start
     kept = {**os.environ, **settings, **own}
-    kept.pop("PREFECT_API_URL", None)  # it is the server
+    kept.pop("PREFECT_API_URL", None)  # it is the server itself
     return kept
 
 
-def _wait_for(server: subprocess.Popen[bytes], api: str, told: IO[bytes]) -> None:
-    """Wait until the server answers: it has been given a socket that listens already, so one question is enough."""
+def _wait_for(server: subprocess.Popen[bytes], api: str, output: IO[bytes]) -> None:
+    """Wait until the server answers: its socket listens already, so that one request is enough."""
     try:
         httpx.get(f"{api}/health", timeout=_START_TIMEOUT_S, trust_env=False).raise_for_status()
     except httpx.HTTPError as error:
         server.kill()
         server.wait()
-        told.seek(0)
-        cause = f"the temporary Prefect server does not start ({_last_error(told.read()) or error})"
-        remedy = "see to space and permissions for PREFECT_HOME and TMPDIR, set PREFECT_API_URL to a lasting server"
+        output.seek(0)
+        cause = f"the temporary Prefect server does not start ({_last_error(output.read()) or error})"
+        remedy = "check space and permissions of PREFECT_HOME and TMPDIR, set PREFECT_API_URL to a lasting server"
         raise EnvironmentFault(cause, f"{remedy} (make prefect), or set orchestrator=none", stage="Prefect") from error
 
 
-def _last_error(told: bytes) -> str:
-    """Return the line that ends the last traceback, else the last line; a server goes on to say that it ends."""
-    lines = told.decode(errors="replace").strip().splitlines()
+def _last_error(output: bytes) -> str:
+    """Return the line that ends the last traceback, behind which a server logs that it ends; else the last line."""
+    lines = output.decode(errors="replace").strip().splitlines()
     return next((line for line in reversed(lines) if _ERROR.match(line)), lines[-1] if lines else "")
 
 
-def _send_what_waits() -> None:
-    """Have Prefect's threads send the logs and events that they hold, while there is a server to take them."""
+def _send_buffered_records() -> None:
+    """Make Prefect's threads send the logs and events that they hold, while the server still runs."""
     APILogHandler().flush()
     EventsWorker.drain_all(timeout=_END_S)
 

@@ -1,11 +1,11 @@
-"""How a command is stopped: Ctrl-C and SIGTERM end it within seconds, whatever its threads are at.
+"""Stop a command: Ctrl-C and SIGTERM end it within seconds, whatever its threads are doing.
 
-The command runs in a thread, and the main thread does nothing but listen: no library's handler and no long call into C
-can keep a signal from it. Every thread of the command blocks SIGINT, and every process they start inherits that: what a
-terminal sends to all of them is heard here alone. At the first signal nothing more is said but one line, what was
-registered with `at_stop` is called, every process that descends from this one is killed, and this one leaves: to what
-is on the disk it is as if it had been killed, and that is what a start after it copes with. At the second signal it
-leaves at once.
+The command runs in a thread, and the main thread only waits for signals: no library's handler and no long call into C
+can keep a signal from it. Every thread of the command blocks SIGINT, and every process that it starts inherits that, so
+that a signal which a terminal sends to all of them reaches the main thread alone. At the first signal everything but
+one last line is silenced, the functions that were registered with `at_stop` are called, every descendant of this
+process is killed, and this process exits. To the files on the disk this is the same as if it had been killed, and a
+later start resumes from them. At the second signal the process exits at once.
 """
 
 import contextlib
@@ -20,50 +20,50 @@ from pathlib import Path
 from types import FrameType
 from typing import NamedTuple, NoReturn
 
-#: How a line ends where a start after this one does what is missing.
+#: End of the last line where the same command does what is missing.
 GOES_ON = "the same command goes on"
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-# Together less than the five seconds in which a run is to end.
+# Their sum is below the five seconds in which a run has to end.
 _CLEANING_S = 2.0
 _KILLING_S = 1.0
 _COUNTING_S = 0.8
-_SAYING_S = 0.5  # a pipe that nobody reads may be full
-_LOOK_S = 0.02
+_PRINTING_S = 0.5  # a pipe that nobody reads may be full
+_PAUSE_S = 0.02
 
 _cleanings: list[Callable[[], str | None]] = []
-_tellers: list[Callable[[], str]] = []
+_summaries: list[Callable[[], str]] = []
 
 
 class _State:
-    """What the handler of signals and the rest of this module know of each other."""
+    """State that the handler of signals shares with the rest of this module."""
 
-    heard: "_Heard | None" = None  # what the main thread waits for, while it listens
+    heard: "_Heard | None" = None  # the queue that the main thread reads, while it listens
     stopping = False
-    stderr = 2  # where the one line goes
-    said = False
+    stderr = 2  # file descriptor to which the last line is printed
+    printed = False
 
 
 class _Ended(NamedTuple):
-    """How the command ended by itself."""
+    """How the command ended without a signal."""
 
     exit_code: int
     error: BaseException | None
 
 
-#: How the command ended, the number of a signal, or what the main thread is to call.
+#: Queue of how the command ended, of numbers of signals, and of functions that the main thread has to call.
 _Heard = queue.SimpleQueue[_Ended | int | Callable[[], None]]
 
 
 def run(command: Callable[[], int]) -> int:
-    """Call a command and return its exit code; does not return where a signal ends it."""
+    """Call a command and return its exit code; this function does not return where a signal ends the command."""
     if threading.current_thread() is not threading.main_thread():
-        return command()  # only the main thread hears signals
+        return command()  # only the main thread receives signals
     heard: _Heard = queue.SimpleQueue()
 
     def body() -> None:
         _block()
-        ended = _called(command)
+        ended = _end_of(command)
         hold()
         heard.put(ended)
 
@@ -79,9 +79,9 @@ def run(command: Callable[[], int]) -> int:
 
 
 def in_main_thread(call: Callable[[], object]) -> None:
-    """Call a function in the thread that listens, and keep this module's handlers of signals.
+    """Call a function in the main thread, and keep this module's handlers of signals.
 
-    Some libraries set handlers while they are imported (dask-jobqueue does), which only the main thread may.
+    Some libraries, such as dask-jobqueue, set handlers while they are imported, which only the main thread may do.
 
     Raises:
         Exception: Whatever the function raises.
@@ -89,17 +89,18 @@ def in_main_thread(call: Callable[[], object]) -> None:
     if _State.heard is None:
         call()
         return
-    answer: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
-    _State.heard.put(lambda: answer.put(_raised(call)))
-    if (error := answer.get()) is not None:
+    result: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+    _State.heard.put(lambda: result.put(_exception_of(call)))
+    if (error := result.get()) is not None:
         raise error
 
 
-def _raised(call: Callable[[], object]) -> BaseException | None:
+def _exception_of(call: Callable[[], object]) -> BaseException | None:
+    """Call a function with the present handlers of signals kept, and return the exception that it raises."""
     handlers = {number: signal.getsignal(number) for number in _SIGNALS}
     try:
         call()
-    except BaseException as error:  # noqa: BLE001 - raised again in the thread that asked
+    except BaseException as error:  # noqa: BLE001 - raised again in the calling thread
         return error
     finally:
         for number, handler in handlers.items():
@@ -107,7 +108,7 @@ def _raised(call: Callable[[], object]) -> BaseException | None:
     return None
 
 
-def _called(command: Callable[[], int]) -> _Ended:
+def _end_of(command: Callable[[], int]) -> _Ended:
     try:
         return _Ended(command(), None)
     except BaseException as error:  # noqa: BLE001 - raised again in the main thread
@@ -119,8 +120,8 @@ def at_stop(clean: Callable[[], str | None]) -> Iterator[None]:
     """Have a function called if a signal comes during the body.
 
     Args:
-        clean: Ends what the body uses, from another thread and beside other such functions; has two seconds. Returns
-            what is to be told of it, or nothing.
+        clean: Ends what the body uses within two seconds. It is called from another thread, at the same time as other
+            such functions, and returns words for the last line, or None.
     """
     _cleanings.append(clean)
     try:
@@ -131,19 +132,19 @@ def at_stop(clean: Callable[[], str | None]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def telling(sentence: Callable[[], str]) -> Iterator[None]:
-    """Name who says how far the command came, if a signal comes during the body; the outermost one is asked."""
-    _tellers.append(sentence)
+    """Register a function that says, if a signal comes, how far the command came; the outermost one is called."""
+    _summaries.append(sentence)
     try:
         yield
     finally:
-        _tellers.remove(sentence)
+        _summaries.remove(sentence)
 
 
 def shield() -> None:
-    """See that worker processes do not hear the terminal's SIGINT, before the first of them is started.
+    """Keep SIGINT from worker processes; this is called before the first of them is started.
 
-    The process with which multiprocessing keeps track of its resources is started by the first thread that needs it,
-    and that thread's signals are unblocked in the course of it.
+    The first thread that needs multiprocessing's resource tracker starts that process, and has its signals unblocked in
+    the course of it.
     """
     resource_tracker.ensure_running()
     if _State.heard is not None:
@@ -155,7 +156,7 @@ def _block() -> None:
 
 
 def hold() -> None:
-    """Keep a thread from going on once the command is being stopped: what it would do or say is of the stopping."""
+    """Hold the calling thread for good once the command is being stopped, since that causes all it would report."""
     if _State.stopping:
         threading.Event().wait()
 
@@ -167,16 +168,16 @@ def kill_descendants() -> None:
         for pid in alive:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
-        time.sleep(_LOOK_S)
+        time.sleep(_PAUSE_S)
 
 
 @contextlib.contextmanager
 def _listening(heard: _Heard) -> Iterator[None]:
-    """Put signals into the queue; those that whoever started this wants ignored, as ``nohup`` does, stay ignored."""
+    """Put signals into the queue; those that were ignored from the start, as under ``nohup``, stay ignored."""
 
     def hear(number: int, _frame: FrameType | None) -> None:
         if _State.stopping:
-            _leave(number, _line("stopped at once", goes_on=bool(_tellers)))
+            _leave(number, _line("stopped at once", goes_on=bool(_summaries)))
         _State.stopping = True
         heard.put(number)
 
@@ -195,20 +196,20 @@ def _listening(heard: _Heard) -> Iterator[None]:
 
 def _end(number: int) -> NoReturn:
     """End the command after a first signal."""
-    _mute()
-    tellers = _tellers[:1]  # what is cleaned up ends their bodies
-    told = _within(_CLEANING_S, _cleanings[::-1])
+    _silence()
+    summaries = _summaries[:1]  # cleaning up ends the bodies for which they are registered
+    sentences = _within(_CLEANING_S, _cleanings[::-1])
     kill_descendants()
-    told[:0] = _within(_COUNTING_S, tellers)
-    _leave(number, _line(f"stopped: {', '.join(told)}" if told else "stopped", goes_on=bool(tellers)))
+    sentences[:0] = _within(_COUNTING_S, summaries)
+    _leave(number, _line(f"stopped: {', '.join(sentences)}" if sentences else "stopped", goes_on=bool(summaries)))
 
 
 def _line(text: str, *, goes_on: bool) -> str:
     return f"{text}; {GOES_ON}" if goes_on else text
 
 
-def _mute() -> None:
-    """Let nobody but `_leave` say anything more: what libraries and threads tell now is of the stopping alone."""
+def _silence() -> None:
+    """Silence everything but `_leave`: whatever libraries and threads print now, the stop is the cause of it."""
     _State.stderr = os.dup(2)
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
@@ -216,27 +217,27 @@ def _mute() -> None:
 
 
 def _within(seconds: float, calls: Sequence[Callable[[], str | None]]) -> list[str]:
-    """Call functions side by side and return what those say that come to an end in time; the others are left alone."""
-    said: list[str | None] = []
-    threads = [threading.Thread(target=lambda call=call: said.append(call()), daemon=True) for call in calls]
+    """Call functions at the same time, and return the sentences of those that end in time."""
+    results: list[str | None] = []
+    threads = [threading.Thread(target=lambda call=call: results.append(call()), daemon=True) for call in calls]
     for thread in threads:
         thread.start()
     end = time.monotonic() + seconds
     for thread in threads:
         thread.join(max(0.0, end - time.monotonic()))
-    return [sentence for sentence in said if sentence]
+    return [sentence for sentence in results if sentence]
 
 
 def _leave(number: int, line: str) -> NoReturn:
-    """Leave without another word of anybody: threads in the middle of a prediction cannot be waited for."""
+    """Print the last line and exit, without waiting for threads in the middle of a prediction."""
     kill_descendants()
-    if not _State.said:
-        _State.said = True
-        _within(_SAYING_S, [lambda: _say(number, line)])
+    if not _State.printed:
+        _State.printed = True
+        _within(_PRINTING_S, [lambda: _print(number, line)])
     os._exit(128 + number)
 
 
-def _say(number: int, line: str) -> str:
+def _print(number: int, line: str) -> str:
     begin = "\n" if os.isatty(_State.stderr) and number == signal.SIGINT else ""  # behind the ^C that terminals show
     os.write(_State.stderr, f"{begin}{line}\n".encode())
     return line
@@ -252,7 +253,7 @@ def _descendants() -> list[int]:
                 state, parent = stat.rpartition(")")[2].split()[:2]  # the name before it may hold anything
                 if state != "Z":
                     parents[int(folder.name)] = int(parent)
-    found = [os.getpid()]
-    for pid in found:  # grows while it is walked through
-        found += [child for child, parent in parents.items() if parent == pid]
-    return found[1:]
+    descendants = [os.getpid()]
+    for pid in descendants:  # the list grows while it is walked through
+        descendants += [child for child, parent in parents.items() if parent == pid]
+    return descendants[1:]

@@ -1,8 +1,8 @@
-"""What the trials of a sweep share: their parent in MLflow, a Prefect server, and who hears how they ended.
+"""Prepare what the trials of a sweep share, name the trials, and learn how they ended.
 
-Trials run one after another in this process, at once in processes of joblib, or as jobs of Slurm through submitit. What
-they have to know reaches them through the environment. Each leaves word of how it ended in a folder of this sweep
-alone; one that leaves none has failed.
+Trials run one after another in this process, at once in processes of joblib, or as jobs of Slurm through submitit. They
+share a parent run in MLflow and a Prefect server, and read from the environment what they have to know of the sweep.
+Each trial records how it ended in a folder that belongs to this sweep alone; one that leaves no record has failed.
 """
 
 import contextlib
@@ -36,10 +36,10 @@ from wsiflow.system import processes
 from . import logs, stopping
 
 _VARIABLE = "WSIFLOW_SWEEP"
-_MARKS = ".trials"
+_RECORDS = ".trials"
 _WRITTEN = "multirun.yaml"
 _CLAIM = "receipts/trial"
-_LONGEST_BYTES = 255  # of a name, on any file system in use
+_LONGEST_BYTES = 255  # of a name, on every common file system
 _SHOWN_BYTES = 200  # of a name that is cut short
 _UNSAFE = re.compile(r"[/\\?#%~]")  # ~ stands before the hash, so no plain name ends like a hashed one
 _started = ExitStack()
@@ -47,45 +47,45 @@ _planned: list[str] = []  # names of the trials by number, where the sweeper is 
 
 
 class Trial(NamedTuple):
-    """How a trial ended; without a word of it, as a fault of the environment."""
+    """How a trial ended; one that left no record counts as a fault of the environment."""
 
     name: str
     exit_code: int
-    told: bool = True
+    reported: bool = True
 
     @property
     def failed(self) -> bool:
-        """It has no scores."""
+        """Whether the trial has no scores."""
         return self.exit_code not in {0, PARTIAL}
 
 
 class TrialOverrides(NamedTuple):
-    """A trial to be: its overrides, and those of them that differ from trial to trial."""
+    """Overrides of a trial, and those of them that differ from trial to trial."""
 
     overrides: list[str]
     swept: list[str]
 
 
 class SweepCallback(Callback):
-    """What Hydra calls before the first trial and after the last."""
+    """Functions that Hydra calls before the first trial and after the last."""
 
     def on_multirun_start(self, config: DictConfig, **_kwargs: Any) -> None:
-        """Prepare what trials would get into each other's way with."""
+        """Prepare what the trials share, before they would compete for it."""
         values: Any = OmegaConf.to_container(config, resolve=False)
-        given, sweeper = values["hydra"]["overrides"]["task"], values["hydra"]["sweeper"]
+        overrides, sweeper = values["hydra"]["overrides"]["task"], values["hydra"]["sweeper"]
         axes = [f"{key}={value}" for key, value in (sweeper.get("params") or {}).items()]
         out = Path(config.out).absolute()
-        folder = out / _MARKS / uuid.uuid4().hex
+        folder = out / _RECORDS / uuid.uuid4().hex
         name = name_of(config.tracking.sweep, config.name, out)
         shared = {"name": name, "out": str(out), "folder": str(folder), "pid": os.getpid()}
         _planned.clear()
-        os.environ[_VARIABLE] = json.dumps({**shared, "given": given, "alike": []})
-        jobs = _jobs_or_none(given, axes)
+        os.environ[_VARIABLE] = json.dumps({**shared, "overrides": overrides, "alike": []})
+        jobs = _jobs_or_none(overrides, axes)
         alike = sorted(_alike(one for job in jobs for one in job.swept))
-        os.environ[_VARIABLE] = json.dumps({**shared, "given": [*axes, *given], "alike": alike})
+        os.environ[_VARIABLE] = json.dumps({**shared, "overrides": [*axes, *overrides], "alike": alike})
         if sweeper["_target_"].endswith(".BasicSweeper"):
             _planned.extend(folder_name(job.swept, alike) or str(number) for number, job in enumerate(jobs))
-        _make_marks(folder)
+        _create_records(folder)
         if _is_secret(values):
             (out / _WRITTEN).touch(mode=0o600)
             (out / _WRITTEN).chmod(0o600)
@@ -97,10 +97,10 @@ class SweepCallback(Callback):
             at_slurm = launcher == "submitit_slurm"
             _started.enter_context(stopping.at_stop(lambda: _end_trials(out, at_slurm=at_slurm)))
             params: Any = OmegaConf.to_container(config.tracking, resolve=True)
-            _begin_together({**params, "sweep": shared["name"]}, prefect=config.orchestrator == "prefect")
+            _start_shared({**params, "sweep": shared["name"]}, prefect=config.orchestrator == "prefect")
 
     def on_multirun_end(self, config: DictConfig, **_kwargs: Any) -> None:
-        """Compare the trials and stop what was started."""
+        """Compare the trials, and stop what was started for them."""
         values: Any = OmegaConf.to_container(config, resolve=False)
         if _is_secret(values):
             OmegaConf.save(redaction.redacted(values), Path(config.hydra.sweep.dir) / _WRITTEN)
@@ -109,18 +109,18 @@ class SweepCallback(Callback):
 
 
 def _is_secret(values: Mapping[str, Any]) -> bool:
-    """Tell whether the configuration of a sweep, which Hydra writes as it was given, holds a secret."""
+    """Tell whether the configuration of a sweep, which Hydra writes to a file unchanged, holds a secret."""
     return redaction.holds_redacted(redaction.redacted(values))
 
 
 def _files_of_trials(folder: Path, name: str) -> list[Path]:
-    """Return the files of a name that trials of a sweep have."""
+    """Return the files of a name in the folders of a sweep's trials."""
     return sorted(folder.glob(f"*/{name}"))
 
 
 def _end_trials(folder: Path, *, at_slurm: bool) -> str | None:
     """End trials that run in processes or jobs of their own, and the array jobs that they submitted."""
-    stopping.kill_descendants()  # or they would submit what is cancelled once more
+    stopping.kill_descendants()  # first, or they would submit again what is cancelled
     ids = sorted({path.name.partition("_")[0] for path in folder.glob(".submitit/*_*")}) if at_slurm else []
     if ids:
         array_jobs.call(["scancel", *ids])
@@ -128,8 +128,8 @@ def _end_trials(folder: Path, *, at_slurm: bool) -> str | None:
         log.parent for log in _files_of_trials(folder, array_jobs.LOG) if array_jobs.JobLog(log.parent).read().jobs
     ]
     cancelled = sum(len(array_jobs.cancel(root)) - 1 for root in submitting)
-    told = ["the trials' Slurm jobs"] * bool(ids) + [f"{cancelled} array jobs"] * bool(cancelled)
-    return f"{' and '.join(told)} cancelled" if told else None
+    kinds = ["the trials' Slurm jobs"] * bool(ids) + [f"{cancelled} array jobs"] * bool(cancelled)
+    return f"{' and '.join(kinds)} cancelled" if kinds else None
 
 
 def _compare(config: DictConfig) -> None:
@@ -143,20 +143,20 @@ def _compare(config: DictConfig) -> None:
     compare_sweep(folder(), named, options, failed)
 
 
-def _begin_together(params: Mapping[str, Any], *, prefect: bool) -> None:
-    """Start and make, once, what trials that run at the same time would all start and make."""
+def _start_shared(params: Mapping[str, Any], *, prefect: bool) -> None:
+    """Start once the Prefect server and the MLflow record that trials which run at the same time would each start."""
     from .server import chosen_server
 
     if prefect:
         logs.note(f"{_started.enter_context(chosen_server())}, for all trials")
-    why_not = tracking.begin_sweep(tracking.TrackingParams.model_validate(params))
-    if why_not:
-        logs.note(f"MLflow: {why_not}", logging.WARNING)
+    problem = tracking.begin_sweep(tracking.TrackingParams.model_validate(params))
+    if problem:
+        logs.note(f"MLflow: {problem}", logging.WARNING)
 
 
-def name_of(given: str | None, run: str, out: Path) -> str:
-    """Return the name of a sweep: as it was given, else the runs' own, or that of its folder where they have none."""
-    return given or (run if run != "run" else out.name)
+def name_of(configured: str | None, run: str, out: Path) -> str:
+    """Return the name of a sweep: the configured one, else that of its runs, or of its folder where these have none."""
+    return configured or (run if run != "run" else out.name)
 
 
 def name() -> str:
@@ -165,33 +165,33 @@ def name() -> str:
 
 
 def folder() -> Path:
-    """Return the folder of the sweep, which has one for each trial."""
+    """Return the folder of the sweep, which holds a folder for each trial."""
     return Path(_shared()["out"])
 
 
-# --- what trials there are, and what they are called
+# --- the trials and their names
 
 
-def jobs(given: Sequence[str], axes: Sequence[str] = ()) -> list[TrialOverrides]:
-    """Return the trials that Hydra's sweeper makes of overrides, in its order.
+def jobs(overrides: Sequence[str], axes: Sequence[str] = ()) -> list[TrialOverrides]:
+    """Return the trials into which Hydra's sweeper splits overrides, in its order.
 
     Args:
-        given: The overrides.
-        axes: Overrides of the chosen experiment; what is given replaces those of the same key.
+        overrides: The overrides that were typed.
+        axes: Overrides of the chosen experiment; one that was typed replaces that of the same key.
 
     Raises:
         HydraException: An override cannot be parsed.
-        InputError: The folder of the sweep is an axis, or an axis has no end.
+        InputError: The folder of the sweep is an axis, or an axis names no finite list of values.
     """
-    texts, by_key, swept = [*axes, *given], dict[str, list[str]](), dict[str, None]()
-    for text, one in zip(texts, OverridesParser.create().parse_overrides(texts), strict=True):
-        key = one.get_key_element()
+    texts, by_key, swept = [*axes, *overrides], dict[str, list[str]](), dict[str, None]()
+    for text, override in zip(texts, OverridesParser.create().parse_overrides(texts), strict=True):
+        key = override.get_key_element()
         swept.pop(key, None)
         by_key[key] = [text]
-        if one.is_sweep_override():
-            if not one.is_discrete_sweep():
+        if override.is_sweep_override():
+            if not override.is_discrete_sweep():
                 raise InputError(f"{text} names no values", f"list them: {key}=1,2,3", stage="configuration")
-            by_key[key], swept[key] = [f"{key}={value}" for value in one.sweep_string_iterator()], None
+            by_key[key], swept[key] = [f"{key}={value}" for value in override.sweep_string_iterator()], None
     if "out" in swept:
         _refuse_out()
     varied = [key in swept for key in by_key]
@@ -201,83 +201,89 @@ def jobs(given: Sequence[str], axes: Sequence[str] = ()) -> list[TrialOverrides]
     ]
 
 
-def fixed(given: Sequence[str]) -> list[str]:
+def fixed(overrides: Sequence[str]) -> list[str]:
     """Return the overrides that are the same for every trial."""
-    parsed = OverridesParser.create().parse_overrides(list(given))
-    return [text for text, one in zip(given, parsed, strict=True) if not one.is_sweep_override()]
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    return [text for text, override in zip(overrides, parsed, strict=True) if not override.is_sweep_override()]
 
 
-def _jobs_or_none(given: Sequence[str], axes: Sequence[str]) -> list[TrialOverrides]:
-    """Return the trials as far as they are known beforehand: what is wrong is told by who runs them."""
+def _jobs_or_none(overrides: Sequence[str], axes: Sequence[str]) -> list[TrialOverrides]:
+    """Return the trials, or none where overrides are wrong: Hydra's own sweeper then raises the error."""
     try:
-        return jobs(given, axes)
-    except (HydraException, InputError, AssertionError):  # the last: choices by a pattern of names
+        return jobs(overrides, axes)
+    except (HydraException, InputError, AssertionError):  # the last for choices that a pattern names
         return []
 
 
 def _refuse_out() -> None:
-    raise InputError("out is the folder of the whole sweep", "give one out=, trials have folders in it", stage="sweep")
+    raise InputError(
+        "out is the folder of the whole sweep", "give one out=, in which each trial has a folder", stage="sweep"
+    )
 
 
 def trial_name(overrides: Sequence[str]) -> str:
     """Return the name of a trial: the overrides that differ from trial to trial, such as ``inference.stride=32``."""
-    return folder_name(_own(overrides), _shared()["alike"])
+    return folder_name(_swept(overrides), _shared()["alike"])
 
 
 def claim(root: Path, swept: Sequence[str]) -> None:
-    """See that a trial's folder is no other trial's, whatever their names became on this disk.
+    """Claim a folder for a trial, so that no other trial uses it, even where a disk takes their names for one.
 
     Raises:
         InputError: Another trial has the folder.
     """
-    path, text = root / _CLAIM, _kept(",".join(swept))
+    path, text = root / _CLAIM, _without_secrets(",".join(swept))
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
     draft.write_bytes(text.encode("utf-8", "surrogatepass"))
     try:
         os.link(draft, path)
-    except OSError:  # it is claimed, or there are no links here
+    except OSError:  # the folder is claimed, or this disk has no links
         if not path.exists():
             draft.replace(path)
     draft.unlink(missing_ok=True)
-    found = path.read_bytes().decode("utf-8", "surrogatepass")
-    if found != text:
-        cause = f"the folder is that of the trial {found!r}, this one is {text!r}"
+    owner = path.read_bytes().decode("utf-8", "surrogatepass")
+    if owner != text:
+        cause = f"the folder belongs to the trial {owner!r}, this one is {text!r}"
         raise InputError(cause, "choose another out= folder", stage="sweep", path=root)
 
 
-def end_with_it() -> None:
-    """Let a trial in a process that the sweep started end with it: joblib's go on for ever when the sweep is killed."""
+def end_with_sweep() -> None:
+    """End this process with the sweep that started it: joblib's processes would outlive a sweep that is killed."""
     if _shared().get("pid") == os.getppid():
         processes.end_with(os.getppid())
 
 
 def claim_own(root: Path, overrides: Sequence[str]) -> None:
-    """Claim a folder for the trial of this process, see `claim`."""
-    claim(root, _own(overrides))
+    """Claim a folder for the trial of this process; see `claim`."""
+    claim(root, _swept(overrides))
 
 
-def _own(overrides: Sequence[str]) -> list[str]:
-    given = _meant(_shared()["given"])
-    own = [text for text, meant in zip(overrides, _meant(overrides), strict=True) if meant not in given]
-    if any(text.startswith("out=") for text in own):
+def _swept(overrides: Sequence[str]) -> list[str]:
+    """Return the overrides of a trial that differ from trial to trial."""
+    common = _parsed(_shared()["overrides"])
+    swept = [text for text, parsed in zip(overrides, _parsed(overrides), strict=True) if parsed not in common]
+    if any(text.startswith("out=") for text in swept):
         _refuse_out()
-    return own
+    return swept
 
 
-def _meant(overrides: Sequence[str]) -> list[tuple[str, Any]]:
-    """Return key and value of overrides: Hydra writes values otherwise for a trial than they were given (quotes)."""
-    return [(one.get_key_element(), one.value()) for one in OverridesParser.create().parse_overrides(list(overrides))]
+def _parsed(overrides: Sequence[str]) -> list[tuple[str, Any]]:
+    """Return key and value of overrides, since Hydra quotes values of a trial differently than they were typed."""
+    return [
+        (override.get_key_element(), override.value())
+        for override in OverridesParser.create().parse_overrides(list(overrides))
+    ]
 
 
-def named(found: Sequence[TrialOverrides]) -> dict[str, TrialOverrides]:
-    """Return trials by the name of their folders, no two of which are one on any disk."""
-    alike = _alike(one for job in found for one in job.swept)
-    return {folder_name(job.swept, alike): job for job in found}
+def named(trials: Sequence[TrialOverrides]) -> dict[str, TrialOverrides]:
+    """Return trials by the names of their folders, which differ on every disk."""
+    alike = _alike(text for trial in trials for text in trial.swept)
+    return {folder_name(trial.swept, alike): trial for trial in trials}
 
 
 def _alike(texts: Iterator[str]) -> set[str]:
-    """Return the texts that a disk may take for another one, which is left out: it keeps its name."""
+    """Return the texts that a disk may take for another one, but for the one of each kind that keeps its name."""
     by_form: dict[str, set[str]] = {}
     for text in texts:
         by_form.setdefault(unicodedata.normalize("NFKC", text).casefold(), set()).add(text)
@@ -285,33 +291,33 @@ def _alike(texts: Iterator[str]) -> set[str]:
 
 
 def folder_name(swept: Sequence[str], alike: Collection[str] = ()) -> str:
-    """Return overrides as the name of a folder: as they are, or with a hash where that is unsafe, long or ambiguous.
+    """Return the name of a trial's folder: its overrides, with a hash where these are unsafe, too long or ambiguous.
 
     Args:
         swept: The overrides.
-        alike: Those that a disk may take for others of the sweep.
+        alike: Overrides of the sweep that a disk may take for others.
     """
     plain = ",".join(swept)
-    told = redaction.without_secrets(plain)
-    if told == plain and _is_safe(plain) and not any(one in alike for one in swept):
+    public = redaction.without_secrets(plain)
+    if public == plain and _is_safe(plain) and not any(text in alike for text in swept):
         return plain
-    plainly = _UNSAFE.sub("_", told.replace(redaction.REDACTED, "redacted"))
-    shown = "".join(one if one.isprintable() else "_" for one in plainly)
-    return f"{shown.encode()[:_SHOWN_BYTES].decode(errors='ignore')}~{_digest(plain)}"
+    safe = _UNSAFE.sub("_", public.replace(redaction.REDACTED, "redacted"))
+    printable = "".join(character if character.isprintable() else "_" for character in safe)
+    return f"{printable.encode()[:_SHOWN_BYTES].decode(errors='ignore')}~{_digest(plain)}"
 
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:10]
 
 
-def _kept(text: str) -> str:
-    """Return a text as a file may hold it: with a hash in the place of its secrets."""
-    told = redaction.without_secrets(text)
-    return text if told == text else f"{told}~{_digest(text)}"
+def _without_secrets(text: str) -> str:
+    """Return a text without its secrets, followed by a hash where it has any."""
+    public = redaction.without_secrets(text)
+    return text if public == text else f"{public}~{_digest(text)}"
 
 
 def _is_safe(plain: str) -> bool:
-    """Tell whether a text names one folder, and the same one, on any disk."""
+    """Tell whether a text names one and the same folder on every disk."""
     return (
         plain.isprintable()
         and not _UNSAFE.search(plain)
@@ -321,25 +327,26 @@ def _is_safe(plain: str) -> bool:
     )
 
 
-# --- how they ended
+# --- how the trials ended
 
 
-def _make_marks(folder: Path) -> None:
-    """Make this sweep's own folder of marks, and remove those of sweeps that are gone.
+def _create_records(folder: Path) -> None:
+    """Create the folder for the records of this sweep's trials, and remove those of sweeps that have ended.
 
-    A sweep holds a lock in its folder as long as it lives, on whatever machine; a folder without one is not judged.
+    A sweep holds a lock in its folder as long as it runs, on whatever machine. A folder without a lock file is left.
     """
     folder.mkdir(parents=True)
-    with contextlib.suppress(OSError):  # a disk without locks keeps what dead sweeps leave
+    with contextlib.suppress(OSError):  # a disk without locks keeps the folders of sweeps that were killed
         lock = _started.enter_context((folder / "new").open("w"))
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         (folder / "new").rename(folder / "lock")
     for other in folder.parent.iterdir():
-        if other != folder and _is_left(other):
+        if other != folder and _is_abandoned(other):
             shutil.rmtree(other, ignore_errors=True)
 
 
-def _is_left(folder: Path) -> bool:
+def _is_abandoned(folder: Path) -> bool:
+    """Tell whether no sweep holds the lock of a folder any more."""
     try:
         with (folder / "lock").open("r+") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -348,19 +355,19 @@ def _is_left(folder: Path) -> bool:
     return True
 
 
-def ended(number: int, name: str, exit_code: int) -> None:
-    """Leave word of how a trial ended; where nobody waits for it any more, there is nowhere to leave it."""
+def record_end(number: int, name: str, exit_code: int) -> None:
+    """Record how a trial ended, unless the sweep has ended before it."""
     with contextlib.suppress(FileNotFoundError):
         (Path(_shared()["folder"]) / f"{number}.json").write_text(json.dumps([name, exit_code]), encoding="utf-8")
 
 
 def is_on() -> bool:
-    """Tell whether there is a sweep."""
+    """Tell whether this process belongs to a sweep."""
     return _VARIABLE in os.environ
 
 
 def is_of_another_process() -> bool:
-    """Tell whether this process does a trial of a sweep that another one drives: others may run at the same time."""
+    """Tell whether another process drives the sweep of this trial, so that other trials may run at the same time."""
     return is_on() and _shared()["pid"] != os.getpid()
 
 
@@ -369,22 +376,22 @@ def end() -> list[Trial]:
     _started.close()
     if not is_on():
         return []
-    found = _trials()
+    trials = _trials()
     shutil.rmtree(_shared()["folder"], ignore_errors=True)
-    with contextlib.suppress(OSError):  # another sweep has its marks there
+    with contextlib.suppress(OSError):  # another sweep has its folder there
         Path(_shared()["folder"]).parent.rmdir()
     del os.environ[_VARIABLE]
-    return found
+    return trials
 
 
 def _trials() -> list[Trial]:
-    """Return how the trials ended, as far as they left word; those that were planned and left none have failed."""
-    told: dict[int, Trial] = {}
+    """Return how the trials ended by their records; trials that were planned and left no record have failed."""
+    recorded: dict[int, Trial] = {}
     for path in Path(_shared()["folder"]).glob("*.json"):
-        with contextlib.suppress(ValueError, OSError):  # torn: it was killed as it wrote
-            told[int(path.stem)] = Trial(*json.loads(path.read_text(encoding="utf-8")))
-    lost = {number: Trial(name, EnvironmentFault.exit_code, told=False) for number, name in enumerate(_planned)}
-    return list((lost | told).values())
+        with contextlib.suppress(ValueError, OSError):  # the trial was killed while it wrote
+            recorded[int(path.stem)] = Trial(*json.loads(path.read_text(encoding="utf-8")))
+    lost = {number: Trial(name, EnvironmentFault.exit_code, reported=False) for number, name in enumerate(_planned)}
+    return list((lost | recorded).values())
 
 
 def _shared() -> dict[str, Any]:

@@ -1,9 +1,9 @@
-"""What every command has in common: how it speaks, and how it ends.
+"""Print what commands print, and turn how they end into an exit code.
 
 Exit codes: 0 complete, 10 partial (only when allowed), 20 bad input, 30 environment, 40 integrity, 50 a defect.
 
-Nobody has to listen: where standard output or error is a pipe that was closed (``| head``), a terminal that is gone or
-a full disk, the command goes on without it.
+A command does not need its streams: where standard output or error is a closed pipe (``| head``), a terminal that is
+gone or a full disk, it goes on without printing there.
 """
 
 import contextlib
@@ -19,31 +19,31 @@ from wsiflow.system import faults
 
 
 def say(text: str) -> None:
-    """Tell the user something, but no secret: what is printed ends in logs."""
+    """Print a text to standard output, without secrets, since what is printed ends in logs."""
     _write(sys.stdout, without_secrets(text))
 
 
 def remark(text: str) -> None:
-    """Tell the user something beside what a command answers, which scripts may read."""
+    """Print a text to standard error, and so beside the result of the command, which scripts may read."""
     _write(sys.stderr, without_secrets(text))
 
 
 def report(error: WsiflowError) -> int:
-    """Tell the user what went wrong, in one line, and return the exit code."""
+    """Print in one line to standard error what went wrong, and return the exit code."""
     _write(sys.stderr, f"wsiflow: {error}")
     return error.exit_code
 
 
 def _fit(text: str, stream: TextIO) -> str:
-    """Return a text as a stream can write it: a name with an umlaut must not end a run where the locale has none."""
+    """Return a text as a stream can encode it, since an umlaut in a name must not end a run."""
     encoding = stream.encoding or "utf-8"
     return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def bounded(command: Callable[[], int]) -> int:
-    """Call a command and return its exit code, whatever happens: one line for every error, of its class.
+    """Call a command and return its exit code; an error is printed in one line, and has the exit code of its class.
 
-    With ``WSIFLOW_DEBUG`` set, what nobody expected ends in its traceback instead.
+    With ``WSIFLOW_DEBUG`` set, an unexpected error is raised, so that it ends in its traceback.
     """
     try:
         return command()
@@ -51,7 +51,7 @@ def bounded(command: Callable[[], int]) -> int:
         return report(error)
     except OSError as error:
         if isinstance(error, BrokenPipeError) and not _has_reader(sys.stdout):
-            return 0  # Hydra or argparse was printing, and nobody wants more of it
+            return 0  # Hydra or argparse was printing to a closed pipe
         if "WSIFLOW_DEBUG" in os.environ:
             raise
         return report(faults.fault(error))
@@ -63,22 +63,22 @@ def bounded(command: Callable[[], int]) -> int:
 
 
 def flush() -> None:
-    """Write what is still buffered, so that the interpreter need not when it ends."""
+    """Write what is still buffered, so that the interpreter does not fail to when it ends."""
     for stream in (sys.stdout, sys.stderr):
         _write(stream, None)
 
 
 def _has_reader(stream: TextIO | None) -> bool:
-    """Tell whether a stream is something else than a pipe whose other end was closed."""
+    """Tell whether a stream is anything but a pipe whose other end was closed."""
     if stream is None:
         return True
-    look = select.poll()
-    look.register(stream, 0)
-    return not look.poll(0)
+    poll = select.poll()
+    poll.register(stream, 0)
+    return not poll.poll(0)
 
 
 def _write(stream: TextIO | None, text: str | None) -> None:
-    """Write a line, or only what is buffered."""
+    """Write a line, or without one only what is buffered."""
     if stream is None:  # it was closed before this process began
         return
     try:
@@ -86,13 +86,13 @@ def _write(stream: TextIO | None, text: str | None) -> None:
             print(_fit(text, stream), file=stream)
         stream.flush()
     except OSError as error:
-        _turn_away(stream)
+        _discard_stream(stream)
         if stream is sys.stdout and not isinstance(error, BrokenPipeError):
-            _write(sys.stderr, f"wsiflow: nothing more is told, standard output cannot be written: {error.strerror}")
+            _write(sys.stderr, f"wsiflow: standard output cannot be written: {error.strerror}; the command goes on")
 
 
-def _turn_away(stream: TextIO) -> None:
-    """Let a stream lead nowhere: what it still holds, and what libraries write to it, would fail again and again."""
+def _discard_stream(stream: TextIO) -> None:
+    """Turn a stream to the null device: its buffer, and what libraries write to it, would fail again and again."""
     with contextlib.suppress(OSError, ValueError):
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, stream.fileno())

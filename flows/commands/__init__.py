@@ -1,10 +1,10 @@
 """The commands of ``wsiflow``: a file for each, and a line in `COMMANDS`.
 
-A command's file has two functions, and imports what they need: it is imported when somebody types the command, so that
-no command waits for another's modules.
+The file of a command has two functions, and imports what they need. It is imported only when somebody types the
+command, so that no command waits for the modules of another.
 
-    add_options(parser)     adds what may stand behind the command
-    main(arguments) -> int  does it, and returns the exit code
+    add_options(parser)     adds the arguments and options of the command
+    main(arguments) -> int  runs the command, and returns its exit code
 """
 
 import importlib
@@ -14,24 +14,24 @@ from typing import NamedTuple, Protocol, cast
 
 
 class Module(Protocol):
-    """What the file of a command has."""
+    """The functions that the file of a command defines."""
 
     def add_options(self, parser: ArgumentParser) -> None:
-        """Add what may stand behind the command."""
+        """Add the arguments and options of the command."""
         ...
 
     def main(self, arguments: Namespace) -> int:
-        """Do it, and return the exit code."""
+        """Run the command, and return its exit code."""
         ...
 
 
 class Command(NamedTuple):
-    """A command.
+    """A command of the command line.
 
     Attributes:
-        name: What a user types; its file is called so too, with ``_`` for ``-``.
+        name: What a user types. The file of the command has the same name, with ``_`` for ``-``.
         about: Its line in the help.
-        parse: Reads what stands behind it.
+        parse: Function that reads the words behind the name.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Command(NamedTuple):
 
 
 def as_typed(_parser: ArgumentParser, words: Sequence[str]) -> Namespace:
-    """Leave the words to another parser, which has its own options and help."""
+    """Return the words as they were typed, for a command that has a parser and a help of its own."""
     return Namespace(words=words)
 
 

@@ -14,7 +14,7 @@ def add_options(parser: ArgumentParser) -> None:
 
 
 def main(arguments: Namespace) -> int:
-    """Cancel, and say what was cancelled."""
+    """Cancel the jobs and the driver, and print what was cancelled."""
     for sentence in jobs.cancel(arguments.run):
         say(sentence)
     return 0

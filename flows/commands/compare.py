@@ -12,7 +12,7 @@ from ..terminal import say
 
 
 def add_options(parser: ArgumentParser) -> None:
-    """Add what is compared, and how."""
+    """Add the runs to compare, and the options of the comparison."""
     parser.add_argument("names", nargs="+", metavar="EXPERIMENT | RUN", help="an MLflow experiment, or folders of runs")
     parser.add_argument("--sweep", help="the sweep of the experiment to compare; needed where it has several")
     parser.add_argument(
@@ -37,10 +37,10 @@ def main(arguments: Namespace) -> int:
 
 
 def _compare(request: Request, out: Path) -> ComparisonResult:
-    """Compare, and show it where there is a Prefect server."""
+    """Run the comparison, and show its result in Prefect where a server is set."""
     if not os.environ.get("PREFECT_API_URL"):
         return comparison.run_comparison(request, out)
-    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")  # errors are told once, here
-    from ..comparing import run_comparison  # Prefect takes seconds
+    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")  # this command prints errors, once
+    from ..comparing import run_comparison  # importing Prefect takes seconds
 
     return run_comparison(request, out)

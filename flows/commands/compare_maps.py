@@ -11,7 +11,7 @@ from ..terminal import say
 
 
 def add_options(parser: ArgumentParser) -> None:
-    """Add the two sides, and what counts as equivalent."""
+    """Add the two runs or heatmaps, and what counts as equivalent."""
     parser.add_argument("a", type=Path, help="folder of a run, or a heatmap")
     parser.add_argument("b", type=Path, help="the same of another setting")
     parser.add_argument("--threshold", type=float, default=0.5, help="a cell is positive from this score on (0.5)")
@@ -21,7 +21,7 @@ def add_options(parser: ArgumentParser) -> None:
 
 
 def main(arguments: Namespace) -> int:
-    """Compare, say how far they lie apart, and whether that is within the bound."""
+    """Compare the heatmaps, and print how far they lie apart and whether that is within the bound."""
     bound = arguments.bound
     if bound is not None and not 0 <= bound <= 1:
         raise InputError(f"the bound is {bound}", "give a difference of probabilities, 0 to 1")

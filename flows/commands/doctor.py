@@ -10,11 +10,11 @@ from ..terminal import say
 
 
 def add_options(_parser: ArgumentParser) -> None:
-    """Add nothing."""
+    """Add no options: the command has none."""
 
 
 def main(_arguments: Namespace) -> int:
-    """Say machine, cores and versions."""
+    """Print the machine, its cores, and the versions of what is installed."""
     say(f"python {platform.python_version()} on {platform.platform()}")
     say(f"cores this process may use: {machine.allocated_cores()}")
     say(f"numeric class: {machine.numeric_class(1)}")

@@ -7,10 +7,10 @@ from wsiflow.run.executor import element
 
 
 def add_options(parser: ArgumentParser) -> None:
-    """Add the array's table."""
+    """Add the path of the table that lists the slices of the array."""
     parser.add_argument("table", type=Path)
 
 
 def main(arguments: Namespace) -> int:
-    """Do the slice that is this element's."""
+    """Run the slice that belongs to this element."""
     return element.run(arguments.table)

@@ -1,4 +1,4 @@
-"""``wsiflow evaluate``: score detections that are there already, whoever found them."""
+"""``wsiflow evaluate``: score existing detections, of wsiflow or of another system."""
 
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
@@ -11,7 +11,7 @@ from ..terminal import say
 
 
 def add_options(parser: ArgumentParser) -> None:
-    """Add what is scored, and how."""
+    """Add the detections and their truth, and the options of the scoring."""
     parser.add_argument(
         "--manifest", type=Path, required=True, help="CSV: slide_id, path, and label, annotation or mask"
     )
@@ -38,7 +38,7 @@ def add_options(parser: ArgumentParser) -> None:
 
 
 def main(arguments: Namespace) -> int:
-    """Score the detections, write the scores and say them."""
+    """Score the detections, and write and print the scores."""
     changes = {"downsample": arguments.downsample, "l0_um_px": arguments.um_px, "bootstrap": arguments.bootstrap}
     changes["mask_tumour"] = arguments.mask_tumour
     params = evaluation_params(arguments.protocol, changes)

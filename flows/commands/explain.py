@@ -15,7 +15,7 @@ def add_options(parser: ArgumentParser) -> None:
 
 
 def main(arguments: Namespace) -> int:
-    """Say what is known of the task."""
+    """Print what is known of the task."""
     for line in explain(arguments.run, arguments.task):
         say(line)
     return 0

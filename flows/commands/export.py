@@ -21,7 +21,7 @@ def add_options(parser: ArgumentParser) -> None:
 
 
 def main(arguments: Namespace) -> int:
-    """Write the format, and say what was written."""
+    """Write the files of the chosen format, and print what was written."""
     for sentence in arguments.export(arguments):
         say(sentence)
     return 0

@@ -12,7 +12,7 @@ from ..terminal import say
 
 
 def add_options(parser: ArgumentParser) -> None:
-    """Add the two things that can be done, each with its options."""
+    """Add the actions ``train`` and ``score``, each with its options."""
     actions = parser.add_subparsers(required=True, metavar="ACTION")
     _add_train(
         actions.add_parser("train", help="choose by cross-validation, grow, write; needs three patients of each class")
@@ -21,7 +21,7 @@ def add_options(parser: ArgumentParser) -> None:
 
 
 def main(arguments: Namespace) -> int:
-    """Train or score."""
+    """Train a forest, or score slides with one."""
     arguments.action(arguments)
     return 0
 

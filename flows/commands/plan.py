@@ -1,8 +1,9 @@
 """The command ``wsiflow plan``: what a run will take, before any patch is read.
 
-Slides are opened, hashed and cut, and the plan is published, all of which the run itself finds done. From then on it is
-counting, and a simulation for each number of workers. What tasks cost is measured with ``--calibrate``, taken from the
-run's folder or a file, or is a rough value for GoogLeNet at stride 16; the report says which.
+The command opens, hashes and cuts the slides and publishes the plan, so that the run itself finds all of that done. It
+then counts the tasks and simulates the run for each number of workers. What tasks cost is measured with
+``--calibrate``, read from the run's folder or from a file, or taken from rough values for GoogLeNet at stride 16; the
+report says which.
 """
 
 import json
@@ -42,7 +43,7 @@ _GROUPS = {"slurm": "slurm_array", "sge": "sge_array"}
 
 
 def add_options(parser: ArgumentParser) -> None:
-    """Add the overrides, and what is simulated."""
+    """Add the overrides, and the options of the simulation."""
     about = "What a run will take: slides, tasks, disk, memory, core-hours, and time on any number of workers."
     parser.description = about
     parser.add_argument("overrides", nargs="*", help="as for wsiflow run")
@@ -57,45 +58,49 @@ def add_options(parser: ArgumentParser) -> None:
 
 
 def main(arguments: Namespace) -> int:
-    """Plan a run and say what it will take."""
+    """Plan a run, and print what it will take."""
     quieten()
     config = compose_config([*arguments.overrides, *(["dataset=demo"] if arguments.tiles else [])])
     if arguments.tiles:
         if arguments.calibrate:
             raise InputError("a table of tiles has no pixels to measure", "calibrate on slides and give --costs")
-        counted, costs, origin = count_tasks_in_table(config, arguments.tiles, arguments.tissue), ROUGH, "rough"
+        counts, costs, origin = count_tasks_in_table(config, arguments.tiles, arguments.tissue), ROUGH, "rough"
     else:
         plan_path = _make_plan(config, calibrate=arguments.calibrate)
-        counted, costs = count_tasks(plan_path, config), costs_of(config.out, ROUGH)
+        counts, costs = count_tasks(plan_path, config), costs_of(config.out, ROUGH)
         origin = "measured" if (config.out / COSTS).exists() else "rough"
     if arguments.costs:
         costs, origin = read_costs(arguments.costs, ROUGH), f"measured, {arguments.costs.name}"
     numbers = arguments.workers or [params.worker_count(config.executor, cores=allocated_cores()) or 1]
-    own = _scheduler(config)
-    scheduler = arguments.scheduler or own
+    own_scheduler = _scheduler(config)
+    scheduler = arguments.scheduler or own_scheduler
     if scheduler not in SCHEDULERS:
-        raise InputError(f"there is no simulation of executor {own}", f"give --scheduler: {', '.join(SCHEDULERS)}")
-    if scheduler != own:  # slices as it would be given them
-        other = compose_config([f"executor={_GROUPS.get(scheduler, scheduler)}"]).executor
-        config = config.model_copy(update={"executor": other})
-    found = {n: forecast(counted, costs, config, cluster_of(scheduler, n, costs, arguments.queue_s)) for n in numbers}
+        raise InputError(
+            f"there is no simulation of executor {own_scheduler}", f"give --scheduler: {', '.join(SCHEDULERS)}"
+        )
+    if scheduler != own_scheduler:  # slices are cut as for that scheduler
+        executor = compose_config([f"executor={_GROUPS.get(scheduler, scheduler)}"]).executor
+        config = config.model_copy(update={"executor": executor})
+    forecasts = {
+        n: forecast(counts, costs, config, cluster_of(scheduler, n, costs, arguments.queue_s)) for n in numbers
+    }
     if arguments.json:
-        report = _as_json(counted, costs, origin, found) | {"scheduler": scheduler}
+        report = _as_json(counts, costs, origin, forecasts) | {"scheduler": scheduler}
         publish.write_view(arguments.json.parent, arguments.json.name, json.dumps(report, indent=1).encode())
-    say("\n".join([*_count_lines(counted, config), *_cost_lines(counted, costs, origin)]))
-    say("\n".join(_forecast_lines(scheduler, found)))
+    say("\n".join([*_count_lines(counts, config), *_cost_lines(counts, costs, origin)]))
+    say("\n".join(_forecast_lines(scheduler, forecasts)))
     return 0
 
 
 def _scheduler(config: RunConfig) -> str:
-    """Return what the run's own executor is simulated as."""
+    """Return the scheduler as which the run's own executor is simulated."""
     if config.executor.array is None:
         return config.executor.kind
     return "sge" if config.executor.array.dialect.name == "Grid Engine" else "slurm"
 
 
 def _make_plan(config: RunConfig, *, calibrate: bool) -> Path:
-    """Make the plan of a run, as the run itself would, and measure costs if that is asked for."""
+    """Publish the plan of a run as the run itself would, and measure costs if that is requested."""
     limit_threads(config.executor.threads)
     with logs.shown(), stopping.telling(lambda: ledger.told([config.out])), progress.shown(config.out):
         return _ingest(config, calibrate=calibrate)
@@ -104,35 +109,35 @@ def _make_plan(config: RunConfig, *, calibrate: bool) -> Path:
 def _ingest(config: RunConfig, *, calibrate: bool) -> Path:
     cases = shards.begin(config)
     with workers(config.executor, config.out) as pool:
-        told = shards.choose(pool, cases)
-        if told:
-            logs.note(told)
-        wanted = range(len(shards.case_sizes(cases)))
-        plan_path = ingest.make_plan(cases, shards.ingest_shard(pool, cases, wanted))
+        message = shards.choose(pool, cases)
+        if message:
+            logs.note(message)
+        every_case = range(len(shards.case_sizes(cases)))
+        plan_path = ingest.make_plan(cases, shards.ingest_shard(pool, cases, every_case))
         if calibrate:
             shards.once(pool, plan_path, "measure")
     return plan_path
 
 
-def _count_lines(counted: TaskCounts, config: RunConfig) -> Iterator[str]:
-    groups = counted.tasks["predict"]
+def _count_lines(counts: TaskCounts, config: RunConfig) -> Iterator[str]:
+    groups = counts.tasks["predict"]
     yield (
-        f"{len(counted.slides)} slides, {len(counted.rejected)} rejected; {sum(counted.tiles):,} tissue tiles "
+        f"{len(counts.slides)} slides, {len(counts.rejected)} rejected; {sum(counts.tiles):,} tissue tiles "
         f"in {groups:,} groups of at most {config.tiles.group_tiles} or so"
     )
-    yield from (f"  rejected {slide}: {reason}" for slide, reason in counted.rejected.items())
+    yield from (f"  rejected {slide}: {reason}" for slide, reason in counts.rejected.items())
     yield "tasks: " + ", ".join(
-        f"{stage} {number:,}" + (f" ({counted.done[stage]:,} published)" if counted.done[stage] else "")
-        for stage, number in counted.tasks.items()
+        f"{stage} {number:,}" + (f" ({counts.done[stage]:,} published)" if counts.done[stage] else "")
+        for stage, number in counts.tasks.items()
         if number
     )
-    kinds = ", ".join(f"{kind} {size / 1e9:.3g} GB" for kind, size in counted.scratch.items() if size)
-    yield f"disk: {kinds}; about {counted.files:,} files"
-    yield f"memory of a task: {counted.memory_mb:,} MB"
+    kinds = ", ".join(f"{kind} {size / 1e9:.3g} GB" for kind, size in counts.scratch.items() if size)
+    yield f"disk: {kinds}; about {counts.files:,} files"
+    yield f"memory of a task: {counts.memory_mb:,} MB"
 
 
-def _cost_lines(counted: TaskCounts, costs: Costs, origin: str) -> Iterator[str]:
-    hours = core_hours(counted, costs)
+def _cost_lines(counts: TaskCounts, costs: Costs, origin: str) -> Iterator[str]:
+    hours = core_hours(counts, costs)
     source = "rough values for GoogLeNet at stride 16, fp32: measure with --calibrate" if origin == "rough" else origin
     yield f"costs: {source}"
     each = ", ".join(f"{stage} {value:.3g}" for stage, value in hours.items())
@@ -143,10 +148,10 @@ def _cost_lines(counted: TaskCounts, costs: Costs, origin: str) -> Iterator[str]
     )
 
 
-def _forecast_lines(scheduler: str, found: Mapping[int, Forecast]) -> Iterator[str]:
+def _forecast_lines(scheduler: str, forecasts: Mapping[int, Forecast]) -> Iterator[str]:
     yield f"simulated, {scheduler}:"
     yield "  workers    makespan  efficiency  idle tail  slices  arrays"
-    for number, each in found.items():
+    for number, each in forecasts.items():
         yield (
             f"  {number:7,}  {_clock(each.makespan_s):>10}  {each.efficiency:10.0%}  {_clock(each.tail_s):>9}"
             f"  {each.elements:6,}  {each.arrays:6,}"
@@ -159,17 +164,17 @@ def _clock(seconds: float) -> str:
     return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"
 
 
-def _as_json(counted: TaskCounts, costs: Costs, origin: str, found: Mapping[int, Forecast]) -> dict[str, Any]:
+def _as_json(counts: TaskCounts, costs: Costs, origin: str, forecasts: Mapping[int, Forecast]) -> dict[str, Any]:
     return {
-        "slides": len(counted.slides),
-        "tiles": sum(counted.tiles),
-        "rejected": counted.rejected,
-        "tasks": counted.tasks,
-        "published": counted.done,
-        "scratch_bytes": counted.scratch,
-        "files": counted.files,
-        "memory_mb": counted.memory_mb,
+        "slides": len(counts.slides),
+        "tiles": sum(counts.tiles),
+        "rejected": counts.rejected,
+        "tasks": counts.tasks,
+        "published": counts.done,
+        "scratch_bytes": counts.scratch,
+        "files": counts.files,
+        "memory_mb": counts.memory_mb,
         "costs": origin,
-        "core_hours": core_hours(counted, costs),
-        "forecasts": [each._asdict() | {"efficiency": each.efficiency} for each in found.values()],
+        "core_hours": core_hours(counts, costs),
+        "forecasts": [each._asdict() | {"efficiency": each.efficiency} for each in forecasts.values()],
     }

@@ -16,12 +16,12 @@ from ..terminal import say
 
 def add_options(parser: ArgumentParser) -> None:
     """Add the run's folder."""
-    parser.description = "Start a run again as its folder says: does what is lacking."
+    parser.description = "Start a run again as its folder says: only what is missing is done."
     parser.add_argument("run", type=Path)
 
 
 def main(arguments: Namespace) -> int:
-    """Start a run again: what is missing is done, and nothing else."""
+    """Start a run again, so that what is missing is done, and nothing else."""
     quieten()
     root = arguments.run
     told = ingest.told(root)
@@ -37,9 +37,9 @@ def main(arguments: Namespace) -> int:
 
 
 def _here(config: RunConfig, root: Path) -> RunConfig:
-    """Return the configuration of a run in the folder where it lies: it may have been moved or copied since.
+    """Return the configuration of a run with the folder where the run lies now: it may have been moved or copied.
 
-    What a sweep's trials share lies beside them, and is taken to have been moved with them.
+    The folder that the trials of a sweep share lies beside them, and is taken to have been moved with them.
     """
     if is_same(config.out, root):
         return config

@@ -1,4 +1,4 @@
-"""``wsiflow run``: the whole line. What stands behind it is for Hydra: overrides, and options with their own help."""
+"""``wsiflow run``: the whole line. Hydra reads its arguments: overrides, and options with a help of their own."""
 
 import sys
 from argparse import ArgumentParser, Namespace

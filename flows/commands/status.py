@@ -21,7 +21,7 @@ def add_options(parser: ArgumentParser) -> None:
 
 
 def main(arguments: Namespace) -> int:
-    """Say how far the run has come."""
+    """Print how far the run is, and how every slide ended."""
     root = arguments.run
     told = ingest.told(root)
     if told is None:
@@ -32,19 +32,19 @@ def main(arguments: Namespace) -> int:
     if not plans:
         say("there is no plan yet")
         say(f"ingest {n_ingested} of {len(cases)}")
-    missing = _say_stages(root, plans[-1], n_ingested) if plans else ["a plan"]
+    missing = _print_stages(root, plans[-1], n_ingested) if plans else ["a plan"]
     say(f"not complete: it lacks {', '.join(missing)}" if missing else "complete")
     for sentence in driver.told(root):
         say(sentence)
-    listed = root / "process_list.csv"
-    if listed.exists():
-        for row in tables.read(listed, "the list of slides", "start the run again").rows():
+    slide_list = root / "process_list.csv"
+    if slide_list.exists():
+        for row in tables.read(slide_list, "the list of slides", "start the run again").rows():
             say(f"{row['slide_id']}: {row['status']}{': ' + row['reason'] if row['reason'] else ''}")
     return 0
 
 
 def _no_run(root: Path) -> tuple[str, str]:
-    """Return why a folder has no status, and what to name instead."""
+    """Return why a folder has no status, and which folder to name instead."""
     if not root.is_dir():
         return "there is no such folder", "name the out= folder of a run"
     trials = sorted(path.parent.name for path in root.glob("*/cases.json"))
@@ -54,8 +54,8 @@ def _no_run(root: Path) -> tuple[str, str]:
     return "it holds no run", "name the out= folder of a run"
 
 
-def _say_stages(root: Path, path: Path, n_ingested: int) -> list[str]:
-    """Say how far each stage of a planned run has come, and return what is missing."""
+def _print_stages(root: Path, path: Path, n_ingested: int) -> list[str]:
+    """Print how far each stage of a planned run is, and return what is missing."""
     plan = read_plan(path)
     balance = ledger.balance(root, plan)
     say(f"plan {plan.hash[:12]}: {len(plan.slides)} slides, {plan.n_groups} tasks")
@@ -63,9 +63,9 @@ def _say_stages(root: Path, path: Path, n_ingested: int) -> list[str]:
         f"planned {balance.planned} = published {balance.published} + quarantined {balance.quarantined}"
         f" + not done {balance.failed}"
     )
-    reached = progress.snapshot(root, plan, driver.running_since(root))
-    say(reached.as_text())
-    counts = {"ingest": (n_ingested, len(plan.slides) + len(plan.rejected)), **reached.stages}
+    snapshot = progress.snapshot(root, plan, driver.running_since(root))
+    say(snapshot.as_text())
+    counts = {"ingest": (n_ingested, len(plan.slides) + len(plan.rejected)), **snapshot.stages}
     counts["evaluation"] = (int(_is_evaluated(root, plan)), 1)
     for stage, (done, planned) in counts.items():
         say(f"  {stage} {done:,} of {planned:,}")
@@ -80,8 +80,8 @@ def _say_stages(root: Path, path: Path, n_ingested: int) -> list[str]:
 def _is_evaluated(root: Path, plan: Plan) -> bool:
     """Tell whether all that is planned has been scored and reported."""
     folder = root / "evaluation"
-    shown = [folder / "summary.json", folder / "matches.json", root / "report.html"]
-    if plan.rejected or not all(path.is_file() for path in shown):
+    reports = [folder / "summary.json", folder / "matches.json", root / "report.html"]
+    if plan.rejected or not all(path.is_file() for path in reports):
         return False
     slides = json.loads((folder / "matches.json").read_text(encoding="utf-8"))["slides"]
     return {one["slide_id"] for one in slides} == {planned.slide_id for planned in plan.slides}

@@ -14,7 +14,7 @@ _SMALLEST_PX = 1024
 
 
 def add_options(parser: ArgumentParser) -> None:
-    """Add where to write, and what the slides are like."""
+    """Add the folder to write, and the options of the slides."""
     parser.add_argument("folder", type=Path)
     parser.add_argument("--size-px", type=positive, default=6144, help="side of the slides, at least 1024 (6144)")
     parser.add_argument("--seed", type=natural, default=0)
@@ -27,7 +27,7 @@ def add_options(parser: ArgumentParser) -> None:
 
 
 def main(arguments: Namespace) -> int:
-    """Write the slides and say where their manifest is."""
+    """Write the slides, and print where their manifest is."""
     say(f"manifest: {_write_like(arguments) if arguments.like else _write(arguments)}")
     return 0
 

@@ -18,12 +18,12 @@ def add_options(parser: ArgumentParser) -> None:
 
 
 def main(arguments: Namespace) -> int:
-    """Do the task, and the colours of its slide where they are missing."""
+    """Run the task, after the colours of its slide have been fitted where they are missing."""
     plan = read_plan(arguments.plan)
     if not 0 <= arguments.index < plan.n_groups:
         raise InputError(f"there is no task {arguments.index}, the plan has {plan.n_groups}", "count from 0")
     machine.limit_threads(int(plan.settings.numeric_class["threads"]))
-    if pixels.fits_slides(plan.settings.stain):  # done already where the run has come so far
+    if pixels.fits_slides(plan.settings.stain):  # does nothing where the run has fitted them
         outcome = work.run_task(arguments.plan, "stain", plan.task("group", arguments.index).slide)
         if outcome.receipt is None:
             say(str(outcome.failure))

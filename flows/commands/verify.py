@@ -17,7 +17,7 @@ def add_options(parser: ArgumentParser) -> None:
 
 
 def main(arguments: Namespace) -> int:
-    """Say how many files are what their receipts say, and which are not."""
+    """Print how many files are what their receipts say, and which are not."""
     names = publish.receipt_names(arguments.run)
     if not names:
         raise InputError("it holds no receipts", "name the out= folder of a run", path=arguments.run)

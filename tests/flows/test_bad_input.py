@@ -19,9 +19,9 @@ from wsiflow.slides import pyramid
 
 def started(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
     code = cli.main(["run", *arguments, *COARSE])
-    said = capsys.readouterr()
-    assert "Traceback" not in said.out + said.err
-    return code, said.out + said.err
+    output = capsys.readouterr()
+    assert "Traceback" not in output.out + output.err
+    return code, output.out + output.err
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def statuses(out: Path) -> dict[str, dict[str, str]]:
         return {row["slide_id"]: row for row in csv.DictReader(stream)}
 
 
-def told_by_status(out: Path, capsys) -> str:
+def printed_by_status(out: Path, capsys) -> str:
     capsys.readouterr()
     assert cli.main(["status", str(out)]) == 0
     return capsys.readouterr().out
@@ -71,33 +71,33 @@ def damaged(folder: Path, kind: str) -> str:
     [("missing", "does not exist"), ("empty", "0 bytes"), ("png", "not a slide"), ("text", "not a slide")],
 )
 def test_a_slide_that_cannot_be_read(slide: Path, tmp_path: Path, capsys, kind: str, cause: str) -> None:
-    """It is named with file and cause, exit code 20, and the good slide has its heatmap."""
-    given = manifest(slide, "good,good.tif,,0,", damaged(slide.parent, kind))
+    """The slide is listed with its file and the cause, the exit code is 20, and the good slide has its heatmap."""
+    slides = manifest(slide, "good,good.tif,,0,", damaged(slide.parent, kind))
     out = tmp_path / "run"
-    code, said = started(capsys, "dataset=manifest", given, f"out={out}")
+    code, output = started(capsys, "dataset=manifest", slides, f"out={out}")
     assert code == 20
     row = statuses(out)[kind]
     assert row["status"] == "rejected"
     assert cause in row["reason"]
     assert f"{kind}.svs" in row["reason"]
-    assert f"rejected: slide {kind}" in said
+    assert f"rejected: slide {kind}" in output
     assert (out / "heatmaps/good.tif").exists()
     assert not (out / "evaluation").exists()
 
 
 def test_allowed_partial_results_are_marked(slide: Path, tmp_path: Path, capsys) -> None:
-    """With allow_partial the rest is scored under a name that says so, exit code 10; mending completes the run."""
-    given = manifest(slide, "good,good.tif,,0,", "late,late.tif,,0,")
+    """With allow_partial the others are scored in a folder named PARTIAL, exit code 10; a fix completes the run."""
+    slides = manifest(slide, "good,good.tif,,0,", "late,late.tif,,0,")
     out = tmp_path / "run"
-    code, _ = started(capsys, "dataset=manifest", given, f"out={out}", "allow_partial=true")
+    code, _ = started(capsys, "dataset=manifest", slides, f"out={out}", "allow_partial=true")
     assert code == 10
     summary = json.loads((out / "evaluation-PARTIAL/summary.json").read_text())
     assert (summary["ledger.planned"], summary["ledger.published"], summary["ledger.quarantined"]) == (2, 1, 1)
     assert "PARTIAL" in (out / "report.html").read_text()
-    assert "slides: evaluation-PARTIAL/ has the scores" in told_by_status(out, capsys)
+    assert "slides: evaluation-PARTIAL/ has the scores" in printed_by_status(out, capsys)
     shutil.copy(slide, slide.with_name("late.tif"))
     before = (out / "heatmaps/good.tif").stat().st_mtime_ns
-    assert started(capsys, "dataset=manifest", given, f"out={out}")[0] == 0
+    assert started(capsys, "dataset=manifest", slides, f"out={out}")[0] == 0
     assert (out / "evaluation/summary.json").exists()
     assert (out / "heatmaps/good.tif").stat().st_mtime_ns == before, "finished work is kept"
     assert not (out / "evaluation-PARTIAL").exists()
@@ -105,75 +105,75 @@ def test_allowed_partial_results_are_marked(slide: Path, tmp_path: Path, capsys)
 
 
 def test_scores_of_an_earlier_state_are_not_shown_as_those_of_now(slide: Path, tmp_path: Path, capsys) -> None:
-    """A broken slide joins a complete run: its scores move aside until that is mended, and no reader takes them."""
-    given, out = manifest(slide, "good,good.tif,,0,"), tmp_path / "run"
-    assert started(capsys, "dataset=manifest", given, f"out={out}")[0] == 0
+    """When a broken slide joins a complete run, the scores move aside until it is fixed, and nothing reads them."""
+    slides, out = manifest(slide, "good,good.tif,,0,"), tmp_path / "run"
+    assert started(capsys, "dataset=manifest", slides, f"out={out}")[0] == 0
     scores = (out / "evaluation/matches.json").read_bytes()
-    given = manifest(slide, "good,good.tif,,0,", "late,late.tif,,0,")
-    code, said = started(capsys, "dataset=manifest", given, f"out={out}")
-    assert (code, "scores of an earlier state" in said) == (20, True)
+    slides = manifest(slide, "good,good.tif,,0,", "late,late.tif,,0,")
+    code, output = started(capsys, "dataset=manifest", slides, f"out={out}")
+    assert (code, "scores of an earlier state" in output) == (20, True)
     assert (out / "evaluation-FORMER/matches.json").read_bytes() == scores
     assert (out / "evaluation-FORMER/report.html").exists()
     assert not (out / "evaluation").exists()
     assert not (out / "report.html").exists()
     assert runs.scores_folder(out) is None
-    assert "not complete: it lacks 1 of ingest, 1 of evaluation" in told_by_status(out, capsys)
+    assert "not complete: it lacks 1 of ingest, 1 of evaluation" in printed_by_status(out, capsys)
     for _ in range(2):  # the second time there are partial scores already
-        assert started(capsys, "dataset=manifest", given, f"out={out}", "allow_partial=true")[0] == 10
+        assert started(capsys, "dataset=manifest", slides, f"out={out}", "allow_partial=true")[0] == 10
         assert (out / "evaluation-FORMER/matches.json").read_bytes() == scores
         assert (out / "evaluation-PARTIAL/summary.json").exists()
     shutil.copy(slide, slide.with_name("late.tif"))
-    assert started(capsys, "dataset=manifest", given, f"out={out}")[0] == 0
+    assert started(capsys, "dataset=manifest", slides, f"out={out}")[0] == 0
     assert {path.name for path in out.glob("evaluation*")} == {"evaluation", "evaluations"}
 
 
 def test_a_folder_of_other_slides_says_so(slide: Path, tmp_path: Path, capsys) -> None:
-    """What it holds, what is asked for, and what to do."""
+    """The message names the slides of the folder, the requested ones, and what to do."""
     out = tmp_path / "run"
     assert started(capsys, "dataset=manifest", manifest(slide, "good,good.tif,,0,"), f"out={out}")[0] == 0
-    code, said = started(capsys, "dataset=manifest", manifest(slide, "other,good.tif,,0,"), f"out={out}")
+    code, output = started(capsys, "dataset=manifest", manifest(slide, "other,good.tif,,0,"), f"out={out}")
     assert code == 20
     assert (
-        "the folder belongs to a run over other slides: good, now asked for other; give this run another out=" in said
+        "the folder belongs to a run over other slides: good, now asked for other; give this run another out=" in output
     )
 
 
 def test_no_pixel_size_names_the_line_to_add(slide: Path, tmp_path: Path, capsys) -> None:
-    """A slide without mpp says what to write into the manifest."""
+    """The message about a slide without mpp says what to write into the manifest."""
     import tifffile
 
     pixels = np.full((512, 512, 3), 200, np.uint8)
     tifffile.imwrite(slide.with_name("nompp.tif"), pixels, tile=(256, 256), photometric="rgb", compression="deflate")
-    given = manifest(slide, "nompp,nompp.tif,,0,")
-    code, said = started(capsys, "dataset=manifest", given, f"out={tmp_path / 'run'}")
+    slides = manifest(slide, "nompp,nompp.tif,,0,")
+    code, output = started(capsys, "dataset=manifest", slides, f"out={tmp_path / 'run'}")
     assert code == 20
-    assert "slide_id,path,mpp" in said
-    assert "nompp,nompp.tif" in said
+    assert "slide_id,path,mpp" in output
+    assert "nompp,nompp.tif" in output
 
 
 def test_a_slide_coarser_than_the_model_is_refused_with_the_setting(slide: Path, tmp_path: Path, capsys) -> None:
-    """Enlarging pixels is a choice, not a default; what is told is accepted, and nothing beyond the limit is told."""
-    given = manifest(slide, "good,good.tif,0.498,0,", "far,good.tif,7.29,0,")
-    code, said = started(capsys, "dataset=manifest", given, f"out={tmp_path / 'run'}")
+    """Pixels are enlarged only on request; the advised value is accepted, and none beyond the limit is advised."""
+    slides = manifest(slide, "good,good.tif,0.498,0,", "far,good.tif,7.29,0,")
+    code, output = started(capsys, "dataset=manifest", slides, f"out={tmp_path / 'run'}")
     assert code == 20
-    found = statuses(tmp_path / "run")
-    assert re.findall(r"geometry\.max_upsample=\S+", found["good"]["reason"]) == ["geometry.max_upsample=2.1"]
-    assert "max_upsample=" not in found["far"]["reason"]
-    assert "more than 16 times" in found["far"]["reason"]
-    code, said = started(
-        capsys, "dataset=manifest", given, f"out={tmp_path / 'two'}", "geometry.max_upsample=2.1", "allow_partial=true"
+    by_slide = statuses(tmp_path / "run")
+    assert re.findall(r"geometry\.max_upsample=\S+", by_slide["good"]["reason"]) == ["geometry.max_upsample=2.1"]
+    assert "max_upsample=" not in by_slide["far"]["reason"]
+    assert "more than 16 times" in by_slide["far"]["reason"]
+    code, output = started(
+        capsys, "dataset=manifest", slides, f"out={tmp_path / 'two'}", "geometry.max_upsample=2.1", "allow_partial=true"
     )
     assert code == 10
-    assert "slides     1 of 2" in said
+    assert "slides     1 of 2" in output
 
 
 def test_a_slide_without_tissue_is_a_valid_negative(slide: Path, tmp_path: Path, capsys) -> None:
-    """It has an empty map and an empty detections file, and counts in the scores."""
+    """The slide has an empty map and an empty detections file, and counts in the scores."""
     glass = np.clip(np.random.default_rng(1).normal(242, 1.5, (600, 600, 3)), 0, 255).astype(np.uint8)
     pyramid.write_rgb(slide.with_name("glass.tif"), iter([glass]), shape=(600, 600), um_px=0.243, quality=90)
-    given = manifest(slide, "glass,glass.tif,,0,", "good,good.tif,,0,")
+    slides = manifest(slide, "glass,glass.tif,,0,", "good,good.tif,,0,")
     out = tmp_path / "run"
-    code, _ = started(capsys, "dataset=manifest", given, f"out={out}")
+    code, _ = started(capsys, "dataset=manifest", slides, f"out={out}")
     assert code == 0
     assert statuses(out)["glass"]["status"] == "no tissue"
     assert (out / "detections/glass.csv").read_bytes() == b""
@@ -182,23 +182,23 @@ def test_a_slide_without_tissue_is_a_valid_negative(slide: Path, tmp_path: Path,
 
 
 def test_all_errors_of_a_manifest_come_together(slide: Path, tmp_path: Path, capsys) -> None:
-    """A duplicate id, a bad mpp and a missing annotation are told at once with their lines."""
-    given = manifest(slide, "a,good.tif,,0,", "A,good.tif,,0,", "b,good.tif,zero,0,", "c,good.tif,,1,none.xml")
-    code, said = started(capsys, "dataset=manifest", given, f"out={tmp_path / 'run'}")
+    """A duplicate id, a bad mpp and a missing annotation are reported together, with their lines."""
+    slides = manifest(slide, "a,good.tif,,0,", "A,good.tif,,0,", "b,good.tif,zero,0,", "c,good.tif,,1,none.xml")
+    code, output = started(capsys, "dataset=manifest", slides, f"out={tmp_path / 'run'}")
     assert code == 20
     for line in ("line 3", "line 4", "line 5"):
-        assert line in said
+        assert line in output
 
 
 @pytest.mark.parametrize("text", ["<ASAP_Annotations>", "", "<?xml version='1.0'?><x/>", "not xml"])
 def test_a_malformed_annotation_names_the_file(slide: Path, tmp_path: Path, capsys, text: str) -> None:
-    """Truth that cannot be read stops the scoring, not silently."""
+    """Truth that cannot be read is refused before any work, and its file is named."""
     slide.with_name("bad.xml").write_text(text)
-    given = manifest(slide, "good,good.tif,,1,bad.xml")
-    code, said = started(capsys, "dataset=manifest", given, f"out={tmp_path / 'run'}")
+    slides = manifest(slide, "good,good.tif,,1,bad.xml")
+    code, output = started(capsys, "dataset=manifest", slides, f"out={tmp_path / 'run'}")
     assert code == 20
-    assert "bad.xml" in said
-    assert not (tmp_path / "run/tissue").exists(), "told before any work"
+    assert "bad.xml" in output
+    assert not (tmp_path / "run/tissue").exists(), "reported before any work"
 
 
 def outlined(path: Path) -> Path:
@@ -218,7 +218,7 @@ def masked(path: Path, *, value: int = 0, shape: tuple[int, int] = (700, 900)) -
 
 
 def test_broken_truth_costs_its_own_slide_alone(slide: Path, tmp_path: Path, capsys) -> None:
-    """It is told before pixels are read, all of it at once; the others are scored; what is mended joins."""
+    """Broken truth is reported before pixels are read; other slides are scored, and one that is fixed joins them."""
     folder, out = slide.parent, tmp_path / "run"
     for name in ("cut", "xml", "size", "label"):
         shutil.copy(slide, folder / f"{name}.tif")
@@ -229,10 +229,10 @@ def test_broken_truth_costs_its_own_slide_alone(slide: Path, tmp_path: Path, cap
     outlined(folder / "good.xml")
     lines = ["good,good.tif,1,,good.xml", "cut,cut.tif,,cut.png,", "xml,xml.tif,1,,xml.xml"]
     lines += ["size,size.tif,0,size.png,", "label,label.tif,0,label.png,"]
-    given = manifest(slide, *lines, header="slide_id,path,label,mask_path,annotation_path")
-    code, said = started(capsys, "dataset=manifest", given, f"out={out}", "allow_partial=true")
+    slides = manifest(slide, *lines, header="slide_id,path,label,mask_path,annotation_path")
+    code, output = started(capsys, "dataset=manifest", slides, f"out={out}", "allow_partial=true")
     assert code == 10
-    found = statuses(out)
+    by_slide = statuses(out)
     causes = {
         "cut": "not a readable image",
         "xml": "not well-formed",
@@ -240,54 +240,54 @@ def test_broken_truth_costs_its_own_slide_alone(slide: Path, tmp_path: Path, cap
         "label": "normal",
     }
     for name, cause in causes.items():
-        assert found[name]["status"] == "rejected"
-        assert f"slide {name}, " in found[name]["reason"]
-        assert f"{name}.png" in found[name]["reason"] or f"{name}.xml" in found[name]["reason"]
-        assert cause in found[name]["reason"]
-        assert f"rejected: slide {name}" in said.partition("PARTIAL")[0], "before the slides are predicted"
+        assert by_slide[name]["status"] == "rejected"
+        assert f"slide {name}, " in by_slide[name]["reason"]
+        assert f"{name}.png" in by_slide[name]["reason"] or f"{name}.xml" in by_slide[name]["reason"]
+        assert cause in by_slide[name]["reason"]
+        assert f"rejected: slide {name}" in output.partition("PARTIAL")[0], "before the slides are predicted"
         assert not (out / f"tissue/{name}.json").exists()
     assert json.loads((out / "evaluation-PARTIAL/summary.json").read_text())["froc.n_slides"] == 1
     masked(folder / "cut.png", value=1)
-    code, said = started(capsys, "dataset=manifest", given, f"out={out}")
+    code, output = started(capsys, "dataset=manifest", slides, f"out={out}")
     assert code == 20
-    assert "evaluation.mask_tumour" in said
-    given = manifest(slide, "cut,cut.tif,0,cut.png,", lines[0], header="slide_id,path,label,mask_path,annotation_path")
-    assert started(capsys, "dataset=manifest", given, f"out={out}")[0] == 0
+    assert "evaluation.mask_tumour" in output
+    slides = manifest(slide, "cut,cut.tif,0,cut.png,", lines[0], header="slide_id,path,label,mask_path,annotation_path")
+    assert started(capsys, "dataset=manifest", slides, f"out={out}")[0] == 0
     assert json.loads((out / "evaluation/summary.json").read_text())["froc.n_slides"] == 2
 
 
 def test_truth_that_breaks_once_its_slide_is_planned(slide: Path, tmp_path: Path, capsys) -> None:
-    """It is told in one line and costs no other slide its score; once it is mended, there are only scores to make."""
+    """Truth that breaks later costs no other slide its score; once it is fixed, only scores are computed."""
     drawn, out = outlined(slide.with_name("good.xml")), tmp_path / "run"
     shutil.copy(slide, slide.with_name("b.tif"))
-    asked = ["dataset=manifest", manifest(slide, "good,good.tif,,1,good.xml", "b,b.tif,,0,"), f"out={out}"]
-    assert started(capsys, *asked)[0] == 0
+    arguments = ["dataset=manifest", manifest(slide, "good,good.tif,,1,good.xml", "b,b.tif,,0,"), f"out={out}"]
+    assert started(capsys, *arguments)[0] == 0
     drawn.write_text("garbage")
-    code, said = started(capsys, *asked)
+    code, output = started(capsys, *arguments)
     assert code == 20
-    assert "failed: slide good, evaluation, " in said
+    assert "failed: slide good, evaluation, " in output
     assert "good.xml" in statuses(out)["good"]["reason"]
-    assert started(capsys, *asked, "allow_partial=true")[0] == 10
+    assert started(capsys, *arguments, "allow_partial=true")[0] == 10
     assert json.loads((out / "evaluation-PARTIAL/summary.json").read_text())["froc.n_slides"] == 1
     before = {path: path.stat().st_mtime_ns for path in (out / "predictions").rglob("*.h5")}
     outlined(drawn)
-    assert started(capsys, *asked)[0] == 0
+    assert started(capsys, *arguments)[0] == 0
     assert {path: path.stat().st_mtime_ns for path in (out / "predictions").rglob("*.h5")} == before
 
 
 def test_truth_of_an_excluded_slide_stops_nothing(slide: Path, tmp_path: Path, capsys) -> None:
-    """The protocol does not look at it, so neither does the run, before or after."""
+    """The truth of an excluded slide is not read, neither before the run nor after it."""
     slide.with_name("out.xml").write_text("no XML")
     shutil.copy(slide, slide.with_name("out.tif"))
-    given = manifest(slide, "good,good.tif,,0,", "out,out.tif,,1,out.xml")
-    asked = ["dataset=manifest", given, f"out={tmp_path / 'run'}", "evaluation.exclude=[OUT]"]
-    assert started(capsys, *asked)[0] == 0
+    slides = manifest(slide, "good,good.tif,,0,", "out,out.tif,,1,out.xml")
+    arguments = ["dataset=manifest", slides, f"out={tmp_path / 'run'}", "evaluation.exclude=[OUT]"]
+    assert started(capsys, *arguments)[0] == 0
     slide.with_name("out.xml").write_text("other garbage")
-    assert started(capsys, *asked)[0] == 0
+    assert started(capsys, *arguments)[0] == 0
 
 
 def test_weights_that_are_not_the_cards_are_refused(slide: Path, tmp_path: Path, capsys) -> None:
-    """One changed byte of the weights: the message names card, expected and found hash, before any slide is read."""
+    """After one changed byte of the weights the message names the card and both hashes, before any slide is read."""
     import wsiflow.model
 
     shipped = Path(wsiflow.model.__file__).parent / "weights"
@@ -296,22 +296,22 @@ def test_weights_that_are_not_the_cards_are_refused(slide: Path, tmp_path: Path,
     weights = bytearray((tmp_path / "demo.safetensors").read_bytes())
     weights[-1] ^= 1
     (tmp_path / "demo.safetensors").write_bytes(weights)
-    given = manifest(slide, "good,good.tif,,0,")
+    slides = manifest(slide, "good,good.tif,,0,")
     card = f"model.card={tmp_path / 'demo.json'}"
-    code, said = started(capsys, "dataset=manifest", given, "model=card", card, f"out={tmp_path / 'run'}")
+    code, output = started(capsys, "dataset=manifest", slides, "model=card", card, f"out={tmp_path / 'run'}")
     assert code == 20
-    assert "demo.json expects" in said
+    assert "demo.json expects" in output
     assert not (tmp_path / "run/tissue").exists()
 
 
 @pytest.mark.parametrize("under", ["file", "/proc"])
 def test_an_output_folder_that_cannot_be_written(slide: Path, tmp_path: Path, capsys, under: str) -> None:
-    """Told before any slide is read, exit code 30."""
+    """The folder is refused before any slide is read, with exit code 30."""
     (tmp_path / "file").write_text("")
     out = Path(under) / "out" if under.startswith("/") else tmp_path / under / "out"
-    code, said = started(capsys, "dataset=manifest", manifest(slide, "good,good.tif,,0,"), f"out={out}")
+    code, output = started(capsys, "dataset=manifest", manifest(slide, "good,good.tif,,0,"), f"out={out}")
     assert code == 30
-    assert "choose another out=" in said
+    assert "choose another out=" in output
 
 
 @pytest.mark.parametrize(
@@ -325,58 +325,61 @@ def test_an_output_folder_that_cannot_be_written(slide: Path, tmp_path: Path, ca
     ],
 )
 def test_a_bad_key_or_value_ends_at_once(tmp_path: Path, capsys, override: str, named: str) -> None:
-    """Exit code 20 with the key's name, before anything is written."""
+    """The run ends with exit code 20 and the key's name, before anything is written."""
     code = cli.main(["run", f"out={tmp_path / 'run'}", "orchestrator=none", *override.split()])
-    said = capsys.readouterr()
+    output = capsys.readouterr()
     assert code == 20
-    assert named in said.err
-    assert "Traceback" not in said.err
+    assert named in output.err
+    assert "Traceback" not in output.err
     assert not (tmp_path / "run" / "plan.json").exists()
 
 
 def test_the_same_folder_with_other_settings_is_refused(slide: Path, tmp_path: Path, capsys) -> None:
     """A folder holds one set of settings; the message names the one that differs, and what it was asked is no part."""
-    given = manifest(slide, "good,good.tif,,0,")
-    assert started(capsys, "dataset=manifest", given, f"out={tmp_path / 'run'}")[0] == 0
-    code, said = started(capsys, "dataset=manifest", given, f"out={tmp_path / 'run'}", "lesions.threshold=0.7")
+    slides = manifest(slide, "good,good.tif,,0,")
+    assert started(capsys, "dataset=manifest", slides, f"out={tmp_path / 'run'}")[0] == 0
+    code, output = started(capsys, "dataset=manifest", slides, f"out={tmp_path / 'run'}", "lesions.threshold=0.7")
     assert code == 20
-    assert "lesions.threshold (0.5 there, 0.7 now)" in said
+    assert "lesions.threshold (0.5 there, 0.7 now)" in output
     assert cli.main(["retry", str(tmp_path / "run")]) == 0
     assert runs.runs_in_folders([tmp_path / "run"]).runs[0].params["lesions.threshold"] == "0.5"
     shutil.copy(slide, slide.with_name("other.tif"))
     other = manifest(slide, "other,other.tif,,0,", "more,good.tif,,0,")
     assert started(capsys, "dataset=manifest", other, f"out={tmp_path / 'run'}")[0] == 20
-    assert "ingest 1 of 1\n" in told_by_status(tmp_path / "run", capsys)
+    assert "ingest 1 of 1\n" in printed_by_status(tmp_path / "run", capsys)
 
 
 def test_slides_and_truth_may_join_a_finished_run(slide: Path, tmp_path: Path, capsys) -> None:
     """A third slide, or a corrected label, gives new scores beside the former ones, and keeps all finished work."""
     out = tmp_path / "run"
     shutil.copy(slide, slide.with_name("b.tif"))
-    code, said = started(capsys, "dataset=manifest", manifest(slide, "a,good.tif,,0,"), f"out={out}")
-    assert (code, "the same slide" in said) == (0, False)
+    code, output = started(capsys, "dataset=manifest", manifest(slide, "a,good.tif,,0,"), f"out={out}")
+    assert (code, "the same slide" in output) == (0, False)
     before = (out / "heatmaps/a.tif").stat().st_mtime_ns
     two = manifest(slide, "a,good.tif,,0,", "b,b.tif,,0,")
-    code, said = started(capsys, "dataset=manifest", two, f"out={out}")
-    assert (code, "the same slide under several names, each of which counts in the scores: a, b\n" in said) == (0, True)
+    code, output = started(capsys, "dataset=manifest", two, f"out={out}")
+    assert (code, "the same slide under several names, each of which counts in the scores: a, b\n" in output) == (
+        0,
+        True,
+    )
     assert json.loads((out / "evaluation/summary.json").read_text())["froc.n_slides"] == 2
     assert started(capsys, "dataset=manifest", manifest(slide, "a,good.tif,,0,", "b,b.tif,,1,"), f"out={out}")[0] == 0
     assert len(list((out / "evaluations").iterdir())) == 3
     header = "slide_id,path,mpp,label,annotation_path,patient_id"
     one_patient = manifest(slide, "a,good.tif,,0,,p", "b,b.tif,,1,,p", header=header)
     assert started(capsys, "dataset=manifest", one_patient, f"out={out}")[0] == 0
-    told = json.loads((out / "evaluation/matches.json").read_text())["slides"]
-    assert [one["patient"] for one in told] == [0, 0]
+    matches = json.loads((out / "evaluation/matches.json").read_text())["slides"]
+    assert [one["patient"] for one in matches] == [0, 0]
     assert (out / "heatmaps/a.tif").stat().st_mtime_ns == before
 
 
 def test_a_slide_replaced_after_the_plan_is_not_predicted(slide: Path, tmp_path: Path, capsys) -> None:
-    """Other pixels under a planned name are refused before they are read."""
+    """A slide with other content under a planned name is refused before its pixels are read."""
     from wsiflow.run.stages import work
 
     out = tmp_path / "run"
-    given = manifest(slide, "good,good.tif,,0,")
-    assert started(capsys, "dataset=manifest", given, f"out={out}", "store=none")[0] == 0
+    slides = manifest(slide, "good,good.tif,,0,")
+    assert started(capsys, "dataset=manifest", slides, f"out={out}", "store=none")[0] == 0
     for part in ("predictions", "receipts/predictions"):
         shutil.rmtree(out / part)
     other = np.full((700, 900, 3), 120, np.uint8)
@@ -388,7 +391,7 @@ def test_a_slide_replaced_after_the_plan_is_not_predicted(slide: Path, tmp_path:
 
 
 def test_another_kind_of_machine_may_not_use_the_plans_key(slide: Path, tmp_path: Path, capsys, monkeypatch) -> None:
-    """A worker whose libraries use other instructions says so instead of publishing other last bits."""
+    """A worker whose libraries use other instructions fails instead of publishing numbers with other last bits."""
     from wsiflow.run.stages import work
 
     out = tmp_path / "run"
@@ -405,17 +408,17 @@ def test_a_hash_in_the_manifest_is_compared_even_later(slide: Path, tmp_path: Pa
     """A SHA-256 added after the first run is checked against what was hashed then."""
     out = tmp_path / "run"
     assert started(capsys, "dataset=manifest", manifest(slide, "good,good.tif,,0,"), f"out={out}")[0] == 0
-    given = manifest(slide, f"good,good.tif,,0,,{'0' * 64}", header="slide_id,path,mpp,label,annotation_path,sha256")
-    code, said = started(capsys, "dataset=manifest", given, f"out={out}")
+    slides = manifest(slide, f"good,good.tif,,0,,{'0' * 64}", header="slide_id,path,mpp,label,annotation_path,sha256")
+    code, output = started(capsys, "dataset=manifest", slides, f"out={out}")
     assert code == 20
-    assert "the manifest says 000" in said
+    assert "the manifest says 000" in output
 
 
 def test_no_score_beyond_the_slide(slide: Path, tmp_path: Path, capsys) -> None:
     """Tiles that reach past the edge keep the cells whose centre is on the slide, and no others."""
     out = tmp_path / "run"
-    given = manifest(slide, "good,good.tif,,0,")
-    assert started(capsys, "dataset=manifest", given, f"out={out}", "tissue=all")[0] == 0
+    slides = manifest(slide, "good,good.tif,,0,")
+    assert started(capsys, "dataset=manifest", slides, f"out={out}", "tissue=all")[0] == 0
     heat, _ = files.read_heatmap(out / "heatmaps/good.tif")
     on_slide = np.isfinite(heat)
     assert on_slide[:6, :8].all(), "700 x 900 px: centres at 56, 168 .. 616 and .. 840"
@@ -434,20 +437,20 @@ def test_no_score_beyond_the_slide(slide: Path, tmp_path: Path, capsys) -> None:
     ],
 )
 def test_commands_end_in_one_line(tmp_path: Path, capsys, arguments: list[str]) -> None:
-    """Whatever a command is given, it ends in one line and an exit code of a class."""
+    """A command with bad input ends with one line, and with the exit code of an error class."""
     (tmp_path / "file").write_text("")
     (tmp_path / "list.json").write_text("[]")
     (tmp_path / "damaged/receipts").mkdir(parents=True)
     (tmp_path / "damaged/receipts/a.bin.json").write_text('{"path"')
     code = cli.main([argument.format(tmp=tmp_path) for argument in arguments])
-    said = capsys.readouterr().err
+    output = capsys.readouterr().err
     assert code in (20, 30, 40, 50)
-    assert len(said.splitlines()) == 1
-    assert "Traceback" not in said
+    assert len(output.splitlines()) == 1
+    assert "Traceback" not in output
 
 
 def test_verify_finds_the_damaged_file(slide: Path, tmp_path: Path, capsys) -> None:
-    """One flipped bit in a heatmap: exit code 40 and the file's name."""
+    """One flipped bit in a heatmap gives exit code 40 and the file's name."""
     out = tmp_path / "run"
     assert started(capsys, "dataset=manifest", manifest(slide, "good,good.tif,,0,"), f"out={out}")[0] == 0
     assert cli.main(["verify", str(out)]) == 0

@@ -72,10 +72,8 @@ def _server(folder: Path) -> Iterator[str]:
     command = [BIN / "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     command += ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db"]
     environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    with (folder / "server.log").open("wb") as told:
-        process = subprocess.Popen(
-            command, cwd=folder, env=environment, stdout=told, stderr=told, start_new_session=True
-        )
+    with (folder / "server.log").open("wb") as log:
+        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True)
         try:
             _wait_for(port, process, folder / "server.log")
             yield f"http://127.0.0.1:{port}"
@@ -84,14 +82,14 @@ def _server(folder: Path) -> Iterator[str]:
             process.wait()
 
 
-def _wait_for(port: int, process: subprocess.Popen[bytes], told: Path) -> None:
+def _wait_for(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
     end = time.monotonic() + 250
     while True:
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", port)) == 0:
                 return
-        assert process.poll() is None, told.read_text()
-        assert time.monotonic() < end, told.read_text()
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < end, log.read_text()
         time.sleep(0.3)
 
 
@@ -101,7 +99,7 @@ def coloured(picture: NDArray[np.uint8]) -> float:
 
 
 def test_the_chart_page_draws_every_metric_of_the_runs(seen: Seen) -> None:
-    """Bars for the runs under the metric's name, one chart a metric, no run missing from the list."""
+    """The page has one chart for each metric, with a bar for each run, and lists every run."""
     page = seen.open(
         f"experiments/{seen.experiment}/runs",
         compareRunsMode="CHART",
@@ -121,7 +119,7 @@ def test_the_chart_page_draws_every_metric_of_the_runs(seen: Seen) -> None:
 
 
 def test_the_compare_page_tells_the_settings_apart(seen: Seen) -> None:
-    """Every run, its parameters and its scores, and a plot of one against the other."""
+    """The page shows every run with its parameters and scores, and a plot of one against the other."""
     page = seen.open("compare-runs", runs=json.dumps(list(seen.runs)), experiments=json.dumps([seen.experiment]))
     text = page.wait_for(
         f"Comparing {N_RUNS} Runs", "Run details", "inference.stride", "stain.method", "wsiflow.pareto"
@@ -149,7 +147,7 @@ def test_the_parent_shows_the_comparison(seen: Seen) -> None:
 
 
 def test_the_figure_is_seen_among_the_artifacts(seen: Seen) -> None:
-    """The tradeoff as PNG, and the report as a page of its own."""
+    """The artifacts are shown: the tradeoff as PNG, and the report as a page of its own."""
     page = seen.open(f"experiments/{seen.experiment}/runs/{seen.parent}/artifacts/tradeoff.png")
     page.wait_for("compare.csv", "differences.png", "report.html", "tradeoff.svg")
     page.wait(
@@ -160,7 +158,7 @@ def test_the_figure_is_seen_among_the_artifacts(seen: Seen) -> None:
 
 
 def test_a_filter_finds_the_pareto_set(seen: Seen) -> None:
-    """As typed into the search field: the runs on the front and no other."""
+    """A filter in the search field shows the runs on the front and no other."""
     front = [one for one in seen.runs.values() if one.data.tags["wsiflow.pareto"] == "yes"]
     assert 0 < len(front) < N_RUNS
     page = seen.open(
@@ -175,7 +173,7 @@ def test_a_filter_finds_the_pareto_set(seen: Seen) -> None:
 
 
 def test_the_report_is_a_page_that_fits(seen: Seen, tmp_path: Path) -> None:
-    """Opened as a file it has its three figures, its tables and nothing that is wider than the page."""
+    """The report, opened as a file, has three figures and its tables, none wider than the page."""
     page = seen.tab
     (tmp_path / "report.html").write_bytes(_artifact(seen, "report.html"))
     page.open(f"file://{tmp_path}/report.html")

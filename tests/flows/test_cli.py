@@ -46,7 +46,7 @@ def test_evaluate_scores_the_worked_examples(tmp_path: Path, capsys, example: st
 
 
 def test_a_missing_detections_file_is_bad_input(tmp_path: Path, capsys) -> None:
-    """A slide without a file is named, exit code 20."""
+    """The message names the slide that has no file, and the exit code is 20."""
     (tmp_path / "detections").mkdir()
     (tmp_path / "manifest.csv").write_text("slide_id,path,label\na,a.tif,normal\n")
     arguments = ["--manifest", str(tmp_path / "manifest.csv"), "--detections", str(tmp_path / "detections")]
@@ -61,22 +61,22 @@ def test_evaluate_follows_a_named_protocol(tmp_path: Path, capsys) -> None:
         (tmp_path / "detections" / f"{name}.csv").write_text("")
     (tmp_path / "manifest.csv").write_text("slide_id,path,label\nnormal_001,a.tif,normal\nNormal_086,b.tif,normal\n")
     arguments = ["evaluate", "--manifest", str(tmp_path / "manifest.csv"), "--detections", str(tmp_path / "detections")]
-    found = {}
+    scored = {}
     for name, options in {"own_spacing": [], "camelyon16": [], "changed": ["--downsample", "16"]}.items():
         protocol = "camelyon16" if name == "changed" else name
         out = tmp_path / name
         assert main([*arguments, "--out", str(out), "--protocol", protocol, "--bootstrap", "5", *options]) == 0
         matches = json.loads((out / "matches.json").read_text())
         assert f"protocol {protocol} {matches['protocol_hash'][:12]}" in capsys.readouterr().out
-        found[name] = (matches["protocol_hash"], json.loads((out / "summary.json").read_text())["froc.n_slides"])
-    assert [n for _, n in found.values()] == [2, 1, 1]
-    assert len({digest for digest, _ in found.values()}) == 3
+        scored[name] = (matches["protocol_hash"], json.loads((out / "summary.json").read_text())["froc.n_slides"])
+    assert [n for _, n in scored.values()] == [2, 1, 1]
+    assert len({digest for digest, _ in scored.values()}) == 3
     assert main([*arguments, "--out", str(tmp_path / "o"), "--protocol", "cam"]) == 20
     assert "use one of camelyon16, own_spacing" in capsys.readouterr().err
 
 
 def test_commands_on_a_folder_without_a_run_say_so(tmp_path: Path, capsys) -> None:
-    """Status and verify name the folder and what it lacks."""
+    """Status and verify say that the folder holds no run, and what to name instead."""
     assert main(["status", str(tmp_path)]) == 20
     assert main(["verify", str(tmp_path)]) == 20
     assert capsys.readouterr().err.count("name the out= folder of a run") == 2
@@ -97,7 +97,7 @@ def main(arguments):
 def test_a_command_is_a_file_and_a_line_in_the_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It is in the help, has one of its own, and is imported when it is typed."""
+    """A new command is in the help, has a help of its own, and is imported only when it is typed."""
     (tmp_path / "say_hello.py").write_text(HELLO)
     monkeypatch.setattr(commands, "__path__", [*commands.__path__, str(tmp_path)])
     monkeypatch.setitem(COMMANDS, "say-hello", Command("say-hello", "greet somebody"))
@@ -114,7 +114,7 @@ def test_a_command_is_a_file_and_a_line_in_the_table(
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_of_the_table_has_its_file(name: str) -> None:
-    """With the two functions that are called; what they import is there."""
+    """The file of each command can be imported, and has the two functions that are called."""
     module = COMMANDS[name].load()
     assert callable(module.add_options)
     assert callable(module.main)
@@ -130,14 +130,14 @@ def test_every_command_of_the_table_has_its_file(name: str) -> None:
     ],
 )
 def test_what_is_typed_wrong_is_named(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Before anything is done."""
+    """The message names the wrong word before anything is done."""
     with pytest.raises(SystemExit, match="2"):
         main(words)
     assert message in capsys.readouterr().err
 
 
 def test_no_command_waits_for_the_modules_of_another() -> None:
-    """An array job starts one for each of its elements, and a help is wanted at once."""
+    """A command imports no other one, and no heavy library: array jobs start one for each of their elements."""
     code = "import sys\nfrom wsiflow.flows import __main__, commands\ncommands.COMMANDS['element'].load()\n"
     code += "heavy = {'numpy', 'pydantic', 'hydra', 'prefect'} & sys.modules.keys()\n"
     code += "print(*heavy, *(name for name in sys.modules if name.startswith('wsiflow.flows.commands.')))"
@@ -146,11 +146,11 @@ def test_no_command_waits_for_the_modules_of_another() -> None:
 
 
 def test_doctor_tells_cores_and_versions(capsys) -> None:
-    """What a bug report needs."""
+    """The command prints what a bug report needs."""
     assert main(["doctor"]) == 0
-    told = capsys.readouterr().out
-    assert "cores this process may use" in told
-    assert "openslide-bin" in told
+    output = capsys.readouterr().out
+    assert "cores this process may use" in output
+    assert "openslide-bin" in output
 
 
 def without_a_reader(*arguments: str) -> tuple[int, str]:
@@ -164,19 +164,19 @@ def without_a_reader(*arguments: str) -> tuple[int, str]:
 
 @pytest.mark.parametrize("arguments", [["doctor"], ["--help"], ["run", "--cfg", "job"], ["run", "--hydra-help"]])
 def test_a_closed_pipe_is_no_fault(arguments: list[str]) -> None:
-    """Nothing is said of it, neither by the command nor by the interpreter that ends."""
+    """Neither the command nor the interpreter prints an error about it."""
     assert without_a_reader(*arguments) == (0, "")
 
 
 def test_a_run_goes_on_without_a_reader(tiny_slides: Path, tmp_path: Path) -> None:
-    """All that it publishes is there, and its exit code is its own."""
+    """The run publishes all its files, and ends with its own exit code."""
     assert without_a_reader("run", *over(tiny_slides, tmp_path / "run")) == (0, "")
     assert (tmp_path / "run/evaluation/summary.json").exists()
     assert (tmp_path / "run/report.html").exists()
 
 
 def test_output_that_cannot_be_written_is_told_once() -> None:
-    """A full disk behind standard output costs a sentence and no run."""
+    """A full disk behind standard output gives one sentence, and the command succeeds."""
     with Path("/dev/full").open("w") as full:
         done = subprocess.run([BIN / "wsiflow", "doctor"], stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     assert done.returncode == 0
@@ -185,8 +185,8 @@ def test_output_that_cannot_be_written_is_told_once() -> None:
 
 
 def test_streams_that_were_closed_before_lead_nowhere(tmp_path: Path) -> None:
-    """A file that is opened must not get the number of one, nor must what prints meet none."""
-    code = "import sys; from wsiflow.flows.__main__ import give_streams; give_streams()\n"
+    """A file that is opened does not get the number of a closed stream, and printing does not fail."""
+    code = "import sys; from wsiflow.flows.__main__ import open_closed_streams; open_closed_streams()\n"
     code += "with open(sys.argv[1], 'w') as file: file.write(str(file.fileno())); print('told', flush=True)"
     kept = tmp_path / "kept"
     command = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", sys.executable, "-c", code, str(kept)]

@@ -36,7 +36,7 @@ def composed(*overrides: str) -> RunConfig:
 
 
 def test_every_option_is_found() -> None:
-    """The walk sees the groups of the design."""
+    """The search for files of ``conf/`` finds every group."""
     groups = {option.split("=")[0] for option in OPTIONS}
     assert groups >= {
         "dataset",
@@ -54,27 +54,27 @@ def test_every_option_is_found() -> None:
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_every_yaml_composes_and_validates(option: str) -> None:
-    """Each file of each group makes a valid configuration with what it asks for."""
+    """Each file of each group gives a valid configuration, together with the values that it requires."""
     assert isinstance(composed(option, *GIVEN.get(option, [])), RunConfig)
 
 
 def test_defaults_compose() -> None:
-    """No argument at all is the demo."""
+    """Without any argument the configuration is that of the demo."""
     assert composed().dataset.kind == "synthetic"
 
 
 def test_every_path_begins_at_the_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Workers may be in other folders: what is published of a configuration means the same everywhere."""
+    """The paths of a configuration are absolute, so that they mean the same in the folders of workers."""
     monkeypatch.chdir(tmp_path)
-    given = ["out=o", "share=s", "model=card", "model.card=c.json", "tracking.uri=sqlite:///x/../t.db"]
+    common = ["out=o", "share=s", "model=card", "model.card=c.json", "tracking.uri=sqlite:///x/../t.db"]
     slides = {"manifest": ["manifest"], "folder": ["folder"], "single": ["path"], "synthetic": ["folder", "data"]}
     configs = [
-        composed(*given, f"dataset={kind}", *(f"dataset.{name}=d/{name}" for name in names))
+        composed(*common, f"dataset={kind}", *(f"dataset.{name}=d/{name}" for name in names))
         for kind, names in slides.items()
     ]
-    config, told = configs[0], configs[0].model_dump_json()
-    found = [config.out, config.share, config.model.card, *(one for each in configs for _, one in each.dataset)]
-    paths = [path.relative_to(tmp_path).as_posix() for path in found if isinstance(path, Path)]
+    config, published = configs[0], configs[0].model_dump_json()
+    settings = [config.out, config.share, config.model.card, *(one for each in configs for _, one in each.dataset)]
+    paths = [path.relative_to(tmp_path).as_posix() for path in settings if isinstance(path, Path)]
     assert paths == ["o", "s", "c.json", "d/manifest", "d/folder", "d/path", "d/folder", "d/data"]
     assert config.tracking.uri == f"sqlite:///{tmp_path}/t.db"
     dask = composed("out=o", "executor=dask_slurm").executor.dask
@@ -82,7 +82,7 @@ def test_every_path_begins_at_the_root(tmp_path: Path, monkeypatch: pytest.Monke
     assert dask.cluster_kwargs["log_directory"] == f"{tmp_path}/o/logs/dask"
     assert dask.cluster_kwargs["shared_temp_directory"] == f"{tmp_path}/o/.attempts"
     monkeypatch.chdir("/")
-    assert RunConfig.model_validate_json(told) == config
+    assert RunConfig.model_validate_json(published) == config
     assert {name for name, node in _nodes(RunConfig.model_json_schema()) if node.get("format") == "path"} == {
         *("out", "share", "card", "manifest", "folder", "path", "data")
     }, "a new path is added to this test"
@@ -138,38 +138,38 @@ def test_bad_values_are_refused_by_name(override: str, named: str) -> None:
     ],
 )
 def test_reference_geometry_has_one_meaning(override: str, named: str) -> None:
-    """Its index is of 224 px tiles at level 0; anything else would read other places than it names."""
+    """Other values are refused: its index counts 224 px tiles at level 0, and would name other places."""
     with pytest.raises(InputError, match=f"{named} is .*, geometry=reference needs"):
         composed("geometry=reference", "tiles=patch", override)
 
 
-@pytest.mark.parametrize(("given", "meant"), [("model", "model"), ("native", "native"), ("0.5", 0.5), ("2", 2.0)])
-def test_spacing_is_a_word_or_a_number(given: str, meant: object) -> None:
-    """So that it can be swept."""
-    assert composed(f"geometry.spacing={given}").geometry.spacing == meant
+@pytest.mark.parametrize(("typed", "expected"), [("model", "model"), ("native", "native"), ("0.5", 0.5), ("2", 2.0)])
+def test_spacing_is_a_word_or_a_number(typed: str, expected: object) -> None:
+    """A sweep can therefore mix words and numbers."""
+    assert composed(f"geometry.spacing={typed}").geometry.spacing == expected
 
 
-@pytest.mark.parametrize("given", ["0", "-1", "inf", "somewhere"])
-def test_a_spacing_that_is_none_is_refused(given: str) -> None:
-    """By name."""
+@pytest.mark.parametrize("typed", ["0", "-1", "inf", "somewhere"])
+def test_a_spacing_that_is_none_is_refused(typed: str) -> None:
+    """The message names the key."""
     with pytest.raises(InputError, match=r"geometry\.spacing"):
-        composed(f"geometry.spacing={given}")
+        composed(f"geometry.spacing={typed}")
 
 
 def test_an_experiment_that_is_none_is_refused() -> None:
-    """It would run something else, and say nothing."""
+    """An unknown experiment is refused instead of running another one silently."""
     with pytest.raises(InputError, match=r"Could not find 'experiment/nothing'.*stride_tradeoff"):
         composed("experiment=nothing")
 
 
 def test_what_must_be_given_is_asked_for() -> None:
-    """A data set that needs a path says which key."""
+    """The message names the key of the path that a data set needs."""
     with pytest.raises(InputError, match=r"no value for dataset\.manifest"):
         composed("dataset=manifest")
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("overrides", "message"),
     [
         (["dataset.manifest=mine"], "manifest is given, but the slides are synthetic; add dataset=manifest"),
         (["+dataset.manifest=mine"], "manifest is given, but the slides are synthetic: add dataset=manifest"),
@@ -178,28 +178,28 @@ def test_what_must_be_given_is_asked_for() -> None:
         (["dataset=manifest", "dataset.folder=b"], "a manifest; add dataset=folder or dataset=synthetic"),
     ],
 )
-def test_what_is_said_of_other_slides_is_refused(given: list[str], told: str) -> None:
-    """Without the word for their kind, the run would score the synthetic slides of the default."""
-    with pytest.raises(InputError, match=rf"dataset\..*{told}"):
-        composed(*given)
+def test_what_is_said_of_other_slides_is_refused(overrides: list[str], message: str) -> None:
+    """A path without its kind of data set is refused: the run would score the synthetic slides of the default."""
+    with pytest.raises(InputError, match=rf"dataset\..*{message}"):
+        composed(*overrides)
 
 
 def test_every_key_is_described() -> None:
-    """In whole sentences: forms and the help show them."""
+    """Every description is a whole sentence, since forms and the help show it."""
     assert [key for key, about in descriptions().items() if not re.fullmatch(r"[A-Z].*\.", about)] == []
 
 
 def test_the_help_shows_every_key_of_what_is_chosen(capsys: pytest.CaptureFixture[str]) -> None:
-    """With its value, though that refers to another, and with what it is."""
+    """Each key is shown with its value, even one that refers to another key, and with its description."""
     with pytest.raises(SystemExit):
         main(["run", "--help", "executor=slurm_array"])
-    told = capsys.readouterr().out
-    shown = {line.partition("=")[0] for line in told.splitlines() if re.match(r"[a-z_.0-9]+=", line)}
+    output = capsys.readouterr().out
+    shown = {line.partition("=")[0] for line in output.splitlines() if re.match(r"[a-z_.0-9]+=", line)}
     assert shown == {
         key for key in known_keys() if not key.startswith(("executor.dask", "stain.target", "dataset."))
     } - {"executor.array.dialect.environment"} | {f"dataset.{name}" for name in SyntheticSlides.model_fields}
-    assert "\ninference.stride=16\n    Distance between" in told
-    assert "\ntracking.uri=sqlite:///${out}/../mlflow.db\n    Address of" in told
+    assert "\ninference.stride=16\n    Distance between" in output
+    assert "\ntracking.uri=sqlite:///${out}/../mlflow.db\n    Address of" in output
 
 
 def test_all_problems_are_told_together() -> None:
@@ -209,14 +209,14 @@ def test_all_problems_are_told_together() -> None:
 
 
 def test_a_configuration_survives_being_written() -> None:
-    """What is published as config.yaml validates to the same value."""
+    """The values that are published as config.yaml validate to the same configuration."""
     config = composed()
     assert validate(config.model_dump(mode="json")) == config
 
 
 @pytest.mark.parametrize(("former", "now"), [("stop", "fail"), ("tell", "report")])
 def test_a_folder_of_an_earlier_version_is_read(former: str, now: str, tmp_path: Path) -> None:
-    """Its slides have the settings of every kind, some of them given in vain, and a key has its former name."""
+    """Earlier versions wrote settings of every kind of slides, and had another name for one key."""
     config = composed("dataset=manifest", "dataset.manifest=/m.csv", f"dense.on_excess={now}")
     values = config.model_dump(mode="json")
     values["dataset"] = {**FLAT, "path": None, "folder": "/slides", "size_px": 9000, **values["dataset"]}
@@ -228,7 +228,7 @@ def test_a_folder_of_an_earlier_version_is_read(former: str, now: str, tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("override", "told"),
+    ("override", "message"),
     [
         ("inference.strid=32", r"there is no key inference\.strid; did you mean inference\.stride\?"),
         ("+inference.strid=32", r"there is no key inference\.strid \(did you mean inference\.stride\?\)"),
@@ -238,19 +238,19 @@ def test_a_folder_of_an_earlier_version_is_read(former: str, now: str, tmp_path:
         ("infrence=dense", r"there is no key infrence; did you mean inference\?"),
         ("executor=slrum_array", r"did you mean executor=slurm_array\? choices: dask, .*slurm_array"),
         ("model=3", r"no such choice; choices: card, demo, googlenet, pcam"),
-        ("+executor=inline", r"executor is a choice that is made already; write executor=NAME: dask"),
+        ("+executor=inline", r"executor has a choice already; write executor=NAME: dask"),
         (
             "executor.array.window=3",
             r"no key executor\.array\.window with this executor; choose another: executor=dask",
         ),
-        ("+name=x", r"name is a key that has a value; write name=VALUE"),
+        ("+name=x", r"name has a value already; write name=VALUE"),
         ("~inference.strides", r"there is no key inference\.strides; did you mean inference\.stride\?"),
         ("~inference.stride", r"inference\.stride has no value"),
         ("~executor", r"executor has no value"),
         ("inference.stride", r"has no '='; write inference\.stride=VALUE"),
         ("inference.stride =32", r"write inference\.stride=32"),
         ("=3", "has no key before its '='"),
-        ("evaluation.exclude=[a,b", r"'\[' without its other half; close it, such as 'evaluation\.exclude=\[a,b\]'"),
+        ("evaluation.exclude=[a,b", r"an unmatched '\['; close it, such as 'evaluation\.exclude=\[a,b\]'"),
         ("name='a", r"write \"name='a'\""),
         ("dataset.path=/x/a (1).svs", r"write \"dataset\.path='/x/a \(1\)\.svs'\""),
         ("name=a,b", r"names several values; quote it: \"name='a,b'\"; list them: 'name=\[a,b\]'"),
@@ -262,9 +262,9 @@ def test_a_folder_of_an_earlier_version_is_read(former: str, now: str, tmp_path:
         ("++dense.beyond=tell", r"was renamed dense\.on_excess: write dense\.on_excess=report"),
     ],
 )
-def test_what_hydra_refuses_is_told_by_its_right_form(override: str, told: str) -> None:
-    """In one line, without the advice to add keys, which is refused too."""
-    with pytest.raises(InputError, match=told) as refused:
+def test_what_hydra_refuses_is_told_by_its_right_form(override: str, message: str) -> None:
+    """The message is one line, without Hydra's advice to add keys, which would be refused too."""
+    with pytest.raises(InputError, match=message) as refused:
         composed(override)
     text = str(refused.value)
     assert "\n" not in text
@@ -273,7 +273,7 @@ def test_what_hydra_refuses_is_told_by_its_right_form(override: str, told: str) 
 
 
 def test_a_folder_that_is_not_given_is_that_of_data_model_and_settings(monkeypatch) -> None:
-    """The same for the same command and for another place to run; another for other slides or other numbers."""
+    """The folder is the same for the same command on another executor, and differs for other slides or numbers."""
     one = ["dataset=single", "dataset.path=/slides/one.svs"]
     first = composed(*one).out
     assert first.parent == Path("runs").absolute()

@@ -1,4 +1,4 @@
-"""Deployments: forms made of the configuration, a server that refuses what they do not allow, a worker that runs."""
+"""Deployments: forms of the configuration, a server that refuses what they do not allow, a worker that runs."""
 
 import csv
 import json
@@ -74,9 +74,9 @@ def test_every_field_is_described(form: type[forms.Form]) -> None:
 
 
 def test_an_untouched_form_is_the_command_without_arguments() -> None:
-    """What a form shows before anything is filled in is what ``conf/`` says."""
-    assert compose_config(forms.Run().said()) == compose_config([])
-    assert sweep_jobs(forms.Sweep().said()) == {"": forms.Sweep().said()}
+    """A form that nobody has filled in gives the values of ``conf/``."""
+    assert compose_config(forms.Run().to_overrides()) == compose_config([])
+    assert sweep_jobs(forms.Sweep().to_overrides()) == {"": forms.Sweep().to_overrides()}
 
 
 GIVEN = {
@@ -96,38 +96,38 @@ def test_a_choice_means_what_its_file_says(path: Path) -> None:
     group = path.parent.name
     if len(GROUPS[group]) == 1:
         return
-    given = GIVEN.get(f"{group}={path.stem}", {})
-    keys = {field.title: given[name] for name, field in forms.Run.model_fields.items() if name in given}
+    values = GIVEN.get(f"{group}={path.stem}", {})
+    keys = {field.title: values[name] for name, field in forms.Run.model_fields.items() if name in values}
     typed = [f"{group}={path.stem}", "inference.stride=16", *(f"{key}={value}" for key, value in keys.items())]
-    assert compose_config(forms.Run(**{group: path.stem}, **given).said()) == compose_config(typed)
+    assert compose_config(forms.Run(**{group: path.stem}, **values).to_overrides()) == compose_config(typed)
 
 
 @pytest.mark.parametrize("text", ["null", "true", "1e3", "a b,c", "it's", "x=1", "[1]", "back\\", "\\'", "#1", "æ"])
 def test_a_text_arrives_as_it_was_typed(text: str) -> None:
-    """Whatever Hydra would make of its characters."""
-    config = compose_config(forms.Run(name=text, dataset="folder", folder=f"/slides/{text}").said())
+    """A text with characters that Hydra reads as syntax stays as it was typed."""
+    config = compose_config(forms.Run(name=text, dataset="folder", folder=f"/slides/{text}").to_overrides())
     assert (config.name, config.dataset.folder) == (text, Path(f"/slides/{text}"))
 
 
 def test_an_override_has_the_last_word() -> None:
-    """What is typed as an override replaces the field that sets the same key."""
-    assert compose_config(forms.Run(stride=16, overrides=["inference.stride=56"]).said()).inference.stride == 56
+    """An override replaces the field that sets the same key."""
+    assert compose_config(forms.Run(stride=16, overrides=["inference.stride=56"]).to_overrides()).inference.stride == 56
 
 
 def test_what_cannot_go_together_is_refused_in_one_line() -> None:
-    """A stride within its bounds that does not divide the tile."""
+    """A stride that does not divide the tile is refused, although it is within its bounds."""
     with pytest.raises(InputError, match=r"inference\.stride is 30, it must divide tiles\.tile_px") as refused:
-        compose_config(forms.Run(stride=30).said())
+        compose_config(forms.Run(stride=30).to_overrides())
     assert "\n" not in str(refused.value)
 
 
 def test_a_sweep_is_every_combination_of_its_lists() -> None:
-    """Lists of the form and sweeps among its overrides, named as ``wsiflow run -m`` names them."""
+    """Lists of the form and swept overrides are combined, and named as ``wsiflow run -m`` names them."""
     form = forms.Sweep(stride=[56, 112], stain=["none", "macenko"], overrides=["lesions.threshold=0.3,0.5"])
-    jobs = sweep_jobs(form.said())
+    jobs = sweep_jobs(form.to_overrides())
     assert len(jobs) == 8
     assert "inference.stride=112,stain=macenko,lesions.threshold=0.5" in jobs
-    folder = compose_config(forms.Sweep().said()).out
+    folder = compose_config(forms.Sweep().to_overrides()).out
     for job, overrides in jobs.items():
         assert compose_config(overrides, job=job).out.name == job
         assert compose_config(overrides, job=job).out.parent.parent == folder.parent
@@ -147,7 +147,7 @@ def copied(recipe: Path) -> set[str]:
 
 @pytest.mark.parametrize("name", ["Dockerfile", "apptainer.def"])
 def test_a_recipe_copies_what_the_package_is_built_of(name: str) -> None:
-    """What the test of the wheel builds it from, with the versions that ``make`` pins."""
+    """A recipe copies the files from which the test builds the wheel, and pins the versions of ``make``."""
     recipe = ROOT / "deployments" / name
     sources = {"wsiflow", "conf", "flows", "pyproject.toml", "README.md", "LICENSE"}
     assert copied(recipe) == sources | {"constraints.txt"}
@@ -160,15 +160,15 @@ def test_a_recipe_copies_what_the_package_is_built_of(name: str) -> None:
 def test_the_settings_of_a_server_are_settings_of_prefect() -> None:
     """Every line of ``server.env`` is read by Prefect under that name."""
     lines = (ROOT / "deployments/server.env").read_text().splitlines()
-    given = dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
-    said = subprocess.run(
+    settings = dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
+    help_text = subprocess.run(
         [BIN / "prefect", "config", "view", "--show-secrets"],
-        env={**os.environ, **given},
+        env={**os.environ, **settings},
         capture_output=True,
         text=True,
     ).stdout
-    for name in given.keys() - {"DO_NOT_TRACK"}:
-        assert f"{name}=" in said.replace("\n", ""), name
+    for name in settings.keys() - {"DO_NOT_TRACK"}:
+        assert f"{name}=" in help_text.replace("\n", ""), name
 
 
 # --- on a server
@@ -222,9 +222,9 @@ def test_there_is_an_entry_for_every_use(deployed: Deployed) -> None:
 def test_the_server_shows_the_form(deployed: Deployed) -> None:
     """Choices, bounds and descriptions reach the page that asks for them, in the order of the form."""
     for name, form in zip(("demo", "run", "sweep", "evaluate", "compare"), FORMS, strict=True):
-        found = deployed.entries[name]["parameter_openapi_schema"]["definitions"][form.__name__]
-        assert found["properties"] == form.model_json_schema()["properties"]
-        assert found["additionalProperties"] is False
+        shown = deployed.entries[name]["parameter_openapi_schema"]["definitions"][form.__name__]
+        assert shown["properties"] == form.model_json_schema()["properties"]
+        assert shown["additionalProperties"] is False
 
 
 @pytest.mark.parametrize(
@@ -251,7 +251,7 @@ def test_the_server_shows_the_form(deployed: Deployed) -> None:
     ],
 )
 def test_the_server_refuses_what_the_form_does_not_allow(deployed: Deployed, name: str, request_: dict) -> None:
-    """It names the field and makes no run of it."""
+    """The answer names the field, and no run is created."""
     before = deployed.server.ask("flow_runs/count", {})
     status, answer = deployed.trigger(name, {"request": request_})
     assert status == 409
@@ -261,13 +261,13 @@ def test_the_server_refuses_what_the_form_does_not_allow(deployed: Deployed, nam
 
 
 def test_the_server_refuses_a_run_without_a_form(deployed: Deployed) -> None:
-    """Parameters that are no form at all."""
+    """Parameters that are no form are refused."""
     assert deployed.trigger("run", {"stride": 16})[0] == 409
     assert deployed.trigger("sweep", {})[0] == 409
 
 
 class Finished(NamedTuple):
-    """What a worker made of one good form for each use; it had no network."""
+    """The runs that a worker without network completed, one for each form."""
 
     deployed: Deployed
     runs: dict[str, str]
@@ -293,18 +293,18 @@ def detections(manifest: Path, folder: Path) -> Path:
 
 
 def scheduled(deployed: Deployed, request: dict[str, Any]) -> str:
-    """Let the server's scheduler make runs of an evaluation, bring the first one forward, and return its id."""
+    """Have the server schedule runs of an evaluation, bring the first one forward, and return its id."""
     daily = {"interval": 86_400, "anchor_date": (datetime.now(UTC) + timedelta(hours=1)).isoformat()}
     entry = deployed.entries["evaluate"]["id"]
-    wanted = [{"active": True, "schedule": daily, "parameters": {"request": request}}]
-    assert deployed.server.answer(f"deployments/{entry}/schedules", wanted)[0] == 201
+    schedules = [{"active": True, "schedule": daily, "parameters": {"request": request}}]
+    assert deployed.server.answer(f"deployments/{entry}/schedules", schedules)[0] == 201
     own = {"flow_runs": {"deployment_id": {"any_": [entry]}}, "sort": "EXPECTED_START_TIME_ASC"}
 
-    def made() -> list[str]:
+    def run_ids() -> list[str]:
         return [run["id"] for run in deployed.server.ask("flow_runs/filter", own) if run["auto_scheduled"]]
 
-    wait(lambda: bool(made()))
-    first = made()[0]
+    wait(lambda: bool(run_ids()))
+    first = run_ids()[0]
     now = {"type": "SCHEDULED", "state_details": {"scheduled_time": datetime.now(UTC).isoformat()}}
     assert deployed.server.answer(f"flow_runs/{first}/set_state", {"state": now, "force": True})[0] == 201
     return first
@@ -313,14 +313,14 @@ def scheduled(deployed: Deployed, request: dict[str, Any]) -> str:
 @pytest.fixture(scope="module")
 def finished(deployed: Deployed, tiny_slides: Path, small_slides: Path) -> Finished:
     common = {"dataset": "manifest", "manifest": str(tiny_slides), "executor": "inline", "overrides": COARSE}
-    found = detections(small_slides, deployed.home / "detections")
-    wanted = {
+    folder = detections(small_slides, deployed.home / "detections")
+    requests = {
         "run": {**common, "name": "one", "stride": 224, "tracking": "off"},
         "sweep": {**common, "name": "many", "stride": [30, 112, 224], "store": ["none"]},
-        "evaluate": {"manifest": str(small_slides), "detections": str(found), "out": "scores", "bootstrap": 20},
+        "evaluate": {"manifest": str(small_slides), "detections": str(folder), "out": "scores", "bootstrap": 20},
     }
-    runs = {"scheduled": scheduled(deployed, {**wanted["evaluate"], "out": "weekly"})}
-    for name, request in wanted.items():
+    runs = {"scheduled": scheduled(deployed, {**requests["evaluate"], "out": "weekly"})}
+    for name, request in requests.items():
         status, answer = deployed.trigger(name, {"request": request})
         assert status == 201, answer
         runs[name] = answer["id"]
@@ -349,7 +349,7 @@ def test_a_worker_completes_what_the_form_says(finished: Finished) -> None:
 
 
 def test_a_scheduled_run_starts(finished: Finished) -> None:
-    """The server's scheduler makes it, and a worker completes it."""
+    """The server's scheduler creates the run, and a worker completes it."""
     run = finished.deployed.run(finished.runs["scheduled"])
     assert (run["auto_scheduled"], run["state_type"]) == (True, "COMPLETED")
     assert (finished.deployed.home / "weekly/summary.json").exists()
@@ -379,24 +379,24 @@ def test_a_sweep_goes_on_after_a_trial_that_fails(finished: Finished) -> None:
 
 
 def test_runs_are_compared_from_a_form(finished: Finished, tmp_path: Path) -> None:
-    """The files lie where the form says, the table is on the page, and the reference is the one that was asked for."""
+    """The files lie where the form says, the table is on the page, and the reference is the requested one."""
     request = {"folders": [str(finished.deployed.home / "runs/many")], "out": str(tmp_path), "reference": "stride=224"}
     status, answer = finished.deployed.trigger("compare", {"request": request})
     assert status == 201, answer
     finished.deployed.server.prefect("worker", "start", "--pool", "wsiflow", "--run-once", cwd=ROOT)
     wait(lambda: finished.deployed.run(answer["id"])["end_time"])
     assert finished.deployed.run(answer["id"])["state_type"] == "COMPLETED"
-    made = Finished(finished.deployed, {"compare": answer["id"]}).artifacts("compare")
-    assert [key for key in made if key.endswith("-table")] == ["wsiflow-compare-many-table"]
+    artifacts = Finished(finished.deployed, {"compare": answer["id"]}).artifacts("compare")
+    assert [key for key in artifacts if key.endswith("-table")] == ["wsiflow-compare-many-table"]
     assert "Differences of" in (tmp_path / "compare.md").read_text()
     assert "to stride=224" in (tmp_path / "compare.md").read_text()
 
 
 def test_an_evaluation_gives_what_the_command_gives(finished: Finished, small_slides: Path, tmp_path: Path) -> None:
-    """The same files, byte for byte."""
+    """The evaluation writes the same files as the command, byte for byte."""
     assert finished.deployed.run(finished.runs["evaluate"])["state_type"] == "COMPLETED"
-    found = finished.deployed.home / "detections"
-    command = ["evaluate", "--manifest", str(small_slides), "--detections", str(found), "--bootstrap", "20"]
+    folder = finished.deployed.home / "detections"
+    command = ["evaluate", "--manifest", str(small_slides), "--detections", str(folder), "--bootstrap", "20"]
     assert cli.main([*command, "--out", str(tmp_path)]) == 0
     names = {path.name for path in tmp_path.glob("*.*") if path.is_file()}
     assert names >= {"summary.json", "cases.csv", "froc.json", "roc.json"}
@@ -409,7 +409,7 @@ def test_an_evaluation_gives_what_the_command_gives(finished: Finished, small_sl
 
 @pytest.fixture
 def scheduler(tmp_path: Path) -> Path:
-    """A folder with commands of a Slurm that has one array, 77, and notes what it is told to cancel."""
+    """Return a folder with commands of a Slurm that has one array, 77, and records what is cancelled."""
     folder = tmp_path / "bin"
     folder.mkdir()
     for name, line in {"squeue": "echo '77_0|RUNNING|long'", "scancel": f'echo "$@" >> {tmp_path}/cancelled'}.items():
@@ -420,7 +420,7 @@ def scheduler(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def worker(deployed: Deployed, scheduler: Path) -> Iterator[psutil.Process]:
-    """A worker that stays."""
+    """Yield a worker that keeps running."""
     env = deployed.server.env | {"PATH": f"{scheduler}:{deployed.server.env['PATH']}"}
     command = [BIN / "prefect", "worker", "start", "--pool", "wsiflow"]
     process = subprocess.Popen(command, env=env, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -431,7 +431,7 @@ def worker(deployed: Deployed, scheduler: Path) -> Iterator[psutil.Process]:
 
 
 def submitted(root: Path) -> None:
-    """Leave what a driver that submitted array 77 to Slurm and died leaves on the disk."""
+    """Write what a driver that was killed after it had submitted array 77 to Slurm leaves on the disk."""
     dialect = compose_config(["executor=slurm_array"]).executor.array.dialect.model_dump(mode="json")
     log = jobs.JobLog(root)
     log.append("driver", host=socket.gethostname(), pid=2**22 + 1, born="never", dialect=dialect)
@@ -441,7 +441,7 @@ def submitted(root: Path) -> None:
 def test_a_cancelled_run_leaves_nothing_behind(
     deployed: Deployed, worker: psutil.Process, small_slides: Path, tmp_path: Path
 ) -> None:
-    """Its processes are gone, and so are the array jobs that its folder knows of."""
+    """The run's processes have ended, and the array jobs that its folder records are cancelled."""
     slow = ["inference=window", "dense.windows=0", "tiles.group_tiles=2"]
     request = {"name": "long", "dataset": "manifest", "manifest": str(small_slides), "tracking": "off"}
     status, run = deployed.trigger("run", {"request": {**request, "stride": 8, "overrides": slow}})

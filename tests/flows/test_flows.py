@@ -15,7 +15,7 @@ from serving import BIN, PrefectServer, environment
 from small_runs import over
 
 from flows import compose, line
-from flows.__main__ import give_home
+from flows.__main__ import ensure_home
 from wsiflow.model.engines import cache
 
 
@@ -33,7 +33,7 @@ def test_a_run_is_one_flow_with_a_task_per_shard(server: PrefectServer, small_sl
     assert done.returncode == 0, done.stderr
     assert f"Prefect server: {server.url}" in done.stdout
     own = {"name": {"any_": ["watched"]}}
-    for _ in range(200):  # the server records what it is told a little later
+    for _ in range(200):  # the server records reports a little later
         tasks = server.ask("task_runs/filter", {"flow_runs": own})
         if len(tasks) == 6 and all(task["state_type"] == "COMPLETED" for task in tasks):
             break
@@ -49,7 +49,7 @@ def test_a_run_is_one_flow_with_a_task_per_shard(server: PrefectServer, small_sl
 
 
 def check_what_its_page_shows(server: PrefectServer, flow_run_id: str) -> None:
-    """Its records, those of its tasks at the tasks, and how far it came."""
+    """See that the page shows the run's records, those of tasks with the tasks, and the progress."""
     own = {"flow_run_id": {"any_": [flow_run_id]}}
     (artifact,) = server.ask("artifacts/filter", {"artifacts": {**own, "key": {"any_": ["wsiflow-progress"]}}})
     assert (artifact["type"], artifact["data"]) == ("progress", 100)
@@ -63,8 +63,8 @@ def check_what_its_page_shows(server: PrefectServer, flow_run_id: str) -> None:
     assert "canary" not in str(records)
 
 
-def test_a_user_without_a_home_gets_a_passing_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a container that runs under any number there may be none, or one that is not there."""
+def test_a_user_without_a_home_gets_a_temporary_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user in a container may have no home, or one that does not exist."""
 
     def absent() -> Path:
         raise RuntimeError("Could not determine home directory.")
@@ -73,24 +73,24 @@ def test_a_user_without_a_home_gets_a_passing_one(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     for home in (absent, lambda: tmp_path / "nowhere"):
         monkeypatch.setattr(Path, "home", home)
-        give_home()
+        ensure_home()
         assert Path(os.environ["HOME"]).parent == tmp_path
         assert cache.cache_folder({}) is None or home is not absent
     monkeypatch.setattr(Path, "home", lambda: tmp_path)
     monkeypatch.setenv("HOME", "mine")
-    give_home()
+    ensure_home()
     assert os.environ["HOME"] == "mine"
 
 
 def test_without_a_server_a_run_says_so_and_goes_on(prefect_home: Path, small_slides: Path, tmp_path: Path) -> None:
-    """An address where nobody answers costs one line."""
+    """An address where no server answers gives one line, and the run goes on."""
     env = environment(prefect_home, PREFECT_API_URL="http://127.0.0.1:9/api")
     command = [BIN / "wsiflow", "run", *overrides(small_slides, tmp_path / "run"), "dataset.limit=1", "executor=inline"]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    said = [line for line in done.stdout.splitlines() if "Prefect" in line]
-    assert len(said) == 1
-    assert said[0].startswith("no Prefect server answers at http://127.0.0.1:9/api: going on")
+    lines = [line for line in done.stdout.splitlines() if "Prefect" in line]
+    assert len(lines) == 1
+    assert lines[0].startswith("no Prefect server answers at http://127.0.0.1:9/api: going on")
     assert done.stderr == ""
 
 
@@ -105,7 +105,7 @@ print(sorted({"prefect", "mlflow", "torch", "openvino"} & sys.modules.keys()))
 def test_a_finished_run_is_looked_through_without_prefect(
     finished: Path, small_slides: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nothing is left to do: what takes seconds to import or to start is not needed to see that."""
+    """A start with nothing left to do imports neither Prefect nor other libraries that take seconds."""
     out = tmp_path / "run"
     shutil.copytree(finished, out)
     command = [sys.executable, "-c", _AGAIN, "run", *over(small_slides, out), "orchestrator=prefect"]

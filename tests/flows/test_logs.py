@@ -37,33 +37,33 @@ def test_options_say_how_much_is_shown(typed: list[str], output: str, errors: li
     with logs.shown(level), logs.shown():
         assert os.environ.get(logs.VARIABLE, "") == level
         say_everything()
-    said = capsys.readouterr()
-    assert said.out == output
-    assert [line.rpartition(" ")[2] for line in said.err.splitlines()] == errors
+    captured = capsys.readouterr()
+    assert captured.out == output
+    assert [line.rpartition(" ")[2] for line in captured.err.splitlines()] == errors
     assert logs.VARIABLE not in os.environ
     say_everything()
     assert capsys.readouterr().out == ""
 
 
 def test_no_record_holds_a_secret(capsys) -> None:
-    """Whoever logs it, in whatever argument, at standard output or error."""
+    """Secrets are removed from every record, whatever logger and argument it has."""
     with logs.shown("INFO"):
         STEPS.warning("no answer from %s", "https://joe:canary@host/?token=canary")
         logs.note("password=canary")
-    said = capsys.readouterr()
-    assert "canary" not in said.out + said.err
-    assert "no answer from https://[redacted]@host/?token=[redacted]" in said.err
+    captured = capsys.readouterr()
+    assert "canary" not in captured.out + captured.err
+    assert "no answer from https://[redacted]@host/?token=[redacted]" in captured.err
 
 
 def test_a_level_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In one line that names those there are."""
+    """The message is one line that names the levels."""
     monkeypatch.setenv(logs.VARIABLE, "loud")
     with pytest.raises(InputError, match="WSIFLOW_LOG_LEVEL is 'LOUD'; set it to one of DEBUG, INFO"), logs.shown():
         pass
 
 
 def test_a_run_says_each_thing_once(tiny_slides: Path, tmp_path: Path, capsys) -> None:
-    """Steps where they are asked for, a slide that is rejected on standard output; with -q the answer alone."""
+    """Steps are shown with -v, rejected slides on standard output, and with -q the result alone."""
     manifest = tmp_path / "manifest.csv"
     lines = tiny_slides.read_text().splitlines()
     slides = [line.replace(",", f",{tiny_slides.parent}/", 1).replace("a.xml", "") for line in lines[1:]]
@@ -71,12 +71,12 @@ def test_a_run_says_each_thing_once(tiny_slides: Path, tmp_path: Path, capsys) -
     manifest.write_text("\n".join([lines[0], *slides, f"broken,{tmp_path}/broken.tif,normal,"]) + "\n")
     run = ["run", *over(manifest, tmp_path / "run", "allow_partial=true", "dense.windows=0")]
     assert command.main([*run, "-v"]) == 10
-    said = capsys.readouterr()
-    rejected = [line for line in said.out.splitlines() if line.startswith("rejected: slide broken")]
+    captured = capsys.readouterr()
+    rejected = [line for line in captured.out.splitlines() if line.startswith("rejected: slide broken")]
     assert len(rejected) == 1
-    assert "broken" not in said.err
+    assert "broken" not in captured.err
     for step in ("3 slides to test", "plan: 2 slides, 1 rejected", "shard done: 1 of its 1 slides are finished"):
-        assert step in said.err
+        assert step in captured.err
     assert command.main([*run, "-q"]) == 10
     quiet = capsys.readouterr()
     assert quiet.out.startswith("PARTIAL: broken is missing")

@@ -1,4 +1,4 @@
-"""What a run is foretold to take: calibration on a few blocks, counts, and the command ``wsiflow plan``."""
+"""Forecasts of what a run takes: calibration on a few blocks, counts, and the command ``wsiflow plan``."""
 
 import csv
 import json
@@ -61,22 +61,22 @@ def test_costs_are_measured_for_every_stage_of_the_run(calibrated: Path) -> None
 
 
 def test_nothing_but_the_costs_is_left_behind(calibrated: Path) -> None:
-    """No file of the few blocks stays: the run's own stages are still to be done."""
+    """Calibration leaves no file of its blocks, so that all stages of the run are still to do."""
     assert not list((calibrated / publish.ATTEMPTS).glob("costs_*"))
     assert not (calibrated / "predictions").exists()
     assert not list((calibrated / publish.RECEIPTS / "predictions").glob("*"))
 
 
 def test_a_plan_foretells_what_the_run_does(small_slides: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """The run finds the plan made, does exactly the tasks that were counted, and then there is nothing left."""
+    """The run uses the published plan, runs exactly the tasks that were counted, and leaves nothing to do."""
     out, report = tmp_path / "run", tmp_path / "report.json"
     arguments = over(small_slides, out)
     assert main(["plan", *arguments, "--workers", "1,2,40", "--scheduler", "slurm", "--json", str(report)]) == 0
-    told = capsys.readouterr().out
-    assert "6 slides, 0 rejected" in told
-    assert "rough values" in told
+    output = capsys.readouterr().out
+    assert "6 slides, 0 rejected" in output
+    assert "rough values" in output
     before = json.loads(report.read_text())
-    assert [found["workers"] for found in before["forecasts"]] == [1, 2, 40]
+    assert [one["workers"] for one in before["forecasts"]] == [1, 2, 40]
     assert before["forecasts"][0]["makespan_s"] > before["forecasts"][2]["makespan_s"]
     published = (out / "plan.json").read_bytes()
     assert main(["run", *arguments]) == 0
@@ -97,15 +97,15 @@ def test_a_plan_foretells_what_the_run_does(small_slides: Path, tmp_path: Path, 
 
 
 def test_costs_measured_elsewhere_are_used(calibrated: Path, tmp_path: Path) -> None:
-    """The file of a calibration is what another plan is foretold with."""
+    """The costs in the file of a calibration are used for the forecast of another plan."""
     (tmp_path / "t.csv").write_text("slide,n_tiles_224\na,100000\n")
     report, costs = tmp_path / "report.json", costs_of(calibrated, ROUGH)
     arguments = ["--tiles", str(tmp_path / "t.csv"), "--costs", str(calibrated / COSTS), "--json", str(report)]
     assert main(["plan", *arguments, "store=none"]) == 0
-    told = json.loads(report.read_text())
+    forecast = json.loads(report.read_text())
     expected = 250 * costs.stages["predict"].fixed_s + 100_000 * costs.stages["predict"].unit_s
-    assert told["core_hours"]["predict"] * 3600 == pytest.approx(expected)
-    assert told["costs"] == "measured, costs.json"
+    assert forecast["core_hours"]["predict"] * 3600 == pytest.approx(expected)
+    assert forecast["costs"] == "measured, costs.json"
 
 
 def test_399_slides_are_planned_from_their_tile_counts(
@@ -125,20 +125,20 @@ def test_399_slides_are_planned_from_their_tile_counts(
         "executor.slice_s=60",
     ]
     assert main(["plan", *arguments, "--json", str(report), "store=none"]) == 0
-    told = json.loads(report.read_text())
-    assert told["slides"] == 399
-    assert told["tiles"] == pytest.approx(0.12 * 79_262_454, rel=1e-4)
-    assert told["tasks"]["predict"] == pytest.approx(told["tiles"] / 400, rel=0.02)
-    assert told["core_hours"]["predict"] == pytest.approx(0.067 * told["tiles"] / 3600, rel=0.02)
-    few, many = told["forecasts"]
-    least_s = sum(told["core_hours"].values()) * 3600 / 64
+    forecast = json.loads(report.read_text())
+    assert forecast["slides"] == 399
+    assert forecast["tiles"] == pytest.approx(0.12 * 79_262_454, rel=1e-4)
+    assert forecast["tasks"]["predict"] == pytest.approx(forecast["tiles"] / 400, rel=0.02)
+    assert forecast["core_hours"]["predict"] == pytest.approx(0.067 * forecast["tiles"] / 3600, rel=0.02)
+    few, many = forecast["forecasts"]
+    least_s = sum(forecast["core_hours"].values()) * 3600 / 64
     assert least_s < few["makespan_s"] < 1.35 * least_s
     assert many["makespan_s"] < few["makespan_s"]
     assert "rough" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["--tiles", "nowhere.csv"], "nowhere.csv"),
         (["--tiles", "{here}/t.csv", "--calibrate"], "no pixels"),
@@ -147,13 +147,13 @@ def test_399_slides_are_planned_from_their_tile_counts(
     ],
 )
 def test_what_cannot_be_planned_is_refused_in_one_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture, arguments: list[str], told: str
+    tmp_path: Path, capsys: pytest.CaptureFixture, arguments: list[str], message: str
 ) -> None:
-    """Exit code 20, and the cause."""
+    """The command ends with exit code 20, and names the cause."""
     (tmp_path / "t.csv").write_text("slide,n_tiles_224\na,100\n")
     assert main(["plan", *(word.format(here=tmp_path) for word in arguments)]) == 20
     error = capsys.readouterr().err
-    assert told in error
+    assert message in error
     assert error.count("\n") == 1
 
 

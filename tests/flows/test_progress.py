@@ -1,4 +1,4 @@
-"""How far a run is, shown while it runs: lines in a log, nothing where nothing is wanted. Terminals: test_stopping."""
+"""The progress of a run as lines, and none where none is requested; the display is tested in test_stopping."""
 
 import queue
 import threading
@@ -14,9 +14,9 @@ PATIENCE_S = 60
 
 
 class Watching:
-    """Somebody else who is shown the progress."""
+    """A view besides those of the user."""
 
-    first_s, interval_s, wants_end = 1e9, 1e9, True
+    first_s, interval_s, shows_end = 1e9, 1e9, True
 
     def __init__(self) -> None:
         self.seen: list[Snapshot] = []
@@ -33,28 +33,28 @@ def threads() -> list[str]:
 
 
 def test_a_log_has_a_line_now_and_then(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As often as it is asked for, until the run ends, however it does; who wants to is shown the end."""
+    """Lines come at the requested interval until the run ends, and views that show the end get a last snapshot."""
     lines: queue.SimpleQueue[str] = queue.SimpleQueue()
     monkeypatch.setattr(terminal, "remark", lines.put)
     monkeypatch.setenv(progress.VARIABLE, "0.01")
     expected, other = Follower(finished).look(), Watching()
     assert expected is not None
-    said = []
+    shown_lines = []
 
     def body() -> None:
-        said.extend(lines.get(timeout=PATIENCE_S) for _ in range(2))
+        shown_lines.extend(lines.get(timeout=PATIENCE_S) for _ in range(2))
         raise OSError("the disk is full")
 
     with pytest.raises(OSError, match="full"), progress.shown(finished, [other]):
         body()
-    assert said == [expected.as_text()] * 2
+    assert shown_lines == [expected.as_text()] * 2
     assert threads() == []
     assert other.seen == [expected]
 
 
 @pytest.mark.parametrize("quiet", ["by its option", "by its interval"])
 def test_nothing_is_shown_where_nothing_is_wanted(finished: Path, monkeypatch: pytest.MonkeyPatch, quiet: str) -> None:
-    """Nobody looks either."""
+    """No thread reads the folder either."""
     monkeypatch.setenv(progress.VARIABLE, "0" if quiet == "by its interval" else "0.01")
     with logs.shown("ERROR" if quiet == "by its option" else ""), progress.shown(finished):
         assert threads() == []

@@ -39,7 +39,7 @@ def wait(what: Callable[[], bool], *, seconds: float = 60) -> None:
 
 
 def test_a_temporary_server_ends_with_its_parent(tmp_path: Path) -> None:
-    """However that dies; until the server has ended it keeps the database that nobody else may open."""
+    """The server ends even where its parent was killed, and keeps its database locked until then."""
     env = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
     with subprocess.Popen(
         [sys.executable, "-c", _A_DRIVER],
@@ -59,25 +59,25 @@ def test_a_temporary_server_ends_with_its_parent(tmp_path: Path) -> None:
 
 
 def test_a_server_with_a_key_is_used_with_it_and_refused_without(tmp_path: Path, monkeypatch) -> None:
-    """It is never passed over for a temporary one in silence."""
+    """Such a server is never replaced silently by a temporary one."""
     monkeypatch.setenv("PREFECT_SERVER_API_AUTH_STRING", "admin:open")
     with temporary_settings({PREFECT_HOME: tmp_path}), server._temporary_server(None) as url:
         monkeypatch.delenv("PREFECT_SERVER_API_AUTH_STRING")
         known = {PREFECT_API_URL: url, PREFECT_API_AUTH_STRING: "admin:open"}
-        with temporary_settings(known), server.chosen_server() as said:
-            assert said == f"Prefect server: {url}"
+        with temporary_settings(known), server.chosen_server() as message:
+            assert message == f"Prefect server: {url}"
         refusal = pytest.raises(EnvironmentFault, match=r"refuses this user \(401\); set PREFECT_API_KEY")
         with temporary_settings({**known, PREFECT_API_AUTH_STRING: "admin:guessed"}), refusal:
             server.answers(url)
 
 
 def test_nobody_there_is_no_answer() -> None:
-    """Nothing that listens, no address, or what is none."""
+    """No server answers at a closed port, an empty address or a malformed one."""
     assert not any(server.answers(url) for url in ("http://127.0.0.1:9/api", "", "not an address"))
 
 
 def test_one_temporary_server_at_a_time_has_the_home_of_prefect(tmp_path: Path) -> None:
-    """Two runs at once without a server: the later one is told that it leaves no history, and touches no other's."""
+    """Of two runs without a server, the later one prints that it leaves no history, and leaves that of the other."""
     with temporary_settings({PREFECT_HOME: tmp_path}):
         with server._own_database() as (first, _):
             assert first == ""
@@ -92,7 +92,7 @@ def test_one_temporary_server_at_a_time_has_the_home_of_prefect(tmp_path: Path) 
 
 
 def test_a_home_that_cannot_be_used_is_replaced(tmp_path: Path) -> None:
-    """By a passing one, which is said: any user id in a container."""
+    """A temporary home replaces it, and a note says so: a user id in a container may have no usable home."""
     (tmp_path / "file").write_text("")
     with temporary_settings({PREFECT_HOME: tmp_path / "file/.prefect"}), server._own_database() as (where, lock):
         assert "leaves no history, since Prefect's home" in where
@@ -101,7 +101,7 @@ def test_a_home_that_cannot_be_used_is_replaced(tmp_path: Path) -> None:
 
 
 def test_a_temporary_server_that_does_not_start_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At once and in one line, with ways to go on; the quiet of the command's own console does not hide the cause."""
+    """The message is one line with the cause and with remedies, although the command's console is quiet."""
     monkeypatch.setenv("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
     broken = {
         PREFECT_HOME: tmp_path,
@@ -114,8 +114,8 @@ def test_a_temporary_server_that_does_not_start_says_why(tmp_path: Path, monkeyp
     assert "\n" not in str(refused.value)
 
 
-def test_a_user_without_a_home_gets_a_passing_one(monkeypatch, capsys) -> None:
-    """No HOME and no entry for the user id: what libraries keep there has a place."""
+def test_a_user_without_a_home_gets_a_temporary_one(monkeypatch, capsys) -> None:
+    """A user without HOME and without an entry gets a folder for what libraries keep there."""
 
     def nobody(_uid: int) -> None:
         raise KeyError("no such user")

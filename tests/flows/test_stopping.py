@@ -42,7 +42,7 @@ class Running:
     def __init__(self, line: list[str], env: dict[str, str], folder: Path, *, watched: bool = False) -> None:
         self._keyboard, terminal = os.openpty()
         self._errors = folder / "stderr"
-        self._said: list[bytes] = []
+        self._chunks: list[bytes] = []
         with self._errors.open("wb") as errors:
             self._process = subprocess.Popen(
                 [sys.executable, "-c", _ON_A_TERMINAL, *line],
@@ -60,7 +60,7 @@ class Running:
     def wait_for(self, condition: Callable[[], object]) -> None:
         end = time.monotonic() + 4 * PATIENCE_S
         while not condition():
-            assert self._process.poll() is None, f"it ended too early: {self.said} {self.errors}"
+            assert self._process.poll() is None, f"it ended too early: {self.output} {self.errors}"
             assert time.monotonic() < end, "it did not happen in time"
             time.sleep(0.02)
         self._started |= set(psutil.Process(self._process.pid).children(recursive=True))
@@ -85,8 +85,8 @@ class Running:
         return self._errors.read_text()
 
     @property
-    def said(self) -> str:
-        return b"".join(self._said).decode()
+    def output(self) -> str:
+        return b"".join(self._chunks).decode()
 
     @property
     def started(self) -> list[psutil.Process]:
@@ -107,12 +107,12 @@ class Running:
                 data = os.read(self._keyboard, 1 << 16)
             except OSError:  # nobody has the terminal open any more
                 return
-            self._said.append(data)
+            self._chunks.append(data)
 
 
 @pytest.fixture
 def start(prefect_home: Path, tmp_path: Path) -> Iterator[Callable[..., Running]]:
-    """Start commands on terminals; none outlives its test."""
+    """Yield a function that starts commands on terminals, and end them with the test."""
     running: list[Running] = []
 
     def begin(*arguments: str, watched: bool = False, **more: str) -> Running:
@@ -135,7 +135,7 @@ def many(manifest: Path, out: Path, *more: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def expected(small_slides: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The published bytes of a run that nobody disturbs."""
+    """Return what a run publishes when nothing stops it."""
     out = tmp_path_factory.mktemp("undisturbed") / "run"
     assert command.main(["run", *many(small_slides, out)]) == 0
     return digests(out)
@@ -145,11 +145,11 @@ WATCHED = {"TERM": "xterm", "WSIFLOW_PROGRESS_S": "1"}
 
 
 def assert_display_is_gone(running: Running, first: str) -> None:
-    """See that the progress was shown, and that a terminal has no trace of it, before what is printed at the end."""
-    assert re.search(r"predict .* of \d+.*0 of 1 slides, [\d,]+ of [\d,]+ tiles", running.said, re.DOTALL)
-    assert running.said.rindex("\x1b[?25h") > running.said.rindex("\x1b[?25l"), "the cursor is back"
+    """See that the display was shown, and that it was erased from the terminal before the last line."""
+    assert re.search(r"predict .* of \d+.*0 of 1 slides, [\d,]+ of [\d,]+ tiles", running.output, re.DOTALL)
+    assert running.output.rindex("\x1b[?25h") > running.output.rindex("\x1b[?25l"), "the cursor is back"
     lines, row, column = [""], 0, 0
-    for sign in re.findall(r"\x1b\[[?\d;]*[A-Za-z]|.", running.said, re.DOTALL):
+    for sign in re.findall(r"\x1b\[[?\d;]*[A-Za-z]|.", running.output, re.DOTALL):
         if sign == "\x1b[1A":
             row -= 1
         elif sign == "\x1b[2K":
@@ -188,7 +188,7 @@ def test_a_signal_ends_a_run_with_one_line(
     orchestrator: str,
     number: int,
 ) -> None:
-    """In the middle of the predictions, from the foreground of a terminal; a second start ends with the same bytes."""
+    """A signal in the middle of the predictions ends the run, and a second start publishes the same bytes."""
     out = tmp_path / "run"
     more = [f"executor={executor}", f"orchestrator={orchestrator}"]
     more += [] if executor == "inline" else ["executor.workers=2"]
@@ -203,7 +203,7 @@ def test_a_signal_ends_a_run_with_one_line(
     done, left = map(int, counted.groups())
     assert done == len(receipts(out)) > 0
     assert left > 0
-    assert "Traceback" not in running.said
+    assert "Traceback" not in running.output
     if is_continued:
         running = start("run", *many(small_slides, out, *more), watched=True, **WATCHED)
         assert running.end() == 0
@@ -212,12 +212,12 @@ def test_a_signal_ends_a_run_with_one_line(
 
 
 def test_a_signal_leaves_no_display_behind(start: Callable[..., Running], small_slides: Path, tmp_path: Path) -> None:
-    """Where people watch: the one line, and the terminal as it was."""
+    """On a terminal the display is erased, and only the one line remains."""
     running = start("run", *many(small_slides, tmp_path / "run", ENDLESS), watched=True, **WATCHED)
-    running.wait_for(lambda: "0 of 1 slides, " in running.said and "tiles/s" in running.said)
+    running.wait_for(lambda: "0 of 1 slides, " in running.output and "tiles/s" in running.output)
     assert running.stop(signal.SIGINT) == 130
     assert_display_is_gone(running, "stopped: ")
-    assert running.said.endswith("left; the same command goes on\r\n")
+    assert running.output.endswith("left; the same command goes on\r\n")
 
 
 @pytest.mark.parametrize(("scheduler", "orchestrator", "number"), [("slurm", "prefect", 2), ("sge", "none", 15)])
@@ -230,7 +230,7 @@ def test_a_signal_takes_array_jobs_along(
     orchestrator: str,
     number: int,
 ) -> None:
-    """Elements that run and that wait are cancelled, and the line says so."""
+    """Running and waiting elements are cancelled, and the line says so."""
     env, out = request.getfixturevalue(scheduler), tmp_path / "run"
     more = [f"executor={scheduler}_array", f"orchestrator={orchestrator}", *ARRAY, ENDLESS]
     running = start("run", *many(small_slides, out, *more), **env)
@@ -246,7 +246,7 @@ def test_a_signal_takes_array_jobs_along(
 
 
 def test_a_signal_ends_retry_and_plan_too(start: Callable[..., Running], small_slides: Path, tmp_path: Path) -> None:
-    """A plan that measures costs, then a run in its folder, then `retry` of what is there."""
+    """A signal ends a plan that measures costs, then a run in its folder, then `retry` of that run."""
     out, more = tmp_path / "run", [ENDLESS, "executor=process"]
     running = start("plan", *many(small_slides, out, *more), "--calibrate")
     running.wait_for((out / "plan.json").exists)
@@ -264,7 +264,7 @@ def test_a_signal_ends_retry_and_plan_too(start: Callable[..., Running], small_s
 
 
 def test_a_signal_ends_a_whole_sweep(start: Callable[..., Running], small_slides: Path, tmp_path: Path) -> None:
-    """The trials that follow are not started."""
+    """The sweep ends, and its next trials are not started."""
     out = tmp_path / "sweep"
     running = start("run", "-m", *many(small_slides, out, ENDLESS, "seed=1,2,3"))
     running.wait_for(lambda: list(out.glob("*/receipts/predictions/*/*.json")))
@@ -274,14 +274,14 @@ def test_a_signal_ends_a_whole_sweep(start: Callable[..., Running], small_slides
 
 
 def test_trials_at_once_end_with_their_sweep(start: Callable[..., Running], small_slides: Path, tmp_path: Path) -> None:
-    """Processes of joblib are gone too, and say nothing."""
+    """The processes of joblib end too, and print nothing."""
     out = tmp_path / "sweep"
     more = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "seed=1,2,3", ENDLESS]
     running = start("run", "-m", *many(small_slides, out, *more))
     running.wait_for(lambda: list(out.glob("*/receipts/predictions/*/*.json")))
     assert running.stop(signal.SIGINT) == 130
     assert LINE.fullmatch(running.errors), running.errors
-    assert "Traceback" not in running.said
+    assert "Traceback" not in running.output
 
 
 STUBBORN = """
@@ -301,7 +301,7 @@ sys.exit(stopping.run(command))
 
 @pytest.mark.parametrize("presses", [1, 2])
 def test_a_second_signal_ends_it_at_once(tmp_path: Path, presses: int) -> None:
-    """What hangs while it is cleaned up is left alone after a while, or at once when the user insists."""
+    """Cleaning up that hangs is given up after two seconds, or at once at a second signal."""
     (tmp_path / "stubborn.py").write_text(textwrap.dedent(STUBBORN))
     running = Running([sys.executable, str(tmp_path / "stubborn.py")], dict(os.environ), tmp_path)
     running.wait_for((tmp_path / "begun").exists)
@@ -310,8 +310,8 @@ def test_a_second_signal_ends_it_at_once(tmp_path: Path, presses: int) -> None:
         running.wait_for((tmp_path / "cleaning").exists)
         os.write(running._keyboard, b"\x03")
     assert running.end() == 130
-    said = {1: "stopped: 1 tasks done, 2 left", 2: "stopped at once"}[presses]
-    assert running.errors == f"{said}; the same command goes on\n"
+    line = {1: "stopped: 1 tasks done, 2 left", 2: "stopped at once"}[presses]
+    assert running.errors == f"{line}; the same command goes on\n"
     running.close()
 
 

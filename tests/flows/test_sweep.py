@@ -55,8 +55,8 @@ def test_a_sweep_of_two_good_jobs_and_a_bad_one(small_slides: Path, tmp_path: Pa
     assert main(["run", "-m", "inference.stride=112,30,224", *arguments]) == 20
     assert not [path for path in (tmp_path / "sweep").rglob("*") if path.is_file() and b"canary" in path.read_bytes()]
     assert "EXAMPLE_API_KEY" in (tmp_path / "sweep/multirun.yaml").read_text()
-    said = capsys.readouterr()
-    assert "inference.stride is 30" in said.err
+    output = capsys.readouterr()
+    assert "inference.stride is 30" in output.err
     for stride in (112, 224):
         assert (tmp_path / f"sweep/inference.stride={stride}/evaluation/summary.json").exists()
     client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
@@ -104,7 +104,7 @@ def test_trials_are_slurm_jobs(slurm: dict[str, str], small_slides: Path, tmp_pa
     assert len(list((tmp_path / "sweep/.submitit").glob("*_[01]"))) == 2
 
 
-# --- names and marks, without a run
+# --- names and records, without a run
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ def test_trials_are_slurm_jobs(slurm: dict[str, str], small_slides: Path, tmp_pa
     ],
 )
 def test_no_two_trials_have_one_folder(axis: str) -> None:
-    """On any disk: whatever the case, the form of a letter and the length; the same names each time."""
+    """Names differ on every disk, whatever their case, Unicode form or length, and are the same each time."""
     names = list(command.sweep_jobs([axis]))
     assert list(command.sweep_jobs([axis])) == names
     assert len({name.casefold() for name in names}) == len(names) >= 2
@@ -136,7 +136,7 @@ def test_no_two_trials_have_one_folder(axis: str) -> None:
 
 
 def test_no_folder_is_named_by_a_secret(tmp_path: Path) -> None:
-    """A swept address with a password: neither the trial's folder nor what claims it shows the password."""
+    """Where an address with a password is swept, neither the trial's folder nor its claim shows the password."""
     swept = [f"tracking.uri='http://bob:canary{n}@one/'" for n in (1, 2)]
     names = [sweeps.folder_name([one]) for one in swept]
     assert len(set(names)) == 2
@@ -144,12 +144,12 @@ def test_no_folder_is_named_by_a_secret(tmp_path: Path) -> None:
     sweeps.claim(tmp_path, swept[:1])
     assert "canary" not in "".join(path.read_text() for path in tmp_path.rglob("*") if path.is_file())
     sweeps.claim(tmp_path, swept[:1])
-    with pytest.raises(InputError, match="that of the trial"):
+    with pytest.raises(InputError, match="belongs to the trial"):
         sweeps.claim(tmp_path, swept[1:])
 
 
 def test_plain_names_stay_as_they_were() -> None:
-    """So that a sweep that is started again finds its folders."""
+    """Plain overrides are names of folders, so that a restarted sweep finds its folders."""
     jobs = command.sweep_jobs(["inference.stride=16,32", "stain=none,macenko", "name='a b'"])
     strides_and_stains = [(stride, stain) for stride in (16, 32) for stain in ("none", "macenko")]
     assert list(jobs) == [f"inference.stride={stride},stain={stain}" for stride, stain in strides_and_stains]
@@ -158,7 +158,7 @@ def test_plain_names_stay_as_they_were() -> None:
 
 
 def test_all_trials_are_in_the_folder_of_their_sweep() -> None:
-    """Also where names or data sets, by which a run's own folder is called, are what is swept."""
+    """All trials have folders in one place, even where names or data sets are swept, by which runs are named."""
     for axis in ("name=a,b", "dataset.seed=1,2"):
         jobs = command.sweep_jobs([axis])
         assert len({command.compose_config(job, job=name).out.parent for name, job in jobs.items()}) == 1
@@ -167,7 +167,7 @@ def test_all_trials_are_in_the_folder_of_their_sweep() -> None:
 
 
 def test_a_sweep_without_out_makes_no_other_folders(tmp_path: Path, monkeypatch, capsys) -> None:
-    """Hydra makes those of its trials; each of these is refused, and there is no other folder than the sweep's."""
+    """Where every trial is refused, Hydra creates the sweep's folder, and nothing else is created."""
     monkeypatch.chdir(tmp_path)
     quick = ["dataset=single", "orchestrator=none", "tracking=off", "executor=inline", "seed=-1"]
     assert main(["run", "-m", "dataset.path=/absent/a/s.svs,/absent/b/s.svs", "name=one,two", *quick]) == 20
@@ -176,55 +176,55 @@ def test_a_sweep_without_out_makes_no_other_folders(tmp_path: Path, monkeypatch,
 
 
 def test_a_folder_belongs_to_one_trial(tmp_path: Path) -> None:
-    """Another one that comes to the same folder, by whatever way, is refused; the same may come again."""
+    """Another trial with the same folder is refused, and the same trial may use it again."""
     sweeps.claim(tmp_path, ["name=a/b"])
     sweeps.claim(tmp_path, ["name=a/b"])
-    with pytest.raises(InputError, match="is that of the trial 'name=a/b', this one is 'name=a_b'"):
+    with pytest.raises(InputError, match="belongs to the trial 'name=a/b', this one is 'name=a_b'"):
         sweeps.claim(tmp_path, ["name=a_b"])
     assert [path.name for path in (tmp_path / "receipts").iterdir()] == ["trial"]
 
 
 @pytest.fixture
-def marked(tmp_path: Path, monkeypatch) -> Path:
-    """A sweep of three trials, as its process knows it."""
+def records(tmp_path: Path, monkeypatch) -> Path:
+    """Return the folder of records of a sweep with three trials, to which this process belongs."""
     folder = tmp_path / ".trials/mine"
-    shared = {"name": "s", "out": str(tmp_path), "folder": str(folder), "given": [], "alike": []}
+    shared = {"name": "s", "out": str(tmp_path), "folder": str(folder), "overrides": [], "alike": []}
     monkeypatch.setenv("WSIFLOW_SWEEP", json.dumps(shared))
     monkeypatch.setattr(sweeps, "_planned", ["a", "b", "c"])
-    sweeps._make_marks(folder)
+    sweeps._create_records(folder)
     return folder
 
 
-def test_a_trial_that_leaves_no_word_has_failed(marked: Path) -> None:
-    """It was killed, or its word is gone or torn."""
-    sweeps.ended(0, "a", 0)
-    sweeps.ended(1, "b", 20)
-    assert [(one.name, one.exit_code, one.told) for one in sweeps._trials()] == [
+def test_a_trial_that_leaves_no_record_has_failed(records: Path) -> None:
+    """A trial without a record, or with half of one, has failed: it was killed."""
+    sweeps.record_end(0, "a", 0)
+    sweeps.record_end(1, "b", 20)
+    assert [(one.name, one.exit_code, one.reported) for one in sweeps._trials()] == [
         ("a", 0, True),
         ("b", 20, True),
         ("c", 30, False),
     ]
-    (marked / "0.json").write_text("[")
+    (records / "0.json").write_text("[")
     assert sweeps.end()[0] == ("a", 30, False)
-    assert not marked.parent.exists()
+    assert not records.parent.exists()
     assert "WSIFLOW_SWEEP" not in os.environ
 
 
-def test_sweeps_in_one_folder_have_marks_of_their_own(marked: Path) -> None:
-    """One that begins removes what dead ones left, and nothing of one that lives."""
-    dead = marked.parent / "dead"
+def test_sweeps_in_one_folder_have_records_of_their_own(records: Path) -> None:
+    """A sweep that starts removes the folders of sweeps that were killed, and none of a running one."""
+    dead = records.parent / "dead"
     dead.mkdir()
     (dead / "lock").touch()
-    other = marked.parent / "other"
-    sweeps._make_marks(other)
-    assert {path.name for path in marked.parent.iterdir()} == {"mine", "other"}
-    sweeps.ended(0, "a", 20)
+    other = records.parent / "other"
+    sweeps._create_records(other)
+    assert {path.name for path in records.parent.iterdir()} == {"mine", "other"}
+    sweeps.record_end(0, "a", 20)
     sweeps.end()
     assert other.exists()
 
 
 def test_a_failed_trial_is_no_part_of_the_comparison(tiny_slides: Path, tmp_path: Path, capsys) -> None:
-    """Its folder has the scores of an earlier start with other settings, which is why it is refused."""
+    """A refused trial, whose folder has scores of other settings, is left out of the comparison."""
     out = tmp_path / "sweep"
     common = over(tiny_slides, out)
     assert main(["run", "-m", *common, "inference.stride=112,224"]) == 0
