@@ -80,15 +80,6 @@ def _composed(overrides: Sequence[str]) -> DictConfig:
         raise explain_refusal(error, overrides) from error
 
 
-def sweep_jobs(overrides: Sequence[str]) -> dict[str, list[str]]:
-    """Return the overrides of every trial of ``wsiflow run -m``, by the name of the trial.
-
-    Raises:
-        InputError: An override cannot be parsed.
-    """
-    return {name: job.overrides for name, job in trials(overrides).items()}
-
-
 def trials(overrides: Sequence[str]) -> dict[str, sweep.TrialOverrides]:
     """Return the trials into which ``wsiflow run -m`` splits overrides, by name, all in the folder of one sweep.
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from flows.compose import trials
 from wsiflow.evaluation import evaluate
 from wsiflow.evaluation.matches import EvaluationRecord, SlideRecord
 from wsiflow.run import tracking
@@ -119,3 +120,8 @@ def write_folder(root: Path, found: EvaluationRecord, core_hours: float | None =
     summary = {} if core_hours is None else {"throughput.core_hours": core_hours}
     (root / "evaluation/summary.json").write_text(json.dumps(summary))
     return root
+
+
+def jobs_of(overrides: Sequence[str]) -> dict[str, list[str]]:
+    """Return the overrides of every job that ``wsiflow run -m`` would make of these, by the job's name."""
+    return {name: job.overrides for name, job in trials(overrides).items()}

@@ -5,9 +5,10 @@ import shlex
 from pathlib import Path
 
 import pytest
+from swept import jobs_of
 
 from flows import cli
-from flows.compose import compose_config, sweep_jobs
+from flows.compose import compose_config
 
 ROOT = Path(__file__).parents[1]
 PAGES = (
@@ -85,7 +86,7 @@ def sweeps() -> list[tuple[str, ...]]:
 @pytest.mark.parametrize("words", sweeps(), ids=" ".join)
 def test_every_trial_of_the_sweeps_in_the_documents_is_accepted(words: tuple[str, ...]) -> None:
     """Each combination composes, has a folder of its own, and shares with those of its repeat only."""
-    trials = {job: compose_config(asked, job=job) for job, asked in sweep_jobs(words).items()}
+    trials = {job: compose_config(asked, job=job) for job, asked in jobs_of(words).items()}
     assert len(trials) > 1
     assert len({config.out for config in trials.values()}) == len(trials)
     assert len({config.share for config in trials.values()}) == len({config.repeat for config in trials.values()})
@@ -96,7 +97,7 @@ def test_other_keys_are_further_axes_of_an_experiment() -> None:
     axes = ["inference.engine=dense,window", "inference.precision=fp32,bf16,int8", "inference.stride=16,56"]
     axes += ["stain=none,macenko", "geometry.spacing=model,native", "store.compression=none,jpeg"]
     axes += ["tiles.group_tiles=100,400", "repeat=1,2,3"]
-    jobs = sweep_jobs(["experiment=stride_tradeoff", *axes])
+    jobs = jobs_of(["experiment=stride_tradeoff", *axes])
     assert len(jobs) == 2 * 3 * 2 * 2 * 2 * 2 * 2 * 3
     job, asked = list(jobs.items())[-1]
     last = compose_config(asked, job=job)

@@ -16,9 +16,10 @@ import mlflow
 import psutil
 import pytest
 from serving import BIN, PrefectServer, end
+from swept import jobs_of
 
 from flows import cli, forms
-from flows.compose import compose_config, sweep_jobs
+from flows.compose import compose_config
 from wsiflow.errors import InputError
 from wsiflow.model.choice import InferenceParams
 from wsiflow.run.executor import jobs
@@ -76,7 +77,7 @@ def test_every_field_is_described(form: type[forms.Form]) -> None:
 def test_an_untouched_form_is_the_command_without_arguments() -> None:
     """A form that nobody has filled in gives the values of ``conf/``."""
     assert compose_config(forms.Run().to_overrides()) == compose_config([])
-    assert sweep_jobs(forms.Sweep().to_overrides()) == {"": forms.Sweep().to_overrides()}
+    assert jobs_of(forms.Sweep().to_overrides()) == {"": forms.Sweep().to_overrides()}
 
 
 GIVEN = {
@@ -124,7 +125,7 @@ def test_what_cannot_go_together_is_refused_in_one_line() -> None:
 def test_a_sweep_is_every_combination_of_its_lists() -> None:
     """Lists of the form and swept overrides are combined, and named as ``wsiflow run -m`` names them."""
     form = forms.Sweep(stride=[56, 112], stain=["none", "macenko"], overrides=["lesions.threshold=0.3,0.5"])
-    jobs = sweep_jobs(form.to_overrides())
+    jobs = jobs_of(form.to_overrides())
     assert len(jobs) == 8
     assert "inference.stride=112,stain=macenko,lesions.threshold=0.5" in jobs
     folder = compose_config(forms.Sweep().to_overrides()).out

@@ -11,6 +11,7 @@ import mlflow
 import pytest
 from serving import environment
 from small_runs import over
+from swept import jobs_of
 
 from flows import compose as command
 from flows import sweep as sweeps
@@ -126,8 +127,8 @@ def test_trials_are_slurm_jobs(slurm: dict[str, str], small_slides: Path, tmp_pa
 )
 def test_no_two_trials_have_one_folder(axis: str) -> None:
     """Names differ on every disk, whatever their case, Unicode form or length, and are the same each time."""
-    names = list(command.sweep_jobs([axis]))
-    assert list(command.sweep_jobs([axis])) == names
+    names = list(jobs_of([axis]))
+    assert list(jobs_of([axis])) == names
     assert len({name.casefold() for name in names}) == len(names) >= 2
     for name in names:
         assert "/" not in name
@@ -150,7 +151,7 @@ def test_no_folder_is_named_by_a_secret(tmp_path: Path) -> None:
 
 def test_plain_names_stay_as_they_were() -> None:
     """Plain overrides are names of folders, so that a restarted sweep finds its folders."""
-    jobs = command.sweep_jobs(["inference.stride=16,32", "stain=none,macenko", "name='a b'"])
+    jobs = jobs_of(["inference.stride=16,32", "stain=none,macenko", "name='a b'"])
     strides_and_stains = [(stride, stain) for stride in (16, 32) for stain in ("none", "macenko")]
     assert list(jobs) == [f"inference.stride={stride},stain={stain}" for stride, stain in strides_and_stains]
     assert sweeps.folder_name(["name='a b'"]) == "name='a b'"
@@ -160,10 +161,10 @@ def test_plain_names_stay_as_they_were() -> None:
 def test_all_trials_are_in_the_folder_of_their_sweep() -> None:
     """All trials have folders in one place, even where names or data sets are swept, by which runs are named."""
     for axis in ("name=a,b", "dataset.seed=1,2"):
-        jobs = command.sweep_jobs([axis])
+        jobs = jobs_of([axis])
         assert len({command.compose_config(job, job=name).out.parent for name, job in jobs.items()}) == 1
     with pytest.raises(InputError, match="out is the folder of the whole sweep"):
-        command.sweep_jobs(["out=runs/a,runs/b"])
+        jobs_of(["out=runs/a,runs/b"])
 
 
 def test_a_sweep_without_out_makes_no_other_folders(tmp_path: Path, monkeypatch, capsys) -> None:
