@@ -23,10 +23,10 @@ def add_options(parser: ArgumentParser) -> None:
 def main(arguments: Namespace) -> int:
     """Say how far the run has come."""
     root = arguments.run
-    told = ingest.told(root)
-    if told is None:
+    cases_path = ingest.newest_cases(root)
+    if cases_path is None:
         raise InputError(*_no_run(root), path=root)
-    cases = json.loads(told.read_text(encoding="utf-8"))["cases"]
+    cases = json.loads(cases_path.read_text(encoding="utf-8"))["cases"]
     plans = publish.generations(root, "plan.json")
     n_ingested = ingested(root, (case["slide_id"] for case in cases))
     if not plans:

@@ -110,7 +110,7 @@ class Follower:
         return self._planned.snapshot(time.time())
 
     def _before_plan(self) -> Snapshot | None:
-        source = ingest.told(self._root)
+        source = ingest.newest_cases(self._root)
         if source is None:
             return None
         slides = [case.slide_id for case in read_cases(source)[1]]

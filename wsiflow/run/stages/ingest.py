@@ -324,7 +324,7 @@ def make_plan(source: Path, outcomes: Sequence[Outcome]) -> Path:
     return publish_plan(root, plan)
 
 
-def told(root: Path) -> Path | None:
+def newest_cases(root: Path) -> Path | None:
     """Return the newest ``cases.json`` of a folder, None where it holds no run.
 
     A start that asked for other settings or fewer slides than the folder's plan has was refused: it left its word, but
@@ -339,7 +339,7 @@ def told(root: Path) -> Path | None:
 
 def shared_folder(root: Path) -> Path | None:
     """Return the folder that a run shares with the other trials of its sweep, None where it shares nothing."""
-    source = told(root)
+    source = newest_cases(root)
     return read_cases(source)[0].share if source else None
 
 
