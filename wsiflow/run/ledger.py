@@ -50,7 +50,7 @@ def _names(folder: Path) -> set[str]:
         return set()
 
 
-def told(roots: Iterable[Path]) -> str:
+def summary(roots: Iterable[Path]) -> str:
     """Say in a few words how far some runs have come."""
     found = [balance(root, latest_plan(root)) for root in roots if publish.generations(root, "plan.json")]
     if not found:
