@@ -34,7 +34,7 @@ def main(arguments: Namespace) -> int:
         say(f"ingest {n_ingested} of {len(cases)}")
     missing = _say_stages(root, plans[-1], n_ingested) if plans else ["a plan"]
     say(f"not complete: it lacks {', '.join(missing)}" if missing else "complete")
-    for sentence in driver.told(root):
+    for sentence in driver.describe_drivers(root):
         say(sentence)
     listed = root / "process_list.csv"
     if listed.exists():

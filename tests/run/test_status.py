@@ -81,19 +81,21 @@ def test_who_runs_it_now_is_told_and_who_was_killed(tmp_path: Path) -> None:
     try:
         assert process.stdout is not None
         assert process.stdout.readline() == "on\n"
-        assert driver.told(tmp_path)[0].startswith(f"process {process.pid} on {os.uname().nodename} runs it now, since")
+        assert driver.describe_drivers(tmp_path)[0].startswith(
+            f"process {process.pid} on {os.uname().nodename} runs it now, since"
+        )
     finally:
         process.kill()
         process.communicate()
-    assert f"nobody runs it now: process {process.pid} on" in driver.told(tmp_path)[0]
-    assert "is gone without a word" in driver.told(tmp_path)[0]
+    assert f"nobody runs it now: process {process.pid} on" in driver.describe_drivers(tmp_path)[0]
+    assert "is gone without a word" in driver.describe_drivers(tmp_path)[0]
     time.sleep(0.01)  # a later time is noted
     with pytest.raises(ValueError, match="canary"), driver.noted(tmp_path):
         raise ValueError("no answer from http://bob:canary@host/")
     assert "canary" not in (tmp_path / driver.LOG).read_text()
     with pytest.raises(ValueError, match="odd"), driver.noted(tmp_path):
         raise ValueError("odd")
-    assert driver.told(tmp_path)[0].endswith("with exit code 50 (ValueError: odd)")
+    assert driver.describe_drivers(tmp_path)[0].endswith("with exit code 50 (ValueError: odd)")
 
 
 def test_a_process_elsewhere_cannot_be_judged(tmp_path: Path) -> None:
@@ -102,15 +104,15 @@ def test_a_process_elsewhere_cannot_be_judged(tmp_path: Path) -> None:
     for known in ({"host": "elsewhere"}, {"space": "another"}):
         line = {"event": "driver", "at": "2026-01-01", **jobs.identity(), **known}
         (tmp_path / driver.LOG).write_text(json.dumps(line) + "\n")
-        assert "whether it still does cannot be told from here" in driver.told(tmp_path)[0]
+        assert "whether it still does cannot be told from here" in driver.describe_drivers(tmp_path)[0]
 
 
 def test_an_array_run_of_before_is_told_from_its_jobs(tmp_path: Path) -> None:
     """The driver of an earlier version is found in its log of jobs."""
     log = jobs.JobLog(tmp_path)
     log.append("driver", **jobs.identity(), dialect={})
-    assert "runs it now" in driver.told(tmp_path)[0]
+    assert "runs it now" in driver.describe_drivers(tmp_path)[0]
     log.append("left", **jobs.identity())
-    assert driver.told(tmp_path)[0].startswith(f"nobody runs it now: process {os.getpid()}")
+    assert driver.describe_drivers(tmp_path)[0].startswith(f"nobody runs it now: process {os.getpid()}")
     (tmp_path / jobs.LOG).unlink()
-    assert driver.told(tmp_path) == ["it is not known who ran it"]
+    assert driver.describe_drivers(tmp_path) == ["it is not known who ran it"]

@@ -49,7 +49,7 @@ def running_since(root: Path) -> str | None:
     return max(began, default=None)
 
 
-def told(root: Path) -> list[str]:
+def describe_drivers(root: Path) -> list[str]:
     """Say which processes run the line now, or when the last one ended."""
     started, last = _started_and_last(root)
     open_ones = [(line, _lives(line)) for line in started]
