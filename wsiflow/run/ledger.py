@@ -30,12 +30,12 @@ def balance(root: Path, plan: Plan) -> Ledger:
     A folder holds one set of settings, and a receipt of its own for every file, so the names tell; keys and hashes are
     compared by whoever reads a group's scores.
     """
-    published = sum(len(groups_there(root, planned)) for planned in plan.slides)
+    published = sum(len(published_groups(root, planned)) for planned in plan.slides)
     planned = plan.n_groups + len(plan.rejected)
     return Ledger(planned, published, len(plan.rejected), plan.n_groups - published)
 
 
-def groups_there(root: Path, planned: SlidePlan) -> set[str]:
+def published_groups(root: Path, planned: SlidePlan) -> set[str]:
     """Return the names of a slide's groups that are published and were not deleted: one look at each of two folders."""
     name = f"predictions/{planned.slide_id}"
     told = {receipt.removesuffix(".json") for receipt in _names(root / publish.RECEIPTS / name)}

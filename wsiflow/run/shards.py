@@ -294,7 +294,7 @@ def advise(pool: Executor, plan_path: Path) -> Iterator[str]:
     root, plan = plan_path.parent, read_plan(plan_path)
     if plan.settings.beyond == "tell":
         return
-    beyond = certify.lacks_advice(root, plan)
+    beyond = certify.slides_without_advice(root, plan)
     if beyond:
         slide_id = plan.slides[beyond[0]].slide_id
         yield f"looking for a setting that keeps dense.tolerance={plan.settings.tolerance:g} on slide {slide_id}, once"
@@ -372,4 +372,4 @@ def _is_scored(root: Path, plan: Plan, index: int) -> bool:
     planned = plan.slides[index]
     certificate = certify.certificate_name(planned)
     certified = not certify.is_needed(plan) or publish.has_recorded_size(root, certificate)
-    return certified and len(ledger.groups_there(root, planned)) == planned.n_groups
+    return certified and len(ledger.published_groups(root, planned)) == planned.n_groups

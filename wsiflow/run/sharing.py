@@ -55,11 +55,11 @@ def done(place: SharedFile) -> publish.Receipt | None:
     receipt = publish.done_if_present(place.root, place.name, place.key)
     if receipt is not None or place.shared is None:
         return receipt
-    made = found(place.shared, place.address)
-    return None if made is None else _adopt(place, made | {"shared": True})
+    other = find_receipt(place.shared, place.address)
+    return None if other is None else _adopt(place, other | {"shared": True})
 
 
-def found(shared: Path, address: str) -> publish.Receipt | None:
+def find_receipt(shared: Path, address: str) -> publish.Receipt | None:
     """Return the receipt of what was published under an address, None where there is nothing.
 
     Raises:

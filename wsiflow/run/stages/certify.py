@@ -229,7 +229,7 @@ def _plainly(choice: Choice) -> str:
     return f"{plain or 'set inference.engine=window'}, in another out= folder"
 
 
-def lacks_advice(root: Path, plan: Plan) -> list[int]:
+def slides_without_advice(root: Path, plan: Plan) -> list[int]:
     """Return the slides whose scores a setting between this one and single windows might bring within the tolerance.
 
     None where the run was advised already, or where no such setting can be tried.
@@ -255,7 +255,7 @@ def _advice_key(plan: Plan) -> str:
 def advise(source: Path, _index: int) -> tuple[publish.Receipt, bool]:
     """Look for a setting that keeps the tolerance on one slide's windows, once for a run, and write ``advice.json``."""
     plan, root = read_plan(source), source.parent
-    told = _what_would_pass(root, plan, lacks_advice(root, plan)[0])
+    told = _what_would_pass(root, plan, slides_without_advice(root, plan)[0])
     publish.write_view(root, ADVICE, json.dumps({"key": _advice_key(plan), "told": told}).encode())
     return {"path": ADVICE, "attempt": ""}, True
 

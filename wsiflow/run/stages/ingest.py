@@ -105,7 +105,7 @@ def _looked(case: Case, config: RunConfig) -> tuple[dict[str, Any], publish.Rece
     seen = {"path": str(case.path), "stamp": content.stamp(case.path), "mpp": case.mpp}
     key = publish.key_of(**seen, frame=_frame_settings(config), tissue=config.tissue.model_dump())
     address = SharedFile(config.share, config.share, f"look/{case.slide_id}", key).address
-    receipt = sharing.found(config.share, address)
+    receipt = sharing.find_receipt(config.share, address)
     if receipt is None:
         with publish.publishing(config.share, address, key, facts("look", case.slide_id), publish.accept) as attempt:
             attempt.path.write_text(json.dumps(_look(case, config)), encoding="utf-8")
