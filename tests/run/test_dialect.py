@@ -22,7 +22,7 @@ from wsiflow.run.executor.array import ArrayJobs, Batch, runs
 from wsiflow.run.executor.dialect import ArrayParams, Place, Seen, expand, indices
 from wsiflow.run.executor.params import ExecutorParams
 from wsiflow.run.executor.protocol import Outcome, Slice
-from wsiflow.run.executor.watch import Look, Piece, Queue, Tries
+from wsiflow.run.executor.watch import Piece, Poll, Queue, Tries
 from wsiflow.system import processes
 
 CONF = Path(__file__).parents[2] / "conf/executor"
@@ -460,7 +460,7 @@ def test_a_refusal_halves_the_window_but_keeps_what_was_accepted() -> None:
     """Down to one where nothing was accepted; refusals of many shards at once do not stop what runs."""
     queue = Queue(params("slurm", window=100), workers=0)
     assert queue.take("a", 30, longest=1000) == 30
-    queue._last = Look(0.0, {Place("a", i): Seen("1", "RUNNING") for i in range(30)})
+    queue._last = Poll(0.0, {Place("a", i): Seen("1", "RUNNING") for i in range(30)})
     windows = []
     for _ in range(3):
         assert queue.take("b", 20, longest=1000) or queue._window == 30

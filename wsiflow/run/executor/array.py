@@ -25,7 +25,7 @@ from wsiflow.run.executor.dialect import ArrayParams, Place, expand
 from wsiflow.run.executor.jobs import JobLog
 from wsiflow.run.executor.params import ExecutorParams
 from wsiflow.run.executor.protocol import Outcome, Site, Slice, Work
-from wsiflow.run.executor.watch import FOLDER, LOGS, Array, Element, Look, Piece, Queue, Tries
+from wsiflow.run.executor.watch import FOLDER, LOGS, Array, Element, Piece, Poll, Queue, Tries
 from wsiflow.system import publish
 from wsiflow.system.usage import now
 
@@ -136,9 +136,9 @@ class ArrayJobs:
                 if batch.waiting and self._is_stopped():
                     yield from self._give_up(batch)
                 self._submit(batch)
-                look = self._queue.look()
+                poll = self._queue.poll()
                 for array in tuple(batch.arrays):
-                    yield from self._settle(batch, array, look)
+                    yield from self._settle(batch, array, poll)
         finally:
             for array in batch.arrays:
                 self._close(array, array.open)
@@ -146,7 +146,7 @@ class ArrayJobs:
     def _take_over(self, left: Sequence[jobs.Job]) -> None:
         """Find the arrays that an earlier driver left, and which of their elements live."""
         self._queue.hold((Place(job.name, -1) for job in left), finished=False)
-        places = self._queue.look().places
+        places = self._queue.poll().places
         if places is None:
             cause = f"{self._dialect.name} does not answer, and arrays of an earlier start may still be in its queue"
             raise EnvironmentFault(cause, "run again when it does", path=self._log.path)
@@ -322,11 +322,11 @@ class ArrayJobs:
 
     def _find(self, name: str) -> str:
         """Return the id of an array by its name; empty where the scheduler does not have it."""
-        while (places := self._queue.look().places) is None:
+        while (places := self._queue.poll().places) is None:
             pass
         return next((seen.job for place, seen in places.items() if place.name == name), "")
 
-    def _settle(self, batch: Batch, array: Array, look: Look) -> Iterator[Outcome]:
+    def _settle(self, batch: Batch, array: Array, poll: Poll) -> Iterator[Outcome]:
         """Read what the elements of an array have noted, and judge those that are gone."""
         files = array.files()
         ended = []
@@ -334,7 +334,7 @@ class ArrayJobs:
             known = self._known(array, one)
             for outcome in one.read(files.get(one.place.number, ())):
                 yield from _wanted(batch, outcome.with_usage(**known))
-            if one.missing and not self._is_lost(array, one, look):
+            if one.missing and not self._is_lost(array, one, poll):
                 continue
             ended.append(one)
             if one.missing:
@@ -362,11 +362,11 @@ class ArrayJobs:
     def _native(self, array: Array, one: Element) -> str:
         return self._dialect.native.format(job=array.job, index=one.place.number)
 
-    def _is_lost(self, array: Array, one: Element, look: Look) -> bool:
+    def _is_lost(self, array: Array, one: Element, poll: Poll) -> bool:
         """Tell whether an element is gone, and has been for so long that its files would have appeared."""
-        if look.places is None or look.taken < array.since:  # no answer, or one that is older than the array
+        if poll.places is None or poll.taken_s < array.since:  # no answer, or one that is older than the array
             return False
-        seen = look.places.get(one.place)
+        seen = poll.places.get(one.place)
         if seen and (self._dialect.is_alive(seen.state) or not self._dialect.is_stuck(one.seen.state)):
             one.seen = seen
         if seen and self._dialect.is_alive(seen.state):
@@ -377,8 +377,8 @@ class ArrayJobs:
                 jobs.drop(self._dialect, [self._native(array, one)])
             return False
         if one.gone_since is None:
-            one.gone_since = look.taken
-        return look.taken - one.gone_since >= self._params.grace_s
+            one.gone_since = poll.taken_s
+        return poll.taken_s - one.gone_since >= self._params.grace_s
 
     def _replace(self, batch: Batch, array: Array, one: Element, known: Mapping[str, Any]) -> Iterator[Outcome]:
         """Let the tasks of a lost element wait again, or say why they do not."""

@@ -42,10 +42,10 @@ class Piece(NamedTuple):
     tries: Tries
 
 
-class Look(NamedTuple):
+class Poll(NamedTuple):
     """The queue at a moment of the monotonic clock; None where the scheduler did not answer."""
 
-    taken: float
+    taken_s: float
     places: Mapping[Place, Seen] | None
 
 
@@ -58,7 +58,7 @@ class Queue:
         self._held: dict[Place, bool] = {}
         self._state, self._asking = threading.Lock(), threading.Lock()
         self._closed = threading.Event()
-        self._last = Look(float("-inf"), {})
+        self._last = Poll(float("-inf"), {})
         self._pause_s = params.poll_s
 
     def take(self, name: str, wanted: int, *, longest: int) -> int:
@@ -119,7 +119,7 @@ class Queue:
             for place in places:
                 self._held.pop(place, None)
 
-    def look(self) -> Look:
+    def poll(self) -> Poll:
         """Return the queue as it is now or was found by another thread since this call began.
 
         A scheduler that does not answer is asked less and less often.
@@ -129,13 +129,13 @@ class Queue:
         """
         asked = time.monotonic()
         with self._asking:
-            if self._last.taken < asked:
-                if self._closed.wait(max(0.0, self._last.taken + self._pause_s - time.monotonic())):
+            if self._last.taken_s < asked:
+                if self._closed.wait(max(0.0, self._last.taken_s + self._pause_s - time.monotonic())):
                     raise closed()
                 self._last = self._ask()
             return self._last
 
-    def _ask(self) -> Look:
+    def _ask(self) -> Poll:
         with self._state:
             names = {place.name for place in self._held}
         taken = time.monotonic()
@@ -143,13 +143,13 @@ class Queue:
         if places is None:
             _logger.warning("%s does not answer, it is asked again", self._params.dialect.name)
             self._pause_s = max(self._params.poll_s, min(2 * self._pause_s, _LONGEST_POLL_S))
-            return Look(taken, None)
+            return Poll(taken, None)
         self._pause_s = self._params.poll_s
         with self._state:
             gone = [place for place, finished in self._held.items() if finished and not self._is_alive(places, place)]
             for place in gone:
                 del self._held[place]
-        return Look(taken, places)
+        return Poll(taken, places)
 
     def _is_alive(self, places: Mapping[Place, Seen], place: Place) -> bool:
         return place in places and self._params.dialect.is_alive(places[place].state)
