@@ -77,23 +77,23 @@ def test_a_follower_sees_what_the_disk_holds(half: Path) -> None:
     """What is published meanwhile, and slides that failed, for which nobody waits any more."""
     follower = Follower(half)
     slides = latest_plan(half).slides
-    before = follower.look()
+    before = follower.snapshot()
     assert before is not None
     assert (before.slides, before.stages["detect"], before.left_s) == ((5, 6), (5, 6), None)
     note(half, "predict", 1, (-1, -11))
-    waiting = follower.look()
+    waiting = follower.snapshot()
     assert waiting is not None
     assert waiting.left_s
     note(half, "stitch", 0, (-1, -2), error="no space left", exit_class="environment")
-    given_up = follower.look()
+    given_up = follower.snapshot()
     assert given_up is not None
     assert (given_up.slides, given_up.left_s) == ((5, 6), 0.0)
     assert given_up.share < 1
     for name in (f"heatmaps/{slides[0].slide_id}.tif", f"detections/{slides[0].slide_id}.csv"):
         publish.receipt_path(half, name).write_text("{}")
-    now = follower.look()
+    now = follower.snapshot()
     assert now is not None
     assert now.stages["detect"] == (6, 6)
     (half / "plan.json").unlink()
-    assert follower.look() == Snapshot({"ingest": (6, 6)})
-    assert Follower(half / "nowhere").look() is None
+    assert follower.snapshot() == Snapshot({"ingest": (6, 6)})
+    assert Follower(half / "nowhere").snapshot() is None

@@ -99,7 +99,7 @@ class Follower:
         self._path: Path | None = None
         self._log = trace.LogReader(root)
 
-    def look(self) -> Snapshot | None:
+    def snapshot(self) -> Snapshot | None:
         """Return how far the run is by now; None where nothing is known of its slides yet."""
         found = publish.generations(self._root, "plan.json")
         if not found:
