@@ -36,7 +36,7 @@ SETTINGS = PlanSettings(
     evaluation=CONFIG.evaluation,
     seed=0,
     tolerance=0.01,
-    beyond="stop",
+    on_excess="fail",
     shared_layers=("pool",),
     reason="windows are run one by one, as asked",
 )
@@ -167,5 +167,5 @@ def test_a_setting_that_this_version_does_not_know_is_named(tmp_path: Path) -> N
     """A plan of an earlier or later version is not half understood."""
     path = publish_plan(tmp_path, make(slide("a")))
     path.write_text(path.read_text().replace('"beyond": "stop"', '"beyond": "perhaps"'))
-    with pytest.raises(InputError, match=r"plan\.json: .*settings are not those of this version.*beyond"):
+    with pytest.raises(InputError, match=r"plan\.json: .*settings are not those of this version.*on_excess"):
         read_plan(path)

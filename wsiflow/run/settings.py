@@ -14,11 +14,14 @@ from pydantic import BaseModel
 from wsiflow.evaluation.protocol import EvaluationParams
 from wsiflow.heatmap.lesions import LesionParams
 from wsiflow.model.card import ModelSpec
-from wsiflow.model.choice import Choice
+from wsiflow.model.choice import FORMER_EXCESS, Choice
 from wsiflow.plan.geometry import GeometryParams
 from wsiflow.plan.tissue import TissueParams
 from wsiflow.run.store import StoreParams
 from wsiflow.slides.stain.params import StainParams
+
+# What ``beyond`` in a plan's file means; the file keeps the words of earlier versions.
+_EXCESS = {former: now for now, former in FORMER_EXCESS.items()}
 
 
 class PlanSettings(BaseModel, frozen=True):
@@ -43,7 +46,7 @@ class PlanSettings(BaseModel, frozen=True):
         evaluation: How detections are scored.
         seed: Seed of the bootstrap.
         tolerance: Largest difference that a certificate may show.
-        beyond: What becomes of a slide whose certificate shows more.
+        on_excess: What becomes of a slide whose certificate shows a larger difference.
         shared_layers: Layers up to which windows can share the network, the last first.
         reason: Why scores are computed as they are.
     """
@@ -66,7 +69,7 @@ class PlanSettings(BaseModel, frozen=True):
     evaluation: EvaluationParams
     seed: int
     tolerance: float
-    beyond: Literal["stop", "tell"]
+    on_excess: Literal["fail", "report"]
     shared_layers: tuple[str, ...]
     reason: str
 
@@ -98,7 +101,7 @@ class PlanSettings(BaseModel, frozen=True):
             evaluation=settings["evaluation"],
             seed=settings["seed"],
             tolerance=work["tolerance"],
-            beyond=work["beyond"],
+            on_excess=_EXCESS.get(work["beyond"], work["beyond"]),
             shared_layers=work["cuts"],
             reason=work["told"],
         )
@@ -152,6 +155,6 @@ class PlanSettings(BaseModel, frozen=True):
             "choice": self.choice._asdict(),
             "cuts": list(self.shared_layers),
             "tolerance": self.tolerance,
-            "beyond": self.beyond,
+            "beyond": FORMER_EXCESS[self.on_excess],
             "told": self.reason,
         }

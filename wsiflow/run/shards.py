@@ -292,7 +292,7 @@ def advise(pool: Executor, plan_path: Path) -> Iterator[str]:
         What is done, before it is done, and what was found; nothing where all is well.
     """
     root, plan = plan_path.parent, read_plan(plan_path)
-    if plan.settings.beyond == "tell":
+    if plan.settings.on_excess == "report":
         return
     beyond = certify.slides_without_advice(root, plan)
     if beyond:

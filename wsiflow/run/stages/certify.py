@@ -187,7 +187,7 @@ def comparison(pairs: dict[str, list[float]]) -> ScoreDeviation:
 
 def passes(root: Path, plan: Plan, index: int) -> bool:
     """Tell whether the run goes on with a slide's published certificate."""
-    return plan.settings.beyond == "tell" or not any(_broken(root, plan, plan.slides[index]).values())
+    return plan.settings.on_excess == "report" or not any(_broken(root, plan, plan.slides[index]).values())
 
 
 def _broken(root: Path, plan: Plan, planned: SlidePlan) -> dict[str, list[str]]:
@@ -205,7 +205,7 @@ def _broken(root: Path, plan: Plan, planned: SlidePlan) -> dict[str, list[str]]:
 def _require(root: Path, plan: Plan, index: int) -> None:
     """Refuse scores that differ by more than the run allows."""
     told = _broken(root, plan, plan.slides[index])
-    if plan.settings.beyond == "tell" or not any(told.values()):
+    if plan.settings.on_excess == "report" or not any(told.values()):
         return
     choice, slide_id = plan.settings.choice, plan.slides[index].slide_id
     path = root / certificate_name(plan.slides[index])

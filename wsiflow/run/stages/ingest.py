@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from wsiflow.errors import InputError, WsiflowError
 from wsiflow.evaluation import truth
 from wsiflow.model import card
-from wsiflow.model.choice import FORMER_EXCESS, Choice
+from wsiflow.model.choice import Choice
 from wsiflow.plan import geometry, outline, tissue
 from wsiflow.plan.geometry import MAX_UPSAMPLE, Frame
 from wsiflow.plan.slide_plan import SlideCut, SlidePlan, cut_name, make_cut, slide_key, tile_runs, tissue_grid
@@ -192,7 +192,7 @@ def plan_settings(root: Path, config: RunConfig) -> PlanSettings:
         evaluation=config.evaluation,
         seed=config.seed,
         tolerance=config.dense.tolerance,
-        beyond=FORMER_EXCESS[config.dense.on_excess],
+        on_excess=config.dense.on_excess,
         shared_layers=record["cuts"],
         reason=record["told"],
     )
