@@ -309,7 +309,7 @@ def test_every_slice_is_in_one_array_and_no_index_over_the_cap(
     batch = Batch({"stage": "s"}, set(range(lo)), deque(pieces), [])
     arrays: list[list[Piece]] = []
 
-    def start(name: str, _told: object, request: dict[str, int], taken: list[Piece]) -> object:
+    def start(name: str, _call: object, request: dict[str, int], taken: list[Piece]) -> object:
         assert {pool._request(piece.tries)["memory_mb"] for piece in taken} == {request["memory_mb"]}
         arrays.append(taken)
         return object()
@@ -522,8 +522,8 @@ def test_an_array_taken_over_is_expected_until_every_shard_has_its_own(
     commands(squeue="printf '7_0|RUNNING|predict-a\\n7_1|RUNNING|predict-a\\n'")
     first = ArrayJobs(params("slurm"), root=tmp_path, workers=0, threads=1).__enter__()  # and then it was killed
     first._send = lambda *_: "7"  # type: ignore[method-assign]
-    told = {"work": element.dotted(work), "source": "plan.json", "stage": "predict"}
-    first._start("predict-a", told, {"memory_mb": 1, "minutes": 1}, [Piece(0, 1, Tries()), Piece(1, 2, Tries())])
+    call = {"work": element.dotted(work), "source": "plan.json", "stage": "predict"}
+    first._start("predict-a", call, {"memory_mb": 1, "minutes": 1}, [Piece(0, 1, Tries()), Piece(1, 2, Tries())])
     expected = []
     with ArrayJobs(params("slurm", poll_s=0.01), root=tmp_path, workers=0, threads=1) as pool:
         for task in (0, 1):
