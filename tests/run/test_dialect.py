@@ -268,7 +268,7 @@ def test_a_pattern_that_is_none_is_refused() -> None:
     values = params("slurm").dialect.model_dump()
     with pytest.raises(ValueError, match="unterminated"):
         type(params("slurm").dialect).model_validate({**values, "alive": "(RUNNING"})
-    with pytest.raises(ValueError, match="are no causes"):
+    with pytest.raises(ValueError, match="are unknown causes"):
         type(params("slurm").dialect).model_validate({**values, "causes": {"magic": "x"}})
 
 
@@ -510,7 +510,7 @@ def test_an_array_cancelled_while_it_is_submitted_is_looked_for_again(
     assert jobs.drop_open(log, dialect) == []
     assert log.read().jobs == (jobs.Job("under-way", ""),)
     (told / "queue").write_text("7_0|PENDING|under-way\n")
-    assert jobs.drop_open(log, dialect) == ["under-way: 7 cancelled, 1 elements were waiting or running"]
+    assert jobs.drop_open(log, dialect) == ["under-way: 7 was cancelled, 1 of its elements were waiting or running"]
     assert (told / "dropped").read_text() == "7\n"
     assert log.read().jobs == ()
 
