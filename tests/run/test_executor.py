@@ -59,7 +59,7 @@ def test_a_task_that_kills_its_worker_fails_alone(caplog: pytest.LogCaptureFixtu
         assert "worker process died" in outcomes[7].failure.cause
         assert outcomes[7].exit_code == 30
         assert {o.task for o in attempts if o.retried} >= {6, 7, 8}, "lost attempts are told"
-        assert "predict: a worker died, tasks 6 to 8 are tried again" in caplog.messages
+        assert "predict: a worker process died, tasks 6 to 8 are retried" in caplog.messages
         assert len(list(pool.run(square, HERE, "predict", sliced(3)))) == 3
 
 
