@@ -170,7 +170,7 @@ def test_a_scheduler_that_ends_is_one_clear_error(tmp_path: Path) -> None:
 
 def test_what_does_not_start_is_named() -> None:
     """A class that does not exist, keywords it does not take, an address where nobody answers, or beside a class."""
-    with pytest.raises(ValueError, match="what starts one must be empty"):
+    with pytest.raises(ValueError, match="cluster_kwargs and adapt_kwargs must be empty"):
         DaskParams(address="tcp://127.0.0.1:9", cluster="distributed.LocalCluster")
     with (
         pytest.raises(InputError, match=r"executor\.dask\.cluster is distributed\.Nowhere"),
