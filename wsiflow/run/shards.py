@@ -198,12 +198,12 @@ def case_sizes(cases: Path) -> list[int]:
     return sizes
 
 
-def rejections(plan_path: Path) -> list[str]:
+def describe_rejections(plan_path: Path) -> list[str]:
     """Say what is wrong with the slides that could not be planned: it is known hours before the others are done."""
     return [f"rejected: {one.reason}" for one in read_plan(plan_path).rejected]
 
 
-def doubles(plan_path: Path) -> list[str]:
+def describe_duplicates(plan_path: Path) -> list[str]:
     """Say which slides have the same content: a manifest may list a file twice, and each line counts in the scores."""
     alike: dict[str, list[str]] = {}
     for planned in read_plan(plan_path).slides:
@@ -360,7 +360,7 @@ def _published(root: Path, plan: Plan, stage: Stage, index: int, key: str) -> pu
     return receipt
 
 
-def is_spare(root: Path, plan: Plan, name: str) -> bool:
+def is_dispensable(root: Path, plan: Plan, name: str) -> bool:
     """Tell whether a run can do without a published file: pixels of a slide whose scores are there."""
     for index, planned in enumerate(plan.slides):
         if name == f"patches/{planned.slide_id}.h5" or name.startswith(f"patches/{planned.slide_id}/"):
