@@ -39,7 +39,7 @@ def line(config: RunConfig, submit: Submit, views: Sequence[progress.View] = ())
         submit: Starts a call.
         views: Who is shown the progress besides the user.
     """
-    with driver.noted(config.out) as ended, progress.shown(config.out, views):
+    with driver.recorded(config.out) as ended, progress.shown(config.out, views):
         summary = _line(config, submit, workers, logs.note)
         ended["exit_code"] = summary.exit_code
     return summary

@@ -21,7 +21,7 @@ LOG = f"{publish.RECEIPTS}/drivers.jsonl"
 
 
 @contextmanager
-def noted(root: Path) -> Iterator[dict[str, Any]]:
+def recorded(root: Path) -> Iterator[dict[str, Any]]:
     """Record that this process drives the run during the body, which may set ``exit_code`` in the yielded values."""
     who = identity()
     ended: dict[str, Any] = {"exit_code": WsiflowError.exit_code}
