@@ -117,10 +117,10 @@ def test_a_worker_killed_at_work_loses_nothing(local, tmp_path: Path) -> None:
     outcomes: list[Outcome] = []
     thread = threading.Thread(target=lambda: outcomes.extend(pool.run(tell_pid_and_wait, tmp_path, "s", slices(10, 2))))
     thread.start()
-    told = tmp_path / "1"
-    while not (told.exists() and told.read_text()):
+    pid_file = tmp_path / "1"
+    while not (pid_file.exists() and pid_file.read_text()):
         time.sleep(0.02)
-    os.kill(int(told.read_text()), signal.SIGKILL)
+    os.kill(int(pid_file.read_text()), signal.SIGKILL)
     thread.join()
     assert sorted(o.task for o in outcomes if not o.retried) == list(range(10))
     assert all(o.receipt is not None for o in outcomes if not o.retried)

@@ -249,10 +249,10 @@ def test_states(name: str, alive: list[str], stuck: list[str], ended: list[str])
     }
 
 
-@pytest.mark.parametrize(("name", "state", "told", "began", "cause"), ENDS)
-def test_why_an_element_ended(name: str, state: str, told: str, began: bool, cause: str) -> None:
+@pytest.mark.parametrize(("name", "state", "report", "began", "cause"), ENDS)
+def test_why_an_element_ended(name: str, state: str, report: str, began: bool, cause: str) -> None:
     """What the scheduler tells of a dead element is one of a few causes."""
-    assert params(name).dialect.cause(state, told, began=began) == cause
+    assert params(name).dialect.cause(state, report, began=began) == cause
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -416,14 +416,14 @@ sed -i 1d queue
 def test_a_refused_array_waits_for_others_of_the_run(commands: Callable[..., Path], tmp_path: Path) -> None:
     """Where a user may have three jobs, a run goes on as its first three end: all is done, and nothing is left."""
     python = f"PYTHONPATH={Path(__file__).parents[1]} {sys.executable}"
-    told = commands(sbatch=SBATCH.replace("ROOM", "3"), squeue=SQUEUE.replace("PYTHON", python))
+    folder = commands(sbatch=SBATCH.replace("ROOM", "3"), squeue=SQUEUE.replace("PYTHON", python))
     (tmp_path / "plan.json").write_text("{}")
     made = params("slurm", limit=3, poll_s=0.01, grace_s=60)
     with ArrayJobs(made, root=tmp_path, workers=0, threads=1) as pool:
         outcomes = list(pool.run(work, tmp_path / "plan.json", "predict", [Slice(i, i + 1) for i in range(5)]))
     assert sorted(outcome.task for outcome in outcomes if outcome.receipt) == list(range(5))
     assert not any(outcome.retried for outcome in outcomes)
-    assert (told / "asked").read_text().split() == ["3", *["2"] * 7], "twice three refusals"
+    assert (folder / "asked").read_text().split() == ["3", *["2"] * 7], "twice three refusals"
     assert len(list((tmp_path / "arrays").glob("*.json"))) == len(list((tmp_path / "logs").iterdir())) == 2
     assert pool._queue._window == made.window // 4
     assert not pool._log.read().jobs
@@ -502,16 +502,16 @@ def test_an_array_cancelled_while_it_is_submitted_is_looked_for_again(
     commands: Callable[..., Path], tmp_path: Path
 ) -> None:
     """Neither its id nor the queue is known at the first look; at the second it is found by its name and cancelled."""
-    told = commands(squeue="touch queue; cat queue", scancel='echo "$@" >> dropped')
+    folder = commands(squeue="touch queue; cat queue", scancel='echo "$@" >> dropped')
     log, dialect = jobs.JobLog(tmp_path), params("slurm").dialect
     log.append("intent", name="under-way")
     log.append("intent", name="gone")
     log.append("job", name="gone", job="6")
     assert jobs.drop_open(log, dialect) == []
     assert log.read().jobs == (jobs.Job("under-way", ""),)
-    (told / "queue").write_text("7_0|PENDING|under-way\n")
+    (folder / "queue").write_text("7_0|PENDING|under-way\n")
     assert jobs.drop_open(log, dialect) == ["under-way: 7 was cancelled, 1 of its elements were waiting or running"]
-    assert (told / "dropped").read_text() == "7\n"
+    assert (folder / "dropped").read_text() == "7\n"
     assert log.read().jobs == ()
 
 

@@ -245,13 +245,13 @@ def test_a_file_that_another_program_writes_is_not_to_be_deleted(tmp_path: Path)
     write_patches(tmp_path / "a.h5")
     with h5py.File(tmp_path / "a.h5", "r+", locking=False):  # a process may open what it has open itself
         shutil.copy(tmp_path / "a.h5", tmp_path / "b.h5")
-    told = "another program has it open for writing; close it there"
-    with pytest.raises(EnvironmentFault, match=told), store.open_patches(tmp_path / "b.h5"):
+    message = "another program has it open for writing; close it there"
+    with pytest.raises(EnvironmentFault, match=message), store.open_patches(tmp_path / "b.h5"):
         pass
 
 
 def test_a_disk_that_fails_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody is told to delete a file that only cannot be read now."""
+    """Nobody is message to delete a file that only cannot be read now."""
     write_patches(tmp_path / "a.h5")
 
     def refuse(*_: object, **__: object) -> None:

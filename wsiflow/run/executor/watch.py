@@ -137,9 +137,9 @@ class Queue:
         Raises:
             EnvironmentFault: The queue was closed.
         """
-        asked = time.monotonic()
+        began_s = time.monotonic()
         with self._asking:
-            if self._last.taken_s < asked:
+            if self._last.taken_s < began_s:
                 if self._closed.wait(max(0.0, self._last.taken_s + self._pause_s - time.monotonic())):
                     raise closed()
                 self._last = self._ask()
@@ -196,7 +196,7 @@ class Element:
                 _logger.warning("element %d of %s was restarted by its scheduler", self.place.number, self.place.name)
                 usage = {**self.about(), "exit_class": "node"}
                 yield Outcome(running, None, executed=True, failure=_REQUEUED, usage=usage, retried=True)
-            offset, about, begun = self._files.get(path, (0, {}, None))
+            offset, about, task = self._files.get(path, (0, {}, None))
             with path.open("rb") as stream:
                 stream.seek(offset)
                 data = stream.read()
@@ -205,19 +205,19 @@ class Element:
                 if "started" in line:
                     about = {key: line[key] for key in ("started", *Process._fields) if key in line}
                 elif "begun" in line:
-                    begun = line["begun"]
+                    task = line["begun"]
                 elif isinstance(line["outcome"], dict):  # earlier versions wrote lists; their receipts still count
                     outcome = Outcome.from_values(line["outcome"])
-                    begun = None
+                    task = None
                     if outcome.task in self.missing:
                         del self.missing[outcome.task]
                         yield outcome
-            self._files[path] = offset + whole, about, begun
+            self._files[path] = offset + whole, about, task
 
     def running_task(self) -> int | None:
         """Return the task that the latest attempt began and did not finish, or None."""
-        begun = self._latest()[2]
-        return begun if begun in self.missing else None
+        task = self._latest()[2]
+        return task if task in self.missing else None
 
     def about(self) -> dict[str, Any]:
         """Return the start, the host and the process number of the latest attempt, as the trace has them."""
