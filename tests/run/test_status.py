@@ -44,7 +44,7 @@ def test_a_run_without_its_scores_is_not_complete(copied: Path, capsys, lost: st
     assert "  evaluation 0 of 1\nnot complete: it lacks 1 of evaluation\n" in said(copied, capsys)
 
 
-def test_what_is_lacking_is_counted_by_stage(copied: Path, capsys) -> None:
+def test_missing_files_are_counted_by_stage(copied: Path, capsys) -> None:
     """A deleted receipt and a deleted picture are counted; deleted pixels are not."""
     name = next((copied / "heatmaps").glob("*.tif")).name
     publish.receipt_path(copied, f"heatmaps/{name}").unlink()
@@ -73,7 +73,7 @@ def test_a_folder_of_runs_names_them(two_settings: tuple[Path, Path], tmp_path: 
     assert "there is no such folder" in capsys.readouterr().err
 
 
-def test_who_runs_it_now_is_told_and_who_was_killed(tmp_path: Path) -> None:
+def test_running_and_killed_drivers_are_distinguished(tmp_path: Path) -> None:
     """A running, a killed and a failed driver are distinguished."""
     code = "import sys, time; from pathlib import Path; from wsiflow.run.executor import driver\n"
     code += "with driver.recorded(Path(sys.argv[1])): print('on', flush=True); time.sleep(600)"
@@ -107,7 +107,7 @@ def test_a_process_elsewhere_cannot_be_judged(tmp_path: Path) -> None:
         assert "whether it still does cannot be determined from here" in driver.describe_drivers(tmp_path)[0]
 
 
-def test_an_array_run_of_before_is_told_from_its_jobs(tmp_path: Path) -> None:
+def test_the_driver_of_an_earlier_version_is_found(tmp_path: Path) -> None:
     """The driver of an earlier version is found in its log of jobs."""
     log = jobs.JobLog(tmp_path)
     log.append("driver", **jobs.identity(), dialect={})
