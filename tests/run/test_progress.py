@@ -54,13 +54,13 @@ def test_durations_have_fitting_units() -> None:
 def test_status_shows_the_speed_of_a_running_run(half: Path, capsys) -> None:
     """The speed is that of the attempts since the start, and the time left follows from it and the costs of tasks."""
     slides = latest_plan(half).slides
+    began = (datetime.now(UTC) - timedelta(seconds=60)).isoformat(timespec="milliseconds")
     for slide, seconds in ((1, (40, 30)), (2, (30, 20)), (3, (9000, 10))):  # the last one is of an earlier start
         note(half, "predict", slide, seconds)
     assert cli.main(["status", str(half)]) == 0
     tiles = sum(each.n_tiles for each in slides)
     counted = f"5 of 6 slides, {tiles - slides[0].n_tiles:,} of {tiles:,} tiles"
     assert f"\n{counted}\n" in capsys.readouterr().out, "no driver runs"
-    began = (datetime.now(UTC) - timedelta(seconds=60)).isoformat(timespec="milliseconds")
     (half / driver.LOG).write_text(json.dumps({"event": "driver", "at": began, **jobs.identity()}) + "\n")
     assert cli.main(["status", str(half)]) == 0
     said = capsys.readouterr().out
