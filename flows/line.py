@@ -39,7 +39,7 @@ def line(config: RunConfig, submit: Submit, views: Sequence[progress.View] = ())
         submit: Starts the work of a shard, and returns its future.
         views: Where the progress is shown besides the user's terminal.
     """
-    with driver.noted(config.out) as ended, progress.shown(config.out, views):
+    with driver.recorded(config.out) as ended, progress.shown(config.out, views):
         summary = _line(config, submit, workers, logs.note)
         ended["exit_code"] = summary.exit_code
     return summary
@@ -70,7 +70,7 @@ def _line(config: RunConfig, submit: Submit, pool_of: Pool, note: Note) -> finis
         ingested = [submit(f"ingest {i}", shards.ingest_shard, pool, cases, part) for i, part in enumerate(parts, 1)]
         plan_path = ingest.make_plan(cases, [outcome for future in ingested for outcome in future.result()])
         finish.set_aside(plan_path)
-        for warning in (*shards.rejections(plan_path), *shards.doubles(plan_path)):
+        for warning in (*shards.describe_rejections(plan_path), *shards.describe_duplicates(plan_path)):
             note(warning, logging.WARNING)
         slice_s = config.executor.slice_s
         if slice_s:

@@ -123,7 +123,7 @@ def _follow(follower: Follower, views: Sequence[View], ended: threading.Event) -
 
 def _show(follower: Follower, views: Sequence[View]) -> None:
     with suppress(OSError, ValueError, WsiflowError):  # a disk that is away for a while, a terminal that is gone
-        if views and (snapshot := follower.look()) is not None:
+        if views and (snapshot := follower.snapshot()) is not None:
             for view in views:
                 view.show(snapshot)
 

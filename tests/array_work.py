@@ -1,4 +1,4 @@
-"""Work for elements of arrays in tests: quick, and misbehaving as the source says, each task once."""
+"""Work for elements of array jobs in tests: quick tasks, which misbehave once each as the source says."""
 
 import json
 import os
@@ -12,23 +12,23 @@ from wsiflow.run.executor.protocol import Outcome
 def work(source: Path, stage: str, lo: int, hi: int) -> Iterator[Outcome]:
     """Do the tasks of a slice.
 
-    ``exit`` ends the process at a task with a code, ``wait`` holds a task until there is a file called ``go``, and
-    variables named by ``environ`` are in the receipts.
+    In the source, ``exit`` gives exit codes by task, with which the process ends there. ``wait`` lists tasks that wait
+    until a file ``go`` exists. ``environ`` names environment variables whose values are in the receipts.
     """
-    told = json.loads(source.read_text())
+    behaviour = json.loads(source.read_text())
     for task in range(lo, hi):
         first = not (source.parent / f"{stage}-{task}").exists()
         (source.parent / f"{stage}-{task}").touch()
-        if first and str(task) in told.get("exit", {}):
-            os._exit(told["exit"][str(task)])
-        while first and task in told.get("wait", ()) and not (source.parent / "go").exists():
+        if first and str(task) in behaviour.get("exit", {}):
+            os._exit(behaviour["exit"][str(task)])
+        while first and task in behaviour.get("wait", ()) and not (source.parent / "go").exists():
             time.sleep(0.1)
-        seen = {name: os.environ.get(name) for name in told.get("environ", ())}
+        seen = {name: os.environ.get(name) for name in behaviour.get("environ", ())}
         yield Outcome(task, {"square": task**2, "first": first, "environ": seen}, executed=True)
 
 
 def drive(params: str, root: str, count: str) -> None:
-    """Run so many tasks in a process of its own: what a test may kill."""
+    """Run ``count`` tasks, as the main function of a driver process that a test may kill."""
     from wsiflow.run.executor import make
     from wsiflow.run.executor.params import ExecutorParams
     from wsiflow.run.executor.protocol import Slice

@@ -1,4 +1,4 @@
-"""What workers do in the tests of executors; light, since every worker that is started imports it."""
+"""Work for tests of executors; its imports are few, because every worker process imports it."""
 
 import os
 import time
@@ -22,7 +22,7 @@ def die_at_7(source: Path, stage: str, lo: int, hi: int) -> Iterator[Outcome]:
 
 def tell_pid_and_wait(folder: Path, _stage: str, lo: int, hi: int) -> Iterator[Outcome]:
     for index in range(lo, hi):
-        with (folder / f"{index}").open("a") as told:
-            told.write(f"{os.getpid()}\n")
+        with (folder / f"{index}").open("a") as stream:
+            stream.write(f"{os.getpid()}\n")
         time.sleep(0.4)
         yield Outcome(index, {}, executed=True)

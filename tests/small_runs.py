@@ -1,4 +1,4 @@
-"""Runs that take seconds, and what they left."""
+"""Start small runs that take seconds, and read their files."""
 
 import csv
 import hashlib
@@ -15,10 +15,10 @@ COARSE = [
     "tracking=off",
     "evaluation.bootstrap=50",
 ]
-# Files whose content is times: everything else is the same bytes in every run.
+# Files that contain times; all other files have the same bytes in every run.
 TIMED = {"summary.json", "trace.csv", "attempts.jsonl", "timing.json", "costs.json", "process_list.csv", "report.html"}
-# What each run was told, its own folder for one.
-TOLD = {"config.yaml", "cases.json"}
+# Files that hold the configuration, which names the folder of the run.
+INPUTS = {"config.yaml", "cases.json"}
 
 
 def wsiflow(*arguments: str) -> int:
@@ -30,7 +30,7 @@ def over(manifest: Path, out: Path, *more: str) -> list[str]:
 
 
 def digests(out: Path) -> dict[str, str]:
-    files = (path for path in out.rglob("*") if path.is_file() and path.name not in TIMED | TOLD)
+    files = (path for path in out.rglob("*") if path.is_file() and path.name not in TIMED | INPUTS)
     kept = (path for path in files if not {"receipts", ".attempts"} & set(path.relative_to(out).parts))
     return {str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest() for path in kept}
 

@@ -24,13 +24,13 @@ def main(arguments: Namespace) -> int:
     """Start a run again, so that what is missing is done, and nothing else."""
     quieten()
     root = arguments.run
-    told = ingest.told(root)
-    if told is None:
+    cases_path = ingest.newest_cases(root)
+    if cases_path is None:
         raise InputError("it holds no cases.json", "name the out= folder of a run, or start it as at first", path=root)
-    config, _ = cases.read_cases(told)
+    config, _ = cases.read_cases(cases_path)
     if redaction.holds_redacted(config.executor.model_dump()):
         cause = "executor settings hold a secret, which the folder does not keep"
-        raise InputError(cause, "start it with the wsiflow run command that began it", path=told)
+        raise InputError(cause, "start it with the wsiflow run command that began it", path=cases_path)
     summary = start(_here(config, root))
     say(summary.text)
     return summary.exit_code

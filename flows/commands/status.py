@@ -23,10 +23,10 @@ def add_options(parser: ArgumentParser) -> None:
 def main(arguments: Namespace) -> int:
     """Print how far the run is, and how every slide ended."""
     root = arguments.run
-    told = ingest.told(root)
-    if told is None:
+    cases_path = ingest.newest_cases(root)
+    if cases_path is None:
         raise InputError(*_no_run(root), path=root)
-    cases = json.loads(told.read_text(encoding="utf-8"))["cases"]
+    cases = json.loads(cases_path.read_text(encoding="utf-8"))["cases"]
     plans = publish.generations(root, "plan.json")
     n_ingested = ingested(root, (case["slide_id"] for case in cases))
     if not plans:
@@ -34,7 +34,7 @@ def main(arguments: Namespace) -> int:
         say(f"ingest {n_ingested} of {len(cases)}")
     missing = _print_stages(root, plans[-1], n_ingested) if plans else ["a plan"]
     say(f"not complete: it lacks {', '.join(missing)}" if missing else "complete")
-    for sentence in driver.told(root):
+    for sentence in driver.describe_drivers(root):
         say(sentence)
     slide_list = root / "process_list.csv"
     if slide_list.exists():

@@ -24,7 +24,7 @@ def main(arguments: Namespace) -> int:
     plan = latest_plan(arguments.run) if publish.generations(arguments.run, "plan.json") else None
     damaged = spared = 0
     for name in names:
-        if plan and not (arguments.run / name).exists() and shards.is_spare(arguments.run, plan, name):
+        if plan and not (arguments.run / name).exists() and shards.is_dispensable(arguments.run, plan, name):
             spared += 1
             continue
         try:

@@ -37,7 +37,7 @@ def test_a_log_has_a_line_now_and_then(finished: Path, monkeypatch: pytest.Monke
     lines: queue.SimpleQueue[str] = queue.SimpleQueue()
     monkeypatch.setattr(terminal, "remark", lines.put)
     monkeypatch.setenv(progress.VARIABLE, "0.01")
-    expected, other = Follower(finished).look(), Watching()
+    expected, other = Follower(finished).snapshot(), Watching()
     assert expected is not None
     shown_lines = []
 

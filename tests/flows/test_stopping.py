@@ -260,7 +260,7 @@ def test_a_signal_ends_retry_and_plan_too(start: Callable[..., Running], small_s
     running.wait_for(lambda: len(receipts(out)) > before)
     assert running.stop(signal.SIGINT) == 130
     assert LINE.fullmatch(running.errors), running.errors
-    assert ledger.told([tmp_path]) == "nothing was planned yet"
+    assert ledger.summary([tmp_path]) == "nothing was planned yet"
 
 
 def test_a_signal_ends_a_whole_sweep(start: Callable[..., Running], small_slides: Path, tmp_path: Path) -> None:

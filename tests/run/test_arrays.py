@@ -1,4 +1,4 @@
-"""Array jobs on a real Slurm and a real Grid Engine: the same bytes, and nothing lost or done twice on the way."""
+"""Array jobs on a real Slurm and a real Grid Engine: the bytes are the same, and no task is lost or done twice."""
 
 import json
 import logging
@@ -41,7 +41,7 @@ CUT = [
 
 
 def settings(name: str, **changed: Any) -> ExecutorParams:
-    """Return a scheduler's settings as shipped, but quick."""
+    """Return the shipped settings of a scheduler with short times."""
     values = yaml.safe_load((CONF / f"{name}_array.yaml").read_text())
     values["array"] |= {**QUICK, **changed}
     return ExecutorParams.model_validate(values)
@@ -49,13 +49,13 @@ def settings(name: str, **changed: Any) -> ExecutorParams:
 
 @pytest.fixture(params=["slurm", "sge"])
 def scheduler(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The name of a scheduler that the process now speaks to."""
+    """The name of a scheduler whose commands are in PATH."""
     return use(request.param, request, monkeypatch)
 
 
 @pytest.fixture
 def slurm_here(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Slurm is what the process now speaks to."""
+    """The name of Slurm, whose commands are in PATH."""
     return use("slurm", request, monkeypatch)
 
 
@@ -66,8 +66,8 @@ def use(name: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
     return name
 
 
-def told(root: Path, **behaviour: Any) -> Path:
-    """Write a source that says how tasks misbehave."""
+def write_source(root: Path, **behaviour: Any) -> Path:
+    """Write the source of `array_work.work`, which says how tasks misbehave."""
     (root / "plan.json").write_text(json.dumps(behaviour))
     return root / "plan.json"
 
@@ -138,8 +138,8 @@ class Running:
 def test_a_killed_element_is_retried_with_more_memory_and_its_neighbours_are_not_charged(
     scheduler: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Task 3 ends its element with 137: it goes alone with twice the memory, what waited behind it as before."""
-    source = told(tmp_path, exit={"3": 137})
+    """Task 3 ends its element with 137: it is retried alone with twice the memory, the tasks behind it as before."""
+    source = write_source(tmp_path, exit={"3": 137})
     caplog.set_level(logging.INFO, "wsiflow")
     outcomes = run(
         settings(scheduler, grace_s=1.0 if scheduler == "slurm" else 15.0),
@@ -164,7 +164,7 @@ def test_a_killed_element_is_retried_with_more_memory_and_its_neighbours_are_not
 
 def test_arrays_are_cut_under_the_limit_and_the_window(slurm_here: str, tmp_path: Path) -> None:
     """Twelve elements where arrays have at most five and the queue takes six: none is submitted twice."""
-    outcomes = run(settings(slurm_here, window=6), told(tmp_path), pairs(24))
+    outcomes = run(settings(slurm_here, window=6), write_source(tmp_path), pairs(24))
     assert squares(outcomes) == {task: task**2 for task in range(24)}
     sizes = [line["elements"] for line in events(tmp_path, "intent")]
     assert sum(sizes) == 12
@@ -183,7 +183,7 @@ def test_shards_share_the_window(slurm_here: str, tmp_path: Path, monkeypatch: p
         return found
 
     monkeypatch.setattr(jobs, "listing", listing)
-    source = told(tmp_path)
+    source = write_source(tmp_path)
     with (
         executor.make(settings(slurm_here, window=4), cores=1, root=tmp_path) as pool,
         ThreadPoolExecutor(3) as threads,
@@ -198,9 +198,9 @@ def test_shards_share_the_window(slurm_here: str, tmp_path: Path, monkeypatch: p
 
 
 def test_an_element_that_never_begins_is_given_up_with_its_log(slurm_here: str, tmp_path: Path) -> None:
-    """A command that fails is tried as often as allowed; the message names job, log and remedy."""
+    """An element whose command fails is retried as often as allowed; the message names job, log and remedy."""
     command = ["/bin/sh", "-c", "echo no such image >&2; exit 3"]
-    outcomes = run(settings(slurm_here, command=command, retries=1), told(tmp_path), [Slice(0, 2)])
+    outcomes = run(settings(slurm_here, command=command, retries=1), write_source(tmp_path), [Slice(0, 2)])
     assert [outcome.retried for outcome in outcomes] == [True, True, False, False]
     assert {outcome.exit_code for outcome in outcomes} == {30}
     assert "died 2 times" in outcomes[-1].failure.cause
@@ -208,9 +208,9 @@ def test_an_element_that_never_begins_is_given_up_with_its_log(slurm_here: str, 
     assert log.read_text() == "no such image\n"
 
 
-def test_a_requeued_element_goes_on(slurm_here: str, tmp_path: Path) -> None:
-    """Slurm runs the same element again: what it had done is not asked for again, and nothing is resubmitted."""
-    running = Running(settings(slurm_here), told(tmp_path, wait=[1]), [Slice(0, 3)])
+def test_a_requeued_element_is_not_submitted_again(slurm_here: str, tmp_path: Path) -> None:
+    """Slurm restarts the element: its finished tasks are not done again, and nothing is submitted again."""
+    running = Running(settings(slurm_here), write_source(tmp_path, wait=[1]), [Slice(0, 3)])
     wait_for(began(tmp_path, 1))
     job = job_of(tmp_path)
     call("scontrol", "requeue", f"{job}_0")
@@ -224,9 +224,9 @@ def test_a_requeued_element_goes_on(slurm_here: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("state", ["Hold", "SpecialExit"])
-def test_an_element_that_is_held_is_tried_again(slurm_here: str, tmp_path: Path, state: str) -> None:
-    """Slurm requeues it and waits for an administrator: it is cancelled, and its tasks are submitted again."""
-    running = Running(settings(slurm_here), told(tmp_path, wait=[1]), [Slice(0, 3)])
+def test_an_element_that_is_held_is_submitted_again(slurm_here: str, tmp_path: Path, state: str) -> None:
+    """An element that Slurm requeues and holds is cancelled, and its tasks are submitted again."""
+    running = Running(settings(slurm_here), write_source(tmp_path, wait=[1]), [Slice(0, 3)])
     wait_for(began(tmp_path, 1))
     job = job_of(tmp_path)
     how = ["requeuehold"] if state == "Hold" else ["requeuehold", "state=SpecialExit"]
@@ -237,9 +237,9 @@ def test_an_element_that_is_held_is_tried_again(slurm_here: str, tmp_path: Path,
 
 
 def test_an_element_cancelled_by_hand_is_not_retried(scheduler: str, tmp_path: Path) -> None:
-    """What a user takes out of the queue stays out; the others go on, and the message says so."""
+    """An element that a user cancels is not retried; the others go on, and the message names the cause."""
     throttle = ["--array=0-2%1"] if scheduler == "slurm" else ["-tc", "1"]
-    running = Running(settings(scheduler, extra=throttle), told(tmp_path, wait=[0]), pairs(6))
+    running = Running(settings(scheduler, extra=throttle), write_source(tmp_path, wait=[0]), pairs(6))
     wait_for(began(tmp_path, 0))
     job = job_of(tmp_path)
     native = [f"{job}_1"] if scheduler == "slurm" else [job, "-t", "2"]
@@ -253,8 +253,8 @@ def test_an_element_cancelled_by_hand_is_not_retried(scheduler: str, tmp_path: P
 
 
 def test_an_error_in_the_driver_cancels_what_it_submitted(slurm_here: str, tmp_path: Path) -> None:
-    """Interrupted with Ctrl-C, a run leaves nothing in the queue."""
-    source = told(tmp_path, wait=[0])
+    """A run that is interrupted with Ctrl-C leaves nothing in the queue."""
+    source = write_source(tmp_path, wait=[0])
 
     def interrupted() -> None:
         with executor.make(settings(slurm_here), cores=1, root=tmp_path) as pool:
@@ -271,9 +271,9 @@ def drive(params: ExecutorParams, root: Path, count: int) -> subprocess.Popen[by
     return subprocess.Popen([sys.executable, "-c", code, params.model_dump_json(), str(root), str(count)])
 
 
-def test_a_killed_driver_takes_its_arrays_up_again(scheduler: str, tmp_path: Path) -> None:
-    """SIGKILL while elements wait and run, start again: each is waited for, none is submitted a second time."""
-    told(tmp_path, wait=[0])
+def test_a_driver_watches_the_arrays_of_a_killed_one(scheduler: str, tmp_path: Path) -> None:
+    """After SIGKILL while elements wait and run, the next driver waits for each, and submits none of them again."""
+    write_source(tmp_path, wait=[0])
     params = settings(scheduler).model_copy(update={"workers": 1})
     driver = drive(params, tmp_path, 8)
     wait_for(began(tmp_path, 0))
@@ -289,8 +289,8 @@ def test_a_killed_driver_takes_its_arrays_up_again(scheduler: str, tmp_path: Pat
 
 
 def test_a_run_is_cancelled_from_its_folder(scheduler: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """The driver ends, the queue is empty, what was done is said; started again, the run begins anew."""
-    told(tmp_path, wait=[0])
+    """`wsiflow cancel` ends the driver and empties the queue; a run that is started again goes on."""
+    write_source(tmp_path, wait=[0])
     driver = drive(settings(scheduler), tmp_path, 8)
     wait_for(began(tmp_path, 0))
     from flows.__main__ import main
@@ -308,13 +308,15 @@ def test_a_run_is_cancelled_from_its_folder(scheduler: str, tmp_path: Path, capf
 def test_what_others_see_of_a_job_holds_no_secret(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Grid Engine shows the environment of a job to everybody: an element gets what it needs and what is named."""
+    """Grid Engine shows the variables of jobs to all users: an element gets those that it needs or that are named."""
     use("sge", request, monkeypatch)
     given = {"STORE_PASSWORD": "canary-1", "WSIFLOW_SWEEP": "canary-2", "LICENSE": "a,b=c d", "CONDA_PREFIX": "/x,/y"}
     for name, value in given.items():
         monkeypatch.setenv(name, value)
     running = Running(
-        settings("sge", environment=["LICENSE", "ABSENT"]), told(tmp_path, sleep={"0": 3}, environ=given), pairs(2)
+        settings("sge", environment=["LICENSE", "ABSENT"]),
+        write_source(tmp_path, sleep={"0": 3}, environ=given),
+        pairs(2),
     )
     wait_for(began(tmp_path, 0))
     shown = [call("qstat", "-j", "*"), call("qstat", "-xml", "-j", "*")]
@@ -327,36 +329,36 @@ def test_what_others_see_of_a_job_holds_no_secret(
     assert [outcome.receipt["environ"] for outcome in outcomes if outcome.receipt] == [seen, seen]
 
 
-def test_a_refused_array_is_told_with_what_the_scheduler_said(slurm_here: str, tmp_path: Path) -> None:
-    """A partition that does not exist ends the run at once, with Slurm's own words."""
+def test_a_refusal_is_reported_in_the_words_of_the_scheduler(slurm_here: str, tmp_path: Path) -> None:
+    """A partition that does not exist ends the run at once, with the message of Slurm."""
     from wsiflow.errors import EnvironmentFault
 
     with pytest.raises(EnvironmentFault, match=r"refused an array of 2: .*partition"):
-        run(settings(slurm_here, extra=["--partition=nowhere"]), told(tmp_path), pairs(4))
+        run(settings(slurm_here, extra=["--partition=nowhere"]), write_source(tmp_path), pairs(4))
 
 
 def test_an_array_that_cannot_be_prepared_keeps_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A full disk ends one shard, and the others do not wait for the room that its array had taken."""
+    """A full disk ends one shard; the others do not wait for the room that its array had reserved."""
     pool = ArrayJobs(settings("slurm", limit=5).array, root=tmp_path, workers=0, threads=1)
     pool._log.append("driver", **jobs.identity())
     monkeypatch.setattr(publish, "write_view", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        list(pool.run(work, told(tmp_path), "predict", pairs(4)))
+        list(pool.run(work, write_source(tmp_path), "predict", pairs(4)))
     assert pool._queue._held == {}
 
 
 def test_a_scheduler_may_answer_in_any_encoding() -> None:
-    """A queue lists what others named, and their locale is not ours."""
+    """The queue lists names of other users' jobs, whose encoding may be another one."""
     assert jobs.call(["printf", r"1 na\357ve"]).stdout == "1 na\ufffdve"
 
 
 def test_without_a_scheduler_the_run_says_what_is_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The command that is not there is named."""
+    """The message names the command that is missing."""
     from wsiflow.errors import EnvironmentFault
 
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(EnvironmentFault, match="no command"):
-        run(settings("slurm"), told(tmp_path), pairs(2))
+        run(settings("slurm"), write_source(tmp_path), pairs(2))
 
 
 def line(manifest: Path, out: Path, *more: str) -> list[str]:
@@ -364,7 +366,7 @@ def line(manifest: Path, out: Path, *more: str) -> list[str]:
 
 
 def published(out: Path) -> dict[str, str]:
-    """Return the digests of everything but what arrays need on the way."""
+    """Return the digests of all files except those of array jobs."""
     return {name: digest for name, digest in digests(out).items() if not name.startswith(("arrays", "logs", "jobs"))}
 
 
@@ -379,7 +381,7 @@ def expected(small_slides: Path, tmp_path_factory: pytest.TempPathFactory) -> di
 def test_the_line_killed_in_the_middle_publishes_the_same_bytes(
     slurm_here: str, small_slides: Path, expected: dict[str, str], tmp_path: Path
 ) -> None:
-    """Every stage as arrays of Slurm, the driver killed while it predicts and started again: likewise."""
+    """With every stage in arrays of Slurm, and a driver that is killed and started again, the bytes are the same."""
     out = tmp_path / "run"
     command = [sys.executable, "-m", "wsiflow.flows", "run", *line(small_slides, out, *SLURM)]
     driver = subprocess.Popen(command)

@@ -1,4 +1,4 @@
-"""How scores are computed is chosen once, and what that costs in accuracy is measured on every slide."""
+"""The choice of the engine, which is made once, and the certificates, which measure its accuracy on every slide."""
 
 import contextlib
 import csv
@@ -29,7 +29,7 @@ FAST = ["executor=inline", "orchestrator=none", "tracking=off", "evaluation.boot
 
 @pytest.fixture(scope="module")
 def tiny_slide(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """A slide of 2 x 2 tiles of tissue, as the overrides that choose it: GoogLeNet's windows take their time."""
+    """The overrides that choose a slide of 2 x 2 tiles of tissue; GoogLeNet is slow."""
     path = tmp_path_factory.mktemp("slide") / "s.tif"
     spec = dataset.plan_slide("micro", width_px=1000, height_px=900, seed=3)
     corner = np.ascontiguousarray(np.concatenate(list(dataset._bands(spec)))[:448, :448])
@@ -43,8 +43,8 @@ def wsiflow(slides: Path | list[str], out: Path, *more: str) -> int:
 
 
 def choice_of(out: Path) -> dict:
-    (found,) = (out / "engine").glob("*.json")
-    return json.loads(found.read_text())
+    (record,) = (out / "engine").glob("*.json")
+    return json.loads(record.read_text())
 
 
 def summary(out: Path) -> dict[str, float]:
@@ -58,7 +58,7 @@ def heat(out: Path) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def googlenet(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """GoogLeNet with random weights whose answers differ, as the overrides that choose it."""
+    """The overrides that choose a GoogLeNet with random weights."""
     torch.manual_seed(0)
     network = build("googlenet", 2, dropout=0.5)
     for layer in network.modules():
@@ -69,12 +69,12 @@ def googlenet(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 class Strict(NamedTuple):
-    """What came of a run whose tolerance is exceeded, started again, and started to tell only: in this order.
+    """Three starts of a run that exceeds its tolerance: twice as it is, and once with ``dense.on_excess=report``.
 
     Attributes:
-        out: The folder of all three.
+        out: The folder of the run.
         codes: Their exit codes.
-        said: What each printed.
+        said: Their outputs.
         scored: Whether there were scores after each.
     """
 
@@ -90,7 +90,7 @@ PADDED = ["inference.stride=32", "dense.windows=8", f"dense.tolerance={TOLERANCE
 
 @pytest.fixture(scope="module")
 def strict(tiny_slide: list[str], googlenet: list[str], tmp_path_factory: pytest.TempPathFactory) -> Strict:
-    """GoogLeNet beyond its tolerance: predicted and certified once for all tests."""
+    """A run of GoogLeNet that exceeds its tolerance, predicted and certified once for all tests."""
     found = Strict(tmp_path_factory.mktemp("strict") / "run", [], [], [])
     for more in ([], [], ["dense.on_excess=report"]):
         with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.redirect_stderr(said):
@@ -102,7 +102,7 @@ def strict(tiny_slide: list[str], googlenet: list[str], tmp_path_factory: pytest
 
 @pytest.fixture(scope="module")
 def usual(small_slides: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run at stride 56 with everything as it comes."""
+    """The folder of a run at stride 56 with default settings."""
     out = tmp_path_factory.mktemp("usual") / "run"
     assert wsiflow(small_slides, out, "inference.stride=56", "inference.backend=openvino") == 0
     return out
@@ -116,7 +116,7 @@ def save_card(network: nn.Module, folder: Path) -> Path:
 
 
 def test_a_network_that_pads_is_run_with_context_and_measured(strict: Strict) -> None:
-    """GoogLeNet gets 96 px beyond its windows; its dense scores differ from single windows, and by how much is said."""
+    """GoogLeNet gets 96 px of context; its dense scores differ from single windows, and the summary says how much."""
     choice = choice_of(strict.out)["choice"]
     assert (choice["engine"], choice["context_px"], choice["exact"]) == ("dense", 96, False)
     assert choice["halo_px"] == 112 - 16 + 96
@@ -128,22 +128,22 @@ def test_a_network_that_pads_is_run_with_context_and_measured(strict: Strict) ->
 def test_beyond_the_tolerance_a_run_stops_and_names_what_would_pass(
     strict: Strict, tiny_slide: list[str], googlenet: list[str], tmp_path: Path
 ) -> None:
-    """Nothing is scored; the advice was tried on the same windows, and following it passes."""
-    first, again, told = strict.said
+    """Nothing is scored; the advice was tried on the same windows, and a run that follows it passes."""
+    first, again, reported = strict.said
     assert (strict.codes, strict.scored) == ([40, 40, 0], [False, False, True])
     assert "scores differ from single windows in fp32: mean abs diff is" in first
     assert first.count("looking for a setting that keeps dense.tolerance") == 1
-    assert "looking for" not in again + told, "once for a run"
+    assert "looking for" not in again + reported, "once for a run"
     assert "advice     set dense.share_until=" in again
     assert summary(strict.out)["certificate.slides_beyond"] == 1
-    assert "slides beyond the limits: 1" in told
+    assert "slides beyond the limits: 1" in reported
     cut = first.split("set dense.share_until=")[1].split()[0]
     assert wsiflow(tiny_slide, tmp_path / "shared", *googlenet, *PADDED, f"dense.share_until={cut}") == 0
     assert summary(tmp_path / "shared")["dense.mean_abs_diff"] <= TOLERANCE
 
 
 def test_where_windows_do_not_overlap_they_are_run(small_slides: Path, tmp_path: Path) -> None:
-    """At a stride of a whole window the dense pass saves nothing; the run says what it chose and why."""
+    """At a stride of a whole window dense maps save nothing; the run names its choice and the reason."""
     assert wsiflow(small_slides, tmp_path / "run", "inference.stride=224") == 0
     found = choice_of(tmp_path / "run")
     assert found["choice"]["engine"] == "window"
@@ -154,7 +154,7 @@ def test_where_windows_do_not_overlap_they_are_run(small_slides: Path, tmp_path:
 def test_a_halo_too_small_for_a_network_that_pads_means_windows(
     tiny_slide: list[str], googlenet: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The reference's patches leave GoogLeNet no context: its scores would be another thing, so windows are run."""
+    """The patches of the reference leave GoogLeNet no context, so that single windows are run."""
     assert wsiflow(tiny_slide, tmp_path / "run", *googlenet, "tiles=patch", "inference.stride=112") == 0
     assert choice_of(tmp_path / "run")["choice"]["engine"] == "window"
     said = capsys.readouterr().out
@@ -176,7 +176,7 @@ def test_memory_bounds_rows_as_well_as_columns() -> None:
 
 
 def test_a_choice_measured_before_a_crash_is_kept(small_slides: Path, tmp_path: Path) -> None:
-    """Killed between file and receipt: seconds are never the same again, so the first measurement stands."""
+    """A run that is killed between file and receipt keeps its measurements: repeated ones would differ."""
     auto = ["inference.precision=auto", "inference.stride=112"]
     assert wsiflow(small_slides, tmp_path / "run", *auto) == 0
     first = choice_of(tmp_path / "run")
@@ -189,7 +189,7 @@ def test_a_choice_measured_before_a_crash_is_kept(small_slides: Path, tmp_path: 
 
 @pytest.mark.parametrize("how", [["stain=macenko"], ["stain=macenko", "inference.precision=int8"]])
 def test_a_slide_without_tissue_is_a_slide(small_slides: Path, tmp_path: Path, how: list[str]) -> None:
-    """Glass has no colours to fit, no window to certify and nothing to calibrate on; the other slide is finished."""
+    """A slide of glass has no colours to fit, no windows to certify and no blocks to calibrate on; it is no failure."""
     blank = tmp_path / "blank.tif"
     glass = np.full((1000, 1200, 3), 244, np.uint8)
     pyramid.write_rgb(blank, iter([glass]), shape=glass.shape[:2], um_px=0.243, quality=90)
@@ -208,7 +208,7 @@ def test_a_slide_without_tissue_is_a_slide(small_slides: Path, tmp_path: Path, h
 
 @pytest.mark.skipif(not cpu_supports_bf16(), reason="this CPU has no bf16")
 def test_bf16_is_certified_against_fp32(small_slides: Path, tmp_path: Path) -> None:
-    """Both comparisons keep to the promise: mean at most 0.002, largest at most 0.02."""
+    """Both comparisons are within the limits: the mean difference is at most 0.002, the largest at most 0.02."""
     assert wsiflow(small_slides, tmp_path / "run", "inference.precision=bf16", "inference.stride=32") == 0
     found = summary(tmp_path / "run")
     for kind in ("dense", "precision"):
@@ -217,7 +217,7 @@ def test_bf16_is_certified_against_fp32(small_slides: Path, tmp_path: Path) -> N
 
 
 def test_int8_is_calibrated_on_the_runs_own_tissue(small_slides: Path, tmp_path: Path) -> None:
-    """Run twice from nothing: the same bytes, near fp32, and certified."""
+    """Two runs give the same bytes, near those of fp32, and certificates."""
     for name in ("a", "b"):
         assert wsiflow(small_slides, tmp_path / name, "inference.precision=int8", "inference.stride=32") == 0
     found = summary(tmp_path / "a")
@@ -227,7 +227,7 @@ def test_int8_is_calibrated_on_the_runs_own_tissue(small_slides: Path, tmp_path:
 
 
 def test_auto_measures_and_keeps_its_choice(small_slides: Path, tmp_path: Path) -> None:
-    """What was measured is published, and the same run again keeps to it."""
+    """The measurements are published, and the run keeps its choice when it is started again."""
     auto = ["inference.precision=auto", "inference.backend=auto", "inference.stride=112"]
     assert wsiflow(small_slides, tmp_path / "run", *auto) == 0
     first = choice_of(tmp_path / "run")
@@ -282,7 +282,7 @@ def test_patches_without_a_fit_are_counted_with_their_places(small_slides: Path,
 def test_what_cannot_be_is_refused_before_any_work(
     small_slides: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], overrides: list[str], said: str
 ) -> None:
-    """One line, exit 20, no plan."""
+    """The run ends with one line and exit code 20, and without a plan."""
     assert wsiflow(small_slides, tmp_path / "run", *overrides) == 20
     assert said in capsys.readouterr().err
     assert not (tmp_path / "run/plan.json").exists()

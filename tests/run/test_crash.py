@@ -1,4 +1,4 @@
-"""The headline of resume: end the process before any one change of the file system, start again, get the same bytes."""
+"""Resuming: a process that ends before any change of the file system is followed by one that gives the same bytes."""
 
 import itertools
 import multiprocessing
@@ -55,7 +55,7 @@ def points(manifest: Path, folder: Path) -> Iterator[tuple[int, Path]]:
 
 @pytest.mark.timeout(20_000)  # two minutes where nothing else runs, hours in full size
 def test_a_run_that_ends_before_any_effect_is_finished_by_the_next(tiny_slides: Path, tmp_path: Path) -> None:
-    """Same bytes as an undisturbed run, and nothing that was finished is done again."""
+    """The next run gives the bytes of an undisturbed run, and repeats no finished task."""
     assert COARSE
     manifest = tiny_slides
     assert line(manifest, tmp_path / "undisturbed") == 0

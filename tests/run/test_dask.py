@@ -56,7 +56,7 @@ def local() -> Iterator[tuple[Client, Executor]]:
 
 
 def test_every_task_ends_once(local) -> None:
-    """Fifty tasks in slices of up to three, from four threads at once: fifty outcomes each, and nothing is kept."""
+    """Four threads that run fifty tasks each get fifty outcomes each, and the scheduler keeps nothing."""
     _, pool = local
     found: dict[int, list[Outcome]] = {}
 
@@ -77,7 +77,7 @@ def test_every_task_ends_once(local) -> None:
 
 
 def test_no_more_in_flight_than_the_window(local, tmp_path: Path) -> None:
-    """Three per worker, however many threads ask: counted at the scheduler while they run."""
+    """The scheduler never has more than three slices per worker, however many threads submit slices."""
     client, pool = local
     seen: list[int] = []
     ended = threading.Event()
@@ -99,7 +99,7 @@ def test_no_more_in_flight_than_the_window(local, tmp_path: Path) -> None:
         thread.join()
     ended.set()
     threads[0].join()
-    assert 4 <= max(seen) <= 6 + 2, "two may be on their way out when others come in"
+    assert 4 <= max(seen) <= 6 + 2, "two may be released while others are submitted"
     assert [len(list(folder.iterdir())) for folder in folders] == [8, 8]
 
 
@@ -112,15 +112,15 @@ def test_the_first_slices_start_first(local, tmp_path: Path) -> None:
 
 
 def test_a_worker_killed_at_work_loses_nothing(local, tmp_path: Path) -> None:
-    """Its slice goes to another worker, and every task has its one outcome."""
+    """The slice of a killed worker goes to another worker, and every task has one outcome."""
     _, pool = local
     outcomes: list[Outcome] = []
     thread = threading.Thread(target=lambda: outcomes.extend(pool.run(tell_pid_and_wait, tmp_path, "s", slices(10, 2))))
     thread.start()
-    told = tmp_path / "1"
-    while not (told.exists() and told.read_text()):
+    pid_file = tmp_path / "1"
+    while not (pid_file.exists() and pid_file.read_text()):
         time.sleep(0.02)
-    os.kill(int(told.read_text()), signal.SIGKILL)
+    os.kill(int(pid_file.read_text()), signal.SIGKILL)
     thread.join()
     assert sorted(o.task for o in outcomes if not o.retried) == list(range(10))
     assert all(o.receipt is not None for o in outcomes if not o.retried)
@@ -128,7 +128,7 @@ def test_a_worker_killed_at_work_loses_nothing(local, tmp_path: Path) -> None:
 
 
 def test_a_task_that_kills_its_worker_fails_alone(local) -> None:
-    """Its neighbours in the slice and in the queue succeed; it is named with the reason, and the workers go on."""
+    """Its neighbours succeed; the task is named with the reason, and the workers go on."""
     _, pool = local
     outcomes = list(pool.run(die_at_7, HERE, "predict", slices(12, 3)))
     last = sorted(o for o in outcomes if not o.retried)
@@ -141,7 +141,7 @@ def test_a_task_that_kills_its_worker_fails_alone(local) -> None:
 
 
 def test_what_cannot_be_submitted_keeps_no_place(local, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An error between taking a place and using it gives the place back, as does a consumer that stops."""
+    """A slice that cannot be submitted gives its place back, as does a caller that stops."""
     client, pool = local
     with monkeypatch.context() as patched:
         patched.setattr(client, "submit", lambda *_, **__: 1 / 0)
@@ -154,7 +154,7 @@ def test_what_cannot_be_submitted_keeps_no_place(local, monkeypatch: pytest.Monk
 
 
 def test_a_scheduler_that_ends_is_one_clear_error(tmp_path: Path) -> None:
-    """A run at an address stops with what happened and what to do, and does not wait for ever."""
+    """A run at an address ends with one error and its remedy, and does not wait for ever."""
     with LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None, host="127.0.0.1") as lent:
         chosen = params(address=lent.scheduler_address)
         with cluster(chosen, cores=2) as client:
@@ -169,8 +169,8 @@ def test_a_scheduler_that_ends_is_one_clear_error(tmp_path: Path) -> None:
 
 
 def test_what_does_not_start_is_named() -> None:
-    """A class that does not exist, keywords it does not take, an address where nobody answers, or beside a class."""
-    with pytest.raises(ValueError, match="what starts one must be empty"):
+    """A missing class, wrong keywords, and an address that does not answer or is given beside a class are named."""
+    with pytest.raises(ValueError, match="cluster_kwargs and adapt_kwargs must be empty"):
         DaskParams(address="tcp://127.0.0.1:9", cluster="distributed.LocalCluster")
     with (
         pytest.raises(InputError, match=r"executor\.dask\.cluster is distributed\.Nowhere"),
@@ -193,7 +193,7 @@ def test_what_does_not_start_is_named() -> None:
 def test_slurm_jobs_do_not_change_a_byte(
     slurm: dict[str, str], small_slides: Path, expected: dict[str, str], tmp_path: Path
 ) -> None:
-    """dask-jobqueue on a real Slurm: the same bytes, under TLS, with logs in the run's folder, and no job left."""
+    """dask-jobqueue on a real Slurm gives the same bytes, with TLS and logs in the run's folder, and leaves no job."""
     env = os.environ | slurm
     out = tmp_path / "run"
     more = ["executor=dask_slurm", "executor.workers=2", "executor.dask.cluster_kwargs.memory=2GB"]

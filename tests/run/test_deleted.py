@@ -1,4 +1,4 @@
-"""Whatever of a finished run is deleted is made again, with the same bytes: a stage is done when all of it is there."""
+"""Deleted files of a finished run are computed again with the same bytes: a stage is done when all its files exist."""
 
 import itertools
 import re
@@ -38,7 +38,7 @@ def verified(root: Path) -> int:
 
 
 def test_what_is_deleted_is_made_again(tiny_slides: Path, finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """What nothing else is computed from: the files, then by the advice of `verify`, then the receipts alone."""
+    """Files from which no other is computed are deleted alone, then as `verify` advises, then the receipts alone."""
     before = published(finished)
     leaves = [
         name for name in before if name.endswith((".png", ".preview.tif", ".geojson")) or name.startswith("cuts/")
@@ -67,7 +67,7 @@ def test_what_is_deleted_is_made_again(tiny_slides: Path, finished: Path, capsys
 
 @pytest.mark.parametrize("files_too", [False, True])
 def test_everything_can_be_made_again(tiny_slides: Path, finished: Path, files_too: bool) -> None:
-    """Every receipt of the run in one go, and every file with its receipt."""
+    """All receipts of the run are deleted at once, with and without their files."""
     before = published(finished)
     for name in before:
         publish.receipt_path(finished, name).unlink()
@@ -78,10 +78,10 @@ def test_everything_can_be_made_again(tiny_slides: Path, finished: Path, files_t
     assert verified(finished) == 0
 
 
-def test_pixels_that_are_scored_are_spare(
+def test_pixels_that_are_scored_are_dispensable(
     tiny_slides: Path, finished: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Deleting `patches/` to save space is all right; they are made again as soon as scores are to be."""
+    """`patches/` may be deleted to save space; the files are computed again only for missing scores."""
     before = published(finished)
     shutil.rmtree(finished / "patches")
     assert start(tiny_slides, finished) == 0
@@ -96,8 +96,8 @@ def test_pixels_that_are_scored_are_spare(
     assert published(finished) == before
 
 
-def test_what_a_folder_was_first_told_can_be_forgotten(tiny_slides: Path, finished: Path) -> None:
-    """The first configuration and its receipt, once there is a second one: the folder is known by that."""
+def test_the_first_configuration_can_be_deleted(tiny_slides: Path, finished: Path) -> None:
+    """Once there is a second configuration, the folder is identified by that."""
     assert start(tiny_slides, finished, "allow_partial=true") == 0
     (finished / "config.yaml").unlink()
     publish.receipt_path(finished, "config.yaml").unlink()

@@ -1,4 +1,4 @@
-"""Schedulers' words: the commands wsiflow sends and what it makes of the answers, golden for each scheduler."""
+"""Dialects of schedulers: recorded commands and parsed answers for each scheduler, and how arrays are watched."""
 
 import itertools
 import json
@@ -22,7 +22,7 @@ from wsiflow.run.executor.array import ArrayJobs, Batch, runs
 from wsiflow.run.executor.dialect import ArrayParams, Place, Seen, expand, indices
 from wsiflow.run.executor.params import ExecutorParams
 from wsiflow.run.executor.protocol import Outcome, Slice
-from wsiflow.run.executor.watch import Look, Piece, Queue, Tries
+from wsiflow.run.executor.watch import Piece, Poll, Queue, Tries
 from wsiflow.system import processes
 
 CONF = Path(__file__).parents[2] / "conf/executor"
@@ -170,7 +170,7 @@ LIMITS = {
 
 
 def params(name: str, **changed: object) -> ArrayParams:
-    """Return a scheduler's settings as shipped, with some changed."""
+    """Return the shipped settings of a scheduler with some changes."""
     values = yaml.safe_load((CONF / f"{name}_array.yaml").read_text())
     made = ExecutorParams.model_validate(values).array
     assert made is not None
@@ -179,7 +179,7 @@ def params(name: str, **changed: object) -> ArrayParams:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_submission(name: str) -> None:
-    """The command that submits an array is this one, to the letter; the user's own braces are left alone."""
+    """The command that submits an array is exactly the recorded one; braces in the user's options stay as they are."""
     assert (
         shlex.join(params(name).dialect.submission(FIELDS, threads=2, variables=["HOME", "PATH"])) == SUBMISSIONS[name]
     )
@@ -191,7 +191,7 @@ def test_one_thread_needs_no_parallel_environment() -> None:
 
 
 def test_the_variables_of_an_element() -> None:
-    """Only what is needed or named, of what is set."""
+    """Elements get only the variables that are set and either needed or named."""
     there = dict.fromkeys(("PATH", "WSIFLOW_DEBUG", "WSIFLOW_SWEEP", "API_KEY", "MINE", "MKL_CBWR"), "x")
     assert element.variables(there, ["MINE", "ABSENT"]) == ["MINE", "MKL_CBWR", "PATH", "WSIFLOW_DEBUG"]
     assert "-v" not in params("sge").dialect.submission(FIELDS, threads=1)
@@ -200,7 +200,7 @@ def test_the_variables_of_an_element() -> None:
 
 
 def test_the_job_script_is_constant() -> None:
-    """The script holds nothing of any run: command and table are its arguments."""
+    """The job script is the same for all runs: the command and the table are its arguments."""
     assert element.SCRIPT == (
         "#!/bin/bash\n"
         "# One element of an array job. The arguments are a command and the array's table; the element's index is in\n"
@@ -211,7 +211,7 @@ def test_the_job_script_is_constant() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_ids_are_found_in_what_the_submission_prints(name: str) -> None:
-    """The array's id, and nothing where the answer is something else."""
+    """The id of the array is found, and an empty text where the answer has none."""
     dialect = params(name).dialect
     assert [dialect.submitted(text) for text in SUBMITTED[name]] == ["1234"] * len(SUBMITTED[name])
     assert dialect.submitted("error: it did not work\n") == ""
@@ -219,7 +219,7 @@ def test_ids_are_found_in_what_the_submission_prints(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_queue_is_read_element_by_element(name: str) -> None:
-    """Every listed element of every array with its state; jobs that are no arrays are passed over."""
+    """Every listed element of every array is found with its state; jobs without an array are ignored."""
     expected = {Place("p-1", index): Seen("1234", state) for index, state in LISTED[name].items()}
     assert params(name).dialect.listed(QUEUES[name]) == expected
 
@@ -239,7 +239,7 @@ def test_the_queue_is_read_element_by_element(name: str) -> None:
     ],
 )
 def test_states(name: str, alive: list[str], stuck: list[str], ended: list[str]) -> None:
-    """Each state waits or runs, needs help, or is over."""
+    """An element in each of the states is alive, stuck or ended."""
     dialect = params(name).dialect
     found = {state: (dialect.is_alive(state), dialect.is_stuck(state)) for state in alive + stuck + ended}
     assert found == {
@@ -249,42 +249,42 @@ def test_states(name: str, alive: list[str], stuck: list[str], ended: list[str])
     }
 
 
-@pytest.mark.parametrize(("name", "state", "told", "began", "cause"), ENDS)
-def test_why_an_element_ended(name: str, state: str, told: str, began: bool, cause: str) -> None:
-    """What the scheduler tells of a dead element is one of a few causes."""
-    assert params(name).dialect.cause(state, told, began=began) == cause
+@pytest.mark.parametrize(("name", "state", "report", "began", "cause"), ENDS)
+def test_why_an_element_ended(name: str, state: str, report: str, began: bool, cause: str) -> None:
+    """The report of a scheduler on a dead element gives one of a few causes."""
+    assert params(name).dialect.cause(state, report, began=began) == cause
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_longest_array_is_read(name: str) -> None:
-    """The site's limit, and 0 where the answer does not name one."""
+    """The limit of the site is read, and 0 where the answer has none."""
     text, limit = LIMITS[name]
     assert params(name).dialect.longest(text) == limit
     assert params(name).dialect.longest("") == 0
 
 
-def test_a_pattern_that_is_none_is_refused() -> None:
-    """A mistake in a site's own dialect is told before anything runs."""
+def test_an_invalid_pattern_is_refused() -> None:
+    """A mistake in the dialect of a site is an error before anything runs."""
     values = params("slurm").dialect.model_dump()
     with pytest.raises(ValueError, match="unterminated"):
         type(params("slurm").dialect).model_validate({**values, "alive": "(RUNNING"})
-    with pytest.raises(ValueError, match="are no causes"):
+    with pytest.raises(ValueError, match="are unknown causes"):
         type(params("slurm").dialect).model_validate({**values, "causes": {"magic": "x"}})
 
 
 def test_lists_are_spliced() -> None:
-    """A placeholder that stands alone for a list becomes its arguments, none for an empty one."""
+    """An argument that is only the placeholder of a list is replaced by the items of the list."""
     assert expand(["a", "{x}", "{y}", "b{z}"], {"x": ["1", "2"], "y": [], "z": 3}) == ["a", "1", "2", "b3"]
 
 
 def test_compressed_indices() -> None:
-    """Ranges with and without a step, and single ones."""
+    """Ranges with and without a step, and single indices, are expanded."""
     assert list(indices("1-9:4,12,20-21")) == [1, 5, 9, 12, 20, 21]
 
 
 @given(st.sets(st.integers(0, 60)))
 def test_runs_hold_each_task_once(tasks: set[int]) -> None:
-    """Ranges rise, never touch, and hold exactly the tasks."""
+    """Ranges are in rising order, never touch, and contain exactly the tasks."""
     found = list(runs(tasks))
     assert [task for lo, hi in found for task in range(lo, hi)] == sorted(tasks)
     assert all(before.hi < after.lo for before, after in itertools.pairwise(found))
@@ -300,7 +300,7 @@ def test_runs_hold_each_task_once(tasks: set[int]) -> None:
 def test_every_slice_is_in_one_array_and_no_index_over_the_cap(
     spans: list[int], limit: int, window: int, lost: list[int]
 ) -> None:
-    """However slices, limit, window and earlier losses fall, all slices are submitted once, in arrays that fit."""
+    """For any slices, limit, window and earlier losses, each slice is submitted once, in arrays within the limit."""
     pool = ArrayJobs(params("slurm", limit=limit, window=window), root=Path("/nowhere"), workers=0, threads=1)
     pieces, lo = [], 0
     for span, memory in zip(spans, lost, strict=False):
@@ -309,7 +309,7 @@ def test_every_slice_is_in_one_array_and_no_index_over_the_cap(
     batch = Batch({"stage": "s"}, set(range(lo)), deque(pieces), [])
     arrays: list[list[Piece]] = []
 
-    def start(name: str, _told: object, request: dict[str, int], taken: list[Piece]) -> object:
+    def start(name: str, _call: object, request: dict[str, int], taken: list[Piece]) -> object:
         assert {pool._request(piece.tries)["memory_mb"] for piece in taken} == {request["memory_mb"]}
         arrays.append(taken)
         return object()
@@ -326,7 +326,7 @@ def test_every_slice_is_in_one_array_and_no_index_over_the_cap(
 
 
 @pytest.mark.parametrize(
-    ("causes", "asked"),
+    ("causes", "resources"),
     [
         ([], (4000, 60)),
         (["memory"], (8000, 60)),
@@ -336,18 +336,18 @@ def test_every_slice_is_in_one_array_and_no_index_over_the_cap(
         (["time"] * 6, (4000, 1440)),
     ],
 )
-def test_what_was_too_little_is_doubled_up_to_the_limit(causes: list[str], asked: tuple[int, int]) -> None:
-    """Memory after memory, time after time, nothing after what more of them would not have mended."""
+def test_what_was_too_little_is_doubled_up_to_the_limit(causes: list[str], resources: tuple[int, int]) -> None:
+    """Memory is doubled after a lack of memory, minutes after a lack of time, and nothing after other causes."""
     pool = ArrayJobs(params("slurm"), root=Path("/nowhere"), workers=0, threads=1)
     tries = Tries()
     for cause in causes:
         tries = tries.after(cause)
     assert tries.lost == len(causes)
-    assert pool._request(tries) == {"memory_mb": asked[0], "minutes": asked[1]}
+    assert pool._request(tries) == {"memory_mb": resources[0], "minutes": resources[1]}
 
 
-def test_a_torn_line_is_as_if_it_had_not_been_written(tmp_path: Path) -> None:
-    """A driver killed in the middle of a line spoils neither that line's neighbours nor the next one."""
+def test_an_incomplete_line_is_ignored(tmp_path: Path) -> None:
+    """A line that a killed driver left incomplete spoils neither its neighbours nor the next line."""
     log = jobs.JobLog(tmp_path)
     log.append("driver", pid=1)
     log.append("intent", name="a")
@@ -361,7 +361,7 @@ def test_a_torn_line_is_as_if_it_had_not_been_written(tmp_path: Path) -> None:
 
 
 def test_cancelling_counts_for_the_drivers_before_it(tmp_path: Path) -> None:
-    """A run that is started again after it was cancelled begins anew."""
+    """A run that is started again after it was cancelled is not cancelled any more."""
     log = jobs.JobLog(tmp_path)
     log.append("driver", pid=1)
     log.append("cancel")
@@ -372,7 +372,7 @@ def test_cancelling_counts_for_the_drivers_before_it(tmp_path: Path) -> None:
 
 @pytest.fixture
 def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
-    """Put commands into PATH, each a shell script that runs in the folder returned."""
+    """Put commands into PATH; each is a shell script that runs in the returned folder."""
     folder = tmp_path / "bin"
     folder.mkdir()
     monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
@@ -386,7 +386,7 @@ def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., P
     return put
 
 
-# Slurm with room for so many elements of a user; it runs one whenever squeue is asked the fourth time.
+# A Slurm with room for ROOM elements of a user; it runs an element at every fourth call of squeue.
 SBATCH = """\
 for one; do case $one in
     --array=*) span=${one#--array=}; span=${span%\\%*} ;;
@@ -414,16 +414,16 @@ sed -i 1d queue
 
 
 def test_a_refused_array_waits_for_others_of_the_run(commands: Callable[..., Path], tmp_path: Path) -> None:
-    """Where a user may have three jobs, a run goes on as its first three end: all is done, and nothing is left."""
+    """Where a user may have three jobs, all tasks are done as the first arrays end, and no array is left."""
     python = f"PYTHONPATH={Path(__file__).parents[1]} {sys.executable}"
-    told = commands(sbatch=SBATCH.replace("ROOM", "3"), squeue=SQUEUE.replace("PYTHON", python))
+    folder = commands(sbatch=SBATCH.replace("ROOM", "3"), squeue=SQUEUE.replace("PYTHON", python))
     (tmp_path / "plan.json").write_text("{}")
     made = params("slurm", limit=3, poll_s=0.01, grace_s=60)
     with ArrayJobs(made, root=tmp_path, workers=0, threads=1) as pool:
         outcomes = list(pool.run(work, tmp_path / "plan.json", "predict", [Slice(i, i + 1) for i in range(5)]))
     assert sorted(outcome.task for outcome in outcomes if outcome.receipt) == list(range(5))
     assert not any(outcome.retried for outcome in outcomes)
-    assert (told / "asked").read_text().split() == ["3", *["2"] * 7], "twice three refusals"
+    assert (folder / "asked").read_text().split() == ["3", *["2"] * 7], "twice three refusals"
     assert len(list((tmp_path / "arrays").glob("*.json"))) == len(list((tmp_path / "logs").iterdir())) == 2
     assert pool._queue._window == made.window // 4
     assert not pool._log.read().jobs
@@ -432,15 +432,15 @@ def test_a_refused_array_waits_for_others_of_the_run(commands: Callable[..., Pat
 def test_an_array_refused_while_nothing_is_in_the_queue_ends_the_run(
     commands: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """There is nothing to wait for: the scheduler's own words are told."""
+    """There is nothing to wait for: the error has the message of the scheduler."""
     commands(sbatch=SBATCH.replace("ROOM", "1"), squeue="")
     pool = ArrayJobs(params("slurm", limit=3, poll_s=0.01), root=tmp_path, workers=0, threads=1)
     with pytest.raises(EnvironmentFault, match=r"refused an array of 2: .*AssocMaxSubmitJobLimit"), pool:
         list(pool.run(work, tmp_path / "plan.json", "predict", [Slice(0, 1), Slice(1, 2)]))
 
 
-def test_a_scheduler_that_is_not_there_is_told_at_once(commands: Callable[..., Path], tmp_path: Path) -> None:
-    """Its commands are installed and nothing answers them: a run does not begin, and leaves nothing to wait for."""
+def test_a_scheduler_that_does_not_answer_is_an_error_at_once(commands: Callable[..., Path], tmp_path: Path) -> None:
+    """Where the scheduler does not answer its commands, a run does not begin, and leaves no array."""
     commands(squeue="echo 'squeue: error: no configuration' >&2; exit 1", sbatch="exit 1")
     pool = ArrayJobs(params("slurm", poll_s=0.01), root=tmp_path, workers=0, threads=1)
     with pytest.raises(EnvironmentFault, match=r"Slurm does not answer \(squeue: error: no config.*squeue works"), pool:
@@ -449,18 +449,18 @@ def test_a_scheduler_that_is_not_there_is_told_at_once(commands: Callable[..., P
 
 
 @pytest.mark.parametrize(("workers", "room"), [(0, 100), (7, 7), (1, 1), (1000, 100)])
-def test_workers_are_those_of_the_run(workers: int, room: int) -> None:
-    """Shards side by side have no more in the queue together than may run at a time, nor than the window."""
+def test_workers_limit_all_shards_together(workers: int, room: int) -> None:
+    """All shards together have no more elements in the queue than may run at a time, and than the window."""
     queue = Queue(params("slurm", window=100), workers=workers)
     taken = [queue.take(f"shard-{i}", 5, longest=1000) for i in range(200)]
     assert sum(taken) == room
 
 
 def test_a_refusal_halves_the_window_but_keeps_what_was_accepted() -> None:
-    """Down to one where nothing was accepted; refusals of many shards at once do not stop what runs."""
+    """The window shrinks to 1 where nothing was accepted, and not below the elements that were accepted."""
     queue = Queue(params("slurm", window=100), workers=0)
     assert queue.take("a", 30, longest=1000) == 30
-    queue._last = Look(0.0, {Place("a", i): Seen("1", "RUNNING") for i in range(30)})
+    queue._last = Poll(0.0, {Place("a", i): Seen("1", "RUNNING") for i in range(30)})
     windows = []
     for _ in range(3):
         assert queue.take("b", 20, longest=1000) or queue._window == 30
@@ -473,7 +473,7 @@ def test_a_refusal_halves_the_window_but_keeps_what_was_accepted() -> None:
 
 
 def test_a_second_driver_is_refused_while_the_first_lives(commands: Callable[..., Path], tmp_path: Path) -> None:
-    """Two processes on one folder: the second hears of the first; one that was killed, or has left, is no hindrance."""
+    """The second driver of a folder is refused with the first one's name, unless that was killed or has stopped."""
     commands(squeue="")
     first = subprocess.Popen(["sleep", "3600"])
     pool = ArrayJobs(params("slurm"), root=tmp_path, workers=0, threads=1)
@@ -489,7 +489,7 @@ def test_a_second_driver_is_refused_while_the_first_lives(commands: Callable[...
     assert "another container" in jobs._end_driver(pool._log.read())
     with pool:  # whatever has its number here
         pass
-    assert first.poll() is None, "who has the number of another container's process is not ended"
+    assert first.poll() is None, "a process with the number of another container's driver is not ended"
     pool._log.append("driver", **known)
     first.kill()
     first.wait()
@@ -498,45 +498,45 @@ def test_a_second_driver_is_refused_while_the_first_lives(commands: Callable[...
     assert pool._log.read().left
 
 
-def test_an_array_cancelled_while_it_is_submitted_is_looked_for_again(
+def test_an_array_cancelled_while_it_is_submitted_is_searched_again(
     commands: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """Neither its id nor the queue is known at the first look; at the second it is found by its name and cancelled."""
-    told = commands(squeue="touch queue; cat queue", scancel='echo "$@" >> dropped')
+    """At the first poll the array has no id and is not in the queue; at the second one it is cancelled by its name."""
+    folder = commands(squeue="touch queue; cat queue", scancel='echo "$@" >> dropped')
     log, dialect = jobs.JobLog(tmp_path), params("slurm").dialect
     log.append("intent", name="under-way")
     log.append("intent", name="gone")
     log.append("job", name="gone", job="6")
     assert jobs.drop_open(log, dialect) == []
     assert log.read().jobs == (jobs.Job("under-way", ""),)
-    (told / "queue").write_text("7_0|PENDING|under-way\n")
-    assert jobs.drop_open(log, dialect) == ["under-way: 7 cancelled, 1 elements were waiting or running"]
-    assert (told / "dropped").read_text() == "7\n"
+    (folder / "queue").write_text("7_0|PENDING|under-way\n")
+    assert jobs.drop_open(log, dialect) == ["under-way: 7 was cancelled, 1 of its elements were waiting or running"]
+    assert (folder / "dropped").read_text() == "7\n"
     assert log.read().jobs == ()
 
 
 def test_an_array_taken_over_is_expected_until_every_shard_has_its_own(
     commands: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """Two shards want an element each of an array that was left: it has not ended when one of them has its own."""
+    """Two shards need an element each of an array that was left: it is open until both elements have ended."""
     commands(squeue="printf '7_0|RUNNING|predict-a\\n7_1|RUNNING|predict-a\\n'")
     first = ArrayJobs(params("slurm"), root=tmp_path, workers=0, threads=1).__enter__()  # and then it was killed
     first._send = lambda *_: "7"  # type: ignore[method-assign]
-    told = {"work": element.dotted(work), "source": "plan.json", "stage": "predict"}
-    first._start("predict-a", told, {"memory_mb": 1, "minutes": 1}, [Piece(0, 1, Tries()), Piece(1, 2, Tries())])
+    call = {"work": element.dotted(work), "source": "plan.json", "stage": "predict"}
+    first._start("predict-a", call, {"memory_mb": 1, "minutes": 1}, [Piece(0, 1, Tries()), Piece(1, 2, Tries())])
     expected = []
     with ArrayJobs(params("slurm", poll_s=0.01), root=tmp_path, workers=0, threads=1) as pool:
         for task in (0, 1):
             shard = pool.run(work, tmp_path / "plan.json", "predict", [Slice(task, task + 1)])
             outcome = {"outcome": Outcome(task, {}, executed=True)._asdict()}
             (tmp_path / f"arrays/predict-a/{task}.2.jsonl").write_text(json.dumps(outcome) + "\n")
-            assert [found.task for found in shard if not found.retried] == [task]
+            assert [outcome.task for outcome in shard if not outcome.retried] == [task]
             expected.append(pool._log.read().jobs)
     assert expected == [(jobs.Job("predict-a", "7"),), ()]
 
 
 def test_what_a_lost_element_left_is_removed(commands: Callable[..., Path], tmp_path: Path) -> None:
-    """Killed on another host in the middle of a file: its attempt goes, those of hosts and processes alike stay."""
+    """The attempt file of an element that was killed on another host is removed; those of others stay."""
     commands(squeue="", scontrol="exit 1")
     pool = ArrayJobs(params("slurm", poll_s=0.01, grace_s=0, retries=0), root=tmp_path, workers=0, threads=1)
     one, other = f"{SPACE}-1-{'a' * 32}", f"{SPACE}-1-{'b' * 32}"
@@ -567,8 +567,8 @@ def test_what_a_lost_element_left_is_removed(commands: Callable[..., Path], tmp_
     assert left == stays
 
 
-def test_a_driver_stops_where_a_later_one_began(commands: Callable[..., Path], tmp_path: Path) -> None:
-    """Cancelled and started again elsewhere: the first submits nothing, and leaves the other's arrays alone."""
+def test_a_driver_stops_where_there_is_a_newer_one(commands: Callable[..., Path], tmp_path: Path) -> None:
+    """A driver whose run was started elsewhere submits nothing, and does not touch the arrays of the other driver."""
     commands(squeue="")
     pool = ArrayJobs(params("slurm"), root=tmp_path, workers=0, threads=1).__enter__()
     pool._log.append("cancel")
@@ -582,14 +582,14 @@ def test_a_driver_stops_where_a_later_one_began(commands: Callable[..., Path], t
 
 
 def test_a_run_without_arrays_cannot_be_cancelled(tmp_path: Path) -> None:
-    """The folder is named, and what to name instead."""
+    """The message names the folder and the remedy."""
     with pytest.raises(InputError, match="submitted no array jobs"):
         jobs.cancel(tmp_path)
 
 
 @pytest.mark.parametrize("value", ["", "undefined"])
 def test_an_element_needs_its_index(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, value: str) -> None:
-    """Outside of an array job the command says what it is for."""
+    """Outside of an array job the command is refused with the reason."""
     monkeypatch.setenv("SGE_TASK_ID", value)
     table = tmp_path / "t.json"
     table.write_text('{"index": "SGE_TASK_ID", "base": 1, "slices": [[0, 1]]}')
@@ -598,7 +598,7 @@ def test_an_element_needs_its_index(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
 
 def test_an_element_beyond_the_table_has_nothing_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Where arrays need two elements, the second of one slice ends well."""
+    """Where arrays need two elements, the second element of an array of one slice ends without an error."""
     monkeypatch.setenv("PBS_ARRAY_INDEX", "2")
     table = tmp_path / "t.json"
     table.write_text('{"index": "PBS_ARRAY_INDEX", "base": 1, "slices": [[0, 1]]}')

@@ -1,4 +1,4 @@
-"""Executors: every task once, a task that kills its worker fails alone, and nobody waits for ever."""
+"""Executors: each task ends once, a task that kills its worker fails alone, and no caller waits for ever."""
 
 import logging
 import os
@@ -44,14 +44,14 @@ def sliced(count: int) -> list[Slice]:
 
 @pytest.mark.parametrize("kind", ["inline", "process"])
 def test_every_task_ends_once(kind: str) -> None:
-    """Twenty tasks give twenty outcomes, whatever runs them."""
+    """Twenty tasks give twenty outcomes with any executor."""
     with executor.make(params(kind), cores=2, root=HERE.parent) as pool:
         outcomes = sorted(pool.run(square, HERE, "stage", sliced(20)), key=lambda outcome: outcome.task)
     assert [(o.task, o.receipt) for o in outcomes] == [(i, {"square": i**2}) for i in range(20)]
 
 
 def test_a_task_that_kills_its_worker_fails_alone(caplog: pytest.LogCaptureFixture) -> None:
-    """Its neighbours are tried again and succeed; it is named with the reason, and the pool goes on."""
+    """Its neighbours are retried and succeed; the task is named with the reason, and the pool goes on."""
     caplog.set_level(logging.WARNING)  # NNCF raises the level of all handlers that it finds
     with executor.make(params("process"), cores=2, root=HERE.parent) as pool:
         attempts = list(pool.run(die_at_7, HERE, "predict", sliced(12)))
@@ -60,8 +60,8 @@ def test_a_task_that_kills_its_worker_fails_alone(caplog: pytest.LogCaptureFixtu
         assert [o.task for o in outcomes.values() if o.receipt is None] == [7]
         assert "worker process died" in outcomes[7].failure.cause
         assert outcomes[7].exit_code == 30
-        assert {o.task for o in attempts if o.retried} >= {6, 7, 8}, "lost attempts are told"
-        assert "predict: a worker died, tasks 6 to 8 are tried again" in caplog.messages
+        assert {o.task for o in attempts if o.retried} >= {6, 7, 8}, "lost attempts are reported"
+        assert "predict: a worker process died, tasks 6 to 8 are retried" in caplog.messages
         assert len(list(pool.run(square, HERE, "predict", sliced(3)))) == 3
 
 
@@ -78,7 +78,7 @@ def make(params, site):
 
 
 def test_a_kind_of_executor_is_a_file_and_a_line_in_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The configuration may name it, a run gets it, and nothing else has to change."""
+    """A configuration may name a new kind, and a run uses it, without any other change."""
     with pytest.raises(ValidationError, match="Input should be 'inline', 'process', 'dask' or 'array'"):
         params("backwards")
     (tmp_path / "backwards.py").write_text(BACKWARDS)
@@ -91,7 +91,7 @@ def test_a_kind_of_executor_is_a_file_and_a_line_in_the_table(tmp_path: Path, mo
 
 
 @pytest.mark.parametrize(("kind", "workers", "expected"), [("inline", 5, 1), ("process", 0, 3), ("process", 2, 2)])
-def test_workers_follow_the_cores_unless_told(kind: str, workers: int, expected: int) -> None:
+def test_workers_follow_the_cores_by_default(kind: str, workers: int, expected: int) -> None:
     """Zero means one worker per core this process may use."""
     assert worker_count(params(kind, workers), cores=3) == expected
 
@@ -115,7 +115,7 @@ def wait_for(condition: Callable[[], bool]) -> None:
 
 
 class Shards:
-    """Threads that feed one executor, and how each of them ended."""
+    """Threads that call one executor, and how each of them ended."""
 
     def __init__(self, pool: Executor, folder: Path, count: int) -> None:
         self.ended: list[object] = []
@@ -136,8 +136,8 @@ class Shards:
 
 
 @pytest.mark.parametrize("how", ["an error", "a stop"])
-def test_a_pool_that_ends_lets_nobody_wait(tmp_path: Path, how: str) -> None:
-    """Twelve shards, more than there is room for, whose slices take ten minutes: all end, each with the reason."""
+def test_a_pool_that_ends_lets_no_caller_wait(tmp_path: Path, how: str) -> None:
+    """Twelve callers, more than there is room for, all end with the reason, although their slices take ten minutes."""
     with suppress(OSError), both("process", tmp_path) as pool:
         shards = Shards(pool, tmp_path, 12)
         wait_for(lambda: any(tmp_path.iterdir()))
@@ -151,7 +151,7 @@ def test_a_pool_that_ends_lets_nobody_wait(tmp_path: Path, how: str) -> None:
 
 
 def test_inline_begins_nothing_after_its_end(tmp_path: Path) -> None:
-    """The task under way ends; neither the rest of its slice nor what waits for its turn begins."""
+    """The running task ends; neither the rest of its slice nor waiting tasks begin."""
     with both("inline", tmp_path) as pool:
         first = pool.run(linger, tmp_path, "predict", [Slice(0, 1), Slice(1, 2)])
         next(first)
@@ -161,7 +161,7 @@ def test_inline_begins_nothing_after_its_end(tmp_path: Path) -> None:
 
 
 def test_a_consumer_that_stops_gives_its_places_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nor does one whose slice cannot be handed over keep one: others use all of the room."""
+    """A caller whose slice cannot be submitted gives its place back too: others use all of the room."""
     with both("process", tmp_path) as pool:
         for _ in range(6):  # more than there are places
             outcomes = pool.run(linger, tmp_path, "predict", [Slice(index, index + 1) for index in range(4)])
@@ -177,7 +177,7 @@ def test_a_consumer_that_stops_gives_its_places_back(tmp_path: Path, monkeypatch
 
 
 def test_what_a_run_has_one_task_of_ends_it_with_the_error_of_that_task(tmp_path: Path) -> None:
-    """Class, cause and remedy are those of the worker, also where a cause holds what separates the two in a line."""
+    """Class, cause and remedy are those of the worker's error, also where the cause contains their separator."""
     failure = Failure(30, "it died; nobody knows why", "free memory; run again", stage="choose")
 
     class Dying:

@@ -1,4 +1,4 @@
-"""One plan, five executors: the same published bytes, the same ledger, the same tasks."""
+"""One plan with five executors gives the same published bytes, the same ledger and the same tasks."""
 
 import csv
 import json
@@ -41,7 +41,7 @@ def ledger(out: Path) -> tuple[list[dict[str, str]], dict[str, float]]:
 
 
 def tasks(out: Path) -> list[str]:
-    """Return every task that was done, once each; measuring costs is not part of the line."""
+    """Return every executed task once, except the measurement of costs, which is not part of the line."""
     with (out / "trace.csv").open(newline="") as stream:
         return sorted(row["task"] for row in csv.DictReader(stream) if row["stage"] != "measure")
 
@@ -53,7 +53,7 @@ def native_ids(out: Path) -> set[str]:
 
 @pytest.fixture(scope="module")
 def inline(small_slides: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the run without workers."""
+    """The folder of the run with the inline executor."""
     return run(small_slides, tmp_path_factory.mktemp("inline") / "run")
 
 
@@ -66,7 +66,7 @@ def test_the_executor_does_not_change_a_byte(
     request: pytest.FixtureRequest,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Worker processes, Dask workers, arrays of a real Slurm and of a real Grid Engine, against one process."""
+    """Worker processes, Dask workers and array jobs of a real Slurm and Grid Engine agree with one process."""
     if kind in {"slurm", "sge"}:
         for name, value in request.getfixturevalue(kind).items():
             monkeypatch.setenv(name, value)

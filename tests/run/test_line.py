@@ -1,4 +1,4 @@
-"""The whole line on small slides: from a manifest to scores, interrupted, repeated, against a loop written by hand."""
+"""The whole line on small slides, from a manifest to scores: interrupted, repeated, and against a simple loop."""
 
 import json
 import os
@@ -30,12 +30,12 @@ from wsiflow.system import publish
 
 @pytest.fixture
 def copied(finished: Path, tmp_path: Path) -> Path:
-    """A copy of the finished run that a test may change."""
+    """The folder of a copy of the finished run, which a test may change."""
     return Path(shutil.copytree(finished, tmp_path / "run"))
 
 
 def test_every_slide_ends_with_heatmap_and_detections(finished: Path) -> None:
-    """Each row of the process list is done, and its files are there."""
+    """Each slide is done in the process list, and its files exist."""
     listed = rows(finished / "process_list.csv")
     assert len(listed) == 6
     assert {row["status"] for row in listed} == {"done"}
@@ -51,7 +51,7 @@ def test_every_slide_ends_with_heatmap_and_detections(finished: Path) -> None:
 
 
 def test_summary_has_the_names_others_rely_on(finished: Path) -> None:
-    """Scores, throughput, cost and ledger under the names of the documentation."""
+    """The summary has scores, throughput, cost and ledger under the documented names."""
     summary = json.loads((finished / "evaluation/summary.json").read_text())
     names = """
         froc.score froc.strict_score froc.score_ci_low froc.n_lesions froc.n_itc
@@ -67,7 +67,7 @@ def test_summary_has_the_names_others_rely_on(finished: Path) -> None:
 
 
 def test_a_second_identical_run_does_no_work(tiny_slides: Path, tmp_path: Path) -> None:
-    """No file is made again: every receipt is that of the same attempt."""
+    """No file is computed again: every receipt names the same attempt."""
     out = tmp_path / "run"
     assert wsiflow(*over(tiny_slides, out)) == 0
     before, traced = attempts(out), rows(out / "trace.csv")
@@ -80,7 +80,7 @@ def test_a_second_identical_run_does_no_work(tiny_slides: Path, tmp_path: Path) 
 def test_pixels_straight_from_the_slide_give_the_same_scores(
     small_slides: Path, finished: Path, tmp_path: Path
 ) -> None:
-    """Without the HDF5 store the heatmaps are the same bytes."""
+    """Without the HDF5 store the heatmaps have the same bytes."""
     assert wsiflow(*over(small_slides, tmp_path / "run", "store=none")) == 0
     mine, theirs = digests(tmp_path / "run"), digests(finished)
     assert not (tmp_path / "run/patches").exists()
@@ -95,7 +95,7 @@ def test_pixels_straight_from_the_slide_give_the_same_scores(
 def test_windows_strips_and_patches_give_the_same_scores(
     small_slides: Path, finished: Path, tmp_path: Path, how: list[str]
 ) -> None:
-    """The demo network does not pad: its map is the same, to rounding, however the tissue is cut and computed."""
+    """The demo network does not pad: its map is the same to rounding, with any blocks and engine."""
     assert wsiflow(*over(small_slides, tmp_path / "run", *how)) == 0
     for path in sorted((finished / "heatmaps").glob("*_00?.tif")):
         expected, _ = read_heatmap(path)
@@ -104,7 +104,7 @@ def test_windows_strips_and_patches_give_the_same_scores(
 
 
 def test_another_split_into_groups_gives_the_same_bits(small_slides: Path, finished: Path, tmp_path: Path) -> None:
-    """A block's scores do not depend on the group it is predicted in, nor on what was predicted before it."""
+    """The scores of a block depend neither on its group nor on the blocks predicted before it."""
     assert wsiflow(*over(small_slides, tmp_path / "run", "tiles.group_tiles=9")) == 0
     assert len(list((tmp_path / "run/predictions").rglob("*.h5"))) > len(list((finished / "predictions").rglob("*.h5")))
     for path in sorted((finished / "heatmaps").glob("*_00?.tif")):
@@ -116,7 +116,7 @@ def test_another_split_into_groups_gives_the_same_bits(small_slides: Path, finis
 def test_a_killed_run_finishes_with_the_same_bytes(
     small_slides: Path, expected: dict[str, str], tmp_path: Path, seed: int
 ) -> None:
-    """SIGKILL at random moments, start again: same bytes, and what was finished is not repeated."""
+    """A run that was killed at random moments gives the same bytes, and repeats no finished task."""
     rng = np.random.default_rng(seed)
     out = tmp_path / "run"
     arguments = [sys.executable, "-m", "wsiflow.flows", "run", *over(small_slides, out, "executor=process")]
@@ -131,15 +131,15 @@ def test_a_killed_run_finishes_with_the_same_bytes(
         process.kill()
         process.wait()
         assert psutil.wait_procs(workers, timeout=250)[1] == [], "workers whose parent is gone end"
-        assert kept.items() <= attempts(out).items(), "a published file was made again"
+        assert kept.items() <= attempts(out).items(), "a published file was computed again"
         kept = attempts(out)
     assert subprocess.run(arguments, stdout=subprocess.DEVNULL, check=False).returncode == 0
     assert kept.items() <= attempts(out).items()
     assert digests(out) == expected
 
 
-def test_a_lost_group_is_noticed_before_anything_is_stitched(small_slides: Path, copied: Path) -> None:
-    """A predictions file that vanished stops its slide with its name, and nothing is scored."""
+def test_a_missing_group_fails_its_slide_before_it_is_stitched(small_slides: Path, copied: Path) -> None:
+    """A slide whose predictions file is missing fails by name, and nothing is scored."""
     victim = next((copied / "predictions").rglob("t1.h5"))
     victim.unlink()
     assert wsiflow(*over(small_slides, copied)) == 40
@@ -149,7 +149,7 @@ def test_a_lost_group_is_noticed_before_anything_is_stitched(small_slides: Path,
 
 
 def test_a_process_that_outlives_a_run_follows_the_next_one(tiny_slides: Path, tmp_path: Path) -> None:
-    """Another run in a folder of the same name, after the first was deleted, has its own settings throughout."""
+    """A second run in a folder of the same name, after the first was deleted, uses only its own settings."""
     out = tmp_path / "run"
     found = {}
     for stride, threshold in ((112, 0.05), (56, 0.95)):
@@ -164,7 +164,7 @@ def test_a_process_that_outlives_a_run_follows_the_next_one(tiny_slides: Path, t
 
 
 class StaleWorkers:
-    """Workers that follow another plan in one stage: what they publish has another key than the run's plan asks for."""
+    """An executor whose workers follow another plan in one stage, so that their files have other keys."""
 
     def __init__(self, stage: str) -> None:
         self._stage = stage
@@ -177,7 +177,7 @@ class StaleWorkers:
 
 @pytest.mark.parametrize("stage", ["extract", "predict", "certify", "stitch", "detect"])
 def test_the_driver_compares_every_receipt_with_its_plan(tiny_slides: Path, tmp_path: Path, stage: str) -> None:
-    """A slide of which a worker published something else goes no further; the receipts of the disk count likewise."""
+    """A slide fails where a worker published a file with another key; receipts on disk are compared likewise."""
     config = command.compose_config(over(tiny_slides, tmp_path / "run", "dataset.limit=1"))
     cases = shards.begin(config)
     pool = Inline()
@@ -190,8 +190,8 @@ def test_the_driver_compares_every_receipt_with_its_plan(tiny_slides: Path, tmp_
     assert "the plan asks for" in failed[0].failure.cause
 
 
-def test_a_receipt_of_another_run_is_not_taken_for_done(tiny_slides: Path, tmp_path: Path) -> None:
-    """Its slide fails with exit code 40: nothing is scored from files of other settings."""
+def test_a_receipt_of_another_run_fails_its_slide(tiny_slides: Path, tmp_path: Path) -> None:
+    """Its slide fails with exit code 40, so that no file of other settings is scored."""
     out = tmp_path / "run"
     assert wsiflow(*over(tiny_slides, out)) == 0
     receipt = out / "receipts/detections/a.csv.json"
@@ -205,24 +205,24 @@ def test_a_receipt_of_another_run_is_not_taken_for_done(tiny_slides: Path, tmp_p
 def test_the_end_of_a_run_reads_each_receipt_and_attempt_once(
     small_slides: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """There are ten for every slide, and data sets of tens of thousands of slides."""
+    """A slide has ten receipts, and there are data sets of tens of thousands of slides."""
     out = tmp_path / "run"
     shutil.copytree(finished, out)
     config = command.compose_config(over(small_slides, out))
-    clock, asked, logs = finish.Clock(config), [], []
+    clock, names, logs = finish.Clock(config), [], []
     read, attempts_of = publish.read_receipt, trace.attempts
-    monkeypatch.setattr(publish, "read_receipt", lambda root, name: asked.append(name) or read(root, name))
+    monkeypatch.setattr(publish, "read_receipt", lambda root, name: names.append(name) or read(root, name))
     monkeypatch.setattr(trace, "attempts", lambda root: logs.append(root) or attempts_of(root))
     assert finish.finish(config, out / "plan.json", [], clock).exit_code == 0
-    # Detections and heatmaps are asked for again, each with what its key is made of.
-    counted = [name for name in asked if not name.startswith(("detections/", "heatmaps/", "predictions/"))]
+    # Receipts of detections and heatmaps are read again, with those that their keys follow from.
+    counted = [name for name in names if not name.startswith(("detections/", "heatmaps/", "predictions/"))]
     assert max(Counter(counted).values()) <= 2, "config.yaml tells where the folder was begun"
-    assert max(Counter(asked).values()) <= 4
+    assert max(Counter(names).values()) <= 4
     assert logs == [out]
 
 
 def by_hand(path: Path, width: int, height: int) -> tuple[np.ndarray, tuple[int, int]]:
-    """Return the reference's stride-16 map of a slide and its first tile, from OpenSlide reads and plain loops."""
+    """Return the stride-16 map of a slide in the reference's geometry and its first tile, by OpenSlide and loops."""
     from wsiflow.model.classifier import load, predict
     from wsiflow.plan.tissue import reference_index
     from wsiflow.slides.slide import open_slide
@@ -250,7 +250,7 @@ def by_hand(path: Path, width: int, height: int) -> tuple[np.ndarray, tuple[int,
 
 @pytest.fixture(scope="module")
 def slide_by_hand(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, np.ndarray, tuple[int, int]]:
-    """A slide whose last patches of both axes are shifted inwards, its map and its first tile."""
+    """A slide whose last patches on both axes are shifted inwards, with its map and its first tile."""
     from wsiflow.slides.synthetic import dataset
 
     width, height = 1000, 910
@@ -264,7 +264,7 @@ def slide_by_hand(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, np.nd
 def test_reference_geometry_equals_a_loop_over_openslide_reads(
     slide_by_hand: tuple[Path, np.ndarray, tuple[int, int]], tmp_path: Path, engine: str
 ) -> None:
-    """Stride 16, reference geometry: every cell has the score of the window the paper would have cut there."""
+    """With stride 16 and the reference geometry, every cell has the score of the window that the paper cuts there."""
     path, expected, first = slide_by_hand
     out = tmp_path / "run"
     reference = ["geometry=reference", "tiles=patch", "inference.stride=16", f"inference.engine={engine}"]
@@ -276,7 +276,7 @@ def test_reference_geometry_equals_a_loop_over_openslide_reads(
 
 
 def test_patches_of_the_reference_layout(small_slides: Path, tmp_path: Path) -> None:
-    """tiles=patch: 448 px with tile column, row and level-0 corner, grouped t1..tN."""
+    """With tiles=patch, patches of 448 px are stored with tile column, row and level-0 corner in groups t1 to tN."""
     assert wsiflow(*over(small_slides, tmp_path / "run", "tiles=patch", "dataset.limit=2")) == 0
     path = next((tmp_path / "run/patches").glob("*.h5"))
     with store.open_patches(path) as file:
@@ -287,7 +287,7 @@ def test_patches_of_the_reference_layout(small_slides: Path, tmp_path: Path) -> 
 
 
 def test_the_certificate_is_part_of_every_dense_run(finished: Path) -> None:
-    """Windows run alone agree to rounding, slide by slide and over all; the numbers are in the summary."""
+    """Single windows agree to rounding for every slide and over all; the numbers are in the summary."""
     summary = json.loads((finished / "evaluation/summary.json").read_text())
     assert summary["dense.max_abs_diff"] <= 1e-5
     assert summary["dense.flips"] == 0
@@ -297,12 +297,12 @@ def test_the_certificate_is_part_of_every_dense_run(finished: Path) -> None:
 
 
 def test_the_plan_names_the_workers_kind_of_machine(small_slides: Path, tmp_path: Path, monkeypatch) -> None:
-    """Whoever submits may have another processor than those who compute: theirs is in every key."""
+    """The driver may have another processor than the workers: that of the workers is in every key."""
     config = command.compose_config([*over(small_slides, tmp_path / "run"), "dataset.limit=1"])
     cases = shards.begin(config)
     with executor.make(config.executor, cores=1, root=config.out) as pool:
         with monkeypatch.context() as elsewhere:
             elsewhere.setattr(choose, "numeric_class", lambda: {"isa": "of the nodes"})
             shards.choose(pool, cases)
-        made = read_plan(ingest.make_plan(cases, shards.ingest_shard(pool, cases, [0])))
-    assert made.settings.numeric_class == {"isa": "of the nodes"}
+        plan = read_plan(ingest.make_plan(cases, shards.ingest_shard(pool, cases, [0])))
+    assert plan.settings.numeric_class == {"isa": "of the nodes"}

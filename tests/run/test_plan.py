@@ -1,4 +1,4 @@
-"""The plan: identity from content, and no silent change under a finished run."""
+"""The plan: it is identified by its content, and does not change silently under a finished run."""
 
 import json
 from pathlib import Path
@@ -36,7 +36,7 @@ SETTINGS = PlanSettings(
     evaluation=CONFIG.evaluation,
     seed=0,
     tolerance=0.01,
-    beyond="stop",
+    on_excess="fail",
     shared_layers=("pool",),
     reason="windows are run one by one, as asked",
 )
@@ -56,7 +56,7 @@ def make(*slides: SlidePlan, settings: PlanSettings = SETTINGS, rejected: tuple[
 
 
 def publish_cut(root: Path, planned: SlidePlan) -> SlidePlan:
-    """Write the slide's tiles where a plan has them, and return the slide under the key of its content."""
+    """Write the cut of a slide in the run's folder, and return the slide with the key of its content."""
     path = root / cut_name(planned.slide_id)
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(CUT.as_dict()))
@@ -75,20 +75,20 @@ def test_a_plan_comes_back_as_published(tmp_path: Path) -> None:
 
 
 def test_tasks_of_slides_without_tissue_are_none() -> None:
-    """Places are counted through slides with and without groups, back and forth."""
+    """Tasks are numbered through slides with and without groups, and their numbers give the slides back."""
     sizes = [0, 2, 0, 0, 3, 1, 0]
     plan = make(*(slide(str(i))._replace(n_groups=count) for i, count in enumerate(sizes)))
     expected = [Task(i, k) for i, count in enumerate(sizes) for k in range(1, count + 1)]
     assert [plan.task("group", index) for index in range(plan.n_groups)] == expected
     for i, count in enumerate(sizes):
-        found = plan.tasks_of("group", i)
-        assert len(found) == count
-        assert all(plan.task("group", index).slide == i for index in found)
+        tasks = plan.tasks_of("group", i)
+        assert len(tasks) == count
+        assert all(plan.task("group", index).slide == i for index in tasks)
     assert plan.task("slide", 4) == Task(4, 0)
 
 
 def test_a_long_slide_is_extracted_in_parts() -> None:
-    """Every group is in one part, and no part has more tiles than is asked for, unless one group has."""
+    """Every group is in one part, and only a part of a single group may exceed the requested number of tiles."""
     store = CONFIG.store.model_copy(update={"part_tiles": 900})
     settings = SETTINGS.model_copy(update={"store": store, "group_tiles": 400})
     long = make(slide("a")._replace(n_groups=7), settings=settings)
@@ -105,7 +105,7 @@ def test_groups_are_ranges_of_the_slides_blocks(tmp_path: Path) -> None:
 
 
 def test_tiles_that_are_not_those_planned_are_refused(tmp_path: Path) -> None:
-    """The slide's key names its tiles: a changed file is named, and never computed with."""
+    """The key of a slide contains its tiles: a changed file is an error with its name."""
     planned = publish_cut(tmp_path, slide("a"))
     path = tmp_path / cut_name("a")
     path.write_text(path.read_text().replace("[2, 0, 4]", "[2, 0, 3]"))
@@ -117,7 +117,7 @@ def test_tiles_that_are_not_those_planned_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_task_key_follows_what_can_change_a_number(tmp_path: Path) -> None:
-    """Model, stride, slide content and blocks are in the key; the slide's place and the store are not."""
+    """The key depends on the model, the stride, the content and the blocks, but not on the slide's place or store."""
     planned = publish_cut(tmp_path, slide("a"))
     base = task_key(tmp_path, make(planned), Task(0, 1))
     assert task_key(tmp_path, make(planned, settings=OTHER_STRIDE), Task(0, 1)) != base
@@ -129,13 +129,13 @@ def test_a_task_key_follows_what_can_change_a_number(tmp_path: Path) -> None:
 
 
 def test_the_same_plan_again_is_the_same_file(tmp_path: Path) -> None:
-    """A second identical run finds its plan."""
+    """A second identical run finds the plan published already."""
     assert publish_plan(tmp_path, make(slide("a"))) == publish_plan(tmp_path, make(slide("a")))
     assert len(list(tmp_path.glob("plan*.json"))) == 1
 
 
 def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
-    """A folder holds one set of settings; the message says which one differs and both values."""
+    """A folder has one set of settings; the message names the setting that differs, and both values."""
     publish_plan(tmp_path, make(slide("a")))
     with pytest.raises(
         InputError, match=r"cut.stride \(112 there, 56 now\), predict.inference.stride_px .*; choose another out="
@@ -143,29 +143,29 @@ def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
         publish_plan(tmp_path, make(slide("a"), settings=OTHER_STRIDE))
 
 
-def test_a_mended_slide_may_join(tmp_path: Path) -> None:
-    """A slide that was rejected and can now be read comes into a second generation of the plan."""
+def test_a_fixed_slide_may_join(tmp_path: Path) -> None:
+    """A rejected slide that can be read later joins the second generation of the plan."""
     publish_plan(tmp_path, make(slide("a"), rejected=(Rejected("b", "missing", 20),)))
     assert publish_plan(tmp_path, make(slide("a"), slide("b"))).name == "plan.2.json"
 
 
 def test_a_planned_slide_may_not_change(tmp_path: Path) -> None:
-    """Other pixels under the same id would mix two slides in one folder."""
+    """A slide with other pixels under the same id is refused: it would mix two slides in one folder."""
     publish_plan(tmp_path, make(slide("a"), slide("b")))
     with pytest.raises(InputError, match="have changed or are gone: b"):
         publish_plan(tmp_path, make(slide("a"), slide("b", key="k2")))
 
 
-def test_a_plan_that_cannot_be_read_says_so(tmp_path: Path) -> None:
-    """A damaged plan is one clear line."""
+def test_a_damaged_plan_is_refused(tmp_path: Path) -> None:
+    """A damaged plan is refused with one clear line."""
     (tmp_path / "plan.json").write_text("{")
     with pytest.raises(InputError, match="the plan cannot be read"):
         read_plan(tmp_path / "plan.json")
 
 
-def test_a_setting_that_this_version_does_not_know_is_named(tmp_path: Path) -> None:
-    """A plan of an earlier or later version is not half understood."""
+def test_an_unknown_setting_is_named(tmp_path: Path) -> None:
+    """A plan with a setting that this version does not know is refused, and the setting is named."""
     path = publish_plan(tmp_path, make(slide("a")))
     path.write_text(path.read_text().replace('"beyond": "stop"', '"beyond": "perhaps"'))
-    with pytest.raises(InputError, match=r"plan\.json: .*settings are not those of this version.*beyond"):
+    with pytest.raises(InputError, match=r"plan\.json: .*settings are not those of this version.*on_excess"):
         read_plan(path)

@@ -1,4 +1,4 @@
-"""How far a run is, from its folder alone."""
+"""The progress of a run, from its folder alone."""
 
 import json
 import shutil
@@ -19,7 +19,7 @@ from wsiflow.system import publish
 
 @pytest.fixture
 def half(finished: Path, tmp_path: Path) -> Path:
-    """The folder of a run of which one slide lacks its scores and what comes of them, and no attempt is noted."""
+    """The folder of a run without the scores of one slide and all that follows from them, and without attempts."""
     root = Path(shutil.copytree(finished, tmp_path / "run"))
     (root / "attempts.jsonl").unlink()
     slide_id = latest_plan(root).slides[0].slide_id
@@ -30,7 +30,7 @@ def half(finished: Path, tmp_path: Path) -> Path:
 
 
 def note(root: Path, stage: str, slide: int, seconds: tuple[float, float], **more: Any) -> None:
-    """Note an attempt that began and ended so many seconds ago."""
+    """Log an attempt that began and ended at given seconds from now."""
     moments = (datetime.now(UTC) - timedelta(seconds=ago) for ago in seconds)
     started, ended = (moment.isoformat(timespec="milliseconds") for moment in moments)
     row = {"stage": stage, "slide": latest_plan(root).slides[slide].slide_id, "group": 1, "index": slide, "error": ""}
@@ -39,8 +39,8 @@ def note(root: Path, stage: str, slide: int, seconds: tuple[float, float], **mor
         stream.write(json.dumps(row) + "\n")
 
 
-def test_a_line_says_how_far_it_is() -> None:
-    """In units that people would take; what is not known is left out."""
+def test_durations_have_fitting_units() -> None:
+    """Durations are in seconds, hours or days as fits; one that is unknown is left out."""
     whole = Snapshot({}, (12, 40), (1203, 4000), 0.3, 85.2, 1900.0)
     assert whole.as_text() == "12 of 40 slides, 1,203 of 4,000 tiles, 85 tiles/s, about 32 min left"
     assert whole._replace(tiles_per_s=None, left_s=None).as_text() == "12 of 40 slides, 1,203 of 4,000 tiles"
@@ -51,16 +51,16 @@ def test_a_line_says_how_far_it_is() -> None:
     assert Snapshot({"ingest": (3, 1000)}).as_text() == "ingest 3 of 1,000 slides"
 
 
-def test_status_says_how_fast_a_run_under_way_is(half: Path, capsys) -> None:
-    """Tiles per second of the attempts since it was started, and what is left at that speed by what tasks cost."""
+def test_status_shows_the_speed_of_a_running_run(half: Path, capsys) -> None:
+    """The speed is that of the attempts since the start, and the time left follows from it and the costs of tasks."""
     slides = latest_plan(half).slides
+    began = (datetime.now(UTC) - timedelta(seconds=60)).isoformat(timespec="milliseconds")
     for slide, seconds in ((1, (40, 30)), (2, (30, 20)), (3, (9000, 10))):  # the last one is of an earlier start
         note(half, "predict", slide, seconds)
     assert cli.main(["status", str(half)]) == 0
     tiles = sum(each.n_tiles for each in slides)
     counted = f"5 of 6 slides, {tiles - slides[0].n_tiles:,} of {tiles:,} tiles"
-    assert f"\n{counted}\n" in capsys.readouterr().out, "nobody runs it"
-    began = (datetime.now(UTC) - timedelta(seconds=60)).isoformat(timespec="milliseconds")
+    assert f"\n{counted}\n" in capsys.readouterr().out, "no driver runs"
     (half / driver.LOG).write_text(json.dumps({"event": "driver", "at": began, **jobs.identity()}) + "\n")
     assert cli.main(["status", str(half)]) == 0
     said = capsys.readouterr().out
@@ -74,26 +74,26 @@ def test_status_says_how_fast_a_run_under_way_is(half: Path, capsys) -> None:
 
 
 def test_a_follower_sees_what_the_disk_holds(half: Path) -> None:
-    """What is published meanwhile, and slides that failed, for which nobody waits any more."""
+    """A follower sees files that are published meanwhile, and slides that failed, for which no time is left."""
     follower = Follower(half)
     slides = latest_plan(half).slides
-    before = follower.look()
+    before = follower.snapshot()
     assert before is not None
     assert (before.slides, before.stages["detect"], before.left_s) == ((5, 6), (5, 6), None)
     note(half, "predict", 1, (-1, -11))
-    waiting = follower.look()
+    waiting = follower.snapshot()
     assert waiting is not None
     assert waiting.left_s
     note(half, "stitch", 0, (-1, -2), error="no space left", exit_class="environment")
-    given_up = follower.look()
+    given_up = follower.snapshot()
     assert given_up is not None
     assert (given_up.slides, given_up.left_s) == ((5, 6), 0.0)
     assert given_up.share < 1
     for name in (f"heatmaps/{slides[0].slide_id}.tif", f"detections/{slides[0].slide_id}.csv"):
         publish.receipt_path(half, name).write_text("{}")
-    now = follower.look()
+    now = follower.snapshot()
     assert now is not None
     assert now.stages["detect"] == (6, 6)
     (half / "plan.json").unlink()
-    assert follower.look() == Snapshot({"ingest": (6, 6)})
-    assert Follower(half / "nowhere").look() is None
+    assert follower.snapshot() == Snapshot({"ingest": (6, 6)})
+    assert Follower(half / "nowhere").snapshot() is None

@@ -1,4 +1,4 @@
-"""Trials of a sweep compute what they have in common once: the same bytes as alone, whole without the others."""
+"""Trials of a sweep share files: the bytes are those of single runs, and each folder is whole without the others."""
 
 import itertools
 import json
@@ -25,18 +25,18 @@ WIDEST = ["tiles.halo_px=widest", "tiles.group_tiles=4"]
 
 
 def make(root: Path, shared: Path | None, data: bytes = DATA, key: str = "k" * 64) -> tuple[publish.Receipt, bool]:
-    """Do what a stage does."""
+    """Publish a file as a stage does, unless it is done."""
     place = sharing.SharedFile(shared, root, "patches/a/p1.h5", key)
-    found = sharing.done(place)
-    if found is not None:
-        return found, False
+    done = sharing.done(place)
+    if done is not None:
+        return done, False
     with sharing.publishing(place, {"kind": "patches"}, publish.accept) as attempt:
         attempt.path.write_bytes(data)
     return attempt.receipt, True
 
 
 def test_a_second_trial_links_what_the_first_made(tmp_path: Path) -> None:
-    """One file on the disk, two receipts; the later one has the former's seconds and says that it is shared."""
+    """There is one file with two receipts; the second receipt has the seconds of the first, and is marked as shared."""
     first, made = make(tmp_path / "a", tmp_path / "shared")
     second, again = make(tmp_path / "b", tmp_path / "shared")
     assert (made, again) == (True, False)
@@ -54,7 +54,7 @@ def test_a_second_trial_links_what_the_first_made(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("other", ["name", "key", "versions", "class"])
 def test_nothing_else_has_the_same_address(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, other: str) -> None:
-    """Another file, other settings, another library or another kind of machine: another address."""
+    """The address depends on the file, the settings, the libraries and the kind of machine."""
     place = sharing.SharedFile(tmp_path, tmp_path, "patches/a/p1.h5", "k")
     before = place.address
     if other == "versions":
@@ -67,7 +67,7 @@ def test_nothing_else_has_the_same_address(monkeypatch: pytest.MonkeyPatch, tmp_
 
 
 def test_of_trials_at_once_all_have_the_file_of_one(tmp_path: Path) -> None:
-    """Eight that find nothing and compute the same: all succeed, and there is one file."""
+    """Eight trials that compute the same file at once all succeed, and there is one file."""
     roots = [tmp_path / str(i) for i in range(8)]
     with ThreadPoolExecutor(8) as pool:
         receipts = list(pool.map(lambda root: make(root, tmp_path / "shared")[0], roots))
@@ -77,7 +77,7 @@ def test_of_trials_at_once_all_have_the_file_of_one(tmp_path: Path) -> None:
 
 
 def test_where_links_cannot_be_files_are_copied(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A shared folder on another file system costs a copy and nothing else."""
+    """Files of a shared folder on another file system are copied."""
     link = os.link
 
     def refused(source: Path, target: Path) -> None:
@@ -94,7 +94,7 @@ def test_where_links_cannot_be_files_are_copied(monkeypatch: pytest.MonkeyPatch,
 
 @pytest.mark.parametrize("harm", [lambda path: path.write_bytes(b"x" + DATA[1:]), lambda path: path.unlink()])
 def test_damage_to_a_shared_file_is_not_passed_on(tmp_path: Path, harm) -> None:
-    """The next trial is told which file is damaged, and how to go on."""
+    """The next trial fails with the name of the damaged file, and with the remedy."""
     receipt, _ = make(tmp_path / "a", None)
     place = sharing.SharedFile(tmp_path / "shared", tmp_path / "a", receipt["path"], receipt["key"])
     make(tmp_path / "c", place.shared)
@@ -105,7 +105,7 @@ def test_damage_to_a_shared_file_is_not_passed_on(tmp_path: Path, harm) -> None:
 
 
 def make_until(here: Path, last: int) -> None:
-    """Do what a stage does in a process that ends before effect number ``last``."""
+    """Publish a file in a process that ends before effect number ``last``."""
     seen = itertools.count()
     publish._effect = lambda *_: os._exit(137) if next(seen) == last else None
     make(here / "own", here / "shared")
@@ -113,7 +113,7 @@ def make_until(here: Path, last: int) -> None:
 
 
 def test_ending_the_process_before_any_effect_loses_nothing(tmp_path: Path) -> None:
-    """Killed before effect 1, 2, ... n, of a trial that computes and of one that links: the next start is whole."""
+    """After a trial that computes or links was killed before any effect, the next start publishes the file."""
     for role in ("computes", "links"):
         survived, effects = False, 0
         while not survived:
@@ -138,15 +138,15 @@ def test_ending_the_process_before_any_effect_loses_nothing(tmp_path: Path) -> N
 
 def trial(manifest: Path, out: Path, stride: int, *more: str) -> Path:
     """Run one trial of a sweep below ``out`` and return its folder."""
-    asked = ["dataset=manifest", f"dataset.manifest={manifest}", f"out={out}", *COARSE, *WIDEST]
-    config = compose.compose_config([*asked, f"inference.stride={stride}", *more], job=f"stride={stride}")
+    overrides = ["dataset=manifest", f"dataset.manifest={manifest}", f"out={out}", *COARSE, *WIDEST]
+    config = compose.compose_config([*overrides, f"inference.stride={stride}", *more], job=f"stride={stride}")
     assert line.direct(config).exit_code == 0
     return config.out
 
 
 def receipts(root: Path, *kinds: str) -> list[publish.Receipt]:
-    found = (publish.read_receipt(root, str(path.relative_to(root / "receipts"))[:-5]) for path in paths(root))
-    return [receipt for receipt in found if receipt and receipt["kind"] in kinds]
+    all_receipts = (publish.read_receipt(root, str(path.relative_to(root / "receipts"))[:-5]) for path in paths(root))
+    return [receipt for receipt in all_receipts if receipt and receipt["kind"] in kinds]
 
 
 def paths(root: Path) -> list[Path]:
@@ -156,7 +156,7 @@ def paths(root: Path) -> list[Path]:
 def test_a_sweep_over_strides_reads_every_slide_once(tiny_slides: Path, tmp_path: Path) -> None:
     """The bytes are those of trials that share nothing; tissue, colours and pixels are links with their first cost.
 
-    The later trial's folder is sound when the former's and the shared one are gone.
+    The folder of the second trial is valid when the folder of the first one and the shared folder are deleted.
     """
     stained = ["stain=reinhard", "stain.on_failure=raw"]
     alone = [digests(trial(tiny_slides, tmp_path / "alone", stride, "share=null", *stained)) for stride in (112, 56)]
@@ -172,29 +172,34 @@ def test_a_sweep_over_strides_reads_every_slide_once(tiny_slides: Path, tmp_path
     assert was["cost.cached_core_s"] == 0 < now["cost.cached_core_s"]
     costs = [cost.step_core_seconds(receipts(root, "patches", "stain")) for root in (first, second)]
     assert costs[0] == costs[1], "what it would have cost alone"
-    for found in (was, now):
-        whole_s = found["cost.executed_core_s"] + found["cost.cached_core_s"]
-        assert whole_s == pytest.approx(3600 * found["throughput.core_hours"])
+    for metrics in (was, now):
+        whole_s = metrics["cost.executed_core_s"] + metrics["cost.cached_core_s"]
+        assert whole_s == pytest.approx(3600 * metrics["throughput.core_hours"])
     shutil.rmtree(first)
     shutil.rmtree(tmp_path / "sweep/.shared")
     assert cli.main(["verify", str(second)]) == 0
     assert cli.main(["status", str(second)]) == 0
 
 
-def test_a_slide_that_was_replaced_is_looked_at_again(tiny_slides: Path, tmp_path: Path) -> None:
-    """What is shared of a slide is of its content: other pixels under the same name are not taken for it."""
+def test_a_slide_that_was_replaced_is_inspected_again(tiny_slides: Path, tmp_path: Path) -> None:
+    """Shared files belong to the content of a slide, and not to its name."""
     folder = shutil.copytree(tiny_slides.parent, tmp_path / "slides")
-    asked = ["dataset=manifest", f"dataset.manifest={folder / 'manifest.csv'}", *COARSE, f"share={tmp_path / 'shared'}"]
-    found = []
+    overrides = [
+        "dataset=manifest",
+        f"dataset.manifest={folder / 'manifest.csv'}",
+        *COARSE,
+        f"share={tmp_path / 'shared'}",
+    ]
+    records = []
     for number in range(2):
-        config = compose.compose_config([*asked, f"out={tmp_path / str(number)}"])
+        config = compose.compose_config([*overrides, f"out={tmp_path / str(number)}"])
         config.out.mkdir()
         source = cases.write_cases(config.out, config, load_dataset(config.dataset))
         choose.choose(source, 0)
         receipt, _ = ingest.ingest(source, 1)
-        found.append((config.out / receipt["path"]).read_text())
+        records.append((config.out / receipt["path"]).read_text())
         pixels = np.full((500, 600, 3), 240, np.uint8)
         pixels[100:400, 100:500] = (190, 120, 180)
         (folder / "b.tif").unlink()
         pyramid.write_rgb(folder / "b.tif", iter([pixels]), shape=(500, 600), um_px=0.243, quality=90)
-    assert found[0] != found[1]
+    assert records[0] != records[1]

@@ -32,7 +32,7 @@ def test_every_stage_has_a_line(two_settings: tuple[Path, Path], capsys) -> None
     output = said(two_settings[0], capsys)
     for stage in ("ingest", "index", "certify", "stitch", "detect"):
         assert f"  {stage} 6 of 6\n" in output
-    assert "  evaluation 1 of 1\ncomplete\nnobody runs it now: process " in output
+    assert "  evaluation 1 of 1\ncomplete\nno process runs it now: process " in output
     assert "with exit code 0" in output
 
 
@@ -44,7 +44,7 @@ def test_a_run_without_its_scores_is_not_complete(copied: Path, capsys, lost: st
     assert "  evaluation 0 of 1\nnot complete: it lacks 1 of evaluation\n" in said(copied, capsys)
 
 
-def test_what_is_lacking_is_counted_by_stage(copied: Path, capsys) -> None:
+def test_missing_files_are_counted_by_stage(copied: Path, capsys) -> None:
     """A deleted receipt and a deleted picture are counted; deleted pixels are not."""
     name = next((copied / "heatmaps").glob("*.tif")).name
     publish.receipt_path(copied, f"heatmaps/{name}").unlink()
@@ -73,27 +73,29 @@ def test_a_folder_of_runs_names_them(two_settings: tuple[Path, Path], tmp_path: 
     assert "there is no such folder" in capsys.readouterr().err
 
 
-def test_who_runs_it_now_is_told_and_who_was_killed(tmp_path: Path) -> None:
+def test_running_and_killed_drivers_are_distinguished(tmp_path: Path) -> None:
     """A running, a killed and a failed driver are distinguished."""
     code = "import sys, time; from pathlib import Path; from wsiflow.run.executor import driver\n"
-    code += "with driver.noted(Path(sys.argv[1])): print('on', flush=True); time.sleep(600)"
+    code += "with driver.recorded(Path(sys.argv[1])): print('on', flush=True); time.sleep(600)"
     process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
         assert process.stdout.readline() == "on\n"
-        assert driver.told(tmp_path)[0].startswith(f"process {process.pid} on {os.uname().nodename} runs it now, since")
+        assert driver.describe_drivers(tmp_path)[0].startswith(
+            f"process {process.pid} on {os.uname().nodename} has been running it since"
+        )
     finally:
         process.kill()
         process.communicate()
-    assert f"nobody runs it now: process {process.pid} on" in driver.told(tmp_path)[0]
-    assert "is gone without a word" in driver.told(tmp_path)[0]
+    assert f"no process runs it now: process {process.pid} on" in driver.describe_drivers(tmp_path)[0]
+    assert "left no record of its end" in driver.describe_drivers(tmp_path)[0]
     time.sleep(0.01)  # a later time is noted
-    with pytest.raises(ValueError, match="canary"), driver.noted(tmp_path):
+    with pytest.raises(ValueError, match="canary"), driver.recorded(tmp_path):
         raise ValueError("no answer from http://bob:canary@host/")
     assert "canary" not in (tmp_path / driver.LOG).read_text()
-    with pytest.raises(ValueError, match="odd"), driver.noted(tmp_path):
+    with pytest.raises(ValueError, match="odd"), driver.recorded(tmp_path):
         raise ValueError("odd")
-    assert driver.told(tmp_path)[0].endswith("with exit code 50 (ValueError: odd)")
+    assert driver.describe_drivers(tmp_path)[0].endswith("with exit code 50 (ValueError: odd)")
 
 
 def test_a_process_elsewhere_cannot_be_judged(tmp_path: Path) -> None:
@@ -102,15 +104,15 @@ def test_a_process_elsewhere_cannot_be_judged(tmp_path: Path) -> None:
     for known in ({"host": "elsewhere"}, {"space": "another"}):
         line = {"event": "driver", "at": "2026-01-01", **jobs.identity(), **known}
         (tmp_path / driver.LOG).write_text(json.dumps(line) + "\n")
-        assert "whether it still does cannot be told from here" in driver.told(tmp_path)[0]
+        assert "whether it still does cannot be determined from here" in driver.describe_drivers(tmp_path)[0]
 
 
-def test_an_array_run_of_before_is_told_from_its_jobs(tmp_path: Path) -> None:
+def test_the_driver_of_an_earlier_version_is_found(tmp_path: Path) -> None:
     """The driver of an earlier version is found in its log of jobs."""
     log = jobs.JobLog(tmp_path)
     log.append("driver", **jobs.identity(), dialect={})
-    assert "runs it now" in driver.told(tmp_path)[0]
+    assert "has been running it since" in driver.describe_drivers(tmp_path)[0]
     log.append("left", **jobs.identity())
-    assert driver.told(tmp_path)[0].startswith(f"nobody runs it now: process {os.getpid()}")
+    assert driver.describe_drivers(tmp_path)[0].startswith(f"no process runs it now: process {os.getpid()}")
     (tmp_path / jobs.LOG).unlink()
-    assert driver.told(tmp_path) == ["it is not known who ran it"]
+    assert driver.describe_drivers(tmp_path) == ["it is not known which process ran it"]

@@ -1,4 +1,4 @@
-"""The HDF5 files: the reference's layout, and damage that is never silent."""
+"""The HDF5 files: the layout of the reference, and errors for every damage."""
 
 import fcntl
 import shutil
@@ -32,7 +32,7 @@ def write_patches(path: Path, *, last: int = 3) -> None:
 
 
 def tissue(rows: int, cols: int) -> np.ndarray:
-    """Something as smooth and as coloured as a stained slide, (rows, cols, 3)."""
+    """Return pixels as smooth and as coloured as those of a stained slide, (rows, cols, 3)."""
     waves = [np.sin(np.add.outer(np.arange(rows) / a, np.arange(cols) / b)) for a, b in ((31, 17), (9, 23), (40, 11))]
     return np.stack([(170 + 60 * wave).astype(np.uint8) for wave in waves], axis=-1)
 
@@ -75,7 +75,7 @@ def test_strips_as_jpeg_are_small_and_near(tmp_path: Path) -> None:
 
 
 def test_planned_blocks_of_strips_are_checked(tmp_path: Path) -> None:
-    """A block of another size than planned is another plan's file."""
+    """A file with a block of another size than planned is refused."""
     write_strips(tmp_path / "s.h5")
     with pytest.raises(IntegrityError, match="t1 holds other blocks"):
         store.check_patches(tmp_path / "s.h5", {1: [(672, 1120), (448, 449)], 2: [(896, 672)]})
@@ -83,7 +83,7 @@ def test_planned_blocks_of_strips_are_checked(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("compression", ["none", "gzip", "jpeg"])
 def test_a_flipped_bit_in_a_strip_is_an_error(tmp_path: Path, compression: str) -> None:
-    """However the pixels are kept, one changed bit among them is refused, not predicted."""
+    """With any compression, one changed bit of the pixels is an error."""
     path = tmp_path / "s.h5"
     write_strips(path, RAW.model_copy(update={"compression": compression}))
     with h5py.File(path, "r") as file:
@@ -117,7 +117,7 @@ def test_same_input_gives_the_same_bytes(tmp_path: Path) -> None:
 
 
 def test_planned_groups_are_checked(tmp_path: Path) -> None:
-    """A file with every block passes; one with a group too few or a block unwritten does not."""
+    """A file with every block passes; a file without a group or with an unwritten block does not."""
     write_patches(tmp_path / "good.h5")
     store.check_patches(tmp_path / "good.h5", {1: [(448, 448)] * 2, 2: [(448, 448)]})
     with pytest.raises(IntegrityError, match="1 were planned"):
@@ -128,7 +128,7 @@ def test_planned_groups_are_checked(tmp_path: Path) -> None:
 
 
 def test_predictions_come_back_as_written(tmp_path: Path) -> None:
-    """Scores and coordinates round-trip to the bit."""
+    """Scores and coordinates are read exactly as they were written."""
     prob = RNG.random((3, 2, 2), dtype=np.float32)
     store.write_predictions(tmp_path / "t1.h5", FRAME, COORD, prob, {"key": "k"})
     coord, again = store.read_predictions(tmp_path / "t1.h5")
@@ -138,7 +138,7 @@ def test_predictions_come_back_as_written(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, 1.0000001, -1e-6])
 def test_a_score_that_is_not_a_probability_is_refused(tmp_path: Path, value: float) -> None:
-    """NaN, infinity and values outside [0, 1] never get past the file."""
+    """NaN, infinity and values outside [0, 1] are refused on reading."""
     prob = np.full((3, 2, 2), 0.5, dtype=np.float32)
     prob[1, 1, 1] = value
     store.write_predictions(tmp_path / "t1.h5", FRAME, COORD, prob, {})
@@ -147,7 +147,7 @@ def test_a_score_that_is_not_a_probability_is_refused(tmp_path: Path, value: flo
 
 
 def test_no_flipped_bit_gives_other_numbers(tmp_path: Path) -> None:
-    """Of 200 single-bit flips anywhere in a predictions file, each is an error or changes nothing that is read."""
+    """Each of 200 single-bit flips in a predictions file is an error, or changes no value that is read."""
     path = tmp_path / "t1.h5"
     prob = RNG.random((3, 2, 2), dtype=np.float32)
     store.write_predictions(path, FRAME, COORD, prob, {"key": "k"})
@@ -165,7 +165,7 @@ def test_no_flipped_bit_gives_other_numbers(tmp_path: Path) -> None:
 
 
 def test_a_flipped_pixel_is_an_error(tmp_path: Path) -> None:
-    """Pixels carry checksums: one changed bit in the stored image is refused, not predicted."""
+    """Pixels have checksums: one changed bit in the stored image is an error."""
     path = tmp_path / "s.h5"
     write_patches(path)
     data = bytearray(path.read_bytes())
@@ -181,7 +181,7 @@ def test_a_flipped_pixel_is_an_error(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.99])
 def test_a_cut_file_is_refused(tmp_path: Path, share: float) -> None:
-    """A file that ends early is not a whole file."""
+    """A truncated file is refused."""
     write_patches(tmp_path / "s.h5")
     data = (tmp_path / "s.h5").read_bytes()
     (tmp_path / "cut.h5").write_bytes(data[: int(len(data) * share)])
@@ -190,7 +190,7 @@ def test_a_cut_file_is_refused(tmp_path: Path, share: float) -> None:
 
 
 def test_an_index_shows_all_parts_as_one_file(tmp_path: Path) -> None:
-    """Links are relative: the folder may move, and h5py reads the parts through the slide's one file."""
+    """Links are relative: after the folder was moved, h5py reads all parts through the one file of the slide."""
     (tmp_path / "a/s").mkdir(parents=True)
     write_patches(tmp_path / "a/s/p1.h5")
     store.write_index(tmp_path / "a/s.h5", FRAME, {"slide_id": "s"}, {"s/p1.h5": [1, 2]})
@@ -203,7 +203,7 @@ def test_an_index_shows_all_parts_as_one_file(tmp_path: Path) -> None:
 
 @pytest.fixture
 def held_frames() -> Iterator[None]:
-    """Another thread that holds what this one's functions hold, for a while, as profilers do."""
+    """Another thread holds the frames of this thread's functions for a while, as profilers do."""
     worker, over, held = threading.get_ident(), threading.Event(), deque(maxlen=3)
 
     def hold() -> None:
@@ -221,8 +221,8 @@ def held_frames() -> Iterator[None]:
     thread.join()
 
 
-def test_the_same_content_is_the_same_bytes_whoever_watches(held_frames: None, tmp_path: Path) -> None:
-    """Where things lie in a file does not depend on when Python lets go of a data set."""
+def test_equal_content_gives_equal_bytes_under_a_profiler(held_frames: None, tmp_path: Path) -> None:
+    """The places of data sets in a file do not depend on when Python releases them."""
     pixels = np.random.default_rng(0).integers(0, 255, (300, 900, 3), dtype=np.uint8)
     written = set()
     for i in range(6):
@@ -235,23 +235,23 @@ def test_the_same_content_is_the_same_bytes_whoever_watches(held_frames: None, t
 
 
 def test_files_are_written_without_locks(tmp_path: Path) -> None:
-    """An attempt is private: it asks for no lock, which a disk may not have."""
+    """Files are written without locks, because not every file system has them."""
     with store.create_patches(tmp_path / "a.h5", FRAME, {}, RAW), (tmp_path / "a.h5").open("rb") as other:
         fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def test_a_file_that_another_program_writes_is_not_to_be_deleted(tmp_path: Path) -> None:
-    """It is whole: what has it open is to be closed."""
+    """A file that another program has open for writing is whole: the remedy is to close it there."""
     write_patches(tmp_path / "a.h5")
     with h5py.File(tmp_path / "a.h5", "r+", locking=False):  # a process may open what it has open itself
         shutil.copy(tmp_path / "a.h5", tmp_path / "b.h5")
-    told = "another program has it open for writing; close it there"
-    with pytest.raises(EnvironmentFault, match=told), store.open_patches(tmp_path / "b.h5"):
+    message = "another program has it open for writing; close it there"
+    with pytest.raises(EnvironmentFault, match=message), store.open_patches(tmp_path / "b.h5"):
         pass
 
 
-def test_a_disk_that_fails_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody is told to delete a file that only cannot be read now."""
+def test_an_unreadable_disk_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The remedy for a file that cannot be read now is not to delete it."""
     write_patches(tmp_path / "a.h5")
 
     def refuse(*_: object, **__: object) -> None:

@@ -116,7 +116,7 @@ def scores_folder(folder: Path) -> Path | None:
 def _from_folder(root: Path) -> FinishedRun:
     folder = scores_folder(root) or root
     metrics = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    cases_path = ingest.told(root)
+    cases_path = ingest.newest_cases(root)
     params = {"run": root.name}
     if cases_path:
         plan, config = latest_plan(root), cases.read_cases(cases_path)[0]

@@ -113,7 +113,7 @@ def read(root: Path) -> ScoredRun:
         InputError: The folder holds no run, or a run without scores.
         IntegrityError: The scored slides are not the slides that the run completed.
     """
-    cases_path = ingest.told(root)
+    cases_path = ingest.newest_cases(root)
     if cases_path is None:
         raise InputError("the folder holds no run", "name the out= folder of a run", path=root)
     config, cases = read_cases(cases_path)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Plan", "RunConfig", "Summary", "Task", "begin", "finish", "line", "store"]
 
-# Loaded by whoever asks first: most commands need little of it.
+# Loaded when they are first used: most commands need few of them.
 __getattr__, __dir__, _ = lazy_loader.attach(
     __name__,
     submodules=["store"],

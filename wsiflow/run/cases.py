@@ -1,4 +1,4 @@
-"""What a run is over: its slides and its configuration, ``cases.json``."""
+"""The cases of a run: ``cases.json`` holds its slides and its configuration."""
 
 import json
 from collections.abc import Sequence
@@ -22,8 +22,12 @@ _CASES = TypeAdapter(tuple[Case, ...])
 
 
 def write_cases(root: Path, config: RunConfig, cases: Sequence[Case]) -> Path:
-    """Publish what there is to ingest, and the resolved configuration beside it; neither has a secret in it."""
-    resolved = _as_spelled(root, config).model_dump(mode="json")  # without those of places that are known to hold some
+    """Publish the cases with the resolved configuration, and ``config.yaml``, both with secrets redacted.
+
+    Returns:
+        The file of the cases.
+    """
+    resolved = _as_spelled(root, config).model_dump(mode="json")  # fields that may hold secrets redact them
     publish.publish_generation(
         root, "config.yaml", yaml.safe_dump(redaction.redacted(resolved), sort_keys=False).encode(), {"kind": "config"}
     )
@@ -32,12 +36,12 @@ def write_cases(root: Path, config: RunConfig, cases: Sequence[Case]) -> Path:
 
 
 def _as_spelled(root: Path, config: RunConfig) -> RunConfig:
-    """Return the configuration with the run's folder as it was first spelled: one folder has many paths.
+    """Return the configuration with the path of the run's folder as it was first written: a folder has many paths.
 
-    A folder that was moved or copied is told anew, once.
+    Where the folder was moved or copied, the new path is kept.
     """
-    told = publish.generations(root, "cases.json")
-    former = Path(json.loads(told[-1].read_text(encoding="utf-8"))["config"]["out"]) if told else config.out
+    files = publish.generations(root, "cases.json")
+    former = Path(json.loads(files[-1].read_text(encoding="utf-8"))["config"]["out"]) if files else config.out
     return config.model_copy(update={"out": former}) if is_same(former, root) else config
 
 
@@ -49,21 +53,21 @@ def read_cases(path: Path) -> tuple[RunConfig, tuple[Case, ...]]:
 
 
 def check_model(config: RunConfig) -> None:
-    """Read the model's card and hash its weights before any slide is opened; see that windows fit into blocks.
+    """Check the model's card and weights before any slide is opened, and that windows fit into blocks.
 
     Raises:
-        InputError: Card or weights cannot be used, or the halo is too small for the model's window.
+        InputError: The card or the weights cannot be used, or the halo is too small for the model's window.
     """
     model = card.read_card(config.model)
     card.read_weights(config.model, model)
-    needed = max(geometry.window_reach_px(model.window_px, config.inference.stride, config.geometry.convention))
-    if isinstance(config.tiles.halo_px, int) and config.tiles.halo_px < needed:
-        cause = f"tiles.halo_px is {config.tiles.halo_px}, windows of {model.window_px} px need at least {needed}"
+    needed_px = max(geometry.window_reach_px(model.window_px, config.inference.stride, config.geometry.convention))
+    if isinstance(config.tiles.halo_px, int) and config.tiles.halo_px < needed_px:
+        cause = f"tiles.halo_px is {config.tiles.halo_px}, windows of {model.window_px} px need at least {needed_px}"
         raise InputError(cause, "set tiles.halo_px=auto and geometry=centred", stage="configuration")
 
 
 def folder_id(root: Path) -> str:
-    """Return what stands for a run's folder wherever it lies; empty where nothing is known of its beginning."""
+    """Return an identifier of a run's folder that stays when it is moved; empty where the folder has no receipt yet."""
     names = ("config.yaml", *(path.name for path in publish.generations(root, "config.yaml")))
-    receipts = (publish.read_receipt(root, name) for name in names)  # the file may be gone, its receipt still tells
+    receipts = (publish.read_receipt(root, name) for name in names)  # the receipt is enough, where the file was deleted
     return next((str(receipt["attempt"]) for receipt in receipts if receipt), "")

@@ -1,7 +1,7 @@
-"""The whole configuration of a run as one validated value.
+"""The configuration of a run as one validated value.
 
-Values live in ``conf/``; here and in the ``XParams`` of each module are only names, units and bounds. Unknown keys and
-values out of bounds are refused before anything else happens, with the dotted name of the key.
+The values are in ``conf/``. This module and the ``XParams`` of other modules have only names, units and bounds. Unknown
+keys and values out of bounds are refused before anything else happens, with the dotted name of the key.
 """
 
 import difflib
@@ -37,7 +37,7 @@ from wsiflow.system.paths import AbsolutePath
 
 
 class RunConfig(BaseModel, frozen=True, extra="forbid"):
-    """Everything a run needs to know; see the ``XParams`` of each part."""
+    """All settings of a run; see the ``XParams`` of each part."""
 
     out: AbsolutePath = Field(description="Folder of the run.")
     name: str = Field(min_length=1, description="Name of the run in reports.")
@@ -88,33 +88,41 @@ class RunConfig(BaseModel, frozen=True, extra="forbid"):
         return self
 
     def _check_refinement(self) -> None:
-        """Refuse what cannot be refined: maps that are computed whole, and scores that are proven window by window."""
-        asked = self.inference
-        if asked.engine != "window" or asked.precision != "fp32":
+        """Refuse refinement where maps are computed whole, or where scores are compared with single windows.
+
+        Raises:
+            ValueError: The engine, the precision or the coarse stride does not allow it.
+        """
+        inference = self.inference
+        if inference.engine != "window" or inference.precision != "fp32":
             raise ValueError("inference.refine needs inference.engine=window and inference.precision=fp32")
-        if asked.refine_from % asked.stride or self.tiles.tile_px % asked.refine_from:
-            cause = f"inference.refine_from is {asked.refine_from}, it must be a multiple of inference.stride"
-            raise ValueError(f"{cause} ({asked.stride}) and divide tiles.tile_px ({self.tiles.tile_px})")
+        if inference.refine_from % inference.stride or self.tiles.tile_px % inference.refine_from:
+            cause = f"inference.refine_from is {inference.refine_from}, it must be a multiple of inference.stride"
+            raise ValueError(f"{cause} ({inference.stride}) and divide tiles.tile_px ({self.tiles.tile_px})")
 
     def _check_reference(self) -> None:
-        """Refuse what the reference's geometry, fixed at 224 level-0 px tiles, cannot mean."""
-        found = {
+        """Refuse settings that differ from the reference's geometry, whose tiles are 224 level-0 pixels.
+
+        Raises:
+            ValueError: A setting differs.
+        """
+        values = {
             "geometry.spacing": self.geometry.spacing,
             "tiles.tile_px": self.tiles.tile_px,
             "tiles.halo_px": self.tiles.halo_px,
             "tiles.block_rows": self.tiles.block_rows,
             "tiles.block_cols": self.tiles.block_cols,
         }
-        for (key, value), needed in zip(found.items(), ("native", 224, 112, 1, 1), strict=True):
+        for (key, value), needed in zip(values.items(), ("native", 224, 112, 1, 1), strict=True):
             if value != needed:
                 raise ValueError(f"{key} is {value}, geometry=reference needs {needed} (tiles=patch has these sizes)")
 
 
 def validate(values: Mapping[str, Any]) -> RunConfig:
-    """Turn composed values into a `RunConfig`.
+    """Return composed values as a `RunConfig`.
 
     Raises:
-        InputError: Unknown, missing or bad keys, each named.
+        InputError: Keys are unknown or missing, or values are out of bounds; each key is named.
     """
     return _validated(RunConfig, values, "correct the override or the YAML file")
 
@@ -127,21 +135,21 @@ class _Entry(NamedTuple):
 
 @cache
 def known_keys() -> tuple[str, ...]:
-    """Return every dotted key that a configuration may have."""
+    """Return all dotted keys that a configuration may have."""
     return tuple(dict.fromkeys(entry.key for entry in _entries(RunConfig, "") if not entry.is_section))
 
 
 @cache
 def descriptions() -> dict[str, str]:
-    """Return what every key and section of a configuration is, by its dotted name; a key of several kinds is each."""
-    found: dict[str, list[str]] = {}
+    """Return the descriptions of all keys and sections by dotted name; those of a key of several kinds are joined."""
+    texts_by_key: dict[str, list[str]] = {}
     for entry in _entries(RunConfig, ""):
-        found.setdefault(entry.key, []).append(entry.description)
-    return {key: " ".join(dict.fromkeys(texts)) for key, texts in found.items()}
+        texts_by_key.setdefault(entry.key, []).append(entry.description)
+    return {key: " ".join(dict.fromkeys(texts)) for key, texts in texts_by_key.items()}
 
 
 def _entries(form: type[BaseModel], prefix: str) -> Iterator[_Entry]:
-    """Yield the fields of a form and of its parts; a part that has no description of its own is what its form is."""
+    """Yield the fields of a form and of its parts; a part without a description has that of its own form."""
     for name, field in form.model_fields.items():
         kinds = (field.annotation, *get_args(field.annotation))
         parts = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
@@ -152,7 +160,7 @@ def _entries(form: type[BaseModel], prefix: str) -> Iterator[_Entry]:
 
 
 def nearest(key: str) -> str:
-    """Return the key or section that was probably meant by one that is none, or an empty text."""
+    """Return the key or section that an unknown key most resembles, or an empty text where it resembles none."""
     name = key.rpartition(".")[2]
     alone = {one.rpartition(".")[2]: one for one in reversed(known_keys())}
     near = difflib.get_close_matches(key, known_keys(), n=1, cutoff=0.8) or [
@@ -177,7 +185,7 @@ def _validated(form: type[_Params], values: Mapping[str, Any], remedy: str) -> _
 def _problem(loc: tuple[int | str, ...], kind: str, message: str, value: object) -> str:
     parts = [str(part) for part in loc]
     if parts[:1] == ["dataset"] and len(parts) > 2:
-        del parts[1]  # the kind of the slides, which is no part of a key
+        del parts[1]  # the kind of the data set, which is not a part of the key
     key = ".".join(parts)
     if kind == "extra_forbidden":
         return f"there is no key {key}" + (f" (did you mean {near}?)" if (near := nearest(key)) else "")
@@ -190,17 +198,17 @@ def _problem(loc: tuple[int | str, ...], kind: str, message: str, value: object)
 
 
 def evaluation_params(protocol: str, changes: Mapping[str, Any]) -> EvaluationParams:
-    """Return a protocol of ``conf/evaluation`` with the options of a command in its place.
+    """Return a protocol of ``conf/evaluation`` with the changes of the options of a command.
 
     Args:
         protocol: Name of the file, for example ``camelyon16``.
-        changes: Values by key; None leaves the file's.
+        changes: Values by key; None stands for the value of the file.
 
     Raises:
         InputError: There is no such protocol, or an option is out of bounds.
     """
     folder = resources.files("wsiflow.conf") / "evaluation"
-    known = sorted(found.name.removesuffix(".yaml") for found in folder.iterdir() if found.name.endswith(".yaml"))
+    known = sorted(file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml"))
     if protocol not in known:
         raise InputError(f"there is no protocol {protocol!r}", f"use one of {', '.join(known)}", stage="configuration")
     values = yaml.safe_load((folder / f"{protocol}.yaml").read_text(encoding="utf-8"))

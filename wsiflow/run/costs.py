@@ -1,7 +1,7 @@
-"""What tasks cost, and slices of them that are worth handing out.
+"""The costs of tasks, and slices of tasks of about equal cost.
 
-A task costs a fixed part and a part for each tissue tile. Costs only decide which tasks travel together and in what
-order; no published byte depends on them.
+The cost of a task has a fixed part and a part for each tissue tile. Costs only decide which tasks form a slice, and in
+what order slices are started; no published byte depends on them.
 """
 
 import json
@@ -21,12 +21,12 @@ class StageCost(NamedTuple):
 
 
 class Costs(NamedTuple):
-    """What the work costs on one core of one kind of machine.
+    """The costs on one core of one kind of machine.
 
     Attributes:
-        start_s: From the start of a fresh worker to its first task: interpreter and imports.
-        load_s: Loading the network, once for each worker that predicts.
-        spread: Standard deviation of a task's seconds over what is expected of it.
+        start_s: Seconds from the start of a worker process to its first task, for the interpreter and imports.
+        load_s: Seconds for loading the network, once in each worker that predicts.
+        spread: Standard deviation of the seconds of a task, relative to the expected seconds.
         stages: Costs by stage.
     """
 
@@ -42,23 +42,23 @@ class Costs(NamedTuple):
 
 
 def slices(tasks: Sequence[int], costs_s: Sequence[float], *, target_s: float) -> list[tuple[int, int]]:
-    """Cut tasks into slices of about so much work, the largest first.
+    """Cut tasks into slices that cost about ``target_s`` each, the most expensive slice first.
 
     Args:
-        tasks: Indices, rising.
-        costs_s: Seconds of each.
-        target_s: What a slice should hold; a dearer task is a slice of its own. 0: every task is.
+        tasks: Indices of tasks, in rising order.
+        costs_s: Core-seconds of each task.
+        target_s: Core-seconds of a slice; a more expensive task is a slice of its own. 0: every task is.
 
     Returns:
-        Half-open ranges that together hold each index once. A slice never spans an index that is not there.
+        Half-open ranges that together contain each of the tasks once, and no other index.
     """
-    found = list(_runs(tasks, costs_s, target_s))
-    found.sort(key=lambda item: -item[0])  # stable: among equals the order of the tasks
-    return [span for _, span in found]
+    runs = list(_runs(tasks, costs_s, target_s))
+    runs.sort(key=lambda item: -item[0])  # the sort is stable: slices of equal cost keep the order of the tasks
+    return [span for _, span in runs]
 
 
 def _runs(tasks: Sequence[int], costs_s: Sequence[float], target_s: float) -> Iterator[tuple[float, tuple[int, int]]]:
-    """Yield cost and range of each slice, in the order of the tasks."""
+    """Yield the cost and the range of each slice, in the order of the tasks."""
     held, lo, hi = 0.0, 0, 0
     for index, cost in zip(tasks, costs_s, strict=True):
         if hi > lo and (index != hi or held + cost > target_s):
@@ -72,31 +72,31 @@ def _runs(tasks: Sequence[int], costs_s: Sequence[float], target_s: float) -> It
 
 
 def costs_of(root: Path, rough: Costs) -> Costs:
-    """Return what tasks cost here, as it was measured in this folder; rough values where it was not."""
+    """Return the costs that were measured in a run's folder, or the rough ones where none were measured."""
     path = root / COSTS
     return read_costs(path, rough) if path.exists() else rough
 
 
 def read_costs(path: Path, rough: Costs) -> Costs:
-    """Read measured costs.
+    """Read measured costs; stages that were not measured have their rough costs.
 
     Raises:
-        InputError: The file holds none.
+        InputError: The file cannot be read, or does not hold costs.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        measured = {stage: StageCost(**cost) for stage, cost in found.pop("stages").items()}
-        return Costs(**found, stages={**rough.stages, **measured})
+        values = json.loads(path.read_text(encoding="utf-8"))
+        measured = {stage: StageCost(**cost) for stage, cost in values.pop("stages").items()}
+        return Costs(**values, stages={**rough.stages, **measured})
     except OSError as error:
         raise faults.unreadable(error, "it", "give a costs.json of wsiflow", path=path) from error
     except (ValueError, TypeError, KeyError) as error:
         raise InputError(f"it holds no costs ({error!r})", "give a costs.json of wsiflow", path=path) from error
 
 
-#: Name of the result, relative to the run's folder.
+#: Name of the file of measured costs, relative to the run's folder.
 COSTS = "costs.json"
 
 
 def first_of(stage: str) -> str:
-    """Return the name under which costs hold what a worker's first task of a stage takes besides."""
+    """Return the name of the cost that the first task of a stage in a worker has in addition."""
     return f"first {stage}"

@@ -1,4 +1,4 @@
-"""The ledger of a run: what was planned against what is published, from the disk alone."""
+"""The ledger of a run: the numbers of planned and of published tasks, from the files of its folder alone."""
 
 import os
 from collections.abc import Iterable
@@ -11,7 +11,14 @@ from wsiflow.system import publish
 
 
 class Ledger(NamedTuple):
-    """Planned = published + quarantined + failed, in array tasks; a rejected slide counts as one task."""
+    """The ledger: planned = published + quarantined + failed, in groups; a rejected slide counts as one group.
+
+    Attributes:
+        planned: Number of groups in the plan, plus the rejected slides.
+        published: Number of groups whose scores are published.
+        quarantined: Number of rejected slides.
+        failed: Number of groups that are not published.
+    """
 
     planned: int
     published: int
@@ -20,39 +27,39 @@ class Ledger(NamedTuple):
 
     @property
     def complete(self) -> bool:
-        """Everything that was planned is published."""
+        """Whether everything that was planned is published."""
         return self.planned == self.published
 
 
 def balance(root: Path, plan: Plan) -> Ledger:
-    """Count what the disk says: the groups' files and receipts, nothing an orchestrator remembers.
+    """Return the ledger of a run, from the names of its files and receipts.
 
-    A folder holds one set of settings, and a receipt of its own for every file, so the names tell; keys and hashes are
-    compared by whoever reads a group's scores.
+    Names are enough, because a folder holds one set of settings, and each file has a receipt of its own. The keys and
+    hashes of scores are verified when they are read.
     """
-    published = sum(len(groups_there(root, planned)) for planned in plan.slides)
+    published = sum(len(published_groups(root, planned)) for planned in plan.slides)
     planned = plan.n_groups + len(plan.rejected)
     return Ledger(planned, published, len(plan.rejected), plan.n_groups - published)
 
 
-def groups_there(root: Path, planned: SlidePlan) -> set[str]:
-    """Return the names of a slide's groups that are published and were not deleted: one look at each of two folders."""
+def published_groups(root: Path, planned: SlidePlan) -> set[str]:
+    """Return the names of the groups of a slide whose file and receipt exist; two folders are listed once each."""
     name = f"predictions/{planned.slide_id}"
-    told = {receipt.removesuffix(".json") for receipt in _names(root / publish.RECEIPTS / name)}
-    return told & _names(root / name) & {f"t{k}.h5" for k in range(1, planned.n_groups + 1)}
+    recorded = {receipt.removesuffix(".json") for receipt in _names(root / publish.RECEIPTS / name)}
+    return recorded & _names(root / name) & {f"t{k}.h5" for k in range(1, planned.n_groups + 1)}
 
 
 def _names(folder: Path) -> set[str]:
     try:
-        with os.scandir(folder) as found:
-            return {item.name for item in found}
+        with os.scandir(folder) as entries:
+            return {entry.name for entry in entries}
     except FileNotFoundError:
         return set()
 
 
-def told(roots: Iterable[Path]) -> str:
-    """Say in a few words how far some runs have come."""
-    found = [balance(root, latest_plan(root)) for root in roots if publish.generations(root, "plan.json")]
-    if not found:
+def summary(roots: Iterable[Path]) -> str:
+    """Return in a few words how many tasks of some runs are done, and how many are left."""
+    ledgers = [balance(root, latest_plan(root)) for root in roots if publish.generations(root, "plan.json")]
+    if not ledgers:
         return "nothing was planned yet"
-    return f"{sum(each.published for each in found)} tasks done, {sum(each.failed for each in found)} left"
+    return f"{sum(each.published for each in ledgers)} tasks done, {sum(each.failed for each in ledgers)} left"

@@ -1,13 +1,16 @@
 """The plan of a run: an immutable file that names every slide and task, and every setting that can change a number.
 
-It is made from the slides' overviews, before any patch is read; everything after it follows it. Nothing in it is a
-time, a host or a count of workers, so the same input and settings give the same plan and the same keys anywhere.
+The plan is made from the overviews of the slides before any patch is read, and all later stages follow it. It contains
+no time, no host and no number of workers, so that the same input and settings give the same plan and the same keys on
+every machine.
 
-The plan has a line for each slide; how a slide is cut lies beside it, see `wsiflow.plan.slide_plan`. A task is a place
-in a stage: groups and parts are counted through all slides, in the order of the plan.
+The plan has a line for each slide; the tiles and blocks of a slide are in a file of their own, see
+`wsiflow.plan.slide_plan`. A task is identified by its index in its stage: groups and parts are numbered through all
+slides in the order of the plan.
 
-A run's folder holds ``plan.json``. When a slide that could not be read is fixed, the next plan is published beside it
-as ``plan.2.json``; it must agree with the former one on every slide that was planned, so finished work stays valid.
+The run's folder contains ``plan.json``. When a slide that could not be read is fixed, the next plan is published beside
+it as ``plan.2.json``. It must agree with the former plan on every slide that was planned, so that finished work stays
+valid.
 """
 
 import json
@@ -30,7 +33,7 @@ from wsiflow.system.reread import cached_by_content
 
 
 class Rejected(NamedTuple):
-    """A slide that cannot be planned, and why."""
+    """A slide that cannot be planned, with the message and the exit code of the reason."""
 
     slide_id: str
     reason: str
@@ -42,7 +45,7 @@ Unit = Literal["slide", "part", "group"]
 
 
 class Task(NamedTuple):
-    """What a task works on: a slide's group or part, counted from 1; 0: the whole slide."""
+    """What a task works on: the index of a slide, and a group or part of it, counted from 1; 0: the whole slide."""
 
     slide: int
     group: int
@@ -52,24 +55,24 @@ class Plan:
     """The plan of a run: its settings, the slides that are planned, and those that were rejected."""
 
     def __init__(self, settings: PlanSettings, slides: Sequence[SlidePlan], rejected: Sequence[Rejected]) -> None:
-        """Hold the parts.
+        """Store the parts of the plan.
 
         Args:
-            settings: Everything that can change a number, and what the tasks must know besides.
-            slides: The slides planned.
-            rejected: The slides that could not be.
+            settings: Every setting that can change a number, and the other settings that tasks need.
+            slides: The planned slides.
+            rejected: The slides that cannot be planned.
         """
         self.settings = settings
         self.slides, self.rejected = tuple(slides), tuple(rejected)
 
     @cached_property
     def hash(self) -> str:
-        """The plan's identity."""
+        """The SHA-256 that identifies the plan."""
         return publish.key_of(**self.as_dict())
 
     @cached_property
     def _ends(self) -> dict[Unit, list[int]]:
-        """Of the units of which a slide has several, how many there are up to and with each slide."""
+        """For groups and parts, the number of them in each slide and all slides before it."""
         slides = range(len(self.slides))
         counts: dict[Unit, list[int]] = {
             "group": [slide.n_groups for slide in self.slides],
@@ -79,20 +82,20 @@ class Plan:
 
     @property
     def part_groups(self) -> int:
-        """Groups of a slide that one task of ``extract`` reads."""
+        """The number of groups of a slide that one task of ``extract`` reads."""
         return max(1, self.settings.store.part_tiles // self.settings.group_tiles)
 
     def count(self, unit: Unit) -> int:
-        """Return how many tasks a stage of such a unit has."""
+        """Return the number of tasks of a stage whose tasks work on such a unit."""
         return self._ends[unit][-1] if self.slides and unit in self._ends else len(self.slides)
 
     @property
     def n_groups(self) -> int:
-        """Array tasks: the groups of all slides."""
+        """The number of groups of all slides."""
         return self.count("group")
 
     def task(self, unit: Unit, index: int) -> Task:
-        """Return what a task works on, by its place among those of its stage."""
+        """Return what the task with an index in its stage works on."""
         ends = self._ends.get(unit)
         if ends is None:
             return Task(index, 0)
@@ -100,20 +103,20 @@ class Plan:
         return Task(slide, index + 1 - (ends[slide - 1] if slide else 0))
 
     def tasks_of(self, unit: Unit, slide: int) -> range:
-        """Return the places of the tasks for one slide."""
+        """Return the indices of the tasks of one slide."""
         ends = self._ends.get(unit)
         return range(slide, slide + 1) if ends is None else range(ends[slide - 1] if slide else 0, ends[slide])
 
     def n_parts(self, slide: int) -> int:
-        """Return in how many parts a slide's patches are stored."""
+        """Return the number of parts in which the patches of a slide are stored."""
         return -(-self.slides[slide].n_groups // self.part_groups)
 
     def part_of(self, group: int) -> int:
-        """Return the part, counted from 1, of its slide's patches that holds a group, counted from 1."""
+        """Return the part, counted from 1, that contains the patches of a group, counted from 1."""
         return (group - 1) // self.part_groups + 1
 
     def part(self, slide: int, part: int) -> range:
-        """Return the groups, counted from 1, that a part of a slide's patches holds."""
+        """Return the groups, counted from 1, in a part of the patches of a slide."""
         first = (part - 1) * self.part_groups
         return range(first + 1, min(first + self.part_groups, self.slides[slide].n_groups) + 1)
 
@@ -129,7 +132,7 @@ class Plan:
 
 
 def task_key(root: Path, plan: Plan, task: Task) -> str:
-    """Return the key of a group's scores: slide content, blocks, model and every setting that can change a number."""
+    """Return the key of the scores of a group, from slide content, blocks, model and all settings of scores."""
     slide = plan.slides[task.slide]
     blocks = read_cut(root, slide).group_ranges[task.group - 1]
     return publish.key_of(slide=slide.key, blocks=blocks, predict=plan.settings.of_scores, numerics=NUMERICS)
@@ -140,7 +143,7 @@ def read_plan(path: Path) -> Plan:
     """Read a plan.
 
     Raises:
-        InputError: It is missing or is not a plan of this version.
+        InputError: The file is missing, or is not a plan of this version.
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
@@ -149,7 +152,7 @@ def read_plan(path: Path) -> Plan:
     except ValueError as error:
         raise InputError(f"the plan cannot be read ({error})", "start the run again", path=path) from error
     if data.get("numerics") != NUMERICS:
-        cause = f"the plan was made by a version with other numbers ({data.get('numerics')}, this one is {NUMERICS})"
+        cause = f"the plan has numerics version {data.get('numerics')}, this version of wsiflow has {NUMERICS}"
         raise InputError(cause, "choose another out= folder", path=path)
     try:
         settings = PlanSettings.from_values(data["settings"], data["work"])
@@ -162,10 +165,10 @@ def read_plan(path: Path) -> Plan:
 
 
 def latest_plan(root: Path) -> Plan:
-    """Return the plan of a run's folder.
+    """Return the newest plan of a run's folder.
 
     Raises:
-        InputError: There is none.
+        InputError: The folder holds no plan.
     """
     files = publish.generations(root, "plan.json")
     if not files:
@@ -174,13 +177,13 @@ def latest_plan(root: Path) -> Plan:
 
 
 def publish_plan(root: Path, plan: Plan) -> Path:
-    """Publish the plan, or find it published already.
+    """Publish a plan, unless the folder holds the same one already.
 
     Returns:
-        The plan's file.
+        The file of the plan.
 
     Raises:
-        InputError: The folder holds a plan with other settings or other content of a planned slide.
+        InputError: The folder holds a plan with other settings, or with other content of a planned slide.
     """
     files = publish.generations(root, "plan.json")
     if files:
@@ -189,7 +192,7 @@ def publish_plan(root: Path, plan: Plan) -> Path:
 
 
 def _document(plan: Plan) -> bytes:
-    """Return the plan as JSON, a line for each setting and slide."""
+    """Return the plan as JSON, with a line for each part and slide."""
     parts = []
     for name, value in plan.as_dict().items():
         lines = value if isinstance(value, list) else [value]
@@ -199,9 +202,13 @@ def _document(plan: Plan) -> bytes:
 
 
 def _check_succession(path: Path, plan: Plan) -> None:
-    """Refuse a plan that contradicts the one that the folder holds."""
+    """Refuse a plan that contradicts the published plan of the folder.
+
+    Raises:
+        InputError: Settings or slides differ.
+    """
     root, former = path.parent, read_plan(path)
-    # As the file says it: what an earlier version wrote may have a form that this one would write otherwise.
+    # The file is compared as it is: an earlier version may have written the same settings in another form.
     published = json.loads(path.read_text(encoding="utf-8"))["settings"]
     changed = sorted(_differences(published, json.loads(json.dumps(plan.settings.numbers()))))
     if changed:
@@ -215,14 +222,15 @@ def _check_succession(path: Path, plan: Plan) -> None:
 
 
 def _why_not(former: Plan, plan: Plan, gone: Sequence[str], reasons: Mapping[str, str]) -> tuple[str, str]:
-    """Return cause and remedy where a folder's slides are not those that are asked for."""
-    there = {slide.slide_id for slide in former.slides}
-    asked = [slide.slide_id for slide in plan.slides] + [slide.slide_id for slide in plan.rejected]
-    if not there & set(asked):
-        cause = f"the folder belongs to a run over other slides: {_some(sorted(there))}, now asked for {_some(asked)}"
+    """Return the cause and the remedy where the slides of a folder are not those of a new plan."""
+    planned = {slide.slide_id for slide in former.slides}
+    requested = [slide.slide_id for slide in plan.slides] + [slide.slide_id for slide in plan.rejected]
+    if not planned & set(requested):
+        slides = f"{_some(sorted(planned))}, now asked for {_some(requested)}"
+        cause = f"the folder belongs to a run over other slides: {slides}"
         return cause, "give this run another out= folder"
-    told = "; ".join(f"{slide_id}{reasons.get(slide_id, '')}" for slide_id in gone[:5])
-    cause = f"{len(gone)} slides planned in this folder have changed or are gone: {told}"
+    changed = "; ".join(f"{slide_id}{reasons.get(slide_id, '')}" for slide_id in gone[:5])
+    cause = f"{len(gone)} slides planned in this folder have changed or are gone: {changed}"
     return cause, "restore them, or choose another out= folder"
 
 

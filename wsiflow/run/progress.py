@@ -1,7 +1,8 @@
-"""How far a run has come, how fast it goes and how long it will take: from the files of its folder alone.
+"""Report the progress of a run: how much is done, how fast, and how long the rest will take.
 
-What is published says how far it is, and the log of attempts how fast, whichever process asks. What tasks cost, as it
-was measured in the folder where it was, weighs what is left against what was done over the last minutes.
+Everything is read from the files of the run's folder, so that any process can ask. Published files show what is done,
+and the log of attempts shows how fast. Tasks are weighted by their costs, as they were measured in the folder or by
+rough values, to compare what is left with what was done over the last minutes.
 """
 
 import time
@@ -21,24 +22,24 @@ from wsiflow.run.stages.line import LOADING, ROUGH, STAGES, Census, ingested
 from wsiflow.system import publish
 from wsiflow.system.usage import now
 
-_WINDOW_S = 300.0  # over which a speed is taken
-_STALE_S = 900.0  # without a task that ended, nothing is known of the speed any more
-_TICK_S = 0.001  # of the times that attempts note
+_WINDOW_S = 300.0  # over which a speed is averaged
+_STALE_S = 900.0  # so long after the last task ended, the speed is unknown
+_TICK_S = 0.001  # resolution of the times in the log of attempts
 _SCORING = predict.STAGE.name
 _MINUTE_S, _HOUR_S, _DAY_S = 60.0, 3600.0, 86400.0
 
 
 class Snapshot(NamedTuple):
-    """How far a run had come at one moment.
+    """The progress of a run at one moment.
 
     Attributes:
-        stages: By name, how many tasks are published and how many are planned; before there is a plan, how many slides
-            have been looked at (``ingest``).
-        slides: How many slides are finished, and how many are planned.
-        tiles: How many tissue tiles have their scores, and how many are planned.
-        share: Share of the planned work that is done, by what tasks cost: 0 to 1.
-        tiles_per_s: Tiles that got their scores per second over the last minutes; None where that is not known.
-        left_s: Seconds until the rest is done at the speed of the last minutes; None where that is not known.
+        stages: Numbers of published and of planned tasks by stage; before there is a plan, the numbers of ingested and
+            of listed slides as ``ingest``.
+        slides: Numbers of finished and of planned slides.
+        tiles: Numbers of scored and of planned tissue tiles.
+        share: Share of the planned work that is done, weighted by the costs of tasks, 0 to 1.
+        tiles_per_s: Tissue tiles that were scored per second over the last minutes; None where unknown.
+        left_s: Seconds until the rest is done at the speed of the last minutes; None where unknown.
     """
 
     stages: Mapping[str, tuple[int, int]]
@@ -49,7 +50,7 @@ class Snapshot(NamedTuple):
     left_s: float | None = None
 
     def as_text(self) -> str:
-        """Return it in one line: ``12 of 40 slides, 1,203 of 4,000 tiles, 85 tiles/s, about 32 min left``."""
+        """Return the progress in one line: ``12 of 40 slides, 1,203 of 4,000 tiles, 85 tiles/s, about 32 min left``."""
         if not self.slides[1]:
             return ", ".join(f"{stage} {_of(counts)} slides" for stage, counts in self.stages.items())
         parts = [f"{_of(self.slides)} slides", f"{_of(self.tiles)} tiles"]
@@ -65,7 +66,7 @@ def _of(counts: tuple[int, int]) -> str:
 
 
 def _duration(seconds: float) -> str:
-    """Return seconds in the unit in which people would say them."""
+    """Return a duration as text, in seconds, minutes, hours or days as fits."""
     if seconds < 2 * _MINUTE_S:
         return f"{max(1, round(seconds))} s"
     if seconds < 2 * _HOUR_S:
@@ -76,41 +77,42 @@ def _duration(seconds: float) -> str:
 
 
 def snapshot(root: Path, plan: Plan, since: str | None) -> Snapshot:
-    """Return how far a run is that has a plan.
+    """Return the progress of a run that has a plan.
 
     Args:
         root: The run's folder.
-        plan: Its plan.
-        since: When whoever runs it now began, as attempts note times; None where nobody does: then it has no speed.
+        plan: The plan.
+        since: When the driver of the run started, as a time of the log of attempts; None where no driver runs: the
+            speed is then unknown.
     """
     planned = _Planned(root, plan)
     if since is not None:
-        planned.hear(trace.LogReader(root).rows(), since)
+        planned.add(trace.LogReader(root).rows(), since)
     return planned.snapshot(time.time())
 
 
 class Follower:
-    """Looks at a run under way again and again; what was complete is not looked at again."""
+    """Follows the progress of a running run; what was complete is not counted again."""
 
     def __init__(self, root: Path) -> None:
-        """Begin now: earlier attempts say nothing of the speed."""
+        """Begin now; earlier attempts do not count for the speed."""
         self._root, self._since = root, now()
         self._planned: _Planned | None = None
         self._path: Path | None = None
         self._log = trace.LogReader(root)
 
-    def look(self) -> Snapshot | None:
-        """Return how far the run is by now; None where nothing is known of its slides yet."""
-        found = publish.generations(self._root, "plan.json")
-        if not found:
+    def snapshot(self) -> Snapshot | None:
+        """Return the progress by now; None where the slides are not listed yet."""
+        files = publish.generations(self._root, "plan.json")
+        if not files:
             return self._before_plan()
-        if self._planned is None or found[-1] != self._path:  # a slide that joins makes another plan
-            self._path, self._planned = found[-1], _Planned(self._root, plans.read_plan(found[-1]))
-        self._planned.hear(self._log.rows(), self._since)
+        if self._planned is None or files[-1] != self._path:  # the plan has a new generation where a slide joins
+            self._path, self._planned = files[-1], _Planned(self._root, plans.read_plan(files[-1]))
+        self._planned.add(self._log.rows(), self._since)
         return self._planned.snapshot(time.time())
 
     def _before_plan(self) -> Snapshot | None:
-        source = ingest.told(self._root)
+        source = ingest.newest_cases(self._root)
         if source is None:
             return None
         slides = [case.slide_id for case in read_cases(source)[1]]
@@ -118,7 +120,7 @@ class Follower:
 
 
 class _EndedTask(NamedTuple):
-    """A task that published something: when it began and ended, at which stage of which slide."""
+    """A task that ended well: its begin and end (Unix time), its stage and the index of its slide."""
 
     began_s: float
     ended_s: float
@@ -127,7 +129,7 @@ class _EndedTask(NamedTuple):
 
 
 class _Planned:
-    """What is known of a run with a plan."""
+    """The counts and the attempts of a run with a plan."""
 
     def __init__(self, root: Path, plan: Plan) -> None:
         self._root, self._plan, self._census = root, plan, Census(root, plan)
@@ -136,11 +138,11 @@ class _Planned:
             stage: (sum(slides.values()), sum(plan.slides[slide].n_tiles for slide in slides))
             for stage, slides in self._census.planned.items()
         }
-        self._failed: set[int] = set()  # they go no further, until somebody starts the run again
+        self._failed: set[int] = set()  # slides that are given up until the run is started again
         self._attempts: list[_EndedTask] = []
 
-    def hear(self, rows: Iterable[Mapping[str, Any]], since: str) -> None:
-        """Take in what was noted of attempts since a moment."""
+    def add(self, rows: Iterable[Mapping[str, Any]], since: str) -> None:
+        """Add rows of the log of attempts; those of attempts before ``since`` are ignored."""
         for row in rows:
             slide = self._places.get(row["slide"], -1)
             if slide not in self._census.planned.get(row["stage"], {}):
@@ -156,7 +158,7 @@ class _Planned:
         self._attempts = [one for one in self._attempts if one.ended_s > begin_s]
 
     def snapshot(self, now_s: float) -> Snapshot:
-        """Count what is published by now."""
+        """Return the progress from what is published by now."""
         stages, costs, slides = self._census.count(), costs_of(self._root, ROUGH), self._plan.slides
         missing = self._census.missing
         unfinished = {slide for name in missing if not STAGES[name].serves_scores for slide in missing[name]}
@@ -175,31 +177,31 @@ class _Planned:
         )
 
     def _tiles(self, stage: str, slide: int, tasks: int) -> float:
-        """Return how many tissue tiles some tasks of a slide work on, about."""
+        """Return the approximate number of tissue tiles that ``tasks`` tasks of a slide work on."""
         return self._plan.slides[slide].n_tiles * tasks / self._census.planned[stage][slide]
 
     def _seconds(self, costs: Costs, stage: str, slide: int, tasks: int) -> float:
-        """Return the core-seconds that some tasks of a slide take."""
+        """Return the expected core-seconds of ``tasks`` tasks of a slide."""
         cost = costs.stages[stage]
         return cost.fixed_s * tasks + cost.unit_s * self._tiles(stage, slide, tasks)
 
     def _seconds_planned(self, costs: Costs) -> float:
-        """Return the core-seconds of everything, at least a little: where there is nothing to do, all of it is done."""
+        """Return the expected core-seconds of all planned tasks; 1 where there are none, so that shares are defined."""
         sums = ((costs.stages[stage], *counts) for stage, counts in self._sums.items())
         return sum(cost.fixed_s * tasks + cost.unit_s * tiles for cost, tasks, tiles in sums) or 1.0
 
     def _seconds_missing(self, costs: Costs) -> dict[int, float]:
-        """Return the core-seconds that are still to be spent on each slide: pixels are read only for missing scores."""
-        missing, found = self._census.missing, defaultdict[int, float](float)
+        """Return the expected core-seconds of missing tasks by slide; pixels are counted only for missing scores."""
+        missing, seconds = self._census.missing, defaultdict[int, float](float)
         unscored = {slide for name in missing.keys() & LOADING for slide in missing[name]}
         for stage, slides in missing.items():
             for slide, tasks in slides.items():
                 if slide in unscored or not STAGES[stage].serves_scores:
-                    found[slide] += self._seconds(costs, stage, slide, tasks)
-        return found
+                    seconds[slide] += self._seconds(costs, stage, slide, tasks)
+        return seconds
 
     def _speeds(self, costs: Costs, now_s: float) -> tuple[float | None, float]:
-        """Return tiles per second, and the core-seconds of tasks that are done in a second, over the last minutes."""
+        """Return tiles per second (None where unknown) and core-seconds of ended tasks per second, recently."""
         latest_s = max((one.ended_s for one in self._attempts), default=0.0)
         if now_s - latest_s > _STALE_S:
             return None, 0.0
@@ -210,6 +212,6 @@ class _Planned:
 
 
 def _span_s(attempts: Sequence[_EndedTask]) -> float:
-    """Return the seconds over which attempts count: from the start of the first, if that is recent, to the last end."""
+    """Return the seconds from the first begin of some attempts to the last end, at most `_WINDOW_S`."""
     span_s = max(one.ended_s for one in attempts) - min(one.began_s for one in attempts)
     return min(_WINDOW_S, max(_TICK_S, span_s))

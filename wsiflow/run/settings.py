@@ -1,8 +1,9 @@
-"""The settings of a plan: everything that can change a number, and what tasks must know besides, each said once.
+"""The settings of a plan: everything that can change a number, and the other settings that tasks need.
 
-A plan's file holds them in two parts. ``settings`` decides the keys of published files and must be the same for every
-plan of a folder; it repeats what follows from the choice of the engine and from the store, so that a reader of the file
-and the keys of earlier runs find it there. ``work`` may differ: where the model lies, and what a run tolerates.
+The file of a plan holds them in two parts. ``settings`` decides the keys of published files, and is the same in every
+plan of a folder. It repeats values that follow from the choice of the engine and from the store, so that readers of the
+file and the keys of earlier runs find them there. ``work`` may differ between plans: it says where the model is and
+what a run tolerates.
 """
 
 from collections.abc import Mapping
@@ -14,38 +15,41 @@ from pydantic import BaseModel
 from wsiflow.evaluation.protocol import EvaluationParams
 from wsiflow.heatmap.lesions import LesionParams
 from wsiflow.model.card import ModelSpec
-from wsiflow.model.choice import Choice
+from wsiflow.model.choice import FORMER_EXCESS, Choice
 from wsiflow.plan.geometry import GeometryParams
 from wsiflow.plan.tissue import TissueParams
 from wsiflow.run.store import StoreParams
 from wsiflow.slides.stain.params import StainParams
+
+# Values of ``on_excess`` by those of ``beyond`` in the file of a plan, which keeps the words of earlier versions.
+_EXCESS = {former: now for now, former in FORMER_EXCESS.items()}
 
 
 class PlanSettings(BaseModel, frozen=True):
     """The settings of a plan.
 
     Attributes:
-        geometry: Which plane of a slide is read, and where scores belong.
+        geometry: The spacing at which slides are read, and the convention that places scores on them.
         tissue: How tissue is found.
         tile_px: Side of a tile, reading pixels.
-        group_tiles: Tissue tiles that a group holds at most.
-        window_px: Side of the window that the model sees, reading pixels.
+        group_tiles: Most tissue tiles of a group.
+        window_px: Side of the model's window, reading pixels.
         trained_um_px: Spacing that the model was trained at, micrometres per pixel.
-        choice: How scores are computed. It owns the stride, the halo and the size of blocks.
+        choice: How scores are computed, with the stride, the halo and the size of blocks.
         stain: How colours are normalised.
         store: Where pixels wait between extraction and prediction.
-        model: Which model it is, and where its card lies.
+        model: The model, and the path of its card.
         model_identity: SHA-256 of the card and the weights.
         pixel_versions: Versions of the libraries that decode and resample pixels, by name.
-        numeric_class: The kind of machine that computes the scores: last bits may differ on another.
-        certificate_windows: Windows of each slide that are run on their own as well and compared.
+        numeric_class: The kind of machine that computes the scores; the last bits may differ on another kind.
+        certificate_windows: Number of windows of each slide that are also run singly and compared.
         lesions: How lesions are found on a heatmap.
         evaluation: How detections are scored.
         seed: Seed of the bootstrap.
-        tolerance: Largest difference that a certificate may show.
-        beyond: What becomes of a slide whose certificate shows more.
-        shared_layers: Layers up to which windows can share the network, the last first.
-        reason: Why scores are computed as they are.
+        tolerance: Largest difference that a certificate may have, see `wsiflow.model.choice.DenseParams`.
+        on_excess: Whether a slide with a larger difference fails, or the run goes on and reports it.
+        shared_layers: Names of the layers up to which windows can share the network, the last layer first.
+        reason: Why scores are computed like this.
     """
 
     geometry: GeometryParams
@@ -66,17 +70,17 @@ class PlanSettings(BaseModel, frozen=True):
     evaluation: EvaluationParams
     seed: int
     tolerance: float
-    beyond: Literal["stop", "tell"]
+    on_excess: Literal["fail", "report"]
     shared_layers: tuple[str, ...]
     reason: str
 
     @classmethod
     def from_values(cls, settings: Mapping[str, Any], work: Mapping[str, Any]) -> "PlanSettings":
-        """Return the settings that the two parts of a plan's file say.
+        """Return the settings from the two parts of the file of a plan.
 
         Raises:
-            pydantic.ValidationError: A value is missing or out of bounds.
-            KeyError: A part of them is missing.
+            pydantic.ValidationError: A value is out of bounds.
+            KeyError: A value is missing.
         """
         cut, predict = settings["cut"], settings["predict"]
         return cls(
@@ -98,14 +102,14 @@ class PlanSettings(BaseModel, frozen=True):
             evaluation=settings["evaluation"],
             seed=settings["seed"],
             tolerance=work["tolerance"],
-            beyond=work["beyond"],
+            on_excess=_EXCESS.get(work["beyond"], work["beyond"]),
             shared_layers=work["cuts"],
             reason=work["told"],
         )
 
     @cached_property
     def of_tiles(self) -> dict[str, Any]:
-        """What decides which tiles and blocks a slide has, JSON values."""
+        """The settings that decide which tiles and blocks a slide has, as JSON values."""
         return {
             "geometry": self.geometry.model_dump(mode="json"),
             "tissue": self.tissue.model_dump(mode="json"),
@@ -123,7 +127,7 @@ class PlanSettings(BaseModel, frozen=True):
 
     @cached_property
     def of_scores(self) -> dict[str, Any]:
-        """What decides the scores of a slide's blocks, JSON values: a part of the key of every group's scores."""
+        """The settings that decide the scores of blocks, as JSON values; the key of every group contains them."""
         return {
             "model": self.model_identity,
             "inference": self.choice.score_settings(),
@@ -134,7 +138,7 @@ class PlanSettings(BaseModel, frozen=True):
         }
 
     def numbers(self) -> dict[str, Any]:
-        """Return every setting that can change a number, JSON values."""
+        """Return every setting that can change a number, as JSON values."""
         return {
             "cut": self.of_tiles,
             "predict": self.of_scores,
@@ -145,13 +149,13 @@ class PlanSettings(BaseModel, frozen=True):
         }
 
     def work(self) -> dict[str, Any]:
-        """Return what tasks must know besides, JSON values."""
+        """Return the other settings that tasks need, as JSON values."""
         return {
             "store": self.store.model_dump(mode="json"),
             "model": self.model.model_dump(mode="json"),
             "choice": self.choice._asdict(),
             "cuts": list(self.shared_layers),
             "tolerance": self.tolerance,
-            "beyond": self.beyond,
+            "beyond": FORMER_EXCESS[self.on_excess],
             "told": self.reason,
         }

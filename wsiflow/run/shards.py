@@ -1,7 +1,7 @@
-"""A run as shards of slides that advance stage by stage.
+"""The shards of a run: groups of slides that advance stage by stage.
 
-A shard is what one orchestrator task works on. Its value is `Progress`: which of its slides are still good, and how
-every task so far ended. Nothing here knows who calls it.
+One task of the orchestrator works on one shard. The state of a shard is its `Progress`: the slides without a failure,
+and how every task so far ended. The functions are the same for every orchestrator, and without one.
 """
 
 import logging
@@ -30,20 +30,20 @@ from wsiflow.system import publish
 
 _logger = logging.getLogger(__name__)
 
-#: Shards under way at a time. Whoever has one only waits for workers, and all shards together keep every worker busy.
+#: Most shards in progress at a time. A thread of a shard only waits for workers; all together keep every worker busy.
 SIDE_BY_SIDE = 64
 
-_SHARDS_WANTED = 40
+_DEFAULT_SHARDS = 40
 
 
 class Ended(NamedTuple):
     """How a task ended, without its receipt, which is on disk.
 
     Attributes:
-        stage, task: Which one.
-        attempt: The name of the attempt that published its file; empty where it failed.
-        executed: False where it was done already.
-        failure: Why nothing was published; None where something was.
+        stage, task: Name of the stage, and index of the task in it.
+        attempt: Name of the attempt that published the file; empty where the task failed.
+        executed: Whether the task was executed; False where its file was published already.
+        failure: Why the task failed; None where it did not.
     """
 
     stage: str
@@ -54,11 +54,11 @@ class Ended(NamedTuple):
 
 
 class Progress(NamedTuple):
-    """How far the slides of a shard have come.
+    """The state of a shard.
 
     Attributes:
-        slides: Indices of the slides nothing has failed for.
-        ended: Every task so far.
+        slides: Indices of the slides for which no task has failed.
+        ended: How every task so far ended.
     """
 
     slides: tuple[int, ...]
@@ -66,10 +66,14 @@ class Progress(NamedTuple):
 
 
 def begin(config: RunConfig) -> Path:
-    """Prove the run's folder, list its slides, and publish both with the configuration.
+    """Check the folders of a run and its model, list its slides, and publish them with the configuration.
 
     Returns:
-        ``cases.json``.
+        The ``cases.json`` of the run.
+
+    Raises:
+        InputError: The model, the data set or the evaluation's spacing cannot be used.
+        EnvironmentFault: A folder cannot be written, or its file system lacks an operation.
     """
     for folder in filter(None, (config.out, config.share)):
         publish.preflight(folder)
@@ -86,19 +90,19 @@ def begin(config: RunConfig) -> Path:
 
 
 def _require_scaled_lengths(params: SyntheticSlides, given: float | None) -> None:
-    """Refuse to score small outlines by the lengths of real ones: most lesions would be isolated tumour cells.
+    """Refuse to score reduced outlines at full scale: by their lengths most lesions would be isolated tumour cells.
 
     Raises:
-        InputError: The spacing of the evaluation is not that of the outlines' real size.
+        InputError: The spacing of the evaluation does not give the outlines their real size.
     """
-    meant = UM_PX / params.scale
-    if given is None or abs(given / meant - 1) > 0.01:
+    needed = UM_PX / params.scale
+    if given is None or abs(given / needed - 1) > 0.01:
         cause = f"outlines have {params.scale:g} of their real size, and the evaluation's spacing is {given}"
-        raise InputError(cause, f"set evaluation.l0_um_px={meant:.4g}", stage="configuration")
+        raise InputError(cause, f"set evaluation.l0_um_px={needed:.4g}", stage="configuration")
 
 
 def _drawn(params: SyntheticSlides) -> Path:
-    """Write synthetic slides, or what is missing of them, and return their manifest."""
+    """Write the synthetic slides that are missing, and return their manifest."""
     if not params.like:
         return write_dataset(params.folder, size_px=params.size_px, seed=params.seed)
     if params.data is None:
@@ -107,26 +111,26 @@ def _drawn(params: SyntheticSlides) -> Path:
 
 
 def choose(pool: Executor, cases: Path) -> str:
-    """Choose how scores are computed, in a worker: the choice may be measured, and workers are what does the work.
+    """Choose how scores are computed, in a worker, because the choice may depend on measurements of its machine.
 
     Returns:
-        What was chosen and why, where it is not what was asked for; else nothing.
+        The choice and its reason, where it is not what was asked for; else an empty text.
 
     Raises:
-        WsiflowError: The network or the machine cannot do what is asked for.
+        WsiflowError: The network or the machine cannot do what was asked for.
     """
     if not is_chosen(cases):
         once(pool, cases, "choose", choice_key(read_cases(cases)[0]))
     fallback = describe_fallback(cases)
-    if not fallback:  # whoever is told that need not read the same again
+    if not fallback:  # the caller shows the fallback, which says the same
         _logger.info("scores are computed by the %s", describe_choice(cases))
     return fallback
 
 
 def measure_costs(pool: Executor, plan_path: Path) -> None:
-    """Measure on a few blocks what the work costs where it is done, unless it was; slices are cut by it.
+    """Measure in a worker what tasks cost, unless it was measured; slices are cut by these costs.
 
-    A run can do without: where it fails, what is wrong shows in the tasks themselves, and rough costs are taken.
+    A failure is only recorded in the trace: the run continues with rough costs, and its own tasks show what is wrong.
     """
     root, plan = plan_path.parent, read_plan(plan_path)
     if not (ledger.balance(root, plan).failed == 0 or (root / COSTS).exists()):
@@ -136,10 +140,13 @@ def measure_costs(pool: Executor, plan_path: Path) -> None:
 
 
 def calibrate(pool: Executor, plan_path: Path, slice_s: float) -> Progress:
-    """Quantise the network on the run's own tissue, where the run asks for int8.
+    """Quantise the network on the run's own tissue, where the run uses int8.
 
     Returns:
-        What was done to the slides for it.
+        The progress of the slides whose pixels were needed for it.
+
+    Raises:
+        WsiflowError: The calibration failed.
     """
     plan = read_plan(plan_path)
     if not plan.n_groups or plan.settings.choice.precision != "int8":
@@ -149,23 +156,23 @@ def calibrate(pool: Executor, plan_path: Path, slice_s: float) -> Progress:
         return Progress(())
     progress = Progress(tuple(calibration_slides(plan)))
     _logger.info("quantising the network on %d of the slides", len(progress.slides))
-    for stage in (stain.STAGE, extract.EXTRACT):  # the pixels it looks at are those the network will see
+    for stage in (stain.STAGE, extract.EXTRACT):  # it is calibrated on the pixels that the network will see
         progress = advance(pool, plan_path, stage, progress, slice_s)
     once(pool, plan_path, "calibrate", quantised.key)
     return progress
 
 
 def once(pool: Executor, source: Path, stage: str, key: str = "") -> None:
-    """Do a stage that a run has only one task of.
+    """Do a stage that has only one task in a run.
 
     Args:
-        pool: Where it runs.
-        source: What the stage reads.
-        stage: The stage.
-        key: The key it has to publish under; empty where it publishes nothing.
+        pool: The executor.
+        source: The file that the stage reads.
+        stage: Name of the stage.
+        key: The key that the published file must have; empty where no file is published.
 
     Raises:
-        WsiflowError: It failed; the class is that of the task's error.
+        WsiflowError: The task failed; the class is that of its error.
     """
     for ended in pool.run(work.run_slice, source, stage, [Slice(0, 1)]):
         outcome = _checked(ended, stage, key)
@@ -175,60 +182,63 @@ def once(pool: Executor, source: Path, stage: str, key: str = "") -> None:
 
 
 def cut(sizes: Sequence[int], slides_each: int) -> list[tuple[int, ...]]:
-    """Cut slides into shards of neighbours, whose tasks can travel together; the shard with the most work first.
+    """Divide slides into shards of neighbours, whose tasks can form slices.
 
     Args:
-        sizes: How much work each slide is.
-        slides_each: Slides per shard; 0 gives about 40 shards however many slides there are.
+        sizes: Amount of work of each slide.
+        slides_each: Number of slides of a shard. 0: about 40 shards, however many slides there are.
+
+    Returns:
+        The indices of the slides of each shard, the shard with the most work first.
     """
     count = len(sizes)
-    each = slides_each or -(-count // _SHARDS_WANTED)
+    each = slides_each or -(-count // _DEFAULT_SHARDS)
     parts = [tuple(range(first, min(first + each, count))) for first in range(0, count, max(1, each))]
     return sorted(parts, key=lambda part: -sum(sizes[index] for index in part))
 
 
 def case_sizes(cases: Path) -> list[int]:
-    """Return the size in bytes of each case's slide, 0 where it cannot be told."""
+    """Return the size in bytes of the slide of each case; 0 where it is not known."""
     sizes = []
     for case in read_cases(cases)[1]:
         try:
             sizes.append(case.path.stat().st_size)
-        except OSError:  # opening it tells what is wrong
+        except OSError:  # opening the slide will name the reason
             sizes.append(0)
     return sizes
 
 
-def rejections(plan_path: Path) -> list[str]:
-    """Say what is wrong with the slides that could not be planned: it is known hours before the others are done."""
+def describe_rejections(plan_path: Path) -> list[str]:
+    """Return a warning for each slide that cannot be planned, to be shown hours before the others are done."""
     return [f"rejected: {one.reason}" for one in read_plan(plan_path).rejected]
 
 
-def doubles(plan_path: Path) -> list[str]:
-    """Say which slides have the same content: a manifest may list a file twice, and each line counts in the scores."""
-    alike: dict[str, list[str]] = {}
+def describe_duplicates(plan_path: Path) -> list[str]:
+    """Return a warning for each content that several slides have: each of them counts in the scores."""
+    ids_by_content: dict[str, list[str]] = {}
     for planned in read_plan(plan_path).slides:
-        alike.setdefault(planned.sha256, []).append(planned.slide_id)
-    groups = (", ".join(slides) for slides in alike.values() if len(slides) > 1)
+        ids_by_content.setdefault(planned.sha256, []).append(planned.slide_id)
+    groups = (", ".join(slides) for slides in ids_by_content.values() if len(slides) > 1)
     return [f"the same slide under several names, each of which counts in the scores: {names}" for names in groups]
 
 
 def slide_sizes(plan_path: Path) -> list[int]:
-    """Return the tissue tiles of each planned slide."""
+    """Return the number of tissue tiles of each planned slide."""
     return [planned.n_tiles for planned in read_plan(plan_path).slides]
 
 
 def ingest_shard(pool: Executor, cases: Path, shard: Sequence[int]) -> list[Outcome]:
-    """Ingest the cases of a shard."""
-    config, found = read_cases(cases)
+    """Ingest the cases of a shard, and return the outcome of each."""
+    config, listed = read_cases(cases)
     tasks = [index for index in sorted(shard) if not ingest.is_ingested(cases, index)]
     seconds = [ROUGH.task_s("ingest", 0)] * len(tasks)
     cuts = slices(tasks, seconds, target_s=config.executor.slice_s)
     settings = ingest.plan_settings(cases.parent, config)
-    # To see that a slide is still the one whose record is there takes no worker.
+    # Checking that a slide still has the content of its record needs no worker.
     outcomes = [work.run_task(cases, "ingest", index) for index in set(shard) - set(tasks)]
     for ended in pool.run(work.run_slice, cases, "ingest", [Slice(*span) for span in cuts]):
-        outcome = _checked(ended, "ingest", ingest.record_key(found[ended.task], settings))
-        trace.note(cases.parent, "ingest", found[outcome.task].slide_id, 0, outcome)
+        outcome = _checked(ended, "ingest", ingest.record_key(listed[ended.task], settings))
+        trace.note(cases.parent, "ingest", listed[outcome.task].slide_id, 0, outcome)
         if not outcome.retried:
             outcomes.append(outcome)
     usable = sum(outcome.receipt is not None for outcome in outcomes)
@@ -237,13 +247,16 @@ def ingest_shard(pool: Executor, cases: Path, shard: Sequence[int]) -> list[Outc
 
 
 def line(pool: Executor, plan_path: Path, shard: Sequence[int], slice_s: float) -> Progress:
-    """Take the slides of a shard from pixels to detections; a slide for which a task fails goes no further.
+    """Take the slides of a shard through all stages; a slide for which a task fails is given up.
 
     Args:
-        pool: Where tasks run.
+        pool: The executor.
         plan_path: The plan.
         shard: Indices of slides.
-        slice_s: Seconds of work to hand out at once.
+        slice_s: Core-seconds of a slice.
+
+    Returns:
+        The state of the shard after the last stage.
     """
     progress = Progress(tuple(shard))
     for stage in STAGES.values():
@@ -253,22 +266,33 @@ def line(pool: Executor, plan_path: Path, shard: Sequence[int], slice_s: float) 
 
 
 def advance(pool: Executor, plan_path: Path, stage: Stage, progress: Progress, slice_s: float) -> Progress:
-    """Take the good slides of a shard through one stage: what is published already is not handed out again."""
+    """Take the slides without a failure through one stage; only tasks that are not published are submitted.
+
+    Args:
+        pool: The executor.
+        plan_path: The plan.
+        stage: The stage.
+        progress: The state of the shard before the stage.
+        slice_s: Core-seconds of a slice.
+
+    Returns:
+        The state of the shard after the stage.
+    """
     root, plan = plan_path.parent, read_plan(plan_path)
     keys = {index: _key(root, plan, stage, index) for index in _tasks(root, plan, stage, progress.slides)}
-    found = {
+    done = {
         index: receipt
         for index, key in keys.items()
         if (receipt := _published(root, plan, stage, index, key)) is not None
     }
-    lacking = [index for index in keys if index not in found]
+    missing = [index for index in keys if index not in done]
     costs = costs_of(root, ROUGH)
-    seconds = [costs.task_s(stage.name, units(plan, stage, index)) for index in lacking]
-    cuts = [Slice(*span) for span in slices(lacking, seconds, target_s=slice_s)]
-    if lacking:
-        counts = len(lacking), len(cuts), len(found)
-        _logger.debug("%s: %d tasks are handed out in %d slices, %d are done already", stage.name, *counts)
-    ended = [Ended(stage.name, index, receipt["attempt"], executed=False) for index, receipt in found.items()]
+    seconds = [costs.task_s(stage.name, units(plan, stage, index)) for index in missing]
+    cuts = [Slice(*span) for span in slices(missing, seconds, target_s=slice_s)]
+    if missing:
+        counts = len(missing), len(cuts), len(done)
+        _logger.debug("%s: %d tasks are submitted in %d slices, %d are done already", stage.name, *counts)
+    ended = [Ended(stage.name, index, receipt["attempt"], executed=False) for index, receipt in done.items()]
     failed = set()
     for ran in pool.run(work.run_slice, plan_path, stage.name, cuts):
         outcome, task = _checked(ran, stage.name, keys[ran.task]), stage.task(plan, ran.task)
@@ -278,7 +302,7 @@ def advance(pool: Executor, plan_path: Path, stage: Stage, progress: Progress, s
         attempt = outcome.receipt["attempt"] if outcome.receipt else ""
         ended.append(Ended(stage.name, outcome.task, attempt, outcome.executed, outcome.failure))
         if outcome.failure:
-            # A slide that failed once is given up; for whatever reason its other tasks fail, one line is enough.
+            # The first failure of a slide gives it up; a line for each of its other failures would say no more.
             level = logging.DEBUG if task.slide in failed else logging.WARNING
             _logger.log(level, "failed: %s", outcome.failure.about(slide=plan.slides[task.slide].slide_id))
             failed.add(task.slide)
@@ -286,63 +310,63 @@ def advance(pool: Executor, plan_path: Path, stage: Stage, progress: Progress, s
 
 
 def advise(pool: Executor, plan_path: Path) -> Iterator[str]:
-    """Look, once for a run, for a setting that passes where certificates are beyond the tolerance.
+    """Search a setting that keeps the tolerance, once for a run, where certificates exceed it.
 
     Yields:
-        What is done, before it is done, and what was found; nothing where all is well.
+        A sentence before the search, and one with its result; nothing where no certificate exceeds the tolerance.
     """
     root, plan = plan_path.parent, read_plan(plan_path)
-    if plan.settings.beyond == "tell":
+    if plan.settings.on_excess == "report":
         return
-    beyond = certify.lacks_advice(root, plan)
-    if beyond:
-        slide_id = plan.slides[beyond[0]].slide_id
+    excess = certify.slides_without_advice(root, plan)
+    if excess:
+        slide_id = plan.slides[excess[0]].slide_id
         yield f"looking for a setting that keeps dense.tolerance={plan.settings.tolerance:g} on slide {slide_id}, once"
         for outcome in pool.run(work.run_slice, plan_path, "advise", [Slice(0, 1)]):
             trace.note(root, "advise", "", 0, outcome)
             if outcome.receipt is None and not outcome.retried:
-                yield f"none was found: {outcome.failure}"
-    if told := certify.advice(root, plan):
-        yield f"advice     {told}"
+                yield f"the search for a setting failed: {outcome.failure}"
+    if advice := certify.advice(root, plan):
+        yield f"advice     {advice}"
 
 
 def units(plan: Plan, stage: Stage, index: int) -> int:
-    """Return how many tissue tiles a task of a stage works on."""
+    """Return the number of tissue tiles that a task of a stage works on."""
     slide = stage.task(plan, index).slide
     return round(plan.slides[slide].n_tiles / max(1, len(stage.tasks_of(plan, slide))))
 
 
 def _tasks(root: Path, plan: Plan, stage: Stage, slides: Sequence[int]) -> list[int]:
-    """Return the tasks of a stage for some slides, rising."""
-    wanted = [index for index in sorted(slides) if stage.is_due(plan, index)]
-    if stage.serves_scores:  # pixels are only for scores and certificates that are still to be made
-        wanted = [index for index in wanted if not _is_scored(root, plan, index)]
-    return [task for index in wanted for task in stage.tasks_of(plan, index)]
+    """Return the tasks that some slides need of a stage, in rising order."""
+    due = [index for index in sorted(slides) if stage.is_due(plan, index)]
+    if stage.serves_scores:  # pixels are needed only for missing scores and certificates
+        due = [index for index in due if not _is_scored(root, plan, index)]
+    return [task for index in due for task in stage.tasks_of(plan, index)]
 
 
 def _key(root: Path, plan: Plan, stage: Stage, index: int) -> str:
-    """Return the key that the plan asks a task for; empty where that follows from files that are gone."""
+    """Return the key that the file of a task must have; empty where it follows from files that are missing."""
     try:
         return stage.key_of(root, plan, index)
     except IntegrityError:
-        return ""  # the task itself tells what is missing
+        return ""  # the task itself fails and names the missing file
 
 
 def _checked(outcome: Outcome, stage: str, key: str) -> Outcome:
-    """Return how a task ended: as failed where the worker published under another key than the plan asks for."""
+    """Return the outcome of a task, as a failure where its file has another key than the plan asks for."""
     receipt = outcome.receipt
     if receipt is None or not key or receipt["key"] == key:
         return outcome
     cause = f"it was published under the key {receipt['key'][:12]}, and the plan asks for {key[:12]}"
-    remedy = "the worker followed another plan or version: start the workers anew, and choose another out= folder"
+    remedy = "the worker followed another plan or version: restart the workers, and choose another out= folder"
     error = IntegrityError(cause, remedy, stage=stage, path=receipt["path"])
     return outcome._replace(receipt=None, failure=error.failure)
 
 
 def _published(root: Path, plan: Plan, stage: Stage, index: int, key: str) -> publish.Receipt | None:
-    """Return the receipt of what a task publishes, where all of it is published under the plan's key and whole.
+    """Return the receipt of a task whose files are all published, whole and under the plan's key, else None.
 
-    Some are only looked at, see `Stage.verified`.
+    `Stage.verified` says how the files are verified.
     """
     slide = stage.task(plan, index).slide
     try:
@@ -356,12 +380,12 @@ def _published(root: Path, plan: Plan, stage: Stage, index: int, key: str) -> pu
         if not stage.is_good(root, plan, slide):
             return None
     except (IntegrityError, OSError):
-        return None  # the task itself tells what is wrong
+        return None  # the task itself fails and names the reason
     return receipt
 
 
-def is_spare(root: Path, plan: Plan, name: str) -> bool:
-    """Tell whether a run can do without a published file: pixels of a slide whose scores are there."""
+def is_dispensable(root: Path, plan: Plan, name: str) -> bool:
+    """Tell whether a run does not need a published file any more: pixels of a slide that has its scores."""
     for index, planned in enumerate(plan.slides):
         if name == f"patches/{planned.slide_id}.h5" or name.startswith(f"patches/{planned.slide_id}/"):
             return _is_scored(root, plan, index)
@@ -372,4 +396,4 @@ def _is_scored(root: Path, plan: Plan, index: int) -> bool:
     planned = plan.slides[index]
     certificate = certify.certificate_name(planned)
     certified = not certify.is_needed(plan) or publish.has_recorded_size(root, certificate)
-    return certified and len(ledger.groups_there(root, planned)) == planned.n_groups
+    return certified and len(ledger.published_groups(root, planned)) == planned.n_groups

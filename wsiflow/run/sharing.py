@@ -1,13 +1,13 @@
-"""What the trials of a sweep have in common is computed once: by the first that needs it, for all.
+"""Share files between the trials of a sweep: a file that several trials need is computed once.
 
-The shared folder is published like a run's, see `wsiflow.system.publish`; a file's name there is its *address*, the
-hash of all that decides its bytes: its name and key in a run, versions, numeric class. A trial computes a file under
-its address and then links it into its own folder; one that finds the address taken links what is there. Of two that
-compute the same at once, one publishes and both link its file. Links keep what they name: a trial's folder is whole
-without the others, and without the shared one.
+Files are published in the shared folder as in a run's folder, see `wsiflow.system.publish`. The name of a file there is
+its *address*: the hash of everything that decides its bytes, which are its name and key in a run, the versions and the
+numeric class. A trial publishes a file under its address, and then links it into its own folder. Where the address is
+taken, the trial links the file that is there. Where two trials compute the same file at once, one publishes it and both
+link it. Because links keep the file, the folder of a trial is whole without the other trials and the shared folder.
 
-Shared are a slide's tissue, its pixels and its colours: what settings of inference do not touch. Scores are not, since
-what they cost is what trials are compared by.
+The tissue, the pixels and the colours of a slide are shared, because settings of inference do not change them. Scores
+are not shared, because trials are compared by what scores cost.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,17 +18,17 @@ from typing import Any, NamedTuple
 from wsiflow.system import publish
 from wsiflow.system.provenance import NUMERICS, numeric_class, versions
 
-_LARGE_BYTES = 1 << 26  # whoever reads larger files compares every chunk with its checksum
+_LARGE_BYTES = 1 << 26  # readers of larger files compare every chunk with its checksum
 
 
 class SharedFile(NamedTuple):
-    """Where a file of a run belongs.
+    """A file of a run that other trials may share.
 
     Attributes:
-        shared: The folder that trials share, None where they share nothing.
+        shared: The folder that trials share; None where they share nothing.
         root: The run's folder.
-        name: The file's name, relative to the run's folder.
-        key: What identifies its content among the files of the run.
+        name: Name of the file, relative to the run's folder.
+        key: Key of the file in the run.
     """
 
     shared: Path | None
@@ -38,32 +38,32 @@ class SharedFile(NamedTuple):
 
     @property
     def address(self) -> str:
-        """Name of the file in the shared folder."""
+        """The name of the file in the shared folder."""
         environment = {"versions": versions(), "numeric_class": numeric_class(), "numerics": NUMERICS}
         return publish.key_of(name=self.name, key=self.key, **environment)
 
 
 def done(place: SharedFile) -> publish.Receipt | None:
-    """Return the receipt of a file that is published in the run's folder, or was made for another trial; else None.
+    """Return the receipt of a file that this run or another trial has published, else None.
 
-    A file of another trial is linked into the run's folder; its receipt has the seconds it took when it was made.
+    The file of another trial is linked into the run's folder. Its receipt has the seconds that the other trial took.
 
     Raises:
-        IntegrityError: A receipt is there, but for another key, or the file is not what the receipt says.
-        EnvironmentFault: The file system refused.
+        IntegrityError: The receipt has another key, or the file differs from its receipt.
+        EnvironmentFault: The file system refuses an operation.
     """
     receipt = publish.done_if_present(place.root, place.name, place.key)
     if receipt is not None or place.shared is None:
         return receipt
-    made = found(place.shared, place.address)
-    return None if made is None else _adopt(place, made | {"shared": True})
+    other = find_receipt(place.shared, place.address)
+    return None if other is None else _adopt(place, other | {"shared": True})
 
 
-def found(shared: Path, address: str) -> publish.Receipt | None:
-    """Return the receipt of what was published under an address, None where there is nothing.
+def find_receipt(shared: Path, address: str) -> publish.Receipt | None:
+    """Return the receipt of the file that is published under an address, or None where there is none.
 
     Raises:
-        IntegrityError: The file is not what the receipt says.
+        IntegrityError: The file differs from its receipt.
     """
     receipt = publish.read_receipt(shared, address)
     if receipt is not None:
@@ -73,7 +73,7 @@ def found(shared: Path, address: str) -> publish.Receipt | None:
 
 @contextmanager
 def publishing(place: SharedFile, facts: dict[str, Any], verify: Callable[[Path], None]) -> Iterator[publish.Attempt]:
-    """Publish a file in the run's folder, for other trials too where they share; see `publish.publishing`."""
+    """Publish a file in the run's folder, and in the shared folder where there is one; see `publish.publishing`."""
     if place.shared is None:
         with publish.publishing(place.root, place.name, place.key, facts, verify) as attempt:
             yield attempt

@@ -1,27 +1,28 @@
 """The HDF5 files of a run; the only user of h5py.
 
-``patches/<slide>.h5`` holds groups ``t1`` .. ``tN``, one per array task. They are links to ``patches/<slide>/p<j>.h5``,
-parts that were each written by one task; a part has one of two layouts.
+``patches/<slide>.h5`` contains the groups ``t1`` to ``tN`` of a slide. They are links to ``patches/<slide>/p<j>.h5``,
+the parts that were each written by one task. A part has one of two layouts.
 
 * Single tiles (``tiles=patch``): ``img`` uint8 (n, side, side, 3), the pixels of the blocks with halo. With a halo of
   112 px this is the layout of Li, Mikailov and Chen.
-* Strips: blocks of any size one after the other in ``img`` uint8 (bytes,). Block i is
-  ``img[offset[i]:offset[i + 1]]``, ``size[i]`` (rows, columns) gives its shape, and the attribute ``encoding`` says
-  whether the bytes are pixels (``raw``: reshape to (rows, columns, 3)) or a JPEG image.
+* Strips: blocks of any size one after another in ``img`` uint8 (bytes,). Block i is ``img[offset[i]:offset[i + 1]]``,
+  and ``size[i]`` (rows, columns) is its shape. The attribute ``encoding`` says whether the bytes are pixels (``raw``:
+  reshape to (rows, columns, 3)) or a JPEG image.
 
 Both have ``coord`` int64 (n, 5): tile column, tile row, level-0 x and y of the top-left pixel read, and the width in
-level-0 pixels; and ``transparent`` float32 (n,), the share of pixels the scanner never wrote (shown as background).
+level-0 pixels. Both also have ``transparent`` float32 (n,): the share of pixels that the scanner never wrote, which are
+shown as background.
 
-``predictions/<slide>/t<k>.h5`` holds ``prob`` float32 (n, m, m), one map per tissue tile, and ``coord`` int64 (n, 5)
-likewise for tiles.
+``predictions/<slide>/t<k>.h5`` contains ``prob`` float32 (n, m, m), one map for each tissue tile, and ``coord`` int64
+(n, 5) with the same columns for tiles.
 
-Files are made once, in one go, by one writer, with a checksum on every chunk (fletcher32) and on the structure
-(``libver`` v110), so that damage is an error on reading and never other pixels. Files are only ever opened with mode
-``x`` or ``r``.
+A file is written once by one writer, with a checksum on every chunk (fletcher32) and on the structure (``libver``
+v110), so that reading a damaged file raises an error and never returns other pixels. Files are only opened with the
+modes ``x`` and ``r``.
 
-Where things lie in a file follows from the order in which they are written to disk, which HDF5 leaves to when a data
-set is closed, and Python to when nobody holds it: a profiler's thread may. Data sets are therefore flushed as they are
-made, so that the same content is the same bytes.
+The places of data sets in a file follow from the order in which they are written to disk. HDF5 writes a data set when
+it is closed, and Python closes it when nothing refers to it any more, which the thread of a profiler may delay. Data
+sets are therefore flushed as soon as they are filled, so that equal content gives equal bytes.
 """
 
 import contextlib
@@ -65,12 +66,12 @@ class StoreParams(BaseModel, frozen=True, extra="forbid"):
 
     @property
     def loss(self) -> str:
-        """What the pixels lose on their way through the store; it can change a score."""
+        """The lossy compression of the pixels, which can change scores; empty where every pixel is kept."""
         return f"jpeg {self.quality}" if (self.kind, self.compression) == ("hdf5", "jpeg") else ""
 
 
 class PatchGroup(NamedTuple):
-    """One group of an open patches file; pixels stay on disk until a block is read."""
+    """A group of an open patches file; the pixels stay on disk until a block is read."""
 
     img: h5py.Dataset
     coord: NDArray[np.int64]
@@ -81,7 +82,8 @@ class PatchGroup(NamedTuple):
         """Return the pixels of a block, uint8 (rows, cols, 3).
 
         Raises:
-            IntegrityError: A checksum does not fit: the file is damaged.
+            IntegrityError: The file is damaged, as a checksum shows.
+            EnvironmentFault: The file cannot be read now.
         """
         try:
             if self.offset is None or self.size is None:
@@ -97,10 +99,10 @@ class PatchGroup(NamedTuple):
 
 
 class PatchWriter:
-    """A patches file being written, one group after another."""
+    """A patches file that is written one group after another."""
 
     def __init__(self, file: h5py.File, frame: Frame, params: StoreParams) -> None:
-        """Hold the open file."""
+        """Store the open file and the settings."""
         self._file, self._frame, self._params = file, frame, params
         self._filter = None if params.compression in {"none", "jpeg"} else params.compression
 
@@ -108,8 +110,8 @@ class PatchWriter:
         """Write group ``t<k>``.
 
         Args:
-            k: Number of the group, from 1.
-            coord: int64 (n, 5).
+            k: Number of the group, counted from 1.
+            coord: int64 (n, 5), see the module.
             blocks: The n blocks in the order of ``coord``.
         """
         group = self._file.create_group(f"t{k}")
@@ -155,15 +157,21 @@ class PatchWriter:
 
 
 def _is_patches(frame: Frame, params: StoreParams) -> bool:
-    """Tell whether the blocks are single tiles, whose pixels make one array."""
+    """Tell whether the blocks are single tiles, whose pixels are stored in one array."""
     return frame.block_rows == frame.block_cols == 1 and params.compression != "jpeg"
 
 
 @contextlib.contextmanager
 def create_patches(path: Path, frame: Frame, facts: Mapping[str, Any], params: StoreParams) -> Iterator[PatchWriter]:
-    """Create a patches file; ``facts`` (slide, hashes, versions, key) become attributes beside the transform.
+    """Create a patches file, and yield its writer.
 
-    Nobody else knows a file that is being written: no lock is asked for, which not every disk could give.
+    The file is not locked: no other process knows it yet, and not every file system has locks.
+
+    Args:
+        path: The file, which must not exist.
+        frame: The frame of the slide, which becomes an attribute.
+        facts: Other attributes by name: slide, hashes, versions and key.
+        params: The settings.
     """
     with h5py.File(path, "x", libver=("v110", "v110"), locking=False) as file:
         _describe(file, frame.pixel_settings(), facts)
@@ -172,10 +180,11 @@ def create_patches(path: Path, frame: Frame, facts: Mapping[str, Any], params: S
 
 @contextlib.contextmanager
 def open_patches(path: Path) -> Iterator[h5py.File]:
-    """Open a patches file for reading, without locks: published files never change.
+    """Open a patches file for reading, without a lock, because published files never change.
 
     Raises:
-        IntegrityError: The file is not whole.
+        IntegrityError: The file is missing or damaged.
+        EnvironmentFault: The file cannot be read now.
     """
     with _reading(path) as file:
         yield file
@@ -185,7 +194,7 @@ def patch_group(file: h5py.File, k: int) -> PatchGroup:
     """Return group ``t<k>`` of an open patches file.
 
     Raises:
-        IntegrityError: The group is absent or was not written to its end.
+        IntegrityError: The group is missing, or was not written to its end.
     """
     try:
         group = file[f"t{k}"]
@@ -201,16 +210,19 @@ def patch_group(file: h5py.File, k: int) -> PatchGroup:
 
 
 def check_patches(path: Path, sizes: Mapping[int, Sequence[tuple[int, int]]]) -> None:
-    """Raise unless the file holds exactly the planned blocks, and every chunk of them was written.
+    """Check that a patches file contains exactly the planned blocks, and that every chunk was written.
 
     Args:
         path: The closed file.
-        sizes: For each group by its number, rows and columns in pixels of each of its blocks.
+        sizes: By number of the group, the rows and columns in pixels of each of its blocks.
+
+    Raises:
+        IntegrityError: It does not.
     """
     with _reading(path) as file:
-        found = sorted(file, key=lambda name: int(name[1:]))
-        if found != [f"t{k}" for k in sizes]:
-            raise IntegrityError(f"it holds groups {found}, {len(sizes)} were planned", _AGAIN, path=path)
+        names = sorted(file, key=lambda name: int(name[1:]))
+        if names != [f"t{k}" for k in sizes]:
+            raise IntegrityError(f"it holds groups {names}, {len(sizes)} were planned", _AGAIN, path=path)
         for k, planned in sizes.items():
             group = patch_group(file, k)
             shapes = [group.img.shape[1:3]] * len(group.coord) if group.size is None else group.size.tolist()
@@ -220,13 +232,13 @@ def check_patches(path: Path, sizes: Mapping[int, Sequence[tuple[int, int]]]) ->
 
 
 def write_index(path: Path, frame: Frame, facts: Mapping[str, Any], links: Mapping[str, Iterable[int]]) -> None:
-    """Write a patches file that holds its groups as links to other files.
+    """Write a patches file whose groups are links to other files.
 
     Args:
-        path: The file to write.
-        frame: The slide's transform.
-        facts: What else becomes an attribute.
-        links: Numbers of groups, by the name of the file that has them, relative to the folder of ``path``.
+        path: The file, which must not exist.
+        frame: The frame of the slide, which becomes an attribute.
+        facts: Other attributes by name.
+        links: Numbers of groups by the name of the file that contains them, relative to the folder of ``path``.
     """
     with h5py.File(path, "x", libver=("v110", "v110"), locking=False) as file:
         _describe(file, frame.pixel_settings(), facts)
@@ -249,7 +261,8 @@ def read_predictions(path: Path) -> tuple[NDArray[np.int64], NDArray[np.float32]
     """Return ``coord`` int64 (n, 5) and ``prob`` float32 (n, m, m) of one group.
 
     Raises:
-        IntegrityError: The file is damaged, or a score is not a number in [0, 1].
+        IntegrityError: The file is missing or damaged, or a score is not a number in [0, 1].
+        EnvironmentFault: The file cannot be read now.
     """
     with _reading(path) as file:
         try:
@@ -262,7 +275,7 @@ def read_predictions(path: Path) -> tuple[NDArray[np.int64], NDArray[np.float32]
 
 
 _AGAIN = "delete it and its receipt, then run again"
-_OPEN_ELSEWHERE = "file is already open for write"  # HDF5's words
+_OPEN_ELSEWHERE = "file is already open for write"  # part of a message of HDF5
 
 
 @contextlib.contextmanager
@@ -276,12 +289,13 @@ def _reading(path: Path) -> Iterator[h5py.File]:
 
 
 def _unread(error: Exception, what: str, path: object) -> WsiflowError:
-    """Return what it means that a file cannot be read: it is damaged or gone, or the system does not let us.
+    """Return the error for a file that cannot be read.
 
-    Who deletes a file because the disk is out of reach loses it.
+    A file that is damaged or missing has to be deleted and computed again. A file that the system cannot read now must
+    not be deleted: it may be whole.
     """
     if isinstance(error, OSError) and _OPEN_ELSEWHERE in str(error):
-        remedy = f"close it there, then run again; if none has, {_AGAIN}"
+        remedy = f"close it there, then run again; if no program has, {_AGAIN}"
         return EnvironmentFault("another program has it open for writing", remedy, path=path)
     if isinstance(error, OSError) and faults.number(error) not in {0, errno.ENOENT}:
         return faults.fault(error, path=path)

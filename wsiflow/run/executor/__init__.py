@@ -1,8 +1,8 @@
-"""One protocol for every place where tasks can run.
+"""Executors: one protocol for every place where tasks can run.
 
-An executor is a context manager with one method, ``run(work, source, stage, slices)``. A slice is a range of a stage's
-tasks, what a pool item, a Dask future or an array job's element works through; ``run`` yields an `Outcome` for every
-task as it ends, in any order. ``work`` is an importable function; paths and numbers travel, never pixels.
+An executor is a context manager with a method ``run(work, source, stage, slices)``. A slice is a range of the tasks of
+a stage; a worker process, a Dask future or an element of an array job works through it. ``run`` yields an `Outcome` for
+every task as it ends, in any order. ``work`` is an importable function; only paths and numbers are sent, never pixels.
 
 Each kind of executor has a file, and a line in the table of `wsiflow.run.executor.kinds`.
 """
@@ -28,7 +28,7 @@ __all__ = [
     "worker_count",
 ]
 
-# Loaded by whoever asks first: an element of an array job needs little of it, and that at once.
+# Loaded when they are first used: an element of an array job needs few of them, and has to start quickly.
 __getattr__, __dir__, _ = lazy_loader.attach(
     __name__,
     submod_attrs={

@@ -1,9 +1,9 @@
 """Run slices on the workers of a Dask cluster.
 
-A future is one slice: the name of an importable function, a path, a stage and two numbers go out, the outcomes come
-back. The scheduler never holds more of them than a window per worker. What a dying worker leaves behind goes to another
-one by itself; a slice that was there at too many deaths is given up by Dask, and its tasks are then tried again one at
-a time, so that the one that kills its worker fails alone.
+A future is one slice: it sends an importable function, a path, a stage and two numbers, and returns the outcomes. The
+scheduler holds at most a window of slices per worker. Dask moves the slices of a worker that dies to another worker. It
+gives up a slice that was on too many workers that died; the tasks of that slice are then retried one at a time, so that
+only the task that kills its worker fails.
 """
 
 import itertools
@@ -30,15 +30,15 @@ from wsiflow.system.machine import limit_threads
 from wsiflow.system.usage import now
 
 _ATTEMPTS = 3
-_LOOK_S = 1.0  # how often the workers are counted, and the connection is looked at
-_FIRST = 1 << 30  # priority of a task that is tried alone: nothing that may kill the worker goes before it
+_POLL_S = 1.0  # how often the workers are counted and the connection is checked
+_FIRST = 1 << 30  # priority of a task that is retried alone, before any other that may kill its worker
 
 _logger = logging.getLogger(__name__)
-_turn = threading.Lock()  # of a worker: the process's CPU time and memory are those of one task
+_turn = threading.Lock()  # in a worker: one slice at a time, since CPU time and memory are measured by process
 
 
 class _Flight(NamedTuple):
-    """A slice on its way."""
+    """An attempt at a slice: the slice, the number of the attempt, and when it was submitted."""
 
     part: Slice
     attempt: int
@@ -46,41 +46,41 @@ class _Flight(NamedTuple):
 
 
 class _Call(NamedTuple):
-    """What every slice of one ``run`` has in common."""
+    """The arguments of one `Dask.run`, and the name of its group of keys in the scheduler."""
 
     work: Work
     source: Path
     stage: str
-    name: str  # the scheduler's group of keys
+    name: str
 
 
 def make(params: ExecutorParams, site: Site) -> "Dask":
-    """Return the workers of the cluster that the client is connected to."""
+    """Return the executor for the cluster that the client is connected to."""
     return Dask(site.client, threads=params.threads, window=(params.dask or DaskParams()).window)
 
 
 class Dask:
-    """The workers of a cluster, which several threads may feed at once."""
+    """The executor of a Dask cluster; several threads may call `run` at once."""
 
     def __init__(self, client: Client, *, threads: int, window: int) -> None:
-        """Remember the cluster.
+        """Store the client and the settings.
 
         Args:
-            client: Connected to the cluster's scheduler; it stays open.
-            threads: Threads of each worker's network.
-            window: Slices in flight at most, per worker.
+            client: A client that is connected to the scheduler; it stays open.
+            threads: Number of threads of the network in each worker.
+            window: Most slices in flight at a time, per worker.
         """
         self._client, self._plugin, self._window = client, _Threads(threads), window
         self._changed = threading.Condition()
-        self._flying, self._room, self._looked = 0, window, -_LOOK_S
+        self._flying, self._room, self._counted_s = 0, window, -_POLL_S
         self._alone = threading.Lock()
         self._closed = False
 
     def __enter__(self) -> Self:
-        """Prepare the workers, also those that come later.
+        """Prepare the workers, including those that start later.
 
         Raises:
-            EnvironmentFault: They lack this package, or run already with another number of threads.
+            EnvironmentFault: They do not have this package, or run already with another number of threads.
         """
         try:
             self._client.register_plugin(self._plugin)
@@ -90,43 +90,45 @@ class Dask:
         return self
 
     def __exit__(self, *_exc: object) -> None:
-        """Leave the workers as they were found, and let nobody wait for them."""
+        """End every `run` that waits, and remove the plugin from the workers."""
         self.stop()
-        with suppress(OSError, RuntimeError, ValueError, AttributeError):  # the scheduler is gone, and so is its proxy
+        with suppress(OSError, RuntimeError, ValueError, AttributeError):  # the scheduler is gone
             self._client.unregister_worker_plugin(self._plugin.name)  # type: ignore[no-untyped-call]
 
     def stop(self) -> None:
-        """Let nobody wait any more; what the workers are at ends with their cluster."""
+        """End every `run` that waits; running tasks end with their cluster."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
 
     def run(self, work: Work, source: Path, stage: str, slices: Sequence[Slice]) -> Iterator[Outcome]:
-        """Run the slices, a bounded number in flight, in the order given as far as workers are free.
+        """Run the slices in the given order as far as workers are free, with a bounded number in flight.
 
         Raises:
-            EnvironmentFault: The scheduler is gone, or drops what it is given, or the run is over.
+            EnvironmentFault: The scheduler is gone or drops slices repeatedly, or the executor was closed.
         """
         call = _Call(work, source, stage, f"{stage}-{uuid.uuid4().hex}")
         killed: list[int] = []
         for flight, ended in self._fly(call, slices, priority=0):
             if ended == "killed":
                 lo, hi = flight.part
-                _logger.warning("%s: workers died of tasks %d to %d, tried again one by one", stage, lo, hi - 1)
+                _logger.warning(
+                    "%s: workers died during tasks %d to %d, which are retried one by one", stage, lo, hi - 1
+                )
                 killed.extend(range(lo, hi))
-            yield from _told(flight, ended)
+            yield from _outcomes_of(flight, ended)
         for index in sorted(killed):
             yield from self._run_alone(call, index)
 
     def _run_alone(self, call: _Call, index: int) -> list[Outcome]:
-        """Run a task before everything else, one such task at a time; other shards keep their workers."""
+        """Run one task with the highest priority, one such task at a time, and return the outcomes of its attempts."""
         outcomes: list[Outcome] = []
         with self._alone:
             for flight, ended in self._fly(call, [Slice(index, index + 1)], priority=_FIRST):
-                outcomes += _told(flight, ended)
+                outcomes += _outcomes_of(flight, ended)
         if outcomes[-1].retried:
             cause = "the worker process died each time it ran (killed, out of memory, or a crash in a decoder)"
-            remedy = "give workers more memory or see what kills them, then run again"
+            remedy = "give the workers more memory or find out what kills them, then run again"
             fault = EnvironmentFault(cause, remedy, stage=call.stage)
             outcomes[-1] = outcomes[-1]._replace(failure=fault.failure, retried=False)
         return outcomes
@@ -134,9 +136,9 @@ class Dask:
     def _fly(
         self, call: _Call, slices: Sequence[Slice], *, priority: int
     ) -> Iterator[tuple[_Flight, list[Outcome] | str]]:
-        """Yield every attempt at a slice with its outcomes, or with the reason why there are none.
+        """Yield every attempt at a slice with its outcomes, or with the reason why it was lost.
 
-        A cancelled attempt is made again; a killed one is left to the caller.
+        An attempt that was ``cancelled`` is repeated; one that was ``killed`` is left to the caller.
         """
         waiting = deque(_Flight(part, 1, "") for part in slices)
         flying: dict[Future[list[Outcome]], _Flight] = {}
@@ -144,7 +146,7 @@ class Dask:
         rank = itertools.count()
         try:
             while waiting or flying:
-                if self._place(wanted=bool(waiting), landed=landed):
+                if self._take_place(needed=bool(waiting), landed=landed):
                     flight = waiting.popleft()._replace(submitted=now())
                     future = self._submit(call, flight, priority - next(rank))
                     flying[future] = flight
@@ -160,49 +162,49 @@ class Dask:
                     if ended == "cancelled":
                         waiting.append(self._again(flight))
         finally:
-            for future in flying:  # the caller wants no more, or an error ended this
+            for future in flying:  # the caller has stopped, or an error was raised
                 self._leave(future)
 
     def _submit(self, call: _Call, flight: _Flight, priority: int) -> "Future[list[Outcome]]":
-        """Hand a slice to the scheduler; keys of one group make it keep back what no worker is free for."""
+        """Submit a slice; keys of one group let the scheduler hold back slices that no worker is free for."""
         lo, hi = flight.part
-        _logger.debug("%s: tasks %d to %d are handed over", call.stage, lo, hi - 1)
+        _logger.debug("%s: tasks %d to %d are submitted", call.stage, lo, hi - 1)
         key = (call.name, lo, hi, flight.attempt, priority)
         try:
             return self._client.submit(
                 _work_through, call.work, call.source, call.stage, lo, hi, key=key, priority=priority, pure=False
             )
-        except BaseException:  # what is not handed over has no place
+        except BaseException:  # a slice that is not submitted has no place
             self._give_back()
             raise
 
-    def _place(self, *, wanted: bool, landed: "deque[Future[list[Outcome]]]") -> bool:
-        """Wait until something has landed or a place is free that is wanted; take the place, and say so."""
-        self._look()
+    def _take_place(self, *, needed: bool, landed: "deque[Future[list[Outcome]]]") -> bool:
+        """Wait until a future has ended, or a place that is needed is free; return whether the place was taken."""
+        self._count_workers()
         with self._changed:
             self._changed.wait_for(
-                lambda: self._closed or landed or (wanted and self._flying < self._room), timeout=_LOOK_S
+                lambda: self._closed or landed or (needed and self._flying < self._room), timeout=_POLL_S
             )
             if self._closed:
                 raise closed()
-            taken = wanted and self._flying < self._room
+            taken = needed and self._flying < self._room
             self._flying += taken
         return taken
 
-    def _look(self) -> None:
-        """Count the workers, which come and go.
+    def _count_workers(self) -> None:
+        """Count the workers, whose number changes, and check the connection, at most once in `_POLL_S`.
 
         Raises:
             EnvironmentFault: The connection to the scheduler is lost for good.
         """
-        if time.monotonic() - self._looked < _LOOK_S:
+        if time.monotonic() - self._counted_s < _POLL_S:
             return
-        self._looked = time.monotonic()
+        self._counted_s = time.monotonic()
         if self._client.status not in {"running", "connecting"}:
-            remedy = "see why it ended, then run again: what is done stays done"
+            remedy = "find out why the scheduler ended, then run again: what is done stays done"
             raise EnvironmentFault("the connection to the Dask scheduler is lost", remedy)
-        workers = self._client.scheduler_info(n_workers=0).get("n_workers", 0)  # says nothing while it reconnects
-        with self._changed:  # what waits for a first worker is what makes an adaptive cluster ask for one
+        workers = self._client.scheduler_info(n_workers=0).get("n_workers", 0)  # 0 while the client reconnects
+        with self._changed:  # without workers one window is submitted, so that an adaptive cluster starts some
             self._room = self._window * max(1, workers)
             self._changed.notify_all()
 
@@ -212,7 +214,7 @@ class Dask:
             self._changed.notify_all()
 
     def _leave(self, future: "Future[list[Outcome]]") -> None:
-        """Give back the place of a future, and tell the scheduler to forget it."""
+        """Release a future in the scheduler, and give back its place."""
         try:
             future.release()  # type: ignore[no-untyped-call]
         finally:
@@ -224,38 +226,42 @@ class Dask:
             self._changed.notify_all()
 
     def _again(self, flight: _Flight) -> _Flight:
-        """Return the next attempt at a slice that the scheduler dropped."""
-        self._looked = -_LOOK_S
-        self._look()
+        """Return the next attempt at a slice that the scheduler dropped.
+
+        Raises:
+            EnvironmentFault: The slice was dropped too often, or the connection is lost.
+        """
+        self._counted_s = -_POLL_S
+        self._count_workers()
         if flight.attempt == _ATTEMPTS:
-            cause = f"the Dask scheduler dropped the same work {_ATTEMPTS} times"
-            raise EnvironmentFault(cause, "see its log, then run again: what is done stays done")
+            cause = f"the Dask scheduler dropped the same tasks {_ATTEMPTS} times"
+            raise EnvironmentFault(cause, "read the log of the scheduler, then run again: what is done stays done")
         lo, hi = flight.part
-        _logger.warning("the scheduler dropped tasks %d to %d, which are handed over again", lo, hi - 1)
+        _logger.warning("the scheduler dropped tasks %d to %d, which are submitted again", lo, hi - 1)
         return flight._replace(attempt=flight.attempt + 1)
 
 
 class _Threads(WorkerPlugin):
-    """Keeps every worker to its share of the cores, before anything there imports a numerical library."""
+    """Limits the threads of every worker, before anything there imports a numerical library."""
 
     name = "wsiflow-threads"
 
     def __init__(self, threads: int) -> None:
         self._threads = threads
 
-    def setup(self, worker: Worker) -> None:  # noqa: ARG002 - the form of a plugin
+    def setup(self, worker: Worker) -> None:  # noqa: ARG002 - the signature of a plugin
         limit_threads(self._threads)
 
 
 def _work_through(work: Work, source: Path, stage: str, lo: int, hi: int) -> list[Outcome]:
-    """Do a slice, in a worker."""
+    """Do a slice in a worker, and return its outcomes."""
     with _turn:
         name = str(get_worker().name)
         return [outcome.with_usage(native_id=name) for outcome in work(source, stage, lo, hi)]
 
 
 def _ended(future: "Future[list[Outcome]]") -> list[Outcome] | str:
-    """Return a slice's outcomes, or how its attempt was lost."""
+    """Return the outcomes of a slice, or why its attempt was lost."""
     try:
         return future.result()
     except KilledWorker:
@@ -264,11 +270,11 @@ def _ended(future: "Future[list[Outcome]]") -> list[Outcome] | str:
         return "cancelled"
 
 
-def _told(flight: _Flight, ended: list[Outcome] | str) -> list[Outcome]:
-    """Return what the caller hears of an attempt."""
+def _outcomes_of(flight: _Flight, ended: list[Outcome] | str) -> list[Outcome]:
+    """Return the outcomes of an attempt; of one that was lost, an outcome that is ``retried`` for each task."""
     if isinstance(ended, str):
         usage = {"submitted": flight.submitted, "exit_class": ended}
-        failure = EnvironmentFault(f"its worker was lost ({ended})", "nothing to do: it starts again").failure
+        failure = EnvironmentFault(f"its worker process was lost ({ended})", "nothing to do: it starts again").failure
         return [
             Outcome(index, None, executed=True, failure=failure, usage=usage, retried=True)
             for index in range(*flight.part)

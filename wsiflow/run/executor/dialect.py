@@ -1,8 +1,8 @@
-"""How a batch scheduler is spoken to, as data: commands with placeholders and patterns for what they answer.
+"""The dialect of a batch scheduler as data: its commands with placeholders, and patterns for their output.
 
-Slurm, Grid Engine, PBS and LSF differ in words only; their words are in ``conf/executor/*_array.yaml``. A command is a
-list of arguments, run without a shell. Each may hold placeholders; one that is nothing but a placeholder of a list
-(``{extra}``) stands for all arguments of that list.
+The dialects of Slurm, Grid Engine, PBS and LSF are in ``conf/executor/*_array.yaml``. A command is a list of arguments
+and is run without a shell. An argument may contain placeholders. An argument that is only the placeholder of a list,
+such as ``{extra}``, is replaced by all arguments of that list.
 """
 
 import re
@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field, field_serializer, field_validator
 
 from wsiflow.redaction import redacted_list
 
-#: Why an element ended without finishing its tasks, as far as schedulers tell.
+#: The causes that schedulers report for an element that ended without finishing its tasks.
 CAUSES = ("cancelled", "memory", "time", "node")
 
 
@@ -25,14 +25,14 @@ class Place(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """What the scheduler says of an element: the array's id and the element's state, in the scheduler's words."""
+    """An element as the scheduler lists it: the id of the array, and the state in the scheduler's own words."""
 
     job: str
     state: str
 
 
 class Dialect(BaseModel, frozen=True, extra="forbid"):
-    r"""One scheduler's words.
+    r"""The dialect of one scheduler.
 
     Placeholders of ``submit``: ``{first}``, ``{last}``, ``{running}`` (elements at a time), ``{name}``,
     ``{memory_mb}``, ``{minutes}``, ``{seconds}``, ``{threads}``, ``{logs}`` (folder), ``{script}``, and the lists
@@ -85,7 +85,7 @@ class Dialect(BaseModel, frozen=True, extra="forbid"):
 
     @field_serializer("submit", "slots", "memory", when_used="json")
     def _without_secrets(self, arguments: tuple[str, ...]) -> list[str]:
-        """Return arguments as files and servers may have them."""
+        """Return the arguments with secrets redacted, for files and servers."""
         return redacted_list(arguments)
 
     @field_validator("job_id", "element", "alive", "pending", "stuck", "nothing", "limit_value")
@@ -98,16 +98,16 @@ class Dialect(BaseModel, frozen=True, extra="forbid"):
     def _are_causes(cls, value: Mapping[str, str]) -> Mapping[str, str]:
         unknown = sorted(set(value) - set(CAUSES))
         if unknown:
-            raise ValueError(f"{unknown} are no causes, there are {CAUSES}")
+            raise ValueError(f"{unknown} are unknown causes, the causes are {CAUSES}")
         return {name: _compiled(pattern) for name, pattern in value.items()}
 
     def submission(self, fields: Mapping[str, object], *, threads: int, variables: Sequence[str] = ()) -> list[str]:
         """Return the command that submits an array.
 
         Args:
-            fields: Values of the placeholders, without ``slots``, ``memory``, ``environment`` and ``threads``.
-            threads: Cores an element needs.
-            variables: Names of the environment variables it needs.
+            fields: Values of the placeholders other than ``slots``, ``memory``, ``environment`` and ``threads``.
+            threads: Number of cores that an element needs.
+            variables: Names of the environment variables that an element needs.
         """
         known = {**fields, "threads": threads}
         lists = {
@@ -118,16 +118,16 @@ class Dialect(BaseModel, frozen=True, extra="forbid"):
         return expand(self.submit, {**known, **lists})
 
     def submitted(self, text: str) -> str:
-        """Return the array's id from what the submission printed; empty where there is none."""
-        found = re.search(self.job_id, text, re.MULTILINE)
-        return found["job"] if found else ""
+        """Return the id of an array from the output of the submission; empty where there is none."""
+        match = re.search(self.job_id, text, re.MULTILINE)
+        return match["job"] if match else ""
 
     def listed(self, text: str) -> dict[Place, Seen]:
-        """Return every element that the queue's listing names."""
+        """Return the elements in the output of the command that lists the queue."""
         return {
-            Place(found["name"], index): Seen(found["job"], found["state"])
-            for found in re.finditer(self.element, text, re.MULTILINE)
-            for index in indices(found["tasks"])
+            Place(match["name"], index): Seen(match["job"], match["state"])
+            for match in re.finditer(self.element, text, re.MULTILINE)
+            for index in indices(match["tasks"])
         }
 
     def is_alive(self, state: str) -> bool:
@@ -135,36 +135,36 @@ class Dialect(BaseModel, frozen=True, extra="forbid"):
         return re.fullmatch(self.alive, state) is not None and not self.is_stuck(state)
 
     def is_stuck(self, state: str) -> bool:
-        """Tell whether an element in this state needs help."""
+        """Tell whether an element in this state never goes on without help."""
         return re.fullmatch(self.stuck, state) is not None
 
-    def cause(self, state: str, told: str, *, began: bool) -> str:
-        """Say why an element that is gone left tasks undone.
+    def cause(self, state: str, report: str, *, began: bool) -> str:
+        """Return why an element ended without finishing its tasks.
 
         Args:
-            state: Its state when it was last listed; empty where it never was.
-            told: What the scheduler tells of it; empty where it knows nothing.
-            began: Whether it left anything on disk.
+            state: Its state when it was last listed; empty where it was never listed.
+            report: The output of ``inspect``; empty where the scheduler does not know the element.
+            began: Whether the element has written a file.
 
         Returns:
-            One of `CAUSES`; ``killed`` where the scheduler knows it but not why; else ``lost``. What never began, was
-            not seen but waiting and is unknown to its scheduler was taken from the queue.
+            One of `CAUSES`; ``killed`` where the scheduler knows the element, but no cause; else ``lost``. An element
+            that never began, was only ever listed as waiting and is unknown to the scheduler was ``cancelled``.
         """
-        if state and self.is_stuck(state):  # cancelled by the driver, whatever the scheduler says of that
+        if state and self.is_stuck(state):  # the driver cancelled it, which the scheduler would report as the cause
             return "node"
-        text = f"state={state}\n{told}"
+        text = f"state={state}\n{report}"
         for name, pattern in self.causes.items():
             if re.search(pattern, text, re.MULTILINE):
                 return name
-        if told:
+        if report:
             return "killed"
         waited = not state or re.fullmatch(self.pending, state) is not None
         return "cancelled" if waited and not began else "lost"
 
     def longest(self, text: str) -> int:
-        """Return how many elements an array may have; 0 where the text does not say or there is no limit."""
-        found = re.search(self.limit_value, text, re.MULTILINE)
-        return int(found["limit"]) if found else 0
+        """Return the largest number of elements of an array from the output of ``limit``; 0 where it has none."""
+        match = re.search(self.limit_value, text, re.MULTILINE)
+        return int(match["limit"]) if match else 0
 
 
 class ArrayParams(BaseModel, frozen=True, extra="forbid"):
@@ -205,25 +205,25 @@ class ArrayParams(BaseModel, frozen=True, extra="forbid"):
 
     @field_serializer("extra", "command", when_used="json")
     def _without_secrets(self, arguments: tuple[str, ...]) -> list[str]:
-        """Return arguments as files and servers may have them."""
+        """Return the arguments with secrets redacted, for files and servers."""
         return redacted_list(arguments)
 
 
 def _compiled(pattern: str) -> str:
-    """Return a pattern that is one.
+    """Return a pattern after checking that it compiles.
 
     Raises:
-        ValueError: It is none.
+        ValueError: It is not a regular expression.
     """
     try:
         re.compile(pattern)
     except re.error as error:
-        raise ValueError(f"{pattern!r} is no pattern: {error}") from error
+        raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
     return pattern
 
 
 def expand(template: Sequence[str], fields: Mapping[str, object]) -> list[str]:
-    """Fill in the placeholders of a command; a list that stands alone is spliced in as it is."""
+    """Return a command with its placeholders filled in; an argument that is one list is replaced by its items."""
     filled: list[str] = []
     for part in template:
         value = fields.get(part[1:-1]) if part.startswith("{") else None
@@ -235,7 +235,7 @@ def expand(template: Sequence[str], fields: Mapping[str, object]) -> list[str]:
 
 
 def indices(tasks: str) -> Iterator[int]:
-    """Yield the indices of a compressed list such as ``1-9:2,12``."""
+    """Yield the indices of a compressed list of ranges, such as ``1-9:2,12``."""
     for part in tasks.split(","):
         span, _, step = part.partition(":")
         first, _, last = span.partition("-")

@@ -1,7 +1,7 @@
-"""Who runs the line of a folder, whatever runs its tasks: a line as a process starts, and one as it ends.
+"""The log of the drivers of a run, with any executor: a line when a driver starts, and a line when it ends.
 
-A process that was killed leaves no second line; whether it lives is asked of the kernel, as far as that can be seen
-from here: a process on another machine or in another container cannot be.
+A driver that was killed leaves no second line. Whether its process still runs is asked of the kernel, which does not
+know processes on other machines or in other containers.
 """
 
 import json
@@ -21,8 +21,8 @@ LOG = f"{publish.RECEIPTS}/drivers.jsonl"
 
 
 @contextmanager
-def noted(root: Path) -> Iterator[dict[str, Any]]:
-    """Note that this process runs the line during the body, which may say its exit code in what it is given."""
+def recorded(root: Path) -> Iterator[dict[str, Any]]:
+    """Record that this process drives the run during the body, which may set ``exit_code`` in the yielded values."""
     who = identity()
     ended: dict[str, Any] = {"exit_code": WsiflowError.exit_code}
     _note(root, {"event": "driver", **who})
@@ -38,35 +38,35 @@ def noted(root: Path) -> Iterator[dict[str, Any]]:
 
 def _note(root: Path, line: Mapping[str, Any]) -> None:
     path = root / LOG
-    with suppress(OSError):  # whoever publishes there next tells what is wrong with the disk
+    with suppress(OSError):  # the next file that is published there reports what is wrong with the disk
         path.parent.mkdir(parents=True, exist_ok=True)
         publish.append_line(path, json.dumps({"at": now(), **line}), sync=True)
 
 
 def running_since(root: Path) -> str | None:
-    """Return when the last of the processes that may run the line now began; None where all are known to have ended."""
+    """Return when the latest driver that may still run started, or None where all drivers are known to have ended."""
     began = [line["at"] for line in _started_and_last(root)[0] if _lives(line) is not False]
     return max(began, default=None)
 
 
-def told(root: Path) -> list[str]:
-    """Say which processes run the line now, or when the last one ended."""
+def describe_drivers(root: Path) -> list[str]:
+    """Return a sentence for each driver that may still run; where there is none, how the last one ended."""
     started, last = _started_and_last(root)
     open_ones = [(line, _lives(line)) for line in started]
-    said = [_sentence(line, lives=lives) for line, lives in open_ones if lives is not False]
-    if said:
-        return said
+    sentences = [_sentence(line, lives=lives) for line, lives in open_ones if lives is not False]
+    if sentences:
+        return sentences
     if open_ones and open_ones[-1][0]["at"] > last.get("at", ""):
         return [_sentence(open_ones[-1][0], lives=False)]
     if not last:
-        return ["it is not known who ran it"]
+        return ["it is not known which process ran it"]
     code, why = last.get("exit_code"), last.get("error", "")
     how = "" if code is None else f" with exit code {code}" + (f" ({why})" if why else "")
-    return [f"nobody runs it now: process {last['pid']} on {last['host']} ended at {last['at']}{how}"]
+    return [f"no process runs it now: process {last['pid']} on {last['host']} ended at {last['at']}{how}"]
 
 
 def _started_and_last(root: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Return what processes noted that left no word of their end, and the last word of an end; empty where none is."""
+    """Return the start lines of drivers without an end line, and the last end line; empty where there is none."""
     started: dict[tuple[Any, ...], dict[str, Any]] = {}
     last: dict[str, Any] = {}
     for line in _lines(root):
@@ -80,7 +80,7 @@ def _started_and_last(root: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]
 
 
 def _lines(root: Path) -> list[dict[str, Any]]:
-    """Return what is noted here; of runs that noted nothing, what their array jobs did."""
+    """Return the lines of the log; for runs of versions without this log, those of the array jobs."""
     for name in (LOG, JOBS):
         with suppress(FileNotFoundError):
             return parse((root / name).read_bytes())
@@ -90,13 +90,13 @@ def _lines(root: Path) -> list[dict[str, Any]]:
 def _sentence(line: Mapping[str, Any], *, lives: bool | None) -> str:
     who = f"process {line['pid']} on {line['host']}"
     if lives:
-        return f"{who} runs it now, since {line['at']}"
+        return f"{who} has been running it since {line['at']}"
     if lives is None:
-        return f"{who} has run it since {line['at']}: whether it still does cannot be told from here"
-    return f"nobody runs it now: {who}, started at {line['at']}, is gone without a word, as if it was killed"
+        return f"{who} started to run it at {line['at']}: whether it still does cannot be determined from here"
+    return f"no process runs it now: {who}, started at {line['at']}, left no record of its end, as if it was killed"
 
 
 def _lives(line: Mapping[str, Any]) -> bool | None:
-    """Tell whether a process runs; None where its number means nothing here."""
+    """Tell whether the process of a line runs; None where its number means nothing on this machine."""
     process = processes.from_record(line)
     return not processes.has_ended(process) if processes.is_observable(process) else None

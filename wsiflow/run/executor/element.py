@@ -1,10 +1,10 @@
-"""What one element of an array job does: find its slice in the table by its index, and note how each task ended.
+"""Run one element of an array job: it finds its slice in the table by its index, and writes the outcome of each task.
 
-The table is ``arrays/<name>.json`` in the run's folder, published before the array was submitted. Each attempt of an
-element writes one file of JSON lines, ``arrays/<name>/<index>.<time>.jsonl``, named so that later attempts sort behind
-earlier ones: who it is, then for each task a line before it begins and one with its outcome, each on disk before the
-next thing happens, so that what a killed element finished is known. An element may run again at any time (requeued, or
-thought lost): tasks that are published are no-ops.
+The table is ``arrays/<name>.json`` in the run's folder, written before the array is submitted. Each attempt of an
+element writes one file of JSON lines, ``arrays/<name>/<index>.<time>.jsonl``; the names of later attempts sort behind
+those of earlier ones. The first line identifies the process. Each task has a line before it begins, and a line with its
+outcome. Every line is on disk before the next step, so that the finished tasks of a killed element are known. An
+element may run again at any time, because it was requeued or was taken for lost: published tasks do nothing.
 """
 
 import importlib
@@ -22,7 +22,7 @@ from wsiflow.system import processes
 from wsiflow.system.machine import ISA_PINS, limit_threads
 from wsiflow.system.usage import now
 
-# Where programs and libraries are found and caches kept, texts are encoded, and what decides the last bits of a score.
+# Variables for finding programs, libraries and caches, for encoding texts, and those that decide last bits of scores.
 _PASSED = (
     *("PATH", "LD_LIBRARY_PATH", "LD_PRELOAD", "HOME", "USER", "LOGNAME", "SHELL", "TZ", "XDG_CACHE_HOME"),
     *("PYTHONPATH", "PYTHONHOME", "PYTHONUTF8", "PYTHONNOUSERSITE", "PYTHONDONTWRITEBYTECODE", "VIRTUAL_ENV"),
@@ -30,9 +30,9 @@ _PASSED = (
     *("HDF5_USE_FILE_LOCKING", "HDF5_PLUGIN_PATH", "APPTAINER_BIND", "SINGULARITY_BIND"),
     *ISA_PINS,
 )
-_NOT_PASSED = {"WSIFLOW_SWEEP"}  # overrides, as they were typed
+_NOT_PASSED = {"WSIFLOW_SWEEP"}  # the overrides as they were typed, which may hold secrets
 
-#: The job script of every array of every run: what to start is its arguments.
+#: The job script of every array of every run; its arguments are the command to start.
 SCRIPT = """\
 #!/bin/bash
 # One element of an array job. The arguments are a command and the array's table; the element's index is in
@@ -42,7 +42,7 @@ exec "$@"
 
 
 def run(table: Path) -> int:
-    """Do the slice that is this element's, and return the worst exit code of its tasks.
+    """Do the slice of this element, and return the worst exit code of its tasks.
 
     Args:
         table: The array's table.
@@ -53,7 +53,7 @@ def run(table: Path) -> int:
     job = json.loads(table.read_text(encoding="utf-8"))
     index = _index(job["index"])
     place = index - job["base"]
-    if place >= len(job["slices"]):  # some schedulers know no array of one element
+    if place >= len(job["slices"]):  # some schedulers have no arrays of one element
         return 0
     limit_threads(job["threads"])  # before anything imports torch
     lo, hi = job["slices"][place]
@@ -73,29 +73,29 @@ def run(table: Path) -> int:
 def variables(environ: Mapping[str, str], more: Iterable[str] = ()) -> list[str]:
     """Return the names of the environment variables that an element needs, of those that are set.
 
-    All others stay where they are: some schedulers show every user of the cluster what a job gets, and passwords and
-    keys lie in environments.
+    No others are passed on: some schedulers show the variables of a job to every user of the cluster, and environments
+    contain passwords and keys.
 
     Args:
         environ: The environment of the run.
-        more: Names that the user adds.
+        more: Names of more variables that the user adds.
     """
     own = (name for name in environ if name.startswith("WSIFLOW_") and name not in _NOT_PASSED)
     return sorted({name for name in (*_PASSED, *own, *more) if name in environ})
 
 
 def starter() -> list[str]:
-    """Return what starts an element with this Python; the table follows."""
+    """Return the command that starts an element with this Python; the path of the table is its last argument."""
     return [sys.executable, "-m", "wsiflow.flows", "element"]
 
 
 def dotted(work: Work) -> str:
-    """Return the name by which an element imports the function."""
+    """Return the name by which an element imports a function, ``module:function``."""
     return f"{work.__module__}:{work.__qualname__}"
 
 
 def resolve(name: str) -> Work:
-    """Import what `dotted` named."""
+    """Import the function with a name of `dotted`."""
     module, _, function = name.partition(":")
     work: Work = getattr(importlib.import_module(module), function)
     return work
@@ -103,8 +103,8 @@ def resolve(name: str) -> Work:
 
 def _index(variable: str) -> int:
     value = os.environ.get(variable, "")
-    if not value.isdecimal():  # Grid Engine says "undefined" outside of arrays
-        cause = f"{variable} is {value!r}, the index of an array's element is expected"
+    if not value.isdecimal():  # Grid Engine sets "undefined" outside of arrays
+        cause = f"{variable} is {value!r}, it must be the index of an element of an array job"
         raise InputError(cause, "this command is for array jobs; wsiflow run submits them")
     return int(value)
 

@@ -1,4 +1,4 @@
-"""The executor that a configuration names."""
+"""Make the executor that a configuration names."""
 
 import importlib
 from contextlib import AbstractContextManager
@@ -14,10 +14,10 @@ def make(params: ExecutorParams, *, cores: int, root: Path, client: Any = None) 
     """Return the executor that the parameters name.
 
     Args:
-        params: The choice.
-        cores: Cores this process may use.
+        params: The settings.
+        cores: Number of cores that this process may use.
         root: The run's folder.
-        client: Of the Dask cluster, for kinds that have one.
+        client: The client of the Dask cluster, for kinds that have one.
     """
     module = importlib.import_module(f"{__package__}.{KINDS[params.kind].name}")
     executor: AbstractContextManager[Executor] = module.make(params, Site(cores, root, client))

@@ -16,28 +16,32 @@ def make(_params: ExecutorParams, _site: Site) -> "Inline":
 
 
 class Inline:
-    """The executor without workers; shards that run side by side take turns, so that one task has the process."""
+    """The executor without workers; several threads may call `run`, and their tasks take turns."""
 
     def __init__(self) -> None:
-        """Let the first task begin."""
+        """Create the executor; nothing is started."""
         self._turn = threading.Lock()
         self._closed = False
 
     def __enter__(self) -> Self:
-        """Nothing to start."""
+        """Record that tasks run in the process of the driver, see `wsiflow.system.usage.not_a_worker`."""
         not_a_worker()
         return self
 
     def __exit__(self, *_exc: object) -> None:
-        """Let no task begin any more."""
+        """Start no more tasks."""
         self._closed = True
 
     def stop(self) -> None:
-        """Let no task begin any more; the one that is under way cannot be ended."""
+        """Start no more tasks; a running task cannot be ended."""
         self._closed = True
 
     def run(self, work: Work, source: Path, stage: str, slices: Sequence[Slice]) -> Iterator[Outcome]:
-        """Run each slice in turn."""
+        """Run the slices one after another.
+
+        Raises:
+            EnvironmentFault: The executor was closed.
+        """
         for lo, hi in slices:
             submitted = now()
             with self._turn:
@@ -45,7 +49,7 @@ class Inline:
             yield from (outcome.with_usage(submitted=submitted) for outcome in outcomes)
 
     def _open(self, work: Work) -> Work:
-        """Return the work, unless no more of it is to begin."""
+        """Return the work, unless the executor was closed."""
         if self._closed:
             raise closed()
         return work

@@ -1,10 +1,10 @@
-"""The array jobs of a run, as its folder remembers them and its scheduler knows them.
+"""The array jobs of a run: the log of them in the run's folder, and the commands of the scheduler.
 
-``jobs.jsonl`` is appended to before anything happens: a line for each process that runs the line (`driver`) and one
-when it stops (`left`), one before an array is submitted (`intent`, with its unique name) and one after (`job`, with the
-scheduler's id), one when nothing is expected of it any more (`ended`), and one when the run is cancelled (`cancel`).
-What was killed between two lines is found again by the name. The last driver is the only one: an earlier one that still
-runs, on another machine, submits nothing more.
+Each event is appended to ``jobs.jsonl`` before it has an effect. `driver` is written when a process starts to drive the
+run, and `left` when it stops; `intent` before an array is submitted, with its unique name, and `job` after, with the
+scheduler's id; `ended` when no outcome of the array is expected any more; and `cancel` when the run is cancelled. Where
+the driver was killed between `intent` and `job`, the array is found in the queue by its name. Only the last driver
+submits arrays: an earlier one that still runs on another machine reads the log and stops.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ LOG = "jobs.jsonl"
 _CALL_S = 120.0
 _DRIVER_S = 10.0
 _SUBMISSION_S = 1.0
-_LOOK_S = 0.05
+_POLL_S = 0.05
 
 
 class Job(NamedTuple):
@@ -45,13 +45,13 @@ class Job(NamedTuple):
 
 
 class History(NamedTuple):
-    """What the log says.
+    """The state of a run according to its log.
 
     Attributes:
-        driver: The line of the last driver, empty where there was none.
-        left: That driver has stopped, though its process may go on.
-        cancelled: The run was cancelled after that driver started.
-        jobs: Arrays of which something is still expected.
+        driver: The line of the last driver; empty where there was none.
+        left: Whether that driver has stopped; its process may go on.
+        cancelled: Whether the run was cancelled after that driver started.
+        jobs: Arrays of which outcomes are still expected.
     """
 
     driver: Mapping[str, Any]
@@ -60,29 +60,29 @@ class History(NamedTuple):
     jobs: tuple[Job, ...]
 
     def is_driven_by(self, process: Mapping[str, Any]) -> bool:
-        """Tell whether the last driver is this process, see `identity`."""
+        """Tell whether the last driver is a given process, see `identity`."""
         return bool(self.driver) and processes.from_record(process) == processes.from_record(self.driver)
 
 
 class JobLog:
-    """The log of one run."""
+    """The log of the array jobs of one run."""
 
     def __init__(self, root: Path) -> None:
-        """Name the run's folder."""
+        """Open the log of a run's folder; nothing is read or written yet."""
         self.path = root / LOG
 
     def append(self, event: str, **facts: Any) -> None:
-        """Note an event, on disk before this returns."""
+        """Append an event; it is on disk before this returns."""
         publish.append_line(self.path, json.dumps({"event": event, "at": now(), **facts}), sync=True)
 
     def lines(self) -> list[dict[str, Any]]:
-        """Return every whole line."""
+        """Return every complete line."""
         if not self.path.exists():
             return []
         return parse(self.path.read_bytes())
 
     def read(self) -> History:
-        """Return what the lines add up to."""
+        """Return the state that follows from all lines."""
         driver: dict[str, Any] = {}
         left = cancelled = False
         jobs: dict[str, Job] = {}
@@ -104,26 +104,26 @@ class JobLog:
 
 
 def parse(data: bytes) -> list[dict[str, Any]]:
-    """Return the JSON lines that are whole; one that a killed process left torn is as if it had not been written."""
-    found = []
+    """Return the complete JSON lines; an incomplete line of a killed process is ignored."""
+    lines = []
     for line in data.splitlines():
         with contextlib.suppress(ValueError):
-            found.append(json.loads(line))
-    return found
+            lines.append(json.loads(line))
+    return lines
 
 
 def call(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
-    """Run a scheduler's command; one that does not answer in time failed.
+    """Run a command of a scheduler; where it exceeds the time limit, it counts as failed.
 
     Raises:
-        EnvironmentFault: There is no such command here.
+        EnvironmentFault: There is no such command on this machine.
     """
     try:
         return subprocess.run(
             command,
             capture_output=True,
             text=True,
-            errors="replace",  # others name their jobs as they like
+            errors="replace",  # names of other users' jobs may have any encoding
             timeout=_CALL_S,
             check=False,
             stdin=subprocess.DEVNULL,
@@ -136,27 +136,27 @@ def call(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
 
 
 def require_answer(dialect: Dialect) -> None:
-    """See that there is a scheduler, before anything waits for it: later on, one that is silent is out for a while.
+    """Check that the scheduler answers, once at the start; later on, a silent scheduler is waited for.
 
     Raises:
         EnvironmentFault: It does not answer.
     """
     answer = _ask(dialect, ["wsiflow"])
     if answer.returncode and not _means_nothing(dialect, answer):
-        told = ((answer.stderr or answer.stdout).strip().splitlines() or [f"exit code {answer.returncode}"])[-1]
+        reason = ((answer.stderr or answer.stdout).strip().splitlines() or [f"exit code {answer.returncode}"])[-1]
         remedy = f"see that {answer.args[0]} works on this machine, then run again"
-        raise EnvironmentFault(f"{dialect.name} does not answer ({told})", remedy, stage="executor")
+        raise EnvironmentFault(f"{dialect.name} does not answer ({reason})", remedy, stage="executor")
 
 
 def listing(dialect: Dialect, names: Iterable[str]) -> dict[Place, Seen] | None:
-    """Ask the scheduler for the elements of some arrays; None where it does not answer."""
-    wanted = sorted(names)
-    if not wanted:
+    """Return the elements of some arrays that the scheduler lists, or None where it does not answer."""
+    requested = sorted(names)
+    if not requested:
         return {}
-    answer = _ask(dialect, wanted)
+    answer = _ask(dialect, requested)
     if answer.returncode and not _means_nothing(dialect, answer):
         return None
-    return {place: seen for place, seen in dialect.listed(answer.stdout).items() if place.name in set(wanted)}
+    return {place: seen for place, seen in dialect.listed(answer.stdout).items() if place.name in set(requested)}
 
 
 def drop(dialect: Dialect, natives: Sequence[str]) -> None:
@@ -170,14 +170,14 @@ def drop(dialect: Dialect, natives: Sequence[str]) -> None:
     answer = call(expand(dialect.cancel, {"jobs": list(natives)}))
     if answer.returncode and not _means_nothing(dialect, answer):
         cause = f"{dialect.name} did not cancel {' '.join(natives)}: {answer.stderr.strip()}"
-        raise EnvironmentFault(cause, "cancel again when it answers")
+        raise EnvironmentFault(cause, "cancel again when the scheduler answers")
 
 
 def cancel(root: Path) -> list[str]:
-    """Cancel a run from its folder alone: its driver, where that runs on this machine, and its arrays.
+    """Cancel a run by its folder alone: end its driver, where that runs on this machine, and cancel its arrays.
 
     Returns:
-        What was done, a sentence each.
+        A sentence for each step.
 
     Raises:
         InputError: The run never submitted an array.
@@ -189,47 +189,52 @@ def cancel(root: Path) -> list[str]:
     if not driver:
         raise InputError("it submitted no array jobs", "name the out= folder of a run that did", path=root)
     log.append("cancel")
-    said = [_end_driver(history)]  # first, or it would submit what is cancelled once more
+    sentences = [_end_driver(history)]  # before the arrays: the driver would submit cancelled tasks again
     dialect = Dialect.model_validate(driver["dialect"])
-    return said + drop_open(log, dialect)
+    return sentences + drop_open(log, dialect)
 
 
 def await_submissions(log: JobLog) -> None:
-    """Wait until arrays that are being submitted have their ids, since they may not be in the queue before."""
+    """Wait a moment until arrays that are being submitted have ids; they may not be in the queue before."""
     end = time.monotonic() + _SUBMISSION_S
     while any(not job.job for job in log.read().jobs) and time.monotonic() < end:
-        time.sleep(_LOOK_S)
+        time.sleep(_POLL_S)
 
 
 def drop_open(log: JobLog, dialect: Dialect) -> list[str]:
-    """Cancel every array of which something is still expected, and return what was done.
+    """Cancel every array of which outcomes are still expected.
 
-    One whose submission may be under way, without an id and not in the queue, is left to be looked for again.
+    An array without an id that is not in the queue may be about to be submitted. It stays open in the log, so that it
+    is searched again.
+
+    Returns:
+        A sentence for each cancelled array.
 
     Raises:
         EnvironmentFault: The scheduler does not answer.
     """
     jobs = log.read().jobs
-    seen = listing(dialect, [job.name for job in jobs])
-    if seen is None:
+    elements = listing(dialect, [job.name for job in jobs])
+    if elements is None:
         raise EnvironmentFault(f"{dialect.name} does not answer", "cancel again when it does", path=log.path)
     alive: dict[str, list[str]] = {}
-    for place, element in seen.items():
+    for place, element in elements.items():
         if dialect.is_alive(element.state) or dialect.is_stuck(element.state):
             alive.setdefault(place.name, []).append(element.job)
-    found = {name: dialect.whole.format(job=ids[0]) for name, ids in alive.items()}
-    drop(dialect, sorted(found.values()))
-    listed = {place.name for place in seen}
+    natives = {name: dialect.whole.format(job=ids[0]) for name, ids in alive.items()}
+    drop(dialect, sorted(natives.values()))
+    listed = {place.name for place in elements}
     for job in jobs:
         if job.job or job.name in listed:
             log.append("ended", name=job.name)
     return [
-        f"{name}: {found[name]} cancelled, {len(ids)} elements were waiting or running" for name, ids in alive.items()
+        f"{name}: {natives[name]} was cancelled, {len(ids)} of its elements were waiting or running"
+        for name, ids in alive.items()
     ]
 
 
 def identity() -> dict[str, Any]:
-    """Return what tells this process from every other, later ones with its number included."""
+    """Return what identifies this process, also among later processes with the same number."""
     return processes.current()._asdict()
 
 
@@ -238,7 +243,7 @@ def _ask(dialect: Dialect, names: Sequence[str]) -> subprocess.CompletedProcess[
 
 
 def _user() -> str:
-    """Return the user's name; the number of one that the system has no name for, as in containers."""
+    """Return the user's name, or the user's number where the system has no name for it, as in containers."""
     try:
         return getpass.getuser()
     except (KeyError, OSError, ImportError):
@@ -246,27 +251,27 @@ def _user() -> str:
 
 
 def _means_nothing(dialect: Dialect, answer: subprocess.CompletedProcess[str]) -> bool:
-    """Tell whether a failure only says that there is no such job."""
+    """Tell whether a failed command only reports that there is no such job."""
     complaints = [line for line in (answer.stderr + answer.stdout).splitlines() if line.strip()]
     pattern = re.compile(dialect.nothing) if dialect.nothing else None
     return pattern is not None and bool(complaints) and all(pattern.search(line) for line in complaints)
 
 
 def require_alone(log: JobLog) -> None:
-    """Refuse to run the line where another process of this machine does.
+    """Refuse to drive a run that another process of this machine drives.
 
     Raises:
-        EnvironmentFault: It does.
+        EnvironmentFault: Another process does.
     """
     history = log.read()
     if _drives_here(history):
         host, pid = history.driver["host"], history.driver["pid"]
-        cause = f"process {pid} on {host} runs this line already"
+        cause = f"process {pid} on {host} drives this run already"
         raise EnvironmentFault(cause, f"wait for it, or end it: wsiflow cancel {log.path.parent}", path=log.path)
 
 
 def _drives_here(history: History) -> bool:
-    """Tell whether the last driver is another process of this machine and PID namespace, and at it."""
+    """Tell whether the last driver is another process of this machine and PID namespace, and still runs."""
     if not history.driver or history.left:
         return False
     driver = processes.from_record(history.driver)
@@ -278,17 +283,17 @@ def _drives_here(history: History) -> bool:
 
 
 def _end_driver(history: History) -> str:
-    """End the process that runs the line, and say what became of it."""
+    """End the driver of a run, and return a sentence that says what became of it."""
     driver = processes.from_record(history.driver)
     if not processes.is_observable(driver) and not history.left:
-        return f"the run was started on {driver.host}, or in another container: it will notice there, or has ended"
+        return f"the driver was started on {driver.host}, or in another container: it stops by itself, or has ended"
     if not _drives_here(history):
-        return "the process that ran the line had ended"
+        return "the driver had ended before"
     patience = time.monotonic() + _DRIVER_S
-    with contextlib.suppress(ProcessLookupError):  # it ends by itself
+    with contextlib.suppress(ProcessLookupError):  # it may end by itself meanwhile
         os.kill(driver.pid, signal.SIGTERM)
         while processes.start_ticks(driver.pid) == driver.born:
             if time.monotonic() > patience:
                 os.kill(driver.pid, signal.SIGKILL)
             time.sleep(0.1)
-    return f"process {driver.pid}, which ran the line, was ended"
+    return f"the driver, process {driver.pid}, was ended"

@@ -1,7 +1,7 @@
-"""The kinds of executors, and what is known of them without importing their files: Dask alone takes seconds.
+"""The kinds of executors, with the facts that are needed before their files are imported: Dask takes seconds.
 
-To add one: a file of its name with a function ``make(params, site)``, see `wsiflow.run.executor.factory`, and a line in
-`KINDS`. Settings that no other kind has are a field of `wsiflow.run.executor.params.ExecutorParams`.
+To add a kind, write a file of its name with a function ``make(params, site)``, see `wsiflow.run.executor.factory`, and
+add a line to `KINDS`. Settings of one kind alone are a field of `wsiflow.run.executor.params.ExecutorParams`.
 """
 
 from typing import Literal, NamedTuple
@@ -11,11 +11,11 @@ class Kind(NamedTuple):
     """A kind of executor.
 
     Attributes:
-        name: Its name in the configuration; its file is called so too.
-        size: How many workers it has where ``executor.workers`` is 0: one, which it has in any case; one for each core
-            of this machine; or as many as the cluster gives.
-        forks: Whether this process starts workers.
-        has_client: Whether its workers are a Dask cluster, whose client it is given.
+        name: Name of the kind in the configuration, and of its file.
+        size: Number of workers where ``executor.workers`` is 0. one: a single worker, whatever the configuration says.
+            cores: one for each core of this machine. cluster: as many as the cluster gives.
+        forks: Whether this process starts worker processes.
+        has_client: Whether the workers are a Dask cluster, whose client the executor gets.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Where tasks run."""
+"""The settings of executors: where tasks run."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,12 +11,12 @@ from wsiflow.run.executor.dialect import ArrayParams
 from wsiflow.run.executor.kinds import KINDS
 from wsiflow.system.choices import OneOf
 
-# Keywords of dask-jobqueue that name folders where the run is started; others are of where its jobs run.
+# Keywords of dask-jobqueue that name folders on the machine of the driver; other folders are on the nodes.
 _FOLDERS = ("log_directory", "shared_temp_directory")
 
 
 def _with_absolute_folders(keywords: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return keywords of a cluster with the folders among them as paths that mean the same everywhere."""
+    """Return the keywords of a cluster with absolute paths of folders, which do not depend on the working folder."""
     return {
         name: str(Path(value).absolute()) if name in _FOLDERS and isinstance(value, str) else value
         for name, value in keywords.items()
@@ -46,13 +46,14 @@ class DaskParams(BaseModel, frozen=True, extra="forbid"):
 
     @field_serializer("cluster_kwargs", when_used="json")
     def _without_secrets(self, keywords: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the keywords as files and servers may have them."""
+        """Return the keywords with secrets redacted, for files and servers."""
         return redacted(keywords)
 
     @model_validator(mode="after")
     def _one_cluster(self) -> "DaskParams":
         if self.address and (self.cluster or self.cluster_kwargs or self.adapt_kwargs):
-            raise ValueError("executor.dask.address names a cluster that runs, what starts one must be empty")
+            keys = "cluster, cluster_kwargs and adapt_kwargs"
+            raise ValueError(f"executor.dask.address names a running cluster, {keys} must be empty")
         return self
 
 
@@ -90,7 +91,7 @@ class ExecutorParams(BaseModel, frozen=True, extra="forbid"):
 
 
 def worker_count(params: ExecutorParams, *, cores: int) -> int:
-    """Return how many tasks run at a time; 0 where only the cluster knows."""
+    """Return the number of tasks that run at a time; 0 where the cluster decides it."""
     size = KINDS[params.kind].size
     if size == "one":
         return 1

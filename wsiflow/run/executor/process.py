@@ -1,9 +1,9 @@
 """Run tasks in a pool of worker processes on this machine.
 
-Workers are started fresh (spawn), keep to their share of the cores, and end by themselves when their parent is gone,
-so that a killed run leaves nothing behind. A worker that dies (out of memory, a decoder's crash) breaks the whole pool;
-the tasks that were under way are then tried again, each in a worker of its own, so that the one that kills it fails
-alone.
+Worker processes are spawned, keep to their share of the cores, and end by themselves when their parent process is gone,
+so that a killed run leaves none behind. A worker process that dies, for lack of memory or in a crash of a decoder,
+breaks the whole pool. The slices that were running are then retried, each task in a process of its own, so that only
+the task that kills its process fails.
 """
 
 import logging
@@ -25,7 +25,7 @@ from wsiflow.system import faults, processes
 from wsiflow.system.machine import limit_threads
 from wsiflow.system.usage import now
 
-_WAITING = 2  # slices handed over beyond those at work, so that no worker waits for the next
+_WAITING = 2  # submitted slices besides the running ones, so that no worker waits for its next slice
 
 _logger = logging.getLogger(__name__)
 _LOST = EnvironmentFault("a worker process died while it was under way", "nothing to do: it is tried again")
@@ -34,15 +34,15 @@ _Landed = deque[Future[list[Outcome]]]
 
 
 def make(params: ExecutorParams, site: Site) -> "ProcessPool":
-    """Return a pool of the size that the settings say."""
+    """Return a pool with the number of workers of the settings."""
     return ProcessPool(worker_count(params, cores=site.cores), threads=params.threads)
 
 
 class ProcessPool:
-    """A pool that several threads may feed at once."""
+    """The executor of a pool of worker processes; several threads may call `run` at once."""
 
     def __init__(self, workers: int, *, threads: int) -> None:
-        """Remember the size; workers start with the first task."""
+        """Store the settings; the processes start with the first slice."""
         self._workers, self._threads = workers, threads
         self._pool: ProcessPoolExecutor | None = None
         self._single: ProcessPoolExecutor | None = None
@@ -50,23 +50,23 @@ class ProcessPool:
         self._alone = threading.Lock()
         self._closed = False
         self._changed = threading.Condition()
-        self._flying, self._room = 0, workers + _WAITING  # what a worker's death takes along stays little
+        self._flying, self._room = 0, workers + _WAITING  # few slices are lost with a pool
 
     def __enter__(self) -> Self:
         """Return the pool."""
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_exc: object) -> None:
-        """Stop the workers, at once if the run ends in an error; tasks that have not started are dropped."""
+        """End the workers, by killing them where the run ends in an error; slices that have not started are dropped."""
         self._close(kill=kind is not None)
 
     def stop(self) -> None:
-        """Kill the workers; their attempts are swept by the next start, as those of any killed process."""
+        """Kill the workers; the next start removes their attempt files, as those of any killed process."""
         self._close(kill=True)
 
     def _close(self, *, kill: bool) -> None:
         with self._changed:
-            self._closed = True  # a run that is ended from outside loses its workers too: they must not start again
+            self._closed = True  # set before the workers end, so that no new pool is started
             self._changed.notify_all()
         with self._lock:
             pools = [pool for pool in (self._pool, self._single) if pool is not None]
@@ -77,14 +77,14 @@ class ProcessPool:
             pool.shutdown(cancel_futures=True)
 
     def run(self, work: Work, source: Path, stage: str, slices: Sequence[Slice]) -> Iterator[Outcome]:
-        """Run the slices in the order given as far as workers are free; all callers together have few in flight."""
+        """Run the slices in the given order as far as workers are free; all callers together have few in flight."""
         waiting = deque(slices)
         flying: dict[Future[list[Outcome]], tuple[Slice, str]] = {}
         landed: _Landed = deque()
         lost: list[Slice] = []
         try:
             while waiting or flying:
-                if self._place(wanted=bool(waiting), landed=landed):
+                if self._take_place(needed=bool(waiting), landed=landed):
                     part = waiting.popleft()
                     flying[self._submit(work, source, stage, part, landed)] = part, now()
                 while landed:
@@ -92,12 +92,12 @@ class ProcessPool:
                     part, submitted = flying.pop(future)
                     outcomes = self._outcomes(future)
                     if outcomes is None:
-                        _logger.warning("%s: a worker died, tasks %d to %d are tried again", stage, *_ends(part))
+                        _logger.warning("%s: a worker process died, tasks %d to %d are retried", stage, *_ends(part))
                         lost.append(part)
                     else:
                         yield from (outcome.with_usage(submitted=submitted) for outcome in outcomes)
         finally:
-            for future in flying:  # the caller wants no more, or an error ended this
+            for future in flying:  # the caller has stopped, or an error was raised
                 future.cancel()
         for lo, hi in sorted(lost):
             for index in range(lo, hi):
@@ -106,24 +106,24 @@ class ProcessPool:
                 )
                 yield self._run_alone(work, source, stage, index)
 
-    def _place(self, *, wanted: bool, landed: _Landed) -> bool:
-        """Wait until something has landed or a place is free that is wanted; take the place, and say so."""
+    def _take_place(self, *, needed: bool, landed: _Landed) -> bool:
+        """Wait until a future has ended, or a place that is needed is free; return whether the place was taken."""
         with self._changed:
-            self._changed.wait_for(lambda: self._closed or landed or (wanted and self._flying < self._room))
+            self._changed.wait_for(lambda: self._closed or landed or (needed and self._flying < self._room))
             self._check_open()
-            taken = wanted and self._flying < self._room
+            taken = needed and self._flying < self._room
             self._flying += taken
         return taken
 
     def _land(self, landed: _Landed, future: Future[list[Outcome]]) -> None:
-        """Give back the place of a future that has ended in whatever way, whether or not anybody waits for it."""
+        """Give back the place of a future that has ended in any way, even where its caller has stopped."""
         with self._changed:
             self._flying -= 1
             landed.append(future)
             self._changed.notify_all()
 
     def _run_alone(self, work: Work, source: Path, stage: str, index: int) -> Outcome:
-        """Run a task in a worker of its own, one such task at a time; other shards keep the pool."""
+        """Run a task in a process of its own, one such task at a time, while other callers use the pool."""
         submitted = now()
         with self._alone:
             with self._lock:
@@ -135,26 +135,26 @@ class ProcessPool:
         if outcomes is not None:
             return outcomes[0].with_usage(submitted=submitted)
         cause = "the worker process died while it ran alone (killed, out of memory, or a crash in a decoder)"
-        fault = EnvironmentFault(cause, "free memory or see what kills it, then run again", stage=stage)
+        fault = EnvironmentFault(cause, "free memory or find out what kills it, then run again", stage=stage)
         usage = {"submitted": submitted, "exit_class": "killed"}
         return Outcome(index, None, executed=True, failure=fault.failure, usage=usage)
 
     def _submit(self, work: Work, source: Path, stage: str, part: Slice, landed: _Landed) -> Future[list[Outcome]]:
-        """Hand a slice over; its place comes back when it has ended, or now if it cannot be handed over."""
+        """Submit a slice; its place is given back when it has ended, or now where it cannot be submitted."""
         try:
-            future = self._hand_over(work, source, stage, part)
+            future = self._submit_to_pool(work, source, stage, part)
         except BaseException:
             with self._changed:
                 self._flying -= 1
                 self._changed.notify_all()
             raise
         future.add_done_callback(partial(self._land, landed))
-        _logger.debug("%s: tasks %d to %d are handed over", stage, *_ends(part))
+        _logger.debug("%s: tasks %d to %d are submitted", stage, *_ends(part))
         return future
 
-    def _hand_over(self, work: Work, source: Path, stage: str, part: Slice) -> Future[list[Outcome]]:
+    def _submit_to_pool(self, work: Work, source: Path, stage: str, part: Slice) -> Future[list[Outcome]]:
         with self._lock:
-            for _ in range(3):  # a pool may break between being looked at and being used
+            for _ in range(3):  # a pool may break before it takes the slice
                 self._check_open()
                 if self._pool is None:
                     self._pool = self._start(self._workers)
@@ -163,18 +163,18 @@ class ProcessPool:
                 except BrokenProcessPool:
                     self._pool = None
         cause = "worker processes die as soon as they start"
-        raise EnvironmentFault(cause, "free memory, or see what kills them; then run again", stage=stage)
+        raise EnvironmentFault(cause, "free memory or find out what kills them, then run again", stage=stage)
 
     def _check_open(self) -> None:
         if self._closed:
             raise closed()
 
     def _outcomes(self, future: Future[list[Outcome]]) -> list[Outcome] | None:
-        """Return the outcomes of a slice, or None where its worker died."""
+        """Return the outcomes of a slice, or None where its worker process died."""
         try:
             return future.result()
         except (BrokenProcessPool, CancelledError):
-            self._check_open()  # then it was we who ended it
+            self._check_open()  # the executor itself may have ended the worker
             return None
 
     def _start(self, workers: int) -> ProcessPoolExecutor:

@@ -1,4 +1,4 @@
-"""What every executor takes and returns."""
+"""The protocol of executors: slices and work go in, outcomes come out."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -8,22 +8,22 @@ from wsiflow.errors import EnvironmentFault, Failure
 
 
 class Slice(NamedTuple):
-    """A half-open range of a stage's tasks, done by one worker one after another."""
+    """The tasks ``lo`` to ``hi - 1`` of a stage, which one worker does one after another."""
 
     lo: int
     hi: int
 
 
 class Outcome(NamedTuple):
-    """How one task ended.
+    """The outcome of one attempt at a task.
 
     Attributes:
-        task: The task's place in its stage.
-        receipt: The receipt of what it published, None where it failed.
-        executed: False where it was done already.
-        failure: Why it published nothing; None where it did.
-        usage: What the attempt used and where it ran, see `wsiflow.system.usage`; None where it is not known.
-        retried: This attempt was lost and another one follows: of interest to the trace alone.
+        task: Index of the task in its stage.
+        receipt: The receipt of the published file; None where the task failed.
+        executed: Whether the task was executed; False where its file was published already.
+        failure: Why the task failed; None where it did not.
+        usage: The resources that the attempt used, and where it ran, see `wsiflow.system.usage`; None where unknown.
+        retried: Whether the attempt was lost and another one follows; only the trace uses such outcomes.
     """
 
     task: int
@@ -35,27 +35,27 @@ class Outcome(NamedTuple):
 
     @property
     def exit_code(self) -> int:
-        """The exit code of the failure's class, 0 where there is none."""
+        """The exit code of the failure; 0 where there is none."""
         return self.failure.exit_code if self.failure else 0
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> "Outcome":
-        """Return the outcome that was written as JSON of its fields."""
+        """Return the outcome whose fields were written as JSON."""
         failure = values["failure"]
         return cls(**{**values, "failure": None if failure is None else Failure(*failure)})
 
     def with_usage(self, **known: Any) -> "Outcome":
-        """Return the outcome with more that is known of its attempt."""
+        """Return the outcome with more facts of its attempt."""
         return self._replace(usage={**(self.usage or {}), **known})
 
 
 class Site(NamedTuple):
-    """What an executor is given besides its settings.
+    """The arguments of an executor besides its settings.
 
     Attributes:
-        cores: Cores this process may use.
+        cores: Number of cores that this process may use.
         root: The run's folder.
-        client: Of the Dask cluster, for kinds of executors that have one.
+        client: The client of the Dask cluster, for kinds of executors that have one.
     """
 
     cores: int
@@ -64,20 +64,20 @@ class Site(NamedTuple):
 
 
 Work = Callable[[Path, str, int, int], Iterator[Outcome]]
-"""``work(source, stage, lo, hi)`` does the tasks of a slice and yields how each ended."""
+"""``work(source, stage, lo, hi)`` does the tasks of a slice and yields the outcome of each."""
 
 
 class Executor(Protocol):
-    """Runs tasks of a plan."""
+    """A place where the tasks of a run are executed."""
 
     def run(self, work: Work, source: Path, stage: str, slices: Sequence[Slice]) -> Iterator[Outcome]:
-        """Run every slice, the first ones first, and yield the outcomes as they come.
+        """Start the slices in the given order, and yield outcomes in any order.
 
         Args:
-            work: What a worker calls with each slice.
-            source: The file that says what there is to do, see `wsiflow.run.stages.work`.
-            stage: The stage.
-            slices: Ranges that do not overlap.
+            work: Function that a worker calls with each slice.
+            source: The file that lists the tasks, see `wsiflow.run.stages.work`.
+            stage: Name of the stage.
+            slices: Slices that do not overlap.
 
         Yields:
             For each task one outcome that is not ``retried``, and any number that are.
@@ -88,10 +88,14 @@ class Executor(Protocol):
         ...
 
     def stop(self) -> str | None:
-        """End what is under way and take nothing more, from any thread; return what is to be told of it."""
+        """End running tasks and start no more; any thread may call this.
+
+        Returns:
+            What was ended, in words for the user; None where there is nothing to say.
+        """
         ...
 
 
 def closed() -> EnvironmentFault:
-    """Return what ends every `Executor.run` that is under way when its executor ends: nobody waits for ever."""
+    """Return the error that every waiting `Executor.run` raises when its executor is closed."""
     return EnvironmentFault("the run ended before this was done", "run again: what is done stays done")

@@ -1,4 +1,4 @@
-"""What a run has in a scheduler's queue: which elements are there, and what their files have said so far."""
+"""The arrays of a run in the queue of a scheduler: which elements are there, and what they have written so far."""
 
 import logging
 import threading
@@ -18,58 +18,68 @@ _logger = logging.getLogger(__name__)
 
 FOLDER, LOGS = "arrays", "logs"
 
-_WINDOW_PARTS = 8  # no array is smaller than such a part while more wait, or each element would be a submission
+_WINDOW_PARTS = 8  # while pieces wait, no array is smaller than such a part: elements are not submitted singly
 _LONGEST_POLL_S = 300.0
 
 
 class Tries(NamedTuple):
-    """What became of earlier attempts: how many were lost, and how many of those to memory and to time."""
+    """The number of earlier attempts that were lost, and how many of them for lack of memory and of time."""
 
     lost: int = 0
     memory: int = 0
     time: int = 0
 
     def after(self, cause: str) -> "Tries":
-        """Return the tries with one more."""
+        """Return the numbers after one more attempt was lost for a cause."""
         return Tries(self.lost + 1, self.memory + (cause == "memory"), self.time + (cause == "time"))
 
 
 class Piece(NamedTuple):
-    """Tasks that wait for an element."""
+    """The tasks ``lo`` to ``hi - 1``, which wait for an element."""
 
     lo: int
     hi: int
     tries: Tries
 
 
-class Look(NamedTuple):
-    """The queue at a moment of the monotonic clock; None where the scheduler did not answer."""
+class Poll(NamedTuple):
+    """The state of the queue at one moment.
 
-    taken: float
+    Attributes:
+        taken_s: When the scheduler was asked, seconds of the monotonic clock.
+        places: The elements of the run; None where the scheduler did not answer.
+    """
+
+    taken_s: float
     places: Mapping[Place, Seen] | None
 
 
 class Queue:
-    """What the run has in the scheduler's queue: looked at by one thread for all, and never more than the window."""
+    """The elements of a run in the scheduler's queue: never more than the window, and polled by one thread for all."""
 
     def __init__(self, params: ArrayParams, *, workers: int) -> None:
-        """Begin with nothing; no window is wider than the number of ``workers``, 0: any number."""
+        """Begin with an empty queue; the window is at most the number of ``workers``, where that is not 0."""
         self._params, self._window = params, min(params.window, workers or params.window)
         self._held: dict[Place, bool] = {}
         self._state, self._asking = threading.Lock(), threading.Lock()
         self._closed = threading.Event()
-        self._last = Look(float("-inf"), {})
+        self._last = Poll(float("-inf"), {})
         self._pause_s = params.poll_s
 
-    def take(self, name: str, wanted: int, *, longest: int) -> int:
-        """Make room for elements of a new array.
+    def take(self, name: str, waiting: int, *, longest: int) -> int:
+        """Reserve room for the elements of a new array.
+
+        Args:
+            name: Name of the array.
+            waiting: Number of elements to submit.
+            longest: Largest number of elements of an array.
 
         Returns:
-            For how many there is room; 0 where waiting is better.
+            The number of elements that there is room for; 0 where it is better to wait for more room.
         """
         with self._state:
             room = self._window - len(self._held)
-            most = min(wanted, longest)
+            most = min(waiting, longest)
             if room < min(most, max(1, self._window // _WINDOW_PARTS)):
                 return 0
             size = min(most, room)
@@ -77,19 +87,19 @@ class Queue:
             return size
 
     def close(self) -> None:
-        """Let nobody wait for the queue any more."""
+        """End every `poll` that waits, and refuse later ones."""
         self._closed.set()
 
     def drop(self, name: str) -> None:
-        """Count an array no more that was never submitted."""
+        """Free the room of an array that was not submitted."""
         with self._state:
             self._held = {place: finished for place, finished in self._held.items() if place.name != name}
 
     def give_back(self, name: str) -> bool:
-        """Count an array no more that was refused, and keep to half the window, or to what was accepted of it.
+        """Free the room of an array that was refused, and halve the window, but not below what was accepted.
 
         Returns:
-            Whether the run has more in the queue, whose end may make room at the scheduler.
+            Whether the run has other elements in the queue, which make room at the scheduler when they end.
         """
         self.drop(name)
         with self._state:
@@ -99,7 +109,7 @@ class Queue:
             return bool(self._held)
 
     def hold(self, places: Iterable[Place], *, finished: bool) -> None:
-        """Count elements that are in the queue already."""
+        """Count elements that are in the queue already; ``finished`` ones until the scheduler no longer lists them."""
         with self._state:
             self._held.update(dict.fromkeys(places, finished))
 
@@ -109,47 +119,47 @@ class Queue:
             return place in self._held
 
     def finish(self, places: Iterable[Place]) -> None:
-        """Expect nothing more of elements: they count until the scheduler has let them go."""
+        """Mark elements as finished: they count until the scheduler no longer lists them."""
         with self._state:
             self._held.update({place: True for place in places if place in self._held})
 
     def release(self, places: Iterable[Place]) -> None:
-        """Count elements no more."""
+        """Stop counting elements."""
         with self._state:
             for place in places:
                 self._held.pop(place, None)
 
-    def look(self) -> Look:
-        """Return the queue as it is now or was found by another thread since this call began.
+    def poll(self) -> Poll:
+        """Return the state of the queue, from a call of the scheduler that began after this call did.
 
-        A scheduler that does not answer is asked less and less often.
+        One thread asks for all that wait. A scheduler that does not answer is asked less and less often.
 
         Raises:
             EnvironmentFault: The queue was closed.
         """
-        asked = time.monotonic()
+        began_s = time.monotonic()
         with self._asking:
-            if self._last.taken < asked:
-                if self._closed.wait(max(0.0, self._last.taken + self._pause_s - time.monotonic())):
+            if self._last.taken_s < began_s:
+                if self._closed.wait(max(0.0, self._last.taken_s + self._pause_s - time.monotonic())):
                     raise closed()
                 self._last = self._ask()
             return self._last
 
-    def _ask(self) -> Look:
+    def _ask(self) -> Poll:
         with self._state:
             names = {place.name for place in self._held}
         taken = time.monotonic()
         places = jobs.listing(self._params.dialect, names)
         if places is None:
-            _logger.warning("%s does not answer, it is asked again", self._params.dialect.name)
+            _logger.warning("%s does not answer and is asked again", self._params.dialect.name)
             self._pause_s = max(self._params.poll_s, min(2 * self._pause_s, _LONGEST_POLL_S))
-            return Look(taken, None)
+            return Poll(taken, None)
         self._pause_s = self._params.poll_s
         with self._state:
             gone = [place for place, finished in self._held.items() if finished and not self._is_alive(places, place)]
             for place in gone:
                 del self._held[place]
-        return Look(taken, places)
+        return Poll(taken, places)
 
     def _is_alive(self, places: Mapping[Place, Seen], place: Place) -> bool:
         return place in places and self._params.dialect.is_alive(places[place].state)
@@ -163,30 +173,30 @@ _REQUEUED = EnvironmentFault("its element was requeued by the scheduler", "nothi
 
 
 class Element:
-    """One element that is watched: its slice, and what its files have said so far."""
+    """One element that is watched: its slice, and what was read of its files so far."""
 
     def __init__(self, place: Place, piece: Piece) -> None:
-        """Begin with nothing known."""
+        """Begin with all tasks missing, and no file read."""
         self.place, self.piece = place, piece
-        self.missing = dict.fromkeys(range(piece.lo, piece.hi))  # in order
+        self.missing = dict.fromkeys(range(piece.lo, piece.hi))  # a set in order
         self.seen = Seen("", "")
         self.gone_since: float | None = None
         self._files: dict[Path, tuple[int, dict[str, Any], int | None]] = {}
 
     @property
     def began(self) -> bool:
-        """Whether any attempt left a file."""
+        """Whether any attempt has written a file."""
         return bool(self._files)
 
     def read(self, files: Iterable[Path]) -> Iterator[Outcome]:
-        """Yield what the element's files have to say that is new, and the attempt that ended with each but the last."""
+        """Yield the new outcomes in the element's files, and a lost attempt where a later file has appeared."""
         for path in sorted(files):
-            at = self.under_way()
-            if path not in self._files and at is not None:  # its scheduler requeued and restarted it
+            running = self.running_task()
+            if path not in self._files and running is not None:  # the scheduler requeued and restarted the element
                 _logger.warning("element %d of %s was restarted by its scheduler", self.place.number, self.place.name)
                 usage = {**self.about(), "exit_class": "node"}
-                yield Outcome(at, None, executed=True, failure=_REQUEUED, usage=usage, retried=True)
-            offset, about, begun = self._files.get(path, (0, {}, None))
+                yield Outcome(running, None, executed=True, failure=_REQUEUED, usage=usage, retried=True)
+            offset, about, task = self._files.get(path, (0, {}, None))
             with path.open("rb") as stream:
                 stream.seek(offset)
                 data = stream.read()
@@ -195,31 +205,31 @@ class Element:
                 if "started" in line:
                     about = {key: line[key] for key in ("started", *Process._fields) if key in line}
                 elif "begun" in line:
-                    begun = line["begun"]
-                elif isinstance(line["outcome"], dict):  # an earlier version wrote lists; its receipts still count
+                    task = line["begun"]
+                elif isinstance(line["outcome"], dict):  # earlier versions wrote lists; their receipts still count
                     outcome = Outcome.from_values(line["outcome"])
-                    begun = None
+                    task = None
                     if outcome.task in self.missing:
                         del self.missing[outcome.task]
                         yield outcome
-            self._files[path] = offset + whole, about, begun
+            self._files[path] = offset + whole, about, task
 
-    def under_way(self) -> int | None:
-        """Return the task that the latest attempt was at, where it is still missing."""
-        begun = self._latest()[2]
-        return begun if begun in self.missing else None
+    def running_task(self) -> int | None:
+        """Return the task that the latest attempt began and did not finish, or None."""
+        task = self._latest()[2]
+        return task if task in self.missing else None
 
     def about(self) -> dict[str, Any]:
-        """Return who the latest attempt was, as the trace tells it."""
+        """Return the start, the host and the process number of the latest attempt, as the trace has them."""
         return {key: value for key, value in self._latest()[1].items() if key in {"started", "host", "pid"}}
 
     def process(self) -> Process | None:
-        """Return the process of the latest attempt, None where none began."""
+        """Return the process of the latest attempt, or None where none began."""
         about = self._latest()[1]
         return processes.from_record(about) if about else None
 
     def _latest(self) -> tuple[int, dict[str, Any], int | None]:
-        """Return how far the latest attempt's file was read, who wrote it, and the task it was at."""
+        """Return the offset to which the latest file was read, the process that wrote it, and the task it has begun."""
         return self._files[max(self._files)] if self._files else (0, {}, None)
 
 
@@ -227,7 +237,7 @@ class Array:
     """An array that is watched."""
 
     def __init__(self, root: Path, name: str, job: str, table: Mapping[str, Any]) -> None:
-        """Take what the table says: all elements are open until their tasks have ended or they are lost."""
+        """Take the elements from the table; each is open until its tasks have ended or it is lost."""
         self.name, self.job, self.table = name, job, table
         self.folder, self.logs = root / FOLDER / name, root / LOGS / name
         self.since = time.monotonic()
@@ -238,9 +248,9 @@ class Array:
 
     def files(self) -> dict[int, list[Path]]:
         """Return the files of every element that has begun, by index."""
-        found: dict[int, list[Path]] = {}
-        for path in self.folder.glob("[0-9]*.jsonl"):  # what else lies there is not ours
+        files: dict[int, list[Path]] = {}
+        for path in self.folder.glob("[0-9]*.jsonl"):  # other files there are not the executor's
             index = path.name.partition(".")[0]
             if index.isascii() and index.isdecimal():
-                found.setdefault(int(index), []).append(path)
-        return found
+                files.setdefault(int(index), []).append(path)
+        return files

@@ -1,4 +1,4 @@
-"""The stage that calibrates a network in int8 on the tissue of the run, once (``calibrate``)."""
+"""The stage ``calibrate``: it calibrates the network for int8 on the tissue of the run, once."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,15 +14,15 @@ from wsiflow.run.stages.pixels import planned_blocks
 from wsiflow.system import publish
 from wsiflow.system.provenance import facts
 
-#: Blocks that int8 is calibrated on, from as many slides where there are so many.
+#: Number of blocks that int8 is calibrated on; they come from as many slides, where there are so many.
 CALIBRATION_BLOCKS = 16
 
 
 def calibrate(source: Path, _index: int) -> tuple[publish.Receipt, bool]:
     """Quantise the network on blocks of the run's own tissue, and publish it as ``engine/int8-<key>.zip``.
 
-    The blocks come from as many slides as there are, drawn by the slides' keys. Slides that cannot be read are left to
-    their own tasks to tell of.
+    The blocks are drawn by the keys of the slides. A slide that cannot be read is skipped here: its own tasks fail and
+    name the reason.
 
     Raises:
         InputError: There is no tissue.
@@ -36,7 +36,7 @@ def calibrate(source: Path, _index: int) -> tuple[publish.Receipt, bool]:
     if done is not None:
         return done, False
     check_numeric_class(plan)
-    classifier = planned_classifier(plan)  # loaded here, it is not a part of what the calibration costs
+    classifier = planned_classifier(plan)  # loaded before the time of the calibration is taken
     with publish.publishing(root, name, key, facts("calibration", ""), publish.accept) as attempt:
         samples = list(_calibration_samples(root, plan))
         if not samples:
@@ -48,24 +48,24 @@ def calibrate(source: Path, _index: int) -> tuple[publish.Receipt, bool]:
 
 
 def calibration_slides(plan: Plan) -> list[int]:
-    """Return the slides that int8 is calibrated on: the first ones with tissue."""
+    """Return the indices of the slides that int8 is calibrated on: the first ones with tissue."""
     return [index for index, planned in enumerate(plan.slides) if planned.n_tiles][:CALIBRATION_BLOCKS]
 
 
 def _calibration_samples(root: Path, plan: Plan) -> Iterator[NDArray[np.uint8]]:
-    """Yield what the network sees of blocks drawn from the slides."""
+    """Yield the network's input for blocks that are drawn from the slides."""
     from wsiflow.model import scorer
 
     slides = calibration_slides(plan)
     for planned in (plan.slides[index] for index in slides):
         each = -(-CALIBRATION_BLOCKS // len(slides))
-        wanted = certificate.draw_indices(planned.key, among=planned.n_blocks, count=each).tolist()
+        drawn = certificate.draw_indices(planned.key, among=planned.n_blocks, count=each).tolist()
         try:
-            with planned_blocks(root, plan, planned, wanted) as parts:
-                found = list(parts)
+            with planned_blocks(root, plan, planned, drawn) as parts:
+                blocks = list(parts)
         except SlideModified:
             raise
         except WsiflowError:
             continue
-        for block, pixels in found:
+        for block, pixels in blocks:
             yield scorer.calibration_sample(planned.frame, block, pixels, plan.settings.choice)

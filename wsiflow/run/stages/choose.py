@@ -1,4 +1,4 @@
-"""The stage that chooses how scores are computed, once for a run (``choose``), and the name and key of that choice."""
+"""The stage ``choose``: it decides how a run computes scores, once, and publishes the choice."""
 
 import json
 from pathlib import Path
@@ -15,47 +15,51 @@ from wsiflow.system.provenance import facts, numeric_class, pixel_versions, thre
 
 
 def is_chosen(source: Path) -> bool:
-    """Tell whether it was chosen how the run computes scores."""
+    """Tell whether the choice of a run is published."""
     config, _ = read_cases(source)
     return publish.done(source.parent, choice_name(config), choice_key(config)) is not None
 
 
 def choice_key(config: RunConfig) -> str:
-    """Return what identifies how scores are computed: the model, and what the configuration asks for.
+    """Return the key of the choice: it follows from the model and from the settings of the configuration.
 
-    The machine is that of the worker that chooses: the one that asks may be of another kind.
+    The machine is no part of the key. The choice is made on the machine of a worker, and this process may run on
+    another kind of machine.
     """
-    asked = {name: getattr(config, name).model_dump() for name in ("inference", "tiles", "geometry")}
-    asked["dense"] = config.dense.model_dump(exclude={"windows", "tolerance", "on_excess"})
+    settings = {name: getattr(config, name).model_dump() for name in ("inference", "tiles", "geometry")}
+    settings["dense"] = config.dense.model_dump(exclude={"windows", "tolerance", "on_excess"})
     return publish.key_of(
-        asked=asked, model=card.identity(card.read_card(config.model)), threads=config.executor.threads
+        asked=settings, model=card.identity(card.read_card(config.model)), threads=config.executor.threads
     )
 
 
 def choice_name(config: RunConfig) -> str:
-    """Return the name of the file that says how scores are computed, relative to the run's folder."""
+    """Return the name of the file of the choice, relative to the run's folder."""
     return f"engine/{choice_key(config)[:12]}.json"
 
 
 def describe_fallback(source: Path) -> str:
-    """Return how scores are computed and why, where that is not what the configuration or the model asks for."""
+    """Return how scores are computed and why, where the configuration or the model asks for something else.
+
+    The text is empty where the choice is as asked, and slides are read at the spacing of the model.
+    """
     config, _ = read_cases(source)
     record = choice_record(source.parent, config)
-    choice, asked = Choice(**record["choice"]), config.inference
-    same = choice.engine == asked.engine and asked.backend in {choice.backend, "auto"}
+    choice, requested = Choice(**record["choice"]), config.inference
+    same = choice.engine == requested.engine and requested.backend in {choice.backend, "auto"}
     engine = "" if same else describe_choice(source)
     return "; ".join(filter(None, (engine, foreign_spacing(config))))
 
 
 def describe_choice(source: Path) -> str:
-    """Return how scores are computed and why."""
+    """Return in one line how scores are computed, and why."""
     record = choice_record(source.parent, read_cases(source)[0])
     choice = Choice(**record["choice"])
     return f"{choice.engine} engine, {choice.backend} {choice.precision}: {record['told']}"
 
 
 def foreign_spacing(config: RunConfig) -> str:
-    """Return that slides are read at a spacing the model was not trained for; nothing where they are not."""
+    """Return a warning where slides are read at a spacing that the model was not trained for, else an empty text."""
     spacing, trained = config.geometry.spacing, card.read_card(config.model).spacing_um_px
     if isinstance(spacing, str) or abs(spacing / trained - 1) <= config.geometry.tolerance:
         return ""
@@ -65,25 +69,32 @@ def foreign_spacing(config: RunConfig) -> str:
 
 
 def choice_record(root: Path, config: RunConfig) -> dict[str, Any]:
-    """Return what was chosen for a configuration, as it was published."""
+    """Return the published record of the choice: the choice, its reason, and the machine that it was made on."""
     record: dict[str, Any] = json.loads((root / choice_name(config)).read_text(encoding="utf-8"))
     return record
 
 
 def choose(source: Path, _index: int) -> tuple[publish.Receipt, bool]:
-    """Choose how the run computes scores, and publish it as ``engine/<key>.json``; all of it counts as warm-up."""
+    """Choose how the run computes scores, and publish the choice as ``engine/<key>.json``.
+
+    All of the time counts as warm-up.
+
+    Raises:
+        InputError: The configuration asks for what this network cannot do.
+        EnvironmentFault: The configuration asks for what this machine cannot do.
+    """
     config, _ = cases.read_cases(source)
     root, name, key = source.parent, choice_name(config), choice_key(config)
     done = publish.done(root, name, key)
     if done is not None:
         return done, False
     with usage.warming_up(), publish.publishing(root, name, key, facts("choice", ""), publish.accept) as attempt:
-        if (root / name).exists():  # measured before, by a run that died before its receipt
+        if (root / name).exists():
+            # A run that was killed before it wrote the receipt left it. Times that are measured again would differ.
             attempt.path.write_bytes((root / name).read_bytes())
         else:
-            from wsiflow.run.stages.fastest import (
-                choose_engine,  # it needs torch: seconds, and threads that are limited
-            )
+            # It imports torch, which takes seconds, and before which a worker's threads have to be limited.
+            from wsiflow.run.stages.fastest import choose_engine
 
             record = choose_engine(classifier_of(config.model), config, threads=thread_count())
             record |= {"numeric_class": numeric_class(), "pixels": pixel_versions()}

@@ -1,4 +1,4 @@
-"""The stage that finds lesions on a heatmap, and draws what people look at (``detect``)."""
+"""The stage ``detect``: it finds lesions on a heatmap, and draws the pictures of the heatmap."""
 
 from pathlib import Path
 
@@ -22,9 +22,10 @@ _OVERLAY_SIDE_PX = 1024
 
 
 def detect(source: Path, index: int) -> tuple[publish.Receipt, bool]:
-    """Find lesions on a slide's heatmap and publish ``detections/<slide>.csv``, empty where there are none.
+    """Find lesions on the heatmap of a slide and publish ``detections/<slide>.csv``, empty where there are none.
 
-    Beside it go the pictures of the heatmap: an 8-bit pyramid for viewers, and the overlay with the detections.
+    Two pictures of the heatmap are published beside it: an 8-bit pyramid for viewers, and the overlay with the
+    detections.
     """
     plan = read_plan(source)
     root, planned = source.parent, plan.slides[index]
@@ -33,7 +34,7 @@ def detect(source: Path, index: int) -> tuple[publish.Receipt, bool]:
     if done is not None and all(publish.done_if_present(root, each, key) for each in STAGE.beside_of(plan, index)):
         return done, False
     make_room(planned.frame)
-    if done is not None:  # pictures that were deleted are made again
+    if done is not None:  # pictures were deleted: they are drawn again
         _publish_pictures(root, plan, index, *_detected(root, plan, index), key)
         return done, False
     with publish.publishing(root, name, key, facts("detections", planned.slide_id), publish.accept) as attempt:
@@ -45,17 +46,26 @@ def detect(source: Path, index: int) -> tuple[publish.Receipt, bool]:
 
 
 def _detected(root: Path, plan: Plan, index: int) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
-    """Return a slide's heatmap, and the detections on it: prob, x, y in level-0 px."""
+    """Return the heatmap of a slide, (rows, cols), and the detections on it, (n, 3): prob, x, y in level-0 px."""
     frame = plan.slides[index].frame
     heat, _ = files.read_heatmap(root / stitch.STAGE.product_of(plan, index))
-    found = lesions.detect(heat, plan.settings.lesions, cell_um=cell_um(frame))
-    return heat, np.column_stack([found[:, 0], geometry.l0_from_h(frame, found[:, 1:3])])
+    detections = lesions.detect(heat, plan.settings.lesions, cell_um=cell_um(frame))
+    return heat, np.column_stack([detections[:, 0], geometry.l0_from_h(frame, detections[:, 1:3])])
 
 
 def _publish_pictures(
     root: Path, plan: Plan, index: int, heat: NDArray[np.float32], detections: NDArray[np.float64], key: str
 ) -> None:
-    """Publish what people look at, as far as it is lacking: the pyramid of a heatmap for viewers, and its overlay."""
+    """Publish the pictures of a heatmap that are missing: the pyramid for viewers, and the overlay.
+
+    Args:
+        root: The run's folder.
+        plan: The run's plan.
+        index: Index of the slide.
+        heat: The heatmap.
+        detections: The detections, (n, 3): prob, x, y in level-0 px.
+        key: The key of the slide's detections.
+    """
     planned, (preview, overlay) = plan.slides[index], STAGE.beside_of(plan, index)
     receipt_facts = facts("overlay", planned.slide_id)
     if publish.done_if_present(root, preview, key) is None:

@@ -1,4 +1,4 @@
-"""The stages that store the pixels of a slide: its parts (``extract``), and one file that links them (``index``)."""
+"""The stages that store the pixels of a slide: ``extract`` its parts, and ``index`` one file that links the parts."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -49,18 +49,20 @@ def extract(source: Path, index: int) -> tuple[publish.Receipt, bool]:
             attempt.receipt["decoder"] = opened.decoder
         tiles = sum(len(block.tissue) for group in groups.values() for block in group)
         attempt.receipt["counts"] = {"blocks": sum(map(len, groups.values())), "tiles": tiles}
-        attempt.receipt["seconds"]["write"] -= attempt.receipt["seconds"].get("read", 0.0)  # read while it was written
+        attempt.receipt["seconds"]["write"] -= attempt.receipt["seconds"].get(
+            "read", 0.0
+        )  # pixels are read while the file is written
     return attempt.receipt, True
 
 
 def _described(planned: SlidePlan, key: str, receipt_facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a patches file says of itself."""
+    """Return the attributes that a patches file has besides the frame."""
     versions = receipt_facts["versions"]
     return {"slide_id": planned.slide_id, "slide_sha256": planned.sha256, "key": key, "versions": versions}
 
 
 def link_patches(source: Path, index: int) -> tuple[publish.Receipt, bool]:
-    """Publish ``patches/<slide>.h5``, through which all parts of a slide's patches are read as one file.
+    """Publish ``patches/<slide>.h5``, which shows all parts of the patches of a slide as one file.
 
     Raises:
         IntegrityError: A part is not published.

@@ -1,8 +1,8 @@
-"""How a run computes scores, chosen once: engine, backend, precision, halo and the largest block.
+"""Choose how a run computes scores: engine, backend, precision, halo and the largest block.
 
-Input: the classifier and the configuration. Output: a `Choice` and the reasons. What depends on the network (can it run
-over whole blocks, how much context and memory does it need) is computed from its graph; what depends on the machine is
-measured, and only where the configuration says ``auto``.
+Input: the classifier and the configuration. Output: a `Choice` and its reason. Whether the network can run over whole
+blocks, and how much context and memory it needs, is computed from its graph. The fastest backend and precision are
+measured on the machine, and only where the configuration says ``auto``.
 """
 
 import contextlib
@@ -28,19 +28,23 @@ _ONE_BY_ONE = "windows are run one by one"
 # What allocators and scratch memory add to the activations that the graph counts: GoogLeNet's are 80 bytes per pixel,
 # and a worker grows by 193 (fp32) for each pixel more in a block.
 _MEMORY_FACTOR = 2.4
-_FLAGS = ("amx", "asimd", "avx", "fma", "sve")  # what decides how fast a precision is
+_FLAGS = ("amx", "asimd", "avx", "fma", "sve")  # they decide how fast a precision is
 _WIDEST_STEP_PX = 16  # context is a multiple of the map's spacing, which differs from stride to stride
 _MOST_SHARED = 0.99
-_MOST_COLS = 12  # longer strips save hardly any halo, and a group should hold several
-_WINDOW_BYTES_PX = 200.0  # windows hold only pixels; reading more at once would gain nothing
+_MOST_COLS = 12  # longer strips save hardly any halo, and a group should hold several strips
+_WINDOW_BYTES_PX = 200.0  # windows hold only pixels, and reading more at once gains nothing
 
 
 def choose_engine(classifier: Classifier, config: RunConfig, *, threads: int) -> dict[str, Any]:
-    """Return the choice, the reason, what was measured, and the names that ``dense.share_until`` may have.
+    """Choose how a run computes scores.
+
+    Returns:
+        JSON values by name: the choice, its reason (``told``), the seconds that were measured, the flags of the CPU,
+        and the layers that ``dense.share_until`` may name (``cuts``).
 
     Raises:
         InputError: The configuration asks for what this network cannot do.
-        EnvironmentFault: It asks for what this machine cannot do.
+        EnvironmentFault: The configuration asks for what this machine cannot do.
     """
     facts, reason = _graph(classifier, config)
     try:
@@ -69,34 +73,36 @@ def choose_engine(classifier: Classifier, config: RunConfig, *, threads: int) ->
 
 
 class _NoRegionsError(Exception):
-    """Whole regions cannot be run, for the reason that is the message."""
+    """Whole blocks cannot be run; the message is the reason."""
 
 
 def _fastest(
     classifier: Classifier, planned: Choice, config: RunConfig, *, threads: int
 ) -> tuple[Choice, dict[str, float]]:
-    """Return the choice with backend and precision, measured where there is one to choose."""
+    """Return the fastest choice of backend and precision, and the median seconds of all that were measured."""
     backends = _backends(classifier, config)
-    wanted = [
+    candidates = [
         planned._replace(backend=backend, precision=precision)
         for backend, precision in itertools.product(backends, _precisions(config))
         if precision in spec.PRECISIONS[backend]
     ]
-    if not wanted:
+    if not candidates:
         cause = f"{config.inference.precision} is not a precision of backend {' or '.join(backends)}"
-        # What PyTorch alone runs would be refused with another backend too.
+        # A network that only PyTorch runs would be refused with another backend too.
         other = " or inference.backend=openvino" if engine.is_convertible(classifier) else ""
         raise InputError(cause, f"set inference.precision=fp32{other}", stage="configuration")
-    measured = _measure(classifier, wanted, config, threads=threads) if len(wanted) > 1 else {}
-    return min(wanted, key=lambda each: measured.get(_name(each), math.inf)), measured
+    measured = _measure(classifier, candidates, config, threads=threads) if len(candidates) > 1 else {}
+    return min(candidates, key=lambda each: measured.get(_name(each), math.inf)), measured
 
 
 def _prove(classifier: Classifier, choice: Choice, *, threads: int) -> None:
-    """Prepare the network as chosen: what it cannot do is told before any slide is read, and its graph is kept.
+    """Prepare the network as chosen, so that a choice that does not work fails before any slide is read.
+
+    The graph of the network is kept for later.
 
     Raises:
-        InputError: The network cannot be run like this.
-        EnvironmentFault: A package is missing, or the CPU cannot.
+        InputError: The network cannot be run as chosen.
+        EnvironmentFault: A package is missing, or the CPU does not support the precision.
     """
     if choice.precision == "int8":
         openvino.require_int8()
@@ -108,14 +114,18 @@ def _prove(classifier: Classifier, choice: Choice, *, threads: int) -> None:
 
 
 def _check_certifiable(choice: Choice, config: RunConfig) -> None:
-    """Refuse to use a lower precision unseen."""
+    """Refuse a lower precision whose scores are not compared with fp32.
+
+    Raises:
+        InputError: No windows are compared.
+    """
     if choice.precision != "fp32" and not config.dense.windows:
         cause = f"dense.windows is 0, but scores in {choice.precision} have to be compared with fp32"
         raise InputError(cause, "set dense.windows=200 or inference.precision=fp32", stage="configuration")
 
 
 def _graph(classifier: Classifier, config: RunConfig) -> tuple[DenseFacts | None, str]:
-    """Return what the network's graph says about running it over blocks, or None and why windows are run instead."""
+    """Return the facts of the network's graph where blocks can be run whole, else None, and the reason."""
     stride_px = config.inference.stride
     if config.inference.engine == "window":
         return None, f"{_ONE_BY_ONE}, as asked"
@@ -129,18 +139,23 @@ def _graph(classifier: Classifier, config: RunConfig) -> tuple[DenseFacts | None
 
 
 def _plan_windows(classifier: Classifier, config: RunConfig) -> Choice:
-    """Return the choice for windows that are run one by one, as far as no machine is concerned."""
+    """Return the choice for windows that are run one by one, without backend and precision."""
     return _plan_blocks(classifier, config, None)
 
 
 def _plan_blocks(classifier: Classifier, config: RunConfig, facts: DenseFacts | None) -> Choice:
-    """Return the choice as far as no machine is concerned.
+    """Return the choice without backend and precision.
+
+    Args:
+        classifier: The network.
+        config: The configuration.
+        facts: The facts of the network's graph; None for windows that are run one by one.
 
     Raises:
-        _NoRegionsError: Blocks cannot be run whole; never where ``facts`` is None.
+        _NoRegionsError: Blocks cannot be run whole; it is never raised where ``facts`` is None.
     """
-    asked, params = config.inference, config.tiles
-    reach = max(geometry.window_reach_px(classifier.window_px, asked.stride, config.geometry.convention))
+    inference, params = config.inference, config.tiles
+    reach = max(geometry.window_reach_px(classifier.window_px, inference.stride, config.geometry.convention))
     context = _context_px(config, facts)
     halo = _halo_px(config, reach + context, classifier.window_px // 2 + context)
     room = context if facts is None else halo - reach
@@ -149,44 +164,53 @@ def _plan_blocks(classifier: Classifier, config: RunConfig, facts: DenseFacts | 
         raise _NoRegionsError(cause)
     rows, cols = _block_tiles(config, facts, halo)
     if not rows:
-        cause = f"at stride {asked.stride} a single tile takes more than tiles.memory_mb={params.memory_mb}"
+        cause = f"at stride {inference.stride} a single tile takes more than tiles.memory_mb={params.memory_mb}"
         raise _NoRegionsError(cause)
     return Choice(
         engine="dense" if facts else "window",
         backend="",
         precision="",
-        batch=asked.batch,
-        stride_px=asked.stride,
+        batch=inference.batch,
+        stride_px=inference.stride,
         share_until=_cut(config, facts),
         context_px=context,
         exact=facts is None or not facts.padded,
         halo_px=halo,
         block_rows=rows,
         block_cols=cols,
-        refine=asked.refine,
-        refine_from_px=asked.refine_from if asked.refine else 0,
+        refine=inference.refine,
+        refine_from_px=inference.refine_from if inference.refine else 0,
     )
 
 
 def _halo_px(config: RunConfig, least_px: int, widest_px: int) -> int:
-    """Return the halo of a block: as asked, what is needed, or what any stride would need."""
-    asked = config.tiles.halo_px
-    if isinstance(asked, int):
-        return asked
-    return least_px if asked == "auto" else -(-widest_px // _WIDEST_STEP_PX) * _WIDEST_STEP_PX
+    """Return the halo of a block, reading pixels.
+
+    Args:
+        config: The configuration; a number there is taken as it is.
+        least_px: The halo that the run needs, taken for ``auto``.
+        widest_px: The halo that a run at any stride needs, taken otherwise.
+    """
+    halo_px = config.tiles.halo_px
+    if isinstance(halo_px, int):
+        return halo_px
+    return least_px if halo_px == "auto" else -(-widest_px // _WIDEST_STEP_PX) * _WIDEST_STEP_PX
 
 
 def _context_px(config: RunConfig, facts: DenseFacts | None) -> int:
-    """Return the context beyond the outermost windows: a multiple of the map's spacing, and none that cannot matter."""
+    """Return the width of the context beyond the outermost windows, reading pixels.
+
+    It is a multiple of the spacing of the map, and not wider than what a score can see.
+    """
     if facts is None:
         return 0
     seen = max(facts.overhang_px)
-    wanted = seen if config.dense.halo == "exact" else min(seen, config.dense.halo)
-    return -(-wanted // facts.grid_px) * facts.grid_px
+    context_px = seen if config.dense.halo == "exact" else min(seen, config.dense.halo)
+    return -(-context_px // facts.grid_px) * facts.grid_px
 
 
 def _block_tiles(config: RunConfig, facts: DenseFacts | None, halo_px: int) -> tuple[int, int]:
-    """Return the most rows and columns of a block that fit into the memory a worker's network may take, 0 for none."""
+    """Return the rows and columns of the largest block, in tiles, that fits into ``tiles.memory_mb``; 0, 0 for none."""
     params = config.tiles
     if params.block_cols != "auto":
         return params.block_rows, params.block_cols
@@ -200,23 +224,27 @@ def _block_tiles(config: RunConfig, facts: DenseFacts | None, halo_px: int) -> t
 
 
 def _cut(config: RunConfig, facts: DenseFacts | None) -> str:
-    """Return the layer up to which windows share their features, if there is such a layer."""
-    wanted = config.dense.share_until
-    if facts is None or not wanted:
+    """Return the layer up to which windows share their features; empty where they share all layers.
+
+    Raises:
+        InputError: The configuration names a layer that the network cannot be cut after.
+    """
+    layer = config.dense.share_until
+    if facts is None or not layer:
         return ""
     known = _cuts(facts)
     for name in known:
-        if wanted in {name, name.rpartition(".")[2]}:
+        if layer in {name, name.rpartition(".")[2]}:
             return name
     raise InputError(
-        f"dense.share_until is {wanted!r}, windows can share the network up to {known}",
+        f"dense.share_until is {layer!r}, windows can share the network up to {known}",
         "name one of them, or leave it empty",
         stage="configuration",
     )
 
 
 def _cuts(facts: DenseFacts | None) -> list[str]:
-    """Return the layers after which there is enough of the network left to make a difference, the last first."""
+    """Return the layers up to which sharing differs noticeably from sharing the whole network, the last layer first."""
     return [cut.name for cut in facts.cuts if cut.share < _MOST_SHARED] if facts else []
 
 
@@ -224,15 +252,15 @@ def _backends(classifier: Classifier, config: RunConfig) -> list[str]:
     """Return the backends to choose from."""
     if not engine.is_convertible(classifier):
         return ["torch"]
-    asked = config.inference.backend
-    return [asked] if asked != "auto" else [name for name in engine.installed_backends() if name != "torch"]
+    backend = config.inference.backend
+    return [backend] if backend != "auto" else [name for name in engine.installed_backends() if name != "torch"]
 
 
 def _precisions(config: RunConfig) -> list[str]:
     """Return the precisions to choose from."""
-    asked = config.inference.precision
-    if asked != "auto":
-        return [asked]
+    precision = config.inference.precision
+    if precision != "auto":
+        return [precision]
     return ["fp32", "bf16"] if spec.cpu_supports_bf16() else ["fp32"]
 
 
@@ -240,16 +268,17 @@ def _name(choice: Choice) -> str:
     return f"{choice.backend} {choice.precision}"
 
 
-def _measure(classifier: Classifier, wanted: list[Choice], config: RunConfig, *, threads: int) -> dict[str, float]:
-    """Return median seconds by backend and precision, on the shape that will run most, the candidates taking turns."""
-    rows, cols = wanted[0].block_rows, min(wanted[0].block_rows, wanted[0].block_cols)
-    tile_px, halo_px = config.tiles.tile_px, wanted[0].halo_px
+def _measure(classifier: Classifier, choices: list[Choice], config: RunConfig, *, threads: int) -> dict[str, float]:
+    """Return the median seconds by backend and precision, on the most frequent shape; the candidates take turns."""
+    first = choices[0]  # they differ in backend and precision alone
+    rows, cols = first.block_rows, min(first.block_rows, first.block_cols)
+    tile_px, halo_px = config.tiles.tile_px, first.halo_px
     shape = (rows * tile_px + 2 * halo_px, cols * tile_px + 2 * halo_px, 3)
-    if wanted[0].engine == "window":
+    if first.engine == "window":
         shape = (classifier.window_px, classifier.window_px, 3)
     pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     candidates: dict[str, spec.Engine] = {}
-    for choice in wanted:
+    for choice in choices:
         with contextlib.suppress(InputError):  # a backend that cannot convert this network is no candidate
             candidates[_name(choice)] = scorer.engine_to_time(classifier, choice, threads=threads)
     return engine.median_seconds(candidates, pixels, seconds=_MICRO_BENCHMARK_S) if candidates else {}

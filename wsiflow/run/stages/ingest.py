@@ -1,7 +1,8 @@
-"""From cases to the plan: open every slide, hash it, find its tissue, cut it into tiles, blocks and groups.
+"""The stage ``ingest``, and the plan that is made of it: slides are hashed, and cut into tiles, blocks and groups.
 
-``cases.json`` holds the resolved configuration and the cases. Each slide's record is published under ``tissue/``, so a
-run started again does not look at a slide twice. Only overviews are read here; the plan is written before any patch.
+``cases.json`` holds the resolved configuration and the cases. The record of each slide is published under ``tissue/``,
+so that a run that is started again does not inspect a slide twice. Only overviews are read here: the plan is written
+before any patch is read.
 """
 
 import base64
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 from wsiflow.errors import InputError, WsiflowError
 from wsiflow.evaluation import truth
 from wsiflow.model import card
-from wsiflow.model.choice import FORMER_EXCESS, Choice
+from wsiflow.model.choice import Choice
 from wsiflow.plan import geometry, outline, tissue
 from wsiflow.plan.geometry import MAX_UPSAMPLE, Frame
 from wsiflow.plan.slide_plan import SlideCut, SlidePlan, cut_name, make_cut, slide_key, tile_runs, tissue_grid
@@ -40,7 +41,11 @@ _logger = logging.getLogger(__name__)
 
 
 def ingest(source: Path, index: int) -> tuple[publish.Receipt, bool]:
-    """Open a slide, hash it, find its tissue, and publish its record, mask and outline under ``tissue/``."""
+    """Open a slide, hash it, find its tissue, and publish its record, mask, outline and cut.
+
+    Raises:
+        InputError: The slide cannot be read or scored, or is not the one of the manifest or of an earlier start.
+    """
     config, cases = read_cases(source)
     root, case = source.parent, cases[index]
     settings, name = plan_settings(root, config), f"tissue/{case.slide_id}.json"
@@ -49,26 +54,26 @@ def ingest(source: Path, index: int) -> tuple[publish.Receipt, bool]:
     if done is not None:
         check_unchanged(root, case.slide_id, case.path)
         _check_manifest_sha256(case, _record(root, case.slide_id)["sha256"])
-        if any(publish.done_if_present(root, each, key) is None for each in _names(case)[1:]):  # deleted: made again
-            looked, _ = _looked(case, config)
-            frame = _framed(looked["frame"], settings.choice)
-            cut = make_cut(tissue_grid(looked["tile_runs"]), frame, group_tiles=settings.group_tiles)
-            _publish_beside(root, case, looked, cut, key)
+        if any(publish.done_if_present(root, each, key) is None for each in _published_names(case)[1:]):
+            inspection, _ = _shared_inspection(case, config)  # a file was deleted: it is published again
+            frame = _frame_of_run(inspection["frame"], settings.choice)
+            cut = make_cut(tissue_grid(inspection["tile_runs"]), frame, group_tiles=settings.group_tiles)
+            _publish_beside(root, case, inspection, cut, key)
         return done, False
     _check_truth(case, config)
     with publish.publishing(root, name, key, facts("tissue", case.slide_id), publish.accept) as attempt:
-        looked, elsewhere = _looked(case, config)
-        if elsewhere is not None:
-            attempt.charge(elsewhere)
-        sha256, frame = looked["sha256"], _framed(looked["frame"], settings.choice)
+        inspection, former_receipt = _shared_inspection(case, config)
+        if former_receipt is not None:
+            attempt.charge(former_receipt)
+        sha256, frame = inspection["sha256"], _frame_of_run(inspection["frame"], settings.choice)
         _check_manifest_sha256(case, sha256)
-        grid = tissue_grid(looked["tile_runs"])
+        grid = tissue_grid(inspection["tile_runs"])
         cut = make_cut(grid, frame, group_tiles=settings.group_tiles)
         record = {
             "sha256": sha256,
-            "signature": looked["signature"],
-            "um_px_l0": looked["um_px_l0"],
-            "overview_downsample": looked["downsample"],
+            "signature": inspection["signature"],
+            "um_px_l0": inspection["um_px_l0"],
+            "overview_downsample": inspection["downsample"],
             "frame": frame._asdict(),
             "n_tiles": int(grid.sum()),
             "n_blocks": len(cut.blocks),
@@ -76,57 +81,57 @@ def ingest(source: Path, index: int) -> tuple[publish.Receipt, bool]:
             "key": slide_key(sha256, frame, cut),
         }
         with attempt.uncounted():
-            _publish_beside(root, case, looked, cut, key)
+            _publish_beside(root, case, inspection, cut, key)
         attempt.path.write_text(json.dumps(record), encoding="utf-8")
     return attempt.receipt, True
 
 
-def _names(case: Case) -> list[str]:
-    """Return the names of what is published of a slide before the plan: its record, mask, outline and cut."""
+def _published_names(case: Case) -> list[str]:
+    """Return the names of the files of a slide that are published before the plan: record, mask, outline and cut."""
     return [*(f"tissue/{case.slide_id}.{kind}" for kind in ("json", "png", "geojson")), cut_name(case.slide_id)]
 
 
-def _publish_beside(root: Path, case: Case, looked: Mapping[str, Any], cut: SlideCut, key: str) -> None:
-    """Publish a slide's mask, outline and cut, as far as they are lacking."""
+def _publish_beside(root: Path, case: Case, inspection: Mapping[str, Any], cut: SlideCut, key: str) -> None:
+    """Publish the mask, the outline and the cut of a slide, unless they are published already."""
     documents = (
-        base64.b64decode(looked["mask_png"]),
-        looked["outline"].encode(),
+        base64.b64decode(inspection["mask_png"]),
+        inspection["outline"].encode(),
         json.dumps(cut.as_dict(), separators=(",", ":")).encode(),
     )
-    for name, data in zip(_names(case)[1:], documents, strict=True):
+    for name, data in zip(_published_names(case)[1:], documents, strict=True):
         publish.publish_bytes(root, name, data, key, facts("tissue", case.slide_id))
 
 
-def _looked(case: Case, config: RunConfig) -> tuple[dict[str, Any], publish.Receipt | None]:
-    """Return what `_look` finds, and the receipt of whoever found it for all trials where that was another one."""
+def _shared_inspection(case: Case, config: RunConfig) -> tuple[dict[str, Any], publish.Receipt | None]:
+    """Return the result of `_inspect`, and the receipt of the trial that computed it, where that was another trial."""
     if config.share is None:
-        return _look(case, config), None
-    # The content is hashed by who looks first; whether it is still that file, its names, sizes and times tell.
+        return _inspect(case, config), None
+    # The first trial hashes the content. For the others, path, size and times tell whether it is still that file.
     seen = {"path": str(case.path), "stamp": content.stamp(case.path), "mpp": case.mpp}
     key = publish.key_of(**seen, frame=_frame_settings(config), tissue=config.tissue.model_dump())
     address = SharedFile(config.share, config.share, f"look/{case.slide_id}", key).address
-    receipt = sharing.found(config.share, address)
+    receipt = sharing.find_receipt(config.share, address)
     if receipt is None:
         with publish.publishing(config.share, address, key, facts("look", case.slide_id), publish.accept) as attempt:
-            attempt.path.write_text(json.dumps(_look(case, config)), encoding="utf-8")
-    looked: dict[str, Any] = json.loads((config.share / address).read_text(encoding="utf-8"))
-    return looked, receipt
+            attempt.path.write_text(json.dumps(_inspect(case, config)), encoding="utf-8")
+    inspection: dict[str, Any] = json.loads((config.share / address).read_text(encoding="utf-8"))
+    return inspection, receipt
 
 
 def _frame_settings(config: RunConfig) -> dict[str, Any]:
-    """Return the settings that decide what is read of a slide's overview, and its tile grid."""
+    """Return the settings that decide how the overview of a slide is read, and what its tile grid is."""
     model = card.read_card(config.model)
     window = {"window_px": model.window_px, "spacing_um_px": model.spacing_um_px}
     return {"geometry": config.geometry.model_dump(), "tile_px": config.tiles.tile_px, "model": window}
 
 
-def _look(case: Case, config: RunConfig) -> dict[str, Any]:
-    """Open a slide, hash it and find its tissue: all that does not depend on how windows are cut and scored.
+def _inspect(case: Case, config: RunConfig) -> dict[str, Any]:
+    """Open a slide, hash it and find its tissue; nothing of this depends on how windows are cut and scored.
 
     Returns:
-        Plain JSON values; ``frame`` is the transform as far as it is known without strides and blocks.
+        JSON values by name. ``frame`` is the slide's frame with neutral values for stride, halo and blocks.
     """
-    with content.unmodified(case.path, case.slide_id):  # hash and overview are of one content
+    with content.unmodified(case.path, case.slide_id):  # the hash and the overview belong to one content
         signature = content.signature(case.path)
         with slide.open_slide(case.path, slide_id=case.slide_id) as opened:
             um_px = slide.resolve_mpp(opened.facts, case.mpp)
@@ -146,10 +151,10 @@ def _look(case: Case, config: RunConfig) -> dict[str, Any]:
 
 
 def _check_truth(case: Case, config: RunConfig) -> None:
-    """See that a slide can be scored before its pixels are read; what changes afterwards is told when it is scored.
+    """Check that a slide can be scored, before its pixels are read.
 
     Raises:
-        InputError: Its truth cannot be read, is of another slide, or contradicts its label.
+        InputError: The truth of the slide cannot be read, belongs to another slide, or contradicts the label.
     """
     if case.mask_path is None and case.annotation_path is None:
         return
@@ -160,18 +165,18 @@ def _check_truth(case: Case, config: RunConfig) -> None:
 
 
 def is_ingested(source: Path, index: int) -> bool:
-    """Tell whether all that is published of a case before the plan is there."""
+    """Tell whether all files of a case that are published before the plan exist."""
     _, cases = read_cases(source)
-    return all(publish.has_recorded_size(source.parent, name) for name in _names(cases[index]))
+    return all(publish.has_recorded_size(source.parent, name) for name in _published_names(cases[index]))
 
 
 def record_key(case: Case, settings: PlanSettings) -> str:
-    """Return the key of a slide's record."""
+    """Return the key of the record of a slide."""
     return publish.key_of(slide=case.slide_id, settings=settings.of_tiles, mpp=case.mpp)
 
 
 def plan_settings(root: Path, config: RunConfig) -> PlanSettings:
-    """Return the settings that a run's plan has, from its configuration and from how it computes scores."""
+    """Return the settings of a run's plan, from the configuration and from the published choice of the engine."""
     model, record = card.read_card(config.model), choice_record(root, config)
     return PlanSettings(
         geometry=config.geometry,
@@ -192,7 +197,7 @@ def plan_settings(root: Path, config: RunConfig) -> PlanSettings:
         evaluation=config.evaluation,
         seed=config.seed,
         tolerance=config.dense.tolerance,
-        beyond=FORMER_EXCESS[config.dense.on_excess],
+        on_excess=config.dense.on_excess,
         shared_layers=record["cuts"],
         reason=record["told"],
     )
@@ -201,7 +206,7 @@ def plan_settings(root: Path, config: RunConfig) -> PlanSettings:
 def _tiles(
     opened: slide.Slide, um_px: float, config: RunConfig
 ) -> tuple[NDArray[np.bool_], float, NDArray[np.bool_], Frame]:
-    """Return the tissue mask, its downsample, the tile grid and the frame of a slide."""
+    """Return the tissue mask, its downsample, the tissue tiles (rows, cols) and the frame of a slide."""
     frame = _frame(opened.facts, um_px, config)
     if config.geometry.convention == "reference":
         return _cut_like_the_reference(opened, frame)
@@ -227,16 +232,16 @@ def _cut_like_the_reference(
 
 
 def _frame(about: slide.SlideFacts, um_px: float, config: RunConfig) -> Frame:
-    """Return the slide's transform; stride and blocks are still to be said, see `_framed`."""
+    """Return the frame of a slide with neutral values for stride, halo and blocks, see `_frame_of_run`."""
     model = card.read_card(config.model)
     l0_per_px = 1.0
-    wanted = config.geometry.spacing
-    if wanted != "native":
-        wanted = model.spacing_um_px if wanted == "model" else wanted
-        l0_per_px = geometry.reading_scale(um_px, wanted, tolerance=config.geometry.tolerance)
+    reading_um_px = config.geometry.spacing
+    if reading_um_px != "native":
+        reading_um_px = model.spacing_um_px if reading_um_px == "model" else reading_um_px
+        l0_per_px = geometry.reading_scale(um_px, reading_um_px, tolerance=config.geometry.tolerance)
     if l0_per_px * config.geometry.max_upsample < 1:
         who = "the model needs" if config.geometry.spacing == "model" else "geometry.spacing is"
-        cause, remedy = f"the slide has {um_px:g} um/px, {who} {wanted:g}", _enlarging(1 / l0_per_px)
+        cause, remedy = f"the slide has {um_px:g} um/px, {who} {reading_um_px:g}", _enlarging(1 / l0_per_px)
         raise InputError(cause, remedy, slide=about.slide_id, path=about.path)
     width, height = about.l0_size_px
     rows, cols = geometry.grid_shape(width, height, l0_per_px=l0_per_px, tile_px=config.tiles.tile_px)
@@ -260,25 +265,25 @@ def _frame(about: slide.SlideFacts, um_px: float, config: RunConfig) -> Frame:
 
 
 def _enlarging(times: float) -> str:
-    """Return what helps where a slide would have to be enlarged so many times."""
-    plain = "use a model for this spacing, or correct mpp in the manifest"
-    needed = math.ceil(times * 10) / 10  # rounded down it would be refused again
+    """Return the remedy where a slide would have to be enlarged ``times`` times."""
+    other = "use a model for this spacing, or correct mpp in the manifest"
+    needed = math.ceil(times * 10) / 10  # a value that is rounded down would be refused again
     if needed > MAX_UPSAMPLE:
-        return f"{plain}: no slide is enlarged more than {MAX_UPSAMPLE} times"
-    return f"{plain}, or allow enlarging with geometry.max_upsample={needed:.1f} in another out= folder"
+        return f"{other}: no slide is enlarged more than {MAX_UPSAMPLE} times"
+    return f"{other}, or allow enlarging with geometry.max_upsample={needed:.1f} in another out= folder"
 
 
-def _framed(frame: Mapping[str, Any], choice: Choice) -> Frame:
-    """Return a slide's transform with the stride and the blocks of the run."""
+def _frame_of_run(frame: Mapping[str, Any], choice: Choice) -> Frame:
+    """Return the frame of a slide with the stride, the halo and the blocks of the run."""
     chosen = {name: getattr(choice, name) for name in ("stride_px", "halo_px", "block_rows", "block_cols")}
     return Frame(**{**frame, **chosen})
 
 
 def check_unchanged(root: Path, slide_id: str, path: Path) -> None:
-    """See that a slide still has the content that was planned; it is hashed again only if its files were touched.
+    """Check that a slide still has the content that was planned; it is hashed only if its files were touched.
 
     Raises:
-        InputError: The content is another.
+        InputError: The content has changed.
     """
     record = _record(root, slide_id)
     if content.signature(path) == record["signature"]:
@@ -290,8 +295,8 @@ def check_unchanged(root: Path, slide_id: str, path: Path) -> None:
 
 
 def _record(root: Path, slide_id: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((root / f"tissue/{slide_id}.json").read_text(encoding="utf-8"))
-    return found
+    record: dict[str, Any] = json.loads((root / f"tissue/{slide_id}.json").read_text(encoding="utf-8"))
+    return record
 
 
 def _check_manifest_sha256(case: Case, sha256: str) -> None:
@@ -301,11 +306,17 @@ def _check_manifest_sha256(case: Case, sha256: str) -> None:
 
 
 def make_plan(source: Path, outcomes: Sequence[Outcome]) -> Path:
-    """Make the plan from what ingest found, and publish it.
+    """Make the plan from the records of the slides, and publish it.
 
     Args:
-        source: ``cases.json``.
-        outcomes: One outcome of `ingest` per case.
+        source: The ``cases.json`` of the run.
+        outcomes: One outcome of `ingest` for each case.
+
+    Returns:
+        The file of the plan.
+
+    Raises:
+        InputError: The folder holds a plan with other settings, or with other content of a slide.
     """
     config, cases = read_cases(source)
     root = source.parent
@@ -324,11 +335,11 @@ def make_plan(source: Path, outcomes: Sequence[Outcome]) -> Path:
     return publish_plan(root, plan)
 
 
-def told(root: Path) -> Path | None:
-    """Return the newest ``cases.json`` of a folder, None where it holds no run.
+def newest_cases(root: Path) -> Path | None:
+    """Return the newest ``cases.json`` of a folder that its plan follows, or None where the folder holds no run.
 
-    A start that asked for other settings or fewer slides than the folder's plan has was refused: it left its word, but
-    the folder is not what it asked for.
+    A start with other settings or fewer slides than the plan is refused, but its ``cases.json`` stays in the folder. It
+    is skipped here, because the folder holds nothing of what it asked for.
     """
     files = publish.generations(root, "cases.json")
     if len(files) > 1 and publish.generations(root, "plan.json"):
@@ -338,17 +349,17 @@ def told(root: Path) -> Path | None:
 
 
 def shared_folder(root: Path) -> Path | None:
-    """Return the folder that a run shares with the other trials of its sweep, None where it shares nothing."""
-    source = told(root)
+    """Return the folder that a run shares with the other trials of its sweep, or None where it shares nothing."""
+    source = newest_cases(root)
     return read_cases(source)[0].share if source else None
 
 
 def _follows(plan: Plan, source: Path) -> bool:
-    """Tell whether a plan is what becomes of cases and configuration, or what may still join it."""
+    """Tell whether a plan belongs to a configuration, and all of its slides to the cases; more slides may join it."""
     config, cases = read_cases(source)
     try:
         same = plan.settings.numbers() == plan_settings(source.parent, config).numbers()
-    except (OSError, WsiflowError):  # nothing was chosen for these, or their model is gone
+    except (OSError, WsiflowError):  # no engine was chosen for this configuration, or its model is gone
         return False
     return same and {one.slide_id for one in plan.slides} <= {case.slide_id for case in cases}
 

@@ -1,11 +1,11 @@
-"""What the run's work costs on the machine that does it, measured on a few blocks.
+"""The stage ``measure``: it measures on a few blocks what the tasks of a run cost on the machine that does them.
 
-A small plan is made of the run's own: slides whose tissue is cut down to one block or four, with the same frames and
-settings. It is taken through every stage in a folder that is thrown away, each task is timed, and the result is written
-as ``costs.json``. It decides which tasks travel together and what is foretold; no published byte depends on it.
+A small plan is made of the run's plan: slides whose tissue is reduced to one block or to four, with the same frames and
+settings. Every stage works through it in a temporary folder, each task is timed, and the result is written as
+``costs.json``. It decides which tasks form a slice, and what a forecast says; no published byte depends on it.
 
-Tasks of ``extract`` and ``predict`` cost a fixed part and one for each tile. The others work on a sample or on the map
-of a whole slide, which is as large here as in the run: they cost the same whatever the tissue.
+The cost of a task of ``extract`` and ``predict`` has a fixed part and a part for each tile. The other stages work on a
+sample or on the map of a whole slide, which is as large here as in the run; the cost of their tasks is fixed.
 """
 
 import json
@@ -34,7 +34,7 @@ from wsiflow.system.provenance import thread_count
 _SLIDES = 2
 _BLOCKS = (1, 4)
 _LEAST_CORE_S = 1e-6
-# The first two of the stage that loads the network, that of a fresh worker and that of this process, are in `load_s`.
+# The first two tasks of ``predict`` load the network, in a fresh worker and in this process: `load_s` covers them.
 _LOADS = 2
 _IMPORT = "import wsiflow.run.stages.work"
 _PREDICT = """
@@ -50,12 +50,12 @@ sys.exit(outcome.exit_code)
 
 
 class Timed(NamedTuple):
-    """A task that was timed.
+    """The times of a task.
 
     Attributes:
-        tiles: Tissue tiles, weighed by what is read for them: the run's mean tile counts for one.
-        core_s: Core-seconds.
-        waited_s: Wall seconds beyond those: disks, and other processes.
+        tiles: Number of tissue tiles, weighted by the pixels read for them: the mean tile of the run counts as one.
+        core_s: Core-seconds of the task.
+        waited_s: Wall seconds minus core-seconds: the task waited for disks or for other processes.
     """
 
     tiles: float
@@ -64,7 +64,7 @@ class Timed(NamedTuple):
 
 
 def measure(source: Path, _index: int) -> tuple[publish.Receipt, bool]:
-    """Take a few blocks of a run through every stage and write what tasks cost as ``costs.json``.
+    """Take a few blocks of a run through every stage, and write the costs of tasks as ``costs.json``.
 
     Args:
         source: The run's plan.
@@ -84,7 +84,7 @@ def measure(source: Path, _index: int) -> tuple[publish.Receipt, bool]:
 
 
 def areas_px(root: Path, plan: Plan) -> list[int]:
-    """Return the pixels that are read for the blocks of each slide, halo included."""
+    """Return for each slide the number of reading pixels in its blocks, halo included."""
     return [_area_px(planned, read_cut(root, planned)) for planned in plan.slides]
 
 
@@ -94,16 +94,19 @@ def _area_px(planned: SlidePlan, cut: SlideCut) -> int:
 
 
 def _shapes(root: Path, plan: Plan) -> int:
-    """Return how many shapes the blocks of a plan have."""
+    """Return the number of different shapes of the blocks of a plan."""
     cuts = (read_cut(root, planned) for planned in plan.slides)
     return len({(block.rows, block.cols) for cut in cuts for block in cut.blocks})
 
 
 def _small_plan(folder: Path, root: Path, plan: Plan) -> tuple[Path, list[list[float]]]:
-    """Publish a plan of a few blocks; the slides to be timed are its last, after others that are the same.
+    """Publish a plan of a few blocks; its last slides are the timed ones, the others repeat them for warming up.
 
     Returns:
-        The plan, and the tiles of each group of its slides, weighed by area.
+        The file of the plan, and for each of its slides the number of tiles of each group, weighted by area.
+
+    Raises:
+        InputError: There is no tissue.
     """
     with_tissue = sorted((slide for slide in plan.slides if slide.n_tiles), key=lambda slide: slide.n_tiles)
     if not with_tissue:
@@ -111,9 +114,10 @@ def _small_plan(folder: Path, root: Path, plan: Plan) -> tuple[Path, list[list[f
     px_tile = sum(areas_px(root, plan)) / sum(slide.n_tiles for slide in plan.slides)
     chosen = [with_tissue[len(with_tissue) * (2 * i + 1) // (2 * _SLIDES)] for i in range(_SLIDES)]
     timed = [(slide, place, count) for slide in chosen for place, count in enumerate(_BLOCKS)]
-    wanted = [timed[0], *timed, *timed]  # for a fresh worker; to see each shape for the first time; to be timed
+    # One slide for a fresh worker, one of each shape for a first time, and those that are timed.
+    pieces = [timed[0], *timed, *timed]
     slides, weights = [], []
-    for number, (slide, place, count) in enumerate(wanted):
+    for number, (slide, place, count) in enumerate(pieces):
         cut = _piece(read_cut(root, slide), slide, place, count, plan.settings.group_tiles)
         slides.append(_publish_slide(folder, root, slide, cut, f"{number}"))
         groups = [cut._replace(blocks=tuple(cut.group(k))) for k in range(1, len(cut.group_ranges) + 1)]
@@ -122,7 +126,7 @@ def _small_plan(folder: Path, root: Path, plan: Plan) -> tuple[Path, list[list[f
 
 
 def _piece(cut: SlideCut, slide: SlidePlan, place: int, count: int, group_tiles: int) -> SlideCut:
-    """Return a slide cut down to the tissue of some blocks in a row, at one of a few places."""
+    """Return the cut of a slide that is reduced to ``count`` successive blocks, at one of a few places."""
     first = len(cut.blocks) * (2 * place + 1) // (2 * len(_BLOCKS)) - count // 2
     first = max(0, min(first, len(cut.blocks) - count))
     grid = np.zeros((slide.frame.t_rows, slide.frame.t_cols), dtype=np.bool_)
@@ -133,7 +137,7 @@ def _piece(cut: SlideCut, slide: SlidePlan, place: int, count: int, group_tiles:
 
 
 def _publish_slide(folder: Path, root: Path, slide: SlidePlan, cut: SlideCut, name: str) -> SlidePlan:
-    """Write what tasks read of a slide: its cut, and the record that tells whether its content has changed."""
+    """Write the files of a slide that tasks read: its cut, and the record of its content."""
     for path, text in (
         (folder / cut_name(name), json.dumps(cut.as_dict())),
         (folder / f"tissue/{name}.json", (root / f"tissue/{slide.slide_id}.json").read_text(encoding="utf-8")),
@@ -150,9 +154,9 @@ def _publish_slide(folder: Path, root: Path, slide: SlidePlan, cut: SlideCut, na
 
 
 def _costs(source: Path, weights: Sequence[Sequence[float]], shapes: int) -> Costs:
-    """Take the small plan through the line and return what it cost."""
+    """Take the small plan through the line, and return the costs."""
     plan = read_plan(source)
-    found: dict[str, list[Timed]] = {}
+    times: dict[str, list[Timed]] = {}
     fresh_s = 0.0
     start_s = min(_start_s() for _ in range(2))
     firsts: dict[str, list[Timed]] = {}
@@ -162,31 +166,31 @@ def _costs(source: Path, weights: Sequence[Sequence[float]], shapes: int) -> Cos
             if plan.settings.choice.precision == "int8":
                 calibrate(source, 0)
             fresh_s = float(_fresh(_PREDICT, str(source), str(thread_count())))
-            network.release()  # what `choose` has left
-        firsts[stage.name], found[stage.name] = _timed_stage(stage, source, weights)
-    fitted = {stage.name: _fit(stage, found[stage.name]) for stage in due}
+            network.release()  # the network that `choose` has loaded in this process
+        firsts[stage.name], times[stage.name] = _timed_stage(stage, source, weights)
+    fitted = {stage.name: _fit(stage, times[stage.name]) for stage in due}
     for stage in due:
-        if stage.loads_network:  # shapes that were not seen before, and networks of its own
+        if stage.loads_network:  # it prepares shapes that are new to it, or a network of its own
             is_first, cost = stage is predict.STAGE, fitted[stage.name]
             seen = firsts[stage.name][_LOADS if is_first else 0 :]
             more_s = sum(max(0.0, one.core_s - cost.fixed_s - cost.unit_s * one.tiles) for one in seen)
             fitted[first_of(stage.name)] = StageCost(
                 more_s * (shapes / _shapes(source.parent, plan) if is_first else 1.0), 0.0
             )
-    cost, timed = fitted[predict.STAGE.name], found[predict.STAGE.name]
+    cost, timed = fitted[predict.STAGE.name], times[predict.STAGE.name]
     first_s = cost.fixed_s * len(weights[0]) + cost.unit_s * sum(weights[0])
     return Costs(start_s, max(0.0, fresh_s - first_s), _spread(cost, timed), fitted)
 
 
 def _timed_stage(stage: Stage, source: Path, weights: Sequence[Sequence[float]]) -> tuple[list[Timed], list[Timed]]:
-    """Do the tasks of a stage, and return what they took for the first time and again."""
+    """Do the tasks of a stage, and return the times of the first runs and of the repeated ones."""
     plan, half = read_plan(source), len(weights) // 2
-    found: list[list[Timed]] = []
+    times: list[list[Timed]] = []
     for slide, groups in enumerate(weights):
         tasks = stage.tasks_of(plan, slide)
         each = groups if len(tasks) == len(groups) else [sum(groups) / len(tasks)] * len(tasks)
-        found.append([_timed(stage.work, source, task, tiles) for task, tiles in zip(tasks, each, strict=True)])
-    first, again = found[:-half], found[-half:]
+        times.append([_timed(stage.work, source, task, tiles) for task, tiles in zip(tasks, each, strict=True)])
+    first, again = times[:-half], times[-half:]
     return [one for slide in first for one in slide], [one for slide in again for one in slide]
 
 
@@ -198,9 +202,10 @@ def _timed(work: Work, source: Path, task: int, tiles: float) -> Timed:
 
 
 def _fit(stage: Stage, timed: Sequence[Timed]) -> StageCost:
-    """Return what a stage's tasks cost: least squares of relative errors, neither part below 0.
+    """Return the cost of a stage's tasks by least squares of relative errors; neither part is below 0.
 
-    To the core-seconds comes the least that any of the tasks waited: what it waits for a disk, and no other process.
+    The shortest waiting time of the tasks is added to the fixed part: it is time for the disk, whereas longer ones are
+    also due to other processes.
     """
     waited_s = min(each.waited_s for each in timed)
     core_s = np.array([each.core_s for each in timed])
@@ -215,29 +220,35 @@ def _fit(stage: Stage, timed: Sequence[Timed]) -> StageCost:
 
 
 def _spread(cost: StageCost, timed: Sequence[Timed]) -> float:
-    """Return the standard deviation of core-seconds over what the fit gives, as far as repeats show it."""
+    """Return the standard deviation of the relative error of the fit."""
     errors = [each.core_s / (cost.fixed_s + cost.unit_s * each.tiles) - 1 for each in timed]
     return math.sqrt(statistics.fmean(error**2 for error in errors))
 
 
 def _start_s() -> float:
-    """Return the seconds from the start of an interpreter until it could do a task."""
+    """Return the seconds from the start of an interpreter until it can do a task."""
     clock = time.perf_counter()
     _fresh(_IMPORT)
     return time.perf_counter() - clock
 
 
 def _fresh(program: str, *arguments: str) -> str:
-    """Run a program in a fresh interpreter and return what it prints."""
+    """Run a program in a fresh interpreter, and return what it prints.
+
+    Raises:
+        EnvironmentFault: The program failed.
+    """
     command = [sys.executable, "-c", program, *arguments]
     ended = subprocess.run(command, check=False, capture_output=True, text=True)
     if ended.returncode:
-        told = (ended.stderr.strip().splitlines() or [f"exit code {ended.returncode}"])[-1]
-        raise EnvironmentFault(f"a fresh worker cannot predict ({told})", "see that it runs: wsiflow doctor")
+        message = (ended.stderr.strip().splitlines() or [f"exit code {ended.returncode}"])[-1]
+        raise EnvironmentFault(
+            f"a fresh worker cannot predict ({message})", "see what is missing here with wsiflow doctor"
+        )
     return ended.stdout
 
 
 def _ingest_s(root: Path, plan: Plan) -> float:
-    """Return the mean of the seconds that ingest took, from its receipts."""
-    found = (publish.read_receipt(root, f"tissue/{slide.slide_id}.json") for slide in plan.slides)
-    return statistics.fmean(receipt["wall_s"] for receipt in found if receipt)
+    """Return the mean wall seconds of ingest for a slide, from its receipts."""
+    receipts = (publish.read_receipt(root, f"tissue/{slide.slide_id}.json") for slide in plan.slides)
+    return statistics.fmean(receipt["wall_s"] for receipt in receipts if receipt)

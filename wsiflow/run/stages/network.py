@@ -1,4 +1,4 @@
-"""The network of a plan, and what runs it: loaded once per process."""
+"""The network of a plan, and the scorer that runs it; a process loads each once."""
 
 import gc
 from functools import lru_cache
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 
 def check_numeric_class(plan: Plan) -> None:
-    """Refuse to compute scores here under the key of another kind of machine.
+    """Refuse to compute scores on another kind of machine than the plan names: the last bits could differ.
 
     Raises:
-        EnvironmentFault: Processor, library or threads would give other last bits than the plan says.
+        EnvironmentFault: The processor, a library or the number of threads is another one.
     """
     planned = {**plan.settings.numeric_class, **plan.settings.pixel_versions}
     here = numeric_class() | pixel_versions()
@@ -34,13 +34,13 @@ def check_numeric_class(plan: Plan) -> None:
 
 
 def classifier_of(spec: card.ModelSpec) -> "Classifier":
-    """Return the model, loaded once per process for as long as its card says the same."""
+    """Return the classifier; a process loads it once, and again only where its card has changed."""
     return _loaded(spec, card.identity(card.read_card(spec)))
 
 
 @lru_cache(maxsize=1)
 def _loaded(spec: card.ModelSpec, _identity: str) -> "Classifier":
-    """Load the model; torch is imported here so that a worker's threads are limited before."""
+    """Load the model; torch is imported here, after the threads of the worker were limited."""
     with usage.warming_up():
         from wsiflow.model.classifier import load
 
@@ -48,10 +48,10 @@ def _loaded(spec: card.ModelSpec, _identity: str) -> "Classifier":
 
 
 def planned_classifier(plan: Plan) -> "Classifier":
-    """Return the plan's classifier.
+    """Return the classifier of a plan.
 
     Raises:
-        IntegrityError: Card or weights are no longer what was planned.
+        IntegrityError: The card or the weights have changed since the run was planned.
     """
     model = classifier_of(plan.settings.model)
     if model.identity != plan.settings.model_identity:
@@ -63,7 +63,11 @@ def planned_classifier(plan: Plan) -> "Classifier":
 
 
 def planned_scorer(root: Path, plan: Plan) -> "WindowScorer | DenseScorer":
-    """Return what computes the plan's scores; prepared once per process."""
+    """Return the scorer of a plan; a process prepares it once.
+
+    Raises:
+        IntegrityError: The network was not calibrated for int8, or has changed since the run was planned.
+    """
     model, choice = planned_classifier(plan), plan.settings.choice
     quantised = root / calibration(root, plan).name if choice.precision == "int8" else None
     if quantised is not None and not quantised.exists():
@@ -72,14 +76,20 @@ def planned_scorer(root: Path, plan: Plan) -> "WindowScorer | DenseScorer":
 
 
 def timed_scorer(root: Path, plan: Plan) -> "tuple[WindowScorer | DenseScorer, float]":
-    """Return what computes the plan's scores, and the core-seconds that preparing it took just now."""
+    """Return the scorer of a plan, and the core-seconds that this call took to prepare it."""
     before = usage.warmup_s()
     return planned_scorer(root, plan), usage.warmup_s() - before
 
 
 @lru_cache(maxsize=4)
 def scorer_for(model: "Classifier", choice: Choice, quantised: Path | None = None) -> "WindowScorer | DenseScorer":
-    """Return what computes scores as chosen, prepared once per process; ``quantised`` is the network in int8."""
+    """Return the scorer for a choice; a process prepares it once.
+
+    Args:
+        model: The classifier.
+        choice: How scores are computed.
+        quantised: The file of the network in int8; None for other precisions.
+    """
     with usage.warming_up():
         from wsiflow.model import scorer
 
@@ -88,20 +98,20 @@ def scorer_for(model: "Classifier", choice: Choice, quantised: Path | None = Non
 
 
 def release() -> None:
-    """Give back the memory of prepared networks; the next task of this process that needs one prepares it again."""
+    """Free the memory of prepared networks; the next task of this process that needs one prepares it again."""
     scorer_for.cache_clear()
     gc.collect()
 
 
 class Calibration(NamedTuple):
-    """Name, relative to the run's folder, and key of the network in int8."""
+    """The name, relative to the run's folder, and the key of the network in int8."""
 
     name: str
     key: str
 
 
 def calibration(root: Path, plan: Plan) -> Calibration:
-    """Return what the network in int8 is published as; it follows the slides of the run's first plan."""
+    """Return the name and the key of the network in int8; they follow from the slides of the run's first plan."""
     first = read_plan(publish.generations(root, "plan.json")[0])
     key = publish.key_of(predict=plan.settings.of_scores, slides=[planned.key for planned in first.slides])
     return Calibration(f"engine/int8-{key[:12]}.zip", key)

@@ -1,7 +1,6 @@
-"""From a planned slide to the pixels the network sees: read from the slide or the store, colours normalised.
+"""The pixels of a planned slide as the network sees them: read from the slide or the store, with normalised colours.
 
-Everything that needs a block's pixels (prediction, its certificate, calibration) gets them here, so all of them see the
-same.
+Prediction, its certificate and the calibration all get the pixels of blocks here, so that they see the same ones.
 """
 
 import contextlib
@@ -32,13 +31,13 @@ _AnyPixels = TypeVar("_AnyPixels")
 
 @contextlib.contextmanager
 def open_planned(root: Path, planned: SlidePlan) -> Iterator[slide.Slide]:
-    """Open a planned slide, unless it is no longer the one that was planned, and see that it stays so to the end.
+    """Open a planned slide, and check before and after the body that it has the content that was planned.
 
-    Whoever reads a planned slide does it in here, and publishes nothing before this has ended.
+    Every stage opens planned slides with this function, and publishes nothing of them before the body has ended.
 
     Raises:
-        InputError: Its content has changed, or it cannot be opened.
-        SlideModified: It was written while it was read.
+        InputError: The content of the slide has changed, or the slide cannot be opened.
+        SlideModified: The slide was written while it was read.
     """
     path = Path(planned.path)
     with content.unmodified(path, planned.slide_id):
@@ -48,12 +47,12 @@ def open_planned(root: Path, planned: SlidePlan) -> Iterator[slide.Slide]:
 
 
 def block_size_px(frame: Frame, block: Block) -> tuple[int, int]:
-    """Return rows and columns of a block with halo, reading pixels."""
+    """Return the rows and columns of a block with halo, reading pixels."""
     return frame.block_px(block.rows), frame.block_px(block.cols)
 
 
 def block_coord(frame: Frame, blocks: Sequence[Block]) -> NDArray[np.int64]:
-    """Return int64 (n, 5): first tile's column and row, level-0 x and y of the first pixel, width in level-0 px."""
+    """Return int64 (n, 5): column and row of the first tile, level-0 x and y of the first pixel, level-0 width."""
     rows = []
     for block in blocks:
         x, y = geometry.patch_origin_px(frame, block.t_col, block.t_row)
@@ -63,7 +62,7 @@ def block_coord(frame: Frame, blocks: Sequence[Block]) -> NDArray[np.int64]:
 
 
 def read_slide(opened: slide.Slide, frame: Frame, blocks: Sequence[Block]) -> Iterator[store.Pixels]:
-    """Read blocks with their halo from a slide, one at a time."""
+    """Yield the pixels of blocks with halo, which are read from a slide one after another."""
     for block in blocks:
         origin = geometry.patch_origin_px(frame, block.t_col, block.t_row)
         rows, cols = block_size_px(frame, block)
@@ -72,7 +71,7 @@ def read_slide(opened: slide.Slide, frame: Frame, blocks: Sequence[Block]) -> It
 
 
 def timed_reads(parts: Iterator[_AnyPixels], timed: Timer) -> Iterator[_AnyPixels]:
-    """Count the seconds that blocks take to be read as those of ``read``, whatever happens between them."""
+    """Yield blocks, and count the seconds until each of them is there as the step ``read``."""
     while True:
         with timed("read"):
             part = next(parts, None)
@@ -82,13 +81,18 @@ def timed_reads(parts: Iterator[_AnyPixels], timed: Timer) -> Iterator[_AnyPixel
 
 
 class Colours:
-    """How the colours of a slide's blocks are normalised, and which blocks could not be."""
+    """The normalisation of the colours of a slide's blocks.
+
+    Attributes:
+        params: The settings.
+        failures: Level-0 x and y of each block whose colours could not be normalised, and the reason.
+    """
 
     def __init__(self, root: Path, plan: Plan, planned: SlidePlan) -> None:
-        """Read the slide's fit, where the run has one.
+        """Read the stain fit of the slide, where the settings ask for one.
 
         Raises:
-            IntegrityError: It should have one and has not.
+            IntegrityError: The fit is missing.
         """
         self.params = plan.settings.stain
         self.failures: list[tuple[int, int, str]] = []
@@ -97,24 +101,26 @@ class Colours:
             path = root / fit_name(planned)
             if not path.exists():
                 raise IntegrityError("the slide's colours were not measured", "run again", path=path)
-            found = json.loads(path.read_text(encoding="utf-8"))
-            self._fit = read_fit(found["fit"]) if found["fit"] else None
+            record = json.loads(path.read_text(encoding="utf-8"))
+            self._fit = read_fit(record["fit"]) if record["fit"] else None
 
     def normalised(self, frame: Frame, block: Block, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """Return a block in the colours of the template; by policy unchanged where that fails, which is noted.
+        """Return a block in the colours of the template, uint8 (rows, cols, 3).
+
+        Where this fails and the policy allows it, the block is returned unchanged, and the failure is recorded.
 
         Raises:
-            InputError: It fails and the policy is to stop.
+            InputError: The colours cannot be normalised, and the policy is to fail.
         """
         outcome = transfer.normalise_block(pixels, self._fit, self.params)
-        if outcome.failure and self.params.per_patch:  # a slide without a fit is noted once, with its fit
+        if outcome.failure and self.params.per_patch:  # the failure of a whole slide is recorded by the stage ``stain``
             x, y = (round(tile * frame.tile_px * frame.l0_per_px) for tile in (block.t_col, block.t_row))
             self.failures.append((x, y, outcome.failure))
         return outcome.rgb
 
 
 def fits_slides(params: StainParams) -> bool:
-    """Tell whether colours are fitted once per slide."""
+    """Tell whether colours are fitted once for a slide."""
     return params.method != "none" and not params.per_patch
 
 
@@ -123,34 +129,35 @@ def planned_blocks(
     root: Path,
     plan: Plan,
     planned: SlidePlan,
-    wanted: Sequence[int],
+    indices: Sequence[int],
     timed: Timer = untimed,
     colours: Colours | None = None,
 ) -> Iterator[Iterator[tuple[Block, NDArray[np.uint8]]]]:
-    """Open what holds the pixels of a planned slide, as long as the body reads blocks of it.
+    """Open the slide or the store, and give the body an iterator over blocks as the network sees them.
 
     Args:
         root: The run's folder.
         plan: The plan.
         planned: The slide.
-        wanted: Indices of blocks among the slide's, rising.
+        indices: Indices of blocks of the slide, in rising order.
         timed: Counts the seconds of the steps ``read`` and ``stain``.
-        colours: The slide's colours, for a caller that wants to know what failed.
+        colours: The normalisation of the slide, for a caller that reads its failures.
 
     Yields:
-        An iterator over each block and what the network is to see of it, uint8 (rows, cols, 3).
+        An iterator over blocks with their normalised pixels, uint8 (rows, cols, 3).
 
     Raises:
-        InputError: The slide has changed, changes or cannot be read, or its colours cannot be normalised.
-        IntegrityError: The store is damaged.
+        InputError: The slide has changed or cannot be read, or its colours cannot be normalised.
+        SlideModified: The slide was written while it was read.
+        IntegrityError: The store is damaged, or the stain fit is missing.
     """
-    if not wanted:
+    if not indices:
         yield iter(())
         return
     cut, colours = read_cut(root, planned), colours or Colours(root, plan, planned)
-    blocks = [cut.blocks[index] for index in wanted]
+    blocks = [cut.blocks[index] for index in indices]
     with contextlib.ExitStack() as held:
-        parts = _stored(root, plan, planned, wanted)
+        parts = _stored(root, plan, planned, indices)
         if plan.settings.store.kind == "none":
             with timed("read"):
                 opened = held.enter_context(open_planned(root, planned))
@@ -161,18 +168,22 @@ def planned_blocks(
 def _normalised(
     frame: Frame, parts: Iterable[tuple[Block, NDArray[np.uint8]]], timed: Timer, colours: Colours
 ) -> Iterator[tuple[Block, NDArray[np.uint8]]]:
-    """Yield blocks with their colours normalised."""
+    """Yield blocks with normalised colours, and count the seconds as the step ``stain``."""
     for block, pixels in parts:
         with timed("stain"):
             normal = colours.normalised(frame, block, pixels)
         yield block, normal
 
 
-def _stored(root: Path, plan: Plan, planned: SlidePlan, wanted: Sequence[int]) -> Iterator[NDArray[np.uint8]]:
-    """Yield the pixels of blocks as they were stored."""
+def _stored(root: Path, plan: Plan, planned: SlidePlan, indices: Sequence[int]) -> Iterator[NDArray[np.uint8]]:
+    """Yield the pixels of blocks from the store.
+
+    Raises:
+        IntegrityError: The store is damaged, or holds other blocks than planned.
+    """
     cut = read_cut(root, planned)
     for k, (lo, hi) in enumerate(cut.group_ranges, 1):
-        inside = [index - lo for index in wanted if lo <= index < hi]
+        inside = [index - lo for index in indices if lo <= index < hi]
         if not inside:
             continue
         path = root / part_name(planned, plan.part_of(k))
@@ -185,16 +196,16 @@ def _stored(root: Path, plan: Plan, planned: SlidePlan, wanted: Sequence[int]) -
 
 
 def part_name(planned: SlidePlan, part: int) -> str:
-    """Return the name of a part of a slide's patches, relative to the run's folder."""
+    """Return the name of a part of the patches of a slide, relative to the run's folder."""
     return f"patches/{planned.slide_id}/p{part}.h5"
 
 
 def fit_key(root: Path, planned: SlidePlan, params: StainParams) -> str:
-    """Return what identifies a slide's stain fit: the pixels that are looked at, and how."""
-    seen = (planned.sha256, planned.frame.tile_px, planned.frame.l0_per_px, read_cut(root, planned).tile_runs)
-    return publish.key_of(seen=seen, stain=params.model_dump(exclude={"target"}))
+    """Return the key of the stain fit of a slide, from the pixels that are sampled and the settings of the fit."""
+    pixels = (planned.sha256, planned.frame.tile_px, planned.frame.l0_per_px, read_cut(root, planned).tile_runs)
+    return publish.key_of(seen=pixels, stain=params.model_dump(exclude={"target"}))
 
 
 def fit_name(planned: SlidePlan) -> str:
-    """Return the name of a slide's stain fit, relative to the run's folder."""
+    """Return the name of the stain fit of a slide, relative to the run's folder."""
     return f"stain/{planned.slide_id}.json"

@@ -1,6 +1,6 @@
-"""The stage that computes the scores of a group (``predict``).
+"""The stage ``predict``: it computes the scores of a group.
 
-torch is imported where a stage needs it, in a worker whose threads are limited.
+Nothing here imports torch; the network is loaded in a worker after its threads were limited.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,13 @@ from wsiflow.system.provenance import facts
 
 
 def predict(source: Path, index: int) -> tuple[publish.Receipt, bool]:
-    """Predict one group and publish ``predictions/<slide>/t<k>.h5``."""
+    """Compute the scores of one group, and publish them as ``predictions/<slide>/t<k>.h5``.
+
+    Raises:
+        EnvironmentFault: This is another kind of machine than the plan names.
+        InputError: The slide has changed or cannot be read, or its colours cannot be normalised.
+        IntegrityError: The store is damaged, or the network has changed.
+    """
     plan = read_plan(source)
     root, task = source.parent, STAGE.task(plan, index)
     planned = plan.slides[task.slide]
@@ -51,8 +57,8 @@ def predict(source: Path, index: int) -> tuple[publish.Receipt, bool]:
         "versions": receipt_facts["versions"],
     }
     with publish.publishing(root, name, key, receipt_facts, verify) as attempt:
-        wanted, colours = range(*cut.group_ranges[task.group - 1]), Colours(root, plan, planned)
-        with planned_blocks(root, plan, planned, wanted, attempt.timed, colours) as parts:
+        indices, colours = range(*cut.group_ranges[task.group - 1]), Colours(root, plan, planned)
+        with planned_blocks(root, plan, planned, indices, attempt.timed, colours) as parts:
             prob, windows = score.score(frame, parts, attempt.timed)
         attempt.receipt["stain_failures"] = colours.failures
         if plan.settings.choice.precision == "int8":
@@ -65,12 +71,12 @@ def predict(source: Path, index: int) -> tuple[publish.Receipt, bool]:
 
 
 def prediction_name(plan: Plan, task: Task) -> str:
-    """Return the name of a task's file, relative to the run's folder."""
+    """Return the name of the scores of a group, relative to the run's folder."""
     return f"predictions/{plan.slides[task.slide].slide_id}/t{task.group}.h5"
 
 
 def published(root: Path, plan: Plan, task: Task) -> publish.Receipt:
-    """Return the receipt of a group's scores.
+    """Return the receipt of the scores of a group.
 
     Raises:
         IntegrityError: The group is not published.
@@ -84,7 +90,7 @@ def published(root: Path, plan: Plan, task: Task) -> publish.Receipt:
 
 
 def tile_coord(frame: Frame, cells: Sequence[tuple[int, int]]) -> NDArray[np.int64]:
-    """Return int64 (n, 5): column, row, level-0 x and y of the tile's corner, its side in level-0 px."""
+    """Return int64 (n, 5) of tiles: column, row, level-0 x and y of the first corner, side in level-0 px."""
     side = frame.tile_px * frame.l0_per_px
     return np.array([(c, r, round(c * side), round(r * side), round(side)) for c, r in cells], dtype=np.int64).reshape(
         -1, 5

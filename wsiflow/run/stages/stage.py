@@ -1,4 +1,4 @@
-"""What a stage of the line is: one record, declared in the stage's own file, says all that others know of it."""
+"""The record of a stage of the line: each stage declares one in its own file, and nothing else describes it."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +10,7 @@ from wsiflow.run.plan import Plan, Task, Unit
 from wsiflow.system import publish
 
 Work = Callable[[Path, int], tuple[publish.Receipt, bool]]
-"""``(source, index) -> (receipt, executed)``: one task, see `wsiflow.run.stages.work`."""
+"""``(source, index) -> (receipt, executed)`` does one task, see `wsiflow.run.stages.work`."""
 
 
 def _always(_plan: Plan, _slide: int) -> bool:
@@ -25,21 +25,21 @@ class Stage(NamedTuple):
     """A stage of the line.
 
     Attributes:
-        name: Its name in the trace, in receipts' keys and on the command line.
-        unit: What one task of it works on.
-        work: Does one task.
-        product: The name of the file that a task publishes, relative to the run's folder.
-        key: The key under which it does: what decides the file's content. Raises IntegrityError where the file is made
-            of others of the run, and one of those is not published.
-        cost: Roughly what a task costs, until it is measured.
-        steps: What the seconds of its receipts are told apart by.
-        is_due: Whether a run asks for the stage of a slide.
-        is_good: Whether what is published of a slide satisfies the run.
-        beside: Names of what it publishes beside its product, for people to look at; ``{slide}`` is the slide's.
-        verified: How the driver sees that a file is whole: by its hash, or by its size where whoever reads it compares
-            every byte with its receipt or checksum.
-        serves_scores: Whether its files are of no use any more once the slide has its scores.
-        loads_network: Whether its tasks need the network.
+        name: Name of the stage in the trace, in the keys of receipts and on the command line.
+        unit: What one task works on.
+        work: Function that does one task.
+        product: Function that returns the name of the file that a task publishes, relative to the run's folder.
+        key: Function that returns the key of that file, from everything that decides its content. It raises
+            IntegrityError where the file is computed from other files, and one of them is not published.
+        cost: Rough cost of a task, which is used until costs are measured.
+        steps: Names of the steps by which the receipts divide their seconds.
+        is_due: Function that tells whether a run needs the stage for a slide.
+        is_good: Function that tells whether a run accepts what is published of a slide.
+        beside: Names of the pictures that are published beside the file; ``{slide}`` stands for the slide's id.
+        verified: How the driver verifies that a file is whole: by its hash, or by its size where every reader compares
+            the bytes with the receipt or with checksums.
+        serves_scores: Whether the files are not needed any more once the slide has its scores.
+        loads_network: Whether a task needs the network.
     """
 
     name: str
@@ -57,11 +57,11 @@ class Stage(NamedTuple):
     loads_network: bool = False
 
     def task(self, plan: Plan, index: int) -> Task:
-        """Return what the task at a place in the stage works on."""
+        """Return what the task with an index works on."""
         return plan.task(self.unit, index)
 
     def tasks_of(self, plan: Plan, slide: int) -> range:
-        """Return the places of a slide's tasks."""
+        """Return the indices of the tasks of a slide."""
         return plan.tasks_of(self.unit, slide)
 
     def product_of(self, plan: Plan, index: int) -> str:
@@ -69,22 +69,22 @@ class Stage(NamedTuple):
         return self.product(plan, self.task(plan, index))
 
     def beside_of(self, plan: Plan, slide: int) -> list[str]:
-        """Return the names of what is published beside the file of a slide."""
+        """Return the names of the pictures that are published beside the file of a slide."""
         return [name.format(slide=plan.slides[slide].slide_id) for name in self.beside]
 
     def key_of(self, root: Path, plan: Plan, index: int) -> str:
         """Return the key under which a task publishes its file.
 
         Raises:
-            IntegrityError: See ``key``.
+            IntegrityError: A file from which this one is computed is not published.
         """
         return self.key(root, plan, self.task(plan, index))
 
     def published(self, root: Path, plan: Plan, slide: int) -> list[str]:
-        """Return the SHA-256 of what is published of a slide, as the receipts say, in the order of the tasks.
+        """Return the SHA-256 of the published files of a slide, from the receipts, in the order of the tasks.
 
         Raises:
-            IntegrityError: Something is missing.
+            IntegrityError: A file is not published.
         """
         names = [self.product_of(plan, index) for index in self.tasks_of(plan, slide)]
         receipts = {name: publish.read_receipt(root, name) for name in names}

@@ -1,4 +1,4 @@
-"""The stage that measures the colours of a slide (``stain``)."""
+"""The stage ``stain``: it measures the colours of a slide."""
 
 import dataclasses
 import json
@@ -25,22 +25,22 @@ from wsiflow.system.provenance import facts
 
 
 def tissue_sample(root: Path, planned: SlidePlan, params: StainParams) -> NDArray[np.uint8]:
-    """Return pixels of tissue tiles from all over a slide, uint8 (n, 3)."""
+    """Return a sample of the pixels of tissue tiles from all over a slide, uint8 (n, 3)."""
     cells = [(first + i, row) for row, first, length in read_cut(root, planned).tile_runs for i in range(length)]
     side = planned.frame.tile_px
     with open_planned(root, planned) as opened:
-        found = [
+        tiles = [
             opened.read_scaled(col * side, row * side, (side, side), l0_per_px=planned.frame.l0_per_px).rgb
             for col, row in (cells[i] for i in stratified_indices(len(cells), params.sample_tiles).tolist())
         ]
-    return sample(np.stack(found), None, params.sample_px)
+    return sample(np.stack(tiles), None, params.sample_px)
 
 
 def fit_stain(source: Path, index: int) -> tuple[publish.Receipt, bool]:
-    """Measure a slide's colours on a sample of its tissue and publish them as ``stain/<slide>.json``.
+    """Measure the colours of a slide on a sample of its tissue, and publish them as ``stain/<slide>.json``.
 
     Raises:
-        InputError: They cannot be measured and the policy is to stop.
+        InputError: The slide cannot be read; or its colours cannot be measured, and the policy is to fail.
     """
     plan = read_plan(source)
     root, planned = source.parent, plan.slides[index]
@@ -50,18 +50,18 @@ def fit_stain(source: Path, index: int) -> tuple[publish.Receipt, bool]:
     done = sharing.done(place)
     if done is not None:
         return done, False
-    found: dict[str, Any] = {"fit": None, "failure": ""}
+    record: dict[str, Any] = {"fit": None, "failure": ""}
     with sharing.publishing(place, facts("stain", planned.slide_id), publish.accept) as attempt:
         with attempt.timed("stain"):
-            pixels = tissue_sample(root, planned, params)  # a slide that cannot be read is no slide in grey
+            pixels = tissue_sample(root, planned, params)  # an unreadable slide fails whatever the policy
             try:
-                found["fit"] = dataclasses.asdict(transfer.fit(pixels, params))
+                record["fit"] = dataclasses.asdict(transfer.fit(pixels, params))
             except InputError as error:
                 if params.on_failure == "fail":
                     raise
-                found["failure"] = error.cause
+                record["failure"] = error.cause
                 attempt.receipt["stain_failures"] = [(0, 0, f"the whole slide: {error.cause}")]
-        attempt.path.write_text(json.dumps(found, sort_keys=True), encoding="utf-8")
+        attempt.path.write_text(json.dumps(record, sort_keys=True), encoding="utf-8")
     return attempt.receipt, True
 
 

@@ -1,4 +1,4 @@
-"""The stage that puts the scores of a slide together (``stitch``)."""
+"""The stage ``stitch``: it assembles the heatmap of a slide from the scores of its groups."""
 
 import math
 from pathlib import Path
@@ -21,10 +21,10 @@ _LARGE_MAP_CELLS = 1 << 22
 
 
 def stitch(source: Path, index: int) -> tuple[publish.Receipt, bool]:
-    """Put a slide's scores together and publish ``heatmaps/<slide>.tif``.
+    """Assemble the scores of a slide, and publish the heatmap as ``heatmaps/<slide>.tif``.
 
     Raises:
-        IntegrityError: A group of the slide is not published: nothing is stitched from an unbalanced ledger.
+        IntegrityError: A group of the slide is not published, or its scores are damaged.
     """
     plan = read_plan(source)
     root, planned = source.parent, plan.slides[index]
@@ -53,7 +53,7 @@ def stitch(source: Path, index: int) -> tuple[publish.Receipt, bool]:
 
 
 def make_room(frame: Frame) -> None:
-    """Release the network where the slide's map is so large that a worker should not hold both."""
+    """Release the network where the map of a slide is so large that a worker should not hold both in memory."""
     if math.prod(frame.h_shape) > _LARGE_MAP_CELLS:
         network.release()
 

@@ -1,12 +1,13 @@
-"""What one task does, stage by stage: read, compute, publish one file, return its receipt.
+"""Do the tasks of stages: this is what the workers of every executor call.
 
-Every stage has the same form, ``(source, index) -> (receipt, executed)``, with ``source`` the file that says what there
-is to do: ``cases.json`` for ``choose`` and ``ingest``, the plan for every later stage. The run's folder is where that
-file lies. A stage that finds its file published does nothing.
+A task reads files, computes, publishes one file and returns its receipt. The function of every stage has the form
+``(source, index) -> (receipt, executed)``. ``source`` is the file that lists the tasks: ``cases.json`` for ``choose``
+and ``ingest``, and the plan for every later stage. The folder of that file is the run's folder. A task whose file is
+published already does nothing.
 
-Stages: ``choose`` (once), ``ingest`` (a case), ``measure`` (once), ``calibrate`` (once, for int8), ``stain`` (a slide),
-``extract`` (a part of a slide), ``index`` (a slide), ``predict`` (a group), ``certify``, ``stitch`` and ``detect`` (a
-slide), ``advise`` (once, where a certificate is beyond the tolerance).
+The stages, with what one task works on: ``choose`` (the run), ``ingest`` (a case), ``measure`` (the run), ``calibrate``
+(the run, for int8), ``stain`` (a slide), ``extract`` (a part of a slide), ``index`` (a slide), ``predict`` (a group),
+``certify``, ``stitch`` and ``detect`` (a slide), ``advise`` (the run, where a certificate exceeds the tolerance).
 """
 
 import traceback
@@ -23,7 +24,7 @@ from wsiflow.system.usage import Meter
 
 
 def run_slice(source: Path, stage: str, lo: int, hi: int) -> Iterator[Outcome]:
-    """Do the tasks ``lo`` to ``hi - 1`` of a stage one after another: what every executor's workers call."""
+    """Do the tasks ``lo`` to ``hi - 1`` of a stage one after another, and yield the outcome of each."""
     for index in range(lo, hi):
         meter = Meter()
         outcome = run_task(source, stage, index)
@@ -31,19 +32,18 @@ def run_slice(source: Path, stage: str, lo: int, hi: int) -> Iterator[Outcome]:
 
 
 def run_task(source: Path, stage: str, index: int) -> Outcome:
-    """Do one task of a stage and say how it ended; nothing but a dying process gets past this function.
+    """Do one task of a stage and return its outcome; every exception becomes a failure in the outcome.
 
     Args:
-        source: ``cases.json`` or a plan.
-        stage: Its name, as in the trace.
-        index: The task's place in its stage: a case, slide, part or group.
+        source: The ``cases.json`` or the plan of the run.
+        stage: Name of the stage, as in the trace.
+        index: Index of the task in its stage: of a case, slide, part or group.
     """
     try:
         try:
             receipt, executed = _work(stage)(source, index)
-        except (
-            SlideModified
-        ):  # a new link or owner would do, and a copy may have ended: what was read is read again, once
+        except SlideModified:
+            # A new link or owner is enough for this error, and a copy may have ended meanwhile: one more attempt.
             receipt, executed = _work(stage)(source, index)
     except Exception as error:  # noqa: BLE001 - the boundary: a defect in one task must not lose the others
         return Outcome(index, None, executed=True, failure=_known(error).failure.about(stage=stage))
@@ -51,7 +51,7 @@ def run_task(source: Path, stage: str, index: int) -> Outcome:
 
 
 def _known(error: Exception) -> WsiflowError:
-    """Return what ended a task as one of the errors that wsiflow raises."""
+    """Return the error that ended a task as a `WsiflowError`."""
     if isinstance(error, WsiflowError):
         return error
     if isinstance(error, OSError):
@@ -67,7 +67,7 @@ def _work(stage: str) -> Work:
     return _APART[stage] if stage in _APART else STAGES[stage].work
 
 
-# What a run does before the line and beside it.
+# Stages that a run does before the line, or once for all slides.
 _APART: dict[str, Work] = {
     "choose": choose.choose,
     "ingest": ingest.ingest,
