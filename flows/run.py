@@ -104,7 +104,7 @@ def _compose_and_run(composed: DictConfig) -> float | None:
 
 def start(config: RunConfig) -> Summary:
     """Run the line, through Prefect or directly."""
-    with logs.shown(), stopping.telling(lambda: ledger.summary([config.out])):
+    with logs.shown(), stopping.reporting(lambda: ledger.summary([config.out])):
         from .line import direct, finished
 
         limit_threads(config.executor.threads)

@@ -131,7 +131,7 @@ def at_stop(clean: Callable[[], str | None]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def telling(sentence: Callable[[], str]) -> Iterator[None]:
+def reporting(sentence: Callable[[], str]) -> Iterator[None]:
     """Register a function that says, if a signal comes, how far the command came; the outermost one is called."""
     _summaries.append(sentence)
     try:

@@ -90,7 +90,7 @@ class SweepCallback(Callback):
             (out / _WRITTEN).touch(mode=0o600)
             (out / _WRITTEN).chmod(0o600)
         _started.enter_context(
-            stopping.telling(lambda: ledger.summary(one.parent for one in _files_of_trials(out, "plan.json")))
+            stopping.reporting(lambda: ledger.summary(one.parent for one in _files_of_trials(out, "plan.json")))
         )
         launcher = config.hydra.runtime.choices["hydra/launcher"]
         if launcher != "basic":

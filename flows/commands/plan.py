@@ -102,7 +102,7 @@ def _scheduler(config: RunConfig) -> str:
 def _make_plan(config: RunConfig, *, calibrate: bool) -> Path:
     """Publish the plan of a run as the run itself would, and measure costs if that is requested."""
     limit_threads(config.executor.threads)
-    with logs.shown(), stopping.telling(lambda: ledger.summary([config.out])), progress.shown(config.out):
+    with logs.shown(), stopping.reporting(lambda: ledger.summary([config.out])), progress.shown(config.out):
         return _ingest(config, calibrate=calibrate)
 
 

@@ -292,7 +292,7 @@ def clean():
     Path("cleaning").touch()
     time.sleep(600)
 def command():
-    with stopping.telling(lambda: "1 tasks done, 2 left"), stopping.at_stop(clean):
+    with stopping.reporting(lambda: "1 tasks done, 2 left"), stopping.at_stop(clean):
         Path("begun").touch()
         time.sleep(600)
 sys.exit(stopping.run(command))
