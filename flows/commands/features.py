@@ -18,7 +18,7 @@ def add_options(parser: ArgumentParser) -> None:
 
 def main(arguments: Namespace) -> int:
     """Write the features of every slide of the runs."""
-    slides = {run: latest_plan(run).slides for run in arguments.runs}
+    slides = [(run, latest_plan(run).slides) for run in arguments.runs]
     count = slide_score.write_features(slides, arguments.out, reference=arguments.reference)
     say(f"features of {count} slides: {arguments.out}")
     return 0

@@ -457,4 +457,4 @@ def test_a_cancelled_run_leaves_nothing_behind(
     assert psutil.wait_procs(processes, timeout=60)[1] == []
     assert (tmp_path / "cancelled").read_text().split() == ["77"]
     own = {"logs": {"flow_run_id": {"any_": [run["id"]]}}}
-    wait(lambda: any("77 cancelled" in log["message"] for log in deployed.server.ask("logs/filter", own)))
+    wait(lambda: any("77 was cancelled" in log["message"] for log in deployed.server.ask("logs/filter", own)))

@@ -9,7 +9,7 @@ table of scores has the header ``slide_id,score``, the format of `detections.rea
 
 import math
 import statistics
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,11 +42,11 @@ class FeatureRow(NamedTuple):
     values: Floats
 
 
-def write_features(runs: Mapping[Path, Sequence[SlidePlan]], out: Path, *, reference: bool = False) -> int:
+def write_features(runs: Iterable[tuple[Path, Sequence[SlidePlan]]], out: Path, *, reference: bool = False) -> int:
     """Write the features of all slides of some runs at every threshold, and return the number of slides.
 
     Args:
-        runs: The planned slides of runs over different slides, by folder.
+        runs: Folders of runs over different slides, each with its planned slides.
         out: The CSV to write.
         reference: Whether the features have the quirks of the reference system.
 
@@ -56,7 +56,7 @@ def write_features(runs: Mapping[Path, Sequence[SlidePlan]], out: Path, *, refer
     """
     seen: dict[str, Path] = {}
     rows: list[FeatureRow] = []
-    for run, slides in runs.items():
+    for run, slides in runs:
         for planned in slides:
             if planned.slide_id in seen:
                 cause = f"the slide is in {seen[planned.slide_id]} and in {run}"
