@@ -13,7 +13,7 @@ def scaled(channels: int, width: float) -> int:
         ValueError: The width is not above 0.
     """
     if not width > 0:
-        raise ValueError(f"width is {width}, must be above 0")
+        raise ValueError(f"width is {width}, but must be above 0")
     return max(8, 8 * int(channels * width / 8 + 0.5))
 
 
