@@ -315,7 +315,7 @@ def test_what_others_see_of_a_job_holds_no_secret(
         monkeypatch.setenv(name, value)
     running = Running(
         settings("sge", environment=["LICENSE", "ABSENT"]),
-        write_source(tmp_path, sleep={"0": 3}, environ=given),
+        write_source(tmp_path, sleep={"0": 10}, environ=given),
         pairs(2),
     )
     wait_for(began(tmp_path, 0))
