@@ -1,6 +1,7 @@
 """The plan: it is identified by its content, and does not change silently under a finished run."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -166,6 +167,12 @@ def test_a_damaged_plan_is_refused(tmp_path: Path) -> None:
 def test_an_unknown_setting_is_named(tmp_path: Path) -> None:
     """A plan with a setting that this version does not know is refused, and the setting is named."""
     path = publish_plan(tmp_path, make(slide("a")))
-    path.write_text(path.read_text().replace('"beyond": "stop"', '"beyond": "perhaps"'))
-    with pytest.raises(InputError, match=r"plan\.json: .*settings are not those of this version.*on_excess"):
+    text = path.read_text()
+    path.write_text(text.replace('"beyond": "stop"', '"beyond": "perhaps"'))
+    with pytest.raises(
+        InputError, match=r"plan\.json: .* not those of this version \(on_excess: Input should be .*\); read"
+    ):
+        read_plan(path)
+    path.write_text(re.sub('"settings": .*', '"settings": null,', text))
+    with pytest.raises(InputError, match=r"plan\.json: .*settings are not those of this version"):
         read_plan(path)

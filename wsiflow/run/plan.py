@@ -156,12 +156,20 @@ def read_plan(path: Path) -> Plan:
         raise InputError(cause, "choose another out= folder", path=path)
     try:
         settings = PlanSettings.from_values(data["settings"], data["work"])
-    except (KeyError, ValidationError) as error:
-        cause = f"the plan's settings are not those of this version ({' '.join(str(error).split())})"
+    except (KeyError, TypeError, ValidationError) as error:
+        cause = f"the plan's settings are not those of this version ({_first_problem(error)})"
         remedy = "read it with the version that wrote it, or choose another out= folder"
         raise InputError(cause, remedy, path=path) from error
     slides = [SlidePlan(**item | {"frame": Frame(**item["frame"])}) for item in data["slides"]]
     return Plan(settings, slides, [Rejected(**item) for item in data["rejected"]])
+
+
+def _first_problem(error: Exception) -> str:
+    """Return the first setting that is wrong, and why, without the advice that pydantic adds for programmers."""
+    if not isinstance(error, ValidationError):
+        return f"{type(error).__name__}: {error}"
+    problem = error.errors()[0]
+    return f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}"
 
 
 def latest_plan(root: Path) -> Plan:

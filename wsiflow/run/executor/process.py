@@ -28,7 +28,7 @@ from wsiflow.system.usage import now
 _WAITING = 2  # submitted slices besides the running ones, so that no worker waits for its next slice
 
 _logger = logging.getLogger(__name__)
-_LOST = EnvironmentFault("a worker process died while it was under way", "nothing to do: it is tried again")
+_LOST = EnvironmentFault("a worker process died while it was under way", "nothing to do: it is tried again").failure
 
 _Landed = deque[Future[list[Outcome]]]
 
@@ -101,9 +101,7 @@ class ProcessPool:
                 future.cancel()
         for lo, hi in sorted(lost):
             for index in range(lo, hi):
-                yield Outcome(
-                    index, None, executed=True, failure=_LOST.failure, usage={"exit_class": "killed"}, retried=True
-                )
+                yield Outcome(index, None, executed=True, failure=_LOST, usage={"exit_class": "killed"}, retried=True)
                 yield self._run_alone(work, source, stage, index)
 
     def _take_place(self, *, needed: bool, landed: _Landed) -> bool:
