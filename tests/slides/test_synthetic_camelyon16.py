@@ -174,13 +174,10 @@ def _cut_short(path: Path) -> None:
 
 
 def _leave_training_pictures(patches: Path) -> None:
-    """Replace a folder of images by one with only some normal ones of the training part."""
-    real = sorted((patches / "camelyon16_256/normal").resolve().iterdir())
-    patches.rename(patches.with_name("other"))
-    folder = patches / "camelyon16_256/normal"
-    folder.mkdir(parents=True)
-    for path in [path for path in real if part_of(path.stem) == "train"][:20]:
-        (folder / path.name).symlink_to(path)
+    """Leave only normal images of the training part."""
+    for path in patches.glob("*/*/*"):
+        if path.parent.name != "normal" or part_of(path.stem) != "train":
+            path.unlink()
 
 
 @pytest.mark.parametrize(
@@ -198,9 +195,10 @@ def test_a_bad_data_folder_is_named(
     spoil: Callable[[Path], object], named: str, shared_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The message is one line about what is missing, and the exit code is that of bad input."""
-    (tmp_path / "patches").mkdir()
-    for folder in ("camelyon16_256", "dldp_256"):
-        (tmp_path / "patches" / folder).symlink_to(shared_data / "patches" / folder)
+    for folder in ("camelyon16_256/normal", "camelyon16_256/tumor", "dldp_256/normal", "dldp_256/tumor"):
+        (tmp_path / "patches" / folder).mkdir(parents=True)
+        for path in sorted((shared_data / "patches" / folder).iterdir())[::3]:
+            (tmp_path / "patches" / folder / path.name).symlink_to(path)
     (tmp_path / "camelyon16").mkdir()
     for name in ("tissue_normal_json.tar.gz", "annotations_train_json.tar.gz"):
         _archive(tmp_path / "camelyon16" / name, b'{"positive": [], "negative": []}')

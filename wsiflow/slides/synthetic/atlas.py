@@ -99,7 +99,7 @@ def part_of(name: str) -> Part:
 
 @lru_cache(maxsize=1)
 def read_atlas(data: Path) -> Atlas:
-    """Read the data folder, which takes about ten seconds; the result is cached, so the trials of a sweep share it.
+    """Read the data folder, which takes seconds; the result is cached, so the trials of a sweep share it.
 
     Raises:
         InputError: A file is missing or damaged, or there are too few images.
@@ -155,9 +155,11 @@ def _pixels(path: Path) -> NDArray[np.uint8] | None:
             pixels = np.asarray(image.convert("RGB"))
     except OSError:
         return None
-    if pixels.shape != (PATCH_PX, PATCH_PX, 3) or (pixels.min(axis=2) < _WHITE_GREY).mean() < _LEAST_TISSUE:
+    if pixels.shape != (PATCH_PX, PATCH_PX, 3):
         return None
-    return pixels
+    red, green, blue = np.moveaxis(pixels, 2, 0)
+    darkest = np.minimum(np.minimum(red, green), blue)  # ten times as fast as the minimum along an axis of three
+    return pixels if (darkest < _WHITE_GREY).mean() >= _LEAST_TISSUE else None
 
 
 def _density(pixels: NDArray[np.uint8], white: float) -> NDArray[np.float64]:
@@ -221,20 +223,21 @@ def _outlines(archive: Path) -> Iterator[tuple[str, dict[str, list[NDArray[np.fl
     """Yield the name and the polygons, ``positive`` and ``negative``, of each slide in an archive of outlines."""
     try:
         with tarfile.open(archive) as opened:
-            for member in sorted((one for one in opened if one.name.endswith(".json")), key=lambda one: one.name):
-                stream = opened.extractfile(member)
-                if stream is None:
-                    continue
-                values = json.load(stream)
-                yield (
-                    Path(member.name).stem.lower(),
-                    {
-                        kind: [
-                            np.array(one["vertices"], np.float64) for one in values[kind] if len(one["vertices"]) > 2
-                        ]
-                        for kind in ("positive", "negative")
-                    },
-                )
+            # In the order of the archive, because each step back would decompress it from its beginning.
+            texts = [
+                (member.name, stream.read())
+                for member in opened
+                if member.name.endswith(".json") and (stream := opened.extractfile(member)) is not None
+            ]
+        for name, text in sorted(texts):
+            values = json.loads(text)
+            yield (
+                Path(name).stem.lower(),
+                {
+                    kind: [np.array(one["vertices"], np.float64) for one in values[kind] if len(one["vertices"]) > 2]
+                    for kind in ("positive", "negative")
+                },
+            )
     except (OSError, EOFError, zlib.error, tarfile.TarError, ValueError, KeyError, TypeError) as error:
         raise _unusable(error, archive) from error
 
