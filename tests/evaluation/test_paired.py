@@ -15,7 +15,7 @@ from wsiflow.evaluation import froc, resampling, roc
 from wsiflow.evaluation.froc import Matches
 from wsiflow.evaluation.paired import Setting, bootstrap, comparability_problems, pareto
 
-SETS = int(os.environ.get("WSIFLOW_COVERAGE_SETS", "60"))
+SETS = int(os.environ.get("WSIFLOW_COVERAGE_SETS", "30"))
 """Simulated data sets: 1000 for the sentence that intervals hold what they should in 93 to 97 % of the cases."""
 
 N_DRAWS = 400
