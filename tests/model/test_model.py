@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 import struct
 from pathlib import Path
 from typing import Any
@@ -57,10 +58,16 @@ def network() -> nn.Module:
     return net
 
 
+@pytest.fixture(scope="module")
+def saved(network: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the path of the network's card, which no test changes."""
+    return save(network, FIELDS, tmp_path_factory.mktemp("saved"))
+
+
 @pytest.fixture
-def card(network: nn.Module, tmp_path: Path) -> Path:
-    """Return the path of the network's card in a folder of its own."""
-    return save(network, FIELDS, tmp_path)
+def card(saved: Path, tmp_path: Path) -> Path:
+    """Return the path of a copy of the card, with its weights, in a folder of its own."""
+    return Path(shutil.copytree(saved.parent, tmp_path, dirs_exist_ok=True)) / saved.name
 
 
 def edit(card: Path, **changes: Any) -> ModelSpec:
