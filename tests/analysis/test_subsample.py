@@ -14,6 +14,8 @@ from wsiflow.heatmap import assembly, files
 from wsiflow.model.choice import reason_scores_differ
 from wsiflow.run.plan import latest_plan
 
+DENSE = ["inference.engine=dense", "dataset.limit=1"]
+
 
 @pytest.fixture(scope="module")
 def folder_of(tiny_slides: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
@@ -32,8 +34,8 @@ def folder_of(tiny_slides: Path, tmp_path_factory: pytest.TempPathFactory) -> Ca
     ("how", "fine", "coarse", "atol"),
     [
         (["inference.engine=window"], 32, 224, 0.0),
-        (["inference.engine=dense"], 8, 56, 1e-5),
-        (["geometry=reference", "tiles=patch"], 28, 56, 1e-5),
+        (DENSE, 8, 56, 1e-5),
+        (["geometry=reference", "tiles=patch", "dataset.limit=1"], 28, 56, 1e-5),
     ],
 )
 def test_a_coarse_map_need_not_be_computed(
@@ -73,13 +75,13 @@ def test_a_run_scored_at_a_coarser_stride_equals_the_run_at_that_stride(
 
 @pytest.mark.parametrize(
     ("stride", "reason"),
-    [(64, "does not divide the tile"), (112, "centres lie between"), (28, "is not a multiple of")],
+    [(64, "does not divide the tile"), (16, "centres lie between"), (28, "is not a multiple of")],
 )
 def test_a_stride_that_has_other_windows_is_refused(
     folder_of: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], stride: int, reason: str
 ) -> None:
     """The refusal is one line, before anything is written."""
-    fine = folder_of("inference.engine=window", "inference.stride=56")
+    fine = folder_of(*DENSE, "inference.stride=8")
     assert cli.main(["subsample", str(fine), "--stride", f"{stride}", "--out", str(tmp_path / "x")]) == 20
     said = capsys.readouterr().err
     assert len(said.splitlines()) == 1
