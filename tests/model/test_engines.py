@@ -30,7 +30,7 @@ from wsiflow.model.engines.spec import Engine, EngineSpec, Network, cpu_supports
 from wsiflow.system import machine
 
 STRIDE_PX = 16
-SHAPES = ((240, 272), (560, 331), (432, 704))
+SHAPES = ((240, 272), (448, 331), (320, 448))
 FP32 = [EngineSpec("torch", "fp32"), EngineSpec("openvino", "fp32"), EngineSpec("onnxruntime", "fp32")]
 BF16 = [EngineSpec("torch", "bf16"), EngineSpec("openvino", "bf16")]
 OPENVINO, INT8 = EngineSpec("openvino", "fp32"), EngineSpec("openvino", "int8")
@@ -121,8 +121,8 @@ def test_bits_do_not_depend_on_process_order_or_open_shapes(
     shape = SHAPES[1]
     fixed = dense_network(classifier, fixed=shape)
     specs = [OPENVINO, BF16[1]] if cpu_supports_bf16() else [OPENVINO]
-    here = [digests(maps, spec, SHAPES, cache) for spec in specs]
-    assert elsewhere(specs, SHAPES[::-1], tmp_path) == here
+    here = [digests(maps, spec, SHAPES[:2], cache) for spec in specs]
+    assert elsewhere(specs, SHAPES[1::-1], tmp_path) == here
     for spec, found in zip(specs, here, strict=True):
         assert digests(fixed, spec, [shape], tmp_path)[str(shape)] == found[str(shape)]
 
