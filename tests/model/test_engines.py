@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -83,6 +84,40 @@ def tiny() -> Network:
     return Network(lambda: module, "tiny", np.random.default_rng(0).random((2, 2, 5, 5), np.float32), fixed=True)
 
 
+class Elsewhere(NamedTuple):
+    """What another process printed, and the home that it had."""
+
+    said: str
+    home: Path
+
+
+@pytest.fixture(scope="module")
+def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Elsewhere:
+    """Another process that runs the regions in another order, and all packages that may report their usage."""
+    code = (
+        "import json, pathlib, sys; sys.path.insert(0, sys.argv[1]); import test_engines as t\n"
+        "maps, folder = t.dense_network(t.demo()), pathlib.Path(sys.argv[2])\n"
+        "found = [t.digests(maps, spec, t.SHAPES[1::-1], folder) for spec in t.SPECS]\n"
+        "network = t.Network(lambda: t.nn.Conv2d(3, 3, 3).eval(), 'k', t.np.ones((1, 3, 5, 5), t.np.float32), True)\n"
+        "t.prepare(network, t.FP32[2], threads=1)(network.example)\n"
+        "t.quantise(network, [network.example])\n"
+        "assert not [name for name in sys.modules if name.startswith('openvino_telemetry.')]\n"
+        "print(json.dumps(found))"
+    )
+    home, cache = tmp_path_factory.mktemp("home"), tmp_path_factory.mktemp("cache")
+    silenced = {"DO_NOT_TRACK", "ORT_DISABLE_TELEMETRY"}
+    environ = {key: value for key, value in os.environ.items() if key not in silenced}
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(Path(__file__).parent), str(cache)],
+        env=environ | {"OMP_NUM_THREADS": "1", "HOME": str(home)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    return Elsewhere(result.stdout, home)
+
+
 @pytest.mark.parametrize("spec", FP32, ids=lambda spec: spec.backend)
 def test_windows_have_the_classifiers_scores(spec: EngineSpec, classifier: Classifier, cache: Path) -> None:
     """On every backend the scores of windows are those of `predict`."""
@@ -114,65 +149,31 @@ def test_bfloat16_is_near_fp32(spec: EngineSpec, maps: Network, cache: Path) -> 
     assert 1e-5 < difference.max() < 0.02
 
 
+SPECS = [OPENVINO, BF16[1]] if cpu_supports_bf16() else [OPENVINO]
+
+
 def test_bits_do_not_depend_on_process_order_or_open_shapes(
-    classifier: Classifier, maps: Network, cache: Path, tmp_path: Path
+    classifier: Classifier, maps: Network, cache: Path, elsewhere: Elsewhere
 ) -> None:
     """Former shapes, another process or conversion, and a graph for one shape give the same bits."""
     shape = SHAPES[1]
     fixed = dense_network(classifier, fixed=shape)
-    specs = [OPENVINO, BF16[1]] if cpu_supports_bf16() else [OPENVINO]
-    here = [digests(maps, spec, SHAPES[:2], cache) for spec in specs]
-    assert elsewhere(specs, SHAPES[1::-1], tmp_path) == here
-    for spec, found in zip(specs, here, strict=True):
-        assert digests(fixed, spec, [shape], tmp_path)[str(shape)] == found[str(shape)]
+    here = [digests(maps, spec, SHAPES[:2], cache) for spec in SPECS]
+    assert json.loads(elsewhere.said) == here
+    for spec, found in zip(SPECS, here, strict=True):
+        assert digests(fixed, spec, [shape], cache)[str(shape)] == found[str(shape)]
+
+
+def test_no_usage_is_reported(elsewhere: Elsewhere) -> None:
+    """OpenVINO, NNCF and ONNX Runtime print nothing and leave no consent file, machine id or event queue."""
+    assert elsewhere.said.count("\n") == 1
+    assert list(elsewhere.home.rglob("*")) == []
 
 
 def digests(network: Network, spec: EngineSpec, shapes: Sequence[tuple[int, int]], folder: Path) -> dict[str, str]:
     """Return the hashes of the scores of each region, run in this order."""
     engine = prepare(network, spec, threads=1, cache=folder)
     return {str(shape): hashlib.sha256(engine(region(*shape)).tobytes()).hexdigest() for shape in shapes}
-
-
-def elsewhere(specs: Sequence[EngineSpec], shapes: Sequence[tuple[int, int]], folder: Path) -> list[dict[str, str]]:
-    """Return the same for each of several engines, from another process."""
-    code = (
-        "import json, pathlib, sys; sys.path.insert(0, sys.argv[1]); import test_engines as t\n"
-        f"specs, shapes, folder = {[tuple(spec) for spec in specs]}, {tuple(shapes)}, pathlib.Path(sys.argv[2])\n"
-        "maps = t.dense_network(t.demo())\n"
-        "print(json.dumps([t.digests(maps, t.EngineSpec(*spec), shapes, folder) for spec in specs]))"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", code, str(Path(__file__).parent), str(folder)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    found: list[dict[str, str]] = json.loads(result.stdout.splitlines()[-1])
-    return found
-
-
-def test_no_usage_is_reported(tmp_path: Path) -> None:
-    """OpenVINO, NNCF and ONNX Runtime leave no consent file, machine id or event queue."""
-    code = (
-        "import numpy as np, sys, torch\n"
-        "from wsiflow.model.engines.engine import prepare\n"
-        "from wsiflow.model.engines.openvino import quantise\n"
-        "from wsiflow.model.engines.spec import EngineSpec, Network\n"
-        "network = Network(lambda: torch.nn.Conv2d(3, 3, 3).eval(), 'k', np.ones((1, 3, 5, 5), np.float32), True)\n"
-        "prepare(network, EngineSpec('openvino', 'fp32'), threads=1)(network.example)\n"
-        "prepare(network, EngineSpec('onnxruntime', 'fp32'), threads=1)(network.example)\n"
-        "quantise(network, [network.example])\n"
-        "assert not [name for name in sys.modules if name.startswith('openvino_telemetry.')]"
-    )
-    silenced = {"DO_NOT_TRACK", "ORT_DISABLE_TELEMETRY"}
-    environ = {key: value for key, value in os.environ.items() if key not in silenced}
-    result = subprocess.run(
-        [sys.executable, "-c", code], env=environ | {"HOME": str(tmp_path)}, capture_output=True, text=True, check=False
-    )
-    assert (result.returncode, result.stdout) == (0, ""), result.stderr
-    assert list(tmp_path.rglob("*")) == []
 
 
 def test_int8_is_near_fp32(maps: Network, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
