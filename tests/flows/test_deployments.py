@@ -457,3 +457,19 @@ def test_a_cancelled_run_leaves_nothing_behind(deployed: Deployed, worker: Worke
     assert worker.cancelled.read_text().split() == ["77"]
     own = {"logs": {"flow_run_id": {"any_": [run["id"]]}}}
     wait(lambda: any("77 was cancelled" in log["message"] for log in deployed.server.ask("logs/filter", own)))
+
+
+def test_a_server_shows_a_comparison(server: PrefectServer, tmp_path: Path) -> None:
+    """With a server the command ``wsiflow compare`` leaves a flow run with table and text as artifacts."""
+    trials = (("x", 0.9, 2.0), ("y", 0.3, 1.0))
+    folders = [
+        str(write_folder(tmp_path / name, drawn(skill, n_slides=6), core_hours=cost)) for name, skill, cost in trials
+    ]
+    command = [BIN / "wsiflow", "compare", *folders, "--out", str(tmp_path / "out"), "--bootstrap", "50"]
+    subprocess.run(command, env=server.env, check=True, capture_output=True)
+    table = server.ask("artifacts/wsiflow-compare-out-table/latest")
+    assert [row["pareto"] for row in json.loads(table["data"])] == ["yes", "yes"]
+    text = server.ask("artifacts/wsiflow-compare-out/latest")
+    assert "| run=x | 1.000" in text["data"]
+    assert str(tmp_path / "out/tradeoff.png") in text["data"]
+    assert server.ask(f"flow_runs/{text['flow_run_id']}")["state_type"] == "COMPLETED"
