@@ -30,6 +30,7 @@ ROOT = Path(__file__).parents[2]
 # An experiment is a list of overrides: it goes where a form takes those.
 FILES = sorted(path for path in (ROOT / "conf").glob("*/*.yaml") if path.parent.name != "experiment")
 GROUPS = {path.parent.name: sorted(one.stem for one in path.parent.glob("*.yaml")) for path in FILES}
+CHOICES = {group: names for group, names in GROUPS.items() if len(names) > 1}
 FORMS = (forms.Demo, forms.Run, forms.Sweep, forms.Evaluate, forms.Compare)
 COARSE = ["dense.windows=4", "evaluation.bootstrap=0"]
 
@@ -46,8 +47,8 @@ def properties(form: type[forms.Form]) -> dict[str, Any]:
 def test_every_file_of_the_configuration_can_be_chosen(form: type[forms.Form]) -> None:
     """A group of ``conf/`` that no form shows, or a file that is not among its choices, fails here."""
     shown = properties(form)
-    offered = {group: shown[group].get("items", shown[group])["enum"] for group in GROUPS if len(GROUPS[group]) > 1}
-    assert offered == {group: names for group, names in GROUPS.items() if len(names) > 1}
+    offered = {group: shown[group].get("items", shown[group])["enum"] for group in CHOICES}
+    assert offered == CHOICES
 
 
 def test_bounds_and_choices_are_those_of_the_configuration() -> None:
@@ -92,16 +93,31 @@ GIVEN = {
 }
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}={path.stem}")
-def test_a_choice_means_what_its_file_says(path: Path) -> None:
-    """A file chosen in the form sets every key as it does on the command line; only the stride is always the form's."""
-    group = path.parent.name
-    if len(GROUPS[group]) == 1:
-        return
-    values = GIVEN.get(f"{group}={path.stem}", {})
+TURNS = range(max(map(len, CHOICES.values())))
+
+
+def chosen(turn: int) -> dict[str, str]:
+    """Return a file of every group, with the values that these need; all turns together choose every file.
+
+    Groups begin at different files, so that a geometry that asks for its own tiles does not always hide the same ones.
+    """
+    files = {group: names[(turn + place // 2) % len(names)] for place, (group, names) in enumerate(CHOICES.items())}
+    needed = [GIVEN.get(f"{group}={name}", {}) for group, name in files.items()]
+    return files | {field: value for values in needed for field, value in values.items()}
+
+
+@pytest.mark.parametrize("turn", TURNS)
+def test_a_choice_means_what_its_file_says(turn: int) -> None:
+    """Files chosen in the form set every key as on the command line; only the stride is always the form's."""
+    values = chosen(turn)
     keys = {field.title: values[name] for name, field in forms.Run.model_fields.items() if name in values}
-    typed = [f"{group}={path.stem}", "inference.stride=16", *(f"{key}={value}" for key, value in keys.items())]
-    assert compose_config(forms.Run(**{group: path.stem}, **values).to_overrides()) == compose_config(typed)
+    typed = ["inference.stride=16", *(f"{key}={value}" for key, value in keys.items())]
+    assert compose_config(forms.Run(**values).to_overrides()) == compose_config(typed)
+
+
+def test_every_choice_has_its_turn() -> None:
+    """The test above chooses each file of each group."""
+    assert {group: sorted({chosen(turn)[group] for turn in TURNS}) for group in CHOICES} == CHOICES
 
 
 @pytest.mark.parametrize("text", ["null", "true", "1e3", "a b,c", "it's", "x=1", "[1]", "back\\", "\\'", "#1", "æ"])
