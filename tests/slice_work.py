@@ -26,3 +26,11 @@ def tell_pid_and_wait(folder: Path, _stage: str, lo: int, hi: int) -> Iterator[O
             stream.write(f"{os.getpid()}\n")
         time.sleep(0.4)
         yield Outcome(index, {}, executed=True)
+
+
+def linger(folder: Path, _stage: str, lo: int, hi: int) -> Iterator[Outcome]:
+    """Take a moment for each of the first four tasks, and ten minutes for every other."""
+    for index in range(lo, hi):
+        (folder / str(index)).touch()
+        time.sleep(0.1 if index < 4 else 600)
+        yield Outcome(index, {}, executed=True)

@@ -1,23 +1,21 @@
 """Benchmarks run, and say what they found."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from benchmarks import engines as engines_benchmark
+from benchmarks import report
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of results of a quick comparison of engines, made by the command of the README."""
+    """The folder of results of a quick comparison of engines."""
     folder = tmp_path_factory.mktemp("results")
-    command = [sys.executable, "-m", "benchmarks.engines", "--quick", "--demo", "--out", str(folder)]
-    environment = os.environ | {"WSIFLOW_CACHE": str(folder / "cache")}
-    subprocess.run(command, check=True, cwd=ROOT, env=environment, capture_output=True)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("WSIFLOW_CACHE", str(folder / "cache"))
+        engines_benchmark.main(["--quick", "--demo", "--out", str(folder)])
     return folder
 
 
@@ -64,8 +62,7 @@ def test_the_document_gets_tables_between_its_marks(results: Path, tmp_path: Pat
         "by hand\n<!-- begin engines -->\nold\n<!-- end engines -->\n<!-- begin line -->\nold\n<!-- end line -->\n"
         "<!-- begin targets -->\n<!-- end targets -->\nafter\n"
     )
-    command = [sys.executable, "-m", "benchmarks.report", "--results", results, "--document", document]
-    subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
+    report.main(["--results", str(results), "--document", str(document)])
     text = document.read_text()
     assert text.startswith("by hand\n")
     assert text.endswith("after\n")
@@ -73,5 +70,5 @@ def test_the_document_gets_tables_between_its_marks(results: Path, tmp_path: Pat
     assert "<!-- begin line -->\nNot measured yet.\n<!-- end line -->" in text
     assert "not measured" in text.split("begin targets")[1]
     assert "old" not in text
-    subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
+    report.main(["--results", str(results), "--document", str(document)])
     assert document.read_text() == text

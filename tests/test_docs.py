@@ -83,13 +83,29 @@ def sweeps() -> list[tuple[str, ...]]:
     return sorted({tuple(word for word in line.split() if "=" in word) for line in typed})
 
 
-@pytest.mark.parametrize("words", sweeps(), ids=" ".join)
+def once(words: tuple[str, ...]) -> tuple[str, ...]:
+    """Return a sweep without its repeats, which multiply the trials and change none of them."""
+    return tuple(word for word in words if not word.startswith("repeat="))
+
+
+@pytest.mark.parametrize("words", sorted({once(words) for words in sweeps()}), ids=" ".join)
 def test_every_trial_of_the_sweeps_in_the_documents_is_accepted(words: tuple[str, ...]) -> None:
-    """Each combination composes, has a folder of its own, and shares with those of its repeat only."""
+    """Each combination composes, has a folder of its own, and shares with all others."""
     trials = {job: compose_config(asked, job=job) for job, asked in jobs_of(words).items()}
     assert len(trials) > 1
     assert len({config.out for config in trials.values()}) == len(trials)
-    assert len({config.share for config in trials.values()}) == len({config.repeat for config in trials.values()})
+    assert len({config.share for config in trials.values()}) == 1
+
+
+@pytest.mark.parametrize("words", [words for words in sweeps() if once(words) != words], ids=" ".join)
+def test_the_repeats_in_the_documents_are_accepted(words: tuple[str, ...]) -> None:
+    """The repeats of a combination have folders of their own and share nothing; they multiply the combinations."""
+    jobs, (axis,) = jobs_of(words), [word for word in words if word.startswith("repeat=")]
+    assert len(jobs) == len(jobs_of(once(words))) * len(axis.split(","))
+    first = {job.rsplit("repeat=")[-1]: (job, asked) for job, asked in reversed(jobs.items())}
+    trials = [compose_config(asked, job=job) for job, asked in first.values()]
+    assert sorted(config.repeat for config in trials) == sorted(map(int, axis.removeprefix("repeat=").split(",")))
+    assert len({config.out for config in trials}) == len({config.share for config in trials}) == len(trials)
 
 
 def test_other_keys_are_further_axes_of_an_experiment() -> None:

@@ -1,16 +1,14 @@
 """Experiments: what their rules accept and refuse, and that each of them runs."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
+from benchmarks import experiments
 from benchmarks.experiments import FOLDER, POINTS, RULES, decide
 
-ROOT = Path(__file__).parents[1]
 SIMULATED = ["X1", "X10", "X16", "curve"]
 
 
@@ -75,9 +73,7 @@ def test_every_experiment_names_what_there_is() -> None:
 
 def test_simulated_experiments_run_and_the_papers_efficiency_comes_out(shared_data: Path, tmp_path: Path) -> None:
     """In a small size: results with verdicts, the reference's scheme above 0.85 where it has 25 waves."""
-    command = [sys.executable, "-m", "benchmarks.experiments", "--quick", "--data", str(shared_data)]
-    command += ["--out", str(tmp_path), "--only", *SIMULATED]
-    subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
+    experiments.main(["--quick", "--data", str(shared_data), "--out", str(tmp_path), "--only", *SIMULATED])
     assert {path.stem for path in tmp_path.glob("*.json")} == set(SIMULATED)
     strong = json.loads((tmp_path / "X1.json").read_text())
     held = {check["says"]: check["holds"] for check in strong["values"]["checks"]}

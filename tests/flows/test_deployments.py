@@ -15,8 +15,9 @@ from typing import Any, NamedTuple, get_args
 import mlflow
 import psutil
 import pytest
+from prefect.workers.process import ProcessWorker
 from serving import BIN, PrefectServer, end
-from swept import jobs_of
+from swept import drawn, jobs_of, write_folder
 
 from flows import cli, forms
 from flows.compose import compose_config
@@ -29,6 +30,7 @@ ROOT = Path(__file__).parents[2]
 # An experiment is a list of overrides: it goes where a form takes those.
 FILES = sorted(path for path in (ROOT / "conf").glob("*/*.yaml") if path.parent.name != "experiment")
 GROUPS = {path.parent.name: sorted(one.stem for one in path.parent.glob("*.yaml")) for path in FILES}
+CHOICES = {group: names for group, names in GROUPS.items() if len(names) > 1}
 FORMS = (forms.Demo, forms.Run, forms.Sweep, forms.Evaluate, forms.Compare)
 COARSE = ["dense.windows=4", "evaluation.bootstrap=0"]
 
@@ -45,8 +47,8 @@ def properties(form: type[forms.Form]) -> dict[str, Any]:
 def test_every_file_of_the_configuration_can_be_chosen(form: type[forms.Form]) -> None:
     """A group of ``conf/`` that no form shows, or a file that is not among its choices, fails here."""
     shown = properties(form)
-    offered = {group: shown[group].get("items", shown[group])["enum"] for group in GROUPS if len(GROUPS[group]) > 1}
-    assert offered == {group: names for group, names in GROUPS.items() if len(names) > 1}
+    offered = {group: shown[group].get("items", shown[group])["enum"] for group in CHOICES}
+    assert offered == CHOICES
 
 
 def test_bounds_and_choices_are_those_of_the_configuration() -> None:
@@ -91,16 +93,31 @@ GIVEN = {
 }
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}={path.stem}")
-def test_a_choice_means_what_its_file_says(path: Path) -> None:
-    """A file chosen in the form sets every key as it does on the command line; only the stride is always the form's."""
-    group = path.parent.name
-    if len(GROUPS[group]) == 1:
-        return
-    values = GIVEN.get(f"{group}={path.stem}", {})
+TURNS = range(max(map(len, CHOICES.values())))
+
+
+def chosen(turn: int) -> dict[str, str]:
+    """Return a file of every group, with the values that these need; all turns together choose every file.
+
+    Groups begin at different files, so that a geometry that asks for its own tiles does not always hide the same ones.
+    """
+    files = {group: names[(turn + place // 2) % len(names)] for place, (group, names) in enumerate(CHOICES.items())}
+    needed = [GIVEN.get(f"{group}={name}", {}) for group, name in files.items()]
+    return files | {field: value for values in needed for field, value in values.items()}
+
+
+@pytest.mark.parametrize("turn", TURNS)
+def test_a_choice_means_what_its_file_says(turn: int) -> None:
+    """Files chosen in the form set every key as on the command line; only the stride is always the form's."""
+    values = chosen(turn)
     keys = {field.title: values[name] for name, field in forms.Run.model_fields.items() if name in values}
-    typed = [f"{group}={path.stem}", "inference.stride=16", *(f"{key}={value}" for key, value in keys.items())]
-    assert compose_config(forms.Run(**{group: path.stem}, **values).to_overrides()) == compose_config(typed)
+    typed = ["inference.stride=16", *(f"{key}={value}" for key, value in keys.items())]
+    assert compose_config(forms.Run(**values).to_overrides()) == compose_config(typed)
+
+
+def test_every_choice_has_its_turn() -> None:
+    """The test above chooses each file of each group."""
+    assert {group: sorted({chosen(turn)[group] for turn in TURNS}) for group in CHOICES} == CHOICES
 
 
 @pytest.mark.parametrize("text", ["null", "true", "1e3", "a b,c", "it's", "x=1", "[1]", "back\\", "\\'", "#1", "æ"])
@@ -201,8 +218,9 @@ def wait(what: Callable[[], bool]) -> None:
 @pytest.fixture(scope="module")
 def deployed(server: PrefectServer, tmp_path_factory: pytest.TempPathFactory) -> Deployed:
     home = tmp_path_factory.mktemp("deployed from here")
-    server.prefect("work-pool", "create", "wsiflow", "--type", "process", cwd=home)
-    server.prefect("work-pool", "set-concurrency-limit", "wsiflow", "4", cwd=home)
+    pool = {"name": "wsiflow", "type": "process", "concurrency_limit": 4}
+    pool["base_job_template"] = ProcessWorker.get_default_base_job_template()
+    assert server.answer("work_pools/", pool)[0] == 201
     server.prefect("deploy", "--prefect-file", str(ROOT / "deployments/prefect.yaml"), "--all", cwd=home)
     return Deployed(server, home, {entry["name"]: entry for entry in server.ask("deployments/filter", {})})
 
@@ -267,6 +285,34 @@ def test_the_server_refuses_a_run_without_a_form(deployed: Deployed) -> None:
     assert deployed.trigger("sweep", {})[0] == 409
 
 
+class Worker(NamedTuple):
+    """A worker that keeps running.
+
+    Attributes:
+        process: Its process.
+        cancelled: File in which the commands of its Slurm, which has one array, 77, record what is cancelled.
+    """
+
+    process: psutil.Process
+    cancelled: Path
+
+
+@pytest.fixture(scope="module")
+def worker(deployed: Deployed, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
+    folder = tmp_path_factory.mktemp("slurm")
+    cancelled = folder / "cancelled"
+    for name, line in {"squeue": "echo '77_0|RUNNING|long'", "scancel": f'echo "$@" >> {cancelled}'}.items():
+        (folder / name).write_text(f"#!/bin/sh\n{line}\n")
+        (folder / name).chmod(0o755)
+    env = deployed.server.env | {"PATH": f"{folder}:{deployed.server.env['PATH']}"}
+    command = [BIN / "prefect", "worker", "start", "--pool", "wsiflow"]
+    process = subprocess.Popen(command, env=env, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        yield Worker(psutil.Process(process.pid), cancelled)
+    finally:
+        end(process)
+
+
 class Finished(NamedTuple):
     """The runs that a worker without network completed, one for each form."""
 
@@ -312,20 +358,22 @@ def scheduled(deployed: Deployed, request: dict[str, Any]) -> str:
 
 
 @pytest.fixture(scope="module")
-def finished(deployed: Deployed, tiny_slides: Path, small_slides: Path) -> Finished:
+def finished(deployed: Deployed, worker: Worker, tiny_slides: Path, small_slides: Path) -> Finished:
     common = {"dataset": "manifest", "manifest": str(tiny_slides), "executor": "inline", "overrides": COARSE}
     folder = detections(small_slides, deployed.home / "detections")
+    for name, skill in {"good": 0.9, "bad": 0.3}.items():
+        write_folder(deployed.home / "two" / name, drawn(skill, n_slides=6), core_hours=skill)
     requests = {
         "run": {**common, "name": "one", "stride": 224, "tracking": "off"},
         "sweep": {**common, "name": "many", "stride": [30, 112, 224], "store": ["none"]},
-        "evaluate": {"manifest": str(small_slides), "detections": str(folder), "out": "scores", "bootstrap": 20},
+        "compare": {"folders": ["two"], "out": "compared", "reference": "run=bad"},
     }
-    runs = {"scheduled": scheduled(deployed, {**requests["evaluate"], "out": "weekly"})}
+    weekly = {"manifest": str(small_slides), "detections": str(folder), "out": "weekly", "bootstrap": 20}
+    runs = {"evaluate": scheduled(deployed, weekly)}
     for name, request in requests.items():
         status, answer = deployed.trigger(name, {"request": request})
         assert status == 201, answer
         runs[name] = answer["id"]
-    deployed.server.prefect("worker", "start", "--pool", "wsiflow", "--run-once", cwd=ROOT)
     wait(lambda: all(deployed.run(one)["end_time"] for one in runs.values()))
     return Finished(deployed, runs)
 
@@ -347,13 +395,6 @@ def test_a_worker_completes_what_the_form_says(finished: Finished) -> None:
     (line,) = finished.deployed.server.ask("flow_runs/filter", own)
     records = finished.deployed.server.ask("logs/filter", {"logs": {"flow_run_id": {"any_": [line["id"]]}}})
     assert "plan: 2 slides, 0 rejected" in str([record["message"] for record in records])
-
-
-def test_a_scheduled_run_starts(finished: Finished) -> None:
-    """The server's scheduler creates the run, and a worker completes it."""
-    run = finished.deployed.run(finished.runs["scheduled"])
-    assert (run["auto_scheduled"], run["state_type"]) == (True, "COMPLETED")
-    assert (finished.deployed.home / "weekly/summary.json").exists()
 
 
 def test_a_sweep_goes_on_after_a_trial_that_fails(finished: Finished) -> None:
@@ -379,56 +420,32 @@ def test_a_sweep_goes_on_after_a_trial_that_fails(finished: Finished) -> None:
     assert [row["setting"] for row in json.loads(shown["wsiflow-compare-many-table"])] == ["stride=112", "stride=224"]
 
 
-def test_runs_are_compared_from_a_form(finished: Finished, tmp_path: Path) -> None:
+def test_runs_are_compared_from_a_form(finished: Finished) -> None:
     """The files lie where the form says, the table is on the page, and the reference is the requested one."""
-    request = {"folders": [str(finished.deployed.home / "runs/many")], "out": str(tmp_path), "reference": "stride=224"}
-    status, answer = finished.deployed.trigger("compare", {"request": request})
-    assert status == 201, answer
-    finished.deployed.server.prefect("worker", "start", "--pool", "wsiflow", "--run-once", cwd=ROOT)
-    wait(lambda: finished.deployed.run(answer["id"])["end_time"])
-    assert finished.deployed.run(answer["id"])["state_type"] == "COMPLETED"
-    artifacts = Finished(finished.deployed, {"compare": answer["id"]}).artifacts("compare")
-    assert [key for key in artifacts if key.endswith("-table")] == ["wsiflow-compare-many-table"]
-    assert "Differences of" in (tmp_path / "compare.md").read_text()
-    assert "to stride=224" in (tmp_path / "compare.md").read_text()
+    assert finished.deployed.run(finished.runs["compare"])["state_type"] == "COMPLETED"
+    artifacts = finished.artifacts("compare")
+    assert [key for key in artifacts if key.endswith("-table")] == ["wsiflow-compare-two-table"]
+    text = (finished.deployed.home / "compared/compare.md").read_text()
+    assert "Differences of" in text
+    assert "to run=bad" in text
 
 
-def test_an_evaluation_gives_what_the_command_gives(finished: Finished, small_slides: Path, tmp_path: Path) -> None:
-    """The evaluation writes the same files as the command, byte for byte."""
-    assert finished.deployed.run(finished.runs["evaluate"])["state_type"] == "COMPLETED"
+def test_a_scheduled_evaluation_gives_what_the_command_gives(
+    finished: Finished, small_slides: Path, tmp_path: Path
+) -> None:
+    """The server's scheduler creates the run, and a worker writes the same files as the command, byte for byte."""
+    run = finished.deployed.run(finished.runs["evaluate"])
+    assert (run["auto_scheduled"], run["state_type"]) == (True, "COMPLETED")
     folder = finished.deployed.home / "detections"
     command = ["evaluate", "--manifest", str(small_slides), "--detections", str(folder), "--bootstrap", "20"]
     assert cli.main([*command, "--out", str(tmp_path)]) == 0
     names = {path.name for path in tmp_path.glob("*.*") if path.is_file()}
     assert names >= {"summary.json", "cases.csv", "froc.json", "roc.json"}
     for name in names:
-        assert (finished.deployed.home / "scores" / name).read_bytes() == (tmp_path / name).read_bytes()
+        assert (finished.deployed.home / "weekly" / name).read_bytes() == (tmp_path / name).read_bytes()
     numbers = json.loads(finished.artifacts("evaluate")["wsiflow-numbers"])
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert {row["number"]: row["value"] for row in numbers}["roc.auc"] == summary["roc.auc"]
-
-
-@pytest.fixture
-def scheduler(tmp_path: Path) -> Path:
-    """Return a folder with commands of a Slurm that has one array, 77, and records what is cancelled."""
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    for name, line in {"squeue": "echo '77_0|RUNNING|long'", "scancel": f'echo "$@" >> {tmp_path}/cancelled'}.items():
-        (folder / name).write_text(f"#!/bin/sh\n{line}\n")
-        (folder / name).chmod(0o755)
-    return folder
-
-
-@pytest.fixture
-def worker(deployed: Deployed, scheduler: Path) -> Iterator[psutil.Process]:
-    """Yield a worker that keeps running."""
-    env = deployed.server.env | {"PATH": f"{scheduler}:{deployed.server.env['PATH']}"}
-    command = [BIN / "prefect", "worker", "start", "--pool", "wsiflow"]
-    process = subprocess.Popen(command, env=env, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        yield psutil.Process(process.pid)
-    finally:
-        end(process)
 
 
 def submitted(root: Path) -> None:
@@ -439,22 +456,36 @@ def submitted(root: Path) -> None:
     log.append("job", name="long", job="77")
 
 
-def test_a_cancelled_run_leaves_nothing_behind(
-    deployed: Deployed, worker: psutil.Process, small_slides: Path, tmp_path: Path
-) -> None:
+def test_a_cancelled_run_leaves_nothing_behind(deployed: Deployed, worker: Worker, small_slides: Path) -> None:
     """The run's processes have ended, and the array jobs that its folder records are cancelled."""
     slow = ["inference=window", "dense.windows=0", "tiles.group_tiles=2"]
-    request = {"name": "long", "dataset": "manifest", "manifest": str(small_slides), "tracking": "off"}
+    request = {"name": "long", "dataset": "manifest", "manifest": str(small_slides), "tracking": "off", "workers": 1}
     status, run = deployed.trigger("run", {"request": {**request, "stride": 8, "overrides": slow}})
     assert status == 201
     root = deployed.home / "runs/long"
     wait(lambda: any((root / "patches").glob("*.h5")))
-    processes = worker.children(recursive=True)
-    assert len(processes) >= 2, "a flow and its workers"
+    processes = worker.process.children(recursive=True)
+    assert len(processes) >= 2, "a flow and its worker"
     submitted(root)
     assert deployed.server.answer(f"flow_runs/{run['id']}/set_state", {"state": {"type": "CANCELLING"}})[0] == 201
     wait(lambda: deployed.run(run["id"])["state_type"] == "CANCELLED")
     assert psutil.wait_procs(processes, timeout=60)[1] == []
-    assert (tmp_path / "cancelled").read_text().split() == ["77"]
+    assert worker.cancelled.read_text().split() == ["77"]
     own = {"logs": {"flow_run_id": {"any_": [run["id"]]}}}
     wait(lambda: any("77 was cancelled" in log["message"] for log in deployed.server.ask("logs/filter", own)))
+
+
+def test_a_server_shows_a_comparison(server: PrefectServer, tmp_path: Path) -> None:
+    """With a server the command ``wsiflow compare`` leaves a flow run with table and text as artifacts."""
+    trials = (("x", 0.9, 2.0), ("y", 0.3, 1.0))
+    folders = [
+        str(write_folder(tmp_path / name, drawn(skill, n_slides=6), core_hours=cost)) for name, skill, cost in trials
+    ]
+    command = [BIN / "wsiflow", "compare", *folders, "--out", str(tmp_path / "out"), "--bootstrap", "50"]
+    subprocess.run(command, env=server.env, check=True, capture_output=True)
+    table = server.ask("artifacts/wsiflow-compare-out-table/latest")
+    assert [row["pareto"] for row in json.loads(table["data"])] == ["yes", "yes"]
+    text = server.ask("artifacts/wsiflow-compare-out/latest")
+    assert "| run=x | 1.000" in text["data"]
+    assert str(tmp_path / "out/tradeoff.png") in text["data"]
+    assert server.ask(f"flow_runs/{text['flow_run_id']}")["state_type"] == "COMPLETED"

@@ -1,7 +1,6 @@
 """Executors: each task ends once, a task that kills its worker fails alone, and no caller waits for ever."""
 
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
+from slice_work import die_at_7, linger, square
 
 from flows.cluster import workers
 from wsiflow.errors import EnvironmentFault, Failure
@@ -20,18 +20,6 @@ from wsiflow.run.executor.params import ExecutorParams, worker_count
 from wsiflow.run.executor.protocol import Executor, Outcome, Slice
 
 HERE = Path(__file__)
-
-
-def square(_plan: Path, _stage: str, lo: int, hi: int) -> Iterator[Outcome]:
-    for index in range(lo, hi):
-        yield Outcome(index, {"square": index**2}, executed=True)
-
-
-def die_at_7(_plan: Path, _stage: str, lo: int, hi: int) -> Iterator[Outcome]:
-    for index in range(lo, hi):
-        if index == 7:
-            os._exit(9)
-        yield from square(_plan, _stage, index, index + 1)
 
 
 def params(kind: str, workers: int = 2) -> ExecutorParams:
@@ -47,7 +35,7 @@ def test_every_task_ends_once(kind: str) -> None:
     """Twenty tasks give twenty outcomes with any executor."""
     with executor.make(params(kind), cores=2, root=HERE.parent) as pool:
         outcomes = sorted(pool.run(square, HERE, "stage", sliced(20)), key=lambda outcome: outcome.task)
-    assert [(o.task, o.receipt) for o in outcomes] == [(i, {"square": i**2}) for i in range(20)]
+    assert [(o.task, o.receipt) for o in outcomes] == [(i, {"square": i**2, "threads": "1"}) for i in range(20)]
 
 
 def test_a_task_that_kills_its_worker_fails_alone(caplog: pytest.LogCaptureFixture) -> None:
@@ -94,13 +82,6 @@ def test_a_kind_of_executor_is_a_file_and_a_line_in_the_table(tmp_path: Path, mo
 def test_workers_follow_the_cores_by_default(kind: str, workers: int, expected: int) -> None:
     """Zero means one worker per core this process may use."""
     assert worker_count(params(kind, workers), cores=3) == expected
-
-
-def linger(folder: Path, _stage: str, lo: int, hi: int) -> Iterator[Outcome]:
-    for index in range(lo, hi):
-        (folder / str(index)).touch()
-        time.sleep(0.1 if index < 4 else 600)
-        yield Outcome(index, {}, executed=True)
 
 
 def both(kind: str, root: Path) -> AbstractContextManager[Executor]:

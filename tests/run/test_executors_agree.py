@@ -14,7 +14,7 @@ CUT += ["tiles.group_tiles=9", "store.part_tiles=20"]
 QUICK = ["executor.slice_s=2", "executor.array.poll_s=0.5", "executor.array.memory_mb=900"]
 EXECUTORS = {
     "process": ["executor=process", "executor.workers=2"],
-    "dask": ["executor=dask", "executor.workers=2", "executor.slice_s=2"],
+    "dask": ["executor=dask", "executor.workers=2", "executor.slice_s=0"],
     "slurm": ["executor=slurm_array", *QUICK],
     "sge": ["executor=sge_array", *QUICK],
 }

@@ -29,9 +29,9 @@ def half(finished: Path, tmp_path: Path) -> Path:
     return root
 
 
-def note(root: Path, stage: str, slide: int, seconds: tuple[float, float], **more: Any) -> None:
-    """Log an attempt that began and ended at given seconds from now."""
-    moments = (datetime.now(UTC) - timedelta(seconds=ago) for ago in seconds)
+def note(root: Path, now: datetime, stage: str, slide: int, seconds: tuple[float, float], **more: Any) -> None:
+    """Log an attempt that began and ended given seconds before ``now``, one moment for all attempts of a test."""
+    moments = (now - timedelta(seconds=ago) for ago in seconds)
     started, ended = (moment.isoformat(timespec="milliseconds") for moment in moments)
     row = {"stage": stage, "slide": latest_plan(root).slides[slide].slide_id, "group": 1, "index": slide, "error": ""}
     row |= {"started": started, "ended": ended, "exit_class": "ok", **more}
@@ -53,10 +53,10 @@ def test_durations_have_fitting_units() -> None:
 
 def test_status_shows_the_speed_of_a_running_run(half: Path, capsys) -> None:
     """The speed is that of the attempts since the start, and the time left follows from it and the costs of tasks."""
-    slides = latest_plan(half).slides
-    began = (datetime.now(UTC) - timedelta(seconds=60)).isoformat(timespec="milliseconds")
+    slides, now = latest_plan(half).slides, datetime.now(UTC)
+    began = (now - timedelta(seconds=60)).isoformat(timespec="milliseconds")
     for slide, seconds in ((1, (40, 30)), (2, (30, 20)), (3, (9000, 10))):  # the last one is of an earlier start
-        note(half, "predict", slide, seconds)
+        note(half, now, "predict", slide, seconds)
     assert cli.main(["status", str(half)]) == 0
     tiles = sum(each.n_tiles for each in slides)
     counted = f"5 of 6 slides, {tiles - slides[0].n_tiles:,} of {tiles:,} tiles"
@@ -75,16 +75,16 @@ def test_status_shows_the_speed_of_a_running_run(half: Path, capsys) -> None:
 
 def test_a_follower_sees_what_the_disk_holds(half: Path) -> None:
     """A follower sees files that are published meanwhile, and slides that failed, for which no time is left."""
-    follower = Follower(half)
+    follower, begun = Follower(half), datetime.now(UTC)
     slides = latest_plan(half).slides
     before = follower.snapshot()
     assert before is not None
     assert (before.slides, before.stages["detect"], before.left_s) == ((5, 6), (5, 6), None)
-    note(half, "predict", 1, (-1, -11))
+    note(half, begun, "predict", 1, (-1, -11))
     waiting = follower.snapshot()
     assert waiting is not None
     assert waiting.left_s
-    note(half, "stitch", 0, (-1, -2), error="no space left", exit_class="environment")
+    note(half, begun, "stitch", 0, (-1, -2), error="no space left", exit_class="environment")
     given_up = follower.snapshot()
     assert given_up is not None
     assert (given_up.slides, given_up.left_s) == ((5, 6), 0.0)

@@ -113,7 +113,7 @@ def test_a_trace_that_cannot_be_written_ends_the_run(tiny_slides: Path, tmp_path
     (tmp_path / "run").mkdir()
     log = tmp_path / "run/attempts.jsonl"
     log.symlink_to("/dev/full")
-    line = over(tiny_slides, tmp_path / "run", f"executor={kind}", "shard_slides=1")
+    line = over(tiny_slides, tmp_path / "run", f"executor={kind}", "executor.workers=1", "shard_slides=1")
     assert command.main(["run", *line]) == 30
     said = capsys.readouterr().err
     assert said.count("\n") == 1
@@ -121,5 +121,5 @@ def test_a_trace_that_cannot_be_written_ends_the_run(tiny_slides: Path, tmp_path
     before = attempts(tmp_path / "run")
     assert before
     log.unlink()
-    assert command.main(["run", *line]) == 0
+    assert command.main(["run", *line, "executor=inline"]) == 0
     assert before.items() <= attempts(tmp_path / "run").items()

@@ -224,12 +224,12 @@ def test_a_store_without_locks_is_named(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
 
 def test_more_than_mlflow_takes_at_once(store: str) -> None:
-    """Hundreds of parameters, thousands of metrics, long values and odd names are recorded."""
-    settings = {f"p{i}": i for i in range(250)} | {"long": "x" * 9000, "+odd[0]": 1}
-    numbers = {f"m{i}": float(i) for i in range(2100)}
+    """More than a hundred parameters, more than a thousand metrics, long values and odd names are recorded."""
+    settings = {f"p{i}": i for i in range(101)} | {"long": "x" * 9000, "+odd[0]": 1}
+    numbers = {f"m{i}": float(i) for i in range(1001)}
     logged = tracking.log_run(params_for(store), record(key="many", params=settings, metrics=numbers))
     data = read(store, logged.run_id).data
-    assert len(data.params) == 252
+    assert len(data.params) == 103
     assert len(data.params["long"]) == 6000
     assert data.params["_odd_0_"] == "1"
     assert data.metrics == numbers
@@ -249,16 +249,16 @@ def _first_start(uri: str, key: str, barrier: Any, results: Any) -> None:
 
 
 def test_first_starts_at_the_same_time(tmp_path: Path) -> None:
-    """Three processes on a new store record three runs in one experiment."""
+    """Two processes on a new store record two runs in one experiment."""
     context = multiprocessing.get_context("spawn")
-    uri, barrier, results = f"sqlite:///{tmp_path}/new/mlflow.db", context.Barrier(3), context.Queue()
-    processes = [context.Process(target=_first_start, args=(uri, f"k{i}", barrier, results)) for i in range(3)]
+    uri, barrier, results = f"sqlite:///{tmp_path}/new/mlflow.db", context.Barrier(2), context.Queue()
+    processes = [context.Process(target=_first_start, args=(uri, f"k{i}", barrier, results)) for i in range(2)]
     for process in processes:
         process.start()
     logged = [results.get(timeout=200) for _ in processes]
     for process in processes:
         process.join()
-    assert [item.reason for item in logged] == ["", "", ""]
+    assert [item.reason for item in logged] == ["", ""]
     assert {run.info.run_id for run in all_runs(uri, "test")} == {item.run_id for item in logged}
 
 
