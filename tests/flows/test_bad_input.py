@@ -24,17 +24,38 @@ def started(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, s
     return code, output.out + output.err
 
 
-@pytest.fixture
-def slide(tmp_path: Path) -> Path:
-    """One small slide with a blob of tissue."""
+@pytest.fixture(scope="module")
+def drawn_slide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One small slide with a blob of tissue, which no test changes."""
     rng = np.random.default_rng(0)
     pixels = rng.normal(240, 2, (700, 900, 3))
     pixels[200:500, 200:700] = rng.normal((190, 120, 180), 12, (300, 500, 3))
-    path = tmp_path / "slides" / "good.tif"
-    path.parent.mkdir()
+    path = tmp_path_factory.mktemp("slides") / "good.tif"
     image = np.clip(pixels, 0, 255).astype(np.uint8)
     pyramid.write_rgb(path, iter([image]), shape=(700, 900), um_px=0.243, quality=90)
     return path
+
+
+@pytest.fixture
+def slide(drawn_slide: Path, tmp_path: Path) -> Path:
+    """The same slide in a folder of the test's own."""
+    (tmp_path / "slides").mkdir()
+    return Path(shutil.copy2(drawn_slide, tmp_path / "slides"))
+
+
+@pytest.fixture(scope="module")
+def run_of_good(drawn_slide: Path) -> Path:
+    """The folder of a complete run over that slide, which no test changes."""
+    out = drawn_slide.parent / "run"
+    slides = manifest(drawn_slide, "good,good.tif,,0,")
+    assert cli.main(["run", "dataset=manifest", slides, f"out={out}", *COARSE]) == 0
+    return out
+
+
+@pytest.fixture
+def complete(run_of_good: Path, slide: Path, tmp_path: Path) -> Path:
+    """A folder of the test's own, of a complete run over `slide` under the name ``good``."""
+    return Path(shutil.copytree(run_of_good, tmp_path / "run"))
 
 
 def manifest(slide: Path, *lines: str, header: str = "slide_id,path,mpp,label,annotation_path") -> str:
@@ -54,33 +75,22 @@ def printed_by_status(out: Path, capsys) -> str:
     return capsys.readouterr().out
 
 
-def damaged(folder: Path, kind: str) -> str:
-    """Write one bad slide and return its manifest line."""
-    path = folder / f"{kind}.svs"
-    if kind == "empty":
-        path.write_bytes(b"")
-    elif kind == "png":
-        Image.new("RGB", (600, 600), "white").save(path, "PNG")
-    elif kind == "text":
-        path.write_text("not a slide")
-    return f"{kind},{path.name},,0,"
-
-
-@pytest.mark.parametrize(
-    ("kind", "cause"),
-    [("missing", "does not exist"), ("empty", "0 bytes"), ("png", "not a slide"), ("text", "not a slide")],
-)
-def test_a_slide_that_cannot_be_read(slide: Path, tmp_path: Path, capsys, kind: str, cause: str) -> None:
-    """The slide is listed with its file and the cause, the exit code is 20, and the good slide has its heatmap."""
-    slides = manifest(slide, "good,good.tif,,0,", damaged(slide.parent, kind))
+def test_slides_that_cannot_be_read(slide: Path, tmp_path: Path, capsys) -> None:
+    """Each is listed with its file and the cause, the exit code is 20, and the good slide has its heatmap."""
+    causes = {"missing": "does not exist", "empty": "0 bytes", "png": "not a slide", "text": "not a slide"}
+    slide.with_name("empty.svs").write_bytes(b"")
+    Image.new("RGB", (600, 600), "white").save(slide.with_name("png.svs"), "PNG")
+    slide.with_name("text.svs").write_text("not a slide")
+    slides = manifest(slide, "good,good.tif,,0,", *(f"{kind},{kind}.svs,,0," for kind in causes))
     out = tmp_path / "run"
     code, output = started(capsys, "dataset=manifest", slides, f"out={out}")
     assert code == 20
-    row = statuses(out)[kind]
-    assert row["status"] == "rejected"
-    assert cause in row["reason"]
-    assert f"{kind}.svs" in row["reason"]
-    assert f"rejected: slide {kind}" in output
+    for kind, cause in causes.items():
+        row = statuses(out)[kind]
+        assert row["status"] == "rejected"
+        assert cause in row["reason"]
+        assert f"{kind}.svs" in row["reason"]
+        assert f"rejected: slide {kind}" in output
     assert (out / "heatmaps/good.tif").exists()
     assert not (out / "evaluation").exists()
 
@@ -104,10 +114,9 @@ def test_allowed_partial_results_are_marked(slide: Path, tmp_path: Path, capsys)
     assert "PARTIAL" not in (out / "report.html").read_text()
 
 
-def test_scores_of_an_earlier_state_are_not_shown_as_those_of_now(slide: Path, tmp_path: Path, capsys) -> None:
+def test_scores_of_an_earlier_state_are_not_shown_as_those_of_now(slide: Path, complete: Path, capsys) -> None:
     """When a broken slide joins a complete run, the scores move aside until it is fixed, and nothing reads them."""
-    slides, out = manifest(slide, "good,good.tif,,0,"), tmp_path / "run"
-    assert started(capsys, "dataset=manifest", slides, f"out={out}")[0] == 0
+    out = complete
     scores = (out / "evaluation/matches.json").read_bytes()
     slides = manifest(slide, "good,good.tif,,0,", "late,late.tif,,0,")
     code, output = started(capsys, "dataset=manifest", slides, f"out={out}")
@@ -127,11 +136,9 @@ def test_scores_of_an_earlier_state_are_not_shown_as_those_of_now(slide: Path, t
     assert {path.name for path in out.glob("evaluation*")} == {"evaluation", "evaluations"}
 
 
-def test_a_folder_of_other_slides_says_so(slide: Path, tmp_path: Path, capsys) -> None:
+def test_a_folder_of_other_slides_says_so(slide: Path, complete: Path, capsys) -> None:
     """The message names the slides of the folder, the requested ones, and what to do."""
-    out = tmp_path / "run"
-    assert started(capsys, "dataset=manifest", manifest(slide, "good,good.tif,,0,"), f"out={out}")[0] == 0
-    code, output = started(capsys, "dataset=manifest", manifest(slide, "other,good.tif,,0,"), f"out={out}")
+    code, output = started(capsys, "dataset=manifest", manifest(slide, "other,good.tif,,0,"), f"out={complete}")
     assert code == 20
     assert (
         "the folder belongs to a run over other slides: good, now asked for other; give this run another out=" in output
@@ -190,14 +197,19 @@ def test_all_errors_of_a_manifest_come_together(slide: Path, tmp_path: Path, cap
         assert line in output
 
 
-@pytest.mark.parametrize("text", ["<ASAP_Annotations>", "", "<?xml version='1.0'?><x/>", "not xml"])
-def test_a_malformed_annotation_names_the_file(slide: Path, tmp_path: Path, capsys, text: str) -> None:
+def test_malformed_annotations_are_named(slide: Path, tmp_path: Path, capsys) -> None:
     """Truth that cannot be read is refused before any work, and its file is named."""
-    slide.with_name("bad.xml").write_text(text)
-    slides = manifest(slide, "good,good.tif,,1,bad.xml")
-    code, output = started(capsys, "dataset=manifest", slides, f"out={tmp_path / 'run'}")
+    texts = ("<ASAP_Annotations>", "", "<?xml version='1.0'?><x/>", "not xml")
+    for number, text in enumerate(texts):
+        slide.with_name(f"bad{number}.xml").write_text(text)
+        shutil.copy(slide, slide.with_name(f"s{number}.tif"))
+    slides = manifest(slide, *(f"s{number},s{number}.tif,,1,bad{number}.xml" for number in range(len(texts))))
+    code, _ = started(capsys, "dataset=manifest", slides, f"out={tmp_path / 'run'}")
     assert code == 20
-    assert "bad.xml" in output
+    for number in range(len(texts)):
+        row = statuses(tmp_path / "run")[f"s{number}"]
+        assert row["status"] == "rejected"
+        assert f"bad{number}.xml" in row["reason"]
     assert not (tmp_path / "run/tissue").exists(), "reported before any work"
 
 
@@ -334,19 +346,18 @@ def test_a_bad_key_or_value_ends_at_once(tmp_path: Path, capsys, override: str, 
     assert not (tmp_path / "run" / "plan.json").exists()
 
 
-def test_the_same_folder_with_other_settings_is_refused(slide: Path, tmp_path: Path, capsys) -> None:
+def test_the_same_folder_with_other_settings_is_refused(slide: Path, complete: Path, capsys) -> None:
     """A folder holds one set of settings; the message names the one that differs, and what it was asked is no part."""
     slides = manifest(slide, "good,good.tif,,0,")
-    assert started(capsys, "dataset=manifest", slides, f"out={tmp_path / 'run'}")[0] == 0
-    code, output = started(capsys, "dataset=manifest", slides, f"out={tmp_path / 'run'}", "lesions.threshold=0.7")
+    code, output = started(capsys, "dataset=manifest", slides, f"out={complete}", "lesions.threshold=0.7")
     assert code == 20
     assert "lesions.threshold (0.5 there, 0.7 now)" in output
-    assert cli.main(["retry", str(tmp_path / "run")]) == 0
-    assert runs.runs_in_folders([tmp_path / "run"]).runs[0].params["lesions.threshold"] == "0.5"
+    assert cli.main(["retry", str(complete)]) == 0
+    assert runs.runs_in_folders([complete]).runs[0].params["lesions.threshold"] == "0.5"
     shutil.copy(slide, slide.with_name("other.tif"))
     other = manifest(slide, "other,other.tif,,0,", "more,good.tif,,0,")
-    assert started(capsys, "dataset=manifest", other, f"out={tmp_path / 'run'}")[0] == 20
-    assert "ingest 1 of 1\n" in printed_by_status(tmp_path / "run", capsys)
+    assert started(capsys, "dataset=manifest", other, f"out={complete}")[0] == 20
+    assert "ingest 1 of 1\n" in printed_by_status(complete, capsys)
 
 
 def test_slides_and_truth_may_join_a_finished_run(slide: Path, tmp_path: Path, capsys) -> None:
@@ -390,26 +401,22 @@ def test_a_slide_replaced_after_the_plan_is_not_predicted(slide: Path, tmp_path:
     assert "its content has changed since the run was planned" in outcome.failure.cause
 
 
-def test_another_kind_of_machine_may_not_use_the_plans_key(slide: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+def test_another_kind_of_machine_may_not_use_the_plans_key(complete: Path, monkeypatch) -> None:
     """A worker whose libraries use other instructions fails instead of publishing numbers with other last bits."""
     from wsiflow.run.stages import work
 
-    out = tmp_path / "run"
-    assert started(capsys, "dataset=manifest", manifest(slide, "good,good.tif,,0,"), f"out={out}")[0] == 0
     for part in ("predictions", "receipts/predictions"):
-        shutil.rmtree(out / part)
+        shutil.rmtree(complete / part)
     monkeypatch.setenv("ATEN_CPU_CAPABILITY", "default")
-    outcome = work.run_task(out / "plan.json", "predict", 0)
+    outcome = work.run_task(complete / "plan.json", "predict", 0)
     assert outcome.exit_code == 30
     assert "gives other last bits" in outcome.failure.cause
 
 
-def test_a_hash_in_the_manifest_is_compared_even_later(slide: Path, tmp_path: Path, capsys) -> None:
+def test_a_hash_in_the_manifest_is_compared_even_later(slide: Path, complete: Path, capsys) -> None:
     """A SHA-256 added after the first run is checked against what was hashed then."""
-    out = tmp_path / "run"
-    assert started(capsys, "dataset=manifest", manifest(slide, "good,good.tif,,0,"), f"out={out}")[0] == 0
     slides = manifest(slide, f"good,good.tif,,0,,{'0' * 64}", header="slide_id,path,mpp,label,annotation_path,sha256")
-    code, output = started(capsys, "dataset=manifest", slides, f"out={out}")
+    code, output = started(capsys, "dataset=manifest", slides, f"out={complete}")
     assert code == 20
     assert "the manifest says 000" in output
 
@@ -449,14 +456,12 @@ def test_commands_end_in_one_line(tmp_path: Path, capsys, arguments: list[str]) 
     assert "Traceback" not in output
 
 
-def test_verify_finds_the_damaged_file(slide: Path, tmp_path: Path, capsys) -> None:
+def test_verify_finds_the_damaged_file(complete: Path, capsys) -> None:
     """One flipped bit in a heatmap gives exit code 40 and the file's name."""
-    out = tmp_path / "run"
-    assert started(capsys, "dataset=manifest", manifest(slide, "good,good.tif,,0,"), f"out={out}")[0] == 0
-    assert cli.main(["verify", str(out)]) == 0
-    heat = out / "heatmaps/good.tif"
+    assert cli.main(["verify", str(complete)]) == 0
+    heat = complete / "heatmaps/good.tif"
     data = bytearray(heat.read_bytes())
     data[len(data) // 2] ^= 4
     heat.write_bytes(data)
-    assert cli.main(["verify", str(out)]) == 40
+    assert cli.main(["verify", str(complete)]) == 40
     assert "good.tif" in capsys.readouterr().err

@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from small_runs import over
 
 from flows import compose as command
 from flows.__main__ import main
@@ -15,12 +16,6 @@ from wsiflow.run.executor import protocol
 from wsiflow.run.stages import ingest, measure
 from wsiflow.run.stages.line import ROUGH, STAGES
 from wsiflow.system import publish
-
-COARSE = ["inference.stride=112", "dense.windows=40", "executor=inline", "orchestrator=none", "tracking=off"]
-
-
-def over(manifest: Path, out: Path, *more: str) -> list[str]:
-    return ["dataset=manifest", f"dataset.manifest={manifest}", f"out={out}", *COARSE, *more]
 
 
 @pytest.fixture(scope="module")
@@ -70,10 +65,10 @@ def test_nothing_but_the_costs_is_left_behind(calibrated: Path) -> None:
 def test_a_plan_foretells_what_the_run_does(small_slides: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """The run uses the published plan, runs exactly the tasks that were counted, and leaves nothing to do."""
     out, report = tmp_path / "run", tmp_path / "report.json"
-    arguments = over(small_slides, out)
+    arguments = over(small_slides, out, "dataset.limit=4")
     assert main(["plan", *arguments, "--workers", "1,2,40", "--scheduler", "slurm", "--json", str(report)]) == 0
     output = capsys.readouterr().out
-    assert "6 slides, 0 rejected" in output
+    assert "4 slides, 0 rejected" in output
     assert "rough values" in output
     before = json.loads(report.read_text())
     assert [one["workers"] for one in before["forecasts"]] == [1, 2, 40]

@@ -39,7 +39,7 @@ def wait(what: Callable[[], bool], *, seconds: float = 60) -> None:
 
 
 def test_a_temporary_server_ends_with_its_parent(tmp_path: Path) -> None:
-    """The server ends even where its parent was killed, and keeps its database locked until then."""
+    """The server creates its database, keeps it locked, and ends even where its parent was killed."""
     env = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
     with subprocess.Popen(
         [sys.executable, "-c", _A_DRIVER],
@@ -58,10 +58,10 @@ def test_a_temporary_server_ends_with_its_parent(tmp_path: Path) -> None:
         assert where == ""
 
 
-def test_a_server_with_a_key_is_used_with_it_and_refused_without(tmp_path: Path, monkeypatch) -> None:
+def test_a_server_with_a_key_is_used_with_it_and_refused_without(prefect_home: Path, monkeypatch) -> None:
     """Such a server is never replaced silently by a temporary one."""
     monkeypatch.setenv("PREFECT_SERVER_API_AUTH_STRING", "admin:open")
-    with temporary_settings({PREFECT_HOME: tmp_path}), server._temporary_server(None) as url:
+    with temporary_settings({PREFECT_HOME: prefect_home}), server._temporary_server(None) as url:
         monkeypatch.delenv("PREFECT_SERVER_API_AUTH_STRING")
         known = {PREFECT_API_URL: url, PREFECT_API_AUTH_STRING: "admin:open"}
         with temporary_settings(known), server.chosen_server() as message:

@@ -21,9 +21,9 @@ from wsiflow.run import ledger
 
 PATIENCE_S = 60  # on a busy machine; five seconds are meant
 # Tasks that are small and many, so that the first has its receipt long before the last begins.
-MANY = ["dataset.limit=1", "inference=window", "inference.stride=56", "dense.windows=0", "tiles=patch"]
+MANY = ["dataset.limit=1", "inference=window", "inference.batch=4", "dense.windows=0", "tiles=patch"]
 MANY += ["tiles.group_tiles=1", "executor.slice_s=0", "store=none"]
-ENDLESS = "inference.stride=8"  # for what nobody waits for
+ENDLESS = "inference.stride=16"  # for what nobody waits for
 ARRAY = [f"executor.array.{it}" for it in ("poll_s=0.5", "grace_s=1", "memory_mb=900")]
 _ON_A_TERMINAL = """
 import fcntl, os, sys, termios
@@ -168,71 +168,79 @@ def assert_display_is_gone(running: Running, first: str) -> None:
 LINE = re.compile(r"stopped: (\d+) tasks done, (\d+) left; the same command goes on\n")
 
 
-@pytest.mark.parametrize(
-    ("executor", "orchestrator", "number"),
-    [
-        ("inline", "none", signal.SIGINT),
-        ("inline", "prefect", signal.SIGTERM),
-        ("process", "none", signal.SIGTERM),
-        ("process", "prefect", signal.SIGINT),
-        ("dask", "none", signal.SIGINT),
-        ("dask", "prefect", signal.SIGTERM),
-    ],
-)
-def test_a_signal_ends_a_run_with_one_line(
-    start: Callable[..., Running],
-    small_slides: Path,
-    expected: dict[str, str],
-    tmp_path: Path,
-    executor: str,
-    orchestrator: str,
-    number: int,
+def test_a_stopped_run_goes_on(
+    start: Callable[..., Running], small_slides: Path, expected: dict[str, str], tmp_path: Path
 ) -> None:
-    """A signal in the middle of the predictions ends the run, and a second start publishes the same bytes."""
+    """Ctrl-C in the middle of the predictions ends the run, and a second start publishes the same bytes.
+
+    Runs whose workers were killed are continued in test_line.
+    """
     out = tmp_path / "run"
-    more = [f"executor={executor}", f"orchestrator={orchestrator}"]
-    more += [] if executor == "inline" else ["executor.workers=2"]
-    is_continued = (executor, orchestrator) == ("inline", "none")  # after a kill of workers too: test_line
-    more += [] if is_continued else [ENDLESS]
+    running = start("run", *many(small_slides, out))
+    running.wait_for(lambda: receipts(out))
+    assert not running.started
+    assert running.stop(signal.SIGINT) == 130
+    assert_counted(running, out)
+    running = start("run", *many(small_slides, out), watched=True, **WATCHED)
+    assert running.end() == 0
+    assert digests(out) == expected
+    assert_display_is_gone(running, "slides     1 of 1")
+
+
+def test_a_signal_ends_prefect_and_a_pool_with_one_line(
+    start: Callable[..., Running], small_slides: Path, tmp_path: Path
+) -> None:
+    """The temporary server and the workers, which a terminal's Ctrl-C reaches too, end and print nothing."""
+    out = tmp_path / "run"
+    more = ["executor=process", "executor.workers=2", "orchestrator=prefect", ENDLESS]
     running = start("run", *many(small_slides, out, *more))
     running.wait_for(lambda: receipts(out))
-    assert bool(running.started) == (executor != "inline" or orchestrator == "prefect")
-    assert running.stop(number) == 128 + number
+    assert running.started
+    assert running.stop(signal.SIGINT) == 130
+    assert_counted(running, out)
+
+
+def assert_counted(running: Running, out: Path) -> None:
+    """See that the last line says how many tasks are done and left, and that nothing else was printed."""
     counted = LINE.fullmatch(running.errors)
     assert counted, running.errors
     done, left = map(int, counted.groups())
     assert done == len(receipts(out)) > 0
     assert left > 0
     assert "Traceback" not in running.output
-    if is_continued:
-        running = start("run", *many(small_slides, out, *more), watched=True, **WATCHED)
-        assert running.end() == 0
-        assert digests(out) == expected
-        assert_display_is_gone(running, "slides     1 of 1")
 
 
-def test_a_signal_leaves_no_display_behind(start: Callable[..., Running], small_slides: Path, tmp_path: Path) -> None:
-    """On a terminal the display is erased, and only the one line remains."""
-    running = start("run", *many(small_slides, tmp_path / "run", ENDLESS), watched=True, **WATCHED)
-    running.wait_for(lambda: "0 of 1 slides, " in running.output and "tiles/s" in running.output)
+def test_a_signal_ends_dask_and_leaves_no_display_behind(
+    start: Callable[..., Running], small_slides: Path, tmp_path: Path
+) -> None:
+    """The cluster ends, and on a terminal the display is erased, so that only the one line remains."""
+    out = tmp_path / "run"
+    more = ["executor=dask", "executor.workers=1", ENDLESS]
+    running = start("run", *many(small_slides, out, *more), watched=True, **WATCHED)
+    running.wait_for(lambda: "0 of 1 slides, " in running.output and "tiles/s" in running.output and receipts(out))
+    assert running.started
     assert running.stop(signal.SIGINT) == 130
     assert_display_is_gone(running, "stopped: ")
-    assert running.output.endswith("left; the same command goes on\r\n")
+    last = re.search(LINE.pattern.replace("\\n", "\\r\\n$"), running.output)
+    assert last, running.output
+    done, left = map(int, last.groups())
+    assert done == len(receipts(out)) > 0
+    assert left > 0
+    assert "Traceback" not in running.output
 
 
-@pytest.mark.parametrize(("scheduler", "orchestrator", "number"), [("slurm", "prefect", 2), ("sge", "none", 15)])
+@pytest.mark.parametrize(("scheduler", "number"), [("slurm", 15), ("sge", 2)])
 def test_a_signal_takes_array_jobs_along(
     start: Callable[..., Running],
     small_slides: Path,
     tmp_path: Path,
     request: pytest.FixtureRequest,
     scheduler: str,
-    orchestrator: str,
     number: int,
 ) -> None:
     """Running and waiting elements are cancelled, and the line says so."""
     env, out = request.getfixturevalue(scheduler), tmp_path / "run"
-    more = [f"executor={scheduler}_array", f"orchestrator={orchestrator}", *ARRAY, ENDLESS]
+    more = [f"executor={scheduler}_array", *ARRAY, ENDLESS]
     running = start("run", *many(small_slides, out, *more), **env)
     running.wait_for(lambda: receipts(out))
     assert running.stop(number) == 128 + number
@@ -247,7 +255,7 @@ def test_a_signal_takes_array_jobs_along(
 
 def test_a_signal_ends_retry_and_plan_too(start: Callable[..., Running], small_slides: Path, tmp_path: Path) -> None:
     """A signal ends a plan that measures costs, then a run in its folder, then `retry` of that run."""
-    out, more = tmp_path / "run", [ENDLESS, "executor=process"]
+    out, more = tmp_path / "run", [ENDLESS, "executor=process", "executor.workers=1"]
     running = start("plan", *many(small_slides, out, *more), "--calibrate")
     running.wait_for((out / "plan.json").exists)
     assert running.stop(signal.SIGINT) == 130

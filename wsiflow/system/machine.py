@@ -3,6 +3,7 @@
 This module does not import torch, which reads the thread counts from environment variables once, on import.
 """
 
+import functools
 import importlib.metadata
 import math
 import os
@@ -88,8 +89,8 @@ def numeric_class(threads: int) -> dict[str, str]:
         "vendor": vendor,  # MKL chooses its kernels by the vendor
         "isa": next((isa for isa, needed in _ISA_FLAGS.items() if needed <= flags), "generic"),
         "pins": " ".join(pins),
-        "torch": importlib.metadata.version("torch"),
-        "openvino": importlib.metadata.version("openvino"),
+        "torch": _version("torch"),
+        "openvino": _version("openvino"),
         "onnxruntime": _version("onnxruntime"),
         "threads": str(threads),
     }
@@ -130,8 +131,9 @@ def cgroup_cores(membership: Path, root: Path) -> list[int]:
     return [max(1, math.floor(cores)) for cores in quotas if cores is not None]
 
 
+@functools.cache  # every task asks for it, and each answer parses the whole description of a package
 def _version(package: str) -> str:
-    """Return the version of an optional package, or an empty text where it is not installed."""
+    """Return the version of a package, or an empty text where it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
