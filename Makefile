@@ -3,6 +3,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.current
 
+# Modules are compiled once, and not by every process that imports them, whatever the environment says.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: setup demo test test-full check bench prefect mlflow format clean
 
 setup: $(STAMP)

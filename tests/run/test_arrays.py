@@ -315,11 +315,12 @@ def test_what_others_see_of_a_job_holds_no_secret(
         monkeypatch.setenv(name, value)
     running = Running(
         settings("sge", environment=["LICENSE", "ABSENT"]),
-        write_source(tmp_path, sleep={"0": 10}, environ=given),
+        write_source(tmp_path, wait=[0], environ=given),
         pairs(2),
     )
     wait_for(began(tmp_path, 0))
     shown = [call("qstat", "-j", "*"), call("qstat", "-xml", "-j", "*")]
+    (tmp_path / "go").touch()
     outcomes = running.end()
     (native,) = {outcome.usage["native_id"].partition(".")[0] for outcome in outcomes if outcome.usage}
     shown.append(subprocess.run(["qacct", "-j", native], check=False, capture_output=True, text=True).stdout)
