@@ -28,7 +28,10 @@ def work(source: Path, stage: str, lo: int, hi: int) -> Iterator[Outcome]:
 
 
 def drive(params: str, root: str, count: str) -> None:
-    """Run ``count`` tasks, as the main function of a driver process that a test may kill."""
+    """Run ``count`` tasks, as the main function of a driver process that a test may kill.
+
+    The file ``driver-<pid>`` says that it knows what an earlier driver left in the queue.
+    """
     from wsiflow.run.executor import make
     from wsiflow.run.executor.params import ExecutorParams
     from wsiflow.run.executor.protocol import Slice
@@ -36,5 +39,6 @@ def drive(params: str, root: str, count: str) -> None:
     source = Path(root) / "plan.json"
     slices = [Slice(lo, min(lo + 2, int(count))) for lo in range(0, int(count), 2)]
     with make(ExecutorParams.model_validate_json(params), cores=1, root=Path(root)) as pool:
+        (source.parent / f"driver-{os.getpid()}").touch()
         ended = {outcome.task for outcome in pool.run(work, source, "predict", slices)}
     (Path(root) / "ended").write_text(json.dumps(sorted(ended)))

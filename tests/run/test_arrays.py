@@ -280,7 +280,7 @@ def test_a_driver_watches_the_arrays_of_a_killed_one(scheduler: str, tmp_path: P
     driver.send_signal(signal.SIGKILL)
     driver.wait()
     later = drive(params, tmp_path, 8)
-    wait_for(lambda: len(events(tmp_path, "driver")) == 2)
+    wait_for((tmp_path / f"driver-{later.pid}").exists)
     (tmp_path / "go").touch()
     assert later.wait(250) == 0
     assert json.loads((tmp_path / "ended").read_text()) == list(range(8))
