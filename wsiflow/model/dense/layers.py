@@ -1,31 +1,65 @@
-"""The operation of each layer of a network on a map: sliding a kernel, mapping each position, or joining maps.
+"""The operation of each call of a program on a map: sliding a kernel, mapping each position, or joining maps.
 
-Input: one call in a traced network (a module, a function or a method) with its arguments. Output: an `Op`. Only layers
-that are known to be local are accepted. A layer that uses the whole map, or that is not in the tables below, is
-refused, since a wrong assumption would give scores that look right, but are not.
+Input: one call of an ATen operation, with its arguments. Output: an `Op`. Only operations that are known to be local
+are accepted. One that uses the whole map, or that is not in the table below, is refused, since a wrong assumption would
+give scores that look right, but are not.
 
-Pairs are (rows, cols). Maps are float32 (n, channels, rows, cols).
+Pairs are (rows, cols). A map of a window is a tensor with a batch axis, which is the first, any number of axes of
+channels, and one axis of rows and of columns, in this order but anywhere. Where a network has pooled its map to a
+vector, the rows and columns are gone; over a region they are there all the same, as the last two axes.
 """
 
-import operator
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import fx, nn
-from torch.nn import functional
 
 from wsiflow.errors import InputError
-from wsiflow.model.dense.operations import Pair
+from wsiflow.model.dense.operations import Pair, Step
+
+NCHW: Pair = (2, 3)
+
+
+class Map(NamedTuple):
+    """The shape of a window's map.
+
+    Attributes:
+        shape: Lengths of its axes.
+        axes: Which of them are rows and columns; None for a vector of features.
+    """
+
+    shape: tuple[int, ...]
+    axes: Pair | None
+
+    @property
+    def side(self) -> Pair:
+        """Number of rows and columns; (1, 1) for a vector."""
+        return (1, 1) if self.axes is None else (self.shape[self.axes[0]], self.shape[self.axes[1]])
+
+    def axis(self, dim: int) -> int:
+        """Return the index of an axis that may be counted from the end; refuse the batch axis."""
+        dim %= len(self.shape)
+        if dim == 0:
+            raise cannot_run_dense("it works along the batch")
+        return dim
+
+    def channel_axis(self, dim: int, task: str) -> int:
+        """Return the index of an axis, which must be one of channels."""
+        dim = self.axis(dim)
+        if self.axes is not None and dim in self.axes:
+            raise cannot_run_dense(f"{task} another axis than the channels")
+        return dim
 
 
 class Op(NamedTuple):
-    """The operation of a layer on a map.
+    """The operation of a call on a map.
 
     Attributes:
         kind: ``conv``: convolution; ``max`` or ``mean``: pooling; ``linear``: linear layer over a whole flattened map;
             ``move``: padding, cropping or subsampling; ``each``: function of each position alone; ``join``: function of
-            several maps on one grid; ``flat``: change of shape only.
+            several maps, or of maps and weights, on one grid; ``flat``: change of shape only.
+        axes: Which axes of the result are rows and columns; None for a vector.
         kernel: Size of the kernel.
         stride: Stride of the kernel.
         before: Padding in front (top, left); negative values crop.
@@ -33,9 +67,12 @@ class Op(NamedTuple):
         groups: Number of groups of channels.
         value: The value with which a ``move`` pads.
         counted: Whether a ``mean`` includes padding in its divisor.
+        steps: Changes of shape that are made of a ``flat``.
+        given: Arguments of an ``each`` or a ``join`` whose values differ from those of the call, by name.
     """
 
     kind: Literal["conv", "max", "mean", "linear", "move", "each", "join", "flat"]
+    axes: Pair | None = NCHW
     kernel: Pair = (1, 1)
     stride: Pair = (1, 1)
     before: Pair = (0, 0)
@@ -43,52 +80,48 @@ class Op(NamedTuple):
     groups: int = 1
     value: float = 0.0
     counted: bool = True
+    steps: tuple[Step, ...] = ()
+    given: tuple[tuple[str, Any], ...] = ()
 
 
-EACH, JOIN, FLAT = Op("each"), Op("join"), Op("flat")
+class Call(NamedTuple):
+    """A call of an operation.
 
-_EVERYWHERE = "every position depends on all others (attention)"
-_OVER_MAP = "it normalises over the map, so a score would depend on everything around its window"
-_UNKNOWN = "it is not known to be local"
+    Attributes:
+        name: Name of the operation, as ``conv2d``.
+        args: Its arguments by the names of the operation's schema; a map is a `Map`, a weight a tensor without data.
+        out: A tensor without data with the shape of the result, or several.
+    """
+
+    name: str
+    args: Mapping[str, Any]
+    out: Any
+
+    @property
+    def map(self) -> Map:
+        """The first map among the arguments."""
+        return next(part for part in _flat(self.args.values()) if isinstance(part, Map))
 
 
-def read(
-    node: fx.Node, module: nn.Module | None, args: tuple[Any, ...], kwargs: dict[str, Any], out: torch.Tensor
-) -> Op:
+def read(call: Call) -> Op:
     """Return the operation of a call on a map.
-
-    Args:
-        node: The call.
-        module: The module that is called, or None for a function or method.
-        args: Arguments of the call; maps are replaced by tensors with the shapes of one window's maps.
-        kwargs: Keyword arguments of the call, in the same form.
-        out: A tensor with the shape of the result.
 
     Raises:
         InputError: The operation is not local or not known; the message does not yet name the layer.
     """
-    if module is not None:
-        # Base classes are not considered, because a derived module may do something else.
-        if type(module) not in _MODULES:
-            raise cannot_run_dense(_reason(type(module)))
-        return _MODULES[type(module)](module, out, *args)
-    if node.target not in _CALLS:
-        raise cannot_run_dense(_reason(node.target))
-    try:
-        return _CALLS[node.target](out, *args, **kwargs)
-    except TypeError as error:  # the call has arguments that its reader does not have
-        raise cannot_run_dense(f"it is called with arguments that are not supported: {error}") from error
+    if call.name not in _CALLS:
+        raise cannot_run_dense(_REFUSED.get(call.name, "it is not known to be local"))
+    return _CALLS[call.name](call)
 
 
-def check(node: fx.Node, module: nn.Module | None) -> None:
-    """Refuse a layer that is known not to be local, before any shapes are computed.
+def check(name: str) -> None:
+    """Refuse an operation that is known not to be local, whatever its arguments.
 
     Raises:
-        InputError: The layer is attention or normalises over the map; the message does not yet name it.
+        InputError: The operation is attention or normalises over the map; the message does not yet name the layer.
     """
-    target = node.target if module is None else type(module)
-    if node.op.startswith("call") and _reason(target) != _UNKNOWN:
-        raise cannot_run_dense(_reason(target))
+    if name in _REFUSED:
+        raise cannot_run_dense(_REFUSED[name])
 
 
 def cannot_run_dense(reason: str) -> InputError:
@@ -96,223 +129,379 @@ def cannot_run_dense(reason: str) -> InputError:
     return InputError(reason, "set inference.engine=window, which runs any network")
 
 
-def _reason(target: Any) -> str:
-    """Return the reason why a module type, function or method is refused."""
-    return next((reason for reason, known in _REFUSED.items() if target in known), _UNKNOWN)
+def _flat(values: Any) -> list[Any]:
+    """Return the items of arguments, those of lists too."""
+    return [part for value in values for part in (value if isinstance(value, list | tuple) else [value])] + [
+        value for value in values if isinstance(value, Map)
+    ]
 
 
 def _pair(value: Any) -> Pair:
     """Return an argument that PyTorch accepts as one or two numbers as a pair (rows, cols)."""
-    return (int(value), int(value)) if isinstance(value, int) else (int(value[0]), int(value[1]))
+    values = [value] if isinstance(value, int) else list(value)
+    return (int(values[0]), int(values[-1]))
 
 
-def _conv(module: nn.Conv2d, _out: torch.Tensor, _x: torch.Tensor) -> Op:
-    if module.padding_mode != "zeros":
-        raise cannot_run_dense(f"it pads with {module.padding_mode!r}, which repeats the window's border")
-    kernel, dilation = _pair(module.kernel_size), _pair(module.dilation)
-    if isinstance(module.padding, str):
+# --- kernels
+
+
+def _image(call: Call) -> Map:
+    """Return the map of a call, which must have the axes of an image."""
+    image = call.map
+    if image.axes != NCHW or len(image.shape) != 4:
+        raise cannot_run_dense("its input does not have the axes (batch, channels, rows, columns)")
+    return image
+
+
+def _conv(call: Call) -> Op:
+    args = call.args
+    if args.get("transposed") or not isinstance(args["weight"], torch.Tensor):
+        raise cannot_run_dense("it is a transposed convolution, or its kernel is computed from the pixels")
+    _image(call)
+    kernel, dilation, padding = _pair(args["weight"].shape[2:]), _pair(args["dilation"]), args["padding"]
+    if isinstance(padding, str):
         # PyTorch's padding "same" has its smaller half in front.
-        same = module.padding == "same"
-        before = tuple(d * (k - 1) // 2 if same else 0 for k, d in zip(kernel, dilation, strict=True))
-    else:
-        before = module.padding
-    return Op("conv", kernel, _pair(module.stride), _pair(before), dilation, module.groups)
+        same = padding == "same"
+        padding = tuple(d * (k - 1) // 2 if same else 0 for k, d in zip(kernel, dilation, strict=True))
+    return Op("conv", NCHW, kernel, _pair(args["stride"]), _pair(padding), dilation, args["groups"])
 
 
-def _linear(_module: nn.Linear, _out: torch.Tensor, x: torch.Tensor) -> Op:
-    if x.dim() != 2:
-        raise cannot_run_dense("it is a linear layer, but its input is not the feature vector of a window")
-    return Op("linear")
+def _linear(call: Call) -> Op:
+    given = call.map
+    if not isinstance(call.args.get("weight", call.args.get("mat2")), torch.Tensor):
+        raise cannot_run_dense(_EVERYWHERE)
+    if given.axes is None and len(given.shape) == 2:
+        return Op("linear", None)
+    given.channel_axis(-1, "it is a linear layer over")
+    if given.axes is None:
+        raise cannot_run_dense("it is a linear layer over a part of a vector")
+    return Op("each", given.axes)
 
 
-def _batch_norm(module: nn.BatchNorm1d | nn.BatchNorm2d, _out: torch.Tensor, _x: torch.Tensor) -> Op:
-    if module.running_mean is None or module.training:
-        raise cannot_run_dense(
-            "it normalises with statistics of the batch, so a score depends on its neighbours in the batch"
-        )
-    return EACH
+def _max_pool(call: Call) -> Op:
+    _image(call)
+    args = call.args
+    kernel = args["kernel_size"]
+    stride = args["stride"] or kernel
+    return Op("max", NCHW, _pair(kernel), _pair(stride), _pair(args["padding"]), _pair(args["dilation"]))
 
 
-def _max_pool(
-    _out: torch.Tensor,
-    _x: torch.Tensor,
-    kernel_size: Any,
-    stride: Any = None,
-    padding: Any = 0,
-    dilation: Any = 1,
-    ceil_mode: bool = False,  # noqa: ARG001, FBT001, FBT002  PyTorch's signature; the output shape shows its effect
-    return_indices: bool = False,  # noqa: FBT001, FBT002
-) -> Op:
-    if return_indices:
-        raise cannot_run_dense("it returns positions within the window")
-    return Op("max", _pair(kernel_size), _pair(stride or kernel_size), _pair(padding), _pair(dilation))
-
-
-def _mean_pool(
-    _out: torch.Tensor,
-    _x: torch.Tensor,
-    kernel_size: Any,
-    stride: Any = None,
-    padding: Any = 0,
-    ceil_mode: bool = False,  # noqa: ARG001, FBT001, FBT002
-    count_include_pad: bool = True,  # noqa: FBT001, FBT002
-    divisor_override: int | None = None,
-) -> Op:
-    if divisor_override:
+def _mean_pool(call: Call) -> Op:
+    _image(call)
+    args = call.args
+    if args["divisor_override"]:
         raise cannot_run_dense("it divides by a number that is not the size of its kernel")
-    before = _pair(padding)
-    counted = count_include_pad and any(before)
-    return Op("mean", _pair(kernel_size), _pair(stride or kernel_size), before, counted=counted)
+    before = _pair(args["padding"])
+    counted = bool(args["count_include_pad"]) and any(before)
+    kernel = args["kernel_size"]
+    return Op("mean", NCHW, _pair(kernel), _pair(args["stride"] or kernel), before, counted=counted)
 
 
-def _adaptive(kind: Literal["max", "mean"]) -> Callable[..., Op]:
-    def read_adaptive(out: torch.Tensor, x: torch.Tensor, _output_size: Any, return_indices: bool = False) -> Op:  # noqa: FBT001, FBT002
-        if out.shape == x.shape:
-            return FLAT
-        if return_indices or tuple(out.shape[2:]) != (1, 1):
+def _adaptive(kind: Literal["max", "mean"]) -> Callable[[Call], Op]:
+    def read_adaptive(call: Call) -> Op:
+        image, out = _image(call), first(call.out)
+        if tuple(out.shape) == image.shape:
+            return Op("flat", NCHW)
+        if tuple(out.shape[2:]) != (1, 1):
             raise cannot_run_dense("it pools to a fixed number of places greater than one")
-        return Op(kind, _pair(x.shape[2:]))
+        return Op(kind, NCHW, image.side)
 
     return read_adaptive
 
 
-def _reduce(kind: Literal["max", "mean"]) -> Callable[..., Op]:
-    def read_reduction(_out: torch.Tensor, x: torch.Tensor, dim: Any = None, keepdim: bool = False) -> Op:  # noqa: ARG001, FBT001, FBT002
-        if x.dim() != 4 or not isinstance(dim, tuple | list) or {d % 4 for d in dim} != {2, 3}:
+def _reduce(kind: Literal["max", "mean"] | None) -> Callable[[Call], Op]:
+    """Return the reader of a reduction, which is a pooling where it is over rows and columns."""
+
+    def read_reduction(call: Call) -> Op:
+        given, dims, keep = call.map, call.args.get("dim"), bool(call.args.get("keepdim"))
+        reduced = sorted({given.axis(dim) for dim in ([dims] if isinstance(dims, int) else dims or [])})
+        axes = given.axes
+        if axes is not None and reduced == list(axes) and kind and len(given.shape) == 4:
+            if axes == NCHW:
+                return Op(kind, NCHW if keep else None, given.side)
+            if axes == (1, 2) and not keep:
+                return Op(kind, None, given.side, steps=(("permute", (0, 3, 1, 2)),))
+        if not reduced or (axes is not None and set(axes) & set(reduced)):
             raise cannot_run_dense("it reduces other axes than rows and columns")
-        return Op(kind, _pair(x.shape[2:]))
+        gone = [] if keep else reduced
+        after = None if axes is None else _moved(axes, lambda axis: axis - sum(each < axis for each in gone))
+        return Op("each", after, given=(("dim", reduced if isinstance(dims, list | tuple) else reduced[0]),))
 
     return read_reduction
 
 
-def _pad(_out: torch.Tensor, x: torch.Tensor, pad: Any, mode: str = "constant", value: float | None = None) -> Op:
-    if mode != "constant" or len(pad) != 4 or x.dim() != 4:
-        raise cannot_run_dense(f"it pads with {mode!r} or along the channels")
-    return Op("move", before=(int(pad[2]), int(pad[0])), value=float(value or 0.0))
+def _moved(axes: Pair, move: Callable[[int], int]) -> Pair:
+    """Return the indices of rows and columns after a change of the axes."""
+    return (move(axes[0]), move(axes[1]))
 
 
-def _index(out: torch.Tensor, x: torch.Tensor, key: Any) -> Op:
-    keys = (key if isinstance(key, tuple) else (key,)) + (slice(None),) * 4
-    if x.dim() == 4 and out.dim() < 4:
-        return _reshape(out, x)
-    if x.dim() != 4 or Ellipsis in keys or not all(isinstance(part, slice) for part in keys):
-        raise cannot_run_dense("it selects single rows, columns or channels")
-    rows, cols = (range(side)[part] for part, side in zip(keys[2:4], x.shape[2:], strict=True))
-    if keys[0] != slice(None) or (out.shape[1] != x.shape[1] and out.shape[2:] != x.shape[2:]):
-        raise cannot_run_dense("it slices the batch, or channels and map at once")
-    return (
-        Op("move", stride=(rows.step, cols.step), before=(-rows.start, -cols.start))
-        if x.shape[1] == out.shape[1]
-        else EACH
-    )
+def first(out: Any) -> Any:
+    """Return a result, or the first of several."""
+    return out[0] if isinstance(out, list | tuple) else out
 
 
-def _reshape(out: torch.Tensor, x: torch.Tensor, *_: Any, **__: Any) -> Op:
-    same = out.shape[0] == x.shape[0] and out.numel() == x.numel()
-    pooled = x.shape[2:].numel() == 1 and out.shape[1] == x.shape[1]
-    if not same or not (pooled or out.dim() == 2):
+# --- parts of a map
+
+
+def _pad(call: Call) -> Op:
+    args, given = call.args, call.map
+    pad, mode, value = args["pad"], args.get("mode", "constant"), float(args.get("value") or 0.0)
+    if mode != "constant":
+        raise cannot_run_dense(f"it pads with {mode!r}, which repeats the window's border")
+    # Pairs of numbers from the last axis to the first.
+    widths = dict(zip(range(len(given.shape) - 1, 0, -1), zip(pad[::2], pad[1::2], strict=True), strict=False))
+    padded = {axis for axis, width in widths.items() if any(width)}
+    if given.axes is None or not padded & set(given.axes):
+        if given.axes is None:
+            raise cannot_run_dense("it pads a vector")
+        return Op("each", given.axes)
+    if given.axes != NCHW or len(given.shape) != 4 or padded - set(NCHW):
+        raise cannot_run_dense("it pads channels and places at once")
+    return Op("move", before=(int(widths.get(2, (0, 0))[0]), int(widths[3][0])), value=value)
+
+
+def _slice(call: Call) -> Op:
+    args, given = call.args, call.map
+    if tuple(call.out.shape) == given.shape:
+        return Op("flat", given.axes)
+    axis = given.axis(args["dim"])
+    part = range(given.shape[axis])[args["start"] : args["end"] : args["step"]]
+    if given.axes is None or axis not in given.axes:
+        return Op("each", given.axes, given=(("dim", axis), ("start", part.start), ("end", part.stop)))
+    if given.axes != NCHW or len(given.shape) != 4:
+        raise cannot_run_dense("it takes a part of a map whose axes are not (batch, channels, rows, columns)")
+    return _cropped(axis - 2, part)
+
+
+def _cropped(axis: int, part: range) -> Op:
+    """Return the operation that takes a range of rows (0) or columns (1)."""
+    rows, cols = (part, range(1)) if axis == 0 else (range(1), part)
+    return Op("move", stride=(rows.step, cols.step), before=(-rows.start, -cols.start))
+
+
+def _select(call: Call) -> Op:
+    given = call.map
+    axis = given.channel_axis(call.args["dim"], "it takes one place of")
+    after = None if given.axes is None else _moved(given.axes, lambda each: each - (axis < each))
+    return Op("each", after, given=(("dim", axis),))
+
+
+def _split(call: Call) -> Op:
+    given = call.map
+    return Op("each", given.axes, given=(("dim", given.channel_axis(call.args["dim"], "it splits")),))
+
+
+def _gather(call: Call) -> Op:
+    given = call.map
+    return Op("each", given.axes, given=(("dim", given.channel_axis(call.args["dim"], "it picks from")),))
+
+
+# --- shapes
+
+
+def _reshape(call: Call) -> Op:
+    """Return the change of shape, which must keep rows and columns apart from channels and from each other."""
+    given, shape = call.map, tuple(call.out.shape)
+    if shape == given.shape:
+        return Op("flat", given.axes)
+    if shape[0] != given.shape[0] or math.prod(shape) != math.prod(given.shape):
         raise cannot_run_dense("it changes the shape of the map")
-    return FLAT
+    if given.side == (1, 1):
+        return _reshaped_vector(given, shape)
+    assert given.axes is not None
+    rows, cols = given.axes
+    if len(shape) == 2 and given.axes == NCHW and len(given.shape) == 4:
+        return Op("flat", None)  # a flattened map, of which a linear layer makes a vector
+    for axes in ((r, c) for r in range(1, len(shape)) for c in range(r + 1, len(shape))):
+        parts = ((1, rows), (rows + 1, cols), (cols + 1, len(given.shape)))
+        others = ((1, axes[0]), (axes[0] + 1, axes[1]), (axes[1] + 1, len(shape)))
+        pairs = [(given.shape[a:b], shape[c:d]) for (a, b), (c, d) in zip(parts, others, strict=True)]
+        same = all(math.prod(old) == math.prod(new) for old, new in pairs)
+        if (shape[axes[0]], shape[axes[1]]) == given.side and same:
+            return Op("flat", axes, steps=_regrouped([(a, *pair) for (a, _), pair in zip(parts, pairs, strict=True)]))
+    raise cannot_run_dense("it changes the shape of the map")
 
 
-def _softmax(_out: torch.Tensor, _x: torch.Tensor, dim: int | None = None, **_: Any) -> Op:
-    if dim != 1:
-        raise cannot_run_dense("it is a softmax over another axis than the channels")
-    return EACH
+def _reshaped_vector(given: Map, shape: tuple[int, ...]) -> Op:
+    """Return the change of shape of a map with one place, whose rows and columns become the last two axes."""
+    channels = given.shape[1:]
+    steps: tuple[Step, ...] = ()
+    if given.axes is not None:
+        kept = [axis for axis in range(len(given.shape)) if axis not in given.axes]
+        order = (*kept, *given.axes)
+        steps = () if order == tuple(range(len(given.shape))) else (("permute", order),)
+        channels = tuple(given.shape[axis] for axis in kept[1:])
+    has_places = len(shape) >= 4 and shape[-2:] == (1, 1)
+    after = shape[1:-2] if has_places else shape[1:]
+    axes = (len(shape) - 2, len(shape) - 1) if has_places else None
+    return Op("flat", axes, steps=(*steps, *_regrouped([(1, channels, after)])))
 
 
-def _dropout(_out: torch.Tensor, _x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Op:  # noqa: ARG001, FBT001, FBT002
-    if training:
+def _regrouped(parts: Sequence[tuple[int, tuple[int, ...], tuple[int, ...]]]) -> tuple[Step, ...]:
+    """Return the steps that give runs of axes other lengths: (first axis, old lengths, new lengths) of each run."""
+    steps: list[Step] = []
+    for first, old, new in reversed(parts):  # from the last, so that the axes of earlier runs keep their places
+        if old == new:
+            continue
+        if not old:
+            steps.append(("unsqueeze", (first,)))
+        elif len(old) > 1:
+            steps.append(("flatten", (first, first + len(old) - 1)))
+        if not new:
+            steps.append(("squeeze", (first,)))
+        elif len(new) > 1:
+            steps.append(("unflatten", (first, new)))
+    return tuple(steps)
+
+
+def _permute(call: Call) -> Op:
+    given, dims = call.map, list(range(len(call.map.shape)))
+    if call.name == "permute":
+        dims = [dim % len(dims) for dim in call.args["dims"]]
+    else:
+        first, second = (call.args[name] % len(dims) for name in ("dim0", "dim1"))
+        dims[first], dims[second] = second, first
+    if dims[0]:
+        raise cannot_run_dense("it moves the batch")
+    if given.axes is None:
+        return Op("flat", None, steps=(("permute", (*dims, len(dims), len(dims) + 1)),))
+    axes = _moved(given.axes, dims.index)
+    if axes[0] > axes[1]:
+        raise cannot_run_dense("it swaps rows and columns")
+    return Op("flat", axes, steps=(("permute", tuple(dims)),))
+
+
+def _same(call: Call) -> Op:
+    return Op("flat", call.map.axes)
+
+
+def _item(call: Call) -> Op:
+    """Return the operation that takes one of several results; of most operations only the first one is a map."""
+    return Op("each", call.map.axes)
+
+
+# --- functions of each position
+
+
+def _each(call: Call) -> Op:
+    return Op("each", call.map.axes)
+
+
+def _batch_norm(call: Call) -> Op:
+    args, given = call.args, call.map
+    if args.get("training") or args["running_mean"] is None:
+        raise cannot_run_dense(
+            "it normalises with statistics of the batch, so a score depends on its neighbours in the batch"
+        )
+    given.channel_axis(1, "it normalises along")
+    return Op("each", given.axes)
+
+
+def _layer_norm(call: Call) -> Op:
+    given, normalised = call.map, len(call.args["normalized_shape"])
+    last = set(range(len(given.shape) - normalised, len(given.shape)))
+    if given.axes is not None and last & set(given.axes):
+        raise cannot_run_dense(_OVER_MAP)
+    if given.axes is None and (normalised > 1 or len(given.shape) > 2):
+        raise cannot_run_dense("it normalises a part of a vector")
+    return Op("each", given.axes)
+
+
+def _softmax(call: Call) -> Op:
+    axis = call.map.channel_axis(call.args["dim"], "it is a softmax over")
+    return Op("each", call.map.axes, given=(("dim", axis),))
+
+
+def _prelu(call: Call) -> Op:
+    call.map.channel_axis(1, "it has slopes along")
+    return Op("each", call.map.axes)
+
+
+def _mean_of_channels(call: Call) -> Op:
+    """Return the operation of a pooling over three axes, of which only the first may be pooled."""
+    args, given = call.args, call.map
+    if given.axes != (3, 4) or any((*args["kernel_size"][1:], *args["stride"][1:])[i] != 1 for i in range(4)):
+        raise cannot_run_dense("it pools channels and places at once")
+    return Op("each", given.axes)
+
+
+def _dropout(call: Call) -> Op:
+    if call.args["train"] if "train" in call.args else call.args["training"]:
         raise cannot_run_dense("it drops features at random, even in evaluation mode")
-    return EACH
+    return Op("flat", call.map.axes)
 
 
-def _cat(out: torch.Tensor, _tensors: Any, dim: int = 0) -> Op:
-    if dim % out.dim() != 1:
-        raise cannot_run_dense("it concatenates maps along another axis than the channels")
-    return JOIN
+# --- functions of several maps
 
 
-def _join(_out: torch.Tensor, *_: Any, **__: Any) -> Op:
-    return JOIN
+def _cat(call: Call) -> Op:
+    _check_axes(call)
+    axis = call.map.channel_axis(call.args["dim"], "it concatenates maps along")
+    return Op("join", call.map.axes, given=(("dim", axis),))
 
 
-def _each(_out: torch.Tensor, _x: torch.Tensor, *_: Any, **__: Any) -> Op:
-    return EACH
+def _join(call: Call) -> Op:
+    _check_axes(call)
+    return Op("join", call.map.axes)
 
 
-def _each_module(_module: nn.Module, _out: torch.Tensor, _x: torch.Tensor) -> Op:
-    return EACH
+def _check_axes(call: Call) -> None:
+    """Refuse maps whose rows and columns are other axes, and weights that vary over the map."""
+    given = call.map
+    for part in _flat(call.args.values()):
+        if isinstance(part, Map) and (part.axes != given.axes or len(part.shape) != len(given.shape)):
+            raise cannot_run_dense("it joins maps whose axes differ")
+        if isinstance(part, torch.Tensor) and given.axes is not None:
+            lengths = dict(zip(range(len(given.shape) - 1, -1, -1), reversed(part.shape), strict=False))
+            if any(lengths.get(axis, 1) > 1 for axis in given.axes):
+                raise cannot_run_dense("it adds or multiplies constants that vary over the map")
 
 
-_MODULES: dict[type[nn.Module], Callable[..., Op]] = {
-    nn.Conv2d: _conv,
-    nn.Linear: _linear,
-    nn.BatchNorm1d: _batch_norm,
-    nn.BatchNorm2d: _batch_norm,
-    nn.MaxPool2d: lambda m, out, x: _max_pool(
-        out, x, m.kernel_size, m.stride, m.padding, m.dilation, return_indices=m.return_indices
-    ),
-    nn.AvgPool2d: lambda m, out, x: _mean_pool(
-        out,
-        x,
-        m.kernel_size,
-        m.stride,
-        m.padding,
-        count_include_pad=m.count_include_pad,
-        divisor_override=m.divisor_override,
-    ),
-    nn.AdaptiveAvgPool2d: lambda m, out, x: _adaptive("mean")(out, x, m.output_size),
-    nn.AdaptiveMaxPool2d: lambda m, out, x: _adaptive("max")(out, x, m.output_size, m.return_indices),
-    nn.ConstantPad2d: lambda m, out, x: _pad(out, x, m.padding, value=m.value),
-    nn.ZeroPad2d: lambda m, out, x: _pad(out, x, m.padding),
-    nn.Flatten: lambda _m, out, x: _reshape(out, x),
-    nn.Softmax: lambda m, out, x: _softmax(out, x, m.dim),
-    nn.LogSoftmax: lambda m, out, x: _softmax(out, x, m.dim),
+_EVERYWHERE = "every position depends on all others (attention)"
+_OVER_MAP = "it normalises over the map, so a score would depend on everything around its window"
+
+_CALLS: dict[str, Callable[[Call], Op]] = {
+    **dict.fromkeys(("conv2d", "convolution"), _conv),
+    **dict.fromkeys(("linear", "addmm", "mm"), _linear),
+    **dict.fromkeys(("batch_norm", "_native_batch_norm_legit_no_training", "cudnn_batch_norm"), _batch_norm),
+    **dict.fromkeys(("layer_norm", "native_layer_norm"), _layer_norm),
+    **dict.fromkeys(("max_pool2d", "max_pool2d_with_indices"), _max_pool),
+    "avg_pool2d": _mean_pool,
+    "avg_pool3d": _mean_of_channels,
+    **dict.fromkeys(("adaptive_avg_pool2d", "_adaptive_avg_pool2d"), _adaptive("mean")),
+    "adaptive_max_pool2d": _adaptive("max"),
+    "mean": _reduce("mean"),
+    "amax": _reduce("max"),
+    **dict.fromkeys(("sum", "amin"), _reduce(None)),
+    **dict.fromkeys(("pad", "constant_pad_nd"), _pad),
+    "slice": _slice,
+    "select": _select,
+    **dict.fromkeys(("split", "split_with_sizes", "chunk"), _split),
+    "index_select": _gather,
+    "getitem": _item,
+    **dict.fromkeys(("view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze"), _reshape),
+    **dict.fromkeys(("permute", "transpose"), _permute),
+    **dict.fromkeys(("contiguous", "clone", "alias", "detach", "lift_fresh_copy"), _same),
+    **dict.fromkeys(("softmax", "log_softmax", "_softmax", "_log_softmax"), _softmax),
+    **dict.fromkeys(("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"), _dropout),
+    "prelu": _prelu,
+    **dict.fromkeys(("cat", "concat"), _cat),
+    **dict.fromkeys(("add", "sub", "rsub", "mul", "div", "maximum", "minimum", "addcmul", "pow"), _join),
     **dict.fromkeys(
         (
-            *(nn.Identity, nn.Dropout, nn.Dropout2d, nn.AlphaDropout, nn.LocalResponseNorm, nn.PReLU),
-            *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Softplus),
-            *(nn.Sigmoid, nn.Tanh, nn.Hardtanh, nn.Hardsigmoid, nn.Hardswish),
+            *("relu", "relu6", "leaky_relu", "elu", "selu", "celu", "gelu", "silu", "mish", "softplus"),
+            *("sigmoid", "log_sigmoid", "tanh", "hardtanh", "hardsigmoid", "hardswish", "threshold", "clamp"),
+            *("clamp_min", "clamp_max", "exp", "log", "sqrt", "rsqrt", "square", "abs", "neg", "reciprocal", "erf"),
+            *("to", "_to_copy", "type_as"),
         ),
-        _each_module,
+        _each,
     ),
 }
 
-_CALLS: dict[Any, Callable[..., Op]] = {
-    functional.max_pool2d: _max_pool,
-    functional.avg_pool2d: _mean_pool,
-    functional.adaptive_avg_pool2d: _adaptive("mean"),
-    functional.adaptive_max_pool2d: _adaptive("max"),
-    functional.pad: _pad,
-    functional.dropout: _dropout,
-    functional.dropout2d: _dropout,
-    operator.getitem: _index,
-    **dict.fromkeys((torch.mean, "mean"), _reduce("mean")),
-    **dict.fromkeys((torch.amax, "amax"), _reduce("max")),
-    **dict.fromkeys((torch.flatten, "flatten", "view", torch.reshape, "reshape", torch.squeeze, "squeeze"), _reshape),
-    **dict.fromkeys((torch.softmax, functional.softmax, functional.log_softmax, "softmax", "log_softmax"), _softmax),
-    **dict.fromkeys((torch.cat, torch.concat), _cat),
-    **dict.fromkeys((operator.add, operator.iadd, torch.add, "add", "add_"), _join),
-    **dict.fromkeys((operator.sub, operator.isub, torch.sub, "sub", "sub_"), _join),
-    **dict.fromkeys((operator.mul, operator.imul, torch.mul, "mul", "mul_"), _join),
-    **dict.fromkeys((operator.truediv, operator.itruediv, torch.div, "div", "div_"), _join),
-    **dict.fromkeys((torch.maximum, torch.minimum, "maximum", "minimum"), _join),
-    **dict.fromkeys((torch.relu, functional.relu, "relu", "relu_", functional.relu6, functional.leaky_relu), _each),
-    **dict.fromkeys((functional.elu, functional.gelu, functional.silu, functional.mish, functional.softplus), _each),
-    **dict.fromkeys((functional.hardswish, functional.hardsigmoid, functional.hardtanh), _each),
-    **dict.fromkeys((torch.sigmoid, functional.sigmoid, "sigmoid", torch.tanh, functional.tanh, "tanh"), _each),
-    **dict.fromkeys((functional.local_response_norm, "contiguous", "clone", torch.clamp, "clamp"), _each),
-}
-
-_REFUSED: dict[str, set[Any]] = {
-    _EVERYWHERE: {
-        *(nn.MultiheadAttention, nn.TransformerEncoder, nn.TransformerEncoderLayer),
-        *(functional.scaled_dot_product_attention, torch.matmul, torch.bmm, torch.einsum, operator.matmul),
-        *("matmul", "bmm"),
-    },
-    _OVER_MAP: {
-        *(nn.GroupNorm, nn.InstanceNorm2d, nn.LayerNorm, nn.RMSNorm),
-        *(functional.group_norm, functional.instance_norm, functional.layer_norm),
-    },
+_REFUSED: dict[str, str] = {
+    **dict.fromkeys(("matmul", "bmm", "baddbmm", "einsum", "scaled_dot_product_attention"), _EVERYWHERE),
+    **dict.fromkeys(("group_norm", "native_group_norm", "instance_norm", "linalg_vector_norm"), _OVER_MAP),
+    **dict.fromkeys(
+        ("reflection_pad2d", "replication_pad2d"), "it pads with the window's border, which is not there over a region"
+    ),
 }

@@ -4,10 +4,14 @@ Input and output: float32 (n, channels, rows, cols). Pairs are (rows, cols). No 
 so traces of these functions are valid for maps of other sizes.
 """
 
+from typing import Any
+
 import torch
 from torch.nn import functional
 
 Pair = tuple[int, int]
+#: A change of shape: the name of a method of tensors, and its arguments.
+Step = tuple[str, tuple[Any, ...]]
 
 
 def fitted(x: torch.Tensor, before: Pair, behind: Pair, value: float) -> torch.Tensor:
@@ -31,9 +35,23 @@ def mean_inside(x: torch.Tensor, kernel: Pair, stride: int, before: Pair, behind
     return sums / functional.avg_pool2d(ones, kernel, stride)
 
 
-def along_channels(constant: torch.Tensor) -> torch.Tensor:
-    """Return a constant with one number per feature in the shape (1, features, 1, 1)."""
-    return constant.reshape(1, -1, 1, 1)
+def over_places(weight: torch.Tensor) -> torch.Tensor:
+    """Return a weight for vectors of features as one for maps of such vectors, whose places are the last two axes."""
+    return weight.reshape(*weight.shape, 1, 1) if weight.dim() else weight
+
+
+def layer_norm(
+    x: torch.Tensor, shape: list[int], weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float
+) -> torch.Tensor:
+    """Return the layer normalisation of the features at each place."""
+    return functional.layer_norm(x.permute(0, 2, 3, 1), shape, weight, bias, eps).permute(0, 3, 1, 2)
+
+
+def reshaped(x: torch.Tensor, steps: tuple[Step, ...]) -> torch.Tensor:
+    """Return a map after changes of its axes, none of which needs the number of its rows or columns."""
+    for name, given in steps:
+        x = getattr(x, name)(*given)
+    return x
 
 
 def phases(x: torch.Tensor, factor: int) -> torch.Tensor:

@@ -1,29 +1,25 @@
 """The layers of a window classifier with their receptive fields, strides, padding and multiplications.
 
-Input: a classifier. Output: its layers in order, each with its map of one window. Only shapes are computed, on
-PyTorch's meta device, so no map is allocated.
+Input: a classifier. Output: the layers of its program in order, each with its map of one window. Only shapes are
+computed, on PyTorch's meta device, so no map is allocated.
 
-The network is traced for one window. Pairs are (rows, cols).
+Pairs are (rows, cols).
 """
 
-import copy
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from torch import fx, nn
+from torch import fx
 
 from wsiflow.errors import InputError
 from wsiflow.model.classifier import Classifier
 from wsiflow.model.dense import layers
-from wsiflow.model.dense.layers import Op, cannot_run_dense
+from wsiflow.model.dense.layers import Call, Map, Op, cannot_run_dense
 from wsiflow.model.dense.operations import Pair
-
-# Exceptions that a forward method may raise if its input is not a real tensor.
-_TRACING = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
-_BATCH = 2  # greater than one, so that a flattened batch differs from a flattened map
+from wsiflow.model.program import BATCH, arguments, name_of, program
 
 
 class Span(NamedTuple):
@@ -51,17 +47,18 @@ class Layer(NamedTuple):
     """One step of the network.
 
     Attributes:
-        node: The call in the traced network.
+        node: The call in the program.
         names: Paths of the modules that end with this step, the outermost first.
         op: Its operation.
         inputs: The calls whose maps it takes.
         channels: Number of channels of its map.
         spans: Rows and columns of its map.
         spacing_px: Distance between neighbouring elements of its map, px.
+        map: The shape of its map.
         stride: Stride of the operation; 1 if its map has one element, whatever its nominal stride.
         behind: Padding behind (bottom, right) that the operation needs; negative for elements that it leaves unused.
         macs: Multiplications for each element of its map.
-        vector: Whether its result for a window is a feature vector and not a map.
+        is_tuple: Whether its result is several maps, as those of a split.
     """
 
     node: fx.Node
@@ -71,10 +68,11 @@ class Layer(NamedTuple):
     channels: int
     spans: tuple[Span, Span]
     spacing_px: int
+    map: Map
     stride: int = 1
     behind: Pair = (0, 0)
     macs: int = 0
-    vector: bool = False
+    is_tuple: bool = False
 
     @property
     def side(self) -> Pair:
@@ -88,146 +86,132 @@ class Layer(NamedTuple):
 
 
 def trace_layers(classifier: Classifier) -> tuple[fx.GraphModule, list[Layer]]:
-    """Return the traced network of a classifier and its layers, from the image to the logits.
+    """Return the program of a classifier and its layers, from the image to the logits.
 
     Raises:
         InputError: The network cannot run over whole regions; the message names the layer and the reason.
     """
-    traced = _traced(classifier)
+    traced = _program(classifier)
     for node in traced.graph.nodes:
-        with _named_errors(traced, node):
-            layers.check(node, _module(traced, node))
+        with _named_errors(node):
+            layers.check(name_of(node))
     values = _values(traced, classifier.window_px)
     side = classifier.window_px
     known: dict[fx.Node, Layer] = {}
     for node in traced.graph.nodes:
         if node.op == "output":
             return traced, _with_module_names(_needed_layers(known, node, len(classifier.class_names)))
-        if node.op == "placeholder" and not known:
+        if node.op == "placeholder":
             span = Span(side, 0, 1 - side, 0, side)
-            known[node] = Layer(node, (), layers.EACH, (), 3, (span, span), 1)
-        elif isinstance(values[node], torch.Tensor) and node.op != "get_attr":
-            known[node] = _layer(traced, node, values, known)
+            image = Map((BATCH, 3, side, side), layers.NCHW)
+            known[node] = Layer(node, (), Op("each"), (), 3, (span, span), 1, image)
+        elif node.op == "call_function" and any(other in known for other in node.all_input_nodes):
+            with _named_errors(node):
+                known[node] = _layer(node, values, known)
     raise cannot_run_dense("the network returns nothing")
 
 
-def _traced(classifier: Classifier) -> fx.GraphModule:
-    """Return the traced graph of the classifier's network."""
-    module = classifier.module
-    if isinstance(module, torch.jit.ScriptModule):
+def _program(classifier: Classifier) -> fx.GraphModule:
+    """Return the program of the classifier's network."""
+    if isinstance(classifier.module, torch.jit.ScriptModule):
         raise cannot_run_dense("the model is a TorchScript program, whose layers cannot be read")
     if classifier.input_px != classifier.window_px:
         raise cannot_run_dense(
             f"the model resizes windows of {classifier.window_px} px to {classifier.input_px} px, each by itself"
         )
     try:
-        return fx.symbolic_trace(module)
-    except _TRACING as error:
-        raise cannot_run_dense(f"the model cannot be traced: {str(error).splitlines()[0][:200]}") from error
+        return program(classifier.module, classifier.window_px)
+    except InputError as error:
+        raise cannot_run_dense(error.cause) from error
 
 
 class _Shapes(fx.Interpreter):
-    """An interpreter that runs a network on the meta device and stores the result of every call."""
+    """An interpreter that runs a program on the meta device, where tensors have no data, and stores every result."""
 
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module)
         self.values: dict[fx.Node, Any] = {}
 
+    def fetch_attr(self, target: str) -> Any:
+        return super().fetch_attr(target).to("meta")
+
     def run_node(self, n: fx.Node) -> Any:
-        result = super().run_node(n)
-        # A tensor that is neither a parameter nor a buffer is not moved to the device with its module.
-        self.values[n] = result.to("meta") if isinstance(result, torch.Tensor) else result
+        self.values[n] = super().run_node(n)
         return self.values[n]
 
 
 def _values(traced: fx.GraphModule, side: int) -> dict[fx.Node, Any]:
-    """Return the result of each call for a window: a tensor without data, or a number, which is a constant."""
-    shapes = _Shapes(copy.deepcopy(traced).to("meta"))
-    try:
-        shapes.run(torch.empty((_BATCH, 3, side, side), device="meta"))
-    except _TRACING as error:
-        reason = str(error).splitlines()[0][:200]
-        raise cannot_run_dense(
-            f"the model does not run on PyTorch's meta device with a window of {side} px: {reason}"
-        ) from error
-    values = {node.name: value for node, value in shapes.values.items()}
-    return {node: values[node.name] for node in traced.graph.nodes}
+    """Return the result of each call for windows: tensors without data, or a number, which is a constant."""
+    shapes = _Shapes(traced)
+    shapes.run(torch.empty((BATCH, 3, side, side), device="meta"))
+    return shapes.values
 
 
-def _maps(node: fx.Node, known: dict[fx.Node, Layer]) -> tuple[fx.Node, ...]:
-    """Return the inputs of a call that are maps of known layers."""
-    return tuple(other for other in node.all_input_nodes if other in known)
-
-
-def _layer(traced: fx.GraphModule, node: fx.Node, values: dict[fx.Node, Any], known: dict[fx.Node, Layer]) -> Layer:
+def _layer(node: fx.Node, values: dict[fx.Node, Any], known: dict[fx.Node, Layer]) -> Layer:
     """Return the layer of a call, given the results of all calls and the layers before it."""
-    out, inputs = values[node], tuple(known[other] for other in _maps(node, known))
-    module = _module(traced, node)
-    args = fx.node.map_arg(node.args, values.__getitem__)
-    kwargs = fx.node.map_arg(node.kwargs, values.__getitem__)
-    with _named_errors(traced, node):
-        if not inputs:
-            raise cannot_run_dense("it creates a map that depends only on the size of the window")
-        op = layers.read(node, module, args, kwargs, out)
-        _check_inputs(op, node, inputs, values, module)
-        return _layer_of_op(node, op, inputs, out, module)
+    inputs = tuple(known[other] for other in node.all_input_nodes if other in known)
+
+    def given(other: fx.Node) -> Any:
+        return known[other].map if other in known else values[other]
+
+    if name_of(node) == "getitem":
+        return _item_layer(node, inputs[0], values[node])
+    call = Call(name_of(node), fx.node.map_arg(arguments(node), given), values[node])
+    op = layers.read(call)
+    _check_inputs(op, inputs, call)
+    return _layer_of_op(node, op, inputs, call)
 
 
-def _module(traced: fx.GraphModule, node: fx.Node) -> nn.Module | None:
-    """Return the module that a node calls, or None."""
-    return traced.get_submodule(str(node.target)) if node.op == "call_module" else None
+def _item_layer(node: fx.Node, source: Layer, value: Any) -> Layer:
+    """Return the layer that takes one of the results of a call."""
+    if source.op.kind != "each" and node.args[1] != 0:
+        raise cannot_run_dense("it returns positions within the window")
+    op = Op("each" if source.op.kind == "each" else "flat", source.map.axes)
+    return _layer_of_op(node, op, (source,), Call("getitem", {}, value))
 
 
 @contextmanager
-def _named_errors(traced: fx.GraphModule, node: fx.Node) -> Iterator[None]:
+def _named_errors(node: fx.Node) -> Iterator[None]:
     """Add the name of the layer to every `InputError` of the body."""
     try:
         yield
     except InputError as error:
-        raise with_layer_name(node, error, _module(traced, node)) from error
+        raise with_layer_name(node, error) from error
 
 
-def with_layer_name(node: fx.Node, error: InputError, module: nn.Module | None = None) -> InputError:
+def with_layer_name(node: fx.Node, error: InputError) -> InputError:
     """Return the error of a layer with the layer's name in its message."""
-    path = next((path for path, _ in reversed(node.meta.get("nn_module_stack", {}).values())), "") or node.name
-    kind = type(module).__name__ if module is not None else getattr(node.target, "__name__", node.target)
-    return InputError(f"layer {path} ({kind}) cannot run over whole regions: {error.cause}", error.remedy)
+    path, kind = next(iter(reversed(node.meta.get("nn_module_stack", {}).values())), ("", ""))
+    name = f"{path} ({name_of(node)} of {str(kind).rpartition('.')[2]})" if path else f"{node.name} ({name_of(node)})"
+    return InputError(f"layer {name} cannot run over whole regions: {error.cause}", error.remedy)
 
 
-def _check_inputs(
-    op: Op, node: fx.Node, inputs: tuple[Layer, ...], values: dict[fx.Node, Any], module: nn.Module | None
-) -> None:
-    """Refuse maps that are not on the same grid, and constants that vary over the map."""
+def _check_inputs(op: Op, inputs: tuple[Layer, ...], call: Call) -> None:
+    """Refuse maps that are not on the same grid."""
     if len({layer.side for layer in inputs}) > 1:
         raise cannot_run_dense("it combines every place of a map with features of the whole map (squeeze-and-excite)")
     if len({layer.spacing_px for layer in inputs}) > 1:
         raise cannot_run_dense("it joins maps of different strides")
-    flattened = inputs[0].vector and inputs[0].side != (1, 1)
-    weighted = module is not None and any(True for _ in module.parameters())
-    if flattened and op.kind != "linear" and (op.kind != "each" or weighted):
+    is_flattened = inputs[0].map.axes is None and inputs[0].side != (1, 1)
+    has_weights = any(isinstance(value, torch.Tensor) for value in call.args.values())
+    is_plain = op.kind in {"each", "flat"} and not op.given and not op.steps and not has_weights
+    if is_flattened and op.kind != "linear" and not is_plain:
         raise cannot_run_dense("it works on a flattened map")
-    others = [other for other in node.all_input_nodes if other not in {layer.node for layer in inputs}]
-    if op.kind in {"each", "join"} and any(other.op != "get_attr" for other in others):
-        raise cannot_run_dense("it uses the size of the window in a computation")
-    constants = [values[other] for other in others if isinstance(values[other], torch.Tensor)]
-    if any(not inputs[0].vector and set(other.shape[-2:]) - {1} for other in constants):
-        raise cannot_run_dense("it adds or multiplies constants that vary over the map")
 
 
-def _layer_of_op(
-    node: fx.Node, op: Op, inputs: tuple[Layer, ...], out: torch.Tensor, module: nn.Module | None
-) -> Layer:
+def _layer_of_op(node: fx.Node, op: Op, inputs: tuple[Layer, ...], call: Call) -> Layer:
     """Return the layer of an operation on its input maps."""
-    source = inputs[0]
+    source, out = inputs[0], layers.first(call.out)
     spans = tuple(_union([layer.spans[axis] for layer in inputs]) for axis in (0, 1))
-    maps = tuple(layer.node for layer in inputs)
+    maps, result = tuple(layer.node for layer in inputs), Map(tuple(out.shape), op.axes)
     if op.kind in {"each", "join", "flat"}:
-        channels = source.channels if op.kind == "flat" else _features(out, source)
-        place = (spans[0], spans[1])
-        return Layer(node, (), op, maps, channels, place, source.spacing_px, vector=out.dim() == 2)
+        channels = source.channels if op.kind == "flat" else _channels(call.out, result, source)
+        place, macs = (spans[0], spans[1]), _macs(call, op)
+        several = isinstance(call.out, list | tuple)
+        return Layer(node, (), op, maps, channels, place, source.spacing_px, result, macs=macs, is_tuple=several)
     if op.kind == "linear":
         op = op._replace(kernel=source.side)
-    side = _pair_of(out) if op.kind != "linear" else (1, 1)
+    side = result.side
     strides = {s for s, elements in zip(op.stride, side, strict=True) if elements > 1} or {1}
     if len(strides) > 1:
         raise cannot_run_dense(f"its stride is {op.stride[0]} along rows and {op.stride[1]} along columns")
@@ -250,27 +234,27 @@ def _layer_of_op(
         int(out.shape[1]),
         (slid[0], slid[1]),
         source.spacing_px * stride,
+        result,
         stride,
         (behind[0], behind[1]),
-        _macs(module, op),
-        out.dim() == 2,
+        _macs(call, op),
     )
 
 
-def _features(out: torch.Tensor, source: Layer) -> int:
-    """Return the number of channels of a result; that of a flattened map is unchanged."""
-    return int(out.shape[1]) if out.dim() == 4 or source.side == (1, 1) else source.channels
+def _channels(out: Any, result: Map, source: Layer) -> int:
+    """Return the number of features at each place of one or several results; that of a flattened map is unchanged."""
+    if result.axes is None and source.side != (1, 1):
+        return source.channels
+    parts: Sequence[torch.Tensor] = out if isinstance(out, list | tuple) else [out]
+    return sum(part.numel() for part in parts) // (BATCH * math.prod(result.side))
 
 
-def _pair_of(out: torch.Tensor) -> Pair:
-    """Return the rows and columns of a result; (1, 1) after a pooling that removes these axes."""
-    return (int(out.shape[2]), int(out.shape[3])) if out.dim() == 4 else (1, 1)
-
-
-def _macs(module: nn.Module | None, op: Op) -> int:
-    """Return the number of multiplications for each element of the result."""
-    if isinstance(module, nn.Conv2d | nn.Linear) and op.kind in {"conv", "linear"}:
-        return module.weight.numel()
+def _macs(call: Call, op: Op) -> int:
+    """Return the number of multiplications for each place of the result."""
+    weight = call.args.get("weight", call.args.get("mat2"))
+    if call.name in {"linear", "addmm", "mm"} or op.kind == "conv":
+        assert isinstance(weight, torch.Tensor)
+        return weight.numel()
     return 0
 
 
@@ -300,7 +284,8 @@ def _span_after_kernel(span: Span, spacing_px: int, side: int, reach: int, befor
 
 def _needed_layers(known: dict[fx.Node, Layer], output: fx.Node, n_classes: int) -> list[Layer]:
     """Return those layers in order on which the logits of a window depend."""
-    (result,) = output.args
+    (results,) = output.args
+    result = results[0] if isinstance(results, list | tuple) and len(results) == 1 else results
     if not isinstance(result, fx.Node) or result not in known:
         raise cannot_run_dense("the model does not return the logits of a window")
     if known[result].side != (1, 1) or known[result].channels != n_classes:

@@ -5,17 +5,19 @@ the first layer to that of the last. Operations use PyTorch's own padding where 
 """
 
 import math
+import operator
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-import torch
-from torch import fx, nn
+from torch import fx
 from torch.nn import functional
 
 from wsiflow.model.dense import operations
 from wsiflow.model.dense.facts import DenseStride
-from wsiflow.model.dense.layers import Op
+from wsiflow.model.dense.layers import NCHW, Op
 from wsiflow.model.dense.operations import Pair
 from wsiflow.model.dense.receptive import Layer
+from wsiflow.model.program import arguments, called, name_of
 
 
 def dense_module(
@@ -24,7 +26,7 @@ def dense_module(
     """Return the network of consecutive layers for maps of any size.
 
     Args:
-        traced: The traced network, which contains the weights.
+        traced: The program of the network, which contains the weights.
         network: The layers; the first one is the input of the new network.
         strides: How each layer runs.
     """
@@ -33,18 +35,18 @@ def dense_module(
     for layer in network[1:]:
         if layer.node in done:
             continue
-        chain = _linear_after_mean(traced, network, layer)
+        chain = _linear_after_mean(network, layer)
         if chain:
-            head = _emit(graph, traced, chain[-1], strides, {chain[-1].inputs[0]: done[layer.inputs[0]]})
-            pooled = _emit(graph, traced, layer, strides, {layer.inputs[0]: head})
+            head = _emit(graph, chain[-1], strides, {chain[-1].inputs[0]: done[layer.inputs[0]]})
+            pooled = _emit(graph, layer, strides, {layer.inputs[0]: head})
             done.update(dict.fromkeys((layer.node, *(other.node for other in chain)), pooled))
         else:
-            done[layer.node] = _emit(graph, traced, layer, strides, done)
+            done[layer.node] = _emit(graph, layer, strides, done)
     graph.output(done[network[-1].node])
     return fx.GraphModule(traced, graph)
 
 
-def _linear_after_mean(traced: fx.GraphModule, network: Sequence[Layer], mean: Layer) -> list[Layer]:
+def _linear_after_mean(network: Sequence[Layer], mean: Layer) -> list[Layer]:
     """Return the layers after a mean over the window up to a linear layer that reduces the number of channels.
 
     The list is empty if the mean is not followed by such a layer. The linear layer is then computed before the mean.
@@ -58,35 +60,29 @@ def _linear_after_mean(traced: fx.GraphModule, network: Sequence[Layer], mean: L
             return []
         chain += users
         op = users[0].op
-        if op.kind in {"conv", "linear"} and op == Op(op.kind):
+        if op.kind in {"conv", "linear"} and op._replace(axes=NCHW) == Op(op.kind):
             return chain[1:] if users[0].channels < mean.channels else []
-        if op.kind != "flat" and not _is_dropout(traced, users[0].node):
+        if op.kind != "flat" or op.steps:
             return []
-
-
-def _is_dropout(traced: fx.GraphModule, node: fx.Node) -> bool:
-    """Return whether a layer has no effect in evaluation mode."""
-    if node.op == "call_module":
-        return isinstance(traced.get_submodule(str(node.target)), nn.Dropout | nn.Dropout2d | nn.Identity)
-    return node.target in {functional.dropout, functional.dropout2d}
 
 
 def _emit(
     graph: fx.Graph,
-    traced: fx.GraphModule,
     layer: Layer,
     strides: Mapping[fx.Node, DenseStride],
     done: Mapping[fx.Node, fx.Node],
 ) -> fx.Node:
     """Append the operation of a layer for maps of any size to the graph, and return its result."""
     op, stride = layer.op, strides[layer.node].stride
-    if op.kind == "flat":
-        return done[layer.inputs[0]]
     if op.kind in {"each", "join"}:
-        return _copied_layer(graph, traced, layer, done)
+        return _copied_layer(graph, layer, done)
     x = done[layer.inputs[0]]
+    if op.steps:
+        x = graph.call_function(operations.reshaped, (x, op.steps))
+    if op.kind == "flat":
+        return x
     if op.kind in {"conv", "linear"}:
-        result = _conv(graph, traced, layer, stride, x)
+        result = _conv(graph, layer, stride, x)
     elif op.kind == "max":
         result = _max(graph, layer, stride, x)
     elif op.kind == "mean":
@@ -98,12 +94,16 @@ def _emit(
     return graph.call_function(operations.phases, (result, split)) if split > 1 else result
 
 
-def _conv(graph: fx.Graph, traced: fx.GraphModule, layer: Layer, stride: int, x: fx.Node) -> fx.Node:
+def _conv(graph: fx.Graph, layer: Layer, stride: int, x: fx.Node) -> fx.Node:
     """Append a convolution, or a linear layer as a convolution over the windows of a map."""
-    op, target = layer.op, str(layer.node.target)
-    weight = graph.get_attr(f"{target}.weight")
-    bias = None if traced.get_submodule(target).bias is None else graph.get_attr(f"{target}.bias")
+    op, given = layer.op, arguments(layer.node)
+    weight, bias = (
+        None if part is None else graph.get_attr(str(part.target))
+        for part in (given.get("weight", given.get("mat2")), given.get("bias", given.get("self")))
+    )
     if op.kind == "linear":
+        if name_of(layer.node) != "linear":  # a product of matrices has the weight the other way round
+            weight = graph.call_method("t", (weight,))
         weight = graph.call_method("reshape", (weight, layer.channels, -1, *op.kernel))
     x, padding = _padded(graph, layer, stride, x)
     return graph.call_function(functional.conv2d, (x, weight, bias, stride, padding, op.dilation, op.groups))
@@ -146,25 +146,21 @@ def _padded(graph: fx.Graph, layer: Layer, stride: int, x: fx.Node) -> tuple[fx.
     return graph.call_function(operations.fitted, (x, layer.op.before, layer.behind, 0.0)), (0, 0)
 
 
-def _copied_layer(graph: fx.Graph, traced: fx.GraphModule, layer: Layer, done: Mapping[fx.Node, fx.Node]) -> fx.Node:
-    """Append a copy of a layer whose operation is the same for maps of any size."""
-    node = layer.node
-    module = traced.get_submodule(str(node.target)) if node.op == "call_module" else None
-    if isinstance(module, nn.BatchNorm1d):
-        # BatchNorm1d refuses maps, although it computes the same as BatchNorm2d.
-        names = ("running_mean", "running_var", "weight", "bias")
-        parts = [None if getattr(module, part) is None else graph.get_attr(f"{node.target}.{part}") for part in names]
-        return graph.call_function(functional.batch_norm, (done[layer.inputs[0]], *parts, False, 0.0, module.eps))
+def _copied_layer(graph: fx.Graph, layer: Layer, done: Mapping[fx.Node, fx.Node]) -> fx.Node:
+    """Append a copy of a call whose operation is the same for maps of any size."""
+    node, is_vector = layer.node, layer.op.axes is None
 
     def mapped(other: fx.Node) -> fx.Node:
         if other in done:
             return done[other]
-        constant = graph.get_attr(str(other.target))
-        return graph.call_function(operations.along_channels, (constant,)) if layer.vector else constant
+        weight = graph.get_attr(str(other.target))
+        over_places = is_vector and layer.op.kind == "join"
+        return graph.call_function(operations.over_places, (weight,)) if over_places else weight
 
-    if node.target in {torch.cat, torch.concat}:  # the axis may be counted from the end of a vector
-        tensors = node.args[0] if node.args else node.kwargs["tensors"]
-        return graph.call_function(torch.cat, (fx.node.map_arg(tensors, mapped), 1))
-    return graph.create_node(
-        node.op, node.target, fx.node.map_arg(node.args, mapped), fx.node.map_arg(node.kwargs, mapped)
-    )
+    if name_of(node) == "getitem":
+        return graph.call_function(operator.getitem, (done[layer.inputs[0]], node.args[1]))
+    given: dict[str, Any] = arguments(node) | dict(layer.op.given)
+    given = {name: fx.node.map_arg(value, mapped) for name, value in given.items()}
+    if is_vector and name_of(node) in {"layer_norm", "native_layer_norm"}:
+        return graph.call_function(operations.layer_norm, tuple(given.values())[:5])
+    return called(graph, node, given)

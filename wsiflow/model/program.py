@@ -1,0 +1,129 @@
+"""Networks as programs of ATen operations, the one form that dense conversion reads.
+
+Input: a module, for images of a given side. Output: a graph of operations of ``torch.export`` without control flow,
+without modules and without operations in place. How a network was written (as modules, with functions, in another
+library, with Python's own control flow over sizes) does not matter for its program.
+"""
+
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._ops import OpOverload
+
+from wsiflow.errors import InputError
+
+BATCH = 2  # greater than one, so that an operation on the batch differs from one on a window
+# What a forward method may raise where it is traced.
+_TRACING = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
+_programs: "weakref.WeakKeyDictionary[nn.Module, dict[int, fx.GraphModule]]" = weakref.WeakKeyDictionary()
+
+
+def program(module: nn.Module, side: int) -> fx.GraphModule:
+    """Return the program of a network for images, float32 (2, 3, side, side); it shares the network's weights.
+
+    The nodes are weights (``get_attr``) and calls of ATen operations, whose ``meta["nn_module_stack"]`` names the
+    modules that they were part of. What depends on weights alone is computed, and is a weight.
+
+    Args:
+        module: The network in evaluation mode.
+        side: Side of the images, px.
+
+    Raises:
+        InputError: The network cannot be traced, for example because its control flow depends on the pixels.
+    """
+    known = _programs.setdefault(module, {})
+    if side not in known:
+        known[side] = _traced(module, side)
+    return known[side]
+
+
+def _traced(module: nn.Module, side: int) -> fx.GraphModule:
+    """Return the program of a network by tracing it."""
+    try:
+        with torch.no_grad():
+            exported = torch.export.export(module, (torch.zeros(BATCH, 3, side, side),))
+            traced = exported.module(check_guards=False)
+    except _TRACING as error:
+        raise InputError(f"the model cannot be traced: {str(error).splitlines()[0][:200]}", "") from error
+    assert isinstance(traced, fx.GraphModule)
+    _without_writes(traced)
+    _without_constant_calls(traced)
+    return traced
+
+
+def name_of(node: fx.Node) -> str:
+    """Return the name of the operation that a node calls, as ``conv2d``."""
+    if isinstance(node.target, OpOverload):
+        return str(node.target.overloadpacket.__name__)
+    return getattr(node.target, "__name__", str(node.target))
+
+
+def arguments(node: fx.Node) -> dict[str, Any]:
+    """Return the arguments of a call by the names of the operation's schema, with its values for those not given."""
+    values = {name: default for name, default, _ in _schema(node)}
+    return values | dict(zip(values, node.args, strict=False)) | dict(node.kwargs)
+
+
+def called(graph: fx.Graph, node: fx.Node, values: dict[str, Any]) -> fx.Node:
+    """Append a call of a node's operation with other arguments, given by their names, to a graph."""
+    by_keyword = {name for name, _, is_keyword in _schema(node) if is_keyword}
+    args = tuple(value for name, value in values.items() if name not in by_keyword)
+    return graph.call_function(node.target, args, {name: values[name] for name in values if name in by_keyword})  # type: ignore[arg-type]
+
+
+def _schema(node: fx.Node) -> list[tuple[str, Any, bool]]:
+    """Return name, default value, and whether it is only given by name, of each argument of a node's operation."""
+    schema = node.target._schema  # type: ignore[union-attr]  # noqa: SLF001  the operations have no other description
+    return [(argument.name, argument.default_value, argument.kwarg_only) for argument in schema.arguments]
+
+
+def _without_writes(traced: fx.GraphModule) -> None:
+    """Replace operations in place by those that return a new tensor, which later operations then read."""
+    for node in list(traced.graph.nodes):
+        name = name_of(node)
+        if not isinstance(node.target, OpOverload) or not name.endswith("_"):
+            continue
+        overload = str(node.target).rpartition(".")[2]
+        node.target = getattr(getattr(torch.ops.aten, name[:-1]), overload)
+        later = set(_after(node))
+        node.args[0].replace_all_uses_with(node, delete_user_cb=later.__contains__)
+    traced.recompile()
+
+
+def _after(node: fx.Node) -> Iterator[fx.Node]:
+    """Yield the nodes behind a node."""
+    while node.next.op != "root":
+        node = node.next
+        yield node
+
+
+def _without_constant_calls(traced: fx.GraphModule) -> None:
+    """Compute what depends on weights alone, and register it as a weight."""
+    values: dict[fx.Node, torch.Tensor] = {}
+    for node in list(traced.graph.nodes):
+        if node.op == "get_attr":
+            values[node] = _attribute(traced, str(node.target))
+        elif node.op == "call_function" and all(other in values for other in node.all_input_nodes):
+            args, kwargs = (fx.node.map_arg(part, values.__getitem__) for part in (node.args, node.kwargs))
+            with torch.no_grad():
+                values[node] = node.target(*args, **kwargs)
+            if isinstance(values[node], torch.Tensor):
+                name = f"_computed_{node.name}"
+                traced.register_buffer(name, values[node])
+                with traced.graph.inserting_before(node):
+                    weight = traced.graph.get_attr(name)
+                values[weight] = values[node]
+                node.replace_all_uses_with(weight)
+    traced.graph.eliminate_dead_code()
+    traced.recompile()
+
+
+def _attribute(traced: fx.GraphModule, path: str) -> torch.Tensor:
+    """Return the weight with a path."""
+    owner, _, name = path.rpartition(".")
+    value: torch.Tensor = getattr(traced.get_submodule(owner), name)
+    return value
