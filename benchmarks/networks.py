@@ -108,7 +108,7 @@ class Reference:
     def __init__(self, classifier: Classifier) -> None:
         """Copy the network in PyTorch's default memory order."""
         self._module = copy.deepcopy(classifier.module).to(memory_format=torch.contiguous_format)
-        self._positive = classifier.positive_index
+        (self._positive,) = classifier.outputs.positive
         self._mean, self._std = (torch.tensor(values).view(1, 3, 1, 1) for values in (classifier.mean, classifier.std))
 
     def run(self, cut: Sequence[NDArray[np.uint8]]) -> NDArray[np.float32]:

@@ -18,6 +18,7 @@ from wsiflow.model.dense import layers
 from wsiflow.model.dense.network import DenseClassifier, densify, describe, window_crops
 from wsiflow.model.dense.receptive import trace_layers
 from wsiflow.model.engines.openvino import core as silent_core  # imported plainly, it would report its usage
+from wsiflow.model.outputs import Outputs
 
 ROOT = Path(__file__).parents[2]
 
@@ -39,7 +40,7 @@ def classifier(module: nn.Module, window_px: int, *, input_px: int = 0, n_classe
     return Classifier(
         module.eval().to(memory_format=torch.channels_last),  # type: ignore[call-overload]
         class_names=tuple("abc"[:n_classes]),
-        positive_index=1,
+        outputs=Outputs("logits", n_classes, (1,)),
         window_px=window_px,
         input_px=input_px or window_px,
         spacing_um_px=0.5,
@@ -80,7 +81,7 @@ def windows_scores(classifier: Classifier, pixels: torch.Tensor, stride: int) ->
     """Return the scores of each window of an image, run alone."""
     side = classifier.window_px
     cut = pixels.unfold(2, side, stride).unfold(3, side, stride)[0].permute(1, 2, 0, 3, 4)
-    scores = [classifier.module(row.contiguous()).softmax(1)[:, classifier.positive_index] for row in cut]
+    scores = [classifier.module(row.contiguous()).softmax(1)[:, 1] for row in cut]
     return torch.stack(scores)
 
 

@@ -95,7 +95,7 @@ def test_a_saved_model_loads_and_answers(card: Path) -> None:
     assert ((found >= 0) & (found <= 1)).all()
     assert len(set(found.tolist())) == 5
     assert not classifier.module.training
-    assert (classifier.window_px, classifier.spacing_um_px, classifier.positive_index) == (224, 0.25, 1)
+    assert (classifier.window_px, classifier.spacing_um_px, classifier.outputs.positive) == (224, 0.25, (1,))
 
 
 def striped(n_classes: int, *, stride: int) -> nn.Module:

@@ -12,13 +12,18 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import AfterValidator, BaseModel, Field, FiniteFloat, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from wsiflow.errors import InputError
 from wsiflow.system import faults
 from wsiflow.system.paths import NamedPath
 
-# The architecture in a card whose weights file is a TorchScript program.
+# The architecture in a card whose weights file is a program: TorchScript, torch.export's, or ONNX.
 TORCHSCRIPT = "torchscript"
+EXPORT = "export"
+ONNX = "onnx"
+PYTHON = "python:"  # in front of the function that builds the network
+OutputKind = Literal["logits", "probabilities", "sigmoid"]
 PACKAGED = "pkg:"
 MAX_CARD_BYTES = 1_000_000
 
@@ -47,10 +52,17 @@ class ModelSpec(BaseModel, frozen=True, extra="forbid"):
     trust_torchscript: bool = Field(
         description="Whether a TorchScript program may be run; it can do whatever its author wanted."
     )
+    trust_python: bool = Field(
+        default=False,
+        description="Whether the function that a card names as python:MODULE:FUNCTION may be run to build the network.",
+    )
     sha256: Annotated[str, Field(pattern="^([0-9a-f]{64})?$")] = Field(
         description="SHA-256 that the weights must have, whatever the card says. Empty: the card's word is enough."
     )
-    positive_class: str = Field(description="Name of the class whose probability is mapped. Empty: the card's.")
+    positive_class: str | tuple[str, ...] = Field(
+        description="Name of the class whose probability is mapped, or a list of names whose probabilities are added. "
+        "Empty: the card's."
+    )
 
 
 class Probe(BaseModel, frozen=True, extra="forbid"):
@@ -70,10 +82,18 @@ class ModelCard(BaseModel, frozen=True, extra="forbid"):
 
     Attributes:
         name: Name of the model; also that of its files.
-        architecture: A key of `wsiflow.model.architectures.registry.ARCHITECTURES`, or ``torchscript``.
-        architecture_args: What its builder takes besides the number of classes.
+        architecture: What the weights file is: ``export``, ``onnx`` or ``torchscript`` for one that holds its network;
+            for weights alone what builds it: a key of `wsiflow.model.architectures.registry.ARCHITECTURES`,
+            ``timm:NAME``, ``torchvision:NAME`` or ``python:MODULE:FUNCTION``.
+        architecture_args: What its builder takes besides the number of outputs.
+        source_sha256: Hash of the source file of a ``python:`` function.
         class_names: One name for each output, in order; at least two.
-        positive_class: The class whose probability is mapped.
+        positive_class: The class whose probability is mapped, or several whose probabilities are added.
+        output: ``logits``: the probabilities are the softmax of the outputs; ``sigmoid``: each output is the logit of a
+            class that does not exclude the others, or the only one that of the second of two classes;
+            ``probabilities``: the outputs are probabilities.
+        output_name: Key or index of the output that holds them, where the network returns several; empty for its only
+            one.
         window_px: Side of the window the classifier sees, px at `spacing_um_px`.
         input_px: Side the network takes, px; a window is resized where it differs from `window_px`.
         spacing_um_px: Spacing the classifier was trained at, um per px.
@@ -81,7 +101,8 @@ class ModelCard(BaseModel, frozen=True, extra="forbid"):
         std: Standard deviation, on the same scale.
         weights: Name of the weights file, in the folder of the card.
         sha256: Hash of the weights file.
-        probe: Answers to reproduce before the first window is believed.
+        probe: Answers to reproduce before the first window is believed; where there are none, it is only checked
+            that answers are what `output` says, and that they do not depend on the batch.
         licence: Licence of the weights.
         trained_on: The data they were trained on.
         notes: What else a user should know.
@@ -89,9 +110,12 @@ class ModelCard(BaseModel, frozen=True, extra="forbid"):
 
     name: Annotated[str, Field(pattern="^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
     architecture: str
-    architecture_args: dict[str, bool | int | FiniteFloat | str]
+    architecture_args: dict[str, bool | int | FiniteFloat | str] = Field(default_factory=dict)
+    source_sha256: Annotated[str, Field(pattern="^([0-9a-f]{64})?$")] = ""
     class_names: Annotated[tuple[str, ...], Field(min_length=2)]
-    positive_class: str
+    positive_class: str | tuple[str, ...]
+    output: OutputKind = "logits"
+    output_name: str = ""
     window_px: Side
     input_px: Side
     spacing_um_px: Annotated[Positive, Field(le=100)]
@@ -99,28 +123,38 @@ class ModelCard(BaseModel, frozen=True, extra="forbid"):
     std: tuple[Positive, Positive, Positive]
     weights: str
     sha256: Sha256
-    probe: tuple[Probe, ...]
-    licence: str
-    trained_on: str
-    notes: str
+    probe: tuple[Probe, ...] = ()
+    licence: str = ""
+    trained_on: str = ""
+    notes: str = ""
 
     @model_validator(mode="after")
     def _is_consistent(self) -> Self:
         """Verify conditions that involve several fields."""
         if len(set(self.class_names)) != len(self.class_names):
             raise ValueError(f"class_names {list(self.class_names)} holds a name twice")
-        if self.positive_class not in self.class_names:
+        if not self.positive_names or set(self.positive_names) - set(self.class_names):
             raise ValueError(f"positive_class {self.positive_class!r} is not one of {list(self.class_names)}")
         if any(len(probe.probabilities) != len(self.class_names) for probe in self.probe):
             raise ValueError(f"a probe does not hold one probability for each of {list(self.class_names)}")
+        if self.output == "sigmoid" and len(self.positive_names) > 1:
+            raise ValueError(f"positive_class {self.positive_class!r} adds labels that do not exclude each other")
+        if self.architecture.startswith(PYTHON) and not self.source_sha256:
+            raise ValueError(f"architecture {self.architecture!r} needs source_sha256, the hash of its source file")
         if Path(self.weights).name != self.weights or self.weights in {"", ".."}:
             raise ValueError(f"weights {self.weights!r} is not a plain file name in the folder of the card")
         return self
 
     @property
-    def positive_index(self) -> int:
-        """Index of the positive class among the outputs of the network."""
-        return self.class_names.index(self.positive_class)
+    def positive_names(self) -> tuple[str, ...]:
+        """Names of the positive classes, without repetition."""
+        names = (self.positive_class,) if isinstance(self.positive_class, str) else self.positive_class
+        return tuple(dict.fromkeys(names))
+
+    @property
+    def positive_indices(self) -> tuple[int, ...]:
+        """Indices of the positive classes among the classes, ascending."""
+        return tuple(sorted(self.class_names.index(name) for name in self.positive_names))
 
 
 class _Transform(BaseModel, frozen=True, extra="forbid"):
@@ -214,7 +248,13 @@ def identity(card: ModelCard) -> str:
             "sha256",
         },
     )
-    relevant["positive_index"] = card.positive_index
+    # A key that a card had before it could say more stays as it was, so that its runs go on.
+    relevant |= (
+        {"positive_index": card.positive_indices[0]}
+        if len(card.positive_indices) == 1
+        else {"positive_indices": card.positive_indices}
+    )
+    relevant |= dict(card.model_dump(include={"output", "output_name", "source_sha256"}, exclude_defaults=True).items())
     return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()
 
 
@@ -253,12 +293,13 @@ def _parse(model: type[_Form], text: str, path: Path) -> _Form:
         # In strict mode the text "0.5" is not a number, and 1 is not a name.
         return model.model_validate_json(text, strict=True)
     except ValidationError as error:
-        raise InputError(f"model card: {_first_fault(error)}", "correct this key of the card", path=path) from error
+        faults_of_card = [_fault(each) for each in error.errors(include_url=False)]
+        remedy = "correct this key of the card" if len(faults_of_card) == 1 else "correct these keys of the card"
+        raise InputError(f"model card: {'; '.join(faults_of_card)}", remedy, path=path) from error
 
 
-def _first_fault(error: ValidationError) -> str:
-    """Return the key, the message and the value of pydantic's first error, in one line."""
-    fault = error.errors(include_url=False)[0]
+def _fault(fault: ErrorDetails) -> str:
+    """Return the key, the message and the value of one of pydantic's errors."""
     key = ".".join(str(part) for part in fault["loc"])
     value = "" if fault["type"] in {"missing", "value_error"} else f", but it is {str(fault['input'])[:60]!r}"
     return ": ".join(filter(None, [key, fault["msg"].removeprefix("Value error, ")])) + value
@@ -314,7 +355,13 @@ def _preprocessing(config: _WSInferConfig, path: Path) -> tuple[Any, Any, Any]:
 
 
 def _check_trust(card: ModelCard, spec: ModelSpec) -> None:
-    """Refuse a TorchScript program unless the settings trust it and pin its hash."""
+    """Refuse a TorchScript program unless the settings trust it and pin its hash, and a function unless they do."""
+    if card.architecture.startswith(PYTHON) and not spec.trust_python:
+        raise InputError(
+            f"{card.architecture} is code that can do anything with the rights of this account",
+            "if you trust its source, set model.trust_python=true",
+            path=spec.card,
+        )
     if card.architecture != TORCHSCRIPT or (spec.trust_torchscript and spec.sha256):
         return
     raise InputError(
@@ -326,12 +373,13 @@ def _check_trust(card: ModelCard, spec: ModelSpec) -> None:
 
 def _with_positive_class(card: ModelCard, spec: ModelSpec) -> ModelCard:
     """Return the card with the positive class of the settings, if they name one."""
-    if spec.positive_class in {"", card.positive_class}:
+    if not spec.positive_class or spec.positive_class == card.positive_class:
         return card
-    if spec.positive_class not in card.class_names:
+    chosen = card.model_copy(update={"positive_class": spec.positive_class})
+    if set(chosen.positive_names) - set(card.class_names):
         raise InputError(
             f"model.positive_class {spec.positive_class!r} is not one of {list(card.class_names)}",
             "set it to one of them, or leave it empty for that of the card",
             path=spec.card,
         )
-    return card.model_copy(update={"positive_class": spec.positive_class})
+    return chosen

@@ -6,25 +6,25 @@ probes of its card is never returned. No pickle is read: weights are safetensors
 settings trust by its hash.
 """
 
-import io
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import safetensors
-import safetensors.torch
 import torch
 from numpy.typing import NDArray
 from torch import nn
 
 from wsiflow.errors import InputError
-from wsiflow.model.architectures.registry import build
-from wsiflow.model.card import TORCHSCRIPT, ModelCard, ModelSpec, Probe, card_path, identity, read_card, read_weights
+from wsiflow.model.card import ModelCard, ModelSpec, Probe, card_path, identity, read_card, read_weights
+from wsiflow.model.formats.registry import does_not_run, network
+from wsiflow.model.outputs import Outputs
 
 # The probabilities of the same weights differ by about 1e-6 between machines, because sums are taken in another order.
 # Another class order, mean or layer changes a probability near one half by far more than this tolerance.
 PROBE_TOLERANCE = 1e-4
 PROBE_CELLS = 14
+N_TRIALS = 4  # windows on which a model without probes is tried
+SUM_TOLERANCE = 1e-3  # half precision included
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,9 +32,9 @@ class Classifier:
     """A network that is ready for prediction, and the parameters of its input and output.
 
     Attributes:
-        module: The network in evaluation mode, from (n, 3, input_px, input_px) to logits (n, classes).
+        module: The network in evaluation mode, from (n, 3, input_px, input_px) to its outputs (n, outputs).
         class_names: One name for each output.
-        positive_index: Index of the class whose probability becomes the heatmap.
+        outputs: What the outputs of the network mean, and which class becomes the heatmap.
         window_px: Side of a window, px.
         input_px: Side of the network's input, px; windows are resized if it differs from ``window_px``.
         spacing_um_px: Spacing of a window, um per px.
@@ -46,7 +46,7 @@ class Classifier:
 
     module: nn.Module
     class_names: tuple[str, ...]
-    positive_index: int
+    outputs: Outputs
     window_px: int
     input_px: int
     spacing_um_px: float
@@ -67,7 +67,10 @@ def load(spec: ModelSpec) -> Classifier:
     card, path = read_card(spec), card_path(spec)
     weights_path = path.parent / card.weights
     data = read_weights(spec, card)
-    module = _torchscript(data, weights_path) if card.architecture == TORCHSCRIPT else _registered(data, card, path)
+    try:
+        module = network(data, card, weights_path)
+    except InputError as error:
+        raise error.about(path=path) from error
     classifier = as_classifier(module, card)
     _check_answers(classifier, card, path)
     return classifier
@@ -79,7 +82,7 @@ def as_classifier(module: nn.Module, card: ModelCard) -> Classifier:
     return Classifier(
         module.eval().to(memory_format=torch.channels_last),  # type: ignore[call-overload]
         class_names=card.class_names,
-        positive_index=card.positive_index,
+        outputs=Outputs(card.output, len(card.class_names), card.positive_indices),
         window_px=card.window_px,
         input_px=card.input_px,
         spacing_um_px=card.spacing_um_px,
@@ -103,7 +106,8 @@ def predict(classifier: Classifier, windows: NDArray[np.uint8]) -> NDArray[np.fl
     Raises:
         InputError: The windows have another shape or dtype, or a probability is not finite.
     """
-    return probabilities(classifier, windows)[:, classifier.positive_index]
+    each = probabilities(classifier, windows)[:, classifier.outputs.positive]
+    return each[:, 0] if each.shape[1] == 1 else each.sum(axis=1)
 
 
 def probabilities(classifier: Classifier, windows: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -150,14 +154,24 @@ def infer(classifier: Classifier, inputs: torch.Tensor) -> NDArray[np.float32]:
     Raises:
         InputError: The number of the network's outputs is not the number of class names in its card.
     """
-    logits = classifier.module(inputs)
-    if logits.shape != (len(inputs), len(classifier.class_names)):
+    return np.asarray(classifier.outputs.probabilities(raw_outputs(classifier, inputs)).numpy(), np.float32)
+
+
+def raw_outputs(classifier: Classifier, inputs: torch.Tensor) -> torch.Tensor:
+    """Return what the network returns, (n, outputs), for normalised windows; call this in inference mode.
+
+    Raises:
+        InputError: It is not a tensor of the shape that the card says.
+    """
+    outputs: torch.Tensor = classifier.module(inputs)
+    if outputs.dim() != 2 or len(outputs) != len(inputs) or not classifier.outputs.fits(outputs.shape[1]):
         raise InputError(
-            f"the model returns an array of shape {tuple(logits.shape)} for {len(inputs)} windows",
-            f"correct class_names in its card, which are {list(classifier.class_names)}",
+            f"the model returns an array of shape {tuple(outputs.shape)} for {len(inputs)} windows",
+            f"correct class_names or output in its card, which are {list(classifier.class_names)} and "
+            f"{classifier.outputs.kind}",
             stage="predict",
         )
-    return np.asarray(torch.softmax(logits, dim=1).numpy(), np.float32)
+    return outputs
 
 
 def not_finite(window: str) -> InputError:
@@ -188,66 +202,69 @@ def probe_image(seed: int, window_px: int) -> NDArray[np.uint8]:
     return ((cells[np.ix_(cell, cell)] + base) // 2).astype(np.uint8)
 
 
-def _registered(data: bytes, card: ModelCard, path: Path) -> nn.Module:
-    """Return the network of a card from the registry, with its weights loaded."""
-    try:
-        module = build(card.architecture, len(card.class_names), **card.architecture_args)
-    except InputError as error:
-        raise error.about(path=path) from error
-    weights = path.parent / card.weights
-    try:
-        tensors = safetensors.torch.load(data)
-    except safetensors.SafetensorError as error:
-        raise InputError(
-            f"the weights are not a safetensors file: {error}", "save them with wsiflow.model.save", path=weights
-        ) from error
-    try:
-        module.load_state_dict(tensors, strict=True)
-    except RuntimeError as error:
-        raise InputError(
-            f"the weights do not fit {card.architecture} with {len(card.class_names)} classes: {error}",
-            "correct architecture, architecture_args or class_names in the card",
-            path=weights,
-        ) from error
-    _check_finite(module, weights)
-    return module
-
-
-def _check_finite(module: nn.Module, path: Path) -> None:
-    """Refuse weights that contain NaN or infinity."""
-    for name, tensor in module.state_dict().items():
-        if not torch.isfinite(tensor).all():
-            raise InputError(f"the weight {name} is not finite", "export the weights again", path=path)
-
-
-def _torchscript(data: bytes, path: Path) -> nn.Module:
-    """Return the program in a TorchScript file, which the settings must trust."""
-    try:
-        module: nn.Module = torch.jit.load(io.BytesIO(data), map_location="cpu")  # type: ignore[no-untyped-call]
-    except (RuntimeError, ValueError) as error:
-        raise InputError(
-            f"the file is not TorchScript: {str(error)[:200]}", "save the model with torch.jit.save", path=path
-        ) from error
-    _check_finite(module, path)
-    return module
-
-
 def _check_answers(classifier: Classifier, card: ModelCard, path: Path) -> None:
     """Refuse a classifier that does not run, or does not reproduce the probabilities of its probes."""
-    if not card.probe and card.architecture != TORCHSCRIPT:
-        raise InputError("the model card has no probe", "write weights and card with wsiflow.model.save", path=path)
-    seeds = [probe.seed for probe in card.probe] or [0]
+    seeds = [probe.seed for probe in card.probe] or list(range(N_TRIALS))
     images = np.stack([probe_image(seed, card.window_px) for seed in seeds])
     try:
+        with torch.inference_mode():
+            outputs = raw_outputs(classifier, normalise(classifier, images))
         answers = probabilities(classifier, images)
+        if not card.probe:
+            check_repeatable(classifier, images, outputs)
     except RuntimeError as error:
-        raise InputError(
-            f"the model does not run on windows of {card.window_px} px: {error}",
-            "correct window_px or input_px in the card",
-            path=path,
-        ) from error
+        raise does_not_run(error, len(images), card).about(path=path) from error
+    except InputError as error:
+        raise error.about(path=path) from error
     for probe, answer in zip(card.probe, answers, strict=False):
         _check_probe(probe, answer, path)
+    check_kind(outputs, card, path)
+
+
+def check_repeatable(classifier: Classifier, images: NDArray[np.uint8], outputs: torch.Tensor) -> None:
+    """Refuse a network whose outputs for a window depend on the other windows of a batch, or on chance.
+
+    Args:
+        classifier: The classifier.
+        images: uint8 (n, window_px, window_px, 3), at least two windows.
+        outputs: Its outputs for these images in one batch.
+
+    Raises:
+        InputError: The outputs depend on the batch or differ from time to time.
+    """
+    with torch.inference_mode():
+        again = raw_outputs(classifier, normalise(classifier, images))
+        alone = torch.cat([raw_outputs(classifier, normalise(classifier, image[None])) for image in images])
+    scale = max(1.0, float(outputs.abs().max()))
+    for others, cause in (
+        (again, "gives other outputs for the same windows each time (dropout in training mode?)"),
+        (alone, "gives a window other outputs alone than among others (batch norm in training mode?)"),
+    ):
+        if float((others - outputs).abs().max()) > PROBE_TOLERANCE * scale:
+            raise InputError(f"the model {cause}", "export it in evaluation mode: model.eval()")
+
+
+def check_kind(outputs: torch.Tensor, card: ModelCard, path: Path) -> None:
+    """Refuse outputs that are plainly not what the card says: probabilities instead of logits, or the other way round.
+
+    Args:
+        outputs: Outputs for several windows, (n, outputs).
+        card: The model card.
+        path: Path of the card, for the message.
+
+    Raises:
+        InputError: The outputs are of another kind.
+    """
+    are_shares = bool(((outputs >= 0) & (outputs <= 1)).all())
+    sum_to_one = outputs.shape[1] > 1 and bool(((outputs.sum(1) - 1).abs() < SUM_TOLERANCE).all())
+    if card.output == "probabilities" and not (are_shares and (sum_to_one or outputs.shape[1] == 1)):
+        cause = "the model's outputs are no probabilities: they are not from 0 to 1, or do not add up to 1"
+        raise InputError(cause, "set output to logits or sigmoid in the card", path=path)
+    if card.output != "probabilities" and are_shares and sum_to_one:
+        cause = (
+            f"the model's outputs are probabilities already: they are from 0 to 1 and add up to 1, not {card.output}"
+        )
+        raise InputError(cause, "set output to probabilities in the card", path=path)
 
 
 def _check_probe(probe: Probe, answer: NDArray[np.float32], path: Path) -> None:

@@ -1,11 +1,15 @@
-"""The registry of architectures that a model card may name; apart from TorchScript, no other code is run."""
+"""The architectures that a model card may name: those of wsiflow, of timm and torchvision, and functions of a user.
 
+The names of others have the name of their source in front, as ``timm:resnet50``.
+"""
+
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from wsiflow.errors import InputError
-from wsiflow.model.architectures import compact, googlenet, inception
+from wsiflow.model.architectures import compact, function, googlenet, inception, zoo
 from wsiflow.model.architectures.architecture import Architecture
 
 #: The architectures by name, each described in its own file.
@@ -14,26 +18,35 @@ ARCHITECTURES: dict[str, Architecture] = {
 }
 
 
-def build(architecture: str, n_classes: int, **architecture_args: Any) -> nn.Module:
+def build(architecture: str, n_outputs: int, *, folder: Path = Path(), **architecture_args: Any) -> nn.Module:
     """Return the named architecture with random weights.
 
     Args:
-        architecture: A key of `ARCHITECTURES`.
-        n_classes: Number of classes.
+        architecture: A key of `ARCHITECTURES`, or ``timm:NAME``, ``torchvision:NAME`` or ``python:MODULE:FUNCTION``.
+        n_outputs: Number of outputs, which a function of the user's knows itself.
+        folder: Folder of the model card.
         architecture_args: Further arguments of its builder.
 
     Raises:
         InputError: The architecture is unknown, or its builder does not accept these arguments.
+        EnvironmentFault: The package that has the architecture is not installed.
     """
-    if architecture not in ARCHITECTURES:
-        raise InputError(
-            f"architecture {architecture!r} is unknown",
-            f"name one of {sorted(ARCHITECTURES)} in the model card, or register it in {__name__}",
-        )
+    source, _, name = architecture.partition(":")
     try:
-        return ARCHITECTURES[architecture].build(n_classes, **architecture_args)
+        if source == "timm":
+            return zoo.timm(name, n_outputs, **architecture_args)
+        if source == "torchvision":
+            return zoo.torchvision(name, n_outputs, **architecture_args)
+        if source == "python":
+            return function.network(name, folder, **architecture_args)
+        if architecture in ARCHITECTURES:
+            return ARCHITECTURES[architecture].build(n_outputs, **architecture_args)
     except (TypeError, ValueError) as error:
         raise InputError(
             f"architecture {architecture!r} cannot be built with {architecture_args}: {error}",
-            "correct architecture_args in the model card",
+            "correct architecture and architecture_args in the model card",
         ) from error
+    raise InputError(
+        f"architecture {architecture!r} is unknown",
+        f"name one of {sorted(ARCHITECTURES)}, timm:NAME, torchvision:NAME or python:MODULE:FUNCTION in the model card",
+    )

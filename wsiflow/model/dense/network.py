@@ -30,6 +30,7 @@ from wsiflow.model.dense.facts import DenseFacts, DenseStride, dense_facts, dens
 from wsiflow.model.dense.layers import cannot_run_dense
 from wsiflow.model.dense.receptive import Layer, trace_layers
 from wsiflow.model.dense.rewrite import dense_module
+from wsiflow.model.outputs import Outputs
 
 # Sums are taken in another order than for a window, which changes a probability by about 1e-6. Logits are compared too,
 # relative to the largest one, because probabilities that are all 0 or 1 would hide any difference.
@@ -169,10 +170,10 @@ class _Region(NamedTuple):
 class DenseNetwork(nn.Module):
     """A fully convolutional network that maps the pixels of regions to the probabilities of their windows."""
 
-    def __init__(self, network: nn.Module, region: _Region, crops: Crops, positive_index: int) -> None:
+    def __init__(self, network: nn.Module, region: _Region, crops: Crops, outputs: Outputs) -> None:
         """Build the module from a network and the positions of its windows."""
         super().__init__()
-        self.network, self.region, self.crops, self.positive_index = network, region, crops, positive_index
+        self.network, self.region, self.crops, self.outputs = network, region, crops, outputs
 
     def logits(self, pixels: torch.Tensor) -> torch.Tensor:
         """Return the logits, float32 (n, classes, rows, cols)."""
@@ -181,7 +182,7 @@ class DenseNetwork(nn.Module):
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         """Return probabilities, float32 (n, rows, cols), of normalised pixels, float32 (n, 3, h, w)."""
-        return torch.softmax(self.logits(pixels).float(), dim=1)[:, self.positive_index]
+        return self.outputs.scores(self.logits(pixels))
 
 
 class Stem(nn.Module):
@@ -200,10 +201,10 @@ class Stem(nn.Module):
 class Tail(nn.Module):
     """The second part of a split network, which maps the features of each window to its probability."""
 
-    def __init__(self, network: nn.Module, positive_index: int) -> None:
-        """Build the module from a network and the index of the positive class."""
+    def __init__(self, network: nn.Module, outputs: Outputs) -> None:
+        """Build the module from a network and the meaning of its outputs."""
         super().__init__()
-        self.network, self.positive_index = network, positive_index
+        self.network, self.outputs = network, outputs
 
     def logits(self, features: torch.Tensor) -> torch.Tensor:
         """Return the logits, float32 (n, classes)."""
@@ -212,7 +213,7 @@ class Tail(nn.Module):
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """Return probabilities, float32 (n,), of features, float32 (n, channels, side, side)."""
-        return torch.softmax(self.logits(features).float(), dim=1)[:, self.positive_index]
+        return self.outputs.scores(self.logits(features))
 
 
 class _Conversion:
@@ -232,7 +233,7 @@ def _whole(conversion: _Conversion, context_px: int, _share_until: str) -> Dense
         dense_module(conversion.traced, conversion.network, conversion.strides),
         _Region(window_px, grid_px, grid_px, factors, 1),
         Crops(conversion.stride // grid_px, 1, 1, context_px // grid_px),
-        conversion.classifier.positive_index,
+        conversion.classifier.outputs,
     ).eval()
     return DenseClassifier(conversion.facts, conversion.stride, context_px, window_px, module)
 
@@ -253,7 +254,7 @@ def _shared(conversion: _Conversion, context_px: int, share_until: str) -> Dense
         _Region(conversion.classifier.window_px, conversion.facts.grid_px, cell_px, factors, (side - 1) * every + 1),
     )
     own = {layer.node: DenseStride(layer.stride, ()) for layer in conversion.network}
-    tail = Tail(dense_module(conversion.traced, conversion.network[place:], own), conversion.classifier.positive_index)
+    tail = Tail(dense_module(conversion.traced, conversion.network[place:], own), conversion.classifier.outputs)
     return DenseClassifier(
         conversion.facts,
         conversion.stride,
@@ -300,7 +301,8 @@ def _check(classifier: Classifier, dense: DenseClassifier) -> None:
         actual = _logits(dense, pixels)
     if actual.shape != expected.shape:
         raise cannot_run_dense(f"the network over a region gives {len(actual)} scores for {len(expected)} windows")
-    error = float((actual.softmax(1) - expected.softmax(1)).abs().max())
+    apart = classifier.outputs.probabilities(actual) - classifier.outputs.probabilities(expected)
+    error = float(apart.abs().max())
     logit_error = float((actual - expected).abs().max()) / max(1.0, float(expected.abs().max()))
     if not (error <= PROBABILITY_TOLERANCE and logit_error <= LOGIT_TOLERANCE):
         raise cannot_run_dense(

@@ -19,6 +19,7 @@ from wsiflow.model.classifier import Classifier
 from wsiflow.model.dense import layers
 from wsiflow.model.dense.layers import Call, Map, Op, cannot_run_dense
 from wsiflow.model.dense.operations import Pair
+from wsiflow.model.outputs import Outputs
 from wsiflow.model.program import BATCH, arguments, name_of, program
 
 
@@ -100,7 +101,7 @@ def trace_layers(classifier: Classifier) -> tuple[fx.GraphModule, list[Layer]]:
     known: dict[fx.Node, Layer] = {}
     for node in traced.graph.nodes:
         if node.op == "output":
-            return traced, _with_module_names(_needed_layers(known, node, len(classifier.class_names)))
+            return traced, _with_module_names(_needed_layers(known, node, classifier.outputs))
         if node.op == "placeholder":
             span = Span(side, 0, 1 - side, 0, side)
             image = Map((BATCH, 3, side, side), layers.NCHW)
@@ -282,14 +283,17 @@ def _span_after_kernel(span: Span, spacing_px: int, side: int, reach: int, befor
     )
 
 
-def _needed_layers(known: dict[fx.Node, Layer], output: fx.Node, n_classes: int) -> list[Layer]:
+def _needed_layers(known: dict[fx.Node, Layer], output: fx.Node, outputs: Outputs) -> list[Layer]:
     """Return those layers in order on which the logits of a window depend."""
     (results,) = output.args
     result = results[0] if isinstance(results, list | tuple) and len(results) == 1 else results
     if not isinstance(result, fx.Node) or result not in known:
         raise cannot_run_dense("the model does not return the logits of a window")
-    if known[result].side != (1, 1) or known[result].channels != n_classes:
-        raise cannot_run_dense(f"the model returns a map of {known[result].side} places instead of {n_classes} logits")
+    if known[result].side != (1, 1) or not outputs.fits(known[result].channels):
+        raise cannot_run_dense(
+            f"the model returns a map of {known[result].side} places instead of the outputs of {outputs.n_classes} "
+            "classes"
+        )
     needed = {result}
     for node in reversed(list(known)):
         if node in needed:

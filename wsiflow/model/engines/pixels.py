@@ -38,14 +38,13 @@ class FromPixels(nn.Module):
 
 
 class WindowScores(nn.Module):
-    """The network of a classifier with a softmax, from normalised windows to probabilities of the positive class."""
+    """The network of a classifier and the meaning of its outputs, from normalised windows to scores."""
 
     def __init__(self, classifier: Classifier) -> None:
-        """Build the module from the classifier's network and the index of its positive class."""
+        """Build the module from the classifier's network and the meaning of its outputs."""
         super().__init__()
-        self.network, self.positive_index = classifier.module, classifier.positive_index
+        self.network, self.outputs = classifier.module, classifier.outputs
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the probability of the positive class, float32 (n,), of windows, float32 (n, 3, side, side)."""
-        # The softmax is computed in fp32 at any precision, since bfloat16 probabilities near 1 are multiples of 1/256.
-        return torch.softmax(self.network(x).float(), dim=1)[:, self.positive_index]
+        """Return the score, float32 (n,), of windows, float32 (n, 3, side, side)."""
+        return self.outputs.scores(self.network(x))

@@ -1,0 +1,58 @@
+"""Architectures of timm and torchvision, which the extra ``wsiflow[zoo]`` installs; no weights are fetched."""
+
+import importlib
+from typing import Any
+
+from torch import nn
+
+from wsiflow.errors import EnvironmentFault
+
+
+def timm(name: str, n_outputs: int, **arguments: Any) -> nn.Module:
+    """Return a network of timm with random weights.
+
+    Args:
+        name: Its name there, as ``resnet50``.
+        n_outputs: Number of outputs.
+        arguments: Further arguments of ``timm.create_model``.
+
+    Raises:
+        ValueError: timm does not know the name.
+        EnvironmentFault: timm is not installed.
+    """
+    library = _library("timm")
+    try:
+        module: nn.Module = library.create_model(name, **{"num_classes": n_outputs, "pretrained": False} | arguments)
+    except RuntimeError as error:  # timm says so when it does not know a name
+        raise ValueError(f"{error}{_alike(library.list_models(f'*{name}*'))}") from error
+    return module
+
+
+def torchvision(name: str, n_outputs: int, **arguments: Any) -> nn.Module:
+    """Return a network of torchvision with random weights; arguments and errors as for `timm`."""
+    models = _library("torchvision").models
+    if name not in models.list_models():
+        raise ValueError(f"torchvision has no {name}{_alike([each for each in models.list_models() if name in each])}")
+    module: nn.Module = models.get_model(name, **{"num_classes": n_outputs, "weights": None} | arguments)
+    return module
+
+
+def _alike(names: list[str]) -> str:
+    """Return a part of a message that suggests names."""
+    return f"; it has {', '.join(names[:3])}" if names else ""
+
+
+def _library(name: str) -> Any:
+    """Return a library.
+
+    Raises:
+        EnvironmentFault: It is not installed, or does not go with the installed PyTorch.
+    """
+    try:
+        return importlib.import_module(name)
+    except (ImportError, RuntimeError) as error:
+        raise EnvironmentFault(
+            f"the package {name} cannot be used: {error}",
+            "pip install 'wsiflow[zoo]', from where PyTorch was installed (--index-url https://download.pytorch.org/whl/cpu"
+            " where that is the build without GPUs)",
+        ) from error
