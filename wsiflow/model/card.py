@@ -8,6 +8,7 @@ name a model without loading it.
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
@@ -25,6 +26,7 @@ ONNX = "onnx"
 PYTHON = "python:"  # in front of the function that builds the network
 OutputKind = Literal["logits", "probabilities", "sigmoid"]
 PACKAGED = "pkg:"
+WSINFER_WEIGHTS = "torchscript_model.pt"  # beside WSInfer's model JSON
 MAX_CARD_BYTES = 1_000_000
 
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
@@ -188,6 +190,11 @@ def card_path(spec: ModelSpec) -> Path:
     return Path(__file__).parent / "weights" / name.removeprefix(PACKAGED) if name.startswith(PACKAGED) else spec.card
 
 
+def shipped() -> list[str]:
+    """Return the names of the cards that ship with wsiflow."""
+    return sorted(path.name for path in (Path(__file__).parent / "weights").glob("*.json"))
+
+
 def read_card(spec: ModelSpec) -> ModelCard:
     """Read the card that the settings name; their positive class, if any, replaces that of the card.
 
@@ -305,6 +312,29 @@ def _fault(fault: ErrorDetails) -> str:
     return ": ".join(filter(None, [key, fault["msg"].removeprefix("Value error, ")])) + value
 
 
+def parse_card(fields: Mapping[str, Any], path: Path) -> ModelCard:
+    """Return the fields of a card, validated.
+
+    Args:
+        fields: The fields of `ModelCard`.
+        path: The path that messages name.
+
+    Raises:
+        InputError: Fields are missing, unknown or invalid; the message names all of them.
+    """
+    return _parse(ModelCard, json.dumps(dict(fields)), path)
+
+
+def wsinfer_fields(path: Path) -> dict[str, Any]:
+    """Return the fields of a card that WSInfer's model JSON gives: classes, window, spacing and normalisation.
+
+    Raises:
+        InputError: The file is missing, is not such a JSON, or describes a preprocessing that is not known.
+        EnvironmentFault: The system refuses to read the file.
+    """
+    return _wsinfer_fields(_parse(_WSInferConfig, _read_text(path), path), path)
+
+
 def _from_wsinfer(text: str, spec: ModelSpec) -> ModelCard:
     """Return WSInfer's model JSON as a `ModelCard`; the hash of the weights is the one that the configuration pins."""
     config = _parse(_WSInferConfig, text, spec.card)
@@ -314,27 +344,29 @@ def _from_wsinfer(text: str, spec: ModelSpec) -> ModelCard:
             "set model.positive_class to one of them",
             path=spec.card,
         )
-    input_px, mean, std = _preprocessing(config, spec.card)
     fields = {
         "name": "wsinfer",
         "architecture": TORCHSCRIPT,
-        "architecture_args": {},
-        "class_names": config.class_names,
         "positive_class": config.class_names[0],
+        "weights": WSINFER_WEIGHTS,
+        # Without a pinned hash the card is refused later, in _check_trust.
+        "sha256": spec.sha256 or "0" * 64,
+    }
+    return parse_card(fields | _wsinfer_fields(config, spec.card), spec.card)
+
+
+def _wsinfer_fields(config: _WSInferConfig, path: Path) -> dict[str, Any]:
+    """Return the fields of a card that WSInfer's model JSON gives."""
+    input_px, mean, std = _preprocessing(config, path)
+    return {
+        "class_names": config.class_names,
         "window_px": config.patch_size_pixels,
         "input_px": input_px,
         "spacing_um_px": config.spacing_um_px,
         "mean": mean,
         "std": std,
-        "weights": "torchscript_model.pt",
-        # Without a pinned hash the card is refused later, in _check_trust.
-        "sha256": spec.sha256 or "0" * 64,
-        "probe": (),
-        "licence": "",
-        "trained_on": "",
         "notes": f"read from WSInfer's model JSON: {config.architecture}",
     }
-    return _parse(ModelCard, json.dumps(fields), spec.card)
 
 
 def _preprocessing(config: _WSInferConfig, path: Path) -> tuple[Any, Any, Any]:

@@ -37,14 +37,19 @@ def save(module: nn.Module, fields: Mapping[str, Any], folder: Path) -> Path:
     weights = safetensors.torch.save({key: tensor.contiguous() for key, tensor in module.state_dict().items()})
     file_name = f"{fields['name']}.safetensors"
     bare = ModelCard(**fields, weights=file_name, sha256=hashlib.sha256(weights).hexdigest(), probe=())
-    card = bare.model_copy(update={"probe": _probes(as_classifier(module, bare))})
+    card = bare.model_copy(update={"probe": probes(as_classifier(module, bare))})
     (folder / file_name).write_bytes(weights)
+    return write_card(card, folder)
+
+
+def write_card(card: ModelCard, folder: Path) -> Path:
+    """Write a card into the folder of its weights, and return its path; what it does not say is left out."""
     path = folder / f"{card.name}.json"
-    path.write_text(json.dumps(card.model_dump(mode="json"), indent=2) + "\n")
+    path.write_text(json.dumps(card.model_dump(mode="json", exclude_defaults=True), indent=2) + "\n", encoding="utf-8")
     return path
 
 
-def _probes(classifier: Classifier) -> tuple[Probe, ...]:
+def probes(classifier: Classifier) -> tuple[Probe, ...]:
     """Return the probes for which the classifier is least certain, since saturated probabilities hide a wrong mean."""
     images = (probe_image(seed, classifier.window_px)[None] for seed in range(N_CANDIDATES))
     answers = np.concatenate([probabilities(classifier, image) for image in images])

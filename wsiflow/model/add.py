@@ -1,0 +1,220 @@
+"""Adding a model: from a file of weights, and what is known about it, to a card that runs can name.
+
+Input: a file or folder as its author has it, and the fields of the card. Output: two files in one folder, the weights
+and ``<name>.json``. Weights of ``torch.save`` are written as safetensors, and a network is tried before anything is
+written: that it runs, that its outputs are what the card says, and that they do not depend on the batch.
+"""
+
+import hashlib
+import shutil
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import safetensors.torch
+import torch
+from torch import nn
+
+from wsiflow.errors import InputError
+from wsiflow.model import huggingface
+from wsiflow.model.architectures import function
+from wsiflow.model.card import EXPORT, ONNX, PYTHON, TORCHSCRIPT, WSINFER_WEIGHTS, ModelCard, parse_card, wsinfer_fields
+from wsiflow.model.classifier import (
+    N_TRIALS,
+    Classifier,
+    as_classifier,
+    check_kind,
+    check_repeatable,
+    normalise,
+    probe_image,
+    raw_outputs,
+)
+from wsiflow.model.formats import export, onnx
+from wsiflow.model.formats.registry import network
+from wsiflow.model.save import probes, write_card
+from wsiflow.system import faults
+
+_NO_HASH = "0" * 64
+
+
+class Source(NamedTuple):
+    """A model as its author has it.
+
+    Attributes:
+        path: The file that holds the weights.
+        architecture: What the card has as its architecture, if the file says it; else an empty text.
+        known: Fields of the card that the folder of the file gives.
+    """
+
+    path: Path
+    architecture: str
+    known: dict[str, Any]
+
+
+def recognise(path: Path) -> Source:
+    """Return what a file or folder holds, from its content.
+
+    Args:
+        path: A file of weights or a program, or a folder of Hugging Face or WSInfer.
+
+    Raises:
+        InputError: There is no such file, or the folder holds no model that is known.
+    """
+    if path.is_dir():
+        if (path / WSINFER_WEIGHTS).is_file():
+            return Source(path / WSINFER_WEIGHTS, TORCHSCRIPT, wsinfer_fields(path / "config.json"))
+        weights, architecture, known = huggingface.read_folder(path)
+        return Source(weights, architecture, known)
+    try:
+        with path.open("rb") as file:
+            start = file.read(512)
+    except OSError as error:
+        raise faults.unreadable(error, "the model", "name a file of weights, or a folder", path=path) from error
+    if zipfile.is_zipfile(path):
+        names = zipfile.ZipFile(path).namelist()
+        if any("/code/" in name for name in names):
+            return Source(path, TORCHSCRIPT, {})
+        if any(name.endswith(("archive_format", "serialized_exported_program.json")) for name in names):
+            return Source(path, EXPORT, {})
+        return Source(path, "", {})
+    is_onnx = path.suffix == ".onnx" or b"pytorch" in start[:64] and start[:1] == b"\x08"
+    return Source(path, ONNX if is_onnx else "", {})
+
+
+def add(source: Source, fields: Mapping[str, Any], folder: Path) -> Path:
+    """Write the weights and the card of a model; existing files of the same names are replaced.
+
+    Args:
+        source: The model.
+        fields: The fields of `ModelCard` except ``weights``, ``sha256``, ``source_sha256`` and ``probe``, which are
+            computed here.
+        folder: Folder to write into; it is created.
+
+    Returns:
+        The path of the card.
+
+    Raises:
+        InputError: The fields are not those of a valid card, or the file does not hold the network that they describe.
+        EnvironmentFault: A package that the model needs is not installed.
+    """
+    given = {"architecture": source.architecture, **source.known, **fields}
+    if str(given["architecture"]).startswith(PYTHON):
+        name = str(given["architecture"]).removeprefix(PYTHON)
+        given["source_sha256"] = function.source_sha256(name, source.path.parent)
+    bare = parse_card({**given, "weights": source.path.name, "sha256": _NO_HASH}, source.path)
+    data = onnx.embedded(source.path) if bare.architecture == ONNX else source.path.read_bytes()
+    module = network(data, bare, source.path)
+    classifier = as_classifier(module, bare)
+    try_out(classifier, bare, source.path)
+    architecture, suffix, weights = _encoded(module, bare, data)
+    folder.mkdir(parents=True, exist_ok=True)
+    if bare.architecture.startswith(PYTHON):
+        _copy_source(bare, source.path.parent, folder)
+    card = bare.model_copy(
+        update={
+            "architecture": architecture,
+            "weights": f"{bare.name}{suffix}",
+            "sha256": hashlib.sha256(weights).hexdigest(),
+            "probe": probes(classifier),
+        }
+    )
+    (folder / card.weights).write_bytes(weights)
+    return write_card(card, folder)
+
+
+def from_module(
+    module: nn.Module,
+    *,
+    classes: list[str],
+    window: int,
+    spacing: float,
+    mean: tuple[float, float, float],
+    std: tuple[float, float, float],
+    positive: str | list[str] = "",
+    output: str = "logits",
+    name: str = "model",
+    folder: Path | None = None,
+) -> Classifier:
+    """Return a network of this process as a classifier, and write it if a folder is given, so that runs can name it.
+
+    Args:
+        module: The network; it is put into evaluation mode.
+        classes: A name for each class.
+        window: Side of the windows that it classifies, px.
+        spacing: Spacing at which it was trained, um per px.
+        mean: Mean of red, green and blue on a scale of 0 to 1, which is subtracted.
+        std: Standard deviation on the same scale, by which is divided.
+        positive: The class, or the classes, whose probability is mapped; the last one if empty.
+        output: ``logits``, ``probabilities`` or ``sigmoid``.
+        name: Name of the model.
+        folder: Folder for ``<name>.json`` and ``<name>.pt2``; None to write nothing.
+
+    Raises:
+        InputError: The values are not those of a card, the network does not run on such windows, its outputs are not
+            what they are said to be, or (where a folder is given) it cannot be exported.
+    """
+    fields = {
+        "name": name,
+        "architecture": EXPORT,
+        "class_names": classes,
+        "positive_class": positive or classes[-1],
+        "output": output,
+        "window_px": window,
+        "input_px": window,
+        "spacing_um_px": spacing,
+        "mean": mean,
+        "std": std,
+    }
+    bare = parse_card({**fields, "weights": f"{name}.pt2", "sha256": _NO_HASH}, Path(name))
+    classifier = as_classifier(module, bare)
+    try_out(classifier, bare, Path(name))
+    if folder is not None:
+        weights = export.write(module, window)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / bare.weights).write_bytes(weights)
+        card = bare.model_copy(update={"sha256": hashlib.sha256(weights).hexdigest(), "probe": probes(classifier)})
+        write_card(card, folder)
+    return classifier
+
+
+def try_out(classifier: Classifier, card: ModelCard, path: Path) -> None:
+    """Refuse a model that does not run, whose outputs depend on the batch or on chance, or are of another kind.
+
+    Args:
+        classifier: The model.
+        card: Its card.
+        path: The path that messages name.
+
+    Raises:
+        InputError: It is such a model.
+    """
+    images = np.stack([probe_image(seed, card.window_px) for seed in range(N_TRIALS)])
+    try:
+        with torch.inference_mode():
+            outputs = raw_outputs(classifier, normalise(classifier, images))
+        check_repeatable(classifier, images, outputs)
+        check_kind(outputs, card, path)
+    except InputError as error:
+        raise error.about(path=path) from error
+
+
+def _encoded(module: nn.Module, card: ModelCard, data: bytes) -> tuple[str, str, bytes]:
+    """Return the architecture, the suffix and the content of the weights file to write."""
+    if card.architecture == TORCHSCRIPT:
+        if isinstance(module, torch.jit.ScriptModule):
+            return TORCHSCRIPT, ".pt", data
+        return EXPORT, ".pt2", export.write(module, card.input_px)
+    if card.architecture in {EXPORT, ONNX}:
+        return card.architecture, ".pt2" if card.architecture == EXPORT else ".onnx", data
+    # Weights that share memory are written twice, as safetensors asks for.
+    own = {name: tensor.detach().clone().contiguous() for name, tensor in module.state_dict().items()}
+    return card.architecture, ".safetensors", safetensors.torch.save(own)
+
+
+def _copy_source(card: ModelCard, old: Path, new: Path) -> None:
+    """Copy the source file of a function that lies beside the weights to where the card will be."""
+    path = function.source_path(card.architecture.removeprefix(PYTHON), old)
+    if path.parent == old and old.resolve() != new.resolve():
+        shutil.copyfile(path, new / path.name)
