@@ -1,0 +1,221 @@
+"""A trained network becomes a card: weights of every kind, and what is refused with which message."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from wsiflow import model
+from wsiflow.errors import EnvironmentFault, InputError
+from wsiflow.model.add import add, from_module, recognise
+from wsiflow.model.architectures import zoo
+from wsiflow.model.architectures.registry import build
+from wsiflow.model.card import ModelSpec, read_card
+from wsiflow.model.classifier import predict, probabilities, probe_image
+
+ARCHITECTURE = {"architecture": "compact_valid", "architecture_args": {"width": 0.5, "dropout": 0.2}}
+FIELDS: dict[str, Any] = {
+    "name": "mine",
+    "class_names": ["normal", "tumour"],
+    "positive_class": "tumour",
+    "window_px": 96,
+    "input_px": 96,
+    "spacing_um_px": 0.5,
+    "mean": [0.5, 0.5, 0.5],
+    "std": [0.25, 0.25, 0.25],
+}
+NETS = '''
+from torch import nn
+def build(width):
+    return nn.Sequential(nn.Conv2d(3, width, 8, 4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 2))
+'''
+
+
+def spec(card: Path, **changes: Any) -> ModelSpec:
+    return ModelSpec(**({"card": card, "trust_torchscript": False, "sha256": "", "positive_class": ""} | changes))
+
+
+def windows(n: int, side: int = 96) -> np.ndarray:
+    return np.stack([probe_image(100 + seed, side) for seed in range(n)])
+
+
+@pytest.fixture(scope="module")
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    net = build("compact_valid", 2, width=0.5, dropout=0.2)
+    for layer in net.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.momentum = 1.0
+    net.train()(torch.from_numpy(windows(4)).permute(0, 3, 1, 2) / 64 - 2)
+    return net.eval()
+
+
+def expected(network: nn.Module) -> np.ndarray:
+    inputs = (torch.from_numpy(windows(3)).permute(0, 3, 1, 2) / 255 - 0.5) / 0.25
+    with torch.no_grad():
+        return torch.softmax(network(inputs), 1)[:, 1].numpy()
+
+
+def added(content: Any, tmp_path: Path, **changes: Any) -> Path:
+    """Save something with ``torch.save``, and add it."""
+    torch.save(content, tmp_path / "weights.pth")
+    return add(recognise(tmp_path / "weights.pth"), FIELDS | ARCHITECTURE | changes, tmp_path / "models")
+
+
+CHECKPOINTS: dict[str, Any] = {
+    "state dict": lambda state: state,
+    "several GPUs": lambda state: {f"module.{name}": value for name, value in state.items()},
+    "Lightning": lambda state: {
+        "epoch": 3,
+        "pytorch-lightning_version": "2.4.0",
+        "state_dict": {f"model.{name}": value for name, value in state.items()} | {"loss.weight": torch.ones(2)},
+        "hyper_parameters": {"lr": 1e-3},
+        "optimizer_states": [{"state": {}, "param_groups": [{"lr": 0.1}]}],
+    },
+    "fastai": lambda state: {"model": state, "opt": {"state": [], "hypers": []}},
+    "a script's own": lambda state: {"net": {f"net.module.{name}": value for name, value in state.items()}, "best": 0.9},
+    "half precision": lambda state: {name: value.half() if value.is_floating_point() else value for name, value in state.items()},
+}
+
+
+@pytest.mark.parametrize("kind", CHECKPOINTS)
+def test_checkpoints_of_every_kind_are_read(kind: str, network: nn.Module, tmp_path: Path) -> None:
+    """The card that is written loads, and its weights are safetensors."""
+    card = added(CHECKPOINTS[kind](network.state_dict()), tmp_path)
+    assert json.loads(card.read_text())["weights"] == "mine.safetensors"
+    found = predict(model.load(spec(card)), windows(3))
+    np.testing.assert_allclose(found, expected(network), atol=2e-3 if kind == "half precision" else 1e-6)
+    assert len(read_card(spec(card)).probe) == 3
+
+
+class _Code:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (Path("ran"),))
+
+
+@pytest.mark.parametrize(
+    ("content", "changes", "message"),
+    [
+        (lambda net: {"state_dict": net.state_dict(), "hook": _Code()}, {}, "more than weights .*could run any code.*state_dict"),
+        (lambda net: net, {}, "more than weights .*could run any code; save the weights alone"),
+        (lambda _: [1, 2], {}, "holds a list without weights"),
+        (lambda net: net.state_dict(), {"architecture": "googlenet", "architecture_args": {"dropout": 0.5}}, "are missing"),
+        (lambda net: net.state_dict(), {"class_names": ["a", "b", "tumour"]}, r"classify.weight is \[2, \d+\] in the file and \[3, "),
+        (lambda net: net.state_dict() | {"other.weight": torch.ones(1)}, {}, "1 weights have no place in the network .other.weight"),
+        (lambda net: net.state_dict() | {"classify.bias": torch.full((2,), torch.nan)}, {}, "weight classify.bias is not finite"),
+        (lambda net: net.state_dict(), {"architecture": "timm:resnet18"}, "timm cannot be used: .*zoo|are missing|cannot be built"),
+        (lambda net: net.state_dict(), {"spacing_um_px": 0, "std": [1, 1]}, r"spacing_um_px: .*; std.*these keys"),
+    ],
+    ids=["code", "a network", "a list", "another network", "three classes", "too many", "NaN", "timm", "two faults"],
+)
+def test_what_is_refused(content: Any, changes: dict[str, Any], message: str, network: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line with the cause and the remedy, nothing is run, and nothing is written."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises((InputError, EnvironmentFault), match=message) as refused:
+        added(content(network), tmp_path, **changes)
+    assert "\n" not in str(refused.value)
+    assert not (tmp_path / "ran").exists()
+    assert not (tmp_path / "models").exists()
+
+
+def test_a_truncated_file_is_refused(network: nn.Module, tmp_path: Path) -> None:
+    torch.save(network.state_dict(), tmp_path / "whole.pth")
+    (tmp_path / "half.pth").write_bytes((tmp_path / "whole.pth").read_bytes()[:5000])
+    with pytest.raises(InputError, match="damaged"):
+        add(recognise(tmp_path / "half.pth"), FIELDS | ARCHITECTURE, tmp_path / "models")
+
+
+def test_a_function_builds_the_network_where_it_is_trusted(tmp_path: Path) -> None:
+    """Its source is part of the model: it is copied beside the card, and a change of it is refused."""
+    (tmp_path / "nets.py").write_text(NETS)
+    scope: dict[str, Any] = {}
+    exec(NETS, scope)  # noqa: S102  the source of this test
+    network = scope["build"](6)
+    torch.save(network.state_dict(), tmp_path / "weights.pth")
+    changes = {"architecture": "python:nets.py:build", "architecture_args": {"width": 6}}
+    card = add(recognise(tmp_path / "weights.pth"), FIELDS | changes, tmp_path / "models")
+    with pytest.raises(InputError, match=r"set model\.trust_python=true"):
+        model.load(spec(card))
+    found = predict(model.load(spec(card, trust_python=True)), windows(3))
+    np.testing.assert_allclose(found, expected(network.eval()), atol=1e-6)
+    (tmp_path / "models/nets.py").write_text(NETS + "# changed\n")
+    with pytest.raises(InputError, match=r"source of nets\.py:build has SHA-256 \w+, but the card expects"):
+        model.load(spec(card, trust_python=True))
+
+
+def test_a_missing_library_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The extra that installs it, and where the build without GPUs is."""
+
+    def absent(name: str) -> Any:
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    monkeypatch.setattr(zoo.importlib, "import_module", absent)
+    for name in ("timm:resnet18", "torchvision:densenet121"):
+        with pytest.raises(EnvironmentFault, match=r"pip install 'wsiflow\[zoo\]'"):
+            build(name, 2)
+
+
+def test_a_module_of_a_notebook_is_a_classifier_and_a_card(network: nn.Module, tmp_path: Path) -> None:
+    """What is written loads with the same answers, and needs no code of the notebook."""
+    about: dict[str, Any] = {"classes": ["normal", "tumour"], "window": 96, "spacing": 0.5, "mean": (0.5,) * 3, "std": (0.25,) * 3}
+    classifier = from_module(network, **about)
+    np.testing.assert_allclose(predict(classifier, windows(3)), expected(network), atol=1e-6)
+    from_module(network, **about, name="noted", folder=tmp_path)
+    again = model.load(spec(tmp_path / "noted.json"))
+    np.testing.assert_allclose(predict(again, windows(3)), expected(network), atol=1e-6)
+    assert again.sha256 == hashlib.sha256((tmp_path / "noted.pt2").read_bytes()).hexdigest()
+
+
+class _Several(nn.Module):
+    """A network that returns a dictionary."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        logits = self.network(x)
+        return {"features": x.mean((2, 3)), "logits": logits}
+
+
+def test_one_of_several_outputs_is_named(network: nn.Module, tmp_path: Path) -> None:
+    """Without a name the message lists them."""
+    program = torch.jit.trace(_Several(network), torch.zeros(2, 3, 96, 96), strict=False)
+    program.save(str(tmp_path / "program.pt"))
+    source = recognise(tmp_path / "program.pt")
+    assert source.architecture == "torchscript"
+    with pytest.raises(InputError, match=r"2 outputs \(features \(2, 3\), logits \(2, 2\)\).*output_name in the card"):
+        add(source, FIELDS, tmp_path / "models")
+    card = add(source, FIELDS | {"output_name": "logits"}, tmp_path / "models")
+    loaded = model.load(spec(card, trust_torchscript=True, sha256=read_sha(card)))
+    np.testing.assert_allclose(probabilities(loaded, windows(3))[:, 1], expected(network), atol=1e-5)
+
+
+def read_sha(card: Path) -> str:
+    return str(json.loads(card.read_text())["sha256"])
+
+
+def test_folders_of_hugging_face_are_read(network: nn.Module, tmp_path: Path) -> None:
+    """A folder of timm gives the network, the classes, the window and the normalisation; others are named."""
+    config = {
+        "architecture": "resnet18",
+        "num_classes": 2,
+        "label_names": ["normal", "tumour"],
+        "pretrained_cfg": {"input_size": [3, 224, 224], "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.2]},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    torch.save(network.state_dict(), tmp_path / "pytorch_model.bin")
+    source = recognise(tmp_path)
+    assert (source.architecture, source.known["window_px"]) == ("timm:resnet18", 224)
+    assert (source.known["class_names"], source.known["mean"]) == (["normal", "tumour"], [0.5, 0.4, 0.3])
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["ViTForImageClassification"]}))
+    with pytest.raises(InputError, match=r"holds ViTForImageClassification, which is not a network of timm; export it"):
+        recognise(tmp_path)
+    (tmp_path / "pytorch_model.bin").unlink()
+    with pytest.raises(InputError, match="the folder holds no model"):
+        recognise(tmp_path)
