@@ -45,7 +45,9 @@ def _add_options(parser: ArgumentParser) -> None:
         "--output", help="logits, probabilities, sigmoid, or the name of one of several outputs, which has logits"
     )
     parser.add_argument("--output-name", help="the name where it is not logits that this output has")
-    parser.add_argument("--architecture", help="for weights alone: timm:resnet18, torchvision:..., python:module:function")
+    parser.add_argument(
+        "--architecture", help="for weights alone: timm:resnet18, torchvision:..., python:module:function"
+    )
     parser.add_argument("--args", help="further arguments of the architecture: key=value,key=value")
     parser.add_argument("--stride", type=int, default=16, help="stride for which dense inference is described (16)")
     parser.add_argument("--trust", action="store_true", help="run code that comes with the model")
@@ -191,7 +193,9 @@ def _described(card: Path, stride: int, *, trust: bool) -> list[str]:
     except InputError as error:
         return [f"windows  {error.cause}"]
     gain = facts.window_macs / (facts.dense_macs_px * stride**2)
-    exact = "scores differ from windows run alone, by how much every run certifies" if facts.padded else "scores are exact"
+    exact = (
+        "scores differ from windows run alone, by how much every run certifies" if facts.padded else "scores are exact"
+    )
     return [
         f"dense    a score every {facts.grid_px} px; {exact}",
         f"speed    {gain:.0f} times fewer multiplications at stride {stride} than window by window",
@@ -238,8 +242,11 @@ def _list(arguments: Namespace) -> int:
     cards += [path for folder in arguments.folders for path in sorted(folder.glob("*.json"))]
     for path in cards:
         try:
-            card = read_card(ModelSpec(card=path, trust_torchscript=True, trust_python=True, sha256="", positive_class=""))
+            card = read_card(
+                ModelSpec(card=path, trust_torchscript=True, trust_python=True, sha256="", positive_class="")
+            )
         except InputError:
             continue  # another JSON file, or a card that is not whole: `check` says what it lacks
-        say(f"{path!s:40} {card.architecture:24} {card.window_px} px at {card.spacing_um_px:g} um/px, {card.class_names}")
+        about = f"{card.window_px} px at {card.spacing_um_px:g} um/px: {', '.join(card.class_names)}"
+        say(f"{path!s:40} {card.architecture:24} {about}")
     return 0

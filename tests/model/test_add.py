@@ -29,11 +29,11 @@ FIELDS: dict[str, Any] = {
     "mean": [0.5, 0.5, 0.5],
     "std": [0.25, 0.25, 0.25],
 }
-NETS = '''
+NETS = """
 from torch import nn
 def build(width):
-    return nn.Sequential(nn.Conv2d(3, width, 8, 4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 2))
-'''
+    return nn.Sequential(nn.Conv2d(3, width, 8, 4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 2))
+"""
 
 
 def spec(card: Path, **changes: Any) -> ModelSpec:
@@ -78,8 +78,13 @@ CHECKPOINTS: dict[str, Any] = {
         "optimizer_states": [{"state": {}, "param_groups": [{"lr": 0.1}]}],
     },
     "fastai": lambda state: {"model": state, "opt": {"state": [], "hypers": []}},
-    "a script's own": lambda state: {"net": {f"net.module.{name}": value for name, value in state.items()}, "best": 0.9},
-    "half precision": lambda state: {name: value.half() if value.is_floating_point() else value for name, value in state.items()},
+    "a script's own": lambda state: {
+        "net": {f"net.module.{name}": value for name, value in state.items()},
+        "best": 0.9,
+    },
+    "half precision": lambda state: {
+        name: value.half() if value.is_floating_point() else value for name, value in state.items()
+    },
 }
 
 
@@ -101,19 +106,50 @@ class _Code:
 @pytest.mark.parametrize(
     ("content", "changes", "message"),
     [
-        (lambda net: {"state_dict": net.state_dict(), "hook": _Code()}, {}, "more than weights .*could run any code.*state_dict"),
+        (
+            lambda net: {"state_dict": net.state_dict(), "hook": _Code()},
+            {},
+            "more than weights .*could run any code.*state_dict",
+        ),
         (lambda net: net, {}, "more than weights .*could run any code; save the weights alone"),
         (lambda _: [1, 2], {}, "holds a list without weights"),
-        (lambda net: net.state_dict(), {"architecture": "googlenet", "architecture_args": {"dropout": 0.5}}, "are missing"),
-        (lambda net: net.state_dict(), {"class_names": ["a", "b", "tumour"]}, r"classify.weight is \[2, \d+\] in the file and \[3, "),
-        (lambda net: net.state_dict() | {"other.weight": torch.ones(1)}, {}, "1 weights have no place in the network .other.weight"),
-        (lambda net: net.state_dict() | {"classify.bias": torch.full((2,), torch.nan)}, {}, "weight classify.bias is not finite"),
-        (lambda net: net.state_dict(), {"architecture": "timm:resnet18"}, "timm cannot be used: .*zoo|are missing|cannot be built"),
+        (
+            lambda net: net.state_dict(),
+            {"architecture": "googlenet", "architecture_args": {"dropout": 0.5}},
+            "are missing",
+        ),
+        (
+            lambda net: net.state_dict(),
+            {"class_names": ["a", "b", "tumour"]},
+            r"classify.weight is \[2, \d+\] in the file and \[3, ",
+        ),
+        (
+            lambda net: net.state_dict() | {"other.weight": torch.ones(1)},
+            {},
+            "1 weights have no place in the network .other.weight",
+        ),
+        (
+            lambda net: net.state_dict() | {"classify.bias": torch.full((2,), torch.nan)},
+            {},
+            "weight classify.bias is not finite",
+        ),
+        (
+            lambda net: net.state_dict(),
+            {"architecture": "timm:resnet18"},
+            "timm cannot be used: .*zoo|are missing|cannot be built",
+        ),
         (lambda net: net.state_dict(), {"spacing_um_px": 0, "std": [1, 1]}, r"spacing_um_px: .*; std.*these keys"),
     ],
     ids=["code", "a network", "a list", "another network", "three classes", "too many", "NaN", "timm", "two faults"],
 )
-def test_what_is_refused(content: Any, changes: dict[str, Any], message: str, network: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_refused(
+    content: Any,
+    changes: dict[str, Any],
+    message: str,
+    network: nn.Module,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """One line with the cause and the remedy, nothing is run, and nothing is written."""
     monkeypatch.chdir(tmp_path)
     with pytest.raises((InputError, EnvironmentFault), match=message) as refused:
@@ -134,7 +170,7 @@ def test_a_function_builds_the_network_where_it_is_trusted(tmp_path: Path) -> No
     """Its source is part of the model: it is copied beside the card, and a change of it is refused."""
     (tmp_path / "nets.py").write_text(NETS)
     scope: dict[str, Any] = {}
-    exec(NETS, scope)  # noqa: S102  the source of this test
+    exec(NETS, scope)
     network = scope["build"](6)
     torch.save(network.state_dict(), tmp_path / "weights.pth")
     changes = {"architecture": "python:nets.py:build", "architecture_args": {"width": 6}}
@@ -162,7 +198,13 @@ def test_a_missing_library_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPa
 
 def test_a_module_of_a_notebook_is_a_classifier_and_a_card(network: nn.Module, tmp_path: Path) -> None:
     """What is written loads with the same answers, and needs no code of the notebook."""
-    about: dict[str, Any] = {"classes": ["normal", "tumour"], "window": 96, "spacing": 0.5, "mean": (0.5,) * 3, "std": (0.25,) * 3}
+    about: dict[str, Any] = {
+        "classes": ["normal", "tumour"],
+        "window": 96,
+        "spacing": 0.5,
+        "mean": (0.5,) * 3,
+        "std": (0.25,) * 3,
+    }
     classifier = from_module(network, **about)
     np.testing.assert_allclose(predict(classifier, windows(3)), expected(network), atol=1e-6)
     from_module(network, **about, name="noted", folder=tmp_path)

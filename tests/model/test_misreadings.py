@@ -27,7 +27,7 @@ class Reddish(nn.Module):
         red, green, _ = ((x * std + mean) * 255).mean((2, 3)).T
         # Far from the colours that it was trained on it is lost, as a trained network would be.
         level = torch.exp(-(((red + green) / 2 - 128) ** 2) / 5000)
-        return torch.stack([green - red, red - green], 1) * level / 20
+        return torch.stack([green - red, red - green], 1) * level[:, None] / 20
 
 
 @pytest.fixture(scope="module")
@@ -67,13 +67,18 @@ def test_a_misreading_is_named(
     right: Classifier,
     labelled: tuple[np.ndarray, np.ndarray],
     changes: dict[str, Any],
-    flipped: bool,  # noqa: FBT001
+    flipped: bool,
     meaning: str,
 ) -> None:
     """The reading that the network was trained for fits best."""
     if meaning.startswith("ImageNet"):
         model = from_module(
-            _Rescaled(), classes=["green", "red"], window=32, spacing=0.5, mean=(0.485, 0.456, 0.406), std=(0.2, 0.2, 0.2)
+            _Rescaled(),
+            classes=["green", "red"],
+            window=32,
+            spacing=0.5,
+            mean=(0.485, 0.456, 0.406),
+            std=(0.2, 0.2, 0.2),
         )
         model = replace(model, **changes)
     else:
@@ -93,9 +98,7 @@ class _Rescaled(Reddish):
     """The same network, trained with ImageNet's normalisation."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        mean, std = (
-            torch.tensor(values).view(1, 3, 1, 1) for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-        )
+        mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
         own_mean, own_std = (torch.tensor(values).view(1, 3, 1, 1) for values in (MEAN, STD))
         return super().forward((x * std + mean - own_mean) / own_std)
 

@@ -11,7 +11,7 @@ from torch import nn
 from wsiflow.errors import InputError
 from wsiflow.model.add import from_module
 from wsiflow.model.card import ModelCard, identity, parse_card
-from wsiflow.model.classifier import probe_image, probabilities
+from wsiflow.model.classifier import probabilities, probe_image
 from wsiflow.model.dense.network import densify
 from wsiflow.model.outputs import Outputs
 
@@ -55,7 +55,9 @@ def test_outputs_become_probabilities(
     torch.testing.assert_close(Outputs(kind, 3, (1, 2)).scores(spread), expected[:, 1] + expected[:, 2])
 
 
-@pytest.mark.parametrize(("kind", "outputs"), [("sigmoid", LOGITS[:, :1]), ("probabilities", torch.sigmoid(LOGITS[:, :1]))])
+@pytest.mark.parametrize(
+    ("kind", "outputs"), [("sigmoid", LOGITS[:, :1]), ("probabilities", torch.sigmoid(LOGITS[:, :1]))]
+)
 def test_one_output_is_the_second_of_two_classes(kind: Any, outputs: torch.Tensor) -> None:
     """The first class has what is left."""
     second = torch.sigmoid(LOGITS[:, 0])
@@ -159,7 +161,9 @@ class Chance(nn.Module):
     ],
     ids=["softmax twice", "no probabilities", "three outputs", "one logit", "batch norm", "dropout"],
 )
-def test_outputs_that_are_not_what_they_are_said_to_be(module: nn.Module, changes: dict[str, Any], message: str) -> None:
+def test_outputs_that_are_not_what_they_are_said_to_be(
+    module: nn.Module, changes: dict[str, Any], message: str
+) -> None:
     """It is found before the first slide, and the remedy is named."""
     with pytest.raises(InputError, match=message):
         from_module(module, classes=["a", "b"], **{**ABOUT, **changes})

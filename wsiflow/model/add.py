@@ -79,7 +79,7 @@ def recognise(path: Path) -> Source:
         if any(name.endswith(("archive_format", "serialized_exported_program.json")) for name in names):
             return Source(path, EXPORT, {})
         return Source(path, "", {})
-    is_onnx = path.suffix == ".onnx" or b"pytorch" in start[:64] and start[:1] == b"\x08"
+    is_onnx = path.suffix == ".onnx" or (start[:1] == b"\x08" and b"pytorch" in start[:64])
     return Source(path, ONNX if is_onnx else "", {})
 
 
@@ -112,9 +112,11 @@ def add(source: Source, fields: Mapping[str, Any], folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     if bare.architecture.startswith(PYTHON):
         _copy_source(bare, source.path.parent, folder)
+    # A program that was converted returns the one output that was named.
     card = bare.model_copy(
         update={
             "architecture": architecture,
+            "output_name": bare.output_name if architecture == bare.architecture else "",
             "weights": f"{bare.name}{suffix}",
             "sha256": hashlib.sha256(weights).hexdigest(),
             "probe": probes(classifier),
@@ -124,7 +126,7 @@ def add(source: Source, fields: Mapping[str, Any], folder: Path) -> Path:
     return write_card(card, folder)
 
 
-def from_module(
+def from_module(  # noqa: PLR0913  these are the fields of a card
     module: nn.Module,
     *,
     classes: list[str],
@@ -203,7 +205,7 @@ def try_out(classifier: Classifier, card: ModelCard, path: Path) -> None:
 def _encoded(module: nn.Module, card: ModelCard, data: bytes) -> tuple[str, str, bytes]:
     """Return the architecture, the suffix and the content of the weights file to write."""
     if card.architecture == TORCHSCRIPT:
-        if isinstance(module, torch.jit.ScriptModule):
+        if any(isinstance(part, torch.jit.ScriptModule) for part in module.modules()):
             return TORCHSCRIPT, ".pt", data
         return EXPORT, ".pt2", export.write(module, card.input_px)
     if card.architecture in {EXPORT, ONNX}:

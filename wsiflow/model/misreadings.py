@@ -111,7 +111,9 @@ def _accuracy(probabilities: NDArray[np.float64], classes: NDArray[np.int64]) ->
     return float((probabilities.argmax(axis=1) == classes).mean())
 
 
-def _scaled(classifier: Classifier, patches: NDArray[np.uint8], mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
+def _scaled(
+    classifier: Classifier, patches: NDArray[np.uint8], mean: Sequence[float], std: Sequence[float]
+) -> torch.Tensor:
     """Return patches normalised with another mean and standard deviation, on a scale of 0 to 1."""
     plain = normalise(classifier, patches)
     own_mean, own_std, mean_, std_ = (

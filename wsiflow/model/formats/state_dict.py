@@ -152,7 +152,7 @@ def _loaded(module: nn.Module, weights: Mapping[str, torch.Tensor]) -> str:
     extra = [name for name in renamed if name not in expected and not name.endswith("num_batches_tracked")]
     if extra and not prefix:
         return f"{len(extra)} weights have no place in the network ({', '.join(extra[:_SHOWN])}, ...)"
-    module.load_state_dict({name: renamed[name] for name in expected}, strict=False)
+    module.load_state_dict({name: renamed[name] for name in module.state_dict() if name in renamed}, strict=False)
     return ""
 
 

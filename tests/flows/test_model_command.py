@@ -1,0 +1,104 @@
+"""``wsiflow model``: from a file of weights to a run, on the command line."""
+
+import csv
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from small_runs import over, wsiflow
+from torch import nn
+
+from flows import cli
+from wsiflow.model.architectures.registry import build
+from wsiflow.model.classifier import probe_image
+
+ABOUT = ["--architecture", "compact_valid", "--args", "width=0.5,dropout=0.2", "--window", "96", "--stride", "8"]
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights of a small network, as a training script leaves them."""
+    torch.manual_seed(0)
+    network = build("compact_valid", 2, width=0.5, dropout=0.2)
+    for layer in network.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.momentum = 1.0
+    images = np.stack([probe_image(seed, 96) for seed in range(4)])
+    network.train()(torch.from_numpy(images).permute(0, 3, 1, 2) / 64 - 2)
+    path = tmp_path_factory.mktemp("trained") / "best.pth"
+    torch.save({"state_dict": network.state_dict(), "epoch": 7}, path)
+    return path
+
+
+def test_weights_become_a_heatmap(
+    weights: Path, tiny_slides: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`add` says what dense inference will do, `list` shows the model, and a run uses it."""
+    models = tmp_path / "models"
+    options = ["--classes", "normal,tumor", "--spacing", "0.243", "--mean", "0.5,0.5,0.5", "--std", "0.2,0.2,0.2"]
+    assert cli.main(["model", "add", str(weights), *ABOUT, *options, "--to", str(models)]) == 0
+    said = capsys.readouterr().out
+    assert f"card     {models / 'best.json'}\n" in said
+    assert "dense    a score every 8 px; scores are exact\n" in said
+    assert "times fewer multiplications at stride 8" in said
+    assert cli.main(["model", "list", str(models)]) == 0
+    listed = capsys.readouterr().out
+    assert "pkg:demo.json" in listed
+    assert "compact_valid            96 px at 0.243 um/px: normal, tumor" in listed
+    out = tmp_path / "run"
+    assert wsiflow(*over(tiny_slides, out, "model=card", f"model.card={models / 'best.json'}")) == 0
+    with (out / "process_list.csv").open(newline="") as stream:
+        assert len(list(csv.DictReader(stream))) == 2
+    assert (out / "heatmaps/a.tif").exists()
+
+
+def test_what_is_missing_is_named_at_once(weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where nobody can be asked; a file of weights alone needs its architecture."""
+    assert cli.main(["model", "add", str(weights)]) == 20
+    error = capsys.readouterr().err
+    assert "classes and window and spacing and mean and std of the model are not known; give --classes" in error
+    options = ["--classes", "a,b", "--window", "96", "--spacing", "0.5", "--mean", "0,0,0", "--std", "1,1,1"]
+    assert cli.main(["model", "add", str(weights), *options]) == 20
+    assert "give --architecture timm:NAME, torchvision:NAME or python:MODULE:FUNCTION" in capsys.readouterr().err
+    assert cli.main(["model", "add", str(weights), *options, "--std", "1,1"]) == 20
+    assert "--std is '1,1'; give three numbers" in capsys.readouterr().err
+
+
+def test_on_a_terminal_it_asks(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An empty answer takes the usual value."""
+    controller, terminal = os.openpty()
+    with os.fdopen(terminal) as keyboard:
+        monkeypatch.setattr("sys.stdin", keyboard)
+        os.write(controller, b"normal,tumor\n\n\n\n")
+        assert cli.main(["model", "add", str(weights), *ABOUT, "--to", str(tmp_path), "--name", "asked"]) == 0
+    os.close(controller)
+    assert "spacing [0.5]: " in capsys.readouterr().out
+    assert '"spacing_um_px": 0.5' in (tmp_path / "asked.json").read_text()
+
+
+def test_patches_tell_whether_a_card_fits(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Patches that the model itself has labelled fit; with swapped names it says so."""
+    options = ["--spacing", "0.5", "--mean", "0.5,0.5,0.5", "--std", "0.2,0.2,0.2", "--to", str(tmp_path)]
+    for name, classes in (("right", "normal,tumor"), ("swapped", "tumor,normal")):
+        line = ["model", "add", str(weights), *ABOUT, *options, "--classes", classes, "--name", name]
+        assert cli.main(line) == 0
+    from wsiflow.model import ModelSpec, load
+    from wsiflow.model.classifier import predict
+
+    spec = ModelSpec(card=tmp_path / "right.json", trust_torchscript=False, sha256="", positive_class="")
+    images = np.stack([probe_image(seed, 96) for seed in range(60)])
+    scores = predict(load(spec), images)
+    for name, chosen in (("normal", np.argsort(scores)[:8]), ("tumor", np.argsort(scores)[-8:])):
+        (tmp_path / "patches" / name).mkdir(parents=True)
+        for index in chosen:
+            Image.fromarray(images[index]).save(tmp_path / "patches" / name / f"{index}.png")
+    capsys.readouterr()
+    assert cli.main(["model", "check", str(tmp_path / "right.json"), "--patches", str(tmp_path / "patches")]) == 0
+    assert "of 16 patches right" in capsys.readouterr().out
+    assert cli.main(["model", "check", str(tmp_path / "swapped.json"), "--patches", str(tmp_path / "patches")]) == 20
+    assert "The card does not fit: the classes tumor and normal are swapped fits better" in capsys.readouterr().out
