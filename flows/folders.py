@@ -28,6 +28,7 @@ def default_name(values: Mapping[str, Any]) -> str:
     for section, keys in {**parts, "executor": ("threads",)}.items():
         decisive[section] = {key: values.get(section, {}).get(key) for key in keys}
     decisive["dataset"] = {**FLAT, **decisive["dataset"]}  # so that folders keep the names that earlier versions gave
+    decisive["model"] = {key: value for key, value in decisive["model"].items() if key != "trust_python"}  # likewise
     decisive |= {key: values.get(key) for key in ("seed", "repeat")}
     digest = hashlib.sha256(json.dumps(decisive, sort_keys=True, default=str).encode()).hexdigest()[:6]
     dataset = values.get("dataset", {})
