@@ -1,0 +1,27 @@
+"""Networks of timm and torchvision, from the folder that ``tests/install_zoo.sh`` fills."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+FOLDER = Path(sys.prefix) / "zoo"
+_OPERATORS = ("nms", "qnms")
+_libraries: list[torch.library.Library] = []  # as long as the process, since they end with their object
+
+
+def require() -> None:
+    """Make both libraries importable; skip the test where they are not installed.
+
+    The compiled part of torchvision belongs to another build of PyTorch, and is not loaded here. It holds operators of
+    object detection, whose names torchvision asks for when it is imported; no classifier uses them.
+    """
+    if not FOLDER.is_dir():
+        pytest.skip("timm and torchvision are not installed: tests/install_zoo.sh")
+    if str(FOLDER) not in sys.path:
+        sys.path.append(str(FOLDER))
+        library = torch.library.Library("torchvision", "DEF")
+        for name in _OPERATORS:
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        _libraries.append(library)
