@@ -39,7 +39,7 @@ def torchvision(name: str, n_outputs: int, **arguments: Any) -> nn.Module:
 
 def _alike(names: list[str]) -> str:
     """Return a part of a message that suggests names."""
-    return f"; it has {', '.join(names[:3])}" if names else ""
+    return f"; it has {', '.join(sorted(names, key=len)[:3])}" if names else ""
 
 
 def _library(name: str) -> Any:

@@ -152,7 +152,9 @@ def _loaded(module: nn.Module, weights: Mapping[str, torch.Tensor]) -> str:
     extra = [name for name in renamed if name not in expected and not name.endswith("num_batches_tracked")]
     if extra and not prefix:
         return f"{len(extra)} weights have no place in the network ({', '.join(extra[:_SHOWN])}, ...)"
-    module.load_state_dict({name: renamed[name] for name in module.state_dict() if name in renamed}, strict=False)
+    own = module.state_dict()  # which has the versions of its layers too
+    own.update({name: renamed[name] for name in own if name in renamed})
+    module.load_state_dict(own)
     return ""
 
 
