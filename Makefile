@@ -25,7 +25,7 @@ demo: setup
 	$(BIN)/wsiflow run name=demo out=demo/run
 
 # More processes than two cores: schedulers, servers and browsers are waited for half of the time.
-PYTEST := $(BIN)/python -m pytest -q -n 5 --dist loadfile --no-loadscope-reorder
+PYTEST := $(BIN)/python -m pytest -q -n 6 --dist loadfile --no-loadscope-reorder
 
 test: setup
 	$(PYTEST)
