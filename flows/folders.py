@@ -27,6 +27,8 @@ def default_name(values: Mapping[str, Any]) -> str:
     parts = {"dense": ("halo", "share_until", "windows"), "store": ("compression", "quality", "part_tiles")}
     for section, keys in {**parts, "executor": ("threads",)}.items():
         decisive[section] = {key: values.get(section, {}).get(key) for key in keys}
+    if values.get("dense", {}).get("local"):
+        decisive["dense"]["local"] = True
     decisive["dataset"] = {**FLAT, **decisive["dataset"]}  # so that folders keep the names that earlier versions gave
     decisive["model"] = {key: value for key, value in decisive["model"].items() if key != "trust_python"}  # likewise
     decisive |= {key: values.get(key) for key in ("seed", "repeat")}

@@ -193,13 +193,12 @@ def _described(card: Path, stride: int, *, trust: bool) -> list[str]:
     except InputError as error:
         return [f"windows  {error.cause}"]
     gain = facts.window_macs / (facts.dense_macs_px * stride**2)
-    exact = (
-        "scores differ from windows run alone, by how much every run certifies" if facts.padded else "scores are exact"
-    )
-    return [
-        f"dense    a score every {facts.grid_px} px; {exact}",
-        f"speed    {gain:.0f} times fewer multiplications at stride {stride} than window by window",
-    ]
+    speed = f"speed    {gain:.1f} times fewer multiplications at stride {stride} than window by window"
+    if facts.obstacle:
+        deepest = facts.cuts[0]
+        return [f"dense    windows share it up to {deepest.name} ({deepest.share:.0%}); {facts.obstacle}", speed]
+    exact = "scores differ from those of windows alone; runs certify by how much" if facts.padded else "scores are exact"
+    return [f"dense    a score every {facts.grid_px} px; {exact}", speed]
 
 
 def _spec(card: Path, *, trust: bool) -> Any:
