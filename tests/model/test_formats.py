@@ -14,9 +14,11 @@ import torch
 from torch import nn
 
 from wsiflow.errors import InputError
+from wsiflow.model.card import ModelCard
 from wsiflow.model.classifier import Classifier
 from wsiflow.model.dense.network import densify
-from wsiflow.model.formats import export
+from wsiflow.model.engines.engine import is_convertible
+from wsiflow.model.formats import export, torchscript
 from wsiflow.model.outputs import Outputs
 from wsiflow.model.program import program
 
@@ -422,3 +424,83 @@ def test_nothing_in_an_archive_runs(attack: Callable[[bytes, Path], bytes], is_r
         program(module, SIDE)
         module(images(1))
     assert not ran.exists()
+
+
+# --- TorchScript
+
+
+def card(n_classes: int) -> ModelCard:
+    names = tuple("abc"[:n_classes])
+    return ModelCard(
+        name="script",
+        architecture="torchscript",
+        class_names=names,
+        positive_class="b",
+        window_px=SIDE,
+        input_px=SIDE,
+        spacing_um_px=0.5,
+        mean=(0.5, 0.5, 0.5),
+        std=(0.25, 0.25, 0.25),
+        weights="script.pt",
+        sha256="0" * 64,
+    )
+
+
+def scripted(module: nn.Module, *, is_traced: bool = False) -> bytes:
+    stream = io.BytesIO()
+    module = module.eval()
+    script = torch.jit.trace(module, images(1)) if is_traced else torch.jit.script(module)
+    torch.jit.save(script, stream)  # type: ignore[no-untyped-call]
+    return stream.getvalue()
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("WSIFLOW_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("is_traced", [False, True])
+def test_a_torchscript_program_runs_over_regions(network: type[nn.Module], is_traced: bool, cache: Path) -> None:
+    module = varied(network())
+    n_classes = module(images(1)).shape[1]
+    read = torchscript.read(scripted(module, is_traced=is_traced), card(n_classes), Path("script.pt"))
+    x = images(3)
+    torch.testing.assert_close(read(x), module(x), rtol=1e-5, atol=1e-6)
+    classifier = as_classifier(read, n_classes)
+    assert is_convertible(classifier)
+    dense = densify(classifier, SIDE)
+    assert "stem" in {name.partition(".")[0] for name, _ in dense.facts.cuts}, "weights name the parts of the network"
+
+
+def test_a_torchscript_program_is_converted_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, x = varied(Residual()), images(2)
+    data = scripted(module)
+    first = torchscript.read(data, card(2), Path("script.pt"))
+    monkeypatch.setattr(torchscript, "_loaded", lambda *_: pytest.fail("the program was loaded again"))
+    assert torch.equal(torchscript.read(data, card(2), Path("script.pt"))(x), first(x))
+    assert len(list(cache.iterdir())) == 1
+
+
+def test_a_torchscript_program_that_cannot_be_converted_stays_as_it_is(cache: Path) -> None:
+    class Whole(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = varied(Residual())
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for _ in range(int(x.abs().max()) % 2):
+                x = x + 1.0
+            return self.inner(x)
+
+    read = torchscript.read(scripted(Whole()), card(2), Path("script.pt"))
+    assert isinstance(read, torch.jit.ScriptModule)
+    assert not is_convertible(as_classifier(read, 2))
+
+
+def test_a_conversion_with_other_outputs_is_not_used(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = export.write(varied(Residual()), SIDE)
+    monkeypatch.setattr(torchscript, "_exported", lambda *_: other)
+    read = torchscript.read(scripted(varied(Residual())), card(2), Path("script.pt"))
+    assert isinstance(read, torch.jit.ScriptModule)

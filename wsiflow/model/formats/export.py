@@ -254,7 +254,8 @@ class _Builder:
         results = [_union(each) for each in call["outputs"]]
         plain = PLAIN.get(target.removeprefix(_ATEN), lambda *_: None)(*args)
         node = self._graph.call_function(*plain) if plain else self._graph.call_function(function, args, kwargs)
-        node.meta["nn_module_stack"] = _module_stack(call["metadata"].get("nn_module_stack", ""))
+        stack = _module_stack(call["metadata"].get("nn_module_stack", ""))
+        node.meta["nn_module_stack"] = stack or _owners(node)
         self._add_results(node, results[:1] if plain else results)
 
     def _changes_no_place(self, call: Any) -> bool:
@@ -379,7 +380,15 @@ def _module_stack(text: str) -> dict[str, tuple[str, str]]:
         path, _, kind = rest.rpartition(",")
         if path != key and item.isprintable():  # where both are equal, PyTorch knew no module
             stack[key] = (path, kind)
-    return stack
+    return stack if any(path for path, _ in stack.values()) else {}
+
+
+def _owners(node: fx.Node) -> dict[str, tuple[str, str]]:
+    """Return the modules of a call by the path of its weight: a program from TorchScript knows no others."""
+    weight = next((str(each.target) for each in node.all_input_nodes if each.op == "get_attr"), "")
+    parts = weight.split(".")[:-1]
+    paths = [".".join(parts[: n + 1]) for n in range(len(parts))]
+    return {path: (path, "") for path in paths}
 
 
 def _output_names(program: Any) -> Iterable[str]:
