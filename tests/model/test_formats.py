@@ -80,6 +80,24 @@ class Normed(nn.Module):
         return self.head(nn.functional.adaptive_avg_pool2d(x, 1).flatten(1))
 
 
+class Attended(nn.Module):
+    """A small network in the manner of ViT, which asks for the number of images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 8, 16, 16), nn.Linear(8, 2)
+        self.token, self.places = nn.Parameter(torch.randn(1, 1, 8)), nn.Parameter(torch.randn(1, 10, 8))
+        self.queries = nn.Linear(8, 24)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        n = x.shape[0]
+        x = self.stem(x).reshape(n, 8, 9).permute(0, 2, 1)
+        x = torch.cat([self.token.expand(n, -1, -1), x], 1) + self.places
+        q, k, v = self.queries(x).reshape(n, 10, 3, 2, 4).permute(2, 0, 3, 1, 4).unbind(0)
+        x = x + nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, 10, 8)
+        return self.head(nn.functional.layer_norm(x, (8,))[:, 0])
+
+
 NETWORKS = (Residual, Inception, Normed)
 
 
@@ -142,7 +160,7 @@ def as_classifier(module: nn.Module, n_classes: int) -> Classifier:
 # --- torch.export
 
 
-@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("network", [*NETWORKS, Attended])
 def test_an_exported_program_gives_the_bits_of_its_module_for_batches_of_any_size(network: type[nn.Module]) -> None:
     module = varied(network())
     read = export.module_of(export.write(module, SIDE), SIDE)
@@ -151,6 +169,17 @@ def test_an_exported_program_gives_the_bits_of_its_module_for_batches_of_any_siz
             x = images(n).contiguous(memory_format=form)
             assert torch.equal(read(x), module(x))
     assert set(read.state_dict()) == {name for name in module.state_dict() if "num_batches" not in name}
+
+
+@pytest.mark.parametrize("network", [*NETWORKS, Attended])
+@pytest.mark.parametrize("is_decomposed", [False, True])
+def test_backends_that_trace_an_exported_program_run_batches_of_any_size(
+    network: type[nn.Module], is_decomposed: bool
+) -> None:
+    module, x = varied(network()), images(5)
+    read = export.module_of(archive(module, is_decomposed=is_decomposed), SIDE)
+    again = torch.jit.trace(read, images(2), check_trace=False)
+    torch.testing.assert_close(again(x), module(x), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("network", NETWORKS)

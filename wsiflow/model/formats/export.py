@@ -149,22 +149,31 @@ def write(module: nn.Module, side: int) -> bytes:
     Raises:
         InputError: The network cannot be traced, or only for one batch size.
     """
+    return packed(traced(module, side))
+
+
+def traced(module: nn.Module, side: int) -> torch.export.ExportedProgram:
+    """Return the program of a network for batches of any size; arguments and errors as for `write`."""
     image = torch.zeros(BATCH, 3, side, side)
     try:
         with torch.no_grad():
-            exported = torch.export.export(module, (image,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
-            for node in exported.graph.nodes:
-                for note in ("stack_trace", "from_node"):  # they name the files of whoever exports
-                    node.meta.pop(note, None)
-            exported.example_inputs = None
-            stream = io.BytesIO()
-            torch.export.save(exported, stream)
+            return torch.export.export(module, (image,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
     except TRACING as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise InputError(
             f"the model cannot be exported for batches of any size: {reason.strip()[:200]}",
             "write its forward method without control flow that depends on pixels or on the number of images",
         ) from error
+
+
+def packed(program: torch.export.ExportedProgram) -> bytes:
+    """Return a program as a ``.pt2`` archive without sample inputs or names of files; it is changed."""
+    for node in program.graph.nodes:
+        for note in ("stack_trace", "from_node"):  # they name the files of whoever exports
+            node.meta.pop(note, None)
+    program.example_inputs = None  # type: ignore[assignment]
+    stream = io.BytesIO()
+    torch.export.save(program, stream)
     return stream.getvalue()
 
 
@@ -253,10 +262,38 @@ class _Builder:
                 raise InputError(f"the program changes its own weight {args[0].target}", _EVALUATION)
         results = [_union(each) for each in call["outputs"]]
         plain = PLAIN.get(target.removeprefix(_ATEN), lambda *_: None)(*args)
-        node = self._graph.call_function(*plain) if plain else self._graph.call_function(function, args, kwargs)
+        function, args, kwargs = (*plain, {}) if plain else (function, args, kwargs)
+        node = self._with_sizes(function, args) or self._graph.call_function(function, args, kwargs)
         stack = _module_stack(call["metadata"].get("nn_module_stack", ""))
-        node.meta["nn_module_stack"] = stack or _owners(node)
+        node.meta["nn_module_stack"] = stack or _owners(node) or self._inherited(node, call)
         self._add_results(node, results[:1] if plain else results)
+
+    def _with_sizes(self, function: Any, args: tuple[Any, ...]) -> fx.Node | None:
+        """Add a call that has to do with the number of images; None if it is of another kind.
+
+        Backends trace the network for one number of images. They follow sizes through methods of tensors, but not
+        through operations of ATen.
+        """
+        if function == torch.ops.aten.sym_size.int:
+            return self._graph.call_method("size", args)
+        name = {torch.ops.aten.reshape.default: "reshape", torch.ops.aten.expand.default: "expand"}.get(function)
+        unknown = [size for size in args[1] if isinstance(size, fx.Node)] if name else []
+        if not unknown:
+            return None
+        if name == "reshape" and len(unknown) == 1 and -1 not in args[1]:
+            shape = [-1 if isinstance(size, fx.Node) else size for size in args[1]]
+            return self._graph.call_function(function, (args[0], shape))
+        return self._graph.call_method(str(name), args[:2])
+
+    def _inherited(self, node: fx.Node, call: Any) -> dict[str, tuple[str, str]]:
+        """Return the modules that all inputs of a call without weights are part of, if it changes no row or column."""
+        kinds = [_union(each) for each in (*(each["arg"] for each in call["inputs"]), *call["outputs"])]
+        tensors = [each for kind, value in kinds for each in {"as_tensor": [value], "as_tensors": value}.get(kind, [])]
+        shapes = [self._program["graph"]["tensor_values"][each["name"]]["sizes"] for each in tensors]
+        if len(shapes) < 2 or any([*each[:1], *each[2:]] != [*shapes[0][:1], *shapes[0][2:]] for each in shapes):
+            return {}
+        stacks = [list(each.meta.get("nn_module_stack", {}).items()) for each in node.all_input_nodes]
+        return dict(first for first, *others in zip(*stacks, strict=False) if all(each == first for each in others))
 
     def _changes_no_place(self, call: Any) -> bool:
         """Return whether a call of as_strided, which depends on how maps are stored, has its input as its result."""

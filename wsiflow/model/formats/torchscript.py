@@ -88,8 +88,10 @@ def _exported(script: torch.jit.ScriptModule, side: int) -> bytes:
 
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
-        exported = TS2EPConverter(script, (torch.zeros(BATCH, 3, side, side),)).convert()
-        return export.write(exported.module(check_guards=False), side)
+        converter = TS2EPConverter(script, (torch.zeros(BATCH, 3, side, side),))
+        # Its own last step traces the network for images of any size, which takes ten times as long.
+        converter.retrace_as_exported_program = lambda module, _: export.traced(module, side)  # type: ignore[method-assign]
+        return export.packed(converter.convert())
 
 
 def _check(script: nn.Module, module: nn.Module, card: ModelCard) -> None:
