@@ -10,7 +10,7 @@ import io
 import json
 import operator
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -171,7 +171,7 @@ def packed(program: torch.export.ExportedProgram) -> bytes:
     for node in program.graph.nodes:
         for note in ("stack_trace", "from_node"):  # they name the files of whoever exports
             node.meta.pop(note, None)
-    program.example_inputs = None  # type: ignore[assignment]
+    program.example_inputs = None
     stream = io.BytesIO()
     torch.export.save(program, stream)
     return stream.getvalue()
@@ -252,6 +252,7 @@ class _Builder:
             call = {**call, "target": f"{_ATEN}alias.default", "inputs": call["inputs"][:1]}
             target = call["target"]
         args: tuple[Any, ...]
+        kwargs: dict[str, Any]
         if target in _ON_SIZES:
             function, kwargs = _ON_SIZES[target], {}
             args = tuple(self._value(*_union(each["arg"])) for each in call["inputs"])
@@ -261,7 +262,8 @@ class _Builder:
             if function._schema.name.endswith("_") and args[0].op == "get_attr":  # noqa: SLF001
                 raise InputError(f"the program changes its own weight {args[0].target}", _EVALUATION)
         results = [_union(each) for each in call["outputs"]]
-        plain = PLAIN.get(target.removeprefix(_ATEN), lambda *_: None)(*args)
+        reader = PLAIN.get(target.removeprefix(_ATEN))
+        plain = reader(*args) if reader else None
         function, args, kwargs = (*plain, {}) if plain else (function, args, kwargs)
         node = self._with_sizes(function, args) or self._graph.call_function(function, args, kwargs)
         stack = _module_stack(call["metadata"].get("nn_module_stack", ""))
@@ -428,7 +430,7 @@ def _owners(node: fx.Node) -> dict[str, tuple[str, str]]:
     return {path: (path, "") for path in paths}
 
 
-def _output_names(program: Any) -> Iterable[str]:
+def _output_names(program: Any) -> list[str]:
     """Return the names of the outputs, if the network returns a dictionary of tensors."""
     try:
         _, spec = json.loads(program["module_call_graph"][0]["signature"]["out_spec"])

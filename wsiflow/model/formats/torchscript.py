@@ -65,7 +65,7 @@ def _loaded(data: bytes, path: Path) -> torch.jit.ScriptModule:
         raise InputError(
             f"the file is not TorchScript: {str(error)[:200]}", "save the model with torch.jit.save", path=path
         ) from error
-    return module.eval().float()  # type: ignore[return-value]
+    return module.eval().float()
 
 
 def _converted(script: torch.jit.ScriptModule, card: ModelCard) -> bytes:
@@ -90,7 +90,7 @@ def _exported(script: torch.jit.ScriptModule, side: int) -> bytes:
         warnings.simplefilter("ignore")
         converter = TS2EPConverter(script, (torch.zeros(BATCH, 3, side, side),))
         # Its own last step traces the network for images of any size, which takes ten times as long.
-        converter.retrace_as_exported_program = lambda module, _: export.traced(module, side)  # type: ignore[method-assign]
+        converter.retrace_as_exported_program = lambda module, _: export.traced(module, side)  # type: ignore[assignment]
         return export.packed(converter.convert())
 
 
