@@ -16,8 +16,9 @@ from torch._ops import OpOverload
 from wsiflow.errors import InputError
 
 BATCH = 2  # greater than one, so that an operation on the batch differs from one on a window
-# What a forward method may raise where it is traced.
-_TRACING = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+#: What a forward method may raise where it is traced.
+TRACING = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+_RESHAPES = {"view", "reshape", "_unsafe_view"}
 
 _programs: "weakref.WeakKeyDictionary[nn.Module, dict[int, fx.GraphModule]]" = weakref.WeakKeyDictionary()
 
@@ -47,10 +48,11 @@ def _traced(module: nn.Module, side: int) -> fx.GraphModule:
         with torch.no_grad():
             exported = torch.export.export(module, (torch.zeros(BATCH, 3, side, side),))
             traced = exported.module(check_guards=False)
-    except _TRACING as error:
+    except TRACING as error:
         raise InputError(f"the model cannot be traced: {str(error).splitlines()[0][:200]}", "") from error
     assert isinstance(traced, fx.GraphModule)
     _without_writes(traced)
+    _with_linear_layers(traced)
     _without_constant_calls(traced)
     return traced
 
@@ -92,6 +94,50 @@ def _without_writes(traced: fx.GraphModule) -> None:
         later = set(_after(node))
         node.args[0].replace_all_uses_with(node, delete_user_cb=later.__contains__)
     traced.recompile()
+
+
+def _with_linear_layers(traced: fx.GraphModule) -> None:
+    """Replace products of matrices, for which maps were reshaped to matrices of all their places, by linear layers.
+
+    Such products are what is left of linear layers in programs of core operations alone.
+    """
+    for node in list(traced.graph.nodes):
+        if name_of(node) not in {"addmm", "mm", "matmul"} or node.kwargs:
+            continue
+        *bias, rows, weight = node.args
+        source, results = (rows, [node]) if name_of(node) == "matmul" else _reshaped_around(node, rows)
+        if source is None or len(_lengths(weight)) != 2 or not _is_weight(weight):
+            continue
+        with traced.graph.inserting_before(node):
+            turned = traced.graph.call_function(torch.ops.aten.t.default, (weight,))
+            linear = traced.graph.call_function(torch.ops.aten.linear.default, (source, turned, *bias))
+        linear.meta = dict(results[0].meta)
+        for result in results:
+            result.replace_all_uses_with(linear)
+    traced.graph.eliminate_dead_code()
+
+
+def _reshaped_around(node: fx.Node, rows: fx.Node) -> tuple[fx.Node | None, list[fx.Node]]:
+    """Return the map that a product's rows are the places of, and its results as maps of the same places."""
+    if name_of(rows) not in _RESHAPES:
+        return None, []
+    source, results = rows.args[0], list(node.users)
+    assert isinstance(source, fx.Node)
+    shape = (*_lengths(source)[:-1], *_lengths(node)[-1:])
+    same = _lengths(source)[-1:] == _lengths(rows)[-1:] and len(shape) > 2
+    are_maps = all(name_of(each) in _RESHAPES and _lengths(each) == shape for each in results)
+    return (source, results) if same and are_maps and results else (None, [])
+
+
+def _is_weight(node: fx.Node) -> bool:
+    """Return whether a matrix is a weight, or one with its axes exchanged."""
+    is_turned = name_of(node) in {"t", "permute", "transpose"} and node.all_input_nodes[0].op == "get_attr"
+    return node.op == "get_attr" or is_turned
+
+
+def _lengths(node: fx.Node) -> tuple[int, ...]:
+    """Return the shape of a result."""
+    return tuple(getattr(node.meta.get("val"), "shape", ()))
 
 
 def _after(node: fx.Node) -> Iterator[fx.Node]:

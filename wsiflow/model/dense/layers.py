@@ -487,11 +487,13 @@ _CALLS: dict[str, Callable[[Call], Op]] = {
     "prelu": _prelu,
     **dict.fromkeys(("cat", "concat"), _cat),
     **dict.fromkeys(("add", "sub", "rsub", "mul", "div", "maximum", "minimum", "addcmul", "pow"), _join),
+    **dict.fromkeys(("where", "masked_fill", "eq", "ne", "lt", "le", "gt", "ge"), _join),
     **dict.fromkeys(
         (
             *("relu", "relu6", "leaky_relu", "elu", "selu", "celu", "gelu", "silu", "mish", "softplus"),
             *("sigmoid", "log_sigmoid", "tanh", "hardtanh", "hardsigmoid", "hardswish", "threshold", "clamp"),
             *("clamp_min", "clamp_max", "exp", "log", "sqrt", "rsqrt", "square", "abs", "neg", "reciprocal", "erf"),
+            *("logical_not", "logical_and", "logical_or"),
             *("to", "_to_copy", "type_as"),
         ),
         _each,

@@ -19,6 +19,7 @@ from wsiflow.model.classifier import Classifier
 from wsiflow.model.dense import layers
 from wsiflow.model.dense.layers import Call, Map, Op, cannot_run_dense
 from wsiflow.model.dense.operations import Pair
+from wsiflow.model.formats.torchscript import is_script
 from wsiflow.model.outputs import Outputs
 from wsiflow.model.program import BATCH, arguments, name_of, program
 
@@ -114,8 +115,8 @@ def trace_layers(classifier: Classifier) -> tuple[fx.GraphModule, list[Layer]]:
 
 def _program(classifier: Classifier) -> fx.GraphModule:
     """Return the program of the classifier's network."""
-    if isinstance(classifier.module, torch.jit.ScriptModule):
-        raise cannot_run_dense("the model is a TorchScript program, whose layers cannot be read")
+    if is_script(classifier.module):
+        raise cannot_run_dense("the model is a TorchScript program that cannot be converted to operations of layers")
     if classifier.input_px != classifier.window_px:
         raise cannot_run_dense(
             f"the model resizes windows of {classifier.window_px} px to {classifier.input_px} px, each by itself"
@@ -183,7 +184,8 @@ def _named_errors(node: fx.Node) -> Iterator[None]:
 def with_layer_name(node: fx.Node, error: InputError) -> InputError:
     """Return the error of a layer with the layer's name in its message."""
     path, kind = next(iter(reversed(node.meta.get("nn_module_stack", {}).values())), ("", ""))
-    name = f"{path} ({name_of(node)} of {str(kind).rpartition('.')[2]})" if path else f"{node.name} ({name_of(node)})"
+    owner = f" of {str(kind).rpartition('.')[2]}" if kind else ""
+    name = f"{path or node.name} ({name_of(node)}{owner if path else ''})"
     return InputError(f"layer {name} cannot run over whole regions: {error.cause}", error.remedy)
 
 

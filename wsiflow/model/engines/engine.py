@@ -28,6 +28,7 @@ from wsiflow.model.engines.onnxruntime import onnxruntime_engine
 from wsiflow.model.engines.openvino import openvino_engine
 from wsiflow.model.engines.pixels import FromPixels, WindowScores
 from wsiflow.model.engines.spec import Backend, Candidate, CheckedEngine, Engine, EngineSpec, Network, check_spec
+from wsiflow.model.formats.torchscript import is_script
 
 
 def scores_from_pixels(classifier: Classifier, body: nn.Module | None = None) -> nn.Module:
@@ -44,10 +45,10 @@ def scores_from_pixels(classifier: Classifier, body: nn.Module | None = None) ->
 def is_convertible(classifier: Classifier) -> bool:
     """Return whether backends other than PyTorch can run a classifier and reproduce its probabilities.
 
-    They cannot where windows are resized, which they round differently by a grey level, nor for TorchScript programs,
-    which may contain operations that they do not support.
+    They cannot where windows are resized, which they round differently by a grey level, nor for TorchScript programs
+    that could not be converted, which may contain operations that they do not support.
     """
-    return classifier.input_px == classifier.window_px and not isinstance(classifier.module, torch.jit.ScriptModule)
+    return classifier.input_px == classifier.window_px and not is_script(classifier.module)
 
 
 def installed_backends() -> tuple[Backend, ...]:
