@@ -37,8 +37,12 @@ def dense_module(
             continue
         chain = _linear_after_mean(network, layer)
         if chain:
-            head = _emit(graph, chain[-1], strides, {chain[-1].inputs[0]: done[layer.inputs[0]]})
-            pooled = _emit(graph, layer, strides, {layer.inputs[0]: head})
+            x = done[layer.inputs[0]]
+            if layer.op.steps:  # before the linear layer, which takes channels first
+                x = graph.call_function(operations.reshaped, (x, layer.op.steps))
+            head = _emit(graph, chain[-1], strides, {chain[-1].inputs[0]: x})
+            mean = layer._replace(op=layer.op._replace(steps=()))
+            pooled = _emit(graph, mean, strides, {layer.inputs[0]: head})
             done.update(dict.fromkeys((layer.node, *(other.node for other in chain)), pooled))
         else:
             done[layer.node] = _emit(graph, layer, strides, done)
