@@ -8,11 +8,11 @@ from torch import nn
 from wsiflow.errors import InputError
 from wsiflow.model.architectures.registry import ARCHITECTURES
 from wsiflow.model.card import ModelCard
-from wsiflow.model.formats import export, state_dict, torchscript
+from wsiflow.model.formats import export, onnx, state_dict, torchscript
 from wsiflow.model.formats.format import Format
 
 #: The formats that hold a network with its weights, by what a card names as ``architecture``.
-FORMATS: dict[str, Format] = {each.name: each for each in (export.FORMAT, torchscript.FORMAT)}
+FORMATS: dict[str, Format] = {each.name: each for each in (export.FORMAT, onnx.FORMAT, torchscript.FORMAT)}
 
 
 def network(data: bytes, card: ModelCard, path: Path) -> nn.Module:
