@@ -170,6 +170,7 @@ CASES: list[tuple[str, list[Any], dict[str, Any], int]] = [
     ("Gather", [numbers(2, 0, -1)], {"axis": 1}, 13),
     ("Gather", [np.int64(-1)], {"axis": 3}, 13),
     ("Gather", [numbers(0, 1, 2, 2).reshape(2, 2)], {"axis": 1}, 13),
+    ("ScatterND", [numbers(1, 0, 1, 2).reshape(2, 2), weights(2, SIDE, SIDE)], {}, 16),
     ("Pad", [numbers(0, 0, 1, 2, 0, 0, 0, 3), np.float32(0.7)], {}, 13),
     ("Pad", [numbers(0, 0, 1, 2, 0, 1, 0, -3)], {}, 11),
     ("Pad", [numbers(1, 2), None, numbers(3)], {"mode": "reflect"}, 18),

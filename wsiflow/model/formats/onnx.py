@@ -4,6 +4,7 @@ The graph is translated to functions of PyTorch (`wsiflow.model.formats.onnx_ope
 library runs like one that was built here, on every backend, and over whole regions.
 """
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from wsiflow.system import faults
 
 MAX_BYTES = 2**31 - 1  # of a file whose weights are inside
 _EXTRA = "onnxruntime"
+_SCOPES = "pkg.torch.onnx.name_scopes"  # a list of names as text, that of the innermost module last but one
 _TOLERANCE = 1e-4  # relative, between images in a batch and the same images alone
 _AGAIN = "fetch or export the file again"
 
@@ -218,8 +220,15 @@ def _fields(node: Any, path: Path) -> NodeFields:
     outputs = tuple(node.output)
     while outputs and not outputs[-1]:
         outputs = outputs[:-1]
-    name = node.name or (outputs[0] if outputs else "")
-    return NodeFields(domain + node.op_type, name, tuple(node.input), outputs, attributes)
+    return NodeFields(domain + node.op_type, _name(node), tuple(node.input), outputs, attributes)
+
+
+def _name(node: Any) -> str:
+    """Return the name of a node, behind that of the module that it was part of where the exporter noted it."""
+    name = str(node.name or (node.output[0] if node.output else ""))
+    scopes = next((entry.value for entry in node.metadata_props if entry.key == _SCOPES), "")
+    modules = re.findall("'([^']+)'", scopes)[:-1]  # the last one is the node itself
+    return f"/{modules[-1]}/{name}" if modules else name
 
 
 def _attribute(attribute: Any, path: Path) -> Any:

@@ -49,7 +49,7 @@ class NodeFields(NamedTuple):
         return InputError(f"operator {self.kind} (node {self.name!r}) {reason}", remedy)
 
 
-class Call(nn.Module):
+class Operator(nn.Module):
     """A function as a module, whose path is the name that messages about a layer have."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
@@ -109,7 +109,7 @@ class Translation:
         if not any(isinstance(value, fx.Node) for value in _leaves((args, kwargs))):
             return self._computed(function, args, kwargs)
         args, kwargs = _mapped(args, self._as_node), _mapped(kwargs, self._as_node)
-        node = self.graph.call_module(self._add(path_of(path), Call(function)), args, kwargs)
+        node = self.graph.call_module(self._add(path_of(path), Operator(function)), args, kwargs)
         node.meta["val"] = function(*_mapped(args, _meta), **_mapped(kwargs, _meta))
         return node
 

@@ -115,6 +115,13 @@ def _where(op: Operation) -> Value:
     return op(torch.where, *op.inputs)
 
 
+def _scatter_nd(op: Operation) -> Value:
+    data, indices, updates = op.inputs
+    if op.attribute("reduction", "none") != "none":
+        raise op.refuse("adds to what it replaces")
+    return op(torch.index_put, data, op(torch.unbind, indices, -1), updates)
+
+
 # --- shapes
 
 
@@ -349,6 +356,7 @@ OPERATORS: dict[str, Callable[[Operation], Value]] = {
     "Split": _split,
     "Slice": _slice,
     "Gather": _gather,
+    "ScatterND": _scatter_nd,
     "Pad": _pad,
     "Shape": _shape,
     "Reshape": _reshape,
