@@ -16,7 +16,7 @@ from wsiflow.model.architectures.googlenet import GoogLeNet
 from wsiflow.model.classifier import Classifier
 from wsiflow.model.dense import layers
 from wsiflow.model.dense.network import DenseClassifier, densify, describe, window_crops
-from wsiflow.model.dense.receptive import trace_layers
+from wsiflow.model.dense.receptive import read_network
 from wsiflow.model.engines.openvino import core as silent_core  # imported plainly, it would report its usage
 from wsiflow.model.outputs import Outputs
 
@@ -412,9 +412,8 @@ def test_multiplications_are_those_of_a_real_pass(name: str, stride: int) -> Non
 
 def test_features_that_see_no_padding_are_those_known(googlenet: Classifier) -> None:
     """The percentage of a window's features that equal those of a region decreases to 0 in 4e."""
-    _, network = trace_layers(googlenet)
     shares = {}
-    for layer in network:
+    for layer in read_network(googlenet).layers:
         rows, cols = (max(0, span.last - span.first) / span.side for span in layer.spans)
         shares.update(dict.fromkeys(layer.names, 100 * rows * cols))
     names = ("conv1", "pool2", "stage3.0", "stage3.1", "pool3", "stage4.0", "stage4.1", "stage4.2", "stage4.3")
@@ -524,18 +523,22 @@ def test_openvino_runs_other_sides_than_it_was_converted_with(name: str) -> None
         torch.testing.assert_close(found, scores_of(dense, pixels), atol=1e-5, rtol=0)
 
 
-def test_openvino_runs_stem_and_tail() -> None:
-    """This also holds where the shared features are in phases."""
+@pytest.mark.parametrize("name", ["inception", "transformer"])
+def test_openvino_runs_stem_and_tail(name: str) -> None:
+    """This also holds where the shared features are in phases, and where the tail needs windows as a whole."""
     core = silent_core()
     import openvino
 
-    dense = densify(valid("inception"), 2, share_until="6")
+    if name == "inception":
+        dense, features = densify(valid("inception"), 2, share_until="6"), (24, 4, 4)
+    else:
+        dense, features = densify(classifier(trained(Tokens(), 40), 40), 2, share_until="stem"), (8, 9, 9)
     assert dense.stem is not None
     assert dense.tail is not None
     pixels = texture(1, 71, 90)
     for part, example, inputs in [
         (dense.stem, torch.zeros(1, 3, 60, 60), pixels),
-        (dense.tail, torch.zeros(2, 24, 4, 4), torch.randn(5, 24, 4, 4)),
+        (dense.tail, torch.zeros(5, *features), torch.randn(5, *features)),
     ]:
         compiled = core.compile_model(
             openvino.convert_model(part, example_input=example), "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
@@ -681,6 +684,14 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
 }
 
 
+def reason_in_part(network: Classifier) -> str:
+    """Return why a network cannot run over regions as a whole, or not even a part of it."""
+    try:
+        return describe(network, 8).obstacle
+    except InputError as error:
+        return error.cause
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_not_local_is_refused(name: str) -> None:
     """The message has the layer, the reason and the engine that supports it."""
@@ -688,10 +699,107 @@ def test_what_is_not_local_is_refused(name: str) -> None:
     module = build()
     network = Classifier(**{**vars(classifier(ending(), 32)), "module": module.eval()})
     with pytest.raises(InputError, match=message) as refusal:
-        describe(network, 8)
-    assert "set inference.engine=window" in str(refusal.value)
-    with pytest.raises(InputError, match=message):
         densify(network, 8)
+    assert "set inference.engine=window" in str(refusal.value)
+    assert reason_in_part(network) == refusal.value.cause
+
+
+class Gated(nn.Module):
+    """Squeeze-and-excitation, with linear layers or with convolutions; total stride 4, window 40."""
+
+    def __init__(self, *, linear: bool, padding: int = 0) -> None:
+        super().__init__()
+        layer = nn.Linear if linear else (lambda a, b: nn.Conv2d(a, b, 1))
+        self.linear, self.shrink, self.widen = linear, layer(8, 4), layer(4, 8)
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=padding))
+        self.last, self.classify = nn.Conv2d(8, 8, 3), nn.Linear(8, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        pooled = x.mean((2, 3)) if self.linear else functional.adaptive_avg_pool2d(x, 1)
+        gate = torch.sigmoid(self.widen(functional.relu(self.shrink(pooled))))
+        x = x * (gate.view(x.size(0), -1, 1, 1).expand_as(x) if self.linear else gate)
+        return self.classify(functional.relu(self.last(x)).mean((2, 3)))
+
+
+class Tokens(nn.Module):
+    """A vision transformer behind two convolutions: class token, positions, attention over halves of the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.ReLU(), nn.Conv2d(8, 8, 2))
+        self.token, self.positions = nn.Parameter(torch.randn(1, 1, 8)), nn.Parameter(torch.randn(1, 82, 8))
+        self.norm, self.attend, self.classify = nn.LayerNorm(8), nn.MultiheadAttention(8, 2), nn.Linear(8, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        x = x.permute(0, 2, 3, 1).reshape(x.shape[0], -1, 8)
+        x = torch.cat([self.token.expand(x.shape[0], -1, -1), x], 1) + self.positions
+        tokens = self.norm(x).transpose(0, 1)
+        x = x + self.attend(tokens, tokens, tokens)[0].transpose(0, 1)
+        return self.classify(functional.gelu(x[:, 0]))
+
+
+PARTLY: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "gate of convolutions": (lambda: Gated(linear=False), "squeeze-and-excite"),
+    "gate of linear layers": (lambda: Gated(linear=True), "squeeze-and-excite"),
+    "transformer": (Tokens, "attention"),
+    "group norm": (
+        lambda: nn.Sequential(
+            *(nn.Conv2d(3, 8, 4, 4), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.GroupNorm(2, 8), nn.ReLU()),
+            *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2)),
+        ),
+        "normalises over the map",
+    ),
+}
+
+
+@pytest.mark.parametrize("stride", [2, 4, 12])
+@pytest.mark.parametrize("name", PARTLY)
+def test_windows_share_what_can_run_over_regions(name: str, stride: int) -> None:
+    """The rest, which needs a window as a whole, runs for each window alone; without padding nothing differs."""
+    build, reason = PARTLY[name]
+    network = classifier(trained(build(), 40), 40)
+    facts = describe(network, stride)
+    assert reason in facts.obstacle
+    assert (facts.padded, facts.overhang_px) == (False, (0, 0))
+    deepest = facts.cuts[0]
+    with FlopCounterMode(display=False) as counter:
+        network.module(torch.zeros(1, 3, 40, 40))
+    assert facts.window_macs == counter.get_total_flops() / 2
+    alone = (1 - deepest.share) * facts.window_macs / stride**2
+    assert alone < facts.dense_macs_px < facts.window_macs / stride**2
+    pixels = texture(1, 61, 66)
+    expected = windows_scores(network, pixels, stride)
+    assert float(expected.std()) > 0.01
+    for cut in {deepest.name, facts.cuts[-1].name}:
+        dense = densify(network, stride, share_until=cut)
+        torch.testing.assert_close(shared_scores(dense, pixels), expected, atol=1e-5, rtol=0)
+
+
+def test_overhang_of_a_part_is_that_of_its_last_layer() -> None:
+    """A padded stem needs as much context as its own features see; less is not exact."""
+    network = classifier(trained(Gated(linear=False, padding=1), 40), 40)
+    facts = describe(network, 4)
+    assert (facts.padded, facts.overhang_px, facts.align_px) == (True, (4, 4), 4)
+    region = texture(1, 80, 84)
+    expected = shared_scores(densify(network, 4, context_px=8, share_until="stem"), region)
+    for context_px, exact in [(4, True), (0, False)]:
+        inner = slice(8 - context_px, context_px - 8)
+        found = shared_scores(
+            densify(network, 4, context_px=context_px, share_until="stem"), region[:, :, inner, inner]
+        )
+        assert (float((found - expected).abs().max()) <= 1e-6) is exact
+
+
+@pytest.mark.parametrize(
+    "call", [lambda x: functional.batch_norm(x, None, None, training=True), functional.dropout], ids=["batch", "chance"]
+)
+def test_a_rest_whose_scores_depend_on_other_windows_is_refused(call: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """A window that runs alone in a batch must not depend on what else is in it, nor on chance."""
+    network = classifier(nn.Sequential(nn.Conv2d(3, 3, 3), Call(call)), 32)
+    with pytest.raises(InputError, match="other scores than over its windows"):
+        densify(network, 8, share_until="0")
 
 
 def test_resized_windows_are_refused() -> None:

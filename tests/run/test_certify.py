@@ -2,8 +2,10 @@
 
 import contextlib
 import csv
+import dataclasses
 import io
 import json
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -173,6 +175,46 @@ def test_memory_bounds_rows_as_well_as_columns() -> None:
     assert 1 <= tight["choice"]["block_rows"] < 7
     assert fine["choice"]["engine"] == "window"
     assert "a single tile takes more than tiles.memory_mb=100" in fine["told"]
+
+
+class _Gated(nn.Module):
+    """A small network in which a gate that needs the whole window ends what windows can share."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 16, 4, 4), nn.ReLU(), nn.Conv2d(16, 8, 3))
+        self.gate, self.wide, self.last = nn.Linear(8, 8), nn.Conv2d(8, channels, 3), nn.Conv2d(channels, 2, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        x = x * torch.sigmoid(self.gate(x.mean((2, 3))))[:, :, None, None]
+        return self.last(torch.relu(self.wide(x))).mean((2, 3))
+
+
+def test_windows_share_a_part_where_the_whole_cannot_run_over_blocks() -> None:
+    """The deepest layer is chosen where it saves a tenth of the multiplications; the reason names what ends it."""
+    demo = load(command.compose_config(["out=unused"]).model)
+
+    def chosen(channels: int, *more: str) -> dict:
+        config = command.compose_config(["out=unused", "inference.stride=56", *more])
+        torch.manual_seed(1)
+        network = dataclasses.replace(demo, module=_Gated(channels).eval(), identity=f"gated {channels}")
+        return fastest.choose_engine(network, config, threads=1)
+
+    partly = chosen(4)
+    choice = partly["choice"]
+    assert (choice["engine"], choice["share_until"], choice["exact"]) == ("dense", "stem", True)
+    assert re.search(
+        r"share the network up to stem, 8\d% .* saves 8\d% .* layer mul .*squeeze-and-excite", partly["told"]
+    )
+    assert partly["cuts"][0] == "stem"
+    assert chosen(4, "dense.share_until=stem.1")["choice"]["share_until"] == "stem.1"
+    whole = chosen(4, "inference.precision=int8")
+    assert (whole["choice"]["engine"], whole["choice"]["share_until"]) == ("window", "")
+    little = chosen(512)
+    assert little["choice"]["engine"] == "window"
+    assert re.search(r"up to stem would save \d% of their multiplications .* layer mul", little["told"])
+    assert chosen(512, "dense.share_until=stem")["choice"]["share_until"] == "stem"
 
 
 @pytest.fixture(scope="module")

@@ -20,11 +20,11 @@ BATCH = 2  # greater than one, so that an operation on the batch differs from on
 TRACING = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 _RESHAPES = {"view", "reshape", "_unsafe_view"}
 
-_programs: "weakref.WeakKeyDictionary[nn.Module, dict[int, fx.GraphModule]]" = weakref.WeakKeyDictionary()
+_programs: "weakref.WeakKeyDictionary[nn.Module, dict[tuple[int, int], fx.GraphModule]]" = weakref.WeakKeyDictionary()
 
 
-def program(module: nn.Module, side: int) -> fx.GraphModule:
-    """Return the program of a network for images, float32 (2, 3, side, side); it shares the network's weights.
+def program(module: nn.Module, side: int, batch: int = BATCH) -> fx.GraphModule:
+    """Return the program of a network for images, float32 (batch, 3, side, side); it shares the network's weights.
 
     The nodes are weights (``get_attr``) and calls of ATen operations, whose ``meta["nn_module_stack"]`` names the
     modules that they were part of. What depends on weights alone is computed, and is a weight.
@@ -32,21 +32,22 @@ def program(module: nn.Module, side: int) -> fx.GraphModule:
     Args:
         module: The network in evaluation mode.
         side: Side of the images, px.
+        batch: Number of the images, which may be part of the arguments of calls.
 
     Raises:
         InputError: The network cannot be traced, for example because its control flow depends on the pixels.
     """
     known = _programs.setdefault(module, {})
-    if side not in known:
-        known[side] = _traced(module, side)
-    return known[side]
+    if (side, batch) not in known:
+        known[side, batch] = _traced(module, side, batch)
+    return known[side, batch]
 
 
-def _traced(module: nn.Module, side: int) -> fx.GraphModule:
+def _traced(module: nn.Module, side: int, batch: int) -> fx.GraphModule:
     """Return the program of a network by tracing it."""
     try:
         with torch.no_grad():
-            exported = torch.export.export(module, (torch.zeros(BATCH, 3, side, side),))
+            exported = torch.export.export(module, (torch.zeros(batch, 3, side, side),))
             traced = exported.module(check_guards=False)
     except TRACING as error:
         raise InputError(f"the model cannot be traced: {str(error).splitlines()[0][:200]}", "") from error
@@ -152,7 +153,7 @@ def _without_constant_calls(traced: fx.GraphModule) -> None:
     values: dict[fx.Node, torch.Tensor] = {}
     for node in list(traced.graph.nodes):
         if node.op == "get_attr":
-            values[node] = _attribute(traced, str(node.target))
+            values[node] = weight_of(traced, node)
         elif node.op == "call_function" and all(other in values for other in node.all_input_nodes):
             args, kwargs = (fx.node.map_arg(part, values.__getitem__) for part in (node.args, node.kwargs))
             with torch.no_grad():
@@ -168,8 +169,8 @@ def _without_constant_calls(traced: fx.GraphModule) -> None:
     traced.recompile()
 
 
-def _attribute(traced: fx.GraphModule, path: str) -> torch.Tensor:
-    """Return the weight with a path."""
-    owner, _, name = path.rpartition(".")
+def weight_of(traced: fx.GraphModule, node: fx.Node) -> torch.Tensor:
+    """Return the weight that a node of a program gets."""
+    owner, _, name = str(node.target).rpartition(".")
     value: torch.Tensor = getattr(traced.get_submodule(owner), name)
     return value

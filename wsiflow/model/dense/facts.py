@@ -11,7 +11,7 @@ from torch import fx
 
 from wsiflow.model.dense.layers import cannot_run_dense
 from wsiflow.model.dense.operations import Pair
-from wsiflow.model.dense.receptive import Layer, with_layer_name
+from wsiflow.model.dense.receptive import Layer, Network, with_layer_name
 
 
 class DenseStride(NamedTuple):
@@ -41,6 +41,9 @@ class SplitPoint(NamedTuple):
 class DenseFacts(NamedTuple):
     """The properties of a network that is run over whole regions.
 
+    Where only a part of it can, they are those of the network up to the deepest of ``cuts``, behind which each window
+    runs alone.
+
     Attributes:
         grid_px: Distance between the scores that are computed; a coarser stride uses every n-th of them.
         native_px: Total stride of the network.
@@ -48,9 +51,10 @@ class DenseFacts(NamedTuple):
         overhang_px: How far the receptive field of a score extends beyond its window, before (top, left) and after.
         align_px: Context and positions of windows must be multiples of this.
         window_macs: Multiplications for one window that is run alone.
-        dense_macs_px: Multiplications per pixel of a large region.
+        dense_macs_px: Multiplications per pixel of a large region, with those of windows behind the deepest cut.
         activation_bytes_px: Peak memory of float32 activations per pixel of a large region, bytes.
         cuts: Layers up to which windows can share the network, the deepest first.
+        obstacle: The first layer that cannot run over regions, and the reason; empty where the whole network can.
     """
 
     grid_px: int
@@ -62,23 +66,27 @@ class DenseFacts(NamedTuple):
     dense_macs_px: float
     activation_bytes_px: float
     cuts: tuple[SplitPoint, ...]
+    obstacle: str = ""
 
 
-def dense_facts(network: Sequence[Layer], stride: int) -> DenseFacts:
+def dense_facts(network: Network, stride: int) -> DenseFacts:
     """Return the properties of a network that is run over regions with a stride.
 
     Args:
-        network: The layers that `trace_layers` returned.
+        network: The network.
         stride: Required distance between scores, px.
 
     Raises:
-        InputError: A layer joins maps with different strides.
+        InputError: No part of the network can run over regions, or a layer joins maps with different strides.
     """
-    grid_px = _grid(network, stride)
-    last, window_macs = network[-1], sum(layer.window_macs for layer in network)
-    padded = any(span.last <= span.first for span in last.spans)
+    points = list(split_points(network))
+    layers, window_macs = shared_layers(network, points), total_macs(network)
+    grid_px, last = _grid(layers, stride), layers[-1]
+    padded = any(span.first > 0 or span.last < span.side for span in last.spans)
     before = max(0, *(-span.begin_px for span in last.spans))
-    after = max(0, *(span.end_px for span in last.spans))
+    after = max(0, *(span.end_px + (span.side - 1) * last.spacing_px for span in last.spans))
+    macs_px, bytes_px = _dense_costs(layers, dense_strides(layers, grid_px))
+    alone = window_macs - sum(layer.window_macs for layer in layers)
     return DenseFacts(
         grid_px,
         last.spacing_px,
@@ -86,10 +94,30 @@ def dense_facts(network: Sequence[Layer], stride: int) -> DenseFacts:
         (before, after) if padded else (0, 0),
         grid_px,
         window_macs,
-        *_dense_costs(network, dense_strides(network, grid_px)),
+        macs_px + alone / stride**2,
+        bytes_px,
         # Of several layers with the same share, the last one is used, because its map is the smallest.
-        tuple({share: SplitPoint(layer.names[0], share) for layer, share in split_points(network)}.values())[::-1],
+        tuple({share: SplitPoint(layer.names[0], share) for layer, share in points}.values())[::-1],
+        network.obstacle.cause if network.obstacle else "",
     )
+
+
+def shared_layers(network: Network, points: Sequence[tuple[Layer, float]]) -> list[Layer]:
+    """Return the layers that windows can share: all, or those up to the deepest of the split points.
+
+    Raises:
+        InputError: There is no such layer.
+    """
+    if network.obstacle is None:
+        return network.layers
+    if not points:
+        raise network.obstacle
+    return network.layers[: network.layers.index(points[-1][0]) + 1]
+
+
+def total_macs(network: Network) -> int:
+    """Return the multiplications of a network for one window."""
+    return sum(layer.window_macs for layer in network.layers) + sum(call.window_macs for call in network.rest)
 
 
 def dense_strides(network: Sequence[Layer], grid_px: int) -> dict[fx.Node, DenseStride]:
@@ -117,11 +145,13 @@ def dense_strides(network: Sequence[Layer], grid_px: int) -> dict[fx.Node, Dense
     return strides
 
 
-def split_points(network: Sequence[Layer]) -> Iterator[tuple[Layer, float]]:
+def split_points(network: Network) -> Iterator[tuple[Layer, float]]:
     """Yield the named layers on which alone all later ones depend, with the fraction of multiplications up to each."""
-    last_use = _last_uses(network)
-    total, done, live = sum(layer.window_macs for layer in network), 0, 0
-    for place, layer in enumerate(network):
+    last_use = _last_uses(network.layers)
+    for call in network.rest:
+        last_use.update({node: len(network.layers) for node in call.node.all_input_nodes if node in last_use})
+    total, done, live = total_macs(network), 0, 0
+    for place, layer in enumerate(network.layers):
         done += layer.window_macs
         if live <= place and layer.names and min(layer.side) > 1 and 0 < done < total and layer.op.kind != "flat":
             yield layer, done / total

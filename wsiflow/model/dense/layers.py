@@ -371,6 +371,14 @@ def _permute(call: Call) -> Op:
     return Op("flat", axes, steps=(("permute", tuple(dims)),))
 
 
+def _expand(call: Call) -> Op:
+    """Return the repetition of features, which must not be that of a window's features at every place of a map."""
+    given, shape = call.map, tuple(call.out.shape)
+    if shape == given.shape:
+        return Op("flat", given.axes)
+    raise cannot_run_dense(OF_THE_WHOLE if given.side == (1, 1) else "it repeats a map")
+
+
 def _same(call: Call) -> Op:
     return Op("flat", call.map.axes)
 
@@ -457,8 +465,11 @@ def _check_axes(call: Call) -> None:
                 raise cannot_run_dense("it adds or multiplies constants that vary over the map")
 
 
+OF_THE_WHOLE = "it combines every place of a map with features of the whole map (squeeze-and-excite)"
 _EVERYWHERE = "every position depends on all others (attention)"
 _OVER_MAP = "it normalises over the map, so a score would depend on everything around its window"
+
+RESHAPES = ("view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze")
 
 _CALLS: dict[str, Callable[[Call], Op]] = {
     **dict.fromkeys(("conv2d", "convolution"), _conv),
@@ -479,8 +490,9 @@ _CALLS: dict[str, Callable[[Call], Op]] = {
     **dict.fromkeys(("split", "split_with_sizes", "chunk"), _split),
     "index_select": _gather,
     "getitem": _item,
-    **dict.fromkeys(("view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze"), _reshape),
+    **dict.fromkeys(RESHAPES, _reshape),
     **dict.fromkeys(("permute", "transpose"), _permute),
+    **dict.fromkeys(("expand", "expand_as"), _expand),
     **dict.fromkeys(("contiguous", "clone", "alias", "detach", "lift_fresh_copy"), _same),
     **dict.fromkeys(("softmax", "log_softmax", "_softmax", "_log_softmax"), _softmax),
     **dict.fromkeys(("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"), _dropout),

@@ -6,6 +6,9 @@ of channels. If scores must be finer than the network's stride, operations run w
 are split into phases along the batch. Later layers process the phases as separate images, and at the end the phases are
 interleaved. No value is computed twice. (Giusti et al. 2013 call the phases fragments.)
 
+Where a layer needs a window as a whole (squeeze-and-excitation, attention, normalisation over the map), windows share
+the network up to a layer before it, and run alone from there on.
+
 For networks that do not pad, dense scores equal window scores except for rounding. In networks that pad, the padding of
 a window is replaced by the actual pixels around it, and only the border of the region is padded.
 
@@ -13,7 +16,6 @@ In these modules only the height and the width of the region are variable, so th
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -26,9 +28,17 @@ from torch import fx, nn
 from wsiflow.errors import InputError
 from wsiflow.model.classifier import Classifier
 from wsiflow.model.dense import operations
-from wsiflow.model.dense.facts import DenseFacts, DenseStride, dense_facts, dense_strides, split_points
+from wsiflow.model.dense.alone import module_alone
+from wsiflow.model.dense.facts import (
+    DenseFacts,
+    DenseStride,
+    dense_facts,
+    dense_strides,
+    shared_layers,
+    split_points,
+)
 from wsiflow.model.dense.layers import cannot_run_dense
-from wsiflow.model.dense.receptive import Layer, trace_layers
+from wsiflow.model.dense.receptive import Network, read_network
 from wsiflow.model.dense.rewrite import dense_module
 from wsiflow.model.outputs import Outputs
 
@@ -91,9 +101,9 @@ def describe(classifier: Classifier, stride: int) -> DenseFacts:
         stride: Required distance between scores, px.
 
     Raises:
-        InputError: The classifier cannot run over whole regions; the message names the layer and the reason.
+        InputError: Not even a part of the classifier can run over regions; the message names the layer and the reason.
     """
-    return dense_facts(trace_layers(classifier)[1], stride)
+    return dense_facts(read_network(classifier), stride)
 
 
 def densify(classifier: Classifier, stride: int, *, context_px: int = 0, share_until: str = "") -> DenseClassifier:
@@ -111,7 +121,9 @@ def densify(classifier: Classifier, stride: int, *, context_px: int = 0, share_u
         InputError: The classifier cannot run over whole regions, its dense scores differ from its window scores, or
             there is no such module.
     """
-    conversion = _Conversion(classifier, *trace_layers(classifier), stride)
+    conversion = _Conversion(classifier, read_network(classifier), stride)
+    if conversion.obstacle and not share_until:
+        raise conversion.obstacle
     if context_px % conversion.facts.align_px:
         raise InputError(
             f"a context of {context_px} px is not a multiple of the {conversion.facts.align_px} px between scores",
@@ -217,12 +229,14 @@ class Tail(nn.Module):
 
 
 class _Conversion:
-    """The input of a conversion: the traced network, its layers, and the strides with which they run."""
+    """The input of a conversion: the network, the layers that windows can share, and with which strides they run."""
 
-    def __init__(self, classifier: Classifier, traced: fx.GraphModule, network: list[Layer], stride: int) -> None:
-        self.classifier, self.traced, self.network, self.stride = classifier, traced, network, stride
+    def __init__(self, classifier: Classifier, network: Network, stride: int) -> None:
+        self.classifier, self.whole, self.stride = classifier, network, stride
+        self.traced, self.obstacle = network.program, network.obstacle
         self.facts = dense_facts(network, stride)
-        self.strides = dense_strides(network, self.facts.grid_px)
+        self.network = shared_layers(network, list(split_points(network)))
+        self.strides = dense_strides(self.network, self.facts.grid_px)
 
 
 def _whole(conversion: _Conversion, context_px: int, _share_until: str) -> DenseClassifier:
@@ -240,7 +254,7 @@ def _whole(conversion: _Conversion, context_px: int, _share_until: str) -> Dense
 
 def _shared(conversion: _Conversion, context_px: int, share_until: str) -> DenseClassifier:
     """Return a dense classifier that is split after a module, up to which its windows share the network."""
-    place = _split_index(conversion.network, share_until)
+    place = _split_index(conversion.whole, share_until)
     last = conversion.network[place]
     factors = conversion.strides[last.node].factors
     every = math.prod(factors)
@@ -253,8 +267,7 @@ def _shared(conversion: _Conversion, context_px: int, share_until: str) -> Dense
         dense_module(conversion.traced, conversion.network[: place + 1], conversion.strides),
         _Region(conversion.classifier.window_px, conversion.facts.grid_px, cell_px, factors, (side - 1) * every + 1),
     )
-    own = {layer.node: DenseStride(layer.stride, ()) for layer in conversion.network}
-    tail = Tail(dense_module(conversion.traced, conversion.network[place:], own), conversion.classifier.outputs)
+    tail = Tail(_behind(conversion, place), conversion.classifier.outputs)
     return DenseClassifier(
         conversion.facts,
         conversion.stride,
@@ -266,7 +279,15 @@ def _shared(conversion: _Conversion, context_px: int, share_until: str) -> Dense
     )
 
 
-def _split_index(network: Sequence[Layer], name: str) -> int:
+def _behind(conversion: _Conversion, place: int) -> fx.GraphModule:
+    """Return the network behind a layer, which each window runs alone."""
+    if conversion.obstacle:
+        return module_alone(conversion.classifier, conversion.whole, conversion.network[place])
+    own = {layer.node: DenseStride(layer.stride, ()) for layer in conversion.network}
+    return dense_module(conversion.traced, conversion.network[place:], own)
+
+
+def _split_index(network: Network, name: str) -> int:
     """Return the index of the layer that ends a module.
 
     Raises:
@@ -276,7 +297,7 @@ def _split_index(network: Sequence[Layer], name: str) -> int:
     by_path = [layer for layer in known if name in layer.names]
     matches = by_path or [layer for layer in known if name in {path.rpartition(".")[2] for path in layer.names}]
     if len(matches) == 1:
-        return network.index(matches[0])
+        return network.layers.index(matches[0])
     raise InputError(
         f"windows cannot share the network up to {name!r}",
         f"name one of {[layer.names[0] for layer in reversed(known)]}",
@@ -319,4 +340,6 @@ def _logits(dense: DenseClassifier, pixels: torch.Tensor) -> torch.Tensor:
     assert isinstance(dense.tail, Tail)
     assert dense.crops is not None
     crops = window_crops(dense.stem(pixels).numpy(), dense.crops)
-    return dense.tail.logits(torch.tensor(crops.reshape(-1, *crops.shape[3:])))
+    features = torch.tensor(crops.reshape(-1, *crops.shape[3:]))
+    # Another window beside them shows whether windows are apart in a part that need not be local.
+    return dense.tail.logits(torch.cat([features, features[:1].flip(1, 2)]))[:-1]

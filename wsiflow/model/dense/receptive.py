@@ -1,18 +1,19 @@
 """The layers of a window classifier with their receptive fields, strides, padding and multiplications.
 
-Input: a classifier. Output: the layers of its program in order, each with its map of one window. Only shapes are
-computed, on PyTorch's meta device, so no map is allocated.
+Input: a classifier. Output: the layers of its program in order, each with its map of one window, and the calls that are
+no layers because they need a window as a whole. Only shapes are computed, on PyTorch's meta device, so no map is
+allocated.
 
 Pairs are (rows, cols).
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import fx
+from torch.utils.flop_counter import FlopCounterMode
 
 from wsiflow.errors import InputError
 from wsiflow.model.classifier import Classifier
@@ -87,30 +88,80 @@ class Layer(NamedTuple):
         return self.macs * math.prod(self.side)
 
 
-def trace_layers(classifier: Classifier) -> tuple[fx.GraphModule, list[Layer]]:
-    """Return the program of a classifier and its layers, from the image to the logits.
+class Rest(NamedTuple):
+    """A call that cannot run over regions, or that depends on one.
+
+    Attributes:
+        node: The call in the program.
+        window_macs: Multiplications for one window.
+    """
+
+    node: fx.Node
+    window_macs: int
+
+
+class Network(NamedTuple):
+    """What a window's outputs are computed from.
+
+    Attributes:
+        program: The program of the network, which contains the weights.
+        layers: The calls that can run over regions, from the image on, in order.
+        rest: The other calls, in order; empty where the whole network can run over regions.
+        obstacle: Why `rest` cannot run over regions; None where it is empty.
+    """
+
+    program: fx.GraphModule
+    layers: list[Layer]
+    rest: list[Rest]
+    obstacle: InputError | None
+
+
+def read_network(classifier: Classifier) -> Network:
+    """Return the layers of a classifier, from the image on, and what cannot run over regions.
 
     Raises:
-        InputError: The network cannot run over whole regions; the message names the layer and the reason.
+        InputError: No part of the network can run over regions; the message has the reason.
     """
-    traced = _program(classifier)
-    for node in traced.graph.nodes:
-        with _named_errors(node):
-            layers.check(name_of(node))
-    values = _values(traced, classifier.window_px)
-    side = classifier.window_px
+    traced, side = _program(classifier), classifier.window_px
+    values = _values(traced, side)
+    span, image = Span(side, 0, 1 - side, 0, side), Map((BATCH, 3, side, side), layers.NCHW)
     known: dict[fx.Node, Layer] = {}
+    refused: dict[fx.Node, InputError | None] = {}  # with the reason, where that is not a call before it
     for node in traced.graph.nodes:
-        if node.op == "output":
-            return traced, _with_module_names(_needed_layers(known, node, classifier.outputs))
         if node.op == "placeholder":
-            span = Span(side, 0, 1 - side, 0, side)
-            image = Map((BATCH, 3, side, side), layers.NCHW)
             known[node] = Layer(node, (), Op("each"), (), 3, (span, span), 1, image)
+        elif node.op == "call_function" and any(other in refused for other in node.all_input_nodes):
+            refused[node] = None
         elif node.op == "call_function" and any(other in known for other in node.all_input_nodes):
-            with _named_errors(node):
+            try:
                 known[node] = _layer(node, values, known)
-    raise cannot_run_dense("the network returns nothing")
+            except InputError as error:
+                refused[node] = with_layer_name(node, error)
+    needed = _needed(_checked_result(traced, values, known, classifier.outputs))
+    order = [node for node in traced.graph.nodes if node in needed]
+    rest = [Rest(node, _window_macs(node, values)) for node in order if node in refused]
+    network = _with_module_names([known[node] for node in order if node in known], [each.node for each in rest])
+    obstacle = next((refused[each.node] for each in rest if refused[each.node] is not None), None)
+    return Network(traced, network, rest, _plainer(obstacle, rest) if obstacle else None)
+
+
+def _plainer(obstacle: InputError, rest: Sequence[Rest]) -> InputError:
+    """Return the reason with the name of the operation for which a network flattens its map, where it is known."""
+    if name_of(rest[0].node) in layers.RESHAPES:
+        for each in rest:
+            try:
+                layers.check(name_of(each.node))
+            except InputError as error:
+                return with_layer_name(each.node, error)
+    return obstacle
+
+
+def _window_macs(node: fx.Node, values: dict[fx.Node, Any]) -> int:
+    """Return the multiplications of a call for one window."""
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+    with FlopCounterMode(display=False) as counter:
+        node.target(*args, **kwargs)  # type: ignore[operator]
+    return int(counter.get_total_flops()) // (2 * BATCH)
 
 
 def _program(classifier: Classifier) -> fx.GraphModule:
@@ -172,15 +223,6 @@ def _item_layer(node: fx.Node, source: Layer, value: Any) -> Layer:
     return _layer_of_op(node, op, (source,), Call("getitem", {}, value))
 
 
-@contextmanager
-def _named_errors(node: fx.Node) -> Iterator[None]:
-    """Add the name of the layer to every `InputError` of the body."""
-    try:
-        yield
-    except InputError as error:
-        raise with_layer_name(node, error) from error
-
-
 def with_layer_name(node: fx.Node, error: InputError) -> InputError:
     """Return the error of a layer with the layer's name in its message."""
     path, kind = next(iter(reversed(node.meta.get("nn_module_stack", {}).values())), ("", ""))
@@ -192,7 +234,7 @@ def with_layer_name(node: fx.Node, error: InputError) -> InputError:
 def _check_inputs(op: Op, inputs: tuple[Layer, ...], call: Call) -> None:
     """Refuse maps that are not on the same grid."""
     if len({layer.side for layer in inputs}) > 1:
-        raise cannot_run_dense("it combines every place of a map with features of the whole map (squeeze-and-excite)")
+        raise cannot_run_dense(layers.OF_THE_WHOLE)
     if len({layer.spacing_px for layer in inputs}) > 1:
         raise cannot_run_dense("it joins maps of different strides")
     is_flattened = inputs[0].map.axes is None and inputs[0].side != (1, 1)
@@ -285,29 +327,52 @@ def _span_after_kernel(span: Span, spacing_px: int, side: int, reach: int, befor
     )
 
 
-def _needed_layers(known: dict[fx.Node, Layer], output: fx.Node, outputs: Outputs) -> list[Layer]:
-    """Return those layers in order on which the logits of a window depend."""
+def _checked_result(
+    traced: fx.GraphModule, values: dict[fx.Node, Any], known: dict[fx.Node, Layer], outputs: Outputs
+) -> fx.Node:
+    """Return the result of a program, which must be the outputs of a window."""
+    (output,) = traced.graph.find_nodes(op="output")
     (results,) = output.args
     result = results[0] if isinstance(results, list | tuple) and len(results) == 1 else results
-    if not isinstance(result, fx.Node) or result not in known:
+    if (
+        not isinstance(result, fx.Node)
+        or not isinstance(values[result], torch.Tensor)
+        or not _needed(result) & set(known)
+    ):
         raise cannot_run_dense("the model does not return the logits of a window")
-    if known[result].side != (1, 1) or not outputs.fits(known[result].channels):
+    if result in known:
+        side, channels = known[result].side, known[result].channels
+    else:
+        shape = values[result].shape
+        side, channels = (math.prod(shape[2:]), 1), shape[1] if len(shape) > 1 and shape[0] == BATCH else 0
+    if side != (1, 1) or not outputs.fits(channels):
         raise cannot_run_dense(
-            f"the model returns a map of {known[result].side} places instead of the outputs of {outputs.n_classes} "
-            "classes"
+            f"the model returns a map of {side} places instead of the outputs of {outputs.n_classes} classes"
         )
-    needed = {result}
-    for node in reversed(list(known)):
-        if node in needed:
-            needed.update(known[node].inputs)
-    return [layer for node, layer in known.items() if node in needed]
+    return result
 
 
-def _with_module_names(network: list[Layer]) -> list[Layer]:
-    """Return the layers, each with the names of the modules that end with it."""
-    stacks = [[path for path, _ in layer.node.meta.get("nn_module_stack", {}).values()] for layer in network]
-    ends = {path: place for place, stack in enumerate(stacks) for path in stack}
+def _needed(result: fx.Node) -> set[fx.Node]:
+    """Return the nodes on which a result depends, and itself."""
+    needed, found = {result}, [result]
+    while found:
+        new = [node for node in found.pop().all_input_nodes if node not in needed]
+        needed.update(new)
+        found += new
+    return needed
+
+
+def _with_module_names(network: list[Layer], rest: list[fx.Node]) -> list[Layer]:
+    """Return the layers, each with the names of the modules that end with it, where no later call is part of them."""
+    stacks = [_modules(layer.node) for layer in network]
+    unfinished = {path for node in rest for path in _modules(node)}
+    ends = {path: place for place, stack in enumerate(stacks) for path in stack if path not in unfinished}
     return [
-        layer._replace(names=tuple(path for path in stack if path and ends[path] == place))
+        layer._replace(names=tuple(path for path in stack if path and ends.get(path) == place))
         for place, (layer, stack) in enumerate(zip(network, stacks, strict=True))
     ]
+
+
+def _modules(node: fx.Node) -> list[str]:
+    """Return the paths of the modules that a call is part of, the outermost first."""
+    return [path for path, _ in node.meta.get("nn_module_stack", {}).values()]

@@ -31,6 +31,7 @@ _MEMORY_FACTOR = 2.4
 _FLAGS = ("amx", "asimd", "avx", "fma", "sve")  # they decide how fast a precision is
 _WIDEST_STEP_PX = 16  # context is a multiple of the map's spacing, which differs from stride to stride
 _MOST_SHARED = 0.99
+_LEAST_SAVED = 0.1  # of a window's multiplications; less does not pay for the windows' copies of the shared map
 _MOST_COLS = 12  # longer strips save hardly any halo, and a group should hold several strips
 _WINDOW_BYTES_PX = 200.0  # windows hold only pixels, and reading more at once gains nothing
 
@@ -56,7 +57,7 @@ def choose_engine(classifier: Classifier, config: RunConfig, *, threads: int) ->
     try:
         _prove(classifier, choice, threads=threads)
     except InputError as error:
-        if choice.engine == "window" or choice.share_until or choice.precision == "int8":
+        if choice.engine == "window" or config.dense.share_until or choice.precision == "int8":
             raise
         facts, reason = None, f"{_ONE_BY_ONE}: {error.cause}"
         alone = _plan_windows(classifier, config)
@@ -133,9 +134,30 @@ def _graph(classifier: Classifier, config: RunConfig) -> tuple[DenseFacts | None
         facts = scorer.describe(classifier, stride_px)
     except InputError as error:
         return None, f"{_ONE_BY_ONE}: {error.cause}"
+    if facts.obstacle:
+        return _partly(facts, config)
     if facts.window_macs / stride_px**2 <= facts.dense_macs_px:
         return None, f"{_ONE_BY_ONE}: at stride {stride_px} they share too little"
     return facts, f"blocks are run whole, a score every {facts.grid_px} px"
+
+
+def _partly(facts: DenseFacts, config: RunConfig) -> tuple[DenseFacts | None, str]:
+    """Return the facts of a network of which windows can share only a part, where that saves enough, and the reason."""
+    stride_px, deepest, asked = config.inference.stride, facts.cuts[0], bool(config.dense.share_until)
+    saved = 1 - facts.dense_macs_px * stride_px**2 / facts.window_macs
+    if asked:
+        return facts, f"windows share the network up to a layer, as asked; {facts.obstacle}"
+    if config.inference.precision == "int8":
+        return None, f"{_ONE_BY_ONE}: int8 is not supported where they share only a part, and {facts.obstacle}"
+    if saved < _LEAST_SAVED:
+        return None, (
+            f"{_ONE_BY_ONE}: sharing the network up to {deepest.name} would save {max(saved, 0):.0%} of their "
+            f"multiplications at stride {stride_px}, and {facts.obstacle}"
+        )
+    return facts, (
+        f"windows share the network up to {deepest.name}, {deepest.share:.0%} of their multiplications, which saves "
+        f"{saved:.0%} at stride {stride_px}; {facts.obstacle}"
+    )
 
 
 def _plan_windows(classifier: Classifier, config: RunConfig) -> Choice:
@@ -230,6 +252,8 @@ def _cut(config: RunConfig, facts: DenseFacts | None) -> str:
         InputError: The configuration names a layer that the network cannot be cut after.
     """
     layer = config.dense.share_until
+    if facts is not None and facts.obstacle and not layer:
+        return facts.cuts[0].name
     if facts is None or not layer:
         return ""
     known = _cuts(facts)
@@ -245,7 +269,7 @@ def _cut(config: RunConfig, facts: DenseFacts | None) -> str:
 
 def _cuts(facts: DenseFacts | None) -> list[str]:
     """Return the layers up to which sharing differs noticeably from sharing the whole network, the last layer first."""
-    return [cut.name for cut in facts.cuts if cut.share < _MOST_SHARED] if facts else []
+    return [cut.name for cut in facts.cuts if cut.share < _MOST_SHARED or facts.obstacle] if facts else []
 
 
 def _backends(classifier: Classifier, config: RunConfig) -> list[str]:
