@@ -14,8 +14,9 @@ from wsiflow import model
 from wsiflow.errors import InputError
 from wsiflow.model.architectures.googlenet import GoogLeNet
 from wsiflow.model.classifier import Classifier
-from wsiflow.model.dense import layers
+from wsiflow.model.dense import layers, operations
 from wsiflow.model.dense.network import DenseClassifier, densify, describe, window_crops
+from wsiflow.model.dense.operations import Pair
 from wsiflow.model.dense.receptive import read_network
 from wsiflow.model.engines.openvino import core as silent_core  # imported plainly, it would report its usage
 from wsiflow.model.outputs import Outputs
@@ -800,6 +801,154 @@ def test_a_rest_whose_scores_depend_on_other_windows_is_refused(call: Callable[[
     network = classifier(nn.Sequential(nn.Conv2d(3, 3, 3), Call(call)), 32)
     with pytest.raises(InputError, match="other scores than over its windows"):
         densify(network, 8, share_until="0")
+
+
+def around(x: torch.Tensor, side: int) -> torch.Tensor:
+    """Return the means over squares around every place, without what is not there; an even square has more behind."""
+    before, behind = (side - 1) // 2, side // 2 + 1
+    rows = [x[:, :, max(0, i - before) : i + behind] for i in range(x.shape[2])]
+    return torch.stack(
+        [
+            torch.stack([row[..., max(0, j - before) : j + behind].mean((2, 3)) for j in range(x.shape[3])], 2)
+            for row in rows
+        ],
+        2,
+    )
+
+
+class Gates(nn.Module):
+    """Squeeze-and-excitation on a map of 10 x 10, and split attention on one of 7 x 7; total stride 4, window 40."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.gate_1 = nn.Conv2d(3, 8, 4, 4), nn.Conv2d(8, 8, 1)
+        self.mid, self.parts, self.gate_2 = nn.Conv2d(8, 8, 4), nn.Conv2d(8, 8, 1, groups=2), nn.Conv2d(4, 8, 1)
+        self.last, self.classify = nn.Conv2d(4, 8, 2), nn.Linear(8, 2)
+
+    def first(self, x: torch.Tensor, pool: Callable[[torch.Tensor, int], torch.Tensor]) -> torch.Tensor:
+        x = self.stem(x)
+        return functional.relu(self.mid(x * torch.sigmoid(self.gate_1(pool(x, 10)))))
+
+    def second(self, x: torch.Tensor, pool: Callable[[torch.Tensor, int], torch.Tensor]) -> torch.Tensor:
+        parts = self.parts(x).unflatten(1, (2, 4))
+        weights = self.gate_2(pool(parts.sum(1), 7)).unflatten(1, (2, 4)).softmax(1)
+        return functional.relu(self.last((parts * weights).sum(1)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.classify(self.second(self.first(x, over_window), over_window).mean((2, 3)))
+
+
+def over_window(x: torch.Tensor, _side: int) -> torch.Tensor:
+    return functional.adaptive_avg_pool2d(x, 1)
+
+
+@pytest.fixture
+def gates() -> Classifier:
+    return classifier(trained(Gates(), 40), 40)
+
+
+def test_means_around_every_place_are_those_of_a_plain_network(gates: Classifier) -> None:
+    """With local=True windows share all layers; the map is that of the network with sliding means, built by hand."""
+    module = gates.module
+    assert isinstance(module, Gates)
+    assert "squeeze-and-excite" in describe(gates, 4).obstacle
+    facts = describe(gates, 4, local=True)
+    assert (facts.obstacle, facts.padded, facts.local) == ("", True, True)
+    pixels = texture(1, 68, 92)
+    features = module.second(module.first(pixels, around), around)
+    pooled = functional.avg_pool2d(features, 6, 1)[0].permute(1, 2, 0)
+    expected = module.classify(pooled).softmax(2)[..., 1]
+    assert float(expected.std()) > 0.01
+    torch.testing.assert_close(scores_of(densify(gates, 4, local=True), pixels)[0], expected, atol=1e-5, rtol=0)
+    assert float((expected - windows_scores(gates, pixels, 4)).abs().max()) > 1e-3, "they are not those of windows"
+
+
+def test_maxima_around_every_place_are_those_of_a_plain_network() -> None:
+    """A maximum over the window is treated like a mean."""
+    network = classifier(trained(Call(lambda x: x - x.amax((2, 3), keepdim=True)), 20), 20)
+    module, pixels = network.module, texture(1, 30, 33)
+    assert isinstance(module, Call)
+    features = module.conv(pixels)
+    highest = functional.max_pool2d(functional.pad(features, (8, 9, 8, 9), value=-torch.inf), 18, 1)
+    logits = functional.avg_pool2d(features - highest, 18, 1)
+    torch.testing.assert_close(scores_of(densify(network, 1, local=True), pixels), logits.softmax(1)[:, 1])
+
+
+def test_a_part_with_means_around_every_place_is_shared(gates: Classifier) -> None:
+    """Up to a layer means are taken around every place, behind it over each window."""
+    module = gates.module
+    assert isinstance(module, Gates)
+    pixels = texture(1, 52, 48)
+    dense = densify(gates, 4, share_until="parts", local=True)
+    crops = module.first(pixels, around)[0].unfold(1, 7, 1).unfold(2, 7, 1).permute(1, 2, 0, 3, 4)
+    expected = [module.classify(module.second(row, over_window).mean((2, 3))).softmax(1)[:, 1] for row in crops]
+    torch.testing.assert_close(shared_scores(dense, pixels), torch.stack(expected), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("build", [Gates, lambda: Gated(linear=True)], ids=["convolutions", "linear"])
+def test_means_around_every_place_hold_in_phases(build: Callable[[], nn.Module]) -> None:
+    """Away from the region's border, finer maps equal those of shifted regions; multiplications are as counted."""
+    network = classifier(trained(build(), 40), 40)
+    fine, coarse = densify(network, 2, local=True), densify(network, 4, local=True)
+    before, after = (4 * -(-px // 4) for px in coarse.facts.overhang_px)
+    pixels = texture(1, 40 + before + after + 16, 40 + before + after + 20)
+    found = scores_of(fine, pixels)[0]
+    for y, x in [(0, 0), (0, 2), (2, 2)]:
+        shifted = scores_of(coarse, pixels[:, :, y:, x:])[0]
+        rows, cols = (slice(before // 4, length - after // 4) for length in shifted.shape)
+        assert shifted[rows, cols].numel() >= 12
+        same = found[y // 2 :: 2, x // 2 :: 2]
+        torch.testing.assert_close(same[rows, cols], shifted[rows, cols], atol=1e-5, rtol=0)
+    counts = []
+    for steps in range(3):
+        with FlopCounterMode(display=False) as counter:
+            scores_of(fine, torch.zeros(1, 3, *[40 + 48 * steps] * 2))
+        counts.append(counter.get_total_flops() / 2)
+    assert (counts[2] - 2 * counts[1] + counts[0]) / 2 == pytest.approx(fine.facts.dense_macs_px * 48**2)
+    with FlopCounterMode(display=False) as counter:
+        network.module(torch.zeros(1, 3, 40, 40))
+    assert fine.facts.window_macs == counter.get_total_flops() / 2
+
+
+def test_means_around_every_place_that_count_the_border_are_refused(
+    gates: Classifier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that reach over the whole window from each of its places are its means, or else the check fails."""
+
+    def with_border(x: torch.Tensor, kernel: Pair, stride: int, before: Pair, behind: Pair) -> torch.Tensor:
+        return functional.avg_pool2d(operations.fitted(x, before, behind, 0.0), kernel, stride)
+
+    monkeypatch.setattr(operations, "mean_inside", with_border)
+    with pytest.raises(InputError, match="other scores than over its windows"):
+        densify(gates, 4, local=True)
+
+
+class BothWays(nn.Module):
+    """A mean that is both a gate and a part of the outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.classify = nn.Conv2d(3, 2, 3), nn.Conv2d(2, 2, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.conv(x)
+        pooled = x.mean((2, 3), keepdim=True)
+        return (self.classify(x * pooled).mean((2, 3), keepdim=True) + pooled).flatten(1)
+
+
+@pytest.mark.parametrize(
+    ("build", "reason"),
+    [
+        (BothWays, "is an output too"),
+        (lambda: Call(lambda x: x[:, :, :, 3:4] + x), "squeeze-and-excite"),
+        (lambda: nn.Sequential(nn.Conv2d(3, 3, 3), Attention()), "attention"),
+    ],
+    ids=["both ways", "one column", "attention"],
+)
+def test_what_is_no_mean_over_the_window_stays_refused(build: Callable[[], nn.Module], reason: str) -> None:
+    """Neither can a mean be taken around every place and over the window at once."""
+    with pytest.raises(InputError, match=reason):
+        densify(classifier(build(), 34), 8, local=True)
 
 
 def test_resized_windows_are_refused() -> None:

@@ -214,7 +214,13 @@ def test_windows_share_a_part_where_the_whole_cannot_run_over_blocks() -> None:
     little = chosen(512)
     assert little["choice"]["engine"] == "window"
     assert re.search(r"up to stem would save \d% of their multiplications .* layer mul", little["told"])
+    assert "With dense.local=true windows would share all layers" in little["told"]
     assert chosen(512, "dense.share_until=stem")["choice"]["share_until"] == "stem"
+    local = chosen(512, "dense.local=true")
+    choice = local["choice"]
+    assert (choice["engine"], choice["share_until"], choice["exact"], choice["local"]) == ("dense", "", False, True)
+    assert "means over a window are taken around every place" in local["told"]
+    assert "local" not in partly["choice"], "records of other runs stay as they were"
 
 
 @pytest.fixture(scope="module")

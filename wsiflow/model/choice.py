@@ -26,6 +26,7 @@ class Choice(NamedTuple):
         block_rows, block_cols: Maximum number of tile rows and columns of a block.
         refine: Minimum coarse score with which all windows of a tile are run; 0 if they always are.
         refine_from_px: Distance between the coarse windows, reading pixels; 0 without refinement.
+        local: Whether means over the window are taken around every place of a dense map.
     """
 
     engine: Literal["dense", "window"]
@@ -41,12 +42,17 @@ class Choice(NamedTuple):
     block_cols: int
     refine: float = 0.0
     refine_from_px: int = 0
+    local: bool = False
+
+    def values(self) -> dict[str, Any]:
+        """Return the properties by name, as files have them: without those that earlier files lack and few runs use."""
+        return {key: value for key, value in self._asdict().items() if key != "local" or value}
 
     def score_settings(self) -> dict[str, Any]:
         """Return the properties by name that can change a score and are not part of a slide's frame."""
         batch = self.batch if self.engine == "window" or self.share_until else 0
         frame = {"halo_px", "block_rows", "block_cols"}
-        return {key: value for key, value in self._replace(batch=batch)._asdict().items() if key not in frame}
+        return {key: value for key, value in self._replace(batch=batch).values().items() if key not in frame}
 
 
 def reason_scores_differ(fine: Choice, coarse: Choice) -> str:
@@ -60,7 +66,7 @@ def reason_scores_differ(fine: Choice, coarse: Choice) -> str:
         fine: Choice of the run with the finer stride.
         coarse: Choice of the run with the coarser stride.
     """
-    names = ("engine", "backend", "precision", "share_until")
+    names = ("engine", "backend", "precision", "share_until", "local")
     differing = [name for name in names if getattr(fine, name) != getattr(coarse, name)]
     if differing:
         return f"they were computed with another {', '.join(differing)}"
@@ -120,6 +126,12 @@ class DenseParams(BaseModel, frozen=True, extra="forbid"):
     share_until: str = Field(
         description="Layer up to which windows share their features; after it each window runs alone. Empty: they "
         "share all layers."
+    )
+    local: bool = Field(
+        default=False,
+        description="Whether the means over a window that a network combines with every place of its map "
+        "(squeeze-and-excitation) are taken around each place instead, so that windows can share all layers. Scores "
+        "then differ from those of single windows, and certificates say by how much.",
     )
     windows: int = Field(
         ge=0,

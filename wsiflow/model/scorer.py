@@ -236,7 +236,13 @@ def make_scorer(
     if not choice.share_until:
         engine = prepared(_dense_network(classifier, choice))
         return DenseScorer(lambda pixels, timed: _timed_run(engine, pixels[None], timed)[0], choice)
-    dense = densify(classifier, choice.stride_px, context_px=choice.context_px, share_until=choice.share_until)
+    dense = densify(
+        classifier,
+        choice.stride_px,
+        context_px=choice.context_px,
+        share_until=choice.share_until,
+        local=choice.local,
+    )
     if choice.precision == "int8" or dense.stem is None or dense.tail is None or dense.crops is None:
         cause = "int8 is not supported for a network of which windows share only a part"
         raise InputError(cause, "set inference.precision=fp32 or bf16, or dense.share_until=''")
@@ -298,7 +304,7 @@ def _window_network(classifier: Classifier, choice: Choice) -> Network:
 
 def _dense_network(classifier: Classifier, choice: Choice) -> Network:
     def whole() -> nn.Module:
-        module = densify(classifier, choice.stride_px, context_px=choice.context_px).module
+        module = densify(classifier, choice.stride_px, context_px=choice.context_px, local=choice.local).module
         if module is None:
             raise WsiflowError("a network that is not split has no module", "please report this", stage="predict")
         return module
@@ -313,7 +319,7 @@ def _pixel_network(classifier: Classifier, body: Callable[[], nn.Module], choice
     return Network(lambda: scores_from_pixels(classifier, body()), _key(classifier, choice, part), example, fixed=False)
 
 
-def describe(classifier: Classifier, stride: int) -> DenseFacts:
+def describe(classifier: Classifier, stride: int, *, local: bool = False) -> DenseFacts:
     """Return the properties of a classifier that is run over regions.
 
     See `wsiflow.model.dense.network.describe`, which takes seconds; its result is cached like converted graphs.
@@ -322,9 +328,12 @@ def describe(classifier: Classifier, stride: int) -> DenseFacts:
         InputError: The network cannot run over whole regions.
     """
     versions = {"torch": importlib.metadata.version("torch")}
-    key = key_of(facts=_identity(classifier), stride=stride, code=code_sha256(), versions=versions)
-    text = cached(cache_folder(), key, lambda: json.dumps(network.describe(classifier, stride)._asdict()).encode())
-    facts: dict[str, Any] = json.loads(text)
+    key = key_of(facts=_identity(classifier), stride=stride, local=local, code=code_sha256(), versions=versions)
+
+    def described() -> bytes:
+        return json.dumps(network.describe(classifier, stride, local=local)._asdict()).encode()
+
+    facts: dict[str, Any] = json.loads(cached(cache_folder(), key, described))
     facts |= {"overhang_px": tuple(facts["overhang_px"]), "cuts": tuple(SplitPoint(*cut) for cut in facts["cuts"])}
     return DenseFacts(**facts)
 
@@ -336,7 +345,8 @@ def _identity(classifier: Classifier) -> str:
 
 def _key(classifier: Classifier, choice: Choice, part: str) -> str:
     """Return a text that identifies a converted network: the network, its part, and the settings of the conversion."""
-    return f"{_identity(classifier)} {part} {choice.stride_px} {choice.context_px} {choice.share_until}"
+    local = " local" if choice.local else ""
+    return f"{_identity(classifier)} {part} {choice.stride_px} {choice.context_px} {choice.share_until}{local}"
 
 
 def _timed_run(engine: Engine, inputs: NDArray[Any], timed: Timer) -> NDArray[np.float32]:

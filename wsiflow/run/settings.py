@@ -153,7 +153,7 @@ class PlanSettings(BaseModel, frozen=True):
         return {
             "store": self.store.model_dump(mode="json"),
             "model": self.model.model_dump(mode="json"),
-            "choice": self.choice._asdict(),
+            "choice": self.choice.values(),
             "cuts": list(self.shared_layers),
             "tolerance": self.tolerance,
             "beyond": FORMER_EXCESS[self.on_excess],

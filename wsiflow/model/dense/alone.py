@@ -39,8 +39,7 @@ def module_alone(classifier: Classifier, network: Network, shared: Layer) -> fx.
     needed = {layer.node for layer in network.layers} | {call.node for call in network.rest}
     for node, twin in zip(network.program.graph.nodes, other.graph.nodes, strict=True):
         if node in needed and any(each in part.done for each in node.all_input_nodes):
-            part.done[node] = part.copied(node, twin)
-    outputs = part.done[network.rest[-1].node]
+            outputs = part.done[node] = part.copied(node, twin)  # the last one needed is the result
     part.graph.output(part.graph.call_method("reshape", (outputs, (part.windows, -1, 1, 1))))
     part.graph.eliminate_dead_code()
     return fx.GraphModule(network.program, part.graph)

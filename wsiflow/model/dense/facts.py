@@ -55,6 +55,7 @@ class DenseFacts(NamedTuple):
         activation_bytes_px: Peak memory of float32 activations per pixel of a large region, bytes.
         cuts: Layers up to which windows can share the network, the deepest first.
         obstacle: The first layer that cannot run over regions, and the reason; empty where the whole network can.
+        local: Whether means over the window are taken around every place.
     """
 
     grid_px: int
@@ -67,6 +68,7 @@ class DenseFacts(NamedTuple):
     activation_bytes_px: float
     cuts: tuple[SplitPoint, ...]
     obstacle: str = ""
+    local: bool = False
 
 
 def dense_facts(network: Network, stride: int) -> DenseFacts:
@@ -99,6 +101,7 @@ def dense_facts(network: Network, stride: int) -> DenseFacts:
         # Of several layers with the same share, the last one is used, because its map is the smallest.
         tuple({share: SplitPoint(layer.names[0], share) for layer, share in points}.values())[::-1],
         network.obstacle.cause if network.obstacle else "",
+        any(layer.map.everywhere for layer in layers),
     )
 
 
@@ -153,7 +156,8 @@ def split_points(network: Network) -> Iterator[tuple[Layer, float]]:
     total, done, live = total_macs(network), 0, 0
     for place, layer in enumerate(network.layers):
         done += layer.window_macs
-        if live <= place and layer.names and min(layer.side) > 1 and 0 < done < total and layer.op.kind != "flat":
+        is_map = min(layer.side) > 1 and layer.op.kind != "flat" and not layer.map.everywhere
+        if live <= place and layer.names and is_map and 0 < done < total:
             yield layer, done / total
         live = max(live, last_use[layer.node])
 

@@ -27,15 +27,23 @@ class Map(NamedTuple):
     Attributes:
         shape: Lengths of its axes.
         axes: Which of them are rows and columns; None for a vector of features.
+        everywhere: Whether it is one place, of which a region has one around every place of a map: it comes from a
+            mean over the window that is taken around every place.
     """
 
     shape: tuple[int, ...]
     axes: Pair | None
+    everywhere: bool = False
 
     @property
     def side(self) -> Pair:
         """Number of rows and columns; (1, 1) for a vector."""
         return (1, 1) if self.axes is None else (self.shape[self.axes[0]], self.shape[self.axes[1]])
+
+    def repeats(self, other: "Map") -> bool:
+        """Tell whether it has the features of another map, which may have another number of rows and columns."""
+        lengths = ([n for axis, n in enumerate(each.shape) if axis not in (each.axes or ())] for each in (self, other))
+        return self.axes == other.axes and next(lengths) == next(lengths)
 
     def axis(self, dim: int) -> int:
         """Return the index of an axis that may be counted from the end; refuse the batch axis."""
@@ -374,7 +382,7 @@ def _permute(call: Call) -> Op:
 def _expand(call: Call) -> Op:
     """Return the repetition of features, which must not be that of a window's features at every place of a map."""
     given, shape = call.map, tuple(call.out.shape)
-    if shape == given.shape:
+    if shape == given.shape or (given.everywhere and given.axes and Map(shape, given.axes).repeats(given)):
         return Op("flat", given.axes)
     raise cannot_run_dense(OF_THE_WHOLE if given.side == (1, 1) else "it repeats a map")
 

@@ -93,20 +93,23 @@ class DenseClassifier:
     crops: Crops | None = None
 
 
-def describe(classifier: Classifier, stride: int) -> DenseFacts:
+def describe(classifier: Classifier, stride: int, *, local: bool = False) -> DenseFacts:
     """Return the properties of a classifier that is run over regions; only shapes are computed.
 
     Args:
         classifier: The classifier.
         stride: Required distance between scores, px.
+        local: Whether means over the window are taken around every place, see `densify`.
 
     Raises:
         InputError: Not even a part of the classifier can run over regions; the message names the layer and the reason.
     """
-    return dense_facts(read_network(classifier), stride)
+    return dense_facts(read_network(classifier, local=local), stride)
 
 
-def densify(classifier: Classifier, stride: int, *, context_px: int = 0, share_until: str = "") -> DenseClassifier:
+def densify(
+    classifier: Classifier, stride: int, *, context_px: int = 0, share_until: str = "", local: bool = False
+) -> DenseClassifier:
     """Return a classifier as a network over whole regions, which shares the classifier's weights.
 
     Args:
@@ -116,12 +119,16 @@ def densify(classifier: Classifier, stride: int, *, context_px: int = 0, share_u
             ``facts.align_px``.
         share_until: Path, or last part of the path, of the module up to which windows share the network. After it each
             window runs alone, with its own padding. If empty, the whole network is shared.
+        local: Whether a mean over the window that is combined with every place of a map, as in squeeze-and-excitation,
+            is taken over an extent of the same size around each of these places instead. Scores then differ from those
+            of windows by more than padding does.
 
     Raises:
         InputError: The classifier cannot run over whole regions, its dense scores differ from its window scores, or
             there is no such module.
     """
-    conversion = _Conversion(classifier, read_network(classifier), stride)
+    network = read_network(classifier, local=local)
+    conversion = _Conversion(classifier, network, stride)
     if conversion.obstacle and not share_until:
         raise conversion.obstacle
     if context_px % conversion.facts.align_px:
@@ -130,7 +137,9 @@ def densify(classifier: Classifier, stride: int, *, context_px: int = 0, share_u
             f"set dense.halo to a multiple of {conversion.facts.align_px}",
         )
     build = _shared if share_until else _whole
-    _check(classifier, build(conversion, 0, share_until))
+    # Means around every place that reach over the whole window from each of them are those of the window.
+    checked = _Conversion(classifier, _with_wide_means(network), stride) if conversion.facts.local else conversion
+    _check(classifier, build(checked, 0, share_until))
     return build(conversion, context_px, share_until)
 
 
@@ -279,9 +288,22 @@ def _shared(conversion: _Conversion, context_px: int, share_until: str) -> Dense
     )
 
 
+def _with_wide_means(network: Network) -> Network:
+    """Return a network whose means around every place reach over all places of a window from each of its places."""
+    wide = []
+    for layer in network.layers:
+        if layer.map.everywhere and layer.op.kind in {"mean", "max"} and layer.op.kernel != (1, 1):
+            rows, cols = layer.side
+            op = layer.op._replace(kernel=(2 * rows - 1, 2 * cols - 1), before=(rows - 1, cols - 1))
+            wide.append(layer._replace(op=op, behind=op.before))
+        else:
+            wide.append(layer)
+    return network._replace(layers=wide)
+
+
 def _behind(conversion: _Conversion, place: int) -> fx.GraphModule:
     """Return the network behind a layer, which each window runs alone."""
-    if conversion.obstacle:
+    if conversion.obstacle or conversion.facts.local:
         return module_alone(conversion.classifier, conversion.whole, conversion.network[place])
     own = {layer.node: DenseStride(layer.stride, ()) for layer in conversion.network}
     return dense_module(conversion.traced, conversion.network[place:], own)

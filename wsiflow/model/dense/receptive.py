@@ -85,7 +85,7 @@ class Layer(NamedTuple):
     @property
     def window_macs(self) -> int:
         """Multiplications of this layer for one window."""
-        return self.macs * math.prod(self.side)
+        return self.macs * (1 if self.map.everywhere else math.prod(self.side))
 
 
 class Rest(NamedTuple):
@@ -116,17 +116,58 @@ class Network(NamedTuple):
     obstacle: InputError | None
 
 
-def read_network(classifier: Classifier) -> Network:
+def read_network(classifier: Classifier, *, local: bool = False) -> Network:
     """Return the layers of a classifier, from the image on, and what cannot run over regions.
+
+    Args:
+        classifier: The classifier.
+        local: Whether a mean or a maximum over the window that is combined with every place of a map is taken around
+            each of these places instead. This changes scores.
 
     Raises:
         InputError: No part of the network can run over regions; the message has the reason.
     """
-    traced, side = _program(classifier), classifier.window_px
-    values = _values(traced, side)
+    traced = _program(classifier)
+    values = _values(traced, classifier.window_px)
+    known, refused = _read_calls(traced, values, classifier.window_px, local=local)
+    needed = _needed(_checked_result(traced, values, known, classifier.outputs))
+    order = [node for node in traced.graph.nodes if node in needed]
+    rest = [Rest(node, _window_macs(node, values)) for node in order if node in refused]
+    network = _with_module_names([known[node] for node in order if node in known], [each.node for each in rest])
+    obstacle = next((refused[each.node] for each in rest if refused[each.node] is not None), None)
+    return Network(traced, network, rest, _plainer(obstacle, rest) if obstacle else None)
+
+
+_Refused = dict[fx.Node, InputError | None]  # with the reason, where that is not a call before it
+
+
+def _read_calls(
+    traced: fx.GraphModule, values: dict[fx.Node, Any], side: int, *, local: bool
+) -> tuple[dict[fx.Node, Layer], _Refused]:
+    """Return the calls that can run over regions, and those that cannot."""
+    around: set[fx.Node] = set()
+    while True:
+        known, refused, more = _read_calls_once(traced, values, side, around)
+        if not local or more <= around:
+            return known, refused
+        around |= more
+
+
+def _read_calls_once(
+    traced: fx.GraphModule, values: dict[fx.Node, Any], side: int, around: set[fx.Node]
+) -> tuple[dict[fx.Node, Layer], _Refused, set[fx.Node]]:
+    """Return the calls that can run over regions, those that cannot, and the poolings that prevent the first of these.
+
+    Args:
+        traced: The program of the network.
+        values: The result of each call for windows.
+        side: Side of a window, px.
+        around: The poolings that are taken around every place.
+    """
     span, image = Span(side, 0, 1 - side, 0, side), Map((BATCH, 3, side, side), layers.NCHW)
     known: dict[fx.Node, Layer] = {}
-    refused: dict[fx.Node, InputError | None] = {}  # with the reason, where that is not a call before it
+    refused: _Refused = {}
+    poolings: set[fx.Node] = set()
     for node in traced.graph.nodes:
         if node.op == "placeholder":
             known[node] = Layer(node, (), Op("each"), (), 3, (span, span), 1, image)
@@ -134,15 +175,27 @@ def read_network(classifier: Classifier) -> Network:
             refused[node] = None
         elif node.op == "call_function" and any(other in known for other in node.all_input_nodes):
             try:
-                known[node] = _layer(node, values, known)
+                known[node] = _layer(node, values, known, is_around=node in around)
             except InputError as error:
                 refused[node] = with_layer_name(node, error)
-    needed = _needed(_checked_result(traced, values, known, classifier.outputs))
-    order = [node for node in traced.graph.nodes if node in needed]
-    rest = [Rest(node, _window_macs(node, values)) for node in order if node in refused]
-    network = _with_module_names([known[node] for node in order if node in known], [each.node for each in rest])
-    obstacle = next((refused[each.node] for each in rest if refused[each.node] is not None), None)
-    return Network(traced, network, rest, _plainer(obstacle, rest) if obstacle else None)
+                if error.cause == layers.OF_THE_WHOLE:
+                    poolings |= _poolings_before(node, known)
+    return known, refused, poolings
+
+
+def _poolings_before(node: fx.Node, known: dict[fx.Node, Layer]) -> set[fx.Node]:
+    """Return the poolings over the window that a call's inputs with a single place come from; none if not all do."""
+    found: set[fx.Node] = set()
+    waiting = [other for other in node.all_input_nodes if other in known and known[other].side == (1, 1)]
+    while waiting:
+        layer = known[waiting.pop()]
+        if all(known[other].side == (1, 1) for other in layer.inputs):
+            waiting += layer.inputs
+        elif layer.op.kind in {"mean", "max"}:
+            found.add(layer.node)
+        else:
+            return set()
+    return found
 
 
 def _plainer(obstacle: InputError, rest: Sequence[Rest]) -> InputError:
@@ -200,8 +253,15 @@ def _values(traced: fx.GraphModule, side: int) -> dict[fx.Node, Any]:
     return shapes.values
 
 
-def _layer(node: fx.Node, values: dict[fx.Node, Any], known: dict[fx.Node, Layer]) -> Layer:
-    """Return the layer of a call, given the results of all calls and the layers before it."""
+def _layer(node: fx.Node, values: dict[fx.Node, Any], known: dict[fx.Node, Layer], *, is_around: bool) -> Layer:
+    """Return the layer of a call, given the results of all calls and the layers before it.
+
+    Args:
+        node: The call.
+        values: The result of each call for windows.
+        known: The layers before it.
+        is_around: Whether it is a pooling over the window that is taken around every place.
+    """
     inputs = tuple(known[other] for other in node.all_input_nodes if other in known)
 
     def given(other: fx.Node) -> Any:
@@ -212,7 +272,11 @@ def _layer(node: fx.Node, values: dict[fx.Node, Any], known: dict[fx.Node, Layer
     call = Call(name_of(node), fx.node.map_arg(arguments(node), given), values[node])
     op = layers.read(call)
     _check_inputs(op, inputs, call)
-    return _layer_of_op(node, op, inputs, call)
+    if is_around:
+        # Places beyond the border of a region are left out, as a window knows none beyond its own.
+        before = tuple((length - 1) // 2 for length in op.kernel)
+        op = op._replace(before=(before[0], before[1]), counted=False)
+    return _layer_of_op(node, op, inputs, call, is_around=is_around)
 
 
 def _item_layer(node: fx.Node, source: Layer, value: Any) -> Layer:
@@ -237,27 +301,36 @@ def _check_inputs(op: Op, inputs: tuple[Layer, ...], call: Call) -> None:
         raise cannot_run_dense(layers.OF_THE_WHOLE)
     if len({layer.spacing_px for layer in inputs}) > 1:
         raise cannot_run_dense("it joins maps of different strides")
-    is_flattened = inputs[0].map.axes is None and inputs[0].side != (1, 1)
+    is_flattened = _is_flattened(inputs[0])
     has_weights = any(isinstance(value, torch.Tensor) for value in call.args.values())
     is_plain = op.kind in {"each", "flat"} and not op.given and not op.steps and not has_weights
     if is_flattened and op.kind != "linear" and not is_plain:
         raise cannot_run_dense("it works on a flattened map")
 
 
-def _layer_of_op(node: fx.Node, op: Op, inputs: tuple[Layer, ...], call: Call) -> Layer:
+def _is_flattened(layer: Layer) -> bool:
+    """Tell whether a layer's map is a flattened one of several places."""
+    return layer.map.axes is None and layer.side != (1, 1) and not layer.map.everywhere
+
+
+def _layer_of_op(node: fx.Node, op: Op, inputs: tuple[Layer, ...], call: Call, *, is_around: bool = False) -> Layer:
     """Return the layer of an operation on its input maps."""
     source, out = inputs[0], layers.first(call.out)
     spans = tuple(_union([layer.spans[axis] for layer in inputs]) for axis in (0, 1))
     maps, result = tuple(layer.node for layer in inputs), Map(tuple(out.shape), op.axes)
+    is_everywhere = all(layer.map.everywhere for layer in inputs) and result.side == (1, 1)
+    result = result._replace(everywhere=is_around or is_everywhere)
     if op.kind in {"each", "join", "flat"}:
         channels = source.channels if op.kind == "flat" else _channels(call.out, result, source)
         place, macs = (spans[0], spans[1]), _macs(call, op)
         several = isinstance(call.out, list | tuple)
         return Layer(node, (), op, maps, channels, place, source.spacing_px, result, macs=macs, is_tuple=several)
     if op.kind == "linear":
-        op = op._replace(kernel=source.side)
-    side = result.side
-    strides = {s for s, elements in zip(op.stride, side, strict=True) if elements > 1} or {1}
+        op = op._replace(kernel=source.map.side if source.map.everywhere else source.side)
+    if source.map.everywhere and (op.kernel != (1, 1) or any(op.before)):
+        raise cannot_run_dense("its kernel reaches beyond the single place of its input")
+    side = source.side if result.everywhere else result.side
+    strides = {s for s, elements in zip(op.stride, result.side, strict=True) if elements > 1} or {1}
     if len(strides) > 1:
         raise cannot_run_dense(f"its stride is {op.stride[0]} along rows and {op.stride[1]} along columns")
     (stride,) = strides
@@ -288,7 +361,7 @@ def _layer_of_op(node: fx.Node, op: Op, inputs: tuple[Layer, ...], call: Call) -
 
 def _channels(out: Any, result: Map, source: Layer) -> int:
     """Return the number of features at each place of one or several results; that of a flattened map is unchanged."""
-    if result.axes is None and source.side != (1, 1):
+    if result.axes is None and _is_flattened(source):
         return source.channels
     parts: Sequence[torch.Tensor] = out if isinstance(out, list | tuple) else [out]
     return sum(part.numel() for part in parts) // (BATCH * math.prod(result.side))
@@ -340,6 +413,8 @@ def _checked_result(
         or not _needed(result) & set(known)
     ):
         raise cannot_run_dense("the model does not return the logits of a window")
+    if result in known and known[result].map.everywhere:
+        raise cannot_run_dense("a mean over the window is combined with every place, and is an output too")
     if result in known:
         side, channels = known[result].side, known[result].channels
     else:

@@ -27,7 +27,9 @@ def choice_key(config: RunConfig) -> str:
     another kind of machine.
     """
     settings = {name: getattr(config, name).model_dump() for name in ("inference", "tiles", "geometry")}
-    settings["dense"] = config.dense.model_dump(exclude={"windows", "tolerance", "on_excess"})
+    unrelated = {"windows", "tolerance", "on_excess"}
+    # Keys of runs that do not use it stay those of earlier versions, which did not have it.
+    settings["dense"] = config.dense.model_dump(exclude=unrelated if config.dense.local else {*unrelated, "local"})
     return publish.key_of(
         asked=settings, model=card.identity(card.read_card(config.model)), threads=config.executor.threads
     )
@@ -47,6 +49,7 @@ def describe_fallback(source: Path) -> str:
     record = choice_record(source.parent, config)
     choice, requested = Choice(**record["choice"]), config.inference
     same = choice.engine == requested.engine and requested.backend in {choice.backend, "auto"}
+    same = same and bool(choice.share_until) == bool(config.dense.share_until)
     engine = "" if same else describe_choice(source)
     return "; ".join(filter(None, (engine, foreign_spacing(config))))
 

@@ -65,7 +65,7 @@ def choose_engine(classifier: Classifier, config: RunConfig, *, threads: int) ->
         _prove(classifier, choice, threads=threads)
     _check_certifiable(choice, config)
     return {
-        "choice": choice._asdict(),
+        "choice": choice.values(),
         "told": reason if engine.is_convertible(classifier) else f"{reason}; PyTorch runs this network",
         "measured_s": measured,
         "cpu_flags": sorted(flag for flag in cpu_flags() if flag.startswith(_FLAGS)),
@@ -131,14 +131,33 @@ def _graph(classifier: Classifier, config: RunConfig) -> tuple[DenseFacts | None
     if config.inference.engine == "window":
         return None, f"{_ONE_BY_ONE}, as asked"
     try:
-        facts = scorer.describe(classifier, stride_px)
+        facts = scorer.describe(classifier, stride_px, local=config.dense.local)
     except InputError as error:
-        return None, f"{_ONE_BY_ONE}: {error.cause}"
+        return None, f"{_ONE_BY_ONE}: {error.cause}{_with_local(classifier, config)}"
     if facts.obstacle:
-        return _partly(facts, config)
+        facts_or_none, reason = _partly(facts, config)
+        return facts_or_none, f"{reason}{_with_local(classifier, config)}"
     if facts.window_macs / stride_px**2 <= facts.dense_macs_px:
         return None, f"{_ONE_BY_ONE}: at stride {stride_px} they share too little"
-    return facts, f"blocks are run whole, a score every {facts.grid_px} px"
+    around = ", means over a window are taken around every place" if facts.local else ""
+    return facts, f"blocks are run whole, a score every {facts.grid_px} px{around}"
+
+
+def _with_local(classifier: Classifier, config: RunConfig) -> str:
+    """Return what ``dense.local=true`` would do for a network of which windows cannot share all; empty for nothing."""
+    if config.dense.local:
+        return ""
+    try:
+        facts = scorer.describe(classifier, config.inference.stride, local=True)
+    except InputError:
+        return ""
+    alone = facts.window_macs / config.inference.stride**2
+    if facts.obstacle or facts.dense_macs_px >= alone:
+        return ""
+    return (
+        f". With dense.local=true windows would share all layers, for {facts.dense_macs_px / alone:.0%} of the "
+        "multiplications of single windows; scores differ from theirs by what the certificates then say"
+    )
 
 
 def _partly(facts: DenseFacts, config: RunConfig) -> tuple[DenseFacts | None, str]:
@@ -202,6 +221,7 @@ def _plan_blocks(classifier: Classifier, config: RunConfig, facts: DenseFacts | 
         block_cols=cols,
         refine=inference.refine,
         refine_from_px=inference.refine_from if inference.refine else 0,
+        local=facts is not None and facts.local,
     )
 
 
