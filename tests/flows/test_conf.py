@@ -14,6 +14,7 @@ from flows.folders import default_name
 from wsiflow.errors import InputError
 from wsiflow.run.cases import read_cases
 from wsiflow.run.config import RunConfig, descriptions, known_keys, validate
+from wsiflow.run.stages.choose import choice_key
 from wsiflow.slides.kinds import FLAT, SyntheticSlides
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -210,8 +211,16 @@ def test_all_problems_are_told_together() -> None:
 
 def test_a_configuration_survives_being_written() -> None:
     """The values that are published as config.yaml validate to the same configuration."""
-    config = composed()
-    assert validate(config.model_dump(mode="json")) == config
+    for config in (composed(), composed("dense.local=true")):
+        assert validate(config.model_dump(mode="json")) == config
+
+
+def test_a_key_that_earlier_versions_did_not_have_is_written_where_it_is_used() -> None:
+    """So files of other runs, and the key of their choice, stay as they were."""
+    plain, local = composed(), composed("dense.local=true")
+    assert "local" not in plain.model_dump(mode="json")["dense"]
+    assert local.model_dump(mode="json")["dense"]["local"]
+    assert choice_key(plain) != choice_key(local)
 
 
 @pytest.mark.parametrize(("former", "now"), [("stop", "fail"), ("tell", "report")])

@@ -42,6 +42,7 @@ SETTINGS = PlanSettings(
     reason="windows are run one by one, as asked",
 )
 OTHER_STRIDE = SETTINGS.model_copy(update={"choice": CHOICE._replace(stride_px=56)})
+AROUND = SETTINGS.model_copy(update={"choice": CHOICE._replace(local=True)})
 
 
 TISSUE = np.array([[0, 1, 1, 0], [0, 0, 0, 0], [1, 1, 1, 1]], dtype=bool)
@@ -73,6 +74,14 @@ def test_a_plan_comes_back_as_published(tmp_path: Path) -> None:
     assert again.settings == plan.settings
     assert again.n_groups == 4
     assert [again.task("group", index) for index in range(4)] == [Task(0, 1), Task(0, 2), Task(1, 1), Task(1, 2)]
+
+
+def test_means_around_every_place_decide_keys_only_where_they_are_taken() -> None:
+    """Plans and keys of other runs stay those of earlier versions, which did not know them."""
+    assert "local" not in SETTINGS.work()["choice"] | SETTINGS.of_scores["inference"]
+    assert AROUND.work()["choice"]["local"]
+    assert AROUND.of_scores["inference"]["local"]
+    assert PlanSettings.from_values(AROUND.numbers(), AROUND.work()) == AROUND
 
 
 def test_tasks_of_slides_without_tissue_are_none() -> None:

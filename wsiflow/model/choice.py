@@ -7,7 +7,7 @@ This module does not import torch, so a plan can be read without it.
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 
 class Choice(NamedTuple):
@@ -161,3 +161,9 @@ class DenseParams(BaseModel, frozen=True, extra="forbid"):
         if values.get("on_excess", meant) != meant:
             raise ValueError(f"dense.beyond was renamed dense.on_excess: write dense.on_excess={meant}")
         return {name: value for name, value in values.items() if name != "beyond"} | {"on_excess": meant}
+
+    @model_serializer(mode="wrap")
+    def _without_unused(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out what earlier versions did not have, where it is not used, so that files and keys stay the same."""
+        values: dict[str, Any] = dump(self)
+        return {name: value for name, value in values.items() if name != "local" or value}

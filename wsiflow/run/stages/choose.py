@@ -27,9 +27,7 @@ def choice_key(config: RunConfig) -> str:
     another kind of machine.
     """
     settings = {name: getattr(config, name).model_dump() for name in ("inference", "tiles", "geometry")}
-    unrelated = {"windows", "tolerance", "on_excess"}
-    # Keys of runs that do not use it stay those of earlier versions, which did not have it.
-    settings["dense"] = config.dense.model_dump(exclude=unrelated if config.dense.local else {*unrelated, "local"})
+    settings["dense"] = config.dense.model_dump(exclude={"windows", "tolerance", "on_excess"})
     return publish.key_of(
         asked=settings, model=card.identity(card.read_card(config.model)), threads=config.executor.threads
     )
