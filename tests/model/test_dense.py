@@ -874,6 +874,28 @@ def test_maxima_around_every_place_are_those_of_a_plain_network() -> None:
     torch.testing.assert_close(scores_of(densify(network, 1, local=True), pixels), logits.softmax(1)[:, 1])
 
 
+@pytest.mark.parametrize("axes", [(2, 3), (1, 2)], ids=["channels first", "channels last"])
+def test_norms_around_every_place_are_those_of_a_plain_network(axes: tuple[int, int]) -> None:
+    """Global response normalisation: the root of a sum of squares, by its mean over the channels."""
+    channels = 1 if axes == (2, 3) else 3
+
+    def normalised(x: torch.Tensor, norms: torch.Tensor, channels: int) -> torch.Tensor:
+        return torch.addcmul(x, norms / (norms.mean(channels, keepdim=True) + 1e-6), x)
+
+    def call(x: torch.Tensor) -> torch.Tensor:
+        x = x.permute(0, 2, 3, 1) if channels == 3 else x
+        x = normalised(x, x.norm(p=2, dim=axes, keepdim=True), channels)
+        return x.permute(0, 3, 1, 2) if channels == 3 else x
+
+    network = classifier(trained(Call(call), 20), 20)
+    module, pixels = network.module, texture(1, 30, 33)
+    assert isinstance(module, Call)
+    features = module.conv(pixels)
+    norms = (around(features.square(), 18) * 18**2).sqrt()
+    logits = functional.avg_pool2d(normalised(features, norms, 1), 18, 1)
+    torch.testing.assert_close(scores_of(densify(network, 1, local=True), pixels), logits.softmax(1)[:, 1])
+
+
 def test_a_part_with_means_around_every_place_is_shared(gates: Classifier) -> None:
     """Up to a layer means are taken around every place, behind it over each window."""
     module = gates.module

@@ -19,6 +19,7 @@ from wsiflow.errors import InputError
 from wsiflow.model.dense.operations import Pair, Step
 
 NCHW: Pair = (2, 3)
+POOLINGS = ("max", "mean", "norm")
 
 
 class Map(NamedTuple):
@@ -64,9 +65,10 @@ class Op(NamedTuple):
     """The operation of a call on a map.
 
     Attributes:
-        kind: ``conv``: convolution; ``max`` or ``mean``: pooling; ``linear``: linear layer over a whole flattened map;
-            ``move``: padding, cropping or subsampling; ``each``: function of each position alone; ``join``: function of
-            several maps, or of maps and weights, on one grid; ``flat``: change of shape only.
+        kind: ``conv``: convolution; ``max``, ``mean`` or ``norm``, the root of the sum of squares: pooling; ``linear``:
+            linear layer over a whole flattened map; ``move``: padding, cropping or subsampling; ``each``: function of
+            each position alone; ``join``: function of several maps, or of maps and weights, on one grid; ``flat``:
+            change of shape only.
         axes: Which axes of the result are rows and columns; None for a vector.
         kernel: Size of the kernel.
         stride: Stride of the kernel.
@@ -75,11 +77,12 @@ class Op(NamedTuple):
         groups: Number of groups of channels.
         value: The value with which a ``move`` pads.
         counted: Whether a ``mean`` includes padding in its divisor.
-        steps: Changes of shape that are made of a ``flat``.
+        steps: Changes of shape that are made of a ``flat``, or before another operation.
+        after: Changes of shape that are made of the result of a pooling.
         given: Arguments of an ``each`` or a ``join`` whose values differ from those of the call, by name.
     """
 
-    kind: Literal["conv", "max", "mean", "linear", "move", "each", "join", "flat"]
+    kind: Literal["conv", "max", "mean", "norm", "linear", "move", "each", "join", "flat"]
     axes: Pair | None = NCHW
     kernel: Pair = (1, 1)
     stride: Pair = (1, 1)
@@ -89,6 +92,7 @@ class Op(NamedTuple):
     value: float = 0.0
     counted: bool = True
     steps: tuple[Step, ...] = ()
+    after: tuple[Step, ...] = ()
     given: tuple[tuple[str, Any], ...] = ()
 
 
@@ -217,7 +221,7 @@ def _adaptive(kind: Literal["max", "mean"]) -> Callable[[Call], Op]:
     return read_adaptive
 
 
-def _reduce(kind: Literal["max", "mean"] | None) -> Callable[[Call], Op]:
+def _reduce(kind: Literal["max", "mean", "norm"] | None) -> Callable[[Call], Op]:
     """Return the reader of a reduction, which is a pooling where it is over rows and columns."""
 
     def read_reduction(call: Call) -> Op:
@@ -227,15 +231,22 @@ def _reduce(kind: Literal["max", "mean"] | None) -> Callable[[Call], Op]:
         if axes is not None and reduced == list(axes) and kind and len(given.shape) == 4:
             if axes == NCHW:
                 return Op(kind, NCHW if keep else None, given.side)
-            if axes == (1, 2) and not keep:
-                return Op(kind, None, given.side, steps=(("permute", (0, 3, 1, 2)),))
+            if axes == (1, 2):
+                after: tuple[Step, ...] = (("permute", (0, 2, 3, 1)),) if keep else ()
+                return Op(kind, axes if keep else None, given.side, steps=(("permute", (0, 3, 1, 2)),), after=after)
         if not reduced or (axes is not None and set(axes) & set(reduced)):
             raise cannot_run_dense("it reduces other axes than rows and columns")
         gone = [] if keep else reduced
-        after = None if axes is None else _moved(axes, lambda axis: axis - sum(each < axis for each in gone))
-        return Op("each", after, given=(("dim", reduced if isinstance(dims, list | tuple) else reduced[0]),))
+        kept = None if axes is None else _moved(axes, lambda axis: axis - sum(each < axis for each in gone))
+        return Op("each", kept, given=(("dim", reduced if isinstance(dims, list | tuple) else reduced[0]),))
 
     return read_reduction
+
+
+def _norm(call: Call) -> Op:
+    if call.args["ord"] != 2:
+        raise cannot_run_dense("it is a norm other than the root of the sum of squares")
+    return _reduce("norm")(call)
 
 
 def _moved(axes: Pair, move: Callable[[int], int]) -> Pair:
@@ -491,6 +502,7 @@ _CALLS: dict[str, Callable[[Call], Op]] = {
     "adaptive_max_pool2d": _adaptive("max"),
     "mean": _reduce("mean"),
     "amax": _reduce("max"),
+    "linalg_vector_norm": _norm,
     **dict.fromkeys(("sum", "amin"), _reduce(None)),
     **dict.fromkeys(("pad", "constant_pad_nd"), _pad),
     "slice": _slice,
@@ -522,7 +534,7 @@ _CALLS: dict[str, Callable[[Call], Op]] = {
 
 _REFUSED: dict[str, str] = {
     **dict.fromkeys(("matmul", "bmm", "baddbmm", "einsum", "scaled_dot_product_attention"), _EVERYWHERE),
-    **dict.fromkeys(("group_norm", "native_group_norm", "instance_norm", "linalg_vector_norm"), _OVER_MAP),
+    **dict.fromkeys(("group_norm", "native_group_norm", "instance_norm"), _OVER_MAP),
     **dict.fromkeys(
         ("reflection_pad2d", "replication_pad2d"), "it pads with the window's border, which is not there over a region"
     ),

@@ -37,7 +37,7 @@ from wsiflow.model.dense.facts import (
     shared_layers,
     split_points,
 )
-from wsiflow.model.dense.layers import cannot_run_dense
+from wsiflow.model.dense.layers import POOLINGS, cannot_run_dense
 from wsiflow.model.dense.receptive import Network, read_network
 from wsiflow.model.dense.rewrite import dense_module
 from wsiflow.model.outputs import Outputs
@@ -292,7 +292,7 @@ def _with_wide_means(network: Network) -> Network:
     """Return a network whose means around every place reach over all places of a window from each of its places."""
     wide = []
     for layer in network.layers:
-        if layer.map.everywhere and layer.op.kind in {"mean", "max"} and layer.op.kernel != (1, 1):
+        if layer.map.everywhere and layer.op.kind in POOLINGS and layer.op.kernel != (1, 1):
             rows, cols = layer.side
             op = layer.op._replace(kernel=(2 * rows - 1, 2 * cols - 1), before=(rows - 1, cols - 1))
             wide.append(layer._replace(op=op, behind=op.before))

@@ -191,7 +191,7 @@ def _poolings_before(node: fx.Node, known: dict[fx.Node, Layer]) -> set[fx.Node]
         layer = known[waiting.pop()]
         if all(known[other].side == (1, 1) for other in layer.inputs):
             waiting += layer.inputs
-        elif layer.op.kind in {"mean", "max"}:
+        elif layer.op.kind in layers.POOLINGS:
             found.add(layer.node)
         else:
             return set()
@@ -349,7 +349,7 @@ def _layer_of_op(node: fx.Node, op: Op, inputs: tuple[Layer, ...], call: Call, *
         (),
         op,
         maps,
-        int(out.shape[1]),
+        out.numel() // (BATCH * math.prod(result.side)),
         (slid[0], slid[1]),
         source.spacing_px * stride,
         result,

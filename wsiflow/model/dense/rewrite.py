@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from wsiflow.model.dense import operations
 from wsiflow.model.dense.facts import DenseStride
-from wsiflow.model.dense.layers import NCHW, Op
+from wsiflow.model.dense.layers import NCHW, POOLINGS, Op
 from wsiflow.model.dense.operations import Pair
 from wsiflow.model.dense.receptive import Layer
 from wsiflow.model.program import arguments, called, name_of
@@ -55,7 +55,7 @@ def _linear_after_mean(network: Sequence[Layer], mean: Layer) -> list[Layer]:
 
     The list is empty if the mean is not followed by such a layer. The linear layer is then computed before the mean.
     """
-    if mean.op.kind != "mean" or mean.side != (1, 1) or any(mean.op.before) or any(mean.behind):
+    if mean.op.kind != "mean" or mean.side != (1, 1) or mean.op.steps or any(mean.op.before) or any(mean.behind):
         return []
     chain = [mean]
     while True:
@@ -87,10 +87,8 @@ def _emit(
         return x
     if op.kind in {"conv", "linear"}:
         result = _conv(graph, layer, stride, x)
-    elif op.kind in {"max", "mean"}:
-        pool, result = _max if op.kind == "max" else _mean, x
-        for part in _parts_of_pooling(layer):
-            result = pool(graph, part, stride, result)
+    elif op.kind in POOLINGS:
+        result = _pooled(graph, layer, stride, x)
     else:
         result = graph.call_function(operations.fitted, (x, op.before, layer.behind, op.value))
         result = graph.call_function(operations.every, (result, stride)) if stride > 1 else result
@@ -111,6 +109,19 @@ def _conv(graph: fx.Graph, layer: Layer, stride: int, x: fx.Node) -> fx.Node:
         weight = graph.call_method("reshape", (weight, layer.channels, -1, *op.kernel))
     x, padding = _padded(graph, layer, stride, x)
     return graph.call_function(functional.conv2d, (x, weight, bias, stride, padding, op.dilation, op.groups))
+
+
+def _pooled(graph: fx.Graph, layer: Layer, stride: int, x: fx.Node) -> fx.Node:
+    """Append a pooling."""
+    op = layer.op
+    if op.kind == "norm":
+        x = graph.call_method("square", (x,))
+    for part in _parts_of_pooling(layer):
+        x = _max(graph, part, stride, x) if op.kind == "max" else _mean(graph, part, stride, x)
+    if op.kind == "norm":  # at the border of a region it is that of as many places as a window has
+        n_places = math.prod(layer.side if layer.map.everywhere else op.kernel)
+        x = graph.call_method("sqrt", (graph.call_function(operator.mul, (x, n_places)),))
+    return graph.call_function(operations.reshaped, (x, op.after)) if op.after else x
 
 
 def _parts_of_pooling(layer: Layer) -> list[Layer]:
