@@ -724,17 +724,18 @@ class Gated(nn.Module):
 
 
 class Tokens(nn.Module):
-    """A vision transformer behind two convolutions: class token, positions, attention over halves of the batch."""
+    """A vision transformer behind two convolutions: class token, positions, two heads, the batch as second axis."""
 
     def __init__(self) -> None:
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.ReLU(), nn.Conv2d(8, 8, 2))
         self.token, self.positions = nn.Parameter(torch.randn(1, 1, 8)), nn.Parameter(torch.randn(1, 82, 8))
-        self.norm, self.attend, self.classify = nn.LayerNorm(8), nn.MultiheadAttention(8, 2), nn.Linear(8, 2)
+        self.norm_of_places, self.norm = nn.LayerNorm(8), nn.LayerNorm(8)
+        self.attend, self.classify = nn.MultiheadAttention(8, 2), nn.Linear(8, 2)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.stem(x)
-        x = x.permute(0, 2, 3, 1).reshape(x.shape[0], -1, 8)
+        x = self.norm_of_places(x.permute(0, 2, 3, 1)).reshape(x.shape[0], -1, 8)
         x = torch.cat([self.token.expand(x.shape[0], -1, -1), x], 1) + self.positions
         tokens = self.norm(x).transpose(0, 1)
         x = x + self.attend(tokens, tokens, tokens)[0].transpose(0, 1)

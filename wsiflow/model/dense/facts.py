@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from torch import fx
 
-from wsiflow.model.dense.layers import cannot_run_dense
+from wsiflow.model.dense.layers import NCHW, cannot_run_dense
 from wsiflow.model.dense.operations import Pair
 from wsiflow.model.dense.receptive import Layer, Network, with_layer_name
 
@@ -156,10 +156,20 @@ def split_points(network: Network) -> Iterator[tuple[Layer, float]]:
     total, done, live = total_macs(network), 0, 0
     for place, layer in enumerate(network.layers):
         done += layer.window_macs
-        is_map = min(layer.side) > 1 and layer.op.kind != "flat" and not layer.map.everywhere
-        if live <= place and layer.names and is_map and 0 < done < total:
+        if live <= place and layer.names and _is_image(layer) and 0 < done < total:
             yield layer, done / total
         live = max(live, last_use[layer.node])
+
+
+def _is_image(layer: Layer) -> bool:
+    """Tell whether the result of a layer is one map with the axes of an image, and is not only a change of shape."""
+    result = layer.map
+    return (
+        min(layer.side) > 1
+        and layer.op.kind != "flat"
+        and not (result.everywhere or layer.is_tuple)
+        and (result.axes, len(result.shape)) == (NCHW, 4)
+    )
 
 
 def _grid(network: Sequence[Layer], stride: int) -> int:
