@@ -197,7 +197,7 @@ def _described(card: Path, stride: int, *, trust: bool) -> list[str]:
     if facts.obstacle:
         deepest = facts.cuts[0]
         return [f"dense    windows share it up to {deepest.name} ({deepest.share:.0%}); {facts.obstacle}", speed]
-    exact = "scores differ from those of windows alone; runs certify by how much" if facts.padded else "scores are exact"
+    exact = "scores are exact" if not facts.padded else "scores differ from those of windows, as runs certify"
     return [f"dense    a score every {facts.grid_px} px; {exact}", speed]
 
 
