@@ -7,6 +7,7 @@ which can run over whole regions. Otherwise TorchScript runs it.
 import hashlib
 import importlib.metadata
 import io
+import json
 import logging
 import warnings
 from collections.abc import Mapping
@@ -49,7 +50,24 @@ def read(data: bytes, card: ModelCard, path: Path) -> nn.Module:
         versions=importlib.metadata.version("torch"),
     )
     content = cached(cache_folder(), key, lambda: _converted(_loaded(data, path), card))
-    return export.module_of(content, card.input_px) if content else _loaded(data, path)
+    if not content:
+        return _loaded(data, path)
+    names, _, archive = content.partition(b"\n")
+    module = export.module_of(archive, card.input_px)
+    return Named(module, json.loads(names)).eval() if names != b"[]" else module
+
+
+class Named(nn.Module):
+    """A network whose outputs are named, as those of the program from which it was converted."""
+
+    def __init__(self, module: nn.Module, names: list[str]) -> None:
+        """Build the module from a network that returns several outputs, and their names."""
+        super().__init__()
+        self.module, self.names = module, names
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return the outputs for images (n, 3, h, w)."""
+        return dict(zip(self.names, _tensors(self.module(x)), strict=True))
 
 
 def is_script(module: nn.Module) -> bool:
@@ -69,17 +87,17 @@ def _loaded(data: bytes, path: Path) -> torch.jit.ScriptModule:
 
 
 def _converted(script: torch.jit.ScriptModule, card: ModelCard) -> bytes:
-    """Return the program as an archive of torch.export; empty if it cannot be converted."""
+    """Return the names of the program's outputs and the program as an archive of torch.export; empty if it has none."""
     try:
         content = _exported(script, card.input_px)
-        _check(script, export.module_of(content, card.input_px), card)
+        names = _check(script, export.module_of(content, card.input_px), card)
     except (ImportError, InputError, *TRACING) as error:
         # The converter is not a public part of PyTorch, and a program may be more than operations on tensors.
         _logger.info(
             "the TorchScript program stays as it is: %s", str(error).splitlines()[0][:200] if str(error) else ""
         )
         return b""
-    return content
+    return json.dumps(names).encode() + b"\n" + content
 
 
 def _exported(script: torch.jit.ScriptModule, side: int) -> bytes:
@@ -94,8 +112,11 @@ def _exported(script: torch.jit.ScriptModule, side: int) -> bytes:
         return export.packed(converter.convert())
 
 
-def _check(script: nn.Module, module: nn.Module, card: ModelCard) -> None:
+def _check(script: nn.Module, module: nn.Module, card: ModelCard) -> list[str]:
     """Refuse a converted program whose outputs differ from those of the original, for several images or one.
+
+    Returns:
+        The names of the original's outputs; none where it does not return them by name.
 
     Raises:
         InputError: They differ.
@@ -107,6 +128,7 @@ def _check(script: nn.Module, module: nn.Module, card: ModelCard) -> None:
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (card.mean, card.std))
     images = ((pixels - mean) / std).contiguous(memory_format=torch.channels_last)
     with torch.inference_mode():
+        outputs = script(images)
         for batch in (images, images[:1]):
             expected, actual = _tensors(script(batch)), _tensors(module(batch))
             if [each.shape for each in expected] != [each.shape for each in actual]:
@@ -114,6 +136,7 @@ def _check(script: nn.Module, module: nn.Module, card: ModelCard) -> None:
             for right, other in zip(expected, actual, strict=True):
                 if not float((other - right).abs().max()) <= TOLERANCE * float(right.abs().max()):
                     raise InputError("the outputs of the converted program differ from those of the original", "")
+    return [str(name) for name in outputs] if isinstance(outputs, Mapping) else []
 
 
 def _tensors(outputs: Any) -> list[torch.Tensor]:
