@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from model.test_dense import classifier, scores_of, texture, trained, windows_scores
+from model.test_dense import classifier, inception, scores_of, texture, trained, windows_scores
 from torch import nn
 from torch.nn import functional
 
@@ -141,6 +141,11 @@ CASES: list[tuple[str, list[Any], dict[str, Any], int]] = [
             {"auto_pad": "SAME_LOWER", "strides": [2, 2]},
             {"auto_pad": "VALID", "strides": [2, 2]},
         )
+    ),
+    *(
+        ("AveragePool", [], {"kernel_shape": [3, 3], "strides": [s, s], "pads": [1] * 4, "ceil_mode": 1} | counted, 19)
+        for s in (2, 3)
+        for counted in ({"count_include_pad": 1}, {})
     ),
     ("MaxPool", [], {"kernel_shape": [3, 2], "dilations": [2, 1], "strides": [2, 1], "pads": [1, 0, 1, 0]}, 12),
     ("AveragePool", [], {"kernel_shape": [3, 3], "count_include_pad": 1, "pads": [1, 1, 1, 1]}, 11),
@@ -314,6 +319,16 @@ def test_an_exported_network_equals_its_module_and_runs_over_whole_regions(dynam
     torch.testing.assert_close(scores_of(dense, pixels), scores_of(same, pixels), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize(("dynamo", "opset"), EXPORTS[1:])
+def test_an_exported_network_without_padding_gives_the_scores_of_its_windows(dynamo: bool, opset: int) -> None:
+    module = trained(inception(), 48)
+    found = classifier(read(exported(module, 48, dynamo=dynamo, opset=opset), side=48), 48)
+    pixels = texture(1, 64, 80)
+    for stride in (8, 4):
+        scores = scores_of(densify(found, stride), pixels)[0]
+        torch.testing.assert_close(scores, windows_scores(classifier(module, 48), pixels, stride), rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize(("dynamo", "opset"), EXPORTS)
 def test_an_exported_transformer_equals_its_module_for_any_batch(dynamo: bool, opset: int) -> None:
     module = Attention().eval()
@@ -323,14 +338,18 @@ def test_an_exported_transformer_equals_its_module_for_any_batch(dynamo: bool, o
         torch.testing.assert_close(found(images), module(images), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("dynamo", [False, True])
-def test_a_network_for_one_image_runs_on_any_batch_and_one_for_several_does_not(dynamo: bool) -> None:
-    module = trained(Residual(), 64)
-    images = texture(3, 64, 64)
-    found = read(exported(module, 64, dynamo=dynamo, opset=17 if not dynamo else 18, batch=1), side=64)
+def test_a_transformer_for_one_image_runs_on_any_batch() -> None:
+    module, images = Attention().eval(), torch.randn(3, 3, SIDE, SIDE)
+    found = read(exported(module, SIDE, dynamo=False, opset=17, batch=1))
+    torch.testing.assert_close(found(images), module(images), rtol=1e-4, atol=1e-5)
+
+
+def test_a_network_for_one_image_runs_on_any_batch_and_one_for_several_does_not() -> None:
+    module, images = trained(Residual(), 64), texture(3, 64, 64)
+    found = read(exported(module, 64, dynamo=True, opset=18, batch=1), side=64)
     torch.testing.assert_close(found(images), module(images), rtol=1e-4, atol=1e-5)
     with pytest.raises(InputError, match=r"written out.*dynamic batch"):
-        read(exported(module, 64, dynamo=dynamo, opset=17 if not dynamo else 18, batch=2), side=64)
+        read(exported(module, 64, dynamo=False, opset=17, batch=2), side=64)
 
 
 def keras_like(side: Any = 48) -> Any:
@@ -375,6 +394,17 @@ def test_a_network_of_keras_takes_images_with_channels_first_and_runs_over_whole
     assert inner.shape == scores.shape
     # Windows see their own padding, which is only that of the region at its lower and right border.
     assert (inner[-1, -1] - scores[-1, -1]).abs() < 1e-5
+
+
+def test_functions_of_a_file_and_weights_of_sixteen_bits_are_read() -> None:
+    body = [helper.make_node("Mul", ["a", "b"], ["c"])]
+    function = helper.make_function("own", "Scaled", ["a", "b"], ["c"], body, [helper.make_opsetid("", 17)])
+    half = [node("Cast", "x", outputs=["h"], to=onnx.TensorProto.FLOAT16), node("Scaled", "h", "w", domain="own")]
+    model = graph(half, {"w": C3.reshape(3, 1, 1).astype(np.float16)})
+    model.opset_import.append(helper.make_opsetid("own", 1))
+    model.functions.append(function)
+    images = torch.randn(2, 3, SIDE, SIDE)
+    torch.testing.assert_close(read(model)(images), images * torch.from_numpy(C3).view(3, 1, 1))
 
 
 # --- files

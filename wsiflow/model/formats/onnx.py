@@ -91,7 +91,9 @@ def _model(data: bytes, path: Path) -> Any:
         raise InputError("the file is truncated or not ONNX", _AGAIN, path=path) from error
     if not model.graph.node or not model.graph.output:
         raise InputError("the file holds no network, or is truncated", _AGAIN, path=path)
-    return onnx.inliner.inline_local_functions(model) if model.functions else model
+    if not model.functions:
+        return model
+    return optional_package("onnx.inliner", _EXTRA).inline_local_functions(model)
 
 
 def _tensors(graph: Any) -> Iterable[Any]:
@@ -134,10 +136,8 @@ def _tensor(tensor: Any, path: Path) -> torch.Tensor:
         values = np.array(onnx.numpy_helper.to_array(tensor))
     except (TypeError, ValueError, KeyError) as error:
         raise InputError(f"the weight {tensor.name} cannot be read: {str(error)[:200]}", _AGAIN) from error
-    try:
-        return torch.from_numpy(values)
-    except TypeError:
-        return torch.from_numpy(values.astype(np.float32))  # bfloat16, which NumPy does not know
+    is_whole = values.dtype.kind in "iu" or values.dtype == bool
+    return torch.from_numpy(values if is_whole else values.astype(np.float32))
 
 
 def _network(model: Any, card: ModelCard, path: Path) -> fx.GraphModule:
@@ -154,17 +154,31 @@ def _network(model: Any, card: ModelCard, path: Path) -> fx.GraphModule:
         values[image.name] = translation.call("image", torch.permute, (translation.image, (0, 2, 3, 1)), {})
     for name, tensor in weights.items():
         values[name] = translation.weight(_tensor(tensor, path), name)
+    _run(graph, values, translation, path)
+    module = translation.finish({output.name: values[output.name] for output in graph.output})
+    if fixed_batch is not None:
+        _check_batch(module, card, fixed_batch)
+    return module
+
+
+def _run(graph: Any, values: dict[str, Any], translation: Translation, path: Path) -> None:
+    """Translate the nodes of a graph, and add their results to the values by their names."""
     for node in _needed(graph):
         fields = _fields(node, path)
         missing = [name for name in fields.inputs if name not in values]
         if missing:
             raise fields.fault(f"takes {missing[0]!r}, which nothing returns", _AGAIN)
-        results = translate(translation, fields, [values[name] for name in fields.inputs])
+        condition = values[fields.inputs[0]] if fields.kind == "If" else None
+        if isinstance(condition, torch.Tensor):  # it depends on shapes alone, which are known
+            branches = {attribute.name: attribute.g for attribute in node.attribute}
+            branch = branches["then_branch" if bool(condition) else "else_branch"]
+            within = dict(values)
+            within.update({tensor.name: _tensor(tensor, path) for tensor in branch.initializer})
+            _run(branch, within, translation, path)
+            results = tuple(within[output.name] for output in branch.output)
+        else:
+            results = translate(translation, fields, [values[name] for name in fields.inputs])
         values.update(zip(fields.outputs, results, strict=False))
-    module = translation.finish({output.name: values[output.name] for output in graph.output})
-    if fixed_batch is not None:
-        _check_batch(module, card, fixed_batch)
-    return module
 
 
 def _image_input(graph: Any, weights: Mapping[str, Any]) -> Any:
@@ -204,13 +218,22 @@ def _lengths(image: Any, card: ModelCard) -> list[int]:
 
 def _needed(graph: Any) -> list[Any]:
     """Return the nodes in order on which the outputs depend."""
-    wanted = {output.name for output in graph.output}
+    names = {output.name for output in graph.output}
     needed = []
     for node in reversed(graph.node):
-        if wanted & set(node.output):
-            wanted.update(node.input)
+        if names & set(node.output):
+            names.update(_names(node))
             needed.append(node)
     return needed[::-1]
+
+
+def _names(node: Any) -> Iterable[str]:
+    """Yield the names of values that a node takes, those of its branches too."""
+    yield from node.input
+    for attribute in node.attribute:
+        for inner in attribute.g.node if attribute.HasField("g") else ():
+            yield from _names(inner)
+        yield from (output.name for output in attribute.g.output)
 
 
 def _fields(node: Any, path: Path) -> NodeFields:
@@ -227,8 +250,8 @@ def _name(node: Any) -> str:
     """Return the name of a node, behind that of the module that it was part of where the exporter noted it."""
     name = str(node.name or (node.output[0] if node.output else ""))
     scopes = next((entry.value for entry in node.metadata_props if entry.key == _SCOPES), "")
-    modules = re.findall("'([^']+)'", scopes)[:-1]  # the last one is the node itself
-    return f"/{modules[-1]}/{name}" if modules else name
+    modules = re.findall("'([^']*)'", scopes)[:-1]  # the last one is the node itself
+    return f"/{modules[-1]}/{name}" if modules and modules[-1] else name
 
 
 def _attribute(attribute: Any, path: Path) -> Any:
@@ -248,9 +271,8 @@ def _dtype(number: int) -> torch.dtype:
     """Return the type of numbers that has a number in ONNX."""
     onnx = optional_package("onnx", _EXTRA)
     name = onnx.TensorProto.DataType.Name(number).lower()
-    found = {"float": torch.float32, "double": torch.float64, "float16": torch.float16, "bool": torch.bool}.get(
-        name, getattr(torch, name, None)
-    )
+    reals = dict.fromkeys(("float", "double", "float16", "bfloat16"), torch.float32)  # all run as float32
+    found = {**reals, "bool": torch.bool}.get(name, getattr(torch, name, None))
     if not isinstance(found, torch.dtype):
         raise InputError(f"the network converts numbers to {name}", "export it without this conversion")
     return found

@@ -55,12 +55,18 @@ def _conv(op: Operation) -> Value:
     return op(run, x, weight, bias, tuple(stride), tuple(before), tuple(dilation), op.attribute("group", 1))
 
 
+# By the number of axes that are pooled.
+_MAX = {1: functional.max_pool1d, 2: functional.max_pool2d, 3: functional.max_pool3d}
+_MEAN = {1: functional.avg_pool1d, 2: functional.avg_pool2d, 3: functional.avg_pool3d}
+
+
 def _pool_shape(op: Operation) -> tuple[Value, tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
     """Return the map, kernel, stride and dilation of a pooling."""
     x, kernel = op.input(0), tuple(op.attribute("kernel_shape"))
-    if len(kernel) != 2:
+    if len(kernel) not in _MAX:
         raise op.refuse(f"pools over {len(kernel)} axes")
-    return x, kernel, tuple(op.attribute("strides", (1, 1))), tuple(op.attribute("dilations", (1, 1)))
+    ones = (1,) * len(kernel)
+    return x, kernel, tuple(op.attribute("strides", ones)), tuple(op.attribute("dilations", ones))
 
 
 def _missing(op: Operation, before: Sequence[int], behind: Sequence[int]) -> list[int]:
@@ -85,8 +91,8 @@ def _max_pool(op: Operation) -> Value:
     ceil = bool(op.attribute("ceil_mode", 0)) and op.attribute("auto_pad", "NOTSET") == "NOTSET"
     if before != behind or any(2 * b > k for b, k in zip(before, kernel, strict=True)):
         x = padded(op, x, before, _missing(op, before, behind), -math.inf)
-        before, ceil = [0, 0], False
-    return op(functional.max_pool2d, x, kernel, stride, tuple(before), dilation, ceil)
+        before, ceil = [0] * len(kernel), False
+    return op(_MAX[len(kernel)], x, kernel, stride, tuple(before), dilation, ceil)
 
 
 def _average_pool(op: Operation) -> Value:
@@ -94,18 +100,19 @@ def _average_pool(op: Operation) -> Value:
     before, behind = _pads(op, x, kernel)
     counted = bool(op.attribute("count_include_pad", 0))
     ceil = bool(op.attribute("ceil_mode", 0)) and op.attribute("auto_pad", "NOTSET") == "NOTSET"
-    if dilation != (1, 1):
+    run = _MEAN[len(kernel)]
+    if set(dilation) != {1}:
         raise op.refuse("has a dilated kernel")
     if before == behind and all(2 * b <= k for b, k in zip(before, kernel, strict=True)):
-        return op(functional.avg_pool2d, x, kernel, stride, tuple(before), ceil, counted)
+        return op(run, x, kernel, stride, tuple(before), ceil, counted)
     behind = behind if counted else _missing(op, before, behind)
     if counted and ceil:
         raise op.refuse("counts padding that differs between its sides, and rounds up")
-    sums = op(functional.avg_pool2d, padded(op, x, before, behind), kernel, stride)
+    sums = op(run, padded(op, x, before, behind), kernel, stride)
     if counted:
         return sums
     ones = padded(op, torch.ones(1, 1, *op.shape(x)[2:]), before, behind)
-    return op(torch.div, sums, op(functional.avg_pool2d, ones, kernel, stride))
+    return op(torch.div, sums, op(run, ones, kernel, stride))
 
 
 def _global_average(op: Operation) -> Value:

@@ -20,8 +20,13 @@ from wsiflow.model.formats.onnx_operation import Operation
 
 
 def _concat(op: Operation) -> Value:
-    parts = tuple(part for part in op.inputs if op.shape(part) != (0,))
-    return op(torch.cat, parts, op.attribute("axis"))
+    parts = [part for part in op.inputs if op.shape(part) != (0,)]
+    if op.translation.fixed_batch == 1 and any(op.shape(part)[0] == BATCH for part in parts):
+        # What such a file has once, it has once for each image.
+        parts = [
+            _expanded(op, part, (BATCH, *op.shape(part)[1:])) if op.shape(part)[0] == 1 else part for part in parts
+        ]
+    return op(torch.cat, tuple(parts), op.attribute("axis"))
 
 
 def _split(op: Operation) -> Value:
@@ -292,7 +297,9 @@ def _resize(op: Operation) -> Value:
     if sides == shape[2:]:
         return x
     if mode == "linear" and place in {"half_pixel", "pytorch_half_pixel"} and min(sides) > 1:
-        return op(functional.interpolate, x, scale_factor=scales, mode="bilinear", align_corners=False)
+        by_size = op.constant(3) is not None
+        given = {"size": sides} if by_size else {"scale_factor": scales}
+        return op(functional.interpolate, x, **given, mode="bilinear", align_corners=False)
     if mode == "linear" and place == "align_corners":
         return op(functional.interpolate, x, sides, mode="bilinear", align_corners=True)
     if mode != "nearest" or place not in _PLACES or rounding not in _ROUNDED:
