@@ -199,6 +199,16 @@ class Translation:
         return free
 
 
+def readable(text: str) -> str:
+    """Return a text in which the length of the batch, and a multiple of it, have a name."""
+
+    def named(match: re.Match[str]) -> str:
+        factor, rest = divmod(int(match[0]), BATCH)
+        return match[0] if rest or not factor else "batch" if factor == 1 else f"{factor}*batch"
+
+    return re.sub(r"\d+", named, text)
+
+
 def path_of(name: str) -> str:
     """Return the name of a node as the path of a module: ``/layer1/layer1.0/Conv`` is ``layer1.0.Conv``."""
     scopes: list[str] = []

@@ -7,7 +7,7 @@ a mode that is not here is refused, since a wrong assumption would give scores t
 from collections.abc import Sequence
 
 from wsiflow.model.formats import onnx_layers, onnx_shapes
-from wsiflow.model.formats.onnx_graph import BATCH, DYNAMIC_BATCH, NodeFields, Translation, Value
+from wsiflow.model.formats.onnx_graph import DYNAMIC_BATCH, NodeFields, Translation, Value, readable
 from wsiflow.model.formats.onnx_operation import EXPORT_AGAIN, Operation
 
 _FAULTS = (ArithmeticError, AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError)
@@ -41,8 +41,7 @@ def translate(translation: Translation, fields: NodeFields, inputs: Sequence[Val
 
 def _first_line(error: Exception) -> str:
     """Return the first line of an error's message, with the batch by its name."""
-    text = (str(error).splitlines() or [type(error).__name__])[0]
-    return text.replace(str(BATCH), "batch")[:200]
+    return readable((str(error).splitlines() or [type(error).__name__])[0])[:200]
 
 
 _OPERATORS = {**onnx_layers.OPERATORS, **onnx_shapes.OPERATORS}

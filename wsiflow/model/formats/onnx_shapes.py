@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from wsiflow.model.formats.onnx_graph import BATCH, DYNAMIC_BATCH, Value, batch_length, count_to_batch
+from wsiflow.model.formats.onnx_graph import BATCH, DYNAMIC_BATCH, Value, batch_length, count_to_batch, readable
 from wsiflow.model.formats.onnx_layers import is_whole, padded
 from wsiflow.model.formats.onnx_operation import Operation
 
@@ -176,8 +176,9 @@ def _reshaped(op: Operation, x: Value, target: Sequence[int]) -> Value:
     lengths = [math.prod(shape) // max(known, 1) if length == -1 else length for length in target]
     loses_batch = shape[:1] == (BATCH,) and bool(lengths) and lengths[0] < BATCH
     if math.prod(lengths) != math.prod(shape) or loses_batch:
-        readable = str(list(shape)).replace(str(BATCH), "batch")
-        raise op.refuse(f"has the number of images written out: {list(target)} for {readable}", DYNAMIC_BATCH)
+        raise op.refuse(
+            f"has the number of images written out: {list(target)} for {readable(str(list(shape)))}", DYNAMIC_BATCH
+        )
     for length in lengths:
         _check_length(op, length)
     if tuple(lengths) == tuple(shape):
