@@ -742,10 +742,26 @@ class Tokens(nn.Module):
         return self.classify(functional.gelu(x[:, 0]))
 
 
+class Masked(nn.Module):
+    """A window of which a part is added to all of it, with a mask that is filled part by part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.classify = nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.Conv2d(8, 8, 2)), nn.Linear(8, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        mask = x.new_zeros(x.shape[2:])
+        for i in range(2):
+            mask[4 * i : 4 * i + 3, : 5 + i].fill_(i + 1)
+        return self.classify((x * mask).relu().flatten(2).roll(1, 2).mean(2))
+
+
 PARTLY: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "gate of convolutions": (lambda: Gated(linear=False), "squeeze-and-excite"),
     "gate of linear layers": (lambda: Gated(linear=True), "squeeze-and-excite"),
     "transformer": (Tokens, "attention"),
+    "mask": (Masked, "not known to be local"),
     "group norm": (
         lambda: nn.Sequential(
             *(nn.Conv2d(3, 8, 4, 4), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.GroupNorm(2, 8), nn.ReLU()),

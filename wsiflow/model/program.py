@@ -49,6 +49,8 @@ def _traced(module: nn.Module, side: int, batch: int) -> fx.GraphModule:
         with torch.no_grad():
             exported = torch.export.export(module, (torch.zeros(batch, 3, side, side),))
             traced = exported.module(check_guards=False)
+            if any(map(_writes_into_a_part, traced.graph.nodes)):
+                traced = exported.run_decompositions({}).module(check_guards=False)
     except TRACING as error:
         raise InputError(f"the model cannot be traced: {str(error).splitlines()[0][:200]}", "") from error
     assert isinstance(traced, fx.GraphModule)
@@ -82,6 +84,21 @@ def _schema(node: fx.Node) -> list[tuple[str, Any, bool]]:
     """Return name, default value, and whether it is only given by name, of each argument of a node's operation."""
     schema = node.target._schema  # type: ignore[union-attr]  # noqa: SLF001  the operations have no other description
     return [(argument.name, argument.default_value, argument.kwarg_only) for argument in schema.arguments]
+
+
+def _writes_into_a_part(node: fx.Node) -> bool:
+    """Tell whether a call changes a part of a tensor of which other calls read more, as where a mask is filled."""
+    if not isinstance(node.target, OpOverload) or not name_of(node).endswith("_"):
+        return False
+    part = node.args[0]
+    while isinstance(part, fx.Node) and isinstance(part.target, OpOverload):
+        alias = part.target._schema.returns[0].alias_info  # noqa: SLF001  the operations have no other description
+        if alias is None or alias.is_write or not isinstance(part.args[0], fx.Node):
+            return False
+        part = part.args[0]
+        if len(part.users) > 1:
+            return True
+    return False
 
 
 def _without_writes(traced: fx.GraphModule) -> None:
