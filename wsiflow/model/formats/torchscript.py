@@ -7,7 +7,6 @@ which can run over whole regions. Otherwise TorchScript runs it.
 import hashlib
 import importlib.metadata
 import io
-import json
 import logging
 import warnings
 from collections.abc import Mapping
@@ -50,24 +49,7 @@ def read(data: bytes, card: ModelCard, path: Path) -> nn.Module:
         versions=importlib.metadata.version("torch"),
     )
     content = cached(cache_folder(), key, lambda: _converted(_loaded(data, path), card))
-    if not content:
-        return _loaded(data, path)
-    names, _, archive = content.partition(b"\n")
-    module = export.module_of(archive, card.input_px)
-    return Named(module, json.loads(names)).eval() if names != b"[]" else module
-
-
-class Named(nn.Module):
-    """A network whose outputs are named, as those of the program from which it was converted."""
-
-    def __init__(self, module: nn.Module, names: list[str]) -> None:
-        """Build the module from a network that returns several outputs, and their names."""
-        super().__init__()
-        self.module, self.names = module, names
-
-    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return the outputs for images (n, 3, h, w)."""
-        return dict(zip(self.names, _tensors(self.module(x)), strict=True))
+    return export.module_of(content, card.input_px) if content else _loaded(data, path)
 
 
 def is_script(module: nn.Module) -> bool:
@@ -87,17 +69,17 @@ def _loaded(data: bytes, path: Path) -> torch.jit.ScriptModule:
 
 
 def _converted(script: torch.jit.ScriptModule, card: ModelCard) -> bytes:
-    """Return the names of the program's outputs and the program as an archive of torch.export; empty if it has none."""
+    """Return the program as an archive of torch.export; empty if it cannot be converted."""
     try:
         content = _exported(script, card.input_px)
-        names = _check(script, export.module_of(content, card.input_px), card)
+        _check(script, export.module_of(content, card.input_px), card)
     except (ImportError, InputError, *TRACING) as error:
         # The converter is not a public part of PyTorch, and a program may be more than operations on tensors.
         _logger.info(
             "the TorchScript program stays as it is: %s", str(error).splitlines()[0][:200] if str(error) else ""
         )
         return b""
-    return json.dumps(names).encode() + b"\n" + content
+    return content
 
 
 def _exported(script: torch.jit.ScriptModule, side: int) -> bytes:
@@ -112,11 +94,8 @@ def _exported(script: torch.jit.ScriptModule, side: int) -> bytes:
         return export.packed(converter.convert())
 
 
-def _check(script: nn.Module, module: nn.Module, card: ModelCard) -> list[str]:
+def _check(script: nn.Module, module: nn.Module, card: ModelCard) -> None:
     """Refuse a converted program whose outputs differ from those of the original, for several images or one.
-
-    Returns:
-        The names of the original's outputs; none where it does not return them by name.
 
     Raises:
         InputError: They differ.
@@ -128,7 +107,6 @@ def _check(script: nn.Module, module: nn.Module, card: ModelCard) -> list[str]:
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (card.mean, card.std))
     images = ((pixels - mean) / std).contiguous(memory_format=torch.channels_last)
     with torch.inference_mode():
-        outputs = script(images)
         for batch in (images, images[:1]):
             expected, actual = _tensors(script(batch)), _tensors(module(batch))
             if [each.shape for each in expected] != [each.shape for each in actual]:
@@ -136,7 +114,6 @@ def _check(script: nn.Module, module: nn.Module, card: ModelCard) -> list[str]:
             for right, other in zip(expected, actual, strict=True):
                 if not float((other - right).abs().max()) <= TOLERANCE * float(right.abs().max()):
                     raise InputError("the outputs of the converted program differ from those of the original", "")
-    return [str(name) for name in outputs] if isinstance(outputs, Mapping) else []
 
 
 def _tensors(outputs: Any) -> list[torch.Tensor]:
