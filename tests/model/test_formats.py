@@ -259,6 +259,27 @@ def test_several_outputs_keep_their_names() -> None:
     assert torch.equal(outputs["logits"], module(x)["logits"])
 
 
+def test_a_part_without_gradients_is_a_part_of_the_network() -> None:
+    class Frozen(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone, self.head = Residual(), nn.Linear(2, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.no_grad():
+                x = self.backbone(x)
+            logits: torch.Tensor = self.head(x)
+            return logits
+
+    module, x = varied(Frozen()), images(3)
+    with torch.enable_grad():
+        data = archive(module)
+    assert b"wrap_with_set_grad_enabled" in data
+    read = export.module_of(data, SIDE)
+    assert torch.equal(read(x), module(x))
+    assert "backbone.pool" in {cut.name for cut in densify(as_classifier(read, 2), SIDE).facts.cuts}
+
+
 class Two(nn.Module):
     """A network with two inputs."""
 

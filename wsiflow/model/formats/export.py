@@ -20,72 +20,10 @@ from torch import fx, nn
 from wsiflow.errors import InputError
 from wsiflow.model.card import EXPORT, ModelCard
 from wsiflow.model.formats.archive import DTYPES, MALFORMED, Archive
-from wsiflow.model.formats.core import PLAIN
 from wsiflow.model.formats.format import Format
+from wsiflow.model.formats.operations import ATEN, CHECKS, ON_SIZES, PLAIN, operation
 from wsiflow.model.program import BATCH, TRACING
 
-_ATEN = "torch.ops.aten."
-# The operations of ATen that a program may call. Others may write files, as aten.save does, or return memory that was
-# never written. Those in place have the same names with an underscore behind.
-_OPERATIONS = frozenset(
-    (
-        *("conv1d", "conv2d", "conv3d", "convolution", "conv_transpose2d", "linear", "addmm", "mm", "matmul", "bmm"),
-        *("baddbmm", "einsum", "dot", "mv", "outer", "scaled_dot_product_attention", "_native_multi_head_attention"),
-        *("_scaled_dot_product_flash_attention_for_cpu", "batch_norm", "_native_batch_norm_legit_no_training"),
-        *("_native_batch_norm_legit", "_batch_norm_no_update", "native_batch_norm", "cudnn_batch_norm"),
-        *("instance_norm", "group_norm", "native_group_norm", "layer_norm", "native_layer_norm", "rms_norm"),
-        *("linalg_vector_norm", "norm", "local_response_norm", "max_pool2d", "max_pool2d_with_indices", "avg_pool1d"),
-        *("avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "_adaptive_avg_pool2d"),
-        *("adaptive_max_pool1d", "adaptive_max_pool2d", "max_pool1d", "relu", "relu6", "leaky_relu", "rrelu", "elu"),
-        *("selu", "celu", "gelu", "silu", "mish", "softplus", "softsign", "sigmoid", "log_sigmoid", "tanh"),
-        *("log_sigmoid_forward", "hardtanh", "hardsigmoid", "hardswish", "threshold", "prelu", "glu", "softmax"),
-        *("log_softmax", "_softmax", "_log_softmax", "_safe_softmax", "dropout", "feature_dropout", "alpha_dropout"),
-        *("feature_alpha_dropout", "native_dropout", "add", "sub", "rsub", "mul", "div", "true_divide", "floor_divide"),
-        *("remainder", "fmod", "pow", "addcmul", "addcdiv", "maximum", "minimum", "clamp", "clamp_min", "clamp_max"),
-        *("exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "sqrt", "rsqrt", "square", "abs", "neg", "sign"),
-        *("reciprocal", "erf", "sin", "cos", "floor", "ceil", "round", "trunc", "lerp", "where", "masked_fill", "eq"),
-        *("ne", "lt", "le", "gt", "ge", "logical_not", "logical_and", "logical_or", "bitwise_not", "bitwise_and"),
-        *("bitwise_or", "sum", "mean", "var", "std", "var_mean", "std_mean", "amax", "amin", "max", "min", "argmax"),
-        *("prod", "cumsum", "logsumexp", "any", "all", "topk", "sort", "cat", "concat", "stack", "split", "chunk"),
-        *(
-            "split_with_sizes",
-            "unbind",
-            "slice",
-            "select",
-            "narrow",
-            "index",
-            "index_select",
-            "gather",
-            "take_along_dim",
-        ),
-        *("roll", "flip", "rot90", "pad", "constant_pad_nd", "reflection_pad2d", "replication_pad2d", "view"),
-        *("reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze", "permute", "transpose", "t"),
-        *("movedim", "swapaxes", "view_as", "reshape_as", "expand", "expand_as", "repeat", "repeat_interleave", "tile"),
-        *("broadcast_to", "contiguous", "clone", "alias", "detach", "lift_fresh_copy", "copy", "to", "_to_copy"),
-        *("type_as", "float", "half", "numpy_T", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle"),
-        *("upsample_nearest2d", "upsample_bilinear2d", "upsample_bicubic2d", "_upsample_bilinear2d_aa", "im2col"),
-        *("_upsample_bicubic2d_aa", "grid_sampler", "grid_sampler_2d", "affine_grid_generator", "unfold"),
-        *("arange", "zeros", "ones", "full", "zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "fill"),
-        *("new_full", "scalar_tensor", "tril", "triu", "eye", "linspace", "meshgrid", "embedding", "sym_size"),
-        *("sym_numel", "slice_scatter", "select_scatter", "zero"),
-    )
-)
-# Checks of what is true for every batch that is run here, and notes of PyTorch for itself.
-_CHECKS = frozenset(
-    f"{_ATEN}{name}"
-    for name in (
-        *("_assert_scalar.default", "_assert_async.msg", "_assert_tensor_metadata.default"),
-        *("sym_constrain_range.default", "sym_constrain_range_for_size.default"),
-    )
-)
-# Arithmetic on sizes.
-_ON_SIZES: dict[str, Callable[..., Any]] = {
-    **{
-        f"_operator.{name}": getattr(operator, name)
-        for name in ("add", "sub", "mul", "floordiv", "truediv", "mod", "neg", "eq", "ne", "lt", "le", "gt", "ge")
-    },
-    **{f"torch.{name}": getattr(torch, name) for name in ("sym_int", "sym_float", "sym_max", "sym_min", "sym_not")},
-}
 _LAYOUTS = {7: torch.strided}
 _MEMORY_FORMATS = {
     1: torch.contiguous_format,
@@ -109,6 +47,7 @@ _LISTS = {
     **{f"{name}s": name for name in ("as_tensor", "as_sym_int", "as_sym_float", "as_sym_bool", "as_optional_tensor")},
 }
 _PART = re.compile(r"[A-Za-z0-9_]+", re.ASCII)
+_WITHOUT_GRADIENTS = "torch.ops.higher_order.wrap_with_set_grad_enabled"
 _EVALUATION = "export it in evaluation mode: model.eval()"
 
 
@@ -183,6 +122,7 @@ class _Builder:
     def __init__(self, weights: Mapping[str, torch.Tensor], program: Any, side: int) -> None:
         """Keep the weights by their paths, the program as JSON, and the side of images, px."""
         self._weights, self._program, self._side = weights, program, side
+        self._scope = program["graph"]  # the part of the program whose calls are added
         self._graph, self._root = fx.Graph(), nn.Module()
         self._values: dict[str, fx.Node] = {}
         self._n_inputs = 0
@@ -246,23 +186,26 @@ class _Builder:
     def _add_call(self, call: Any) -> None:
         """Add a call and its results."""
         target = call["target"]
-        if target in _CHECKS:
+        if target in CHECKS:
             return
-        if target == f"{_ATEN}as_strided.default" and self._changes_no_place(call):
-            call = {**call, "target": f"{_ATEN}alias.default", "inputs": call["inputs"][:1]}
+        if target == _WITHOUT_GRADIENTS:
+            self._add_body(call)
+            return
+        if target == f"{ATEN}as_strided.default" and self._changes_no_place(call):
+            call = {**call, "target": f"{ATEN}alias.default", "inputs": call["inputs"][:1]}
             target = call["target"]
         args: tuple[Any, ...]
         kwargs: dict[str, Any]
-        if target in _ON_SIZES:
-            function, kwargs = _ON_SIZES[target], {}
+        if target in ON_SIZES:
+            function, kwargs = ON_SIZES[target], {}
             args = tuple(self._value(*_union(each["arg"])) for each in call["inputs"])
         else:
-            function = _operation(target)
+            function = operation(target)
             args, kwargs = self._arguments(function, {each["name"]: each["arg"] for each in call["inputs"]})
             if function._schema.name.endswith("_") and args[0].op == "get_attr":  # noqa: SLF001
                 raise InputError(f"the program changes its own weight {args[0].target}", _EVALUATION)
         results = [_union(each) for each in call["outputs"]]
-        reader = PLAIN.get(target.removeprefix(_ATEN))
+        reader = PLAIN.get(target.removeprefix(ATEN))
         plain = reader(*args) if reader else None
         function, args, kwargs = (*plain, {}) if plain else (function, args, kwargs)
         node = self._with_sizes(function, args) or self._graph.call_function(function, args, kwargs)
@@ -291,15 +234,33 @@ class _Builder:
         """Return the modules that all inputs of a call without weights are part of, if it changes no row or column."""
         kinds = [_union(each) for each in (*(each["arg"] for each in call["inputs"]), *call["outputs"])]
         tensors = [each for kind, value in kinds for each in {"as_tensor": [value], "as_tensors": value}.get(kind, [])]
-        shapes = [self._program["graph"]["tensor_values"][each["name"]]["sizes"] for each in tensors]
+        shapes = [self._scope["tensor_values"][each["name"]]["sizes"] for each in tensors]
         if len(shapes) < 2 or any([*each[:1], *each[2:]] != [*shapes[0][:1], *shapes[0][2:]] for each in shapes):
             return {}
         stacks = [list(each.meta.get("nn_module_stack", {}).items()) for each in node.all_input_nodes]
         return dict(first for first, *others in zip(*stacks, strict=False) if all(each == first for each in others))
 
+    def _add_body(self, call: Any) -> None:
+        """Add the calls of a part of the program for which gradients were switched on or off."""
+        kinds = [_union(each["arg"]) for each in call["inputs"]]
+        body = next(value["graph"] for kind, value in kinds if kind == "as_graph")
+        given = [self._value(kind, value) for kind, value in kinds[2:]]
+        outer = self._scope, self._values
+        names = [_union(each)[1]["name"] for each in body["inputs"]]
+        self._scope, self._values = body, dict(zip(names, given, strict=True))
+        for each in body["nodes"]:
+            self._add_call(each)
+        results = [self._value(*_union(each)) for each in body["outputs"]]
+        self._scope, self._values = outer
+        parts = [_union(each) for each in call["outputs"]]
+        if [kind for kind, _ in parts] == ["as_tensors"]:
+            parts = [("as_tensor", each) for each in parts[0][1]]
+        for result, (kind, value) in zip(results, parts, strict=True):
+            self._add_result(result, kind, value)
+
     def _changes_no_place(self, call: Any) -> bool:
         """Return whether a call of as_strided, which depends on how maps are stored, has its input as its result."""
-        graph, given = self._program["graph"], [_union(each["arg"]) for each in call["inputs"]]
+        graph, given = self._scope, [_union(each["arg"]) for each in call["inputs"]]
         meta = graph["tensor_values"][given[0][1]["name"]]
         sizes, strides = (
             [each if isinstance(each, dict) else {"as_int": each} for each in part] for _, part in given[1:]
@@ -381,21 +342,6 @@ def _union(value: Any) -> tuple[str, Any]:
     """Return the kind and the content of a value that is of one of several kinds."""
     ((kind, content),) = value.items()
     return kind, content
-
-
-def _operation(target: str) -> Any:
-    """Return the operation of a call, which must be in the list."""
-    parts = target.removeprefix(_ATEN).split(".")
-    if target.startswith(_ATEN) and len(parts) == 2:
-        packet, overload = parts
-        known = packet in _OPERATIONS or (packet.endswith("_") and packet[:-1] in _OPERATIONS)
-        operations = getattr(torch.ops.aten, packet) if known and hasattr(torch.ops.aten, packet) else None
-        if operations is not None and overload in operations.overloads() and "out" not in overload.split("_"):
-            return getattr(operations, overload)
-    raise InputError(
-        f"the program calls {target[:100]!r}, which is not among the operations that are run here",
-        "export the network alone, without preprocessing, control flow and operators of other libraries",
-    )
 
 
 def _register(root: nn.Module, path: str, value: torch.Tensor) -> None:
