@@ -91,7 +91,22 @@ def _exported(script: torch.jit.ScriptModule, side: int) -> bytes:
         converter = TS2EPConverter(script, (torch.zeros(BATCH, 3, side, side),))
         # Its own last step traces the network for images of any size, which takes ten times as long.
         converter.retrace_as_exported_program = lambda module, _: export.traced(module, side)  # type: ignore[assignment]
-        return export.packed(converter.convert())
+        program = converter.convert()
+        outputs = script(torch.zeros(BATCH, 3, side, side))
+        if isinstance(outputs, Mapping):  # of which the converter keeps the values alone
+            return export.write(_Named(program.module(check_guards=False), tuple(outputs)), side)
+        return export.packed(program)
+
+
+class _Named(nn.Module):
+    """A network that returns its outputs by their names."""
+
+    def __init__(self, module: nn.Module, names: tuple[str, ...]) -> None:
+        super().__init__()
+        self.module, self.names = module, names
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return dict(zip(self.names, _tensors(self.module(x)), strict=True))
 
 
 def _check(script: nn.Module, module: nn.Module, card: ModelCard) -> None:
@@ -108,8 +123,10 @@ def _check(script: nn.Module, module: nn.Module, card: ModelCard) -> None:
     images = ((pixels - mean) / std).contiguous(memory_format=torch.channels_last)
     with torch.inference_mode():
         for batch in (images, images[:1]):
-            expected, actual = _tensors(script(batch)), _tensors(module(batch))
-            if [each.shape for each in expected] != [each.shape for each in actual]:
+            outputs, others = script(batch), module(batch)
+            expected, actual = _tensors(outputs), _tensors(others)
+            names = [list(each) if isinstance(each, Mapping) else [] for each in (outputs, others)]
+            if [each.shape for each in expected] != [each.shape for each in actual] or names[0] != names[1]:
                 raise InputError("the converted program returns other outputs", "")
             for right, other in zip(expected, actual, strict=True):
                 if not float((other - right).abs().max()) <= TOLERANCE * float(right.abs().max()):
