@@ -10,6 +10,7 @@ import io
 import json
 import operator
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -112,7 +113,9 @@ def packed(program: torch.export.ExportedProgram) -> bytes:
             node.meta.pop(note, None)
     program.example_inputs = None
     stream = io.BytesIO()
-    torch.export.save(program, stream)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # weights that share memory are written as they are, and it remarks on that
+        torch.export.save(program, stream)
     return stream.getvalue()
 
 
