@@ -4,11 +4,11 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
+from torch import library as operators
 
 FOLDER = Path(sys.prefix) / "zoo"
 _OPERATORS = ("nms", "qnms")
-_libraries: list[torch.library.Library] = []  # as long as the process, since they end with their object
+_registered: list[operators.Library] = []  # as long as the process, since they end with their object
 
 
 def require() -> None:
@@ -21,7 +21,7 @@ def require() -> None:
         pytest.skip("timm and torchvision are not installed: tests/install_zoo.sh")
     if str(FOLDER) not in sys.path:
         sys.path.append(str(FOLDER))
-        library = torch.library.Library("torchvision", "DEF")
+        stub = operators.Library("torchvision", "DEF")
         for name in _OPERATORS:
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        _libraries.append(library)
+            stub.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        _registered.append(stub)
