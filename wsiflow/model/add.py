@@ -12,27 +12,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import safetensors.torch
-import torch
 from torch import nn
 
-from wsiflow.errors import InputError
 from wsiflow.model import huggingface
 from wsiflow.model.architectures import function
 from wsiflow.model.card import EXPORT, ONNX, PYTHON, TORCHSCRIPT, WSINFER_WEIGHTS, ModelCard, parse_card, wsinfer_fields
-from wsiflow.model.classifier import (
-    N_TRIALS,
-    Classifier,
-    as_classifier,
-    check_kind,
-    check_repeatable,
-    normalise,
-    probe_image,
-    raw_outputs,
-)
+from wsiflow.model.classifier import Classifier, as_classifier, check_answers
 from wsiflow.model.formats import export, onnx
 from wsiflow.model.formats.registry import network
+from wsiflow.model.formats.torchscript import is_script
 from wsiflow.model.save import probes, write_card
 from wsiflow.system import faults
 
@@ -107,7 +96,7 @@ def add(source: Source, fields: Mapping[str, Any], folder: Path) -> Path:
     data = onnx.embedded(source.path) if bare.architecture == ONNX else source.path.read_bytes()
     module = network(data, bare, source.path)
     classifier = as_classifier(module, bare)
-    try_out(classifier, bare, source.path)
+    check_answers(classifier, bare, source.path)
     architecture, suffix, weights = _encoded(module, bare, data)
     folder.mkdir(parents=True, exist_ok=True)
     if bare.architecture.startswith(PYTHON):
@@ -171,7 +160,7 @@ def from_module(  # noqa: PLR0913  these are the fields of a card
     }
     bare = parse_card({**fields, "weights": f"{name}.pt2", "sha256": _NO_HASH}, Path(name))
     classifier = as_classifier(module, bare)
-    try_out(classifier, bare, Path(name))
+    check_answers(classifier, bare, Path(name))
     if folder is not None:
         weights = export.write(module, window)
         folder.mkdir(parents=True, exist_ok=True)
@@ -181,31 +170,10 @@ def from_module(  # noqa: PLR0913  these are the fields of a card
     return classifier
 
 
-def try_out(classifier: Classifier, card: ModelCard, path: Path) -> None:
-    """Refuse a model that does not run, whose outputs depend on the batch or on chance, or are of another kind.
-
-    Args:
-        classifier: The model.
-        card: Its card.
-        path: The path that messages name.
-
-    Raises:
-        InputError: It is such a model.
-    """
-    images = np.stack([probe_image(seed, card.window_px) for seed in range(N_TRIALS)])
-    try:
-        with torch.inference_mode():
-            outputs = raw_outputs(classifier, normalise(classifier, images))
-        check_repeatable(classifier, images, outputs)
-        check_kind(outputs, card, path)
-    except InputError as error:
-        raise error.about(path=path) from error
-
-
 def _encoded(module: nn.Module, card: ModelCard, data: bytes) -> tuple[str, str, bytes]:
     """Return the architecture, the suffix and the content of the weights file to write."""
     if card.architecture == TORCHSCRIPT:
-        if any(isinstance(part, torch.jit.ScriptModule) for part in module.modules()):
+        if is_script(module):
             return TORCHSCRIPT, ".pt", data
         return EXPORT, ".pt2", export.write(module, card.input_px)
     if card.architecture in {EXPORT, ONNX}:

@@ -1,9 +1,8 @@
 """Patch classifiers: loading from a model card and weights, and prediction of probabilities.
 
 Input: windows, uint8 (n, window_px, window_px, 3), RGB at the card's spacing. Output: float32 (n,), the probability of
-the positive class. Weights are read once and hashed before they are parsed. A classifier that does not reproduce the
-probes of its card is never returned. No pickle is read: weights are safetensors, or a TorchScript program that the
-settings trust by its hash.
+the positive class. Weights are read once and hashed before they are parsed, by the format that the card names. A
+classifier that does not reproduce the probes of its card is never returned.
 """
 
 from dataclasses import dataclass
@@ -33,7 +32,7 @@ class Classifier:
 
     Attributes:
         module: The network in evaluation mode, from (n, 3, input_px, input_px) to its outputs (n, outputs).
-        class_names: One name for each output.
+        class_names: One name for each class.
         outputs: What the outputs of the network mean, and which class becomes the heatmap.
         window_px: Side of a window, px.
         input_px: Side of the network's input, px; windows are resized if it differs from ``window_px``.
@@ -72,7 +71,7 @@ def load(spec: ModelSpec) -> Classifier:
     except InputError as error:
         raise error.about(path=path) from error
     classifier = as_classifier(module, card)
-    _check_answers(classifier, card, path)
+    check_answers(classifier, card, path)
     return classifier
 
 
@@ -152,7 +151,7 @@ def infer(classifier: Classifier, inputs: torch.Tensor) -> NDArray[np.float32]:
     """Return the probability of every class, float32 (n, classes), for normalised windows; call this in inference mode.
 
     Raises:
-        InputError: The number of the network's outputs is not the number of class names in its card.
+        InputError: The number of the network's outputs is not what its card says.
     """
     return np.asarray(classifier.outputs.probabilities(raw_outputs(classifier, inputs)).numpy(), np.float32)
 
@@ -202,8 +201,19 @@ def probe_image(seed: int, window_px: int) -> NDArray[np.uint8]:
     return ((cells[np.ix_(cell, cell)] + base) // 2).astype(np.uint8)
 
 
-def _check_answers(classifier: Classifier, card: ModelCard, path: Path) -> None:
-    """Refuse a classifier that does not run, or does not reproduce the probabilities of its probes."""
+def check_answers(classifier: Classifier, card: ModelCard, path: Path) -> None:
+    """Refuse a classifier that does not run, does not reproduce its probes, or whose outputs are of another kind.
+
+    Where the card has no probes, outputs are tried on a few images: they must not depend on the batch or on chance.
+
+    Args:
+        classifier: The classifier.
+        card: Its card.
+        path: The path that messages name.
+
+    Raises:
+        InputError: It is such a classifier.
+    """
     seeds = [probe.seed for probe in card.probe] or list(range(N_TRIALS))
     images = np.stack([probe_image(seed, card.window_px) for seed in seeds])
     try:
@@ -211,17 +221,17 @@ def _check_answers(classifier: Classifier, card: ModelCard, path: Path) -> None:
             outputs = raw_outputs(classifier, normalise(classifier, images))
         answers = probabilities(classifier, images)
         if not card.probe:
-            check_repeatable(classifier, images, outputs)
+            _check_repeatable(classifier, images, outputs)
     except RuntimeError as error:
         raise does_not_run(error, len(images), card).about(path=path) from error
     except InputError as error:
         raise error.about(path=path) from error
     for probe, answer in zip(card.probe, answers, strict=False):
         _check_probe(probe, answer, path)
-    check_kind(outputs, card, path)
+    _check_kind(outputs, card, path)
 
 
-def check_repeatable(classifier: Classifier, images: NDArray[np.uint8], outputs: torch.Tensor) -> None:
+def _check_repeatable(classifier: Classifier, images: NDArray[np.uint8], outputs: torch.Tensor) -> None:
     """Refuse a network whose outputs for a window depend on the other windows of a batch, or on chance.
 
     Args:
@@ -244,7 +254,7 @@ def check_repeatable(classifier: Classifier, images: NDArray[np.uint8], outputs:
             raise InputError(f"the model {cause}", "export it in evaluation mode: model.eval()")
 
 
-def check_kind(outputs: torch.Tensor, card: ModelCard, path: Path) -> None:
+def _check_kind(outputs: torch.Tensor, card: ModelCard, path: Path) -> None:
     """Refuse outputs that are plainly not what the card says: probabilities instead of logits, or the other way round.
 
     Args:
