@@ -54,39 +54,29 @@ def readings(classifier: Classifier, patches: NDArray[np.uint8], classes: NDArra
         patches: uint8 (n, window_px, window_px, 3), RGB.
         classes: int64 (n,), the index of each patch's class.
     """
-    own = _losses(_probabilities(classifier, patches, normalise), classes)
-    found = [Reading("", float(own.mean()), _accuracy(_probabilities(classifier, patches, normalise), classes))]
-    others = []
-    for meaning, probabilities in _others(classifier, patches):
+    card = _probabilities(classifier, patches, normalise)
+    own, others = _losses(card, classes), []
+    for meaning, probabilities in _others(classifier, patches, card):
         losses = _losses(probabilities, classes)
         gains = own - losses
         error = float(gains.std(ddof=1) / math.sqrt(len(gains))) if len(gains) > 1 else math.inf
         reading = Reading(meaning, float(losses.mean()), _accuracy(probabilities, classes), float(gains.mean()), error)
         others.append(reading)
-    return found + sorted(others, key=lambda reading: reading.loss)
+    return [Reading("", float(own.mean()), _accuracy(card, classes)), *sorted(others, key=lambda each: each.loss)]
 
 
-def _others(classifier: Classifier, patches: NDArray[np.uint8]) -> Iterator[tuple[str, NDArray[np.float64]]]:
-    """Yield each misreading with the probabilities, float64 (n, classes), that it gives."""
+def _others(
+    classifier: Classifier, patches: NDArray[np.uint8], own: NDArray[np.float64]
+) -> Iterator[tuple[str, NDArray[np.float64]]]:
+    """Yield each misreading with the probabilities, float64 (n, classes), that it gives; `own` are the card's."""
     for meaning, prepare in _INPUTS.items():
         yield meaning, _probabilities(classifier, patches, prepare)
-    own = _probabilities(classifier, patches, normalise)
     for first in range(own.shape[1]):
         for second in range(first + 1, own.shape[1]):
             order = list(range(own.shape[1]))
             order[first], order[second] = second, first
             names = classifier.class_names
             yield f"the classes {names[first]} and {names[second]} are swapped", own[:, order]
-    if classifier.outputs.kind == "logits":
-        yield "the outputs are probabilities already (softmax twice)", _raw(classifier, patches)
-
-
-def _raw(classifier: Classifier, patches: NDArray[np.uint8]) -> NDArray[np.float64]:
-    """Return the outputs themselves as probabilities where they are some, else the same probability for each class."""
-    outputs = np.concatenate([out.numpy() for out in _outputs(classifier, patches, normalise)]).astype(np.float64)
-    if outputs.min() < 0 or np.abs(outputs.sum(axis=1) - 1).max() > 1e-3:
-        return np.full_like(outputs, 1 / outputs.shape[1])
-    return outputs
 
 
 def _probabilities(classifier: Classifier, patches: NDArray[np.uint8], prepare: Input) -> NDArray[np.float64]:
