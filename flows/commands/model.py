@@ -8,6 +8,7 @@ from typing import Any
 
 from wsiflow.errors import InputError
 
+from ..options import positive
 from ..terminal import say
 
 _IMAGENET = ("0.485,0.456,0.406", "0.229,0.224,0.225")
@@ -21,7 +22,7 @@ def add_options(parser: ArgumentParser) -> None:
     check = tasks.add_parser("check", help="score labelled patches as the card says, and as it might have been meant")
     check.add_argument("card", type=Path)
     check.add_argument("--patches", type=Path, required=True, help="folder that holds a folder of images per class")
-    check.add_argument("--limit", type=int, default=100, help="patches of each class (100)")
+    check.add_argument("--limit", type=positive, default=100, help="patches of each class (100)")
     check.add_argument("--trust", action="store_true", help="run code that comes with the model")
     listed = tasks.add_parser("list", help="what ships with wsiflow, and the cards in some folders")
     listed.add_argument("folders", type=Path, nargs="*", default=[_FOLDER], help="folders of cards (models)")
@@ -49,7 +50,7 @@ def _add_options(parser: ArgumentParser) -> None:
         "--architecture", help="for weights alone: timm:resnet18, torchvision:..., python:module:function"
     )
     parser.add_argument("--args", help="further arguments of the architecture: key=value,key=value")
-    parser.add_argument("--stride", type=int, default=16, help="stride for which dense inference is described (16)")
+    parser.add_argument("--stride", type=positive, default=16, help="stride for which dense inference is shown (16)")
     parser.add_argument("--trust", action="store_true", help="run code that comes with the model")
 
 
@@ -133,8 +134,15 @@ def _completed(given: dict[str, str | None], usual: dict[str, str]) -> dict[str,
     answers = {name: value for name, value in given.items() if value}
     for name in missing:
         default = usual.get(name, "")
-        answers[name] = input(f"{name}{f' [{default}]' if default else ''}: ").strip() or default
+        answers[name] = _answer(f"{name}{f' [{default}]' if default else ''}: ") or default
     return answers
+
+
+def _answer(question: str) -> str:
+    try:
+        return input(question).strip()
+    except EOFError as error:
+        raise InputError("the questions were not answered", "answer them, or give the options of --help") from error
 
 
 def _output(arguments: Namespace) -> dict[str, str]:
@@ -186,8 +194,9 @@ def _text(value: Any) -> str | None:
 def _described(card: Path, stride: int, *, trust: bool) -> list[str]:
     """Return lines that say what dense inference does with a model."""
     from wsiflow.model import classifier, scorer
+    from wsiflow.model.card import as_it_is
 
-    loaded = classifier.load(_spec(card, trust=trust))
+    loaded = classifier.load(as_it_is(card, trust=trust))
     try:
         facts = scorer.describe(loaded, stride)
     except InputError as error:
@@ -201,24 +210,13 @@ def _described(card: Path, stride: int, *, trust: bool) -> list[str]:
     return [f"dense    a score every {facts.grid_px} px; {exact}", speed]
 
 
-def _spec(card: Path, *, trust: bool) -> Any:
-    """Return the settings of a model; what is trusted is pinned by its own hash."""
-    from wsiflow.model.card import ModelSpec
-
-    sha256 = ""
-    if trust:
-        import json
-
-        sha256 = json.loads(card.read_text()).get("sha256", "")
-    return ModelSpec(card=card, trust_torchscript=trust, trust_python=trust, sha256=sha256, positive_class="")
-
-
 def _check(arguments: Namespace) -> int:
     """Say how the card fits labelled patches, and which misreading fits better."""
     from wsiflow.model import classifier, misreadings
+    from wsiflow.model.card import as_it_is
     from wsiflow.slides import patches
 
-    loaded = classifier.load(_spec(arguments.card, trust=arguments.trust))
+    loaded = classifier.load(as_it_is(arguments.card, trust=arguments.trust))
     images, classes = patches.read_labelled(
         arguments.patches, loaded.class_names, loaded.window_px, limit=arguments.limit
     )
@@ -227,7 +225,7 @@ def _check(arguments: Namespace) -> int:
     for other in others[:3]:
         say(f"if instead {other.meaning}: {other.accuracy:.1%} right, loss {other.loss:.3f}")
     if others and others[0].is_better:
-        say(f"The card does not fit: {others[0].meaning} fits better by {others[0].gain:.2f} nats per patch.")
+        say(f"The card does not fit. It would if {others[0].meaning}: by {others[0].gain:.2f} nats per patch.")
         return InputError.exit_code
     say("The card fits better than every likely misreading of it.")
     return 0
@@ -235,17 +233,15 @@ def _check(arguments: Namespace) -> int:
 
 def _list(arguments: Namespace) -> int:
     """Print a line for each card."""
-    from wsiflow.model.card import PACKAGED, ModelSpec, read_card, shipped
+    from wsiflow.model.card import PACKAGED, as_it_is, read_card, shipped
 
     cards = [Path(f"{PACKAGED}{name}") for name in shipped()]
-    cards += [path for folder in arguments.folders for path in sorted(folder.glob("*.json"))]
-    for path in cards:
+    for path in cards + [path for folder in arguments.folders for path in sorted(folder.glob("*.json"))]:
         try:
-            card = read_card(
-                ModelSpec(card=path, trust_torchscript=True, trust_python=True, sha256="", positive_class="")
-            )
-        except InputError:
-            continue  # another JSON file, or a card that is not whole: `check` says what it lacks
+            card = read_card(as_it_is(path, trust=True))  # nothing of the model is run to read its card
+        except InputError as error:
+            say(f"{path!s:40} cannot be used: {error.cause}")
+            continue
         about = f"{card.window_px} px at {card.spacing_um_px:g} um/px: {', '.join(card.class_names)}"
         say(f"{path!s:40} {card.architecture:24} {about}")
     return 0

@@ -1,6 +1,7 @@
 """``wsiflow model``: from a file of weights to a run, on the command line."""
 
 import csv
+import json
 import os
 from pathlib import Path
 
@@ -65,6 +66,8 @@ def test_what_is_missing_is_named_at_once(weights: Path, capsys: pytest.CaptureF
     assert "give --architecture timm:NAME, torchvision:NAME or python:MODULE:FUNCTION" in capsys.readouterr().err
     assert cli.main(["model", "add", str(weights), *options, "--std", "1,1"]) == 20
     assert "--std is '1,1'; give three numbers" in capsys.readouterr().err
+    assert cli.main(["model", "add", str(weights), *ABOUT, *options, "--window", "32"]) == 20
+    assert "does not run on 4 windows of 32 px" in capsys.readouterr().err
 
 
 def test_on_a_terminal_it_asks(
@@ -79,6 +82,29 @@ def test_on_a_terminal_it_asks(
     os.close(controller)
     assert "spacing [0.5]: " in capsys.readouterr().out
     assert '"spacing_um_px": 0.5' in (tmp_path / "asked.json").read_text()
+    with Path(os.devnull).open() as nobody:
+        monkeypatch.setattr("sys.stdin", nobody)
+        monkeypatch.setattr(nobody, "isatty", lambda: True, raising=False)
+        assert cli.main(["model", "add", str(weights), *ABOUT, "--to", str(tmp_path)]) == 20
+    assert "the questions were not answered" in capsys.readouterr().err
+
+
+def test_a_program_that_is_code_is_listed_and_a_broken_card_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """To read a card runs nothing of its model."""
+    card = {"name": "t", "architecture": "torchscript", "class_names": ["a", "b"], "positive_class": "b"}
+    card |= {"window_px": 32, "input_px": 32, "spacing_um_px": 1, "mean": [0, 0, 0], "std": [1, 1, 1]}
+    card |= {"weights": "t.pt", "sha256": "0" * 64}
+    (tmp_path / "code.json").write_text(json.dumps(card))
+    (tmp_path / "broken.json").write_text(json.dumps({**card, "std": [1, 1]}))
+    (tmp_path / "other.json").write_text("[1]")
+    assert cli.main(["model", "list", str(tmp_path)]) == 0
+    listed = capsys.readouterr().out
+    assert "torchscript              32 px at 1 um/px: a, b" in listed
+    assert "broken.json" in listed
+    assert "cannot be used: model card: std" in listed
+    assert "cannot be used: the model card is a JSON list" in listed
 
 
 def test_patches_tell_whether_a_card_fits(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -101,4 +127,4 @@ def test_patches_tell_whether_a_card_fits(weights: Path, tmp_path: Path, capsys:
     assert cli.main(["model", "check", str(tmp_path / "right.json"), "--patches", str(tmp_path / "patches")]) == 0
     assert "of 16 patches right" in capsys.readouterr().out
     assert cli.main(["model", "check", str(tmp_path / "swapped.json"), "--patches", str(tmp_path / "patches")]) == 20
-    assert "The card does not fit: the classes tumor and normal are swapped fits better" in capsys.readouterr().out
+    assert "The card does not fit. It would if the classes tumor and normal are swapped: by " in capsys.readouterr().out

@@ -195,6 +195,20 @@ def shipped() -> list[str]:
     return sorted(path.name for path in (Path(__file__).parent / "weights").glob("*.json"))
 
 
+def as_it_is(card: Path, *, trust: bool) -> ModelSpec:
+    """Return the settings that use a model as its card says; with trust, also one that is code, pinned by its own hash.
+
+    Raises:
+        InputError: The card is missing or is not JSON.
+        EnvironmentFault: The system refuses to read the card.
+    """
+    bare = ModelSpec(card=card, trust_torchscript=trust, trust_python=trust, sha256="", positive_class="")
+    if not trust:
+        return bare
+    path = card_path(bare)
+    return bare.model_copy(update={"sha256": str(_object(_read_text(path), path).get("sha256", ""))})
+
+
 def read_card(spec: ModelSpec) -> ModelCard:
     """Read the card that the settings name; their positive class, if any, replaces that of the card.
 
@@ -205,7 +219,7 @@ def read_card(spec: ModelSpec) -> ModelCard:
     """
     path = card_path(spec)
     text = _read_text(path)
-    card = _from_wsinfer(text, spec) if "num_classes" in _keys(text, path) else _parse(ModelCard, text, path)
+    card = _from_wsinfer(text, spec) if "num_classes" in _object(text, path) else _parse(ModelCard, text, path)
     _check_trust(card, spec)
     if spec.sha256 not in {"", card.sha256}:
         raise InputError(
@@ -261,7 +275,7 @@ def identity(card: ModelCard) -> str:
         if len(card.positive_indices) == 1
         else {"positive_indices": card.positive_indices}
     )
-    relevant |= dict(card.model_dump(include={"output", "output_name", "source_sha256"}, exclude_defaults=True).items())
+    relevant |= card.model_dump(include={"output", "output_name", "source_sha256"}, exclude_defaults=True)
     return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()
 
 
@@ -283,15 +297,15 @@ def _read_text(path: Path) -> str:
         ) from error
 
 
-def _keys(text: str, path: Path) -> set[str]:
-    """Return the keys of a card's JSON object."""
+def _object(text: str, path: Path) -> dict[str, Any]:
+    """Return a card's JSON object."""
     try:
         raw = json.loads(text)
     except (json.JSONDecodeError, RecursionError) as error:
         raise InputError(f"the model card is not JSON: {error}", "correct the file", path=path) from error
     if not isinstance(raw, dict):
         raise InputError(f"the model card is a JSON {type(raw).__name__}, not an object", "correct the file", path=path)
-    return set(raw)
+    return raw
 
 
 def _parse(model: type[_Form], text: str, path: Path) -> _Form:
