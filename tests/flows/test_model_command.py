@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from small_models import spec, with_statistics
 from small_runs import over, wsiflow
-from torch import nn
 
 from flows import cli
 from wsiflow.model.architectures.registry import build
-from wsiflow.model.classifier import probe_image
+from wsiflow.model.classifier import load, predict, probe_image
 
 ABOUT = ["--architecture", "compact_valid", "--args", "width=0.5,dropout=0.2", "--window", "96", "--stride", "8"]
 
@@ -23,12 +23,7 @@ ABOUT = ["--architecture", "compact_valid", "--args", "width=0.5,dropout=0.2", "
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Weights of a small network, as a training script leaves them."""
     torch.manual_seed(0)
-    network = build("compact_valid", 2, width=0.5, dropout=0.2)
-    for layer in network.modules():
-        if isinstance(layer, nn.BatchNorm2d):
-            layer.momentum = 1.0
-    images = np.stack([probe_image(seed, 96) for seed in range(4)])
-    network.train()(torch.from_numpy(images).permute(0, 3, 1, 2) / 64 - 2)
+    network = with_statistics(build("compact_valid", 2, width=0.5, dropout=0.2), 96)
     path = tmp_path_factory.mktemp("trained") / "best.pth"
     torch.save({"state_dict": network.state_dict(), "epoch": 7}, path)
     return path
@@ -113,12 +108,8 @@ def test_patches_tell_whether_a_card_fits(weights: Path, tmp_path: Path, capsys:
     for name, classes in (("right", "normal,tumor"), ("swapped", "tumor,normal")):
         line = ["model", "add", str(weights), *ABOUT, *options, "--classes", classes, "--name", name]
         assert cli.main(line) == 0
-    from wsiflow.model import ModelSpec, load
-    from wsiflow.model.classifier import predict
-
-    spec = ModelSpec(card=tmp_path / "right.json", trust_torchscript=False, sha256="", positive_class="")
     images = np.stack([probe_image(seed, 96) for seed in range(60)])
-    scores = predict(load(spec), images)
+    scores = predict(load(spec(tmp_path / "right.json")), images)
     for name, chosen in (("normal", np.argsort(scores)[:8]), ("tumor", np.argsort(scores)[-8:])):
         (tmp_path / "patches" / name).mkdir(parents=True)
         for index in chosen:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from small_models import spec, windows, with_statistics
 from torch import nn
 
 from wsiflow import model
@@ -15,8 +16,8 @@ from wsiflow.errors import EnvironmentFault, InputError
 from wsiflow.model.add import add, from_module, recognise
 from wsiflow.model.architectures import zoo
 from wsiflow.model.architectures.registry import build
-from wsiflow.model.card import ModelSpec, read_card
-from wsiflow.model.classifier import predict, probabilities, probe_image
+from wsiflow.model.card import read_card
+from wsiflow.model.classifier import predict, probabilities
 
 ARCHITECTURE = {"architecture": "compact_valid", "architecture_args": {"width": 0.5, "dropout": 0.2}}
 FIELDS: dict[str, Any] = {
@@ -36,27 +37,14 @@ def build(width):
 """
 
 
-def spec(card: Path, **changes: Any) -> ModelSpec:
-    return ModelSpec(**({"card": card, "trust_torchscript": False, "sha256": "", "positive_class": ""} | changes))
-
-
-def windows(n: int, side: int = 96) -> np.ndarray:
-    return np.stack([probe_image(100 + seed, side) for seed in range(n)])
-
-
 @pytest.fixture(scope="module")
 def network() -> nn.Module:
     torch.manual_seed(0)
-    net = build("compact_valid", 2, width=0.5, dropout=0.2)
-    for layer in net.modules():
-        if isinstance(layer, nn.BatchNorm2d):
-            layer.momentum = 1.0
-    net.train()(torch.from_numpy(windows(4)).permute(0, 3, 1, 2) / 64 - 2)
-    return net.eval()
+    return with_statistics(build("compact_valid", 2, width=0.5, dropout=0.2), 96)
 
 
 def expected(network: nn.Module) -> np.ndarray:
-    inputs = (torch.from_numpy(windows(3)).permute(0, 3, 1, 2) / 255 - 0.5) / 0.25
+    inputs = (torch.from_numpy(windows(3, 96)).permute(0, 3, 1, 2) / 255 - 0.5) / 0.25
     with torch.no_grad():
         return torch.softmax(network(inputs), 1)[:, 1].numpy()
 
@@ -93,7 +81,7 @@ def test_checkpoints_of_every_kind_are_read(kind: str, network: nn.Module, tmp_p
     """The card that is written loads, and its weights are safetensors."""
     card = added(CHECKPOINTS[kind](network.state_dict()), tmp_path)
     assert json.loads(card.read_text())["weights"] == "mine.safetensors"
-    found = predict(model.load(spec(card)), windows(3))
+    found = predict(model.load(spec(card)), windows(3, 96))
     np.testing.assert_allclose(found, expected(network), atol=2e-3 if kind == "half precision" else 1e-6)
     assert len(read_card(spec(card)).probe) == 3
 
@@ -113,6 +101,11 @@ class _Code:
         ),
         (lambda net: net, {}, "more than weights .*could run any code; save the weights alone"),
         (lambda _: [1, 2], {}, "holds a list without weights"),
+        (
+            lambda net: net.state_dict(),
+            {"output_name": "logit"},
+            "one output without a name, and output_name is 'logit'",
+        ),
         (
             lambda net: net.state_dict(),
             {"architecture": "googlenet", "architecture_args": {"dropout": 0.5}},
@@ -140,7 +133,18 @@ class _Code:
         ),
         (lambda net: net.state_dict(), {"spacing_um_px": 0, "std": [1, 1]}, r"spacing_um_px: .*; std.*these keys"),
     ],
-    ids=["code", "a network", "a list", "another network", "three classes", "too many", "NaN", "timm", "two faults"],
+    ids=[
+        "code",
+        "a network",
+        "a list",
+        "no such output",
+        "another network",
+        "three classes",
+        "too many",
+        "NaN",
+        "timm",
+        "two faults",
+    ],
 )
 def test_what_is_refused(
     content: Any,
@@ -164,6 +168,9 @@ def test_a_truncated_file_is_refused(network: nn.Module, tmp_path: Path) -> None
     (tmp_path / "half.pth").write_bytes((tmp_path / "whole.pth").read_bytes()[:5000])
     with pytest.raises(InputError, match="damaged"):
         add(recognise(tmp_path / "half.pth"), FIELDS | ARCHITECTURE, tmp_path / "models")
+    (tmp_path / "half.pt2").write_bytes((tmp_path / "half.pth").read_bytes())
+    with pytest.raises(InputError, match=r"not a whole archive of torch\.export"):
+        add(recognise(tmp_path / "half.pt2"), FIELDS, tmp_path / "models")
 
 
 def test_a_function_builds_the_network_where_it_is_trusted(tmp_path: Path) -> None:
@@ -177,7 +184,7 @@ def test_a_function_builds_the_network_where_it_is_trusted(tmp_path: Path) -> No
     card = add(recognise(tmp_path / "weights.pth"), FIELDS | changes, tmp_path / "models")
     with pytest.raises(InputError, match=r"set model\.trust_python=true"):
         model.load(spec(card))
-    found = predict(model.load(spec(card, trust_python=True)), windows(3))
+    found = predict(model.load(spec(card, trust_python=True)), windows(3, 96))
     np.testing.assert_allclose(found, expected(network.eval()), atol=1e-6)
     (tmp_path / "models/nets.py").write_text(NETS + "# changed\n")
     with pytest.raises(InputError, match=r"source of nets\.py:build has SHA-256 \w+, but the card expects"):
@@ -206,10 +213,10 @@ def test_a_module_of_a_notebook_is_a_classifier_and_a_card(network: nn.Module, t
         "std": (0.25,) * 3,
     }
     classifier = from_module(network, **about)
-    np.testing.assert_allclose(predict(classifier, windows(3)), expected(network), atol=1e-6)
+    np.testing.assert_allclose(predict(classifier, windows(3, 96)), expected(network), atol=1e-6)
     from_module(network, **about, name="noted", folder=tmp_path)
     again = model.load(spec(tmp_path / "noted.json"))
-    np.testing.assert_allclose(predict(again, windows(3)), expected(network), atol=1e-6)
+    np.testing.assert_allclose(predict(again, windows(3, 96)), expected(network), atol=1e-6)
     assert again.sha256 == hashlib.sha256((tmp_path / "noted.pt2").read_bytes()).hexdigest()
 
 
@@ -235,7 +242,7 @@ def test_one_of_several_outputs_is_named(network: nn.Module, tmp_path: Path) -> 
         add(source, FIELDS, tmp_path / "models")
     card = add(source, FIELDS | {"output_name": "logits"}, tmp_path / "models")
     loaded = model.load(spec(card, trust_torchscript=True, sha256=read_sha(card)))
-    np.testing.assert_allclose(probabilities(loaded, windows(3))[:, 1], expected(network), atol=1e-5)
+    np.testing.assert_allclose(probabilities(loaded, windows(3, 96))[:, 1], expected(network), atol=1e-5)
 
 
 def read_sha(card: Path) -> str:

@@ -14,6 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from small_models import spec, windows, with_statistics
 from torch import nn
 
 from wsiflow import model
@@ -41,21 +42,11 @@ FIELDS = {
 }
 
 
-def spec(card: Path, **changes: Any) -> ModelSpec:
-    return ModelSpec(**({"card": card, "trust_torchscript": False, "sha256": "", "positive_class": ""} | changes))
-
-
 @pytest.fixture(scope="module")
 def network() -> nn.Module:
     """Return a network with random weights whose probabilities differ between images."""
     torch.manual_seed(0)
-    net = build("inception_valid", 2, width=0.125, dropout=0.0)
-    for layer in net.modules():
-        if isinstance(layer, nn.BatchNorm2d):
-            layer.momentum = 1.0
-    # One pass sets the statistics of the norms; without it random layers give the same for every image.
-    net.train()(torch.from_numpy(windows(4)).permute(0, 3, 1, 2) / 64 - 2)
-    return net
+    return with_statistics(build("inception_valid", 2, width=0.125, dropout=0.0), 224)
 
 
 @pytest.fixture(scope="module")
@@ -83,14 +74,10 @@ def reseal(card: Path, data: bytes) -> ModelSpec:
     return edit(card, sha256=hashlib.sha256(data).hexdigest())
 
 
-def windows(n: int) -> np.ndarray:
-    return np.stack([probe_image(1000 + seed, 224) for seed in range(n)])
-
-
 def test_a_saved_model_loads_and_answers(card: Path) -> None:
     """A saved network loads as a classifier in evaluation mode with the values of its card."""
     classifier = model.load(spec(card))
-    found = predict(classifier, windows(5))
+    found = predict(classifier, windows(5, 224))
     assert (found.dtype, found.shape) == (np.float32, (5,))
     assert ((found >= 0) & (found <= 1)).all()
     assert len(set(found.tolist())) == 5
@@ -107,7 +94,7 @@ def test_an_architecture_is_a_record_in_the_table(tmp_path: Path, monkeypatch: p
     monkeypatch.setitem(ARCHITECTURES, "striped", Architecture("striped", striped))
     args = {"stride": 16}
     saved = save(build("striped", 2, **args), FIELDS | {"architecture": "striped", "architecture_args": args}, tmp_path)
-    assert len(set(predict(model.load(spec(saved)), windows(3)).tolist())) == 3
+    assert len(set(predict(model.load(spec(saved)), windows(3, 224)).tolist())) == 3
 
 
 def test_saving_twice_gives_the_same_bytes(card: Path, tmp_path: Path) -> None:
@@ -280,7 +267,7 @@ def test_swapped_outputs_fail_the_probe(card: Path) -> None:
 def test_a_run_may_map_another_class(card: Path) -> None:
     """With two classes the probability of the other one is the complement."""
     tumour, normal = model.load(spec(card)), model.load(spec(card, positive_class="normal"))
-    np.testing.assert_allclose(predict(tumour, windows(3)) + predict(normal, windows(3)), 1, atol=1e-6)
+    np.testing.assert_allclose(predict(tumour, windows(3, 224)) + predict(normal, windows(3, 224)), 1, atol=1e-6)
     assert tumour.identity != normal.identity
     with pytest.raises(InputError, match=r"model\.positive_class 'stroma' is not one of \['normal', 'tumour'\]"):
         model.load(spec(card, positive_class="stroma"))
@@ -326,15 +313,15 @@ def test_a_probability_that_is_not_finite_names_its_window(card: Path) -> None:
 def test_the_answer_does_not_depend_on_the_batch(card: Path) -> None:
     """One by one or together, probabilities agree to 1e-6, since nothing is averaged over a batch."""
     classifier = model.load(spec(card))
-    together = predict(classifier, windows(9))
-    alone = np.concatenate([predict(classifier, window[None]) for window in windows(9)])
+    together = predict(classifier, windows(9, 224))
+    alone = np.concatenate([predict(classifier, window[None]) for window in windows(9, 224)])
     np.testing.assert_allclose(together, alone, atol=1e-6)
 
 
 def test_normalisation_is_that_of_the_card(card: Path) -> None:
     """The result is (x / 255 - mean) / std, red first."""
     classifier = model.load(spec(card))
-    image = windows(1)
+    image = windows(1, 224)
     expected = (image[0].astype(np.float64) / 255 - np.array(classifier.mean)) / np.array(classifier.std)
     np.testing.assert_allclose(normalise(classifier, image)[0].permute(1, 2, 0).numpy(), expected, atol=1e-5)
 
@@ -344,7 +331,7 @@ def test_resizing_follows_pillow(card: Path) -> None:
     shrunk = as_classifier(
         nn.Identity(), read_card(spec(card)).model_copy(update={"input_px": 96, "mean": (0.0,) * 3, "std": (1.0,) * 3})
     )
-    image = windows(1)[0]
+    image = windows(1, 224)[0]
     expected = np.asarray(Image.fromarray(image).resize((96, 96), Image.Resampling.BILINEAR), np.float32)
     found = normalise(shrunk, image[None])[0].permute(1, 2, 0).numpy() * 255
     assert np.abs(found - expected).max() < 1.01

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 import zoo
+from small_models import spec
 from torch import nn
 
 from wsiflow import model
 from wsiflow.errors import InputError
 from wsiflow.model.add import add, recognise
 from wsiflow.model.architectures.registry import build
-from wsiflow.model.card import ModelSpec
 from wsiflow.model.certificate import score_deviation
 from wsiflow.model.classifier import Classifier, predict
 from wsiflow.model.dense.network import densify, describe
@@ -112,7 +112,7 @@ def loaded(name: str, folder: Path) -> Classifier:
         "std": [0.229, 0.224, 0.225],
     }
     card = add(recognise(folder / "weights.pth"), fields, folder)
-    return model.load(ModelSpec(card=card, trust_torchscript=False, sha256="", positive_class=""))
+    return model.load(spec(card))
 
 
 def obstacle(classifier: Classifier) -> str:
