@@ -25,7 +25,7 @@ def add_options(parser: ArgumentParser) -> None:
     check.add_argument("--limit", type=positive, default=100, help="patches of each class (100)")
     check.add_argument("--trust", action="store_true", help="run code that comes with the model")
     listed = tasks.add_parser("list", help="what ships with wsiflow, and the cards in some folders")
-    listed.add_argument("folders", type=Path, nargs="*", default=[_FOLDER], help="folders of cards (models)")
+    listed.add_argument("folders", type=Path, nargs="*", help="folders of cards (models)")
 
 
 def _add_options(parser: ArgumentParser) -> None:
@@ -236,7 +236,11 @@ def _list(arguments: Namespace) -> int:
     from wsiflow.model.card import PACKAGED, as_it_is, read_card, shipped
 
     cards = [Path(f"{PACKAGED}{name}") for name in shipped()]
-    for path in cards + [path for folder in arguments.folders for path in sorted(folder.glob("*.json"))]:
+    for folder in arguments.folders or [_FOLDER]:
+        if arguments.folders and not folder.is_dir():
+            raise InputError("there is no such folder", "name a folder of model cards", path=folder)
+        cards += sorted(folder.glob("*.json"))
+    for path in cards:
         try:
             card = read_card(as_it_is(path, trust=True))  # nothing of the model is run to read its card
         except InputError as error:

@@ -54,22 +54,29 @@ def recognise(path: Path) -> Source:
     if path.is_dir():
         if (path / WSINFER_WEIGHTS).is_file():
             return Source(path / WSINFER_WEIGHTS, TORCHSCRIPT, wsinfer_fields(path / "config.json"))
-        weights, architecture, known = huggingface.read_folder(path)
-        return Source(weights, architecture, known)
+        return Source(*huggingface.read_folder(path))
     try:
         with path.open("rb") as file:
-            start = file.read(512)
+            start = file.read(64)
     except OSError as error:
         raise faults.unreadable(error, "the model", "name a file of weights, or a folder", path=path) from error
-    if zipfile.is_zipfile(path):
-        names = zipfile.ZipFile(path).namelist()
-        if any("/code/" in name for name in names):
-            return Source(path, TORCHSCRIPT, {})
-        if any(name.endswith(("archive_format", "serialized_exported_program.json")) for name in names):
-            return Source(path, EXPORT, {})
-        return Source(path, "", {})
-    is_onnx = path.suffix == ".onnx" or (start[:1] == b"\x08" and b"pytorch" in start[:64])
-    return Source(path, ONNX if is_onnx else "", {})
+    return Source(path, _archived(path) if zipfile.is_zipfile(path) else _plain(path, start), {})
+
+
+def _archived(path: Path) -> str:
+    """Return what a zip archive holds; an empty text for weights alone, which ``torch.save`` writes into one."""
+    names = zipfile.ZipFile(path).namelist()
+    if any("/code/" in name for name in names):
+        return TORCHSCRIPT
+    is_program = any(name.endswith(("archive_format", "serialized_exported_program.json")) for name in names)
+    return EXPORT if is_program else ""
+
+
+def _plain(path: Path, start: bytes) -> str:
+    """Return what a file that is no archive holds, from its first bytes; an empty text for weights alone."""
+    if path.suffix == ".onnx" or (start[:1] == b"\x08" and b"pytorch" in start):
+        return ONNX
+    return EXPORT if path.suffix == ".pt2" else ""  # a damaged one, of which its format says more
 
 
 def add(source: Source, fields: Mapping[str, Any], folder: Path) -> Path:

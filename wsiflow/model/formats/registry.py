@@ -31,7 +31,7 @@ def network(data: bytes, card: ModelCard, path: Path) -> nn.Module:
     for name, tensor in module.state_dict().items():
         if not torch.isfinite(tensor).all():
             raise InputError(f"the weight {name} is not finite", "export the weights again", path=path)
-    return module if card.architecture in ARCHITECTURES else _with_one_output(module, card)
+    return module if card.architecture in ARCHITECTURES and not card.output_name else _with_one_output(module, card)
 
 
 def does_not_run(error: RuntimeError, n: int, card: ModelCard) -> InputError:
@@ -66,7 +66,8 @@ def _with_one_output(module: nn.Module, card: ModelCard) -> nn.Module:
     """Return a network that returns one tensor: itself, or the output that the card names, or its only one.
 
     Raises:
-        InputError: The network does not run, or returns several outputs and the card names none of them.
+        InputError: The network does not run, or the card does not name one of its several outputs, or one that is not
+            there.
     """
     try:
         with torch.inference_mode():
@@ -74,9 +75,15 @@ def _with_one_output(module: nn.Module, card: ModelCard) -> nn.Module:
     except RuntimeError as error:
         raise does_not_run(error, 2, card) from error
     if isinstance(outputs, torch.Tensor):
+        if card.output_name:
+            raise InputError(
+                f"the model returns one output without a name, and output_name is {card.output_name!r}",
+                "leave output_name out of the card; output is logits, probabilities or sigmoid",
+            )
         return module
     named = dict(outputs) if isinstance(outputs, dict) else dict(enumerate(outputs))
-    matches = [name for name in named if str(name) == card.output_name or len(named) == 1]
+    only_one = len(named) == 1 and not card.output_name
+    matches = [name for name in named if only_one or str(name) == card.output_name]
     if len(matches) == 1:
         return NamedOutput(module, matches[0]).eval()
     shapes = ", ".join(f"{name} {tuple(getattr(value, 'shape', ()))}" for name, value in named.items())
