@@ -18,6 +18,7 @@ from wsiflow.model.choice import Choice
 from wsiflow.model.classifier import Classifier
 from wsiflow.model.dense.facts import DenseFacts
 from wsiflow.model.engines import engine, openvino, spec
+from wsiflow.model.outputs import Outputs
 from wsiflow.plan import geometry
 from wsiflow.run.config import RunConfig
 from wsiflow.system.machine import cpu_flags
@@ -203,7 +204,7 @@ def _plan_blocks(classifier: Classifier, config: RunConfig, facts: DenseFacts | 
     if room < context:
         cause = f"a halo of {params.halo_px} px leaves {room} px of context, a network that pads needs {context}"
         raise _NoRegionsError(cause)
-    rows, cols = _block_tiles(config, facts, halo)
+    rows, cols = _block_tiles(config, facts, halo, classifier.outputs)
     if not rows:
         cause = f"at stride {inference.stride} a single tile takes more than tiles.memory_mb={params.memory_mb}"
         raise _NoRegionsError(cause)
@@ -251,18 +252,28 @@ def _context_px(config: RunConfig, facts: DenseFacts | None) -> int:
     return -(-context_px // facts.grid_px) * facts.grid_px
 
 
-def _block_tiles(config: RunConfig, facts: DenseFacts | None, halo_px: int) -> tuple[int, int]:
+def _block_tiles(config: RunConfig, facts: DenseFacts | None, halo_px: int, outputs: Outputs) -> tuple[int, int]:
     """Return the rows and columns of the largest block, in tiles, that fits into ``tiles.memory_mb``; 0, 0 for none."""
     params = config.tiles
     if params.block_cols != "auto":
         return params.block_rows, params.block_cols
-    bytes_px = _MEMORY_FACTOR * facts.activation_bytes_px if facts else _WINDOW_BYTES_PX
+    bytes_px = _MEMORY_FACTOR * _peak_bytes_px(facts, outputs, config) if facts else _WINDOW_BYTES_PX
     for rows in range(params.block_rows, 0, -1):
         rows_px = rows * params.tile_px + 2 * halo_px
         cols = math.floor((params.memory_mb * 1e6 / (rows_px * bytes_px) - 2 * halo_px) / params.tile_px)
         if cols >= min(rows, _MOST_COLS):
             return rows, min(cols, _MOST_COLS)
     return (0, 0) if facts else (1, 1)
+
+
+def _peak_bytes_px(facts: DenseFacts, outputs: Outputs, config: RunConfig) -> float:
+    """Return the peak memory of a network per pixel of a block, bytes.
+
+    Where further classes are mapped, it may be behind the last layer: the outputs, their probabilities and the maps.
+    Mostly it is not, and then blocks, and with them the positive scores, are those of a run without further classes.
+    """
+    floats = 2 * (outputs.n_classes + 1 + len(outputs.maps)) if outputs.maps else 0
+    return max(facts.activation_bytes_px, 4 * floats / config.inference.stride**2)
 
 
 def _cut(config: RunConfig, facts: DenseFacts | None) -> str:
