@@ -74,7 +74,8 @@ def _check_maps(config: RunConfig, model: card.ModelCard) -> None:
     count = len(card.map_indices(model, config.model))
     needed_mb = _SCORE_COPIES * 4 * cells * count / 1e6
     if count and needed_mb > config.tiles.memory_mb / 2:
-        cause = f"the scores of {count} classes of a group take {needed_mb:.0f} MB, which is more than half of "
+        group = f"a group of {config.tiles.group_tiles} tiles"
+        cause = f"the scores of model.maps take {needed_mb:.0f} MB for {group}, more than half of "
         cause += f"tiles.memory_mb={config.tiles.memory_mb}"
         remedy = "name fewer classes in model.maps, or set a smaller tiles.group_tiles or a larger tiles.memory_mb"
         raise InputError(cause, remedy, stage="configuration")
