@@ -160,7 +160,7 @@ def test_runs_are_compared_by_class(plain: Path, mapped: Path, capsys: pytest.Ca
 @pytest.mark.parametrize(
     ("maps", "message"),
     [
-        ("[Normall]", "is not one of ['normal', 'tumor', 'in situ'] (did you mean normal?)"),
+        ("[Tumour]", "is not one of ['normal', 'tumor', 'in situ'] (did you mean tumor?)"),
         ("[normal,normal]", "model.maps names 'normal' twice"),
         ("[normal] tiles.group_tiles=4000000", "take 768 MB for a group of 4000000 tiles, more than half of"),
     ],

@@ -47,8 +47,8 @@ class Outputs(NamedTuple):
         score = self._score(each)
         if not self.maps:
             return score
-        classes = self._of_classes(each)
-        return torch.stack([score, *(classes[:, index] for index in self.maps)], dim=-1)
+        further = self._of_classes(each)[:, list(self.maps)]
+        return torch.cat([score.unsqueeze(1), further], dim=1).movedim(1, -1)
 
     def _score(self, each: torch.Tensor) -> torch.Tensor:
         """Return the score from a probability for each output, float32 (n, ...)."""

@@ -64,7 +64,7 @@ class PlanSettings(BaseModel, frozen=True):
     store: StoreParams
     model: ModelSpec
     model_identity: str
-    maps: tuple[str, ...]
+    maps: tuple[str, ...] = ()
     pixel_versions: Mapping[str, str]
     numeric_class: Mapping[str, str]
     certificate_windows: int
