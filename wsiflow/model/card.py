@@ -71,14 +71,14 @@ class ModelSpec(BaseModel, frozen=True, extra="forbid"):
     sha256: Annotated[str, Field(pattern="^([0-9a-f]{64})?$")] = Field(
         description="SHA-256 that the weights must have, whatever the card says. Empty: the card's word is enough."
     )
-    positive_class: str | tuple[str, ...] = Field(
-        description="Name of the class whose probability is mapped, or a list of names whose probabilities are added. "
-        "Empty: the card's."
-    )
     maps: str | tuple[str, ...] = Field(
         default=(),
         description="Names of classes that have a heatmap of their own beside that of the positive class. all: every "
         "class. Empty: none.",
+    )
+    positive_class: str | tuple[str, ...] = Field(
+        description="Name of the class whose probability is mapped, or a list of names whose probabilities are added. "
+        "Empty: the card's."
     )
 
     @model_serializer(mode="wrap")

@@ -18,7 +18,6 @@ from wsiflow.model.choice import Choice
 from wsiflow.model.classifier import Classifier
 from wsiflow.model.dense.facts import DenseFacts
 from wsiflow.model.engines import engine, openvino, spec
-from wsiflow.model.outputs import Outputs
 from wsiflow.plan import geometry
 from wsiflow.run.config import RunConfig
 from wsiflow.system.machine import cpu_flags
@@ -132,7 +131,7 @@ def _graph(classifier: Classifier, config: RunConfig) -> tuple[DenseFacts | None
     if config.inference.engine == "window":
         return None, f"{_ONE_BY_ONE}, as asked"
     try:
-        facts = scorer.describe(classifier, stride_px, local=config.dense.local)
+        facts = _with_maps(scorer.describe(classifier, stride_px, local=config.dense.local), classifier, stride_px)
     except InputError as error:
         return None, f"{_ONE_BY_ONE}: {error.cause}{_with_local(classifier, config)}"
     if facts.obstacle:
@@ -142,6 +141,16 @@ def _graph(classifier: Classifier, config: RunConfig) -> tuple[DenseFacts | None
         return None, f"{_ONE_BY_ONE}: at stride {stride_px} they share too little"
     around = ", means over a window are taken around every place" if facts.local else ""
     return facts, f"blocks are run whole, a score every {facts.grid_px} px{around}"
+
+
+def _with_maps(facts: DenseFacts, classifier: Classifier, stride_px: int) -> DenseFacts:
+    """Return facts with the memory of further classes: the outputs, their probabilities and the maps behind them.
+
+    Mostly a network's peak is in its first layers, and then blocks are those of a run without further classes.
+    """
+    outputs = classifier.outputs
+    floats = 2 * (outputs.n_classes + 1 + len(outputs.maps)) if outputs.maps else 0
+    return facts._replace(activation_bytes_px=max(facts.activation_bytes_px, 4 * floats / stride_px**2))
 
 
 def _with_local(classifier: Classifier, config: RunConfig) -> str:
@@ -204,7 +213,7 @@ def _plan_blocks(classifier: Classifier, config: RunConfig, facts: DenseFacts | 
     if room < context:
         cause = f"a halo of {params.halo_px} px leaves {room} px of context, a network that pads needs {context}"
         raise _NoRegionsError(cause)
-    rows, cols = _block_tiles(config, facts, halo, classifier.outputs)
+    rows, cols = _block_tiles(config, facts, halo)
     if not rows:
         cause = f"at stride {inference.stride} a single tile takes more than tiles.memory_mb={params.memory_mb}"
         raise _NoRegionsError(cause)
@@ -252,28 +261,18 @@ def _context_px(config: RunConfig, facts: DenseFacts | None) -> int:
     return -(-context_px // facts.grid_px) * facts.grid_px
 
 
-def _block_tiles(config: RunConfig, facts: DenseFacts | None, halo_px: int, outputs: Outputs) -> tuple[int, int]:
+def _block_tiles(config: RunConfig, facts: DenseFacts | None, halo_px: int) -> tuple[int, int]:
     """Return the rows and columns of the largest block, in tiles, that fits into ``tiles.memory_mb``; 0, 0 for none."""
     params = config.tiles
     if params.block_cols != "auto":
         return params.block_rows, params.block_cols
-    bytes_px = _MEMORY_FACTOR * _peak_bytes_px(facts, outputs, config) if facts else _WINDOW_BYTES_PX
+    bytes_px = _MEMORY_FACTOR * facts.activation_bytes_px if facts else _WINDOW_BYTES_PX
     for rows in range(params.block_rows, 0, -1):
         rows_px = rows * params.tile_px + 2 * halo_px
         cols = math.floor((params.memory_mb * 1e6 / (rows_px * bytes_px) - 2 * halo_px) / params.tile_px)
         if cols >= min(rows, _MOST_COLS):
             return rows, min(cols, _MOST_COLS)
     return (0, 0) if facts else (1, 1)
-
-
-def _peak_bytes_px(facts: DenseFacts, outputs: Outputs, config: RunConfig) -> float:
-    """Return the peak memory of a network per pixel of a block, bytes.
-
-    Where further classes are mapped, it may be behind the last layer: the outputs, their probabilities and the maps.
-    Mostly it is not, and then blocks, and with them the positive scores, are those of a run without further classes.
-    """
-    floats = 2 * (outputs.n_classes + 1 + len(outputs.maps)) if outputs.maps else 0
-    return max(facts.activation_bytes_px, 4 * floats / config.inference.stride**2)
 
 
 def _cut(config: RunConfig, facts: DenseFacts | None) -> str:
