@@ -18,6 +18,7 @@ from wsiflow.system import publish
 from wsiflow.system.paths import is_same
 from wsiflow.system.reread import cached_by_content
 
+_SCORE_COPIES = 3  # while the scores of a group's blocks are joined and divided by class
 _CASES = TypeAdapter(tuple[Case, ...])
 
 
@@ -60,10 +61,24 @@ def check_model(config: RunConfig) -> None:
     """
     model = card.read_card(config.model)
     card.read_weights(config.model, model)
+    _check_maps(config, model)
     needed_px = max(geometry.window_reach_px(model.window_px, config.inference.stride, config.geometry.convention))
     if isinstance(config.tiles.halo_px, int) and config.tiles.halo_px < needed_px:
         cause = f"tiles.halo_px is {config.tiles.halo_px}, windows of {model.window_px} px need at least {needed_px}"
         raise InputError(cause, "set tiles.halo_px=auto and geometry=centred", stage="configuration")
+
+
+def _check_maps(config: RunConfig, model: card.ModelCard) -> None:
+    """Refuse further classes of which the scores of a group would take more than half of ``tiles.memory_mb``."""
+    cells = config.tiles.group_tiles * (config.tiles.tile_px // config.inference.stride) ** 2
+    count = len(card.map_indices(model, config.model))
+    needed_mb = _SCORE_COPIES * 4 * cells * count / 1e6
+    if count and needed_mb > config.tiles.memory_mb / 2:
+        group = f"a group of {config.tiles.group_tiles} tiles"
+        cause = f"the scores of model.maps take {needed_mb:.0f} MB for {group}, more than half of "
+        cause += f"tiles.memory_mb={config.tiles.memory_mb}"
+        remedy = "name fewer classes in model.maps, or set a smaller tiles.group_tiles or a larger tiles.memory_mb"
+        raise InputError(cause, remedy, stage="configuration")
 
 
 def folder_id(root: Path) -> str:
