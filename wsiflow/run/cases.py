@@ -1,6 +1,7 @@
 """The cases of a run: ``cases.json`` holds its slides and its configuration."""
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,6 +19,10 @@ from wsiflow.system import publish
 from wsiflow.system.paths import is_same
 from wsiflow.system.reread import cached_by_content
 
+#: File of a trial's folder that names its sweep's overrides, ``key=value`` separated by commas, and so the trial.
+CLAIM = "receipts/trial"
+
+_NEXT_OVERRIDE = re.compile(r",(?=[\w./@:+-]+=)")
 _CASES = TypeAdapter(tuple[Case, ...])
 
 
@@ -64,6 +69,21 @@ def check_model(config: RunConfig) -> None:
     if isinstance(config.tiles.halo_px, int) and config.tiles.halo_px < needed_px:
         cause = f"tiles.halo_px is {config.tiles.halo_px}, windows of {model.window_px} px need at least {needed_px}"
         raise InputError(cause, "set tiles.halo_px=auto and geometry=centred", stage="configuration")
+
+
+def swept(root: Path) -> dict[str, str]:
+    """Return what a trial of a sweep was given that others were not: values by key; empty for any other run."""
+    try:
+        text = (root / CLAIM).read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return {}
+    return parse_swept(text)
+
+
+def parse_swept(text: str) -> dict[str, str]:
+    """Return the values by key that overrides name, which are separated by commas; a value may have commas as well."""
+    named = (override.partition("=") for override in _NEXT_OVERRIDE.split(text) if override)
+    return {key.lstrip("+"): value for key, _, value in named}
 
 
 def folder_id(root: Path) -> str:
