@@ -184,6 +184,9 @@ def test_all_trials_are_in_the_folder_of_their_sweep() -> None:
         assert len({command.compose_config(job, job=name).out.parent for name, job in jobs.items()}) == 1
     with pytest.raises(InputError, match="out is the folder of the whole sweep"):
         jobs_of(["out=runs/a,runs/b"])
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    with pytest.raises(InputError, match="wsiflow run -m experiment=search"):
+        jobs_of(["experiment=search"])
 
 
 def test_a_sweep_without_out_makes_no_other_folders(tmp_path: Path, monkeypatch, capsys) -> None:
