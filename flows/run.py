@@ -97,7 +97,7 @@ def _run_trial(composed: DictConfig, hydra_config: HydraConf) -> float | tuple[f
 
     def job() -> int:
         nonlocal trial
-        sweep.end_with_sweep()
+        sweep.prepare_process()
         sweep.trial_name(hydra_config.overrides.task)
         config = to_config(composed, job=trial.name)
         trial = trial._replace(skipped=sweep.reason_to_skip(config))

@@ -12,6 +12,7 @@ import itertools
 import json
 import logging
 import math
+import multiprocessing
 import os
 import re
 import shutil
@@ -310,10 +311,16 @@ def claim(root: Path, swept: Sequence[str]) -> None:
         raise InputError(cause, "choose another out= folder", stage="sweep", path=root)
 
 
-def end_with_sweep() -> None:
-    """End this process with the sweep that started it: joblib's processes would outlive a sweep that is killed."""
+def prepare_process() -> None:
+    """Prepare a process of joblib for a trial: it ends with its sweep, and may start processes of its own.
+
+    It would outlive a sweep that is killed. Its way of starting processes is not known to those that it starts, which
+    would die of that, so that the usual way takes its place.
+    """
     if _shared().get("pid") == os.getppid():
         processes.end_with(os.getppid())
+    if multiprocessing.get_start_method(allow_none=True) not in {None, *multiprocessing.get_all_start_methods()}:
+        multiprocessing.set_start_method("spawn", force=True)
 
 
 def claim_own(root: Path, overrides: Sequence[str]) -> None:

@@ -99,6 +99,7 @@ def test_trials_at_once_share_a_server_and_a_record(tiny_slides: Path, prefect_h
     A bad one between them fails alone, and the exit code is its own.
     """
     more = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "inference.stride=56,30,224", "store=none"]
+    more += ["executor=process", "executor.workers=1"]
     done = sweep(tiny_slides, tmp_path / "sweep", environment(prefect_home), "orchestrator=prefect", *more)
     assert done.returncode == 20, done.stderr
     assert done.stderr.count("inference.stride is 30") == 1
