@@ -1,6 +1,7 @@
 """The cases of a run: ``cases.json`` holds its slides and its configuration."""
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,6 +20,10 @@ from wsiflow.system.paths import is_same
 from wsiflow.system.reread import cached_by_content
 
 _SCORE_COPIES = 3  # while the scores of a group's blocks are joined and divided by class
+#: File of a trial's folder that names its sweep's overrides, ``key=value`` separated by commas, and so the trial.
+CLAIM = "receipts/trial"
+
+_NEXT_OVERRIDE = re.compile(r",(?=[\w./@:+-]+=)")
 _CASES = TypeAdapter(tuple[Case, ...])
 
 
@@ -79,6 +84,21 @@ def _check_maps(config: RunConfig, model: card.ModelCard) -> None:
         cause += f"tiles.memory_mb={config.tiles.memory_mb}"
         remedy = "name fewer classes in model.maps, or set a smaller tiles.group_tiles or a larger tiles.memory_mb"
         raise InputError(cause, remedy, stage="configuration")
+
+
+def swept(root: Path) -> dict[str, str]:
+    """Return what a trial of a sweep was given that others were not: values by key; empty for any other run."""
+    try:
+        text = (root / CLAIM).read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return {}
+    return parse_swept(text)
+
+
+def parse_swept(text: str) -> dict[str, str]:
+    """Return the values by key that overrides name, which are separated by commas; a value may have commas as well."""
+    named = (override.partition("=") for override in _NEXT_OVERRIDE.split(text) if override)
+    return {key.lstrip("+"): value for key, _, value in named}
 
 
 def folder_id(root: Path) -> str:

@@ -20,7 +20,7 @@ from wsiflow.model.dense.facts import DenseFacts
 from wsiflow.model.engines import engine, openvino, spec
 from wsiflow.plan import geometry
 from wsiflow.run.config import RunConfig
-from wsiflow.system.machine import cpu_flags
+from wsiflow.system.machine import cpu_flags, cpu_supports_bf16
 
 _MICRO_BENCHMARK_S = 2.0
 _ONE_BY_ONE = "windows are run one by one"
@@ -315,7 +315,7 @@ def _precisions(config: RunConfig) -> list[str]:
     precision = config.inference.precision
     if precision != "auto":
         return [precision]
-    return ["fp32", "bf16"] if spec.cpu_supports_bf16() else ["fp32"]
+    return ["fp32", "bf16"] if cpu_supports_bf16() else ["fp32"]
 
 
 def _name(choice: Choice) -> str:
