@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 from torch import nn
 
 from wsiflow.errors import InputError
-from wsiflow.model.card import ModelCard, ModelSpec, Probe, card_path, identity, read_card, read_weights
+from wsiflow.model.card import ModelCard, ModelSpec, Probe, Resize, card_path, identity, read_card, read_weights
 from wsiflow.model.formats.registry import does_not_run, network
 from wsiflow.model.outputs import Outputs
+from wsiflow.model.resize import resize
 
 # The probabilities of the same weights differ by about 1e-6 between machines, because sums are taken in another order.
 # Another class order, mean or layer changes a probability near one half by far more than this tolerance.
@@ -41,6 +42,7 @@ class Classifier:
         std: Standard deviation of red, green and blue on a scale of 0 to 1, by which is divided.
         sha256: Hash of the weights.
         identity: Hash of everything that can change a probability.
+        resize: How windows are resized.
     """
 
     module: nn.Module
@@ -53,6 +55,7 @@ class Classifier:
     std: tuple[float, float, float]
     sha256: str
     identity: str
+    resize: Resize = "torch"
 
 
 def load(spec: ModelSpec) -> Classifier:
@@ -89,6 +92,7 @@ def as_classifier(module: nn.Module, card: ModelCard) -> Classifier:
         std=card.std,
         sha256=card.sha256,
         identity=identity(card),
+        resize=card.resize,
     )
 
 
@@ -126,6 +130,13 @@ def probabilities(classifier: Classifier, windows: NDArray[np.uint8]) -> NDArray
     return result
 
 
+def resized(classifier: Classifier, images: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Return windows, uint8 (n, window_px, window_px, 3), with the side that the network takes; others as they are."""
+    if classifier.input_px == classifier.window_px:
+        return images
+    return resize(images, classifier.input_px, classifier.resize)
+
+
 def normalise(classifier: Classifier, images: NDArray[np.uint8]) -> torch.Tensor:
     """Return the network's input for images: (x / 255 - mean) / std in channels-last memory order.
 
@@ -137,11 +148,7 @@ def normalise(classifier: Classifier, images: NDArray[np.uint8]) -> torch.Tensor
         float32 (n, 3, h, w), or (n, 3, input_px, input_px) where windows are resized.
     """
     # torch.tensor copies, so read-only arrays and views of patches are accepted too.
-    pixels = torch.tensor(images).permute(0, 3, 1, 2)
-    if classifier.input_px != classifier.window_px:
-        side = [classifier.input_px, classifier.input_px]
-        # Windows are resized as 8-bit images with antialiasing, as in WSInfer's pipeline.
-        pixels = nn.functional.interpolate(pixels, size=side, mode="bilinear", antialias=True)
+    pixels = torch.tensor(resized(classifier, images)).permute(0, 3, 1, 2)
     mean = torch.tensor(classifier.mean).view(1, 3, 1, 1) * 255
     std = torch.tensor(classifier.std).view(1, 3, 1, 1) * 255
     return pixels.to(torch.float32, memory_format=torch.channels_last).sub_(mean).div_(std)
