@@ -5,6 +5,7 @@ the positive class. Weights are read once and hashed before they are parsed, by 
 classifier that does not reproduce the probes of its card is never returned.
 """
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from wsiflow.model.resize import resize
 PROBE_TOLERANCE = 1e-4
 PROBE_CELLS = 14
 N_TRIALS = 4  # windows on which a model without probes is tried
+_TRIAL_PX = 2 * 1024**2  # of windows in one batch of a trial, which fit into a worker's memory
 SUM_TOLERANCE = 1e-3  # half precision included
 
 
@@ -223,12 +225,13 @@ def check_answers(classifier: Classifier, card: ModelCard, path: Path) -> None:
     """
     seeds = [probe.seed for probe in card.probe] or list(range(N_TRIALS))
     images = np.stack([probe_image(seed, card.window_px) for seed in seeds])
+    size = max(1, _TRIAL_PX // card.input_px**2)
+    batches = [images[first : first + size] for first in range(0, len(images), size)]
     try:
-        with torch.inference_mode():
-            outputs = raw_outputs(classifier, normalise(classifier, images))
-        answers = probabilities(classifier, images)
+        outputs = _outputs(classifier, batches)
+        answers = np.concatenate([probabilities(classifier, batch) for batch in batches])
         if not card.probe:
-            _check_repeatable(classifier, images, outputs)
+            _check_repeatable(classifier, batches, outputs)
     except RuntimeError as error:
         raise does_not_run(error, len(images), card).about(path=path) from error
     except InputError as error:
@@ -238,20 +241,25 @@ def check_answers(classifier: Classifier, card: ModelCard, path: Path) -> None:
     _check_kind(outputs, card, path)
 
 
-def _check_repeatable(classifier: Classifier, images: NDArray[np.uint8], outputs: torch.Tensor) -> None:
+def _outputs(classifier: Classifier, batches: Iterable[NDArray[np.uint8]]) -> torch.Tensor:
+    """Return what the network returns, (n, outputs), for batches of windows, uint8 (n, window_px, window_px, 3)."""
+    with torch.inference_mode():
+        return torch.cat([raw_outputs(classifier, normalise(classifier, batch)) for batch in batches])
+
+
+def _check_repeatable(classifier: Classifier, batches: Sequence[NDArray[np.uint8]], outputs: torch.Tensor) -> None:
     """Refuse a network whose outputs for a window depend on the other windows of a batch, or on chance.
 
     Args:
         classifier: The classifier.
-        images: uint8 (n, window_px, window_px, 3), at least two windows.
-        outputs: Its outputs for these images in one batch.
+        batches: Windows, uint8 (n, window_px, window_px, 3); only large ones are alone in a batch.
+        outputs: Its outputs for these batches.
 
     Raises:
         InputError: The outputs depend on the batch or differ from time to time.
     """
-    with torch.inference_mode():
-        again = raw_outputs(classifier, normalise(classifier, images))
-        alone = torch.cat([raw_outputs(classifier, normalise(classifier, image[None])) for image in images])
+    again = _outputs(classifier, batches)
+    alone = _outputs(classifier, (image[None] for batch in batches for image in batch))
     scale = max(1.0, float(outputs.abs().max()))
     for others, cause in (
         (again, "gives other outputs for the same windows each time (dropout in training mode?)"),
