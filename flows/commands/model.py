@@ -39,6 +39,11 @@ def _add_options(parser: ArgumentParser) -> None:
     parser.add_argument("--positive", help="the class to map, or several with + between them (the last one)")
     parser.add_argument("--window", help="side of the windows that it was trained on, px (224)")
     parser.add_argument("--input", help="side to which windows are resized, px (that of the window)")
+    parser.add_argument(
+        "--resize",
+        choices=["torch", "pillow"],
+        help="how windows are resized: as PyTorch does with tensors of 8 bits, or Pillow with images (torch)",
+    )
     parser.add_argument("--spacing", help="spacing that it was trained at, um per px (0.5)")
     parser.add_argument("--mean", help=f"mean of red,green,blue from 0 to 1, which is subtracted ({_IMAGENET[0]})")
     parser.add_argument("--std", help=f"standard deviation, by which is divided ({_IMAGENET[1]})")
@@ -118,7 +123,19 @@ def _fields(arguments: Namespace, known: dict[str, Any]) -> dict[str, Any]:
         fields["architecture"] = arguments.architecture
     if arguments.args:
         fields["architecture_args"] = _pairs(arguments.args)
-    return fields | _output(arguments)
+    return fields | _resize(arguments.resize, fields) | _output(arguments)
+
+
+def _resize(how: str | None, fields: dict[str, Any]) -> dict[str, str]:
+    """Return how windows are resized, if the command line says it.
+
+    Raises:
+        InputError: Windows are not resized.
+    """
+    if how and fields["window_px"] == fields["input_px"]:
+        cause = f"--resize is {how}, but windows of {fields['window_px']} px are not resized"
+        raise InputError(cause, "give --input with the side to which they are, or leave --resize out")
+    return {"resize": how} if how else {}
 
 
 def _completed(given: dict[str, str | None], usual: dict[str, str]) -> dict[str, str]:

@@ -14,6 +14,7 @@ from small_runs import over, wsiflow
 
 from flows import cli
 from wsiflow.model.architectures.registry import build
+from wsiflow.model.card import read_card
 from wsiflow.model.classifier import load, predict, probe_image
 
 ABOUT = ["--architecture", "compact_valid", "--args", "width=0.5,dropout=0.2", "--window", "96", "--stride", "8"]
@@ -63,6 +64,21 @@ def test_what_is_missing_is_named_at_once(weights: Path, capsys: pytest.CaptureF
     assert "--std is '1,1'; give three numbers" in capsys.readouterr().err
     assert cli.main(["model", "add", str(weights), *ABOUT, *options, "--window", "32"]) == 20
     assert "does not run on 4 windows of 32 px" in capsys.readouterr().err
+
+
+def test_windows_are_resized_as_the_card_says(
+    weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The card has how, where windows are resized; dense inference says which card would need no resizing."""
+    options = ["--classes", "a,b", "--spacing", "0.25", "--mean", "0,0,0", "--std", "1,1,1", "--to", str(tmp_path)]
+    line = ["model", "add", str(weights), *ABOUT, *options, "--resize", "pillow", "--window"]
+    assert cli.main([*line, "96"]) == 20
+    assert "--resize is pillow, but windows of 96 px are not resized; give --input" in capsys.readouterr().err
+    assert cli.main([*line, "192", "--input", "96"]) == 0
+    assert read_card(spec(tmp_path / "best.json")).resize == "pillow"
+    said = capsys.readouterr().out
+    assert "windows  the model resizes windows of 192 px to 96 px, each by itself; a card with window_px 96" in said
+    assert "at a spacing of 0.5 um/px" in said
 
 
 def test_on_a_terminal_it_asks(

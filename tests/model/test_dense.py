@@ -1,5 +1,6 @@
 """A classifier over whole regions gives the scores of its windows, at any stride and position."""
 
+import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -988,6 +989,21 @@ def test_what_is_no_mean_over_the_window_stays_refused(build: Callable[[], nn.Mo
     """Neither can a mean be taken around every place and over the window at once."""
     with pytest.raises(InputError, match=reason):
         densify(classifier(build(), 34), 8, local=True)
+
+
+def test_means_over_large_windows_do_not_round() -> None:
+    """In the background of a slide all numbers are equal, and the errors of a long sum have one sign."""
+    torch.manual_seed(0)
+    model = classifier(trained(ending(nn.ReLU()), 400), 400)
+    pixels = torch.full((1, 3, 416, 416), 0.7)
+    pixels[:, :, :100, :100] = texture(1, 100, 100)
+    dense = densify(model, 16)
+    with torch.inference_mode():
+        found = scores_of(dense, pixels).flatten()
+        exact = copy.deepcopy(model.module).double()
+        windows = torch.cat([pixels[:, :, y : y + 400, x : x + 400] for y in (0, 16) for x in (0, 16)]).double()
+        expected = exact(windows).softmax(1)[:, 1]
+    assert (found - expected).abs().max() < 1e-6
 
 
 def test_resized_windows_are_refused() -> None:

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,7 +24,7 @@ from wsiflow.model.classifier import Classifier, predict, probe_image
 from wsiflow.model.dense.network import densify
 from wsiflow.model.engines import openvino
 from wsiflow.model.engines.cache import cache_folder, cached
-from wsiflow.model.engines.engine import installed_backends, is_convertible, median_seconds, prepare, scores_from_pixels
+from wsiflow.model.engines.engine import installed_backends, median_seconds, prepare, scores_from_pixels
 from wsiflow.model.engines.openvino import _converted, _packed, _read, one_thread, quantise
 from wsiflow.model.engines.spec import Engine, EngineSpec, Network
 from wsiflow.system import machine
@@ -298,16 +297,6 @@ def test_arrays_of_another_form_are_refused(tiny: Network, maps: Network, cache:
     ):
         with pytest.raises(WsiflowError, match="the network takes uint8"):
             free(wrong)
-
-
-def test_a_resized_window_is_left_to_pytorch(classifier: Classifier) -> None:
-    """Other backends round it differently by a grey level; PyTorch gives the result of `predict`."""
-    resized = replace(classifier, window_px=448)
-    images = np.stack([probe_image(seed, 448) for seed in range(2)])
-    assert is_convertible(classifier)
-    assert not is_convertible(resized)
-    engine = prepare(Network(lambda: scores_from_pixels(resized), "resized", images, fixed=True), FP32[0], threads=1)
-    assert np.abs(engine(images) - predict(resized, images)).max() < 1e-5
 
 
 def count_conversions(monkeypatch: pytest.MonkeyPatch) -> list[str]:

@@ -196,6 +196,31 @@ def test_backends_that_trace_an_exported_program_run_batches_of_any_size(
     torch.testing.assert_close(again(x), module(x), rtol=1e-5, atol=1e-6)
 
 
+class Casting(nn.Module):
+    """A network that converts what it computes to the type of its weights, and some of it to float32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 8, 5, 4), nn.Linear(8, 2)
+        self.register_buffer("shift", torch.linspace(0, 1, 8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.conv(x.to(self.conv.weight.dtype)).relu().mean((2, 3), dtype=torch.float32)
+        x = nn.functional.layer_norm(x, (8,)).to(self.head.weight.dtype) + self.shift
+        logits: torch.Tensor = self.head(x + torch.full((8,), 0.3, dtype=self.head.weight.dtype))
+        return logits
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("is_decomposed", [False, True])
+def test_a_program_in_half_precision_runs_in_float32(dtype: torch.dtype, is_decomposed: bool) -> None:
+    """Its weights keep their values, and constants and conversions follow their type."""
+    module = Casting().to(dtype)
+    data = archive(module, torch.zeros(2, 3, SIDE, SIDE, dtype=dtype), is_decomposed=is_decomposed)
+    read, single, x = export.module_of(data, SIDE).float(), module.float(), images(3)
+    torch.testing.assert_close(read(x), single(x), rtol=0, atol=2e-3)
+
+
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("is_decomposed", [False, True])
 def test_an_exported_program_runs_over_regions(network: Callable[[], nn.Module], is_decomposed: bool) -> None:

@@ -12,11 +12,12 @@ from torch import nn
 from wsiflow.errors import InputError
 from wsiflow.model import scorer
 from wsiflow.model.architectures.registry import build
-from wsiflow.model.card import ModelCard
+from wsiflow.model.card import ModelCard, Resize
 from wsiflow.model.choice import Choice
 from wsiflow.model.classifier import Classifier, as_classifier, predict
 from wsiflow.model.dense import network
 from wsiflow.model.dense.network import densify
+from wsiflow.model.engines.engine import installed_backends
 from wsiflow.plan import geometry
 from wsiflow.plan.blocks import Block
 from wsiflow.plan.geometry import Frame
@@ -270,6 +271,17 @@ def test_a_score_does_not_depend_on_other_windows(input_px: int, batch: int, n: 
     every = made.run(windows(23), untimed)
     np.testing.assert_array_equal(made.run(windows(n), untimed), every[:n])
     np.testing.assert_allclose(every, predict(classifier, windows(23)), atol=1e-6)
+
+
+@pytest.mark.parametrize("how", ["torch", "pillow"])
+@pytest.mark.parametrize("backend", installed_backends())
+def test_all_backends_see_the_same_resized_windows(backend: str, how: Resize) -> None:
+    """Scores of the two ways differ by more than those of two backends."""
+    classifier = replace(small(23), resize=how)
+    made = scorer.make_scorer(classifier, PLAIN._replace(backend=backend), threads=1)
+    np.testing.assert_allclose(made.run(windows(9), untimed), predict(classifier, windows(9)), atol=2e-7)
+    other = predict(replace(classifier, resize="torch" if how == "pillow" else "pillow"), windows(9))
+    assert np.abs(other - predict(classifier, windows(9))).max() > 1e-6
 
 
 class _Overflow(nn.Module):

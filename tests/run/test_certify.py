@@ -17,7 +17,7 @@ from torch import nn
 from flows import compose as command
 from flows.cli import main
 from wsiflow.heatmap import files
-from wsiflow.model import save
+from wsiflow.model import save, scorer
 from wsiflow.model.architectures.registry import build
 from wsiflow.model.classifier import load
 from wsiflow.model.engines import engine
@@ -175,6 +175,21 @@ def test_memory_bounds_rows_as_well_as_columns() -> None:
     assert 1 <= tight["choice"]["block_rows"] < 7
     assert fine["choice"]["engine"] == "window"
     assert "a single tile takes more than tiles.memory_mb=100" in fine["told"]
+
+
+def test_batches_of_large_windows_are_smaller() -> None:
+    """A call takes as many windows as surely fit into the memory of a worker; a block as large as a window is run."""
+    config = command.compose_config(["out=unused"])
+    demo = load(config.model)
+    facts = scorer.describe(demo, 16)._replace(activation_bytes_px=100.0)
+    for side, batch in ((32, 32), (224, 32), (512, 6), (1024, 1), (2048, 1)):
+        large = dataclasses.replace(demo, window_px=side, input_px=side)
+        assert fastest._plan_windows(large, config).batch == batch
+        assert fastest._plan_blocks(large, config, facts).engine == "dense"
+    little = command.compose_config(["out=unused", "tiles.memory_mb=100", "inference=window"])
+    choice = fastest.choose_engine(demo, little, threads=1)
+    assert choice["choice"]["batch"] == 3
+    assert choice["told"].endswith("; batches of 3, as 32 windows may take more than tiles.memory_mb")
 
 
 class _Gated(nn.Module):

@@ -138,7 +138,7 @@ def from_module(  # noqa: PLR0913  these are the fields of a card
     """Return a network of this process as a classifier, and write it if a folder is given, so that runs can name it.
 
     Args:
-        module: The network; it is put into evaluation mode.
+        module: The network; it is put into evaluation mode and single precision.
         classes: A name for each class.
         window: Side of the windows that it classifies, px.
         spacing: Spacing at which it was trained, um per px.

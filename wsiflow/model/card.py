@@ -35,6 +35,7 @@ EXPORT = "export"
 ONNX = "onnx"
 PYTHON = "python:"  # in front of the function that builds the network
 OutputKind = Literal["logits", "probabilities", "sigmoid"]
+Resize = Literal["torch", "pillow"]
 PACKAGED = "pkg:"
 WSINFER_WEIGHTS = "torchscript_model.pt"  # beside WSInfer's model JSON
 MAX_CARD_BYTES = 1_000_000
@@ -119,6 +120,8 @@ class ModelCard(BaseModel, frozen=True, extra="forbid"):
             one.
         window_px: Side of the window the classifier sees, px at `spacing_um_px`.
         input_px: Side the network takes, px; a window is resized where it differs from `window_px`.
+        resize: How a window is resized: ``torch``, as PyTorch does with tensors of 8 bits, or ``pillow``, as Pillow
+            does with images.
         spacing_um_px: Spacing the classifier was trained at, um per px.
         mean: Mean of red, green, blue on a scale of 0 to 1: the input is (x / 255 - mean) / std.
         std: Standard deviation, on the same scale.
@@ -141,6 +144,7 @@ class ModelCard(BaseModel, frozen=True, extra="forbid"):
     output_name: str = ""
     window_px: Side
     input_px: Side
+    resize: Resize = "torch"
     spacing_um_px: Annotated[Positive, Field(le=100)]
     mean: tuple[FiniteFloat, FiniteFloat, FiniteFloat]
     std: tuple[Positive, Positive, Positive]
@@ -329,7 +333,7 @@ def identity(card: ModelCard) -> str:
         if len(card.positive_indices) == 1
         else {"positive_indices": card.positive_indices}
     )
-    relevant |= card.model_dump(include={"output", "output_name", "source_sha256"}, exclude_defaults=True)
+    relevant |= card.model_dump(include={"output", "output_name", "source_sha256", "resize"}, exclude_defaults=True)
     return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()
 
 
@@ -430,6 +434,8 @@ def _wsinfer_fields(config: _WSInferConfig, path: Path) -> dict[str, Any]:
         "class_names": config.class_names,
         "window_px": config.patch_size_pixels,
         "input_px": input_px,
+        # Its transform is that of torchvision on an image of Pillow.
+        "resize": "torch" if input_px == config.patch_size_pixels else "pillow",
         "spacing_um_px": config.spacing_um_px,
         "mean": mean,
         "std": std,

@@ -5,6 +5,7 @@ the positive class. Weights are read once and hashed before they are parsed, by 
 classifier that does not reproduce the probes of its card is never returned.
 """
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from wsiflow.model.card import (
     ModelCard,
     ModelSpec,
     Probe,
+    Resize,
     card_path,
     identity,
     map_indices,
@@ -26,12 +28,14 @@ from wsiflow.model.card import (
 )
 from wsiflow.model.formats.registry import does_not_run, network
 from wsiflow.model.outputs import Outputs
+from wsiflow.model.resize import resize
 
 # The probabilities of the same weights differ by about 1e-6 between machines, because sums are taken in another order.
 # Another class order, mean or layer changes a probability near one half by far more than this tolerance.
 PROBE_TOLERANCE = 1e-4
 PROBE_CELLS = 14
 N_TRIALS = 4  # windows on which a model without probes is tried
+_TRIAL_PX = 2 * 1024**2  # of windows in one batch of a trial, which fit into a worker's memory
 SUM_TOLERANCE = 1e-3  # half precision included
 
 
@@ -50,6 +54,7 @@ class Classifier:
         std: Standard deviation of red, green and blue on a scale of 0 to 1, by which is divided.
         sha256: Hash of the weights.
         identity: Hash of everything that can change a probability.
+        resize: How windows are resized.
     """
 
     module: nn.Module
@@ -62,6 +67,7 @@ class Classifier:
     std: tuple[float, float, float]
     sha256: str
     identity: str
+    resize: Resize = "torch"
 
 
 def load(spec: ModelSpec) -> Classifier:
@@ -85,7 +91,7 @@ def load(spec: ModelSpec) -> Classifier:
 
 
 def as_classifier(module: nn.Module, card: ModelCard, maps: tuple[int, ...] = ()) -> Classifier:
-    """Return a network with loaded weights as a classifier; the network is put into evaluation mode.
+    """Return a network with loaded weights as a classifier; it is put into evaluation mode and single precision.
 
     Args:
         module: The network.
@@ -94,7 +100,7 @@ def as_classifier(module: nn.Module, card: ModelCard, maps: tuple[int, ...] = ()
     """
     # Channels-last is the memory order of images, and about twice as fast on CPUs.
     return Classifier(
-        module.eval().to(memory_format=torch.channels_last),  # type: ignore[call-overload]
+        module.eval().float().to(memory_format=torch.channels_last),  # type: ignore[call-overload]
         class_names=card.class_names,
         outputs=Outputs(card.output, len(card.class_names), card.positive_indices, maps),
         window_px=card.window_px,
@@ -104,6 +110,7 @@ def as_classifier(module: nn.Module, card: ModelCard, maps: tuple[int, ...] = ()
         std=card.std,
         sha256=card.sha256,
         identity=identity(card),
+        resize=card.resize,
     )
 
 
@@ -141,6 +148,13 @@ def probabilities(classifier: Classifier, windows: NDArray[np.uint8]) -> NDArray
     return result
 
 
+def resized(classifier: Classifier, images: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Return windows, uint8 (n, window_px, window_px, 3), with the side that the network takes; others as they are."""
+    if classifier.input_px == classifier.window_px:
+        return images
+    return resize(images, classifier.input_px, classifier.resize)
+
+
 def normalise(classifier: Classifier, images: NDArray[np.uint8]) -> torch.Tensor:
     """Return the network's input for images: (x / 255 - mean) / std in channels-last memory order.
 
@@ -152,11 +166,7 @@ def normalise(classifier: Classifier, images: NDArray[np.uint8]) -> torch.Tensor
         float32 (n, 3, h, w), or (n, 3, input_px, input_px) where windows are resized.
     """
     # torch.tensor copies, so read-only arrays and views of patches are accepted too.
-    pixels = torch.tensor(images).permute(0, 3, 1, 2)
-    if classifier.input_px != classifier.window_px:
-        side = [classifier.input_px, classifier.input_px]
-        # Windows are resized as 8-bit images with antialiasing, as in WSInfer's pipeline.
-        pixels = nn.functional.interpolate(pixels, size=side, mode="bilinear", antialias=True)
+    pixels = torch.tensor(resized(classifier, images)).permute(0, 3, 1, 2)
     mean = torch.tensor(classifier.mean).view(1, 3, 1, 1) * 255
     std = torch.tensor(classifier.std).view(1, 3, 1, 1) * 255
     return pixels.to(torch.float32, memory_format=torch.channels_last).sub_(mean).div_(std)
@@ -231,12 +241,13 @@ def check_answers(classifier: Classifier, card: ModelCard, path: Path) -> None:
     """
     seeds = [probe.seed for probe in card.probe] or list(range(N_TRIALS))
     images = np.stack([probe_image(seed, card.window_px) for seed in seeds])
+    size = max(1, _TRIAL_PX // card.input_px**2)
+    batches = [images[first : first + size] for first in range(0, len(images), size)]
     try:
-        with torch.inference_mode():
-            outputs = raw_outputs(classifier, normalise(classifier, images))
-        answers = probabilities(classifier, images)
+        outputs = _outputs(classifier, batches)
+        answers = np.concatenate([probabilities(classifier, batch) for batch in batches])
         if not card.probe:
-            _check_repeatable(classifier, images, outputs)
+            _check_repeatable(classifier, batches, outputs)
     except RuntimeError as error:
         raise does_not_run(error, len(images), card).about(path=path) from error
     except InputError as error:
@@ -246,20 +257,25 @@ def check_answers(classifier: Classifier, card: ModelCard, path: Path) -> None:
     _check_kind(outputs, card, path)
 
 
-def _check_repeatable(classifier: Classifier, images: NDArray[np.uint8], outputs: torch.Tensor) -> None:
+def _outputs(classifier: Classifier, batches: Iterable[NDArray[np.uint8]]) -> torch.Tensor:
+    """Return what the network returns, (n, outputs), for batches of windows, uint8 (n, window_px, window_px, 3)."""
+    with torch.inference_mode():
+        return torch.cat([raw_outputs(classifier, normalise(classifier, batch)) for batch in batches])
+
+
+def _check_repeatable(classifier: Classifier, batches: Sequence[NDArray[np.uint8]], outputs: torch.Tensor) -> None:
     """Refuse a network whose outputs for a window depend on the other windows of a batch, or on chance.
 
     Args:
         classifier: The classifier.
-        images: uint8 (n, window_px, window_px, 3), at least two windows.
-        outputs: Its outputs for these images in one batch.
+        batches: Windows, uint8 (n, window_px, window_px, 3); only large ones are alone in a batch.
+        outputs: Its outputs for these batches.
 
     Raises:
         InputError: The outputs depend on the batch or differ from time to time.
     """
-    with torch.inference_mode():
-        again = raw_outputs(classifier, normalise(classifier, images))
-        alone = torch.cat([raw_outputs(classifier, normalise(classifier, image[None])) for image in images])
+    again = _outputs(classifier, batches)
+    alone = _outputs(classifier, (image[None] for batch in batches for image in batch))
     scale = max(1.0, float(outputs.abs().max()))
     for others, cause in (
         (again, "gives other outputs for the same windows each time (dropout in training mode?)"),

@@ -18,6 +18,7 @@ from wsiflow.model.classifier import Classifier, as_classifier, probabilities, p
 
 N_CANDIDATES = 64
 N_PROBES = 3
+_USUAL_PX = 224
 
 
 def save(module: nn.Module, fields: Mapping[str, Any], folder: Path) -> Path:
@@ -51,7 +52,9 @@ def write_card(card: ModelCard, folder: Path) -> Path:
 
 def probes(classifier: Classifier) -> tuple[Probe, ...]:
     """Return the probes for which the classifier is least certain, since saturated probabilities hide a wrong mean."""
-    images = (probe_image(seed, classifier.window_px)[None] for seed in range(N_CANDIDATES))
+    # Large windows take seconds each, and a few show a wrong card as well.
+    n = max(N_PROBES, min(N_CANDIDATES, N_CANDIDATES * _USUAL_PX**2 // classifier.input_px**2))
+    images = (probe_image(seed, classifier.window_px)[None] for seed in range(n))
     answers = np.concatenate([probabilities(classifier, image) for image in images])
     unsure = np.argsort(answers.max(axis=1), kind="stable")[:N_PROBES]
     return tuple(Probe(seed=int(seed), probabilities=tuple(answers[seed].tolist())) for seed in unsure)

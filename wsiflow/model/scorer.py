@@ -18,7 +18,7 @@ from torch import nn
 
 from wsiflow.errors import InputError, WsiflowError
 from wsiflow.model.choice import Choice
-from wsiflow.model.classifier import Classifier, not_finite
+from wsiflow.model.classifier import Classifier, not_finite, resized
 from wsiflow.model.dense import network
 from wsiflow.model.dense.facts import DenseFacts, SplitPoint
 from wsiflow.model.dense.network import densify, window_crops
@@ -60,9 +60,9 @@ class WindowScorer:
     The dense engine is compared with it. It is correct for any network, but slow, since windows overlap.
     """
 
-    def __init__(self, engine: Engine, choice: Choice, *, window_px: int) -> None:
-        """Build the scorer from an engine for uint8 (choice.batch, window_px, window_px, 3)."""
-        self._engine, self._window_px, self._choice = engine, window_px, choice
+    def __init__(self, engine: Engine, choice: Choice, classifier: Classifier) -> None:
+        """Build the scorer from an engine for uint8 (choice.batch, input_px, input_px, 3)."""
+        self._engine, self._choice, self._classifier = engine, choice, classifier
 
     def score(self, frame: Frame, blocks: Blocks, timed: Timer) -> TileScores:
         """Return the scores of the blocks' tissue tiles in order.
@@ -80,11 +80,18 @@ class WindowScorer:
 
     def run(self, windows: Iterable[NDArray[np.uint8]], timed: Timer) -> NDArray[np.float32]:
         """Return the scores of each window, float32 (n,) or (n, 1 + k); windows are uint8 (window_px, window_px, 3)."""
-        return in_batches(self._engine, windows, self._choice.batch, timed)
+        return in_batches(self._engine, self._fitted(windows, timed), self._choice.batch, timed)
+
+    def _fitted(self, windows: Iterable[NDArray[np.uint8]], timed: Timer) -> Iterator[NDArray[np.uint8]]:
+        """Yield windows with the side that the network takes; one is resized at a time, as large ones need memory."""
+        for window in windows:
+            with timed("infer"):
+                fitted = resized(self._classifier, window[None])[0]
+            yield fitted
 
     def _windows(self, tiles: Iterable[_Tile], cells: NDArray[np.bool_]) -> Iterator[NDArray[np.uint8]]:
         """Yield the windows of every tile whose cells are selected by a mask, bool (m, m)."""
-        side = self._window_px
+        side = self._classifier.window_px
         for pixels, corners in tiles:
             for x, y in corners[cells].tolist():
                 yield pixels[y : y + side, x : x + side]
@@ -259,7 +266,7 @@ def make_scorer(
         return prepare(network, spec, threads=threads, cache=cache_folder(), quantised=quantised)
 
     if choice.engine == "window":
-        return WindowScorer(prepared(_window_network(classifier, choice)), choice, window_px=classifier.window_px)
+        return WindowScorer(prepared(_window_network(classifier, choice)), choice, classifier)
     if not choice.share_until:
         engine = prepared(_dense_network(classifier, choice))
         return DenseScorer(lambda pixels, timed: _timed_run(engine, pixels[None], timed)[0], choice)
@@ -302,9 +309,10 @@ def engine_to_time(classifier: Classifier, choice: Choice, *, threads: int) -> E
 
 
 def quantise(classifier: Classifier, choice: Choice, samples: Sequence[NDArray[np.uint8]]) -> bytes:
-    """Return the network in int8, calibrated on samples of its input, uint8 (n, rows, cols, 3): regions or windows."""
+    """Return the network in int8, calibrated on uint8 (n, rows, cols, 3): regions, or windows of ``window_px``."""
     network = _window_network if choice.engine == "window" else _dense_network
-    return openvino.quantise(network(classifier, choice), samples, cache=cache_folder())
+    fitted = (resized(classifier, sample) for sample in samples)  # dense networks do not resize
+    return openvino.quantise(network(classifier, choice), fitted, cache=cache_folder())
 
 
 def calibration_sample(frame: Frame, block: Block, pixels: NDArray[np.uint8], choice: Choice) -> NDArray[np.uint8]:
@@ -325,7 +333,7 @@ def calibration_sample(frame: Frame, block: Block, pixels: NDArray[np.uint8], ch
 
 
 def _window_network(classifier: Classifier, choice: Choice) -> Network:
-    side = classifier.window_px
+    side = classifier.input_px
     example = np.zeros((choice.batch, side, side, 3), np.uint8)
     return Network(lambda: scores_from_pixels(classifier), _key(classifier, choice, "window"), example, fixed=True)
 

@@ -223,7 +223,9 @@ def _program(classifier: Classifier) -> fx.GraphModule:
         raise cannot_run_dense("the model is a TorchScript program that cannot be converted to operations of layers")
     if classifier.input_px != classifier.window_px:
         raise cannot_run_dense(
-            f"the model resizes windows of {classifier.window_px} px to {classifier.input_px} px, each by itself"
+            f"the model resizes windows of {classifier.window_px} px to {classifier.input_px} px, each by itself; a "
+            f"card with window_px {classifier.input_px} reads as much tissue without resizing, at a spacing of "
+            f"{classifier.spacing_um_px * classifier.window_px / classifier.input_px:.4g} um/px"
         )
     try:
         return program(classifier.module, classifier.window_px)

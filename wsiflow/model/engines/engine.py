@@ -37,18 +37,18 @@ def scores_from_pixels(classifier: Classifier, body: nn.Module | None = None) ->
     Args:
         classifier: The classifier, which defines the normalisation.
         body: Module from normalised pixels, float32 (n, 3, h, w), to scores. None for the classifier's own network,
-            from windows of ``window_px`` to probabilities of the positive class, float32 (n,).
+            from windows of ``input_px`` to probabilities of the positive class, float32 (n,).
     """
     return FromPixels(classifier, body or WindowScores(classifier)).eval()
 
 
 def is_convertible(classifier: Classifier) -> bool:
-    """Return whether backends other than PyTorch can run a classifier and reproduce its probabilities.
+    """Return whether backends other than PyTorch can run a classifier.
 
-    They cannot where windows are resized, which they round differently by a grey level, nor for TorchScript programs
-    that could not be converted, which may contain operations that they do not support.
+    They cannot for TorchScript programs that could not be converted, which may contain operations that they do not
+    support.
     """
-    return classifier.input_px == classifier.window_px and not is_script(classifier.module)
+    return not is_script(classifier.module)
 
 
 def installed_backends() -> tuple[Backend, ...]:

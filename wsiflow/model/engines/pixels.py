@@ -24,16 +24,13 @@ class FromPixels(nn.Module):
         """
         super().__init__()
         self.body = body
-        self.side = classifier.input_px if classifier.input_px != classifier.window_px else None
         self.register_buffer("mean", torch.tensor(classifier.mean).view(1, 3, 1, 1) * 255)
         self.register_buffer("std", torch.tensor(classifier.std).view(1, 3, 1, 1) * 255)
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         """Return the output of the body for pixels, uint8 (n, h, w, 3)."""
-        x = pixels.permute(0, 3, 1, 2)
-        if self.side is not None:
-            x = nn.functional.interpolate(x, size=[self.side, self.side], mode="bilinear", antialias=True)
-        result: torch.Tensor = self.body((x.float() - self.mean) / self.std)
+        x = pixels.permute(0, 3, 1, 2).float()
+        result: torch.Tensor = self.body((x - self.mean) / self.std)
         return result
 
 

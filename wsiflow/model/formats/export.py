@@ -25,6 +25,7 @@ from wsiflow.model.formats.format import Format
 from wsiflow.model.formats.operations import ATEN, CHECKS, ON_SIZES, PLAIN, operation
 from wsiflow.model.program import BATCH, TRACING
 
+_HALF = {torch.float16, torch.bfloat16}
 _LAYOUTS = {7: torch.strided}
 _MEMORY_FORMATS = {
     1: torch.contiguous_format,
@@ -37,7 +38,8 @@ _SCALARS: dict[str, Callable[[Any], Any]] = {
     "as_float": float,
     "as_bool": bool,
     "as_string": str,
-    "as_scalar_type": DTYPES.__getitem__,
+    # Weights in half precision become float32, and so does what a program converts to their type.
+    "as_scalar_type": lambda number: torch.float32 if DTYPES[number] in _HALF else DTYPES[number],
     "as_memory_format": _MEMORY_FORMATS.__getitem__,
     "as_layout": _LAYOUTS.__getitem__,
     "as_device": lambda _device: torch.device("cpu"),

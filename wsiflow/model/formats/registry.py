@@ -37,10 +37,10 @@ def network(data: bytes, card: ModelCard, path: Path) -> nn.Module:
 def does_not_run(error: RuntimeError, n: int, card: ModelCard) -> InputError:
     """Return the error of a network that does not run on windows of the card's size."""
     reason = str(error).strip().splitlines()[-1][:200]
-    return InputError(
-        f"the model does not run on {n} windows of {card.input_px} px: {reason}",
-        "correct window_px or input_px in the card, or export the model for batches of any size",
-    )
+    remedy = "correct window_px or input_px in the card, or export the model for batches of any size"
+    if any(name in reason for name in ("Half", "BFloat16")):
+        remedy = "export it in single precision: model.float()"
+    return InputError(f"the model does not run on {n} windows of {card.input_px} px: {reason}", remedy)
 
 
 class NamedOutput(nn.Module):

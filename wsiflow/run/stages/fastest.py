@@ -33,6 +33,9 @@ _WIDEST_STEP_PX = 16  # context is a multiple of the map's spacing, which differ
 _MOST_SHARED = 0.99
 _LEAST_SAVED = 0.1  # of a window's multiplications; less does not pay for the windows' copies of the shared map
 _MOST_COLS = 12  # longer strips save hardly any halo, and a group should hold several strips
+# Activations of networks in a call with several windows, per pixel of their input: those of VGG, which has the largest
+# maps. The default memory_mb lets 32 windows of 224 px run in one call, and one of 1024 px.
+_CALL_BYTES_PX = 512.0
 _WINDOW_BYTES_PX = 200.0  # windows hold only pixels, and reading more at once gains nothing
 
 
@@ -64,9 +67,11 @@ def choose_engine(classifier: Classifier, config: RunConfig, *, threads: int) ->
         choice = alone._replace(backend=choice.backend, precision=choice.precision)
         _prove(classifier, choice, threads=threads)
     _check_certifiable(choice, config)
+    if not engine.is_convertible(classifier):
+        reason = f"{reason}; PyTorch runs this network"
     return {
         "choice": choice.values(),
-        "told": reason if engine.is_convertible(classifier) else f"{reason}; PyTorch runs this network",
+        "told": f"{reason}{_smaller_batch(choice, config)}",
         "measured_s": measured,
         "cpu_flags": sorted(flag for flag in cpu_flags() if flag.startswith(_FLAGS)),
         "cuts": _cuts(facts),
@@ -213,7 +218,7 @@ def _plan_blocks(classifier: Classifier, config: RunConfig, facts: DenseFacts | 
     if room < context:
         cause = f"a halo of {params.halo_px} px leaves {room} px of context, a network that pads needs {context}"
         raise _NoRegionsError(cause)
-    rows, cols = _block_tiles(config, facts, halo)
+    rows, cols = _block_tiles(config, facts, halo, classifier.window_px)
     if not rows:
         cause = f"at stride {inference.stride} a single tile takes more than tiles.memory_mb={params.memory_mb}"
         raise _NoRegionsError(cause)
@@ -221,7 +226,7 @@ def _plan_blocks(classifier: Classifier, config: RunConfig, facts: DenseFacts | 
         engine="dense" if facts else "window",
         backend="",
         precision="",
-        batch=inference.batch,
+        batch=_batch(classifier, config),
         stride_px=inference.stride,
         share_until=_cut(config, facts),
         context_px=context,
@@ -233,6 +238,20 @@ def _plan_blocks(classifier: Classifier, config: RunConfig, facts: DenseFacts | 
         refine_from_px=inference.refine_from if inference.refine else 0,
         local=facts is not None and facts.local,
     )
+
+
+def _batch(classifier: Classifier, config: RunConfig) -> int:
+    """Return how many windows one call of the network takes: as asked, or fewer where those need too much memory."""
+    window_mb = classifier.input_px**2 * _CALL_BYTES_PX / 1e6
+    return max(1, min(config.inference.batch, int(config.tiles.memory_mb / window_mb)))
+
+
+def _smaller_batch(choice: Choice, config: RunConfig) -> str:
+    """Return why a call of the network takes fewer windows than asked; empty where it does not, or takes no windows."""
+    takes_windows = choice.engine == "window" or choice.share_until
+    if choice.batch == config.inference.batch or not takes_windows:
+        return ""
+    return f"; batches of {choice.batch}, as {config.inference.batch} windows may take more than tiles.memory_mb"
 
 
 def _halo_px(config: RunConfig, least_px: int, widest_px: int) -> int:
@@ -261,8 +280,12 @@ def _context_px(config: RunConfig, facts: DenseFacts | None) -> int:
     return -(-context_px // facts.grid_px) * facts.grid_px
 
 
-def _block_tiles(config: RunConfig, facts: DenseFacts | None, halo_px: int) -> tuple[int, int]:
-    """Return the rows and columns of the largest block, in tiles, that fits into ``tiles.memory_mb``; 0, 0 for none."""
+def _block_tiles(config: RunConfig, facts: DenseFacts | None, halo_px: int, window_px: int) -> tuple[int, int]:
+    """Return the rows and columns of the largest block, in tiles, that fits into ``tiles.memory_mb``; 0, 0 for none.
+
+    Where a window alone takes more, a block of one tile is taken: it needs hardly more, and windows would be run
+    anyway.
+    """
     params = config.tiles
     if params.block_cols != "auto":
         return params.block_rows, params.block_cols
@@ -272,7 +295,9 @@ def _block_tiles(config: RunConfig, facts: DenseFacts | None, halo_px: int) -> t
         cols = math.floor((params.memory_mb * 1e6 / (rows_px * bytes_px) - 2 * halo_px) / params.tile_px)
         if cols >= min(rows, _MOST_COLS):
             return rows, min(cols, _MOST_COLS)
-    return (0, 0) if facts else (1, 1)
+    # With less memory a pixel than a window's own activations the map is not finer than that of a window.
+    like_windows = bytes_px <= _CALL_BYTES_PX and window_px**2 * bytes_px > params.memory_mb * 1e6
+    return (1, 1) if facts is None or like_windows else (0, 0)
 
 
 def _cut(config: RunConfig, facts: DenseFacts | None) -> str:
