@@ -1,6 +1,6 @@
 """ONNX, which holds a network with its weights as a graph of operators, and no code.
 
-The graph is translated to functions of PyTorch (`wsiflow.model.formats.onnx_operators`), so that a network from another
+The graph is translated to functions of PyTorch (`wsiflow.model.formats.onnx.operators`), so that a network from another
 library runs like one that was built here, on every backend, and over whole regions.
 """
 
@@ -17,8 +17,8 @@ from wsiflow.errors import InputError
 from wsiflow.model.card import ONNX, ModelCard
 from wsiflow.model.engines.spec import optional_package
 from wsiflow.model.formats.format import Format
-from wsiflow.model.formats.onnx_graph import DYNAMIC_BATCH, NodeFields, Translation
-from wsiflow.model.formats.onnx_operators import translate
+from wsiflow.model.formats.onnx.graph import DYNAMIC_BATCH, NodeFields, Translation
+from wsiflow.model.formats.onnx.operators import translate
 from wsiflow.system import faults
 
 MAX_BYTES = 2**31 - 1  # of a file whose weights are inside

@@ -6,9 +6,9 @@ a mode that is not here is refused, since a wrong assumption would give scores t
 
 from collections.abc import Sequence
 
-from wsiflow.model.formats import onnx_layers, onnx_shapes
-from wsiflow.model.formats.onnx_graph import DYNAMIC_BATCH, NodeFields, Translation, Value, readable
-from wsiflow.model.formats.onnx_operation import EXPORT_AGAIN, Operation
+from wsiflow.model.formats.onnx import layers, shapes
+from wsiflow.model.formats.onnx.graph import DYNAMIC_BATCH, NodeFields, Translation, Value, readable
+from wsiflow.model.formats.onnx.operation import EXPORT_AGAIN, Operation
 
 _FAULTS = (ArithmeticError, AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError)
 
@@ -44,7 +44,7 @@ def _first_line(error: Exception) -> str:
     return readable((str(error).splitlines() or [type(error).__name__])[0])[:200]
 
 
-_OPERATORS = {**onnx_layers.OPERATORS, **onnx_shapes.OPERATORS}
+_OPERATORS = {**layers.OPERATORS, **shapes.OPERATORS}
 _CONTROL_FLOW = "is control flow, which has no layers"
 _QUANTISED = "computes with quantised numbers"
 _REFUSED: dict[str, str] = {
