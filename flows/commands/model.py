@@ -118,7 +118,7 @@ def _fields(arguments: Namespace, known: dict[str, Any]) -> dict[str, Any]:
         fields["architecture"] = arguments.architecture
     if arguments.args:
         fields["architecture_args"] = _pairs(arguments.args)
-    return fields | _output(arguments)
+    return fields | _output(arguments, known)
 
 
 def _completed(given: dict[str, str | None], usual: dict[str, str]) -> dict[str, str]:
@@ -145,9 +145,9 @@ def _answer(question: str) -> str:
         raise InputError("the questions were not answered", "answer them, or give the options of --help") from error
 
 
-def _output(arguments: Namespace) -> dict[str, str]:
+def _output(arguments: Namespace, known: dict[str, Any]) -> dict[str, str]:
     """Return what the card says of the outputs."""
-    kind = arguments.output or "logits"
+    kind = arguments.output or known.get("output", "logits")
     if kind in {"logits", "probabilities", "sigmoid"}:
         return {"output": kind, "output_name": arguments.output_name or ""}
     return {"output": "logits", "output_name": kind}
