@@ -19,7 +19,7 @@ from wsiflow.model.card import ModelCard
 from wsiflow.model.classifier import Classifier
 from wsiflow.model.dense.network import densify
 from wsiflow.model.engines.engine import is_convertible
-from wsiflow.model.formats import export, torchscript
+from wsiflow.model.formats import export, registry, torchscript
 from wsiflow.model.outputs import Outputs
 from wsiflow.model.program import program
 
@@ -260,6 +260,9 @@ def test_several_outputs_keep_their_names() -> None:
     outputs = export.module_of(archive(module), SIDE)(x)
     assert list(outputs) == ["features", "logits"]
     assert torch.equal(outputs["logits"], module(x)["logits"])
+    chosen = registry.network(archive(module), card(2, output_name="logits"), Path())
+    assert torch.equal(chosen(x), outputs["logits"])
+    assert "pool" in {cut.name for cut in densify(as_classifier(chosen, 2), SIDE).facts.cuts}
 
 
 def test_a_part_without_gradients_is_a_part_of_the_network() -> None:
@@ -495,11 +498,12 @@ def test_nothing_in_an_archive_runs(attack: Callable[[bytes, Path], bytes], is_r
 # --- TorchScript
 
 
-def card(n_classes: int) -> ModelCard:
+def card(n_classes: int, output_name: str = "") -> ModelCard:
     names = tuple("abc"[:n_classes])
     return ModelCard(
         name="script",
-        architecture="torchscript",
+        architecture="export" if output_name else "torchscript",
+        output_name=output_name,
         class_names=names,
         positive_class="b",
         window_px=SIDE,
