@@ -12,7 +12,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import AfterValidator, BaseModel, Field, FiniteFloat, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    Field,
+    FiniteFloat,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 from pydantic_core import ErrorDetails
 
 from wsiflow.errors import InputError
@@ -65,6 +74,12 @@ class ModelSpec(BaseModel, frozen=True, extra="forbid"):
         description="Name of the class whose probability is mapped, or a list of names whose probabilities are added. "
         "Empty: the card's."
     )
+
+    @model_serializer(mode="wrap")
+    def _without_unused(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out what earlier versions did not have, where it is not used, so that files stay the same."""
+        values: dict[str, Any] = dump(self)
+        return {name: value for name, value in values.items() if name != "trust_python" or value}
 
 
 class Probe(BaseModel, frozen=True, extra="forbid"):
