@@ -327,7 +327,7 @@ class Inverse(nn.Module):
         (lambda: archive(Silent()), "returns no tensor"),
         (lambda: archive(Counting()), r"changes its own weight.*model\.eval\(\)"),
         (lambda: archive(Counting(), is_decomposed=True), r"changes its own weights.*model\.eval\(\)"),
-        (lambda: archive(Inverse()), "calls 'torch.ops.aten.linalg_inv"),
+        (lambda: archive(nn.Sequential(Inverse())), r"calls 'torch.ops.aten.linalg_inv.* \(layer 0\); export"),
         (lambda: archive(Residual(), batch=None), r"batches of 2 alone; .*dynamic_shapes=\(\{0: torch.export.Dim"),
         (lambda: archive(Residual(), torch.zeros(2, 3, 64, 64)), r"\['n', 3, 64, 64\], not of \[n, 3, 48, 48\]"),
         (lambda: archive_of(Residual, is_decomposed=False)[1][:-30], "0 programs|not a whole archive"),

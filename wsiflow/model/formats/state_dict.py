@@ -86,6 +86,8 @@ def tensors(data: bytes, path: Path) -> dict[str, torch.Tensor]:
 
 def _pickled(data: bytes, path: Path) -> dict[str, torch.Tensor]:
     """Return the weights of a file of ``torch.save``."""
+    if not data:
+        raise InputError("the file is empty", "fetch or save it again", path=path)
     if zipfile.is_zipfile(io.BytesIO(data)):
         names = zipfile.ZipFile(io.BytesIO(data)).namelist()
         if any("/code/" in name for name in names):
@@ -109,7 +111,10 @@ def _pickled(data: bytes, path: Path) -> dict[str, torch.Tensor]:
             cause = f"the file holds more than weights{f' ({name})' if name else ''}, which could run any code"
             remedy = "save the weights alone: torch.save(model.state_dict(), file), or safetensors"
         else:
-            cause, remedy = f"the file is damaged or not one of weights: {reason[:200]}", "fetch or save it again"
+            cause, remedy = (
+                f"the file is damaged or not one of weights: {_first_sentence(reason)}",
+                "fetch or save it again",
+            )
         raise InputError(cause, remedy, path=path) from error
     found = next(_state_dicts(content), None)
     if found is None:
@@ -119,6 +124,11 @@ def _pickled(data: bytes, path: Path) -> dict[str, torch.Tensor]:
             path=path,
         )
     return found
+
+
+def _first_sentence(text: str) -> str:
+    """Return the first sentence of a text, of at most 200 characters."""
+    return text.partition(". ")[0][:200]
 
 
 def _state_dicts(content: Any) -> Iterator[dict[str, torch.Tensor]]:

@@ -10,6 +10,7 @@ from wsiflow.model.formats.onnx import layers, shapes
 from wsiflow.model.formats.onnx.graph import DYNAMIC_BATCH, NodeFields, Translation, Value, readable
 from wsiflow.model.formats.onnx.operation import EXPORT_AGAIN, Operation
 
+_WITHOUT = "export the model without it, or from PyTorch with opset_version=17"
 _FAULTS = (ArithmeticError, AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError)
 
 
@@ -26,7 +27,7 @@ def translate(translation: Translation, fields: NodeFields, inputs: Sequence[Val
     """
     if fields.kind not in _OPERATORS:
         reason = _REFUSED.get(fields.kind, "is not known")
-        raise fields.fault(f"of opset {translation.opset} {reason}", EXPORT_AGAIN)
+        raise fields.fault(f"of opset {translation.opset} {reason}", _WITHOUT)
     operation = Operation(translation, fields, inputs)
     try:
         results = _OPERATORS[fields.kind](operation)
