@@ -109,7 +109,7 @@ class _Code:
         (
             lambda net: net.state_dict(),
             {"architecture": "googlenet", "architecture_args": {"dropout": 0.5}},
-            "are missing",
+            "are missing .*, and the file has ",
         ),
         (
             lambda net: net.state_dict(),

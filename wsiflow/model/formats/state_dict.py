@@ -151,7 +151,9 @@ def _loaded(module: nn.Module, weights: Mapping[str, torch.Tensor]) -> str:
     renamed = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
     missing = [name for name in expected if name not in renamed]
     if missing:
-        return f"{len(missing)} of {len(expected)} weights are missing ({', '.join(missing[:_SHOWN])}, ...)"
+        others = [name for name in renamed if name not in expected]
+        instead = f", and the file has {', '.join(others[:_SHOWN])}, ..." if others else ""
+        return f"{len(missing)} of {len(expected)} weights are missing ({', '.join(missing[:_SHOWN])}, ...){instead}"
     others = [
         f"{name} is {list(renamed[name].shape)} in the file and {list(tensor.shape)} in the network"
         for name, tensor in expected.items()
