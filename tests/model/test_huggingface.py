@@ -109,14 +109,18 @@ def test_without_transformers_the_remedy_installs_it(monkeypatch: pytest.MonkeyP
 
 
 def test_a_classifier_of_transformers_becomes_a_program(tmp_path: Path) -> None:
-    """The card has the classes and the normalisation; what does not fit, or is no classifier, is refused by name."""
+    """The card has the classes and the normalisation; what does not fit, or is no classifier, is refused by name.
+
+    The weights are stored in half precision, and the network is one of single precision.
+    """
     zoo.require()
     from transformers import ViTConfig, ViTForImageClassification
 
     torch.manual_seed(0)
     network = ViTForImageClassification(ViTConfig.from_dict(dict(CONFIG))).eval()
     source = folder(tmp_path / "vit", CONFIG, PROCESSOR)
-    network.save_pretrained(source)
+    network.half().save_pretrained(source)
+    network.float()
     known = recognise(source)
     card = add(known, {"name": "vit", "positive_class": "tumour", "spacing_um_px": 0.5, **known.known}, tmp_path)
     assert (read_card(spec(card)).architecture, "bilinearly" in read_card(spec(card)).notes) == ("export", True)

@@ -54,7 +54,7 @@ def program(config: Mapping[str, Any], weights: dict[str, torch.Tensor], side: i
         InputError: The weights are not those of the network, or it cannot be exported.
         EnvironmentFault: transformers is not installed.
     """
-    return export.write(_Logits(_network(config, weights)).eval().float(), side)
+    return export.write(_Logits(_network(config, weights)).eval(), side)
 
 
 class _Logits(nn.Module):
@@ -79,7 +79,12 @@ def _network(config: Mapping[str, Any], weights: dict[str, torch.Tensor]) -> nn.
     try:
         settings = library.AutoConfig.for_model(**own)
         network, report = _class(library, name).from_pretrained(
-            None, config=settings, state_dict=weights, output_loading_info=True, ignore_mismatched_sizes=True
+            None,
+            config=settings,
+            state_dict=weights,
+            dtype=torch.float32,  # weights may be stored in half precision, of which constants would be computed too
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
         )
     except TRACING as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
