@@ -108,5 +108,7 @@ def _experiment_axes(overrides: Sequence[str]) -> list[str]:
         return []
     with hydra.initialize_config_module("wsiflow.conf", version_base="1.3"):
         composed = hydra.compose("config", overrides=chosen[-1:], return_hydra_config=True)
+    if not sweep.is_grid(composed.hydra.sweeper):
+        raise InputError(f"{chosen[-1]} is a search", f"start it with wsiflow run -m {chosen[-1]}", stage="sweep")
     params: Any = OmegaConf.to_container(composed.hydra.sweeper.params or OmegaConf.create(), resolve=False)
     return [f"{key}={value}" for key, value in params.items()]

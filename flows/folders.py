@@ -30,7 +30,9 @@ def default_name(values: Mapping[str, Any]) -> str:
     if values.get("dense", {}).get("local"):
         decisive["dense"]["local"] = True
     decisive["dataset"] = {**FLAT, **decisive["dataset"]}  # so that folders keep the names that earlier versions gave
-    decisive["model"] = {key: value for key, value in decisive["model"].items() if key != "trust_python"}  # likewise
+    decisive["model"] = {  # likewise
+        key: value for key, value in decisive["model"].items() if key != "trust_python" and (key != "maps" or value)
+    }
     decisive |= {key: values.get(key) for key in ("seed", "repeat")}
     digest = hashlib.sha256(json.dumps(decisive, sort_keys=True, default=str).encode()).hexdigest()[:6]
     dataset = values.get("dataset", {})

@@ -28,6 +28,13 @@ _ADVICE = re.compile(
 _NO_TEXT = "Config group override must be a string or a list"
 # Keys of earlier versions, each with its present name, and with its present values by the former ones.
 _RENAMED = {"dense.beyond": ("dense.on_excess", FORMER_EXCESS)}
+# Choices of Hydra's own groups that need a package of an extra.
+_EXTRAS = {
+    "hydra/launcher=joblib": "hpc",
+    "hydra/launcher=submitit_local": "hpc",
+    "hydra/launcher=submitit_slurm": "hpc",
+    "hydra/sweeper=optuna": "optuna",
+}
 _BRACKETS = {"[": "]", "{": "}", "(": ")"}
 
 
@@ -138,6 +145,9 @@ def _unknown(text: str) -> tuple[str, str] | None:
 
 
 def _no_choice(group: str, name: str, known: Sequence[str]) -> tuple[str, str]:
+    extra = _EXTRAS.get(f"{group}={name}")
+    if extra:
+        return f"{group}={name} is not installed", f"pip install 'wsiflow[{extra}]'"
     near = difflib.get_close_matches(name, known, n=1)
     choices_are = f"did you mean {group}={near[0]}? choices" if near else "choices"
     return f"Could not find '{group}/{name}', there is no such choice", f"{choices_are}: {', '.join(known)}"

@@ -1,5 +1,6 @@
 """Start the line for the jobs that Hydra composes, one or those of a sweep, through Prefect or directly."""
 
+import logging
 import os
 import sys
 import warnings
@@ -7,11 +8,12 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import hydra
+from hydra.conf import HydraConf
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from wsiflow.errors import EnvironmentFault
+from wsiflow.errors import EnvironmentFault, InputError
 from wsiflow.run import ledger
 from wsiflow.run.config import RunConfig
 from wsiflow.run.results.finish import Summary
@@ -72,34 +74,53 @@ def _typed_overrides() -> list[str]:
 
 
 @hydra.main(version_base="1.3", config_path="pkg://wsiflow.conf", config_name="config")
-def _compose_and_run(composed: DictConfig) -> float | None:
+def _compose_and_run(composed: DictConfig) -> float | tuple[float, ...] | None:
     """Run one job of a single run or of a sweep; a failed job of a sweep does not stop the others.
 
     Returns:
-        The FROC score, for sweepers that optimise.
+        What a sweeper optimises, see `sweep.objectives`; None for a job without scores.
     """
-    summaries: list[Summary] = []
     hydra_config = HydraConfig.get()
-    is_trial, name = hydra_config.mode == RunMode.MULTIRUN, ""
+    if hydra_config.mode == RunMode.MULTIRUN:
+        return _run_trial(composed, hydra_config)
+    _exit_codes.append(terminal.bounded(lambda: _run_job(composed, to_config(composed), hydra_config).exit_code))
+    return None
+
+
+def _run_trial(composed: DictConfig, hydra_config: HydraConf) -> float | tuple[float, ...] | None:
+    """Run one trial of a sweep, and record how it ended."""
+    summaries: list[Summary] = []
+    trial = sweep.Trial(str(hydra_config.job.num), 0)
+    with logs.shown(), suppress(InputError):  # one that the job raises again, and explains
+        trial = trial._replace(name=sweep.trial_name(hydra_config.overrides.task) or trial.name)
+    heading = sweep.heading(hydra_config.job.num, trial.name)
 
     def job() -> int:
-        nonlocal name
-        if is_trial:
-            sweep.end_with_sweep()
-            name = sweep.trial_name(hydra_config.overrides.task) or str(hydra_config.job.num)
-        config = to_config(composed, job=name)
-        if is_trial:
-            sweep.claim_own(config.out, hydra_config.overrides.task)
-        summaries.append(start(config))
-        terminal.say(summaries[0].text)
+        nonlocal trial
+        sweep.prepare_process()
+        sweep.trial_name(hydra_config.overrides.task)
+        config = to_config(composed, job=trial.name)
+        trial = trial._replace(skipped=sweep.reason_to_skip(config))
+        if trial.skipped:
+            logs.note(f"skipped: {trial.skipped}", logging.WARNING)
+            return 0
+        sweep.claim_own(config.out, hydra_config.overrides.task)
+        summaries.append(_run_job(composed, config, hydra_config))
         return summaries[0].exit_code
 
-    exit_code = terminal.bounded(job)
-    if is_trial:
-        sweep.record_end(hydra_config.job.num, name, exit_code)
-    else:
-        _exit_codes.append(exit_code)
-    return summaries[0].metrics.get("froc.score") if summaries else None
+    with logs.shown():
+        logs.note(heading)
+        exit_code = terminal.bounded(job, heading)
+    sweep.record_end(hydra_config.job.num, trial._replace(exit_code=exit_code))
+    return sweep.objectives(summaries[0].metrics, hydra_config.sweeper) if summaries else None
+
+
+def _run_job(composed: DictConfig, config: RunConfig, hydra_config: HydraConf) -> Summary:
+    """Run a job, print its result, and keep beside its results how Hydra composed it."""
+    summary = start(config)
+    terminal.say(summary.text)
+    sweep.write_composition(config.out, composed, hydra_config)
+    return summary
 
 
 def start(config: RunConfig) -> Summary:
@@ -114,10 +135,12 @@ def start(config: RunConfig) -> Summary:
             return summary
         from .server import chosen_server
 
-        with ExitStack() as server:
-            logs.note(server.enter_context(chosen_server()))
-            with stopping.at_stop(server.close):
-                return as_flow(config, config.name)
+        with ExitStack() as server, stopping.at_stop(server.close):
+            if sweep.drives_trials():
+                sweep.keep_server(chosen_server)
+            else:
+                logs.note(server.enter_context(chosen_server()))
+            return as_flow(config, config.name)
 
 
 def _is_server_set() -> bool:

@@ -11,51 +11,67 @@ import hashlib
 import itertools
 import json
 import logging
+import math
+import multiprocessing
 import os
 import re
 import shutil
 import unicodedata
 import uuid
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
+from hydra.conf import HydraConf
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from wsiflow import redaction
 from wsiflow.analysis.tradeoff import comparison
 from wsiflow.errors import PARTIAL, EnvironmentFault, InputError
-from wsiflow.run import ledger, tracking
+from wsiflow.run import cases, ledger, tracking
+from wsiflow.run.config import RunConfig
 from wsiflow.run.executor import jobs as array_jobs
+from wsiflow.run.executor.kinds import KINDS
 from wsiflow.system import processes
+from wsiflow.system.machine import cpu_supports_bf16
 
-from . import logs, stopping
+from . import logs, stopping, terminal
 
 _VARIABLE = "WSIFLOW_SWEEP"
 _RECORDS = ".trials"
 _WRITTEN = "multirun.yaml"
-_CLAIM = "receipts/trial"
 _LONGEST_BYTES = 255  # of a name, on every common file system
 _SHOWN_BYTES = 200  # of a name that is cut short
 _UNSAFE = re.compile(r"[/\\?#%~]")  # ~ stands before the hash, so no plain name ends like a hashed one
 _started = ExitStack()
 _planned: list[str] = []  # names of the trials by number, where the sweeper is Hydra's own
+_servers: list[str] = []  # what is said of the Prefect server of all trials of this process, once it is chosen
+# Sections whose overrides name a trial that differs from no other.
+_SETTINGS = {"model", "geometry", "tissue", "tiles", "inference", "dense", "stain", "store", "lesions"}
 
 
 class Trial(NamedTuple):
-    """How a trial ended; one that left no record counts as a fault of the environment."""
+    """How a trial ended; one that left no record counts as a fault of the environment.
+
+    Attributes:
+        name: Name of the trial.
+        exit_code: Its exit code.
+        skipped: Why it was not started, since this machine cannot do it; empty where it was.
+        reported: Whether it has left a record.
+    """
 
     name: str
     exit_code: int
+    skipped: str = ""
     reported: bool = True
 
     @property
     def failed(self) -> bool:
-        """Whether the trial has no scores."""
+        """Whether the trial should have scores, and has none."""
         return self.exit_code not in {0, PARTIAL}
 
 
@@ -77,14 +93,17 @@ class SweepCallback(Callback):
         out = Path(config.out).absolute()
         folder = out / _RECORDS / uuid.uuid4().hex
         name = name_of(config.tracking.sweep, config.name, out)
-        shared = {"name": name, "out": str(out), "folder": str(folder), "pid": os.getpid()}
+        shared: dict[str, Any] = {"name": name, "out": str(out), "folder": str(folder), "pid": os.getpid()}
         _planned.clear()
         os.environ[_VARIABLE] = json.dumps({**shared, "overrides": overrides, "alike": []})
         jobs = _jobs_or_none(overrides, axes)
         alike = sorted(_alike(one for job in jobs for one in job.swept))
-        os.environ[_VARIABLE] = json.dumps({**shared, "overrides": [*axes, *overrides], "alike": alike})
-        if sweeper["_target_"].endswith(".BasicSweeper"):
-            _planned.extend(folder_name(job.swept, alike) or str(number) for number, job in enumerate(jobs))
+        is_basic = is_grid(sweeper)
+        count = len(jobs) if is_basic else sweeper.get("n_trials", 0)
+        shared |= {"overrides": [*axes, *overrides], "alike": alike, "count": count}
+        os.environ[_VARIABLE] = json.dumps(shared)
+        if is_basic:
+            _planned.extend(_name_of_job(job.swept, job.overrides) or str(number) for number, job in enumerate(jobs))
         _create_records(folder)
         if _is_secret(values):
             (out / _WRITTEN).touch(mode=0o600)
@@ -105,6 +124,8 @@ class SweepCallback(Callback):
         if _is_secret(values):
             OmegaConf.save(redaction.redacted(values), Path(config.hydra.sweep.dir) / _WRITTEN)
         with _started:
+            if summary := _count_trials():
+                terminal.say(summary)
             _compare(config)
 
 
@@ -139,7 +160,7 @@ def _compare(config: DictConfig) -> None:
     params: Any = OmegaConf.to_container(config.tracking, resolve=True)
     named = tracking.TrackingParams.model_validate({**params, "sweep": name()})
     options = comparison.Options(resamples=config.evaluation.bootstrap, seed=config.seed)
-    failed = {trial.name for trial in _trials() if trial.failed}
+    failed = {trial.name for trial in _trials() if trial.failed or trial.skipped}
     compare_sweep(folder(), named, options, failed)
 
 
@@ -223,7 +244,49 @@ def _refuse_out() -> None:
 
 def trial_name(overrides: Sequence[str]) -> str:
     """Return the name of a trial: the overrides that differ from trial to trial, such as ``inference.stride=32``."""
-    return folder_name(_swept(overrides), _shared()["alike"])
+    return _name_of_job(_swept(overrides), overrides)
+
+
+def _name_of_job(swept: Sequence[str], overrides: Sequence[str]) -> str:
+    """Return the name of a trial; one that differs from no other trial is named after its settings, or not at all."""
+    named_by = swept or [text for text in overrides if re.split("[.=]", text.lstrip("+"))[0] in _SETTINGS]
+    return folder_name(named_by, _shared()["alike"])
+
+
+def heading(number: int, name: str) -> str:
+    """Return the words that say which trial of the sweep something is about, such as ``trial 2 of 4: stain=none``."""
+    count = _shared()["count"]
+    return f"trial {number + 1}{f' of {count}' if count else ''}: {name}"
+
+
+def is_grid(sweeper: Mapping[str, Any]) -> bool:
+    """Tell whether a sweeper is Hydra's own, which runs every combination of the values that are listed."""
+    return str(sweeper["_target_"]).endswith(".BasicSweeper")
+
+
+def reason_to_skip(config: RunConfig) -> str:
+    """Return why this machine cannot run a trial, in words; empty where it can, or where other machines run it."""
+    if config.inference.precision != "bf16" or not KINDS[config.executor.kind].is_local or cpu_supports_bf16():
+        return ""
+    return "this CPU has no bfloat16 instructions (avx512_bf16 or amx_bf16), which inference.precision=bf16 needs"
+
+
+def objectives(metrics: Mapping[str, float], sweeper: Any) -> float | tuple[float, ...] | None:
+    """Return what a sweeper optimises: the score, and where it has two directions, the core-hours as well.
+
+    Args:
+        metrics: The numbers of a run.
+        sweeper: Configuration of the sweeper. Optuna has ``direction``.
+
+    Returns:
+        The FROC score, or the AUC where that is not defined; None where neither is.
+    """
+    defined = (metrics.get(name, math.nan) for name in ("froc.score", "roc.auc"))
+    score = next(filter(math.isfinite, defined), None)
+    direction = OmegaConf.select(sweeper, "direction")
+    if score is None or not isinstance(direction, ListConfig):
+        return score
+    return score, metrics["throughput.core_hours"]
 
 
 def claim(root: Path, swept: Sequence[str]) -> None:
@@ -232,7 +295,7 @@ def claim(root: Path, swept: Sequence[str]) -> None:
     Raises:
         InputError: Another trial has the folder.
     """
-    path, text = root / _CLAIM, _without_secrets(",".join(swept))
+    path, text = root / cases.CLAIM, _without_secrets(",".join(swept))
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
     draft.write_bytes(text.encode("utf-8", "surrogatepass"))
@@ -248,10 +311,16 @@ def claim(root: Path, swept: Sequence[str]) -> None:
         raise InputError(cause, "choose another out= folder", stage="sweep", path=root)
 
 
-def end_with_sweep() -> None:
-    """End this process with the sweep that started it: joblib's processes would outlive a sweep that is killed."""
+def prepare_process() -> None:
+    """Prepare a process of joblib for a trial: it ends with its sweep, and may start processes of its own.
+
+    It would outlive a sweep that is killed. Its way of starting processes is not known to those that it starts, which
+    would die of that, so that the usual way takes its place.
+    """
     if _shared().get("pid") == os.getppid():
         processes.end_with(os.getppid())
+    if multiprocessing.get_start_method(allow_none=True) not in {None, *multiprocessing.get_all_start_methods()}:
+        multiprocessing.set_start_method("spawn", force=True)
 
 
 def claim_own(root: Path, overrides: Sequence[str]) -> None:
@@ -355,15 +424,55 @@ def _is_abandoned(folder: Path) -> bool:
     return True
 
 
-def record_end(number: int, name: str, exit_code: int) -> None:
+def record_end(number: int, trial: Trial) -> None:
     """Record how a trial ended, unless the sweep has ended before it."""
     with contextlib.suppress(FileNotFoundError):
-        (Path(_shared()["folder"]) / f"{number}.json").write_text(json.dumps([name, exit_code]), encoding="utf-8")
+        (Path(_shared()["folder"]) / f"{number}.json").write_text(json.dumps(trial), encoding="utf-8")
+
+
+def write_composition(out: Path, composed: DictConfig, hydra_config: HydraConf) -> None:
+    """Write how Hydra composed a run to ``.hydra`` in its folder, in the files that Hydra writes, without secrets."""
+    folder = out / ".hydra"
+    folder.mkdir(exist_ok=True)
+    parts: dict[str, Any] = {"config": composed, "hydra": OmegaConf.create({"hydra": hydra_config})}
+    for name, part in parts.items():
+        public = redaction.redacted(cast("dict[str, Any]", OmegaConf.to_container(part, resolve=False)))
+        OmegaConf.save(OmegaConf.create(public), folder / f"{name}.yaml")
+    overrides = [_without_secrets(text) for text in hydra_config.overrides.task]
+    OmegaConf.save(OmegaConf.create(overrides), folder / "overrides.yaml")
+
+
+def _count_trials() -> str:
+    """Return a line on how many trials of the sweep have scores, and which have none; empty where all have."""
+    trials = _trials()
+    failed = [trial.name for trial in trials if trial.failed]
+    skipped = [trial.name for trial in trials if trial.skipped]
+    kinds = [
+        f"{len(names)} {kind}: {'; '.join(names)}"
+        for kind, names in (("failed", failed), ("skipped", skipped))
+        if names
+    ]
+    return f"trials     {len(trials)}, {', '.join(kinds)}" if kinds else ""
 
 
 def is_on() -> bool:
     """Tell whether this process belongs to a sweep."""
     return _VARIABLE in os.environ
+
+
+def drives_trials() -> bool:
+    """Tell whether this process drives a sweep, and runs the trials itself."""
+    return is_on() and not is_of_another_process()
+
+
+def keep_server(chosen_server: Callable[[], AbstractContextManager[str]]) -> None:
+    """Choose a Prefect server for the trials of this process, which the first of them does for all."""
+    if _servers:
+        return
+    server = _started.enter_context(ExitStack())
+    _servers.append(server.enter_context(chosen_server()))
+    _started.enter_context(stopping.at_stop(server.close))
+    logs.note(f"{_servers[0]}, for all trials")
 
 
 def is_of_another_process() -> bool:
@@ -374,6 +483,7 @@ def is_of_another_process() -> bool:
 def end() -> list[Trial]:
     """End the sweep, if there is one, and return how its trials ended."""
     _started.close()
+    _servers.clear()
     if not is_on():
         return []
     trials = _trials()

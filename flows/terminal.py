@@ -28,9 +28,14 @@ def remark(text: str) -> None:
     _write(sys.stderr, without_secrets(text))
 
 
-def report(error: WsiflowError) -> int:
-    """Print in one line to standard error what went wrong, and return the exit code."""
-    _write(sys.stderr, f"wsiflow: {error}")
+def report(error: WsiflowError, about: str = "") -> int:
+    """Print in one line to standard error what went wrong, and return the exit code.
+
+    Args:
+        error: What went wrong.
+        about: What it happened to, such as one trial of a sweep.
+    """
+    _write(sys.stderr, without_secrets(": ".join(filter(None, ("wsiflow", about, str(error))))))
     return error.exit_code
 
 
@@ -40,26 +45,30 @@ def _fit(text: str, stream: TextIO) -> str:
     return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
-def bounded(command: Callable[[], int]) -> int:
+def bounded(command: Callable[[], int], about: str = "") -> int:
     """Call a command and return its exit code; an error is printed in one line, and has the exit code of its class.
 
     With ``WSIFLOW_DEBUG`` set, an unexpected error is raised, so that it ends in its traceback.
+
+    Args:
+        command: The command.
+        about: What the command is about, as its errors say it; see `report`.
     """
     try:
         return command()
     except WsiflowError as error:
-        return report(error)
+        return report(error, about)
     except OSError as error:
         if isinstance(error, BrokenPipeError) and not _has_reader(sys.stdout):
             return 0  # Hydra or argparse was printing to a closed pipe
         if "WSIFLOW_DEBUG" in os.environ:
             raise
-        return report(faults.fault(error))
+        return report(faults.fault(error), about)
     except Exception as error:
         if "WSIFLOW_DEBUG" in os.environ:
             raise
         remedy = "report this, with the traceback that WSIFLOW_DEBUG=1 shows"
-        return report(WsiflowError(f"{type(error).__name__}: {error}", remedy))
+        return report(WsiflowError(f"{type(error).__name__}: {error}", remedy), about)
 
 
 def flush() -> None:

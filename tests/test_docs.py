@@ -16,9 +16,12 @@ PAGES = (
     "docs/compare.md",
     "docs/deploy.md",
     "docs/scaling.md",
+    "docs/sweeps.md",
     "docs/tradeoff.md",
     "docs/tradeoff-data.md",
 )
+# What composes only beside a folder of the user's own, or is wrong on purpose.
+ELSEWHERE = ("--config-dir", "inference.strid=")
 OVERRIDE = re.compile(r"\+?[a-z_]+(\.[a-z_]+)*=\S+|\+?[a-z_]+(\.[a-z_]+)+=\S+")
 
 
@@ -28,6 +31,8 @@ def overrides() -> list[tuple[str, ...]]:
     for name in PAGES:
         for line in (ROOT / name).read_text().replace("\\\n", " ").splitlines():
             code = line.split("  #")[0].strip()
+            if any(word in code for word in ELSEWHERE):
+                continue
             if code.startswith(("wsiflow run", "wsiflow plan", "docker run", "apptainer exec")):
                 words = [word for word in shlex.split(code) if OVERRIDE.fullmatch(word) and " -m " not in code]
                 found.add(tuple(words))
@@ -74,12 +79,12 @@ def test_the_documents_have_commands() -> None:
 
 
 def sweeps() -> list[tuple[str, ...]]:
-    """Return the overrides of each ``wsiflow run -m`` line, and a bare line for every experiment there is."""
+    """Return the overrides of each ``wsiflow run -m`` line, and a bare line for every experiment but the search."""
     pages = ((ROOT / name).read_text().replace("\\\n", " ") for name in PAGES)
     lines = [line.split("  #")[0].strip() for page in pages for line in page.splitlines()]
     headers = (path.read_text().replace("\\\n#", " ") for path in ROOT.glob("conf/experiment/*.yaml"))
     lines += [header.split("wsiflow run -m ")[1].split("\n")[0] for header in headers]
-    typed = [line for line in lines if line.startswith(("wsiflow run -m", "experiment="))]
+    typed = [line for line in lines if line.startswith(("wsiflow run -m", "experiment=")) and "=search" not in line]
     return sorted({tuple(word for word in line.split() if "=" in word) for line in typed})
 
 

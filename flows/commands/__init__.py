@@ -68,6 +68,7 @@ COMMANDS: dict[str, Command] = {
         Command("element", "one element of an array job: what its job script calls"),
         Command("cancel", "cancel a run's array jobs and its driver, from its folder alone"),
         Command("model", "add a trained network, check its card on labelled patches, list models"),
+        Command("completion", "a script that completes commands, keys, values and files in bash or zsh"),
         Command("doctor", "machine, cores, versions"),
         Command("features", "thirty features of every slide of some runs, from their heatmaps"),
         Command("forest", "train a random forest on features, or score the slides of a run with it"),

@@ -17,6 +17,7 @@ def add_options(parser: ArgumentParser) -> None:
     parser.add_argument("--threshold", type=float, default=0.5, help="a cell is positive from this score on (0.5)")
     parser.add_argument("--radius-um", type=float, default=75.0, help="detections this near are one lesion (75)")
     parser.add_argument("--bound", type=float, help="largest |difference| of equivalent maps: exit code 10 beyond it")
+    parser.add_argument("--map", default="", metavar="NAME", help="class of model.maps (that of the positive score)")
     parser.add_argument("--out", type=Path, help="folder to write equivalence.md, .csv, .json and .png to")
 
 
@@ -26,7 +27,11 @@ def main(arguments: Namespace) -> int:
     if bound is not None and not 0 <= bound <= 1:
         raise InputError(f"the bound is {bound}", "give a difference of probabilities, 0 to 1")
     comparison = maps.compare_maps(
-        arguments.a, arguments.b, threshold=arguments.threshold, radius_um=arguments.radius_um
+        arguments.a,
+        arguments.b,
+        threshold=arguments.threshold,
+        radius_um=arguments.radius_um,
+        of_class=arguments.map,
     )
     say(table(comparison))
     say(maps.summary_sentence(comparison))

@@ -34,7 +34,7 @@ def some(n_found: int) -> EvaluationRecord:
 def run(name: str, found: EvaluationRecord, core_hours: float = 1.0, **params: Any) -> FinishedRun:
     """Return a run; in the names of parameters ``__`` stands for a point."""
     settings = {key.replace("__", "."): str(value) for key, value in params.items()}
-    return FinishedRun(name, f"id-{name}", f"folder-{name}", "s", settings, core_hours, "CPU", found)
+    return FinishedRun(name, f"id-{name}", f"folder-{name}", "s", settings, {}, core_hours, "CPU", found)
 
 
 def compared(*runs: FinishedRun, **options: Any) -> Tradeoff:
@@ -55,6 +55,21 @@ def test_settings_are_named_by_what_differs() -> None:
     assert [row.name for row in found.rows] == ["stride=8", "stride=16", "stride=112"]
     assert found.common == {"lesions.threshold": "0.5"}
     assert found.notes == ["Differing along with the parameters shown: tiles.halo_px."]
+
+
+def test_settings_are_named_by_what_was_swept() -> None:
+    """Keys that the user typed name settings, unless they leave two settings the same name."""
+    runs = [
+        run(f"{model}{stride}", some(2), halo_px=reach + stride, card=f"{model}.json", stride=stride)._replace(
+            swept={"model": model, "inference.stride": str(stride)}
+        )
+        for model, reach in (("demo", 0), ("pcam", -92))
+        for stride in (112, 56)
+    ]
+    names = [f"model={model}, stride={stride}" for model in ("demo", "pcam") for stride in (56, 112)]
+    assert [row.name for row in compared(*runs).rows] == names
+    alike = [one._replace(swept={"model": one.swept["model"]}) for one in runs]
+    assert [row.name for row in compared(*alike).rows] == ["halo_px=-36", "halo_px=20", "halo_px=56", "halo_px=112"]
 
 
 def test_a_name_that_means_two_things_stays_whole() -> None:

@@ -145,6 +145,28 @@ def test_no_command_waits_for_the_modules_of_another() -> None:
     assert done.stdout.split() == ["wsiflow.flows.commands.element"]
 
 
+def test_bash_completes_commands_keys_values_and_files(tmp_path: Path, capsys) -> None:
+    """A real bash gets its words from the script alone, without starting wsiflow."""
+    assert main(["completion", "bash"]) == 0
+    (tmp_path / "completion").write_text(capsys.readouterr().out)
+    (tmp_path / "slides.csv").touch()
+    lines = {
+        "wsiflow ver": "verify",
+        "wsiflow run inference.prec": "inference.precision=",
+        "wsiflow run inference.precision=b": "bf16",
+        "wsiflow run executor=sl": "slurm_array",
+        "wsiflow plan allow_partial=": "true false",
+        "wsiflow run dataset.manifest=sl": "slides.csv",
+        "wsiflow compare --ref": "--reference",
+        "wsiflow status sl": "slides.csv",
+    }
+    script = "source completion; compopt() { :; }; while read -r COMP_LINE; do "
+    script += 'COMP_POINT=${#COMP_LINE}; _wsiflow; echo "${COMPREPLY[@]}"; done'
+    typed = "".join(f"{line}\n" for line in lines)
+    done = subprocess.run(["bash", "-c", script], input=typed, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert (done.stdout.splitlines(), done.stderr) == (list(lines.values()), "")
+
+
 def test_doctor_tells_cores_and_versions(capsys) -> None:
     """The command prints what a bug report needs."""
     assert main(["doctor"]) == 0

@@ -1,5 +1,6 @@
 """Sweeps: every job a folder and a record of its own, and a bad job does not stop the others."""
 
+import csv
 import json
 import os
 import sqlite3
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import mlflow
 import pytest
+import yaml
 from serving import environment
 from small_runs import over
 from swept import jobs_of
@@ -16,6 +18,7 @@ from swept import jobs_of
 from flows import compose as command
 from flows import sweep as sweeps
 from flows.cli import main
+from flows.sweep import Trial
 from wsiflow.errors import InputError
 from wsiflow.evaluation import matches
 
@@ -60,8 +63,11 @@ def test_a_sweep_of_two_good_jobs_and_a_bad_one(tiny_slides: Path, tmp_path: Pat
     assert not [path for path in (tmp_path / "sweep").rglob("*") if path.is_file() and b"canary" in path.read_bytes()]
     assert "EXAMPLE_API_KEY" in (tmp_path / "sweep/multirun.yaml").read_text()
     output = capsys.readouterr()
-    assert "inference.stride is 30" in output.err
+    assert "trial 2 of 3: inference.stride=30: configuration: inference.stride is 30" in output.err
+    assert "trial 3 of 3: inference.stride=224\n" in output.out
+    assert "trials     3, 1 failed: inference.stride=30\n" in output.out
     assert "compared" in output.out
+    _check_composition(tmp_path / "sweep/inference.stride=112/.hydra")
     for stride in (112, 224):
         assert (tmp_path / f"sweep/inference.stride={stride}/evaluation/summary.json").exists()
     client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
@@ -81,12 +87,19 @@ def test_a_sweep_of_two_good_jobs_and_a_bad_one(tiny_slides: Path, tmp_path: Pat
     assert not (tmp_path / "sweep/.trials").exists()
 
 
+def _check_composition(folder: Path) -> None:
+    """Check that a folder has the files that Hydra writes."""
+    assert {path.name for path in folder.iterdir()} == {"config.yaml", "hydra.yaml", "overrides.yaml"}
+    assert "inference.stride=112" in yaml.safe_load((folder / "overrides.yaml").read_text())
+
+
 def test_trials_at_once_share_a_server_and_a_record(tiny_slides: Path, prefect_home: Path, tmp_path: Path) -> None:
     """Two good joblib trials: two flows in Prefect's database, two runs under one parent of a new record, both sound.
 
     A bad one between them fails alone, and the exit code is its own.
     """
     more = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "inference.stride=56,30,224", "store=none"]
+    more += ["executor=process", "executor.workers=1"]
     done = sweep(tiny_slides, tmp_path / "sweep", environment(prefect_home), "orchestrator=prefect", *more)
     assert done.returncode == 20, done.stderr
     assert done.stderr.count("inference.stride is 30") == 1
@@ -172,6 +185,9 @@ def test_all_trials_are_in_the_folder_of_their_sweep() -> None:
         assert len({command.compose_config(job, job=name).out.parent for name, job in jobs.items()}) == 1
     with pytest.raises(InputError, match="out is the folder of the whole sweep"):
         jobs_of(["out=runs/a,runs/b"])
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    with pytest.raises(InputError, match="wsiflow run -m experiment=search"):
+        jobs_of(["experiment=search"])
 
 
 def test_a_sweep_without_out_makes_no_other_folders(tmp_path: Path, monkeypatch, capsys) -> None:
@@ -192,6 +208,41 @@ def test_a_folder_belongs_to_one_trial(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "receipts").iterdir()] == ["trial"]
 
 
+def test_a_single_trial_is_named_by_its_settings(monkeypatch) -> None:
+    """What decides no number does not name it, and one without settings has no name of its own."""
+    monkeypatch.setenv("WSIFLOW_SWEEP", json.dumps({"alike": []}))
+    overrides = ["dataset=manifest", "name=x", "inference.stride=112", "+model.maps=[a]", "executor=inline"]
+    assert sweeps._name_of_job([], overrides) == "inference.stride=112,+model.maps=[a]"
+    assert sweeps._name_of_job(["seed=1"], overrides) == "seed=1"
+    assert sweeps._name_of_job([], ["dataset=manifest"]) == ""
+
+
+def test_a_cpu_without_bfloat16_skips_trials_that_need_it(monkeypatch) -> None:
+    """The trial is not started, unless other machines run it."""
+    monkeypatch.setattr(sweeps, "cpu_supports_bf16", lambda: False)
+    narrow = ["inference.precision=bf16", "executor.workers=1"]
+    assert "no bfloat16" in sweeps.reason_to_skip(command.compose_config(narrow))
+    assert not sweeps.reason_to_skip(command.compose_config([]))
+    assert not sweeps.reason_to_skip(command.compose_config([*narrow, "executor=slurm_array"]))
+
+
+def test_a_search_looks_at_score_and_cost(tiny_slides: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    """Optuna gets both of each trial, and the Pareto set of what it found is that of a comparison of the folder."""
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    monkeypatch.setattr(sweeps, "_planned", [])
+    quick = over(tiny_slides, tmp_path / "found", "evaluation.bootstrap=0", "store=none")
+    quick.remove("inference.stride=112")
+    search = ["inference.stride=choice(112,224)", "inference.precision=fp32", "lesions.threshold=0.5"]
+    search += ["hydra.sweeper.n_trials=2", "hydra.sweeper.sampler.seed=0"]
+    assert main(["run", "-m", "experiment=search", *quick, *search]) == 0
+    assert "trial 2 of 2: inference.stride=" in capsys.readouterr().out
+    found = yaml.safe_load((tmp_path / "found/optimization_results.yaml").read_text())["solutions"]
+    with (tmp_path / "found/compare.csv").open() as table:
+        front = {row["stride"] for row in csv.DictReader(table) if row["pareto"] == "yes"}
+    assert {str(one["params"]["inference.stride"]) for one in found} == front
+    assert all(len(one["values"]) == 2 for one in found)
+
+
 @pytest.fixture
 def records(tmp_path: Path, monkeypatch) -> Path:
     """Return the folder of records of a sweep with three trials, to which this process belongs."""
@@ -205,15 +256,15 @@ def records(tmp_path: Path, monkeypatch) -> Path:
 
 def test_a_trial_that_leaves_no_record_has_failed(records: Path) -> None:
     """A trial without a record, or with half of one, has failed: it was killed."""
-    sweeps.record_end(0, "a", 0)
-    sweeps.record_end(1, "b", 20)
+    sweeps.record_end(0, Trial("a", 0))
+    sweeps.record_end(1, Trial("b", 20))
     assert [(one.name, one.exit_code, one.reported) for one in sweeps._trials()] == [
         ("a", 0, True),
         ("b", 20, True),
         ("c", 30, False),
     ]
     (records / "0.json").write_text("[")
-    assert sweeps.end()[0] == ("a", 30, False)
+    assert sweeps.end()[0] == Trial("a", 30, reported=False)
     assert not records.parent.exists()
     assert "WSIFLOW_SWEEP" not in os.environ
 
@@ -226,6 +277,6 @@ def test_sweeps_in_one_folder_have_records_of_their_own(records: Path) -> None:
     other = records.parent / "other"
     sweeps._create_records(other)
     assert {path.name for path in records.parent.iterdir()} == {"mine", "other"}
-    sweeps.record_end(0, "a", 20)
+    sweeps.record_end(0, Trial("a", 20))
     sweeps.end()
     assert other.exists()

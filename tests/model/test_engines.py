@@ -27,8 +27,9 @@ from wsiflow.model.engines import openvino
 from wsiflow.model.engines.cache import cache_folder, cached
 from wsiflow.model.engines.engine import installed_backends, is_convertible, median_seconds, prepare, scores_from_pixels
 from wsiflow.model.engines.openvino import _converted, _packed, _read, one_thread, quantise
-from wsiflow.model.engines.spec import Engine, EngineSpec, Network, cpu_supports_bf16
+from wsiflow.model.engines.spec import Engine, EngineSpec, Network
 from wsiflow.system import machine
+from wsiflow.system.machine import cpu_supports_bf16
 
 STRIDE_PX = 16
 SHAPES = ((240, 272), (448, 331), (320, 448))

@@ -275,6 +275,20 @@ def test_a_run_may_map_another_class(card: Path) -> None:
         model.load(spec(card, positive_class="stroma"))
 
 
+def test_a_run_may_map_further_classes(card: Path) -> None:
+    """The positive class is the score already; settings without further classes are written as they always were."""
+    every = spec(card, maps="all")
+    assert model.load(every).outputs.maps == (0,)
+    assert model.load(spec(card, maps=("tumour",))).outputs.maps == ()
+    assert model.load(spec(card, maps="normal", positive_class=("normal", "tumour"))).outputs.maps == (0,)
+    assert "maps" not in spec(card).model_dump()
+    assert every.model_dump()["maps"] == "all"
+    with pytest.raises(
+        InputError, match=r"'Tumor', which is not one of \['normal', 'tumour'\] \(did you mean tumour\?\)"
+    ):
+        read_card(spec(card, maps=("Tumor",)))
+
+
 def test_identity_follows_what_can_change_a_number(card: Path) -> None:
     """Notes and licence do not change the identity; preprocessing and weights do."""
     before = read_card(spec(card))

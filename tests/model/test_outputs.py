@@ -53,6 +53,8 @@ def test_outputs_become_probabilities(
     torch.testing.assert_close(Outputs(kind, 3, (2,)).probabilities(spread), expected)
     torch.testing.assert_close(Outputs(kind, 3, (2,)).scores(spread), expected[:, 2])
     torch.testing.assert_close(Outputs(kind, 3, (1, 2)).scores(spread), expected[:, 1] + expected[:, 2])
+    beside = Outputs(kind, 3, (2,), maps=(0, 1)).scores(spread)
+    torch.testing.assert_close(beside, torch.stack([expected[:, 2], expected[:, 0], expected[:, 1]], dim=-1))
 
 
 @pytest.mark.parametrize(
@@ -64,6 +66,7 @@ def test_one_output_is_the_second_of_two_classes(kind: Any, outputs: torch.Tenso
     torch.testing.assert_close(Outputs(kind, 2, (1,)).scores(outputs), second)
     torch.testing.assert_close(Outputs(kind, 2, (0,)).scores(outputs), 1 - second)
     torch.testing.assert_close(Outputs(kind, 2, (1,)).probabilities(outputs), torch.stack([1 - second, second], 1))
+    torch.testing.assert_close(Outputs(kind, 2, (1,), (0,)).scores(outputs), torch.stack([second, 1 - second], -1))
     assert Outputs(kind, 2, (1,)).fits(1)
     assert not Outputs("logits", 2, (1,)).fits(1)
     assert not Outputs(kind, 3, (1,)).fits(1)

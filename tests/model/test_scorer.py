@@ -1,5 +1,7 @@
 """From blocks to the scores of their tiles: every scorer is compared with a simple loop."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -222,6 +224,36 @@ def small(input_px: int) -> Classifier:
         nn.Conv2d(3, 4, 5, bias=False), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)
     )
     return as_classifier(network, card(16, input_px))
+
+
+DENSE = PLAIN._replace(engine="dense")
+BACKENDS = ("torch", "openvino", "onnxruntime")
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        *(one._replace(backend=name) for one in (DENSE, PLAIN) for name in BACKENDS),
+        DENSE._replace(share_until="1"),
+        PLAIN._replace(batch=3, refine=0.5, refine_from_px=112),
+        PLAIN._replace(batch=3, refine=1.0, refine_from_px=112),
+    ],
+    ids=lambda one: f"{one.engine} {one.backend} {one.share_until}{one.refine or ''}",
+)
+def test_further_classes_stand_beside_the_score(choice: Choice) -> None:
+    """A second class is mapped in the same pass, and the bits of the positive score stay what they are."""
+    about = frame(56, choice.halo_px)._replace(window_px=16)
+    block, alone = Block(0, 0, 1, 2, (1,)), small(16)
+    pixels = pixels_of(about, block)
+    both = replace(alone, outputs=alone.outputs._replace(maps=(0,)))
+    expected, found = (
+        scorer.make_scorer(each, choice, threads=1).score(about, [(block, pixels)] * 2, untimed)
+        for each in (alone, both)
+    )
+    assert expected.maps.shape == (0, *expected.prob.shape)
+    np.testing.assert_array_equal(found.prob, expected.prob)
+    assert found.windows == expected.windows
+    np.testing.assert_allclose(found.maps, 1 - expected.prob[None], atol=1e-6)
 
 
 def windows(n: int) -> np.ndarray:

@@ -21,10 +21,10 @@ from wsiflow.model import save
 from wsiflow.model.architectures.registry import build
 from wsiflow.model.classifier import load
 from wsiflow.model.engines import engine
-from wsiflow.model.engines.spec import cpu_supports_bf16
 from wsiflow.run.stages import fastest
 from wsiflow.slides import pyramid
 from wsiflow.slides.synthetic import dataset
+from wsiflow.system.machine import cpu_supports_bf16
 
 FAST = ["executor=inline", "orchestrator=none", "tracking=off", "evaluation.bootstrap=0", "dense.windows=24"]
 

@@ -69,6 +69,7 @@ def data(**given: Any) -> report.ReportData:
         "metrics": metrics(),
         "slides": [row()],
         "overlays": {"s1": _OVERLAY},
+        "maps": {},
         "figures": {"froc.png": PICTURE, "roc.png": PICTURE},
         "settings": {"geometry.convention": "centred", "inference.engine": "window", "inference.stride": 16},
         "versions": {"wsiflow": "0.1.0", "numpy": "2.4"},
@@ -122,6 +123,14 @@ def test_the_page_is_well_formed_and_needs_nothing_else() -> None:
     assert len(checker.references) == 3
     assert all(reference.startswith("data:image/") for reference in checker.references)
     assert "script" not in checker.seen
+
+
+def test_maps_of_further_classes_are_linked() -> None:
+    """A slide with a result has a link to each, with the class as its text; one without has none."""
+    maps = {"in <situ>": "maps/{slide}.in_situ.tif"}
+    page = report.render(data(slides=[row(slide_id="s 1"), row(slide_id="s2", reason="unreadable")], maps=maps))
+    assert page.count("maps/") == 1
+    assert 'maps: <a href="maps/s%201.in_situ.tif">in &lt;situ&gt;</a>' in page
 
 
 def test_the_headline_numbers_are_there() -> None:

@@ -136,6 +136,16 @@ def test_predictions_come_back_as_written(tmp_path: Path) -> None:
     assert np.array_equal(again, prob)
 
 
+def test_further_classes_are_read_one_at_a_time(tmp_path: Path) -> None:
+    """Each class comes back by its number; one that the file does not hold is an error."""
+    prob, maps = RNG.random((3, 2, 2), dtype=np.float32), RNG.random((2, 3, 2, 2), dtype=np.float32)
+    store.write_predictions(tmp_path / "t1.h5", FRAME, COORD, prob, {}, maps)
+    for number, expected in enumerate((prob, *maps)):
+        assert np.array_equal(store.read_predictions(tmp_path / "t1.h5", number)[1], expected)
+    with pytest.raises(IntegrityError, match="the scores cannot be read"):
+        store.read_predictions(tmp_path / "t1.h5", 3)
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf, 1.0000001, -1e-6])
 def test_a_score_that_is_not_a_probability_is_refused(tmp_path: Path, value: float) -> None:
     """NaN, infinity and values outside [0, 1] are refused on reading."""

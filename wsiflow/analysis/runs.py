@@ -34,6 +34,7 @@ class FinishedRun(NamedTuple):
         identity: Identity of the run's folder, by which its record in MLflow is found; empty where it has none.
         sweep: Name of the sweep in MLflow that the run belongs to, or empty.
         params: Settings by dotted name.
+        swept: What the sweep of the run varied, by the keys that were typed; empty for a run of no sweep.
         core_hours: Core-hours that the run took; NaN where they are not known.
         processor: CPU model that computed the heatmaps, or empty.
         matches: Matched lesions, scores and labels of the slides, as ``matches.json`` holds them.
@@ -44,6 +45,7 @@ class FinishedRun(NamedTuple):
     identity: str
     sweep: str
     params: Mapping[str, str]
+    swept: Mapping[str, str]
     core_hours: float
     processor: str
     matches: EvaluationRecord
@@ -129,6 +131,7 @@ def _from_folder(root: Path) -> FinishedRun:
         identity=cases.folder_id(root),
         sweep="",
         params=params,
+        swept=cases.swept(root),
         core_hours=_number(metrics.get("throughput.core_hours")),
         processor="; ".join(sorted(_processors(root))),
         matches=read_matches(folder / "matches.json"),
@@ -173,6 +176,7 @@ def _from_record(params: TrackingParams, one: tracking.TrackedRun, scratch: Path
         identity=folder_identity(one),
         sweep=one.sweep,
         params={**one.params, **{key: one.tags[key] for key in ("digest.dataset", "digest.model") if key in one.tags}},
+        swept=cases.parse_swept(one.tags.get("wsiflow.swept", "")),
         core_hours=_number(one.metrics.get("throughput.core_hours")),
         processor=one.tags.get("cpu.model", ""),
         matches=read_matches(tracking.download(params, one.run_id, "matches.json", folder)),

@@ -6,6 +6,7 @@ program there. Both are converted to a `ModelCard`. This module does not parse w
 name a model without loading it.
 """
 
+import difflib
 import hashlib
 import json
 from collections.abc import Mapping
@@ -70,6 +71,11 @@ class ModelSpec(BaseModel, frozen=True, extra="forbid"):
     sha256: Annotated[str, Field(pattern="^([0-9a-f]{64})?$")] = Field(
         description="SHA-256 that the weights must have, whatever the card says. Empty: the card's word is enough."
     )
+    maps: str | tuple[str, ...] = Field(
+        default=(),
+        description="Names of classes that have a heatmap of their own beside that of the positive class. all: every "
+        "class. Empty: none.",
+    )
     positive_class: str | tuple[str, ...] = Field(
         description="Name of the class whose probability is mapped, or a list of names whose probabilities are added. "
         "Empty: the card's."
@@ -77,9 +83,9 @@ class ModelSpec(BaseModel, frozen=True, extra="forbid"):
 
     @model_serializer(mode="wrap")
     def _without_unused(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out what earlier versions did not have, where it is not used, so that files stay the same."""
+        """Leave out what earlier versions did not have, where it is not used, so that files and keys stay the same."""
         values: dict[str, Any] = dump(self)
-        return {name: value for name, value in values.items() if name != "trust_python" or value}
+        return {name: value for name, value in values.items() if name not in {"maps", "trust_python"} or value}
 
 
 class Probe(BaseModel, frozen=True, extra="forbid"):
@@ -229,7 +235,8 @@ def read_card(spec: ModelSpec) -> ModelCard:
 
     Raises:
         InputError: The card is missing, is not JSON, has unknown keys or missing or invalid values, has another hash
-            than the settings pin, or names a TorchScript program that the settings do not trust.
+            than the settings pin, names a TorchScript program that the settings do not trust, or lacks a class that
+            they name.
         EnvironmentFault: The system refuses to read the card.
     """
     path = card_path(spec)
@@ -242,7 +249,39 @@ def read_card(spec: ModelSpec) -> ModelCard:
             "check the source of the card, then set model.sha256 to the hash of the intended weights",
             path=spec.card,
         )
-    return _with_positive_class(card, spec)
+    card = _with_positive_class(card, spec)
+    map_indices(card, spec)
+    return card
+
+
+def map_indices(card: ModelCard, spec: ModelSpec) -> tuple[int, ...]:
+    """Return the indices of the classes that are mapped beside the positive score, ascending.
+
+    A class that is the positive score has that heatmap already.
+
+    Raises:
+        InputError: The settings name a class that the card does not have, or one twice.
+    """
+    if spec.maps == "all":
+        names = card.class_names
+    else:
+        names = tuple(filter(None, (spec.maps,))) if isinstance(spec.maps, str) else spec.maps
+    for name in names:
+        if name not in card.class_names:
+            lowered = {known.casefold(): known for known in card.class_names}
+            near = difflib.get_close_matches(name.casefold(), lowered, n=1)
+            cause = f"model.maps names {name!r}, which is not one of {list(card.class_names)}"
+            cause += f" (did you mean {lowered[near[0]]}?)" if near else ""
+            raise InputError(cause, "name classes of the card, or set model.maps=all", path=spec.card)
+        if names.count(name) > 1:
+            raise InputError(f"model.maps names {name!r} twice", "name each class once", path=spec.card)
+    indices = sorted(card.class_names.index(name) for name in names)
+    return tuple(index for index in indices if (index,) != card.positive_indices)
+
+
+def map_names(card: ModelCard, spec: ModelSpec) -> tuple[str, ...]:
+    """Return the names of the classes that `map_indices` returns."""
+    return tuple(card.class_names[index] for index in map_indices(card, spec))
 
 
 def read_weights(spec: ModelSpec, card: ModelCard) -> bytes:

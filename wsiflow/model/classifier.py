@@ -14,7 +14,16 @@ from numpy.typing import NDArray
 from torch import nn
 
 from wsiflow.errors import InputError
-from wsiflow.model.card import ModelCard, ModelSpec, Probe, card_path, identity, read_card, read_weights
+from wsiflow.model.card import (
+    ModelCard,
+    ModelSpec,
+    Probe,
+    card_path,
+    identity,
+    map_indices,
+    read_card,
+    read_weights,
+)
 from wsiflow.model.formats.registry import does_not_run, network
 from wsiflow.model.outputs import Outputs
 
@@ -33,7 +42,7 @@ class Classifier:
     Attributes:
         module: The network in evaluation mode, from (n, 3, input_px, input_px) to its outputs (n, outputs).
         class_names: One name for each class.
-        outputs: What the outputs of the network mean, and which class becomes the heatmap.
+        outputs: What the outputs of the network mean, which class is the score, and which further ones are mapped.
         window_px: Side of a window, px.
         input_px: Side of the network's input, px; windows are resized if it differs from ``window_px``.
         spacing_um_px: Spacing of a window, um per px.
@@ -70,18 +79,24 @@ def load(spec: ModelSpec) -> Classifier:
         module = network(data, card, weights_path)
     except InputError as error:
         raise error.about(path=path) from error
-    classifier = as_classifier(module, card)
+    classifier = as_classifier(module, card, map_indices(card, spec))
     check_answers(classifier, card, path)
     return classifier
 
 
-def as_classifier(module: nn.Module, card: ModelCard) -> Classifier:
-    """Return a network with loaded weights as a classifier; the network is put into evaluation mode."""
+def as_classifier(module: nn.Module, card: ModelCard, maps: tuple[int, ...] = ()) -> Classifier:
+    """Return a network with loaded weights as a classifier; the network is put into evaluation mode.
+
+    Args:
+        module: The network.
+        card: Its card.
+        maps: Indices of the further classes that are mapped.
+    """
     # Channels-last is the memory order of images, and about twice as fast on CPUs.
     return Classifier(
         module.eval().to(memory_format=torch.channels_last),  # type: ignore[call-overload]
         class_names=card.class_names,
-        outputs=Outputs(card.output, len(card.class_names), card.positive_indices),
+        outputs=Outputs(card.output, len(card.class_names), card.positive_indices, maps),
         window_px=card.window_px,
         input_px=card.input_px,
         spacing_um_px=card.spacing_um_px,

@@ -1,12 +1,14 @@
 """Scorers: from the pixels of blocks to the scores of their tissue tiles, over whole blocks or window by window.
 
 Input: blocks with halo, uint8 (rows, cols, 3). Output: float32 (n, m, m), the scores of every tissue tile. A `Choice`
-says how they are computed, and an engine of `wsiflow.model.engines.engine` runs the network.
+says how they are computed, and an engine of `wsiflow.model.engines.engine` runs the network. Where a run maps further
+classes, arrays of scores have one more axis, the last, see `wsiflow.model.outputs`, until a group's tiles are complete.
 """
 
 import hashlib
 import importlib.metadata
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -42,11 +44,13 @@ class TileScores(NamedTuple):
     """The scores of tiles.
 
     Attributes:
-        prob: float32 (n, m, m), the probabilities of each tile's windows.
+        prob: float32 (n, m, m), the scores of each tile's windows.
+        maps: float32 (k, n, m, m), the probabilities of each of the k further classes.
         windows: Number of windows that were computed; less than n * m * m if some tiles were only scored coarsely.
     """
 
     prob: NDArray[np.float32]
+    maps: NDArray[np.float32]
     windows: int
 
 
@@ -68,14 +72,14 @@ class WindowScorer:
         """
         if self._choice.refine:
             parts = [self._refined(frame, tiles, timed) for tiles in self._tile_chunks(frame, blocks)]
-            return TileScores(np.concatenate([part.prob for part in parts]), sum(part.windows for part in parts))
+            return _tile_scores(np.concatenate([scores for scores, _ in parts]), sum(windows for _, windows in parts))
         m = frame.cells_per_tile
         every = np.ones((m, m), np.bool_)
         scores = self.run(self._windows((tile for each in blocks for tile in _tiles(frame, *each)), every), timed)
-        return TileScores(scores.reshape(-1, m, m), scores.size)
+        return _tile_scores(scores.reshape(-1, m, m, *scores.shape[1:]), len(scores))
 
     def run(self, windows: Iterable[NDArray[np.uint8]], timed: Timer) -> NDArray[np.float32]:
-        """Return the score of each window, float32 (n,); windows are uint8 (window_px, window_px, 3)."""
+        """Return the scores of each window, float32 (n,) or (n, 1 + k); windows are uint8 (window_px, window_px, 3)."""
         return in_batches(self._engine, windows, self._choice.batch, timed)
 
     def _windows(self, tiles: Iterable[_Tile], cells: NDArray[np.bool_]) -> Iterator[NDArray[np.uint8]]:
@@ -97,22 +101,38 @@ class WindowScorer:
         if chunk:
             yield chunk
 
-    def _refined(self, frame: Frame, tiles: Sequence[_Tile], timed: Timer) -> TileScores:
+    def _refined(self, frame: Frame, tiles: Sequence[_Tile], timed: Timer) -> tuple[NDArray[np.float32], int]:
         """Return scores of a coarse grid for each tile, and all scores for tiles with a coarse score of ``refine``.
 
         A coarse score is that of a window of the fine grid: the one nearest to the centre of the cells that it fills.
+        Further classes decide nothing here: they are computed for the same windows.
+
+        Returns:
+            float32 (n, m, m) or (n, m, m, 1 + k), and the number of windows that were computed.
         """
         m, step = frame.cells_per_tile, self._choice.refine_from_px // frame.stride_px
         coarse = np.zeros((m, m), np.bool_)
         coarse[step // 2 :: step, step // 2 :: step] = True
-        first = self.run(self._windows(tiles, coarse), timed).reshape(-1, m // step, m // step)
-        prob = first.repeat(step, axis=1).repeat(step, axis=2)
-        refined = np.flatnonzero(first.max(axis=(1, 2)) >= self._choice.refine).tolist()
+        first = self.run(self._windows(tiles, coarse), timed)
+        grid = first.reshape(-1, m // step, m // step, *first.shape[1:])
+        scores = grid.repeat(step, axis=1).repeat(step, axis=2)
+        refined = np.flatnonzero(positive(grid, axes=3).max(axis=(1, 2)) >= self._choice.refine).tolist()
         rest = self.run(self._windows((tiles[i] for i in refined), ~coarse), timed)
-        fine = prob[refined]
-        fine[:, ~coarse] = rest.reshape(len(refined), int((~coarse).sum()))
-        prob[refined] = fine
-        return TileScores(prob, first.size + rest.size)
+        fine = scores[refined]
+        fine[:, ~coarse] = rest.reshape(len(refined), int((~coarse).sum()), *first.shape[1:])
+        scores[refined] = fine
+        return scores, len(first) + len(rest)
+
+
+def positive(scores: NDArray[np.float32], *, axes: int) -> NDArray[np.float32]:
+    """Return the positive scores, which have a number of axes, without those of further classes."""
+    return scores if scores.ndim == axes else scores[..., 0]
+
+
+def _tile_scores(scores: NDArray[np.float32], windows: int) -> TileScores:
+    """Return the scores of tiles, float32 (n, m, m) or (n, m, m, 1 + k), with each class in an array of its own."""
+    classes = np.moveaxis(scores[..., None] if scores.ndim == 3 else scores, -1, 0)
+    return TileScores(np.ascontiguousarray(classes[0]), np.ascontiguousarray(classes[1:]), windows)
 
 
 def _tiles(frame: Frame, block: Block, pixels: NDArray[np.uint8]) -> Iterator[_Tile]:
@@ -129,7 +149,8 @@ class DenseScorer:
         """Build the scorer.
 
         Args:
-            run_map: Function from a region, uint8 (rows, cols, 3), to its map, float32 (rows, cols).
+            run_map: Function from a region, uint8 (rows, cols, 3), to its map, float32 (rows, cols) or (rows, cols,
+                1 + k).
             choice: How scores are computed.
         """
         self._run_map, self._choice = run_map, choice
@@ -143,13 +164,15 @@ class DenseScorer:
         m, parts = frame.cells_per_tile, []
         for block, pixels in blocks:
             scores = self.run(region(frame, block, pixels, self._choice.context_px), timed)
-            tiles = scores.reshape(block.rows, m, block.cols, m).swapaxes(1, 2)
-            parts.append(tiles.reshape(-1, m, m)[list(block.tissue)])
-        prob = np.concatenate(parts)
-        return TileScores(prob, prob.size)
+            tiles = scores.reshape(block.rows, m, block.cols, m, *scores.shape[2:]).swapaxes(1, 2)
+            parts.append(tiles.reshape(-1, m, m, *scores.shape[2:])[list(block.tissue)])
+        scores = np.concatenate(parts)
+        return _tile_scores(scores, math.prod(scores.shape[:3]))
 
     def run(self, pixels: NDArray[np.uint8], timed: Timer) -> NDArray[np.float32]:
-        """Return the map of a region, float32 (rows, cols); its first window is ``context_px`` inside the region.
+        """Return the map of a region, float32 (rows, cols) or (rows, cols, 1 + k).
+
+        Its first window is ``context_px`` inside the region.
 
         Raises:
             InputError: A probability is not finite.
@@ -173,7 +196,7 @@ def region(frame: Frame, block: Block, pixels: NDArray[np.uint8], context_px: in
 
 
 def in_batches(engine: Engine, items: Iterable[NDArray[Any]], batch: int, timed: Timer) -> NDArray[np.float32]:
-    """Return the scores of arrays of one shape, float32 (n,), run in batches; the last batch is filled with zeros.
+    """Return the scores of arrays of one shape, run in batches; the last batch is filled with zeros.
 
     All batches have the same shape, so a score does not depend on the number of others. One batch is in memory at a
     time.
@@ -184,10 +207,14 @@ def in_batches(engine: Engine, items: Iterable[NDArray[Any]], batch: int, timed:
         batch: Number of arrays per call of the engine.
         timed: Timer of the step ``infer``.
 
+    Returns:
+        float32 (n,) or (n, 1 + k), as the engine gives them; (0,) where there are no arrays.
+
     Raises:
         InputError: A score is not finite.
     """
-    scores, filled = [np.empty(0, np.float32)], 0
+    scores: list[NDArray[np.float32]] = []
+    filled = 0
     inputs: NDArray[Any] = np.empty(0)
     for item in items:
         if not inputs.size:
@@ -200,14 +227,14 @@ def in_batches(engine: Engine, items: Iterable[NDArray[Any]], batch: int, timed:
     if filled:
         inputs[filled:] = 0
         scores.append(_run(engine, inputs, filled, timed))
-    return np.concatenate(scores)
+    return np.concatenate(scores) if scores else np.empty(0, np.float32)
 
 
 def _run(engine: Engine, inputs: NDArray[Any], filled: int, timed: Timer) -> NDArray[np.float32]:
     with timed("infer"):
         scores = np.array(engine(inputs)[:filled])  # a copy, because an engine may reuse its output
     if not np.isfinite(scores).all():
-        raise not_finite(f"window {np.flatnonzero(~np.isfinite(scores))[0]} of a batch")
+        raise not_finite(f"window {np.argwhere(~np.isfinite(scores))[0][0]} of a batch")
     return scores
 
 
@@ -257,7 +284,8 @@ def make_scorer(
         windows = window_crops(_timed_run(stem, pixels[None], timed), crops)[0]
         rows, cols = windows.shape[:2]
         each = (windows[row, col] for row in range(rows) for col in range(cols))
-        return in_batches(tail, each, choice.batch, timed).reshape(rows, cols)
+        scores = in_batches(tail, each, choice.batch, timed)
+        return scores.reshape(rows, cols, *scores.shape[1:])
 
     return DenseScorer(run_map, choice)
 
@@ -345,8 +373,9 @@ def _identity(classifier: Classifier) -> str:
 
 def _key(classifier: Classifier, choice: Choice, part: str) -> str:
     """Return a text that identifies a converted network: the network, its part, and the settings of the conversion."""
-    local = " local" if choice.local else ""
-    return f"{_identity(classifier)} {part} {choice.stride_px} {choice.context_px} {choice.share_until}{local}"
+    also = " local" if choice.local else ""
+    also += f" maps {classifier.outputs.maps}" if classifier.outputs.maps else ""
+    return f"{_identity(classifier)} {part} {choice.stride_px} {choice.context_px} {choice.share_until}{also}"
 
 
 def _timed_run(engine: Engine, inputs: NDArray[Any], timed: Timer) -> NDArray[np.float32]:

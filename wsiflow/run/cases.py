@@ -1,6 +1,7 @@
 """The cases of a run: ``cases.json`` holds its slides and its configuration."""
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,6 +19,11 @@ from wsiflow.system import publish
 from wsiflow.system.paths import is_same
 from wsiflow.system.reread import cached_by_content
 
+_SCORE_COPIES = 3  # while the scores of a group's blocks are joined and divided by class
+#: File of a trial's folder that names its sweep's overrides, ``key=value`` separated by commas, and so the trial.
+CLAIM = "receipts/trial"
+
+_NEXT_OVERRIDE = re.compile(r",(?=[\w./@:+-]+=)")
 _CASES = TypeAdapter(tuple[Case, ...])
 
 
@@ -60,10 +66,39 @@ def check_model(config: RunConfig) -> None:
     """
     model = card.read_card(config.model)
     card.read_weights(config.model, model)
+    _check_maps(config, model)
     needed_px = max(geometry.window_reach_px(model.window_px, config.inference.stride, config.geometry.convention))
     if isinstance(config.tiles.halo_px, int) and config.tiles.halo_px < needed_px:
         cause = f"tiles.halo_px is {config.tiles.halo_px}, windows of {model.window_px} px need at least {needed_px}"
         raise InputError(cause, "set tiles.halo_px=auto and geometry=centred", stage="configuration")
+
+
+def _check_maps(config: RunConfig, model: card.ModelCard) -> None:
+    """Refuse further classes of which the scores of a group would take more than half of ``tiles.memory_mb``."""
+    cells = config.tiles.group_tiles * (config.tiles.tile_px // config.inference.stride) ** 2
+    count = len(card.map_indices(model, config.model))
+    needed_mb = _SCORE_COPIES * 4 * cells * count / 1e6
+    if count and needed_mb > config.tiles.memory_mb / 2:
+        group = f"a group of {config.tiles.group_tiles} tiles"
+        cause = f"the scores of model.maps take {needed_mb:.0f} MB for {group}, more than half of "
+        cause += f"tiles.memory_mb={config.tiles.memory_mb}"
+        remedy = "name fewer classes in model.maps, or set a smaller tiles.group_tiles or a larger tiles.memory_mb"
+        raise InputError(cause, remedy, stage="configuration")
+
+
+def swept(root: Path) -> dict[str, str]:
+    """Return what a trial of a sweep was given that others were not: values by key; empty for any other run."""
+    try:
+        text = (root / CLAIM).read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return {}
+    return parse_swept(text)
+
+
+def parse_swept(text: str) -> dict[str, str]:
+    """Return the values by key that overrides name, which are separated by commas; a value may have commas as well."""
+    named = (override.partition("=") for override in _NEXT_OVERRIDE.split(text) if override)
+    return {key.lstrip("+"): value for key, _, value in named}
 
 
 def folder_id(root: Path) -> str:

@@ -9,7 +9,7 @@ import inspect
 from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib import resources
-from typing import Any, Literal, NamedTuple, TypeVar, get_args
+from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import (
@@ -131,6 +131,7 @@ class _Entry(NamedTuple):
     key: str
     description: str
     is_section: bool
+    values: tuple[str, ...]
 
 
 @cache
@@ -154,9 +155,23 @@ def _entries(form: type[BaseModel], prefix: str) -> Iterator[_Entry]:
         kinds = (field.annotation, *get_args(field.annotation))
         parts = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
         about = field.description or next(filter(None, map(inspect.getdoc, parts)), "")
-        yield _Entry(f"{prefix}{name}", about.partition("\n")[0], bool(parts))
+        yield _Entry(f"{prefix}{name}", about.partition("\n")[0], bool(parts), _listed_values(field.annotation))
         for part in parts:
             yield from _entries(part, f"{prefix}{name}.")
+
+
+def _listed_values(annotation: Any) -> tuple[str, ...]:
+    """Return the values of a key that has only a few, as they are typed; none where they cannot be listed."""
+    if annotation is bool:
+        return ("true", "false")
+    members = (annotation, *get_args(annotation))
+    return tuple(str(value) for member in members if get_origin(member) is Literal for value in get_args(member))
+
+
+@cache
+def listed_values() -> dict[str, tuple[str, ...]]:
+    """Return the values of each key that has only a few, as they are typed, by dotted name."""
+    return {entry.key: entry.values for entry in _entries(RunConfig, "") if entry.values}
 
 
 def nearest(key: str) -> str:

@@ -77,6 +77,8 @@ def _file(root: Path, plan: Plan, stage: Stage, index: int) -> Iterator[str]:
     gone = "" if (root / name).exists() else ", and was deleted since"
     yield f"{stage.name}: {name} published {receipt['ended']} on {receipt['host']}, {receipt['wall_s']:.1f} s{gone}"
     yield f"  key {receipt['key'][:12]}, SHA-256 {receipt['sha256'][:12]}, {receipt['bytes']} bytes"
+    for each in stage.beside_of(plan, stage.task(plan, index).slide):
+        yield f"  beside it: {each}{'' if publish.has_recorded_size(root, each) else ', which is missing'}"
     if stage.unit == "group":
         planned_key = stage.key_of(root, plan, index)
         if planned_key != receipt["key"]:

@@ -40,6 +40,7 @@ class PlanSettings(BaseModel, frozen=True):
         store: Where pixels wait between extraction and prediction.
         model: The model, and the path of its card.
         model_identity: SHA-256 of the card and the weights.
+        maps: Names of the classes that have a heatmap beside that of the positive score, in the order of the card.
         pixel_versions: Versions of the libraries that decode and resample pixels, by name.
         numeric_class: The kind of machine that computes the scores; the last bits may differ on another kind.
         certificate_windows: Number of windows of each slide that are also run singly and compared.
@@ -63,6 +64,7 @@ class PlanSettings(BaseModel, frozen=True):
     store: StoreParams
     model: ModelSpec
     model_identity: str
+    maps: tuple[str, ...] = ()
     pixel_versions: Mapping[str, str]
     numeric_class: Mapping[str, str]
     certificate_windows: int
@@ -95,6 +97,7 @@ class PlanSettings(BaseModel, frozen=True):
             store=work["store"],
             model=work["model"],
             model_identity=predict["model"],
+            maps=predict.get("maps", ()),
             pixel_versions=predict["pixels"],
             numeric_class=predict["numeric_class"],
             certificate_windows=settings["certificate"]["windows"],
@@ -128,7 +131,8 @@ class PlanSettings(BaseModel, frozen=True):
     @cached_property
     def of_scores(self) -> dict[str, Any]:
         """The settings that decide the scores of blocks, as JSON values; the key of every group contains them."""
-        return {
+        maps = {"maps": list(self.maps)} if self.maps else {}  # without further classes, keys are what they were
+        return maps | {
             "model": self.model_identity,
             "inference": self.choice.score_settings(),
             "stain": self.stain.model_dump(mode="json"),

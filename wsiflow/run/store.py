@@ -14,7 +14,8 @@ level-0 pixels. Both also have ``transparent`` float32 (n,): the share of pixels
 shown as background.
 
 ``predictions/<slide>/t<k>.h5`` contains ``prob`` float32 (n, m, m), one map for each tissue tile, and ``coord`` int64
-(n, 5) with the same columns for tiles.
+(n, 5) with the same columns for tiles. Where a run maps further classes, ``maps`` float32 (k, n, m, m) holds the
+probabilities of each, and the attribute ``classes`` their names.
 
 A file is written once by one writer, with a checksum on every chunk (fletcher32) and on the structure (``libver``
 v110), so that reading a damaged file raises an error and never returns other pixels. Files are only opened with the
@@ -248,17 +249,29 @@ def write_index(path: Path, frame: Frame, facts: Mapping[str, Any], links: Mappi
 
 
 def write_predictions(
-    path: Path, frame: Frame, coord: NDArray[np.int64], prob: NDArray[np.float32], facts: Mapping[str, Any]
+    path: Path,
+    frame: Frame,
+    coord: NDArray[np.int64],
+    prob: NDArray[np.float32],
+    facts: Mapping[str, Any],
+    maps: NDArray[np.float32] | None = None,
 ) -> None:
-    """Write the scores of one group: ``prob`` float32 (n, m, m) and ``coord`` int64 (n, 5)."""
+    """Write the scores of one group: ``coord`` int64 (n, 5), ``prob`` float32 (n, m, m) and ``maps`` (k, n, m, m)."""
     with h5py.File(path, "x", libver=("v110", "v110"), locking=False) as file:
         _describe(file, frame._asdict(), facts)
         file.create_dataset("prob", data=prob, chunks=prob.shape, fletcher32=True, fillvalue=np.nan).flush()
         _table(file, "coord", coord)
+        if maps is not None and len(maps):  # a class has a chunk of its own, so that it is read without the others
+            form = {"chunks": (1, *prob.shape), "fletcher32": True, "fillvalue": np.nan}
+            file.create_dataset("maps", data=maps, **form).flush()
 
 
-def read_predictions(path: Path) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Return ``coord`` int64 (n, 5) and ``prob`` float32 (n, m, m) of one group.
+def read_predictions(path: Path, number: int = 0) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Return ``coord`` int64 (n, 5) and the scores of one group, float32 (n, m, m).
+
+    Args:
+        path: The file.
+        number: 0 for the positive score, otherwise the number of a further class, counted from 1.
 
     Raises:
         IntegrityError: The file is missing or damaged, or a score is not a number in [0, 1].
@@ -266,8 +279,8 @@ def read_predictions(path: Path) -> tuple[NDArray[np.int64], NDArray[np.float32]
     """
     with _reading(path) as file:
         try:
-            coord, prob = file["coord"][:], file["prob"][:]
-        except (KeyError, OSError) as error:
+            coord, prob = file["coord"][:], file["maps"][number - 1] if number else file["prob"][:]
+        except (KeyError, IndexError, OSError) as error:
             raise _unread(error, "the scores cannot be read", path) from error
     if len(coord) != len(prob) or not ((prob >= 0) & (prob <= 1)).all():
         raise IntegrityError("scores are missing or are not numbers in [0, 1]", _AGAIN, path=path)

@@ -101,6 +101,14 @@ def cpu_flags() -> set[str]:
     return _cpu(CPUINFO)[1]
 
 
+def cpu_supports_bf16() -> bool:
+    """Return whether this CPU has instructions for products of bfloat16 numbers.
+
+    On other CPUs OpenVINO emulates them silently, three times slower than fp32 (measured on a CPU with only AVX512).
+    """
+    return bool(cpu_flags() & {"avx512_bf16", "amx_bf16"})
+
+
 def cpu_model() -> str:
     """Return the model name of this CPU; several models are separated by commas."""
     lines = _text(CPUINFO).splitlines()

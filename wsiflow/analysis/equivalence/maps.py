@@ -22,6 +22,7 @@ from wsiflow.errors import InputError
 from wsiflow.evaluation import detections, matches, proportions
 from wsiflow.heatmap import files
 from wsiflow.run.plan import latest_plan as latest_plan
+from wsiflow.run.stages.stitch import map_file
 from wsiflow.slides import pyramid
 
 NOT_EQUIVALENT = 10
@@ -99,7 +100,7 @@ class MapComparison:
         return SlideAgreement("all", agreement.tally_numbers(self.total), _summed(known) if known else None)
 
 
-def compare_maps(a: Path, b: Path, *, threshold: float, radius_um: float) -> MapComparison:
+def compare_maps(a: Path, b: Path, *, threshold: float, radius_um: float, of_class: str = "") -> MapComparison:
     """Compare two runs, or two heatmap files.
 
     Args:
@@ -107,15 +108,19 @@ def compare_maps(a: Path, b: Path, *, threshold: float, radius_um: float) -> Map
         b: Folder of the other run, or the other heatmap.
         threshold: A cell is positive from this score on, 0 to 1.
         radius_um: Two detections at most this far apart, um, are the same lesion.
+        of_class: Further class of the runs whose maps are compared; empty for the maps of the positive score, of which
+            the lesions are compared too.
 
     Raises:
-        InputError: One is a folder and the other a file, the runs have no slide in common, or the maps lie on different
-            grids.
+        InputError: One is a folder and the other a file, the runs have no slide in common, a run does not map the
+            class, or the maps lie on different grids.
     """
     _check(a, b, threshold, radius_um)
     names = (a.name, b.name) if a.name != b.name else (str(a), str(b))
     if a.is_dir():
-        return _compare_runs((_RunFolder(a), _RunFolder(b)), names, threshold, radius_um)
+        return _compare_runs((_RunFolder(a, of_class), _RunFolder(b, of_class)), names, threshold, radius_um)
+    if of_class:
+        raise InputError(f"a class is named, {of_class!r}, and {a} is a file", "name two run folders", path=a)
     total = tally_files(a, b, threshold=threshold)
     return MapComparison(
         names, [SlideAgreement(a.stem, agreement.tally_numbers(total), None)], total, [], [], threshold, radius_um
@@ -188,10 +193,19 @@ def summary_sentence(comparison: MapComparison) -> str:
 class _RunFolder:
     """The slides of a run as its folder describes them."""
 
-    def __init__(self, root: Path) -> None:
-        """Read the plan, and ``matches.json`` where the run was scored."""
+    def __init__(self, root: Path, of_class: str = "") -> None:
+        """Read the plan, and ``matches.json`` where the run was scored.
+
+        Args:
+            root: The run's folder.
+            of_class: Further class whose heatmaps are asked for; empty for the positive score.
+
+        Raises:
+            InputError: The run does not map the class.
+        """
         plan = latest_plan(root)
-        self.root = root
+        self.root, self.of_class = root, of_class
+        self.file = map_file(plan.settings.maps, of_class, root) if of_class else "heatmaps/{slide}.tif"
         self.planned = {slide.slide_id for slide in plan.slides} | {slide.slide_id for slide in plan.rejected}
         self.slides = {slide.slide_id: slide for slide in plan.slides if self.heatmap(slide.slide_id).is_file()}
         paths = [root / folder / "matches.json" for folder in ("evaluation", "evaluation-PARTIAL")]
@@ -201,7 +215,7 @@ class _RunFolder:
 
     def heatmap(self, slide_id: str) -> Path:
         """Return the path of a slide's heatmap."""
-        return self.root / f"heatmaps/{slide_id}.tif"
+        return self.root / self.file.format(slide=slide_id)
 
     def points_um(self, slide_id: str) -> NDArray[np.float64]:
         """Return the detections of a slide as float64 (n, 2): x and y in um from the slide's top left corner."""
@@ -274,7 +288,7 @@ def _compare_runs(
     for slide_id in both:
         _same_slide(runs, slide_id)
         tally = tally_files(*(run.heatmap(slide_id) for run in runs), threshold=threshold)
-        lesions = _lesion_agreement(runs, slide_id, radius_um)
+        lesions = None if runs[0].of_class else _lesion_agreement(runs, slide_id, radius_um)
         slides.append(SlideAgreement(slide_id, agreement.tally_numbers(tally), lesions))
         total = agreement.merge_tallies(total, tally)
     neither = (runs[0].planned | runs[1].planned) - runs[0].slides.keys() - runs[1].slides.keys()

@@ -79,7 +79,7 @@ def _receipts(root: Path) -> list[publish.Receipt]:
 
 def _is_output(name: str) -> bool:
     """Tell whether a repetition of the run must publish this file with the same bytes."""
-    return name.startswith(("heatmaps/", "detections/", "evaluations/")) and not name.endswith(".png")
+    return name.startswith(("heatmaps/", "maps/", "detections/", "evaluations/")) and not name.endswith(".png")
 
 
 def _machines(receipts: list[publish.Receipt]) -> list[dict[str, Any]]:

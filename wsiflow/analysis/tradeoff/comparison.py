@@ -188,22 +188,37 @@ class _Group(NamedTuple):
 def _settings(runs: Sequence[FinishedRun]) -> tuple[list[_Group], list[str]]:
     """Return the settings in natural order, and a note on differing parameters that the names do not show."""
     keys = _differing(runs)
-    shown = _distinguishing(runs, keys)
-    shown.sort(key=lambda key: len({run.params.get(key, "") for run in runs}))
+    swept = _swept(runs, keys)
+    shown = swept or _distinguishing(runs, keys)
+    values_of = [run.swept if swept else run.params for run in runs]
+    shown.sort(key=lambda key: len({values.get(key, "") for values in values_of}))
     groups: dict[tuple[str, ...], list[FinishedRun]] = {}
-    for run in runs:
-        groups.setdefault(tuple(run.params.get(key, "") for key in shown), []).append(run)
+    for run, values in zip(runs, values_of, strict=True):
+        groups.setdefault(tuple(values.get(key, "") for key in shown), []).append(run)
     for members in groups.values():
         _refuse_unlike_repeats(members)
     short = _short(shown)
-    texts = {key: _short_values([values[place] for values in groups]) for place, key in enumerate(shown)}
+    texts = {key: _short_values([own[place] for own in groups]) for place, key in enumerate(shown)}
     named = []
-    for values, members in sorted(groups.items(), key=lambda item: [natural_key(value) for value in item[0]]):
-        params = {name: texts[key][value] for name, key, value in zip(short, shown, values, strict=True)}
+    for own, members in sorted(groups.items(), key=lambda item: [natural_key(value) for value in item[0]]):
+        params = {name: texts[key][value] for name, key, value in zip(short, shown, own, strict=True)}
         name = ", ".join(f"{key}={value}" for key, value in params.items()) or members[0].name
         named.append(_Group(name, params, members))
     along = [key for key in keys if key not in shown]
     return named, [f"Differing along with the parameters shown: {', '.join(along)}."] if along else []
+
+
+def _swept(runs: Sequence[FinishedRun], keys: Sequence[str]) -> list[str]:
+    """Return the keys that the sweep of runs varied; none where these do not distinguish the runs as all settings do.
+
+    What a user varied names a setting best: the choice of a group, for example, changes many parameters.
+    """
+    swept = [key for key in dict.fromkeys(key for run in runs for key in run.swept) if not _NO_SETTING.fullmatch(key)]
+    pairs = {
+        (tuple(run.swept.get(key, "") for key in swept), tuple(run.params.get(key, "") for key in keys)) for run in runs
+    }
+    by_sweep, by_settings = zip(*pairs, strict=True)
+    return swept if len(pairs) == len(set(by_sweep)) == len(set(by_settings)) else []
 
 
 def _differing(runs: Sequence[FinishedRun]) -> list[str]:

@@ -23,11 +23,11 @@ from wsiflow.model.engines.spec import (
     EngineSpec,
     Network,
     cannot_convert,
-    cpu_supports_bf16,
     graph_key,
     optional_package,
     shape_of,
 )
+from wsiflow.system.machine import cpu_supports_bf16
 
 
 def quantise(network: Network, samples: Iterable[NDArray[Any]], *, cache: Path | None = None) -> bytes:

@@ -52,14 +52,6 @@ class Network(NamedTuple):
     fixed: bool
 
 
-def cpu_supports_bf16() -> bool:
-    """Return whether this CPU has instructions for products of bfloat16 numbers.
-
-    On other CPUs OpenVINO emulates them silently, three times slower than fp32 (measured on a CPU with only AVX512).
-    """
-    return bool(cores.cpu_flags() & {"avx512_bf16", "amx_bf16"})
-
-
 @dataclass(frozen=True)
 class CheckedEngine:
     """An engine that refuses inputs of another shape or dtype, which backends would convert or misinterpret."""
@@ -93,7 +85,7 @@ def check_spec(spec: EngineSpec) -> None:
             f"backend {spec.backend} runs {' and '.join(PRECISIONS[spec.backend])}, not {spec.precision}",
             f"set inference.backend to {' or '.join(able)}, or inference.precision=fp32",
         )
-    if spec.precision == "bf16" and not cpu_supports_bf16():
+    if spec.precision == "bf16" and not cores.cpu_supports_bf16():
         raise EnvironmentFault(
             "this CPU has no bfloat16 instructions (avx512_bf16 or amx_bf16), and emulation is slower than fp32",
             "set inference.precision=fp32, or run on a CPU that has them",

@@ -1,11 +1,12 @@
 """Forecast what a run will take: number of tasks, disk space, memory, and time on other machines."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from wsiflow.errors import InputError
+from wsiflow.model import card
 from wsiflow.run import shards
 from wsiflow.run.config import RunConfig
 from wsiflow.run.costs import Costs
@@ -80,7 +81,7 @@ def count_tasks(plan_path: Path, config: RunConfig) -> TaskCounts:
         tasks,
         done,
         _scratch(root, plan),
-        _files(tasks) + _SLIDE_FILES * len(plan.slides),
+        _files(tasks, plan.settings.maps) + _SLIDE_FILES * len(plan.slides),
         max(_WORKER_MB + config.tiles.memory_mb, _stitching_mb(plan)),
     )
 
@@ -90,7 +91,8 @@ def _scratch(root: Path, plan: Plan) -> dict[str, int]:
     stored = plan.settings.store
     pixels = sum(measure.areas_px(root, plan)) if stored.kind == "hdf5" else 0
     cells = sum(planned.n_tiles * planned.frame.cells_per_tile**2 for planned in plan.slides)
-    return _bytes(pixels, stored.compression, cells, sum(slide.n_tiles for slide in plan.slides), plan.n_groups)
+    tiles = sum(slide.n_tiles for slide in plan.slides)
+    return _bytes(pixels, stored.compression, cells, tiles, plan.n_groups) | _map_bytes(cells, plan.settings.maps)
 
 
 def _bytes(pixels: float, compression: str, cells: int, tiles: int, groups: int) -> dict[str, int]:
@@ -101,9 +103,14 @@ def _bytes(pixels: float, compression: str, cells: int, tiles: int, groups: int)
     }
 
 
-def _files(tasks: Mapping[str, int]) -> int:
+def _map_bytes(cells: int, maps: Sequence[str]) -> dict[str, int]:
+    """Return the bytes of further classes, which are in the predictions and in maps of their own; empty for none."""
+    return {"maps": round((4 + 4 / 3 * 4) * cells * len(maps))} if maps else {}
+
+
+def _files(tasks: Mapping[str, int], maps: Sequence[str]) -> int:
     """Return the number of files that the tasks publish, receipts included."""
-    return 2 * sum(count * (1 + len(STAGES[stage].beside)) for stage, count in tasks.items())
+    return 2 * sum(count * (1 + len(STAGES[stage].beside(maps))) for stage, count in tasks.items())
 
 
 def _stitching_mb(plan: Plan) -> int:
@@ -147,9 +154,10 @@ def count_tasks_in_table(config: RunConfig, path: Path, share: float) -> TaskCou
     tasks = {stage: sum(len(slide.get(stage, ())) for slide in slides) for stage in STAGES}
     cells = sum(tiles) * (config.tiles.tile_px // config.inference.stride) ** 2
     pixels = _READ_SHARE * sum(tiles) * config.tiles.tile_px**2 if stored else 0
-    scratch = _bytes(pixels, config.store.compression, cells, sum(tiles), tasks["predict"])
+    maps = card.map_names(card.read_card(config.model), config.model) if config.model.maps else ()
+    scratch = _bytes(pixels, config.store.compression, cells, sum(tiles), tasks["predict"]) | _map_bytes(cells, maps)
     memory_mb = _WORKER_MB + config.tiles.memory_mb
-    files = _files(tasks) + _SLIDE_FILES * len(tiles)
+    files = _files(tasks, maps) + _SLIDE_FILES * len(tiles)
     none_done = dict.fromkeys(tasks, 0)
     return TaskCounts(simulation.numbered(slides), tiles, {}, tasks, none_done, scratch, files, memory_mb)
 

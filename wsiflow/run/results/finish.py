@@ -37,6 +37,7 @@ from wsiflow.run.results.status import (
 )
 from wsiflow.run.shards import Progress
 from wsiflow.run.stages import certify
+from wsiflow.run.stages.stitch import map_files
 from wsiflow.system import energy, publish, tables
 from wsiflow.system.machine import allocated_cores
 from wsiflow.system.provenance import versions
@@ -287,6 +288,7 @@ def _write_report(
         metrics=metrics,
         slides=[row | scored.get(row["slide_id"], {}) for row in listed],
         overlays={slide_id: root / f"heatmaps/{slide_id}.png" for slide_id in good},
+        maps=dict(zip(plan.settings.maps, map_files(plan.settings.maps), strict=True)),
         figures={name: (root / folder / name).read_bytes() for name in ("froc.png", "roc.png")},
         settings=settings(config.model_dump(mode="json"), plan),
         versions=versions(),
@@ -314,6 +316,7 @@ def _success_text(
         *_certificate_line(metrics),
         f"report     {shown.parent / 'report.html'}",
         f"overlays   {shown.parent / 'heatmaps'}/*.png",
+        *(f"maps       {shown.parent / file.format(slide='*')}" for file in map_files(plan.settings.maps)),
         f"scores     {shown / 'summary.json'}",
         logged,
     ]

@@ -8,7 +8,7 @@ from typing import Any
 from wsiflow import redaction
 from wsiflow.evaluation import matches
 from wsiflow.run import tracking
-from wsiflow.run.cases import folder_id
+from wsiflow.run.cases import folder_id, swept
 from wsiflow.run.config import RunConfig
 from wsiflow.run.plan import Plan
 from wsiflow.run.stages import choose
@@ -68,6 +68,7 @@ def track(
             **machines,
             "wsiflow.folder": identity,
             "wsiflow.out": str(config.out),
+            "wsiflow.swept": ",".join(f"{key}={value}" for key, value in swept(root).items()),
             "wsiflow.protocol_hash": matched.protocol_hash,
             "wsiflow.truth_hash": matched.truth_hash(),
         },

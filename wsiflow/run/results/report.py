@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 
@@ -41,6 +42,8 @@ class ReportData:
             and for a scored slide label, score, n_detections, n_lesions, n_found, n_false_positives, note. Numbers may
             be text, as in the CSV files.
         overlays: Path of the overlay PNG by slide id.
+        maps: File of the heatmap of each further class by its name, relative to the run's folder; ``{slide}`` stands
+            for the slide's id.
         figures: Bytes of ``froc.png`` and ``roc.png`` by file name.
         settings: The resolved configuration by dotted name.
         versions: Versions of wsiflow and of the packages that can change a number.
@@ -51,6 +54,7 @@ class ReportData:
     metrics: Mapping[str, float]
     slides: Sequence[Mapping[str, Any]]
     overlays: Mapping[str, Path]
+    maps: Mapping[str, str]
     figures: Mapping[str, bytes]
     settings: Mapping[str, Any]
     versions: Mapping[str, str]
@@ -195,13 +199,13 @@ def _cost(metrics: Mapping[str, float]) -> str:
 def _slides(data: ReportData) -> str:
     heads = ["", "Slide", "Truth", "Score", "Detections", "Lesions found", "False positives", "Tiles", "Seconds"]
     pictured = dict(itertools.islice(data.overlays.items(), _MOST_PICTURES))
-    rows = (_slide(row, pictured.get(row["slide_id"])) for row in data.slides)
+    rows = (_slide(row, pictured.get(row["slide_id"]), data.maps) for row in data.slides)
     left = len(data.overlays) - len(pictured)
     note = f"<p>The pictures of {left} more slides are in heatmaps/&lt;slide&gt;.png only.</p>\n" if left else ""
     return page.section("Slides", page.table(heads, rows) + note)
 
 
-def _slide(row: Mapping[str, Any], overlay: Path | None) -> str:
+def _slide(row: Mapping[str, Any], overlay: Path | None, maps: Mapping[str, str]) -> str:
     slide_id = row["slide_id"]
     picture = ""
     if overlay is not None:
@@ -220,8 +224,15 @@ def _slide(row: Mapping[str, Any], overlay: Path | None) -> str:
         _cell(row, "n_tiles"),
         _cell(row, "seconds_wall", "{:.1f}"),
     ]
-    name = f"<b>{escape(slide_id)}</b><small>{escape(remarks)}</small>"
+    name = f"<b>{escape(slide_id)}</b><small>{escape(remarks)}{'' if row['reason'] else _links(slide_id, maps)}</small>"
     return f"<tr><td>{picture}</td><td>{name}</td>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>\n"
+
+
+def _links(slide_id: str, maps: Mapping[str, str]) -> str:
+    """Return links to the heatmaps of a slide's further classes; empty where a run maps none."""
+    files = {name: quote(file.format(slide=slide_id)) for name, file in maps.items()}
+    links = ", ".join(f'<a href="{file}">{escape(name)}</a>' for name, file in files.items())
+    return f"; maps: {links}" if links else ""
 
 
 def _citation(data: ReportData, n_missing: int) -> str:

@@ -2,7 +2,8 @@
 
 Some windows are drawn by the key of the slide. Their published scores are compared with the scores of the same windows
 that are run one by one in fp32. Where the run uses a lower precision, one block is computed in fp32 as well. The
-certificate holds the scores; whether they are within the limits is decided each time it is read.
+certificate holds the scores; whether they are within the limits is decided each time it is read. Further classes that a
+run maps are compared likewise, each as a kind of its own: ``windows.<class>`` beside ``windows``.
 """
 
 import json
@@ -29,6 +30,7 @@ from wsiflow.run.stages.network import check_numeric_class, planned_classifier, 
 from wsiflow.run.stages.pixels import planned_blocks
 from wsiflow.run.stages.predict import prediction_name, published
 from wsiflow.run.stages.stage import Stage
+from wsiflow.run.stages.stitch import class_stems
 from wsiflow.system import publish, usage
 from wsiflow.system.provenance import facts, thread_count
 from wsiflow.system.usage import untimed
@@ -69,7 +71,8 @@ class _Sample(NamedTuple):
     Attributes:
         blocks: The blocks that contain the windows, with their pixels, uint8 (rows, cols, 3).
         windows: For each block, int64 (n,): indices of its windows, in the order of the scores of the block.
-        scores: For each block, float32 (m,): the published scores of all of its windows.
+        scores: For each block, float32 (m, 1 + k): the published scores of all of its windows, and the probabilities of
+            the further classes.
     """
 
     blocks: list[tuple[Block, NDArray[np.uint8]]]
@@ -107,7 +110,7 @@ def _sample(root: Path, plan: Plan, index: int) -> _Sample:
     planned, n_windows = plan.slides[index], plan.settings.certificate_windows
     n_blocks = min(_CERTIFIED_BLOCKS, n_windows)
     drawn = certificate.draw_indices(planned.key, among=planned.n_blocks, count=n_blocks).tolist()
-    scores = [_block_scores(root, plan, index, number).ravel() for number in drawn]
+    scores = [_block_scores(root, plan, index, number) for number in drawn]
     seeds = [publish.key_of(slide=planned.key, block=number) for number in drawn]
     each = -(-n_windows // max(1, len(drawn)))
     windows = [
@@ -118,12 +121,13 @@ def _sample(root: Path, plan: Plan, index: int) -> _Sample:
 
 
 def _block_scores(root: Path, plan: Plan, index: int, number: int) -> NDArray[np.float32]:
-    """Return the published scores of the tissue tiles of a block, float32 (n, m, m)."""
+    """Return the published scores of the windows of a block and those of further classes, float32 (n, 1 + k)."""
     cut = read_cut(root, plan.slides[index])
     k, (lo, _) = next((k, span) for k, span in enumerate(cut.group_ranges, 1) if span[0] <= number < span[1])
-    _, prob = store.read_predictions(root / prediction_name(plan, Task(index, k)))
     before = sum(len(block.tissue) for block in cut.blocks[lo:number])
-    return prob[before : before + len(cut.blocks[number].tissue)]
+    tiles, path = slice(before, before + len(cut.blocks[number].tissue)), root / prediction_name(plan, Task(index, k))
+    maps = range(1 + len(plan.settings.maps))
+    return np.stack([store.read_predictions(path, each)[1][tiles].ravel() for each in maps], axis=1)
 
 
 def _score_pairs(plan: Plan, planned: SlidePlan, sample: _Sample, dense: "DenseScorer | None") -> dict[str, Any]:
@@ -132,16 +136,19 @@ def _score_pairs(plan: Plan, planned: SlidePlan, sample: _Sample, dense: "DenseS
     Returns:
         By kind of comparison, lists of equal length. ``windows``: published scores, and those of single windows in
         fp32. ``precision``: published scores of one block, and those that ``dense`` computes; absent where it is None.
+        Both also with the stem of each further class, whose probabilities are compared.
     """
-    frame = planned.frame
+    frame, stems = planned.frame, class_stems(plan.settings.maps)
     published_scores = [block[windows] for block, windows in zip(sample.scores, sample.windows, strict=True)]
     expected = _window_scorer(plan).run(_cut_windows(frame, sample, context_px=0), untimed)
-    pairs = {"windows": _pairs(np.concatenate([np.empty(0, np.float32), *published_scores]), expected)}
+    none = np.empty((0, 1 + len(stems)), np.float32)
+    pairs = _pairs("windows", stems, np.concatenate([none, *published_scores]), expected)
     if dense is not None and sample.blocks:
         # The smallest block is taken, because a second network is in memory while it runs.
         least = min(range(len(sample.blocks)), key=lambda i: sample.blocks[i][1].size)
-        again = dense.score(frame, [sample.blocks[least]], untimed).prob
-        pairs["precision"] = _pairs(sample.scores[least], again.ravel())
+        again = dense.score(frame, [sample.blocks[least]], untimed)
+        expected = np.stack([each.ravel() for each in (again.prob, *again.maps)], axis=1)
+        pairs |= _pairs("precision", stems, sample.scores[least], expected)
     return pairs
 
 
@@ -176,8 +183,19 @@ def _cut_windows(frame: Frame, sample: _Sample, *, context_px: int) -> Iterator[
             yield pixels[y : y + side, x : x + side]
 
 
-def _pairs(scores: NDArray[np.float32], expected: NDArray[np.float32]) -> dict[str, list[float]]:
-    return {"scores": scores.tolist(), "expected": expected.tolist()}
+def _pairs(
+    kind: str, stems: Sequence[str], scores: NDArray[np.float32], expected: NDArray[np.float32]
+) -> dict[str, dict[str, list[float]]]:
+    """Return the pairs of the positive scores as ``kind``, and of further classes as ``kind.<stem>``."""
+    columns = zip(
+        [kind, *(f"{kind}.{stem}" for stem in stems)], scores.T, expected.reshape(scores.shape).T, strict=True
+    )
+    return {name: {"scores": one.tolist(), "expected": other.tolist()} for name, one, other in columns}
+
+
+def _method(kind: str) -> str:
+    """Return what a kind of pairs compares with, ``windows`` or ``precision``, without the class."""
+    return kind.partition(".")[0]
 
 
 def deviation(pairs: dict[str, list[float]]) -> ScoreDeviation:
@@ -196,10 +214,10 @@ def _exceeded(root: Path, plan: Plan, planned: SlidePlan) -> dict[str, list[str]
     lower = certificate.PRECISION_LIMITS[choice.precision]
     limits = lower if choice.exact or choice.engine == "window" else _tolerated(plan)
     pairs = json.loads((root / certificate_name(planned)).read_text(encoding="utf-8"))
-    exceeded = {"windows": certificate.exceeded_limits(deviation(pairs["windows"]), limits)}
-    if "precision" in pairs:
-        exceeded["precision"] = certificate.exceeded_limits(deviation(pairs["precision"]), lower)
-    return exceeded
+    return {
+        kind: certificate.exceeded_limits(deviation(each), limits if _method(kind) == "windows" else lower)
+        for kind, each in pairs.items()
+    }
 
 
 def _require(root: Path, plan: Plan, index: int) -> None:
@@ -213,11 +231,15 @@ def _require(root: Path, plan: Plan, index: int) -> None:
         return
     choice, slide_id = plan.settings.choice, plan.slides[index].slide_id
     path = root / certificate_name(plan.slides[index])
-    if exceeded["windows"]:
-        cause = f"{choice.engine} {choice.precision} scores differ from single windows in fp32"
-        reason = "; ".join(exceeded["windows"])
+    kind = min(
+        (each for each, reasons in exceeded.items() if reasons), key=lambda each: (_method(each) != "windows", each)
+    )
+    of_class, reason = kind.partition(".")[2], "; ".join(exceeded[kind])
+    scores = f"scores of class {of_class}" if of_class else "scores"
+    if _method(kind) == "windows":
+        cause = f"{choice.engine} {choice.precision} {scores} differ from single windows in fp32"
         raise IntegrityError(f"{cause}: {reason}", _exact_setting(choice), slide=slide_id, path=path)
-    cause = f"{choice.precision} scores differ from fp32: {'; '.join(exceeded['precision'])}"
+    cause = f"{choice.precision} {scores} differ from fp32: {reason}"
     raise IntegrityError(cause, "set inference.precision=fp32, in another out= folder", slide=slide_id, path=path)
 
 
@@ -295,7 +317,8 @@ def _search_setting(root: Path, plan: Plan, index: int) -> str:
         regions = _cut_windows(planned.frame, sample, context_px=choice.context_px)
         scores = np.array([], np.float32)
         for pixels in regions:
-            scores = np.concatenate([scores, shared.run(pixels, untimed).ravel()])
+            each = shared.run(pixels, untimed)
+            scores = np.concatenate([scores, (each[..., 0] if plan.settings.maps else each).ravel()])
             if time.process_time() > until or _exceeds_for_sure(scores, expected, plan.settings.tolerance):
                 break
         else:
@@ -317,17 +340,17 @@ def summary(root: Path, plan: Plan, slides: Sequence[SlidePlan]) -> tuple[list[d
         A row for each slide and kind of comparison, and the metrics over all slides by name. ``dense.mean_abs_diff``,
         ``p95_abs_diff``, ``max_abs_diff``, ``correlation``, ``flips`` and ``n`` compare scores with single windows in
         fp32; ``precision.*`` compare them with the same engine in fp32. ``certificate.slides_beyond`` is the number of
-        slides beyond their limits. Both are empty where no certificate is needed.
+        slides beyond their limits. Further classes have rows and metrics of their own, as ``dense.<class>.n``. Both are
+        empty where no certificate is needed.
     """
     if not is_needed(plan):
         return [], {}
-    names = {"windows": "dense" if plan.settings.choice.engine == "dense" else "precision", "precision": "precision"}
     certificates = {
         planned.slide_id: json.loads((root / certificate_name(planned)).read_text(encoding="utf-8"))
         for planned in slides
     }
     rows = [
-        {"slide_id": slide_id, "compared": names[kind], **deviation(pairs)._asdict()}
+        {"slide_id": slide_id, "compared": _shown(plan, kind), **deviation(pairs)._asdict()}
         for slide_id, kinds in certificates.items()
         for kind, pairs in kinds.items()
     ]
@@ -336,8 +359,16 @@ def summary(root: Path, plan: Plan, slides: Sequence[SlidePlan]) -> tuple[list[d
     for kind in sorted({kind for kinds in certificates.values() for kind in kinds}):
         parts = [kinds[kind] for kinds in certificates.values() if kind in kinds]
         pooled = {side: [score for part in parts for score in part[side]] for side in ("scores", "expected")}
-        metrics |= {f"{names[kind]}.{name}": float(value) for name, value in deviation(pooled)._asdict().items()}
+        shown = _shown(plan, kind)
+        metrics |= {f"{shown}.{name}": float(value) for name, value in deviation(pooled)._asdict().items()}
     return rows, metrics
+
+
+def _shown(plan: Plan, kind: str) -> str:
+    """Return the name of a kind of pairs in tables and metrics, which say what is measured by it."""
+    method, dot, stem = kind.partition(".")
+    dense = method == "windows" and plan.settings.choice.engine == "dense"
+    return f"{'dense' if dense else 'precision'}{dot}{stem}"
 
 
 def _key(root: Path, plan: Plan, task: Task) -> str:

@@ -101,5 +101,5 @@ STAGE = Stage(
     key=_key,
     cost=StageCost(1.0, 0.0005),
     steps=("write",),
-    beside=("heatmaps/{slide}.preview.tif", "heatmaps/{slide}.png"),
+    beside=lambda _maps: ("heatmaps/{slide}.preview.tif", "heatmaps/{slide}.png"),
 )

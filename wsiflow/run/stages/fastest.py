@@ -20,7 +20,7 @@ from wsiflow.model.dense.facts import DenseFacts
 from wsiflow.model.engines import engine, openvino, spec
 from wsiflow.plan import geometry
 from wsiflow.run.config import RunConfig
-from wsiflow.system.machine import cpu_flags
+from wsiflow.system.machine import cpu_flags, cpu_supports_bf16
 
 _MICRO_BENCHMARK_S = 2.0
 _ONE_BY_ONE = "windows are run one by one"
@@ -131,7 +131,7 @@ def _graph(classifier: Classifier, config: RunConfig) -> tuple[DenseFacts | None
     if config.inference.engine == "window":
         return None, f"{_ONE_BY_ONE}, as asked"
     try:
-        facts = scorer.describe(classifier, stride_px, local=config.dense.local)
+        facts = _with_maps(scorer.describe(classifier, stride_px, local=config.dense.local), classifier, stride_px)
     except InputError as error:
         return None, f"{_ONE_BY_ONE}: {error.cause}{_with_local(classifier, config)}"
     if facts.obstacle:
@@ -141,6 +141,16 @@ def _graph(classifier: Classifier, config: RunConfig) -> tuple[DenseFacts | None
         return None, f"{_ONE_BY_ONE}: at stride {stride_px} they share too little"
     around = ", means over a window are taken around every place" if facts.local else ""
     return facts, f"blocks are run whole, a score every {facts.grid_px} px{around}"
+
+
+def _with_maps(facts: DenseFacts, classifier: Classifier, stride_px: int) -> DenseFacts:
+    """Return facts with the memory of further classes: the outputs, their probabilities and the maps behind them.
+
+    Mostly a network's peak is in its first layers, and then blocks are those of a run without further classes.
+    """
+    outputs = classifier.outputs
+    floats = 2 * (outputs.n_classes + 1 + len(outputs.maps)) if outputs.maps else 0
+    return facts._replace(activation_bytes_px=max(facts.activation_bytes_px, 4 * floats / stride_px**2))
 
 
 def _with_local(classifier: Classifier, config: RunConfig) -> str:
@@ -305,7 +315,7 @@ def _precisions(config: RunConfig) -> list[str]:
     precision = config.inference.precision
     if precision != "auto":
         return [precision]
-    return ["fp32", "bf16"] if spec.cpu_supports_bf16() else ["fp32"]
+    return ["fp32", "bf16"] if cpu_supports_bf16() else ["fp32"]
 
 
 def _name(choice: Choice) -> str:

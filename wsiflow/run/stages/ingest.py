@@ -190,6 +190,7 @@ def plan_settings(root: Path, config: RunConfig) -> PlanSettings:
         store=config.store,
         model=config.model,
         model_identity=card.identity(model),
+        maps=card.map_names(model, config.model),
         pixel_versions=record["pixels"],
         numeric_class=record["numeric_class"],
         certificate_windows=config.dense.windows,

@@ -45,9 +45,10 @@ def predict(source: Path, index: int) -> tuple[publish.Receipt, bool]:
     receipt_facts = facts("prediction", planned.slide_id, group=task.group, warmup_s=warmup_s)
 
     def verify(path: Path) -> None:
-        written, prob = store.read_predictions(path)
-        if not np.array_equal(written, coord) or prob.shape[1:] != (frame.cells_per_tile,) * 2:
-            raise IntegrityError("the scores do not belong to the planned tiles", "report this", path=path)
+        for number in range(1 + len(plan.settings.maps)):
+            written, prob = store.read_predictions(path, number)
+            if not np.array_equal(written, coord) or prob.shape[1:] != (frame.cells_per_tile,) * 2:
+                raise IntegrityError("the scores do not belong to the planned tiles", "report this", path=path)
 
     described = {
         "slide_id": planned.slide_id,
@@ -55,18 +56,18 @@ def predict(source: Path, index: int) -> tuple[publish.Receipt, bool]:
         "model": plan.settings.model_identity,
         "key": key,
         "versions": receipt_facts["versions"],
-    }
+    } | ({"classes": plan.settings.maps} if plan.settings.maps else {})
     with publish.publishing(root, name, key, receipt_facts, verify) as attempt:
         indices, colours = range(*cut.group_ranges[task.group - 1]), Colours(root, plan, planned)
         with planned_blocks(root, plan, planned, indices, attempt.timed, colours) as parts:
-            prob, windows = score.score(frame, parts, attempt.timed)
+            scores = score.score(frame, parts, attempt.timed)
         attempt.receipt["stain_failures"] = colours.failures
         if plan.settings.choice.precision == "int8":
             attempt.receipt["calibration_sha256"] = publish.file_sha256(root / calibration(root, plan).name)
-        publish.require_space(root, prob.nbytes + coord.nbytes)
+        publish.require_space(root, scores.prob.nbytes + scores.maps.nbytes + coord.nbytes)
         with attempt.timed("write"):
-            store.write_predictions(attempt.path, frame, coord, prob, described)
-        attempt.receipt["counts"] = {"blocks": len(blocks), "tiles": len(coord), "windows": windows}
+            store.write_predictions(attempt.path, frame, coord, scores.prob, described, scores.maps)
+        attempt.receipt["counts"] = {"blocks": len(blocks), "tiles": len(coord), "windows": scores.windows}
     return attempt.receipt, True
 
 

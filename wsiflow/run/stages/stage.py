@@ -1,6 +1,6 @@
 """The record of a stage of the line: each stage declares one in its own file, and nothing else describes it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -15,6 +15,10 @@ Work = Callable[[Path, int], tuple[publish.Receipt, bool]]
 
 def _always(_plan: Plan, _slide: int) -> bool:
     return True
+
+
+def _nothing(_maps: Sequence[str]) -> tuple[str, ...]:
+    return ()
 
 
 def _whatever_it_holds(_root: Path, _plan: Plan, _slide: int) -> bool:
@@ -35,7 +39,8 @@ class Stage(NamedTuple):
         steps: Names of the steps by which the receipts divide their seconds.
         is_due: Function that tells whether a run needs the stage for a slide.
         is_good: Function that tells whether a run accepts what is published of a slide.
-        beside: Names of the pictures that are published beside the file; ``{slide}`` stands for the slide's id.
+        beside: Function from the names of the further classes that are mapped to the names of the files that are
+            published beside the file; ``{slide}`` stands for the slide's id.
         verified: How the driver verifies that a file is whole: by its hash, or by its size where every reader compares
             the bytes with the receipt or with checksums.
         serves_scores: Whether the files are not needed any more once the slide has its scores.
@@ -51,7 +56,7 @@ class Stage(NamedTuple):
     steps: tuple[str, ...]
     is_due: Callable[[Plan, int], bool] = _always
     is_good: Callable[[Path, Plan, int], bool] = _whatever_it_holds
-    beside: tuple[str, ...] = ()
+    beside: Callable[[Sequence[str]], tuple[str, ...]] = _nothing
     verified: Literal["hash", "size"] = "hash"
     serves_scores: bool = False
     loads_network: bool = False
@@ -69,8 +74,8 @@ class Stage(NamedTuple):
         return self.product(plan, self.task(plan, index))
 
     def beside_of(self, plan: Plan, slide: int) -> list[str]:
-        """Return the names of the pictures that are published beside the file of a slide."""
-        return [name.format(slide=plan.slides[slide].slide_id) for name in self.beside]
+        """Return the names of the files that are published beside the file of a slide."""
+        return [name.format(slide=plan.slides[slide].slide_id) for name in self.beside(plan.settings.maps)]
 
     def key_of(self, root: Path, plan: Plan, index: int) -> str:
         """Return the key under which a task publishes its file.

@@ -1,12 +1,18 @@
-"""The stage ``stitch``: it assembles the heatmap of a slide from the scores of its groups."""
+"""The stage ``stitch``: it assembles the heatmaps of a slide from the scores of its groups.
 
+The heatmap of the positive score is what later stages read. Those of further classes are published beside it.
+"""
+
+import itertools
 import math
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from wsiflow.errors import IntegrityError
+from wsiflow.errors import InputError, IntegrityError
 from wsiflow.heatmap import assembly, files
 from wsiflow.plan.geometry import Frame
 from wsiflow.run import store
@@ -18,10 +24,13 @@ from wsiflow.system import publish
 from wsiflow.system.provenance import facts
 
 _LARGE_MAP_CELLS = 1 << 22
+_LONGEST_STEM = 60  # characters of a class in the name of a file
 
 
 def stitch(source: Path, index: int) -> tuple[publish.Receipt, bool]:
     """Assemble the scores of a slide, and publish the heatmap as ``heatmaps/<slide>.tif``.
+
+    The heatmaps of further classes are published as ``maps/<slide>.<class>.tif``; one map is in memory at a time.
 
     Raises:
         IntegrityError: A group of the slide is not published, or its scores are damaged.
@@ -33,23 +42,70 @@ def stitch(source: Path, index: int) -> tuple[publish.Receipt, bool]:
         predict.published(root, plan, task)
     name, key = STAGE.product_of(plan, index), STAGE.key_of(root, plan, index)
     done = publish.done(root, name, key)
-    if done is not None:
+    further = STAGE.beside_of(plan, index)
+    missing = [n for n, each in enumerate(further, 1) if publish.done_if_present(root, each, key) is None]
+    if done is not None and not missing:
         return done, False
-    frame = planned.frame
-    make_room(frame)
-    parts = [store.read_predictions(root / predict.prediction_name(plan, task)) for task in tasks]
+    make_room(planned.frame)
+    for number in missing:
+        _publish_map(root, plan, index, number, further[number - 1])
+    if done is not None:  # maps of further classes were deleted, and are assembled again
+        return done, False
+    return _publish_map(root, plan, index, 0, name), True
+
+
+def _publish_map(root: Path, plan: Plan, index: int, number: int, name: str) -> publish.Receipt:
+    """Assemble and publish the map of a slide: of the positive score, number 0, or of a further class, from 1 on."""
+    planned, key = plan.slides[index], STAGE.key_of(root, plan, index)
+    frame, m = planned.frame, planned.frame.cells_per_tile
+    names = [predict.prediction_name(plan, Task(index, k)) for k in range(1, planned.n_groups + 1)]
+    parts = [store.read_predictions(root / each, number) for each in names]
     coord = np.concatenate([np.empty((0, 5), dtype=np.int64), *(part[0] for part in parts)])
-    m = frame.cells_per_tile
     prob = np.concatenate([np.empty((0, m, m), dtype=np.float32), *(part[1] for part in parts)])
-    with publish.publishing(root, name, key, facts("heatmap", planned.slide_id), _readable(frame)) as attempt:
+    description: dict[str, Any] = {"slide_id": planned.slide_id, "frame": frame._asdict(), "key": key}
+    if number:
+        description["class"] = plan.settings.maps[number - 1]
+    described = facts("map" if number else "heatmap", planned.slide_id)
+    with publish.publishing(root, name, key, described, _readable(frame)) as attempt:
         with attempt.timed("stitch"):
             heat = assembly.assemble(frame, coord[:, :2], prob)
         with attempt.timed("write"):
-            description = {"slide_id": planned.slide_id, "frame": frame._asdict(), "key": key}
             files.write_heatmap(attempt.path, heat, um_px=cell_um(frame), description=description)
         attempt.receipt["counts"] = {"tiles": len(coord)}
         attempt.receipt["score"] = assembly.slide_score(heat)
-    return attempt.receipt, True
+    return attempt.receipt
+
+
+def class_stems(names: Sequence[str]) -> list[str]:
+    """Return what stands for each of some classes in names of files: letters, digits, ``_`` and ``-``, no two alike.
+
+    There is no dot, so that the class is the last part of ``<slide>.<class>``. Case is ignored, as on some disks.
+    """
+    stems: dict[str, str] = {}
+    for name in names:
+        plain = re.sub(r"[^A-Za-z0-9_-]+", "_", name).strip("_")[:_LONGEST_STEM] or "class"
+        alike = itertools.chain([plain], (f"{plain}-{number}" for number in itertools.count(2)))
+        stem = next(stem for stem in alike if stem.casefold() not in stems)
+        stems[stem.casefold()] = stem
+    return list(stems.values())
+
+
+def map_files(names: Sequence[str]) -> tuple[str, ...]:
+    """Return the names of the heatmaps of further classes; ``{slide}`` stands for the slide's id."""
+    return tuple(f"maps/{{slide}}.{stem}.tif" for stem in class_stems(names))
+
+
+def map_file(names: Sequence[str], name: str, root: Path) -> str:
+    """Return the name of the heatmap of one of the further classes of a run, as `map_files` does.
+
+    Raises:
+        InputError: The run does not map this class.
+    """
+    if name not in names:
+        others = f", only of {list(names)}" if names else ""
+        cause = f"the run has no map of class {name!r} beside that of the positive class{others}"
+        raise InputError(cause, "name one of them, or run with model.maps in another out= folder", path=root)
+    return map_files(names)[list(names).index(name)]
 
 
 def make_room(frame: Frame) -> None:
@@ -86,4 +142,5 @@ STAGE = Stage(
     key=_key,
     cost=StageCost(0.5, 0.0005),
     steps=("stitch", "write"),
+    beside=map_files,
 )
