@@ -1,4 +1,4 @@
-"""Networks of timm and torchvision, from the folder that ``tests/install_zoo.sh`` fills."""
+"""Networks of timm, torchvision and transformers, from the folder that ``tests/install_zoo.sh`` fills."""
 
 import sys
 from pathlib import Path
@@ -12,13 +12,13 @@ _registered: list[operators.Library] = []  # as long as the process, since they 
 
 
 def require() -> None:
-    """Make both libraries importable; skip the test where they are not installed.
+    """Make these libraries importable; skip the test where they are not installed.
 
     The compiled part of torchvision belongs to another build of PyTorch, and is not loaded here. It holds operators of
     object detection, whose names torchvision asks for when it is imported; no classifier uses them.
     """
     if not FOLDER.is_dir():
-        pytest.skip("timm and torchvision are not installed: tests/install_zoo.sh")
+        pytest.skip("timm, torchvision and transformers are not installed: tests/install_zoo.sh")
     if str(FOLDER) not in sys.path:
         sys.path.append(str(FOLDER))
         stub = operators.Library("torchvision", "DEF")

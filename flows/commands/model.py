@@ -4,12 +4,16 @@ import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from wsiflow.errors import InputError
 
 from ..options import positive
 from ..terminal import say
+
+if TYPE_CHECKING:
+    from wsiflow.model.classifier import Classifier
+    from wsiflow.model.dense.facts import DenseFacts
 
 _IMAGENET = ("0.485,0.456,0.406", "0.229,0.224,0.225")
 _FOLDER = Path("models")
@@ -123,7 +127,7 @@ def _fields(arguments: Namespace, known: dict[str, Any]) -> dict[str, Any]:
         fields["architecture"] = arguments.architecture
     if arguments.args:
         fields["architecture_args"] = _pairs(arguments.args)
-    return fields | _resize(arguments.resize, fields) | _output(arguments)
+    return fields | _resize(arguments.resize, fields) | _output(arguments, known)
 
 
 def _resize(how: str | None, fields: dict[str, Any]) -> dict[str, str]:
@@ -162,9 +166,9 @@ def _answer(question: str) -> str:
         raise InputError("the questions were not answered", "answer them, or give the options of --help") from error
 
 
-def _output(arguments: Namespace) -> dict[str, str]:
+def _output(arguments: Namespace, known: dict[str, Any]) -> dict[str, str]:
     """Return what the card says of the outputs."""
-    kind = arguments.output or "logits"
+    kind = arguments.output or known.get("output", "logits")
     if kind in {"logits", "probabilities", "sigmoid"}:
         return {"output": kind, "output_name": arguments.output_name or ""}
     return {"output": "logits", "output_name": kind}
@@ -217,14 +221,32 @@ def _described(card: Path, stride: int, *, trust: bool) -> list[str]:
     try:
         facts = scorer.describe(loaded, stride)
     except InputError as error:
-        return [f"windows  {error.cause}"]
-    gain = facts.window_macs / (facts.dense_macs_px * stride**2)
-    speed = f"speed    {gain:.1f} times fewer multiplications at stride {stride} than window by window"
+        return [f"windows  {error.cause}", *_described_local(loaded, stride)]
+    speed = f"speed    {_gain(facts, stride)} than window by window"
     if facts.obstacle:
         deepest = facts.cuts[0]
-        return [f"dense    windows share it up to {deepest.name} ({deepest.share:.0%}); {facts.obstacle}", speed]
+        dense = f"dense    windows share it up to {deepest.name} ({deepest.share:.0%}); {facts.obstacle}"
+        return [dense, speed, *_described_local(loaded, stride)]
     exact = "scores are exact" if not facts.padded else "scores differ from those of windows, as runs certify"
     return [f"dense    a score every {facts.grid_px} px; {exact}", speed]
+
+
+def _described_local(loaded: "Classifier", stride: int) -> list[str]:
+    """Return a line that says what ``dense.local=true`` does with a model; none where it changes nothing."""
+    from wsiflow.model import scorer
+
+    try:
+        facts = scorer.describe(loaded, stride, local=True)
+    except InputError:
+        return []
+    if facts.obstacle:
+        return []
+    return [f"or       dense.local=true: {_gain(facts, stride)}; scores differ from those of windows, as runs certify"]
+
+
+def _gain(facts: "DenseFacts", stride: int) -> str:
+    gain = facts.window_macs / (facts.dense_macs_px * stride**2)
+    return f"{gain:.1f} times fewer multiplications at stride {stride}"
 
 
 def _check(arguments: Namespace) -> int:

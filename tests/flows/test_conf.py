@@ -219,6 +219,7 @@ def test_a_key_that_earlier_versions_did_not_have_is_written_where_it_is_used() 
     """So files of other runs, and the key of their choice, stay as they were."""
     plain, local = composed(), composed("dense.local=true")
     assert "local" not in plain.model_dump(mode="json")["dense"]
+    assert "trust_python" not in plain.model_dump(mode="json")["model"]
     assert local.model_dump(mode="json")["dense"]["local"]
     assert choice_key(plain) != choice_key(local)
 

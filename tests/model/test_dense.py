@@ -702,7 +702,7 @@ def test_what_is_not_local_is_refused(name: str) -> None:
     network = Classifier(**{**vars(classifier(ending(), 32)), "module": module.eval()})
     with pytest.raises(InputError, match=message) as refusal:
         densify(network, 8)
-    assert "set inference.engine=window" in str(refusal.value)
+    assert "inference.engine=window, which runs any network" in str(refusal.value)
     assert reason_in_part(network) == refusal.value.cause
 
 
@@ -870,6 +870,9 @@ def test_means_around_every_place_are_those_of_a_plain_network(gates: Classifier
     module = gates.module
     assert isinstance(module, Gates)
     assert "squeeze-and-excite" in describe(gates, 4).obstacle
+    remedy = r"set dense.share_until=stem, .*; or dense.local=true, .*; or inference.engine=window"
+    with pytest.raises(InputError, match=remedy):
+        densify(gates, 4)
     facts = describe(gates, 4, local=True)
     assert (facts.obstacle, facts.padded, facts.local) == ("", True, True)
     pixels = texture(1, 68, 92)
@@ -987,8 +990,10 @@ class BothWays(nn.Module):
 )
 def test_what_is_no_mean_over_the_window_stays_refused(build: Callable[[], nn.Module], reason: str) -> None:
     """Neither can a mean be taken around every place and over the window at once."""
-    with pytest.raises(InputError, match=reason):
-        densify(classifier(build(), 34), 8, local=True)
+    for local in (False, True):
+        with pytest.raises(InputError, match=reason if local else "inference.engine=window") as refusal:
+            densify(classifier(build(), 34), 8, local=local)
+        assert "dense.local" not in str(refusal.value)
 
 
 def test_means_over_large_windows_do_not_round() -> None:

@@ -19,7 +19,7 @@ from wsiflow.model.card import ModelCard
 from wsiflow.model.classifier import Classifier
 from wsiflow.model.dense.network import densify
 from wsiflow.model.engines.engine import is_convertible
-from wsiflow.model.formats import export, torchscript
+from wsiflow.model.formats import export, registry, torchscript
 from wsiflow.model.outputs import Outputs
 from wsiflow.model.program import program
 
@@ -285,6 +285,9 @@ def test_several_outputs_keep_their_names() -> None:
     outputs = export.module_of(archive(module), SIDE)(x)
     assert list(outputs) == ["features", "logits"]
     assert torch.equal(outputs["logits"], module(x)["logits"])
+    chosen = registry.network(archive(module), card(2, output_name="logits"), Path())
+    assert torch.equal(chosen(x), outputs["logits"])
+    assert "pool" in {cut.name for cut in densify(as_classifier(chosen, 2), SIDE).facts.cuts}
 
 
 def test_a_part_without_gradients_is_a_part_of_the_network() -> None:
@@ -349,7 +352,7 @@ class Inverse(nn.Module):
         (lambda: archive(Silent()), "returns no tensor"),
         (lambda: archive(Counting()), r"changes its own weight.*model\.eval\(\)"),
         (lambda: archive(Counting(), is_decomposed=True), r"changes its own weights.*model\.eval\(\)"),
-        (lambda: archive(Inverse()), "calls 'torch.ops.aten.linalg_inv"),
+        (lambda: archive(nn.Sequential(Inverse())), r"calls 'torch.ops.aten.linalg_inv.* \(layer 0\); export"),
         (lambda: archive(Residual(), batch=None), r"batches of 2 alone; .*dynamic_shapes=\(\{0: torch.export.Dim"),
         (lambda: archive(Residual(), torch.zeros(2, 3, 64, 64)), r"\['n', 3, 64, 64\], not of \[n, 3, 48, 48\]"),
         (lambda: archive_of(Residual, is_decomposed=False)[1][:-30], "0 programs|not a whole archive"),
@@ -520,11 +523,12 @@ def test_nothing_in_an_archive_runs(attack: Callable[[bytes, Path], bytes], is_r
 # --- TorchScript
 
 
-def card(n_classes: int) -> ModelCard:
+def card(n_classes: int, output_name: str = "") -> ModelCard:
     names = tuple("abc"[:n_classes])
     return ModelCard(
         name="script",
-        architecture="torchscript",
+        architecture="export" if output_name else "torchscript",
+        output_name=output_name,
         class_names=names,
         positive_class="b",
         window_px=SIDE,

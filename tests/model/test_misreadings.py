@@ -108,7 +108,8 @@ def test_patches_are_read_by_class(tmp_path: Path) -> None:
     for folder, side, colour in (("Normal", 40, 10), ("tumour", 32, 200)):
         (tmp_path / folder).mkdir()
         for number in range(3):
-            Image.new("RGB", (side, side), (colour + number,) * 3).save(tmp_path / folder / f"{number}.png")
+            name = f"{number}.{'webp' if number == 1 else 'png'}"
+            Image.new("RGB", (side, side), (colour + number,) * 3).save(tmp_path / folder / name, lossless=True)
     images, classes = patches.read_labelled(tmp_path, ["normal", "tumour"], 32, limit=2)
     assert images.shape == (4, 32, 32, 3)
     assert classes.tolist() == [0, 0, 1, 1]

@@ -422,22 +422,23 @@ def test_an_output_is_chosen_by_its_name() -> None:
     assert FORMATS["onnx"].read is onnx_format.read
 
 
-def test_weights_in_other_files_of_the_folder_are_read_and_embedded(tmp_path: Path) -> None:
+def test_weights_in_other_files_of_the_folder_are_embedded(tmp_path: Path) -> None:
+    """A card whose file leaves them outside is refused, since its hash does not cover them."""
     path, module = tmp_path / "net.onnx", trained(Residual(), 64)
     model = onnx.load_from_string(exported(module, 64, dynamo=False, opset=17))
     onnx.save_model(model, path, save_as_external_data=True, location="net.data", size_threshold=0)
-    images = texture(2, 64, 64)
-    found = read(path.read_bytes(), path, side=64)
-    torch.testing.assert_close(found(images), module(images), rtol=1e-4, atol=1e-5)
     whole = onnx_format.embedded(path)
+    with pytest.raises(InputError, match=r"net.data', which the sha256 of the card does not cover; .* model add FILE"):
+        read(path.read_bytes(), path, side=64)
     content = (tmp_path / "net.data").read_bytes()
     (tmp_path / "net.data").write_bytes(content[:-100])
     with pytest.raises(InputError, match=r"net.data ends before the weight"):
-        read(path.read_bytes(), path, side=64)
+        onnx_format.embedded(path)
     (tmp_path / "net.data").unlink()
-    assert torch.equal(read(whole, path, side=64)(images), found(images))
+    images = texture(2, 64, 64)
+    torch.testing.assert_close(read(whole, path, side=64)(images), module(images), rtol=1e-4, atol=1e-5)
     with pytest.raises(InputError, match=r"weights of the network are in net.data, which cannot be read; put net.data"):
-        read(path.read_bytes(), path, side=64)
+        onnx_format.embedded(path)
 
 
 @pytest.mark.parametrize("name", ["../w", "/etc/hostname", "sub/w", ".."])
@@ -447,8 +448,9 @@ def test_weights_outside_of_the_folder_are_refused(name: str, tmp_path: Path) ->
     weight.ClearField("raw_data")
     weight.data_location = onnx.TensorProto.EXTERNAL
     weight.external_data.add(key="location", value=name)
+    (tmp_path / "net.onnx").write_bytes(model.SerializeToString())
     with pytest.raises(InputError, match="which is not a plain file name"):
-        read(model, tmp_path / "net.onnx")
+        onnx_format.embedded(tmp_path / "net.onnx")
 
 
 def with_input(model: Any, *, shape: Sequence[Any] | None = None, kind: int = FLOAT, second: bool = False) -> Any:

@@ -8,7 +8,7 @@ written: that it runs, that its outputs are what the card says, and that they do
 import hashlib
 import shutil
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,11 +35,13 @@ class Source(NamedTuple):
         path: The file that holds the weights.
         architecture: What the card has as its architecture, if the file says it; else an empty text.
         known: Fields of the card that the folder of the file gives.
+        convert: Returns what is written in place of the file, for images of a side, px; None to write what it holds.
     """
 
     path: Path
     architecture: str
     known: dict[str, Any]
+    convert: Callable[[int], bytes] | None = None
 
 
 def recognise(path: Path) -> Source:
@@ -100,7 +102,7 @@ def add(source: Source, fields: Mapping[str, Any], folder: Path) -> Path:
         name = str(given["architecture"]).removeprefix(PYTHON)
         given["source_sha256"] = function.source_sha256(name, source.path.parent)
     bare = parse_card({**given, "weights": source.path.name, "sha256": _NO_HASH}, source.path)
-    data = onnx.embedded(source.path) if bare.architecture == ONNX else source.path.read_bytes()
+    data = _content(source, bare)
     module = network(data, bare, source.path)
     classifier = as_classifier(module, bare)
     check_answers(classifier, bare, source.path)
@@ -175,6 +177,13 @@ def from_module(  # noqa: PLR0913  these are the fields of a card
         card = bare.model_copy(update={"sha256": hashlib.sha256(weights).hexdigest(), "probe": probes(classifier)})
         write_card(card, folder)
     return classifier
+
+
+def _content(source: Source, card: ModelCard) -> bytes:
+    """Return the network with its weights, or the weights alone, as the card's architecture says."""
+    if source.convert is not None and card.architecture == source.architecture:
+        return source.convert(card.input_px)
+    return onnx.embedded(source.path) if card.architecture == ONNX else source.path.read_bytes()
 
 
 def _encoded(module: nn.Module, card: ModelCard, data: bytes) -> tuple[str, str, bytes]:

@@ -86,7 +86,7 @@ class ModelSpec(BaseModel, frozen=True, extra="forbid"):
     def _without_unused(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Leave out what earlier versions did not have, where it is not used, so that files and keys stay the same."""
         values: dict[str, Any] = dump(self)
-        return {name: value for name, value in values.items() if name != "maps" or value}
+        return {name: value for name, value in values.items() if name not in {"maps", "trust_python"} or value}
 
 
 class Probe(BaseModel, frozen=True, extra="forbid"):

@@ -12,7 +12,7 @@ from PIL import Image, UnidentifiedImageError
 
 from wsiflow.errors import InputError
 
-_SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp"}
+_SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp"}
 
 
 def read_labelled(
@@ -45,7 +45,7 @@ def read_labelled(
     if len(seen) < 2:
         raise InputError(
             f"of the classes {list(class_names)} only {seen} have a folder with images",
-            "put the patches of each class into a folder of its name",
+            "put the patches of each class into a folder of its name, as .png, .jpg, .tif, .bmp or .webp",
             path=folder,
         )
     return np.stack(patches), np.array(classes, np.int64)

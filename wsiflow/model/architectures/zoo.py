@@ -1,11 +1,14 @@
 """Architectures of timm and torchvision, which the extra ``wsiflow[zoo]`` installs; no weights are fetched."""
 
+import difflib
 import importlib
 from typing import Any
 
 from torch import nn
 
 from wsiflow.errors import EnvironmentFault
+
+_SHOWN = 3
 
 
 def timm(name: str, n_outputs: int, **arguments: Any) -> nn.Module:
@@ -24,7 +27,7 @@ def timm(name: str, n_outputs: int, **arguments: Any) -> nn.Module:
     try:
         module: nn.Module = library.create_model(name, **{"num_classes": n_outputs, "pretrained": False} | arguments)
     except RuntimeError as error:  # timm says so when it does not know a name
-        raise ValueError(f"{error}{_alike(library.list_models(f'*{name}*'))}") from error
+        raise ValueError(f"{error}{_alike(name, library.list_models())}") from error
     return module
 
 
@@ -32,14 +35,16 @@ def torchvision(name: str, n_outputs: int, **arguments: Any) -> nn.Module:
     """Return a network of torchvision with random weights; arguments and errors as for `timm`."""
     models = _library("torchvision").models
     if name not in models.list_models():
-        raise ValueError(f"torchvision has no {name}{_alike([each for each in models.list_models() if name in each])}")
+        raise ValueError(f"torchvision has no {name}{_alike(name, models.list_models())}")
     module: nn.Module = models.get_model(name, **{"num_classes": n_outputs, "weights": None} | arguments)
     return module
 
 
-def _alike(names: list[str]) -> str:
-    """Return a part of a message that suggests names."""
-    return f"; it has {', '.join(sorted(names, key=len)[:3])}" if names else ""
+def _alike(name: str, names: list[str]) -> str:
+    """Return a part of a message that suggests names: the shortest that contain one, or else the nearest to it."""
+    containing = sorted((each for each in names if name in each), key=len)
+    alike = containing[:_SHOWN] or difflib.get_close_matches(name, names, _SHOWN)
+    return f"; it has {', '.join(alike)}" if alike else ""
 
 
 def _library(name: str) -> Any:

@@ -130,7 +130,7 @@ def densify(
     network = read_network(classifier, local=local)
     conversion = _Conversion(classifier, network, stride)
     if conversion.obstacle and not share_until:
-        raise conversion.obstacle
+        raise _with_settings(conversion, local=local)
     if context_px % conversion.facts.align_px:
         raise InputError(
             f"a context of {context_px} px is not a multiple of the {conversion.facts.align_px} px between scores",
@@ -246,6 +246,18 @@ class _Conversion:
         self.facts = dense_facts(network, stride)
         self.network = shared_layers(network, list(split_points(network)))
         self.strides = dense_strides(self.network, self.facts.grid_px)
+
+
+def _with_settings(conversion: _Conversion, *, local: bool) -> InputError:
+    """Return the obstacle of a network, with all settings that run it as its remedy."""
+    assert conversion.obstacle is not None
+    around = local or read_network(conversion.classifier, local=True).obstacle
+    settings = [
+        f"dense.share_until={conversion.facts.cuts[0].name}, up to which windows can share the network",
+        *([] if around else ["dense.local=true, which takes means over the window around every place"]),
+        "inference.engine=window, which runs any network",
+    ]
+    return InputError(conversion.obstacle.cause, f"set {'; or '.join(settings)}")
 
 
 def _whole(conversion: _Conversion, context_px: int, _share_until: str) -> DenseClassifier:

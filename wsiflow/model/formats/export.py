@@ -205,7 +205,7 @@ class _Builder:
             function, kwargs = ON_SIZES[target], {}
             args = tuple(self._value(*_union(each["arg"])) for each in call["inputs"])
         else:
-            function = operation(target)
+            function = _operation(call)
             args, kwargs = self._arguments(function, {each["name"]: each["arg"] for each in call["inputs"]})
             if function._schema.name.endswith("_") and args[0].op == "get_attr":  # noqa: SLF001
                 raise InputError(f"the program changes its own weight {args[0].target}", _EVALUATION)
@@ -341,6 +341,16 @@ class _Builder:
         if len(kinds) == len(outputs) == len(names):
             return dict(zip(names, outputs, strict=True))
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+
+def _operation(call: Any) -> Any:
+    """Return the operation of a call; the message of one that is refused has the name of the layer."""
+    try:
+        return operation(call["target"])
+    except InputError as error:
+        paths = [path for path, _ in _module_stack(call["metadata"].get("nn_module_stack", "")).values() if path]
+        layer = f" (layer {paths[-1]})" if paths else ""
+        raise InputError(f"{error.cause}{layer}", error.remedy) from error
 
 
 def _union(value: Any) -> tuple[str, Any]:

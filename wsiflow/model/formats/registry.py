@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from wsiflow.errors import InputError
 from wsiflow.model.architectures.registry import ARCHITECTURES
@@ -85,9 +85,22 @@ def _with_one_output(module: nn.Module, card: ModelCard) -> nn.Module:
     only_one = len(named) == 1 and not card.output_name
     matches = [name for name in named if only_one or str(name) == card.output_name]
     if len(matches) == 1:
+        if isinstance(module, fx.GraphModule):
+            return _cut_to_one_output(module, matches[0])
         return NamedOutput(module, matches[0]).eval()
     shapes = ", ".join(f"{name} {tuple(getattr(value, 'shape', ()))}" for name, value in named.items())
     raise InputError(
         f"the model returns {len(named)} outputs ({shapes}), and output_name is {card.output_name!r}",
         f"name the one that holds {list(card.class_names)} as output_name in the card",
     )
+
+
+def _cut_to_one_output(module: fx.GraphModule, name: str | int) -> fx.GraphModule:
+    """Return a program that computes one of its outputs alone."""
+    # As a part of another module its calls would lose the names of their layers.
+    (output,) = module.graph.find_nodes(op="output")
+    (results,) = output.args
+    output.args = (results[name],)
+    module.graph.eliminate_dead_code()
+    module.recompile()
+    return module

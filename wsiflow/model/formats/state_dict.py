@@ -86,6 +86,8 @@ def tensors(data: bytes, path: Path) -> dict[str, torch.Tensor]:
 
 def _pickled(data: bytes, path: Path) -> dict[str, torch.Tensor]:
     """Return the weights of a file of ``torch.save``."""
+    if not data:
+        raise InputError("the file is empty", "fetch or save it again", path=path)
     if zipfile.is_zipfile(io.BytesIO(data)):
         names = zipfile.ZipFile(io.BytesIO(data)).namelist()
         if any("/code/" in name for name in names):
@@ -109,7 +111,10 @@ def _pickled(data: bytes, path: Path) -> dict[str, torch.Tensor]:
             cause = f"the file holds more than weights{f' ({name})' if name else ''}, which could run any code"
             remedy = "save the weights alone: torch.save(model.state_dict(), file), or safetensors"
         else:
-            cause, remedy = f"the file is damaged or not one of weights: {reason[:200]}", "fetch or save it again"
+            cause, remedy = (
+                f"the file is damaged or not one of weights: {_first_sentence(reason)}",
+                "fetch or save it again",
+            )
         raise InputError(cause, remedy, path=path) from error
     found = next(_state_dicts(content), None)
     if found is None:
@@ -119,6 +124,11 @@ def _pickled(data: bytes, path: Path) -> dict[str, torch.Tensor]:
             path=path,
         )
     return found
+
+
+def _first_sentence(text: str) -> str:
+    """Return the first sentence of a text, of at most 200 characters."""
+    return text.partition(". ")[0][:200]
 
 
 def _state_dicts(content: Any) -> Iterator[dict[str, torch.Tensor]]:
@@ -141,7 +151,9 @@ def _loaded(module: nn.Module, weights: Mapping[str, torch.Tensor]) -> str:
     renamed = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
     missing = [name for name in expected if name not in renamed]
     if missing:
-        return f"{len(missing)} of {len(expected)} weights are missing ({', '.join(missing[:_SHOWN])}, ...)"
+        others = [name for name in renamed if name not in expected]
+        instead = f", and the file has {', '.join(others[:_SHOWN])}, ..." if others else ""
+        return f"{len(missing)} of {len(expected)} weights are missing ({', '.join(missing[:_SHOWN])}, ...){instead}"
     others = [
         f"{name} is {list(renamed[name].shape)} in the file and {list(tensor.shape)} in the network"
         for name, tensor in expected.items()

@@ -12,8 +12,8 @@ import torch
 from torch import fx
 from torch.nn import functional
 
-from wsiflow.model.formats.onnx_graph import Value
-from wsiflow.model.formats.onnx_operation import Operation
+from wsiflow.model.formats.onnx.graph import Value
+from wsiflow.model.formats.onnx.operation import Operation
 
 # --- kernels
 

@@ -7,7 +7,7 @@ import torch
 from torch import fx
 
 from wsiflow.errors import InputError
-from wsiflow.model.formats.onnx_graph import NodeFields, Translation, Value
+from wsiflow.model.formats.onnx.graph import NodeFields, Translation, Value
 
 # Attributes that do not change the result of a network that runs and is not trained.
 _IGNORED = {

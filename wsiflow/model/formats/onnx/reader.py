@@ -1,6 +1,6 @@
 """ONNX, which holds a network with its weights as a graph of operators, and no code.
 
-The graph is translated to functions of PyTorch (`wsiflow.model.formats.onnx_operators`), so that a network from another
+The graph is translated to functions of PyTorch (`wsiflow.model.formats.onnx.operators`), so that a network from another
 library runs like one that was built here, on every backend, and over whole regions.
 """
 
@@ -17,8 +17,8 @@ from wsiflow.errors import InputError
 from wsiflow.model.card import ONNX, ModelCard
 from wsiflow.model.engines.spec import optional_package
 from wsiflow.model.formats.format import Format
-from wsiflow.model.formats.onnx_graph import DYNAMIC_BATCH, NodeFields, Translation
-from wsiflow.model.formats.onnx_operators import translate
+from wsiflow.model.formats.onnx.graph import DYNAMIC_BATCH, NodeFields, Translation
+from wsiflow.model.formats.onnx.operators import translate
 from wsiflow.system import faults
 
 MAX_BYTES = 2**31 - 1  # of a file whose weights are inside
@@ -34,17 +34,18 @@ def read(data: bytes, card: ModelCard, path: Path) -> nn.Module:
     Args:
         data: Content of the file.
         card: The model card.
-        path: Path of the file; weights may be in other files of its folder.
+        path: Path of the file, for messages.
 
     Returns:
         The network, from (n, 3, input_px, input_px) to its output, or to a dictionary of its outputs.
 
     Raises:
-        InputError: The file is damaged, or holds a network that cannot be translated.
+        InputError: The file is damaged, its weights are in other files, which no hash of a card covers, or it holds a
+            network that cannot be translated.
         EnvironmentFault: The package onnx is not installed.
     """
     try:
-        return _network(_model(data, path), card, path).eval()
+        return _network(_model(data, path), card).eval()
     except InputError as error:
         raise InputError(error.cause, error.remedy, path=path) from error
 
@@ -97,11 +98,12 @@ def _model(data: bytes, path: Path) -> Any:
 
 
 def _tensors(graph: Any) -> Iterable[Any]:
-    """Yield the tensors of a graph: weights, and attributes of nodes."""
+    """Yield the tensors of a graph: weights, and attributes of nodes, with those of branches."""
     yield from graph.initializer
     for node in graph.node:
         for attribute in node.attribute:
             yield from [attribute.t] if attribute.HasField("t") else []
+            yield from _tensors(attribute.g) if attribute.HasField("g") else []
 
 
 def _external(tensor: Any, path: Path) -> bytes:
@@ -126,12 +128,15 @@ def _external(tensor: Any, path: Path) -> bytes:
     return content
 
 
-def _tensor(tensor: Any, path: Path) -> torch.Tensor:
+def _tensor(tensor: Any) -> torch.Tensor:
     """Return a tensor of the file."""
     onnx = optional_package("onnx", _EXTRA)
     if tensor.external_data:
-        tensor.raw_data = _external(tensor, path)
-        tensor.data_location = type(tensor).DEFAULT
+        name = next((entry.value for entry in tensor.external_data if entry.key == "location"), "")
+        raise InputError(
+            f"weights of the network are in {name!r}, which the sha256 of the card does not cover",
+            "write a card for a file with its weights inside: wsiflow model add FILE.onnx",
+        )
     try:
         values = np.array(onnx.numpy_helper.to_array(tensor))
     except (TypeError, ValueError, KeyError) as error:
@@ -140,7 +145,7 @@ def _tensor(tensor: Any, path: Path) -> torch.Tensor:
     return torch.from_numpy(values if is_whole else values.astype(np.float32))
 
 
-def _network(model: Any, card: ModelCard, path: Path) -> fx.GraphModule:
+def _network(model: Any, card: ModelCard) -> fx.GraphModule:
     """Return the network of a file."""
     graph = model.graph
     weights = {tensor.name: tensor for tensor in graph.initializer}
@@ -153,18 +158,18 @@ def _network(model: Any, card: ModelCard, path: Path) -> fx.GraphModule:
     if lengths[3] == 3 and lengths[1] != 3:
         values[image.name] = translation.call("image", torch.permute, (translation.image, (0, 2, 3, 1)), {})
     for name, tensor in weights.items():
-        values[name] = translation.weight(_tensor(tensor, path), name)
-    _run(graph, values, translation, path)
+        values[name] = translation.weight(_tensor(tensor), name)
+    _run(graph, values, translation)
     module = translation.finish({output.name: values[output.name] for output in graph.output})
     if fixed_batch is not None:
         _check_batch(module, card, fixed_batch)
     return module
 
 
-def _run(graph: Any, values: dict[str, Any], translation: Translation, path: Path) -> None:
+def _run(graph: Any, values: dict[str, Any], translation: Translation) -> None:
     """Translate the nodes of a graph, and add their results to the values by their names."""
     for node in _needed(graph):
-        fields = _fields(node, path)
+        fields = _fields(node)
         missing = [name for name in fields.inputs if name not in values]
         if missing:
             raise fields.fault(f"takes {missing[0]!r}, which nothing returns", _AGAIN)
@@ -173,8 +178,8 @@ def _run(graph: Any, values: dict[str, Any], translation: Translation, path: Pat
             branches = {attribute.name: attribute.g for attribute in node.attribute}
             branch = branches["then_branch" if bool(condition) else "else_branch"]
             within = dict(values)
-            within.update({tensor.name: _tensor(tensor, path) for tensor in branch.initializer})
-            _run(branch, within, translation, path)
+            within.update({tensor.name: _tensor(tensor) for tensor in branch.initializer})
+            _run(branch, within, translation)
             results = tuple(within[output.name] for output in branch.output)
         else:
             results = translate(translation, fields, [values[name] for name in fields.inputs])
@@ -236,10 +241,10 @@ def _names(node: Any) -> Iterable[str]:
         yield from (output.name for output in attribute.g.output)
 
 
-def _fields(node: Any, path: Path) -> NodeFields:
+def _fields(node: Any) -> NodeFields:
     """Return a node of the file."""
     domain = "" if node.domain in {"", "ai.onnx"} else f"{node.domain}."
-    attributes = {each.name: _attribute(each, path) for each in node.attribute}
+    attributes = {each.name: _attribute(each) for each in node.attribute}
     outputs = tuple(node.output)
     while outputs and not outputs[-1]:
         outputs = outputs[:-1]
@@ -254,11 +259,11 @@ def _name(node: Any) -> str:
     return f"/{modules[-1]}/{name}" if modules and modules[-1] else name
 
 
-def _attribute(attribute: Any, path: Path) -> Any:
+def _attribute(attribute: Any) -> Any:
     """Return the value of an attribute."""
     onnx = optional_package("onnx", _EXTRA)
     if attribute.HasField("t"):
-        return _tensor(attribute.t, path)
+        return _tensor(attribute.t)
     if attribute.name == "to":
         return _dtype(attribute.i)
     if attribute.type in {onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS}:

@@ -6,10 +6,11 @@ a mode that is not here is refused, since a wrong assumption would give scores t
 
 from collections.abc import Sequence
 
-from wsiflow.model.formats import onnx_layers, onnx_shapes
-from wsiflow.model.formats.onnx_graph import DYNAMIC_BATCH, NodeFields, Translation, Value, readable
-from wsiflow.model.formats.onnx_operation import EXPORT_AGAIN, Operation
+from wsiflow.model.formats.onnx import layers, shapes
+from wsiflow.model.formats.onnx.graph import DYNAMIC_BATCH, NodeFields, Translation, Value, readable
+from wsiflow.model.formats.onnx.operation import EXPORT_AGAIN, Operation
 
+_WITHOUT = "export the model without it, or from PyTorch with opset_version=17"
 _FAULTS = (ArithmeticError, AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError)
 
 
@@ -26,7 +27,7 @@ def translate(translation: Translation, fields: NodeFields, inputs: Sequence[Val
     """
     if fields.kind not in _OPERATORS:
         reason = _REFUSED.get(fields.kind, "is not known")
-        raise fields.fault(f"of opset {translation.opset} {reason}", EXPORT_AGAIN)
+        raise fields.fault(f"of opset {translation.opset} {reason}", _WITHOUT)
     operation = Operation(translation, fields, inputs)
     try:
         results = _OPERATORS[fields.kind](operation)
@@ -44,7 +45,7 @@ def _first_line(error: Exception) -> str:
     return readable((str(error).splitlines() or [type(error).__name__])[0])[:200]
 
 
-_OPERATORS = {**onnx_layers.OPERATORS, **onnx_shapes.OPERATORS}
+_OPERATORS = {**layers.OPERATORS, **shapes.OPERATORS}
 _CONTROL_FLOW = "is control flow, which has no layers"
 _QUANTISED = "computes with quantised numbers"
 _REFUSED: dict[str, str] = {

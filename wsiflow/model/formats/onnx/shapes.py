@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from wsiflow.model.formats.onnx_graph import BATCH, DYNAMIC_BATCH, Value, batch_length, count_to_batch, readable
-from wsiflow.model.formats.onnx_layers import is_whole, padded
-from wsiflow.model.formats.onnx_operation import Operation
+from wsiflow.model.formats.onnx.graph import BATCH, DYNAMIC_BATCH, Value, batch_length, count_to_batch, readable
+from wsiflow.model.formats.onnx.layers import is_whole, padded
+from wsiflow.model.formats.onnx.operation import Operation
 
 # --- parts and joins
 
