@@ -127,16 +127,18 @@ def _fields(arguments: Namespace, known: dict[str, Any]) -> dict[str, Any]:
         fields["architecture"] = arguments.architecture
     if arguments.args:
         fields["architecture_args"] = _pairs(arguments.args)
-    return fields | _resize(arguments.resize, fields) | _output(arguments, known)
+    return fields | _resize(arguments.resize, known.get("resize"), fields) | _output(arguments, known)
 
 
-def _resize(how: str | None, fields: dict[str, Any]) -> dict[str, str]:
-    """Return how windows are resized, if the command line says it.
+def _resize(how: str | None, known: str | None, fields: dict[str, Any]) -> dict[str, str]:
+    """Return how windows are resized, if the command line or the model's folder says it.
 
     Raises:
-        InputError: Windows are not resized.
+        InputError: The command line says how, but windows are not resized.
     """
-    if how and fields["window_px"] == fields["input_px"]:
+    if fields["window_px"] != fields["input_px"]:
+        how = how or known
+    elif how:
         cause = f"--resize is {how}, but windows of {fields['window_px']} px are not resized"
         raise InputError(cause, "give --input with the side to which they are, or leave --resize out")
     return {"resize": how} if how else {}
