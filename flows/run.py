@@ -87,7 +87,7 @@ def _compose_and_run(composed: DictConfig) -> float | None:
         if is_trial:
             sweep.end_with_sweep()
             name = sweep.trial_name(hydra_config.overrides.task) or str(hydra_config.job.num)
-        config = to_config(composed, job=name)
+        config = to_config(composed, hydra_config.overrides.task, job=name)
         if is_trial:
             sweep.claim_own(config.out, hydra_config.overrides.task)
         summaries.append(start(config))
