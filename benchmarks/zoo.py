@@ -3,8 +3,8 @@
 A tile is 224 px a side and has 49 windows at stride 32. Dense engines run a region of 1,024 px with the context that a
 run gives to networks that pad (640 px where windows share only a part, since the rest takes long); the window engine
 runs a batch of eight. Both are charged for a tile. The networks need the extra ``wsiflow[zoo]``. Their weights are
-random, since none are fetched: batch norms hold the statistics of synthetic tissue, and the last layer is scaled so
-that the logits of windows have a standard deviation of one.
+random, since none are fetched: batch norms hold the statistics of synthetic tissue and of noise, and the last layer is
+scaled so that the logits of windows have a standard deviation of one.
 """
 
 import hashlib
@@ -130,7 +130,10 @@ def classifier(name: str) -> Classifier:
 
 
 def _fit(module: nn.Module, windows: torch.Tensor) -> None:
-    """Give batch norms the statistics of windows, and the logits of windows a mean of 0 and a deviation of 1."""
+    """Give batch norms the statistics of windows and of noise, and the logits of windows a deviation of one.
+
+    Without noise, on which conversions are checked, norms would amplify what tissue does not have without bound.
+    """
     norms = [layer for layer in module.modules() if isinstance(layer, nn.BatchNorm2d)]
     for norm in norms:
         norm.reset_running_stats()
@@ -139,7 +142,7 @@ def _fit(module: nn.Module, windows: torch.Tensor) -> None:
     last = [layer for layer in module.modules() if isinstance(layer, nn.Conv2d | nn.Linear)][-1]
     with torch.no_grad():
         if norms:
-            module(windows)
+            module(torch.cat([windows, torch.randn_like(windows)]))
         module.eval()
         nn.init.normal_(last.weight, std=0.05)  # some libraries leave it zero
         logits = module(windows)
