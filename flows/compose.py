@@ -9,7 +9,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from wsiflow.errors import InputError
+from wsiflow.errors import InputError, WsiflowError
+from wsiflow.model import read_card
 from wsiflow.run.config import RunConfig, validate
 
 from . import folders, keys, sweep
@@ -36,11 +37,12 @@ OmegaConf.register_new_resolver("wsiflow_sweep", _sweep_folder, replace=True)
 OmegaConf.register_new_resolver("wsiflow_keys", _keys, replace=True)
 
 
-def to_config(composed: DictConfig, *, job: str = "") -> RunConfig:
+def to_config(composed: DictConfig, overrides: Sequence[str], *, job: str = "") -> RunConfig:
     """Turn what Hydra composed into a validated configuration.
 
     Args:
         composed: What Hydra composed from ``conf/`` and the overrides.
+        overrides: The overrides.
         job: Name of a trial of a sweep, whose folder lies below ``out``; empty for a single run.
     """
     try:
@@ -58,7 +60,24 @@ def to_config(composed: DictConfig, *, job: str = "") -> RunConfig:
         tracking, out = values["tracking"], Path(values["out"])
         tracking["sweep"] = sweep.name() or sweep.name_of(tracking["sweep"], values["name"], out)
         values["out"] = str(out / job)
-    return validate(values)
+    return _with_stride_alone(validate(values), overrides)
+
+
+def _with_stride_alone(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
+    """Keep ``inference.stride_alone=auto`` only where it may be used, so that it is in no file of any other run."""
+    inference = config.inference
+    if inference.stride_alone != "auto":
+        return config
+    is_given = any(one.lstrip("+").startswith(("inference.stride=", "experiment=")) for one in overrides)
+    try:
+        is_needed = not is_given and inference.engine == "dense" and not read_card(config.model).is_built_in
+    except WsiflowError:  # the run itself refuses such a card, with what else is wrong
+        is_needed = False
+    return (
+        config
+        if is_needed
+        else config.model_copy(update={"inference": inference.model_copy(update={"stride_alone": 0})})
+    )
 
 
 def compose_config(overrides: Sequence[str], *, job: str = "") -> RunConfig:
@@ -67,7 +86,7 @@ def compose_config(overrides: Sequence[str], *, job: str = "") -> RunConfig:
     Raises:
         InputError: An override is unknown or out of bounds.
     """
-    return to_config(_composed(overrides), job=job)
+    return to_config(_composed(overrides), overrides, job=job)
 
 
 def _composed(overrides: Sequence[str]) -> DictConfig:

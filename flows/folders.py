@@ -29,6 +29,8 @@ def default_name(values: Mapping[str, Any]) -> str:
         decisive[section] = {key: values.get(section, {}).get(key) for key in keys}
     if values.get("dense", {}).get("local"):
         decisive["dense"]["local"] = True
+    if decisive["inference"].get("stride_alone") == "auto":
+        del decisive["inference"]["stride_alone"]  # so that folders keep the names that earlier versions gave
     decisive["dataset"] = {**FLAT, **decisive["dataset"]}  # so that folders keep the names that earlier versions gave
     decisive["model"] = {  # likewise
         key: value for key, value in decisive["model"].items() if key != "trust_python" and (key != "maps" or value)

@@ -70,7 +70,8 @@ def _line(config: RunConfig, submit: Submit, pool_of: Pool, note: Note) -> finis
         ingested = [submit(f"ingest {i}", shards.ingest_shard, pool, cases, part) for i, part in enumerate(parts, 1)]
         plan_path = ingest.make_plan(cases, [outcome for future in ingested for outcome in future.result()])
         finish.set_aside(plan_path)
-        for warning in (*shards.describe_rejections(plan_path), *shards.describe_duplicates(plan_path)):
+        warnings = [*shards.describe_rejections(plan_path), *shards.describe_duplicates(plan_path)]
+        for warning in (*warnings, *shards.describe_cost_alone(cases, plan_path)):
             note(warning, logging.WARNING)
         slice_s = config.executor.slice_s
         if slice_s:

@@ -83,7 +83,11 @@ def _compose_and_run(composed: DictConfig) -> float | tuple[float, ...] | None:
     hydra_config = HydraConfig.get()
     if hydra_config.mode == RunMode.MULTIRUN:
         return _run_trial(composed, hydra_config)
-    _exit_codes.append(terminal.bounded(lambda: _run_job(composed, to_config(composed), hydra_config).exit_code))
+    _exit_codes.append(
+        terminal.bounded(
+            lambda: _run_job(composed, to_config(composed, hydra_config.overrides.task), hydra_config).exit_code
+        )
+    )
     return None
 
 
@@ -99,7 +103,7 @@ def _run_trial(composed: DictConfig, hydra_config: HydraConf) -> float | tuple[f
         nonlocal trial
         sweep.prepare_process()
         sweep.trial_name(hydra_config.overrides.task)
-        config = to_config(composed, job=trial.name)
+        config = to_config(composed, hydra_config.overrides.task, job=trial.name)
         trial = trial._replace(skipped=sweep.reason_to_skip(config))
         if trial.skipped:
             logs.note(f"skipped: {trial.skipped}", logging.WARNING)

@@ -7,6 +7,7 @@ report says which.
 """
 
 import json
+import logging
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -114,6 +115,8 @@ def _ingest(config: RunConfig, *, calibrate: bool) -> Path:
             logs.note(message)
         every_case = range(len(shards.case_sizes(cases)))
         plan_path = ingest.make_plan(cases, shards.ingest_shard(pool, cases, every_case))
+        for warning in shards.describe_cost_alone(cases, plan_path):
+            logs.note(warning, logging.WARNING)
         if calibrate:
             shards.once(pool, plan_path, "measure")
     return plan_path

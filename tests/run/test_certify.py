@@ -17,7 +17,7 @@ from torch import nn
 from flows import compose as command
 from flows.cli import main
 from wsiflow.heatmap import files
-from wsiflow.model import save, scorer
+from wsiflow.model import from_module, save, scorer
 from wsiflow.model.architectures.registry import build
 from wsiflow.model.classifier import load
 from wsiflow.model.engines import engine
@@ -354,3 +354,30 @@ def test_what_cannot_be_is_refused_before_any_work(
     assert wsiflow(small_slides, tmp_path / "run", *overrides) == 20
     assert said in capsys.readouterr().err
     assert not (tmp_path / "run/plan.json").exists()
+
+
+def test_windows_that_only_run_alone_get_a_stride_that_fits(
+    tiny_slide: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Half a window where no stride was given; a given one is kept, and its cost and that of half a window are said."""
+    torch.manual_seed(1)
+    from_module(
+        _Gated(512), classes=["a", "b"], window=64, spacing=0.243, mean=(0.5,) * 3, std=(0.2,) * 3, folder=tmp_path
+    )
+    model = ["model=card", f"model.card={tmp_path}/model.json"]
+    assert wsiflow(tiny_slide, tmp_path / "usual", *model) == 0
+    assert heat(tmp_path / "usual").shape == (14, 14)
+    assert "windows are run one by one, 32 px apart (inference.stride_alone): " in capsys.readouterr().out
+    assert "window_s" not in choice_of(tmp_path / "usual")
+    assert main(["plan", *tiny_slide, *model, f"out={tmp_path / 'given'}", *FAST, "inference.stride=16"]) == 0
+    assert choice_of(tmp_path / "given")["choice"]["stride_px"] == 16
+    said = capsys.readouterr().out
+    assert re.search(r"784 windows run one by one, about \S+ core-hours at stride 16; inference\.stride=32 would", said)
+
+
+@pytest.mark.parametrize("more", [[], ["inference=window"], ["inference.stride=32"]])
+def test_files_of_runs_that_share_windows_do_not_have_the_stride_of_others(more: list[str]) -> None:
+    """What ships runs as before, whether a stride was given or not."""
+    config = command.compose_config(["out=unused", *more])
+    assert config.inference.stride_alone == 0
+    assert "stride_alone" not in config.model_dump(mode="json")["inference"]

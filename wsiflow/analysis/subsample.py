@@ -67,7 +67,7 @@ def _write(run: ScoredRun, stride: int, out: Path) -> Path:
     for name, text in evaluate.documents(evaluation).items():
         publish.write_view(out, f"evaluation/{name}", text.encode())
     settings = record.settings(run.config.model_dump(mode="json"), run.plan) | record.digests(run.plan)
-    settings |= {"inference.stride": stride, "subsampled_from": run.config.inference.stride}
+    settings |= {"inference.stride": stride, "subsampled_from": run.plan.settings.choice.stride_px}
     publish.write_view(out, "evaluation/settings.json", json.dumps(settings, indent=1, sort_keys=True).encode())
     return out
 

@@ -173,6 +173,11 @@ class ModelCard(BaseModel, frozen=True, extra="forbid"):
         return self
 
     @property
+    def is_built_in(self) -> bool:
+        """Whether the architecture is one of wsiflow's own, all of which can run over whole regions."""
+        return ":" not in self.architecture and self.architecture not in {TORCHSCRIPT, EXPORT, ONNX}
+
+    @property
     def positive_names(self) -> tuple[str, ...]:
         """Names of the positive classes, without repetition."""
         names = (self.positive_class,) if isinstance(self.positive_class, str) else self.positive_class

@@ -110,6 +110,17 @@ class InferenceParams(BaseModel, frozen=True, extra="forbid"):
         ge=1,
         description="The coarse stride of refine, reading pixels: a multiple of the stride that divides the tile.",
     )
+    stride_alone: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
+        default=0,
+        description="The stride instead, where the network looks at windows as a whole, so that they can only run one "
+        "by one. auto: half a window, unless the stride was given. 0: the stride all the same.",
+    )
+
+    @model_serializer(mode="wrap")
+    def _without_unused(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out what earlier versions did not have, where it is not used, so that files and keys stay the same."""
+        values: dict[str, Any] = dump(self)
+        return {name: value for name, value in values.items() if name != "stride_alone" or value}
 
 
 FORMER_EXCESS: Mapping[Literal["fail", "report"], Literal["stop", "tell"]] = {"fail": "stop", "report": "tell"}

@@ -18,7 +18,7 @@ from wsiflow.errors import InputError
 BATCH = 2  # greater than one, so that an operation on the batch differs from one on a window
 #: What a forward method may raise where it is traced.
 TRACING = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
-_RESHAPES = {"view", "reshape", "_unsafe_view"}
+VIEWS = {"view", "reshape", "_unsafe_view"}  # operations that only change the shape
 
 _programs: "weakref.WeakKeyDictionary[nn.Module, dict[tuple[int, int], fx.GraphModule]]" = weakref.WeakKeyDictionary()
 
@@ -137,13 +137,13 @@ def _with_linear_layers(traced: fx.GraphModule) -> None:
 
 def _reshaped_around(node: fx.Node, rows: fx.Node) -> tuple[fx.Node | None, list[fx.Node]]:
     """Return the map that a product's rows are the places of, and its results as maps of the same places."""
-    if name_of(rows) not in _RESHAPES:
+    if name_of(rows) not in VIEWS:
         return None, []
     source, results = rows.args[0], list(node.users)
     assert isinstance(source, fx.Node)
     shape = (*_lengths(source)[:-1], *_lengths(node)[-1:])
     same = _lengths(source)[-1:] == _lengths(rows)[-1:] and len(shape) > 2
-    are_maps = all(name_of(each) in _RESHAPES and _lengths(each) == shape for each in results)
+    are_maps = all(name_of(each) in VIEWS and _lengths(each) == shape for each in results)
     return (source, results) if same and are_maps and results else (None, [])
 
 

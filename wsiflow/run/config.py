@@ -75,10 +75,11 @@ class RunConfig(BaseModel, frozen=True, extra="forbid"):
 
     @model_validator(mode="after")
     def _fits_together(self) -> "RunConfig":
-        if self.tiles.tile_px % self.inference.stride:
-            divisors = [d for d in range(1, self.tiles.tile_px + 1) if self.tiles.tile_px % d == 0]
-            cause = f"inference.stride is {self.inference.stride}, it must divide tiles.tile_px: one of {divisors}"
-            raise ValueError(cause)
+        for name in ("stride", "stride_alone"):
+            stride = getattr(self.inference, name)
+            if isinstance(stride, int) and stride and self.tiles.tile_px % stride:
+                divisors = [d for d in range(1, self.tiles.tile_px + 1) if self.tiles.tile_px % d == 0]
+                raise ValueError(f"inference.{name} is {stride}, it must divide tiles.tile_px: one of {divisors}")
         if self.inference.refine:
             self._check_refinement()
         if self.stain.per_patch and not self.tiles.block_rows == self.tiles.block_cols == 1:

@@ -18,7 +18,7 @@ from wsiflow.run.executor.protocol import Executor, Outcome, Slice
 from wsiflow.run.plan import Plan, read_plan
 from wsiflow.run.stages import certify, extract, ingest, stain, work
 from wsiflow.run.stages.calibrate import calibration_slides
-from wsiflow.run.stages.choose import choice_key, describe_choice, describe_fallback, is_chosen
+from wsiflow.run.stages.choose import choice_key, choice_record, describe_choice, describe_fallback, is_chosen
 from wsiflow.run.stages.line import ROUGH, STAGES, names_of
 from wsiflow.run.stages.network import calibration
 from wsiflow.run.stages.stage import Stage
@@ -220,6 +220,23 @@ def describe_duplicates(plan_path: Path) -> list[str]:
         ids_by_content.setdefault(planned.sha256, []).append(planned.slide_id)
     groups = (", ".join(slides) for slides in ids_by_content.values() if len(slides) > 1)
     return [f"the same slide under several names, each of which counts in the scores: {names}" for names in groups]
+
+
+def describe_cost_alone(cases: Path, plan_path: Path) -> list[str]:
+    """Return a warning where the network forces single windows at a stride that makes them dear: their number and cost.
+
+    It names the stride that would fit, and what that would cost.
+    """
+    record, plan = choice_record(cases.parent, read_cases(cases)[0]), read_plan(plan_path)
+    if "window_s" not in record:
+        return []
+    stride, fitting = plan.settings.choice.stride_px, record["stride_alone"]
+    windows = sum(one.n_tiles for one in plan.slides) * (plan.settings.tile_px // stride) ** 2
+    hours = windows * record["window_s"] / 3600
+    return [
+        f"{windows:,} windows run one by one, about {hours:.2g} core-hours at stride {stride}; "
+        f"inference.stride={fitting} would take about {hours * (stride / fitting) ** 2:.2g}, in another out= folder"
+    ]
 
 
 def slide_sizes(plan_path: Path) -> list[int]:

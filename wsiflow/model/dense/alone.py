@@ -14,7 +14,7 @@ from torch import fx
 from wsiflow.model.classifier import Classifier
 from wsiflow.model.dense.layers import cannot_run_dense
 from wsiflow.model.dense.receptive import Layer, Network
-from wsiflow.model.program import BATCH, name_of, program, weight_of
+from wsiflow.model.program import BATCH, VIEWS, name_of, program, weight_of
 
 _OTHER_BATCH = BATCH + 1
 _MANY = "its program depends on the number of windows in a way that cannot be followed"
@@ -55,11 +55,12 @@ class _Part:
 
     def copied(self, node: fx.Node, twin: fx.Node) -> fx.Node:
         """Append a copy of a call for any number of windows."""
-        is_view = name_of(node) in {"view", "_unsafe_view"}
         args, kwargs = self._value(node.args, twin.args), self._value(node.kwargs, twin.kwargs)
-        # Features of windows need not have the layout in memory that a view of the program's maps relies on.
-        target = torch.ops.aten.reshape.default if is_view else node.target
-        return self.graph.call_function(target, args, kwargs)  # type: ignore[arg-type]
+        if name_of(node) in VIEWS:
+            # Features of windows need not have the layout in memory that a view of the program's maps relies on. The
+            # method, unlike the operation, keeps the number of windows variable where backends trace this module.
+            return self.graph.call_method("reshape", args, kwargs)
+        return self.graph.call_function(node.target, args, kwargs)  # type: ignore[arg-type]
 
     def _value(self, value: Any, other: Any) -> Any:
         """Return an argument for any number of windows, from those for two numbers."""

@@ -104,7 +104,7 @@ def settings(values: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
     """
     chosen = {f"inference.{name}": getattr(plan.settings.choice, name) for name in ("engine", "backend", "precision")}
     sizes = {f"tiles.{name}": getattr(plan.settings.choice, name) for name in ("halo_px", "block_rows", "block_cols")}
-    return _flat(values) | chosen | sizes
+    return _flat(values) | chosen | {"inference.stride": plan.settings.choice.stride_px} | sizes
 
 
 def digests(plan: Plan) -> dict[str, str]:

@@ -8,6 +8,7 @@ measured on the machine, and only where the configuration says ``auto``.
 import contextlib
 import itertools
 import math
+import time
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,9 @@ from wsiflow.model.engines import engine, openvino, spec
 from wsiflow.plan import geometry
 from wsiflow.run.config import RunConfig
 from wsiflow.system.machine import cpu_flags, cpu_supports_bf16
+from wsiflow.system.usage import untimed
+
+_Scorer = scorer.WindowScorer | scorer.DenseScorer
 
 _MICRO_BENCHMARK_S = 2.0
 _ONE_BY_ONE = "windows are run one by one"
@@ -52,30 +56,61 @@ def choose_engine(classifier: Classifier, config: RunConfig, *, threads: int) ->
     """
     facts, reason = _graph(classifier, config)
     try:
-        planned = _plan_blocks(classifier, config, facts)
+        planned = _plan_blocks(classifier, config, facts) if facts else _plan_windows(classifier, config)
     except _NoRegionsError as error:
         facts, reason = None, f"{_ONE_BY_ONE}: {error}"
         planned = _plan_windows(classifier, config)
     choice, measured = _fastest(classifier, planned, config, threads=threads)
     try:
-        _prove(classifier, choice, threads=threads)
+        proven = _prove(classifier, choice, threads=threads)
     except InputError as error:
         if choice.engine == "window" or config.dense.share_until or choice.precision == "int8":
             raise
         facts, reason = None, f"{_ONE_BY_ONE}: {error.cause}"
         alone = _plan_windows(classifier, config)
         choice = alone._replace(backend=choice.backend, precision=choice.precision)
-        _prove(classifier, choice, threads=threads)
+        proven = _prove(classifier, choice, threads=threads)
     _check_certifiable(choice, config)
     if not engine.is_convertible(classifier):
         reason = f"{reason}; PyTorch runs this network"
+    if choice.stride_px != config.inference.stride:
+        apart = f"{_ONE_BY_ONE}, {choice.stride_px} px apart (inference.stride_alone)"
+        reason = reason.replace(_ONE_BY_ONE, apart, 1)
     return {
         "choice": choice.values(),
         "told": f"{reason}{_smaller_batch(choice, config)}",
         "measured_s": measured,
         "cpu_flags": sorted(flag for flag in cpu_flags() if flag.startswith(_FLAGS)),
         "cuts": _cuts(facts),
+        **_cost_alone(classifier, choice, config, proven, threads=threads),
     }
+
+
+def _stride_alone(classifier: Classifier, config: RunConfig) -> int:
+    """Return the stride that fits windows which run one by one: half a window, or less to divide a tile."""
+    tile_px = config.tiles.tile_px
+    return max(
+        stride for stride in range(1, tile_px + 1) if tile_px % stride == 0 and 2 * stride <= classifier.window_px
+    )
+
+
+def _cost_alone(
+    classifier: Classifier, choice: Choice, config: RunConfig, proven: _Scorer, *, threads: int
+) -> dict[str, Any]:
+    """Return what a window costs and the stride that would fit, where the network forces windows that overlap much.
+
+    Returns:
+        ``window_s``, core-seconds per window, and ``stride_alone``, px; nothing where windows run as was asked for.
+    """
+    fitting = _stride_alone(classifier, config)
+    if config.inference.engine == "window" or choice.engine == "dense" or choice.stride_px >= fitting:
+        return {}
+    assert isinstance(proven, scorer.WindowScorer)
+    window = np.zeros((classifier.window_px, classifier.window_px, 3), np.uint8)
+    begin = time.perf_counter()
+    proven.run([window] * choice.batch, untimed)
+    spent = time.perf_counter() - begin
+    return {"window_s": threads * spent / choice.batch, "stride_alone": fitting}
 
 
 class _NoRegionsError(Exception):
@@ -101,10 +136,10 @@ def _fastest(
     return min(candidates, key=lambda each: measured.get(_name(each), math.inf)), measured
 
 
-def _prove(classifier: Classifier, choice: Choice, *, threads: int) -> None:
+def _prove(classifier: Classifier, choice: Choice, *, threads: int) -> _Scorer:
     """Prepare the network as chosen, so that a choice that does not work fails before any slide is read.
 
-    The graph of the network is kept for later.
+    The graph of the network is kept for later. For int8 the network is prepared in fp32.
 
     Raises:
         InputError: The network cannot be run as chosen.
@@ -116,7 +151,7 @@ def _prove(classifier: Classifier, choice: Choice, *, threads: int) -> None:
             cause = "int8 is not supported for a network of which windows share only a part"
             raise InputError(cause, "set inference.precision=fp32 or bf16, or dense.share_until=''")
     precision = "fp32" if choice.precision == "int8" else choice.precision
-    scorer.make_scorer(classifier, choice._replace(precision=precision), threads=threads)
+    return scorer.make_scorer(classifier, choice._replace(precision=precision), threads=threads)
 
 
 def _check_certifiable(choice: Choice, config: RunConfig) -> None:
@@ -196,7 +231,11 @@ def _partly(facts: DenseFacts, config: RunConfig) -> tuple[DenseFacts | None, st
 
 def _plan_windows(classifier: Classifier, config: RunConfig) -> Choice:
     """Return the choice for windows that are run one by one, without backend and precision."""
-    return _plan_blocks(classifier, config, None)
+    inference = config.inference
+    if inference.engine == "dense" and inference.stride_alone:
+        fitting = _stride_alone(classifier, config) if inference.stride_alone == "auto" else inference.stride_alone
+        inference = inference.model_copy(update={"stride": fitting})
+    return _plan_blocks(classifier, config.model_copy(update={"inference": inference}), None)
 
 
 def _plan_blocks(classifier: Classifier, config: RunConfig, facts: DenseFacts | None) -> Choice:
