@@ -9,7 +9,7 @@ import hashlib
 import logging
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from prefect.artifacts import create_markdown_artifact, create_table_artifact
 
 from wsiflow.errors import PARTIAL, Failure
 from wsiflow.heatmap.overlay import thumbnail
+from wsiflow.redaction import without_secrets
 from wsiflow.run.config import RunConfig
 from wsiflow.run.results.finish import Summary
 from wsiflow.run.results.status import OWN_TABLE, missing_slides
@@ -31,6 +32,7 @@ _SHORT = {"froc.score": "FROC", "froc.strict_score": "strict", "roc.auc": "AUC"}
 _SPENT = {"throughput.core_hours": "Core-hours", "throughput.tiles_per_s": "Tiles per second"}
 _FIGURES = {"froc.score": ("FROC", "froc.png"), "roc.auc": ("Slide ROC", "roc.png")}
 _WORST = 4  # slides that are pictured
+_LISTED, _MOST_ROWS = 20, 1000  # slides without a result, in the text and in the table
 _OVERLAY_PX, _FIGURE_PX = 220, 420  # so that they fit beside each other on the page
 _NAME_CHARS = 60  # of a run, in a key
 _URL = re.compile(r"https?://[^\s<>)]+")
@@ -68,28 +70,19 @@ def show_result(config: RunConfig, summary: Summary, failures: Sequence[Failure]
         failures: Why slides have no result, as far as it is known in parts.
     """
     rows = failure_rows(config.out, summary, failures)
-
-    def create() -> None:
+    try:
         create_markdown_artifact(_result(config, summary, rows), key=key(config, "result"), description=title(config))
         if rows:
             what = f"{title(config)}: slides without a result"
-            create_table_artifact(rows, key=key(config, "failures"), description=what)
-
-    attempt(create)
+            create_table_artifact(rows[:_MOST_ROWS], key=key(config, "failures"), description=what)
+    except (httpx.HTTPError, RuntimeError, OSError, ValueError) as error:
+        _logger.info("Prefect's page does not show the results: %s", error)  # the run is complete without them
 
 
 def show_scores(out: Path, metrics: Mapping[str, float]) -> None:
     """Show the scores of detections that existed already, whose files are in a folder."""
     text = [f"# {out.name}", _scores(metrics), _figures(out, metrics), f"Scores and curves: `{out.resolve()}`"]
     create_markdown_artifact("\n\n".join(text) + "\n", key=key_of(out.name, out, "result"), description=out.name)
-
-
-def attempt(create: Callable[[], None]) -> None:
-    """Create artifacts; where that fails, the run is complete without them."""
-    try:
-        create()
-    except (httpx.HTTPError, RuntimeError, OSError, ValueError) as error:
-        _logger.warning("Prefect's page does not show the results: %s", error)
 
 
 def failure_rows(root: Path, summary: Summary, failures: Sequence[Failure]) -> list[dict[str, Any]]:
@@ -103,8 +96,8 @@ def failure_rows(root: Path, summary: Summary, failures: Sequence[Failure]) -> l
                 "slide": status.slide_id,
                 "status": status.status,
                 "stage": failure.stage if failure else "",
-                "cause": failure.cause if failure else status.reason,
-                "remedy": failure.remedy if failure else "",
+                "cause": without_secrets(failure.cause if failure else status.reason),
+                "remedy": without_secrets(failure.remedy if failure else ""),
                 "attempts": f"wsiflow explain {root} {status.slide_id}",
             }
         )
@@ -127,9 +120,8 @@ def _result(config: RunConfig, summary: Summary, failures: Sequence[Mapping[str,
         shown = config.out / ("evaluation-PARTIAL" if summary.exit_code == PARTIAL else "evaluation")
         parts += [_scores(summary.metrics), _figures(shown, summary.metrics), _worst_slides(config.out, shown)]
     if failures:
-        heads = ("slide", "stage", "cause", "remedy")
-        parts += ["## Slides without a result", table([{head: row[head] for head in heads} for row in failures])]
-    parts += ["## Where it is", _links(config.out, summary), f"```\n{summary.text}\n```"]
+        parts += ["## Slides without a result", _failures(failures)]
+    parts += ["## Where it is", _links(config.out, summary), f"```\n{without_secrets(summary.text)}\n```"]
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
@@ -140,6 +132,12 @@ def _headline(summary: Summary) -> str:
     if missing:
         return f"**Partial**: {missing} of {total} slides have no result. Do not compare these scores with others."
     return f"Complete: {total} of {total} slides."
+
+
+def _failures(rows: Sequence[Mapping[str, Any]]) -> str:
+    shown = [{head: row[head] for head in ("slide", "stage", "cause", "remedy")} for row in rows[:_LISTED]]
+    more = f"\n\nand {len(rows) - _LISTED} more, in `process_list.csv`" if len(rows) > _LISTED else ""
+    return table(shown) + more
 
 
 def _scores(metrics: Mapping[str, float]) -> str:
@@ -196,7 +194,7 @@ def _links(root: Path, summary: Summary) -> str:
     lines = [f"* Folder: `{root.resolve()}`"]
     if (root / "report.html").exists():
         lines.append(f"* Report: `{(root / 'report.html').resolve()}`")
-    lines += [f"* MLflow: <{url}>" for url in dict.fromkeys(_URL.findall(summary.text))]
+    lines += [f"* MLflow: <{url}>" for url in dict.fromkeys(_URL.findall(without_secrets(summary.text)))]
     return "\n".join(lines)
 
 

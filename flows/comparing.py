@@ -18,7 +18,7 @@ from wsiflow.analysis.tradeoff.comparison import ComparisonResult
 from wsiflow.errors import WsiflowError
 from wsiflow.run.tracking import TrackingParams
 
-from . import artifacts, terminal
+from . import artifacts, reported, terminal
 from .server import answers
 
 _PICTURE = re.compile(r"^!\[(.*)\]\((.*)\)$", re.MULTILINE)
@@ -62,6 +62,7 @@ def _show_in_prefect(result: ComparisonResult) -> None:
 def create_artifacts(result: ComparisonResult) -> None:
     """Create the text of a comparison, with its figures, and its table as artifacts of the present flow run."""
     name = result.tradeoff.name
+    reported.add_tags(sweep=name)
     key = partial(artifacts.key_of, name, result.out)
     rows = report.main_table(result.tradeoff)
     create_table_artifact(rows, key=key("comparison-table"), description=f"Comparison of {name}")

@@ -18,10 +18,11 @@ from prefect.states import Completed, Failed
 from wsiflow.analysis.tradeoff import comparison
 from wsiflow.errors import PARTIAL, InputError, WsiflowError
 from wsiflow.evaluation.evaluate import Existing, evaluate_existing
+from wsiflow.redaction import without_secrets
 from wsiflow.run.config import RunConfig
 from wsiflow.run.results.finish import Summary
 
-from . import artifacts, comparing, forms
+from . import artifacts, comparing, forms, reported
 from . import sweep as sweeps
 from .compose import compose_config, trials
 from .pipeline import TASK_RUNNER, as_flow, run_line, state_of
@@ -140,6 +141,7 @@ def _ended(run: Callable[[], State[Any]]) -> State[Any]:
 
 
 def _sweep(request: forms.Sweep) -> State[Any]:
+    reported.add_tags(sweep=request.name)
     jobs = trials(request.to_overrides())
     summaries = {}
     for number, (name, job) in enumerate(jobs.items(), 1):
@@ -199,7 +201,7 @@ def _refused(error: WsiflowError, title: str) -> Summary:
 def _summary_of(error: Exception) -> Summary:
     """Return the summary of a run that ended with an error."""
     message = str(error) if isinstance(error, WsiflowError) else f"{type(error).__name__}: {error}"
-    return Summary(getattr(error, "exit_code", WsiflowError.exit_code), {}, message)
+    return Summary(getattr(error, "exit_code", WsiflowError.exit_code), {}, without_secrets(message))
 
 
 def _compare_trials(request: forms.Sweep, failed: Sequence[str]) -> None:

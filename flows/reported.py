@@ -22,6 +22,7 @@ from . import artifacts, logs
 from .progress import interval_s
 
 # A page that lacks something is no reason to keep a run waiting: Prefect's own five retries take a minute.
+_PAGE_S = 10.0  # from one update of the page to the next: it shows the latest alone
 _IMPATIENT = {PREFECT_CLIENT_MAX_RETRIES: 1}
 
 
@@ -54,15 +55,16 @@ def _is_of_run(_record: logging.LogRecord) -> bool:
 
 
 def tag(config: RunConfig) -> None:
-    """Give the present flow run tags by which the page finds it: its model, its data set and its sweep."""
+    """Give the present flow run tags by which a run is found: its model, its data set and its sweep."""
+    card = PurePath(str(config.model.card).removeprefix("pkg:")).stem
+    add_tags(model=card, data=source_of(config.dataset).name, sweep=config.tracking.sweep or "")
+
+
+def add_tags(**about: str) -> None:
+    """Give the present flow run tags that say what it is about; empty values are left out."""
     context = FlowRunContext.get()
     if context is None or context.flow_run is None:
         return
-    about = {
-        "model": PurePath(str(config.model.card).removeprefix("pkg:")).stem,
-        "data": source_of(config.dataset).name,
-        "sweep": config.tracking.sweep or "",
-    }
     tags = {"wsiflow", *context.flow_run.tags, *(f"{name}: {value}" for name, value in about.items() if value)}
     try:
         # Tags that a flow run is started with are also those of its tasks, each of which then asks for their limits.
@@ -79,7 +81,7 @@ class PageView:
 
     def __init__(self, config: RunConfig) -> None:
         """Start without an artifact, which the first snapshot creates."""
-        self.interval_s, self._name = interval_s(), artifacts.title(config)
+        self.interval_s, self._name = min(interval_s(), _PAGE_S), artifacts.title(config)
         self._key = artifacts.key(config, "progress")
         self._artifact: UUID | None = None
 

@@ -174,10 +174,10 @@ import psutil
 from flows.__main__ import main
 from wsiflow.run.results import finish
 
-complete = finish.finish
+complete, pid = finish.finish, int(sys.argv[1])
 
 def lose_server(*arguments):
-    served = psutil.Process(int(sys.argv[1]))
+    served = psutil.Process(pid)
     for one in (served, *served.children(recursive=True)):
         one.kill()
     return complete(*arguments)
