@@ -134,7 +134,7 @@ def run_line(config: RunConfig, report: Callable[[Summary], None] = lambda _summ
     """
     limit_threads(config.executor.threads)
     tasks = _Tasks()
-    with reported.records():
+    with reported.records(), reported.cancelled_at_stop():
         reported.tag(config)
         summary = line(config, tasks.submit, [reported.PageView(config)])
         report(summary)

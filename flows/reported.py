@@ -1,8 +1,10 @@
 """Show on the page of a flow run, while it runs, the log records of the run, how far it is, and what it is about."""
 
+import contextvars
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import PurePath
 from typing import cast
 from uuid import UUID
@@ -13,17 +15,18 @@ from prefect.client.orchestration import get_client
 from prefect.context import FlowRunContext, TaskRunContext
 from prefect.logging.handlers import APILogHandler
 from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
+from prefect.states import Cancelled
 
 from wsiflow.run.config import RunConfig
 from wsiflow.run.progress import Snapshot
 from wsiflow.slides.kinds import source_of
 
-from . import artifacts, logs
+from . import artifacts, logs, stopping
 from .progress import interval_s
 
 # A page that lacks something is no reason to keep a run waiting: Prefect's own five retries take a minute.
 _PAGE_S = 10.0  # from one update of the page to the next: it shows the latest alone
-_IMPATIENT = {PREFECT_CLIENT_MAX_RETRIES: 1}
+_IMPATIENT, _AT_ONCE = {PREFECT_CLIENT_MAX_RETRIES: 1}, {PREFECT_CLIENT_MAX_RETRIES: 0}
 
 
 @contextmanager
@@ -70,6 +73,28 @@ def add_tags(**about: str) -> None:
         # Tags that a flow run is started with are also those of its tasks, each of which then asks for their limits.
         with temporary_settings(_IMPATIENT), get_client(sync_client=True) as client:
             client.update_flow_run(context.flow_run.id, tags=sorted(tags))
+    except (httpx.HTTPError, RuntimeError):
+        return
+
+
+@contextmanager
+def cancelled_at_stop() -> Iterator[None]:
+    """Have the present flow run shown as cancelled if a signal ends the command: it would stay running for good."""
+    context = FlowRunContext.get()
+    if context is None or context.flow_run is None:
+        yield
+        return
+    settings = contextvars.copy_context()  # the thread that is called at a signal knows no other address of the server
+    with stopping.at_stop(partial(settings.run, cancel, context.flow_run.id)):
+        yield
+
+
+def cancel(flow_run_id: UUID) -> None:
+    """Show a flow run as cancelled."""
+    state = Cancelled(message=f"the command was stopped; {stopping.GOES_ON}")
+    try:
+        with temporary_settings(_AT_ONCE), get_client(sync_client=True) as client:
+            client.set_flow_run_state(flow_run_id, state, force=True)
     except (httpx.HTTPError, RuntimeError):
         return
 

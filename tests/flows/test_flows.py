@@ -11,12 +11,14 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from uuid import UUID
 
 import pytest
+from prefect.settings import PREFECT_API_URL, temporary_settings
 from serving import BIN, PrefectServer, environment
 from small_runs import over
 
-from flows import compose, line
+from flows import compose, line, reported
 from flows.__main__ import ensure_home
 from wsiflow.model.engines import cache
 
@@ -120,6 +122,9 @@ def test_a_run_is_one_flow_with_a_task_per_step(server: PrefectServer, small_sli
     assert not written
     assert "canary" not in done.stdout + done.stderr
     check_what_its_page_shows(server, flow["id"])
+    with temporary_settings({PREFECT_API_URL: server.url}):
+        reported.cancel(UUID(flow["id"]))
+    assert server.ask(f"flow_runs/{flow['id']}")["state_type"] == "CANCELLED", "as a run that is stopped"
 
 
 WATCHED = {"name": {"any_": ["watched"]}}

@@ -340,6 +340,7 @@ def advance(pool: Executor, plan_path: Path, stage: Stage, progress: Progress, s
         outcome, task = _checked(ran, stage.name, keys[ran.task]), stage.task(plan, ran.task)
         trace.note(root, stage.name, plan.slides[task.slide].slide_id, task.group, outcome)
         if outcome.retried:
+            _logger.info("%s %s is tried again: %s", stage.name, plan.slides[task.slide].slide_id, outcome.failure)
             continue
         attempt = outcome.receipt["attempt"] if outcome.receipt else ""
         ended.append(Ended(stage.name, outcome.task, attempt, outcome.executed, outcome.failure))
