@@ -9,7 +9,8 @@ import hashlib
 import logging
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ _SPENT = {"throughput.core_hours": "Core-hours", "throughput.tiles_per_s": "Tile
 _FIGURES = {"froc.score": ("FROC", "froc.png"), "roc.auc": ("Slide ROC", "roc.png")}
 _WORST = 4  # slides that are pictured
 _LISTED, _MOST_ROWS = 20, 1000  # slides without a result, in the text and in the table
-_OVERLAY_PX, _FIGURE_PX = 220, 420  # so that they fit beside each other on the page
+_OVERLAY_PX, _FIGURE_PX = 200, 420  # so that they fit beside each other on the page
 _NAME_CHARS = 60  # of a run, in a key
 _URL = re.compile(r"https?://[^\s<>)]+")
 
@@ -135,9 +136,14 @@ def _headline(summary: Summary) -> str:
 
 
 def _failures(rows: Sequence[Mapping[str, Any]]) -> str:
-    shown = [{head: row[head] for head in ("slide", "stage", "cause", "remedy")} for row in rows[:_LISTED]]
-    more = f"\n\nand {len(rows) - _LISTED} more, in `process_list.csv`" if len(rows) > _LISTED else ""
-    return table(shown) + more
+    """Return slides without a result as a list, whose lines the page wraps, as it does not those of a table."""
+    lines = []
+    for row in rows[:_LISTED]:
+        where = ", ".join(filter(None, (f"**{row['slide']}**", row["stage"])))
+        remedy = f" *{row['remedy'][:1].upper()}{row['remedy'][1:]}.*" if row["remedy"] else ""
+        lines.append(f"* {where}: {row['cause']}.{remedy}")
+    more = [f"* and {len(rows) - _LISTED} more, in `process_list.csv`"] if len(rows) > _LISTED else []
+    return "\n".join(lines + more)
 
 
 def _scores(metrics: Mapping[str, float]) -> str:
@@ -168,9 +174,15 @@ def _worst_slides(root: Path, shown: Path) -> str:
     chosen = {row["slide_id"]: row for row in islice(pictured, _WORST)}
     if not chosen:
         return ""
-    pictures = {slide: _small_picture(slide, _overlay(root, slide), _OVERLAY_PX) for slide in chosen}
-    verdicts = {slide: _verdict(row) for slide, row in chosen.items()}
-    return "## Slides furthest from the truth\n\n" + table([pictures, verdicts])
+    shown = [
+        {"": head, **{slide: tell(row) for slide, row in chosen.items()}}
+        for head, tell in {"overlay": partial(_overlay_of, root), **_ABOUT_SLIDES}.items()
+    ]
+    return "## Slides furthest from the truth\n\n" + table(shown)
+
+
+def _overlay_of(root: Path, row: Mapping[str, str]) -> str:
+    return _small_picture(row["slide_id"], _overlay(root, row["slide_id"]), _OVERLAY_PX)
 
 
 def _error(row: Mapping[str, str]) -> float:
@@ -180,9 +192,12 @@ def _error(row: Mapping[str, str]) -> float:
     return missed + (1 - score if row["label"] == "1" else score)
 
 
-def _verdict(row: Mapping[str, str]) -> str:
-    truth = f"tumour, {row['n_found']} of {row['n_lesions']} lesions found" if row["label"] == "1" else "normal"
-    return f"{truth}, score {float(row['score']):.3f}, {row['n_false_positives']} false positives"
+_ABOUT_SLIDES: dict[str, Callable[[Mapping[str, str]], str]] = {
+    "truth": lambda row: "tumour" if row["label"] == "1" else "normal",
+    "score": lambda row: f"{float(row['score']):.3f}",
+    "lesions found": lambda row: f"{row['n_found']} of {row['n_lesions']}" if row["label"] == "1" else "",
+    "false positives": lambda row: row["n_false_positives"],
+}
 
 
 def _overlay(root: Path, slide_id: str) -> Path:
