@@ -140,8 +140,8 @@ def _failures(rows: Sequence[Mapping[str, Any]]) -> str:
     lines = []
     for row in rows[:_LISTED]:
         where = ", ".join(filter(None, (f"**{row['slide']}**", row["stage"])))
-        remedy = f" *{row['remedy'][:1].upper()}{row['remedy'][1:]}.*" if row["remedy"] else ""
-        lines.append(f"* {where}: {row['cause']}.{remedy}")
+        remedy = f"; *{_plain(row['remedy'])}*" if row["remedy"] else ""
+        lines.append(f"* {where}: {_plain(row['cause'])}{remedy}")
     more = [f"* and {len(rows) - _LISTED} more, in `process_list.csv`"] if len(rows) > _LISTED else []
     return "\n".join(lines + more)
 
@@ -221,6 +221,11 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     heads = list(rows[0])
     lines = [heads, ["---"] * len(heads), *([_cell(row[head]) for head in heads] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _plain(text: str) -> str:
+    """Return a text without what markdown takes for emphasis, code or HTML."""
+    return re.sub(r"([*<`])", r"\\\1", text)
 
 
 def _cell(value: Any) -> str:

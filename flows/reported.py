@@ -60,7 +60,8 @@ def _is_of_run(_record: logging.LogRecord) -> bool:
 def tag(config: RunConfig) -> None:
     """Give the present flow run tags by which a run is found: its model, its data set and its sweep."""
     card = PurePath(str(config.model.card).removeprefix("pkg:")).stem
-    add_tags(model=card, data=source_of(config.dataset).name, sweep=config.tracking.sweep or "")
+    slides = "synthetic" if config.dataset.kind == "synthetic" else source_of(config.dataset).name
+    add_tags(model=card, data=slides, sweep=config.tracking.sweep or "")
 
 
 def add_tags(**about: str) -> None:

@@ -32,7 +32,7 @@ from wsiflow.errors import EnvironmentFault
 
 _HEALTH_TIMEOUT_S = 10.0  # for a server that is busy; where there is none the connection is refused at once
 _START_TIMEOUT_S = 120.0
-_LOST_TIMEOUT_S, _LOST_TRIES, _LOST_PAUSE_S = 2.0, 3, 0.5
+_LOST_TIMEOUT_S, _LOST_TRIES, _LOST_PAUSE_S = 5.0, 3, 0.5  # the first only where it is there and does not answer
 _END_S = 10.0
 _ERROR = re.compile(r"(?:[\w.]+\.)?\w*(?:Error|Exception)\b")
 _REFUSED = {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}

@@ -53,6 +53,11 @@ def test_failures_are_a_table_of_causes_and_remedies(tmp_path: Path) -> None:
         ("broken", "ingest", "it is no slide", "copy it again"),
         ("lost", "", "its truth is gone; correct the path", ""),
     ]
+    text = artifacts._failures([rows[0], rows[1] | {"cause": "no <slide> in *.tif"}] * 15)
+    assert text.startswith(
+        "* **broken**, ingest: it is no slide; *copy it again*\n* **lost**: no \\<slide> in \\*.tif\n"
+    )
+    assert text.endswith("* and 10 more, in `process_list.csv`")
     assert rows[0]["attempts"] == f"wsiflow explain {tmp_path} broken"
 
 
