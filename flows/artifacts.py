@@ -174,11 +174,11 @@ def _worst_slides(root: Path, shown: Path) -> str:
     chosen = {row["slide_id"]: row for row in islice(pictured, _WORST)}
     if not chosen:
         return ""
-    shown = [
+    lines = [
         {"": head, **{slide: tell(row) for slide, row in chosen.items()}}
-        for head, tell in {"overlay": partial(_overlay_of, root), **_ABOUT_SLIDES}.items()
+        for head, tell in [("overlay", partial(_overlay_of, root)), *_ABOUT_SLIDES.items()]
     ]
-    return "## Slides furthest from the truth\n\n" + table(shown)
+    return "## Slides furthest from the truth\n\n" + table(lines)
 
 
 def _overlay_of(root: Path, row: Mapping[str, str]) -> str:

@@ -12,6 +12,7 @@ from uuid import UUID
 import httpx
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import State
 from prefect.context import FlowRunContext, TaskRunContext
 from prefect.logging.handlers import APILogHandler
 from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
@@ -92,7 +93,7 @@ def cancelled_at_stop() -> Iterator[None]:
 
 def cancel(flow_run_id: UUID) -> None:
     """Show a flow run as cancelled."""
-    state = Cancelled(message=f"the command was stopped; {stopping.GOES_ON}")
+    state: State[None] = Cancelled(message=f"the command was stopped; {stopping.GOES_ON}")
     try:
         with temporary_settings(_AT_ONCE), get_client(sync_client=True) as client:
             client.set_flow_run_state(flow_run_id, state, force=True)
