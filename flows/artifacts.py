@@ -174,10 +174,8 @@ def _worst_slides(root: Path, shown: Path) -> str:
     chosen = {row["slide_id"]: row for row in islice(pictured, _WORST)}
     if not chosen:
         return ""
-    lines = [
-        {"": head, **{slide: tell(row) for slide, row in chosen.items()}}
-        for head, tell in [("overlay", partial(_overlay_of, root)), *_ABOUT_SLIDES.items()]
-    ]
+    cells: dict[str, Callable[[Mapping[str, str]], str]] = {"overlay": partial(_overlay_of, root), **_ABOUT_SLIDES}
+    lines = [{"": head, **{slide: tell(row) for slide, row in chosen.items()}} for head, tell in cells.items()]
     return "## Slides furthest from the truth\n\n" + table(lines)
 
 
