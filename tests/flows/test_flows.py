@@ -47,18 +47,6 @@ def test_a_user_without_a_home_gets_a_temporary_one(tmp_path: Path, monkeypatch:
     assert os.environ["HOME"] == "mine"
 
 
-def test_without_a_server_a_run_says_so_and_goes_on(prefect_home: Path, tiny_slides: Path, tmp_path: Path) -> None:
-    """An address where no server answers gives one line, and the run goes on."""
-    env = environment(prefect_home, PREFECT_API_URL="http://127.0.0.1:9/api")
-    command = [BIN / "wsiflow", "run", *overrides(tiny_slides, tmp_path / "run"), "dataset.limit=1"]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    lines = [line for line in done.stdout.splitlines() if "Prefect" in line]
-    assert len(lines) == 1
-    assert lines[0].startswith("no Prefect server answers at http://127.0.0.1:9/api: going on")
-    assert done.stderr == ""
-
-
 _AGAIN = """
 import sys
 from flows.__main__ import main
