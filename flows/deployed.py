@@ -22,7 +22,7 @@ from wsiflow.redaction import without_secrets
 from wsiflow.run.config import RunConfig
 from wsiflow.run.results.finish import Summary
 
-from . import artifacts, comparing, forms, reported
+from . import artifacts, comparing, forms, logs, reported
 from . import sweep as sweeps
 from .compose import compose_config, trials
 from .pipeline import TASK_RUNNER, as_flow, run_line, state_of
@@ -93,7 +93,8 @@ def sweep(request: forms.Sweep) -> State[Any]:
 
     The state is ``Failed`` where a combination has no scores; the message names it and the reason.
     """
-    return _ended(lambda: _sweep(request))
+    with reported.records():
+        return _ended(lambda: _sweep(request))
 
 
 @flow(name="wsiflow evaluate", flow_run_name="{request.out}", persist_result=False)
@@ -146,7 +147,8 @@ def _sweep(request: forms.Sweep) -> State[Any]:
     summaries = {}
     for number, (name, job) in enumerate(jobs.items(), 1):
         title = sweeps.trial_title(number, len(jobs), name or request.name)
-        summaries[name or request.name] = _trial(job, name, title)
+        summaries[name or request.name] = summary = _trial(job, name, title)
+        logs.note(f"{title}: {_how_it_ended(summary)}, {_result(summary)}")
     folder = next((config.out.parent for config in _configs(request)), Path(request.name))
     failed = [name for name, summary in summaries.items() if not summary.metrics]
     rows = [_row(name, summary) for name, summary in summaries.items()]
@@ -168,9 +170,15 @@ def _sweep(request: forms.Sweep) -> State[Any]:
 
 def _row(name: str, summary: Summary) -> dict[str, str]:
     """Return the row of a trial in the table of its sweep."""
-    ended = {0: "complete", PARTIAL: "partial"}.get(summary.exit_code, f"failed ({summary.exit_code})")
-    shown = artifacts.scores_line(summary.metrics) if summary.metrics else summary.text
-    return {"trial": name, "ended": ended, "scores, or why there are none": shown}
+    return {"trial": name, "ended": _how_it_ended(summary), "scores, or why there are none": _result(summary)}
+
+
+def _how_it_ended(summary: Summary) -> str:
+    return {0: "complete", PARTIAL: "partial"}.get(summary.exit_code, f"failed ({summary.exit_code})")
+
+
+def _result(summary: Summary) -> str:
+    return artifacts.scores_line(summary.metrics) if summary.metrics else summary.text
 
 
 def _trial(job: sweeps.TrialOverrides, name: str, title: str) -> Summary:

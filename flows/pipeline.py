@@ -90,6 +90,8 @@ class _Tasks:
         return _StepFuture(future, ended)
 
     def _state(self, step: Step, result: Any) -> State[Any]:
+        if isinstance(result, Summary):  # of the last step, which ends as the run does
+            return state_of(result)
         failures = step.failures(result)
         self.failures.extend(failures)
         if not failures:
