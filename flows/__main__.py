@@ -24,9 +24,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments, level = logs.without_options(arguments)
         if arguments[:1] == ["element"]:  # its scheduler ends it, and knows what signals mean
             return _call(arguments, level)
-        return stopping.run(lambda: _call(arguments, level))
+        exit_code = stopping.run(lambda: _call(arguments, level))
     finally:
         terminal.flush()
+    stopping.exit_if_abandoned(exit_code)
+    return exit_code
 
 
 def _call(arguments: Sequence[str], level: str) -> int:

@@ -6,6 +6,7 @@ artifacts. Elsewhere the comparison runs without Prefect, and no server is start
 
 import re
 from collections.abc import Collection
+from functools import partial
 from pathlib import Path
 
 from prefect import flow
@@ -17,10 +18,10 @@ from wsiflow.analysis.tradeoff.comparison import ComparisonResult
 from wsiflow.errors import WsiflowError
 from wsiflow.run.tracking import TrackingParams
 
-from . import terminal
+from . import artifacts, reported, terminal
 from .server import answers
 
-_PICTURE = re.compile(r"^!\[.*\]\((.*)\)$", re.MULTILINE)
+_PICTURE = re.compile(r"^!\[(.*)\]\((.*)\)$", re.MULTILINE)
 
 
 def run_comparison(request: comparison.Request, out: Path) -> ComparisonResult:
@@ -59,14 +60,14 @@ def _show_in_prefect(result: ComparisonResult) -> None:
 
 
 def create_artifacts(result: ComparisonResult) -> None:
-    """Create the table and the text of a comparison as artifacts of the flow run that calls this."""
+    """Create the text of a comparison, with its figures, and its table as artifacts of the present flow run."""
     name = result.tradeoff.name
-    key = "wsiflow-compare-" + re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-    table = report.columns(result.tradeoff)
-    rows = [dict(zip(table, row, strict=True)) for row in zip(*table.values(), strict=True)]
-    create_table_artifact(rows, key=f"{key}-table", description=f"Comparison of {name}")
-    # Prefect shows pictures from web addresses alone, and these are files.
+    reported.add_tags(sweep=name)
+    key = partial(artifacts.key_of, name, result.out)
+    rows = report.main_table(result.tradeoff)
+    create_table_artifact(rows, key=key("comparison-table"), description=f"Comparison of {name}")
     text = _PICTURE.sub(
-        lambda picture: f"Figure: `{(result.out / picture[1]).resolve()}`", result.files["compare.md"].decode()
+        lambda match: artifacts.picture(match[1], result.files[match[2]], "png"), result.files["compare.md"].decode()
     )
-    create_markdown_artifact(f"{text}\nReport: `{(result.out / 'report.html').resolve()}`\n", key=key)
+    links = f"Report: `{(result.out / 'report.html').resolve()}`\n"
+    create_markdown_artifact(f"{text}\n{links}", key=key("comparison"), description=f"Comparison of {name}")

@@ -4,35 +4,28 @@ A filled form becomes the overrides of the command line. When a flow is cancelle
 cancelled by what the run's folder records, since the process that submitted them has ended by then.
 """
 
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from prefect import Flow, flow
-from prefect.artifacts import create_markdown_artifact, create_table_artifact
+from prefect.artifacts import create_markdown_artifact
 from prefect.client.schemas.objects import FlowRun, State
 from prefect.logging.loggers import flow_run_logger
+from prefect.states import Completed, Failed
 
 from wsiflow.analysis.tradeoff import comparison
-from wsiflow.errors import InputError, WsiflowError
+from wsiflow.errors import PARTIAL, InputError, WsiflowError
 from wsiflow.evaluation.evaluate import Existing, evaluate_existing
+from wsiflow.redaction import without_secrets
 from wsiflow.run.config import RunConfig
 from wsiflow.run.results.finish import Summary
 
-from . import comparing, forms
+from . import artifacts, comparing, forms, logs, reported
 from . import sweep as sweeps
 from .compose import compose_config, trials
-from .pipeline import SlidesFailedError
-from .run import as_flow
-
-# What a run is judged by at a glance; summary.json has every number.
-_MAIN_NUMBERS = ("froc.score", "froc.strict_score", "roc.auc", "throughput.tiles_per_s", "throughput.core_hours")
-
-
-class TrialsFailedError(Exception):
-    """Some runs of a sweep have no scores; the others are finished."""
+from .pipeline import TASK_RUNNER, as_flow, run_line, state_of
 
 
 def cancel_arrays(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
@@ -69,55 +62,39 @@ def _configs(form: forms.Form) -> Iterator[RunConfig]:
 _RUNS: Any = {
     "flow_run_name": "{request.name}",
     "persist_result": False,
+    "task_runner": TASK_RUNNER,
     "on_cancellation": [cancel_arrays],
     "on_crashed": [cancel_arrays],
 }
 
 
 @flow(name="wsiflow demo", **_RUNS)
-def demo(request: forms.Demo) -> dict[str, float]:
+def demo(request: forms.Demo) -> State[Any]:
     """Test the model that ships with wsiflow on synthetic slides with known lesions.
 
-    Raises:
-        InputError: A value of the form is out of bounds.
-        SlidesFailedError: Slides have no result; the message lists them.
+    The state is ``Failed``, with the reasons as its message, where slides have no result or the form is out of bounds.
     """
-    return _run(compose_config(request.to_overrides()))
+    return _ended(lambda: state_of(run_line(compose_config(request.to_overrides()))))
 
 
 @flow(name="wsiflow run", **_RUNS)
-def run(request: forms.Run) -> dict[str, float]:
+def run(request: forms.Run) -> State[Any]:
     """Test a classifier on every slide of a data set.
 
-    Raises:
-        InputError: A value of the form is out of bounds.
-        SlidesFailedError: Slides have no result; the message lists them.
+    The state is ``Failed``, with the reasons as its message, where slides have no result or the form is out of bounds;
+    ``Partial``, which is a kind of ``Completed``, where the form allows that.
     """
-    return _run(compose_config(request.to_overrides()))
+    return _ended(lambda: state_of(run_line(compose_config(request.to_overrides()))))
 
 
 @flow(name="wsiflow sweep", **_RUNS)
-def sweep(request: forms.Sweep) -> dict[str, dict[str, float]]:
+def sweep(request: forms.Sweep) -> State[Any]:
     """Run every combination of the listed values, one after another; one that fails does not stop the others.
 
-    Raises:
-        InputError: An override cannot be parsed.
-        TrialsFailedError: A run has no scores; the message names it and the reason.
+    The state is ``Failed`` where a combination has no scores; the message names it and the reason.
     """
-    summaries = {name: _trial(job, name) for name, job in trials(request.to_overrides()).items()}
-    create_table_artifact(
-        [
-            {"run": job, "exit code": summary.exit_code, **_main_numbers(summary.metrics)}
-            for job, summary in summaries.items()
-        ],
-        key="wsiflow-sweep",
-        description=f"Sweep {request.name}",
-    )
-    _compare_trials(request, [job for job, summary in summaries.items() if not summary.metrics])
-    failed = [f"{job}: {summary.text}" for job, summary in summaries.items() if not summary.metrics]
-    if failed:
-        raise TrialsFailedError("; ".join(failed))
-    return {job: summary.metrics for job, summary in summaries.items()}
+    with reported.records():
+        return _ended(lambda: _sweep(request))
 
 
 @flow(name="wsiflow evaluate", flow_run_name="{request.out}", persist_result=False)
@@ -136,7 +113,7 @@ def evaluate(request: forms.Evaluate) -> dict[str, float]:
     )
     out = Path(request.out)
     metrics = evaluate_existing(existing, config.evaluation, seed=config.seed, out=out).metrics
-    _show_on_page("evaluation", metrics, f"Scores and curves: `{out.resolve()}`")
+    artifacts.show_scores(out, metrics)
     return metrics
 
 
@@ -156,48 +133,96 @@ def compare(request: forms.Compare) -> list[str]:
     return [row.name for row in result.tradeoff.pareto]
 
 
-def _run(config: RunConfig) -> dict[str, float]:
-    """Run the line as a flow of its own, and show its numbers and its folder on the page of this flow run."""
-    summary = as_flow(config, config.name)
-    _show_on_page(config.name, summary.metrics, f"```\n{summary.text}\n```\n\nFolder: `{config.out.resolve()}`")
-    if not summary.metrics:
-        raise SlidesFailedError(summary)
-    return summary.metrics
+def _ended(run: Callable[[], State[Any]]) -> State[Any]:
+    """Return the state in which a flow ended; errors with a message of their own need no traceback."""
+    try:
+        return run()
+    except WsiflowError as error:
+        return Failed(message=str(error))
 
 
-def _trial(job: sweeps.TrialOverrides, name: str) -> Summary:
+def _sweep(request: forms.Sweep) -> State[Any]:
+    reported.add_tags(sweep=request.name)
+    jobs = trials(request.to_overrides())
+    summaries = {}
+    for number, (name, job) in enumerate(jobs.items(), 1):
+        title = sweeps.trial_title(number, len(jobs), name or request.name)
+        summaries[name or request.name] = summary = _trial(job, name, title)
+        logs.note(f"{title}: {_how_it_ended(summary)}, {_result(summary)}")
+    folder = next((config.out.parent for config in _configs(request)), Path(request.name))
+    failed = [name for name, summary in summaries.items() if not summary.metrics]
+    rows = [_row(name, summary) for name, summary in summaries.items()]
+    text = f"# Sweep {request.name}\n\n{len(jobs) - len(failed)} of {len(jobs)} trials have scores.\n\n"
+    create_markdown_artifact(
+        text + artifacts.table(rows) + "\n",
+        key=artifacts.key_of(request.name, folder, "sweep"),
+        description=f"Sweep {request.name}",
+    )
+    _compare_trials(request, failed)
+    if failed:
+        reasons = "; ".join(f"{name}: {' '.join(summaries[name].text.split())}" for name in failed)
+        return Failed(message=f"{len(failed)} of {len(jobs)} trials failed: {reasons}")
+    partial = [name for name, summary in summaries.items() if summary.exit_code == PARTIAL]
+    if partial:
+        return Completed(name="Partial", message=f"slides are missing in {len(partial)} of {len(jobs)} trials")
+    return Completed(message=f"{len(jobs)} trials")
+
+
+def _row(name: str, summary: Summary) -> dict[str, str]:
+    """Return the row of a trial in the table of its sweep."""
+    return {"trial": name, "ended": _how_it_ended(summary), "scores, or why there are none": _result(summary)}
+
+
+def _how_it_ended(summary: Summary) -> str:
+    return {0: "complete", PARTIAL: "partial"}.get(summary.exit_code, f"failed ({summary.exit_code})")
+
+
+def _result(summary: Summary) -> str:
+    return artifacts.scores_line(summary.metrics) if summary.metrics else summary.text
+
+
+def _trial(job: sweeps.TrialOverrides, name: str, title: str) -> Summary:
     """Run one combination of a sweep, and return its summary even where it fails."""
     try:
         config = compose_config(job.overrides, job=name)
         if name:
             sweeps.claim(config.out, job.swept)
-        return as_flow(config, name or config.name)
-    except Exception as error:  # noqa: BLE001 - the other trials go on, and the flow run of this one has its traceback
-        return Summary(getattr(error, "exit_code", WsiflowError.exit_code), {}, f"{type(error).__name__}: {error}")
-
-
-def _compare_trials(request: forms.Sweep, failed: list[str]) -> None:
-    """Compare the trials that have scores, and show the result, or why they were not compared."""
+    except WsiflowError as error:
+        return _refused(error, title)
     try:
-        config = next(_configs(request), None)
-        if config is None:
-            return
+        return as_flow(config, title)
+    except Exception as error:  # noqa: BLE001 - the other trials go on, and the flow run of this one has its traceback
+        return _summary_of(error)
+
+
+def _refused(error: WsiflowError, title: str) -> Summary:
+    """Show a trial whose settings are refused as a flow run, too, and return its summary."""
+
+    @flow(name="wsiflow run", flow_run_name=lambda: title, persist_result=False)
+    def refuse() -> State[Any]:
+        return Failed(message=str(error))
+
+    refuse(return_state=True)
+    return _summary_of(error)
+
+
+def _summary_of(error: Exception) -> Summary:
+    """Return the summary of a run that ended with an error."""
+    message = str(error) if isinstance(error, WsiflowError) else f"{type(error).__name__}: {error}"
+    return Summary(getattr(error, "exit_code", WsiflowError.exit_code), {}, without_secrets(message))
+
+
+def _compare_trials(request: forms.Sweep, failed: Sequence[str]) -> None:
+    """Compare the trials that have scores, and show the result, or why they were not compared."""
+    config = next(_configs(request), None)
+    if config is None:
+        return
+    try:
         options = comparison.Options(resamples=config.evaluation.bootstrap, seed=config.seed)
         result = comparison.compare_sweep_folder(config.out.parent, config.tracking, options, failed)
     except WsiflowError as error:
-        create_markdown_artifact(f"Not compared: {error}\n", key="wsiflow-compare", description=request.name)
+        key = artifacts.key_of(request.name, config.out.parent, "comparison")
+        create_markdown_artifact(f"Not compared: {error}\n", key=key, description=request.name)
         return
     if result is not None:
         comparing.create_artifacts(result)
-
-
-def _show_on_page(name: str, metrics: Mapping[str, float], text: str) -> None:
-    """Show the main numbers, and where the files are, on the page of the flow run."""
-    rows = [{"number": key, "value": value} for key, value in _main_numbers(metrics).items()]
-    create_table_artifact(rows, key="wsiflow-numbers", description=name)
-    create_markdown_artifact(f"# {name}\n\n{text}\n", key="wsiflow-report", description=name)
-
-
-def _main_numbers(metrics: Mapping[str, float]) -> dict[str, float | None]:
-    """Return the main numbers; one that does not exist is null."""
-    return {key: metrics[key] if math.isfinite(metrics[key]) else None for key in _MAIN_NUMBERS if key in metrics}

@@ -1,15 +1,17 @@
 """Run the whole line: cases, plan, then shards of slides through every stage, then the scores.
 
-The caller passes the function that starts a shard's work: it uses threads in `direct`, Prefect's tasks in `pipeline`.
+The caller passes the function that starts a step: it uses threads in `direct`, Prefect's tasks in `pipeline`.
 """
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
+from wsiflow.errors import Failure
 from wsiflow.run import shards
 from wsiflow.run.config import RunConfig
 from wsiflow.run.executor import driver
@@ -17,6 +19,7 @@ from wsiflow.run.executor.params import ExecutorParams
 from wsiflow.run.executor.protocol import Executor, Outcome, Slice, Work
 from wsiflow.run.results import finish
 from wsiflow.run.stages import ingest
+from wsiflow.run.stages.line import STAGES
 
 from . import logs, progress
 from .cluster import workers
@@ -24,8 +27,44 @@ from .cluster import workers
 Pool = Callable[[ExecutorParams, Path], AbstractContextManager[Executor]]
 """``pool(params, root)`` yields the executor of the run in a folder."""
 
-Submit = Callable[..., Any]
-"""``submit(name, function, *args)`` starts a call and returns its future."""
+
+def _no_failures(_result: Any) -> Sequence[Failure]:
+    return ()
+
+
+class Step(NamedTuple):
+    """A part of the line that is started by itself, as an orchestrator shows it.
+
+    Attributes:
+        name: What it does, in one word.
+        slides: Ids of the slides that it works on; empty where it concerns the whole run.
+        stages: Names of the stages that it does.
+        after: Futures of the steps whose results it needs.
+        failures: Returns why slides have no result, by what the step returned.
+    """
+
+    name: str
+    slides: Sequence[str] = ()
+    stages: Sequence[str] = ()
+    after: Sequence["StepFuture"] = ()
+    failures: Callable[[Any], Sequence[Failure]] = _no_failures
+
+    @property
+    def title(self) -> str:
+        """The name of the step with those of its first slides."""
+        return f"{self.name} {shards.label(self.slides)}".rstrip()
+
+
+class StepFuture(Protocol):
+    """The result of a step, as soon as there is one."""
+
+    def result(self) -> Any:
+        """Wait for the step, and return what it returned, or raise what it raised."""
+        ...
+
+
+Submit = Callable[..., StepFuture]
+"""``submit(step, function, *args)`` starts a step, which calls a function, and returns its future."""
 
 Note = Callable[[str, int], None]
 """``note(text, level)`` logs a note for the user, see `flows.logs.note`."""
@@ -36,7 +75,7 @@ def line(config: RunConfig, submit: Submit, views: Sequence[progress.View] = ())
 
     Args:
         config: The configuration.
-        submit: Starts the work of a shard, and returns its future.
+        submit: Starts a step, and returns its future.
         views: Where the progress is shown besides the user's terminal.
     """
     with driver.recorded(config.out) as ended, progress.shown(config.out, views):
@@ -64,11 +103,11 @@ def _line(config: RunConfig, submit: Submit, pool_of: Pool, note: Note) -> finis
     clock = finish.Clock(config)
     cases = shards.begin(config)
     with pool_of(config.executor, config.out) as pool:
-        if choice := shards.choose(pool, cases):
+        chosen = submit(Step("choose engine", stages=["choose"]), shards.choose, pool, cases)
+        if choice := chosen.result():
             note(choice, logging.INFO)
-        parts = shards.cut(shards.case_sizes(cases), config.shard_slides)
-        ingested = [submit(f"ingest {i}", shards.ingest_shard, pool, cases, part) for i, part in enumerate(parts, 1)]
-        plan_path = ingest.make_plan(cases, [outcome for future in ingested for outcome in future.result()])
+        planned = _plan(config, submit, pool, cases, [chosen])
+        plan_path = planned.result()
         finish.set_aside(plan_path)
         warnings = [*shards.describe_rejections(plan_path), *shards.describe_duplicates(plan_path)]
         for warning in (*warnings, *shards.describe_cost_alone(cases, plan_path)):
@@ -77,14 +116,37 @@ def _line(config: RunConfig, submit: Submit, pool_of: Pool, note: Note) -> finis
         if slice_s:
             shards.measure_costs(pool, plan_path)
         calibrated = shards.calibrate(pool, plan_path, slice_s)
-        parts = shards.cut(shards.slide_sizes(plan_path), config.shard_slides)
-        futures = [
-            submit(f"slides {i}", shards.line, pool, plan_path, part, slice_s) for i, part in enumerate(parts, 1)
-        ]
+        futures = _predict(config, submit, pool, plan_path, [planned])
         ended = [calibrated, *(future.result() for future in futures)]
         for advice in shards.advise(pool, plan_path):
             note(advice, logging.WARNING)
-    return finish.finish(config, plan_path, ended, clock)
+    summary: finish.Summary = submit(
+        Step("score", after=futures), finish.finish, config, plan_path, ended, clock
+    ).result()
+    return summary
+
+
+def _plan(config: RunConfig, submit: Submit, pool: Executor, cases: Path, after: Sequence[StepFuture]) -> StepFuture:
+    """Start the steps that ingest the shards, wait for them, and start the one that makes the plan."""
+    futures = []
+    for part in shards.cut(shards.case_sizes(cases), config.shard_slides):
+        slides, failures = shards.listed_slides(cases, part), partial(shards.rejections, cases)
+        step = Step("ingest", slides, ["ingest"], after, failures)
+        futures.append(submit(step, shards.ingest_shard, pool, cases, part))
+    outcomes = [outcome for future in futures for outcome in future.result()]
+    return submit(Step("plan", after=futures), ingest.make_plan, cases, outcomes)
+
+
+def _predict(
+    config: RunConfig, submit: Submit, pool: Executor, plan_path: Path, after: Sequence[StepFuture]
+) -> list[StepFuture]:
+    """Start the steps that take the shards from pixels to detections."""
+    futures = []
+    for part in shards.cut(shards.slide_sizes(plan_path), config.shard_slides):
+        slides, failures = shards.planned_slides(plan_path, part), partial(shards.given_up, plan_path)
+        step = Step("predict", slides, list(STAGES), after, failures)
+        futures.append(submit(step, shards.line, pool, plan_path, part, config.executor.slice_s))
+    return futures
 
 
 class _WorkLeftError(Exception):
@@ -109,7 +171,7 @@ def _no_workers(_params: ExecutorParams, _root: Path) -> Iterator[Executor]:
     yield _NoWorkers()
 
 
-def _at_once(_name: str, function: Callable[..., Any], *args: Any) -> Future[Any]:
+def _at_once(_step: Step, function: Callable[..., Any], *args: Any) -> Future[Any]:
     """Call a function now, and return its future; its exceptions are raised here."""
     done: Future[Any] = Future()
     done.set_result(function(*args))
@@ -120,7 +182,7 @@ def direct(config: RunConfig) -> finish.Summary:
     """Run the same line without Prefect."""
     with ThreadPoolExecutor(shards.SIDE_BY_SIDE) as threads:
 
-        def submit(_name: str, function: Callable[..., Any], *args: Any) -> Any:
+        def submit(_step: Step, function: Callable[..., Any], *args: Any) -> Any:
             return threads.submit(function, *args)
 
         return line(config, submit)

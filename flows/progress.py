@@ -24,11 +24,12 @@ if TYPE_CHECKING:
     from rich.console import Console, Group
     from rich.live import Live
 
-#: Seconds from one line to the next, and between updates of Prefect's page; 0 shows no progress at all.
+#: Seconds from one line to the next; Prefect's page is updated every ten seconds at the latest. 0: no progress at all.
 VARIABLE = "WSIFLOW_PROGRESS_S"
 
 _LINE_S = 30.0
 _DISPLAY_S = 1.0
+_EARLY_S = 1.0  # from one try to the next where the slides are not listed yet
 _SHARE = 0.05  # of the time of one core that reading the folder may take
 _PATIENCE_S = 10.0  # for a server that is sent the last snapshot
 _BAR_CHARS = 32
@@ -115,17 +116,21 @@ def _follow(follower: Follower, views: Sequence[View], ended: threading.Event) -
     pause_s = 0.0
     while not ended.wait(max(pause_s, min(due.values()) - time.monotonic())):
         start_s = time.monotonic()
-        _show(follower, [view for view in views if due[id(view)] <= start_s])
-        due |= {id(view): start_s + view.interval_s for view in views if due[id(view)] <= start_s}
+        waiting = [view for view in views if due[id(view)] <= start_s]
+        is_early = not _show(follower, waiting)
+        due |= {id(one): start_s + min(one.interval_s, _EARLY_S if is_early else math.inf) for one in waiting}
         pause_s = (time.monotonic() - start_s) / _SHARE
     _show(follower, [view for view in views if view.shows_end])
 
 
-def _show(follower: Follower, views: Sequence[View]) -> None:
+def _show(follower: Follower, views: Sequence[View]) -> bool:
+    """Show a snapshot in some views, and tell whether there was one to show."""
     with suppress(OSError, ValueError, WsiflowError):  # a disk that is away for a while, a terminal that is gone
         if views and (snapshot := follower.snapshot()) is not None:
             for view in views:
                 view.show(snapshot)
+            return True
+    return False
 
 
 class _Lines:

@@ -5,7 +5,6 @@ import os
 import sys
 import warnings
 from contextlib import ExitStack, suppress
-from pathlib import Path
 
 import hydra
 from hydra.conf import HydraConf
@@ -25,6 +24,7 @@ from .compose import to_config
 _ENVIRONMENT = {
     "HYDRA_FULL_ERROR": "1",  # raise errors instead of printing them with advice about Hydra's own internals
     "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",  # the command prints errors, once; the server keeps its logs
+    "PREFECT_LOGGING_INTERNAL_LEVEL": "CRITICAL",  # likewise of its threads, of which a lost server fills the screen
     "DO_NOT_TRACK": "1",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
 }
@@ -37,6 +37,7 @@ def quieten() -> None:
     """Keep Hydra and Prefect from printing what the command prints itself, and from sending statistics."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    logging.raiseExceptions = False  # Prefect's handler prints what becomes of records that a lost server cannot take
     warnings.filterwarnings("ignore", "Failed to create the Prefect home")  # `server` says what follows from it
 
 
@@ -135,34 +136,10 @@ def start(config: RunConfig) -> Summary:
         limit_threads(config.executor.threads)
         if config.orchestrator == "none":
             return direct(config)
-        if not _is_server_set() and (summary := finished(config)) is not None:
+        if (summary := finished(config)) is not None:
             return summary
-        from .server import chosen_server
+        from .pipeline import as_flow_or_without
 
-        with ExitStack() as server, stopping.at_stop(server.close):
-            if sweep.drives_trials():
-                sweep.keep_server(chosen_server)
-            else:
-                logs.note(server.enter_context(chosen_server()))
-            return as_flow(config, config.name)
-
-
-def _is_server_set() -> bool:
-    """Tell whether the user has a Prefect server, without importing Prefect, which takes seconds."""
-    home = Path(os.environ.get("PREFECT_HOME") or Path.home() / ".prefect")
-    profiles = Path(os.environ.get("PREFECT_PROFILES_PATH") or home / "profiles.toml")
-    with suppress(OSError, UnicodeDecodeError):
-        if "PREFECT_API_URL" in profiles.read_text(encoding="utf-8"):
-            return True
-    return "PREFECT_API_URL" in os.environ
-
-
-def as_flow(config: RunConfig, name: str) -> Summary:
-    """Run the line as a Prefect flow run of this name."""
-    from .pipeline import SlidesFailedError, pipeline
-
-    limit_threads(config.executor.threads)
-    try:
-        return pipeline.with_options(flow_run_name=lambda: name)(config)
-    except SlidesFailedError as failed:
-        return failed.summary
+        with ExitStack() as own:
+            sweep.start_server(own)
+            return as_flow_or_without(config, sweep.title(config))

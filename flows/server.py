@@ -7,8 +7,9 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from http import HTTPStatus
 from pathlib import Path
 from typing import IO
@@ -31,6 +32,7 @@ from wsiflow.errors import EnvironmentFault
 
 _HEALTH_TIMEOUT_S = 10.0  # for a server that is busy; where there is none the connection is refused at once
 _START_TIMEOUT_S = 120.0
+_LOST_TIMEOUT_S, _LOST_TRIES, _LOST_PAUSE_S = 5.0, 3, 0.5  # the first only where it is there and does not answer
 _END_S = 10.0
 _ERROR = re.compile(r"(?:[\w.]+\.)?\w*(?:Error|Exception)\b")
 _REFUSED = {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}
@@ -62,6 +64,20 @@ def chosen_server() -> Iterator[str]:
             yield f"{reason}: going on with a temporary one{where} (make prefect starts a lasting one)"
         finally:
             _send_buffered_records()
+
+
+def is_lost(url: str) -> bool:
+    """Tell whether a server that has answered does not any more, not even a moment later.
+
+    Whatever it answers, it is there: nothing is sent to it that a certificate would have to protect.
+    """
+    for attempt in range(_LOST_TRIES):
+        if attempt:
+            time.sleep(_LOST_PAUSE_S)
+        with suppress(httpx.HTTPError):
+            httpx.get(f"{url}/health", timeout=_LOST_TIMEOUT_S, verify=False)
+            return False
+    return True
 
 
 def answers(url: str) -> bool:

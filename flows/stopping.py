@@ -42,6 +42,7 @@ class _State:
     stopping = False
     stderr = 2  # file descriptor to which the last line is printed
     printed = False
+    abandoned = False  # whether threads of libraries are left, for which no exit may wait
 
 
 class _Ended(NamedTuple):
@@ -159,6 +160,18 @@ def hold() -> None:
     """Hold the calling thread for good once the command is being stopped, since that causes all it would report."""
     if _State.stopping:
         threading.Event().wait()
+
+
+def abandon_threads() -> None:
+    """Have the process exit at the end of the command without waiting for threads, which may wait for minutes."""
+    _State.abandoned = True
+
+
+def exit_if_abandoned(exit_code: int) -> None:
+    """Exit at once, as the interpreter would not, where threads were abandoned."""
+    if _State.abandoned:
+        kill_descendants()
+        os._exit(exit_code)
 
 
 def kill_descendants() -> None:

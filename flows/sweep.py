@@ -18,12 +18,13 @@ import re
 import shutil
 import unicodedata
 import uuid
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from hydra.conf import HydraConf
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
@@ -47,9 +48,10 @@ _WRITTEN = "multirun.yaml"
 _LONGEST_BYTES = 255  # of a name, on every common file system
 _SHOWN_BYTES = 200  # of a name that is cut short
 _UNSAFE = re.compile(r"[/\\?#%~]")  # ~ stands before the hash, so no plain name ends like a hashed one
+_SECTION = re.compile(r"(?<![^,])[\w/@]+\.(?:[\w/@]+\.)*(?=[\w/@]+=)")  # inference. of inference.stride=56
 _started = ExitStack()
 _planned: list[str] = []  # names of the trials by number, where the sweeper is Hydra's own
-_servers: list[str] = []  # what is said of the Prefect server of all trials of this process, once it is chosen
+_servers: list[str] = []  # what was said of the server that the trials of this process share
 # Sections whose overrides name a trial that differs from no other.
 _SETTINGS = {"model", "geometry", "tissue", "tiles", "inference", "dense", "stain", "store", "lesions"}
 
@@ -175,6 +177,22 @@ def _start_shared(params: Mapping[str, Any], *, prefect: bool) -> None:
         logs.note(f"MLflow: {problem}", logging.WARNING)
 
 
+def start_server(own: ExitStack) -> None:
+    """Make sure that a Prefect server answers until the sweep ends, or where there is none until ``own`` is closed."""
+    from .server import chosen_server
+
+    if _servers:
+        return
+    is_shared = is_on() and not is_of_another_process()
+    stack = _started if is_shared else own
+    server = stack.enter_context(ExitStack())
+    message = server.enter_context(chosen_server())
+    stack.enter_context(stopping.at_stop(server.close))
+    logs.note(f"{message}, for all trials" if is_shared else message)
+    if is_shared:
+        _servers.append(message)
+
+
 def name_of(configured: str | None, run: str, out: Path) -> str:
     """Return the name of a sweep: the configured one, else that of its runs, or of its folder where these have none."""
     return configured or (run if run != "run" else out.name)
@@ -191,6 +209,23 @@ def folder() -> Path:
 
 
 # --- the trials and their names
+
+
+def title(config: RunConfig) -> str:
+    """Return a name for a run that tells it from others: of a trial its number and what was swept."""
+    if not is_on():
+        return config.name
+    total = _shared()["count"]
+    return trial_title(HydraConfig.get().job.num + 1, total, config.out.name)
+
+
+def trial_title(number: int, total: int, name: str) -> str:
+    """Return how a trial is shown, such as ``trial 2 of 4: stride=56``; 0 in all where that is not known."""
+    return f"{_place(number, total)}: {_SECTION.sub('', name)}"
+
+
+def _place(number: int, total: int) -> str:
+    return f"trial {number} of {total}" if total else f"trial {number}"
 
 
 def jobs(overrides: Sequence[str], axes: Sequence[str] = ()) -> list[TrialOverrides]:
@@ -255,8 +290,7 @@ def _name_of_job(swept: Sequence[str], overrides: Sequence[str]) -> str:
 
 def heading(number: int, name: str) -> str:
     """Return the words that say which trial of the sweep something is about, such as ``trial 2 of 4: stain=none``."""
-    count = _shared()["count"]
-    return f"trial {number + 1}{f' of {count}' if count else ''}: {name}"
+    return f"{_place(number + 1, _shared()['count'])}: {name}"
 
 
 def is_grid(sweeper: Mapping[str, Any]) -> bool:
@@ -458,21 +492,6 @@ def _count_trials() -> str:
 def is_on() -> bool:
     """Tell whether this process belongs to a sweep."""
     return _VARIABLE in os.environ
-
-
-def drives_trials() -> bool:
-    """Tell whether this process drives a sweep, and runs the trials itself."""
-    return is_on() and not is_of_another_process()
-
-
-def keep_server(chosen_server: Callable[[], AbstractContextManager[str]]) -> None:
-    """Choose a Prefect server for the trials of this process, which the first of them does for all."""
-    if _servers:
-        return
-    server = _started.enter_context(ExitStack())
-    _servers.append(server.enter_context(chosen_server()))
-    _started.enter_context(stopping.at_stop(server.close))
-    logs.note(f"{_servers[0]}, for all trials")
 
 
 def is_of_another_process() -> bool:

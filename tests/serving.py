@@ -35,10 +35,11 @@ def create_database(home: Path) -> None:
 
 
 class PrefectServer(NamedTuple):
-    """A server that listens, and the environment of its clients."""
+    """A server that listens, the environment of its clients, and its process."""
 
     url: str
     env: dict[str, str]
+    pid: int
 
     def ask(self, path: str, body: object = None) -> Any:
         """Return what the server answers: to a body by POST."""
@@ -72,9 +73,10 @@ def serving(home: Path) -> Iterator[PrefectServer]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     url = f"http://127.0.0.1:{port}/api"
-    server = PrefectServer(url, environment(home, PREFECT_API_URL=url))
+    env = environment(home, PREFECT_API_URL=url)
     command = [BIN / "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
-    process = subprocess.Popen(command, env=server.env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    server = PrefectServer(url, env, process.pid)
     try:
         while not _listens(server):
             assert process.poll() is None, "the Prefect server ended"

@@ -19,7 +19,7 @@ from prefect.workers.process import ProcessWorker
 from serving import BIN, PrefectServer, end
 from swept import drawn, jobs_of, write_folder
 
-from flows import cli, forms
+from flows import artifacts, cli, forms
 from flows.compose import compose_config
 from wsiflow.errors import InputError
 from wsiflow.model.choice import InferenceParams
@@ -320,9 +320,10 @@ class Finished(NamedTuple):
     runs: dict[str, str]
 
     def artifacts(self, name: str) -> dict[str, str]:
-        """Return what a run shows on its page, by key."""
+        """Return what a run shows on its page, by the last word of each key."""
         own = {"flow_runs": {"id": {"any_": [self.runs[name]]}}}
-        return {one["key"]: one["data"] for one in self.deployed.server.ask("artifacts/filter", own)}
+        shown = self.deployed.server.ask("artifacts/filter", own)
+        return {one["key"].rpartition("-")[2]: one["data"] for one in shown}
 
     def children(self, name: str) -> dict[str, str]:
         """Return names and states of a run's child runs."""
@@ -384,16 +385,13 @@ def test_a_worker_completes_what_the_form_says(finished: Finished) -> None:
     assert (run["name"], run["state_type"]) == ("one", "COMPLETED")
     out = finished.deployed.home / "runs/one"
     summary = json.loads((out / "evaluation/summary.json").read_text())
-    shown = finished.artifacts("run")
-    numbers = {row["number"]: row["value"] for row in json.loads(shown["wsiflow-numbers"])}
-    assert numbers["roc.auc"] == summary["roc.auc"]
-    assert numbers["throughput.core_hours"] == summary["throughput.core_hours"]
-    assert f"Folder: `{out}`" in shown["wsiflow-report"]
+    shown = finished.artifacts("run")["result"]
+    assert f"| Slide AUC | {summary['roc.auc']:.3f} |" in shown
+    assert f"AUC {summary['roc.auc']:.3f}" in run["state"]["message"]
+    assert f"Folder: `{out}`" in shown
     assert (out / "report.html").exists()
-    assert finished.children("run") == {"one": "COMPLETED"}
-    own = {"flow_runs": {"parent_flow_run_id": {"any_": [finished.runs["run"]]}}}
-    (line,) = finished.deployed.server.ask("flow_runs/filter", own)
-    records = finished.deployed.server.ask("logs/filter", {"logs": {"flow_run_id": {"any_": [line["id"]]}}})
+    assert finished.children("run") == {}, "a run is listed once"
+    records = finished.deployed.server.ask("logs/filter", {"logs": {"flow_run_id": {"any_": [run["id"]]}}})
     assert "plan: 2 slides, 0 rejected" in str([record["message"] for record in records])
 
 
@@ -401,9 +399,13 @@ def test_a_sweep_goes_on_after_a_trial_that_fails(finished: Finished) -> None:
     """The good trial is a child run with a folder, and a record under the sweep's; the bad one is named."""
     run = finished.deployed.run(finished.runs["sweep"])
     assert run["state_type"] == "FAILED"
-    assert "inference.stride=30: InputError" in run["state"]["message"]
+    assert run["state"]["message"].startswith("1 of 3 trials failed: inference.stride=30: ")
     assert "must divide tiles.tile_px" in run["state"]["message"]
-    assert finished.children("sweep") == {"inference.stride=112": "COMPLETED", "inference.stride=224": "COMPLETED"}
+    assert finished.children("sweep") == {
+        "trial 1 of 3: stride=30": "FAILED",
+        "trial 2 of 3: stride=112": "COMPLETED",
+        "trial 3 of 3: stride=224": "COMPLETED",
+    }
     assert (finished.deployed.home / "runs/many/inference.stride=224/evaluation/summary.json").exists()
     client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{finished.deployed.home}/runs/mlflow.db")
     records = client.search_runs([client.get_experiment_by_name("wsiflow").experiment_id])
@@ -411,20 +413,17 @@ def test_a_sweep_goes_on_after_a_trial_that_fails(finished: Finished) -> None:
     children = [one for one in records if one.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
     assert (parent.info.run_name, len(children)) == ("many", 2)
     shown = finished.artifacts("sweep")
-    table = json.loads(shown["wsiflow-sweep"])
-    assert [(row["run"], row["exit code"]) for row in table] == [
-        ("inference.stride=30", 20),
-        ("inference.stride=112", 0),
-        ("inference.stride=224", 0),
-    ]
-    assert [row["setting"] for row in json.loads(shown["wsiflow-compare-many-table"])] == ["stride=112", "stride=224"]
+    assert "2 of 3 trials have scores" in shown["sweep"]
+    assert "| inference.stride=30 | failed (20) |" in shown["sweep"]
+    assert "| inference.stride=224 | complete | " in shown["sweep"]
+    assert [row["Setting"] for row in json.loads(shown["table"])] == ["stride=112", "stride=224"]
 
 
 def test_runs_are_compared_from_a_form(finished: Finished) -> None:
     """The files lie where the form says, the table is on the page, and the reference is the requested one."""
     assert finished.deployed.run(finished.runs["compare"])["state_type"] == "COMPLETED"
-    artifacts = finished.artifacts("compare")
-    assert [key for key in artifacts if key.endswith("-table")] == ["wsiflow-compare-two-table"]
+    shown = finished.artifacts("compare")
+    assert [row["Setting"] for row in json.loads(shown["table"])] == ["run=bad", "run=good"]
     text = (finished.deployed.home / "compared/compare.md").read_text()
     assert "Differences of" in text
     assert "to run=bad" in text
@@ -443,9 +442,8 @@ def test_a_scheduled_evaluation_gives_what_the_command_gives(
     assert names >= {"summary.json", "cases.csv", "froc.json", "roc.json"}
     for name in names:
         assert (finished.deployed.home / "weekly" / name).read_bytes() == (tmp_path / name).read_bytes()
-    numbers = json.loads(finished.artifacts("evaluate")["wsiflow-numbers"])
     summary = json.loads((tmp_path / "summary.json").read_text())
-    assert {row["number"]: row["value"] for row in numbers}["roc.auc"] == summary["roc.auc"]
+    assert f"| Slide AUC | {summary['roc.auc']:.3f} |" in finished.artifacts("evaluate")["result"]
 
 
 def submitted(root: Path) -> None:
@@ -483,9 +481,9 @@ def test_a_server_shows_a_comparison(server: PrefectServer, tmp_path: Path) -> N
     ]
     command = [BIN / "wsiflow", "compare", *folders, "--out", str(tmp_path / "out"), "--bootstrap", "50"]
     subprocess.run(command, env=server.env, check=True, capture_output=True)
-    table = server.ask("artifacts/wsiflow-compare-out-table/latest")
-    assert [row["pareto"] for row in json.loads(table["data"])] == ["yes", "yes"]
-    text = server.ask("artifacts/wsiflow-compare-out/latest")
+    table = server.ask(f"artifacts/{artifacts.key_of('out', tmp_path / 'out', 'comparison-table')}/latest")
+    assert [row["Pareto"] for row in json.loads(table["data"])] == ["yes", "yes"]
+    text = server.ask(f"artifacts/{artifacts.key_of('out', tmp_path / 'out', 'comparison')}/latest")
     assert "| run=x | 1.000" in text["data"]
-    assert str(tmp_path / "out/tradeoff.png") in text["data"]
+    assert text["data"].count("](data:image/") == 3, "the figures are pictures"
     assert server.ask(f"flow_runs/{text['flow_run_id']}")["state_type"] == "COMPLETED"

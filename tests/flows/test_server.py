@@ -5,7 +5,8 @@ import pwd
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -74,6 +75,20 @@ def test_a_server_with_a_key_is_used_with_it_and_refused_without(prefect_home: P
 def test_nobody_there_is_no_answer() -> None:
     """No server answers at a closed port, an empty address or a malformed one."""
     assert not any(server.answers(url) for url in ("http://127.0.0.1:9/api", "", "not an address"))
+
+
+def test_a_run_is_told_that_nobody_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The address is named in one line, and a temporary server is used during the body."""
+
+    @contextmanager
+    def temporary(_lock: object) -> Iterator[str]:
+        yield "http://127.0.0.1:10/api"
+
+    monkeypatch.setattr(server, "_temporary_server", temporary)
+    nobody = {PREFECT_HOME: tmp_path, PREFECT_API_URL: "http://127.0.0.1:9/api"}
+    with temporary_settings(nobody), server.chosen_server() as message:
+        assert message.startswith("no Prefect server answers at http://127.0.0.1:9/api: going on with a temporary one")
+        assert PREFECT_API_URL.value() == os.environ["PREFECT_API_URL"] == "http://127.0.0.1:10/api"
 
 
 def test_one_temporary_server_at_a_time_has_the_home_of_prefect(tmp_path: Path) -> None:

@@ -5,7 +5,8 @@ and how every task so far ended. The functions are the same for every orchestrat
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,6 +35,7 @@ _logger = logging.getLogger(__name__)
 SIDE_BY_SIDE = 64
 
 _DEFAULT_SHARDS = 40
+_NAMED_SLIDES = 2  # in the name of a shard
 
 
 class Ended(NamedTuple):
@@ -197,6 +199,24 @@ def cut(sizes: Sequence[int], slides_each: int) -> list[tuple[int, ...]]:
     return sorted(parts, key=lambda part: -sum(sizes[index] for index in part))
 
 
+def label(slides: Sequence[str]) -> str:
+    """Return a name for a shard: its first slides, and how many more there are."""
+    more = len(slides) - _NAMED_SLIDES
+    return ", ".join(slides[:_NAMED_SLIDES]) + (f" (+{more})" if more > 0 else "")
+
+
+def listed_slides(cases: Path, shard: Sequence[int]) -> list[str]:
+    """Return the ids of the cases of a shard."""
+    listed = read_cases(cases)[1]
+    return [listed[index].slide_id for index in shard]
+
+
+def planned_slides(plan_path: Path, shard: Sequence[int]) -> list[str]:
+    """Return the ids of the planned slides of a shard."""
+    plan = read_plan(plan_path)
+    return [plan.slides[index].slide_id for index in shard]
+
+
 def case_sizes(cases: Path) -> list[int]:
     """Return the size in bytes of the slide of each case; 0 where it is not known."""
     sizes = []
@@ -259,8 +279,29 @@ def ingest_shard(pool: Executor, cases: Path, shard: Sequence[int]) -> list[Outc
         if not outcome.retried:
             outcomes.append(outcome)
     usable = sum(outcome.receipt is not None for outcome in outcomes)
-    _logger.info("shard ingested: %d of its %d slides can be used", usable, len(outcomes))
+    name = label(listed_slides(cases, shard))
+    _logger.info("ingested %s: %d of %d slides can be used", name, usable, len(outcomes))
     return outcomes
+
+
+def rejections(cases: Path, outcomes: Iterable[Outcome]) -> list[Failure]:
+    """Return why cases cannot be planned, by what `ingest_shard` returned."""
+    listed = read_cases(cases)[1]
+    return [one.failure.about(slide=listed[one.task].slide_id) for one in outcomes if one.failure]
+
+
+def failures_by_slide(plan: Plan, ended: Iterable[Ended]) -> dict[int, Failure]:
+    """Return the first failure of each slide for which a task failed, by the slide's index."""
+    failures: dict[int, Failure] = {}
+    for item in {(item.stage, item.task): item for item in ended}.values():  # the last try of a task decides
+        if item.failure:
+            failures.setdefault(STAGES[item.stage].task(plan, item.task).slide, item.failure)
+    return {index: failure.about(slide=plan.slides[index].slide_id) for index, failure in failures.items()}
+
+
+def given_up(plan_path: Path, progress: Progress) -> list[Failure]:
+    """Return why slides of a shard were given up, by what `line` returned."""
+    return list(failures_by_slide(read_plan(plan_path), progress.ended).values())
 
 
 def line(pool: Executor, plan_path: Path, shard: Sequence[int], slice_s: float) -> Progress:
@@ -278,7 +319,8 @@ def line(pool: Executor, plan_path: Path, shard: Sequence[int], slice_s: float) 
     progress = Progress(tuple(shard))
     for stage in STAGES.values():
         progress = advance(pool, plan_path, stage, progress, slice_s)
-    _logger.info("shard done: %d of its %d slides are finished", len(progress.slides), len(shard))
+    name = label(planned_slides(plan_path, shard))
+    _logger.info("done %s: %d of %d slides are finished", name, len(progress.slides), len(shard))
     return progress
 
 
@@ -310,11 +352,12 @@ def advance(pool: Executor, plan_path: Path, stage: Stage, progress: Progress, s
         counts = len(missing), len(cuts), len(done)
         _logger.debug("%s: %d tasks are submitted in %d slices, %d are done already", stage.name, *counts)
     ended = [Ended(stage.name, index, receipt["attempt"], executed=False) for index, receipt in done.items()]
-    failed = set()
+    failed, start_s = set(), time.perf_counter()
     for ran in pool.run(work.run_slice, plan_path, stage.name, cuts):
         outcome, task = _checked(ran, stage.name, keys[ran.task]), stage.task(plan, ran.task)
         trace.note(root, stage.name, plan.slides[task.slide].slide_id, task.group, outcome)
         if outcome.retried:
+            _logger.info("%s %s is tried again: %s", stage.name, plan.slides[task.slide].slide_id, outcome.failure)
             continue
         attempt = outcome.receipt["attempt"] if outcome.receipt else ""
         ended.append(Ended(stage.name, outcome.task, attempt, outcome.executed, outcome.failure))
@@ -323,7 +366,20 @@ def advance(pool: Executor, plan_path: Path, stage: Stage, progress: Progress, s
             level = logging.DEBUG if task.slide in failed else logging.WARNING
             _logger.log(level, "failed: %s", outcome.failure.about(slide=plan.slides[task.slide].slide_id))
             failed.add(task.slide)
+    _log_speed(plan, stage, ended[len(done) :], time.perf_counter() - start_s)
     return Progress(tuple(index for index in progress.slides if index not in failed), progress.ended + tuple(ended))
+
+
+def _log_speed(plan: Plan, stage: Stage, ended: Sequence[Ended], wall_s: float) -> None:
+    """Log what a stage has done for a shard, and how fast; nothing where there was nothing to do."""
+    good = [item.task for item in ended if not item.failure]
+    if not ended:
+        return
+    slides = sorted({stage.task(plan, item.task).slide for item in ended})
+    tiles = sum(units(plan, stage, index) for index in good)
+    what = label([plan.slides[index].slide_id for index in slides]), len(good), len(ended), tiles
+    speed = f"{tiles / wall_s:,.{0 if tiles >= 10 * wall_s else 1}f} tiles/s" if wall_s > 0 else "at once"
+    _logger.info("%s %s: %d of %d tasks done, %d tiles in %.1f s, %s", stage.name, *what, wall_s, speed)
 
 
 def advise(pool: Executor, plan_path: Path) -> Iterator[str]:

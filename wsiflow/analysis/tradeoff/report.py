@@ -44,6 +44,11 @@ def columns(tradeoff: Tradeoff) -> dict[str, list[Any]]:
     return {name: [row.get(name) for row in rows] for name in names}
 
 
+def main_table(tradeoff: Tradeoff) -> list[dict[str, str]]:
+    """Return the main table as rows by column, rounded to be read."""
+    return [dict(zip(_HEADS, _row(tradeoff, row), strict=True)) for row in tradeoff.rows]
+
+
 def _csv(tradeoff: Tradeoff) -> str:
     table = columns(tradeoff)
     rows = [dict(zip(table, values, strict=True)) for values in zip(*table.values(), strict=True)]

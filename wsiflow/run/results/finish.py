@@ -50,11 +50,13 @@ class Summary(NamedTuple):
         exit_code: 0 for a complete run, 10 for a partial one, else the code of the worst failure.
         metrics: Every number of ``summary.json`` by name; empty where nothing was scored.
         text: The lines to show the user.
+        statuses: How every slide ended; empty where the run ended before its slides did.
     """
 
     exit_code: int
     metrics: dict[str, float]
     text: str
+    statuses: Sequence[Status] = ()
 
 
 class Clock:
@@ -162,7 +164,7 @@ def finish(config: RunConfig, plan_path: Path, progress: Sequence[Progress], clo
         _keep_as_former(root, but="evaluation-PARTIAL" if scoring else "")
     if scoring is None:
         worst = max(status.exit_code for status in statuses)
-        return Summary(worst, {}, failure_text(root, statuses))
+        return Summary(worst, {}, failure_text(root, statuses), statuses)
     missing = missing_slides(statuses)
     folder = "evaluation-PARTIAL" if missing else "evaluation"
     published = publish_scores(root, folder, config, scoring)
@@ -182,7 +184,7 @@ def finish(config: RunConfig, plan_path: Path, progress: Sequence[Progress], clo
         _show_alone(root, folder)
     logged = track(root / folder, config, plan, published.key, metrics, machines(root, config, receipts))
     text = _success_text(root / folder, plan, statuses, metrics, len(new), logged)
-    return Summary(PARTIAL if missing else 0, metrics, text)
+    return Summary(PARTIAL if missing else 0, metrics, text, statuses)
 
 
 def _balanced(root: Path, plan: Plan, plan_path: Path, statuses: Sequence[Status]) -> Ledger:

@@ -4,11 +4,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from wsiflow.errors import Failure, WsiflowError
+from wsiflow.errors import WsiflowError
 from wsiflow.run.config import RunConfig
 from wsiflow.run.plan import Plan
 from wsiflow.run.results import cost
-from wsiflow.run.shards import Ended
+from wsiflow.run.shards import Ended, failures_by_slide
 from wsiflow.run.stages.line import STAGES, STEPS
 from wsiflow.system import publish, tables
 
@@ -65,19 +65,16 @@ def slide_statuses(plan: Plan, ended: Sequence[Ended]) -> list[Status]:
         plan: The run's plan.
         ended: How every task of this start of the run ended.
     """
-    failures: dict[int, Failure] = {}
+    failures = failures_by_slide(plan, ended)
     attempts: dict[int, int] = {}
     for item in ended:
         index = STAGES[item.stage].task(plan, item.task).slide
         attempts[index] = attempts.get(index, 0) + item.executed
-    for item in {(item.stage, item.task): item for item in ended}.values():  # the last try of a task decides
-        if item.failure:
-            failures.setdefault(STAGES[item.stage].task(plan, item.task).slide, item.failure)
     rows = []
     for index, planned in enumerate(plan.slides):
         failure = failures.get(index)
         status = "failed" if failure else "no tissue" if not planned.n_tiles else "done"
-        reason = str(failure.about(slide=planned.slide_id)) if failure else ""
+        reason = str(failure) if failure else ""
         rows.append(
             Status(
                 planned.slide_id,
