@@ -149,9 +149,9 @@ def _start_shared(params: Mapping[str, Any], *, prefect: bool) -> None:
 
     if prefect:
         logs.note(f"{_started.enter_context(chosen_server())}, for all trials")
-    problem = tracking.begin_sweep(tracking.TrackingParams.model_validate(params))
-    if problem:
-        logs.note(f"MLflow: {problem}", logging.WARNING)
+    logged = tracking.begin_sweep(tracking.TrackingParams.model_validate(params), folder())
+    if logged.run_id is None and params["kind"] != "off":
+        logs.note(f"MLflow: {logged.reason}", logging.WARNING)
 
 
 def name_of(configured: str | None, run: str, out: Path) -> str:

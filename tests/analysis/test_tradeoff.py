@@ -134,6 +134,13 @@ def test_the_reference_can_be_chosen() -> None:
         compared(*runs, reference="stride=32")
 
 
+def test_a_setting_that_finds_nothing_is_worth_nothing() -> None:
+    """The cheapest setting is not in the Pareto set where its score is 0, and a note says so."""
+    found = compared(run("fine", some(4), 8.0, stride=16), run("blind", some(0), 0.1, stride=224))
+    assert [row.pareto for row in found.rows] == [True, False]
+    assert "Not worth any cost, since their FROC score is 0 or not defined: stride=224." in found.notes
+
+
 def test_a_cost_that_nobody_measured_is_not_cheap() -> None:
     """A setting without core-hours is compared and never on the front."""
     known, unknown = compared(run("a", some(2), 1.0, stride=16), run("b", some(4), math.nan, stride=8)).rows[::-1]
@@ -286,8 +293,15 @@ def test_a_filter_finds_the_front_in_mlflow(uri: str, recorded: list[str], tmp_p
     assert parent.data.metrics["compare.best_score"] == 1.0
     assert parent.data.metrics["compare.most_core_hours"] == 5.0
     assert parent.data.tags["wsiflow.best"] == parent.data.tags["wsiflow.reference"] == "stride=16"
-    assert parent.data.tags["common.digest.dataset"] == "d1"
-    assert parent.data.tags["common.digest.model"] == "m1"
+    common = json.loads(Path(client.download_artifacts(parent.info.run_id, "common.json", str(tmp_path))).read_text())
+    assert {common["digest.dataset"], common["digest.model"]} == {"d1", "m1"}
+    against = "saves 4 core-h (80 %), FROC -0.250"
+    assert against in client.get_run(ids[2]).data.tags["wsiflow.against_reference"]
+    assert against in parent.data.tags["mlflow.note.content"]
+    assert (
+        f"![tradeoff](get-artifact?path=tradeoff.png&run_uuid={parent.info.run_id})"
+        in parent.data.tags["mlflow.note.content"]
+    )
     assert "| stride=56 | 0.750" in parent.data.tags["mlflow.note.content"]
     files = {one.path for one in client.list_artifacts(parent.info.run_id)}
     assert files >= {"compare.md", "compare.csv", "report.html", "froc.png", "tradeoff.png", "differences.png"}
@@ -310,7 +324,7 @@ def test_a_later_comparison_replaces_the_former(uri: str, tmp_path: Path) -> Non
     assert len(result.tradeoff.rows) == 3
     assert client.get_run(ids[0]).data.tags["wsiflow.pareto"] == "no"
     parent = client.get_run(result.logged.run_id)
-    assert "common.lesions.k" not in parent.data.tags
+    assert "lesions.k" not in Path(client.download_artifacts(parent.info.run_id, "common.json", str(out))).read_text()
     assert parent.data.metrics["compare.n_settings"] == 3
 
 
@@ -333,6 +347,22 @@ def test_a_sweep_has_to_be_named_where_there_are_two(uri: str, tmp_path: Path) -
     with pytest.raises(InputError, match="no run of sweep other; name one of its sweeps: coarse, fine"):
         runs_of_sweep(store(uri, "other", "two"))
     assert len(runs_of_sweep(store(uri, "fine", "two")).runs) == 1
+    log(store(uri, "fine", "two"), [Trial({"inference.stride": 56}, 1.0, some(3))], tmp_path / "b", key="b")
+    with pytest.raises(InputError, match=f"2 sweeps of the name fine; name one with --sweep: {tmp_path}/fine, "):
+        runs_of_sweep(store(uri, "fine", "two"))
+    assert len(runs_of_sweep(store(uri, str(tmp_path / "fine"), "two")).runs) == 1
+
+
+def test_runs_are_compared_by_tag(uri: str, recorded: list[str], tmp_path: Path, capsys: Any) -> None:
+    """Runs of whatever sweep that have all tags are compared; where none has, the message names the tags."""
+    client = mlflow.MlflowClient(tracking_uri=uri)
+    for one in recorded[2:]:
+        client.set_tag(one, "paper", "it's")
+    given = ["compare", "wsiflow", "--uri", uri, "--bootstrap", "100", "--out", str(tmp_path / "out")]
+    assert main([*given, "--tag", "paper=it's", "--tag", "digest.model=m1"]) == 0
+    assert "compared   2 settings with stride=224" in capsys.readouterr().out
+    assert main([*given, "--tag", "paper=it's", "--tag", "digest.model=m2"]) == 20
+    assert "no finished run with paper=it's and digest.model=m2" in capsys.readouterr().err
 
 
 def test_single_runs_do_not_join_the_only_sweep(uri: str, tmp_path: Path) -> None:
