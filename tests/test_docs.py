@@ -15,6 +15,7 @@ PAGES = (
     "README.md",
     "docs/compare.md",
     "docs/deploy.md",
+    "docs/mlflow.md",
     "docs/scaling.md",
     "docs/tradeoff.md",
     "docs/tradeoff-data.md",
@@ -53,7 +54,7 @@ def test_the_documents_have_overrides() -> None:
     assert any("executor=slurm_array" in words and len(words) > 3 for words in overrides())
 
 
-COMMANDS = ("compare-maps", "export")
+COMMANDS = ("compare", "compare-maps", "export")
 
 
 def commands() -> list[str]:

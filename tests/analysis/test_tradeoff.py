@@ -347,8 +347,16 @@ def test_a_sweep_has_to_be_named_where_there_are_two(uri: str, tmp_path: Path) -
     with pytest.raises(InputError, match="no run of sweep other; name one of its sweeps: coarse, fine"):
         runs_of_sweep(store(uri, "other", "two"))
     assert len(runs_of_sweep(store(uri, "fine", "two")).runs) == 1
-    log(store(uri, "fine", "two"), [Trial({"inference.stride": 56}, 1.0, some(3))], tmp_path / "b", key="b")
-    with pytest.raises(InputError, match=f"2 sweeps of the name fine; name one with --sweep: {tmp_path}/fine, "):
+    elsewhere = {"wsiflow.folder": "elsewhere", "wsiflow.out": str(tmp_path / "b/fine/0")}
+    log(
+        store(uri, "fine", "two"),
+        [Trial({"inference.stride": 56}, 1.0, some(3))],
+        tmp_path / "b",
+        key="b",
+        tags=elsewhere,
+    )
+    both = f"{tmp_path}/b/fine, {tmp_path}/fine"
+    with pytest.raises(InputError, match=f"2 sweeps of the name fine; name one with --sweep: {both}"):
         runs_of_sweep(store(uri, "fine", "two"))
     assert len(runs_of_sweep(store(uri, str(tmp_path / "fine"), "two")).runs) == 1
 
@@ -431,9 +439,12 @@ def test_a_sweep_ends_with_its_comparison(small_slides: Path, tmp_path: Path, ca
     """A sweep over two strides leaves the comparison in its folder, and front and figures in MLflow."""
     out = tmp_path / "sweep"
     quick = ["executor=inline", "orchestrator=none", "dense.windows=4", "evaluation.bootstrap=20", "store=none"]
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
     given = ["dataset=manifest", f"dataset.manifest={small_slides}", f"out={out}", "name=strides", *quick]
-    assert main(["run", "-m", "inference.stride=112,224", *given]) == 0
-    assert "compared   2 settings" in capsys.readouterr().out
+    assert main(["run", "-m", "inference.stride=112,224", *given, f"tracking.uri={uri}"]) == 0
+    said = capsys.readouterr().out
+    assert "compared   2 settings" in said
+    assert re.search(r"MLflow     http://127.0.0.1:5000/#/experiments/1/runs\?.*viewStateShareKey=sweep-", said)
     with (out / "compare.csv").open(newline="") as stream:
         rows = list(csv.DictReader(stream))
     assert [row["stride"] for row in rows] == ["112", "224"]
@@ -442,17 +453,17 @@ def test_a_sweep_ends_with_its_comparison(small_slides: Path, tmp_path: Path, ca
         summary = json.loads((out / f"inference.stride={row['stride']}/evaluation/summary.json").read_text())
         assert float(row["froc.score"]) == pytest.approx(summary["froc.score"])
         assert float(row["roc.auc"]) == pytest.approx(summary["roc.auc"])
-    client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
+    client = mlflow.MlflowClient(tracking_uri=uri)
     experiment = client.get_experiment_by_name("wsiflow").experiment_id
     runs = client.search_runs([experiment], "tags.`wsiflow.role` = 'run'")
     assert {one.info.run_name: one.data.tags["wsiflow.pareto"] for one in runs} == {
-        f"inference.stride={row['stride']}": row["pareto"] for row in rows
+        f"stride={row['stride']}": row["pareto"] for row in rows
     }
+    assert all(len(one.data.metrics) <= 15 and len(one.data.params) <= 15 for one in runs)
     assert len({one.data.tags["digest.dataset"] for one in runs}) == 1
     (parent,) = client.search_runs([experiment], "tags.`wsiflow.role` = 'sweep'")
     assert "tradeoff.png" in {one.path for one in client.list_artifacts(parent.info.run_id)}
     again = tmp_path / "again"
-    uri = f"sqlite:///{tmp_path}/mlflow.db"
     assert main(["compare", "wsiflow", "--uri", uri, "--bootstrap", "20", "--out", str(again)]) == 0
     columns = set(rows[0]) - {"runs"}
     with (again / "compare.csv").open(newline="") as stream:

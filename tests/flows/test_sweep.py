@@ -91,9 +91,9 @@ def test_trials_at_once_share_a_server_and_a_record(tiny_slides: Path, prefect_h
     assert done.returncode == 20, done.stderr
     assert done.stderr.count("inference.stride is 30") == 1
     assert done.stdout.count("going on with a temporary one") == 1
-    strides, parents = children(tmp_path / "mlflow.db")
+    strides, parents = children(tmp_path / "runs/mlflow.db")
     assert (strides, len(parents)) == ({"56", "224"}, 1)
-    assert rows(tmp_path / "mlflow.db", "select count(*) from runs") == [(3,)]
+    assert rows(tmp_path / "runs/mlflow.db", "select count(*) from runs") == [(3,)]
     flows = rows(tmp_path / "home/prefect.db", "select state_type, count(*) from flow_run group by 1")
     assert flows == [("COMPLETED", 2)]
     folders = {path.parent.parent.name for path in tmp_path.glob("sweep/*/evaluation/summary.json")}
@@ -106,9 +106,9 @@ def test_trials_are_slurm_jobs(slurm: dict[str, str], tiny_slides: Path, tmp_pat
     more += ["hydra.launcher.cpus_per_task=1", "inference.stride=56,224", "executor=process"]
     done = sweep(tiny_slides, tmp_path / "sweep", environment(tmp_path / "home") | slurm, *more)
     assert done.returncode == 0, done.stderr
-    strides, parents = children(tmp_path / "mlflow.db")
+    strides, parents = children(tmp_path / "runs/mlflow.db")
     assert (strides, len(parents)) == ({"56", "224"}, 1)
-    assert rows(tmp_path / "mlflow.db", "select count(*) from runs") == [(3,)]
+    assert rows(tmp_path / "runs/mlflow.db", "select count(*) from runs") == [(3,)]
     assert len(list((tmp_path / "sweep/.submitit").glob("*_[01]"))) == 2
 
 

@@ -22,7 +22,7 @@ import pytest
 
 from wsiflow.errors import EnvironmentFault, InputError
 from wsiflow.run import tracking
-from wsiflow.run.tracking import DatasetRecord, RunRecord, TrackingParams, reading, writing
+from wsiflow.run.tracking import DatasetRecord, RunRecord, TrackingParams, entries, reading
 from wsiflow.run.tracking import store as stores
 from wsiflow.system import processes
 
@@ -130,7 +130,7 @@ def test_a_record_that_is_there_is_found_without_mlflow(store: str, monkeypatch:
     params, one = params_for(store), record(key="known")
     run_id = tracking.log_run(params, one).run_id
     with monkeypatch.context() as without:
-        without.setattr(writing, "with_store", None)
+        without.setattr("wsiflow.run.tracking.runs.with_store", None)
         assert tracking.log_run(params, one)[:2] == (run_id, "")
     assert reading.known_to_sqlite(params, "wsiflow.key", "known", ("yes",)) is None
     assert reading.known_to_sqlite(params_for(store, experiment="other"), "wsiflow.key", "known", ("no",)) is None
@@ -296,14 +296,14 @@ GIT = {
 @pytest.mark.parametrize("how", GIT)
 def test_a_record_needs_no_git(how: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Where git fails or is absent, no commit is recorded."""
-    monkeypatch.setattr(writing, "_GIT_S", 0.5)
+    monkeypatch.setattr(entries, "_GIT_S", 0.5)
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin")
     if GIT[how] is None:
         monkeypatch.setenv("PATH", "/nowhere")
     else:
         (tmp_path / "git").write_text(f"#!/bin/sh\n{GIT[how]}\n")
         (tmp_path / "git").chmod(0o755)
-    assert writing._git_commit(Path(__file__).parents[2]) == ""
+    assert entries.git_commit(Path(__file__).parents[2]) == ""
 
 
 def test_the_commit_of_a_checkout_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -312,8 +312,8 @@ def test_the_commit_of_a_checkout_is_named(tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "git").chmod(0o755)
     (tmp_path / ".git").mkdir()
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin")
-    assert writing._git_commit(tmp_path) == "0a" * 20
-    assert writing._git_commit(tmp_path / "elsewhere") == ""
+    assert entries.git_commit(tmp_path) == "0a" * 20
+    assert entries.git_commit(tmp_path / "elsewhere") == ""
 
 
 @pytest.mark.parametrize(

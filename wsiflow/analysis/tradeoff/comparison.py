@@ -134,10 +134,21 @@ def _refuse_incomparable(runs: Sequence[FinishedRun]) -> None:
 
 
 def _metric(compared: paired.PairedResults) -> str:
-    for metric in ("froc.score", "roc.auc"):
-        if any(math.isfinite(_value(compared, name, metric)) for name in compared.intervals):
-            return metric
-    raise InputError("no run has a score", "compare runs over slides with truth, tumour and normal", stage="comparison")
+    """Return the score of the Pareto set: that of FROC, unless no setting finds a lesion and the AUC tells them apart.
+
+    Raises:
+        InputError: No setting has a score.
+    """
+    known = [
+        name for name in _BY_GUESSING if any(math.isfinite(_value(compared, one, name)) for one in compared.intervals)
+    ]
+    if not known:
+        remedy = "compare runs over slides with truth, tumour and normal"
+        raise InputError("no run has a score", remedy, stage="comparison")
+    useful = [
+        name for name in known if any(_value(compared, one, name) > _BY_GUESSING[name] for one in compared.intervals)
+    ]
+    return (useful or known)[0]
 
 
 def _value(compared: paired.PairedResults, name: str, metric: str) -> float:
@@ -501,6 +512,9 @@ def summary_text(result: ComparisonResult) -> str:
     tradeoff = result.tradeoff
     name = figures.title(tradeoff.metric)
     lines = [f"compared   {len(tradeoff.rows)} settings with {tradeoff.reference}; Pareto set of {name}:"]
+    lines += (
+        [] if tradeoff.pareto else ["           none: no setting has a cost and a score that guessing does not reach"]
+    )
     lines += [f"           {line}" for line in report.front(tradeoff)]
     lines.append(f"comparison {result.out / 'report.html'}, compare.md, compare.csv, figures")
     if result.logged is not None and result.params is not None:

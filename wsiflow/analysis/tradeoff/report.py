@@ -191,7 +191,7 @@ def _markdown(tradeoff: Tradeoff, figures: Mapping[str, bytes]) -> str:
         (
             "\n".join(f"- {line}" for line in front(tradeoff))
             if tradeoff.pareto
-            else "None: it needs scores and core-hours."
+            else "None: it needs core-hours, and scores that guessing does not reach."
         )
         + "\n",
         *pictures,

@@ -22,9 +22,10 @@ from wsiflow.run.tracking.records import (
     RunRecord,
     RunStart,
 )
+from wsiflow.run.tracking.runs import begin_run, fail_run, log_run
 from wsiflow.run.tracking.store import TrackingParams, default_uri
+from wsiflow.run.tracking.sweeps import begin_sweep, log_comparison, log_sweep
 from wsiflow.run.tracking.views import opening_lines
-from wsiflow.run.tracking.writing import begin_run, begin_sweep, fail_run, log_comparison, log_run, log_sweep
 
 __all__ = [
     "ComparedRun",

@@ -64,19 +64,21 @@ def tag(key: str, *, axes: Sequence[str] = _MAIN, parent: str = "") -> tuple[str
 
 def _state(axes: Sequence[str], parent: str) -> dict[str, Any]:
     """Return the state of MLflow's page of runs."""
-    metrics = [f"metrics.`{name}`" for name in ("froc.score", "roc.auc", _COST)]
+    froc, auc, cost = (f"metrics.`{name}`" for name in ("froc.score", "roc.auc", _COST))
+    froc_interval, auc_interval, pareto, against = (f"tags.`{name}`" for name in (FROC, AUC, PARETO, AGAINST))
     settings = [f"params.`{name}`" for name in axes]
-    tags = [f"tags.`{name}`" for name in (FROC, AUC, PARETO, *([AGAINST] if parent else []))]
+    of_sweep = [against] if parent else []
+    columns = [*settings, froc, froc_interval, cost, pareto, *of_sweep, auc, auc_interval]
     return {
         "searchFilter": f"tags.`mlflow.parentRunId` = '{parent}'" if parent else "tags.`wsiflow.role` = 'run'",
-        "orderByKey": metrics[-1] if parent else "attributes.start_time",
+        "orderByKey": cost if parent else "attributes.start_time",
         "orderByAsc": bool(parent),
         "startTime": "ALL",
         "lifecycleFilter": "Active",
         "datasetsFilter": [],
         "modelVersionFilter": "All Runs",
-        "selectedColumns": [*metrics, *settings, *tags, "attributes.`Dataset`"],
-        "columnOrder": [*_FIRST, *settings, *metrics, *tags, "duration"],
+        "selectedColumns": [*columns, "attributes.`Dataset`"],
+        "columnOrder": [*_FIRST, *columns, "duration"],
         "columnWidths": {_FIRST[1]: 240, _FIRST[2]: 120, **dict.fromkeys(settings, 120), **_WIDTHS},
         "runsHiddenMode": "SHOWALL",
         "compareRunCharts": _charts(axes),
