@@ -189,6 +189,8 @@ def _compare_trials(request: forms.Sweep, failed: list[str]) -> None:
         return
     if result is not None:
         comparing.create_artifacts(result)
+    else:
+        comparison.describe_sweep(config.out.parent, config.tracking, "fewer than two of them have scores")
 
 
 def _show_on_page(name: str, metrics: Mapping[str, float], text: str) -> None:

@@ -94,9 +94,8 @@ def log(params: TrackingParams, trials: Sequence[Trial], folder: Path, **changes
         document.write_text(trial.matches.model_dump_json())
         setting = trial.matches.setting("")
         numbers = evaluate._froc_metrics(setting) | evaluate._roc_metrics(setting)
-        numbers |= {
-            f"froc.score_ci_{end}": numbers["froc.score"] + width for end, width in (("low", -0.1), ("high", 0.1))
-        }
+        low, high = np.clip(numbers["froc.score"] + np.array([-0.1, 0.1]), 0, 1)
+        numbers |= {"froc.score_ci_low": float(low), "froc.score_ci_high": float(high)}
         numbers |= {"throughput.core_hours": trial.core_hours}
         (document.parent / "summary.json").write_text(json.dumps(numbers))
         own = ("inference.stride", "inference.precision", "stain.method", "repeat")

@@ -51,6 +51,9 @@ def record(**given: Any) -> RunRecord:
     return RunRecord(**{**content, **given})
 
 
+START = {"name": "stride=56", "folder": "f1", "out": "/runs/a", "sweep_folder": "", "driver": processes.current()}
+
+
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Return a SQLite store for all tests that only add to it, each with its own keys."""
@@ -127,11 +130,12 @@ def test_the_same_run_is_recorded_once(store: str) -> None:
 
 def test_a_record_that_is_there_is_found_without_mlflow(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A finished record is found by SQL; a deleted one, or one of another experiment, is not."""
-    params, one = params_for(store), record(key="known")
+    params, one = params_for(store), record(key="known", tags={"wsiflow.folder": "of known"})
     run_id = tracking.log_run(params, one).run_id
     with monkeypatch.context() as without:
         without.setattr("wsiflow.run.tracking.runs.with_store", None)
         assert tracking.log_run(params, one)[:2] == (run_id, "")
+        assert tracking.begin_run(params, tracking.RunStart(**{**START, "folder": "of known"})).run_id == run_id
     assert reading.known_to_sqlite(params, "wsiflow.key", "known", ("yes",)) is None
     assert reading.known_to_sqlite(params_for(store, experiment="other"), "wsiflow.key", "known", ("no",)) is None
     from mlflow import MlflowClient
@@ -168,9 +172,6 @@ def test_runs_of_a_sweep_share_a_parent(store: str) -> None:
     assert len(set(parents)) == 3
     assert read(store, parents[1]).info.run_name == "stride's"
     assert len(all_runs(store, "sweeps")) == 8
-
-
-START = {"name": "stride=56", "folder": "f1", "out": "/runs/a", "sweep_folder": "", "driver": processes.current()}
 
 
 def test_a_run_is_seen_while_it_runs_and_when_it_fails(store: str) -> None:

@@ -230,7 +230,8 @@ def description(tradeoff: Tradeoff, names: Collection[str]) -> str:
             break
         lines.append(_piped(_row(tradeoff, row)))
     parts = [
-        "**Worth their cost**, cheapest first: " + ("; ".join(front(tradeoff)) or "none") + ".\n",
+        "**Worth their cost, cheapest first:**\n",
+        "\n".join(f"- {line}" for line in front(tradeoff) or ["none"]) + "\n",
         f"{_what(tradeoff)}.\n",
         shown.pop("tradeoff", ""),
         "\n".join(lines) + "\n",

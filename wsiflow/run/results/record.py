@@ -82,10 +82,14 @@ def _name(config: RunConfig) -> str:
 
 def short_name(trial: str) -> str:
     """Return the name of a trial with the last part of each key alone, such as ``stride=56, precision=bf16``."""
-    keys = [key.rpartition(".")[2] for key in _KEYS.findall(trial)]
+    keys = [_last_part(key) for key in _KEYS.findall(trial)]
     if len(set(keys)) < len(keys):
         return trial
-    return _KEYS.sub(lambda found: f"{', ' if found.start() else ''}{found[1].rpartition('.')[2]}=", trial)
+    return _KEYS.sub(lambda found: f"{', ' if found.start() else ''}{_last_part(found[1])}=", trial)
+
+
+def _last_part(key: str) -> str:
+    return key.removesuffix(".method").removesuffix(".kind").rpartition(".")[2]
 
 
 _KEYS = re.compile(r"(?:^|,)([A-Za-z_][\w.@/+]*)=")

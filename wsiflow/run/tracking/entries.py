@@ -43,8 +43,10 @@ def experiment_with_view(client: "MlflowClient", params: TrackingParams) -> str:
 
 def origin() -> dict[str, str]:
     """Return the tags that say who recorded a run, and from what: the columns User, Source and Version of MLflow."""
+    program = Path(sys.argv[0]).name
     words = shlex.join(map(str, redacted_list(sys.argv[1:])))
-    tags = {"mlflow.source.name": f"{Path(sys.argv[0]).name} {words}".strip(), "mlflow.source.type": "LOCAL"}
+    # MLflow shows what stands behind the last slash of the source, so the arguments are a tag of their own.
+    tags = {"mlflow.source.name": program, "mlflow.source.type": "LOCAL", "wsiflow.command": f"{program} {words}"}
     commit = git_commit(Path(__file__).parents[3])
     tags |= {"mlflow.source.git.commit": commit} if commit else {}
     try:

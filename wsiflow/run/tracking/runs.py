@@ -50,10 +50,17 @@ def begin_run(params: TrackingParams, start: RunStart) -> LogResult:
 
 
 def fail_run(params: TrackingParams, start: RunStart, reason: str) -> LogResult:
-    """Record that a run ended without scores, and why."""
+    """Record that a run ended without scores, and why, unless its folder has a finished record."""
     if params.kind == "off":
         return OFF
-    return with_store(params, lambda client: _fail(client, _begin(client, params, start), reason, "FAILED"))
+
+    def fail(client: "MlflowClient") -> LogResult:
+        begun = _begin(client, params, start)
+        if client.get_run(str(begun.run_id)).info.status == "RUNNING":
+            _fail(client, begun, reason, "FAILED")
+        return begun
+
+    return with_store(params, fail)
 
 
 def log_run(params: TrackingParams, record: RunRecord) -> LogResult:
@@ -74,6 +81,9 @@ def log_run(params: TrackingParams, record: RunRecord) -> LogResult:
 def _begin(client: "MlflowClient", params: TrackingParams, start: RunStart) -> LogResult:
     experiment = experiment_with_view(client, params)
     _end_killed(client, experiment, but=start.folder)
+    which = f"tags.`{FOLDER}` = '{start.folder}' and attributes.status = 'FINISHED'"
+    for run in client.search_runs([experiment], which, max_results=1):
+        return LogResult(str(run.info.run_id), "", experiment)
     tags = {
         "wsiflow.role": "run",
         FOLDER: start.folder,
@@ -103,13 +113,12 @@ def _end_killed(client: "MlflowClient", experiment: str, *, but: str) -> None:
             _fail(client, LogResult(run.info.run_id, ""), reason, "KILLED")
 
 
-def _fail(client: "MlflowClient", logged: LogResult, reason: str, status: str) -> LogResult:
+def _fail(client: "MlflowClient", logged: LogResult, reason: str, status: str) -> None:
     text = without_secrets(reason)
     shown = text.replace("\n", "\n\n")  # in Markdown one line break is none
     tags = {REASON: " ".join(text.split()), NOTE: f"**{status.capitalize()}:** {shown}"}
     set_tags(client, str(logged.run_id), tags)
     client.set_terminated(str(logged.run_id), status)
-    return logged
 
 
 def _blank(client: "MlflowClient", experiment: str, folder: str, *, delete_others: bool) -> Any | None:
@@ -147,6 +156,7 @@ def _log_once(client: "MlflowClient", params: TrackingParams, record: RunRecord)
         run_id = str(begun.info.run_id)
         client.update_run(run_id, status="RUNNING", name=record.name)
         set_tags(client, run_id, tags)
+        client.delete_tag(run_id, _DRIVER)
     if record.description:
         client.set_tag(run_id, NOTE, record.description.replace("{run}", run_id)[:TAG_CHARS])
     _log_numbers(client, run_id, record)

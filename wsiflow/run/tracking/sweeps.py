@@ -61,7 +61,9 @@ def log_sweep(params: TrackingParams, folder: Path, description: str) -> LogResu
         run_id = str(logged.run_id)
         text = f"{description}{_failed(_children(client, logged.experiment_id, run_id))}"
         client.set_tag(run_id, NOTE, text[:TAG_CHARS])
-        client.set_experiment_tag(logged.experiment_id, *views.tag(views.key_of_sweep(run_id), parent=run_id))
+        client.set_experiment_tag(
+            logged.experiment_id, *views.tag(views.key_of_sweep(run_id), name=sweep, parent=run_id)
+        )
         return logged
 
     return with_store(params, describe)
@@ -94,7 +96,8 @@ def _log_comparison(client: "MlflowClient", params: TrackingParams, sweep: str, 
     set_tags(client, parent, tags)
     client.log_batch(parent, metrics=metric_entries(record.metrics))
     log_bytes(client, parent, record.files)
-    client.set_experiment_tag(experiment, *views.tag(views.key_of_sweep(parent), axes=record.axes, parent=parent))
+    view = views.tag(views.key_of_sweep(parent), name=sweep, axes=record.axes, parent=parent)
+    client.set_experiment_tag(experiment, *view)
     return LogResult(parent, "", experiment)
 
 

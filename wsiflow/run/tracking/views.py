@@ -36,7 +36,16 @@ PARETO, AGAINST, FROC, AUC = "wsiflow.pareto", "wsiflow.against_reference", "fro
 
 _FIRST = ("1", "attributes.`Run Name`", "runDateAndNestInfo")  # MLflow's names of its first columns
 _COST = "throughput.core_hours"
-_WIDTHS = {f"metrics.`{_COST}`": 150, f"tags.`{FROC}`": 120, f"tags.`{AUC}`": 120, f"tags.`{AGAINST}`": 380}
+_WIDTHS = {
+    _FIRST[1]: 220,
+    _FIRST[2]: 130,
+    "metrics.`froc.score`": 90,
+    f"metrics.`{_COST}`": 170,
+    f"tags.`{FROC}`": 120,
+    f"tags.`{PARETO}`": 115,
+    f"tags.`{AGAINST}`": 380,
+    f"tags.`{AUC}`": 120,
+}
 _SECTION = "wsiflow"
 _PORT = 5000
 _WORKFLOW = "machine_learning"  # without it MLflow opens its pages for language models
@@ -48,17 +57,18 @@ def key_of_sweep(parent: str) -> str:
     return f"sweep-{parent[:12]}"
 
 
-def tag(key: str, *, axes: Sequence[str] = _MAIN, parent: str = "") -> tuple[str, str]:
+def tag(key: str, *, name: str = "", axes: Sequence[str] = _MAIN, parent: str = "") -> tuple[str, str]:
     """Return name and value of the experiment's tag that holds a view.
 
     Args:
         key: Key of the view, which links name.
+        name: Name of the view in MLflow's list of views; empty: its key.
         axes: Settings that are columns, by dotted name.
         parent: Id of the sweep's parent run, whose runs alone are shown; empty for all runs.
     """
     packed = base64.b64encode(zlib.compress(json.dumps(_state(axes, parent)).encode())).decode()
     now_ms = int(time.time() * 1000)
-    view = {"name": key, "createdAt": now_ms, "updatedAt": now_ms, "state": f"deflate;{packed}"}
+    view = {"name": name or key, "createdAt": now_ms, "updatedAt": now_ms, "state": f"deflate;{packed}"}
     return f"mlflow.sharedViewState.{key}", json.dumps(view)
 
 
@@ -79,7 +89,7 @@ def _state(axes: Sequence[str], parent: str) -> dict[str, Any]:
         "modelVersionFilter": "All Runs",
         "selectedColumns": [*columns, "attributes.`Dataset`"],
         "columnOrder": [*_FIRST, *columns, "duration"],
-        "columnWidths": {_FIRST[1]: 240, _FIRST[2]: 120, **dict.fromkeys(settings, 120), **_WIDTHS},
+        "columnWidths": {**dict.fromkeys(settings, 110), **_WIDTHS},
         "runsHiddenMode": "SHOWALL",
         "compareRunCharts": _charts(axes),
         "compareRunSections": [
