@@ -60,7 +60,8 @@ COMMANDS = ("compare", "compare-maps", "export")
 def commands() -> list[str]:
     """Return the lines of the documents that call a command on files."""
     texts = (path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))))
-    lines = (line.split("  #")[0].strip() for text in texts for line in text.splitlines() if line.startswith("    "))
+    whole = (text.replace("\\\n", " ") for text in texts)
+    lines = (line.split("  #")[0].strip() for text in whole for line in text.splitlines() if line.startswith("    "))
     return sorted({line for line in lines if line.startswith(tuple(f"wsiflow {name} " for name in COMMANDS))})
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 from swept import Trial, drawn, log, matches, slide, store, stride_trials, write_folder
 
 from flows.__main__ import main
-from wsiflow.analysis.runs import FinishedRun, RunSelection, runs_in_folders, runs_of_sweep
+from wsiflow.analysis.runs import FinishedRun, RunSelection, runs_in_folders, runs_of_sweep, runs_of_trials
 from wsiflow.analysis.tradeoff import comparison
 from wsiflow.analysis.tradeoff.comparison import Options
 from wsiflow.analysis.tradeoff.figures import Tradeoff
@@ -411,6 +411,18 @@ def test_folders_and_mlflow_agree(uri: str, tmp_path: Path) -> None:
     assert [client.get_run(one).data.tags["wsiflow.pareto"] for one in ids] == ["yes", "no"]
 
 
+def test_trials_that_failed_are_named(tmp_path: Path) -> None:
+    """A trial that failed is left out with its reason, whether or not it has a folder."""
+    write_folder(tmp_path / "a", some(3))
+    write_folder(tmp_path / "b", some(3))
+    selection = runs_of_trials(tmp_path, {"b": "the memory\nended", "stride=30": "it must divide 224"})
+    assert [one.name for one in selection.runs] == ["a"]
+    assert selection.notes == [
+        "Left out, since it failed: b: the memory ended.",
+        "Left out, since it failed: stride=30: it must divide 224.",
+    ]
+
+
 def test_one_run_is_no_sweep(tmp_path: Path) -> None:
     """Nothing is written for a single run, or where no run has scores."""
     off = tracking.TrackingParams.model_validate({**store("x").model_dump(), "kind": "off"})
@@ -459,7 +471,10 @@ def test_a_sweep_ends_with_its_comparison(small_slides: Path, tmp_path: Path, ca
     assert {one.info.run_name: one.data.tags["wsiflow.pareto"] for one in runs} == {
         f"stride={row['stride']}": row["pareto"] for row in rows
     }
-    assert all(len(one.data.metrics) <= 15 and len(one.data.params) <= 15 for one in runs)
+    assert max(len(kind) for one in runs for kind in (one.data.metrics, one.data.params)) <= 15
+    assert all(
+        "![froc](get-artifact?path=figures%2Ffroc.png&run_" in one.data.tags["mlflow.note.content"] for one in runs
+    )
     assert len({one.data.tags["digest.dataset"] for one in runs}) == 1
     (parent,) = client.search_runs([experiment], "tags.`wsiflow.role` = 'sweep'")
     assert "tradeoff.png" in {one.path for one in client.list_artifacts(parent.info.run_id)}

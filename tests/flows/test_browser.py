@@ -19,7 +19,6 @@ import mlflow
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from PIL import Image
 from serving import BIN
 from swept import log, store, stride_trials
 
@@ -49,13 +48,6 @@ class Seen(NamedTuple):
         """Open a page of MLflow."""
         self.tab.open(f"{self.url}/#/{page}?{urllib.parse.urlencode(query, quote_via=urllib.parse.quote)}")
         return self.tab
-
-    def keep(self, name: str) -> NDArray[np.uint8]:
-        """Save what is seen in few colours, so that the documentation may have it, and return it."""
-        path = self.pictures / name
-        seen = self.tab.picture(path)
-        Image.fromarray(seen).quantize(96).save(path, optimize=True)
-        return seen
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +135,7 @@ def test_the_printed_link_opens_the_table_and_one_click_the_chart(seen: Seen) ->
     assert best.data.tags["froc.interval"] in text
     assert "stride=8" in text, "the one that failed"
     assert "stride=4" in text, "the one that runs"
-    seen.keep("mlflow-table.png")
+    page.keep("mlflow-table.png", seen.pictures)
     page.click("document.querySelector('input[name=runs-view-mode][value=CHART]').parentElement")
     page.wait("[...document.querySelectorAll('.js-plotly-plot')].some(one => /^scatter/.test(one.data[0].type))")
     points = page.value("document.querySelector('.js-plotly-plot').data[0].marker.color")
@@ -151,7 +143,7 @@ def test_the_printed_link_opens_the_table_and_one_click_the_chart(seen: Seen) ->
     front = [one for one in seen.runs.values() if one.data.tags["wsiflow.pareto"] == "yes"]
     assert sum(colour == views.FRONT for colour in points) == len(front)
     assert set(points) == {views.FRONT, views.BEATEN}
-    assert coloured(seen.keep("mlflow-scatter.png")) > 0.0005
+    assert coloured(page.keep("mlflow-scatter.png", seen.pictures)) > 0.0005
 
 
 def test_the_compare_page_tells_the_settings_apart(seen: Seen) -> None:
@@ -183,7 +175,7 @@ def test_the_parent_shows_the_comparison(seen: Seen) -> None:
     cells = page.value("[...document.querySelectorAll('table')].map(one => one.rows.length)")
     assert N_RUNS + 1 in cells, "the description's table has a row per setting"
     page.wait("[...document.images].filter(one => one.naturalWidth > 900).length == 3")
-    seen.keep("mlflow-parent.png")
+    page.keep("mlflow-parent.png", seen.pictures)
 
 
 def test_the_figure_is_seen_among_the_artifacts(seen: Seen) -> None:

@@ -73,11 +73,19 @@ def runs_of_trials(folder: Path, failed: Collection[str]) -> RunSelection:
     """Return the runs below a sweep's folder that have scores, without the trials that failed.
 
     The folder of a failed trial may hold scores of an earlier start, which are out of date.
+
+    Args:
+        folder: The sweep's folder.
+        failed: Names of the trials that failed; a mapping has their reasons as well.
     """
     below = _subfolders(folder) if folder.is_dir() else []
-    lost = [one.name for one in below if one.name in failed]
+    reasons = failed if isinstance(failed, Mapping) else dict.fromkeys(failed, "")
     selection = _select_scored([one for one in below if one.name not in failed])
-    return selection._replace(notes=[*selection.notes, *(f"Left out, since it failed: {name}." for name in lost)])
+    lost = [
+        f"Left out, since it failed: {name}{': ' if reasons[name] else ''}{' '.join(reasons[name].split())}."
+        for name in sorted(reasons, key=natural_key)
+    ]
+    return selection._replace(notes=[*selection.notes, *lost])
 
 
 def _select_scored(folders: Sequence[Path]) -> RunSelection:

@@ -481,7 +481,8 @@ def compare_sweep_folder(
         out: The sweep's folder.
         params: Where the runs are recorded, and the name of their sweep.
         options: How the runs are compared.
-        failed: Names of the trials that failed; they are left out whatever their folders hold.
+        failed: Names of the trials that failed, which are left out whatever their folders hold; a mapping has their
+            reasons as well.
 
     Returns:
         The comparison; None where fewer than two runs have scores.

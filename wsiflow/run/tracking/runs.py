@@ -93,11 +93,11 @@ def _begin(client: "MlflowClient", params: TrackingParams, start: RunStart) -> L
         **parent_tags(client, experiment, params, start.sweep_folder),
     }
     tags = {name: text[:TAG_CHARS] for name, text in redacted(tags).items()}
-    run = _blank(client, experiment, start.folder, delete_others=False)
-    if run is None:
+    blank = _blank(client, experiment, start.folder, delete_others=False)
+    if blank is None:
         return LogResult(str(client.create_run(experiment, tags=tags, run_name=start.name).info.run_id), "", experiment)
-    run_id = str(run.info.run_id)
-    for name in {NOTE, REASON} & run.data.tags.keys():
+    run_id = str(blank.info.run_id)
+    for name in {NOTE, REASON} & blank.data.tags.keys():
         client.delete_tag(run_id, name)
     set_tags(client, run_id, tags)
     client.update_run(run_id, status="RUNNING", name=start.name)

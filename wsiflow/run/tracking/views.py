@@ -89,7 +89,7 @@ def _state(axes: Sequence[str], parent: str) -> dict[str, Any]:
         "modelVersionFilter": "All Runs",
         "selectedColumns": [*columns, "attributes.`Dataset`"],
         "columnOrder": [*_FIRST, *columns, "duration"],
-        "columnWidths": {**dict.fromkeys(settings, 110), **_WIDTHS},
+        "columnWidths": {**dict.fromkeys(settings, 118), **_WIDTHS},
         "runsHiddenMode": "SHOWALL",
         "compareRunCharts": _charts(axes),
         "compareRunSections": [
