@@ -135,6 +135,7 @@ def _set_environment(params: TrackingParams) -> None:
         "DO_NOT_TRACK": "true",
         "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
         "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+        "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
         "MLFLOW_HTTP_REQUEST_TIMEOUT": str(params.timeout_s),
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": str(params.retries),
     }
