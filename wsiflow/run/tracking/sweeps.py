@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wsiflow.redaction import redacted
+from wsiflow.redaction import redacted, without_secrets
 from wsiflow.run.tracking import views
 from wsiflow.run.tracking.entries import (
     ENTRIES_PER_CALL,
@@ -143,6 +143,7 @@ def parent_tags(client: "MlflowClient", experiment: str, params: TrackingParams,
 
 def _parent(client: "MlflowClient", experiment: str, sweep: str, folder: str) -> str:
     """Return the id of the parent run of the sweep in a folder, created if absent."""
+    folder = without_secrets(str(Path(folder).resolve()))
     for run in all_runs(client, experiment, "tags.`wsiflow.role` = 'sweep'"):
         known, run_id = run.data.tags.get(SWEEP_FOLDER), str(run.info.run_id)
         if known == folder:
@@ -158,4 +159,4 @@ def _parent(client: "MlflowClient", experiment: str, sweep: str, folder: str) ->
 
 def _holds_all(children: Sequence[Any], folder: str) -> bool:
     """Tell whether all runs of a parent, which an earlier version recorded without its folder, lie in a folder."""
-    return all(str(Path(run.data.tags.get("wsiflow.out", "")).parent) == folder for run in children)
+    return all(str(Path(run.data.tags.get("wsiflow.out", "")).resolve().parent) == folder for run in children)
