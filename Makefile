@@ -54,9 +54,9 @@ format: setup
 prefect: setup
 	DO_NOT_TRACK=1 PREFECT_SERVER_ANALYTICS_ENABLED=false $(BIN)/prefect server start --host 127.0.0.1
 
-# The experiments of the demo run, in the browser.
+# The runs that were recorded in this folder, in the browser.
 mlflow: setup
-	MLFLOW_DISABLE_TELEMETRY=true $(BIN)/mlflow ui --host 127.0.0.1 --backend-store-uri sqlite:///demo/mlflow.db
+	MLFLOW_DISABLE_TELEMETRY=true $(BIN)/mlflow server --workers 1 --backend-store-uri sqlite:///runs/mlflow.db
 
 clean:
 	rm -rf .venv build dist *.egg-info demo runs

@@ -40,11 +40,20 @@ def compare_sweep(out: Path, params: TrackingParams, options: comparison.Options
     try:
         result = comparison.compare_sweep_folder(out, params, options, failed)
     except WsiflowError as error:
-        terminal.say(f"the sweep's runs were not compared: {error}")
+        lines = _not_compared(out, params, str(error))
+        terminal.say("\n".join([f"the sweep's runs were not compared: {error}", *lines]))
         return
-    if result is not None:
-        terminal.say(comparison.summary_text(result))
-        _show_in_prefect(result)
+    if result is None:
+        terminal.say("\n".join(_not_compared(out, params, "fewer than two of them have scores")))
+        return
+    terminal.say(comparison.summary_text(result))
+    _show_in_prefect(result)
+
+
+def _not_compared(out: Path, params: TrackingParams, reason: str) -> list[str]:
+    """Describe in MLflow a sweep whose runs are not compared, and return the lines that say where it is seen."""
+    logged = comparison.describe_sweep(out, params, reason)
+    return comparison.mlflow_lines(params, logged)
 
 
 def _show_in_prefect(result: ComparisonResult) -> None:

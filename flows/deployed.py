@@ -4,7 +4,7 @@ A filled form becomes the overrides of the command line. When a flow is cancelle
 cancelled by what the run's folder records, since the process that submitted them has ended by then.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -158,7 +158,7 @@ def _sweep(request: forms.Sweep) -> State[Any]:
         key=artifacts.key_of(request.name, folder, "sweep"),
         description=f"Sweep {request.name}",
     )
-    _compare_trials(request, failed)
+    _compare_trials(request, {name: summaries[name].text for name in failed})
     if failed:
         reasons = "; ".join(f"{name}: {' '.join(summaries[name].text.split())}" for name in failed)
         return Failed(message=f"{len(failed)} of {len(jobs)} trials failed: {reasons}")
@@ -212,7 +212,7 @@ def _summary_of(error: Exception) -> Summary:
     return Summary(getattr(error, "exit_code", WsiflowError.exit_code), {}, without_secrets(message))
 
 
-def _compare_trials(request: forms.Sweep, failed: Sequence[str]) -> None:
+def _compare_trials(request: forms.Sweep, failed: Mapping[str, str]) -> None:
     """Compare the trials that have scores, and show the result, or why they were not compared."""
     config = next(_configs(request), None)
     if config is None:
@@ -226,3 +226,5 @@ def _compare_trials(request: forms.Sweep, failed: Sequence[str]) -> None:
         return
     if result is not None:
         comparing.create_artifacts(result)
+    else:
+        comparison.describe_sweep(config.out.parent, config.tracking, "fewer than two of them have scores")

@@ -17,7 +17,7 @@ from wsiflow.run.config import RunConfig
 from wsiflow.run.executor import driver
 from wsiflow.run.executor.params import ExecutorParams
 from wsiflow.run.executor.protocol import Executor, Outcome, Slice, Work
-from wsiflow.run.results import finish
+from wsiflow.run.results import finish, record
 from wsiflow.run.stages import ingest
 from wsiflow.run.stages.line import STAGES
 
@@ -78,10 +78,22 @@ def line(config: RunConfig, submit: Submit, views: Sequence[progress.View] = ())
         submit: Starts a step, and returns its future.
         views: Where the progress is shown besides the user's terminal.
     """
-    with driver.recorded(config.out) as ended, progress.shown(config.out, views):
+    with driver.recorded(config.out) as ended, progress.shown(config.out, views), _tracked(config):
         summary = _line(config, submit, workers, logs.note)
         ended["exit_code"] = summary.exit_code
+        if not summary.metrics:
+            record.fail(config, summary.text)
     return summary
+
+
+@contextmanager
+def _tracked(config: RunConfig) -> Iterator[None]:
+    """Record a run that ends with an error as failed."""
+    try:
+        yield
+    except Exception as error:
+        record.fail(config, str(error))
+        raise
 
 
 def finished(config: RunConfig) -> finish.Summary | None:
@@ -102,6 +114,7 @@ def finished(config: RunConfig) -> finish.Summary | None:
 def _line(config: RunConfig, submit: Submit, pool_of: Pool, note: Note) -> finish.Summary:
     clock = finish.Clock(config)
     cases = shards.begin(config)
+    record.begin(config)
     with pool_of(config.executor, config.out) as pool:
         chosen = submit(Step("choose engine", stages=["choose"]), shards.choose, pool, cases)
         if choice := chosen.result():

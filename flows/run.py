@@ -12,7 +12,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from wsiflow.errors import EnvironmentFault, InputError
+from wsiflow.errors import EnvironmentFault, InputError, WsiflowError
 from wsiflow.run import ledger
 from wsiflow.run.config import RunConfig
 from wsiflow.run.results.finish import Summary
@@ -105,17 +105,28 @@ def _run_trial(composed: DictConfig, hydra_config: HydraConf) -> float | tuple[f
         sweep.prepare_process()
         sweep.trial_name(hydra_config.overrides.task)
         config = to_config(composed, hydra_config.overrides.task, job=trial.name)
-        trial = trial._replace(skipped=sweep.reason_to_skip(config))
-        if trial.skipped:
-            logs.note(f"skipped: {trial.skipped}", logging.WARNING)
+        reason = sweep.reason_to_skip(config)
+        if reason:
+            trial = trial._replace(reason=reason, skipped=True)
+            logs.note(f"skipped: {reason}", logging.WARNING)
             return 0
         sweep.claim_own(config.out, hydra_config.overrides.task)
         summaries.append(_run_job(composed, config, hydra_config))
         return summaries[0].exit_code
 
+    def explained() -> int:
+        nonlocal trial
+        try:
+            return job()
+        except WsiflowError as error:
+            trial = trial._replace(reason=str(error))
+            raise
+
     with logs.shown():
         logs.note(heading)
-        exit_code = terminal.bounded(job, heading)
+        exit_code = terminal.bounded(explained, heading)
+    if summaries and not summaries[0].metrics:
+        trial = trial._replace(reason=summaries[0].text)
     sweep.record_end(hydra_config.job.num, trial._replace(exit_code=exit_code))
     return sweep.objectives(summaries[0].metrics, hydra_config.sweeper) if summaries else None
 

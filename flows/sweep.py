@@ -62,13 +62,15 @@ class Trial(NamedTuple):
     Attributes:
         name: Name of the trial.
         exit_code: Its exit code.
-        skipped: Why it was not started, since this machine cannot do it; empty where it was.
+        reason: Why it has no scores, where that is known.
+        skipped: Whether it was not started, since this machine cannot do it.
         reported: Whether it has left a record.
     """
 
     name: str
     exit_code: int
-    skipped: str = ""
+    reason: str = ""
+    skipped: bool = False
     reported: bool = True
 
     @property
@@ -162,7 +164,7 @@ def _compare(config: DictConfig) -> None:
     params: Any = OmegaConf.to_container(config.tracking, resolve=True)
     named = tracking.TrackingParams.model_validate({**params, "sweep": name()})
     options = comparison.Options(resamples=config.evaluation.bootstrap, seed=config.seed)
-    failed = {trial.name for trial in _trials() if trial.failed or trial.skipped}
+    failed = {trial.name: trial.reason for trial in _trials() if trial.failed or trial.skipped}
     compare_sweep(folder(), named, options, failed)
 
 
@@ -172,9 +174,9 @@ def _start_shared(params: Mapping[str, Any], *, prefect: bool) -> None:
 
     if prefect:
         logs.note(f"{_started.enter_context(chosen_server())}, for all trials")
-    problem = tracking.begin_sweep(tracking.TrackingParams.model_validate(params))
-    if problem:
-        logs.note(f"MLflow: {problem}", logging.WARNING)
+    logged = tracking.begin_sweep(tracking.TrackingParams.model_validate(params), folder())
+    if logged.run_id is None and params["kind"] != "off":
+        logs.note(f"MLflow: {logged.reason}", logging.WARNING)
 
 
 def start_server(own: ExitStack) -> None:

@@ -19,6 +19,8 @@ from PIL import Image
 from websockets.sync.client import ClientConnection, connect
 
 CHROMIUM = shutil.which("chromium")
+DOCUMENT = "WSIFLOW_DOCS_PICTURES"  # with this variable set, tests write the pictures of the documentation again
+DOCS = Path(__file__).parents[1] / "docs"
 _SWITCHES = (
     "--headless=new",
     "--no-sandbox",  # tests run as root in containers
@@ -85,6 +87,13 @@ class Tab:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(base64.b64decode(shot))
         return np.array(Image.open(io.BytesIO(path.read_bytes())).convert("RGB"))
+
+    def keep(self, name: str, folder: Path) -> NDArray[np.uint8]:
+        """Save what is seen as a small PNG in a folder, or in docs/ where `DOCUMENT` is set, and return it."""
+        path = (DOCS if os.environ.get(DOCUMENT) else folder) / name
+        seen = self.picture(path)
+        Image.fromarray(seen).quantize(200, dither=Image.Dither.NONE).save(path, optimize=True)
+        return seen
 
     def _ask(self, method: str, **params: Any) -> dict[str, Any]:
         self._asked += 1

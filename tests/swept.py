@@ -12,6 +12,7 @@ from wsiflow.evaluation import evaluate
 from wsiflow.evaluation.matches import EvaluationRecord, SlideRecord
 from wsiflow.run import tracking
 from wsiflow.run.config import evaluation_params
+from wsiflow.run.results import record
 from wsiflow.run.tracking import TrackingParams
 
 PROTOCOL = evaluation_params("own_spacing", {})
@@ -93,17 +94,29 @@ def log(params: TrackingParams, trials: Sequence[Trial], folder: Path, **changes
         document.write_text(trial.matches.model_dump_json())
         setting = trial.matches.setting("")
         numbers = evaluate._froc_metrics(setting) | evaluate._roc_metrics(setting)
+        low, high = np.clip(numbers["froc.score"] + np.array([-0.1, 0.1]), 0, 1)
+        numbers |= {"froc.score_ci_low": float(low), "froc.score_ci_high": float(high)}
+        numbers |= {"throughput.core_hours": trial.core_hours}
+        (document.parent / "summary.json").write_text(json.dumps(numbers))
         own = ("inference.stride", "inference.precision", "stain.method", "repeat")
+        name = ",".join(f"{key}={trial.params[key]}" for key in own if key in trial.params)
         content: dict[str, Any] = {
-            "name": ",".join(f"{key}={trial.params[key]}" for key in own if key in trial.params) or "run",
+            "name": record.short_name(name) or "run",
             "key": f"{params.sweep}{number}",
             "plan_hash": "feed",
             "partial": False,
             "params": trial.params,
-            "metrics": {**numbers, "throughput.core_hours": trial.core_hours},
-            "tags": {"digest.dataset": "d1", "digest.model": "m1", "wsiflow.folder": f"{params.sweep}{number}"},
-            "dataset": ("cases.csv", "d1"),
-            "artifacts": [document],
+            "metrics": record.main_metrics(numbers),
+            "tags": {
+                "digest.dataset": "d1",
+                "digest.model": "m1",
+                "wsiflow.folder": f"{params.sweep}{number}",
+                "wsiflow.out": str(folder / str(params.sweep) / str(number)),
+                **record.intervals(numbers),
+            },
+            "sweep_folder": str(folder / params.sweep) if params.sweep else "",
+            "dataset": tracking.DatasetRecord("cases.csv", "d1", "/data/cases.csv", 40),
+            "artifacts": [document, document.with_name("summary.json")],
             "figures": {},
             "tables": {},
         }

@@ -15,6 +15,7 @@ PAGES = (
     "README.md",
     "docs/compare.md",
     "docs/deploy.md",
+    "docs/mlflow.md",
     "docs/scaling.md",
     "docs/sweeps.md",
     "docs/tradeoff.md",
@@ -58,13 +59,14 @@ def test_the_documents_have_overrides() -> None:
     assert any("executor=slurm_array" in words and len(words) > 3 for words in overrides())
 
 
-COMMANDS = ("compare-maps", "export")
+COMMANDS = ("compare", "compare-maps", "export")
 
 
 def commands() -> list[str]:
     """Return the lines of the documents that call a command on files."""
     texts = (path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))))
-    lines = (line.split("  #")[0].strip() for text in texts for line in text.splitlines() if line.startswith("    "))
+    whole = (text.replace("\\\n", " ") for text in texts)
+    lines = (line.split("  #")[0].strip() for text in whole for line in text.splitlines() if line.startswith("    "))
     return sorted({line for line in lines if line.startswith(tuple(f"wsiflow {name} " for name in COMMANDS))})
 
 

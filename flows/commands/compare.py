@@ -1,11 +1,12 @@
 """``wsiflow compare``: what settings score and cost, with intervals, and which are worth their cost."""
 
 import os
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from pathlib import Path
 
 from wsiflow.analysis.tradeoff import comparison
 from wsiflow.analysis.tradeoff.comparison import ComparisonResult, Request
+from wsiflow.run.tracking import default_uri
 
 from ..options import natural
 from ..terminal import say
@@ -14,10 +15,20 @@ from ..terminal import say
 def add_options(parser: ArgumentParser) -> None:
     """Add the runs to compare, and the options of the comparison."""
     parser.add_argument("names", nargs="+", metavar="EXPERIMENT | RUN", help="an MLflow experiment, or folders of runs")
-    parser.add_argument("--sweep", help="the sweep of the experiment to compare; needed where it has several")
+    parser.add_argument(
+        "--sweep", help="the sweep of the experiment to compare, by name or folder; needed where it has several"
+    )
+    parser.add_argument(
+        "--tag",
+        type=_tag,
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="compare the runs of the experiment that have this tag in MLflow, of whatever sweep; several: all of them",
+    )
     parser.add_argument(
         "--uri",
-        default=os.environ.get("MLFLOW_TRACKING_URI", "sqlite:///runs/mlflow.db"),
+        default=default_uri(),
         help="MLflow store of the experiment (MLFLOW_TRACKING_URI, else sqlite:///runs/mlflow.db)",
     )
     parser.add_argument(
@@ -31,9 +42,17 @@ def add_options(parser: ArgumentParser) -> None:
 def main(arguments: Namespace) -> int:
     """Compare the settings of a sweep, or of some runs."""
     options = comparison.Options(arguments.reference, arguments.bootstrap, arguments.seed)
-    request = comparison.parse_request(arguments.names, arguments.uri, arguments.sweep, options)
+    request = comparison.parse_request(arguments.names, arguments.uri, arguments.sweep, options, dict(arguments.tag))
     say(comparison.summary_text(_compare(request, arguments.out)))
     return 0
+
+
+def _tag(text: str) -> tuple[str, str]:
+    """Return name and value of a tag."""
+    name, equals, value = text.partition("=")
+    if not name or not equals:
+        raise ArgumentTypeError(f"{text!r} is not of the form KEY=VALUE")
+    return name, value
 
 
 def _compare(request: Request, out: Path) -> ComparisonResult:

@@ -14,7 +14,7 @@ from PIL import Image
 from swept import Trial, drawn, log, matches, slide, store, stride_trials, write_folder
 
 from flows.__main__ import main
-from wsiflow.analysis.runs import FinishedRun, RunSelection, runs_in_folders, runs_of_sweep
+from wsiflow.analysis.runs import FinishedRun, RunSelection, runs_in_folders, runs_of_sweep, runs_of_trials
 from wsiflow.analysis.tradeoff import comparison
 from wsiflow.analysis.tradeoff.comparison import Options
 from wsiflow.analysis.tradeoff.figures import Tradeoff
@@ -147,6 +147,13 @@ def test_the_reference_can_be_chosen() -> None:
     assert found.rows[0].differences["froc.score"].value == pytest.approx(0.25)
     with pytest.raises(InputError, match="no setting 'stride=32'; name one with --reference: stride=16; stride=224"):
         compared(*runs, reference="stride=32")
+
+
+def test_a_setting_that_finds_nothing_is_worth_nothing() -> None:
+    """The cheapest setting is not in the Pareto set where its score is 0, and a note says so."""
+    found = compared(run("fine", some(4), 8.0, stride=16), run("blind", some(0), 0.1, stride=224))
+    assert [row.pareto for row in found.rows] == [True, False]
+    assert "Not worth any cost, since their FROC score is 0 or not defined: stride=224." in found.notes
 
 
 def test_a_cost_that_nobody_measured_is_not_cheap() -> None:
@@ -301,8 +308,15 @@ def test_a_filter_finds_the_front_in_mlflow(uri: str, recorded: list[str], tmp_p
     assert parent.data.metrics["compare.best_score"] == 1.0
     assert parent.data.metrics["compare.most_core_hours"] == 5.0
     assert parent.data.tags["wsiflow.best"] == parent.data.tags["wsiflow.reference"] == "stride=16"
-    assert parent.data.tags["common.digest.dataset"] == "d1"
-    assert parent.data.tags["common.digest.model"] == "m1"
+    common = json.loads(Path(client.download_artifacts(parent.info.run_id, "common.json", str(tmp_path))).read_text())
+    assert {common["digest.dataset"], common["digest.model"]} == {"d1", "m1"}
+    against = "saves 4 core-h (80 %), FROC -0.250"
+    assert against in client.get_run(ids[2]).data.tags["wsiflow.against_reference"]
+    assert against in parent.data.tags["mlflow.note.content"]
+    assert (
+        f"![tradeoff](get-artifact?path=tradeoff.png&run_uuid={parent.info.run_id})"
+        in parent.data.tags["mlflow.note.content"]
+    )
     assert "| stride=56 | 0.750" in parent.data.tags["mlflow.note.content"]
     files = {one.path for one in client.list_artifacts(parent.info.run_id)}
     assert files >= {"compare.md", "compare.csv", "report.html", "froc.png", "tradeoff.png", "differences.png"}
@@ -325,7 +339,7 @@ def test_a_later_comparison_replaces_the_former(uri: str, tmp_path: Path) -> Non
     assert len(result.tradeoff.rows) == 3
     assert client.get_run(ids[0]).data.tags["wsiflow.pareto"] == "no"
     parent = client.get_run(result.logged.run_id)
-    assert "common.lesions.k" not in parent.data.tags
+    assert "lesions.k" not in Path(client.download_artifacts(parent.info.run_id, "common.json", str(out))).read_text()
     assert parent.data.metrics["compare.n_settings"] == 3
 
 
@@ -348,6 +362,30 @@ def test_a_sweep_has_to_be_named_where_there_are_two(uri: str, tmp_path: Path) -
     with pytest.raises(InputError, match="no run of sweep other; name one of its sweeps: coarse, fine"):
         runs_of_sweep(store(uri, "other", "two"))
     assert len(runs_of_sweep(store(uri, "fine", "two")).runs) == 1
+    elsewhere = {"wsiflow.folder": "elsewhere", "wsiflow.out": str(tmp_path / "b/fine/0")}
+    log(
+        store(uri, "fine", "two"),
+        [Trial({"inference.stride": 56}, 1.0, some(3))],
+        tmp_path / "b",
+        key="b",
+        tags=elsewhere,
+    )
+    both = f"{tmp_path}/b/fine, {tmp_path}/fine"
+    with pytest.raises(InputError, match=f"2 sweeps of the name fine; name one with --sweep: {both}"):
+        runs_of_sweep(store(uri, "fine", "two"))
+    assert len(runs_of_sweep(store(uri, str(tmp_path / "fine"), "two")).runs) == 1
+
+
+def test_runs_are_compared_by_tag(uri: str, recorded: list[str], tmp_path: Path, capsys: Any) -> None:
+    """Runs of whatever sweep that have all tags are compared; where none has, the message names the tags."""
+    client = mlflow.MlflowClient(tracking_uri=uri)
+    for one in recorded[2:]:
+        client.set_tag(one, "paper", "it's")
+    given = ["compare", "wsiflow", "--uri", uri, "--bootstrap", "100", "--out", str(tmp_path / "out")]
+    assert main([*given, "--tag", "paper=it's", "--tag", "digest.model=m1"]) == 0
+    assert "compared   2 settings with stride=224" in capsys.readouterr().out
+    assert main([*given, "--tag", "paper=it's", "--tag", "digest.model=m2"]) == 20
+    assert "no finished run with paper=it's and digest.model=m2" in capsys.readouterr().err
 
 
 def test_single_runs_do_not_join_the_only_sweep(uri: str, tmp_path: Path) -> None:
@@ -388,6 +426,18 @@ def test_folders_and_mlflow_agree(uri: str, tmp_path: Path) -> None:
     assert [client.get_run(one).data.tags["wsiflow.pareto"] for one in ids] == ["yes", "no"]
 
 
+def test_trials_that_failed_are_named(tmp_path: Path) -> None:
+    """A trial that failed is left out with its reason, whether or not it has a folder."""
+    write_folder(tmp_path / "a", some(3))
+    write_folder(tmp_path / "b", some(3))
+    selection = runs_of_trials(tmp_path, {"b": "the memory\nended", "stride=30": "it must divide 224"})
+    assert [one.name for one in selection.runs] == ["a"]
+    assert selection.notes == [
+        "Left out, since it failed: b: the memory ended.",
+        "Left out, since it failed: stride=30: it must divide 224.",
+    ]
+
+
 def test_one_run_is_no_sweep(tmp_path: Path) -> None:
     """Nothing is written for a single run, or where no run has scores."""
     off = tracking.TrackingParams.model_validate({**store("x").model_dump(), "kind": "off"})
@@ -416,9 +466,12 @@ def test_a_sweep_ends_with_its_comparison(small_slides: Path, tmp_path: Path, ca
     """A sweep over two strides leaves the comparison in its folder, and front and figures in MLflow."""
     out = tmp_path / "sweep"
     quick = ["executor=inline", "orchestrator=none", "dense.windows=4", "evaluation.bootstrap=20", "store=none"]
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
     given = ["dataset=manifest", f"dataset.manifest={small_slides}", f"out={out}", "name=strides", *quick]
-    assert main(["run", "-m", "inference.stride=112,224", *given]) == 0
-    assert "compared   2 settings" in capsys.readouterr().out
+    assert main(["run", "-m", "inference.stride=112,224", *given, f"tracking.uri={uri}"]) == 0
+    said = capsys.readouterr().out
+    assert "compared   2 settings" in said
+    assert re.search(r"MLflow     http://127.0.0.1:5000/#/experiments/1/runs\?.*viewStateShareKey=sweep-", said)
     with (out / "compare.csv").open(newline="") as stream:
         rows = list(csv.DictReader(stream))
     assert [row["stride"] for row in rows] == ["112", "224"]
@@ -427,17 +480,20 @@ def test_a_sweep_ends_with_its_comparison(small_slides: Path, tmp_path: Path, ca
         summary = json.loads((out / f"inference.stride={row['stride']}/evaluation/summary.json").read_text())
         assert float(row["froc.score"]) == pytest.approx(summary["froc.score"])
         assert float(row["roc.auc"]) == pytest.approx(summary["roc.auc"])
-    client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
+    client = mlflow.MlflowClient(tracking_uri=uri)
     experiment = client.get_experiment_by_name("wsiflow").experiment_id
     runs = client.search_runs([experiment], "tags.`wsiflow.role` = 'run'")
     assert {one.info.run_name: one.data.tags["wsiflow.pareto"] for one in runs} == {
-        f"inference.stride={row['stride']}": row["pareto"] for row in rows
+        f"stride={row['stride']}": row["pareto"] for row in rows
     }
+    assert max(len(kind) for one in runs for kind in (one.data.metrics, one.data.params)) <= 15
+    assert all(
+        "![froc](get-artifact?path=figures%2Ffroc.png&run_" in one.data.tags["mlflow.note.content"] for one in runs
+    )
     assert len({one.data.tags["digest.dataset"] for one in runs}) == 1
     (parent,) = client.search_runs([experiment], "tags.`wsiflow.role` = 'sweep'")
     assert "tradeoff.png" in {one.path for one in client.list_artifacts(parent.info.run_id)}
     again = tmp_path / "again"
-    uri = f"sqlite:///{tmp_path}/mlflow.db"
     assert main(["compare", "wsiflow", "--uri", uri, "--bootstrap", "20", "--out", str(again)]) == 0
     columns = set(rows[0]) - {"runs"}
     with (again / "compare.csv").open(newline="") as stream:

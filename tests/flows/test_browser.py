@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -22,6 +23,9 @@ from serving import BIN
 from swept import log, store, stride_trials
 
 from wsiflow.analysis.tradeoff import comparison
+from wsiflow.run import tracking
+from wsiflow.run.tracking import views
+from wsiflow.system import processes
 
 pytestmark = pytest.mark.skipif(browser.CHROMIUM is None, reason="Chromium is not installed")
 
@@ -30,12 +34,13 @@ N_RUNS = 2 * 2 * len(STRIDES)
 
 
 class Seen(NamedTuple):
-    """A sweep that a server shows, and the tab to look at it."""
+    """A sweep that a server shows, what its end printed, and the tab to look at it."""
 
     url: str
     experiment: str
     parent: str
     runs: dict[str, Any]
+    links: list[str]
     tab: browser.Tab
     pictures: Path
 
@@ -47,32 +52,48 @@ class Seen(NamedTuple):
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seen]:
-    """A sweep of twelve settings, compared, behind a real MLflow server, and a browser."""
+    """A sweep of twelve settings, compared, behind the server whose command it prints, and a browser.
+
+    One more setting has failed, and another one is running.
+    """
     folder = tmp_path_factory.mktemp("seen")
     params = store(f"sqlite:///{folder}/mlflow.db")
     log(params, stride_trials(STRIDES, repeats=1), folder)
+    place = {"sweep_folder": str(folder / "strides"), "driver": processes.current()}
+    failed, running = (tracking.RunStart(f"stride={n}", f"f{n}", f"{folder}/strides/{n}", **place) for n in (8, 4))
+    tracking.fail_run(params, failed, "slide a, predict: the memory ended; use fewer workers")
+    tracking.begin_run(params, running)
     result = comparison.run_comparison(
         comparison.Request([], params, comparison.Options(resamples=200)), folder / "out"
     )
     assert result.logged is not None
     client = mlflow.MlflowClient(tracking_uri=params.uri)
     experiment = client.get_experiment_by_name("wsiflow").experiment_id
-    runs = {one.info.run_id: one for one in client.search_runs([experiment], "tags.`wsiflow.role` = 'run'")}
+    complete = "tags.`wsiflow.role` = 'run' and attributes.status = 'FINISHED'"
+    runs = {one.info.run_id: one for one in client.search_runs([experiment], complete)}
+    *links, command = (line[11:] for line in comparison.summary_text(result).splitlines()[-3:])
     pictures = Path(os.environ.get("WSIFLOW_SCREENSHOTS", folder / "pictures"))
-    with _server(folder) as url, browser.chromium(folder / "home") as tab:
-        yield Seen(url, experiment, result.logged.run_id or "", runs, tab, pictures)
+    with _server(folder, command.removeprefix("served by: ")) as url, browser.chromium(folder / "home") as tab:
+        tab.open(url)
+        tab.wait_for("Experiments")
+        tab.value(
+            "localStorage.setItem('mlflow.assistant.panelOpen_v1', 'false')"
+        )  # it covers a third of the first page
+        links = [link.replace("http://127.0.0.1:5000", url) for link in links]
+        yield Seen(url, experiment, result.logged.run_id or "", runs, links, tab, pictures)
 
 
 @contextmanager
-def _server(folder: Path) -> Iterator[str]:
-    """Keep an MLflow server listening on loopback."""
+def _server(folder: Path, printed: str) -> Iterator[str]:
+    """Keep the MLflow server of a printed command listening on loopback, at a free port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [BIN / "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db"]
+    assert " --port 5000 " in printed
+    _, *arguments = shlex.split(printed.replace(" --port 5000 ", f" --port {port} "))
     environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     with (folder / "server.log").open("wb") as log:
+        command = [BIN / "mlflow", *arguments]
         process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True)
         try:
             _wait_for(port, process, folder / "server.log")
@@ -98,24 +119,29 @@ def coloured(picture: NDArray[np.uint8]) -> float:
     return float((picture.max(axis=2).astype(int) - picture.min(axis=2) > 60).mean())
 
 
-def test_the_chart_page_draws_every_metric_of_the_runs(seen: Seen) -> None:
-    """The page has one chart for each metric, with a bar for each run, and lists every run."""
-    page = seen.open(
-        f"experiments/{seen.experiment}/runs",
-        compareRunsMode="CHART",
-        orderByKey="metrics.`froc.score`",
-        orderByAsc="false",
-    )
-    page.wait_for("froc.score", f"{N_RUNS + 1} matching runs")
-    page.wait("document.querySelectorAll('.js-plotly-plot .bars .point').length >= 30")
-    shown = set(page.value("[...document.querySelectorAll('.js-plotly-plot')].map(one => one.data[0].x.length)"))
-    assert max(shown) == 10, "MLflow draws the ten runs that sort first"
-    best = max(one.data.metrics["froc.score"] for one in seen.runs.values())
+def test_the_printed_link_opens_the_table_and_one_click_the_chart(seen: Seen) -> None:
+    """The table has settings, scores with intervals, cost and Pareto set; the chart tells the set from the rest."""
+    page = seen.tab
+    page.open(seen.links[0])
+    order = ["Run Name", "inference.stride", "froc.score", "froc.interval", "throughput.core_hours", "wsiflow.pareto"]
+    page.wait_for(f"{N_RUNS + 2} matching runs", *order)
+    left = "[...document.querySelectorAll('[role=columnheader]')].find(one => one.innerText == name)"
+    page.wait(f"{order}.map(name => {left}.getBoundingClientRect().left).every((x, i, all) => !i || x > all[i - 1])")
     text = page.text()
-    assert f"{best:.2f}" in text
-    assert text.index("inference.stride=16") < text.index("inference.stride=56")
-    picture = page.picture(seen.pictures / "chart.png")
-    assert coloured(picture) > 0.02, "the bars are seen; the page without them has 0.005"
+    best = max(seen.runs.values(), key=lambda one: one.data.metrics["froc.score"])
+    assert f"{best.data.metrics['froc.score']:.4g}" in text
+    assert best.data.tags["froc.interval"] in text
+    assert "stride=8" in text, "the one that failed"
+    assert "stride=4" in text, "the one that runs"
+    page.keep("mlflow-table.png", seen.pictures)
+    page.click("document.querySelector('input[name=runs-view-mode][value=CHART]').parentElement")
+    page.wait("[...document.querySelectorAll('.js-plotly-plot')].some(one => /^scatter/.test(one.data[0].type))")
+    points = page.value("document.querySelector('.js-plotly-plot').data[0].marker.color")
+    assert len(points) == N_RUNS
+    front = [one for one in seen.runs.values() if one.data.tags["wsiflow.pareto"] == "yes"]
+    assert sum(colour == views.FRONT for colour in points) == len(front)
+    assert set(points) == {views.FRONT, views.BEATEN}
+    assert coloured(page.keep("mlflow-scatter.png", seen.pictures)) > 0.0005
 
 
 def test_the_compare_page_tells_the_settings_apart(seen: Seen) -> None:
@@ -137,13 +163,17 @@ def test_the_compare_page_tells_the_settings_apart(seen: Seen) -> None:
 
 
 def test_the_parent_shows_the_comparison(seen: Seen) -> None:
-    """The page of the sweep has the table as its description, its children, the numbers and the tags."""
-    page = seen.open(f"experiments/{seen.experiment}/runs/{seen.parent}")
-    text = page.wait_for("accuracy against core-hours", "Child runs", "common.digest.dataset", "compare.n_settings")
-    assert "precision=bf16, stain=none, stride=224" in text
+    """The second link is the page of the sweep: its answer, table and figures, its children and the failed one."""
+    page = seen.tab
+    page.open(seen.links[1])
+    page.wait_for("Worth their cost", "Child runs", "compare.n_settings")
+    page.click("[...document.querySelectorAll('button')].find(one => one.innerText == 'Show more')")
+    text = page.wait_for("precision=bf16, stain=none, stride=224", "core-h (", "stride=8 failed: slide a, predict")
+    assert "reference" in text
     cells = page.value("[...document.querySelectorAll('table')].map(one => one.rows.length)")
     assert N_RUNS + 1 in cells, "the description's table has a row per setting"
-    page.picture(seen.pictures / "parent.png")
+    page.wait("[...document.images].filter(one => one.naturalWidth > 900).length == 3")
+    page.keep("mlflow-parent.png", seen.pictures)
 
 
 def test_the_figure_is_seen_among_the_artifacts(seen: Seen) -> None:

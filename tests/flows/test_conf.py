@@ -12,6 +12,7 @@ from flows.__main__ import main
 from flows.compose import compose_config
 from flows.folders import default_name
 from wsiflow.errors import InputError
+from wsiflow.run import tracking
 from wsiflow.run.cases import read_cases
 from wsiflow.run.config import RunConfig, descriptions, known_keys, validate
 from wsiflow.run.stages.choose import choice_key
@@ -200,7 +201,20 @@ def test_the_help_shows_every_key_of_what_is_chosen(capsys: pytest.CaptureFixtur
         key for key in known_keys() if not key.startswith(("executor.dask", "stain.target", "dataset."))
     } - {"executor.array.dialect.environment"} | {f"dataset.{name}" for name in SyntheticSlides.model_fields}
     assert "\ninference.stride=16\n    Distance between" in output
-    assert "\ntracking.uri=sqlite:///${out}/../mlflow.db\n    Address of" in output
+    assert "\ntracking.uri=${oc.env:MLFLOW_TRACKING_URI,'sqlite:///runs/mlflow.db'}\n    Address of" in output
+
+
+def test_the_store_is_the_users_else_one_for_all_runs_of_a_folder(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """An override comes first, then MLflow's own variable; the default does not depend on the folder of the run."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    given = ["out=elsewhere/run"]
+    assert compose_config(given).tracking.uri == f"sqlite:///{tmp_path}/runs/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://lab:5000")
+    assert compose_config(given).tracking.uri == tracking.default_uri() == "http://lab:5000"
+    assert compose_config([*given, "tracking.uri=sqlite:///own.db"]).tracking.uri == f"sqlite:///{tmp_path}/own.db"
 
 
 def test_all_problems_are_told_together() -> None:

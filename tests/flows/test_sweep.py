@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import sqlite3
 import subprocess
 import sys
@@ -74,8 +75,8 @@ def test_a_sweep_of_two_good_jobs_and_a_bad_one(tiny_slides: Path, tmp_path: Pat
     for stride in (112, 224):
         assert (tmp_path / f"sweep/inference.stride={stride}/evaluation/summary.json").exists()
     client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
-    experiment = client.get_experiment_by_name("wsiflow")
-    runs = client.search_runs([experiment.experiment_id])
+    experiment = [client.get_experiment_by_name("wsiflow").experiment_id]
+    runs = client.search_runs(experiment)
     children = [run for run in runs if "mlflow.parentRunId" in run.data.tags]
     assert {run.data.params["inference.stride"] for run in children} == {"112", "224"}
     assert len({run.data.tags["mlflow.parentRunId"] for run in children}) == 1
@@ -88,6 +89,16 @@ def test_a_sweep_of_two_good_jobs_and_a_bad_one(tiny_slides: Path, tmp_path: Pat
     assert main(["run", "-m", "inference.stride=112,224", *arguments, "lesions.threshold=0.4"]) == 20
     assert "compared" not in capsys.readouterr().out
     assert not (tmp_path / "sweep/.trials").exists()
+    _check_failed_run(arguments, client, experiment, tmp_path)
+
+
+def _check_failed_run(arguments: list[str], client: mlflow.MlflowClient, experiment: list[str], tmp_path: Path) -> None:
+    """Check that a run that fails is in MLflow with its reason."""
+    (tmp_path / "no.tif").write_text("no slide")
+    bad = [*arguments[3:], "dataset=single", f"dataset.path={tmp_path}/no.tif", f"out={tmp_path / 'bad'}"]
+    assert main(["run", *bad]) == 20
+    (failed,) = client.search_runs(experiment, "attributes.status = 'FAILED'")
+    assert re.search("rejected: slide no.*OpenSlide", failed.data.tags["wsiflow.reason"])
 
 
 def _check_composition(folder: Path) -> None:
@@ -107,9 +118,9 @@ def test_trials_at_once_share_a_server_and_a_record(tiny_slides: Path, prefect_h
     assert done.returncode == 20, done.stderr
     assert done.stderr.count("inference.stride is 30") == 1
     assert done.stdout.count("going on with a temporary one") == 1
-    strides, parents = children(tmp_path / "mlflow.db")
+    strides, parents = children(tmp_path / "runs/mlflow.db")
     assert (strides, len(parents)) == ({"56", "224"}, 1)
-    assert rows(tmp_path / "mlflow.db", "select count(*) from runs") == [(3,)]
+    assert rows(tmp_path / "runs/mlflow.db", "select count(*) from runs") == [(3,)]
     flows = rows(tmp_path / "home/prefect.db", "select state_type, count(*) from flow_run group by 1")
     assert flows == [("COMPLETED", 2)]
     names = rows(tmp_path / "home/prefect.db", "select name from flow_run order by 1")
@@ -144,9 +155,9 @@ def test_trials_are_slurm_jobs(slurm: dict[str, str], tiny_slides: Path, tmp_pat
     more += ["hydra.launcher.cpus_per_task=1", "inference.stride=56,224", "executor=process"]
     done = sweep(tiny_slides, tmp_path / "sweep", environment(tmp_path / "home") | slurm, *more)
     assert done.returncode == 0, done.stderr
-    strides, parents = children(tmp_path / "mlflow.db")
+    strides, parents = children(tmp_path / "runs/mlflow.db")
     assert (strides, len(parents)) == ({"56", "224"}, 1)
-    assert rows(tmp_path / "mlflow.db", "select count(*) from runs") == [(3,)]
+    assert rows(tmp_path / "runs/mlflow.db", "select count(*) from runs") == [(3,)]
     assert len(list((tmp_path / "sweep/.submitit").glob("*_[01]"))) == 2
 
 

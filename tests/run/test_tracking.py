@@ -1,5 +1,6 @@
 """Tracking: one record per run in MLflow, whatever happens to the store."""
 
+import base64
 import errno
 import fcntl
 import json
@@ -7,18 +8,23 @@ import math
 import multiprocessing
 import os
 import re
+import shutil
 import socket
 import sqlite3
 import time
+import zlib
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from wsiflow.errors import EnvironmentFault
+from wsiflow.errors import EnvironmentFault, InputError
 from wsiflow.run import tracking
-from wsiflow.run.tracking import RunRecord, TrackingParams
+from wsiflow.run.tracking import DatasetRecord, RunRecord, TrackingParams, entries, reading
+from wsiflow.run.tracking import store as stores
+from wsiflow.system import processes
 
 
 def params_for(uri: str, **given: Any) -> TrackingParams:
@@ -37,12 +43,15 @@ def record(**given: Any) -> RunRecord:
         "params": {"inference.stride": 16},
         "metrics": {"froc.score": 0.5, "roc.auc": math.nan, "throughput.efficiency": math.inf},
         "tags": {},
-        "dataset": ("cases.csv", "d1"),
+        "dataset": DatasetRecord("cases.csv", "d1"),
         "artifacts": [],
         "figures": {},
         "tables": {},
     }
     return RunRecord(**{**content, **given})
+
+
+START = {"name": "stride=56", "folder": "f1", "out": "/runs/a", "sweep_folder": "", "driver": processes.current()}
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +96,9 @@ def test_everything_arrives(store: str, tmp_path: Path) -> None:
         artifacts=[config, folder],
         figures={"froc.png": b"\x89PNG"},
         tables={"froc.json": {"fp_per_slide": [8.0, 0.0], "thresholds": [0.1, math.inf]}},
-        tags={"version.numpy": "2.4"},
+        documents={"settings.json": {"inference.stride": 16, "password": "canary"}},
+        dataset=DatasetRecord("cases.csv", "d1", "/data/cases.csv", 6),
+        description="![FROC](get-artifact?run_uuid={run})",
     )
     logged = tracking.log_run(params_for(store), content)
     run = read(store, logged.run_id)
@@ -96,11 +107,15 @@ def test_everything_arrives(store: str, tmp_path: Path) -> None:
     assert run.data.metrics == {"froc.score": 0.5}
     assert run.data.tags["wsiflow.metrics_without_value"] == "roc.auc, throughput.efficiency"
     assert run.data.tags["wsiflow.plan_hash"] == "feed"
-    assert run.data.tags["version.numpy"] == "2.4"
+    assert run.data.tags["mlflow.note.content"] == f"![FROC](get-artifact?run_uuid={logged.run_id})"
+    assert {"mlflow.user", "mlflow.source.name", "mlflow.source.type"} <= run.data.tags.keys()
+    (slides,) = run.inputs.dataset_inputs
+    assert (slides.dataset.name, json.loads(slides.dataset.source)) == ("cases.csv", {"uri": "/data/cases.csv"})
     artifacts = Path(run.info.artifact_uri.removeprefix("file://"))
     assert artifacts.is_relative_to(Path(store.removeprefix("sqlite:///")).parent)
     found = {str(path.relative_to(artifacts)) for path in artifacts.rglob("*") if path.is_file()}
-    assert found == {"config.yaml", "evaluation/summary.json", "figures/froc.png", "froc.json"}
+    assert found == {"config.yaml", "evaluation/summary.json", "figures/froc.png", "froc.json", "settings.json"}
+    assert json.loads((artifacts / "settings.json").read_text())["password"] == "[redacted]"
     table = json.loads((artifacts / "froc.json").read_text())
     assert table == {"columns": ["fp_per_slide", "thresholds"], "data": [[8.0, 0.1], [0.0, None]]}
 
@@ -115,17 +130,18 @@ def test_the_same_run_is_recorded_once(store: str) -> None:
 
 def test_a_record_that_is_there_is_found_without_mlflow(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A finished record is found by SQL; a deleted one, or one of another experiment, is not."""
-    params, one = params_for(store), record(key="known")
+    params, one = params_for(store), record(key="known", tags={"wsiflow.folder": "of known"})
     run_id = tracking.log_run(params, one).run_id
     with monkeypatch.context() as without:
-        without.setattr(tracking, "_with_store", None)
-        assert tracking.log_run(params, one) == (run_id, "")
-    assert tracking._known_to_sqlite(params, record(key="known", partial=True)) is None
-    assert tracking._known_to_sqlite(params_for(store, experiment="other"), one) is None
+        without.setattr("wsiflow.run.tracking.runs.with_store", None)
+        assert tracking.log_run(params, one)[:2] == (run_id, "")
+        assert tracking.begin_run(params, tracking.RunStart(**{**START, "folder": "of known"})).run_id == run_id
+    assert reading.known_to_sqlite(params, "wsiflow.key", "known", ("yes",)) is None
+    assert reading.known_to_sqlite(params_for(store, experiment="other"), "wsiflow.key", "known", ("no",)) is None
     from mlflow import MlflowClient
 
     MlflowClient(tracking_uri=store).delete_run(run_id)
-    assert tracking._known_to_sqlite(params, one) is None
+    assert reading.known_to_sqlite(params, "wsiflow.key", "known", ("no",)) is None
     assert tracking.log_run(params, one).run_id not in {run_id, None}
 
 
@@ -140,15 +156,132 @@ def test_remains_of_a_broken_record_are_replaced(store: str, tmp_path: Path) -> 
 
 
 def test_runs_of_a_sweep_share_a_parent(store: str) -> None:
-    """Two runs of one sweep are children of one parent; another sweep has its own."""
+    """Runs of one folder are children of one parent, and a sweep of the same name elsewhere has its own."""
+    from mlflow import MlflowClient
+
+    params, client = params_for(store, experiment="sweeps", sweep="stride's"), MlflowClient(tracking_uri=store)
+    former = tracking.begin_sweep(params, Path("/c"))
+    client.delete_tag(former.run_id, "wsiflow.sweep_folder")  # as earlier versions recorded it
     runs = [
-        tracking.log_run(params_for(store, experiment="sweeps", sweep=sweep), record(key=key))
-        for sweep, key in (("stride's", "k1"), ("stride's", "k2"), ("other", "k3"))
+        tracking.log_run(params, record(key=key, sweep_folder=folder, tags={"wsiflow.out": f"{folder}/{key}"}))
+        for folder, key in (("/c", "k0"), ("/a", "k1"), ("/a", "k2"), ("/b", "k3"), ("/c", "k4"))
     ]
     parents = [read(store, run.run_id).data.tags["mlflow.parentRunId"] for run in runs]
-    assert parents[0] == parents[1] != parents[2]
-    assert read(store, parents[0]).info.run_name == "stride's"
-    assert len(all_runs(store, "sweeps")) == 5
+    assert parents[1] == parents[2]
+    assert parents[0] == parents[4] == former.run_id
+    assert len(set(parents)) == 3
+    assert read(store, parents[1]).info.run_name == "stride's"
+    assert len(all_runs(store, "sweeps")) == 8
+
+
+def test_a_run_is_seen_while_it_runs_and_when_it_fails(store: str) -> None:
+    """A run is running, fails with its reason, is begun again in the same record, and finishes in it."""
+    params = params_for(store, experiment="begun")
+    start = tracking.RunStart(**START)
+    begun = tracking.begin_run(params, start)
+    assert read(store, begun.run_id).info.status == "RUNNING"
+    assert tracking.fail_run(params, start, "slide a: it is empty; replace it").run_id == begun.run_id
+    failed = read(store, begun.run_id)
+    assert failed.info.status == "FAILED"
+    assert failed.data.tags["mlflow.note.content"] == "**Failed:** slide a: it is empty; replace it"
+    assert tracking.begin_run(params, start).run_id == begun.run_id
+    assert "mlflow.note.content" not in read(store, begun.run_id).data.tags
+    logged = tracking.log_run(params, record(key="k", tags={"wsiflow.folder": "f1"}))
+    assert (logged.run_id, read(store, begun.run_id).info.status) == (begun.run_id, "FINISHED")
+    assert tracking.begin_run(params, start) == logged, "a folder that has a record is not begun again"
+    assert len(all_runs(store, "begun")) == 1
+
+
+def test_a_run_that_was_killed_is_marked_at_the_next_start(store: str) -> None:
+    """The run of a process that has ended is killed; that of a process that may live goes on."""
+    params = params_for(store, experiment="killed")
+    dead = processes.current()._replace(born="1")
+    elsewhere = processes.current()._replace(host="another")
+    ids = [
+        tracking.begin_run(params, tracking.RunStart(**{**START, "folder": folder, "driver": driver})).run_id
+        for folder, driver in (("dead", dead), ("elsewhere", elsewhere), ("here", processes.current()))
+    ]
+    assert [read(store, one).info.status for one in ids] == ["KILLED", "RUNNING", "RUNNING"]
+    assert "was killed" in read(store, ids[0]).data.tags["mlflow.note.content"]
+
+
+def test_a_classifier_is_registered_once(store: str) -> None:
+    """Each identity of a card is a version with the card as its artifact, and a run names its version."""
+    from mlflow import MlflowClient
+
+    params, client = params_for(store, experiment="registry"), MlflowClient(tracking_uri=store)
+    one = tracking.ModelRecord("tiny", "a" * 64, "inception", '{"name": "tiny"}', "Trained on nothing.")
+    models = (one, one, one._replace(identity="b" * 64))
+    ids = [tracking.log_run(params, record(key=f"m{n}", model=model)).run_id for n, model in enumerate(models)]
+    versions = {int(found.version): found for found in client.search_model_versions("name = 'tiny'")}
+    assert {number: found.tags["wsiflow.model_hash"][0] for number, found in versions.items()} == {1: "a", 2: "b"}
+    named = [read(store, run_id).data.tags["wsiflow.model"] for run_id in ids]
+    assert named == ["tiny, version 1", "tiny, version 1", "tiny, version 2"]
+    card = Path(versions[1].source.removeprefix("file://")) / "card.json"
+    assert json.loads(card.read_text()) == {"name": "tiny"}
+
+
+def test_an_experiment_opens_with_its_view(store: str) -> None:
+    """The first record of an experiment saves a view, which the link names."""
+    from mlflow import MlflowClient
+
+    params = params_for(store, experiment="viewed")
+    logged = tracking.log_run(params, record(key="viewed"))
+    tags = MlflowClient(tracking_uri=store).get_experiment(logged.experiment_id).tags
+    (line, _, command) = tracking.opening_lines(params, logged)
+    key = re.search("viewStateShareKey=([^&]+)", line)
+    assert key is not None
+    packed = json.loads(tags[f"mlflow.sharedViewState.{key[1]}"])["state"].removeprefix("deflate;")
+    state = json.loads(zlib.decompress(base64.b64decode(packed)))
+    assert {"metrics.`froc.score`", "params.`inference.stride`", "tags.`froc.interval`"} <= set(
+        state["selectedColumns"]
+    )
+    assert f"#/experiments/{logged.experiment_id}/runs?workflowType=machine_learning" in line
+    assert command.endswith(f"mlflow server --workers 1 --port 5000 --backend-store-uri {store}")
+    lines = tracking.opening_lines(params_for("https://joe:canary@mlflow.lab/"), logged)
+    assert [one.partition("#")[0] for one in lines] == ["https://[redacted]@mlflow.lab/"] * 2
+
+
+def test_an_experiment_that_was_deleted_is_named(store: str) -> None:
+    """Neither a record nor a comparison uses a deleted experiment, and both name the way back."""
+    from mlflow import MlflowClient
+
+    params = params_for(store, experiment="deleted")
+    logged = tracking.log_run(params, record())
+    MlflowClient(tracking_uri=store).delete_experiment(logged.experiment_id)
+    command = rf"MLFLOW_TRACKING_URI=\S+ mlflow experiments restore --experiment-id {logged.experiment_id}"
+    said = rf"was deleted; restore it \({command}\)"
+    assert re.search(said, tracking.log_run(params, record()).reason)
+    with pytest.raises(InputError, match=said):
+        tracking.tracked_runs(params)
+
+
+def test_a_store_that_was_moved_is_named(store: str, tmp_path: Path) -> None:
+    """Beside a database that was moved without its artifacts nothing is written, nor where they lay before."""
+    tracking.log_run(params_for(store), record(key="there"))
+    former = Path(store.removeprefix("sqlite:///"))
+    shutil.copy(former, tmp_path)
+    moved = tracking.log_run(params_for(f"sqlite:///{tmp_path}/mlflow.db"), record(key="moved"))
+    assert moved.run_id is None
+    assert f"keeps its files in {former.parent}/mlflow-artifacts, which is not beside {tmp_path}" in moved.reason
+
+
+def test_a_database_that_another_program_locks_is_waited_for(store: str, caplog: Any, capfd: Any) -> None:
+    """A record waits for SQLite's lock as long as it may, then says so in one line and nothing else."""
+    path = store.removeprefix("sqlite:///")
+    tracking.log_run(params_for(store), record(key="before"))
+    with closing(sqlite3.connect(path)) as other:
+        other.execute("begin immediate")
+        logged = tracking.log_run(params_for(store, lock_wait_s=0.3), record(key="while"))
+    assert re.search("kept it locked for 0.3 s .*run the same command again to record it", logged.reason)
+    assert (caplog.records, capfd.readouterr().err) == ([], "")
+
+
+def test_a_path_with_a_question_mark_is_refused(tmp_path: Path) -> None:
+    """What follows a question mark in the address of a SQLite store is no path, so nothing is written elsewhere."""
+    logged = tracking.log_run(params_for(f"sqlite:///{tmp_path}/x?y/mlflow.db"), record())
+    assert "a path with a question mark cannot be" in logged.reason
+    assert not list(tmp_path.iterdir())
 
 
 GIT = {
@@ -164,14 +297,14 @@ GIT = {
 @pytest.mark.parametrize("how", GIT)
 def test_a_record_needs_no_git(how: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Where git fails or is absent, no commit is recorded."""
-    monkeypatch.setattr(tracking, "_GIT_S", 0.5)
+    monkeypatch.setattr(entries, "_GIT_S", 0.5)
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin")
     if GIT[how] is None:
         monkeypatch.setenv("PATH", "/nowhere")
     else:
         (tmp_path / "git").write_text(f"#!/bin/sh\n{GIT[how]}\n")
         (tmp_path / "git").chmod(0o755)
-    assert tracking._git_commit(Path(__file__).parents[2]) == ""
+    assert entries.git_commit(Path(__file__).parents[2]) == ""
 
 
 def test_the_commit_of_a_checkout_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,8 +313,8 @@ def test_the_commit_of_a_checkout_is_named(tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "git").chmod(0o755)
     (tmp_path / ".git").mkdir()
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin")
-    assert tracking._git_commit(tmp_path) == "0a" * 20
-    assert tracking._git_commit(tmp_path / "elsewhere") == ""
+    assert entries.git_commit(tmp_path) == "0a" * 20
+    assert entries.git_commit(tmp_path / "elsewhere") == ""
 
 
 @pytest.mark.parametrize(
@@ -204,7 +337,7 @@ def test_what_a_folder_does_not_keep_is_taken_from_the_environment(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     if found is not None:
-        assert tracking._whole(kept) == found
+        assert stores.whole(kept) == found
     else:
         logged = tracking.log_run(params_for(kept), record())
         assert logged.run_id is None
@@ -265,7 +398,7 @@ def test_first_starts_at_the_same_time(tmp_path: Path) -> None:
 def test_off_records_nothing(tmp_path: Path) -> None:
     """With tracking off nothing is written, and the reason says so."""
     logged = tracking.log_run(params_for(f"sqlite:///{tmp_path}/mlflow.db", kind="off"), record())
-    assert logged == (None, "tracking is off")
+    assert logged[:2] == (None, "tracking is off")
     assert not list(tmp_path.iterdir())
 
 
@@ -302,7 +435,7 @@ def test_a_silent_server_is_given_up(silent_server: str) -> None:
 def test_a_locked_store_is_waited_for_and_then_given_up(tmp_path: Path) -> None:
     """A locked store is not touched, and the reason names the lock."""
     params = params_for(f"sqlite:///{tmp_path}/mlflow.db", lock_wait_s=0.2)
-    with tracking._only_writer(params):
+    with stores.only_writer(params):
         logged = tracking.log_run(params, record())
     assert "locked for 0.2 s" in logged.reason
     assert not (tmp_path / "mlflow.db").exists()

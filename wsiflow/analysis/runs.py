@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from wsiflow import redaction
-from wsiflow.errors import InputError
+from wsiflow.errors import EnvironmentFault, InputError
 from wsiflow.evaluation.matches import EvaluationRecord, read_matches
 from wsiflow.run import cases, tracking
 from wsiflow.run.plan import latest_plan as latest_plan
@@ -38,6 +38,7 @@ class FinishedRun(NamedTuple):
         core_hours: Core-hours that the run took; NaN where they are not known.
         processor: CPU model that computed the heatmaps, or empty.
         matches: Matched lesions, scores and labels of the slides, as ``matches.json`` holds them.
+        parent: Id of the parent run of the sweep in MLflow; empty for a single run, and for a folder.
     """
 
     name: str
@@ -49,6 +50,7 @@ class FinishedRun(NamedTuple):
     core_hours: float
     processor: str
     matches: EvaluationRecord
+    parent: str = ""
 
 
 class RunSelection(NamedTuple):
@@ -73,11 +75,19 @@ def runs_of_trials(folder: Path, failed: Collection[str]) -> RunSelection:
     """Return the runs below a sweep's folder that have scores, without the trials that failed.
 
     The folder of a failed trial may hold scores of an earlier start, which are out of date.
+
+    Args:
+        folder: The sweep's folder.
+        failed: Names of the trials that failed; a mapping has their reasons as well.
     """
     below = _subfolders(folder) if folder.is_dir() else []
-    lost = [one.name for one in below if one.name in failed]
+    reasons = failed if isinstance(failed, Mapping) else dict.fromkeys(failed, "")
     selection = _select_scored([one for one in below if one.name not in failed])
-    return selection._replace(notes=[*selection.notes, *(f"Left out, since it failed: {name}." for name in lost)])
+    lost = [
+        f"Left out, since it failed: {name}{': ' if reasons[name] else ''}{' '.join(reasons[name].split())}."
+        for name in sorted(reasons, key=natural_key)
+    ]
+    return selection._replace(notes=[*selection.notes, *lost])
 
 
 def _select_scored(folders: Sequence[Path]) -> RunSelection:
@@ -132,7 +142,7 @@ def _from_folder(root: Path) -> FinishedRun:
         sweep="",
         params=params,
         swept=cases.swept(root),
-        core_hours=_number(metrics.get("throughput.core_hours")),
+        core_hours=_number(metrics.get(_COST)),
         processor="; ".join(sorted(_processors(root))),
         matches=read_matches(folder / "matches.json"),
     )
@@ -144,43 +154,101 @@ def _processors(root: Path) -> set[str]:
     return {(publish.read_receipt(root, name) or {}).get("cpu", "") for name in names} - {""}
 
 
-def runs_of_sweep(params: TrackingParams) -> RunSelection:
+def runs_of_sweep(params: TrackingParams, tags: Mapping[str, str] | None = None) -> RunSelection:
     """Return the runs of a sweep from MLflow: of the sweep that ``params`` names, else of the experiment's only one.
 
     Where the experiment has no sweep, its single runs are returned.
+
+    Args:
+        params: The store, the experiment and the sweep: its name, its folder or the id of its parent run.
+        tags: Tags of the runs to compare, by name, of whatever sweep; empty: the runs of the sweep.
 
     Raises:
         InputError: The experiment or the sweep does not exist, or there are several sweeps and none is named.
         EnvironmentFault: The store cannot be read.
     """
-    tracked = tracking.tracked_runs(params)
-    sweeps = sorted({one.sweep for one in tracked if one.sweep})
-    if params.sweep is None and len(sweeps) > 1:
-        cause = f"experiment {params.experiment} has {len(sweeps)} sweeps and none is named"
-        raise InputError(cause, f"name one with --sweep: {', '.join(sweeps)}")
-    sweep = params.sweep or next(iter(sweeps), "")
-    chosen = [one for one in tracked if one.sweep == sweep]
+    tracked = tracking.tracked_runs(params, tags)
+    chosen = tracked if tags else _of_one_sweep(params, tracked)
     if not chosen:
-        remedy = f"name one of its sweeps: {', '.join(sweeps)}" if sweeps else "it has no finished run: run one first"
-        raise InputError(f"experiment {params.experiment} has no run of sweep {params.sweep}", remedy)
+        asked = " and ".join(f"{name}={value}" for name, value in (tags or {}).items())
+        remedy = "tag runs on their page in MLflow, or see their tags there"
+        raise InputError(f"experiment {params.experiment} has no finished run with {asked}", remedy)
     with tempfile.TemporaryDirectory() as scratch:
         return RunSelection(_with_unique_names([_from_record(params, one, Path(scratch)) for one in chosen]), [])
+
+
+def _of_one_sweep(params: TrackingParams, tracked: Sequence[tracking.TrackedRun]) -> list[tracking.TrackedRun]:
+    """Return the runs of the sweep that is named, or of the only one.
+
+    Raises:
+        InputError: There is none, or there are several.
+    """
+    names = {one.parent: one.sweep for one in tracked if one.sweep}
+    if params.sweep is None and not names:
+        chosen = list(tracked)
+    else:
+        parents = [parent for parent in names if params.sweep in {None, *_names_of_sweep(parent, names, tracked)}]
+        if len(parents) > 1:
+            raise _ambiguous(params, {parent: names[parent] for parent in parents}, tracked)
+        chosen = [one for one in tracked if one.sweep and [one.parent] == parents]
+    if not chosen:
+        known = ", ".join(sorted(set(names.values())))
+        remedy = f"name one of its sweeps: {known}" if names else "it has no finished run: run one first"
+        raise InputError(f"experiment {params.experiment} has no run of sweep {params.sweep}", remedy)
+    return chosen
+
+
+def _names_of_sweep(parent: str, names: Mapping[str, str], tracked: Sequence[tracking.TrackedRun]) -> set[str]:
+    """Return what a sweep may be called: its name, the id of its parent run, and its folder."""
+    return {names[parent], parent, _folder_of_sweep(parent, tracked)}
+
+
+def _folder_of_sweep(parent: str, tracked: Sequence[tracking.TrackedRun]) -> str:
+    return next((str(Path(one.tags.get("wsiflow.out", "")).parent) for one in tracked if one.parent == parent), "")
+
+
+def _ambiguous(params: TrackingParams, names: Mapping[str, str], tracked: Sequence[tracking.TrackedRun]) -> InputError:
+    """Return the error that names the sweeps of which one has to be chosen, by their folders where names are alike."""
+    is_unique = len(set(names.values())) == len(names)
+    shown = sorted(names.values()) if is_unique else sorted(_folder_of_sweep(parent, tracked) for parent in names)
+    what = "sweeps and none is named" if params.sweep is None else f"sweeps of the name {params.sweep}"
+    return InputError(
+        f"experiment {params.experiment} has {len(names)} {what}", f"name one with --sweep: {', '.join(shown)}"
+    )
 
 
 def _from_record(params: TrackingParams, one: tracking.TrackedRun, scratch: Path) -> FinishedRun:
     folder = scratch / one.run_id
     folder.mkdir()
+    files = tracking.download(params, one.run_id, ("matches.json", "summary.json", "settings.json"), folder)
+    if "matches.json" not in files:
+        cause = f"the MLflow run {one.run_id} ({one.name}) has no artifact matches.json"
+        raise EnvironmentFault(cause, "delete the run in MLflow, or name folders of runs", stage="comparison")
+    summary, settings = (_document(files.get(name)) for name in ("summary.json", "settings.json"))
     return FinishedRun(
         name=one.name,
         where=one.run_id,
         identity=folder_identity(one),
         sweep=one.sweep,
-        params={**one.params, **{key: one.tags[key] for key in ("digest.dataset", "digest.model") if key in one.tags}},
+        # The records of earlier versions have all settings as parameters; now the artifact has them.
+        params={
+            **(_texts(settings) or one.params),
+            **{key: one.tags[key] for key in ("digest.dataset", "digest.model") if key in one.tags},
+        },
         swept=cases.parse_swept(one.tags.get("wsiflow.swept", "")),
-        core_hours=_number(one.metrics.get("throughput.core_hours")),
+        core_hours=_number(summary.get(_COST, one.metrics.get(_COST))),
         processor=one.tags.get("cpu.model", ""),
-        matches=read_matches(tracking.download(params, one.run_id, "matches.json", folder)),
+        matches=read_matches(files["matches.json"]),
+        parent=one.parent,
     )
+
+
+_COST = "throughput.core_hours"
+
+
+def _document(path: Path | None) -> dict[str, Any]:
+    """Return the values of a JSON file; none where there is no file."""
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path else {}
 
 
 def folder_identity(one: tracking.TrackedRun) -> str:

@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -31,8 +32,8 @@ from wsiflow.analysis.tradeoff.figures import CoreHours, SettingRow, Tradeoff
 from wsiflow.errors import EnvironmentFault, InputError
 from wsiflow.evaluation import matches, paired
 from wsiflow.run import tracking
-from wsiflow.run.tracking import ComparisonRecord, LogResult, TrackingParams
-from wsiflow.system import publish
+from wsiflow.run.tracking import ComparedRun, ComparisonRecord, LogResult, TrackingParams
+from wsiflow.system import publish, tables
 
 # Parameters that are not settings: names, folders, tracking and orchestration, and what distinguishes repeats.
 _NO_SETTING = re.compile(
@@ -43,6 +44,7 @@ _NO_SETTING = re.compile(
 _FOLLOWS = re.compile(r"(tiles|dense|executor|digest)\..*")
 _SAME = 1e-5  # the same settings on another processor give probabilities that agree to about 1e-6
 _KINDS = (".method", ".kind")  # select the option of a group, on which the meaning of its other parameters depends
+_BY_GUESSING = {"froc.score": 0.0, "roc.auc": 0.5}  # the score of a setting that finds nothing
 _DRAWS_EACH = 100  # for each difference: the smallest corrected p-value is then 0.02
 _SHOWN = 5
 
@@ -84,7 +86,8 @@ def compare_runs(selection: RunSelection, name: str, options: Options) -> Tradeo
     draws = _draws(options.resamples, len(settings))
     compared = paired.bootstrap(settings, reference=reference, n=draws, seed=options.seed)
     metric = _metric(compared)
-    front = paired.pareto([one.mean for one in costs], [_value(compared, one.name, metric) for one in settings])
+    scores = [_worth(_value(compared, one.name, metric), metric) for one in settings]
+    front = paired.pareto([one.mean for one in costs], scores)
     rows = [
         SettingRow(
             group.name,
@@ -96,9 +99,11 @@ def compare_runs(selection: RunSelection, name: str, options: Options) -> Tradeo
             compared.delong.get(group.name),
             compared.bands[group.name],
             bool(on_front),
+            group.dotted,
         )
         for group, cost, on_front in zip(groups, costs, front, strict=True)
     ]
+    worthless = [row.name for row, score in zip(rows, scores, strict=True) if math.isnan(score)]
     first = selection.runs[0].matches
     return Tradeoff(
         name=name,
@@ -108,7 +113,7 @@ def compare_runs(selection: RunSelection, name: str, options: Options) -> Tradeo
         common=_common(selection.runs),
         counts=_counts(first, draws),
         protocol=(str(first.protocol.get("name", "")), first.protocol_hash),
-        notes=[*selection.notes, *following, *_processors(selection.runs)],
+        notes=[*selection.notes, *following, *_worthless(worthless, metric), *_processors(selection.runs)],
     )
 
 
@@ -129,14 +134,38 @@ def _refuse_incomparable(runs: Sequence[FinishedRun]) -> None:
 
 
 def _metric(compared: paired.PairedResults) -> str:
-    for metric in ("froc.score", "roc.auc"):
-        if any(math.isfinite(_value(compared, name, metric)) for name in compared.intervals):
-            return metric
-    raise InputError("no run has a score", "compare runs over slides with truth, tumour and normal", stage="comparison")
+    """Return the score of the Pareto set: that of FROC, unless no setting finds a lesion and the AUC tells them apart.
+
+    Raises:
+        InputError: No setting has a score.
+    """
+    known = [
+        name for name in _BY_GUESSING if any(math.isfinite(_value(compared, one, name)) for one in compared.intervals)
+    ]
+    if not known:
+        remedy = "compare runs over slides with truth, tumour and normal"
+        raise InputError("no run has a score", remedy, stage="comparison")
+    useful = [
+        name for name in known if any(_value(compared, one, name) > _BY_GUESSING[name] for one in compared.intervals)
+    ]
+    return (useful or known)[0]
 
 
 def _value(compared: paired.PairedResults, name: str, metric: str) -> float:
     return compared.intervals[name][metric].value
+
+
+def _worth(score: float, metric: str) -> float:
+    """Return a score that is worth a cost; NaN for one that guessing reaches for nothing."""
+    return score if score > _BY_GUESSING[metric] else math.nan
+
+
+def _worthless(names: Sequence[str], metric: str) -> list[str]:
+    """Return a note on the settings that are not in the Pareto set although they may be the cheapest."""
+    if not names:
+        return []
+    name = figures.title(metric)
+    return [f"Not worth any cost, since their {name} is {_BY_GUESSING[metric]:g} or not defined: {'; '.join(names)}."]
 
 
 def _core_hours(core_hours: Iterable[float]) -> CoreHours:
@@ -178,11 +207,12 @@ def _processors(runs: Sequence[FinishedRun]) -> list[str]:
 
 
 class _Group(NamedTuple):
-    """The runs of one setting, the setting's name, and the values of the parameters that differ, by short name."""
+    """The runs of one setting, its name, and the values of the parameters that differ, by short and by dotted name."""
 
     name: str
     params: Mapping[str, str]
     runs: Sequence[FinishedRun]
+    dotted: Mapping[str, str]
 
 
 def _settings(runs: Sequence[FinishedRun]) -> tuple[list[_Group], list[str]]:
@@ -203,7 +233,7 @@ def _settings(runs: Sequence[FinishedRun]) -> tuple[list[_Group], list[str]]:
     for own, members in sorted(groups.items(), key=lambda item: [natural_key(value) for value in item[0]]):
         params = {name: texts[key][value] for name, key, value in zip(short, shown, own, strict=True)}
         name = ", ".join(f"{key}={value}" for key, value in params.items()) or members[0].name
-        named.append(_Group(name, params, members))
+        named.append(_Group(name, params, members, dict(zip(shown, values, strict=True))))
     along = [key for key in keys if key not in shown]
     return named, [f"Differing along with the parameters shown: {', '.join(along)}."] if along else []
 
@@ -326,46 +356,72 @@ def write_files(out: Path, tradeoff: Tradeoff) -> dict[str, bytes]:
 
 
 def log_to_mlflow(
-    params: TrackingParams, runs: Sequence[FinishedRun], tradeoff: Tradeoff, files: Mapping[str, bytes]
+    params: TrackingParams, folder: Path | None, runs: Sequence[FinishedRun], result: "ComparisonResult"
 ) -> LogResult:
-    """Record a comparison in MLflow: tag the runs of the Pareto set and log the rest to the sweep's parent run."""
+    """Record a comparison in MLflow: mark the runs of the Pareto set and log the rest to the sweep's parent run.
+
+    Args:
+        params: Where the runs are recorded, and the name of their sweep.
+        folder: Folder of the sweep; None where the runs come from MLflow.
+        runs: The runs that were compared.
+        result: The comparison, and the bytes of its files.
+    """
+    tradeoff = result.tradeoff
     if params.kind == "off":
         return LogResult(None, "tracking is off")
-    folders = {run.where: run.identity for run in runs}
-    front = {folders[where]: row.pareto for row in tradeoff.rows for where in row.runs}
+    identities = {run.where: run.identity for run in runs}
+    rows = {identities[where]: row for row in tradeoff.rows for where in row.runs}
     try:
-        tracked = tracking.tracked_runs(params)
+        tracked = [one for one in tracking.tracked_runs(params) if folder_identity(one) in rows]
     except (InputError, EnvironmentFault) as error:  # the comparison is complete on disk
         return LogResult(None, str(error))
-    best = max(tradeoff.rows, key=lambda row: np.nan_to_num(row.metrics[tradeoff.metric].value, nan=-1.0))
-    costs = [row.cost.mean for row in tradeoff.rows if math.isfinite(row.cost.mean)]
+    parents = {one.parent for one in tracked if one.parent}
     return tracking.log_comparison(
         params,
         ComparisonRecord(
-            pareto={one.run_id: front[folder] for one in tracked if (folder := folder_identity(one)) in front},
-            metrics={
-                "compare.n_settings": len(tradeoff.rows),
-                "compare.n_runs": len(runs),
-                "compare.n_pareto": len(tradeoff.pareto),
-                "compare.best_score": best.metrics[tradeoff.metric].value,
-                "compare.best_score_ci_low": best.metrics[tradeoff.metric].low,
-                "compare.best_score_ci_high": best.metrics[tradeoff.metric].high,
-                "compare.reference_score": tradeoff.base.metrics[tradeoff.metric].value,
-                "compare.least_core_hours": min(costs, default=math.nan),
-                "compare.most_core_hours": max(costs, default=math.nan),
-            },
+            sweep_folder=str(folder or ""),
+            parent=parents.pop() if len(parents) == 1 else "",
+            runs={one.run_id: _compared(tradeoff, rows[folder_identity(one)]) for one in tracked},
+            axes=list(tradeoff.rows[0].dotted),
+            metrics=_metrics(tradeoff, len(runs)),
             tags={
                 "wsiflow.metric": tradeoff.metric,
-                "wsiflow.best": best.name,
+                "wsiflow.best": _best(tradeoff).name,
                 "wsiflow.reference": tradeoff.reference,
                 "wsiflow.pareto_set": "; ".join(row.name for row in tradeoff.pareto),
                 "wsiflow.protocol_hash": tradeoff.protocol[1],
             },
-            common=tradeoff.common,
-            description=files["compare.md"].decode(),
-            files=files,
+            description=report.description(tradeoff, result.files),
+            files={**result.files, "common.json": tables.json_text(tradeoff.common).encode()},
         ),
     )
+
+
+def _compared(tradeoff: Tradeoff, row: SettingRow) -> ComparedRun:
+    return ComparedRun(row.pareto, row.dotted, report.against(tradeoff, row))
+
+
+def _best(tradeoff: Tradeoff) -> SettingRow:
+    return max(tradeoff.rows, key=lambda row: np.nan_to_num(row.metrics[tradeoff.metric].value, nan=-1.0))
+
+
+def _metrics(tradeoff: Tradeoff, n_runs: int) -> dict[str, float]:
+    best = _best(tradeoff).metrics[tradeoff.metric]
+    costs = [row.cost.mean for row in tradeoff.rows if math.isfinite(row.cost.mean)]
+    return {
+        "compare.n_settings": len(tradeoff.rows),
+        "compare.n_runs": n_runs,
+        "compare.n_pareto": len(tradeoff.pareto),
+        "compare.best_score": report.rounded(best.value),
+        "compare.best_score_ci_low": report.rounded(best.low),
+        "compare.best_score_ci_high": report.rounded(best.high),
+        "compare.reference_score": report.rounded(tradeoff.base.metrics[tradeoff.metric].value),
+        "compare.least_core_hours": report.rounded(min(costs, default=math.nan)),
+        "compare.most_core_hours": report.rounded(max(costs, default=math.nan)),
+    }
+
+
+_NO_TAGS: Mapping[str, str] = MappingProxyType({})
 
 
 class Request(NamedTuple):
@@ -375,19 +431,23 @@ class Request(NamedTuple):
         folders: Folders of runs; empty where the runs of an MLflow experiment are compared.
         params: The MLflow experiment and the sweep in it; None where folders are given.
         options: How the runs are compared.
+        tags: Tags that the runs of the experiment have, by name, of whatever sweep; empty: the runs of the sweep.
     """
 
     folders: Sequence[Path]
     params: TrackingParams | None
     options: Options
+    tags: Mapping[str, str] = _NO_TAGS
 
 
-def parse_request(names: Sequence[str], uri: str, sweep: str | None, options: Options) -> Request:
+def parse_request(
+    names: Sequence[str], uri: str, sweep: str | None, options: Options, tags: Mapping[str, str] = _NO_TAGS
+) -> Request:
     """Decide whether names mean folders of runs, or one experiment of the MLflow store at ``uri``."""
     folders = [Path(name) for name in names]
-    if len(folders) > 1 or holds_runs(folders[0]):
+    if not tags and (len(folders) > 1 or holds_runs(folders[0])):
         return Request(folders, None, options)
-    return Request([], tracking_params(uri, names[0], sweep), options)
+    return Request([], tracking_params(uri, names[0], sweep), options, tags)
 
 
 class ComparisonResult(NamedTuple):
@@ -398,12 +458,14 @@ class ComparisonResult(NamedTuple):
         out: Folder of its files.
         files: Bytes of the files by name.
         logged: What came of recording it in MLflow; None where the runs did not come from MLflow.
+        params: Where it is recorded; None where the runs did not come from MLflow.
     """
 
     tradeoff: Tradeoff
     out: Path
     files: Mapping[str, bytes]
     logged: LogResult | None
+    params: TrackingParams | None
 
 
 def run_comparison(request: Request, out: Path) -> ComparisonResult:
@@ -417,10 +479,12 @@ def run_comparison(request: Request, out: Path) -> ComparisonResult:
         selection = runs_in_folders(request.folders)
         name = request.folders[0].name if len(request.folders) == 1 else out.name
         tradeoff = compare_runs(selection, name, request.options)
-        return ComparisonResult(tradeoff, out, write_files(out, tradeoff), None)
-    selection = runs_of_sweep(request.params)
-    params = request.params.model_copy(update={"sweep": selection.runs[0].sweep or None})
-    return _compare_and_log(selection, params, params.sweep or params.experiment, request.options, out)
+        return ComparisonResult(tradeoff, out, write_files(out, tradeoff), None, None)
+    selection = runs_of_sweep(request.params, request.tags)
+    sweeps = {(run.parent, run.sweep) for run in selection.runs}
+    params = request.params.model_copy(update={"sweep": (len(sweeps) == 1 and sweeps.pop()[1]) or None})
+    result = _compare(selection, params.sweep or params.experiment, request.options, out)
+    return result._replace(logged=log_to_mlflow(params, None, selection.runs, result), params=params)
 
 
 def compare_sweep_folder(
@@ -432,7 +496,8 @@ def compare_sweep_folder(
         out: The sweep's folder.
         params: Where the runs are recorded, and the name of their sweep.
         options: How the runs are compared.
-        failed: Names of the trials that failed; they are left out whatever their folders hold.
+        failed: Names of the trials that failed, which are left out whatever their folders hold; a mapping has their
+            reasons as well.
 
     Returns:
         The comparison; None where fewer than two runs have scores.
@@ -444,15 +509,18 @@ def compare_sweep_folder(
     selection = runs_of_trials(out, failed)
     if len(selection.runs) < 2:
         return None
-    return _compare_and_log(selection, params, params.sweep or out.name, options, out)
+    result = _compare(selection, params.sweep or out.name, options, out)
+    return result._replace(logged=log_to_mlflow(params, out, selection.runs, result), params=params)
 
 
-def _compare_and_log(
-    selection: RunSelection, params: TrackingParams, name: str, options: Options, out: Path
-) -> ComparisonResult:
+def describe_sweep(out: Path, params: TrackingParams, reason: str) -> LogResult:
+    """Say on the page of a sweep in MLflow why its runs were not compared, and which of them failed."""
+    return tracking.log_sweep(params, out, f"The runs of this sweep were not compared: {reason}.")
+
+
+def _compare(selection: RunSelection, name: str, options: Options, out: Path) -> ComparisonResult:
     tradeoff = compare_runs(selection, name, options)
-    files = write_files(out, tradeoff)
-    return ComparisonResult(tradeoff, out, files, log_to_mlflow(params, selection.runs, tradeoff, files))
+    return ComparisonResult(tradeoff, out, write_files(out, tradeoff), None, None)
 
 
 def summary_text(result: ComparisonResult) -> str:
@@ -460,9 +528,17 @@ def summary_text(result: ComparisonResult) -> str:
     tradeoff = result.tradeoff
     name = figures.title(tradeoff.metric)
     lines = [f"compared   {len(tradeoff.rows)} settings with {tradeoff.reference}; Pareto set of {name}:"]
+    lines += (
+        [] if tradeoff.pareto else ["           none: no setting has a cost and a score that guessing does not reach"]
+    )
     lines += [f"           {line}" for line in report.front(tradeoff)]
     lines.append(f"comparison {result.out / 'report.html'}, compare.md, compare.csv, figures")
-    if result.logged is not None:
-        id_or_reason = f"sweep {result.logged.run_id}" if result.logged.run_id else result.logged.reason
-        lines.append(f"MLflow     {id_or_reason}")
+    if result.logged is not None and result.params is not None:
+        lines += mlflow_lines(result.params, result.logged)
     return "\n".join(lines)
+
+
+def mlflow_lines(params: TrackingParams, logged: LogResult) -> list[str]:
+    """Return the lines that say where a sweep is seen in MLflow, or why it was not recorded."""
+    lines = tracking.opening_lines(params, logged, sweep=True) if logged.run_id else [logged.reason]
+    return [f"{'' if place else 'MLflow':11}{line}" for place, line in enumerate(lines)]

@@ -7,6 +7,7 @@ drawn, and a cost that was measured once has no error bar.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -53,7 +54,9 @@ class SettingRow(NamedTuple):
         delong: p-values of DeLong's test of the AUC against the reference's, uncorrected and corrected; None for the
             reference itself.
         band: FROC curve with its 95 % band.
-        pareto: Whether no other setting is cheaper and at least as good, or as cheap and better.
+        pareto: Whether no other setting is cheaper and at least as good, or as cheap and better; a setting that finds
+            nothing is not.
+        dotted: Values of the parameters that differ in the comparison, by dotted name and uncut.
     """
 
     name: str
@@ -65,6 +68,7 @@ class SettingRow(NamedTuple):
     delong: tuple[float, float] | None
     band: FrocBand
     pareto: bool
+    dotted: Mapping[str, str] = MappingProxyType({})
 
 
 @dataclass(frozen=True)

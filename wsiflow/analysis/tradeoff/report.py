@@ -5,7 +5,7 @@ Input: a `Tradeoff` and its figures. Output: texts. A missing value is a dash, a
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -85,8 +85,7 @@ _HEADS = (
     "FROC score",
     "Slide AUC",
     "Core-hours",
-    "of reference",
-    "Difference",
+    "Against the reference",
     "p",
     "corrected",
     "Pareto",
@@ -94,18 +93,38 @@ _HEADS = (
 
 
 def _row(tradeoff: Tradeoff, row: SettingRow) -> list[str]:
-    ratio = row.cost.mean / tradeoff.base.cost.mean if tradeoff.base.cost.mean > 0 else math.nan
     one = row.differences.get(tradeoff.metric)
-    compared = ["reference", "", ""] if one is None else [_difference(one), *map(p_text, (one.p, one.p_corrected))]
     return [
         row.name,
         _interval(row.metrics["froc.score"]),
         _interval(row.metrics["roc.auc"]),
         _cost(row.cost),
-        f"{ratio:.2f}" if math.isfinite(ratio) else page.NO_VALUE,
-        *compared,
+        against(tradeoff, row),
+        *(map(p_text, (one.p, one.p_corrected)) if one else ("", "")),
         "yes" if row.pareto else "no",
     ]
+
+
+def against(tradeoff: Tradeoff, row: SettingRow) -> str:
+    """Return what a setting saves and loses, such as ``saves 0.0006 core-h (32 %), FROC score -0.083 [-0.167, 0]``."""
+    if row.name == tradeoff.reference:
+        return "reference"
+    base, one = tradeoff.base.cost.mean, row.differences.get(tradeoff.metric)
+    saved = base - row.cost.mean
+    parts = []
+    if math.isfinite(saved):
+        share = f" ({abs(saved) / base:.0%})".replace("%", " %") if base > 0 else ""
+        parts.append(
+            f"{'saves' if saved >= 0 else 'takes'} {abs(saved):.2g} core-h{'' if saved >= 0 else ' more'}{share}"
+        )
+    if one is not None and math.isfinite(one.value):
+        parts.append(f"{title(tradeoff.metric).removesuffix(' score')} {_difference(one)}")
+    return ", ".join(parts) or page.NO_VALUE
+
+
+def rounded(value: float) -> float:
+    """Return a number with four significant digits."""
+    return float(f"{value:.4g}")
 
 
 def _interval(one: Interval) -> str:
@@ -177,7 +196,7 @@ def _markdown(tradeoff: Tradeoff, figures: Mapping[str, bytes]) -> str:
         (
             "\n".join(f"- {line}" for line in front(tradeoff))
             if tradeoff.pareto
-            else "None: it needs scores and core-hours."
+            else "None: it needs core-hours, and scores that guessing does not reach."
         )
         + "\n",
         *pictures,
@@ -188,6 +207,44 @@ def _markdown(tradeoff: Tradeoff, figures: Mapping[str, bytes]) -> str:
 
 def _piped(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cell.replace('|', '&#124;') for cell in cells)} |"
+
+
+# --- MLflow
+
+_LONGEST_TABLE = 5000  # characters: the description of a run in MLflow has at most 8000
+
+
+def description(tradeoff: Tradeoff, names: Collection[str]) -> str:
+    """Return the comparison as Markdown for the page of an MLflow run.
+
+    The whole comparison is the artifact ``compare.md``.
+
+    Args:
+        tradeoff: The comparison.
+        names: Names of the run's files. The address of a figure has ``{run}`` for the id of the run.
+    """
+    shown = {
+        name: f"![{name}](get-artifact?path={name}.png&run_uuid={{run}})\n"
+        for name in _CAPTIONS
+        if f"{name}.png" in names
+    }
+    lines = [_piped(_HEADS), _piped(["---"] * len(_HEADS))]
+    for place, row in enumerate(tradeoff.rows):
+        if sum(map(len, lines)) > _LONGEST_TABLE:
+            lines.append(_piped([f"and {len(tradeoff.rows) - place} more: see compare.md", *[""] * (len(_HEADS) - 1)]))
+            break
+        lines.append(_piped(_row(tradeoff, row)))
+    parts = [
+        "**Worth their cost, cheapest first:**\n",
+        "\n".join(f"- {line}" for line in front(tradeoff) or ["none"]) + "\n",
+        f"{_what(tradeoff)}.\n",
+        shown.pop("tradeoff", ""),
+        "\n".join(lines) + "\n",
+        *(f"- {note}" for note in tradeoff.notes),
+        "",
+        *shown.values(),
+    ]
+    return "\n".join(parts)
 
 
 # --- HTML

@@ -1,19 +1,24 @@
 """Record a run in MLflow: collect its settings, metrics, digests, files and figures."""
 
 import json
+import math
+import re
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from wsiflow import redaction
+from wsiflow.errors import WsiflowError
 from wsiflow.evaluation import matches
+from wsiflow.model.card import read_card
 from wsiflow.run import tracking
 from wsiflow.run.cases import folder_id, swept
 from wsiflow.run.config import RunConfig
 from wsiflow.run.plan import Plan
 from wsiflow.run.stages import choose
 from wsiflow.slides.kinds import source_of
-from wsiflow.system import publish
+from wsiflow.system import processes, publish
 from wsiflow.system.provenance import versions
 
 _KEPT = ("path", "kind", "slide", "attempt", "cpu", "cpu_s", "wall_s", "seconds", "counts", "shared", "stain_failures")
@@ -34,10 +39,70 @@ def all_receipts(root: Path) -> list[publish.Receipt]:
     ]
 
 
+def begin(config: RunConfig) -> None:
+    """Record that a run has begun, in a thread: importing MLflow takes seconds, and the end of the run needs it too.
+
+    The run's folder exists. A run whose folder has a finished record is not recorded again.
+    """
+    if config.tracking.kind == "off" or config.out in _begun:
+        return
+    arguments = (config.tracking, _start(config))
+    thread = threading.Thread(target=tracking.begin_run, args=arguments, name="mlflow", daemon=True)
+    _begun[config.out] = thread
+    thread.start()
+
+
+def fail(config: RunConfig, reason: str) -> None:
+    """Record that a run ended without scores, and why."""
+    if thread := _begun.pop(config.out, None):
+        thread.join()
+        tracking.fail_run(config.tracking, _start(config), reason)
+
+
+# The records of runs of this process that are being begun: what is recorded next has to come after them.
+_begun: dict[Path, threading.Thread] = {}
+
+
+def _start(config: RunConfig) -> tracking.RunStart:
+    return tracking.RunStart(
+        name=_name(config),
+        folder=folder_id(config.out),
+        out=str(config.out),
+        sweep_folder=_sweep_folder(config),
+        driver=processes.current(),
+    )
+
+
+def _name(config: RunConfig) -> str:
+    """Return the name of a run in lists: what distinguishes a trial from others, else its own or its folder's."""
+    if config.tracking.sweep:
+        return short_name(config.out.name)
+    return config.name if config.name != "run" else config.out.name
+
+
+def short_name(trial: str) -> str:
+    """Return the name of a trial with the last part of each key alone, such as ``stride=56, precision=bf16``."""
+    keys = [_last_part(key) for key in _KEYS.findall(trial)]
+    if len(set(keys)) < len(keys):
+        return trial
+    return _KEYS.sub(lambda found: f"{', ' if found.start() else ''}{_last_part(found[1])}=", trial)
+
+
+def _last_part(key: str) -> str:
+    return key.removesuffix(".method").removesuffix(".kind").rpartition(".")[2]
+
+
+_KEYS = re.compile(r"(?:^|,)([A-Za-z_][\w.@/+]*)=")
+
+
+def _sweep_folder(config: RunConfig) -> str:
+    return str(config.out.parent) if config.tracking.sweep else ""
+
+
 def track(
     shown: Path, config: RunConfig, plan: Plan, key: str, metrics: Mapping[str, float], machines: Mapping[str, str]
 ) -> str:
-    """Record a run in MLflow, and return a line that says where, or why it was not recorded.
+    """Record a run in MLflow, and return lines that say where, or why it was not recorded.
 
     The run is valid without its record.
 
@@ -47,47 +112,154 @@ def track(
         plan: The run's plan.
         key: Key of the scores.
         metrics: Every number of ``summary.json``.
-        machines: Tags of the processors, see `machines`.
+        machines: The processors, see `machines`.
     """
+    record = _record(shown, config, plan, key, metrics, machines)
+    if thread := _begun.pop(config.out, None):
+        thread.join()
+    logged = tracking.log_run(config.tracking, record)
+    if logged.run_id is None:
+        return f"MLflow     {logged.reason}"
+    if config.tracking.sweep:  # the end of the sweep says how to see it
+        return f"MLflow     {redaction.without_secrets(config.tracking.uri)} run {logged.run_id}"
+    return "MLflow     " + "\n           ".join(tracking.opening_lines(config.tracking, logged))
+
+
+def _record(
+    shown: Path, config: RunConfig, plan: Plan, key: str, metrics: Mapping[str, float], machines: Mapping[str, str]
+) -> tracking.RunRecord:
     root = shown.parent
     curves = json.loads((shown / "froc.json").read_text(encoding="utf-8"))
     matched = matches.read_matches(shown / "matches.json")
     identity, digest_tags = folder_id(root), digests(plan)
-    record = tracking.RunRecord(
-        name=config.out.name if config.tracking.sweep else config.name,
+    # The folder of a run is not a setting; as a parameter it would be an axis of every plot in MLflow.
+    every = settings(config.model_dump(mode="json", exclude={"out", "share"}), plan)
+    source = source_of(config.dataset)
+    return tracking.RunRecord(
+        name=_name(config),
         # The same scores in another folder are another run, which has its own cost.
         key=publish.key_of(scores=key, folder=identity),
         plan_hash=plan.hash,
         partial=shown.name != "evaluation",
-        # The folder of a run is not a setting; as a parameter it would be an axis of every plot in MLflow.
-        params=settings(config.model_dump(mode="json", exclude={"out", "share"}), plan),
-        metrics=metrics,
+        documents={
+            "settings.json": every,
+            "environment.json": {"versions": versions(), "cpu_flags": machines["cpu.flags"]},
+        },
+        params={name: every[name] for name in _MAIN_SETTINGS if name in every},
+        metrics=main_metrics(metrics),
         tags={
-            **{f"version.{name}": number for name, number in versions().items()},
             **digest_tags,
-            **machines,
+            "cpu.model": machines["cpu.model"],
             "wsiflow.folder": identity,
             "wsiflow.out": str(config.out),
             "wsiflow.swept": ",".join(f"{key}={value}" for key, value in swept(root).items()),
             "wsiflow.protocol_hash": matched.protocol_hash,
             "wsiflow.truth_hash": matched.truth_hash(),
+            **intervals(metrics),
         },
         artifacts=[
             *(path for path in sorted(shown.iterdir()) if path.suffix in {".json", ".csv"}),
             *(root / name for name in ("report.html", "process_list.csv")),
             publish.generations(root, "config.yaml")[-1],
         ],
-        dataset=(source_of(config.dataset).name, digest_tags["digest.dataset"][:32]),
+        dataset=tracking.DatasetRecord(
+            source.name, digest_tags["digest.dataset"][:32], str(source), len(matched.slides)
+        ),
         figures={path.name: path.read_bytes() for path in sorted(shown.glob("*.png"))},
         tables={f"froc_{mode}.json": curves[mode] for mode in ("official", "strict")},
+        sweep_folder=_sweep_folder(config),
+        description=_description(config, plan, metrics, len(matched.slides)),
+        model=_model(config, plan),
     )
-    logged = tracking.log_run(config.tracking, record)
-    where = f"{redaction.without_secrets(config.tracking.uri)} run {logged.run_id}"
-    return f"MLflow     {where if logged.run_id else logged.reason}"
+
+
+# What is read in tables and charts; summary.json and settings.json have everything.
+_MAIN_METRICS = (
+    "froc.score",
+    "froc.score_ci_low",
+    "froc.score_ci_high",
+    "froc.strict_score",
+    "roc.auc",
+    "roc.auc_ci_low",
+    "roc.auc_ci_high",
+    "throughput.core_hours",
+    "throughput.tiles_per_s",
+    "throughput.wall_s",
+    "throughput.efficiency",
+    "energy.joules",
+    "dense.max_abs_diff",
+    "precision.max_abs_diff",
+    "certificate.slides_beyond",
+)
+_MAIN_SETTINGS = (
+    "model.card",
+    "geometry.convention",
+    "geometry.spacing",
+    "inference.engine",
+    "inference.backend",
+    "inference.precision",
+    "inference.stride",
+    "stain.method",
+    "tissue.method",
+    "lesions.method",
+    "evaluation.name",
+    "executor.kind",
+    "executor.workers",
+    "repeat",
+)
+
+
+def main_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Return the metrics that a run is judged by, each with four significant digits."""
+    return {name: float(f"{metrics[name]:.4g}") for name in _MAIN_METRICS if name in metrics}
+
+
+def intervals(metrics: Mapping[str, float]) -> dict[str, str]:
+    """Return the intervals of the scores as tags, which are columns of MLflow's table."""
+    return {"froc.interval": _interval(metrics, "froc.score"), "auc.interval": _interval(metrics, "roc.auc")}
+
+
+def _interval(metrics: Mapping[str, float], name: str) -> str:
+    low, high = (metrics.get(f"{name}_ci_{end}", math.nan) for end in ("low", "high"))
+    return f"{low:.3f} to {high:.3f}" if math.isfinite(low) and math.isfinite(high) else "none"
+
+
+def _description(config: RunConfig, plan: Plan, metrics: Mapping[str, float], n_slides: int) -> str:
+    """Return what a reader of the run's page wants to know first, as Markdown with the figures."""
+    chosen = plan.settings.choice
+    missing = len(plan.slides) + len(plan.rejected) - n_slides
+    scores = [
+        f"**{name} {metrics[metric]:.3f}** ({_interval(metrics, metric)})"
+        for name, metric in (("FROC", "froc.score"), ("AUC", "roc.auc"))
+        if math.isfinite(metrics[metric])
+    ]
+    return (
+        f"{', '.join(scores) or 'No scores: there is no truth'}; {metrics['throughput.core_hours']:.3g} core-hours.\n\n"
+        f"{n_slides} slides of `{source_of(config.dataset)}`{f', {missing} are missing' if missing else ''}; model "
+        f"`{config.model.card}`, stride {config.inference.stride}, {chosen.engine}, {chosen.backend} "
+        f"{chosen.precision}. Folder: `{config.out}`.\n\n"
+        + " ".join(f"![{name}](get-artifact?path=figures%2F{name}.png&run_uuid={{run}})" for name in ("froc", "roc"))
+    )
+
+
+def _model(config: RunConfig, plan: Plan) -> tracking.ModelRecord | None:
+    """Return the classifier for the model registry; None where its card has gone since it was planned."""
+    try:
+        card = read_card(config.model)
+    except WsiflowError:
+        return None
+    about = {"Trained on": card.trained_on, "Licence": card.licence, "Notes": card.notes}
+    return tracking.ModelRecord(
+        name=card.name,
+        identity=plan.settings.model_identity,
+        architecture=card.architecture,
+        card=card.model_dump_json(indent=1),
+        description="\n\n".join(f"**{name}:** {text}" for name, text in about.items() if text),
+    )
 
 
 def machines(root: Path, config: RunConfig, receipts: Sequence[publish.Receipt]) -> dict[str, str]:
-    """Return the models and flags of the CPUs that did the work, as MLflow tags."""
+    """Return the models and flags of the CPUs that did the work, by name."""
     choice = json.loads((root / choose.choice_name(config)).read_text(encoding="utf-8"))
     return {
         "cpu.model": "; ".join(sorted({receipt["cpu"] for receipt in receipts if "cpu" in receipt})),
