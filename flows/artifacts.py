@@ -36,7 +36,6 @@ _WORST = 4  # slides that are pictured
 _LISTED, _MOST_ROWS = 20, 1000  # slides without a result, in the text and in the table
 _OVERLAY_PX, _FIGURE_PX = 200, 420  # so that they fit beside each other on the page
 _NAME_CHARS = 60  # of a run, in a key
-_SECTION = re.compile(r"(?<![^,])[\w/@]+\.(?:[\w/@]+\.)*(?=[\w/@]+=)")  # inference. of inference.stride=56
 _URL = re.compile(r"https?://[^\s<>)]+")
 
 
@@ -61,11 +60,6 @@ def key(config: RunConfig, what: str) -> str:
 def title(config: RunConfig) -> str:
     """Return the name of a run, behind that of its sweep where it is a trial."""
     return f"{config.name} {config.out.name}" if config.tracking.sweep else config.name
-
-
-def trial_title(number: int, total: int, name: str) -> str:
-    """Return how a trial is shown, such as ``trial 2 of 4: stride=56``; 0 in all where that is not known."""
-    return f"trial {number}{f' of {total}' if total else ''}: {_SECTION.sub('', name)}"
 
 
 def show_result(config: RunConfig, summary: Summary, failures: Sequence[Failure]) -> None:

@@ -153,7 +153,7 @@ def _sweep(request: forms.Sweep) -> State[Any]:
     jobs = trials(request.to_overrides())
     summaries = {}
     for number, (name, job) in enumerate(jobs.items(), 1):
-        title = artifacts.trial_title(number, len(jobs), name or request.name)
+        title = sweeps.trial_title(number, len(jobs), name or request.name)
         summaries[name or request.name] = summary = _trial(job, name, title)
         logs.note(f"{title}: {_how_it_ended(summary)}, {_result(summary)}")
     folder = next((config.out.parent for config in _configs(request)), Path(request.name))
@@ -165,7 +165,7 @@ def _sweep(request: forms.Sweep) -> State[Any]:
         key=artifacts.key_of(request.name, folder, "sweep"),
         description=f"Sweep {request.name}",
     )
-    _compare_trials(request, {name: summaries[name].text for name in failed})
+    _compare_trials(request, failed)
     if failed:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in failed.items())
         return Failed(message=f"{len(failed)} of {len(jobs)} trials failed: {reasons}")
