@@ -79,13 +79,17 @@ def runs_of_trials(folder: Path, failed: Collection[str]) -> RunSelection:
         failed: Names of the trials that failed; a mapping has their reasons as well.
     """
     below = _subfolders(folder) if folder.is_dir() else []
-    reasons = failed if isinstance(failed, Mapping) else dict.fromkeys(failed, "")
     selection = _select_scored([one for one in below if one.name not in failed])
-    lost = [
+    return selection._replace(notes=[*selection.notes, *failure_notes(failed)])
+
+
+def failure_notes(failed: Collection[str]) -> list[str]:
+    """Return a sentence for each trial that failed; ``failed`` may map the names to reasons."""
+    reasons = failed if isinstance(failed, Mapping) else dict.fromkeys(failed, "")
+    return [
         f"Left out, since it failed: {name}{': ' if reasons[name] else ''}{' '.join(reasons[name].split())}."
         for name in sorted(reasons, key=natural_key)
     ]
-    return selection._replace(notes=[*selection.notes, *lost])
 
 
 def _select_scored(folders: Sequence[Path]) -> RunSelection:

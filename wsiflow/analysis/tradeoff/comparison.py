@@ -19,6 +19,7 @@ import numpy as np
 from wsiflow.analysis.runs import (
     FinishedRun,
     RunSelection,
+    failure_notes,
     folder_identity,
     holds_runs,
     natural_key,
@@ -498,9 +499,10 @@ def compare_sweep_folder(
     return result._replace(logged=log_to_mlflow(params, out, selection.runs, result), params=params)
 
 
-def describe_sweep(out: Path, params: TrackingParams, reason: str) -> LogResult:
-    """Say on the page of a sweep in MLflow why its runs were not compared, and which of them failed."""
-    return tracking.log_sweep(params, out, f"The runs of this sweep were not compared: {reason}.")
+def describe_sweep(out: Path, params: TrackingParams, reason: str, failed: Collection[str]) -> LogResult:
+    """Say on the page of a sweep in MLflow why its runs were not compared, and which trials failed."""
+    sentences = [f"The runs of this sweep were not compared: {reason}.", *failure_notes(failed)]
+    return tracking.log_sweep(params, out, "\n\n".join(sentences))
 
 
 def _compare(selection: RunSelection, name: str, options: Options, out: Path) -> ComparisonResult:
