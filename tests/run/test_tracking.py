@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -221,9 +222,10 @@ def test_a_classifier_is_registered_once(store: str) -> None:
     assert json.loads(card.read_text()) == {"name": "tiny"}
 
 
-def test_an_experiment_opens_with_its_view(store: str) -> None:
-    """The first record of an experiment saves a view, which the link names."""
+def test_an_experiment_opens_with_its_view(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first record of an experiment saves a view, which the link names; a store may refuse views."""
     from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
 
     params = params_for(store, experiment="viewed")
     logged = tracking.log_run(params, record(key="viewed"))
@@ -238,6 +240,10 @@ def test_an_experiment_opens_with_its_view(store: str) -> None:
     )
     assert f"#/experiments/{logged.experiment_id}/runs?workflowType=machine_learning" in line
     assert command.endswith(f"mlflow server --workers 1 --port 5000 --backend-store-uri {store}")
+    with monkeypatch.context() as refusing:
+        refusing.setattr(MlflowClient, "set_experiment_tag", mock.Mock(side_effect=MlflowException("no more views")))
+        refused = params_for(store, experiment="refused", sweep="s")
+        assert tracking.log_sweep(refused, Path("/x"), "a view is not all there is").reason == ""
     lines = tracking.opening_lines(params_for("https://joe:canary@mlflow.lab/"), logged)
     assert [one.partition("#")[0] for one in lines] == ["https://[redacted]@mlflow.lab/"] * 2
 
