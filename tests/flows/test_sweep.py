@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import sqlite3
 import subprocess
 import sys
@@ -60,12 +59,14 @@ def test_a_sweep_of_two_good_jobs_and_a_bad_one(tiny_slides: Path, tmp_path: Pat
     assert main(["run", "-m", "inference.stride=112,30,224", *arguments]) == 20
     assert not [path for path in (tmp_path / "sweep").rglob("*") if path.is_file() and b"canary" in path.read_bytes()]
     assert "EXAMPLE_API_KEY" in (tmp_path / "sweep/multirun.yaml").read_text()
-    assert re.search("inference.stride is 30.*compared", "".join(reversed(capsys.readouterr())), re.DOTALL)
+    output = capsys.readouterr()
+    assert "inference.stride is 30" in output.err
+    assert "compared" in output.out
     for stride in (112, 224):
         assert (tmp_path / f"sweep/inference.stride={stride}/evaluation/summary.json").exists()
     client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
-    experiment = [client.get_experiment_by_name("wsiflow").experiment_id]
-    runs = client.search_runs(experiment)
+    experiment = client.get_experiment_by_name("wsiflow")
+    runs = client.search_runs([experiment.experiment_id])
     children = [run for run in runs if "mlflow.parentRunId" in run.data.tags]
     assert {run.data.params["inference.stride"] for run in children} == {"112", "224"}
     assert len({run.data.tags["mlflow.parentRunId"] for run in children}) == 1
@@ -78,11 +79,6 @@ def test_a_sweep_of_two_good_jobs_and_a_bad_one(tiny_slides: Path, tmp_path: Pat
     assert main(["run", "-m", "inference.stride=112,224", *arguments, "lesions.threshold=0.4"]) == 20
     assert "compared" not in capsys.readouterr().out
     assert not (tmp_path / "sweep/.trials").exists()
-    (tmp_path / "no.tif").write_text("no slide")
-    bad = [*arguments[3:], "dataset=single", f"dataset.path={tmp_path}/no.tif", f"out={tmp_path / 'bad'}"]
-    assert main(["run", *bad]) == 20
-    (failed,) = client.search_runs(experiment, "attributes.status = 'FAILED'")
-    assert re.search("rejected: slide no.*OpenSlide", failed.data.tags["wsiflow.reason"])
 
 
 def test_trials_at_once_share_a_server_and_a_record(tiny_slides: Path, prefect_home: Path, tmp_path: Path) -> None:

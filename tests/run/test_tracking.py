@@ -20,6 +20,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
+from small_runs import wsiflow
 
 from wsiflow.errors import EnvironmentFault, InputError
 from wsiflow.run import tracking
@@ -191,6 +192,17 @@ def test_a_run_is_seen_while_it_runs_and_when_it_fails(store: str) -> None:
     assert (logged.run_id, read(store, begun.run_id).info.status) == (begun.run_id, "FINISHED")
     assert tracking.begin_run(params, start) == logged, "a folder that has a record is not begun again"
     assert len(all_runs(store, "begun")) == 1
+
+
+def test_a_run_whose_slide_is_rejected_is_seen_with_the_reason(store: str, tmp_path: Path) -> None:
+    """A run that ends without scores leaves a failed record."""
+    (tmp_path / "no.tif").write_text("no slide")
+    given = ["dataset=single", f"dataset.path={tmp_path}/no.tif", f"out={tmp_path / 'bad'}", f"tracking.uri={store}"]
+    given += ["orchestrator=none", "executor=inline", "tracking.experiment=rejected", "name=mine"]
+    assert wsiflow(*given) == 20
+    (failed,) = all_runs(store, "rejected")
+    assert (failed.info.run_name, failed.info.status) == ("mine", "FAILED")
+    assert re.search("rejected: slide no.*OpenSlide", failed.data.tags["wsiflow.reason"])
 
 
 def test_a_run_that_was_killed_is_marked_at_the_next_start(store: str) -> None:

@@ -143,7 +143,7 @@ def _from_folder(root: Path) -> FinishedRun:
         identity=cases.folder_id(root),
         sweep="",
         params=params,
-        core_hours=_number(metrics.get(_COST)),
+        core_hours=_number(metrics.get("throughput.core_hours")),
         processor="; ".join(sorted(_processors(root))),
         matches=read_matches(folder / "matches.json"),
     )
