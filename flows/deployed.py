@@ -113,7 +113,7 @@ def sweep(request: forms.Sweep) -> dict[str, dict[str, float]]:
         key="wsiflow-sweep",
         description=f"Sweep {request.name}",
     )
-    _compare_trials(request, {job: summary.text for job, summary in summaries.items() if not summary.metrics})
+    _compare_trials(request, [job for job, summary in summaries.items() if not summary.metrics])
     failed = [f"{job}: {summary.text}" for job, summary in summaries.items() if not summary.metrics]
     if failed:
         raise TrialsFailedError("; ".join(failed))
@@ -176,7 +176,7 @@ def _trial(job: sweeps.TrialOverrides, name: str) -> Summary:
         return Summary(getattr(error, "exit_code", WsiflowError.exit_code), {}, f"{type(error).__name__}: {error}")
 
 
-def _compare_trials(request: forms.Sweep, failed: Mapping[str, str]) -> None:
+def _compare_trials(request: forms.Sweep, failed: list[str]) -> None:
     """Compare the trials that have scores, and show the result, or why they were not compared."""
     try:
         config = next(_configs(request), None)
@@ -189,8 +189,6 @@ def _compare_trials(request: forms.Sweep, failed: Mapping[str, str]) -> None:
         return
     if result is not None:
         comparing.create_artifacts(result)
-    else:
-        comparison.describe_sweep(config.out.parent, config.tracking, "fewer than two of them have scores", failed)
 
 
 def _show_on_page(name: str, metrics: Mapping[str, float], text: str) -> None:
