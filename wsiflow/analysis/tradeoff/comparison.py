@@ -232,7 +232,7 @@ def _settings(runs: Sequence[FinishedRun]) -> tuple[list[_Group], list[str]]:
     for values, members in sorted(groups.items(), key=lambda item: [natural_key(value) for value in item[0]]):
         params = {name: texts[key][value] for name, key, value in zip(short, shown, values, strict=True)}
         name = ", ".join(f"{key}={value}" for key, value in params.items()) or members[0].name
-        named.append(_Group(name, params, members, dict(zip(shown, values, strict=True))))
+        named.append(_Group(name, params, members, dict(zip(shown, params.values(), strict=True))))
     along = [key for key in keys if key not in shown]
     return named, [f"Differing along with the parameters shown: {', '.join(along)}."] if along else []
 
