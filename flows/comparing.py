@@ -40,19 +40,19 @@ def compare_sweep(out: Path, params: TrackingParams, options: comparison.Options
     try:
         result = comparison.compare_sweep_folder(out, params, options, failed)
     except WsiflowError as error:
-        lines = _not_compared(out, params, str(error))
+        lines = _not_compared(out, params, str(error), failed)
         terminal.say("\n".join([f"the sweep's runs were not compared: {error}", *lines]))
         return
     if result is None:
-        terminal.say("\n".join(_not_compared(out, params, "fewer than two of them have scores")))
+        terminal.say("\n".join(_not_compared(out, params, "fewer than two of them have scores", failed)))
         return
     terminal.say(comparison.summary_text(result))
     _show_in_prefect(result)
 
 
-def _not_compared(out: Path, params: TrackingParams, reason: str) -> list[str]:
+def _not_compared(out: Path, params: TrackingParams, reason: str, failed: Collection[str]) -> list[str]:
     """Describe in MLflow a sweep whose runs are not compared, and return the lines that say where it is seen."""
-    logged = comparison.describe_sweep(out, params, reason)
+    logged = comparison.describe_sweep(out, params, reason, failed)
     return comparison.mlflow_lines(params, logged)
 
 

@@ -234,4 +234,4 @@ def _compare_trials(request: forms.Sweep, failed: Mapping[str, str]) -> None:
     if result is not None:
         comparing.create_artifacts(result)
     else:
-        comparison.describe_sweep(config.out.parent, config.tracking, "fewer than two of them have scores")
+        comparison.describe_sweep(config.out.parent, config.tracking, "fewer than two of them have scores", failed)

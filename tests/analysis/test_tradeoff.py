@@ -21,6 +21,7 @@ from wsiflow.analysis.tradeoff.figures import Tradeoff
 from wsiflow.errors import InputError
 from wsiflow.evaluation.matches import EvaluationRecord
 from wsiflow.run import tracking
+from wsiflow.system import processes
 
 QUICK = Options(resamples=200)
 
@@ -436,6 +437,18 @@ def test_trials_that_failed_are_named(tmp_path: Path) -> None:
         "Left out, since it failed: b: the memory ended.",
         "Left out, since it failed: stride=30: it must divide 224.",
     ]
+
+
+def test_a_sweep_that_is_not_compared_is_described(uri: str, tmp_path: Path) -> None:
+    """The page of the sweep says why there is no comparison, and how its trials ended."""
+    params = store(uri, "lost", "described")
+    start = tracking.RunStart("stride=8", "f8", str(tmp_path / "8"), str(tmp_path), processes.current())
+    tracking.fail_run(params, start, "slide a: the memory ended; use fewer workers")
+    logged = comparison.describe_sweep(tmp_path, params, "no run has a score", {"stride=30": "it must divide 224"})
+    note = mlflow.MlflowClient(tracking_uri=uri).get_run(logged.run_id).data.tags["mlflow.note.content"]
+    assert "were not compared: no run has a score." in note
+    assert "stride=30: it must divide 224." in note
+    assert "- **stride=8** failed: slide a: the memory ended; use fewer workers" in note
 
 
 def test_one_run_is_no_sweep(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 import csv
 import json
 import os
-import re
 import sqlite3
 import subprocess
 import sys
@@ -75,8 +74,8 @@ def test_a_sweep_of_two_good_jobs_and_a_bad_one(tiny_slides: Path, tmp_path: Pat
     for stride in (112, 224):
         assert (tmp_path / f"sweep/inference.stride={stride}/evaluation/summary.json").exists()
     client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
-    experiment = [client.get_experiment_by_name("wsiflow").experiment_id]
-    runs = client.search_runs(experiment)
+    experiment = client.get_experiment_by_name("wsiflow")
+    runs = client.search_runs([experiment.experiment_id])
     children = [run for run in runs if "mlflow.parentRunId" in run.data.tags]
     assert {run.data.params["inference.stride"] for run in children} == {"112", "224"}
     assert len({run.data.tags["mlflow.parentRunId"] for run in children}) == 1
@@ -89,16 +88,6 @@ def test_a_sweep_of_two_good_jobs_and_a_bad_one(tiny_slides: Path, tmp_path: Pat
     assert main(["run", "-m", "inference.stride=112,224", *arguments, "lesions.threshold=0.4"]) == 20
     assert "compared" not in capsys.readouterr().out
     assert not (tmp_path / "sweep/.trials").exists()
-    _check_failed_run(arguments, client, experiment, tmp_path)
-
-
-def _check_failed_run(arguments: list[str], client: mlflow.MlflowClient, experiment: list[str], tmp_path: Path) -> None:
-    """Check that a run that fails is in MLflow with its reason."""
-    (tmp_path / "no.tif").write_text("no slide")
-    bad = [*arguments[3:], "dataset=single", f"dataset.path={tmp_path}/no.tif", f"out={tmp_path / 'bad'}"]
-    assert main(["run", *bad]) == 20
-    (failed,) = client.search_runs(experiment, "attributes.status = 'FAILED'")
-    assert re.search("rejected: slide no.*OpenSlide", failed.data.tags["wsiflow.reason"])
 
 
 def _check_composition(folder: Path) -> None:

@@ -17,8 +17,10 @@ from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
+from small_runs import wsiflow
 
 from wsiflow.errors import EnvironmentFault, InputError
 from wsiflow.run import tracking
@@ -192,6 +194,17 @@ def test_a_run_is_seen_while_it_runs_and_when_it_fails(store: str) -> None:
     assert len(all_runs(store, "begun")) == 1
 
 
+def test_a_run_whose_slide_is_rejected_is_seen_with_the_reason(store: str, tmp_path: Path) -> None:
+    """A run that ends without scores leaves a failed record."""
+    (tmp_path / "no.tif").write_text("no slide")
+    given = ["dataset=single", f"dataset.path={tmp_path}/no.tif", f"out={tmp_path / 'bad'}", f"tracking.uri={store}"]
+    given += ["orchestrator=none", "executor=inline", "tracking.experiment=rejected", "name=mine"]
+    assert wsiflow(*given) == 20
+    (failed,) = all_runs(store, "rejected")
+    assert (failed.info.run_name, failed.info.status) == ("mine", "FAILED")
+    assert re.search("rejected: slide no.*OpenSlide", failed.data.tags["wsiflow.reason"])
+
+
 def test_a_run_that_was_killed_is_marked_at_the_next_start(store: str) -> None:
     """The run of a process that has ended is killed; that of a process that may live goes on."""
     params = params_for(store, experiment="killed")
@@ -221,9 +234,10 @@ def test_a_classifier_is_registered_once(store: str) -> None:
     assert json.loads(card.read_text()) == {"name": "tiny"}
 
 
-def test_an_experiment_opens_with_its_view(store: str) -> None:
-    """The first record of an experiment saves a view, which the link names."""
+def test_an_experiment_opens_with_its_view(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first record of an experiment saves a view, which the link names; a store may refuse views."""
     from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
 
     params = params_for(store, experiment="viewed")
     logged = tracking.log_run(params, record(key="viewed"))
@@ -238,6 +252,10 @@ def test_an_experiment_opens_with_its_view(store: str) -> None:
     )
     assert f"#/experiments/{logged.experiment_id}/runs?workflowType=machine_learning" in line
     assert command.endswith(f"mlflow server --workers 1 --port 5000 --backend-store-uri {store}")
+    with monkeypatch.context() as refusing:
+        refusing.setattr(MlflowClient, "set_experiment_tag", mock.Mock(side_effect=MlflowException("no more views")))
+        refused = params_for(store, experiment="refused", sweep="s")
+        assert tracking.log_sweep(refused, Path("/x"), "a view is not all there is").reason == ""
     lines = tracking.opening_lines(params_for("https://joe:canary@mlflow.lab/"), logged)
     assert [one.partition("#")[0] for one in lines] == ["https://[redacted]@mlflow.lab/"] * 2
 

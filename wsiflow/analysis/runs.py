@@ -81,13 +81,17 @@ def runs_of_trials(folder: Path, failed: Collection[str]) -> RunSelection:
         failed: Names of the trials that failed; a mapping has their reasons as well.
     """
     below = _subfolders(folder) if folder.is_dir() else []
-    reasons = failed if isinstance(failed, Mapping) else dict.fromkeys(failed, "")
     selection = _select_scored([one for one in below if one.name not in failed])
-    lost = [
+    return selection._replace(notes=[*selection.notes, *failure_notes(failed)])
+
+
+def failure_notes(failed: Collection[str]) -> list[str]:
+    """Return a sentence for each trial that failed; ``failed`` may map the names to reasons."""
+    reasons = failed if isinstance(failed, Mapping) else dict.fromkeys(failed, "")
+    return [
         f"Left out, since it failed: {name}{': ' if reasons[name] else ''}{' '.join(reasons[name].split())}."
         for name in sorted(reasons, key=natural_key)
     ]
-    return selection._replace(notes=[*selection.notes, *lost])
 
 
 def _select_scored(folders: Sequence[Path]) -> RunSelection:
@@ -142,7 +146,7 @@ def _from_folder(root: Path) -> FinishedRun:
         sweep="",
         params=params,
         swept=cases.swept(root),
-        core_hours=_number(metrics.get(_COST)),
+        core_hours=_number(metrics.get("throughput.core_hours")),
         processor="; ".join(sorted(_processors(root))),
         matches=read_matches(folder / "matches.json"),
     )
@@ -278,5 +282,5 @@ def tracking_params(uri: str, experiment: str, sweep: str | None) -> TrackingPar
 
 def natural_key(text: str) -> list[tuple[int, float, str]]:
     """Return a sort key that orders numbers in a text by value, so that ``stride=8`` comes before ``stride=16``."""
-    parts = re.split(r"(\d+(?:\.\d+)?)", text)
+    parts = re.split(r"((?:(?<![\w.)])-)?\d+(?:\.\d+)?)", text)  # a sign is none behind a word
     return [(0, float(part), "") if place % 2 else (1, 0.0, part) for place, part in enumerate(parts) if part]

@@ -19,6 +19,7 @@ import numpy as np
 from wsiflow.analysis.runs import (
     FinishedRun,
     RunSelection,
+    failure_notes,
     folder_identity,
     holds_runs,
     natural_key,
@@ -233,7 +234,7 @@ def _settings(runs: Sequence[FinishedRun]) -> tuple[list[_Group], list[str]]:
     for own, members in sorted(groups.items(), key=lambda item: [natural_key(value) for value in item[0]]):
         params = {name: texts[key][value] for name, key, value in zip(short, shown, own, strict=True)}
         name = ", ".join(f"{key}={value}" for key, value in params.items()) or members[0].name
-        named.append(_Group(name, params, members, dict(zip(shown, values, strict=True))))
+        named.append(_Group(name, params, members, dict(zip(shown, params.values(), strict=True))))
     along = [key for key in keys if key not in shown]
     return named, [f"Differing along with the parameters shown: {', '.join(along)}."] if along else []
 
@@ -513,9 +514,10 @@ def compare_sweep_folder(
     return result._replace(logged=log_to_mlflow(params, out, selection.runs, result), params=params)
 
 
-def describe_sweep(out: Path, params: TrackingParams, reason: str) -> LogResult:
-    """Say on the page of a sweep in MLflow why its runs were not compared, and which of them failed."""
-    return tracking.log_sweep(params, out, f"The runs of this sweep were not compared: {reason}.")
+def describe_sweep(out: Path, params: TrackingParams, reason: str, failed: Collection[str]) -> LogResult:
+    """Say on the page of a sweep in MLflow why its runs were not compared, and which trials failed."""
+    sentences = [f"The runs of this sweep were not compared: {reason}.", *failure_notes(failed)]
+    return tracking.log_sweep(params, out, "\n\n".join(sentences))
 
 
 def _compare(selection: RunSelection, name: str, options: Options, out: Path) -> ComparisonResult:

@@ -56,7 +56,7 @@ class SettingRow(NamedTuple):
         band: FROC curve with its 95 % band.
         pareto: Whether no other setting is cheaper and at least as good, or as cheap and better; a setting that finds
             nothing is not.
-        dotted: Values of the parameters that differ in the comparison, by dotted name and uncut.
+        dotted: Values of the parameters that differ in the comparison, by dotted name.
     """
 
     name: str

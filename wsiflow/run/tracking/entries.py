@@ -1,6 +1,7 @@
 """What every record is written with: names and tags that MLflow accepts, and where a record comes from."""
 
 import getpass
+import logging
 import math
 import os
 import re
@@ -16,10 +17,12 @@ from typing import TYPE_CHECKING, Any
 from wsiflow.redaction import redacted_list
 from wsiflow.run.tracking import views
 from wsiflow.run.tracking.records import LogResult
-from wsiflow.run.tracking.store import TrackingParams, experiment_id
+from wsiflow.run.tracking.store import TrackingParams, experiment_id, one_line
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+
+_logger = logging.getLogger(__name__)
 
 # Limits of MLflow's API.
 PARAM_CHARS, TAG_CHARS, _KEY_CHARS = 6000, 8000, 250
@@ -35,10 +38,20 @@ _GIT_S = 5.0
 def experiment_with_view(client: "MlflowClient", params: TrackingParams) -> str:
     """Return the id of the experiment, created with its view if absent."""
     found = experiment_id(client, params)
-    name, value = views.tag(views.EXPERIMENT)
-    if name not in client.get_experiment(found).tags:
-        client.set_experiment_tag(found, name, value)
+    view = views.tag(views.EXPERIMENT)
+    if view[0] not in client.get_experiment(found).tags:
+        save_view(client, found, view)
     return found
+
+
+def save_view(client: "MlflowClient", experiment: str, view: tuple[str, str]) -> None:
+    """Save a view with an experiment; a store that refuses it shows its own columns."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.set_experiment_tag(experiment, *view)
+    except MlflowException as error:
+        _logger.info("MLflow did not take the view of its page: %s", one_line(error))
 
 
 def origin() -> dict[str, str]:

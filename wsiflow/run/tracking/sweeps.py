@@ -23,6 +23,7 @@ from wsiflow.run.tracking.entries import (
     log_bytes,
     metric_entries,
     origin,
+    save_view,
     set_tags,
     yes_no,
 )
@@ -61,9 +62,8 @@ def log_sweep(params: TrackingParams, folder: Path, description: str) -> LogResu
         run_id = str(logged.run_id)
         text = f"{description}{_failed(_children(client, logged.experiment_id, run_id))}"
         client.set_tag(run_id, NOTE, text[:TAG_CHARS])
-        client.set_experiment_tag(
-            logged.experiment_id, *views.tag(views.key_of_sweep(run_id), name=sweep, parent=run_id)
-        )
+        view = views.tag(views.key_of_sweep(run_id), name=sweep, parent=run_id)
+        save_view(client, logged.experiment_id, view)
         return logged
 
     return with_store(params, describe)
@@ -97,7 +97,7 @@ def _log_comparison(client: "MlflowClient", params: TrackingParams, sweep: str, 
     client.log_batch(parent, metrics=metric_entries(record.metrics))
     log_bytes(client, parent, record.files)
     view = views.tag(views.key_of_sweep(parent), name=sweep, axes=record.axes, parent=parent)
-    client.set_experiment_tag(experiment, *view)
+    save_view(client, experiment, view)
     return LogResult(parent, "", experiment)
 
 

@@ -21,7 +21,7 @@ from urllib.parse import quote, urlencode
 
 from wsiflow.redaction import without_secrets
 from wsiflow.run.tracking.records import LogResult
-from wsiflow.run.tracking.store import TrackingParams, database
+from wsiflow.run.tracking.store import TrackingParams
 
 EXPERIMENT = "wsiflow"
 """Key of the view of all runs of an experiment."""
@@ -138,16 +138,18 @@ def opening_lines(params: TrackingParams, logged: LogResult, *, sweep: bool = Fa
         logged: The record of a run, or of a sweep's parent.
         sweep: Whether the record is that of a sweep.
     """
-    server = f"http://127.0.0.1:{_PORT}" if database(params.uri) else without_secrets(params.uri).rstrip("/")
+    uri = without_secrets(params.uri).rstrip("/")
+    is_server = uri.startswith(("http://", "https://"))
+    server = uri if is_server else f"http://127.0.0.1:{_PORT}"
     key = key_of_sweep(logged.run_id or "") if sweep else EXPERIMENT
     query = {"workflowType": _WORKFLOW, "viewStateShareKey": key, "compareRunsMode": "TABLE"}
     runs = f"{server}/#/experiments/{quote(logged.experiment_id)}/runs"
     lines = [f"{runs}?{urlencode(query)}", f"{runs}/{logged.run_id}?workflowType={_WORKFLOW}"]
-    return [*lines, f"served by: {_command(params.uri)}"] if database(params.uri) else lines
+    return lines if is_server else [*lines, f"served by: {_command(uri)}"]
 
 
 def _command(uri: str) -> str:
-    """Return the command that serves a SQLite store, with the ``mlflow`` of this environment."""
+    """Return the command that serves a database, with the ``mlflow`` of this environment."""
     beside = Path(sys.executable).with_name("mlflow")
     name = "mlflow" if shutil.which("mlflow") or not beside.exists() else str(beside)
     return shlex.join([name, "server", "--workers", "1", "--port", str(_PORT), "--backend-store-uri", uri])
