@@ -29,7 +29,8 @@ from benchmarks.measuring import (
 from wsiflow.model import scorer
 from wsiflow.model.classifier import Classifier
 from wsiflow.model.engines.engine import installed_backends
-from wsiflow.model.engines.spec import PRECISIONS, cpu_supports_bf16
+from wsiflow.model.engines.spec import PRECISIONS
+from wsiflow.system.machine import cpu_supports_bf16
 
 Run = Callable[[], NDArray[np.float32]]
 """A function that scores the tile or the block once."""

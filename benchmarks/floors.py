@@ -25,8 +25,9 @@ from wsiflow.model.classifier import Classifier
 from wsiflow.model.dense.network import describe
 from wsiflow.model.engines.engine import prepare
 from wsiflow.model.engines.openvino import quantise
-from wsiflow.model.engines.spec import Backend, EngineSpec, Network, Precision, cpu_supports_bf16
+from wsiflow.model.engines.spec import Backend, EngineSpec, Network, Precision
 from wsiflow.slides import slide
+from wsiflow.system.machine import cpu_supports_bf16
 
 _LAYERS = 4
 

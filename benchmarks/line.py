@@ -19,7 +19,7 @@ from benchmarks import engines, networks, product
 from benchmarks.measuring import ResultTable, Spent, arguments, finish, interleave, machine, ratio, say, spread
 from benchmarks.product import RunCost
 from wsiflow.model.classifier import load
-from wsiflow.model.engines.spec import cpu_supports_bf16
+from wsiflow.system.machine import cpu_supports_bf16
 
 PAPER_CORE_H = 180_000
 SHARES = (0.12, 0.20, 0.30)

@@ -25,9 +25,9 @@ from benchmarks.scaling import block_pixels, context_px
 from flows.compose import compose_config
 from wsiflow.model import scorer
 from wsiflow.model.classifier import load
-from wsiflow.model.engines.spec import cpu_supports_bf16
 from wsiflow.run.stages import fastest
 from wsiflow.slides.synthetic.tissue import UM_PX
+from wsiflow.system.machine import cpu_supports_bf16
 
 LIMIT_BYTES = 2_000_000_000
 _FILE_TILE_PX = 256

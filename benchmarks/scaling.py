@@ -20,7 +20,7 @@ from benchmarks.measuring import ResultTable, Spent, arguments, finish, interlea
 from wsiflow.model import scorer
 from wsiflow.model.classifier import Classifier, load
 from wsiflow.model.dense import network
-from wsiflow.model.engines.spec import cpu_supports_bf16
+from wsiflow.system.machine import cpu_supports_bf16
 
 _CONTEXT_PX = 96  # what `dense.halo` says
 
