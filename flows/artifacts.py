@@ -36,6 +36,7 @@ _WORST = 4  # slides that are pictured
 _LISTED, _MOST_ROWS = 20, 1000  # slides without a result, in the text and in the table
 _OVERLAY_PX, _FIGURE_PX = 200, 420  # so that they fit beside each other on the page
 _NAME_CHARS = 60  # of a run, in a key
+_SECTION = re.compile(r"(?<![^,])[\w/@]+\.(?:[\w/@]+\.)*(?=[\w/@]+=)")  # inference. of inference.stride=56
 _URL = re.compile(r"https?://[^\s<>)]+")
 
 
@@ -60,6 +61,11 @@ def key(config: RunConfig, what: str) -> str:
 def title(config: RunConfig) -> str:
     """Return the name of a run, behind that of its sweep where it is a trial."""
     return f"{config.name} {config.out.name}" if config.tracking.sweep else config.name
+
+
+def trial_title(number: int, total: int, name: str) -> str:
+    """Return how a trial is shown, such as ``trial 2 of 4: stride=56``; 0 in all where that is not known."""
+    return f"trial {number}{f' of {total}' if total else ''}: {_SECTION.sub('', name)}"
 
 
 def show_result(config: RunConfig, summary: Summary, failures: Sequence[Failure]) -> None:
@@ -108,7 +114,9 @@ def failure_rows(root: Path, summary: Summary, failures: Sequence[Failure]) -> l
 def scores_line(metrics: Mapping[str, float]) -> str:
     """Return the main numbers of a run in one line, such as ``FROC 0.812, strict 0.790, AUC 0.951, 1.3 core-hours``."""
     parts = [f"{name} {_score(metrics, key)}" for key, name in _SHORT.items() if _is_defined(metrics, key)]
-    return ", ".join([*parts, f"{metrics['throughput.core_hours']:.3g} core-hours"])
+    if _is_defined(metrics, "throughput.core_hours"):  # not of detections that existed already
+        parts.append(f"{metrics['throughput.core_hours']:.3g} core-hours")
+    return ", ".join(parts)
 
 
 # --- the markdown

@@ -4,7 +4,7 @@ A filled form becomes the overrides of the command line. When a flow is cancelle
 cancelled by what the run's folder records, since the process that submitted them has ended by then.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -98,39 +98,22 @@ def sweep(request: forms.Sweep) -> State[Any]:
 
 
 @flow(name="wsiflow evaluate", flow_run_name="{request.out}", persist_result=False)
-def evaluate(request: forms.Evaluate) -> dict[str, float]:
+def evaluate(request: forms.Evaluate) -> State[Any]:
     """Score detections that lie on the disk: FROC (official and strict) and slide AUC.
 
-    Raises:
-        InputError: A value of the form is out of bounds, or a file cannot be used.
+    The state is ``Failed``, with the reason as its message, where the form is out of bounds or a file cannot be used.
     """
-    config = compose_config(request.to_overrides())
-    existing = Existing(
-        Path(request.manifest),
-        Path(request.detections),
-        Path(request.scores) if request.scores else None,
-        request.mask_downsample,
-    )
-    out = Path(request.out)
-    metrics = evaluate_existing(existing, config.evaluation, seed=config.seed, out=out).metrics
-    artifacts.show_scores(out, metrics)
-    return metrics
+    return _ended(lambda: _evaluate(request))
 
 
 @flow(name="wsiflow compare", flow_run_name="{request.out}", persist_result=False)
-def compare(request: forms.Compare) -> list[str]:
-    """Compare the runs of a sweep, and return its Pareto set.
+def compare(request: forms.Compare) -> State[Any]:
+    """Compare the runs of a sweep; the message of the state names the Pareto set.
 
-    Raises:
-        InputError: A value of the form is out of bounds, or runs must not be compared.
+    The state is ``Failed``, with the reason as its message, where the form is out of bounds or the runs must not be
+    compared.
     """
-    config = compose_config(request.to_overrides())
-    options = comparison.Options(request.reference, config.evaluation.bootstrap, config.seed)
-    folders = [Path(folder) for folder in request.folders]
-    params = None if folders else config.tracking
-    result = comparison.run_comparison(comparison.Request(folders, params, options), Path(request.out))
-    comparing.create_artifacts(result)
-    return [row.name for row in result.tradeoff.pareto]
+    return _ended(lambda: _compare(request))
 
 
 def _ended(run: Callable[[], State[Any]]) -> State[Any]:
@@ -141,16 +124,40 @@ def _ended(run: Callable[[], State[Any]]) -> State[Any]:
         return Failed(message=str(error))
 
 
+def _evaluate(request: forms.Evaluate) -> State[Any]:
+    config = compose_config(request.to_overrides())
+    existing = Existing(
+        Path(request.manifest),
+        Path(request.detections),
+        Path(request.scores) if request.scores else None,
+        request.mask_downsample,
+    )
+    out = Path(request.out)
+    metrics = evaluate_existing(existing, config.evaluation, seed=config.seed, out=out).metrics
+    artifacts.show_scores(out, metrics)
+    return Completed(message=artifacts.scores_line(metrics))
+
+
+def _compare(request: forms.Compare) -> State[Any]:
+    config = compose_config(request.to_overrides())
+    options = comparison.Options(request.reference, config.evaluation.bootstrap, config.seed)
+    folders = [Path(folder) for folder in request.folders]
+    params = None if folders else config.tracking
+    result = comparison.run_comparison(comparison.Request(folders, params, options), Path(request.out))
+    comparing.create_artifacts(result)
+    return Completed(message=f"Pareto set: {', '.join(row.name for row in result.tradeoff.pareto)}")
+
+
 def _sweep(request: forms.Sweep) -> State[Any]:
     reported.add_tags(sweep=request.name)
     jobs = trials(request.to_overrides())
     summaries = {}
     for number, (name, job) in enumerate(jobs.items(), 1):
-        title = sweeps.trial_title(number, len(jobs), name or request.name)
+        title = artifacts.trial_title(number, len(jobs), name or request.name)
         summaries[name or request.name] = summary = _trial(job, name, title)
         logs.note(f"{title}: {_how_it_ended(summary)}, {_result(summary)}")
     folder = next((config.out.parent for config in _configs(request)), Path(request.name))
-    failed = [name for name, summary in summaries.items() if not summary.metrics]
+    failed = {name: " ".join(summary.text.split()) for name, summary in summaries.items() if not summary.metrics}
     rows = [_row(name, summary) for name, summary in summaries.items()]
     text = f"# Sweep {request.name}\n\n{len(jobs) - len(failed)} of {len(jobs)} trials have scores.\n\n"
     create_markdown_artifact(
@@ -160,7 +167,7 @@ def _sweep(request: forms.Sweep) -> State[Any]:
     )
     _compare_trials(request, failed)
     if failed:
-        reasons = "; ".join(f"{name}: {' '.join(summaries[name].text.split())}" for name in failed)
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in failed.items())
         return Failed(message=f"{len(failed)} of {len(jobs)} trials failed: {reasons}")
     partial = [name for name, summary in summaries.items() if summary.exit_code == PARTIAL]
     if partial:
@@ -212,7 +219,7 @@ def _summary_of(error: Exception) -> Summary:
     return Summary(getattr(error, "exit_code", WsiflowError.exit_code), {}, without_secrets(message))
 
 
-def _compare_trials(request: forms.Sweep, failed: Sequence[str]) -> None:
+def _compare_trials(request: forms.Sweep, failed: Mapping[str, str]) -> None:
     """Compare the trials that have scores, and show the result, or why they were not compared."""
     config = next(_configs(request), None)
     if config is None:

@@ -115,7 +115,16 @@ def start(config: RunConfig) -> Summary:
         if (summary := finished(config)) is not None:
             return summary
         from .pipeline import as_flow_or_without
+        from .server import chosen_server
 
-        with ExitStack() as own:
-            sweep.start_server(own)
-            return as_flow_or_without(config, sweep.title(config))
+        with ExitStack() as server:
+            logs.note(server.enter_context(chosen_server()))
+            with stopping.at_stop(server.close):
+                return as_flow_or_without(config, _title(config))
+
+
+def _title(config: RunConfig) -> str:
+    """Return the name of a run's flow run."""
+    from .artifacts import trial_title
+
+    return trial_title(HydraConfig.get().job.num + 1, sweep.count(), config.out.name) if sweep.is_on() else config.name

@@ -21,7 +21,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
@@ -31,7 +30,6 @@ from wsiflow import redaction
 from wsiflow.analysis.tradeoff import comparison
 from wsiflow.errors import PARTIAL, EnvironmentFault, InputError
 from wsiflow.run import ledger, tracking
-from wsiflow.run.config import RunConfig
 from wsiflow.run.executor import jobs as array_jobs
 from wsiflow.system import processes
 
@@ -44,10 +42,8 @@ _CLAIM = "receipts/trial"
 _LONGEST_BYTES = 255  # of a name, on every common file system
 _SHOWN_BYTES = 200  # of a name that is cut short
 _UNSAFE = re.compile(r"[/\\?#%~]")  # ~ stands before the hash, so no plain name ends like a hashed one
-_SECTION = re.compile(r"(?<![^,])[\w/@]+\.(?:[\w/@]+\.)*(?=[\w/@]+=)")  # inference. of inference.stride=56
 _started = ExitStack()
 _planned: list[str] = []  # names of the trials by number, where the sweeper is Hydra's own
-_servers: list[str] = []  # what was said of the server that the trials of this process share
 
 
 class Trial(NamedTuple):
@@ -81,12 +77,11 @@ class SweepCallback(Callback):
         out = Path(config.out).absolute()
         folder = out / _RECORDS / uuid.uuid4().hex
         name = name_of(config.tracking.sweep, config.name, out)
-        shared: dict[str, Any] = {"name": name, "out": str(out), "folder": str(folder), "pid": os.getpid()}
+        shared = {"name": name, "out": str(out), "folder": str(folder), "pid": os.getpid()}
         _planned.clear()
         os.environ[_VARIABLE] = json.dumps({**shared, "overrides": overrides, "alike": []})
         jobs = _jobs_or_none(overrides, axes)
         alike = sorted(_alike(one for job in jobs for one in job.swept))
-        shared["count"] = len(jobs) if sweeper["_target_"].endswith(".BasicSweeper") else 0
         os.environ[_VARIABLE] = json.dumps({**shared, "overrides": [*axes, *overrides], "alike": alike})
         if sweeper["_target_"].endswith(".BasicSweeper"):
             _planned.extend(folder_name(job.swept, alike) or str(number) for number, job in enumerate(jobs))
@@ -159,22 +154,6 @@ def _start_shared(params: Mapping[str, Any], *, prefect: bool) -> None:
         logs.note(f"MLflow: {problem}", logging.WARNING)
 
 
-def start_server(own: ExitStack) -> None:
-    """Make sure that a Prefect server answers until the sweep ends, or where there is none until ``own`` is closed."""
-    from .server import chosen_server
-
-    if _servers:
-        return
-    is_shared = is_on() and not is_of_another_process()
-    stack = _started if is_shared else own
-    server = stack.enter_context(ExitStack())
-    message = server.enter_context(chosen_server())
-    stack.enter_context(stopping.at_stop(server.close))
-    logs.note(f"{message}, for all trials" if is_shared else message)
-    if is_shared:
-        _servers.append(message)
-
-
 def name_of(configured: str | None, run: str, out: Path) -> str:
     """Return the name of a sweep: the configured one, else that of its runs, or of its folder where these have none."""
     return configured or (run if run != "run" else out.name)
@@ -190,20 +169,12 @@ def folder() -> Path:
     return Path(_shared()["out"])
 
 
+def count() -> int:
+    """Return the number of trials of the sweep; 0 where this process does not know it."""
+    return int(_shared().get("count", len(_planned)))
+
+
 # --- the trials and their names
-
-
-def title(config: RunConfig) -> str:
-    """Return a name for a run that tells it from others: of a trial its number and what was swept."""
-    if not is_on():
-        return config.name
-    total = _shared()["count"]
-    return trial_title(HydraConfig.get().job.num + 1, total, config.out.name)
-
-
-def trial_title(number: int, total: int, name: str) -> str:
-    """Return how a trial is shown, such as ``trial 2 of 4: stride=56``; 0 in all where that is not known."""
-    return f"trial {number}{f' of {total}' if total else ''}: {_SECTION.sub('', name)}"
 
 
 def jobs(overrides: Sequence[str], axes: Sequence[str] = ()) -> list[TrialOverrides]:
@@ -408,7 +379,6 @@ def is_of_another_process() -> bool:
 def end() -> list[Trial]:
     """End the sweep, if there is one, and return how its trials ended."""
     _started.close()
-    _servers.clear()
     if not is_on():
         return []
     trials = _trials()
