@@ -20,9 +20,10 @@ from serving import BIN, PrefectServer, end
 from swept import drawn, jobs_of, write_folder
 
 from flows import artifacts, cli, forms
-from flows.compose import compose_config
+from flows.compose import compose_config, trials
 from wsiflow.errors import InputError
 from wsiflow.model.choice import InferenceParams
+from wsiflow.run.config import RunConfig
 from wsiflow.run.executor import jobs
 from wsiflow.run.store import StoreParams
 
@@ -36,8 +37,17 @@ COARSE = ["dense.windows=4", "evaluation.bootstrap=0"]
 
 
 def properties(form: type[forms.Form]) -> dict[str, Any]:
-    """Return a form's fields by the key each one sets."""
-    return {field.get("title", name): field for name, field in form.model_json_schema()["properties"].items()}
+    """Return a form's fields by the key each one sets, those that are folded included."""
+    shown = form.model_json_schema()["properties"]
+    folded = {name: field for part in parts(form).values() for name, field in part.items()}
+    fields = {name: field for name, field in shown.items() if name not in parts(form)} | folded
+    return {field.get("title", name): field for name, field in fields.items()}
+
+
+def parts(form: type[forms.Form]) -> dict[str, dict[str, Any]]:
+    """Return the fields of every part of a form that the page shows folded."""
+    shown = form.model_json_schema()["properties"]
+    return {name: field["anyOf"][1]["properties"] for name, field in shown.items() if field.get("default") == {}}
 
 
 # --- forms
@@ -60,26 +70,42 @@ def test_bounds_and_choices_are_those_of_the_configuration() -> None:
         "store.compression": StoreParams.model_fields["compression"].annotation,
     }.items():
         assert shown[key]["enum"] == list(get_args(literal))
-    assert shown["inference.stride"]["minimum"] == 1
+    assert shown["inference.stride"]["enum"] == [one for one in range(1, 225) if 224 % one == 0]
     assert (shown["evaluation.bootstrap"]["minimum"], shown["evaluation.bootstrap"]["maximum"]) == (0, 100_000)
     assert shown["shard_slides"]["minimum"] == shown["executor.workers"]["anyOf"][0]["minimum"] == 0
     assert shown["dataset.limit"]["anyOf"][0]["minimum"] == 1
-    assert properties(forms.Sweep)["inference.stride"]["items"] == {"type": "integer", "minimum": 1}
+    assert properties(forms.Sweep)["inference.stride"]["items"]["enum"] == shown["inference.stride"]["enum"]
+    assert properties(forms.Sweep)["repeat"]["items"] == {"type": "integer", "minimum": 1}
+    assert shown["name"]["pattern"] == RunConfig.model_json_schema()["properties"]["name"]["pattern"]
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_every_field_is_described(form: type[forms.Form]) -> None:
     """No field of a form is a bare name, and the free overrides come last."""
     shown = form.model_json_schema()["properties"]
-    assert all(field["description"] for field in shown.values())
-    assert [field["position"] for field in shown.values()] == list(range(len(shown)))
+    for fields in (shown, *parts(form).values()):
+        assert all(field["description"] for field in fields.values())
+        assert [field["position"] for field in fields.values()] == list(range(len(fields)))
     assert list(shown)[-1] == "overrides"
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_form_begins_with_the_few_fields_that_most_runs_need(form: type[forms.Form]) -> None:
+    """What else there is lies in parts, and a request may name it in its part or beside the others."""
+    shown = form.model_json_schema()["properties"]
+    assert len(shown.keys() - parts(form) - {"overrides"}) <= 9
+    needed = dict.fromkeys(form.model_json_schema()["required"], "x")
+    assert parts(form)
+    for part, fields in parts(form).items():
+        values = {name: field["default"] for name, field in fields.items()}
+        assert form.model_validate({**needed, part: values}) == form.model_validate({**needed, **values})
+    assert form.model_validate({**needed, **{part: {} for part in parts(form)}}) == form.model_validate(needed)
 
 
 def test_an_untouched_form_is_the_command_without_arguments() -> None:
     """A form that nobody has filled in gives the values of ``conf/``."""
-    assert compose_config(forms.Run().to_overrides()) == compose_config([])
-    assert jobs_of(forms.Sweep().to_overrides()) == {"": forms.Sweep().to_overrides()}
+    assert compose_config(forms.Run(name="run").to_overrides()) == compose_config([])
+    assert jobs_of(forms.Sweep(name="run").to_overrides()) == {"": forms.Sweep(name="run").to_overrides()}
 
 
 GIVEN = {
@@ -111,8 +137,8 @@ def test_a_choice_means_what_its_file_says(turn: int) -> None:
     """Files chosen in the form set every key as on the command line; only the stride is always the form's."""
     values = chosen(turn)
     keys = {field.title: values[name] for name, field in forms.Run.model_fields.items() if name in values}
-    typed = ["inference.stride=16", *(f"{key}={value}" for key, value in keys.items())]
-    assert compose_config(forms.Run(**values).to_overrides()) == compose_config(typed)
+    typed = ["name=a", "inference.stride=16", *(f"{key}={value}" for key, value in keys.items())]
+    assert compose_config(forms.Run(name="a", **values).to_overrides()) == compose_config(typed)
 
 
 def test_every_choice_has_its_turn() -> None:
@@ -120,7 +146,9 @@ def test_every_choice_has_its_turn() -> None:
     assert {group: sorted({chosen(turn)[group] for turn in TURNS}) for group in CHOICES} == CHOICES
 
 
-@pytest.mark.parametrize("text", ["null", "true", "1e3", "a b,c", "it's", "x=1", "[1]", "back\\", "\\'", "#1", "æ"])
+@pytest.mark.parametrize(
+    "text", ["null", "true", "1e3", "a b,c", "it's", "x=1", "[1]", "back\\", "\\'", "#1", "æ", "lab/a"]
+)
 def test_a_text_arrives_as_it_was_typed(text: str) -> None:
     """A text with characters that Hydra reads as syntax stays as it was typed."""
     config = compose_config(forms.Run(name=text, dataset="folder", folder=f"/slides/{text}").to_overrides())
@@ -129,27 +157,49 @@ def test_a_text_arrives_as_it_was_typed(text: str) -> None:
 
 def test_an_override_has_the_last_word() -> None:
     """An override replaces the field that sets the same key."""
-    assert compose_config(forms.Run(stride=16, overrides=["inference.stride=56"]).to_overrides()).inference.stride == 56
+    assert (
+        compose_config(
+            forms.Run(name="a", stride=16, overrides=["inference.stride=56"]).to_overrides()
+        ).inference.stride
+        == 56
+    )
 
 
 def test_what_cannot_go_together_is_refused_in_one_line() -> None:
-    """A stride that does not divide the tile is refused, although it is within its bounds."""
+    """A stride that does not divide the tile is refused where it is typed as an override."""
     with pytest.raises(InputError, match=r"inference\.stride is 30, it must divide tiles\.tile_px") as refused:
-        compose_config(forms.Run(stride=30).to_overrides())
+        compose_config(forms.Run(name="a", overrides=["inference.stride=30"]).to_overrides())
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["..", "a/../../b", "/etc", "a//b", "a/", ".shared", " ", "a/ b"])
+def test_a_name_does_not_lead_out_of_the_folder_of_runs(name: str) -> None:
+    """The command line refuses what the form's pattern refuses, too."""
+    assert not re.search(properties(forms.Run)["name"]["pattern"], name)
+    with pytest.raises(InputError, match="name: neither a name nor a part of one") as refused:
+        compose_config(forms.Run(name=name).to_overrides())
     assert "\n" not in str(refused.value)
 
 
 def test_a_sweep_is_every_combination_of_its_lists() -> None:
     """Lists of the form and swept overrides are combined, and named as ``wsiflow run -m`` names them."""
-    form = forms.Sweep(stride=[56, 112], stain=["none", "macenko"], overrides=["lesions.threshold=0.3,0.5"])
+    form = forms.Sweep(name="a", stride=[56, 112], stain=["none", "macenko"], overrides=["lesions.threshold=0.3,0.5"])
     jobs = jobs_of(form.to_overrides())
     assert len(jobs) == 8
     assert "inference.stride=112,stain=macenko,lesions.threshold=0.5" in jobs
-    folder = compose_config(forms.Sweep().to_overrides()).out
+    folder = compose_config(forms.Sweep(name="a").to_overrides()).out
     for job, overrides in jobs.items():
         assert compose_config(overrides, job=job).out.name == job
         assert compose_config(overrides, job=job).out.parent.parent == folder.parent
     assert len({compose_config(overrides, job=job).out.parent for job, overrides in jobs.items()}) == 1
+
+
+def test_an_experiment_of_the_form_is_that_of_the_command_line() -> None:
+    """Fields that are left as they are do not replace what the experiment says; those that are changed do."""
+    form = forms.Sweep(name="a", experiment="stride_tradeoff", stain=["none", "macenko"], repeat=[1, 2])
+    typed = ["experiment=stride_tradeoff", "name=a", "repeat=1,2", "stain=none,macenko"]
+    assert list(trials(form.to_overrides())) == list(trials(typed))
+    assert len(trials(typed)) == 6 * 2 * 2
 
 
 # --- files for sites
@@ -222,20 +272,23 @@ def deployed(server: PrefectServer, tmp_path_factory: pytest.TempPathFactory) ->
     pool["base_job_template"] = ProcessWorker.get_default_base_job_template()
     assert server.answer("work_pools/", pool)[0] == 201
     server.prefect("deploy", "--prefect-file", str(ROOT / "deployments/prefect.yaml"), "--all", cwd=home)
-    return Deployed(server, home, {entry["name"]: entry for entry in server.ask("deployments/filter", {})})
+    entries = {entry["name"]: entry for entry in server.ask("deployments/filter", {})}
+    return Deployed(server, home, entries | {"run": entries["my slides"]})
 
 
 def test_there_is_an_entry_for_every_use(deployed: Deployed) -> None:
     """Each has a description and a limit, enforces its form and works where it was deployed; schedules are examples."""
-    assert set(deployed.entries) == {"demo", "run", "sweep", "evaluate", "compare"}
+    assert set(deployed.entries) == {"demo", "my slides", "run", "new slides weekly", "sweep", "evaluate", "compare"}
     for entry in deployed.entries.values():
         assert entry["enforce_parameter_schema"]
         assert entry["description"]
+        assert "wsiflow" in entry["tags"]
         assert entry["global_concurrency_limit"]["limit"] >= 1
         assert entry["job_variables"]["env"]["DO_NOT_TRACK"] == "1"
         step = entry["pull_steps"][0]["prefect.deployments.steps.set_working_directory"]
         assert Path(step["directory"]) == deployed.home
-    assert [schedule["active"] for schedule in deployed.entries["run"]["schedules"]] == [False]
+    active = {schedule["active"] for entry in deployed.entries.values() for schedule in entry["schedules"]}
+    assert active == {False}
 
 
 def test_the_server_shows_the_form(deployed: Deployed) -> None:
@@ -243,29 +296,36 @@ def test_the_server_shows_the_form(deployed: Deployed) -> None:
     for name, form in zip(("demo", "run", "sweep", "evaluate", "compare"), FORMS, strict=True):
         shown = deployed.entries[name]["parameter_openapi_schema"]["definitions"][form.__name__]
         assert shown["properties"] == form.model_json_schema()["properties"]
+        assert shown["patternProperties"] == form.model_json_schema()["patternProperties"]
         assert shown["additionalProperties"] is False
 
 
 @pytest.mark.parametrize(
     ("name", "request_"),
     [
-        ("run", {"stride": 0}),
-        ("run", {"stride": "fine"}),
-        ("run", {"workers": -1}),
-        ("run", {"shard_slides": -1}),
-        ("run", {"bootstrap": 1_000_000}),
-        ("run", {"limit": 0}),
-        ("run", {"executor": "airflow"}),
-        ("run", {"precision": "fp8"}),
-        ("run", {"stain": "ink"}),
+        ("run", {"name": "a", "stride": 30}),
+        ("run", {"name": "a", "stride": "fine"}),
+        ("run", {"name": "a", "workers": -1}),
+        ("run", {"name": "a", "resources": {"workers": -1}}),
+        ("run", {"name": "a", "shard_slides": -1}),
+        ("run", {"name": "a", "scoring": {"bootstrap": 1_000_000}}),
+        ("run", {"name": "a", "limit": 0}),
+        ("run", {"name": "a", "executor": "airflow"}),
+        ("run", {"name": "a", "network": {"precision": "fp8"}}),
+        ("run", {"name": "a", "stain": "ink"}),
+        ("run", {"name": "a", "out": "a/../../b"}),
+        ("run", {"name": "a/../../b"}),
         ("run", {"name": ""}),
-        ("run", {"colour": "red"}),
-        ("run", {"overrides": "stride=16"}),
-        ("demo", {"size_px": 10}),
-        ("sweep", {"stride": []}),
-        ("sweep", {"stride": [16, 0]}),
-        ("sweep", {"stain": ["none", "ink"]}),
-        ("evaluate", {"manifest": "m.csv", "detections": "d"}),
+        ("run", {"name": "a", "colour": "red"}),
+        ("run", {"name": "a", "pixels": {"colour": "red"}}),
+        ("run", {"name": "a", "overrides": "stride=16"}),
+        ("demo", {"name": "a", "size_px": 10}),
+        ("sweep", {"name": "a", "stride": []}),
+        ("sweep", {"name": "a", "stride": [16, 30]}),
+        ("sweep", {"name": "a", "repeat": [0]}),
+        ("sweep", {"name": "a", "experiment": "everything"}),
+        ("sweep", {"name": "a", "stain": ["none", "ink"]}),
+        ("evaluate", {"manifest": "m.csv", "detections": "d", "out": "../o"}),
         ("evaluate", {"manifest": "m.csv", "detections": "d", "out": "o", "mask_downsample": 0}),
     ],
 )
@@ -274,14 +334,17 @@ def test_the_server_refuses_what_the_form_does_not_allow(deployed: Deployed, nam
     before = deployed.server.ask("flow_runs/count", {})
     status, answer = deployed.trigger(name, {"request": request_})
     assert status == 409
-    named = next(reversed(request_)) if name != "evaluate" or len(request_) == 4 else "out"
-    assert named in answer["detail"]
+    named, value = next(reversed(request_.items()))
+    assert (next(iter(value)) if isinstance(value, dict) else named) in answer["detail"]
     assert deployed.server.ask("flow_runs/count", {}) == before
 
 
 def test_the_server_refuses_a_run_without_a_form(deployed: Deployed) -> None:
-    """Parameters that are no form are refused."""
+    """Parameters that are no form are refused, and a run that nobody has named."""
     assert deployed.trigger("run", {"stride": 16})[0] == 409
+    for parameters in ({}, {"request": {"stride": 16}}):
+        status, answer = deployed.trigger("run", parameters)
+        assert (status, "'name' is a required property" in answer["detail"]) == (409, True)
     assert deployed.trigger("sweep", {})[0] == 409
 
 
@@ -364,9 +427,10 @@ def finished(deployed: Deployed, worker: Worker, tiny_slides: Path, small_slides
     folder = detections(small_slides, deployed.home / "detections")
     for name, skill in {"good": 0.9, "bad": 0.3}.items():
         write_folder(deployed.home / "two" / name, drawn(skill, n_slides=6), core_hours=skill)
+    trials_of_sweep = [*COARSE, "inference.stride=30,112,224"]  # the form itself offers no stride of 30
     requests = {
         "run": {**common, "name": "one", "stride": 224, "tracking": "off"},
-        "sweep": {**common, "name": "many", "stride": [30, 112, 224], "store": ["none"]},
+        "sweep": {**common, "name": "many", "store": ["none"], "overrides": trials_of_sweep},
         "compare": {"folders": ["two"], "out": "compared", "reference": "run=bad"},
     }
     weekly = {"manifest": str(small_slides), "detections": str(folder), "out": "weekly", "bootstrap": 20}
