@@ -254,6 +254,11 @@ class Demo(Named):
     stain: str = knob("stain", "pixels")
     store: str = knob("store", "pixels")
 
+    def _values(self) -> dict[str, Any]:
+        """Return the values by key; slides of another size than usual have a folder of their own."""
+        folder = {} if self.size_px == _default("dataset.size_px") else {"dataset.folder": f"demo/data-{self.size_px}"}
+        return super()._values() | folder
+
 
 class Slides(Named):
     """A data set and a model, for one run or many."""

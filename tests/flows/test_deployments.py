@@ -12,11 +12,13 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
+import browser
 import mlflow
 import psutil
 import pytest
+import yaml
 from prefect.workers.process import ProcessWorker
-from serving import BIN, PrefectServer, end
+from serving import BIN, PrefectServer, end, receiving_mail
 from swept import drawn, jobs_of, write_folder
 
 from flows import artifacts, cli, forms
@@ -194,12 +196,29 @@ def test_a_sweep_is_every_combination_of_its_lists() -> None:
     assert len({compose_config(overrides, job=job).out.parent for job, overrides in jobs.items()}) == 1
 
 
+def test_a_demo_of_another_size_draws_slides_of_its_own() -> None:
+    """The slides of the usual demo are not those of another size, which would be refused in their folder."""
+    usual, large = (compose_config(forms.Demo(name="a", size_px=size).to_overrides()) for size in (6144, 8192))
+    assert usual.dataset == compose_config([]).dataset
+    assert (large.dataset.folder.name, large.dataset.size_px) == ("data-8192", 8192)
+
+
 def test_an_experiment_of_the_form_is_that_of_the_command_line() -> None:
     """Fields that are left as they are do not replace what the experiment says; those that are changed do."""
     form = forms.Sweep(name="a", experiment="stride_tradeoff", stain=["none", "macenko"], repeat=[1, 2])
     typed = ["experiment=stride_tradeoff", "name=a", "repeat=1,2", "stain=none,macenko"]
     assert list(trials(form.to_overrides())) == list(trials(typed))
     assert len(trials(typed)) == 6 * 2 * 2
+
+
+def test_the_requests_of_the_document_can_be_sent() -> None:
+    """Examples have names that are fields, and values that compose."""
+    text = (ROOT / "docs/prefect.md").read_text()
+    begins = [found.end() for found in re.finditer(r"[\"']request(=|\": )(?=\{)", text)]
+    assert len(begins) == 2
+    for begin in begins:
+        request, _ = json.JSONDecoder().raw_decode(text, begin)
+        assert compose_config(forms.Run.model_validate(request).to_overrides()).inference.stride == 56
 
 
 # --- files for sites
@@ -348,6 +367,91 @@ def test_the_server_refuses_a_run_without_a_form(deployed: Deployed) -> None:
     assert deployed.trigger("sweep", {})[0] == 409
 
 
+# --- in the browser
+
+
+# Not with the mouse: for some seconds the message about a refusal lies over the button.
+SUBMIT = "[...document.querySelectorAll('button')].find(one => one.innerText == 'Submit').click()"
+NAME = "document.getElementById([...document.querySelectorAll('label')].find(one => one.innerText == 'name')?.htmlFor)"
+
+
+class Pages(NamedTuple):
+    """The pages of the server, and the tab to look at them."""
+
+    deployed: Deployed
+    tab: browser.Tab
+    pictures: Path
+
+    def open(self, page: str) -> browser.Tab:
+        """Open a page of Prefect."""
+        self.tab.open(f"{self.deployed.server.url.removesuffix('api')}v2/{page}")
+        return self.tab
+
+    def keep(self, name: str) -> None:
+        """Keep what is seen; docs/prefect.md shows it."""
+        assert self.tab.picture(self.pictures / f"prefect-{name}.png").std() > 10
+
+
+@pytest.fixture(scope="module")
+def pages(deployed: Deployed, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pages]:
+    if browser.CHROMIUM is None:
+        pytest.skip("Chromium is not installed")
+    folder = tmp_path_factory.mktemp("pages")
+    with browser.chromium(folder / "home") as tab:
+        yield Pages(deployed, tab, Path(os.environ.get("WSIFLOW_SCREENSHOTS", folder / "pictures")))
+
+
+def tab_of(name: str) -> str:
+    """Return the expression for the first tab of a name."""
+    return f"[...document.querySelectorAll('[role=tab]')].find(one => one.innerText.trim() == '{name}')"
+
+
+def test_the_page_of_a_form_starts_what_the_server_allows(pages: Pages) -> None:
+    """Few fields are seen, parts open, a missing or wrong name is refused, and the right one starts a run."""
+    entry = pages.deployed.entries["run"]["id"]
+    own = {"flow_runs": {"deployment_id": {"any_": [entry]}}}
+    tab = pages.open(f"deployments/deployment/{entry}/run")
+    text = tab.wait_for("dataset.manifest", "Folder and machines")
+    assert "store.compression" not in text
+    pages.keep("form")
+    tab.value(SUBMIT)
+    tab.wait_for("'name' is a required property")
+    tab.type("a/../../b", NAME)
+    tab.value(SUBMIT)
+    tab.wait_for("'a/../../b' does not match")
+    tab.value(f"{NAME}.scrollIntoView()")
+    pages.keep("refused")
+    tab.click(tab_of("change"))
+    tab.wait_for("dataset.path")
+    assert pages.deployed.server.ask("flow_runs/count", own) == 0
+    tab.type("typed", NAME)
+    tab.value(SUBMIT)
+    tab.wait("!document.body.innerText.includes('does not match')")  # the first time it takes the message away alone
+    tab.value(SUBMIT)
+    wait(lambda: pages.deployed.server.ask("flow_runs/count", own) == 1)
+    (run,) = pages.deployed.server.ask("flow_runs/filter", own)
+    assert forms.Run.model_validate(run["parameters"]["request"]) == forms.Run(name="typed", dataset="folder")
+    pages.deployed.server.answer(f"flow_runs/{run['id']}/set_state", {"state": {"type": "CANCELLED"}, "force": True})
+
+
+def test_a_schedule_that_the_page_switches_on_starts_what_its_entry_says(pages: Pages) -> None:
+    """The parameters of the runs it creates are those of the entry."""
+    entry = pages.deployed.entries["new slides weekly"]
+    own = {"flow_runs": {"deployment_id": {"any_": [entry["id"]]}}}
+    tab = pages.open(f"deployments/deployment/{entry['id']}")
+    tab.wait_for("At 08:00 PM, only on Friday")
+    switch = "[...document.querySelectorAll('[role=switch]')].at(-1)"
+    tab.click(switch)
+    tab.wait(f"{switch}.ariaChecked == 'true'")
+    wait(lambda: pages.deployed.server.ask("flow_runs/count", own) > 0)
+    pages.keep("schedule")
+    for run in pages.deployed.server.ask("flow_runs/filter", own):
+        assert run["parameters"] == entry["parameters"]
+        assert run["parameters"]["request"]["name"] == "weekly"
+    tab.click(switch)
+    wait(lambda: pages.deployed.server.ask("flow_runs/count", own) == 0)
+
+
 class Worker(NamedTuple):
     """A worker that keeps running.
 
@@ -381,6 +485,7 @@ class Finished(NamedTuple):
 
     deployed: Deployed
     runs: dict[str, str]
+    mails: list[str]
 
     def artifacts(self, name: str) -> dict[str, str]:
         """Return what a run shows on its page, by the last word of each key."""
@@ -422,7 +527,24 @@ def scheduled(deployed: Deployed, request: dict[str, Any]) -> str:
 
 
 @pytest.fixture(scope="module")
-def finished(deployed: Deployed, worker: Worker, tiny_slides: Path, small_slides: Path) -> Finished:
+def mails(deployed: Deployed) -> Iterator[list[str]]:
+    """What the automations of ``deployments/automations.yaml`` mail."""
+    (kind,) = deployed.server.ask("block_types/filter", {"block_types": {"name": {"like_": "Slack Webhook"}}})
+    of_kind = {"block_schemas": {"block_type_id": {"any_": [kind["id"]]}}}
+    (schema,) = deployed.server.ask("block_schemas/filter", of_kind)
+    with receiving_mail() as server:
+        block = {"name": "wsiflow-mail", "data": {"url": server.address}}
+        ids = {"block_type_id": kind["id"], "block_schema_id": schema["id"]}
+        status, block = deployed.server.answer("block_documents/", block | ids)
+        assert status == 201, block
+        text = (ROOT / "deployments/automations.yaml").read_text().replace("BLOCK", block["id"])
+        for automation in yaml.safe_load(text)["automations"]:
+            assert deployed.server.answer("automations/", automation)[0] == 201
+        yield server.mails
+
+
+@pytest.fixture(scope="module")
+def finished(deployed: Deployed, worker: Worker, mails: list[str], tiny_slides: Path, small_slides: Path) -> Finished:
     common = {"dataset": "manifest", "manifest": str(tiny_slides), "executor": "inline", "overrides": COARSE}
     folder = detections(small_slides, deployed.home / "detections")
     for name, skill in {"good": 0.9, "bad": 0.3}.items():
@@ -440,7 +562,7 @@ def finished(deployed: Deployed, worker: Worker, tiny_slides: Path, small_slides
         assert status == 201, answer
         runs[name] = answer["id"]
     wait(lambda: all(deployed.run(one)["end_time"] for one in runs.values()))
-    return Finished(deployed, runs)
+    return Finished(deployed, runs, mails)
 
 
 def test_a_worker_completes_what_the_form_says(finished: Finished) -> None:
@@ -481,6 +603,28 @@ def test_a_sweep_goes_on_after_a_trial_that_fails(finished: Finished) -> None:
     assert "| inference.stride=30 | failed (20) |" in shown["sweep"]
     assert "| inference.stride=224 | complete | " in shown["sweep"]
     assert [row["Setting"] for row in json.loads(shown["table"])] == ["stride=112", "stride=224"]
+
+
+def test_a_mail_says_that_a_sweep_has_failed(finished: Finished) -> None:
+    """It has the reason, and is the only one: completed runs and the trials of the sweep send none."""
+    wait(lambda: bool(finished.mails))
+    (mail,) = finished.mails
+    assert "Subject: sweep: many is Failed" in mail
+    assert "1 of 3 trials failed: inference.stride=3D30" in mail.replace("=\r\n", "")
+
+
+def test_the_page_of_a_run_shows_what_came_of_it(pages: Pages, finished: Finished) -> None:
+    """Name, state, tags and the link to its entry; its scores and figures are under Artifacts."""
+    tab = pages.open(f"runs/flow-run/{finished.runs['run']}")
+    tab.wait_for("one", "Completed", "wsiflow", "my slides")
+    tab.click(tab_of("Artifacts"))
+    tab.wait_for("result")
+    pages.keep("artifacts")
+    own = {"flow_runs": {"id": {"any_": [finished.runs["run"]]}}}
+    shown = finished.deployed.server.ask("artifacts/filter", own)
+    (result,) = [one["id"] for one in shown if one["key"].endswith("-result")]
+    pages.open(f"artifacts/artifact/{result}").wait_for("Slide AUC", "Folder:")
+    pages.keep("result")
 
 
 def test_runs_are_compared_from_a_form(finished: Finished) -> None:

@@ -54,7 +54,10 @@ class RunConfig(BaseModel, frozen=True, extra="forbid"):
     """All settings of a run; see the ``XParams`` of each part."""
 
     out: AbsolutePath = Field(description="Folder of the run.")
-    name: _Name = Field(description="Name of the run, and of its folder below runs/ where out= is not given.")
+    name: _Name = Field(
+        description="Name of the run, and of its folder below runs/ where out= is not given. None of its parts between "
+        "slashes begins with a dot or a blank."
+    )
     seed: int = Field(ge=0, description="Seed of everything that is drawn at random, which is the bootstrap.")
     repeat: int = Field(
         ge=1,
