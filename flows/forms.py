@@ -246,7 +246,7 @@ class Named(Form):
 
 
 class Demo(Named):
-    """Synthetic slides with known lesions."""
+    """Six synthetic slides with known lesions, which are drawn first. Submit starts the demo as it is."""
 
     size_px: int = knob("dataset.size_px")
     stride: int = knob("inference.stride")
@@ -280,7 +280,7 @@ class Slides(Named):
 
 
 class Run(Slides):
-    """One run."""
+    """Test a classifier on whole-slide images; most runs need only what is above the parts."""
 
     stride: int = knob("inference.stride")
     tissue: str = knob("tissue", "pixels")
@@ -295,17 +295,13 @@ class Run(Slides):
 
 
 class Sweep(Slides):
-    """A run for every combination of what is listed.
+    """A run for every combination of what is listed."""
 
-    Attributes:
-        experiment: File of ``conf/experiment`` whose values and axes hold for every field that is left as it is.
-    """
-
+    # What it says holds for every field that is left as it is.
     experiment: str = Field(
         default=_NO_EXPERIMENT,
         title="experiment",
-        description="A sweep that is ready to use, from conf/experiment. Fields below and above that are changed add "
-        "to it or replace its values.",
+        description="A sweep that is ready to use. Fields that are changed add to it or replace its values.",
         json_schema_extra={"enum": [_NO_EXPERIMENT, *choices("experiment")]},
     )
     stride: list[int] = axis("inference.stride")

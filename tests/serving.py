@@ -75,7 +75,7 @@ def serving(home: Path) -> Iterator[PrefectServer]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     url = f"http://127.0.0.1:{port}/api"
-    env = environment(home, PREFECT_API_URL=url)
+    env = environment(home, PREFECT_API_URL=url, PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS="10")
     command = [BIN / "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
     process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     server = PrefectServer(url, env, process.pid)

@@ -411,7 +411,7 @@ def test_the_page_of_a_form_starts_what_the_server_allows(pages: Pages) -> None:
     entry = pages.deployed.entries["run"]["id"]
     own = {"flow_runs": {"deployment_id": {"any_": [entry]}}}
     tab = pages.open(f"deployments/deployment/{entry}/run")
-    text = tab.wait_for("dataset.manifest", "Folder and machines")
+    text = tab.wait_for("wsiflow run", "dataset.manifest", "Folder and machines")
     assert "store.compression" not in text
     pages.keep("form")
     tab.value(SUBMIT)
