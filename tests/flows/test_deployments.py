@@ -619,7 +619,7 @@ def test_the_page_of_a_run_shows_what_came_of_it(pages: Pages, finished: Finishe
     tab.wait_for("one", "Completed", "wsiflow", "my slides")
     tab.click(tab_of("Artifacts"))
     tab.wait_for("result")
-    pages.keep("artifacts")
+    pages.keep("run")
     own = {"flow_runs": {"id": {"any_": [finished.runs["run"]]}}}
     shown = finished.deployed.server.ask("artifacts/filter", own)
     (result,) = [one["id"] for one in shown if one["key"].endswith("-result")]
