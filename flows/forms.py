@@ -3,15 +3,18 @@
 A form is a list of keys of the configuration. Its choices are the files of ``conf/``, its defaults the values there,
 its bounds and descriptions those of `RunConfig`: nothing is declared a second time. A filled form becomes the overrides
 of a ``wsiflow run``; ``conf/`` decides what is left empty.
+
+The page shows the few fields that most runs need, and below them parts that are folded until somebody opens them. A
+request by HTTP may name the fields of a part there or beside the others.
 """
 
 import re
 from functools import cache
 from importlib import resources
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, Field
+from pydantic import AfterValidator, BaseModel, Field, model_validator
 
 from wsiflow.run.config import RunConfig, descriptions
 
@@ -19,9 +22,30 @@ from .compose import compose_config
 from .overrides import choices, quoted
 
 _CONF = resources.files("wsiflow.conf")
-_BOUNDS = {"type", "enum", "minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum", "minLength", "anyOf"}
+_BOUNDS = {
+    "type",
+    "enum",
+    "minimum",
+    "exclusiveMinimum",
+    "maximum",
+    "exclusiveMaximum",
+    "minLength",
+    "pattern",
+    "anyOf",
+}
 # Words that Hydra does not read as text, although they look like names.
 _VALUES = {"null", "true", "false", "inf", "nan"}
+_NO_EXPERIMENT = "none"
+# A path whose parts do not lead upwards.
+_DOWNWARDS = r"^(?!(.*/)?\.\.(/|$))"
+# The parts of the forms: titles and descriptions by name.
+_PARTS = {
+    "slides": ("More about the slides", "Single slides, a part of the data set, and what happens when slides fail."),
+    "pixels": ("Pixels", "Geometry, tissue, tiles, colours, and how patches are stored."),
+    "network": ("Network", "How windows are computed, in which number format, and by which library."),
+    "scoring": ("Scores", "Lesions, the protocol of the evaluation, its intervals and seed."),
+    "resources": ("Folder and machines", "Where the results lie, who computes, and where it is recorded."),
+}
 
 
 @cache
@@ -68,28 +92,47 @@ def _allowed(key: str) -> dict[str, Any]:
     """Return the JSON schema of the values that a key may have: files of its group, or values within bounds."""
     if key in _default_choices():
         return {"type": "string", "enum": choices(key)}
+    if key == "inference.stride":
+        return {"type": "integer", "enum": _strides()}
     return {name: bound for name, bound in _schema_of(key).items() if name in _BOUNDS}
 
 
-def knob(key: str) -> Any:
+def _strides() -> list[int]:
+    """Return the strides that divide a tile of any file of ``conf/tiles``."""
+    files = [_CONF.joinpath("tiles", f"{name}.yaml") for name in choices("tiles")]
+    sizes = {yaml.safe_load(file.read_text(encoding="utf-8"))["tile_px"] for file in files}
+    return [stride for stride in range(1, max(sizes) + 1) if any(size % stride == 0 for size in sizes)]
+
+
+def knob(key: str, part: str = "") -> Any:
     """Return the field of one key, with its default."""
-    return Field(default=_default(key), title=key, description=descriptions()[key], json_schema_extra=_allowed(key))
+    return Field(
+        default=_default(key),
+        title=key,
+        description=descriptions()[key],
+        json_schema_extra={**_allowed(key), "part": part},
+    )
 
 
-def axis(key: str) -> Any:
+def required(key: str) -> Any:
+    """Return the field of one key that everybody fills in, whatever its default is."""
+    return Field(title=key, description=descriptions()[key], min_length=1, json_schema_extra=_allowed(key))
+
+
+def axis(key: str, part: str = "") -> Any:
     """Return the field of a key that a sweep may vary."""
     return Field(
         default=[_default(key)],
         min_length=1,
         title=key,
         description=descriptions()[key],
-        json_schema_extra={"items": _allowed(key)},
+        json_schema_extra={"items": _allowed(key), "part": part},
     )
 
 
-def optional(key: str) -> Any:
+def optional(key: str, part: str = "") -> Any:
     """Return the field of a value that each file of its group sets differently; None leaves it to the file."""
-    allowed: Any = {"anyOf": [_allowed(key), {"type": "null"}]}
+    allowed: Any = {"anyOf": [_allowed(key), {"type": "null"}], "part": part}
     return Field(
         default=None,
         title=key,
@@ -98,20 +141,64 @@ def optional(key: str) -> Any:
     )
 
 
-def text(key: str) -> Any:
+def text(key: str, part: str = "") -> Any:
     """Return the field of a path or another text that may be left to ``conf/``."""
-    return Field(default="", title=key, description=f"{descriptions()[key]} Empty: as the configuration says.")
+    description = f"{descriptions()[key]} Empty: as the configuration says."
+    return Field(default="", title=key, description=description, json_schema_extra={"part": part})
 
 
-def _number(schema: dict[str, Any]) -> None:
-    """Number the fields, the free overrides last, since a PostgreSQL server does not keep their order."""
-    fields = schema["properties"]
-    fields["overrides"] = fields.pop("overrides")
-    for place, field in enumerate(fields.values()):
-        field["position"] = place
+def _check_downwards(path: str) -> str:
+    if not re.match(_DOWNWARDS, path):
+        raise ValueError("a path of a form may not lead upwards: write it without ..")
+    return path
 
 
-class Form(BaseModel, frozen=True, extra="forbid", json_schema_extra=_number):
+# A folder to write, which lies below where the flow works or is absolute.
+_Folder = Annotated[str, AfterValidator(_check_downwards), Field(json_schema_extra={"pattern": _DOWNWARDS})]
+
+
+def own(description: str, part: str, **more: Any) -> Any:
+    """Return the field of a value that is no key of the configuration."""
+    return Field(description=description, json_schema_extra={"part": part}, **more)
+
+
+def _arrange(schema: dict[str, Any]) -> None:
+    """Fold the fields of parts, with the free overrides last; a request may name the fields of parts without them."""
+    parts: dict[str, dict[str, Any]] = {"": {}}
+    for name, field in schema["properties"].items():
+        parts.setdefault(field.pop("part", ""), {})[name] = field
+    shown = parts.pop("")
+    overrides = shown.pop("overrides")
+    folded = {name: _part(name, parts[name]) for name in _PARTS if name in parts}
+    schema["properties"] = _numbered({**shown, **folded, "overrides": overrides})
+    schema["patternProperties"] = {
+        f"^{name}$": {bound: value for bound, value in field.items() if bound in _BOUNDS | {"items", "minItems"}}
+        for fields in parts.values()
+        for name, field in fields.items()
+    }
+
+
+def _part(name: str, fields: dict[str, Any]) -> dict[str, Any]:
+    """Return the schema of a part: an empty object, of which the page shows nothing, or one with the part's fields."""
+    title, description = _PARTS[name]
+    kinds = {"as it is": {}, "change": _numbered(fields)}
+    return {
+        "title": title,
+        "description": description,
+        "default": {},
+        "anyOf": [
+            {"type": "object", "title": title, "properties": properties, "additionalProperties": False}
+            for title, properties in kinds.items()
+        ],
+    }
+
+
+def _numbered(fields: dict[str, Any]) -> dict[str, Any]:
+    """Return fields with their places, since a PostgreSQL server does not keep their order."""
+    return {name: {**field, "position": place} for place, (name, field) in enumerate(fields.items())}
+
+
+class Form(BaseModel, frozen=True, extra="forbid", json_schema_extra=_arrange):
     """The fields of every form.
 
     Attributes:
@@ -122,11 +209,23 @@ class Form(BaseModel, frozen=True, extra="forbid", json_schema_extra=_number):
         default=[], description="Whatever else would stand behind wsiflow run, such as tiles.group_tiles=200."
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _unfold(cls, values: Any) -> Any:
+        """Return what was filled in without the parts in which the page shows it."""
+        if not isinstance(values, dict):
+            return values
+        flat = {name: value for name, value in values.items() if name not in _PARTS}
+        return flat | {name: value for part in _PARTS for name, value in (values.get(part) or {}).items()}
+
     def to_overrides(self) -> list[str]:
         """Return the form as overrides."""
-        fields = {field.title: getattr(self, name) for name, field in type(self).model_fields.items() if field.title}
-        filled = {key: value for key, value in fields.items() if value not in ("", None)}
+        filled = {key: value for key, value in self._values().items() if value not in ("", None)}
         return [*(f"{key}={_override(value)}" for key, value in filled.items()), *self.overrides]
+
+    def _values(self) -> dict[str, Any]:
+        """Return the values of the fields that set keys, by key."""
+        return {field.title: getattr(self, name) for name, field in type(self).model_fields.items() if field.title}
 
 
 def _override(value: Any) -> str:
@@ -140,20 +239,25 @@ def _override(value: Any) -> str:
 class Named(Form):
     """A run: its name and folder, and where its tasks run."""
 
-    name: str = knob("name")
-    out: str = text("out")
-    executor: str = knob("executor")
-    workers: int | None = optional("executor.workers")
+    name: str = required("name")
+    out: _Folder = text("out", "resources")
+    executor: str = knob("executor", "resources")
+    workers: int | None = optional("executor.workers", "resources")
 
 
 class Demo(Named):
-    """Synthetic slides with known lesions."""
+    """Six synthetic slides with known lesions, which are drawn first. Submit starts the demo as it is."""
 
     size_px: int = knob("dataset.size_px")
     stride: int = knob("inference.stride")
-    precision: str = knob("inference.precision")
-    stain: str = knob("stain")
-    store: str = knob("store")
+    precision: str = knob("inference.precision", "network")
+    stain: str = knob("stain", "pixels")
+    store: str = knob("store", "pixels")
+
+    def _values(self) -> dict[str, Any]:
+        """Return the values by key; slides of another size than usual have a folder of their own."""
+        folder = {} if self.size_px == _default("dataset.size_px") else {"dataset.folder": f"demo/data-{self.size_px}"}
+        return super()._values() | folder
 
 
 class Slides(Named):
@@ -162,47 +266,63 @@ class Slides(Named):
     dataset: str = knob("dataset")
     manifest: str = text("dataset.manifest")
     folder: str = text("dataset.folder")
-    path: str = text("dataset.path")
-    limit: int | None = knob("dataset.limit")
+    path: str = text("dataset.path", "slides")
+    limit: int | None = knob("dataset.limit", "slides")
+    allow_partial: bool = knob("allow_partial", "slides")
+    shard_slides: int = knob("shard_slides", "slides")
     model: str = knob("model")
     card: str = text("model.card")
-    geometry: str = knob("geometry")
-    evaluation: str = knob("evaluation")
-    bootstrap: int = knob("evaluation.bootstrap")
-    tracking: str = knob("tracking")
-    shard_slides: int = knob("shard_slides")
-    seed: int = knob("seed")
-    allow_partial: bool = knob("allow_partial")
+    geometry: str = knob("geometry", "pixels")
+    evaluation: str = knob("evaluation", "scoring")
+    bootstrap: int = knob("evaluation.bootstrap", "scoring")
+    seed: int = knob("seed", "scoring")
+    tracking: str = knob("tracking", "resources")
 
 
 class Run(Slides):
-    """One run."""
+    """Test a classifier on whole-slide images; most runs need only what is above the parts."""
 
-    tissue: str = knob("tissue")
-    tiles: str = knob("tiles")
-    inference: str = knob("inference")
     stride: int = knob("inference.stride")
-    precision: str = knob("inference.precision")
-    backend: str = knob("inference.backend")
-    stain: str = knob("stain")
-    store: str = knob("store")
-    compression: str = knob("store.compression")
-    lesions: str = knob("lesions")
+    tissue: str = knob("tissue", "pixels")
+    tiles: str = knob("tiles", "pixels")
+    stain: str = knob("stain", "pixels")
+    store: str = knob("store", "pixels")
+    compression: str = knob("store.compression", "pixels")
+    inference: str = knob("inference", "network")
+    precision: str = knob("inference.precision", "network")
+    backend: str = knob("inference.backend", "network")
+    lesions: str = knob("lesions", "scoring")
 
 
 class Sweep(Slides):
     """A run for every combination of what is listed."""
 
-    tissue: list[str] = axis("tissue")
-    tiles: list[str] = axis("tiles")
-    inference: list[str] = axis("inference")
+    # What it says holds for every field that is left as it is.
+    experiment: str = Field(
+        default=_NO_EXPERIMENT,
+        title="experiment",
+        description="A sweep that is ready to use. Fields that are changed add to it or replace its values.",
+        json_schema_extra={"enum": [_NO_EXPERIMENT, *choices("experiment")]},
+    )
     stride: list[int] = axis("inference.stride")
-    precision: list[str] = axis("inference.precision")
-    backend: list[str] = axis("inference.backend")
-    stain: list[str] = axis("stain")
-    store: list[str] = axis("store")
-    compression: list[str] = axis("store.compression")
-    lesions: list[str] = axis("lesions")
+    repeat: list[int] = axis("repeat")
+    tissue: list[str] = axis("tissue", "pixels")
+    tiles: list[str] = axis("tiles", "pixels")
+    stain: list[str] = axis("stain", "pixels")
+    store: list[str] = axis("store", "pixels")
+    compression: list[str] = axis("store.compression", "pixels")
+    inference: list[str] = axis("inference", "network")
+    precision: list[str] = axis("inference.precision", "network")
+    backend: list[str] = axis("inference.backend", "network")
+    lesions: list[str] = axis("lesions", "scoring")
+
+    def _values(self) -> dict[str, Any]:
+        values = super()._values()
+        if values.pop("experiment") == _NO_EXPERIMENT:
+            return values
+        fields = {field.title: field for field in type(self).model_fields.values()}
+        changed = {key: value for key, value in values.items() if value != fields[key].default}
+        return {"experiment": self.experiment, **changed}
 
 
 class Evaluate(Form):
@@ -210,29 +330,27 @@ class Evaluate(Form):
 
     manifest: str = Field(min_length=1, description="CSV with slide_id, path, and label, annotation or mask.")
     detections: str = Field(min_length=1, description="Folder with one <slide_id>.csv per slide: prob,x,y.")
-    out: str = Field(min_length=1, description="Folder to write.")
-    scores: str = Field(default="", description="CSV with slide_id,score. Empty: the highest detection counts.")
-    mask_downsample: int | None = Field(
-        default=None, ge=1, description="Scale at which mask images are read; 1: they are at evaluation resolution."
+    out: _Folder = Field(min_length=1, description="Folder to write.")
+    scores: str = own("CSV with slide_id,score. Empty: the highest detection counts.", "scoring", default="")
+    mask_downsample: int | None = own(
+        "Scale at which mask images are read; 1: they are at evaluation resolution.", "scoring", default=None, ge=1
     )
     evaluation: str = knob("evaluation")
-    downsample: int = knob("evaluation.downsample")
-    bootstrap: int = knob("evaluation.bootstrap")
-    seed: int = knob("seed")
+    downsample: int = knob("evaluation.downsample", "scoring")
+    bootstrap: int = knob("evaluation.bootstrap", "scoring")
+    seed: int = knob("seed", "scoring")
 
 
 class Compare(Form):
     """The runs of a sweep, compared."""
 
     folders: list[str] = Field(default=[], description="Folders of runs. Empty: the runs of the experiment in MLflow.")
-    uri: str = text("tracking.uri")
     experiment: str = knob("tracking.experiment")
     sweep: str | None = Field(
         default=None, title="tracking.sweep", description="Sweep of the experiment to compare. null: its only one."
     )
-    out: str = Field(min_length=1, description="Folder to write.")
-    reference: str = Field(
-        default="", description="Setting the others are compared with. Empty: the one that costs most."
-    )
-    bootstrap: int = knob("evaluation.bootstrap")
-    seed: int = knob("seed")
+    out: _Folder = Field(min_length=1, description="Folder to write.")
+    reference: str = own("Setting the others are compared with. Empty: the one that costs most.", "scoring", default="")
+    bootstrap: int = knob("evaluation.bootstrap", "scoring")
+    seed: int = knob("seed", "scoring")
+    uri: str = text("tracking.uri", "resources")

@@ -81,12 +81,19 @@ class Tab:
         for kind in ("mousePressed", "mouseReleased"):
             self._ask("Input.dispatchMouseEvent", type=kind, x=x + w / 2, y=y + h / 2, button="left", clickCount=1)
 
+    def type(self, text: str, script: str) -> None:
+        """Replace the text of the field that a JavaScript expression gives."""
+        self.click(script)
+        self.value("document.activeElement.select()")
+        self._ask("Input.insertText", text=text)
+
     def picture(self, path: Path, *, whole: bool = False) -> NDArray[np.uint8]:
-        """Save what is seen as PNG and return it, uint8 (rows, cols, 3)."""
+        """Save what is seen as PNG, in few colours so that it is small, and return it, uint8 (rows, cols, 3)."""
         shot = self._ask("Page.captureScreenshot", format="png", captureBeyondViewport=whole)["data"]
+        seen = Image.open(io.BytesIO(base64.b64decode(shot))).convert("RGB")
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(base64.b64decode(shot))
-        return np.array(Image.open(io.BytesIO(path.read_bytes())).convert("RGB"))
+        seen.quantize(128).save(path, optimize=True)
+        return np.array(seen)
 
     def keep(self, name: str, folder: Path) -> NDArray[np.uint8]:
         """Save what is seen as a small PNG in a folder, or in docs/ where `DOCUMENT` is set, and return it."""

@@ -3,8 +3,10 @@
 import json
 import os
 import socket
+import socketserver
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -73,7 +75,7 @@ def serving(home: Path) -> Iterator[PrefectServer]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     url = f"http://127.0.0.1:{port}/api"
-    env = environment(home, PREFECT_API_URL=url)
+    env = environment(home, PREFECT_API_URL=url, PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS="10")
     command = [BIN / "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
     process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     server = PrefectServer(url, env, process.pid)
@@ -84,6 +86,48 @@ def serving(home: Path) -> Iterator[PrefectServer]:
         yield server
     finally:
         end(process)
+
+
+class _Mail(socketserver.StreamRequestHandler):
+    """What a mail server says to whoever brings mails."""
+
+    def handle(self) -> None:
+        self._say("220 here")
+        for line in self.rfile:
+            if line.upper().startswith(b"DATA"):
+                self._say("354 go on")
+                self.server.mails.append(b"".join(iter(self.rfile.readline, b".\r\n")).decode())
+            self._say("250 ok")
+
+    def _say(self, text: str) -> None:
+        self.wfile.write(f"{text}\r\n".encode())
+
+
+class MailServer(socketserver.ThreadingTCPServer):
+    """A mail server on loopback that keeps what it is sent."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        """Listen, on a port that nobody uses."""
+        super().__init__(("127.0.0.1", 0), _Mail)
+        self.mails: list[str] = []
+
+    @property
+    def address(self) -> str:
+        """The address of a lab, as Apprise writes it."""
+        return f"mailto://127.0.0.1:{self.server_address[1]}?from=wsiflow@example.org&to=lab@example.org"
+
+
+@contextmanager
+def receiving_mail() -> Iterator[MailServer]:
+    """Keep a mail server listening."""
+    with MailServer() as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            yield server
+        finally:
+            server.shutdown()
 
 
 def end(process: subprocess.Popen[bytes]) -> None:

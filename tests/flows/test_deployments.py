@@ -12,17 +12,20 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
+import browser
 import mlflow
 import psutil
 import pytest
+import yaml
 from prefect.workers.process import ProcessWorker
-from serving import BIN, PrefectServer, end
+from serving import BIN, PrefectServer, end, receiving_mail
 from swept import drawn, jobs_of, write_folder
 
 from flows import artifacts, cli, forms
-from flows.compose import compose_config
+from flows.compose import compose_config, trials
 from wsiflow.errors import InputError
 from wsiflow.model.choice import InferenceParams
+from wsiflow.run.config import RunConfig
 from wsiflow.run.executor import jobs
 from wsiflow.run.store import StoreParams
 
@@ -36,8 +39,17 @@ COARSE = ["dense.windows=4", "evaluation.bootstrap=0"]
 
 
 def properties(form: type[forms.Form]) -> dict[str, Any]:
-    """Return a form's fields by the key each one sets."""
-    return {field.get("title", name): field for name, field in form.model_json_schema()["properties"].items()}
+    """Return a form's fields by the key each one sets, those that are folded included."""
+    shown = form.model_json_schema()["properties"]
+    folded = {name: field for part in parts(form).values() for name, field in part.items()}
+    fields = {name: field for name, field in shown.items() if name not in parts(form)} | folded
+    return {field.get("title", name): field for name, field in fields.items()}
+
+
+def parts(form: type[forms.Form]) -> dict[str, dict[str, Any]]:
+    """Return the fields of every part of a form that the page shows folded."""
+    shown = form.model_json_schema()["properties"]
+    return {name: field["anyOf"][1]["properties"] for name, field in shown.items() if field.get("default") == {}}
 
 
 # --- forms
@@ -60,26 +72,42 @@ def test_bounds_and_choices_are_those_of_the_configuration() -> None:
         "store.compression": StoreParams.model_fields["compression"].annotation,
     }.items():
         assert shown[key]["enum"] == list(get_args(literal))
-    assert shown["inference.stride"]["minimum"] == 1
+    assert shown["inference.stride"]["enum"] == [one for one in range(1, 225) if 224 % one == 0]
     assert (shown["evaluation.bootstrap"]["minimum"], shown["evaluation.bootstrap"]["maximum"]) == (0, 100_000)
     assert shown["shard_slides"]["minimum"] == shown["executor.workers"]["anyOf"][0]["minimum"] == 0
     assert shown["dataset.limit"]["anyOf"][0]["minimum"] == 1
-    assert properties(forms.Sweep)["inference.stride"]["items"] == {"type": "integer", "minimum": 1}
+    assert properties(forms.Sweep)["inference.stride"]["items"]["enum"] == shown["inference.stride"]["enum"]
+    assert properties(forms.Sweep)["repeat"]["items"] == {"type": "integer", "minimum": 1}
+    assert shown["name"]["pattern"] == RunConfig.model_json_schema()["properties"]["name"]["pattern"]
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_every_field_is_described(form: type[forms.Form]) -> None:
     """No field of a form is a bare name, and the free overrides come last."""
     shown = form.model_json_schema()["properties"]
-    assert all(field["description"] for field in shown.values())
-    assert [field["position"] for field in shown.values()] == list(range(len(shown)))
+    for fields in (shown, *parts(form).values()):
+        assert all(field["description"] for field in fields.values())
+        assert [field["position"] for field in fields.values()] == list(range(len(fields)))
     assert list(shown)[-1] == "overrides"
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_form_begins_with_the_few_fields_that_most_runs_need(form: type[forms.Form]) -> None:
+    """What else there is lies in parts, and a request may name it in its part or beside the others."""
+    shown = form.model_json_schema()["properties"]
+    assert len(shown.keys() - parts(form) - {"overrides"}) <= 9
+    needed = dict.fromkeys(form.model_json_schema()["required"], "x")
+    assert parts(form)
+    for part, fields in parts(form).items():
+        values = {name: field["default"] for name, field in fields.items()}
+        assert form.model_validate({**needed, part: values}) == form.model_validate({**needed, **values})
+    assert form.model_validate({**needed, **{part: {} for part in parts(form)}}) == form.model_validate(needed)
 
 
 def test_an_untouched_form_is_the_command_without_arguments() -> None:
     """A form that nobody has filled in gives the values of ``conf/``."""
-    assert compose_config(forms.Run().to_overrides()) == compose_config([])
-    assert jobs_of(forms.Sweep().to_overrides()) == {"": forms.Sweep().to_overrides()}
+    assert compose_config(forms.Run(name="run").to_overrides()) == compose_config([])
+    assert jobs_of(forms.Sweep(name="run").to_overrides()) == {"": forms.Sweep(name="run").to_overrides()}
 
 
 GIVEN = {
@@ -111,8 +139,8 @@ def test_a_choice_means_what_its_file_says(turn: int) -> None:
     """Files chosen in the form set every key as on the command line; only the stride is always the form's."""
     values = chosen(turn)
     keys = {field.title: values[name] for name, field in forms.Run.model_fields.items() if name in values}
-    typed = ["inference.stride=16", *(f"{key}={value}" for key, value in keys.items())]
-    assert compose_config(forms.Run(**values).to_overrides()) == compose_config(typed)
+    typed = ["name=a", "inference.stride=16", *(f"{key}={value}" for key, value in keys.items())]
+    assert compose_config(forms.Run(name="a", **values).to_overrides()) == compose_config(typed)
 
 
 def test_every_choice_has_its_turn() -> None:
@@ -120,7 +148,9 @@ def test_every_choice_has_its_turn() -> None:
     assert {group: sorted({chosen(turn)[group] for turn in TURNS}) for group in CHOICES} == CHOICES
 
 
-@pytest.mark.parametrize("text", ["null", "true", "1e3", "a b,c", "it's", "x=1", "[1]", "back\\", "\\'", "#1", "æ"])
+@pytest.mark.parametrize(
+    "text", ["null", "true", "1e3", "a b,c", "it's", "x=1", "[1]", "back\\", "\\'", "#1", "æ", "lab/a"]
+)
 def test_a_text_arrives_as_it_was_typed(text: str) -> None:
     """A text with characters that Hydra reads as syntax stays as it was typed."""
     config = compose_config(forms.Run(name=text, dataset="folder", folder=f"/slides/{text}").to_overrides())
@@ -129,27 +159,66 @@ def test_a_text_arrives_as_it_was_typed(text: str) -> None:
 
 def test_an_override_has_the_last_word() -> None:
     """An override replaces the field that sets the same key."""
-    assert compose_config(forms.Run(stride=16, overrides=["inference.stride=56"]).to_overrides()).inference.stride == 56
+    assert (
+        compose_config(
+            forms.Run(name="a", stride=16, overrides=["inference.stride=56"]).to_overrides()
+        ).inference.stride
+        == 56
+    )
 
 
 def test_what_cannot_go_together_is_refused_in_one_line() -> None:
-    """A stride that does not divide the tile is refused, although it is within its bounds."""
+    """A stride that does not divide the tile is refused where it is typed as an override."""
     with pytest.raises(InputError, match=r"inference\.stride is 30, it must divide tiles\.tile_px") as refused:
-        compose_config(forms.Run(stride=30).to_overrides())
+        compose_config(forms.Run(name="a", overrides=["inference.stride=30"]).to_overrides())
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["..", "a/../../b", "/etc", "a//b", "a/", ".shared", " ", "a/ b"])
+def test_a_name_does_not_lead_out_of_the_folder_of_runs(name: str) -> None:
+    """The command line refuses what the form's pattern refuses, too."""
+    assert not re.search(properties(forms.Run)["name"]["pattern"], name)
+    with pytest.raises(InputError, match="name: neither a name nor a part of one") as refused:
+        compose_config(forms.Run(name=name).to_overrides())
     assert "\n" not in str(refused.value)
 
 
 def test_a_sweep_is_every_combination_of_its_lists() -> None:
     """Lists of the form and swept overrides are combined, and named as ``wsiflow run -m`` names them."""
-    form = forms.Sweep(stride=[56, 112], stain=["none", "macenko"], overrides=["lesions.threshold=0.3,0.5"])
+    form = forms.Sweep(name="a", stride=[56, 112], stain=["none", "macenko"], overrides=["lesions.threshold=0.3,0.5"])
     jobs = jobs_of(form.to_overrides())
     assert len(jobs) == 8
     assert "inference.stride=112,stain=macenko,lesions.threshold=0.5" in jobs
-    folder = compose_config(forms.Sweep().to_overrides()).out
+    folder = compose_config(forms.Sweep(name="a").to_overrides()).out
     for job, overrides in jobs.items():
         assert compose_config(overrides, job=job).out.name == job
         assert compose_config(overrides, job=job).out.parent.parent == folder.parent
     assert len({compose_config(overrides, job=job).out.parent for job, overrides in jobs.items()}) == 1
+
+
+def test_a_demo_of_another_size_draws_slides_of_its_own() -> None:
+    """The slides of the usual demo are not those of another size, which would be refused in their folder."""
+    usual, large = (compose_config(forms.Demo(name="a", size_px=size).to_overrides()) for size in (6144, 8192))
+    assert usual.dataset == compose_config([]).dataset
+    assert (large.dataset.folder.name, large.dataset.size_px) == ("data-8192", 8192)
+
+
+def test_an_experiment_of_the_form_is_that_of_the_command_line() -> None:
+    """Fields that are left as they are do not replace what the experiment says; those that are changed do."""
+    form = forms.Sweep(name="a", experiment="stride_tradeoff", stain=["none", "macenko"], repeat=[1, 2])
+    typed = ["experiment=stride_tradeoff", "name=a", "repeat=1,2", "stain=none,macenko"]
+    assert list(trials(form.to_overrides())) == list(trials(typed))
+    assert len(trials(typed)) == 6 * 2 * 2
+
+
+def test_the_requests_of_the_document_can_be_sent() -> None:
+    """Examples have names that are fields, and values that compose."""
+    text = (ROOT / "docs/prefect.md").read_text()
+    begins = [found.end() for found in re.finditer(r"[\"']request(=|\": )(?=\{)", text)]
+    assert len(begins) == 2
+    for begin in begins:
+        request, _ = json.JSONDecoder().raw_decode(text, begin)
+        assert compose_config(forms.Run.model_validate(request).to_overrides()).inference.stride == 56
 
 
 # --- files for sites
@@ -222,20 +291,23 @@ def deployed(server: PrefectServer, tmp_path_factory: pytest.TempPathFactory) ->
     pool["base_job_template"] = ProcessWorker.get_default_base_job_template()
     assert server.answer("work_pools/", pool)[0] == 201
     server.prefect("deploy", "--prefect-file", str(ROOT / "deployments/prefect.yaml"), "--all", cwd=home)
-    return Deployed(server, home, {entry["name"]: entry for entry in server.ask("deployments/filter", {})})
+    entries = {entry["name"]: entry for entry in server.ask("deployments/filter", {})}
+    return Deployed(server, home, entries | {"run": entries["my slides"]})
 
 
 def test_there_is_an_entry_for_every_use(deployed: Deployed) -> None:
     """Each has a description and a limit, enforces its form and works where it was deployed; schedules are examples."""
-    assert set(deployed.entries) == {"demo", "run", "sweep", "evaluate", "compare"}
+    assert set(deployed.entries) == {"demo", "my slides", "run", "new slides weekly", "sweep", "evaluate", "compare"}
     for entry in deployed.entries.values():
         assert entry["enforce_parameter_schema"]
         assert entry["description"]
+        assert "wsiflow" in entry["tags"]
         assert entry["global_concurrency_limit"]["limit"] >= 1
         assert entry["job_variables"]["env"]["DO_NOT_TRACK"] == "1"
         step = entry["pull_steps"][0]["prefect.deployments.steps.set_working_directory"]
         assert Path(step["directory"]) == deployed.home
-    assert [schedule["active"] for schedule in deployed.entries["run"]["schedules"]] == [False]
+    active = {schedule["active"] for entry in deployed.entries.values() for schedule in entry["schedules"]}
+    assert active == {False}
 
 
 def test_the_server_shows_the_form(deployed: Deployed) -> None:
@@ -243,29 +315,36 @@ def test_the_server_shows_the_form(deployed: Deployed) -> None:
     for name, form in zip(("demo", "run", "sweep", "evaluate", "compare"), FORMS, strict=True):
         shown = deployed.entries[name]["parameter_openapi_schema"]["definitions"][form.__name__]
         assert shown["properties"] == form.model_json_schema()["properties"]
+        assert shown["patternProperties"] == form.model_json_schema()["patternProperties"]
         assert shown["additionalProperties"] is False
 
 
 @pytest.mark.parametrize(
     ("name", "request_"),
     [
-        ("run", {"stride": 0}),
-        ("run", {"stride": "fine"}),
-        ("run", {"workers": -1}),
-        ("run", {"shard_slides": -1}),
-        ("run", {"bootstrap": 1_000_000}),
-        ("run", {"limit": 0}),
-        ("run", {"executor": "airflow"}),
-        ("run", {"precision": "fp8"}),
-        ("run", {"stain": "ink"}),
+        ("run", {"name": "a", "stride": 30}),
+        ("run", {"name": "a", "stride": "fine"}),
+        ("run", {"name": "a", "workers": -1}),
+        ("run", {"name": "a", "resources": {"workers": -1}}),
+        ("run", {"name": "a", "shard_slides": -1}),
+        ("run", {"name": "a", "scoring": {"bootstrap": 1_000_000}}),
+        ("run", {"name": "a", "limit": 0}),
+        ("run", {"name": "a", "executor": "airflow"}),
+        ("run", {"name": "a", "network": {"precision": "fp8"}}),
+        ("run", {"name": "a", "stain": "ink"}),
+        ("run", {"name": "a", "out": "a/../../b"}),
+        ("run", {"name": "a/../../b"}),
         ("run", {"name": ""}),
-        ("run", {"colour": "red"}),
-        ("run", {"overrides": "stride=16"}),
-        ("demo", {"size_px": 10}),
-        ("sweep", {"stride": []}),
-        ("sweep", {"stride": [16, 0]}),
-        ("sweep", {"stain": ["none", "ink"]}),
-        ("evaluate", {"manifest": "m.csv", "detections": "d"}),
+        ("run", {"name": "a", "colour": "red"}),
+        ("run", {"name": "a", "pixels": {"colour": "red"}}),
+        ("run", {"name": "a", "overrides": "stride=16"}),
+        ("demo", {"name": "a", "size_px": 10}),
+        ("sweep", {"name": "a", "stride": []}),
+        ("sweep", {"name": "a", "stride": [16, 30]}),
+        ("sweep", {"name": "a", "repeat": [0]}),
+        ("sweep", {"name": "a", "experiment": "everything"}),
+        ("sweep", {"name": "a", "stain": ["none", "ink"]}),
+        ("evaluate", {"manifest": "m.csv", "detections": "d", "out": "../o"}),
         ("evaluate", {"manifest": "m.csv", "detections": "d", "out": "o", "mask_downsample": 0}),
     ],
 )
@@ -274,15 +353,98 @@ def test_the_server_refuses_what_the_form_does_not_allow(deployed: Deployed, nam
     before = deployed.server.ask("flow_runs/count", {})
     status, answer = deployed.trigger(name, {"request": request_})
     assert status == 409
-    named = next(reversed(request_)) if name != "evaluate" or len(request_) == 4 else "out"
-    assert named in answer["detail"]
+    named, value = next(reversed(request_.items()))
+    assert (next(iter(value)) if isinstance(value, dict) else named) in answer["detail"]
     assert deployed.server.ask("flow_runs/count", {}) == before
 
 
 def test_the_server_refuses_a_run_without_a_form(deployed: Deployed) -> None:
-    """Parameters that are no form are refused."""
+    """Parameters that are no form are refused, and a run that nobody has named."""
     assert deployed.trigger("run", {"stride": 16})[0] == 409
+    for parameters in ({}, {"request": {"stride": 16}}):
+        status, answer = deployed.trigger("run", parameters)
+        assert (status, "'name' is a required property" in answer["detail"]) == (409, True)
     assert deployed.trigger("sweep", {})[0] == 409
+
+
+# --- in the browser
+
+
+# Not with the mouse: messages lie over the button for some seconds, and what is loaded moves it.
+SUBMIT = "[...document.querySelectorAll('button')].find(one => one.innerText == 'Submit').click()"
+NAME = "document.getElementById([...document.querySelectorAll('label')].find(one => one.innerText == 'name')?.htmlFor)"
+
+
+class Pages(NamedTuple):
+    """The pages of the server, and the tab to look at them."""
+
+    deployed: Deployed
+    tab: browser.Tab
+    pictures: Path
+
+    def open(self, page: str) -> browser.Tab:
+        """Open a page of Prefect."""
+        self.tab.open(f"{self.deployed.server.url.removesuffix('api')}v2/{page}")
+        return self.tab
+
+    def keep(self, name: str) -> None:
+        """Keep what is seen; docs/prefect.md shows it."""
+        assert self.tab.picture(self.pictures / f"prefect-{name}.png").std() > 10
+
+
+@pytest.fixture(scope="module")
+def pages(deployed: Deployed, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pages]:
+    if browser.CHROMIUM is None:
+        pytest.skip("Chromium is not installed")
+    folder = tmp_path_factory.mktemp("pages")
+    with browser.chromium(folder / "home") as tab:
+        yield Pages(deployed, tab, Path(os.environ.get("WSIFLOW_SCREENSHOTS", folder / "pictures")))
+
+
+def test_the_page_of_a_form_starts_what_the_server_allows(pages: Pages) -> None:
+    """Few fields are seen, parts open, a missing or wrong name is refused, and the right one starts a run."""
+    entry = pages.deployed.entries["run"]["id"]
+    own = {"flow_runs": {"deployment_id": {"any_": [entry]}}}
+    tab = pages.open(f"deployments/deployment/{entry}/run")
+    text = tab.wait_for("wsiflow run", "dataset.manifest", "Folder and machines")
+    assert "store.compression" not in text
+    pages.keep("form")
+    tab.value(SUBMIT)
+    tab.wait_for("'name' is a required property")
+    tab.type("a/../../b", NAME)
+    tab.value(SUBMIT)
+    tab.wait_for("'a/../../b' does not match")
+    tab.value(f"{NAME}.scrollIntoView()")
+    pages.keep("refused")
+    tab.value("[...document.querySelectorAll('[role=tab]')].find(one => one.innerText.trim() == 'change').focus()")
+    tab.wait_for("dataset.path")
+    assert pages.deployed.server.ask("flow_runs/count", own) == 0
+    tab.type("typed", NAME)
+    tab.value(SUBMIT)
+    tab.wait("!document.body.innerText.includes('does not match')")  # the first time it takes the message away alone
+    tab.value(SUBMIT)
+    wait(lambda: pages.deployed.server.ask("flow_runs/count", own) == 1)
+    (run,) = pages.deployed.server.ask("flow_runs/filter", own)
+    assert forms.Run.model_validate(run["parameters"]["request"]) == forms.Run(name="typed", dataset="folder")
+    pages.deployed.server.answer(f"flow_runs/{run['id']}/set_state", {"state": {"type": "CANCELLED"}, "force": True})
+
+
+def test_a_schedule_that_the_page_switches_on_starts_what_its_entry_says(pages: Pages) -> None:
+    """The parameters of the runs it creates are those of the entry."""
+    entry = pages.deployed.entries["new slides weekly"]
+    own = {"flow_runs": {"deployment_id": {"any_": [entry["id"]]}}}
+    tab = pages.open(f"deployments/deployment/{entry['id']}")
+    tab.wait_for("At 08:00 PM, only on Friday")
+    switch = "[...document.querySelectorAll('[role=switch]')].at(-1)"
+    tab.value(f"{switch}.click()")
+    tab.wait(f"{switch}.ariaChecked == 'true'")
+    wait(lambda: pages.deployed.server.ask("flow_runs/count", own) > 0)
+    pages.keep("schedule")
+    for run in pages.deployed.server.ask("flow_runs/filter", own):
+        assert run["parameters"] == entry["parameters"]
+        assert run["parameters"]["request"]["name"] == "weekly"
+    tab.value(f"{switch}.click()")
+    wait(lambda: pages.deployed.server.ask("flow_runs/count", own) == 0)
 
 
 class Worker(NamedTuple):
@@ -318,6 +480,7 @@ class Finished(NamedTuple):
 
     deployed: Deployed
     runs: dict[str, str]
+    mails: list[str]
 
     def artifacts(self, name: str) -> dict[str, str]:
         """Return what a run shows on its page, by the last word of each key."""
@@ -359,14 +522,32 @@ def scheduled(deployed: Deployed, request: dict[str, Any]) -> str:
 
 
 @pytest.fixture(scope="module")
-def finished(deployed: Deployed, worker: Worker, tiny_slides: Path, small_slides: Path) -> Finished:
+def mails(deployed: Deployed) -> Iterator[list[str]]:
+    """What the automations of ``deployments/automations.yaml`` mail."""
+    (kind,) = deployed.server.ask("block_types/filter", {"block_types": {"name": {"like_": "Slack Webhook"}}})
+    of_kind = {"block_schemas": {"block_type_id": {"any_": [kind["id"]]}}}
+    (schema,) = deployed.server.ask("block_schemas/filter", of_kind)
+    with receiving_mail() as server:
+        block = {"name": "wsiflow-mail", "data": {"url": server.address}}
+        ids = {"block_type_id": kind["id"], "block_schema_id": schema["id"]}
+        status, block = deployed.server.answer("block_documents/", block | ids)
+        assert status == 201, block
+        text = (ROOT / "deployments/automations.yaml").read_text().replace("BLOCK", block["id"])
+        for automation in yaml.safe_load(text)["automations"]:
+            assert deployed.server.answer("automations/", automation)[0] == 201
+        yield server.mails
+
+
+@pytest.fixture(scope="module")
+def finished(deployed: Deployed, worker: Worker, mails: list[str], tiny_slides: Path, small_slides: Path) -> Finished:
     common = {"dataset": "manifest", "manifest": str(tiny_slides), "executor": "inline", "overrides": COARSE}
     folder = detections(small_slides, deployed.home / "detections")
     for name, skill in {"good": 0.9, "bad": 0.3}.items():
         write_folder(deployed.home / "two" / name, drawn(skill, n_slides=6), core_hours=skill)
+    trials_of_sweep = [*COARSE, "inference.stride=30,112,224"]  # the form itself offers no stride of 30
     requests = {
         "run": {**common, "name": "one", "stride": 224, "tracking": "off"},
-        "sweep": {**common, "name": "many", "stride": [30, 112, 224], "store": ["none"]},
+        "sweep": {**common, "name": "many", "store": ["none"], "overrides": trials_of_sweep},
         "compare": {"folders": ["two"], "out": "compared", "reference": "run=bad"},
     }
     weekly = {"manifest": str(small_slides), "detections": str(folder), "out": "weekly", "bootstrap": 20}
@@ -376,7 +557,7 @@ def finished(deployed: Deployed, worker: Worker, tiny_slides: Path, small_slides
         assert status == 201, answer
         runs[name] = answer["id"]
     wait(lambda: all(deployed.run(one)["end_time"] for one in runs.values()))
-    return Finished(deployed, runs)
+    return Finished(deployed, runs, mails)
 
 
 def test_a_worker_completes_what_the_form_says(finished: Finished) -> None:
@@ -417,6 +598,28 @@ def test_a_sweep_goes_on_after_a_trial_that_fails(finished: Finished) -> None:
     assert "| inference.stride=30 | failed (20) |" in shown["sweep"]
     assert "| inference.stride=224 | complete | " in shown["sweep"]
     assert [row["Setting"] for row in json.loads(shown["table"])] == ["stride=112", "stride=224"]
+
+
+def test_a_mail_says_that_a_sweep_has_failed(finished: Finished) -> None:
+    """It has the reason, and is the only one: completed runs and the trials of the sweep send none."""
+    wait(lambda: bool(finished.mails))
+    assert {line for mail in finished.mails for line in mail.splitlines() if line.startswith("Subject:")} == {
+        "Subject: sweep: many is Failed"
+    }
+    assert "1 of 3 trials failed: inference.stride=3D30" in finished.mails[0].replace("=\r\n", "")
+
+
+def test_the_page_of_a_run_shows_what_came_of_it(pages: Pages, finished: Finished) -> None:
+    """Name, state, tags and the link to its entry; its scores and figures are under Artifacts."""
+    tab = pages.open(f"runs/flow-run/{finished.runs['run']}?tab=Artifacts")
+    tab.wait_for("one", "Completed", "wsiflow", "my slides", "result")
+    own = {"flow_runs": {"id": {"any_": [finished.runs["run"]]}}}
+    shown = finished.deployed.server.ask("artifacts/filter", own)
+    (result,) = [one["id"] for one in shown if one["key"].endswith("-result")]
+    pages.open(f"artifacts/artifact/{result}")
+    tab.wait("[...document.images].some(one => one.src.startsWith('data:') && one.getBoundingClientRect().width > 100)")
+    tab.wait_for("Slide AUC", "Folder:")
+    pages.keep("result")
 
 
 def test_runs_are_compared_from_a_form(finished: Finished) -> None:

@@ -6,13 +6,15 @@ keys and values out of bounds are refused before anything else happens, with the
 
 import difflib
 import inspect
+import re
 from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib import resources
-from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     Field,
     ValidationError,
@@ -35,12 +37,27 @@ from wsiflow.slides.kinds import DatasetParams
 from wsiflow.slides.stain.params import StainParams
 from wsiflow.system.paths import AbsolutePath
 
+# Parts of a path, none of which is hidden or leads upwards: the folder of a run lies below runs/.
+_NAME = r"^[^/.\s][^/]*(/[^/.\s][^/]*)*$"
+
+
+def _check_name(name: str) -> str:
+    if not re.match(_NAME, name):
+        raise ValueError("neither a name nor a part of one between slashes may be empty or begin with a dot or a blank")
+    return name
+
+
+_Name = Annotated[str, AfterValidator(_check_name), Field(min_length=1, json_schema_extra={"pattern": _NAME})]
+
 
 class RunConfig(BaseModel, frozen=True, extra="forbid"):
     """All settings of a run; see the ``XParams`` of each part."""
 
     out: AbsolutePath = Field(description="Folder of the run.")
-    name: str = Field(min_length=1, description="Name of the run in reports.")
+    name: _Name = Field(
+        description="Name of the run, and of its folder below runs/ where out= is not given. None of its parts between "
+        "slashes begins with a dot or a blank."
+    )
     seed: int = Field(ge=0, description="Seed of everything that is drawn at random, which is the bootstrap.")
     repeat: int = Field(
         ge=1,
