@@ -92,15 +92,12 @@ class Tab:
         shot = self._ask("Page.captureScreenshot", format="png", captureBeyondViewport=whole)["data"]
         seen = Image.open(io.BytesIO(base64.b64decode(shot))).convert("RGB")
         path.parent.mkdir(parents=True, exist_ok=True)
-        seen.quantize(128).save(path, optimize=True)
+        seen.quantize(200, dither=Image.Dither.NONE).save(path, optimize=True)
         return np.array(seen)
 
     def keep(self, name: str, folder: Path) -> NDArray[np.uint8]:
         """Save what is seen as a small PNG in a folder, or in docs/ where `DOCUMENT` is set, and return it."""
-        path = (DOCS if os.environ.get(DOCUMENT) else folder) / name
-        seen = self.picture(path)
-        Image.fromarray(seen).quantize(200, dither=Image.Dither.NONE).save(path, optimize=True)
-        return seen
+        return self.picture((DOCS if os.environ.get(DOCUMENT) else folder) / name)
 
     def _ask(self, method: str, **params: Any) -> dict[str, Any]:
         self._asked += 1

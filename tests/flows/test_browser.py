@@ -72,7 +72,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seen]:
     complete = "tags.`wsiflow.role` = 'run' and attributes.status = 'FINISHED'"
     runs = {one.info.run_id: one for one in client.search_runs([experiment], complete)}
     *links, command = (line[11:] for line in comparison.summary_text(result).splitlines()[-3:])
-    pictures = Path(os.environ.get("WSIFLOW_SCREENSHOTS", folder / "pictures"))
+    pictures = folder / "pictures"
     with _server(folder, command.removeprefix("served by: ")) as url, browser.chromium(folder / "home") as tab:
         tab.open(url)
         tab.wait_for("Experiments")

@@ -389,7 +389,7 @@ class Pages(NamedTuple):
 
     def keep(self, name: str) -> None:
         """Keep what is seen; docs/prefect.md shows it."""
-        assert self.tab.picture(self.pictures / f"prefect-{name}.png").std() > 10
+        assert self.tab.keep(f"prefect-{name}.png", self.pictures).std() > 10
 
 
 @pytest.fixture(scope="module")
@@ -398,7 +398,7 @@ def pages(deployed: Deployed, tmp_path_factory: pytest.TempPathFactory) -> Itera
         pytest.skip("Chromium is not installed")
     folder = tmp_path_factory.mktemp("pages")
     with browser.chromium(folder / "home") as tab:
-        yield Pages(deployed, tab, Path(os.environ.get("WSIFLOW_SCREENSHOTS", folder / "pictures")))
+        yield Pages(deployed, tab, folder / "pictures")
 
 
 def test_the_page_of_a_form_starts_what_the_server_allows(pages: Pages) -> None:
