@@ -11,6 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from wsiflow.errors import InputError, WsiflowError
 from wsiflow.model import read_card
+from wsiflow.run import tracking
 from wsiflow.run.config import RunConfig, validate
 
 from . import folders, keys, sweep
@@ -34,6 +35,7 @@ def _keys(*, _root_: DictConfig) -> str:
 
 OmegaConf.register_new_resolver("wsiflow_folder", _folder, replace=True)
 OmegaConf.register_new_resolver("wsiflow_sweep", _sweep_folder, replace=True)
+OmegaConf.register_new_resolver("wsiflow_store", tracking.default_uri, replace=True)
 OmegaConf.register_new_resolver("wsiflow_keys", _keys, replace=True)
 
 
@@ -57,8 +59,8 @@ def to_config(composed: DictConfig, overrides: Sequence[str], *, job: str = "") 
     if values["share"] == "auto":  # repeats measure costs, so each does its own work
         values["share"] = str(Path(values["out"]) / ".shared" / f"repeat-{values['repeat']}") if job else None
     if job:
-        tracking, out = values["tracking"], Path(values["out"])
-        tracking["sweep"] = sweep.name() or sweep.name_of(tracking["sweep"], values["name"], out)
+        recorded, out = values["tracking"], Path(values["out"])
+        recorded["sweep"] = sweep.name() or sweep.name_of(recorded["sweep"], values["name"], out)
         values["out"] = str(out / job)
     return _with_stride_alone(validate(values), overrides)
 

@@ -165,7 +165,8 @@ def _sweep(request: forms.Sweep) -> State[Any]:
         key=artifacts.key_of(request.name, folder, "sweep"),
         description=f"Sweep {request.name}",
     )
-    _compare_trials(request, failed)
+    if "" not in jobs:  # a single run is in the folder of its name, beside others
+        _compare_trials(request, failed)
     if failed:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in failed.items())
         return Failed(message=f"{len(failed)} of {len(jobs)} trials failed: {reasons}")
@@ -230,6 +231,7 @@ def _compare_trials(request: forms.Sweep, failed: Mapping[str, str]) -> None:
     except WsiflowError as error:
         key = artifacts.key_of(request.name, config.out.parent, "comparison")
         create_markdown_artifact(f"Not compared: {error}\n", key=key, description=request.name)
+        comparison.describe_sweep(config.out.parent, config.tracking, str(error), failed)
         return
     if result is not None:
         comparing.create_artifacts(result)

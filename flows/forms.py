@@ -220,12 +220,19 @@ class Form(BaseModel, frozen=True, extra="forbid", json_schema_extra=_arrange):
 
     def to_overrides(self) -> list[str]:
         """Return the form as overrides."""
-        filled = {key: value for key, value in self._values().items() if value not in ("", None)}
+        filled = {
+            key: value for key, value in self._values().items() if value not in ("", None) and not _is_usual(key, value)
+        }
         return [*(f"{key}={_override(value)}" for key, value in filled.items()), *self.overrides]
 
     def _values(self) -> dict[str, Any]:
         """Return the values of the fields that set keys, by key."""
         return {field.title: getattr(self, name) for name, field in type(self).model_fields.items() if field.title}
+
+
+def _is_usual(key: str, value: Any) -> bool:
+    """Tell whether a stride is the usual one, which is not given: networks that it does not fit get another."""
+    return key == "inference.stride" and value in (_default(key), [_default(key)])
 
 
 def _override(value: Any) -> str:

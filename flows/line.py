@@ -81,8 +81,7 @@ def line(config: RunConfig, submit: Submit, views: Sequence[progress.View] = ())
     with driver.recorded(config.out) as ended, progress.shown(config.out, views), _tracked(config):
         summary = _line(config, submit, workers, logs.note)
         ended["exit_code"] = summary.exit_code
-        if not summary.metrics:
-            record.fail(config, summary.text)
+        _track_end(config, summary)
     return summary
 
 
@@ -91,9 +90,17 @@ def _tracked(config: RunConfig) -> Iterator[None]:
     """Record a run that ends with an error as failed."""
     try:
         yield
+    except _WorkLeftError:
+        raise  # the run that does the work goes on with the record
     except Exception as error:
         record.fail(config, str(error))
         raise
+
+
+def _track_end(config: RunConfig, summary: finish.Summary) -> None:
+    """Record a run that ends without scores as failed."""
+    if not summary.metrics:
+        record.fail(config, summary.text)
 
 
 def finished(config: RunConfig) -> finish.Summary | None:
@@ -103,9 +110,11 @@ def finished(config: RunConfig) -> finish.Summary | None:
     """
     notes: list[tuple[str, int]] = []
     try:
-        summary = _line(config, _at_once, _no_workers, lambda *note: notes.append(note))
+        with _tracked(config):
+            summary = _line(config, _at_once, _no_workers, lambda *note: notes.append(note))
     except _WorkLeftError:
         return None  # the run that does the work logs all notes again
+    _track_end(config, summary)
     for note in notes:
         logs.note(*note)
     return summary

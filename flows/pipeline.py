@@ -195,7 +195,7 @@ def as_flow_or_without(config: RunConfig, name: str) -> Summary:
     The flow runs in a thread: Prefect asks a server that is gone again and again, for minutes, and a run does not need
     the answers.
     """
-    heard: SimpleQueue[Summary | Exception] = SimpleQueue()
+    heard: SimpleQueue[Summary | BaseException] = SimpleQueue()
     began = threading.Event()
 
     def report(result: Summary | Exception) -> None:
@@ -205,7 +205,7 @@ def as_flow_or_without(config: RunConfig, name: str) -> Summary:
     def body() -> None:
         try:
             as_flow(config, name, report)
-        except Exception as error:  # noqa: BLE001 - raised again in the calling thread
+        except BaseException as error:  # noqa: BLE001 - raised again in the calling thread; some of Prefect are no Exception
             heard.put(error)
 
     thread = threading.Thread(target=partial(contextvars.copy_context().run, body), name="flow", daemon=True)
@@ -218,7 +218,7 @@ def as_flow_or_without(config: RunConfig, name: str) -> Summary:
     if _is_lost(thread, url):
         logs.note(f"the Prefect server at {url} no longer answers: the run's page ends early, the run does not")
         stopping.abandon_threads()
-    if isinstance(result, Exception):
+    if isinstance(result, BaseException):
         raise result
     return result
 

@@ -135,7 +135,10 @@ def _run_job(composed: DictConfig, config: RunConfig, hydra_config: HydraConf) -
     """Run a job, print its result, and keep beside its results how Hydra composed it."""
     summary = start(config)
     terminal.say(summary.text)
-    sweep.write_composition(config.out, composed, hydra_config)
+    try:
+        sweep.write_composition(config.out, composed, hydra_config)
+    except OSError as error:  # the run itself is complete
+        logs.note(f"{config.out / '.hydra'} is not written: {error.strerror}", logging.WARNING)
     return summary
 
 

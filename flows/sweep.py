@@ -164,7 +164,11 @@ def _compare(config: DictConfig) -> None:
     params: Any = OmegaConf.to_container(config.tracking, resolve=True)
     named = tracking.TrackingParams.model_validate({**params, "sweep": name()})
     options = comparison.Options(resamples=config.evaluation.bootstrap, seed=config.seed)
-    failed = {trial.name: trial.reason for trial in _trials() if trial.failed or trial.skipped}
+    failed = {
+        trial.name: f"skipped: {trial.reason}" if trial.skipped else trial.reason
+        for trial in _trials()
+        if trial.failed or trial.skipped
+    }
     compare_sweep(folder(), named, options, failed)
 
 
@@ -461,8 +465,8 @@ def _is_abandoned(folder: Path) -> bool:
 
 
 def record_end(number: int, trial: Trial) -> None:
-    """Record how a trial ended, unless the sweep has ended before it."""
-    with contextlib.suppress(FileNotFoundError):
+    """Record how a trial ended; one that cannot, since the sweep has ended or the disk is full, counts as failed."""
+    with contextlib.suppress(OSError):
         (Path(_shared()["folder"]) / f"{number}.json").write_text(json.dumps(trial), encoding="utf-8")
 
 

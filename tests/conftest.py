@@ -102,9 +102,9 @@ def two_settings(small_slides: Path, once: Once, finished: Path) -> tuple[Path, 
     """The folders of two runs over the small data set: fp32, and bf16 (window by window where the CPU has no bf16)."""
     from small_runs import over, wsiflow
 
-    from wsiflow.model.engines import spec
+    from wsiflow.system.machine import cpu_supports_bf16
 
-    other = "inference.precision=bf16" if spec.cpu_supports_bf16() else "inference.engine=window"
+    other = "inference.precision=bf16" if cpu_supports_bf16() else "inference.engine=window"
 
     def make(folder: Path) -> None:
         assert wsiflow(*over(small_slides, folder / "other", other)) == 0

@@ -434,8 +434,8 @@ def test_trials_that_failed_are_named(tmp_path: Path) -> None:
     selection = runs_of_trials(tmp_path, {"b": "the memory\nended", "stride=30": "it must divide 224"})
     assert [one.name for one in selection.runs] == ["a"]
     assert selection.notes == [
-        "Left out, since it failed: b: the memory ended.",
-        "Left out, since it failed: stride=30: it must divide 224.",
+        "Left out, since it has no scores: b: the memory ended.",
+        "Left out, since it has no scores: stride=30: it must divide 224.",
     ]
 
 

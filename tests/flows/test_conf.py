@@ -201,7 +201,7 @@ def test_the_help_shows_every_key_of_what_is_chosen(capsys: pytest.CaptureFixtur
         key for key in known_keys() if not key.startswith(("executor.dask", "stain.target", "dataset."))
     } - {"executor.array.dialect.environment"} | {f"dataset.{name}" for name in SyntheticSlides.model_fields}
     assert "\ninference.stride=16\n    Distance between" in output
-    assert "\ntracking.uri=${oc.env:MLFLOW_TRACKING_URI,'sqlite:///runs/mlflow.db'}\n    Address of" in output
+    assert "\ntracking.uri=${wsiflow_store:}\n    Address of" in output
 
 
 def test_the_store_is_the_users_else_one_for_all_runs_of_a_folder(

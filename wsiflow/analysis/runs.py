@@ -86,10 +86,10 @@ def runs_of_trials(folder: Path, failed: Collection[str]) -> RunSelection:
 
 
 def failure_notes(failed: Collection[str]) -> list[str]:
-    """Return a sentence for each trial that failed; ``failed`` may map the names to reasons."""
+    """Return a sentence for each trial without scores; ``failed`` may map the names to reasons."""
     reasons = failed if isinstance(failed, Mapping) else dict.fromkeys(failed, "")
     return [
-        f"Left out, since it failed: {name}{': ' if reasons[name] else ''}{' '.join(reasons[name].split())}."
+        f"Left out, since it has no scores: {name}{': ' if reasons[name] else ''}{' '.join(reasons[name].split())}."
         for name in sorted(reasons, key=natural_key)
     ]
 

@@ -82,7 +82,8 @@ def _check_maps(config: RunConfig, model: card.ModelCard) -> None:
         group = f"a group of {config.tiles.group_tiles} tiles"
         cause = f"the scores of model.maps take {needed_mb:.0f} MB for {group}, more than half of "
         cause += f"tiles.memory_mb={config.tiles.memory_mb}"
-        remedy = "name fewer classes in model.maps, or set a smaller tiles.group_tiles or a larger tiles.memory_mb"
+        remedy = "name fewer classes in model.maps, set a smaller tiles.group_tiles, "
+        remedy += "or a larger inference.stride or tiles.memory_mb"
         raise InputError(cause, remedy, stage="configuration")
 
 

@@ -236,7 +236,7 @@ def _description(config: RunConfig, plan: Plan, metrics: Mapping[str, float], n_
     return (
         f"{', '.join(scores) or 'No scores: there is no truth'}; {metrics['throughput.core_hours']:.3g} core-hours.\n\n"
         f"{n_slides} slides of `{source_of(config.dataset)}`{f', {missing} are missing' if missing else ''}; model "
-        f"`{config.model.card}`, stride {config.inference.stride}, {chosen.engine}, {chosen.backend} "
+        f"`{config.model.card}`, stride {chosen.stride_px}, {chosen.engine}, {chosen.backend} "
         f"{chosen.precision}. Folder: `{config.out}`.\n\n"
         + " ".join(f"![{name}](get-artifact?path=figures%2F{name}.png&run_uuid={{run}})" for name in ("froc", "roc"))
     )

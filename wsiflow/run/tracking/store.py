@@ -62,7 +62,7 @@ class TrackingParams(BaseModel, frozen=True, extra="forbid"):
 
 
 def default_uri() -> str:
-    """Return the address of the store where none is given, as ``conf/tracking/mlflow.yaml`` says it too."""
+    """Return the address of the store where none is given; ``conf/tracking/mlflow.yaml`` asks for it."""
     return os.environ.get("MLFLOW_TRACKING_URI") or _DEFAULT
 
 

@@ -61,7 +61,7 @@ def log_sweep(params: TrackingParams, folder: Path, description: str) -> LogResu
         logged = _begin_sweep(client, params, sweep, str(folder))
         run_id = str(logged.run_id)
         text = f"{description}{_failed(_children(client, logged.experiment_id, run_id))}"
-        client.set_tag(run_id, NOTE, text[:TAG_CHARS])
+        client.set_tag(run_id, NOTE, without_secrets(text)[:TAG_CHARS])
         view = views.tag(views.key_of_sweep(run_id), name=sweep, parent=run_id)
         save_view(client, logged.experiment_id, view)
         return logged
@@ -152,7 +152,8 @@ def _parent(client: "MlflowClient", experiment: str, sweep: str, folder: str) ->
         if is_former and _holds_all(_children(client, experiment, run_id), folder):
             return run_id
     tags = {"wsiflow.role": "sweep", SWEEP: sweep, SWEEP_FOLDER: folder, **origin()}
-    run_id = str(client.create_run(experiment, tags=redacted(tags), run_name=sweep).info.run_id)
+    tags = {key: text[:TAG_CHARS] for key, text in redacted(tags).items()}
+    run_id = str(client.create_run(experiment, tags=tags, run_name=sweep).info.run_id)
     client.set_terminated(run_id, "FINISHED")
     return run_id
 
