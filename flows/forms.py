@@ -9,6 +9,7 @@ request by HTTP may name the fields of a part there or beside the others.
 """
 
 import re
+from collections.abc import Mapping
 from functools import cache
 from importlib import resources
 from typing import Annotated, Any
@@ -220,9 +221,9 @@ class Form(BaseModel, frozen=True, extra="forbid", json_schema_extra=_arrange):
 
     def to_overrides(self) -> list[str]:
         """Return the form as overrides."""
-        filled = {
-            key: value for key, value in self._values().items() if value not in ("", None) and not _is_usual(key, value)
-        }
+        filled = {key: value for key, value in self._values().items() if value not in ("", None)}
+        if all(_is_usual(filled, key) for key in ("inference", "inference.stride")):
+            filled.pop("inference.stride", None)  # it counts as not given: networks that it does not fit get another
         return [*(f"{key}={_override(value)}" for key, value in filled.items()), *self.overrides]
 
     def _values(self) -> dict[str, Any]:
@@ -230,9 +231,9 @@ class Form(BaseModel, frozen=True, extra="forbid", json_schema_extra=_arrange):
         return {field.title: getattr(self, name) for name, field in type(self).model_fields.items() if field.title}
 
 
-def _is_usual(key: str, value: Any) -> bool:
-    """Tell whether a stride is the usual one, which is not given: networks that it does not fit get another."""
-    return key == "inference.stride" and value in (_default(key), [_default(key)])
+def _is_usual(values: Mapping[str, Any], key: str) -> bool:
+    """Tell whether a key has its default, alone where several values may be listed."""
+    return key not in values or values[key] in (_default(key), [_default(key)])
 
 
 def _override(value: Any) -> str:

@@ -136,10 +136,10 @@ def chosen(turn: int) -> dict[str, str]:
 
 @pytest.mark.parametrize("turn", TURNS)
 def test_a_choice_means_what_its_file_says(turn: int) -> None:
-    """Files chosen in the form set every key as on the command line."""
+    """Files chosen in the form set every key as on the command line; only the stride is always the form's."""
     values = chosen(turn)
     keys = {field.title: values[name] for name, field in forms.Run.model_fields.items() if name in values}
-    typed = ["name=a", *(f"{key}={value}" for key, value in keys.items())]
+    typed = ["name=a", "inference.stride=16", *(f"{key}={value}" for key, value in keys.items())]
     assert compose_config(forms.Run(name="a", **values).to_overrides()) == compose_config(typed)
 
 
