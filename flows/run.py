@@ -103,7 +103,7 @@ def _run_trial(composed: DictConfig, hydra_config: HydraConf) -> float | tuple[f
     def job() -> int:
         nonlocal trial
         sweep.prepare_process()
-        sweep.trial_name(hydra_config.overrides.task)
+        sweep.trial_name(hydra_config.overrides.task)  # refuses a sweep of folders, now where it is explained
         config = to_config(composed, hydra_config.overrides.task, job=trial.name)
         reason = sweep.reason_to_skip(config)
         if reason:
