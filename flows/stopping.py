@@ -26,12 +26,14 @@ GOES_ON = "the same command goes on"
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # Their sum is below the five seconds in which a run has to end.
 _CLEANING_S = 2.0
+_ENDING_S = 0.5  # of what the others may use while they clean up
 _KILLING_S = 1.0
 _COUNTING_S = 0.8
 _PRINTING_S = 0.5  # a pipe that nobody reads may be full
 _PAUSE_S = 0.02
 
 _cleanings: list[Callable[[], str | None]] = []
+_endings: list[Callable[[], str | None]] = []
 _summaries: list[Callable[[], str]] = []
 
 
@@ -117,18 +119,20 @@ def _end_of(command: Callable[[], int]) -> _Ended:
 
 
 @contextlib.contextmanager
-def at_stop(clean: Callable[[], str | None]) -> Iterator[None]:
+def at_stop(clean: Callable[[], str | None], *, last: bool = False) -> Iterator[None]:
     """Have a function called if a signal comes during the body.
 
     Args:
         clean: Ends what the body uses within two seconds. It is called from another thread, at the same time as other
             such functions, and returns words for the last line, or None.
+        last: Whether it is called after the others, for half a second, since they use what it ends.
     """
-    _cleanings.append(clean)
+    registered = _endings if last else _cleanings
+    registered.append(clean)
     try:
         yield
     finally:
-        _cleanings.remove(clean)
+        registered.remove(clean)
 
 
 @contextlib.contextmanager
@@ -212,6 +216,7 @@ def _end(number: int) -> NoReturn:
     _silence()
     summaries = _summaries[:1]  # cleaning up ends the bodies for which they are registered
     sentences = _within(_CLEANING_S, _cleanings[::-1])
+    sentences += _within(_ENDING_S, _endings[::-1])
     kill_descendants()
     sentences[:0] = _within(_COUNTING_S, summaries)
     _leave(number, _line(f"stopped: {', '.join(sentences)}" if sentences else "stopped", goes_on=bool(summaries)))

@@ -193,7 +193,7 @@ def start_server(own: ExitStack) -> None:
     stack = _started if is_shared else own
     server = stack.enter_context(ExitStack())
     message = server.enter_context(chosen_server())
-    stack.enter_context(stopping.at_stop(server.close))
+    stack.enter_context(stopping.at_stop(server.close, last=True))  # runs are shown as cancelled before
     logs.note(f"{message}, for all trials" if is_shared else message)
     if is_shared:
         _servers.append(message)

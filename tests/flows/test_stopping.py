@@ -3,12 +3,14 @@
 import os
 import re
 import signal
+import sqlite3
 import subprocess
 import sys
 import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import psutil
@@ -188,9 +190,12 @@ def test_a_stopped_run_goes_on(
 
 
 def test_a_signal_ends_prefect_and_a_pool_with_one_line(
-    start: Callable[..., Running], small_slides: Path, tmp_path: Path
+    start: Callable[..., Running], small_slides: Path, tmp_path: Path, prefect_home: Path
 ) -> None:
-    """The temporary server and the workers, which a terminal's Ctrl-C reaches too, end and print nothing."""
+    """The temporary server and the workers, which a terminal's Ctrl-C reaches too, end and print nothing.
+
+    The server ends after the run was shown as cancelled: it would be listed as running for good.
+    """
     out = tmp_path / "run"
     more = ["executor=process", "executor.workers=2", "orchestrator=prefect", ENDLESS]
     running = start("run", *many(small_slides, out, *more))
@@ -198,6 +203,8 @@ def test_a_signal_ends_prefect_and_a_pool_with_one_line(
     assert running.started
     assert running.stop(signal.SIGINT) == 130
     assert_counted(running, out)
+    with closing(sqlite3.connect(prefect_home / "prefect.db")) as database:
+        assert database.execute("select name, state_name from flow_run").fetchall() == [("run", "Cancelled")]
 
 
 def assert_counted(running: Running, out: Path) -> None:
