@@ -108,13 +108,13 @@ class PageView:
 
     def __init__(self, config: RunConfig) -> None:
         """Start without an artifact, which the first snapshot creates."""
-        self.interval_s, self._name = min(interval_s(), _PAGE_S), artifacts.title(config)
+        self.interval_s = min(interval_s(), _PAGE_S)
         self._key = artifacts.key(config, "progress")
         self._artifact: UUID | None = None
 
     def show(self, snapshot: Snapshot) -> None:
         """Create the artifact, or update it; a server that does not answer gets the next snapshot."""
-        percent, text = round(100 * snapshot.share, 1), f"{self._name}: {snapshot.as_text()}"
+        percent, text = round(100 * snapshot.share, 1), snapshot.as_text()
         try:
             with temporary_settings(_IMPATIENT):
                 if self._artifact is None:
