@@ -9,7 +9,7 @@ import subprocess
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,8 @@ DOCS = Path(__file__).parents[1] / "docs"
 _SWITCHES = (
     "--headless=new",
     "--no-sandbox",  # tests run as root in containers
-    "--disable-gpu",
+    "--use-angle=swiftshader",  # WebGL, in which Prefect draws the graph of a run, on the processor
+    "--enable-unsafe-swiftshader",
     "--disable-dev-shm-usage",
     "--no-first-run",
     "--no-proxy-server",
@@ -80,6 +81,22 @@ class Tab:
         )
         for kind in ("mousePressed", "mouseReleased"):
             self._ask("Input.dispatchMouseEvent", type=kind, x=x + w / 2, y=y + h / 2, button="left", clickCount=1)
+
+    def press(self, button: str, done: str) -> None:
+        """Press a button until a condition holds: a page that is still loading takes no notice of it at first.
+
+        Args:
+            button: JavaScript expression that gives the button.
+            done: JavaScript expression that is true once the page has taken notice.
+        """
+        end = time.monotonic() + 200
+        self.wait(f"!!{button}")
+        while True:
+            self.value(f"{button}.click()")
+            with suppress(AssertionError):
+                self.wait(done, seconds=10)
+                return
+            assert time.monotonic() < end, f"{done} never held on:\n{self.text()[:2000]}"
 
     def type(self, text: str, script: str) -> None:
         """Replace the text of the field that a JavaScript expression gives."""

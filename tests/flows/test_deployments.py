@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import time
@@ -375,6 +376,9 @@ SUBMIT = "[...document.querySelectorAll('button')].find(one => one.innerText == 
 NAME = "document.getElementById([...document.querySelectorAll('label')].find(one => one.innerText == 'name')?.htmlFor)"
 
 
+PICTURE = "[...document.images].some(one => one.src.startsWith('data:') && one.getBoundingClientRect().width > 100)"
+
+
 class Pages(NamedTuple):
     """The pages of the server, and the tab to look at them."""
 
@@ -386,6 +390,29 @@ class Pages(NamedTuple):
         """Open a page of Prefect."""
         self.tab.open(f"{self.deployed.server.url.removesuffix('api')}v2/{page}")
         return self.tab
+
+    def artifact(self, flow_run: str, kind: str) -> browser.Tab:
+        """Open an artifact of a run."""
+        own = {"flow_runs": {"id": {"any_": [flow_run]}}}
+        shown = self.deployed.server.ask("artifacts/filter", own)
+        (found,) = [one["id"] for one in shown if one["key"].endswith(f"-{kind}")]
+        return self.open(f"artifacts/artifact/{found}")
+
+    def choose(self, flow_run: str, item: str) -> None:
+        """Choose from the menu of a run's page, and confirm."""
+        self.open(f"runs/flow-run/{flow_run}")
+        self.tab.click("[...document.querySelectorAll('button')].find(one => one.innerText == 'Open menu')")
+        self.tab.click(f"[...document.querySelectorAll('[role=menuitem]')].find(one => one.innerText == '{item}')")
+        self.tab.click("[...document.querySelectorAll('[role=dialog] button, [role=alertdialog] button')].at(-1)")
+
+    def graph(self) -> float:
+        """Return how much is drawn where the graph of a run is: its standard deviation, in grey levels."""
+        x, y, w, h = self.tab.wait(
+            "(() => { const found = document.querySelector('canvas'); if (!found) return null;"
+            " const r = found.getBoundingClientRect(); return [r.x, r.y, r.width, r.height].map(Math.round) })()"
+        )
+        seen = self.tab.picture(self.pictures / "graph.png")
+        return float(seen[y + 40 : y + h - 40, x : x + w].std())
 
     def keep(self, name: str) -> None:
         """Keep what is seen; docs/prefect.md shows it."""
@@ -436,14 +463,13 @@ def test_a_schedule_that_the_page_switches_on_starts_what_its_entry_says(pages: 
     tab = pages.open(f"deployments/deployment/{entry['id']}")
     tab.wait_for("At 08:00 PM, only on Friday")
     switch = "[...document.querySelectorAll('[role=switch]')].at(-1)"
-    tab.value(f"{switch}.click()")
-    tab.wait(f"{switch}.ariaChecked == 'true'")
+    tab.press(switch, f"{switch}.ariaChecked == 'true'")
     wait(lambda: pages.deployed.server.ask("flow_runs/count", own) > 0)
     pages.keep("schedule")
     for run in pages.deployed.server.ask("flow_runs/filter", own):
         assert run["parameters"] == entry["parameters"]
         assert run["parameters"]["request"]["name"] == "weekly"
-    tab.value(f"{switch}.click()")
+    tab.press(switch, f"{switch}.ariaChecked == 'false'")
     wait(lambda: pages.deployed.server.ask("flow_runs/count", own) == 0)
 
 
@@ -466,7 +492,7 @@ def worker(deployed: Deployed, tmp_path_factory: pytest.TempPathFactory) -> Iter
     for name, line in {"squeue": "echo '77_0|RUNNING|long'", "scancel": f'echo "$@" >> {cancelled}'}.items():
         (folder / name).write_text(f"#!/bin/sh\n{line}\n")
         (folder / name).chmod(0o755)
-    env = deployed.server.env | {"PATH": f"{folder}:{deployed.server.env['PATH']}"}
+    env = deployed.server.env | {"PATH": f"{folder}:{deployed.server.env['PATH']}", "WSIFLOW_PROGRESS_S": "2"}
     command = [BIN / "prefect", "worker", "start", "--pool", "wsiflow"]
     process = subprocess.Popen(command, env=env, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
@@ -481,6 +507,7 @@ class Finished(NamedTuple):
     deployed: Deployed
     runs: dict[str, str]
     mails: list[str]
+    whole: Path  # a slide that is cut off where the run `partial` reads it, without its suffix
 
     def artifacts(self, name: str) -> dict[str, str]:
         """Return what a run shows on its page, by the last word of each key."""
@@ -545,19 +572,24 @@ def finished(deployed: Deployed, worker: Worker, mails: list[str], tiny_slides: 
     for name, skill in {"good": 0.9, "bad": 0.3}.items():
         write_folder(deployed.home / "two" / name, drawn(skill, n_slides=6), core_hours=skill)
     trials_of_sweep = [*COARSE, "inference.stride=30,112,224"]  # the form itself offers no stride of 30
+    copied = Path(shutil.copytree(tiny_slides.parent, deployed.home / "copied"))
+    whole = (copied / "b.tif").rename(copied / "b")
+    (copied / "b.tif").write_bytes(whole.read_bytes()[:9000])
+    broken = {"manifest": str(copied / "manifest.csv"), "allow_partial": True, "tracking": "off"}
     requests = {
         "run": {**common, "name": "one", "stride": 224, "tracking": "off"},
+        "partial": {**common, **broken, "name": "partial", "stride": 224},
         "sweep": {**common, "name": "many", "store": ["none"], "overrides": trials_of_sweep},
         "compare": {"folders": ["two"], "out": "compared", "reference": "run=bad"},
     }
     weekly = {"manifest": str(small_slides), "detections": str(folder), "out": "weekly", "bootstrap": 20}
     runs = {"evaluate": scheduled(deployed, weekly)}
     for name, request in requests.items():
-        status, answer = deployed.trigger(name, {"request": request})
+        status, answer = deployed.trigger("run" if name == "partial" else name, {"request": request})
         assert status == 201, answer
         runs[name] = answer["id"]
     wait(lambda: all(deployed.run(one)["end_time"] for one in runs.values()))
-    return Finished(deployed, runs, mails)
+    return Finished(deployed, runs, mails, whole)
 
 
 def test_a_worker_completes_what_the_form_says(finished: Finished) -> None:
@@ -600,26 +632,52 @@ def test_a_sweep_goes_on_after_a_trial_that_fails(finished: Finished) -> None:
     assert [row["Setting"] for row in json.loads(shown["table"])] == ["stride=112", "stride=224"]
 
 
-def test_a_mail_says_that_a_sweep_has_failed(finished: Finished) -> None:
-    """It has the reason, and is the only one: completed runs and the trials of the sweep send none."""
-    wait(lambda: bool(finished.mails))
-    assert {line for mail in finished.mails for line in mail.splitlines() if line.startswith("Subject:")} == {
-        "Subject: sweep: many is Failed"
-    }
-    assert "1 of 3 trials failed: inference.stride=3D30" in finished.mails[0].replace("=\r\n", "")
+def test_a_mail_says_that_a_run_failed(finished: Finished) -> None:
+    """It has the reason; runs without a fault and the trials of a sweep send none."""
+    wait(lambda: len(finished.mails) > 1)
+    sent = {line for mail in finished.mails for line in mail.splitlines() if line.startswith("Subject:")}
+    assert sent == {"Subject: sweep: many is Failed", "Subject: my slides: partial is Partial"}
+    (mail,) = [mail for mail in finished.mails if "many is Failed" in mail]
+    assert "1 of 3 trials failed: inference.stride=3D30" in mail.replace("=\r\n", "")
 
 
 def test_the_page_of_a_run_shows_what_came_of_it(pages: Pages, finished: Finished) -> None:
     """Name, state, tags and the link to its entry; its scores and figures are under Artifacts."""
     tab = pages.open(f"runs/flow-run/{finished.runs['run']}?tab=Artifacts")
     tab.wait_for("one", "Completed", "wsiflow", "my slides", "result")
-    own = {"flow_runs": {"id": {"any_": [finished.runs["run"]]}}}
-    shown = finished.deployed.server.ask("artifacts/filter", own)
-    (result,) = [one["id"] for one in shown if one["key"].endswith("-result")]
-    pages.open(f"artifacts/artifact/{result}")
-    tab.wait("[...document.images].some(one => one.src.startsWith('data:') && one.getBoundingClientRect().width > 100)")
+    pages.artifact(finished.runs["run"], "result")
+    tab.wait(PICTURE)
     tab.wait_for("Slide AUC", "Folder:")
     pages.keep("result")
+
+
+def test_the_page_of_a_sweep_leads_to_its_comparison(pages: Pages, finished: Finished) -> None:
+    """Its trials are child runs, named by what was swept; table and figures of the comparison are an artifact."""
+    tab = pages.open(f"runs/flow-run/{finished.runs['sweep']}?tab=Artifacts")
+    tab.wait_for("many", "Failed", "sweep: many", "comparison")
+    pages.open(f"runs/flow-run/{finished.runs['sweep']}?tab=SubflowRuns")
+    tab.wait_for("trial 1 of 3: stride=30", "trial 2 of 3: stride=112", "trial 3 of 3: stride=224")
+    pages.artifact(finished.runs["sweep"], "comparison")
+    tab.wait(PICTURE)
+    tab.wait_for("Against the reference", "stride=112", "stride=224", "Pareto set, cheapest first")
+    pages.keep("comparison")
+
+
+def test_the_page_of_a_partial_run_says_what_failed_and_retry_completes_it(pages: Pages, finished: Finished) -> None:
+    """The graph shows the steps, and the table what failed and why; once the slide is whole, Retry does the rest."""
+    run, tab = finished.runs["partial"], pages.tab
+    assert finished.deployed.run(run)["state"]["message"].startswith("1 of 2 slides failed: slide b, ingest, ")
+    pages.open(f"runs/flow-run/{run}")
+    tab.wait_for("partial", "Partial", "model: demo", "Task Runs")
+    wait(lambda: pages.graph() > 10)
+    pages.keep("partial")
+    pages.artifact(run, "failures")
+    tab.wait_for("b.tif")
+    finished.whole.replace(finished.whole.with_suffix(".tif"))
+    pages.choose(run, "Retry")
+    wait(lambda: finished.deployed.run(run)["state_name"] == "Completed")
+    assert finished.deployed.run(run)["run_count"] == 2
+    assert (finished.deployed.home / "runs/partial/heatmaps/b.tif").exists()
 
 
 def test_runs_are_compared_from_a_form(finished: Finished) -> None:
@@ -657,8 +715,9 @@ def submitted(root: Path) -> None:
     log.append("job", name="long", job="77")
 
 
-def test_a_cancelled_run_leaves_nothing_behind(deployed: Deployed, worker: Worker, small_slides: Path) -> None:
-    """The run's processes have ended, and the array jobs that its folder records are cancelled."""
+def test_a_cancelled_run_leaves_nothing_behind(pages: Pages, worker: Worker, small_slides: Path) -> None:
+    """Its page says how far it is and cancels it: its processes end, and so do the array jobs of its folder."""
+    deployed = pages.deployed
     slow = ["inference=window", "dense.windows=0", "tiles.group_tiles=2"]
     request = {"name": "long", "dataset": "manifest", "manifest": str(small_slides), "tracking": "off", "workers": 1}
     status, run = deployed.trigger("run", {"request": {**request, "stride": 8, "overrides": slow}})
@@ -668,7 +727,10 @@ def test_a_cancelled_run_leaves_nothing_behind(deployed: Deployed, worker: Worke
     processes = worker.process.children(recursive=True)
     assert len(processes) >= 2, "a flow and its worker"
     submitted(root)
-    assert deployed.server.answer(f"flow_runs/{run['id']}/set_state", {"state": {"type": "CANCELLING"}})[0] == 201
+    pages.open(f"runs/flow-run/{run['id']}?tab=Artifacts")
+    pages.tab.wait_for("long", "Running", "progress", "of 6 slides", " tiles")
+    pages.keep("progress")
+    pages.choose(run["id"], "Cancel")
     wait(lambda: deployed.run(run["id"])["state_type"] == "CANCELLED")
     assert psutil.wait_procs(processes, timeout=60)[1] == []
     assert worker.cancelled.read_text().split() == ["77"]
