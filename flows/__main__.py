@@ -12,12 +12,15 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from wsiflow.system.usage import Spending
+
 from . import cli, logs, stopping, terminal
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    Spending.started_for_runs()
     open_closed_streams()
     ensure_home()
     try:

@@ -15,7 +15,7 @@ from wsiflow.errors import Failure
 from wsiflow.run import shards
 from wsiflow.run.config import RunConfig
 from wsiflow.run.executor import driver
-from wsiflow.run.executor.params import ExecutorParams
+from wsiflow.run.executor.params import ExecutorParams, starts_all_workers
 from wsiflow.run.executor.protocol import Executor, Outcome, Slice, Work
 from wsiflow.run.results import finish, record
 from wsiflow.run.stages import ingest
@@ -78,7 +78,8 @@ def line(config: RunConfig, submit: Submit, views: Sequence[progress.View] = ())
         submit: Starts a step, and returns its future.
         views: Where the progress is shown besides the user's terminal.
     """
-    with driver.recorded(config.out) as ended, progress.shown(config.out, views), _tracked(config):
+    local = starts_all_workers(config.executor)
+    with driver.recorded(config.out, local=local) as ended, progress.shown(config.out, views), _tracked(config):
         summary = _line(config, submit, workers, logs.note)
         ended["exit_code"] = summary.exit_code
         _track_end(config, summary)

@@ -16,9 +16,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import resource_tracker
-from pathlib import Path
 from types import FrameType
 from typing import NamedTuple, NoReturn
+
+from wsiflow.system import processes
 
 #: End of the last line where the same command does what is missing.
 GOES_ON = "the same command goes on"
@@ -181,7 +182,7 @@ def exit_if_abandoned(exit_code: int) -> None:
 def kill_descendants() -> None:
     """Kill every process that this one started, and those that they started, until none is left."""
     end = time.monotonic() + _KILLING_S
-    while (alive := _descendants()) and time.monotonic() < end:
+    while (alive := processes.descendants()) and time.monotonic() < end:
         for pid in alive:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
@@ -259,19 +260,3 @@ def _print(number: int, line: str) -> str:
     begin = "\n" if os.isatty(_State.stderr) and number == signal.SIGINT else ""  # behind the ^C that terminals show
     os.write(_State.stderr, f"{begin}{line}\n".encode())
     return line
-
-
-def _descendants() -> list[int]:
-    """Return the processes that descend from this one and have not ended."""
-    parents: dict[int, int] = {}
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdecimal():
-            with contextlib.suppress(OSError):
-                stat = (folder / "stat").read_text(encoding="utf-8", errors="replace")
-                state, parent = stat.rpartition(")")[2].split()[:2]  # the name before it may hold anything
-                if state != "Z":
-                    parents[int(folder.name)] = int(parent)
-    descendants = [os.getpid()]
-    for pid in descendants:  # the list grows while it is walked through
-        descendants += [child for child, parent in parents.items() if parent == pid]
-    return descendants[1:]

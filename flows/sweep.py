@@ -39,6 +39,7 @@ from wsiflow.run.executor import jobs as array_jobs
 from wsiflow.run.executor.kinds import KINDS
 from wsiflow.system import processes
 from wsiflow.system.machine import cpu_supports_bf16
+from wsiflow.system.usage import Spending
 
 from . import logs, stopping, terminal
 
@@ -109,6 +110,7 @@ class SweepCallback(Callback):
         if is_basic:
             _planned.extend(_name_of_job(job.swept, job.overrides) or str(number) for number, job in enumerate(jobs))
         _create_records(folder)
+        Spending.charge()  # what the sweep needs before its first trial is no cost of that trial's settings
         if _is_secret(values):
             (out / _WRITTEN).touch(mode=0o600)
             (out / _WRITTEN).chmod(0o600)

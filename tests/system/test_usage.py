@@ -1,5 +1,6 @@
 """Warm-up is counted separately, and energy is read from counters in the layout of real ones."""
 
+import math
 import subprocess
 import sys
 import time
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from wsiflow.run.executor.driver import Spent
 from wsiflow.run.results import cost
 from wsiflow.system import energy, usage
 
@@ -48,6 +50,45 @@ def test_what_was_there_before_or_is_shared_was_not_executed() -> None:
     receipts = [{"path": "a", "cpu_s": 1.0}, {"path": "b", "cpu_s": 2.0, "shared": True}, {"path": "c", "cpu_s": 4.0}]
     found = cost.origin_core_seconds(receipts, {"c"})
     assert found == {"cost.executed_core_s": 1.0, "cost.cached_core_s": 6.0}
+
+
+def test_a_process_is_charged_for_its_descendants_once(tmp_path: Path) -> None:
+    """Whether they still run or have ended: what was charged before is not charged again."""
+    lasting = "import time; end = time.process_time() + 0.4\nwhile time.process_time() < end: pass\n{}"
+    subprocess.run([sys.executable, "-c", lasting.format("")], check=True)
+    usage.Spending.charge()
+    began_s = time.process_time()
+    wait = f"open({str(tmp_path / 'burnt')!r}, 'w').close(); time.sleep(600)"
+    with subprocess.Popen([sys.executable, "-c", lasting.format(wait)]) as child:
+        while not (tmp_path / "burnt").exists():
+            time.sleep(0.01)
+        alive_s = usage.Spending.charge() - (time.process_time() - began_s)
+        child.kill()
+    assert 0.35 < alive_s < 1.0
+    assert usage.Spending.charge() < 0.2
+
+
+def test_an_attempt_reports_the_process_since_the_last_one() -> None:
+    """With the start of the process, and with what it did between attempts: all adds up to what the process used."""
+    code = (
+        "import os; from wsiflow.system import usage\n"
+        "print(sum(usage.Meter().usage(executed=x)['core_s'] for x in (True, False, True)), sum(os.times()[:2]))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
+    assert float(found[0]) == pytest.approx(float(found[1]), abs=0.03)
+
+
+def test_drivers_and_workers_elsewhere_add_up() -> None:
+    """A driver knows its descendants; workers elsewhere, and what a killed driver left, are known by their attempts."""
+    rows = [{"submit": f"2026-01-0{day}T00:00:00", "core_s": core_s} for day, core_s in ((1, 1.0), (3, 2.0), (5, 4.0))]
+    drivers = [
+        Spent("2026-01-01T00:00:00", None, local=True),  # it was killed
+        Spent("2026-01-02T00:00:00", 10.0, local=True),  # with attempts of its own descendants
+        Spent("2026-01-04T00:00:00", 20.0, local=False),
+    ]
+    receipts = [{"cpu_s": 100.0, "shared": True}, {"cpu_s": 1000.0}]
+    assert cost.total_core_seconds(drivers, rows, receipts) == 1.0 + 10.0 + 20.0 + 4.0 + 100.0
+    assert math.isnan(cost.total_core_seconds([], rows, receipts))
 
 
 def counters(root: Path, **microjoules: int) -> Path:

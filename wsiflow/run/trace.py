@@ -32,6 +32,7 @@ COLUMNS = (
     "cpu_user_s",
     "cpu_sys_s",
     "warmup_s",
+    "core_s",
     "max_rss_bytes",
     "bytes_read",
     "bytes_written",

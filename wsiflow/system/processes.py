@@ -14,6 +14,7 @@ import threading
 import time
 import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -77,6 +78,22 @@ def start_ticks(pid: int) -> str:
     """Return the start time in kernel ticks of a process of this space; empty where it does not exist or is unknown."""
     state, started = _stat(pid)
     return "" if state == _ZOMBIE else started
+
+
+def descendants() -> list[int]:
+    """Return the PIDs of the processes that descend from this one and have not ended."""
+    parents: dict[int, int] = {}
+    for folder in _PROC.iterdir():
+        if folder.name.isdecimal():
+            with suppress(OSError):
+                stat = (folder / "stat").read_text(encoding="utf-8", errors="replace")
+                state, parent = stat.rpartition(")")[2].split()[:2]  # the name before it may hold anything
+                if state != _ZOMBIE:
+                    parents[int(folder.name)] = int(parent)
+    found = [os.getpid()]
+    for pid in found:  # the list grows while it is walked through
+        found += [child for child, parent in parents.items() if parent == pid]
+    return found[1:]
 
 
 @cache

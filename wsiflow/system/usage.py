@@ -2,8 +2,11 @@
 
 The counters belong to the whole process, so they describe one task as long as a worker does one at a time. The work
 that a process does once, whatever its tasks (starting, importing, loading networks), is warm-up and counted separately.
+What a run cost as a whole is the CPU time of all its processes, from their start on: a `Spending` measures it for the
+process that drives the run and its descendants, and attempts report it for workers on other machines.
 """
 
+import math
 import os
 import resource
 import socket
@@ -13,6 +16,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+from wsiflow.system import processes
 
 _IO = Path("/proc/self/io")
 
@@ -27,11 +32,17 @@ class _Warmup:
 
     def __init__(self) -> None:
         self.core_s, self.reported_s, self.started, self.inside = 0.0, 0.0, False, False
+        self.attempted_s = 0.0  # core-seconds of the process up to the last attempt that was executed
 
     def unreported_s(self) -> float:
         """Return the core-seconds of warm-up since the last call."""
         before, self.reported_s = self.reported_s, self.core_s
         return self.core_s - before
+
+    def since_attempt_s(self) -> float:
+        """Return the core-seconds of the process since the last call, those of its children that ended included."""
+        before, self.attempted_s = self.attempted_s, math.fsum(os.times()[:4])
+        return self.attempted_s - before
 
 
 _warmup = _Warmup()
@@ -61,6 +72,51 @@ def not_a_worker() -> None:
     _warmup.started = True
 
 
+class Spending:
+    """The core-seconds of this process and its descendants that are not charged to any run yet.
+
+    Attributes:
+        charged_s: Core-seconds that are charged already. Those of the process before its first run are, unless the
+            process was started for the run, see `started_for_runs`.
+    """
+
+    charged_s: float | None = None
+
+    @classmethod
+    def started_for_runs(cls) -> None:
+        """Declare that this process exists for its runs: the first of them is charged from the start of the process."""
+        cls.charged_s = 0.0
+
+    @classmethod
+    def begin(cls) -> None:
+        """Begin to measure, where this process had other things to do before."""
+        if cls.charged_s is None:
+            cls.charged_s = tree_core_s()
+
+    @classmethod
+    def charge(cls) -> float:
+        """Return the core-seconds that are not charged yet, and charge them."""
+        before, cls.charged_s = cls.charged_s or 0.0, tree_core_s()
+        return max(0.0, cls.charged_s - before)
+
+
+def tree_core_s() -> float:
+    """Return the core-seconds of this process and all its descendants, those that have ended included.
+
+    The kernel adds the time of a process that has ended to its parent once that has collected its exit status.
+    """
+    return math.fsum(os.times()[:4]) + math.fsum(map(_core_s_of, processes.descendants()))
+
+
+def _core_s_of(pid: int) -> float:
+    """Return the core-seconds of a process and of those of its children that have ended; 0 where it is gone."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
+
+
 class Meter:
     """Measures the resources that this process has used since the meter was created."""
 
@@ -82,6 +138,7 @@ class Meter:
         Returns:
             ``started`` and ``ended`` (ISO 8601, UTC), ``host``, ``pid``, ``wall_s``, ``cpu_user_s``, ``cpu_sys_s``,
             ``warmup_s`` (core-seconds of warm-up; the CPU seconds include loading, but not the start of the process),
+            ``core_s`` (core-seconds of the process since the last task that was executed, its start included),
             ``max_rss_bytes`` (the peak of the process so far), ``bytes_read`` and ``bytes_written`` (by system calls,
             page cache included).
         """
@@ -95,6 +152,7 @@ class Meter:
             "cpu_user_s": round(cpu.user - self._cpu.user, 2),
             "cpu_sys_s": round(cpu.system - self._cpu.system, 2),
             "warmup_s": round(_warmup.unreported_s(), 3) if executed else 0.0,
+            "core_s": round(_warmup.since_attempt_s(), 2) if executed else 0.0,
             "max_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             "bytes_read": read - self._io[0],
             "bytes_written": written - self._io[1],

@@ -1,6 +1,7 @@
 """The log of the drivers of a run, with any executor: a line when a driver starts, and a line when it ends.
 
-A driver that was killed leaves no second line. Whether its process still runs is asked of the kernel, which does not
+A driver that executed tasks adds a line with the core-seconds of all its processes. A driver that was killed leaves
+neither. Whether its process still runs is asked of the kernel, which does not
 know processes on other machines or in other containers.
 """
 
@@ -8,7 +9,7 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from wsiflow.errors import WsiflowError
 from wsiflow.redaction import without_secrets
@@ -20,12 +21,31 @@ from wsiflow.system.usage import now
 LOG = f"{publish.RECEIPTS}/drivers.jsonl"
 
 
+class Spent(NamedTuple):
+    """What a driver cost.
+
+    Attributes:
+        since: When it started, ISO 8601, UTC.
+        core_s: Core-seconds of the driver and its descendants; None where it has not recorded them.
+        local: Whether these are all of the run's processes, and no workers elsewhere.
+    """
+
+    since: str
+    core_s: float | None
+    local: bool
+
+
 @contextmanager
-def recorded(root: Path) -> Iterator[dict[str, Any]]:
-    """Record that this process drives the run during the body, which may set ``exit_code`` in the yielded values."""
+def recorded(root: Path, *, local: bool) -> Iterator[dict[str, Any]]:
+    """Record that this process drives the run during the body, which may set ``exit_code`` in the yielded values.
+
+    Args:
+        root: The run's folder.
+        local: Whether all workers descend from this process.
+    """
     who = identity()
     ended: dict[str, Any] = {"exit_code": WsiflowError.exit_code}
-    _note(root, {"event": "driver", **who})
+    _note(root, {"event": "driver", **who, "local": local})
     try:
         yield ended
     except BaseException as error:
@@ -41,6 +61,22 @@ def _note(root: Path, line: Mapping[str, Any]) -> None:
     with suppress(OSError):  # the next file that is published there reports what is wrong with the disk
         path.parent.mkdir(parents=True, exist_ok=True)
         publish.append_line(path, json.dumps({"at": now(), **line}), sync=True)
+
+
+def note_spent(root: Path, core_s: float) -> None:
+    """Record the core-seconds of this driver and its descendants."""
+    _note(root, {"event": "spent", **identity(), "core_s": round(core_s, 2)})
+
+
+def spent(root: Path) -> list[Spent]:
+    """Return what every driver cost, in the order in which they started; former versions have recorded none."""
+    drivers: list[Spent] = []
+    for line in _lines(root):
+        if line["event"] == "driver" and "local" in line:
+            drivers.append(Spent(line["at"], None, line["local"]))
+        elif line["event"] == "spent" and drivers:
+            drivers[-1] = drivers[-1]._replace(core_s=line["core_s"])
+    return drivers
 
 
 def running_since(root: Path) -> str | None:

@@ -90,6 +90,12 @@ class ExecutorParams(BaseModel, frozen=True, extra="forbid"):
         return self
 
 
+def starts_all_workers(params: ExecutorParams) -> bool:
+    """Tell whether every worker is this process or descends from it."""
+    dask = params.dask or DaskParams()
+    return KINDS[params.kind].is_local or (params.kind == "dask" and not dask.address and not dask.cluster)
+
+
 def worker_count(params: ExecutorParams, *, cores: int) -> int:
     """Return the number of tasks that run at a time; 0 where the cluster decides it."""
     size = KINDS[params.kind].size

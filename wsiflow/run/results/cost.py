@@ -18,6 +18,7 @@ import math
 from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
+from wsiflow.run.executor.driver import Spent
 from wsiflow.run.stages.line import STEPS
 
 Receipt = Mapping[str, Any]
@@ -78,6 +79,36 @@ def origin_core_seconds(receipts: Sequence[Receipt], before: Set[str]) -> dict[s
     cached = math.fsum(r["cpu_s"] for r in receipts if r["path"] in before or r.get("shared"))
     total = math.fsum(r["cpu_s"] for r in receipts)
     return {"cost.executed_core_s": total - cached, "cost.cached_core_s": cached}
+
+
+def total_core_seconds(
+    drivers: Sequence[Spent], attempts: Sequence[Mapping[str, Any]], receipts: Sequence[Receipt]
+) -> float:
+    """Return ``cost.total_core_s``: everything that the run cost, start, planning, failures and scoring included.
+
+    Core-seconds of all processes that descend from a driver are those that the kernel has counted; what workers
+    elsewhere cost is what their attempts have reported. Of a driver that was killed only the attempts are known, and of
+    an attempt whose process was killed elsewhere nothing. What the run shares with another one, which computed it, is
+    charged as its receipts say.
+
+    Args:
+        drivers: Every driver of the run, in the order in which they started.
+        attempts: Every attempt, see `wsiflow.run.trace.attempts`.
+        receipts: Receipts of the published files.
+
+    Returns:
+        Core-seconds; NaN where no driver has recorded what it cost, as in runs of former versions.
+    """
+    if not any(one.core_s for one in drivers):
+        return math.nan
+    total = math.fsum(receipt["cpu_s"] for receipt in receipts if receipt.get("shared"))
+    starts = [*(one.since for one in drivers[1:]), None]
+    for one, end in zip(drivers, starts, strict=True):
+        total += one.core_s or 0.0
+        if one.core_s is None or not one.local:
+            own = (row for row in attempts if one.since <= row["submit"] and (end is None or row["submit"] < end))
+            total += math.fsum(float(row.get("core_s") or 0.0) for row in own)
+    return total
 
 
 def step_core_seconds(receipts: Sequence[Receipt]) -> dict[str, float]:

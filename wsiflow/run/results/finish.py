@@ -16,6 +16,7 @@ from wsiflow.errors import PARTIAL, IntegrityError
 from wsiflow.evaluation import matches
 from wsiflow.run import ledger, trace
 from wsiflow.run.config import RunConfig
+from wsiflow.run.executor import driver
 from wsiflow.run.executor.kinds import KINDS
 from wsiflow.run.executor.params import worker_count
 from wsiflow.run.ledger import Ledger
@@ -23,7 +24,14 @@ from wsiflow.run.plan import Plan
 from wsiflow.run.plan import read_plan as read_plan
 from wsiflow.run.results import cost, report
 from wsiflow.run.results.record import all_receipts, machines, settings, track
-from wsiflow.run.results.scores import ScoringInput, former_metrics, prepare_scoring, publish_scores, summarise
+from wsiflow.run.results.scores import (
+    ScoringInput,
+    former_metrics,
+    prepare_scoring,
+    publish_scores,
+    read_metrics,
+    summarise,
+)
 from wsiflow.run.results.status import (
     FORMER,
     OWN_TABLE,
@@ -41,6 +49,7 @@ from wsiflow.run.stages.stitch import map_files
 from wsiflow.system import energy, publish, tables
 from wsiflow.system.machine import allocated_cores
 from wsiflow.system.provenance import versions
+from wsiflow.system.usage import Spending
 
 
 class Summary(NamedTuple):
@@ -69,6 +78,7 @@ class Clock:
     def __init__(self, config: RunConfig) -> None:
         """Start the clock; energy is measured only where all workers run on this machine."""
         self._start = time.perf_counter()
+        Spending.begin()
         self.before = frozenset(publish.receipt_names(config.out))
         self._energy = energy.EnergyMeter() if KINDS[config.executor.kind].is_local else None
 
@@ -170,16 +180,14 @@ def finish(config: RunConfig, plan_path: Path, progress: Sequence[Progress], clo
     published = publish_scores(root, folder, config, scoring)
     new = {item.attempt for item in ended if item.executed and item.attempt}
     work = WorkLog(receipts, attempts, new)
-    metrics = summarise(
-        root,
-        folder,
-        published,
+    numbers = (
         _work_metrics(root, folder, config, plan, work, clock)
         | _counts(balance, len(ended), len(new))
         | _certificates(root, folder, plan, statuses)
-        | _colours(root, plan, receipts),
+        | _colours(root, plan, receipts)
     )
-    _write_report(root, folder, config, plan, statuses, metrics)
+    _write_report(root, folder, config, plan, statuses, read_metrics(published.folder / "scores.json") | numbers)
+    metrics = summarise(root, folder, published, numbers | _total_cost(root, work))
     if not missing:
         _show_alone(root, folder)
     logged = track(root / folder, config, plan, published.key, metrics, machines(root, config, receipts))
@@ -268,6 +276,13 @@ def _work_metrics(
     whole |= cost.origin_core_seconds(work.receipts, clock.before)
     whole["cost.warmup_core_s"] = trace.warmup_s(work.attempts)
     return rates | used | {name: value for name, value in whole.items() if name in _WHOLE or name.startswith("cost.")}
+
+
+def _total_cost(root: Path, work: WorkLog) -> dict[str, float]:
+    """Return what everything has cost so far: a start that executed nothing adds nothing to it."""
+    if work.new:
+        driver.note_spent(root, Spending.charge())
+    return {"cost.total_core_s": cost.total_core_seconds(driver.spent(root), work.attempts, work.receipts)}
 
 
 _WHOLE = {"throughput.core_hours", "throughput.core_seconds_per_tile", "throughput.mm2_per_core_hour"}
