@@ -12,9 +12,17 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from wsiflow.system import processes
 from wsiflow.system.usage import Spending
 
 from . import cli, logs, stopping, terminal
+
+
+def command() -> int:
+    """Run the command of this process, and return the exit code with which the process ends."""
+    exit_code = main()
+    processes.skip_teardown(exit_code)
+    return exit_code
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,11 +45,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _call(arguments: Sequence[str], level: str) -> int:
     """Run the command that the command line names, and show log records from a level on."""
 
-    def command() -> int:
+    def call() -> int:
         with logs.shown(level):
             return cli.main(arguments)
 
-    return terminal.bounded(command)
+    return terminal.bounded(call)
 
 
 def open_closed_streams() -> None:
@@ -72,4 +80,4 @@ def ensure_home() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command())

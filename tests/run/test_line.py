@@ -85,7 +85,7 @@ def test_a_second_identical_run_does_no_work(tiny_slides: Path, tiny_run: Path) 
 
 
 def test_the_cost_of_everything_is_what_the_kernel_counts(tiny_slides: Path, tmp_path: Path) -> None:
-    """Of a command with workers: from its start to its scores, all but the end of the interpreter."""
+    """Of a command with workers: from its start to its scores, within three percent."""
     command = [sys.executable, "-m", "wsiflow.flows", "run", *over(tiny_slides, tmp_path, "executor=process")]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run(command, check=True, capture_output=True)
@@ -94,7 +94,7 @@ def test_the_cost_of_everything_is_what_the_kernel_counts(tiny_slides: Path, tmp
     metrics = json.loads((tmp_path / "evaluation/summary.json").read_text())
     line_s = 3600 * metrics["throughput.core_hours"] + metrics["cost.warmup_core_s"]
     assert line_s < metrics["cost.total_core_s"] < counted_s
-    assert metrics["cost.total_core_s"] == pytest.approx(counted_s, rel=0.03, abs=3.0)
+    assert metrics["cost.total_core_s"] == pytest.approx(counted_s, rel=0.03, abs=1.0)
     assert subprocess.run(command, check=True, capture_output=True)
     again = json.loads((tmp_path / "evaluation/summary.json").read_text())
     assert again["cost.total_core_s"] == metrics["cost.total_core_s"], "a start that had nothing to do adds nothing"

@@ -200,3 +200,4 @@ def _collect(work: Work, source: Path, stage: str, part: Slice) -> list[Outcome]
 def _begin_worker(threads: int, parent: int) -> None:
     limit_threads(threads)
     processes.end_with(parent)
+    processes.skip_teardown(0)
