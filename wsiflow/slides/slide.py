@@ -69,8 +69,8 @@ class SlideFacts:
         level_downsamples: Level-0 pixels per pixel of every level.
         background_rgb: Colour shown behind transparent pixels and outside the slide.
         l0_bounds_corner: Level-0 x, y of the top-left corner of the scanned area, the origin of viewers such as QuPath.
-        centre_offset_nm: Where the centre of level 0 lies from the centre of the glass, nm along x and y, which is where
-            Hamamatsu's annotations count from; None where the slide does not state it.
+        centre_offset_nm: Where the centre of level 0 lies from the centre of the glass, from which Hamamatsu's
+            annotations count, nm along x and y; None where the slide does not state it.
     """
 
     slide_id: str

@@ -6,7 +6,15 @@ masks (rows, cols) at a reduced scale; see `fill` for which pixels an outline ho
 
 from wsiflow.slides.annotations.fill import painted
 from wsiflow.slides.annotations.formats import FORMATS, SUFFIXES, format_of, read
-from wsiflow.slides.annotations.groups import GROUPS, Meaning, TruthOutlines, check_on_slide, sort_outlines, tumour_mask
+from wsiflow.slides.annotations.groups import (
+    GROUPS,
+    Meaning,
+    TruthOutlines,
+    check_on_slide,
+    read_outlines,
+    sort_outlines,
+    tumour_mask,
+)
 from wsiflow.slides.annotations.masks import NAME_TUMOUR_VALUES, tumour_from_mask
 from wsiflow.slides.annotations.outlines import Drawing, Format, NoArea, Outline, SlidePlace
 
@@ -26,6 +34,7 @@ __all__ = [
     "format_of",
     "painted",
     "read",
+    "read_outlines",
     "sort_outlines",
     "tumour_from_mask",
     "tumour_mask",

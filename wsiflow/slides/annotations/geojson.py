@@ -2,8 +2,8 @@
 
 QuPath crops slides to the bounds that they state (MIRAX, Leica, Ventana), so that its coordinates count from there. The
 class of an object is its group; a class such as ``Tumor: Positive`` is also known by its first part. Polygons have
-holes; a MultiPolygon and a GeometryCollection are several areas. Points and lines enclose nothing; detections, cells and
-tiles are what a program found, no truth that was drawn.
+holes; a MultiPolygon and a GeometryCollection are several areas. Points and lines enclose nothing; detections, cells
+and tiles are what a program found, no truth that was drawn.
 """
 
 import json
@@ -57,7 +57,7 @@ def _loaded(path: Path) -> Any:
 
 
 def _features(value: Any, path: Path) -> Iterator[Mapping[str, Any]]:
-    """Yield the features of a document, whatever they are wrapped in; a bare geometry is a feature without properties."""
+    """Yield the features of a document, however they are wrapped; a bare geometry is a feature without properties."""
     if isinstance(value, list):
         for one in value:
             yield from _features(one, path)

@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wsiflow.errors import InputError
-from wsiflow.slides.annotations import fill
-from wsiflow.slides.annotations.outlines import Drawing, NoArea, Outline
+from wsiflow.slides.annotations import fill, formats
+from wsiflow.slides.annotations.outlines import Drawing, NoArea, Origin, Outline, SlidePlace
 
 Meaning = Literal["tumour", "normal", "ignore", "other"]
 """tumour: it is. normal: cut out of the tumour. ignore: neither hits nor false positives. other: counts for nothing."""
@@ -65,6 +65,31 @@ class TruthOutlines:
         more = len(self.without_area) - _NAMED
         named += f" and {more} more" if more > 0 else ""
         return "; ".join((*([f"outlines without area: {named}"] if named else []), *self.remarks))
+
+
+def read_outlines(
+    path: Path,
+    slide: SlidePlace | None = None,
+    *,
+    origin: Origin | None = None,
+    groups: Mapping[str, Meaning] | None = None,
+    label: int | None = None,
+) -> TruthOutlines:
+    """Read a file of annotations, and sort its outlines by what they enclose.
+
+    Args:
+        path: The file.
+        slide: What is known of the slide; None for a slide without bounds.
+        origin: See `formats.read`.
+        groups: See `sort_outlines`.
+        label: See `sort_outlines`.
+
+    Raises:
+        InputError: See `formats.read` and `sort_outlines`.
+        EnvironmentFault: The system refuses to read the file.
+    """
+    drawing = formats.read(path, SlidePlace(l0_bounds_corner=(0, 0)) if slide is None else slide, origin=origin)
+    return sort_outlines(drawing, path, groups=groups, label=label)
 
 
 def sort_outlines(

@@ -43,11 +43,12 @@ class _Region:
 
 @dataclass
 class _Layer:
-    """A layer while it is read: its attributes, and its regions."""
+    """A layer while it is read: its attributes, the texts of its attributes, its regions, and the one that is read."""
 
     attributes: dict[str, str]
     texts: list[str] = field(default_factory=list)
     regions: list[_Region] = field(default_factory=list)
+    open: _Region | None = None
 
 
 def read(path: Path, _slide: SlidePlace) -> Iterator[Outline | NoArea]:
@@ -57,27 +58,33 @@ def read(path: Path, _slide: SlidePlace) -> Iterator[Outline | NoArea]:
         InputError: The file is not well-formed, or a coordinate is not a number.
         EnvironmentFault: The system refuses to read the file.
     """
-    layer, region, total = _Layer({}), None, 0
+    layer, total = _Layer({}), 0
     for event, element in xml_file.events(path, "export the annotation again"):
-        tag = element.tag
         if event == "start":
-            if tag == "Annotation":
+            if element.tag == "Annotation":
                 layer = _Layer(dict(element.attrib))
-            elif tag == "Region":
-                region = _Region(dict(element.attrib))
+            elif element.tag == "Region":
+                layer.open = _Region(dict(element.attrib))
             continue
-        if tag in {"Vertex", "V"} and region is not None:
-            region.points.append(xml_file.point(element.get("X"), element.get("Y"), path))
+        if element.tag in {"Vertex", "V"}:
             total += 1
             xml_file.require_points(total, path)
-        elif tag == "Attribute" and region is None:
-            layer.texts += _texts(element)
-        elif tag == "Region" and region is not None:
-            layer.regions.append(region)
-            region = None
-        elif tag == "Annotation":
+        _add(layer, element, path)
+        if element.tag == "Annotation":
             yield from _of_layer(layer, path)
         element.clear()  # this frees its memory
+
+
+def _add(layer: _Layer, element: Any, path: Path) -> None:
+    """Add an element that has ended to its layer."""
+    region = layer.open
+    if region is None:
+        layer.texts += _texts(element) if element.tag == "Attribute" else []
+    elif element.tag in {"Vertex", "V"}:
+        region.points.append(xml_file.point(element.get("X"), element.get("Y"), path))
+    elif element.tag == "Region":
+        layer.regions.append(region)
+        layer.open = None
 
 
 def _texts(element: Any) -> list[str]:
