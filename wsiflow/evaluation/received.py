@@ -101,7 +101,7 @@ def _require_confidences(detections: NDArray[np.float64], path: Path) -> None:
     Raises:
         InputError: There are some; the message says so where another column holds them.
     """
-    within = ((detections >= 0) & (detections <= 1)).all(axis=0)
+    within = np.all((detections >= 0) & (detections <= 1), axis=0)
     bad = np.flatnonzero((detections[:, 0] < 0) | (detections[:, 0] > 1))
     if not bad.size:
         return

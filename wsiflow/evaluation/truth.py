@@ -26,6 +26,7 @@ from wsiflow.slides.slide import SlideFacts
 
 _PADDING_M_PX = 16  # a tile of 512 px at 1/32
 _MAX_MASK_PX = 2**30  # a larger evaluation mask comes from an outline at an impossible place
+_NEARLY_ALL = 0.9  # of the tissue: a truth that covers as much of it is doubted
 _CROPPED = frozenset({".mrxs", ".scn", ".bif", ".czi", ".dcm"})  # extensions of slides that may state bounds
 
 
@@ -63,7 +64,7 @@ class Marks(NamedTuple):
 
 def planned_truth(planned: SlidePlan, case: Case, params: EvaluationParams) -> Truth | None:
     """Read a slide's annotated regions at the spacing and size of its plan; see `read_truth`."""
-    return _as_truth(planned_marks(planned, case, params), params)
+    return as_truth(planned_marks(planned, case, params), params)
 
 
 def planned_marks(planned: SlidePlan, case: Case, params: EvaluationParams) -> Marks | None:
@@ -96,25 +97,23 @@ def read_truth(
     Raises:
         InputError: A file cannot be used, or no spacing is known.
     """
-    return _as_truth(_marks(case, params, l0_size_px, mask_downsample, place), params)
+    return as_truth(_marks(case, params, l0_size_px, mask_downsample, place), params)
 
 
-def _as_truth(marks: Marks | None, params: EvaluationParams) -> Truth | None:
+def as_truth(marks: Marks | None, params: EvaluationParams) -> Truth | None:
+    """Return annotated tumour as the regions that the protocol counts; None where nothing is annotated."""
     if marks is None:
         return None
     return Truth(_regions(marks.tumour, marks.m_um_px, params), marks.note, marks.ignored)
 
 
-def check_truth(
-    case: Case, params: EvaluationParams, *, l0_size_px: tuple[int, int], place: SlidePlace | None = None
-) -> Marks | None:
+def check_truth(case: Case, params: EvaluationParams, place: SlidePlace) -> Marks | None:
     """Check that a slide can be scored against its truth, before any work is done for the slide.
 
     Args:
         case: The slide, with its mpp.
         params: How the slide will be scored.
-        l0_size_px: Width and height of the slide in level-0 px.
-        place: See `read_truth`.
+        place: What the slide states.
 
     Returns:
         What is annotated; None where nothing is.
@@ -122,26 +121,32 @@ def check_truth(
     Raises:
         InputError: See `read_truth`; or the label contradicts the truth.
     """
-    marks = _marks(case, params, l0_size_px, None, place)
+    marks = _marks(case, params, place.l0_size_px, None, place)
     if marks is not None:
         path = case.mask_path or case.annotation_path
         require_agreement(case.slide_id, case.label, has_tumour=bool(marks.tumour.any()), path=path)
     return marks
 
 
-def share_of_tissue(marks: Marks, tissue: NDArray[np.bool_], *, downsample: float, m_downsample: int) -> float:
-    """Return which part of the tissue of a slide is annotated as tumour, 0 to 1.
+def share_of_tissue(
+    marks: Marks | None, tissue: NDArray[np.bool_], *, downsample: float, m_downsample: float
+) -> float | None:
+    """Return which part of the tissue of a slide is annotated as tumour where it is nearly all; None where it is less.
+
+    Such a truth may be a tissue mask, with which every classifier scores perfectly.
 
     Args:
-        marks: What is annotated.
+        marks: What is annotated; None where nothing is.
         tissue: bool (rows, cols), the tissue that was found.
         downsample: Level-0 px per pixel of the tissue.
         m_downsample: Level-0 px per pixel of the evaluation mask.
     """
-    rows, cols = np.nonzero(tissue)
-    centres = ((at + 0.5) * (downsample / m_downsample) for at in (rows, cols))
+    if marks is None or not marks.tumour.any():
+        return None
+    centres = ((np.arange(n) + 0.5) * (downsample / m_downsample) for n in tissue.shape)
     m_rows, m_cols = (np.minimum(at.astype(np.int64), n - 1) for at, n in zip(centres, marks.tumour.shape, strict=True))
-    return float(marks.tumour[m_rows, m_cols].mean()) if len(rows) else 0.0
+    share = float((tissue & marks.tumour[np.ix_(m_rows, m_cols)]).sum() / max(1, tissue.sum()))
+    return round(share, 4) if share >= _NEARLY_ALL else None
 
 
 def place_of(facts: SlideFacts) -> SlidePlace:

@@ -5,7 +5,7 @@ masks (rows, cols) at a reduced scale; see `fill` for which pixels an outline ho
 """
 
 from wsiflow.slides.annotations.fill import painted
-from wsiflow.slides.annotations.formats import FORMATS, SUFFIXES, format_of, read
+from wsiflow.slides.annotations.formats import FORMATS, format_of, read
 from wsiflow.slides.annotations.groups import (
     GROUPS,
     Meaning,
@@ -22,7 +22,6 @@ __all__ = [
     "FORMATS",
     "GROUPS",
     "NAME_TUMOUR_VALUES",
-    "SUFFIXES",
     "Drawing",
     "Format",
     "Meaning",

@@ -19,9 +19,6 @@ from wsiflow.system import faults
 FORMATS: tuple[Format, ...] = (asap.FORMAT, imagescope.FORMAT, ndpa.FORMAT, geojson.FORMAT)
 """All formats."""
 
-SUFFIXES = (".xml", ".geojson", ".json", ".annotations", ".ndpa")
-"""Extensions of files of annotations, in lower case."""
-
 _BLANK = b" \t\r\n\0"
 
 

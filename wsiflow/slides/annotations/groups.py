@@ -132,8 +132,11 @@ def sort_outlines(
 
 
 def meaning_of(outline: Outline, known: Mapping[str, Meaning]) -> Meaning | None:
-    """Return what an outline encloses, by its group or a text that names a known one; None where neither is known."""
-    texts = map(folded, (outline.group, *outline.hints))
+    """Return what an outline encloses, by its group or a text that names a known one; None where neither is known.
+
+    An outline without a group is one of the group ``none`` as well, where nothing else says what it is.
+    """
+    texts = [*map(folded, (outline.group, *outline.hints)), "" if folded(outline.group) else "none"]
     return next((known[text] for text in texts if text in known), None)
 
 
