@@ -91,7 +91,8 @@ def read_received(path: Path, slide: SlideExtent, unit: Unit = "px") -> Received
     repeated = Counter(map(tuple, detections[:, 1:].tolist()))
     if more := len(detections) - len(repeated):
         x, y = next(place for place, count in repeated.items() if count > 1)
-        remarks.append(f"{more} detections repeat the place of another, first at {x:g}, {y:g}; each of them counts")
+        repeating = "1 detection repeats" if more == 1 else f"{more} detections repeat"
+        remarks.append(f"{repeating} the place of another, first at {x:g}, {y:g}; each of them counts")
     return Received(detections, tuple(remarks))
 
 
@@ -119,7 +120,9 @@ def _refuse_place(detections: NDArray[np.float64], slide: SlideExtent, unit: Uni
     width, height = slide.l0_size_px or (0, 0)
     other = [name for name, xy in _readings(detections, slide, unit).items() if not slide.beyond(xy).any()]
     x, y = detections[0, 1:].tolist()
-    cause = f"all {len(detections)} detections lie beyond the {slide.what} of {width} x {height} px, the first at "
+    where = f"beyond the {slide.what} of {width} x {height} px"
+    cause = f"all {len(detections)} detections lie {where}, the first at "
+    cause = f"the one detection lies {where}, at " if len(detections) == 1 else cause
     hint = f" (they would lie on it {' or '.join(other)})" if other else ""
     remedy = f"give x and y in level-0 px of this slide{hint}, or say what they are in (--unit um)"
     raise InputError(f"{cause}{x:g}, {y:g}", remedy, path=path)
