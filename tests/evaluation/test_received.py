@@ -140,4 +140,4 @@ def test_the_command_tells_it(evaluated, tmp_path, capsys):
     assert "froc.strict_score 1.0" in told.out
     assert not told.err
     assert main(["evaluate", *map(str, options), *more, "--group", "Necrosis=maybe"]) == 20
-    assert "groups.Necrosis" in capsys.readouterr().err
+    assert "groups.necrosis: Input should be 'tumour', 'normal', 'ignore' or 'other'" in capsys.readouterr().err

@@ -25,6 +25,8 @@ def _listed(value: object) -> object:
 
 def _by_folded_name(value: object) -> object:
     """Return what groups enclose by their names as these are compared, sorted, so that equal settings compare equal."""
+    if value is None:
+        return {}
     if not isinstance(value, Mapping):
         return value
     return dict(sorted((folded("none" if name is None else str(name)), what) for name, what in value.items()))
@@ -62,7 +64,7 @@ class EvaluationParams(BaseModel, frozen=True, extra="forbid"):
         default_factory=dict,
         description="What groups and classes of annotations enclose, by their names in any case of the letters, over "
         "those that are known already. tumour: tumour. normal: it is cut out of the tumour. ignore: it takes neither "
-        "hits nor false positives. other: it counts for nothing.",
+        "hits nor false positives. other: it counts for nothing. null: none besides.",
     )
     outline_origin: Literal["auto", "slide", "bounds"] = Field(
         default="auto",

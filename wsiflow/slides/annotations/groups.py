@@ -159,9 +159,8 @@ def _by_label(missing: list[Outline], label: int | None, path: Path) -> Meaning:
         f"{_names(missing)}: {'outlines have' if len(missing) > 1 else 'the outline has'} {group}, which does not say"
     )
     remedy = "say in the manifest whether the slide is tumour or normal (label), give the outlines a group, or set"
-    raise InputError(
-        f"{cause} whether it is tumour", f"{remedy} evaluation.groups={{{shown or 'none'}: tumour}}", path=path
-    )
+    setting = f"'evaluation.groups={{{shown or 'none'}: tumour}}'"
+    raise InputError(f"{cause} whether it is tumour", f"{remedy} {setting}", path=path)
 
 
 def _require_known(unknown: list[Outline], path: Path) -> None:
@@ -178,8 +177,11 @@ def _require_known(unknown: list[Outline], path: Path) -> None:
     if len(unknown) > 1:
         listed = ", ".join(f"{group!r} ({count})" for group, count in counts.items())
         cause = f"{len(unknown)} annotations have unknown groups: {listed}"
-    remedy = f"say what they enclose, as in evaluation.groups={{{first}: ignore}} (tumour, normal, ignore or other)"
-    raise InputError(cause, f"{remedy}, or use one of {', '.join(sorted(GROUPS))}", path=path)
+    remedy = (
+        f"say what it encloses: 'evaluation.groups={{{first}: ignore}}' (or tumour, normal, other; wsiflow evaluate: "
+    )
+    known = "known are tumor, metastases, normal, exclusion, ignore and the groups of CAMELYON"
+    raise InputError(cause, f"{remedy}--group '{first}=ignore'), or rename it; {known}", path=path)
 
 
 def check_on_slide(outlines: TruthOutlines, l0_size_px: tuple[int, int], path: Path) -> tuple[str, ...]:
