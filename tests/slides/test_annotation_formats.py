@@ -4,10 +4,14 @@ import json
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from wsiflow.errors import InputError
+from wsiflow.evaluation.truth import stated_place
 from wsiflow.slides import annotations
 from wsiflow.slides.annotations import SlidePlace
+from wsiflow.slides.manifest import Case
 
 PLACE = SlidePlace((1000, 800), (0, 0), (0.25, 0.25))
 BOX = [[0, 0], [96, 0], [96, 96], [0, 96], [0, 0]]
@@ -275,6 +279,39 @@ def test_ndpa_is_in_nanometres_from_the_centre_of_the_glass(write):
     assert boxes(pixels) == [[1, 2, 3, 4]]
 
 
+def test_ndpa_on_a_real_slide(write, shared_data):
+    """The slide states where it lies on the glass; the point there is the centre of its image."""
+    path = shared_data / "wsi" / "good" / "test3-DAPI-2-387.ndpi"
+    if not path.exists():
+        pytest.skip(f"no slide at {path}")
+    place = stated_place(Case("s", path))
+    x, y = (round(one) for one in place.centre_offset_nm)
+    drawn = write(f"<annotations>{view('t', freehand([(x, y), (x + 2282, y), (x + 2282, y + 2282)]))}</annotations>")
+    assert boxes(drawn, place) == [pytest.approx([1984, 2432, 1994, 2442], abs=0.01)]
+
+
+@settings(max_examples=20)
+@given(st.lists(st.lists(st.tuples(*[st.integers(-9, 130)] * 2), min_size=3, max_size=7), min_size=1, max_size=3))
+def test_every_format_gives_the_same_mask(tmp_path_factory, polygons):
+    """The same outlines enclose the same pixels in every format, whatever they look like."""
+    place = SlidePlace((120, 100), (0, 0), (0.25, 0.25), (1000, 2000))
+    nm = [[((x - 60) * 250 + 1000, (y - 50) * 250 + 2000) for x, y in one] for one in polygons]
+    texts = [
+        asap(*(("Polygon", "Tumor", [(i, *xy) for i, xy in enumerate(one)]) for one in polygons)),
+        layers(('Name="Tumor"', "", [('Type="0"', one) for one in polygons])),
+        layers(('Name="Tumor"', "", [('Type="Polygon"', one) for one in polygons]), vertex="V"),
+        f"<annotations>{''.join(view('Tumor', freehand(one)) for one in nm)}</annotations>",
+        json.dumps([feature([one]) for one in polygons]),
+        json.dumps([feature([[*one, one[0]]]) for one in polygons]),
+    ]
+    path = tmp_path_factory.mktemp("formats") / "a"
+    masks = []
+    for text in texts:
+        path.write_text(text)
+        masks.append(annotations.tumour_mask(annotations.read_outlines(path, place), (100, 120), downsample=1))
+    assert all(np.array_equal(mask, masks[0]) for mask in masks[1:])
+
+
 # --- groups
 
 
@@ -332,3 +369,11 @@ def test_outlines_without_a_known_group_need_a_label(write, kind):
 def test_a_format_is_known_by_what_the_file_holds(write, text, name):
     """The name of the file does not matter."""
     assert annotations.format_of(write(text, "a.txt")).name == name
+
+
+def test_an_image_is_no_outline(write):
+    """A mask image in the column of outlines is told apart."""
+    path = write("", "a.tif")
+    path.write_bytes(b"II*\0" + bytes(20))
+    with pytest.raises(InputError, match="is an image; give a mask image as mask_path"):
+        annotations.read(path)

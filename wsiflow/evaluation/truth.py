@@ -193,6 +193,8 @@ def _painted(
     l0_size_px: tuple[int, int] | None,
     mask_downsample: int | None,
 ) -> Marks:
+    if path.suffix.lower() in annotations.COMPANION_SUFFIXES:
+        raise InputError("outlines are given as a mask image", "give them as annotation_path", path=path)
     values = pyramid.read_level(path, mask_downsample or params.downsample)
     if l0_size_px is not None:
         _check_size(values.shape, _slide_shape(l0_size_px, params.downsample), case)

@@ -16,9 +16,10 @@ from wsiflow.slides.annotations.groups import (
     tumour_mask,
 )
 from wsiflow.slides.annotations.masks import NAME_TUMOUR_VALUES, tumour_from_mask
-from wsiflow.slides.annotations.outlines import Drawing, Format, NoArea, Outline, SlidePlace
+from wsiflow.slides.annotations.outlines import COMPANION_SUFFIXES, Drawing, Format, NoArea, Outline, SlidePlace
 
 __all__ = [
+    "COMPANION_SUFFIXES",
     "FORMATS",
     "GROUPS",
     "NAME_TUMOUR_VALUES",

@@ -20,6 +20,8 @@ FORMATS: tuple[Format, ...] = (asap.FORMAT, imagescope.FORMAT, ndpa.FORMAT, geoj
 """All formats."""
 
 _BLANK = b" \t\r\n\0"
+_IMAGE = "image"
+_IMAGES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+", b"\x89PNG", b"\xff\xd8\xff", b"BM")
 
 
 def read(path: Path, slide: SlidePlace = SlidePlace(), *, origin: Origin | None = None) -> Drawing:  # noqa: B008
@@ -53,6 +55,9 @@ def format_of(path: Path) -> Format:
         EnvironmentFault: The system refuses to read the file.
     """
     syntax = _syntax(path)
+    if syntax.root == _IMAGE:
+        remedy = "give a mask image as mask_path, and outlines as annotation_path"
+        raise InputError("the annotation is an image", remedy, path=path)
     known = next((form for form in FORMATS if form.recognises(syntax)), None)
     if known is None:
         what = f"its root element is {syntax.root!r}" if syntax.root else "it is neither XML nor JSON"
@@ -68,6 +73,8 @@ def _syntax(path: Path) -> Syntax:
             start = file.read(4096)
     except OSError as error:
         raise faults.unreadable(error, "the annotation", "correct the path", path=path) from error
+    if start.startswith(_IMAGES):
+        return Syntax("", _IMAGE)
     # UTF-16, which some programs write, has a zero in each letter of the markup.
     text = start.removeprefix(codecs.BOM_UTF8).removeprefix(codecs.BOM_UTF16_LE).removeprefix(codecs.BOM_UTF16_BE)
     first = text.lstrip(_BLANK)[:1]
