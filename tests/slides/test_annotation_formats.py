@@ -358,6 +358,26 @@ def test_outlines_without_a_known_group_need_a_label(write, kind):
 
 
 @pytest.mark.parametrize(
+    "document",
+    [
+        asap(("PointSet", "Tumor", SQUARE)),
+        [feature([BOX], group="Region*")],
+        [feature([BOX], group="Ignore*"), feature([HOLE], group="")],
+        [feature([BOX], group="Tumor", objectType="detection")],
+    ],
+    ids=["points", "region", "ignored", "detections"],
+)
+def test_what_does_not_say_what_a_slide_is_needs_a_label(write, document):
+    """Points, regions and ignored parts make a slide neither normal nor tumour; an empty file does make it normal."""
+    path = write(document)
+    with pytest.raises(InputError, match=r"does not say whether .*\(label\)"):
+        annotations.read_outlines(path, PLACE)
+    assert area(path, label=0) == 0
+    assert len(annotations.read_outlines(path, PLACE, label=1).tumour) == ("Ignore" in str(document))
+    assert annotations.read_outlines(write([]), PLACE).tumour == ()
+
+
+@pytest.mark.parametrize(
     ("text", "name"),
     [
         (asap(("Polygon", "Tumor", SQUARE)), "ASAP XML"),

@@ -130,7 +130,7 @@ EXTERNAL = '<!DOCTYPE a SYSTEM "file:///etc/hostname"><ASAP_Annotations />'
         (WHOLE[: len(WHOLE) // 2], "not well-formed"),
         ("", "neither XML nor JSON"),
         (WHOLE.replace("</Annotation>", ""), "not well-formed"),
-        (b"\x89PNG\r\n\x1a\n", "neither XML nor JSON"),
+        (b"\x89PNG\r\n\x1a\n", "is an image"),
         ('<?xml version="1.0" encoding="nonsense"?><ASAP_Annotations />', "not well-formed"),
         (BOMB, "document type"),
         (EXTERNAL, "document type"),

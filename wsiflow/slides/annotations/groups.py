@@ -97,9 +97,9 @@ def sort_outlines(
 ) -> TruthOutlines:
     """Sort the outlines of a file by what they enclose.
 
-    Where no outline has a group that is known, the label decides: all of them are tumour in a slide labelled tumour,
-    and none in one labelled normal. Where some have one, ASAP's default group ``None`` is cut out of the tumour, as in
-    CAMELYON, and outlines of other formats without a class count for nothing.
+    Where no outline is known to be tumour or normal, the label decides: outlines without a group are tumour in a slide
+    labelled tumour, and not in one labelled normal. Where some are, ASAP's default group ``None`` is cut out of the
+    tumour, as in CAMELYON, and outlines of other formats without a class count for nothing.
 
     Args:
         drawing: The annotations of the file.
@@ -108,19 +108,18 @@ def sort_outlines(
         label: Label of the slide: 1 for tumour, 0 for normal, None where it is not known.
 
     Raises:
-        InputError: Groups are unknown; or no group is known, and there is no label.
+        InputError: Groups are unknown; or nothing says what the slide is, and there is no label.
     """
     known = {**GROUPS, **{folded(name): meaning for name, meaning in (groups or {}).items()}}
     stated = {name: what for name, what in known.items() if name not in _UNSTATED or name in map(folded, groups or {})}
     found = [(one, meaning_of(one, stated)) for one in drawing.outlines]
     _require_known([one for one, meaning in found if meaning is None and folded(one.group) not in _UNSTATED], path)
     remarks = []
-    missing = [one for one, meaning in found if meaning is None]
     fallback: dict[str, Meaning] = {"": "other", "none": "normal"}
-    if missing and len(missing) == len(found):
-        meaning = _by_label(missing, label, path)
-        fallback = dict.fromkeys(fallback, meaning)
-        if meaning == "tumour":
+    if not any(meaning in {"tumour", "normal"} for _, meaning in found):
+        _require_label(drawing, label, path)
+        fallback = dict.fromkeys(fallback, "tumour" if label else "normal")
+        if label and any(meaning is None for _, meaning in found):
             remarks.append("outlines without a known group are taken for tumour, as the label says")
     sorted_by: dict[Meaning, list[Outline]] = {"tumour": [], "normal": [], "ignore": [], "other": []}
     for one, known_as in found:
@@ -145,22 +144,26 @@ def folded(name: str) -> str:
     return name.strip().casefold()
 
 
-def _by_label(missing: list[Outline], label: int | None, path: Path) -> Meaning:
-    """Return what outlines enclose of which none has a known group: what the label says.
+def _require_label(drawing: Drawing, label: int | None, path: Path) -> None:
+    """Refuse annotations none of which says whether the slide is tumour or normal, where no label says it either.
 
     Raises:
-        InputError: There is no label.
+        InputError: There are such annotations, and there is no label.
     """
-    if label is not None:
-        return "tumour" if label else "normal"
-    shown = missing[0].group
-    group = f"the group {shown!r}" if shown else "no group"
+    if label is not None or not (drawing.outlines or drawing.without_area):
+        return
+    remedy = "say in the manifest whether the slide is tumour or normal (label)"
+    if not drawing.outlines:
+        shown = ", ".join(map(str, drawing.without_area[:_NAMED]))
+        cause = f"all {len(drawing.without_area)} annotations enclose nothing ({shown})"
+        raise InputError(f"{cause}, which does not say whether the slide is tumour", remedy, path=path)
+    names, group = _names(list(drawing.outlines)), drawing.outlines[0].group
+    verb = "outlines have" if len(drawing.outlines) > 1 else "the outline has"
     cause = (
-        f"{_names(missing)}: {'outlines have' if len(missing) > 1 else 'the outline has'} {group}, which does not say"
+        f"{names}: {verb} {f'the group {group!r}' if group else 'no group'}, which does not say whether it is tumour"
     )
-    remedy = "say in the manifest whether the slide is tumour or normal (label), give the outlines a group, or set"
-    setting = f"'evaluation.groups={{{shown or 'none'}: tumour}}'"
-    raise InputError(f"{cause} whether it is tumour", f"{remedy} {setting}", path=path)
+    setting = f"'evaluation.groups={{{group or 'none'}: tumour}}'"
+    raise InputError(cause, f"{remedy}, give the outlines a group, or set {setting}", path=path)
 
 
 def _require_known(unknown: list[Outline], path: Path) -> None:
