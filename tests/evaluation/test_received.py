@@ -93,10 +93,11 @@ NONE = "of {n} detections on slides with lesions lies in one, and"
         (".9,150,500\n.8,800,100\n.7,99,700\n", "slide a: 1 of 3 detections lie beyond the slide"),
         (".9,800,100\n.8,800,100\n.8,9,9\n", "slide a: 1 detection repeats the place of another, first at 800, 100"),
         (".9,25,3\n.8,30,4\n.7,33,6\n", f"none {NONE.format(n=3)} 3 would in pixels of a map at 1/32"),
+        (".9,50,6\n.8,60,8\n.7,66,12\n", f"none {NONE.format(n=3)} 3 would in pixels of a map at 1/16"),
         (".9,400,50\n.8,450,40\n", f"none {NONE.format(n=2)} 2 would in um"),
         (".9,100,560\n.8,120,590\n.7,9,9\n", f"none {NONE.format(n=3)} 2 would with x and y exchanged"),
         (".9,800,100\n.8,100,560\n.7,120,590\n.6,90,580\n", f"1 {NONE.format(n=4)} 3 would with x and y exchanged"),
-        (".9,2,3\n.8,3,4\n", "all detections lie in the first 1/32 of their slides"),
+        (".9,2,3\n.8,3,4\n", "all detections lie in the first 1/16 of their slides"),
     ],
 )
 def test_what_is_told(evaluated, text, remark):

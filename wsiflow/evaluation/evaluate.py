@@ -181,7 +181,7 @@ def evaluate_folder(  # noqa: PLR0913  these are the options of the command
         )
 
     matched, faults = match_slides({case.slide_id: partial(evidence, case) for case in cases}, params)
-    _raise_faults(list(faults.values()))
+    _raise_faults(faults, {case.slide_id: case.line for case in cases})
     result = evaluate_matched(list(matched.values()), params, seed=seed)
     notes = [f"slide {row['slide_id']}: {row['note']}" for row in result.cases if row["note"]]
     return replace(result, remarks=(*notes, *doubts.remarks(), *_undefined(result.metrics)))
@@ -363,12 +363,12 @@ def _slide_score(one: Evidence) -> float:
 # --- all slides
 
 
-def _raise_faults(faults: Sequence[WsiflowError]) -> None:
-    """Raise the faults of all slides as one error; return where there is none."""
+def _raise_faults(faults: Mapping[str, WsiflowError], lines: Mapping[str, int]) -> None:
+    """Raise the faults of all slides as one error, with the lines of the manifest; return where there is none."""
     if len(faults) == 1:
-        raise faults[0]
+        raise next(iter(faults.values()))
     if faults:
-        messages = " | ".join(str(fault) for fault in faults)
+        messages = " | ".join(f"line {lines[slide_id]}: {fault}" for slide_id, fault in faults.items())
         raise InputError(f"{len(faults)} slides cannot be scored: {messages}", "fix all of them and run again")
 
 

@@ -6,6 +6,7 @@ more lesions with x and y exchanged, in um, or in pixels of a heatmap.
 """
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -22,6 +23,11 @@ from wsiflow.slides.manifest import Case
 
 Unit = Literal["px", "um"]
 """What coordinates are in: level-0 pixels, or micrometres from the corner of level 0."""
+
+
+_MAPS = (8, 16, 32, 64, 112, 128, 224, 256)  # downsamples that heatmaps of other programs have
+_CORNER = 16
+_TELLING = 0.1  # share of detections that must hit by another reading: by chance some do by any
 
 
 class SlideExtent(NamedTuple):
@@ -129,7 +135,7 @@ def _refuse_place(detections: NDArray[np.float64], slide: SlideExtent, unit: Uni
 
 
 def _readings(
-    detections: NDArray[np.float64], slide: SlideExtent, unit: Unit = "px", m_downsample: int = 0
+    detections: NDArray[np.float64], slide: SlideExtent, unit: Unit = "px", downsamples: Iterable[int] = ()
 ) -> dict[str, NDArray[np.float64]]:
     """Return what coordinates could mean instead, float64 (n, 2) in level-0 px by the words that say it."""
     xy = detections[:, 1:]
@@ -137,9 +143,7 @@ def _readings(
     if slide.um_px is not None:
         um = xy * slide.um_px if unit == "um" else xy / slide.um_px
         readings["in level-0 px" if unit == "um" else "in um"] = um
-    if m_downsample > 1:
-        readings[f"in pixels of a map at 1/{m_downsample}"] = (xy + 0.5) * m_downsample
-    return readings
+    return readings | {f"in pixels of a map at 1/{scale}": (xy + 0.5) * scale for scale in downsamples if scale > 1}
 
 
 @dataclass
@@ -151,7 +155,7 @@ class Doubts:
         n: Number of detections on slides with lesions.
         hits: How many of them lie in a region as they are.
         others: How many would, by what else they could mean.
-        small: Number of slides of known size whose detections all lie in the first 1/``m_downsample`` of it.
+        small: Number of slides of known size whose detections all lie in a corner, of a 16th of each side.
         sized: Number of slides of known size with detections.
     """
 
@@ -165,14 +169,15 @@ class Doubts:
     def add(self, detections: NDArray[np.float64], slide: SlideExtent, truth: Truth | None) -> None:
         """Add the detections of a slide, float64 (n, 3)."""
         if slide.l0_size_px is not None and len(detections):
-            corner = np.array(slide.l0_size_px) / self.m_downsample
+            corner = np.array(slide.l0_size_px) / _CORNER
             self.sized += 1
             self.small += int((detections[:, 1:] <= corner).all())
         if truth is None or not truth.lesions.n_regions:
             return
         self.n += len(detections)
         self.hits += self._hits(detections[:, 1:], truth)
-        for name, xy in _readings(detections, slide, m_downsample=self.m_downsample).items():
+        downsamples = sorted({*_MAPS, self.m_downsample})
+        for name, xy in _readings(detections, slide, downsamples=downsamples).items():
             self.others[name] += self._hits(xy, truth)
 
     def _hits(self, xy: NDArray[np.float64], truth: Truth) -> int:
@@ -181,10 +186,10 @@ class Doubts:
     def remarks(self) -> list[str]:
         """Return what is doubtful, as sentences."""
         name, hits = self.others.most_common(1)[0] if self.others else ("", 0)
-        if hits > 2 * self.hits:
+        if hits > 2 * self.hits and hits >= _TELLING * self.n:
             as_is = f"{self.hits or 'none'} of {self.n} detections on slides with lesions lies in one"
             return [f"{as_is}, and {hits} would {name}: see that x and y are in level-0 px"]
-        if self.sized and self.small == self.sized and self.m_downsample > 1:
-            of = f"the first 1/{self.m_downsample} of their slides"
+        if self.sized and self.small == self.sized:
+            of = f"the first 1/{_CORNER} of their slides"
             return [f"all detections lie in {of}: see that x and y are in level-0 px, and not in pixels of a map"]
         return []
