@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from wsiflow.errors import InputError
 from wsiflow.evaluation.truth import stated_place
 from wsiflow.slides import annotations
-from wsiflow.slides.annotations import SlidePlace
+from wsiflow.slides.annotations import Format, Outline, SlidePlace, formats
 from wsiflow.slides.manifest import Case
 
 PLACE = SlidePlace((1000, 800), (0, 0), (0.25, 0.25))
@@ -397,3 +397,11 @@ def test_an_image_is_no_outline(write):
     path.write_bytes(b"II*\0" + bytes(20))
     with pytest.raises(InputError, match="is an image; give a mask image as mask_path"):
         annotations.read(path)
+
+
+def test_a_format_is_added_by_a_file_and_a_line(write, monkeypatch):
+    """What reads files of another kind is one record; nothing else knows the formats."""
+    outline = Outline("mine", "Tumor", np.array(BOX[:4], float))
+    added = Format("mine", lambda syntax: syntax.root == "mine", lambda _path, _slide: iter([outline]))
+    monkeypatch.setattr(formats, "FORMATS", (*formats.FORMATS, added))
+    assert area(write("<mine />")) == 96 * 96

@@ -23,7 +23,7 @@ def test_masks_of_tissue_are_not_taken_for_truth(tmp_path, header, tool):
     path = tmp_path / "m.csv"
     path.write_text(f"{header}\n")
     with pytest.raises(
-        InputError, match=f"those of {tool}, where mask.* holds tissue; .* to tissue_mask_path, or to tru"
+        InputError, match=f"those of {tool}, where mask.* holds tissue; .* to tissue_mask_path, or to truth_mask_path"
     ):
         read_manifest(path)
 

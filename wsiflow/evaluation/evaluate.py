@@ -1,6 +1,6 @@
 """Evaluate the detections of many slides against their truth: FROC, slide AUC, and a row per slide.
 
-Input: per slide a CSV of detections, a label and, for tumour, outlines (ASAP XML) or a mask image; optionally a CSV of
+Input: per slide a CSV of detections, a label and, for tumour, outlines or a mask image; optionally a CSV of
 slide scores. Output: metrics by name, a row per slide, and the curves, as values and as the texts of their files.
 
 A detection file has a line ``prob,x,y`` per detection, in level-0 px and without header. It exists for every slide and
