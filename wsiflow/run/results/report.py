@@ -157,7 +157,8 @@ def _accuracy(data: ReportData) -> str:
     for title, name, metric in (("FROC", "froc.png", "froc.score"), ("Slide ROC", "roc.png", "roc.auc")):
         if _defined(data.metrics, metric):
             figure = page.image(data.figures[name], "png", f"{title} curve")
-            parts.append(f"<figure><figcaption>{title}</figcaption>{figure}</figure>\n")
+            caption = f"{title}, {_froc_slides(data.metrics)}" if title == "FROC" else title
+            parts.append(f"<figure><figcaption>{caption}</figcaption>{figure}</figure>\n")
         else:
             parts.append(f"<figure><figcaption>{title}</figcaption><p>{title} is {_NO_TRUTH}.</p></figure>\n")
     body = f'<div class="figures">\n{"".join(parts)}</div>\n'
