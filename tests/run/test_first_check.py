@@ -64,24 +64,16 @@ def test_all_faults_are_in_one_list_before_pixels_are_read(manifest, tmp_path, m
 
 
 def test_bad_lines_are_kept_out_and_the_others_are_scored(manifest, tmp_path, capsys):
-    """With allow_partial the score is that of the others; outlines over the edge are cut off, which their row says."""
+    """With allow_partial the score is that of the others; what is doubtful about their truth is told."""
     more = ["allow_partial=true", "evaluation.groups={Fat: ignore}"]
     assert wsiflow(*over(manifest, tmp_path / "out", *more)) == 10
-    assert "4 of 7 slides cannot be used: line 3: slide far" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "4 of 7 slides cannot be used: line 3: slide far" in told
+    share = "100% of the tissue is annotated as tumour"
+    assert f"slide over: {share}; if the mask is of tissue" in told
     notes = {row["slide_id"]: row["note"] for row in rows(tmp_path / "out" / "evaluation-PARTIAL" / "cases.csv")}
     assert list(notes) == ["good", "over", "group"]
-    assert "outlines are cut off at the slide's edge: 'Tumor 1' (15%)" in notes["over"]
-
-
-def test_a_truth_of_all_tissue_is_told(tiny_slides, tmp_path, capsys):
-    """A tissue mask that is given as truth makes one lesion of the slide: told when it is planned, and in its row."""
-    geojson(tmp_path, "all.geojson", ("Tumor", (100, 100, 500, 400)))
-    (tmp_path / "m.csv").write_text(f"path,annotation_path\n{tiny_slides.parent / 'a.tif'},all.geojson\n")
-    assert wsiflow(*over(tmp_path / "m.csv", tmp_path / "out")) == 0
-    told = "100% of the tissue is annotated as tumour"
-    assert f"slide a: {told}; if the mask is of tissue" in capsys.readouterr().out
-    (row,) = rows(tmp_path / "out" / "evaluation" / "cases.csv")
-    assert row["note"] == told
+    assert notes["over"] == f"outlines are cut off at the slide's edge: 'Tumor 1' (15%); {share}"
 
 
 def test_groups_are_set_on_the_command_line(tmp_path):

@@ -166,7 +166,7 @@ def evaluate_folder(  # noqa: PLR0913  these are the options of the command
     if scores is not None:
         require_same_slides(paths, given, "score", scores)
 
-    doubts = received.Doubts(params.downsample)
+    doubts, remarks = received.Doubts(params.downsample), list[str]()
 
     def evidence(case: Case) -> Evidence:
         place = stated_place(case)
@@ -176,6 +176,8 @@ def evaluate_folder(  # noqa: PLR0913  these are the options of the command
         own = received.read_received(paths[case.slide_id], slide, unit)
         doubts.add(own.detections, slide, truth)
         note = "; ".join(own.remarks)
+        told = filter(None, (truth.note if truth is not None else "", note))
+        remarks.extend(f"slide {case.slide_id}: {one}" for one in told)
         return Evidence(
             case.slide_id, case.label, truth, own.detections, given.get(case.slide_id), case.patient_id, note
         )
@@ -183,8 +185,7 @@ def evaluate_folder(  # noqa: PLR0913  these are the options of the command
     matched, faults = match_slides({case.slide_id: partial(evidence, case) for case in cases}, params)
     _raise_faults(faults, {case.slide_id: case.line for case in cases})
     result = evaluate_matched(list(matched.values()), params, seed=seed)
-    notes = [f"slide {row['slide_id']}: {row['note']}" for row in result.cases if row["note"]]
-    return replace(result, remarks=(*notes, *doubts.remarks(), *_undefined(result.metrics)))
+    return replace(result, remarks=(*remarks, *doubts.remarks(), *_undefined(result.metrics)))
 
 
 def _stated_mpp(place: SlidePlace) -> float | None:
