@@ -405,3 +405,12 @@ def test_a_format_is_added_by_a_file_and_a_line(write, monkeypatch):
     added = Format("mine", lambda syntax: syntax.root == "mine", lambda _path, _slide: iter([outline]))
     monkeypatch.setattr(formats, "FORMATS", (*formats.FORMATS, added))
     assert area(write("<mine />")) == 96 * 96
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "iso-8859-1"])
+def test_encodings_of_xml(write, encoding):
+    """Programs on Windows write byte order marks and UTF-16."""
+    path = write("")
+    text = f'<?xml version="1.0" encoding="{encoding.removesuffix("-sig").upper()}"?>'
+    path.write_bytes((text + asap(("Polygon", "Tumor", SQUARE))).encode(encoding))
+    assert area(path) == 96 * 96

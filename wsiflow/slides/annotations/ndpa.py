@@ -42,7 +42,7 @@ def _annotation(view: Any, slide: SlidePlace, path: Path) -> Outline | NoArea:
         x, y = xml_file.point(drawn.findtext("x"), drawn.findtext("y"), path)
         radius, _ = xml_file.point(drawn.findtext("radius"), "0", path)
         polygon = ellipse(np.array([(x - radius, y - radius), (x + radius, y + radius)]))
-    elif drawn.find("pointlist") is not None and (drawn.findtext("closed") or "1").strip() != "0":
+    elif _is_closed(drawn, kind):
         listed = drawn.findall("pointlist/point")
         xml_file.require_points(len(listed), path)
         pairs = [xml_file.point(one.findtext("x"), one.findtext("y"), path) for one in listed]
@@ -51,6 +51,12 @@ def _annotation(view: Any, slide: SlidePlace, path: Path) -> Outline | NoArea:
         return NoArea(name, drawn.get("displayname", kind).removeprefix("Annotate").lower() or "line")
     placed = _l0_from(polygon, (view.findtext("coordformat") or "nanometers").strip().lower(), slide, path)
     return as_outline(name, "", placed, hints=(title, (view.findtext("details") or "").strip()))
+
+
+def _is_closed(drawn: Any, kind: str) -> bool:
+    """Tell whether an annotation is a closed outline."""
+    closed = (drawn.findtext("closed") or "1").strip()
+    return drawn.find("pointlist") is not None and closed != "0" and not kind.endswith("line")
 
 
 def _l0_from(polygon: Polygon, unit: str, slide: SlidePlace, path: Path) -> Polygon:
