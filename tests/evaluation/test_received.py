@@ -84,7 +84,7 @@ def test_without_the_slide_its_mask_shows_the_size(evaluated):
         evaluated(".9,100,800\n", slides=False)
 
 
-NONE = "of {n} detections on slides with lesions lies in one, and"
+NONE = "of {n} detections on slides with lesions lie in one, and"
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_the_command_tells_it(evaluated, tmp_path, capsys):
     assert main(["evaluate", *map(str, options), *more]) == 0
     told = capsys.readouterr()
     assert "froc.n_normal 1.0" in told.out
-    assert "note: none of 2 detections on slides with lesions lies in one, and 2 would in um" in told.err
+    assert "note: none of 2 detections on slides with lesions lie in one, and 2 would in um" in told.err
     assert main(["evaluate", *map(str, options), *more, "--unit", "um", "--group", "Necrosis=ignore"]) == 0
     told = capsys.readouterr()
     assert "froc.strict_score 1.0" in told.out

@@ -27,6 +27,7 @@ Unit = Literal["px", "um"]
 
 _MAPS = (8, 16, 32, 64, 112, 128, 224, 256)  # downsamples that heatmaps of other programs have
 _CORNER = 16
+_IN_UM = "in um"
 _TELLING = 0.1  # share of detections that must hit by another reading: by chance some do by any
 
 
@@ -142,7 +143,7 @@ def _readings(
     readings = {"with x and y exchanged": xy[:, ::-1]}
     if slide.um_px is not None:
         um = xy * slide.um_px if unit == "um" else xy / slide.um_px
-        readings["in level-0 px" if unit == "um" else "in um"] = um
+        readings["in level-0 px" if unit == "um" else _IN_UM] = um
     return readings | {f"in pixels of a map at 1/{scale}": (xy + 0.5) * scale for scale in downsamples if scale > 1}
 
 
@@ -187,8 +188,9 @@ class Doubts:
         """Return what is doubtful, as sentences."""
         name, hits = self.others.most_common(1)[0] if self.others else ("", 0)
         if hits > 2 * self.hits and hits >= _TELLING * self.n:
-            as_is = f"{self.hits or 'none'} of {self.n} detections on slides with lesions lies in one"
-            return [f"{as_is}, and {hits} would {name}: see that x and y are in level-0 px"]
+            as_is = f"{self.hits or 'none'} of {self.n} detections on slides with lesions lie in one"
+            option = ", or give --unit um" if name == _IN_UM else ""
+            return [f"{as_is}, and {hits} would {name}: see that x and y are in level-0 px{option}"]
         if self.sized and self.small == self.sized:
             of = f"the first 1/{_CORNER} of their slides"
             return [f"all detections lie in {of}: see that x and y are in level-0 px, and not in pixels of a map"]
