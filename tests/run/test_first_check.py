@@ -6,6 +6,7 @@ import pytest
 from small_runs import COARSE, over, rows, wsiflow
 
 from flows.compose import compose_config
+from wsiflow.errors import InputError
 from wsiflow.run import shards
 from wsiflow.slides.slide import Slide
 
@@ -80,4 +81,8 @@ def test_groups_are_set_on_the_command_line(tmp_path):
     """Names with blanks and stars can be given; without any the configuration is as it was."""
     config = compose_config([*COARSE, "evaluation.groups={Immune cells: normal, Foo*: ignore}"])
     assert config.evaluation.groups == {"foo*": "ignore", "immune cells": "normal"}
+    text = compose_config([*COARSE, "evaluation.groups='{Fäule (alt): ignore, \"a: b\": normal}'"]).evaluation
+    assert text.groups == {"a: b": "normal", "fäule (alt)": "ignore"}
+    with pytest.raises(InputError, match="evaluation.groups: Input should be a valid dictionary"):
+        compose_config([*COARSE, "evaluation.groups=Necrosis"])
     assert "groups" not in compose_config(COARSE).model_dump()["evaluation"]

@@ -1,8 +1,10 @@
 """Define the scoring protocol: the rules that must be equal before two scores may be compared."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Annotated, Any, Literal
 
+import yaml
 from pydantic import BaseModel, BeforeValidator, Field, FiniteFloat, SerializerFunctionWrapHandler, model_serializer
 
 from wsiflow.slides.annotations.groups import Meaning, folded
@@ -27,6 +29,9 @@ def _by_folded_name(value: object) -> object:
     """Return what groups enclose by their names as these are compared, sorted, so that equal settings compare equal."""
     if value is None:
         return {}
+    if isinstance(value, str):  # in quotes, as names are written that Hydra cannot read as keys
+        with suppress(yaml.YAMLError):
+            value = yaml.safe_load(value)
     if not isinstance(value, Mapping):
         return value
     return dict(sorted((folded("none" if name is None else str(name)), what) for name, what in value.items()))

@@ -242,6 +242,7 @@ def describe_faults(cases: Path) -> list[str]:
     """
     config, listed = read_cases(cases)
     waiting = [case for index, case in enumerate(listed) if not ingest.is_ingested(cases, index)]
+    _logger.info("checking %d slides and their truth", len(waiting))
     with ThreadPoolExecutor(_CHECKED_TOGETHER) as threads:
         faults = list(threads.map(partial(_fault_of, config), waiting))
     wrong = [f"{_place(case)}{fault}" for case, fault in zip(waiting, faults, strict=True) if fault]
