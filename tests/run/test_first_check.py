@@ -83,6 +83,6 @@ def test_groups_are_set_on_the_command_line(tmp_path):
     assert config.evaluation.groups == {"foo*": "ignore", "immune cells": "normal"}
     text = compose_config([*COARSE, "evaluation.groups='{Fäule (alt): ignore, \"a: b\": normal}'"]).evaluation
     assert text.groups == {"a: b": "normal", "fäule (alt)": "ignore"}
-    with pytest.raises(InputError, match="evaluation.groups: Input should be a valid dictionary"):
+    with pytest.raises(InputError, match="groups: Input should be a valid dictionary"):
         compose_config([*COARSE, "evaluation.groups=Necrosis"])
     assert "groups" not in compose_config(COARSE).model_dump()["evaluation"]
