@@ -106,8 +106,15 @@ def failure_rows(root: Path, summary: Summary, failures: Sequence[Failure]) -> l
 
 
 def scores_line(metrics: Mapping[str, float]) -> str:
-    """Return the main numbers of a run in one line, such as ``FROC 0.812, strict 0.790, AUC 0.951, 1.3 core-hours``."""
-    parts = [f"{name} {_score(metrics, key)}" for key, name in _SHORT.items() if _is_defined(metrics, key)]
+    """Return the main numbers of a run in one line.
+
+    As in ``FROC 0.812 (12 normal slides), strict 0.790, AUC 0.951, 1.3 core-hours``.
+    """
+    parts = [
+        f"{name} {_score(metrics, key)}{_normal(metrics, key)}"
+        for key, name in _SHORT.items()
+        if _is_defined(metrics, key)
+    ]
     if _is_defined(metrics, "throughput.core_hours"):  # not of detections that existed already
         parts.append(f"{metrics['throughput.core_hours']:.3g} core-hours")
     return ", ".join(parts)
@@ -150,7 +157,7 @@ def _failures(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def _scores(metrics: Mapping[str, float]) -> str:
     rows = [
-        {"": name, "value": _score(metrics, key), "95 % interval": _interval(metrics, key)}
+        {"": name + _normal(metrics, key), "value": _score(metrics, key), "95 % interval": _interval(metrics, key)}
         for key, name in _SCORES.items()
     ]
     rows += [
@@ -159,6 +166,14 @@ def _scores(metrics: Mapping[str, float]) -> str:
         if _is_defined(metrics, key) and metrics[key] > 0  # a start with nothing left to do has no speed
     ]
     return "## Scores\n\n" + table(rows)
+
+
+def _normal(metrics: Mapping[str, float], name: str) -> str:
+    """Return how many normal slides a FROC score is over, from which most false positives come, in brackets."""
+    if name != "froc.score" or not _is_defined(metrics, "froc.n_normal"):
+        return ""
+    n = round(metrics["froc.n_normal"])
+    return f" ({n} normal slide{'' if n == 1 else 's'})"
 
 
 def _figures(shown: Path, metrics: Mapping[str, float]) -> str:

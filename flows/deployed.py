@@ -4,6 +4,7 @@ A filled form becomes the overrides of the command line. When a flow is cancelle
 cancelled by what the run's folder records, since the process that submitted them has ended by then.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -131,11 +132,14 @@ def _evaluate(request: forms.Evaluate) -> State[Any]:
         Path(request.detections),
         Path(request.scores) if request.scores else None,
         request.mask_downsample,
+        request.unit,
     )
     out = Path(request.out)
-    metrics = evaluate_existing(existing, config.evaluation, seed=config.seed, out=out).metrics
-    artifacts.show_scores(out, metrics)
-    return Completed(message=artifacts.scores_line(metrics))
+    scores = evaluate_existing(existing, config.evaluation, seed=config.seed, out=out)
+    for sentence in scores.remarks:
+        logs.note(sentence, logging.WARNING)
+    artifacts.show_scores(out, scores.metrics)
+    return Completed(message=artifacts.scores_line(scores.metrics))
 
 
 def _compare(request: forms.Compare) -> State[Any]:

@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from functools import cache
 from importlib import resources
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import AfterValidator, BaseModel, Field, model_validator
@@ -342,6 +342,9 @@ class Evaluate(Form):
     scores: str = own("CSV with slide_id,score. Empty: the highest detection counts.", "scoring", default="")
     mask_downsample: int | None = own(
         "Scale at which mask images are read; 1: they are at evaluation resolution.", "scoring", default=None, ge=1
+    )
+    unit: Literal["px", "um"] = own(
+        "What x and y of detections are in: px of level 0, or um from its corner.", "scoring", default="px"
     )
     evaluation: str = knob("evaluation")
     downsample: int = knob("evaluation.downsample", "scoring")

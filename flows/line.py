@@ -129,10 +129,13 @@ def _line(config: RunConfig, submit: Submit, pool_of: Pool, note: Note) -> finis
         chosen = submit(Step("choose engine", stages=["choose"]), shards.choose, pool, cases)
         if choice := chosen.result():
             note(choice, logging.INFO)
+        for fault in shards.describe_faults(cases):
+            note(fault, logging.WARNING)
         planned = _plan(config, submit, pool, cases, [chosen])
         plan_path = planned.result()
         finish.set_aside(plan_path)
         warnings = [*shards.describe_rejections(plan_path), *shards.describe_duplicates(plan_path)]
+        warnings += shards.describe_truths(plan_path)
         for warning in (*warnings, *shards.describe_cost_alone(cases, plan_path)):
             note(warning, logging.WARNING)
         slice_s = config.executor.slice_s

@@ -18,6 +18,14 @@ def positives(text: str) -> tuple[int, ...]:
     return tuple(positive(part) for part in text.split(","))
 
 
+def group(text: str) -> tuple[str, str]:
+    """Return the name of a group of annotations and what it encloses, from ``name=meaning``."""
+    name, separator, meaning = text.rpartition("=")
+    if not separator or not meaning:
+        raise ArgumentTypeError(f"{text!r} is not NAME=MEANING, as in Necrosis=ignore")
+    return name, meaning
+
+
 def scale(text: str) -> float:
     """Return a number above 0 and at most 1."""
     value = float(text)

@@ -20,6 +20,7 @@ PAGES = (
     "docs/sweeps.md",
     "docs/tradeoff.md",
     "docs/tradeoff-data.md",
+    "docs/truth.md",
 )
 # What composes only beside a folder of the user's own, or is wrong on purpose.
 ELSEWHERE = ("--config-dir", "inference.strid=")

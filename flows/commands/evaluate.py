@@ -6,8 +6,8 @@ from pathlib import Path
 from wsiflow.evaluation.evaluate import Existing, evaluate_existing
 from wsiflow.run.config import evaluation_params
 
-from ..options import natural, positive
-from ..terminal import say
+from ..options import group, natural, positive
+from ..terminal import remark, say
 
 
 def add_options(parser: ArgumentParser) -> None:
@@ -33,6 +33,22 @@ def add_options(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--mask-tumour", type=int, nargs="+", metavar="VALUE", help="values of mask images that are tumour, no other is"
     )
+    parser.add_argument(
+        "--unit",
+        choices=["px", "um"],
+        default="px",
+        help="what x and y of detections are in: level-0 px, or um from the corner of level 0 (px)",
+    )
+    parser.add_argument(
+        "--group",
+        type=group,
+        nargs="+",
+        metavar="NAME=MEANING",
+        help="what groups of annotations enclose: tumour, normal, ignore or other, as in --group Necrosis=ignore",
+    )
+    parser.add_argument(
+        "--outline-origin", choices=["auto", "slide", "bounds"], help="where the coordinates of annotations count from"
+    )
     parser.add_argument("--bootstrap", type=int, help="resamples of the intervals (2000)")
     parser.add_argument("--seed", type=natural, default=0)
 
@@ -40,11 +56,16 @@ def add_options(parser: ArgumentParser) -> None:
 def main(arguments: Namespace) -> int:
     """Score the detections, and write and print the scores."""
     changes = {"downsample": arguments.downsample, "l0_um_px": arguments.um_px, "bootstrap": arguments.bootstrap}
-    changes["mask_tumour"] = arguments.mask_tumour
+    changes |= {"mask_tumour": arguments.mask_tumour, "outline_origin": arguments.outline_origin}
+    changes["groups"] = dict(arguments.group) if arguments.group else None
     params = evaluation_params(arguments.protocol, changes)
-    existing = Existing(arguments.manifest, arguments.detections, arguments.scores, arguments.mask_downsample)
+    existing = Existing(
+        arguments.manifest, arguments.detections, arguments.scores, arguments.mask_downsample, arguments.unit
+    )
     scores = evaluate_existing(existing, params, seed=arguments.seed, out=arguments.out)
     say(f"protocol {params.name} {params.protocol_hash()[:12]}")
     for name, value in scores.metrics.items():
         say(f"{name} {value:.6f}")
+    for sentence in scores.remarks:
+        remark(f"note: {sentence}")
     return 0

@@ -254,11 +254,11 @@ def test_cells_are_compared_with_the_outlines_as_drawn(finished: Path, exported:
     total, positives, squares = 0, 0, 0.0
     for planned, case in zip(run.plan.slides, run.cases, strict=True):
         heat, _ = files.read_heatmap(finished / f"heatmaps/{planned.slide_id}.tif")
-        mask = calibration._tumour(case, planned, 32)
-        assert mask.any() == (case.label == 1)
+        mask, ignored = calibration._marks(run, case, planned)
+        assert (mask.any(), ignored) == (case.label == 1, None)
         for row, col in np.argwhere(np.isfinite(heat)).tolist():
             x, y = geometry.l0_from_h(planned.frame, np.array([[col, row]], np.float64))[0] // 32
-            truth = bool(mask[int(y), int(x)])
+            truth = bool(mask.any() and mask[int(y), int(x)])
             total, positives = total + 1, positives + truth
             squares += (float(heat[row, col]) - truth) ** 2
     found = json.loads((exported / "calibration.json").read_text())["cells"]
@@ -275,6 +275,9 @@ def test_cells_beyond_the_mask_are_no_tumour(tmp_path: Path) -> None:
     files.write_heatmap(tmp_path / "h.tif", heat, um_px=32.0, description={"frame": frame._asdict()})
     (found,) = calibration.cell_bins(tmp_path / "h.tif", frame, np.ones((4, 3), bool), 32)
     assert (found.total, found.positives.sum()) == (90, 3 * 3)
+    ignored = np.ones((2, 10), bool)  # of whose cells half have no score
+    (found,) = calibration.cell_bins(tmp_path / "h.tif", frame, np.ones((4, 3), bool), 32, ignored=ignored)
+    assert (found.total, found.positives.sum()) == (80, 2 * 3)
 
 
 # --- subgroups

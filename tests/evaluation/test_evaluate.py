@@ -34,6 +34,7 @@ from wsiflow.evaluation.protocol import EvaluationParams
 from wsiflow.evaluation.truth import Truth, check_truth, read_truth
 from wsiflow.run.config import evaluation_params
 from wsiflow.slides import manifest
+from wsiflow.slides.annotations import SlidePlace
 
 
 def protocol(**changes):
@@ -272,7 +273,7 @@ def test_a_small_slides_mask_of_another_scale(tmp_path, side, fits):
     path = png(tmp_path / "a.png", np.zeros((side, side), np.uint8))
     case = manifest.Case("t", tmp_path, mpp=0.25, label=0, mask_path=path)
     with contextlib.nullcontext() if fits else pytest.raises(InputError, match="where the slide is 19 x 19"):
-        check_truth(case, protocol(downsample=32), l0_size_px=(600, 600))
+        check_truth(case, protocol(downsample=32), SlidePlace((600, 600), (0, 0)))
 
 
 def test_outline_at_an_impossible_place(tmp_path):

@@ -30,7 +30,7 @@ def test_a_page_shows_scores_figures_and_the_worst_slides(finished: Path, small_
     config = compose.compose_config(over(small_slides, finished))
     text = artifacts._result(config, ended(finished, 0, DONE), [])
     assert text.startswith("# run\n\nComplete: 1 of 1 slides.")
-    assert re.search(r"\| FROC score \| \d\.\d{3} \|", text)
+    assert re.search(r"\| FROC score \(3 normal slides\) \| \d\.\d{3} \|", text)
     pictures = [base64.b64decode(one) for one in re.findall(r"data:image/jpeg;base64,([^)]+)\)", text)]
     assert [max(Image.open(io.BytesIO(one)).size) for one in pictures] == [420, 420, 200, 200, 200, 200]
     assert "<http://127.0.0.1:5000/#/experiments/1>" in text

@@ -10,7 +10,7 @@ from matplotlib.path import Path as Outline
 
 from wsiflow.errors import InputError
 from wsiflow.slides import annotations
-from wsiflow.slides.annotations import TumourOutline
+from wsiflow.slides.annotations import TruthOutlines, outlines, xml_file
 
 SQUARE = [(0, 0), (96, 0), (96, 96), (0, 96)]
 
@@ -43,56 +43,80 @@ def write(tmp_path):
 
 
 def outline(*tumour, exclusions=()):
-    """Return an outline from lists of points."""
-    return TumourOutline(*(tuple(np.array(points, float) for points in some) for some in (tumour, exclusions)))
+    """Return outlines from lists of points."""
+    kinds = (tumour, exclusions)
+    return TruthOutlines(
+        *(tuple(outlines.Outline("a", "", np.array(points, float)) for points in some) for some in kinds)
+    )
 
 
 @pytest.mark.parametrize("group", ["_0", "_1", "Tumor", "metastases", "tumor"])
 def test_tumour_groups(write, group):
     """These groups of CAMELYON16 and 17 are tumour."""
-    read = annotations.read_asap(write(asap((group, SQUARE))))
-    assert [polygon.tolist() for polygon in read.tumour] == [[list(point) for point in SQUARE]]
+    read = annotations.read_outlines(write(asap((group, SQUARE))))
+    assert [one.polygon.tolist() for one in read.tumour] == [[list(point) for point in SQUARE]]
     assert read.exclusions == ()
 
 
 @pytest.mark.parametrize("group", ["_2", "Exclusion", "None", "normal"])
 def test_exclusion_groups(write, group):
     """These groups are cut out of the tumour."""
-    read = annotations.read_asap(write(asap((group, SQUARE))))
-    assert (len(read.tumour), len(read.exclusions)) == (0, 1)
+    read = annotations.read_outlines(write(asap(("Tumor", SQUARE), (group, SQUARE))))
+    assert (len(read.tumour), len(read.exclusions)) == (1, 1)
 
 
 def test_file_without_annotations(write):
     """An annotation file may be empty."""
-    read = annotations.read_asap(write(asap()))
+    read = annotations.read_outlines(write(asap()))
     assert (read.tumour, read.exclusions, read.without_area) == ((), (), ())
 
 
 def test_fractions_and_negative_coordinates_are_kept(write):
     """ASAP writes fractions, and a point may be slightly outside the slide."""
-    read = annotations.read_asap(write(asap(("Tumor", [(-1.5, 0.25), (9, 0), (9, 9.75)]))), l0_size_px=(9, 9))
-    assert read.tumour[0].tolist() == [[-1.5, 0.25], [9, 0], [9, 9.75]]
+    read = annotations.read_outlines(write(asap(("Tumor", [(-1.5, 0.25), (9, 0), (9, 9.75)]))))
+    assert annotations.check_on_slide(read, (9, 9), "slide.xml") == ()
+    assert read.tumour[0].polygon.tolist() == [[-1.5, 0.25], [9, 0], [9, 9.75]]
 
 
 def test_outline_of_two_points_is_named(write):
     """An outline of two points encloses nothing, but is reported, not silently dropped."""
-    read = annotations.read_asap(write(asap(("Tumor", [(1, 1), (2, 2)]), ("Tumor", SQUARE))))
-    assert read.without_area == ("Annotation 0",)
+    read = annotations.read_outlines(write(asap(("Tumor", [(1, 1), (2, 2)]), ("Tumor", SQUARE))))
+    assert [str(one) for one in read.without_area] == ["Annotation 0"]
     assert len(read.tumour) == 1
 
 
 def test_unknown_group_is_named(write):
     """An unknown group could be tumour or not, so it is refused."""
     with pytest.raises(InputError, match=r"'Annotation 1' has the unknown group 'Necrosis'.*metastases"):
-        annotations.read_asap(write(asap(("Tumor", SQUARE), ("Necrosis", SQUARE))))
+        annotations.read_outlines(write(asap(("Tumor", SQUARE), ("Necrosis", SQUARE))))
+
+
+@pytest.mark.parametrize(
+    ("size", "remarks"),
+    [
+        ((5000, 90), ()),
+        ((4950, 90), ()),
+        ((4000, 3000), ("outlines are cut off at the slide's edge: 'Annotation 0' (36%)",)),
+    ],
+)
+def test_outlines_over_the_edge_are_cut_off(write, size, remarks):
+    """A few pixels need no word; an outline most of which lies on the slide is cut off, which is told."""
+    path = write(asap(("Tumor", [(0, 0), (5000, 0), (5000, 90)])))
+    drawn = annotations.read_outlines(path)
+    assert annotations.check_on_slide(drawn, size, path) == remarks
+    assert annotations.tumour_mask(drawn, (9, 9), downsample=500).shape == (9, 9)
 
 
 def test_annotation_of_another_slide(write):
-    """A point far outside the slide shows that the outline belongs to another one."""
-    path = write(asap(("Tumor", [(0, 0), (5000, 0), (5000, 90)])))
-    assert len(annotations.read_asap(path, l0_size_px=(5000, 90)).tumour) == 1
-    with pytest.raises(InputError, match=r"5000, 0, but the slide has 4000 x 3000 px"):
-        annotations.read_asap(path, l0_size_px=(4000, 3000))
+    """An outline most of which lies outside belongs to another slide; that x and y are exchanged is told."""
+    path = write(asap(("Tumor", SQUARE), ("Tumor", [(0, 0), (90, 0), (90, 5000)]), ("_2", [(0, 9), (9, 0), (9, 4000)])))
+    drawn = annotations.read_outlines(path)
+    cause = r"'Annotation 1' has the point 90, 5000, but the slide has 5000 x 1000 px, and most of 2 of 3 annotations"
+    with pytest.raises(InputError, match=cause + r".*with x and y exchanged"):
+        annotations.check_on_slide(drawn, (5000, 1000), path)
+    with pytest.raises(InputError, match=r"but the slide has 500 x 500 px") as caught:
+        annotations.check_on_slide(drawn, (500, 500), path)
+    assert "exchanged" not in str(caught.value)
 
 
 WHOLE = asap(("Tumor", SQUARE))
@@ -104,13 +128,16 @@ EXTERNAL = '<!DOCTYPE a SYSTEM "file:///etc/hostname"><ASAP_Annotations />'
     ("text", "message"),
     [
         (WHOLE[: len(WHOLE) // 2], "not well-formed"),
-        ("", "not well-formed"),
+        ("", "neither XML nor JSON"),
         (WHOLE.replace("</Annotation>", ""), "not well-formed"),
-        (b"\x89PNG\r\n\x1a\n", "not well-formed"),
+        (b"\x89PNG\r\n\x1a\n", "is an image"),
         ('<?xml version="1.0" encoding="nonsense"?><ASAP_Annotations />', "not well-formed"),
         (BOMB, "document type"),
         (EXTERNAL, "document type"),
-        ("<Annotations><Annotation /></Annotations>", "expected 'ASAP_Annotations'"),
+        (
+            "<Measurements />",
+            "of no known format: its root element is 'Measurements'; give one of ASAP XML, ImageScope",
+        ),
         (WHOLE.replace('X="96"', 'X="96,5"'), "coordinate"),
         (WHOLE.replace('X="96"', 'X="nan"'), "finite"),
         (WHOLE.replace('X="96"', ""), "coordinate"),
@@ -119,22 +146,22 @@ EXTERNAL = '<!DOCTYPE a SYSTEM "file:///etc/hostname"><ASAP_Annotations />'
 def test_damaged_files_are_refused_with_their_path(write, text, message):
     """Truncated, foreign or malicious XML, and coordinates that are not numbers, are refused."""
     with pytest.raises(InputError, match=message) as caught:
-        annotations.read_asap(write(text))
+        annotations.read_outlines(write(text))
     assert "slide.xml" in str(caught.value)
 
 
 def test_missing_file(tmp_path):
     """A path that does not exist is bad input."""
     with pytest.raises(InputError, match=r"none\.xml.*No such file"):
-        annotations.read_asap(tmp_path / "none.xml")
+        annotations.read_outlines(tmp_path / "none.xml")
 
 
 @pytest.mark.parametrize("limit", ["MAX_BYTES", "MAX_POINTS"])
 def test_too_large_files_are_refused(write, monkeypatch, limit):
     """A file beyond the limits is refused before it exhausts the memory."""
-    monkeypatch.setattr(annotations, limit, 3)
+    monkeypatch.setattr(xml_file, limit, 3)
     with pytest.raises(InputError, match="simplify"):
-        annotations.read_asap(write(WHOLE))
+        annotations.read_outlines(write(WHOLE))
 
 
 def test_a_pixel_belongs_by_its_centre():
@@ -255,13 +282,13 @@ def test_every_real_annotation(shared_data, tmp_path):
     with tarfile.open(shared_data / "camelyon16" / "asap_xml_train.tar.gz") as archive:
         archive.extractall(tmp_path, filter="data")
     paths = sorted(tmp_path.glob("*.xml"))
-    read = [annotations.read_asap(path) for path in paths]
+    read = [annotations.read_outlines(path) for path in paths]
     assert (len(paths), sum(len(one.tumour) + len(one.exclusions) for one in read)) == (110, 2587)
-    assert {p.stem: one.without_area for p, one in zip(paths, read, strict=True) if one.without_area} == {
-        "tumor_054": ("Annotation 8",)
+    assert {p.stem: one.note for p, one in zip(paths, read, strict=True) if one.note} == {
+        "tumor_054": "outlines without area: Annotation 8"
     }
     for one in read[:12]:
-        area = sum(map(_area, one.tumour)) - sum(map(_area, one.exclusions))
+        area = sum(_area(each.polygon) for each in one.tumour) - sum(_area(each.polygon) for each in one.exclusions)
         assert annotations.tumour_mask(one, (7000, 3600)).sum() * 1024 == pytest.approx(area, rel=0.05)
 
 

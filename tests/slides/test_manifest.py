@@ -64,7 +64,7 @@ def test_every_column_is_read(tmp_path: Path) -> None:
     ("header", "line"),
     [
         ("wsi,mpp", "a.svs,0.5"),
-        ("sample_id,image_path,mask_path,spacing_at_level_0", "a,a.svs,m.tif,0.5"),
+        ("sample_id,image_path,truth_mask_path,spacing_at_level_0", "a,a.svs,m.tif,0.5"),
         ("slide,patient,path,mpp", "a,P1,a.svs,0.5"),
         ("Slide_ID , PATH, MPP", "a, a.svs , 0.5"),
     ],

@@ -142,7 +142,7 @@ def test_a_data_set_is_written(written: Path) -> None:
     assert len({row["patient_id"] for row in rows}) == 2
     with openslide.OpenSlide(written.parent / rows[1]["path"]) as slide:
         assert float(slide.properties["openslide.mpp-x"]) == pytest.approx(UM_PX)
-        outline = annotations.read_asap(written.parent / rows[1]["annotation_path"], l0_size_px=slide.dimensions)
+        outline = annotations.read_outlines(written.parent / rows[1]["annotation_path"])
         assert annotations.tumour_mask(outline, slide.dimensions[::-1], downsample=1).any()
     sources = json.loads((written.parent / "sources.json").read_text())
     assert all(part_of(Path(name).stem) == "test" for one in sources.values() for name in one["pictures"])

@@ -56,7 +56,7 @@ def test_annotations_lie_on_tissue(manifest: Path) -> None:
         with openslide.OpenSlide(manifest.parent / row["path"]) as slide:
             cols, rows_px = slide.level_dimensions[2]
             image = np.asarray(slide.read_region((0, 0), 2, (cols, rows_px)))[..., 1].astype(float)
-            outline = annotations.read_asap(manifest.parent / row["annotation_path"], l0_size_px=slide.dimensions)
+            outline = annotations.read_outlines(manifest.parent / row["annotation_path"])
         tumour = annotations.tumour_mask(outline, image.shape, downsample=4)
         assert tumour.any()
         assert np.mean(image[tumour]) < 190
@@ -64,7 +64,7 @@ def test_annotations_lie_on_tissue(manifest: Path) -> None:
 
 def test_one_slide_has_an_exclusion(manifest: Path) -> None:
     """The large lesion has an island of group _2."""
-    outlines = [annotations.read_asap(manifest.parent / row["annotation_path"]) for row in rows(manifest)[3:]]
+    outlines = [annotations.read_outlines(manifest.parent / row["annotation_path"]) for row in rows(manifest)[3:]]
     assert [len(outline.exclusions) for outline in outlines] == [1, 0, 0]
 
 

@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 from wsiflow.errors import InputError
 from wsiflow.system import tables
 
+_NAMED_LINES = 10
+
 
 def read_detections(path: Path) -> NDArray[np.float64]:
     """Read the detections of one slide.
@@ -24,7 +26,21 @@ def read_detections(path: Path) -> NDArray[np.float64]:
         InputError: The file cannot be read, or a line is not three finite numbers; the message names the line.
     """
     lines = tables.read_lines(path, "the list of detections", "correct the path")
-    return np.array([_numbers(line, cells, path) for line, cells in lines], np.float64).reshape(-1, 3)
+    detections = np.array([_numbers(line, cells, path) for line, cells in lines], np.float64).reshape(-1, 3)
+    bad = np.flatnonzero(~np.isfinite(detections).all(axis=1)).tolist()
+    if bad:
+        first = next(cell for cell in lines[bad[0]].cells if not math.isfinite(float(cell)))
+        cause = f"line {lines[bad[0]].number}: {first!r} is not finite"
+        if len(bad) > 1:
+            cause += f", and so in {len(bad)} of {len(lines)} lines ({_listed([lines[i].number for i in bad])})"
+        raise InputError(cause, "write finite numbers, or leave these lines out", path=path)
+    return detections
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    """Return the first of some numbers of lines, as a message names them."""
+    shown = ", ".join(map(str, numbers[:_NAMED_LINES]))
+    return shown + (", ..." if len(numbers) > _NAMED_LINES else "")
 
 
 def format_detections(detections: NDArray[np.float64]) -> str:
@@ -58,7 +74,7 @@ def read_scores(path: Path) -> dict[str, float]:
         if len(cells) != 2 or cells[0] in scores:
             what = "is a second score of one slide" if len(cells) == 2 else f"has {len(cells)} cells"
             raise InputError(f"line {line} {what}", "give one line slide_id,score per slide", path=path)
-        scores[cells[0]] = _number(cells[1], line, path)
+        scores[cells[0]] = _finite(cells[1], line, path)
     return scores
 
 
@@ -106,12 +122,17 @@ def _numbers(line: int, cells: list[str], path: Path) -> list[float]:
 
 
 def _number(cell: str, line: int, path: Path) -> float:
-    """Return the finite number that a cell holds."""
+    """Return the number that a cell holds."""
     try:
-        value = float(cell)
+        return float(cell)
     except ValueError as error:
         hint = " (a header?)" if line == 1 else ""
         raise InputError(f"line {line}: {cell!r} is not a number{hint}", "write numbers only", path=path) from error
+
+
+def _finite(cell: str, line: int, path: Path) -> float:
+    """Return the finite number that a cell holds."""
+    value = _number(cell, line, path)
     if not math.isfinite(value):
         raise InputError(f"line {line}: {cell!r} is not finite", "write finite numbers", path=path)
     return value

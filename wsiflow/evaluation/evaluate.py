@@ -1,6 +1,6 @@
 """Evaluate the detections of many slides against their truth: FROC, slide AUC, and a row per slide.
 
-Input: per slide a CSV of detections, a label and, for tumour, outlines (ASAP XML) or a mask image; optionally a CSV of
+Input: per slide a CSV of detections, a label and, for tumour, outlines or a mask image; optionally a CSV of
 slide scores. Output: metrics by name, a row per slide, and the curves, as values and as the texts of their files.
 
 A detection file has a line ``prob,x,y`` per detection, in level-0 px and without header. It exists for every slide and
@@ -8,7 +8,8 @@ is empty where nothing was detected, since FROC divides by the number of slides.
 else its highest confidence, else 0. A tumour slide without outlines or mask counts for the slide AUC only, like the one
 incompletely annotated test slide of CAMELYON16. A slide without label and truth counts for neither, and so does a slide
 that the protocol excludes by name. The rows of the slides state all of this. A metric that is not defined, such as the
-AUC where all slides are tumour slides, is NaN, and null in JSON.
+AUC where all slides are tumour slides, is NaN, and null in JSON. What is doubtful about received
+detections is in the rows of their slides and in the remarks, see `wsiflow.evaluation.received`.
 
 ``matches.json`` is what two evaluations are compared by: the protocol and its hash, and for every slide what it counts
 for, a hash of its truth, its score and its matched confidences. `wsiflow.evaluation.paired` computes the bootstrap
@@ -18,7 +19,7 @@ intervals.
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,13 +28,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wsiflow.errors import EnvironmentFault, InputError, WsiflowError
-from wsiflow.evaluation import froc, paired, roc
-from wsiflow.evaluation.detections import detection_files, read_detections, read_scores, require_same_slides
+from wsiflow.evaluation import froc, paired, received, roc
+from wsiflow.evaluation.detections import detection_files, read_scores, require_same_slides
 from wsiflow.evaluation.froc import SlideFindings
 from wsiflow.evaluation.matches import EvaluationRecord, SlideRecord
 from wsiflow.evaluation.paired import Setting
 from wsiflow.evaluation.protocol import EvaluationParams
-from wsiflow.evaluation.truth import Truth, read_truth, require_agreement, truth_sha256
+from wsiflow.evaluation.received import Unit
+from wsiflow.evaluation.truth import Truth, read_truth, require_agreement, stated_place, truth_sha256
+from wsiflow.slides.annotations import SlidePlace
 from wsiflow.slides.manifest import Case, read_manifest
 from wsiflow.system import publish, tables
 from wsiflow.system.tables import json_text
@@ -50,6 +53,7 @@ class Evidence:
         detections: float64 (n, 3): prob, x, y in level-0 px.
         score: Slide score, higher means more likely tumour; None for the highest confidence, or 0 without detections.
         patient_id: Slides of one patient are resampled together; empty where the patient is not known.
+        note: What is doubtful about the detections, for the row of the slide.
     """
 
     slide_id: str
@@ -58,6 +62,7 @@ class Evidence:
     detections: NDArray[np.float64]
     score: float | None = None
     patient_id: str = ""
+    note: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,6 +75,7 @@ class Scores:
         froc: Both FROC curves and their parameters, as JSON values.
         roc: The ROC curve, as JSON values.
         matches: The record of the evaluation, the content of ``matches.json``.
+        remarks: What is doubtful about the detections and the scores, as sentences.
     """
 
     metrics: dict[str, float]
@@ -77,6 +83,7 @@ class Scores:
     froc: dict[str, Any]
     roc: dict[str, Any]
     matches: "EvaluationRecord"
+    remarks: tuple[str, ...] = ()
 
 
 class MatchedSlide(NamedTuple):
@@ -95,12 +102,14 @@ class Existing(NamedTuple):
         detections: Folder with one ``<slide_id>.csv`` per slide.
         scores: CSV with the header ``slide_id,score``; None where the highest confidence is the slide's score.
         mask_downsample: See `evaluate_folder`.
+        unit: See `evaluate_folder`.
     """
 
     manifest: Path
     detections: Path
     scores: Path | None
     mask_downsample: int | None
+    unit: Unit = "px"
 
 
 def evaluate_existing(existing: Existing, params: EvaluationParams, *, seed: int, out: Path) -> Scores:
@@ -118,13 +127,14 @@ def evaluate_existing(existing: Existing, params: EvaluationParams, *, seed: int
         seed=seed,
         scores=existing.scores,
         mask_downsample=existing.mask_downsample,
+        unit=existing.unit,
     )
     for name, text in documents(scores).items():
         publish.write_view(out, name, text.encode())
     return scores
 
 
-def evaluate_folder(
+def evaluate_folder(  # noqa: PLR0913  these are the options of the command
     cases: Sequence[Case],
     detections: Path,
     params: EvaluationParams,
@@ -132,17 +142,20 @@ def evaluate_folder(
     seed: int,
     scores: Path | None = None,
     mask_downsample: int | None = None,
+    unit: Unit = "px",
 ) -> Scores:
     """Score a folder of detections against a manifest.
 
     Args:
-        cases: The slides of the manifest, with label, annotation or mask, and spacing. No slide file is opened.
+        cases: The slides of the manifest, with label, annotation or mask, and spacing. A slide that is there is opened
+            for its size and spacing; no pixel is read.
         detections: Folder with one ``<slide_id>.csv`` per slide of the manifest and no other CSV.
         params: How detections are scored.
         seed: Seed of the bootstrap.
         scores: CSV with the header ``slide_id,score``, or None.
         mask_downsample: Downsample at which mask images are read: None for that of the evaluation, 1 for mask images
             that are already at evaluation resolution.
+        unit: What coordinates are in: ``px`` of level 0, or ``um`` from its corner.
 
     Raises:
         InputError: A slide has no detections or no score, or a file belongs to no slide (the message lists all); a file
@@ -153,14 +166,46 @@ def evaluate_folder(
     if scores is not None:
         require_same_slides(paths, given, "score", scores)
 
+    doubts, remarks = received.Doubts(params.downsample), list[str]()
+
     def evidence(case: Case) -> Evidence:
-        truth = read_truth(case, params, mask_downsample=mask_downsample)
-        own = read_detections(paths[case.slide_id])
-        return Evidence(case.slide_id, case.label, truth, own, given.get(case.slide_id), case.patient_id)
+        place = stated_place(case)
+        sized = replace(case, mpp=case.mpp or _stated_mpp(place))
+        truth = read_truth(sized, params, l0_size_px=place.l0_size_px, mask_downsample=mask_downsample, place=place)
+        slide = received.SlideExtent.of(sized, params, place.l0_size_px, truth)
+        own = received.read_received(paths[case.slide_id], slide, unit)
+        doubts.add(own.detections, slide, truth)
+        note = "; ".join(own.remarks)
+        told = filter(None, (truth.note if truth is not None else "", note))
+        remarks.extend(f"slide {case.slide_id}: {one}" for one in told)
+        return Evidence(
+            case.slide_id, case.label, truth, own.detections, given.get(case.slide_id), case.patient_id, note
+        )
 
     matched, faults = match_slides({case.slide_id: partial(evidence, case) for case in cases}, params)
-    _raise_faults(list(faults.values()))
-    return evaluate_matched(list(matched.values()), params, seed=seed)
+    _raise_faults(faults, {case.slide_id: case.line for case in cases})
+    result = evaluate_matched(list(matched.values()), params, seed=seed)
+    return replace(result, remarks=(*remarks, *doubts.remarks(), *_undefined(result.metrics)))
+
+
+def _stated_mpp(place: SlidePlace) -> float | None:
+    """Return the spacing that a slide states, um per px, where it is that of a microscope."""
+    mpp = sum(place.mpp) / 2 if place.mpp else math.nan
+    return mpp if 0.05 <= mpp <= 10 else None
+
+
+def _undefined(metrics: Mapping[str, float]) -> list[str]:
+    """Return why scores are not defined."""
+    reasons = []
+    if math.isnan(metrics["froc.score"]):
+        what = "no slide counts for it" if not metrics["froc.n_slides"] else "no slide has an annotated lesion"
+        if metrics["froc.n_itc"]:
+            what += " that is larger than isolated tumour cells"
+        reasons.append(f"froc.score is not defined: {what}")
+    if math.isnan(metrics["roc.auc"]):
+        missing = [kind for kind in ("tumour", "normal") if not metrics[f"roc.n_{kind}"]]
+        reasons.append(f"roc.auc is not defined: there is no {' and no '.join(missing)} slide")
+    return reasons
 
 
 def evaluate_cases(evidence: Iterable[Evidence], params: EvaluationParams, *, seed: int) -> Scores:
@@ -242,9 +287,11 @@ def match_slide(one: Evidence, params: EvaluationParams) -> MatchedSlide:
     lesions = one.truth.lesions if one.truth is not None and label == 1 else None
     known = lesions is not None or label == 0
     in_froc, in_auc = known and not out, label is not None and out != "all"
-    matches = froc.match(SlideFindings(one.slide_id, lesions, one.detections, params.downsample))
+    ignored = one.truth.ignored if one.truth is not None else None
+    matches = froc.match(SlideFindings(one.slide_id, lesions, one.detections, params.downsample, ignored))
     reason = _reason(out, label, params.name, known=known)
-    notes = [one.truth.note if one.truth is not None else "", reason]
+    in_ignored = f"{matches.n_ignored} detections in ignored regions" if in_froc and matches.n_ignored else ""
+    notes = [one.truth.note if one.truth is not None else "", one.note, in_ignored, reason]
     row = {
         "slide_id": one.slide_id,
         "label": "" if label is None else label,
@@ -263,7 +310,7 @@ def match_slide(one: Evidence, params: EvaluationParams) -> MatchedSlide:
         in_froc=in_froc,
         in_auc=in_auc,
         reason=reason,
-        truth=truth_sha256(label, lesions) if known and out != "all" else None,
+        truth=truth_sha256(label, lesions, ignored) if known and out != "all" else None,
         best=[best if best > -np.inf else None for best in matches.best.tolist()] if in_froc else [],
         n_itc=matches.n_itc if in_froc else 0,
         itc=sorted(k - 1 for k in lesions.itc) if in_froc and lesions is not None else [],
@@ -317,12 +364,12 @@ def _slide_score(one: Evidence) -> float:
 # --- all slides
 
 
-def _raise_faults(faults: Sequence[WsiflowError]) -> None:
-    """Raise the faults of all slides as one error; return where there is none."""
+def _raise_faults(faults: Mapping[str, WsiflowError], lines: Mapping[str, int]) -> None:
+    """Raise the faults of all slides as one error, with the lines of the manifest; return where there is none."""
     if len(faults) == 1:
-        raise faults[0]
+        raise next(iter(faults.values()))
     if faults:
-        messages = " | ".join(str(fault) for fault in faults)
+        messages = " | ".join(f"line {lines[slide_id]}: {fault}" for slide_id, fault in faults.items())
         raise InputError(f"{len(faults)} slides cannot be scored: {messages}", "fix all of them and run again")
 
 

@@ -80,12 +80,15 @@ class SlideFindings:
         lesions: The annotated regions; None for a slide without tumour.
         detections: float64 (n, 3): prob, x, y in level-0 px.
         downsample: Level-0 px per mask px; floor division of ``x, y`` by it gives the mask pixel.
+        ignored: bool (rows, cols) at the resolution of the mask, where detections are neither hits nor false positives;
+            None where nothing is ignored.
     """
 
     slide_id: str
     lesions: LesionMask | None
     detections: NDArray[np.float64]
     downsample: int = 32
+    ignored: NDArray[np.bool_] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,12 +100,14 @@ class Matches:
         best: float64 (K,), highest confidence of a hit on each region; -inf for a missed region and for ITC.
         n_itc: Number of the K regions that are ITC.
         false_positives: float64 (m,), confidences of detections outside every region.
+        n_ignored: Number of detections in ignored regions, which are neither.
     """
 
     slide_id: str
     best: NDArray[np.float64]
     n_itc: int
     false_positives: NDArray[np.float64]
+    n_ignored: int = 0
 
     @property
     def n_lesions(self) -> int:
@@ -176,13 +181,17 @@ def match(slide: SlideFindings) -> Matches:
             slide=slide.slide_id,
             stage="froc",
         )
+    n_ignored = 0
+    if slide.ignored is not None:
+        ignored = labels_at(slide.ignored.astype(np.int32), detections[:, 1:], slide.downsample) > 0
+        n_ignored, detections = int(ignored.sum()), detections[~ignored]
     if slide.lesions is None:
-        return Matches(slide.slide_id, np.empty(0), 0, detections[:, 0])
-    hit = _labels_at(slide.lesions.labels, detections[:, 1:], slide.downsample)
+        return Matches(slide.slide_id, np.empty(0), 0, detections[:, 0], n_ignored)
+    hit = labels_at(slide.lesions.labels, detections[:, 1:], slide.downsample)
     counts = (hit > 0) & ~np.isin(hit, sorted(slide.lesions.itc))
     best = np.full(slide.lesions.n_regions, -np.inf)
     np.maximum.at(best, hit[counts] - 1, detections[counts, 0])
-    return Matches(slide.slide_id, best, len(slide.lesions.itc), detections[hit == 0, 0])
+    return Matches(slide.slide_id, best, len(slide.lesions.itc), detections[hit == 0, 0], n_ignored)
 
 
 def curve(matches: Sequence[Matches], *, mode: Mode) -> FrocCurve:
@@ -197,6 +206,8 @@ def curve(matches: Sequence[Matches], *, mode: Mode) -> FrocCurve:
 def score(matches: Sequence[Matches], *, mode: Mode) -> dict[str, float]:
     """Return the FROC score, its six sensitivities, and the numbers of lesions, ITC and slides, by metric name.
 
+    The slides without any region are counted as well: most of the false positives of a curve come from them.
+
     Raises:
         InputError: A slide appears twice.
     """
@@ -208,6 +219,7 @@ def score(matches: Sequence[Matches], *, mode: Mode) -> dict[str, float]:
         "froc.n_lesions": float(sum(slide.n_lesions for slide in matches)),
         "froc.n_itc": float(sum(slide.n_itc for slide in matches)),
         "froc.n_slides": float(len(matches)),
+        "froc.n_normal": float(sum(not len(slide.best) for slide in matches)),
     }
 
 
@@ -297,7 +309,7 @@ def _major_axes(labels: NDArray[np.int32]) -> NDArray[np.float64]:
 # --- scores
 
 
-def _labels_at(labels: NDArray[np.int32], xy: NDArray[np.float64], downsample: int) -> NDArray[np.int32]:
+def labels_at(labels: NDArray[np.int32], xy: NDArray[np.float64], downsample: int) -> NDArray[np.int32]:
     """Return int32 (n,), the label of the region at each level-0 point; 0 for background and outside the mask."""
     m_xy = np.floor(xy / downsample)
     rows, cols = labels.shape

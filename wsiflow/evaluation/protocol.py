@@ -1,10 +1,13 @@
 """Define the scoring protocol: the rules that must be equal before two scores may be compared."""
 
-from collections.abc import Sequence
-from typing import Annotated, Any
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import Annotated, Any, Literal
 
+import yaml
 from pydantic import BaseModel, BeforeValidator, Field, FiniteFloat, SerializerFunctionWrapHandler, model_serializer
 
+from wsiflow.slides.annotations.groups import Meaning, folded
 from wsiflow.system import publish
 
 
@@ -20,6 +23,18 @@ def _listed(value: object) -> object:
     values = [value] if isinstance(value, int) else value
     whole = isinstance(values, Sequence) and all(isinstance(one, int) for one in values)
     return sorted(set(values)) if whole and isinstance(values, Sequence) else values
+
+
+def _by_folded_name(value: object) -> object:
+    """Return what groups enclose by their names as these are compared, sorted, so that equal settings compare equal."""
+    if value is None:
+        return {}
+    if isinstance(value, str):  # in quotes, as names are written that Hydra cannot read as keys
+        with suppress(yaml.YAMLError):
+            value = yaml.safe_load(value)
+    if not isinstance(value, Mapping):
+        return value
+    return dict(sorted((folded("none" if name is None else str(name)), what) for name, what in value.items()))
 
 
 _Slides = Annotated[tuple[str, ...], BeforeValidator(_folded)]
@@ -44,11 +59,23 @@ class EvaluationParams(BaseModel, frozen=True, extra="forbid"):
     )
     exclude: _Slides = Field(description="Names of slides that count for nothing, in any case of their letters.")
     exclude_froc: _Slides = Field(description="Names of slides that count for the slide AUC alone.")
-    # Protocols, plans and folders that were made before there was this key are still valid: it is only told where set.
+    # Protocols, plans and folders from before there were these keys are still valid: they are only stated where set.
     mask_tumour: Annotated[tuple[_Grey, ...], BeforeValidator(_listed)] = Field(
         default=(),
         description="Values of mask images that are tumour; every other value is none. Empty: 255 of 0 and 255, 2 of "
         "0, 1 and 2, and 1 of 0 and 1 in a slide labelled tumour.",
+    )
+    groups: Annotated[Mapping[str, Meaning], BeforeValidator(_by_folded_name)] = Field(
+        default_factory=dict,
+        description="What groups and classes of annotations enclose, by their names in any case of the letters, over "
+        "those that are known already. tumour: tumour. normal: it is cut out of the tumour. ignore: it takes neither "
+        "hits nor false positives. other: it counts for nothing. null: none besides.",
+    )
+    outline_origin: Literal["auto", "slide", "bounds"] = Field(
+        default="auto",
+        description="Where the coordinates of annotations count from. slide: the corner of level 0. bounds: the corner "
+        "of the scanned area, where the slide states one (MIRAX, Leica, Ventana). auto: bounds for GeoJSON, as QuPath "
+        "does, and slide for all others.",
     )
     bootstrap: int = Field(
         ge=0,
@@ -59,9 +86,8 @@ class EvaluationParams(BaseModel, frozen=True, extra="forbid"):
     @model_serializer(mode="wrap")
     def _without_default(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
         values: dict[str, Any] = plain(self)
-        if not self.mask_tumour:
-            values.pop("mask_tumour", None)
-        return values
+        unset = {"mask_tumour": (), "groups": {}, "outline_origin": "auto"}
+        return {name: value for name, value in values.items() if getattr(self, name) != unset.get(name, self)}
 
     def protocol(self) -> dict[str, Any]:
         """Return the parameters that must be equal before two scores may be compared, as JSON values."""

@@ -7,10 +7,12 @@ and how every task so far ended. The functions are the same for every orchestrat
 import logging
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from wsiflow.errors import Failure, InputError, IntegrityError
+from wsiflow.errors import Failure, InputError, IntegrityError, WsiflowError
 from wsiflow.run import ledger, trace
 from wsiflow.run.cases import check_model, read_cases, write_cases
 from wsiflow.run.config import RunConfig
@@ -24,7 +26,7 @@ from wsiflow.run.stages.line import ROUGH, STAGES, names_of
 from wsiflow.run.stages.network import calibration
 from wsiflow.run.stages.stage import Stage
 from wsiflow.slides.kinds import ManifestSlides, SyntheticSlides
-from wsiflow.slides.manifest import load_dataset
+from wsiflow.slides.manifest import Case, load_dataset
 from wsiflow.slides.synthetic.dataset import write_dataset, write_like
 from wsiflow.slides.synthetic.tissue import UM_PX
 from wsiflow.system import publish
@@ -35,6 +37,7 @@ _logger = logging.getLogger(__name__)
 SIDE_BY_SIDE = 64
 
 _DEFAULT_SHARDS = 40
+_CHECKED_TOGETHER = 4  # slides, in threads: opening them and filling their outlines needs no lock of Python
 _NAMED_SLIDES = 2  # in the name of a shard
 
 
@@ -226,6 +229,55 @@ def case_sizes(cases: Path) -> list[int]:
         except OSError:  # opening the slide will name the reason
             sizes.append(0)
     return sizes
+
+
+def describe_faults(cases: Path) -> list[str]:
+    """Check all slides of a run before any pixel is read, and return what is wrong with them.
+
+    Slides that were ingested have passed the check. Those that do not pass are rejected when they are ingested.
+
+    Returns:
+        One sentence that lists all slides that cannot be used, with their lines in the manifest, and one for each truth
+        that several slides name; none where there is nothing.
+    """
+    config, listed = read_cases(cases)
+    waiting = [case for index, case in enumerate(listed) if not ingest.is_ingested(cases, index)]
+    _logger.info("checking %d slides and their truth", len(waiting))
+    with ThreadPoolExecutor(_CHECKED_TOGETHER) as threads:
+        faults = list(threads.map(partial(_fault_of, config), waiting))
+    wrong = [f"{_place(case)}{fault}" for case, fault in zip(waiting, faults, strict=True) if fault]
+    found = f"{len(wrong)} of {len(listed)} slides cannot be used: {' | '.join(wrong)}"
+    by_truth: dict[Path, list[str]] = {}
+    for case in listed:
+        for path in filter(None, (case.annotation_path, case.mask_path)):
+            by_truth.setdefault(path, []).append(case.slide_id)
+    twice = [f"slides {', '.join(ids)} have the same truth, {path}" for path, ids in by_truth.items() if len(ids) > 1]
+    return ([found] if wrong else []) + (twice if waiting else [])
+
+
+def _fault_of(config: RunConfig, case: Case) -> str:
+    """Return why a slide cannot be used, as far as that is known before its pixels are read; empty where it can."""
+    try:
+        ingest.check_slide(case, config)
+    except WsiflowError as error:
+        return str(error.about(slide=case.slide_id))
+    return ""
+
+
+def _place(case: Case) -> str:
+    return f"line {case.line}: " if case.line else ""
+
+
+def describe_truths(plan_path: Path) -> list[str]:
+    """Return a warning for each slide nearly all of whose tissue is annotated as tumour: it may be a tissue mask."""
+    root = plan_path.parent
+    shares = {one.slide_id: ingest.doubtful_share(root, one.slide_id) for one in read_plan(plan_path).slides}
+    return [
+        f"slide {slide_id}: {share:.0%} of the tissue is annotated as tumour; if the mask is of tissue, give it as "
+        "tissue_mask_path"
+        for slide_id, share in shares.items()
+        if share is not None
+    ]
 
 
 def describe_rejections(plan_path: Path) -> list[str]:

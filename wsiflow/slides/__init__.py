@@ -6,7 +6,6 @@ import lazy_loader
 
 if TYPE_CHECKING:
     from wsiflow.slides import annotations
-    from wsiflow.slides.annotations import read_asap
     from wsiflow.slides.kinds import DatasetParams
     from wsiflow.slides.manifest import Case, load_dataset
     from wsiflow.slides.slide import Slide, open_slide
@@ -22,7 +21,6 @@ __all__ = [
     "load_dataset",
     "normalise",
     "open_slide",
-    "read_asap",
 ]
 
 # Each module is imported when a name of it is first used, because most commands need few of them.
@@ -30,7 +28,6 @@ __getattr__, __dir__, _ = lazy_loader.attach(
     __name__,
     submodules=["annotations"],
     submod_attrs={
-        "annotations": ["read_asap"],
         "kinds": ["DatasetParams"],
         "manifest": ["Case", "load_dataset"],
         "slide": ["Slide", "open_slide"],

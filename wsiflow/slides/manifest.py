@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from wsiflow.errors import EnvironmentFault, InputError
-from wsiflow.slides import content
+from wsiflow.slides import content, dialects
+from wsiflow.slides.annotations.outlines import COMPANION_SUFFIXES
 from wsiflow.slides.kinds import GivenSlides, ManifestSlides, SingleSlide
 from wsiflow.system import tables
 from wsiflow.system.tables import Line
@@ -33,7 +34,7 @@ COLUMNS: Mapping[str, tuple[str, ...]] = {
     "mpp": ("mpp", "spacing_at_level_0", "spacing", "um_px"),
     "label": ("label", "type", "class"),
     "annotation_path": ("annotation_path", "annotation", "xml"),
-    "mask_path": ("mask_path", "mask"),
+    "mask_path": dialects.TRUTH_MASKS,
     "patient_id": ("patient_id", "patient", "case_id"),
     "split": ("split", "subset"),
     "scanner": ("scanner", "center", "centre"),
@@ -63,8 +64,8 @@ class Case:
         path: Absolute path of the slide file, which may not exist.
         mpp: Micrometres per level-0 pixel; None for the value that the slide states.
         label: 1 for tumour, 0 for normal, None where it is unknown.
-        annotation_path: Existing ASAP XML file with tumour outlines, or None.
-        mask_path: Existing mask image, or None.
+        annotation_path: Existing file with annotated outlines, of a format of `wsiflow.slides.annotations`, or None.
+        mask_path: Existing mask image of annotated tumour, or None.
         patient_id: Id of the patient, or an empty text.
         split: Part of the data set, for example ``train`` or ``test``, or an empty text.
         scanner: Scanner or centre, or an empty text.
@@ -115,6 +116,7 @@ def read_manifest(path: Path) -> tuple[Case, ...]:
     rows = tables.read_lines(path, "the manifest", "correct its path (dataset.manifest or --manifest)")
     if not rows:
         raise InputError("the manifest is empty", "give it a header 'slide_id,path' and a line per slide", path=path)
+    dialects.require_truth_masks(rows[0].cells, path)
     columns = _columns(rows[0].cells, path)
     parsed = [_parsed(row, columns, path.parent.absolute()) for row in rows[1:]]
     problems = [problem for _, wrong in parsed for problem in wrong]
@@ -129,10 +131,11 @@ def read_folder(folder: Path) -> tuple[Case, ...]:
     """Return the slides in a folder and its subfolders, which are recognised by their file extensions.
 
     A slide is named after its file. Several ``.dcm`` files in one folder are one slide, which is named after that
-    folder, and its path is the first of them. An ``.xml`` file with the name of the slide, next to it or directly in
-    ``folder``, is its annotation. Hidden files and folders are ignored. Anything else with the extension of a slide is
-    taken for one, such as a broken link or a folder without a slide, and fails when it is opened. Links to folders are
-    followed, but to each folder only once, and never to a folder that contains the link.
+    folder, and its path is the first of them. A file of outlines with the name of the slide (``.xml``, ``.geojson``,
+    ``.annotations``, ``.ndpa``), next to it or directly in ``folder``, is its annotation. Hidden files and folders are
+    ignored. Anything else with the extension of a slide is taken for one, such as a broken link or a folder without a
+    slide, and fails when it is opened. Links to folders are followed, but to each folder only once, and never to a
+    folder that contains the link.
 
     Returns:
         The cases, sorted by path.
@@ -459,9 +462,10 @@ def _slide_name(path: Path) -> str:
 
 
 def _companion(path: Path, root: Path) -> Path | None:
-    """Return the annotation of a slide: an ``.xml`` file with its name next to it or in ``root``; None without one.
+    """Return the annotation of a slide: a file of outlines with its name next to it or in ``root``; None without one.
 
     Anything with that name counts, even if it cannot be read: the slide must not be taken for one without annotation.
     """
-    places = (place / f"{_slide_name(path)}{suffix}" for place in (path.parent, root) for suffix in (".xml", ".XML"))
+    names = [f"{_slide_name(path)}{suffix}" for suffix in COMPANION_SUFFIXES] + [f"{path.name}.ndpa"]
+    places = (place / name for place in (path.parent, root) for name in names)
     return next((place for place in places if os.path.lexists(place)), None)

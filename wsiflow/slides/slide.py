@@ -11,7 +11,8 @@ OpenSlide opens every slide and defines what its pixels are. Where `wsiflow.slid
 level itself, and sample regions of that level are equal to the bit, it reads that level from then on.
 
 This is the only module that uses OpenSlide. Label, macro and other associated images are never read. Of the properties
-only the vendor, the pixel size, the background colour and the bounds are read, since others may identify a patient.
+only the vendor, the pixel size, the background colour, the bounds and the place on the glass are read, since others may
+identify a patient.
 """
 
 import math
@@ -68,6 +69,8 @@ class SlideFacts:
         level_downsamples: Level-0 pixels per pixel of every level.
         background_rgb: Colour shown behind transparent pixels and outside the slide.
         l0_bounds_corner: Level-0 x, y of the top-left corner of the scanned area, the origin of viewers such as QuPath.
+        centre_offset_nm: Where the centre of level 0 lies from the centre of the glass, from which Hamamatsu's
+            annotations count, nm along x and y; None where the slide does not state it.
     """
 
     slide_id: str
@@ -79,6 +82,7 @@ class SlideFacts:
     level_downsamples: tuple[float, ...]
     background_rgb: tuple[int, int, int]
     l0_bounds_corner: tuple[int, int] = (0, 0)
+    centre_offset_nm: tuple[float, float] | None = None
 
     def level_for(self, l0_per_px: float) -> int:
         """Return the index of the coarsest level whose downsample is at most ``l0_per_px`` plus 1 %, or 0."""
@@ -463,7 +467,17 @@ def _facts(handle: openslide.OpenSlide, path: Path, slide_id: str) -> SlideFacts
             int(properties.get(openslide.PROPERTY_NAME_BOUNDS_X, 0)),
             int(properties.get(openslide.PROPERTY_NAME_BOUNDS_Y, 0)),
         ),
+        centre_offset_nm=_centre_offset(properties),
     )
+
+
+def _centre_offset(properties: Mapping[str, str]) -> tuple[float, float] | None:
+    """Return where a slide of Hamamatsu lies from the centre of its glass, nm, or None where it does not state it."""
+    try:
+        x, y = (float(properties[f"hamamatsu.{axis}OffsetFromSlideCentre"]) for axis in "XY")
+    except (KeyError, ValueError):
+        return None
+    return x, y
 
 
 def _stated_mpp(properties: Mapping[str, str]) -> tuple[float, float] | None:

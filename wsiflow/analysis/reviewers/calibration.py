@@ -9,8 +9,7 @@ narrow.
 """
 
 import io
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +21,12 @@ from wsiflow.errors import InputError, IntegrityError
 from wsiflow.evaluation import calibration
 from wsiflow.evaluation.calibration import Bins
 from wsiflow.evaluation.matches import SlideRecord
-from wsiflow.evaluation.truth import planned_truth, truth_sha256
+from wsiflow.evaluation.truth import planned_marks, planned_truth, truth_sha256
 from wsiflow.heatmap import files
 from wsiflow.plan import geometry
 from wsiflow.plan.geometry import Frame
 from wsiflow.plan.slide_plan import SlidePlan
-from wsiflow.slides import annotations, pyramid
+from wsiflow.slides import pyramid
 from wsiflow.slides.manifest import Case
 from wsiflow.system import tables
 
@@ -111,9 +110,9 @@ def _cells(run: ScoredRun) -> Iterator[Bins]:
         if planned.slide_id in known:
             downsample = run.config.evaluation.downsample
             _require_same_truth(run, cases[planned.slide_id], planned, known[planned.slide_id])
-            named = run.config.evaluation.mask_tumour
-            mask = _tumour(cases[planned.slide_id], planned, downsample, named)
-            yield from cell_bins(run.root / f"heatmaps/{planned.slide_id}.tif", planned.frame, mask, downsample)
+            tumour, ignored = _marks(run, cases[planned.slide_id], planned)
+            path = run.root / f"heatmaps/{planned.slide_id}.tif"
+            yield from cell_bins(path, planned.frame, tumour, downsample, ignored=ignored)
 
 
 def _require_same_truth(run: ScoredRun, case: Case, planned: SlidePlan, one: SlideRecord) -> None:
@@ -124,13 +123,20 @@ def _require_same_truth(run: ScoredRun, case: Case, planned: SlidePlan, one: Sli
     """
     truth = planned_truth(planned, case, run.config.evaluation)
     lesions = truth.lesions if truth is not None and one.label == 1 else None
-    if truth_sha256(one.label, lesions) != one.truth:
+    if truth_sha256(one.label, lesions, truth.ignored if truth is not None else None) != one.truth:
         cause = "the annotated regions are no longer those that the slide was scored with"
         path = case.annotation_path or case.mask_path
         raise IntegrityError(cause, "run again, then export", slide=case.slide_id, path=path, stage="calibration")
 
 
-def cell_bins(path: Path, frame: Frame, tumour: NDArray[np.bool_], downsample: int) -> Iterator[Bins]:
+def cell_bins(
+    path: Path,
+    frame: Frame,
+    tumour: NDArray[np.bool_],
+    downsample: int,
+    *,
+    ignored: NDArray[np.bool_] | None = None,
+) -> Iterator[Bins]:
     """Yield the binned sums of the cells of a heatmap, band by band.
 
     Args:
@@ -138,36 +144,36 @@ def cell_bins(path: Path, frame: Frame, tumour: NDArray[np.bool_], downsample: i
         frame: Transform between the heatmap's cells and level 0.
         tumour: bool (rows, cols), annotated tumour at level 0 / downsample; cells outside the array are not tumour.
         downsample: Level-0 px per mask px.
+        ignored: bool (rows, cols) like ``tumour``, whose cells are left out; None where nothing is ignored.
     """
     with files.open_heatmap(path) as opened:
         places = np.arange(max(opened.shape), dtype=np.float64)
         x, y = np.floor(geometry.l0_from_h(frame, np.column_stack([places, places])) / downsample).astype(np.int64).T
         x, y = x[: opened.shape[1]], y[: opened.shape[0]]
-        inside = x < tumour.shape[1]
         for first in range(0, opened.shape[0], _BAND):
             end = min(first + _BAND, opened.shape[0])
             prob = opened.rows(first, end)
             rows = y[first:end]
-            truth = np.zeros(prob.shape, np.bool_)
-            on = rows < tumour.shape[0]
-            truth[np.ix_(on, inside)] = tumour[np.ix_(rows[on], x[inside])]
-            scored = ~np.isnan(prob)
+            truth, scored = _cells_of(tumour, rows, x), ~np.isnan(prob)
+            if ignored is not None:
+                scored &= ~_cells_of(ignored, rows, x)
             yield calibration.bins(prob[scored], truth[scored], k=_FINE)
 
 
-def _tumour(case: Case, planned: SlidePlan, downsample: int, named: Sequence[int] = ()) -> NDArray[np.bool_]:
-    """Return the annotated tumour of a slide, bool (rows, cols) at level 0 / downsample, neither joined nor dilated."""
-    size = (planned.frame.l0_width_px, planned.frame.l0_height_px)
-    shape = (math.ceil(size[1] / downsample), math.ceil(size[0] / downsample))
-    if case.label == 0:
-        return np.zeros(shape, np.bool_)
+def _cells_of(mask: NDArray[np.bool_], rows: NDArray[np.int64], cols: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Return the values of a mask in some rows and columns, False outside the mask."""
+    values = np.zeros((len(rows), len(cols)), np.bool_)
+    on, inside = rows < mask.shape[0], cols < mask.shape[1]
+    values[np.ix_(on, inside)] = mask[np.ix_(rows[on], cols[inside])]
+    return values
+
+
+def _marks(run: ScoredRun, case: Case, planned: SlidePlan) -> tuple[NDArray[np.bool_], NDArray[np.bool_] | None]:
+    """Return the annotated tumour of a slide, neither joined nor dilated, and what is ignored on it."""
     try:
-        if case.mask_path is not None:
-            values = pyramid.read_level(case.mask_path, downsample)
-            return annotations.tumour_from_mask(values, case.mask_path, label=case.label, named=named)
-        if case.annotation_path is not None:
-            outline = annotations.read_asap(case.annotation_path, l0_size_px=size)
-            return annotations.tumour_mask(outline, shape, downsample=downsample)
+        marks = planned_marks(planned, case, run.config.evaluation)
     except InputError as error:
         raise error.about(slide=case.slide_id, stage="calibration") from error
-    return np.zeros(shape, np.bool_)
+    if marks is None:
+        return np.zeros((0, 0), np.bool_), None
+    return marks.tumour & (case.label != 0), marks.ignored

@@ -80,6 +80,7 @@ def _row(record: EvaluationRecord, column: str, group: str, options: SubgroupOpt
         "normal": len(normal),
         "lesions": sum(one.n_lesions for one in setting.matches),
         "froc_slides": len(setting.matches),
+        "froc_normal": sum(not len(one.best) for one in setting.matches),
         "auc": roc.auc(setting.scores, setting.labels),
         "auc_low": auc_low,
         "auc_high": auc_high,

@@ -191,6 +191,7 @@ def _counts(first: matches.EvaluationRecord, resamples: int) -> dict[str, int]:
     return {
         "slides": len(first.slides),
         "for FROC": len(froc),
+        "normal of these": sum(not one.best for one in froc),
         "for AUC": sum(one.in_auc for one in first.slides),
         "lesions": sum(len(one.best) - one.n_itc for one in froc),
         "resamples": resamples,

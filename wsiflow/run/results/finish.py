@@ -322,7 +322,7 @@ def _success_text(
     lines = [f"PARTIAL: {status.slide_id} is missing: {status.reason}" for status in missing]
     lines += [
         f"slides     {len(statuses) - len(missing)} of {len(statuses)}, {executed} tasks done now",
-        f"FROC       {_score_text(metrics, 'froc.score')}",
+        f"FROC       {_score_text(metrics, 'froc.score')}{_slides_of_froc(metrics)}",
         f"  strict   {_score_text(metrics, 'froc.strict_score')}",
         f"AUC        {_score_text(metrics, 'roc.auc')}",
         f"protocol   {plan.settings.evaluation.name} {_protocol_hash(shown)[:12]}",
@@ -350,6 +350,13 @@ def _score_text(metrics: Mapping[str, float], name: str) -> str:
     if math.isnan(low) or math.isnan(high):
         return f"{score:.4f} (no interval: too few slides, or bootstrap=0)"
     return f"{score:.4f} (95 % interval {low:.4f} to {high:.4f})"
+
+
+def _slides_of_froc(metrics: Mapping[str, float]) -> str:
+    """Return how many slides a FROC score is over, and how many are normal: most false positives come from those."""
+    if math.isnan(metrics["froc.score"]) or "froc.n_normal" not in metrics:
+        return ""
+    return f", {metrics['froc.n_slides']:.0f} slides, {metrics['froc.n_normal']:.0f} of them normal"
 
 
 def _protocol_hash(shown: Path) -> str:

@@ -179,6 +179,7 @@ _MAIN_METRICS = (
     "froc.score_ci_low",
     "froc.score_ci_high",
     "froc.strict_score",
+    "froc.n_normal",
     "roc.auc",
     "roc.auc_ci_low",
     "roc.auc_ci_high",
@@ -224,13 +225,17 @@ def _interval(metrics: Mapping[str, float], name: str) -> str:
     return f"{low:.3f} to {high:.3f}" if math.isfinite(low) and math.isfinite(high) else "none"
 
 
+def _normal_slides(metrics: Mapping[str, float]) -> str:
+    return f", {metrics['froc.n_normal']:.0f} normal slides" if "froc.n_normal" in metrics else ""
+
+
 def _description(config: RunConfig, plan: Plan, metrics: Mapping[str, float], n_slides: int) -> str:
     """Return what a reader of the run's page wants to know first, as Markdown with the figures."""
     chosen = plan.settings.choice
     missing = len(plan.slides) + len(plan.rejected) - n_slides
     scores = [
-        f"**{name} {metrics[metric]:.3f}** ({_interval(metrics, metric)})"
-        for name, metric in (("FROC", "froc.score"), ("AUC", "roc.auc"))
+        f"**{name} {metrics[metric]:.3f}** ({_interval(metrics, metric)}{over})"
+        for name, metric, over in (("FROC", "froc.score", _normal_slides(metrics)), ("AUC", "roc.auc", ""))
         if math.isfinite(metrics[metric])
     ]
     return (

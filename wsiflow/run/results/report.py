@@ -128,8 +128,8 @@ def _header(data: ReportData, n_missing: int) -> str:
 
 def _headline(metrics: Mapping[str, float], n_slides: int, n_missing: int) -> str:
     cards = [
-        ("FROC score, official", *_scored(metrics, "froc.score")),
-        ("FROC score, strict", *_scored(metrics, "froc.strict_score")),
+        ("FROC score, official", *_scored_over(metrics, "froc.score")),
+        ("FROC score, strict", *_scored_over(metrics, "froc.strict_score")),
         ("Slide AUC", *_scored(metrics, "roc.auc")),
         ("Slides", f"{n_slides - n_missing} of {n_slides}", f"{n_missing} missing" if n_missing else "none missing"),
         ("Core-hours", _short(metrics, "throughput.core_hours"), f"wall time {_short(metrics, 'throughput.wall_s')} s"),
@@ -157,7 +157,8 @@ def _accuracy(data: ReportData) -> str:
     for title, name, metric in (("FROC", "froc.png", "froc.score"), ("Slide ROC", "roc.png", "roc.auc")):
         if _defined(data.metrics, metric):
             figure = page.image(data.figures[name], "png", f"{title} curve")
-            parts.append(f"<figure><figcaption>{title}</figcaption>{figure}</figure>\n")
+            caption = f"{title}, {_froc_slides(data.metrics)}" if title == "FROC" else title
+            parts.append(f"<figure><figcaption>{caption}</figcaption>{figure}</figure>\n")
         else:
             parts.append(f"<figure><figcaption>{title}</figcaption><p>{title} is {_NO_TRUTH}.</p></figure>\n")
     body = f'<div class="figures">\n{"".join(parts)}</div>\n'
@@ -239,7 +240,7 @@ def _citation(data: ReportData, n_missing: int) -> str:
     """Return a section with the results as a sentence to quote, and notes on how to cite them."""
     m = data.metrics
     settings = ("geometry.convention", "inference.engine", "inference.stride")
-    lesions = f"{_count(m, 'froc.n_slides', 'slide')}, {_count(m, 'froc.n_lesions', 'lesion')}"
+    lesions = f"{_froc_slides(m)}, {_count(m, 'froc.n_lesions', 'lesion')}"
     slides = f"{_count(m, 'roc.n_tumour', 'tumour slide')}, {_count(m, 'roc.n_normal', 'normal slide')}"
     scores = {
         "froc.score": f"FROC score {_with_interval(m, 'froc.score')} (official CAMELYON16 scoring, {lesions})",
@@ -283,6 +284,18 @@ def _scored(metrics: Mapping[str, float], name: str) -> tuple[str, str]:
     low, high = metrics[f"{name}_ci_low"], metrics[f"{name}_ci_high"]
     interval = f"95 % interval {low:.3f} to {high:.3f}" if math.isfinite(low) else "without an interval"
     return f"{metrics[name]:.3f}", interval
+
+
+def _scored_over(metrics: Mapping[str, float], name: str) -> tuple[str, str]:
+    """Return a FROC score and a remark on its interval and slides; see `_scored`."""
+    score, remark = _scored(metrics, name)
+    return score, f"{remark}; {_froc_slides(metrics)}" if _defined(metrics, name) else remark
+
+
+def _froc_slides(metrics: Mapping[str, float]) -> str:
+    """Return how many slides count for FROC, and how many are normal: most false positives come from those."""
+    slides = _count(metrics, "froc.n_slides", "slide")
+    return slides + (f", {metrics['froc.n_normal']:.0f} of them normal" if "froc.n_normal" in metrics else "")
 
 
 def _with_interval(metrics: Mapping[str, float], name: str) -> str:

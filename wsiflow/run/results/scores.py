@@ -13,14 +13,14 @@ from numpy.typing import NDArray
 from wsiflow.errors import IntegrityError, WsiflowError
 from wsiflow.evaluation import evaluate
 from wsiflow.evaluation.detections import read_detections
-from wsiflow.evaluation.truth import planned_truth
+from wsiflow.evaluation.truth import as_truth, planned_marks, share_of_tissue
 from wsiflow.plan.slide_plan import SlidePlan
 from wsiflow.run.cases import read_cases
 from wsiflow.run.config import RunConfig
 from wsiflow.run.plan import Plan
 from wsiflow.run.results import report
 from wsiflow.run.results.status import FORMER, Status
-from wsiflow.run.stages import detect, stitch
+from wsiflow.run.stages import detect, ingest, stitch
 from wsiflow.run.stages.stage import Stage
 from wsiflow.slides.manifest import Case
 from wsiflow.system import publish, tables
@@ -133,13 +133,17 @@ def read_metrics(path: Path) -> dict[str, float]:
 def _evidence(root: Path, plan: Plan, index: int, case: Case, config: RunConfig) -> evaluate.Evidence:
     """Read the evidence of a slide from the run's folder; its score is the highest probability on its heatmap."""
     detections = read_detections(root / detect.STAGE.product_of(plan, index))
-    return evidence(
-        plan.slides[index], case, config, detections, published_receipt(root, plan, stitch.STAGE, index)["score"]
-    )
+    score = published_receipt(root, plan, stitch.STAGE, index)["score"]
+    return evidence(plan.slides[index], case, config, detections, score, root=root)
 
 
 def evidence(
-    planned: SlidePlan, case: Case, config: RunConfig, detections: NDArray[np.float64], score: float
+    planned: SlidePlan,
+    case: Case,
+    config: RunConfig,
+    detections: NDArray[np.float64],
+    score: float,
+    root: Path | None = None,
 ) -> evaluate.Evidence:
     """Read the truth of a slide and return the evidence by which the slide is scored.
 
@@ -150,14 +154,23 @@ def evidence(
         detections: float64 (n, 3): prob, x, y in level-0 px, as `wsiflow.evaluation.detections.read_detections`
             returns them.
         score: Slide score; higher means more likely tumour.
+        root: The run's folder, whose tissue masks show whether the truth covers nearly all tissue; None to leave that.
     """
+    params = config.evaluation
+    marks = planned_marks(planned, case, params)
+    share = None
+    if root is not None and marks is not None and marks.tumour.any():
+        tissue = ingest.tissue_of(root, planned.slide_id)
+        sides = {"downsample": planned.overview_downsample, "m_downsample": params.downsample}
+        share = share_of_tissue(marks, tissue, **sides)
     return evaluate.Evidence(
         slide_id=planned.slide_id,
         label=case.label,
-        truth=planned_truth(planned, case, config.evaluation),
+        truth=as_truth(marks, params),
         detections=detections,
         score=score,
         patient_id=case.patient_id,
+        note="" if share is None else f"{share:.0%} of the tissue is annotated as tumour",
     )
 
 

@@ -7,6 +7,7 @@ before any patch is read.
 
 import base64
 import dataclasses
+import io
 import json
 import logging
 import math
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from wsiflow.errors import InputError, WsiflowError
 from wsiflow.evaluation import truth
@@ -60,7 +62,7 @@ def ingest(source: Path, index: int) -> tuple[publish.Receipt, bool]:
             cut = make_cut(tissue_grid(inspection["tile_runs"]), frame, group_tiles=settings.group_tiles)
             _publish_beside(root, case, inspection, cut, key)
         return done, False
-    _check_truth(case, config)
+    marks = check_truth(case, config)
     with publish.publishing(root, name, key, facts("tissue", case.slide_id), publish.accept) as attempt:
         inspection, former_receipt = _shared_inspection(case, config)
         if former_receipt is not None:
@@ -80,6 +82,9 @@ def ingest(source: Path, index: int) -> tuple[publish.Receipt, bool]:
             "n_groups": len(cut.group_ranges),
             "key": slide_key(sha256, frame, cut),
         }
+        sides = {"downsample": inspection["downsample"], "m_downsample": config.evaluation.downsample}
+        share = truth.share_of_tissue(marks, _mask_of(base64.b64decode(inspection["mask_png"])), **sides)
+        record |= {"truth_of_tissue": share} if share is not None else {}
         with attempt.uncounted():
             _publish_beside(root, case, inspection, cut, key)
         attempt.path.write_text(json.dumps(record), encoding="utf-8")
@@ -150,18 +155,50 @@ def _inspect(case: Case, config: RunConfig) -> dict[str, Any]:
     }
 
 
-def _check_truth(case: Case, config: RunConfig) -> None:
+def check_slide(case: Case, config: RunConfig) -> None:
+    """Check all that can be known of a slide before its pixels are read.
+
+    Raises:
+        InputError: The slide cannot be opened, its pixel size is not known or does not fit the model, or its truth
+            cannot be used, see `check_truth`.
+        EnvironmentFault: The system refuses to read a file.
+    """
+    with slide.open_slide(case.path, slide_id=case.slide_id) as opened:
+        _frame(opened.facts, slide.resolve_mpp(opened.facts, case.mpp), config)
+    check_truth(case, config)
+
+
+def check_truth(case: Case, config: RunConfig) -> truth.Marks | None:
     """Check that a slide can be scored, before its pixels are read.
+
+    Returns:
+        What is annotated on it; None where nothing is.
 
     Raises:
         InputError: The truth of the slide cannot be read, belongs to another slide, or contradicts the label.
     """
     if case.mask_path is None and case.annotation_path is None:
-        return
+        return None
     with slide.open_slide(case.path, slide_id=case.slide_id) as opened:
         sized = dataclasses.replace(case, mpp=slide.resolve_mpp(opened.facts, case.mpp))
-        l0_size_px = opened.facts.l0_size_px
-    truth.check_truth(sized, config.evaluation, l0_size_px=l0_size_px)
+        place = truth.place_of(opened.facts)
+    return truth.check_truth(sized, config.evaluation, place)
+
+
+def tissue_of(root: Path, slide_id: str) -> NDArray[np.bool_]:
+    """Return the published tissue mask of a slide, bool (rows, cols)."""
+    return _mask_of((root / f"tissue/{slide_id}.png").read_bytes())
+
+
+def _mask_of(png: bytes) -> NDArray[np.bool_]:
+    with Image.open(io.BytesIO(png)) as image:
+        return np.asarray(image) > 0
+
+
+def doubtful_share(root: Path, slide_id: str) -> float | None:
+    """Return which part of the tissue of an ingested slide is annotated as tumour where it is nearly all, else None."""
+    share: float | None = _record(root, slide_id).get("truth_of_tissue")
+    return share
 
 
 def is_ingested(source: Path, index: int) -> bool:

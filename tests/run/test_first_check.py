@@ -1,0 +1,88 @@
+"""What is wrong with slides and their truth is found before a pixel is read, and told in one list."""
+
+import json
+
+import pytest
+from small_runs import COARSE, over, rows, wsiflow
+
+from flows.compose import compose_config
+from wsiflow.errors import InputError
+from wsiflow.run import shards
+from wsiflow.slides.slide import Slide
+
+
+def geojson(folder, name, *classes_and_boxes):
+    """Write boxes by class as GeoJSON; a box is x0, y0, x1, y1."""
+    features = [
+        {
+            "type": "Feature",
+            "geometry": {"type": "Polygon", "coordinates": [[[a, b], [c, b], [c, d], [a, d], [a, b]]]},
+            "properties": {"objectType": "annotation", "classification": {"name": kind}},
+        }
+        for kind, (a, b, c, d) in classes_and_boxes
+    ]
+    (folder / name).write_text(json.dumps(features))
+
+
+@pytest.fixture
+def manifest(tiny_slides, tmp_path):
+    """A manifest over two slides of 600 x 500 px, most of whose lines are wrong."""
+    geojson(tmp_path, "far.geojson", ("Tumor", (590, 100, 2000, 300)))
+    geojson(tmp_path, "over.geojson", ("Tumor", (160, 160, 680, 340)))
+    geojson(tmp_path, "group.geojson", ("Tumor", (160, 160, 400, 340)), ("Fat", (0, 0, 90, 90)))
+    geojson(tmp_path, "none.geojson", ("", (160, 160, 400, 340)))
+    a, b = (tiny_slides.parent / f"{name}.tif" for name in "ab")
+    lines = [
+        "slide_id,path,label,annotation_path",
+        f"good,{b},normal,",
+        f"far,{a},tumor,far.geojson",
+        f"over,{a},tumor,over.geojson",
+        f"group,{a},tumor,group.geojson",
+        f"label,{a},normal,over.geojson",
+        f"none,{a},,none.geojson",
+        f"missing,{tmp_path / 'x.tif'},,",
+    ]
+    (tmp_path / "manifest.csv").write_text("\n".join(lines) + "\n")
+    return tmp_path / "manifest.csv"
+
+
+def test_all_faults_are_in_one_list_before_pixels_are_read(manifest, tmp_path, monkeypatch):
+    """Lines of the manifest, slides, files and causes are named; a truth that two slides have is told as well."""
+    for reading in ("read", "overview", "read_scaled"):
+        monkeypatch.setattr(Slide, reading, lambda *_: pytest.fail("a pixel was read"))
+    cases = shards.begin(compose_config(over(manifest, tmp_path / "out")))
+    faults, twice = shards.describe_faults(cases)
+    assert faults.startswith("5 of 7 slides cannot be used: line 3: slide far, ")
+    assert "but the slide has 600 x 500 px, and most of it lies outside" in faults
+    assert "line 5: slide group, " in faults
+    assert "unknown group 'Fat'" in faults
+    assert "line 6: slide label, evaluation, " in faults
+    assert "line 7: slide none, " in faults
+    assert "line 8: slide missing, " in faults
+    assert "slide over" not in faults
+    assert "\n" not in faults
+    assert twice == f"slides over, label have the same truth, {tmp_path / 'over.geojson'}"
+
+
+def test_bad_lines_are_kept_out_and_the_others_are_scored(manifest, tmp_path, capsys):
+    """With allow_partial the score is that of the others; what is doubtful about their truth is told."""
+    more = ["allow_partial=true", "evaluation.groups={Fat: ignore}"]
+    assert wsiflow(*over(manifest, tmp_path / "out", *more)) == 10
+    told = capsys.readouterr().out
+    assert "4 of 7 slides cannot be used: line 3: slide far" in told
+    share = "100% of the tissue is annotated as tumour"
+    assert f"slide over: {share}; if the mask is of tissue" in told
+    notes = {row["slide_id"]: row["note"] for row in rows(tmp_path / "out" / "evaluation-PARTIAL" / "cases.csv")}
+    assert list(notes) == ["good", "over", "group"]
+    assert notes["over"] == f"outlines are cut off at the slide's edge: 'Tumor 1' (15%); {share}"
+
+
+def test_groups_are_set_on_the_command_line(tmp_path):
+    """Names with blanks and stars can be given; without any the configuration is as it was."""
+    config = compose_config([*COARSE, "evaluation.groups={Immune cells: normal, Foo*: ignore}"])
+    assert config.evaluation.groups == {"foo*": "ignore", "immune cells": "normal"}
+    text = compose_config([*COARSE, "evaluation.groups='{Fäule (alt): ignore, \"a: b\": normal}'"]).evaluation
+    assert text.groups == {"a: b": "normal", "fäule (alt)": "ignore"}
+    with pytest.raises(InputError, match="groups: Input should be a valid dictionary"):
+        compose_config([*COARSE, "evaluation.groups=Necrosis"])
+    assert "groups" not in compose_config(COARSE).model_dump()["evaluation"]
