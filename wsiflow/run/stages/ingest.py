@@ -32,7 +32,7 @@ from wsiflow.run.plan import Plan, Rejected, latest_plan, publish_plan
 from wsiflow.run.settings import PlanSettings
 from wsiflow.run.sharing import SharedFile
 from wsiflow.run.stages.choose import choice_record
-from wsiflow.slides import content, slide
+from wsiflow.slides import content, pixel_size, slide
 from wsiflow.slides.manifest import Case
 from wsiflow.system import publish
 from wsiflow.system.provenance import facts
@@ -80,6 +80,7 @@ def ingest(source: Path, index: int) -> tuple[publish.Receipt, bool]:
             "n_groups": len(cut.group_ranges),
             "key": slide_key(sha256, frame, cut),
         }
+        record |= {"remarks": remarks} if (remarks := inspection.get("remarks")) else {}
         with attempt.uncounted():
             _publish_beside(root, case, inspection, cut, key)
         attempt.path.write_text(json.dumps(record), encoding="utf-8")
@@ -107,7 +108,7 @@ def _shared_inspection(case: Case, config: RunConfig) -> tuple[dict[str, Any], p
     if config.share is None:
         return _inspect(case, config), None
     # The first trial hashes the content. For the others, path, size and times tell whether it is still that file.
-    seen = {"path": str(case.path), "stamp": content.stamp(case.path), "mpp": case.mpp}
+    seen = {"path": str(case.path), "stamp": content.stamp(case.path), **_given_mpp(case)}
     key = publish.key_of(**seen, frame=_frame_settings(config), tissue=config.tissue.model_dump())
     address = SharedFile(config.share, config.share, f"look/{case.slide_id}", key).address
     receipt = sharing.find_receipt(config.share, address)
@@ -134,9 +135,10 @@ def _inspect(case: Case, config: RunConfig) -> dict[str, Any]:
     with content.unmodified(case.path, case.slide_id):  # the hash and the overview belong to one content
         signature = content.signature(case.path)
         with slide.open_slide(case.path, slide_id=case.slide_id) as opened:
-            um_px = slide.resolve_mpp(opened.facts, case.mpp)
+            um_px, remark = pixel_size.choose(opened.facts, case)
             mask, downsample, tissue_grid, frame = _tiles(opened, um_px, config)
             corner = opened.facts.l0_bounds_corner
+            remarks = [*filter(None, [remark]), *opened.facts.notes]
         sha256 = content.sha256(case.path)
     return {
         "sha256": sha256,
@@ -147,6 +149,7 @@ def _inspect(case: Case, config: RunConfig) -> dict[str, Any]:
         "tile_runs": tile_runs(tissue_grid),
         "mask_png": base64.b64encode(outline.tissue_png(mask)).decode(),
         "outline": outline.tissue_geojson(mask, downsample=downsample, offset=(-corner[0], -corner[1])),
+        "remarks": remarks,
     }
 
 
@@ -159,7 +162,7 @@ def _check_truth(case: Case, config: RunConfig) -> None:
     if case.mask_path is None and case.annotation_path is None:
         return
     with slide.open_slide(case.path, slide_id=case.slide_id) as opened:
-        sized = dataclasses.replace(case, mpp=slide.resolve_mpp(opened.facts, case.mpp))
+        sized = dataclasses.replace(case, mpp=pixel_size.choose(opened.facts, case).um_px)
         l0_size_px = opened.facts.l0_size_px
     truth.check_truth(sized, config.evaluation, l0_size_px=l0_size_px)
 
@@ -172,7 +175,19 @@ def is_ingested(source: Path, index: int) -> bool:
 
 def record_key(case: Case, settings: PlanSettings) -> str:
     """Return the key of the record of a slide."""
-    return publish.key_of(slide=case.slide_id, settings=settings.of_tiles, mpp=case.mpp)
+    return publish.key_of(slide=case.slide_id, settings=settings.of_tiles, **_given_mpp(case))
+
+
+def _given_mpp(case: Case) -> dict[str, float | None]:
+    """Return the pixel sizes that are given for a slide by name; keys of slides without the second stay as they were."""
+    otherwise = {} if case.mpp_if_none is None else {"mpp_if_none": case.mpp_if_none}
+    return {"mpp": case.mpp, **otherwise}
+
+
+def remarks(root: Path, slide_id: str) -> list[str]:
+    """Return what a user should know of how a planned slide is read."""
+    noted: list[str] = _record(root, slide_id).get("remarks", [])
+    return noted
 
 
 def plan_settings(root: Path, config: RunConfig) -> PlanSettings:
@@ -267,7 +282,7 @@ def _frame(about: slide.SlideFacts, um_px: float, config: RunConfig) -> Frame:
 
 def _enlarging(times: float) -> str:
     """Return the remedy where a slide would have to be enlarged ``times`` times."""
-    other = "use a model for this spacing, or correct mpp in the manifest"
+    other = "use a model for this spacing, or correct its pixel size (mpp in the manifest, or dataset.mpp)"
     needed = math.ceil(times * 10) / 10  # a value that is rounded down would be refused again
     if needed > MAX_UPSAMPLE:
         return f"{other}: no slide is enlarged more than {MAX_UPSAMPLE} times"
