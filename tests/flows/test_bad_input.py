@@ -160,7 +160,8 @@ def test_no_pixel_size_names_the_line_to_add(slide: Path, tmp_path: Path, capsys
 
 def test_a_slide_coarser_than_the_model_is_refused_with_the_setting(slide: Path, tmp_path: Path, capsys) -> None:
     """Pixels are enlarged only on request; the advised value is accepted, and none beyond the limit is advised."""
-    slides = manifest(slide, "good,good.tif,0.498,0,", "far,good.tif,7.29,0,")
+    shutil.copy(slide, slide.with_name("far.tif"))
+    slides = manifest(slide, "good,good.tif,0.498,0,", "far,far.tif,7.29,0,")
     code, output = started(capsys, "dataset=manifest", slides, f"out={tmp_path / 'run'}")
     assert code == 20
     by_slide = statuses(tmp_path / "run")

@@ -179,7 +179,7 @@ def record_key(case: Case, settings: PlanSettings) -> str:
 
 
 def _given_mpp(case: Case) -> dict[str, float | None]:
-    """Return the pixel sizes that are given for a slide by name; keys of slides without the second stay as they were."""
+    """Return the pixel sizes that are given for a slide, by name; without the second, keys stay as they were."""
     otherwise = {} if case.mpp_if_none is None else {"mpp_if_none": case.mpp_if_none}
     return {"mpp": case.mpp, **otherwise}
 
