@@ -14,6 +14,7 @@ from pydantic import (
     model_serializer,
 )
 
+from wsiflow.slides.typed_paths import located
 from wsiflow.system.paths import AbsolutePath
 
 
@@ -22,6 +23,12 @@ def _none_if_empty(value: object) -> object:
     return None if value == "" else value
 
 
+def _as_typed(value: object) -> object:
+    """Return the path that a text names; what is no path of this machine, such as an address, is refused."""
+    return str(located(value, Path())) if isinstance(value, str) and value else value
+
+
+_TypedPath = Annotated[AbsolutePath, BeforeValidator(_as_typed)]
 _Limit = Annotated[
     Annotated[int, Field(ge=1)] | None,
     BeforeValidator(_none_if_empty),
@@ -49,7 +56,7 @@ class ManifestSlides(BaseModel, frozen=True, extra="forbid"):
     """The slides that a CSV file lists."""
 
     kind: Literal["manifest"] = Field(description="With manifest, a CSV file lists the slides.")
-    manifest: AbsolutePath = Field(description="CSV file that lists the slides.")
+    manifest: _TypedPath = Field(description="CSV file that lists the slides.")
     limit: _Limit
     mpp: _Mpp = _MPP_IF_NONE
 
@@ -60,7 +67,7 @@ class FolderSlides(BaseModel, frozen=True, extra="forbid"):
     """The slides in a folder."""
 
     kind: Literal["folder"] = Field(description="With folder, they are those in a folder.")
-    folder: AbsolutePath = Field(description="Folder that is searched for slides, subfolders included.")
+    folder: _TypedPath = Field(description="Folder that is searched for slides, subfolders included.")
     limit: _Limit
     mpp: _Mpp = _MPP_IF_NONE
 
@@ -71,7 +78,7 @@ class SingleSlide(BaseModel, frozen=True, extra="forbid"):
     """One slide."""
 
     kind: Literal["single"] = Field(description="With single, there is one slide.")
-    path: AbsolutePath = Field(description="File of the one slide.")
+    path: _TypedPath = Field(description="File of the one slide.")
     limit: _Limit
     mpp: _Mpp = _MPP_OF_ONE
 
