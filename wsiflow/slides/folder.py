@@ -195,7 +195,8 @@ def _one_of_each_series(paths: Sequence[Path]) -> tuple[list[Path], dict[Path, s
     series: dict[tuple[Path, str], list[Path]] = {}
     for path in paths:
         series.setdefault(_series_key(path), []).append(path)
-    slides, others = [], {}
+    slides: list[Path] = []
+    others: dict[Path, str] = {}
     for files in series.values():
         if not dicom.is_named_like_one(files[0]) or any(map(dicom.is_of_slide, files)):
             slides.append(files[0])

@@ -417,7 +417,8 @@ def _files_listed_twice(values: Sequence[Mapping[str, Any]]) -> tuple[list[str],
     Slides with a label or with truth would count twice in the scores; others only cost time.
     """
     first: dict[object, Mapping[str, Any]] = {}
-    wrong, told = [], []
+    wrong: list[str] = []
+    told: list[str] = []
     for each in values:
         file = _file_id(each["path"])
         earlier = each if file is None else first.setdefault(file, each)

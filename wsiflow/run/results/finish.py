@@ -318,16 +318,18 @@ class _Content(NamedTuple):
 
 
 def _render(root: Path, config: RunConfig, plan: Plan, statuses: Sequence[Status], content: _Content) -> None:
+    """Write ``report.html``: a row for every slide, and what is known of the whole."""
     listed = list(tables.read(root / "process_list.csv", *OWN_TABLE).rows())
     good = [status.slide_id for status in statuses if not status.exit_code]
     cases = read_cases(publish.generations(root, "cases.json")[-1])[1]
     about: dict[str, dict[str, Any]] = {case.slide_id: {"name": case.name} for case in cases}
     for planned in plan.slides:
         about.setdefault(planned.slide_id, {})["remarks"] = remarks(root, planned.slide_id)
+    rows = [{**row, **content.columns.get(row["slide_id"], {}), **about.get(row["slide_id"], {})} for row in listed]
     data = report.ReportData(
         name=config.name,
         metrics=content.metrics,
-        slides=[row | content.columns.get(row["slide_id"], {}) | about.get(row["slide_id"], {}) for row in listed],
+        slides=rows,
         overlays={slide_id: root / f"heatmaps/{slide_id}.png" for slide_id in good},
         maps=dict(zip(plan.settings.maps, map_files(plan.settings.maps), strict=True)),
         figures=content.figures,
