@@ -195,6 +195,8 @@ def test_a_slide_coarser_than_the_model_is_refused_with_the_setting(slide: Path,
     )
     assert code == 10
     assert "slides     1 of 2" in output
+    assert output.count("good: the manifest has 0.498 um/px, which is used; the slide states 0.243\n") == 1
+    assert "the slide states 0.243" in (tmp_path / "two/report.html").read_text()
 
 
 def test_a_slide_without_tissue_is_a_valid_negative(slide: Path, tmp_path: Path, capsys) -> None:
@@ -397,7 +399,9 @@ def test_slides_and_truth_may_join_a_finished_run(slide: Path, tmp_path: Path, c
         True,
     )
     assert json.loads((out / "evaluation/summary.json").read_text())["froc.n_slides"] == 2
-    assert started(capsys, "dataset=manifest", manifest(slide, "a,good.tif,,0,", "b,b.tif,,1,"), f"out={out}")[0] == 0
+    two = manifest(slide, "a,good.tif,,0,", "b,b.tif,,1,")
+    code, output = started(capsys, "dataset=manifest", two, f"out={out}")
+    assert (code, "a, b, and their labels contradict each other\n" in output) == (0, True)
     assert len(list((out / "evaluations").iterdir())) == 3
     header = "slide_id,path,mpp,label,annotation_path,patient_id"
     one_patient = manifest(slide, "a,good.tif,,0,,p", "b,b.tif,,1,,p", header=header)

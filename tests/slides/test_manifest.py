@@ -107,8 +107,9 @@ def test_the_label_table_of_camelyon_is_a_manifest(shared_data: Path) -> None:
         b'"slide_id","path"\n"a","a.svs"\n',
         b"slide_id,path\n\n,\na,a.svs\n\n",
         b"slide_id,path\na,a.svs",
+        "slide_id\tpath\r\na\ta.svs\r\n".encode("utf-16"),
     ],
-    ids=["byte-order-mark", "crlf", "quotes", "blank-lines", "no-last-line-end"],
+    ids=["byte-order-mark", "crlf", "quotes", "blank-lines", "no-last-line-end", "utf-16"],
 )
 def test_what_spreadsheets_write_is_read(tmp_path: Path, text: bytes) -> None:
     """Byte order marks, line ends, quotes and blank lines do not matter."""

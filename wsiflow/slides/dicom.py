@@ -75,11 +75,20 @@ def name_of_slide(path: Path) -> str:
     Raises:
         OSError: The folder cannot be listed.
     """
-    status = path.parent.stat()
-    group = _grouped(path.parent, (status.st_ino, status.st_mtime_ns)).get(_series(path))
+    group = _group(path)
     if group is None or group.is_one_file:
         return path.stem
     return path.parent.name if group.is_alone else group.first.stem
+
+
+def first_of_series(path: Path) -> Path:
+    """Return the first file of the series to which a DICOM file belongs.
+
+    Raises:
+        OSError: The folder cannot be listed.
+    """
+    group = _group(path)
+    return path if group is None else group.first
 
 
 class _Group(NamedTuple):
@@ -88,6 +97,11 @@ class _Group(NamedTuple):
     first: Path
     is_alone: bool
     is_one_file: bool
+
+
+def _group(path: Path) -> _Group | None:
+    status = path.parent.stat()
+    return _grouped(path.parent, (status.st_ino, status.st_mtime_ns)).get(_series(path))
 
 
 @lru_cache(maxsize=64)

@@ -257,7 +257,8 @@ def _found_in_folder(path: Path) -> Dataset:
         annotation = _companion(slide, slide.parent if names.folded(stem) in shared else root)
         cases.append(Case(**_named(name), path=slide, annotation_path=annotation))
     used = {case.annotation_path for case in cases}
-    used |= {part for slide in found.slides for part in content.companions(slide)}
+    of_files = (slide for slide in found.slides if slide.suffix.lower() != dicom.SUFFIX)
+    used |= {part for slide in of_files for part in content.companions(slide)}
     remarks = [folder.describe_others([one for one in found.others if one not in used])]
     remarks += [f"the link {link.relative_to(root)} leads nowhere ({link.readlink()})" for link in found.broken]
     if any(skipped.is_picture for skipped in found.skipped):
@@ -432,9 +433,9 @@ def _files_listed_twice(values: Sequence[Mapping[str, Any]]) -> tuple[list[str],
 def _file_id(path: Path) -> object:
     """Return what tells a slide's file from all others, however its path is spelled; None where it cannot be known."""
     try:
-        first = dicom.files_of_series(path)[0] if dicom.is_named_like_one(path) else path
+        first = dicom.first_of_series(path) if dicom.is_named_like_one(path) else path
         status = first.stat()
-    except (OSError, IndexError):
+    except OSError:
         return None  # opening it raises the error
     # Size and time are compared too, because inodes are not unique on every network file system.
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns

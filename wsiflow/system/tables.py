@@ -1,5 +1,6 @@
 """Tables as text: CSV for programs and Markdown for readers. Undefined values are empty cells, or dashes."""
 
+import codecs
 import csv
 import io
 import json
@@ -40,7 +41,8 @@ def read_lines(path: Path, what: str, advice: str, separators: str = ",") -> lis
     """Read all lines of a CSV file that are not blank.
 
     Args:
-        path: UTF-8 text separated by commas; a byte order mark and CRLF line ends are accepted.
+        path: UTF-8 text separated by commas, or UTF-16 with a byte order mark, as spreadsheets write it; a byte order
+            mark and CRLF line ends are accepted.
         separators: What may separate the cells. The header decides: it has most of that character outside of quotes.
             A line such as ``sep=;`` above it, which spreadsheets write and read, decides before it.
         what: What the file is called in messages, for example ``the manifest``.
@@ -51,7 +53,7 @@ def read_lines(path: Path, what: str, advice: str, separators: str = ",") -> lis
         EnvironmentFault: The system refuses to read the file.
     """
     try:
-        with path.open(encoding="utf-8-sig", newline="") as stream:
+        with path.open(encoding=_encoding(path), newline="") as stream:
             separator = _separator(stream.readline(), separators)
             stream.seek(0)
             reader = csv.reader(stream, strict=True, delimiter=separator)
@@ -68,6 +70,11 @@ def read_lines(path: Path, what: str, advice: str, separators: str = ",") -> lis
     except csv.Error as error:
         cause = f"line {reader.line_num} is not CSV ({error})"
         raise InputError(cause, "correct the quotes of that line", path=path) from error
+
+
+def _encoding(path: Path) -> str:
+    with path.open("rb") as stream:
+        return "utf-16" if stream.read(2) in {codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE} else "utf-8-sig"
 
 
 def _names_separator(line: str) -> re.Match[str] | None:

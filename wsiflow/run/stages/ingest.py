@@ -185,8 +185,11 @@ def _given_mpp(case: Case) -> dict[str, float | None]:
 
 
 def remarks(root: Path, slide_id: str) -> list[str]:
-    """Return what a user should know of how a planned slide is read."""
-    noted: list[str] = _record(root, slide_id).get("remarks", [])
+    """Return what a user should know of how a planned slide is read; nothing where its record has been deleted."""
+    try:
+        noted: list[str] = _record(root, slide_id).get("remarks", [])
+    except FileNotFoundError:
+        return []
     return noted
 
 
