@@ -244,10 +244,7 @@ def case_sizes(cases: Path) -> list[int]:
 
 def describe_rejections(plan_path: Path) -> list[str]:
     """Return a warning for each slide that cannot be planned, to be shown hours before the others are done."""
-    plan = read_plan(plan_path)
-    count = f"rejected: {len(plan.rejected)} of {len(plan.rejected) + len(plan.slides)} slides cannot be used"
-    reasons = [f"rejected: {one.reason}" for one in plan.rejected]
-    return [count, *reasons] if len(reasons) > 1 else reasons
+    return [f"rejected: {one.reason}" for one in read_plan(plan_path).rejected]
 
 
 def describe_duplicates(plan_path: Path) -> list[str]:
