@@ -261,6 +261,7 @@ def test_every_error_of_a_long_list_is_reported(tmp_path: Path) -> None:
         ('path\n"\\\\server\\x\\a.svs"\n', r"line 2: path: .* is a path of Windows"),
         ("path\nhttps://x.org/a.svs\n", "line 2: path: 'https://x.org/a.svs' is an address; copy the file"),
         ("path\ns3://bucket/a.svs\n", "line 2: path: .* is an address"),
+        ("path\nnan\n", "line 2: path: 'nan' is no path"),
         ("path\n$HOME/a.svs\n", "line 2: path: .* begins with a variable"),
         ("path,mask_path\na.svs,https://x.org/m.png\n", "line 2: mask_path: .* is an address"),
         ("slide_id,path\na,=cmd()\n", "line 2: path: '=cmd.*formula"),

@@ -462,6 +462,8 @@ def _further_text(cell: str) -> str:
 
 
 def _path(text: str, place: Path) -> Path:
+    if text.lower() in NO_VALUE and not os.path.lexists(place / text):
+        raise ValueError(f"{text!r} is no path")
     return typed_paths.located(text, place)
 
 
