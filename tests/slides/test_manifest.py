@@ -493,8 +493,7 @@ def test_a_mask_beside_a_slide_is_no_slide(tmp_path: Path, name: str) -> None:
 
 def test_what_is_passed_over_is_counted_by_its_kind(slides: Path) -> None:
     """Files of a slide and its annotation are not; links that lead nowhere are named."""
-    for name in ("1.png", "2.PNG", "readme", "other.xml", "img.zarr/0/.zarray", "img.zarr/0/1.tif"):
-        (slides / name).parent.mkdir(parents=True, exist_ok=True)
+    for name in ("1.png", "2.PNG", "readme", "other.xml"):
         (slides / name).touch()
     (slides / "cases").symlink_to("/mnt/gone")
     (slides / "link").symlink_to("gone.svs")
@@ -502,9 +501,18 @@ def test_what_is_passed_over_is_counted_by_its_kind(slides: Path) -> None:
     assert found.describe(slides) == [
         f"slides     6 found in {slides}, 4 of them skipped",
         *(f"skipped: {name}: beyond dataset.limit=2" for name in ("c", "dicom", "link", "x")),
-        "6 files passed over (.png 2, .txt 1, .xml 1, .zarr 1, without an extension 1)",
+        "5 files passed over (.png 2, .txt 1, .xml 1, without an extension 1)",
         "the link cases leads nowhere (/mnt/gone)",
     ]
+
+
+def test_files_within_an_image_are_no_slides(slides: Path) -> None:
+    """OME-Zarr is one image in a folder of thousands of files."""
+    (slides / "img.zarr/0").mkdir(parents=True)
+    (slides / "img.zarr/0/1.tif").touch()
+    found = find_dataset(FolderSlides(kind="folder", folder=slides, limit=None))
+    assert "1" not in {case.slide_id for case in found.cases}
+    assert ".zarray" not in str(found.remarks)
 
 
 def dicom_file(path: Path, series: str, *, explicit: bool = True, sop_class: str = dicom.WHOLE_SLIDE) -> Path:
