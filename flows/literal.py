@@ -46,9 +46,11 @@ def _literal(text: str, *, sweep: bool) -> str:
 
 def _path(typed: str, value: str, *, sweep: bool) -> str:
     """Return the value of a path as Hydra must be given it."""
-    if os.path.lexists(value):
-        return quoted(_INTERPOLATION.sub(r"\\${", value))
     parsed = _parsed(typed, value)
+    if os.path.lexists(value):
+        # One that means itself already stays as it is, and with it the names of trials.
+        is_itself = isinstance(parsed, _Text) and parsed == value and not _INTERPOLATION.search(value)
+        return value if is_itself else quoted(_INTERPOLATION.sub(r"\\${", value))
     if isinstance(parsed, _Text) or (parsed == [None] and typed.lstrip("+") in config.optional_keys()):
         return value
     if sweep and isinstance(parsed, Sweep):

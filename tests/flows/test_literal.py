@@ -96,6 +96,9 @@ def test_commas_separate_the_paths_of_a_sweep(tmp_path: Path, monkeypatch: pytes
         ["dataset.path='/x/b (1).svs'"],
     ]
     Path("a,b.svs").touch()
+    Path("plain.svs").touch()
+    plain = "dataset.path=plain.svs,/absent/b.svs"
+    assert literal([plain], sweep=True) == [plain], "trials keep their names"
     assert len(trials(["dataset=single", "dataset.path=a,b.svs", "seed=1,2"])) == 2
     words = ["-m", "dataset=single", "dataset.path=a,c.svs", "--config-dir", "dataset.path=é", "seed=1,2"]
     assert run.as_typed(words) == words
