@@ -102,6 +102,7 @@ def begin(config: RunConfig, note: Note = _log) -> Path:
     dataset = find_dataset(params)
     for line in dataset.describe(source_of(params)):
         note(line, logging.INFO)
+    _logger.info("%d slides to test, in %s", len(dataset.cases), config.out)
     return write_cases(config.out, config, dataset.cases)
 
 
