@@ -20,6 +20,7 @@ from wsiflow.run.plan import Plan, latest_plan
 from wsiflow.run.stages import ingest
 from wsiflow.slides.kinds import ManifestSlides
 from wsiflow.slides.manifest import COLUMNS, Case, read_columns, read_manifest
+from wsiflow.slides.names import slide_id
 from wsiflow.system import tables
 
 STATUSES = ("evaluated", "excluded", "failed", "rejected")
@@ -280,7 +281,7 @@ def _table(path: Path) -> dict[str, dict[str, str]]:
     if "slide_id" not in header:
         cause = "the table has no column slide_id"
         raise InputError(cause, "give a CSV with slide_id and any other columns", path=path)
-    ids = [cells[header.index("slide_id")] for _, cells in rows]
+    ids = [slide_id(cells[header.index("slide_id")]) for _, cells in rows]
     twice = [slide_id for slide_id, n in Counter(ids).items() if n > 1]
     if twice:
         raise InputError(f"slide {twice[0]} has {ids.count(twice[0])} lines", "give each slide one line", path=path)
