@@ -3,12 +3,14 @@
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import tifffile
 
 from wsiflow.errors import InputError
 from wsiflow.slides.manifest import Case
 from wsiflow.slides.pixel_size import choose
-from wsiflow.slides.slide import SlideFacts
+from wsiflow.slides.slide import SlideFacts, open_slide
 
 FACTS = SlideFacts("T1", Path("T1.svs"), "aperio", (4000, 3000), (0.25, 0.25), ((10, 10),), (1.0,), (255, 255, 255))
 LISTED = Case("T1", Path("T1.svs"), line=2)
@@ -119,3 +121,27 @@ def test_a_doubted_value_is_confirmed_by_giving_it() -> None:
     chosen = choose(facts(0.5, side_px=200_000), replace(LISTED, mpp_if_none=0.5))
     assert (chosen.um_px, "100 mm long" in chosen.remark) == (0.5, True)
     assert "finer than light" in choose(facts(0.055, side_px=90_000), LISTED).remark
+
+
+@pytest.mark.parametrize(
+    ("unit", "per_unit", "um_px"),
+    [
+        ("INCH", 25400 / 0.25, 0.25),
+        ("CENTIMETER", 10000 / 0.25, 0.25),
+        ("NONE", 10000 / 0.25, None),
+        ("INCH", 300, None),
+        ("CENTIMETER", 118.11, None),
+    ],
+)
+def test_the_tags_of_a_tiff_are_read_in_their_unit(
+    tmp_path: Path, unit: str, per_unit: float, um_px: float | None
+) -> None:
+    """Without a unit they state nothing, and the resolution of a printer states no pixel size."""
+    pixels, path = np.zeros((256, 256, 3), np.uint8), tmp_path / "a.tif"
+    resolution = {"resolution": (per_unit, per_unit), "resolutionunit": unit}
+    tifffile.imwrite(path, pixels, tile=(256, 256), photometric="rgb", compression="deflate", **resolution)
+    with open_slide(path, slide_id="a") as opened:
+        if um_px is None:
+            assert "does not state its pixel size" in refused(opened.facts).cause
+        else:
+            assert choose(opened.facts, LISTED) == (pytest.approx(um_px, rel=1e-4), "")
