@@ -462,6 +462,10 @@ def test_names_that_collide_get_their_folders(slides: Path) -> None:
     truth = {path: case.annotation_path for path, case in cases.items()}
     assert truth["y/s.tif"] is None, "s.xml on top may belong to any of the three"
     assert truth["x/s.tif"] == slides / "x/s.xml"
+    remarks = find_dataset(FolderSlides(kind="folder", folder=slides, limit=None)).remarks
+    listed = "x/s.tif, y/s.svs, y/s.tif"
+    assert f"{listed}: if files of one name are one slide, remove all but one, or it counts twice" in remarks
+    assert f"s.xml may belong to each of {listed}, and is not used: put it beside its slide" in remarks
 
 
 def test_names_that_collide_in_a_manifest_get_their_folders(tmp_path: Path) -> None:

@@ -14,7 +14,6 @@ import os
 import re
 import stat
 import unicodedata
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
@@ -209,11 +208,11 @@ def _listed_in_manifest(path: Path) -> Dataset:
     values = [values for values, _ in parsed]
     _name_by_files([each for each in values if "slide_id" not in each and "path" in each], values)
     problems += _collisions((each["slide_id"], f"line {each['line']}") for each in values if "slide_id" in each)
-    twice, told = _files_listed_twice([each for each in values if "path" in each])
+    twice, doubled = _files_listed_twice([each for each in values if "path" in each])
     _report(problems + twice, "correct the manifest", path)
     further = ", ".join(dict.fromkeys(column.name for column in columns if column.name and not column.meaning))
     remarks = [f"further columns of the manifest are kept, for --subgroups: {further}"] if further else []
-    return Dataset(tuple(Case(**each) for each in values), remarks=(*remarks, *told))
+    return Dataset(tuple(Case(**each) for each in values), remarks=(*remarks, *doubled))
 
 
 def read_folder(path: Path) -> tuple[Case, ...]:
@@ -251,15 +250,16 @@ def _found_in_folder(path: Path) -> Dataset:
     where = [place.as_posix() for place in places]
     _report(_repeated(found.slides, where), "remove all but one, or list one of them in a manifest", path)
     stems = [_slide_name(slide) for slide in found.slides]
-    shared = _shared(stems)
+    alike = {path for slides in _of_one_name(found.slides, stems) for path in slides}
     cases = []
-    for slide, stem, name in zip(found.slides, stems, names.distinct_names(places, stems), strict=True):
-        annotation = _companion(slide, slide.parent if names.folded(stem) in shared else root)
+    for slide, name in zip(found.slides, names.distinct_names(places, stems), strict=True):
+        annotation = _companion(slide, slide.parent if slide in alike else root)
         cases.append(Case(**_named(name), path=slide, annotation_path=annotation))
     used = {case.annotation_path for case in cases}
     of_files = (slide for slide in found.slides if slide.suffix.lower() != dicom.SUFFIX)
     used |= {part for slide in of_files for part in content.companions(slide)}
     remarks = [folder.describe_others([one for one in found.others if one not in used])]
+    remarks += _ambiguities(root, _of_one_name(found.slides, stems))
     remarks += [f"the link {link.relative_to(root)} leads nowhere ({link.readlink()})" for link in found.broken]
     if any(skipped.is_picture for skipped in found.skipped):
         remarks.append("a mask is used where a manifest names it: mask_path is tumour, tissue_mask_path is tissue")
@@ -267,10 +267,25 @@ def _found_in_folder(path: Path) -> Dataset:
     return Dataset(tuple(cases), skipped, tuple(filter(None, remarks)))
 
 
-def _shared(stems: Iterable[str]) -> set[str]:
-    """Return the names that several slides have, in the form in which they are compared."""
-    counts = Counter(map(names.folded, stems))
-    return {name for name, count in counts.items() if count > 1}
+def _of_one_name(slides: Sequence[Path], stems: Sequence[str]) -> list[list[Path]]:
+    """Return the slides whose files have one name, ignoring case, for every such name."""
+    by_name: dict[str, list[Path]] = {}
+    for slide, stem in zip(slides, stems, strict=True):
+        by_name.setdefault(names.folded(stem), []).append(slide)
+    return [group for group in by_name.values() if len(group) > 1]
+
+
+def _ambiguities(root: Path, groups: Iterable[Sequence[Path]]) -> list[str]:
+    """Return what is not clear about slides whose files have one name: whether they are one, and whose truth it is."""
+    remarks = []
+    for group in groups:
+        listed = ", ".join(slide.relative_to(root).as_posix() for slide in group)
+        if len({slide.parent for slide in group}) < len(group):
+            remarks.append(f"{listed}: if files of one name are one slide, remove all but one, or it counts twice")
+        on_top = _companion(root / group[0].name, root)
+        if on_top is not None and all(slide.parent != root for slide in group):
+            remarks.append(f"{on_top.name} may belong to each of {listed}, and is not used: put it beside its slide")
+    return remarks
 
 
 def _named(name: str) -> dict[str, Any]:
@@ -419,15 +434,15 @@ def _files_listed_twice(values: Sequence[Mapping[str, Any]]) -> tuple[list[str],
     """
     first: dict[object, Mapping[str, Any]] = {}
     wrong: list[str] = []
-    told: list[str] = []
+    remarks: list[str] = []
     for each in values:
         file = _file_id(each["path"])
         earlier = each if file is None else first.setdefault(file, each)
         if earlier is not each:
             cause = f"line {each['line']}: {each['path'].name} is the same file as in line {earlier['line']}"
             is_scored = all(_COUNTING & one.keys() for one in (each, earlier))
-            (wrong if is_scored else told).append(cause + (", and would count twice" if is_scored else ""))
-    return wrong, told
+            (wrong if is_scored else remarks).append(cause + (", and would count twice" if is_scored else ""))
+    return wrong, remarks
 
 
 def _file_id(path: Path) -> object:

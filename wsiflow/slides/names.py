@@ -66,13 +66,13 @@ def distinct_names(places: Sequence[PurePath], stems: Sequence[str], taken: Coll
             groups.setdefault(folded(name), []).append(index)
     used = {*map(folded, taken), *(folded(name) for name in names if counts[folded(name)] == 1)}
     for group in groups.values():
-        for index, name in zip(group, _told_apart([(places[i], stems[i]) for i in group], used), strict=True):
+        for index, name in zip(group, _distinguished([(places[i], stems[i]) for i in group], used), strict=True):
             names[index] = name
             used.add(folded(name))
     return names
 
 
-def _told_apart(slides: Sequence[tuple[PurePath, str]], used: Collection[str]) -> list[str]:
+def _distinguished(slides: Sequence[tuple[PurePath, str]], used: Collection[str]) -> list[str]:
     """Return names for slides that have one name, none of which is used already."""
     for names in _longer_names(slides):
         keys = [folded(slide_id(name)) for name in names]
