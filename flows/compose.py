@@ -15,6 +15,7 @@ from wsiflow.run import tracking
 from wsiflow.run.config import RunConfig, validate
 
 from . import folders, keys, sweep
+from .literal import literal
 from .overrides import explain_refusal, is_refusal, quoted
 
 
@@ -94,7 +95,7 @@ def compose_config(overrides: Sequence[str], *, job: str = "") -> RunConfig:
 def _composed(overrides: Sequence[str]) -> DictConfig:
     try:
         with hydra.initialize_config_module("wsiflow.conf", version_base="1.3"):
-            return hydra.compose("config", overrides=list(overrides))
+            return hydra.compose("config", overrides=literal(overrides))
     except Exception as error:
         if not is_refusal(error):
             raise
@@ -107,6 +108,7 @@ def trials(overrides: Sequence[str]) -> dict[str, sweep.TrialOverrides]:
     Raises:
         InputError: An override cannot be parsed.
     """
+    overrides = literal(overrides, sweep=True)
     try:
         by_name = sweep.named(sweep.jobs(overrides, _experiment_axes(overrides)))
     except HydraException as error:

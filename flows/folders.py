@@ -32,6 +32,8 @@ def default_name(values: Mapping[str, Any]) -> str:
     if decisive["inference"].get("stride_alone") == "auto":
         del decisive["inference"]["stride_alone"]  # so that folders keep the names that earlier versions gave
     decisive["dataset"] = {**FLAT, **decisive["dataset"]}  # so that folders keep the names that earlier versions gave
+    if decisive["dataset"].get("mpp") is None:  # likewise
+        decisive["dataset"].pop("mpp", None)
     decisive["model"] = {  # likewise
         key: value for key, value in decisive["model"].items() if key != "trust_python" and (key != "maps" or value)
     }

@@ -66,9 +66,6 @@ class StepFuture(Protocol):
 Submit = Callable[..., StepFuture]
 """``submit(step, function, *args)`` starts a step, which calls a function, and returns its future."""
 
-Note = Callable[[str, int], None]
-"""``note(text, level)`` logs a note for the user, see `flows.logs.note`."""
-
 
 def line(config: RunConfig, submit: Submit, views: Sequence[progress.View] = ()) -> finish.Summary:
     """Run the whole line, and record in the run's folder which process does so.
@@ -121,9 +118,9 @@ def finished(config: RunConfig) -> finish.Summary | None:
     return summary
 
 
-def _line(config: RunConfig, submit: Submit, pool_of: Pool, note: Note) -> finish.Summary:
+def _line(config: RunConfig, submit: Submit, pool_of: Pool, note: shards.Note) -> finish.Summary:
     clock = finish.Clock(config)
-    cases = shards.begin(config)
+    cases = shards.begin(config, note)
     record.begin(config)
     with pool_of(config.executor, config.out) as pool:
         chosen = submit(Step("choose engine", stages=["choose"]), shards.choose, pool, cases)
@@ -134,9 +131,7 @@ def _line(config: RunConfig, submit: Submit, pool_of: Pool, note: Note) -> finis
         planned = _plan(config, submit, pool, cases, [chosen])
         plan_path = planned.result()
         finish.set_aside(plan_path)
-        warnings = [*shards.describe_rejections(plan_path), *shards.describe_duplicates(plan_path)]
-        warnings += shards.describe_truths(plan_path)
-        for warning in (*warnings, *shards.describe_cost_alone(cases, plan_path)):
+        for warning in (*shards.describe_slides(plan_path), *shards.describe_cost_alone(cases, plan_path)):
             note(warning, logging.WARNING)
         slice_s = config.executor.slice_s
         if slice_s:

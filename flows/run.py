@@ -4,6 +4,7 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 
 import hydra
@@ -20,6 +21,7 @@ from wsiflow.system.machine import limit_threads
 
 from . import logs, overrides, stopping, sweep, terminal
 from .compose import to_config
+from .literal import literal
 
 _ENVIRONMENT = {
     "HYDRA_FULL_ERROR": "1",  # raise errors instead of printing them with advice about Hydra's own internals
@@ -62,16 +64,23 @@ def all_jobs() -> int:
     return max([*_exit_codes, *(trial.exit_code for trial in trials)], default=0)
 
 
+def as_typed(words: Sequence[str]) -> list[str]:
+    """Return the words of a command line, with paths and texts quoted where Hydra would not take them as typed."""
+    is_sweep = not {"-m", "--multirun"}.isdisjoint(words)
+    places = _places_of_overrides(words)
+    return [literal([word], sweep=is_sweep)[0] if place in places else word for place, word in enumerate(words)]
+
+
+def _places_of_overrides(words: Sequence[str]) -> set[int]:
+    """Return the places of the overrides among the words of a command line, the others are options and their values."""
+    values = {place + 1 for place, word in enumerate(words) if word in _OPTIONS_WITH_VALUES}
+    return {place for place, word in enumerate(words) if not word.startswith("-")} - values
+
+
 def _typed_overrides() -> list[str]:
     """Return the overrides of the command line, without Hydra's options and their values."""
-    words = iter(sys.argv[1:])
-    typed = []
-    for word in words:
-        if word in _OPTIONS_WITH_VALUES:
-            next(words, None)
-        elif not word.startswith("-"):
-            typed.append(word)
-    return typed
+    words = sys.argv[1:]
+    return [words[place] for place in sorted(_places_of_overrides(words))]
 
 
 @hydra.main(version_base="1.3", config_path="pkg://wsiflow.conf", config_name="config")

@@ -108,7 +108,7 @@ def _make_plan(config: RunConfig, *, calibrate: bool) -> Path:
 
 
 def _ingest(config: RunConfig, *, calibrate: bool) -> Path:
-    cases = shards.begin(config)
+    cases = shards.begin(config, logs.note)
     with workers(config.executor, config.out) as pool:
         message = shards.choose(pool, cases)
         if message:
@@ -117,7 +117,7 @@ def _ingest(config: RunConfig, *, calibrate: bool) -> Path:
             logs.note(fault, logging.WARNING)
         every_case = range(len(shards.case_sizes(cases)))
         plan_path = ingest.make_plan(cases, shards.ingest_shard(pool, cases, every_case))
-        for warning in (*shards.describe_truths(plan_path), *shards.describe_cost_alone(cases, plan_path)):
+        for warning in (*shards.describe_notes(plan_path), *shards.describe_cost_alone(cases, plan_path)):
             logs.note(warning, logging.WARNING)
         if calibrate:
             shards.once(pool, plan_path, "measure")

@@ -13,5 +13,5 @@ def add_options(_parser: ArgumentParser) -> None:
 def main(arguments: Namespace) -> int:
     """Run the job, or every job of a sweep."""
     run.quieten()
-    sys.argv = ["wsiflow run", *arguments.words]
+    sys.argv = ["wsiflow run", *run.as_typed(arguments.words)]
     return run.all_jobs()

@@ -6,6 +6,7 @@ import io
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -28,12 +29,12 @@ from worked_examples import (
 
 from wsiflow.errors import InputError
 from wsiflow.evaluation import evaluate, froc, matches, paired, roc
-from wsiflow.evaluation.detections import format_detections, read_detections, read_scores
+from wsiflow.evaluation.detections import detection_files, format_detections, read_detections, read_scores
 from wsiflow.evaluation.evaluate import Evidence
 from wsiflow.evaluation.protocol import EvaluationParams
 from wsiflow.evaluation.truth import Truth, check_truth, read_truth
 from wsiflow.run.config import evaluation_params
-from wsiflow.slides import manifest
+from wsiflow.slides import manifest, names
 from wsiflow.slides.annotations import SlidePlace
 
 
@@ -582,3 +583,13 @@ def test_matches_that_are_no_file_or_no_json(tmp_path):
     (tmp_path / "cut.json").write_text('{"protocol": ')
     with pytest.raises(InputError, match=r"cut.json.*the file: Invalid JSON"):
         matches.read_matches(tmp_path / "cut.json")
+
+
+def test_detections_and_scores_may_have_the_names_of_slides(tmp_path: Path) -> None:
+    """Other programs write the name that the manifest has, which is no safe file name for ours."""
+    (tmp_path / "Fälle, 1.csv").touch()
+    scores = tmp_path.parent / "scores.csv"
+    scores.write_text('slide_id,score\n"Fälle, 1",0.5\n')
+    escaped = names.slide_id("Fälle, 1")
+    assert detection_files([escaped], tmp_path) == {escaped: tmp_path / "Fälle, 1.csv"}
+    assert read_scores(scores) == {escaped: 0.5}

@@ -95,6 +95,28 @@ def test_slides_that_cannot_be_read(slide: Path, tmp_path: Path, capsys) -> None
     assert not (out / "evaluation").exists()
 
 
+def test_one_bad_file_in_a_folder_without_truth(slide: Path, tmp_path: Path, capsys) -> None:
+    """The report shows the others and the reason, under the names of the files; nothing waits for allow_partial."""
+    shutil.copy(slide, slide.with_name("Fälle (1), 100 %.tif"))
+    slide.with_name("broken é.svs").write_text("not a slide")
+    slide.with_name("good_mask.tif").touch()
+    slide.with_name("notes.png").touch()
+    out = tmp_path / "rün, (1) = #2"
+    code, output = started(capsys, "dataset=folder", f"dataset.folder={slide.parent}", f"out={out}")
+    assert code == 20
+    first, second, third, *_ = output.splitlines()
+    assert first == f"slides     4 found in {slide.parent}, 1 of them skipped"
+    assert second.startswith("skipped: good_mask.tif: ")
+    assert third == "1 file passed over (.png 1)"
+    assert f"report     {out / 'report.html'}" in output
+    page = (out / "report.html").read_text()
+    for text in ("INCOMPLETE", "<b>Fälle (1), 100 %</b>", "broken é", "not a slide", "<b>good</b>"):
+        assert text in page
+    assert page.count("data:image/jpeg") == 2
+    assert not (out / "evaluation").exists()
+    assert set(statuses(out)) == {"good", "Falle _1_ 100-545b5a", "broken e-b48c3c"}
+
+
 def test_allowed_partial_results_are_marked(slide: Path, tmp_path: Path, capsys) -> None:
     """With allow_partial the others are scored in a folder named PARTIAL, exit code 10; a fix completes the run."""
     slides = manifest(slide, "good,good.tif,,0,", "late,late.tif,,0,")
@@ -124,7 +146,7 @@ def test_scores_of_an_earlier_state_are_not_shown_as_those_of_now(slide: Path, c
     assert (out / "evaluation-FORMER/matches.json").read_bytes() == scores
     assert (out / "evaluation-FORMER/report.html").exists()
     assert not (out / "evaluation").exists()
-    assert not (out / "report.html").exists()
+    assert "INCOMPLETE" in (out / "report.html").read_text()
     assert runs.scores_folder(out) is None
     assert "not complete: it lacks 1 of ingest, 1 of evaluation" in printed_by_status(out, capsys)
     for _ in range(2):  # the second time there are partial scores already
@@ -160,7 +182,8 @@ def test_no_pixel_size_names_the_line_to_add(slide: Path, tmp_path: Path, capsys
 
 def test_a_slide_coarser_than_the_model_is_refused_with_the_setting(slide: Path, tmp_path: Path, capsys) -> None:
     """Pixels are enlarged only on request; the advised value is accepted, and none beyond the limit is advised."""
-    slides = manifest(slide, "good,good.tif,0.498,0,", "far,good.tif,7.29,0,")
+    shutil.copy(slide, slide.with_name("far.tif"))
+    slides = manifest(slide, "good,good.tif,0.498,0,", "far,far.tif,7.29,0,")
     code, output = started(capsys, "dataset=manifest", slides, f"out={tmp_path / 'run'}")
     assert code == 20
     by_slide = statuses(tmp_path / "run")
@@ -172,6 +195,8 @@ def test_a_slide_coarser_than_the_model_is_refused_with_the_setting(slide: Path,
     )
     assert code == 10
     assert "slides     1 of 2" in output
+    assert output.count("good: the manifest has 0.498 um/px, which is used; the slide states 0.243\n") == 1
+    assert "the slide states 0.243" in (tmp_path / "two/report.html").read_text()
 
 
 def test_a_slide_without_tissue_is_a_valid_negative(slide: Path, tmp_path: Path, capsys) -> None:
@@ -374,7 +399,9 @@ def test_slides_and_truth_may_join_a_finished_run(slide: Path, tmp_path: Path, c
         True,
     )
     assert json.loads((out / "evaluation/summary.json").read_text())["froc.n_slides"] == 2
-    assert started(capsys, "dataset=manifest", manifest(slide, "a,good.tif,,0,", "b,b.tif,,1,"), f"out={out}")[0] == 0
+    two = manifest(slide, "a,good.tif,,0,", "b,b.tif,,1,")
+    code, output = started(capsys, "dataset=manifest", two, f"out={out}")
+    assert (code, "a, b, and their labels contradict each other\n" in output) == (0, True)
     assert len(list((out / "evaluations").iterdir())) == 3
     header = "slide_id,path,mpp,label,annotation_path,patient_id"
     one_patient = manifest(slide, "a,good.tif,,0,,p", "b,b.tif,,1,,p", header=header)

@@ -276,7 +276,7 @@ def test_a_folder_of_an_earlier_version_is_read(former: str, now: str, tmp_path:
         ("=3", "has no key before its '='"),
         ("evaluation.exclude=[a,b", r"an unmatched '\['; close it, such as 'evaluation\.exclude=\[a,b\]'"),
         ("name='a", r"write \"name='a'\""),
-        ("dataset.path=/x/a (1).svs", r"write \"dataset\.path='/x/a \(1\)\.svs'\""),
+        ("evaluation.exclude=a (1)", r"write \"evaluation\.exclude='a \(1\)'\""),
         ("name=a,b", r"names several values; quote it: \"name='a,b'\"; list them: 'name=\[a,b\]'"),
         ("name=${nothing}", "'nothing' not found"),
         (

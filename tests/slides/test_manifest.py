@@ -1,6 +1,8 @@
 """Data sets: manifests of many forms, folders, single slides, and all of their errors."""
 
 import os
+import re
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,6 +10,7 @@ import pytest
 from pydantic import TypeAdapter, ValidationError
 
 from wsiflow.errors import EnvironmentFault, InputError, WsiflowError
+from wsiflow.slides import content, dicom
 from wsiflow.slides.kinds import (
     FLAT,
     RECORDED,
@@ -19,8 +22,19 @@ from wsiflow.slides.kinds import (
     SyntheticSlides,
     source_of,
 )
-from wsiflow.slides.manifest import LABELS, Case, load_dataset, read_folder, read_manifest, read_single
+from wsiflow.slides.manifest import (
+    LABELS,
+    Case,
+    find_dataset,
+    load_dataset,
+    read_columns,
+    read_folder,
+    read_manifest,
+    read_single,
+)
+from wsiflow.slides.names import slide_id
 from wsiflow.slides.slide import open_slide
+from wsiflow.slides.typed_paths import located
 
 
 def manifest(folder: Path, text: str | bytes) -> Path:
@@ -93,8 +107,9 @@ def test_the_label_table_of_camelyon_is_a_manifest(shared_data: Path) -> None:
         b'"slide_id","path"\n"a","a.svs"\n',
         b"slide_id,path\n\n,\na,a.svs\n\n",
         b"slide_id,path\na,a.svs",
+        "slide_id\tpath\r\na\ta.svs\r\n".encode("utf-16"),
     ],
-    ids=["byte-order-mark", "crlf", "quotes", "blank-lines", "no-last-line-end"],
+    ids=["byte-order-mark", "crlf", "quotes", "blank-lines", "no-last-line-end", "utf-16"],
 )
 def test_what_spreadsheets_write_is_read(tmp_path: Path, text: bytes) -> None:
     """Byte order marks, line ends, quotes and blank lines do not matter."""
@@ -106,6 +121,85 @@ def test_a_quoted_field_may_hold_a_comma(tmp_path: Path) -> None:
     """A comma in a quoted file name is part of it."""
     (case,) = read_manifest(manifest(tmp_path, 'slide_id,path\na,"x, y.svs"\n'))
     assert case.path.name == "x, y.svs"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "slide_id;path;mpp;label\na;a.svs;0,25;1\n",
+        "slide_id\tpath\tmpp\tlabel\na\ta.svs\t0.25\tTRUE\n",
+        "sep=;\r\nslide_id;path;mpp;label\r\na;a.svs;0,25;WAHR\r\n",
+        "slide_id,path,mpp,label,,\na,a.svs,0.25,malignant,,\n",
+        "slide_id,path,mpp,label,,\na,a.svs,0.25,1.0\n",
+        ",slide_id,path,mpp,label\n0,a,a.svs,0.25,1\n",
+        "Slide ID,Path,MPP,Label,patient-id,sha256\na,a.svs,0.25,Positive,N/A,n/a\n",
+    ],
+    ids=["semicolons", "tabs", "sep", "trailing-columns", "short-lines", "line-numbers", "blanks-in-names"],
+)
+def test_the_manifest_of_a_spreadsheet_is_read(tmp_path: Path, text: str) -> None:
+    """Separators, decimal commas, columns without a name, and numbers of lines do not matter."""
+    assert read_manifest(manifest(tmp_path, text)) == (
+        Case("a", tmp_path / "a.svs", mpp=0.25, label=1, line=text.count("\n")),
+    )
+
+
+@pytest.mark.parametrize("word", ["N/A", "NA", "nan", "-", "?", "unknown", "None", "#N/A"])
+def test_what_is_not_known_is_no_value(tmp_path: Path, word: str) -> None:
+    """Slides of unknown patients are not all of one patient."""
+    text = f"path,label,mpp,annotation_path,patient_id,scanner\na.svs,{word},{word},{word},{word},\n"
+    assert read_manifest(manifest(tmp_path, text)) == (Case("a", tmp_path / "a.svs", line=2),)
+
+
+def test_further_columns_are_kept(tmp_path: Path) -> None:
+    """They can be made subgroups of; the first lines of a run name them."""
+    path = manifest(tmp_path, "path,site,Stain,age,HER2\na.svs,B,H&E,-7.5,+\nb.svs,,IHC,,-\n")
+    cases = read_manifest(path)
+    assert cases[0].columns == (("site", "B"), ("stain", "H&E"), ("age", "-7.5"), ("her2", "+"))
+    found = find_dataset(ManifestSlides(kind="manifest", manifest=path, limit=None))
+    assert found.remarks == ("further columns of the manifest are kept, for --subgroups: site, stain, age, her2",)
+    assert read_columns(path)["stain"] == {"a": "H&E", "b": "IHC"}
+
+
+@pytest.mark.parametrize("name", ["anotation_path", "labels", "patientid", "mask_pth", "scaner", "spliit"])
+def test_a_misspelt_column_is_not_taken_for_a_further_one(tmp_path: Path, name: str) -> None:
+    """Truth would be left out silently."""
+    assert "did you mean" in problems_of(tmp_path, f"path,{name}\na.svs,x\n")
+
+
+@pytest.mark.parametrize(
+    "name", ["site", "stain", "age", "stage", "grade", "case", "sex", "block", "scanner_id", "class"]
+)
+def test_an_ordinary_column_is_not_taken_for_a_misspelt_one(tmp_path: Path, name: str) -> None:
+    """Names that happen to be like those of known columns are kept."""
+    if name not in {"case", "class"}:
+        assert read_manifest(manifest(tmp_path, f"path,{name}\na.svs,x\n"))[0].columns == ((name, "x"),)
+    assert read_manifest(manifest(tmp_path, f"path,type,{name},case_id\na.svs,1,x,p\n"))[0].columns == ((name, "x"),)
+
+
+def test_a_file_that_is_listed_twice_without_truth_is_told(tmp_path: Path) -> None:
+    """It costs its time twice and counts in no score."""
+    path = manifest(tmp_path, "slide_id,path\na,m.tif\nb,m.tif\n")
+    found = find_dataset(ManifestSlides(kind="manifest", manifest=path, limit=None))
+    assert found.remarks == ("line 3: m.tif is the same file as in line 2",)
+
+
+def test_paths_are_read_as_people_write_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A home folder, quotes, backslashes, and an address of this machine; a file with such a name comes first."""
+    monkeypatch.setenv("HOME", str(tmp_path / "jörg"))
+    (tmp_path / "sub").mkdir()
+    for name in ("sub/a.svs", "~x.svs", "b\\c.svs"):
+        (tmp_path / name).touch()
+    given = {
+        "~/s.svs": tmp_path / "jörg/s.svs",
+        "sub\\a.svs": tmp_path / "sub/a.svs",
+        "'sub/a.svs'": tmp_path / "sub/a.svs",
+        f"file://{tmp_path}/a%20b.svs": tmp_path / "a b.svs",
+        "~x.svs": tmp_path / "~x.svs",
+        "b\\c.svs": tmp_path / "b\\c.svs",
+        "sub/é (1), 100 % #2 = a.svs": tmp_path / "sub/é (1), 100 % #2 = a.svs",
+    }
+    for text, path in given.items():
+        assert located(text, tmp_path) == path
 
 
 @pytest.mark.parametrize("word", LABELS)
@@ -121,7 +215,7 @@ def test_all_errors_are_reported_together(tmp_path: Path) -> None:
         tmp_path,
         "slide_id,path,mpp,label,annotation_path,sha256\n"
         "a,a.svs,0.25,1,,\n"
-        'b,b.svs,"0,25",maybe,,\n'
+        'b,b.svs,"0,2,5",maybe,,\n'
         "A,c.svs,-1,,gone.xml,12\n"
         "A,c.svs,,,,\n"
         "d,d.svs\n"
@@ -129,9 +223,9 @@ def test_all_errors_are_reported_together(tmp_path: Path) -> None:
         "f,,,,,\n",
     )
     assert "\n" not in message
-    assert "11 errors" in message
+    assert "10 errors" in message
     for part in (
-        "line 3: mpp: '0,25' is not a number (write 0.25)",
+        "line 3: mpp: '0,2,5' is not a number (write 0.25)",
         "line 3: label: 'maybe' is not one of 0, normal",
         "line 4: mpp: '-1' begins with '-'",
         "line 4: annotation_path: 'gone.xml' is not an existing file",
@@ -139,7 +233,6 @@ def test_all_errors_are_reported_together(tmp_path: Path) -> None:
         "line 4: slide_id 'A' repeats 'a' of line 2",
         "line 5: slide_id 'A' repeats 'a' of line 2",
         "line 6: it has 2 cells, but the header has 6",
-        "line 7: slide_id: the slide id '../e' is not",
         "line 7: mpp: '0' is not a positive number",
         "line 8: the path is empty",
     ):
@@ -162,14 +255,21 @@ def test_every_error_of_a_long_list_is_reported(tmp_path: Path) -> None:
         ("slide_id,mpp\na,1\n", "there is no column path"),
         ("slide_id,path,lable\na,a.svs,1\n", r"unknown column 'lable' \(did you mean label\?\)"),
         ("path,wsi\na,b\n", "columns path, wsi all mean path"),
-        ("slide_id;path\na;a.svs\n", "not separated by commas"),
+        ("slide_id,path,,\na,a.svs,,\nb,b.svs,,x\n", "line 3: column 4 has 'x' here, but no name in the header"),
+        ("path,stain,STAIN\na,b,c\n", "columns stain, stain all mean stain"),
+        ("path\nC:\\slides\\a.svs\n", r"line 2: path: 'C:.*' is a path of Windows; write the path .* this machine"),
+        ('path\n"\\\\server\\x\\a.svs"\n', r"line 2: path: .* is a path of Windows"),
+        ("path\nhttps://x.org/a.svs\n", "line 2: path: 'https://x.org/a.svs' is an address; copy the file"),
+        ("path\ns3://bucket/a.svs\n", "line 2: path: .* is an address"),
+        ("path\nnan\n", "line 2: path: 'nan' is no path"),
+        ("path\n$HOME/a.svs\n", "line 2: path: .* begins with a variable"),
+        ("path,mask_path\na.svs,https://x.org/m.png\n", "line 2: mask_path: .* is an address"),
         ("slide_id,path\na,=cmd()\n", "line 2: path: '=cmd.*formula"),
         ("slide_id,path\na,\ta.svs\n", "line 2: path: .*formula"),
         ("slide_id,path,scanner\na,a.svs,@x\n", "line 2: scanner: '@x' begins"),
         ("slide_id,path\na,a\x00.svs\n", "line 2: path: .*control character"),
         ('slide_id,path\na,"a.svs\n', "line 2 is not CSV"),
-        ("path\nä.svs\n", "line 2: the slide id 'ä' is not .*give it a slide_id"),
-        ("path\na.svs\nx/a.tif\n", "line 3: slide_id 'a' repeats 'a' of line 2"),
+        ("path,label\nm.tif,1\n./m.tif,0\n", "line 3: m.tif is the same file as in line 2, and would count twice"),
     ],
 )
 def test_a_wrong_manifest_is_refused(tmp_path: Path, text: str, cause: str) -> None:
@@ -190,12 +290,37 @@ def test_an_unreadable_manifest_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "slide_id",
-    ["..", ".a", "_a", "../a", "a/b", "a\\b", "a;b", "a$b", "a*", "a" * 101, "é", "e\u0301", "a\u200b", "a\u00a0b"],
+    "name",
+    [
+        "..",
+        ".a",
+        "_a",
+        "../a",
+        "a/b",
+        "a\\b",
+        "a$b",
+        "a*",
+        "a" * 101,
+        "é",
+        "a\u200b",
+        "a\u00a0b",
+        "日本",
+        "🔬",
+        "H23/12-1A",
+    ],
 )
-def test_a_name_that_is_no_safe_file_name_is_refused(tmp_path: Path, slide_id: str) -> None:
-    """Output files are named after slides, so only safe names are accepted."""
-    assert "slide_id: the slide id" in problems_of(tmp_path, f"slide_id,path\n{slide_id},a.svs\n")
+def test_a_name_that_is_no_safe_file_name_is_escaped(tmp_path: Path, name: str) -> None:
+    """Output files are named after slides, so ids are safe and differ where names do; the name is kept."""
+    cases = read_manifest(manifest(tmp_path, f"slide_id,path\n{name},a.svs\n{name}_,b.svs\n"))
+    assert [case.name for case in cases] == [name, f"{name}_"]
+    assert all(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._ -]{0,99}", case.slide_id) for case in cases)
+    assert cases[0].slide_id != cases[1].slide_id
+
+
+def test_an_escaped_name_is_the_same_on_every_file_system() -> None:
+    """Some file systems write letters and accents apart; the id is still readable."""
+    assert slide_id("Fälle 1") == slide_id("Fa\u0308lle 1") == "Falle 1-8a9754"
+    assert slide_id("Falle 1") == "Falle 1"
 
 
 @pytest.mark.parametrize("slide_id", ["a", "7", "tumor_001", "S 1.2-b", "a" * 100])
@@ -323,14 +448,138 @@ def test_a_folder_that_cannot_be_listed_is_reported(tmp_path: Path, monkeypatch)
     assert caught.value.exit_code == 30
 
 
-def test_names_that_collide_in_a_folder_are_all_reported(slides: Path) -> None:
-    """Names that are equal except for case are reported together with names that are no slide ids."""
-    for name in ("deep/A.svs", "deep/B.tif", "ü.svs"):
+def test_names_that_collide_get_their_folders(slides: Path) -> None:
+    """Files of one name, ignoring case, are named after their folders too, then after their extensions."""
+    for name in ("deep/A.svs", "ü, (1) = 100 %.svs", "x/s.tif", "y/s.tif", "y/s.svs", "s.xml", "x/s.xml"):
+        (slides / name).parent.mkdir(exist_ok=True)
         (slides / name).touch()
-    with pytest.raises(InputError, match="3 errors") as caught:
-        read_folder(slides)
-    for part in ("deep/A.svs: slide_id 'A' repeats 'a' of a.tif", "deep/B.tif", "ü.svs: the slide id"):
-        assert part in str(caught.value)
+    cases = {case.path.relative_to(slides).as_posix(): case for case in read_folder(slides)}
+    ids = {path: case.slide_id for path, case in cases.items()}
+    assert (ids["a.tif"], ids["deep/A.svs"]) == ("a", "deep_A")
+    assert [ids[f"{path}"] for path in ("x/s.tif", "y/s.tif", "y/s.svs")] == ["x_s.tif", "y_s.tif", "y_s.svs"]
+    assert cases["ü, (1) = 100 %.svs"].name == "ü, (1) = 100 %"
+    assert ids["ü, (1) = 100 %.svs"].startswith("u_ _1_ _ 100")
+    truth = {path: case.annotation_path for path, case in cases.items()}
+    assert truth["y/s.tif"] is None, "s.xml on top may belong to any of the three"
+    assert truth["x/s.tif"] == slides / "x/s.xml"
+    remarks = find_dataset(FolderSlides(kind="folder", folder=slides, limit=None)).remarks
+    listed = "x/s.tif, y/s.svs, y/s.tif"
+    assert f"{listed}: if files of one name are one slide, remove all but one, or it counts twice" in remarks
+    assert f"s.xml may belong to each of {listed}, and is not used: put it beside its slide" in remarks
+
+
+def test_names_that_collide_in_a_manifest_get_their_folders(tmp_path: Path) -> None:
+    """Slides without an id differ from each other, and from the ids that are given."""
+    cases = read_manifest(manifest(tmp_path, "slide_id,path\n,p/a/s.svs\n,p/b/s.svs\ns2,c.svs\n,d/s2.svs\n"))
+    assert [case.slide_id for case in cases] == ["a_s", "b_s", "s2", "d_s2"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("a_mask.tif", "A_Mask.TIF", "a-mask.tiff", "a_evaluation_mask.tif", "mask_a.tif", "masks/a.tif"),
+        *("m/a_mask.tif", "a_tissue.tif", "a_ground_truth.tif", "a.mask.tif", "Ground Truth/a.tif", "a_thumbnail.tif"),
+    ],
+)
+def test_a_mask_beside_a_slide_is_no_slide(tmp_path: Path, name: str) -> None:
+    """It is named with the slide it belongs to, and no truth: it may be of tissue."""
+    for file in ("a.tif", "b_tissue.tif", "a_2.tif", name):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).touch()
+    found = find_dataset(FolderSlides(kind="folder", folder=tmp_path, limit=None))
+    assert [case.slide_id for case in found.cases] == ["a", "a_2", "b_tissue"]
+    assert {case.mask_path for case in found.cases} == {None}
+    first, second, *rest = found.describe(tmp_path)
+    assert first == f"slides     4 found in {tmp_path}, 1 of them skipped"
+    assert second == f"skipped: {name}: named like a mask or another picture of a.tif"
+    assert "mask_path" in rest[0]
+
+
+def test_what_is_passed_over_is_counted_by_its_kind(slides: Path) -> None:
+    """Files of a slide and its annotation are not; links that lead nowhere are named."""
+    for name in ("1.png", "2.PNG", "readme", "other.xml"):
+        (slides / name).touch()
+    (slides / "cases").symlink_to("/mnt/gone")
+    (slides / "link").symlink_to("gone.svs")
+    found = find_dataset(FolderSlides(kind="folder", folder=slides, limit=2))
+    assert found.describe(slides) == [
+        f"slides     6 found in {slides}, 4 of them skipped",
+        *(f"skipped: {name}: beyond dataset.limit=2" for name in ("c", "dicom", "link", "x")),
+        "5 files passed over (.png 2, .txt 1, .xml 1, without an extension 1)",
+        "the link cases leads nowhere (/mnt/gone)",
+    ]
+
+
+def test_files_within_an_image_are_no_slides(slides: Path) -> None:
+    """OME-Zarr is one image in a folder of thousands of files."""
+    (slides / "img.zarr/0").mkdir(parents=True)
+    (slides / "img.zarr/0/1.tif").touch()
+    found = find_dataset(FolderSlides(kind="folder", folder=slides, limit=None))
+    assert "1" not in {case.slide_id for case in found.cases}
+    assert ".zarray" not in str(found.remarks)
+
+
+def dicom_file(path: Path, series: str, *, explicit: bool = True, sop_class: str = dicom.WHOLE_SLIDE) -> Path:
+    """Write the header of a DICOM file, with a sequence of undefined length before its series."""
+
+    def element(group: int, number: int, kind: bytes, value: bytes, length: int | None = None) -> bytes:
+        size = len(value) if length is None else length
+        tag = struct.pack("<HH", group, number)
+        if group != 2 and not explicit:
+            return tag + struct.pack("<I", size) + value
+        long = kind in {b"SQ", b"OB"}
+        return tag + kind + (struct.pack("<HI", 0, size) if long else struct.pack("<H", size)) + value
+
+    def uid(text: str) -> bytes:
+        return text.encode() + b"\0" * (len(text) % 2)
+
+    syntax = "1.2.840.10008.1.2.1" if explicit else "1.2.840.10008.1.2"
+    item = struct.pack("<HHI", 0xFFFE, 0xE000, 0xFFFFFFFF) + element(0x0008, 0x1150, b"UI", uid("1.2"))
+    item += struct.pack("<HHI", 0xFFFE, 0xE00D, 0) + struct.pack("<HHI", 0xFFFE, 0xE0DD, 0)
+    data = element(0x0002, 0x0010, b"UI", uid(syntax)) + element(0x0008, 0x0016, b"UI", uid(sop_class))
+    data += element(0x0008, 0x1140, b"SQ", item, 0xFFFFFFFF) + element(0x0020, 0x000E, b"UI", uid(series))
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(bytes(128) + b"DICM" + data + element(0x0028, 0x0010, b"US", b"\1\0"))
+    return path
+
+
+@pytest.mark.parametrize("explicit", [True, False])
+def test_every_series_of_a_folder_is_a_slide(tmp_path: Path, explicit: bool) -> None:
+    """Two slides in one folder are two cases, by a folder or by a manifest, and the files of each have its hash."""
+    for name, series in {"p0": "1.2.1", "p1": "1.2.1", "q0": "1.2.2", "q1": "1.2.2"}.items():
+        dicom_file(tmp_path / "d" / f"{name}.dcm", series, explicit=explicit)
+    dicom_file(tmp_path / "d/ann.dcm", "1.2.3", explicit=explicit, sop_class="1.2.840.10008.5.1.4.1.1.91.1")
+    found = find_dataset(FolderSlides(kind="folder", folder=tmp_path, limit=None))
+    assert [(case.slide_id, case.path.name) for case in found.cases] == [("p0", "p0.dcm"), ("q0", "q0.dcm")]
+    assert found.skipped == ("d/ann.dcm: DICOM of another class than images of slides",)
+    listed = read_manifest(manifest(tmp_path, "path\nd/p1.dcm\nd/q0.dcm\n"))
+    assert [case.slide_id for case in listed] == ["p0", "q0"]
+    before = [content.sha256(case.path) for case in listed]
+    assert before == [content.sha256(case.path) for case in found.cases]
+    assert before[0] != before[1]
+    dicom_file(tmp_path / "d/r.dcm", "1.2.4", explicit=explicit)
+    (tmp_path / "d/s.dcm").write_bytes(b"no DICOM")
+    assert [content.sha256(case.path) for case in listed] == before
+    dicom_file(tmp_path / "d/q2.dcm", "1.2.2", explicit=explicit)
+    assert [a == content.sha256(case.path) for a, case in zip(before, listed, strict=True)] == [True, False]
+    with pytest.raises(InputError, match=r"line 3: p1\.dcm is the same file as in line 2"):
+        read_manifest(manifest(tmp_path, "path,label\nd/p0.dcm,1\nd/p1.dcm,1\n"))
+
+
+def test_a_series_alone_in_its_folder_is_named_after_it(tmp_path: Path) -> None:
+    """As before there was more than one; what is not an image of a slide does not count."""
+    for name in ("p0", "p1"):
+        dicom_file(tmp_path / "case" / f"{name}.dcm", "1.2.1")
+    dicom_file(tmp_path / "case/ann.dcm", "1.2.3", sop_class="1.2.840.10008.5.1.4.1.1.91.1")
+    assert [case.slide_id for case in read_folder(tmp_path)] == ["case"]
+
+
+def test_a_damaged_dicom_file_is_no_reason_to_fail(tmp_path: Path) -> None:
+    """Whatever the header holds, the file is a slide that fails when it is opened."""
+    whole = dicom_file(tmp_path / "a.dcm", "1.2.1").read_bytes()
+    for length in range(128, len(whole), 3):
+        (tmp_path / "a.dcm").write_bytes(whole[:length] + b"\xff" * 3)
+        assert [case.slide_id for case in read_folder(tmp_path)] == ["a"]
 
 
 def test_a_folder_without_slides_is_refused(tmp_path: Path) -> None:

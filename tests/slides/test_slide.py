@@ -3,7 +3,6 @@
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from itertools import repeat
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from PIL import Image
 from wsiflow.errors import EnvironmentFault, InputError
 from wsiflow.slides import slide
 from wsiflow.slides.content import sha256, signature
-from wsiflow.slides.slide import Slide, SlideFacts, open_slide, resolve_mpp
+from wsiflow.slides.slide import Slide, open_slide
 
 WIDTH, HEIGHT = 333, 250
 Pixels = NDArray[np.uint8]
@@ -271,41 +270,6 @@ def test_an_overview_joins_without_a_seam_on_a_real_slide(shared_data: Path) -> 
         whole = opened.read_scaled(200, 300, (400, 100), l0_per_px=2.0040).rgb
         parts = [opened.read_scaled(x, 300, (200, 100), l0_per_px=2.0040).rgb for x in (200, 400)]
     assert np.abs(np.concatenate(parts, axis=1).astype(int) - whole).max() <= 1
-
-
-FACTS = SlideFacts("T1", Path("T1.svs"), "aperio", (10, 10), (0.25, 0.25), ((10, 10),), (1.0,), (255, 255, 255))
-
-
-@pytest.mark.parametrize(
-    ("stated", "manifest", "expected"),
-    [((0.25, 0.25), None, 0.25), ((0.25, 0.252), None, 0.251), ((0.25, 0.25), 0.5, 0.5), (None, 0.5, 0.5)],
-    ids=["slide", "nearly-square", "manifest-wins", "manifest-only"],
-)
-def test_the_pixel_size_is_the_manifests_else_the_slides(
-    stated: tuple[float, float] | None, manifest: float | None, expected: float
-) -> None:
-    """The manifest takes precedence, because slides are sometimes wrong."""
-    assert resolve_mpp(replace(FACTS, mpp=stated), manifest) == pytest.approx(expected)
-
-
-@pytest.mark.parametrize(
-    ("stated", "manifest", "cause"),
-    [
-        (None, None, "does not state"),
-        ((0.25, 0.5), None, "0.25 x 0.5 um, which differ"),
-        ((0.00499, 0.00499), None, "the slide states a pixel size of 0.00499"),
-        ((0.25, 0.25), 1000.0, "the manifest states a pixel size of 1000"),
-        (None, float("nan"), "nan"),
-    ],
-)
-def test_a_doubtful_pixel_size_is_refused(
-    stated: tuple[float, float] | None, manifest: float | None, cause: str
-) -> None:
-    """The error has the stated value and the line to add to the manifest."""
-    with pytest.raises(InputError, match=cause) as caught:
-        resolve_mpp(replace(FACTS, mpp=stated), manifest)
-    assert "'slide_id,path,mpp'" in caught.value.remedy
-    assert "'T1,T1.svs,<um per pixel>'" in caught.value.remedy
 
 
 def test_the_hash_of_one_file_is_that_of_the_file(tmp_path: Path) -> None:

@@ -19,7 +19,8 @@ from wsiflow.run.config import RunConfig
 from wsiflow.run.plan import Plan, latest_plan
 from wsiflow.run.stages import ingest
 from wsiflow.slides.kinds import ManifestSlides
-from wsiflow.slides.manifest import COLUMNS, Case, read_manifest
+from wsiflow.slides.manifest import COLUMNS, Case, read_columns, read_manifest
+from wsiflow.slides.names import slide_id
 from wsiflow.system import tables
 
 STATUSES = ("evaluated", "excluded", "failed", "rejected")
@@ -152,8 +153,8 @@ def values(scored: ScoredRun, columns: Sequence[str], table: Path | None) -> dic
     """Return the values of every scored slide, by column and slide id.
 
     Each column is taken from the first source that has it: the given table, the values that the run kept of its
-    manifest (label, patient_id, split, scanner), and the manifest as it is now, by the name in its header or by the
-    column that this name is an alias of.
+    manifest (label, patient_id, split, scanner and its further columns), and the manifest as it is now, by the name in
+    its header or by the column that this name is an alias of.
 
     Args:
         scored: The run.
@@ -163,7 +164,8 @@ def values(scored: ScoredRun, columns: Sequence[str], table: Path | None) -> dic
     Raises:
         InputError: No source has a column, or a file cannot be used.
     """
-    kept = {name: {case.slide_id: _kept(case, name) for case in scored.cases} for name in _CASE_COLUMNS}
+    kept = _further(scored.cases)
+    kept |= {name: {case.slide_id: _kept(case, name) for case in scored.cases} for name in _CASE_COLUMNS}
     sources = [_table(table) if table is not None else {}, kept]
     names = [name.strip().lower() for name in columns]
     if any(all(name not in source for source in sources) for name in names):
@@ -260,6 +262,15 @@ def _check_balance(scored: ScoredRun, planned: Sequence[Case], rows: Sequence[Ca
         raise IntegrityError(f"slides and outcomes do not balance ({odd})", "run again, then export", path=scored.root)
 
 
+def _further(cases: Sequence[Case]) -> dict[str, dict[str, str]]:
+    """Return the further columns of the manifest as it was, by the column's name and slide id."""
+    values: dict[str, dict[str, str]] = {}
+    for case in cases:
+        for name, text in case.columns:
+            values.setdefault(name, {})[case.slide_id] = text
+    return values
+
+
 def _kept(case: Case, column: str) -> str:
     return _LABELS[case.label] if column == "label" else str(getattr(case, column))
 
@@ -270,7 +281,7 @@ def _table(path: Path) -> dict[str, dict[str, str]]:
     if "slide_id" not in header:
         cause = "the table has no column slide_id"
         raise InputError(cause, "give a CSV with slide_id and any other columns", path=path)
-    ids = [cells[header.index("slide_id")] for _, cells in rows]
+    ids = [slide_id(cells[header.index("slide_id")]) for _, cells in rows]
     twice = [slide_id for slide_id, n in Counter(ids).items() if n > 1]
     if twice:
         raise InputError(f"slide {twice[0]} has {ids.count(twice[0])} lines", "give each slide one line", path=path)
@@ -287,8 +298,4 @@ def _manifest(scored: ScoredRun) -> dict[str, dict[str, str]]:
     path = manifest(scored)
     if path is None:
         return {}
-    header, rows = tables.read(path, "the manifest", "correct the path")
-    names = {case.line: case.slide_id for case in read_manifest(path)}
-    return {
-        name: {names[line]: cells[place] for line, cells in rows if line in names} for place, name in enumerate(header)
-    }
+    return read_columns(path)

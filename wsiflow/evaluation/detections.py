@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wsiflow.errors import InputError
+from wsiflow.slides import names
 from wsiflow.system import tables
 
 _NAMED_LINES = 10
@@ -71,10 +72,11 @@ def read_scores(path: Path) -> dict[str, float]:
         raise InputError(f"the first line is {header!r}", "begin the file with slide_id,score", path=path)
     scores: dict[str, float] = {}
     for line, cells in rows[1:]:
-        if len(cells) != 2 or cells[0] in scores:
+        slide_id = names.slide_id(cells[0])
+        if len(cells) != 2 or slide_id in scores:
             what = "is a second score of one slide" if len(cells) == 2 else f"has {len(cells)} cells"
             raise InputError(f"line {line} {what}", "give one line slide_id,score per slide", path=path)
-        scores[cells[0]] = _finite(cells[1], line, path)
+        scores[slide_id] = _finite(cells[1], line, path)
     return scores
 
 
@@ -86,7 +88,8 @@ def detection_files(slide_ids: Sequence[str], folder: Path) -> dict[str, Path]:
     """
     if not folder.is_dir():
         raise InputError("this is not a folder", "give the folder that holds <slide_id>.csv", path=folder)
-    paths = {path.name.removesuffix(".csv"): path for path in sorted(folder.glob("*.csv")) if path.name[0] != "."}
+    files = (path for path in sorted(folder.glob("*.csv")) if path.name[0] != ".")
+    paths = {names.slide_id(path.name.removesuffix(".csv")): path for path in files}
     require_same_slides(slide_ids, paths, "detection file", folder)
     return paths
 

@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 from pydantic import TypeAdapter
@@ -23,6 +24,7 @@ _SCORE_COPIES = 3  # while the scores of a group's blocks are joined and divided
 #: File of a trial's folder that names its sweep's overrides, ``key=value`` separated by commas, and so the trial.
 CLAIM = "receipts/trial"
 
+_LATER = {"name", "columns", "mpp_if_none"}
 _NEXT_OVERRIDE = re.compile(r",(?=[\w./@:+-]+=)")
 _CASES = TypeAdapter(tuple[Case, ...])
 
@@ -37,8 +39,14 @@ def write_cases(root: Path, config: RunConfig, cases: Sequence[Case]) -> Path:
     publish.publish_generation(
         root, "config.yaml", yaml.safe_dump(redaction.redacted(resolved), sort_keys=False).encode(), {"kind": "config"}
     )
-    data = {"config": resolved, "cases": _CASES.dump_python(tuple(cases), mode="json")}
+    listed = [_without_unset(case) for case in _CASES.dump_python(tuple(cases), mode="json")]
+    data = {"config": resolved, "cases": listed}
     return publish.publish_generation(root, "cases.json", json.dumps(data, indent=1).encode(), {"kind": "cases"})
+
+
+def _without_unset(case: dict[str, Any]) -> dict[str, Any]:
+    """Leave out of a case what earlier versions did not know, unless it is given: files of their runs stay the same."""
+    return {name: value for name, value in case.items() if value or name not in _LATER}
 
 
 def _as_spelled(root: Path, config: RunConfig) -> RunConfig:

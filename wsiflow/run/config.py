@@ -10,7 +10,9 @@ import re
 from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib import resources
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args, get_origin
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import (
@@ -150,6 +152,7 @@ class _Entry(NamedTuple):
     description: str
     is_section: bool
     values: tuple[str, ...]
+    types: frozenset[object]
 
 
 @cache
@@ -173,7 +176,8 @@ def _entries(form: type[BaseModel], prefix: str) -> Iterator[_Entry]:
         kinds = (field.annotation, *get_args(field.annotation))
         parts = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
         about = field.description or next(filter(None, map(inspect.getdoc, parts)), "")
-        yield _Entry(f"{prefix}{name}", about.partition("\n")[0], bool(parts), _listed_values(field.annotation))
+        values, types = _listed_values(field.annotation), _types(field.annotation)
+        yield _Entry(f"{prefix}{name}", about.partition("\n")[0], bool(parts), values, types)
         for part in parts:
             yield from _entries(part, f"{prefix}{name}.")
 
@@ -184,6 +188,31 @@ def _listed_values(annotation: Any) -> tuple[str, ...]:
         return ("true", "false")
     members = (annotation, *get_args(annotation))
     return tuple(str(value) for member in members if get_origin(member) is Literal for value in get_args(member))
+
+
+def _types(annotation: Any) -> frozenset[object]:
+    """Return the types that a value may have; of a list, that of the list alone."""
+    if get_origin(annotation) in {Union, UnionType}:
+        return frozenset[object]().union(*map(_types, get_args(annotation)))
+    return _types(get_args(annotation)[0]) if get_origin(annotation) is Annotated else frozenset([annotation])
+
+
+@cache
+def path_keys() -> frozenset[str]:
+    """Return the keys whose values are paths."""
+    return frozenset(entry.key for entry in _entries(RunConfig, "") if Path in entry.types)
+
+
+@cache
+def text_keys() -> frozenset[str]:
+    """Return the keys whose values are texts, and no lists of texts."""
+    return frozenset(entry.key for entry in _entries(RunConfig, "") if str in entry.types <= {str, type(None)})
+
+
+@cache
+def optional_keys() -> frozenset[str]:
+    """Return the keys whose values may be null."""
+    return frozenset(entry.key for entry in _entries(RunConfig, "") if type(None) in entry.types)
 
 
 @cache

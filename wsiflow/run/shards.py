@@ -6,13 +6,14 @@ and how every task so far ended. The functions are the same for every orchestrat
 
 import logging
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from wsiflow.errors import Failure, InputError, IntegrityError, WsiflowError
+from wsiflow.plan.slide_plan import SlidePlan
 from wsiflow.run import ledger, trace
 from wsiflow.run.cases import check_model, read_cases, write_cases
 from wsiflow.run.config import RunConfig
@@ -25,8 +26,8 @@ from wsiflow.run.stages.choose import choice_key, choice_record, describe_choice
 from wsiflow.run.stages.line import ROUGH, STAGES, names_of
 from wsiflow.run.stages.network import calibration
 from wsiflow.run.stages.stage import Stage
-from wsiflow.slides.kinds import ManifestSlides, SyntheticSlides
-from wsiflow.slides.manifest import Case, load_dataset
+from wsiflow.slides.kinds import ManifestSlides, SyntheticSlides, source_of
+from wsiflow.slides.manifest import Case, find_dataset
 from wsiflow.slides.synthetic.dataset import write_dataset, write_like
 from wsiflow.slides.synthetic.tissue import UM_PX
 from wsiflow.system import publish
@@ -70,8 +71,20 @@ class Progress(NamedTuple):
     ended: tuple[Ended, ...] = ()
 
 
-def begin(config: RunConfig) -> Path:
+Note = Callable[[str, int], None]
+"""``note(text, level)`` shows the user a note."""
+
+
+def _log(text: str, level: int) -> None:
+    _logger.log(level, "%s", text)
+
+
+def begin(config: RunConfig, note: Note = _log) -> Path:
     """Check the folders of a run and its model, list its slides, and publish them with the configuration.
+
+    Args:
+        config: The configuration.
+        note: Shows how many slides were found, which of them are skipped, and why.
 
     Returns:
         The ``cases.json`` of the run.
@@ -89,9 +102,11 @@ def begin(config: RunConfig) -> Path:
         if params.like:
             _require_scaled_lengths(params, config.evaluation.l0_um_px)
         params = ManifestSlides(kind="manifest", manifest=_drawn(params), limit=params.limit)
-    cases = load_dataset(params)
-    _logger.info("%d slides to test, in %s", len(cases), config.out)
-    return write_cases(config.out, config, cases)
+    dataset = find_dataset(params)
+    for line in dataset.describe(source_of(params)):
+        note(line, logging.INFO)
+    _logger.info("%d slides to test, in %s", len(dataset.cases), config.out)
+    return write_cases(config.out, config, dataset.cases)
 
 
 def _require_scaled_lengths(params: SyntheticSlides, given: float | None) -> None:
@@ -287,11 +302,38 @@ def describe_rejections(plan_path: Path) -> list[str]:
 
 def describe_duplicates(plan_path: Path) -> list[str]:
     """Return a warning for each content that several slides have: each of them counts in the scores."""
-    ids_by_content: dict[str, list[str]] = {}
+    by_content: dict[str, list[SlidePlan]] = {}
     for planned in read_plan(plan_path).slides:
-        ids_by_content.setdefault(planned.sha256, []).append(planned.slide_id)
-    groups = (", ".join(slides) for slides in ids_by_content.values() if len(slides) > 1)
-    return [f"the same slide under several names, each of which counts in the scores: {names}" for names in groups]
+        by_content.setdefault(planned.sha256, []).append(planned)
+    return [_describe_alike(slides) for slides in by_content.values() if len(slides) > 1]
+
+
+def _describe_alike(slides: Sequence[SlidePlan]) -> str:
+    names = ", ".join(one.slide_id for one in slides)
+    if not any(one.label is not None or one.annotation_path or one.mask_path for one in slides):
+        return f"the same slide under several names: {names}"
+    labels = {one.label for one in slides} - {None}
+    but = ", and their labels contradict each other" if len(labels) > 1 else ""
+    return f"the same slide under several names, each of which counts in the scores: {names}{but}"
+
+
+def describe_remarks(plan_path: Path) -> list[str]:
+    """Return what a user should know of how slides are read, each remark once with the slides that it is about."""
+    slides: dict[str, list[str]] = {}
+    for planned in read_plan(plan_path).slides:
+        for remark in ingest.remarks(plan_path.parent, planned.slide_id):
+            slides.setdefault(remark, []).append(planned.slide_id)
+    return [f"{label(names)}: {remark}" for remark, names in slides.items()]
+
+
+def describe_slides(plan_path: Path) -> list[str]:
+    """Return all warnings about the slides of a plan: those that are rejected, and `describe_notes`."""
+    return [*describe_rejections(plan_path), *describe_notes(plan_path)]
+
+
+def describe_notes(plan_path: Path) -> list[str]:
+    """Return warnings about usable slides: of the same content, read in an unusual way, with doubtful truth."""
+    return [*describe_duplicates(plan_path), *describe_remarks(plan_path), *describe_truths(plan_path)]
 
 
 def describe_cost_alone(cases: Path, plan_path: Path) -> list[str]:

@@ -16,6 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from wsiflow.errors import EnvironmentFault, InputError, SlideModified, WsiflowError
+from wsiflow.slides import dicom
 from wsiflow.system import faults
 
 COPY_AGAIN = "copy it again from its source, or remove its line"
@@ -25,7 +26,7 @@ def sha256(path: Path) -> str:
     """Return the SHA-256 of a slide in hexadecimal.
 
     The hash of a slide that is one file is that of the file. A slide may also consist of several files: MIRAX with its
-    folder, the DICOM files of a folder, or a Hamamatsu index with the files it names. Its hash is that of the list of
+    folder, the DICOM files of a series, or a Hamamatsu index with the files it names. Its hash is that of the list of
     their hashes and names.
 
     Raises:
@@ -190,6 +191,14 @@ def _companions(path: Path) -> Iterator[Path]:
             yield part
 
 
+def companions(path: Path) -> list[Path]:
+    """Return the files that by their names belong to a slide besides the one at its path; none if they are unknown."""
+    try:
+        return list(_candidates(path))
+    except WsiflowError:
+        return []
+
+
 def _candidates(path: Path) -> Iterator[Path]:
     """Yield the files and folders that by their names belong to a slide, according to its format."""
     kind, data = path.suffix.lower(), path.with_suffix("")
@@ -197,13 +206,21 @@ def _candidates(path: Path) -> Iterator[Path]:
         for folder, _, names in os.walk(data, onerror=_raise_unlisted):
             yield from (Path(folder, name) for name in names)
     elif kind == ".dcm":
-        yield from (part for part in _listed(path.parent) if part.suffix.lower() == ".dcm")
+        yield from _of_series(path)
     elif kind in {".vms", ".vmu"}:
         try:
             index = path.read_text(encoding="utf-8", errors="replace")
         except OSError as error:
             raise _unread(path, error) from error
         yield from (part for part in _listed(path.parent) if part.name in index)
+
+
+def _of_series(path: Path) -> list[Path]:
+    """Return the files of a DICOM series: other slides may be in the same folder."""
+    try:
+        return dicom.files_of_series(path)
+    except OSError as error:
+        raise unlisted(error) from error
 
 
 def _listed(folder: Path) -> list[Path]:

@@ -2,10 +2,19 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BaseModel, BeforeValidator, Field, ValidationInfo
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    Field,
+    FiniteFloat,
+    SerializerFunctionWrapHandler,
+    ValidationInfo,
+    model_serializer,
+)
 
+from wsiflow.slides.typed_paths import located
 from wsiflow.system.paths import AbsolutePath
 
 
@@ -14,35 +23,66 @@ def _none_if_empty(value: object) -> object:
     return None if value == "" else value
 
 
+def _as_typed(value: object) -> object:
+    """Return the path that a text names; what is no path of this machine, such as an address, is refused."""
+    return str(located(value, Path())) if isinstance(value, str) and value else value
+
+
+_TypedPath = Annotated[AbsolutePath, BeforeValidator(_as_typed)]
 _Limit = Annotated[
     Annotated[int, Field(ge=1)] | None,
     BeforeValidator(_none_if_empty),
     Field(description="Number of slides to take, from the first. null: all."),
 ]
 
+_Mpp = Annotated[Annotated[FiniteFloat, Field(gt=0, le=100)] | None, BeforeValidator(_none_if_empty)]
+_MPP_IF_NONE = Field(
+    default=None,
+    description="Micrometres per level-0 pixel of the slides that state none, or no plausible one. null: they are "
+    "refused.",
+)
+_MPP_OF_ONE = Field(default=None, description="Micrometres per level-0 pixel of the slide. null: what it states.")
+
+
+def _without_mpp_if_none(self: BaseModel, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    """Leave out a pixel size that is not given: files of runs from before there was this key stay as they are."""
+    values: dict[str, Any] = plain(self)
+    if values.get("mpp", 0) is None:
+        del values["mpp"]
+    return values
+
 
 class ManifestSlides(BaseModel, frozen=True, extra="forbid"):
     """The slides that a CSV file lists."""
 
     kind: Literal["manifest"] = Field(description="With manifest, a CSV file lists the slides.")
-    manifest: AbsolutePath = Field(description="CSV file that lists the slides.")
+    manifest: _TypedPath = Field(description="CSV file that lists the slides.")
     limit: _Limit
+    mpp: _Mpp = _MPP_IF_NONE
+
+    _serialized = model_serializer(mode="wrap")(_without_mpp_if_none)
 
 
 class FolderSlides(BaseModel, frozen=True, extra="forbid"):
     """The slides in a folder."""
 
     kind: Literal["folder"] = Field(description="With folder, they are those in a folder.")
-    folder: AbsolutePath = Field(description="Folder that is searched for slides, subfolders included.")
+    folder: _TypedPath = Field(description="Folder that is searched for slides, subfolders included.")
     limit: _Limit
+    mpp: _Mpp = _MPP_IF_NONE
+
+    _serialized = model_serializer(mode="wrap")(_without_mpp_if_none)
 
 
 class SingleSlide(BaseModel, frozen=True, extra="forbid"):
     """One slide."""
 
     kind: Literal["single"] = Field(description="With single, there is one slide.")
-    path: AbsolutePath = Field(description="File of the one slide.")
+    path: _TypedPath = Field(description="File of the one slide.")
     limit: _Limit
+    mpp: _Mpp = _MPP_OF_ONE
+
+    _serialized = model_serializer(mode="wrap")(_without_mpp_if_none)
 
 
 class SyntheticSlides(BaseModel, frozen=True, extra="forbid"):

@@ -3,28 +3,26 @@
 Input: a CSV manifest, a folder of slides, or one slide. Output: a tuple of :class:`Case`, one per slide.
 
 A manifest has the columns ``slide_id,path`` and any of ``mpp,label,annotation_path,mask_path,patient_id,split,scanner,
-sha256``. Names that other tools use for these columns are accepted. Paths are relative to the folder of the manifest.
-All errors of a manifest are reported at once, with line numbers. A slide file that does not exist is not an error of
-the manifest: only that slide fails, when it is opened.
+sha256``. Names that other tools use for these columns are accepted; further columns are kept, to make subgroups of.
+Cells are separated by commas, semicolons or tabs. Paths are relative to the folder of the manifest. All errors of a
+manifest are reported at once, with line numbers. A slide file that does not exist is not an error of the manifest: only
+that slide fails, when it is opened.
 """
 
-import difflib
-import errno
 import math
 import os
 import re
 import stat
 import unicodedata
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
-from wsiflow.errors import EnvironmentFault, InputError
-from wsiflow.slides import content, dialects
+from wsiflow.errors import InputError
+from wsiflow.slides import content, dialects, dicom, folder, names, typed_paths
 from wsiflow.slides.annotations.outlines import COMPANION_SUFFIXES
-from wsiflow.slides.kinds import GivenSlides, ManifestSlides, SingleSlide
+from wsiflow.slides.kinds import FolderSlides, GivenSlides, ManifestSlides, SingleSlide
 from wsiflow.system import tables
 from wsiflow.system.tables import Line
 
@@ -43,15 +41,25 @@ COLUMNS: Mapping[str, tuple[str, ...]] = {
 """The columns of a manifest, each with the names by which it is recognised."""
 
 LABELS: Mapping[str, int] = {
-    **dict.fromkeys(("0", "normal", "negative", "benign"), 0),
+    **dict.fromkeys(("0", "normal", "negative", "benign", "neg", "healthy", "false", "falsch", "no"), 0),
+    **dict.fromkeys(("non-tumor", "non-tumour", "nontumor", "nontumour", "no tumor", "no tumour"), 0),
     **dict.fromkeys(("1", "tumor", "tumour", "positive", "metastasis", "micro", "macro"), 1),
+    **dict.fromkeys(("pos", "malignant", "cancer", "carcinoma", "metastatic", "true", "wahr", "yes"), 1),
 }
+NO_VALUE = frozenset(
+    {"n/a", "#n/a", "na", "n.a.", "nan", "<na>", "none", "null", "nil", "-", "--", "?", "unknown", "missing"}
+)
+"""What people and programs write, in any case, where they have no label, pixel size, patient or file."""
 SLIDE_SUFFIXES = frozenset(
     {".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".dcm", ".scn", ".bif", ".vms", ".vmu", ".svslide", ".czi"}
 )
 
-_SLIDE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._ -]{0,99}")
+_SEPARATORS = ",;\t"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_ALWAYS_TEXT = frozenset({"slide_id", "path", "split", "scanner"})  # there, NA may be a name
+_COUNTING = frozenset({"label", "annotation_path", "mask_path"})
+_LONG_NAME, _SHORT_NAME = 10, 4  # of a column, letters
+_SHOWN_SKIPPED = 20
 _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
 
 
@@ -71,6 +79,9 @@ class Case:
         scanner: Scanner or centre, or an empty text.
         sha256: Expected hash of the slide, or an empty text.
         line: Line number in the manifest, or 0 without a manifest.
+        name: The slide's name as it was given, where that cannot be its id; else an empty text.
+        columns: Name and text of each further column of the manifest.
+        mpp_if_none: Micrometres per level-0 pixel where ``mpp`` is None and the slide states no plausible one, or None.
     """
 
     slide_id: str
@@ -84,20 +95,67 @@ class Case:
     scanner: str = ""
     sha256: str = ""
     line: int = 0
+    name: str = ""
+    columns: tuple[tuple[str, str], ...] = ()
+    mpp_if_none: float | None = None
+
+
+class Dataset(NamedTuple):
+    """The slides of a run, and what is to be said of them before it begins.
+
+    Attributes:
+        cases: The slides.
+        skipped: Why files that have the extension of a slide, or slides that are listed, are not among them.
+        remarks: What else a user should know, a sentence each.
+    """
+
+    cases: tuple[Case, ...]
+    skipped: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
+
+    def describe(self, source: Path) -> list[str]:
+        """Return the first lines of a run: how many slides were found, which of them are skipped, and why.
+
+        Args:
+            source: The manifest, folder or file that they were found in.
+        """
+        n_found, n_skipped = len(self.cases) + len(self.skipped), len(self.skipped)
+        but = f", {n_skipped} of them skipped" if n_skipped else ""
+        listed = [f"skipped: {reason}" for reason in self.skipped[:_SHOWN_SKIPPED]]
+        if n_skipped > _SHOWN_SKIPPED:
+            listed.append(f"skipped: {n_skipped - _SHOWN_SKIPPED} more")
+        return [f"slides     {n_found} found in {source}{but}", *listed, *self.remarks]
 
 
 def load_dataset(params: GivenSlides) -> tuple[Case, ...]:
-    """Return the slides that the settings name, at most ``limit`` of them.
+    """Return the slides that the settings name, at most ``limit`` of them; see `find_dataset`."""
+    return find_dataset(params).cases
+
+
+def find_dataset(params: GivenSlides) -> Dataset:
+    """Return the slides that the settings name, at most ``limit`` of them, and what is to be said of them.
 
     Raises:
         InputError: The manifest, folder or file that the settings name is unusable.
         EnvironmentFault: The system refuses to read it.
     """
     if isinstance(params, ManifestSlides):
-        cases = read_manifest(params.manifest)
+        found = _listed_in_manifest(params.manifest)
+    elif isinstance(params, FolderSlides):
+        found = _found_in_folder(params.folder)
     else:
-        cases = read_single(params.path) if isinstance(params, SingleSlide) else read_folder(params.folder)
-    return cases[: params.limit]
+        found = Dataset(read_single(params.path))
+    cases = tuple(_with_mpp(case, params) for case in found.cases[: params.limit])
+    beyond = tuple(f"{case.slide_id}: beyond dataset.limit={params.limit}" for case in found.cases[len(cases) :])
+    return found._replace(cases=cases, skipped=found.skipped + beyond)
+
+
+def _with_mpp(case: Case, params: GivenSlides) -> Case:
+    """Return a case with the pixel size of the settings: in any case of a single slide, else where it has none."""
+    if params.mpp is None or case.mpp is not None:
+        return case
+    is_single = isinstance(params, SingleSlide)
+    return replace(case, mpp=params.mpp) if is_single else replace(case, mpp_if_none=params.mpp)
 
 
 def read_manifest(path: Path) -> tuple[Case, ...]:
@@ -113,52 +171,129 @@ def read_manifest(path: Path) -> tuple[Case, ...]:
         InputError: The file is missing, empty or not CSV, or lines are wrong; all are reported with their numbers.
         EnvironmentFault: The system refuses to read the file.
     """
-    rows = tables.read_lines(path, "the manifest", "correct its path (dataset.manifest or --manifest)")
-    if not rows:
+    return _listed_in_manifest(path).cases
+
+
+def read_columns(path: Path) -> dict[str, dict[str, str]]:
+    """Return the text of every named column of a manifest as it is written, by the column's name and slide id.
+
+    Raises:
+        InputError: See `read_manifest`.
+        EnvironmentFault: See `read_manifest`.
+    """
+    header, *rows = _lines(path)
+    slide_ids = {case.line: case.slide_id for case in read_manifest(path)}
+    places = {cell.strip().lower(): place for place, cell in enumerate(header.cells) if cell.strip()}
+    return {
+        name: {slide_ids[row.number]: row.cells[place].strip() for row in rows if row.number in slide_ids}
+        for name, place in places.items()
+    }
+
+
+def _lines(path: Path) -> list[Line]:
+    remedy = "correct its path (dataset.manifest or --manifest)"
+    lines = tables.read_lines(path, "the manifest", remedy, _SEPARATORS)
+    if not lines:
         raise InputError("the manifest is empty", "give it a header 'slide_id,path' and a line per slide", path=path)
-    dialects.require_truth_masks(rows[0].cells, path)
-    columns = _columns(rows[0].cells, path)
-    parsed = [_parsed(row, columns, path.parent.absolute()) for row in rows[1:]]
-    problems = [problem for _, wrong in parsed for problem in wrong]
+    return lines
+
+
+def _listed_in_manifest(path: Path) -> Dataset:
+    """Return the slides that a manifest lists, and what is to be said of them; see `read_manifest`."""
+    header, *rows = _lines(path)
+    dialects.require_truth_masks(header.cells, path)
+    columns = _columns(header.cells, path)
+    parsed = [_parsed(row, columns, path.parent.absolute()) for row in rows]
+    problems = [problem for _, wrong in parsed for problem in wrong] + _unnamed(rows, columns)
     if not parsed:
-        problems.append(f"line {rows[0].number}: there is a header, but no line with a slide")
-    named = [(values["slide_id"], f"line {values['line']}") for values, _ in parsed if "slide_id" in values]
-    _report(problems + _collisions(named), "correct the manifest", path)
-    return tuple(Case(**values) for values, _ in parsed)
+        problems.append(f"line {header.number}: there is a header, but no line with a slide")
+    values = [values for values, _ in parsed]
+    _name_by_files([each for each in values if "slide_id" not in each and "path" in each], values)
+    problems += _collisions((each["slide_id"], f"line {each['line']}") for each in values if "slide_id" in each)
+    twice, doubled = _files_listed_twice([each for each in values if "path" in each])
+    _report(problems + twice, "correct the manifest", path)
+    further = ", ".join(dict.fromkeys(column.name for column in columns if column.name and not column.meaning))
+    remarks = [f"further columns of the manifest are kept, for --subgroups: {further}"] if further else []
+    return Dataset(tuple(Case(**each) for each in values), remarks=(*remarks, *doubled))
 
 
-def read_folder(folder: Path) -> tuple[Case, ...]:
+def read_folder(path: Path) -> tuple[Case, ...]:
     """Return the slides in a folder and its subfolders, which are recognised by their file extensions.
 
-    A slide is named after its file. Several ``.dcm`` files in one folder are one slide, which is named after that
-    folder, and its path is the first of them. A file of outlines with the name of the slide (``.xml``, ``.geojson``,
-    ``.annotations``, ``.ndpa``), next to it or directly in ``folder``, is its annotation. Hidden files and folders are
-    ignored. Anything else with the extension of a slide is taken for one, such as a broken link or a folder without a
-    slide, and fails when it is opened. Links to folders are followed, but to each folder only once, and never to a
-    folder that contains the link.
+    A slide is named after its file, and slides whose files have one name after their folders too. The ``.dcm`` files of
+    a series are one slide, whose path is the first of them; it is named after that file, or where the folder has no
+    other slide after the folder. A file of outlines with the name of the slide (``.xml``, ``.geojson``,
+    ``.annotations``, ``.ndpa``), next to it or directly in ``path``, is its annotation. Hidden files and folders are
+    ignored, and so are masks and other pictures of slides, which are known by their names. Anything else with the
+    extension of a slide is taken for one, such as a broken link or a folder without a slide, and fails when it is
+    opened. Links to folders are followed, but to each folder only once, and never to a folder that contains the link.
 
     Returns:
         The cases, sorted by path.
 
     Raises:
-        InputError: The folder is missing or contains no slide, names collide or are unusable as slide ids, or a file
-            occurs twice, which would count twice in the scores. All of these are reported together.
+        InputError: The folder is missing or contains no slide, or a file occurs twice, which would count twice in the
+            scores.
         EnvironmentFault: Folders cannot be listed; all of them are reported.
     """
-    root = folder.absolute()
-    slides = _without_siblings(_slides_below(root))
-    if not slides:
+    return _found_in_folder(path).cases
+
+
+def _found_in_folder(path: Path) -> Dataset:
+    """Return the slides in a folder, and what is to be said of its other files; see `read_folder`."""
+    root = path.absolute()
+    found = folder.survey(root, SLIDE_SUFFIXES)
+    others = folder.describe_others(found.others)
+    if not found.slides:
         cause = f"the folder contains no slide ({' '.join(sorted(SLIDE_SUFFIXES))})"
-        raise InputError(cause, "correct dataset.folder, or list the slides in a manifest", path=folder)
-    names = [_slide_name(path) for path in slides]
-    where = [path.relative_to(root).as_posix() for path in slides]
-    problems = [f"{place}: {_id_problem(name)}" for name, place in zip(names, where, strict=True) if _id_problem(name)]
-    problems += _collisions(zip(names, where, strict=True))
-    _report(problems, "rename the files, or list them in a manifest with a column slide_id", folder)
-    _report(_repeated(slides, where), "remove all but one, or list the slides in a manifest", folder)
-    return tuple(
-        Case(name, path, annotation_path=_companion(path, root)) for name, path in zip(names, slides, strict=True)
-    )
+        cause += f"; {others}" if others else ""
+        raise InputError(cause, "correct dataset.folder, or list the slides in a manifest", path=path)
+    places = [slide.relative_to(root) for slide in found.slides]
+    where = [place.as_posix() for place in places]
+    _report(_repeated(found.slides, where), "remove all but one, or list one of them in a manifest", path)
+    stems = [_slide_name(slide) for slide in found.slides]
+    alike = {path for slides in _of_one_name(found.slides, stems) for path in slides}
+    cases = []
+    for slide, name in zip(found.slides, names.distinct_names(places, stems), strict=True):
+        annotation = _companion(slide, slide.parent if slide in alike else root)
+        cases.append(Case(**_named(name), path=slide, annotation_path=annotation))
+    used = {case.annotation_path for case in cases}
+    of_files = (slide for slide in found.slides if slide.suffix.lower() != dicom.SUFFIX)
+    used |= {part for slide in of_files for part in content.companions(slide)}
+    remarks = [folder.describe_others([one for one in found.others if one not in used])]
+    remarks += _ambiguities(root, _of_one_name(found.slides, stems))
+    remarks += [f"the link {link.relative_to(root)} leads nowhere ({link.readlink()})" for link in found.broken]
+    if any(skipped.is_picture for skipped in found.skipped):
+        remarks.append("a mask is used where a manifest names it: mask_path is tumour, tissue_mask_path is tissue")
+    skipped = tuple(f"{one.place}: {one.reason}" for one in found.skipped)
+    return Dataset(tuple(cases), skipped, tuple(filter(None, remarks)))
+
+
+def _of_one_name(slides: Sequence[Path], stems: Sequence[str]) -> list[list[Path]]:
+    """Return the slides whose files have one name, ignoring case, for every such name."""
+    by_name: dict[str, list[Path]] = {}
+    for slide, stem in zip(slides, stems, strict=True):
+        by_name.setdefault(names.folded(stem), []).append(slide)
+    return [group for group in by_name.values() if len(group) > 1]
+
+
+def _ambiguities(root: Path, groups: Iterable[Sequence[Path]]) -> list[str]:
+    """Return what is not clear about slides whose files have one name: whether they are one, and whose truth it is."""
+    remarks = []
+    for group in groups:
+        listed = ", ".join(slide.relative_to(root).as_posix() for slide in group)
+        if len({slide.parent for slide in group}) < len(group):
+            remarks.append(f"{listed}: if files of one name are one slide, remove all but one, or it counts twice")
+        on_top = _companion(root / group[0].name, root)
+        if on_top is not None and all(slide.parent != root for slide in group):
+            remarks.append(f"{on_top.name} may belong to each of {listed}, and is not used: put it beside its slide")
+    return remarks
+
+
+def _named(name: str) -> dict[str, Any]:
+    """Return the id of a slide, and its name where that is another, by attribute of :class:`Case`."""
+    slide_id = names.slide_id(name)
+    return {"slide_id": slide_id} if slide_id == name else {"slide_id": slide_id, "name": name}
 
 
 def read_single(path: Path) -> tuple[Case, ...]:
@@ -168,61 +303,159 @@ def read_single(path: Path) -> tuple[Case, ...]:
         One case. The file need not exist; opening it would then fail.
 
     Raises:
-        InputError: The name cannot be used as a slide id.
         EnvironmentFault: The folder of a ``.dcm`` file cannot be listed.
     """
     path = path.absolute()
-    name = _slide_name(path)
-    if bad := _id_problem(name):
-        raise InputError(bad, "rename the file, or list it in a manifest with a column slide_id", path=path)
-    return (Case(name, path, annotation_path=_companion(path, path.parent)),)
+    return (Case(**_named(_slide_name(path)), path=path, annotation_path=_companion(path, path.parent)),)
 
 
-def _columns(header: Sequence[str], path: Path) -> list[str]:
-    """Return the name in `COLUMNS` of every column of a header, or an empty text for a column to ignore."""
+class _Column(NamedTuple):
+    """A column of a manifest: its name, and the name in `COLUMNS` of what it means, or an empty text."""
+
+    name: str
+    meaning: str
+
+
+def _columns(header: Sequence[str], path: Path) -> list[_Column]:
+    """Return the columns of a manifest.
+
+    Raises:
+        InputError: There is no path, several columns mean the same, or the name of one is probably misspelt.
+    """
     known = {alias: column for column, aliases in COLUMNS.items() for alias in aliases}
-    names = [cell.strip().lower() for cell in header]
+    written = [cell.strip().lower() for cell in header]
+    plain = [re.sub(r"[\s-]+", "_", name) for name in written]
     # CAMELYON's table of labels has both columns; its class is the size of the largest lesion, not a label.
-    columns = ["" if name == "class" and "type" in names else known.get(name, "?") for name in names]
-    problems = [_unknown(name, known) for name, column in zip(names, columns, strict=True) if column == "?"]
-    for column in dict.fromkeys(columns):
-        same = [name for name, meaning in zip(names, columns, strict=True) if meaning == column]
-        if column not in {"", "?"} and len(same) > 1:
-            problems.append(f"columns {', '.join(same)} all mean {column}")
-    if not problems and "path" not in columns:
+    meanings = ["" if name == "class" and "type" in plain else known.get(name, "") for name in plain]
+    columns = [_Column(*each) for each in zip(written, meanings, strict=True)]
+    problems = [
+        f"unknown column {column.name!r} (did you mean {near}?)"
+        for column, name in zip(columns, plain, strict=True)
+        if not column.meaning and (near := _misspelt(name, known, meanings))
+    ]
+    for key in dict.fromkeys(column.meaning or column.name for column in columns):
+        same = [column.name for column in columns if key and key == (column.meaning or column.name)]
+        if len(same) > 1:
+            problems.append(f"columns {', '.join(same)} all mean {key}")
+    if not problems and "path" not in meanings:
         problems.append("there is no column path")
-    _report(problems, f"use the columns {','.join(COLUMNS)}", path)
+    _report(problems, f"use the columns {','.join(COLUMNS)}; other names than near ones are kept as they are", path)
     return columns
 
 
-def _unknown(name: str, known: Iterable[str]) -> str:
-    """Return the message about an unknown column, with a suggestion if its name is close to a known one."""
-    if ";" in name or "\t" in name:
-        return f"the header {name!r} is not separated by commas"
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f"unknown column {name!r}" + (f" (did you mean {near[0]}?)" if near else "")
+def _misspelt(name: str, known: Mapping[str, str], meanings: Sequence[str]) -> str:
+    """Return the known name that an unknown one is a slip of the pen away from; empty where there is none.
+
+    A column is not suspected where the manifest has another with that meaning.
+    """
+    slips = 2 if len(name) >= _LONG_NAME else 1
+    near = (alias for alias, meaning in known.items() if meaning not in meanings and len(alias) >= _SHORT_NAME)
+    return next((alias for alias in near if _slips(name, alias) <= slips), "") if len(name) >= _SHORT_NAME else ""
 
 
-def _parsed(row: Line, columns: Sequence[str], folder: Path) -> tuple[dict[str, Any], list[str]]:
+def _slips(a: str, b: str) -> int:
+    """Return how many letters must be inserted, left out, replaced or swapped with their neighbour to turn a into b."""
+    rows = [list(range(len(b) + 1))]
+    for i, letter in enumerate(a, 1):
+        row = [i]
+        for j, other in enumerate(b, 1):
+            row.append(min(rows[-1][j] + 1, row[-1] + 1, rows[-1][j - 1] + (letter != other)))
+            if min(i, j) > 1 and letter == b[j - 2] and a[i - 2] == other:
+                row[-1] = min(row[-1], rows[-2][j - 2] + 1)
+        rows.append(row)
+    return rows[-1][-1]
+
+
+def _unnamed(rows: Sequence[Line], columns: Sequence[_Column]) -> list[str]:
+    """Return a message for every column without a name that holds something, with its first line.
+
+    The numbers of the lines, which programs write in front, are passed over.
+    """
+    problems = []
+    for place, column in enumerate(columns):
+        filled = [row for row in rows if not column.name and len(row.cells) > place and row.cells[place].strip()]
+        if filled and (place or not all(row.cells[0].strip().isdecimal() for row in filled)):
+            cell = filled[0].cells[place].strip()
+            problems.append(f"line {filled[0].number}: column {place + 1} has {cell!r} here, but no name in the header")
+    return problems
+
+
+def _parsed(row: Line, columns: Sequence[_Column], place: Path) -> tuple[dict[str, Any], list[str]]:
     """Return the values of a line by attribute of :class:`Case`, and messages about what is wrong with the line."""
     values: dict[str, Any] = {"line": row.number}
-    if len(row.cells) != len(columns):
+    n_named = max(number for number, column in enumerate(columns, 1) if column.name)
+    if len(row.cells) < n_named or any(cell.strip() for cell in row.cells[len(columns) :]):
         return values, [f"line {row.number}: it has {len(row.cells)} cells, but the header has {len(columns)}"]
-    wrong = []
-    for column, cell in zip(columns, row.cells, strict=True):
+    wrong, further = [], []
+    for column, cell in zip(columns, row.cells, strict=False):  # unnamed columns at the end may be missing
         try:
-            text = _safe_text(cell)
-            if column and text:
-                values[column] = _PARSERS[column](text, folder)
+            if column.meaning:
+                values |= _value(column.meaning, cell, place)
+            elif column.name:
+                further.append((column.name, _further_text(cell)))
         except ValueError as error:
-            wrong.append(f"line {row.number}: {column or 'class'}: {error}")
+            wrong.append(f"line {row.number}: {column.meaning or column.name}: {error}")
+    if further:
+        values["columns"] = tuple(further)
     if "path" not in values and not wrong:
         wrong.append(f"line {row.number}: the path is empty")
-    if "slide_id" not in values and not wrong:
-        values["slide_id"] = _slide_name(values["path"])
-        if bad := _id_problem(values["slide_id"]):
-            wrong.append(f"line {row.number}: {bad}; give it a slide_id")
     return values, wrong
+
+
+def _value(meaning: str, cell: str, place: Path) -> dict[str, Any]:
+    """Return what a cell says, by attribute of :class:`Case`; nothing where it is empty, or says that it is not known.
+
+    Raises:
+        ValueError: The text is not acceptable.
+    """
+    if meaning not in _ALWAYS_TEXT and cell.strip().lower() in NO_VALUE:
+        return {}
+    text = _safe_text(cell)
+    if meaning == "slide_id":
+        return _named(text) if text else {}
+    return {meaning: _PARSERS[meaning](text, place)} if text else {}
+
+
+def _name_by_files(unnamed: Sequence[dict[str, Any]], values: Sequence[Mapping[str, Any]]) -> None:
+    """Name slides without an id after their files, and those whose files have one name after their folders too."""
+    if not unnamed:
+        return
+    taken = [each["slide_id"] for each in values if "slide_id" in each]
+    paths = [Path(os.path.normpath(each["path"])) for each in unnamed]
+    root = os.path.commonpath([path.parent for path in paths])
+    places = [PurePath(path.relative_to(root)) for path in paths]
+    unique = names.distinct_names(places, [_slide_name(each["path"]) for each in unnamed], taken)
+    for each, name in zip(unnamed, unique, strict=True):
+        each |= _named(name)
+
+
+def _files_listed_twice(values: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[str]]:
+    """Return what is wrong with slides that are one file, and what is only to be said of them.
+
+    Slides with a label or with truth would count twice in the scores; others only cost time.
+    """
+    first: dict[object, Mapping[str, Any]] = {}
+    wrong: list[str] = []
+    remarks: list[str] = []
+    for each in values:
+        file = _file_id(each["path"])
+        earlier = each if file is None else first.setdefault(file, each)
+        if earlier is not each:
+            cause = f"line {each['line']}: {each['path'].name} is the same file as in line {earlier['line']}"
+            is_scored = all(_COUNTING & one.keys() for one in (each, earlier))
+            (wrong if is_scored else remarks).append(cause + (", and would count twice" if is_scored else ""))
+    return wrong, remarks
+
+
+def _file_id(path: Path) -> object:
+    """Return what tells a slide's file from all others, however its path is spelled; None where it cannot be known."""
+    try:
+        first = dicom.first_of_series(path) if dicom.is_named_like_one(path) else path
+        status = first.stat()
+    except OSError:
+        return None  # opening it raises the error
+    # Size and time are compared too, because inodes are not unique on every network file system.
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _safe_text(cell: str) -> str:
@@ -239,18 +472,20 @@ def _safe_text(cell: str) -> str:
     return text
 
 
-def _slide_id(text: str, _folder: Path) -> str:
-    if bad := _id_problem(text):
-        raise ValueError(bad)
-    return text
+def _further_text(cell: str) -> str:
+    """Return the text of a further column; signs and numbers are not refused as formulas there."""
+    text = cell.strip()
+    return text if re.fullmatch(r"[+-]*[\d.,]*", text) else _safe_text(cell)
 
 
-def _path(text: str, folder: Path) -> Path:
-    return folder / text
+def _path(text: str, place: Path) -> Path:
+    if text.lower() in NO_VALUE and not os.path.lexists(place / text):
+        raise ValueError(f"{text!r} is no path")
+    return typed_paths.located(text, place)
 
 
-def _existing_file(text: str, folder: Path) -> Path:
-    path = folder / text
+def _existing_file(text: str, place: Path) -> Path:
+    path = typed_paths.located(text, place)
     try:
         is_file = stat.S_ISREG(path.stat().st_mode)
     except PermissionError as error:
@@ -264,9 +499,9 @@ def _existing_file(text: str, folder: Path) -> Path:
     return path
 
 
-def _mpp(text: str, _folder: Path) -> float:
+def _mpp(text: str, _place: Path) -> float:
     try:
-        mpp = float(text)
+        mpp = float(re.sub(r"^(\d*),(\d+)$", r"\1.\2", text))
     except ValueError as error:
         raise ValueError(f"{text!r} is not a number (write 0.25)") from error
     if not (math.isfinite(mpp) and mpp > 0):
@@ -274,24 +509,24 @@ def _mpp(text: str, _folder: Path) -> float:
     return mpp
 
 
-def _label(text: str, _folder: Path) -> int:
-    if text.lower() not in LABELS:
-        raise ValueError(f"{text!r} is not one of {', '.join(LABELS)}")
-    return LABELS[text.lower()]
+def _label(text: str, _place: Path) -> int:
+    whole = re.sub(r"^([01])[.,]0+$", r"\1", text.lower())  # programs write 1.0 where the column has empty cells
+    if whole not in LABELS:
+        raise ValueError(f"{text!r} is not one of {', '.join(LABELS)}; where it is not known, leave the cell empty")
+    return LABELS[whole]
 
 
-def _sha256(text: str, _folder: Path) -> str:
+def _sha256(text: str, _place: Path) -> str:
     if not _SHA256.fullmatch(text.lower()):
         raise ValueError(f"{text!r} is not 64 hexadecimal digits")
     return text.lower()
 
 
-def _any_text(text: str, _folder: Path) -> str:
+def _any_text(text: str, _place: Path) -> str:
     return text
 
 
 _PARSERS: Mapping[str, Callable[[str, Path], object]] = {
-    "slide_id": _slide_id,
     "path": _path,
     "mpp": _mpp,
     "label": _label,
@@ -302,14 +537,6 @@ _PARSERS: Mapping[str, Callable[[str, Path], object]] = {
     "scanner": _any_text,
     "sha256": _sha256,
 }
-
-
-def _id_problem(slide_id: str) -> str:
-    """Return why a name cannot be a slide id, or an empty text if it can."""
-    if _SLIDE_ID.fullmatch(slide_id):
-        return ""
-    allowed = "at most 100 ASCII letters, digits, '.', '_', '-' and blanks, the first a letter or digit"
-    return f"the slide id {slide_id!r} is not {allowed}"
 
 
 def _collisions(named: Iterable[tuple[str, str]]) -> list[str]:
@@ -335,130 +562,26 @@ def _report(problems: Sequence[str], remedy: str, path: Path) -> None:
     raise InputError(f"{count}: {'; '.join(problems)}", remedy, path=path)
 
 
-class _Tree(NamedTuple):
-    """All files and folders below a folder that are not hidden.
-
-    Attributes:
-        files: Everything that is not a folder, and links to folders that are listed under another path.
-        folders: Folders that were listed, including the topmost one.
-        faults: Errors of the folders that could not be listed.
-    """
-
-    files: list[Path]
-    folders: list[Path]
-    faults: list[OSError]
-
-
-def _tree(root: Path) -> _Tree:
-    """Return the tree below a folder; links to folders are followed last, so that slides keep their real paths."""
-    tree, seen, links = _Tree([], [], []), set[Path](), deque([root])
-    while links:
-        link = links.popleft()
-        target = link.resolve()
-        if target in seen or (link != root and link.parent.resolve().is_relative_to(target)):
-            tree.files.append(link)
-        else:
-            links += _list(link, target, seen, tree)
-    return tree
-
-
-def _list(folder: Path, target: Path, seen: set[Path], tree: _Tree) -> list[Path]:
-    """Add a folder and its subfolders, each real folder once, to the tree; return the links to folders among them."""
-    links, waiting = [], [(folder, target)]
-    while waiting:
-        here, real = waiting.pop()
-        if real in seen:
-            continue
-        seen.add(real)
-        try:
-            with os.scandir(here) as listed:
-                entries = sorted((one.name, one.is_symlink(), _is_folder(one)) for one in listed)
-        except OSError as error:
-            tree.faults.append(error)
-            continue
-        tree.folders.append(here)
-        for name, is_link, is_folder in entries:
-            if name.startswith("."):
-                continue
-            if not is_folder:
-                tree.files.append(here / name)
-            elif is_link:
-                links.append(here / name)
-            else:
-                waiting.append((here / name, real / name))
-    return links
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError as error:
-        if error.errno != errno.ELOOP:  # a link to itself is not a folder
-            raise
-        return False
-
-
-def _slides_below(root: Path) -> list[Path]:
-    """Return all files with the extension of a slide, sorted, and folders with such a name that contain no slide.
-
-    Raises:
-        InputError: The folder does not exist, or is not a folder.
-        EnvironmentFault: Folders cannot be listed.
-    """
-    tree = _tree(root)
-    if not tree.folders and isinstance(tree.faults[0], FileNotFoundError | NotADirectoryError):
-        if root.exists():
-            raise InputError("the path is not a folder", "correct dataset.folder, or use dataset=single", path=root)
-        raise InputError("the folder does not exist", "correct dataset.folder", path=root)
-    if tree.faults:
-        listing = ", ".join(f"{fault.filename} ({fault.strerror})" for fault in tree.faults)
-        remedy = "check the permissions and the mount, or list the slides in a manifest"
-        raise EnvironmentFault(f"folders cannot be listed: {listing}", remedy, path=root)
-    files = [path for path in tree.files if path.suffix.lower() in SLIDE_SUFFIXES]
-    parents = {parent for path in files for parent in path.parents}
-    folders = [path for path in tree.folders[1:] if path.suffix.lower() in SLIDE_SUFFIXES and path not in parents]
-    return sorted([*files, *folders])
-
-
 def _repeated(slides: Sequence[Path], where: Sequence[str]) -> list[str]:
     """Return a message for every slide that is the same file as an earlier one, by a hard or a symbolic link."""
-    first: dict[tuple[int, int, int, int], str] = {}
+    first: dict[object, str] = {}
     problems = []
     for path, place in zip(slides, where, strict=True):
-        try:
-            status = path.stat()
-        except OSError:
-            continue  # opening it raises the error
-        # Size and time are compared too, because inodes are not unique on every network file system.
-        file = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
-        earlier = first.setdefault(file, place)
+        file = _file_id(path)
+        earlier = place if file is None else first.setdefault(file, place)
         if earlier != place:
             problems.append(f"{place} is the same file as {earlier}")
     return problems
 
 
-def _is_dicom(path: Path) -> bool:
-    # Path.is_dir would raise for a link that cannot be followed.
-    return path.suffix.lower() == ".dcm" and not os.path.isdir(path)  # noqa: PTH112
-
-
-def _without_siblings(paths: Sequence[Path]) -> list[Path]:
-    """Return the paths with only the first DICOM file of every folder, since these files are one slide."""
-    first: dict[Path, Path] = {}
-    for path in paths:
-        first.setdefault(path.parent if _is_dicom(path) else path, path)
-    return list(first.values())
-
-
 def _slide_name(path: Path) -> str:
-    """Return the name of a slide: its file name without extension, or its folder's for one of several DICOM files."""
-    if not (_is_dicom(path) and os.path.lexists(path)):
+    """Return the name of a slide: its file name without extension, or for one of several DICOM files their name."""
+    if not (dicom.is_named_like_one(path) and os.path.lexists(path)):
         return path.stem
     try:
-        several = sum(map(_is_dicom, path.parent.iterdir())) > 1
+        return dicom.name_of_slide(path)
     except OSError as error:
         raise content.unlisted(error) from error
-    return path.parent.name if several else path.stem
 
 
 def _companion(path: Path, root: Path) -> Path | None:

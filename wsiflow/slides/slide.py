@@ -33,8 +33,6 @@ from wsiflow.slides import content, tiff_tiles
 from wsiflow.system import faults
 
 OPENSLIDE_AT_LEAST = (4, 0, 1)
-MPP_BOUNDS_UM_PX = (0.05, 100.0)
-MPP_ANISOTROPY = 0.02
 REFERENCE_TILE_PX = 224
 
 _LEVEL_TOLERANCE = 0.01  # a level may be coarser than requested by this relative difference
@@ -71,6 +69,8 @@ class SlideFacts:
         l0_bounds_corner: Level-0 x, y of the top-left corner of the scanned area, the origin of viewers such as QuPath.
         centre_offset_nm: Where the centre of level 0 lies from the centre of the glass, from which Hamamatsu's
             annotations count, nm along x and y; None where the slide does not state it.
+        mpp_source: Where the slide states its pixel size, for example ``OME PhysicalSizeX``; empty where it does not.
+        notes: What a user must know about how pixels are shown, for example ``16 bits per sample are reduced to 8``.
     """
 
     slide_id: str
@@ -83,6 +83,8 @@ class SlideFacts:
     background_rgb: tuple[int, int, int]
     l0_bounds_corner: tuple[int, int] = (0, 0)
     centre_offset_nm: tuple[float, float] | None = None
+    mpp_source: str = ""
+    notes: tuple[str, ...] = ()
 
     def level_for(self, l0_per_px: float) -> int:
         """Return the index of the coarsest level whose downsample is at most ``l0_per_px`` plus 1 %, or 0."""
@@ -385,36 +387,6 @@ def open_slide(path: Path, *, slide_id: str) -> Slide:
     content.require_file(path, slide_id)
     handle = _open_handle(path, slide_id)
     return Slide(_facts(handle, path, slide_id), handle)
-
-
-def resolve_mpp(facts: SlideFacts, manifest_mpp: float | None) -> float:
-    """Return the micrometres per level-0 pixel that the manifest states, or else those that the slide states.
-
-    Args:
-        facts: Metadata of the slide.
-        manifest_mpp: Micrometres per pixel in the manifest, or None. It takes precedence, as slides may be wrong.
-
-    Raises:
-        InputError: Neither states a value, x and y differ by more than 2 %, or the value is outside 0.05 to 100 um/px.
-    """
-    source, stated = "the manifest", (manifest_mpp, manifest_mpp)
-    if manifest_mpp is None:
-        source, stated = "the slide", facts.mpp or (None, None)
-    mpp_x, mpp_y = stated
-    remedy = (
-        f"give the level-0 pixel size in the manifest: header 'slide_id,path,mpp', "
-        f"line '{facts.slide_id},{facts.path.name},<um per pixel>'"
-    )
-    if mpp_x is None or mpp_y is None:
-        raise InputError("the slide does not state its pixel size", remedy, slide=facts.slide_id, path=facts.path)
-    low, high = MPP_BOUNDS_UM_PX
-    if not (low <= mpp_x <= high and low <= mpp_y <= high):
-        cause = f"{source} states a pixel size of {mpp_x:g} x {mpp_y:g} um, outside {low:g} to {high:g}"
-        raise InputError(cause, remedy, slide=facts.slide_id, path=facts.path)
-    if abs(mpp_x - mpp_y) > MPP_ANISOTROPY * max(mpp_x, mpp_y):
-        cause = f"the slide states pixels of {mpp_x:g} x {mpp_y:g} um, which differ by more than {MPP_ANISOTROPY:.0%}"
-        raise InputError(cause, remedy, slide=facts.slide_id, path=facts.path)
-    return (mpp_x + mpp_y) / 2
 
 
 @cache

@@ -19,6 +19,16 @@ def _named(value: object) -> object:
     return value
 
 
+def _below_home(path: Path) -> Path:
+    """Return a path that begins with a home folder, such as ``~/slides``, in full; shells do so in some places only."""
+    if not path.parts or not path.parts[0].startswith("~") or os.path.lexists(path):
+        return path
+    try:
+        return path.expanduser()
+    except RuntimeError:  # there is no such user
+        return path
+
+
 def _absolute_store(uri: str) -> str:
     """Return the URI of a tracking store; the path of a SQLite file is made absolute and normalised."""
     path = uri.removeprefix(SQLITE)
@@ -33,6 +43,6 @@ def is_same(a: Path, b: Path) -> bool:
         return False
 
 
-NamedPath = Annotated[Path, BeforeValidator(_named)]
+NamedPath = Annotated[Path, BeforeValidator(_named), AfterValidator(_below_home)]
 AbsolutePath = Annotated[NamedPath, AfterValidator(Path.absolute)]
 StoreAddress = Annotated[str, AfterValidator(_absolute_store)]

@@ -1,9 +1,11 @@
 """Tables as text: CSV for programs and Markdown for readers. Undefined values are empty cells, or dashes."""
 
+import codecs
 import csv
 import io
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,11 +37,14 @@ class Table(NamedTuple):
         return (dict(zip(self.header, line.cells, strict=True)) for line in self.lines)
 
 
-def read_lines(path: Path, what: str, advice: str) -> list[Line]:
+def read_lines(path: Path, what: str, advice: str, separators: str = ",") -> list[Line]:
     """Read all lines of a CSV file that are not blank.
 
     Args:
-        path: UTF-8 text separated by commas; a byte order mark and CRLF line ends are accepted.
+        path: UTF-8 text separated by commas, or UTF-16 with a byte order mark, as spreadsheets write it; a byte order
+            mark and CRLF line ends are accepted.
+        separators: What may separate the cells. The header decides: it has most of that character outside of quotes.
+            A line such as ``sep=;`` above it, which spreadsheets write and read, decides before it.
         what: What the file is called in messages, for example ``the manifest``.
         advice: The remedy in the message where the file does not exist.
 
@@ -48,9 +53,16 @@ def read_lines(path: Path, what: str, advice: str) -> list[Line]:
         EnvironmentFault: The system refuses to read the file.
     """
     try:
-        with path.open(encoding="utf-8-sig", newline="") as stream:
-            reader = csv.reader(stream, strict=True)
-            return [Line(reader.line_num, cells) for cells in reader if any(cell.strip() for cell in cells)]
+        with path.open(encoding=_encoding(path), newline="") as stream:
+            separator = _separator(stream.readline(), separators)
+            stream.seek(0)
+            reader = csv.reader(stream, strict=True, delimiter=separator)
+            lines = [Line(reader.line_num, cells) for cells in reader if any(cell.strip() for cell in cells)]
+            return (
+                lines[1:]
+                if len(separators) > 1 and lines and _names_separator(separator.join(lines[0].cells))
+                else lines
+            )
     except OSError as error:
         raise faults.unreadable(error, what, advice, path=path) from error
     except UnicodeDecodeError as error:
@@ -58,6 +70,24 @@ def read_lines(path: Path, what: str, advice: str) -> list[Line]:
     except csv.Error as error:
         cause = f"line {reader.line_num} is not CSV ({error})"
         raise InputError(cause, "correct the quotes of that line", path=path) from error
+
+
+def _encoding(path: Path) -> str:
+    with path.open("rb") as stream:
+        return "utf-16" if stream.read(2) in {codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE} else "utf-8-sig"
+
+
+def _names_separator(line: str) -> re.Match[str] | None:
+    return re.fullmatch(r"sep=(.)\s*", line.removeprefix("\ufeff"), re.IGNORECASE | re.DOTALL)
+
+
+def _separator(line: str, separators: str) -> str:
+    """Return the separator of a file by its first line."""
+    named = _names_separator(line)
+    if named and named[1] in separators:
+        return named[1]
+    bare = re.sub(r'"[^"]*"', "", line)
+    return max(separators, key=bare.count)  # the first of those that are equally frequent
 
 
 def read(path: Path, what: str, advice: str, columns: Iterable[str] = ()) -> Table:

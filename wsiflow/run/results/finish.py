@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from wsiflow.errors import PARTIAL, IntegrityError
 from wsiflow.evaluation import matches
 from wsiflow.run import ledger, trace
+from wsiflow.run.cases import read_cases
 from wsiflow.run.config import RunConfig
 from wsiflow.run.executor import driver
 from wsiflow.run.executor.kinds import KINDS
@@ -44,7 +45,8 @@ from wsiflow.run.results.status import (
     with_fault,
 )
 from wsiflow.run.shards import Progress
-from wsiflow.run.stages import certify
+from wsiflow.run.stages import certify, stitch
+from wsiflow.run.stages.ingest import remarks
 from wsiflow.run.stages.stitch import map_files
 from wsiflow.system import energy, publish, tables
 from wsiflow.system.machine import allocated_cores
@@ -174,6 +176,10 @@ def finish(config: RunConfig, plan_path: Path, progress: Sequence[Progress], clo
         _keep_as_former(root, but="evaluation-PARTIAL" if scoring else "")
     if scoring is None:
         worst = max(status.exit_code for status in statuses)
+        work = WorkLog(receipts, attempts, {item.attempt for item in ended if item.executed and item.attempt})
+        _write_unscored_report(
+            root, config, plan, statuses, _work_metrics(root, "evaluation", config, plan, work, clock)
+        )
         return Summary(worst, {}, failure_text(root, statuses), statuses)
     missing = missing_slides(statuses)
     folder = "evaluation-PARTIAL" if missing else "evaluation"
@@ -298,15 +304,50 @@ def _write_report(
 ) -> None:
     """Write ``report.html`` from the published tables, figures and overlays."""
     scored = {row["slide_id"]: row for row in tables.read(root / folder / "cases.csv", *OWN_TABLE).rows()}
+    figures = {name: (root / folder / name).read_bytes() for name in ("froc.png", "roc.png")}
+    _render(root, config, plan, statuses, _Content(metrics, scored, figures))
+
+
+def _write_unscored_report(
+    root: Path, config: RunConfig, plan: Plan, statuses: Sequence[Status], metrics: Mapping[str, float]
+) -> None:
+    """Write ``report.html`` where nothing is scored because slides are missing: it shows the others, and why."""
+    maps = {slide.slide_id: stitch.STAGE.product_of(plan, index) for index, slide in enumerate(plan.slides)}
+    receipts = {slide_id: publish.read_receipt(root, name) for slide_id, name in maps.items()}
+    shown = {slide_id: {"score": receipt.get("score", "")} for slide_id, receipt in receipts.items() if receipt}
+    _render(root, config, plan, statuses, _Content(metrics, shown, {}))
+
+
+class _Content(NamedTuple):
+    """What a report shows besides the status of every slide.
+
+    Attributes:
+        metrics: Numbers by name; without scores where nothing was scored.
+        columns: More cells of the table of slides by column, by slide id.
+        figures: Bytes of the figures by file name; none where nothing was scored.
+    """
+
+    metrics: Mapping[str, float]
+    columns: Mapping[str, Mapping[str, Any]]
+    figures: Mapping[str, bytes]
+
+
+def _render(root: Path, config: RunConfig, plan: Plan, statuses: Sequence[Status], content: _Content) -> None:
+    """Write ``report.html``: a row for every slide, and what is known of the whole."""
     listed = list(tables.read(root / "process_list.csv", *OWN_TABLE).rows())
     good = [status.slide_id for status in statuses if not status.exit_code]
+    cases = read_cases(publish.generations(root, "cases.json")[-1])[1]
+    about: dict[str, dict[str, Any]] = {case.slide_id: {"name": case.name} for case in cases}
+    for planned in plan.slides:
+        about.setdefault(planned.slide_id, {})["remarks"] = remarks(root, planned.slide_id)
+    rows = [{**row, **content.columns.get(row["slide_id"], {}), **about.get(row["slide_id"], {})} for row in listed]
     data = report.ReportData(
         name=config.name,
-        metrics=metrics,
-        slides=[row | scored.get(row["slide_id"], {}) for row in listed],
+        metrics=content.metrics,
+        slides=rows,
         overlays={slide_id: root / f"heatmaps/{slide_id}.png" for slide_id in good},
         maps=dict(zip(plan.settings.maps, map_files(plan.settings.maps), strict=True)),
-        figures={name: (root / folder / name).read_bytes() for name in ("froc.png", "roc.png")},
+        figures=content.figures,
         settings=settings(config.model_dump(mode="json"), plan),
         versions=versions(),
         plan_hash=plan.hash,

@@ -37,10 +37,11 @@ class ReportData:
 
     Attributes:
         name: Name of the run.
-        metrics: Every number of ``summary.json``; NaN where it is not defined.
+        metrics: Every number of ``summary.json``; NaN where it is not defined. Without scores where slides are missing
+            and nothing was scored.
         slides: A row per slide: slide_id, status, reason (empty where the slide has a result), n_tiles, seconds_wall;
             and for a scored slide label, score, n_detections, n_lesions, n_found, n_false_positives, note. Numbers may
-            be text, as in the CSV files.
+            be text, as in the CSV files. Also its name, where that is not its id, and remarks on how it is read.
         overlays: Path of the overlay PNG by slide id.
         maps: File of the heatmap of each further class by its name, relative to the run's folder; ``{slide}`` stands
             for the slide's id.
@@ -95,14 +96,15 @@ def roc_figure(curve: Mapping[str, Sequence[float]]) -> bytes:
 def render(data: ReportData) -> str:
     """Return the HTML page of a report."""
     missing = [row for row in data.slides if row["reason"]]
+    is_scored = "froc.score" in data.metrics
     sections = [
-        _header(data, len(missing)),
+        _header(data, len(missing), is_scored=is_scored),
         _headline(data.metrics, len(data.slides), len(missing)),
         _missing(missing),
-        _accuracy(data),
+        _accuracy(data) if is_scored else "",
         _cost(data.metrics),
         _slides(data),
-        _citation(data, len(missing)),
+        _citation(data, len(missing)) if is_scored else "",
         page.section("Every number", page.pairs(data.metrics, _number)),
         page.section("Settings", page.pairs(redaction.redacted(data.settings), str)),
         page.section("Versions", page.pairs(data.versions, str)),
@@ -113,12 +115,17 @@ def render(data: ReportData) -> str:
 # --- sections
 
 
-def _header(data: ReportData, n_missing: int) -> str:
+def _header(data: ReportData, n_missing: int, *, is_scored: bool) -> str:
     version = escape(data.versions["wsiflow"])
     partial = (
         f'<p class="partial"><b>PARTIAL</b> Scored without {n_missing} of {len(data.slides)} slides. '
         "These numbers must not be compared with those of a complete run.</p>"
     )
+    if not is_scored:
+        partial = (
+            f'<p class="partial"><b>INCOMPLETE</b> {n_missing} of {len(data.slides)} slides have no result, so there '
+            "are no scores over all slides. The maps and scores of the others are complete.</p>"
+        )
     return (
         f"<header><h1>{escape(data.name)}</h1>"
         f'<p class="soft">wsiflow {version} · plan <code>{escape(data.plan_hash[:12])}</code></p></header>\n'
@@ -127,10 +134,9 @@ def _header(data: ReportData, n_missing: int) -> str:
 
 
 def _headline(metrics: Mapping[str, float], n_slides: int, n_missing: int) -> str:
+    titles = {"froc.score": "FROC score, official", "froc.strict_score": "FROC score, strict", "roc.auc": "Slide AUC"}
     cards = [
-        ("FROC score, official", *_scored_over(metrics, "froc.score")),
-        ("FROC score, strict", *_scored_over(metrics, "froc.strict_score")),
-        ("Slide AUC", *_scored(metrics, "roc.auc")),
+        *((title, *_scored_over(metrics, name)) for name, title in titles.items() if name in metrics),
         ("Slides", f"{n_slides - n_missing} of {n_slides}", f"{n_missing} missing" if n_missing else "none missing"),
         ("Core-hours", _short(metrics, "throughput.core_hours"), f"wall time {_short(metrics, 'throughput.wall_s')} s"),
         (
@@ -145,7 +151,7 @@ def _headline(metrics: Mapping[str, float], n_slides: int, n_missing: int) -> st
 def _missing(rows: Sequence[Mapping[str, Any]]) -> str:
     if not rows:
         return page.section("What is missing", "<p>Nothing: every slide has a result.</p>\n")
-    body = (f"<tr><td>{escape(row['slide_id'])}</td><td>{escape(row['reason'])}</td></tr>\n" for row in rows)
+    body = (f"<tr><td>{escape(_name(row))}</td><td>{escape(row['reason'])}</td></tr>\n" for row in rows)
     return page.section(
         "What is missing",
         page.table(["Slide without result", "Reason"], body) + "<p>No score includes these slides.</p>\n",
@@ -212,7 +218,8 @@ def _slide(row: Mapping[str, Any], overlay: Path | None, maps: Mapping[str, str]
     if overlay is not None:
         small = thumbnail(overlay.read_bytes(), side_px=_THUMBNAIL_PX)
         picture = page.image(small, "jpeg", f"scores on {slide_id}")
-    remarks = "; ".join(filter(None, (row["status"], row.get("note", ""))))
+    own_id = f"files are named {slide_id}" if row.get("name") else ""
+    remarks = "; ".join(filter(None, (row["status"], row.get("note", ""), own_id, *row.get("remarks", ()))))
     truth = {"1": "tumour", "0": "normal"}.get(_cell(row, "label"), page.NO_VALUE)
     lesions = _cell(row, "n_lesions")
     hits = lesions if lesions in (page.NO_VALUE, "0") else f"{_cell(row, 'n_found')} of {lesions}"
@@ -225,8 +232,15 @@ def _slide(row: Mapping[str, Any], overlay: Path | None, maps: Mapping[str, str]
         _cell(row, "n_tiles"),
         _cell(row, "seconds_wall", "{:.1f}"),
     ]
-    name = f"<b>{escape(slide_id)}</b><small>{escape(remarks)}{'' if row['reason'] else _links(slide_id, maps)}</small>"
+    name = (
+        f"<b>{escape(_name(row))}</b><small>{escape(remarks)}{'' if row['reason'] else _links(slide_id, maps)}</small>"
+    )
     return f"<tr><td>{picture}</td><td>{name}</td>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>\n"
+
+
+def _name(row: Mapping[str, Any]) -> str:
+    """Return the name that a slide was given, which its id may only resemble."""
+    return str(row.get("name") or row["slide_id"])
 
 
 def _links(slide_id: str, maps: Mapping[str, str]) -> str:
@@ -287,9 +301,10 @@ def _scored(metrics: Mapping[str, float], name: str) -> tuple[str, str]:
 
 
 def _scored_over(metrics: Mapping[str, float], name: str) -> tuple[str, str]:
-    """Return a FROC score and a remark on its interval and slides; see `_scored`."""
+    """Return a score and a remark on its interval, with the slides of a FROC score; see `_scored`."""
     score, remark = _scored(metrics, name)
-    return score, f"{remark}; {_froc_slides(metrics)}" if _defined(metrics, name) else remark
+    is_froc = name.startswith("froc.") and _defined(metrics, name)
+    return score, f"{remark}; {_froc_slides(metrics)}" if is_froc else remark
 
 
 def _froc_slides(metrics: Mapping[str, float]) -> str:

@@ -108,6 +108,7 @@ def failure_text(root: Path, statuses: Sequence[Status]) -> str:
     lines = [f"{status.status}: {status.reason}" for status in bad]
     others = f"; the others are in {root}" if len(bad) < len(statuses) else ""
     lines.append(f"{len(bad)} of {len(statuses)} slides have no result, so nothing was scored{others}")
+    lines.append(f"report     {root / 'report.html'}")
     partly = ", or score without them: allow_partial=true" if len(bad) < len(statuses) else ""
     lines.append(f"fix them and run the same command again{partly}")
     if (root / FORMER).is_dir():

@@ -34,7 +34,7 @@ from wsiflow.run.plan import Plan, Rejected, latest_plan, publish_plan
 from wsiflow.run.settings import PlanSettings
 from wsiflow.run.sharing import SharedFile
 from wsiflow.run.stages.choose import choice_record
-from wsiflow.slides import content, slide
+from wsiflow.slides import content, pixel_size, slide
 from wsiflow.slides.manifest import Case
 from wsiflow.system import publish
 from wsiflow.system.provenance import facts
@@ -81,14 +81,20 @@ def ingest(source: Path, index: int) -> tuple[publish.Receipt, bool]:
             "n_blocks": len(cut.blocks),
             "n_groups": len(cut.group_ranges),
             "key": slide_key(sha256, frame, cut),
+            **_notes(marks, inspection, config),
         }
-        sides = {"downsample": inspection["downsample"], "m_downsample": config.evaluation.downsample}
-        share = truth.share_of_tissue(marks, _mask_of(base64.b64decode(inspection["mask_png"])), **sides)
-        record |= {"truth_of_tissue": share} if share is not None else {}
         with attempt.uncounted():
             _publish_beside(root, case, inspection, cut, key)
         attempt.path.write_text(json.dumps(record), encoding="utf-8")
     return attempt.receipt, True
+
+
+def _notes(marks: Any, inspection: Mapping[str, Any], config: RunConfig) -> dict[str, Any]:
+    """Return what a user should know of a slide and its truth, for its record; empty where nothing is unusual."""
+    sides = {"downsample": inspection["downsample"], "m_downsample": config.evaluation.downsample}
+    share = truth.share_of_tissue(marks, _mask_of(base64.b64decode(inspection["mask_png"])), **sides)
+    notes = {"truth_of_tissue": share} if share is not None else {}
+    return notes | ({"remarks": remarks} if (remarks := inspection.get("remarks")) else {})
 
 
 def _published_names(case: Case) -> list[str]:
@@ -112,7 +118,7 @@ def _shared_inspection(case: Case, config: RunConfig) -> tuple[dict[str, Any], p
     if config.share is None:
         return _inspect(case, config), None
     # The first trial hashes the content. For the others, path, size and times tell whether it is still that file.
-    seen = {"path": str(case.path), "stamp": content.stamp(case.path), "mpp": case.mpp}
+    seen = {"path": str(case.path), "stamp": content.stamp(case.path), **_given_mpp(case)}
     key = publish.key_of(**seen, frame=_frame_settings(config), tissue=config.tissue.model_dump())
     address = SharedFile(config.share, config.share, f"look/{case.slide_id}", key).address
     receipt = sharing.find_receipt(config.share, address)
@@ -139,9 +145,10 @@ def _inspect(case: Case, config: RunConfig) -> dict[str, Any]:
     with content.unmodified(case.path, case.slide_id):  # the hash and the overview belong to one content
         signature = content.signature(case.path)
         with slide.open_slide(case.path, slide_id=case.slide_id) as opened:
-            um_px = slide.resolve_mpp(opened.facts, case.mpp)
+            um_px, remark = pixel_size.choose(opened.facts, case)
             mask, downsample, tissue_grid, frame = _tiles(opened, um_px, config)
             corner = opened.facts.l0_bounds_corner
+            remarks = [*filter(None, [remark]), *opened.facts.notes]
         sha256 = content.sha256(case.path)
     return {
         "sha256": sha256,
@@ -152,6 +159,7 @@ def _inspect(case: Case, config: RunConfig) -> dict[str, Any]:
         "tile_runs": tile_runs(tissue_grid),
         "mask_png": base64.b64encode(outline.tissue_png(mask)).decode(),
         "outline": outline.tissue_geojson(mask, downsample=downsample, offset=(-corner[0], -corner[1])),
+        "remarks": remarks,
     }
 
 
@@ -180,7 +188,7 @@ def check_truth(case: Case, config: RunConfig) -> truth.Marks | None:
     if case.mask_path is None and case.annotation_path is None:
         return None
     with slide.open_slide(case.path, slide_id=case.slide_id) as opened:
-        sized = dataclasses.replace(case, mpp=slide.resolve_mpp(opened.facts, case.mpp))
+        sized = dataclasses.replace(case, mpp=pixel_size.choose(opened.facts, case).um_px)
         place = truth.place_of(opened.facts)
     return truth.check_truth(sized, config.evaluation, place)
 
@@ -209,7 +217,22 @@ def is_ingested(source: Path, index: int) -> bool:
 
 def record_key(case: Case, settings: PlanSettings) -> str:
     """Return the key of the record of a slide."""
-    return publish.key_of(slide=case.slide_id, settings=settings.of_tiles, mpp=case.mpp)
+    return publish.key_of(slide=case.slide_id, settings=settings.of_tiles, **_given_mpp(case))
+
+
+def _given_mpp(case: Case) -> dict[str, float | None]:
+    """Return the pixel sizes that are given for a slide, by name; without the second, keys stay as they were."""
+    otherwise = {} if case.mpp_if_none is None else {"mpp_if_none": case.mpp_if_none}
+    return {"mpp": case.mpp, **otherwise}
+
+
+def remarks(root: Path, slide_id: str) -> list[str]:
+    """Return what a user should know of how a planned slide is read; nothing where its record has been deleted."""
+    try:
+        noted: list[str] = _record(root, slide_id).get("remarks", [])
+    except FileNotFoundError:
+        return []
+    return noted
 
 
 def plan_settings(root: Path, config: RunConfig) -> PlanSettings:
@@ -304,7 +327,7 @@ def _frame(about: slide.SlideFacts, um_px: float, config: RunConfig) -> Frame:
 
 def _enlarging(times: float) -> str:
     """Return the remedy where a slide would have to be enlarged ``times`` times."""
-    other = "use a model for this spacing, or correct mpp in the manifest"
+    other = "use a model for this spacing, or correct its pixel size (mpp in the manifest, or dataset.mpp)"
     needed = math.ceil(times * 10) / 10  # a value that is rounded down would be refused again
     if needed > MAX_UPSAMPLE:
         return f"{other}: no slide is enlarged more than {MAX_UPSAMPLE} times"
