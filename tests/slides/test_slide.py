@@ -18,8 +18,8 @@ from PIL import Image
 
 from wsiflow.errors import EnvironmentFault, InputError
 from wsiflow.slides import slide
-from wsiflow.slides.readers import openslide_file
 from wsiflow.slides.content import sha256, signature
+from wsiflow.slides.readers import openslide_file
 from wsiflow.slides.slide import Slide, SlideFacts, open_slide, resolve_mpp
 
 WIDTH, HEIGHT = 333, 250

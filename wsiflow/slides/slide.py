@@ -259,7 +259,6 @@ class Slide:
         if min(inside_px) <= 0:
             return _Pixels(rgb, None)
         l0_inside = (l0_x + round(left * downsample), l0_y + round(top * downsample))
-        inside = rgb[top:bottom, left:right]
         try:
             alpha = self._reader.read_into(rgb[top:bottom, left:right], l0_inside, level)
         except WsiflowError as error:

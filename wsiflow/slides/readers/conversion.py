@@ -1,7 +1,7 @@
 """What a user is told about a file that is not read: its reason, and a command that converts it.
 
-The commands are those of libvips (``vips``) and Bio-Formats (``bfconvert``), which read what this package does not. They
-write a tiled pyramid, which is read fastest.
+The commands are those of libvips (``vips``) and Bio-Formats (``bfconvert``), which read what this package does not.
+They write a tiled pyramid, which is read fastest.
 """
 
 import shlex
@@ -33,14 +33,13 @@ _BY_VENDOR = {
     ".afi": "Aperio's list of fluorescence images",
 }
 _KNOWN_STARTS = {
-    b"%PDF": ("PDF", ".pdf"),
-    b"PK\x03\x04": ("ZIP archive", ""),
-    b"\x1f\x8b": ("gzip archive", ""),
-    b"<!DO": ("web page", ""),
-    b"<htm": ("web page", ""),
-    b"\xd0\xcf\x11\xe0": ("", ".zvi"),
-    b"ZISR": ("", ".czi"),
-    b"\x89HDF": ("HDF5", ""),
+    b"%PDF": ("", ".pdf"),
+    b"PK\x03\x04": ("a ZIP archive", ""),
+    b"\x1f\x8b": ("a gzip archive", ""),
+    b"<!DOCTYPE": ("a web page", ""),
+    b"<html": ("a web page", ""),
+    b"ZISRAWFI": ("", ".czi"),
+    b"\x89HDF": ("an HDF5 file", ""),
 }
 
 
@@ -68,6 +67,12 @@ def to_colours(path: Path) -> str:
     return f"convert it: vips colourspace {_quoted(path)} {shlex.quote(written)} srgb"
 
 
+def to_bands(path: Path, count: int) -> str:
+    """Return the command with which libvips keeps the first samples of each pixel, as a tiled pyramid."""
+    written = f"{_beside(path, '.colours.tif')}[tile,pyramid,bigtiff,compression=jpeg,Q=90]"
+    return f"if it is to be left out: vips extract_band {_quoted(path)} {shlex.quote(written)} 0 --n {count}"
+
+
 def to_ome_tiff(path: Path, options: str = "") -> str:
     """Return the command with which Bio-Formats writes a slide as an OME-TIFF."""
     written = _beside(path, ".ome.tif")
@@ -75,14 +80,19 @@ def to_ome_tiff(path: Path, options: str = "") -> str:
     return f"convert it: bfconvert {flags} {_quoted(path)} {_quoted(written)}"
 
 
+def is_foreign(path: Path) -> bool:
+    """Return whether a file's name is that of a format that no reader knows; some of these begin like a TIFF."""
+    return path.suffix.lower() in {*_BY_BIO_FORMATS, *_BY_VIPS, *_BY_VENDOR}
+
+
 def unknown_file(path: Path) -> InputError:
     """Return the error of a file that no reader knows."""
     with path.open("rb") as stream:
-        start = stream.read(8)
+        start = stream.read(12)
     what, suffix = next((known for begin, known in _KNOWN_STARTS.items() if start.startswith(begin)), ("", ""))
-    suffix = suffix or path.suffix.lower()
+    suffix = path.suffix.lower() if is_foreign(path) else suffix
     if what and not suffix:
-        return InputError(f"the file is a {what}, not an image", "name the slide itself", path=path)
+        return InputError(f"the file is {what}, not a slide", "name the slide itself", path=path)
     tables = ((_BY_BIO_FORMATS, to_ome_tiff), (_BY_VIPS, to_pyramid), (_BY_VENDOR, _by_vendor))
     for table, remedy in tables:
         if suffix in table:
@@ -98,7 +108,8 @@ def _by_vendor(_path: Path) -> str:
 
 def _beside(path: Path, ending: str) -> Path:
     stem = path.name.removesuffix(path.suffix).removesuffix(".ome")
-    return path.with_name(f"{stem}{ending}")
+    written = path.with_name(f"{stem}{ending}")
+    return written if written != path else path.with_name(f"{stem}.converted{ending}")
 
 
 def _quoted(path: Path) -> str:

@@ -8,10 +8,12 @@ blocks of a slide follow each other row by row. Uncompressed strips are read by 
 compressed strip is decoded whole, and kept until the next one: an image in one strip is in memory once.
 """
 
+import logging
 import os
 import struct
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,9 +25,9 @@ from PIL import Image
 from wsiflow.errors import InputError
 from wsiflow.slides import content, tiff_tiles
 from wsiflow.slides.readers import tiff_layout
-from wsiflow.slides.readers.conversion import to_pyramid
+from wsiflow.slides.readers.conversion import is_foreign, to_pyramid
 from wsiflow.slides.readers.reader import WHITE, Declined, Description, Format, composited, opacity
-from wsiflow.slides.readers.tiff_layout import RESOLUTION, Layout, Level, PlainFacts, Samples
+from wsiflow.slides.readers.tiff_layout import RESOLUTION, Layout, PlainFacts, Samples
 from wsiflow.system import faults
 
 __all__ = ["FORMAT", "RESOLUTION", "PlainFacts", "is_truncated", "plain_facts"]
@@ -39,6 +41,8 @@ _DARK = 60  # of 255: the middle of the values of a fluorescent slide is darker,
 _DARK_SIDE_PX = 512
 # Codecs raise what they like for damaged data; those of imagecodecs are RuntimeErrors.
 _UNREADABLE = (*tiff_tiles.UNREADABLE, NotImplementedError, struct.error)
+
+logging.getLogger("tifffile").addHandler(logging.NullHandler())  # what is wrong with a file is said once, by us
 
 _Decode = Callable[[bytes, int], NDArray[Any] | None]
 
@@ -212,11 +216,20 @@ class TiffFile:
             cause = f"a sample is {int(pixels.max())}, but others of the slide have {self._samples.bits} bits"
             remedy = f"state the largest value: tiffset -s 281 65535 {self._path}"
             raise InputError(cause, remedy, path=self._path)
-        return self._table[pixels]
+        return self._table[pixels.astype(np.uint16, copy=False)]
 
 
 def plain_facts(path: Path) -> PlainFacts:
-    """Return what the first page of a file does not show; nothing for a file that cannot be understood."""
+    """Return what the first page of a file does not show; nothing for a file that cannot be understood.
+
+    It is kept, because a process opens a slide for every task, and the index of a large one takes milliseconds.
+    """
+    status = path.stat()
+    return _plain_facts(path, (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns))
+
+
+@lru_cache(maxsize=256)
+def _plain_facts(path: Path, _stamp: tuple[int, ...]) -> PlainFacts:
     try:
         with tifffile.TiffFile(path) as tiff:
             return tiff_layout.plain_facts(tiff)
@@ -236,7 +249,7 @@ def is_truncated(path: Path) -> bool:
 def _open(path: Path) -> TiffFile:
     """Open a TIFF."""
     with path.open("rb") as stream:
-        if not stream.read(4).startswith(_STARTS):
+        if not stream.read(4).startswith(_STARTS) or is_foreign(path):
             raise Declined
     try:
         with tifffile.TiffFile(path) as tiff:

@@ -17,7 +17,7 @@ import tifffile
 from numpy.typing import NDArray
 
 from wsiflow.slides.readers import ome
-from wsiflow.slides.readers.conversion import to_colours, to_eight_bits, to_ome_tiff, to_pyramid, to_upright
+from wsiflow.slides.readers.conversion import to_bands, to_colours, to_eight_bits, to_ome_tiff, to_pyramid, to_upright
 from wsiflow.slides.readers.reader import Declined
 
 RESOLUTION = "TIFF XResolution"
@@ -33,7 +33,9 @@ _SAMPLED_SEGMENTS = 24
 _USED_BITS = (8, 10, 12, 14, FULL_BITS)
 _MAX_SAMPLE_VALUE = 281
 _UPRIGHT = 1
-_PREMULTIPLIED = {0, 1}  # what is not stated is taken for premultiplied, as libtiff does
+_OPACITY = {1: 1, 2: 2}
+
+_OTHER_CHANNELS = "use a slide of a stained section; channels that are its colours are to be called Red, Green and Blue"
 
 
 class Samples(NamedTuple):
@@ -100,17 +102,20 @@ class PlainFacts(NamedTuple):
 def plain_facts(tiff: Any) -> PlainFacts:
     """Return what the first page of a file does not show."""
     page = tiff.pages.first
-    n_pages = len(_channel_pages(tiff))
+    n_pages = _same_pages(tiff) if tiff.is_ome or page.samplesperpixel == 1 else 1
     bits = used_bits(tiff, [page]) if page.bitspersample == FULL_BITS else page.bitspersample
     if page.subifds and tiff.is_ome:
         misread = "its levels are in SubIFDs"
-    elif n_pages > 1:
+    elif n_pages > 1 and page.samplesperpixel == 1:
         misread = f"it has {n_pages} pages of one channel each"
     elif bits not in {1, 2, 4, 8, FULL_BITS} or page.dtype.kind not in "bu":
         misread = f"its samples have {bits} bits"
     else:
         misread = ""
-    return PlainFacts(misread, _notes(1 if page.photometric in _GREYS else 3, bits), stated_mpp(tiff))
+    notes = _notes(1 if page.photometric in _GREYS else 3, bits)
+    if n_pages > 1:
+        notes += (f"of its {n_pages} planes the first is shown",)
+    return PlainFacts(misread, notes, stated_mpp(tiff))
 
 
 def layout(tiff: Any, path: Path) -> Layout:
@@ -131,7 +136,7 @@ def layout(tiff: Any, path: Path) -> Layout:
     if len(channels) > 1 and per_page > 1:
         raise Declined(f"it has {len(channels)} channels or planes of {per_page} samples each", to_ome_tiff(path))
     if reason := ome.doubt(stated, len(channels)):
-        raise Declined(reason, _one_channel(path))
+        raise Declined(reason, _OTHER_CHANNELS)
     used = image.bits if image and image.bits and image.bits < FULL_BITS else 0
     bits = used_bits(tiff, [levels[-1] for levels in channels] + [levels[0] for levels in channels], used)
     samples = _samples(first.keyframe, len(channels), bits, path)
@@ -205,7 +210,7 @@ def _notes(colours: int, bits: int, joined: int = 1) -> tuple[str, ...]:
     notes = []
     if joined > 1:
         notes.append(f"{joined} pages of one channel each are joined as red, green and blue")
-    if colours == 1 and bits > 1:
+    if colours == 1:
         notes.append("the slide is grey, which models of stained sections were not trained on")
     if bits > 8:
         notes.append(f"samples of {bits} bits are reduced to 8 (value * 255 / {2**bits - 1})")
@@ -219,7 +224,7 @@ def _ome_channels(tiff: Any, path: Path) -> tuple[ome.OmeImage | None, list[list
         Declined: The image lies in several files, or has several planes or moments.
     """
     images = ome.read_images(tiff.ome_metadata or "")
-    series = max(tiff.series, key=lambda each: each.keyframe.imagewidth * each.keyframe.imagelength)
+    number, series = max(enumerate(tiff.series), key=lambda each: _area_px(each[1].keyframe))
     if series.is_multifile:
         raise Declined("its pages lie in several files", to_ome_tiff(path))
     sizes = dict(zip(series.axes, series.shape, strict=True))
@@ -228,7 +233,7 @@ def _ome_channels(tiff: Any, path: Path) -> tuple[ome.OmeImage | None, list[list
     pages = [list(level.pages) for level in series.levels]
     if any(page is None or len(level) != len(pages[0]) for level in pages for page in level):
         raise Declined("pages are missing in it", to_ome_tiff(path))
-    image = images[series.index] if series.index is not None and series.index < len(images) else None
+    image = images[number] if number < len(images) else None
     channels = [[level[channel] for level in pages] for channel in range(len(pages[0]))]
     return image, channels, image.channels if image else ()
 
@@ -246,6 +251,13 @@ def _channel_pages(tiff: Any) -> list[list[Any]]:
     ]
 
 
+def _same_pages(tiff: Any) -> int:
+    """Return how many pages of the main chain are like the first, which is one channel or plane of them."""
+    first = tiff.pages.first
+    alike = [page for page in tiff.pages if _shape(page.keyframe) == _shape(first) and not page.keyframe.is_reduced]
+    return len(alike) if first.photometric != _PALETTE else 1
+
+
 def _reduced(tiff: Any, first: Any) -> list[Any]:
     """Return a page and its reduced levels, finest first: its SubIFDs, or else pages of the main chain."""
     chain = [] if first.subifds else list(_chain_levels(tiff, first))
@@ -259,7 +271,7 @@ def _chain_levels(tiff: Any, first: Any) -> Iterator[Any]:
 
 
 def _sub_levels(page: Any) -> list[Any]:
-    levels = [each for each in page.pages or ()] if page.subifds else []
+    levels = list(page.pages or ()) if page.subifds else []
     return sorted(
         (level for level in levels if _is_level(page.keyframe, level.keyframe)), key=lambda level: -level.imagewidth
     )
@@ -281,10 +293,14 @@ def _common_levels(channels: Sequence[Sequence[Any]]) -> tuple[Level, ...]:
     """Return the levels that all channels have."""
     levels = []
     for pages in zip(*channels, strict=False):
-        sizes = {(int(page.imagewidth), int(page.imagelength)) for page in pages}
+        sizes = {(int(page.keyframe.imagewidth), int(page.keyframe.imagelength)) for page in pages}
         if len(sizes) == 1:
             levels.append(Level(sizes.pop(), tuple(pages)))
     return tuple(levels)
+
+
+def _area_px(page: Any) -> int:
+    return int(page.imagewidth) * int(page.imagelength)
 
 
 def _shape(page: Any) -> tuple[Any, ...]:
@@ -334,11 +350,13 @@ def _samples(page: Any, n_pages: int, bits: int, path: Path) -> Samples:
     colours = 3 if stored > 2 else 1
     extra = tuple(page.extrasamples or ()) if n_pages == 1 else ()
     if stored not in {colours, colours + 1} or (stored > colours and len(extra) != 1):
-        raise Declined(f"it has {stored} channels, which are not red, green and blue", _one_channel(path))
-    alpha = 0 if stored == colours else 1 if int(extra[0]) in _PREMULTIPLIED else 2
+        raise Declined(f"it has {stored} channels, which are not red, green and blue", _OTHER_CHANNELS)
+    if extra and int(extra[0]) not in _OPACITY:
+        raise Declined(f"nothing states what sample {stored} of its {stored} is", to_bands(path, colours))
+    alpha = _OPACITY[int(extra[0])] if extra else 0
     palette = None
     if page.photometric == _PALETTE and page.colormap is not None:
-        palette = (page.colormap.astype(np.int64) * 255 // 65535).astype(np.uint8).T.copy()
+        palette = (page.colormap >> 8).astype(np.uint8).T.copy()
     raw_ycbcr = page.photometric == _YCBCR and page.compression not in _DECODED_TO_RGB
     return Samples(
         colours=colours,
@@ -347,13 +365,6 @@ def _samples(page: Any, n_pages: int, bits: int, path: Path) -> Samples:
         inverted=page.photometric == _INVERTED,
         palette=palette,
         ycbcr=colours == 3 and (raw_ycbcr or page.compression == _APERIO_YCBCR),
-    )
-
-
-def _one_channel(path: Path) -> str:
-    return (
-        f"use a slide of a stained section, or if three of its channels are red, green and blue, {to_ome_tiff(path)} "
-        "after naming them so"
     )
 
 
