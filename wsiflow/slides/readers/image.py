@@ -1,10 +1,13 @@
-"""Images of a region: PNG, JPEG, BMP, WebP and JPEG 2000, decoded by Pillow.
+"""Images of a region: PNG, JPEG, BMP, WebP and JPEG 2000, decoded by Pillow; JPEG XL and JPEG XR by imagecodecs.
 
 They have one level, and rarely a pixel size, which is then given. Such an image is decoded once, and kept whole.
 """
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import imagecodecs
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
@@ -12,7 +15,17 @@ from PIL import Image, ImageOps
 from wsiflow.errors import InputError
 from wsiflow.slides import content
 from wsiflow.slides.readers.conversion import to_eight_bits, to_pyramid
-from wsiflow.slides.readers.reader import WHITE, Declined, Description, Format, composited, opacity
+from wsiflow.slides.readers.reader import (
+    GREY,
+    WHITE,
+    Declined,
+    Description,
+    Format,
+    composited,
+    eight_bits,
+    opacity,
+    reduced_bits,
+)
 
 _NAMES = ("PNG", "JPEG", "BMP", "WEBP", "JPEG2000", "GIF", "PPM", "TGA")
 _STARTS = (
@@ -29,10 +42,17 @@ _STARTS = (
 )
 _MOST_PX = 1 << 28  # 0.8 GB of RGB; larger images are for a tiled format
 _MODES = {"1": "L", "L": "L", "P": "RGBA", "LA": "RGBA", "PA": "RGBA", "RGB": "RGB", "RGBA": "RGBA", "YCbCr": "RGB"}
-_DEEP = frozenset({"I;16", "I;16B", "I;16L"})
+_PNG, _PNG_DEPTH_AT = b"\x89PNG", 24
+_CODECS: dict[bytes, Callable[[bytes], NDArray[Any]]] = {
+    b"\xff\x0a": imagecodecs.jpegxl_decode,
+    b"\0\0\0\x0cJXL ": imagecodecs.jpegxl_decode,
+    b"II\xbc\1": imagecodecs.jpegxr_decode,
+}
+_USED_BITS = (8, 10, 12, 14, 16)
 _UM_PER_INCH = 25_400.0
+_ORIENTATION, _QUARTER_TURNED = 0x0112, 5  # a tag of Exif, and the values from which width and height are exchanged
 # Exceptions of Pillow for files that are cut short or damaged.
-_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, IndexError, Image.DecompressionBombError)
+_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, IndexError, RuntimeError, Image.DecompressionBombError)
 
 
 class ImageFile:
@@ -41,11 +61,11 @@ class ImageFile:
     blends = False
     decoder = "pillow"
 
-    def __init__(self, path: Path, description: Description) -> None:
-        """Keep what was found in the header; callers use `FORMAT`."""
+    def __init__(self, path: Path, description: Description, pixels: Image.Image | None = None) -> None:
+        """Keep what was found in the header, and pixels that were decoded with it; callers use `FORMAT`."""
         self.description = description
         self._path = path
-        self._pixels: Image.Image | None = None
+        self._pixels = pixels
 
     def close(self) -> None:
         """Drop the pixels."""
@@ -68,33 +88,66 @@ class ImageFile:
 
 
 def _open(path: Path) -> ImageFile:
-    """Read the header of an image."""
+    """Open an image."""
     with path.open("rb") as stream:
-        if not stream.read(12).startswith(_STARTS):
-            raise Declined
+        start = stream.read(_PNG_DEPTH_AT + 1)
+    codec = next((codec for begin, codec in _CODECS.items() if start.startswith(begin)), None)
+    if start.startswith(_PNG) and start[_PNG_DEPTH_AT:] == b"\x10":
+        codec = imagecodecs.png_decode  # Pillow drops the lower 8 bits, whichever are used
+    if codec is None and not start.startswith(_STARTS):
+        raise Declined
     if path.suffix.lower() not in FORMAT.others:
         cause = f"the file is an ordinary image, but its name ends in {path.suffix!r}"
-        raise Declined(cause, "replace it by the slide, or give the file (and its line) the ending of an image")
+        remedy = "replace it by the slide, or give the file (and its line) the ending of an image"
+        raise Declined(cause, remedy)
     try:
-        with Image.open(path, formats=_NAMES) as image:
-            _check(image, path)
-            width, height = image.size
-            if image.getexif().get(0x0112, 1) >= 5:  # turned by a quarter
-                width, height = height, width
-            mpp = _stated_mpp(image)
-            notes = _notes(image)
+        return _with_codec(path, codec) if codec else _with_pillow(path)
     except _UNREADABLE as error:
         raise Declined(f"the image ends early or is damaged ({error})", content.COPY_AGAIN) from error
-    description = Description(
-        vendor=str(image.format).lower(),
-        level_sizes_px=((width, height),),
+
+
+def _with_pillow(path: Path) -> ImageFile:
+    """Read the header of an image."""
+    with Image.open(path, formats=_NAMES) as image:
+        _check(image, path)
+        width, height = image.size
+        if image.getexif().get(_ORIENTATION, 1) >= _QUARTER_TURNED:
+            width, height = height, width
+        mpp_x, mpp_y, source = _stated_mpp(image)
+        grey = image.mode in {"1", "L", "LA"}
+        vendor = str(image.format).lower()
+    return ImageFile(path, _described(vendor, (width, height), (mpp_x, mpp_y, source), (GREY,) if grey else ()))
+
+
+def _with_codec(path: Path, codec: Callable[[bytes], NDArray[Any]]) -> ImageFile:
+    """Decode an image whose format or depth is not Pillow's."""
+    samples = codec(path.read_bytes())
+    if samples.ndim == 2:
+        samples = samples[..., None]
+    if samples.ndim != 3 or samples.shape[2] > 4 or samples.dtype not in (np.uint8, np.uint16):
+        raise Declined(f"the image has samples of type {samples.dtype} {samples.shape}", to_eight_bits(path))
+    notes = (GREY,) if samples.shape[2] < 3 else ()
+    if samples.dtype == np.uint16:
+        bits = next(bits for bits in _USED_BITS if int(samples.max()) < 2**bits)
+        notes += (reduced_bits(bits),)
+        samples = eight_bits(bits)[samples]
+    pixels = Image.fromarray(samples[..., 0] if samples.shape[2] == 1 else samples)
+    size_px = (samples.shape[1], samples.shape[0])
+    return ImageFile(path, _described(path.suffix.lower()[1:], size_px, (None, None, ""), notes), _plain(pixels))
+
+
+def _described(
+    vendor: str, size_px: tuple[int, int], mpp: tuple[float | None, float | None, str], notes: tuple[str, ...]
+) -> Description:
+    return Description(
+        vendor=vendor,
+        level_sizes_px=(size_px,),
         level_downsamples=(1.0,),
         mpp_x=mpp[0],
         mpp_y=mpp[1],
         mpp_source=mpp[2],
         notes=notes,
     )
-    return ImageFile(path, description)
 
 
 def _check(image: Image.Image, path: Path) -> None:
@@ -102,7 +155,7 @@ def _check(image: Image.Image, path: Path) -> None:
     if width * height > _MOST_PX:
         cause = f"the image has {width} x {height} px, more than the {_MOST_PX} that are decoded at once"
         raise Declined(cause, to_pyramid(path))
-    if image.mode not in _MODES and image.mode not in _DEEP:
+    if image.mode not in _MODES:
         raise Declined(f"the image stores {image.mode}, not grey or red, green and blue", to_eight_bits(path))
     if getattr(image, "n_frames", 1) > 1:
         raise Declined(f"the image has {image.n_frames} frames", to_pyramid(path))
@@ -116,11 +169,13 @@ def _decoded(path: Path) -> Image.Image:
             upright.load()
     except _UNREADABLE as error:
         raise InputError(f"the image cannot be decoded ({error})", content.COPY_AGAIN, path=path) from error
-    if upright.mode in _DEEP:
-        samples = np.asarray(upright).astype(np.uint32)
-        return Image.fromarray(((samples + 128) // 257).astype(np.uint8))
-    opaque = upright.mode == "P" and "transparency" not in upright.info
-    return upright.convert("RGB" if opaque else _MODES[upright.mode])
+    return _plain(upright)
+
+
+def _plain(image: Image.Image) -> Image.Image:
+    """Return an image in mode L, RGB or RGBA."""
+    opaque = image.mode == "P" and "transparency" not in image.info
+    return image.convert("RGB" if opaque else _MODES[image.mode])
 
 
 def _stated_mpp(image: Image.Image) -> tuple[float | None, float | None, str]:
@@ -134,18 +189,11 @@ def _stated_mpp(image: Image.Image) -> tuple[float | None, float | None, str]:
     return _UM_PER_INCH / dpi_x, _UM_PER_INCH / dpi_y, f"resolution of the {image.format}"
 
 
-def _notes(image: Image.Image) -> tuple[str, ...]:
-    notes = []
-    if image.mode in {"1", "L", "LA", *_DEEP}:
-        notes.append("the slide is grey, which models of stained sections were not trained on")
-    if image.mode in _DEEP:
-        notes.append("samples of 16 bits are reduced to 8 (value * 255 / 65535)")
-    return tuple(notes)
-
-
 FORMAT = Format(
     name="Pillow",
     suffixes=frozenset(),
     open=_open,
-    others=frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".jp2", ".j2k", ".gif", ".ppm"}),
+    others=frozenset(
+        {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".jp2", ".j2k", ".gif", ".ppm", ".jxl", ".jxr", ".wdp"}
+    ),
 )

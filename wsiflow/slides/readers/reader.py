@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 WHITE = (255, 255, 255)
+GREY = "the slide is grey, which models of stained sections were not trained on"
 
 
 class Description(NamedTuple):
@@ -130,3 +131,14 @@ def composited(target: NDArray[np.uint8], rgba: Image.Image, background_rgb: tup
 def opacity(alpha: Image.Image) -> NDArray[np.uint8] | None:
     """Return an alpha channel as an array, or None if all pixels are opaque."""
     return None if alpha.getextrema() == (255, 255) else np.array(alpha)
+
+
+def eight_bits(bits: int) -> NDArray[np.uint8]:
+    """Return the 8-bit value of every sample of so many bits, rounded to the nearest as libtiff does."""
+    most = 2**bits - 1
+    return ((np.arange(most + 1) * 255 + most // 2) // most).astype(np.uint8)
+
+
+def reduced_bits(bits: int) -> str:
+    """Return the note about samples of more than 8 bits."""
+    return f"samples of {bits} bits are reduced to 8 (value * 255 / {2**bits - 1})"

@@ -26,13 +26,13 @@ from wsiflow.errors import InputError
 from wsiflow.slides import content, tiff_tiles
 from wsiflow.slides.readers import tiff_layout
 from wsiflow.slides.readers.conversion import is_foreign, to_pyramid
-from wsiflow.slides.readers.reader import WHITE, Declined, Description, Format, composited, opacity
+from wsiflow.slides.readers.reader import WHITE, Declined, Description, Format, composited, eight_bits, opacity
 from wsiflow.slides.readers.tiff_layout import RESOLUTION, Layout, PlainFacts, Samples
 from wsiflow.system import faults
 
 __all__ = ["FORMAT", "RESOLUTION", "PlainFacts", "is_truncated", "plain_facts"]
 
-_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+", b"EP*\0", b"II\xbc\1")
+_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _KEPT_TILE_BYTES = 64 << 20
 _KEPT_STRIP_BYTES = 256 << 20
 _MOST_SEGMENT_BYTES = 2 << 30
@@ -366,11 +366,10 @@ def _decoder(page: Any) -> _Decode:
 
 
 def _table(samples: Samples) -> NDArray[np.uint8] | None:
-    """Return the 8-bit value of every sample, rounded to the nearest as libtiff does; None for 8 bits and palettes."""
+    """Return the 8-bit value of every sample, or None where samples have 8 bits or are an index of a palette."""
     if samples.bits == 8 or samples.palette is not None:
         return None
-    most = 2**samples.bits - 1
-    return ((np.arange(most + 1) * 255 + most // 2) // most).astype(np.uint8)
+    return eight_bits(samples.bits)
 
 
 FORMAT = Format(

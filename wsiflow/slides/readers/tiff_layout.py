@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from wsiflow.slides.readers import ome
 from wsiflow.slides.readers.conversion import to_bands, to_colours, to_eight_bits, to_ome_tiff, to_pyramid, to_upright
-from wsiflow.slides.readers.reader import Declined
+from wsiflow.slides.readers.reader import GREY, Declined, reduced_bits
 
 RESOLUTION = "TIFF XResolution"
 FULL_BITS = 16
@@ -211,9 +211,9 @@ def _notes(colours: int, bits: int, joined: int = 1) -> tuple[str, ...]:
     if joined > 1:
         notes.append(f"{joined} pages of one channel each are joined as red, green and blue")
     if colours == 1:
-        notes.append("the slide is grey, which models of stained sections were not trained on")
+        notes.append(GREY)
     if bits > 8:
-        notes.append(f"samples of {bits} bits are reduced to 8 (value * 255 / {2**bits - 1})")
+        notes.append(reduced_bits(bits))
     return tuple(notes)
 
 
