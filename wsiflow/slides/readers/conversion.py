@@ -33,6 +33,7 @@ _BY_VENDOR = {
     ".afi": "Aperio's list of fluorescence images",
 }
 _KNOWN_STARTS = {
+    **dict.fromkeys((b"\x89PNG", b"\xff\xd8\xff", b"BM", b"GIF8"), ("an ordinary image of another name", "")),
     b"%PDF": ("", ".pdf"),
     b"PK\x03\x04": ("a ZIP archive", ""),
     b"\x1f\x8b": ("a gzip archive", ""),
@@ -92,7 +93,7 @@ def unknown_file(path: Path) -> InputError:
     what, suffix = next((known for begin, known in _KNOWN_STARTS.items() if start.startswith(begin)), ("", ""))
     suffix = path.suffix.lower() if is_foreign(path) else suffix
     if what and not suffix:
-        return InputError(f"the file is {what}, not a slide", "name the slide itself", path=path)
+        return InputError(f"the file is {what}, not a slide", "name the slide itself, or remove its line", path=path)
     tables = ((_BY_BIO_FORMATS, to_ome_tiff), (_BY_VIPS, to_pyramid), (_BY_VENDOR, _by_vendor))
     for table, remedy in tables:
         if suffix in table:

@@ -20,7 +20,6 @@ from wsiflow.slides.readers.reader import (
     WHITE,
     Declined,
     Description,
-    Format,
     composited,
     eight_bits,
     opacity,
@@ -62,7 +61,7 @@ class ImageFile:
     decoder = "pillow"
 
     def __init__(self, path: Path, description: Description, pixels: Image.Image | None = None) -> None:
-        """Keep what was found in the header, and pixels that were decoded with it; callers use `FORMAT`."""
+        """Keep what was found in the header, and pixels that were decoded with it; callers use `open_file`."""
         self.description = description
         self._path = path
         self._pixels = pixels
@@ -87,7 +86,7 @@ class ImageFile:
         return None
 
 
-def _open(path: Path) -> ImageFile:
+def open_file(path: Path) -> ImageFile:
     """Open an image."""
     with path.open("rb") as stream:
         start = stream.read(_PNG_DEPTH_AT + 1)
@@ -96,10 +95,6 @@ def _open(path: Path) -> ImageFile:
         codec = imagecodecs.png_decode  # Pillow drops the lower 8 bits, whichever are used
     if codec is None and not start.startswith(_STARTS):
         raise Declined
-    if path.suffix.lower() not in FORMAT.others:
-        cause = f"the file is an ordinary image, but its name ends in {path.suffix!r}"
-        remedy = "replace it by the slide, or give the file (and its line) the ending of an image"
-        raise Declined(cause, remedy)
     try:
         return _with_codec(path, codec) if codec else _with_pillow(path)
     except _UNREADABLE as error:
@@ -187,13 +182,3 @@ def _stated_mpp(image: Image.Image) -> tuple[float | None, float | None, str]:
     if not (dpi_x > 1 and dpi_y > 1):  # without a unit, it is the shape of a pixel
         return None, None, ""
     return _UM_PER_INCH / dpi_x, _UM_PER_INCH / dpi_y, f"resolution of the {image.format}"
-
-
-FORMAT = Format(
-    name="Pillow",
-    suffixes=frozenset(),
-    open=_open,
-    others=frozenset(
-        {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".jp2", ".j2k", ".gif", ".ppm", ".jxl", ".jxr", ".wdp"}
-    ),
-)

@@ -21,7 +21,7 @@ from wsiflow.errors import EnvironmentFault, InputError, WsiflowError
 from wsiflow.slides import content, tiff_tiles
 from wsiflow.slides.readers import tiff
 from wsiflow.slides.readers.conversion import to_ome_tiff
-from wsiflow.slides.readers.reader import Declined, Description, Format, composited, opacity
+from wsiflow.slides.readers.reader import Declined, Description, composited, opacity
 from wsiflow.system import faults
 
 OPENSLIDE_AT_LEAST = (4, 0, 1)
@@ -45,7 +45,7 @@ class OpenSlideFile:
     blends = True
 
     def __init__(self, path: Path, handle: openslide.OpenSlide, description: Description) -> None:
-        """Take ownership of an open handle; callers use `FORMAT`."""
+        """Take ownership of an open handle; callers use `open_file`."""
         self.description = description
         self._path = path
         self._handle = handle
@@ -160,7 +160,7 @@ class OpenSlideFile:
         return _damaged(cause, self._path)
 
 
-def _open(path: Path) -> OpenSlideFile:
+def open_file(path: Path) -> OpenSlideFile:
     """Open a slide; the library's own ``open_slide`` would also accept an ordinary image."""
     _require_openslide()
     try:
@@ -259,12 +259,3 @@ def _background(properties: Mapping[str, str]) -> tuple[int, int, int]:
     """Return the colour that the slide states for areas that were not scanned, or white."""
     red, green, blue = bytes.fromhex(properties.get(openslide.PROPERTY_NAME_BACKGROUND_COLOR, "ffffff"))
     return red, green, blue
-
-
-FORMAT = Format(
-    name="OpenSlide",
-    suffixes=frozenset(
-        {".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".dcm", ".scn", ".bif", ".vms", ".vmu", ".svslide", ".czi"}
-    ),
-    open=_open,
-)

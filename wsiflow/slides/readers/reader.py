@@ -5,8 +5,6 @@ else (rectangles beyond the slide, scales between the levels, overviews) is done
 is the same for all formats.
 """
 
-from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -99,24 +97,6 @@ class Declined(Exception):
         super().__init__(cause, remedy)
         self.cause = cause
         self.remedy = remedy
-
-
-class Format(NamedTuple):
-    """A reader as it stands in the table of readers.
-
-    Attributes:
-        name: Name of what reads.
-        suffixes: Endings, in lower case, of files that are taken for slides where a folder is searched.
-        open: Opens a file; raises `Declined` where it does not read the file, and an error where nothing else can.
-        others: Further endings that are read where the file is named, but not searched for.
-        folders: Endings of folders that are slides.
-    """
-
-    name: str
-    suffixes: frozenset[str]
-    open: Callable[[Path], Reader]
-    others: frozenset[str] = frozenset()
-    folders: frozenset[str] = frozenset()
 
 
 def composited(target: NDArray[np.uint8], rgba: Image.Image, background_rgb: tuple[int, int, int]) -> Image.Image:

@@ -26,11 +26,11 @@ from wsiflow.errors import InputError
 from wsiflow.slides import content, tiff_tiles
 from wsiflow.slides.readers import tiff_layout
 from wsiflow.slides.readers.conversion import is_foreign, to_pyramid
-from wsiflow.slides.readers.reader import WHITE, Declined, Description, Format, composited, eight_bits, opacity
+from wsiflow.slides.readers.reader import WHITE, Declined, Description, composited, eight_bits, opacity
 from wsiflow.slides.readers.tiff_layout import RESOLUTION, Layout, PlainFacts, Samples
 from wsiflow.system import faults
 
-__all__ = ["FORMAT", "RESOLUTION", "PlainFacts", "is_truncated", "plain_facts"]
+__all__ = ["RESOLUTION", "PlainFacts", "is_truncated", "open_file", "plain_facts"]
 
 _STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _KEPT_TILE_BYTES = 64 << 20
@@ -82,7 +82,7 @@ class TiffFile:
     decoder = "tifffile"
 
     def __init__(self, path: Path, descriptor: int, layout: Layout, planes: Sequence[Sequence[_Plane]]) -> None:
-        """Take ownership of a file descriptor; callers use `FORMAT`.
+        """Take ownership of a file descriptor; callers use `open_file`.
 
         Args:
             path: The file, for messages.
@@ -246,7 +246,7 @@ def is_truncated(path: Path) -> bool:
         return True
 
 
-def _open(path: Path) -> TiffFile:
+def open_file(path: Path) -> TiffFile:
     """Open a TIFF."""
     with path.open("rb") as stream:
         if not stream.read(4).startswith(_STARTS) or is_foreign(path):
@@ -370,10 +370,3 @@ def _table(samples: Samples) -> NDArray[np.uint8] | None:
     if samples.bits == 8 or samples.palette is not None:
         return None
     return eight_bits(samples.bits)
-
-
-FORMAT = Format(
-    name="tifffile and imagecodecs",
-    suffixes=frozenset({".tif", ".tiff", ".btf", ".tf2", ".tf8", ".qptiff"}),
-    open=_open,
-)
