@@ -32,6 +32,7 @@ _LEVEL_TOLERANCE = 0.01  # a level may be coarser than requested by this relativ
 _DIRECT_TOLERANCE = 0.001  # below this relative difference of scale, resampling would only blur
 _READ_LIMIT_PX = 1 << 24  # 64 MiB of RGBA; larger reads are split in two
 _THUMBNAIL_LIMIT_PX = 1 << 27
+_COSTLY_PX = 1 << 26  # a second or two of decoding; slides with a pyramid have far smaller levels
 _FILTER_SUPPORT_PX = {Image.Resampling.BOX: 0.5, Image.Resampling.BICUBIC: 2.0}
 
 
@@ -83,6 +84,11 @@ class SlideFacts:
         ]
         return max(fine, default=0)
 
+    def is_costly(self, downsample: float) -> bool:
+        """Return whether an overview is computed from so many pixels that it is kept, and not read a second time."""
+        width, height = self.level_sizes_px[self.level_for(downsample)]
+        return width * height > _COSTLY_PX
+
 
 class _Pixels(NamedTuple):
     """Composited pixels (rows, cols, 3), and the transparency of each, 0 to 255, or None if all are opaque."""
@@ -98,6 +104,7 @@ class Slide:
         """Take ownership of an open reader; callers use :func:`open_slide`."""
         self.facts = facts
         self._reader = reader
+        self._overviews: dict[float, NDArray[np.uint8]] = {}
 
     def __enter__(self) -> "Slide":
         """Return the slide itself."""
@@ -112,6 +119,7 @@ class Slide:
     def close(self) -> None:
         """Close the file; the slide cannot be read afterwards."""
         self._reader.close()
+        self._overviews.clear()
 
     @property
     def decoder(self) -> str:
@@ -169,8 +177,17 @@ class Slide:
         Raises:
             InputError: A pixel cannot be decoded.
         """
+        if downsample in self._overviews:
+            return self._overviews[downsample]
         cols, rows = (math.ceil(l0_px / downsample) for l0_px in self.facts.l0_size_px)
-        return self._read_scaled(0, 0, (cols, rows), downsample, Image.Resampling.BOX).rgb
+        overview = self._read_scaled(0, 0, (cols, rows), downsample, Image.Resampling.BOX).rgb
+        if self.facts.is_costly(downsample):
+            self._overviews = {downsample: overview}
+        return overview
+
+    def kept_overview(self, downsample: float) -> NDArray[np.uint8] | None:
+        """Return an overview that was read already and whose reading is worth avoiding; None in other cases."""
+        return self._overviews.get(downsample)
 
     def reference_thumbnail(self) -> NDArray[np.uint8]:
         """Return the reference system's thumbnail: one level, reduced by Lanczos to at most (W / 224, H / 224) px.

@@ -31,6 +31,7 @@ from wsiflow.run.executor.protocol import Outcome
 from wsiflow.run.plan import Plan, Rejected, latest_plan, publish_plan
 from wsiflow.run.settings import PlanSettings
 from wsiflow.run.sharing import SharedFile
+from wsiflow.run.stages import overviews
 from wsiflow.run.stages.choose import choice_record
 from wsiflow.slides import content, slide
 from wsiflow.slides.manifest import Case
@@ -100,6 +101,9 @@ def _publish_beside(root: Path, case: Case, inspection: Mapping[str, Any], cut: 
     )
     for name, data in zip(_published_names(case)[1:], documents, strict=True):
         publish.publish_bytes(root, name, data, key, facts("tissue", case.slide_id))
+    if "overview_png" in inspection:
+        overview = base64.b64decode(inspection["overview_png"])
+        publish.publish_bytes(root, overviews.name_of(case.slide_id), overview, key, facts("tissue", case.slide_id))
 
 
 def _shared_inspection(case: Case, config: RunConfig) -> tuple[dict[str, Any], publish.Receipt | None]:
@@ -137,8 +141,10 @@ def _inspect(case: Case, config: RunConfig) -> dict[str, Any]:
             um_px = slide.resolve_mpp(opened.facts, case.mpp)
             mask, downsample, tissue_grid, frame = _tiles(opened, um_px, config)
             corner = opened.facts.l0_bounds_corner
+            overview = opened.kept_overview(downsample)
         sha256 = content.sha256(case.path)
-    return {
+    kept = {} if overview is None else {"overview_png": base64.b64encode(overviews.as_png(overview)).decode()}
+    return kept | {
         "sha256": sha256,
         "signature": signature,
         "um_px_l0": um_px,
