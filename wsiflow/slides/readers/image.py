@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 
 from wsiflow.errors import InputError
 from wsiflow.slides import content
-from wsiflow.slides.readers.conversion import to_eight_bits, to_pyramid
+from wsiflow.slides.readers.conversion import to_colours, to_eight_bits, to_pyramid
 from wsiflow.slides.readers.reader import (
     GREY,
     WHITE,
@@ -151,7 +151,8 @@ def _check(image: Image.Image, path: Path) -> None:
         cause = f"the image has {width} x {height} px, more than the {_MOST_PX} that are decoded at once"
         raise Declined(cause, to_pyramid(path))
     if image.mode not in _MODES:
-        raise Declined(f"the image stores {image.mode}, not grey or red, green and blue", to_eight_bits(path))
+        remedy = to_eight_bits(path) if image.mode in {"I", "F"} or ";" in image.mode else to_colours(path)
+        raise Declined(f"the image stores {image.mode}, not grey or red, green and blue", remedy)
     if getattr(image, "n_frames", 1) > 1:
         raise Declined(f"the image has {image.n_frames} frames", to_pyramid(path))
 

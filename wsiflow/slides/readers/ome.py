@@ -3,6 +3,7 @@
 Input: the text of an OME-XML document. Output: plain values. The same units are those of OME-Zarr.
 """
 
+import re
 from typing import NamedTuple
 from xml.etree.ElementTree import Element, ParseError
 
@@ -27,6 +28,10 @@ UM: dict[str, float] = {
 _RGB_COLOURS = ((255, 0, 0), (0, 255, 0), (0, 0, 255))
 _RGB_NAMES = (("red", "green", "blue"), ("r", "g", "b"))
 _PLAIN_NAME = ("channel", "ch", "c", "band", "image", "page", "brightfield", "tl brightfield", "rgb", "")
+_DYES = re.compile(
+    r"dapi|hoechst|fitc|tritc|\bcy ?[357]\b|[gyrc]fp\b|mcherry|alexa|texas ?red|\bopal\b|spectrum ?(green|orange)",
+    re.IGNORECASE,
+)
 _OF_FLUORESCENCE = ("Fluor", "EmissionWavelength", "ExcitationWavelength")
 
 
@@ -92,18 +97,21 @@ def doubt(channels: tuple[Channel, ...], count: int) -> str:
         return f"it has {listed} of fluorescence, which are not the colours of a stained section"
     if count not in {1, 3}:
         return f"it has {listed}, which are not red, green and blue"
-    if count == 3 and not are_rgb(channels) and not all(_is_plain(channel.name) for channel in channels):
+    if count == 3 and rgb_order(channels) is None and not all(_is_plain(channel.name) for channel in channels):
         return f"it has {listed}, which are not called red, green and blue"
     return ""
 
 
-def are_rgb(channels: tuple[Channel, ...]) -> bool:
-    """Return whether the metadata say that three channels are red, green and blue, in this order."""
-    names = tuple(channel.name.strip().lower() for channel in channels)
-    if names in _RGB_NAMES:
-        return True
-    colours = tuple(channel.colour for channel in channels)
-    return colours == _RGB_COLOURS and all(_is_plain(name) for name in names)
+def rgb_order(channels: tuple[Channel, ...]) -> list[int] | None:
+    """Return the places of red, green and blue among three channels, or None where the metadata do not say them."""
+    names = [channel.name.strip().lower() for channel in channels]
+    for rgb in _RGB_NAMES:
+        if sorted(names) == sorted(rgb):
+            return [names.index(name) for name in rgb]
+    colours = [channel.colour for channel in channels]
+    if len(channels) == 3 and all(colours.count(colour) == 1 for colour in _RGB_COLOURS) and all(map(_is_plain, names)):
+        return [colours.index(colour) for colour in _RGB_COLOURS]
+    return None
 
 
 def _is_plain(name: str) -> bool:
@@ -112,10 +120,15 @@ def _is_plain(name: str) -> bool:
 
 
 def _image(pixels: Element) -> OmeImage:
-    mpp_x, mpp_y = (length_um(pixels.get(f"PhysicalSize{a}"), pixels.get(f"PhysicalSize{a}Unit")) for a in "XY")
+    mpp_x, mpp_y = (
+        length_um(pixels.get(f"PhysicalSize{a}"), pixels.get(f"PhysicalSize{a}Unit")) for a in "XY"
+    )  # one of them is for both
     bits = pixels.get("SignificantBits", "")
     return OmeImage(
-        mpp_x, mpp_y, int(bits) if bits.isdigit() else None, tuple(map(_channel, _children(pixels, "Channel")))
+        mpp_x or mpp_y,
+        mpp_y or mpp_x,
+        int(bits) if bits.isdigit() else None,
+        tuple(map(_channel, _children(pixels, "Channel"))),
     )
 
 
@@ -129,8 +142,9 @@ def _channel(element: Element) -> Channel:
         shown = (red, green, blue)
     except ValueError:
         shown = None
-    fluorescent = lit or method or any(element.get(name) for name in _OF_FLUORESCENCE)
-    return Channel(element.get("Name", ""), fluorescent, shown)
+    name = element.get("Name", "")
+    fluorescent = lit or method or bool(_DYES.search(name)) or any(element.get(one) for one in _OF_FLUORESCENCE)
+    return Channel(name, fluorescent, shown)
 
 
 def _children(element: Element, name: str) -> list[Element]:

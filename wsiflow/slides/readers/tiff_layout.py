@@ -8,7 +8,7 @@ Levels are the SubIFDs of OME-TIFF, and reduced pages in the main chain. A slide
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +28,6 @@ _INVERTED = 0
 _COLOURS = {4: "a mask", 5: "CMYK", 8: "CIELab", 9: "ICCLab", 10: "ITULab", 32844: "LogL", 32845: "LogLuv"}
 _UM_PER_UNIT = {2: 25_400.0, 3: 10_000.0, 4: 1_000.0, 5: 1.0}  # 4 and 5 are tifffile's own
 _APERIO_MPP = re.compile(r"\|\s*MPP\s*=\s*([0-9.]+)")
-_MOST_LEVELS = 64
 _SAMPLED_SEGMENTS = 24
 _USED_BITS = (8, 10, 12, 14, FULL_BITS)
 _MAX_SAMPLE_VALUE = 281
@@ -108,6 +107,10 @@ def plain_facts(tiff: Any) -> PlainFacts:
         misread = "its levels are in SubIFDs"
     elif n_pages > 1 and page.samplesperpixel == 1:
         misread = f"it has {n_pages} pages of one channel each"
+    elif page.samplesperpixel > 4 or (page.photometric in _GREYS and page.samplesperpixel > 2):
+        misread = f"it has {page.samplesperpixel} channels"
+    elif tiff.is_ome and any(ome.doubt(image.channels, 1) for image in ome.read_images(tiff.ome_metadata or "")[:1]):
+        misread = "it has a channel of fluorescence"
     elif bits not in {1, 2, 4, 8, FULL_BITS} or page.dtype.kind not in "bu":
         misread = f"its samples have {bits} bits"
     else:
@@ -137,6 +140,8 @@ def layout(tiff: Any, path: Path) -> Layout:
         raise Declined(f"it has {len(channels)} channels or planes of {per_page} samples each", to_ome_tiff(path))
     if reason := ome.doubt(stated, len(channels)):
         raise Declined(reason, _OTHER_CHANNELS)
+    order = ome.rgb_order(stated) if len(channels) == 3 else None
+    channels = [channels[place] for place in order] if order else channels
     used = image.bits if image and image.bits and image.bits < FULL_BITS else 0
     bits = used_bits(tiff, [levels[-1] for levels in channels] + [levels[0] for levels in channels], used)
     samples = _samples(first.keyframe, len(channels), bits, path)
@@ -148,7 +153,7 @@ def layout(tiff: Any, path: Path) -> Layout:
         samples=samples,
         mpp=mpp or stated_mpp(tiff),
         notes=_notes(3 if samples.palette is not None else samples.colours, bits, joined=len(channels)),
-        unstated=len(channels) > 1 and not ome.are_rgb(stated),
+        unstated=len(channels) > 1 and order is None,
     )
 
 
@@ -240,15 +245,12 @@ def _ome_channels(tiff: Any, path: Path) -> tuple[ome.OmeImage | None, list[list
 
 def _channel_pages(tiff: Any) -> list[list[Any]]:
     """Return for each channel the levels of the first image: all of one page, or grey pages of one size."""
-    first = tiff.pages.first
-    if first.samplesperpixel > 1 or first.photometric not in _GREYS:
+    first = max(tiff.pages, key=lambda page: _area_px(page.keyframe))  # a thumbnail may precede the slide
+    if first.keyframe.samplesperpixel > 1 or first.keyframe.photometric not in _GREYS:
         return [_reduced(tiff, first)]
-    shape = _shape(first)
-    return [
-        [page, *_sub_levels(page)] if number else _reduced(tiff, page)
-        for number, page in enumerate(tiff.pages)
-        if number == 0 or (_shape(page.keyframe) == shape and not page.keyframe.is_reduced)
-    ]
+    shape = _shape(first.keyframe)
+    alike = [page for page in tiff.pages if _shape(page.keyframe) == shape and page is not first]
+    return [_reduced(tiff, first), *([page, *_sub_levels(page)] for page in alike)]
 
 
 def _same_pages(tiff: Any) -> int:
@@ -260,14 +262,8 @@ def _same_pages(tiff: Any) -> int:
 
 def _reduced(tiff: Any, first: Any) -> list[Any]:
     """Return a page and its reduced levels, finest first: its SubIFDs, or else pages of the main chain."""
-    chain = [] if first.subifds else list(_chain_levels(tiff, first))
+    chain = [] if first.subifds else [page for page in tiff.pages if _is_level(first.keyframe, page.keyframe)]
     return [first, *_sub_levels(first), *sorted(chain, key=lambda page: -page.imagewidth)]
-
-
-def _chain_levels(tiff: Any, first: Any) -> Iterator[Any]:
-    for number, page in enumerate(tiff.pages):
-        if 0 < number < _MOST_LEVELS and _is_level(first, page.keyframe):
-            yield page
 
 
 def _sub_levels(page: Any) -> list[Any]:
