@@ -442,7 +442,7 @@ def test_a_damaged_tile_is_named(tmp_path: Path) -> None:
     with tifffile.TiffFile(path) as file:
         offset, count = file.pages.first.dataoffsets[5], file.pages.first.databytecounts[5]
     data = bytearray(path.read_bytes())
-    data[offset + count // 2 : offset + count] = bytes(count - count // 2)
+    data[offset + count // 2 : offset + count // 2 + 2] = b"\xff\xd9"  # the mark of the end
     path.write_bytes(data)
     with open_slide(path, slide_id="S") as opened:
         with pytest.raises(InputError, match=r"slide S.*tile or strip 5 of level 0 is damaged; copy it again"):
