@@ -18,7 +18,7 @@ from PIL import Image
 
 from wsiflow.errors import InputError
 from wsiflow.run.stages import overviews
-from wsiflow.slides import slide
+from wsiflow.slides import content, slide
 from wsiflow.slides.readers import formats, openslide_file, tiff
 from wsiflow.slides.readers.formats import Format
 from wsiflow.slides.readers.reader import GREY, Description
@@ -560,6 +560,55 @@ def _padded(image: Pixels, x: int, y: int, width: int, height: int) -> Pixels:
     inside = ((rows >= 0) & (rows < image.shape[0]))[:, None] & ((cols >= 0) & (cols < image.shape[1]))
     found = image[np.clip(rows, 0, image.shape[0] - 1)][:, np.clip(cols, 0, image.shape[1] - 1)]
     return np.where(inside[..., None], found, 255).astype(np.uint8)
+
+
+def ome_zarr(path: Path, levels: list[NDArray[Any]], *, version: int = 2, **about: Any) -> Path:
+    """Write an OME-Zarr of version 0.4 (Zarr 2) or 0.5 (Zarr 3) with axes c, y and x."""
+    zarr = pytest.importorskip("zarr")
+    group = zarr.open_group(path, mode="w", zarr_format=version)
+    datasets = []
+    for number, level in enumerate(levels):
+        array = group.create_array(str(number), shape=level.shape, chunks=(1, 64, 64), dtype=level.dtype)
+        array[:] = level
+        scale = {"type": "scale", "scale": [1.0, 0.25 * 2**number, 0.25 * 2**number]}
+        datasets.append({"path": str(number), "coordinateTransformations": [scale]})
+    axes = [{"name": "c", "type": "channel"}, *({"name": name, "unit": "micrometer"} for name in "yx")]
+    attributes = {"multiscales": [{"axes": axes, "datasets": datasets}]} | about
+    group.attrs.update(attributes if version == 2 else {"ome": attributes})
+    return path
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_an_ome_zarr_is_a_slide_in_a_folder(tmp_path: Path, version: int) -> None:
+    """Its levels, pixel size and pixels are read, and its hash covers all of its chunks."""
+    path = ome_zarr(tmp_path / "s.zarr", [PLANES, PLANES[:, ::2, ::2]], version=version)
+    with open_slide(path, slide_id="S") as opened:
+        assert opened.facts.level_downsamples == (1.0, 2.0)
+        assert (opened.facts.mpp, opened.facts.mpp_source) == ((0.25, 0.25), "OME-Zarr scale")
+    np.testing.assert_array_equal(shown(path), IMAGE)
+    np.testing.assert_array_equal(shown(path, 1), IMAGE[::2, ::2])
+    before = content.sha256(path)
+    chunk = max(part for part in (path / "0").rglob("*") if part.is_file() and "json" not in part.name)
+    chunk.write_bytes(b"cut short")
+    assert content.sha256(path) != before
+    with pytest.raises(InputError, match="cannot be decoded"), open_slide(path, slide_id="S") as opened:
+        opened.overview(4)
+
+
+def test_an_ome_zarr_of_12_bits_in_another_order(tmp_path: Path) -> None:
+    """Labels name the channels, as in OME-TIFF."""
+    deep = PLANES[::-1].astype(np.uint16) * 16 + 8
+    labels = {"omero": {"channels": [{"label": name} for name in ("Blue", "Green", "Red")]}}
+    path = ome_zarr(tmp_path / "s.ome.zarr", [deep], **labels)
+    assert np.abs(shown(path).astype(int) - IMAGE).max() <= 1
+
+
+def test_a_folder_that_is_no_ome_zarr_is_refused(tmp_path: Path) -> None:
+    """Of other arrays nobody knows what their axes are."""
+    (tmp_path / "s.zarr").mkdir()
+    assert "the folder is not an image of OME-Zarr" in refused(tmp_path / "s.zarr")
+    path = ome_zarr(tmp_path / "f.zarr", [PLANES], omero={"channels": [{"label": "DAPI"}] * 3})
+    assert "of fluorescence" in refused(path)
 
 
 class _Flat:

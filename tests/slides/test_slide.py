@@ -219,7 +219,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing": (_missing, "does not exist"),
     "folder": (Path.mkdir, "is a folder"),
     "empty": (Path.touch, r"empty \(0 bytes\)"),
-    "text": (lambda path: path.write_text("not a slide"), "not a slide or an image in a format that is read"),
+    "text": (lambda path: path.write_text("not a slide"), "not a slide in a format that is read, nor an image"),
     "png": (
         lambda path: Image.new("RGB", (9, 9)).save(path, format="PNG"),
         "the file is an ordinary image of another name",

@@ -98,7 +98,7 @@ def unknown_file(path: Path) -> InputError:
     for table, remedy in tables:
         if suffix in table:
             return InputError(f"slides of the format {table[suffix]} are not read", remedy(path), path=path)
-    cause = f"the file is not a slide or an image in a format that is read (its first bytes are {start!r})"
+    cause = f"the file is not a slide in a format that is read, nor an image (its first bytes are {start!r})"
     remedy = f"remove it or its line; if Bio-Formats reads it, {to_ome_tiff(path)}"
     return InputError(cause, remedy, path=path)
 

@@ -33,8 +33,9 @@ class Format(NamedTuple):
 
     def may_read(self, path: Path) -> bool:
         """Return whether the reader is tried for a file, by its name."""
-        allowed = self.only | self.folders
-        return not allowed or path.suffix.lower() in allowed
+        if path.is_dir():
+            return path.suffix.lower() in self.folders
+        return not self.folders and (not self.only or path.suffix.lower() in self.only)
 
 
 _VENDORS = (".svs", ".ndpi", ".mrxs", ".dcm", ".scn", ".bif", ".vms", ".vmu", ".svslide", ".czi")
@@ -45,6 +46,7 @@ FORMATS: tuple[Format, ...] = (
     Format("openslide_file", suffixes=frozenset((*_VENDORS, *_TIFFS))),
     Format("tiff"),
     Format("image", only=frozenset(_IMAGES)),
+    Format("ome_zarr", folders=frozenset({".zarr"})),
 )
 """All readers, in the order in which they are tried. The first that does not decline a file reads it."""
 
@@ -75,3 +77,8 @@ def open_file(path: Path) -> Reader:
     if reason.cause:
         raise InputError(reason.cause, reason.remedy, path=path)
     raise unknown_file(path)
+
+
+def is_slide_folder(path: Path) -> bool:
+    """Return whether a folder is a slide by its name."""
+    return path.suffix.lower() in FOLDERS

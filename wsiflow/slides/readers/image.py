@@ -17,6 +17,7 @@ from wsiflow.slides import content
 from wsiflow.slides.readers.conversion import to_colours, to_eight_bits, to_pyramid
 from wsiflow.slides.readers.reader import (
     GREY,
+    USED_BITS,
     WHITE,
     Declined,
     Description,
@@ -47,7 +48,6 @@ _CODECS: dict[bytes, Callable[[bytes], NDArray[Any]]] = {
     b"\0\0\0\x0cJXL ": imagecodecs.jpegxl_decode,
     b"II\xbc\1": imagecodecs.jpegxr_decode,
 }
-_USED_BITS = (8, 10, 12, 14, 16)
 _UM_PER_INCH = 25_400.0
 _ORIENTATION, _QUARTER_TURNED = 0x0112, 5  # a tag of Exif, and the values from which width and height are exchanged
 # Exceptions of Pillow for files that are cut short or damaged.
@@ -123,7 +123,7 @@ def _with_codec(path: Path, codec: Callable[[bytes], NDArray[Any]]) -> ImageFile
         raise Declined(f"the image has samples of type {samples.dtype} {samples.shape}", to_eight_bits(path))
     notes = (GREY,) if samples.shape[2] < 3 else ()
     if samples.dtype == np.uint16:
-        bits = next(bits for bits in _USED_BITS if int(samples.max()) < 2**bits)
+        bits = next(bits for bits in USED_BITS if int(samples.max()) < 2**bits)
         notes += (reduced_bits(bits),)
         samples = eight_bits(bits)[samples]
     pixels = Image.fromarray(samples[..., 0] if samples.shape[2] == 1 else samples)

@@ -74,6 +74,11 @@ def read_images(text: str) -> list[OmeImage]:
     return [_image(element) for image in _children(root, "Image") for element in _children(image, "Pixels")[:1]]
 
 
+def channel(name: str, colour: tuple[int, int, int] | None) -> Channel:
+    """Return a channel of which only the name and the colour are known."""
+    return Channel(name, bool(_DYES.search(name)), colour)
+
+
 def length_um(value: str | float | None, unit: str | None) -> float | None:
     """Return a length in micrometres, or None where the value is no positive number or the unit no length."""
     try:
@@ -91,24 +96,24 @@ def doubt(channels: tuple[Channel, ...], count: int) -> str:
         channels: What is known about them.
         count: How many there are.
     """
-    names = ", ".join(channel.name for channel in channels if channel.name)
+    names = ", ".join(each.name for each in channels if each.name)
     listed = f"{count} channels ({names})" if names else f"{count} channels"
-    if any(channel.fluorescent for channel in channels):
+    if any(each.fluorescent for each in channels):
         return f"it has {listed} of fluorescence, which are not the colours of a stained section"
     if count not in {1, 3}:
         return f"it has {listed}, which are not red, green and blue"
-    if count == 3 and rgb_order(channels) is None and not all(_is_plain(channel.name) for channel in channels):
+    if count == 3 and rgb_order(channels) is None and not all(_is_plain(each.name) for each in channels):
         return f"it has {listed}, which are not called red, green and blue"
     return ""
 
 
 def rgb_order(channels: tuple[Channel, ...]) -> list[int] | None:
     """Return the places of red, green and blue among three channels, or None where the metadata do not say them."""
-    names = [channel.name.strip().lower() for channel in channels]
+    names = [each.name.strip().lower() for each in channels]
     for rgb in _RGB_NAMES:
         if sorted(names) == sorted(rgb):
             return [names.index(name) for name in rgb]
-    colours = [channel.colour for channel in channels]
+    colours = [each.colour for each in channels]
     if len(channels) == 3 and all(colours.count(colour) == 1 for colour in _RGB_COLOURS) and all(map(_is_plain, names)):
         return [colours.index(colour) for colour in _RGB_COLOURS]
     return None
@@ -142,9 +147,10 @@ def _channel(element: Element) -> Channel:
         shown = (red, green, blue)
     except ValueError:
         shown = None
-    name = element.get("Name", "")
-    fluorescent = lit or method or bool(_DYES.search(name)) or any(element.get(one) for one in _OF_FLUORESCENCE)
-    return Channel(name, fluorescent, shown)
+    named = channel(element.get("Name", ""), shown)
+    return named._replace(
+        fluorescent=named.fluorescent or lit or method or any(element.get(name) for name in _OF_FLUORESCENCE)
+    )
 
 
 def _children(element: Element, name: str) -> list[Element]:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 WHITE = (255, 255, 255)
+USED_BITS = (8, 10, 12, 14, 16)  # of samples that are stored in 16
 GREY = "the slide is grey, which models of stained sections were not trained on"
 
 
@@ -122,3 +123,14 @@ def eight_bits(bits: int) -> NDArray[np.uint8]:
 def reduced_bits(bits: int) -> str:
     """Return the note about samples of more than 8 bits."""
     return f"samples of {bits} bits are reduced to 8 (value * 255 / {2**bits - 1})"
+
+
+def level_downsample(l0_size_px: tuple[int, int], l_size_px: tuple[int, int]) -> float:
+    """Return level-0 pixels per pixel of a level: a whole number where its sides are those of level 0, rounded."""
+    ratios = [full / reduced for full, reduced in zip(l0_size_px, l_size_px, strict=True)]
+    whole = round(sum(ratios) / 2)
+    if all(
+        abs(full - reduced * whole) < whole for full, reduced in zip(l0_size_px, l_size_px, strict=True)
+    ):  # the last pixel of a level may be incomplete, or may have been dropped
+        return float(whole)
+    return sum(ratios) / 2

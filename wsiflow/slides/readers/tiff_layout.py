@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from wsiflow.slides.readers import ome
 from wsiflow.slides.readers.conversion import to_bands, to_colours, to_eight_bits, to_ome_tiff, to_pyramid, to_upright
-from wsiflow.slides.readers.reader import GREY, Declined, reduced_bits
+from wsiflow.slides.readers.reader import GREY, USED_BITS, Declined, level_downsample, reduced_bits
 
 RESOLUTION = "TIFF XResolution"
 FULL_BITS = 16
@@ -29,7 +29,6 @@ _COLOURS = {4: "a mask", 5: "CMYK", 8: "CIELab", 9: "ICCLab", 10: "ITULab", 3284
 _UM_PER_UNIT = {2: 25_400.0, 3: 10_000.0, 4: 1_000.0, 5: 1.0}  # 4 and 5 are tifffile's own
 _APERIO_MPP = re.compile(r"\|\s*MPP\s*=\s*([0-9.]+)")
 _SAMPLED_SEGMENTS = 24
-_USED_BITS = (8, 10, 12, 14, FULL_BITS)
 _MAX_SAMPLE_VALUE = 281
 _UPRIGHT = 1
 _OPACITY = {1: 1, 2: 2}
@@ -149,7 +148,7 @@ def layout(tiff: Any, path: Path) -> Layout:
     mpp = (image.mpp_x, image.mpp_y, "OME PhysicalSizeX") if image and image.mpp_x and image.mpp_y else None
     return Layout(
         levels=levels,
-        downsamples=tuple(_downsample(levels[0].size_px, level.size_px) for level in levels),
+        downsamples=tuple(level_downsample(levels[0].size_px, level.size_px) for level in levels),
         samples=samples,
         mpp=mpp or stated_mpp(tiff),
         notes=_notes(3 if samples.palette is not None else samples.colours, bits, joined=len(channels)),
@@ -192,7 +191,7 @@ def used_bits(tiff: Any, pages: Sequence[Any], stated: int = 0) -> int:
     limit = 2**stated - 1 if stated else max(most) if isinstance(most, tuple) else int(most or 0)
     if not 0 < limit < 2**FULL_BITS - 1:
         limit = max(_largest(tiff, each) for each in pages)
-    return next((bits for bits in _USED_BITS if 0 < limit < 2**bits), FULL_BITS)
+    return next((bits for bits in USED_BITS if 0 < limit < 2**bits), FULL_BITS)
 
 
 def _largest(tiff: Any, page: Any) -> int:
@@ -301,17 +300,6 @@ def _area_px(page: Any) -> int:
 
 def _shape(page: Any) -> tuple[Any, ...]:
     return page.imagewidth, page.imagelength, page.samplesperpixel, page.dtype, page.photometric
-
-
-def _downsample(l0_size_px: tuple[int, int], l_size_px: tuple[int, int]) -> float:
-    """Return level-0 pixels per pixel of a level: a whole number where its sides are those of level 0, rounded."""
-    ratios = [full / reduced for full, reduced in zip(l0_size_px, l_size_px, strict=True)]
-    whole = round(sum(ratios) / 2)
-    if all(
-        abs(full - reduced * whole) < whole for full, reduced in zip(l0_size_px, l_size_px, strict=True)
-    ):  # the last pixel of a level may be incomplete, or may have been dropped
-        return float(whole)
-    return sum(ratios) / 2
 
 
 def _check_page(page: Any, path: Path) -> None:
