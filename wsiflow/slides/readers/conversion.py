@@ -95,9 +95,9 @@ def unknown_file(path: Path) -> InputError:
     if what and not suffix:
         return InputError(f"the file is {what}, not a slide", "name the slide itself, or remove its line", path=path)
     tables = ((_BY_BIO_FORMATS, to_ome_tiff), (_BY_VIPS, to_pyramid), (_BY_VENDOR, _by_vendor))
-    for table, remedy in tables:
+    for table, converted in tables:
         if suffix in table:
-            return InputError(f"slides of the format {table[suffix]} are not read", remedy(path), path=path)
+            return InputError(f"slides of the format {table[suffix]} are not read", converted(path), path=path)
     cause = f"the file is not a slide in a format that is read, nor an image (its first bytes are {start!r})"
     remedy = f"remove it or its line; if Bio-Formats reads it, {to_ome_tiff(path)}"
     return InputError(cause, remedy, path=path)
