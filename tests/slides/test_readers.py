@@ -591,7 +591,7 @@ def test_an_ome_zarr_is_a_slide_in_a_folder(tmp_path: Path, version: int) -> Non
     chunk = max(part for part in (path / "0").rglob("*") if part.is_file() and "json" not in part.name)
     chunk.write_bytes(b"cut short")
     assert content.sha256(path) != before
-    with pytest.raises(InputError, match="level 0 at .* cannot be decoded"):
+    with pytest.raises(InputError, match=r"level 0 at .* cannot be decoded"):
         shown(path)
 
 

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 from wsiflow.errors import EnvironmentFault, InputError
 from wsiflow.slides import content
 from wsiflow.slides.kinds import GivenSlides, ManifestSlides, SingleSlide
-from wsiflow.slides.readers.formats import SUFFIXES
+from wsiflow.slides.readers.formats import FOLDERS, SUFFIXES
 from wsiflow.system import tables
 from wsiflow.system.tables import Line
 
@@ -46,7 +46,7 @@ LABELS: Mapping[str, int] = {
     **dict.fromkeys(("0", "normal", "negative", "benign"), 0),
     **dict.fromkeys(("1", "tumor", "tumour", "positive", "metastasis", "micro", "macro"), 1),
 }
-SLIDE_SUFFIXES = SUFFIXES
+SLIDE_SUFFIXES = SUFFIXES | FOLDERS
 
 _SLIDE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._ -]{0,99}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")

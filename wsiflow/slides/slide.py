@@ -61,6 +61,8 @@ class SlideFacts:
         l0_bounds_corner: Level-0 x, y of the top-left corner of the scanned area, the origin of viewers such as QuPath.
         mpp_source: Where the slide states its pixel size, for example ``OME PhysicalSizeX``; empty where it does not.
         notes: What a user must know about how pixels are shown, for example ``16 bits per sample are reduced to 8``.
+        centre_offset_nm: Where the centre of level 0 lies from the centre of the glass, from which Hamamatsu's
+            annotations count, nm along x and y; None where the slide does not state it.
     """
 
     slide_id: str
@@ -74,6 +76,7 @@ class SlideFacts:
     l0_bounds_corner: tuple[int, int] = (0, 0)
     mpp_source: str = ""
     notes: tuple[str, ...] = ()
+    centre_offset_nm: tuple[float, float] | None = None
 
     def level_for(self, l0_per_px: float) -> int:
         """Return the index of the coarsest level whose downsample is at most ``l0_per_px`` plus 1 %, or 0."""
@@ -356,6 +359,7 @@ def _facts(stated: Description, path: Path, slide_id: str) -> SlideFacts:
         l0_bounds_corner=stated.l0_bounds_corner,
         mpp_source=stated.mpp_source if mpp else "",
         notes=stated.notes,
+        centre_offset_nm=stated.centre_offset_nm,
     )
 
 

@@ -4,7 +4,8 @@ OpenSlide defines what the pixels of these slides are. Where `wsiflow.slides.tif
 itself, and sample regions of that level are equal to the bit, it reads that level from then on.
 
 This is the only module that uses OpenSlide. Label, macro and other associated images are never read. Of the properties
-only the vendor, the pixel size, the background colour and the bounds are read, since others may identify a patient.
+only the vendor, the pixel size, the background colour, the bounds and the place on the glass are read, since others may
+identify a patient.
 """
 
 from collections.abc import Mapping
@@ -240,6 +241,7 @@ def _described(handle: openslide.OpenSlide, path: Path) -> Description:
             int(properties.get(openslide.PROPERTY_NAME_BOUNDS_Y, 0)),
         ),
         notes=plain.notes,
+        centre_offset_nm=_centre_offset(properties),
     )
 
 
@@ -253,6 +255,15 @@ def _number(text: str | None) -> float | None:
     except ValueError:
         return None
     return mpp if mpp > 0 else None
+
+
+def _centre_offset(properties: Mapping[str, str]) -> tuple[float, float] | None:
+    """Return where a slide of Hamamatsu lies from the centre of its glass, nm, or None where it does not state it."""
+    try:
+        x, y = (float(properties[f"hamamatsu.{axis}OffsetFromSlideCentre"]) for axis in "XY")
+    except (KeyError, ValueError):
+        return None
+    return x, y
 
 
 def _background(properties: Mapping[str, str]) -> tuple[int, int, int]:

@@ -29,6 +29,7 @@ class Description(NamedTuple):
         background_rgb: Colour shown behind transparent pixels and outside the slide.
         l0_bounds_corner: Level-0 x, y of the top-left corner of the scanned area.
         notes: What a user must know about how pixels are shown, for example ``16 bits per sample are reduced to 8``.
+        centre_offset_nm: Where the centre of level 0 lies from the centre of the glass, nm along x and y, or None.
     """
 
     vendor: str
@@ -40,6 +41,7 @@ class Description(NamedTuple):
     background_rgb: tuple[int, int, int] = WHITE
     l0_bounds_corner: tuple[int, int] = (0, 0)
     notes: tuple[str, ...] = ()
+    centre_offset_nm: tuple[float, float] | None = None
 
 
 class Reader(Protocol):

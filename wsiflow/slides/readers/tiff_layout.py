@@ -22,6 +22,7 @@ from wsiflow.slides.readers.reader import GREY, USED_BITS, Declined, level_downs
 
 RESOLUTION = "TIFF XResolution"
 FULL_BITS = 16
+_UNSIGNED = ("b", "u")  # NumPy's kinds of types
 
 _GREYS, _RGB, _PALETTE, _YCBCR = frozenset({0, 1}), 2, 3, 6
 _INVERTED = 0
@@ -110,7 +111,7 @@ def plain_facts(tiff: Any) -> PlainFacts:
         misread = f"it has {page.samplesperpixel} channels"
     elif tiff.is_ome and any(ome.doubt(image.channels, 1) for image in ome.read_images(tiff.ome_metadata or "")[:1]):
         misread = "it has a channel of fluorescence"
-    elif bits not in {1, 2, 4, 8, FULL_BITS} or page.dtype.kind not in "bu":
+    elif bits not in {1, 2, 4, 8, FULL_BITS} or page.dtype.kind not in _UNSIGNED:
         misread = f"its samples have {bits} bits"
     else:
         misread = ""
@@ -306,7 +307,7 @@ def _check_page(page: Any, path: Path) -> None:
     """Refuse pages whose samples are no colours of up to 16 bits."""
     if page.compression != _UNCOMPRESSED and page.compression not in tifffile.TIFF.DECOMPRESSORS:
         raise Declined(f"its tiles have compression: {int(page.compression)}, which is not known", to_ome_tiff(path))
-    if page.dtype is None or page.dtype.kind not in "bu" or page.bitspersample > FULL_BITS:
+    if page.dtype is None or page.dtype.kind not in _UNSIGNED or page.bitspersample > FULL_BITS:
         kind = f"{page.bitspersample}-bit samples of type {page.dtype or page.sampleformat}"
         raise Declined(f"it has {kind}, not 8 or 16 bits", to_eight_bits(path))
     if page.photometric not in {*_GREYS, _RGB, _PALETTE, _YCBCR}:
