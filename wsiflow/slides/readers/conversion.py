@@ -88,6 +88,11 @@ def is_foreign(path: Path) -> bool:
 
 def unknown_file(path: Path) -> InputError:
     """Return the error of a file that no reader knows."""
+    if path.suffix.lower() == ".mrxs" and not path.with_suffix("").is_dir():
+        cause = f"the folder {path.stem}, in which this slide has its pixels, is not beside it"
+        return InputError(cause, "copy the folder too", path=path)
+    if path.is_dir():
+        return InputError("the folder is not a slide", "name the slide itself, or remove its line", path=path)
     with path.open("rb") as stream:
         start = stream.read(12)
     what, suffix = next((known for begin, known in _KNOWN_STARTS.items() if start.startswith(begin)), ("", ""))

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from wsiflow.errors import InputError
 from wsiflow.slides.readers.conversion import unknown_file
 from wsiflow.slides.readers.reader import Declined, Reader
+from wsiflow.system import faults
 
 
 class Format(NamedTuple):
@@ -72,6 +73,8 @@ def open_file(path: Path) -> Reader:
             opened: Reader = importlib.import_module(f"{__package__}.{each.module}").open_file(path)
         except Declined as declined:
             reason = declined if declined.cause else reason
+        except OSError as error:
+            raise faults.unreadable(error, "the slide", "correct its line, or remove it", path=path) from error
         else:
             return opened
     if reason.cause:

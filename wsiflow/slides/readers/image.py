@@ -26,6 +26,7 @@ from wsiflow.slides.readers.reader import (
     opacity,
     reduced_bits,
 )
+from wsiflow.system import faults
 
 _NAMES = ("PNG", "JPEG", "BMP", "WEBP", "JPEG2000", "GIF", "PPM", "TGA")
 _STARTS = (
@@ -49,7 +50,10 @@ _CODECS: dict[bytes, Callable[[bytes], NDArray[Any]]] = {
     b"II\xbc\1": imagecodecs.jpegxr_decode,
 }
 _UM_PER_INCH = 25_400.0
-_ORIENTATION, _QUARTER_TURNED = 0x0112, 5  # a tag of Exif, and the values from which width and height are exchanged
+_ORIENTATION, _QUARTER_TURNED = (
+    0x0112,
+    5,
+)  # a tag of Exif, and the values from which width and height are exchanged
 # Exceptions of Pillow for files that are cut short or damaged.
 _UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, IndexError, RuntimeError, Image.DecompressionBombError)
 
@@ -98,6 +102,8 @@ def open_file(path: Path) -> ImageFile:
     try:
         return _with_codec(path, codec) if codec else _with_pillow(path)
     except _UNREADABLE as error:
+        if isinstance(error, OSError) and faults.is_of_machine(error):
+            raise
         raise Declined(f"the image ends early or is damaged ({error})", content.COPY_AGAIN) from error
 
 
@@ -164,6 +170,8 @@ def _decoded(path: Path) -> Image.Image:
             upright = ImageOps.exif_transpose(image)
             upright.load()
     except _UNREADABLE as error:
+        if isinstance(error, OSError) and faults.is_of_machine(error):
+            raise faults.unreadable(error, "the slide", content.COPY_AGAIN, path=path) from error
         raise InputError(f"the image cannot be decoded ({error})", content.COPY_AGAIN, path=path) from error
     return _plain(upright)
 

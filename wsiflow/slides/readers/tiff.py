@@ -8,6 +8,7 @@ blocks of a slide follow each other row by row. Uncompressed strips are read by 
 compressed strip is decoded whole, and kept until the next one: an image in one strip is in memory once.
 """
 
+import errno
 import logging
 import os
 import struct
@@ -43,6 +44,9 @@ _DARK_SIDE_PX = 512
 _UNREADABLE = (*tiff_tiles.UNREADABLE, NotImplementedError, struct.error)
 
 logging.getLogger("tifffile").addHandler(logging.NullHandler())  # what is wrong with a file is said once, by us
+
+_bits: dict[tuple[Path | int, ...], int] = {}
+"""Bits of a sample that are used, by path and stamp: a process opens a slide for every task."""
 
 _Decode = Callable[[bytes, int], NDArray[Any] | None]
 
@@ -183,6 +187,8 @@ class TiffFile:
             if len(data) < count:
                 raise InputError(f"{where} ends early", content.COPY_AGAIN, path=self._path)
             segment = plane.decode(data, index)
+        except MemoryError as error:
+            raise faults.fault(OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)), path=self._path) from error
         except _UNREADABLE as error:
             if isinstance(error, OSError) and faults.is_of_machine(error):
                 raise faults.unreadable(error, "the slide", content.COPY_AGAIN, path=self._path) from error
@@ -224,12 +230,16 @@ def plain_facts(path: Path) -> PlainFacts:
 
     It is kept, because a process opens a slide for every task, and the index of a large one takes milliseconds.
     """
+    return _plain_facts(path, _stamp(path))
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
     status = path.stat()
-    return _plain_facts(path, (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns))
+    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 @lru_cache(maxsize=256)
-def _plain_facts(path: Path, _stamp: tuple[int, ...]) -> PlainFacts:
+def _plain_facts(path: Path, _stamped: tuple[int, ...]) -> PlainFacts:
     try:
         with tifffile.TiffFile(path) as tiff:
             return tiff_layout.plain_facts(tiff)
@@ -251,16 +261,20 @@ def open_file(path: Path) -> TiffFile:
     with path.open("rb") as stream:
         if not stream.read(4).startswith(_STARTS) or is_foreign(path):
             raise Declined
+    stamp = (path, *_stamp(path))
     try:
         with tifffile.TiffFile(path) as tiff:
-            layout = tiff_layout.layout(tiff, path)
+            layout = tiff_layout.layout(tiff, path, _bits.get(stamp, 0))
             if any(_beyond(page, tiff.filehandle.size) for level in layout.levels for page in level.pages):
                 raise InputError("the file ends before its last tile or strip", content.COPY_AGAIN, path=path)
             planes = [[_plane(page, tiff.byteorder, path) for page in level.pages] for level in layout.levels]
     except _UNREADABLE as error:
+        if isinstance(error, OSError) and faults.is_of_machine(error):
+            raise
         raise Declined(
             f"the file begins like a TIFF, but ends early or is damaged ({error})", content.COPY_AGAIN
         ) from error
+    _bits[stamp] = layout.samples.bits
     opened = TiffFile(path, os.open(path, os.O_RDONLY | os.O_CLOEXEC), layout, planes)
     try:
         if layout.unstated:

@@ -113,6 +113,8 @@ def plain_facts(tiff: Any) -> PlainFacts:
         misread = "it has a channel of fluorescence"
     elif bits not in {1, 2, 4, 8, FULL_BITS} or page.dtype.kind not in _UNSIGNED:
         misread = f"its samples have {bits} bits"
+    elif page.compression == _UNCOMPRESSED and page.is_tiled and _tile_bytes(page) % _LIBTIFF_BUFFER_BYTES:
+        misread = f"its uncompressed tiles have {_tile_bytes(page)} bytes, which libtiff refuses"
     else:
         misread = ""
     notes = _notes(1 if page.photometric in _GREYS else 3, bits)
@@ -121,8 +123,13 @@ def plain_facts(tiff: Any) -> PlainFacts:
     return PlainFacts(misread, notes, stated_mpp(tiff))
 
 
-def layout(tiff: Any, path: Path) -> Layout:
+def layout(tiff: Any, path: Path, known_bits: int = 0) -> Layout:
     """Return what is in a file.
+
+    Args:
+        tiff: The open file.
+        path: Its path, for messages.
+        known_bits: Bits of a sample that are used, as an earlier call has found them; 0 where they are not known.
 
     Raises:
         Declined: It holds something else than a picture in grey or in colours.
@@ -143,7 +150,8 @@ def layout(tiff: Any, path: Path) -> Layout:
     order = ome.rgb_order(stated) if len(channels) == 3 else None
     channels = [channels[place] for place in order] if order else channels
     used = image.bits if image and image.bits and image.bits < FULL_BITS else 0
-    bits = used_bits(tiff, [levels[-1] for levels in channels] + [levels[0] for levels in channels], used)
+    sampled = [levels[-1] for levels in channels] + [levels[0] for levels in channels]
+    bits = known_bits or used_bits(tiff, sampled, used)
     samples = _samples(first.keyframe, len(channels), bits, path)
     levels = _common_levels(channels)
     mpp = (image.mpp_x, image.mpp_y, "OME PhysicalSizeX") if image and image.mpp_x and image.mpp_y else None
@@ -295,6 +303,11 @@ def _common_levels(channels: Sequence[Sequence[Any]]) -> tuple[Level, ...]:
     return tuple(levels)
 
 
+def _tile_bytes(page: Any) -> int:
+    samples = page.samplesperpixel if page.planarconfig == 1 else 1
+    return int(page.tilelength * (page.tilewidth * samples * page.bitspersample // 8))
+
+
 def _area_px(page: Any) -> int:
     return int(page.imagewidth) * int(page.imagelength)
 
@@ -323,6 +336,7 @@ _JPEGS = frozenset({6, 7, 34892, 33007})
 _DECODED_TO_RGB = _JPEGS | {22610, 34927, 34934, 50001, 50002, 52546}  # WebP, JPEG XR, JPEG XL
 _APERIO_YCBCR = 33003
 _UNCOMPRESSED = 1
+_LIBTIFF_BUFFER_BYTES = 1024  # libtiff 4.7 compares the size of an uncompressed tile with that of its buffer
 
 
 def _samples(page: Any, n_pages: int, bits: int, path: Path) -> Samples:
@@ -349,7 +363,9 @@ def _samples(page: Any, n_pages: int, bits: int, path: Path) -> Samples:
         bits=bits,
         inverted=page.photometric == _INVERTED,
         palette=palette,
-        ycbcr=colours == 3 and (raw_ycbcr or page.compression == _APERIO_YCBCR),
+        # Aperio's first number of JPEG 2000 means luma and chroma; others write it for red, green and blue.
+        ycbcr=colours == 3
+        and (raw_ycbcr or (page.compression == _APERIO_YCBCR and (page.description or "").startswith("Aperio"))),
     )
 
 
