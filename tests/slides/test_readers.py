@@ -479,6 +479,8 @@ FORMS = st.fixed_dictionaries(
     {
         "compression": st.sampled_from([None, "zlib", "lzw", "zstd", "lzma", "jpeg2000", "jpegxl", "packbits"]),
         "tile": st.one_of(st.none(), st.tuples(*[st.sampled_from([16, 48, 64, 256])] * 2)),
+        "predictor": st.booleans(),
+        "file": st.fixed_dictionaries({"bigtiff": st.booleans(), "byteorder": st.sampled_from("<>")}),
         "levels": st.integers(1, 3),
         "subifds": st.booleans(),
         "colours": st.sampled_from(["rgb", "planar", "rgba", "grey", "pages", "12-bit"]),
@@ -532,12 +534,17 @@ def _compare(path: Path, form: dict[str, Any], rectangle: tuple[int, int, int, i
     if form["um_px"]:
         px = (10_000 if form["unit"] == "CENTIMETER" else 25_400) / form["um_px"]
         resolution = {"resolution": (px, px), "resolutionunit": form["unit"]}
+    predictor = form["predictor"] and form["compression"] in {"zlib", "lzw", "zstd", "lzma"}
     expected = []
-    with tifffile.TiffWriter(path) as writer:
+    file = form["file"]
+    if form["compression"] in {"jpeg2000", "jpegxl"}:
+        file = {}  # what writes these takes samples of this machine's byte order alone
+    with tifffile.TiffWriter(path, **file) as writer:
         for number, image in enumerate(images):
             pixels, options, shown = _stored(image, form["colours"])
             expected.append(shown)
             options |= {"compression": form["compression"], "tile": form["tile"], "metadata": None} | resolution
+            options |= {"predictor": predictor}
             inside = form["subifds"] and number == 0 and len(images) > 1
             writer.write(pixels, subfiletype=int(number > 0), subifds=len(images) - 1 if inside else None, **options)
     with open_slide(path, slide_id="S") as opened:
