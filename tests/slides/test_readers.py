@@ -524,41 +524,43 @@ def _stored(image: Pixels, colours: str) -> tuple[NDArray[Any], dict[str, Any], 
 
 
 def _compare(path: Path, form: dict[str, Any], rectangle: tuple[int, int, int, int]) -> None:
-    width, height = form["size"]
-    images = [tissue(width, height)]
-    while len(images) < form["levels"] and min(images[-1].shape[:2]) >= 4:
-        images.append(np.ascontiguousarray(images[-1][::2, ::2]))
-    if form["colours"] == "pages" and not form["subifds"]:
-        images = images[:1]  # reduced pages in the main chain would be channels
-    resolution = {}
-    if form["um_px"]:
-        px = (10_000 if form["unit"] == "CENTIMETER" else 25_400) / form["um_px"]
-        resolution = {"resolution": (px, px), "resolutionunit": form["unit"]}
-    predictor = form["predictor"] and form["compression"] in {"zlib", "lzw", "zstd", "lzma"}
-    expected = []
-    file = form["file"]
-    if form["compression"] in {"jpeg2000", "jpegxl"}:
-        file = {}  # what writes these takes samples of this machine's byte order alone
-    with tifffile.TiffWriter(path, **file) as writer:
-        for number, image in enumerate(images):
-            pixels, options, shown = _stored(image, form["colours"])
-            expected.append(shown)
-            options |= {"compression": form["compression"], "tile": form["tile"], "metadata": None} | resolution
-            options |= {"predictor": predictor}
-            inside = form["subifds"] and number == 0 and len(images) > 1
-            writer.write(pixels, subfiletype=int(number > 0), subifds=len(images) - 1 if inside else None, **options)
+    expected = _written_at_random(path, form)
+    x, y, cols, rows = rectangle
     with open_slide(path, slide_id="S") as opened:
         facts = opened.facts
-        assert facts.l0_size_px == (width, height)
+        assert facts.l0_size_px == form["size"]
         assert facts.mpp == (pytest.approx((form["um_px"],) * 2, rel=1e-3) if form["um_px"] else None)
         for level, size_px in enumerate(facts.level_sizes_px):
             assert size_px == expected[level].shape[1::-1]
-            x, y, cols, rows = rectangle
             downsample = facts.level_downsamples[level]
             if opened.decoder != "tifffile" and not downsample.is_integer():
                 continue  # OpenSlide blends these
             region = opened.read(round(x * downsample), round(y * downsample), level, (cols, rows))
             np.testing.assert_array_equal(region.rgb, _padded(expected[level], x, y, cols, rows))
+
+
+def _written_at_random(path: Path, form: dict[str, Any]) -> list[Pixels]:
+    """Write a slide of a form, and return what its levels show."""
+    images = [tissue(*form["size"])]
+    while len(images) < form["levels"] and min(images[-1].shape[:2]) >= 4:
+        images.append(np.ascontiguousarray(images[-1][::2, ::2]))
+    if form["colours"] == "pages" and not form["subifds"]:
+        images = images[:1]  # reduced pages in the main chain would be channels
+    always = {name: form[name] for name in ("compression", "tile")} | {"metadata": None}
+    always["predictor"] = form["predictor"] and form["compression"] in {"zlib", "lzw", "zstd", "lzma"}
+    if form["um_px"]:
+        px = (10_000 if form["unit"] == "CENTIMETER" else 25_400) / form["um_px"]
+        always |= {"resolution": (px, px), "resolutionunit": form["unit"]}
+    # What writes these two takes samples of this machine's byte order alone.
+    file = {} if form["compression"] in {"jpeg2000", "jpegxl"} else form["file"]
+    expected = []
+    with tifffile.TiffWriter(path, **file) as writer:
+        for number, image in enumerate(images):
+            pixels, options, shown = _stored(image, form["colours"])
+            expected.append(shown)
+            inside = len(images) - 1 if form["subifds"] and number == 0 and len(images) > 1 else None
+            writer.write(pixels, subfiletype=int(number > 0), subifds=inside, **options, **always)
+    return expected
 
 
 def _padded(image: Pixels, x: int, y: int, width: int, height: int) -> Pixels:

@@ -127,7 +127,7 @@ def _with_codec(path: Path, codec: Callable[[bytes], NDArray[Any]]) -> ImageFile
         samples = samples[..., None]
     if samples.ndim != 3 or samples.shape[2] > 4 or samples.dtype not in (np.uint8, np.uint16):
         raise Declined(f"the image has samples of type {samples.dtype} {samples.shape}", to_eight_bits(path))
-    notes = (GREY,) if samples.shape[2] < 3 else ()
+    notes: tuple[str, ...] = (GREY,) if samples.shape[2] < 3 else ()
     if samples.dtype == np.uint16:
         bits = next(bits for bits in USED_BITS if int(samples.max()) < 2**bits)
         notes += (reduced_bits(bits),)
@@ -159,8 +159,8 @@ def _check(image: Image.Image, path: Path) -> None:
     if image.mode not in _MODES:
         remedy = to_eight_bits(path) if image.mode in {"I", "F"} or ";" in image.mode else to_colours(path)
         raise Declined(f"the image stores {image.mode}, not grey or red, green and blue", remedy)
-    if getattr(image, "n_frames", 1) > 1:
-        raise Declined(f"the image has {image.n_frames} frames", to_pyramid(path))
+    if (frames := getattr(image, "n_frames", 1)) > 1:
+        raise Declined(f"the image has {frames} frames", to_pyramid(path))
 
 
 def _decoded(path: Path) -> Image.Image:

@@ -119,7 +119,8 @@ def opacity(alpha: Image.Image) -> NDArray[np.uint8] | None:
 def eight_bits(bits: int) -> NDArray[np.uint8]:
     """Return the 8-bit value of every sample of so many bits, rounded to the nearest as libtiff does."""
     most = 2**bits - 1
-    return ((np.arange(most + 1) * 255 + most // 2) // most).astype(np.uint8)
+    table: NDArray[np.uint8] = ((np.arange(most + 1) * 255 + most // 2) // most).astype(np.uint8)
+    return table
 
 
 def reduced_bits(bits: int) -> str:

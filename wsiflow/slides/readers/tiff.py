@@ -45,7 +45,7 @@ _UNREADABLE = (*tiff_tiles.UNREADABLE, NotImplementedError, struct.error)
 
 logging.getLogger("tifffile").addHandler(logging.NullHandler())  # what is wrong with a file is said once, by us
 
-_bits: dict[tuple[Path | int, ...], int] = {}
+_bits: dict[tuple[str | int, ...], int] = {}
 """Bits of a sample that are used, by path and stamp: a process opens a slide for every task."""
 
 _Decode = Callable[[bytes, int], NDArray[Any] | None]
@@ -261,7 +261,7 @@ def open_file(path: Path) -> TiffFile:
     with path.open("rb") as stream:
         if not stream.read(4).startswith(_STARTS) or is_foreign(path):
             raise Declined
-    stamp = (path, *_stamp(path))
+    stamp: tuple[str | int, ...] = (str(path), *_stamp(path))
     try:
         with tifffile.TiffFile(path) as tiff:
             layout = tiff_layout.layout(tiff, path, _bits.get(stamp, 0))

@@ -134,10 +134,7 @@ def layout(tiff: Any, path: Path, known_bits: int = 0) -> Layout:
     Raises:
         Declined: It holds something else than a picture in grey or in colours.
     """
-    image, channels, stated = None, None, ()
-    if tiff.is_ome:
-        image, channels, stated = _ome_channels(tiff, path)
-    channels = channels or _channel_pages(tiff)
+    image, channels, stated = _ome_channels(tiff, path) if tiff.is_ome else (None, _channel_pages(tiff), ())
     first = channels[0][0]
     for page in {id(page.keyframe): page.keyframe for levels in channels for page in levels}.values():
         _check_page(page, path)
@@ -290,7 +287,7 @@ def _is_level(first: Any, page: Any) -> bool:
         return False
     (across, down), slack = (full / reduced for full, reduced in sizes), 0.0
     slack = across / page.imagewidth + down / page.imagelength  # rounding a side changes it by at most one pixel
-    return abs(across - down) <= slack
+    return bool(abs(across - down) <= slack)
 
 
 def _common_levels(channels: Sequence[Sequence[Any]]) -> tuple[Level, ...]:
