@@ -314,6 +314,10 @@ def _plane(page: Any, byteorder: str, path: Path) -> _Plane:
     segment_px = tile_px if frame.is_tiled else (size_px[0], min(int(frame.rowsperstrip), size_px[1]))
     across, down = (-(-side // part) for side, part in zip(size_px, segment_px, strict=True))
     planes = int(frame.samplesperpixel) if frame.planarconfig == 2 else 1
+    try:
+        frame.decode(None, 0)  # without data it only says whether it decodes such pages
+    except (NotImplementedError, ValueError) as error:
+        raise Declined(f"its tiles or strips are not decoded ({error})", to_pyramid(path)) from error
     n_bytes = segment_px[0] * segment_px[1] * int(frame.samplesperpixel) // planes * frame.dtype.itemsize
     if n_bytes > _MOST_SEGMENT_BYTES:
         cause = f"the image is one compressed strip of {n_bytes / 2**30:.1f} GiB, which would have to be in memory"
@@ -364,7 +368,7 @@ def _uncompressed(page: Any, byteorder: str) -> _Plane:
 
 def _decoder(page: Any) -> _Decode:
     """Return the decoder of a page's tiles or strips; one that notices damage where there is one."""
-    frame, tables, decode = page.keyframe, page.jpegtables, page.keyframe.decode
+    frame, tables, header, decode = page.keyframe, page.jpegtables, page.keyframe.jpegheader, page.keyframe.decode
     is_jpeg = frame.compression == 7 and tiff_tiles.is_plain(frame)
     careful = tiff_tiles.jpeg_decoder(frame) if is_jpeg else None
     height = int(frame.tilelength)
@@ -373,7 +377,7 @@ def _decoder(page: Any) -> _Decode:
         if careful is not None and tiff_tiles.is_plain_jpeg(data, height):
             tile = careful(data, index)
             return None if tile is None else tile.copy()
-        segment = decode(data, index, jpegtables=tables)[0]
+        segment = decode(data, index, jpegtables=tables, jpegheader=header)[0]
         return None if segment is None else segment[0]
 
     return decoded
