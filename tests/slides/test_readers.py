@@ -406,6 +406,8 @@ REFUSED: dict[str, tuple[str, Callable[[Path], object], str, str]] = {
     "isyntax": ("s.isyntax", lambda path: path.write_bytes(b"<DataObject>"), "Philips iSyntax", "vendor's program"),
     "zip": ("s.svs", lambda path: path.write_bytes(b"PK\3\4....."), "is a ZIP archive", "name the slide itself"),
     "page": ("s.svs", lambda path: path.write_text("<!DOCTYPE html>"), "is a web page", "name the slide itself"),
+    "pointer": ("s.svs", lambda path: path.write_text("version https://git-lfs.github.com/spec/v1"), "Git LFS", "pull"),
+    "mirax": ("s.mrxs", lambda path: path.write_text("[GENERAL]"), "the folder s, in which", "copy the folder too"),
     "cmyk-jpeg": ("s.jpg", lambda path: Image.fromarray(RGBA, "CMYK").save(path), "CMYK", "vips colourspace "),
     "frames": (
         "s.gif",

@@ -41,6 +41,9 @@ _KNOWN_STARTS = {
     b"<html": ("a web page", ""),
     b"ZISRAWFI": ("", ".czi"),
     b"\x89HDF": ("an HDF5 file", ""),
+    b"<?xml": ("an XML file", ""),
+    b"version https://git-lfs": ("a pointer of Git LFS (fetch what it points to: git lfs pull)", ""),
+    b"/annex/objects": ("a pointer of git-annex (fetch what it points to: git annex get)", ""),
 }
 
 
@@ -94,7 +97,7 @@ def unknown_file(path: Path) -> InputError:
     if path.is_dir():
         return InputError("the folder is not a slide", "name the slide itself, or remove its line", path=path)
     with path.open("rb") as stream:
-        start = stream.read(12)
+        start = stream.read(24)
     what, suffix = next((known for begin, known in _KNOWN_STARTS.items() if start.startswith(begin)), ("", ""))
     suffix = path.suffix.lower() if is_foreign(path) else suffix
     if what and not suffix:
@@ -103,7 +106,7 @@ def unknown_file(path: Path) -> InputError:
     for table, converted in tables:
         if suffix in table:
             return InputError(f"slides of the format {table[suffix]} are not read", converted(path), path=path)
-    cause = f"the file is not a slide in a format that is read, nor an image (its first bytes are {start!r})"
+    cause = f"the file is not a slide in a format that is read, nor an image (its first bytes are {start[:12]!r})"
     remedy = f"remove it or its line; if Bio-Formats reads it, {to_ome_tiff(path)}"
     return InputError(cause, remedy, path=path)
 
