@@ -147,7 +147,7 @@ def check_what_its_page_shows(server: PrefectServer, flow_run_id: str) -> None:
     (failure,) = json.loads(artifacts["failures"]["data"])
     assert (failure["slide"], failure["stage"]) == ("broken", "ingest")
     assert "not a slide in a format" in failure["cause"]
-    assert "copy it again" in failure["remedy"]
+    assert "remove it or its line" in failure["remedy"]
     assert "**Partial**: 1 of 7 slides have no result" in artifacts["result"]["data"]
     records = server.ask("logs/filter", {"logs": own, "limit": 200})
     steps = [record for record in records if record["name"].startswith("wsiflow.")]

@@ -18,6 +18,7 @@ from PIL import Image
 from wsiflow.errors import EnvironmentFault, InputError
 from wsiflow.slides import slide
 from wsiflow.slides.content import sha256, signature
+from wsiflow.slides.readers import openslide_file
 from wsiflow.slides.slide import Slide, open_slide
 
 WIDTH, HEIGHT = 333, 250
@@ -217,10 +218,10 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing": (_missing, "does not exist"),
     "folder": (Path.mkdir, "is a folder"),
     "empty": (Path.touch, r"empty \(0 bytes\)"),
-    "text": (lambda path: path.write_text("not a slide"), "not a slide in a format that OpenSlide reads"),
+    "text": (lambda path: path.write_text("not a slide"), "not a slide in a format that is read, nor an image"),
     "png": (
         lambda path: Image.new("RGB", (9, 9)).save(path, format="PNG"),
-        "not a slide in a format that OpenSlide reads",
+        "the file is an ordinary image of another name",
     ),
     "pipe": (os.mkfifo, "not a regular file"),
 }
@@ -350,7 +351,7 @@ def test_an_old_openslide_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Versions with known memory faults and swapped pixel sizes are not used."""
     monkeypatch.setattr(openslide, "__library_version__", "4.0.0")
     with pytest.raises(EnvironmentFault, match=r"4\.0\.0, older than 4\.0\.1"):
-        slide._require_openslide.__wrapped__()
+        openslide_file._require_openslide.__wrapped__()
 
 
 @pytest.mark.parametrize("names", [("s.mrxs", "s/Data0.dat"), ("1.dcm", "2.dcm"), ("i.vms", "tile.jpg")])

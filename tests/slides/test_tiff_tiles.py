@@ -71,7 +71,7 @@ def assert_shows_openslides_pixels(opened: Slide, level: int, count: int = 12) -
 def only_openslide(path: Path) -> Iterator[Slide]:
     """Return a slide that is read by OpenSlide only."""
     with open_slide(path, slide_id="T1") as opened:
-        opened._verified = dict.fromkeys(range(len(opened.facts.level_sizes_px)))
+        opened._reader._verified = dict.fromkeys(range(len(opened.facts.level_sizes_px)))
         yield opened
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from wsiflow.errors import EnvironmentFault, InputError, SlideModified, WsiflowError
 from wsiflow.slides import dicom
+from wsiflow.slides.readers.formats import is_slide_folder
 from wsiflow.system import faults
 
 COPY_AGAIN = "copy it again from its source, or remove its line"
@@ -125,6 +126,8 @@ def require_file(path: Path, slide_id: str = "", *, what: str = "slide") -> None
     """
     status = _file_status(path, slide_id, what)
     if stat.S_ISDIR(status.st_mode):
+        if what == "slide" and is_slide_folder(path):
+            return
         remedy = "name a file (of DICOM any .dcm in the folder) in its line, or use dataset=folder"
         raise InputError(f"the path is a folder, not a {what} file", remedy, slide=slide_id, path=path)
     if not stat.S_ISREG(status.st_mode):
@@ -172,7 +175,7 @@ def _absent(path: Path, slide_id: str, what: str, error: OSError) -> WsiflowErro
 def _parts(path: Path) -> list[tuple[str, Path]]:
     """Return all files of a slide, each with its name relative to the folder of the slide, sorted by name."""
     require_file(path)
-    parts = {path, *_companions(path)}
+    parts = {*([] if path.is_dir() else [path]), *_companions(path)}
     return sorted((part.relative_to(path.parent).as_posix(), part) for part in parts)
 
 
@@ -202,9 +205,10 @@ def companions(path: Path) -> list[Path]:
 def _candidates(path: Path) -> Iterator[Path]:
     """Yield the files and folders that by their names belong to a slide, according to its format."""
     kind, data = path.suffix.lower(), path.with_suffix("")
-    if kind == ".mrxs" and data.is_dir():
-        for folder, _, names in os.walk(data, onerror=_raise_unlisted):
-            yield from (Path(folder, name) for name in names)
+    if path.is_dir() and is_slide_folder(path):
+        yield from _below(path)
+    elif kind == ".mrxs" and data.is_dir():
+        yield from _below(data)
     elif kind == ".dcm":
         yield from _of_series(path)
     elif kind in {".vms", ".vmu"}:
@@ -221,6 +225,11 @@ def _of_series(path: Path) -> list[Path]:
         return dicom.files_of_series(path)
     except OSError as error:
         raise unlisted(error) from error
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    for here, _, names in os.walk(folder, onerror=_raise_unlisted):
+        yield from (Path(here, name) for name in names)
 
 
 def _listed(folder: Path) -> list[Path]:

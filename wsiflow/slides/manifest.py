@@ -23,6 +23,7 @@ from wsiflow.errors import InputError
 from wsiflow.slides import content, dialects, dicom, folder, names, typed_paths
 from wsiflow.slides.annotations.outlines import COMPANION_SUFFIXES
 from wsiflow.slides.kinds import FolderSlides, GivenSlides, ManifestSlides, SingleSlide
+from wsiflow.slides.readers.formats import FOLDERS, SUFFIXES
 from wsiflow.system import tables
 from wsiflow.system.tables import Line
 
@@ -50,9 +51,7 @@ NO_VALUE = frozenset(
     {"n/a", "#n/a", "na", "n.a.", "nan", "<na>", "none", "null", "nil", "-", "--", "?", "unknown", "missing"}
 )
 """What people and programs write, in any case, where they have no label, pixel size, patient or file."""
-SLIDE_SUFFIXES = frozenset(
-    {".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".dcm", ".scn", ".bif", ".vms", ".vmu", ".svslide", ".czi"}
-)
+SLIDE_SUFFIXES = SUFFIXES | FOLDERS
 
 _SEPARATORS = ",;\t"
 _SHA256 = re.compile(r"[0-9a-f]{64}")

@@ -1,47 +1,37 @@
 """Whole-slide images: opening them, their metadata, and reading their pixels.
 
-Input: a file that OpenSlide can read. Output: facts about the slide, and uint8 RGB arrays on an opaque background.
+Input: a file that one of `wsiflow.slides.readers` reads. Output: facts about the slide, and uint8 RGB arrays on an
+opaque background.
 
 Conventions: points are (x, y) and sizes (width, height), as in OpenSlide; arrays are (rows, cols, 3). The prefix
 ``l0_`` marks level-0 pixels, ``l_`` pixels of the level that is read. A *reading pixel* is ``l0_per_px`` level-0 pixels
 a side. Pixel (i, j) of a level begins at level-0 pixel (i * d, j * d), where d is the level's downsample as stated by
-OpenSlide.
-
-OpenSlide opens every slide and defines what its pixels are. Where `wsiflow.slides.tiff_tiles` can decode the tiles of a
-level itself, and sample regions of that level are equal to the bit, it reads that level from then on.
-
-This is the only module that uses OpenSlide. Label, macro and other associated images are never read. Of the properties
-only the vendor, the pixel size, the background colour, the bounds and the place on the glass are read, since others may
-identify a patient.
+the reader.
 """
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
 
 import numpy as np
-import openslide
 from numpy.typing import NDArray
 from PIL import Image
 
-from wsiflow.errors import EnvironmentFault, InputError, WsiflowError
-from wsiflow.slides import content, tiff_tiles
-from wsiflow.system import faults
+from wsiflow.errors import InputError, WsiflowError
+from wsiflow.slides import content
+from wsiflow.slides.readers.formats import open_file
+from wsiflow.slides.readers.reader import Description, Reader
 
-OPENSLIDE_AT_LEAST = (4, 0, 1)
 REFERENCE_TILE_PX = 224
 
 _LEVEL_TOLERANCE = 0.01  # a level may be coarser than requested by this relative difference
 _DIRECT_TOLERANCE = 0.001  # below this relative difference of scale, resampling would only blur
 _READ_LIMIT_PX = 1 << 24  # 64 MiB of RGBA; larger reads are split in two
 _THUMBNAIL_LIMIT_PX = 1 << 27
+_COSTLY_PX = 1 << 26  # a second or two of decoding; slides with a pyramid have far smaller levels
 _FILTER_SUPPORT_PX = {Image.Resampling.BOX: 0.5, Image.Resampling.BICUBIC: 2.0}
-_DECODED_VENDORS = frozenset({"aperio", "generic-tiff", "philips"})  # OpenSlide places their tiles without overlap
-_FILLED_VENDORS = frozenset({"aperio"})  # OpenSlide may fill their missing tiles by blending in another level
 
 
 class Region(NamedTuple):
@@ -67,10 +57,10 @@ class SlideFacts:
         level_downsamples: Level-0 pixels per pixel of every level.
         background_rgb: Colour shown behind transparent pixels and outside the slide.
         l0_bounds_corner: Level-0 x, y of the top-left corner of the scanned area, the origin of viewers such as QuPath.
-        centre_offset_nm: Where the centre of level 0 lies from the centre of the glass, from which Hamamatsu's
-            annotations count, nm along x and y; None where the slide does not state it.
         mpp_source: Where the slide states its pixel size, for example ``OME PhysicalSizeX``; empty where it does not.
         notes: What a user must know about how pixels are shown, for example ``16 bits per sample are reduced to 8``.
+        centre_offset_nm: Where the centre of level 0 lies from the centre of the glass, from which Hamamatsu's
+            annotations count, nm along x and y; None where the slide does not state it.
     """
 
     slide_id: str
@@ -82,9 +72,9 @@ class SlideFacts:
     level_downsamples: tuple[float, ...]
     background_rgb: tuple[int, int, int]
     l0_bounds_corner: tuple[int, int] = (0, 0)
-    centre_offset_nm: tuple[float, float] | None = None
     mpp_source: str = ""
     notes: tuple[str, ...] = ()
+    centre_offset_nm: tuple[float, float] | None = None
 
     def level_for(self, l0_per_px: float) -> int:
         """Return the index of the coarsest level whose downsample is at most ``l0_per_px`` plus 1 %, or 0."""
@@ -95,6 +85,11 @@ class SlideFacts:
         ]
         return max(fine, default=0)
 
+    def is_costly(self, downsample: float) -> bool:
+        """Return whether an overview is computed from so many pixels that it is kept, and not read a second time."""
+        width, height = self.level_sizes_px[self.level_for(downsample)]
+        return width * height > _COSTLY_PX
+
 
 class _Pixels(NamedTuple):
     """Composited pixels (rows, cols, 3), and the transparency of each, 0 to 255, or None if all are opaque."""
@@ -103,24 +98,14 @@ class _Pixels(NamedTuple):
     missing: NDArray[np.uint8] | None
 
 
-class _Part(NamedTuple):
-    """A rectangle within an array of pixels."""
-
-    left: int
-    top: int
-    width: int
-    height: int
-
-
 class Slide:
     """An open slide with its metadata and pixels. Use it in a ``with`` statement, and from one thread at a time."""
 
-    def __init__(self, facts: SlideFacts, handle: openslide.OpenSlide) -> None:
-        """Take ownership of an open handle; callers use :func:`open_slide`."""
+    def __init__(self, facts: SlideFacts, reader: Reader) -> None:
+        """Take ownership of an open reader; callers use :func:`open_slide`."""
         self.facts = facts
-        self._handle = handle
-        self._tiles: tiff_tiles.TileFile | None = None
-        self._verified: dict[int, tiff_tiles.TiledLevel | None] = {}
+        self._reader = reader
+        self._overviews: dict[float, NDArray[np.uint8]] = {}
 
     def __enter__(self) -> "Slide":
         """Return the slide itself."""
@@ -129,21 +114,18 @@ class Slide:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Close the handle."""
+        """Close the file."""
         self.close()
 
     def close(self) -> None:
-        """Close the handle; the slide cannot be read afterwards."""
-        self._handle.close()
-        if self._tiles is not None:
-            self._tiles.close()
-            self._tiles = None
-        self._verified.clear()
+        """Close the file; the slide cannot be read afterwards."""
+        self._reader.close()
+        self._overviews.clear()
 
     @property
     def decoder(self) -> str:
-        """``direct`` if all levels that were read so far are decoded without OpenSlide, otherwise ``openslide``."""
-        return "direct" if self._verified and all(self._verified.values()) else "openslide"
+        """What decoded the pixels so far; ``direct`` if all of them were decoded from tiles without OpenSlide."""
+        return self._reader.decoder
 
     def read(self, l0_x: int, l0_y: int, level: int, size_px: tuple[int, int]) -> Region:
         """Read a rectangle of one level, padded with the background colour outside the slide.
@@ -196,8 +178,17 @@ class Slide:
         Raises:
             InputError: A pixel cannot be decoded.
         """
+        if downsample in self._overviews:
+            return self._overviews[downsample]
         cols, rows = (math.ceil(l0_px / downsample) for l0_px in self.facts.l0_size_px)
-        return self._read_scaled(0, 0, (cols, rows), downsample, Image.Resampling.BOX).rgb
+        overview = self._read_scaled(0, 0, (cols, rows), downsample, Image.Resampling.BOX).rgb
+        if self.facts.is_costly(downsample):
+            self._overviews = {downsample: overview}
+        return overview
+
+    def kept_overview(self, downsample: float) -> NDArray[np.uint8] | None:
+        """Return an overview that was read already and whose reading is worth avoiding; None in other cases."""
+        return self._overviews.get(downsample)
 
     def reference_thumbnail(self) -> NDArray[np.uint8]:
         """Return the reference system's thumbnail: one level, reduced by Lanczos to at most (W / 224, H / 224) px.
@@ -211,13 +202,18 @@ class Slide:
         width, height = self.facts.l0_size_px
         if min(width, height) < REFERENCE_TILE_PX:
             self._refuse_reference(f"the slide has {width} x {height} px, less than one {REFERENCE_TILE_PX} px tile")
-        level = self._handle.get_best_level_for_downsample(REFERENCE_TILE_PX)
+        level = self._level_before(REFERENCE_TILE_PX)
         l_size = self.facts.level_sizes_px[level]
         if l_size[0] * l_size[1] > _THUMBNAIL_LIMIT_PX:
             self._refuse_reference(f"its thumbnail would be computed from {l_size[0]} x {l_size[1]} px at once")
         shrunk = _fitted(l_size, (width / REFERENCE_TILE_PX, height / REFERENCE_TILE_PX))
         image = Image.fromarray(self._pixels(0, 0, level, l_size).rgb)
         return np.array(image.resize(shrunk, Image.Resampling.LANCZOS))
+
+    def _level_before(self, downsample: float) -> int:
+        """Return the index of the level before the first one that is coarser than ``downsample``, as in OpenSlide."""
+        coarser = (level for level, stated in enumerate(self.facts.level_downsamples) if stated > downsample)
+        return max(0, next(coarser, len(self.facts.level_downsamples)) - 1)
 
     def _refuse_reference(self, cause: str) -> None:
         """Raise the error that the reference geometry cannot be used for this slide."""
@@ -233,12 +229,12 @@ class Slide:
         l_per_px = l0_per_px / self.facts.level_downsamples[level]
         width, height = size_px
         if width * height * l_per_px**2 > _READ_LIMIT_PX and max(size_px) > 1:
-            if width >= height:
+            if width >= height and not (self._reader.by_rows(level) and height > 1):
                 halves = [(x, y, (width // 2, height)), (x + width // 2, y, (width - width // 2, height))]
             else:
                 halves = [(x, y, (width, height // 2)), (x, y + height // 2, (width, height - height // 2))]
             parts = [self._read_scaled(*half, l0_per_px, resample) for half in halves]
-            return _joined(parts, axis=1 if width >= height else 0)
+            return _joined(parts, axis=1 if parts[0].rgb.shape[0] == height else 0)
         if abs(l_per_px - 1) <= _DIRECT_TOLERANCE:
             # The read begins at a whole pixel of the level; between two pixels OpenSlide would blend them.
             downsample = self.facts.level_downsamples[level]
@@ -258,7 +254,7 @@ class Slide:
             l_end = math.ceil((begin + extent) * l_per_px) + margin
             l0_begin = round(l_begin * downsample)
             # If the downsample is not an integer, the read begins a fraction of a level pixel away from l_begin.
-            box.append(begin * l_per_px - l0_begin / downsample)
+            box.append(begin * l_per_px - self._l_begin(l0_begin, level))
             l0_corner.append(l0_begin)
             l_size.append(l_end - l_begin)
         pixels = self._pixels(l0_corner[0], l0_corner[1], level, (l_size[0], l_size[1]))
@@ -270,7 +266,7 @@ class Slide:
         """Read the part of a rectangle that lies on the slide, composited on the background colour."""
         downsample = self.facts.level_downsamples[level]
         spans = [
-            _span_on_slide(l0_begin / downsample, extent, l_extent)
+            _span_on_slide(self._l_begin(l0_begin, level), extent, l_extent)
             for l0_begin, extent, l_extent in zip((l0_x, l0_y), size_px, self.facts.level_sizes_px[level], strict=True)
         ]
         (left, right), (top, bottom) = spans
@@ -281,191 +277,58 @@ class Slide:
         if min(inside_px) <= 0:
             return _Pixels(rgb, None)
         l0_inside = (l0_x + round(left * downsample), l0_y + round(top * downsample))
-        inside = rgb[top:bottom, left:right]
-        missing = None
-        for part in self._read_direct(inside, l0_inside, level):
-            rows, cols = slice(part.top, part.top + part.height), slice(part.left, part.left + part.width)
-            l0_part = (l0_inside[0] + round(part.left * downsample), l0_inside[1] + round(part.top * downsample))
-            alpha = self._read_openslide(inside[rows, cols], l0_part, level)
-            if alpha is not None:
-                missing = np.zeros(rgb.shape[:2], np.uint8) if missing is None else missing
-                missing[top:bottom, left:right][rows, cols] = 255 - alpha
+        try:
+            alpha = self._reader.read_into(rgb[top:bottom, left:right], l0_inside, level)
+        except WsiflowError as error:
+            raise error.about(slide=self.facts.slide_id, path=self.facts.path) from error
+        if alpha is None:
+            return _Pixels(rgb, None)
+        missing = np.zeros(rgb.shape[:2], np.uint8)
+        missing[top:bottom, left:right] = 255 - alpha
         return _Pixels(rgb, missing)
 
-    def _read_direct(self, target: NDArray[np.uint8], l0_corner: tuple[int, int], level: int) -> list[_Part]:
-        """Fill an array with pixels of the slide as far as they can be decoded without OpenSlide.
-
-        Returns:
-            The parts that OpenSlide must read: none, some tiles, or the whole rectangle.
-        """
-        everything = [_Part(0, 0, target.shape[1], target.shape[0])]
-        tiled = self._verified_level(level)
-        l_x, l_y = (begin / self.facts.level_downsamples[level] for begin in l0_corner)
-        # Where a read begins between two pixels of a level, OpenSlide blends them.
-        if tiled is None or self._tiles is None or not (l_x.is_integer() and l_y.is_integer()):
-            return everything
-        declined = self._tiles.read_into(target, tiled, int(l_x), int(l_y))
-        if declined and self.facts.vendor in _FILLED_VENDORS:
-            return everything
-        return [_Part(part.l_x - int(l_x), part.l_y - int(l_y), part.width, part.height) for part in declined]
-
-    def _verified_level(self, level: int) -> tiff_tiles.TiledLevel | None:
-        """Return a level whose tiles are decoded directly, or None; this is decided when the level is first read."""
-        if level not in self._verified:
-            self._verified[level] = self._verify(level)
-        return self._verified[level]
-
-    def _verify(self, level: int) -> tiff_tiles.TiledLevel | None:
-        """Return a level if its sample regions, decoded directly, equal those of OpenSlide; otherwise None."""
-        downsample = self.facts.level_downsamples[level]
-        # OpenSlide splits reads above 4,096 px; with a fractional downsample it blends the pixels beyond the split.
-        if self.facts.vendor not in _DECODED_VENDORS or not downsample.is_integer():
-            return None
-        self._tiles = self._tiles or tiff_tiles.open_tiles(self.facts.path)
-        if self._tiles is None:
-            return None
-        tiled = self._tiles.level(self.facts.level_sizes_px[level])
-        if tiled is None:
-            return None
-        agreed = [self._agrees(self._tiles, tiled, level, probe) for probe in tiled.probes()]
-        return tiled if True in agreed and False not in agreed else None
-
-    def _agrees(
-        self, tiles: tiff_tiles.TileFile, tiled: tiff_tiles.TiledLevel, level: int, probe: tiff_tiles.Rectangle
-    ) -> bool | None:
-        """Return whether both readers give the same pixels, or None if the direct one declines part of them."""
-        direct, shown = (np.empty((probe.height, probe.width, 3), np.uint8) for _ in range(2))
-        if tiles.read_into(direct, tiled, probe.l_x, probe.l_y):
-            return None
-        downsample = int(self.facts.level_downsamples[level])
-        try:
-            alpha = self._read_openslide(shown, (probe.l_x * downsample, probe.l_y * downsample), level)
-        except InputError:
-            return False
-        return alpha is None and np.array_equal(direct, shown)
-
-    def _read_openslide(
-        self, target: NDArray[np.uint8], l0_corner: tuple[int, int], level: int
-    ) -> NDArray[np.uint8] | None:
-        """Fill an array with pixels of the slide; return their opacity (rows, cols), or None if all are opaque."""
-        size_px = (target.shape[1], target.shape[0])
-        decoded = self._decode(l0_corner, level, size_px)
-        alpha = decoded.getchannel("A")
-        canvas = Image.new("RGB", size_px, self.facts.background_rgb)
-        canvas.paste(decoded.convert("RGB"), mask=alpha)
-        target[:] = np.asarray(canvas)
-        return None if alpha.getextrema() == (255, 255) else np.array(alpha)
-
-    def _decode(self, l0_corner: tuple[int, int], level: int, size_px: tuple[int, int]) -> Image.Image:
-        """Return RGBA pixels of the slide, read by OpenSlide."""
-        try:
-            return self._handle.read_region(l0_corner, level, size_px)
-        except openslide.OpenSlideError as error:
-            where = f"{size_px[0]} x {size_px[1]} px of level {level} at level-0 ({l0_corner[0]}, {l0_corner[1]})"
-            raise self._reopened(f"{where} cannot be decoded ({error})") from error
-
-    def _reopened(self, cause: str) -> WsiflowError:
-        """Open the file again, since OpenSlide refuses all reads after a failed one, and return the error to raise."""
-        fresh = _open_handle(self.facts.path, self.facts.slide_id)
-        self._handle.close()
-        self._handle = fresh
-        return _unreadable_slide(cause, self.facts.slide_id, self.facts.path)
+    def _l_begin(self, l0_begin: int, level: int) -> float:
+        """Return where a read that begins at a level-0 pixel begins in a level, level pixels."""
+        l_begin = l0_begin / self.facts.level_downsamples[level]
+        return l_begin if self._reader.blends else float(math.floor(l_begin + 0.5))
 
 
 def open_slide(path: Path, *, slide_id: str) -> Slide:
     """Open a slide.
 
     Args:
-        path: A file in a format that OpenSlide supports. An ordinary image is refused whatever its name.
+        path: A file in a format that one of the readers reads.
         slide_id: Id of the slide, for messages.
 
     Raises:
         InputError: The file is missing, empty, a folder, not a slide, or damaged.
         EnvironmentFault: The OpenSlide library is too old, or the system refuses to read the file.
     """
-    _require_openslide()
     content.require_file(path, slide_id)
-    handle = _open_handle(path, slide_id)
-    return Slide(_facts(handle, path, slide_id), handle)
-
-
-@cache
-def _require_openslide() -> None:
-    """Refuse versions of the OpenSlide library that have known memory faults and wrong pixel sizes."""
-    version = tuple(int(part) for part in openslide.__library_version__.split(".")[:3])
-    if version < OPENSLIDE_AT_LEAST:
-        required = ".".join(str(part) for part in OPENSLIDE_AT_LEAST)
-        cause = f"the OpenSlide library has version {openslide.__library_version__}, older than {required}"
-        raise EnvironmentFault(cause, "install openslide-bin of that version or newer")
-
-
-def _open_handle(path: Path, slide_id: str) -> openslide.OpenSlide:
-    """Open a file as a slide; the library's own ``open_slide`` would also accept an ordinary image."""
     try:
-        return openslide.OpenSlide(path)
-    except openslide.OpenSlideUnsupportedFormatError as error:
-        content.require_readable(path)
-        cause = "the file is not a slide in a format that OpenSlide reads"
-        raise InputError(cause, content.COPY_AGAIN, slide=slide_id, path=path) from error
-    except openslide.OpenSlideError as error:
-        raise _unreadable_slide(f"the slide cannot be opened ({error})", slide_id, path) from error
+        reader = open_file(path)
+    except WsiflowError as error:
+        raise error.about(slide=slide_id, path=path) from error
+    return Slide(_facts(reader.description, path, slide_id), reader)
 
 
-def _unreadable_slide(cause: str, slide_id: str, path: Path) -> WsiflowError:
-    """Return the error of a slide that OpenSlide cannot read, because it is damaged or the machine is at fault."""
-    fault = faults.error_named_in(cause)
-    if fault is not None:
-        return faults.unreadable(fault, "the slide", content.COPY_AGAIN, slide=slide_id, path=path)
-    return InputError(cause, content.COPY_AGAIN, slide=slide_id, path=path)
-
-
-def _facts(handle: openslide.OpenSlide, path: Path, slide_id: str) -> SlideFacts:
+def _facts(stated: Description, path: Path, slide_id: str) -> SlideFacts:
     """Return the metadata of an open slide."""
-    sizes = tuple((int(width), int(height)) for width, height in handle.level_dimensions)
-    if not sizes or min(sizes[0]) < 1:
-        handle.close()
-        raise InputError("the slide has no pixels", content.COPY_AGAIN, slide=slide_id, path=path)
-    properties = handle.properties
+    mpp = (stated.mpp_x, stated.mpp_y) if stated.mpp_x is not None and stated.mpp_y is not None else None
     return SlideFacts(
         slide_id=slide_id,
         path=path,
-        vendor=properties.get(openslide.PROPERTY_NAME_VENDOR, "unknown"),
-        l0_size_px=sizes[0],
-        mpp=_stated_mpp(properties),
-        level_sizes_px=sizes,
-        level_downsamples=tuple(float(downsample) for downsample in handle.level_downsamples),
-        background_rgb=_background(properties),
-        l0_bounds_corner=(
-            int(properties.get(openslide.PROPERTY_NAME_BOUNDS_X, 0)),
-            int(properties.get(openslide.PROPERTY_NAME_BOUNDS_Y, 0)),
-        ),
-        centre_offset_nm=_centre_offset(properties),
+        vendor=stated.vendor,
+        l0_size_px=stated.level_sizes_px[0],
+        mpp=mpp,
+        level_sizes_px=stated.level_sizes_px,
+        level_downsamples=stated.level_downsamples,
+        background_rgb=stated.background_rgb,
+        l0_bounds_corner=stated.l0_bounds_corner,
+        mpp_source=stated.mpp_source if mpp else "",
+        notes=stated.notes,
+        centre_offset_nm=stated.centre_offset_nm,
     )
-
-
-def _centre_offset(properties: Mapping[str, str]) -> tuple[float, float] | None:
-    """Return where a slide of Hamamatsu lies from the centre of its glass, nm, or None where it does not state it."""
-    try:
-        x, y = (float(properties[f"hamamatsu.{axis}OffsetFromSlideCentre"]) for axis in "XY")
-    except (KeyError, ValueError):
-        return None
-    return x, y
-
-
-def _stated_mpp(properties: Mapping[str, str]) -> tuple[float, float] | None:
-    """Return the stated pixel size along x and y, um, or None unless both are positive numbers."""
-    stated = [properties.get(name) for name in (openslide.PROPERTY_NAME_MPP_X, openslide.PROPERTY_NAME_MPP_Y)]
-    try:
-        mpp_x, mpp_y = (float(text or "nan") for text in stated)
-    except ValueError:
-        return None
-    return (mpp_x, mpp_y) if mpp_x > 0 and mpp_y > 0 else None
-
-
-def _background(properties: Mapping[str, str]) -> tuple[int, int, int]:
-    """Return the colour that the slide states for areas that were not scanned, or white."""
-    red, green, blue = bytes.fromhex(properties.get(openslide.PROPERTY_NAME_BACKGROUND_COLOR, "ffffff"))
-    return red, green, blue
 
 
 def _span_on_slide(l_begin: float, extent: int, l_extent: int) -> tuple[int, int]:

@@ -36,7 +36,7 @@ _ALL_SAMPLES = range(3)
 _ONE_SCAN = b"\x00\x0c\x03\x00\x3f\x00"  # length and samples, then first and last coefficient, of a scan of everything
 _MOST_EXPANSION = 2  # a compressed tile is always smaller than this multiple of its pixels
 # The exceptions of tifffile and imagecodecs for a file that is not a TIFF and for a damaged tile.
-_UNREADABLE = (
+UNREADABLE = (
     ArithmeticError,
     AttributeError,
     LookupError,
@@ -175,7 +175,7 @@ class TileFile:
         try:
             data = os.pread(self._descriptor, count, int(level.offsets[index]))
             return level.decode(data, index) if len(data) == count else None
-        except _UNREADABLE:
+        except UNREADABLE:
             return None
 
 
@@ -195,16 +195,16 @@ def open_tiles(path: Path) -> TileFile | None:
         with tifffile.TiffFile(path) as tiff:
             levels = tuple(_levels(tiff))
         return TileFile(os.open(path, os.O_RDONLY | os.O_CLOEXEC), levels) if levels else None
-    except _UNREADABLE:
+    except UNREADABLE:
         return None
 
 
 def _levels(tiff: Any) -> Iterator[TiledLevel]:
     """Yield the pages that this module can decode."""
     for page in tiff.pages:
-        if not _is_plain(page):
+        if not is_plain(page):
             continue
-        decode = _jpeg_decoder(page) if page.compression == _JPEG else _lossless_decoder(page)
+        decode = jpeg_decoder(page) if page.compression == _JPEG else _lossless_decoder(page)
         tile_px = (int(page.tilewidth), int(page.tilelength))
         offsets, counts = (np.array(listed, np.int64) for listed in (page.dataoffsets, page.databytecounts))
         across, down = (
@@ -216,7 +216,7 @@ def _levels(tiff: Any) -> Iterator[TiledLevel]:
         yield TiledLevel((int(page.imagewidth), int(page.imagelength)), tile_px, across, offsets, counts, decode)
 
 
-def _is_plain(page: Any) -> bool:
+def is_plain(page: Any) -> bool:
     """Return whether a page is a tiled, upright, two-dimensional image of three interleaved 8-bit samples."""
     return bool(
         page.is_tiled
@@ -240,7 +240,7 @@ def _lossless_decoder(page: Any) -> Decoder | None:
     return decoded
 
 
-def _jpeg_decoder(page: Any) -> Decoder | None:
+def jpeg_decoder(page: Any) -> Decoder | None:
     """Return a decoder of JPEG tiles that writes all of them to one array; None for other colour spaces."""
     colour, tables = _COLOURS.get(page.photometric), page.jpegtables
     height, width = page.tilelength, page.tilewidth
@@ -296,6 +296,11 @@ def _made_longer(data: bytes, height: int) -> _Longer | None:
     taller = data[: frame + 5] + (height + _MCU_PX).to_bytes(2, "big") + data[frame + 7 :]
     vertical = {data[frame + 11 + 3 * sample] & 15 for sample in _ALL_SAMPLES}
     return _Longer(taller, len(vertical) > 1)
+
+
+def is_plain_jpeg(data: bytes, height: int) -> bool:
+    """Return whether a tile is a JPEG of this height that `jpeg_decoder` declines only if it is damaged."""
+    return _made_longer(data, height) is not None
 
 
 def _segments(data: bytes) -> dict[int, int]:

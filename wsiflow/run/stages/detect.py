@@ -11,7 +11,7 @@ from wsiflow.heatmap.overlay import overlay_png
 from wsiflow.plan import geometry
 from wsiflow.run.costs import StageCost
 from wsiflow.run.plan import Plan, Task, read_plan
-from wsiflow.run.stages import stitch
+from wsiflow.run.stages import overviews, stitch
 from wsiflow.run.stages.pixels import open_planned
 from wsiflow.run.stages.stage import Stage
 from wsiflow.run.stages.stitch import cell_um, make_room
@@ -75,8 +75,7 @@ def _publish_pictures(
         return
     with publish.publishing(root, overlay, key, receipt_facts, publish.accept) as attempt:
         with open_planned(root, planned) as opened:
-            downsample = max(1.0, max(opened.facts.l0_size_px) / _OVERLAY_SIDE_PX)
-            overview = opened.overview(downsample)
+            overview, downsample = overviews.read_overview(root, planned, opened, side_px=_OVERLAY_SIDE_PX)
         corner = geometry.l0_from_h_corner(planned.frame, 0, 0)
         png = overlay_png(
             overview,

@@ -33,6 +33,7 @@ from wsiflow.run.executor.protocol import Outcome
 from wsiflow.run.plan import Plan, Rejected, latest_plan, publish_plan
 from wsiflow.run.settings import PlanSettings
 from wsiflow.run.sharing import SharedFile
+from wsiflow.run.stages import overviews
 from wsiflow.run.stages.choose import choice_record
 from wsiflow.slides import content, pixel_size, slide
 from wsiflow.slides.manifest import Case
@@ -111,6 +112,9 @@ def _publish_beside(root: Path, case: Case, inspection: Mapping[str, Any], cut: 
     )
     for name, data in zip(_published_names(case)[1:], documents, strict=True):
         publish.publish_bytes(root, name, data, key, facts("tissue", case.slide_id))
+    if "overview_png" in inspection:
+        overview = base64.b64decode(inspection["overview_png"])
+        publish.publish_bytes(root, overviews.name_of(case.slide_id), overview, key, facts("tissue", case.slide_id))
 
 
 def _shared_inspection(case: Case, config: RunConfig) -> tuple[dict[str, Any], publish.Receipt | None]:
@@ -149,8 +153,10 @@ def _inspect(case: Case, config: RunConfig) -> dict[str, Any]:
             mask, downsample, tissue_grid, frame = _tiles(opened, um_px, config)
             corner = opened.facts.l0_bounds_corner
             remarks = [*filter(None, [remark]), *opened.facts.notes]
+            overview = opened.kept_overview(downsample)
         sha256 = content.sha256(case.path)
-    return {
+    kept = {} if overview is None else {"overview_png": base64.b64encode(overviews.as_png(overview)).decode()}
+    return kept | {
         "sha256": sha256,
         "signature": signature,
         "um_px_l0": um_px,
@@ -172,7 +178,7 @@ def check_slide(case: Case, config: RunConfig) -> None:
         EnvironmentFault: The system refuses to read a file.
     """
     with slide.open_slide(case.path, slide_id=case.slide_id) as opened:
-        _frame(opened.facts, slide.resolve_mpp(opened.facts, case.mpp), config)
+        _frame(opened.facts, pixel_size.choose(opened.facts, case).um_px, config)
     check_truth(case, config)
 
 
