@@ -19,7 +19,7 @@ from PIL import Image
 from wsiflow.errors import InputError
 from wsiflow.run.stages import overviews
 from wsiflow.slides import content, slide
-from wsiflow.slides.readers import formats, openslide_file, tiff
+from wsiflow.slides.readers import formats, image, openslide_file, tiff
 from wsiflow.slides.readers.formats import Format
 from wsiflow.slides.readers.reader import GREY, Description
 from wsiflow.slides.slide import open_slide
@@ -347,6 +347,16 @@ def test_images_of_a_region_are_slides_of_one_level(tmp_path: Path, form: str) -
         assert opened.facts.level_sizes_px == ((WIDTH, HEIGHT),)
         np.testing.assert_array_equal(opened.read(-3, 20, 0, (100, 60)).rgb[:, 3:], expected[20:80, :97])
         assert opened.overview(10).shape == (15, 21, 3)
+
+
+def test_the_size_of_an_image_is_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow's own limit is that of pictures; ours is that of memory."""
+    path = tmp_path / "a.png"
+    Image.fromarray(IMAGE).save(path)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    np.testing.assert_array_equal(shown(path), IMAGE)
+    monkeypatch.setattr(image, "_MOST_PX", 1000)
+    assert "203 x 150 px, more than the 1000 that are decoded at once; convert it: vips tiffsave" in refused(path)
 
 
 def test_a_photograph_is_turned_as_its_header_says(tmp_path: Path) -> None:

@@ -3,7 +3,8 @@
 They have one level, and rarely a pixel size, which is then given. Such an image is decoded once, and kept whole.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,7 @@ def open_file(path: Path) -> ImageFile:
 
 def _with_pillow(path: Path) -> ImageFile:
     """Read the header of an image."""
-    with Image.open(path, formats=_NAMES) as image:
+    with _header(path) as image:
         _check(image, path)
         width, height = image.size
         if image.getexif().get(_ORIENTATION, 1) >= _QUARTER_TURNED:
@@ -118,6 +119,17 @@ def _with_pillow(path: Path) -> ImageFile:
         grey = image.mode in {"1", "L", "LA"}
         vendor = str(image.format).lower()
     return ImageFile(path, _described(vendor, (width, height), (mpp_x, mpp_y, source), (GREY,) if grey else ()))
+
+
+@contextlib.contextmanager
+def _header(path: Path) -> Iterator[Image.Image]:
+    """Open an image whose size is checked here: Pillow refuses half as many pixels as too many."""
+    before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        with Image.open(path, formats=_NAMES) as image:
+            yield image
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
 
 
 def _with_codec(path: Path, codec: Callable[[bytes], NDArray[Any]]) -> ImageFile:
@@ -166,7 +178,7 @@ def _check(image: Image.Image, path: Path) -> None:
 def _decoded(path: Path) -> Image.Image:
     """Return the pixels of an image, upright, in mode L, RGB or RGBA."""
     try:
-        with Image.open(path, formats=_NAMES) as image:
+        with _header(path) as image:
             upright = ImageOps.exif_transpose(image)
             upright.load()
     except _UNREADABLE as error:
