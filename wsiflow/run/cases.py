@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 from pydantic import TypeAdapter
@@ -25,6 +26,7 @@ CLAIM = "receipts/trial"
 
 _NEXT_OVERRIDE = re.compile(r",(?=[\w./@:+-]+=)")
 _CASES = TypeAdapter(tuple[Case, ...])
+_LATER_COLUMNS = frozenset({"tissue_mask_path", "roi_path"})
 
 
 def write_cases(root: Path, config: RunConfig, cases: Sequence[Case]) -> Path:
@@ -37,8 +39,14 @@ def write_cases(root: Path, config: RunConfig, cases: Sequence[Case]) -> Path:
     publish.publish_generation(
         root, "config.yaml", yaml.safe_dump(redaction.redacted(resolved), sort_keys=False).encode(), {"kind": "config"}
     )
-    data = {"config": resolved, "cases": _CASES.dump_python(tuple(cases), mode="json")}
+    listed = [_without_later(case) for case in _CASES.dump_python(tuple(cases), mode="json")]
+    data = {"config": resolved, "cases": listed}
     return publish.publish_generation(root, "cases.json", json.dumps(data, indent=1).encode(), {"kind": "cases"})
+
+
+def _without_later(case: dict[str, Any]) -> dict[str, Any]:
+    """Return a case without the columns that earlier versions did not know, where it has no value in them."""
+    return {name: value for name, value in case.items() if value is not None or name not in _LATER_COLUMNS}
 
 
 def _as_spelled(root: Path, config: RunConfig) -> RunConfig:

@@ -2,10 +2,10 @@
 
 Input: a CSV manifest, a folder of slides, or one slide. Output: a tuple of :class:`Case`, one per slide.
 
-A manifest has the columns ``slide_id,path`` and any of ``mpp,label,annotation_path,mask_path,patient_id,split,scanner,
-sha256``. Names that other tools use for these columns are accepted. Paths are relative to the folder of the manifest.
-All errors of a manifest are reported at once, with line numbers. A slide file that does not exist is not an error of
-the manifest: only that slide fails, when it is opened.
+A manifest has the columns ``slide_id,path`` and any of ``mpp,label,annotation_path,mask_path,tissue_mask_path,roi_path,
+patient_id,split,scanner,sha256``. Names that other tools use for these columns are accepted. Paths are relative to the
+folder of the manifest. All errors of a manifest are reported at once, with line numbers. A slide file that does not
+exist is not an error of the manifest: only that slide fails, when it is opened.
 """
 
 import difflib
@@ -35,6 +35,8 @@ COLUMNS: Mapping[str, tuple[str, ...]] = {
     "label": ("label", "type", "class"),
     "annotation_path": ("annotation_path", "annotation", "xml"),
     "mask_path": dialects.TRUTH_MASKS,
+    "tissue_mask_path": ("tissue_mask_path", "tissue_mask", "tissue_path"),
+    "roi_path": ("roi_path", "roi"),
     "patient_id": ("patient_id", "patient", "case_id"),
     "split": ("split", "subset"),
     "scanner": ("scanner", "center", "centre"),
@@ -71,6 +73,8 @@ class Case:
         scanner: Scanner or centre, or an empty text.
         sha256: Expected hash of the slide, or an empty text.
         line: Line number in the manifest, or 0 without a manifest.
+        tissue_mask_path: Existing file that says where tissue is, for ``tissue=given``, or None.
+        roi_path: Existing file of the regions of interest, or None.
     """
 
     slide_id: str
@@ -84,6 +88,8 @@ class Case:
     scanner: str = ""
     sha256: str = ""
     line: int = 0
+    tissue_mask_path: Path | None = None
+    roi_path: Path | None = None
 
 
 def load_dataset(params: GivenSlides) -> tuple[Case, ...]:
@@ -297,6 +303,8 @@ _PARSERS: Mapping[str, Callable[[str, Path], object]] = {
     "label": _label,
     "annotation_path": _existing_file,
     "mask_path": _existing_file,
+    "tissue_mask_path": _existing_file,
+    "roi_path": _existing_file,
     "patient_id": _any_text,
     "split": _any_text,
     "scanner": _any_text,

@@ -23,7 +23,7 @@ from wsiflow.errors import InputError, WsiflowError
 from wsiflow.evaluation import truth
 from wsiflow.model import card
 from wsiflow.model.choice import Choice
-from wsiflow.plan import geometry, outline, tissue
+from wsiflow.plan import geometry, outline
 from wsiflow.plan.geometry import MAX_UPSAMPLE, Frame
 from wsiflow.plan.slide_plan import SlideCut, SlidePlan, cut_name, make_cut, slide_key, tile_runs, tissue_grid
 from wsiflow.run import sharing
@@ -34,6 +34,7 @@ from wsiflow.run.plan import Plan, Rejected, latest_plan, publish_plan
 from wsiflow.run.settings import PlanSettings
 from wsiflow.run.sharing import SharedFile
 from wsiflow.run.stages.choose import choice_record
+from wsiflow.run.stages.selection import check_regions, region_hashes, select
 from wsiflow.slides import content, slide
 from wsiflow.slides.manifest import Case
 from wsiflow.system import publish
@@ -51,7 +52,7 @@ def ingest(source: Path, index: int) -> tuple[publish.Receipt, bool]:
     config, cases = read_cases(source)
     root, case = source.parent, cases[index]
     settings, name = plan_settings(root, config), f"tissue/{case.slide_id}.json"
-    key = record_key(case, settings)
+    key = record_key(case, settings, config)
     done = publish.done(root, name, key)
     if done is not None:
         check_unchanged(root, case.slide_id, case.path)
@@ -69,22 +70,22 @@ def ingest(source: Path, index: int) -> tuple[publish.Receipt, bool]:
             attempt.charge(former_receipt)
         sha256, frame = inspection["sha256"], _frame_of_run(inspection["frame"], settings.choice)
         _check_manifest_sha256(case, sha256)
-        grid = tissue_grid(inspection["tile_runs"])
-        cut = make_cut(grid, frame, group_tiles=settings.group_tiles)
+        cut = make_cut(tissue_grid(inspection["tile_runs"]), frame, group_tiles=settings.group_tiles)
         record = {
             "sha256": sha256,
             "signature": inspection["signature"],
             "um_px_l0": inspection["um_px_l0"],
             "overview_downsample": inspection["downsample"],
             "frame": frame._asdict(),
-            "n_tiles": int(grid.sum()),
+            "n_tiles": sum(length for _, _, length in cut.tile_runs),
             "n_blocks": len(cut.blocks),
             "n_groups": len(cut.group_ranges),
             "key": slide_key(sha256, frame, cut),
         }
         sides = {"downsample": inspection["downsample"], "m_downsample": config.evaluation.downsample}
         share = truth.share_of_tissue(marks, _mask_of(base64.b64decode(inspection["mask_png"])), **sides)
-        record |= {"truth_of_tissue": share} if share is not None else {}
+        remarks = {"note": inspection.get("note") or None, "truth_of_tissue": share}
+        record |= {name: value for name, value in remarks.items() if value is not None}
         with attempt.uncounted():
             _publish_beside(root, case, inspection, cut, key)
         attempt.path.write_text(json.dumps(record), encoding="utf-8")
@@ -113,7 +114,8 @@ def _shared_inspection(case: Case, config: RunConfig) -> tuple[dict[str, Any], p
         return _inspect(case, config), None
     # The first trial hashes the content. For the others, path, size and times tell whether it is still that file.
     seen = {"path": str(case.path), "stamp": content.stamp(case.path), "mpp": case.mpp}
-    key = publish.key_of(**seen, frame=_frame_settings(config), tissue=config.tissue.model_dump())
+    found = config.tissue.model_dump(exclude={"folder"})
+    key = publish.key_of(**seen, frame=_frame_settings(config), tissue=found, **region_hashes(case, config))
     address = SharedFile(config.share, config.share, f"look/{case.slide_id}", key).address
     receipt = sharing.find_receipt(config.share, address)
     if receipt is None:
@@ -140,18 +142,19 @@ def _inspect(case: Case, config: RunConfig) -> dict[str, Any]:
         signature = content.signature(case.path)
         with slide.open_slide(case.path, slide_id=case.slide_id) as opened:
             um_px = slide.resolve_mpp(opened.facts, case.mpp)
-            mask, downsample, tissue_grid, frame = _tiles(opened, um_px, config)
+            chosen = select(opened, _frame(opened.facts, um_px, config), case, config)
             corner = opened.facts.l0_bounds_corner
         sha256 = content.sha256(case.path)
     return {
         "sha256": sha256,
         "signature": signature,
         "um_px_l0": um_px,
-        "downsample": downsample,
-        "frame": frame._asdict(),
-        "tile_runs": tile_runs(tissue_grid),
-        "mask_png": base64.b64encode(outline.tissue_png(mask)).decode(),
-        "outline": outline.tissue_geojson(mask, downsample=downsample, offset=(-corner[0], -corner[1])),
+        "downsample": chosen.downsample,
+        "frame": chosen.frame._asdict(),
+        "tile_runs": tile_runs(chosen.tiles),
+        "mask_png": base64.b64encode(outline.tissue_png(chosen.mask)).decode(),
+        "outline": outline.tissue_geojson(chosen.mask, downsample=chosen.downsample, offset=(-corner[0], -corner[1])),
+        "note": chosen.note,
     }
 
 
@@ -159,12 +162,13 @@ def check_slide(case: Case, config: RunConfig) -> None:
     """Check all that can be known of a slide before its pixels are read.
 
     Raises:
-        InputError: The slide cannot be opened, its pixel size is not known or does not fit the model, or its truth
-            cannot be used, see `check_truth`.
+        InputError: The slide cannot be opened, its pixel size is not known or does not fit the model, the files that
+            say where it is looked at cannot be used, or its truth, see `check_truth`.
         EnvironmentFault: The system refuses to read a file.
     """
     with slide.open_slide(case.path, slide_id=case.slide_id) as opened:
         _frame(opened.facts, slide.resolve_mpp(opened.facts, case.mpp), config)
+        check_regions(opened, case, config)
     check_truth(case, config)
 
 
@@ -207,9 +211,13 @@ def is_ingested(source: Path, index: int) -> bool:
     return all(publish.has_recorded_size(source.parent, name) for name in _published_names(cases[index]))
 
 
-def record_key(case: Case, settings: PlanSettings) -> str:
-    """Return the key of the record of a slide."""
-    return publish.key_of(slide=case.slide_id, settings=settings.of_tiles, mpp=case.mpp)
+def record_key(case: Case, settings: PlanSettings, config: RunConfig) -> str:
+    """Return the key of the record of a slide.
+
+    Raises:
+        WsiflowError: A file that says where the slide is looked at is missing or cannot be read.
+    """
+    return publish.key_of(slide=case.slide_id, settings=settings.of_tiles, mpp=case.mpp, **region_hashes(case, config))
 
 
 def plan_settings(root: Path, config: RunConfig) -> PlanSettings:
@@ -238,34 +246,6 @@ def plan_settings(root: Path, config: RunConfig) -> PlanSettings:
         on_excess=config.dense.on_excess,
         shared_layers=record["cuts"],
         reason=record["told"],
-    )
-
-
-def _tiles(
-    opened: slide.Slide, um_px: float, config: RunConfig
-) -> tuple[NDArray[np.bool_], float, NDArray[np.bool_], Frame]:
-    """Return the tissue mask, its downsample, the tissue tiles (rows, cols) and the frame of a slide."""
-    frame = _frame(opened.facts, um_px, config)
-    if config.geometry.convention == "reference":
-        return _cut_like_the_reference(opened, frame)
-    downsample = config.tissue.downsample
-    mask = tissue.tissue_mask(opened.overview(downsample), config.tissue)
-    coverage = tissue.tile_coverage(
-        mask, downsample=downsample, tile_l0_px=frame.tile_px * frame.l0_per_px, grid=(frame.t_rows, frame.t_cols)
-    )
-    return mask, downsample, tissue.select_tiles(coverage, config.tissue), frame
-
-
-def _cut_like_the_reference(
-    opened: slide.Slide, frame: Frame
-) -> tuple[NDArray[np.bool_], float, NDArray[np.bool_], Frame]:
-    index = tissue.reference_index(opened.reference_thumbnail())
-    _, _, _, xmin, _, ymin, _, nrows, ncols = (int(value) for value in index.vector)
-    return (
-        index.mask,
-        frame.tile_px,
-        index.mask,
-        frame._replace(t_col0=xmin, t_row0=ymin, t_cols=ncols, t_rows=nrows) if nrows else frame,
     )
 
 
@@ -330,6 +310,12 @@ def check_unchanged(root: Path, slide_id: str, path: Path) -> None:
     if sha256 != record["sha256"]:
         cause = f"its content has changed since the run was planned (SHA-256 {sha256}, was {record['sha256']})"
         raise InputError(cause, "restore it, or choose another out= folder", slide=slide_id, path=path)
+
+
+def note_of(root: Path, slide_id: str) -> str:
+    """Return the remark of a planned slide about its tissue; empty where there is none."""
+    note: str = _record(root, slide_id).get("note", "")
+    return note
 
 
 def _record(root: Path, slide_id: str) -> dict[str, Any]:
