@@ -134,6 +134,7 @@ def _line(config: RunConfig, submit: Submit, pool_of: Pool, note: Note) -> finis
         plan_path = planned.result()
         finish.set_aside(plan_path)
         warnings = [*shards.describe_rejections(plan_path), *shards.describe_duplicates(plan_path)]
+        warnings += [*shards.describe_unused_tissue(cases), *shards.describe_tissue(plan_path)]
         warnings += shards.describe_truths(plan_path)
         for warning in (*warnings, *shards.describe_cost_alone(cases, plan_path)):
             note(warning, logging.WARNING)
