@@ -72,7 +72,7 @@ class TissueParams(BaseModel, frozen=True, extra="forbid"):
     folder: AbsolutePath | None = Field(
         default=None,
         description="For given: folder of the files of the slides whose tissue_mask_path is not in the manifest, each "
-        "called as its slide. null: the folder tissue beside the slide.",
+        "called as its slide. null: a folder tissue or tissue_masks beside the slide.",
     )
     values: _Greys = Field(
         default=(),

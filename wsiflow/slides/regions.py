@@ -20,7 +20,10 @@ from wsiflow.slides.manifest import Case
 IMAGE_SUFFIXES = (".png", ".tif", ".tiff")
 OUTLINE_SUFFIXES = (".geojson", ".json", ".xml", ".annotations", ".ndpa")
 TISSUE = "tissue"
-"""The class of outlines that are tissue, where any is called so; and the folder of tissue files beside a slide."""
+"""The class of outlines that are tissue, where any is called so."""
+
+FOLDERS = ("tissue", "tissue_masks")
+"""Folders beside a slide in which the file of its tissue is looked for."""
 
 _CUT_OUT = frozenset({"exclude", "exclusion", "ignore", "ignore*", "artifact", "artefact", "background", "hole"})
 _ENDINGS = ("", "_mask", "-mask", "_tissue", "-tissue", "_tissue_mask")
@@ -70,26 +73,28 @@ def find_tissue_file(case: Case, folder: Path | None) -> Path:
 
     Args:
         case: The slide.
-        folder: Folder of the files; None for the folder ``tissue`` beside the slide.
+        folder: Folder of the files; None for `FOLDERS` beside the slide.
 
     Raises:
         InputError: There is no such file, or there are several.
     """
     if case.tissue_mask_path is not None:
         return case.tissue_mask_path
-    place = folder or case.path.parent / TISSUE
+    places = [folder] if folder else [case.path.parent / name for name in FOLDERS]
     suffixes = (*IMAGE_SUFFIXES, *OUTLINE_SUFFIXES, *clam.SUFFIXES)
     stems = dict.fromkeys(stem + end for stem in (case.slide_id, case.path.stem, case.path.name) for end in _ENDINGS)
     known = {f"{stem}{suffix}".casefold() for stem in stems for suffix in suffixes}
-    found = [path for path in _files_in(place, case.slide_id) if path.name.casefold() in known]
+    listed = [path for place in places for path in _files_in(place, case.slide_id)]
+    found = [path for path in listed if path.name.casefold() in known]
     if len(found) == 1:
         return found[0]
     remedy = "name it in the manifest (tissue_mask_path), or its folder (tissue.folder)"
     if found:
         names = ", ".join(path.name for path in found)
-        raise InputError(f"several files may say where its tissue is: {names}", remedy, slide=case.slide_id, path=place)
+        cause = f"several files may say where its tissue is: {names}"
+        raise InputError(cause, remedy, slide=case.slide_id, path=places[0])
     cause = f"tissue=given, and no file says where its tissue is (such as {case.slide_id}.png)"
-    raise InputError(cause, remedy, slide=case.slide_id, path=place)
+    raise InputError(cause, remedy, slide=case.slide_id, path=places[0])
 
 
 def _files_in(folder: Path, slide_id: str) -> list[Path]:
