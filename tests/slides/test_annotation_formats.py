@@ -239,10 +239,10 @@ def test_halo(write):
     assert area(ellipse) == pytest.approx(np.pi * 48 * 24, rel=0.01)
 
 
-def test_a_hole_without_an_outline_is_refused(write):
-    """A layer of negative regions alone is incomplete."""
-    with pytest.raises(InputError, match="1 negative regions and none that they cut"):
-        annotations.read(write(layers(('Name="Tumor"', "", [('NegativeROA="1"', HOLE)]))))
+def test_a_hole_without_an_outline_encloses_nothing(write):
+    """HALO lets people draw negative regions alone."""
+    drawn = annotations.read(write(layers(('Name="Tumor"', "", [('Id="7" NegativeROA="1"', HOLE)]))))
+    assert [str(one) for one in drawn.without_area] == ["region 7 of Tumor (negative region)"]
 
 
 # --- NDPA

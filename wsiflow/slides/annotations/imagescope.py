@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from wsiflow.errors import InputError
 from wsiflow.slides.annotations import fill, xml_file
 from wsiflow.slides.annotations.outlines import (
     Format,
@@ -71,7 +70,7 @@ def read(path: Path, _slide: SlidePlace) -> Iterator[Outline | NoArea]:
             xml_file.require_points(total, path)
         _add(layer, element, path)
         if element.tag == "Annotation":
-            yield from _of_layer(layer, path)
+            yield from _of_layer(layer)
         element.clear()  # this frees its memory
 
 
@@ -93,27 +92,26 @@ def _texts(element: Any) -> list[str]:
     return [text for text in (value, "" if name.lower() == "description" else name) if text]
 
 
-def _of_layer(layer: _Layer, path: Path) -> Iterator[Outline | NoArea]:
+def _of_layer(layer: _Layer) -> Iterator[Outline | NoArea]:
     """Yield the annotations of a layer, with its holes where they belong."""
     group = layer.attributes.get("Name", "").strip()
     hints = (*([] if group and not _UNNAMED.fullmatch(group) else layer.texts),)
     group = "" if _UNNAMED.fullmatch(group) else group
     if not group and hints and not _UNNAMED.fullmatch(hints[0]):
         group, hints = hints[0], hints[1:]
-    areas, holes = list[tuple[_Region, Polygon]](), list[Polygon]()
+    areas, holes = list[tuple[_Region, Polygon]](), list[tuple[_Region, Polygon]]()
     for number, region in enumerate(layer.regions, start=1):
         region.attributes.setdefault("Id", str(number))
         shape = _shape(region)
         if isinstance(shape, str):
             yield NoArea(_name(region, layer), shape)
         elif region.attributes.get("NegativeROA", "0").strip().lower() in {"1", "true"}:
-            holes.append(shape)
+            holes.append((region, shape))
         else:
             areas.append((region, shape))
-    if holes and not areas:
-        cause = f"layer {layer.attributes.get('Name', '')!r} has {len(holes)} negative regions and none that they cut"
-        raise InputError(cause, "export the layer with its outer regions", path=path)
-    inside = _placed([polygon for _, polygon in areas], [hole for hole in holes if len(hole) >= 3])
+    if not areas:
+        yield from (NoArea(_name(region, layer), "negative region") for region, _ in holes)
+    inside = _placed([polygon for _, polygon in areas], [hole for _, hole in holes if len(hole) >= 3])
     for (region, polygon), own in zip(areas, inside, strict=True):
         text = region.attributes.get("Text", "").strip()
         yield as_outline(_name(region, layer), group, polygon, holes=tuple(own), hints=(text, *hints))

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 Polygon = NDArray[np.float64]
 """float64 (n, 2) of x, y in level-0 px; it is closed, but the first point is not repeated."""
 
-COMPANION_SUFFIXES = (".xml", ".XML", ".geojson", ".annotations", ".ndpa")
+COMPANION_SUFFIXES = (".xml", ".XML", ".geojson", ".annotations", ".annotation", ".ndpa")
 """Extensions by which the annotation of a slide is found beside it."""
 
 Origin = Literal["slide", "bounds"]
