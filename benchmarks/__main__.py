@@ -20,6 +20,7 @@ def main() -> None:
     parser.add_argument("--slide", type=Path, help="a real slide")
     parser.add_argument("--document", type=Path, default=report.ROOT / "docs/performance.md")
     parser.add_argument("--scaling", type=Path, default=report.ROOT / "docs/scaling.md")
+    parser.add_argument("--tissue", type=Path, default=report.ROOT / "docs/tissue.md")
     given = parser.parse_args()
     own = {
         "engines": [],
@@ -30,7 +31,7 @@ def main() -> None:
         "agreement": _named(given, "googlenet", "slide"),
         "scale": [],
         "makespan": [],
-        **({"experiments": _named(given, "data")} if given.data else {}),
+        **({name: _named(given, "data") for name in ("tissue", "experiments")} if given.data else {}),
     }
     quick = ["--quick"] if given.quick else []
     failed: list[str] = []
@@ -43,7 +44,7 @@ def main() -> None:
         say(f"{name} {'failed' if ended else 'ended'} after {time.perf_counter() - begin:.0f} s")
     for table in targets.tables(targets.read(given.out)):
         print(f"\n{table.markdown()}")
-    for document in (given.document, given.scaling):
+    for document in (given.document, given.scaling, given.tissue):
         report.main(["--results", str(given.out), "--document", str(document)])
     if failed:
         sys.exit(f"failed: {', '.join(failed)}; the tables of these are old or missing")

@@ -131,7 +131,8 @@ def _line(config: RunConfig, submit: Submit, pool_of: Pool, note: shards.Note) -
         planned = _plan(config, submit, pool, cases, [chosen])
         plan_path = planned.result()
         finish.set_aside(plan_path)
-        for warning in (*shards.describe_slides(plan_path), *shards.describe_cost_alone(cases, plan_path)):
+        notes = [*shards.describe_unused_tissue(cases), *shards.describe_slides(plan_path)]
+        for warning in (*notes, *shards.describe_cost_alone(cases, plan_path)):
             note(warning, logging.WARNING)
         slice_s = config.executor.slice_s
         if slice_s:

@@ -18,6 +18,7 @@ PAGES = (
     "docs/mlflow.md",
     "docs/scaling.md",
     "docs/sweeps.md",
+    "docs/tissue.md",
     "docs/tradeoff.md",
     "docs/tradeoff-data.md",
     "docs/truth.md",

@@ -117,7 +117,8 @@ def _ingest(config: RunConfig, *, calibrate: bool) -> Path:
             logs.note(fault, logging.WARNING)
         every_case = range(len(shards.case_sizes(cases)))
         plan_path = ingest.make_plan(cases, shards.ingest_shard(pool, cases, every_case))
-        for warning in (*shards.describe_notes(plan_path), *shards.describe_cost_alone(cases, plan_path)):
+        notes = [*shards.describe_unused_tissue(cases), *shards.describe_notes(plan_path)]
+        for warning in (*notes, *shards.describe_cost_alone(cases, plan_path)):
             logs.note(warning, logging.WARNING)
         if calibrate:
             shards.once(pool, plan_path, "measure")

@@ -199,14 +199,17 @@ def test_a_slide_coarser_than_the_model_is_refused_with_the_setting(slide: Path,
     assert "the slide states 0.243" in (tmp_path / "two/report.html").read_text()
 
 
-def test_a_slide_without_tissue_is_a_valid_negative(slide: Path, tmp_path: Path, capsys) -> None:
-    """The slide has an empty map and an empty detections file, and counts in the scores."""
+def test_a_slide_without_tissue_is_a_valid_negative_where_that_is_asked_for(
+    slide: Path, tmp_path: Path, capsys
+) -> None:
+    """The slide has an empty map and an empty detections file, and counts in the scores with 0, which is told."""
     glass = np.clip(np.random.default_rng(1).normal(242, 1.5, (600, 600, 3)), 0, 255).astype(np.uint8)
     pyramid.write_rgb(slide.with_name("glass.tif"), iter([glass]), shape=(600, 600), um_px=0.243, quality=90)
     slides = manifest(slide, "glass,glass.tif,,0,", "good,good.tif,,0,")
     out = tmp_path / "run"
-    code, _ = started(capsys, "dataset=manifest", slides, f"out={out}")
+    code, output = started(capsys, "dataset=manifest", slides, f"out={out}", "evaluation.no_tissue=score")
     assert code == 0
+    assert "are scored with 0" in output
     assert statuses(out)["glass"]["status"] == "no tissue"
     assert (out / "detections/glass.csv").read_bytes() == b""
     assert np.isnan(files.read_heatmap(out / "heatmaps/glass.tif")[0]).all()

@@ -55,6 +55,16 @@ heatmaps = st.integers(0, 2**32 - 1).map(
 )
 
 
+@given(heatmaps, st.sampled_from([COMPONENTS | {"position": "peak"}, NMS]))
+def test_each_detection_lies_in_its_own_area(heatmap, settings_):
+    """The cells that a detection comes from have its number, and cells below the threshold have none."""
+    traces = lesions.trace(heatmap, LesionParams(**settings_), cell_um=1.0)
+    numbers = traces.numbers[traces.areas]
+    for number, (_, col, row) in enumerate(traces.detections, start=1):
+        assert numbers[int(row), int(col)] == number
+    assert not numbers[~(traces.scores > 0.5)].any()
+
+
 def test_two_components():
     """Each component gives its mean and its centroid, the higher one first."""
     heatmap = heat((8, 10), ((1, 3), (1, 4), 0.75), ((5, 6), (6, 8), 1.0))

@@ -6,10 +6,11 @@ slide scores. Output: metrics by name, a row per slide, and the curves, as value
 A detection file has a line ``prob,x,y`` per detection, in level-0 px and without header. It exists for every slide and
 is empty where nothing was detected, since FROC divides by the number of slides. The score of a slide is the given one,
 else its highest confidence, else 0. A tumour slide without outlines or mask counts for the slide AUC only, like the one
-incompletely annotated test slide of CAMELYON16. A slide without label and truth counts for neither, and so does a slide
-that the protocol excludes by name. The rows of the slides state all of this. A metric that is not defined, such as the
-AUC where all slides are tumour slides, is NaN, and null in JSON. What is doubtful about received
-detections is in the rows of their slides and in the remarks, see `wsiflow.evaluation.received`.
+incompletely annotated test slide of CAMELYON16. A slide with a label on which no tissue was found counts for neither,
+unless the protocol says otherwise: its score of 0 would be that of the tissue mask. A slide without label and truth
+counts for neither, and so does a slide that the protocol excludes by name. The rows of the slides state all of this. A
+metric that is not defined, such as the AUC where all slides are tumour slides, is NaN, and null in JSON. What is
+doubtful about received detections is in the rows of their slides and in the remarks, see `wsiflow.evaluation.received`.
 
 ``matches.json`` is what two evaluations are compared by: the protocol and its hash, and for every slide what it counts
 for, a hash of its truth, its score and its matched confidences. `wsiflow.evaluation.paired` computes the bootstrap
@@ -28,10 +29,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wsiflow.errors import EnvironmentFault, InputError, WsiflowError
-from wsiflow.evaluation import froc, paired, received, roc
+from wsiflow.evaluation import froc, missed, paired, received, roc
 from wsiflow.evaluation.detections import detection_files, read_scores, require_same_slides
 from wsiflow.evaluation.froc import SlideFindings
 from wsiflow.evaluation.matches import EvaluationRecord, SlideRecord
+from wsiflow.evaluation.missed import LookedAt, View, look_back
 from wsiflow.evaluation.paired import Setting
 from wsiflow.evaluation.protocol import EvaluationParams
 from wsiflow.evaluation.received import Unit
@@ -40,6 +42,14 @@ from wsiflow.slides.annotations import SlidePlace
 from wsiflow.slides.manifest import Case, read_manifest
 from wsiflow.system import publish, tables
 from wsiflow.system.tables import json_text
+
+NO_TISSUE = "no tissue was found"
+"""The reason of a slide on which nothing was looked at."""
+
+NO_TISSUE_REMEDY = (
+    "look at tissue/<slide>.png; then look everywhere (tissue=all), give its tissue (tissue=given), or leave such "
+    "slides out (evaluation.no_tissue=leave_out), in another out= folder"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +64,8 @@ class Evidence:
         score: Slide score, higher means more likely tumour; None for the highest confidence, or 0 without detections.
         patient_id: Slides of one patient are resampled together; empty where the patient is not known.
         note: What is doubtful about the detections, for the row of the slide.
+        is_empty: Whether no tissue was found on the slide, so that nothing was looked at.
+        view: How the slide was looked at; None where this is not known.
     """
 
     slide_id: str
@@ -63,6 +75,8 @@ class Evidence:
     score: float | None = None
     patient_id: str = ""
     note: str = ""
+    is_empty: bool = False
+    view: View | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,11 +101,21 @@ class Scores:
 
 
 class MatchedSlide(NamedTuple):
-    """A slide after matching, without its mask: its row of ``cases.csv``, its record, and its patient."""
+    """A slide after matching, without its mask.
+
+    Attributes:
+        row: Its row of ``cases.csv``.
+        record: Its record in ``matches.json``.
+        patient_id: Its patient.
+        looked_at: How much of its lesions was looked at; None where it has none, or this is not known.
+        is_empty: Whether no tissue was found on it although it has a label.
+    """
 
     row: dict[str, Any]
     record: SlideRecord
     patient_id: str
+    looked_at: LookedAt | None = None
+    is_empty: bool = False
 
 
 class Existing(NamedTuple):
@@ -250,7 +274,10 @@ def evaluate_matched(matched: Sequence[MatchedSlide], params: EvaluationParams, 
     )
     setting = record.setting("")
     return Scores(
-        _froc_metrics(setting) | _roc_metrics(setting) | _intervals(setting, params.bootstrap, seed),
+        _froc_metrics(setting)
+        | _roc_metrics(setting)
+        | _intervals(setting, params.bootstrap, seed)
+        | _tissue_metrics(matched),
         [one.row for one in matched],
         {"downsample": params.downsample, "l0_um_px": params.l0_um_px, "rates": list(froc.RATES)}
         | {
@@ -286,27 +313,49 @@ def match_slide(one: Evidence, params: EvaluationParams) -> MatchedSlide:
     label = one.label if out == "all" else _label(one)  # an excluded slide may contradict its truth
     lesions = one.truth.lesions if one.truth is not None and label == 1 else None
     known = lesions is not None or label == 0
-    in_froc, in_auc = known and not out, label is not None and out != "all"
+    is_empty = one.is_empty and label is not None and out != "all"
+    if is_empty and params.no_tissue == "fail":
+        raise InputError(NO_TISSUE, NO_TISSUE_REMEDY, slide=one.slide_id, stage="evaluation")
+    is_left_out = is_empty and params.no_tissue == "leave_out"
+    in_froc = known and not out and not is_left_out
+    in_auc = label is not None and out != "all" and not is_left_out
     ignored = one.truth.ignored if one.truth is not None else None
     matches = froc.match(SlideFindings(one.slide_id, lesions, one.detections, params.downsample, ignored))
-    reason = _reason(out, label, params.name, known=known)
-    in_ignored = f"{matches.n_ignored} detections in ignored regions" if in_froc and matches.n_ignored else ""
-    notes = [one.truth.note if one.truth is not None else "", one.note, in_ignored, reason]
+    reason = f"{NO_TISSUE}: not scored" if is_left_out else _reason(out, label, params.name, known=known)
+    notes = [
+        one.truth.note if one.truth is not None else "",
+        one.note,
+        f"{matches.n_ignored} detections in ignored regions" if in_froc and matches.n_ignored else "",
+        f"{NO_TISSUE}: it counts with the score 0" if is_empty and not is_left_out else "",
+        reason,
+    ]
+    looked_at = None
+    if one.view is not None and one.truth is not None and lesions is not None and out != "all":
+        looked_at = look_back(
+            lesions,
+            one.truth.tumour,
+            matches.best,
+            one.view,
+            downsample=params.downsample,
+            m_um_px=one.truth.m_um_px,
+        )
+    score = _slide_score(one)
     row = {
         "slide_id": one.slide_id,
         "label": "" if label is None else label,
-        "score": _slide_score(one),
+        "score": "" if is_left_out else score,
         "n_detections": len(one.detections),
         "n_lesions": matches.n_lesions if in_froc else "",
         "n_itc": matches.n_itc if in_froc else "",
         "n_found": int((matches.best > -np.inf).sum()) if in_froc else "",
         "n_false_positives": len(matches.false_positives) if in_froc else "",
+        **(_looked_at_cells(looked_at) if one.view is not None else {}),
         "note": "; ".join(note for note in notes if note),
     }
     record = SlideRecord(
         slide_id=one.slide_id,
         label=label,
-        score=row["score"],
+        score=score,
         in_froc=in_froc,
         in_auc=in_auc,
         reason=reason,
@@ -316,7 +365,20 @@ def match_slide(one: Evidence, params: EvaluationParams) -> MatchedSlide:
         itc=sorted(k - 1 for k in lesions.itc) if in_froc and lesions is not None else [],
         false_positives=matches.false_positives.tolist() if in_froc else [],
     )
-    return MatchedSlide(row, record, one.patient_id)
+    return MatchedSlide(row, record, one.patient_id, looked_at, is_empty)
+
+
+def _looked_at_cells(looked_at: LookedAt | None) -> dict[str, Any]:
+    """Return the cells of ``cases.csv`` that say what of a slide's lesions was looked at, and why some were missed."""
+    if looked_at is None:
+        return {"n_looked_at": "", "lesion_recall": "", "lesion_recall_area": "", "missed": ""}
+    n_lesions, area_um2 = looked_at.n_lesions, looked_at.area_um2
+    return {
+        "n_looked_at": looked_at.n_looked_at,
+        "lesion_recall": round(looked_at.n_looked_at / n_lesions, 6) if n_lesions else "",
+        "lesion_recall_area": round(looked_at.area_looked_at_um2 / area_um2, 6) if area_um2 else "",
+        "missed": missed.text(looked_at.missed),
+    }
 
 
 def _reason(out: str, label: int | None, protocol: str, *, known: bool) -> str:
@@ -362,6 +424,24 @@ def _slide_score(one: Evidence) -> float:
 
 
 # --- all slides
+
+
+def _tissue_metrics(matched: Sequence[MatchedSlide]) -> dict[str, float]:
+    """Return how much of all lesions was looked at, and on how many slides no tissue was found.
+
+    Nothing is returned where it is not known of any slide what was looked at.
+    """
+    if not any("missed" in one.row for one in matched):
+        return {}
+    known = [one.looked_at for one in matched if one.looked_at is not None]
+    n_lesions, area_um2 = sum(one.n_lesions for one in known), sum(one.area_um2 for one in known)
+    looked_at, seen_um2 = sum(one.n_looked_at for one in known), sum(one.area_looked_at_um2 for one in known)
+    return {
+        "tissue.lesion_recall": looked_at / n_lesions if n_lesions else math.nan,
+        "tissue.lesion_recall_area": seen_um2 / area_um2 if area_um2 else math.nan,
+        "tissue.n_lesions_not_looked_at": float(n_lesions - looked_at),
+        "tissue.n_slides_empty": float(sum(one.is_empty for one in matched)),
+    }
 
 
 def _raise_faults(faults: Mapping[str, WsiflowError], lines: Mapping[str, int]) -> None:

@@ -65,6 +65,11 @@ class EvaluationParams(BaseModel, frozen=True, extra="forbid"):
         description="Values of mask images that are tumour; every other value is none. Empty: 255 of 0 and 255, 2 of "
         "0, 1 and 2, and 1 of 0 and 1 in a slide labelled tumour.",
     )
+    no_tissue: Literal["leave_out", "score", "fail"] = Field(
+        default="leave_out",
+        description="What a slide with a label or truth is on which no tissue was found. leave_out: it counts for "
+        "nothing, and this is reported. score: it counts with the score 0 and no detection. fail: it has failed.",
+    )
     groups: Annotated[Mapping[str, Meaning], BeforeValidator(_by_folded_name)] = Field(
         default_factory=dict,
         description="What groups and classes of annotations enclose, by their names in any case of the letters, over "
@@ -86,7 +91,7 @@ class EvaluationParams(BaseModel, frozen=True, extra="forbid"):
     @model_serializer(mode="wrap")
     def _without_default(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
         values: dict[str, Any] = plain(self)
-        unset = {"mask_tumour": (), "groups": {}, "outline_origin": "auto"}
+        unset = {"mask_tumour": (), "groups": {}, "outline_origin": "auto", "no_tissue": "leave_out"}
         return {name: value for name, value in values.items() if getattr(self, name) != unset.get(name, self)}
 
     def protocol(self) -> dict[str, Any]:

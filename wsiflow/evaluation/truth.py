@@ -39,11 +39,15 @@ class Truth:
         note: A remark for readers of the scores, for example on outlines without area; else empty.
         ignored: bool (rows, cols) at the resolution of the regions, where detections are neither hits nor false
             positives; None where nothing is ignored.
+        tumour: bool (rows, cols), what was annotated, before regions were joined; None where it is not kept.
+        m_um_px: Side of a pixel of these masks, um.
     """
 
     lesions: LesionMask
     note: str = ""
     ignored: NDArray[np.bool_] | None = None
+    tumour: NDArray[np.bool_] | None = None
+    m_um_px: float = 1.0
 
 
 class Marks(NamedTuple):
@@ -104,7 +108,7 @@ def as_truth(marks: Marks | None, params: EvaluationParams) -> Truth | None:
     """Return annotated tumour as the regions that the protocol counts; None where nothing is annotated."""
     if marks is None:
         return None
-    return Truth(_regions(marks.tumour, marks.m_um_px, params), marks.note, marks.ignored)
+    return Truth(_regions(marks.tumour, marks.m_um_px, params), marks.note, marks.ignored, marks.tumour, marks.m_um_px)
 
 
 def check_truth(case: Case, params: EvaluationParams, place: SlidePlace) -> Marks | None:

@@ -98,6 +98,31 @@ def detect(heatmap: NDArray[np.float32], params: LesionParams, *, cell_um: float
     Raises:
         InputError: The heatmap is not two-dimensional or holds an infinite value.
     """
+    return trace(heatmap, params, cell_um=cell_um).detections
+
+
+class Traces(NamedTuple):
+    """The detections of a heatmap, and where each comes from.
+
+    Attributes:
+        scores: float32 (rows, cols), the scores that were compared with the threshold; NaN where not tissue.
+        detections: float64 (n, 3), as `detect` returns them.
+        areas: int32 (rows, cols), the area to which a cell belongs; 0 for none.
+        numbers: int32 (areas + 1,), the detection, counted from 1, of each area; 0 for areas that are none.
+    """
+
+    scores: NDArray[np.float32]
+    detections: NDArray[np.float64]
+    areas: NDArray[np.int32]
+    numbers: NDArray[np.int32]
+
+
+def trace(heatmap: NDArray[np.float32], params: LesionParams, *, cell_um: float) -> Traces:
+    """Return the detections of one heatmap with the cells of each; see `detect`.
+
+    Raises:
+        InputError: The heatmap is not two-dimensional or holds an infinite value.
+    """
     if heatmap.ndim != 2 or np.isinf(heatmap).any():
         cause = f"the heatmap has shape {heatmap.shape} and {np.isinf(heatmap).sum()} infinite values"
         raise InputError(cause, "give finite scores in rows x cols, NaN where not tissue", stage="lesions")
@@ -105,12 +130,16 @@ def detect(heatmap: NDArray[np.float32], params: LesionParams, *, cell_um: float
     scores = _smoothed(heatmap, sizes.sigma)
     above = scores > params.threshold  # False for NaN
     if not above.any():
-        return np.empty((0, 3))
+        return Traces(scores, np.empty((0, 3)), np.zeros(heatmap.shape, np.int32), np.zeros(1, np.int32))
     if params.method == "nms":
-        detections = _maxima(scores, above, sizes.radius)
+        detections, areas, found = _maxima(scores, above, sizes.radius)
     else:
-        detections = _components(scores, _cleaned(above, params.morphology, sizes.kernel), params, sizes.area)
-    return detections[np.lexsort((detections[:, 1], detections[:, 2], -detections[:, 0]))]
+        cells = _cleaned(above, params.morphology, sizes.kernel)
+        detections, areas, found = _components(scores, cells, params, sizes.area)
+    order = np.lexsort((detections[:, 1], detections[:, 2], -detections[:, 0]))
+    numbers = np.zeros(areas.max() + 1, np.int32)
+    numbers[found[order]] = np.arange(1, len(order) + 1)
+    return Traces(scores, detections[order], areas, numbers)
 
 
 def _smoothed(heatmap: NDArray[np.float32], sigma: float) -> NDArray[np.float32]:
@@ -127,24 +156,30 @@ def _smoothed(heatmap: NDArray[np.float32], sigma: float) -> NDArray[np.float32]
     return mean
 
 
-def _maxima(scores: NDArray[np.float32], above: NDArray[np.bool_], radius: int) -> NDArray[np.float64]:
+def _maxima(
+    scores: NDArray[np.float32], above: NDArray[np.bool_], radius: int
+) -> tuple[NDArray[np.float64], NDArray[np.int32], NDArray[np.int64]]:
     """Return the cells that survive non-maximum suppression, float64 (n, 3): prob, column, row.
 
-    Of equal cells the first one in row order takes precedence.
+    Of equal cells the first one in row order takes precedence. The second value, int32 (rows, cols), is the area of the
+    maximum, from 1, that cleared a cell above the threshold; the third is the area of each maximum.
     """
     rows, cols = np.nonzero(above)
     order = np.argsort(-scores[rows, cols], kind="stable")
     rows, cols = rows[order], cols[order]
     cleared = np.zeros(scores.shape, np.bool_)
-    kept = []
+    areas = np.zeros(scores.shape, np.int32)
+    kept: list[tuple[float, int, int]] = []
     for start in range(0, len(rows), _CHUNK):
         r, c = rows[start : start + _CHUNK], cols[start : start + _CHUNK]
         left = ~cleared[r, c]  # most of a chunk is cleared already; only the rest is processed one by one
         for row, col in zip(r[left].tolist(), c[left].tolist(), strict=True):
             if not cleared[row, col]:
                 kept.append((scores[row, col], col, row))
-                cleared[max(row - radius, 0) : row + radius, max(col - radius, 0) : col + radius] = True
-    return np.array(kept, np.float64)
+                around = np.s_[max(row - radius, 0) : row + radius, max(col - radius, 0) : col + radius]
+                areas[around][~cleared[around] & above[around]] = len(kept)
+                cleared[around] = True
+    return np.array(kept, np.float64), areas, np.arange(1, len(kept) + 1)
 
 
 def _cleaned(above: NDArray[np.bool_], morphology: str, width: int) -> NDArray[np.bool_]:
@@ -165,11 +200,14 @@ def _cleaned(above: NDArray[np.bool_], morphology: str, width: int) -> NDArray[n
 
 def _components(
     scores: NDArray[np.float32], cells: NDArray[np.bool_], params: LesionParams, min_area: int
-) -> NDArray[np.float64]:
-    """Return one detection, prob, column, row, per 8-connected component with at least ``min_area`` scored cells."""
+) -> tuple[NDArray[np.float64], NDArray[np.int32], NDArray[np.int64]]:
+    """Return one detection, prob, column, row, per 8-connected component with at least ``min_area`` scored cells.
+
+    The second value, int32 (rows, cols), is the component of each cell, and the third the component of each detection.
+    """
     labels, n = ndimage.label(cells, np.ones((3, 3), np.int8))
     place = _POSITIONS[params.position]
-    kept = []
+    kept, found = [], []
     for label, window in zip(range(1, n + 1), ndimage.find_objects(labels), strict=True):
         member = (labels[window] == label) & ~np.isnan(scores[window])
         if member.sum() < min_area:
@@ -178,7 +216,8 @@ def _components(
         row, col = place(member)
         prob = values.mean() if params.confidence == "mean" else values.max()
         kept.append((prob, col + window[1].start, row + window[0].start))
-    return np.array(kept, np.float64).reshape(-1, 3)
+        found.append(label)
+    return np.array(kept, np.float64).reshape(-1, 3), labels, np.array(found, np.int64)
 
 
 def _centroid(member: NDArray[np.bool_]) -> tuple[float, float]:

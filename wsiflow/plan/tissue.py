@@ -7,13 +7,16 @@ of the tile grid; both grids begin at level-0 (0, 0). Hue is OpenCV's, 0 to 179 
 saturation is 0 to 255. Functions whose names begin with ``reference`` reproduce the published system with its flaws.
 """
 
-from typing import Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, BeforeValidator, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 from skimage.filters import threshold_otsu
+
+from wsiflow.plan.glass import tissue_by_glass
+from wsiflow.system.paths import AbsolutePath
 
 RED_HUE = 15  # hues below this are reds, which continue the pinks at the other end of the scale
 HUE_LIMIT = 110  # haematoxylin and eosin have larger hues, so a larger threshold would split the tissue
@@ -21,12 +24,23 @@ HUES_APART = 30  # two groups of hues whose means are closer than this are both 
 REFERENCE_HUE_LIMIT = 180
 
 
+def _listed(value: object) -> object:
+    """Return a list of values also where a single one is given."""
+    return [value] if isinstance(value, str | int) else value
+
+
+_Names = Annotated[tuple[str, ...], BeforeValidator(_listed)]
+_Greys = Annotated[tuple[Annotated[int, Field(ge=0, le=255)], ...], BeforeValidator(_listed)]
+
+
 class TissueParams(BaseModel, frozen=True, extra="forbid"):
     """How tissue is found."""
 
-    method: Literal["hsv_otsu", "saturation", "all"] = Field(
-        description="How tissue is told from glass. hsv_otsu: by a threshold of saturation and, where two colours are "
-        "present, of hue. saturation: by saturation alone. all: the whole slide is taken."
+    method: Literal["adaptive", "hsv_otsu", "saturation", "all", "given"] = Field(
+        description="How tissue is told from glass. adaptive: what differs from the slide's own glass, pale tissue and "
+        "grey slides included; ink and black borders are left out. hsv_otsu: by a threshold of saturation and, where "
+        "two colours are present, of hue. saturation: by saturation alone. all: the whole slide is taken. given: by a "
+        "file for each slide, a mask or outlines."
     )
     downsample: float = Field(ge=1, le=1024, description="Level-0 pixels per pixel of the overview.")
     min_chroma: int = Field(
@@ -49,6 +63,44 @@ class TissueParams(BaseModel, frozen=True, extra="forbid"):
         le=16,
         description="How many times the selection grows by its neighbouring tiles, diagonal ones included.",
     )
+    # Plans and folders of versions without the following keys stay valid: each is recorded only where it is set.
+    regions: _Names = Field(
+        default=(),
+        description="Names or classes of the outlines in a slide's roi_path that are its regions of interest. Empty: "
+        "all.",
+    )
+    folder: AbsolutePath | None = Field(
+        default=None,
+        description="For given: folder of the files of the slides whose tissue_mask_path is not in the manifest, each "
+        "called as its slide. null: a folder tissue or tissue_masks beside the slide.",
+    )
+    values: _Greys = Field(
+        default=(),
+        description="For given: values of masks that are tissue; every other value is none. Empty: 1 of 1 to 7, which "
+        "is clean tissue of GrandQC, else everything but 0.",
+    )
+    outlines: _Names = Field(
+        default=(),
+        description="For given: names or classes of outlines that are tissue. Empty: tissue, where an outline is "
+        "called so, else all.",
+    )
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "TissueParams":
+        for name in ("folder", "values", "outlines"):
+            if getattr(self, name) and self.method != "given":
+                raise ValueError(
+                    f"tissue.{name} is set, but tissue={self.method} finds tissue itself: add tissue=given"
+                )
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = plain(self)
+        return {name: value for name, value in values.items() if value or name not in _LATER_KEYS}
+
+
+_LATER_KEYS = frozenset({"regions", "folder", "values", "outlines"})
 
 
 class ReferenceIndex(NamedTuple):
@@ -67,26 +119,34 @@ class ReferenceIndex(NamedTuple):
 def tissue_mask(overview: NDArray[np.uint8], params: TissueParams) -> NDArray[np.bool_]:
     """Return the tissue mask of an overview.
 
-    Pixels are tissue if their saturation is above Otsu's threshold and their chroma is at least ``min_chroma``, so that
-    an empty slide, white or black, has no tissue. With ``hsv_otsu`` the hues of these pixels are split by Otsu's method
+    ``adaptive`` compares each pixel with the slide's glass, see `wsiflow.plan.glass`. With the other methods pixels are
+    tissue if their saturation is above Otsu's threshold and their chroma is at least ``min_chroma``, so that an empty
+    slide, white or black, has no tissue. With ``hsv_otsu`` the hues of these pixels are split by Otsu's method
     as well. The group of lower hues is dropped only where the two groups are far apart, as ink and tissue are; hues
     above blue (110) and reds (below 15) are always kept. A hue threshold on the whole image, as in the reference, loses
     red tissue, treats the hue of grey glass as a signal, and splits violet tissue on bluish glass.
 
     Args:
         overview: uint8 (rows, cols, 3), RGB.
-        params: The settings.
+        params: The settings. With the method ``given`` the mask comes from a file, and the overview is not looked at.
 
     Returns:
         bool (rows, cols).
     """
-    if params.method == "all":
+    if params.method in {"all", "given"}:
         return np.ones(overview.shape[:2], dtype=np.bool_)
+    if params.method == "adaptive":
+        return cleaned(tissue_by_glass(overview, least_tint=params.min_chroma), params)
     hue, saturation = _hue_and_saturation(overview)
     chroma = overview.max(axis=2) - overview.min(axis=2)
     mask: NDArray[np.bool_] = (saturation > _otsu(saturation)) & (chroma >= params.min_chroma)
     if params.method == "hsv_otsu":
         mask &= _tissue_hues(hue, mask)
+    return cleaned(mask, params)
+
+
+def cleaned(mask: NDArray[np.bool_], params: TissueParams) -> NDArray[np.bool_]:
+    """Return a mask, bool (rows, cols), whose gaps are closed, without its small pieces."""
     return _without_small_objects(_closed(mask, params.closing_px), params.min_object_px)
 
 

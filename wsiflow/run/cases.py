@@ -24,7 +24,7 @@ _SCORE_COPIES = 3  # while the scores of a group's blocks are joined and divided
 #: File of a trial's folder that names its sweep's overrides, ``key=value`` separated by commas, and so the trial.
 CLAIM = "receipts/trial"
 
-_LATER = {"name", "columns", "mpp_if_none"}
+_LATER = frozenset({"name", "columns", "mpp_if_none", "tissue_mask_path", "roi_path"})
 _NEXT_OVERRIDE = re.compile(r",(?=[\w./@:+-]+=)")
 _CASES = TypeAdapter(tuple[Case, ...])
 

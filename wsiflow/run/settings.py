@@ -115,7 +115,8 @@ class PlanSettings(BaseModel, frozen=True):
         """The settings that decide which tiles and blocks a slide has, as JSON values."""
         return {
             "geometry": self.geometry.model_dump(mode="json"),
-            "tissue": self.tissue.model_dump(mode="json"),
+            # What the files of a folder say is in the keys of the slides, and where it lies changes no number.
+            "tissue": self.tissue.model_dump(mode="json", exclude={"folder"}),
             "tiles": {
                 "tile_px": self.tile_px,
                 "halo_px": self.choice.halo_px,

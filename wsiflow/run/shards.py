@@ -40,6 +40,7 @@ SIDE_BY_SIDE = 64
 _DEFAULT_SHARDS = 40
 _CHECKED_TOGETHER = 4  # slides, in threads: opening them and filling their outlines needs no lock of Python
 _NAMED_SLIDES = 2  # in the name of a shard
+_MOST_NAMED = 20  # slides in a warning
 
 
 class Ended(NamedTuple):
@@ -332,8 +333,54 @@ def describe_slides(plan_path: Path) -> list[str]:
 
 
 def describe_notes(plan_path: Path) -> list[str]:
-    """Return warnings about usable slides: of the same content, read in an unusual way, with doubtful truth."""
-    return [*describe_duplicates(plan_path), *describe_remarks(plan_path), *describe_truths(plan_path)]
+    """Return warnings about usable slides: of one content, read in an unusual way, without tissue, doubtful truth."""
+    alike, unusual = describe_duplicates(plan_path), describe_remarks(plan_path)
+    return [*alike, *unusual, *describe_tissue(plan_path), *describe_truths(plan_path)]
+
+
+def describe_tissue(plan_path: Path) -> list[str]:
+    """Return warnings about slides on which no tissue was found."""
+    plan = read_plan(plan_path)
+    empty = [one for one in plan.slides if not one.n_tiles]
+    policy = {
+        "leave_out": "not scored (evaluation.no_tissue=score would count 0)",
+        "score": "scored with 0 (evaluation.no_tissue=score)",
+        "fail": "failed (evaluation.no_tissue=fail)",
+    }[plan.settings.evaluation.no_tissue]
+    remedy = "look at tissue/<slide>.png; tissue=all looks everywhere, tissue=given takes a mask"
+    warnings = []
+    for kind, slides, became in (
+        ("tumour", [one.slide_id for one in empty if _is_tumour(one)], policy),
+        ("normal", [one.slide_id for one in empty if one.label == 0], policy),
+        ("without a label", [one.slide_id for one in empty if one.label is None and not _is_tumour(one)], "empty maps"),
+    ):
+        if slides:
+            where = f"{len(slides)} of {len(plan.slides)} slides, {kind}: {_some(slides)}"
+            warnings.append(f"no tissue was found on {where}; {became}; {remedy}")
+    return warnings
+
+
+def _some(names: Sequence[str]) -> str:
+    """Return the first names of a list, and how many more there are."""
+    more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
+    return ", ".join(names[:_MOST_NAMED]) + more
+
+
+def describe_unused_tissue(cases: Path) -> list[str]:
+    """Return a warning where the manifest names files of tissue that the run does not use."""
+    config, listed = read_cases(cases)
+    count = sum(case.tissue_mask_path is not None for case in listed)
+    if not count or config.tissue.method == "given":
+        return []
+    return [
+        f"tissue={config.tissue.method} finds tissue itself, and the tissue_mask_path of {count} slides is not used; "
+        "tissue=given uses it"
+    ]
+
+
+def _is_tumour(planned: SlidePlan) -> bool:
+    """Tell whether a slide is labelled tumour, or has truth and no label."""
+    return planned.label == 1 or (planned.label is None and bool(planned.annotation_path or planned.mask_path))
 
 
 def describe_cost_alone(cases: Path, plan_path: Path) -> list[str]:
@@ -368,7 +415,8 @@ def ingest_shard(pool: Executor, cases: Path, shard: Sequence[int]) -> list[Outc
     # Checking that a slide still has the content of its record needs no worker.
     outcomes = [work.run_task(cases, "ingest", index) for index in set(shard) - set(tasks)]
     for ended in pool.run(work.run_slice, cases, "ingest", [Slice(*span) for span in cuts]):
-        outcome = _checked(ended, "ingest", ingest.record_key(listed[ended.task], settings))
+        key = ingest.record_key(listed[ended.task], settings, config) if ended.receipt is not None else ""
+        outcome = _checked(ended, "ingest", key)
         trace.note(cases.parent, "ingest", listed[outcome.task].slide_id, 0, outcome)
         if not outcome.retried:
             outcomes.append(outcome)

@@ -2,11 +2,11 @@
 
 Input: a CSV manifest, a folder of slides, or one slide. Output: a tuple of :class:`Case`, one per slide.
 
-A manifest has the columns ``slide_id,path`` and any of ``mpp,label,annotation_path,mask_path,patient_id,split,scanner,
-sha256``. Names that other tools use for these columns are accepted; further columns are kept, to make subgroups of.
-Cells are separated by commas, semicolons or tabs. Paths are relative to the folder of the manifest. All errors of a
-manifest are reported at once, with line numbers. A slide file that does not exist is not an error of the manifest: only
-that slide fails, when it is opened.
+A manifest has the columns ``slide_id,path`` and any of ``mpp,label,annotation_path,mask_path,tissue_mask_path,roi_path,
+patient_id,split,scanner,sha256``. Names that other tools use for these columns are accepted; further columns are kept,
+to make subgroups of. Cells are separated by commas, semicolons or tabs. Paths are relative to the folder of the
+manifest. All errors of a manifest are reported at once, with line numbers. A slide file that does not exist is not an
+error of the manifest: only that slide fails, when it is opened.
 """
 
 import math
@@ -34,6 +34,8 @@ COLUMNS: Mapping[str, tuple[str, ...]] = {
     "label": ("label", "type", "class"),
     "annotation_path": ("annotation_path", "annotation", "xml"),
     "mask_path": dialects.TRUTH_MASKS,
+    "tissue_mask_path": ("tissue_mask_path", "tissue_mask", "tissue_path"),
+    "roi_path": ("roi_path", "roi"),
     "patient_id": ("patient_id", "patient", "case_id"),
     "split": ("split", "subset"),
     "scanner": ("scanner", "center", "centre"),
@@ -81,6 +83,8 @@ class Case:
         name: The slide's name as it was given, where that cannot be its id; else an empty text.
         columns: Name and text of each further column of the manifest.
         mpp_if_none: Micrometres per level-0 pixel where ``mpp`` is None and the slide states no plausible one, or None.
+        tissue_mask_path: Existing file that says where tissue is, for ``tissue=given``, or None.
+        roi_path: Existing file of the regions of interest, or None.
     """
 
     slide_id: str
@@ -97,6 +101,8 @@ class Case:
     name: str = ""
     columns: tuple[tuple[str, str], ...] = ()
     mpp_if_none: float | None = None
+    tissue_mask_path: Path | None = None
+    roi_path: Path | None = None
 
 
 class Dataset(NamedTuple):
@@ -531,6 +537,8 @@ _PARSERS: Mapping[str, Callable[[str, Path], object]] = {
     "label": _label,
     "annotation_path": _existing_file,
     "mask_path": _existing_file,
+    "tissue_mask_path": _existing_file,
+    "roi_path": _existing_file,
     "patient_id": _any_text,
     "split": _any_text,
     "scanner": _any_text,

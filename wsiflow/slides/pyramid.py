@@ -93,6 +93,46 @@ def read_level(path: Path, downsample: int) -> NDArray[np.uint8]:
     return level.astype(np.uint8)
 
 
+def image_shape(path: Path) -> tuple[int, int]:
+    """Return the rows and columns of an image at its finest level; only its header is read.
+
+    Args:
+        path: A TIFF or a PNG.
+
+    Raises:
+        InputError: The file is not such an image.
+        EnvironmentFault: The system refuses to read the file.
+    """
+    try:
+        if path.suffix.lower() == ".png":
+            with Image.open(path) as image:
+                return image.height, image.width
+        with tifffile.TiffFile(path) as tiff:
+            page: Any = tiff.pages.first
+            return int(page.imagelength), int(page.imagewidth)
+    except UNREADABLE as error:
+        raise unreadable_file(error, "image", "give an 8-bit TIFF or PNG image", path) from error
+
+
+def is_coloured_png(path: Path) -> bool:
+    """Tell whether a file is a PNG whose channels differ: of a mask in colours, one channel says something else.
+
+    Raises:
+        InputError: The file is not such an image.
+        EnvironmentFault: The system refuses to read the file.
+    """
+    if path.suffix.lower() != ".png":
+        return False
+    try:
+        with Image.open(path) as image:
+            if image.mode not in {"RGB", "RGBA"}:
+                return False
+            channels = [np.asarray(image.getchannel(channel)) for channel in "RGB"]
+    except UNREADABLE as error:
+        raise unreadable_file(error, "image", "give an 8-bit TIFF or PNG image", path) from error
+    return not all(np.array_equal(channels[0], other) for other in channels[1:])
+
+
 def unreadable_file(error: Exception, what: str, remedy: str, path: Path) -> WsiflowError:
     """Return the error of an image file that cannot be read.
 

@@ -362,10 +362,12 @@ def _success_text(
     missing = [status for status in statuses if status.exit_code]
     lines = [f"PARTIAL: {status.slide_id} is missing: {status.reason}" for status in missing]
     lines += [
+        *_empty_line(statuses, metrics, plan),
         f"slides     {len(statuses) - len(missing)} of {len(statuses)}, {executed} tasks done now",
         f"FROC       {_score_text(metrics, 'froc.score')}{_slides_of_froc(metrics)}",
         f"  strict   {_score_text(metrics, 'froc.strict_score')}",
         f"AUC        {_score_text(metrics, 'roc.auc')}",
+        *_looked_at_line(metrics),
         f"protocol   {plan.settings.evaluation.name} {_protocol_hash(shown)[:12]}",
         f"throughput {metrics['throughput.tiles_per_s']:.1f} tiles/s, "
         f"{metrics['throughput.windows_per_s']:.0f} windows/s, {metrics['throughput.core_hours']:.4f} core-hours, "
@@ -379,6 +381,25 @@ def _success_text(
         logged,
     ]
     return "\n".join(lines)
+
+
+def _empty_line(statuses: Sequence[Status], metrics: Mapping[str, float], plan: Plan) -> list[str]:
+    """Return a line about the slides on which no tissue was found; no line where there are none."""
+    count, labelled = sum(status.status == "no tissue" for status in statuses), metrics.get("tissue.n_slides_empty", 0)
+    if not count:
+        return []
+    scored = "scored with 0" if plan.settings.evaluation.no_tissue == "score" else "not scored"
+    with_label = f"; {labelled:.0f} with a label are {scored}" if labelled else ""
+    return [f"NO TISSUE  nothing was looked at on {count} of {len(statuses)} slides{with_label}"]
+
+
+def _looked_at_line(metrics: Mapping[str, float]) -> list[str]:
+    """Return how much of the annotated lesions was looked at as a line; no line where this is not known."""
+    recall, area = (metrics.get(f"tissue.lesion_recall{end}", math.nan) for end in ("", "_area"))
+    if math.isnan(area):
+        return []
+    lesions = "" if math.isnan(recall) else f"{recall:.1%} of the lesions, "
+    return [f"looked at  {lesions}{area:.1%} of their annotated area"]
 
 
 def _score_text(metrics: Mapping[str, float], name: str) -> str:

@@ -191,6 +191,9 @@ _MAIN_METRICS = (
     "dense.max_abs_diff",
     "precision.max_abs_diff",
     "certificate.slides_beyond",
+    "tissue.lesion_recall",
+    "tissue.lesion_recall_area",
+    "tissue.n_slides_empty",
 )
 _MAIN_SETTINGS = (
     "model.card",

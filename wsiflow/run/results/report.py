@@ -100,7 +100,7 @@ def render(data: ReportData) -> str:
     sections = [
         _header(data, len(missing), is_scored=is_scored),
         _headline(data.metrics, len(data.slides), len(missing)),
-        _missing(missing),
+        _missing(missing, sum(row.get("status") == "no tissue" for row in data.slides)),
         _accuracy(data) if is_scored else "",
         _cost(data.metrics),
         _slides(data),
@@ -126,11 +126,33 @@ def _header(data: ReportData, n_missing: int, *, is_scored: bool) -> str:
             f'<p class="partial"><b>INCOMPLETE</b> {n_missing} of {len(data.slides)} slides have no result, so there '
             "are no scores over all slides. The maps and scores of the others are complete.</p>"
         )
+    empty = [row for row in data.slides if row.get("status") == "no tissue" and not row["reason"]]
+    labelled = [row for row in empty if _cell(row, "label") != page.NO_VALUE]
     return (
         f"<header><h1>{escape(data.name)}</h1>"
         f'<p class="soft">wsiflow {version} · plan <code>{escape(data.plan_hash[:12])}</code></p></header>\n'
-        f"{partial if n_missing else ''}"
+        f"{partial if n_missing else ''}{_without_tissue(empty, labelled) if empty else ''}"
     )
+
+
+def _without_tissue(empty: Sequence[Mapping[str, Any]], labelled: Sequence[Mapping[str, Any]]) -> str:
+    """Return a box that names the slides on which no tissue was found, and says what became of those with a label."""
+    names = ", ".join(_named(row) for row in empty)
+    unscored = sum(_cell(row, "score") == page.NO_VALUE for row in labelled)
+    became = [
+        *([f"{unscored} with a label are not scored"] if unscored else []),
+        *([f"{len(labelled) - unscored} with a label are scored with 0"] if len(labelled) > unscored else []),
+    ]
+    return (
+        f'<p class="partial"><b>NO TISSUE</b> No tissue was found on {len(empty)} slides: {escape(names)}. Nothing was '
+        f"looked at there{'; ' if became else ''}{escape(', '.join(became))}.</p>"
+    )
+
+
+def _named(row: Mapping[str, Any]) -> str:
+    """Return the name of a slide, with its label where it has one."""
+    label = {"1": " (tumour)", "0": " (normal)"}.get(_cell(row, "label"), "")
+    return f"{_name(row)}{label}"
 
 
 def _headline(metrics: Mapping[str, float], n_slides: int, n_missing: int) -> str:
@@ -148,9 +170,11 @@ def _headline(metrics: Mapping[str, float], n_slides: int, n_missing: int) -> st
     return page.cards(cards)
 
 
-def _missing(rows: Sequence[Mapping[str, Any]]) -> str:
+def _missing(rows: Sequence[Mapping[str, Any]], n_empty: int) -> str:
     if not rows:
-        return page.section("What is missing", "<p>Nothing: every slide has a result.</p>\n")
+        everything = "Nothing: every slide has a result."
+        text = f"No slide failed; no tissue was found on {n_empty} of them." if n_empty else everything
+        return page.section("What is missing", f"<p>{text}</p>\n")
     body = (f"<tr><td>{escape(_name(row))}</td><td>{escape(row['reason'])}</td></tr>\n" for row in rows)
     return page.section(
         "What is missing",
@@ -168,7 +192,24 @@ def _accuracy(data: ReportData) -> str:
         else:
             parts.append(f"<figure><figcaption>{title}</figcaption><p>{title} is {_NO_TRUTH}.</p></figure>\n")
     body = f'<div class="figures">\n{"".join(parts)}</div>\n'
-    return page.section("Accuracy", body + (_rates(data.metrics) if _defined(data.metrics, "froc.score") else ""))
+    rates = _rates(data.metrics) if _defined(data.metrics, "froc.score") else ""
+    return page.section("Accuracy", body + rates + _looked_at(data))
+
+
+def _looked_at(data: ReportData) -> str:
+    """Return how much of the lesions was looked at, and why lesions were missed; empty where no lesion is known."""
+    area = data.metrics.get("tissue.lesion_recall_area", math.nan)
+    if not math.isfinite(area):
+        return ""
+    recall = data.metrics["tissue.lesion_recall"]
+    lesions = f"{recall:.1%} of the lesions and " if math.isfinite(recall) else ""
+    text = f"<p>The tissue that was looked at holds {lesions}{area:.1%} of the annotated area.</p>\n"
+    rows = [
+        f"<tr><td>{escape(row['slide_id'])}</td><td>{escape(row['missed'])}</td></tr>\n"
+        for row in data.slides
+        if row.get("missed")
+    ]
+    return text + (page.table(["Slide", "Lesions without a hit"], rows) if rows else "")
 
 
 def _rates(metrics: Mapping[str, float]) -> str:

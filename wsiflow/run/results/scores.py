@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,10 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wsiflow.errors import IntegrityError, WsiflowError
-from wsiflow.evaluation import evaluate
+from wsiflow.evaluation import evaluate, missed
 from wsiflow.evaluation.detections import read_detections
 from wsiflow.evaluation.truth import as_truth, planned_marks, share_of_tissue
-from wsiflow.plan.slide_plan import SlidePlan
+from wsiflow.heatmap import files
+from wsiflow.plan.slide_plan import SlidePlan, read_cut, tissue_grid
 from wsiflow.run.cases import read_cases
 from wsiflow.run.config import RunConfig
 from wsiflow.run.plan import Plan
@@ -132,9 +134,16 @@ def read_metrics(path: Path) -> dict[str, float]:
 
 def _evidence(root: Path, plan: Plan, index: int, case: Case, config: RunConfig) -> evaluate.Evidence:
     """Read the evidence of a slide from the run's folder; its score is the highest probability on its heatmap."""
+    planned, heatmap = plan.slides[index], root / stitch.STAGE.product_of(plan, index)
     detections = read_detections(root / detect.STAGE.product_of(plan, index))
     score = published_receipt(root, plan, stitch.STAGE, index)["score"]
-    return evidence(plan.slides[index], case, config, detections, score, root=root)
+    view = missed.View(
+        frame=planned.frame,
+        tiles=tissue_grid(read_cut(root, planned).tile_runs),
+        params=plan.settings.lesions,
+        read_map=lambda: files.read_heatmap(heatmap)[0],
+    )
+    return replace(evidence(planned, case, config, detections, score, root=root), view=view)
 
 
 def evidence(
@@ -163,6 +172,10 @@ def evidence(
         tissue = ingest.tissue_of(root, planned.slide_id)
         sides = {"downsample": planned.overview_downsample, "m_downsample": params.downsample}
         share = share_of_tissue(marks, tissue, **sides)
+    notes = [
+        *(ingest.remarks(root, planned.slide_id) if root is not None else []),
+        "" if share is None else f"{share:.0%} of the tissue is annotated as tumour",
+    ]
     return evaluate.Evidence(
         slide_id=planned.slide_id,
         label=case.label,
@@ -170,7 +183,8 @@ def evidence(
         detections=detections,
         score=score,
         patient_id=case.patient_id,
-        note="" if share is None else f"{share:.0%} of the tissue is annotated as tumour",
+        note="; ".join(filter(None, notes)),
+        is_empty=not planned.n_tiles,
     )
 
 

@@ -23,7 +23,7 @@ from wsiflow.errors import InputError, WsiflowError
 from wsiflow.evaluation import truth
 from wsiflow.model import card
 from wsiflow.model.choice import Choice
-from wsiflow.plan import geometry, outline, tissue
+from wsiflow.plan import geometry, outline
 from wsiflow.plan.geometry import MAX_UPSAMPLE, Frame
 from wsiflow.plan.slide_plan import SlideCut, SlidePlan, cut_name, make_cut, slide_key, tile_runs, tissue_grid
 from wsiflow.run import sharing
@@ -35,6 +35,7 @@ from wsiflow.run.settings import PlanSettings
 from wsiflow.run.sharing import SharedFile
 from wsiflow.run.stages import overviews
 from wsiflow.run.stages.choose import choice_record
+from wsiflow.run.stages.selection import check_regions, region_hashes, select
 from wsiflow.slides import content, pixel_size, slide
 from wsiflow.slides.manifest import Case
 from wsiflow.system import publish
@@ -52,7 +53,7 @@ def ingest(source: Path, index: int) -> tuple[publish.Receipt, bool]:
     config, cases = read_cases(source)
     root, case = source.parent, cases[index]
     settings, name = plan_settings(root, config), f"tissue/{case.slide_id}.json"
-    key = record_key(case, settings)
+    key = record_key(case, settings, config)
     done = publish.done(root, name, key)
     if done is not None:
         check_unchanged(root, case.slide_id, case.path)
@@ -70,15 +71,14 @@ def ingest(source: Path, index: int) -> tuple[publish.Receipt, bool]:
             attempt.charge(former_receipt)
         sha256, frame = inspection["sha256"], _frame_of_run(inspection["frame"], settings.choice)
         _check_manifest_sha256(case, sha256)
-        grid = tissue_grid(inspection["tile_runs"])
-        cut = make_cut(grid, frame, group_tiles=settings.group_tiles)
+        cut = make_cut(tissue_grid(inspection["tile_runs"]), frame, group_tiles=settings.group_tiles)
         record = {
             "sha256": sha256,
             "signature": inspection["signature"],
             "um_px_l0": inspection["um_px_l0"],
             "overview_downsample": inspection["downsample"],
             "frame": frame._asdict(),
-            "n_tiles": int(grid.sum()),
+            "n_tiles": sum(length for _, _, length in cut.tile_runs),
             "n_blocks": len(cut.blocks),
             "n_groups": len(cut.group_ranges),
             "key": slide_key(sha256, frame, cut),
@@ -123,7 +123,8 @@ def _shared_inspection(case: Case, config: RunConfig) -> tuple[dict[str, Any], p
         return _inspect(case, config), None
     # The first trial hashes the content. For the others, path, size and times tell whether it is still that file.
     seen = {"path": str(case.path), "stamp": content.stamp(case.path), **_given_mpp(case)}
-    key = publish.key_of(**seen, frame=_frame_settings(config), tissue=config.tissue.model_dump())
+    found = config.tissue.model_dump(exclude={"folder"})
+    key = publish.key_of(**seen, frame=_frame_settings(config), tissue=found, **region_hashes(case, config))
     address = SharedFile(config.share, config.share, f"look/{case.slide_id}", key).address
     receipt = sharing.find_receipt(config.share, address)
     if receipt is None:
@@ -150,21 +151,21 @@ def _inspect(case: Case, config: RunConfig) -> dict[str, Any]:
         signature = content.signature(case.path)
         with slide.open_slide(case.path, slide_id=case.slide_id) as opened:
             um_px, remark = pixel_size.choose(opened.facts, case)
-            mask, downsample, tissue_grid, frame = _tiles(opened, um_px, config)
+            chosen = select(opened, _frame(opened.facts, um_px, config), case, config)
             corner = opened.facts.l0_bounds_corner
-            remarks = [*filter(None, [remark]), *opened.facts.notes]
-            overview = opened.kept_overview(downsample)
+            remarks = [*filter(None, [remark, *opened.facts.notes, chosen.note])]
+            overview = opened.kept_overview(chosen.downsample)
         sha256 = content.sha256(case.path)
     kept = {} if overview is None else {"overview_png": base64.b64encode(overviews.as_png(overview)).decode()}
     return kept | {
         "sha256": sha256,
         "signature": signature,
         "um_px_l0": um_px,
-        "downsample": downsample,
-        "frame": frame._asdict(),
-        "tile_runs": tile_runs(tissue_grid),
-        "mask_png": base64.b64encode(outline.tissue_png(mask)).decode(),
-        "outline": outline.tissue_geojson(mask, downsample=downsample, offset=(-corner[0], -corner[1])),
+        "downsample": chosen.downsample,
+        "frame": chosen.frame._asdict(),
+        "tile_runs": tile_runs(chosen.tiles),
+        "mask_png": base64.b64encode(outline.tissue_png(chosen.mask)).decode(),
+        "outline": outline.tissue_geojson(chosen.mask, downsample=chosen.downsample, offset=(-corner[0], -corner[1])),
         "remarks": remarks,
     }
 
@@ -173,12 +174,13 @@ def check_slide(case: Case, config: RunConfig) -> None:
     """Check all that can be known of a slide before its pixels are read.
 
     Raises:
-        InputError: The slide cannot be opened, its pixel size is not known or does not fit the model, or its truth
-            cannot be used, see `check_truth`.
+        InputError: The slide cannot be opened, its pixel size is not known or does not fit the model, the files that
+            say where it is looked at cannot be used, or its truth, see `check_truth`.
         EnvironmentFault: The system refuses to read a file.
     """
     with slide.open_slide(case.path, slide_id=case.slide_id) as opened:
         _frame(opened.facts, pixel_size.choose(opened.facts, case).um_px, config)
+        check_regions(opened, case, config)
     check_truth(case, config)
 
 
@@ -221,9 +223,14 @@ def is_ingested(source: Path, index: int) -> bool:
     return all(publish.has_recorded_size(source.parent, name) for name in _published_names(cases[index]))
 
 
-def record_key(case: Case, settings: PlanSettings) -> str:
-    """Return the key of the record of a slide."""
-    return publish.key_of(slide=case.slide_id, settings=settings.of_tiles, **_given_mpp(case))
+def record_key(case: Case, settings: PlanSettings, config: RunConfig) -> str:
+    """Return the key of the record of a slide.
+
+    Raises:
+        WsiflowError: A file that says where the slide is looked at is missing or cannot be read.
+    """
+    given = {**_given_mpp(case), **region_hashes(case, config)}
+    return publish.key_of(slide=case.slide_id, settings=settings.of_tiles, **given)
 
 
 def _given_mpp(case: Case) -> dict[str, float | None]:
@@ -267,34 +274,6 @@ def plan_settings(root: Path, config: RunConfig) -> PlanSettings:
         on_excess=config.dense.on_excess,
         shared_layers=record["cuts"],
         reason=record["told"],
-    )
-
-
-def _tiles(
-    opened: slide.Slide, um_px: float, config: RunConfig
-) -> tuple[NDArray[np.bool_], float, NDArray[np.bool_], Frame]:
-    """Return the tissue mask, its downsample, the tissue tiles (rows, cols) and the frame of a slide."""
-    frame = _frame(opened.facts, um_px, config)
-    if config.geometry.convention == "reference":
-        return _cut_like_the_reference(opened, frame)
-    downsample = config.tissue.downsample
-    mask = tissue.tissue_mask(opened.overview(downsample), config.tissue)
-    coverage = tissue.tile_coverage(
-        mask, downsample=downsample, tile_l0_px=frame.tile_px * frame.l0_per_px, grid=(frame.t_rows, frame.t_cols)
-    )
-    return mask, downsample, tissue.select_tiles(coverage, config.tissue), frame
-
-
-def _cut_like_the_reference(
-    opened: slide.Slide, frame: Frame
-) -> tuple[NDArray[np.bool_], float, NDArray[np.bool_], Frame]:
-    index = tissue.reference_index(opened.reference_thumbnail())
-    _, _, _, xmin, _, ymin, _, nrows, ncols = (int(value) for value in index.vector)
-    return (
-        index.mask,
-        frame.tile_px,
-        index.mask,
-        frame._replace(t_col0=xmin, t_row0=ymin, t_cols=ncols, t_rows=nrows) if nrows else frame,
     )
 
 
