@@ -297,10 +297,12 @@ def test_no_lesions_has_no_sensitivity():
     assert math.isnan(froc.evaluate([], mode="strict")["froc.strict_score"])
 
 
-@pytest.mark.parametrize("row", [(math.nan, 1, 1), (0.5, math.inf, 1), (0.5, 1, -math.inf), (1e39, 1, 1)])
-def test_numbers_that_are_not_finite_are_refused(row):
-    """NaN is refused with the name of the slide and never becomes a decision."""
-    with pytest.raises(InputError, match="slide bad"):
+@pytest.mark.parametrize(
+    "row", [(math.nan, 1, 1), (0.5, math.inf, 1), (0.5, 1, -math.inf), (-3.0, 1, 1), (-1e-30, 1, 1), (1.0000001, 1, 1)]
+)
+def test_what_is_no_probability_at_a_point_is_refused(row):
+    """NaN and logits are refused with the name of the slide: below 0 every missed lesion would count as found."""
+    with pytest.raises(InputError, match=r"slide bad.*from 0 to 1"):
         froc.match(slide("bad", None, (0.1, 2, 2), row))
 
 

@@ -15,13 +15,14 @@ def read_detections(path: Path) -> NDArray[np.float64]:
     """Read the detections of one slide.
 
     Args:
-        path: CSV without header: ``prob,x,y`` with x and y in level-0 px; the file may be empty.
+        path: CSV without header: ``prob,x,y`` with prob from 0 to 1 and x and y in level-0 px; the file may be empty.
 
     Returns:
         float64 (n, 3): prob, x, y, in the order of the file.
 
     Raises:
-        InputError: The file cannot be read, or a line is not three finite numbers; the message names the line.
+        InputError: The file cannot be read, a line is not three finite numbers, or a confidence is outside 0 to 1; the
+            message names the line.
     """
     lines = tables.read_lines(path, "the list of detections", "correct the path")
     return np.array([_numbers(line, cells, path) for line, cells in lines], np.float64).reshape(-1, 3)
@@ -47,7 +48,7 @@ def read_scores(path: Path) -> dict[str, float]:
     """Read a CSV of slide scores with the header ``slide_id,score``.
 
     Raises:
-        InputError: The file cannot be read, has another header, names a slide twice, or a score is not finite.
+        InputError: The file cannot be read, has another header, names a slide twice, or a score is outside 0 to 1.
     """
     rows = tables.read_lines(path, "the list of slide scores", "correct the path")
     if not rows or [cell.strip().lower() for cell in rows[0][1]] != ["slide_id", "score"]:
@@ -58,7 +59,7 @@ def read_scores(path: Path) -> dict[str, float]:
         if len(cells) != 2 or cells[0] in scores:
             what = "is a second score of one slide" if len(cells) == 2 else f"has {len(cells)} cells"
             raise InputError(f"line {line} {what}", "give one line slide_id,score per slide", path=path)
-        scores[cells[0]] = _number(cells[1], line, path)
+        scores[cells[0]] = _probability(cells[1], line, path)
     return scores
 
 
@@ -102,7 +103,17 @@ def _numbers(line: int, cells: list[str], path: Path) -> list[float]:
         hint = " (an index column?)" if len(cells) == 4 else ""
         cause = f"line {line} has {len(cells)} cells{hint}, expected prob,x,y"
         raise InputError(cause, "write prob,x,y without header and index", path=path)
-    return [_number(cell, line, path) for cell in cells]
+    prob, x, y = cells
+    return [_probability(prob, line, path), _number(x, line, path), _number(y, line, path)]
+
+
+def _probability(cell: str, line: int, path: Path) -> float:
+    """Return the number from 0 to 1 that a cell holds."""
+    value = _number(cell, line, path)
+    if not 0 <= value <= 1:
+        remedy = "write confidences and scores from 0 to 1 (of logits their sigmoid)"
+        raise InputError(f"line {line}: {cell!r} is outside 0 to 1", remedy, path=path)
+    return value
 
 
 def _number(cell: str, line: int, path: Path) -> float:

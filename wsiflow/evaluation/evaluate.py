@@ -16,7 +16,6 @@ intervals.
 """
 
 import json
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -172,7 +171,8 @@ def evaluate_cases(evidence: Iterable[Evidence], params: EvaluationParams, *, se
         seed: Seed of the bootstrap.
 
     Raises:
-        InputError: Truth and label contradict each other, a number is not finite, or a slide appears twice.
+        InputError: Truth and label contradict each other, a confidence or score is outside 0 to 1, or a slide appears
+            twice.
     """
     return evaluate_matched([match_slide(one, params) for one in evidence], params, seed=seed)
 
@@ -235,7 +235,7 @@ def match_slide(one: Evidence, params: EvaluationParams) -> MatchedSlide:
     """Match a slide's detections with its truth, and decide whether it counts for FROC and for the AUC.
 
     Raises:
-        InputError: Truth and label contradict each other, or a number is not finite.
+        InputError: Truth and label contradict each other, or a confidence or score is outside 0 to 1.
     """
     out = params.excluded(one.slide_id)
     label = one.label if out == "all" else _label(one)  # an excluded slide may contradict its truth
@@ -309,8 +309,9 @@ def _slide_score(one: Evidence) -> float:
     """Return the given score, else the highest confidence, else 0."""
     if one.score is None:
         return float(one.detections[:, 0].max(initial=0.0))
-    if not math.isfinite(one.score):
-        raise InputError(f"the slide score is {one.score}", "give a finite score", slide=one.slide_id, stage="roc")
+    if not 0 <= one.score <= 1:
+        remedy = "give scores from 0 to 1 (of logits their sigmoid)"
+        raise InputError(f"the slide score is {one.score}", remedy, slide=one.slide_id, stage="roc")
     return one.score
 
 

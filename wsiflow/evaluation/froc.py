@@ -43,7 +43,6 @@ ITC_UM = 275.0
 
 
 _LARGEST_RADIUS_PX = 2000  # 75 um are 150 px at the finest usual spacing, and dilation by a larger disc takes too long
-_LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,28 +160,30 @@ def match(slide: SlideFindings) -> Matches:
     """Divide a slide's detections into hits and false positives.
 
     Raises:
-        InputError: The detections are not (n, 3), a number is not finite, or a confidence is too large for float32.
+        InputError: The detections are not (n, 3), a number is not finite, or a confidence is outside 0 to 1.
     """
     detections = np.asarray(slide.detections, np.float64)
     if detections.ndim != 2 or detections.shape[1] != 3:
         cause = f"the detections have shape {detections.shape}"
         raise InputError(cause, "give prob, x, y for each", slide=slide.slide_id)
-    bad = np.flatnonzero(~np.isfinite(detections).all(axis=1) | (np.abs(detections[:, 0]) > _LARGEST))
+    # The challenge's evaluator counts a missed lesion as a hit with confidence 0: below 0 every lesion would be found.
+    prob = detections[:, 0]
+    bad = np.flatnonzero(~np.isfinite(detections).all(axis=1) | (prob < 0) | (prob > 1))
     if bad.size:
         row = detections[bad[0]].tolist()
         raise InputError(
             f"detection {bad[0]} is {row}",
-            "give finite confidences (at most 3.4e38) and coordinates",
+            "give confidences from 0 to 1 (of logits their sigmoid) and finite coordinates",
             slide=slide.slide_id,
             stage="froc",
         )
     if slide.lesions is None:
-        return Matches(slide.slide_id, np.empty(0), 0, detections[:, 0])
+        return Matches(slide.slide_id, np.empty(0), 0, prob)
     hit = _labels_at(slide.lesions.labels, detections[:, 1:], slide.downsample)
     counts = (hit > 0) & ~np.isin(hit, sorted(slide.lesions.itc))
     best = np.full(slide.lesions.n_regions, -np.inf)
-    np.maximum.at(best, hit[counts] - 1, detections[counts, 0])
-    return Matches(slide.slide_id, best, len(slide.lesions.itc), detections[hit == 0, 0])
+    np.maximum.at(best, hit[counts] - 1, prob[counts])
+    return Matches(slide.slide_id, best, len(slide.lesions.itc), prob[hit == 0])
 
 
 def curve(matches: Sequence[Matches], *, mode: Mode) -> FrocCurve:

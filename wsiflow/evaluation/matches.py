@@ -2,7 +2,7 @@
 
 from collections.abc import Set
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, Field, FiniteFloat, ValidationError
@@ -11,6 +11,8 @@ from wsiflow.errors import InputError
 from wsiflow.evaluation.froc import Matches
 from wsiflow.evaluation.paired import Setting
 from wsiflow.system import faults, publish
+
+_Probability = Annotated[FiniteFloat, Field(ge=0, le=1)]
 
 
 class SlideRecord(BaseModel, frozen=True):
@@ -33,15 +35,15 @@ class SlideRecord(BaseModel, frozen=True):
 
     slide_id: str
     label: Literal[0, 1] | None
-    score: FiniteFloat
+    score: _Probability
     in_froc: bool
     in_auc: bool
     reason: str
     truth: str | None
-    best: list[FiniteFloat | None]
+    best: list[_Probability | None]
     n_itc: int = Field(ge=0)
     itc: list[int]
-    false_positives: list[FiniteFloat]
+    false_positives: list[_Probability]
     patient: int | None = None
 
 
