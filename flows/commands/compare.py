@@ -32,7 +32,7 @@ def add_options(parser: ArgumentParser) -> None:
         help="MLflow store of the experiment (MLFLOW_TRACKING_URI, else sqlite:///runs/mlflow.db)",
     )
     parser.add_argument(
-        "--reference", default="", help="setting the others are compared with (the one that costs most)"
+        "--reference", default="", help="setting the others are compared with (the finest stride in fp32)"
     )
     parser.add_argument("--out", type=Path, default=Path("comparison"), help="folder to write (comparison)")
     parser.add_argument("--bootstrap", type=natural, default=2000, help="resamples of the intervals (2000)")

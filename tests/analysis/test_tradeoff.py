@@ -150,6 +150,30 @@ def test_the_reference_can_be_chosen() -> None:
         compared(*runs, reference="stride=32")
 
 
+def test_the_reference_is_the_finest_stride_in_fp32() -> None:
+    """The setting that leaves out least is the reference, and not the one that costs most."""
+    settings = {
+        "coarse": ({"stride": 224, "precision": "fp32"}, 9.0),
+        "narrow": ({"stride": 8, "precision": "bf16"}, 3.0),
+        "fine": ({"stride": 16, "precision": "fp32"}, 2.0),
+        "dyed": ({"stride": 16, "precision": "fp32", "stain": "macenko"}, 8.0),
+    }
+    runs = [
+        run(
+            name,
+            some(3),
+            cost,
+            inference__stride=own["stride"],
+            inference__precision=own["precision"],
+            stain__method=own.get("stain", "none"),
+        )
+        for name, (own, cost) in settings.items()
+    ]
+    assert compared(*runs).reference == "stain=none, stride=16"
+    assert compared(*runs[:2]).reference == "stride=224"
+    assert compared(run("a", some(3), 1.0, k=1), run("b", some(3), 2.0, k=2)).reference == "k=2"
+
+
 def test_a_setting_that_finds_nothing_is_worth_nothing() -> None:
     """The cheapest setting is not in the Pareto set where its score is 0, and a note says so."""
     found = compared(run("fine", some(4), 8.0, stride=16), run("blind", some(0), 0.1, stride=224))
@@ -384,7 +408,7 @@ def test_runs_are_compared_by_tag(uri: str, recorded: list[str], tmp_path: Path,
         client.set_tag(one, "paper", "it's")
     given = ["compare", "wsiflow", "--uri", uri, "--bootstrap", "100", "--out", str(tmp_path / "out")]
     assert main([*given, "--tag", "paper=it's", "--tag", "digest.model=m1"]) == 0
-    assert "compared   2 settings with stride=224" in capsys.readouterr().out
+    assert "compared   2 settings with stride=56" in capsys.readouterr().out
     assert main([*given, "--tag", "paper=it's", "--tag", "digest.model=m2"]) == 20
     assert "no finished run with paper=it's and digest.model=m2" in capsys.readouterr().err
 

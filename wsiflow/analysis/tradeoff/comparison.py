@@ -54,7 +54,7 @@ class Options(NamedTuple):
     """How runs are compared.
 
     Attributes:
-        reference: Name of the setting that others are compared with; empty: the one that costs most.
+        reference: Name of the setting that others are compared with; empty: the finest stride in fp32.
         resamples: Bootstrap draws of the intervals, 0 for none; `_draws` takes more where there are many settings.
         seed: Seed of the draws.
     """
@@ -83,7 +83,7 @@ def compare_runs(selection: RunSelection, name: str, options: Options) -> Tradeo
     groups, following = _settings(selection.runs)
     settings = [one.runs[0].matches.setting(one.name) for one in groups]
     costs = [_core_hours(run.core_hours for run in one.runs) for one in groups]
-    reference = _reference(options.reference, [one.name for one in settings], costs)
+    reference = _reference(options.reference, groups, costs)
     draws = _draws(options.resamples, len(settings))
     compared = paired.bootstrap(settings, reference=reference, n=draws, seed=options.seed)
     metric = _metric(compared)
@@ -177,13 +177,31 @@ def _core_hours(core_hours: Iterable[float]) -> CoreHours:
     return CoreHours(float(known.mean()), sd, float(known.min()), float(known.max()), known.size)
 
 
-def _reference(requested: str, names: Sequence[str], costs: Sequence[CoreHours]) -> str:
+def _reference(requested: str, groups: Sequence["_Group"], costs: Sequence[CoreHours]) -> str:
+    """Return the requested setting, else the one that leaves out least: single precision, and the finest stride.
+
+    Where several have these, it is the one with unchanged colours, then the one that runs every window by itself, then
+    the one that costs most.
+    """
+    names = [one.name for one in groups]
     if requested:
         if requested not in names:
             remedy = f"name one with --reference: {'; '.join(names)}"
             raise InputError(f"there is no setting {requested!r}", remedy, stage="comparison")
         return requested
-    return names[int(np.argmax([-1 if math.isnan(cost.mean) else cost.mean for cost in costs]))]
+
+    def preference(place: int) -> tuple[bool, float, bool, bool, float]:
+        params = groups[place].runs[0].params
+        stride, cost = params.get("inference.stride", ""), costs[place].mean
+        return (
+            params.get("inference.precision") == "fp32",
+            -float(stride) if stride.isdecimal() else -math.inf,
+            params.get("stain.method") == "none",
+            params.get("inference.engine") == "window",
+            -1.0 if math.isnan(cost) else cost,
+        )
+
+    return names[max(range(len(names)), key=preference)]
 
 
 def _counts(first: matches.EvaluationRecord, resamples: int) -> dict[str, int]:
