@@ -507,7 +507,8 @@ def test_matches_give_the_scores_again(project, tmp_path):
     assert froc.score(setting.matches, mode="official").items() <= scores.metrics.items()
     assert roc.auc(setting.scores, setting.labels) == scores.metrics["roc.auc"]
     found = paired.bootstrap([setting], reference="again", n=50, seed=0).intervals["again"]
-    assert found["roc.auc"].low == scores.metrics["roc.auc_bootstrap_ci_low"]
+    assert found["roc.auc_bootstrap"].low == scores.metrics["roc.auc_bootstrap_ci_low"]
+    assert found["roc.auc"].low == scores.metrics["roc.auc_ci_low"]
     assert found["froc.sensitivity_at_1"].high == scores.metrics["froc.sensitivity_at_1_ci_high"]
 
 

@@ -333,8 +333,8 @@ def _froc_metrics(setting: Setting) -> dict[str, float]:
 
 
 def _roc_metrics(setting: Setting) -> dict[str, float]:
-    """Return the AUC, its DeLong interval and variance, and the numbers of slides."""
-    low, high = roc.auc_interval(setting.scores, setting.labels)
+    """Return the AUC, its DeLong interval, the variance that it has with independent slides, and their numbers."""
+    low, high = roc.auc_interval(setting.scores, setting.labels, paired.patients(setting))
     return {
         "roc.auc": roc.auc(setting.scores, setting.labels),
         "roc.auc_ci_low": low,
@@ -348,9 +348,9 @@ def _roc_metrics(setting: Setting) -> dict[str, float]:
 def _intervals(setting: Setting, n: int, seed: int) -> dict[str, float]:
     """Return the low and high ends of all bootstrap intervals by metric name, from one set of draws."""
     intervals = paired.bootstrap([setting], reference=setting.name, n=n, seed=seed).intervals[setting.name]
-    stems = {metric: "roc.auc_bootstrap" if metric == "roc.auc" else metric for metric in intervals}
-    return {f"{stems[metric]}_ci_low": one.low for metric, one in intervals.items()} | {
-        f"{stems[metric]}_ci_high": one.high for metric, one in intervals.items()
+    del intervals["roc.auc"]  # `_roc_metrics` has it
+    return {f"{metric}_ci_low": one.low for metric, one in intervals.items()} | {
+        f"{metric}_ci_high": one.high for metric, one in intervals.items()
     }
 
 

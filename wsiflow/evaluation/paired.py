@@ -6,7 +6,8 @@ differences from one reference with p-values, bands of the FROC curves, and the 
 Everything comes from one set of bootstrap draws. The cases, those that count for FROC and those that count for the AUC
 together, are drawn with replacement, and every metric of every setting is computed on each draw, so that a difference
 always compares two settings on the same cases. Intervals of FROC metrics and of differences are percentile intervals.
-The interval of an AUC, which is skewed near 1, is the bias-corrected and accelerated one (BCa). A p-value is two-sided
+The interval of an AUC is DeLong's on the scale of log odds, with slides of one patient kept together; beside it stands
+the bias-corrected and accelerated one of the draws (BCa). A p-value is two-sided
 and computed from the drawn differences, also for the AUC, so that interval and p-value agree; the p-value of DeLong's
 test is given beside it. For every metric the p-values are corrected by Holm's method for the number of settings that
 are compared with the reference. They are not corrected for the number of metrics: choose one metric beforehand.
@@ -93,10 +94,10 @@ class PairedResults(NamedTuple):
     """The results of a paired bootstrap.
 
     Attributes:
-        intervals: Interval by setting and metric.
+        intervals: Interval by setting and metric; that of ``roc.auc`` is DeLong's, that of ``roc.auc_bootstrap`` BCa.
         differences: Difference from the reference by setting and metric; the reference is absent.
-        delong: p-value of DeLong's test of the AUC against the reference's, uncorrected and corrected, by setting. The
-            test assumes that slides of one patient are independent.
+        delong: p-value of DeLong's test of the AUC against the reference's, uncorrected and corrected, by setting;
+            slides of one patient are kept together.
         bands: FROC curve with its band, by setting.
     """
 
@@ -152,7 +153,7 @@ def bootstrap(
     times = _draws(settings[0], n, seed)
     drawn = {one.name: _without_lone_cases(_drawn(one, times, mode), one) for one in settings}
     return PairedResults(
-        {name: _intervals(one) for name, one in drawn.items()},
+        {one.name: _intervals(drawn[one.name], one) for one in settings},
         _differences({name: one.metrics for name, one in drawn.items()}, reference),
         _delong({one.name: one for one in settings}, reference),
         {name: FrocBand(FP_GRID, one.curve[0], *interval(one.curve[1:])) for name, one in drawn.items()},
@@ -191,6 +192,13 @@ def comparability_problems(settings: Sequence[Setting]) -> list[str]:
     same.
     """
     return [reason for one in settings[1:] for reason in _against(settings[0], one)]
+
+
+def patients(setting: Setting) -> list[int] | None:
+    """Return the number of the patient of each slide that counts for the AUC; None where no patient has two slides."""
+    cluster = dict(zip(_cases(setting), _clusters(setting), strict=True))
+    whose = [cluster[slide.casefold()] for slide in setting.slide_ids]
+    return whose if len(set(whose)) < len(whose) else None
 
 
 # --- why not
@@ -292,7 +300,8 @@ def _delong(settings: Mapping[str, Setting], reference: str) -> dict[str, tuple[
     scores = {name: _scores(one) for name, one in settings.items()}
     in_order = {name: [own[slide] for slide in labels] for name, own in scores.items()}
     others = [name for name in settings if name != reference]
-    p = [roc.paired_test(in_order[name], in_order[reference], list(labels.values())).p for name in others]
+    whose = patients(settings[reference])
+    p = [roc.paired_test(in_order[name], in_order[reference], list(labels.values()), whose).p for name in others]
     return dict(zip(others, zip(p, holm(p), strict=True), strict=True))
 
 
@@ -334,12 +343,16 @@ def _without_lone_cases(drawn: _Drawn, setting: Setting) -> _Drawn:
     return drawn
 
 
-def _intervals(drawn: _Drawn) -> dict[str, Interval]:
-    """Return the 95 % intervals of all metrics of a setting: BCa for the AUC, percentiles for the others."""
+def _intervals(drawn: _Drawn, setting: Setting) -> dict[str, Interval]:
+    """Return the 95 % intervals of all metrics: DeLong's and BCa for the AUC, percentiles for the others."""
     intervals = {metric: Interval(float(x[0]), *interval(x[1:]).tolist()) for metric, x in drawn.metrics.items()}
     area = drawn.metrics["roc.auc"]
     corrected = corrected_interval(float(area[0]), area[1:], drawn.jackknife)
-    return intervals | {"roc.auc": Interval(float(area[0]), *corrected.tolist())}
+    delong = roc.auc_interval(setting.scores, setting.labels, patients(setting))
+    return intervals | {
+        "roc.auc": Interval(float(area[0]), *delong),
+        "roc.auc_bootstrap": Interval(float(area[0]), *corrected.tolist()),
+    }
 
 
 def _differences(
