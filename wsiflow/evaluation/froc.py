@@ -42,6 +42,7 @@ ITC_UM = 275.0
 """Size limit of the challenge, 200 um plus dilation: a dilated region with a shorter major axis is an ITC."""
 
 
+_CHUNK = 256  # assignments at a time, for the memory
 _LARGEST_RADIUS_PX = 2000  # 75 um are 150 px at the finest usual spacing, and dilation by a larger disc takes too long
 
 
@@ -250,6 +251,68 @@ def resample(
     return sensitivities
 
 
+def lesion_weights(matches: Sequence[Matches], *, mode: Mode) -> list[NDArray[np.float64]]:
+    """Return how far each region is found at each of the six rates; over all lesions the mean is the sensitivity.
+
+    A rate between two operating points weighs their thresholds as the interpolation does.
+
+    Returns:
+        Per slide float64 (K, 6) from 0 to 1; 0 for isolated tumour cells.
+
+    Raises:
+        InputError: A slide appears twice.
+    """
+    points = curve(matches, mode=mode)
+    fp, thresholds = points.fp_per_slide[::-1], points.thresholds[::-1]
+    before = np.searchsorted(fp, RATES, side="right") - 1
+    after = np.minimum(before + 1, len(fp) - 1)
+    step = fp[after] - fp[before]
+    weight = np.divide(np.array(RATES) - fp[before], step, out=np.zeros(len(RATES)), where=step > 0)
+    high, low = thresholds[before], thresholds[after]
+    hits = [slide.best[:, None] for slide in matches]
+    if mode == "official":
+        high, low, hits = _as_float32(high), _as_float32(low), [_as_float32(one) for one in hits]
+    return [(1 - weight) * (one >= high) + weight * (one >= low) for one in hits]
+
+
+def exchange(first: Sequence[Matches], second: Sequence[Matches], swapped: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """Return the strict sensitivities of a setting some of whose slides have the results of another setting.
+
+    Args:
+        first: The slides of the setting.
+        second: The same slides, in the same order, with the results of the other setting.
+        swapped: bool (k, slides), in each of k assignments the slides with the results of ``second``.
+
+    Returns:
+        float64 (k, 6), NaN without lesions; what `curve` in strict mode gives for each assignment.
+    """
+    both = [*first, *second]
+    hit_values, hit_slides = _falling([slide.best[slide.best > -np.inf] for slide in both])
+    false_values, false_slides = _falling([slide.false_positives for slide in both])
+    last = np.flatnonzero(np.append(np.diff(false_values) != 0, np.ones(min(len(false_values), 1), np.bool_)))
+    above = np.searchsorted(-hit_values, -false_values[last], side="left")
+    reaching = np.searchsorted(-hit_values, -false_values[last], side="right")
+    n_lesions = sum(slide.n_lesions for slide in first)
+    sensitivities = np.empty((len(swapped), len(RATES)))
+    for start in range(0, len(swapped), _CHUNK):
+        taken = np.concatenate([~swapped[start : start + _CHUNK], swapped[start : start + _CHUNK]], axis=1)
+        hits = np.pad(np.cumsum(taken[:, hit_slides], axis=1, dtype=np.int32), ((0, 0), (1, 0)))
+        false = np.pad(np.cumsum(taken[:, false_slides], axis=1, dtype=np.int32)[:, last], ((0, 0), (1, 0)))
+        rows = np.arange(len(taken))
+        for column, rate in enumerate(RATES):
+            allowed = rate * len(first)
+            # The highest confidence of a false positive with which there are too many, if any.
+            place = (false[:, 1:] <= allowed).sum(axis=1)
+            found = hits[:, -1].astype(np.float64)
+            many = place < len(last)
+            row, at = rows[many], place[many]
+            few, more = hits[row, above[at]], hits[row, reaching[at]]
+            step = false[row, at + 1] - false[row, at]
+            found[many] = few + (more - few) * (allowed - false[row, at]) / step
+            sensitivities[start : start + len(taken), column] = found
+    return sensitivities / n_lesions if n_lesions else np.full_like(sensitivities, np.nan)
+
+
 # --- regions
 
 
@@ -307,6 +370,14 @@ def _labels_at(labels: NDArray[np.int32], xy: NDArray[np.float64], downsample: i
     m_x, m_y = m_xy[inside].astype(np.int64).T
     hit[inside] = labels[m_y, m_x]
     return hit
+
+
+def _falling(per_slide: Sequence[NDArray[np.float64]]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Return the confidences of many slides by falling confidence, and the index of the slide of each."""
+    values = np.concatenate([np.empty(0), *per_slide])
+    slides = np.repeat(np.arange(len(per_slide)), [len(one) for one in per_slide])
+    order = np.argsort(-values, kind="stable")
+    return values[order], slides[order]
 
 
 class _Ranked(NamedTuple):
@@ -371,11 +442,9 @@ def _as_float32(values: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def _ranked(per_slide: Sequence[NDArray[np.float64]], thresholds: NDArray[np.float64]) -> _Ranked:
     """Rank the confidences of many slides and count those at or above each threshold."""
-    values = np.concatenate([np.empty(0), *per_slide])
-    slides = np.repeat(np.arange(len(per_slide)), [len(one) for one in per_slide])
-    order = np.argsort(-values, kind="stable")
-    reach = len(values) - np.searchsorted(np.sort(values), thresholds, side="left")
-    return _Ranked(slides[order], reach, np.array([one.min(initial=math.inf) for one in per_slide], np.float64))
+    values, slides = _falling(per_slide)
+    reach = np.searchsorted(-values, -thresholds, side="right")
+    return _Ranked(slides, reach, np.array([one.min(initial=math.inf) for one in per_slide], np.float64))
 
 
 def _within(pool: _Pool, rate: float) -> _Pool:

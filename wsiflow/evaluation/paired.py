@@ -21,6 +21,8 @@ bootstrap is too optimistic where almost every lesion is detected: intervals of 
 draw: it has a value, but neither interval nor p-value.
 """
 
+import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -28,12 +30,15 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from wsiflow.errors import InputError
-from wsiflow.evaluation import froc, roc
-from wsiflow.evaluation.resampling import case_draws, corrected_interval, holm, interval, left_out, two_sided_p
+from wsiflow.evaluation import discordance, froc, roc
+from wsiflow.evaluation.resampling import case_draws, corrected_interval, holm, interval, left_out
 
 FP_GRID = np.linspace(0, 8, 129)
 """False positives per slide at which bands are computed; the six rates of the score are among them."""
 
+_ALPHA = 0.05
+_EXCHANGES_EACH = 10
+_FEW = 5  # slides that change their place, below which draws say too little about the AUC
 _LEAST_CASES = 2  # fewer cases do not show how much a metric varies from case to case
 _DIGITS = 12  # equal metrics that were summed in another order differ after these
 
@@ -72,13 +77,18 @@ class Interval(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """The difference setting minus reference in the sample, its 95 % interval, and its p-value, also corrected."""
+    """The difference setting minus reference in the sample, its 95 % interval and its p-value, both also corrected.
+
+    The corrected interval holds the truth together with those of all other settings of the family in 95 %.
+    """
 
     value: float
     low: float
     high: float
     p: float
     p_corrected: float
+    low_corrected: float
+    high_corrected: float
 
 
 class FrocBand(NamedTuple):
@@ -99,12 +109,28 @@ class PairedResults(NamedTuple):
         delong: p-value of DeLong's test of the AUC against the reference's, uncorrected and corrected, by setting;
             slides of one patient are kept together.
         bands: FROC curve with its band, by setting.
+        evidence: What the differences rest on, by setting and metric; the reference is absent.
     """
 
     intervals: dict[str, dict[str, Interval]]
     differences: dict[str, dict[str, Difference]]
     delong: dict[str, tuple[float, float]]
     bands: dict[str, FrocBand]
+    evidence: dict[str, dict[str, "Evidence"]]
+
+
+class Evidence(NamedTuple):
+    """What the difference of a setting from the reference rests on.
+
+    Attributes:
+        drawn: float64 (n + 1,), the difference in the sample and in every draw.
+        p: p-value by exchange of the results; NaN where there is none.
+        units: What was gained and lost, where that bounds the difference; else None.
+    """
+
+    drawn: NDArray[np.float64]
+    p: float
+    units: discordance.Discordance | None
 
 
 class _Drawn(NamedTuple):
@@ -123,7 +149,13 @@ class _Times(NamedTuple):
 
 
 def bootstrap(
-    settings: Sequence[Setting], *, reference: str, mode: froc.Mode = "official", n: int = 2000, seed: int = 0
+    settings: Sequence[Setting],
+    *,
+    reference: str,
+    mode: froc.Mode = "official",
+    n: int = 2000,
+    seed: int = 0,
+    families: Mapping[str, str] | None = None,
 ) -> PairedResults:
     """Compare settings that were scored on the same cases, by a bootstrap over these cases.
 
@@ -136,6 +168,8 @@ def bootstrap(
         mode: FROC mode of the sensitivities and bands.
         n: Number of draws; with 0 all intervals and p-values are NaN.
         seed: Seed of the draws.
+        families: Name of the family of each setting, by setting: p-values and intervals are corrected for the settings
+            of one family. None: all settings are one family.
 
     Raises:
         InputError: Two settings have the same name, none is the reference, they must not be compared, or a slide
@@ -152,11 +186,21 @@ def bootstrap(
         raise InputError("; ".join(reasons), remedy, stage="comparison")
     times = _draws(settings[0], n, seed)
     drawn = {one.name: _without_lone_cases(_drawn(one, times, mode), one) for one in settings}
+    by_name = {one.name: one for one in settings}
+    evidence = {
+        name: _evidence(
+            _Compared(by_name[reference], drawn[reference]), _Compared(one, drawn[name]), mode, _Exchange(n, seed)
+        )
+        for name, one in by_name.items()
+        if name != reference
+    }
+    family = {name: (families or {}).get(name, "") for name in evidence}
     return PairedResults(
-        {one.name: _intervals(drawn[one.name], one) for one in settings},
-        _differences({name: one.metrics for name, one in drawn.items()}, reference),
-        _delong({one.name: one for one in settings}, reference),
+        {name: _intervals(drawn[name], one, mode) for name, one in by_name.items()},
+        _differences(evidence, family),
+        _delong(by_name, reference, family),
         {name: FrocBand(FP_GRID, one.curve[0], *interval(one.curve[1:])) for name, one in drawn.items()},
+        evidence,
     )
 
 
@@ -294,7 +338,9 @@ def _columns(times: Mapping[str, NDArray[np.int64]], slides: Sequence[str]) -> N
     return columns
 
 
-def _delong(settings: Mapping[str, Setting], reference: str) -> dict[str, tuple[float, float]]:
+def _delong(
+    settings: Mapping[str, Setting], reference: str, family: Mapping[str, str]
+) -> dict[str, tuple[float, float]]:
     """Return DeLong's p-values of the AUCs against the reference's, uncorrected and corrected by Holm's method."""
     labels = _labels(settings[reference])
     scores = {name: _scores(one) for name, one in settings.items()}
@@ -302,7 +348,17 @@ def _delong(settings: Mapping[str, Setting], reference: str) -> dict[str, tuple[
     others = [name for name in settings if name != reference]
     whose = patients(settings[reference])
     p = [roc.paired_test(in_order[name], in_order[reference], list(labels.values()), whose).p for name in others]
-    return dict(zip(others, zip(p, holm(p), strict=True), strict=True))
+    corrected = within_families(dict(zip(others, p, strict=True)), family)
+    return {name: (alone, corrected[name]) for name, alone in zip(others, p, strict=True)}
+
+
+def within_families(p: Mapping[str, float], family: Mapping[str, str]) -> dict[str, float]:
+    """Return p-values corrected by Holm's method within each family of settings, by setting."""
+    corrected = {}
+    for one in dict.fromkeys(family.values()):
+        names = [name for name in p if family[name] == one]
+        corrected |= dict(zip(names, holm([p[name] for name in names]), strict=True))
+    return corrected
 
 
 def _drawn(setting: Setting, times: _Times, mode: froc.Mode) -> _Drawn:
@@ -343,9 +399,17 @@ def _without_lone_cases(drawn: _Drawn, setting: Setting) -> _Drawn:
     return drawn
 
 
-def _intervals(drawn: _Drawn, setting: Setting) -> dict[str, Interval]:
-    """Return the 95 % intervals of all metrics: DeLong's and BCa for the AUC, percentiles for the others."""
+def _intervals(drawn: _Drawn, setting: Setting, mode: froc.Mode) -> dict[str, Interval]:
+    """Return the 95 % intervals of all metrics: DeLong's and BCa for the AUC, percentiles for the others.
+
+    Where almost all lesions are found, or almost none, an interval of percentiles is extended to the exact one.
+    """
     intervals = {metric: Interval(float(x[0]), *interval(x[1:]).tolist()) for metric, x in drawn.metrics.items()}
+    for metric, found in _weights(setting, mode).items():
+        exact = discordance.share_interval(found, _of_lesions(setting), _n_lesions(setting))
+        if exact and math.isfinite(intervals[metric].low):
+            value, low, high = intervals[metric]
+            intervals[metric] = Interval(value, min(low, exact[0]), max(high, exact[1]))
     area = drawn.metrics["roc.auc"]
     corrected = corrected_interval(float(area[0]), area[1:], drawn.jackknife)
     delong = roc.auc_interval(setting.scores, setting.labels, patients(setting))
@@ -355,16 +419,168 @@ def _intervals(drawn: _Drawn, setting: Setting) -> dict[str, Interval]:
     }
 
 
+# --- differences
+
+
+class _Compared(NamedTuple):
+    """A setting with its draws."""
+
+    setting: Setting
+    drawn: _Drawn
+
+
+def _weights(setting: Setting, mode: froc.Mode) -> dict[str, NDArray[np.float64]]:
+    """Return how far each region is found, from 0 to 1, by FROC metric; regions in the order of the slides' names."""
+    stem = "froc." if mode == "official" else "froc.strict_"
+    other: froc.Mode = "strict" if mode == "official" else "official"
+    ordered = _by_name(setting)
+    at_rates, others = (
+        np.concatenate([np.empty((0, len(froc.RATES))), *froc.lesion_weights(ordered, mode=one)])
+        for one in (mode, other)
+    )
+    scores = {mode: at_rates.mean(axis=1), other: others.mean(axis=1)}
+    return {
+        "froc.score": scores["official"],
+        "froc.strict_score": scores["strict"],
+        **{f"{stem}sensitivity_at_{rate:g}": at_rates[:, k] for k, rate in enumerate(froc.RATES)},
+    }
+
+
+def _by_name(setting: Setting) -> list[froc.Matches]:
+    return sorted(setting.matches, key=lambda one: one.slide_id.casefold())
+
+
+def _of_lesions(setting: Setting) -> NDArray[np.int64]:
+    """Return the patient, or the slide, of each region in the order of `_weights`."""
+    cluster = dict(zip(_cases(setting), _clusters(setting), strict=True))
+    ordered = _by_name(setting)
+    return np.repeat([cluster[one.slide_id.casefold()] for one in ordered], [len(one.best) for one in ordered])
+
+
+def _n_lesions(setting: Setting) -> int:
+    return sum(one.n_lesions for one in setting.matches)
+
+
+def _evidence(base: _Compared, other: _Compared, mode: froc.Mode, draw: "_Exchange") -> dict[str, Evidence]:
+    """Return what the differences of a setting from the reference rest on, by metric."""
+    p = _exchange_p(base.setting, other.setting, mode, draw) if draw.n else {}
+    units = _discordances(base.setting, other.setting, mode)
+    evidence = {}
+    for metric, values in other.drawn.metrics.items():
+        drawn = np.round(values - base.drawn.metrics[metric], _DIGITS)
+        known = not np.isnan(drawn[1:]).all()
+        evidence[metric] = Evidence(drawn, p.get(metric, math.nan) if known else math.nan, units.get(metric))
+    return evidence
+
+
+def _discordances(base: Setting, other: Setting, mode: froc.Mode) -> dict[str, discordance.Discordance]:
+    """Return what was gained and lost by metric; of the AUC only where it hangs on few slides."""
+    ours, theirs = _weights(base, mode), _weights(other, mode)
+    whose, n = _of_lesions(base), _n_lesions(base)
+    found = {metric: discordance.discordance(theirs[metric] - ours[metric], whose, n) for metric in ours} if n else {}
+    area = _discordant_placements(base, other)
+    return found | ({"roc.auc": area} if area else {})
+
+
+def _discordant_placements(base: Setting, other: Setting) -> discordance.Discordance | None:
+    """Return what was gained and lost of the slides of the smaller class; None where many slides of both change."""
+    labels = _labels(base)
+    truth = np.array(list(labels.values()))
+    if len(set(truth.tolist())) < 2:
+        return None
+    ours, theirs = (roc.placements([_scores(one)[slide] for slide in labels], truth) for one in (base, other))
+    cluster = dict(zip(_cases(base), _clusters(base), strict=True))
+    whose, changes = np.array([cluster[slide] for slide in labels]), np.round(theirs - ours, _DIGITS)
+    few = [len(np.unique(whose[(truth == kind) & (changes != 0)])) < _FEW for kind in (0, 1)]
+    if not any(few):
+        return None
+    of_class = [
+        discordance.discordance(changes[truth == kind], whose[truth == kind], int((truth == kind).sum()))
+        for kind in (0, 1)
+    ]
+    return min(of_class, key=lambda one: one.n)
+
+
+class _Exchange(NamedTuple):
+    """How exchanges are drawn: ten for each resample, and at most `discordance.MOST`."""
+
+    n: int
+    seed: int
+
+    def swapped(self, differs: NDArray[np.bool_], cluster: NDArray[np.int64]) -> NDArray[np.bool_]:
+        most = min(_EXCHANGES_EACH * self.n, discordance.MOST)
+        return discordance.exchanges(differs, cluster, seed=self.seed, most=most).swapped
+
+
+def _exchange_p(base: Setting, other: Setting, mode: froc.Mode, draw: _Exchange) -> dict[str, float]:
+    """Return p-values by exchange of the results of the cases.
+
+    All FROC metrics are compared by strict curves: the official ones differ in the lowest threshold alone.
+    """
+    stem = "froc." if mode == "official" else "froc.strict_"
+    cluster = dict(zip(_cases(base), _clusters(base), strict=True))
+    ours, theirs = _by_name(base), _by_name(other)
+    differs = np.array([not _alike(one, its) for one, its in zip(ours, theirs, strict=True)], np.bool_)
+    whose = np.array([cluster[one.slide_id.casefold()] for one in ours], np.int64)
+    swapped = draw.swapped(differs, whose)
+    change = froc.exchange(theirs, ours, swapped) - froc.exchange(ours, theirs, swapped)
+    score = discordance.exchange_p(change.mean(axis=1))
+    return {
+        "froc.score": score,
+        "froc.strict_score": score,
+        **{
+            f"{stem}sensitivity_at_{rate:g}": discordance.exchange_p(one)
+            for rate, one in zip(froc.RATES, change.T, strict=True)
+        },
+        "roc.auc": _exchange_p_of_area(base, other, cluster, draw),
+    }
+
+
+def _exchange_p_of_area(base: Setting, other: Setting, cluster: Mapping[str, int], draw: _Exchange) -> float:
+    labels, theirs = _labels(base), _scores(other)
+    ours = _scores(base)
+    whose = np.array([cluster[slide] for slide in labels], np.int64)
+    differs = np.array([ours[slide] != theirs[slide] for slide in labels], np.bool_)
+    swapped = draw.swapped(differs, whose)
+    both = [one[slide] for one in (theirs, ours) for slide in labels]
+    truth = [*labels.values()] * 2
+    taken = np.concatenate([~swapped, swapped], axis=1).astype(np.int64)
+    return discordance.exchange_p(roc.resample(both, truth, taken) - roc.resample(both, truth, 1 - taken))
+
+
+def _alike(one: froc.Matches, other: froc.Matches) -> bool:
+    """Tell whether a slide has the same hits and false positives in two settings."""
+    return np.array_equal(one.best, other.best) and np.array_equal(
+        np.sort(one.false_positives), np.sort(other.false_positives)
+    )
+
+
 def _differences(
-    metrics: Mapping[str, Mapping[str, NDArray[np.float64]]], reference: str
+    evidence: Mapping[str, Mapping[str, Evidence]], family: Mapping[str, str]
 ) -> dict[str, dict[str, Difference]]:
-    """Return the differences of the settings from the reference; p-values are corrected within each metric."""
-    others = [name for name in metrics if name != reference]
-    differences: dict[str, dict[str, Difference]] = {name: {} for name in others}
-    for metric, base in metrics[reference].items():
-        drawn = [np.round(metrics[name][metric] - base, _DIGITS) for name in others]
-        p = [two_sided_p(one[1:]) for one in drawn]
-        for name, one, alone, corrected in zip(others, drawn, p, holm(p), strict=True):
-            low, high = interval(one[1:]).tolist()
-            differences[name][metric] = Difference(float(one[0]), low, high, alone, corrected)
+    """Return the differences of the settings from the reference; corrected within each metric and family."""
+    differences: dict[str, dict[str, Difference]] = {name: {} for name in evidence}
+    sizes = Counter(family.values())
+    for metric in next(iter(evidence.values()), {}):
+        own = {name: metrics[metric] for name, metrics in evidence.items()}
+        corrected = within_families({name: one.p for name, one in own.items()}, family)
+        for name, one in own.items():
+            differences[name][metric] = Difference(
+                float(one.drawn[0]),
+                *_difference_interval(one, one.p, 0.95),
+                one.p,
+                corrected[name],
+                *_difference_interval(one, corrected[name], 1 - 0.05 / sizes[family[name]]),
+            )
     return differences
+
+
+def _difference_interval(one: Evidence, p: float, level: float) -> tuple[float, float]:
+    """Return the interval of the draws, extended to that of the score test, and to 0 where p does not exclude it."""
+    low, high = interval(one.drawn[1:], level).tolist()
+    if math.isnan(low):
+        return low, high
+    if one.units is not None:
+        least, most = discordance.score_interval(one.units, level)
+        low, high = min(low, least), max(high, most)
+    return (min(low, 0.0), max(high, 0.0)) if p >= _ALPHA else (low, high)

@@ -185,6 +185,23 @@ def _clustered(
     return total
 
 
+def placements(scores: ArrayLike, labels: ArrayLike) -> NDArray[np.float64]:
+    """Return float64 (n,), for each slide the share of the other class's slides that it is on the right side of.
+
+    Ties count one half. The mean over the slides of either class is the AUC; NaN where a class is missing.
+
+    Raises:
+        InputError: As for ``auc``.
+    """
+    positive, negative = _split(scores, labels)
+    truth = np.asarray(labels)
+    placed = np.full(len(truth), np.nan)
+    if positive.size and negative.size:
+        placed[truth == 1] = _placements(positive, negative)
+        placed[truth == 0] = 1 - _placements(negative, positive)
+    return placed
+
+
 def paired_test(
     scores: ArrayLike, reference: ArrayLike, labels: ArrayLike, clusters: ArrayLike | None = None
 ) -> Paired:
