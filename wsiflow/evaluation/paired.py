@@ -204,12 +204,13 @@ def bootstrap(
     )
 
 
-def pareto(cost: ArrayLike, score: ArrayLike) -> NDArray[np.bool_]:
+def pareto(cost: ArrayLike, score: ArrayLike, as_cheap: NDArray[np.bool_] | None = None) -> NDArray[np.bool_]:
     """Return which settings are on the Pareto front of cost and score.
 
     Args:
         cost: (n,), lower is better.
         score: (n,), higher is better.
+        as_cheap: bool (n, n), pairs whose costs cannot be told apart. None: those whose costs are equal.
 
     Returns:
         bool (n,), True where no other setting is cheaper and at least as good, or as cheap and better. Equal settings
@@ -222,9 +223,10 @@ def pareto(cost: ArrayLike, score: ArrayLike) -> NDArray[np.bool_]:
     if costs.ndim != 1 or costs.shape != scores.shape:
         raise InputError(f"the costs have shape {costs.shape} and the scores {scores.shape}", "give one score per cost")
     known = ~(np.isnan(costs) | np.isnan(scores))
-    cheaper, as_cheap = costs[None, :] < costs[:, None], costs[None, :] == costs[:, None]
+    equal = costs[None, :] == costs[:, None] if as_cheap is None else as_cheap
+    cheaper = (costs[None, :] < costs[:, None]) & ~equal
     better, as_good = scores[None, :] > scores[:, None], scores[None, :] >= scores[:, None]
-    beaten: NDArray[np.bool_] = ((cheaper & as_good) | (as_cheap & better)).any(axis=1)
+    beaten: NDArray[np.bool_] = ((cheaper & as_good) | (equal & better)).any(axis=1)
     return known & ~beaten
 
 
@@ -243,6 +245,27 @@ def patients(setting: Setting) -> list[int] | None:
     cluster = dict(zip(_cases(setting), _clusters(setting), strict=True))
     whose = [cluster[slide.casefold()] for slide in setting.slide_ids]
     return whose if len(set(whose)) < len(whose) else None
+
+
+def pareto_membership(
+    cost: ArrayLike, score: ArrayLike, drawn: NDArray[np.float64], as_cheap: NDArray[np.bool_] | None = None
+) -> NDArray[np.float64]:
+    """Return the share of redraws of the cases in which each setting is on the Pareto front.
+
+    Args:
+        cost: (n,), as for `pareto`.
+        score: (n,), NaN for settings that are never on the front.
+        drawn: float64 (draws, n), the score in each draw, or its difference from one reference.
+        as_cheap: As for `pareto`.
+
+    Returns:
+        float64 (n,); NaN without draws.
+    """
+    known = drawn[~np.isnan(drawn[:, ~np.isnan(np.asarray(score, np.float64))]).any(axis=1)]
+    if not len(known):
+        return np.full(drawn.shape[1], np.nan)
+    worth = np.where(np.isnan(np.asarray(score, np.float64)), np.nan, known)
+    return np.mean([pareto(cost, one, as_cheap) for one in worth], axis=0, dtype=np.float64)
 
 
 # --- why not
