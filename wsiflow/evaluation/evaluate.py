@@ -205,7 +205,10 @@ def evaluate_matched(matched: Sequence[MatchedSlide], params: EvaluationParams, 
     )
     setting = record.setting("")
     return Scores(
-        _froc_metrics(setting) | _roc_metrics(setting) | _intervals(setting, params.bootstrap, seed),
+        _froc_metrics(setting)
+        | _roc_metrics(setting)
+        | _intervals(setting, params.bootstrap, seed)
+        | _further(setting, params, seed),
         [one.row for one in matched],
         {"downsample": params.downsample, "l0_um_px": params.l0_um_px, "rates": list(froc.RATES)}
         | {
@@ -264,12 +267,19 @@ def match_slide(one: Evidence, params: EvaluationParams) -> MatchedSlide:
         in_auc=in_auc,
         reason=reason,
         truth=truth_sha256(label, lesions) if known and out != "all" else None,
-        best=[best if best > -np.inf else None for best in matches.best.tolist()] if in_froc else [],
+        best=_known(matches.best) if in_froc else [],
         n_itc=matches.n_itc if in_froc else 0,
-        itc=sorted(k - 1 for k in lesions.itc) if in_froc and lesions is not None else [],
+        itc=list(matches.itc) if in_froc else [],
+        itc_best=_known(matches.any_best[list(matches.itc)]) if in_froc and matches.any_best is not None else [],
+        major_axis_um=matches.major_axis_um.tolist() if in_froc and matches.major_axis_um is not None else [],
         false_positives=matches.false_positives.tolist() if in_froc else [],
     )
     return MatchedSlide(row, record, one.patient_id)
+
+
+def _known(best: NDArray[np.float64]) -> list[float | None]:
+    """Return confidences as JSON values: None for a missed region."""
+    return [one if one > -np.inf else None for one in best.tolist()]
 
 
 def _reason(out: str, label: int | None, protocol: str, *, known: bool) -> str:
@@ -352,6 +362,15 @@ def _intervals(setting: Setting, n: int, seed: int) -> dict[str, float]:
     return {f"{metric}_ci_low": one.low for metric, one in intervals.items()} | {
         f"{metric}_ci_high": one.high for metric, one in intervals.items()
     }
+
+
+def _further(setting: Setting, params: EvaluationParams, seed: int) -> dict[str, float]:
+    """Return average precision, sensitivities by size and at specificities, with intervals, and the sizes' numbers."""
+    found = paired.further_measures(setting, n=params.bootstrap, seed=seed, join_um=params.join_um)
+    metrics: dict[str, float] = {}
+    for metric, one in found.intervals.items():
+        metrics |= {metric: one.value, f"{metric}_ci_low": one.low, f"{metric}_ci_high": one.high}
+    return metrics | {f"froc.n_{size}": float(n) for size, n in found.n_lesions.items()}
 
 
 # --- files

@@ -54,11 +54,13 @@ class LesionMask:
         labels: int32 (rows, cols), 0 = background, 1..K = regions in raster order of their first pixel.
         itc: Labels of the regions that are isolated tumour cells.
         major_axis_px: float64 (K,), major axis of region k at index k - 1, in mask px.
+        um_px: Side of a mask pixel in um; NaN where it is not known.
     """
 
     labels: NDArray[np.int32]
     itc: frozenset[int]
     major_axis_px: NDArray[np.float64]
+    um_px: float = math.nan
 
     @property
     def n_regions(self) -> int:
@@ -97,12 +99,18 @@ class Matches:
         best: float64 (K,), highest confidence of a hit on each region; -inf for a missed region and for ITC.
         n_itc: Number of the K regions that are ITC.
         false_positives: float64 (m,), confidences of detections outside every region.
+        itc: Indices of the regions that are ITC.
+        any_best: float64 (K,), as ``best``, for ITC too; None where it is not known.
+        major_axis_um: float64 (K,), major axis of each dilated region; None where it is not known.
     """
 
     slide_id: str
     best: NDArray[np.float64]
     n_itc: int
     false_positives: NDArray[np.float64]
+    itc: tuple[int, ...] = ()
+    any_best: NDArray[np.float64] | None = None
+    major_axis_um: NDArray[np.float64] | None = None
 
     @property
     def n_lesions(self) -> int:
@@ -149,12 +157,12 @@ def evaluation_mask(
         raise InputError(cause, "give spacings in um, not in mm (mpp), or a larger downsample")
     labels = np.zeros(tumour.shape, np.int32)
     if not tumour.any():
-        return LesionMask(labels, frozenset(), np.empty(0))
+        return LesionMask(labels, frozenset(), np.empty(0), um_px)
     radius_px = join_um / (um_px * 2)
     window = _window(tumour, math.ceil(radius_px) + 1)
     labels[window], _ = ndimage.label(_filled(_dilated(tumour[window], radius_px)), np.ones((3, 3), np.int8))
     axes = _major_axes(labels[window])
-    return LesionMask(labels, frozenset((np.flatnonzero(axes < itc_um / um_px) + 1).tolist()), axes)
+    return LesionMask(labels, frozenset((np.flatnonzero(axes < itc_um / um_px) + 1).tolist()), axes, um_px)
 
 
 def match(slide: SlideFindings) -> Matches:
@@ -181,10 +189,15 @@ def match(slide: SlideFindings) -> Matches:
     if slide.lesions is None:
         return Matches(slide.slide_id, np.empty(0), 0, prob)
     hit = _labels_at(slide.lesions.labels, detections[:, 1:], slide.downsample)
-    counts = (hit > 0) & ~np.isin(hit, sorted(slide.lesions.itc))
-    best = np.full(slide.lesions.n_regions, -np.inf)
-    np.maximum.at(best, hit[counts] - 1, prob[counts])
-    return Matches(slide.slide_id, best, len(slide.lesions.itc), prob[hit == 0])
+    any_best = np.full(slide.lesions.n_regions, -np.inf)
+    np.maximum.at(any_best, hit[hit > 0] - 1, prob[hit > 0])
+    itc = tuple(label - 1 for label in sorted(slide.lesions.itc))
+    best = any_best.copy()
+    best[list(itc)] = -np.inf
+    axes_um = slide.lesions.major_axis_px * slide.lesions.um_px
+    return Matches(
+        slide.slide_id, best, len(itc), prob[hit == 0], itc, any_best, None if np.isnan(axes_um).any() else axes_um
+    )
 
 
 def curve(matches: Sequence[Matches], *, mode: Mode) -> FrocCurve:
@@ -287,8 +300,8 @@ def exchange(first: Sequence[Matches], second: Sequence[Matches], swapped: NDArr
         float64 (k, 6), NaN without lesions; what `curve` in strict mode gives for each assignment.
     """
     both = [*first, *second]
-    hit_values, hit_slides = _falling([slide.best[slide.best > -np.inf] for slide in both])
-    false_values, false_slides = _falling([slide.false_positives for slide in both])
+    hit_values, hit_slides = falling([slide.best[slide.best > -np.inf] for slide in both])
+    false_values, false_slides = falling([slide.false_positives for slide in both])
     last = np.flatnonzero(np.append(np.diff(false_values) != 0, np.ones(min(len(false_values), 1), np.bool_)))
     above = np.searchsorted(-hit_values, -false_values[last], side="left")
     reaching = np.searchsorted(-hit_values, -false_values[last], side="right")
@@ -372,7 +385,7 @@ def _labels_at(labels: NDArray[np.int32], xy: NDArray[np.float64], downsample: i
     return hit
 
 
-def _falling(per_slide: Sequence[NDArray[np.float64]]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+def falling(per_slide: Sequence[NDArray[np.float64]]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """Return the confidences of many slides by falling confidence, and the index of the slide of each."""
     values = np.concatenate([np.empty(0), *per_slide])
     slides = np.repeat(np.arange(len(per_slide)), [len(one) for one in per_slide])
@@ -442,7 +455,7 @@ def _as_float32(values: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def _ranked(per_slide: Sequence[NDArray[np.float64]], thresholds: NDArray[np.float64]) -> _Ranked:
     """Rank the confidences of many slides and count those at or above each threshold."""
-    values, slides = _falling(per_slide)
+    values, slides = falling(per_slide)
     reach = np.searchsorted(-values, -thresholds, side="right")
     return _Ranked(slides, reach, np.array([one.min(initial=math.inf) for one in per_slide], np.float64))
 

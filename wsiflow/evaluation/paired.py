@@ -30,7 +30,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from wsiflow.errors import InputError
-from wsiflow.evaluation import discordance, froc, roc
+from wsiflow.evaluation import discordance, froc, measures, roc
 from wsiflow.evaluation.resampling import case_draws, corrected_interval, holm, interval, left_out
 
 FP_GRID = np.linspace(0, 8, 129)
@@ -242,9 +242,14 @@ def comparability_problems(settings: Sequence[Setting]) -> list[str]:
 
 def patients(setting: Setting) -> list[int] | None:
     """Return the number of the patient of each slide that counts for the AUC; None where no patient has two slides."""
-    cluster = dict(zip(_cases(setting), _clusters(setting), strict=True))
-    whose = [cluster[slide.casefold()] for slide in setting.slide_ids]
+    whose = _of_slides(setting)
     return whose if len(set(whose)) < len(whose) else None
+
+
+def _of_slides(setting: Setting) -> list[int]:
+    """Return the number of the patient, or of the slide, of each slide that counts for the AUC."""
+    cluster = dict(zip(_cases(setting), _clusters(setting), strict=True))
+    return [cluster[slide.casefold()] for slide in setting.slide_ids]
 
 
 def pareto_membership(
@@ -410,10 +415,7 @@ def _drawn(setting: Setting, times: _Times, mode: froc.Mode) -> _Drawn:
 
 def _without_lone_cases(drawn: _Drawn, setting: Setting) -> _Drawn:
     """Replace the draws of metrics that depend on a single case by NaN: they are all equal and show no uncertainty."""
-    cluster = dict(zip(_cases(setting), _clusters(setting), strict=True))
-    labelled = list(zip(setting.slide_ids, setting.labels.tolist(), strict=True))
-    of_class = [{cluster[slide.casefold()] for slide, label in labelled if label == kind} for kind in (0, 1)]
-    with_lesions = {cluster[one.slide_id.casefold()] for one in setting.matches if one.n_lesions}
+    of_class, with_lesions = _classes(setting), _with_lesions(setting)
     for metric, values in drawn.metrics.items():
         if min(map(len, of_class if metric == "roc.auc" else [with_lesions])) < _LEAST_CASES:
             values[1:] = np.nan
@@ -422,17 +424,27 @@ def _without_lone_cases(drawn: _Drawn, setting: Setting) -> _Drawn:
     return drawn
 
 
+def _classes(setting: Setting) -> list[set[int]]:
+    """Return the patients, or slides, with normal slides, and those with tumour slides."""
+    labelled = list(zip(_of_slides(setting), setting.labels.tolist(), strict=True))
+    return [{whose for whose, label in labelled if label == kind} for kind in (0, 1)]
+
+
+def _with_lesions(setting: Setting) -> set[int]:
+    """Return the patients, or slides, with lesions that count."""
+    cluster = dict(zip(_cases(setting), _clusters(setting), strict=True))
+    return {cluster[one.slide_id.casefold()] for one in setting.matches if one.n_lesions}
+
+
 def _intervals(drawn: _Drawn, setting: Setting, mode: froc.Mode) -> dict[str, Interval]:
     """Return the 95 % intervals of all metrics: DeLong's and BCa for the AUC, percentiles for the others.
 
     Where almost all lesions are found, or almost none, an interval of percentiles is extended to the exact one.
     """
     intervals = {metric: Interval(float(x[0]), *interval(x[1:]).tolist()) for metric, x in drawn.metrics.items()}
-    for metric, found in _weights(setting, mode).items():
-        exact = discordance.share_interval(found, _of_lesions(setting), _n_lesions(setting))
-        if exact and math.isfinite(intervals[metric].low):
-            value, low, high = intervals[metric]
-            intervals[metric] = Interval(value, min(low, exact[0]), max(high, exact[1]))
+    intervals |= {
+        metric: _extended(intervals[metric], found, setting) for metric, found in _weights(setting, mode).items()
+    }
     area = drawn.metrics["roc.auc"]
     corrected = corrected_interval(float(area[0]), area[1:], drawn.jackknife)
     delong = roc.auc_interval(setting.scores, setting.labels, patients(setting))
@@ -440,6 +452,78 @@ def _intervals(drawn: _Drawn, setting: Setting, mode: froc.Mode) -> dict[str, In
         "roc.auc": Interval(float(area[0]), *delong),
         "roc.auc_bootstrap": Interval(float(area[0]), *corrected.tolist()),
     }
+
+
+# --- further measures
+
+
+class FurtherMeasures(NamedTuple):
+    """Measures beside FROC score and AUC: interval by metric, and number of lesions by size class."""
+
+    intervals: dict[str, Interval]
+    n_lesions: dict[str, int]
+
+
+def further_measures(setting: Setting, *, n: int, seed: int, join_um: float = froc.JOIN_UM) -> FurtherMeasures:
+    """Return average precision, the scores of each size class, and the slides' sensitivities at specificities.
+
+    They come from the draws of `bootstrap`. Metrics are ``froc.average_precision``, ``froc.macro_score``,
+    ``froc.micro_score``, ``froc.itc_score`` and ``roc.sensitivity_at_specificity_0.95``; see `measures`.
+
+    Args:
+        setting: The slides.
+        n: Number of draws; with 0 all intervals are NaN.
+        seed: Seed of the draws.
+        join_um: Joining distance of the protocol.
+    """
+    times = _draws(setting, n, seed).drawn
+    of_froc = _columns(times, [one.slide_id for one in setting.matches])
+    of_auc = _columns(times, setting.slide_ids)
+    intervals = {
+        "froc.average_precision": _of_classes(
+            measures.average_precision(setting.matches, of_froc), [_with_lesions(setting)]
+        )
+    }
+    n_lesions = {}
+    for size in measures.SIZES:
+        chosen = measures.of_size(setting.matches, size, join_um=join_um)
+        if chosen is None:
+            continue
+        own = setting._replace(matches=chosen)
+        n_lesions[size] = _n_lesions(own)
+        values = froc.resample(chosen, of_froc, mode="strict").mean(axis=1)
+        drawn = _of_classes(values, [_with_lesions(own)])
+        intervals[f"froc.{size}_score"] = _extended(drawn, _weights(own, "strict")["froc.strict_score"], own)
+    for specificity in measures.SPECIFICITIES:
+        values = measures.sensitivity_at_specificity(setting.scores, setting.labels, of_auc, specificity)
+        intervals[f"roc.sensitivity_at_specificity_{specificity:g}"] = _of_tumour_slides(values, setting)
+    return FurtherMeasures(intervals, n_lesions)
+
+
+def _of_classes(values: NDArray[np.float64], classes: Sequence[set[int]]) -> Interval:
+    """Return a value with its interval of percentiles; without one where it rests on a single case."""
+    if min(map(len, classes)) < _LEAST_CASES:
+        return Interval(float(values[0]), math.nan, math.nan)
+    return Interval(float(values[0]), *interval(values[1:]).tolist())
+
+
+def _of_tumour_slides(values: NDArray[np.float64], setting: Setting) -> Interval:
+    """Return a share of the tumour slides with its interval, extended where almost all are found or almost none."""
+    one = _of_classes(values, _classes(setting))
+    whose = np.array(_of_slides(setting), np.int64)[setting.labels == 1]
+    if not math.isfinite(one.low):
+        return one
+    n_patients = len(set(whose.tolist()))
+    exact = discordance.share_interval(np.full(n_patients, one.value), np.arange(n_patients), n_patients)
+    return Interval(one.value, min(one.low, exact[0]), max(one.high, exact[1])) if exact else one
+
+
+def _extended(one: Interval, found: NDArray[np.float64], setting: Setting) -> Interval:
+    """Return an interval, extended to the exact one where almost all lesions are found or almost none."""
+    exact = discordance.share_interval(found, _of_lesions(setting), _n_lesions(setting))
+    if not exact or not math.isfinite(one.low):
+        return one
+    return Interval(one.value, min(one.low, exact[0]), max(one.high, exact[1]))
 
 
 # --- differences
