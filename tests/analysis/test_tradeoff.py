@@ -233,6 +233,14 @@ def test_the_metric_can_be_named() -> None:
         compared(*runs, metric="froc")
 
 
+def test_the_score_is_the_official_one() -> None:
+    """Where every lesion is found the official score leaves the lowest threshold out, and the strict one does not."""
+    found = matches([slide(f"t{i}", 1, [0.3 + i / 10]) for i in range(4)] + [slide("n", 0, false=[0.35])])
+    (row,) = compared(run("a", found, stride=8)).rows
+    assert row.metrics["froc.score"].value == pytest.approx(0.75)
+    assert row.metrics["froc.strict_score"].value == 1.0
+
+
 def test_costs_that_cannot_be_told_apart_are_not_ranked() -> None:
     """Of equal scores the dearer one stays where repeats say that its cost is the same; shares of redraws are told."""
     noisy = [run(f"a{i}", some(3), cost, stride=16, repeat=i) for i, cost in enumerate((1.0, 1.4))]

@@ -97,10 +97,12 @@ def power(evidence: Evidence, margin: float, n_slides: int, n_comparisons: int) 
         n_slides * ((z + _z(1 - POWER)) * error / abs(value)) ** 2 if value and error > 0 else math.inf for z in limits
     ]
     return Power(
-        *now,
-        *slides,
-        slides_for_margin(evidence, margin, n_slides),
-        slides_for_margin(evidence, margin, n_slides, min(value, 0.0)),
+        now=now[0],
+        now_corrected=now[1],
+        slides=slides[0],
+        slides_corrected=slides[1],
+        slides_if_equal=slides_for_margin(evidence, margin, n_slides),
+        slides_if_observed=slides_for_margin(evidence, margin, n_slides, min(value, 0.0)),
     )
 
 

@@ -101,7 +101,8 @@ def sensitivity_at_specificity(
     allowed = wrong <= (1 - specificity) * n_normal[:, None] + _ROUNDING
     found = np.where(allowed, true, 0).max(axis=1, initial=0)
     shares = np.full(len(times), np.nan)
-    return np.divide(found, n_tumour, out=shares, where=(n_tumour > 0) & (n_normal > 0))
+    np.divide(found, n_tumour, out=shares, where=(n_tumour > 0) & (n_normal > 0))
+    return shares
 
 
 def _sorted(values: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
