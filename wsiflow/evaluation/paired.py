@@ -221,10 +221,11 @@ def pareto(cost: ArrayLike, score: ArrayLike, as_cheap: NDArray[np.bool_] | None
     if costs.ndim != 1 or costs.shape != scores.shape:
         raise InputError(f"the costs have shape {costs.shape} and the scores {scores.shape}", "give one score per cost")
     known = ~(np.isnan(costs) | np.isnan(scores))
-    equal = np.asarray(costs[None, :] == costs[:, None] if as_cheap is None else as_cheap, np.bool_)
+    equal: NDArray[np.bool_] = np.equal.outer(costs, costs) if as_cheap is None else as_cheap
     cheaper = (costs[None, :] < costs[:, None]) & ~equal
     better, as_good = scores[None, :] > scores[:, None], scores[None, :] >= scores[:, None]
-    beaten: NDArray[np.bool_] = ((cheaper & as_good) | (equal & better)).any(axis=1)
+    beats: NDArray[np.bool_] = (cheaper & as_good) | (equal & better)
+    beaten: NDArray[np.bool_] = beats.any(axis=1)
     return known & ~beaten
 
 
