@@ -361,7 +361,9 @@ class Compare(Form):
         default=None, title="tracking.sweep", description="Sweep of the experiment to compare. null: its only one."
     )
     out: _Folder = Field(min_length=1, description="Folder to write.")
-    reference: str = own("Setting the others are compared with. Empty: the one that costs most.", "scoring", default="")
+    reference: str = own(
+        "Setting the others are compared with. Empty: the finest stride in fp32.", "scoring", default=""
+    )
     bootstrap: int = knob("evaluation.bootstrap", "scoring")
     seed: int = knob("seed", "scoring")
     uri: str = text("tracking.uri", "resources")

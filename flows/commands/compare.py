@@ -32,8 +32,27 @@ def add_options(parser: ArgumentParser) -> None:
         help="MLflow store of the experiment (MLFLOW_TRACKING_URI, else sqlite:///runs/mlflow.db)",
     )
     parser.add_argument(
-        "--reference", default="", help="setting the others are compared with (the one that costs most)"
+        "--reference", default="", help="setting the others are compared with (the finest stride in fp32)"
     )
+    parser.add_argument(
+        "--margin",
+        type=_share,
+        help="largest loss that is accepted, such as 0.02: says of each setting whether a larger one is excluded",
+    )
+    parser.add_argument(
+        "--metric",
+        default="",
+        help="metric of the margin and the Pareto set: froc.score, froc.strict_score or roc.auc (FROC, else AUC)",
+    )
+    parser.add_argument(
+        "--family",
+        type=_family,
+        action="append",
+        default=[],
+        metavar="NAME=KEY[,KEY]",
+        help="settings that differ from the reference in these parameters alone are corrected for by themselves",
+    )
+    parser.add_argument("--power", action="store_true", help="say how many slides a larger study needs")
     parser.add_argument("--out", type=Path, default=Path("comparison"), help="folder to write (comparison)")
     parser.add_argument("--bootstrap", type=natural, default=2000, help="resamples of the intervals (2000)")
     parser.add_argument("--seed", type=natural, default=0)
@@ -41,7 +60,15 @@ def add_options(parser: ArgumentParser) -> None:
 
 def main(arguments: Namespace) -> int:
     """Compare the settings of a sweep, or of some runs."""
-    options = comparison.Options(arguments.reference, arguments.bootstrap, arguments.seed)
+    options = comparison.Options(
+        reference=arguments.reference,
+        resamples=arguments.bootstrap,
+        seed=arguments.seed,
+        margin=arguments.margin,
+        metric=arguments.metric,
+        families=dict(arguments.family),
+        power=arguments.power,
+    )
     request = comparison.parse_request(arguments.names, arguments.uri, arguments.sweep, options, dict(arguments.tag))
     say(comparison.summary_text(_compare(request, arguments.out)))
     return 0
@@ -53,6 +80,25 @@ def _tag(text: str) -> tuple[str, str]:
     if not name or not equals:
         raise ArgumentTypeError(f"{text!r} is not of the form KEY=VALUE")
     return name, value
+
+
+def _family(text: str) -> tuple[str, tuple[str, ...]]:
+    """Return name and parameters of a family."""
+    name, equals, keys = text.partition("=")
+    if not (name and equals and all(keys.split(","))):
+        raise ArgumentTypeError(f"{text!r} is not of the form NAME=KEY[,KEY]")
+    return name, tuple(keys.split(","))
+
+
+def _share(text: str) -> float:
+    """Return a margin: a number above 0 and below 1."""
+    try:
+        value = float(text)
+    except ValueError as error:
+        raise ArgumentTypeError(f"{text!r} is not a number") from error
+    if not 0 < value < 1:
+        raise ArgumentTypeError(f"{text} is not between 0 and 1")
+    return value
 
 
 def _compare(request: Request, out: Path) -> ComparisonResult:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from swept import matches, slide
 
 from flows import cli
 from flows.cli import main
@@ -292,6 +293,15 @@ def test_subgroups_have_the_scores_of_their_slides(finished: Path, exported: Pat
     assert (tumour["group"], tumour["slides"]) == ("tumour", "3")
     assert "small: 3 tumour and 0 normal slides" in tumour["note"]
     assert float(everything["sensitivity_low"]) == pytest.approx(0.025 ** (1 / 3))  # Clopper and Pearson, 3 of 3
+
+
+def test_a_slide_at_the_threshold_is_positive() -> None:
+    """A normal slide that scores just the threshold is a false positive, and a tumour slide a true one."""
+    found = matches(
+        [slide("t", 1, [0.5]), slide("u", 1, [0.4]), *(slide(f"n{i}", 0, false=[0.5 - i / 9]) for i in range(4))]
+    )
+    row = subgroups._row(found, "all", "", subgroups.SubgroupOptions(threshold=0.5, bootstrap=0, seed=0))
+    assert (row["sensitivity"], row["specificity"]) == (0.5, 0.75)
 
 
 def test_columns_come_from_a_table_too(finished: Path, tmp_path: Path) -> None:

@@ -150,6 +150,107 @@ def test_the_reference_can_be_chosen() -> None:
         compared(*runs, reference="stride=32")
 
 
+def test_the_reference_is_the_finest_stride_in_fp32() -> None:
+    """The setting that leaves out least is the reference, and not the one that costs most."""
+    settings = {
+        "coarse": ({"stride": 224, "precision": "fp32"}, 9.0),
+        "narrow": ({"stride": 8, "precision": "bf16"}, 3.0),
+        "fine": ({"stride": 16, "precision": "fp32"}, 2.0),
+        "dyed": ({"stride": 16, "precision": "fp32", "stain": "macenko"}, 8.0),
+    }
+    runs = [
+        run(
+            name,
+            some(3),
+            cost,
+            inference__stride=own["stride"],
+            inference__precision=own["precision"],
+            stain__method=own.get("stain", "none"),
+        )
+        for name, (own, cost) in settings.items()
+    ]
+    assert compared(*runs).reference == "stain=none, stride=16"
+    assert compared(*runs[:2]).reference == "stride=224"
+    assert compared(run("a", some(3), 1.0, k=1), run("b", some(3), 2.0, k=2)).reference == "k=2"
+
+
+def lossy(n_lost: int, n: int = 200) -> EvaluationRecord:
+    """Return matches of slides with one lesion each, all found but some, and twenty normal slides."""
+    tumour = [slide(f"t{i}", 1, [None if i < n_lost else 0.9]) for i in range(n)]
+    return matches([*tumour, *(slide(f"n{i}", 0, false=[0.1]) for i in range(20))])
+
+
+def test_a_margin_is_shown_or_not() -> None:
+    """No loss of 200 excludes one of 0.04, a loss of 3 does not, and one of 40 is worse; the numbers of slides fit."""
+    runs = [run(f"r{n}", lossy(n), 9.0 - n, inference__stride=16 + n) for n in (0, 3, 40)]
+    runs.append(run("same", lossy(0), 1.0, inference__stride=20))
+    found = compared(*runs, margin=0.04, power=True)
+    verdicts = {row.name.removeprefix("stride="): row.verdict for row in found.rows if row.verdict}
+    assert {name: one.verdict for name, one in verdicts.items()} == {"19": "not shown", "20": "shown", "56": "worse"}
+    assert verdicts["20"].equivalent
+    assert not verdicts["56"].equivalent
+    assert -0.04 < verdicts["20"].bound < 0
+    assert verdicts["20"].slides == pytest.approx(1.96**2 * 0.96 / 0.04 * 1.1, rel=0.01), (
+        "ten of eleven slides have one"
+    )
+    assert verdicts["19"].p < 0.1 < verdicts["56"].p
+    power = {row.name.removeprefix("stride="): row.power for row in found.rows if row.power}
+    assert power["56"].now > 0.99
+    assert power["56"].slides < 100
+    assert math.isinf(power["56"].slides_if_observed)
+    assert power["19"].slides_if_observed > power["19"].slides_if_equal > verdicts["20"].slides
+
+
+def test_families_are_corrected_by_themselves() -> None:
+    """Settings that differ in the stride alone are one family, those in the precision another, the rest a third."""
+    runs = [
+        run(
+            f"{stride}{precision}",
+            drawn(0.8 - stride / 900),
+            1.0,
+            inference__stride=stride,
+            inference__precision=precision,
+        )
+        for stride in (16, 56, 112, 224)
+        for precision in ("fp32", "bf16")
+    ]
+    families = {"strides": ["inference.stride"], "formats": ["precision"]}
+    rows = {row.name: row for row in compared(*runs, families=families).rows}
+    assert [row.family for row in rows.values()].count("strides") == 3
+    assert rows["precision=bf16, stride=16"].family == "formats"
+    assert rows["precision=bf16, stride=56"].family == ""
+    one = rows["precision=fp32, stride=224"].differences["froc.score"]
+    assert one.p_corrected <= 3 * one.p + 1e-12
+    with pytest.raises(InputError, match="family colours has 'stain', in which no settings differ"):
+        compared(*runs, families={"colours": ["stain"]})
+
+
+def test_the_metric_can_be_named() -> None:
+    """Pareto set and verdicts are of the named metric; a metric that there is not is refused."""
+    runs = [run("a", some(4), 2.0, stride=16), run("b", some(3), 1.0, stride=56)]
+    assert compared(*runs, metric="roc.auc").metric == "roc.auc"
+    with pytest.raises(InputError, match="no run has the metric 'froc'"):
+        compared(*runs, metric="froc")
+
+
+def test_the_score_is_the_official_one() -> None:
+    """Where every lesion is found the official score leaves the lowest threshold out, and the strict one does not."""
+    found = matches([slide(f"t{i}", 1, [0.3 + i / 10]) for i in range(4)] + [slide("n", 0, false=[0.35])])
+    (row,) = compared(run("a", found, stride=8)).rows
+    assert row.metrics["froc.score"].value == pytest.approx(0.75)
+    assert row.metrics["froc.strict_score"].value == 1.0
+
+
+def test_costs_that_cannot_be_told_apart_are_not_ranked() -> None:
+    """Of equal scores the dearer one stays where repeats say that its cost is the same; shares of redraws are told."""
+    noisy = [run(f"a{i}", some(3), cost, stride=16, repeat=i) for i, cost in enumerate((1.0, 1.4))]
+    other = [run(f"b{i}", some(3), cost, stride=56, repeat=i) for i, cost in enumerate((1.1, 1.2))]
+    dear = [run(f"c{i}", some(3), cost, stride=224, repeat=i) for i, cost in enumerate((9.0, 9.1))]
+    found = compared(*noisy, *other, *dear)
+    assert [row.pareto for row in found.rows] == [True, True, False]
+    assert [row.membership for row in found.rows] == [1.0, 1.0, 0.0]
+
+
 def test_a_setting_that_finds_nothing_is_worth_nothing() -> None:
     """The cheapest setting is not in the Pareto set where its score is 0, and a note says so."""
     found = compared(run("fine", some(4), 8.0, stride=16), run("blind", some(0), 0.1, stride=224))
@@ -384,7 +485,7 @@ def test_runs_are_compared_by_tag(uri: str, recorded: list[str], tmp_path: Path,
         client.set_tag(one, "paper", "it's")
     given = ["compare", "wsiflow", "--uri", uri, "--bootstrap", "100", "--out", str(tmp_path / "out")]
     assert main([*given, "--tag", "paper=it's", "--tag", "digest.model=m1"]) == 0
-    assert "compared   2 settings with stride=224" in capsys.readouterr().out
+    assert "compared   2 settings with stride=56" in capsys.readouterr().out
     assert main([*given, "--tag", "paper=it's", "--tag", "digest.model=m2"]) == 20
     assert "no finished run with paper=it's and digest.model=m2" in capsys.readouterr().err
 

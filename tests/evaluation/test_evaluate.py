@@ -181,10 +181,11 @@ def test_label_against_truth(label, n, message):
         evaluate.evaluate_cases([evidence("s", label, n)], E1_PARAMS, seed=0)
 
 
-def test_slide_score_must_be_finite():
-    """A NaN score is refused and never becomes a decision."""
-    with pytest.raises(InputError, match="slide s"):
-        evaluate.evaluate_cases([evidence("s", 0, score=math.nan)], E1_PARAMS, seed=0)
+@pytest.mark.parametrize("score", [math.nan, -0.5, 2.0])
+def test_slide_score_must_be_a_probability(score):
+    """NaN and logits are refused and never become a decision."""
+    with pytest.raises(InputError, match=r"slide s.*from 0 to 1"):
+        evaluate.evaluate_cases([evidence("s", 0, score=score)], E1_PARAMS, seed=0)
 
 
 def test_nothing_labelled_gives_no_number():
@@ -304,6 +305,8 @@ def test_outline_without_area_is_told_in_the_row(tmp_path):
         (".5,1,2\n.5,one,2\n", "line 2: 'one' is not a number"),
         (".5,1,2\nnan,1,2\n", "line 2: 'nan' is not finite"),
         (".5,1,inf\n", "not finite"),
+        (".5,1,2\n-3.1,1,2\n", "line 2: 1 of 2 confidences lie outside 0 to 1, the first is -3.1; .*logits"),
+        ("1.5,1,2\n", "line 1: 1 of 1 confidences lie outside 0 to 1, the first is 1.5"),
         (".5;1;2\n", "line 1 has 1 cells"),
         ('".5,1,2\n', "line 1 is not CSV"),
     ],
@@ -338,6 +341,7 @@ def test_detection_file_of_another_system(tmp_path):
         ("slide_id,score\na,x\n", "line 2"),
         ("slide_id,score\na\n", "line 2 has 1 cells"),
         ("slide_id,score\na,.5\na,.5\n", "line 3 is a second score"),
+        ("slide_id,score\na,-2\n", "line 2: '-2' is outside 0 to 1"),
     ],
 )
 def test_damaged_score_files(tmp_path, text, message):
@@ -505,7 +509,8 @@ def test_matches_give_the_scores_again(project, tmp_path):
     assert froc.score(setting.matches, mode="official").items() <= scores.metrics.items()
     assert roc.auc(setting.scores, setting.labels) == scores.metrics["roc.auc"]
     found = paired.bootstrap([setting], reference="again", n=50, seed=0).intervals["again"]
-    assert found["roc.auc"].low == scores.metrics["roc.auc_bootstrap_ci_low"]
+    assert found["roc.auc_bootstrap"].low == scores.metrics["roc.auc_bootstrap_ci_low"]
+    assert found["roc.auc"].low == scores.metrics["roc.auc_ci_low"]
     assert found["froc.sensitivity_at_1"].high == scores.metrics["froc.sensitivity_at_1_ci_high"]
 
 
@@ -558,7 +563,10 @@ def spoiled(change):
         (lambda v: v.pop("protocol_hash"), "protocol_hash: Field required"),
         (lambda v: v["protocol"].update(itc_um=1), "does not have the hash that the file states"),
         (lambda v: v["slides"][0].update(score="high"), r"slides.0.score: .*valid number"),
-        (lambda v: v["slides"][0].update(score=math.nan), r"slides.0.score: .*finite"),
+        (lambda v: v["slides"][0].update(score=math.nan), r"slides.0.score: "),
+        (lambda v: v["slides"][0].update(score=-1.5), r"slides.0.score: .*greater than or equal to 0"),
+        (lambda v: v["slides"][0].update(best=[3.0]), r"slides.0.best.0.*less than or equal to 1"),
+        (lambda v: v["slides"][0].update(false_positives=[-4.0]), r"slides.0.false_positives.0.*greater than"),
         (lambda v: v["slides"].append({**v["slides"][0], "slide_id": "A"}), "slide A.*recorded twice"),
         (lambda v: v["slides"][0].update(itc=[0], n_itc=1), r"slide a.*itc \[0\] does not fit"),
         (lambda v: v["slides"][0].update(n_itc=1), r"slide a.*itc \[\] does not fit n_itc 1"),

@@ -261,6 +261,12 @@ def test_mask_equals_the_plain_recipe(seed, density, um_px):
     assert lesions.major_axis_px == pytest.approx(axes, abs=1e-6)
 
 
+def test_dilation_ends_before_its_radius():
+    """A pixel whose centre is just 37.5 um away is not annotated, one a pixel nearer is."""
+    lesions = mask((15, 15), box((7, 8), (7, 8)), um_px=12.5)
+    assert np.flatnonzero(lesions.labels[7]).tolist() == [5, 6, 7, 8, 9]
+
+
 def test_mask_without_tumour():
     """No tumour is a valid mask with no region."""
     lesions = mask((5, 5))
@@ -297,10 +303,12 @@ def test_no_lesions_has_no_sensitivity():
     assert math.isnan(froc.evaluate([], mode="strict")["froc.strict_score"])
 
 
-@pytest.mark.parametrize("row", [(math.nan, 1, 1), (0.5, math.inf, 1), (0.5, 1, -math.inf), (1e39, 1, 1)])
-def test_numbers_that_are_not_finite_are_refused(row):
-    """NaN is refused with the name of the slide and never becomes a decision."""
-    with pytest.raises(InputError, match="slide bad"):
+@pytest.mark.parametrize(
+    "row", [(math.nan, 1, 1), (0.5, math.inf, 1), (0.5, 1, -math.inf), (-3.0, 1, 1), (-1e-30, 1, 1), (1.0000001, 1, 1)]
+)
+def test_what_is_no_probability_at_a_point_is_refused(row):
+    """NaN and logits are refused with the name of the slide: below 0 every missed lesion would count as found."""
+    with pytest.raises(InputError, match=r"slide bad.*from 0 to 1"):
         froc.match(slide("bad", None, (0.1, 2, 2), row))
 
 
@@ -366,10 +374,19 @@ def loop_score(slides):
     """Return the official score by a plain loop: all thresholds but the lowest, float32 hits, float64 others."""
     hits, false, n_lesions = [], [], 0
     for one in slides:
-        matched = froc.match(one)
-        hits += [np.float32(max(best, 0)) for best in matched.best]
-        false += matched.false_positives.tolist()
-        n_lesions += matched.n_lesions
+        labels = np.zeros((1, 1), int) if one.lesions is None else one.lesions.labels
+        itc = frozenset() if one.lesions is None else one.lesions.itc
+        best = [0.0] * (0 if one.lesions is None else one.lesions.n_regions)
+        for prob, x, y in one.detections.tolist():
+            row, col = math.floor(y / one.downsample), math.floor(x / one.downsample)
+            inside = 0 <= row < labels.shape[0] and 0 <= col < labels.shape[1]
+            label = int(labels[row, col]) if inside else 0
+            if not label:
+                false.append(prob)
+            elif label not in itc:
+                best[label - 1] = max(best[label - 1], prob)
+        hits += map(np.float32, best)
+        n_lesions += len(best) - len(itc)
     rates, found = [0.0], [0.0]
     thresholds = sorted({*map(float, hits), *false})[1:]
     for t in reversed(thresholds):

@@ -106,6 +106,14 @@ def test_interval_leaves_out_draws_without_a_number():
     assert resampling.interval(np.empty((0, 3))).shape == (2, 3)
 
 
+def test_percentiles_hold_a_mean_as_often_as_they_say():
+    """Of 4,000 samples of 80 uniform numbers 95 % have an interval that holds their mean: not 90, and not 97.5 %."""
+    samples = np.random.default_rng(0).random((4000, 80))
+    draws = resampling.case_draws(80, n=400, seed=1)
+    low, high = resampling.interval(draws @ samples.T / 80)
+    assert 0.935 <= np.mean((low <= 0.5) & (high >= 0.5)) <= 0.96
+
+
 def test_corrected_interval_equals_scipy():
     """The BCa interval of a skewed mean equals that of SciPy."""
     sample = np.random.default_rng(4).exponential(size=30)
@@ -142,17 +150,17 @@ def test_one_case_or_patient_is_left_out():
 @pytest.mark.parametrize(
     ("drawn", "p"),
     [
-        (np.ones(99), 0.02),  # never 0: the sample itself counts
-        (np.zeros(99), 1),
-        (np.append(np.ones(97), [-1, 0]), 0.06),  # a draw at 0 counts for either side
-        (np.append(np.ones(98), np.nan), 2 / 99),
+        (np.ones(99), 0.01),  # never 0: the sample itself counts
+        (np.zeros(99), 1),  # a draw at the bound counts against the difference
+        (np.append(np.ones(97), [-1, 0]), 0.03),
+        (np.append(np.ones(98), np.nan), 1 / 99),
         (np.empty(0), math.nan),
     ],
 )
 def test_p_value_of_drawn_differences(drawn, p):
-    """The p-value is twice the smaller share, sample included, and does not depend on the sign."""
-    assert resampling.two_sided_p(drawn) == pytest.approx(p, nan_ok=True)
-    assert resampling.two_sided_p(-drawn) == pytest.approx(p, nan_ok=True)
+    """The p-value is the share of draws at or below the bound, the sample included."""
+    assert resampling.one_sided_p(drawn, 0.0) == pytest.approx(p, nan_ok=True)
+    assert resampling.one_sided_p(drawn - 3, -3.0) == pytest.approx(p, nan_ok=True)
 
 
 @pytest.mark.parametrize(
@@ -182,7 +190,7 @@ def repeated(setting, times):
 
 @pytest.mark.parametrize("mode", ["official", "strict"])
 def test_one_draw_is_the_score_of_its_slides(pair, mode):
-    """With one draw both ends of every interval are the values of the drawn slides, scored anew."""
+    """With one draw every interval holds the values of the drawn slides, scored anew, and differences are theirs."""
     found = bootstrap(pair, reference="a", mode=mode, n=1, seed=5)
     order = sorted(range(40), key=lambda i: f"s{i}")
     times = np.zeros(40, int)
@@ -191,12 +199,14 @@ def test_one_draw_is_the_score_of_its_slides(pair, mode):
     for one in pair:
         matches, scores, labels = repeated(one, times)
         numbers = froc.score(matches, mode="official") | froc.score(matches, mode="strict")
-        drawn[one.name] = numbers | {"roc.auc": roc.auc(scores, labels)}
+        drawn[one.name] = numbers | dict.fromkeys(("roc.auc", "roc.auc_bootstrap"), roc.auc(scores, labels))
     for name, metrics in found.intervals.items():
         for metric, interval in metrics.items():
-            assert [interval.low, interval.high] == pytest.approx([drawn[name][metric]] * 2), metric
-    for metric, one in found.differences["b"].items():
-        assert one.low == pytest.approx(drawn["b"][metric] - drawn["a"][metric]), metric
+            if metric == "roc.auc":  # DeLong's
+                continue
+            assert interval.low - 1e-9 <= drawn[name][metric] <= interval.high + 1e-9, metric
+    for metric, one in found.evidence["b"].items():
+        assert one.drawn[1] == pytest.approx(drawn["b"][metric] - drawn["a"][metric]), metric
     assert set(found.differences) == {"b"}
 
 
@@ -205,7 +215,7 @@ def test_values_are_those_of_the_sample(pair):
     found = bootstrap(pair, reference="b", n=10)
     for one in pair:
         expected = froc.score(one.matches, mode="official") | froc.score(one.matches, mode="strict")
-        expected["roc.auc"] = roc.auc(one.scores, one.labels)
+        expected["roc.auc"] = expected["roc.auc_bootstrap"] = roc.auc(one.scores, one.labels)
         assert {k: v.value for k, v in found.intervals[one.name].items()} == pytest.approx(
             {k: expected[k] for k in found.intervals[one.name]}
         )
@@ -217,20 +227,25 @@ def test_values_are_those_of_the_sample(pair):
 
 
 def test_bands_at_the_six_rates_are_the_intervals_there(pair):
-    """The band at a rate is the interval of the sensitivity at this rate."""
+    """The band at a rate is the interval of the sensitivity at this rate, which may be extended near 0 and 1."""
     found = bootstrap(pair, reference="a", n=200)
     band = found.bands["a"]
     assert (band.fp_per_slide[0], band.fp_per_slide[-1]) == (0, 8)
     for rate in froc.RATES:
         at = int(np.flatnonzero(band.fp_per_slide == rate)[0])
         one = found.intervals["a"][f"froc.sensitivity_at_{rate:g}"]
-        assert (band.sensitivity[at], band.low[at], band.high[at]) == one
+        assert band.sensitivity[at] == one.value
+        assert (min(band.low[at], one.low), max(band.high[at], one.high)) == one[1:]
 
 
 def test_a_setting_does_not_differ_from_itself(pair):
-    """Equal confidences under two names have difference 0 and p = 1."""
+    """Equal confidences under two names have difference 0 and p = 1, and yet an interval: others may differ."""
     found = bootstrap([pair[0], pair[0]._replace(name="again")], reference="a", n=200)
-    assert set(found.differences["again"].values()) == {(0, 0, 0, 1, 1)}
+    n_cases = sum(1 for one in pair[0].matches if one.n_lesions)
+    for metric, one in found.differences["again"].items():
+        assert (one.value, one.p, one.p_corrected) == (0, 1, 1)
+        assert one.low == pytest.approx(-one.high), metric
+        assert 3 / 40 < one.high < 6 / n_cases, metric
     assert found.intervals["a"]["froc.score"].high - found.intervals["a"]["froc.score"].low > 0.1
 
 
@@ -265,9 +280,15 @@ def test_p_values_are_corrected_for_the_number_of_settings(pair):
     )
     found = bootstrap([a, b, perfect, a._replace(name="d")], reference="a", n=199)
     scores = {name: metrics["froc.score"] for name, metrics in found.differences.items()}
-    assert scores["c"].p == pytest.approx(0.01)
-    assert scores["c"].p_corrected == pytest.approx(0.03)
+    assert scores["c"].p == pytest.approx(1 / 1991)
+    assert scores["c"].p_corrected == pytest.approx(3 / 1991)
     assert scores["d"].p_corrected == 1
+    assert scores["d"].low_corrected < scores["d"].low
+    families = {"b": "one", "c": "one", "d": "another"}
+    apart = bootstrap([a, b, perfect, a._replace(name="d")], reference="a", n=199, families=families).differences
+    assert apart["c"]["froc.score"].p_corrected == pytest.approx(2 / 1991)
+    alone = apart["d"]["froc.score"]
+    assert (alone.low_corrected, alone.high_corrected) == (alone.low, alone.high)
 
 
 def test_without_draws_there_are_values_and_no_intervals(pair):
@@ -299,7 +320,8 @@ def test_slides_of_one_patient_count_once(pair):
     alone = bootstrap([one], reference="a", n=300).intervals["a"]
     clustered = bootstrap([twice._replace(clusters=patients)], reference="a", n=300).intervals["a"]
     apart = bootstrap([twice], reference="a", n=300).intervals["a"]
-    for metric in ("froc.strict_score", "roc.auc"):
+    assert clustered["roc.auc"].low < alone["roc.auc"].low, "few patients are less certain than as many slides"
+    for metric in ("froc.strict_score", "roc.auc_bootstrap"):
         assert clustered[metric] == pytest.approx(alone[metric])
         assert apart[metric].high - apart[metric].low < 0.85 * (alone[metric].high - alone[metric].low)
 
@@ -535,11 +557,11 @@ def test_delong_holds_the_truth_and_errs_as_often_as_it_says(trials, true_values
 @settings(deadline=None, max_examples=20)
 @given(st.integers(0, 2**31))
 def test_interval_and_p_value_agree(seed):
-    """Where 0 is well outside the interval p is below 0.05, where it is well inside p is above."""
+    """Where a bound is well below the interval p is below 0.025, where it is well inside p is above."""
     drawn = np.random.default_rng(seed).normal(np.random.default_rng(seed + 1).uniform(-4, 4), 1, 999)
-    low, high = resampling.interval(drawn)
-    p = resampling.two_sided_p(drawn)
-    if low > 0.05 or high < -0.05:
-        assert p < 0.05
-    if low < -0.05 and high > 0.05:
-        assert p > 0.05
+    low, _ = resampling.interval(drawn)
+    p = resampling.one_sided_p(drawn, 0.0)
+    if low > 0.05:
+        assert p < 0.025
+    if low < -0.05:
+        assert p > 0.025

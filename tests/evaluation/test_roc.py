@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import special
 
 from wsiflow.errors import InputError
 from wsiflow.evaluation import roc
@@ -187,6 +188,98 @@ def test_perfect_separation_is_not_certain(m, n):
     low, high = roc.auc_interval([1] * m + [0] * n, [1] * m + [0] * n)
     assert high == 1
     assert 1 - low == pytest.approx(roc.Z95**2 * 2 / (m + n), rel=0.75)  # of the order of 3.8 over the smaller class
+
+
+# --- patients
+
+
+def of_patients(rng, n_patients, n_slides, icc, area):
+    """Return scores, labels and patients: slides of a patient have one label, and scores that resemble each other."""
+    patient = np.repeat(np.arange(n_patients), n_slides)
+    labels = (np.arange(n_patients) % 2)[patient]
+    own, common = rng.normal(size=patient.size), rng.normal(size=n_patients)[patient]
+    scores = math.sqrt(2) * special.ndtri(area) * labels + math.sqrt(icc) * common + math.sqrt(1 - icc) * own
+    return scores, labels, patient
+
+
+@given(two_classes)
+def test_patients_of_one_slide_change_no_variance(sample):
+    """Obuchowski's covariance of patients with one slide each is DeLong's."""
+    scores, labels = sample
+    other = [score**2 for score in scores]
+    alone = roc.delong_covariance([scores, other], labels)
+    assert roc.delong_covariance([scores, other], labels, range(len(labels))) == pytest.approx(alone)
+
+
+def test_slides_that_repeat_add_nothing():
+    """Five equal slides of every patient give the variance of one, and not a fifth of it."""
+    alone = roc.delong_covariance([SCORES], LABELS)
+    again = roc.delong_covariance([np.repeat(SCORES, 5)], np.repeat(LABELS, 5), np.repeat(np.arange(7), 5))
+    assert again == pytest.approx(alone)
+    assert roc.delong_covariance([np.repeat(SCORES, 5)], np.repeat(LABELS, 5)) < alone / 4
+    low, high = roc.auc_interval(np.repeat(SCORES, 5), np.repeat(LABELS, 5), np.repeat(np.arange(7), 5))
+    assert low < roc.auc_interval(SCORES, LABELS)[0] < roc.auc_interval(SCORES, LABELS)[1] < high
+    p = roc.paired_test(
+        np.repeat(SCORES, 5), np.repeat(LABELS, 5) * 0.0, np.repeat(LABELS, 5), np.repeat(range(7), 5)
+    ).p
+    assert p > roc.paired_test(SCORES, [0.0] * 7, LABELS).p
+
+
+def test_covariance_of_patients_equals_its_definition():
+    """Obuchowski's sums in plain loops, with patients that have slides of both classes."""
+    rng = np.random.default_rng(0)
+    labels, patient = rng.integers(0, 2, 30), rng.integers(0, 8, 30)
+    scores = rng.normal(size=30) + labels
+    x = outcomes(scores, labels)
+    placed = np.empty(30)
+    placed[labels == 1], placed[labels == 0] = x.mean(axis=0), x.mean(axis=1)
+    apart = placed - x.mean()
+    m, n, everyone = int(labels.sum()), int((1 - labels).sum()), set(patient.tolist())
+    with_tumour, with_normal = (set(patient[labels == kind].tolist()) for kind in (1, 0))
+
+    def sums(kind):
+        return {who: sum(apart[(patient == who) & (labels == kind)]) for who in everyone}
+
+    tumour, normal = sums(1), sums(0)
+    s10 = len(with_tumour) / (len(with_tumour) - 1) / m * sum(tumour[who] ** 2 for who in with_tumour)
+    s01 = len(with_normal) / (len(with_normal) - 1) / n * sum(normal[who] ** 2 for who in with_normal)
+    s11 = len(everyone) / (len(everyone) - 1) * sum(tumour[who] * normal[who] for who in everyone)
+    found = roc.delong_covariance([scores], labels, patient)[0, 0]
+    assert found == pytest.approx(s10 / m + s01 / n + 2 * s11 / (m * n))
+
+
+def test_interval_of_patients_holds_the_truth_as_often_as_it_says():
+    """25 patients of five slides with a correlation of 0.6: 95 % of the intervals hold the area, and not 73 %."""
+    held, alone = [], []
+    for seed in range(800):
+        scores, labels, patient = of_patients(np.random.default_rng([5, seed]), 25, 5, 0.6, 0.9)
+        for ends, kept in ((held, patient), (alone, None)):
+            low, high = roc.auc_interval(scores, labels, kept)
+            ends.append(low <= 0.9 <= high)
+    assert 0.93 <= np.mean(held) <= 0.975
+    assert np.mean(alone) < 0.8
+
+
+def test_a_class_of_one_patient_has_no_interval():
+    """What rests on one patient is not certain, however many slides there are."""
+    assert all(map(math.isnan, roc.auc_interval(SCORES, LABELS, [0, 0, 0, 0, 1, 2, 3])))
+    assert math.isnan(roc.paired_test(SCORES, LABELS, LABELS, [0, 0, 0, 0, 1, 2, 3]).p)
+
+
+@pytest.mark.parametrize("patients", [3, 40])
+def test_perfect_separation_counts_patients(patients):
+    """At an AUC of 1 the end below is that of as many slides as there are patients."""
+    labels = np.repeat([1, 0], 5 * patients)
+    whose = np.repeat(np.arange(2 * patients), 5)
+    assert roc.auc_interval(labels, labels, whose) == pytest.approx(roc.auc_interval(labels[::5], labels[::5]))
+
+
+def test_newcombes_interval():
+    """The end below an area of 1 is 1.96 deviations of Hanley and McNeil away, both numbers replaced by their mean."""
+    low, _ = roc.auc_interval([1] * 20 + [0] * 30, [1] * 20 + [0] * 30)
+    both_beat, beats_both = low / (2 - low), 2 * low**2 / (1 + low)
+    spread = low * (1 - low) + (25 - 1) * (both_beat - low**2) + (25 - 1) * (beats_both - low**2)
+    assert (1 - low) / math.sqrt(spread / (20 * 30)) == pytest.approx(roc.Z95)
 
 
 def test_one_class_has_no_area():

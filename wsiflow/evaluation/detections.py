@@ -18,13 +18,14 @@ def read_detections(path: Path) -> NDArray[np.float64]:
     """Read the detections of one slide.
 
     Args:
-        path: CSV without header: ``prob,x,y`` with x and y in level-0 px; the file may be empty.
+        path: CSV without header: ``prob,x,y`` with prob from 0 to 1 and x and y in level-0 px; the file may be empty.
 
     Returns:
         float64 (n, 3): prob, x, y, in the order of the file.
 
     Raises:
-        InputError: The file cannot be read, or a line is not three finite numbers; the message names the line.
+        InputError: The file cannot be read, a line is not three finite numbers, or a confidence is outside 0 to 1; the
+            message names the line.
     """
     lines = tables.read_lines(path, "the list of detections", "correct the path")
     detections = np.array([_numbers(line, cells, path) for line, cells in lines], np.float64).reshape(-1, 3)
@@ -35,7 +36,25 @@ def read_detections(path: Path) -> NDArray[np.float64]:
         if len(bad) > 1:
             cause += f", and so in {len(bad)} of {len(lines)} lines ({_listed([lines[i].number for i in bad])})"
         raise InputError(cause, "write finite numbers, or leave these lines out", path=path)
+    _require_probabilities(detections, [line.number for line in lines], path)
     return detections
+
+
+def _require_probabilities(detections: NDArray[np.float64], lines: Sequence[int], path: Path) -> None:
+    """Refuse confidences outside 0 to 1.
+
+    Raises:
+        InputError: There are some; the message says so where another column holds them.
+    """
+    within = np.all((detections >= 0) & (detections <= 1), axis=0)
+    bad = np.flatnonzero((detections[:, 0] < 0) | (detections[:, 0] > 1))
+    if not bad.size:
+        return
+    first = detections[bad[0], 0]
+    cause = f"line {lines[bad[0]]}: {bad.size} of {len(lines)} confidences lie outside 0 to 1, the first is {first:g}"
+    order = " (column 3 holds numbers from 0 to 1: is it x,y,prob?)" if within[2] and not within[1] else ""
+    remedy = "write prob,x,y in this order, with confidences from 0 to 1 (of logits their sigmoid)"
+    raise InputError(cause + order, remedy, path=path)
 
 
 def _listed(numbers: Sequence[int]) -> str:
@@ -64,7 +83,7 @@ def read_scores(path: Path) -> dict[str, float]:
     """Read a CSV of slide scores with the header ``slide_id,score``.
 
     Raises:
-        InputError: The file cannot be read, has another header, names a slide twice, or a score is not finite.
+        InputError: The file cannot be read, has another header, names a slide twice, or a score is outside 0 to 1.
     """
     rows = tables.read_lines(path, "the list of slide scores", "correct the path")
     if not rows or [cell.strip().lower() for cell in rows[0][1]] != ["slide_id", "score"]:
@@ -76,7 +95,7 @@ def read_scores(path: Path) -> dict[str, float]:
         if len(cells) != 2 or slide_id in scores:
             what = "is a second score of one slide" if len(cells) == 2 else f"has {len(cells)} cells"
             raise InputError(f"line {line} {what}", "give one line slide_id,score per slide", path=path)
-        scores[slide_id] = _finite(cells[1], line, path)
+        scores[slide_id] = _probability(cells[1], line, path)
     return scores
 
 
@@ -124,6 +143,17 @@ def _numbers(line: int, cells: list[str], path: Path) -> list[float]:
     return [_number(cell, line, path) for cell in cells]
 
 
+def _probability(cell: str, line: int, path: Path) -> float:
+    """Return the score from 0 to 1 that a cell holds."""
+    value = _number(cell, line, path)
+    if not math.isfinite(value):
+        raise InputError(f"line {line}: {cell!r} is not finite", "write finite numbers", path=path)
+    if not 0 <= value <= 1:
+        remedy = "write scores from 0 to 1 (of logits their sigmoid)"
+        raise InputError(f"line {line}: {cell!r} is outside 0 to 1", remedy, path=path)
+    return value
+
+
 def _number(cell: str, line: int, path: Path) -> float:
     """Return the number that a cell holds."""
     try:
@@ -131,11 +161,3 @@ def _number(cell: str, line: int, path: Path) -> float:
     except ValueError as error:
         hint = " (a header?)" if line == 1 else ""
         raise InputError(f"line {line}: {cell!r} is not a number{hint}", "write numbers only", path=path) from error
-
-
-def _finite(cell: str, line: int, path: Path) -> float:
-    """Return the finite number that a cell holds."""
-    value = _number(cell, line, path)
-    if not math.isfinite(value):
-        raise InputError(f"line {line}: {cell!r} is not finite", "write finite numbers", path=path)
-    return value

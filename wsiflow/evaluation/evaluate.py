@@ -241,7 +241,8 @@ def evaluate_cases(evidence: Iterable[Evidence], params: EvaluationParams, *, se
         seed: Seed of the bootstrap.
 
     Raises:
-        InputError: Truth and label contradict each other, a number is not finite, or a slide appears twice.
+        InputError: Truth and label contradict each other, a confidence or score is outside 0 to 1, or a slide appears
+            twice.
     """
     return evaluate_matched([match_slide(one, params) for one in evidence], params, seed=seed)
 
@@ -277,7 +278,8 @@ def evaluate_matched(matched: Sequence[MatchedSlide], params: EvaluationParams, 
         _froc_metrics(setting)
         | _roc_metrics(setting)
         | _intervals(setting, params.bootstrap, seed)
-        | _tissue_metrics(matched),
+        | _tissue_metrics(matched)
+        | _further(setting, params, seed),
         [one.row for one in matched],
         {"downsample": params.downsample, "l0_um_px": params.l0_um_px, "rates": list(froc.RATES)}
         | {
@@ -307,7 +309,7 @@ def match_slide(one: Evidence, params: EvaluationParams) -> MatchedSlide:
     """Match a slide's detections with its truth, and decide whether it counts for FROC and for the AUC.
 
     Raises:
-        InputError: Truth and label contradict each other, or a number is not finite.
+        InputError: Truth and label contradict each other, or a confidence or score is outside 0 to 1.
     """
     out = params.excluded(one.slide_id)
     label = one.label if out == "all" else _label(one)  # an excluded slide may contradict its truth
@@ -360,9 +362,11 @@ def match_slide(one: Evidence, params: EvaluationParams) -> MatchedSlide:
         in_auc=in_auc,
         reason=reason,
         truth=truth_sha256(label, lesions, ignored) if known and out != "all" else None,
-        best=[best if best > -np.inf else None for best in matches.best.tolist()] if in_froc else [],
+        best=_known(matches.best) if in_froc else [],
         n_itc=matches.n_itc if in_froc else 0,
-        itc=sorted(k - 1 for k in lesions.itc) if in_froc and lesions is not None else [],
+        itc=list(matches.itc) if in_froc else [],
+        itc_best=_known(matches.any_best[list(matches.itc)]) if in_froc and matches.any_best is not None else [],
+        major_axis_um=matches.major_axis_um.tolist() if in_froc and matches.major_axis_um is not None else [],
         false_positives=matches.false_positives.tolist() if in_froc else [],
     )
     return MatchedSlide(row, record, one.patient_id, looked_at, is_empty)
@@ -379,6 +383,11 @@ def _looked_at_cells(looked_at: LookedAt | None) -> dict[str, Any]:
         "lesion_recall_area": round(looked_at.area_looked_at_um2 / area_um2, 6) if area_um2 else "",
         "missed": missed.text(looked_at.missed),
     }
+
+
+def _known(best: NDArray[np.float64]) -> list[float | None]:
+    """Return confidences as JSON values: None for a missed region."""
+    return [one if one > -np.inf else None for one in best.tolist()]
 
 
 def _reason(out: str, label: int | None, protocol: str, *, known: bool) -> str:
@@ -418,8 +427,9 @@ def _slide_score(one: Evidence) -> float:
     """Return the given score, else the highest confidence, else 0."""
     if one.score is None:
         return float(one.detections[:, 0].max(initial=0.0))
-    if not math.isfinite(one.score):
-        raise InputError(f"the slide score is {one.score}", "give a finite score", slide=one.slide_id, stage="roc")
+    if not 0 <= one.score <= 1:
+        remedy = "give scores from 0 to 1 (of logits their sigmoid)"
+        raise InputError(f"the slide score is {one.score}", remedy, slide=one.slide_id, stage="roc")
     return one.score
 
 
@@ -459,8 +469,8 @@ def _froc_metrics(setting: Setting) -> dict[str, float]:
 
 
 def _roc_metrics(setting: Setting) -> dict[str, float]:
-    """Return the AUC, its DeLong interval and variance, and the numbers of slides."""
-    low, high = roc.auc_interval(setting.scores, setting.labels)
+    """Return the AUC, its DeLong interval, the variance that it has with independent slides, and their numbers."""
+    low, high = roc.auc_interval(setting.scores, setting.labels, paired.patients(setting))
     return {
         "roc.auc": roc.auc(setting.scores, setting.labels),
         "roc.auc_ci_low": low,
@@ -474,10 +484,19 @@ def _roc_metrics(setting: Setting) -> dict[str, float]:
 def _intervals(setting: Setting, n: int, seed: int) -> dict[str, float]:
     """Return the low and high ends of all bootstrap intervals by metric name, from one set of draws."""
     intervals = paired.bootstrap([setting], reference=setting.name, n=n, seed=seed).intervals[setting.name]
-    stems = {metric: "roc.auc_bootstrap" if metric == "roc.auc" else metric for metric in intervals}
-    return {f"{stems[metric]}_ci_low": one.low for metric, one in intervals.items()} | {
-        f"{stems[metric]}_ci_high": one.high for metric, one in intervals.items()
+    del intervals["roc.auc"]  # `_roc_metrics` has it
+    return {f"{metric}_ci_low": one.low for metric, one in intervals.items()} | {
+        f"{metric}_ci_high": one.high for metric, one in intervals.items()
     }
+
+
+def _further(setting: Setting, params: EvaluationParams, seed: int) -> dict[str, float]:
+    """Return average precision, sensitivities by size and at specificities, with intervals, and the sizes' numbers."""
+    found = paired.further_measures(setting, n=params.bootstrap, seed=seed, join_um=params.join_um)
+    metrics: dict[str, float] = {}
+    for metric, one in found.intervals.items():
+        metrics |= {metric: one.value, f"{metric}_ci_low": one.low, f"{metric}_ci_high": one.high}
+    return metrics | {f"froc.n_{size}": float(n) for size, n in found.n_lesions.items()}
 
 
 # --- files

@@ -42,8 +42,8 @@ ITC_UM = 275.0
 """Size limit of the challenge, 200 um plus dilation: a dilated region with a shorter major axis is an ITC."""
 
 
+_CHUNK = 256  # assignments at a time, for the memory
 _LARGEST_RADIUS_PX = 2000  # 75 um are 150 px at the finest usual spacing, and dilation by a larger disc takes too long
-_LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,11 +54,13 @@ class LesionMask:
         labels: int32 (rows, cols), 0 = background, 1..K = regions in raster order of their first pixel.
         itc: Labels of the regions that are isolated tumour cells.
         major_axis_px: float64 (K,), major axis of region k at index k - 1, in mask px.
+        um_px: Side of a mask pixel in um; NaN where it is not known.
     """
 
     labels: NDArray[np.int32]
     itc: frozenset[int]
     major_axis_px: NDArray[np.float64]
+    um_px: float = math.nan
 
     @property
     def n_regions(self) -> int:
@@ -100,13 +102,19 @@ class Matches:
         best: float64 (K,), highest confidence of a hit on each region; -inf for a missed region and for ITC.
         n_itc: Number of the K regions that are ITC.
         false_positives: float64 (m,), confidences of detections outside every region.
-        n_ignored: Number of detections in ignored regions, which are neither.
+        itc: Indices of the regions that are ITC.
+        any_best: float64 (K,), as ``best``, for ITC too; None where it is not known.
+        major_axis_um: float64 (K,), major axis of each dilated region; None where it is not known.
+        n_ignored: Number of detections in ignored regions, which are neither hits nor false positives.
     """
 
     slide_id: str
     best: NDArray[np.float64]
     n_itc: int
     false_positives: NDArray[np.float64]
+    itc: tuple[int, ...] = ()
+    any_best: NDArray[np.float64] | None = None
+    major_axis_um: NDArray[np.float64] | None = None
     n_ignored: int = 0
 
     @property
@@ -154,30 +162,32 @@ def evaluation_mask(
         raise InputError(cause, "give spacings in um, not in mm (mpp), or a larger downsample")
     labels = np.zeros(tumour.shape, np.int32)
     if not tumour.any():
-        return LesionMask(labels, frozenset(), np.empty(0))
+        return LesionMask(labels, frozenset(), np.empty(0), um_px)
     radius_px = join_um / (um_px * 2)
     window = _window(tumour, math.ceil(radius_px) + 1)
     labels[window], _ = ndimage.label(_filled(_dilated(tumour[window], radius_px)), np.ones((3, 3), np.int8))
     axes = _major_axes(labels[window])
-    return LesionMask(labels, frozenset((np.flatnonzero(axes < itc_um / um_px) + 1).tolist()), axes)
+    return LesionMask(labels, frozenset((np.flatnonzero(axes < itc_um / um_px) + 1).tolist()), axes, um_px)
 
 
 def match(slide: SlideFindings) -> Matches:
     """Divide a slide's detections into hits and false positives.
 
     Raises:
-        InputError: The detections are not (n, 3), a number is not finite, or a confidence is too large for float32.
+        InputError: The detections are not (n, 3), a number is not finite, or a confidence is outside 0 to 1.
     """
     detections = np.asarray(slide.detections, np.float64)
     if detections.ndim != 2 or detections.shape[1] != 3:
         cause = f"the detections have shape {detections.shape}"
         raise InputError(cause, "give prob, x, y for each", slide=slide.slide_id)
-    bad = np.flatnonzero(~np.isfinite(detections).all(axis=1) | (np.abs(detections[:, 0]) > _LARGEST))
+    # The challenge's evaluator counts a missed lesion as a hit with confidence 0: below 0 every lesion would be found.
+    prob = detections[:, 0]
+    bad = np.flatnonzero(~np.isfinite(detections).all(axis=1) | (prob < 0) | (prob > 1))
     if bad.size:
         row = detections[bad[0]].tolist()
         raise InputError(
             f"detection {bad[0]} is {row}",
-            "give finite confidences (at most 3.4e38) and coordinates",
+            "give confidences from 0 to 1 (of logits their sigmoid) and finite coordinates",
             slide=slide.slide_id,
             stage="froc",
         )
@@ -186,12 +196,16 @@ def match(slide: SlideFindings) -> Matches:
         ignored = labels_at(slide.ignored.astype(np.int32), detections[:, 1:], slide.downsample) > 0
         n_ignored, detections = int(ignored.sum()), detections[~ignored]
     if slide.lesions is None:
-        return Matches(slide.slide_id, np.empty(0), 0, detections[:, 0], n_ignored)
-    hit = labels_at(slide.lesions.labels, detections[:, 1:], slide.downsample)
-    counts = (hit > 0) & ~np.isin(hit, sorted(slide.lesions.itc))
-    best = np.full(slide.lesions.n_regions, -np.inf)
-    np.maximum.at(best, hit[counts] - 1, detections[counts, 0])
-    return Matches(slide.slide_id, best, len(slide.lesions.itc), detections[hit == 0, 0], n_ignored)
+        return Matches(slide.slide_id, np.empty(0), 0, detections[:, 0], n_ignored=n_ignored)
+    prob, hit = detections[:, 0], labels_at(slide.lesions.labels, detections[:, 1:], slide.downsample)
+    any_best = np.full(slide.lesions.n_regions, -np.inf)
+    np.maximum.at(any_best, hit[hit > 0] - 1, prob[hit > 0])
+    itc = tuple(label - 1 for label in sorted(slide.lesions.itc))
+    best = any_best.copy()
+    best[list(itc)] = -np.inf
+    axes_um = slide.lesions.major_axis_px * slide.lesions.um_px
+    known_axes = None if np.isnan(axes_um).any() else axes_um
+    return Matches(slide.slide_id, best, len(itc), prob[hit == 0], itc, any_best, known_axes, n_ignored)
 
 
 def curve(matches: Sequence[Matches], *, mode: Mode) -> FrocCurve:
@@ -261,6 +275,68 @@ def resample(
     return sensitivities
 
 
+def lesion_weights(matches: Sequence[Matches], *, mode: Mode) -> list[NDArray[np.float64]]:
+    """Return how far each region is found at each of the six rates; over all lesions the mean is the sensitivity.
+
+    A rate between two operating points weighs their thresholds as the interpolation does.
+
+    Returns:
+        Per slide float64 (K, 6) from 0 to 1; 0 for isolated tumour cells.
+
+    Raises:
+        InputError: A slide appears twice.
+    """
+    points = curve(matches, mode=mode)
+    fp, thresholds = points.fp_per_slide[::-1], points.thresholds[::-1]
+    before = np.searchsorted(fp, RATES, side="right") - 1
+    after = np.minimum(before + 1, len(fp) - 1)
+    step = fp[after] - fp[before]
+    weight = np.divide(np.array(RATES) - fp[before], step, out=np.zeros(len(RATES)), where=step > 0)
+    high, low = thresholds[before], thresholds[after]
+    hits = [slide.best[:, None] for slide in matches]
+    if mode == "official":
+        high, low, hits = _as_float32(high), _as_float32(low), [_as_float32(one) for one in hits]
+    return [(1 - weight) * (one >= high) + weight * (one >= low) for one in hits]
+
+
+def exchange(first: Sequence[Matches], second: Sequence[Matches], swapped: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """Return the strict sensitivities of a setting some of whose slides have the results of another setting.
+
+    Args:
+        first: The slides of the setting.
+        second: The same slides, in the same order, with the results of the other setting.
+        swapped: bool (k, slides), in each of k assignments the slides with the results of ``second``.
+
+    Returns:
+        float64 (k, 6), NaN without lesions; what `curve` in strict mode gives for each assignment.
+    """
+    both = [*first, *second]
+    hit_values, hit_slides = falling([slide.best[slide.best > -np.inf] for slide in both])
+    false_values, false_slides = falling([slide.false_positives for slide in both])
+    last = np.flatnonzero(np.append(np.diff(false_values) != 0, np.ones(min(len(false_values), 1), np.bool_)))
+    above = np.searchsorted(-hit_values, -false_values[last], side="left")
+    reaching = np.searchsorted(-hit_values, -false_values[last], side="right")
+    n_lesions = sum(slide.n_lesions for slide in first)
+    sensitivities = np.empty((len(swapped), len(RATES)))
+    for start in range(0, len(swapped), _CHUNK):
+        taken = np.concatenate([~swapped[start : start + _CHUNK], swapped[start : start + _CHUNK]], axis=1)
+        hits = np.pad(np.cumsum(taken[:, hit_slides], axis=1, dtype=np.int32), ((0, 0), (1, 0)))
+        false = np.pad(np.cumsum(taken[:, false_slides], axis=1, dtype=np.int32)[:, last], ((0, 0), (1, 0)))
+        rows = np.arange(len(taken))
+        for column, rate in enumerate(RATES):
+            allowed = rate * len(first)
+            # The highest confidence of a false positive with which there are too many, if any.
+            place = (false[:, 1:] <= allowed).sum(axis=1)
+            found = hits[:, -1].astype(np.float64)
+            many = place < len(last)
+            row, at = rows[many], place[many]
+            few, more = hits[row, above[at]], hits[row, reaching[at]]
+            step = false[row, at + 1] - false[row, at]
+            found[many] = few + (more - few) * (allowed - false[row, at]) / step
+            sensitivities[start : start + len(taken), column] = found
+    return sensitivities / n_lesions if n_lesions else np.full_like(sensitivities, np.nan)
+
+
 # --- regions
 
 
@@ -318,6 +394,14 @@ def labels_at(labels: NDArray[np.int32], xy: NDArray[np.float64], downsample: in
     m_x, m_y = m_xy[inside].astype(np.int64).T
     hit[inside] = labels[m_y, m_x]
     return hit
+
+
+def falling(per_slide: Sequence[NDArray[np.float64]]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Return the confidences of many slides by falling confidence, and the index of the slide of each."""
+    values = np.concatenate([np.empty(0), *per_slide])
+    slides = np.repeat(np.arange(len(per_slide)), [len(one) for one in per_slide])
+    order = np.argsort(-values, kind="stable")
+    return values[order], slides[order]
 
 
 class _Ranked(NamedTuple):
@@ -382,11 +466,9 @@ def _as_float32(values: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def _ranked(per_slide: Sequence[NDArray[np.float64]], thresholds: NDArray[np.float64]) -> _Ranked:
     """Rank the confidences of many slides and count those at or above each threshold."""
-    values = np.concatenate([np.empty(0), *per_slide])
-    slides = np.repeat(np.arange(len(per_slide)), [len(one) for one in per_slide])
-    order = np.argsort(-values, kind="stable")
-    reach = len(values) - np.searchsorted(np.sort(values), thresholds, side="left")
-    return _Ranked(slides[order], reach, np.array([one.min(initial=math.inf) for one in per_slide], np.float64))
+    values, slides = falling(per_slide)
+    reach = np.searchsorted(-values, -thresholds, side="right")
+    return _Ranked(slides, reach, np.array([one.min(initial=math.inf) for one in per_slide], np.float64))
 
 
 def _within(pool: _Pool, rate: float) -> _Pool:

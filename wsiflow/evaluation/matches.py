@@ -1,16 +1,19 @@
 """Record an evaluation as ``matches.json``: the protocol, and truth, score and matches of every slide."""
 
-from collections.abc import Set
+from collections.abc import Sequence, Set
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, Field, FiniteFloat, ValidationError
 
 from wsiflow.errors import InputError
 from wsiflow.evaluation.froc import Matches
 from wsiflow.evaluation.paired import Setting
 from wsiflow.system import faults, publish
+
+_Probability = Annotated[FiniteFloat, Field(ge=0, le=1)]
 
 
 class SlideRecord(BaseModel, frozen=True):
@@ -29,20 +32,25 @@ class SlideRecord(BaseModel, frozen=True):
         itc: Indices of these regions, from 0.
         false_positives: Confidences of the detections outside every region.
         patient: Number of the slide's patient in this file; None where the patient is not known.
+        itc_best: Highest confidence of a hit on each region of isolated tumour cells, in the order of ``itc``; empty in
+            files of earlier versions.
+        major_axis_um: Major axis of each region, joining distance included; empty in files of earlier versions.
     """
 
     slide_id: str
     label: Literal[0, 1] | None
-    score: FiniteFloat
+    score: _Probability
     in_froc: bool
     in_auc: bool
     reason: str
     truth: str | None
-    best: list[FiniteFloat | None]
+    best: list[_Probability | None]
     n_itc: int = Field(ge=0)
     itc: list[int]
-    false_positives: list[FiniteFloat]
+    false_positives: list[_Probability]
     patient: int | None = None
+    itc_best: list[_Probability | None] = []
+    major_axis_um: list[Annotated[FiniteFloat, Field(ge=0)]] = []
 
 
 class EvaluationRecord(BaseModel, frozen=True):
@@ -105,8 +113,19 @@ def read_matches(path: Path) -> EvaluationRecord:
 
 
 def _as_matches(one: SlideRecord) -> Matches:
-    best = np.array([-np.inf if value is None else value for value in one.best], np.float64)
-    return Matches(one.slide_id, best, one.n_itc, np.array(one.false_positives, np.float64))
+    best = _confidences(one.best)
+    false = np.array(one.false_positives, np.float64)
+    if len(one.major_axis_um) != len(best) or len(one.itc_best) != one.n_itc:
+        return Matches(one.slide_id, best, one.n_itc, false, tuple(one.itc))
+    any_best = best.copy()
+    any_best[one.itc] = _confidences(one.itc_best)
+    return Matches(
+        one.slide_id, best, one.n_itc, false, tuple(one.itc), any_best, np.array(one.major_axis_um, np.float64)
+    )
+
+
+def _confidences(values: Sequence[float | None]) -> NDArray[np.float64]:
+    return np.array([-np.inf if value is None else value for value in values], np.float64)
 
 
 def _contradiction(one: SlideRecord, seen: Set[str]) -> str:

@@ -5,21 +5,22 @@ differences from one reference with p-values, bands of the FROC curves, and the 
 
 Everything comes from one set of bootstrap draws. The cases, those that count for FROC and those that count for the AUC
 together, are drawn with replacement, and every metric of every setting is computed on each draw, so that a difference
-always compares two settings on the same cases. Intervals of FROC metrics and of differences are percentile intervals.
-The interval of an AUC, which is skewed near 1, is the bias-corrected and accelerated one (BCa). A p-value is two-sided
-and computed from the drawn differences, also for the AUC, so that interval and p-value agree; the p-value of DeLong's
-test is given beside it. For every metric the p-values are corrected by Holm's method for the number of settings that
-are compared with the reference. They are not corrected for the number of metrics: choose one metric beforehand.
+always compares two settings on the same cases. Intervals of FROC metrics and of differences are percentile intervals;
+where almost all lesions are found, or almost none, or few differ, they are extended to exact and score intervals
+(`discordance`). The interval of an AUC is DeLong's on the scale of log odds, with slides of one patient kept together;
+beside it stands the bias-corrected and accelerated one of the draws (BCa). A p-value is two-sided and counts the
+exchanges of the two settings' results, slide by slide, also for the AUC; where it is 0.05 or more, the interval is
+extended to 0. The p-value of DeLong's test is given beside it. For every metric p-values are corrected by Holm's
+method, and intervals by Bonferroni's, for the number of settings of a family that are compared with the reference.
+They are not corrected for the number of metrics: choose one metric beforehand.
 
-Coverage in 1,000 simulated sets of 120 slides with 145 lesions (``tests/evaluation/test_paired.py``): intervals contain
-the true value in 93.6 % (score) to 95.8 % (sensitivities) of the sets, intervals of differences in 95.2 to 96.5 %. Of
-equal settings 4.5 % differ significantly in the score, 4.3 % in the AUC, and 2 to 4 % in a single sensitivity. The
-bootstrap is too optimistic where almost every lesion is detected: intervals of a true sensitivity of 0.98 contain it in
-89 %, of one of 0.995 in 58 %, and where no lesion is missed they have no width. A metric that depends on a single case
-(one case with lesions, or one of a class for the AUC, where all slides of a patient are one case) is the same in every
-draw: it has a value, but neither interval nor p-value.
+docs/compare.md has the coverage of intervals and the errors of tests in simulated sets. A metric that depends on a
+single case (one case with lesions, or one of a class for the AUC, where all slides of a patient are one case) is the
+same in every draw: it has a value, but neither interval nor p-value.
 """
 
+import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -27,12 +28,15 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from wsiflow.errors import InputError
-from wsiflow.evaluation import froc, roc
-from wsiflow.evaluation.resampling import case_draws, corrected_interval, holm, interval, left_out, two_sided_p
+from wsiflow.evaluation import discordance, froc, measures, roc
+from wsiflow.evaluation.resampling import case_draws, corrected_interval, holm, interval, left_out
 
 FP_GRID = np.linspace(0, 8, 129)
 """False positives per slide at which bands are computed; the six rates of the score are among them."""
 
+_ALPHA = 0.05
+_EXCHANGES_EACH = 10
+_FEW = 5  # slides that change their place, below which draws say too little about the AUC
 _LEAST_CASES = 2  # fewer cases do not show how much a metric varies from case to case
 _DIGITS = 12  # equal metrics that were summed in another order differ after these
 
@@ -71,13 +75,18 @@ class Interval(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """The difference setting minus reference in the sample, its 95 % interval, and its p-value, also corrected."""
+    """The difference setting minus reference in the sample, its 95 % interval and its p-value, both also corrected.
+
+    The corrected interval holds the truth together with those of all other settings of the family in 95 %.
+    """
 
     value: float
     low: float
     high: float
     p: float
     p_corrected: float
+    low_corrected: float
+    high_corrected: float
 
 
 class FrocBand(NamedTuple):
@@ -93,17 +102,33 @@ class PairedResults(NamedTuple):
     """The results of a paired bootstrap.
 
     Attributes:
-        intervals: Interval by setting and metric.
+        intervals: Interval by setting and metric; that of ``roc.auc`` is DeLong's, that of ``roc.auc_bootstrap`` BCa.
         differences: Difference from the reference by setting and metric; the reference is absent.
-        delong: p-value of DeLong's test of the AUC against the reference's, uncorrected and corrected, by setting. The
-            test assumes that slides of one patient are independent.
+        delong: p-value of DeLong's test of the AUC against the reference's, uncorrected and corrected, by setting;
+            slides of one patient are kept together.
         bands: FROC curve with its band, by setting.
+        evidence: What the differences rest on, by setting and metric; the reference is absent.
     """
 
     intervals: dict[str, dict[str, Interval]]
     differences: dict[str, dict[str, Difference]]
     delong: dict[str, tuple[float, float]]
     bands: dict[str, FrocBand]
+    evidence: dict[str, dict[str, "Evidence"]]
+
+
+class Evidence(NamedTuple):
+    """What the difference of a setting from the reference rests on.
+
+    Attributes:
+        drawn: float64 (n + 1,), the difference in the sample and in every draw.
+        p: p-value by exchange of the results; NaN where there is none.
+        units: What was gained and lost, where that bounds the difference; else None.
+    """
+
+    drawn: NDArray[np.float64]
+    p: float
+    units: discordance.Discordance | None
 
 
 class _Drawn(NamedTuple):
@@ -122,7 +147,13 @@ class _Times(NamedTuple):
 
 
 def bootstrap(
-    settings: Sequence[Setting], *, reference: str, mode: froc.Mode = "official", n: int = 2000, seed: int = 0
+    settings: Sequence[Setting],
+    *,
+    reference: str,
+    mode: froc.Mode = "official",
+    n: int = 2000,
+    seed: int = 0,
+    families: Mapping[str, str] | None = None,
 ) -> PairedResults:
     """Compare settings that were scored on the same cases, by a bootstrap over these cases.
 
@@ -135,6 +166,8 @@ def bootstrap(
         mode: FROC mode of the sensitivities and bands.
         n: Number of draws; with 0 all intervals and p-values are NaN.
         seed: Seed of the draws.
+        families: Name of the family of each setting, by setting: p-values and intervals are corrected for the settings
+            of one family. None: all settings are one family.
 
     Raises:
         InputError: Two settings have the same name, none is the reference, they must not be compared, or a slide
@@ -151,20 +184,31 @@ def bootstrap(
         raise InputError("; ".join(reasons), remedy, stage="comparison")
     times = _draws(settings[0], n, seed)
     drawn = {one.name: _without_lone_cases(_drawn(one, times, mode), one) for one in settings}
+    by_name = {one.name: one for one in settings}
+    evidence = {
+        name: _evidence(
+            _Compared(by_name[reference], drawn[reference]), _Compared(one, drawn[name]), mode, _Exchange(n, seed)
+        )
+        for name, one in by_name.items()
+        if name != reference
+    }
+    family = {name: (families or {}).get(name, "") for name in evidence}
     return PairedResults(
-        {name: _intervals(one) for name, one in drawn.items()},
-        _differences({name: one.metrics for name, one in drawn.items()}, reference),
-        _delong({one.name: one for one in settings}, reference),
+        {name: _intervals(drawn[name], one, mode) for name, one in by_name.items()},
+        _differences(evidence, family),
+        _delong(by_name, reference, family),
         {name: FrocBand(FP_GRID, one.curve[0], *interval(one.curve[1:])) for name, one in drawn.items()},
+        evidence,
     )
 
 
-def pareto(cost: ArrayLike, score: ArrayLike) -> NDArray[np.bool_]:
+def pareto(cost: ArrayLike, score: ArrayLike, as_cheap: NDArray[np.bool_] | None = None) -> NDArray[np.bool_]:
     """Return which settings are on the Pareto front of cost and score.
 
     Args:
         cost: (n,), lower is better.
         score: (n,), higher is better.
+        as_cheap: bool (n, n), pairs whose costs cannot be told apart. None: those whose costs are equal.
 
     Returns:
         bool (n,), True where no other setting is cheaper and at least as good, or as cheap and better. Equal settings
@@ -177,9 +221,11 @@ def pareto(cost: ArrayLike, score: ArrayLike) -> NDArray[np.bool_]:
     if costs.ndim != 1 or costs.shape != scores.shape:
         raise InputError(f"the costs have shape {costs.shape} and the scores {scores.shape}", "give one score per cost")
     known = ~(np.isnan(costs) | np.isnan(scores))
-    cheaper, as_cheap = costs[None, :] < costs[:, None], costs[None, :] == costs[:, None]
+    equal: NDArray[np.bool_] = np.equal.outer(costs, costs) if as_cheap is None else as_cheap
+    cheaper = (costs[None, :] < costs[:, None]) & ~equal
     better, as_good = scores[None, :] > scores[:, None], scores[None, :] >= scores[:, None]
-    beaten: NDArray[np.bool_] = ((cheaper & as_good) | (as_cheap & better)).any(axis=1)
+    beats: NDArray[np.bool_] = (cheaper & as_good) | (equal & better)
+    beaten: NDArray[np.bool_] = beats.any(axis=1)
     return known & ~beaten
 
 
@@ -191,6 +237,40 @@ def comparability_problems(settings: Sequence[Setting]) -> list[str]:
     same.
     """
     return [reason for one in settings[1:] for reason in _against(settings[0], one)]
+
+
+def patients(setting: Setting) -> list[int] | None:
+    """Return the number of the patient of each slide that counts for the AUC; None where no patient has two slides."""
+    whose = _of_slides(setting)
+    return whose if len(set(whose)) < len(whose) else None
+
+
+def _of_slides(setting: Setting) -> list[int]:
+    """Return the number of the patient, or of the slide, of each slide that counts for the AUC."""
+    cluster = dict(zip(_cases(setting), _clusters(setting), strict=True))
+    return [cluster[slide.casefold()] for slide in setting.slide_ids]
+
+
+def pareto_membership(
+    cost: ArrayLike, score: ArrayLike, drawn: NDArray[np.float64], as_cheap: NDArray[np.bool_] | None = None
+) -> NDArray[np.float64]:
+    """Return the share of redraws of the cases in which each setting is on the Pareto front.
+
+    Args:
+        cost: (n,), as for `pareto`.
+        score: (n,), NaN for settings that are never on the front.
+        drawn: float64 (draws, n), the score in each draw, or its difference from one reference.
+        as_cheap: As for `pareto`.
+
+    Returns:
+        float64 (n,); NaN without draws.
+    """
+    known = drawn[~np.isnan(drawn[:, ~np.isnan(np.asarray(score, np.float64))]).any(axis=1)]
+    if not len(known):
+        return np.full(drawn.shape[1], np.nan)
+    worth = np.where(np.isnan(np.asarray(score, np.float64)), np.nan, known)
+    shares: NDArray[np.float64] = np.mean([pareto(cost, one, as_cheap) for one in worth], axis=0, dtype=np.float64)
+    return shares
 
 
 # --- why not
@@ -286,14 +366,27 @@ def _columns(times: Mapping[str, NDArray[np.int64]], slides: Sequence[str]) -> N
     return columns
 
 
-def _delong(settings: Mapping[str, Setting], reference: str) -> dict[str, tuple[float, float]]:
+def _delong(
+    settings: Mapping[str, Setting], reference: str, family: Mapping[str, str]
+) -> dict[str, tuple[float, float]]:
     """Return DeLong's p-values of the AUCs against the reference's, uncorrected and corrected by Holm's method."""
     labels = _labels(settings[reference])
     scores = {name: _scores(one) for name, one in settings.items()}
     in_order = {name: [own[slide] for slide in labels] for name, own in scores.items()}
     others = [name for name in settings if name != reference]
-    p = [roc.paired_test(in_order[name], in_order[reference], list(labels.values())).p for name in others]
-    return dict(zip(others, zip(p, holm(p), strict=True), strict=True))
+    whose = patients(settings[reference])
+    p = [roc.paired_test(in_order[name], in_order[reference], list(labels.values()), whose).p for name in others]
+    corrected = within_families(dict(zip(others, p, strict=True)), family)
+    return {name: (alone, corrected[name]) for name, alone in zip(others, p, strict=True)}
+
+
+def within_families(p: Mapping[str, float], family: Mapping[str, str]) -> dict[str, float]:
+    """Return p-values corrected by Holm's method within each family of settings, by setting."""
+    corrected: dict[str, float] = {}
+    for one in dict.fromkeys(family.values()):
+        names = [name for name in p if family[name] == one]
+        corrected |= dict(zip(names, holm([p[name] for name in names]), strict=True))
+    return corrected
 
 
 def _drawn(setting: Setting, times: _Times, mode: froc.Mode) -> _Drawn:
@@ -322,10 +415,7 @@ def _drawn(setting: Setting, times: _Times, mode: froc.Mode) -> _Drawn:
 
 def _without_lone_cases(drawn: _Drawn, setting: Setting) -> _Drawn:
     """Replace the draws of metrics that depend on a single case by NaN: they are all equal and show no uncertainty."""
-    cluster = dict(zip(_cases(setting), _clusters(setting), strict=True))
-    labelled = list(zip(setting.slide_ids, setting.labels.tolist(), strict=True))
-    of_class = [{cluster[slide.casefold()] for slide, label in labelled if label == kind} for kind in (0, 1)]
-    with_lesions = {cluster[one.slide_id.casefold()] for one in setting.matches if one.n_lesions}
+    of_class, with_lesions = _classes(setting), _with_lesions(setting)
     for metric, values in drawn.metrics.items():
         if min(map(len, of_class if metric == "roc.auc" else [with_lesions])) < _LEAST_CASES:
             values[1:] = np.nan
@@ -334,24 +424,270 @@ def _without_lone_cases(drawn: _Drawn, setting: Setting) -> _Drawn:
     return drawn
 
 
-def _intervals(drawn: _Drawn) -> dict[str, Interval]:
-    """Return the 95 % intervals of all metrics of a setting: BCa for the AUC, percentiles for the others."""
+def _classes(setting: Setting) -> list[set[int]]:
+    """Return the patients, or slides, with normal slides, and those with tumour slides."""
+    labelled = list(zip(_of_slides(setting), setting.labels.tolist(), strict=True))
+    return [{whose for whose, label in labelled if label == kind} for kind in (0, 1)]
+
+
+def _with_lesions(setting: Setting) -> set[int]:
+    """Return the patients, or slides, with lesions that count."""
+    cluster = dict(zip(_cases(setting), _clusters(setting), strict=True))
+    return {cluster[one.slide_id.casefold()] for one in setting.matches if one.n_lesions}
+
+
+def _intervals(drawn: _Drawn, setting: Setting, mode: froc.Mode) -> dict[str, Interval]:
+    """Return the 95 % intervals of all metrics: DeLong's and BCa for the AUC, percentiles for the others.
+
+    Where almost all lesions are found, or almost none, an interval of percentiles is extended to the exact one.
+    """
     intervals = {metric: Interval(float(x[0]), *interval(x[1:]).tolist()) for metric, x in drawn.metrics.items()}
+    intervals |= {
+        metric: _extended(intervals[metric], found, setting) for metric, found in _weights(setting, mode).items()
+    }
     area = drawn.metrics["roc.auc"]
     corrected = corrected_interval(float(area[0]), area[1:], drawn.jackknife)
-    return intervals | {"roc.auc": Interval(float(area[0]), *corrected.tolist())}
+    delong = roc.auc_interval(setting.scores, setting.labels, patients(setting))
+    return intervals | {
+        "roc.auc": Interval(float(area[0]), *delong),
+        "roc.auc_bootstrap": Interval(float(area[0]), *corrected.tolist()),
+    }
+
+
+# --- further measures
+
+
+class FurtherMeasures(NamedTuple):
+    """Measures beside FROC score and AUC: interval by metric, and number of lesions by size class."""
+
+    intervals: dict[str, Interval]
+    n_lesions: dict[str, int]
+
+
+def further_measures(setting: Setting, *, n: int, seed: int, join_um: float = froc.JOIN_UM) -> FurtherMeasures:
+    """Return average precision, the scores of each size class, and the slides' sensitivities at specificities.
+
+    They come from the draws of `bootstrap`. Metrics are ``froc.average_precision``, ``froc.macro_score``,
+    ``froc.micro_score``, ``froc.itc_score`` and ``roc.sensitivity_at_specificity_0.95``; see `measures`.
+
+    Args:
+        setting: The slides.
+        n: Number of draws; with 0 all intervals are NaN.
+        seed: Seed of the draws.
+        join_um: Joining distance of the protocol.
+    """
+    times = _draws(setting, n, seed).drawn
+    of_froc = _columns(times, [one.slide_id for one in setting.matches])
+    of_auc = _columns(times, setting.slide_ids)
+    intervals = {
+        "froc.average_precision": _of_classes(
+            measures.average_precision(setting.matches, of_froc), [_with_lesions(setting)]
+        )
+    }
+    n_lesions = {}
+    for size in measures.SIZES:
+        chosen = measures.of_size(setting.matches, size, join_um=join_um)
+        if chosen is None:
+            continue
+        own = setting._replace(matches=chosen)
+        n_lesions[size] = _n_lesions(own)
+        values = froc.resample(chosen, of_froc, mode="strict").mean(axis=1)
+        drawn = _of_classes(values, [_with_lesions(own)])
+        intervals[f"froc.{size}_score"] = _extended(drawn, _weights(own, "strict")["froc.strict_score"], own)
+    for specificity in measures.SPECIFICITIES:
+        values = measures.sensitivity_at_specificity(setting.scores, setting.labels, of_auc, specificity)
+        intervals[f"roc.sensitivity_at_specificity_{specificity:g}"] = _of_tumour_slides(values, setting)
+    return FurtherMeasures(intervals, n_lesions)
+
+
+def _of_classes(values: NDArray[np.float64], classes: Sequence[set[int]]) -> Interval:
+    """Return a value with its interval of percentiles; without one where it rests on a single case."""
+    if min(map(len, classes)) < _LEAST_CASES:
+        return Interval(float(values[0]), math.nan, math.nan)
+    return Interval(float(values[0]), *interval(values[1:]).tolist())
+
+
+def _of_tumour_slides(values: NDArray[np.float64], setting: Setting) -> Interval:
+    """Return a share of the tumour slides with its interval, extended where almost all are found or almost none."""
+    one = _of_classes(values, _classes(setting))
+    whose = np.array(_of_slides(setting), np.int64)[setting.labels == 1]
+    if not math.isfinite(one.low):
+        return one
+    n_patients = len(set(whose.tolist()))
+    exact = discordance.share_interval(np.full(n_patients, one.value), np.arange(n_patients), n_patients)
+    return Interval(one.value, min(one.low, exact[0]), max(one.high, exact[1])) if exact else one
+
+
+def _extended(one: Interval, found: NDArray[np.float64], setting: Setting) -> Interval:
+    """Return an interval, extended to the exact one where almost all lesions are found or almost none."""
+    exact = discordance.share_interval(found, _of_lesions(setting), _n_lesions(setting))
+    if not exact or not math.isfinite(one.low):
+        return one
+    return Interval(one.value, min(one.low, exact[0]), max(one.high, exact[1]))
+
+
+# --- differences
+
+
+class _Compared(NamedTuple):
+    """A setting with its draws."""
+
+    setting: Setting
+    drawn: _Drawn
+
+
+def _weights(setting: Setting, mode: froc.Mode) -> dict[str, NDArray[np.float64]]:
+    """Return how far each region is found, from 0 to 1, by FROC metric; regions in the order of the slides' names."""
+    stem = "froc." if mode == "official" else "froc.strict_"
+    other: froc.Mode = "strict" if mode == "official" else "official"
+    ordered = _by_name(setting)
+    at_rates, others = (
+        np.concatenate([np.empty((0, len(froc.RATES))), *froc.lesion_weights(ordered, mode=one)])
+        for one in (mode, other)
+    )
+    scores = {mode: at_rates.mean(axis=1), other: others.mean(axis=1)}
+    return {
+        "froc.score": scores["official"],
+        "froc.strict_score": scores["strict"],
+        **{f"{stem}sensitivity_at_{rate:g}": at_rates[:, k] for k, rate in enumerate(froc.RATES)},
+    }
+
+
+def _by_name(setting: Setting) -> list[froc.Matches]:
+    return sorted(setting.matches, key=lambda one: one.slide_id.casefold())
+
+
+def _of_lesions(setting: Setting) -> NDArray[np.int64]:
+    """Return the patient, or the slide, of each region in the order of `_weights`."""
+    cluster = dict(zip(_cases(setting), _clusters(setting), strict=True))
+    ordered = _by_name(setting)
+    return np.repeat([cluster[one.slide_id.casefold()] for one in ordered], [len(one.best) for one in ordered])
+
+
+def _n_lesions(setting: Setting) -> int:
+    return sum(one.n_lesions for one in setting.matches)
+
+
+def _evidence(base: _Compared, other: _Compared, mode: froc.Mode, draw: "_Exchange") -> dict[str, Evidence]:
+    """Return what the differences of a setting from the reference rest on, by metric."""
+    p = _exchange_p(base.setting, other.setting, mode, draw) if draw.n else {}
+    units = _discordances(base.setting, other.setting, mode)
+    evidence = {}
+    for metric, values in other.drawn.metrics.items():
+        drawn = np.round(values - base.drawn.metrics[metric], _DIGITS)
+        known = not np.isnan(drawn[1:]).all()
+        evidence[metric] = Evidence(drawn, p.get(metric, math.nan) if known else math.nan, units.get(metric))
+    return evidence
+
+
+def _discordances(base: Setting, other: Setting, mode: froc.Mode) -> dict[str, discordance.Discordance]:
+    """Return what was gained and lost by metric; of the AUC only where it hangs on few slides."""
+    ours, theirs = _weights(base, mode), _weights(other, mode)
+    whose, n = _of_lesions(base), _n_lesions(base)
+    found = {metric: discordance.discordance(theirs[metric] - ours[metric], whose, n) for metric in ours} if n else {}
+    area = _discordant_placements(base, other)
+    return found | ({"roc.auc": area} if area else {})
+
+
+def _discordant_placements(base: Setting, other: Setting) -> discordance.Discordance | None:
+    """Return what was gained and lost of the slides of the smaller class; None where many slides of both change."""
+    labels = _labels(base)
+    truth = np.array(list(labels.values()))
+    if len(set(truth.tolist())) < 2:
+        return None
+    ours, theirs = (roc.placements([_scores(one)[slide] for slide in labels], truth) for one in (base, other))
+    cluster = dict(zip(_cases(base), _clusters(base), strict=True))
+    whose, changes = np.array([cluster[slide] for slide in labels]), np.round(theirs - ours, _DIGITS)
+    few = [len(np.unique(whose[(truth == kind) & (changes != 0)])) < _FEW for kind in (0, 1)]
+    if not any(few):
+        return None
+    of_class = [
+        discordance.discordance(changes[truth == kind], whose[truth == kind], int((truth == kind).sum()))
+        for kind in (0, 1)
+    ]
+    return min(of_class, key=lambda one: one.n)
+
+
+class _Exchange(NamedTuple):
+    """How exchanges are drawn: ten for each resample, and at most `discordance.MOST`."""
+
+    n: int
+    seed: int
+
+    def swapped(self, differs: NDArray[np.bool_], cluster: NDArray[np.int64]) -> NDArray[np.bool_]:
+        most = min(_EXCHANGES_EACH * self.n, discordance.MOST)
+        return discordance.exchanges(differs, cluster, seed=self.seed, most=most).swapped
+
+
+def _exchange_p(base: Setting, other: Setting, mode: froc.Mode, draw: _Exchange) -> dict[str, float]:
+    """Return p-values by exchange of the results of the cases.
+
+    All FROC metrics are compared by strict curves: the official ones differ in the lowest threshold alone.
+    """
+    stem = "froc." if mode == "official" else "froc.strict_"
+    cluster = dict(zip(_cases(base), _clusters(base), strict=True))
+    ours, theirs = _by_name(base), _by_name(other)
+    differs = np.array([not _alike(one, its) for one, its in zip(ours, theirs, strict=True)], np.bool_)
+    whose = np.array([cluster[one.slide_id.casefold()] for one in ours], np.int64)
+    swapped = draw.swapped(differs, whose)
+    change = froc.exchange(theirs, ours, swapped) - froc.exchange(ours, theirs, swapped)
+    score = discordance.exchange_p(change.mean(axis=1))
+    return {
+        "froc.score": score,
+        "froc.strict_score": score,
+        **{
+            f"{stem}sensitivity_at_{rate:g}": discordance.exchange_p(one)
+            for rate, one in zip(froc.RATES, change.T, strict=True)
+        },
+        "roc.auc": _exchange_p_of_area(base, other, cluster, draw),
+    }
+
+
+def _exchange_p_of_area(base: Setting, other: Setting, cluster: Mapping[str, int], draw: _Exchange) -> float:
+    labels, theirs = _labels(base), _scores(other)
+    ours = _scores(base)
+    whose = np.array([cluster[slide] for slide in labels], np.int64)
+    differs = np.array([ours[slide] != theirs[slide] for slide in labels], np.bool_)
+    swapped = draw.swapped(differs, whose)
+    both = [one[slide] for one in (theirs, ours) for slide in labels]
+    truth = [*labels.values()] * 2
+    taken = np.concatenate([~swapped, swapped], axis=1).astype(np.int64)
+    return discordance.exchange_p(roc.resample(both, truth, taken) - roc.resample(both, truth, 1 - taken))
+
+
+def _alike(one: froc.Matches, other: froc.Matches) -> bool:
+    """Tell whether a slide has the same hits and false positives in two settings."""
+    return np.array_equal(one.best, other.best) and np.array_equal(
+        np.sort(one.false_positives), np.sort(other.false_positives)
+    )
 
 
 def _differences(
-    metrics: Mapping[str, Mapping[str, NDArray[np.float64]]], reference: str
+    evidence: Mapping[str, Mapping[str, Evidence]], family: Mapping[str, str]
 ) -> dict[str, dict[str, Difference]]:
-    """Return the differences of the settings from the reference; p-values are corrected within each metric."""
-    others = [name for name in metrics if name != reference]
-    differences: dict[str, dict[str, Difference]] = {name: {} for name in others}
-    for metric, base in metrics[reference].items():
-        drawn = [np.round(metrics[name][metric] - base, _DIGITS) for name in others]
-        p = [two_sided_p(one[1:]) for one in drawn]
-        for name, one, alone, corrected in zip(others, drawn, p, holm(p), strict=True):
-            low, high = interval(one[1:]).tolist()
-            differences[name][metric] = Difference(float(one[0]), low, high, alone, corrected)
+    """Return the differences of the settings from the reference; corrected within each metric and family."""
+    differences: dict[str, dict[str, Difference]] = {name: {} for name in evidence}
+    sizes = Counter(family.values())
+    for metric in next(iter(evidence.values()), {}):
+        own = {name: metrics[metric] for name, metrics in evidence.items()}
+        corrected = within_families({name: one.p for name, one in own.items()}, family)
+        for name, one in own.items():
+            differences[name][metric] = Difference(
+                float(one.drawn[0]),
+                *_difference_interval(one, one.p, 0.95),
+                one.p,
+                corrected[name],
+                *_difference_interval(one, corrected[name], 1 - 0.05 / sizes[family[name]]),
+            )
     return differences
+
+
+def _difference_interval(one: Evidence, p: float, level: float) -> tuple[float, float]:
+    """Return the interval of the draws, extended to that of the score test, and to 0 where p does not exclude it."""
+    low, high = interval(one.drawn[1:], level).tolist()
+    if math.isnan(low):
+        return low, high
+    if one.units is not None:
+        least, most = discordance.score_interval(one.units, level)
+        low, high = min(low, least), max(high, most)
+    return (min(low, 0.0), max(high, 0.0)) if p >= _ALPHA else (low, high)

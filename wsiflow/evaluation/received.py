@@ -1,6 +1,6 @@
 """Detections that another program wrote: read, brought into level-0 px, and doubted where they may mean other things.
 
-Refused are confidences outside 0 to 1, and detections of which none lies on the slide. Everything else that is doubtful
+Refused are detections of which none lies on the slide. Everything else that is doubtful
 is scored as it is written, and stated: detections beyond the slide, several at one place, and detections that would hit
 more lesions with x and y exchanged, in um, or in pixels of a heatmap.
 """
@@ -81,11 +81,9 @@ def read_received(path: Path, slide: SlideExtent, unit: Unit = "px") -> Received
         unit: What x and y are in.
 
     Raises:
-        InputError: See `read_detections`; or a confidence lies outside 0 to 1, all detections lie beyond the slide, or
-            its spacing is needed and not known.
+        InputError: See `read_detections`; or all detections lie beyond the slide, or its spacing is needed and not known.
     """
     detections = read_detections(path)
-    _require_confidences(detections, path)
     if unit == "um":
         if slide.um_px is None:
             remedy = "add its mpp to the manifest, or give one spacing for all slides (--um-px)"
@@ -101,21 +99,6 @@ def read_received(path: Path, slide: SlideExtent, unit: Unit = "px") -> Received
         repeating = "1 detection repeats" if more == 1 else f"{more} detections repeat"
         remarks.append(f"{repeating} the place of another, first at {x:g}, {y:g}; each of them counts")
     return Received(detections, tuple(remarks))
-
-
-def _require_confidences(detections: NDArray[np.float64], path: Path) -> None:
-    """Refuse confidences outside 0 to 1.
-
-    Raises:
-        InputError: There are some; the message says so where another column holds them.
-    """
-    within = np.all((detections >= 0) & (detections <= 1), axis=0)
-    bad = np.flatnonzero((detections[:, 0] < 0) | (detections[:, 0] > 1))
-    if not bad.size:
-        return
-    cause = f"{bad.size} of {len(detections)} confidences lie outside 0 to 1, the first is {detections[bad[0], 0]:g}"
-    order = " (column 3 holds numbers from 0 to 1: is it x,y,prob?)" if within[2] and not within[1] else ""
-    raise InputError(cause + order, "write prob,x,y in this order, with confidences from 0 to 1", path=path)
 
 
 def _refuse_place(detections: NDArray[np.float64], slide: SlideExtent, unit: Unit, path: Path) -> None:

@@ -95,21 +95,19 @@ def corrected_interval(value: float, drawn: NDArray[np.float64], jackknife: NDAr
     return ends
 
 
-def two_sided_p(drawn: NDArray[np.float64]) -> float:
-    """Return the two-sided p-value of the hypothesis "no difference" from bootstrapped differences.
+def one_sided_p(drawn: NDArray[np.float64], bound: float) -> float:
+    """Return the p-value of the hypothesis that a difference is at most ``bound``, from bootstrapped differences.
 
-    It is twice the smaller share of draws on either side of 0; a draw at 0 counts on both sides, and the sample itself
-    counts as one more draw, so that p is never 0. It is at most 1, and NaN without draws. It agrees with the percentile
-    interval: where 0 is outside the 95 % interval, p is below 0.05, to within a draw or two.
+    It is the share of draws at or below the bound; the sample itself counts as one more of them, so that p is never 0.
+    It agrees with the percentile interval: where the bound is below the 95 % interval, p is below 0.025, to within a
+    draw or two. NaN without draws.
 
     Args:
         drawn: (n,), the difference in each draw; NaN are left out.
+        bound: The least difference that the hypothesis excludes.
     """
     kept = drawn[~np.isnan(drawn)]
-    if not kept.size:
-        return float("nan")
-    fewer = min(int((kept <= 0).sum()), int((kept >= 0).sum()))
-    return min(1.0, 2 * (fewer + 1) / (kept.size + 1))
+    return (int((kept <= bound).sum()) + 1) / (kept.size + 1) if kept.size else float("nan")
 
 
 def holm(p: Sequence[float]) -> list[float]:

@@ -70,7 +70,7 @@ def _row(record: EvaluationRecord, column: str, group: str, options: SubgroupOpt
     setting = record.setting("group")
     tumour, normal = (setting.scores[setting.labels == label] for label in (1, 0))
     positive, negative = int((tumour >= options.threshold).sum()), int((normal < options.threshold).sum())
-    auc_low, auc_high = roc.auc_interval(setting.scores, setting.labels)
+    auc_low, auc_high = roc.auc_interval(setting.scores, setting.labels, paired.patients(setting))
     intervals = _froc(setting, options)
     numbers: dict[str, Any] = {
         "column": column,

@@ -15,6 +15,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from wsiflow.analysis.runs import (
     FinishedRun,
@@ -29,9 +30,10 @@ from wsiflow.analysis.runs import (
     tracking_params,
 )
 from wsiflow.analysis.tradeoff import figures, report
-from wsiflow.analysis.tradeoff.figures import CoreHours, SettingRow, Tradeoff
+from wsiflow.analysis.tradeoff.figures import CoreHours, SettingRow, Tradeoff, Verdict
 from wsiflow.errors import EnvironmentFault, InputError
 from wsiflow.evaluation import matches, paired
+from wsiflow.evaluation.margin import ALPHA, Power, noninferiority, power, slides_for_margin
 from wsiflow.run import tracking
 from wsiflow.run.tracking import ComparedRun, ComparisonRecord, LogResult, TrackingParams
 from wsiflow.system import publish, tables
@@ -45,23 +47,35 @@ _NO_SETTING = re.compile(
 _FOLLOWS = re.compile(r"(tiles|dense|executor|digest)\..*")
 _SAME = 1e-5  # the same settings on another processor give probabilities that agree to about 1e-6
 _KINDS = (".method", ".kind")  # select the option of a group, on which the meaning of its other parameters depends
-_BY_GUESSING = {"froc.score": 0.0, "roc.auc": 0.5}  # the score of a setting that finds nothing
+# The score of a setting that finds nothing.
+_BY_GUESSING = {"froc.score": 0.0, "froc.strict_score": 0.0, "roc.auc": 0.5}
+_COST_SPREAD = 0.05  # standard deviation of a cost as its share, assumed where no setting has repeats
 _DRAWS_EACH = 100  # for each difference: the smallest corrected p-value is then 0.02
 _SHOWN = 5
+_MARGIN = 0.02  # of the numbers of slides, where no margin is named
 
 
 class Options(NamedTuple):
     """How runs are compared.
 
     Attributes:
-        reference: Name of the setting that others are compared with; empty: the one that costs most.
+        reference: Name of the setting that others are compared with; empty: the finest stride in fp32.
         resamples: Bootstrap draws of the intervals, 0 for none; `_draws` takes more where there are many settings.
         seed: Seed of the draws.
+        margin: Largest loss of the metric that is accepted; None: no verdicts.
+        metric: Metric of the verdicts and of the Pareto set; empty: see `_metric`.
+        families: Names of parameters by name of a family: settings that differ from the reference in these alone are
+            one family, for which p-values and intervals are corrected; all others are another one.
+        power: Whether to say how many slides a larger study needs.
     """
 
     reference: str = ""
     resamples: int = 2000
     seed: int = 0
+    margin: float | None = None
+    metric: str = ""
+    families: Mapping[str, Sequence[str]] = MappingProxyType({})
+    power: bool = False
 
 
 # --- comparing
@@ -83,12 +97,20 @@ def compare_runs(selection: RunSelection, name: str, options: Options) -> Tradeo
     groups, following = _settings(selection.runs)
     settings = [one.runs[0].matches.setting(one.name) for one in groups]
     costs = [_core_hours(run.core_hours for run in one.runs) for one in groups]
-    reference = _reference(options.reference, [one.name for one in settings], costs)
+    reference = _reference(options.reference, groups, costs)
     draws = _draws(options.resamples, len(settings))
-    compared = paired.bootstrap(settings, reference=reference, n=draws, seed=options.seed)
-    metric = _metric(compared)
+    family = _families(options.families, groups, reference)
+    compared = paired.bootstrap(settings, reference=reference, n=draws, seed=options.seed, families=family)
+    metric = _metric(compared, options.metric)
     scores = [_worth(_value(compared, one.name, metric), metric) for one in settings]
-    front = paired.pareto([one.mean for one in costs], scores)
+    as_cheap = _as_cheap(costs)
+    means = [one.mean for one in costs]
+    front = paired.pareto(means, scores, as_cheap)
+    membership = paired.pareto_membership(
+        means, scores, _drawn(compared, [one.name for one in groups], metric), as_cheap
+    )
+    n_slides = _n_slides(selection.runs[0].matches, metric)
+    verdicts = _verdicts(compared, family, options.margin, metric, n_slides)
     rows = [
         SettingRow(
             group.name,
@@ -101,8 +123,12 @@ def compare_runs(selection: RunSelection, name: str, options: Options) -> Tradeo
             compared.bands[group.name],
             bool(on_front),
             group.dotted,
+            float(share),
+            family.get(group.name, ""),
+            verdicts.get(group.name),
+            _power(compared, group.name, family, options, metric, n_slides),
         )
-        for group, cost, on_front in zip(groups, costs, front, strict=True)
+        for group, cost, on_front, share in zip(groups, costs, front, membership, strict=True)
     ]
     worthless = [row.name for row, score in zip(rows, scores, strict=True) if math.isnan(score)]
     first = selection.runs[0].matches
@@ -115,6 +141,7 @@ def compare_runs(selection: RunSelection, name: str, options: Options) -> Tradeo
         counts=_counts(first, draws),
         protocol=(str(first.protocol.get("name", "")), first.protocol_hash),
         notes=[*selection.notes, *following, *_worthless(worthless, metric), *_processors(selection.runs)],
+        margin=options.margin,
     )
 
 
@@ -134,14 +161,25 @@ def _refuse_incomparable(runs: Sequence[FinishedRun]) -> None:
         raise InputError("; ".join(reasons[:_SHOWN]) + more, remedy, stage="comparison")
 
 
-def _metric(compared: paired.PairedResults) -> str:
+def _metric(compared: paired.PairedResults, requested: str) -> str:
     """Return the score of the Pareto set: that of FROC, unless no setting finds a lesion and the AUC tells them apart.
 
     Raises:
-        InputError: No setting has a score.
+        InputError: No setting has a score, or none has the requested one.
     """
+    if requested:
+        values = [
+            metrics.get(requested, paired.Interval(math.nan, math.nan, math.nan)).value
+            for metrics in compared.intervals.values()
+        ]
+        if requested in _BY_GUESSING and any(map(math.isfinite, values)):
+            return requested
+        remedy = f"name one of {', '.join(_BY_GUESSING)} that the slides have"
+        raise InputError(f"no run has the metric {requested!r}", remedy, stage="comparison")
     known = [
-        name for name in _BY_GUESSING if any(math.isfinite(_value(compared, one, name)) for one in compared.intervals)
+        name
+        for name in ("froc.score", "roc.auc")
+        if any(math.isfinite(_value(compared, one, name)) for one in compared.intervals)
     ]
     if not known:
         remedy = "compare runs over slides with truth, tumour and normal"
@@ -177,13 +215,122 @@ def _core_hours(core_hours: Iterable[float]) -> CoreHours:
     return CoreHours(float(known.mean()), sd, float(known.min()), float(known.max()), known.size)
 
 
-def _reference(requested: str, names: Sequence[str], costs: Sequence[CoreHours]) -> str:
+def _reference(requested: str, groups: Sequence["_Group"], costs: Sequence[CoreHours]) -> str:
+    """Return the requested setting, else the one that leaves out least: single precision, and the finest stride.
+
+    Where several have these, it is the one with unchanged colours, then the one that runs every window by itself, then
+    the one that costs most.
+    """
+    names = [one.name for one in groups]
     if requested:
         if requested not in names:
             remedy = f"name one with --reference: {'; '.join(names)}"
             raise InputError(f"there is no setting {requested!r}", remedy, stage="comparison")
         return requested
-    return names[int(np.argmax([-1 if math.isnan(cost.mean) else cost.mean for cost in costs]))]
+
+    def preference(place: int) -> tuple[bool, float, bool, bool, float]:
+        params = groups[place].runs[0].params
+        stride, cost = params.get("inference.stride", ""), costs[place].mean
+        return (
+            params.get("inference.precision") == "fp32",
+            -float(stride) if stride.isdecimal() else -math.inf,
+            params.get("stain.method") == "none",
+            params.get("inference.engine") == "window",
+            -1.0 if math.isnan(cost) else cost,
+        )
+
+    return names[max(range(len(names)), key=preference)]
+
+
+def _families(families: Mapping[str, Sequence[str]], groups: Sequence["_Group"], reference: str) -> dict[str, str]:
+    """Return the family of each setting but the reference: the first one that has all parameters in which they differ.
+
+    Raises:
+        InputError: A family names a parameter that does not differ in the comparison.
+    """
+    base = next(one for one in groups if one.name == reference)
+    for name, keys in families.items():
+        odd = [key for key in keys if not any(_is_named(key, dotted) for dotted in base.dotted)]
+        if odd:
+            remedy = f"name some of {', '.join(base.dotted)}"
+            raise InputError(f"family {name} has {odd[0]!r}, in which no settings differ", remedy, stage="comparison")
+
+    def family(one: _Group) -> str:
+        differing = [key for key, value in one.dotted.items() if base.dotted[key] != value]
+        fits = (
+            name
+            for name, keys in families.items()
+            if all(any(_is_named(key, dotted) for key in keys) for dotted in differing)
+        )
+        return next(fits, "")
+
+    return {one.name: family(one) for one in groups if one.name != reference}
+
+
+def _is_named(key: str, dotted: str) -> bool:
+    """Tell whether a key names a parameter: by its dotted name, or by the end or the group of that."""
+    return dotted in {key, f"{key}{_KINDS[0]}", f"{key}{_KINDS[1]}"} or dotted.endswith(f".{key}")
+
+
+def _as_cheap(costs: Sequence[CoreHours]) -> NDArray[np.bool_]:
+    """Return bool (n, n), the pairs of settings whose costs cannot be told apart.
+
+    Their means are nearer than twice the standard error of the difference. A cost that was measured once has the
+    relative deviation of those that were measured repeatedly, or 5 % where none was.
+    """
+    relative = np.array([one.sd / one.mean for one in costs if one.n > 1 and one.mean > 0])
+    usual = float(np.sqrt((relative**2).mean())) if relative.size else _COST_SPREAD
+    mean = np.array([one.mean for one in costs])
+    error = np.array([max(one.sd if one.n > 1 else 0.0, usual * one.mean) / math.sqrt(max(one.n, 1)) for one in costs])
+    apart = np.abs(mean[:, None] - mean[None, :])
+    near: NDArray[np.bool_] = apart <= 2 * np.hypot(error[:, None], error[None, :])
+    return near
+
+
+def _drawn(compared: paired.PairedResults, names: Sequence[str], metric: str) -> NDArray[np.float64]:
+    """Return float64 (draws, settings), the difference of each setting from the reference in every draw."""
+    evidence = compared.evidence
+    n = max((len(metrics[metric].drawn) - 1 for metrics in evidence.values()), default=0)
+    return np.array(
+        [evidence[name][metric].drawn[1:] if name in evidence else np.zeros(n) for name in names], np.float64
+    ).T.reshape(n, len(names))
+
+
+def _n_slides(first: matches.EvaluationRecord, metric: str) -> int:
+    return sum(one.in_auc if metric == "roc.auc" else one.in_froc for one in first.slides)
+
+
+def _verdicts(
+    compared: paired.PairedResults, family: Mapping[str, str], margin: float | None, metric: str, n_slides: int
+) -> dict[str, Verdict]:
+    """Return whether each setting is worse than the reference by more than the margin; nothing without a margin."""
+    if margin is None:
+        return {}
+    tests = {name: noninferiority(metrics[metric], margin) for name, metrics in compared.evidence.items()}
+    corrected = paired.within_families({name: one.p for name, one in tests.items()}, family)
+    worse = paired.within_families({name: one.p_worse for name, one in tests.items()}, family)
+    return {
+        name: Verdict(
+            "shown" if corrected[name] <= ALPHA else "worse" if worse[name] <= ALPHA else "not shown",
+            max(corrected[name], one.p_better) <= ALPHA,
+            compared.differences[name][metric].low_corrected,
+            one.p,
+            corrected[name],
+            slides_for_margin(compared.evidence[name][metric], margin, n_slides),
+        )
+        for name, one in tests.items()
+    }
+
+
+def _power(
+    compared: paired.PairedResults, name: str, family: Mapping[str, str], options: Options, metric: str, n_slides: int
+) -> Power | None:
+    """Return what the slides say of a larger study; None where it is not asked for, and for the reference."""
+    if not options.power or name not in compared.evidence:
+        return None
+    size = sum(one == family[name] for one in family.values())
+    margin = _MARGIN if options.margin is None else options.margin
+    return power(compared.evidence[name][metric], margin, n_slides, size)
 
 
 def _counts(first: matches.EvaluationRecord, resamples: int) -> dict[str, int]:
@@ -535,6 +682,13 @@ def summary_text(result: ComparisonResult) -> str:
         [] if tradeoff.pareto else ["           none: no setting has a cost and a score that guessing does not reach"]
     )
     lines += [f"           {line}" for line in report.front(tradeoff)]
+    lines += [
+        f"margin     {row[0]}: {row[1]}, bound {row[2]}, {row[5]} slides" for row in report.verdict_rows(tradeoff)
+    ]
+    lines += [
+        f"power      {row[0]}: {row[1]} now, {row[3]} slides for the difference, {row[5]} for the margin if equal"
+        for row in report.power_rows(tradeoff)
+    ]
     lines.append(f"comparison {result.out / 'report.html'}, compare.md, compare.csv, figures")
     if result.logged is not None and result.params is not None:
         lines += mlflow_lines(result.params, result.logged)

@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from wsiflow.evaluation import froc
+from wsiflow.evaluation.margin import Power
 from wsiflow.evaluation.paired import Difference, FrocBand, Interval
 from wsiflow.run.results import page
 
@@ -57,6 +58,10 @@ class SettingRow(NamedTuple):
         pareto: Whether no other setting is cheaper and at least as good, or as cheap and better; a setting that finds
             nothing is not.
         dotted: Values of the parameters that differ in the comparison, by dotted name.
+        membership: Share of the redraws of the cases in which the setting is in the Pareto set; NaN without draws.
+        family: Family of comparisons that its p-value is corrected for; empty where none is named.
+        verdict: Verdict on the margin; None for the reference, and where no margin is asked for.
+        power: What the slides say of a larger study; None for the reference, and where it is not asked for.
     """
 
     name: str
@@ -69,6 +74,30 @@ class SettingRow(NamedTuple):
     band: FrocBand
     pareto: bool
     dotted: Mapping[str, str] = MappingProxyType({})
+    membership: float = math.nan
+    family: str = ""
+    verdict: "Verdict | None" = None
+    power: Power | None = None
+
+
+class Verdict(NamedTuple):
+    """Whether a setting is worse than the reference by more than the margin.
+
+    Attributes:
+        verdict: ``shown`` (not worse by more than the margin), ``not shown``, or ``worse`` (by more than the margin).
+        equivalent: Whether it is also shown that it is not better by more than the margin.
+        bound: One-sided 97.5 % bound of the difference, corrected for the family.
+        p, p_corrected: p-value of the hypothesis that it is worse by the margin or more, also corrected by Holm's
+            method within the family.
+        slides: Slides that would show it with a power of 80 % if there is no true difference.
+    """
+
+    verdict: str
+    equivalent: bool
+    bound: float
+    p: float
+    p_corrected: float
+    slides: float
 
 
 @dataclass(frozen=True)
@@ -84,6 +113,7 @@ class Tradeoff:
         counts: Numbers of slides, lesions and bootstrap draws by name.
         protocol: Name and hash of the scoring protocol.
         notes: Sentences for the reader, on runs that were left out and on processors that differ.
+        margin: Largest loss of the metric that is accepted; None where none is asked for.
     """
 
     name: str
@@ -94,6 +124,7 @@ class Tradeoff:
     counts: Mapping[str, int]
     protocol: tuple[str, str]
     notes: Sequence[str]
+    margin: float | None = None
 
     @property
     def pareto(self) -> list[SettingRow]:

@@ -5,6 +5,7 @@ Input: a `Tradeoff` and its figures. Output: texts. A missing value is a dash, a
 
 import math
 import re
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from html import escape
 from typing import Any
@@ -69,8 +70,20 @@ def _cells(row: SettingRow) -> Iterator[tuple[str, Any]]:
             yield f"{metric}_difference{'' if part == 'value' else f'_{part}'}", _finite(value)
     for part, value in zip(("p", "p_corrected"), row.delong or (), strict=False):
         yield f"roc.auc_delong_{part}", _finite(value)
+    yield from _study_cells(row)
     yield "pareto", "yes" if row.pareto else "no"
+    yield "pareto_share", _finite(row.membership)
     yield "runs", " ".join(row.runs)
+
+
+def _study_cells(row: SettingRow) -> Iterator[tuple[str, Any]]:
+    """Yield name and value of the columns on the margin and on larger studies, as far as they are asked for."""
+    if row.family:
+        yield "family", row.family
+    for part, value in row.verdict._asdict().items() if row.verdict else ():
+        yield f"margin_{part}", value if isinstance(value, str | bool) else _finite(value)
+    for part, value in row.power._asdict().items() if row.power else ():
+        yield f"power_{part}", _finite(value)
 
 
 def _finite(value: float) -> float | None:
@@ -100,9 +113,78 @@ def _row(tradeoff: Tradeoff, row: SettingRow) -> list[str]:
         _interval(row.metrics["roc.auc"]),
         _cost(row.cost),
         against(tradeoff, row),
-        *(map(p_text, (one.p, one.p_corrected)) if one else ("", "")),
-        "yes" if row.pareto else "no",
+        *((p_text(one.p), _corrected(one)) if one else ("", "")),
+        _membership(row),
     ]
+
+
+def _corrected(one: Difference) -> str:
+    """Return the corrected p-value with the corrected interval."""
+    ends = f" [{one.low_corrected:+.3f}, {one.high_corrected:+.3f}]" if math.isfinite(one.low_corrected) else ""
+    return f"{p_text(one.p_corrected)}{ends}"
+
+
+def _membership(row: SettingRow) -> str:
+    """Return whether a setting is in the Pareto set, and in which share of the redraws it is."""
+    share = f" [{row.membership:.0%}]".replace("%", " %") if math.isfinite(row.membership) else ""
+    return f"{'yes' if row.pareto else 'no'}{share}"
+
+
+_VERDICT_HEADS = ("Setting", "Not worse by more than the margin", "Bound", "p", "corrected", "Slides it takes")
+_POWER_HEADS = (
+    "Setting",
+    "Power now",
+    "corrected",
+    "Slides for the difference",
+    "corrected",
+    "Slides for the margin if equal",
+    "if as observed",
+)
+
+
+def verdict_rows(tradeoff: Tradeoff) -> list[tuple[str, ...]]:
+    """Return the verdicts on the margin as rows of texts; empty where no margin was asked for."""
+    return [
+        (
+            row.name,
+            f"{one.verdict}{', equivalent' if one.equivalent else ''}",
+            f"{one.bound:+.3f}" if math.isfinite(one.bound) else page.NO_VALUE,
+            p_text(one.p),
+            p_text(one.p_corrected),
+            _slides(one.slides),
+        )
+        for row in tradeoff.rows
+        if (one := row.verdict)
+    ]
+
+
+def power_rows(tradeoff: Tradeoff) -> list[tuple[str, ...]]:
+    """Return power and numbers of slides as rows of texts; empty where they were not asked for."""
+    return [
+        (
+            row.name,
+            *(f"{share:.2f}" if math.isfinite(share) else page.NO_VALUE for share in one[:2]),
+            *map(_slides, one[2:]),
+        )
+        for row in tradeoff.rows
+        if (one := row.power)
+    ]
+
+
+def _slides(number: float) -> str:
+    return f"{math.ceil(number):,}" if math.isfinite(number) else page.NO_VALUE
+
+
+def _studies(tradeoff: Tradeoff) -> list[tuple[str, tuple[str, ...], list[tuple[str, ...]]]]:
+    """Return title, heads and rows of the tables on the margin and on larger studies, as far as they are asked for."""
+    name = title(tradeoff.metric)
+    found = [
+        (f"{name}: a loss of {tradeoff.margin:g} or more", _VERDICT_HEADS, verdict_rows(tradeoff))
+        if tradeoff.margin is not None
+        else ("", (), []),
+        (f"{name}: slides of a larger study", _POWER_HEADS, power_rows(tradeoff)),
+    ]
+    return [one for one in found if one[2]]
 
 
 def against(tradeoff: Tradeoff, row: SettingRow) -> str:
@@ -159,26 +241,53 @@ def _sentences(tradeoff: Tradeoff) -> list[str]:
     """Return the sentences that explain the table: intervals, p-values, core-hours and the Pareto set."""
     others = len(tradeoff.rows) - 1
     return [
-        f"Intervals hold 95 % of {tradeoff.counts['resamples']:,} resamples of the cases, those of the AUC corrected "
-        "for bias and skewness; every setting is scored on the same ones.",
-        f"Differences of {title(tradeoff.metric)} are to {tradeoff.reference}, on the same resamples.",
-        f"p is two-sided, and corrected by Holm's method for {others} "
-        f"{'comparison' if others == 1 else 'comparisons'}, each metric by itself.",
+        f"Intervals hold 95 % of {tradeoff.counts['resamples']:,} resamples of the cases, extended to exact ones where "
+        "almost all lesions are found or almost none; those of the AUC are DeLong's. Slides of a patient stay "
+        "together.",
+        f"Differences of {title(tradeoff.metric)} are to {tradeoff.reference}, on the same resamples. Their intervals "
+        "are extended to those of a score test (Tango 1998): of few slides that differ resamples say too little.",
+        "p is two-sided, by exchange of the results of the slides, and corrected by Holm's method for "
+        f"{_comparisons(tradeoff, others)}, each metric by itself; the interval beside it holds with all of these at "
+        "once.",
+        *_of_margin(tradeoff),
         "Core-hours are what a setting costs by itself, start and warm-up excluded, the comparison of its scores with "
         "single windows in fp32 included: the mean ± the standard deviation "
         "over n repeats, where there are any. One repeat says nothing of the spread.",
-        f"The Pareto set is of point estimates of {title(tradeoff.metric)} and mean core-hours: settings whose "
-        "intervals overlap may trade places.",
+        f"The Pareto set is of {title(tradeoff.metric)} and mean core-hours. The share beside it is that of the "
+        "resamples in which a setting is in the set. Costs nearer than twice their standard error count as equal "
+        "(a deviation of 5 % is assumed where nothing was repeated).",
         *tradeoff.notes,
+    ]
+
+
+def _comparisons(tradeoff: Tradeoff, others: int) -> str:
+    sizes = Counter(row.family for row in tradeoff.rows if row.name != tradeoff.reference)
+    if set(sizes) <= {""}:
+        return f"{others} {'comparison' if others == 1 else 'comparisons'}"
+    return "families of comparisons: " + ", ".join(f"{name or 'others'} ({n})" for name, n in sizes.items())
+
+
+def _of_margin(tradeoff: Tradeoff) -> list[str]:
+    if tradeoff.margin is None:
+        return []
+    return [
+        f"A loss of {tradeoff.margin:g} or more is excluded (shown) where the one-sided p, corrected for the family, "
+        "is at most 0.025, by the resamples and by the score test; equivalent: a gain of as much is excluded too. The "
+        "number of slides is that which shows it with a power of 80 % if there is no true difference."
     ]
 
 
 def front(tradeoff: Tradeoff) -> list[str]:
     """Return a line of score and core-hours for each setting of the Pareto set, cheapest first."""
     return [
-        f"{row.name}: {_interval(row.metrics[tradeoff.metric])}, {_cost(row.cost)} core-hours"
+        f"{row.name}: {_interval(row.metrics[tradeoff.metric])}, {_cost(row.cost)} core-hours{_share(row)}"
         for row in tradeoff.pareto
     ]
+
+
+def _share(row: SettingRow) -> str:
+    share = f"{row.membership:.0%}".replace("%", " %")
+    return f", in the set in {share} of the resamples" if math.isfinite(row.membership) else ""
 
 
 # --- Markdown
@@ -199,6 +308,10 @@ def _markdown(tradeoff: Tradeoff, figures: Mapping[str, bytes]) -> str:
             else "None: it needs core-hours, and scores that guessing does not reach."
         )
         + "\n",
+        *(
+            "\n".join([f"## {name}\n", *map(_piped, [heads, ["---"] * len(heads), *rows])]) + "\n"
+            for name, heads, rows in _studies(tradeoff)
+        ),
         *pictures,
         "\n".join(f"- {sentence}" for sentence in _sentences(tradeoff)),
     ]
@@ -257,6 +370,7 @@ def _html(tradeoff: Tradeoff, figures: Mapping[str, bytes]) -> str:
         page.cards(_cards(tradeoff)),
         page.section("Tradeoff", _figure(figures, "tradeoff") + _main_table(tradeoff)),
         page.section("Differences", _figure(figures, "differences")) if "differences" in figures else "",
+        *(page.section(name, _plain_table(heads, rows)) for name, heads, rows in _studies(tradeoff)),
         page.section("FROC", _figure(figures, "froc") + _rates(tradeoff)) if "froc" in figures else "",
         page.section("How to read and cite this", _list(_sentences(tradeoff))),
         page.section("What all settings have in common", page.pairs(tradeoff.common, str)),
@@ -314,6 +428,12 @@ def _marked(row: SettingRow, names: Sequence[str], cells: Sequence[str]) -> str:
     html = [f"<b>{escape(name)}</b>" if row.pareto else escape(name) for name in names]
     html += [re.sub(r" ((\[|±).*)", r"<small>\1</small>", escape(cell)) for cell in cells]
     return "<tr>" + "".join(f'<td class="number">{cell}</td>' for cell in html) + "</tr>\n"
+
+
+def _plain_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return page.table(
+        heads, ["<tr>" + "".join(f'<td class="number">{escape(cell)}</td>' for cell in row) + "</tr>\n" for row in rows]
+    )
 
 
 def _list(sentences: Sequence[str]) -> str:
