@@ -129,6 +129,13 @@ def test_glass_beside_white_filling_is_no_tissue() -> None:
     assert mask.sum() <= 2 * 22 * 22
 
 
+def test_a_large_overview_has_the_mask_of_its_parts() -> None:
+    """It is looked at strip by strip, and its glass is known from some of its pixels; no seam is left."""
+    image = np.tile(blocks(PURPLE, PALE, noise=0.5), (20, 15, 1))
+    mask = tissue_mask(image, ADAPTIVE)
+    np.testing.assert_array_equal(mask[60:1140, 80:1120], np.tile(mask[60:120, 80:160], (18, 13)))
+
+
 def test_an_image_without_glass_is_all_tissue() -> None:
     """A picture of tissue alone has no glass to compare with; Otsu's threshold would take its darker half."""
     rng = np.random.default_rng(0)

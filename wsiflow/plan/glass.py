@@ -9,7 +9,8 @@ bubbles are darker only. On a grey slide it is what is darker, and on a dark one
 no glass is in sight, everything is tissue. Ink is left out, and so is black that reaches the border.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from functools import reduce
 from typing import Literal, NamedTuple, TypeVar
 
@@ -41,6 +42,9 @@ _BLUE_INK = 100  # by which blue exceeds red in ink, where green does too, and i
 _BLACK_INK = (50, 12)  # brightness and chroma of black ink at most
 _MOST_INK = 0.4  # part of the tissue; what is more is a stain of this colour, such as light green
 
+_ENOUGH_PX = 1_000_000  # of an overview, to know its glass
+_STRIP_ROWS = 256
+
 _BELL = np.array([1, 6, 15, 20, 15, 6, 1]) / 64  # it has one highest place, also over a single grey level
 
 _Plane = NDArray[np.float32]  # one channel, (rows, cols)
@@ -63,7 +67,12 @@ class Glass(NamedTuple):
 
 
 def find_glass(overview: NDArray[np.uint8]) -> Glass:
-    """Return what the background of a slide looks like, from its overview, uint8 (rows, cols, 3), RGB."""
+    """Return what the background of a slide looks like, from its overview, uint8 (rows, cols, 3), RGB.
+
+    Of a large overview every few pixels tell.
+    """
+    step = math.isqrt(overview.shape[0] * overview.shape[1] // _ENOUGH_PX) + 1
+    overview = np.ascontiguousarray(overview[::step, ::step])
     planes = _smooth_planes(overview)
     scanned = ~black_border(overview)
     grey = _grey(planes)
@@ -90,23 +99,43 @@ def tissue_by_glass(overview: NDArray[np.uint8], *, least_tint: float) -> NDArra
             grey levels.
     """
     glass = find_glass(overview)
-    planes = _smooth_planes(overview)
-    least = max(LEAST_DARKENING, DEVIATIONS * glass.noise)
-    darkening = _darkening(planes, glass.rgb)
+    tissue, *kinds = _in_strips(overview, lambda strip: [_differs(strip, glass, least_tint), *inks(strip)])
     if glass.light == "dark":
-        return np.asarray(-_smallest(darkening) >= least)
-    tissue = ~black_border(overview)
-    if glass.light != "none":
-        tissue &= _largest(darkening) >= least
+        return tissue
+    tissue &= ~black_border(overview)
     if glass.light == "grey":
         return tissue
-    if glass.light == "colour":
-        tissue &= _spread(darkening) >= max(least_tint, DEVIATIONS * glass.noise / 2)
     most = _MOST_INK * np.count_nonzero(tissue)
-    kinds = [kind for kind in inks(overview) if np.count_nonzero(tissue & kind) <= most]
+    kinds = [kind for kind in kinds if np.count_nonzero(tissue & kind) <= most]
     marks = reduce(np.logical_or, kinds, np.zeros_like(tissue)).astype(np.uint8)
     # The pixels around ink are mixed with it.
     return np.asarray(tissue & ~(cv2.dilate(marks, np.ones((3, 3), np.uint8)) > 0))
+
+
+def _differs(overview: NDArray[np.uint8], glass: Glass, least_tint: float) -> NDArray[np.bool_]:
+    """Return which pixels differ from glass, whether it is by tissue or by ink, bool (rows, cols)."""
+    if glass.light == "none":
+        return np.ones(overview.shape[:2], np.bool_)
+    least = max(LEAST_DARKENING, DEVIATIONS * glass.noise)
+    darkening = _darkening(_smooth_planes(overview), glass.rgb)
+    if glass.light == "dark":
+        return np.asarray(-_smallest(darkening) >= least)
+    differs = _largest(darkening) >= least
+    if glass.light == "colour":
+        differs &= _spread(darkening) >= max(least_tint, DEVIATIONS * glass.noise / 2)
+    return np.asarray(differs)
+
+
+def _in_strips(
+    overview: NDArray[np.uint8], masks_of: Callable[[NDArray[np.uint8]], list[NDArray[np.bool_]]]
+) -> list[NDArray[np.bool_]]:
+    """Return the masks of an overview, computed strip by strip: in floating point it needs much memory as a whole."""
+    strips = []
+    for top in range(0, len(overview), _STRIP_ROWS):
+        first = max(top - 1, 0)  # means of 3 x 3 pixels need the rows beside a strip
+        masks = masks_of(overview[first : top + _STRIP_ROWS + 1])
+        strips.append([mask[top - first :][:_STRIP_ROWS] for mask in masks])
+    return [np.concatenate(each) for each in zip(*strips, strict=True)]
 
 
 def inks(overview: NDArray[np.uint8]) -> list[NDArray[np.bool_]]:
