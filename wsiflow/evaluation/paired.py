@@ -221,7 +221,7 @@ def pareto(cost: ArrayLike, score: ArrayLike, as_cheap: NDArray[np.bool_] | None
     if costs.ndim != 1 or costs.shape != scores.shape:
         raise InputError(f"the costs have shape {costs.shape} and the scores {scores.shape}", "give one score per cost")
     known = ~(np.isnan(costs) | np.isnan(scores))
-    equal: NDArray[np.bool_] = np.equal.outer(costs, costs) if as_cheap is None else as_cheap
+    equal = np.asarray(np.equal.outer(costs, costs) if as_cheap is None else as_cheap, np.bool_)
     cheaper = (costs[None, :] < costs[:, None]) & ~equal
     better, as_good = scores[None, :] > scores[:, None], scores[None, :] >= scores[:, None]
     beats: NDArray[np.bool_] = (cheaper & as_good) | (equal & better)

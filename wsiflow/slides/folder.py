@@ -23,7 +23,7 @@ _DERIVED_WORDS = _MASK_WORDS | {
     *("heatmap", "overlay", "overview", "preview", "thumb", "thumbnail", "macro"),
 }
 _MASK_FOLDERS = frozenset(
-    {"mask", "masks", "tissuemasks", "groundtruth", "gt", "segmentations", "annotations", "labels"}
+    {"mask", "masks", "tissue", "tissuemasks", "groundtruth", "gt", "segmentations", "annotations", "labels"}
 )
 _SEPARATORS = re.compile(r"[ ._-]+")
 _WHOLE_FOLDERS = frozenset({".zarr"})  # one image in a folder: its files are no slides
