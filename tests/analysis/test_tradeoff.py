@@ -576,6 +576,7 @@ def test_skill_is_told_from_luck() -> None:
 # --- a sweep
 
 
+_ASKED_OF_A_SWEEP = ("compare.margin=0.5", "compare.families={strides: [inference.stride]}")
 _ASKED = ("--margin", "0.5", "--family", "strides=inference.stride")
 
 
@@ -585,8 +586,7 @@ def test_a_sweep_ends_with_its_comparison(small_slides: Path, tmp_path: Path, ca
     quick = ["executor=inline", "orchestrator=none", "dense.windows=4", "evaluation.bootstrap=20", "store=none"]
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     given = ["dataset=manifest", f"dataset.manifest={small_slides}", f"out={out}", "name=strides", *quick]
-    given += ["compare.margin=0.5", "compare.families={strides: [inference.stride]}"]
-    assert main(["run", "-m", "inference.stride=112,224", *given, f"tracking.uri={uri}"]) == 0
+    assert main(["run", "-m", "inference.stride=112,224", *given, *_ASKED_OF_A_SWEEP, f"tracking.uri={uri}"]) == 0
     said = capsys.readouterr().out
     assert "compared   2 settings" in said
     assert re.search(r"MLflow     http://127.0.0.1:5000/#/experiments/1/runs\?.*viewStateShareKey=sweep-", said)
