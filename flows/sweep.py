@@ -165,7 +165,10 @@ def _compare(config: DictConfig) -> None:
 
     params: Any = OmegaConf.to_container(config.tracking, resolve=True)
     named = tracking.TrackingParams.model_validate({**params, "sweep": name()})
-    options = comparison.Options(resamples=config.evaluation.bootstrap, seed=config.seed)
+    asked: Any = OmegaConf.to_container(config.compare, resolve=True)
+    options = comparison.Options(
+        resamples=config.evaluation.bootstrap, seed=config.seed, **asked | {"families": asked["families"] or {}}
+    )
     failed = {
         trial.name: f"skipped: {trial.reason}" if trial.skipped else trial.reason
         for trial in _trials()

@@ -576,19 +576,26 @@ def test_skill_is_told_from_luck() -> None:
 # --- a sweep
 
 
+_ASKED_OF_A_SWEEP = ("compare.margin=0.5", "compare.families={strides: [inference.stride]}")
+_ASKED = ("--margin", "0.5", "--family", "strides=inference.stride")
+
+
 def test_a_sweep_ends_with_its_comparison(small_slides: Path, tmp_path: Path, capsys: Any) -> None:
     """A sweep over two strides leaves the comparison in its folder, and front and figures in MLflow."""
     out = tmp_path / "sweep"
     quick = ["executor=inline", "orchestrator=none", "dense.windows=4", "evaluation.bootstrap=20", "store=none"]
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     given = ["dataset=manifest", f"dataset.manifest={small_slides}", f"out={out}", "name=strides", *quick]
-    assert main(["run", "-m", "inference.stride=112,224", *given, f"tracking.uri={uri}"]) == 0
+    assert main(["run", "-m", "inference.stride=112,224", *given, *_ASKED_OF_A_SWEEP, f"tracking.uri={uri}"]) == 0
     said = capsys.readouterr().out
     assert "compared   2 settings" in said
     assert re.search(r"MLflow     http://127.0.0.1:5000/#/experiments/1/runs\?.*viewStateShareKey=sweep-", said)
     with (out / "compare.csv").open(newline="") as stream:
         rows = list(csv.DictReader(stream))
-    assert [row["stride"] for row in rows] == ["112", "224"]
+    assert [(row["stride"], row["family"], bool(row["margin_verdict"])) for row in rows] == [
+        ("112", "", False),
+        ("224", "strides", True),
+    ]
     assert all(float(row["core_hours_mean"]) > 0 for row in rows)
     for row in rows:
         summary = json.loads((out / f"inference.stride={row['stride']}/evaluation/summary.json").read_text())
@@ -608,7 +615,7 @@ def test_a_sweep_ends_with_its_comparison(small_slides: Path, tmp_path: Path, ca
     (parent,) = client.search_runs([experiment], "tags.`wsiflow.role` = 'sweep'")
     assert "tradeoff.png" in {one.path for one in client.list_artifacts(parent.info.run_id)}
     again = tmp_path / "again"
-    assert main(["compare", "wsiflow", "--uri", uri, "--bootstrap", "20", "--out", str(again)]) == 0
+    assert main(["compare", "wsiflow", "--uri", uri, "--bootstrap", "20", "--out", str(again), *_ASKED]) == 0
     columns = set(rows[0]) - {"runs"}
     with (again / "compare.csv").open(newline="") as stream:
         assert [{key: row[key] for key in columns} for row in csv.DictReader(stream)] == [

@@ -224,8 +224,8 @@ def pareto(cost: ArrayLike, score: ArrayLike, as_cheap: NDArray[np.bool_] | None
     equal = np.asarray(np.equal.outer(costs, costs) if as_cheap is None else as_cheap, np.bool_)
     cheaper = (costs[None, :] < costs[:, None]) & ~equal
     better, as_good = scores[None, :] > scores[:, None], scores[None, :] >= scores[:, None]
-    beats: NDArray[np.bool_] = (cheaper & as_good) | (equal & better)
-    beaten: NDArray[np.bool_] = beats.any(axis=1)
+    beats = (cheaper & as_good) | (equal & better)
+    beaten: NDArray[np.bool_] = np.any(beats, axis=1)
     return known & ~beaten
 
 

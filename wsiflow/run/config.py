@@ -19,6 +19,7 @@ from pydantic import (
     AfterValidator,
     BaseModel,
     Field,
+    FiniteFloat,
     ValidationError,
     model_validator,
 )
@@ -50,6 +51,24 @@ def _check_name(name: str) -> str:
 
 
 _Name = Annotated[str, AfterValidator(_check_name), Field(min_length=1, json_schema_extra={"pattern": _NAME})]
+
+
+class CompareParams(BaseModel, frozen=True, extra="forbid"):
+    """How a sweep's trials are compared when it ends; it changes no number of a run."""
+
+    families: Mapping[str, tuple[str, ...]] | None = Field(
+        default=None,
+        description="Families of comparisons, each with the keys in which its settings differ from the reference: "
+        "{strides: [inference.stride], formats: [inference.precision]}. p-values are corrected within each. null: all "
+        "settings are one family.",
+    )
+    margin: Annotated[FiniteFloat, Field(gt=0, lt=1)] | None = Field(
+        default=None,
+        description="Largest loss that is accepted; says of each setting whether a larger one is excluded.",
+    )
+    metric: Literal["", "froc.score", "froc.strict_score", "roc.auc"] = Field(
+        default="", description="Metric of the margin and the Pareto set. Empty: the FROC score, else the AUC."
+    )
 
 
 class RunConfig(BaseModel, frozen=True, extra="forbid"):
@@ -91,6 +110,7 @@ class RunConfig(BaseModel, frozen=True, extra="forbid"):
     evaluation: EvaluationParams
     executor: ExecutorParams
     tracking: TrackingParams
+    compare: CompareParams = CompareParams()
 
     @model_validator(mode="after")
     def _fits_together(self) -> "RunConfig":

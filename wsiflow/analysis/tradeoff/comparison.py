@@ -41,7 +41,7 @@ from wsiflow.system import publish, tables
 # Parameters that are not settings: names, folders, tracking and orchestration, and what distinguishes repeats.
 _NO_SETTING = re.compile(
     r"(name|out|share|seed|repeat|subsampled_from|orchestrator|allow_partial|shard_slides|evaluation\.bootstrap"
-    r"|tracking\..*)"
+    r"|tracking\..*|compare\..*)"
 )
 # Parameters that mostly follow from other settings; shown only where nothing else distinguishes two settings.
 _FOLLOWS = re.compile(r"(tiles|dense|executor|digest)\..*")
