@@ -81,7 +81,8 @@ def read_received(path: Path, slide: SlideExtent, unit: Unit = "px") -> Received
         unit: What x and y are in.
 
     Raises:
-        InputError: See `read_detections`; or all detections lie beyond the slide, or its spacing is needed and not known.
+        InputError: See `read_detections`; or all detections lie beyond the slide, or its spacing is needed and is not
+            known.
     """
     detections = read_detections(path)
     if unit == "um":
