@@ -21,7 +21,8 @@ from . import cli, logs, stopping, terminal
 def command() -> int:
     """Run the command of this process, and return the exit code with which the process ends."""
     exit_code = main()
-    processes.skip_teardown(exit_code)
+    if "dask_jobqueue" not in sys.modules:  # it deletes its certificates when its objects are torn down
+        processes.skip_teardown(exit_code)
     return exit_code
 
 

@@ -747,7 +747,7 @@ def test_a_server_shows_a_comparison(server: PrefectServer, tmp_path: Path) -> N
     command = [BIN / "wsiflow", "compare", *folders, "--out", str(tmp_path / "out"), "--bootstrap", "50"]
     subprocess.run(command, env=server.env, check=True, capture_output=True)
     table = server.ask(f"artifacts/{artifacts.key_of('out', tmp_path / 'out', 'comparison-table')}/latest")
-    assert [row["Pareto"] for row in json.loads(table["data"])] == ["yes", "yes"]
+    assert [row["Pareto"] for row in json.loads(table["data"])] == ["yes [100 %]", "yes [100 %]"]
     text = server.ask(f"artifacts/{artifacts.key_of('out', tmp_path / 'out', 'comparison')}/latest")
     assert "| run=x | 1.000" in text["data"]
     assert text["data"].count("](data:image/") == 3, "the figures are pictures"

@@ -143,7 +143,7 @@ def check_what_its_page_shows(server: PrefectServer, flow_run_id: str) -> None:
     assert all(re.fullmatch(r"wsiflow-watched-[0-9a-f]{8}-\w+", one["key"]) for one in artifacts.values())
     progress = artifacts["progress"]
     assert (progress["type"], progress["data"]) == ("progress", 100)
-    assert re.fullmatch(r"watched: 6 of 6 slides, ([\d,]+) of \1 tiles, [\d.,]+ tiles/s", progress["description"])
+    assert re.fullmatch(r"6 of 6 slides, ([\d,]+) of \1 tiles, [\d.,]+ tiles/s", progress["description"])
     (failure,) = json.loads(artifacts["failures"]["data"])
     assert (failure["slide"], failure["stage"]) == ("broken", "ingest")
     assert "not a slide in a format" in failure["cause"]

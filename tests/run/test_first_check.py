@@ -1,6 +1,7 @@
 """What is wrong with slides and their truth is found before a pixel is read, and told in one list."""
 
 import json
+import shutil
 
 import pytest
 from small_runs import COARSE, over, rows, wsiflow
@@ -28,18 +29,20 @@ def geojson(folder, name, *classes_and_boxes):
 def manifest(tiny_slides, tmp_path):
     """A manifest over two slides of 600 x 500 px, most of whose lines are wrong."""
     geojson(tmp_path, "far.geojson", ("Tumor", (590, 100, 2000, 300)))
-    geojson(tmp_path, "over.geojson", ("Tumor", (160, 160, 680, 340)))
+    geojson(tmp_path, "over.geojson", ("Tumor", (130, 130, 680, 370)))
     geojson(tmp_path, "group.geojson", ("Tumor", (160, 160, 400, 340)), ("Fat", (0, 0, 90, 90)))
     geojson(tmp_path, "none.geojson", ("", (160, 160, 400, 340)))
-    a, b = (tiny_slides.parent / f"{name}.tif" for name in "ab")
+    b = tiny_slides.parent / "b.tif"
+    for name in ("far", "over", "group", "label", "none"):
+        shutil.copy(tiny_slides.parent / "a.tif", tmp_path / f"{name}.tif")
     lines = [
         "slide_id,path,label,annotation_path",
         f"good,{b},normal,",
-        f"far,{a},tumor,far.geojson",
-        f"over,{a},tumor,over.geojson",
-        f"group,{a},tumor,group.geojson",
-        f"label,{a},normal,over.geojson",
-        f"none,{a},,none.geojson",
+        "far,far.tif,tumor,far.geojson",
+        "over,over.tif,tumor,over.geojson",
+        "group,group.tif,tumor,group.geojson",
+        "label,label.tif,normal,over.geojson",
+        "none,none.tif,,none.geojson",
         f"missing,{tmp_path / 'x.tif'},,",
     ]
     (tmp_path / "manifest.csv").write_text("\n".join(lines) + "\n")

@@ -52,7 +52,7 @@ def tiles(case: Case, *overrides: str) -> tuple[np.ndarray, str]:
     grid = np.zeros((6, 8), np.bool_)
     part = tissue_grid(found["tile_runs"])
     grid[: part.shape[0], : part.shape[1]] = part
-    return grid, found["note"]
+    return grid, "; ".join(found["remarks"])
 
 
 def box_of_tiles(rows: slice, cols: slice) -> np.ndarray:
@@ -67,7 +67,8 @@ def slides(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("slides")
     slide(folder / "good.tif", (300, 300, 1100, 900))
     slide(folder / "pale.tif", (300, 300, 800, 700), colour=PALE)
-    slide(folder / "empty.tif")
+    for name in ("empty", "glass", "unknown"):
+        slide(folder / f"{name}.tif")
     slide(folder / "grey.tif", (300, 300, 1100, 900), colour=(120, 120, 120))
     outlined(folder / "lesion.xml", 300, 300, 800, 700)
     return folder
@@ -75,9 +76,9 @@ def slides(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_slides_without_tissue_are_told_and_not_scored(slides: Path, tmp_path: Path, capsys) -> None:
     """They are on the console, in cases.csv and in the report's first box, and the scores are those of the others."""
-    header = "slide_id,path,label,annotation_path\n"
-    lines = "good,good.tif,tumor,lesion.xml\nempty,empty.tif,tumor,lesion.xml\nglass,empty.tif,normal,\nx,empty.tif,,\n"
-    (slides / "m.csv").write_text(header + lines)
+    lines = ("good,good.tif,tumor,lesion.xml", "empty,empty.tif,tumor,lesion.xml", "glass,glass.tif,normal,")
+    text = "\n".join(("slide_id,path,label,annotation_path", *lines, "x,unknown.tif,,", ""))
+    (slides / "m.csv").write_text(text)
     out = tmp_path / "run"
     assert cli.main(["run", *over(slides / "m.csv", out, "evaluation.itc_um=0")]) == 0
     printed = capsys.readouterr()

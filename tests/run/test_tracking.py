@@ -202,7 +202,7 @@ def test_a_run_whose_slide_is_rejected_is_seen_with_the_reason(store: str, tmp_p
     assert wsiflow(*given) == 20
     (failed,) = all_runs(store, "rejected")
     assert (failed.info.run_name, failed.info.status) == ("mine", "FAILED")
-    assert re.search("rejected: slide no.*OpenSlide", failed.data.tags["wsiflow.reason"])
+    assert re.search("rejected: slide no.*not a slide", failed.data.tags["wsiflow.reason"])
 
 
 def test_a_run_that_was_killed_is_marked_at_the_next_start(store: str) -> None:

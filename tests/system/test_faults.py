@@ -13,7 +13,7 @@ from wsiflow.errors import EnvironmentFault, InputError, WsiflowError
 from wsiflow.run.executor import process
 from wsiflow.run.stages import work
 from wsiflow.run.stages.line import STAGES
-from wsiflow.slides import slide
+from wsiflow.slides.readers import openslide_file
 from wsiflow.system import faults, publish
 
 KEY = "k" * 64
@@ -187,11 +187,8 @@ def test_an_input_is_wrong_or_the_machine_is(name: str, kind: type[WsiflowError]
 def test_a_slide_that_the_system_refuses_to_read_is_not_called_damaged(name: str) -> None:
     """OpenSlide reports refusals in words: too few open files must not look like a damaged slide."""
     words = f"the slide cannot be opened (Couldn't open /s.tif: {os.strerror(getattr(errno, name))})"
-    error = slide._unreadable_slide(words, "s", Path("/s.tif"))
-    assert REMEDIES[name] in str(error)
-    assert "copy it again" in str(
-        slide._unreadable_slide("the slide cannot be opened (no marker)", "s", Path("/s.tif"))
-    )
+    assert REMEDIES[name] in str(openslide_file._damaged(words, Path("/s.tif")))
+    assert "copy it again" in str(openslide_file._damaged("the slide cannot be opened (no marker)", Path("/s.tif")))
 
 
 def test_workers_without_semaphores_name_the_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
