@@ -112,11 +112,13 @@ class Dataset(NamedTuple):
         cases: The slides.
         skipped: Why files that have the extension of a slide, or slides that are listed, are not among them.
         remarks: What else a user should know, a sentence each.
+        n_beyond_limit: Number of slides that are left out by ``dataset.limit``.
     """
 
     cases: tuple[Case, ...]
     skipped: tuple[str, ...] = ()
     remarks: tuple[str, ...] = ()
+    n_beyond_limit: int = 0
 
     def describe(self, source: Path) -> list[str]:
         """Return the first lines of a run: how many slides were found, which of them are skipped, and why.
@@ -124,11 +126,14 @@ class Dataset(NamedTuple):
         Args:
             source: The manifest, folder or file that they were found in.
         """
-        n_found, n_skipped = len(self.cases) + len(self.skipped), len(self.skipped)
+        n_skipped = len(self.skipped) + self.n_beyond_limit
+        n_found = len(self.cases) + n_skipped
         but = f", {n_skipped} of them skipped" if n_skipped else ""
         listed = [f"skipped: {reason}" for reason in self.skipped[:_SHOWN_SKIPPED]]
-        if n_skipped > _SHOWN_SKIPPED:
-            listed.append(f"skipped: {n_skipped - _SHOWN_SKIPPED} more")
+        if len(self.skipped) > _SHOWN_SKIPPED:
+            listed.append(f"skipped: {len(self.skipped) - _SHOWN_SKIPPED} more")
+        if self.n_beyond_limit:
+            listed.append(f"skipped: {self.n_beyond_limit} beyond dataset.limit={len(self.cases)}")
         return [f"slides     {n_found} found in {source}{but}", *listed, *self.remarks]
 
 
@@ -151,8 +156,7 @@ def find_dataset(params: GivenSlides) -> Dataset:
     else:
         found = Dataset(read_single(params.path))
     cases = tuple(_with_mpp(case, params) for case in found.cases[: params.limit])
-    beyond = tuple(f"{case.slide_id}: beyond dataset.limit={params.limit}" for case in found.cases[len(cases) :])
-    return found._replace(cases=cases, skipped=found.skipped + beyond)
+    return found._replace(cases=cases, n_beyond_limit=len(found.cases) - len(cases))
 
 
 def _with_mpp(case: Case, params: GivenSlides) -> Case:
