@@ -20,6 +20,7 @@ from wsiflow.errors import InputError
 from wsiflow.run.stages import overviews
 from wsiflow.slides import content, slide
 from wsiflow.slides.readers import formats, image, openslide_file, tiff
+from wsiflow.slides.readers import ome_zarr as ome_zarr_reader
 from wsiflow.slides.readers.formats import Format
 from wsiflow.slides.readers.reader import GREY, Description
 from wsiflow.slides.slide import open_slide
@@ -287,6 +288,17 @@ def test_the_bits_that_are_used_are_shown(tmp_path: Path, bits: int, tile: tuple
         assert opened.facts.notes == (f"samples of {bits} bits are reduced to 8 (value * 255 / {most})",)
 
 
+@pytest.mark.parametrize("tile", [(64, 64), None])
+def test_8_bits_in_16_are_shown_as_they_are(tmp_path: Path, tile: tuple[int, int] | None) -> None:
+    """Taken for 16 bits, they would be black; a larger value among them is refused, and not its lower 8 bits shown."""
+    path = written(tmp_path / "s.tif", IMAGE.astype(np.uint16), tile=tile)
+    np.testing.assert_array_equal(shown(path), IMAGE)
+    large = ome(
+        tmp_path / "l.ome.tif", IMAGE.astype(np.uint16) * 2, about={"SignificantBits": 8}, tile=tile or (64, 64)
+    )
+    assert "a sample is 510, but others of the slide have 8 bits" in refused(large)
+
+
 def test_a_value_above_the_bits_that_were_seen_is_refused(tmp_path: Path) -> None:
     """It would be clipped silently; the largest value can be stated in the file."""
     deep = IMAGE.astype(np.uint16) * 4
@@ -305,6 +317,23 @@ def test_a_value_above_the_bits_that_were_seen_is_refused(tmp_path: Path) -> Non
         assert "12 bits" in opened.facts.notes[0]
     with open_slide(path, slide_id="S") as opened:
         assert "14 bits" in opened.facts.notes[0] or "10 bits" in opened.facts.notes[0]
+
+
+def test_a_sample_that_openslide_takes_for_opacity_is_noted(tmp_path: Path) -> None:
+    """In strips, such a file is refused; in tiles OpenSlide says what its pixels are."""
+    path = written(tmp_path / "s.tif", RGBA, extrasamples=["unspecified"])
+    with open_slide(path, slide_id="S") as opened:
+        assert opened.facts.notes == ("nothing states what sample 4 of a pixel is: it is taken for opacity",)
+        assert opened.read(0, 0, 0, (WIDTH, HEIGHT)).transparent > 0.1
+
+
+@pytest.mark.parametrize("tile", [(64, 64), None])
+def test_pages_of_the_same_size_are_noted(tmp_path: Path, tile: tuple[int, int] | None) -> None:
+    """A stack of pictures in colours is one slide: its first plane."""
+    path = written(tmp_path / "s.tif", np.stack([IMAGE, 255 - IMAGE]), tile=tile)
+    np.testing.assert_array_equal(shown(path), IMAGE)
+    with open_slide(path, slide_id="S") as opened:
+        assert opened.facts.notes == ("of its 2 planes the first is shown",)
 
 
 def test_a_grey_slide_is_read_and_noted(tmp_path: Path) -> None:
@@ -330,6 +359,7 @@ IMAGES: dict[str, tuple[str, Callable[[Path], object]]] = {
     "16-bit": (".png", lambda path: _png_16(path, IMAGE.astype(np.uint16) * 257)),
     "12-bit": (".png", lambda path: _png_16(path, (IMAGE.astype(np.uint16) * 16 + IMAGE // 16))),
     "grey": (".png", lambda path: Image.fromarray(GREY_IMAGE).save(path)),
+    "grey-pgm": (".pgm", lambda path: Image.fromarray(GREY_IMAGE).save(path)),
 }
 
 
@@ -341,7 +371,7 @@ def test_images_of_a_region_are_slides_of_one_level(tmp_path: Path, form: str) -
     write(path)
     expected = {
         "palette": lambda: np.asarray(Image.open(path).convert("RGB")),
-        "grey": lambda: np.repeat(GREY_IMAGE[..., None], 3, axis=2),
+        **dict.fromkeys(("grey", "grey-pgm"), lambda: np.repeat(GREY_IMAGE[..., None], 3, axis=2)),
     }.get(form, lambda: IMAGE)()
     with open_slide(path, slide_id="S") as opened:
         assert opened.facts.level_sizes_px == ((WIDTH, HEIGHT),)
@@ -392,6 +422,7 @@ REFUSED: dict[str, tuple[str, Callable[[Path], object], str, str]] = {
         "vips colourspace ",
     ),
     "lab": ("s.tif", lambda path: written(path, photometric="cielab", tile=None), "CIELab", "vips colourspace "),
+    "icc-lab": ("s.tif", lambda path: written(path, photometric="icclab"), "ICCLab", "vips colourspace "),
     "turned": (
         "s.tif",
         lambda path: written(path, tile=None, extratags=[(274, "H", 1, 4, True)]),
@@ -462,17 +493,20 @@ def test_a_damaged_tile_is_named(tmp_path: Path) -> None:
         opened.read(0, 0, 0, (64, 64))
 
 
-def test_a_tile_that_is_not_stored_is_background(tmp_path: Path) -> None:
-    """As in files that OpenSlide reads, its part of a rectangle is returned."""
-    path = written(tmp_path / "s.tif", compression="lzma")
+@pytest.mark.parametrize("compression", ["zlib", "lzma"])
+def test_a_tile_that_is_not_stored_is_background(tmp_path: Path, compression: str) -> None:
+    """Its part of a rectangle is returned, whether OpenSlide reads the file or not."""
+    path = written(tmp_path / "s.tif", compression=compression)
     with tifffile.TiffFile(path, mode="r+") as file:
         counts = file.pages.first.tags["TileByteCounts"]
         counts.overwrite((0, *counts.value[1:]))
     with open_slide(path, slide_id="S") as opened:
         region = opened.read(32, 0, 0, (64, 64))
-    assert region.transparent == pytest.approx(0.5)
-    assert (region.rgb[:, :32] == 255).all()
-    np.testing.assert_array_equal(region.rgb[:, 32:], IMAGE[:64, 64:96])
+        assert region.transparent == pytest.approx(0.5)
+        assert (region.rgb[:, :32] == 255).all()
+        np.testing.assert_array_equal(region.rgb[:, 32:], IMAGE[:64, 64:96])
+        assert opened.read(-64, 64, 0, (128, 64)).transparent == 0
+        assert opened.read_scaled(0, 0, (64, 64), l0_per_px=1.5).transparent == pytest.approx((64 / 96) ** 2, abs=0.01)
 
 
 def test_a_thumbnail_before_the_slide_is_not_the_slide(tmp_path: Path) -> None:
@@ -624,10 +658,25 @@ def test_an_ome_zarr_of_12_bits_in_another_order(tmp_path: Path) -> None:
     assert np.abs(shown(path).astype(int) - IMAGE).max() <= 1
 
 
+def test_an_ome_zarr_with_larger_values_than_its_coarsest_level(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The finest level is asked too; a value that is met later is refused, since 8 of its bits would be shown."""
+    named = {"omero": {"channels": [{"label": name} for name in ("Red", "Green", "Blue")]}}
+    deep = PLANES.astype(np.uint16) * 257
+    path = ome_zarr(tmp_path / "s.zarr", [deep, deep[:, ::2, ::2] // 257], **named)
+    np.testing.assert_array_equal(shown(path), IMAGE)
+    monkeypatch.setattr(ome_zarr_reader, "_SAMPLED_PX", 1)
+    deep[:, (HEIGHT - 1) // 2, (WIDTH - 1) // 2] = 200
+    path = ome_zarr(tmp_path / "l.zarr", [deep], **named)
+    assert "but others of the slide have 8 bits" in refused(path)
+
+
 def test_a_folder_that_is_no_ome_zarr_is_refused(tmp_path: Path) -> None:
     """Of other arrays nobody knows what their axes are."""
     (tmp_path / "s.zarr").mkdir()
     assert "the folder is not an image of OME-Zarr" in refused(tmp_path / "s.zarr")
+    assert "it has no pixels" in refused(ome_zarr(tmp_path / "e.zarr", [PLANES[:, :0, :0]]))
     path = ome_zarr(tmp_path / "f.zarr", [PLANES], omero={"channels": [{"label": "DAPI"}] * 3})
     assert "of fluorescence" in refused(path)
 

@@ -181,21 +181,6 @@ def test_the_overview_never_enlarges_a_level(tmp_path: Path, downsample: float, 
         assert opened.overview(downsample)[3, 3].tolist() == [expected] * 3
 
 
-def test_a_missing_tile_shows_background_and_is_counted(tmp_path: Path) -> None:
-    """A tile that is missing in a sparse file is background, and its fraction of the rectangle is returned."""
-    path = write(tmp_path / "sparse.tif", [np.full((128, 128, 3), 40, np.uint8)])
-    with tifffile.TiffFile(path, mode="r+") as tiff:
-        counts = tiff.pages.first.tags["TileByteCounts"]
-        counts.overwrite((0, *counts.value[1:]))
-    with open_slide(path, slide_id="sparse") as opened:
-        region = opened.read(32, 0, 0, (64, 64))
-        assert region.transparent == pytest.approx(0.5)
-        assert (region.rgb[:, :32] == 255).all()
-        assert (region.rgb[:, 32:] == 40).all()
-        assert opened.read(-64, 64, 0, (128, 64)).transparent == 0
-        assert opened.read_scaled(0, 0, (64, 64), l0_per_px=1.5).transparent == pytest.approx((64 / 96) ** 2, abs=0.01)
-
-
 def test_a_broken_tile_spoils_only_reads_of_it(tmp_path: Path) -> None:
     """The error names slide and place; afterwards the other tiles can still be read."""
     path = write(tmp_path / "broken.tif", [smooth(128, 128)], compression="jpeg")

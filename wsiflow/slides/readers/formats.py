@@ -41,7 +41,8 @@ class Format(NamedTuple):
 
 _VENDORS = (".svs", ".ndpi", ".mrxs", ".dcm", ".scn", ".bif", ".vms", ".vmu", ".svslide", ".czi")
 _TIFFS = (".tif", ".tiff", ".btf", ".tf2", ".tf8", ".qptiff")
-_IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".jp2", ".j2k", ".gif", ".ppm", ".jxl", ".jxr", ".wdp")
+_PNM = (".ppm", ".pgm", ".pbm")
+_IMAGES = (*_PNM, ".png", ".jpg", ".jpeg", ".bmp", ".webp", ".jp2", ".j2k", ".gif", ".jxl", ".jxr", ".wdp")
 
 FORMATS: tuple[Format, ...] = (
     Format("openslide_file", suffixes=frozenset((*_VENDORS, *_TIFFS))),

@@ -17,19 +17,19 @@ from wsiflow.errors import InputError
 from wsiflow.slides import content
 from wsiflow.slides.readers.conversion import to_colours, to_eight_bits, to_pyramid
 from wsiflow.slides.readers.reader import (
-    GREY,
     USED_BITS,
     WHITE,
     Declined,
     Description,
     composited,
     eight_bits,
+    fewest_bits,
+    notes_on_samples,
     opacity,
-    reduced_bits,
 )
 from wsiflow.system import faults
 
-_NAMES = ("PNG", "JPEG", "BMP", "WEBP", "JPEG2000", "GIF", "PPM", "TGA")
+_NAMES = ("PNG", "JPEG", "BMP", "WEBP", "JPEG2000", "GIF", "PPM")
 _STARTS = (
     b"\x89PNG",
     b"\xff\xd8\xff",
@@ -116,9 +116,9 @@ def _with_pillow(path: Path) -> ImageFile:
         if image.getexif().get(_ORIENTATION, 1) >= _QUARTER_TURNED:
             width, height = height, width
         mpp_x, mpp_y, source = _stated_mpp(image)
-        grey = image.mode in {"1", "L", "LA"}
+        notes = notes_on_samples(USED_BITS[0], grey=image.mode in {"1", "L", "LA"})
         vendor = str(image.format).lower()
-    return ImageFile(path, _described(vendor, (width, height), (mpp_x, mpp_y, source), (GREY,) if grey else ()))
+    return ImageFile(path, _described(vendor, (width, height), (mpp_x, mpp_y, source), notes))
 
 
 @contextlib.contextmanager
@@ -139,11 +139,11 @@ def _with_codec(path: Path, codec: Callable[[bytes], NDArray[Any]]) -> ImageFile
         samples = samples[..., None]
     if samples.ndim != 3 or samples.shape[2] > 4 or samples.dtype not in (np.uint8, np.uint16):
         raise Declined(f"the image has samples of type {samples.dtype} {samples.shape}", to_eight_bits(path))
-    notes: tuple[str, ...] = (GREY,) if samples.shape[2] < 3 else ()
+    bits = USED_BITS[0]
     if samples.dtype == np.uint16:
-        bits = next(bits for bits in USED_BITS if int(samples.max()) < 2**bits)
-        notes += (reduced_bits(bits),)
+        bits = fewest_bits(int(samples.max()))
         samples = eight_bits(bits)[samples]
+    notes = notes_on_samples(bits, grey=samples.shape[2] < 3)
     pixels = Image.fromarray(samples[..., 0] if samples.shape[2] == 1 else samples)
     size_px = (samples.shape[1], samples.shape[0])
     return ImageFile(path, _described(path.suffix.lower()[1:], size_px, (None, None, ""), notes), _plain(pixels))

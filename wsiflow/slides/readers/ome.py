@@ -25,6 +25,9 @@ UM: dict[str, float] = {
 }
 """Micrometres of the units of length."""
 
+OTHER_CHANNELS = "use a slide of a stained section; channels that are its colours are to be called Red, Green and Blue"
+"""The remedy where channels are not the colours of one picture."""
+
 _RGB_COLOURS = ((255, 0, 0), (0, 255, 0), (0, 0, 255))
 _RGB_NAMES = (("red", "green", "blue"), ("r", "g", "b"))
 _PLAIN_NAME = ("channel", "ch", "c", "band", "image", "page", "brightfield", "tl brightfield", "rgb", "")

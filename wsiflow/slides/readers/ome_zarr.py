@@ -15,14 +15,18 @@ from wsiflow.errors import InputError
 from wsiflow.slides import content
 from wsiflow.slides.readers import ome
 from wsiflow.slides.readers.reader import (
-    GREY,
+    DARK,
+    DARK_GROUND,
     USED_BITS,
     Declined,
     Description,
     eight_bits,
+    fewest_bits,
     level_downsample,
-    reduced_bits,
+    notes_on_samples,
+    scaled,
 )
+from wsiflow.system import faults
 
 try:
     import zarr
@@ -30,13 +34,9 @@ except ImportError:  # an extra
     zarr = None  # type: ignore[assignment]
 
 _REMEDY = "write it again with bioformats2raw, or convert it: raw2ometiff <folder.zarr> <slide.ome.tif>"
-_OTHER_CHANNELS = (
-    "use a slide of a stained section; channels that are its colours are to be labelled Red, Green and Blue"
-)
 _SAMPLED_PX = 1 << 22
-_DARK = 60  # of 255, as for OME-TIFF
 # Packages of codecs raise what they like for chunks that are damaged.
-_UNREADABLE = (OSError, ValueError, KeyError, TypeError, RuntimeError, IndexError, AttributeError)
+_UNREADABLE = (ArithmeticError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError)
 
 
 class _Image(NamedTuple):
@@ -66,7 +66,7 @@ class ZarrFolder:
         self.description = description
         self._path = path
         self._image = image
-        self._table = eight_bits(image.bits) if image.bits != USED_BITS[0] else None
+        self._table = eight_bits(image.bits)
 
     def close(self) -> None:
         """Do nothing: chunks are opened one by one."""
@@ -86,9 +86,11 @@ class ZarrFolder:
         try:
             samples = _part(self._image, level, slice(l_y, l_y + rows), slice(l_x, l_x + cols))
         except _UNREADABLE as error:
+            if isinstance(error, OSError) and faults.is_of_machine(error):
+                raise faults.unreadable(error, "the slide", content.COPY_AGAIN, path=self._path) from error
             cause = f"{cols} x {rows} px of level {level} at ({l_x}, {l_y}) cannot be decoded ({error})"
             raise InputError(cause, content.COPY_AGAIN, path=self._path) from error
-        target[:] = samples if self._table is None else self._table[np.minimum(samples, len(self._table) - 1)]
+        target[:] = samples if samples.dtype == np.uint8 else scaled(samples, self._table, _REMEDY)
 
 
 def open_file(path: Path) -> ZarrFolder:
@@ -99,6 +101,8 @@ def open_file(path: Path) -> ZarrFolder:
         group = zarr.open_group(path, mode="r")
         return _opened(path, group)
     except _UNREADABLE as error:
+        if isinstance(error, OSError) and faults.is_of_machine(error):
+            raise
         raise Declined(f"the folder is not an image of OME-Zarr ({error})", _REMEDY) from error
 
 
@@ -116,9 +120,11 @@ def _opened(path: Path, group: Any) -> ZarrFolder:
         raise Declined(f"it is not one plane ({', '.join(further)})", _REMEDY)
     if levels[0].dtype not in (np.uint8, np.uint16):
         raise Declined(f"its samples are of type {levels[0].dtype}, not 8 or 16 bits", _REMEDY)
+    if 0 in levels[0].shape:
+        raise Declined("it has no pixels", content.COPY_AGAIN)
     count = sizes.get("c", 1)
     if reason := ome.doubt(channels, count):
-        raise Declined(reason, _OTHER_CHANNELS)
+        raise Declined(reason, ome.OTHER_CHANNELS)
     order = ome.rgb_order(channels) if count == len(channels) == 3 else None
     image = _Image(levels, axes, order or list(range(count)), USED_BITS[0])
     image = image._replace(bits=_used_bits(image))
@@ -130,7 +136,6 @@ def _opened(path: Path, group: Any) -> ZarrFolder:
 def _description(image: _Image, mpp: tuple[float | None, float | None, str]) -> Description:
     y, x = image.axes.index("y"), image.axes.index("x")
     sizes = tuple((int(level.shape[x]), int(level.shape[y])) for level in image.levels)
-    notes = (GREY,) if len(image.order) == 1 else ()
     return Description(
         vendor="ome-zarr",
         level_sizes_px=sizes,
@@ -138,7 +143,7 @@ def _description(image: _Image, mpp: tuple[float | None, float | None, str]) -> 
         mpp_x=mpp[0],
         mpp_y=mpp[1],
         mpp_source=mpp[2],
-        notes=notes if image.bits == USED_BITS[0] else (*notes, reduced_bits(image.bits)),
+        notes=notes_on_samples(image.bits, grey=len(image.order) == 1),
     )
 
 
@@ -187,26 +192,21 @@ def _part(image: _Image, level: int, rows: slice, cols: slice) -> NDArray[Any]:
     return np.repeat(samples, 3, axis=2) if samples.shape[2] == 1 else samples
 
 
-def _sampled(image: _Image) -> NDArray[Any]:
-    """Return the middle of the coarsest level."""
-    level = image.levels[-1]
-    height, width = (level.shape[image.axes.index(axis)] for axis in "yx")
+def _sampled(image: _Image, level: int) -> NDArray[Any]:
+    """Return the middle of a level."""
+    height, width = (image.levels[level].shape[image.axes.index(axis)] for axis in "yx")
     side = int(_SAMPLED_PX**0.5)
     top, left = max(0, (height - side) // 2), max(0, (width - side) // 2)
-    return _part(
-        image, len(image.levels) - 1, slice(top, min(height, top + side)), slice(left, min(width, left + side))
-    )
+    return _part(image, level, slice(top, min(height, top + side)), slice(left, min(width, left + side)))
 
 
 def _used_bits(image: _Image) -> int:
     if image.levels[0].dtype == np.uint8:
         return USED_BITS[0]
-    largest = int(_sampled(image).max())
-    return next((bits for bits in USED_BITS if 0 < largest < 2**bits), USED_BITS[-1])
+    return fewest_bits(max(int(_sampled(image, level).max()) for level in {0, len(image.levels) - 1}))
 
 
 def _require_bright(image: _Image) -> None:
     """Refuse three channels of which nothing says what they are, and which are dark as those of fluorescence are."""
-    if np.median(_sampled(image)) < _DARK * 2 ** (image.bits - USED_BITS[0]):
-        cause = "it has 3 channels of unknown colour on a dark ground, as fluorescence has"
-        raise Declined(cause, _OTHER_CHANNELS)
+    if np.median(_sampled(image, -1)) < DARK * 2 ** (image.bits - USED_BITS[0]):
+        raise Declined(DARK_GROUND, ome.OTHER_CHANNELS)

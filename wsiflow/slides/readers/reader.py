@@ -5,15 +5,19 @@ else (rectangles beyond the slide, scales between the levels, overviews) is done
 is the same for all formats.
 """
 
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from wsiflow.errors import InputError
+
 WHITE = (255, 255, 255)
 USED_BITS = (8, 10, 12, 14, 16)  # of samples that are stored in 16
 GREY = "the slide is grey, which models of stained sections were not trained on"
+DARK = 60  # of 255: the middle of the values of a fluorescent slide is darker, that of a stained section brighter
+DARK_GROUND = "it has 3 channels of unknown colour on a dark ground, as fluorescence has"
 
 
 class Description(NamedTuple):
@@ -123,9 +127,27 @@ def eight_bits(bits: int) -> NDArray[np.uint8]:
     return table
 
 
-def reduced_bits(bits: int) -> str:
-    """Return the note about samples of more than 8 bits."""
-    return f"samples of {bits} bits are reduced to 8 (value * 255 / {2**bits - 1})"
+def fewest_bits(largest: int) -> int:
+    """Return how many bits of a sample that is stored in 16 are used, where the largest one has some value."""
+    return next((bits for bits in USED_BITS if 0 < largest < 2**bits), USED_BITS[-1])
+
+
+def scaled(samples: NDArray[Any], table: NDArray[np.uint8], remedy: str) -> NDArray[np.uint8]:
+    """Return samples as 8 bits, by the table of `eight_bits`.
+
+    Raises:
+        InputError: A sample has more bits than the table; `remedy` says what helps.
+    """
+    if samples.size and int(samples.max()) >= len(table):
+        bits = (len(table) - 1).bit_length()
+        raise InputError(f"a sample is {int(samples.max())}, but others of the slide have {bits} bits", remedy)
+    return table[samples.astype(np.uint16, copy=False)]
+
+
+def notes_on_samples(bits: int, *, grey: bool) -> tuple[str, ...]:
+    """Return what a user must know about samples of some bits, grey or of a colour."""
+    reduced = f"samples of {bits} bits are reduced to 8 (value * 255 / {2**bits - 1})"
+    return (*([GREY] if grey else []), *([reduced] if bits > USED_BITS[0] else []))
 
 
 def level_downsample(l0_size_px: tuple[int, int], l_size_px: tuple[int, int]) -> float:

@@ -11,6 +11,7 @@ compressed strip is decoded whole, and kept until the next one: an image in one 
 import errno
 import logging
 import os
+import shlex
 import struct
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -27,7 +28,17 @@ from wsiflow.errors import InputError
 from wsiflow.slides import content, tiff_tiles
 from wsiflow.slides.readers import tiff_layout
 from wsiflow.slides.readers.conversion import is_foreign, to_pyramid
-from wsiflow.slides.readers.reader import WHITE, Declined, Description, composited, eight_bits, opacity
+from wsiflow.slides.readers.reader import (
+    DARK,
+    DARK_GROUND,
+    WHITE,
+    Declined,
+    Description,
+    composited,
+    eight_bits,
+    opacity,
+    scaled,
+)
 from wsiflow.slides.readers.tiff_layout import RESOLUTION, Layout, PlainFacts, Samples
 from wsiflow.system import faults
 
@@ -38,7 +49,6 @@ _KEPT_TILE_BYTES = 64 << 20
 _KEPT_STRIP_BYTES = 256 << 20
 _MOST_SEGMENT_BYTES = 2 << 30
 _ROWS_BYTES = 1 << 20  # what is read at once of an uncompressed strip
-_DARK = 60  # of 255: the middle of the values of a fluorescent slide is darker, that of a stained section brighter
 _DARK_SIDE_PX = 512
 # Codecs raise what they like for damaged data; those of imagecodecs are RuntimeErrors.
 _UNREADABLE = (*tiff_tiles.UNREADABLE, NotImplementedError, struct.error)
@@ -106,7 +116,7 @@ class TiffFile:
         self._path = path
         self._descriptor = descriptor
         self._samples = layout.samples
-        self._table = _table(layout.samples)
+        self._table = _table(layout.samples, planes[0][0].dtype)
         self._planes = planes
         self._kept: OrderedDict[tuple[int, int, int], NDArray[Any] | None] = OrderedDict()
         self._kept_bytes = 0
@@ -201,7 +211,8 @@ class TiffFile:
     def _colours(self, pixels: NDArray[Any]) -> tuple[NDArray[np.uint8], NDArray[np.uint8] | None]:
         """Return the colours of samples, uint8 (rows, cols, 3), and their opacity, or None without one."""
         about = self._samples
-        shown = pixels if self._table is None else self._scaled(pixels)
+        remedy = f"state the largest value: tiffset -s 281 65535 {shlex.quote(str(self._path))}"
+        shown = pixels if self._table is None else scaled(pixels, self._table, remedy)
         colours, alpha = shown[..., : about.colours], shown[..., -1] if about.alpha else None
         if about.palette is not None:
             colours = about.palette[np.minimum(pixels[..., 0], len(about.palette) - 1)]
@@ -215,14 +226,6 @@ class TiffFile:
             opaque = np.maximum(alpha[..., None], 1).astype(np.uint16)
             colours = np.minimum(colours.astype(np.uint16) * 255 // opaque, 255).astype(np.uint8)
         return colours, alpha
-
-    def _scaled(self, pixels: NDArray[Any]) -> NDArray[np.uint8]:
-        """Return samples as 8 bits."""
-        if self._table is None or (pixels.size and int(pixels.max()) >= len(self._table)):
-            cause = f"a sample is {int(pixels.max())}, but others of the slide have {self._samples.bits} bits"
-            remedy = f"state the largest value: tiffset -s 281 65535 {self._path}"
-            raise InputError(cause, remedy, path=self._path)
-        return self._table[pixels.astype(np.uint16, copy=False)]
 
 
 def plain_facts(path: Path) -> PlainFacts:
@@ -294,9 +297,8 @@ def _require_bright(opened: TiffFile, path: Path) -> None:
     downsample = opened.description.level_downsamples[level]
     target = np.empty((rows, cols, 3), np.uint8)
     opened.read_into(target, (round(middle[0] * downsample), round(middle[1] * downsample)), level)
-    if np.median(target) < _DARK:
-        cause = "it has 3 channels of unknown colour on a dark ground, as fluorescence has"
-        raise InputError(cause, "if they are red, green and blue, name its channels so in the OME-XML", path=path)
+    if np.median(target) < DARK:
+        raise InputError(DARK_GROUND, "if they are red, green and blue, name its channels so in the OME-XML", path=path)
 
 
 def _beyond(page: Any, file_bytes: int) -> bool:
@@ -383,8 +385,8 @@ def _decoder(page: Any) -> _Decode:
     return decoded
 
 
-def _table(samples: Samples) -> NDArray[np.uint8] | None:
+def _table(samples: Samples, dtype: np.dtype[Any]) -> NDArray[np.uint8] | None:
     """Return the 8-bit value of every sample, or None where samples have 8 bits or are an index of a palette."""
-    if samples.bits == 8 or samples.palette is not None:
+    if (samples.bits == 8 and dtype == np.uint8) or samples.palette is not None:
         return None
     return eight_bits(samples.bits)

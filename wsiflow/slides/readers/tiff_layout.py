@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from wsiflow.slides.readers import ome
 from wsiflow.slides.readers.conversion import to_bands, to_colours, to_eight_bits, to_ome_tiff, to_pyramid, to_upright
-from wsiflow.slides.readers.reader import GREY, USED_BITS, Declined, level_downsample, reduced_bits
+from wsiflow.slides.readers.reader import Declined, fewest_bits, level_downsample, notes_on_samples
 
 RESOLUTION = "TIFF XResolution"
 FULL_BITS = 16
@@ -27,14 +27,13 @@ _UNSIGNED = ("b", "u")  # NumPy's kinds of types
 _GREYS, _RGB, _PALETTE, _YCBCR = frozenset({0, 1}), 2, 3, 6
 _INVERTED = 0
 _COLOURS = {4: "a mask", 5: "CMYK", 8: "CIELab", 9: "ICCLab", 10: "ITULab", 32844: "LogL", 32845: "LogLuv"}
+_UNSHOWN = frozenset({4, 9, 10})  # by libtiff
 _UM_PER_UNIT = {2: 25_400.0, 3: 10_000.0, 4: 1_000.0, 5: 1.0}  # 4 and 5 are tifffile's own
 _APERIO_MPP = re.compile(r"\|\s*MPP\s*=\s*([0-9.]+)")
 _SAMPLED_SEGMENTS = 24
 _MAX_SAMPLE_VALUE = 281
 _UPRIGHT = 1
 _OPACITY = {1: 1, 2: 2}
-
-_OTHER_CHANNELS = "use a slide of a stained section; channels that are its colours are to be called Red, Green and Blue"
 
 
 class Samples(NamedTuple):
@@ -101,26 +100,30 @@ class PlainFacts(NamedTuple):
 def plain_facts(tiff: Any) -> PlainFacts:
     """Return what the first page of a file does not show."""
     page = tiff.pages.first
-    n_pages = _same_pages(tiff) if tiff.is_ome or page.samplesperpixel == 1 else 1
+    n_pages = _same_pages(tiff)
     bits = used_bits(tiff, [page]) if page.bitspersample == FULL_BITS else page.bitspersample
-    if page.subifds and tiff.is_ome:
-        misread = "its levels are in SubIFDs"
-    elif n_pages > 1 and page.samplesperpixel == 1:
-        misread = f"it has {n_pages} pages of one channel each"
-    elif page.samplesperpixel > 4 or (page.photometric in _GREYS and page.samplesperpixel > 2):
-        misread = f"it has {page.samplesperpixel} channels"
-    elif tiff.is_ome and any(ome.doubt(image.channels, 1) for image in ome.read_images(tiff.ome_metadata or "")[:1]):
-        misread = "it has a channel of fluorescence"
-    elif bits not in {1, 2, 4, 8, FULL_BITS} or page.dtype.kind not in _UNSIGNED:
-        misread = f"its samples have {bits} bits"
-    elif page.compression == _UNCOMPRESSED and page.is_tiled and _tile_bytes(page) % _LIBTIFF_BUFFER_BYTES:
-        misread = f"its uncompressed tiles have {_tile_bytes(page)} bytes, which libtiff refuses"
-    else:
-        misread = ""
-    notes = _notes(1 if page.photometric in _GREYS else 3, bits)
-    if n_pages > 1:
-        notes += (f"of its {n_pages} planes the first is shown",)
-    return PlainFacts(misread, notes, stated_mpp(tiff))
+    notes = _notes(1 if page.photometric in _GREYS else 3, bits, planes=n_pages)
+    if any(int(kind) not in _OPACITY for kind in page.extrasamples or ()):
+        notes += (f"nothing states what sample {page.samplesperpixel} of a pixel is: it is taken for opacity",)
+    return PlainFacts(_misread(tiff, bits, n_pages), notes, stated_mpp(tiff))
+
+
+def _misread(tiff: Any, bits: int, n_pages: int) -> str:
+    """Return why the first page alone, shown as 8 bits, is not what is in a file; empty where it is."""
+    page, images = tiff.pages.first, ome.read_images(tiff.ome_metadata or "") if tiff.is_ome else []
+    uncompressed_bytes = _tile_bytes(page) if page.compression == _UNCOMPRESSED and page.is_tiled else 0
+    reasons = {
+        "its levels are in SubIFDs": page.subifds and tiff.is_ome,
+        f"it has {n_pages} pages of one channel each": n_pages > 1 and page.samplesperpixel == 1,
+        f"it has {page.samplesperpixel} channels": page.samplesperpixel > (2 if page.photometric in _GREYS else 4),
+        "it has a channel of fluorescence": any(ome.doubt(image.channels, 1) for image in images[:1]),
+        f"its samples have {bits} bits": bits not in {1, 2, 4, 8, FULL_BITS} or page.dtype.kind not in _UNSIGNED,
+        f"of the {page.bitspersample} bits of a sample {bits} are used": bits < page.bitspersample,
+        f"it stores {_COLOURS.get(page.photometric)}": page.photometric in _UNSHOWN,
+        f"its uncompressed tiles have {uncompressed_bytes} bytes, which libtiff refuses": uncompressed_bytes
+        % _LIBTIFF_BUFFER_BYTES,
+    }
+    return next((reason for reason, holds in reasons.items() if holds), "")
 
 
 def layout(tiff: Any, path: Path, known_bits: int = 0) -> Layout:
@@ -143,7 +146,7 @@ def layout(tiff: Any, path: Path, known_bits: int = 0) -> Layout:
     if len(channels) > 1 and per_page > 1:
         raise Declined(f"it has {len(channels)} channels or planes of {per_page} samples each", to_ome_tiff(path))
     if reason := ome.doubt(stated, len(channels)):
-        raise Declined(reason, _OTHER_CHANNELS)
+        raise Declined(reason, ome.OTHER_CHANNELS)
     order = ome.rgb_order(stated) if len(channels) == 3 else None
     channels = [channels[place] for place in order] if order else channels
     used = image.bits if image and image.bits and image.bits < FULL_BITS else 0
@@ -152,12 +155,14 @@ def layout(tiff: Any, path: Path, known_bits: int = 0) -> Layout:
     samples = _samples(first.keyframe, len(channels), bits, path)
     levels = _common_levels(channels)
     mpp = (image.mpp_x, image.mpp_y, "OME PhysicalSizeX") if image and image.mpp_x and image.mpp_y else None
+    joined = len(channels)
+    planes = _same_pages(tiff) if joined == 1 else 1
     return Layout(
         levels=levels,
         downsamples=tuple(level_downsample(levels[0].size_px, level.size_px) for level in levels),
         samples=samples,
         mpp=mpp or stated_mpp(tiff),
-        notes=_notes(3 if samples.palette is not None else samples.colours, bits, joined=len(channels)),
+        notes=_notes(3 if samples.palette is not None else samples.colours, bits, joined=joined, planes=planes),
         unstated=len(channels) > 1 and order is None,
     )
 
@@ -197,7 +202,7 @@ def used_bits(tiff: Any, pages: Sequence[Any], stated: int = 0) -> int:
     limit = 2**stated - 1 if stated else max(most) if isinstance(most, tuple) else int(most or 0)
     if not 0 < limit < 2**FULL_BITS - 1:
         limit = max(_largest(tiff, each) for each in pages)
-    return next((bits for bits in USED_BITS if 0 < limit < 2**bits), FULL_BITS)
+    return fewest_bits(limit)
 
 
 def _largest(tiff: Any, page: Any) -> int:
@@ -216,15 +221,11 @@ def _largest(tiff: Any, page: Any) -> int:
     return largest
 
 
-def _notes(colours: int, bits: int, joined: int = 1) -> tuple[str, ...]:
-    notes = []
-    if joined > 1:
-        notes.append(f"{joined} pages of one channel each are joined as red, green and blue")
-    if colours == 1:
-        notes.append(GREY)
-    if bits > 8:
-        notes.append(reduced_bits(bits))
-    return tuple(notes)
+def _notes(colours: int, bits: int, *, joined: int = 1, planes: int = 1) -> tuple[str, ...]:
+    together = f"{joined} pages of one channel each are joined as red, green and blue"
+    first = f"of its {planes} planes the first is shown"
+    notes = notes_on_samples(bits, grey=colours == 1)
+    return (*([together] if joined > 1 else []), *notes, *([first] if planes > 1 else []))
 
 
 def _ome_channels(tiff: Any, path: Path) -> tuple[ome.OmeImage | None, list[list[Any]], tuple[ome.Channel, ...]]:
@@ -346,7 +347,7 @@ def _samples(page: Any, n_pages: int, bits: int, path: Path) -> Samples:
     colours = 3 if stored > 2 else 1
     extra = tuple(page.extrasamples or ()) if n_pages == 1 else ()
     if stored not in {colours, colours + 1} or (stored > colours and len(extra) != 1):
-        raise Declined(f"it has {stored} channels, which are not red, green and blue", _OTHER_CHANNELS)
+        raise Declined(f"it has {stored} channels, which are not red, green and blue", ome.OTHER_CHANNELS)
     if extra and int(extra[0]) not in _OPACITY:
         raise Declined(f"nothing states what sample {stored} of its {stored} is", to_bands(path, colours))
     alpha = _OPACITY[int(extra[0])] if extra else 0
