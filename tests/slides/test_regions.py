@@ -117,15 +117,17 @@ def test_unknown_values_are_refused(present: list[int], tmp_path: Path) -> None:
         read_region(tmp_path / "m.png", PLANE, Chosen())
 
 
-def test_a_mask_in_colours_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+def test_a_mask_in_colours_is_refused(tmp_path: Path, suffix: str) -> None:
     """Its first channel alone would say something else; a grey one of three equal channels is a mask."""
+    path = tmp_path / f"m{suffix}"
     grey = np.repeat(painted((50, 100))[..., np.newaxis], 3, axis=2)
-    Image.fromarray(grey).save(tmp_path / "m.png")
-    np.testing.assert_array_equal(read_region(tmp_path / "m.png", PLANE, Chosen()), painted((50, 100)) > 0)
+    Image.fromarray(grey).save(path)
+    np.testing.assert_array_equal(read_region(path, PLANE, Chosen()), painted((50, 100)) > 0)
     grey[..., 1] = 255
-    Image.fromarray(grey).save(tmp_path / "m.png")
+    Image.fromarray(grey).save(path)
     with pytest.raises(InputError, match="picture in colours"):
-        read_region(tmp_path / "m.png", PLANE, Chosen())
+        read_region(path, PLANE, Chosen())
 
 
 def test_palettes_and_single_bits_are_masks_too(tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ def write_rgb(
             deque(tiles, maxlen=0)  # this completes the reduced levels and checks the number of rows
 
 
-def read_level(path: Path, downsample: int) -> NDArray[np.uint8]:
+def read_level(path: Path, downsample: int, *, coloured: bool = True) -> NDArray[np.uint8]:
     """Read the first channel of an image at a reduced scale.
 
     A stored level whose scale is within 1 % of the requested one is returned unchanged. Otherwise the centre pixel of
@@ -75,12 +75,13 @@ def read_level(path: Path, downsample: int) -> NDArray[np.uint8]:
     Args:
         path: A TIFF, pyramidal or not, or a PNG, with 8 bits or 1 bit per sample.
         downsample: Level-0 px per pixel of the result.
+        coloured: Whether an image is accepted whose channels differ: of a mask in colours, one does not say it all.
 
     Returns:
         uint8 (rows, cols); each side is ceil(side of level 0 / downsample) unless a stored level is returned.
 
     Raises:
-        InputError: The file is not such an image.
+        InputError: The file is not such an image, or is coloured.
         EnvironmentFault: The system refuses to read the file.
     """
     remedy = "give an 8-bit TIFF or PNG image"
@@ -90,7 +91,10 @@ def read_level(path: Path, downsample: int) -> NDArray[np.uint8]:
         raise unreadable_file(error, "image", remedy, path) from error
     if level.dtype not in (np.uint8, np.bool_):
         raise InputError(f"the image has samples of type {level.dtype}, expected uint8", remedy, path=path)
-    return level.astype(np.uint8)
+    if not coloured and level.shape[2] > 2 and (level[..., 1:3] != level[..., :1]).any():
+        cause = "the mask is a picture in colours, which do not say what is meant"
+        raise InputError(cause, "give a mask of one channel", path=path)
+    return level[..., 0].astype(np.uint8)
 
 
 def image_shape(path: Path) -> tuple[int, int]:
@@ -112,25 +116,6 @@ def image_shape(path: Path) -> tuple[int, int]:
             return int(page.imagelength), int(page.imagewidth)
     except UNREADABLE as error:
         raise unreadable_file(error, "image", "give an 8-bit TIFF or PNG image", path) from error
-
-
-def is_coloured_png(path: Path) -> bool:
-    """Tell whether a file is a PNG whose channels differ: of a mask in colours, one channel says something else.
-
-    Raises:
-        InputError: The file is not such an image.
-        EnvironmentFault: The system refuses to read the file.
-    """
-    if path.suffix.lower() != ".png":
-        return False
-    try:
-        with Image.open(path) as image:
-            if image.mode not in {"RGB", "RGBA"}:
-                return False
-            channels = [np.asarray(image.getchannel(channel)) for channel in "RGB"]
-    except UNREADABLE as error:
-        raise unreadable_file(error, "image", "give an 8-bit TIFF or PNG image", path) from error
-    return not all(np.array_equal(channels[0], other) for other in channels[1:])
 
 
 def unreadable_file(error: Exception, what: str, remedy: str, path: Path) -> WsiflowError:
@@ -267,40 +252,40 @@ def _jpeg_tiles(rows: NDArray[np.uint8], quality: int) -> Iterator[bytes]:
 
 
 def _read_png(path: Path, downsample: int) -> NDArray[Any]:
-    """Return the first channel of a PNG at a reduced scale."""
+    """Return the channels of a PNG at a reduced scale, (rows, cols, channels)."""
     with Image.open(path) as image:
         pixels = np.asarray(image)
-    return _subsampled(pixels if pixels.ndim == 2 else pixels[..., 0], downsample)
+    pixels = pixels.reshape(*pixels.shape[:2], -1)
+    return pixels[np.ix_(*(_picks(side, downsample) for side in pixels.shape[:2]))]
 
 
 def _read_tiff(path: Path, downsample: int) -> NDArray[Any]:
-    """Return the first channel of a TIFF at a reduced scale, from its coarsest level that is fine enough."""
+    """Return the channels of a TIFF at a reduced scale, from its coarsest level that is fine enough."""
     with tifffile.TiffFile(path) as tiff:
         first = tiff.pages.first
         scales = {index: _scale(first, page) for index, page in enumerate(tiff.pages)}
         fine = {index: scale for index, scale in scales.items() if scale and scale <= downsample * 1.01}
         index = max(fine, key=lambda level: fine[level])
-        if math.isclose(fine[index], downsample, rel_tol=0.01):
-            pixels = tiff.pages[index].asarray()
-            return pixels if pixels.ndim == 2 else pixels[..., 0]
-        return _picked(tiff.pages[index], downsample / fine[index])
+        is_stored = math.isclose(fine[index], downsample, rel_tol=0.01)
+        return _picked(tiff.pages[index], 1.0 if is_stored else downsample / fine[index])
 
 
 def _picked(page: Any, step: float) -> NDArray[Any]:
-    """Return what `_subsampled` returns for a page, with only one tile or strip of it in memory at a time.
+    """Return the pixel at the centre of each cell of step x step pixels, with one tile or strip in memory at a time.
 
     A mask without reduced levels may have 10^10 pixels, and every worker of a run may read one.
     """
     rows, cols = (_picks(side, step) for side in (page.imagelength, page.imagewidth))
-    picked = np.zeros((len(rows), len(cols)), page.dtype)
+    picked = np.zeros((len(rows), len(cols), page.samplesperpixel), page.dtype)
     for tile, (plane, _, top, left, _), (_, height, width, _) in page.segments(maxworkers=1):
-        if tile is None or plane:  # a tile that is not stored is all 0; another plane is another channel
+        if tile is None:  # a tile that is not stored is all 0
             continue
         (r0, r1), (c0, c1) = (
             np.searchsorted(picks, (begin, begin + side))
             for picks, begin, side in ((rows, top, height), (cols, left, width))
         )
-        picked[r0:r1, c0:c1] = tile[0, :, :, 0][np.ix_(rows[r0:r1] - top, cols[c0:c1] - left)]
+        channels = slice(plane, plane + tile.shape[3])  # a plane is one channel
+        picked[r0:r1, c0:c1, channels] = tile[0][np.ix_(rows[r0:r1] - top, cols[c0:c1] - left)]
     return picked
 
 
@@ -310,11 +295,6 @@ def _scale(first: Any, page: Any) -> float | None:
     # Rounding a side to whole pixels changes its ratio by at most one pixel in its length.
     slack = across / page.imagewidth + down / page.imagelength
     return (across + down) / 2 if abs(across - down) <= slack else None
-
-
-def _subsampled(level: NDArray[Any], step: float) -> NDArray[Any]:
-    """Return the pixel at the centre of each cell of step x step pixels; the last cells may be incomplete."""
-    return level[np.ix_(*(_picks(side, step) for side in level.shape))]
 
 
 def _picks(side: int, step: float) -> NDArray[np.int64]:
