@@ -64,13 +64,14 @@ FEATURE = feature([BOX, HOLE])
         {**FEATURE, "id": "PathAnnotationObject", "properties": {"classification": {"name": "Tumor", "colorRGB": -1}}},
         {**FEATURE, "properties": {"objectType": "annotation", "classification": {"names": ["Tumor", "Viable"]}}},
         {**FEATURE, "properties": {"objectType": "annotation", "classification": "tumor"}},
+        {**FEATURE, "properties": {"objectType": "annotation", "classification": ["Tumor", "Viable"]}},
         {**FEATURE, "properties": {"objectType": "annotation", "name": "Tumour"}},
         feature([[BOX, HOLE]], "MultiPolygon"),
         {"type": "Feature", "geometry": {"type": "GeometryCollection", "geometries": [FEATURE["geometry"]]}}
         | {"properties": {"classification": {"name": "Metastasis"}}},
         feature([[[*point, 0] for point in ring] for ring in (BOX, HOLE)], group="Tumor: Positive"),
     ],
-    ids=["collection", "list", "feature", "old", "names", "text", "name", "multi", "geometries", "derived"],
+    ids=["collection", "list", "feature", "old", "names", "text", "texts", "name", "multi", "geometries", "derived"],
 )
 def test_every_way_in_which_qupath_wraps_a_polygon(write, document):
     """The hole is cut out, whatever the polygon is wrapped in, and the class is found under all of its keys."""
@@ -138,6 +139,11 @@ def test_qupath_counts_from_the_scanned_area(write, origin, expected):
         (feature([[[1, 2], [float("nan"), 2], [3, 4]]]), "'Tumor 1' is not finite"),
         (feature([BOX], "Circle"), "is 'Circle', which GeoJSON does not have"),
         ("[" * 100_000, "not well-formed JSON"),
+        ({"type": ["Feature"], "geometry": FEATURE["geometry"]}, "it holds a value of type dict"),
+        (feature([BOX], ["Polygon"]), "is '', which GeoJSON does not have"),
+        (feature(5, "MultiPolygon"), "the coordinates of 'Tumor 1' are no list"),
+        ({**FEATURE, "geometry": {"type": "GeometryCollection", "geometries": 5}}, "the geometries of .* are no list"),
+        (feature([[[10**400, 2], [3, 4], [5, 6]]]), "not pairs of numbers"),
     ],
 )
 def test_damaged_geojson_is_refused_with_its_path(write, document, message):
@@ -208,6 +214,16 @@ def test_imagescope_names_its_layers_in_several_places(write, layer, inner):
     """The layer's name is its group, or that of its attribute; a negative region is a hole."""
     regions = [('Id="1" Type="0" NegativeROA="0"', BOX), ('Id="2" Type="0" NegativeROA="1" InputRegionId="1"', HOLE)]
     assert area(write(layers((layer, inner, regions)))) == 96 * 96 - 32 * 32
+
+
+def test_regions_of_imagescope_outside_of_a_layer(write):
+    """They have no group, and are not lost: the slide would be one without lesions."""
+    points = "".join(f'<Vertex X="{x}" Y="{y}" />' for x, y in BOX)
+    region = f"<Region><Vertices>{points}</Vertices></Region>"
+    layer = layers(('Name="Normal"', "", [("", HOLE)]))
+    for text in (f"<Annotations>{region}</Annotations>", layer.replace("<Annotation ", f"{region}<Annotation ", 1)):
+        first = annotations.read(write(text)).outlines[0]
+        assert first.polygon[0].tolist() == list(BOX[0])
 
 
 def test_shapes_of_imagescope(write):

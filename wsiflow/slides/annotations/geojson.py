@@ -49,7 +49,7 @@ def read(path: Path, _slide: SlidePlace) -> Iterator[Outline | NoArea]:
 def _loaded(path: Path) -> Any:
     try:
         xml_file.require_size(path)
-        return json.loads(path.read_text(encoding="utf-8-sig"))
+        return json.loads(path.read_bytes())
     except OSError as error:
         raise faults.unreadable(error, "the annotation", "correct the path", path=path) from error
     except (ValueError, RecursionError) as error:
@@ -62,7 +62,7 @@ def _features(value: Any, path: Path) -> Iterator[Mapping[str, Any]]:
         for one in value:
             yield from _features(one, path)
         return
-    kind = value.get("type") if isinstance(value, Mapping) else None
+    kind = _text(value.get("type")) if isinstance(value, Mapping) else ""
     if kind == "FeatureCollection" and isinstance(value.get("features"), list):
         yield from _features(value["features"], path)
     elif kind == "Feature":
@@ -90,7 +90,7 @@ def _annotations(feature: Mapping[str, Any], number: int, path: Path) -> Iterato
             continue
         try:
             rings = [points(ring) for ring in geometry["coordinates"]]
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, OverflowError) as error:
             cause = f"the coordinates of {name!r} are not pairs of numbers"
             raise InputError(cause, _REMEDY, path=path) from error
         if not all(np.isfinite(ring).all() for ring in rings):
@@ -103,18 +103,25 @@ def _annotations(feature: Mapping[str, Any], number: int, path: Path) -> Iterato
 
 def _geometries(geometry: Any, name: str, path: Path) -> Iterator[dict[str, Any]]:
     """Yield the single geometries of a geometry: polygons one by one, and others as they are."""
-    kind = geometry.get("type") if isinstance(geometry, Mapping) else None
+    kind = _text(geometry.get("type")) if isinstance(geometry, Mapping) else ""
     if geometry is None:
         yield {"type": "no geometry"}
     elif kind == "GeometryCollection":
-        for one in geometry.get("geometries") or []:
+        for one in _parts(geometry, "geometries", name, path):
             yield from _geometries(one, name, path)
     elif kind == "MultiPolygon":
-        yield from ({"type": "Polygon", "coordinates": one} for one in geometry.get("coordinates") or [])
+        yield from ({"type": "Polygon", "coordinates": one} for one in _parts(geometry, "coordinates", name, path))
     elif kind in _GEOMETRIES:
-        yield {**geometry, "coordinates": geometry.get("coordinates") or []}
+        yield {**geometry, "type": kind, "coordinates": geometry.get("coordinates") or []}
     else:
         raise InputError(f"the geometry of {name!r} is {kind!r}, which GeoJSON does not have", _REMEDY, path=path)
+
+
+def _parts(geometry: Mapping[str, Any], key: str, name: str, path: Path) -> list[Any]:
+    parts = geometry.get(key) or []
+    if not isinstance(parts, list):
+        raise InputError(f"the {key} of {name!r} are no list", _REMEDY, path=path)
+    return parts
 
 
 def _object_type(feature: Mapping[str, Any], properties: Mapping[str, Any]) -> str:
@@ -130,9 +137,8 @@ def _class(properties: Mapping[str, Any]) -> str:
     """Return the class of an object: a name, or the names that newer versions list."""
     value = properties.get("classification")
     if isinstance(value, Mapping):
-        names = value.get("names")
-        value = ": ".join(map(_text, names)) if isinstance(names, list) else value.get("name")
-    return _text(value)
+        value = value.get("names") or value.get("name")
+    return ": ".join(filter(None, map(_text, value))) if isinstance(value, list) else _text(value)
 
 
 def _text(value: object) -> str:

@@ -61,6 +61,7 @@ def read(path: Path, _slide: SlidePlace) -> Iterator[Outline | NoArea]:
     for event, element in xml_file.events(path, "export the annotation again"):
         if event == "start":
             if element.tag == "Annotation":
+                yield from _of_layer(layer)
                 layer = _Layer(dict(element.attrib))
             elif element.tag == "Region":
                 layer.open = _Region(dict(element.attrib))
@@ -69,9 +70,8 @@ def read(path: Path, _slide: SlidePlace) -> Iterator[Outline | NoArea]:
             total += 1
             xml_file.require_points(total, path)
         _add(layer, element, path)
-        if element.tag == "Annotation":
-            yield from _of_layer(layer)
         element.clear()  # this frees its memory
+    yield from _of_layer(layer)
 
 
 def _add(layer: _Layer, element: Any, path: Path) -> None:
