@@ -32,12 +32,27 @@ def located(text: str, folder: Path) -> Path:
     if len(text) > 1 and text[0] == text[-1] and text[0] in _QUOTES:
         return located(text[1:-1], folder)
     if text.lower().startswith("file:/"):
-        return Path(url2pathname(urlsplit(text).path))
+        return _of_address(text)
     _refuse_other_machines(text)
     if text.startswith("~"):
         return _below_home(text)
     forward = folder / text.replace("\\", "/")
     return forward if "\\" in text and os.path.lexists(forward) else literal
+
+
+def _of_address(text: str) -> Path:
+    """Return the path of an address that begins with ``file:``.
+
+    Raises:
+        ValueError: It names another machine, or is none.
+    """
+    try:
+        machine, path = urlsplit(text)[1:3]
+    except ValueError as error:
+        raise ValueError(f"{text!r} is no address of a file ({error}); write its path") from error
+    if machine not in {"", "localhost"}:
+        raise ValueError(f"{text!r} is a file of the machine {machine!r}; write the path that it has on this one")
+    return Path(url2pathname(path))
 
 
 def _refuse_other_machines(text: str) -> None:
