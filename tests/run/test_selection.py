@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image
 from small_runs import over, rows
 
@@ -20,6 +21,7 @@ from wsiflow.run.stages import ingest
 from wsiflow.run.stages.selection import region_hashes
 from wsiflow.slides import pyramid
 from wsiflow.slides.manifest import Case
+from wsiflow.slides.readers.reader import GREY
 
 GLASS, TISSUE, PALE = (240, 240, 240), (190, 120, 180), (226, 221, 225)
 SHAPE = (1200, 1600)
@@ -114,11 +116,16 @@ def test_pale_tissue_is_looked_at(slides: Path) -> None:
     assert not tiles(pale, "tissue=hsv_otsu")[0].any()
 
 
-def test_a_grey_slide_is_looked_at_and_told(slides: Path) -> None:
+def test_a_grey_slide_is_looked_at_and_told(slides: Path, tmp_path: Path) -> None:
     """A slide of one grey has tissue by the default; that a model for colours may fail on it is told."""
     grid, note = tiles(Case("grey", slides / "grey.tif"))
     assert grid[1:4, 1:5].all()
-    assert "no colours" in note
+    assert note == GREY
+    one_channel = tmp_path / "one_channel.tif"
+    pixels = np.full(SHAPE, 240, np.uint8)
+    pixels[300:900, 400:1200] = 150
+    tifffile.imwrite(one_channel, pixels, tile=(256, 256), resolution=(1e4 / 0.243,) * 2, resolutionunit="CENTIMETER")
+    assert tiles(Case("one_channel", one_channel))[1] == GREY
     assert not tiles(Case("good", slides / "good.tif"))[1]
 
 

@@ -153,7 +153,7 @@ def _inspect(case: Case, config: RunConfig) -> dict[str, Any]:
             um_px, remark = pixel_size.choose(opened.facts, case)
             chosen = select(opened, _frame(opened.facts, um_px, config), case, config)
             corner = opened.facts.l0_bounds_corner
-            remarks = [*filter(None, [remark, *opened.facts.notes, chosen.note])]
+            remarks = [*dict.fromkeys(filter(None, [remark, *opened.facts.notes, chosen.note]))]
             overview = opened.kept_overview(chosen.downsample)
         sha256 = content.sha256(case.path)
     kept = {} if overview is None else {"overview_png": base64.b64encode(overviews.as_png(overview)).decode()}

@@ -14,12 +14,13 @@ from wsiflow.plan.tissue import TissueParams
 from wsiflow.run.config import RunConfig
 from wsiflow.slides import regions, slide
 from wsiflow.slides.manifest import Case
+from wsiflow.slides.readers.reader import GREY
 from wsiflow.slides.regions import Chosen, Plane
 from wsiflow.system import publish
 from wsiflow.system.faults import unreadable
 
 _LIGHTS = {
-    "grey": "the slide has no colours: tissue is what is darker than glass, and a model for stained tissue may fail",
+    "grey": GREY,  # as the reader notes where the file itself is grey
     "dark": "the slide is dark, as in fluorescence: tissue is what is bright, and a model for stained tissue may fail",
 }
 
