@@ -3,7 +3,9 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
+from PIL import Image
 from small_runs import COARSE, over, rows, wsiflow
 
 from flows.compose import compose_config
@@ -87,6 +89,17 @@ def test_bad_lines_are_kept_out_and_the_others_are_scored(manifest, tmp_path, ca
     notes = {row["slide_id"]: row["note"] for row in rows(tmp_path / "out" / "evaluation-PARTIAL" / "cases.csv")}
     assert list(notes) == ["good", "over", "group"]
     assert notes["over"] == f"outlines are cut off at the slide's edge: 'Tumor 1' (15%); {share}"
+
+
+def test_truth_that_was_replaced_is_not_doubted_any_more(manifest, tmp_path, capsys):
+    """A mask of tissue that was given as truth is told until the manifest says what it is."""
+    Image.fromarray(np.full((500, 600), 255, np.uint8)).save(tmp_path / "mask.png")
+    for column, label in (("mask_path", "tumor"), ("tissue_mask_path", "")):
+        lines = [f"slide_id,path,label,{column}", f"a,far.tif,{label},mask.png", "b,over.tif,tumor,"]
+        manifest.write_text("\n".join(lines) + "\n")
+        wsiflow(*over(manifest, tmp_path / "out"))
+        is_told = "slide a: 100% of the tissue is annotated as tumour" in capsys.readouterr().out
+        assert is_told == (column == "mask_path")
 
 
 def test_another_start_checks_once_what_is_still_to_be_ingested(manifest, tmp_path, monkeypatch, capsys):

@@ -291,10 +291,11 @@ def _fault_of(config: RunConfig, case: Case) -> str:
     return ""
 
 
-def describe_truths(plan_path: Path) -> list[str]:
+def describe_truths(cases: Path, plan_path: Path) -> list[str]:
     """Return a warning for each slide nearly all of whose tissue is annotated as tumour: it may be a tissue mask."""
-    root = plan_path.parent
-    shares = {one.slide_id: ingest.doubtful_share(root, one.slide_id) for one in read_plan(plan_path).slides}
+    planned = {one.slide_id for one in read_plan(plan_path).slides}
+    usable = [case for case in read_cases(cases)[1] if case.slide_id in planned]
+    shares = {case.slide_id: ingest.doubtful_share(cases.parent, case) for case in usable}
     return [
         f"slide {slide_id}: {share:.0%} of the tissue is annotated as tumour; if the mask is of tissue, give it as "
         "tissue_mask_path"
@@ -344,7 +345,7 @@ def describe_notes(cases: Path, plan_path: Path) -> list[str]:
         *describe_duplicates(plan_path),
         *describe_remarks(plan_path),
         *describe_tissue(plan_path),
-        *describe_truths(plan_path),
+        *describe_truths(cases, plan_path),
         *describe_cost_alone(cases, plan_path),
     ]
 
