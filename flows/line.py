@@ -4,7 +4,7 @@ The caller passes the function that starts a step: it uses threads in `direct`, 
 """
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
@@ -23,6 +23,9 @@ from wsiflow.run.stages.line import STAGES
 
 from . import logs, progress
 from .cluster import workers
+
+Check = Callable[[Path], Mapping[str, str]]
+"""``check(cases)`` returns what is wrong with the slides of a run by slide id, see `shards.find_faults`."""
 
 Pool = Callable[[ExecutorParams, Path], AbstractContextManager[Executor]]
 """``pool(params, root)`` yields the executor of the run in a folder."""
@@ -109,7 +112,7 @@ def finished(config: RunConfig) -> finish.Summary | None:
     notes: list[tuple[str, int]] = []
     try:
         with _tracked(config):
-            summary = _line(config, _at_once, _no_workers, lambda *note: notes.append(note))
+            summary = _line(config, _at_once, _no_workers, lambda *note: notes.append(note), _nothing_to_check)
     except _WorkLeftError:
         return None  # the run that does the work logs all notes again
     _track_end(config, summary)
@@ -118,7 +121,9 @@ def finished(config: RunConfig) -> finish.Summary | None:
     return summary
 
 
-def _line(config: RunConfig, submit: Submit, pool_of: Pool, note: shards.Note) -> finish.Summary:
+def _line(
+    config: RunConfig, submit: Submit, pool_of: Pool, note: shards.Note, check: Check = shards.find_faults
+) -> finish.Summary:
     clock = finish.Clock(config)
     cases = shards.begin(config, note)
     record.begin(config)
@@ -126,13 +131,14 @@ def _line(config: RunConfig, submit: Submit, pool_of: Pool, note: shards.Note) -
         chosen = submit(Step("choose engine", stages=["choose"]), shards.choose, pool, cases)
         if choice := chosen.result():
             note(choice, logging.INFO)
-        for fault in shards.describe_faults(cases):
+        faults = check(cases)
+        for fault in (*shards.describe_faults(cases, faults), *shards.describe_shared_truth(cases)):
             note(fault, logging.WARNING)
         planned = _plan(config, submit, pool, cases, [chosen])
         plan_path = planned.result()
         finish.set_aside(plan_path)
-        notes = [*shards.describe_unused_tissue(cases), *shards.describe_slides(plan_path)]
-        for warning in (*notes, *shards.describe_cost_alone(cases, plan_path)):
+        rejections = shards.describe_rejections(plan_path, faults)
+        for warning in (*rejections, *shards.describe_notes(cases, plan_path)):
             note(warning, logging.WARNING)
         slice_s = config.executor.slice_s
         if slice_s:
@@ -191,6 +197,13 @@ class _NoWorkers:
 @contextmanager
 def _no_workers(_params: ExecutorParams, _root: Path) -> Iterator[Executor]:
     yield _NoWorkers()
+
+
+def _nothing_to_check(cases: Path) -> Mapping[str, str]:
+    """Return no fault where all slides are ingested, as they have passed the check."""
+    if shards.not_ingested(cases):
+        raise _WorkLeftError("ingest")
+    return {}
 
 
 def _at_once(_step: Step, function: Callable[..., Any], *args: Any) -> Future[Any]:

@@ -113,12 +113,11 @@ def _ingest(config: RunConfig, *, calibrate: bool) -> Path:
         message = shards.choose(pool, cases)
         if message:
             logs.note(message)
-        for fault in shards.describe_faults(cases):
+        for fault in (*shards.describe_faults(cases, shards.find_faults(cases)), *shards.describe_shared_truth(cases)):
             logs.note(fault, logging.WARNING)
         every_case = range(len(shards.case_sizes(cases)))
         plan_path = ingest.make_plan(cases, shards.ingest_shard(pool, cases, every_case))
-        notes = [*shards.describe_unused_tissue(cases), *shards.describe_notes(plan_path)]
-        for warning in (*notes, *shards.describe_cost_alone(cases, plan_path)):
+        for warning in shards.describe_notes(cases, plan_path):
             logs.note(warning, logging.WARNING)
         if calibrate:
             shards.once(pool, plan_path, "measure")

@@ -21,6 +21,7 @@ from flows import compose as command
 from wsiflow.heatmap.files import read_heatmap
 from wsiflow.model.card import ModelSpec
 from wsiflow.run import executor, shards, store, trace
+from wsiflow.run.executor import driver
 from wsiflow.run.executor.inline import Inline
 from wsiflow.run.plan import latest_plan, read_plan
 from wsiflow.run.results import finish
@@ -98,6 +99,25 @@ def test_the_cost_of_everything_is_what_the_kernel_counts(tiny_slides: Path, tmp
     assert subprocess.run(command, check=True, capture_output=True)
     again = json.loads((tmp_path / "evaluation/summary.json").read_text())
     assert again["cost.total_core_s"] == metrics["cost.total_core_s"], "a start that had nothing to do adds nothing"
+
+
+def test_the_cost_of_a_start_without_scores_counts(tiny_slides: Path, tmp_path: Path) -> None:
+    """Where a slide is broken and nothing is scored, the next start adds what it cost itself."""
+    manifest = tmp_path / "manifest.csv"
+    a, b = (tiny_slides.parent / name for name in ("a.tif", "b.tif"))
+    shutil.copy(b, tmp_path / "b.tif")
+    os.truncate(tmp_path / "b.tif", 100)
+    manifest.write_text(f"slide_id,path,label,annotation_path\na,{a},tumor,{a.with_suffix('.xml')}\nb,b.tif,normal,\n")
+    run = over(manifest, tmp_path / "run", "evaluation.bootstrap=0")
+    assert wsiflow(*run) == 20
+    (first,) = driver.spent(tmp_path / "run")
+    assert first.core_s
+    shutil.copy(b, tmp_path / "b.tif")
+    assert wsiflow(*run) == 0
+    both = driver.spent(tmp_path / "run")
+    assert both[0] == first
+    total = json.loads((tmp_path / "run/evaluation/summary.json").read_text())["cost.total_core_s"]
+    assert total == pytest.approx(sum(one.core_s for one in both))
 
 
 def test_pixels_straight_from_the_slide_give_the_same_scores(

@@ -6,7 +6,7 @@ and how every task so far ended. The functions are the same for every orchestrat
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -247,28 +247,38 @@ def case_sizes(cases: Path) -> list[int]:
     return sizes
 
 
-def describe_faults(cases: Path) -> list[str]:
-    """Check all slides of a run before any pixel is read, and return what is wrong with them.
+def find_faults(cases: Path) -> dict[str, str]:
+    """Check all slides of a run before any pixel is read, and return what is wrong with them by slide id.
 
     Slides that were ingested have passed the check. Those that do not pass are rejected when they are ingested.
-
-    Returns:
-        One sentence that lists all slides that cannot be used, with their lines in the manifest, and one for each truth
-        that several slides name; none where there is nothing.
     """
     config, listed = read_cases(cases)
-    waiting = [case for index, case in enumerate(listed) if not ingest.is_ingested(cases, index)]
+    waiting = not_ingested(cases)
     _logger.info("checking %d slides and their truth", len(waiting))
     with ThreadPoolExecutor(_CHECKED_TOGETHER) as threads:
-        faults = list(threads.map(partial(_fault_of, config), waiting))
-    wrong = [f"{_place(case)}{fault}" for case, fault in zip(waiting, faults, strict=True) if fault]
-    found = f"{len(wrong)} of {len(listed)} slides cannot be used: {' | '.join(wrong)}"
+        faults = threads.map(partial(_fault_of, config), [listed[index] for index in waiting])
+    return {listed[index].slide_id: fault for index, fault in zip(waiting, faults, strict=True) if fault}
+
+
+def not_ingested(cases: Path) -> list[int]:
+    """Return the indices of the cases that are still to be ingested."""
+    return [index for index in range(len(read_cases(cases)[1])) if not ingest.is_ingested(cases, index)]
+
+
+def describe_faults(cases: Path, faults: Mapping[str, str]) -> list[str]:
+    """Return the list of the slides that cannot be used, a line for each, by what `find_faults` returned."""
+    heading = f"{len(faults)} of {len(read_cases(cases)[1])} slides cannot be used:"
+    return [heading, *(f"rejected: {fault}" for fault in faults.values())] if faults else []
+
+
+def describe_shared_truth(cases: Path) -> list[str]:
+    """Return a warning for each truth that several slides name; none where all slides are ingested."""
     by_truth: dict[Path, list[str]] = {}
-    for case in listed:
+    for case in read_cases(cases)[1]:
         for path in filter(None, (case.annotation_path, case.mask_path)):
             by_truth.setdefault(path, []).append(case.slide_id)
     twice = [f"slides {', '.join(ids)} have the same truth, {path}" for path, ids in by_truth.items() if len(ids) > 1]
-    return ([found] if wrong else []) + (twice if waiting else [])
+    return twice if twice and not_ingested(cases) else []
 
 
 def _fault_of(config: RunConfig, case: Case) -> str:
@@ -276,18 +286,16 @@ def _fault_of(config: RunConfig, case: Case) -> str:
     try:
         ingest.check_slide(case, config)
     except WsiflowError as error:
-        return str(error.about(slide=case.slide_id))
+        line = f" (line {case.line})" if case.line else ""
+        return str(error.failure._replace(slide=f"{case.slide_id}{line}"))
     return ""
 
 
-def _place(case: Case) -> str:
-    return f"line {case.line}: " if case.line else ""
-
-
-def describe_truths(plan_path: Path) -> list[str]:
+def describe_truths(cases: Path, plan_path: Path) -> list[str]:
     """Return a warning for each slide nearly all of whose tissue is annotated as tumour: it may be a tissue mask."""
-    root = plan_path.parent
-    shares = {one.slide_id: ingest.doubtful_share(root, one.slide_id) for one in read_plan(plan_path).slides}
+    planned = {one.slide_id for one in read_plan(plan_path).slides}
+    usable = [case for case in read_cases(cases)[1] if case.slide_id in planned]
+    shares = {case.slide_id: ingest.doubtful_share(cases.parent, case) for case in usable}
     return [
         f"slide {slide_id}: {share:.0%} of the tissue is annotated as tumour; if the mask is of tissue, give it as "
         "tissue_mask_path"
@@ -296,9 +304,12 @@ def describe_truths(plan_path: Path) -> list[str]:
     ]
 
 
-def describe_rejections(plan_path: Path) -> list[str]:
-    """Return a warning for each slide that cannot be planned, to be shown hours before the others are done."""
-    return [f"rejected: {one.reason}" for one in read_plan(plan_path).rejected]
+def describe_rejections(plan_path: Path, faults: Mapping[str, str]) -> list[str]:
+    """Return a warning for each slide that cannot be planned for a reason that `describe_faults` has not named.
+
+    It is shown hours before the other slides are done.
+    """
+    return [f"rejected: {one.reason}" for one in read_plan(plan_path).rejected if one.slide_id not in faults]
 
 
 def describe_duplicates(plan_path: Path) -> list[str]:
@@ -327,15 +338,16 @@ def describe_remarks(plan_path: Path) -> list[str]:
     return [f"{label(names)}: {remark}" for remark, names in slides.items()]
 
 
-def describe_slides(plan_path: Path) -> list[str]:
-    """Return all warnings about the slides of a plan: those that are rejected, and `describe_notes`."""
-    return [*describe_rejections(plan_path), *describe_notes(plan_path)]
-
-
-def describe_notes(plan_path: Path) -> list[str]:
-    """Return warnings about usable slides: of one content, read in an unusual way, without tissue, doubtful truth."""
-    alike, unusual = describe_duplicates(plan_path), describe_remarks(plan_path)
-    return [*alike, *unusual, *describe_tissue(plan_path), *describe_truths(plan_path)]
+def describe_notes(cases: Path, plan_path: Path) -> list[str]:
+    """Return all warnings about usable slides, the data that go with them, and what they will cost."""
+    return [
+        *describe_unused_tissue(cases),
+        *describe_duplicates(plan_path),
+        *describe_remarks(plan_path),
+        *describe_tissue(plan_path),
+        *describe_truths(cases, plan_path),
+        *describe_cost_alone(cases, plan_path),
+    ]
 
 
 def describe_tissue(plan_path: Path) -> list[str]:

@@ -174,21 +174,20 @@ def finish(config: RunConfig, plan_path: Path, progress: Sequence[Progress], clo
     publish.write_view(root, "process_list.csv", process_list(statuses, receipts).encode())
     if missing_slides(statuses):
         _keep_as_former(root, but="evaluation-PARTIAL" if scoring else "")
+    work = WorkLog(receipts, attempts, {item.attempt for item in ended if item.executed and item.attempt})
     if scoring is None:
         worst = max(status.exit_code for status in statuses)
-        work = WorkLog(receipts, attempts, {item.attempt for item in ended if item.executed and item.attempt})
         _write_unscored_report(
             root, config, plan, statuses, _work_metrics(root, "evaluation", config, plan, work, clock)
         )
+        _note_spent(root, work)
         return Summary(worst, {}, failure_text(root, statuses), statuses)
     missing = missing_slides(statuses)
     folder = "evaluation-PARTIAL" if missing else "evaluation"
     published = publish_scores(root, folder, config, scoring)
-    new = {item.attempt for item in ended if item.executed and item.attempt}
-    work = WorkLog(receipts, attempts, new)
     numbers = (
         _work_metrics(root, folder, config, plan, work, clock)
-        | _counts(balance, len(ended), len(new))
+        | _counts(balance, len(ended), len(work.new))
         | _certificates(root, folder, plan, statuses)
         | _colours(root, plan, receipts)
     )
@@ -197,7 +196,7 @@ def finish(config: RunConfig, plan_path: Path, progress: Sequence[Progress], clo
     if not missing:
         _show_alone(root, folder)
     logged = track(root / folder, config, plan, published.key, metrics, machines(root, config, receipts))
-    text = _success_text(root / folder, plan, statuses, metrics, len(new), logged)
+    text = _success_text(root / folder, plan, statuses, metrics, len(work.new), logged)
     return Summary(PARTIAL if missing else 0, metrics, text, statuses)
 
 
@@ -285,10 +284,15 @@ def _work_metrics(
 
 
 def _total_cost(root: Path, work: WorkLog) -> dict[str, float]:
-    """Return what everything has cost so far: a start that executed nothing adds nothing to it."""
+    """Return what everything has cost so far, this start included."""
+    _note_spent(root, work)
+    return {"cost.total_core_s": cost.total_core_seconds(driver.spent(root), work.attempts, work.receipts)}
+
+
+def _note_spent(root: Path, work: WorkLog) -> None:
+    """Record what this start has cost; one that executed nothing adds nothing."""
     if work.new:
         driver.note_spent(root, Spending.charge())
-    return {"cost.total_core_s": cost.total_core_seconds(driver.spent(root), work.attempts, work.receipts)}
 
 
 _WHOLE = {"throughput.core_hours", "throughput.core_seconds_per_tile", "throughput.mm2_per_core_hour"}

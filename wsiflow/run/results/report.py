@@ -205,7 +205,7 @@ def _looked_at(data: ReportData) -> str:
     lesions = f"{recall:.1%} of the lesions and " if math.isfinite(recall) else ""
     text = f"<p>The tissue that was looked at holds {lesions}{area:.1%} of the annotated area.</p>\n"
     rows = [
-        f"<tr><td>{escape(row['slide_id'])}</td><td>{escape(row['missed'])}</td></tr>\n"
+        f"<tr><td>{escape(_name(row))}</td><td>{escape(row['missed'])}</td></tr>\n"
         for row in data.slides
         if row.get("missed")
     ]

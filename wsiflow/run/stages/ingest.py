@@ -12,6 +12,7 @@ import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,7 @@ def ingest(source: Path, index: int) -> tuple[publish.Receipt, bool]:
             "n_blocks": len(cut.blocks),
             "n_groups": len(cut.group_ranges),
             "key": slide_key(sha256, frame, cut),
-            **_notes(marks, inspection, config),
+            **_notes(case, marks, inspection, config),
         }
         with attempt.uncounted():
             _publish_beside(root, case, inspection, cut, key)
@@ -90,11 +91,11 @@ def ingest(source: Path, index: int) -> tuple[publish.Receipt, bool]:
     return attempt.receipt, True
 
 
-def _notes(marks: Any, inspection: Mapping[str, Any], config: RunConfig) -> dict[str, Any]:
+def _notes(case: Case, marks: Any, inspection: Mapping[str, Any], config: RunConfig) -> dict[str, Any]:
     """Return what a user should know of a slide and its truth, for its record; empty where nothing is unusual."""
     sides = {"downsample": inspection["downsample"], "m_downsample": config.evaluation.downsample}
     share = truth.share_of_tissue(marks, _mask_of(base64.b64decode(inspection["mask_png"])), **sides)
-    notes = {"truth_of_tissue": share} if share is not None else {}
+    notes = {} if share is None else {"truth_of_tissue": share, "truth_sha256": _truth_sha256(case)}
     return notes | ({"remarks": remarks} if (remarks := inspection.get("remarks")) else {})
 
 
@@ -211,10 +212,23 @@ def _mask_of(png: bytes) -> NDArray[np.bool_]:
         return np.asarray(image) > 0
 
 
-def doubtful_share(root: Path, slide_id: str) -> float | None:
-    """Return which part of the tissue of an ingested slide is annotated as tumour where it is nearly all, else None."""
-    share: float | None = _record(root, slide_id).get("truth_of_tissue")
-    return share
+def doubtful_share(root: Path, case: Case) -> float | None:
+    """Return which part of the tissue of an ingested slide is annotated as tumour where it is nearly all, else None.
+
+    It is not known of a truth that was given or corrected after the slide was ingested.
+    """
+    record = _record(root, case.slide_id)
+    share: float | None = record.get("truth_of_tissue")
+    return share if share is not None and record.get("truth_sha256") == _truth_sha256(case) else None
+
+
+def _truth_sha256(case: Case) -> list[str | None]:
+    """Return the hashes of the files of a slide's truth; None where there is none, or none any more."""
+    hashes: list[str | None] = [None, None]
+    for place, path in enumerate((case.annotation_path, case.mask_path)):
+        with suppress(OSError):  # scoring says so
+            hashes[place] = publish.file_sha256(path) if path else None
+    return hashes
 
 
 def is_ingested(source: Path, index: int) -> bool:
