@@ -2,10 +2,12 @@
 
 import os
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from collections.abc import Sequence
 from pathlib import Path
 
 from wsiflow.analysis.tradeoff import comparison
 from wsiflow.analysis.tradeoff.comparison import ComparisonResult, Request
+from wsiflow.errors import InputError
 from wsiflow.run.tracking import default_uri
 
 from ..options import natural
@@ -66,7 +68,7 @@ def main(arguments: Namespace) -> int:
         seed=arguments.seed,
         margin=arguments.margin,
         metric=arguments.metric,
-        families=dict(arguments.family),
+        families=_families(arguments.family),
         power=arguments.power,
     )
     request = comparison.parse_request(arguments.names, arguments.uri, arguments.sweep, options, dict(arguments.tag))
@@ -88,6 +90,21 @@ def _family(text: str) -> tuple[str, tuple[str, ...]]:
     if not (name and equals and all(keys.split(","))):
         raise ArgumentTypeError(f"{text!r} is not of the form NAME=KEY[,KEY]")
     return name, tuple(keys.split(","))
+
+
+def _families(given: Sequence[tuple[str, tuple[str, ...]]]) -> dict[str, tuple[str, ...]]:
+    """Return the parameters of each family by its name.
+
+    Raises:
+        InputError: Two families have one name, so that one would be left out.
+    """
+    families: dict[str, tuple[str, ...]] = {}
+    for name, keys in given:
+        if name in families:
+            remedy = f"give --family {name}={','.join((*families[name], *keys))}, or two names"
+            raise InputError(f"there are two families {name!r}", remedy, stage="comparison")
+        families[name] = keys
+    return families
 
 
 def _share(text: str) -> float:

@@ -180,6 +180,15 @@ def lossy(n_lost: int, n: int = 200) -> EvaluationRecord:
     return matches([*tumour, *(slide(f"n{i}", 0, false=[0.1]) for i in range(20))])
 
 
+def test_equivalence_is_corrected_on_both_sides() -> None:
+    """A gain of 2 of 200 excludes one of 0.04 alone, and not among three settings; the loss is excluded in both."""
+    better = [run(f"r{n}", lossy(0), 5.0 - n, inference__stride=20 + n) for n in range(3)]
+    for others, is_equivalent in ((better[:1], True), (better, False)):
+        found = compared(run("base", lossy(2), 9.0, inference__stride=16), *others, margin=0.04)
+        (_, one, *_) = [row.verdict for row in found.rows]
+        assert (one.verdict, one.equivalent) == ("shown", is_equivalent)
+
+
 def test_a_margin_is_shown_or_not() -> None:
     """No loss of 200 excludes one of 0.04, a loss of 3 does not, and one of 40 is worse; the numbers of slides fit."""
     runs = [run(f"r{n}", lossy(n), 9.0 - n, inference__stride=16 + n) for n in (0, 3, 40)]
@@ -330,6 +339,13 @@ def test_folders_are_compared_from_the_command_line(tmp_path: Path, capsys: Any)
     assert "| run=x | 1.000" in (out / "compare.md").read_text()
     assert main(["compare", str(tmp_path / "sweep"), "--out", str(tmp_path / "again"), "--bootstrap", "100"]) == 0
     assert (tmp_path / "again/compare.csv").read_bytes() == (out / "compare.csv").read_bytes()
+
+
+def test_two_families_of_one_name_are_refused(tmp_path: Path, capsys: Any) -> None:
+    """The first of them would be left out, and its settings corrected for with all others."""
+    given = ["compare", str(tmp_path), "--family", "a=stride", "--family", "a=stain"]
+    assert main(given) == 20
+    assert "there are two families 'a'; give --family a=stride,stain" in capsys.readouterr().err
 
 
 def test_a_folder_without_scores_is_refused(tmp_path: Path, capsys: Any) -> None:

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -85,7 +86,7 @@ def test_weights_of_lesions_add_up_to_the_sensitivities(mode):
     """The mean weight of the lesions is the sensitivity, between operating points too; ITC count for nothing."""
     rng = np.random.default_rng(1)
     matches = [
-        Matches(f"s{i}", np.append(rng.random(2), -np.inf), 1, rng.random(rng.integers(0, 12))) for i in range(9)
+        Matches(f"s{i}", np.append(rng.random(2), -np.inf), 1, rng.random(rng.integers(0, 12)), (2,)) for i in range(9)
     ]
     weights = np.concatenate(froc.lesion_weights(matches, mode=mode)).sum(axis=0) / 18
     stem = "froc." if mode == "official" else "froc.strict_"
@@ -106,7 +107,17 @@ def test_score_interval_solves_its_equation():
     assert [-low, high] == pytest.approx([1.96**2 / (44 + 1.96**2)] * 2, rel=1e-3)
 
 
-@pytest.mark.parametrize("found", [Discordance(0, 10, 10), Discordance(10, 0, 10), Discordance(3.5, 0.25, 7.25)])
+@pytest.mark.parametrize(
+    "found",
+    [
+        Discordance(0, 10, 10),
+        Discordance(10, 0, 10),
+        Discordance(3.5, 0.25, 7.25),
+        Discordance(0, 0, 1),
+        Discordance(0, 1, 1),
+        Discordance(0.3, 0.3, 1),
+    ],
+)
 def test_score_interval_holds_its_value(found):
     """The interval lies within -1 and 1, mirrors with the sign and holds what was found."""
     low, high = discordance.score_interval(found)
@@ -139,6 +150,31 @@ def test_all_lesions_found_is_not_certain():
             assert one.high - one.low == pytest.approx(1 - 0.025 ** (1 / 20)), "of 20 slides, not of 60 lesions"
 
 
+def with_itc(setting, n_itc):
+    """Return a setting with isolated tumour cells on each slide that has lesions."""
+    matches = [
+        replace(
+            one, best=np.append(one.best, [-np.inf] * n_itc), n_itc=n_itc, itc=tuple(len(one.best) + np.arange(n_itc))
+        )
+        if len(one.best)
+        else one
+        for one in setting.matches
+    ]
+    return setting._replace(matches=matches)
+
+
+@pytest.mark.parametrize("n_slides", [2, 20])
+def test_isolated_tumour_cells_widen_and_narrow_no_interval(n_slides):
+    """They are no lesions: intervals of scores and of differences are the same with any number of them."""
+    few, none = [[0.9] * 3] * n_slides + [[]] * 20, [[0.9, 0.9, 0.0]] * n_slides + [[]] * 20
+    settings = [found_of(few), found_of(few)._replace(name="b"), found_of(none)._replace(name="c")]
+    plain, beside = (bootstrap([with_itc(one, n) for one in settings], reference="a", n=100, seed=0) for n in (0, 4))
+    for metric in ("froc.strict_score", "froc.sensitivity_at_8"):
+        assert beside.intervals["a"][metric] == pytest.approx(plain.intervals["a"][metric])
+        for name in "bc":
+            assert beside.differences[name][metric] == pytest.approx(plain.differences[name][metric])
+
+
 def test_equal_settings_may_still_differ_in_other_slides():
     """Where no slide differs, the interval of the AUC's difference is that of as many slides, not a point."""
     one = bootstrap(lost(30, 0, n_normal=25), reference="a", n=200).differences["b"]["roc.auc"]
@@ -164,7 +200,7 @@ def test_a_loss_of_the_margin_is_seldom_called_none(n, whole, p_lost, p_gained):
     above = 0
     for seed in range(400):
         whose, changes = designs(np.random.default_rng([seed, n]), n, whole, p_lost, p_gained)
-        above += discordance.score_interval(discordance.discordance(changes, whose, len(whose)))[0] > -0.02
+        above += discordance.score_interval(discordance.discordance(changes, whose))[0] > -0.02
     assert above / 400 <= 0.025 + 2.6 * math.sqrt(0.025 * 0.975 / 400)
 
 

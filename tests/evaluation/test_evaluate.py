@@ -305,6 +305,8 @@ def test_outline_without_area_is_told_in_the_row(tmp_path):
         (".5,1,2\n.5,one,2\n", "line 2: 'one' is not a number"),
         (".5,1,2\nnan,1,2\n", "line 2: 'nan' is not finite"),
         (".5,1,inf\n", "not finite"),
+        (".5,1,2\n,1,2\n.5,,2\n", r"line 2: '' is not finite, and so in 2 of 3 lines \(2, 3\)"),
+        ("1.0000001,1,2\n", r"the first is 1\.0000001; "),
         (".5,1,2\n-3.1,1,2\n", "line 2: 1 of 2 confidences lie outside 0 to 1, the first is -3.1; .*logits"),
         ("1.5,1,2\n", "line 1: 1 of 1 confidences lie outside 0 to 1, the first is 1.5"),
         (".5;1;2\n", "line 1 has 1 cells"),

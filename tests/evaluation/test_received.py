@@ -27,12 +27,12 @@ def evaluated(tmp_path):
     png(tmp_path / "a.png", painted((19, 38), [LESION]))
     png(tmp_path / "b.png", painted((19, 38), []))
 
-    def score(text, *, normal="", slides=True, unit="px", label="tumor", **changes):
+    def score(text, *, normal="", slides=True, unit="px", label="tumor", um_px=0.5, **changes):
         for name, content in (("a", text), ("b", normal)):
             (tmp_path / "d" / f"{name}.csv").write_text(content)
             if slides:
                 glass = np.full((SIZE[1], SIZE[0], 3), 240, np.uint8)
-                pyramid.write_rgb(tmp_path / f"{name}.tif", iter([glass]), shape=SIZE[::-1], um_px=0.5, quality=80)
+                pyramid.write_rgb(tmp_path / f"{name}.tif", iter([glass]), shape=SIZE[::-1], um_px=um_px, quality=80)
         mpp = "" if slides else "0.5"
         lines = ["slide_id,path,label,mask_path,mpp", f"a,a.tif,{label},a.png,{mpp}", f"b,b.tif,normal,b.png,{mpp}"]
         (tmp_path / "m.csv").write_text("\n".join(lines) + "\n")
@@ -49,6 +49,13 @@ def test_what_is_right_needs_no_word(evaluated):
         assert scores.remarks == ()
         assert scores.cases[0]["n_found"] == 1
         assert [scores.metrics[f"froc.n_{what}"] for what in ("slides", "normal", "lesions")] == [2, 1, 1]
+
+
+@pytest.mark.parametrize("um_px", [25_400 / 72, 0.06])
+def test_a_pixel_size_that_a_run_doubts_is_not_used(evaluated, um_px):
+    """The resolution of a printer, or a slide smaller than a grain of sand: the manifest has to give the spacing."""
+    with pytest.raises(InputError, match=r"the spacing of the slide is not known.*add its mpp to the manifest"):
+        evaluated(".9,800,100\n", um_px=um_px)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wsiflow.errors import InputError
-from wsiflow.evaluation.truth import stated_place
+from wsiflow.evaluation.truth import stated
 from wsiflow.slides import annotations
 from wsiflow.slides.annotations import Format, Outline, SlidePlace, formats
 from wsiflow.slides.manifest import Case
@@ -300,7 +300,7 @@ def test_ndpa_on_a_real_slide(write, shared_data):
     path = shared_data / "wsi" / "good" / "test3-DAPI-2-387.ndpi"
     if not path.exists():
         pytest.skip(f"no slide at {path}")
-    place = stated_place(Case("s", path))
+    place = stated(Case("s", path)).place
     x, y = (round(one) for one in place.centre_offset_nm)
     drawn = write(f"<annotations>{view('t', freehand([(x, y), (x + 2282, y), (x + 2282, y + 2282)]))}</annotations>")
     assert boxes(drawn, place) == [pytest.approx([1984, 2432, 1994, 2442], abs=0.01)]

@@ -31,7 +31,7 @@ def read_detections(path: Path) -> NDArray[np.float64]:
     detections = np.array([_numbers(line, cells, path) for line, cells in lines], np.float64).reshape(-1, 3)
     bad = np.flatnonzero(~np.isfinite(detections).all(axis=1)).tolist()
     if bad:
-        first = next(cell for cell in lines[bad[0]].cells if not math.isfinite(float(cell)))
+        first = lines[bad[0]].cells[int(np.argmin(np.isfinite(detections[bad[0]])))]
         cause = f"line {lines[bad[0]].number}: {first!r} is not finite"
         if len(bad) > 1:
             cause += f", and so in {len(bad)} of {len(lines)} lines ({_listed([lines[i].number for i in bad])})"
@@ -51,7 +51,7 @@ def _require_probabilities(detections: NDArray[np.float64], lines: Sequence[int]
     if not bad.size:
         return
     first = detections[bad[0], 0]
-    cause = f"line {lines[bad[0]]}: {bad.size} of {len(lines)} confidences lie outside 0 to 1, the first is {first:g}"
+    cause = f"line {lines[bad[0]]}: {bad.size} of {len(lines)} confidences lie outside 0 to 1, the first is {first:.9g}"
     order = " (column 3 holds numbers from 0 to 1: is it x,y,prob?)" if within[2] and not within[1] else ""
     remedy = "write prob,x,y in this order, with confidences from 0 to 1 (of logits their sigmoid)"
     raise InputError(cause + order, remedy, path=path)
@@ -155,9 +155,9 @@ def _probability(cell: str, line: int, path: Path) -> float:
 
 
 def _number(cell: str, line: int, path: Path) -> float:
-    """Return the number that a cell holds."""
+    """Return the number that a cell holds; NaN for an empty cell, as which tables write it."""
     try:
-        return float(cell)
+        return float(cell) if cell.strip() else math.nan
     except ValueError as error:
         hint = " (a header?)" if line == 1 else ""
         raise InputError(f"line {line}: {cell!r} is not a number{hint}", "write numbers only", path=path) from error

@@ -30,6 +30,7 @@ MOST = 20_000
 """Largest number of exchanges that are all counted; of more, as many are drawn."""
 
 _ROUNDING = 1e-9
+_NO_VARIANCE = 1e-12
 _FEW = 5  # units missed or found, below which draws say too little about a share
 
 
@@ -96,14 +97,14 @@ def exchange_p(differences: NDArray[np.float64]) -> float:
     return float((np.abs(differences) >= abs(differences[0]) - _ROUNDING).mean())
 
 
-def discordance(changes: NDArray[np.float64], cluster: NDArray[np.int64], n_units: int) -> Discordance:
+def discordance(changes: NDArray[np.float64], cluster: NDArray[np.int64]) -> Discordance:
     """Return what was gained and lost, in independent units.
 
     Args:
         changes: float64 (u,), what each unit changes from the reference to the setting, from -1 (lost) to 1 (gained).
         cluster: int64 (u,), case or patient of each unit.
-        n_units: Number of units, which may be fewer than ``u`` where some entries count for nothing.
     """
+    n_units = len(changes)
     gained, lost = float(changes.clip(min=0).sum()), float(-changes.clip(max=0).sum())
     effect = design_effect(changes, cluster)
     return Discordance(gained / effect, lost / effect, n_units / effect)
@@ -130,7 +131,7 @@ def score_z(found: Discordance, difference: float) -> float:
     share_lost = (math.sqrt(max(b * b - 4 * a * c, 0.0)) - b) / (2 * a)
     variance = n * (2 * share_lost + difference * (1 - difference))
     distance = gained - lost - n * difference
-    return distance / math.sqrt(variance) if variance > _ROUNDING else math.copysign(math.inf, distance)
+    return distance / math.sqrt(variance) if variance > _NO_VARIANCE else math.copysign(math.inf, distance)
 
 
 def score_interval(found: Discordance, level: float = 0.95) -> tuple[float, float]:
@@ -149,7 +150,7 @@ def score_interval(found: Discordance, level: float = 0.95) -> tuple[float, floa
     return end(-1), end(1)
 
 
-def share_interval(shares: NDArray[np.float64], cluster: NDArray[np.int64], n_units: int) -> tuple[float, float] | None:
+def share_interval(shares: NDArray[np.float64], cluster: NDArray[np.int64]) -> tuple[float, float] | None:
     """Return the exact 95 % interval of a share of units in independent units; None where draws say enough.
 
     It is Clopper and Pearson's (1934) of as many units as are independent (Korn and Graubard 1998, Survey Methodology
@@ -158,11 +159,10 @@ def share_interval(shares: NDArray[np.float64], cluster: NDArray[np.int64], n_un
     Args:
         shares: float64 (u,), how far each unit is found, from 0 to 1.
         cluster: int64 (u,), case or patient of each unit.
-        n_units: Number of units.
     """
     effect = design_effect(shares, cluster)
-    n, hits = n_units / effect, float(shares.sum()) / effect
-    if not n_units or min(hits, n - hits) >= _FEW:
+    n, hits = len(shares) / effect, float(shares.sum()) / effect
+    if not len(shares) or min(hits, n - hits) >= _FEW:
         return None
     low = float(special.betaincinv(hits, n - hits + 1, 0.025)) if hits > _ROUNDING else 0.0
     high = float(special.betaincinv(hits + 1, n - hits, 0.975)) if n - hits > _ROUNDING else 1.0

@@ -37,8 +37,7 @@ from wsiflow.evaluation.missed import LookedAt, View, look_back
 from wsiflow.evaluation.paired import Setting
 from wsiflow.evaluation.protocol import EvaluationParams
 from wsiflow.evaluation.received import Unit
-from wsiflow.evaluation.truth import Truth, read_truth, require_agreement, stated_place, truth_sha256
-from wsiflow.slides.annotations import SlidePlace
+from wsiflow.evaluation.truth import Truth, read_truth, require_agreement, stated, truth_sha256
 from wsiflow.slides.manifest import Case, read_manifest
 from wsiflow.system import publish, tables
 from wsiflow.system.tables import json_text
@@ -193,8 +192,8 @@ def evaluate_folder(  # noqa: PLR0913  these are the options of the command
     doubts, remarks = received.Doubts(params.downsample), list[str]()
 
     def evidence(case: Case) -> Evidence:
-        place = stated_place(case)
-        sized = replace(case, mpp=case.mpp or _stated_mpp(place))
+        place, um_px = stated(case)
+        sized = replace(case, mpp=case.mpp or um_px)
         truth = read_truth(sized, params, l0_size_px=place.l0_size_px, mask_downsample=mask_downsample, place=place)
         slide = received.SlideExtent.of(sized, params, place.l0_size_px, truth)
         own = received.read_received(paths[case.slide_id], slide, unit)
@@ -210,12 +209,6 @@ def evaluate_folder(  # noqa: PLR0913  these are the options of the command
     _raise_faults(faults, {case.slide_id: case.line for case in cases})
     result = evaluate_matched(list(matched.values()), params, seed=seed)
     return replace(result, remarks=(*remarks, *doubts.remarks(), *_undefined(result.metrics)))
-
-
-def _stated_mpp(place: SlidePlace) -> float | None:
-    """Return the spacing that a slide states, um per px, where it is that of a microscope."""
-    mpp = sum(place.mpp) / 2 if place.mpp else math.nan
-    return mpp if 0.05 <= mpp <= 10 else None
 
 
 def _undefined(metrics: Mapping[str, float]) -> list[str]:

@@ -66,7 +66,7 @@ def of_size(matches: Sequence[Matches], size: str, *, join_um: float = froc.JOIN
     """
     if any(one.major_axis_um is None or one.any_best is None for one in matches if len(one.best)):
         return None
-    return [replace(one, best=_best_of_size(one, size, join_um), n_itc=0) for one in matches]
+    return [replace(one, best=_best_of_size(one, size, join_um), n_itc=0, itc=()) for one in matches]
 
 
 def _best_of_size(one: Matches, size: str, join_um: float) -> NDArray[np.float64]:

@@ -514,13 +514,13 @@ def _of_tumour_slides(values: NDArray[np.float64], setting: Setting) -> Interval
     if not math.isfinite(one.low):
         return one
     n_patients = len(set(whose.tolist()))
-    exact = discordance.share_interval(np.full(n_patients, one.value), np.arange(n_patients), n_patients)
+    exact = discordance.share_interval(np.full(n_patients, one.value), np.arange(n_patients))
     return Interval(one.value, min(one.low, exact[0]), max(one.high, exact[1])) if exact else one
 
 
 def _extended(one: Interval, found: NDArray[np.float64], setting: Setting) -> Interval:
     """Return an interval, extended to the exact one where almost all lesions are found or almost none."""
-    exact = discordance.share_interval(found, _of_lesions(setting), _n_lesions(setting))
+    exact = discordance.share_interval(found, _of_lesions(setting))
     if not exact or not math.isfinite(one.low):
         return one
     return Interval(one.value, min(one.low, exact[0]), max(one.high, exact[1]))
@@ -537,12 +537,12 @@ class _Compared(NamedTuple):
 
 
 def _weights(setting: Setting, mode: froc.Mode) -> dict[str, NDArray[np.float64]]:
-    """Return how far each region is found, from 0 to 1, by FROC metric; regions in the order of the slides' names."""
+    """Return how far each lesion is found, from 0 to 1, by FROC metric; lesions in the order of the slides' names."""
     stem = "froc." if mode == "official" else "froc.strict_"
     other: froc.Mode = "strict" if mode == "official" else "official"
     ordered = _by_name(setting)
     at_rates, others = (
-        np.concatenate([np.empty((0, len(froc.RATES))), *froc.lesion_weights(ordered, mode=one)])
+        np.concatenate([np.empty((0, len(froc.RATES))), *froc.lesion_weights(ordered, mode=one)])[_counts(setting)]
         for one in (mode, other)
     )
     scores = {mode: at_rates.mean(axis=1), other: others.mean(axis=1)}
@@ -558,10 +558,16 @@ def _by_name(setting: Setting) -> list[froc.Matches]:
 
 
 def _of_lesions(setting: Setting) -> NDArray[np.int64]:
-    """Return the patient, or the slide, of each region in the order of `_weights`."""
+    """Return the patient, or the slide, of each lesion in the order of `_weights`."""
     cluster = dict(zip(_cases(setting), _clusters(setting), strict=True))
     ordered = _by_name(setting)
-    return np.repeat([cluster[one.slide_id.casefold()] for one in ordered], [len(one.best) for one in ordered])
+    return np.repeat([cluster[one.slide_id.casefold()] for one in ordered], [one.n_lesions for one in ordered])
+
+
+def _counts(setting: Setting) -> NDArray[np.bool_]:
+    """Return which regions are lesions that count, and not isolated tumour cells; regions in the order of the names."""
+    counts = [~np.isin(np.arange(len(one.best)), one.itc) for one in _by_name(setting)]
+    return np.concatenate([np.empty(0, np.bool_), *counts])
 
 
 def _n_lesions(setting: Setting) -> int:
@@ -583,8 +589,9 @@ def _evidence(base: _Compared, other: _Compared, mode: froc.Mode, draw: "_Exchan
 def _discordances(base: Setting, other: Setting, mode: froc.Mode) -> dict[str, discordance.Discordance]:
     """Return what was gained and lost by metric; of the AUC only where it hangs on few slides."""
     ours, theirs = _weights(base, mode), _weights(other, mode)
-    whose, n = _of_lesions(base), _n_lesions(base)
-    found = {metric: discordance.discordance(theirs[metric] - ours[metric], whose, n) for metric in ours} if n else {}
+    whose = _of_lesions(base)
+    changes = {metric: theirs[metric] - ours[metric] for metric in ours} if len(whose) else {}
+    found = {metric: discordance.discordance(one, whose) for metric, one in changes.items()}
     area = _discordant_placements(base, other)
     return found | ({"roc.auc": area} if area else {})
 
@@ -601,10 +608,7 @@ def _discordant_placements(base: Setting, other: Setting) -> discordance.Discord
     few = [len(np.unique(whose[(truth == kind) & (changes != 0)])) < _FEW for kind in (0, 1)]
     if not any(few):
         return None
-    of_class = [
-        discordance.discordance(changes[truth == kind], whose[truth == kind], int((truth == kind).sum()))
-        for kind in (0, 1)
-    ]
+    of_class = [discordance.discordance(changes[truth == kind], whose[truth == kind]) for kind in (0, 1)]
     return min(of_class, key=lambda one: one.n)
 
 

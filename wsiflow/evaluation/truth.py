@@ -19,7 +19,7 @@ from wsiflow.evaluation import froc
 from wsiflow.evaluation.froc import LesionMask
 from wsiflow.evaluation.protocol import EvaluationParams
 from wsiflow.plan.slide_plan import SlidePlan
-from wsiflow.slides import annotations, content, pyramid, slide
+from wsiflow.slides import annotations, content, pixel_size, pyramid, slide
 from wsiflow.slides.annotations import SlidePlace, TruthOutlines
 from wsiflow.slides.manifest import Case
 from wsiflow.slides.slide import SlideFacts
@@ -158,16 +158,23 @@ def place_of(facts: SlideFacts) -> SlidePlace:
     return SlidePlace(facts.l0_size_px, facts.l0_bounds_corner, facts.mpp, facts.centre_offset_nm)
 
 
-def stated_place(case: Case) -> SlidePlace:
-    """Return what the slide of a case states about the place of its annotations.
+class Stated(NamedTuple):
+    """What a slide states about the place of its annotations, and the size of its pixels, um; None where not known."""
+
+    place: SlidePlace
+    um_px: float | None = None
+
+
+def stated(case: Case) -> Stated:
+    """Return what the slide of a case states.
 
     Of a slide that is missing or cannot be read nothing is known, except that slides of most formats have no bounds.
     """
     try:
         with slide.open_slide(case.path, slide_id=case.slide_id) as opened:
-            return place_of(opened.facts)
+            return Stated(place_of(opened.facts), pixel_size.stated(opened.facts))
     except WsiflowError:
-        return SlidePlace(l0_bounds_corner=None if case.path.suffix.lower() in _CROPPED else (0, 0))
+        return Stated(SlidePlace(l0_bounds_corner=None if case.path.suffix.lower() in _CROPPED else (0, 0)))
 
 
 def _marks(
@@ -223,7 +230,7 @@ def _drawn(
     origin = form.origin if params.outline_origin == "auto" else params.outline_origin
     if place is None:
         needed = form.needs_slide or origin == "bounds"
-        place = stated_place(case) if needed else SlidePlace(l0_size_px, (0, 0))
+        place = stated(case).place if needed else SlidePlace(l0_size_px, (0, 0))
     outline = annotations.read_outlines(path, place, origin=origin, groups=params.groups, label=case.label)
     remarks = annotations.check_on_slide(outline, l0_size_px, path) if l0_size_px is not None else ()
     shape = _shape(outline, params, m_um_px, l0_size_px)

@@ -75,6 +75,11 @@ def choose(facts: SlideFacts, case: Case) -> PixelSize:
     return PixelSize(um_px)
 
 
+def stated(facts: SlideFacts) -> float | None:
+    """Return the size that a slide states by itself, um; None where it states none, or one that can hardly be true."""
+    return None if facts.mpp is None or _doubt(facts) is not None else sum(facts.mpp) / 2
+
+
 def _given(um_px: float, who: str, facts: SlideFacts) -> PixelSize:
     """Return the value that a user has given, with a remark where it contradicts the slide or the size of glass.
 

@@ -309,10 +309,11 @@ def _verdicts(
     tests = {name: noninferiority(metrics[metric], margin) for name, metrics in compared.evidence.items()}
     corrected = paired.within_families({name: one.p for name, one in tests.items()}, family)
     worse = paired.within_families({name: one.p_worse for name, one in tests.items()}, family)
+    better = paired.within_families({name: one.p_better for name, one in tests.items()}, family)
     return {
         name: Verdict(
             "shown" if corrected[name] <= ALPHA else "worse" if worse[name] <= ALPHA else "not shown",
-            max(corrected[name], one.p_better) <= ALPHA,
+            corrected[name] <= ALPHA and better[name] <= ALPHA,
             compared.differences[name][metric].low_corrected,
             one.p,
             corrected[name],
