@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from benchmarks.intervals import lesion_changes
 from wsiflow.evaluation import discordance, froc
 from wsiflow.evaluation.discordance import Discordance
 from wsiflow.evaluation.froc import Matches
@@ -58,8 +59,9 @@ def test_exchanges_are_all_assignments_or_many_draws():
     assert many.swapped[1:].mean() == pytest.approx(0.5, abs=0.01)
 
 
-def test_exchanged_sensitivities_are_those_of_the_exchanged_slides():
-    """An assignment is scored as its slides would be, ties and missed lesions included."""
+@pytest.mark.parametrize("n_false", [(3, 0, 9, 4), (40, 60, 9, 90)])
+def test_exchanged_sensitivities_are_those_of_the_exchanged_slides(n_false):
+    """An assignment is scored as its slides would be, ties, missed lesions and needless false positives included."""
     rng = np.random.default_rng(0)
     settings = [
         [
@@ -67,9 +69,9 @@ def test_exchanged_sensitivities_are_those_of_the_exchanged_slides():
                 f"s{i}",
                 np.where(rng.random(2) < 0.3, -np.inf, rng.integers(1, 9, 2) / 10),
                 0,
-                rng.integers(1, 9, n) / 10,
+                rng.integers(1, 9 if n < 10 else 99, n) / (10 if n < 10 else 100),
             )
-            for i, n in enumerate((3, 0, 9, 4))
+            for i, n in enumerate(n_false)
         ]
         for _ in range(2)
     ]
@@ -185,21 +187,15 @@ def test_equal_settings_may_still_differ_in_other_slides():
 # --- what they are worth
 
 
-def designs(rng, n, whole, p_lost, p_gained):
-    """Return lesions per slide and the changes of each lesion: whole slides, or lesions by themselves."""
-    sizes = 1 + rng.poisson(1.25, n)
-    whose = np.repeat(np.arange(n), sizes)
-    u = rng.random(n)[whose] if whole else rng.random(len(whose))
-    return whose, np.where(u < p_lost, -1.0, np.where(u < p_lost + p_gained, 1.0, 0.0))
-
-
 @pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize(("n", "p_lost", "p_gained"), [(20, 0.02, 0.0), (64, 0.02, 0.0), (200, 0.04, 0.02)])
 def test_a_loss_of_the_margin_is_seldom_called_none(n, whole, p_lost, p_gained):
     """With a true loss of 0.02 the interval lies above -0.02 in at most 2.5 % of the data sets, however few differ."""
     above = 0
     for seed in range(400):
-        whose, changes = designs(np.random.default_rng([seed, n]), n, whole, p_lost, p_gained)
+        whose, changes = lesion_changes(
+            np.random.default_rng([seed, n]), n, whole=whole, p_lost=p_lost, p_gained=p_gained
+        )
         above += discordance.score_interval(discordance.discordance(changes, whose))[0] > -0.02
     assert above / 400 <= 0.025 + 2.6 * math.sqrt(0.025 * 0.975 / 400)
 
@@ -209,7 +205,7 @@ def test_exchange_errs_as_often_as_it_says(whole):
     """Of equal settings with few discordant slides at most 5 % differ at 0.05, and 0.5 % at 0.005."""
     p = []
     for seed in range(1500):
-        whose, changes = designs(np.random.default_rng([seed, 7]), 20, whole, 0.15, 0.15)
+        whose, changes = lesion_changes(np.random.default_rng([seed, 7]), 20, whole=whole, p_lost=0.15, p_gained=0.15)
         of_case = np.bincount(whose, changes)
         swapped = discordance.exchanges(of_case != 0, np.arange(20), seed=seed).swapped
         p.append(discordance.exchange_p((1 - 2.0 * swapped) @ of_case))

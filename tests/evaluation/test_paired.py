@@ -10,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from benchmarks import intervals
+from benchmarks.intervals import METRICS, two
 from wsiflow.errors import InputError
 from wsiflow.evaluation import froc, resampling, roc
 from wsiflow.evaluation.froc import Matches
@@ -27,41 +29,6 @@ N_DRAWS = 400
 def sweep(test):
     """Mark a test that takes hours in full size."""
     return pytest.mark.slow(pytest.mark.timeout(20_000)(test))
-
-
-def simulated(rng, n_slides, shift, share=0.5):
-    """Return the labels and, per classifier, the matches and slide scores of slides as a detector would see them.
-
-    Confidences of lesions and false positives are logistic normals with an effect of the slide, a part common to all
-    classifiers and one of their own; what is below 1/2 is not detected. 40 % of the slides hold one lesion or more, and
-    false positives come in very uneven numbers, 8 per slide on average.
-    """
-    labels = (rng.random(n_slides) < 0.4).astype(np.int64)
-    found = [[] for _ in shift]
-    for i, label in enumerate(labels):
-        n_lesions, n_false = (1 + rng.poisson(2) if label else 0), rng.poisson(rng.gamma(1.5, 16 / 1.5))
-        slide, lesions, false = rng.normal(), rng.normal(size=n_lesions), rng.normal(size=n_false)
-        for k, mu in enumerate(shift):
-            own = math.sqrt(share) * lesions + math.sqrt(1 - share) * rng.normal(size=n_lesions)
-            other = math.sqrt(share) * false + math.sqrt(1 - share) * rng.normal(size=n_false)
-            z, f = mu + 0.7 * slide + own, 0.3 * slide + other
-            best = np.where(z > 0, 1 / (1 + np.exp(-z)), -np.inf)
-            found[k].append(Matches(f"s{i}", best, 0, 1 / (1 + np.exp(-f[f > 0]))))
-    common = rng.normal(size=n_slides)
-    scores = [apart(mu) * labels + math.sqrt(0.6) * common + math.sqrt(0.4) * rng.normal(size=n_slides) for mu in shift]
-    return labels, found, scores
-
-
-def apart(shift):
-    """Return the distance of the slide scores of both classes in standard deviations."""
-    return 0.8 * shift
-
-
-def two(rng, n_slides, shift):
-    """Return two settings over the same simulated slides."""
-    labels, found, scores = simulated(rng, n_slides, shift)
-    ids = tuple(f"s{i}" for i in range(n_slides))
-    return [Setting(name, m, ids, s, labels) for name, m, s in zip("ab", found, scores, strict=True)]
 
 
 @pytest.fixture(scope="module")
@@ -476,7 +443,7 @@ def share_bounds(n):
 def trials():
     """Return results for many simulated data sets of 120 slides, with and without a true difference."""
     found = {}
-    for name, shift in {"different": (1.5, 1.8), "alike": (1.7, 1.7)}.items():
+    for name, shift in {"different": intervals.SHIFTS, "alike": intervals.EQUAL}.items():
         found[name] = [tried(two(np.random.default_rng([11, k]), 120, shift), k) for k in range(SETS)]
     return found
 
@@ -501,13 +468,7 @@ def tried(pair, seed):
 @pytest.fixture(scope="module")
 def true_values():
     """Return the metrics of both settings over very many slides."""
-    rng, shift = np.random.default_rng(99), (1.5, 1.8)
-    _, found, _ = simulated(rng, 30_000, shift)
-    areas = [(1 + math.erf(apart(mu) / 2)) / 2 for mu in shift]  # of normals one standard deviation wide
-    return [froc.score(m, mode="official") | {"roc.auc": area} for m, area in zip(found, areas, strict=True)]
-
-
-METRICS = ("froc.score", "froc.sensitivity_at_0.25", "froc.sensitivity_at_1", "froc.sensitivity_at_8", "roc.auc")
+    return intervals.true_values(30_000)
 
 
 @sweep

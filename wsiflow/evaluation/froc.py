@@ -310,9 +310,9 @@ def exchange(first: Sequence[Matches], second: Sequence[Matches], swapped: NDArr
     Returns:
         float64 (k, 6), NaN without lesions; what `curve` in strict mode gives for each assignment.
     """
-    both = [*first, *second]
-    hit_values, hit_slides = falling([slide.best[slide.best > -np.inf] for slide in both])
-    false_values, false_slides = falling([slide.false_positives for slide in both])
+    both, least = [*first, *second], _least_needed(first, second)
+    hit_values, hit_slides = falling([slide.best[(slide.best > -np.inf) & (slide.best >= least)] for slide in both])
+    false_values, false_slides = falling([slide.false_positives[slide.false_positives >= least] for slide in both])
     last = np.flatnonzero(np.append(np.diff(false_values) != 0, np.ones(min(len(false_values), 1), np.bool_)))
     above = np.searchsorted(-hit_values, -false_values[last], side="left")
     reaching = np.searchsorted(-hit_values, -false_values[last], side="right")
@@ -335,6 +335,23 @@ def exchange(first: Sequence[Matches], second: Sequence[Matches], swapped: NDArr
             found[many] = few + (more - few) * (allowed - false[row, at]) / step
             sensitivities[start : start + len(taken), column] = found
     return sensitivities / n_lesions if n_lesions else np.full_like(sensitivities, np.nan)
+
+
+def _least_needed(first: Sequence[Matches], second: Sequence[Matches]) -> float:
+    """Return the confidence at which every exchange has more false positives than the highest rate; -inf without one.
+
+    Whichever results a slide has, it has a k-th false positive at the lower one of the two k-th confidences.
+    """
+    certain = np.concatenate([np.empty(0), *(_lower(one, other) for one, other in zip(first, second, strict=True))])
+    allowed = int(RATES[-1] * len(first))
+    return -float(np.partition(-certain, allowed)[allowed]) if len(certain) > allowed else -math.inf
+
+
+def _lower(one: Matches, other: Matches) -> NDArray[np.float64]:
+    """Return the lower one of both k-th highest confidences of false positives, for each k that both have."""
+    n = min(len(one.false_positives), len(other.false_positives))
+    ours, theirs = (np.sort(slide.false_positives)[::-1][:n] for slide in (one, other))
+    return np.minimum(ours, theirs)
 
 
 # --- regions
