@@ -31,6 +31,7 @@ def main() -> None:
         "agreement": _named(given, "googlenet", "slide"),
         "scale": [],
         "makespan": [],
+        "intervals": [],
         **({name: _named(given, "data") for name in ("tissue", "experiments")} if given.data else {}),
     }
     quick = ["--quick"] if given.quick else []
