@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from wsiflow.errors import Failure
-from wsiflow.run import shards
+from wsiflow.run import intake, shards
 from wsiflow.run.config import RunConfig
 from wsiflow.run.executor import driver
 from wsiflow.run.executor.params import ExecutorParams, starts_all_workers
@@ -25,7 +25,7 @@ from . import logs, progress
 from .cluster import workers
 
 Check = Callable[[Path], Mapping[str, str]]
-"""``check(cases)`` returns what is wrong with the slides of a run by slide id, see `shards.find_faults`."""
+"""``check(cases)`` returns what is wrong with the slides of a run by slide id, see `intake.find_faults`."""
 
 Pool = Callable[[ExecutorParams, Path], AbstractContextManager[Executor]]
 """``pool(params, root)`` yields the executor of the run in a folder."""
@@ -122,7 +122,7 @@ def finished(config: RunConfig) -> finish.Summary | None:
 
 
 def _line(
-    config: RunConfig, submit: Submit, pool_of: Pool, note: shards.Note, check: Check = shards.find_faults
+    config: RunConfig, submit: Submit, pool_of: Pool, note: shards.Note, check: Check = intake.find_faults
 ) -> finish.Summary:
     clock = finish.Clock(config)
     cases = shards.begin(config, note)
@@ -132,13 +132,13 @@ def _line(
         if choice := chosen.result():
             note(choice, logging.INFO)
         faults = check(cases)
-        for fault in (*shards.describe_faults(cases, faults), *shards.describe_shared_truth(cases)):
+        for fault in (*intake.describe_faults(cases, faults), *intake.describe_shared_truth(cases)):
             note(fault, logging.WARNING)
         planned = _plan(config, submit, pool, cases, [chosen])
         plan_path = planned.result()
         finish.set_aside(plan_path)
-        rejections = shards.describe_rejections(plan_path, faults)
-        for warning in (*rejections, *shards.describe_notes(cases, plan_path)):
+        rejections = intake.describe_rejections(plan_path, faults)
+        for warning in (*rejections, *intake.describe_usable(cases, plan_path)):
             note(warning, logging.WARNING)
         slice_s = config.executor.slice_s
         if slice_s:
@@ -201,7 +201,7 @@ def _no_workers(_params: ExecutorParams, _root: Path) -> Iterator[Executor]:
 
 def _nothing_to_check(cases: Path) -> Mapping[str, str]:
     """Return no fault where all slides are ingested, as they have passed the check."""
-    if shards.not_ingested(cases):
+    if intake.not_ingested(cases):
         raise _WorkLeftError("ingest")
     return {}
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from wsiflow.errors import InputError
-from wsiflow.run import ledger, shards
+from wsiflow.run import intake, ledger, shards
 from wsiflow.run.config import RunConfig
 from wsiflow.run.costs import COSTS, Costs, costs_of, read_costs
 from wsiflow.run.executor import params
@@ -113,11 +113,13 @@ def _ingest(config: RunConfig, *, calibrate: bool) -> Path:
         message = shards.choose(pool, cases)
         if message:
             logs.note(message)
-        for fault in (*shards.describe_faults(cases, shards.find_faults(cases)), *shards.describe_shared_truth(cases)):
+        faults = intake.find_faults(cases)
+        for fault in (*intake.describe_faults(cases, faults), *intake.describe_shared_truth(cases)):
             logs.note(fault, logging.WARNING)
         every_case = range(len(shards.case_sizes(cases)))
         plan_path = ingest.make_plan(cases, shards.ingest_shard(pool, cases, every_case))
-        for warning in shards.describe_notes(cases, plan_path):
+        rejections = intake.describe_rejections(plan_path, faults)
+        for warning in (*rejections, *intake.describe_usable(cases, plan_path)):
             logs.note(warning, logging.WARNING)
         if calibrate:
             shards.once(pool, plan_path, "measure")
@@ -127,10 +129,9 @@ def _ingest(config: RunConfig, *, calibrate: bool) -> Path:
 def _count_lines(counts: TaskCounts, config: RunConfig) -> Iterator[str]:
     groups = counts.tasks["predict"]
     yield (
-        f"{len(counts.slides)} slides, {len(counts.rejected)} rejected; {sum(counts.tiles):,} tissue tiles "
-        f"in {groups:,} groups of at most {config.tiles.group_tiles} or so"
+        f"slides: {len(counts.slides)} planned, {len(counts.rejected)} rejected; tissue tiles: {sum(counts.tiles):,}; "
+        f"groups of about {config.tiles.group_tiles} tiles or fewer: {groups:,}"
     )
-    yield from (f"  rejected {slide}: {reason}" for slide, reason in counts.rejected.items())
     yield "tasks: " + ", ".join(
         f"{stage} {number:,}" + (f" ({counts.done[stage]:,} published)" if counts.done[stage] else "")
         for stage, number in counts.tasks.items()

@@ -68,7 +68,7 @@ def test_a_plan_foretells_what_the_run_does(small_slides: Path, tmp_path: Path, 
     arguments = over(small_slides, out, "dataset.limit=4")
     assert main(["plan", *arguments, "--workers", "1,2,40", "--scheduler", "slurm", "--json", str(report)]) == 0
     output = capsys.readouterr().out
-    assert "4 slides, 0 rejected" in output
+    assert "slides: 4 planned, 0 rejected" in output
     assert "rough values" in output
     before = json.loads(report.read_text())
     assert [one["workers"] for one in before["forecasts"]] == [1, 2, 40]

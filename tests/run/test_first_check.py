@@ -10,7 +10,7 @@ from small_runs import COARSE, over, rows, wsiflow
 
 from flows.compose import compose_config
 from wsiflow.errors import InputError
-from wsiflow.run import shards
+from wsiflow.run import intake, shards
 from wsiflow.run.stages import ingest
 from wsiflow.slides.slide import Slide
 
@@ -57,8 +57,8 @@ def test_all_faults_are_in_one_list_before_pixels_are_read(manifest, tmp_path, m
     for reading in ("read", "overview", "read_scaled"):
         monkeypatch.setattr(Slide, reading, lambda *_: pytest.fail("a pixel was read"))
     cases = shards.begin(compose_config(over(manifest, tmp_path / "out")))
-    faults = shards.find_faults(cases)
-    heading, *lines = shards.describe_faults(cases, faults)
+    faults = intake.find_faults(cases)
+    heading, *lines = intake.describe_faults(cases, faults)
     assert heading == "5 of 7 slides cannot be used:"
     starts = (
         "far (line 3), ",
@@ -71,7 +71,7 @@ def test_all_faults_are_in_one_list_before_pixels_are_read(manifest, tmp_path, m
     assert "but the slide has 600 x 500 px, and most of it lies outside" in lines[0]
     assert "unknown group 'Fat'" in lines[1]
     assert not any("\n" in line for line in lines)
-    twice = shards.describe_shared_truth(cases)
+    twice = intake.describe_shared_truth(cases)
     assert twice == [f"slides over, label have the same truth, {tmp_path / 'over.geojson'}"]
 
 
