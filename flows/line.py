@@ -24,7 +24,7 @@ from wsiflow.run.stages.line import STAGES
 from . import logs, progress
 from .cluster import workers
 
-Check = Callable[[Path], Mapping[str, str]]
+Check = Callable[[Path], Mapping[str, Failure]]
 """``check(cases)`` returns what is wrong with the slides of a run by slide id, see `intake.find_faults`."""
 
 Pool = Callable[[ExecutorParams, Path], AbstractContextManager[Executor]]
@@ -199,7 +199,7 @@ def _no_workers(_params: ExecutorParams, _root: Path) -> Iterator[Executor]:
     yield _NoWorkers()
 
 
-def _nothing_to_check(cases: Path) -> Mapping[str, str]:
+def _nothing_to_check(cases: Path) -> Mapping[str, Failure]:
     """Return no fault where all slides are ingested, as they have passed the check."""
     if intake.not_ingested(cases):
         raise _WorkLeftError("ingest")

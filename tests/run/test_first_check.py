@@ -71,6 +71,9 @@ def test_all_faults_are_in_one_list_before_pixels_are_read(manifest, tmp_path, m
     assert "but the slide has 600 x 500 px, and most of it lies outside" in lines[0]
     assert "unknown group 'Fat'" in lines[1]
     assert not any("\n" in line for line in lines)
+    lines = intake.describe_faults(cases, {**faults, "second": faults["group"]._replace(slide="second", path="b.xml")})
+    assert len(lines) == 6
+    assert lines[2].startswith("rejected: 2 slides (group (line 5), second): annotation ")
     twice = intake.describe_shared_truth(cases)
     assert twice == [f"slides over, label have the same truth, {tmp_path / 'over.geojson'}"]
 

@@ -227,7 +227,7 @@ def test_all_errors_are_reported_together(tmp_path: Path) -> None:
     for part in (
         "line 3: mpp: '0,2,5' is not a number (write 0.25)",
         "line 3: label: 'maybe' is not one of 0, normal",
-        "line 4: mpp: '-1' begins with '-'",
+        "line 4: mpp: '-1' is not a positive number",
         "line 4: annotation_path: 'gone.xml' is not an existing file",
         "line 4: sha256: '12' is not 64",
         "line 4: slide_id 'A' repeats 'a' of line 2",
@@ -252,7 +252,8 @@ def test_every_error_of_a_long_list_is_reported(tmp_path: Path) -> None:
     [
         ("", "the manifest is empty"),
         ("slide_id,path\n", "there is a header, but no line with a slide"),
-        ("slide_id,mpp\na,1\n", "there is no column path"),
+        ("slide_id,mpp\na,1\n", "there is no column path, the first line is 'slide_id,mpp'"),
+        ("a.svs,tumor\nb.svs,normal\n", "the first line is 'a.svs,tumor'; give it a header"),
         ("slide_id,path,lable\na,a.svs,1\n", r"unknown column 'lable' \(did you mean label\?\)"),
         ("path,wsi\na,b\n", "columns path, wsi all mean path"),
         ("slide_id,path,,\na,a.svs,,\nb,b.svs,,x\n", "line 3: column 4 has 'x' here, but no name in the header"),
@@ -288,6 +289,8 @@ def test_an_unreadable_manifest_is_refused(tmp_path: Path) -> None:
         read_manifest(tmp_path / "none.csv")
     with pytest.raises(InputError, match=r"the manifest cannot be read \(Is a directory"):
         read_manifest(tmp_path)
+    with pytest.raises(InputError, match="it is a workbook of a spreadsheet program, not CSV; save it as 'CSV UTF-8'"):
+        read_manifest(manifest(tmp_path, b"PK\x03\x04\x14\x00"))
     with pytest.raises(InputError, match="not UTF-8"):
         read_manifest(manifest(tmp_path, "path\nä.svs\n".encode("latin-1")))
 

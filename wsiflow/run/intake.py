@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-from wsiflow.errors import WsiflowError
+from wsiflow.errors import Failure, WsiflowError
 from wsiflow.plan.slide_plan import SlidePlan
 from wsiflow.run.cases import read_cases
 from wsiflow.run.config import RunConfig
@@ -22,7 +22,7 @@ _CHECKED_TOGETHER = 4  # slides, in threads: opening them and filling their outl
 _MOST_NAMED = 20  # slides in a warning
 
 
-def find_faults(cases: Path) -> dict[str, str]:
+def find_faults(cases: Path) -> dict[str, Failure]:
     """Check all slides of a run before any pixel is read, and return what is wrong with them by slide id.
 
     Slides that were ingested have passed the check. Those that do not pass are rejected when they are ingested.
@@ -35,14 +35,14 @@ def find_faults(cases: Path) -> dict[str, str]:
     return {listed[index].slide_id: fault for index, fault in zip(waiting, faults, strict=True) if fault}
 
 
-def _fault_of(config: RunConfig, case: Case) -> str:
-    """Return why a slide cannot be used, as far as that is known before its pixels are read; empty where it can."""
+def _fault_of(config: RunConfig, case: Case) -> Failure | None:
+    """Return why a slide cannot be used, as far as that is known before its pixels are read; None where it can."""
     try:
         ingest.check_slide(case, config)
     except WsiflowError as error:
         line = f" (line {case.line})" if case.line else ""
-        return str(error.failure._replace(slide=f"{case.slide_id}{line}"))
-    return ""
+        return error.failure._replace(slide=f"{case.slide_id}{line}")
+    return None
 
 
 def not_ingested(cases: Path) -> list[int]:
@@ -50,10 +50,21 @@ def not_ingested(cases: Path) -> list[int]:
     return [index for index in range(len(read_cases(cases)[1])) if not ingest.is_ingested(cases, index)]
 
 
-def describe_faults(cases: Path, faults: Mapping[str, str]) -> list[str]:
-    """Return the list of the slides that cannot be used, a line for each, by what `find_faults` returned."""
+def describe_faults(cases: Path, faults: Mapping[str, Failure]) -> list[str]:
+    """Return the list of the slides that cannot be used, a line for each cause, by what `find_faults` returned."""
+    by_cause: dict[str, list[Failure]] = {}
+    for fault in faults.values():
+        by_cause.setdefault(fault.cause, []).append(fault)
     heading = f"{len(faults)} of {len(read_cases(cases)[1])} slides cannot be used:"
-    return [heading, *(f"rejected: {fault}" for fault in faults.values())] if faults else []
+    return [heading, *(f"rejected: {_joined(alike)}" for alike in by_cause.values())] if faults else []
+
+
+def _joined(alike: Sequence[Failure]) -> str:
+    """Return failures of one cause as one sentence; where they are several, the remedy is that of the first."""
+    first, *others = alike
+    if not others:
+        return str(first)
+    return f"{len(alike)} slides ({_some([one.slide for one in alike])}): {first._replace(slide='', path='')}"
 
 
 def describe_shared_truth(cases: Path) -> list[str]:
@@ -66,7 +77,7 @@ def describe_shared_truth(cases: Path) -> list[str]:
     return twice if twice and not_ingested(cases) else []
 
 
-def describe_rejections(plan_path: Path, faults: Mapping[str, str]) -> list[str]:
+def describe_rejections(plan_path: Path, faults: Mapping[str, Failure]) -> list[str]:
     """Return a warning for each slide that cannot be planned for a reason that `describe_faults` has not named.
 
     It is shown hours before the other slides are done.

@@ -59,6 +59,7 @@ _SEPARATORS = ",;\t"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _ALWAYS_TEXT = frozenset({"slide_id", "path", "split", "scanner"})  # there, NA may be a name
 _COUNTING = frozenset({"label", "annotation_path", "mask_path"})
+_NUMBERS = frozenset({"mpp"})
 _LONG_NAME, _SHORT_NAME = 10, 4  # of a column, letters
 _SHOWN_SKIPPED = 20
 _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
@@ -347,8 +348,8 @@ def _columns(header: Sequence[str], path: Path) -> list[_Column]:
         if len(same) > 1:
             problems.append(f"columns {', '.join(same)} all mean {key}")
     if not problems and "path" not in meanings:
-        problems.append("there is no column path")
-    _report(problems, f"use the columns {','.join(COLUMNS)}; other names than near ones are kept as they are", path)
+        problems.append(f"there is no column path, the first line is {','.join(header)!r}")
+    _report(problems, f"give it a header with these names (others are kept as they are): {','.join(COLUMNS)}", path)
     return columns
 
 
@@ -401,7 +402,7 @@ def _parsed(row: Line, columns: Sequence[_Column], place: Path) -> tuple[dict[st
             if column.meaning:
                 values |= _value(column.meaning, cell, place)
             elif column.name:
-                further.append((column.name, _further_text(cell)))
+                further.append((column.name, _text_or_number(cell)))
         except ValueError as error:
             wrong.append(f"line {row.number}: {column.meaning or column.name}: {error}")
     if further:
@@ -419,7 +420,7 @@ def _value(meaning: str, cell: str, place: Path) -> dict[str, Any]:
     """
     if meaning not in _ALWAYS_TEXT and cell.strip().lower() in NO_VALUE:
         return {}
-    text = _safe_text(cell)
+    text = _text_or_number(cell) if meaning in _NUMBERS else _safe_text(cell)
     if meaning == "slide_id":
         return _named(text) if text else {}
     return {meaning: _PARSERS[meaning](text, place)} if text else {}
@@ -481,8 +482,8 @@ def _safe_text(cell: str) -> str:
     return text
 
 
-def _further_text(cell: str) -> str:
-    """Return the text of a further column; signs and numbers are not refused as formulas there."""
+def _text_or_number(cell: str) -> str:
+    """Return a cell without surrounding blanks; signs and numbers are not refused as formulas here."""
     text = cell.strip()
     return text if re.fullmatch(r"[+-]*[\d.,]*", text) else _safe_text(cell)
 

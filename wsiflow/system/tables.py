@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 from wsiflow.errors import InputError
 from wsiflow.system import faults
 
+_WORKBOOKS = frozenset({b"PK\x03\x04", b"\xd0\xcf\x11\xe0"})  # how .xlsx and .ods, and .xls, begin
+
 
 class Line(NamedTuple):
     """A line of a CSV file: its number, counted from 1, and its cells as they are written."""
@@ -73,8 +75,16 @@ def read_lines(path: Path, what: str, advice: str, separators: str = ",") -> lis
 
 
 def _encoding(path: Path) -> str:
+    """Return the encoding of a text.
+
+    Raises:
+        InputError: The file is a workbook of a spreadsheet program.
+    """
     with path.open("rb") as stream:
-        return "utf-16" if stream.read(2) in {codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE} else "utf-8-sig"
+        start = stream.read(4)
+    if start in _WORKBOOKS:
+        raise InputError("it is a workbook of a spreadsheet program, not CSV", "save it as 'CSV UTF-8'", path=path)
+    return "utf-16" if start[:2] in {codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE} else "utf-8-sig"
 
 
 def _names_separator(line: str) -> re.Match[str] | None:
