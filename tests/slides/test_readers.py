@@ -1,6 +1,8 @@
 """Readers: every form of file shows the pixels that were written, or is refused with its reason and a way out."""
 
+import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -413,8 +415,8 @@ def _cut(path: Path) -> None:
 
 
 REFUSED: dict[str, tuple[str, Callable[[Path], object], str, str]] = {
-    "float": ("s.tif", lambda path: written(path, IMAGE.astype(np.float32)), "type float32", "vips scale "),
-    "32-bit": ("s.tif", lambda path: written(path, IMAGE.astype(np.uint32)), "32-bit samples", "vips scale "),
+    "float": ("s.tif", lambda path: written(path, IMAGE.astype(np.float32)), "type float32", "vips linear "),
+    "32-bit": ("s.tif", lambda path: written(path, IMAGE.astype(np.uint32)), "32-bit samples", "vips linear "),
     "cmyk": (
         "s.tif",
         lambda path: written(path, RGBA, photometric="separated", tile=None),
@@ -468,6 +470,27 @@ def test_what_cannot_be_read_says_why_and_how_it_is_converted(tmp_path: Path, fo
     assert cause in message
     assert remedy in message
     assert ("copy it again" in message) == form.startswith("cut")
+
+
+@pytest.mark.skipif(shutil.which("vips") is None, reason="needs libvips (libvips-tools)")
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda path: written(path, (IMAGE / 255).astype(np.float32)),
+        lambda path: written(path, IMAGE[::-1, ::-1], tile=None, extratags=[(274, "H", 1, 3, True)]),
+        lambda path: written(path, np.dstack([IMAGE, IMAGE[..., :1]]), tile=None, extrasamples=["unspecified"]),
+    ],
+    ids=["float", "turned", "fourth"],
+)
+def test_the_command_converts_what_is_not_read(tmp_path: Path, write: Callable[[Path], object]) -> None:
+    """The command of the message, run as it stands, writes a slide with the same colours, pixel size and levels."""
+    path = tmp_path / "it's one.tif"
+    write(path)
+    command = re.search("vips .*", refused(path))
+    assert command is not None
+    subprocess.run(command[0], shell=True, check=True, capture_output=True)
+    (converted,) = (each for each in tmp_path.iterdir() if each != path)
+    assert np.abs(shown(converted).astype(int) - IMAGE).mean() < 9  # JPEG
 
 
 def test_one_strip_of_gigabytes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

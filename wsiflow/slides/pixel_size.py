@@ -25,6 +25,7 @@ _CONFLICT = 0.1
 _UM_PER_INCH, _UM_PER_CM = 25400.0, 10000.0
 _PRINTERS_DPI = (72, 96, 150, 180, 200, 240, 300, 350, 360, 400, 600, 720, 1200)
 _DPI_TOLERANCE = 0.005
+_UNITS_UM = {"mm": 1000.0, "cm": _UM_PER_CM, "inch": _UM_PER_INCH}
 _COARSEST_SCANNER_UM_PX = 20.0
 _FINE_UM_PX = 0.1  # below the resolution of light
 _LEAST_MM = 1.0
@@ -110,6 +111,13 @@ def _doubt(facts: SlideFacts) -> _Doubt | None:
     if dpi is not None:
         return _Doubt(
             f"the slide does not state its pixel size: its {dpi} dpi are the resolution of a printer or screen"
+        )
+    unit = next(
+        (name for name, um in _UNITS_UM.items() if all(abs(one / um - 1) < _DPI_TOLERANCE for one in facts.mpp)), ""
+    )
+    if unit:
+        return _Doubt(
+            f"the slide does not state its pixel size: 1 px per {unit} is what programs write where they know none"
         )
     (mpp_x, mpp_y), (low, high) = facts.mpp, BOUNDS_UM_PX
     if not (low <= mpp_x <= high and low <= mpp_y <= high):

@@ -60,9 +60,10 @@ def to_upright(path: Path) -> str:
 
 
 def to_eight_bits(path: Path) -> str:
-    """Return the command with which libvips scales the samples of an image to 8 bits."""
+    """Return the command with which libvips reduces samples from 0 to 1 to 8 bits; it keeps the colours."""
     written = f"{_beside(path, '.8bit.tif')}[tile,pyramid,bigtiff,compression=deflate]"
-    return f"scale it to 8 bits: vips scale {_quoted(path)} {shlex.quote(written)}"
+    command = f"vips linear {_quoted(path)} {shlex.quote(written)} 255 0 --uchar"
+    return f"reduce it to 8 bits, where 255 is 255 divided by the value of white (1 here): {command}"
 
 
 def to_colours(path: Path) -> str:
