@@ -101,6 +101,20 @@ def test_the_cost_of_everything_is_what_the_kernel_counts(tiny_slides: Path, tmp
     assert again["cost.total_core_s"] == metrics["cost.total_core_s"], "a start that had nothing to do adds nothing"
 
 
+def test_trials_of_one_process_are_charged_the_same_start(tiny_slides: Path, tmp_path: Path) -> None:
+    """Each as in a process of its own; counted once, the start and both trials are what the kernel counts, or less."""
+    command = [sys.executable, "-m", "wsiflow.flows", "run", "-m", *over(tiny_slides, tmp_path), "repeat=1,2"]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run(command, check=True, capture_output=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    counted_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    trials = [json.loads((tmp_path / f"repeat={n}/evaluation/summary.json").read_text()) for n in (1, 2)]
+    (start_s,) = {trial["cost.start_core_s"] for trial in trials}
+    own_s = [trial["cost.total_core_s"] - start_s for trial in trials]
+    assert min(start_s, *own_s) > 0
+    assert counted_s / 2 < start_s + sum(own_s) < counted_s
+
+
 def test_the_cost_of_a_start_without_scores_counts(tiny_slides: Path, tmp_path: Path) -> None:
     """Where a slide is broken and nothing is scored, the next start adds what it cost itself."""
     manifest = tmp_path / "manifest.csv"
