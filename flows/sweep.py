@@ -370,6 +370,7 @@ def prepare_process() -> None:
     """
     if _shared().get("pid") == os.getppid():
         processes.end_with(os.getppid())
+    if is_of_another_process():
         Spending.started_for_runs()
     if multiprocessing.get_start_method(allow_none=True) not in {None, *multiprocessing.get_all_start_methods()}:
         multiprocessing.set_start_method("spawn", force=True)

@@ -7,6 +7,7 @@ QuPath counts from the corner of the scanned area where a slide states one (MIRA
 import json
 import uuid
 from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +50,8 @@ def export_qupath(root: Path, out: Path) -> tuple[int, int]:
         if not detections.is_file():
             continue
         corner = _corner(cases[planned.slide_id])
-        found = [
-            _feature(number, *row, corner) for number, row in enumerate(read_detections(detections).tolist(), start=1)
-        ]
+        rows = read_detections(detections).tolist()
+        found = [_feature(number, row, corner) for number, row in enumerate(rows, start=1)]
         tissue = json.loads((root / f"tissue/{planned.slide_id}.geojson").read_text(encoding="utf-8"))["features"]
         text = json.dumps({"type": "FeatureCollection", "features": [*tissue, *found]}, separators=(",", ":"))
         publish.write_view(out.absolute(), f"{planned.slide_id}.geojson", f"{text}\n".encode())
@@ -72,8 +72,9 @@ def _corner(case: Case) -> tuple[int, int]:
     return corner
 
 
-def _feature(number: int, prob: float, l0_x: float, l0_y: float, corner: tuple[int, int]) -> dict[str, Any]:
-    """Return a detection as a point, whose confidence is a measurement."""
+def _feature(number: int, detection: Sequence[float], corner: tuple[int, int]) -> dict[str, Any]:
+    """Return a detection, prob, x, y in level-0 px, as a point whose confidence is a measurement."""
+    prob, l0_x, l0_y = detection
     at = [l0_x - corner[0], l0_y - corner[1]]
     return {
         "type": "Feature",
