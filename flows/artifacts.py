@@ -22,6 +22,7 @@ from wsiflow.errors import PARTIAL, Failure
 from wsiflow.heatmap.overlay import thumbnail
 from wsiflow.redaction import without_secrets
 from wsiflow.run.config import RunConfig
+from wsiflow.run.results import cost
 from wsiflow.run.results.finish import Summary
 from wsiflow.run.results.status import OWN_TABLE, missing_slides
 from wsiflow.system import tables
@@ -30,7 +31,11 @@ _logger = logging.getLogger(__name__)
 
 _SCORES = {"froc.score": "FROC score", "froc.strict_score": "FROC score, strict", "roc.auc": "Slide AUC"}
 _SHORT = {"froc.score": "FROC", "froc.strict_score": "strict", "roc.auc": "AUC"}
-_SPENT = {"throughput.core_hours": "Core-hours", "throughput.tiles_per_s": "Tiles per second"}
+_SPENT = {
+    cost.TOTAL: "Core-hours",
+    cost.LINE: "Core-hours of the line",
+    "throughput.tiles_per_s": "Tiles per second",
+}
 _FIGURES = {"froc.score": ("FROC", "froc.png"), "roc.auc": ("Slide ROC", "roc.png")}
 _WORST = 4  # slides that are pictured
 _LISTED, _MOST_ROWS = 20, 1000  # slides without a result, in the text and in the table
@@ -108,16 +113,14 @@ def failure_rows(root: Path, summary: Summary, failures: Sequence[Failure]) -> l
 def scores_line(metrics: Mapping[str, float]) -> str:
     """Return the main numbers of a run in one line.
 
-    As in ``FROC 0.812 (12 normal slides), strict 0.790, AUC 0.951, 1.3 core-hours``.
+    As in ``FROC 0.812 (12 normal slides), strict 0.790, AUC 0.951, 1.3 core-hours, 1.2 of them the line``.
     """
     parts = [
         f"{name} {_score(metrics, key)}{_normal(metrics, key)}"
         for key, name in _SHORT.items()
         if _is_defined(metrics, key)
     ]
-    if _is_defined(metrics, "throughput.core_hours"):  # not of detections that existed already
-        parts.append(f"{metrics['throughput.core_hours']:.3g} core-hours")
-    return ", ".join(parts)
+    return ", ".join(filter(None, [*parts, cost.core_hours_text(metrics)]))
 
 
 # --- the markdown

@@ -18,6 +18,7 @@ from wsiflow.run import ledger
 from wsiflow.run.config import RunConfig
 from wsiflow.run.results.finish import Summary
 from wsiflow.system.machine import limit_threads
+from wsiflow.system.usage import Spending
 
 from . import logs, overrides, stopping, sweep, terminal
 from .compose import to_config
@@ -157,12 +158,16 @@ def start(config: RunConfig) -> Summary:
         from .line import direct, finished
 
         limit_threads(config.executor.threads)
-        if config.orchestrator == "none":
-            return direct(config)
-        if (summary := finished(config)) is not None:
+        is_direct = config.orchestrator == "none"
+        if (sweep.is_on() or not is_direct) and (summary := finished(config)) is not None:
             return summary
+        sweep.load_libraries(config)
+        if is_direct:
+            Spending.begin_run()
+            return direct(config)
         from .pipeline import as_flow_or_without
 
         with ExitStack() as own:
             sweep.start_server(own)
+            Spending.begin_run()
             return as_flow_or_without(config, sweep.title(config))

@@ -8,6 +8,7 @@ Each trial records how it ended in a folder that belongs to this sweep alone; on
 import contextlib
 import fcntl
 import hashlib
+import importlib
 import itertools
 import json
 import logging
@@ -37,6 +38,7 @@ from wsiflow.run import cases, ledger, tracking
 from wsiflow.run.config import RunConfig
 from wsiflow.run.executor import jobs as array_jobs
 from wsiflow.run.executor.kinds import KINDS
+from wsiflow.run.results import cost
 from wsiflow.system import processes
 from wsiflow.system.machine import cpu_supports_bf16
 from wsiflow.system.usage import Spending
@@ -50,6 +52,7 @@ _LONGEST_BYTES = 255  # of a name, on every common file system
 _SHOWN_BYTES = 200  # of a name that is cut short
 _UNSAFE = re.compile(r"[/\\?#%~]")  # ~ stands before the hash, so no plain name ends like a hashed one
 _SECTION = re.compile(r"(?<![^,])[\w/@]+\.(?:[\w/@]+\.)*(?=[\w/@]+=)")  # inference. of inference.stride=56
+_LIBRARIES = ("matplotlib.backends.backend_agg", "matplotlib.figure", "scipy.stats", "skimage.measure")
 _started = ExitStack()
 _planned: list[str] = []  # names of the trials by number, where the sweeper is Hydra's own
 _servers: list[str] = []  # what was said of the server that the trials of this process share
@@ -110,7 +113,6 @@ class SweepCallback(Callback):
         if is_basic:
             _planned.extend(_name_of_job(job.swept, job.overrides) or str(number) for number, job in enumerate(jobs))
         _create_records(folder)
-        Spending.charge()  # what the sweep needs before its first trial is no cost of that trial's settings
         if _is_secret(values):
             (out / _WRITTEN).touch(mode=0o600)
             (out / _WRITTEN).chmod(0o600)
@@ -317,21 +319,25 @@ def reason_to_skip(config: RunConfig) -> str:
 
 
 def objectives(metrics: Mapping[str, float], sweeper: Any) -> float | tuple[float, ...] | None:
-    """Return what a sweeper optimises: the score, and where it has two directions, the core-hours as well.
+    """Return what a sweeper optimises: the score, and where it has two directions, all core-hours as well.
 
     Args:
         metrics: The numbers of a run.
         sweeper: Configuration of the sweeper. Optuna has ``direction``.
 
     Returns:
-        The FROC score, or the AUC where that is not defined; None where neither is.
+        The FROC score, or the AUC where that is not defined; None where neither is. Where a trial's total is not known,
+        since a former version began it, its cost is that of the line, and a note says so.
     """
     defined = (metrics.get(name, math.nan) for name in ("froc.score", "roc.auc"))
     score = next(filter(math.isfinite, defined), None)
     direction = OmegaConf.select(sweeper, "direction")
     if score is None or not isinstance(direction, ListConfig):
         return score
-    return score, metrics["throughput.core_hours"]
+    if math.isfinite(total := metrics.get(cost.TOTAL, math.nan)):
+        return score, total
+    logs.note("a former version began this trial: its cost is that of the line alone", logging.WARNING)
+    return score, metrics[cost.LINE]
 
 
 def claim(root: Path, swept: Sequence[str]) -> None:
@@ -364,8 +370,19 @@ def prepare_process() -> None:
     """
     if _shared().get("pid") == os.getppid():
         processes.end_with(os.getppid())
+    if is_of_another_process():
+        Spending.started_for_runs()
     if multiprocessing.get_start_method(allow_none=True) not in {None, *multiprocessing.get_all_start_methods()}:
         multiprocessing.set_start_method("spawn", force=True)
+
+
+def load_libraries(config: RunConfig) -> None:
+    """Import what the first trial of this process would import later: to its start, which every trial is charged."""
+    if is_on():
+        tracked = ["mlflow"] if config.tracking.kind == "mlflow" else []
+        inside = ["torch", "torch.export", "openvino"] if config.executor.kind == "inline" else []
+        for library in (*_LIBRARIES, *tracked, *inside):
+            importlib.import_module(library)
 
 
 def claim_own(root: Path, overrides: Sequence[str]) -> None:

@@ -96,7 +96,7 @@ def log(params: TrackingParams, trials: Sequence[Trial], folder: Path, **changes
         numbers = evaluate._froc_metrics(setting) | evaluate._roc_metrics(setting)
         low, high = np.clip(numbers["froc.score"] + np.array([-0.1, 0.1]), 0, 1)
         numbers |= {"froc.score_ci_low": float(low), "froc.score_ci_high": float(high)}
-        numbers |= {"throughput.core_hours": trial.core_hours}
+        numbers |= {"cost.total_core_hours": trial.core_hours, "throughput.core_hours": trial.core_hours / 2}
         (document.parent / "summary.json").write_text(json.dumps(numbers))
         own = ("inference.stride", "inference.precision", "stain.method", "repeat")
         name = ",".join(f"{key}={trial.params[key]}" for key in own if key in trial.params)
@@ -130,8 +130,8 @@ def write_folder(root: Path, found: EvaluationRecord, core_hours: float | None =
     """Write the part of a run's folder that a comparison reads."""
     (root / "evaluation").mkdir(parents=True)
     (root / "evaluation/matches.json").write_text(found.model_dump_json())
-    summary = {} if core_hours is None else {"throughput.core_hours": core_hours}
-    (root / "evaluation/summary.json").write_text(json.dumps(summary))
+    costs = {} if core_hours is None else {"cost.total_core_hours": core_hours, "throughput.core_hours": core_hours / 2}
+    (root / "evaluation/summary.json").write_text(json.dumps(costs))
     return root
 
 

@@ -2,13 +2,13 @@
 
 from argparse import ArgumentParser, Namespace
 
-from wsiflow.analysis.reviewers import imrmc, regulatory
+from wsiflow.analysis.reviewers import imrmc, qupath, regulatory
 from wsiflow.analysis.reviewers.format import Format
 
 from ..terminal import say
 
 #: The formats by name, each described in its own file.
-FORMATS: dict[str, Format] = {each.name: each for each in (imrmc.FORMAT, regulatory.FORMAT)}
+FORMATS: dict[str, Format] = {each.name: each for each in (imrmc.FORMAT, regulatory.FORMAT, qupath.FORMAT)}
 
 
 def add_options(parser: ArgumentParser) -> None:

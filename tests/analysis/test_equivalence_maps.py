@@ -13,8 +13,10 @@ import pytest
 from flows import cli
 from wsiflow.analysis.equivalence.maps import (
     NOT_EQUIVALENT,
+    LesionAgreement,
     MapComparison,
     compare_maps,
+    lesion_sentence,
     reasons_not_equivalent,
     tally_files,
 )
@@ -194,6 +196,19 @@ def test_lost_and_gained_lesions_are_told(two_settings: tuple[Path, Path], copie
     assert found is not None
     assert (found.lost, found.gained, found.true_lost, found.true_gained) == (lost, 1, 1, 0)
     assert "true lesions gained 0, lost 1 of" in reasons_not_equivalent(compared(two_settings[0], copied), 1.0)[0]
+
+
+@pytest.mark.parametrize("what", ["lost", "gained", "true_lost", "true_gained"])
+def test_each_difference_of_lesions_is_told(what: str) -> None:
+    """By itself, each is a difference, and stands in the sentence."""
+    none = LesionAgreement(5, 6, 0, 0, 7)
+    one = none._replace(**{what: 3})
+    assert (none.same, one.same) == (True, False)
+    numbers = {"gained": 0, "lost": 0, "true_gained": 0, "true_lost": 0} | {what: 3}
+    assert lesion_sentence(one) == (
+        "lesions gained {gained}, lost {lost} of 5 detections; "
+        "true lesions gained {true_gained}, lost {true_lost} of 7".format(**numbers)
+    )
 
 
 def test_other_truth_is_refused(two_settings: tuple[Path, Path], copied: Path) -> None:

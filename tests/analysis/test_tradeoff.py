@@ -15,7 +15,7 @@ from swept import Trial, drawn, log, matches, slide, store, stride_trials, write
 
 from flows.__main__ import main
 from wsiflow.analysis.runs import FinishedRun, RunSelection, runs_in_folders, runs_of_sweep, runs_of_trials
-from wsiflow.analysis.tradeoff import comparison
+from wsiflow.analysis.tradeoff import comparison, report
 from wsiflow.analysis.tradeoff.comparison import Options
 from wsiflow.analysis.tradeoff.figures import Tradeoff
 from wsiflow.errors import InputError
@@ -33,9 +33,10 @@ def some(n_found: int) -> EvaluationRecord:
 
 
 def run(name: str, found: EvaluationRecord, core_hours: float = 1.0, **params: Any) -> FinishedRun:
-    """Return a run; in the names of parameters ``__`` stands for a point."""
+    """Return a run, half of whose cost is the line's; in the names of parameters ``__`` stands for a point."""
     settings = {key.replace("__", "."): str(value) for key, value in params.items()}
-    return FinishedRun(name, f"id-{name}", f"folder-{name}", "s", settings, {}, core_hours, "CPU", found)
+    costs = core_hours, core_hours / 2
+    return FinishedRun(name, f"id-{name}", f"folder-{name}", "s", settings, {}, *costs, "CPU", found)
 
 
 def compared(*runs: FinishedRun, **options: Any) -> Tradeoff:
@@ -365,6 +366,21 @@ def test_what_is_beside_the_scored_runs_is_told(tmp_path: Path) -> None:
     assert runs_in_folders([tmp_path]).notes == ["Left out, since not all of its slides have scores: b."]
 
 
+def test_costs_of_everything_and_of_the_line_are_not_mixed() -> None:
+    """Where a run of a former version has the line's cost alone, all are compared by that, and a note says so."""
+    fine, coarse = run("a", some(3), 4.0, stride=16), run("b", some(3), 3.0, stride=32)
+    fine, coarse = fine._replace(line_core_hours=1.0), coarse._replace(line_core_hours=2.0)
+    both = compared(fine, coarse)
+    assert ([row.pareto for row in both.rows], both.of_line) == ([False, True], False)
+    assert [(row.cost.mean, row.line.mean) for row in both.rows] == [(4.0, 1.0), (3.0, 2.0)]
+    former = compared(fine, coarse._replace(core_hours=math.nan))
+    assert ([row.pareto for row in former.rows], former.of_line) == ([True, False], True)
+    assert [row.cost.mean for row in former.rows] == [1.0, 2.0]
+    assert any("those of the line alone" in note and note.endswith("have run b.") for note in former.notes)
+    assert "recorded no others" in report.texts(former, {})["compare.md"]
+    assert compared(fine, coarse._replace(core_hours=math.nan, line_core_hours=math.nan)).rows[0].cost.mean == 4.0
+
+
 # --- figures
 
 
@@ -612,11 +628,11 @@ def test_a_sweep_ends_with_its_comparison(small_slides: Path, tmp_path: Path, ca
         ("112", "", False),
         ("224", "strides", True),
     ]
-    assert all(float(row["core_hours_mean"]) > 0 for row in rows)
     for row in rows:
         summary = json.loads((out / f"inference.stride={row['stride']}/evaluation/summary.json").read_text())
         assert float(row["froc.score"]) == pytest.approx(summary["froc.score"])
         assert float(row["roc.auc"]) == pytest.approx(summary["roc.auc"])
+        assert float(row["core_hours_mean"]) == summary["cost.total_core_s"] / 3600
     client = mlflow.MlflowClient(tracking_uri=uri)
     experiment = client.get_experiment_by_name("wsiflow").experiment_id
     runs = client.search_runs([experiment], "tags.`wsiflow.role` = 'run'")

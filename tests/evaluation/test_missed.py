@@ -105,6 +105,15 @@ def test_a_detection_in_an_ignored_region_is_no_hit() -> None:
     assert found["missed"] == "lesion 1: its detection lies in an ignored region"
 
 
+def test_a_slide_that_does_not_pass_the_gate_says_so() -> None:
+    """Its lesions are above the threshold, and have no detection."""
+    gate = COMPONENTS.model_copy(update={"gate": 0.5})
+    one = evidence(flat(0.1, (*A, 0.9)), A, params=gate)
+    gated = replace(one, detections=one.detections[:0], view=one.view._replace(read_score=lambda: 0.5))
+    assert row(gated)["missed"] == "lesion 1: the slide's score, 0.500, does not pass the gate of 0.5"
+    assert row(replace(one, view=one.view._replace(read_score=lambda: 0.6)))["missed"] == ""
+
+
 def test_lesions_with_one_reason_stand_together() -> None:
     """The column stays readable where many lesions were missed for one reason."""
     assert row(evidence(flat(np.nan), A, B, C))["missed"] == "lesions 1, 2, 3: not looked at"

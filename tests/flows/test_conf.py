@@ -69,15 +69,17 @@ def test_every_path_begins_at_the_root(tmp_path: Path, monkeypatch: pytest.Monke
     """The paths of a configuration are absolute, so that they mean the same in the folders of workers."""
     monkeypatch.chdir(tmp_path)
     common = ["out=o", "share=s", "model=card", "model.card=c.json", "tracking.uri=sqlite:///x/../t.db"]
+    common += ["lesions.second=l", "lesions.gate=0.5", "lesions.slide_scores=l.csv"]
     slides = {"manifest": ["manifest"], "folder": ["folder"], "single": ["path"], "synthetic": ["folder", "data"]}
     configs = [
         composed(*common, f"dataset={kind}", *(f"dataset.{name}=d/{name}" for name in names))
         for kind, names in slides.items()
     ]
     config, published = configs[0], configs[0].model_dump_json()
-    settings = [config.out, config.share, config.model.card, *(one for each in configs for _, one in each.dataset)]
+    settings = [config.out, config.share, config.model.card, config.lesions.second, config.lesions.slide_scores]
+    settings += [one for each in configs for _, one in each.dataset]
     paths = [path.relative_to(tmp_path).as_posix() for path in settings if isinstance(path, Path)]
-    assert paths == ["o", "s", "c.json", "d/manifest", "d/folder", "d/path", "d/folder", "d/data"]
+    assert paths == ["o", "s", "c.json", "l", "l.csv", "d/manifest", "d/folder", "d/path", "d/folder", "d/data"]
     assert config.tracking.uri == f"sqlite:///{tmp_path}/t.db"
     dask = composed("out=o", "executor=dask_slurm").executor.dask
     assert dask is not None
@@ -86,7 +88,7 @@ def test_every_path_begins_at_the_root(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.chdir("/")
     assert RunConfig.model_validate_json(published) == config
     assert {name for name, node in _nodes(RunConfig.model_json_schema()) if node.get("format") == "path"} == {
-        *("out", "share", "card", "manifest", "folder", "path", "data")
+        *("out", "share", "card", "manifest", "folder", "path", "data", "second", "slide_scores")
     }, "a new path is added to this test"
 
 

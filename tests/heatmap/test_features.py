@@ -237,7 +237,7 @@ def test_published_ties_are_those_that_the_reference_mode_makes(shared_data: Pat
 
 
 def test_the_published_row_of_test_001(shared_data: Path) -> None:
-    """O-8: names and order are those of the sheet; the heatmap itself is not published."""
+    """Our names and their order are those of the sheet: no value is ours, since the heatmap is not published."""
     folder = shared_data / SHEETS / "RF_parameter_Method_II_Model_I_norm" / "9"
     (row,) = [row for row in published(next(folder.glob("*_test_9_*.csv"))) if row["name"] == "test_001.tif"]
     expected = [float(value) for value in O8.split(",")]

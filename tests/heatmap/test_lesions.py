@@ -232,3 +232,52 @@ def test_bad_settings_are_refused(changed):
     """Values out of bounds and unknown keys are refused."""
     with pytest.raises(ValidationError):
         LesionParams(**(COMPONENTS | changed))
+
+
+# --- two maps, and the gate
+
+
+@given(heatmaps, heatmaps)
+def test_the_second_map_takes_part_in_confidences_alone(first, second):
+    """Components and positions are those of the first map; the confidence is the mean of (L + V) / 2 (Wang 2016)."""
+    params = LesionParams(**COMPONENTS | {"kernel": 2})
+    alone = lesions.trace(first, params, cell_um=1.0)
+    both = lesions.trace(first, params, cell_um=1.0, second=second)
+    assert np.array_equal(both.areas, alone.areas)
+    assert sorted(both.detections[:, 1:].tolist()) == sorted(alone.detections[:, 1:].tolist())
+    for label in np.flatnonzero(both.numbers):
+        number, cells = both.numbers[label], (both.areas == label) & ~np.isnan(first)
+        mean = np.where(np.isnan(second), first, (first.astype(float) + second) / 2)[cells].mean()
+        assert both.detections[number - 1, 0] == pytest.approx(mean, abs=1e-12)
+
+
+def test_two_maps_by_hand():
+    """The first map is above the threshold in two lesions; the second one turns their order round."""
+    first = heat((3, 5), ((1, 2), (0, 2), 0.875), ((1, 2), (3, 5), 0.75))
+    second = heat((3, 5), ((1, 2), (0, 1), 0.25), ((1, 2), (3, 5), 1.0), ((0, 1), (0, 5), 1.0))
+    params = LesionParams(**COMPONENTS)
+    found = lesions.detect(first, params, cell_um=1.0, second=second)
+    assert found.tolist() == [[0.875, 3.5, 1.0], [0.5, 0.5, 1.0]]
+    with pytest.raises(InputError, match="two maps of one shape"):
+        lesions.detect(first, params, cell_um=1.0, second=second[:2])
+
+
+def test_the_gate_lets_no_lesion_through_at_its_own_value():
+    """As in the reference: at most the gate, no lesion; above it the confidence times the slide's score."""
+    found = np.array([[0.75, 1, 2], [0.5, 3, 4]])
+    assert lesions.gated(found, 0.5, 0.5).shape == (0, 3)
+    assert lesions.gated(found, 0.8, 0.5).tolist() == [[0.75 * 0.8, 1, 2], [0.4, 3, 4]]
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"second": "/r", "method": "nms"}, {"second": "/r", "confidence": "max"}, {"slide_scores": "/s.csv"}]
+)
+def test_settings_that_would_do_nothing_are_refused(wrong):
+    """A second map without means, and scores without a gate."""
+    with pytest.raises(ValidationError, match=r"lesions\.(second needs|slide_scores is set)"):
+        LesionParams(**COMPONENTS | wrong)
+
+
+def test_settings_without_the_new_keys_are_recorded_as_before():
+    """Keys of published detections contain them, and stay what they were."""
+    assert LesionParams(**COMPONENTS, second=None, gate=None, slide_scores=None).model_dump() == COMPONENTS

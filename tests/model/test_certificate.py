@@ -24,6 +24,12 @@ def test_differences_by_hand() -> None:
     assert found.correlation == pytest.approx(np.corrcoef([0.1, 0.6, 0.9, 0.3], [0.1, 0.4, 0.8, 0.4])[0, 1])
 
 
+def test_decisions_are_made_at_one_half() -> None:
+    """A score of one half counts as tumour; no flip lies on one side of it."""
+    expected = np.array([0.49, 0.5, 0.55, 0.1], np.float32)
+    assert certificate.score_deviation(np.array([0.5, 0.49, 0.65, 0.45], np.float32), expected).flips == 0.5
+
+
 def test_what_is_not_defined_is_nan_and_breaks_nothing() -> None:
     """Without scores, or for constant scores, there is no correlation."""
     none = certificate.score_deviation(np.empty(0, np.float32), np.empty(0, np.float32))

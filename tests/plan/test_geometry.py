@@ -87,3 +87,11 @@ def test_heatmap_cell_corner_maps_back_to_level_0() -> None:
 def test_reading_scale_within_tolerance_is_one(um_px: float, scale: float) -> None:
     """Slides of both CAMELYON scanners are read unchanged; other spacings are resampled."""
     assert geometry.reading_scale(um_px, 0.243, tolerance=0.1) == scale
+
+
+def test_a_place_on_the_far_edge_is_not_on_the_slide() -> None:
+    """The centre of the last cell is the first pixel beyond the slide; one pixel more, and it is the last one on it."""
+    frame = CENTRED._replace(stride_px=112, l0_width_px=2 * 112 + 56, l0_height_px=3 * 112 + 56)
+    assert geometry.cells_on_slide(frame) == (3, 2)
+    wider = frame._replace(l0_width_px=frame.l0_width_px + 1, l0_height_px=frame.l0_height_px + 1)
+    assert geometry.cells_on_slide(wider) == (4, 3)

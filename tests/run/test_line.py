@@ -18,7 +18,7 @@ from PIL import Image
 from small_runs import COARSE, attempts, digests, over, rows, wsiflow
 
 from flows import compose as command
-from wsiflow.heatmap.files import read_heatmap
+from wsiflow.heatmap.files import read_heatmap, write_heatmap
 from wsiflow.model.card import ModelSpec
 from wsiflow.run import executor, shards, store, trace
 from wsiflow.run.executor import driver
@@ -99,6 +99,20 @@ def test_the_cost_of_everything_is_what_the_kernel_counts(tiny_slides: Path, tmp
     assert subprocess.run(command, check=True, capture_output=True)
     again = json.loads((tmp_path / "evaluation/summary.json").read_text())
     assert again["cost.total_core_s"] == metrics["cost.total_core_s"], "a start that had nothing to do adds nothing"
+
+
+def test_trials_of_one_process_are_charged_the_same_start(tiny_slides: Path, tmp_path: Path) -> None:
+    """Each as in a process of its own; counted once, the start and both trials are what the kernel counts, or less."""
+    command = [sys.executable, "-m", "wsiflow.flows", "run", "-m", *over(tiny_slides, tmp_path), "repeat=1,2"]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run(command, check=True, capture_output=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    counted_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    trials = [json.loads((tmp_path / f"repeat={n}/evaluation/summary.json").read_text()) for n in (1, 2)]
+    (start_s,) = {trial["cost.start_core_s"] for trial in trials}
+    own_s = [trial["cost.total_core_s"] - start_s for trial in trials]
+    assert min(start_s, *own_s) > 0
+    assert counted_s / 2 < start_s + sum(own_s) < counted_s
 
 
 def test_the_cost_of_a_start_without_scores_counts(tiny_slides: Path, tmp_path: Path) -> None:
@@ -245,6 +259,27 @@ def test_the_driver_compares_every_receipt_with_its_plan(tiny_slides: Path, tmp_
     failed = [one for one in progress.ended if one.failure]
     assert {(one.stage, one.failure.exit_code) for one in failed} == {(stage, 40)}
     assert "the plan asks for" in failed[0].failure.cause
+
+
+def test_lesions_of_two_maps_behind_a_gate(tiny_slides: Path, tiny_run: Path, tmp_path: Path) -> None:
+    """The map of another run takes part in the confidences, and a slide that does not pass the gate has no lesion."""
+    other, scores, out = tmp_path / "other", tmp_path / "scores.csv", tmp_path / "run"
+    for name in ("a", "b"):
+        heat, about = read_heatmap(tiny_run / f"heatmaps/{name}.tif")
+        (other / "heatmaps").mkdir(parents=True, exist_ok=True)
+        write_heatmap(other / f"heatmaps/{name}.tif", 1 - heat, um_px=1.0, description=about)
+    scores.write_text("slide_id,score\na,0.75\nb,0.5\n")
+    given = ["lesions.threshold=0", "lesions.gate=0.5", f"lesions.slide_scores={scores}", f"lesions.second={other}"]
+    command = over(tiny_slides, out, *given, "evaluation.bootstrap=0")
+    assert wsiflow(*command) == 0
+    confidences = [float(line.split(",")[0]) for line in (out / "detections/a.csv").read_text().splitlines()]
+    assert confidences
+    assert set(confidences) == {0.375}  # the mean of p and 1 - p, times the slide's score
+    assert (out / "detections/b.csv").read_text() == ""
+    scores.write_text("slide_id,score\na,0.8\nb,0.5\n")
+    assert wsiflow(*command) == 40, "detections of former scores are not mixed with those of new ones"
+    shutil.rmtree(other)
+    assert wsiflow(*over(tiny_slides, tmp_path / "without", *given)) == 20
 
 
 def test_a_receipt_of_another_run_fails_its_slide(tiny_slides: Path, tiny_run: Path, tmp_path: Path) -> None:

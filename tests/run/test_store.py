@@ -125,6 +125,12 @@ def test_planned_groups_are_checked(tmp_path: Path) -> None:
     write_patches(tmp_path / "short.h5", last=2)
     with pytest.raises(IntegrityError, match="t2 was not written to its end"):
         store.check_patches(tmp_path / "short.h5", {1: [(448, 448)] * 2, 2: [(448, 448)]})
+    with h5py.File(tmp_path / "good.h5", "r+") as file:  # pixels that were never written, of the planned shape
+        form = {"shape": file["t2/img"].shape, "dtype": np.uint8, "chunks": file["t2/img"].chunks}
+        del file["t2/img"]
+        file["t2"].create_dataset("img", **form)
+    with pytest.raises(IntegrityError, match="t2 holds other blocks than planned"):
+        store.check_patches(tmp_path / "good.h5", {1: [(448, 448)] * 2, 2: [(448, 448)]})
 
 
 def test_predictions_come_back_as_written(tmp_path: Path) -> None:

@@ -181,6 +181,24 @@ def test_the_overview_never_enlarges_a_level(tmp_path: Path, downsample: float, 
         assert opened.overview(downsample)[3, 3].tolist() == [expected] * 3
 
 
+@pytest.mark.parametrize("sizes", [((999, 751), (500, 376)), ((1400, 1100), (933, 733)), ((1000, 752), (500, 376))])
+def test_the_edge_of_a_level_is_that_of_the_slide(tmp_path: Path, sizes: tuple[tuple[int, int], ...]) -> None:
+    """Also where the downsample is no integer: neither a level nor what lies between two has white blended in.
+
+    OpenSlide rounds where tiles meet, and bicubic filters overshoot at an edge, also where downsamples are integers.
+    """
+    levels = [np.full((height, width, 3), 128, np.uint8) for width, height in sizes]
+    with open_slide(write(tmp_path / "grey.tif", levels), slide_id="grey") as opened:
+        l0_per_level = opened.facts.level_downsamples[1]
+        for l0_per_px, most in ((l0_per_level, 1), (2.7, 21)):
+            cols, rows = (int(l_px * l0_per_level / l0_per_px) for l_px in opened.facts.level_sizes_px[1])
+            for x, y in ((-113, -57), (cols - 200, rows - 150), (cols - 211, -3)):
+                rgb = opened.read_scaled(x, y, (300, 260), l0_per_px=l0_per_px).rgb.astype(int)
+                on_slide = rgb[max(0, -y) : rows - y, max(0, -x) : cols - x]
+                assert np.abs(on_slide - 128).max() <= most
+        assert (opened.overview(7.3)[:-1, :-1] == 128).all()
+
+
 def test_a_broken_tile_spoils_only_reads_of_it(tmp_path: Path) -> None:
     """The error names slide and place; afterwards the other tiles can still be read."""
     path = write(tmp_path / "broken.tif", [smooth(128, 128)], compression="jpeg")

@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -34,6 +35,25 @@ def test_a_published_file_has_a_receipt_that_fits(tmp_path: Path) -> None:
     assert receipt["sha256"] == publish.file_sha256(tmp_path / "a/b.bin")
     assert json.loads(publish.receipt_path(tmp_path, "a/b.bin").read_text()) == receipt
     assert published(tmp_path) == {"a/b.bin": DATA}
+
+
+def test_a_receipt_has_the_cpu_seconds_of_its_work(tmp_path: Path) -> None:
+    """All of them, those of a shared part included, and none that other receipts count."""
+    before = time.process_time()
+    with publish.publishing(tmp_path, "c.bin", KEY, {"kind": "test"}, publish.accept) as attempt:
+        burn(0.2)
+        with attempt.uncounted():
+            burn(0.3)
+        attempt.charge({"cpu_s": 100.0, "wall_s": 200.0})
+        attempt.path.write_bytes(DATA)
+    spent_s = time.process_time() - before
+    assert 100.2 <= attempt.receipt["cpu_s"] <= 100.0 + spent_s - 0.3
+
+
+def burn(seconds: float) -> None:
+    end = time.process_time() + seconds
+    while time.process_time() < end:
+        pass
 
 
 def test_a_second_call_does_nothing(tmp_path: Path) -> None:

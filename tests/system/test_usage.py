@@ -1,5 +1,6 @@
 """Warm-up is counted separately, and energy is read from counters in the layout of real ones."""
 
+import json
 import math
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from wsiflow.run.executor import driver
 from wsiflow.run.executor.driver import Spent
 from wsiflow.run.results import cost
 from wsiflow.system import energy, usage
@@ -66,6 +68,45 @@ def test_a_process_is_charged_for_its_descendants_once(tmp_path: Path) -> None:
         child.kill()
     assert 0.35 < alive_s < 1.0
     assert usage.Spending.charge() < 0.2
+
+
+def test_runs_of_one_process_are_charged_the_same_start() -> None:
+    """The start is all before the first run; what lies between two runs is charged to neither."""
+    code = """
+import time
+from wsiflow.system.usage import Spending, tree_core_s
+def burn(seconds):
+    end = time.process_time() + seconds
+    while time.process_time() < end: pass
+Spending.started_for_runs()
+burn(0.3)
+Spending.begin_run()
+burn(0.2)
+first = Spending.charge()
+burn(0.4)
+Spending.begin_run()
+print(Spending.start_s, first, Spending.charge())
+"""
+    found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
+    start_s, first_s, second_s = map(float, found)
+    assert start_s >= 0.3
+    assert 0.15 < first_s < 0.3
+    assert second_s < 0.1
+
+
+def test_a_run_that_a_former_version_began_has_no_total(tmp_path: Path) -> None:
+    """Its drivers recorded no cost, so that the sum of the others would be too small."""
+    with driver.recorded(tmp_path, local=True):
+        driver.note_spent(tmp_path, 3.0, 1.0)
+    (known,) = driver.spent(tmp_path)
+    assert cost.total_metrics([known], [], []) == {
+        "cost.total_core_s": 3.0,
+        "cost.total_core_hours": 3.0 / 3600,
+        "cost.start_core_s": 1.0,
+    }
+    log = tmp_path / driver.LOG
+    log.write_text(json.dumps({"at": "2026-01-01", "event": "driver", "host": "h", "pid": 1}) + "\n" + log.read_text())
+    assert driver.spent(tmp_path) == []
 
 
 def test_an_attempt_reports_the_process_since_the_last_one() -> None:

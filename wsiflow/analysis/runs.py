@@ -19,7 +19,7 @@ from wsiflow.errors import EnvironmentFault, InputError
 from wsiflow.evaluation.matches import EvaluationRecord, read_matches
 from wsiflow.run import cases, tracking
 from wsiflow.run.plan import latest_plan as latest_plan
-from wsiflow.run.results import record
+from wsiflow.run.results import cost, record
 from wsiflow.run.stages import ingest
 from wsiflow.run.tracking import TrackingParams
 from wsiflow.system import publish
@@ -35,7 +35,8 @@ class FinishedRun(NamedTuple):
         sweep: Name of the sweep in MLflow that the run belongs to, or empty.
         params: Settings by dotted name.
         swept: What the sweep of the run varied, by the keys that were typed; empty for a run of no sweep.
-        core_hours: Core-hours that the run took; NaN where they are not known.
+        core_hours: Core-hours of everything that the run took; NaN where they are not known, as in former versions.
+        line_core_hours: Core-hours of the line alone; NaN where they are not known.
         processor: CPU model that computed the heatmaps, or empty.
         matches: Matched lesions, scores and labels of the slides, as ``matches.json`` holds them.
         parent: Id of the parent run of the sweep in MLflow; empty for a single run, and for a folder.
@@ -48,6 +49,7 @@ class FinishedRun(NamedTuple):
     params: Mapping[str, str]
     swept: Mapping[str, str]
     core_hours: float
+    line_core_hours: float
     processor: str
     matches: EvaluationRecord
     parent: str = ""
@@ -146,7 +148,8 @@ def _from_folder(root: Path) -> FinishedRun:
         sweep="",
         params=params,
         swept=cases.swept(root),
-        core_hours=_number(metrics.get("throughput.core_hours")),
+        core_hours=_number(metrics.get(cost.TOTAL)),
+        line_core_hours=_number(metrics.get(cost.LINE)),
         processor="; ".join(sorted(_processors(root))),
         matches=read_matches(folder / "matches.json"),
     )
@@ -240,14 +243,12 @@ def _from_record(params: TrackingParams, one: tracking.TrackedRun, scratch: Path
             **{key: one.tags[key] for key in ("digest.dataset", "digest.model") if key in one.tags},
         },
         swept=cases.parse_swept(one.tags.get("wsiflow.swept", "")),
-        core_hours=_number(summary.get(_COST, one.metrics.get(_COST))),
+        core_hours=_number(summary.get(cost.TOTAL, one.metrics.get(cost.TOTAL))),
+        line_core_hours=_number(summary.get(cost.LINE, one.metrics.get(cost.LINE))),
         processor=one.tags.get("cpu.model", ""),
         matches=read_matches(files["matches.json"]),
         parent=one.parent,
     )
-
-
-_COST = "throughput.core_hours"
 
 
 def _document(path: Path | None) -> dict[str, Any]:

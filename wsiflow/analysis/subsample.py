@@ -80,6 +80,8 @@ def _require_same_windows(run: ScoredRun, stride: int) -> None:
     """
     choice = run.plan.settings.choice
     reason = "not every window was run (inference.refine)" if choice.refine else reason_scores_differ(choice, choice)
+    if run.config.lesions.second is not None or run.config.lesions.gate is not None:
+        reason = "its detections depend on more than its own maps (lesions.second, lesions.gate)"
     if run.config.tiles.tile_px % stride:
         reason = f"it does not divide the tile of {run.config.tiles.tile_px} px"
     if reason:

@@ -30,12 +30,16 @@ class View(NamedTuple):
         tiles: bool (rows, cols), the tiles that were looked at; the grid may end where they do.
         params: How lesions were detected on its heatmap.
         read_map: Returns the heatmap; it is called only where a lesion that was looked at was missed.
+        read_second: Returns the map of another model, see `LesionParams.second`; None where there is none.
+        read_score: Returns the slide's score, where it has to pass a gate.
     """
 
     frame: Frame
     tiles: NDArray[np.bool_]
     params: LesionParams
     read_map: Callable[[], NDArray[np.float32]]
+    read_second: Callable[[], NDArray[np.float32] | None] = lambda: None
+    read_score: Callable[[], float] = lambda: 1.0
 
 
 class LookedAt(NamedTuple):
@@ -112,7 +116,11 @@ def _reasons(regions: LesionMask, numbers: Sequence[int], view: View, downsample
     """Return the reason for each of some lesions that were looked at, at least in part."""
     if not numbers:
         return {}
-    traces = lesions.trace(view.read_map(), view.params, cell_um=view.frame.um_px * view.frame.stride_px)
+    if view.params.gate is not None and (score := view.read_score()) <= view.params.gate:
+        reason = f"the slide's score, {score:.3f}, does not pass the gate of {view.params.gate:g}"
+        return dict.fromkeys(numbers, reason)
+    cell_um = view.frame.um_px * view.frame.stride_px
+    traces = lesions.trace(view.read_map(), view.params, cell_um=cell_um, second=view.read_second())
     l0_detections = geometry.l0_from_h(view.frame, traces.detections[:, 1:3])
     hit = labels_at(regions.labels, l0_detections, downsample)
     reasons, windows = {}, ndimage.find_objects(regions.labels)

@@ -9,18 +9,22 @@ threshold, enters no mean and is never the position of a detection; morphology m
 
 ``components`` follows the reference system: threshold, morphology, 8-connected components. ``nms`` is non-maximum
 suppression: it takes the highest cell, clears a square around it, and repeats until no cell exceeds the threshold.
+
+A second map, of another model, takes part in the confidences of components alone: Wang et al. (2016) and the reference
+system take the mean of both.
 """
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 from scipy import ndimage
 
 from wsiflow.errors import InputError
+from wsiflow.system.paths import AbsolutePath
 
 _CHUNK = 65536  # cells that non-maximum suppression processes together
 
@@ -67,6 +71,40 @@ class LesionParams(BaseModel, frozen=True, extra="forbid"):
         description="For nms: what is cleared around a maximum, from this far before it to this far after it, in both "
         "directions.",
     )
+    # Plans and folders of versions without the following keys stay valid: each is recorded only where it is set.
+    second: AbsolutePath | None = Field(
+        default=None,
+        description="For components: folder of a run over the same slides with another model. The map of this run says "
+        "where lesions are, and the mean of both maps over a component is its confidence. null: this run's map alone.",
+    )
+    gate: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="A slide whose score is at most this has no detections, and the confidences of all others are "
+        "multiplied by the slide's score. null: no gate.",
+    )
+    slide_scores: AbsolutePath | None = Field(
+        default=None,
+        description="For gate: CSV with the header slide_id,score, as wsiflow forest score writes it. null: the score "
+        "of a slide is the highest probability on its heatmap.",
+    )
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "LesionParams":
+        if self.second is not None and (self.method, self.confidence) != ("components", "mean"):
+            raise ValueError("lesions.second needs lesions.method=components and lesions.confidence=mean")
+        if self.slide_scores is not None and self.gate is None:
+            raise ValueError("lesions.slide_scores is set, but no lesions.gate: set one, such as 0.5")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = plain(self)
+        return {name: value for name, value in values.items() if value is not None or name not in _LATER_KEYS}
+
+
+_LATER_KEYS = frozenset({"second", "gate", "slide_scores"})
 
 
 class _Sizes(NamedTuple):
@@ -84,21 +122,40 @@ def _sizes(params: LesionParams, cell_um: float) -> _Sizes:
     return _Sizes(params.smoothing / cell, *(max(1, round(size)) for size in (kernel, area, radius)))
 
 
-def detect(heatmap: NDArray[np.float32], params: LesionParams, *, cell_um: float) -> NDArray[np.float64]:
-    """Return the detections of one heatmap.
+def detect(
+    heatmap: NDArray[np.float32],
+    params: LesionParams,
+    *,
+    cell_um: float,
+    second: NDArray[np.float32] | None = None,
+) -> NDArray[np.float64]:
+    """Return the detections of one heatmap; the gate is `gated`.
 
     Args:
         heatmap: float32 (rows, cols), probabilities; NaN where not tissue.
         params: How lesions are detected.
         cell_um: Side of a heatmap cell, um.
+        second: float32 (rows, cols), the map of another model, see `LesionParams.second`; a cell that has no score in
+            it counts with the first map alone.
 
     Returns:
         float64 (n, 3): prob, column, row in heatmap cells; (0, 3) where nothing is detected.
 
     Raises:
-        InputError: The heatmap is not two-dimensional or holds an infinite value.
+        InputError: A heatmap is not two-dimensional or holds an infinite value, or the two have different shapes.
     """
-    return trace(heatmap, params, cell_um=cell_um).detections
+    return trace(heatmap, params, cell_um=cell_um, second=second).detections
+
+
+def gated(detections: NDArray[np.float64], score: float, gate: float) -> NDArray[np.float64]:
+    """Return detections with the slide's score as a factor of their confidences; none where it does not pass the gate.
+
+    Args:
+        detections: float64 (n, 3), the confidence first.
+        score: The slide's score.
+        gate: What the score has to exceed.
+    """
+    return detections * (score, 1.0, 1.0) if score > gate else detections[:0]
 
 
 class Traces(NamedTuple):
@@ -117,15 +174,23 @@ class Traces(NamedTuple):
     numbers: NDArray[np.int32]
 
 
-def trace(heatmap: NDArray[np.float32], params: LesionParams, *, cell_um: float) -> Traces:
+def trace(
+    heatmap: NDArray[np.float32],
+    params: LesionParams,
+    *,
+    cell_um: float,
+    second: NDArray[np.float32] | None = None,
+) -> Traces:
     """Return the detections of one heatmap with the cells of each; see `detect`.
 
     Raises:
-        InputError: The heatmap is not two-dimensional or holds an infinite value.
+        InputError: A heatmap is not two-dimensional or holds an infinite value, or the two have different shapes.
     """
-    if heatmap.ndim != 2 or np.isinf(heatmap).any():
-        cause = f"the heatmap has shape {heatmap.shape} and {np.isinf(heatmap).sum()} infinite values"
-        raise InputError(cause, "give finite scores in rows x cols, NaN where not tissue", stage="lesions")
+    for one in (heatmap, heatmap if second is None else second):
+        if one.ndim != 2 or one.shape != heatmap.shape or np.isinf(one).any():
+            cause = f"the heatmap has shape {one.shape} and {np.isinf(one).sum()} infinite values"
+            remedy = "give finite scores in rows x cols, NaN where not tissue, and two maps of one shape"
+            raise InputError(cause, remedy, stage="lesions")
     sizes = _sizes(params, cell_um)
     scores = _smoothed(heatmap, sizes.sigma)
     above = scores > params.threshold  # False for NaN
@@ -135,7 +200,7 @@ def trace(heatmap: NDArray[np.float32], params: LesionParams, *, cell_um: float)
         detections, areas, found = _maxima(scores, above, sizes.radius)
     else:
         cells = _cleaned(above, params.morphology, sizes.kernel)
-        detections, areas, found = _components(scores, cells, params, sizes.area)
+        detections, areas, found = _components(_mean(scores, second, sizes.sigma), cells, params, sizes.area)
     order = np.lexsort((detections[:, 1], detections[:, 2], -detections[:, 0]))
     numbers = np.zeros(areas.max() + 1, np.int32)
     numbers[found[order]] = np.arange(1, len(order) + 1)
@@ -154,6 +219,16 @@ def _smoothed(heatmap: NDArray[np.float32], sigma: float) -> NDArray[np.float32]
     mean = np.full_like(heatmap, np.nan)
     np.divide(total, weight, out=mean, where=tissue)
     return mean
+
+
+def _mean(
+    scores: NDArray[np.float32], second: NDArray[np.float32] | None, sigma: float
+) -> NDArray[np.float32] | NDArray[np.float64]:
+    """Return the mean of both maps; the first alone where the second has no score, or does not exist."""
+    if second is None:
+        return scores
+    others = _smoothed(second, sigma).astype(np.float64)
+    return np.where(np.isnan(others), scores, (scores + others) / 2)
 
 
 def _maxima(
@@ -199,7 +274,7 @@ def _cleaned(above: NDArray[np.bool_], morphology: str, width: int) -> NDArray[n
 
 
 def _components(
-    scores: NDArray[np.float32], cells: NDArray[np.bool_], params: LesionParams, min_area: int
+    scores: NDArray[np.float32] | NDArray[np.float64], cells: NDArray[np.bool_], params: LesionParams, min_area: int
 ) -> tuple[NDArray[np.float64], NDArray[np.int32], NDArray[np.int64]]:
     """Return one detection, prob, column, row, per 8-connected component with at least ``min_area`` scored cells.
 

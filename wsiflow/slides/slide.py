@@ -28,6 +28,8 @@ REFERENCE_TILE_PX = 224
 
 _LEVEL_TOLERANCE = 0.01  # a level may be coarser than requested by this relative difference
 _DIRECT_TOLERANCE = 0.001  # below this relative difference of scale, resampling would only blur
+_ROUNDING = 1e-6  # the error of divisions by a downsample that is not an integer
+_ACROSS = 0.1  # of a level's pixel that lies within the slide, below which it counts as outside
 _READ_LIMIT_PX = 1 << 24  # 64 MiB of RGBA; larger reads are split in two
 _THUMBNAIL_LIMIT_PX = 1 << 27
 _COSTLY_PX = 1 << 26  # a second or two of decoding; slides with a pyramid have far smaller levels
@@ -96,6 +98,25 @@ class _Pixels(NamedTuple):
 
     rgb: NDArray[np.uint8]
     missing: NDArray[np.uint8] | None
+
+
+class _Span(NamedTuple):
+    """The pixels of a read that lie on the slide along an axis, as half-open ranges.
+
+    Where the downsample of a level is not an integer, a read begins between two of its pixels, and OpenSlide would
+    blend those at an edge of the slide with what lies beyond it: they are the nearest pixels within instead.
+
+    Attributes:
+        l0_begin: Level-0 pixel at which the pixels within begin.
+        begin, end: Pixels that lie within the slide.
+        first, last: The same with those that lie across an edge, with a tenth or more of them within.
+    """
+
+    l0_begin: int
+    begin: int
+    end: int
+    first: int
+    last: int
 
 
 class Slide:
@@ -264,28 +285,48 @@ class Slide:
 
     def _pixels(self, l0_x: int, l0_y: int, level: int, size_px: tuple[int, int]) -> _Pixels:
         """Read the part of a rectangle that lies on the slide, composited on the background colour."""
-        downsample = self.facts.level_downsamples[level]
-        spans = [
-            _span_on_slide(self._l_begin(l0_begin, level), extent, l_extent)
+        cols, rows = (
+            self._span(l0_begin, level, extent, l_extent)
             for l0_begin, extent, l_extent in zip((l0_x, l0_y), size_px, self.facts.level_sizes_px[level], strict=True)
-        ]
-        (left, right), (top, bottom) = spans
-        inside_px = (right - left, bottom - top)
+        )
+        inside_px = (cols.end - cols.begin, rows.end - rows.begin)
         rgb = np.empty((size_px[1], size_px[0], 3), np.uint8)
         if inside_px != size_px:
             rgb[:] = self.facts.background_rgb
         if min(inside_px) <= 0:
             return _Pixels(rgb, None)
-        l0_inside = (l0_x + round(left * downsample), l0_y + round(top * downsample))
         try:
-            alpha = self._reader.read_into(rgb[top:bottom, left:right], l0_inside, level)
+            alpha = self._reader.read_into(
+                rgb[rows.begin : rows.end, cols.begin : cols.end], (cols.l0_begin, rows.l0_begin), level
+            )
         except WsiflowError as error:
             raise error.about(slide=self.facts.slide_id, path=self.facts.path) from error
+        _extend(rgb, cols, rows)
         if alpha is None:
             return _Pixels(rgb, None)
         missing = np.zeros(rgb.shape[:2], np.uint8)
-        missing[top:bottom, left:right] = 255 - alpha
+        missing[rows.begin : rows.end, cols.begin : cols.end] = 255 - alpha
+        _extend(missing, cols, rows)
         return _Pixels(rgb, missing)
+
+    def _span(self, l0_begin: int, level: int, extent: int, l_extent: int) -> _Span:
+        """Return which pixels of a read lie on the slide along an axis.
+
+        Args:
+            l0_begin: Level-0 pixel at which the read begins.
+            level: The level.
+            extent: Length of the read, px.
+            l_extent: Length of the level, px.
+        """
+        downsample = self.facts.level_downsamples[level]
+        l_begin = self._l_begin(l0_begin, level)
+        begin = max(0, math.ceil(-l_begin - _ROUNDING))
+        l0_inside = l0_begin + round(begin * downsample)
+        within = l_extent - self._l_begin(l0_inside, level) + _ROUNDING
+        end = min(extent, begin + math.floor(within))
+        first = max(0, math.ceil(-l_begin - (1 - _ACROSS)))
+        last = min(extent, begin + math.floor(within + (1 - _ACROSS)))
+        return _Span(l0_inside, begin, end, min(first, begin), max(last, end))
 
     def _l_begin(self, l0_begin: int, level: int) -> float:
         """Return where a read that begins at a level-0 pixel begins in a level, level pixels."""
@@ -331,16 +372,13 @@ def _facts(stated: Description, path: Path, slide_id: str) -> SlideFacts:
     )
 
 
-def _span_on_slide(l_begin: float, extent: int, l_extent: int) -> tuple[int, int]:
-    """Return the half-open range of pixels along an axis of a rectangle that lie on the level.
-
-    Args:
-        l_begin: Position at which the rectangle begins, level pixels.
-        extent: Length of the rectangle, px.
-        l_extent: Length of the level, px.
-    """
-    rounding = 1e-6  # the error of divisions by a downsample that is not an integer
-    return max(0, math.ceil(-l_begin - rounding)), min(extent, math.ceil(l_extent - l_begin - rounding))
+def _extend(pixels: NDArray[np.uint8], cols: _Span, rows: _Span) -> None:
+    """Fill the pixels that lie across an edge of the slide with the nearest ones that lie within."""
+    within = pixels[rows.begin : rows.end]
+    within[:, cols.first : cols.begin] = within[:, cols.begin : cols.begin + 1]
+    within[:, cols.end : cols.last] = within[:, cols.end - 1 : cols.end]
+    pixels[rows.first : rows.begin, cols.first : cols.last] = pixels[rows.begin, cols.first : cols.last]
+    pixels[rows.end : rows.last, cols.first : cols.last] = pixels[rows.end - 1, cols.first : cols.last]
 
 
 def _resized(

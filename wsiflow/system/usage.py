@@ -75,23 +75,37 @@ def not_a_worker() -> None:
 class Spending:
     """The core-seconds of this process and its descendants that are not charged to any run yet.
 
+    Runs of one process share its start: the interpreter, the libraries, a server. Each of them is charged all of it, as
+    in a process of its own, or the first one would seem dearer than the others.
+
     Attributes:
         charged_s: Core-seconds that are charged already. Those of the process before its first run are, unless the
             process was started for the run, see `started_for_runs`.
+        start_s: Core-seconds of the start, which every run is charged; None before the first run.
     """
 
     charged_s: float | None = None
+    start_s: float | None = None
 
     @classmethod
     def started_for_runs(cls) -> None:
         """Declare that this process exists for its runs: the first of them is charged from the start of the process."""
-        cls.charged_s = 0.0
+        if cls.charged_s is None:
+            cls.charged_s = 0.0
 
     @classmethod
     def begin(cls) -> None:
         """Begin to measure, where this process had other things to do before."""
         if cls.charged_s is None:
             cls.charged_s = tree_core_s()
+
+    @classmethod
+    def begin_run(cls) -> None:
+        """Begin the next run: what was spent before the first one is the start, what lies between two is of neither."""
+        cls.begin()
+        spent_s = cls.charge()
+        if cls.start_s is None:
+            cls.start_s = spent_s
 
     @classmethod
     def charge(cls) -> float:

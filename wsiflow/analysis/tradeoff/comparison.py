@@ -12,7 +12,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,7 +30,7 @@ from wsiflow.analysis.runs import (
     tracking_params,
 )
 from wsiflow.analysis.tradeoff import figures, report
-from wsiflow.analysis.tradeoff.figures import CoreHours, SettingRow, Tradeoff, Verdict
+from wsiflow.analysis.tradeoff.figures import NOT_MEASURED, CoreHours, SettingRow, Tradeoff, Verdict
 from wsiflow.errors import EnvironmentFault, InputError
 from wsiflow.evaluation import matches, paired
 from wsiflow.evaluation.margin import ALPHA, Power, noninferiority, power, slides_for_margin
@@ -96,7 +96,9 @@ def compare_runs(selection: RunSelection, name: str, options: Options) -> Tradeo
     _refuse_incomparable(selection.runs)
     groups, following = _settings(selection.runs)
     settings = [one.runs[0].matches.setting(one.name) for one in groups]
-    costs = [_core_hours(run.core_hours for run in one.runs) for one in groups]
+    without_total = _without_total(selection.runs)
+    totals, lines = _core_hours(groups, "core_hours"), _core_hours(groups, "line_core_hours")
+    costs = lines if without_total else totals
     reference = _reference(options.reference, groups, costs)
     draws = _draws(options.resamples, len(settings))
     family = _families(options.families, groups, reference)
@@ -127,8 +129,9 @@ def compare_runs(selection: RunSelection, name: str, options: Options) -> Tradeo
             family.get(group.name, ""),
             verdicts.get(group.name),
             _power(compared, group.name, family, options, metric, n_slides),
+            line,
         )
-        for group, cost, on_front, share in zip(groups, costs, front, membership, strict=True)
+        for group, cost, line, on_front, share in zip(groups, costs, lines, front, membership, strict=True)
     ]
     worthless = [row.name for row, score in zip(rows, scores, strict=True) if math.isnan(score)]
     first = selection.runs[0].matches
@@ -140,8 +143,15 @@ def compare_runs(selection: RunSelection, name: str, options: Options) -> Tradeo
         common=_common(selection.runs),
         counts=_counts(first, draws),
         protocol=(str(first.protocol.get("name", "")), first.protocol_hash),
-        notes=[*selection.notes, *following, *_worthless(worthless, metric), *_processors(selection.runs)],
+        notes=[
+            *selection.notes,
+            *following,
+            *_of_the_line(without_total),
+            *_worthless(worthless, metric),
+            *_processors(selection.runs),
+        ],
         margin=options.margin,
+        of_line=bool(without_total),
     )
 
 
@@ -207,10 +217,31 @@ def _worthless(names: Sequence[str], metric: str) -> list[str]:
     return [f"Not worth any cost, since their {name} is {_BY_GUESSING[metric]:g} or not defined: {'; '.join(names)}."]
 
 
-def _core_hours(core_hours: Iterable[float]) -> CoreHours:
+def _without_total(runs: Sequence[FinishedRun]) -> list[str]:
+    """Return the names of the runs of which only the cost of the line is known."""
+    return [run.name for run in runs if math.isnan(run.core_hours) and math.isfinite(run.line_core_hours)]
+
+
+def _of_the_line(without_total: Sequence[str]) -> list[str]:
+    """Return a note on costs of the line alone, which stand for all settings where some runs have no others."""
+    if not without_total:
+        return []
+    more = f" and {len(without_total) - _SHOWN} more" if len(without_total) > _SHOWN else ""
+    names = f"{'; '.join(without_total[:_SHOWN])}{more}"
+    return [
+        "Core-hours are those of the line alone, for all settings, without start, planning, failed attempts and "
+        f"scoring: former versions, which recorded no others, have run {names}."
+    ]
+
+
+def _core_hours(groups: Sequence["_Group"], which: Literal["core_hours", "line_core_hours"]) -> list[CoreHours]:
+    return [_over_repeats(getattr(run, which) for run in one.runs) for one in groups]
+
+
+def _over_repeats(core_hours: Iterable[float]) -> CoreHours:
     known = np.array([value for value in core_hours if math.isfinite(value)])
     if not known.size:
-        return CoreHours(math.nan, math.nan, math.nan, math.nan, 0)
+        return NOT_MEASURED
     sd = float(known.std(ddof=1)) if known.size > 1 else math.nan
     return CoreHours(float(known.mean()), sd, float(known.min()), float(known.max()), known.size)
 

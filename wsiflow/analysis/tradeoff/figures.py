@@ -41,6 +41,9 @@ class CoreHours(NamedTuple):
     n: int
 
 
+NOT_MEASURED = CoreHours(math.nan, math.nan, math.nan, math.nan, 0)
+
+
 class SettingRow(NamedTuple):
     """One setting of a comparison.
 
@@ -49,7 +52,7 @@ class SettingRow(NamedTuple):
         params: Values of the parameters that differ in the comparison, by short name; the parameter with most values is
             the last one.
         runs: Folders or MLflow run ids of the setting's runs.
-        cost: Core-hours over the repeats.
+        cost: Core-hours over the repeats, by which settings are compared.
         metrics: 95 % intervals by metric name.
         differences: Differences from the reference by metric name; empty for the reference itself.
         delong: p-values of DeLong's test of the AUC against the reference's, uncorrected and corrected; None for the
@@ -62,6 +65,7 @@ class SettingRow(NamedTuple):
         family: Family of comparisons that its p-value is corrected for; empty where none is named.
         verdict: Verdict on the margin; None for the reference, and where no margin is asked for.
         power: What the slides say of a larger study; None for the reference, and where it is not asked for.
+        line: Core-hours of the line alone.
     """
 
     name: str
@@ -78,6 +82,7 @@ class SettingRow(NamedTuple):
     family: str = ""
     verdict: "Verdict | None" = None
     power: Power | None = None
+    line: CoreHours = NOT_MEASURED
 
 
 class Verdict(NamedTuple):
@@ -114,6 +119,7 @@ class Tradeoff:
         protocol: Name and hash of the scoring protocol.
         notes: Sentences for the reader, on runs that were left out and on processors that differ.
         margin: Largest loss of the metric that is accepted; None where none is asked for.
+        of_line: Whether the costs are those of the line alone, since not all runs have others.
     """
 
     name: str
@@ -125,6 +131,7 @@ class Tradeoff:
     protocol: tuple[str, str]
     notes: Sequence[str]
     margin: float | None = None
+    of_line: bool = False
 
     @property
     def pareto(self) -> list[SettingRow]:
@@ -207,7 +214,9 @@ def _has_both(row: SettingRow, metric: str) -> bool:
 
 def _score_against_cost(tradeoff: Tradeoff) -> Any:
     """Draw each setting as a point with error bars; lines join settings that differ in the last parameter alone."""
-    figure, axes = page.axes("Core-hours", title(tradeoff.metric), size_in=(6.4, 4.8))
+    figure, axes = page.axes(
+        f"Core-hours{' of the line' if tradeoff.of_line else ''}", title(tradeoff.metric), size_in=(6.4, 4.8)
+    )
     axes.set_xscale("log")
     rows = [row for row in tradeoff.rows if _has_both(row, tradeoff.metric)]
     for number, (name, members) in enumerate(_series(rows).items()):

@@ -63,8 +63,9 @@ def _cells(row: SettingRow) -> Iterator[tuple[str, Any]]:
     for metric in _METRICS:
         for part, value in row.metrics[metric]._asdict().items():
             yield (metric if part == "value" else f"{metric}_ci_{part}"), _finite(value)
-    for part, value in row.cost._asdict().items():
-        yield f"core_hours_{part}", _finite(value)
+    for name, cost in (("core_hours", row.cost), ("line_core_hours", row.line)):
+        for part, value in cost._asdict().items():
+            yield f"{name}_{part}", _finite(value)
     for metric in ("froc.score", "roc.auc"):
         for part, value in row.differences[metric]._asdict().items() if row.differences else ():
             yield f"{metric}_difference{'' if part == 'value' else f'_{part}'}", _finite(value)
@@ -98,6 +99,7 @@ _HEADS = (
     "FROC score",
     "Slide AUC",
     "Core-hours",
+    "of the line",
     "Against the reference",
     "p",
     "corrected",
@@ -112,6 +114,7 @@ def _row(tradeoff: Tradeoff, row: SettingRow) -> list[str]:
         _interval(row.metrics["froc.score"]),
         _interval(row.metrics["roc.auc"]),
         _cost(row.cost),
+        _cost(row.line),
         against(tradeoff, row),
         *((p_text(one.p), _corrected(one)) if one else ("", "")),
         _membership(row),
@@ -250,14 +253,23 @@ def _sentences(tradeoff: Tradeoff) -> list[str]:
         f"{_comparisons(tradeoff, others)}, each metric by itself; the interval beside it holds with all of these at "
         "once.",
         *_of_margin(tradeoff),
-        "Core-hours are what a setting costs by itself, start and warm-up excluded, the comparison of its scores with "
-        "single windows in fp32 included: the mean ± the standard deviation "
-        "over n repeats, where there are any. One repeat says nothing of the spread.",
+        f"{_of_what(tradeoff)}: the mean ± the standard deviation over n repeats, where there are any. One repeat says "
+        "nothing of the spread.",
         f"The Pareto set is of {title(tradeoff.metric)} and mean core-hours. The share beside it is that of the "
         "resamples in which a setting is in the set. Costs nearer than twice their standard error count as equal "
         "(a deviation of 5 % is assumed where nothing was repeated).",
         *tradeoff.notes,
     ]
+
+
+def _of_what(tradeoff: Tradeoff) -> str:
+    of_line = "what its tasks took, the comparison of its scores with single windows in fp32 included"
+    if tradeoff.of_line:
+        return f"Core-hours are those of the line alone: {of_line}"
+    return (
+        "Core-hours are all that a setting costs by itself, as the kernel counts it: start, planning, failed attempts "
+        f"and scoring included; those of the line are {of_line}"
+    )
 
 
 def _comparisons(tradeoff: Tradeoff, others: int) -> str:

@@ -26,13 +26,15 @@ class Spent(NamedTuple):
 
     Attributes:
         since: When it started, ISO 8601, UTC.
-        core_s: Core-seconds of the driver and its descendants; None where it has not recorded them.
+        core_s: Core-seconds of the driver and its descendants, with its start; None where it has not recorded them.
         local: Whether these are all of the run's processes, and no workers elsewhere.
+        start_s: Core-seconds of the start, which a process with several runs charges to each of them.
     """
 
     since: str
     core_s: float | None
     local: bool
+    start_s: float = 0.0
 
 
 @contextmanager
@@ -63,19 +65,24 @@ def _note(root: Path, line: Mapping[str, Any]) -> None:
         publish.append_line(path, json.dumps({"at": now(), **line}), sync=True)
 
 
-def note_spent(root: Path, core_s: float) -> None:
-    """Record the core-seconds of this driver and its descendants."""
-    _note(root, {"event": "spent", **identity(), "core_s": round(core_s, 2)})
+def note_spent(root: Path, core_s: float, start_s: float = 0.0) -> None:
+    """Record the core-seconds of this driver and its descendants, and how many of them are its start."""
+    _note(root, {"event": "spent", **identity(), "core_s": round(core_s, 2), "start_s": round(start_s, 2)})
 
 
 def spent(root: Path) -> list[Spent]:
-    """Return what every driver cost, in the order in which they started; former versions have recorded none."""
+    """Return what every driver cost, in the order in which they started.
+
+    There are none where a driver of a former version, which recorded no cost, has had a part in the run.
+    """
     drivers: list[Spent] = []
     for line in _lines(root):
-        if line["event"] == "driver" and "local" in line:
+        if line["event"] == "driver":
+            if "local" not in line:
+                return []
             drivers.append(Spent(line["at"], None, line["local"]))
         elif line["event"] == "spent" and drivers:
-            drivers[-1] = drivers[-1]._replace(core_s=line["core_s"])
+            drivers[-1] = drivers[-1]._replace(core_s=line["core_s"], start_s=line.get("start_s", 0.0))
     return drivers
 
 

@@ -23,6 +23,9 @@ from wsiflow.run.stages.line import STEPS
 
 Receipt = Mapping[str, Any]
 
+TOTAL, LINE = "cost.total_core_hours", "throughput.core_hours"
+"""Core-hours of everything, by which settings are compared, and of the line alone."""
+
 
 def summarise(
     receipts: Sequence[Receipt], *, run_wall_s: float, workers: int, tile_mm2: Mapping[str, float]
@@ -109,6 +112,29 @@ def total_core_seconds(
             own = (row for row in attempts if one.since <= row["submit"] and (end is None or row["submit"] < end))
             total += math.fsum(float(row.get("core_s") or 0.0) for row in own)
     return total
+
+
+def total_metrics(
+    drivers: Sequence[Spent], attempts: Sequence[Mapping[str, Any]], receipts: Sequence[Receipt]
+) -> dict[str, float]:
+    """Return ``cost.total_core_s``, the same as ``cost.total_core_hours``, and its part ``cost.start_core_s``.
+
+    The start is what a process does once, however many runs it has: each trial of a sweep is charged all of it.
+    """
+    total_s = total_core_seconds(drivers, attempts, receipts)
+    start_s = math.nan if math.isnan(total_s) else math.fsum(one.start_s for one in drivers)
+    return {"cost.total_core_s": total_s, TOTAL: total_s / 3600.0, "cost.start_core_s": start_s}
+
+
+def core_hours_text(metrics: Mapping[str, float]) -> str:
+    """Return what a run cost, such as ``0.031 core-hours, 0.012 of them the line``.
+
+    Runs of former versions have no total; the text is empty where a run has neither, as detections of other programs.
+    """
+    total, line = (metrics.get(name, math.nan) for name in (TOTAL, LINE))
+    if math.isfinite(total):
+        return f"{total:.3g} core-hours, {line:.3g} of them the line"
+    return f"{line:.3g} core-hours of the line" if math.isfinite(line) else ""
 
 
 def step_core_seconds(receipts: Sequence[Receipt]) -> dict[str, float]:

@@ -286,13 +286,14 @@ def _work_metrics(
 def _total_cost(root: Path, work: WorkLog) -> dict[str, float]:
     """Return what everything has cost so far, this start included."""
     _note_spent(root, work)
-    return {"cost.total_core_s": cost.total_core_seconds(driver.spent(root), work.attempts, work.receipts)}
+    return cost.total_metrics(driver.spent(root), work.attempts, work.receipts)
 
 
 def _note_spent(root: Path, work: WorkLog) -> None:
     """Record what this start has cost; one that executed nothing adds nothing."""
     if work.new:
-        driver.note_spent(root, Spending.charge())
+        start_s = Spending.start_s or 0.0
+        driver.note_spent(root, start_s + Spending.charge(), start_s)
 
 
 _WHOLE = {"throughput.core_hours", "throughput.core_seconds_per_tile", "throughput.mm2_per_core_hour"}
@@ -374,8 +375,9 @@ def _success_text(
         *_looked_at_line(metrics),
         f"protocol   {plan.settings.evaluation.name} {_protocol_hash(shown)[:12]}",
         f"throughput {metrics['throughput.tiles_per_s']:.1f} tiles/s, "
-        f"{metrics['throughput.windows_per_s']:.0f} windows/s, {metrics['throughput.core_hours']:.4f} core-hours, "
+        f"{metrics['throughput.windows_per_s']:.0f} windows/s, "
         f"efficiency {metrics['throughput.efficiency']:.2f}",
+        f"cost       {cost.core_hours_text(metrics)}",
         f"inference  {chosen.engine}, {chosen.backend} {chosen.precision}: {plan.settings.reason}",
         *_certificate_line(metrics),
         f"report     {shown.parent / 'report.html'}",

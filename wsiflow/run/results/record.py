@@ -16,6 +16,7 @@ from wsiflow.run import tracking
 from wsiflow.run.cases import folder_id, swept
 from wsiflow.run.config import RunConfig
 from wsiflow.run.plan import Plan
+from wsiflow.run.results.cost import core_hours_text
 from wsiflow.run.stages import choose
 from wsiflow.slides.kinds import source_of
 from wsiflow.system import processes, publish
@@ -183,9 +184,9 @@ _MAIN_METRICS = (
     "roc.auc",
     "roc.auc_ci_low",
     "roc.auc_ci_high",
+    "cost.total_core_hours",
     "throughput.core_hours",
     "throughput.tiles_per_s",
-    "throughput.wall_s",
     "throughput.efficiency",
     "energy.joules",
     "dense.max_abs_diff",
@@ -242,7 +243,7 @@ def _description(config: RunConfig, plan: Plan, metrics: Mapping[str, float], n_
         if math.isfinite(metrics[metric])
     ]
     return (
-        f"{', '.join(scores) or 'No scores: there is no truth'}; {metrics['throughput.core_hours']:.3g} core-hours.\n\n"
+        f"{', '.join(scores) or 'No scores: there is no truth'}; {core_hours_text(metrics)}.\n\n"
         f"{n_slides} slides of `{source_of(config.dataset)}`{f', {missing} are missing' if missing else ''}; model "
         f"`{config.model.card}`, stride {chosen.stride_px}, {chosen.engine}, {chosen.backend} "
         f"{chosen.precision}. Folder: `{config.out}`.\n\n"

@@ -160,7 +160,11 @@ def _headline(metrics: Mapping[str, float], n_slides: int, n_missing: int) -> st
     cards = [
         *((title, *_scored_over(metrics, name)) for name, title in titles.items() if name in metrics),
         ("Slides", f"{n_slides - n_missing} of {n_slides}", f"{n_missing} missing" if n_missing else "none missing"),
-        ("Core-hours", _short(metrics, "throughput.core_hours"), f"wall time {_short(metrics, 'throughput.wall_s')} s"),
+        (
+            "Core-hours of the line",
+            _short(metrics, "throughput.core_hours"),
+            f"wall time {_short(metrics, 'throughput.wall_s')} s",
+        ),
         (
             "Tiles per second",
             _short(metrics, "throughput.tiles_per_s"),
@@ -301,7 +305,7 @@ def _citation(data: ReportData, n_missing: int) -> str:
         "froc.score": f"FROC score {_with_interval(m, 'froc.score')} (official CAMELYON16 scoring, {lesions})",
         "froc.strict_score": f"strict {_with_interval(m, 'froc.strict_score')}",
         "roc.auc": f"slide AUC {_with_interval(m, 'roc.auc')} ({slides})",
-        "throughput.core_hours": f"{_short(m, 'throughput.core_hours')} core-hours",
+        "throughput.core_hours": f"{_short(m, 'throughput.core_hours')} core-hours of the line",
     }
     parts = [
         *(text for name, text in scores.items() if _defined(m, name)),

@@ -142,6 +142,8 @@ def _evidence(root: Path, plan: Plan, index: int, case: Case, config: RunConfig)
         tiles=tissue_grid(read_cut(root, planned).tile_runs),
         params=plan.settings.lesions,
         read_map=lambda: files.read_heatmap(heatmap)[0],
+        read_second=lambda: detect.second_map(plan, index),
+        read_score=lambda: detect.gate_score(root, plan, index),
     )
     return replace(evidence(planned, case, config, detections, score, root=root), view=view)
 

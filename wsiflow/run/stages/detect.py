@@ -1,11 +1,14 @@
 """The stage ``detect``: it finds lesions on a heatmap, and draws the pictures of the heatmap."""
 
+import json
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from wsiflow.evaluation.detections import format_detections
+from wsiflow.errors import InputError, WsiflowError
+from wsiflow.evaluation.detections import format_detections, read_scores
 from wsiflow.heatmap import files, lesions
 from wsiflow.heatmap.overlay import overlay_png
 from wsiflow.plan import geometry
@@ -15,7 +18,7 @@ from wsiflow.run.stages import overviews, stitch
 from wsiflow.run.stages.pixels import open_planned
 from wsiflow.run.stages.stage import Stage
 from wsiflow.run.stages.stitch import cell_um, make_room
-from wsiflow.system import publish
+from wsiflow.system import publish, reread
 from wsiflow.system.provenance import facts
 
 _OVERLAY_SIDE_PX = 1024
@@ -49,8 +52,53 @@ def _detected(root: Path, plan: Plan, index: int) -> tuple[NDArray[np.float32], 
     """Return the heatmap of a slide, (rows, cols), and the detections on it, (n, 3): prob, x, y in level-0 px."""
     frame = plan.slides[index].frame
     heat, _ = files.read_heatmap(root / stitch.STAGE.product_of(plan, index))
-    detections = lesions.detect(heat, plan.settings.lesions, cell_um=cell_um(frame))
+    params = plan.settings.lesions
+    detections = lesions.detect(heat, params, cell_um=cell_um(frame), second=second_map(plan, index))
+    if params.gate is not None:
+        detections = lesions.gated(detections, gate_score(root, plan, index), params.gate)
     return heat, np.column_stack([detections[:, 0], geometry.l0_from_h(frame, detections[:, 1:3])])
+
+
+def second_map(plan: Plan, index: int) -> NDArray[np.float32] | None:
+    """Return the map that takes part in the confidences of a slide's lesions; None where there is to be none.
+
+    Raises:
+        InputError: The other run has no heatmap of the slide, or one of another geometry.
+    """
+    path = _second_path(plan, index)
+    if path is None:
+        return None
+    planned = plan.slides[index]
+    heat, about = files.read_heatmap(path)
+    frame = json.loads(json.dumps(planned.frame._asdict()))
+    if about.get("frame") != frame:
+        cause = "the map of the other run covers other cells of the slide"
+        remedy = "run both models with the same geometry, tissue and inference.stride"
+        raise InputError(cause, remedy, slide=planned.slide_id, path=path)
+    return heat
+
+
+def _second_path(plan: Plan, index: int) -> Path | None:
+    folder = plan.settings.lesions.second
+    return None if folder is None else folder / f"heatmaps/{plan.slides[index].slide_id}.tif"
+
+
+def gate_score(root: Path, plan: Plan, index: int) -> float:
+    """Return the score of a slide that has to pass the gate.
+
+    Raises:
+        InputError: The file of scores cannot be read, or has none of the slide.
+    """
+    path, slide_id = plan.settings.lesions.slide_scores, plan.slides[index].slide_id
+    if path is None:
+        return float((publish.read_receipt(root, stitch.STAGE.product_of(plan, index)) or {})["score"])
+    scores = _read_scores(path)
+    if slide_id not in scores:
+        raise InputError("the file has no score of the slide", "add a line slide_id,score", slide=slide_id, path=path)
+    return scores[slide_id]
+
+
+_read_scores = reread.cached_by_content(4)(read_scores)
 
 
 def _publish_pictures(
@@ -89,7 +137,22 @@ def _publish_pictures(
 
 def _key(root: Path, plan: Plan, task: Task) -> str:
     (heatmap,) = stitch.STAGE.published(root, plan, task.slide)
-    return publish.key_of(heatmap=heatmap, lesions=plan.settings.lesions.model_dump())
+    params = plan.settings.lesions
+    # Where the other run and the file of scores lie changes no number.
+    values = params.model_dump(exclude={"second", "slide_scores"})
+    return publish.key_of(heatmap=heatmap, lesions=values, **_given(plan, task.slide))
+
+
+def _given(plan: Plan, index: int) -> dict[str, str]:
+    """Return what of files beside the run decides a slide's detections; what cannot be read fails the task itself."""
+    given = {}
+    if (path := _second_path(plan, index)) is not None:
+        receipt = publish.read_receipt(path.parents[1], f"heatmaps/{path.name}")
+        given["second"] = receipt["sha256"] if receipt else ""
+    if (scores := plan.settings.lesions.slide_scores) is not None:
+        with suppress(WsiflowError):
+            given["score"] = repr(_read_scores(scores).get(plan.slides[index].slide_id))
+    return given
 
 
 STAGE = Stage(

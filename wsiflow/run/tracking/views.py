@@ -35,12 +35,13 @@ PARETO, AGAINST, FROC, AUC = "wsiflow.pareto", "wsiflow.against_reference", "fro
 """Tags that are columns of the views."""
 
 _FIRST = ("1", "attributes.`Run Name`", "runDateAndNestInfo")  # MLflow's names of its first columns
-_COST = "throughput.core_hours"
+_COST, _LINE_COST = "cost.total_core_hours", "throughput.core_hours"
 _WIDTHS = {
     _FIRST[1]: 220,
     _FIRST[2]: 130,
     "metrics.`froc.score`": 90,
     f"metrics.`{_COST}`": 170,
+    f"metrics.`{_LINE_COST}`": 170,
     f"tags.`{FROC}`": 120,
     f"tags.`{PARETO}`": 115,
     f"tags.`{AGAINST}`": 380,
@@ -74,11 +75,11 @@ def tag(key: str, *, name: str = "", axes: Sequence[str] = _MAIN, parent: str = 
 
 def _state(axes: Sequence[str], parent: str) -> dict[str, Any]:
     """Return the state of MLflow's page of runs."""
-    froc, auc, cost = (f"metrics.`{name}`" for name in ("froc.score", "roc.auc", _COST))
+    froc, auc, cost, line_cost = (f"metrics.`{name}`" for name in ("froc.score", "roc.auc", _COST, _LINE_COST))
     froc_interval, auc_interval, pareto, against = (f"tags.`{name}`" for name in (FROC, AUC, PARETO, AGAINST))
     settings = [f"params.`{name}`" for name in axes]
     of_sweep = [against] if parent else []
-    columns = [*settings, froc, froc_interval, cost, pareto, *of_sweep, auc, auc_interval]
+    columns = [*settings, froc, froc_interval, cost, line_cost, pareto, *of_sweep, auc, auc_interval]
     return {
         "searchFilter": f"tags.`mlflow.parentRunId` = '{parent}'" if parent else "tags.`wsiflow.role` = 'run'",
         "orderByKey": cost if parent else "attributes.start_time",
