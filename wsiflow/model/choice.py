@@ -147,14 +147,15 @@ class DenseParams(BaseModel, frozen=True, extra="forbid"):
     windows: int = Field(
         ge=0,
         le=100_000,
-        description="Number of windows of each slide that are run on their own as well and compared. 0: nothing is "
-        "compared, which fp32 alone allows.",
+        description="Number of windows of each slide that are run on their own as well and compared: those of its "
+        "detections, inside its annotated lesions, near the threshold of detections, and of all other tissue. 0: "
+        "nothing is compared, which fp32 alone allows.",
     )
     tolerance: float = Field(
         gt=0,
         le=1,
-        description="Largest mean absolute difference of probability, and largest share of decisions that differ, that "
-        "a run accepts.",
+        description="Largest mean absolute difference of probability that a run accepts, over a slide and inside its "
+        "annotated lesions, and largest share of decisions at lesions.threshold that differ.",
     )
     on_excess: Literal["fail", "report"] = Field(
         description="What becomes of a run where the scores of a slide differ by more than the tolerance, or than a "
