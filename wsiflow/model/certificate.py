@@ -135,7 +135,7 @@ def mean_at_most(values: NDArray[np.float64], weighing: Weighing) -> float:
     """Return the upper 95 % bound of the mean over all windows, from values that are at least 0 and at most 1."""
     mean = float(np.average(values, weights=weighing.weight))
     variance, freedom = _variance(values, weighing)
-    return min(1.0, mean + float(special.stdtrit(max(freedom, 1), _LEVEL)) * math.sqrt(variance))
+    return min(1.0, mean + float(special.stdtrit(freedom, _LEVEL)) * math.sqrt(variance))
 
 
 def share_at_most(has: NDArray[np.bool_], weighing: Weighing) -> float:
@@ -164,13 +164,14 @@ def _is_known(weighing: Weighing) -> NDArray[np.bool_]:
     return known
 
 
-def _variance(values: NDArray[np.float64], weighing: Weighing) -> tuple[float, int]:
+def _variance(values: NDArray[np.float64], weighing: Weighing) -> tuple[float, float]:
     """Return the variance of the weighted mean, between the units of each part, and its degrees of freedom.
 
-    A part with a single unit shows no variance: its deviation from 0 is taken, which is not too small.
+    These are Satterthwaite's (1946): a part with a small variance adds few. A part with a single unit shows no
+    variance: its deviation from 0 is taken, which is not too small.
     """
     known, total = _is_known(weighing), float(weighing.weight.sum())
-    variance, freedom = 0.0, 0
+    variance, squares = 0.0, 0.0
     for part in np.unique(weighing.part[~known]).tolist():
         own = weighing.part == part
         weight, value = weighing.weight[own], values[own]
@@ -178,9 +179,9 @@ def _variance(values: NDArray[np.float64], weighing: Weighing) -> tuple[float, i
         n = int(unit.max()) + 1
         centre = float(np.average(value, weights=weight)) if n > 1 else 0.0
         sums = np.bincount(unit, weight * (value - centre)) / total
-        variance += float((sums**2).sum()) * n / max(n - 1, 1)
-        freedom += n - 1
-    return variance, freedom
+        of_part = float((sums**2).sum()) * n / max(n - 1, 1)
+        variance, squares = variance + of_part, squares + of_part**2 / max(n - 1, 1)
+    return variance, max(1.0, variance**2 / squares) if squares else 1.0
 
 
 def _least_independent(weighing: Weighing) -> float:

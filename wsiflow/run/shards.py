@@ -161,7 +161,7 @@ def measure_costs(pool: Executor, plan_path: Path) -> None:
 
 
 def calibrate(pool: Executor, plan_path: Path, slice_s: float) -> Progress:
-    """Quantise the network on the run's own tissue, where the run uses int8.
+    """Quantise the network on named slides or on the run's own tissue, where the run uses int8.
 
     Returns:
         The progress of the slides whose pixels were needed for it.
@@ -174,6 +174,10 @@ def calibrate(pool: Executor, plan_path: Path, slice_s: float) -> Progress:
         return Progress(())
     quantised = calibration(plan_path.parent, plan)
     if publish.done(plan_path.parent, *quantised) is not None:
+        return Progress(())
+    if plan.settings.calibration:
+        _logger.info("quantising the network on %d named slides", len(plan.settings.calibration))
+        once(pool, plan_path, "calibrate", quantised.key)
         return Progress(())
     progress = Progress(tuple(calibration_slides(plan)))
     _logger.info("quantising the network on %d of the slides", len(progress.slides))
