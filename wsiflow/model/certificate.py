@@ -62,6 +62,10 @@ class Weighing(NamedTuple):
     part: NDArray[np.int64]
     unit: NDArray[np.int64]
 
+    def of(self, windows: NDArray[np.bool_] | slice) -> "Weighing":
+        """Return how some of the windows were drawn."""
+        return Weighing(self.weight[windows], self.part[windows], self.unit[windows])
+
 
 class Limits(NamedTuple):
     """Upper limits of a deviation; infinity means no limit.
@@ -145,7 +149,7 @@ def share_at_most(has: NDArray[np.bool_], weighing: Weighing) -> float:
     certain = float(weight[known & has].sum()) / total
     if not rest.any():
         return certain
-    drawn = Weighing(weight[rest], weighing.part[rest], weighing.unit[rest])
+    drawn = weighing.of(rest)
     share, n = float(np.average(has[rest], weights=drawn.weight)), _least_independent(drawn)
     if 0 < share < 1:
         variance, _ = _variance(has[rest].astype(np.float64), drawn)

@@ -5,7 +5,7 @@ published ones wherever a window was run again. A detection whose highest cell w
 there, and is gone where that cell is not above the threshold any more; a cell inside an annotated region that exceeds
 the threshold in fp32 alone is a detection more. The difference and its interval are those of a paired comparison
 (`wsiflow.evaluation.paired`), which has a width where nothing differs. It bounds what the windows that were drawn can
-show: detections beyond half of the windows of a slide, cells of a region that were not drawn, and false positives that
+show: the less confident of many detections, cells of a region that were not drawn, and false positives that
 fp32 alone would have keep their published scores.
 """
 
@@ -29,6 +29,7 @@ from wsiflow.run.stages.certificates import Certificate
 from wsiflow.run.stages.strata import KINDS
 
 _ROUNDING = 1e-5  # deviations of sums in another order
+_DRAWS = 500  # of the bootstrap: exchanges take seconds for hundreds of slides
 
 Summary = tuple[list[dict[str, Any]], dict[str, float]]
 
@@ -132,13 +133,14 @@ def froc_difference(
         return {}
     exact = [_exchanged(plan, one, read.get(one.slide_id)) for one in published.matches]
     changed = any(not _alike(one, other) for one, other in zip(published.matches, exact, strict=True))
-    n = plan.settings.evaluation.bootstrap if changed else 0  # without a difference all draws are equal
+    n = min(plan.settings.evaluation.bootstrap, _DRAWS) if changed else 0  # without a difference all draws are equal
     settings = [published._replace(name="fp32", matches=exact), published]
     results = paired.bootstrap(settings, reference="fp32", n=n, seed=seed)
-    difference, evidence = (each["published"]["froc.score"] for each in (results.differences, results.evidence))
+    difference = results.differences["published"]["froc.score"]
+    units = results.evidence["published"]["froc.score"].units
     low, high = difference.low, difference.high
-    if math.isnan(low) and evidence.units is not None:
-        low, high = discordance.score_interval(evidence.units)
+    if math.isnan(low) and units is not None:
+        low, high = discordance.score_interval(units)
     name = "certificate.froc_difference"
     return {name: difference.value, f"{name}_ci_low": low, f"{name}_ci_high": high}
 
@@ -214,6 +216,8 @@ def sentence(metrics: Mapping[str, float], threshold: float) -> str:
         f"at most {_share(beyond)} off by more than {largest:.2g} (95 %)",
         _froc_text(metrics),
     ]
+    if unknown := metrics.get("certificate.slides_without_truth"):
+        parts.append(f"{unknown:.0f} slides have no truth, so that none inside lesions were chosen there")
     if lost := metrics.get("certificate.lesions_lost"):
         parts.append(f"lesions lost: {lost:.0f}")
     if beyond_limits := metrics.get("certificate.slides_beyond"):

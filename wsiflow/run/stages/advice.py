@@ -8,7 +8,6 @@ import numpy as np
 
 from wsiflow.errors import InputError
 from wsiflow.model import certificate
-from wsiflow.model.certificate import Weighing
 from wsiflow.run.plan import Plan, Task, read_plan
 from wsiflow.run.stages import certificates
 from wsiflow.run.stages.certificates import Certificate
@@ -115,7 +114,7 @@ def _exceeds_for_sure(plan: Plan, one: Certificate, scores: list[float]) -> bool
         np.array(scores, np.float32),
         np.array(one.pairs["windows"]["expected"][:n], np.float32),
         threshold=plan.settings.lesions.threshold,
-        weighing=Weighing(*(each[:n] for each in weighing)),
+        weighing=weighing.of(slice(n)),
     )
     share = float(weighing.weight[:n].sum() / weighing.weight.sum())
     return max(first.mean_abs_diff, first.flips) * share > plan.settings.tolerance

@@ -15,11 +15,13 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from wsiflow.errors import WsiflowError
 from wsiflow.model import certificate
 from wsiflow.model.certificate import Limits, ScoreDeviation, Weighing
 from wsiflow.plan.slide_plan import SlidePlan
 from wsiflow.run.plan import Plan
 from wsiflow.run.stages.strata import KINDS
+from wsiflow.slides import content
 from wsiflow.system import publish
 
 _FORM = 2  # of the file, and of how windows are drawn
@@ -91,8 +93,8 @@ def _truth_sha256(planned: SlidePlan) -> list[str | None]:
     hashes: list[str | None] = []
     for path in (planned.annotation_path, planned.mask_path):
         try:
-            hashes.append(publish.file_sha256(Path(path)) if path else None)
-        except OSError:  # scoring says so
+            hashes.append(content.cached_sha256(Path(path)) if path else None)
+        except WsiflowError:  # scoring says so
             hashes.append(None)
     return hashes
 
@@ -130,8 +132,7 @@ def deviation(plan: Plan, one: Certificate, kind: str, chosen: str = "") -> Scor
     weighing, own = one.weighing(), np.ones(len(scores), np.bool_)
     if chosen:
         own = np.array(one.kind, np.int64) == KINDS.index(chosen)
-    own_weighing = Weighing(*(each[own] for each in weighing))
-    return certificate.score_deviation(scores[own], expected[own], threshold=threshold, weighing=own_weighing)
+    return certificate.score_deviation(scores[own], expected[own], threshold=threshold, weighing=weighing.of(own))
 
 
 def limits_of(plan: Plan, kind: str) -> Limits:

@@ -133,8 +133,13 @@ def _truth(plan: Plan, planned: SlidePlan) -> tuple[Truth | None, bool]:
 
     Truth that cannot be read is not known here: it fails the slide when the slide is scored.
     """
-    given = {name: Path(getattr(planned, name)) for name in ("annotation_path", "mask_path") if getattr(planned, name)}
-    case = Case(planned.slide_id, Path(planned.path), label=planned.label, **given)
+    case = Case(
+        planned.slide_id,
+        Path(planned.path),
+        label=planned.label,
+        annotation_path=Path(planned.annotation_path) if planned.annotation_path else None,
+        mask_path=Path(planned.mask_path) if planned.mask_path else None,
+    )
     try:
         truth = planned_truth(planned, case, plan.settings.evaluation)
     except WsiflowError:

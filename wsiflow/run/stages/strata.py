@@ -3,11 +3,11 @@
 Input: the heatmap of a slide, its blocks, the cells at which detections peak, and the annotated regions. Output: cells
 of the heatmap with the number of windows that each stands for.
 
-Every scored cell belongs to the first kind that fits. ``detection``: a detection's highest cell; all are drawn, those
-of the most confident detections first, up to half of the windows. ``lesion``: inside an annotated region; a quarter of
-the windows, and one at least in each region. ``threshold``: within `NEAR` of the threshold of detections; an eighth.
-``rest``: every other cell. The last two are drawn from random blocks, a few windows from each, because it is blocks
-that are read. Cells outside the slide are of no kind: they have no score.
+Every scored cell belongs to the first kind that fits. ``detection``: a detection's highest cell; all are drawn, up to
+half of the windows and those in sixteen blocks, of the most confident detections first. ``lesion``: inside an annotated
+region; a quarter of the windows, and one at least in each region. ``threshold``: within `NEAR` of the threshold of
+detections; an eighth. ``rest``: every other cell. The last three are drawn from random blocks, up to eight of a kind, a
+few windows from each, because it is blocks that are read. Cells outside the slide are of no kind: they have no score.
 """
 
 from collections.abc import Iterator, Sequence
@@ -27,6 +27,7 @@ NEAR = 0.1
 """Distance of a score from the threshold of detections within which a small deviation may change the decision."""
 
 _BLOCKS = 8  # from which windows of a kind are drawn at random
+_PEAK_BLOCKS = 16  # blocks are read whole: detections all over a large slide would have much of it read again
 
 Cells = NDArray[np.int64]
 """int64 (n, 2), row and column of cells of a heatmap."""
@@ -85,6 +86,15 @@ class _Part(NamedTuple):
     region: int = 0
 
 
+class _Wish(NamedTuple):
+    """What is to be drawn: the kind, about how many windows, from how many blocks, and in which annotated region."""
+
+    kind: int
+    count: int
+    blocks: int
+    region: int = 0
+
+
 def draw(slide: Scored, *, seed: str, count: int) -> Drawn:
     """Draw about ``count`` windows; more where there are more annotated regions than a quarter of that.
 
@@ -93,38 +103,40 @@ def draw(slide: Scored, *, seed: str, count: int) -> Drawn:
         seed: Key of the slide.
         count: Number of windows.
     """
-    peaks = slide.peaks[: count // 2]
+    chosen = _near_peaks(slide, count // 2)
+    peaks = slide.peaks[chosen]
     free = np.isfinite(slide.heat)
     free[tuple(peaks.T)] = False
     parts = [_Part(peaks, np.ones(len(peaks)), np.arange(len(peaks)), KINDS.index("detection"))]
-    parts += _of_regions(slide, free, seed, count // 4)
     if slide.regions is not None:
+        parts += _of_regions(slide, free, seed, count // 4)
         free &= slide.regions == 0
     near = free & (np.abs(slide.heat - np.float32(slide.threshold)) <= NEAR)
-    parts += _of_blocks(slide, near, seed, KINDS.index("threshold"), max(1, count // 8))
+    parts += _of_blocks(slide, near, seed, _Wish(KINDS.index("threshold"), max(1, count // 8), _BLOCKS))
     left = max(1, count // 8, count - sum(len(part.cells) for part in parts))
-    parts += _of_blocks(slide, free & ~near, seed, KINDS.index("rest"), left)
-    return _ordered(slide, parts)
+    parts += _of_blocks(slide, free & ~near, seed, _Wish(KINDS.index("rest"), left, _BLOCKS))
+    return _ordered(slide, parts, chosen)
+
+
+def _near_peaks(slide: Scored, count: int) -> NDArray[np.int64]:
+    """Return the indices of the most confident detections, of so few blocks that these are read soon."""
+    blocks, _ = _places(slide, slide.peaks)
+    first = np.unique(blocks, return_index=True)[1]
+    read = blocks[np.sort(first)[:_PEAK_BLOCKS]]
+    return np.flatnonzero(np.isin(blocks, read))[:count]
 
 
 def _of_regions(slide: Scored, free: NDArray[np.bool_], seed: str, count: int) -> list[_Part]:
-    """Draw cells at random from each annotated region."""
-    if slide.regions is None:
-        return []
-    places = np.flatnonzero(free & (slide.regions > 0))
-    numbers = slide.regions.ravel()[places]
-    present, parts = np.unique(numbers).tolist(), []
-    for number in present:
-        own = places[numbers == number]
-        key = publish.key_of(slide=seed, kind="lesion", region=number)
-        drawn = own[draw_indices(key, among=len(own), count=max(1, count // len(present)))]
-        cells = np.stack(np.unravel_index(drawn, slide.heat.shape), axis=1)
-        weight = np.full(len(drawn), len(own) / len(drawn))
-        parts.append(_Part(cells, weight, np.arange(len(drawn)), KINDS.index("lesion"), number))
-    return parts
+    """Draw cells from each annotated region."""
+    inside = np.where(free, slide.regions, 0) if slide.regions is not None else np.zeros_like(free, np.int32)
+    present = np.unique(inside[inside > 0]).tolist()
+    each, most_blocks = (max(1, limit // max(1, len(present))) for limit in (count, _BLOCKS))
+    kind = KINDS.index("lesion")
+    wishes = [_Wish(kind, each, most_blocks, number) for number in present]
+    return [part for wish in wishes for part in _of_blocks(slide, inside == wish.region, seed, wish)]
 
 
-def _of_blocks(slide: Scored, mask: NDArray[np.bool_], seed: str, kind: int, count: int) -> list[_Part]:
+def _of_blocks(slide: Scored, mask: NDArray[np.bool_], seed: str, wish: _Wish) -> list[_Part]:
     """Draw cells of a mask from random blocks, equally many from each.
 
     Where that is all blocks that have such cells, each block is a part. Elsewhere a block is a unit, and the weights
@@ -132,21 +144,24 @@ def _of_blocks(slide: Scored, mask: NDArray[np.bool_], seed: str, kind: int, cou
     """
     sizes = [int(mask[_extent(slide.frame, block)].sum()) for block in slide.blocks]
     having = [number for number, size in enumerate(sizes) if size]
-    key = publish.key_of(slide=seed, kind=KINDS[kind])
-    chosen = [having[i] for i in draw_indices(key, among=len(having), count=min(_BLOCKS, count)).tolist()]
-    each = -(-count // max(1, len(chosen)))
+    key = publish.key_of(slide=seed, kind=KINDS[wish.kind], region=wish.region)
+    most = min(wish.blocks, wish.count)
+    chosen = [having[i] for i in draw_indices(key, among=len(having), count=most).tolist()]
+    each = -(-wish.count // max(1, len(chosen)))
     parts = []
     for number in chosen:
         own = _extent(slide.frame, slide.blocks[number])
         cells = np.argwhere(mask[own]) + np.array([own[0].start, own[1].start])
-        in_block = publish.key_of(slide=seed, kind=KINDS[kind], block=number)
+        in_block = publish.key_of(slide=key, block=number)
         drawn = cells[draw_indices(in_block, among=len(cells), count=each)]
-        parts.append(_Part(drawn, np.full(len(drawn), len(cells) / len(drawn)), np.arange(len(drawn)), kind))
+        weight = np.full(len(drawn), len(cells) / len(drawn))
+        parts.append(_Part(drawn, weight, np.arange(len(drawn)), wish.kind, wish.region))
     if len(chosen) == len(having):
         return parts
     scale = sum(sizes) / sum(sizes[number] for number in chosen)
     cells, weight = np.concatenate([part.cells for part in parts]), np.concatenate([part.weight for part in parts])
-    return [_Part(cells, weight * scale, np.repeat(chosen, [len(part.cells) for part in parts]), kind)]
+    units = np.repeat(chosen, [len(part.cells) for part in parts])
+    return [_Part(cells, weight * scale, units, wish.kind, wish.region)]
 
 
 def _extent(frame: Frame, block: Block) -> tuple[slice, slice]:
@@ -156,14 +171,14 @@ def _extent(frame: Frame, block: Block) -> tuple[slice, slice]:
     return slice(row, row + block.rows * m), slice(col, col + block.cols * m)
 
 
-def _ordered(slide: Scored, parts: Sequence[_Part]) -> Drawn:
+def _ordered(slide: Scored, parts: Sequence[_Part], peaks: NDArray[np.int64]) -> Drawn:
     """Return the drawn cells of all parts in the order of their blocks."""
     sizes = [len(part.cells) for part in parts]
     cells = np.concatenate([np.empty((0, 2), np.int64), *(part.cells for part in parts)])
     block, window = _places(slide, cells)
     order = np.lexsort((window, block))
     detection = np.full(len(cells), -1)
-    detection[: sizes[0]] = np.arange(sizes[0])
+    detection[: len(peaks)] = peaks
     kind, region = (np.repeat([part[place] for part in parts], sizes) for place in (3, 4))
     weighing = Weighing(
         np.concatenate([part.weight for part in parts])[order],
