@@ -194,6 +194,30 @@ def test_certificates_of_other_truth_and_of_earlier_versions_are_replaced(
     assert {Path(name).parent.name for name in before if after[name] != before[name]} == {"certificates"}
 
 
+def test_a_run_that_erases_tumour_does_not_pass(
+    small_slides: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every high score of the dense engine is lost; the annotated lesions are found by windows that are run alone."""
+    with small_slides.open(newline="") as stream:
+        row = next(row for row in csv.DictReader(stream) if row["annotation_path"])
+    one = tmp_path / "one.csv"
+    paths = [small_slides.parent / row[name] for name in ("path", "annotation_path")]
+    one.write_text(f"slide_id,path,annotation_path,label\ns,{paths[0]},{paths[1]},tumour\n")
+    score = scorer.DenseScorer.score
+
+    def erasing(*given: object) -> scorer.TileScores:
+        found = score(*given)
+        return found._replace(prob=np.where(found.prob > 0.3, np.float32(0), found.prob))
+
+    monkeypatch.setattr(scorer.DenseScorer, "score", erasing)
+    assert wsiflow(one, tmp_path / "run", "inference.stride=112") == 40
+    assert re.search(r"(a lesion is|\d+ lesions are) lost: no score in it exceeds 0.5", capsys.readouterr().err)
+    assert wsiflow(one, tmp_path / "run", "inference.stride=112", "dense.on_excess=report") == 0
+    found = summary(tmp_path / "run")
+    assert found["certificate.lesions_lost"] > 0
+    assert found["certificate.froc_difference"] < 0
+
+
 def test_windows_that_were_not_refined_are_certified(
     tiny_slide: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

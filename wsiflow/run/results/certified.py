@@ -1,6 +1,6 @@
 """The certificates of a run: their rows and metrics, and what the fast way could cost in FROC.
 
-The FROC score is computed twice over the same slides: as published, and with the scores in fp32 in place of the
+The strict FROC score, which keeps every threshold, is computed twice over the same slides: as published, and with the scores in fp32 in place of the
 published ones wherever a window was run again. A detection whose highest cell was run again moves by the difference
 there, and is gone where that cell is not above the threshold any more; a cell inside an annotated region that exceeds
 the threshold in fp32 alone is a detection more. The difference and its interval are those of a paired comparison
@@ -51,8 +51,8 @@ def summarise(root: Path, plan: Plan, slides: Sequence[SlidePlan], record: Evalu
         last parts of the names; ``dense.lesion_mean_abs_diff`` is that inside annotated lesions. Further classes have
         rows and metrics of their own, as ``dense.<class>.n``. ``certificate.slides_beyond`` is the number of slides
         beyond their limits, ``certificate.lesions_lost`` that of lost lesions, ``certificate.slides_without_truth``
-        that of slides of which it is not known what is tumour. ``certificate.froc_difference`` is the published FROC
-        score minus that with the scores in fp32.
+        that of slides of which it is not known what is tumour. ``certificate.froc_difference`` is the published strict
+        FROC score minus that with the scores in fp32.
     """
     read = {planned.slide_id: certificates.read(root, planned) for planned in slides}
     rows = [row for slide_id, one in read.items() for row in _rows(plan, slide_id, one)]
@@ -123,7 +123,7 @@ def _pooled(plan: Plan, kind: str, parts: Sequence[Certificate], chosen: int | N
 def froc_difference(
     plan: Plan, read: Mapping[str, Certificate], record: EvaluationRecord, *, seed: int
 ) -> dict[str, float]:
-    """Return the published FROC score minus that with scores in fp32, with its 95 % interval, as metrics.
+    """Return the published strict FROC score minus that with scores in fp32, with its 95 % interval, as metrics.
 
     Slides whose matches the certificate does not give, because their truth has changed, keep their scores. Nothing is
     returned where no lesion counts.
@@ -136,8 +136,8 @@ def froc_difference(
     n = min(plan.settings.evaluation.bootstrap, _DRAWS) if changed else 0  # without a difference all draws are equal
     settings = [published._replace(name="fp32", matches=exact), published]
     results = paired.bootstrap(settings, reference="fp32", n=n, seed=seed)
-    difference = results.differences["published"]["froc.score"]
-    units = results.evidence["published"]["froc.score"].units
+    difference = results.differences["published"]["froc.strict_score"]
+    units = results.evidence["published"]["froc.strict_score"].units
     low, high = difference.low, difference.high
     if math.isnan(low) and units is not None:
         low, high = discordance.score_interval(units)

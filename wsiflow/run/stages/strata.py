@@ -90,7 +90,7 @@ class _Wish(NamedTuple):
     """What is to be drawn: the kind, about how many windows, from how many blocks, and in which annotated region."""
 
     kind: int
-    count: int
+    n: int
     blocks: int
     region: int = 0
 
@@ -145,9 +145,9 @@ def _of_blocks(slide: Scored, mask: NDArray[np.bool_], seed: str, wish: _Wish) -
     sizes = [int(mask[_extent(slide.frame, block)].sum()) for block in slide.blocks]
     having = [number for number, size in enumerate(sizes) if size]
     key = publish.key_of(slide=seed, kind=KINDS[wish.kind], region=wish.region)
-    most = min(wish.blocks, wish.count)
+    most = min(wish.blocks, wish.n)
     chosen = [having[i] for i in draw_indices(key, among=len(having), count=most).tolist()]
-    each = -(-wish.count // max(1, len(chosen)))
+    each = -(-wish.n // max(1, len(chosen)))
     parts = []
     for number in chosen:
         own = _extent(slide.frame, slide.blocks[number])
