@@ -1,12 +1,12 @@
 """The certificates of a run: their rows and metrics, and what the fast way could cost in FROC.
 
-The strict FROC score, which keeps every threshold, is computed twice over the same slides: as published, and with the scores in fp32 in place of the
-published ones wherever a window was run again. A detection whose highest cell was run again moves by the difference
-there, and is gone where that cell is not above the threshold any more; a cell inside an annotated region that exceeds
-the threshold in fp32 alone is a detection more. The difference and its interval are those of a paired comparison
-(`wsiflow.evaluation.paired`), which has a width where nothing differs. It bounds what the windows that were drawn can
-show: the less confident of many detections, cells of a region that were not drawn, and false positives that
-fp32 alone would have keep their published scores.
+The strict FROC score, which keeps every threshold, is computed twice over the same slides: as published, and with the
+scores in fp32 in place of the published ones wherever a window was run again. A detection whose highest cell was run
+again moves by the difference there, and is gone where that cell is not above the threshold any more; a cell inside an
+annotated region that exceeds the threshold in fp32 alone is a detection more. The difference and its interval are those
+of a paired comparison (`wsiflow.evaluation.paired`), which has a width where nothing differs: it is about slides like
+these. It bounds what the windows that were drawn can show. The less confident of many detections and cells of a region
+that were not drawn keep their published scores, and false positives that fp32 alone would have are not counted.
 """
 
 import math
