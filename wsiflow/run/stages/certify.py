@@ -255,7 +255,8 @@ def _smallest_block(
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Return the published scores of a block, and those that ``dense`` computes.
 
-    The smallest block with drawn windows is taken, because a second network is in memory while it runs.
+    The smallest block with windows that decide is taken, else the smallest with any, because a second network is in
+    memory while it runs.
     """
     planned = plan.slides[index]
     blocks = read_cut(root, planned).blocks
@@ -264,7 +265,8 @@ def _smallest_block(
         block: Block = blocks[number]
         return planned.frame.block_px(block.rows) * planned.frame.block_px(block.cols)
 
-    least = min(set(drawn.block.tolist()), key=lambda number: (area(number), number))
+    deciding = drawn.block[drawn.kind != strata.KINDS.index("rest")]
+    least = min(set((deciding if len(deciding) else drawn.block).tolist()), key=lambda number: (area(number), number))
     scores = next(each for number, each in _block_scores(root, plan, index, drawn) if number == least)
     with planned_blocks(root, plan, planned, [least]) as parts:
         again = dense.score(planned.frame, parts, untimed)
