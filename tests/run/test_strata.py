@@ -59,10 +59,11 @@ def certified(published: np.ndarray, exact: np.ndarray, marked: np.ndarray | Non
     )
 
 
-def plan(**choice: object) -> SimpleNamespace:
+def plan(threshold: float = 0.5, **choice: object) -> SimpleNamespace:
     """Return as much of a plan as says what is tolerated: by default that of a network that pads, at 0.1."""
+    params = PARAMS.model_copy(update={"threshold": threshold})
     usual = Choice("dense", "openvino", "fp32", 32, 56, "", 96, False, 192, 4, 6)
-    return SimpleNamespace(settings=SimpleNamespace(lesions=PARAMS, tolerance=0.1, choice=usual._replace(**choice)))
+    return SimpleNamespace(settings=SimpleNamespace(lesions=params, tolerance=0.1, choice=usual._replace(**choice)))
 
 
 @pytest.mark.parametrize("choice", [{}, {"exact": True, "precision": "int8"}, {"engine": "window", "refine": 0.1}])
@@ -87,6 +88,17 @@ def test_a_lesion_that_is_still_found_is_not_lost() -> None:
     assert certificates.lost_lesions(plan(), one) == []
     assert certificates.lost_lesions(plan(), one._replace(highest={"1": 0.0})) == [1]
     assert certificates.lost_lesions(plan(), one._replace(highest=None)) == []
+
+
+def test_decisions_are_those_at_the_threshold_of_detections() -> None:
+    """A lesion that falls from 0.95 to 0.8 is lost at 0.9 and not at 0.5."""
+    exact, published = scores_of(6), scores_of(6)
+    exact[LESION], published[LESION] = 0.95, 0.8
+    one = certified(published, exact, regions(), SEEDS[6])
+    for threshold, lost in ((0.5, []), (0.9, [1])):
+        at = plan(threshold)
+        assert certificates.lost_lesions(at, one) == lost
+        assert bool(certificates.deviation(at, one, "windows").flips) == bool(lost)
 
 
 def test_without_truth_the_certificate_is_about_all_tissue() -> None:
