@@ -188,7 +188,6 @@ _MAIN_METRICS = (
     "throughput.wall_s",
     "throughput.efficiency",
     "energy.joules",
-    "certificate.froc_difference",
     "certificate.froc_difference_ci_low",
     "certificate.slides_beyond",
     "tissue.lesion_recall",
