@@ -12,7 +12,7 @@ from wsiflow.slides.kinds import FLAT
 
 # Sections that decide the results of a run; others (executor, tracking, store) may change from start to start.
 _DECISIVE_SECTIONS = ("dataset", "model", "geometry", "tissue", "tiles", "inference", "stain", "lesions", "evaluation")
-_PATH_KEYS = ("manifest", "folder", "path", "data", "card")
+_PATH_KEYS = ("manifest", "folder", "path", "data", "card", "calibration")
 
 
 def default_name(values: Mapping[str, Any]) -> str:
@@ -31,6 +31,8 @@ def default_name(values: Mapping[str, Any]) -> str:
         decisive["dense"]["local"] = True
     if decisive["inference"].get("stride_alone") == "auto":
         del decisive["inference"]["stride_alone"]  # so that folders keep the names that earlier versions gave
+    if decisive["inference"].get("calibration") is None:  # likewise
+        decisive["inference"].pop("calibration", None)
     decisive["dataset"] = {**FLAT, **decisive["dataset"]}  # so that folders keep the names that earlier versions gave
     if decisive["dataset"].get("mpp") is None:  # likewise
         decisive["dataset"].pop("mpp", None)

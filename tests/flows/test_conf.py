@@ -88,7 +88,7 @@ def test_every_path_begins_at_the_root(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.chdir("/")
     assert RunConfig.model_validate_json(published) == config
     assert {name for name, node in _nodes(RunConfig.model_json_schema()) if node.get("format") == "path"} == {
-        *("out", "share", "card", "manifest", "folder", "path", "data", "second", "slide_scores")
+        *("out", "share", "card", "manifest", "folder", "path", "data", "second", "slide_scores", "calibration")
     }, "a new path is added to this test"
 
 

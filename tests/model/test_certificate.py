@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wsiflow.model import certificate
-from wsiflow.model.certificate import Limits
+from wsiflow.model.certificate import Limits, Weighing
 
 
 def test_differences_by_hand() -> None:
@@ -38,6 +38,47 @@ def test_what_is_not_defined_is_nan_and_breaks_nothing() -> None:
     same = np.full(3, 0.25, np.float32)
     assert math.isnan(certificate.score_deviation(same, same).correlation)
     assert certificate.exceeded_limits(none, Limits(0.0, 0.0, 0.0)) == []
+
+
+def weighing(weight: list[float], part: list[int], unit: list[int]) -> Weighing:
+    return Weighing(np.array(weight), np.array(part), np.array(unit))
+
+
+def test_weighted_means_and_bounds_by_hand() -> None:
+    """One part is known entirely; of the other, three units of one window each stand for ten windows each."""
+    drawn = weighing([1.0, 10.0, 10.0, 10.0], [0, 1, 1, 1], [0, 0, 1, 2])
+    scores, expected = np.array([0.9, 0.1, 0.1, 0.1], np.float32), np.array([0.1, 0.2, 0.1, 0.1], np.float32)
+    found = certificate.score_deviation(scores, expected, threshold=0.5, weighing=drawn)
+    assert found.mean_abs_diff == pytest.approx((0.8 + 10 * 0.1) / 31)
+    # Student's t with 2 degrees of freedom, of the standard error of the sum of three values.
+    error = 10 / 31 * np.std([0.1, 0, 0], ddof=1) * 3**0.5
+    assert found.mean_abs_diff_at_most == pytest.approx(found.mean_abs_diff + 2.919986 * error, rel=1e-5)
+    assert found.flips == pytest.approx(1 / 31)
+    assert found.flips_at_most == pytest.approx(1 / 31 + 30 / 31 * (1 - 0.05 ** (1 / 3)))
+    assert found.beyond_max_at_most == pytest.approx(30 / 31 * (1 - 0.05 ** (1 / 3)))
+
+
+def test_windows_of_a_block_count_as_one_where_none_has_a_property() -> None:
+    """The bound is that of eight blocks, however many windows were drawn from each; all windows known have none."""
+    none = np.zeros(80, np.bool_)
+    unit = list(np.repeat(range(8), 10))
+    assert certificate.share_at_most(none, weighing([5.0] * 80, [0] * 80, unit)) == pytest.approx(1 - 0.05 ** (1 / 8))
+    assert certificate.share_at_most(none, weighing([1.0] * 80, [0] * 80, unit)) == 0
+    assert certificate.share_at_most(~none, weighing([5.0] * 80, [0] * 80, unit)) == 1
+
+
+def test_a_bound_holds_as_often_as_it_says() -> None:
+    """Of a hundred samples of blocks with some windows beyond, the bound of the share is below the truth in few."""
+    rng, held = np.random.default_rng(1), 0
+    blocks = rng.random((60, 50)) < rng.choice([0, 0.1], (60, 1))
+    for _ in range(100):
+        drawn = rng.choice(60, 8, replace=False)
+        flags = blocks[drawn][:, rng.permutation(50)[:12]].ravel()
+        held += (
+            certificate.share_at_most(flags, weighing([60 / 8 * 50 / 12] * 96, [0] * 96, list(np.repeat(drawn, 12))))
+            >= blocks.mean()
+        )
+    assert held >= 90
 
 
 def test_exceeded_limits_are_named_with_both_numbers() -> None:

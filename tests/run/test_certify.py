@@ -6,12 +6,15 @@ import dataclasses
 import io
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import openslide
 import pytest
 import torch
+from small_runs import attempts
 from torch import nn
 
 from flows import compose as command
@@ -21,7 +24,9 @@ from wsiflow.model import from_module, save, scorer
 from wsiflow.model.architectures.registry import build
 from wsiflow.model.classifier import load
 from wsiflow.model.engines import engine
-from wsiflow.run.stages import fastest
+from wsiflow.plan import geometry
+from wsiflow.run.plan import latest_plan
+from wsiflow.run.stages import certify, fastest
 from wsiflow.slides import pyramid
 from wsiflow.slides.synthetic import dataset
 from wsiflow.system.machine import cpu_supports_bf16
@@ -144,6 +149,89 @@ def test_beyond_the_tolerance_a_run_stops_and_names_what_would_pass(
     assert summary(tmp_path / "shared")["dense.mean_abs_diff"] <= TOLERANCE
 
 
+def test_a_stopped_run_stops_again_wherever_it_is_restarted(
+    strict: Strict, tiny_slide: list[str], googlenet: list[str], tmp_path: Path
+) -> None:
+    """A folder that was finished with ``dense.on_excess=report`` is not accepted without it, by no executor."""
+    out = Path(shutil.copytree(strict.out, tmp_path / "run"))
+    before = attempts(out)
+    usual = ["orchestrator=none", "tracking=off", "evaluation.bootstrap=0", *googlenet, *PADDED]
+    for executor in (["executor=inline"], ["executor=process", "executor.workers=1"]):
+        assert main(["run", *tiny_slide, f"out={out}", *usual, *executor]) == 40
+        assert not (out / "evaluation").exists()
+    after = attempts(out)
+    assert {name: after[name] for name in before} == before, "nothing is computed again"
+
+
+def test_windows_are_cut_where_their_scores_belong(usual: Path) -> None:
+    """Every window that is run alone has the pixels around the centre of its cell, to the pixel."""
+    plan = latest_plan(usual)
+    planned, drawn = plan.slides[0], certify.sample(usual, plan, 0).drawn
+    windows = certify.windows_of(usual, plan, planned, drawn, context_px=0)
+    compared = 0
+    with openslide.OpenSlide(planned.path) as slide:
+        for window, (row, col) in zip(windows, drawn.cells, strict=True):
+            x, y = geometry.l0_from_h(planned.frame, np.array([[col, row]], np.float64))[0].astype(int) - 112
+            if 0 <= x <= slide.dimensions[0] - 224 and 0 <= y <= slide.dimensions[1] - 224:
+                expected = np.asarray(slide.read_region((x, y), 0, (224, 224)))[..., :3]
+                assert np.array_equal(window, expected)
+                compared += 1
+    assert compared > 10
+
+
+def test_certificates_of_other_truth_and_of_earlier_versions_are_replaced(
+    small_slides: Path, usual: Path, tmp_path: Path
+) -> None:
+    """The certificate alone is computed again, and its bytes are what they were."""
+    out = Path(shutil.copytree(usual, tmp_path / "run"))
+    (certificate,), (receipt,) = (out / "certificates").iterdir(), (out / "receipts/certificates").iterdir()
+    published, before = certificate.read_bytes(), attempts(out)
+    certificate.write_text('{"windows": {"expected": [0.5], "scores": [0.1]}}')
+    receipt.write_text(receipt.read_text().replace('"key": "', '"key": "f'))
+    assert wsiflow(small_slides, out, "inference.stride=56", "inference.backend=openvino") == 0
+    assert certificate.read_bytes() == published
+    after = attempts(out)
+    assert {Path(name).parent.name for name in before if after[name] != before[name]} == {"certificates"}
+
+
+def test_a_run_that_erases_tumour_does_not_pass(
+    small_slides: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every high score of the dense engine is lost; the annotated lesions are found by windows that are run alone."""
+    with small_slides.open(newline="") as stream:
+        row = next(row for row in csv.DictReader(stream) if row["annotation_path"])
+    one = tmp_path / "one.csv"
+    paths = [small_slides.parent / row[name] for name in ("path", "annotation_path")]
+    one.write_text(f"slide_id,path,annotation_path,label\ns,{paths[0]},{paths[1]},tumour\n")
+    score = scorer.DenseScorer.score
+
+    def erasing(*given: object) -> scorer.TileScores:
+        found = score(*given)
+        return found._replace(prob=np.where(found.prob > 0.3, np.float32(0), found.prob))
+
+    monkeypatch.setattr(scorer.DenseScorer, "score", erasing)
+    assert wsiflow(one, tmp_path / "run", "inference.stride=112") == 40
+    assert re.search(r"(a lesion is|\d+ lesions are) lost: no score in it exceeds 0.5", capsys.readouterr().err)
+    assert wsiflow(one, tmp_path / "run", "inference.stride=112", "dense.on_excess=report") == 0
+    found = summary(tmp_path / "run")
+    assert found["certificate.lesions_lost"] > 0
+    assert found["certificate.froc_difference"] < 0
+
+
+def test_windows_that_were_not_refined_are_certified(
+    tiny_slide: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Coarse scores that stand for their surroundings are compared with those of single windows."""
+    refined = ["inference=window", "inference.stride=56", "inference.refine=1", "dense.tolerance=0.00001"]
+    assert wsiflow(tiny_slide, tmp_path / "run", *refined) == 40
+    assert "window fp32 scores differ from single windows in fp32: mean abs diff is" in (
+        said := capsys.readouterr().err
+    )
+    assert "set inference.refine=0, in another out= folder" in said
+    assert wsiflow(tiny_slide, tmp_path / "run", *refined, "dense.on_excess=report") == 0
+    assert summary(tmp_path / "run")["refine.mean_abs_diff"] > 0.00001
+
+
 def test_where_windows_do_not_overlap_they_are_run(small_slides: Path, tmp_path: Path) -> None:
     """At a stride of a whole window dense maps save nothing; the run names its choice and the reason."""
     assert wsiflow(small_slides, tmp_path / "run", "inference.stride=224") == 0
@@ -238,6 +326,9 @@ def test_windows_share_a_part_where_the_whole_cannot_run_over_blocks() -> None:
     assert "local" not in partly["choice"], "records of other runs stay as they were"
 
 
+OWN_INT8 = ["inference.precision=int8", "inference.calibration=own"]
+
+
 @pytest.fixture(scope="module")
 def quantised(small_slides: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """The folders of two equal runs in int8, with colours fitted, over a slide of glass and one of tissue."""
@@ -251,7 +342,7 @@ def quantised(small_slides: Path, tmp_path_factory: pytest.TempPathFactory) -> t
     slides = ["dataset=manifest", f"dataset.manifest={manifest}"]
     outs = folder / "a", folder / "b"
     for out in outs:
-        assert wsiflow(slides, out, "inference.stride=32", "stain=macenko", "inference.precision=int8") == 0
+        assert wsiflow(slides, out, "inference.stride=32", "stain=macenko", *OWN_INT8) == 0
     return outs
 
 
@@ -264,13 +355,38 @@ def test_a_slide_without_tissue_is_a_slide(quantised: tuple[Path, Path]) -> None
         }
 
 
-def test_int8_is_calibrated_on_the_runs_own_tissue(quantised: tuple[Path, Path]) -> None:
+def test_int8_is_calibrated_on_the_runs_own_tissue_where_that_is_asked_for(quantised: tuple[Path, Path]) -> None:
     """Two runs give the same bytes, near those of fp32, and certificates."""
     found = summary(quantised[0])
     assert 0 < found["precision.mean_abs_diff"] <= 0.02
     assert found["precision.flips"] <= 0.02
     first, second = (heat(out, "other") for out in quantised)
     assert np.array_equal(first, second, equal_nan=True)
+
+
+def test_int8_is_calibrated_once_on_named_slides(
+    small_slides: Path,
+    tiny_slide: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Another run with other slides has the same network without computing it; a named slide is never under test."""
+    monkeypatch.setenv("WSIFLOW_CACHE", str(tmp_path / "cache"))
+    calls, quantise = [], scorer.quantise
+    monkeypatch.setattr(scorer, "quantise", lambda *given: calls.append(given) or quantise(*given))
+    with small_slides.open(newline="") as stream:
+        row = next(csv.DictReader(stream))
+    named = tmp_path / "named.csv"
+    named.write_text(f"slide_id,path\nother,{small_slides.parent / row['path']}\n")
+    int8 = ["inference.precision=int8", f"inference.calibration={named}", "inference.stride=112"]
+    for out in ("a", "b"):
+        assert wsiflow(tiny_slide, tmp_path / out, *int8) == 0
+    first, second = ((tmp_path / out / "engine").glob("int8-*.zip") for out in ("a", "b"))
+    assert next(first).read_bytes() == next(second).read_bytes()
+    assert len(calls) == 1
+    assert wsiflow(small_slides, tmp_path / "c", *int8) == 20
+    assert "int8 would be calibrated on a slide under test" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not cpu_supports_bf16(), reason="this CPU has no bf16")
@@ -345,6 +461,7 @@ def test_patches_without_a_fit_are_counted_with_their_places(tiny_slides: Path, 
         (["stain=macenko", "stain.per_patch=true"], "stain.per_patch"),
         (["inference.precision=int8", "dense.share_until=pool3"], "int8 is not supported"),
         (["inference.precision=int8", "dense.windows=0"], "have to be compared with fp32"),
+        (["inference.precision=int8"], "inference.calibration names no slides to calibrate int8 on"),
     ],
 )
 def test_what_cannot_be_is_refused_before_any_work(

@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
+from wsiflow.system.paths import AbsolutePath
+
 
 class Choice(NamedTuple):
     """All properties of inference, besides the model, that can change a score.
@@ -93,8 +95,8 @@ class InferenceParams(BaseModel, frozen=True, extra="forbid"):
         ge=1, le=4096, description="Number of windows in one call of the network, where it is called for windows."
     )
     precision: Literal["fp32", "bf16", "int8", "auto"] = Field(
-        description="Number format of the network. bf16 needs a CPU that has it, int8 is calibrated on the run's own "
-        "tissue. auto: the faster of fp32 and bf16 on this machine."
+        description="Number format of the network. bf16 needs a CPU that has it, int8 slides to calibrate it on. "
+        "auto: the faster of fp32 and bf16 on this machine."
     )
     backend: Literal["openvino", "onnxruntime", "torch", "auto"] = Field(
         description="Library that runs the network. auto: the fastest of those that are installed."
@@ -116,11 +118,17 @@ class InferenceParams(BaseModel, frozen=True, extra="forbid"):
         "by one. auto: half a window, unless the stride was given. 0: the stride all the same.",
     )
 
+    calibration: Literal["own"] | AbsolutePath | None = Field(
+        default=None,
+        description="What int8 is calibrated on: a manifest of slides that are not under test, of which the first 16 "
+        "are taken. own: the slides under test, which says too much in favour of int8. null: int8 is refused.",
+    )
+
     @model_serializer(mode="wrap")
     def _without_unused(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Leave out what earlier versions did not have, where it is not used, so that files and keys stay the same."""
         values: dict[str, Any] = dump(self)
-        return {name: value for name, value in values.items() if name != "stride_alone" or value}
+        return {name: value for name, value in values.items() if name not in {"stride_alone", "calibration"} or value}
 
 
 FORMER_EXCESS: Mapping[Literal["fail", "report"], Literal["stop", "tell"]] = {"fail": "stop", "report": "tell"}
@@ -147,14 +155,15 @@ class DenseParams(BaseModel, frozen=True, extra="forbid"):
     windows: int = Field(
         ge=0,
         le=100_000,
-        description="Number of windows of each slide that are run on their own as well and compared. 0: nothing is "
-        "compared, which fp32 alone allows.",
+        description="Number of windows of each slide that are run on their own as well and compared: those of its "
+        "detections, inside its annotated lesions, near the threshold of detections, and of all other tissue. 0: "
+        "nothing is compared, which fp32 alone allows.",
     )
     tolerance: float = Field(
         gt=0,
         le=1,
-        description="Largest mean absolute difference of probability, and largest share of decisions that differ, that "
-        "a run accepts.",
+        description="Largest mean absolute difference of probability that a run accepts, over a slide and inside its "
+        "annotated lesions, and largest share of decisions at lesions.threshold that differ.",
     )
     on_excess: Literal["fail", "report"] = Field(
         description="What becomes of a run where the scores of a slide differ by more than the tolerance, or than a "

@@ -43,6 +43,7 @@ class PlanSettings(BaseModel, frozen=True):
         maps: Names of the classes that have a heatmap beside that of the positive score, in the order of the card.
         pixel_versions: Versions of the libraries that decode and resample pixels, by name.
         numeric_class: The kind of machine that computes the scores; the last bits may differ on another kind.
+        calibration: SHA-256 of the named slides that int8 is calibrated on; empty where it is on the run's own.
         certificate_windows: Number of windows of each slide that are also run singly and compared.
         lesions: How lesions are found on a heatmap.
         evaluation: How detections are scored.
@@ -67,6 +68,7 @@ class PlanSettings(BaseModel, frozen=True):
     maps: tuple[str, ...] = ()
     pixel_versions: Mapping[str, str]
     numeric_class: Mapping[str, str]
+    calibration: tuple[str, ...] = ()
     certificate_windows: int
     lesions: LesionParams
     evaluation: EvaluationParams
@@ -100,6 +102,7 @@ class PlanSettings(BaseModel, frozen=True):
             maps=predict.get("maps", ()),
             pixel_versions=predict["pixels"],
             numeric_class=predict["numeric_class"],
+            calibration=predict.get("calibration", ()),
             certificate_windows=settings["certificate"]["windows"],
             lesions=settings["lesions"],
             evaluation=settings["evaluation"],
@@ -132,8 +135,9 @@ class PlanSettings(BaseModel, frozen=True):
     @cached_property
     def of_scores(self) -> dict[str, Any]:
         """The settings that decide the scores of blocks, as JSON values; the key of every group contains them."""
-        maps = {"maps": list(self.maps)} if self.maps else {}  # without further classes, keys are what they were
-        return maps | {
+        # Without further classes and named slides, keys are what they were.
+        rare = {"maps": list(self.maps), "calibration": list(self.calibration)}
+        return {name: value for name, value in rare.items() if value} | {
             "model": self.model_identity,
             "inference": self.choice.score_settings(),
             "stain": self.stain.model_dump(mode="json"),

@@ -17,7 +17,7 @@ from wsiflow.run.config import RunConfig
 from wsiflow.run.costs import COSTS, costs_of, slices
 from wsiflow.run.executor.protocol import Executor, Outcome, Slice
 from wsiflow.run.plan import Plan, read_plan
-from wsiflow.run.stages import certify, extract, ingest, stain, work
+from wsiflow.run.stages import advice, certificates, certify, extract, ingest, stain, work
 from wsiflow.run.stages.calibrate import calibration_slides
 from wsiflow.run.stages.choose import choice_key, describe_choice, describe_fallback, is_chosen
 from wsiflow.run.stages.line import ROUGH, STAGES, names_of
@@ -156,7 +156,7 @@ def measure_costs(pool: Executor, plan_path: Path) -> None:
 
 
 def calibrate(pool: Executor, plan_path: Path, slice_s: float) -> Progress:
-    """Quantise the network on the run's own tissue, where the run uses int8.
+    """Quantise the network on named slides or on the run's own tissue, where the run uses int8.
 
     Returns:
         The progress of the slides whose pixels were needed for it.
@@ -169,6 +169,10 @@ def calibrate(pool: Executor, plan_path: Path, slice_s: float) -> Progress:
         return Progress(())
     quantised = calibration(plan_path.parent, plan)
     if publish.done(plan_path.parent, *quantised) is not None:
+        return Progress(())
+    if plan.settings.calibration:
+        _logger.info("quantising the network on %d named slides", len(plan.settings.calibration))
+        once(pool, plan_path, "calibrate", quantised.key)
         return Progress(())
     progress = Progress(tuple(calibration_slides(plan)))
     _logger.info("quantising the network on %d of the slides", len(progress.slides))
@@ -375,7 +379,7 @@ def advise(pool: Executor, plan_path: Path) -> Iterator[str]:
     root, plan = plan_path.parent, read_plan(plan_path)
     if plan.settings.on_excess == "report":
         return
-    excess = certify.slides_without_advice(root, plan)
+    excess = advice.slides_without_advice(root, plan)
     if excess:
         slide_id = plan.slides[excess[0]].slide_id
         yield f"looking for a setting that keeps dense.tolerance={plan.settings.tolerance:g} on slide {slide_id}, once"
@@ -383,8 +387,8 @@ def advise(pool: Executor, plan_path: Path) -> Iterator[str]:
             trace.note(root, "advise", "", 0, outcome)
             if outcome.receipt is None and not outcome.retried:
                 yield f"the search for a setting failed: {outcome.failure}"
-    if advice := certify.advice(root, plan):
-        yield f"advice     {advice}"
+    if found := advice.text(root, plan):
+        yield f"advice     {found}"
 
 
 def units(plan: Plan, stage: Stage, index: int) -> int:
@@ -451,6 +455,6 @@ def is_dispensable(root: Path, plan: Plan, name: str) -> bool:
 
 def _is_scored(root: Path, plan: Plan, index: int) -> bool:
     planned = plan.slides[index]
-    certificate = certify.certificate_name(planned)
-    certified = not certify.is_needed(plan) or publish.has_recorded_size(root, certificate)
-    return certified and len(ledger.published_groups(root, planned)) == planned.n_groups
+    if len(ledger.published_groups(root, planned)) != planned.n_groups:
+        return False
+    return not certify.is_needed(plan) or certificates.is_current(root, planned, _key(root, plan, certify.STAGE, index))

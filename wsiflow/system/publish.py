@@ -129,6 +129,16 @@ def done_if_present(root: Path, name: str, key: str) -> Receipt | None:
     return done(root, name, key) if (root / name).exists() else None
 
 
+def withdraw_other(root: Path, name: str, key: str) -> None:
+    """Remove a file that was published under another key, of which no other file was computed, and its receipt."""
+    receipt = read_receipt(root, name)
+    if receipt is None or receipt["key"] == key:
+        return
+    with _as_fault(root / name):
+        (root / name).unlink(missing_ok=True)
+        receipt_path(root, name).unlink(missing_ok=True)  # last: a process that is killed here begins again
+
+
 def has_recorded_size(root: Path, name: str) -> bool:
     """Return whether ``name`` is published and has the size of its receipt; quick, since nothing is hashed."""
     receipt = read_receipt(root, name)

@@ -23,7 +23,7 @@ from wsiflow.run.executor.params import worker_count
 from wsiflow.run.ledger import Ledger
 from wsiflow.run.plan import Plan
 from wsiflow.run.plan import read_plan as read_plan
-from wsiflow.run.results import cost, report
+from wsiflow.run.results import certified, cost, report
 from wsiflow.run.results.record import all_receipts, machines, settings, track
 from wsiflow.run.results.scores import (
     ScoringInput,
@@ -188,7 +188,7 @@ def finish(config: RunConfig, plan_path: Path, progress: Sequence[Progress], clo
     numbers = (
         _work_metrics(root, folder, config, plan, work, clock)
         | _counts(balance, len(ended), len(work.new))
-        | _certificates(root, folder, plan, statuses)
+        | _certificates(root, folder, config, plan, statuses)
         | _colours(root, plan, receipts)
     )
     _write_report(root, folder, config, plan, statuses, read_metrics(published.folder / "scores.json") | numbers)
@@ -228,13 +228,19 @@ def _scorable(
     return statuses, scoring if may_be_scored(config, statuses) else None
 
 
-def _certificates(root: Path, folder: str, plan: Plan, statuses: Sequence[Status]) -> dict[str, float]:
-    """Write ``certificates.csv``, a row per slide, and return the metrics over all slides.
+def _certificates(
+    root: Path, folder: str, config: RunConfig, plan: Plan, statuses: Sequence[Status]
+) -> dict[str, float]:
+    """Write ``certificates.csv``, and return the metrics over all slides.
 
     Where no slide has a certificate, nothing is written and the metrics are empty.
     """
+    if not certify.is_needed(plan):
+        return {}
     good = {status.slide_id for status in statuses if not status.exit_code}
-    rows, metrics = certify.summary(root, plan, [planned for planned in plan.slides if planned.slide_id in good])
+    slides = [planned for planned in plan.slides if planned.slide_id in good]
+    record = matches.read_matches(root / folder / "matches.json")
+    rows, metrics = certified.summarise(root, plan, slides, record, seed=config.seed)
     if rows:
         publish.write_view(root, f"{folder}/certificates.csv", tables.csv_text(rows).encode())
     return metrics
@@ -379,7 +385,7 @@ def _success_text(
         f"efficiency {metrics['throughput.efficiency']:.2f}",
         f"cost       {cost.core_hours_text(metrics)}",
         f"inference  {chosen.engine}, {chosen.backend} {chosen.precision}: {plan.settings.reason}",
-        *_certificate_line(metrics),
+        *_certificate_line(metrics, plan),
         f"report     {shown.parent / 'report.html'}",
         f"overlays   {shown.parent / 'heatmaps'}/*.png",
         *(f"maps       {shown.parent / file.format(slide='*')}" for file in map_files(plan.settings.maps)),
@@ -431,17 +437,7 @@ def _protocol_hash(shown: Path) -> str:
     return matches.read_matches(shown / "matches.json").protocol_hash
 
 
-def _certificate_line(metrics: Mapping[str, float]) -> list[str]:
-    """Return the deviation of the scores from single windows in fp32 as a line; no line where it was not measured."""
-    kind = next((kind for kind in ("dense", "precision") if f"{kind}.n" in metrics), "")
-    if not kind or not metrics[f"{kind}.n"]:
-        return []
-    count, mean, most, flips = (metrics[f"{kind}.{name}"] for name in ("n", "mean_abs_diff", "max_abs_diff", "flips"))
-    return [
-        f"certified  {count:.0f} windows run alone in fp32: mean |dp| {mean:.2g}, largest {most:.2g}, "
-        f"{flips:.2%} on the other side of 0.5{_beyond_limits(metrics['certificate.slides_beyond'])}"
-    ]
-
-
-def _beyond_limits(slides: float) -> str:
-    return f"; slides beyond the limits: {slides:.0f}" if slides else ""
+def _certificate_line(metrics: Mapping[str, float], plan: Plan) -> list[str]:
+    """Return what the certificates say as a line; no line where nothing was compared."""
+    text = certified.sentence(metrics, plan.settings.lesions.threshold)
+    return [f"certified  {text}"] if text else []

@@ -18,7 +18,7 @@ import numpy as np
 from wsiflow import redaction
 from wsiflow.evaluation import froc
 from wsiflow.heatmap.overlay import thumbnail
-from wsiflow.run.results import page
+from wsiflow.run.results import certified, page
 from wsiflow.run.stages.line import STEPS
 
 # Colours that stay distinguishable in greyscale and for colour-blind readers.
@@ -197,7 +197,13 @@ def _accuracy(data: ReportData) -> str:
             parts.append(f"<figure><figcaption>{title}</figcaption><p>{title} is {_NO_TRUTH}.</p></figure>\n")
     body = f'<div class="figures">\n{"".join(parts)}</div>\n'
     rates = _rates(data.metrics) if _defined(data.metrics, "froc.score") else ""
-    return page.section("Accuracy", body + rates + _looked_at(data))
+    return page.section("Accuracy", body + rates + _looked_at(data) + _certified(data))
+
+
+def _certified(data: ReportData) -> str:
+    """Return what the certificates say; empty where nothing was compared."""
+    text = certified.sentence(data.metrics, float(data.settings.get("lesions.threshold", math.nan)))
+    return f"<p>Certified: {escape(text)}.</p>\n" if text else ""
 
 
 def _looked_at(data: ReportData) -> str:

@@ -1,36 +1,36 @@
-"""The stage ``certify``: it measures, on the tissue of each slide, how much accuracy a faster engine costs.
+"""The stage ``certify``: it measures, on the tissue of each slide, how much accuracy a faster way costs.
 
-Some windows are drawn by the key of the slide. Their published scores are compared with the scores of the same windows
-that are run one by one in fp32. Where the run uses a lower precision, one block is computed in fp32 as well. The
-certificate holds the scores; whether they are within the limits is decided each time it is read. Further classes that a
-run maps are compared likewise, each as a kind of its own: ``windows.<class>`` beside ``windows``.
+Windows are drawn where decisions are made, and a few from all other tissue (`strata`). Their published scores are
+compared with the scores of the same windows that are run one by one in fp32. Where the run uses a lower precision, one
+block is computed in fp32 as well. The certificate holds the scores, see `certificates`.
 """
 
-import json
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from wsiflow.errors import InputError, IntegrityError
-from wsiflow.model import certificate
-from wsiflow.model.certificate import Limits, ScoreDeviation
+from wsiflow.errors import IntegrityError, WsiflowError
+from wsiflow.evaluation.froc import labels_at
+from wsiflow.evaluation.truth import Truth, planned_truth
+from wsiflow.heatmap import assembly, lesions
 from wsiflow.model.choice import Choice
+from wsiflow.plan import geometry
 from wsiflow.plan.blocks import Block, window_corners_px
-from wsiflow.plan.geometry import Frame
 from wsiflow.plan.slide_plan import SlidePlan, read_cut
 from wsiflow.run import store
 from wsiflow.run.costs import StageCost
 from wsiflow.run.plan import Plan, Task, read_plan
-from wsiflow.run.stages import predict
+from wsiflow.run.stages import certificates, predict, strata
+from wsiflow.run.stages.certificates import Certificate
 from wsiflow.run.stages.network import check_numeric_class, planned_classifier, scorer_for
 from wsiflow.run.stages.pixels import planned_blocks
 from wsiflow.run.stages.predict import prediction_name, published
 from wsiflow.run.stages.stage import Stage
-from wsiflow.run.stages.stitch import class_stems
+from wsiflow.run.stages.stitch import cell_um, class_stems, make_room
+from wsiflow.slides.manifest import Case
 from wsiflow.system import publish, usage
 from wsiflow.system.provenance import facts, thread_count
 from wsiflow.system.usage import untimed
@@ -38,50 +38,38 @@ from wsiflow.system.usage import untimed
 if TYPE_CHECKING:
     from wsiflow.model.scorer import DenseScorer, WindowScorer
 
-#: Name of the file with the result of the search for a setting, relative to the run's folder.
-ADVICE = "advice.json"
-
-_CERTIFIED_BLOCKS = 8
-_SEARCH_CPU_S = 60.0
-_CUTS_TRIED = 4
 _BATCH = 8  # a second network is in memory beside the run's own, and larger batches are hardly faster
 
 
 def is_needed(plan: Plan) -> bool:
     """Tell whether the scores of a plan have to be compared with those of single windows in fp32."""
     choice = plan.settings.choice
-    plain = choice.engine == "window" and choice.precision == "fp32"
+    plain = choice.engine == "window" and choice.precision == "fp32" and not choice.refine
     return not plain and plan.settings.certificate_windows > 0
 
 
-def certificate_name(planned: SlidePlan) -> str:
-    """Return the name of the certificate of a slide, relative to the run's folder."""
-    return f"certificates/{planned.slide_id}.json"
-
-
-def certificate_key(plan: Plan, planned: SlidePlan, scores_sha256: Sequence[str]) -> str:
-    """Return the key of the certificate of a slide, from the published scores and the number of windows compared."""
-    windows = plan.settings.certificate_windows
-    return publish.key_of(slide=planned.key, scores=scores_sha256, windows=windows)
-
-
-class _Sample(NamedTuple):
-    """The windows of a slide whose scores are compared.
+class Sample(NamedTuple):
+    """What is drawn of a slide.
 
     Attributes:
-        blocks: The blocks that contain the windows, with their pixels, uint8 (rows, cols, 3).
-        windows: For each block, int64 (n,): indices of its windows, in the order of the scores of the block.
-        scores: For each block, float32 (m, 1 + k): the published scores of all of its windows, and the probabilities of
-            the further classes.
+        drawn: The windows.
+        prob: float64 (d,), confidence of each detection of the slide.
+        hit: int64 (d,), number of the annotated region that each lies in; 0 for none, -1 where it is ignored.
+        highest: Highest published score in each annotated region, by number; None where truth is not known.
+        truth: The annotated regions; None where they are not known, or there are none.
     """
 
-    blocks: list[tuple[Block, NDArray[np.uint8]]]
-    windows: list[NDArray[np.int64]]
-    scores: list[NDArray[np.float32]]
+    drawn: strata.Drawn
+    prob: NDArray[np.float64]
+    hit: NDArray[np.int64]
+    highest: dict[str, float] | None
+    truth: Truth | None
 
 
 def certify(source: Path, index: int) -> tuple[publish.Receipt, bool]:
     """Compare a slide's scores with those of single windows in fp32, and publish ``certificates/<slide>.json``.
+
+    A certificate that was computed from other truth, or by an earlier version, is replaced: nothing depends on it.
 
     Raises:
         IntegrityError: The scores differ by more than is allowed. The remedy names a setting that passes for sure.
@@ -89,73 +77,206 @@ def certify(source: Path, index: int) -> tuple[publish.Receipt, bool]:
     plan = read_plan(source)
     root, planned = source.parent, plan.slides[index]
     receipts = [published(root, plan, Task(index, k)) for k in range(1, planned.n_groups + 1)]
-    name = certificate_name(planned)
-    key = certificate_key(plan, planned, [group["sha256"] for group in receipts])
+    name = certificates.name_of(planned)
+    key = certificates.key_of(plan, planned, [group["sha256"] for group in receipts])
+    publish.withdraw_other(root, name, key)
     receipt, executed = publish.done(root, name, key), False
     if receipt is None:
         check_numeric_class(plan)
+        make_room(planned.frame)
         _window_scorer(plan)  # loaded before the certificate's time is taken, as is the next one
         dense = _dense_scorer_in_fp32(plan)
         with publish.publishing(root, name, key, facts("certificate", planned.slide_id), publish.accept) as attempt:
             with attempt.timed("certify"):
-                pairs = _score_pairs(plan, planned, _sample(root, plan, index), dense)
-            attempt.path.write_text(json.dumps(pairs, sort_keys=True), encoding="utf-8")
+                text = _compare(root, plan, index, dense).text()
+            attempt.path.write_text(text, encoding="utf-8")
         receipt, executed = attempt.receipt, True
     _require(root, plan, index)
     return receipt, executed
 
 
-def _sample(root: Path, plan: Plan, index: int) -> _Sample:
-    """Draw windows of a slide with their published scores: a few windows from each of a few blocks."""
-    planned, n_windows = plan.slides[index], plan.settings.certificate_windows
-    n_blocks = min(_CERTIFIED_BLOCKS, n_windows)
-    drawn = certificate.draw_indices(planned.key, among=planned.n_blocks, count=n_blocks).tolist()
-    scores = [_block_scores(root, plan, index, number) for number in drawn]
-    seeds = [publish.key_of(slide=planned.key, block=number) for number in drawn]
-    each = -(-n_windows // max(1, len(drawn)))
-    windows = [
-        certificate.draw_indices(seed, among=len(block), count=each) for seed, block in zip(seeds, scores, strict=True)
-    ]
-    with planned_blocks(root, plan, planned, drawn) as parts:
-        return _Sample(list(parts), windows, scores)
+def sample(root: Path, plan: Plan, index: int) -> Sample:
+    """Draw windows of a slide, by its published scores, its detections and its truth."""
+    planned, settings = plan.slides[index], plan.settings
+    frame, cut = planned.frame, read_cut(root, planned)
+    names = [prediction_name(plan, Task(index, k)) for k in range(1, planned.n_groups + 1)]
+    parts = [store.read_predictions(root / name) for name in names]
+    m = frame.cells_per_tile
+    coord = np.concatenate([np.empty((0, 5), np.int64), *(part[0] for part in parts)])
+    heat = assembly.assemble(
+        frame, coord[:, :2], np.concatenate([np.empty((0, m, m), np.float32), *(part[1] for part in parts)])
+    )
+    traces = lesions.trace(heat, settings.lesions, cell_um=cell_um(frame))
+    truth, is_known = _truth(plan, planned)
+    regions = np.zeros(heat.shape, np.int32) if is_known else None
+    if truth is not None:
+        regions = _regions(plan, planned, truth)
+    threshold = settings.lesions.threshold
+    slide = strata.Scored(frame, cut.blocks, heat, threshold, _peaks(heat, traces), regions)
+    drawn = strata.draw(slide, seed=planned.key, count=settings.certificate_windows)
+    prob = traces.detections[:, 0].astype(np.float32).astype(np.float64)
+    highest = None if regions is None else _highest(heat, regions)
+    return Sample(drawn, prob, _hits(plan, planned, truth, traces.detections), highest, truth)
 
 
-def _block_scores(root: Path, plan: Plan, index: int, number: int) -> NDArray[np.float32]:
-    """Return the published scores of the windows of a block and those of further classes, float32 (n, 1 + k)."""
-    cut = read_cut(root, plan.slides[index])
-    k, (lo, _) = next((k, span) for k, span in enumerate(cut.group_ranges, 1) if span[0] <= number < span[1])
-    before = sum(len(block.tissue) for block in cut.blocks[lo:number])
-    tiles, path = slice(before, before + len(cut.blocks[number].tissue)), root / prediction_name(plan, Task(index, k))
-    maps = range(1 + len(plan.settings.maps))
-    return np.stack([store.read_predictions(path, each)[1][tiles].ravel() for each in maps], axis=1)
+def _peaks(heat: NDArray[np.float32], traces: lesions.Traces) -> strata.Cells:
+    """Return the row and column of the highest scored cell of each detection."""
+    number = traces.numbers[traces.areas].ravel()
+    places = np.flatnonzero((number > 0) & np.isfinite(heat.ravel()))
+    order = np.lexsort((-heat.ravel()[places], number[places]))
+    _, first = np.unique(number[places][order], return_index=True)
+    return np.stack(np.unravel_index(places[order][first], heat.shape), axis=1)
 
 
-def _score_pairs(plan: Plan, planned: SlidePlan, sample: _Sample, dense: "DenseScorer | None") -> dict[str, Any]:
-    """Return the pairs of scores that a certificate holds.
+def _truth(plan: Plan, planned: SlidePlan) -> tuple[Truth | None, bool]:
+    """Return the annotated regions of a slide, None for none, and whether it is known what is tumour.
 
-    Returns:
-        By kind of comparison, lists of equal length. ``windows``: published scores, and those of single windows in
-        fp32. ``precision``: published scores of one block, and those that ``dense`` computes; absent where it is None.
-        Both also with the stem of each further class, whose probabilities are compared.
+    Truth that cannot be read is not known here: it fails the slide when the slide is scored.
     """
-    frame, stems = planned.frame, class_stems(plan.settings.maps)
-    published_scores = [block[windows] for block, windows in zip(sample.scores, sample.windows, strict=True)]
-    expected = _window_scorer(plan).run(_cut_windows(frame, sample, context_px=0), untimed)
+    case = Case(
+        planned.slide_id,
+        Path(planned.path),
+        label=planned.label,
+        annotation_path=Path(planned.annotation_path) if planned.annotation_path else None,
+        mask_path=Path(planned.mask_path) if planned.mask_path else None,
+    )
+    try:
+        truth = planned_truth(planned, case, plan.settings.evaluation)
+    except WsiflowError:
+        return None, False
+    return truth, truth is not None or planned.label == 0
+
+
+def _regions(plan: Plan, planned: SlidePlan, truth: Truth) -> NDArray[np.int32]:
+    """Return the annotated region that each cell of the heatmap lies in, int32 (rows, cols), 0 for none.
+
+    Regions reach beyond what was annotated. A cell belongs to a region where tumour was annotated; only a region in
+    which no cell has its place on annotated tumour takes all of its cells.
+    """
+    labels = truth.lesions.labels
+    annotated = labels if truth.tumour is None else np.where(truth.tumour, labels, 0)
+    inner, outer = (_at_cells(plan, planned, each) for each in (annotated, labels))
+    missed = np.setdiff1d(outer, inner)
+    return np.where((inner == 0) & np.isin(outer, missed), outer, inner)
+
+
+def _at_cells(plan: Plan, planned: SlidePlan, labels: NDArray[np.int32]) -> NDArray[np.int32]:
+    """Return the label at the place of the score of each cell; 0 outside the mask."""
+    rows, cols = planned.frame.h_shape
+    diagonal = np.stack([np.arange(max(rows, cols), dtype=np.float64)] * 2, axis=1)
+    m_x, m_y = np.floor(geometry.l0_from_h(planned.frame, diagonal) / plan.settings.evaluation.downsample).T
+    row_at, col_at = m_y[:rows].astype(np.int64), m_x[:cols].astype(np.int64)
+    is_row, is_col = (row_at < labels.shape[0]) & (row_at >= 0), (col_at < labels.shape[1]) & (col_at >= 0)
+    found = np.zeros((rows, cols), np.int32)
+    found[np.ix_(is_row, is_col)] = labels[np.ix_(row_at[is_row], col_at[is_col])]
+    return found
+
+
+def _highest(heat: NDArray[np.float32], regions: NDArray[np.int32]) -> dict[str, float]:
+    """Return the highest score in each region, by the region's number as JSON has it."""
+    scored = np.isfinite(heat) & (regions > 0)
+    top = np.full(int(regions.max(initial=0)) + 1, -np.inf)
+    np.maximum.at(top, regions[scored], heat[scored])
+    return {str(number): float(value) for number, value in enumerate(top) if np.isfinite(value)}
+
+
+def _hits(plan: Plan, planned: SlidePlan, truth: Truth | None, detections: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Return the annotated region that each detection lies in, as it is scored; 0 for none, -1 where it is ignored."""
+    if truth is None:
+        return np.zeros(len(detections), np.int64)
+    downsample = plan.settings.evaluation.downsample
+    l0 = np.floor(geometry.l0_from_h(planned.frame, detections[:, 1:3]))
+    hit = labels_at(truth.lesions.labels, l0, downsample).astype(np.int64)
+    if truth.ignored is not None:
+        hit[labels_at(truth.ignored.astype(np.int32), l0, downsample) > 0] = -1
+    return hit
+
+
+def _compare(root: Path, plan: Plan, index: int, dense: "DenseScorer | None") -> Certificate:
+    """Draw windows, compute their scores in fp32, and return the certificate."""
+    planned, stems = plan.slides[index], class_stems(plan.settings.maps)
+    one = sample(root, plan, index)
+    drawn = one.drawn
+    expected = _window_scorer(plan).run(windows_of(root, plan, planned, drawn, context_px=0), untimed)
+    scores = [each[drawn.window[drawn.block == number]] for number, each in _block_scores(root, plan, index, drawn)]
     none = np.empty((0, 1 + len(stems)), np.float32)
-    pairs = _pairs("windows", stems, np.concatenate([none, *published_scores]), expected)
-    if dense is not None and sample.blocks:
-        # The smallest block is taken, because a second network is in memory while it runs.
-        least = min(range(len(sample.blocks)), key=lambda i: sample.blocks[i][1].size)
-        again = dense.score(frame, [sample.blocks[least]], untimed)
-        expected = np.stack([each.ravel() for each in (again.prob, *again.maps)], axis=1)
-        pairs |= _pairs("precision", stems, sample.scores[least], expected)
-    return pairs
+    pairs = _pairs("windows", stems, np.concatenate([none, *scores]), expected)
+    if dense is not None and len(drawn.block):
+        pairs |= _pairs("precision", stems, *_smallest_block(root, plan, index, drawn, dense))
+    return Certificate(
+        pairs=pairs,
+        kind=drawn.kind.tolist(),
+        region=drawn.region.tolist(),
+        detection=drawn.detection.tolist(),
+        weight=drawn.weighing.weight.tolist(),
+        part=drawn.weighing.part.tolist(),
+        unit=drawn.weighing.unit.tolist(),
+        prob=one.prob.tolist(),
+        hit=one.hit.tolist(),
+        highest=one.highest,
+        itc=sorted(one.truth.lesions.itc) if one.truth is not None else [],
+        n_regions=one.truth.lesions.n_regions if one.truth is not None else 0,
+    )
+
+
+def windows_of(
+    root: Path, plan: Plan, planned: SlidePlan, drawn: strata.Drawn, *, context_px: int
+) -> Iterator[NDArray[np.uint8]]:
+    """Yield the pixels of drawn windows, and ``context_px`` reading pixels around them, uint8 (side, side, 3).
+
+    One block is in memory at a time.
+    """
+    side = planned.frame.window_px + 2 * context_px
+    numbers = np.unique(drawn.block).tolist()
+    with planned_blocks(root, plan, planned, numbers) as parts:
+        for number, (block, pixels) in zip(numbers, parts, strict=True):
+            corners = window_corners_px(planned.frame, block)[drawn.window[drawn.block == number]] - context_px
+            for x, y in corners.tolist():
+                yield pixels[y : y + side, x : x + side].copy()
+
+
+def _block_scores(root: Path, plan: Plan, index: int, drawn: strata.Drawn) -> Iterator[tuple[int, NDArray[np.float32]]]:
+    """Yield the number of each block with drawn windows, and its published scores, float32 (n, 1 + k)."""
+    cut, maps = read_cut(root, plan.slides[index]), range(1 + len(plan.settings.maps))
+    numbers = set(drawn.block.tolist())
+    for k, (lo, hi) in enumerate(cut.group_ranges, 1):
+        own = sorted(numbers & set(range(lo, hi)))
+        if not own:
+            continue
+        path = root / prediction_name(plan, Task(index, k))
+        tiles = np.stack([store.read_predictions(path, each)[1] for each in maps], axis=-1)
+        ends = np.cumsum([0, *(len(block.tissue) for block in cut.blocks[lo:hi])])
+        for number in own:
+            yield number, tiles[ends[number - lo] : ends[number - lo + 1]].reshape(-1, len(maps))
+
+
+def _smallest_block(
+    root: Path, plan: Plan, index: int, drawn: strata.Drawn, dense: "DenseScorer"
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Return the published scores of a block, and those that ``dense`` computes.
+
+    The smallest block with windows that decide is taken, else the smallest with any, because a second network is in
+    memory while it runs.
+    """
+    planned = plan.slides[index]
+    blocks = read_cut(root, planned).blocks
+
+    def area(number: int) -> int:
+        block: Block = blocks[number]
+        return planned.frame.block_px(block.rows) * planned.frame.block_px(block.cols)
+
+    deciding = drawn.block[drawn.kind != strata.KINDS.index("rest")]
+    least = min(set((deciding if len(deciding) else drawn.block).tolist()), key=lambda number: (area(number), number))
+    scores = next(each for number, each in _block_scores(root, plan, index, drawn) if number == least)
+    with planned_blocks(root, plan, planned, [least]) as parts:
+        again = dense.score(planned.frame, parts, untimed)
+    return scores, np.stack([each.ravel() for each in (again.prob, *again.maps)], axis=1)
 
 
 def _window_scorer(plan: Plan) -> "WindowScorer":
     """Return the scorer that runs single windows in fp32; a process prepares it once."""
     choice = plan.settings.choice
-    few = choice._replace(precision="fp32", engine="window", batch=min(choice.batch, _BATCH))
+    few = choice._replace(precision="fp32", engine="window", batch=min(choice.batch, _BATCH), refine=0.0)
     return cast("WindowScorer", scorer_for(planned_classifier(plan), few))
 
 
@@ -165,22 +286,14 @@ def _dense_scorer_in_fp32(plan: Plan) -> "DenseScorer | None":
     if choice.precision == "fp32" or choice.engine != "dense":
         return None
     with usage.warming_up():
-        return _dense_scorer(plan, choice._replace(precision="fp32"))
+        return dense_scorer(plan, choice._replace(precision="fp32"))
 
 
-def _dense_scorer(plan: Plan, choice: Choice) -> "DenseScorer":
+def dense_scorer(plan: Plan, choice: Choice) -> "DenseScorer":
     """Return a dense scorer for another choice than the run's."""
     from wsiflow.model import scorer
 
     return cast("DenseScorer", scorer.make_scorer(planned_classifier(plan), choice, threads=thread_count()))
-
-
-def _cut_windows(frame: Frame, sample: _Sample, *, context_px: int) -> Iterator[NDArray[np.uint8]]:
-    """Yield the windows of a sample with ``context_px`` reading pixels around them, uint8 (side, side, 3)."""
-    side = frame.window_px + 2 * context_px
-    for (block, pixels), windows in zip(sample.blocks, sample.windows, strict=True):
-        for x, y in (window_corners_px(frame, block)[windows] - context_px).tolist():
-            yield pixels[y : y + side, x : x + side]
 
 
 def _pairs(
@@ -193,31 +306,13 @@ def _pairs(
     return {name: {"scores": one.tolist(), "expected": other.tolist()} for name, one, other in columns}
 
 
-def _method(kind: str) -> str:
-    """Return what a kind of pairs compares with, ``windows`` or ``precision``, without the class."""
-    return kind.partition(".")[0]
-
-
-def deviation(pairs: dict[str, list[float]]) -> ScoreDeviation:
-    """Return how far the two lists of scores of a certificate differ."""
-    return certificate.score_deviation(np.array(pairs["scores"], np.float32), np.array(pairs["expected"], np.float32))
-
-
 def passes(root: Path, plan: Plan, index: int) -> bool:
     """Tell whether a run accepts the published certificate of a slide."""
-    return plan.settings.on_excess == "report" or not any(_exceeded(root, plan, plan.slides[index]).values())
+    return plan.settings.on_excess == "report" or not any(_exceeded(root, plan, index).values())
 
 
-def _exceeded(root: Path, plan: Plan, planned: SlidePlan) -> dict[str, list[str]]:
-    """Return, by kind of comparison, the limits that the published certificate of a slide exceeds, as text."""
-    choice = plan.settings.choice
-    lower = certificate.PRECISION_LIMITS[choice.precision]
-    limits = lower if choice.exact or choice.engine == "window" else _tolerated(plan)
-    pairs = json.loads((root / certificate_name(planned)).read_text(encoding="utf-8"))
-    return {
-        kind: certificate.exceeded_limits(deviation(each), limits if _method(kind) == "windows" else lower)
-        for kind, each in pairs.items()
-    }
+def _exceeded(root: Path, plan: Plan, index: int) -> dict[str, list[str]]:
+    return certificates.exceeded(plan, certificates.read(root, plan.slides[index]))
 
 
 def _require(root: Path, plan: Plan, index: int) -> None:
@@ -226,160 +321,44 @@ def _require(root: Path, plan: Plan, index: int) -> None:
     Raises:
         IntegrityError: They do.
     """
-    exceeded = _exceeded(root, plan, plan.slides[index])
+    exceeded = _exceeded(root, plan, index)
     if plan.settings.on_excess == "report" or not any(exceeded.values()):
         return
     choice, slide_id = plan.settings.choice, plan.slides[index].slide_id
-    path = root / certificate_name(plan.slides[index])
+    path = root / certificates.name_of(plan.slides[index])
+    is_of_windows = {kind: certificates.method_of(kind) == "windows" for kind in exceeded}
     kind = min(
-        (each for each, reasons in exceeded.items() if reasons), key=lambda each: (_method(each) != "windows", each)
+        (each for each, reasons in exceeded.items() if reasons), key=lambda each: (not is_of_windows[each], each)
     )
     of_class, reason = kind.partition(".")[2], "; ".join(exceeded[kind])
     scores = f"scores of class {of_class}" if of_class else "scores"
-    if _method(kind) == "windows":
+    if is_of_windows[kind]:
         cause = f"{choice.engine} {choice.precision} {scores} differ from single windows in fp32"
         raise IntegrityError(f"{cause}: {reason}", _exact_setting(choice), slide=slide_id, path=path)
     cause = f"{choice.precision} {scores} differ from fp32: {reason}"
     raise IntegrityError(cause, "set inference.precision=fp32, in another out= folder", slide=slide_id, path=path)
 
 
-def _tolerated(plan: Plan) -> Limits:
-    """Return how far the scores of a network that pads may differ from those of single windows."""
-    tolerance = plan.settings.tolerance
-    return Limits(mean_abs_diff=tolerance, flips=tolerance)
-
-
 def _exact_setting(choice: Choice) -> str:
     """Return, as a remedy, the setting that keeps the limits for sure."""
     padded = choice.engine == "dense" and not choice.exact
     plain = "set inference.precision=fp32" if choice.precision != "fp32" and not padded else ""
+    if choice.refine:
+        plain = "set inference.refine=0"
     # Means that are taken around every place are the larger part of what scores differ by.
     nearer = "dense.local=false, or to be sure " if choice.local else ""
     return f"{plain or f'set {nearer}inference.engine=window'}, in another out= folder"
 
 
-def slides_without_advice(root: Path, plan: Plan) -> list[int]:
-    """Return the indices of the slides beyond the tolerance for which a search for a setting may find one.
-
-    The list is empty where the search was done already, or where there is no setting between this one and single
-    windows.
-    """
-    choice = plan.settings.choice
-    if choice.engine != "dense" or choice.exact or not plan.settings.shared_layers or advice(root, plan):
-        return []
-    certified = [
-        i for i, planned in enumerate(plan.slides) if publish.has_recorded_size(root, certificate_name(planned))
-    ]
-    return [index for index in certified if _exceeded(root, plan, plan.slides[index])["windows"]]
-
-
-def advice(root: Path, plan: Plan) -> str:
-    """Return the result of the search for a setting as a sentence; empty where there was no search for this plan."""
-    path = root / ADVICE
-    record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    return str(record["told"]) if record.get("key") == _advice_key(plan) else ""
-
-
-def _advice_key(plan: Plan) -> str:
-    return publish.key_of(settings=plan.settings.numbers(), work=plan.settings.work())
-
-
-def advise(source: Path, _index: int) -> tuple[publish.Receipt, bool]:
-    """Search a setting that keeps the tolerance on the windows of one slide, and write ``advice.json``; once a run."""
-    plan, root = read_plan(source), source.parent
-    result = _search_setting(root, plan, slides_without_advice(root, plan)[0])
-    publish.write_view(root, ADVICE, json.dumps({"key": _advice_key(plan), "told": result}).encode())
-    return {"path": ADVICE, "attempt": ""}, True
-
-
-def _search_setting(root: Path, plan: Plan, index: int) -> str:
-    """Return, as a sentence, a setting that keeps the tolerance on the certified windows of a slide, tried in fp32.
-
-    Layers up to which windows share the network are tried, the cheapest for a run first. A layer is given up as soon as
-    it can no longer keep the tolerance. The search may take as many CPU seconds as the scores of the slide took, and at
-    least `_SEARCH_CPU_S`.
-    """
-    choice, planned = plan.settings.choice, plan.slides[index]
-    receipts = [published(root, plan, Task(index, k)) for k in range(1, planned.n_groups + 1)]
-    until = time.process_time() + max(_SEARCH_CPU_S, sum(receipt["cpu_s"] for receipt in receipts))
-    certified = json.loads((root / certificate_name(planned)).read_text(encoding="utf-8"))["windows"]
-    expected = np.array(certified["expected"], np.float32)
-    sample = _sample(root, plan, index)
-    cuts = plan.settings.shared_layers
-    also = " and inference.precision=fp32" if choice.precision != "fp32" else ""
-    for cut in cuts[:: -(-len(cuts) // _CUTS_TRIED) or 1]:
-        if time.process_time() > until:
-            return "no setting was found in the time that the search may take"
-        try:
-            shared = _dense_scorer(plan, choice._replace(share_until=cut, precision="fp32"))
-        except InputError:  # windows at this stride cannot be cut from the map of that layer
-            continue
-        regions = _cut_windows(planned.frame, sample, context_px=choice.context_px)
-        scores = np.array([], np.float32)
-        for pixels in regions:
-            each = shared.run(pixels, untimed)
-            scores = np.concatenate([scores, (each[..., 0] if plan.settings.maps else each).ravel()])
-            if time.process_time() > until or _exceeds_for_sure(scores, expected, plan.settings.tolerance):
-                break
-        else:
-            difference = certificate.score_deviation(scores, expected)
-            return f"set dense.share_until={cut}{also} (mean abs diff {difference.mean_abs_diff:.2g} on its windows)"
-    return "none of the layers up to which windows may share the network keeps the tolerance"
-
-
-def _exceeds_for_sure(scores: NDArray[np.float32], expected: NDArray[np.float32], tolerance: float) -> bool:
-    """Tell whether the first scores differ so much that the mean over all of them exceeds the tolerance for sure."""
-    first = certificate.score_deviation(scores, expected[: len(scores)])
-    return max(first.mean_abs_diff, first.flips) * len(scores) > tolerance * len(expected)
-
-
-def summary(root: Path, plan: Plan, slides: Sequence[SlidePlan]) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """Summarise the certificates of some slides.
-
-    Returns:
-        A row for each slide and kind of comparison, and the metrics over all slides by name. ``dense.mean_abs_diff``,
-        ``p95_abs_diff``, ``max_abs_diff``, ``correlation``, ``flips`` and ``n`` compare scores with single windows in
-        fp32; ``precision.*`` compare them with the same engine in fp32. ``certificate.slides_beyond`` is the number of
-        slides beyond their limits. Further classes have rows and metrics of their own, as ``dense.<class>.n``. Both are
-        empty where no certificate is needed.
-    """
-    if not is_needed(plan):
-        return [], {}
-    certificates = {
-        planned.slide_id: json.loads((root / certificate_name(planned)).read_text(encoding="utf-8"))
-        for planned in slides
-    }
-    rows = [
-        {"slide_id": slide_id, "compared": _shown(plan, kind), **deviation(pairs)._asdict()}
-        for slide_id, kinds in certificates.items()
-        for kind, pairs in kinds.items()
-    ]
-    excess = sum(any(_exceeded(root, plan, planned).values()) for planned in slides)
-    metrics = {"certificate.slides_beyond": float(excess)}
-    for kind in sorted({kind for kinds in certificates.values() for kind in kinds}):
-        parts = [kinds[kind] for kinds in certificates.values() if kind in kinds]
-        pooled = {side: [score for part in parts for score in part[side]] for side in ("scores", "expected")}
-        shown = _shown(plan, kind)
-        metrics |= {f"{shown}.{name}": float(value) for name, value in deviation(pooled)._asdict().items()}
-    return rows, metrics
-
-
-def _shown(plan: Plan, kind: str) -> str:
-    """Return the name of a kind of pairs in tables and metrics, which say what is measured by it."""
-    method, dot, stem = kind.partition(".")
-    dense = method == "windows" and plan.settings.choice.engine == "dense"
-    return f"{'dense' if dense else 'precision'}{dot}{stem}"
-
-
 def _key(root: Path, plan: Plan, task: Task) -> str:
-    return certificate_key(plan, plan.slides[task.slide], predict.STAGE.published(root, plan, task.slide))
+    return certificates.key_of(plan, plan.slides[task.slide], predict.STAGE.published(root, plan, task.slide))
 
 
 STAGE = Stage(
     name="certify",
     unit="slide",
     work=certify,
-    product=lambda plan, task: certificate_name(plan.slides[task.slide]),
+    product=lambda plan, task: certificates.name_of(plan.slides[task.slide]),
     key=_key,
     cost=StageCost(7.5, 0.0),
     steps=("certify",),

@@ -4,11 +4,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+from wsiflow.errors import InputError
 from wsiflow.model import card
 from wsiflow.model.choice import Choice
 from wsiflow.run import cases
 from wsiflow.run.cases import read_cases
 from wsiflow.run.config import RunConfig
+from wsiflow.run.stages.calibration_set import named_sha256
 from wsiflow.run.stages.network import classifier_of
 from wsiflow.system import publish, usage
 from wsiflow.system.provenance import facts, numeric_class, pixel_versions, thread_count
@@ -26,7 +28,9 @@ def choice_key(config: RunConfig) -> str:
     The machine is no part of the key. The choice is made on the machine of a worker, and this process may run on
     another kind of machine.
     """
-    settings = {name: getattr(config, name).model_dump() for name in ("inference", "tiles", "geometry")}
+    settings = {name: getattr(config, name).model_dump(mode="json") for name in ("inference", "tiles", "geometry")}
+    if config.inference.calibration == "own":  # it decides nothing here
+        del settings["inference"]["calibration"]
     settings["dense"] = config.dense.model_dump(exclude={"windows", "tolerance", "on_excess"})
     return publish.key_of(
         asked=settings, model=card.identity(card.read_card(config.model)), threads=config.executor.threads
@@ -98,6 +102,22 @@ def choose(source: Path, _index: int) -> tuple[publish.Receipt, bool]:
             from wsiflow.run.stages.fastest import choose_engine
 
             record = choose_engine(classifier_of(config.model), config, threads=thread_count())
-            record |= {"numeric_class": numeric_class(), "pixels": pixel_versions()}
+            record |= {"numeric_class": numeric_class(), "pixels": pixel_versions(), **_calibration(config, record)}
             attempt.path.write_text(json.dumps(record, indent=1, sort_keys=True), encoding="utf-8")
     return attempt.receipt, True
+
+
+def _calibration(config: RunConfig, record: dict[str, Any]) -> dict[str, Any]:
+    """Return the hashes of the named slides that int8 is calibrated on, as ``calibration``; nothing without any.
+
+    Raises:
+        InputError: Int8 was chosen, and it is not said on what it is calibrated.
+    """
+    named = config.inference.calibration
+    if record["choice"]["precision"] != "int8" or named == "own":
+        return {}
+    if named is None:
+        cause = "inference.calibration names no slides to calibrate int8 on"
+        remedy = "name a manifest of slides that are not under test, or set inference.calibration=own to take those"
+        raise InputError(cause, remedy, stage="configuration")
+    return {"calibration": named_sha256(named)}

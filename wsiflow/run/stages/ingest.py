@@ -280,6 +280,7 @@ def plan_settings(root: Path, config: RunConfig) -> PlanSettings:
         maps=card.map_names(model, config.model),
         pixel_versions=record["pixels"],
         numeric_class=record["numeric_class"],
+        calibration=record.get("calibration", ()),
         certificate_windows=config.dense.windows,
         lesions=config.lesions,
         evaluation=config.evaluation,

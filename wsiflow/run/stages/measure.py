@@ -76,6 +76,9 @@ def measure(source: Path, _index: int) -> tuple[publish.Receipt, bool]:
     plan, root = read_plan(source), source.parent
     with publish.private_folder(root) as folder:
         small, weights = _small_plan(folder, root, plan)
+        if plan.settings.calibration:  # its slides are named in the folder of the run
+            calibrated, _ = calibrate(source, 0)
+            publish.adopt(folder, calibrated["path"], root / calibrated["path"], calibrated)
         costs = _costs(small, weights, _shapes(root, plan))
     values = costs._asdict() | {"stages": {stage: cost._asdict() for stage, cost in costs.stages.items()}}
     values["stages"]["ingest"] = StageCost(_ingest_s(root, plan), 0.0)._asdict()

@@ -111,7 +111,13 @@ class Calibration(NamedTuple):
 
 
 def calibration(root: Path, plan: Plan) -> Calibration:
-    """Return the name and the key of the network in int8; they follow from the slides of the run's first plan."""
-    first = read_plan(publish.generations(root, "plan.json")[0])
-    key = publish.key_of(predict=plan.settings.of_scores, slides=[planned.key for planned in first.slides])
+    """Return the name and the key of the network in int8.
+
+    They follow from the settings, which hold the hashes of named slides, or from the slides of the run's first plan.
+    """
+    slides = {}
+    if not plan.settings.calibration:
+        first = read_plan(publish.generations(root, "plan.json")[0])
+        slides = {"slides": [planned.key for planned in first.slides]}
+    key = publish.key_of(predict=plan.settings.of_scores, **slides)
     return Calibration(f"engine/int8-{key[:12]}.zip", key)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from wsiflow.errors import EnvironmentFault, SlideModified, WsiflowError
 from wsiflow.run.executor.protocol import Outcome
-from wsiflow.run.stages import calibrate, certify, choose, ingest, measure
+from wsiflow.run.stages import advice, calibrate, choose, ingest, measure
 from wsiflow.run.stages.line import STAGES
 from wsiflow.run.stages.stage import Work
 from wsiflow.system import faults
@@ -73,5 +73,5 @@ _APART: dict[str, Work] = {
     "ingest": ingest.ingest,
     "measure": measure.measure,
     "calibrate": calibrate.calibrate,
-    "advise": certify.advise,
+    "advise": advice.advise,
 }

@@ -1,0 +1,204 @@
+"""Draw the windows of a slide whose scores a certificate recomputes: those that decide, and some of all others.
+
+Input: the heatmap of a slide, its blocks, the cells at which detections peak, and the annotated regions. Output: cells
+of the heatmap with the number of windows that each stands for.
+
+Every scored cell belongs to the first kind that fits. ``detection``: a detection's highest cell; all are drawn, up to
+half of the windows and those in sixteen blocks, of the most confident detections first. ``lesion``: inside an annotated
+region; a quarter of the windows, and one at least in each region. ``threshold``: within `NEAR` of the threshold of
+detections; an eighth. ``rest``: every other cell. The last three are drawn from random blocks, up to eight of a kind, a
+few windows from each, because it is blocks that are read. Cells outside the slide are of no kind: they have no score.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wsiflow.model.certificate import Weighing, draw_indices
+from wsiflow.plan import geometry
+from wsiflow.plan.blocks import Block
+from wsiflow.plan.geometry import Frame
+from wsiflow.system import publish
+
+KINDS = ("detection", "lesion", "threshold", "rest")
+NEAR = 0.1
+"""Distance of a score from the threshold of detections within which a small deviation may change the decision."""
+
+_BLOCKS = 8  # from which windows of a kind are drawn at random
+_PEAK_BLOCKS = 16  # blocks are read whole: detections all over a large slide would have much of it read again
+
+Cells = NDArray[np.int64]
+"""int64 (n, 2), row and column of cells of a heatmap."""
+
+
+class Scored(NamedTuple):
+    """What is known of a slide before windows are drawn.
+
+    Attributes:
+        frame: The slide's transform.
+        blocks: The slide's blocks.
+        heat: float32 (rows, cols), the published scores; NaN where there is none.
+        threshold: A cell counts for detections when its score is higher than this.
+        peaks: int64 (n, 2), row and column of the highest cell of each detection, by falling confidence.
+        regions: int32 (rows, cols), number of the annotated region that each cell lies in, 0 for none; None where it is
+            not known what is tumour.
+    """
+
+    frame: Frame
+    blocks: Sequence[Block]
+    heat: NDArray[np.float32]
+    threshold: float
+    peaks: Cells
+    regions: NDArray[np.int32] | None
+
+
+class Drawn(NamedTuple):
+    """The windows that were drawn, in the order of the blocks and of the windows in each.
+
+    Attributes:
+        block: int64 (n,), number of the block that each window lies in.
+        window: int64 (n,), its number in the block, in the order of the scores.
+        cells: int64 (n, 2), row and column of its cell.
+        kind: int64 (n,), its kind, an index of `KINDS`.
+        region: int64 (n,), number of the annotated region for which it was drawn; 0 for none.
+        detection: int64 (n,), index of the detection that peaks there; -1 for none.
+        weighing: How the windows were drawn.
+    """
+
+    block: NDArray[np.int64]
+    window: NDArray[np.int64]
+    cells: Cells
+    kind: NDArray[np.int64]
+    region: NDArray[np.int64]
+    detection: NDArray[np.int64]
+    weighing: Weighing
+
+
+class _Part(NamedTuple):
+    """Cells that were drawn from one part: their weights, and the unit of each."""
+
+    cells: Cells
+    weight: NDArray[np.float64]
+    unit: NDArray[np.int64]
+    kind: int
+    region: int = 0
+
+
+class _Wish(NamedTuple):
+    """What is to be drawn: the kind, about how many windows, from how many blocks, and in which annotated region."""
+
+    kind: int
+    n: int
+    blocks: int
+    region: int = 0
+
+
+def draw(slide: Scored, *, seed: str, count: int) -> Drawn:
+    """Draw about ``count`` windows; more where there are more annotated regions than a quarter of that.
+
+    Args:
+        slide: The slide.
+        seed: Key of the slide.
+        count: Number of windows.
+    """
+    chosen = _near_peaks(slide, count // 2)
+    peaks = slide.peaks[chosen]
+    free = np.isfinite(slide.heat)
+    free[tuple(peaks.T)] = False
+    parts = [_Part(peaks, np.ones(len(peaks)), np.arange(len(peaks)), KINDS.index("detection"))]
+    if slide.regions is not None:
+        parts += _of_regions(slide, free, seed, count // 4)
+        free &= slide.regions == 0
+    near = free & (np.abs(slide.heat - np.float32(slide.threshold)) <= NEAR)
+    parts += _of_blocks(slide, near, seed, _Wish(KINDS.index("threshold"), max(1, count // 8), _BLOCKS))
+    left = max(1, count // 8, count - sum(len(part.cells) for part in parts))
+    parts += _of_blocks(slide, free & ~near, seed, _Wish(KINDS.index("rest"), left, _BLOCKS))
+    return _ordered(slide, parts, chosen)
+
+
+def _near_peaks(slide: Scored, count: int) -> NDArray[np.int64]:
+    """Return the indices of the most confident detections, of so few blocks that these are read soon."""
+    blocks, _ = _places(slide, slide.peaks)
+    first = np.unique(blocks, return_index=True)[1]
+    read = blocks[np.sort(first)[:_PEAK_BLOCKS]]
+    return np.flatnonzero(np.isin(blocks, read))[:count]
+
+
+def _of_regions(slide: Scored, free: NDArray[np.bool_], seed: str, count: int) -> list[_Part]:
+    """Draw cells from each annotated region."""
+    inside = np.where(free, slide.regions, 0) if slide.regions is not None else np.zeros_like(free, np.int32)
+    present = np.unique(inside[inside > 0]).tolist()
+    each, most_blocks = (max(1, limit // max(1, len(present))) for limit in (count, _BLOCKS))
+    kind = KINDS.index("lesion")
+    wishes = [_Wish(kind, each, most_blocks, number) for number in present]
+    return [part for wish in wishes for part in _of_blocks(slide, inside == wish.region, seed, wish)]
+
+
+def _of_blocks(slide: Scored, mask: NDArray[np.bool_], seed: str, wish: _Wish) -> list[_Part]:
+    """Draw cells of a mask from random blocks, equally many from each.
+
+    Where that is all blocks that have such cells, each block is a part. Elsewhere a block is a unit, and the weights
+    are those of a ratio estimate: together the drawn cells stand for all cells of the mask.
+    """
+    sizes = [int(mask[_extent(slide.frame, block)].sum()) for block in slide.blocks]
+    having = [number for number, size in enumerate(sizes) if size]
+    key = publish.key_of(slide=seed, kind=KINDS[wish.kind], region=wish.region)
+    most = min(wish.blocks, wish.n)
+    chosen = [having[i] for i in draw_indices(key, among=len(having), count=most).tolist()]
+    each = -(-wish.n // max(1, len(chosen)))
+    parts = []
+    for number in chosen:
+        own = _extent(slide.frame, slide.blocks[number])
+        cells = np.argwhere(mask[own]) + np.array([own[0].start, own[1].start])
+        in_block = publish.key_of(slide=key, block=number)
+        drawn = cells[draw_indices(in_block, among=len(cells), count=each)]
+        weight = np.full(len(drawn), len(cells) / len(drawn))
+        parts.append(_Part(drawn, weight, np.arange(len(drawn)), wish.kind, wish.region))
+    if len(chosen) == len(having):
+        return parts
+    scale = sum(sizes) / sum(sizes[number] for number in chosen)
+    cells, weight = np.concatenate([part.cells for part in parts]), np.concatenate([part.weight for part in parts])
+    units = np.repeat(chosen, [len(part.cells) for part in parts])
+    return [_Part(cells, weight * scale, units, wish.kind, wish.region)]
+
+
+def _extent(frame: Frame, block: Block) -> tuple[slice, slice]:
+    """Return the rows and columns of the heatmap that a block covers."""
+    m = frame.cells_per_tile
+    row, col = geometry.h_from_t(frame, block.t_col, block.t_row)
+    return slice(row, row + block.rows * m), slice(col, col + block.cols * m)
+
+
+def _ordered(slide: Scored, parts: Sequence[_Part], peaks: NDArray[np.int64]) -> Drawn:
+    """Return the drawn cells of all parts in the order of their blocks."""
+    sizes = [len(part.cells) for part in parts]
+    cells = np.concatenate([np.empty((0, 2), np.int64), *(part.cells for part in parts)])
+    block, window = _places(slide, cells)
+    order = np.lexsort((window, block))
+    detection = np.full(len(cells), -1)
+    detection[: len(peaks)] = peaks
+    kind, region = (np.repeat([part[place] for part in parts], sizes) for place in (3, 4))
+    weighing = Weighing(
+        np.concatenate([part.weight for part in parts])[order],
+        np.repeat(np.arange(len(parts)), sizes)[order],
+        np.concatenate([part.unit for part in parts])[order].astype(np.int64),
+    )
+    return Drawn(block[order], window[order], cells[order], kind[order], region[order], detection[order], weighing)
+
+
+def _places(slide: Scored, cells: Cells) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the number of the block that each cell lies in, and the number of its window there."""
+    m = slide.frame.cells_per_tile
+    tiles, inner = np.divmod(cells, m)
+    place = {tile: at for at, tile in _tiles_of(slide)}
+    blocks, orders = np.array([place[row, col] for row, col in tiles.tolist()], np.int64).reshape(-1, 2).T
+    return blocks, orders * m * m + inner[:, 0] * m + inner[:, 1]
+
+
+def _tiles_of(slide: Scored) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
+    """Yield the number of each block and of each tissue tile in it, with the tile's row and column on the heatmap."""
+    for number, block in enumerate(slide.blocks):
+        for order, (col, row) in enumerate(block.cells()):
+            yield (number, order), (row - slide.frame.t_row0, col - slide.frame.t_col0)
