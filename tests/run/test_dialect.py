@@ -337,16 +337,18 @@ def test_elements_are_as_many_as_pieces_but_within_the_limits(
 
 
 def test_small_pieces_share_an_element(tmp_path: Path) -> None:
-    """Where a piece is expected to take a tenth of a slice, ten of them are worth one start, and one is at least."""
-    pool = ArrayJobs(params("slurm"), root=tmp_path, workers=0, threads=1, slice_s=100)
+    """Ten pieces of six seconds are worth one start; so is a single one, and each of which nothing is known."""
+    pool = ArrayJobs(params("slurm"), root=tmp_path, workers=0, threads=1)
     batch = Batch(Call("work", "plan.json", "s"), set(range(99)), deque())
     sizes: list[int] = []
     pool._submit = lambda _name, _request, size: bool(sizes.append(size)) or True  # type: ignore[func-returns-value,method-assign]
     for task in range(25):
-        pool._post(batch, Piece(batch.call, task, task + 1), expected_s=10.0)
+        pool._post(batch, Piece(batch.call, task, task + 1), expected_s=6.0)
     pool._staff(pool._request(Tries()), pool._waiting(), ())
     pool._staff(pool._request(Tries()), pool._waiting()[:1], ())
-    assert sizes == [3, 1]
+    pool._post(batch, Piece(batch.call, 25, 26))
+    pool._staff(pool._request(Tries()), pool._waiting(), ())
+    assert sizes == [3, 1, 4]
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,7 @@ _SCRIPT = f"{FOLDER}/element.sh"
 _SUBMISSIONS = 3
 _LIMIT_UNKNOWN = 1000
 _NAME_LETTERS = 24
+_WORTH_S = 60.0  # of work justify the start of an element
 _LOOK_S = 1.0  # between two looks at the files of elements; longer where a look takes long
 _LOOKS_SHARE = 0.1  # of the driver's time
 _REMEDIES = {
@@ -90,15 +91,13 @@ class Posted(NamedTuple):
 def make(params: ExecutorParams, site: Site) -> "ArrayJobs":
     """Return the executor for the scheduler that the settings describe."""
     assert params.array is not None, "the settings of this kind have it"
-    return ArrayJobs(
-        params.array, root=site.root, workers=params.workers, threads=params.threads, slice_s=params.slice_s
-    )
+    return ArrayJobs(params.array, root=site.root, workers=params.workers, threads=params.threads)
 
 
 class ArrayJobs:
     """The executor of array jobs; several threads may call `run` at once."""
 
-    def __init__(self, params: ArrayParams, *, root: Path, workers: int, threads: int, slice_s: float = 0.0) -> None:
+    def __init__(self, params: ArrayParams, *, root: Path, workers: int, threads: int) -> None:
         """Store the settings; the scheduler is not called yet.
 
         Args:
@@ -106,10 +105,9 @@ class ArrayJobs:
             root: The run's folder, which has the same path on every node.
             workers: Most elements in the queue at a time, over all arrays; 0: ``params.window``.
             threads: Number of threads of the network in each element.
-            slice_s: Core-seconds that an element should have to do at least; 0: it may be submitted for any piece.
         """
         self._params, self._dialect, self._root = params, params.dialect, root.resolve()
-        self._workers, self._threads, self._slice_s = workers, threads, slice_s
+        self._workers, self._threads = workers, threads
         self._log, self._queue = JobLog(self._root), Queue(params, workers=workers)
         self._arrays: list[Array] = []
         self._posted: dict[str, Posted] = {}
@@ -333,7 +331,7 @@ class ArrayJobs:
     def _staff(self, request: Request, waiting: Sequence[str], busy: Collection[Place]) -> None:
         """Submit elements for the waiting pieces of a request, if the elements in the queue are too few.
 
-        An element is worth its start where it has a slice's work; small pieces share one.
+        Pieces that are known to be small share an element, whose start takes as long as they do.
         """
         present = [one.place for array in self._arrays if array.request == request for one in array.open]
         fruitless = self._fruitless.get(request, {})
@@ -341,9 +339,8 @@ class ArrayJobs:
             if not present:
                 self._give_up_request(request, waiting)
             return
-        seconds = sum(self._posted[name].expected_s or self._slice_s for name in waiting)
-        worth = math.ceil(seconds / self._slice_s) if self._slice_s else len(waiting)
-        needed = min(len(waiting), worth) - sum(place not in busy for place in present)
+        worth = sum(min(1.0, (self._posted[name].expected_s or _WORTH_S) / _WORTH_S) for name in waiting)
+        needed = math.ceil(worth) - sum(place not in busy for place in present)
         if needed <= 0:
             return
         if fruitless and not present and (cause := next(reversed(fruitless.values()))) in {"memory", "time"}:
