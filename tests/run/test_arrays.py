@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import signal
 import subprocess
 import sys
@@ -427,3 +428,30 @@ def test_the_line_killed_in_the_middle_publishes_the_same_bytes(
     traced = {row["task"]: row["native_id"] for row in rows(out / "trace.csv")}
     assert len([task for task in traced if task.startswith("predict ")]) == len(predicted), "all are heard of"
     assert len(set(traced.values())) < len(traced) / 2, "elements do one task after another"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+def test_hundreds_of_slices_survive_the_loss_of_elements_and_of_the_driver(
+    scheduler: str, small_slides: Path, tmp_path: Path
+) -> None:
+    """Two hundred groups, an element killed while it works, then the driver: the bytes are those of one process."""
+    many = ["dataset.limit=null", "tiles.group_tiles=2", "dense.windows=20"]
+    assert wsiflow(*line(small_slides, tmp_path / "inline", *many)) == 0
+    out = tmp_path / "run"
+    array = [f"executor={scheduler}_array", *SLURM[1:], "executor.workers=4"]
+    command = [sys.executable, "-m", "wsiflow.flows", "run", *line(small_slides, out, *many, *array)]
+    driver = subprocess.Popen(command)
+    wait_for(lambda: len(pieces_of(out, "predict")) > 20)
+    written = max((out / "arrays").glob("*/*.jsonl"), key=lambda path: path.stat().st_mtime)
+    os.kill(json.loads(written.read_text().splitlines()[0])["pid"], signal.SIGKILL)
+    wait_for(lambda: len(pieces_of(out, "predict")) > 60)
+    driver.send_signal(signal.SIGKILL)
+    driver.wait()
+    assert subprocess.run(command, check=False).returncode == 0
+    assert published(out) == published(tmp_path / "inline")
+    predicted = taken(out, "predict")
+    assert len(set(predicted)) > 200
+    assert len(predicted) <= len(set(predicted)) + 1, "only what the killed element did was done again"
+    starts = sum(found["elements"] for found in events(out, "intent"))
+    assert starts < 30

@@ -338,10 +338,12 @@ def advance(pool: Executor, plan_path: Path, stage: Stage, progress: Progress, s
     ended = [Ended(stage.name, index, receipt["attempt"], executed=False) for index, receipt in done.items()]
     failed, start_s = set(), time.perf_counter()
     for ran in pool.run(work.run_slice, plan_path, stage.name, cuts):
-        outcome, task = _checked(ran, stage.name, keys[ran.task]), stage.task(plan, ran.task)
+        # What ended while no driver was running is told to the first shard that asks, whichever shard it belongs to.
+        outcome, task = _checked(ran, stage.name, keys.get(ran.task, "")), stage.task(plan, ran.task)
         trace.note(root, stage.name, plan.slides[task.slide].slide_id, task.group, outcome)
         if outcome.retried:
-            _logger.info("%s %s is tried again: %s", stage.name, plan.slides[task.slide].slide_id, outcome.failure)
+            if outcome.failure:
+                _logger.info("%s %s is tried again: %s", stage.name, plan.slides[task.slide].slide_id, outcome.failure)
             continue
         attempt = outcome.receipt["attempt"] if outcome.receipt else ""
         ended.append(Ended(stage.name, outcome.task, attempt, outcome.executed, outcome.failure))
