@@ -96,7 +96,8 @@ class Site(NamedTuple):
     """A cluster and the scheme by which it is used.
 
     Attributes:
-        scheme: ``reference``, ``arrays`` or ``dask``.
+        scheme: ``reference``, ``slices`` (an element of an array job for every slice), ``arrays`` (elements that take
+            slice after slice) or ``dask``.
         cores: Number of cores.
         queue_s: Mean wait of a submission in the queue, seconds.
         spread: Relative standard deviation of a task's time.
@@ -113,19 +114,24 @@ class Site(NamedTuple):
 
     def cluster(self, costs: Costs, seed: int) -> Cluster:
         """Return the cluster to simulate."""
-        reference, arrays = self.scheme == "reference", self.scheme != "dask"
+        reference, arrays, fresh = (
+            self.scheme == "reference",
+            self.scheme != "dask",
+            self.scheme in {"reference", "slices"},
+        )
         return Cluster(
             workers=max(1, self.cores // SLOTS) if reference else self.cores,
-            fresh=arrays,
+            fresh=fresh,
             start_s=_REFERENCE_START_S if reference else costs.start_s,
             load_s=_REFERENCE_LOAD_S if reference else costs.load_s,
             spread=self.spread,
             queue_s=self.queue_s,
             starts_per_s=50 if arrays else 1000,  # an array's elements; futures, at a millisecond each
-            poll_s=0 if reference or not arrays else 5,
+            poll_s={"slices": 5, "arrays": 1}.get(self.scheme, 0),
             array_limit=75_000 if arrays else 0,
             failure=self.failure,
-            limit_s=self.limit_s if arrays else 0,
+            limit_s=self.limit_s if fresh else 0,
+            life_s=self.limit_s or 3500 if self.scheme == "arrays" else 0,
             attempts=1 if reference else 5,
             seed=seed,
         )

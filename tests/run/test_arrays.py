@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import signal
 import subprocess
 import sys
@@ -26,7 +27,15 @@ from wsiflow.run.executor.protocol import Outcome, Slice
 from wsiflow.system import publish
 
 CONF = Path(__file__).parents[2] / "conf/executor"
-QUICK = {"poll_s": 0.3, "grace_s": 1.0, "memory_mb": 200, "memory_limit_mb": 700, "minutes": 5, "minutes_limit": 8}
+QUICK = {
+    "poll_s": 0.3,
+    "grace_s": 1.0,
+    "idle_s": 5.0,
+    "memory_mb": 200,
+    "memory_limit_mb": 700,
+    "minutes": 5,
+    "minutes_limit": 8,
+}
 SLURM = ["executor=slurm_array", *(f"executor.array.{it}" for it in ("poll_s=0.5", "grace_s=20", "memory_mb=900"))]
 # One slide in many groups, an element each: more than an array may have here.
 CUT = [
@@ -92,10 +101,20 @@ def job_of(root: Path) -> str:
     return str(job["job"])
 
 
-def submitted(root: Path, stage: str) -> list[int]:
-    """Return every task of a stage as often as it was submitted."""
-    tables = [json.loads(path.read_text()) for path in (root / "arrays").glob(f"{stage}-*.json")]
-    return sorted(task for table in tables for lo, hi in table["slices"] for task in range(lo, hi))
+def taken(root: Path, stage: str) -> list[int]:
+    """Return every task of a stage as often as an element took it."""
+    return sorted(task for found in pieces_of(root, stage).values() for task in found)
+
+
+def pieces_of(root: Path, stage: str) -> dict[str, list[int]]:
+    """Return the tasks of each piece of a stage that an element took, with the element in front of its name."""
+    found: dict[str, list[int]] = {}
+    for path in (root / "arrays").glob("*/*.jsonl"):
+        for line in map(json.loads, path.read_text().splitlines()):
+            if "taken" in line and line["taken"][0][2] == stage:
+                element = f"{path.parent.name}.{path.name.partition('.')[0]}"
+                found[f"{element}/{line['piece']}"] = list(range(*line["taken"][1:3]))
+    return found
 
 
 def squares(outcomes: list[Outcome]) -> dict[int, int]:
@@ -142,34 +161,31 @@ def test_a_killed_element_is_retried_with_more_memory_and_its_neighbours_are_not
     source = write_source(tmp_path, exit={"3": 137})
     caplog.set_level(logging.INFO, "wsiflow")
     outcomes = run(
-        settings(scheduler, grace_s=1.0 if scheduler == "slurm" else 15.0),
+        settings(scheduler, grace_s=1.0 if scheduler == "slurm" else 15.0, idle_s=60),
         source,
         [Slice(0, 2), Slice(2, 6), Slice(6, 8)],
     )
     assert squares(outcomes) == {task: task**2 for task in range(8)}
-    lost = [outcome for outcome in outcomes if outcome.retried]
-    assert [(outcome.task, outcome.usage["exit_class"]) for outcome in lost] == [(3, "memory")]
-    asked = {(line["tasks"], line["memory_mb"]) for line in events(tmp_path, "intent")}
-    assert asked == {(8, 200), (1, 400), (2, 200)}
-    assert {task for task in range(8) if submitted(tmp_path, "predict").count(task) > 1} == {3, 4, 5}
-    natives = {outcome.usage["native_id"] for outcome in outcomes}
-    assert len(natives) == 5, "three elements, and two more"
+    (lost,) = (outcome for outcome in outcomes if outcome.retried)
+    assert (lost.task, lost.usage["exit_class"]) == (3, "memory")
+    assert [(line["elements"], line["memory_mb"]) for line in events(tmp_path, "intent")] == [(3, 200), (1, 400)]
+    assert {task for task in range(8) if taken(tmp_path, "predict").count(task) > 1} == {3, 4, 5}
+    native = {outcome.task: outcome.usage["native_id"] for outcome in outcomes if outcome.receipt}
+    assert native[3] not in {lost.usage["native_id"], native[0], native[4], native[6]}, "alone, with more memory"
     logged = {(line["name"], line["job"]) for line in events(tmp_path, "job")}
     assert all(
         any(message.startswith(f"{name}: job {job} submitted, ") for message in caplog.messages) for name, job in logged
     )
     (warning,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    assert f"element {lost[0].usage['native_id']} was lost (memory) and is requeued; its log is " in warning
+    assert f"element {lost.usage['native_id']} was lost (memory) and its work is posted again; its log is " in warning
 
 
 def test_arrays_are_cut_under_the_limit_and_the_window(slurm_here: str, tmp_path: Path) -> None:
-    """Twelve elements where arrays have at most five and the queue takes six: none is submitted twice."""
-    outcomes = run(settings(slurm_here, window=6), write_source(tmp_path), pairs(24))
+    """Twelve pieces where arrays have at most five and the queue takes six elements: each is taken once, by these."""
+    outcomes = run(settings(slurm_here, window=6, idle_s=60), write_source(tmp_path), pairs(24))
     assert squares(outcomes) == {task: task**2 for task in range(24)}
-    sizes = [line["elements"] for line in events(tmp_path, "intent")]
-    assert sum(sizes) == 12
-    assert max(sizes) == 5
-    assert submitted(tmp_path, "predict") == list(range(24))
+    assert [line["elements"] for line in events(tmp_path, "intent")] == [5, 1]
+    assert taken(tmp_path, "predict") == list(range(24))
 
 
 def test_shards_share_the_window(slurm_here: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,8 +217,11 @@ def test_an_element_that_never_begins_is_given_up_with_its_log(slurm_here: str, 
     """An element whose command fails is retried as often as allowed; the message names job, log and remedy."""
     command = ["/bin/sh", "-c", "echo no such image >&2; exit 3"]
     outcomes = run(settings(slurm_here, command=command, retries=1), write_source(tmp_path), [Slice(0, 2)])
-    assert [outcome.retried for outcome in outcomes] == [True, True, False, False]
-    assert {outcome.exit_code for outcome in outcomes} == {30}
+    assert [(outcome.task, outcome.retried, outcome.exit_code) for outcome in outcomes] == [
+        (0, False, 30),
+        (1, False, 30),
+    ]
+    assert len(events(tmp_path, "intent")) == 2
     assert "died 2 times" in outcomes[-1].failure.cause
     log = Path(outcomes[-1].failure.cause.split("log ")[1].split(")")[0])
     assert log.read_text() == "no such image\n"
@@ -220,7 +239,7 @@ def test_a_requeued_element_is_not_submitted_again(slurm_here: str, tmp_path: Pa
     outcomes = running.end()
     assert squares(outcomes) == {0: 0, 1: 1, 2: 4}
     assert [(outcome.task, outcome.usage["exit_class"]) for outcome in outcomes if outcome.retried] == [(1, "node")]
-    assert submitted(tmp_path, "predict") == [0, 1, 2]
+    assert len(events(tmp_path, "intent")) == 1
 
 
 @pytest.mark.parametrize("state", ["Hold", "SpecialExit"])
@@ -236,23 +255,33 @@ def test_an_element_that_is_held_is_submitted_again(slurm_here: str, tmp_path: P
     assert [(outcome.task, outcome.usage["exit_class"]) for outcome in outcomes if outcome.retried] == [(1, "node")]
 
 
-def test_an_element_cancelled_by_hand_is_not_retried(scheduler: str, tmp_path: Path) -> None:
-    """An element that a user cancels is not retried; the others go on, and the message names the cause."""
-    throttle = ["--array=0-2%1"] if scheduler == "slurm" else ["-tc", "1"]
-    running = Running(settings(scheduler, extra=throttle), write_source(tmp_path, wait=[0]), pairs(6))
+def test_elements_cancelled_by_hand_are_not_replaced(scheduler: str, tmp_path: Path) -> None:
+    """One that waits is cancelled, on Slurm one that works too: the others do what nobody had begun."""
+    throttle = ["--array=0-2%2"] if scheduler == "slurm" else ["-tc", "2"]
+    running = Running(settings(scheduler, extra=throttle), write_source(tmp_path, wait=[0, 2]), pairs(6))
     wait_for(began(tmp_path, 0))
-    job = job_of(tmp_path)
-    native = [f"{job}_1"] if scheduler == "slurm" else [job, "-t", "2"]
-    call("scancel" if scheduler == "slurm" else "qdel", *native)
+    wait_for(began(tmp_path, 2))
+    job, with_work = job_of(tmp_path), {}
+    for name, tasks in pieces_of(tmp_path, "predict").items():
+        with_work[int(name.partition("/")[0].rpartition(".")[2])] = tasks
+    (waits,) = ({0, 1, 2} if scheduler == "slurm" else {1, 2, 3}) - with_work.keys()
+    if scheduler == "slurm":
+        works = next(number for number, tasks in with_work.items() if 0 in tasks)
+        call("scancel", f"{job}_{waits}", f"{job}_{works}")
+    else:
+        call("qdel", job, "-t", str(waits))
+    wait_for(lambda: len(queued(scheduler).splitlines()) < (2 if scheduler == "slurm" else 5))
     (tmp_path / "go").touch()
     outcomes = running.end()
-    assert squares(outcomes) == {0: 0, 1: 1, 4: 16, 5: 25}
+    lost = [0, 1] if scheduler == "slurm" else []
+    assert squares(outcomes) == {task: task**2 for task in range(6) if task not in lost}
     failed = [outcome for outcome in outcomes if outcome.receipt is None]
-    assert [outcome.task for outcome in failed] == [2, 3]
+    assert [outcome.task for outcome in failed] == lost
     assert all("was cancelled" in outcome.failure.cause and "run again" in outcome.failure.remedy for outcome in failed)
+    assert len(events(tmp_path, "intent")) == 1
 
 
-def test_an_error_in_the_driver_cancels_what_it_submitted(slurm_here: str, tmp_path: Path) -> None:
+def test_an_error_in_the_driver_cancels_what_it_taken(slurm_here: str, tmp_path: Path) -> None:
     """A run that is interrupted with Ctrl-C leaves nothing in the queue."""
     source = write_source(tmp_path, wait=[0])
 
@@ -272,11 +301,11 @@ def drive(params: ExecutorParams, root: Path, count: int) -> subprocess.Popen[by
 
 
 def test_a_driver_watches_the_arrays_of_a_killed_one(scheduler: str, tmp_path: Path) -> None:
-    """After SIGKILL while elements wait and run, the next driver waits for each, and submits none of them again."""
-    write_source(tmp_path, wait=[0])
+    """After SIGKILL the next driver waits for what an element does, which then takes the rest: all once."""
+    write_source(tmp_path, wait=[0, 2, 4, 6])
     params = settings(scheduler).model_copy(update={"workers": 1})
     driver = drive(params, tmp_path, 8)
-    wait_for(began(tmp_path, 0))
+    wait_for(lambda: bool(pieces_of(tmp_path, "predict")))
     driver.send_signal(signal.SIGKILL)
     driver.wait()
     later = drive(params, tmp_path, 8)
@@ -284,7 +313,8 @@ def test_a_driver_watches_the_arrays_of_a_killed_one(scheduler: str, tmp_path: P
     (tmp_path / "go").touch()
     assert later.wait(250) == 0
     assert json.loads((tmp_path / "ended").read_text()) == list(range(8))
-    assert submitted(tmp_path, "predict") == list(range(8))
+    assert taken(tmp_path, "predict") == list(range(8))
+    assert len(events(tmp_path, "intent")) == 1
     assert not jobs.JobLog(tmp_path).read().jobs
 
 
@@ -342,7 +372,8 @@ def test_an_array_that_cannot_be_prepared_keeps_no_room(tmp_path: Path, monkeypa
     """A full disk ends one shard; the others do not wait for the room that its array had reserved."""
     pool = ArrayJobs(settings("slurm", limit=5).array, root=tmp_path, workers=0, threads=1)
     pool._log.append("driver", **jobs.identity())
-    monkeypatch.setattr(publish, "write_view", lambda *_: 1 / 0)
+    write = publish.write_view
+    monkeypatch.setattr(publish, "write_view", lambda *them: 1 / 0 if them[1].endswith(".json") else write(*them))
     with pytest.raises(ZeroDivisionError):
         list(pool.run(work, write_source(tmp_path), "predict", pairs(4)))
     assert pool._queue._held == {}
@@ -386,14 +417,41 @@ def test_the_line_killed_in_the_middle_publishes_the_same_bytes(
     out = tmp_path / "run"
     command = [sys.executable, "-m", "wsiflow.flows", "run", *line(small_slides, out, *SLURM)]
     driver = subprocess.Popen(command)
-    # Both arrays are in the queue: a submission that is cut off leaves a table that nobody works on.
-    wait_for(lambda: sum(found["name"].startswith("predict") for found in events(out, "job")) == 2)
+    wait_for(lambda: len(pieces_of(out, "predict")) > 2)
     driver.send_signal(signal.SIGKILL)
     driver.wait()
     assert subprocess.run(command, check=False).returncode == 0
     assert published(out) == expected
-    predicted = submitted(out, "predict")
-    assert predicted == list(range(len(predicted))), "every group was submitted once"
+    predicted = taken(out, "predict")
+    assert predicted == list(range(len(predicted))), "every group was taken once"
     assert max(found["elements"] for found in events(out, "intent")) == 5 < len(predicted)
-    traced = {row["group"]: row["native_id"] for row in rows(out / "trace.csv") if row["stage"] == "predict"}
-    assert len(traced) == len(set(traced.values())) == len(predicted), "each in an element of its own, all heard of"
+    traced = {row["task"]: row["native_id"] for row in rows(out / "trace.csv")}
+    assert len([task for task in traced if task.startswith("predict ")]) == len(predicted), "all are heard of"
+    assert len(set(traced.values())) < len(traced) / 2, "elements do one task after another"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+def test_hundreds_of_slices_survive_the_loss_of_elements_and_of_the_driver(
+    scheduler: str, small_slides: Path, tmp_path: Path
+) -> None:
+    """Two hundred groups, an element killed while it works, then the driver: the bytes are those of one process."""
+    many = ["dataset.limit=null", "tiles.group_tiles=2", "dense.windows=20"]
+    assert wsiflow(*line(small_slides, tmp_path / "inline", *many)) == 0
+    out = tmp_path / "run"
+    array = [f"executor={scheduler}_array", *SLURM[1:], "executor.workers=4"]
+    command = [sys.executable, "-m", "wsiflow.flows", "run", *line(small_slides, out, *many, *array)]
+    driver = subprocess.Popen(command)
+    wait_for(lambda: len(pieces_of(out, "predict")) > 20)
+    written = max((out / "arrays").glob("*/*.jsonl"), key=lambda path: path.stat().st_mtime)
+    os.kill(json.loads(written.read_text().splitlines()[0])["pid"], signal.SIGKILL)
+    wait_for(lambda: len(pieces_of(out, "predict")) > 60)
+    driver.send_signal(signal.SIGKILL)
+    driver.wait()
+    assert subprocess.run(command, check=False).returncode == 0
+    assert published(out) == published(tmp_path / "inline")
+    predicted = taken(out, "predict")
+    assert len(set(predicted)) > 200
+    assert len(predicted) <= len(set(predicted)) + 1, "only what the killed element did was done again"
+    starts = sum(found["elements"] for found in events(out, "intent"))
+    assert starts < 30

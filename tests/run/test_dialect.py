@@ -6,9 +6,11 @@ import os
 import shlex
 import subprocess
 import sys
-from collections import deque
+import tempfile
+from collections import Counter, deque
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -17,12 +19,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wsiflow.errors import EnvironmentFault, InputError
-from wsiflow.run.executor import element, jobs
+from wsiflow.run.executor import element, jobs, pieces
 from wsiflow.run.executor.array import ArrayJobs, Batch, runs
 from wsiflow.run.executor.dialect import ArrayParams, Place, Seen, expand, indices
 from wsiflow.run.executor.params import ExecutorParams
+from wsiflow.run.executor.pieces import Call, Piece, Request, Tries
 from wsiflow.run.executor.protocol import Outcome, Slice
-from wsiflow.run.executor.watch import Piece, Poll, Queue, Tries
+from wsiflow.run.executor.watch import Poll, Queue
 from wsiflow.system import processes
 
 CONF = Path(__file__).parents[2] / "conf/executor"
@@ -204,7 +207,7 @@ def test_the_job_script_is_constant() -> None:
     assert element.SCRIPT == (
         "#!/bin/bash\n"
         "# One element of an array job. The arguments are a command and the array's table; the element's index is in\n"
-        "# the environment, and says which slice of the table is its own.\n"
+        "# the environment, and is its name among the elements that take work from the run's folder.\n"
         'exec "$@"\n'
     )
 
@@ -287,42 +290,65 @@ def test_runs_hold_each_task_once(tasks: set[int]) -> None:
     """Ranges are in rising order, never touch, and contain exactly the tasks."""
     found = list(runs(tasks))
     assert [task for lo, hi in found for task in range(lo, hi)] == sorted(tasks)
-    assert all(before.hi < after.lo for before, after in itertools.pairwise(found))
+    assert all(before[1] < after[0] for before, after in itertools.pairwise(found))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     spans=st.lists(st.integers(1, 4), max_size=40),
     limit=st.integers(2, 12),
     window=st.integers(2, 30),
     lost=st.lists(st.integers(0, 2), min_size=40, max_size=40),
 )
-def test_every_slice_is_in_one_array_and_no_index_over_the_cap(
+def test_elements_are_as_many_as_pieces_but_within_the_limits(
     spans: list[int], limit: int, window: int, lost: list[int]
 ) -> None:
-    """For any slices, limit, window and earlier losses, each slice is submitted once, in arrays within the limit."""
-    pool = ArrayJobs(params("slurm", limit=limit, window=window), root=Path("/nowhere"), workers=0, threads=1)
-    pieces, lo = [], 0
-    for span, memory in zip(spans, lost, strict=False):
-        pieces.append(Piece(lo, lo + span, Tries(memory, memory)))
-        lo += span
-    batch = Batch({"stage": "s"}, set(range(lo)), deque(pieces), [])
-    arrays: list[list[Piece]] = []
+    """For any pieces, limit, window and earlier losses, arrays are within the limit, and elements in the window."""
+    with tempfile.TemporaryDirectory() as folder:
+        pool = ArrayJobs(params("slurm", limit=limit, window=window), root=Path(folder), workers=0, threads=1)
+        batch = Batch(Call("work", "plan.json", "s"), set(range(99)), deque())
+        lo, requests = 0, Counter[Request]()
+        for span, memory in zip(spans, lost, strict=False):
+            piece = Piece(batch.call, lo, lo + span, Tries(memory, memory))
+            pool._post(batch, piece)
+            requests[pool._request(piece.tries)] += 1
+            lo += span
+        arrays: list[tuple[Request, int]] = []
 
-    def start(name: str, _call: object, request: dict[str, int], taken: list[Piece]) -> object:
-        assert {pool._request(piece.tries)["memory_mb"] for piece in taken} == {request["memory_mb"]}
-        arrays.append(taken)
-        return object()
+        def start(name: str, request: Request, size: int) -> SimpleNamespace:
+            arrays.append((request, size))
+            places = [SimpleNamespace(place=Place(name, i)) for i in range(size)]
+            return SimpleNamespace(name=name, request=request, open=places)
 
-    pool._start = start  # type: ignore[assignment,method-assign]
-    while batch.waiting:
-        before = len(batch.waiting)
-        pool._submit(batch)
-        assert len(pool._queue._held) <= window
-        assert len(batch.waiting) < before, "an empty queue has room"
-        pool._queue.release(list(pool._queue._held))
-    assert [piece for taken in arrays for piece in taken] == pieces
-    assert all(0 < len(taken) <= limit for taken in arrays)
+        pool._start = start  # type: ignore[assignment,method-assign]
+        for request in requests:
+            waiting = [name for name in pool._waiting() if pieces.request_of(name) == request]
+            assert len(waiting) == requests[request]
+            for _ in range(2):  # once more changes nothing
+                pool._staff(request, waiting, ())
+        started = Counter[Request]()
+        for request, size in arrays:
+            assert size <= limit
+            started[request] += size
+        assert all(started[request] <= count for request, count in requests.items())
+        assert sum(started.values()) <= window
+        if sum(requests.values()) <= window:
+            assert started == requests
+
+
+def test_small_pieces_share_an_element(tmp_path: Path) -> None:
+    """Ten pieces of six seconds are worth one start; so is a single one, and each of which nothing is known."""
+    pool = ArrayJobs(params("slurm"), root=tmp_path, workers=0, threads=1)
+    batch = Batch(Call("work", "plan.json", "s"), set(range(99)), deque())
+    sizes: list[int] = []
+    pool._submit = lambda _name, _request, size: bool(sizes.append(size)) or True  # type: ignore[func-returns-value,method-assign]
+    for task in range(25):
+        pool._post(batch, Piece(batch.call, task, task + 1), expected_s=6.0)
+    pool._staff(pool._request(Tries()), pool._waiting(), ())
+    pool._staff(pool._request(Tries()), pool._waiting()[:1], ())
+    pool._post(batch, Piece(batch.call, 25, 26))
+    pool._staff(pool._request(Tries()), pool._waiting(), ())
+    assert sizes == [3, 1, 4]
 
 
 @pytest.mark.parametrize(
@@ -343,7 +369,7 @@ def test_what_was_too_little_is_doubled_up_to_the_limit(causes: list[str], resou
     for cause in causes:
         tries = tries.after(cause)
     assert tries.lost == len(causes)
-    assert pool._request(tries) == {"memory_mb": resources[0], "minutes": resources[1]}
+    assert pool._request(tries) == resources
 
 
 def test_an_incomplete_line_is_ignored(tmp_path: Path) -> None:
@@ -414,18 +440,18 @@ sed -i 1d queue
 
 
 def test_a_refused_array_waits_for_others_of_the_run(commands: Callable[..., Path], tmp_path: Path) -> None:
-    """Where a user may have three jobs, all tasks are done as the first arrays end, and no array is left."""
+    """Where a user may have three jobs, the elements of the first array do all tasks, and no array is left."""
     python = f"PYTHONPATH={Path(__file__).parents[1]} {sys.executable}"
     folder = commands(sbatch=SBATCH.replace("ROOM", "3"), squeue=SQUEUE.replace("PYTHON", python))
     (tmp_path / "plan.json").write_text("{}")
-    made = params("slurm", limit=3, poll_s=0.01, grace_s=60)
+    made = params("slurm", limit=3, poll_s=0.01, grace_s=60, idle_s=0)
     with ArrayJobs(made, root=tmp_path, workers=0, threads=1) as pool:
         outcomes = list(pool.run(work, tmp_path / "plan.json", "predict", [Slice(i, i + 1) for i in range(5)]))
     assert sorted(outcome.task for outcome in outcomes if outcome.receipt) == list(range(5))
     assert not any(outcome.retried for outcome in outcomes)
-    assert (folder / "asked").read_text().split() == ["3", *["2"] * 7], "twice three refusals"
-    assert len(list((tmp_path / "arrays").glob("*.json"))) == len(list((tmp_path / "logs").iterdir())) == 2
-    assert pool._queue._window == made.window // 4
+    assert (folder / "asked").read_text().split() == ["3", *["2"] * 3], "three refusals"
+    assert len(list((tmp_path / "arrays").glob("*.json"))) == len(list((tmp_path / "logs").iterdir())) == 1
+    assert pool._queue._window == made.window // 2
     assert not pool._log.read().jobs
 
 
@@ -515,21 +541,28 @@ def test_an_array_cancelled_while_it_is_submitted_is_searched_again(
     assert log.read().jobs == ()
 
 
-def test_an_array_taken_over_is_expected_until_every_shard_has_its_own(
+def test_an_array_taken_over_is_expected_until_all_its_elements_have_ended(
     commands: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """Two shards need an element each of an array that was left: it is open until both elements have ended."""
+    """Two shards need what two elements of an array that was left have: it is open until both have said their end."""
     commands(squeue="printf '7_0|RUNNING|predict-a\\n7_1|RUNNING|predict-a\\n'")
     first = ArrayJobs(params("slurm"), root=tmp_path, workers=0, threads=1).__enter__()  # and then it was killed
     first._send = lambda *_: "7"  # type: ignore[method-assign]
-    call = {"work": element.dotted(work), "source": "plan.json", "stage": "predict"}
-    first._start("predict-a", call, {"memory_mb": 1, "minutes": 1}, [Piece(0, 1, Tries()), Piece(1, 2, Tries())])
+    request = first._request(Tries())
+    call = Call(element.dotted(work), "plan.json", "predict")
+    first._start("predict-a", request, 2)
+    for task in (0, 1):
+        name = pieces.post(tmp_path, Piece(call, task, task + 1), request, task)
+        assert pieces.take(tmp_path, "predict-a", task, [name]) == name
     expected = []
     with ArrayJobs(params("slurm", poll_s=0.01), root=tmp_path, workers=0, threads=1) as pool:
         for task in (0, 1):
             shard = pool.run(work, tmp_path / "plan.json", "predict", [Slice(task, task + 1)])
-            outcome = {"outcome": Outcome(task, {}, executed=True)._asdict()}
-            (tmp_path / f"arrays/predict-a/{task}.2.jsonl").write_text(json.dumps(outcome) + "\n")
+            (name,) = pieces.of_element(tmp_path, "predict-a", task)
+            lines = ({"outcome": Outcome(task, {}, executed=True)._asdict(), "piece": name}, {"ended": ""})
+            text = "".join(json.dumps(line) + "\n" for line in lines)
+            (tmp_path / f"arrays/predict-a/{task}.2.jsonl").write_text(text)
+            pieces.finish(tmp_path, "predict-a", task, name)
             assert [outcome.task for outcome in shard if not outcome.retried] == [task]
             expected.append(pool._log.read().jobs)
     assert expected == [(jobs.Job("predict-a", "7"),), ()]
@@ -550,8 +583,10 @@ def test_what_a_lost_element_left_is_removed(commands: Callable[..., Path], tmp_
     }
 
     def send(name: str, *_: object) -> str:
+        (piece,) = pieces.posted(tmp_path)
+        pieces.take(tmp_path, name, 0, [piece])
         about = {"started": "", "host": "node", "pid": 7, "space": SPACE, "born": "1"}
-        lines = "".join(json.dumps(line) + "\n" for line in (about, {"begun": 0}))
+        lines = "".join(json.dumps(line) + "\n" for line in (about, {"begun": 0, "piece": piece}))
         (tmp_path / f"arrays/{name}/0.1.jsonl").write_text(lines)
         for attempt in (*gone, *stays):
             (tmp_path / ".attempts" / attempt).mkdir(parents=True)
@@ -592,14 +627,14 @@ def test_an_element_needs_its_index(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     """Outside of an array job the command is refused with the reason."""
     monkeypatch.setenv("SGE_TASK_ID", value)
     table = tmp_path / "t.json"
-    table.write_text('{"index": "SGE_TASK_ID", "base": 1, "slices": [[0, 1]]}')
+    table.write_text('{"index": "SGE_TASK_ID", "base": 1, "elements": 1}')
     with pytest.raises(InputError, match="SGE_TASK_ID"):
         element.run(table)
 
 
 def test_an_element_beyond_the_table_has_nothing_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Where arrays need two elements, the second element of an array of one slice ends without an error."""
+    """Where arrays need two elements, the second element of an array of one ends without an error."""
     monkeypatch.setenv("PBS_ARRAY_INDEX", "2")
     table = tmp_path / "t.json"
-    table.write_text('{"index": "PBS_ARRAY_INDEX", "base": 1, "slices": [[0, 1]]}')
+    table.write_text('{"index": "PBS_ARRAY_INDEX", "base": 1, "elements": 1}')
     assert element.run(table) == 0

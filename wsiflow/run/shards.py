@@ -256,11 +256,11 @@ def ingest_shard(pool: Executor, cases: Path, shard: Sequence[int]) -> list[Outc
     config, listed = read_cases(cases)
     tasks = [index for index in sorted(shard) if not ingest.is_ingested(cases, index)]
     seconds = [ROUGH.task_s("ingest", 0)] * len(tasks)
-    cuts = slices(tasks, seconds, target_s=config.executor.slice_s)
+    cuts = _slices(tasks, seconds, config.executor.slice_s)
     settings = ingest.plan_settings(cases.parent, config)
     # Checking that a slide still has the content of its record needs no worker.
     outcomes = [work.run_task(cases, "ingest", index) for index in set(shard) - set(tasks)]
-    for ended in pool.run(work.run_slice, cases, "ingest", [Slice(*span) for span in cuts]):
+    for ended in pool.run(work.run_slice, cases, "ingest", cuts):
         key = ingest.record_key(listed[ended.task], settings, config) if ended.receipt is not None else ""
         outcome = _checked(ended, "ingest", key)
         trace.note(cases.parent, "ingest", listed[outcome.task].slide_id, 0, outcome)
@@ -335,17 +335,19 @@ def advance(pool: Executor, plan_path: Path, stage: Stage, progress: Progress, s
     missing = [index for index in keys if index not in done]
     costs = costs_of(root, ROUGH)
     seconds = [costs.task_s(stage.name, units(plan, stage, index)) for index in missing]
-    cuts = [Slice(*span) for span in slices(missing, seconds, target_s=slice_s)]
+    cuts = _slices(missing, seconds, slice_s)
     if missing:
         counts = len(missing), len(cuts), len(done)
         _logger.debug("%s: %d tasks are submitted in %d slices, %d are done already", stage.name, *counts)
     ended = [Ended(stage.name, index, receipt["attempt"], executed=False) for index, receipt in done.items()]
     failed, start_s = set(), time.perf_counter()
     for ran in pool.run(work.run_slice, plan_path, stage.name, cuts):
-        outcome, task = _checked(ran, stage.name, keys[ran.task]), stage.task(plan, ran.task)
+        # What ended while no driver was running is told to the first shard that asks, whichever shard it belongs to.
+        outcome, task = _checked(ran, stage.name, keys.get(ran.task, "")), stage.task(plan, ran.task)
         trace.note(root, stage.name, plan.slides[task.slide].slide_id, task.group, outcome)
         if outcome.retried:
-            _logger.info("%s %s is tried again: %s", stage.name, plan.slides[task.slide].slide_id, outcome.failure)
+            if outcome.failure:
+                _logger.info("%s %s is tried again: %s", stage.name, plan.slides[task.slide].slide_id, outcome.failure)
             continue
         attempt = outcome.receipt["attempt"] if outcome.receipt else ""
         ended.append(Ended(stage.name, outcome.task, attempt, outcome.executed, outcome.failure))
@@ -356,6 +358,14 @@ def advance(pool: Executor, plan_path: Path, stage: Stage, progress: Progress, s
             failed.add(task.slide)
     _log_speed(plan, stage, ended[len(done) :], time.perf_counter() - start_s)
     return Progress(tuple(index for index in progress.slides if index not in failed), progress.ended + tuple(ended))
+
+
+def _slices(tasks: Sequence[int], seconds: Sequence[float], target_s: float) -> list[Slice]:
+    """Cut tasks into slices, see `wsiflow.run.costs.slices`."""
+    cost = dict(zip(tasks, seconds, strict=True))
+    return [
+        Slice(lo, hi, sum(cost[task] for task in range(lo, hi))) for lo, hi in slices(tasks, seconds, target_s=target_s)
+    ]
 
 
 def _log_speed(plan: Plan, stage: Stage, ended: Sequence[Ended], wall_s: float) -> None:

@@ -1,31 +1,39 @@
-"""Run slices as elements of array jobs, on Slurm, Grid Engine or any other scheduler that has a dialect.
+"""Run tasks in array jobs, on Slurm, Grid Engine or any other scheduler that has a dialect.
 
-An array is created in this order: a table on disk (`wsiflow.run.executor.element`), a line in ``jobs.jsonl``, and a
-submission. Its elements write outcomes to files, which the driver reads each time it polls the queue. Where an element
-is gone and tasks of it are unfinished, the scheduler is asked for the cause. The task that was running is charged with
-an attempt and gets an element of its own; its neighbours are not charged. A driver that is killed leaves its arrays in
-the queue, and the next driver watches them instead of submitting the same tasks again.
+The tasks are posted as pieces of work in the run's folder (`wsiflow.run.executor.pieces`), whichever stage and shard
+they belong to. Elements take piece after piece, and write outcomes to files, which the driver reads. The driver submits
+as many elements as there are pieces that no element is free for. An array is created in this order: a table on disk, a
+line in ``jobs.jsonl``, and a submission.
+
+Where an element is gone and did not say that it ended, the scheduler is asked for the cause. The task that was running
+is charged with an attempt and becomes a piece of its own; its neighbours are not charged. A driver that is killed
+leaves its arrays in the queue, whose elements go on with what is posted. The next driver withdraws what nobody has
+taken, and waits for the rest instead of posting it again.
 """
 
 import contextlib
 import itertools
 import json
 import logging
+import math
 import os
+import re
 import threading
+import time
 import uuid
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-from wsiflow.errors import EnvironmentFault, WsiflowError
-from wsiflow.run.executor import element, jobs
+from wsiflow.errors import EnvironmentFault, Failure, WsiflowError
+from wsiflow.run.executor import element, jobs, pieces
 from wsiflow.run.executor.dialect import ArrayParams, Place, expand
 from wsiflow.run.executor.jobs import JobLog
 from wsiflow.run.executor.params import ExecutorParams
+from wsiflow.run.executor.pieces import FOLDER, Call, Piece, Request, Tries
 from wsiflow.run.executor.protocol import Outcome, Site, Slice, Work
-from wsiflow.run.executor.watch import FOLDER, LOGS, Array, Element, Piece, Poll, Queue, Tries
+from wsiflow.run.executor.watch import LOGS, Array, Element, Files, Poll, Queue
 from wsiflow.system import publish
 from wsiflow.system.usage import now
 
@@ -34,6 +42,10 @@ _logger = logging.getLogger(__name__)
 _SCRIPT = f"{FOLDER}/element.sh"
 _SUBMISSIONS = 3
 _LIMIT_UNKNOWN = 1000
+_NAME_LETTERS = 24
+_WORTH_S = 60.0  # of work justify the start of an element
+_LOOK_S = 1.0  # between two looks at the files of elements; longer where a look takes long
+_LOOKS_SHARE = 0.1  # of the driver's time
 _REMEDIES = {
     "memory": "raise executor.array.memory_limit_mb, then run again",
     "time": "raise executor.array.minutes_limit, then run again",
@@ -45,16 +57,35 @@ class Batch(NamedTuple):
     """One call of `ArrayJobs.run`.
 
     Attributes:
-        call: Names of the work, the source and the stage, as the tables of the arrays have them.
-        unfinished: Tasks whose last outcome was not yielded yet.
-        waiting: Pieces to submit, the next one first.
-        arrays: The arrays that are watched.
+        call: What is done with its tasks.
+        unfinished: Tasks whose last outcome has not come yet.
+        inbox: Outcomes to be yielded.
     """
 
-    call: Mapping[str, str]
+    call: Call
     unfinished: set[int]
-    waiting: deque[Piece]
-    arrays: list[Array]
+    inbox: deque[Outcome]
+
+    def accept(self, outcome: Outcome) -> None:
+        """Keep an outcome, unless the last outcome of its task has come already."""
+        if outcome.task not in self.unfinished:
+            return
+        if not outcome.retried:
+            self.unfinished.discard(outcome.task)
+        self.inbox.append(outcome)
+
+
+class Posted(NamedTuple):
+    """A piece that was posted: the batch it belongs to, and those of its tasks of which no outcome has come, in order.
+
+    The batch is None where an element of an earlier start has it, and no batch has asked for its tasks yet. It is
+    expected to take so many core-seconds; 0 where nobody knows.
+    """
+
+    piece: Piece
+    batch: Batch | None
+    missing: dict[int, None]
+    expected_s: float = 0.0
 
 
 def make(params: ExecutorParams, site: Site) -> "ArrayJobs":
@@ -78,9 +109,16 @@ class ArrayJobs:
         self._params, self._dialect, self._root = params, params.dialect, root.resolve()
         self._workers, self._threads = workers, threads
         self._log, self._queue = JobLog(self._root), Queue(params, workers=workers)
-        self._left: dict[str, Array] = {}  # arrays of an earlier driver with elements in the queue
-        self._past: dict[str, Array] = {}  # arrays whose outcomes no driver may have read to the end
-        self._lock, self._identity = threading.Lock(), jobs.identity()
+        self._arrays: list[Array] = []
+        self._posted: dict[str, Posted] = {}
+        self._past: list[tuple[Call, Outcome]] = []  # outcomes that elements wrote while nobody read them
+        self._fruitless: dict[Request, dict[str, str]] = {}  # arrays whose elements died before any work, and why
+        self._cancelled: set[Request] = set()  # elements with these were cancelled by somebody
+        self._adrift: dict[str, float] = {}  # since when nobody is known to have a piece
+        self._order = itertools.count()
+        self._state, self._turn = threading.RLock(), threading.Lock()
+        self._turned_s, self._pause_s, self._checked_s = float("-inf"), 0.0, float("-inf")
+        self._identity = jobs.identity()
         self._longest = params.limit or 0
 
     def __enter__(self) -> Self:
@@ -95,18 +133,22 @@ class ArrayJobs:
         (self._root / FOLDER).mkdir(parents=True, exist_ok=True)
         publish.write_view(self._root, _SCRIPT, element.SCRIPT.encode())
         self._log.append("driver", **self._identity, dialect=self._dialect.model_dump(mode="json"))
+        pieces.withdraw(self._root, pieces.posted(self._root))
+        (self._root / pieces.CLOSED).unlink(missing_ok=True)
         if left:
             self._take_over(left)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_exc: object) -> None:
-        """Cancel the arrays in the queue where the run ends in an error."""
+        """Let the elements end that have nothing to do, or cancel all where the run ends in an error."""
         self._queue.close()
         if not self._log.read().is_driven_by(self._identity):
             return  # the arrays in the queue belong to another driver
         try:
             if kind is not None:
                 self._cancel()
+            else:
+                self._dismiss()
         finally:
             self._log.append("left", **self._identity)
 
@@ -124,31 +166,42 @@ class ArrayJobs:
     def _cancel(self) -> list[str]:
         """Record the cancellation, so that no thread submits anything more, and cancel what was submitted."""
         self._log.append("cancel")  # threads that still wait read it
+        pieces.close(self._root)
         jobs.await_submissions(self._log)
         return jobs.drop_open(self._log, self._dialect)
 
+    def _dismiss(self) -> None:
+        """Let idle elements end by themselves, and cancel arrays of which some have not begun."""
+        pieces.close(self._root)
+        places = jobs.listing(self._dialect, [array.name for array in self._arrays])
+        if places is None:
+            return  # the next start of the run, or nobody, finds them
+        alive = {place: seen for place, seen in places.items() if self._dialect.is_alive(seen.state)}
+        waiting = {place.name: seen.job for place, seen in alive.items() if self._dialect.is_pending(seen.state)}
+        jobs.drop(self._dialect, [self._dialect.whole.format(job=job) for job in waiting.values()])
+        for array in self._arrays:
+            self._log.append("ended", name=array.name)
+
     def run(self, work: Work, source: Path, stage: str, slices: Sequence[Slice]) -> Iterator[Outcome]:
-        """Run the slices in arrays of at most the scheduler's limit, and yield outcomes as elements write them.
+        """Post the slices for elements to take, and yield outcomes as elements write them.
 
         Raises:
             EnvironmentFault: The scheduler refuses arrays or does not answer, or the executor was closed.
         """
-        batch = self._make_batch({"work": element.dotted(work), "source": source.name, "stage": stage}, slices)
+        tasks = {task for part in slices for task in part.tasks}
+        batch = Batch(Call(element.dotted(work), source.name, stage), tasks, deque())
         try:
-            yield from self._read_left(batch.call)
-            while batch.unfinished:
-                if batch.waiting and self._is_stopped():
-                    yield from self._give_up(batch)
-                self._submit(batch)
-                poll = self._queue.poll()
-                for array in tuple(batch.arrays):
-                    yield from self._collect(batch, array, poll)
+            yield from self._begin(batch, slices)
+            while batch.unfinished or batch.inbox:
+                while batch.inbox:
+                    yield batch.inbox.popleft()
+                if batch.unfinished:
+                    self._take_turn()
         finally:
-            for array in batch.arrays:
-                self._close(array, array.open)
+            self._leave(batch)
 
     def _take_over(self, left: Sequence[jobs.Job]) -> None:
-        """Find the arrays that an earlier driver left, and which of their elements are alive.
+        """Find the arrays that an earlier driver left, which of their elements are alive, and what these are doing.
 
         Raises:
             EnvironmentFault: The scheduler does not answer.
@@ -160,7 +213,7 @@ class ArrayJobs:
             raise EnvironmentFault(cause, "run again when it does", path=self._log.path)
         self._queue.release(Place(job.name, -1) for job in left)
         alive = {place: seen for place, seen in places.items() if self._dialect.is_alive(seen.state)}
-        self._queue.hold(alive, finished=True)  # they count for the window, even where nobody needs their tasks
+        self._queue.hold(alive, finished=False)
         ids = {place.name: seen.job for place, seen in alive.items()}
         if alive:
             _logger.info(
@@ -168,132 +221,242 @@ class ArrayJobs:
             )
         for name, job in left:
             table = json.loads((self._root / FOLDER / f"{name}.json").read_text(encoding="utf-8"))
-            self._past[name] = Array(self._root, name, ids.get(name, job), table)
-            if name in ids:
-                self._left[name] = self._past[name]
+            array = Array(self._root, name, ids.get(name, job), table)
+            self._take_over_array(array, {one.place for one in array.open} & alive.keys())
 
-    def _read_left(self, call: Mapping[str, str]) -> Iterator[Outcome]:
-        """Yield the outcomes that elements wrote while no driver was running; only the trace uses them."""
-        with self._lock:
-            names = [name for name, array in self._past.items() if call.items() <= array.table.items()]
-            arrays = [self._past.pop(name) for name in names]
-        for array in arrays:
-            files = array.files()
-            for one in array.open:
-                for outcome in one.read(files.get(one.place.number, ())):
-                    yield outcome.with_usage(**self._known(array, one))._replace(retried=True)
-            if array.name not in self._left:
-                self._log.append("ended", name=array.name)
+    def _take_over_array(self, array: Array, alive: Collection[Place]) -> None:
+        """Read what the elements of an array have written, and watch on those that are alive."""
+        files = array.look()
+        for one in array.open:
+            done: set[int] = set()
+            for name, outcome in one.read(files.written.get(one.place.number, ())):
+                done.add(outcome.task)
+                if name in one.taken:  # files of earlier versions name no pieces
+                    known = self._known(array, one, one.taken[name])
+                    self._past.append((one.taken[name].call, outcome.with_usage(**known)))
+            for name in files.taken.get(one.place.number, ()):
+                if one.place in alive:
+                    piece = pieces.read(self._root, array.name, one.place.number, name)
+                    self._posted[name] = Posted(piece, None, dict.fromkeys(sorted({*piece.tasks} - done)))
+                else:
+                    pieces.finish(self._root, array.name, one.place.number, name)
+        array.open = [one for one in array.open if one.place in alive]
+        if array.open:
+            self._arrays.append(array)
+        else:
+            self._log.append("ended", name=array.name)
 
-    def _make_batch(self, call: Mapping[str, str], slices: Sequence[Slice]) -> Batch:
-        """Return a batch that watches the elements in the queue; tasks that none of them has wait to be submitted."""
-        batch = Batch(call, {task for lo, hi in slices for task in range(lo, hi)}, deque(), [])
-        covered: set[int] = set()
-        for left in self._left.values():
-            array = Array(self._root, left.name, left.job, left.table)
-            array.open = [
-                one
-                for one in array.open
-                if self._queue.holds(one.place) and not batch.unfinished.isdisjoint(one.missing)
-            ]
-            if array.open and call.items() <= array.table.items():
-                self._queue.hold((one.place for one in array.open), finished=False)
-                batch.arrays.append(array)
-                covered.update(task for one in array.open for task in one.missing)
-        for lo, hi in slices:
-            uncovered = (task for task in range(lo, hi) if task not in covered)
-            batch.waiting.extend(Piece(*span, Tries()) for span in runs(uncovered))
-        return batch
+    def _begin(self, batch: Batch, slices: Sequence[Slice]) -> Iterator[Outcome]:
+        """Post the tasks of a batch that no element of an earlier start has.
+
+        Yields:
+            The outcomes that elements wrote while no driver was running; only the trace uses them.
+        """
+        with self._state:
+            past = [outcome for call, outcome in self._past if call == batch.call]
+            self._past = [each for each in self._past if each[0] != batch.call]
+            covered: set[int] = set()
+            for name, left in tuple(self._posted.items()):
+                missing = {task: None for task in left.missing if task in batch.unfinished}
+                if missing and left.batch is None and left.piece.call == batch.call:
+                    self._posted[name] = Posted(left.piece, batch, missing)
+                    covered |= missing.keys()
+            for part in slices:
+                for lo, hi in runs(task for task in part.tasks if task not in covered):
+                    self._post(batch, Piece(batch.call, lo, hi), part.expected_s)
+        for outcome in past:
+            yield outcome._replace(retried=True)
+
+    def _post(self, batch: Batch, piece: Piece, expected_s: float = 0.0) -> None:
+        piece = piece._replace(posted=now())
+        name = pieces.post(self._root, piece, self._request(piece.tries), next(self._order))
+        self._posted[name] = Posted(piece, batch, dict.fromkeys(piece.tasks), expected_s)
+
+    def _leave(self, batch: Batch) -> None:
+        """Withdraw what is left of a batch whose caller does not wait for it any longer."""
+        with self._state:
+            names = [name for name, posted in self._posted.items() if posted.batch is batch]
+            pieces.withdraw(self._root, names)
+            for name in names:
+                del self._posted[name]
+
+    def _take_turn(self) -> None:
+        """Read what elements have written and submit what is needed, for all batches; or wait for a thread that does.
+
+        Raises:
+            EnvironmentFault: The scheduler refuses arrays, or the executor was closed.
+        """
+        began_s = time.monotonic()
+        with self._turn:
+            if self._turned_s >= began_s:
+                return
+            self._queue.pause(self._turned_s + self._pause_s - time.monotonic())
+            poll = self._queue.latest()
+            looked_s = time.monotonic()
+            with self._state:
+                self._see_after(poll)
+            self._turned_s = time.monotonic()
+            self._pause_s = max(min(_LOOK_S, self._params.poll_s), (self._turned_s - looked_s) / _LOOKS_SHARE)
+
+    def _see_after(self, poll: Poll) -> None:
+        """Deliver outcomes, replace elements that are lost, and submit elements for pieces that nobody is free for."""
+        waiting = self._waiting()
+        busy: set[Place] = set()
+        had: set[str] = set()
+        for array in tuple(self._arrays):
+            files = array.look()
+            working = self._collect(array, files, poll)
+            busy |= working
+            had.update(name for place in working for name in files.taken[place.number])
+        is_new, self._checked_s = poll.taken_s > self._checked_s, poll.taken_s
+        if is_new and waiting and self._is_stopped():
+            self._give_up(
+                waiting, EnvironmentFault("the run was cancelled", _REMEDIES["cancelled"]).failure, "cancelled"
+            )
+            return
+        waiting = self._waiting()
+        self._catch(self._posted.keys() - had - {*waiting})
+        for request in {pieces.request_of(name): None for name in waiting}:
+            self._staff(request, [name for name in waiting if pieces.request_of(name) == request], busy)
 
     def _is_stopped(self) -> bool:
         """Tell whether the run was cancelled, or has a newer driver on another machine."""
         history = self._log.read()
         return history.cancelled or not history.is_driven_by(self._identity)
 
-    def _give_up(self, batch: Batch) -> Iterator[Outcome]:
-        """Yield an outcome for each waiting task: it was cancelled."""
-        while batch.waiting:
-            piece = batch.waiting.popleft()
-            for task in range(piece.lo, piece.hi):
-                fault = EnvironmentFault("the run was cancelled", _REMEDIES["cancelled"], stage=batch.call["stage"])
-                usage = {"exit_class": "cancelled"}
-                yield from _accept(batch, Outcome(task, None, executed=False, failure=fault.failure, usage=usage))
+    def _waiting(self) -> list[str]:
+        """Return the names of the pieces that nobody has taken."""
+        return [name for name in pieces.posted(self._root) if name in self._posted]
 
-    def _submit(self, batch: Batch) -> None:
-        """Submit waiting pieces in arrays, as far as there is room in the queue."""
-        while batch.waiting:
-            request = self._request(batch.waiting[0].tries)
-            alike = itertools.takewhile(lambda piece: self._request(piece.tries) == request, batch.waiting)  # noqa: B023
-            name = f"{batch.call['stage']}-{uuid.uuid4().hex[:12]}"
-            size = self._queue.take(name, sum(1 for _ in alike), longest=self._limit())
-            if not size:
-                return
-            pieces = [batch.waiting.popleft() for _ in range(size)]
-            try:
-                array = self._start(name, batch.call, request, pieces)
-            except BaseException:
-                self._queue.drop(name)  # other threads wait for its room
-                raise
-            if array is None:
-                batch.waiting.extendleft(reversed(pieces))
-                return
-            batch.arrays.append(array)
+    def _staff(self, request: Request, waiting: Sequence[str], busy: Collection[Place]) -> None:
+        """Submit elements for the waiting pieces of a request, if the elements in the queue are too few.
 
-    def _request(self, tries: Tries) -> dict[str, int]:
+        Pieces that are known to be small share an element, whose start takes as long as they do.
+        """
+        present = [one.place for array in self._arrays if array.request == request for one in array.open]
+        fruitless = self._fruitless.get(request, {})
+        if request in self._cancelled or len(fruitless) > self._params.retries:
+            if not present:
+                self._give_up_request(request, waiting)
+            return
+        worth = sum(min(1.0, (self._posted[name].expected_s or _WORTH_S) / _WORTH_S) for name in waiting)
+        needed = math.ceil(worth) - sum(place not in busy for place in present)
+        if needed <= 0:
+            return
+        if fruitless and not present and (cause := next(reversed(fruitless.values()))) in {"memory", "time"}:
+            self._post_again(waiting, cause)
+            return
+        while needed > 0:
+            name = f"{_job_name(self._root)}-{uuid.uuid4().hex[:12]}"
+            size = self._queue.take(name, needed, longest=self._limit())
+            if not size or not self._submit(name, request, size):
+                return
+            needed -= size
+
+    def _submit(self, name: str, request: Request, size: int) -> bool:
+        """Submit an array of elements; return whether it is in the queue now."""
+        try:
+            array = self._start(name, request, size)
+        except BaseException:
+            self._queue.drop(name)  # other requests wait for its room
+            raise
+        if array is not None:
+            self._arrays.append(array)
+        return array is not None
+
+    def _give_up_request(self, request: Request, names: Sequence[str]) -> None:
+        """Give up the waiting pieces of a request: somebody cancelled its elements, or they died before any work."""
+        if request in self._cancelled:
+            fault = EnvironmentFault("its elements were cancelled", _REMEDIES["cancelled"])
+            self._give_up(names, fault.failure, "cancelled")
+            return
+        array, cause = next(reversed(self._fruitless[request].items()))
+        count, resources = len(self._fruitless[request]), f"{request.memory_mb} MB, {request.minutes} min"
+        text = f"elements died {count} times before they did anything, the last time of cause {cause!r}"
+        remedy = _REMEDIES.get(cause, "read the log for the reason, then run again")
+        fault = EnvironmentFault(f"{text} ({resources}; log {self._log_of(array)})", remedy)
+        self._give_up(names, fault.failure, cause)
+
+    def _log_of(self, array: str) -> Path:
+        """Return the log of the first element of an array."""
+        return self._root / LOGS / array / f"{self._dialect.base}.log"
+
+    def _give_up(self, names: Iterable[str], failure: Failure, cause: str) -> None:
+        """Withdraw pieces, and deliver failures as the outcomes of their tasks."""
+        for name in pieces.withdraw(self._root, names):
+            posted = self._posted.pop(name)
+            for task in posted.missing:
+                if posted.batch:
+                    own, usage = failure.about(stage=posted.piece.call.stage), {"exit_class": cause}
+                    posted.batch.accept(Outcome(task, None, executed=False, failure=own, usage=usage))
+
+    def _post_again(self, names: Sequence[str], cause: str) -> None:
+        """Post waiting pieces for elements with more: those with as little as was requested died before any work."""
+        for name in pieces.withdraw(self._root, names):
+            posted = self._posted.pop(name)
+            if posted.batch:
+                self._post(posted.batch, posted.piece._replace(tries=posted.piece.tries.after(cause)))
+
+    def _catch(self, names: Collection[str]) -> None:
+        """Post again what nobody is known to have: an element that was given up has taken it, and may be gone."""
+        moment = time.monotonic()
+        self._adrift = {name: self._adrift.get(name, moment) for name in names}
+        for name, since in tuple(self._adrift.items()):
+            if moment - since > self._params.grace_s:
+                posted = self._posted.pop(name)
+                for span in runs(posted.missing):
+                    if posted.batch:
+                        self._post(posted.batch, posted.piece._replace(lo=span[0], hi=span[1]))
+
+    def _request(self, tries: Tries) -> Request:
         """Return the memory (MB) and the minutes to request: doubled each time they were too little, up to limits."""
         params = self._params
-        return {
-            "memory_mb": min(params.memory_mb << tries.memory, params.memory_limit_mb),
-            "minutes": min(params.minutes << tries.time, params.minutes_limit),
-        }
+        return Request(
+            min(params.memory_mb << tries.memory, params.memory_limit_mb),
+            min(params.minutes << tries.time, params.minutes_limit),
+        )
 
     def _limit(self) -> int:
         """Return the largest number of elements of an array; the scheduler is asked once."""
-        with self._lock:
-            if not self._longest:
-                answer = jobs.call(self._dialect.limit).stdout
-                self._longest = self._dialect.longest(answer) or _LIMIT_UNKNOWN
-            return self._longest
+        if not self._longest:
+            answer = jobs.call(self._dialect.limit).stdout
+            self._longest = self._dialect.longest(answer) or _LIMIT_UNKNOWN
+        return self._longest
 
-    def _start(
-        self, name: str, call: Mapping[str, str], request: Mapping[str, int], pieces: Sequence[Piece]
-    ) -> Array | None:
+    def _start(self, name: str, request: Request, size: int) -> Array | None:
         """Write the table of an array, record the intent, submit the array and record its id.
 
         Returns:
             The array; None where it was not submitted, because it has to wait or the run was stopped.
         """
         table = {
-            **call,
             "base": self._dialect.base,
             "index": self._dialect.index,
             "threads": self._threads,
             "submitted": now(),
-            "request": request,
-            "slices": [[piece.lo, piece.hi] for piece in pieces],
-            "tries": [list(piece.tries) for piece in pieces],
+            "request": request._asdict(),
+            "elements": size,
+            "idle_s": self._params.idle_s,
         }
         publish.write_view(self._root, f"{FOLDER}/{name}.json", json.dumps(table).encode())
         (self._root / FOLDER / name).mkdir()
         (self._root / LOGS / name).mkdir(parents=True)
-        tasks = sum(piece.hi - piece.lo for piece in pieces)
-        self._log.append("intent", name=name, **call, **request, elements=len(pieces), tasks=tasks)
+        self._log.append("intent", name=name, **request._asdict(), elements=size)
         if self._is_stopped():  # a cancellation may have read the log before the intent was there
             self._log.append("ended", name=name)
             self._queue.drop(name)
             self._forget(name)
             return None
-        job = self._send(name, len(pieces), request)
+        job = self._send(name, size, request)
         if not job:
             return None
         self._log.append("job", name=name, job=job)
-        sizes = len(pieces), tasks, request["memory_mb"], request["minutes"]
-        _logger.info("%s: job %s submitted, %d elements for %d tasks, %d MB and %d min each", name, job, *sizes)
+        _logger.info("%s: job %s submitted, %d elements, %d MB and %d min each", name, job, size, *request)
         if self._is_stopped():  # a cancellation may have listed the queue before the array was there
             jobs.drop(self._dialect, [self._dialect.whole.format(job=job)])
         return Array(self._root, name, job, table)
 
-    def _send(self, name: str, size: int, request: Mapping[str, int]) -> str:
+    def _send(self, name: str, size: int, request: Request) -> str:
         """Submit an array, and return its id.
 
         Returns:
@@ -305,8 +468,8 @@ class ArrayJobs:
         table = self._root / FOLDER / f"{name}.json"
         starter = self._params.command or element.starter()
         fields = {
-            **request,
-            "seconds": request["minutes"] * 60,
+            **request._asdict(),
+            "seconds": request.minutes * 60,
             "name": name,
             "first": self._dialect.base,
             "last": self._dialect.base + max(size, self._dialect.least) - 1,
@@ -345,38 +508,47 @@ class ArrayJobs:
             pass
         return next((seen.job for place, seen in places.items() if place.name == name), "")
 
-    def _collect(self, batch: Batch, array: Array, poll: Poll) -> Iterator[Outcome]:
-        """Yield the new outcomes of an array, and replace its elements that are lost."""
-        files = array.files()
-        ended = []
+    def _collect(self, array: Array, files: Files, poll: Poll) -> set[Place]:
+        """Deliver the new outcomes of an array, replace its elements that are lost, and return those that work."""
+        ended, working = [], set()
         for one in array.open:
-            known = self._known(array, one)
-            for outcome in one.read(files.get(one.place.number, ())):
-                yield from _accept(batch, outcome.with_usage(**known))
-            if one.missing and not self._is_lost(array, one, poll):
-                continue
-            ended.append(one)
-            if one.missing:
-                yield from self._replace(batch, array, one, known)
-        self._close(array, ended)
-        if not array.open:
-            batch.arrays.remove(array)
-        with self._lock:
-            left = self._left.get(array.name)  # other elements of it may belong to another batch, now or later
-            if left is not None:
-                closed = {one.place for one in ended}
-                left.open = [one for one in left.open if one.place not in closed and self._queue.holds(one.place)]
-        if not array.open and not (left and left.open):
-            self._log.append("ended", name=array.name)
-
-    def _close(self, array: Array, ended: Sequence[Element]) -> None:
-        """Stop watching elements."""
+            has = files.taken.get(one.place.number, ())
+            for name, outcome in one.read(files.written.get(one.place.number, ())):
+                self._deliver(array, one, name, outcome)
+            if has:
+                self._fruitless.pop(array.request, None)
+            if one.ended:
+                ended.append(one)
+            elif self._is_lost(array, one, poll):
+                ended.append(one)
+                self._replace(array, one, has)
+            elif has:
+                working.add(one.place)
         self._queue.finish(one.place for one in ended)
         array.open = [one for one in array.open if one not in ended]
+        if not array.open:
+            self._arrays.remove(array)
+            self._log.append("ended", name=array.name)
+        return working
 
-    def _known(self, array: Array, one: Element) -> dict[str, Any]:
-        """Return the submission time and the scheduler's id of an element, for the trace."""
-        return {"submitted": array.table["submitted"], "native_id": self._native(array, one)}
+    def _deliver(self, array: Array, one: Element, name: str, outcome: Outcome) -> None:
+        """Hand an outcome to the batch that its piece belongs to; of a piece that nobody knows, the outcome is old."""
+        posted = self._posted.get(name)
+        if posted is None:
+            return
+        outcome = outcome.with_usage(**self._known(array, one, posted.piece))
+        if not outcome.retried:
+            posted.missing.pop(outcome.task, None)
+        if posted.batch is None:
+            self._past.append((posted.piece.call, outcome))
+            return
+        posted.batch.accept(outcome)
+        if not posted.missing:
+            del self._posted[name]
+
+    def _known(self, array: Array, one: Element, piece: Piece) -> dict[str, Any]:
+        """Return when a piece was posted, and the scheduler's id of the element that took it, for the trace."""
+        return {"submitted": piece.posted, "native_id": self._native(array, one)}
 
     def _native(self, array: Array, one: Element) -> str:
         return self._dialect.native.format(job=array.job, index=one.place.number)
@@ -399,31 +571,49 @@ class ArrayJobs:
             one.gone_since = poll.taken_s
         return poll.taken_s - one.gone_since >= self._params.grace_s
 
-    def _replace(self, batch: Batch, array: Array, one: Element, known: Mapping[str, Any]) -> Iterator[Outcome]:
-        """Put the unfinished tasks of a lost element back into the queue of the batch, and yield their lost attempts.
+    def _replace(self, array: Array, one: Element, has: Sequence[str]) -> None:
+        """Post again what a lost element had taken, and deliver the lost attempt of the task that was running.
 
-        Where the run was cancelled or a task has no attempts left, the outcome is the last one of the task.
+        Where the element was cancelled or a task has no attempts left, the outcome is the last one of the task.
         """
-        cause = self._cause(array, one)
-        running = one.running_task()
-        charged = list(one.missing) if running is None or cause == "cancelled" else [running]
-        tries = one.piece.tries.after(cause)
-        is_last = cause == "cancelled" or tries.lost > self._params.retries
+        cause, native = self._cause(array, one), self._native(array, one)
+        log = array.logs / f"{one.place.number}.log"
         process = one.process()
         if process:  # a driver on another machine cannot see that the process is gone
             publish.forget_attempts(self._root, process)
-        usage = {**one.about(), **known, "exit_class": cause}
-        failure = self._fault(array, one, cause, tries.lost).failure
-        if not is_last:
-            stage, log = array.table["stage"], array.logs / f"{one.place.number}.log"
-            native = self._native(array, one)
-            _logger.warning("%s: element %s was lost (%s) and is requeued; its log is %s", stage, native, cause, log)
+        if cause == "cancelled":
+            self._cancelled.add(array.request)
+        if not has:
+            if cause != "cancelled":
+                self._fruitless.setdefault(array.request, {})[array.name] = cause
+            _logger.warning("element %s died (%s) before it took any work; its log is %s", native, cause, log)
+        for name in has:
+            pieces.finish(self._root, array.name, one.place.number, name)
+            posted = self._posted.pop(name, None)
+            if posted and posted.batch:
+                again = self._charge(array, one, name, posted, cause)
+                fate = "and its work is posted again" if again else "and its work is given up"
+                stage = posted.piece.call.stage
+                _logger.warning("%s: element %s was lost (%s) %s; its log is %s", stage, native, cause, fate, log)
+
+    def _charge(self, array: Array, one: Element, name: str, posted: Posted, cause: str) -> bool:
+        """Charge the task that was running with a lost attempt, and post all that is left; return whether it is."""
+        batch, piece, (running_in, running) = posted.batch, posted.piece, one.running()
+        assert batch is not None, "only pieces of batches are charged"
+        is_running = running in posted.missing and running_in == name and cause != "cancelled"
+        charged = [running] if is_running and running is not None else list(posted.missing)
+        tries = piece.tries.after(cause)
+        is_last = cause == "cancelled" or tries.lost > self._params.retries
+        usage = {**one.about(), **self._known(array, one, piece), "exit_class": cause}
+        failure = self._fault(array, one, cause, tries.lost).failure.about(stage=piece.call.stage)
         for task in charged:
-            outcome = Outcome(task, None, executed=True, failure=failure, usage=usage, retried=not is_last)
-            yield from _accept(batch, outcome)
-        again = [Piece(*span, tries) for span in runs(charged)] if not is_last else []
-        spared = [Piece(*span, one.piece.tries) for span in runs(set(one.missing) - set(charged))]
-        batch.waiting.extendleft(reversed(again + spared))
+            batch.accept(Outcome(task, None, executed=True, failure=failure, usage=usage, retried=not is_last))
+        if not is_last:
+            for span in runs(charged):
+                self._post(batch, Piece(piece.call, *span, tries))
+        for span in runs(set(posted.missing) - set(charged)):
+            self._post(batch, Piece(piece.call, *span, piece.tries))
+        return not is_last
 
     def _cause(self, array: Array, one: Element) -> str:
         """Return why an element was lost, see `wsiflow.run.executor.dialect.Dialect.cause`."""
@@ -436,33 +626,28 @@ class ArrayJobs:
 
     def _fault(self, array: Array, one: Element, cause: str, lost: int) -> EnvironmentFault:
         """Return the error of the tasks of a lost element."""
-        request, stage = array.table["request"], array.table["stage"]
-        resources = f"{request['memory_mb']} MB, {request['minutes']} min"
+        resources = f"{array.request.memory_mb} MB, {array.request.minutes} min"
         fate = "it was cancelled"
         if cause != "cancelled":
             fate = f"its element died {lost} times, the last time of cause {cause!r}"
         log = array.logs / f"{one.place.number}.log"
         remedy = _REMEDIES.get(cause, "read the log for the reason, then run again")
-        return EnvironmentFault(f"{fate} ({self._native(array, one)}, {resources}; log {log})", remedy, stage=stage)
+        return EnvironmentFault(f"{fate} ({self._native(array, one)}, {resources}; log {log})", remedy)
 
 
-def _accept(batch: Batch, outcome: Outcome) -> Iterator[Outcome]:
-    """Yield an outcome unless the last outcome of its task was yielded already."""
-    if outcome.task not in batch.unfinished:
-        return
-    if not outcome.retried:
-        batch.unfinished.discard(outcome.task)
-    yield outcome
+def _job_name(root: Path) -> str:
+    """Return the name of a run's folder as the beginning of a job's name: letters and digits, at first a letter."""
+    return re.sub(r"^(?![A-Za-z])", "r", re.sub(r"[^A-Za-z0-9]+", "_", root.name))[:_NAME_LETTERS].rstrip("_")
 
 
-def runs(tasks: Iterable[int]) -> Iterator[Slice]:
+def runs(tasks: Iterable[int]) -> Iterator[tuple[int, int]]:
     """Yield the ranges that together contain exactly these tasks, in rising order."""
     lo = hi = None
     for task in sorted(tasks):
         if task != hi:
             if lo is not None and hi is not None:
-                yield Slice(lo, hi)
+                yield lo, hi
             lo = task
         hi = task + 1
     if lo is not None and hi is not None:
-        yield Slice(lo, hi)
+        yield lo, hi

@@ -111,7 +111,7 @@ class Dask:
         killed: list[int] = []
         for flight, ended in self._fly(call, slices, priority=0):
             if ended == "killed":
-                lo, hi = flight.part
+                lo, hi, _ = flight.part
                 _logger.warning(
                     "%s: workers died during tasks %d to %d, which are retried one by one", stage, lo, hi - 1
                 )
@@ -167,7 +167,7 @@ class Dask:
 
     def _submit(self, call: _Call, flight: _Flight, priority: int) -> "Future[list[Outcome]]":
         """Submit a slice; keys of one group let the scheduler hold back slices that no worker is free for."""
-        lo, hi = flight.part
+        lo, hi, _ = flight.part
         _logger.debug("%s: tasks %d to %d are submitted", call.stage, lo, hi - 1)
         key = (call.name, lo, hi, flight.attempt, priority)
         try:
@@ -236,7 +236,7 @@ class Dask:
         if flight.attempt == _ATTEMPTS:
             cause = f"the Dask scheduler dropped the same tasks {_ATTEMPTS} times"
             raise EnvironmentFault(cause, "read the log of the scheduler, then run again: what is done stays done")
-        lo, hi = flight.part
+        lo, hi, _ = flight.part
         _logger.warning("the scheduler dropped tasks %d to %d, which are submitted again", lo, hi - 1)
         return flight._replace(attempt=flight.attempt + 1)
 
@@ -277,6 +277,6 @@ def _outcomes_of(flight: _Flight, ended: list[Outcome] | str) -> list[Outcome]:
         failure = EnvironmentFault(f"its worker process was lost ({ended})", "nothing to do: it starts again").failure
         return [
             Outcome(index, None, executed=True, failure=failure, usage=usage, retried=True)
-            for index in range(*flight.part)
+            for index in flight.part.tasks
         ]
     return [outcome.with_usage(submitted=flight.submitted) for outcome in ended]

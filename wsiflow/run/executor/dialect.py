@@ -134,6 +134,10 @@ class Dialect(BaseModel, frozen=True, extra="forbid"):
         """Tell whether an element in this state waits or runs."""
         return re.fullmatch(self.alive, state) is not None and not self.is_stuck(state)
 
+    def is_pending(self, state: str) -> bool:
+        """Tell whether an element in this state has not begun."""
+        return re.fullmatch(self.pending, state) is not None
+
     def is_stuck(self, state: str) -> bool:
         """Tell whether an element in this state never goes on without help."""
         return re.fullmatch(self.stuck, state) is not None
@@ -158,7 +162,7 @@ class Dialect(BaseModel, frozen=True, extra="forbid"):
                 return name
         if report:
             return "killed"
-        waited = not state or re.fullmatch(self.pending, state) is not None
+        waited = not state or self.is_pending(state)
         return "cancelled" if waited and not began else "lost"
 
     def longest(self, text: str) -> int:
@@ -192,6 +196,12 @@ class ArrayParams(BaseModel, frozen=True, extra="forbid"):
         ge=0,
         le=3600,
         description="Seconds for which files of an element that is gone may still appear, as on a network file system.",
+    )
+    idle_s: float = Field(  # not in older folders
+        default=60,
+        ge=0,
+        le=86_400,
+        description="Seconds for which an element without work waits for more before it ends.",
     )
     extra: tuple[str, ...] = Field(description="Options that every submission gets, such as a partition.")
     command: tuple[str, ...] = Field(

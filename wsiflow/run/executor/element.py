@@ -1,22 +1,25 @@
-"""Run one element of an array job: it finds its slice in the table by its index, and writes the outcome of each task.
+"""Run one element of an array job: it takes one piece of work after another, while there is work and time left.
 
-The table is ``arrays/<name>.json`` in the run's folder, written before the array is submitted. Each attempt of an
-element writes one file of JSON lines, ``arrays/<name>/<index>.<time>.jsonl``; the names of later attempts sort behind
-those of earlier ones. The first line identifies the process. Each task has a line before it begins, and a line with its
-outcome. Every line is on disk before the next step, so that the finished tasks of a killed element are known. An
-element may run again at any time, because it was requeued or was taken for lost: published tasks do nothing.
+The array's table is ``arrays/<name>.json`` in the run's folder. Each attempt of an element writes one file of JSON
+lines, ``arrays/<name>/<index>.<time>.jsonl``; the names of later attempts sort behind those of earlier ones. The first
+line identifies the process. Each task has a line before it begins, and a line with its outcome; the last line says why
+the element ended. Every line is on disk before the next step, so that the finished tasks of a killed element are known.
+An element may run again at any time, because it was requeued or was taken for lost: published tasks do nothing.
 """
 
 import importlib
 import json
+import math
 import os
 import sys
 import time
+from collections import deque
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from wsiflow.errors import InputError
+from wsiflow.run.executor import pieces
 from wsiflow.run.executor.protocol import Work
 from wsiflow.system import processes
 from wsiflow.system.machine import ISA_PINS, limit_threads
@@ -36,13 +39,27 @@ _NOT_PASSED = {"WSIFLOW_SWEEP"}  # the overrides as they were typed, which may h
 SCRIPT = """\
 #!/bin/bash
 # One element of an array job. The arguments are a command and the array's table; the element's index is in
-# the environment, and says which slice of the table is its own.
+# the environment, and is its name among the elements that take work from the run's folder.
 exec "$@"
 """
 
+_LOOK_S, _LONGEST_LOOK_S = 0.5, 5.0  # between two looks for more work
+_SPARE_S = 60.0  # of the requested time: for the start before this process knew of it, and the end
+_SLOWER = 1.5  # times as long as the longest piece so far may the next one take
+
+
+class _Own(NamedTuple):
+    """This element: its place, what it got from the scheduler, and for how long it may be idle."""
+
+    root: Path
+    array: str
+    number: int
+    request: pieces.Request
+    idle_s: float
+
 
 def run(table: Path) -> int:
-    """Do the slice of this element, and return the worst exit code of its tasks.
+    """Do pieces of work until there are none or no time is left, and return the worst exit code of their tasks.
 
     Args:
         table: The array's table.
@@ -50,23 +67,61 @@ def run(table: Path) -> int:
     Raises:
         InputError: The index is not in the environment.
     """
+    began_s, root = time.monotonic(), table.parents[1]
     job = json.loads(table.read_text(encoding="utf-8"))
     index = _index(job["index"])
-    place = index - job["base"]
-    if place >= len(job["slices"]):  # some schedulers have no arrays of one element
+    if index - job["base"] >= job["elements"]:  # some schedulers have no arrays of one element
         return 0
     limit_threads(job["threads"])  # before anything imports torch
-    lo, hi = job["slices"][place]
+    own = _Own(root, table.stem, index, pieces.Request(**job["request"]), job["idle_s"])
+    end_s = began_s + own.request.minutes * 60 - _SPARE_S
     with (table.with_suffix("") / f"{index}.{time.time_ns()}.jsonl").open("x", encoding="utf-8") as stream:
         _note(stream, {"started": now(), **processes.current()._asdict()})
-        work = resolve(job["work"])
-        _note(stream, {"begun": lo})
-        worst = 0
-        for outcome in work(table.parents[1] / job["source"], job["stage"], lo, hi):
-            worst = max(worst, outcome.exit_code)
-            _note(stream, {"outcome": outcome._asdict()})
-            if outcome.task + 1 < hi:
-                _note(stream, {"begun": outcome.task + 1})
+        left = deque(pieces.of_element(*own[:3]))  # the scheduler has restarted this element
+        worst, longest_s, until_s = 0, 0.0, math.inf
+        while name := left.popleft() if left else _next(own, until_s):
+            taken_s = time.monotonic()
+            worst = max(worst, _do(own, name, stream))
+            longest_s = max(longest_s, time.monotonic() - taken_s)
+            until_s = end_s - _SLOWER * longest_s
+        _note(stream, {"ended": now()})
+    return worst
+
+
+def _next(own: _Own, until_s: float) -> str:
+    """Take a piece, and wait for one as long as an element may be idle, but not beyond a moment of its clock.
+
+    It does not wait where other pieces need an element with more, which may need the place of this one.
+
+    Returns:
+        The name of the piece; empty where the element is to end.
+    """
+    idle_until_s, pause_s = time.monotonic() + own.idle_s, _LOOK_S
+    while time.monotonic() < until_s:
+        posted = pieces.posted(own.root)
+        fitting = [name for name in posted if pieces.fits(name, own.request)]
+        if name := pieces.take(own.root, own.array, own.number, fitting):
+            return name
+        left_s = min(until_s, idle_until_s) - time.monotonic()
+        if left_s <= 0 or len(fitting) < len(posted) or (own.root / pieces.CLOSED).exists():
+            break
+        time.sleep(min(pause_s, left_s))
+        pause_s = min(2 * pause_s, _LONGEST_LOOK_S)
+    return ""
+
+
+def _do(own: _Own, name: str, stream: IO[str]) -> int:
+    """Do the tasks of a piece, and return the worst exit code of them."""
+    piece, worst = pieces.read(*own[:3], name), 0
+    _note(stream, {"piece": name, "taken": piece})
+    work = resolve(piece.call.work)
+    _note(stream, {"begun": piece.lo, "piece": name})
+    for outcome in work(own.root / piece.call.source, piece.call.stage, piece.lo, piece.hi):
+        worst = max(worst, outcome.exit_code)
+        _note(stream, {"outcome": outcome._asdict(), "piece": name})
+        if outcome.task + 1 < piece.hi:
+            _note(stream, {"begun": outcome.task + 1, "piece": name})
+    pieces.finish(*own[:3], name)
     return worst
 
 

@@ -42,10 +42,10 @@ class Inline:
         Raises:
             EnvironmentFault: The executor was closed.
         """
-        for lo, hi in slices:
+        for part in slices:
             submitted = now()
             with self._turn:
-                outcomes = [each for task in range(lo, hi) for each in self._open(work)(source, stage, task, task + 1)]
+                outcomes = [each for task in part.tasks for each in self._open(work)(source, stage, task, task + 1)]
             yield from (outcome.with_usage(submitted=submitted) for outcome in outcomes)
 
     def _open(self, work: Work) -> Work:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from wsiflow.errors import EnvironmentFault, InputError
+from wsiflow.run.executor import pieces
 from wsiflow.run.executor.dialect import Dialect, Place, Seen, expand
 from wsiflow.system import processes, publish
 from wsiflow.system.usage import now
@@ -189,6 +190,7 @@ def cancel(root: Path) -> list[str]:
     if not driver:
         raise InputError("it submitted no array jobs", "name the out= folder of a run that did", path=root)
     log.append("cancel")
+    pieces.close(root)
     sentences = [_end_driver(history)]  # before the arrays: the driver would submit cancelled tasks again
     dialect = Dialect.model_validate(driver["dialect"])
     return sentences + drop_open(log, dialect)

@@ -99,8 +99,8 @@ class ProcessPool:
         finally:
             for future in flying:  # the caller has stopped, or an error was raised
                 future.cancel()
-        for lo, hi in sorted(lost):
-            for index in range(lo, hi):
+        for part in sorted(lost):
+            for index in part.tasks:
                 yield Outcome(index, None, executed=True, failure=_LOST, usage={"exit_class": "killed"}, retried=True)
                 yield self._run_alone(work, source, stage, index)
 
@@ -194,7 +194,7 @@ def _ends(part: Slice) -> tuple[int, int]:
 
 
 def _collect(work: Work, source: Path, stage: str, part: Slice) -> list[Outcome]:
-    return list(work(source, stage, *part))
+    return list(work(source, stage, part.lo, part.hi))
 
 
 def _begin_worker(threads: int, parent: int) -> None:

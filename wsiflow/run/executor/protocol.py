@@ -8,10 +8,22 @@ from wsiflow.errors import EnvironmentFault, Failure
 
 
 class Slice(NamedTuple):
-    """The tasks ``lo`` to ``hi - 1`` of a stage, which one worker does one after another."""
+    """The tasks ``lo`` to ``hi - 1`` of a stage, which one worker does one after another.
+
+    Attributes:
+        lo: Index of its first task.
+        hi: Index behind its last task.
+        expected_s: Core-seconds that they are expected to take; 0 where nobody knows.
+    """
 
     lo: int
     hi: int
+    expected_s: float = 0.0
+
+    @property
+    def tasks(self) -> range:
+        """The indices of its tasks."""
+        return range(self.lo, self.hi)
 
 
 class Outcome(NamedTuple):

@@ -10,36 +10,17 @@ from typing import Any, NamedTuple
 from wsiflow.errors import EnvironmentFault
 from wsiflow.run.executor import jobs
 from wsiflow.run.executor.dialect import ArrayParams, Place, Seen
+from wsiflow.run.executor.pieces import FOLDER, Piece, Request, from_values, taken
 from wsiflow.run.executor.protocol import Outcome, closed
 from wsiflow.system import processes
 from wsiflow.system.processes import Process
 
 _logger = logging.getLogger(__name__)
 
-FOLDER, LOGS = "arrays", "logs"
+LOGS = "logs"
 
 _WINDOW_PARTS = 8  # while pieces wait, no array is smaller than such a part: elements are not submitted singly
 _LONGEST_POLL_S = 300.0
-
-
-class Tries(NamedTuple):
-    """The number of earlier attempts that were lost, and how many of them for lack of memory and of time."""
-
-    lost: int = 0
-    memory: int = 0
-    time: int = 0
-
-    def after(self, cause: str) -> "Tries":
-        """Return the numbers after one more attempt was lost for a cause."""
-        return Tries(self.lost + 1, self.memory + (cause == "memory"), self.time + (cause == "time"))
-
-
-class Piece(NamedTuple):
-    """The tasks ``lo`` to ``hi - 1``, which wait for an element."""
-
-    lo: int
-    hi: int
-    tries: Tries
 
 
 class Poll(NamedTuple):
@@ -145,21 +126,37 @@ class Queue:
                 self._last = self._ask()
             return self._last
 
+    def latest(self) -> Poll:
+        """Return the state of the queue as it was last seen; where that was long ago, the scheduler is asked again."""
+        with self._asking:
+            if self._last.taken_s + self._pause_s <= time.monotonic():
+                self._last = self._ask()
+            return self._last
+
+    def pause(self, seconds: float) -> None:
+        """Wait.
+
+        Raises:
+            EnvironmentFault: The queue was closed.
+        """
+        if self._closed.wait(max(0.0, seconds)):
+            raise closed()
+
     def _ask(self) -> Poll:
         with self._state:
             names = {place.name for place in self._held}
-        taken = time.monotonic()
+        taken_s = time.monotonic()
         places = jobs.listing(self._params.dialect, names)
         if places is None:
             _logger.warning("%s does not answer and is asked again", self._params.dialect.name)
             self._pause_s = max(self._params.poll_s, min(2 * self._pause_s, _LONGEST_POLL_S))
-            return Poll(taken, None)
+            return Poll(taken_s, None)
         self._pause_s = self._params.poll_s
         with self._state:
             gone = [place for place, finished in self._held.items() if finished and not self._is_alive(places, place)]
             for place in gone:
                 del self._held[place]
-        return Poll(taken, places)
+        return Poll(taken_s, places)
 
     def _is_alive(self, places: Mapping[Place, Seen], place: Place) -> bool:
         return place in places and self._params.dialect.is_alive(places[place].state)
@@ -172,85 +169,116 @@ class Queue:
 _REQUEUED = EnvironmentFault("its element was requeued by the scheduler", "nothing to do: it starts again").failure
 
 
-class Element:
-    """One element that is watched: its slice, and what was read of its files so far."""
+class _File(NamedTuple):
+    """What was read of a file: up to which byte, its process, the piece and task that this has begun, and its end."""
 
-    def __init__(self, place: Place, piece: Piece) -> None:
-        """Begin with all tasks missing, and no file read."""
-        self.place, self.piece = place, piece
-        self.missing = dict.fromkeys(range(piece.lo, piece.hi))  # a set in order
+    offset: int = 0
+    about: Mapping[str, Any] = {}
+    piece: str = ""
+    task: int | None = None
+    ended: bool = False
+
+
+class Element:
+    """One element that is watched, and what was read of its files so far."""
+
+    def __init__(self, place: Place) -> None:
+        """Begin with no file read."""
+        self.place = place
         self.seen = Seen("", "")
         self.gone_since: float | None = None
-        self._files: dict[Path, tuple[int, dict[str, Any], int | None]] = {}
+        self.taken: dict[str, Piece] = {}  # by name
+        self._files: dict[Path, _File] = {}
 
     @property
     def began(self) -> bool:
         """Whether any attempt has written a file."""
         return bool(self._files)
 
-    def read(self, files: Iterable[Path]) -> Iterator[Outcome]:
-        """Yield the new outcomes in the element's files, and a lost attempt where a later file has appeared."""
+    @property
+    def ended(self) -> bool:
+        """Whether the latest attempt has said that it ended, with nothing left to do."""
+        return self._latest().ended
+
+    def read(self, files: Iterable[Path]) -> Iterator[tuple[str, Outcome]]:
+        """Yield the new outcomes in the element's files with the names of their pieces.
+
+        Where a later file has appeared, the task that the earlier attempt had begun has a lost attempt.
+        """
         for path in sorted(files):
-            running = self.running_task()
+            piece, running = self.running()
             if path not in self._files and running is not None:  # the scheduler requeued and restarted the element
                 _logger.warning("element %d of %s was restarted by its scheduler", self.place.number, self.place.name)
                 usage = {**self.about(), "exit_class": "node"}
-                yield Outcome(running, None, executed=True, failure=_REQUEUED, usage=usage, retried=True)
-            offset, about, task = self._files.get(path, (0, {}, None))
+                yield piece, Outcome(running, None, executed=True, failure=_REQUEUED, usage=usage, retried=True)
+            file = self._files.get(path, _File())
             with path.open("rb") as stream:
-                stream.seek(offset)
+                stream.seek(file.offset)
                 data = stream.read()
             whole = data.rfind(b"\n") + 1
             for line in jobs.parse(data[:whole]):
-                if "started" in line:
-                    about = {key: line[key] for key in ("started", *Process._fields) if key in line}
-                elif "begun" in line:
-                    task = line["begun"]
-                elif isinstance(line["outcome"], dict):  # earlier versions wrote lists; their receipts still count
-                    outcome = Outcome.from_values(line["outcome"])
-                    task = None
-                    if outcome.task in self.missing:
-                        del self.missing[outcome.task]
-                        yield outcome
-            self._files[path] = offset + whole, about, task
+                file = _after(file, line)
+                if "taken" in line:
+                    self.taken[line["piece"]] = from_values(line["taken"])
+                if isinstance(line.get("outcome"), dict):  # earlier versions wrote lists; their receipts still count
+                    yield line.get("piece", ""), Outcome.from_values(line["outcome"])
+            self._files[path] = file._replace(offset=file.offset + whole)
 
-    def running_task(self) -> int | None:
-        """Return the task that the latest attempt began and did not finish, or None."""
-        task = self._latest()[2]
-        return task if task in self.missing else None
+    def running(self) -> tuple[str, int | None]:
+        """Return the piece and the task that the latest attempt began and did not finish, or None as the task."""
+        latest = self._latest()
+        return latest.piece, latest.task
 
     def about(self) -> dict[str, Any]:
         """Return the start, the host and the process number of the latest attempt, as the trace has them."""
-        return {key: value for key, value in self._latest()[1].items() if key in {"started", "host", "pid"}}
+        return {key: value for key, value in self._latest().about.items() if key in {"started", "host", "pid"}}
 
     def process(self) -> Process | None:
         """Return the process of the latest attempt, or None where none began."""
-        about = self._latest()[1]
+        about = self._latest().about
         return processes.from_record(about) if about else None
 
-    def _latest(self) -> tuple[int, dict[str, Any], int | None]:
-        """Return the offset to which the latest file was read, the process that wrote it, and the task it has begun."""
-        return self._files[max(self._files)] if self._files else (0, {}, None)
+    def _latest(self) -> _File:
+        """Return what was read of the latest file."""
+        return self._files[max(self._files)] if self._files else _File()
+
+
+def _after(file: _File, line: Mapping[str, Any]) -> _File:
+    """Return what is known of a file after one more line of it."""
+    if "started" in line:
+        return file._replace(about={key: line[key] for key in ("started", *Process._fields) if key in line})
+    if "begun" in line:
+        return file._replace(piece=line.get("piece", ""), task=line["begun"])
+    if "outcome" in line:
+        return file._replace(task=None)
+    return file._replace(ended=True) if "ended" in line else file
 
 
 class Array:
     """An array that is watched."""
 
     def __init__(self, root: Path, name: str, job: str, table: Mapping[str, Any]) -> None:
-        """Take the elements from the table; each is open until its tasks have ended or it is lost."""
+        """Take the elements from the table; each is open until it has ended or is lost."""
         self.name, self.job, self.table = name, job, table
-        self.folder, self.logs = root / FOLDER / name, root / LOGS / name
+        self.request = Request(**table["request"])
+        self.logs, self._folder = root / LOGS / name, root / FOLDER / name
         self.since = time.monotonic()
-        self.open = [
-            Element(Place(name, table["base"] + i), Piece(lo, hi, Tries(*tries)))
-            for i, ((lo, hi), tries) in enumerate(zip(table["slices"], table["tries"], strict=True))
-        ]
+        size = table["elements"] if "elements" in table else len(table["slices"])  # the latter in older folders
+        self.open = [Element(Place(name, table["base"] + i)) for i in range(size)]
 
-    def files(self) -> dict[int, list[Path]]:
-        """Return the files of every element that has begun, by index."""
-        files: dict[int, list[Path]] = {}
-        for path in self.folder.glob("[0-9]*.jsonl"):  # other files there are not the executor's
+    def look(self) -> "Files":
+        """Return the files that its elements have now."""
+        listed = [path for path in self._folder.iterdir() if path.is_file()] if self._folder.is_dir() else []
+        written: dict[int, list[Path]] = {}
+        for path in listed:
             index = path.name.partition(".")[0]
-            if index.isascii() and index.isdecimal():
-                files.setdefault(int(index), []).append(path)
-        return files
+            if path.suffix == ".jsonl" and index.isascii() and index.isdecimal():  # others are not the executor's
+                written.setdefault(int(index), []).append(path)
+        return Files(written, taken(path.name for path in listed))
+
+
+class Files(NamedTuple):
+    """The files of an array's elements by index: what they have written, and the names of the pieces they have."""
+
+    written: Mapping[int, list[Path]]
+    taken: Mapping[int, list[str]]

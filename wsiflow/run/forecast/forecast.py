@@ -26,12 +26,13 @@ _WORKER_MB = 800  # memory of a worker without the activations of its network
 _SLIDE_FILES = 10  # files of ingest, and folders, per slide
 _FILE_BYTES = 8192  # structure and receipt of a small file
 _SEED = 0
+_ELEMENT_S = 3500  # of the hour that is requested for an element, it takes work so long
 SCHEDULERS = {
     "inline": Cluster(1, window=1),
     "process": Cluster(1, starts_per_s=2000),
     "dask": Cluster(1, starts_per_s=1000),  # a millisecond of the scheduler each
-    "slurm": Cluster(1, fresh=True, starts_per_s=50, poll_s=15, array_limit=1001, failure=0.001),
-    "sge": Cluster(1, fresh=True, starts_per_s=20, poll_s=15, array_limit=75_000, failure=0.001),
+    "slurm": Cluster(1, starts_per_s=50, poll_s=1, array_limit=1001, failure=0.001, life_s=_ELEMENT_S),
+    "sge": Cluster(1, starts_per_s=20, poll_s=1, array_limit=75_000, failure=0.001, life_s=_ELEMENT_S),
 }
 """Simulated cluster of each executor and scheduler. Limits are the defaults of the programs; sites differ."""
 
@@ -178,7 +179,7 @@ def cluster_of(scheduler: str, workers: int, costs: Costs, queue_s: float) -> Cl
         load_s=costs.load_s,
         spread=costs.spread,
         queue_s=queue_s,
-        window=0 if SCHEDULERS[scheduler].fresh else 4 * workers,
+        window=0 if SCHEDULERS[scheduler].array_limit else 4 * workers,
         side_by_side=shards.SIDE_BY_SIDE,
         seed=_SEED,
     )

@@ -4,12 +4,14 @@ Input: shards, each a list of stages, each a list of slices with their work in c
 `Forecast`. Times are seconds from the start of the run. Nothing is measured or executed here.
 
 The rules are those of `wsiflow.run.shards` and the executors. The stages of a shard run one after another, and shards
-run in parallel. The slices of a stage start in the given order, as workers become free. Workers either persist through
-the run (``process`` and Dask: they start once and load the network once), or are started for every slice (an element of
-an array job pays for both each time). Where there are fewer cores than workers, the busy workers share them evenly.
+run in parallel. The slices of a stage start in the given order, as workers become free. Workers persist through the
+run (``process``, Dask, and elements of array jobs, which take slice after slice until their time is up): they start
+once and load the network once. Or they are started for every slice, as in the reference system, and pay for both each
+time. Where there are fewer cores than workers, the busy workers share them evenly.
 
-A submission waits in the scheduler's queue once for all of its slices: the elements of an array start in order. Tasks
-that a lost worker had finished are kept, and the rest of its slice is submitted again.
+A persistent worker waits in the scheduler's queue before it starts; a submission of slices with workers of their own
+waits once for all of them. Tasks that a lost worker had finished are kept, and the rest of its slice is submitted
+again.
 """
 
 import heapq
@@ -134,20 +136,23 @@ class Cluster(NamedTuple):
 
     Attributes:
         workers: Number of workers, each with one slice at a time.
-        fresh: Whether a worker is started for every slice, as with array jobs; else workers persist through the run.
+        fresh: Whether a worker is started for every slice; else workers persist through the run.
         cores: Cores that the workers share; 0 for one core per worker.
         start_s: Seconds from the start of a worker to its first task: interpreter and imports.
         load_s: Seconds to load the network, once per worker that needs it.
         publish_s: Seconds of every task besides its work.
         spread: Standard deviation of a task's time over its mean; times are lognormal.
         queue_s: Mean seconds that a submission, or a persistent worker, waits in the queue; exponentially distributed.
-        starts_per_s: Most slices that the scheduler starts per second; 0 for no limit.
+        starts_per_s: Most slices that the scheduler starts per second, or most workers where these are elements of
+            array jobs; 0 for no limit.
         poll_s: Seconds between two polls for ended slices; 0 where the driver learns of an end at once.
         array_limit: Most elements of an array job; 0 where there are no array jobs.
         window: Most slices of a stage that are submitted at the same time; 0 for all.
         side_by_side: Most shards in progress; 0 for all.
         failure: Probability that the worker of a slice is lost, at a uniformly distributed moment.
         limit_s: Time limit of a worker that is started for a slice; 0 for none.
+        life_s: Seconds after which a persistent worker takes no more slices, and another one waits in the queue; 0 for
+            none.
         attempts: Most attempts at a slice.
         seed: Seed of all random numbers.
     """
@@ -167,6 +172,7 @@ class Cluster(NamedTuple):
     side_by_side: int = 0
     failure: float = 0.0
     limit_s: float = 0.0
+    life_s: float = 0.0
     attempts: int = 5
     seed: int = 0
 
@@ -268,6 +274,7 @@ class _Simulation:
         self._running: list[tuple[float, int, _Running]] = []
         self._ready: deque[_Attempt] = deque()
         self._state = [_NEW] * cluster.workers
+        self._born_s = [0.0] * cluster.workers
         self._known: list[set[str]] = [set() for _ in range(cluster.workers)]
         self._idle: tuple[list[int], list[int], list[int]] = ([], [], [])
         self._to_begin = deque(range(len(shards)))
@@ -302,8 +309,11 @@ class _Simulation:
 
     def _workers_arrive(self) -> None:
         """Let persistent workers wait in the queue; slots for workers that are started per slice are free at once."""
-        for worker in reversed(range(self._cluster.workers)):
-            if self._cluster.fresh or not self._cluster.queue_s:
+        cluster = self._cluster
+        if cluster.array_limit and not cluster.fresh:
+            self._counts["arrays"] = -(-cluster.workers // cluster.array_limit)
+        for worker in reversed(range(cluster.workers)):
+            if cluster.fresh or not cluster.queue_s:
                 self._idle[_NEW].append(worker)
             else:
                 self._at(self._wait_s(), worker)
@@ -375,7 +385,7 @@ class _Simulation:
         batch = [held.popleft()._replace(submitted_s=self._now_s) for _ in range(min(count, len(held)))]
         if not batch:
             return
-        if self._cluster.array_limit:
+        if self._cluster.array_limit and self._cluster.fresh:
             self._counts["arrays"] += -(-len(batch) // self._cluster.array_limit)
         if self._cluster.fresh and self._cluster.queue_s:
             self._at(self._now_s + self._wait_s(), batch)
@@ -395,7 +405,9 @@ class _Simulation:
     def _start(self, attempt: _Attempt) -> None:
         cluster, stage = self._cluster, self._shards[attempt.shard][self._stage[attempt.shard]]
         worker = next(idle for idle in reversed(self._idle) if idle).pop()
-        before_s = cluster.start_s if self._state[worker] == _NEW else 0.0
+        is_new = self._state[worker] == _NEW
+        before_s = cluster.start_s if is_new else 0.0
+        self._born_s[worker] = self._now_s if is_new else self._born_s[worker]
         before_s += cluster.load_s if stage.loads and self._state[worker] != _LOADED else 0.0
         before_s += stage.first_s if not cluster.fresh and stage.name not in self._known[worker] else 0.0
         self._known[worker].add(stage.name)
@@ -405,7 +417,7 @@ class _Simulation:
         heapq.heappush(self._running, (end, next(self._order), running))
         self._counts["elements"] += 1
         self._waited_s += self._now_s - attempt.submitted_s
-        if cluster.starts_per_s:
+        if cluster.starts_per_s and (is_new or not cluster.array_limit):
             self._gate_s = self._now_s + 1 / cluster.starts_per_s
 
     def _fate(self, attempt: _Attempt, worker: int, before_s: float) -> _Running:
@@ -424,14 +436,19 @@ class _Simulation:
 
     def _ends(self, ended: _Running) -> None:
         """End an attempt: free its worker, or replace it by a new one if it was lost."""
-        if self._cluster.fresh or ended.left is not None:
-            self._state[ended.worker] = _NEW
-            self._known[ended.worker].clear()
-        self._idle[self._state[ended.worker]].append(ended.worker)
+        cluster, worker = self._cluster, ended.worker
+        is_old = cluster.life_s > 0 and self._now_s - self._born_s[worker] > cluster.life_s
+        if cluster.fresh or is_old or ended.left is not None:
+            self._state[worker] = _NEW
+            self._known[worker].clear()
+        if is_old and cluster.queue_s:
+            self._at(self._now_s + self._wait_s(), worker)
+        else:
+            self._idle[self._state[worker]].append(worker)
         self._sums["work"] += ended.kept_s
         self._sums["overhead"] += ended.before_s
         self._sums["lost"] += ended.lost_s
-        poll_s = self._cluster.poll_s
+        poll_s = cluster.poll_s
         if poll_s:
             self._at(max(self._now_s, math.ceil(self._now_s / poll_s) * poll_s), ended)
         else:
