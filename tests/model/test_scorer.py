@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from wsiflow.errors import InputError
-from wsiflow.model import scorer
+from wsiflow.model import scorer, scoring
 from wsiflow.model.architectures.registry import build
 from wsiflow.model.card import ModelCard, Resize
 from wsiflow.model.choice import Choice
@@ -211,7 +211,7 @@ def test_int8_is_calibrated_and_near(inception: Classifier) -> None:
     block = Block(0, 0, 2, 1, (0, 1))
     pixels = pixels_of(about, block)
     choice = PLAIN._replace(engine="dense", stride_px=16, backend="openvino")
-    data = scorer.quantise(inception, choice, [scorer.calibration_sample(about, block, pixels, choice)])
+    data = scorer.quantise(inception, choice, [scoring.calibration_sample(about, block, pixels, choice)])
     expected = scorer.make_scorer(inception, choice, threads=1).score(about, [(block, pixels)], untimed).prob
     small = scorer.make_scorer(inception, choice._replace(precision="int8"), threads=1, quantised=data)
     found = small.score(about, [(block, pixels)], untimed).prob

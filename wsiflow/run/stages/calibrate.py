@@ -54,7 +54,7 @@ def calibration_slides(plan: Plan) -> list[int]:
 
 def _calibration_samples(root: Path, plan: Plan) -> Iterator[NDArray[np.uint8]]:
     """Yield the network's input for blocks that are drawn from the slides."""
-    from wsiflow.model import scorer
+    from wsiflow.model import scoring
 
     slides = calibration_slides(plan)
     for planned in (plan.slides[index] for index in slides):
@@ -68,4 +68,4 @@ def _calibration_samples(root: Path, plan: Plan) -> Iterator[NDArray[np.uint8]]:
         except WsiflowError:
             continue
         for block, pixels in blocks:
-            yield scorer.calibration_sample(planned.frame, block, pixels, plan.settings.choice)
+            yield scoring.calibration_sample(planned.frame, block, pixels, plan.settings.choice)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from wsiflow.errors import InputError
-from wsiflow.model import scorer
+from wsiflow.model import scorer, scoring
 from wsiflow.model.choice import Choice
 from wsiflow.model.classifier import Classifier
 from wsiflow.model.dense.facts import DenseFacts
@@ -24,7 +24,7 @@ from wsiflow.run.config import RunConfig
 from wsiflow.system.machine import cpu_flags, cpu_supports_bf16
 from wsiflow.system.usage import untimed
 
-_Scorer = scorer.WindowScorer | scorer.DenseScorer
+_Scorer = scoring.WindowScorer | scoring.DenseScorer
 
 _MICRO_BENCHMARK_S = 2.0
 _ONE_BY_ONE = "windows are run one by one"
@@ -105,7 +105,7 @@ def _cost_alone(
     fitting = _stride_alone(classifier, config)
     if config.inference.engine == "window" or choice.engine == "dense" or choice.stride_px >= fitting:
         return {}
-    assert isinstance(proven, scorer.WindowScorer)
+    assert isinstance(proven, scoring.WindowScorer)
     window = np.zeros((classifier.window_px, classifier.window_px, 3), np.uint8)
     begin = time.perf_counter()
     proven.run([window] * choice.batch, untimed)
@@ -151,7 +151,7 @@ def _prove(classifier: Classifier, choice: Choice, *, threads: int) -> _Scorer:
             cause = "int8 is not supported for a network of which windows share only a part"
             raise InputError(cause, "set inference.precision=fp32 or bf16, or dense.share_until=''")
     precision = "fp32" if choice.precision == "int8" else choice.precision
-    return scorer.make_scorer(classifier, choice._replace(precision=precision), threads=threads)
+    return scorer.make_scorer(classifier, choice._replace(precision=precision), threads=threads, keep=True)
 
 
 def _check_certifiable(choice: Choice, config: RunConfig) -> None:
