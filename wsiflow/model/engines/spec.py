@@ -140,10 +140,14 @@ def cannot_convert(form: str, error: Exception) -> InputError:
 
 
 @cache
-def code_sha256() -> str:
-    """Return the SHA-256 of the source code of `wsiflow.model`, which reads and converts networks."""
+def code_sha256(package: str = "model") -> str:
+    """Return the SHA-256 of the source code of a package of wsiflow.
+
+    Args:
+        package: Its path; `wsiflow.model` reads and converts networks.
+    """
     code = hashlib.sha256()
-    for path in sorted(Path(__file__).parents[1].rglob("*.py")):
+    for path in sorted((Path(__file__).parents[2] / package).rglob("*.py")):
         code.update(path.read_bytes())
     return code.hexdigest()
 

@@ -113,9 +113,28 @@ def _prepared(
     return fresh_scorer(spec, choice, quantised)
 
 
+def is_known_by_hash(spec: card.ModelSpec) -> bool:
+    """Tell whether the card's hashes say all of a network; what the module of a user's function imports is in none."""
+    return not card.read_card(spec).architecture.startswith(card.PYTHON)
+
+
+def verified_key(spec: card.ModelSpec) -> str:
+    """Return what identifies the network in the cache folder, see `wsiflow.model.prepared.model_key`.
+
+    Raises:
+        InputError: The weights are missing or damaged, which loading them would find.
+    """
+    from wsiflow.model import prepared
+
+    described = card.read_card(spec)
+    identity = card.identity(described)
+    _verify_weights(spec, identity)
+    return prepared.model_key(identity, card.map_indices(described, spec))
+
+
 @lru_cache(maxsize=1)
 def _verify_weights(spec: card.ModelSpec, _identity: str) -> None:
-    """Refuse a weights file that is missing or damaged, as loading it would; a process reads it once."""
+    """Refuse a weights file that is missing or damaged; a process reads it once."""
     card.read_weights(spec, card.read_card(spec))
 
 
@@ -129,13 +148,9 @@ def fresh_scorer(spec: card.ModelSpec, choice: Choice, quantised: Path | None = 
         from wsiflow.model import prepared
 
         data = None if quantised is None else quantised.read_bytes()
-        described, threads = card.read_card(spec), thread_count()
-        # What else the module of a user's function imports is in no hash, so its network is built and verified.
-        if choice.backend != "torch" and not described.architecture.startswith(card.PYTHON):
-            identity = card.identity(described)
-            _verify_weights(spec, identity)
-            key = prepared.model_key(identity, card.map_indices(described, spec))
-            ready = prepared.find(key, choice, threads=threads, quantised=data)
+        threads = thread_count()
+        if choice.backend != "torch" and is_known_by_hash(spec):
+            ready = prepared.find(verified_key(spec), choice, threads=threads, quantised=data)
             if ready is not None:
                 return ready
         from wsiflow.model import scorer  # it imports PyTorch, after the threads of the worker were limited
