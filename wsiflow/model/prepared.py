@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from wsiflow.model.card import Resize
+from wsiflow.model.card import ModelCard, Resize
 from wsiflow.model.choice import Choice
 from wsiflow.model.dense.crops import Crops, window_crops
 from wsiflow.model.engines import cache
@@ -48,14 +48,15 @@ class Parts(NamedTuple):
     resize: Resize
 
 
-def model_key(identity: str, maps: Sequence[int]) -> str:
-    """Return a text that identifies a network as it is built here.
+def model_key(card: ModelCard, maps: Sequence[int]) -> str:
+    """Return a text that identifies a network as it is built and verified here.
 
     Args:
-        identity: Hash of the card and the weights, see `wsiflow.model.card.identity`.
+        card: The whole card: other probes have to be verified again.
         maps: Indices of the further classes that are mapped.
     """
-    return key_of(model=identity, maps=list(maps), versions={name: machine.installed_version(name) for name in _ZOO})
+    versions = {name: machine.installed_version(name) for name in _ZOO}
+    return key_of(card=card.model_dump(mode="json"), maps=list(maps), versions=versions)
 
 
 def keep(parts: Parts, model: str, choice: Choice, *, threads: int) -> None:

@@ -26,14 +26,14 @@ from wsiflow.model.engines.conversion import graph_for
 from wsiflow.model.engines.engine import prepare, scores_from_pixels
 from wsiflow.model.engines.engine import quantise as quantise_network
 from wsiflow.model.engines.spec import Backend, Engine, EngineSpec, Graph, Network, Precision, code_sha256
-from wsiflow.model.prepared import Parts, assemble, model_key
+from wsiflow.model.prepared import Parts, assemble
 from wsiflow.model.scoring import DenseScorer, WindowScorer
 from wsiflow.system.publish import key_of
 from wsiflow.system.usage import untimed
 
 
 def make_scorer(
-    classifier: Classifier, choice: Choice, *, threads: int, quantised: bytes | None = None, keep: bool = False
+    classifier: Classifier, choice: Choice, *, threads: int, quantised: bytes | None = None, keep_as: str = ""
 ) -> WindowScorer | DenseScorer:
     """Return the scorer for a choice.
 
@@ -42,8 +42,8 @@ def make_scorer(
         choice: How scores are computed.
         threads: Number of threads with which the network runs.
         quantised: The calibrated network if the precision is int8, otherwise None.
-        keep: Whether `wsiflow.model.prepared.find` may find the scorer from now on: the classifier was loaded from its
-            card, and verified.
+        keep_as: What identifies a classifier that was loaded from its card and verified, see
+            `wsiflow.model.prepared.model_key`: its scorer can be found from now on. Empty: it is not kept.
 
     Raises:
         InputError: The network or the backend does not support the choice.
@@ -60,8 +60,8 @@ def make_scorer(
 
     engines, crops = _engines(classifier, choice, engine)
     parts = Parts(tuple(graphs), crops, classifier.window_px, classifier.input_px, classifier.resize)
-    if keep and graphs:
-        prepared.keep(parts, model_key(classifier.identity, classifier.outputs.maps), choice, threads=threads)
+    if keep_as and graphs:
+        prepared.keep(parts, keep_as, choice, threads=threads)
     return assemble(parts, engines, choice)
 
 

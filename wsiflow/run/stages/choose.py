@@ -11,7 +11,7 @@ from wsiflow.model.engines.spec import code_sha256
 from wsiflow.run import cases
 from wsiflow.run.cases import read_cases
 from wsiflow.run.config import RunConfig
-from wsiflow.run.stages.network import classifier_of, is_known_by_hash, verified_key
+from wsiflow.run.stages.network import cache_key, classifier_of
 from wsiflow.system import publish, usage
 from wsiflow.system.machine import cpu_flags
 from wsiflow.system.provenance import facts, numeric_class, pixel_versions, thread_count
@@ -109,7 +109,8 @@ def _choose(config: RunConfig) -> dict[str, Any]:
         InputError: The configuration asks for what this network cannot do.
         EnvironmentFault: The configuration asks for what this machine cannot do.
     """
-    key = _cache_key(config)
+    model = cache_key(config.model)
+    key = _record_key(config, model)
     content = cache.kept(cache.cache_folder(), key) if key else None
     if content is not None:
         record: dict[str, Any] = json.loads(content)
@@ -117,25 +118,26 @@ def _choose(config: RunConfig) -> dict[str, Any]:
     # It imports torch, which takes seconds, and before which a worker's threads have to be limited.
     from wsiflow.run.stages.fastest import choose_engine
 
-    record = choose_engine(classifier_of(config.model), config, threads=thread_count())
+    record = choose_engine(classifier_of(config.model), config, threads=thread_count(), keep_as=model)
     if key and not record["measured_s"] and "window_s" not in record:
         cache.cached(cache.cache_folder(), key, lambda: json.dumps(record).encode())
     return record
 
 
-def _cache_key(config: RunConfig) -> str:
+def _record_key(config: RunConfig, model: str) -> str:
     """Return a hash of all that decides a choice; empty where it is measured, or has to be tried on this machine.
 
-    Raises:
-        InputError: The weights are missing or damaged.
+    Args:
+        config: The configuration.
+        model: What identifies the network in the cache folder; empty for one that is not kept there.
     """
     inference = config.inference
-    if inference.backend == "auto" or inference.precision in {"auto", "int8"} or not is_known_by_hash(config.model):
+    if not model or inference.backend == "auto" or inference.precision in {"auto", "int8"}:
         return ""
     sections = ("inference", "dense", "tiles", "geometry")
     return publish.key_of(
         choice={name: getattr(config, name).model_dump(mode="json") for name in sections},
-        model=verified_key(config.model),
+        model=model,
         code=[code_sha256(package) for package in ("model", "plan", "run/stages")],
         machine=[numeric_class(), sorted(cpu_flags())],
     )

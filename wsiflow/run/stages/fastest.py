@@ -43,8 +43,14 @@ _CALL_BYTES_PX = 512.0
 _WINDOW_BYTES_PX = 200.0  # windows hold only pixels, and reading more at once gains nothing
 
 
-def choose_engine(classifier: Classifier, config: RunConfig, *, threads: int) -> dict[str, Any]:
+def choose_engine(classifier: Classifier, config: RunConfig, *, threads: int, keep_as: str = "") -> dict[str, Any]:
     """Choose how a run computes scores.
+
+    Args:
+        classifier: The network.
+        config: The configuration.
+        threads: Number of threads with which the network runs.
+        keep_as: What identifies the network in the cache folder, see `wsiflow.model.scorer.make_scorer`.
 
     Returns:
         JSON values by name: the choice, its reason (``told``), the seconds that were measured, the flags of the CPU,
@@ -62,14 +68,14 @@ def choose_engine(classifier: Classifier, config: RunConfig, *, threads: int) ->
         planned = _plan_windows(classifier, config)
     choice, measured = _fastest(classifier, planned, config, threads=threads)
     try:
-        proven = _prove(classifier, choice, threads=threads)
+        proven = _prove(classifier, choice, threads=threads, keep_as=keep_as)
     except InputError as error:
         if choice.engine == "window" or config.dense.share_until or choice.precision == "int8":
             raise
         facts, reason = None, f"{_ONE_BY_ONE}: {error.cause}"
         alone = _plan_windows(classifier, config)
         choice = alone._replace(backend=choice.backend, precision=choice.precision)
-        proven = _prove(classifier, choice, threads=threads)
+        proven = _prove(classifier, choice, threads=threads, keep_as=keep_as)
     _check_certifiable(choice, config)
     if not engine.is_convertible(classifier):
         reason = f"{reason}; PyTorch runs this network"
@@ -136,7 +142,7 @@ def _fastest(
     return min(candidates, key=lambda each: measured.get(_name(each), math.inf)), measured
 
 
-def _prove(classifier: Classifier, choice: Choice, *, threads: int) -> _Scorer:
+def _prove(classifier: Classifier, choice: Choice, *, threads: int, keep_as: str) -> _Scorer:
     """Prepare the network as chosen, so that a choice that does not work fails before any slide is read.
 
     The graph of the network is kept for later. For int8 the network is prepared in fp32.
@@ -151,7 +157,7 @@ def _prove(classifier: Classifier, choice: Choice, *, threads: int) -> _Scorer:
             cause = "int8 is not supported for a network of which windows share only a part"
             raise InputError(cause, "set inference.precision=fp32 or bf16, or dense.share_until=''")
     precision = "fp32" if choice.precision == "int8" else choice.precision
-    return scorer.make_scorer(classifier, choice._replace(precision=precision), threads=threads, keep=True)
+    return scorer.make_scorer(classifier, choice._replace(precision=precision), threads=threads, keep_as=keep_as)
 
 
 def _check_certifiable(choice: Choice, config: RunConfig) -> None:

@@ -113,13 +113,8 @@ def _prepared(
     return fresh_scorer(spec, choice, quantised)
 
 
-def is_known_by_hash(spec: card.ModelSpec) -> bool:
-    """Tell whether the card's hashes say all of a network; what the module of a user's function imports is in none."""
-    return not card.read_card(spec).architecture.startswith(card.PYTHON)
-
-
-def verified_key(spec: card.ModelSpec) -> str:
-    """Return what identifies the network in the cache folder, see `wsiflow.model.prepared.model_key`.
+def cache_key(spec: card.ModelSpec) -> str:
+    """Return what identifies the network in the cache folder; empty for one that its card's hashes do not say all of.
 
     Raises:
         InputError: The weights are missing or damaged, which loading them would find.
@@ -127,9 +122,10 @@ def verified_key(spec: card.ModelSpec) -> str:
     from wsiflow.model import prepared
 
     described = card.read_card(spec)
-    identity = card.identity(described)
-    _verify_weights(spec, identity)
-    return prepared.model_key(identity, card.map_indices(described, spec))
+    if described.architecture.startswith(card.PYTHON):
+        return ""  # what the module of a user's function imports is in no hash
+    _verify_weights(spec, card.identity(described))
+    return prepared.model_key(described, card.map_indices(described, spec))
 
 
 @lru_cache(maxsize=1)
@@ -148,14 +144,13 @@ def fresh_scorer(spec: card.ModelSpec, choice: Choice, quantised: Path | None = 
         from wsiflow.model import prepared
 
         data = None if quantised is None else quantised.read_bytes()
-        threads = thread_count()
-        if choice.backend != "torch" and is_known_by_hash(spec):
-            ready = prepared.find(verified_key(spec), choice, threads=threads, quantised=data)
-            if ready is not None:
-                return ready
+        key, threads = cache_key(spec), thread_count()
+        ready = prepared.find(key, choice, threads=threads, quantised=data) if key else None
+        if ready is not None:
+            return ready
         from wsiflow.model import scorer  # it imports PyTorch, after the threads of the worker were limited
 
-        return scorer.make_scorer(classifier_of(spec), choice, threads=threads, quantised=data, keep=True)
+        return scorer.make_scorer(classifier_of(spec), choice, threads=threads, quantised=data, keep_as=key)
 
 
 def release() -> None:
