@@ -94,3 +94,14 @@ def test_a_network_that_was_converted_before_runs_without_torch(unscored: Path, 
     for name in ("predictions", "certificates"):
         for path in (one for one in (unscored / name).rglob("*") if one.is_file()):
             assert path.read_bytes() == (finished / path.relative_to(unscored)).read_bytes()
+
+
+def test_what_was_chosen_before_is_chosen_again_without_torch(finished: Path, tmp_path: Path) -> None:
+    """A run with other slides needs no PyTorch either, and publishes the same choice."""
+    out = tmp_path / "run"
+    out.mkdir()
+    shutil.copy(finished / "cases.json", out)
+    _, modules = imported(_TASKS, str(out / "cases.json"), "choose")
+    assert not modules & {*NETWORKS, *FLOWS}
+    (chosen,) = (out / "engine").glob("*.json")
+    assert chosen.read_bytes() == (finished / "engine" / chosen.name).read_bytes()
