@@ -49,7 +49,7 @@ def test_help_imports_no_library() -> None:
     assert not modules & {"numpy", "pydantic", "yaml", "hydra", *FLOWS, *NETWORKS}
 
 
-@pytest.mark.parametrize("typo", ["datset=x", "inference.stride=0"])
+@pytest.mark.parametrize("typo", ["inference.strid=8", "inference.stride=0"])
 def test_a_typo_is_refused_before_what_would_run_is_imported(typo: str) -> None:
     """An unknown key needs Hydra and the names of all keys, a value out of bounds these settings."""
     exit_code, modules = imported(_COMMAND, "run", typo)
