@@ -26,7 +26,7 @@ from benchmarks.measuring import (
     ratio,
     say,
 )
-from wsiflow.model import scorer
+from wsiflow.model import scoring
 from wsiflow.model.classifier import Classifier
 from wsiflow.model.engines.engine import installed_backends
 from wsiflow.model.engines.spec import PRECISIONS
@@ -99,9 +99,9 @@ def differences(runs: Mapping[str, Run]) -> dict[str, float]:
 
 
 def _run(
-    made: scorer.WindowScorer | scorer.DenseScorer, cut: Sequence[NDArray[np.uint8]], pixels: NDArray[np.uint8]
+    made: scoring.WindowScorer | scoring.DenseScorer, cut: Sequence[NDArray[np.uint8]], pixels: NDArray[np.uint8]
 ) -> Run:
-    if isinstance(made, scorer.WindowScorer):
+    if isinstance(made, scoring.WindowScorer):
         return lambda: networks.run_windows(made, cut)
     return lambda: networks.run_region(made, pixels)
 

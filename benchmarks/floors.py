@@ -23,8 +23,7 @@ from benchmarks import networks, product
 from benchmarks.measuring import ResultTable, Spent, Spread, arguments, finish, interleave, machine, say, spread
 from wsiflow.model.classifier import Classifier
 from wsiflow.model.dense.network import describe
-from wsiflow.model.engines.engine import prepare
-from wsiflow.model.engines.openvino import quantise
+from wsiflow.model.engines.engine import prepare, quantise
 from wsiflow.model.engines.spec import Backend, EngineSpec, Network, Precision
 from wsiflow.slides import slide
 from wsiflow.system.machine import cpu_supports_bf16

@@ -23,7 +23,7 @@ from benchmarks import networks, product
 from benchmarks.measuring import ResultTable, arguments, finish, machine, say
 from benchmarks.scaling import block_pixels, context_px
 from flows.compose import compose_config
-from wsiflow.model import scorer
+from wsiflow.model import scorer, scoring
 from wsiflow.model.classifier import load
 from wsiflow.run.stages import fastest
 from wsiflow.slides.synthetic.tissue import UM_PX
@@ -91,7 +91,7 @@ def _peak_bytes(card: str, precision: str, rows: int, cols: int) -> int:
     context = context_px(classifier)
     how = networks.choice("dense", "openvino", precision, context_px=context)
     made = scorer.make_scorer(classifier, how, threads=1)
-    assert isinstance(made, scorer.DenseScorer)
+    assert isinstance(made, scoring.DenseScorer)
     pixels = block_pixels(rows, cols, context)
     networks.run_region(made, pixels)
     return peak_bytes()

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from wsiflow.model import scorer
+from wsiflow.model import scorer, scoring
 from wsiflow.model.architectures.registry import build
 from wsiflow.model.card import ModelSpec
 from wsiflow.model.choice import Choice
@@ -124,7 +124,7 @@ class Reference:
 
 def prepared(
     classifier: Classifier, how: Choice, pixels: NDArray[np.uint8], *, threads: int = 1
-) -> scorer.WindowScorer | scorer.DenseScorer:
+) -> scoring.WindowScorer | scoring.DenseScorer:
     """Return a scorer for a choice; int8 is calibrated on the pixels that it will score."""
     quantised = None
     if how.precision == "int8":
@@ -143,11 +143,11 @@ def _calibration(how: Choice, pixels: NDArray[np.uint8]) -> list[NDArray[np.uint
     return [pixels[None, y : y + side, x : x + side] for y in {0, far} for x in {0, far}]
 
 
-def run_windows(made: scorer.WindowScorer, cut: Sequence[NDArray[np.uint8]]) -> NDArray[np.float32]:
+def run_windows(made: scoring.WindowScorer, cut: Sequence[NDArray[np.uint8]]) -> NDArray[np.float32]:
     """Return float32 (windows,), the score of each window."""
     return made.run(cut, untimed)
 
 
-def run_region(made: scorer.DenseScorer, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+def run_region(made: scoring.DenseScorer, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
     """Return the scores of a region as a float32 map."""
     return made.run(pixels, untimed)

@@ -17,7 +17,7 @@ import numpy as np
 
 from benchmarks import networks
 from benchmarks.measuring import ResultTable, Spent, arguments, finish, interleave, machine, per_tile, say, spread
-from wsiflow.model import scorer
+from wsiflow.model import scorer, scoring
 from wsiflow.model.classifier import Classifier, load
 from wsiflow.model.dense import network
 from wsiflow.system.machine import cpu_supports_bf16
@@ -202,7 +202,7 @@ def _rate(job: tuple[str, str, int, tuple[int, int], Any, float]) -> float:
     how = networks.choice("dense", "openvino", precision, context_px=context)
     pixels = block_pixels(*tiles, context)
     made = scorer.make_scorer(load(networks.spec(card)), how, threads=1)
-    assert isinstance(made, scorer.DenseScorer)
+    assert isinstance(made, scoring.DenseScorer)
     networks.run_region(made, pixels)
     ready.wait()
     begin, done = time.perf_counter(), 0

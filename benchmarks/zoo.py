@@ -32,7 +32,7 @@ from benchmarks.measuring import (
     say,
 )
 from wsiflow.errors import InputError, WsiflowError
-from wsiflow.model import scorer
+from wsiflow.model import scorer, scoring
 from wsiflow.model.architectures.registry import build
 from wsiflow.model.certificate import score_deviation
 from wsiflow.model.classifier import Classifier, normalise
@@ -176,7 +176,7 @@ def measure(network: Classifier, *, region_px: int, rounds: int) -> Measured:
     pixels = networks.tissue(region_px)
     alone = networks.choice("window", "openvino", "fp32", stride_px=STRIDE_PX)._replace(batch=BATCH)
     windows = scorer.make_scorer(network, alone, threads=1)
-    assert isinstance(windows, scorer.WindowScorer)
+    assert isinstance(windows, scoring.WindowScorer)
     cut = _cut(pixels, network.window_px, [(0, n * STRIDE_PX) for n in range(BATCH)])
     contestants: dict[str, Contestant] = {"window": lambda: networks.run_windows(windows, cut).size / WINDOWS_PER_TILE}
     windows.run(cut, untimed)
@@ -190,7 +190,7 @@ def measure(network: Classifier, *, region_px: int, rounds: int) -> Measured:
     return Measured(found, obstacle, interleave(contestants, rounds=rounds), apart)
 
 
-def _dense(network: Classifier, way: Way) -> tuple[scorer.DenseScorer, int]:
+def _dense(network: Classifier, way: Way) -> tuple[scoring.DenseScorer, int]:
     """Return the scorer of a way, and its context, px."""
     seen, grid_px = max(way.facts.overhang_px), way.facts.grid_px
     context_px = -(-min(seen, _CONTEXT_PX) // grid_px) * grid_px
@@ -198,16 +198,16 @@ def _dense(network: Classifier, way: Way) -> tuple[scorer.DenseScorer, int]:
     chosen = plain._replace(batch=BATCH, share_until=way.share_until, local=way.facts.local)
     say(f"preparing dense, windows share {way.shares}")
     made = scorer.make_scorer(network, chosen, threads=1)
-    assert isinstance(made, scorer.DenseScorer)
+    assert isinstance(made, scoring.DenseScorer)
     return made, context_px
 
 
-def _run(dense: scorer.DenseScorer, pixels: NDArray[np.uint8]) -> Contestant:
+def _run(dense: scoring.DenseScorer, pixels: NDArray[np.uint8]) -> Contestant:
     return lambda: networks.run_region(dense, pixels).size / WINDOWS_PER_TILE
 
 
 def _apart(
-    windows: scorer.WindowScorer,
+    windows: scoring.WindowScorer,
     scores: NDArray[np.float32],
     pixels: NDArray[np.uint8],
     window_px: int,

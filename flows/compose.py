@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from string import Template
 from typing import Any
 
 import hydra
@@ -16,7 +17,7 @@ from wsiflow.run.config import RunConfig, validate
 
 from . import folders, keys, sweep
 from .literal import literal
-from .overrides import explain_refusal, is_refusal, quoted
+from .overrides import choice_groups, choices, explain_refusal, is_refusal, quoted
 
 
 def _folder(*, _root_: DictConfig) -> str:
@@ -92,10 +93,25 @@ def compose_config(overrides: Sequence[str], *, job: str = "") -> RunConfig:
     return to_config(_composed(overrides), overrides, job=job)
 
 
-def _composed(overrides: Sequence[str]) -> DictConfig:
+def help_text(overrides: Sequence[str]) -> str:
+    """Return the help of ``wsiflow run``: the choices of every group, and the keys of what overrides choose.
+
+    Hydra gives the same text, but reads every file of ``conf/`` again for each of them.
+
+    Raises:
+        InputError: An override is unknown.
+    """
+    template = Template(_composed(overrides, with_hydra=True).hydra.help.template)
+    groups = {group: choices(group) for group in choice_groups()}
+    return template.substitute(
+        APP_CONFIG_GROUPS="".join(f"{group}: {', '.join(names)}\n" for group, names in groups.items())
+    )
+
+
+def _composed(overrides: Sequence[str], *, with_hydra: bool = False) -> DictConfig:
     try:
         with hydra.initialize_config_module("wsiflow.conf", version_base="1.3"):
-            return hydra.compose("config", overrides=literal(overrides))
+            return hydra.compose("config", overrides=literal(overrides), return_hydra_config=with_hydra)
     except Exception as error:
         if not is_refusal(error):
             raise

@@ -165,6 +165,11 @@ def _no_key(key: str) -> tuple[str, str]:
     return f"there is no key {key}", f"did you mean {near}?" if near else _ALL
 
 
+def choice_groups() -> list[str]:
+    """Return the groups of ``conf/``."""
+    return sorted(one.name for one in resources.files("wsiflow.conf").iterdir() if choices(one.name))
+
+
 def choices(group: str) -> list[str]:
     """Return the choices of a group of ``conf/``; an unknown group has none."""
     folder = resources.files("wsiflow.conf").joinpath(*group.split("/"))

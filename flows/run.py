@@ -6,6 +6,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
+from typing import TYPE_CHECKING
 
 import hydra
 from hydra.conf import HydraConf
@@ -14,15 +15,16 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from wsiflow.errors import EnvironmentFault, InputError, WsiflowError
-from wsiflow.run import ledger
-from wsiflow.run.config import RunConfig
-from wsiflow.run.results.finish import Summary
 from wsiflow.system.machine import limit_threads
 from wsiflow.system.usage import Spending
 
 from . import logs, overrides, stopping, sweep, terminal
 from .compose import to_config
 from .literal import literal
+
+if TYPE_CHECKING:
+    from wsiflow.run.config import RunConfig
+    from wsiflow.run.results.finish import Summary
 
 _ENVIRONMENT = {
     "HYDRA_FULL_ERROR": "1",  # raise errors instead of printing them with advice about Hydra's own internals
@@ -141,7 +143,7 @@ def _run_trial(composed: DictConfig, hydra_config: HydraConf) -> float | tuple[f
     return sweep.objectives(summaries[0].metrics, hydra_config.sweeper) if summaries else None
 
 
-def _run_job(composed: DictConfig, config: RunConfig, hydra_config: HydraConf) -> Summary:
+def _run_job(composed: DictConfig, config: "RunConfig", hydra_config: HydraConf) -> "Summary":
     """Run a job, print its result, and keep beside its results how Hydra composed it."""
     summary = start(config)
     terminal.say(summary.text)
@@ -152,8 +154,10 @@ def _run_job(composed: DictConfig, config: RunConfig, hydra_config: HydraConf) -
     return summary
 
 
-def start(config: RunConfig) -> Summary:
+def start(config: "RunConfig") -> "Summary":
     """Run the line, through Prefect or directly."""
+    from wsiflow.run import ledger  # here and below: what is needed once the configuration is known to be right
+
     with logs.shown(), stopping.reporting(lambda: ledger.summary([config.out])):
         from .line import direct, finished
 

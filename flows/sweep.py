@@ -32,9 +32,8 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from wsiflow import redaction
-from wsiflow.analysis.tradeoff import comparison
 from wsiflow.errors import PARTIAL, EnvironmentFault, InputError
-from wsiflow.run import cases, ledger, tracking
+from wsiflow.run import cases, tracking
 from wsiflow.run.config import RunConfig
 from wsiflow.run.executor import jobs as array_jobs
 from wsiflow.run.executor.kinds import KINDS
@@ -116,9 +115,7 @@ class SweepCallback(Callback):
         if _is_secret(values):
             (out / _WRITTEN).touch(mode=0o600)
             (out / _WRITTEN).chmod(0o600)
-        _started.enter_context(
-            stopping.reporting(lambda: ledger.summary(one.parent for one in _files_of_trials(out, "plan.json")))
-        )
+        _started.enter_context(stopping.reporting(lambda: _what_is_done(out)))
         launcher = config.hydra.runtime.choices["hydra/launcher"]
         if launcher != "basic":
             at_slurm = launcher == "submitit_slurm"
@@ -135,6 +132,13 @@ class SweepCallback(Callback):
             if summary := _count_trials():
                 terminal.say(summary)
             _compare(config)
+
+
+def _what_is_done(folder: Path) -> str:
+    """Return in words what the trials in the folder of a sweep have done."""
+    from wsiflow.run import ledger
+
+    return ledger.summary(one.parent for one in _files_of_trials(folder, "plan.json"))
 
 
 def _is_secret(values: Mapping[str, Any]) -> bool:
@@ -163,6 +167,8 @@ def _end_trials(folder: Path, *, at_slurm: bool) -> str | None:
 
 def _compare(config: DictConfig) -> None:
     """Compare the trials that have scores, in the sweep's folder."""
+    from wsiflow.analysis.tradeoff import comparison
+
     from .comparing import compare_sweep
 
     params: Any = OmegaConf.to_container(config.tracking, resolve=True)

@@ -28,7 +28,7 @@ from wsiflow.errors import InputError
 from wsiflow.model.choice import InferenceParams
 from wsiflow.run.config import RunConfig
 from wsiflow.run.executor import jobs
-from wsiflow.run.store import StoreParams
+from wsiflow.run.store_params import StoreParams
 
 ROOT = Path(__file__).parents[2]
 # An experiment is a list of overrides: it goes where a form takes those.

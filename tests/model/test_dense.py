@@ -16,7 +16,8 @@ from wsiflow.errors import InputError
 from wsiflow.model.architectures.googlenet import GoogLeNet
 from wsiflow.model.classifier import Classifier
 from wsiflow.model.dense import layers, operations
-from wsiflow.model.dense.network import DenseClassifier, densify, describe, window_crops
+from wsiflow.model.dense.crops import window_crops
+from wsiflow.model.dense.network import DenseClassifier, densify, describe
 from wsiflow.model.dense.operations import Pair
 from wsiflow.model.dense.receptive import read_network
 from wsiflow.model.engines.openvino import core as silent_core  # imported plainly, it would report its usage

@@ -24,8 +24,9 @@ from wsiflow.model.classifier import Classifier, predict, probe_image
 from wsiflow.model.dense.network import densify
 from wsiflow.model.engines import openvino
 from wsiflow.model.engines.cache import cache_folder, cached
-from wsiflow.model.engines.engine import installed_backends, median_seconds, prepare, scores_from_pixels
-from wsiflow.model.engines.openvino import _converted, _packed, _read, one_thread, quantise
+from wsiflow.model.engines.conversion import converted
+from wsiflow.model.engines.engine import installed_backends, median_seconds, prepare, quantise, scores_from_pixels
+from wsiflow.model.engines.openvino import _read, one_thread
 from wsiflow.model.engines.spec import Engine, EngineSpec, Network
 from wsiflow.system import machine
 from wsiflow.system.machine import cpu_supports_bf16
@@ -197,12 +198,12 @@ def test_the_same_samples_give_the_same_bytes(tiny: Network, tmp_path: Path) -> 
 
 def test_calibration_runs_with_one_thread(tiny: Network) -> None:
     """NNCF would use all cores; afterwards OpenVINO is restored."""
-    packed = _converted(tiny, None)
+    _, content = converted(tiny, "openvino", None)
     import openvino
 
     core = openvino.Core
     with one_thread():
-        made = openvino.Core().compile_model(_read(packed), device_name="CPU", config=None)
+        made = openvino.Core().compile_model(_read(content), device_name="CPU", config=None)
     assert made.get_property("INFERENCE_NUM_THREADS") == 1
     assert openvino.Core is core
 
@@ -302,13 +303,13 @@ def test_arrays_of_another_form_are_refused(tiny: Network, maps: Network, cache:
 def count_conversions(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Record every conversion that is not answered from the cache."""
     made: list[str] = []
-    packed = _packed
+    packed = openvino.packed
 
     def record(graph: object) -> bytes:
         made.append("openvino")
         return packed(graph)
 
-    monkeypatch.setattr(openvino, "_packed", record)
+    monkeypatch.setattr(openvino, "packed", record)
     return made
 
 

@@ -10,13 +10,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 from wsiflow.errors import InputError
-from wsiflow.model import scorer
+from wsiflow.model import prepared, scorer, scoring
 from wsiflow.model.architectures.registry import build
-from wsiflow.model.card import ModelCard, Resize
+from wsiflow.model.card import ModelCard, Probe, Resize
 from wsiflow.model.choice import Choice
 from wsiflow.model.classifier import Classifier, as_classifier, predict
 from wsiflow.model.dense import network
 from wsiflow.model.dense.network import densify
+from wsiflow.model.engines.cache import cache_folder
 from wsiflow.model.engines.engine import installed_backends
 from wsiflow.plan import geometry
 from wsiflow.plan.blocks import Block
@@ -211,7 +212,7 @@ def test_int8_is_calibrated_and_near(inception: Classifier) -> None:
     block = Block(0, 0, 2, 1, (0, 1))
     pixels = pixels_of(about, block)
     choice = PLAIN._replace(engine="dense", stride_px=16, backend="openvino")
-    data = scorer.quantise(inception, choice, [scorer.calibration_sample(about, block, pixels, choice)])
+    data = scorer.quantise(inception, choice, [scoring.calibration_sample(about, block, pixels, choice)])
     expected = scorer.make_scorer(inception, choice, threads=1).score(about, [(block, pixels)], untimed).prob
     small = scorer.make_scorer(inception, choice._replace(precision="int8"), threads=1, quantised=data)
     found = small.score(about, [(block, pixels)], untimed).prob
@@ -308,3 +309,43 @@ def test_what_only_windows_can_do_is_refused(googlenet: Classifier) -> None:
         scorer.make_scorer(googlenet, choice, threads=1, quantised=b"")
     with pytest.raises(InputError, match="pool9"):
         densify(googlenet, 16, share_until="pool9")
+
+
+@pytest.mark.parametrize("backend", ["openvino", "onnxruntime"])
+@pytest.mark.parametrize(
+    ("choice", "input_px"),
+    [
+        (PLAIN, 16),
+        (PLAIN, 23),
+        (PLAIN._replace(engine="dense", stride_px=8), 16),
+        (PLAIN._replace(engine="dense", stride_px=8, share_until="1"), 16),
+    ],
+    ids=["window", "resized", "dense", "partly"],
+)
+def test_a_scorer_from_the_cache_gives_the_same_bits(choice: Choice, input_px: int, backend: str) -> None:
+    """It needs neither the classifier nor PyTorch."""
+    choice = choice._replace(backend=backend)
+    key = prepared.model_key(card(16, input_px), ())
+    assert prepared.find(key, choice, threads=1) is None
+    made = scorer.make_scorer(small(input_px), choice, threads=1, keep_as=key)
+    found = prepared.find(key, choice, threads=1)
+    assert type(found) is type(made)
+    inputs = windows(11) if choice.engine == "window" else images(1, 64, 72)[0]
+    np.testing.assert_array_equal(found.run(inputs, untimed), made.run(inputs, untimed))
+
+
+def test_a_scorer_is_found_only_where_all_that_decides_it_is_the_same() -> None:
+    """Another card, class, choice or number of threads is another one, and so is one that lacks its graph."""
+    choice, key = PLAIN._replace(backend="openvino"), prepared.model_key(card(16, 16), ())
+    scorer.make_scorer(small(16), choice, threads=1, keep_as=key)
+    verified = card(16, 16).model_copy(update={"probe": (Probe(seed=0, probabilities=(0.5, 0.5)),)})
+    assert prepared.find(prepared.model_key(verified, ()), choice, threads=1) is None
+    assert prepared.find(prepared.model_key(card(16, 16), (0,)), choice, threads=1) is None
+    assert prepared.find(key, choice._replace(batch=9), threads=1) is None
+    assert prepared.find(key, choice, threads=2) is None
+    assert prepared.find(key, choice._replace(halo_px=112), threads=1), "blocks have other sides, the graph is the same"
+    assert prepared.find(key, choice, threads=1)
+    folder = cache_folder()
+    assert folder
+    max(folder.iterdir(), key=lambda path: path.stat().st_size).unlink()
+    assert prepared.find(key, choice, threads=1) is None

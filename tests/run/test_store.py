@@ -15,7 +15,7 @@ import pytest
 from wsiflow.errors import EnvironmentFault, IntegrityError
 from wsiflow.plan.geometry import Frame
 from wsiflow.run import store
-from wsiflow.run.store import StoreParams
+from wsiflow.run.store_params import StoreParams
 
 FRAME = Frame("reference", 896, 672, 1.0, 0.243, 224, 224, 112, 112, 1, 1, 0, 0, 4, 3)
 STRIPS = FRAME._replace(convention="centred", block_rows=7, block_cols=9)

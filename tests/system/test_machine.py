@@ -161,7 +161,7 @@ def test_the_numeric_class_names_what_runs_networks(monkeypatch: pytest.MonkeyPa
             raise importlib.metadata.PackageNotFoundError(package)
         return versions[package]
 
-    monkeypatch.setattr(machine, "_version", machine._version.__wrapped__)  # without its memory
+    monkeypatch.setattr(machine, "installed_version", machine.installed_version.__wrapped__)  # without its memory
     monkeypatch.setattr(importlib.metadata, "version", version)
     found = numeric_class(1)
     assert (found["torch"], found["openvino"], found["onnxruntime"]) == ("2.10.0", "2026.1.0", "")

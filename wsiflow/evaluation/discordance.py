@@ -23,8 +23,8 @@ import math
 from typing import NamedTuple
 
 import numpy as np
+import scipy
 from numpy.typing import NDArray
-from scipy import optimize, special
 
 MOST = 20_000
 """Largest number of exchanges that are all counted; of more, as many are drawn."""
@@ -138,14 +138,14 @@ def score_interval(found: Discordance, level: float = 0.95) -> tuple[float, floa
     """Return Tango's score interval of a paired difference of shares; NaN without units."""
     if not found.n > 0:
         return math.nan, math.nan
-    z = -float(special.ndtri((1 - level) / 2))
+    z = -float(scipy.special.ndtri((1 - level) / 2))
     value = (found.gained - found.lost) / found.n
 
     def end(sign: int) -> float:
         inner, outer = value + sign * _ROUNDING, sign * (1 - _ROUNDING)
         if abs(inner) >= abs(outer) and value * sign > 0:
             return float(sign)
-        return float(optimize.brentq(lambda at: abs(score_z(found, at)) - z, inner, outer))
+        return float(scipy.optimize.brentq(lambda at: abs(score_z(found, at)) - z, inner, outer))
 
     return end(-1), end(1)
 
@@ -164,6 +164,6 @@ def share_interval(shares: NDArray[np.float64], cluster: NDArray[np.int64]) -> t
     n, hits = len(shares) / effect, float(shares.sum()) / effect
     if not len(shares) or min(hits, n - hits) >= _FEW:
         return None
-    low = float(special.betaincinv(hits, n - hits + 1, 0.025)) if hits > _ROUNDING else 0.0
-    high = float(special.betaincinv(hits + 1, n - hits, 0.975)) if n - hits > _ROUNDING else 1.0
+    low = float(scipy.special.betaincinv(hits, n - hits + 1, 0.025)) if hits > _ROUNDING else 0.0
+    high = float(scipy.special.betaincinv(hits + 1, n - hits, 0.975)) if n - hits > _ROUNDING else 1.0
     return low, high

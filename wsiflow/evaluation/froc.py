@@ -25,8 +25,8 @@ from typing import Literal, NamedTuple
 
 import cv2
 import numpy as np
+import scipy
 from numpy.typing import ArrayLike, NDArray
-from scipy import ndimage
 
 from wsiflow.errors import InputError
 
@@ -165,7 +165,7 @@ def evaluation_mask(
         return LesionMask(labels, frozenset(), np.empty(0), um_px)
     radius_px = join_um / (um_px * 2)
     window = _window(tumour, math.ceil(radius_px) + 1)
-    labels[window], _ = ndimage.label(_filled(_dilated(tumour[window], radius_px)), np.ones((3, 3), np.int8))
+    labels[window], _ = scipy.ndimage.label(_filled(_dilated(tumour[window], radius_px)), np.ones((3, 3), np.int8))
     axes = _major_axes(labels[window])
     return LesionMask(labels, frozenset((np.flatnonzero(axes < itc_um / um_px) + 1).tolist()), axes, um_px)
 
@@ -374,7 +374,7 @@ def _dilated(tumour: NDArray[np.bool_], radius_px: float) -> NDArray[np.bool_]:
 
 def _filled(region: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """Fill holes: background pixels without a 4-connected path to the edge of the array."""
-    background, n = ndimage.label(~region)
+    background, n = scipy.ndimage.label(~region)
     is_open = np.zeros(n + 1, np.bool_)
     for edge in (background[0], background[-1], background[:, 0], background[:, -1]):
         is_open[edge] = True

@@ -12,7 +12,7 @@ import math
 from typing import NamedTuple
 
 import numpy as np
-from scipy import special
+import scipy
 
 from wsiflow.evaluation import discordance
 from wsiflow.evaluation.paired import Evidence
@@ -92,7 +92,7 @@ def power(evidence: Evidence, margin: float, n_slides: int, n_comparisons: int) 
     """Return what a pilot says of the number of slides; see `Power`."""
     value, error = float(evidence.drawn[0]), math.sqrt(_variance(evidence))
     limits = [_z(ALPHA), _z(ALPHA / max(n_comparisons, 1))]
-    now = [float(special.ndtr(abs(value) / error - z)) for z in limits] if error > 0 else [math.nan, math.nan]
+    now = [float(scipy.special.ndtr(abs(value) / error - z)) for z in limits] if error > 0 else [math.nan, math.nan]
     slides = [
         n_slides * ((z + _z(1 - POWER)) * error / abs(value)) ** 2 if value and error > 0 else math.inf for z in limits
     ]
@@ -111,7 +111,7 @@ def _above(evidence: Evidence, bound: float) -> float:
     p = one_sided_p(evidence.drawn[1:], bound)
     if evidence.units is None or math.isnan(p):
         return p
-    return max(p, float(special.ndtr(-discordance.score_z(evidence.units, bound))))
+    return max(p, float(scipy.special.ndtr(-discordance.score_z(evidence.units, bound))))
 
 
 def _mirrored(evidence: Evidence) -> Evidence:
@@ -133,4 +133,4 @@ def _variance(evidence: Evidence) -> float:
 
 
 def _z(tail: float) -> float:
-    return -float(special.ndtri(tail))
+    return -float(scipy.special.ndtri(tail))

@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeVar
 
 import numpy as np
+import scipy
 from numpy.typing import NDArray
-from scipy import ndimage
 
 from wsiflow.evaluation.froc import LesionMask, labels_at
 from wsiflow.heatmap import lesions
@@ -123,7 +123,7 @@ def _reasons(regions: LesionMask, numbers: Sequence[int], view: View, downsample
     traces = lesions.trace(view.read_map(), view.params, cell_um=cell_um, second=view.read_second())
     l0_detections = geometry.l0_from_h(view.frame, traces.detections[:, 1:3])
     hit = labels_at(regions.labels, l0_detections, downsample)
-    reasons, windows = {}, ndimage.find_objects(regions.labels)
+    reasons, windows = {}, scipy.ndimage.find_objects(regions.labels)
     for number in numbers:
         window = windows[number - 1]
         rows, cols = np.nonzero(regions.labels[window] == number)

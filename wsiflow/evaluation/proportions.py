@@ -5,8 +5,8 @@ cells of a map, slides of one patient) the bounds are too narrow, and the caller
 """
 
 import numpy as np
+import scipy
 from numpy.typing import ArrayLike, NDArray
-from scipy import special
 
 from wsiflow.errors import InputError
 
@@ -30,8 +30,8 @@ def clopper_pearson(hits: ArrayLike, n: ArrayLike, *, level: float = 0.95) -> Bo
     k, of = _counts(hits, n)
     tail = (1 - level) / 2
     with np.errstate(invalid="ignore"):  # where a bound is 0 or 1 the beta distribution has no quantile
-        low = np.where(k == 0, 0.0, special.betaincinv(np.maximum(k, 1), of - k + 1, tail))
-        high = np.where(k == of, 1.0, special.betaincinv(k + 1, np.maximum(of - k, 1), 1 - tail))
+        low = np.where(k == 0, 0.0, scipy.special.betaincinv(np.maximum(k, 1), of - k + 1, tail))
+        high = np.where(k == of, 1.0, scipy.special.betaincinv(k + 1, np.maximum(of - k, 1), 1 - tail))
     return low, high
 
 

@@ -11,8 +11,8 @@ on the same cases.
 from collections.abc import Sequence
 
 import numpy as np
+import scipy
 from numpy.typing import NDArray
-from scipy import special
 
 _LEAST_DIVISOR = 1e-9
 
@@ -83,15 +83,15 @@ def corrected_interval(value: float, drawn: NDArray[np.float64], jackknife: NDAr
         return np.full(2, np.nan)
     below = ((kept < value).mean() + (kept <= value).mean()) / 2
     # Clipped half a draw away from 0 and 1, where the normal quantile is infinite.
-    bias = special.ndtri(np.clip(below, 0.5 / kept.size, 1 - 0.5 / kept.size))
+    bias = scipy.special.ndtri(np.clip(below, 0.5 / kept.size, 1 - 0.5 / kept.size))
     spread = others.mean() - others
     squares = float((spread**2).sum())
     skew = float((spread**3).sum()) / (6 * squares**1.5) if squares > 0 else 0.0
-    shifted = bias + special.ndtri([0.025, 0.975])
+    shifted = bias + scipy.special.ndtri([0.025, 0.975])
     # Where a single case causes all skewness the divisor falls to 0 and the end is that of the draws; below 0 the ends
     # would cross.
     stretched = shifted / np.maximum(1 - skew * shifted, _LEAST_DIVISOR)
-    ends: NDArray[np.float64] = np.quantile(kept, special.ndtr(bias + stretched))
+    ends: NDArray[np.float64] = np.quantile(kept, scipy.special.ndtr(bias + stretched))
     return ends
 
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+import scipy
 from numpy.typing import ArrayLike, NDArray
-from scipy import optimize, special
 
 from wsiflow.errors import InputError
 
@@ -229,7 +229,7 @@ def paired_test(
     if clusters is None:
         return Paired(difference, error, math.erfc(abs(difference) / error / math.sqrt(2)))
     freedom = min(_n_independent(labels, clusters)) - 1
-    return Paired(difference, error, float(2 * special.stdtr(freedom, -abs(difference) / error)))
+    return Paired(difference, error, float(2 * scipy.special.stdtr(freedom, -abs(difference) / error)))
 
 
 def resample(scores: ArrayLike, labels: ArrayLike, times: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -282,7 +282,7 @@ def _quantile(labels: ArrayLike, clusters: ArrayLike | None) -> float:
     """Return the half width of a 95 % interval in standard deviations that were estimated from these slides."""
     if clusters is None:
         return Z95
-    return float(special.stdtrit(min(_n_independent(labels, clusters)) - 1, 0.975))
+    return float(scipy.special.stdtrit(min(_n_independent(labels, clusters)) - 1, 0.975))
 
 
 def _newcombe(area: float, m: int, n: int) -> tuple[float, float]:
@@ -298,8 +298,8 @@ def _newcombe(area: float, m: int, n: int) -> tuple[float, float]:
         variance = t * (1 - t) * (2 * k - 1 - 3 * (k - 1) / ((2 - t) * (1 + t))) / (m * n)
         return (t - area) ** 2 - Z95**2 * variance
 
-    low = optimize.brentq(excess, _ROUNDING, area - _ROUNDING) if area > 0 else 0.0
-    high = optimize.brentq(excess, area + _ROUNDING, 1 - _ROUNDING) if area < 1 else 1.0
+    low = scipy.optimize.brentq(excess, _ROUNDING, area - _ROUNDING) if area > 0 else 0.0
+    high = scipy.optimize.brentq(excess, area + _ROUNDING, 1 - _ROUNDING) if area < 1 else 1.0
     return float(low), float(high)
 
 

@@ -21,10 +21,9 @@ a missing region are 0, and the tissue is counted in cells of the map.
 from collections.abc import Sequence
 
 import numpy as np
+import scipy
+import skimage
 from numpy.typing import NDArray
-from scipy import ndimage
-from skimage.measure import regionprops
-from skimage.segmentation import clear_border
 
 from wsiflow.errors import InputError
 
@@ -103,13 +102,13 @@ def _regions(heat: Heat, threshold: float, *, reference: bool) -> list[NDArray[n
     """
     above = heat > np.float32(threshold)  # False for NaN
     if reference:
-        above = clear_border(above)  # type: ignore[no-untyped-call]
-    labels, n = ndimage.label(above, np.ones((3, 3), np.int8))
+        above = skimage.segmentation.clear_border(above)  # type: ignore[no-untyped-call]
+    labels, n = scipy.ndimage.label(above, np.ones((3, 3), np.int8))
     areas = np.bincount(labels.ravel(), minlength=n + 1)[1:]
     first_two = np.argsort(-areas, kind="stable")
     smaller = np.flatnonzero(areas < areas.max(initial=0))
     measured = {*first_two[:2], *smaller[np.argsort(-areas[smaller], kind="stable")][:1], *range(n)[-1:]}
-    windows = ndimage.find_objects(labels)
+    windows = scipy.ndimage.find_objects(labels)
     return [_measured(heat[windows[k]], labels[windows[k]] == k + 1) for k in sorted(int(k) for k in measured)]
 
 
@@ -120,7 +119,7 @@ def _measured(heat: Heat, member: NDArray[np.bool_]) -> NDArray[np.float64]:
         heat: float32 (rows, cols), probabilities in the bounding box of the region.
         member: bool (rows, cols), the cells of the region.
     """
-    shape = regionprops(member.astype(np.uint8))[0]  # type: ignore[no-untyped-call]
+    shape = skimage.measure.regionprops(member.astype(np.uint8))[0]  # type: ignore[no-untyped-call]
     values, (rows, cols) = heat[member].astype(np.float64), member.shape
     return np.array(
         [

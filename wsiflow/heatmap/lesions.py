@@ -19,9 +19,9 @@ from typing import Any, Literal, NamedTuple
 
 import cv2
 import numpy as np
+import scipy
 from numpy.typing import NDArray
 from pydantic import BaseModel, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
-from scipy import ndimage
 
 from wsiflow.errors import InputError
 from wsiflow.system.paths import AbsolutePath
@@ -213,7 +213,7 @@ def _smoothed(heatmap: NDArray[np.float32], sigma: float) -> NDArray[np.float32]
         return heatmap
     tissue = ~np.isnan(heatmap)
     total, weight = (
-        ndimage.gaussian_filter(one, sigma, mode="constant")
+        scipy.ndimage.gaussian_filter(one, sigma, mode="constant")
         for one in (np.where(tissue, heatmap, 0), tissue.astype(np.float32))
     )
     mean = np.full_like(heatmap, np.nan)
@@ -280,10 +280,10 @@ def _components(
 
     The second value, int32 (rows, cols), is the component of each cell, and the third the component of each detection.
     """
-    labels, n = ndimage.label(cells, np.ones((3, 3), np.int8))
+    labels, n = scipy.ndimage.label(cells, np.ones((3, 3), np.int8))
     place = _POSITIONS[params.position]
     kept, found = [], []
-    for label, window in zip(range(1, n + 1), ndimage.find_objects(labels), strict=True):
+    for label, window in zip(range(1, n + 1), scipy.ndimage.find_objects(labels), strict=True):
         member = (labels[window] == label) & ~np.isnan(scores[window])
         if member.sum() < min_area:
             continue
@@ -303,7 +303,7 @@ def _centroid(member: NDArray[np.bool_]) -> tuple[float, float]:
 
 def _peak(member: NDArray[np.bool_]) -> tuple[float, float]:
     """Return row and column of the cell farthest from the outline of a component; the first of equal ones."""
-    distance = ndimage.distance_transform_edt(np.pad(member, 1))
+    distance = scipy.ndimage.distance_transform_edt(np.pad(member, 1))
     row, col = np.unravel_index(int(distance.argmax()), distance.shape)
     return float(row - 1), float(col - 1)
 

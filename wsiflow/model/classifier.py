@@ -29,6 +29,7 @@ from wsiflow.model.card import (
 from wsiflow.model.formats.registry import does_not_run, network
 from wsiflow.model.outputs import Outputs
 from wsiflow.model.resize import resize
+from wsiflow.model.scoring import not_finite
 
 # The probabilities of the same weights differ by about 1e-6 between machines, because sums are taken in another order.
 # Another class order, mean or layer changes a probability near one half by far more than this tolerance.
@@ -196,15 +197,6 @@ def raw_outputs(classifier: Classifier, inputs: torch.Tensor) -> torch.Tensor:
             stage="predict",
         )
     return outputs
-
-
-def not_finite(window: str) -> InputError:
-    """Return the error of a window whose probability is NaN or infinite."""
-    return InputError(
-        f"the model returns no finite probability for {window}",
-        "its weights overflow on this input: use another model, or correct mean and std in its card",
-        stage="predict",
-    )
 
 
 def probe_image(seed: int, window_px: int) -> NDArray[np.uint8]:

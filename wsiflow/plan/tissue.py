@@ -11,9 +11,9 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import cv2
 import numpy as np
+import skimage
 from numpy.typing import NDArray
 from pydantic import BaseModel, BeforeValidator, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
-from skimage.filters import threshold_otsu
 
 from wsiflow.plan.glass import tissue_by_glass
 from wsiflow.system.paths import AbsolutePath
@@ -269,7 +269,7 @@ def _hue_and_saturation(rgb: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], NDAr
 
 def _otsu(values: NDArray[np.integer]) -> int:
     """Return Otsu's threshold, the largest value of the lower class; of a constant array, its only value."""
-    return int(threshold_otsu(values))  # type: ignore[no-untyped-call]
+    return int(skimage.filters.threshold_otsu(values))  # type: ignore[no-untyped-call]
 
 
 def _tissue_hues(hue: NDArray[np.uint8], coloured: NDArray[np.bool_]) -> NDArray[np.bool_]:

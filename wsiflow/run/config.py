@@ -34,7 +34,7 @@ from wsiflow.plan.blocks import TilesParams
 from wsiflow.plan.geometry import GeometryParams
 from wsiflow.plan.tissue import TissueParams
 from wsiflow.run.executor.params import ExecutorParams
-from wsiflow.run.store import StoreParams
+from wsiflow.run.store_params import StoreParams
 from wsiflow.run.tracking import TrackingParams
 from wsiflow.slides.kinds import DatasetParams
 from wsiflow.slides.stain.params import StainParams

@@ -18,7 +18,7 @@ from wsiflow.model.card import ModelSpec
 from wsiflow.model.choice import FORMER_EXCESS, Choice
 from wsiflow.plan.geometry import GeometryParams
 from wsiflow.plan.tissue import TissueParams
-from wsiflow.run.store import StoreParams
+from wsiflow.run.store_params import StoreParams
 from wsiflow.slides.stain.params import StainParams
 
 # Values of ``on_excess`` by those of ``beyond`` in the file of a plan, which keeps the words of earlier versions.

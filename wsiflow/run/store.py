@@ -31,44 +31,22 @@ import errno
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import h5py
 import imagecodecs
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, Field
 
 from wsiflow.errors import EnvironmentFault, IntegrityError, WsiflowError
 from wsiflow.plan.geometry import Frame
+from wsiflow.run.store_params import StoreParams
 from wsiflow.system import faults
 
 _STREAM_CHUNK_BYTES = 1 << 18
 
 Pixels = tuple[NDArray[np.uint8], float]
 """A block, uint8 (rows, cols, 3), and the share of it that the scanner never wrote."""
-
-
-class StoreParams(BaseModel, frozen=True, extra="forbid"):
-    """Where pixels wait between extraction and prediction."""
-
-    kind: Literal["hdf5", "none"] = Field(
-        description="Where pixels wait. hdf5: in files below patches/. none: nowhere, each prediction task reads the "
-        "slide again."
-    )
-    compression: Literal["none", "lzf", "gzip", "jpeg"] = Field(
-        description="How pixels are compressed. none, lzf and gzip keep every pixel; jpeg takes a tenth of the space "
-        "and changes scores a little."
-    )
-    quality: int = Field(ge=1, le=100, description="Quality of JPEG, which is without chroma subsampling.")
-    part_tiles: int = Field(
-        ge=1, description="Number of tissue tiles of a slide that one task reads and writes, to whole groups."
-    )
-
-    @property
-    def loss(self) -> str:
-        """The lossy compression of the pixels, which can change scores; empty where every pixel is kept."""
-        return f"jpeg {self.quality}" if (self.kind, self.compression) == ("hdf5", "jpeg") else ""
 
 
 class PatchGroup(NamedTuple):

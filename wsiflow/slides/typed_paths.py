@@ -6,8 +6,7 @@ Input: a text. Output: a path of this machine, or a message that says what was w
 import os
 import re
 from pathlib import Path
-from urllib.parse import urlsplit
-from urllib.request import url2pathname
+from urllib.parse import unquote, urlsplit
 
 _ADDRESS = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+):/|(https?|s3|gs|ftp|az):", re.IGNORECASE)
 _DRIVE = re.compile(r"(?P<letter>[A-Za-z]):[\\/]")
@@ -52,7 +51,7 @@ def _of_address(text: str) -> Path:
         raise ValueError(f"{text!r} is no address of a file ({error}); write its path") from error
     if machine not in {"", "localhost"}:
         raise ValueError(f"{text!r} is a file of the machine {machine!r}; write the path that it has on this one")
-    return Path(url2pathname(path))
+    return Path(unquote(path))
 
 
 def _refuse_other_machines(text: str) -> None:

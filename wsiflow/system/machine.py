@@ -89,9 +89,9 @@ def numeric_class(threads: int) -> dict[str, str]:
         "vendor": vendor,  # MKL chooses its kernels by the vendor
         "isa": next((isa for isa, needed in _ISA_FLAGS.items() if needed <= flags), "generic"),
         "pins": " ".join(pins),
-        "torch": _version("torch"),
-        "openvino": _version("openvino"),
-        "onnxruntime": _version("onnxruntime"),
+        "torch": installed_version("torch"),
+        "openvino": installed_version("openvino"),
+        "onnxruntime": installed_version("onnxruntime"),
         "threads": str(threads),
     }
 
@@ -140,7 +140,7 @@ def cgroup_cores(membership: Path, root: Path) -> list[int]:
 
 
 @functools.cache  # every task asks for it, and each answer parses the whole description of a package
-def _version(package: str) -> str:
+def installed_version(package: str) -> str:
     """Return the version of a package, or an empty text where it is not installed."""
     try:
         return importlib.metadata.version(package)

@@ -17,10 +17,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+import scipy
 from numpy.typing import NDArray
-from scipy.sparse import csr_array
-from scipy.sparse.csgraph import maximum_bipartite_matching
-from scipy.spatial import KDTree
 
 from wsiflow.errors import InputError
 from wsiflow.evaluation import proportions
@@ -225,11 +223,11 @@ def pair_detections(a: NDArray[np.float64], b: NDArray[np.float64], *, reach: fl
     """
     if not (len(a) and len(b)):
         return Pairing(np.ones(len(a), np.bool_), np.ones(len(b), np.bool_))
-    near = KDTree(a).query_ball_tree(KDTree(b), reach)
+    near = scipy.spatial.KDTree(a).query_ball_tree(scipy.spatial.KDTree(b), reach)
     ends = np.cumsum([0, *(len(each) for each in near)])
     places = np.array([place for each in near for place in sorted(each)], np.int32)
-    graph = csr_array((np.ones(len(places), np.int8), places, ends), shape=(len(a), len(b)))
-    partner = maximum_bipartite_matching(graph, perm_type="column")  # index for each of A's, or -1
+    graph = scipy.sparse.csr_array((np.ones(len(places), np.int8), places, ends), shape=(len(a), len(b)))
+    partner = scipy.sparse.csgraph.maximum_bipartite_matching(graph, perm_type="column")  # index for each of A's, or -1
     gained = np.ones(len(b), np.bool_)
     gained[partner[partner >= 0]] = False
     return Pairing(partner < 0, gained)

@@ -19,16 +19,14 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
 import torch
-from numpy.lib.stride_tricks import sliding_window_view
-from numpy.typing import NDArray
 from torch import fx, nn
 
 from wsiflow.errors import InputError
 from wsiflow.model.classifier import Classifier
 from wsiflow.model.dense import operations
 from wsiflow.model.dense.alone import module_alone
+from wsiflow.model.dense.crops import Crops, window_crops
 from wsiflow.model.dense.facts import (
     DenseFacts,
     DenseStride,
@@ -46,22 +44,6 @@ from wsiflow.model.outputs import Outputs
 # relative to the largest one, because probabilities that are all 0 or 1 would hide any difference.
 PROBABILITY_TOLERANCE = 1e-5
 LOGIT_TOLERANCE = 1e-4
-
-
-class Crops(NamedTuple):
-    """The positions of windows in the feature map of a shared stem.
-
-    Attributes:
-        step: Distance between neighbouring windows, cells.
-        every: Distance between neighbouring features of one window, cells.
-        side: Number of features of a window along an axis.
-        first: Number of cells before the first window.
-    """
-
-    step: int
-    every: int
-    side: int
-    first: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,22 +123,6 @@ def densify(
     checked = _Conversion(classifier, _with_wide_means(network), stride) if conversion.facts.local else conversion
     _check(classifier, build(checked, 0, share_until))
     return build(conversion, context_px, share_until)
-
-
-def window_crops(features: NDArray[np.float32], crops: Crops) -> NDArray[np.float32]:
-    """Return the features of every window, the input of the tail, as a view without copies.
-
-    Args:
-        features: float32 (n, channels, y, x), the output of a stem.
-        crops: Positions of the windows in it.
-
-    Returns:
-        float32 (n, rows, cols, channels, side, side), read-only.
-    """
-    reach = (crops.side - 1) * crops.every + 1
-    inside = slice(crops.first, -crops.first or None)
-    view = sliding_window_view(features[:, :, inside, inside], (reach, reach), axis=(2, 3))
-    return np.moveaxis(view[:, :, :: crops.step, :: crops.step, :: crops.every, :: crops.every], 1, 3)
 
 
 class _Region(NamedTuple):

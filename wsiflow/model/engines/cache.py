@@ -35,19 +35,21 @@ def cached(folder: Path | None, key: str, make: Callable[[], bytes]) -> bytes:
         key: Hash of everything that decides the content.
         make: Function that computes the content.
     """
-    if folder is None:
-        return make()
-    content = _whole(folder / key)
-    if content is None:
-        content = make()
+    content = kept(folder, key)
+    if content is not None:
+        return content
+    content = make()
+    if folder is not None:
         _keep(folder / key, hashlib.sha256(content).digest() + content)
     return content
 
 
-def _whole(path: Path) -> bytes | None:
-    """Return the content of a file, or None if the file is missing or damaged."""
+def kept(folder: Path | None, key: str) -> bytes | None:
+    """Return the cached content for a key, or None if it is missing or damaged, or there is no cache folder."""
+    if folder is None:
+        return None
     try:
-        data = path.read_bytes()
+        data = (folder / key).read_bytes()
     except OSError:
         return None
     digest, content = data[:_DIGEST_BYTES], data[_DIGEST_BYTES:]

@@ -14,7 +14,7 @@ import importlib.metadata
 import importlib.util
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,12 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from wsiflow.errors import WsiflowError
 from wsiflow.model.classifier import Classifier
-from wsiflow.model.engines.onnxruntime import onnxruntime_engine
-from wsiflow.model.engines.openvino import openvino_engine
+from wsiflow.model.engines import openvino
+from wsiflow.model.engines.compiled import compiled
+from wsiflow.model.engines.conversion import converted, graph_for
+from wsiflow.model.engines.onnxruntime import runtime
 from wsiflow.model.engines.pixels import FromPixels, WindowScores
 from wsiflow.model.engines.spec import Backend, Candidate, CheckedEngine, Engine, EngineSpec, Network, check_spec
 from wsiflow.model.formats.torchscript import is_script
@@ -71,7 +74,7 @@ def prepare(
         spec: Backend and precision.
         threads: Number of threads of the backend; PyTorch uses that of its process.
         cache: Cache folder for converted networks, or None.
-        quantised: For int8, the result of `wsiflow.model.engines.openvino.quantise` for this network.
+        quantised: For int8, the result of `quantise` for this network; otherwise None.
 
     Returns:
         A function from arrays like the network's example to arrays that its caller may keep.
@@ -79,15 +82,36 @@ def prepare(
     Raises:
         InputError: The backend does not support this precision, or cannot convert this network.
         EnvironmentFault: A package is missing, or this CPU has no bfloat16 instructions.
+        WsiflowError: A quantised network is missing or not needed.
     """
     check_spec(spec)
+    if (spec.precision == "int8") != (quantised is not None):
+        raise WsiflowError("a calibrated network must be given for int8, and only then", "please report this")
     if spec.backend == "torch":
         run = _torch(network, spec)
-    elif spec.backend == "openvino":
-        run = openvino_engine(network, spec, threads, cache, quantised)
-    else:
-        run = onnxruntime_engine(network, threads, cache)
-    return CheckedEngine(network.example.shape, network.example.dtype, network.fixed, run)
+        return CheckedEngine(network.example.shape, network.example.dtype, network.fixed, run)
+    if spec.backend == "onnxruntime":
+        runtime()  # before the conversion, which would be for nothing where it is missing
+    graph, content = (
+        converted(network, spec.backend, cache) if quantised is None else (graph_for(network, spec.backend), quantised)
+    )
+    return compiled(graph, content, spec, threads=threads)
+
+
+def quantise(network: Network, samples: Iterable[NDArray[Any]], *, cache: Path | None = None) -> bytes:
+    """Return a network quantised to int8 for OpenVINO; see `wsiflow.model.engines.openvino.quantise`.
+
+    Args:
+        network: The network.
+        samples: Inputs of the network that are typical of later ones; all of them are used.
+        cache: Cache folder for converted networks, or None.
+
+    Raises:
+        InputError: There are no samples, or the network cannot be converted.
+        EnvironmentFault: NNCF is missing.
+    """
+    openvino.require_int8()  # before the conversion, which would be for nothing where it is missing
+    return openvino.quantise(*converted(network, "openvino", cache), samples)
 
 
 def median_seconds(

@@ -1,4 +1,4 @@
-"""Conversion and quantisation of networks for OpenVINO, and their engine there."""
+"""The engine of converted networks on OpenVINO, and their quantisation; nothing here imports PyTorch."""
 
 import contextlib
 import functools
@@ -6,46 +6,35 @@ import io
 import logging
 import sys
 import tempfile
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import safetensors.numpy
-import torch
 from numpy.typing import NDArray
 
-from wsiflow.errors import InputError, WsiflowError
-from wsiflow.model.engines.cache import cached
-from wsiflow.model.engines.spec import (
-    Engine,
-    EngineSpec,
-    Network,
-    cannot_convert,
-    graph_key,
-    optional_package,
-    shape_of,
-)
+from wsiflow.errors import InputError
+from wsiflow.model.engines.spec import Engine, EngineSpec, Graph, optional_package, shape_of
 from wsiflow.system.machine import cpu_supports_bf16
 
 
-def quantise(network: Network, samples: Iterable[NDArray[Any]], *, cache: Path | None = None) -> bytes:
+def quantise(graph: Graph, converted: bytes, samples: Iterable[NDArray[Any]]) -> bytes:
     """Return a network quantised to int8 for OpenVINO, with ranges of activations calibrated on samples.
 
     Weights have one scale per channel, and activations one per tensor. The same samples in the same order give the same
     bytes.
 
     Args:
-        network: The network.
+        graph: What identifies the converted network.
+        converted: The converted network.
         samples: Inputs of the network that are typical of later ones; all of them are used.
-        cache: Cache folder for converted networks, or None.
 
     Returns:
         The quantised OpenVINO model, serialised.
 
     Raises:
-        InputError: There are no samples, or the network cannot be converted.
+        InputError: There are no samples.
         EnvironmentFault: NNCF is missing.
     """
     kept = [np.ascontiguousarray(sample) for sample in samples]
@@ -54,8 +43,8 @@ def quantise(network: Network, samples: Iterable[NDArray[Any]], *, cache: Path |
             "there are no pixels for the calibration of int8", "set inference.precision=fp32 in another out= folder"
         )
     nncf = _nncf()
-    model = _read(_converted(network, cache))
-    model.reshape(shape_of(network))
+    model = _read(converted)
+    model.reshape(shape_of(graph))
     with one_thread(), contextlib.redirect_stdout(io.StringIO()):  # NNCF prints progress bars
         quantised = nncf.quantize(
             model,
@@ -65,7 +54,7 @@ def quantise(network: Network, samples: Iterable[NDArray[Any]], *, cache: Path |
             target_device=nncf.TargetDevice.CPU,
             subset_size=len(kept),
         )
-    return _packed(quantised)
+    return packed(quantised)
 
 
 def require_int8() -> None:
@@ -88,28 +77,19 @@ def core() -> Any:
     return openvino.Core()
 
 
-def openvino_engine(
-    network: Network, spec: EngineSpec, threads: int, cache: Path | None, quantised: bytes | None
-) -> Engine:
-    """Return the engine that runs a network on OpenVINO.
+def openvino_engine(graph: Graph, content: bytes, spec: EngineSpec, threads: int) -> Engine:
+    """Return the engine that runs a converted network on OpenVINO.
 
     Args:
-        network: The network.
+        graph: What identifies the network.
+        content: The converted network, for int8 the result of `quantise`.
         spec: Backend and precision.
         threads: Number of threads.
-        cache: Cache folder for converted networks, or None.
-        quantised: For int8, the result of `quantise`; otherwise None.
-
-    Raises:
-        InputError: The network cannot be converted.
-        WsiflowError: A quantised network is missing or not needed.
     """
-    if (spec.precision == "int8") != (quantised is not None):
-        raise WsiflowError("a calibrated network must be given for int8, and only then", "please report this")
-    model = _read(quantised or _converted(network, cache))
+    model = _read(content)
     # With dynamic height and width the first call for a shape costs some 7 % more than later ones (measured on blocks
     # of GoogLeNet in bfloat16). Compiling for each shape would cost 30 %, and occupy memory for each.
-    model.reshape(shape_of(network))
+    model.reshape(shape_of(graph))
     request = core().compile_model(model, "CPU", _options(spec, threads)).create_infer_request()
 
     def run(inputs: NDArray[Any]) -> NDArray[np.float32]:
@@ -132,28 +112,7 @@ def _options(spec: EngineSpec, threads: int) -> dict[str, Any]:
     }
 
 
-def _converted(network: Network, cache: Path | None) -> bytes:
-    """Return the OpenVINO graph of a network, serialised."""
-    core()
-    import openvino
-
-    def convert() -> bytes:
-        with torch.inference_mode(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # warnings of the tracer about shapes that are constants on purpose
-            try:
-                # OpenVINO also reads programs of torch.export. Those give the same bits at the same speed, but take ten
-                # times as long, since torch.export has to reason about every phase of a map of any height and width:
-                # 28.6 s of CPU time instead of 2.5 s for the demo network, 7.0 s instead of 0.7 s for pcam.
-                # Tracing runs the network in PyTorch, where a whole batch would need as much memory as all the rest.
-                model = openvino.convert_model(network.build(), example_input=torch.tensor(network.example[:2]))
-            except (RuntimeError, openvino.frontend.OpConversionFailure) as error:
-                raise cannot_convert("OpenVINO", error) from error
-        return _packed(model)
-
-    return cached(cache, graph_key(network, "openvino"), convert)
-
-
-def _packed(model: Any) -> bytes:
+def packed(model: Any) -> bytes:
     """Return an OpenVINO model serialised to bytes; equal graphs give equal bytes."""
     import openvino
 
@@ -168,9 +127,9 @@ def _packed(model: Any) -> bytes:
     return safetensors.numpy.save(parts)
 
 
-def _read(packed: bytes) -> Any:
+def _read(content: bytes) -> Any:
     """Return an OpenVINO model from its serialised form."""
-    parts = safetensors.numpy.load(packed)
+    parts = safetensors.numpy.load(content)
     return core().read_model(parts["xml"].tobytes(), parts["bin"].tobytes())
 
 

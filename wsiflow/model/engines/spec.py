@@ -1,20 +1,22 @@
-"""The specification of an engine, and the functions that all backends need."""
+"""The specification of an engine, and the functions that all backends need; nothing here imports PyTorch."""
 
 import hashlib
-import importlib.util
+import importlib.metadata
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import nn
 
 from wsiflow.errors import EnvironmentFault, InputError, WsiflowError
 from wsiflow.system import machine as cores
 from wsiflow.system.publish import key_of
+
+if TYPE_CHECKING:
+    from torch import nn
 
 Backend = Literal["torch", "openvino", "onnxruntime"]
 Precision = Literal["fp32", "bf16", "int8"]
@@ -46,9 +48,25 @@ class Network(NamedTuple):
             height and width of pixels, are dynamic.
     """
 
-    build: Callable[[], nn.Module]
+    build: "Callable[[], nn.Module]"
     key: str
     example: NDArray[Any]
+    fixed: bool
+
+
+class Graph(NamedTuple):
+    """A network that was converted for a backend: its key in the cache, and the input that it takes.
+
+    Attributes:
+        key: Key of its content in the cache, see `wsiflow.model.engines.cache`.
+        shape: Shape of the example of its input.
+        dtype: Name of the type of its input, as NumPy has it.
+        fixed: As for `Network`.
+    """
+
+    key: str
+    shape: tuple[int, ...]
+    dtype: str
     fixed: bool
 
 
@@ -92,10 +110,10 @@ def check_spec(spec: EngineSpec) -> None:
         )
 
 
-def shape_of(network: Network) -> list[int]:
-    """Return the shape for which a network is compiled, with -1 for dynamic axes."""
-    shape = list(network.example.shape)
-    return shape if network.fixed else [shape[0], -1, -1, *shape[3:]]
+def shape_of(graph: Graph) -> list[int]:
+    """Return the shape for which a graph is compiled, with -1 for dynamic axes."""
+    shape = list(graph.shape)
+    return shape if graph.fixed else [shape[0], -1, -1, *shape[3:]]
 
 
 def optional_package(name: str, extra: str) -> Any:
@@ -122,21 +140,32 @@ def cannot_convert(form: str, error: Exception) -> InputError:
 
 
 @cache
-def code_sha256() -> str:
-    """Return the SHA-256 of the source code of `wsiflow.model`, which reads and converts networks."""
+def code_sha256(package: str = "model") -> str:
+    """Return the SHA-256 of the source code of a package of wsiflow.
+
+    Args:
+        package: Its path; `wsiflow.model` reads and converts networks.
+    """
     code = hashlib.sha256()
-    for path in sorted(Path(__file__).parents[1].rglob("*.py")):
+    for path in sorted((Path(__file__).parents[2] / package).rglob("*.py")):
         code.update(path.read_bytes())
     return code.hexdigest()
 
 
-def graph_key(network: Network, form: str) -> str:
-    """Return the cache key of a converted graph: a hash of the network and of the code and packages that convert it."""
-    return key_of(
+def graph_of(network: Network, form: str) -> Graph:
+    """Return what identifies the converted graph of a network: its key hashes all that decides its content.
+
+    Args:
+        network: The network.
+        form: The package that defines the form of the graph, ``openvino`` or ``onnx``.
+    """
+    example = network.example
+    key = key_of(
         form=form,
         network=network.key,
-        example=[str(network.example.dtype), *network.example.shape],
+        example=[str(example.dtype), *example.shape],
         fixed=network.fixed,
         code=code_sha256(),
         versions={name: importlib.metadata.version(name) for name in ("torch", form)},
     )
+    return Graph(key, example.shape, str(example.dtype), network.fixed)

@@ -127,7 +127,7 @@ def _plan_named(folder: Path, root: Path, config: RunConfig, named: Sequence[Cas
 
 def _calibration_samples(root: Path, plan: Plan, *, skip_unreadable: bool) -> Iterator[NDArray[np.uint8]]:
     """Yield the network's input for blocks that are drawn from the slides."""
-    from wsiflow.model import scorer
+    from wsiflow.model import scoring
 
     slides = calibration_slides(plan)
     for planned in (plan.slides[index] for index in slides):
@@ -143,4 +143,4 @@ def _calibration_samples(root: Path, plan: Plan, *, skip_unreadable: bool) -> It
                 raise
             continue
         for block, pixels in blocks:
-            yield scorer.calibration_sample(planned.frame, block, pixels, plan.settings.choice)
+            yield scoring.calibration_sample(planned.frame, block, pixels, plan.settings.choice)

@@ -25,18 +25,18 @@ from wsiflow.run.costs import StageCost
 from wsiflow.run.plan import Plan, Task, read_plan
 from wsiflow.run.stages import certificates, predict, strata
 from wsiflow.run.stages.certificates import Certificate
-from wsiflow.run.stages.network import check_numeric_class, planned_classifier, scorer_for
+from wsiflow.run.stages.network import check_numeric_class, fresh_scorer, scorer_for
 from wsiflow.run.stages.pixels import planned_blocks
 from wsiflow.run.stages.predict import prediction_name, published
 from wsiflow.run.stages.stage import Stage
 from wsiflow.run.stages.stitch import cell_um, class_stems, make_room
 from wsiflow.slides.manifest import Case
 from wsiflow.system import publish, usage
-from wsiflow.system.provenance import facts, thread_count
+from wsiflow.system.provenance import facts
 from wsiflow.system.usage import untimed
 
 if TYPE_CHECKING:
-    from wsiflow.model.scorer import DenseScorer, WindowScorer
+    from wsiflow.model.scoring import DenseScorer, WindowScorer
 
 _BATCH = 8  # a second network is in memory beside the run's own, and larger batches are hardly faster
 
@@ -277,7 +277,7 @@ def _window_scorer(plan: Plan) -> "WindowScorer":
     """Return the scorer that runs single windows in fp32; a process prepares it once."""
     choice = plan.settings.choice
     few = choice._replace(precision="fp32", engine="window", batch=min(choice.batch, _BATCH), refine=0.0)
-    return cast("WindowScorer", scorer_for(planned_classifier(plan), few))
+    return cast("WindowScorer", scorer_for(plan, few))
 
 
 def _dense_scorer_in_fp32(plan: Plan) -> "DenseScorer | None":
@@ -291,9 +291,7 @@ def _dense_scorer_in_fp32(plan: Plan) -> "DenseScorer | None":
 
 def dense_scorer(plan: Plan, choice: Choice) -> "DenseScorer":
     """Return a dense scorer for another choice than the run's."""
-    from wsiflow.model import scorer
-
-    return cast("DenseScorer", scorer.make_scorer(planned_classifier(plan), choice, threads=thread_count()))
+    return cast("DenseScorer", fresh_scorer(plan.settings.model, choice))
 
 
 def _pairs(

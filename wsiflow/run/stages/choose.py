@@ -7,12 +7,15 @@ from typing import Any
 from wsiflow.errors import InputError
 from wsiflow.model import card
 from wsiflow.model.choice import Choice
+from wsiflow.model.engines import cache
+from wsiflow.model.engines.spec import code_sha256
 from wsiflow.run import cases
 from wsiflow.run.cases import read_cases
 from wsiflow.run.config import RunConfig
 from wsiflow.run.stages.calibration_set import named_sha256
-from wsiflow.run.stages.network import classifier_of
+from wsiflow.run.stages.network import cache_key, classifier_of
 from wsiflow.system import publish, usage
+from wsiflow.system.machine import cpu_flags
 from wsiflow.system.provenance import facts, numeric_class, pixel_versions, thread_count
 
 
@@ -98,10 +101,7 @@ def choose(source: Path, _index: int) -> tuple[publish.Receipt, bool]:
             # A run that was killed before it wrote the receipt left it. Times that are measured again would differ.
             attempt.path.write_bytes((root / name).read_bytes())
         else:
-            # It imports torch, which takes seconds, and before which a worker's threads have to be limited.
-            from wsiflow.run.stages.fastest import choose_engine
-
-            record = choose_engine(classifier_of(config.model), config, threads=thread_count())
+            record = _choose(config)
             record |= {"numeric_class": numeric_class(), "pixels": pixel_versions(), **_calibration(config, record)}
             attempt.path.write_text(json.dumps(record, indent=1, sort_keys=True), encoding="utf-8")
     return attempt.receipt, True
@@ -121,3 +121,44 @@ def _calibration(config: RunConfig, record: dict[str, Any]) -> dict[str, Any]:
         remedy = "name a manifest of slides that are not under test, or set inference.calibration=own to take those"
         raise InputError(cause, remedy, stage="configuration")
     return {"calibration": named_sha256(named)}
+
+
+def _choose(config: RunConfig) -> dict[str, Any]:
+    """Return how scores are computed, from the cache folder where such a machine has chosen before without measuring.
+
+    Raises:
+        InputError: The configuration asks for what this network cannot do.
+        EnvironmentFault: The configuration asks for what this machine cannot do.
+    """
+    model = cache_key(config.model)
+    key = _record_key(config, model)
+    content = cache.kept(cache.cache_folder(), key) if key else None
+    if content is not None:
+        record: dict[str, Any] = json.loads(content)
+        return record
+    # It imports torch, which takes seconds, and before which a worker's threads have to be limited.
+    from wsiflow.run.stages.fastest import choose_engine
+
+    record = choose_engine(classifier_of(config.model), config, threads=thread_count(), keep_as=model)
+    if key and not record["measured_s"] and "window_s" not in record:
+        cache.cached(cache.cache_folder(), key, lambda: json.dumps(record).encode())
+    return record
+
+
+def _record_key(config: RunConfig, model: str) -> str:
+    """Return a hash of all that decides a choice; empty where it is measured, or has to be tried on this machine.
+
+    Args:
+        config: The configuration.
+        model: What identifies the network in the cache folder; empty for one that is not kept there.
+    """
+    inference = config.inference
+    if not model or inference.backend == "auto" or inference.precision in {"auto", "int8"}:
+        return ""
+    sections = ("inference", "dense", "tiles", "geometry")
+    return publish.key_of(
+        choice={name: getattr(config, name).model_dump(mode="json") for name in sections},
+        model=model,
+        code=[code_sha256(package) for package in ("model", "plan", "run/stages")],
+        machine=[numeric_class(), sorted(cpu_flags())],
+    )

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from wsiflow.errors import InputError
-from wsiflow.model import scorer
+from wsiflow.model import scorer, scoring
 from wsiflow.model.choice import Choice
 from wsiflow.model.classifier import Classifier
 from wsiflow.model.dense.facts import DenseFacts
@@ -24,7 +24,7 @@ from wsiflow.run.config import RunConfig
 from wsiflow.system.machine import cpu_flags, cpu_supports_bf16
 from wsiflow.system.usage import untimed
 
-_Scorer = scorer.WindowScorer | scorer.DenseScorer
+_Scorer = scoring.WindowScorer | scoring.DenseScorer
 
 _MICRO_BENCHMARK_S = 2.0
 _ONE_BY_ONE = "windows are run one by one"
@@ -43,8 +43,14 @@ _CALL_BYTES_PX = 512.0
 _WINDOW_BYTES_PX = 200.0  # windows hold only pixels, and reading more at once gains nothing
 
 
-def choose_engine(classifier: Classifier, config: RunConfig, *, threads: int) -> dict[str, Any]:
+def choose_engine(classifier: Classifier, config: RunConfig, *, threads: int, keep_as: str = "") -> dict[str, Any]:
     """Choose how a run computes scores.
+
+    Args:
+        classifier: The network.
+        config: The configuration.
+        threads: Number of threads with which the network runs.
+        keep_as: What identifies the network in the cache folder, see `wsiflow.model.scorer.make_scorer`.
 
     Returns:
         JSON values by name: the choice, its reason (``told``), the seconds that were measured, the flags of the CPU,
@@ -62,14 +68,14 @@ def choose_engine(classifier: Classifier, config: RunConfig, *, threads: int) ->
         planned = _plan_windows(classifier, config)
     choice, measured = _fastest(classifier, planned, config, threads=threads)
     try:
-        proven = _prove(classifier, choice, threads=threads)
+        proven = _prove(classifier, choice, threads=threads, keep_as=keep_as)
     except InputError as error:
         if choice.engine == "window" or config.dense.share_until or choice.precision == "int8":
             raise
         facts, reason = None, f"{_ONE_BY_ONE}: {error.cause}"
         alone = _plan_windows(classifier, config)
         choice = alone._replace(backend=choice.backend, precision=choice.precision)
-        proven = _prove(classifier, choice, threads=threads)
+        proven = _prove(classifier, choice, threads=threads, keep_as=keep_as)
     _check_certifiable(choice, config)
     if not engine.is_convertible(classifier):
         reason = f"{reason}; PyTorch runs this network"
@@ -105,7 +111,7 @@ def _cost_alone(
     fitting = _stride_alone(classifier, config)
     if config.inference.engine == "window" or choice.engine == "dense" or choice.stride_px >= fitting:
         return {}
-    assert isinstance(proven, scorer.WindowScorer)
+    assert isinstance(proven, scoring.WindowScorer)
     window = np.zeros((classifier.window_px, classifier.window_px, 3), np.uint8)
     begin = time.perf_counter()
     proven.run([window] * choice.batch, untimed)
@@ -136,7 +142,7 @@ def _fastest(
     return min(candidates, key=lambda each: measured.get(_name(each), math.inf)), measured
 
 
-def _prove(classifier: Classifier, choice: Choice, *, threads: int) -> _Scorer:
+def _prove(classifier: Classifier, choice: Choice, *, threads: int, keep_as: str) -> _Scorer:
     """Prepare the network as chosen, so that a choice that does not work fails before any slide is read.
 
     The graph of the network is kept for later. For int8 the network is prepared in fp32.
@@ -151,7 +157,7 @@ def _prove(classifier: Classifier, choice: Choice, *, threads: int) -> _Scorer:
             cause = "int8 is not supported for a network of which windows share only a part"
             raise InputError(cause, "set inference.precision=fp32 or bf16, or dense.share_until=''")
     precision = "fp32" if choice.precision == "int8" else choice.precision
-    return scorer.make_scorer(classifier, choice._replace(precision=precision), threads=threads)
+    return scorer.make_scorer(classifier, choice._replace(precision=precision), threads=threads, keep_as=keep_as)
 
 
 def _check_certifiable(choice: Choice, config: RunConfig) -> None:

@@ -1,4 +1,7 @@
-"""The network of a plan, and the scorer that runs it; a process loads each once."""
+"""The network of a plan, and the scorer that runs it; a process loads each once.
+
+PyTorch is imported only where the cache folder lacks the converted network, or PyTorch runs it.
+"""
 
 import gc
 from functools import lru_cache
@@ -14,7 +17,7 @@ from wsiflow.system.provenance import numeric_class, pixel_versions, thread_coun
 
 if TYPE_CHECKING:
     from wsiflow.model.classifier import Classifier
-    from wsiflow.model.scorer import DenseScorer, WindowScorer
+    from wsiflow.model.scoring import DenseScorer, WindowScorer
 
 
 def check_numeric_class(plan: Plan) -> None:
@@ -53,13 +56,20 @@ def planned_classifier(plan: Plan) -> "Classifier":
     Raises:
         IntegrityError: The card or the weights have changed since the run was planned.
     """
-    model = classifier_of(plan.settings.model)
-    if model.identity != plan.settings.model_identity:
+    _check_identity(plan)
+    return classifier_of(plan.settings.model)
+
+
+def _check_identity(plan: Plan) -> None:
+    """Refuse a card that has changed.
+
+    Raises:
+        IntegrityError: It has, since the run was planned.
+    """
+    spec = plan.settings.model
+    if card.identity(card.read_card(spec)) != plan.settings.model_identity:
         cause = "the model is another than when the run was planned"
-        raise IntegrityError(
-            cause, "restore card and weights, or choose another out= folder", path=plan.settings.model.card
-        )
-    return model
+        raise IntegrityError(cause, "restore card and weights, or choose another out= folder", path=spec.card)
 
 
 def planned_scorer(root: Path, plan: Plan) -> "WindowScorer | DenseScorer":
@@ -68,11 +78,11 @@ def planned_scorer(root: Path, plan: Plan) -> "WindowScorer | DenseScorer":
     Raises:
         IntegrityError: The network was not calibrated for int8, or has changed since the run was planned.
     """
-    model, choice = planned_classifier(plan), plan.settings.choice
+    choice = plan.settings.choice
     quantised = root / calibration(root, plan).name if choice.precision == "int8" else None
     if quantised is not None and not quantised.exists():
         raise IntegrityError("the network was not calibrated for int8", "run again", path=quantised)
-    return scorer_for(model, choice, quantised)
+    return scorer_for(plan, choice, quantised)
 
 
 def timed_scorer(root: Path, plan: Plan) -> "tuple[WindowScorer | DenseScorer, float]":
@@ -81,25 +91,71 @@ def timed_scorer(root: Path, plan: Plan) -> "tuple[WindowScorer | DenseScorer, f
     return planned_scorer(root, plan), usage.warmup_s() - before
 
 
-@lru_cache(maxsize=4)
-def scorer_for(model: "Classifier", choice: Choice, quantised: Path | None = None) -> "WindowScorer | DenseScorer":
-    """Return the scorer for a choice; a process prepares it once.
+def scorer_for(plan: Plan, choice: Choice, quantised: Path | None = None) -> "WindowScorer | DenseScorer":
+    """Return the scorer that runs the network of a plan as a choice says; a process prepares it once.
 
     Args:
-        model: The classifier.
+        plan: The plan.
         choice: How scores are computed.
         quantised: The file of the network in int8; None for other precisions.
+
+    Raises:
+        IntegrityError: The card has changed since the run was planned.
+    """
+    _check_identity(plan)
+    return _prepared(plan.settings.model, plan.settings.model_identity, choice, quantised)
+
+
+@lru_cache(maxsize=4)
+def _prepared(
+    spec: card.ModelSpec, _identity: str, choice: Choice, quantised: Path | None
+) -> "WindowScorer | DenseScorer":
+    return fresh_scorer(spec, choice, quantised)
+
+
+def cache_key(spec: card.ModelSpec) -> str:
+    """Return what identifies the network in the cache folder; empty for one that its card's hashes do not say all of.
+
+    Raises:
+        InputError: The weights are missing or damaged, which loading them would find.
+    """
+    from wsiflow.model import prepared
+
+    described = card.read_card(spec)
+    if described.architecture.startswith(card.PYTHON):
+        return ""  # what the module of a user's function imports is in no hash
+    _verify_weights(spec, card.identity(described))
+    return prepared.model_key(described, card.map_indices(described, spec))
+
+
+@lru_cache(maxsize=1)
+def _verify_weights(spec: card.ModelSpec, _identity: str) -> None:
+    """Refuse a weights file that is missing or damaged; a process reads it once."""
+    card.read_weights(spec, card.read_card(spec))
+
+
+def fresh_scorer(spec: card.ModelSpec, choice: Choice, quantised: Path | None = None) -> "WindowScorer | DenseScorer":
+    """Return a scorer that is not kept in memory; arguments as for `scorer_for`.
+
+    Raises:
+        InputError: The card or the weights are missing or damaged.
     """
     with usage.warming_up():
-        from wsiflow.model import scorer
+        from wsiflow.model import prepared
 
         data = None if quantised is None else quantised.read_bytes()
-        return scorer.make_scorer(model, choice, threads=thread_count(), quantised=data)
+        key, threads = cache_key(spec), thread_count()
+        ready = prepared.find(key, choice, threads=threads, quantised=data) if key else None
+        if ready is not None:
+            return ready
+        from wsiflow.model import scorer  # it imports PyTorch, after the threads of the worker were limited
+
+        return scorer.make_scorer(classifier_of(spec), choice, threads=threads, quantised=data, keep_as=key)
 
 
 def release() -> None:
     """Free the memory of prepared networks; the next task of this process that needs one prepares it again."""
-    scorer_for.cache_clear()
+    _prepared.cache_clear()
     gc.collect()
 
 
