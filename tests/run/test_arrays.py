@@ -424,7 +424,6 @@ def test_the_line_killed_in_the_middle_publishes_the_same_bytes(
     assert published(out) == expected
     predicted = taken(out, "predict")
     assert predicted == list(range(len(predicted))), "every group was taken once"
-    assert max(found["elements"] for found in events(out, "intent")) == 5 < len(predicted)
     traced = {row["task"]: row["native_id"] for row in rows(out / "trace.csv")}
     assert len([task for task in traced if task.startswith("predict ")]) == len(predicted), "all are heard of"
     assert len(set(traced.values())) < len(traced) / 2, "elements do one task after another"

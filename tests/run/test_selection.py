@@ -14,9 +14,9 @@ from flows.compose import compose_config
 from wsiflow.errors import InputError
 from wsiflow.plan.slide_plan import tissue_grid
 from wsiflow.run.cases import read_cases, write_cases
+from wsiflow.run.intake import describe_unused_tissue
 from wsiflow.run.results.record import main_metrics
 from wsiflow.run.results.scores import read_metrics
-from wsiflow.run.shards import describe_unused_tissue
 from wsiflow.run.stages import ingest
 from wsiflow.run.stages.selection import region_hashes
 from wsiflow.slides import pyramid

@@ -88,7 +88,7 @@ def describe_rejections(plan_path: Path, faults: Mapping[str, Failure]) -> list[
 def describe_usable(cases: Path, plan_path: Path) -> list[str]:
     """Return all warnings about usable slides, the data that go with them, and what they will cost."""
     return [
-        *_describe_unused_tissue(cases),
+        *describe_unused_tissue(cases),
         *_describe_duplicates(plan_path),
         *_describe_remarks(plan_path),
         *_describe_tissue(plan_path),
@@ -97,7 +97,7 @@ def describe_usable(cases: Path, plan_path: Path) -> list[str]:
     ]
 
 
-def _describe_unused_tissue(cases: Path) -> list[str]:
+def describe_unused_tissue(cases: Path) -> list[str]:
     """Return a warning where the manifest names files of tissue that the run does not use."""
     config, listed = read_cases(cases)
     count = sum(case.tissue_mask_path is not None for case in listed)
