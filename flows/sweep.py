@@ -37,7 +37,6 @@ from wsiflow.run import cases, tracking
 from wsiflow.run.config import RunConfig
 from wsiflow.run.executor import jobs as array_jobs
 from wsiflow.run.executor.kinds import KINDS
-from wsiflow.run.results import cost
 from wsiflow.system import processes
 from wsiflow.system.machine import cpu_supports_bf16
 from wsiflow.system.usage import Spending
@@ -340,6 +339,8 @@ def objectives(metrics: Mapping[str, float], sweeper: Any) -> float | tuple[floa
     direction = OmegaConf.select(sweeper, "direction")
     if score is None or not isinstance(direction, ListConfig):
         return score
+    from wsiflow.run.results import cost  # it imports all stages, which a typo does not need
+
     if math.isfinite(total := metrics.get(cost.TOTAL, math.nan)):
         return score, total
     logs.note("a former version began this trial: its cost is that of the line alone", logging.WARNING)

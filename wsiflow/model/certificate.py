@@ -16,8 +16,8 @@ import math
 from typing import NamedTuple
 
 import numpy as np
+import scipy
 from numpy.typing import NDArray
-from scipy import special
 
 DECISION = 0.5
 _LEVEL = 0.95
@@ -139,7 +139,7 @@ def mean_at_most(values: NDArray[np.float64], weighing: Weighing) -> float:
     """Return the upper 95 % bound of the mean over all windows, from values that are at least 0 and at most 1."""
     mean = float(np.average(values, weights=weighing.weight))
     variance, freedom = _variance(values, weighing)
-    return min(1.0, mean + float(special.stdtrit(freedom, _LEVEL)) * math.sqrt(variance))
+    return min(1.0, mean + float(scipy.special.stdtrit(freedom, _LEVEL)) * math.sqrt(variance))
 
 
 def share_at_most(has: NDArray[np.bool_], weighing: Weighing) -> float:
@@ -156,7 +156,7 @@ def share_at_most(has: NDArray[np.bool_], weighing: Weighing) -> float:
         most = float(drawn.weight.sum() ** 2 / (drawn.weight**2).sum())
         n = min(max(n, share * (1 - share) / max(variance, _NO_VARIANCE)), most)
     hits = min(share * n, n)
-    high = 1.0 if n - hits <= 0 else float(special.betaincinv(hits + 1, n - hits, _LEVEL))
+    high = 1.0 if n - hits <= 0 else float(scipy.special.betaincinv(hits + 1, n - hits, _LEVEL))
     return certain + high * float(drawn.weight.sum()) / total
 
 
