@@ -127,7 +127,12 @@ def _block_scores(root: Path, plan: Plan, index: int, number: int) -> NDArray[np
     before = sum(len(block.tissue) for block in cut.blocks[lo:number])
     tiles, path = slice(before, before + len(cut.blocks[number].tissue)), root / prediction_name(plan, Task(index, k))
     maps = range(1 + len(plan.settings.maps))
-    return np.stack([store.read_predictions(path, each)[1][tiles].ravel() for each in maps], axis=1)
+    return _columns([store.read_predictions(path, each)[1][tiles] for each in maps])
+
+
+def _columns(maps: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
+    """Return the scores of the scored windows of tiles, float32 (n, m, m) in each map, as a column for each map."""
+    return np.stack([each[~np.isnan(each)] for each in maps], axis=1)
 
 
 def _score_pairs(plan: Plan, planned: SlidePlan, sample: _Sample, dense: "DenseScorer | None") -> dict[str, Any]:
@@ -147,7 +152,7 @@ def _score_pairs(plan: Plan, planned: SlidePlan, sample: _Sample, dense: "DenseS
         # The smallest block is taken, because a second network is in memory while it runs.
         least = min(range(len(sample.blocks)), key=lambda i: sample.blocks[i][1].size)
         again = dense.score(frame, [sample.blocks[least]], untimed)
-        expected = np.stack([each.ravel() for each in (again.prob, *again.maps)], axis=1)
+        expected = _columns([again.prob, *again.maps])
         pairs |= _pairs("precision", stems, sample.scores[least], expected)
     return pairs
 

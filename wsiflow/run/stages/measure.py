@@ -21,6 +21,7 @@ from typing import NamedTuple
 import numpy as np
 
 from wsiflow.errors import EnvironmentFault, InputError
+from wsiflow.plan.blocks import scored_cells, size_px
 from wsiflow.plan.slide_plan import SlideCut, SlidePlan, cut_name, make_cut, read_cut, slide_key
 from wsiflow.run.costs import COSTS, Costs, StageCost, first_of
 from wsiflow.run.plan import Plan, publish_plan, read_plan
@@ -89,14 +90,13 @@ def areas_px(root: Path, plan: Plan) -> list[int]:
 
 
 def _area_px(planned: SlidePlan, cut: SlideCut) -> int:
-    frame = planned.frame
-    return sum(frame.block_px(block.rows) * frame.block_px(block.cols) for block in cut.blocks)
+    return sum(math.prod(size_px(planned.frame, block)) for block in cut.blocks)
 
 
 def _shapes(root: Path, plan: Plan) -> int:
     """Return the number of different shapes of the blocks of a plan."""
-    cuts = (read_cut(root, planned) for planned in plan.slides)
-    return len({(block.rows, block.cols) for cut in cuts for block in cut.blocks})
+    cuts = ((planned.frame, read_cut(root, planned)) for planned in plan.slides)
+    return len({size_px(frame, block) for frame, cut in cuts for block in cut.blocks})
 
 
 def _small_plan(folder: Path, root: Path, plan: Plan) -> tuple[Path, list[list[float]]]:
@@ -129,11 +129,15 @@ def _piece(cut: SlideCut, slide: SlidePlan, place: int, count: int, group_tiles:
     """Return the cut of a slide that is reduced to ``count`` successive blocks, at one of a few places."""
     first = len(cut.blocks) * (2 * place + 1) // (2 * len(_BLOCKS)) - count // 2
     first = max(0, min(first, len(cut.blocks) - count))
+    blocks = cut.blocks[first : first + count]
+    cols, rows = np.array([cell for block in blocks for cell in block.cells()]).T
     grid = np.zeros((slide.frame.t_rows, slide.frame.t_cols), dtype=np.bool_)
-    for block in cut.blocks[first : first + count]:
-        cols, rows = np.array(block.cells()).T
-        grid[rows, cols] = True
-    return make_cut(grid, slide.frame, group_tiles=group_tiles)
+    grid[rows, cols] = True
+    scored = None
+    if cut.cell_bits:
+        of_tiles = np.concatenate([scored_cells(block, slide.frame.cells_per_tile) for block in blocks])
+        scored = of_tiles[np.lexsort((cols, rows))]
+    return make_cut(grid, slide.frame, group_tiles=group_tiles, scored=scored)
 
 
 def _publish_slide(folder: Path, root: Path, slide: SlidePlan, cut: SlideCut, name: str) -> SlidePlan:
@@ -146,7 +150,7 @@ def _publish_slide(folder: Path, root: Path, slide: SlidePlan, cut: SlideCut, na
         path.write_text(text, encoding="utf-8")
     return slide._replace(
         slide_id=name,
-        n_tiles=sum(len(block.tissue) for block in cut.blocks),
+        n_tiles=cut.n_tiles,
         n_blocks=len(cut.blocks),
         n_groups=len(cut.group_ranges),
         key=slide_key(slide.sha256, slide.frame, cut),
