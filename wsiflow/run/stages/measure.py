@@ -77,7 +77,7 @@ def measure(source: Path, _index: int) -> tuple[publish.Receipt, bool]:
     plan, root = read_plan(source), source.parent
     with publish.private_folder(root) as folder:
         small, weights = _small_plan(folder, root, plan)
-        costs = _costs(small, weights, _shapes(root, plan))
+        costs = _costs(small, weights, _shapes(root, plan), plan.slides)
     values = costs._asdict() | {"stages": {stage: cost._asdict() for stage, cost in costs.stages.items()}}
     values["stages"]["ingest"] = StageCost(_ingest_s(root, plan), 0.0)._asdict()
     publish.write_view(root, COSTS, json.dumps(values, indent=1, sort_keys=True).encode())
@@ -157,8 +157,8 @@ def _publish_slide(folder: Path, root: Path, slide: SlidePlan, cut: SlideCut, na
     )
 
 
-def _costs(source: Path, weights: Sequence[Sequence[float]], shapes: int) -> Costs:
-    """Take the small plan through the line, and return the costs."""
+def _costs(source: Path, weights: Sequence[Sequence[float]], shapes: int, all_slides: Sequence[SlidePlan]) -> Costs:
+    """Take the small plan through the line, and return the costs of a run of all slides with blocks of some shapes."""
     plan = read_plan(source)
     times: dict[str, list[Timed]] = {}
     fresh_s = 0.0
@@ -172,11 +172,16 @@ def _costs(source: Path, weights: Sequence[Sequence[float]], shapes: int) -> Cos
             fresh_s = float(_fresh(_PREDICT, str(source), str(thread_count())))
             network.release()  # the network that `choose` has loaded in this process
         firsts[stage.name], times[stage.name] = _timed_stage(stage, source, weights)
+    # Where most blocks have a shape of their own, every task prepares new shapes, as the first runs do.
+    own_shapes = 2 * shapes > sum(planned.n_blocks for planned in all_slides)
+    if own_shapes:
+        times[predict.STAGE.name] = firsts[predict.STAGE.name][_LOADS:]
     fitted = {stage.name: _fit(stage, times[stage.name]) for stage in due}
     for stage in due:
         if stage.loads_network:  # it prepares shapes that are new to it, or a network of its own
             is_first, cost = stage is predict.STAGE, fitted[stage.name]
             seen = firsts[stage.name][_LOADS if is_first else 0 :]
+            seen = [] if is_first and own_shapes else seen
             more_s = sum(max(0.0, one.core_s - cost.fixed_s - cost.unit_s * one.tiles) for one in seen)
             fitted[first_of(stage.name)] = StageCost(
                 more_s * (shapes / _shapes(source.parent, plan) if is_first else 1.0), 0.0
