@@ -266,12 +266,15 @@ def write_predictions(
             file.create_dataset("maps", data=maps, **form).flush()
 
 
-def read_predictions(path: Path, number: int = 0) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+def read_predictions(
+    path: Path, number: int = 0, scored: NDArray[np.bool_] | None = None
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """Return ``coord`` int64 (n, 5) and the scores of one group, float32 (n, m, m).
 
     Args:
         path: The file.
         number: 0 for the positive score, otherwise the number of a further class, counted from 1.
+        scored: bool (n, m, m), the cells that have scores; the others are NaN. None: all have.
 
     Raises:
         IntegrityError: The file is missing or damaged, or a score is not a number in [0, 1].
@@ -282,7 +285,9 @@ def read_predictions(path: Path, number: int = 0) -> tuple[NDArray[np.int64], ND
             coord, prob = file["coord"][:], file["maps"][number - 1] if number else file["prob"][:]
         except (KeyError, IndexError, OSError) as error:
             raise _unread(error, "the scores cannot be read", path) from error
-    if len(coord) != len(prob) or not (np.isnan(prob) | ((prob >= 0) & (prob <= 1))).all():
+    given = np.ones(prob.shape, np.bool_) if scored is None else scored
+    right = prob.shape == given.shape and (np.isnan(prob) | given).all() and ((prob >= 0) & (prob <= 1))[given].all()
+    if len(coord) != len(prob) or not right:
         raise IntegrityError("scores are missing or are not numbers in [0, 1]", _AGAIN, path=path)
     return coord, prob
 

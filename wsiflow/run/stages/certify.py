@@ -22,13 +22,12 @@ from wsiflow.model.choice import Choice
 from wsiflow.plan.blocks import Block, window_corners_px
 from wsiflow.plan.geometry import Frame
 from wsiflow.plan.slide_plan import SlidePlan, read_cut
-from wsiflow.run import store
 from wsiflow.run.costs import StageCost
 from wsiflow.run.plan import Plan, Task, read_plan
 from wsiflow.run.stages import predict
 from wsiflow.run.stages.network import check_numeric_class, planned_classifier, scorer_for
 from wsiflow.run.stages.pixels import planned_blocks
-from wsiflow.run.stages.predict import prediction_name, published
+from wsiflow.run.stages.predict import published, read_scores
 from wsiflow.run.stages.stage import Stage
 from wsiflow.run.stages.stitch import class_stems
 from wsiflow.system import publish, usage
@@ -125,9 +124,9 @@ def _block_scores(root: Path, plan: Plan, index: int, number: int) -> NDArray[np
     cut = read_cut(root, plan.slides[index])
     k, (lo, _) = next((k, span) for k, span in enumerate(cut.group_ranges, 1) if span[0] <= number < span[1])
     before = sum(len(block.tissue) for block in cut.blocks[lo:number])
-    tiles, path = slice(before, before + len(cut.blocks[number].tissue)), root / prediction_name(plan, Task(index, k))
+    tiles, task = slice(before, before + len(cut.blocks[number].tissue)), Task(index, k)
     maps = range(1 + len(plan.settings.maps))
-    return _columns([store.read_predictions(path, each)[1][tiles] for each in maps])
+    return _columns([read_scores(root, plan, task, each)[1][tiles] for each in maps])
 
 
 def _columns(maps: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:

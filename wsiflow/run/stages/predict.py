@@ -90,10 +90,10 @@ def _read_planned(
     path: Path, frame: Frame, blocks: Sequence[Block], number: int
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """Return coordinates and scores of a file, and refuse other tiles than those of its blocks, or other cells."""
-    coord, prob = store.read_predictions(path, number)
-    planned = tile_coord(frame, [cell for block in blocks for cell in block.cells()])
     scored = np.concatenate([scored_cells(block, frame.cells_per_tile) for block in blocks])
-    if not np.array_equal(coord, planned) or not np.array_equal(~np.isnan(prob), scored):
+    coord, prob = store.read_predictions(path, number, scored)
+    planned = tile_coord(frame, [cell for block in blocks for cell in block.cells()])
+    if not np.array_equal(coord, planned):
         raise IntegrityError("the scores do not belong to the planned tiles", "report this", path=path)
     return coord, prob
 
