@@ -200,10 +200,10 @@ def test_a_cropped_block_has_the_scores_of_the_whole(inception: Classifier, choi
     """Cells that are scored have the same scores though less is read, and the others have none."""
     about, whole = frame(56, 84), Block(0, 0, 2, 2, (0, 1, 3))
     squares = np.zeros((3, 4, 4), np.bool_)
-    squares[0, 2:, 2:], squares[1, 2:, :2], squares[2, :2] = True, True, True
+    squares[0, 2:, 2:], squares[1, 2:, :2], squares[2, :2, :2] = True, True, True
     tissue = np.array([[1, 1], [0, 1]], np.bool_)
     (cropped,) = blocks_at(tissue, [(0, 0, 2, 2)], squares, crop=True)
-    assert cropped.crop == (2, 2, 6, 4)
+    assert cropped.crop == (2, 2, 4, 4)
     pixels = pixels_of(about, whole)
     (x, y), (rows, cols) = np.subtract(origin_px(about, cropped), origin_px(about, whole)), size_px(about, cropped)
     engine = scorer.make_scorer(inception, choice, threads=1)

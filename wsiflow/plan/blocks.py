@@ -7,8 +7,10 @@ the order allows).
 Every block is read with a halo, so its cost is its area including the halo. Each piece of tissue is cut into strips of
 rows or of columns, whichever cost less, such that the sum of these areas is minimal. Within a strip, each run of tiles
 with tissue becomes a block, or several of equal length where one would be too large. Two runs are joined where reading
-the gap costs less than a second halo. No block is larger than one of ``block_rows`` x ``block_cols`` tiles, but it may
-be of any shape: the memory of a worker follows from its area.
+the gap costs less than a second halo. No block is larger than one of ``block_rows`` x ``block_cols`` tiles, or longer,
+but its shape may be another: the memory of a worker follows from its area. The sides of blocks are whole tiles, though
+they may begin at any cell, because the first block of every shape costs a worker time and memory: a backend prepares
+its kernels for each shape, which takes OpenVINO up to 0.3 s and 20 MB for GoogLeNet.
 """
 
 import math
@@ -37,8 +39,8 @@ class TilesParams(BaseModel, frozen=True, extra="forbid"):
     block_rows: int = Field(ge=1, le=64, description="Tile rows of the largest block; see block_cols.")
     block_cols: Annotated[int, Field(ge=1, le=256)] | Literal["auto"] = Field(
         description="Tile columns of the largest block: no block reads more pixels than one of block_rows x block_cols "
-        "tiles, whatever its shape. auto: as many as memory_mb allows, with fewer rows where they have to be. One row "
-        "and one column with a halo of 112 pixels are the reference's 448 px patches."
+        "tiles, or is longer, whatever its shape. auto: as many as memory_mb allows, with fewer rows where they have "
+        "to be. One row and one column with a halo of 112 pixels are the reference's 448 px patches."
     )
     memory_mb: int = Field(ge=100, description="Memory that the activations of a worker's network may take, MB.")
     group_tiles: int = Field(
@@ -52,7 +54,7 @@ class BlockLimits(NamedTuple):
     Attributes:
         tile_px: Side of a tile, reading pixels.
         halo_px: Width of the context that is read on each side of a block, reading pixels.
-        block_rows, block_cols: Tile rows and columns of the largest block; others may have any shape.
+        block_rows, block_cols: Tile rows and columns of the largest block; others may have other shapes.
     """
 
     tile_px: int
@@ -76,11 +78,13 @@ class BlockLimits(NamedTuple):
 
     def most_cols(self, rows: int) -> int:
         """Return how many columns a block of a number of rows may have; 0 where it has too many rows."""
-        return max(0, (self.area_px // self.side_px(rows) - 2 * self.halo_px) // self.tile_px)
+        longest = max(self.block_rows, self.block_cols)
+        by_area = (self.area_px // self.side_px(rows) - 2 * self.halo_px) // self.tile_px
+        return 0 if rows > longest else max(0, min(by_area, longest))
 
 
 class Crop(NamedTuple):
-    """The heatmap cells that a block is read for, counted from the corner of its first tile."""
+    """The heatmap cells that a block is read for, whole tiles a side, counted from the corner of its first tile."""
 
     first_col: int
     first_row: int
@@ -192,13 +196,21 @@ def size_px(frame: Frame, block: Block) -> tuple[int, int]:
 
 
 def _crop(block: Block, cells: NDArray[np.bool_]) -> Crop:
-    """Return the smallest rectangle of cells that holds the scored ones, bool (n, m, m), of a block's tissue tiles."""
+    """Return the smallest rectangle, whole tiles a side, of the scored cells, bool (n, m, m), of a block's tiles."""
     m = cells.shape[1]
     whole = np.zeros((block.rows * block.cols, m, m), np.bool_)
     whole[list(block.tissue)] = cells
     grid = whole.reshape(block.rows, block.cols, m, m)
-    rows, cols = np.flatnonzero(grid.any(axis=(1, 3))), np.flatnonzero(grid.any(axis=(0, 2)))
-    return Crop(int(cols[0]), int(rows[0]), int(cols[-1] - cols[0]) + 1, int(rows[-1] - rows[0]) + 1)
+    first_row, rows = _extent(grid.any(axis=(1, 3)).ravel(), m)
+    first_col, cols = _extent(grid.any(axis=(0, 2)).ravel(), m)
+    return Crop(first_col, first_row, cols, rows)
+
+
+def _extent(scored: NDArray[np.bool_], m: int) -> tuple[int, int]:
+    """Return the first cell and the number of cells, whole tiles of m cells, that hold the scored ones of an axis."""
+    places = np.flatnonzero(scored)
+    cells = -(-int(places[-1] - places[0] + 1) // m) * m
+    return min(int(places[0]), len(scored) - cells), cells
 
 
 def _pieces(tissue: NDArray[np.bool_], limits: BlockLimits) -> Iterator[tuple[int, int, NDArray[np.bool_]]]:
