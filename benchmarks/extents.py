@@ -39,9 +39,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Plan every slide in each way, and write ``extents.json``."""
     parser = arguments(__doc__ or "")
     parser.add_argument("--data", type=Path, required=True, help=f"folder with {_ARCHIVE}")
+    parser.add_argument("--every", type=int, default=1, help="every n-th slide alone; a slide takes 5 CPU-s")
     given = parser.parse_args(argv)
     about, slides = machine(), {}
-    for name, mask in _masks(given.data / _ARCHIVE, every=20 if given.quick else 1):
+    for name, mask in _masks(given.data / _ARCHIVE, every=20 if given.quick else given.every):
         say(name)
         slides[name] = _areas(mask)
     total = {name: sum(each[name] for each in slides.values()) for name in next(iter(slides.values()))}
