@@ -246,8 +246,8 @@ def _tile_edges(frame: Frame, downsample: float, tiles: int, m_side: int, *, far
     starts_px = np.arange(tiles * frame.cells_per_tile) * frame.stride_px - before
     # Products of fractions may be a millionth of a pixel off, which must not count as another pixel.
     edges = ((starts_px + frame.window_px * far) * (frame.l0_per_px / downsample)).round(6)
-    whole = (np.ceil if far else np.floor)(edges).clip(0, m_side)
-    return whole.astype(np.intp).reshape(tiles, frame.cells_per_tile)
+    whole = np.ceil(edges) if far else np.floor(edges)
+    return np.asarray(whole.clip(0, m_side), np.intp).reshape(tiles, frame.cells_per_tile)
 
 
 def reference_index(thumbnail: NDArray[np.uint8]) -> ReferenceIndex:
