@@ -241,7 +241,7 @@ def _in_strips(tissue: NDArray[np.bool_], limits: BlockLimits) -> list[Rectangle
         totals = costs[rows - 1, first] + least[first + rows]
         best[first] = rows[totals.argmin()]
         least[first] = totals.min()
-    found, first = [], 0
+    found, first = list[Rectangle](), 0
     while first < count:
         last = first + int(best[first])
         found += _of_strip(tissue, first, last, limits)
@@ -311,7 +311,7 @@ def _over_runs(
 def _of_strip(tissue: NDArray[np.bool_], first: int, last: int, limits: BlockLimits) -> Iterator[Rectangle]:
     """Yield the blocks of the strip of some rows, from left to right."""
     strip = tissue[first:last]
-    _, begins, ends = _runs(strip.any(axis=0)[None], limits.widest_gap)
+    _, begins, ends = _runs(np.asarray(strip.any(axis=0))[None], limits.widest_gap)
     for begin, end in zip(begins.tolist(), ends.tolist(), strict=True):
         pieces = -(-(end - begin) // limits.most_cols(last - first))
         edges = [begin + (end - begin) * i // pieces for i in range(pieces + 1)]
@@ -351,7 +351,7 @@ def tile_windows_px(frame: Frame, block: Block) -> NDArray[np.int64]:
     crop = crop_of(block, m)
     first = frame.halo_px - np.array([crop.first_col, crop.first_row]) * frame.stride_px
     corners = np.array(block.corners(), dtype=np.int64) * frame.tile_px + first
-    return (corners[:, None] + geometry.window_offsets_px(frame)).reshape(-1, m, m, 2)
+    return np.asarray(corners[:, None] + geometry.window_offsets_px(frame)).reshape(-1, m, m, 2)
 
 
 def groups(costs: NDArray[np.float64], *, limit: float) -> list[tuple[int, int]]:
