@@ -21,6 +21,7 @@ from flows.compose import compose_config
 from wsiflow.heatmap import files
 from wsiflow.run.plan import read_plan
 from wsiflow.run.results import cost as throughput
+from wsiflow.run.stages.measure import areas_px
 from wsiflow.slides import pyramid
 from wsiflow.slides.synthetic import dataset
 from wsiflow.slides.synthetic.tissue import UM_PX, SlideSpec, render
@@ -125,11 +126,7 @@ def cost(out: Path) -> RunCost:
     slides = [receipt for receipt in receipts(out) if receipt.get("slide") and "cpu_s" in receipt]
     steps = throughput.step_core_seconds(slides)
     tiles = sum(planned.n_tiles for planned in run_plan.slides)
-    pixels_read = sum(
-        planned.frame.block_px(block.rows) * planned.frame.block_px(block.cols)
-        for planned in run_plan.slides
-        for block in planned.blocks()
-    )
+    pixels_read = sum(areas_px(out, run_plan))
     after = [receipt for receipt in slides if receipt["kind"] != "tissue"]
     peaks: dict[int, int] = {}
     for receipt in slides:

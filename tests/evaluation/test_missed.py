@@ -11,7 +11,7 @@ from wsiflow.errors import InputError
 from wsiflow.evaluation import evaluate, missed
 from wsiflow.evaluation.evaluate import Evidence
 from wsiflow.evaluation.froc import evaluation_mask
-from wsiflow.evaluation.missed import View
+from wsiflow.evaluation.missed import View, is_looked_at
 from wsiflow.evaluation.truth import Truth
 from wsiflow.heatmap.lesions import LesionParams, trace
 from wsiflow.plan import geometry
@@ -57,6 +57,16 @@ def flat(score: float = 0.1, *patches: tuple[slice, slice, float]) -> np.ndarray
 
 def row(one: Evidence) -> dict[str, object]:
     return evaluate.match_slide(one, PARAMS).row
+
+
+def test_cells_that_were_not_scored_were_not_looked_at() -> None:
+    """In a tile of which a part is scored, a lesion in the other part was not looked at."""
+    tiles = np.eye(4, dtype=np.bool_).repeat(2, axis=1)[:, :6]
+    cells = np.ones((int(tiles.sum()), 4, 4), np.bool_)
+    cells[0, :2] = False
+    view = View(FRAME, tiles, COMPONENTS, lambda: flat(), cells)
+    points = geometry.l0_from_h(FRAME, np.array([[0.0, 1.0], [0.0, 2.0], [4.0, 0.0], [0.0, 4.0]]))
+    assert is_looked_at(view, points).tolist() == [False, True, True, False]
 
 
 A, B, C = np.s_[2:5, 2:5], np.s_[2:5, 8:11], np.s_[9:14, 17:22]

@@ -20,7 +20,7 @@ from wsiflow.model.dense.network import densify
 from wsiflow.model.engines.cache import cache_folder
 from wsiflow.model.engines.engine import installed_backends
 from wsiflow.plan import geometry
-from wsiflow.plan.blocks import Block
+from wsiflow.plan.blocks import Block, blocks_at, origin_px, size_px
 from wsiflow.plan.geometry import Frame
 from wsiflow.system.usage import untimed
 
@@ -185,6 +185,34 @@ def test_dense_equals_a_naive_loop_at_other_strides(inception: Classifier, strid
     choice = PLAIN._replace(engine="dense", stride_px=stride)
     found = scorer.make_scorer(inception, choice, threads=1).score(about, [(block, pixels)], untimed).prob
     np.testing.assert_allclose(found, naive(inception, about, block, pixels), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        PLAIN._replace(engine="dense"),
+        PLAIN,
+        PLAIN._replace(refine=0.5, refine_from_px=112),
+        PLAIN._replace(refine=1.0, refine_from_px=112),
+    ],
+    ids=lambda one: f"{one.engine} {one.refine or ''}",
+)
+def test_a_cropped_block_has_the_scores_of_the_whole(inception: Classifier, choice: Choice) -> None:
+    """Cells that are scored have the same scores though less is read, and the others have none."""
+    about, whole = frame(56, 84), Block(0, 0, 2, 2, (0, 1, 3))
+    squares = np.zeros((3, 4, 4), np.bool_)
+    squares[0, 2:, 2:], squares[1, 2:, :2], squares[2, :2, :2] = True, True, True
+    tissue = np.array([[1, 1], [0, 1]], np.bool_)
+    (cropped,) = blocks_at(tissue, [(0, 0, 2, 2)], squares, crop=True)
+    assert cropped.crop == (2, 2, 4, 4)
+    pixels = pixels_of(about, whole)
+    (x, y), (rows, cols) = np.subtract(origin_px(about, cropped), origin_px(about, whole)), size_px(about, cropped)
+    engine = scorer.make_scorer(inception, choice, threads=1)
+    expected = engine.score(about, [(whole, pixels)], untimed)
+    found = engine.score(about, [(cropped, pixels[y : y + rows, x : x + cols])], untimed)
+    assert np.array_equal(~np.isnan(found.prob), squares)
+    np.testing.assert_allclose(found.prob[squares], expected.prob[squares], atol=1e-6)
+    assert found.windows < expected.windows
 
 
 def test_sharing_up_to_a_layer_lies_between(googlenet: Classifier) -> None:

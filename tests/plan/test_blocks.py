@@ -12,8 +12,9 @@ from hypothesis.extra import numpy as hnp
 
 from flows.compose import compose_config
 from wsiflow.plan import blocks
-from wsiflow.plan.blocks import BlockLimits
-from wsiflow.plan.slide_plan import tile_runs, tissue_grid
+from wsiflow.plan.blocks import Block, BlockLimits
+from wsiflow.plan.geometry import Frame
+from wsiflow.plan.slide_plan import make_cut, tile_runs, tissue_grid
 from wsiflow.plan.tissue import select_tiles, tile_coverage, tissue_mask
 
 grids = hnp.arrays(bool, hnp.array_shapes(min_dims=2, max_dims=2, max_side=12))
@@ -33,15 +34,18 @@ def area_px(found: list[blocks.Block], cut: BlockLimits) -> int:
     return sum((b.cols * cut.tile_px + margin) * (b.rows * cut.tile_px + margin) for b in found)
 
 
+LIMITS = BlockLimits(224, 104, 3, 3)
+FRAME = Frame("centred", 4000, 4000, 1.0, 0.25, 224, 224, 56, 104, 3, 3, 0, 0, 12, 12)
+
+
 @given(tissue=grids, cut=cuts)
 def test_every_tissue_tile_is_in_exactly_one_block(tissue: np.ndarray, cut: BlockLimits) -> None:
-    """Blocks partition the tissue, are within their maximum size, and begin and end with tissue."""
+    """Blocks partition the tissue, read no more than the largest one may, and begin and end with tissue."""
     found = blocks.blocks(tissue, cut)
     cells = [cell for block in found for cell in block.cells()]
     assert sorted(cells) == sorted((int(c), int(r)) for r, c in np.argwhere(tissue))
     for block in found:
-        assert 1 <= block.rows <= cut.block_rows
-        assert 1 <= block.cols <= cut.block_cols
+        assert area_px([block], cut) <= area_px([Block(0, 0, cut.block_cols, cut.block_rows, ())], cut)
         inside = tissue[block.t_row : block.t_row + block.rows, block.t_col : block.t_col + block.cols]
         assert inside.shape == (block.rows, block.cols)
         assert inside[0].any()
@@ -50,11 +54,35 @@ def test_every_tissue_tile_is_in_exactly_one_block(tissue: np.ndarray, cut: Bloc
         assert inside[:, -1].any()
 
 
-@given(tissue=grids, halo=st.sampled_from([0, 104, 200]), rows=st.integers(2, 5))
-def test_strips_never_read_more_than_lower_ones(tissue: np.ndarray, halo: int, rows: int) -> None:
-    """A larger maximum number of rows never increases the number of pixels that are read."""
-    lower, higher = (BlockLimits(224, halo, height, 100) for height in (rows - 1, rows))
-    assert area_px(blocks.blocks(tissue, higher), higher) <= area_px(blocks.blocks(tissue, lower), lower)
+@given(tissue=grids, seed=st.integers(0, 99), share=st.floats(0, 1))
+def test_blocks_read_what_their_windows_need_and_no_more(tissue: np.ndarray, seed: int, share: float) -> None:
+    """Each scored cell is in one block, whose windows lie inside its pixels; with a tile less they would not."""
+    scored = np.random.default_rng(seed).random((int(tissue.sum()), 4, 4)) < share
+    cut = make_cut(tissue, FRAME, group_tiles=4, scored=scored)
+    windows = []
+    for block in cut.blocks:
+        rows, cols = blocks.size_px(FRAME, block)
+        own = blocks.window_corners_px(FRAME, block)
+        assert (own.min(axis=0) >= 20).all()  # a halo of 104 px, of which the windows of the first cells reach 84
+        assert (own.max(axis=0) + 224 <= (cols - 20, rows - 20)).all()
+        assert (np.ptp(own, axis=0) + 56 > (cols - 208 - 224, rows - 208 - 224)).all()
+        assert (rows - 208) % 224 == (cols - 208) % 224 == 0
+        assert rows * cols <= area_px([Block(0, 0, 3, 3, ())], LIMITS)
+        windows += [tuple(each) for each in (own + blocks.origin_px(FRAME, block)).tolist()]
+    places = [(row, col) for row, col in np.argwhere(tissue).tolist()]
+    expected = [
+        (224 * places[n][1] + 56 * col - 84, 224 * places[n][0] + 56 * row - 84)
+        for n, row, col in np.argwhere(scored).tolist()
+    ]
+    assert sorted(windows) == sorted(expected)
+
+
+def test_tall_tissue_is_cut_into_columns() -> None:
+    """Tissue that lies on its side is cut as if it stood, into blocks of the same shape."""
+    tissue = np.random.default_rng(0).random((5, 30)) < 0.9
+    limits = BlockLimits(224, 104, 7, 4)
+    wide, tall = blocks.blocks(tissue, limits), blocks.blocks(tissue.T, limits)
+    assert area_px(wide, limits) == area_px(tall, limits)
 
 
 def test_strips_begin_where_it_costs_least() -> None:

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from wsiflow.plan import tissue
-from wsiflow.plan.tissue import TissueParams, select_tiles, tile_coverage, tissue_mask
+from wsiflow.plan.geometry import Frame, window_offsets_px
+from wsiflow.plan.tissue import TissueParams, select_tiles, tile_coverage, tissue_mask, touching_cells
 from wsiflow.slides.slide import open_slide
 
 PARAMS = TissueParams(
@@ -251,3 +252,35 @@ def test_real_slides_have_the_tissue_one_sees(
     with open_slide(shared_data / "wsi" / "good" / name, slide_id="real") as opened:
         share = tissue_mask(opened.overview(downsample), with_(closing_px=2, min_object_px=16)).mean()
     assert least < share < most
+
+
+@given(
+    mask=hnp.arrays(bool, hnp.array_shapes(min_dims=2, max_dims=2, min_side=2, max_side=40)),
+    tiles=hnp.arrays(bool, (3, 4)),
+    stride=st.sampled_from([16, 32, 56, 224]),
+    downsample=st.sampled_from([16.0, 32.0, 50.0]),
+    l0_per_px=st.sampled_from([1.0, 1.25]),
+)
+def test_windows_that_touch_tissue_are_scored_and_no_others(
+    mask: NDArray[np.bool_], tiles: NDArray[np.bool_], stride: int, downsample: float, l0_per_px: float
+) -> None:
+    """Every window of the selected tiles that holds any part of a pixel of tissue is scored, as a loop finds them."""
+    frame = Frame("centred", 896, 672, l0_per_px, 0.25, 224, 224, stride, 104, 1, 1, 0, 0, 4, 3)
+    side = 224 * l0_per_px / downsample
+    expected = [
+        [
+            mask[
+                max(0, int(np.floor(y))) : int(np.ceil(y + side)), max(0, int(np.floor(x))) : int(np.ceil(x + side))
+            ].any()
+            for x, y in (window_offsets_px(frame) + np.array([224 * col, 224 * row])) * (l0_per_px / downsample)
+        ]
+        for row, col in np.argwhere(tiles).tolist()
+    ]
+    found = touching_cells(mask, tiles, frame, downsample=downsample)
+    assert [each.ravel().tolist() for each in found] == expected
+
+
+def test_windows_are_recorded_where_not_all_are_scored() -> None:
+    """Settings of folders of earlier versions, which scored all windows, are what they were."""
+    assert "windows" not in PARAMS.model_dump()
+    assert with_(windows="touching").model_dump(mode="json")["windows"] == "touching"

@@ -160,6 +160,17 @@ def test_windows_and_strips_give_the_same_scores(
     np.testing.assert_allclose(*first_maps(finished, tmp_path / "run"), atol=1e-5)
 
 
+def test_windows_that_touch_tissue_have_the_scores_of_a_run_of_all(
+    small_slides: Path, finished: Path, tmp_path: Path
+) -> None:
+    """Where fewer windows are scored, the others are NaN, and every score is that of a run that scores all windows."""
+    assert wsiflow(*over(small_slides, tmp_path / "run", "dataset.limit=1", "tissue.windows=all")) == 0
+    touching, every = first_maps(finished, tmp_path / "run")
+    scored = ~np.isnan(touching)
+    assert 0 < scored.sum() < np.isfinite(every).sum()
+    np.testing.assert_allclose(touching[scored], every[scored], atol=1e-5)
+
+
 def test_patches_of_the_reference_layout(small_slides: Path, finished: Path, tmp_path: Path) -> None:
     """With tiles=patch, patches of 448 px are stored with tile column, row and level-0 corner in groups t1 to tN.
 

@@ -126,6 +126,23 @@ def test_tiles_that_are_not_those_planned_are_refused(tmp_path: Path) -> None:
         read_cut(tmp_path, planned)
 
 
+def test_scored_cells_come_back_as_published(tmp_path: Path) -> None:
+    """The cut of a slide says which cells are scored, and its key contains them; one without says that all are."""
+    scored = np.random.default_rng(0).random((6, FRAME.cells_per_tile, FRAME.cells_per_tile)) < 0.5
+    scored[3] = False  # this tile is in no block
+    cut = make_cut(TISSUE, FRAME, group_tiles=3, scored=scored)
+    planned = publish_cut(tmp_path, slide("a"))
+    key = slide_key(planned.sha256, FRAME, cut)
+    (tmp_path / cut_name("a")).write_text(json.dumps(cut.as_dict()))
+    again = read_cut(tmp_path, planned._replace(key=key))
+    assert again == cut
+    assert np.array_equal(again.scored(FRAME), scored)
+    assert sum(len(block.tissue) for block in cut.blocks) == int(scored.any(axis=(1, 2)).sum()) < 6
+    assert key != planned.key
+    assert CUT.scored(FRAME) is None
+    assert "cells" not in CUT.as_dict()
+
+
 def test_a_task_key_follows_what_can_change_a_number(tmp_path: Path) -> None:
     """The key depends on the model, the stride, the content and the blocks, but not on the slide's place or store."""
     planned = publish_cut(tmp_path, slide("a"))

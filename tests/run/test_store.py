@@ -250,6 +250,17 @@ def test_equal_content_gives_equal_bytes_under_a_profiler(held_frames: None, tmp
     assert len(written) == 1
 
 
+def test_cells_without_a_score_are_those_that_were_planned(tmp_path: Path) -> None:
+    """A cell that is not scored is NaN; one that lacks its score, or has one too many, is refused."""
+    scored = np.random.default_rng(0).random((3, 2, 2)) < 0.5
+    prob, coord = np.where(scored, np.float32(0.5), np.nan).astype(np.float32), np.zeros((3, 5), np.int64)
+    store.write_predictions(tmp_path / "t1.h5", FRAME, coord, prob, {"slide_id": "s"})
+    assert np.array_equal(store.read_predictions(tmp_path / "t1.h5", 0, scored)[1], prob, equal_nan=True)
+    for planned in (None, np.ones_like(scored), np.zeros_like(scored), scored[:2]):
+        with pytest.raises(IntegrityError, match="not numbers in"):
+            store.read_predictions(tmp_path / "t1.h5", 0, planned)
+
+
 def test_files_are_written_without_locks(tmp_path: Path) -> None:
     """Files are written without locks, because not every file system has them."""
     with store.create_patches(tmp_path / "a.h5", FRAME, {}, RAW), (tmp_path / "a.h5").open("rb") as other:

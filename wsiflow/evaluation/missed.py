@@ -32,6 +32,7 @@ class View(NamedTuple):
         read_map: Returns the heatmap; it is called only where a lesion that was looked at was missed.
         read_second: Returns the map of another model, see `LesionParams.second`; None where there is none.
         read_score: Returns the slide's score, where it has to pass a gate.
+        cells: bool (n, m, m), which heatmap cells of each of these tiles were looked at, row by row; None for all.
     """
 
     frame: Frame
@@ -40,6 +41,7 @@ class View(NamedTuple):
     read_map: Callable[[], NDArray[np.float32]]
     read_second: Callable[[], NDArray[np.float32] | None] = lambda: None
     read_score: Callable[[], float] = lambda: 1.0
+    cells: NDArray[np.bool_] | None = None
 
 
 class LookedAt(NamedTuple):
@@ -96,9 +98,16 @@ def look_back(
 
 
 def is_looked_at(view: View, l0_points: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """Return which points, float64 (n, 2), lie in a tile that was looked at."""
-    side = view.frame.tile_px * view.frame.l0_per_px
-    return np.asarray(_values_at(view.tiles, np.floor(l0_points / side), outside=False))
+    """Return which points, float64 (n, 2), lie in a heatmap cell that was looked at."""
+    frame, cells = view.frame, view.cells
+    places = np.floor(l0_points / (frame.stride_px * frame.l0_per_px)).astype(np.int64)
+    t_places, inside = np.divmod(places, frame.cells_per_tile)
+    seen = np.asarray(_values_at(view.tiles, t_places.astype(np.float64), outside=False))
+    if cells is not None:
+        numbers = np.cumsum(view.tiles).reshape(view.tiles.shape) - 1
+        (cols, rows), (h_cols, h_rows) = t_places[seen].T, inside[seen].T
+        seen[seen] = cells[numbers[rows, cols], h_rows, h_cols]
+    return seen
 
 
 def text(missed: dict[int, str]) -> str:

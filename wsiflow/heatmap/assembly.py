@@ -20,7 +20,7 @@ def assemble(frame: Frame, t_cells: NDArray[np.int64], prob: NDArray[np.float32]
         prob: float32 (n, m, m), scores of the tiles, m cells a side.
 
     Returns:
-        float32 (rows, cols) of `Frame.h_shape`; NaN in cells without a tile and in cells outside the slide.
+        float32 (rows, cols) of `Frame.h_shape`; NaN in cells that are not scored and in cells outside the slide.
 
     Raises:
         IntegrityError: A tile occurs twice or lies outside the map, or the shapes do not agree.

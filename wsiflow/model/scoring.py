@@ -7,7 +7,6 @@ scores have one more axis, the last, see `wsiflow.model.outputs`, until a group'
 Nothing here imports PyTorch: `wsiflow.model.scorer` prepares scorers with it, and `wsiflow.model.prepared` without.
 """
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -18,7 +17,7 @@ from wsiflow.errors import InputError
 from wsiflow.model.choice import Choice
 from wsiflow.model.engines.spec import Engine
 from wsiflow.plan import geometry
-from wsiflow.plan.blocks import Block, window_corners_px
+from wsiflow.plan.blocks import Block, crop_of, scored_cells, tile_windows_px, window_corners_px
 from wsiflow.plan.geometry import Frame
 from wsiflow.system.usage import Timer
 
@@ -26,20 +25,26 @@ Blocks = Iterable[tuple[Block, NDArray[np.uint8]]]
 Fit = Callable[[NDArray[np.uint8]], NDArray[np.uint8]]
 """A function from windows, uint8 (n, side, side, 3), to the same windows with the side of a network's input."""
 
-_Tile = tuple[
-    NDArray[np.uint8], NDArray[np.int64]
-]  # a block's pixels, and (m, m, 2), x and y of a tile's windows there
 _REFINED_BATCHES = 8  # the last batch of some windows is filled up: an eighth at most is computed for nothing
 _CALIBRATION_PX = 448  # two tiles a side: enough to see what there is, little enough for quantisation to take seconds
+
+
+class _Tile(NamedTuple):
+    """A tile to score: its block's pixels, x and y of its windows there, (m, m, 2), and which are scored, (m, m)."""
+
+    pixels: NDArray[np.uint8]
+    corners: NDArray[np.int64]
+    scored: NDArray[np.bool_]
 
 
 class TileScores(NamedTuple):
     """The scores of tiles.
 
     Attributes:
-        prob: float32 (n, m, m), the scores of each tile's windows.
+        prob: float32 (n, m, m), the scores of each tile's windows; NaN in cells that are not scored.
         maps: float32 (k, n, m, m), the probabilities of each of the k further classes.
-        windows: Number of windows that were computed; less than n * m * m if some tiles were only scored coarsely.
+        windows: Number of windows whose scores were computed; less than there are scores if some tiles were only
+            scored coarsely.
     """
 
     prob: NDArray[np.float32]
@@ -73,10 +78,11 @@ class WindowScorer:
         if self._choice.refine:
             parts = [self._refined(frame, tiles, timed) for tiles in self._tile_chunks(frame, blocks)]
             return _tile_scores(np.concatenate([scores for scores, _ in parts]), sum(windows for _, windows in parts))
-        m = frame.cells_per_tile
-        every = np.ones((m, m), np.bool_)
-        scores = self.run(self._windows((tile for each in blocks for tile in _tiles(frame, *each)), every), timed)
-        return _tile_scores(scores.reshape(-1, m, m, *scores.shape[1:]), len(scores))
+        every = np.ones((frame.cells_per_tile,) * 2, np.bool_)
+        scored: list[NDArray[np.bool_]] = []
+        tiles = (tile for each in blocks for tile in _tiles(frame, *each))
+        scores = self.run(self._windows(tiles, every, scored), timed)
+        return _tile_scores(_placed(scores, np.stack(scored)), len(scores))
 
     def run(self, windows: Iterable[NDArray[np.uint8]], timed: Timer) -> NDArray[np.float32]:
         """Return the scores of each window, float32 (n,) or (n, 1 + k); windows are uint8 (window_px, window_px, 3)."""
@@ -89,11 +95,17 @@ class WindowScorer:
                 fitted = self._fit(window[None])[0]
             yield fitted
 
-    def _windows(self, tiles: Iterable[_Tile], cells: NDArray[np.bool_]) -> Iterator[NDArray[np.uint8]]:
-        """Yield the windows of every tile whose cells are selected by a mask, bool (m, m)."""
+    def _windows(
+        self, tiles: Iterable[_Tile], cells: NDArray[np.bool_], yielded: list[NDArray[np.bool_]]
+    ) -> Iterator[NDArray[np.uint8]]:
+        """Yield the scored windows of every tile whose cells are selected by a mask, bool (m, m).
+
+        A mask of the cells whose windows were yielded, bool (m, m), is appended to ``yielded`` for each tile.
+        """
         side = self._window_px
-        for pixels, corners in tiles:
-            for x, y in corners[cells].tolist():
+        for pixels, corners, scored in tiles:
+            yielded.append(cells & scored)
+            for x, y in corners[yielded[-1]].tolist():
                 yield pixels[y : y + side, x : x + side]
 
     def _tile_chunks(self, frame: Frame, blocks: Blocks) -> Iterator[list[_Tile]]:
@@ -120,15 +132,25 @@ class WindowScorer:
         m, step = frame.cells_per_tile, self._choice.refine_from_px // frame.stride_px
         coarse = np.zeros((m, m), np.bool_)
         coarse[step // 2 :: step, step // 2 :: step] = True
-        first = self.run(self._windows(tiles, coarse), timed)
-        grid = first.reshape(-1, m // step, m // step, *first.shape[1:])
-        scores = grid.repeat(step, axis=1).repeat(step, axis=2)
-        refined = np.flatnonzero(positive(grid, axes=3).max(axis=(1, 2)) >= self._choice.refine).tolist()
-        rest = self.run(self._windows((tiles[i] for i in refined), ~coarse), timed)
-        fine = scores[refined]
-        fine[:, ~coarse] = rest.reshape(len(refined), int((~coarse).sum()), *first.shape[1:])
-        scores[refined] = fine
+        yielded: list[NDArray[np.bool_]] = []
+        first = self.run(self._windows(tiles, coarse, yielded), timed)
+        grid = _placed(first, np.stack(yielded)[:, step // 2 :: step, step // 2 :: step])
+        scores = grid.repeat(step, axis=1).repeat(step, axis=2)  # squares are scored as a whole or not at all
+        highest = np.nan_to_num(positive(grid, axes=3), nan=-1.0).max(axis=(1, 2))
+        refined, yielded = np.flatnonzero(highest >= self._choice.refine).tolist(), []
+        rest = self.run(self._windows((tiles[i] for i in refined), ~coarse, yielded), timed)
+        if len(rest):
+            fine = scores[refined]
+            fine[np.stack(yielded)] = rest
+            scores[refined] = fine
         return scores, len(first) + len(rest)
+
+
+def _placed(scores: NDArray[np.float32], cells: NDArray[np.bool_]) -> NDArray[np.float32]:
+    """Return scores, (k, ...), in those cells, bool (n, m, m), that are True, and NaN in the others."""
+    placed = np.full((*cells.shape, *scores.shape[1:]), np.nan, np.float32)
+    placed[cells] = scores
+    return placed
 
 
 def positive(scores: NDArray[np.float32], *, axes: int) -> NDArray[np.float32]:
@@ -143,10 +165,10 @@ def _tile_scores(scores: NDArray[np.float32], windows: int) -> TileScores:
 
 
 def _tiles(frame: Frame, block: Block, pixels: NDArray[np.uint8]) -> Iterator[_Tile]:
-    """Yield, for each tissue tile of a block, the block's pixels and the corners of the tile's windows."""
-    m = frame.cells_per_tile
-    for corners in window_corners_px(frame, block).reshape(-1, m, m, 2):
-        yield pixels, corners
+    """Yield the tissue tiles of a block."""
+    scored = scored_cells(block, frame.cells_per_tile)
+    for corners, own in zip(tile_windows_px(frame, block), scored, strict=True):
+        yield _Tile(pixels, corners, own)
 
 
 class DenseScorer:
@@ -168,13 +190,17 @@ class DenseScorer:
         Raises:
             InputError: A probability is not finite.
         """
-        m, parts = frame.cells_per_tile, []
+        m, parts, windows = frame.cells_per_tile, [], 0
         for block, pixels in blocks:
             scores = self.run(region(frame, block, pixels, self._choice.context_px), timed)
-            tiles = scores.reshape(block.rows, m, block.cols, m, *scores.shape[2:]).swapaxes(1, 2)
+            crop, scored = crop_of(block, m), scored_cells(block, m)
+            whole = np.full((block.rows * m, block.cols * m, *scores.shape[2:]), np.nan, np.float32)
+            whole[crop.first_row :, crop.first_col :][: crop.rows, : crop.cols] = scores
+            tiles = whole.reshape(block.rows, m, block.cols, m, *scores.shape[2:]).swapaxes(1, 2)
             parts.append(tiles.reshape(-1, m, m, *scores.shape[2:])[list(block.tissue)])
-        scores = np.concatenate(parts)
-        return _tile_scores(scores, math.prod(scores.shape[:3]))
+            parts[-1][~scored] = np.nan
+            windows += int(scored.sum())
+        return _tile_scores(np.concatenate(parts), windows)
 
     def run(self, pixels: NDArray[np.uint8], timed: Timer) -> NDArray[np.float32]:
         """Return the map of a region, float32 (rows, cols) or (rows, cols, 1 + k).
@@ -194,11 +220,8 @@ class DenseScorer:
 def region(frame: Frame, block: Block, pixels: NDArray[np.uint8], context_px: int) -> NDArray[np.uint8]:
     """Return the part of a block's pixels, uint8 (rows, cols, 3), that its windows and their context cover."""
     before, _ = geometry.window_reach_px(frame.window_px, frame.stride_px, frame.convention)
-    first = frame.halo_px - before - context_px
-    rows, cols = (
-        (tiles * frame.cells_per_tile - 1) * frame.stride_px + frame.window_px + 2 * context_px
-        for tiles in (block.rows, block.cols)
-    )
+    first, crop = frame.halo_px - before - context_px, crop_of(block, frame.cells_per_tile)
+    rows, cols = ((cells - 1) * frame.stride_px + frame.window_px + 2 * context_px for cells in (crop.rows, crop.cols))
     return pixels[first : first + rows, first : first + cols]
 
 

@@ -4,7 +4,10 @@ A slide's tissue, blocks and groups lie beside the plan of the run in ``cuts/<sl
 key names: a worker reads those of the slides it works on, and a plan of a million groups stays small.
 """
 
+import base64
+import hashlib
 import json
+import zlib
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -14,8 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wsiflow.errors import IntegrityError
-from wsiflow.plan.blocks import Block, BlockLimits, groups
-from wsiflow.plan.blocks import block as block_at
+from wsiflow.plan.blocks import Block, BlockLimits, blocks_at, groups
 from wsiflow.plan.blocks import blocks as blocks_of
 from wsiflow.plan.geometry import Frame
 from wsiflow.system import faults, publish
@@ -55,22 +57,47 @@ class SlideCut(NamedTuple):
     """A slide's tissue, cut.
 
     Attributes:
-        tile_runs: Tissue tiles as runs along rows: row, first column, length.
+        tile_runs: Selected tiles as runs along rows: row, first column, length.
         blocks: The blocks, in order.
         group_ranges: Half-open ranges of blocks, one per group.
+        cell_bits: Which heatmap cells of the selected tiles are scored, bool (n, m, m) packed to bits; empty where all
+            are.
     """
 
     tile_runs: Runs
     blocks: tuple[Block, ...]
     group_ranges: tuple[tuple[int, int], ...]
+    cell_bits: bytes = b""
 
     def group(self, k: int) -> Sequence[Block]:
         """Return the blocks of group ``k``, counted from 1."""
         lo, hi = self.group_ranges[k - 1]
         return self.blocks[lo:hi]
 
+    @property
+    def n_tiles(self) -> int:
+        """Number of tiles in blocks: the selected ones of which any cell is scored."""
+        return sum(len(block.tissue) for block in self.blocks)
+
+    def scored(self, frame: Frame) -> NDArray[np.bool_] | None:
+        """Return the scored cells of each selected tile, bool (n, m, m), row by row; None where all cells are."""
+        if not self.cell_bits:
+            return None
+        m, n = frame.cells_per_tile, sum(length for _, _, length in self.tile_runs)
+        bits = np.unpackbits(np.frombuffer(self.cell_bits, np.uint8), count=n * m * m)
+        return bits.astype(np.bool_).reshape(n, m, m)
+
     def as_dict(self) -> dict[str, Any]:
-        """Return the cut as plain JSON values: which of a block's tiles hold tissue follows from the runs."""
+        """Return the cut as plain JSON values: which of a block's tiles hold tissue follows from the runs and cells."""
+        cells = {"cells": base64.b64encode(zlib.compress(self.cell_bits)).decode()} if self.cell_bits else {}
+        return self._rectangles() | cells
+
+    def identity(self) -> dict[str, Any]:
+        """Return what identifies the cut, as plain JSON values; the bytes of compressed cells differ by library."""
+        cells = {"cells": hashlib.sha256(self.cell_bits).hexdigest()} if self.cell_bits else {}
+        return self._rectangles() | cells
+
+    def _rectangles(self) -> dict[str, Any]:
         return {
             "tile_runs": self.tile_runs,
             "blocks": [block[:4] for block in self.blocks],
@@ -78,29 +105,46 @@ class SlideCut(NamedTuple):
         }
 
 
-def make_cut(tissue: NDArray[np.bool_], frame: Frame, *, group_tiles: int) -> SlideCut:
+def make_cut(
+    tissue: NDArray[np.bool_], frame: Frame, *, group_tiles: int, scored: NDArray[np.bool_] | None = None
+) -> SlideCut:
     """Cut a slide's tissue into blocks and groups balanced by cost: a block counts for its tissue tiles.
 
     Args:
         tissue: bool (rows, cols), the tile grid.
         frame: The slide's transform, with the sizes of blocks.
         group_tiles: Tissue tiles that a group should not exceed on average.
+        scored: bool (n, m, m), the heatmap cells of each tissue tile that are scored, row by row; None for all.
     """
     runs = tile_runs(tissue)
-    cut = BlockLimits(frame.tile_px, frame.halo_px, frame.block_rows, frame.block_cols)
-    blocks = blocks_of(tissue_grid(runs), cut)
+    limits = BlockLimits(frame.tile_px, frame.halo_px, frame.block_rows, frame.block_cols)
+    tiles, cells = _with_cells(tissue_grid(runs), scored)
+    blocks = blocks_of(tiles, limits, cells)
     costs = np.array([len(block.tissue) for block in blocks], dtype=np.float64)
-    return SlideCut(runs, tuple(blocks), tuple(groups(costs, limit=group_tiles)))
+    bits = b"" if scored is None else np.packbits(scored).tobytes()
+    return SlideCut(runs, tuple(blocks), tuple(groups(costs, limit=group_tiles)), bits)
+
+
+def _with_cells(
+    selected: NDArray[np.bool_], scored: NDArray[np.bool_] | None
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_] | None]:
+    """Return the selected tiles of which any cell is scored, and the scored cells of these, (n, m, m)."""
+    if scored is None:
+        return selected, None
+    any_scored = scored.any(axis=(1, 2))
+    tiles = selected.copy()
+    tiles[selected] = any_scored
+    return tiles, scored[any_scored]
 
 
 def slide_key(sha256: str, frame: Frame, cut: SlideCut) -> str:
     """Return what identifies a slide's pixels and their cutting."""
-    return publish.key_of(sha256=sha256, frame=frame._asdict(), **cut.as_dict())
+    return publish.key_of(sha256=sha256, frame=frame._asdict(), **cut.identity())
 
 
 def pixels_key(planned: SlidePlan, cut: SlideCut) -> str:
     """Return what identifies the pixels of a slide's blocks, whatever windows are cut from them."""
-    return publish.key_of(sha256=planned.sha256, frame=planned.frame.pixel_settings(), **cut.as_dict())
+    return publish.key_of(sha256=planned.sha256, frame=planned.frame.pixel_settings(), **cut.identity())
 
 
 def cut_name(slide_id: str) -> str:
@@ -120,14 +164,16 @@ def read_cut(root: Path, planned: SlidePlan) -> SlideCut:
         data = json.loads(path.read_text(encoding="utf-8"))
         runs = tuple((row, first, length) for row, first, length in data["tile_runs"])
         ranges = tuple((lo, hi) for lo, hi in data["group_ranges"])
-        grid = tissue_grid(runs)
-        blocks = tuple(block_at(grid, *numbers) for numbers in data["blocks"])
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        bits = zlib.decompress(base64.b64decode(data["cells"])) if "cells" in data else b""
+        cut = SlideCut(runs, (), ranges, bits)
+        tiles, cells = _with_cells(tissue_grid(runs), cut.scored(planned.frame))
+        crop = planned.frame.block_rows * planned.frame.block_cols > 1
+        cut = cut._replace(blocks=tuple(blocks_at(tiles, data["blocks"], cells, crop=crop)))
+    except (OSError, ValueError, TypeError, KeyError, zlib.error) as error:
         if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
             raise faults.fault(error, path=path) from error
         cause = f"the slide's tiles cannot be read_plan ({error})"
         raise IntegrityError(cause, "choose another out= folder", slide=planned.slide_id, path=path) from error
-    cut = SlideCut(runs, blocks, ranges)
     if slide_key(planned.sha256, planned.frame, cut) != planned.key:
         cause = "the slide's tiles are not those that were planned"
         raise IntegrityError(cause, "choose another out= folder", slide=planned.slide_id, path=path)

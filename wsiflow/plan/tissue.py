@@ -15,11 +15,13 @@ import skimage
 from numpy.typing import NDArray
 from pydantic import BaseModel, BeforeValidator, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
+from wsiflow.plan.geometry import Frame, window_reach_px
 from wsiflow.plan.glass import tissue_by_glass
 from wsiflow.system.paths import AbsolutePath
 
 RED_HUE = 15  # hues below this are reds, which continue the pinks at the other end of the scale
 HUE_LIMIT = 110  # haematoxylin and eosin have larger hues, so a larger threshold would split the tissue
+_TILES_AT_ONCE = 4096  # of a large slide, so that sums over windows take some MB
 HUES_APART = 30  # two groups of hues whose means are closer than this are both tissue
 REFERENCE_HUE_LIMIT = 180
 
@@ -64,6 +66,11 @@ class TissueParams(BaseModel, frozen=True, extra="forbid"):
         description="How many times the selection grows by its neighbouring tiles, diagonal ones included.",
     )
     # Plans and folders of versions without the following keys stay valid: each is recorded only where it is set.
+    windows: Literal["touching", "all"] = Field(
+        default="all",
+        description="Which windows of the selected tiles are scored. touching: those that touch tissue, and blocks "
+        "hold no more than these need. all: every one, as in the reference's geometry and with tiles.halo_px=widest.",
+    )
     regions: _Names = Field(
         default=(),
         description="Names or classes of the outlines in a slide's roi_path that are its regions of interest. Empty: "
@@ -97,10 +104,11 @@ class TissueParams(BaseModel, frozen=True, extra="forbid"):
     @model_serializer(mode="wrap")
     def _without_defaults(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
         values: dict[str, Any] = plain(self)
-        return {name: value for name, value in values.items() if value or name not in _LATER_KEYS}
+        return {name: value for name, value in values.items() if name not in _LATER_KEYS or value not in _UNSET}
 
 
-_LATER_KEYS = frozenset({"regions", "folder", "values", "outlines"})
+_LATER_KEYS = frozenset({"windows", "regions", "folder", "values", "outlines"})
+_UNSET: tuple[object, ...] = ("all", (), [], None)  # JSON has lists where Python has tuples
 
 
 class ReferenceIndex(NamedTuple):
@@ -192,6 +200,54 @@ def select_tiles(coverage: NDArray[np.float64], params: TissueParams) -> NDArray
     enough = (coverage > 0) & (coverage >= params.min_coverage)
     around = np.ones((3, 3), dtype=np.uint8)
     return cv2.dilate(enough.astype(np.uint8), around, iterations=params.dilate_tiles) > 0
+
+
+def touching_cells(
+    mask: NDArray[np.bool_], tiles: NDArray[np.bool_], frame: Frame, *, downsample: float
+) -> NDArray[np.bool_]:
+    """Return which heatmap cells of the selected tiles have a window that touches tissue.
+
+    Args:
+        mask: bool (rows, cols), the tissue on the overview.
+        tiles: bool (rows, cols), the selected tiles.
+        frame: The slide's transform, in the centred convention.
+        downsample: Level-0 pixels per overview pixel.
+
+    Returns:
+        bool (n, m, m), the cells of each selected tile, in row-major order of the tiles. A window touches tissue where
+        it holds a part, however small, of a pixel of the mask.
+    """
+    summed = np.pad(mask, ((1, 0), (1, 0))).cumsum(axis=0, dtype=np.int32).cumsum(axis=1, dtype=np.int32)
+    first, last = (
+        [_tile_edges(frame, downsample, tiles.shape[axis], mask.shape[axis], far=far) for axis in (0, 1)]
+        for far in (False, True)
+    )
+    places = np.argwhere(tiles)
+    cells = np.empty((len(places), frame.cells_per_tile, frame.cells_per_tile), np.bool_)
+    for begin in range(0, len(places), _TILES_AT_ONCE):
+        rows, cols = places[begin : begin + _TILES_AT_ONCE].T
+        above, below = first[0][rows, :, None], last[0][rows, :, None]
+        left, right = first[1][cols, None], last[1][cols, None]
+        inside = summed[below, right] - summed[above, right] - summed[below, left] + summed[above, left]
+        cells[begin : begin + _TILES_AT_ONCE] = inside > 0
+    return cells
+
+
+def with_whole_squares(cells: NDArray[np.bool_], side: int) -> NDArray[np.bool_]:
+    """Return cells, bool (n, m, m), with the rest of each square of ``side`` cells of which any is True."""
+    n, m, _ = cells.shape
+    squares = cells.reshape(n, m // side, side, m // side, side).any(axis=(2, 4))
+    return squares.repeat(side, axis=1).repeat(side, axis=2)
+
+
+def _tile_edges(frame: Frame, downsample: float, tiles: int, m_side: int, *, far: bool) -> NDArray[np.intp]:
+    """Return where windows begin or, with ``far``, end on an axis of the overview, (tiles, m), in whole pixels."""
+    before, _ = window_reach_px(frame.window_px, frame.stride_px, frame.convention)
+    starts_px = np.arange(tiles * frame.cells_per_tile) * frame.stride_px - before
+    # Products of fractions may be a millionth of a pixel off, which must not count as another pixel.
+    edges = ((starts_px + frame.window_px * far) * (frame.l0_per_px / downsample)).round(6)
+    whole = np.ceil(edges) if far else np.floor(edges)
+    return np.asarray(whole.clip(0, m_side), np.intp).reshape(tiles, frame.cells_per_tile)
 
 
 def reference_index(thumbnail: NDArray[np.uint8]) -> ReferenceIndex:

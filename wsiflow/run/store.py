@@ -13,9 +13,9 @@ Both have ``coord`` int64 (n, 5): tile column, tile row, level-0 x and y of the 
 level-0 pixels. Both also have ``transparent`` float32 (n,): the share of pixels that the scanner never wrote, which are
 shown as background.
 
-``predictions/<slide>/t<k>.h5`` contains ``prob`` float32 (n, m, m), one map for each tissue tile, and ``coord`` int64
-(n, 5) with the same columns for tiles. Where a run maps further classes, ``maps`` float32 (k, n, m, m) holds the
-probabilities of each, and the attribute ``classes`` their names.
+``predictions/<slide>/t<k>.h5`` contains ``prob`` float32 (n, m, m), one map for each tissue tile, NaN in cells that are
+not scored, and ``coord`` int64 (n, 5) with the same columns for tiles. Where a run maps further classes, ``maps``
+float32 (k, n, m, m) holds the probabilities of each, and the attribute ``classes`` their names.
 
 A file is written once by one writer, with a checksum on every chunk (fletcher32) and on the structure (``libver``
 v110), so that reading a damaged file raises an error and never returns other pixels. Files are only opened with the
@@ -244,12 +244,15 @@ def write_predictions(
             file.create_dataset("maps", data=maps, **form).flush()
 
 
-def read_predictions(path: Path, number: int = 0) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+def read_predictions(
+    path: Path, number: int = 0, scored: NDArray[np.bool_] | None = None
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """Return ``coord`` int64 (n, 5) and the scores of one group, float32 (n, m, m).
 
     Args:
         path: The file.
         number: 0 for the positive score, otherwise the number of a further class, counted from 1.
+        scored: bool (n, m, m), the cells that have scores; the others are NaN. None: all have.
 
     Raises:
         IntegrityError: The file is missing or damaged, or a score is not a number in [0, 1].
@@ -260,7 +263,9 @@ def read_predictions(path: Path, number: int = 0) -> tuple[NDArray[np.int64], ND
             coord, prob = file["coord"][:], file["maps"][number - 1] if number else file["prob"][:]
         except (KeyError, IndexError, OSError) as error:
             raise _unread(error, "the scores cannot be read", path) from error
-    if len(coord) != len(prob) or not ((prob >= 0) & (prob <= 1)).all():
+    given = np.ones(prob.shape, np.bool_) if scored is None else scored
+    right = prob.shape == given.shape and (np.isnan(prob) | given).all() and ((prob >= 0) & (prob <= 1))[given].all()
+    if len(coord) != len(prob) or not right:
         raise IntegrityError("scores are missing or are not numbers in [0, 1]", _AGAIN, path=path)
     return coord, prob
 

@@ -137,13 +137,15 @@ def _evidence(root: Path, plan: Plan, index: int, case: Case, config: RunConfig)
     planned, heatmap = plan.slides[index], root / stitch.STAGE.product_of(plan, index)
     detections = read_detections(root / detect.STAGE.product_of(plan, index))
     score = published_receipt(root, plan, stitch.STAGE, index)["score"]
+    cut = read_cut(root, planned)
     view = missed.View(
         frame=planned.frame,
-        tiles=tissue_grid(read_cut(root, planned).tile_runs),
+        tiles=tissue_grid(cut.tile_runs),
         params=plan.settings.lesions,
         read_map=lambda: files.read_heatmap(heatmap)[0],
         read_second=lambda: detect.second_map(plan, index),
         read_score=lambda: detect.gate_score(root, plan, index),
+        cells=cut.scored(planned.frame),
     )
     return replace(evidence(planned, case, config, detections, score, root=root), view=view)
 

@@ -5,6 +5,7 @@ compared with the scores of the same windows that are run one by one in fp32. Wh
 block is computed in fp32 as well. The certificate holds the scores, see `certificates`.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, cast
@@ -18,16 +19,15 @@ from wsiflow.evaluation.truth import Truth, planned_truth
 from wsiflow.heatmap import assembly, lesions
 from wsiflow.model.choice import Choice
 from wsiflow.plan import geometry
-from wsiflow.plan.blocks import Block, window_corners_px
+from wsiflow.plan.blocks import size_px, window_corners_px
 from wsiflow.plan.slide_plan import SlidePlan, read_cut
-from wsiflow.run import store
 from wsiflow.run.costs import StageCost
 from wsiflow.run.plan import Plan, Task, read_plan
 from wsiflow.run.stages import certificates, predict, strata
 from wsiflow.run.stages.certificates import Certificate
 from wsiflow.run.stages.network import check_numeric_class, fresh_scorer, scorer_for
 from wsiflow.run.stages.pixels import planned_blocks
-from wsiflow.run.stages.predict import prediction_name, published
+from wsiflow.run.stages.predict import published, read_scores
 from wsiflow.run.stages.stage import Stage
 from wsiflow.run.stages.stitch import cell_um, class_stems, make_room
 from wsiflow.slides.manifest import Case
@@ -99,8 +99,7 @@ def sample(root: Path, plan: Plan, index: int) -> Sample:
     """Draw windows of a slide, by its published scores, its detections and its truth."""
     planned, settings = plan.slides[index], plan.settings
     frame, cut = planned.frame, read_cut(root, planned)
-    names = [prediction_name(plan, Task(index, k)) for k in range(1, planned.n_groups + 1)]
-    parts = [store.read_predictions(root / name) for name in names]
+    parts = [read_scores(root, plan, Task(index, k), 0) for k in range(1, planned.n_groups + 1)]
     m = frame.cells_per_tile
     coord = np.concatenate([np.empty((0, 5), np.int64), *(part[0] for part in parts)])
     heat = assembly.assemble(
@@ -243,11 +242,15 @@ def _block_scores(root: Path, plan: Plan, index: int, drawn: strata.Drawn) -> It
         own = sorted(numbers & set(range(lo, hi)))
         if not own:
             continue
-        path = root / prediction_name(plan, Task(index, k))
-        tiles = np.stack([store.read_predictions(path, each)[1] for each in maps], axis=-1)
+        tiles = np.stack([read_scores(root, plan, Task(index, k), each)[1] for each in maps], axis=-1)
         ends = np.cumsum([0, *(len(block.tissue) for block in cut.blocks[lo:hi])])
         for number in own:
-            yield number, tiles[ends[number - lo] : ends[number - lo + 1]].reshape(-1, len(maps))
+            yield number, _scored(tiles[ends[number - lo] : ends[number - lo + 1]])
+
+
+def _scored(tiles: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return the scores of the scored windows of tiles, float32 (n, m, m, 1 + k), as float32 (windows, 1 + k)."""
+    return tiles[~np.isnan(tiles[..., 0])]
 
 
 def _smallest_block(
@@ -262,15 +265,14 @@ def _smallest_block(
     blocks = read_cut(root, planned).blocks
 
     def area(number: int) -> int:
-        block: Block = blocks[number]
-        return planned.frame.block_px(block.rows) * planned.frame.block_px(block.cols)
+        return math.prod(size_px(planned.frame, blocks[number]))
 
     deciding = drawn.block[drawn.kind != strata.KINDS.index("rest")]
     least = min(set((deciding if len(deciding) else drawn.block).tolist()), key=lambda number: (area(number), number))
     scores = next(each for number, each in _block_scores(root, plan, index, drawn) if number == least)
     with planned_blocks(root, plan, planned, [least]) as parts:
         again = dense.score(planned.frame, parts, untimed)
-    return scores, np.stack([each.ravel() for each in (again.prob, *again.maps)], axis=1)
+    return scores, _scored(np.stack([again.prob, *again.maps], axis=-1))
 
 
 def _window_scorer(plan: Plan) -> "WindowScorer":

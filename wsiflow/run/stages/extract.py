@@ -4,13 +4,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from wsiflow.plan.blocks import size_px
 from wsiflow.plan.slide_plan import SlidePlan, pixels_key, read_cut
 from wsiflow.run import sharing, store
 from wsiflow.run.costs import StageCost
 from wsiflow.run.plan import Plan, Task, read_plan
 from wsiflow.run.sharing import SharedFile
 from wsiflow.run.stages import ingest
-from wsiflow.run.stages.pixels import block_coord, block_size_px, open_planned, part_name, read_slide, timed_reads
+from wsiflow.run.stages.pixels import block_coord, open_planned, part_name, read_slide, timed_reads
 from wsiflow.run.stages.stage import Stage
 from wsiflow.system import publish
 from wsiflow.system.provenance import facts
@@ -30,7 +31,7 @@ def extract(source: Path, index: int) -> tuple[publish.Receipt, bool]:
         return done, False
     receipt_facts = facts("patches", planned.slide_id, part=task.group)
     groups = {k: cut.group(k) for k in numbers}
-    sizes = {k: [block_size_px(frame, block) for block in group] for k, group in groups.items()}
+    sizes = {k: [size_px(frame, block) for block in group] for k, group in groups.items()}
 
     def verify(path: Path) -> None:
         store.check_patches(path, sizes)

@@ -27,6 +27,7 @@ from wsiflow.model.choice import Choice
 from wsiflow.plan import geometry, outline
 from wsiflow.plan.geometry import MAX_UPSAMPLE, Frame
 from wsiflow.plan.slide_plan import SlideCut, SlidePlan, cut_name, make_cut, slide_key, tile_runs, tissue_grid
+from wsiflow.plan.tissue import touching_cells, with_whole_squares
 from wsiflow.run import sharing
 from wsiflow.run.cases import read_cases
 from wsiflow.run.config import RunConfig
@@ -62,7 +63,7 @@ def ingest(source: Path, index: int) -> tuple[publish.Receipt, bool]:
         if any(publish.done_if_present(root, each, key) is None for each in _published_names(case)[1:]):
             inspection, _ = _shared_inspection(case, config)  # a file was deleted: it is published again
             frame = _frame_of_run(inspection["frame"], settings.choice)
-            cut = make_cut(tissue_grid(inspection["tile_runs"]), frame, group_tiles=settings.group_tiles)
+            cut = _cut(inspection, frame, settings)
             _publish_beside(root, case, inspection, cut, key)
         return done, False
     marks = check_truth(case, config)
@@ -72,14 +73,14 @@ def ingest(source: Path, index: int) -> tuple[publish.Receipt, bool]:
             attempt.charge(former_receipt)
         sha256, frame = inspection["sha256"], _frame_of_run(inspection["frame"], settings.choice)
         _check_manifest_sha256(case, sha256)
-        cut = make_cut(tissue_grid(inspection["tile_runs"]), frame, group_tiles=settings.group_tiles)
+        cut = _cut(inspection, frame, settings)
         record = {
             "sha256": sha256,
             "signature": inspection["signature"],
             "um_px_l0": inspection["um_px_l0"],
             "overview_downsample": inspection["downsample"],
             "frame": frame._asdict(),
-            "n_tiles": sum(length for _, _, length in cut.tile_runs),
+            "n_tiles": cut.n_tiles,
             "n_blocks": len(cut.blocks),
             "n_groups": len(cut.group_ranges),
             "key": slide_key(sha256, frame, cut),
@@ -89,6 +90,17 @@ def ingest(source: Path, index: int) -> tuple[publish.Receipt, bool]:
             _publish_beside(root, case, inspection, cut, key)
         attempt.path.write_text(json.dumps(record), encoding="utf-8")
     return attempt.receipt, True
+
+
+def _cut(inspection: Mapping[str, Any], frame: Frame, settings: PlanSettings) -> SlideCut:
+    """Return how a slide is cut in this run."""
+    tiles, scored = tissue_grid(inspection["tile_runs"]), None
+    if settings.tissue.windows == "touching":
+        mask = _mask_of(base64.b64decode(inspection["mask_png"]))
+        scored = touching_cells(mask, tiles, frame, downsample=inspection["downsample"])
+        if settings.choice.refine:
+            scored = with_whole_squares(scored, settings.choice.refine_from_px // frame.stride_px)
+    return make_cut(tiles, frame, group_tiles=settings.group_tiles, scored=scored)
 
 
 def _notes(case: Case, marks: Any, inspection: Mapping[str, Any], config: RunConfig) -> dict[str, Any]:
@@ -124,7 +136,7 @@ def _shared_inspection(case: Case, config: RunConfig) -> tuple[dict[str, Any], p
         return _inspect(case, config), None
     # The first trial hashes the content. For the others, path, size and times tell whether it is still that file.
     seen = {"path": str(case.path), "stamp": content.stamp(case.path), **_given_mpp(case)}
-    found = config.tissue.model_dump(exclude={"folder"})
+    found = config.tissue.model_dump(exclude={"folder", "windows"})
     key = publish.key_of(**seen, frame=_frame_settings(config), tissue=found, **region_hashes(case, config))
     address = SharedFile(config.share, config.share, f"look/{case.slide_id}", key).address
     receipt = sharing.find_receipt(config.share, address)
@@ -265,9 +277,11 @@ def remarks(root: Path, slide_id: str) -> list[str]:
 def plan_settings(root: Path, config: RunConfig) -> PlanSettings:
     """Return the settings of a run's plan, from the configuration and from the published choice of the engine."""
     model, record = card.read_card(config.model), choice_record(root, config)
+    # Strides share pixels only where blocks do not follow windows.
+    like_tiles = config.geometry.convention == "reference" or config.tiles.halo_px == "widest"
     return PlanSettings(
         geometry=config.geometry,
-        tissue=config.tissue,
+        tissue=config.tissue.model_copy(update={"windows": "all"}) if like_tiles else config.tissue,
         tile_px=config.tiles.tile_px,
         group_tiles=config.tiles.group_tiles,
         window_px=model.window_px,

@@ -21,6 +21,7 @@ from typing import NamedTuple
 import numpy as np
 
 from wsiflow.errors import EnvironmentFault, InputError
+from wsiflow.plan.blocks import scored_cells, size_px
 from wsiflow.plan.slide_plan import SlideCut, SlidePlan, cut_name, make_cut, read_cut, slide_key
 from wsiflow.run.costs import COSTS, Costs, StageCost, first_of
 from wsiflow.run.plan import Plan, publish_plan, read_plan
@@ -79,7 +80,7 @@ def measure(source: Path, _index: int) -> tuple[publish.Receipt, bool]:
         if plan.settings.calibration:  # its slides are named in the folder of the run
             calibrated, _ = calibrate(source, 0)
             publish.adopt(folder, calibrated["path"], root / calibrated["path"], calibrated)
-        costs = _costs(small, weights, _shapes(root, plan))
+        costs = _costs(small, weights, _shapes(root, plan), plan.slides)
     values = costs._asdict() | {"stages": {stage: cost._asdict() for stage, cost in costs.stages.items()}}
     values["stages"]["ingest"] = StageCost(_ingest_s(root, plan), 0.0)._asdict()
     publish.write_view(root, COSTS, json.dumps(values, indent=1, sort_keys=True).encode())
@@ -92,14 +93,13 @@ def areas_px(root: Path, plan: Plan) -> list[int]:
 
 
 def _area_px(planned: SlidePlan, cut: SlideCut) -> int:
-    frame = planned.frame
-    return sum(frame.block_px(block.rows) * frame.block_px(block.cols) for block in cut.blocks)
+    return sum(math.prod(size_px(planned.frame, block)) for block in cut.blocks)
 
 
 def _shapes(root: Path, plan: Plan) -> int:
     """Return the number of different shapes of the blocks of a plan."""
-    cuts = (read_cut(root, planned) for planned in plan.slides)
-    return len({(block.rows, block.cols) for cut in cuts for block in cut.blocks})
+    cuts = ((planned.frame, read_cut(root, planned)) for planned in plan.slides)
+    return len({size_px(frame, block) for frame, cut in cuts for block in cut.blocks})
 
 
 def _small_plan(folder: Path, root: Path, plan: Plan) -> tuple[Path, list[list[float]]]:
@@ -132,11 +132,15 @@ def _piece(cut: SlideCut, slide: SlidePlan, place: int, count: int, group_tiles:
     """Return the cut of a slide that is reduced to ``count`` successive blocks, at one of a few places."""
     first = len(cut.blocks) * (2 * place + 1) // (2 * len(_BLOCKS)) - count // 2
     first = max(0, min(first, len(cut.blocks) - count))
+    blocks = cut.blocks[first : first + count]
+    cols, rows = np.array([cell for block in blocks for cell in block.cells()]).T
     grid = np.zeros((slide.frame.t_rows, slide.frame.t_cols), dtype=np.bool_)
-    for block in cut.blocks[first : first + count]:
-        cols, rows = np.array(block.cells()).T
-        grid[rows, cols] = True
-    return make_cut(grid, slide.frame, group_tiles=group_tiles)
+    grid[rows, cols] = True
+    scored = None
+    if cut.cell_bits:
+        of_tiles = np.concatenate([scored_cells(block, slide.frame.cells_per_tile) for block in blocks])
+        scored = of_tiles[np.lexsort((cols, rows))]
+    return make_cut(grid, slide.frame, group_tiles=group_tiles, scored=scored)
 
 
 def _publish_slide(folder: Path, root: Path, slide: SlidePlan, cut: SlideCut, name: str) -> SlidePlan:
@@ -149,15 +153,15 @@ def _publish_slide(folder: Path, root: Path, slide: SlidePlan, cut: SlideCut, na
         path.write_text(text, encoding="utf-8")
     return slide._replace(
         slide_id=name,
-        n_tiles=sum(len(block.tissue) for block in cut.blocks),
+        n_tiles=cut.n_tiles,
         n_blocks=len(cut.blocks),
         n_groups=len(cut.group_ranges),
         key=slide_key(slide.sha256, slide.frame, cut),
     )
 
 
-def _costs(source: Path, weights: Sequence[Sequence[float]], shapes: int) -> Costs:
-    """Take the small plan through the line, and return the costs."""
+def _costs(source: Path, weights: Sequence[Sequence[float]], shapes: int, all_slides: Sequence[SlidePlan]) -> Costs:
+    """Take the small plan through the line, and return the costs of a run of all slides with blocks of some shapes."""
     plan = read_plan(source)
     times: dict[str, list[Timed]] = {}
     fresh_s = 0.0
@@ -171,11 +175,16 @@ def _costs(source: Path, weights: Sequence[Sequence[float]], shapes: int) -> Cos
             fresh_s = float(_fresh(_PREDICT, str(source), str(thread_count())))
             network.release()  # the network that `choose` has loaded in this process
         firsts[stage.name], times[stage.name] = _timed_stage(stage, source, weights)
+    # Where most blocks have a shape of their own, every task prepares new shapes, as the first runs do.
+    own_shapes = 2 * shapes > sum(planned.n_blocks for planned in all_slides)
+    if own_shapes:
+        times[predict.STAGE.name] = firsts[predict.STAGE.name][_LOADS:]
     fitted = {stage.name: _fit(stage, times[stage.name]) for stage in due}
     for stage in due:
         if stage.loads_network:  # it prepares shapes that are new to it, or a network of its own
             is_first, cost = stage is predict.STAGE, fitted[stage.name]
             seen = firsts[stage.name][_LOADS if is_first else 0 :]
+            seen = [] if is_first and own_shapes else seen
             more_s = sum(max(0.0, one.core_s - cost.fixed_s - cost.unit_s * one.tiles) for one in seen)
             fitted[first_of(stage.name)] = StageCost(
                 more_s * (shapes / _shapes(source.parent, plan) if is_first else 1.0), 0.0

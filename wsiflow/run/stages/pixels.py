@@ -13,8 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wsiflow.errors import IntegrityError
-from wsiflow.plan import geometry
-from wsiflow.plan.blocks import Block
+from wsiflow.plan.blocks import Block, origin_px, size_px
 from wsiflow.plan.geometry import Frame
 from wsiflow.plan.slide_plan import SlidePlan, read_cut
 from wsiflow.run import store
@@ -46,17 +45,12 @@ def open_planned(root: Path, planned: SlidePlan) -> Iterator[slide.Slide]:
             yield opened
 
 
-def block_size_px(frame: Frame, block: Block) -> tuple[int, int]:
-    """Return the rows and columns of a block with halo, reading pixels."""
-    return frame.block_px(block.rows), frame.block_px(block.cols)
-
-
 def block_coord(frame: Frame, blocks: Sequence[Block]) -> NDArray[np.int64]:
     """Return int64 (n, 5): column and row of the first tile, level-0 x and y of the first pixel, level-0 width."""
     rows = []
     for block in blocks:
-        x, y = geometry.patch_origin_px(frame, block.t_col, block.t_row)
-        width = round(frame.block_px(block.cols) * frame.l0_per_px)
+        x, y = origin_px(frame, block)
+        width = round(size_px(frame, block)[1] * frame.l0_per_px)
         rows.append((block.t_col, block.t_row, round(x * frame.l0_per_px), round(y * frame.l0_per_px), width))
     return np.array(rows, dtype=np.int64).reshape(-1, 5)
 
@@ -64,9 +58,8 @@ def block_coord(frame: Frame, blocks: Sequence[Block]) -> NDArray[np.int64]:
 def read_slide(opened: slide.Slide, frame: Frame, blocks: Sequence[Block]) -> Iterator[store.Pixels]:
     """Yield the pixels of blocks with halo, which are read from a slide one after another."""
     for block in blocks:
-        origin = geometry.patch_origin_px(frame, block.t_col, block.t_row)
-        rows, cols = block_size_px(frame, block)
-        region = opened.read_scaled(*origin, (cols, rows), l0_per_px=frame.l0_per_px)
+        rows, cols = size_px(frame, block)
+        region = opened.read_scaled(*origin_px(frame, block), (cols, rows), l0_per_px=frame.l0_per_px)
         yield region.rgb, region.transparent
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wsiflow.errors import IntegrityError
+from wsiflow.plan.blocks import Block, scored_cells
 from wsiflow.plan.geometry import Frame
 from wsiflow.plan.slide_plan import read_cut
 from wsiflow.run import store
@@ -46,9 +47,7 @@ def predict(source: Path, index: int) -> tuple[publish.Receipt, bool]:
 
     def verify(path: Path) -> None:
         for number in range(1 + len(plan.settings.maps)):
-            written, prob = store.read_predictions(path, number)
-            if not np.array_equal(written, coord) or prob.shape[1:] != (frame.cells_per_tile,) * 2:
-                raise IntegrityError("the scores do not belong to the planned tiles", "report this", path=path)
+            _read_planned(path, frame, blocks, number)
 
     described = {
         "slide_id": planned.slide_id,
@@ -74,6 +73,29 @@ def predict(source: Path, index: int) -> tuple[publish.Receipt, bool]:
 def prediction_name(plan: Plan, task: Task) -> str:
     """Return the name of the scores of a group, relative to the run's folder."""
     return f"predictions/{plan.slides[task.slide].slide_id}/t{task.group}.h5"
+
+
+def read_scores(root: Path, plan: Plan, task: Task, number: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Return the coordinates of the tiles of a group and their scores, as `store.read_predictions` does.
+
+    Raises:
+        IntegrityError: The file is damaged, or holds other tiles or cells than planned.
+    """
+    planned = plan.slides[task.slide]
+    blocks = read_cut(root, planned).group(task.group)
+    return _read_planned(root / prediction_name(plan, task), planned.frame, blocks, number)
+
+
+def _read_planned(
+    path: Path, frame: Frame, blocks: Sequence[Block], number: int
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Return coordinates and scores of a file, and refuse other tiles than those of its blocks, or other cells."""
+    scored = np.concatenate([scored_cells(block, frame.cells_per_tile) for block in blocks])
+    coord, prob = store.read_predictions(path, number, scored)
+    planned = tile_coord(frame, [cell for block in blocks for cell in block.cells()])
+    if not np.array_equal(coord, planned):
+        raise IntegrityError("the scores do not belong to the planned tiles", "report this", path=path)
+    return coord, prob
 
 
 def published(root: Path, plan: Plan, task: Task) -> publish.Receipt:

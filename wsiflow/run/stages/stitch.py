@@ -15,7 +15,6 @@ import numpy as np
 from wsiflow.errors import InputError, IntegrityError
 from wsiflow.heatmap import assembly, files
 from wsiflow.plan.geometry import Frame
-from wsiflow.run import store
 from wsiflow.run.costs import StageCost
 from wsiflow.run.plan import Plan, Task, read_plan
 from wsiflow.run.stages import network, predict
@@ -58,8 +57,8 @@ def _publish_map(root: Path, plan: Plan, index: int, number: int, name: str) -> 
     """Assemble and publish the map of a slide: of the positive score, number 0, or of a further class, from 1 on."""
     planned, key = plan.slides[index], STAGE.key_of(root, plan, index)
     frame, m = planned.frame, planned.frame.cells_per_tile
-    names = [predict.prediction_name(plan, Task(index, k)) for k in range(1, planned.n_groups + 1)]
-    parts = [store.read_predictions(root / each, number) for each in names]
+    tasks = [Task(index, k) for k in range(1, planned.n_groups + 1)]
+    parts = [predict.read_scores(root, plan, task, number) for task in tasks]
     coord = np.concatenate([np.empty((0, 5), dtype=np.int64), *(part[0] for part in parts)])
     prob = np.concatenate([np.empty((0, m, m), dtype=np.float32), *(part[1] for part in parts)])
     description: dict[str, Any] = {"slide_id": planned.slide_id, "frame": frame._asdict(), "key": key}

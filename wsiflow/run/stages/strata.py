@@ -10,15 +10,14 @@ detections; an eighth. ``rest``: every other cell. The last three are drawn from
 few windows from each, because it is blocks that are read. Cells outside the slide are of no kind: they have no score.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from wsiflow.model.certificate import Weighing, draw_indices
-from wsiflow.plan import geometry
-from wsiflow.plan.blocks import Block
+from wsiflow.plan.blocks import Block, scored_cells
 from wsiflow.plan.geometry import Frame
 from wsiflow.system import publish
 
@@ -103,79 +102,104 @@ def draw(slide: Scored, *, seed: str, count: int) -> Drawn:
         seed: Key of the slide.
         count: Number of windows.
     """
-    chosen = _near_peaks(slide, count // 2)
+    grid = _grid(slide)
+    chosen = _near_peaks(slide.peaks, grid, count // 2)
     peaks = slide.peaks[chosen]
     free = np.isfinite(slide.heat)
     free[tuple(peaks.T)] = False
     parts = [_Part(peaks, np.ones(len(peaks)), np.arange(len(peaks)), KINDS.index("detection"))]
     if slide.regions is not None:
-        parts += _of_regions(slide, free, seed, count // 4)
+        parts += _of_regions(slide.regions, grid, free, seed, count // 4)
         free &= slide.regions == 0
     near = free & (np.abs(slide.heat - np.float32(slide.threshold)) <= NEAR)
-    parts += _of_blocks(slide, near, seed, _Wish(KINDS.index("threshold"), max(1, count // 8), _BLOCKS))
+    parts += _of_blocks(grid, near, seed, _Wish(KINDS.index("threshold"), max(1, count // 8), _BLOCKS))
     left = max(1, count // 8, count - sum(len(part.cells) for part in parts))
-    parts += _of_blocks(slide, free & ~near, seed, _Wish(KINDS.index("rest"), left, _BLOCKS))
-    return _ordered(slide, parts, chosen)
+    parts += _of_blocks(grid, free & ~near, seed, _Wish(KINDS.index("rest"), left, _BLOCKS))
+    return _ordered(grid, parts, chosen)
 
 
-def _near_peaks(slide: Scored, count: int) -> NDArray[np.int64]:
+class _Grid(NamedTuple):
+    """Where the windows of a slide are: -1 in cells that are not scored.
+
+    Attributes:
+        block: int64 (rows, cols), number of the block that each cell lies in.
+        window: int64 (rows, cols), number of its window in the block, in the order of the scores.
+    """
+
+    block: NDArray[np.int64]
+    window: NDArray[np.int64]
+
+    def at(self, cells: Cells) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return the block and the window of cells."""
+        places = tuple(cells.T)
+        return self.block[places], self.window[places]
+
+
+def _grid(slide: Scored) -> _Grid:
+    m = slide.frame.cells_per_tile
+    grid = _Grid(np.full(slide.heat.shape, -1), np.full(slide.heat.shape, -1))
+    for number, block in enumerate(slide.blocks):
+        scored = scored_cells(block, m)
+        windows = np.cumsum(scored).reshape(scored.shape) - 1
+        for (col, row), own, order in zip(block.cells(), scored, windows, strict=True):
+            top, left = (row - slide.frame.t_row0) * m, (col - slide.frame.t_col0) * m
+            place = slice(top, top + m), slice(left, left + m)
+            grid.block[place] = np.where(own, number, -1)
+            grid.window[place] = np.where(own, order, -1)
+    return grid
+
+
+def _near_peaks(peaks: Cells, grid: _Grid, count: int) -> NDArray[np.int64]:
     """Return the indices of the most confident detections, of so few blocks that these are read soon."""
-    blocks, _ = _places(slide, slide.peaks)
+    blocks, _ = grid.at(peaks)
     first = np.unique(blocks, return_index=True)[1]
     read = blocks[np.sort(first)[:_PEAK_BLOCKS]]
     return np.flatnonzero(np.isin(blocks, read))[:count]
 
 
-def _of_regions(slide: Scored, free: NDArray[np.bool_], seed: str, count: int) -> list[_Part]:
+def _of_regions(regions: NDArray[np.int32], grid: _Grid, free: NDArray[np.bool_], seed: str, count: int) -> list[_Part]:
     """Draw cells from each annotated region."""
-    inside = np.where(free, slide.regions, 0) if slide.regions is not None else np.zeros_like(free, np.int32)
+    inside = np.where(free, regions, 0)
     present = np.unique(inside[inside > 0]).tolist()
     each, most_blocks = (max(1, limit // max(1, len(present))) for limit in (count, _BLOCKS))
     kind = KINDS.index("lesion")
     wishes = [_Wish(kind, each, most_blocks, number) for number in present]
-    return [part for wish in wishes for part in _of_blocks(slide, inside == wish.region, seed, wish)]
+    return [part for wish in wishes for part in _of_blocks(grid, inside == wish.region, seed, wish)]
 
 
-def _of_blocks(slide: Scored, mask: NDArray[np.bool_], seed: str, wish: _Wish) -> list[_Part]:
+def _of_blocks(grid: _Grid, mask: NDArray[np.bool_], seed: str, wish: _Wish) -> list[_Part]:
     """Draw cells of a mask from random blocks, equally many from each.
 
     Where that is all blocks that have such cells, each block is a part. Elsewhere a block is a unit, and the weights
     are those of a ratio estimate: together the drawn cells stand for all cells of the mask.
     """
-    sizes = [int(mask[_extent(slide.frame, block)].sum()) for block in slide.blocks]
-    having = [number for number, size in enumerate(sizes) if size]
+    every = np.argwhere(mask)
+    owner, _ = grid.at(every)
+    having = np.unique(owner).tolist()
     key = publish.key_of(slide=seed, kind=KINDS[wish.kind], region=wish.region)
     most = min(wish.blocks, wish.n)
     chosen = [having[i] for i in draw_indices(key, among=len(having), count=most).tolist()]
     each = -(-wish.n // max(1, len(chosen)))
     parts = []
     for number in chosen:
-        own = _extent(slide.frame, slide.blocks[number])
-        cells = np.argwhere(mask[own]) + np.array([own[0].start, own[1].start])
+        cells = every[owner == number]
         in_block = publish.key_of(slide=key, block=number)
         drawn = cells[draw_indices(in_block, among=len(cells), count=each)]
         weight = np.full(len(drawn), len(cells) / len(drawn))
         parts.append(_Part(drawn, weight, np.arange(len(drawn)), wish.kind, wish.region))
     if len(chosen) == len(having):
         return parts
-    scale = sum(sizes) / sum(sizes[number] for number in chosen)
+    scale = len(every) / int(np.isin(owner, chosen).sum())
     cells, weight = np.concatenate([part.cells for part in parts]), np.concatenate([part.weight for part in parts])
     units = np.repeat(chosen, [len(part.cells) for part in parts])
     return [_Part(cells, weight * scale, units, wish.kind, wish.region)]
 
 
-def _extent(frame: Frame, block: Block) -> tuple[slice, slice]:
-    """Return the rows and columns of the heatmap that a block covers."""
-    m = frame.cells_per_tile
-    row, col = geometry.h_from_t(frame, block.t_col, block.t_row)
-    return slice(row, row + block.rows * m), slice(col, col + block.cols * m)
-
-
-def _ordered(slide: Scored, parts: Sequence[_Part], peaks: NDArray[np.int64]) -> Drawn:
+def _ordered(grid: _Grid, parts: Sequence[_Part], peaks: NDArray[np.int64]) -> Drawn:
     """Return the drawn cells of all parts in the order of their blocks."""
     sizes = [len(part.cells) for part in parts]
     cells = np.concatenate([np.empty((0, 2), np.int64), *(part.cells for part in parts)])
-    block, window = _places(slide, cells)
+    block, window = grid.at(cells)
     order = np.lexsort((window, block))
     detection = np.full(len(cells), -1)
     detection[: len(peaks)] = peaks
@@ -186,19 +210,3 @@ def _ordered(slide: Scored, parts: Sequence[_Part], peaks: NDArray[np.int64]) ->
         np.concatenate([part.unit for part in parts])[order].astype(np.int64),
     )
     return Drawn(block[order], window[order], cells[order], kind[order], region[order], detection[order], weighing)
-
-
-def _places(slide: Scored, cells: Cells) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return the number of the block that each cell lies in, and the number of its window there."""
-    m = slide.frame.cells_per_tile
-    tiles, inner = np.divmod(cells, m)
-    place = {tile: at for at, tile in _tiles_of(slide)}
-    blocks, orders = np.array([place[row, col] for row, col in tiles.tolist()], np.int64).reshape(-1, 2).T
-    return blocks, orders * m * m + inner[:, 0] * m + inner[:, 1]
-
-
-def _tiles_of(slide: Scored) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
-    """Yield the number of each block and of each tissue tile in it, with the tile's row and column on the heatmap."""
-    for number, block in enumerate(slide.blocks):
-        for order, (col, row) in enumerate(block.cells()):
-            yield (number, order), (row - slide.frame.t_row0, col - slide.frame.t_col0)
