@@ -8,11 +8,12 @@ import yaml
 from benchmarks.experiments import FOLDER, POINTS
 
 ROOT = Path(__file__).parents[2]
-EVERY = {"E1", "E2", "E3", *(f"O-{number}" for number in range(1, 15))}
+# O-8, a published row of features, needs a heatmap that is not published.
+EVERY = {"E1", "E2", "E3", *(f"O-{number}" for number in range(1, 15) if number != 8)}
 
 
 def test_every_oracle_has_tests_that_exist() -> None:
-    """E1 to E3 and O-1 to O-14 have existing tests; a renamed test fails here first."""
+    """E1 to E3 and O-1 to O-14 but O-8 have existing tests; a renamed test fails here first."""
     sweep = yaml.safe_load((FOLDER / "X13.yaml").read_text())
     named = sweep["settings"]["tests"]
     assert set(named) == set(sweep["axes"]["oracle"]) == EVERY

@@ -25,9 +25,9 @@ def test_differences_by_hand() -> None:
 
 
 def test_decisions_are_made_at_one_half() -> None:
-    """A score of one half counts as tumour; no flip lies on one side of it."""
-    expected = np.array([0.49, 0.5, 0.55, 0.1], np.float32)
-    assert certificate.score_deviation(np.array([0.5, 0.49, 0.65, 0.45], np.float32), expected).flips == 0.5
+    """A score above one half counts as tumour, as for detections; no flip lies on one side of it."""
+    expected = np.array([0.5, 0.51, 0.55, 0.1], np.float32)
+    assert certificate.score_deviation(np.array([0.51, 0.5, 0.65, 0.45], np.float32), expected).flips == 0.5
 
 
 def test_what_is_not_defined_is_nan_and_breaks_nothing() -> None:

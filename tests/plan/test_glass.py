@@ -11,7 +11,7 @@ from wsiflow.plan.tissue import tissue_mask
 ADAPTIVE = with_(method="adaptive", min_chroma=4)
 PALE = (226, 221, 225)
 BROWN, BLUE_COUNTERSTAIN = (140, 95, 60), (198, 206, 220)
-BLUE_INK, BLACK_INK = (40, 70, 190), (30, 30, 32)
+BLUE_INK, RED_INK, BLACK_INK = (40, 70, 190), (210, 30, 45), (30, 30, 32)
 
 
 def parts(image: NDArray[np.uint8]) -> list[float]:
@@ -92,12 +92,12 @@ def test_on_a_dark_slide_what_is_bright_is_tissue(stain: tuple[int, int, int]) -
     assert parts(image) == [1.0]
 
 
-@pytest.mark.parametrize("colour", [GREEN_INK, BLUE_INK, BLACK_INK], ids=["green", "blue", "black"])
+@pytest.mark.parametrize("colour", [GREEN_INK, BLUE_INK, RED_INK, BLACK_INK], ids=["green", "blue", "red", "black"])
 def test_ink_is_left_out(colour: tuple[int, int, int]) -> None:
     """Pens are not tissue, and beside them dark and pale tissue stays."""
     assert parts(blocks(PURPLE, colour, PINK)) == [1.0, 0.0, 1.0]
     assert parts(blocks(colour, PALE, PALE, PALE, noise=0.5)) == [0.0, 1.0, 1.0, 1.0]
-    for stain in (PINK, PURPLE, BROWN, BLUE_COUNTERSTAIN, (60, 35, 90), (90, 105, 170)):
+    for stain in (PINK, PURPLE, BROWN, BLUE_COUNTERSTAIN, (60, 35, 90), (90, 105, 170), (185, 75, 65), (190, 60, 75)):
         assert not np.any(inks(blocks(stain)))
 
 

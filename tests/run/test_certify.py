@@ -20,7 +20,7 @@ from torch import nn
 from flows import compose as command
 from flows.cli import main
 from wsiflow.heatmap import files
-from wsiflow.model import from_module, save, scorer
+from wsiflow.model import from_module, save, scorer, scoring
 from wsiflow.model.architectures.registry import build
 from wsiflow.model.classifier import load
 from wsiflow.model.engines import engine
@@ -203,13 +203,13 @@ def test_a_run_that_erases_tumour_does_not_pass(
     one = tmp_path / "one.csv"
     paths = [small_slides.parent / row[name] for name in ("path", "annotation_path")]
     one.write_text(f"slide_id,path,annotation_path,label\ns,{paths[0]},{paths[1]},tumour\n")
-    score = scorer.DenseScorer.score
+    score = scoring.DenseScorer.score
 
-    def erasing(*given: object) -> scorer.TileScores:
+    def erasing(*given: object) -> scoring.TileScores:
         found = score(*given)
         return found._replace(prob=np.where(found.prob > 0.3, np.float32(0), found.prob))
 
-    monkeypatch.setattr(scorer.DenseScorer, "score", erasing)
+    monkeypatch.setattr(scoring.DenseScorer, "score", erasing)
     assert wsiflow(one, tmp_path / "run", "inference.stride=112") == 40
     assert re.search(r"(a lesion is|\d+ lesions are) lost: no score in it exceeds 0.5", capsys.readouterr().err)
     assert wsiflow(one, tmp_path / "run", "inference.stride=112", "dense.on_excess=report") == 0

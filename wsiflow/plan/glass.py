@@ -39,6 +39,7 @@ _SOMEWHERE = 0.001  # part of a slide that shows what the slide is
 _BLACK = 40  # what is darker and touches the border was not scanned
 _GREEN_INK = 12  # by which green exceeds red and blue in ink, and in no usual stain
 _BLUE_INK = 100  # by which blue exceeds red in ink, where green does too, and in no haematoxylin
+_RED_INK = (130, 30)  # by which red exceeds green and blue in ink, and blue green at most; blood and AEC are paler
 _BLACK_INK = (50, 12)  # brightness and chroma of black ink at most
 _MOST_INK = 0.4  # part of the tissue; what is more is a stain of this colour, such as light green
 
@@ -139,15 +140,17 @@ def _in_strips(
 
 
 def inks(overview: NDArray[np.uint8]) -> list[NDArray[np.bool_]]:
-    """Return which pixels look like green, blue and black ink, bool (rows, cols) each.
+    """Return which pixels look like green, blue, red and black ink, bool (rows, cols) each.
 
-    Red ink looks like blood and is not known.
+    Faded red ink looks like blood and like red stains, and is not known.
     """
     red, green, blue = planes = _smooth_planes(overview)
     brightness, chroma = _BLACK_INK
+    redder, bluer = _RED_INK
     return [
         green - np.maximum(red, blue) >= _GREEN_INK,
         (blue - red >= _BLUE_INK) & (green >= red),
+        (red - np.maximum(green, blue) >= redder) & (blue - green <= bluer),
         (_largest(planes) <= brightness) & (_spread(planes) <= chroma),
     ]
 
