@@ -64,7 +64,7 @@ def test_cells_that_were_not_scored_were_not_looked_at() -> None:
     tiles = np.eye(4, dtype=np.bool_).repeat(2, axis=1)[:, :6]
     cells = np.ones((int(tiles.sum()), 4, 4), np.bool_)
     cells[0, :2] = False
-    view = View(FRAME, tiles, COMPONENTS, lambda: flat(), cells)
+    view = View(FRAME, tiles, COMPONENTS, lambda: flat(), cells=cells)
     points = geometry.l0_from_h(FRAME, np.array([[0.0, 1.0], [0.0, 2.0], [4.0, 0.0], [0.0, 4.0]]))
     assert is_looked_at(view, points).tolist() == [False, True, True, False]
 
