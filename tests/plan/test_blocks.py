@@ -77,6 +77,18 @@ def test_blocks_read_what_their_windows_need_and_no_more(tissue: np.ndarray, see
     assert sorted(windows) == sorted(expected)
 
 
+def test_each_tile_is_in_one_block_also_in_the_hollow_of_another_piece() -> None:
+    """A piece of tissue that a ring of tissue surrounds is no part of the block that holds the ring."""
+    rng = np.random.default_rng(0)
+    ring = np.zeros((7, 7), bool)
+    ring[1:6, 1:6] = True
+    ring[2:5, 2:5] = False
+    ring[3, 3] = True
+    for tissue in (ring, *(rng.random((20, 20)) < share for share in (0.1, 0.3, 0.5))):
+        found = [cell for block in blocks.blocks(tissue, BlockLimits(224, 104, 9, 8)) for cell in block.cells()]
+        assert sorted(found) == sorted((col, row) for row, col in np.argwhere(tissue).tolist())
+
+
 def test_tall_tissue_is_cut_into_columns() -> None:
     """Tissue that lies on its side is cut as if it stood, into blocks of the same shape."""
     tissue = np.random.default_rng(0).random((5, 30)) < 0.9

@@ -134,18 +134,23 @@ def blocks(tissue: NDArray[np.bool_], limits: BlockLimits, cells: NDArray[np.boo
     """
     if not tissue.any():
         return []
-    rectangles = [
-        (t_col + col, t_row + row, cols, rows)
-        for t_col, t_row, piece in _pieces(tissue, limits)
-        for col, row, cols, rows in _rectangles(piece, limits)
-    ]
-    ordered = sorted(rectangles, key=lambda each: (each[1], each[0]))
     # Blocks of single tiles are stored in one array, so that they are read whole.
-    return blocks_at(tissue, ordered, cells, crop=limits.block_rows * limits.block_cols > 1)
+    crop, found = limits.block_rows * limits.block_cols > 1, list[Block]()
+    for t_col, t_row, piece in _pieces(tissue, limits):
+        rectangles = [(t_col + col, t_row + row, *size) for col, row, *size in _rectangles(piece, limits)]
+        own = np.zeros_like(tissue)  # another piece may lie in a hollow of this one
+        own[t_row : t_row + piece.shape[0], t_col : t_col + piece.shape[1]] = piece
+        found += blocks_at(tissue, rectangles, cells, crop=crop, among=own)
+    return sorted(found, key=lambda block: (block.t_row, block.t_col))
 
 
 def blocks_at(
-    tissue: NDArray[np.bool_], rectangles: Iterable[Rectangle], cells: NDArray[np.bool_] | None, *, crop: bool
+    tissue: NDArray[np.bool_],
+    rectangles: Iterable[Rectangle],
+    cells: NDArray[np.bool_] | None,
+    *,
+    crop: bool,
+    among: NDArray[np.bool_] | None = None,
 ) -> list[Block]:
     """Return the blocks that some rectangles are.
 
@@ -154,14 +159,16 @@ def blocks_at(
         rectangles: First column, first row, number of columns and number of rows of each.
         cells: bool (n, m, m), the scored cells of each tissue tile, row by row; None for all.
         crop: Whether no more is read than the scored cells need.
+        among: bool (rows, cols), the tissue tiles that the blocks hold; None for all.
     """
+    among = tissue if among is None else among
     numbers = np.cumsum(tissue, dtype=np.int64).reshape(tissue.shape) - 1
     found = []
     for t_col, t_row, cols, rows in rectangles:
         inside = np.s_[t_row : t_row + rows, t_col : t_col + cols]
-        block = Block(t_col, t_row, cols, rows, tuple(np.flatnonzero(tissue[inside]).tolist()))
+        block = Block(t_col, t_row, cols, rows, tuple(np.flatnonzero(among[inside]).tolist()))
         if cells is not None:
-            own = cells[numbers[inside][tissue[inside]]]
+            own = cells[numbers[inside][among[inside]]]
             bits = b"" if own.all() else np.packbits(own).tobytes()
             block = block._replace(crop=_crop(block, own) if crop else None, scored=bits)
         found.append(block)
