@@ -37,6 +37,7 @@ QUICK = {
     "minutes_limit": 8,
 }
 SLURM = ["executor=slurm_array", *(f"executor.array.{it}" for it in ("poll_s=0.5", "grace_s=20", "memory_mb=900"))]
+MANY_SLIDES = int(os.environ.get("WSIFLOW_ARRAY_SLIDES", "2"))  # of 6, with 40 groups each
 # One slide in many groups, an element each: more than an array may have here.
 CUT = [
     "dataset.limit=1",
@@ -434,23 +435,22 @@ def test_the_line_killed_in_the_middle_publishes_the_same_bytes(
 def test_hundreds_of_slices_survive_the_loss_of_elements_and_of_the_driver(
     scheduler: str, small_slides: Path, tmp_path: Path
 ) -> None:
-    """Two hundred groups, an element killed while it works, then the driver: the bytes are those of one process."""
-    many = ["dataset.limit=null", "tiles.group_tiles=2", "dense.windows=20"]
+    """Forty groups a slide, an element killed while it works, then the driver: the bytes are those of one process."""
+    many = [f"dataset.limit={MANY_SLIDES}", "tiles.group_tiles=2", "dense.windows=20"]
     assert wsiflow(*line(small_slides, tmp_path / "inline", *many)) == 0
     out = tmp_path / "run"
     array = [f"executor={scheduler}_array", *SLURM[1:], "executor.workers=4"]
     command = [sys.executable, "-m", "wsiflow.flows", "run", *line(small_slides, out, *many, *array)]
     driver = subprocess.Popen(command)
-    wait_for(lambda: len(pieces_of(out, "predict")) > 20)
+    wait_for(lambda: len(pieces_of(out, "predict")) > 10)
     written = max((out / "arrays").glob("*/*.jsonl"), key=lambda path: path.stat().st_mtime)
     os.kill(json.loads(written.read_text().splitlines()[0])["pid"], signal.SIGKILL)
-    wait_for(lambda: len(pieces_of(out, "predict")) > 60)
+    wait_for(lambda: len(pieces_of(out, "predict")) > 30)
     driver.send_signal(signal.SIGKILL)
     driver.wait()
     assert subprocess.run(command, check=False).returncode == 0
     assert published(out) == published(tmp_path / "inline")
     predicted = taken(out, "predict")
-    assert len(set(predicted)) > 200
+    assert len(set(predicted)) > 30 * MANY_SLIDES
     assert len(predicted) <= len(set(predicted)) + 1, "only what the killed element did was done again"
-    starts = sum(found["elements"] for found in events(out, "intent"))
-    assert starts < 30
+    assert sum(found["elements"] for found in events(out, "intent")) < 30, "starts"
