@@ -10,7 +10,9 @@ from wsiflow.run.stages.certificates import Certificate
 
 PLAN = SimpleNamespace(
     settings=SimpleNamespace(
-        lesions=SimpleNamespace(threshold=0.5), evaluation=SimpleNamespace(bootstrap=200), tolerance=0.02
+        lesions=SimpleNamespace(threshold=0.5, second=None, gate=None),
+        evaluation=SimpleNamespace(bootstrap=200),
+        tolerance=0.02,
     )
 )
 
@@ -95,10 +97,19 @@ def test_a_slide_whose_truth_has_changed_keeps_its_scores() -> None:
     assert certified._exchanged(PLAN, published, None) is published
 
 
+def test_nothing_is_said_of_froc_where_other_scores_take_part() -> None:
+    """With a gate or a second map, confidences are not those of the windows that were run again."""
+    for given in ({"gate": 0.5}, {"second": "run"}):
+        lesions = SimpleNamespace(threshold=0.5, **{"second": None, "gate": None, **given})
+        plan = SimpleNamespace(settings=SimpleNamespace(lesions=lesions))
+        read = {one.slide_id: SAME for one in TUMOUR}
+        assert certified.froc_difference(plan, read, record(*TUMOUR, *NORMAL), seed=1) == {}
+
+
 def test_nothing_is_said_of_froc_without_lesions() -> None:
     """Where no lesion counts, there is no FROC score, and the sentence says so."""
     assert certified.froc_difference(PLAN, {}, record(*NORMAL), seed=1) == {}
     said = certified.sentence({"dense.n": 9.0, "dense.mean_abs_diff": 0.01, "certificate.lesions_lost": 2.0}, 0.5)
-    assert "not known what that costs in FROC" in said
+    assert "what that costs in FROC is not known" in said
     assert said.endswith("lesions lost: 2")
     assert certified.sentence({}, 0.5) == ""

@@ -322,7 +322,7 @@ def test_elements_are_as_many_as_pieces_but_within_the_limits(
 
         pool._start = start  # type: ignore[assignment,method-assign]
         for request in requests:
-            waiting = [name for name in pool._waiting() if pieces.request_of(name) == request]
+            waiting = [name for name in pieces.posted(Path(folder)) if pieces.request_of(name) == request]
             assert len(waiting) == requests[request]
             for _ in range(2):  # once more changes nothing
                 pool._staff(request, waiting, ())
@@ -344,10 +344,10 @@ def test_small_pieces_share_an_element(tmp_path: Path) -> None:
     pool._submit = lambda _name, _request, size: bool(sizes.append(size)) or True  # type: ignore[func-returns-value,method-assign]
     for task in range(25):
         pool._post(batch, Piece(batch.call, task, task + 1), expected_s=6.0)
-    pool._staff(pool._request(Tries()), pool._waiting(), ())
-    pool._staff(pool._request(Tries()), pool._waiting()[:1], ())
+    pool._staff(pool._request(Tries()), pieces.posted(tmp_path), ())
+    pool._staff(pool._request(Tries()), pieces.posted(tmp_path)[:1], ())
     pool._post(batch, Piece(batch.call, 25, 26))
-    pool._staff(pool._request(Tries()), pool._waiting(), ())
+    pool._staff(pool._request(Tries()), pieces.posted(tmp_path), ())
     assert sizes == [3, 1, 4]
 
 

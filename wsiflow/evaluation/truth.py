@@ -247,6 +247,17 @@ def _drawn(
     return Marks(tumour, m_um_px, "; ".join(filter(None, (outline.note, *remarks))), ignored)
 
 
+def files_sha256(*paths: Path | str | None) -> list[str | None]:
+    """Return the hashes of the files of a slide's truth; None where there is none, or it cannot be read."""
+    hashes: list[str | None] = []
+    for path in paths:
+        try:
+            hashes.append(content.cached_sha256(Path(path)) if path else None)
+        except WsiflowError:  # scoring says so
+            hashes.append(None)
+    return hashes
+
+
 def truth_sha256(label: int | None, lesions: LesionMask | None, ignored: NDArray[np.bool_] | None = None) -> str:
     """Return the SHA-256 of a slide's label and regions; it does not depend on the extent of the mask around them."""
     digest = hashlib.sha256(f"label {label}".encode())

@@ -178,7 +178,8 @@ class ArrayJobs:
             return  # the next start of the run, or nobody, finds them
         alive = {place: seen for place, seen in places.items() if self._dialect.is_alive(seen.state)}
         waiting = {place.name: seen.job for place, seen in alive.items() if self._dialect.is_pending(seen.state)}
-        jobs.drop(self._dialect, [self._dialect.whole.format(job=job) for job in waiting.values()])
+        with contextlib.suppress(EnvironmentFault):  # all is done: elements that begin later end at once
+            jobs.drop(self._dialect, [self._dialect.whole.format(job=job) for job in waiting.values()])
         for array in self._arrays:
             self._log.append("ended", name=array.name)
 
@@ -206,14 +207,14 @@ class ArrayJobs:
         Raises:
             EnvironmentFault: The scheduler does not answer.
         """
-        self._queue.hold((Place(job.name, -1) for job in left), finished=False)
+        self._queue.hold(Place(job.name, -1) for job in left)
         places = self._queue.poll().places
         if places is None:
             cause = f"{self._dialect.name} does not answer, and arrays of an earlier start may still be in its queue"
             raise EnvironmentFault(cause, "run again when it does", path=self._log.path)
         self._queue.release(Place(job.name, -1) for job in left)
         alive = {place: seen for place, seen in places.items() if self._dialect.is_alive(seen.state)}
-        self._queue.hold(alive, finished=False)
+        self._queue.hold(alive)
         ids = {place.name: seen.job for place, seen in alive.items()}
         if alive:
             _logger.info(
@@ -300,7 +301,7 @@ class ArrayJobs:
 
     def _see_after(self, poll: Poll) -> None:
         """Deliver outcomes, replace elements that are lost, and submit elements for pieces that nobody is free for."""
-        waiting = self._waiting()
+        listed = pieces.posted(self._root)  # before the elements: what is taken meanwhile is in both
         busy: set[Place] = set()
         had: set[str] = set()
         for array in tuple(self._arrays):
@@ -308,13 +309,13 @@ class ArrayJobs:
             working = self._collect(array, files, poll)
             busy |= working
             had.update(name for place in working for name in files.taken[place.number])
+        waiting = [name for name in listed if name in self._posted]
         is_new, self._checked_s = poll.taken_s > self._checked_s, poll.taken_s
         if is_new and waiting and self._is_stopped():
             self._give_up(
                 waiting, EnvironmentFault("the run was cancelled", _REMEDIES["cancelled"]).failure, "cancelled"
             )
             return
-        waiting = self._waiting()
         self._catch(self._posted.keys() - had - {*waiting})
         for request in {pieces.request_of(name): None for name in waiting}:
             self._staff(request, [name for name in waiting if pieces.request_of(name) == request], busy)
@@ -323,10 +324,6 @@ class ArrayJobs:
         """Tell whether the run was cancelled, or has a newer driver on another machine."""
         history = self._log.read()
         return history.cancelled or not history.is_driven_by(self._identity)
-
-    def _waiting(self) -> list[str]:
-        """Return the names of the pieces that nobody has taken."""
-        return [name for name in pieces.posted(self._root) if name in self._posted]
 
     def _staff(self, request: Request, waiting: Sequence[str], busy: Collection[Place]) -> None:
         """Submit elements for the waiting pieces of a request, if the elements in the queue are too few.

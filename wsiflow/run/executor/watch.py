@@ -89,15 +89,10 @@ class Queue:
             self._window = max(1, self._window // 2, accepted)
             return bool(self._held)
 
-    def hold(self, places: Iterable[Place], *, finished: bool) -> None:
-        """Count elements that are in the queue already; ``finished`` ones until the scheduler no longer lists them."""
+    def hold(self, places: Iterable[Place]) -> None:
+        """Count elements that are in the queue already."""
         with self._state:
-            self._held.update(dict.fromkeys(places, finished))
-
-    def holds(self, place: Place) -> bool:
-        """Tell whether an element is still counted."""
-        with self._state:
-            return place in self._held
+            self._held.update(dict.fromkeys(places, False))
 
     def finish(self, places: Iterable[Place]) -> None:
         """Mark elements as finished: they count until the scheduler no longer lists them."""

@@ -126,9 +126,11 @@ def froc_difference(
     """Return the published strict FROC score minus that with scores in fp32, with its 95 % interval, as metrics.
 
     Slides whose matches the certificate does not give, because their truth has changed, keep their scores. Nothing is
-    returned where no lesion counts.
+    returned where no lesion counts, or where `lesions.second` or `lesions.gate` takes part in confidences.
     """
-    published = record.setting("published")
+    published, params = record.setting("published"), plan.settings.lesions
+    if params.second is not None or params.gate is not None:
+        return {}  # confidences follow from more than the scores that were run again
     if not sum(one.n_lesions for one in published.matches):
         return {}
     exact = [_exchanged(plan, one, read.get(one.slide_id)) for one in published.matches]
@@ -233,6 +235,6 @@ def _froc_text(metrics: Mapping[str, float]) -> str:
     """Return what the fast way could cost in FROC."""
     value, low = (metrics.get(f"certificate.froc_difference{end}", math.nan) for end in ("", "_ci_low"))
     if math.isnan(value):
-        return "without annotated lesions it is not known what that costs in FROC"
+        return "what that costs in FROC is not known without annotated lesions, nor with lesions.second or lesions.gate"
     cost = f"FROC {value:+.4f} against fp32 there" if abs(value) >= 5e-5 else "FROC as in fp32 there"
     return cost + (f", a loss of more than {max(0.0, -low):.2g} is excluded (95 %)" if math.isfinite(low) else "")

@@ -15,13 +15,12 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from wsiflow.errors import WsiflowError
+from wsiflow.evaluation.truth import files_sha256
 from wsiflow.model import certificate
 from wsiflow.model.certificate import Limits, ScoreDeviation, Weighing
 from wsiflow.plan.slide_plan import SlidePlan
 from wsiflow.run.plan import Plan
 from wsiflow.run.stages.strata import KINDS
-from wsiflow.slides import content
 from wsiflow.system import publish
 
 _FORM = 2  # of the file, and of how windows are drawn
@@ -78,25 +77,15 @@ def name_of(planned: SlidePlan) -> str:
 
 def key_of(plan: Plan, planned: SlidePlan, scores_sha256: list[str]) -> str:
     """Return the key of the certificate of a slide: what decides which windows are compared, and their scores."""
+    truth_files = files_sha256(planned.annotation_path, planned.mask_path)
     return publish.key_of(
         slide=planned.key,
         scores=scores_sha256,
         windows=plan.settings.certificate_windows,
         form=_FORM,
         lesions=plan.settings.lesions.model_dump(mode="json"),
-        truth=[planned.label, *_truth_sha256(planned), plan.settings.evaluation.protocol()],
+        truth=[planned.label, *truth_files, plan.settings.evaluation.protocol()],
     )
-
-
-def _truth_sha256(planned: SlidePlan) -> list[str | None]:
-    """Return the hashes of the files of a slide's truth; None where there is none, or it cannot be read."""
-    hashes: list[str | None] = []
-    for path in (planned.annotation_path, planned.mask_path):
-        try:
-            hashes.append(content.cached_sha256(Path(path)) if path else None)
-        except WsiflowError:  # scoring says so
-            hashes.append(None)
-    return hashes
 
 
 def read(root: Path, planned: SlidePlan) -> Certificate:

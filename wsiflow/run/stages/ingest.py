@@ -12,7 +12,6 @@ import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +106,7 @@ def _notes(case: Case, marks: Any, inspection: Mapping[str, Any], config: RunCon
     """Return what a user should know of a slide and its truth, for its record; empty where nothing is unusual."""
     sides = {"downsample": inspection["downsample"], "m_downsample": config.evaluation.downsample}
     share = truth.share_of_tissue(marks, _mask_of(base64.b64decode(inspection["mask_png"])), **sides)
-    notes = {} if share is None else {"truth_of_tissue": share, "truth_sha256": _truth_sha256(case)}
+    notes = {} if share is None else {"truth_of_tissue": share, "truth_sha256": _truth_files(case)}
     return notes | ({"remarks": remarks} if (remarks := inspection.get("remarks")) else {})
 
 
@@ -231,16 +230,12 @@ def doubtful_share(root: Path, case: Case) -> float | None:
     """
     record = _record(root, case.slide_id)
     share: float | None = record.get("truth_of_tissue")
-    return share if share is not None and record.get("truth_sha256") == _truth_sha256(case) else None
+    return share if share is not None and record.get("truth_sha256") == _truth_files(case) else None
 
 
-def _truth_sha256(case: Case) -> list[str | None]:
-    """Return the hashes of the files of a slide's truth; None where there is none, or none any more."""
-    hashes: list[str | None] = [None, None]
-    for place, path in enumerate((case.annotation_path, case.mask_path)):
-        with suppress(OSError):  # scoring says so
-            hashes[place] = publish.file_sha256(path) if path else None
-    return hashes
+def _truth_files(case: Case) -> list[str | None]:
+    """Return the hashes of the files of a slide's truth."""
+    return truth.files_sha256(case.annotation_path, case.mask_path)
 
 
 def is_ingested(source: Path, index: int) -> bool:
