@@ -126,6 +126,20 @@ def test_tiles_that_are_not_those_planned_are_refused(tmp_path: Path) -> None:
         read_cut(tmp_path, planned)
 
 
+def test_overlapping_blocks_come_back_as_published(tmp_path: Path) -> None:
+    """A piece of tissue in the hollow of another is in the same block when the cut of a slide is read."""
+    ring = np.ones((7, 7), np.bool_)
+    ring[1:-1, 1:-1] = False
+    ring[3, 3] = True
+    frame = FRAME._replace(block_rows=9, block_cols=9)
+    cut = make_cut(ring, frame, group_tiles=1000)
+    planned = publish_cut(tmp_path, slide("a"))._replace(frame=frame)
+    (tmp_path / cut_name("a")).write_text(json.dumps(cut.as_dict()))
+    again = read_cut(tmp_path, planned._replace(key=slide_key(planned.sha256, frame, cut)))
+    assert again == cut
+    assert again.n_tiles == ring.sum()
+
+
 def test_scored_cells_come_back_as_published(tmp_path: Path) -> None:
     """The cut of a slide says which cells are scored, and its key contains them; one without says that all are."""
     scored = np.random.default_rng(0).random((6, FRAME.cells_per_tile, FRAME.cells_per_tile)) < 0.5

@@ -134,43 +134,45 @@ def blocks(tissue: NDArray[np.bool_], limits: BlockLimits, cells: NDArray[np.boo
     """
     if not tissue.any():
         return []
+    pieces = _pieces(tissue, limits)
+    found = [
+        (t_row + row, t_col + col, rows, cols)
+        for t_col, t_row, piece in pieces
+        for col, row, cols, rows in _rectangles(piece, limits)
+    ]
+    rectangles = [(t_col, t_row, cols, rows) for t_row, t_col, rows, cols in sorted(found)]
     # Blocks of single tiles are stored in one array, so that they are read whole.
-    crop, found = limits.block_rows * limits.block_cols > 1, list[Block]()
-    for t_col, t_row, piece in _pieces(tissue, limits):
-        rectangles = [(t_col + col, t_row + row, *size) for col, row, *size in _rectangles(piece, limits)]
-        own = np.zeros_like(tissue)  # another piece may lie in a hollow of this one
-        own[t_row : t_row + piece.shape[0], t_col : t_col + piece.shape[1]] = piece
-        found += blocks_at(tissue, rectangles, cells, crop=crop, among=own)
-    return sorted(found, key=lambda block: (block.t_row, block.t_col))
+    return blocks_at(tissue, rectangles, cells, crop=limits.block_rows * limits.block_cols > 1)
 
 
 def blocks_at(
-    tissue: NDArray[np.bool_],
-    rectangles: Iterable[Rectangle],
-    cells: NDArray[np.bool_] | None,
-    *,
-    crop: bool,
-    among: NDArray[np.bool_] | None = None,
+    tissue: NDArray[np.bool_], rectangles: Iterable[Rectangle], cells: NDArray[np.bool_] | None, *, crop: bool
 ) -> list[Block]:
     """Return the blocks that some rectangles are.
+
+    Rectangles may overlap where a piece of tissue lies in the hollow of another one. A tile belongs to the first
+    rectangle that holds it, and a rectangle of which nothing is left is no block.
 
     Args:
         tissue: bool (rows, cols), the tile grid.
         rectangles: First column, first row, number of columns and number of rows of each.
         cells: bool (n, m, m), the scored cells of each tissue tile, row by row; None for all.
         crop: Whether no more is read than the scored cells need.
-        among: bool (rows, cols), the tissue tiles that the blocks hold; None for all.
     """
-    among = tissue if among is None else among
+    left = tissue.copy()
     numbers = np.cumsum(tissue, dtype=np.int64).reshape(tissue.shape) - 1
     found = []
     for t_col, t_row, cols, rows in rectangles:
         inside = np.s_[t_row : t_row + rows, t_col : t_col + cols]
-        block = Block(t_col, t_row, cols, rows, tuple(np.flatnonzero(among[inside]).tolist()))
+        own = left[inside].copy()
+        left[inside] = False
+        if not own.any():
+            continue
+        block = Block(t_col, t_row, cols, rows, tuple(np.flatnonzero(own).tolist()))
         if cells is not None:
-            own = cells[numbers[inside][among[inside]]]
-            bits = b"" if own.all() else np.packbits(own).tobytes()
-            block = block._replace(crop=_crop(block, own) if crop else None, scored=bits)
+            scored = cells[numbers[inside][own]]
+            bits = b"" if scored.all() else np.packbits(scored).tobytes()
+            block = block._replace(crop=_crop(block, scored) if crop else None, scored=bits)
         found.append(block)
     return found
 

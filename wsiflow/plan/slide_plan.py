@@ -172,7 +172,7 @@ def read_cut(root: Path, planned: SlidePlan) -> SlideCut:
     except (OSError, ValueError, TypeError, KeyError, zlib.error) as error:
         if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
             raise faults.fault(error, path=path) from error
-        cause = f"the slide's tiles cannot be read_plan ({error})"
+        cause = f"the slide's tiles cannot be read ({error})"
         raise IntegrityError(cause, "choose another out= folder", slide=planned.slide_id, path=path) from error
     if slide_key(planned.sha256, planned.frame, cut) != planned.key:
         cause = "the slide's tiles are not those that were planned"
