@@ -213,9 +213,9 @@ def sentence(metrics: Mapping[str, float], threshold: float) -> str:
         for name in ("mean_abs_diff", "mean_abs_diff_at_most", "flips_at_most", "beyond_max_at_most", "max_abs_diff")
     )
     parts = [
-        f"{metrics[f'{kind}.n']:.0f} windows run alone in fp32: mean |dp| {mean:.2g}, at most {mean_at_most:.2g}",
-        f"at most {_share(flips_at_most)} on the other side of {threshold:g}",
-        f"at most {_share(beyond)} off by more than {largest:.2g} (95 %)",
+        f"{metrics[f'{kind}.n']:.0f} windows run alone in fp32: mean |dp| {mean:.2g}, largest {largest:.2g}",
+        f"of all windows (95 %) at most {_share(beyond)} are off by more, the mean of the others is at most "
+        f"{mean_at_most:.2g}, and at most {_share(flips_at_most)} are on the other side of {threshold:g}",
         _froc_text(metrics),
     ]
     if unknown := metrics.get("certificate.slides_without_truth"):
