@@ -152,13 +152,14 @@ def upper_bounds(values: NDArray[np.float64], largest: NDArray[np.float64], weig
         float64 (k,), the bounds of the means of the k properties.
     """
     known, total = _is_known(weighing), float(weighing.weight.sum())
-    certain = (values * weighing.weight)[:, known].sum(axis=1) / total
+    certain: NDArray[np.float64] = (values * weighing.weight)[:, known].sum(axis=1) / total
     if known.all():
         return certain
     drawn = weighing.of(~known)
     _, unit = np.unique(np.stack([drawn.part, drawn.unit]), axis=1, return_inverse=True)
-    sizes = np.bincount(unit.ravel(), drawn.weight)
-    sums = np.stack([np.bincount(unit.ravel(), drawn.weight * each) for each in values[:, ~known]])
+    sizes = np.bincount(unit.ravel(), drawn.weight).astype(np.float64)
+    parts = [np.bincount(unit.ravel(), drawn.weight * each) for each in values[:, ~known]]
+    sums: NDArray[np.float64] = np.stack(parts).astype(np.float64)
     unseen = float((sizes**2).sum() / sizes.sum())  # as large as the units are on average, where they are of one size
     sizes, sums = np.append(sizes, unseen), np.append(sums, unseen * largest[:, None], axis=1)
     stream, means = np.random.default_rng(0), []
