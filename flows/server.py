@@ -49,7 +49,7 @@ def chosen_server() -> Iterator[str]:
     Raises:
         EnvironmentFault: The server that is set refuses this user, or a temporary one does not start.
     """
-    url = PREFECT_API_URL.value()
+    url = set_url()
     if url and answers(url):
         yield f"Prefect server: {url}"
         return
@@ -64,6 +64,11 @@ def chosen_server() -> Iterator[str]:
             yield f"{reason}: going on with a temporary one{where} (make prefect starts a lasting one)"
         finally:
             _send_buffered_records()
+
+
+def set_url() -> str:
+    """Return the address of the Prefect server that the environment or a profile sets; empty where none is."""
+    return PREFECT_API_URL.value() or ""
 
 
 def is_lost(url: str) -> bool:

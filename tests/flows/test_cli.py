@@ -167,14 +167,6 @@ def test_bash_completes_commands_keys_values_and_files(tmp_path: Path, capsys) -
     assert (done.stdout.splitlines(), done.stderr) == (list(lines.values()), "")
 
 
-def test_doctor_tells_cores_and_versions(capsys) -> None:
-    """The command prints what a bug report needs."""
-    assert main(["doctor"]) == 0
-    output = capsys.readouterr().out
-    assert "cores this process may use" in output
-    assert "openslide-bin" in output
-
-
 def without_a_reader(*arguments: str) -> tuple[int, str]:
     """Return exit code and errors of a command whose output nobody reads, as behind ``| head`` that has ended."""
     read, write = os.pipe()

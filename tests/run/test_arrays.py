@@ -3,7 +3,9 @@
 import json
 import logging
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -17,6 +19,7 @@ import pytest
 import yaml
 from array_work import work
 from small_runs import COARSE, digests, rows, wsiflow
+from wsiflow.flows.__main__ import main
 
 from wsiflow.run import executor
 from wsiflow.run.executor import jobs
@@ -454,3 +457,14 @@ def test_hundreds_of_slices_survive_the_loss_of_elements_and_of_the_driver(
     assert len(set(predicted)) > 30 * MANY_SLIDES
     assert len(predicted) <= len(set(predicted)) + 1, "only what the killed element did was done again"
     assert sum(found["elements"] for found in events(out, "intent")) < 30, "starts"
+
+
+def test_the_doctor_sends_a_real_element(slurm_here: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The smallest run goes through the queue, and says where it was done; a queue that is not there is a fault."""
+    words = ["doctor", "--cluster", f"executor={slurm_here}_array", f"out={tmp_path}/run", "executor.array.poll_s=0.2"]
+    assert main(words) == 0
+    assert re.search(rf"^cluster    ok    \d+ tasks were done on {socket.gethostname()}$", capfd.readouterr().out, re.M)
+    assert list(tmp_path.iterdir()) == []
+    assert main([*words, "executor.array.extra=[-p,nowhere]"]) == 30
+    out = capfd.readouterr().out
+    assert "cluster    FAULT the run through executor=array ended with exit code 30; its lines are above" in out

@@ -10,7 +10,14 @@ import pytest
 
 from wsiflow.errors import EnvironmentFault
 from wsiflow.system import machine
-from wsiflow.system.machine import allocated_cores, cgroup_cores, cpu_flags, numeric_class, scheduler_cores
+from wsiflow.system.machine import (
+    allocated_cores,
+    cgroup_cores,
+    cpu_flags,
+    free_memory_bytes,
+    numeric_class,
+    scheduler_cores,
+)
 
 
 def run(code: str, **environ: str) -> subprocess.CompletedProcess[str]:
@@ -84,6 +91,25 @@ def test_a_container_whose_group_is_not_mounted_has_the_quota_of_the_mount(tmp_p
 def test_no_cgroup_is_no_limit(tmp_path: Path) -> None:
     """Without cgroups there is no limit."""
     assert cgroup_cores(tmp_path / "absent", tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("membership", "files", "free"),
+    [
+        ("0::/job\n", {"job/memory.max": "max", "job/memory.current": "1"}, 2_048_000),
+        ("0::/a/job\n", {"a/memory.max": "900", "a/memory.current": "300"}, 600),
+        ("4:memory:/job\n", {"memory/job/memory.limit_in_bytes": "70", "memory/job/memory.usage_in_bytes": "90"}, 0),
+    ],
+)
+def test_free_memory_is_that_of_the_machine_or_of_a_group(
+    membership: str, files: dict[str, str], free: float, tmp_path: Path
+) -> None:
+    """The least of what the machine has left and what the groups of the process may still take."""
+    write(tmp_path / "proc", membership)
+    write(tmp_path / "meminfo", "MemTotal:  9000 kB\nMemAvailable:  2000 kB\n")
+    for name, text in files.items():
+        write(tmp_path / "cg" / name, text)
+    assert free_memory_bytes(tmp_path / "meminfo", tmp_path / "proc", tmp_path / "cg") == free
 
 
 def test_a_limit_set_before_torch_is_what_torch_uses() -> None:

@@ -16,6 +16,7 @@ from wsiflow.errors import EnvironmentFault
 
 CGROUP_ROOT = Path("/sys/fs/cgroup")
 CGROUP_OF_SELF = Path("/proc/self/cgroup")
+MEMINFO = Path("/proc/meminfo")
 CPUINFO = Path("/proc/cpuinfo")
 
 # Slurm, Grid Engine, Torque, PBS Pro, LSF.
@@ -134,9 +135,30 @@ def cgroup_cores(membership: Path, root: Path) -> list[int]:
         membership: The file ``/proc/<pid>/cgroup`` of the process.
         root: Folder where cgroups are mounted.
     """
-    quotas = (_quota(folder) for folder in _cgroup_folders(_text(membership), root))
+    quotas = (_quota(folder) for folder in _cgroup_folders(_text(membership), root, "cpu"))
     # Rounded down: the kernel throttles a thread beyond the quota, and all others wait for it at every barrier.
     return [max(1, math.floor(cores)) for cores in quotas if cores is not None]
+
+
+def free_memory_bytes(meminfo: Path = MEMINFO, membership: Path = CGROUP_OF_SELF, root: Path = CGROUP_ROOT) -> float:
+    """Return how much memory this process may still take: what the machine has left, or a cgroup of it.
+
+    Args:
+        meminfo: The kernel's facts on memory.
+        membership: The kernel's list of the process's cgroups.
+        root: Where cgroups are mounted.
+
+    Returns:
+        Bytes; infinity where the kernel says nothing.
+    """
+    facts = dict(line.split(":", 1) for line in _text(meminfo).splitlines() if ":" in line)
+    free = [1024.0 * int(facts["MemAvailable"].split()[0])] if "MemAvailable" in facts else []
+    for folder in _cgroup_folders(_text(membership), root, "memory"):
+        for limit, usage in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
+            most, used = _text(folder / limit).strip(), _text(folder / usage).strip()
+            if most.isdecimal() and used.isdecimal():
+                free.append(max(0.0, float(most) - float(used)))
+    return min(free, default=math.inf)
 
 
 @functools.cache  # every task asks for it, and each answer parses the whole description of a package
@@ -170,15 +192,15 @@ def _whole(name: str, value: str) -> int:
     return int(value)
 
 
-def _cgroup_folders(membership: str, root: Path) -> Iterator[Path]:
-    """Yield the folders whose quotas apply: the cgroup of the process and all its ancestors."""
+def _cgroup_folders(membership: str, root: Path, controller: str) -> Iterator[Path]:
+    """Yield the folders whose limits apply: the cgroup of the process and all its ancestors."""
     for line in membership.splitlines():
         _, _, rest = line.partition(":")
         controllers, _, name = rest.partition(":")
         if not controllers:  # version 2, alone or beside version 1
             mounts = [root, root / "unified"]
-        elif "cpu" in controllers.split(","):
-            mounts = [root / "cpu", root / controllers]
+        elif controller in controllers.split(","):
+            mounts = [root / controller, root / controllers]
         else:
             continue
         # In a container the group has the path that the host sees, and perhaps only the mount point itself exists.

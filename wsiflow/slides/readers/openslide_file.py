@@ -163,7 +163,7 @@ class OpenSlideFile:
 
 def open_file(path: Path) -> OpenSlideFile:
     """Open a slide; the library's own ``open_slide`` would also accept an ordinary image."""
-    _require_openslide()
+    library_version()
     try:
         handle = openslide.OpenSlide(path)
     except openslide.OpenSlideUnsupportedFormatError as error:
@@ -200,13 +200,18 @@ def _damaged(cause: str, path: Path) -> WsiflowError:
 
 
 @cache
-def _require_openslide() -> None:
-    """Refuse versions of the OpenSlide library that have known memory faults and wrong pixel sizes."""
-    version = tuple(int(part) for part in openslide.__library_version__.split(".")[:3])
-    if version < OPENSLIDE_AT_LEAST:
-        required = ".".join(str(part) for part in OPENSLIDE_AT_LEAST)
-        cause = f"the OpenSlide library has version {openslide.__library_version__}, older than {required}"
+def library_version() -> str:
+    """Return the version of the OpenSlide library.
+
+    Raises:
+        EnvironmentFault: It is one of those that have known memory faults and wrong pixel sizes.
+    """
+    found = openslide.__library_version__
+    if tuple(int(part) for part in found.split(".")[:3]) < OPENSLIDE_AT_LEAST:
+        required = ".".join(map(str, OPENSLIDE_AT_LEAST))
+        cause = f"the OpenSlide library has version {found}, older than {required}"
         raise EnvironmentFault(cause, "install openslide-bin of that version or newer")
+    return found
 
 
 def _described(handle: openslide.OpenSlide, path: Path) -> Description:
