@@ -18,8 +18,11 @@ CGROUP_ROOT = Path("/sys/fs/cgroup")
 CGROUP_OF_SELF = Path("/proc/self/cgroup")
 CPUINFO = Path("/proc/cpuinfo")
 
-# Slurm, Grid Engine, Torque, PBS Pro, LSF.
-SCHEDULER_VARIABLES = ("SLURM_CPUS_PER_TASK", "NSLOTS", "PBS_NUM_PPN", "NCPUS", "LSB_DJOB_NUMPROC")
+# Slurm (the second also where no cores per task were requested), Grid Engine, Torque, PBS Pro, LSF.
+SCHEDULER_VARIABLES = (
+    *("SLURM_CPUS_PER_TASK", "SLURM_CPUS_ON_NODE", "NSLOTS"),
+    *("PBS_NUM_PPN", "NCPUS", "LSB_DJOB_NUMPROC"),
+)
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 # Instruction sets by which oneDNN, OpenVINO and MKL choose their kernels, the most capable first: a CPU has those below

@@ -1,10 +1,11 @@
 """Publishing of files: a file appears under its final name whole or not at all, exactly once, and with a receipt.
 
 A file is published in these steps. The caller writes and closes a private attempt file on the same file system, which
-is then verified by the caller's function, hashed, flushed to disk and hard-linked to its final name (renamed where links
-cannot be, see `wsiflow.system.exclusive`). That fails if the name exists, so exactly one of any number of attempts wins.
-The receipt is published last, in the same way. A final name is never replaced and never opened for writing. An attempt that loses the race compares hashes: equal bytes are a
-success, different bytes an `IntegrityError`, and both files are kept.
+is then verified by the caller's function, hashed, flushed to disk and hard-linked to its final name, or renamed where
+links cannot be, see `wsiflow.system.exclusive`. That fails if the name exists, so exactly one of any number of attempts
+wins. The receipt is published last, in the same way. A final name is never replaced and never opened for writing. An
+attempt that loses the race compares hashes: equal bytes are a success, different bytes an `IntegrityError`, and both
+files are kept.
 
 A file is *done* when its receipt exists and has the requested key, and the size and the SHA-256 of the file are those
 of the receipt. A deleted file from which others were computed is an error. A deleted file that is only derived from
