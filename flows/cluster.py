@@ -61,8 +61,7 @@ def workers(params: ExecutorParams, root: Path) -> Iterator[Executor]:
 
 def _note_shared_cores(params: ExecutorParams, cores: int) -> None:
     """Say that workers here are more than the cores: often the cores are those of a job, and not of the machine."""
-    workers = worker_count(params, cores=cores) * params.threads
-    if starts_all_workers(params) and workers > cores:
+    if starts_all_workers(params) and worker_count(params, cores=cores) * params.threads > cores:
         text = f"executor.workers={params.workers} of executor.threads={params.threads} share {cores} cores, "
         logs.note(f"{text}which are all that this process may use", logging.WARNING)
 

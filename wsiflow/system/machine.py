@@ -130,6 +130,11 @@ def scheduler_cores(environ: Mapping[str, str]) -> list[int]:
     return [_whole(name, environ[name]) for name in SCHEDULER_VARIABLES if environ.get(name)]
 
 
+def job_cores(environ: Mapping[str, str]) -> int | None:
+    """Return how many cores a scheduler has allocated to the job of this process on its node; None where none has."""
+    return max(scheduler_cores(environ), default=None)
+
+
 def cgroup_cores(membership: Path, root: Path) -> list[int]:
     """Return the number of whole cores of every CPU quota that applies to a process, for both versions of cgroups.
 
