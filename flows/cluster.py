@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 from wsiflow.errors import EnvironmentFault, InputError
 from wsiflow.run import executor
 from wsiflow.run.executor.kinds import KINDS
-from wsiflow.run.executor.params import DaskParams, ExecutorParams
+from wsiflow.run.executor.params import DaskParams, ExecutorParams, starts_all_workers, worker_count
 from wsiflow.run.executor.protocol import Executor, Outcome, Slice, Work
 from wsiflow.system import faults
 from wsiflow.system.machine import allocated_cores
 
-from . import stopping
+from . import logs, stopping
 
 if TYPE_CHECKING:  # imported where there is a cluster: it takes seconds
     from distributed import Client
@@ -48,6 +48,7 @@ def workers(params: ExecutorParams, root: Path) -> Iterator[Executor]:
         WsiflowError: As `cluster` and `wsiflow.run.executor.make`.
     """
     cores = allocated_cores()
+    _note_shared_cores(params, cores)
     if KINDS[params.kind].forks:
         stopping.shield()
     with (
@@ -56,6 +57,13 @@ def workers(params: ExecutorParams, root: Path) -> Iterator[Executor]:
         stopping.at_stop(pool.stop),
     ):
         yield _StoppableExecutor(pool)
+
+
+def _note_shared_cores(params: ExecutorParams, cores: int) -> None:
+    """Say that workers here are more than the cores: often the cores are those of a job, and not of the machine."""
+    if starts_all_workers(params) and worker_count(params, cores=cores) * params.threads > cores:
+        text = f"executor.workers={params.workers} of executor.threads={params.threads} share {cores} cores, "
+        logs.note(f"{text}which are all that this process may use", logging.WARNING)
 
 
 class _StoppableExecutor:

@@ -15,11 +15,12 @@ from wsiflow.errors import Failure
 from wsiflow.run import intake, shards
 from wsiflow.run.config import RunConfig
 from wsiflow.run.executor import driver
-from wsiflow.run.executor.params import ExecutorParams, starts_all_workers
+from wsiflow.run.executor.params import ExecutorParams, cores_here
 from wsiflow.run.executor.protocol import Executor, Outcome, Slice, Work
 from wsiflow.run.results import finish, record
 from wsiflow.run.stages import ingest
 from wsiflow.run.stages.line import STAGES
+from wsiflow.system.machine import allocated_cores
 
 from . import logs, progress
 from .cluster import workers
@@ -78,8 +79,8 @@ def line(config: RunConfig, submit: Submit, views: Sequence[progress.View] = ())
         submit: Starts a step, and returns its future.
         views: Where the progress is shown besides the user's terminal.
     """
-    local = starts_all_workers(config.executor)
-    with driver.recorded(config.out, local=local) as ended, progress.shown(config.out, views), _tracked(config):
+    cores = cores_here(config.executor, cores=allocated_cores())
+    with driver.recorded(config.out, cores=cores) as ended, progress.shown(config.out, views), _tracked(config):
         summary = _line(config, submit, workers, logs.note)
         ended["exit_code"] = summary.exit_code
         _track_end(config, summary)

@@ -37,7 +37,7 @@ from wsiflow.run import cases, tracking
 from wsiflow.run.config import RunConfig
 from wsiflow.run.executor import jobs as array_jobs
 from wsiflow.run.executor.kinds import KINDS
-from wsiflow.system import processes
+from wsiflow.system import exclusive, processes
 from wsiflow.system.machine import cpu_supports_bf16
 from wsiflow.system.usage import Spending
 
@@ -357,11 +357,8 @@ def claim(root: Path, swept: Sequence[str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
     draft.write_bytes(text.encode("utf-8", "surrogatepass"))
-    try:
-        os.link(draft, path)
-    except OSError:  # the folder is claimed, or this disk has no links
-        if not path.exists():
-            draft.replace(path)
+    with contextlib.suppress(FileExistsError):  # the folder is claimed
+        exclusive.give_name(draft, path)
     draft.unlink(missing_ok=True)
     owner = path.read_bytes().decode("utf-8", "surrogatepass")
     if owner != text:

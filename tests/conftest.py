@@ -13,6 +13,7 @@ import json
 import shutil
 import socket
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -22,6 +23,7 @@ import pytest
 import serving
 
 SCHEDULERS = Path(__file__).parent / "schedulers"
+STANDINS = Path(__file__).parent / "standins"
 
 # A machine that is busy with other tests is slow: that is no fault of the code.
 hypothesis.settings.register_profile("patient", hypothesis.settings(), deadline=None)
@@ -133,6 +135,24 @@ def tiny_slides(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "a.xml").write_text(f"<ASAP_Annotations><Annotations>{outline}</Annotations></ASAP_Annotations>")
     (folder / "manifest.csv").write_text("\n".join(lines) + "\n")
     return folder / "manifest.csv"
+
+
+@pytest.fixture(scope="session")
+def preloaded(once: Once) -> Callable[[str], dict[str, str]]:
+    """Gives the environment in which processes meet an odd disk or clock, by the name of its file in `STANDINS`."""
+    compiler = shutil.which("cc")
+    if compiler is None or not sys.platform.startswith("linux"):
+        pytest.skip("there is no C compiler to build it with")
+
+    def build(folder: Path, name: str) -> None:
+        command = [compiler, "-shared", "-fPIC", "-o", folder / f"{name}.so", STANDINS / f"{name}.c", "-ldl"]
+        subprocess.run(command, check=True)
+
+    def environment(name: str) -> dict[str, str]:
+        library = once(f"standin-{name}", lambda folder: build(folder, name)) / f"{name}.so"
+        return {**os.environ, "LD_PRELOAD": str(library)}
+
+    return environment
 
 
 @pytest.fixture(scope="session")

@@ -31,7 +31,9 @@ def over(manifest: Path, out: Path, *more: str) -> list[str]:
 
 def digests(out: Path) -> dict[str, str]:
     files = (path for path in out.rglob("*") if path.is_file() and path.name not in TIMED | INPUTS)
-    kept = (path for path in files if not {"receipts", ".attempts", ".hydra"} & set(path.relative_to(out).parts))
+    kept = (
+        path for path in files if not {"receipts", ".attempts", ".hydra", "workers"} & set(path.relative_to(out).parts)
+    )
     return {str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest() for path in kept}
 
 

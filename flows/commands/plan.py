@@ -156,11 +156,11 @@ def _cost_lines(counts: TaskCounts, costs: Costs, origin: str) -> Iterator[str]:
 
 def _forecast_lines(scheduler: str, forecasts: Mapping[int, Forecast]) -> Iterator[str]:
     yield f"simulated, {scheduler}:"
-    yield "  workers    makespan  efficiency  idle tail  slices  arrays"
+    yield "  workers    makespan  efficiency  idle tail  slices  arrays  core-hours allocated"
     for number, each in forecasts.items():
         yield (
             f"  {number:7,}  {_clock(each.makespan_s):>10}  {each.efficiency:10.0%}  {_clock(each.tail_s):>9}"
-            f"  {each.elements:6,}  {each.arrays:6,}"
+            f"  {each.elements:6,}  {each.arrays:6,}  {each.allocated_s / 3600:20,.3g}"
         )
 
 

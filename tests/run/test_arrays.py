@@ -22,7 +22,7 @@ from small_runs import COARSE, digests, rows, wsiflow
 from wsiflow.flows.__main__ import main
 
 from wsiflow.run import executor
-from wsiflow.run.executor import jobs
+from wsiflow.run.executor import jobs, lifetime
 from wsiflow.run.executor.array import ArrayJobs
 from wsiflow.run.executor.dialect import Dialect, Place, Seen
 from wsiflow.run.executor.params import ExecutorParams
@@ -182,6 +182,27 @@ def test_a_killed_element_is_retried_with_more_memory_and_its_neighbours_are_not
     )
     (warning,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert f"element {lost.usage['native_id']} was lost (memory) and its work is posted again; its log is " in warning
+
+
+def test_the_bill_is_that_of_the_scheduler(scheduler: str, tmp_path: Path) -> None:
+    """Elements that start, idle and are killed are charged as the scheduler charges them, whole seconds apart."""
+    source = write_source(tmp_path, exit={"3": 137})
+    run(settings(scheduler, grace_s=1.0 if scheduler == "slurm" else 15.0, idle_s=15), source, pairs(6))
+    wait_for(lambda: queued(scheduler) == "")
+    bills = [bill for line in events(tmp_path, "job") for bill in charged(scheduler, line["job"])]
+    assert len(bills) == 4
+    assert lifetime.allocated_core_s(lifetime.read(tmp_path)) == pytest.approx(sum(bills), rel=0.03, abs=2 * len(bills))
+
+
+def charged(scheduler: str, job: str) -> list[float]:
+    """Return the core-seconds of each element of an array."""
+    if scheduler == "slurm":
+        text = call("scontrol", "show", "job", job)
+        numbers = re.findall(r"RunTime=(\d+):(\d+):(\d+) .*?NumCPUs=(\d+)", text, re.DOTALL)
+        return [(int(h) * 3600 + int(m) * 60 + int(s)) * int(cpus) for h, m, s, cpus in numbers]
+    wait_for(lambda: subprocess.run(["qacct", "-j", job], capture_output=True, check=False).returncode == 0)
+    numbers = re.findall(r"^slots +(\d+).*?^ru_wallclock +([\d.]+)", call("qacct", "-j", job), re.DOTALL | re.MULTILINE)
+    return [float(seconds) * int(slots) for slots, seconds in numbers]
 
 
 def test_arrays_are_cut_under_the_limit_and_the_window(slurm_here: str, tmp_path: Path) -> None:

@@ -1,7 +1,9 @@
 """The Dask executor on local workers, on a cluster at an address, and on a real Slurm."""
 
 import csv
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,6 +22,7 @@ from small_runs import digests, over
 from flows.cluster import cluster
 from wsiflow.errors import EnvironmentFault, InputError
 from wsiflow.run import executor
+from wsiflow.run.executor import lifetime
 from wsiflow.run.executor.params import DaskParams, ExecutorParams
 from wsiflow.run.executor.protocol import Executor, Outcome, Slice
 
@@ -168,6 +171,20 @@ def test_a_scheduler_that_ends_is_one_clear_error(tmp_path: Path) -> None:
                     list(outcomes)
 
 
+def test_of_a_lent_worker_the_run_is_charged_what_it_uses(tmp_path: Path) -> None:
+    """A worker of a cluster at an address lived before, and lives on."""
+    with LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None, host="127.0.0.1") as lent:
+        chosen = params(threads=3, address=lent.scheduler_address)
+        began_s = time.monotonic()
+        with cluster(chosen, cores=2) as client:
+            with executor.make(chosen, cores=2, root=tmp_path, client=client) as pool:
+                list(pool.run(square, HERE, "stage", slices(3)))
+            used_s = time.monotonic() - began_s
+            (life,) = lifetime.read(tmp_path)
+    assert life.cores == 3
+    assert 0 < life.lived_s < used_s
+
+
 def test_what_does_not_start_is_named() -> None:
     """A missing class, wrong keywords, and an address that does not answer or is given beside a class are named."""
     with pytest.raises(ValueError, match="cluster_kwargs and adapt_kwargs must be empty"):
@@ -209,3 +226,8 @@ def test_slurm_jobs_do_not_change_a_byte(
     assert list((out / ".attempts").iterdir()) == [], "no certificate is left"
     queue = subprocess.run(["squeue", "-h", "-t", "PD,R"], env=env, capture_output=True, text=True, check=True)
     assert queue.stdout == ""
+    jobs = subprocess.run(["scontrol", "show", "job"], env=env, capture_output=True, text=True, check=True).stdout
+    times = re.findall(r"JobName=dask-worker.*?RunTime=00:(\d+):(\d+)", jobs, re.DOTALL)
+    bill = sum(60 * int(minutes) + int(seconds) for minutes, seconds in times)
+    summary = json.loads((out / "evaluation/summary.json").read_text())
+    assert summary["cost.allocated_core_s"] == pytest.approx(bill, rel=0.03, abs=2 * len(times))

@@ -109,6 +109,21 @@ def test_the_first_slice_of_a_stage_may_take_longer() -> None:
     assert simulate([stages], Cluster(2, fresh=True)).makespan_s == pytest.approx(2 + 2)
 
 
+@given(works=WORKS, workers=st.integers(1, 12), cores=st.integers(1, 4))
+def test_workers_that_stay_are_allocated_to_the_end(works: list[float], workers: int, cores: int) -> None:
+    """From their arrival to the end of the run, with the cores that they share."""
+    found = simulate(one_stage(works), Cluster(workers, start_s=3.0, cores=cores))
+    assert found.allocated_s == pytest.approx(found.cores * found.makespan_s)
+    assert simulate(one_stage(works), Cluster(workers, fresh=True)).allocated_s == pytest.approx(sum(works))
+
+
+def test_elements_that_idle_are_allocated_so_long() -> None:
+    """One of two elements has nothing to do after ten seconds; it ends where elements may idle for twenty."""
+    stages = [Step("a", (Share(50, 1), Share(10, 1))), Step("b", (Share(5, 1),))]
+    of = [simulate([stages], Cluster(2, array_limit=9, idle_s=idle_s)).allocated_s for idle_s in (0, 20)]
+    assert of == [2 * 55, 55 + 10 + 20]
+
+
 def test_arrays_are_counted_under_the_limit() -> None:
     """2,500 elements with a limit of 1,001 are three array jobs."""
     found = simulate(one_stage([1.0] * 2500), Cluster(10, fresh=True, array_limit=1001))

@@ -76,7 +76,7 @@ def test_a_folder_of_runs_names_them(two_settings: tuple[Path, Path], tmp_path: 
 def test_running_and_killed_drivers_are_distinguished(tmp_path: Path) -> None:
     """A running, a killed and a failed driver are distinguished."""
     code = "import sys, time; from pathlib import Path; from wsiflow.run.executor import driver\n"
-    code += "with driver.recorded(Path(sys.argv[1]), local=True): print('on', flush=True); time.sleep(600)"
+    code += "with driver.recorded(Path(sys.argv[1]), cores=2): print('on', flush=True); time.sleep(600)"
     process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
@@ -90,10 +90,10 @@ def test_running_and_killed_drivers_are_distinguished(tmp_path: Path) -> None:
     assert f"no process runs it now: process {process.pid} on" in driver.describe_drivers(tmp_path)[0]
     assert "left no record of its end" in driver.describe_drivers(tmp_path)[0]
     time.sleep(0.01)  # a later time is noted
-    with pytest.raises(ValueError, match="canary"), driver.recorded(tmp_path, local=True):
+    with pytest.raises(ValueError, match="canary"), driver.recorded(tmp_path, cores=2):
         raise ValueError("no answer from http://bob:canary@host/")
     assert "canary" not in (tmp_path / driver.LOG).read_text()
-    with pytest.raises(ValueError, match="odd"), driver.recorded(tmp_path, local=True):
+    with pytest.raises(ValueError, match="odd"), driver.recorded(tmp_path, cores=2):
         raise ValueError("odd")
     assert driver.describe_drivers(tmp_path)[0].endswith("with exit code 50 (ValueError: odd)")
 

@@ -69,6 +69,18 @@ def test_the_three_statistics_of_the_reference(root: Path) -> None:
     assert found.makespan_s == 79.0
 
 
+def test_a_clock_that_is_set_during_the_run_does_not_change_the_makespan(tmp_path: Path) -> None:
+    """It goes back two hours in an attempt of one machine; the clock of the other one stays."""
+    for task, (start, end, clock) in enumerate([("20:01", "20:05", 900.0), ("20:05", "00:11", -300.0)]):
+        wall_s = 6 if task else 4
+        trace.note(
+            tmp_path, "extract", "a", task, fine(task, used(start, end) | {"clock": ["x", clock], "wall_s": wall_s})
+        )
+    trace.note(tmp_path, "extract", "b", 1, fine(2, used("20:02", "20:03", pid=2) | {"clock": ["y", 5.0]}))
+    assert trace.statistics(trace.attempts(tmp_path)).makespan_s == 10.0
+    assert Meter().usage()["clock"][0]
+
+
 def test_the_most_workers_at_a_time_are_counted(root: Path) -> None:
     """Two processes overlap."""
     assert trace.peak_workers(trace.attempts(root)) == 2

@@ -11,6 +11,7 @@ import pytest
 from wsiflow.errors import EnvironmentFault
 from wsiflow.system import machine
 from wsiflow.system.machine import (
+    SCHEDULER_VARIABLES,
     allocated_cores,
     cgroup_cores,
     cpu_flags,
@@ -27,9 +28,10 @@ def run(code: str, **environ: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("name", ["SLURM_CPUS_PER_TASK", "NSLOTS", "PBS_NUM_PPN", "NCPUS", "LSB_DJOB_NUMPROC"])
+@pytest.mark.parametrize("name", SCHEDULER_VARIABLES)
 def test_a_scheduler_limits_the_cores(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One slot of a scheduler is one core, however many the machine has."""
+    """One slot of a scheduler is one core, however many the machine has; Slurm names those of the node in any case."""
+    assert {"SLURM_CPUS_PER_TASK", "SLURM_CPUS_ON_NODE", "NSLOTS"} < {*SCHEDULER_VARIABLES}
     monkeypatch.setenv(name, "1")
     assert allocated_cores() == 1
 

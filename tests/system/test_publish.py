@@ -206,6 +206,53 @@ def test_of_eight_attempts_at_once_one_wins(tmp_path: Path) -> None:
     assert len(list(tmp_path.rglob("b.bin"))) == 1
 
 
+_DISKS = {
+    "links within a folder": {"WSIFLOW_LINKS": "folder"},
+    "no links": {"WSIFLOW_LINKS": "none"},
+    "links within a folder, renames that overwrite": {"WSIFLOW_LINKS": "folder", "WSIFLOW_RENAMES": "plain"},
+    "neither": {"WSIFLOW_LINKS": "none", "WSIFLOW_RENAMES": "plain"},
+}
+_PUBLISH = """if True:
+    import os, pathlib, sys
+    from concurrent.futures import ThreadPoolExecutor
+    from wsiflow.errors import IntegrityError, WsiflowError
+    from wsiflow.system import publish
+    root = pathlib.Path(sys.argv[1])
+
+    def attempt(data):
+        try:
+            with publish.publishing(root, "a/b.bin", "k", {}, publish.accept) as one:
+                one.path.write_bytes(data)
+        except IntegrityError as error:
+            return "other bytes" in str(error) or "different bytes" in str(error)
+
+    try:
+        publish.preflight(root)
+    except WsiflowError as error:
+        sys.exit(str(error))
+    with ThreadPoolExecutor(8) as threads:
+        assert not any(threads.map(attempt, [b"scores"] * 8))
+    assert attempt(b"others")
+    print((root / "a/b.bin").read_text(), publish.done(root, "a/b.bin", "k")["bytes"])
+    print(sorted(path.name for path in (root / "a").iterdir()), len(list((root / ".attempts").iterdir())))
+"""
+
+
+@pytest.mark.parametrize("disk", _DISKS)
+def test_a_disk_without_links_is_published_on_without_overwriting(preloaded, disk: str, tmp_path: Path) -> None:
+    """Where links cannot be, a rename that does not overwrite gives the name; a disk with neither is named at once."""
+    env = preloaded("links") | _DISKS[disk]
+    done = subprocess.run(
+        [sys.executable, "-c", _PUBLISH, tmp_path], env=env, check=False, capture_output=True, text=True
+    )
+    if disk == "neither":
+        assert done.returncode == 1
+        assert "neither hard links (Operation not permitted) nor renames that never overwrite" in done.stderr
+        assert "choose another out=" in done.stderr
+        return
+    assert done.stdout.splitlines() == ["scores 6", "['b.bin'] 1"], done.stderr  # the other bytes are kept
+
+
 def test_attempts_with_other_bytes_stop_the_run_and_keep_both(tmp_path: Path) -> None:
     """The same key must give the same bytes; if it does not, no file is overwritten."""
     make(tmp_path)

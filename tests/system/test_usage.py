@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from wsiflow.run.executor import driver
+from wsiflow.run.executor import driver, lifetime
 from wsiflow.run.executor.driver import Spent
 from wsiflow.run.results import cost
 from wsiflow.system import energy, usage
@@ -96,7 +96,7 @@ print(Spending.start_s, first, Spending.charge())
 
 def test_a_run_that_a_former_version_began_has_no_total(tmp_path: Path) -> None:
     """Its drivers recorded no cost, so that the sum of the others would be too small."""
-    with driver.recorded(tmp_path, local=True):
+    with driver.recorded(tmp_path, cores=2):
         driver.note_spent(tmp_path, 3.0, 1.0)
     (known,) = driver.spent(tmp_path)
     assert cost.total_metrics([known], [], []) == {
@@ -130,6 +130,56 @@ def test_drivers_and_workers_elsewhere_add_up() -> None:
     receipts = [{"cpu_s": 100.0, "shared": True}, {"cpu_s": 1000.0}]
     assert cost.total_core_seconds(drivers, rows, receipts) == 1.0 + 10.0 + 20.0 + 4.0 + 100.0
     assert math.isnan(cost.total_core_seconds([], rows, receipts))
+
+
+def test_what_was_allocated_is_time_times_cores() -> None:
+    """Of workers here while the driver lives, of a killed one to its last attempt; of others what they note."""
+    rows = [
+        {"submit": "2026-01-01T00:00:01", "end": "2026-01-01T00:00:05"},
+        {"submit": "", "end": "2026-01-09T00:00:00"},
+    ]
+    drivers = [
+        Spent("2026-01-01T00:00:00", None, local=True, cores=2),  # it was killed
+        Spent("2026-01-02T00:00:00", 10.0, local=True, cores=4, elapsed_s=8.0),
+        Spent("2026-01-03T00:00:00", 1.0, local=False, cores=0, elapsed_s=50.0),
+    ]
+    found = cost.allocated_metrics(drivers, rows, 100.0)
+    assert found == {"cost.allocated_core_s": 142.0, "cost.allocated_core_hours": 142.0 / 3600}
+    text = cost.core_hours_text(found | {"cost.total_core_hours": 0.01, "throughput.core_hours": 0.001})
+    assert text == "0.01 core-hours, 0.001 of them the line; 0.0394 allocated"
+    former = drivers[0]._replace(cores=None)
+    assert math.isnan(cost.allocated_metrics([former, *drivers[1:]], rows, 100.0)["cost.allocated_core_s"])
+
+
+def test_workers_of_a_job_share_its_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job is charged once with all its cores, each start of it by itself; a lent worker for what is used of it."""
+    for names in (("SLURM_CPUS_ON_NODE", "4"), ("SLURM_JOB_ID", "7")):
+        monkeypatch.setenv(*names)
+    for restarts in ("", "", "1"):
+        monkeypatch.setenv("SLURM_RESTART_COUNT", restarts)
+        lifetime.Recorder(tmp_path, threads=1).end()
+    with lifetime.Recorder(tmp_path, threads=3, lent=True):
+        pass
+    lives = lifetime.read(tmp_path)
+    assert sorted(life.cores for life in lives) == [3, 4, 4, 4]
+    (lent,) = (life for life in lives if life.cores == 3)
+    job_s = max(life.lived_s for life in lives)
+    assert lent.lived_s < 1 < job_s, "the job began when this session did"
+    assert lifetime.allocated_core_s(lives) == pytest.approx(2 * 4 * job_s, abs=5.0)
+
+
+def test_the_life_of_a_killed_worker_is_known(tmp_path: Path) -> None:
+    """It notes its life as it lives, from the start of its process on."""
+    code = "import sys, time; from pathlib import Path; from wsiflow.run.executor import lifetime\n"
+    code += "lifetime.Recorder(Path(sys.argv[1]), threads=1).end_soon(); print(flush=True); time.sleep(600)"
+    with subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE) as worker:
+        began_s = time.monotonic()
+        worker.stdout.readline()
+        (first,) = lifetime.read(tmp_path)
+        while lifetime.read(tmp_path)[0].lived_s <= first.lived_s:
+            time.sleep(0.05)
+        worker.kill()
+    assert lifetime.read(tmp_path)[0].lived_s <= time.monotonic() - began_s + 1
 
 
 def counters(root: Path, **microjoules: int) -> Path:

@@ -68,7 +68,7 @@ def note(root: Path, stage: str, slide: str, group: int, outcome: Outcome) -> No
 
 
 def attempts(root: Path) -> list[dict[str, Any]]:
-    """Return every logged attempt with the columns of `COLUMNS`, in the order of the log."""
+    """Return every logged attempt with the columns of `COLUMNS` and its clock, in the order of the log."""
     path = root / _LOG
     if not path.exists():
         return []
@@ -122,7 +122,8 @@ def _row(entry: Mapping[str, Any], attempt: int) -> dict[str, Any]:
     used = {name: entry[name] for name in COLUMNS if name in entry}
     task = f"{entry['stage']} {entry['slide']}".strip() + (f" {entry['group']}" if entry["group"] else "")
     times = {"submit": submit, "start": start, "end": end, "queue_s": _between(submit, start)}
-    return {**used, **times, "task": task, "group": entry["group"] or "", "attempt": attempt}
+    clock = entry.get("clock") or ["", 0.0]
+    return {**used, **times, "task": task, "group": entry["group"] or "", "attempt": attempt, "clock": clock}
 
 
 def _between(first: str, second: str) -> float | str:
@@ -134,7 +135,8 @@ def _between(first: str, second: str) -> float | str:
 
 def write_views(root: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write the rows of `attempts` as ``trace.csv``, and their timing statistics as ``timing.json``."""
-    publish.write_view(root, "trace.csv", tables.csv_text(rows, COLUMNS).encode())
+    table = [{name: row[name] for name in COLUMNS if name in row} for row in rows]
+    publish.write_view(root, "trace.csv", tables.csv_text(table, COLUMNS).encode())
     publish.write_view(root, "timing.json", json.dumps(statistics(rows)._asdict(), indent=1).encode())
 
 
@@ -146,7 +148,8 @@ class Statistics(NamedTuple):
         group_wall_s: Wall seconds of prediction by slide and group, in rising order.
         extract_wall_s: Wall seconds of extraction and grouping by slide, in falling order.
         cpu_total_s: Sum of ``cpu_s``.
-        makespan_s: Seconds from the start of the first attempt to the end of the last one.
+        makespan_s: Seconds from the start of the first attempt to the end of the last one, also where a machine's clock
+            was set meanwhile.
     """
 
     cpu_s: dict[str, float]
@@ -173,9 +176,18 @@ def statistics(rows: Sequence[Mapping[str, Any]]) -> Statistics:
             wall[f"{slide} t{row['group']}"] = row["wall_s"]
         elif row["stage"] == "extract":
             read[slide] = read.get(slide, 0.0) + row["wall_s"]
-    moments = [datetime.fromisoformat(row[name]) for row in good for name in ("start", "end")]
-    makespan_s = (max(moments) - min(moments)).total_seconds() if moments else 0.0
-    return Statistics(_sorted(cpu), _sorted(wall), _sorted(read, falling=True), sum(cpu.values()), makespan_s)
+    return Statistics(_sorted(cpu), _sorted(wall), _sorted(read, falling=True), sum(cpu.values()), _makespan_s(good))
+
+
+def _makespan_s(rows: Sequence[Mapping[str, Any]]) -> float:
+    """Return the seconds from the first start to the last end, as if no clock had been set meanwhile."""
+    first: dict[str, float] = {}
+    spans = []
+    for row in rows:
+        boot, clock_s = row["clock"]
+        end_s = datetime.fromisoformat(row["end"]).timestamp() - (clock_s - first.setdefault(boot, clock_s))
+        spans.append((end_s - row["wall_s"], end_s))
+    return max(end_s for _, end_s in spans) - min(start_s for start_s, _ in spans) if spans else 0.0
 
 
 def _sorted(seconds: Mapping[str, float], *, falling: bool = False) -> dict[str, float]:

@@ -19,8 +19,11 @@ CGROUP_OF_SELF = Path("/proc/self/cgroup")
 MEMINFO = Path("/proc/meminfo")
 CPUINFO = Path("/proc/cpuinfo")
 
-# Slurm, Grid Engine, Torque, PBS Pro, LSF.
-SCHEDULER_VARIABLES = ("SLURM_CPUS_PER_TASK", "NSLOTS", "PBS_NUM_PPN", "NCPUS", "LSB_DJOB_NUMPROC")
+# Slurm (the second also where no cores per task were requested), Grid Engine, Torque, PBS Pro, LSF.
+SCHEDULER_VARIABLES = (
+    *("SLURM_CPUS_PER_TASK", "SLURM_CPUS_ON_NODE", "NSLOTS"),
+    *("PBS_NUM_PPN", "NCPUS", "LSB_DJOB_NUMPROC"),
+)
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 # Instruction sets by which oneDNN, OpenVINO and MKL choose their kernels, the most capable first: a CPU has those below
@@ -126,6 +129,11 @@ def scheduler_cores(environ: Mapping[str, str]) -> list[int]:
         EnvironmentFault: A scheduler variable does not hold a whole number.
     """
     return [_whole(name, environ[name]) for name in SCHEDULER_VARIABLES if environ.get(name)]
+
+
+def job_cores(environ: Mapping[str, str]) -> int | None:
+    """Return how many cores a scheduler has allocated to the job of this process on its node; None where none has."""
+    return max(scheduler_cores(environ), default=None)
 
 
 def cgroup_cores(membership: Path, root: Path) -> list[int]:

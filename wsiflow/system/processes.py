@@ -82,6 +82,19 @@ def start_ticks(pid: int) -> str:
     return "" if state == _ZOMBIE else started
 
 
+def clock_s() -> float:
+    """Return the seconds since the boot, those in which the machine slept included, as start times count them."""
+    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
+
+
+def age_s(*, of_session: bool = False) -> float:
+    """Return for how many seconds this process has lived, or the first one of its session where that can be seen."""
+    for pid in (os.getsid(0), os.getpid()) if of_session else (os.getpid(),):
+        if pid and (ticks := start_ticks(pid)):
+            return max(0.0, clock_s() - int(ticks) / os.sysconf("SC_CLK_TCK"))
+    return 0.0
+
+
 def descendants() -> list[int]:
     """Return the PIDs of the processes that descend from this one and have not ended."""
     parents: dict[int, int] = {}

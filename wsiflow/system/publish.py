@@ -1,10 +1,11 @@
 """Publishing of files: a file appears under its final name whole or not at all, exactly once, and with a receipt.
 
 A file is published in these steps. The caller writes and closes a private attempt file on the same file system, which
-is then verified by the caller's function, hashed, flushed to disk and hard-linked to its final name. The link fails if
-the name exists, so exactly one of any number of attempts wins. The receipt is published last, in the same way. A final
-name is never replaced and never opened for writing. An attempt that loses the race compares hashes: equal bytes are a
-success, different bytes an `IntegrityError`, and both files are kept.
+is then verified by the caller's function, hashed, flushed to disk and hard-linked to its final name, or renamed where
+links cannot be, see `wsiflow.system.exclusive`. That fails if the name exists, so exactly one of any number of attempts
+wins. The receipt is published last, in the same way. A final name is never replaced and never opened for writing. An
+attempt that loses the race compares hashes: equal bytes are a success, different bytes an `IntegrityError`, and both
+files are kept.
 
 A file is *done* when its receipt exists and has the requested key, and the size and the SHA-256 of the file are those
 of the receipt. A deleted file from which others were computed is an error. A deleted file that is only derived from
@@ -29,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from wsiflow.errors import EnvironmentFault, IntegrityError
-from wsiflow.system import faults, processes
+from wsiflow.system import exclusive, faults, processes
 from wsiflow.system.processes import Process
 
 Receipt = dict[str, Any]
@@ -457,17 +458,18 @@ def _remove(folder: Path) -> None:
 
 
 def _link(source: Path, final: Path, sha256: str | None) -> None:
-    """Link ``source`` to its final name, unless that name exists.
+    """Give ``source`` its final name, unless that name exists.
 
     An existing file with the same bytes counts as success. Where a network file system loses the reply, the call fails
-    although the link was created; the two names are then the same file.
+    although the name was given: the two names are then the same file, or only the final one is left.
     """
     _sync(source)
     _effect("link", final)
     try:
-        os.link(source, final)
+        exclusive.give_name(source, final)
     except OSError as error:
-        if not isinstance(error, FileExistsError) and not (final.exists() and source.samefile(final)):
+        was_given = final.exists() and (not source.exists() or source.samefile(final))
+        if not isinstance(error, FileExistsError) and not was_given:
             raise
         if sha256 is not None and file_sha256(final) != sha256:
             raise IntegrityError(
@@ -550,16 +552,16 @@ def preflight(root: Path) -> None:
     """Verify, before any work is done, that files can be published in the folder of the run.
 
     Raises:
-        EnvironmentFault: The folder cannot be created, or a file in it cannot be written, linked or read back.
+        EnvironmentFault: The folder cannot be created, or a file in it cannot be written, published or read back.
     """
     folder = attempt_folder(root)
-    probe, twin = folder / "probe", folder / "linked"
+    probe, final = folder / "probe", folder / "folder/final"  # files are published from one folder into another
     with _as_fault(root):
-        _make_folder(folder)
+        _make_folder(final.parent)
         probe.write_bytes(b"probe")
-        _sync(probe)
-        os.link(probe, twin)
-        readable = twin.read_bytes() == b"probe"
+        _link(probe, final, None)
+        readable = final.read_bytes() == b"probe"
+        _forget(final.parent)
         _forget(folder)
     if not readable:
         raise EnvironmentFault(

@@ -150,7 +150,9 @@ class Meter:
                 the next task that does some.
 
         Returns:
-            ``started`` and ``ended`` (ISO 8601, UTC), ``host``, ``pid``, ``wall_s``, ``cpu_user_s``, ``cpu_sys_s``,
+            ``started`` and ``ended`` (ISO 8601, UTC), ``clock`` (the boot of the machine, and by how many seconds its
+            clock is before its time since that boot: it changes when the clock is set), ``host``, ``pid``, ``wall_s``,
+            ``cpu_user_s``, ``cpu_sys_s``,
             ``warmup_s`` (core-seconds of warm-up; the CPU seconds include loading, but not the start of the process),
             ``core_s`` (core-seconds of the process since the last task that was executed, its start included),
             ``max_rss_bytes`` (the peak of the process so far), ``bytes_read`` and ``bytes_written`` (by system calls,
@@ -160,6 +162,7 @@ class Meter:
         return {
             "started": self._started,
             "ended": now(),
+            "clock": [processes.current().space, round(time.time() - time.monotonic(), 3)],
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "wall_s": round(time.perf_counter() - self._clock, 6),

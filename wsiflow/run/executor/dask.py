@@ -19,12 +19,13 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Self
 
-from distributed import Client, Future, Worker, WorkerPlugin, get_worker
+from distributed import Client, Future, Nanny, NannyPlugin, Worker, WorkerPlugin, get_worker
 from distributed.comm.core import CommClosedError
 from distributed.scheduler import KilledWorker
 
 from wsiflow.errors import EnvironmentFault
-from wsiflow.run.executor.params import DaskParams, ExecutorParams
+from wsiflow.run.executor import lifetime
+from wsiflow.run.executor.params import DaskParams, ExecutorParams, starts_all_workers
 from wsiflow.run.executor.protocol import Outcome, Site, Slice, Work, closed
 from wsiflow.system.machine import limit_threads
 from wsiflow.system.usage import now
@@ -56,21 +57,25 @@ class _Call(NamedTuple):
 
 def make(params: ExecutorParams, site: Site) -> "Dask":
     """Return the executor for the cluster that the client is connected to."""
-    return Dask(site.client, threads=params.threads, window=(params.dask or DaskParams()).window)
+    dask = params.dask or DaskParams()
+    lent = bool(dask.address)
+    life = None if starts_all_workers(params) else _Life(site.root, threads=params.threads, lent=lent)
+    plugins = [_Worker(params.threads, life, lent=lent), *([_Nanny(life)] if life and not lent else [])]
+    return Dask(site.client, plugins, window=dask.window)
 
 
 class Dask:
     """The executor of a Dask cluster; several threads may call `run` at once."""
 
-    def __init__(self, client: Client, *, threads: int, window: int) -> None:
+    def __init__(self, client: Client, plugins: "Sequence[_Worker | _Nanny]", *, window: int) -> None:
         """Store the client and the settings.
 
         Args:
             client: A client that is connected to the scheduler; it stays open.
-            threads: Number of threads of the network in each worker.
+            plugins: What prepares each worker and nanny.
             window: Most slices in flight at a time, per worker.
         """
-        self._client, self._plugin, self._window = client, _Threads(threads), window
+        self._client, self._plugins, self._window = client, plugins, window
         self._changed = threading.Condition()
         self._flying, self._room, self._counted_s = 0, window, -_POLL_S
         self._alone = threading.Lock()
@@ -83,17 +88,20 @@ class Dask:
             EnvironmentFault: They do not have this package, or run already with another number of threads.
         """
         try:
-            self._client.register_plugin(self._plugin)
+            for plugin in self._plugins:
+                self._client.register_plugin(plugin)
         except (ImportError, AttributeError, OSError) as error:
             remedy = "install the same version of wsiflow and its packages there"
             raise EnvironmentFault(f"the Dask workers cannot be prepared: {error}", remedy) from error
         return self
 
     def __exit__(self, *_exc: object) -> None:
-        """End every `run` that waits, and remove the plugin from the workers."""
+        """End every `run` that waits, and remove the plugins from the workers."""
         self.stop()
-        with suppress(OSError, RuntimeError, ValueError, AttributeError):  # the scheduler is gone
-            self._client.unregister_worker_plugin(self._plugin.name)  # type: ignore[no-untyped-call]
+        for plugin in self._plugins:
+            is_of_nanny = isinstance(plugin, NannyPlugin)
+            with suppress(OSError, RuntimeError, ValueError, AttributeError):  # the scheduler is gone
+                self._client.unregister_worker_plugin(plugin.name, nanny=is_of_nanny)  # type: ignore[no-untyped-call]
 
     def stop(self) -> None:
         """End every `run` that waits; running tasks end with their cluster."""
@@ -241,16 +249,58 @@ class Dask:
         return flight._replace(attempt=flight.attempt + 1)
 
 
-class _Threads(WorkerPlugin):
-    """Limits the threads of every worker, before anything there imports a numerical library."""
+class _Life:
+    """Notes in a run's folder how long a process of the cluster lives."""
 
-    name = "wsiflow-threads"
+    def __init__(self, folder: Path, *, threads: int, lent: bool) -> None:
+        self._folder, self._threads, self._lent = folder, threads, lent
+        self._job_of_driver = lifetime.job_name()
+        self._recorder: lifetime.Recorder | None = None
 
-    def __init__(self, threads: int) -> None:
-        self._threads = threads
+    def begin(self) -> None:
+        lent = self._lent or lifetime.job_name() == self._job_of_driver != ""
+        self._recorder = lifetime.Recorder(self._folder, threads=self._threads, lent=lent)
 
-    def setup(self, worker: Worker) -> None:  # noqa: ARG002 - the signature of a plugin
+    def end(self) -> None:
+        """Record the end, or that it is near: the process belongs to the run, and is ended a moment later."""
+        if self._recorder is not None:
+            self._recorder.end() if self._lent else self._recorder.end_soon()
+
+
+class _Worker(WorkerPlugin):
+    """Prepares every worker: limits its threads, before anything there imports a numerical library, and notes its life.
+
+    The life of workers that descend from the driver is the driver's, and that of one with a nanny is the nanny's.
+    """
+
+    name = "wsiflow-worker"
+
+    def __init__(self, threads: int, life: _Life | None, *, lent: bool) -> None:
+        self._threads, self._life, self._lent = threads, life, lent
+
+    def setup(self, worker: Worker) -> None:
         limit_threads(self._threads)
+        if self._life is not None and (self._lent or worker.nanny is None):
+            self._life.begin()
+
+    def teardown(self, worker: Worker) -> None:  # noqa: ARG002 - the signature of a plugin
+        if self._life is not None:
+            self._life.end()
+
+
+class _Nanny(NannyPlugin):
+    """Notes the life of every nanny, the process of a job that starts its worker and ends after it."""
+
+    name = "wsiflow-nanny"
+
+    def __init__(self, life: _Life) -> None:
+        self._life = life
+
+    def setup(self, nanny: Nanny) -> None:  # noqa: ARG002 - the signature of a plugin
+        self._life.begin()
+
+    def teardown(self, nanny: Nanny) -> None:  # noqa: ARG002 - the signature of a plugin
+        self._life.end()
 
 
 def _work_through(work: Work, source: Path, stage: str, lo: int, hi: int) -> list[Outcome]:

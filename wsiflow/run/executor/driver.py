@@ -6,6 +6,7 @@ know processes on other machines or in other containers.
 """
 
 import json
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -29,25 +30,33 @@ class Spent(NamedTuple):
         core_s: Core-seconds of the driver and its descendants, with its start; None where it has not recorded them.
         local: Whether these are all of the run's processes, and no workers elsewhere.
         start_s: Core-seconds of the start, which a process with several runs charges to each of them.
+        cores: Number of cores that workers here have; None where a former version has not recorded it.
+        elapsed_s: Wall seconds of the driver, with its start; None where it has not recorded them.
     """
 
     since: str
     core_s: float | None
     local: bool
     start_s: float = 0.0
+    cores: int | None = None
+    elapsed_s: float | None = None
+
+
+_began_s: dict[Path, float] = {}  # when this process began to drive a run, by the run's folder
 
 
 @contextmanager
-def recorded(root: Path, *, local: bool) -> Iterator[dict[str, Any]]:
+def recorded(root: Path, *, cores: int) -> Iterator[dict[str, Any]]:
     """Record that this process drives the run during the body, which may set ``exit_code`` in the yielded values.
 
     Args:
         root: The run's folder.
-        local: Whether all workers descend from this process.
+        cores: Number of cores of workers that descend from this process; 0 where workers are elsewhere.
     """
     who = identity()
+    _began_s[root] = time.monotonic()
     ended: dict[str, Any] = {"exit_code": WsiflowError.exit_code}
-    _note(root, {"event": "driver", **who, "local": local})
+    _note(root, {"event": "driver", **who, "local": cores > 0, "cores": cores})
     try:
         yield ended
     except BaseException as error:
@@ -66,8 +75,10 @@ def _note(root: Path, line: Mapping[str, Any]) -> None:
 
 
 def note_spent(root: Path, core_s: float, start_s: float = 0.0) -> None:
-    """Record the core-seconds of this driver and its descendants, and how many of them are its start."""
-    _note(root, {"event": "spent", **identity(), "core_s": round(core_s, 2), "start_s": round(start_s, 2)})
+    """Record the core-seconds of this driver and its descendants, how many of them are its start, and its time."""
+    elapsed_s = start_s + time.monotonic() - _began_s.get(root, time.monotonic())  # a start keeps one core busy
+    numbers = {"core_s": round(core_s, 2), "start_s": round(start_s, 2), "elapsed_s": round(elapsed_s, 2)}
+    _note(root, {"event": "spent", **identity(), **numbers})
 
 
 def spent(root: Path) -> list[Spent]:
@@ -80,9 +91,10 @@ def spent(root: Path) -> list[Spent]:
         if line["event"] == "driver":
             if "local" not in line:
                 return []
-            drivers.append(Spent(line["at"], None, line["local"]))
+            drivers.append(Spent(line["at"], None, line["local"], cores=line.get("cores")))
         elif line["event"] == "spent" and drivers:
-            drivers[-1] = drivers[-1]._replace(core_s=line["core_s"], start_s=line.get("start_s", 0.0))
+            known = {name: line[name] for name in ("core_s", "start_s", "elapsed_s") if name in line}
+            drivers[-1] = drivers[-1]._replace(**known)
     return drivers
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from wsiflow.errors import InputError
-from wsiflow.run.executor import pieces
+from wsiflow.run.executor import lifetime, pieces
 from wsiflow.run.executor.protocol import Work
 from wsiflow.system import processes
 from wsiflow.system.machine import ISA_PINS, limit_threads
@@ -75,7 +75,8 @@ def run(table: Path) -> int:
     limit_threads(job["threads"])  # before anything imports torch
     own = _Own(root, table.stem, index, pieces.Request(**job["request"]), job["idle_s"])
     end_s = began_s + own.request.minutes * 60 - _SPARE_S
-    with (table.with_suffix("") / f"{index}.{time.time_ns()}.jsonl").open("x", encoding="utf-8") as stream:
+    life = lifetime.Recorder(root, threads=job["threads"])
+    with life, (table.with_suffix("") / f"{index}.{time.time_ns()}.jsonl").open("x", encoding="utf-8") as stream:
         _note(stream, {"started": now(), **processes.current()._asdict()})
         left = deque(pieces.of_element(*own[:3]))  # the scheduler has restarted this element
         worst, longest_s, until_s = 0, 0.0, math.inf

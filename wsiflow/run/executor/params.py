@@ -96,6 +96,18 @@ def starts_all_workers(params: ExecutorParams) -> bool:
     return KINDS[params.kind].is_local or (params.kind == "dask" and not dask.address and not dask.cluster)
 
 
+def cores_here(params: ExecutorParams, *, cores: int) -> int:
+    """Return how many cores of this process the workers take; 0 where workers are elsewhere.
+
+    Args:
+        params: Where tasks run.
+        cores: Number of cores that this process may use.
+    """
+    if not starts_all_workers(params):
+        return 0
+    return min(cores, (worker_count(params, cores=cores) or cores) * params.threads)
+
+
 def worker_count(params: ExecutorParams, *, cores: int) -> int:
     """Return the number of tasks that run at a time; 0 where the cluster decides it."""
     size = KINDS[params.kind].size

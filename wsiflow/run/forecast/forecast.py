@@ -27,12 +27,13 @@ _SLIDE_FILES = 10  # files of ingest, and folders, per slide
 _FILE_BYTES = 8192  # structure and receipt of a small file
 _SEED = 0
 _ELEMENT_S = 3500  # of the hour that is requested for an element, it takes work so long
+_IDLE_S = 60  # an element waits so long for more
 SCHEDULERS = {
     "inline": Cluster(1, window=1),
     "process": Cluster(1, starts_per_s=2000),
     "dask": Cluster(1, starts_per_s=1000),  # a millisecond of the scheduler each
-    "slurm": Cluster(1, starts_per_s=50, poll_s=1, array_limit=1001, failure=0.001, life_s=_ELEMENT_S),
-    "sge": Cluster(1, starts_per_s=20, poll_s=1, array_limit=75_000, failure=0.001, life_s=_ELEMENT_S),
+    "slurm": Cluster(1, starts_per_s=50, poll_s=1, array_limit=1001, failure=0.001, life_s=_ELEMENT_S, idle_s=_IDLE_S),
+    "sge": Cluster(1, starts_per_s=20, poll_s=1, array_limit=75_000, failure=0.001, life_s=_ELEMENT_S, idle_s=_IDLE_S),
 }
 """Simulated cluster of each executor and scheduler. Limits are the defaults of the programs; sites differ."""
 
@@ -189,9 +190,10 @@ def forecast(counts: TaskCounts, costs: Costs, config: RunConfig, cluster: Clust
     """Simulate the remaining tasks of a run on a cluster, in the shards and slices that the run would use."""
     cuts = shards.cut(counts.tiles, config.shard_slides)
     parts = [[counts.slides[index] for index in part] for part in cuts]
-    return simulation.simulate(
+    each = simulation.simulate(
         [simulation.shard(part, costs, loading=LOADING, target_s=config.executor.slice_s) for part in parts], cluster
     )
+    return each._replace(allocated_s=each.allocated_s * config.executor.threads)
 
 
 def core_hours(counts: TaskCounts, costs: Costs) -> dict[str, float]:

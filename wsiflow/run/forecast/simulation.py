@@ -153,6 +153,8 @@ class Cluster(NamedTuple):
         limit_s: Time limit of a worker that is started for a slice; 0 for none.
         life_s: Seconds after which a persistent worker takes no more slices, and another one waits in the queue; 0 for
             none.
+        idle_s: Seconds without work after which a persistent worker gives its core back; 0 where it keeps it to the
+            end. Only what is allocated depends on it.
         attempts: Most attempts at a slice.
         seed: Seed of all random numbers.
     """
@@ -173,6 +175,7 @@ class Cluster(NamedTuple):
     failure: float = 0.0
     limit_s: float = 0.0
     life_s: float = 0.0
+    idle_s: float = 0.0
     attempts: int = 5
     seed: int = 0
 
@@ -185,6 +188,7 @@ class Forecast(NamedTuple):
         work_s: Core-seconds of tasks that were kept.
         overhead_s: Core-seconds of starting workers and loading networks.
         lost_s: Core-seconds of tasks that were lost.
+        allocated_s: Core-seconds that workers keep allocated, waiting for work included: what a scheduler charges.
         tail_s: Seconds from the last moment at which all workers were busy to the end of the run.
         queue_s: Mean seconds of a slice from submission to start.
         elements: Number of slices started, counting every attempt.
@@ -199,6 +203,7 @@ class Forecast(NamedTuple):
     work_s: float
     overhead_s: float
     lost_s: float
+    allocated_s: float
     tail_s: float
     queue_s: float
     elements: int
@@ -275,13 +280,15 @@ class _Simulation:
         self._ready: deque[_Attempt] = deque()
         self._state = [_NEW] * cluster.workers
         self._born_s = [0.0] * cluster.workers
+        self._busy_since_s = [0.0] * cluster.workers
+        self._idle_since_s: list[float | None] = [None] * cluster.workers  # None: it is busy, or not there
         self._known: list[set[str]] = [set() for _ in range(cluster.workers)]
         self._idle: tuple[list[int], list[int], list[int]] = ([], [], [])
         self._to_begin = deque(range(len(shards)))
         self._stage = [-1] * len(shards)
         self._held: list[deque[_Attempt]] = [deque() for _ in shards]
         self._open = [0] * len(shards)
-        self._sums = {"work": 0.0, "overhead": 0.0, "lost": 0.0}
+        self._sums = {"work": 0.0, "overhead": 0.0, "lost": 0.0, "allocated": 0.0}
         self._counts = {"elements": 0, "arrays": 0, "retried": 0, "failed": 0}
 
     def run(self) -> Forecast:
@@ -295,15 +302,19 @@ class _Simulation:
             self._full_s = self._now_s if full else self._full_s
             self._dispatch()
         cluster, elements = self._cluster, self._counts["elements"]
+        for worker in range(cluster.workers):
+            self._charge_idle(worker)
+        cores = min(cluster.cores or cluster.workers, cluster.workers)
         return Forecast(
             makespan_s=self._now_s,
             work_s=self._sums["work"],
             overhead_s=self._sums["overhead"],
             lost_s=self._sums["lost"],
+            allocated_s=self._sums["allocated"] * cores / cluster.workers,
             tail_s=self._now_s - self._full_s,
             queue_s=self._waited_s / max(1, elements),
             **self._counts,
-            cores=min(cluster.cores or cluster.workers, cluster.workers),
+            cores=cores,
             workers=cluster.workers,
         )
 
@@ -314,9 +325,22 @@ class _Simulation:
             self._counts["arrays"] = -(-cluster.workers // cluster.array_limit)
         for worker in reversed(range(cluster.workers)):
             if cluster.fresh or not cluster.queue_s:
-                self._idle[_NEW].append(worker)
+                self._arrives(worker)
             else:
                 self._at(self._wait_s(), worker)
+
+    def _arrives(self, worker: int) -> None:
+        """Let a worker be free; elements of array jobs are only submitted for work that waits, others wait for work."""
+        self._idle[_NEW].append(worker)
+        if not self._cluster.fresh and not self._cluster.array_limit:
+            self._idle_since_s[worker] = self._now_s
+
+    def _charge_idle(self, worker: int) -> None:
+        """Charge the time for which a worker has waited for work."""
+        since_s = self._idle_since_s[worker]
+        if since_s is not None:
+            self._sums["allocated"] += min(self._now_s - since_s, self._cluster.idle_s or math.inf)
+        self._idle_since_s[worker] = None
 
     def _wait_s(self) -> float:
         return float(self._rng.exponential(self._cluster.queue_s)) if self._cluster.queue_s else 0.0
@@ -347,7 +371,7 @@ class _Simulation:
         if event is None:
             self._gated = False
         elif isinstance(event, int):
-            self._idle[_NEW].append(event)
+            self._arrives(event)
         elif isinstance(event, list):
             self._ready.extend(event)
         elif isinstance(event, _Running):
@@ -405,6 +429,8 @@ class _Simulation:
     def _start(self, attempt: _Attempt) -> None:
         cluster, stage = self._cluster, self._shards[attempt.shard][self._stage[attempt.shard]]
         worker = next(idle for idle in reversed(self._idle) if idle).pop()
+        self._charge_idle(worker)
+        self._busy_since_s[worker] = self._now_s
         is_new = self._state[worker] == _NEW
         before_s = cluster.start_s if is_new else 0.0
         self._born_s[worker] = self._now_s if is_new else self._born_s[worker]
@@ -441,10 +467,14 @@ class _Simulation:
         if cluster.fresh or is_old or ended.left is not None:
             self._state[worker] = _NEW
             self._known[worker].clear()
+        self._sums["allocated"] += self._now_s - self._busy_since_s[worker]
         if is_old and cluster.queue_s:
             self._at(self._now_s + self._wait_s(), worker)
+        elif self._state[worker] == _NEW:
+            self._arrives(worker)
         else:
             self._idle[self._state[worker]].append(worker)
+            self._idle_since_s[worker] = self._now_s
         self._sums["work"] += ended.kept_s
         self._sums["overhead"] += ended.before_s
         self._sums["lost"] += ended.lost_s

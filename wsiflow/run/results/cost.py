@@ -11,11 +11,15 @@ Conventions:
   lowers ``throughput.efficiency``.
 * Work that a worker does once, whatever its tasks (start, imports, loading of networks), is warm-up and part of no
   receipt.
+* *Allocated core-seconds* are seconds of the wall times cores of every worker from its start to its end, as schedulers
+  charge them: starting, waiting and lost work included. Where workers descend from the driver, they are the cores that
+  these take, as long as the driver lives.
 * Where the denominator of a rate is zero, the metric is NaN, never 0 or infinite.
 """
 
 import math
 from collections.abc import Mapping, Sequence, Set
+from datetime import datetime
 from typing import Any
 
 from wsiflow.run.executor.driver import Spent
@@ -25,6 +29,9 @@ Receipt = Mapping[str, Any]
 
 TOTAL, LINE = "cost.total_core_hours", "throughput.core_hours"
 """Core-hours of everything, by which settings are compared, and of the line alone."""
+
+ALLOCATED = "cost.allocated_core_hours"
+"""Core-hours that a scheduler charges."""
 
 
 def summarise(
@@ -126,14 +133,44 @@ def total_metrics(
     return {"cost.total_core_s": total_s, TOTAL: total_s / 3600.0, "cost.start_core_s": start_s}
 
 
+def allocated_metrics(
+    drivers: Sequence[Spent], attempts: Sequence[Mapping[str, Any]], elsewhere_s: float
+) -> dict[str, float]:
+    """Return ``cost.allocated_core_s``, what a scheduler charges for all starts, and the same in core-hours.
+
+    Of a driver that was killed, the life of its workers ends with their last attempt.
+
+    Args:
+        drivers: Every driver of the run, in the order in which they started.
+        attempts: Every attempt, see `wsiflow.run.trace.attempts`.
+        elsewhere_s: Allocated core-seconds of workers that do not descend from a driver.
+
+    Returns:
+        Two numbers; NaN where a driver has not recorded its cores, as in runs of former versions.
+    """
+    total_s = math.nan if not drivers or any(one.cores is None for one in drivers) else elsewhere_s
+    starts = [*(one.since for one in drivers[1:]), None]
+    for one, end in zip(drivers, starts, strict=True):
+        total_s += (one.cores or 0) * (_known_life_s(one, end, attempts) if one.elapsed_s is None else one.elapsed_s)
+    return {"cost.allocated_core_s": total_s, ALLOCATED: total_s / 3600.0}
+
+
+def _known_life_s(one: Spent, end: str | None, attempts: Sequence[Mapping[str, Any]]) -> float:
+    """Return the seconds from the start of a driver to the end of the last attempt before the next driver starts."""
+    ends = [row["end"] for row in attempts if one.since <= row["submit"] and (end is None or row["submit"] < end)]
+    last = datetime.fromisoformat(max([one.since, *ends]))
+    return (last - datetime.fromisoformat(one.since)).total_seconds()
+
+
 def core_hours_text(metrics: Mapping[str, float]) -> str:
-    """Return what a run cost, such as ``0.031 core-hours, 0.012 of them the line``.
+    """Return what a run cost, such as ``0.031 core-hours, 0.012 of them the line; 0.08 allocated``.
 
     Runs of former versions have no total; the text is empty where a run has neither, as detections of other programs.
     """
-    total, line = (metrics.get(name, math.nan) for name in (TOTAL, LINE))
+    total, line, allocated = (metrics.get(name, math.nan) for name in (TOTAL, LINE, ALLOCATED))
     if math.isfinite(total):
-        return f"{total:.3g} core-hours, {line:.3g} of them the line"
+        bill = f"; {allocated:.3g} allocated" if math.isfinite(allocated) else ""
+        return f"{total:.3g} core-hours, {line:.3g} of them the line{bill}"
     return f"{line:.3g} core-hours of the line" if math.isfinite(line) else ""
 
 

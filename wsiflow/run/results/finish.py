@@ -17,7 +17,7 @@ from wsiflow.evaluation import matches
 from wsiflow.run import ledger, trace
 from wsiflow.run.cases import read_cases
 from wsiflow.run.config import RunConfig
-from wsiflow.run.executor import driver
+from wsiflow.run.executor import driver, lifetime
 from wsiflow.run.executor.kinds import KINDS
 from wsiflow.run.executor.params import worker_count
 from wsiflow.run.ledger import Ledger
@@ -292,7 +292,9 @@ def _work_metrics(
 def _total_cost(root: Path, work: WorkLog) -> dict[str, float]:
     """Return what everything has cost so far, this start included."""
     _note_spent(root, work)
-    return cost.total_metrics(driver.spent(root), work.attempts, work.receipts)
+    drivers, elsewhere_s = driver.spent(root), lifetime.allocated_core_s(lifetime.read(root))
+    bill = cost.allocated_metrics(drivers, work.attempts, elsewhere_s)
+    return cost.total_metrics(drivers, work.attempts, work.receipts) | bill
 
 
 def _note_spent(root: Path, work: WorkLog) -> None:

@@ -185,6 +185,7 @@ _MAIN_METRICS = (
     "roc.auc_ci_low",
     "roc.auc_ci_high",
     "cost.total_core_hours",
+    "cost.allocated_core_hours",
     "throughput.core_hours",
     "throughput.tiles_per_s",
     "throughput.efficiency",
