@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 from wsiflow.errors import EnvironmentFault, InputError
 from wsiflow.run import executor
+from wsiflow.run.cases import needed_paths
 from wsiflow.run.executor.kinds import KINDS
 from wsiflow.run.executor.params import DaskParams, ExecutorParams
 from wsiflow.run.executor.protocol import Executor, Outcome, Slice, Work
+from wsiflow.run.stages import ingest
 from wsiflow.system import faults
 from wsiflow.system.machine import allocated_cores
 
@@ -52,10 +54,16 @@ def workers(params: ExecutorParams, root: Path) -> Iterator[Executor]:
         stopping.shield()
     with (
         cluster(params, cores=cores) as client,
-        executor.make(params, cores=cores, root=root, client=client) as pool,
+        executor.make(params, cores=cores, root=root, client=client, needs=_needs(root)) as pool,
         stopping.at_stop(pool.stop),
     ):
         yield _StoppableExecutor(pool)
+
+
+def _needs(root: Path) -> Sequence[Path]:
+    """Return what every node has to see besides the run's folder; nothing where its slides are not listed yet."""
+    path = ingest.newest_cases(root)
+    return needed_paths(path) if path else ()
 
 
 class _StoppableExecutor:
