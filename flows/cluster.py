@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 from wsiflow.errors import EnvironmentFault, InputError
 from wsiflow.run import executor
+from wsiflow.run.cases import needed_paths
 from wsiflow.run.executor.kinds import KINDS
 from wsiflow.run.executor.params import DaskParams, ExecutorParams, starts_all_workers, worker_count
 from wsiflow.run.executor.protocol import Executor, Outcome, Slice, Work
+from wsiflow.run.stages import ingest
 from wsiflow.system import faults
 from wsiflow.system.machine import allocated_cores
 
@@ -53,7 +55,7 @@ def workers(params: ExecutorParams, root: Path) -> Iterator[Executor]:
         stopping.shield()
     with (
         cluster(params, cores=cores) as client,
-        executor.make(params, cores=cores, root=root, client=client) as pool,
+        executor.make(params, cores=cores, root=root, client=client, needs=_needs(root)) as pool,
         stopping.at_stop(pool.stop),
     ):
         yield _StoppableExecutor(pool)
@@ -64,6 +66,10 @@ def _note_shared_cores(params: ExecutorParams, cores: int) -> None:
     if starts_all_workers(params) and worker_count(params, cores=cores) * params.threads > cores:
         text = f"executor.workers={params.workers} of executor.threads={params.threads} share {cores} cores, "
         logs.note(f"{text}which are all that this process may use", logging.WARNING)
+def _needs(root: Path) -> Sequence[Path]:
+    """Return what every node has to see besides the run's folder; nothing where its slides are not listed yet."""
+    path = ingest.newest_cases(root)
+    return needed_paths(path) if path else ()
 
 
 class _StoppableExecutor:

@@ -39,7 +39,7 @@ def _literal(text: str, *, sweep: bool) -> str:
         return text
     if key in config.path_keys():
         return f"{typed}={_path(typed, value, sweep=sweep)}"
-    if key in config.text_keys() and not value.startswith(_QUOTES) and _parsed(typed, value) is None:
+    if key in config.text_keys() | config.WORD_KEYS and not value.startswith(_QUOTES) and _parsed(typed, value) is None:
         return f"{typed}={quoted(value)}"
     return text
 

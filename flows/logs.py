@@ -15,6 +15,7 @@ from contextlib import contextmanager
 
 from wsiflow.errors import InputError
 from wsiflow.redaction import without_secrets
+from wsiflow.system.notes import NOTES
 
 from . import terminal
 
@@ -24,10 +25,9 @@ VARIABLE = "WSIFLOW_LOG_LEVEL"
 #: The options of every command, as help texts describe them.
 OPTIONS = "Every command takes -q (errors alone, no progress), -v (logs what it does) and -vv (logs everything)."
 
-#: Logger of all records; its name, and that of `_notes`, are the same however this package is imported.
+#: Logger of all records; its name is the same however this package is imported.
 PACKAGE = logging.getLogger("wsiflow")
 
-_notes = logging.getLogger("wsiflow.notes")
 _LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 _QUIET = {"-q", "--quiet"}
 _VERBOSE = {"-v": 1, "--verbose": 1, "-vv": 2}
@@ -36,7 +36,7 @@ _FORMAT = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
 
 def note(text: str, level: int = logging.INFO) -> None:
     """Log a note that the user is shown before the result of the command."""
-    _notes.log(level, "%s", text)
+    NOTES.log(level, "%s", text)
 
 
 def without_options(arguments: Sequence[str]) -> tuple[list[str], str]:
@@ -121,9 +121,9 @@ def _printed(level: str) -> Iterator[None]:
         _PrintingHandler(terminal.say, "ERROR" if is_quiet() else "INFO"),
     )
     errors.setFormatter(logging.Formatter(_FORMAT))
-    errors.addFilter(lambda record: record.name != _notes.name)
+    errors.addFilter(lambda record: record.name != NOTES.name)
     PACKAGE.addHandler(errors)
-    _notes.addHandler(output)
+    NOTES.addHandler(output)
     before = PACKAGE.level
     PACKAGE.setLevel(min(logging.INFO, errors.level))
     try:
@@ -131,4 +131,4 @@ def _printed(level: str) -> Iterator[None]:
     finally:
         PACKAGE.setLevel(before)
         PACKAGE.removeHandler(errors)
-        _notes.removeHandler(output)
+        NOTES.removeHandler(output)

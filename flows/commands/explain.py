@@ -3,6 +3,7 @@
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
+from wsiflow.run.executor import waiting
 from wsiflow.run.explain import explain
 
 from ..terminal import say
@@ -16,6 +17,10 @@ def add_options(parser: ArgumentParser) -> None:
 
 def main(arguments: Namespace) -> int:
     """Print what is known of the task."""
-    for line in explain(arguments.run, arguments.task):
-        say(line)
+    try:
+        for line in explain(arguments.run, arguments.task):
+            say(line)
+    finally:  # there may be no plan, because the first array waits
+        for line in waiting.describe(arguments.run):
+            say(line)
     return 0

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from wsiflow.errors import InputError
 from wsiflow.run import ledger, progress
-from wsiflow.run.executor import driver
+from wsiflow.run.executor import driver, waiting
 from wsiflow.run.plan import Plan, read_plan
 from wsiflow.run.stages import ingest
 from wsiflow.run.stages.line import STAGES, ingested
@@ -34,6 +34,8 @@ def main(arguments: Namespace) -> int:
         say(f"ingest {n_ingested} of {len(cases)}")
     missing = _print_stages(root, plans[-1], n_ingested) if plans else ["a plan"]
     say(f"not complete: it lacks {', '.join(missing)}" if missing else "complete")
+    for line in waiting.describe(root):
+        say(line)
     for sentence in driver.describe_drivers(root):
         say(sentence)
     slide_list = root / "process_list.csv"

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wsiflow.errors import EnvironmentFault, InputError
-from wsiflow.run.executor import element, jobs, pieces
+from wsiflow.run.executor import array, element, jobs, pieces
 from wsiflow.run.executor.array import ArrayJobs, Batch, runs
 from wsiflow.run.executor.dialect import ArrayParams, Place, Seen, expand, indices
 from wsiflow.run.executor.params import ExecutorParams
@@ -42,23 +42,28 @@ FIELDS = {
     "seconds": 3600,
     "logs": "/run/logs/predict-1a2b",
     "script": "/run/arrays/element.sh",
+    "memory_slot_mb": 2000,
+    "root": "/run",
+    "parallel_environment": "smp",
+    "memory_resource": "mem_free",
+    "options": ["-q", "short"],
     "extra": ["-X", "a {b}"],
     "command": ["wsiflow", "element", "/run/arrays/predict-1a2b.json"],
 }
 
 SUBMISSIONS = {
     "slurm": "sbatch --parsable --array=1-7%3 --job-name=predict-1a2b --ntasks=1 --cpus-per-task=2 --time=60"
-    " --output=/run/logs/predict-1a2b/%a.log --open-mode=append --requeue --mem=4000M -X 'a {b}' /run/arrays/element.sh"
-    " wsiflow element /run/arrays/predict-1a2b.json",
-    "sge": "qsub -terse -t 1-7 -tc 3 -N predict-1a2b -cwd -v HOME,PATH -r y -j y"
-    " -o '/run/logs/predict-1a2b/$TASK_ID.log' -l h_rt=3600 -l mem_free=4000M -pe smp 2"
+    " --output=/run/logs/predict-1a2b/%a.log --open-mode=append --requeue --mem=4000M -q short -X 'a {b}'"
+    " /run/arrays/element.sh wsiflow element /run/arrays/predict-1a2b.json",
+    "sge": "qsub -terse -t 1-7 -tc 3 -N predict-1a2b -wd /run -notify -v HOME,PATH -r y -j y"
+    " -o ':/run/logs/predict-1a2b/$TASK_ID.log' -l h_rt=3600 -l mem_free=2000M -pe smp 2 -q short"
     " -X 'a {b}' -b y -shell n /bin/bash /run/arrays/element.sh"
     " wsiflow element /run/arrays/predict-1a2b.json",
     "pbs": "qsub -J 1-7%3 -N predict-1a2b -v HOME,PATH -r y -j oe -o '/run/logs/predict-1a2b/^array_index^.log'"
-    " -l walltime=3600 -l select=1:ncpus=2:mem=4000mb -X 'a {b}' -- /bin/bash /run/arrays/element.sh"
+    " -l walltime=3600 -l select=1:ncpus=2:mem=4000mb -q short -X 'a {b}' -- /bin/bash /run/arrays/element.sh"
     " wsiflow element /run/arrays/predict-1a2b.json",
     "lsf": "bsub -J 'predict-1a2b[1-7]%3' -n 2 -R 'span[hosts=1]' -r -W 60 -o /run/logs/predict-1a2b/%I.log"
-    " -M 4000MB -R 'rusage[mem=4000MB]' -X 'a {b}' /bin/bash /run/arrays/element.sh"
+    " -M 4000MB -R 'rusage[mem=4000MB]' -q short -X 'a {b}' /bin/bash /run/arrays/element.sh"
     " wsiflow element /run/arrays/predict-1a2b.json",
 }
 
@@ -204,7 +209,7 @@ def test_the_variables_of_an_element() -> None:
 
 def test_the_job_script_is_constant() -> None:
     """The job script is the same for all runs: the command and the table are its arguments."""
-    assert element.SCRIPT == (
+    assert element.script() == (
         "#!/bin/bash\n"
         "# One element of an array job. The arguments are a command and the array's table; the element's index is in\n"
         "# the environment, and is its name among the elements that take work from the run's folder.\n"
@@ -223,8 +228,12 @@ def test_ids_are_found_in_what_the_submission_prints(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_the_queue_is_read_element_by_element(name: str) -> None:
     """Every listed element of every array is found with its state; jobs without an array are ignored."""
-    expected = {Place("p-1", index): Seen("1234", state) for index, state in LISTED[name].items()}
-    assert params(name).dialect.listed(QUEUES[name]) == expected
+    expected = {Place("p-1", index): ("1234", state) for index, state in LISTED[name].items()}
+    listed = params(name).dialect.listed(QUEUES[name])
+    assert {place: (seen.job, seen.state) for place, seen in listed.items()} == expected
+    reasons = {place.number: seen.reason for place, seen in listed.items() if seen.reason}
+    expected_reasons = {0: "None", 1: "JobArrayTaskLimit", 2: "OutOfMemory", 5: "JobHeldUser"}
+    assert reasons == (expected_reasons if name == "slurm" else {})
 
 
 @pytest.mark.parametrize(
@@ -315,7 +324,7 @@ def test_elements_are_as_many_as_pieces_but_within_the_limits(
             lo += span
         arrays: list[tuple[Request, int]] = []
 
-        def start(name: str, request: Request, size: int) -> SimpleNamespace:
+        def start(name: str, request: Request, size: int, _stages: str) -> SimpleNamespace:
             arrays.append((request, size))
             places = [SimpleNamespace(place=Place(name, i)) for i in range(size)]
             return SimpleNamespace(name=name, request=request, open=places)
@@ -341,7 +350,7 @@ def test_small_pieces_share_an_element(tmp_path: Path) -> None:
     pool = ArrayJobs(params("slurm"), root=tmp_path, workers=0, threads=1)
     batch = Batch(Call("work", "plan.json", "s"), set(range(99)), deque())
     sizes: list[int] = []
-    pool._submit = lambda _name, _request, size: bool(sizes.append(size)) or True  # type: ignore[func-returns-value,method-assign]
+    pool._submit = lambda _name, _request, size, _stages: bool(sizes.append(size)) or True  # type: ignore[func-returns-value,method-assign]
     for task in range(25):
         pool._post(batch, Piece(batch.call, task, task + 1), expected_s=6.0)
     pool._staff(pool._request(Tries()), pieces.posted(tmp_path), ())
@@ -450,8 +459,8 @@ def test_a_refused_array_waits_for_others_of_the_run(commands: Callable[..., Pat
     assert sorted(outcome.task for outcome in outcomes if outcome.receipt) == list(range(5))
     assert not any(outcome.retried for outcome in outcomes)
     assert (folder / "asked").read_text().split() == ["3", *["2"] * 3], "three refusals"
-    assert len(list((tmp_path / "arrays").glob("*.json"))) == len(list((tmp_path / "logs").iterdir())) == 1
-    assert pool._queue._window == made.window // 2
+    tables = [path for path in (tmp_path / "arrays").glob("*.json") if path.stem != "queue"]
+    assert len(tables) == len(list((tmp_path / "logs").iterdir())) == 1
     assert not pool._log.read().jobs
 
 
@@ -459,10 +468,26 @@ def test_an_array_refused_while_nothing_is_in_the_queue_ends_the_run(
     commands: Callable[..., Path], tmp_path: Path
 ) -> None:
     """There is nothing to wait for: the error has the message of the scheduler."""
-    commands(sbatch=SBATCH.replace("ROOM", "1"), squeue="")
+    commands(sbatch="echo 'sbatch: error: invalid account' >&2; exit 1", squeue="")
     pool = ArrayJobs(params("slurm", limit=3, poll_s=0.01), root=tmp_path, workers=0, threads=1)
-    with pytest.raises(EnvironmentFault, match=r"refused an array of 2: .*AssocMaxSubmitJobLimit"), pool:
+    with pytest.raises(EnvironmentFault, match=r"refused an array of 2: .*invalid account"), pool:
         list(pool.run(work, tmp_path / "plan.json", "predict", [Slice(0, 1), Slice(1, 2)]))
+
+
+def test_a_queue_that_is_full_for_this_user_is_waited_for(
+    commands: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Jobs of other runs fill what a user may have: the run says so, waits, and asks for fewer at a time."""
+    monkeypatch.setattr(array, "_FULL_S", 0.01)
+    python = f"PYTHONPATH={Path(__file__).parents[1]} {sys.executable}"
+    folder = commands(sbatch=SBATCH.replace("ROOM", "1"), squeue=SQUEUE.replace("PYTHON", python))
+    (tmp_path / "plan.json").write_text("{}")
+    made = params("slurm", poll_s=0.01, grace_s=60, idle_s=0)
+    with ArrayJobs(made, root=tmp_path, workers=0, threads=1) as pool:
+        outcomes = list(pool.run(work, tmp_path / "plan.json", "predict", [Slice(0, 1), Slice(1, 2)]))
+    assert sorted(outcome.task for outcome in outcomes if outcome.receipt) == [0, 1]
+    assert (folder / "asked").read_text().split()[:4] == ["2"] * 3 + ["1"], "three tries, then half"
+    assert "Slurm refused another array, which is submitted again later: sbatch: error: AssocMaxSubmit" in caplog.text
 
 
 def test_a_scheduler_that_does_not_answer_is_an_error_at_once(commands: Callable[..., Path], tmp_path: Path) -> None:
@@ -482,20 +507,23 @@ def test_workers_limit_all_shards_together(workers: int, room: int) -> None:
     assert sum(taken) == room
 
 
-def test_a_refusal_halves_the_window_but_keeps_what_was_accepted() -> None:
-    """The window shrinks to 1 where nothing was accepted, and not below the elements that were accepted."""
+def test_a_refusal_narrows_the_window_but_keeps_what_was_accepted() -> None:
+    """The window becomes half of what was tried, never less than what was accepted, and grows again with time."""
     queue = Queue(params("slurm", window=100), workers=0)
     assert queue.take("a", 30, longest=1000) == 30
     queue._last = Poll(0.0, {Place("a", i): Seen("1", "RUNNING") for i in range(30)})
     windows = []
-    for _ in range(3):
-        assert queue.take("b", 20, longest=1000) or queue._window == 30
-        assert queue.give_back("b")
+    for size in (70, 20):
+        assert queue.take("b", size, longest=1000) == size
+        assert queue.give_back("b", size)
         windows.append(queue._window)
-    assert windows == [50, 30, 30]
-    for _ in range(6):
-        assert not queue.give_back("a")
+    assert windows == [50, 30]
+    assert not queue.give_back("a", 30)
+    assert not queue.give_back("a", 1)
     assert queue._window == 1
+    for _ in range(8):
+        queue.widen()
+    assert queue._window == 100
 
 
 def test_a_second_driver_is_refused_while_the_first_lives(commands: Callable[..., Path], tmp_path: Path) -> None:

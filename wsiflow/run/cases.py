@@ -66,6 +66,21 @@ def read_cases(path: Path) -> tuple[RunConfig, tuple[Case, ...]]:
     return RunConfig.model_validate(data["config"], context=RECORDED), _CASES.validate_python(data["cases"])
 
 
+def needed_paths(path: Path) -> list[Path]:
+    """Return what every machine that works on a run has to see besides its folder.
+
+    Args:
+        path: The ``cases.json`` of the run.
+
+    Returns:
+        The model's card and weights, and the first slide of each folder; what is not here either is left out.
+    """
+    config, cases = read_cases(path)
+    first = {case.path.parent: case.path for case in reversed(cases)}
+    model = [] if str(config.model.card).startswith(card.PACKAGED) else [config.model.card, config.model.card.parent]
+    return [each for each in (*model, *first.values()) if each.exists()]
+
+
 def check_model(config: RunConfig) -> None:
     """Check the model's card and weights before any slide is opened, and that windows fit into blocks.
 

@@ -229,6 +229,10 @@ def text_keys() -> frozenset[str]:
     return frozenset(entry.key for entry in _entries(RunConfig, "") if str in entry.types <= {str, type(None)})
 
 
+#: Keys of words of a shell, which may be typed as a list or as one text.
+WORD_KEYS = frozenset({"executor.array.extra", "executor.array.prologue"})
+
+
 @cache
 def optional_keys() -> frozenset[str]:
     """Return the keys whose values may be null."""

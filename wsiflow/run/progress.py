@@ -16,6 +16,7 @@ from wsiflow.run import plan as plans
 from wsiflow.run import trace
 from wsiflow.run.cases import read_cases
 from wsiflow.run.costs import Costs, costs_of
+from wsiflow.run.executor import waiting
 from wsiflow.run.plan import Plan
 from wsiflow.run.stages import ingest, predict
 from wsiflow.run.stages.line import LOADING, ROUGH, STAGES, Census, ingested
@@ -40,6 +41,7 @@ class Snapshot(NamedTuple):
         share: Share of the planned work that is done, weighted by the costs of tasks, 0 to 1.
         tiles_per_s: Tissue tiles that were scored per second over the last minutes; None where unknown.
         left_s: Seconds until the rest is done at the speed of the last minutes; None where unknown.
+        elements: What waits and runs in the queue of a scheduler, in words; empty without array jobs.
     """
 
     stages: Mapping[str, tuple[int, int]]
@@ -48,17 +50,19 @@ class Snapshot(NamedTuple):
     share: float = 0.0
     tiles_per_s: float | None = None
     left_s: float | None = None
+    elements: str = ""
 
     def as_text(self) -> str:
         """Return the progress in one line: ``12 of 40 slides, 1,203 of 4,000 tiles, 85 tiles/s, about 32 min left``."""
         if not self.slides[1]:
-            return ", ".join(f"{stage} {_of(counts)} slides" for stage, counts in self.stages.items())
+            parts = [f"{stage} {_of(counts)} slides" for stage, counts in self.stages.items()]
+            return "; ".join(filter(None, (", ".join(parts), self.elements)))
         parts = [f"{_of(self.slides)} slides", f"{_of(self.tiles)} tiles"]
         if self.tiles_per_s is not None:
             parts.append(f"{self.tiles_per_s:,.{0 if self.tiles_per_s >= 10 else 1}f} tiles/s")
         if self.left_s:
             parts.append(f"about {_duration(self.left_s)} left")
-        return ", ".join(parts)
+        return "; ".join(filter(None, (", ".join(parts), self.elements)))
 
 
 def _of(counts: tuple[int, int]) -> str:
@@ -109,14 +113,15 @@ class Follower:
         if self._planned is None or files[-1] != self._path:  # the plan has a new generation where a slide joins
             self._path, self._planned = files[-1], _Planned(self._root, plans.read_plan(files[-1]))
         self._planned.add(self._log.rows(), self._since)
-        return self._planned.snapshot(time.time())
+        return self._planned.snapshot(time.time())._replace(elements=waiting.text(self._root))
 
     def _before_plan(self) -> Snapshot | None:
         source = ingest.newest_cases(self._root)
         if source is None:
             return None
         slides = [case.slide_id for case in read_cases(source)[1]]
-        return Snapshot({"ingest": (ingested(self._root, slides), len(slides))})
+        counts = {"ingest": (ingested(self._root, slides), len(slides))}
+        return Snapshot(counts, elements=waiting.text(self._root))
 
 
 class _EndedTask(NamedTuple):

@@ -36,6 +36,11 @@ _OF_PROCESS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 _OF_INPUT = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL}
 _OF_WRITING = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _OF_SEMAPHORES = {errno.EROFS, errno.EACCES, errno.ENOSPC, errno.ENOENT, errno.ENOSYS}
+# Under a limit of address space these are all that is seen of it: no signal, and no exit code.
+_OF_MEMORY = re.compile(
+    r"MemoryError|cannot allocate memory|failed to map segment|bad[ _]alloc|out of memory|not enough memory",
+    re.IGNORECASE,
+)
 _NUMBER = re.compile(r"errno = (\d+)")
 _FILE = re.compile(r"name = '([^']+)'")
 
@@ -75,6 +80,19 @@ def remedy(error: OSError, otherwise: str = _AGAIN) -> str:
 def is_of_machine(error: OSError) -> bool:
     """Return whether an error is the machine's and not the file's: elsewhere or later the file may be readable."""
     return number(error) not in {0, *_OF_INPUT}
+
+
+def tells_of_memory(text: str) -> bool:
+    """Tell whether a message of a library or a program says that memory was lacking."""
+    return _OF_MEMORY.search(text) is not None
+
+
+def is_of_memory(error: BaseException) -> bool:
+    """Tell whether an error, or one of those that caused it, means that memory was lacking."""
+    if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM or tells_of_memory(str(error)):
+        return True
+    before = error.__cause__ or error.__context__
+    return before is not None and is_of_memory(before)
 
 
 def error_named_in(text: str) -> OSError | None:

@@ -5,18 +5,19 @@ they belong to. Elements take piece after piece, and write outcomes to files, wh
 as many elements as there are pieces that no element is free for. An array is created in this order: a table on disk, a
 line in ``jobs.jsonl``, and a submission.
 
-Where an element is gone and did not say that it ended, the scheduler is asked for the cause. The task that was running
-is charged with an attempt and becomes a piece of its own; its neighbours are not charged. A driver that is killed
-leaves its arrays in the queue, whose elements go on with what is posted. The next driver withdraws what nobody has
-taken, and waits for the rest instead of posting it again.
+Where an element is gone and did not say that it ended, the scheduler is asked for the cause
+(`wsiflow.run.executor.ends`). The task that was running is charged with an attempt and becomes a piece of its own; its
+neighbours are not charged. What waits and runs is told as it changes (`wsiflow.run.executor.queue_watch`). A driver
+that is killed leaves its arrays in the queue, whose elements go on with what is posted. The next driver withdraws what
+nobody has taken, and waits for the rest instead of posting it again.
 """
 
 import contextlib
+import importlib.metadata
 import itertools
 import json
 import logging
 import math
-import os
 import re
 import threading
 import time
@@ -27,30 +28,27 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from wsiflow.errors import EnvironmentFault, Failure, WsiflowError
-from wsiflow.run.executor import element, jobs, pieces
-from wsiflow.run.executor.dialect import ArrayParams, Place, expand
+from wsiflow.run.executor import bounds, element, ends, jobs, pieces, submission
+from wsiflow.run.executor.dialect import ArrayParams, Place
+from wsiflow.run.executor.ends import End
 from wsiflow.run.executor.jobs import JobLog
 from wsiflow.run.executor.params import ExecutorParams
 from wsiflow.run.executor.pieces import FOLDER, Call, Piece, Request, Tries
 from wsiflow.run.executor.protocol import Outcome, Site, Slice, Work
+from wsiflow.run.executor.queue_watch import QueueWatch
 from wsiflow.run.executor.watch import LOGS, Array, Element, Files, Poll, Queue
 from wsiflow.system import publish
+from wsiflow.system.notes import NOTES
 from wsiflow.system.usage import now
 
 _logger = logging.getLogger(__name__)
 
-_SCRIPT = f"{FOLDER}/element.sh"
 _SUBMISSIONS = 3
+_FULL_S, _LONGEST_FULL_S = 30.0, 600.0  # between two tries where this user has as many jobs as are allowed
 _LIMIT_UNKNOWN = 1000
-_NAME_LETTERS = 24
 _WORTH_S = 60.0  # of work justify the start of an element
 _LOOK_S = 1.0  # between two looks at the files of elements; longer where a look takes long
 _LOOKS_SHARE = 0.1  # of the driver's time
-_REMEDIES = {
-    "memory": "raise executor.array.memory_limit_mb, then run again",
-    "time": "raise executor.array.minutes_limit, then run again",
-    "cancelled": "run again to do it",
-}
 
 
 class Batch(NamedTuple):
@@ -91,13 +89,15 @@ class Posted(NamedTuple):
 def make(params: ExecutorParams, site: Site) -> "ArrayJobs":
     """Return the executor for the scheduler that the settings describe."""
     assert params.array is not None, "the settings of this kind have it"
-    return ArrayJobs(params.array, root=site.root, workers=params.workers, threads=params.threads)
+    return ArrayJobs(params.array, root=site.root, workers=params.workers, threads=params.threads, needs=site.needs)
 
 
 class ArrayJobs:
     """The executor of array jobs; several threads may call `run` at once."""
 
-    def __init__(self, params: ArrayParams, *, root: Path, workers: int, threads: int) -> None:
+    def __init__(
+        self, params: ArrayParams, *, root: Path, workers: int, threads: int, needs: Sequence[Path] = ()
+    ) -> None:
         """Store the settings; the scheduler is not called yet.
 
         Args:
@@ -105,15 +105,22 @@ class ArrayJobs:
             root: The run's folder, which has the same path on every node.
             workers: Most elements in the queue at a time, over all arrays; 0: ``params.window``.
             threads: Number of threads of the network in each element.
+            needs: Files and folders that every node has to see.
         """
         self._params, self._dialect, self._root = params, params.dialect, root.resolve()
-        self._workers, self._threads = workers, threads
+        self._form = submission.Form(params, self._root, workers, threads)
+        self._needs = [str(path) for path in needs]
+        self._requests = ends.Requests(params)
         self._log, self._queue = JobLog(self._root), Queue(params, workers=workers)
+        self._watch = QueueWatch(params, self._root)
         self._arrays: list[Array] = []
         self._posted: dict[str, Posted] = {}
         self._past: list[tuple[Call, Outcome]] = []  # outcomes that elements wrote while nobody read them
-        self._fruitless: dict[Request, dict[str, str]] = {}  # arrays whose elements died before any work, and why
+        self._fruitless: dict[Request, dict[str, End]] = {}  # arrays whose elements died before any work, and how
         self._cancelled: set[Request] = set()  # elements with these were cancelled by somebody
+        self._tested: set[Request] = set()  # of these the scheduler did not say that nothing can ever meet them
+        self._full_s, self._full_until_s = _FULL_S, float("-inf")
+        self._has_begun = False
         self._adrift: dict[str, float] = {}  # since when nobody is known to have a piece
         self._order = itertools.count()
         self._state, self._turn = threading.RLock(), threading.Lock()
@@ -125,13 +132,17 @@ class ArrayJobs:
         """Record this process as the driver, and find the arrays that an earlier driver left in the queue.
 
         Raises:
-            EnvironmentFault: Another process drives the run, or the scheduler does not answer or is not installed.
+            EnvironmentFault: Another process drives the run, the scheduler does not answer or is not installed, or no
+                node can meet what is requested.
         """
         jobs.require_alone(self._log)
         jobs.require_answer(self._dialect)
+        self._requests.bounds = bounds.read(self._params)
+        self._requests.bounds.require(**self._request(Tries())._asdict(), threads=self._form.threads)
         left = self._log.read().jobs
         (self._root / FOLDER).mkdir(parents=True, exist_ok=True)
-        publish.write_view(self._root, _SCRIPT, element.SCRIPT.encode())
+        script = element.script(self._params.prologue)
+        publish.write_view(self._root, str(self._form.script.relative_to(self._root)), script.encode())
         self._log.append("driver", **self._identity, dialect=self._dialect.model_dump(mode="json"))
         pieces.withdraw(self._root, pieces.posted(self._root))
         (self._root / pieces.CLOSED).unlink(missing_ok=True)
@@ -150,6 +161,7 @@ class ArrayJobs:
             else:
                 self._dismiss()
         finally:
+            self._watch.end()
             self._log.append("left", **self._identity)
 
     def stop(self) -> str | None:
@@ -312,13 +324,33 @@ class ArrayJobs:
         waiting = [name for name in listed if name in self._posted]
         is_new, self._checked_s = poll.taken_s > self._checked_s, poll.taken_s
         if is_new and waiting and self._is_stopped():
-            self._give_up(
-                waiting, EnvironmentFault("the run was cancelled", _REMEDIES["cancelled"]).failure, "cancelled"
-            )
+            fault = EnvironmentFault("the run was cancelled", self._requests.remedy("cancelled"))
+            self._give_up(waiting, fault.failure, "cancelled")
             return
+        if is_new:
+            self._refuse_hopeless(poll)
         self._catch(self._posted.keys() - had - {*waiting})
         for request in {pieces.request_of(name): None for name in waiting}:
             self._staff(request, [name for name in waiting if pieces.request_of(name) == request], busy)
+        self._watch.show(self._arrays, poll)
+
+    def _refuse_hopeless(self, poll: Poll) -> None:
+        """Cancel elements that the scheduler will never start, and remember why it will not."""
+        for array, places, reason in self._watch.hopeless(tuple(self._arrays), poll):
+            with contextlib.suppress(EnvironmentFault):  # it is tried again after the next poll
+                jobs.drop(self._dialect, [self._native(array, place.number) for place in places])
+                self._fruitless.setdefault(array.request, {})[array.name] = End(
+                    "start", f"{self._dialect.name} never starts it: {reason}"
+                )
+                self._end_of(array, [one for one in array.open if one.place in places])
+
+    def _end_of(self, array: Array, ended: Collection[Element]) -> None:
+        """Expect nothing more of some elements of an array, and nothing of the array where these were the last."""
+        self._queue.finish(one.place for one in ended)
+        array.open = [one for one in array.open if one not in ended]
+        if not array.open:
+            self._arrays.remove(array)
+            self._log.append("ended", name=array.name)
 
     def _is_stopped(self) -> bool:
         """Tell whether the run was cancelled, or has a newer driver on another machine."""
@@ -332,28 +364,38 @@ class ArrayJobs:
         """
         present = [one.place for array in self._arrays if array.request == request for one in array.open]
         fruitless = self._fruitless.get(request, {})
-        if request in self._cancelled or len(fruitless) > self._params.retries:
+        again = self._after_fruitless(request, waiting[0]) if fruitless else Tries()
+        if request in self._cancelled or again is None:
             if not present:
                 self._give_up_request(request, waiting)
             return
         worth = sum(min(1.0, (self._posted[name].expected_s or _WORTH_S) / _WORTH_S) for name in waiting)
         needed = math.ceil(worth) - sum(place not in busy for place in present)
-        if needed <= 0:
+        if needed <= 0 or time.monotonic() < self._full_until_s:
             return
-        if fruitless and not present and (cause := next(reversed(fruitless.values()))) in {"memory", "time"}:
-            self._post_again(waiting, cause)
+        if fruitless and not present and self._request(again) != request:
+            self._post_again(waiting, next(reversed(fruitless.values())).cause, request)
             return
+        stages = ", ".join(dict.fromkeys(self._posted[name].piece.call.stage for name in waiting))
         while needed > 0:
-            name = f"{_job_name(self._root)}-{uuid.uuid4().hex[:12]}"
+            name = f"{self._form.job_name()}-{uuid.uuid4().hex[:12]}"
             size = self._queue.take(name, needed, longest=self._limit())
-            if not size or not self._submit(name, request, size):
+            if not size or not self._submit(name, request, size, stages):
                 return
             needed -= size
 
-    def _submit(self, name: str, request: Request, size: int) -> bool:
-        """Submit an array of elements; return whether it is in the queue now."""
+    def _after_fruitless(self, request: Request, name: str) -> Tries | None:
+        """Return the tries of a waiting piece after elements for it died before any work; None for no more of them."""
+        died = self._fruitless[request]
+        end, tries = next(reversed(died.values())), self._posted[name].piece.tries
+        if end.cause in {"memory", "time"}:
+            return self._requests.after(tries, end.cause, request)
+        return None if end.cause == "start" or len(died) > self._params.retries else tries
+
+    def _submit(self, name: str, request: Request, size: int, stages: str) -> bool:
+        """Submit an array of elements for some stages; return whether it is in the queue now."""
         try:
-            array = self._start(name, request, size)
+            array = self._start(name, request, size, stages)
         except BaseException:
             self._queue.drop(name)  # other requests wait for its room
             raise
@@ -364,19 +406,16 @@ class ArrayJobs:
     def _give_up_request(self, request: Request, names: Sequence[str]) -> None:
         """Give up the waiting pieces of a request: somebody cancelled its elements, or they died before any work."""
         if request in self._cancelled:
-            fault = EnvironmentFault("its elements were cancelled", _REMEDIES["cancelled"])
+            fault = EnvironmentFault("its elements were cancelled", self._requests.remedy("cancelled"))
             self._give_up(names, fault.failure, "cancelled")
             return
-        array, cause = next(reversed(self._fruitless[request].items()))
-        count, resources = len(self._fruitless[request]), f"{request.memory_mb} MB, {request.minutes} min"
-        text = f"elements died {count} times before they did anything, the last time of cause {cause!r}"
-        remedy = _REMEDIES.get(cause, "read the log for the reason, then run again")
-        fault = EnvironmentFault(f"{text} ({resources}; log {self._log_of(array)})", remedy)
-        self._give_up(names, fault.failure, cause)
-
-    def _log_of(self, array: str) -> Path:
-        """Return the log of the first element of an array."""
-        return self._root / LOGS / array / f"{self._dialect.base}.log"
+        array, end = next(reversed(self._fruitless[request].items()))
+        log = self._root / LOGS / array / f"{self._dialect.base}.log"
+        job = next((line["job"] for line in self._log.lines() if line.get("name") == array and "job" in line), "")
+        native, count = self._dialect.whole.format(job=job), len(self._fruitless[request])
+        cause = ends.describe(end, native=native, times=count, request=request, log=log)
+        fault = EnvironmentFault(f"no element for it did any work: {cause}", self._requests.remedy(end.cause))
+        self._give_up(names, fault.failure, end.cause)
 
     def _give_up(self, names: Iterable[str], failure: Failure, cause: str) -> None:
         """Withdraw pieces, and deliver failures as the outcomes of their tasks."""
@@ -387,12 +426,13 @@ class ArrayJobs:
                     own, usage = failure.about(stage=posted.piece.call.stage), {"exit_class": cause}
                     posted.batch.accept(Outcome(task, None, executed=False, failure=own, usage=usage))
 
-    def _post_again(self, names: Sequence[str], cause: str) -> None:
+    def _post_again(self, names: Sequence[str], cause: str, had: Request) -> None:
         """Post waiting pieces for elements with more: those with as little as was requested died before any work."""
         for name in pieces.withdraw(self._root, names):
             posted = self._posted.pop(name)
-            if posted.batch:
-                self._post(posted.batch, posted.piece._replace(tries=posted.piece.tries.after(cause)))
+            tries = self._requests.after(posted.piece.tries, cause, had)
+            if posted.batch and tries is not None:
+                self._post(posted.batch, posted.piece._replace(tries=tries))
 
     def _catch(self, names: Collection[str]) -> None:
         """Post again what nobody is known to have: an element that was given up has taken it, and may be gone."""
@@ -406,12 +446,8 @@ class ArrayJobs:
                         self._post(posted.batch, posted.piece._replace(lo=span[0], hi=span[1]))
 
     def _request(self, tries: Tries) -> Request:
-        """Return the memory (MB) and the minutes to request: doubled each time they were too little, up to limits."""
-        params = self._params
-        return Request(
-            min(params.memory_mb << tries.memory, params.memory_limit_mb),
-            min(params.minutes << tries.time, params.minutes_limit),
-        )
+        """Return the memory (MB) and the minutes to request after earlier tries."""
+        return self._requests.of(tries)
 
     def _limit(self) -> int:
         """Return the largest number of elements of an array; the scheduler is asked once."""
@@ -420,7 +456,7 @@ class ArrayJobs:
             self._longest = self._dialect.longest(answer) or _LIMIT_UNKNOWN
         return self._longest
 
-    def _start(self, name: str, request: Request, size: int) -> Array | None:
+    def _start(self, name: str, request: Request, size: int, stages: str = "") -> Array | None:
         """Write the table of an array, record the intent, submit the array and record its id.
 
         Returns:
@@ -429,8 +465,11 @@ class ArrayJobs:
         table = {
             "base": self._dialect.base,
             "index": self._dialect.index,
-            "threads": self._threads,
+            "threads": self._form.threads,
             "submitted": now(),
+            "version": importlib.metadata.version("wsiflow"),
+            "needs": self._needs,
+            "scratch": self._params.scratch,
             "request": request._asdict(),
             "elements": size,
             "idle_s": self._params.idle_s,
@@ -448,7 +487,8 @@ class ArrayJobs:
         if not job:
             return None
         self._log.append("job", name=name, job=job)
-        _logger.info("%s: job %s submitted, %d elements, %d MB and %d min each", name, job, size, *request)
+        elements = f"{size:,} element{'s' * (size != 1)} of {request.memory_mb:,} MB and {request.minutes:,} min"
+        NOTES.info("submitted  array job %s for %s: %s; logs in %s", job, stages, elements, self._root / LOGS / name)
         if self._is_stopped():  # a cancellation may have listed the queue before the array was there
             jobs.drop(self._dialect, [self._dialect.whole.format(job=job)])
         return Array(self._root, name, job, table)
@@ -462,36 +502,46 @@ class ArrayJobs:
         Raises:
             EnvironmentFault: It was refused repeatedly, although the run has nothing else in the queue.
         """
-        table = self._root / FOLDER / f"{name}.json"
-        starter = self._params.command or element.starter()
-        fields = {
-            **request._asdict(),
-            "seconds": request.minutes * 60,
-            "name": name,
-            "first": self._dialect.base,
-            "last": self._dialect.base + max(size, self._dialect.least) - 1,
-            "running": min(self._workers or size, size),
-            "logs": self._root / LOGS / name,
-            "script": self._root / _SCRIPT,
-            "extra": self._params.extra,
-            "command": [*starter, table],
-        }
-        variables = element.variables(os.environ, self._params.environment)
-        command = self._dialect.submission(fields, threads=self._threads, variables=variables)
+        command = self._form.command(name, size, request, self._root / LOGS / name)
+        if request not in self._tested:
+            self._test(name, size, request)
         for _ in range(_SUBMISSIONS):
-            answer = jobs.call(command)
+            answer = jobs.call(command, self._form.environ())
             job = self._dialect.submitted(answer.stdout) if not answer.returncode else ""
             job = job or self._find(name)  # it may have been accepted although the answer was lost
             if job:
+                self._full_s = _FULL_S
+                self._queue.widen()
                 return job
         self._log.append("ended", name=name)
-        if self._queue.give_back(name):  # sites limit the jobs of a user, those of other runs included
+        refusal = submission.refusal(answer)
+        is_full = bool(self._dialect.full and re.search(self._dialect.full, refusal))
+        if self._queue.give_back(name, size) or is_full:  # sites limit the jobs of a user, those of other runs included
             self._forget(name)
-            refusal = (answer.stderr or answer.stdout).strip()
-            _logger.warning("%s refused another array, which is submitted again later: %s", self._dialect.name, refusal)
+            self._full_until_s = time.monotonic() + min(
+                self._full_s, 2 * self._params.poll_s if not is_full else math.inf
+            )
+            self._full_s = min(2 * self._full_s, _LONGEST_FULL_S)
+            text = "%s refused another array, which is submitted again later: %s"
+            _logger.warning(text, self._dialect.name, refusal)
             return ""
-        cause = f"{self._dialect.name} refused an array of {size}: {(answer.stderr or answer.stdout).strip()}"
-        raise EnvironmentFault(cause, "correct executor.array, then run again", path=self._log.path)
+        raise self._refused(size, refusal)
+
+    def _test(self, name: str, size: int, request: Request) -> None:
+        """Have a scheduler test a request that would accept what it can never meet.
+
+        Raises:
+            EnvironmentFault: Nothing here can ever meet it.
+        """
+        tested = self._form.command(name, size, request, self._root / LOGS / name, for_test=True)
+        if reason := self._form.unmet(tested):
+            self._log.append("ended", name=name)
+            raise self._refused(size, reason)
+        self._tested.add(request)
+
+    def _refused(self, size: int, reason: str) -> EnvironmentFault:
+        cause = f"{self._dialect.name} refused an array of {size}: {reason}"
+        return EnvironmentFault(cause, "correct executor.array, then run again", path=self._log.path)
 
     def _forget(self, name: str) -> None:
         """Remove the files of an array that was not submitted."""
@@ -514,6 +564,7 @@ class ArrayJobs:
                 self._deliver(array, one, name, outcome)
             if has:
                 self._fruitless.pop(array.request, None)
+                self._greet(array, one)
             if one.ended:
                 ended.append(one)
             elif self._is_lost(array, one, poll):
@@ -521,12 +572,19 @@ class ArrayJobs:
                 self._replace(array, one, has)
             elif has:
                 working.add(one.place)
-        self._queue.finish(one.place for one in ended)
-        array.open = [one for one in array.open if one not in ended]
-        if not array.open:
-            self._arrays.remove(array)
-            self._log.append("ended", name=array.name)
+        if ended or not array.open:
+            self._end_of(array, ended)
         return working
+
+    def _greet(self, array: Array, one: Element) -> None:
+        """Tell where the first element works, and that it found what tasks need."""
+        if self._has_begun or not (node := one.node()):
+            return
+        self._has_begun = True
+        about = ", ".join(f"{node[key]}{' cores' * (key == 'cores')}" for key in ("cores", "isa") if key in node)
+        text = "elements   %s is the first to work, on %s (%s): it sees the run's folder%s"
+        more = f" and {len(self._needs)} other paths" if self._needs else ""
+        NOTES.info(text, self._native(array, one.place.number), node.get("host", "?"), about, more)
 
     def _deliver(self, array: Array, one: Element, name: str, outcome: Outcome) -> None:
         """Hand an outcome to the batch that its piece belongs to; of a piece that nobody knows, the outcome is old."""
@@ -534,6 +592,8 @@ class ArrayJobs:
         if posted is None:
             return
         outcome = outcome.with_usage(**self._known(array, one, posted.piece))
+        if outcome.failure and (outcome.usage or {}).get("exit_class") == "memory" and posted.batch:
+            outcome = self._with_more_memory(array, posted, outcome)
         if not outcome.retried:
             posted.missing.pop(outcome.task, None)
         if posted.batch is None:
@@ -543,12 +603,37 @@ class ArrayJobs:
         if not posted.missing:
             del self._posted[name]
 
+    def _with_more_memory(self, array: Array, posted: Posted, outcome: Outcome) -> Outcome:
+        """Post a task again that failed for lack of memory, and return its outcome as that of a lost attempt.
+
+        Under a limit of address space no element dies of it: allocations fail. Where no more can be requested, the
+        outcome stays the last one, with the bound as its remedy.
+        """
+        assert posted.batch is not None, "the caller asked"
+        assert outcome.failure is not None, "the caller asked"
+        tries = self._requests.after(posted.piece.tries, "memory", array.request)
+        if tries is None:
+            had = f"{outcome.failure.cause} (in an element of {array.request.memory_mb:,} MB)"
+            return outcome._replace(
+                failure=outcome.failure._replace(cause=had, remedy=self._requests.remedy("memory"), exit_code=30)
+            )
+        _logger.warning(
+            "%s: %s; task %d is posted again for an element with more memory than %s MB",
+            posted.piece.call.stage,
+            outcome.failure.cause,
+            outcome.task,
+            f"{array.request.memory_mb:,}",
+        )
+        posted.missing.pop(outcome.task, None)
+        self._post(posted.batch, Piece(posted.piece.call, outcome.task, outcome.task + 1, tries))
+        return outcome._replace(retried=True)
+
     def _known(self, array: Array, one: Element, piece: Piece) -> dict[str, Any]:
         """Return when a piece was posted, and the scheduler's id of the element that took it, for the trace."""
-        return {"submitted": piece.posted, "native_id": self._native(array, one)}
+        return {"submitted": piece.posted, "native_id": self._native(array, one.place.number)}
 
-    def _native(self, array: Array, one: Element) -> str:
-        return self._dialect.native.format(job=array.job, index=one.place.number)
+    def _native(self, array: Array, index: int) -> str:
+        return self._dialect.native.format(job=array.job, index=index)
 
     def _is_lost(self, array: Array, one: Element, poll: Poll) -> bool:
         """Tell whether an element has been gone for so long that its files would have appeared."""
@@ -557,84 +642,102 @@ class ArrayJobs:
         seen = poll.places.get(one.place)
         if seen and (self._dialect.is_alive(seen.state) or not self._dialect.is_stuck(one.seen.state)):
             one.seen = seen
-        if seen and self._dialect.is_alive(seen.state):
+        if one.unfit:  # it has ended by itself, and said why
+            return True
+        if seen is None or not (self._dialect.is_alive(seen.state) or self._dialect.is_stuck(seen.state)):
+            return self._is_gone_for_good(array, one, poll)
+        if self._dialect.is_stuck(seen.state):
+            self._free(array, one)
+        else:
             one.gone_since = None
-            return False
-        if seen and self._dialect.is_stuck(seen.state):
-            with contextlib.suppress(EnvironmentFault):  # it is cancelled after the next poll
-                jobs.drop(self._dialect, [self._native(array, one)])
-            return False
+        return False
+
+    def _free(self, array: Array, one: Element) -> None:
+        """Cancel an element that is stuck, and keep the reason, which is gone with it."""
+        one.seen = one.seen._replace(reason=one.seen.reason or self._watch.reason_of(array))
+        with contextlib.suppress(EnvironmentFault):  # it is cancelled after the next poll
+            jobs.drop(self._dialect, [self._native(array, one.place.number)])
+
+    def _is_gone_for_good(self, array: Array, one: Element, poll: Poll) -> bool:
+        """Tell whether an element that the queue does not list has been gone for long, and is unknown by its id too."""
         if one.gone_since is None:
             one.gone_since = poll.taken_s
-        return poll.taken_s - one.gone_since >= self._params.grace_s
+            self._tell_gone(array, one)
+        if poll.taken_s - one.gone_since < self._params.grace_s:
+            return False
+        if self._is_listed_wrongly(array, one):
+            one.gone_since = None
+        return one.gone_since is not None
+
+    def _tell_gone(self, array: Array, one: Element) -> None:
+        """Tell at once that somebody, or the scheduler, has ended an element; the rest follows when files are here."""
+        if self._dialect.cause(one.seen.state, "", began=True) not in {"lost", "killed"}:
+            text = "element %s has ended as %s; what it wrote is awaited for %.0f s"
+            native = self._native(array, one.place.number)
+            _logger.warning(text, native, one.seen.state, self._params.grace_s)
+
+    def _is_listed_wrongly(self, array: Array, one: Element) -> bool:
+        """Tell whether an element that the queue does not list waits or runs all the same, asked by its id."""
+        place = {"job": array.job, "index": one.place.number}
+        return bool(self._dialect.lives) and bool(re.search(self._dialect.lives, ends.report_of(self._params, place)))
 
     def _replace(self, array: Array, one: Element, has: Sequence[str]) -> None:
         """Post again what a lost element had taken, and deliver the lost attempt of the task that was running.
 
         Where the element was cancelled or a task has no attempts left, the outcome is the last one of the task.
         """
-        cause, native = self._cause(array, one), self._native(array, one)
         log = array.logs / f"{one.place.number}.log"
+        end, native = self._how_ended(array, one, log), self._native(array, one.place.number)
         process = one.process()
         if process:  # a driver on another machine cannot see that the process is gone
             publish.forget_attempts(self._root, process)
-        if cause == "cancelled":
+        if end.cause == "cancelled":
             self._cancelled.add(array.request)
         if not has:
-            if cause != "cancelled":
-                self._fruitless.setdefault(array.request, {})[array.name] = cause
-            _logger.warning("element %s died (%s) before it took any work; its log is %s", native, cause, log)
+            if end.cause != "cancelled":
+                self._fruitless.setdefault(array.request, {})[array.name] = end
+            text = "element %s died (%s) before it took any work; its %s"
+            _logger.warning(text, native, end, ends.ending(log))
         for name in has:
             pieces.finish(self._root, array.name, one.place.number, name)
             posted = self._posted.pop(name, None)
             if posted and posted.batch:
-                again = self._charge(array, one, name, posted, cause)
+                again = self._charge(array, one, name, posted, end)
                 fate = "and its work is posted again" if again else "and its work is given up"
                 stage = posted.piece.call.stage
-                _logger.warning("%s: element %s was lost (%s) %s; its log is %s", stage, native, cause, fate, log)
+                _logger.warning("%s: element %s was lost (%s) %s; its %s", stage, native, end, fate, ends.ending(log))
 
-    def _charge(self, array: Array, one: Element, name: str, posted: Posted, cause: str) -> bool:
+    def _charge(self, array: Array, one: Element, name: str, posted: Posted, end: End) -> bool:
         """Charge the task that was running with a lost attempt, and post all that is left; return whether it is."""
         batch, piece, (running_in, running) = posted.batch, posted.piece, one.running()
         assert batch is not None, "only pieces of batches are charged"
-        is_running = running in posted.missing and running_in == name and cause != "cancelled"
+        is_running = running in posted.missing and running_in == name and end.cause != "cancelled"
         charged = [running] if is_running and running is not None else list(posted.missing)
-        tries = piece.tries.after(cause)
-        is_last = cause == "cancelled" or tries.lost > self._params.retries
-        usage = {**one.about(), **self._known(array, one, piece), "exit_class": cause}
-        failure = self._fault(array, one, cause, tries.lost).failure.about(stage=piece.call.stage)
+        tries = self._requests.after(piece.tries, end.cause, array.request)
+        usage = {**one.about(), **self._known(array, one, piece), "exit_class": end.cause}
+        failure = self._fault(array, one, end, piece.tries.lost + 1).failure.about(stage=piece.call.stage)
         for task in charged:
-            batch.accept(Outcome(task, None, executed=True, failure=failure, usage=usage, retried=not is_last))
-        if not is_last:
+            batch.accept(Outcome(task, None, executed=True, failure=failure, usage=usage, retried=tries is not None))
+        if tries is not None:
             for span in runs(charged):
                 self._post(batch, Piece(piece.call, *span, tries))
         for span in runs(set(posted.missing) - set(charged)):
             self._post(batch, Piece(piece.call, *span, piece.tries))
-        return not is_last
+        return tries is not None
 
-    def _cause(self, array: Array, one: Element) -> str:
-        """Return why an element was lost, see `wsiflow.run.executor.dialect.Dialect.cause`."""
+    def _how_ended(self, array: Array, one: Element, log: Path) -> End:
+        """Return how an element was lost."""
         if self._is_stopped():
-            return "cancelled"
-        command = expand(self._dialect.inspect, {"job": array.job, "index": one.place.number})
-        answer = jobs.call(command)
-        report = "" if answer.returncode else answer.stdout
-        return self._dialect.cause(one.seen.state, report, began=one.began)
+            return End("cancelled")
+        place = {"job": array.job, "index": one.place.number}
+        told = ends.Told(one.began, one.unfit, one.warned_s, ends.last_line(log))
+        return ends.of_element(self._params, one.seen, place, array.request, told)
 
-    def _fault(self, array: Array, one: Element, cause: str, lost: int) -> EnvironmentFault:
+    def _fault(self, array: Array, one: Element, end: End, lost: int) -> EnvironmentFault:
         """Return the error of the tasks of a lost element."""
-        resources = f"{array.request.memory_mb} MB, {array.request.minutes} min"
-        fate = "it was cancelled"
-        if cause != "cancelled":
-            fate = f"its element died {lost} times, the last time of cause {cause!r}"
-        log = array.logs / f"{one.place.number}.log"
-        remedy = _REMEDIES.get(cause, "read the log for the reason, then run again")
-        return EnvironmentFault(f"{fate} ({self._native(array, one)}, {resources}; log {log})", remedy)
-
-
-def _job_name(root: Path) -> str:
-    """Return the name of a run's folder as the beginning of a job's name: letters and digits, at first a letter."""
-    return re.sub(r"^(?![A-Za-z])", "r", re.sub(r"[^A-Za-z0-9]+", "_", root.name))[:_NAME_LETTERS].rstrip("_")
+        log, native = array.logs / f"{one.place.number}.log", self._native(array, one.place.number)
+        cause = ends.describe(end, native=native, times=lost, request=array.request, log=log)
+        return EnvironmentFault(cause, self._requests.remedy(end.cause))
 
 
 def runs(tasks: Iterable[int]) -> Iterator[tuple[int, int]]:

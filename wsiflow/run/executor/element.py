@@ -1,28 +1,37 @@
 """Run one element of an array job: it takes one piece of work after another, while there is work and time left.
 
-The array's table is ``arrays/<name>.json`` in the run's folder. Each attempt of an element writes one file of JSON
+It first checks what every task needs of the node. The array's table is ``arrays/<name>.json`` in the run's folder. Each
+attempt of an element writes one file of JSON
 lines, ``arrays/<name>/<index>.<time>.jsonl``; the names of later attempts sort behind those of earlier ones. The first
-line identifies the process. Each task has a line before it begins, and a line with its outcome; the last line says why
-the element ended. Every line is on disk before the next step, so that the finished tasks of a killed element are known.
+line identifies the process and says what is unfit here, if anything is. Each task has a line before it begins, and a
+line with its outcome; the last line says that the element ended. What it prints, a line for each piece of work, is its
+log. Every line is on disk before the next step, so that the finished tasks of a killed element are known.
 An element may run again at any time, because it was requeued or was taken for lost: published tasks do nothing.
 """
 
 import importlib
+import importlib.metadata
 import json
 import math
 import os
+import shutil
+import signal
+import socket
 import sys
+import tempfile
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from wsiflow.errors import InputError
+from wsiflow.errors import EnvironmentFault, InputError
+from wsiflow.redaction import without_secrets
 from wsiflow.run.executor import lifetime, pieces
-from wsiflow.run.executor.protocol import Work
+from wsiflow.run.executor.protocol import Outcome, Work
 from wsiflow.system import processes
-from wsiflow.system.machine import ISA_PINS, limit_threads
+from wsiflow.system.machine import ISA_PINS, limit_threads, numeric_class
 from wsiflow.system.usage import now
 
 # Variables for finding programs, libraries and caches, for encoding texts, and those that decide last bits of scores.
@@ -35,17 +44,10 @@ _PASSED = (
 )
 _NOT_PASSED = {"WSIFLOW_SWEEP"}  # the overrides as they were typed, which may hold secrets
 
-#: The job script of every array of every run; its arguments are the command to start.
-SCRIPT = """\
-#!/bin/bash
-# One element of an array job. The arguments are a command and the array's table; the element's index is in
-# the environment, and is its name among the elements that take work from the run's folder.
-exec "$@"
-"""
-
 _LOOK_S, _LONGEST_LOOK_S = 0.5, 5.0  # between two looks for more work
 _SPARE_S = 60.0  # of the requested time: for the start before this process knew of it, and the end
 _SLOWER = 1.5  # times as long as the longest piece so far may the next one take
+_WARNING = signal.SIGUSR2  # by which Grid Engine announces that it is about to kill
 
 
 class _Own(NamedTuple):
@@ -74,19 +76,72 @@ def run(table: Path) -> int:
         return 0
     limit_threads(job["threads"])  # before anything imports torch
     own = _Own(root, table.stem, index, pieces.Request(**job["request"]), job["idle_s"])
-    end_s = began_s + own.request.minutes * 60 - _SPARE_S
-    life = lifetime.Recorder(root, threads=job["threads"])
-    with life, (table.with_suffix("") / f"{index}.{time.time_ns()}.jsonl").open("x", encoding="utf-8") as stream:
-        _note(stream, {"started": now(), **processes.current()._asdict()})
-        left = deque(pieces.of_element(*own[:3]))  # the scheduler has restarted this element
-        worst, longest_s, until_s = 0, 0.0, math.inf
-        while name := left.popleft() if left else _next(own, until_s):
-            taken_s = time.monotonic()
-            worst = max(worst, _do(own, name, stream))
-            longest_s = max(longest_s, time.monotonic() - taken_s)
-            until_s = end_s - _SLOWER * longest_s
+    with (
+        lifetime.Recorder(root, threads=job["threads"]),
+        (table.with_suffix("") / f"{index}.{time.time_ns()}.jsonl").open("x", encoding="utf-8") as stream,
+        _warned(stream, began_s),
+        ExitStack() as until_end,
+    ):
+        unfit = _unfit(job, until_end)
+        node = {"isa": numeric_class(job["threads"])["isa"], "cores": len(os.sched_getaffinity(0))}
+        _note(stream, {"started": now(), **processes.current()._asdict(), **node, "unfit": unfit})
+        _print(f"element {index} of {table.stem} on {socket.gethostname()}, {node['cores']} cores, {node['isa']}")
+        if unfit:
+            _print(unfit)
+            return EnvironmentFault.exit_code
+        worst = _work(own, stream, began_s)
         _note(stream, {"ended": now()})
+        _print(f"ended after {time.monotonic() - began_s:.1f} s")
     return worst
+
+
+def _work(own: _Own, stream: IO[str], began_s: float) -> int:
+    """Do pieces until there are none or no time is left, and return the worst exit code."""
+    end_s = began_s + own.request.minutes * 60 - _SPARE_S
+    left = deque(pieces.of_element(*own[:3]))  # the scheduler has restarted this element
+    worst, longest_s, until_s = 0, 0.0, math.inf
+    while name := left.popleft() if left else _next(own, until_s):
+        taken_s = time.monotonic()
+        worst = max(worst, _do(own, name, stream))
+        longest_s = max(longest_s, time.monotonic() - taken_s)
+        until_s = end_s - _SLOWER * longest_s
+    return worst
+
+
+def _unfit(job: Mapping[str, Any], until_end: ExitStack) -> str:
+    """Return why no task can be done on this node; empty where all that every task needs is here."""
+    here = socket.gethostname()
+    for path in job.get("needs", ()):
+        if not os.access(path, os.R_OK):
+            what = "may not read" if os.path.lexists(path) else "does not see"
+            return f"node {here} {what} {path}"
+    version = importlib.metadata.version("wsiflow")
+    if version != job.get("version", version):
+        return f"node {here} has wsiflow {version}, and the run is of {job['version']}"
+    if job.get("scratch"):
+        try:
+            folder = tempfile.mkdtemp(prefix="wsiflow-", dir=os.path.expandvars(job["scratch"]))
+        except OSError as error:
+            return f"node {here} has no scratch folder {job['scratch']}: {error.strerror}"
+        until_end.callback(shutil.rmtree, folder, ignore_errors=True)
+        os.environ["TMPDIR"] = tempfile.tempdir = folder
+    return ""
+
+
+@contextmanager
+def _warned(stream: IO[str], began_s: float) -> Iterator[None]:
+    """End at once where the scheduler announces that it is about to kill this element, and record that it did."""
+
+    def end(_number: int, _frame: object) -> None:
+        line = json.dumps({"warned_s": round(time.monotonic() - began_s, 1)})
+        os.write(stream.fileno(), f"\n{line}\n".encode())  # the stream itself may be in the middle of a line
+        os._exit(128 + _WARNING)
+
+    before = signal.signal(_WARNING, end)
+    try:
+        yield
+    finally:
+        signal.signal(_WARNING, before)
 
 
 def _next(own: _Own, until_s: float) -> str:
@@ -113,17 +168,43 @@ def _next(own: _Own, until_s: float) -> str:
 
 def _do(own: _Own, name: str, stream: IO[str]) -> int:
     """Do the tasks of a piece, and return the worst exit code of them."""
-    piece, worst = pieces.read(*own[:3], name), 0
+    piece, worst, began_s = pieces.read(*own[:3], name), 0, time.monotonic()
     _note(stream, {"piece": name, "taken": piece})
     work = resolve(piece.call.work)
     _note(stream, {"begun": piece.lo, "piece": name})
     for outcome in work(own.root / piece.call.source, piece.call.stage, piece.lo, piece.hi):
         worst = max(worst, outcome.exit_code)
+        _print(f"{now()} {piece.call.stage} {_about(outcome)}, {time.monotonic() - began_s:.1f} s")
+        began_s = time.monotonic()
         _note(stream, {"outcome": outcome._asdict(), "piece": name})
         if outcome.task + 1 < piece.hi:
             _note(stream, {"begun": outcome.task + 1, "piece": name})
     pieces.finish(*own[:3], name)
     return worst
+
+
+def _about(outcome: Outcome) -> str:
+    """Return what a task published, or why it failed, in words."""
+    if outcome.failure:
+        return f"task {outcome.task} failed: {outcome.failure}"
+    return f"task {outcome.task}: {(outcome.receipt or {}).get('path', 'done')}"
+
+
+def script(prologue: Iterable[str] = ()) -> str:
+    """Return the job script of every array of a run; its arguments are the command to start.
+
+    Args:
+        prologue: Lines of shell that run first.
+    """
+    return "\n".join([*_SCRIPT[:3], *prologue, _SCRIPT[3], ""])
+
+
+_SCRIPT = (
+    "#!/bin/bash",
+    "# One element of an array job. The arguments are a command and the array's table; the element's index is in",
+    "# the environment, and is its name among the elements that take work from the run's folder.",
+    'exec "$@"',
+)
 
 
 def variables(environ: Mapping[str, str], more: Iterable[str] = ()) -> list[str]:
@@ -163,6 +244,13 @@ def _index(variable: str) -> int:
         cause = f"{variable} is {value!r}, it must be the index of an element of an array job"
         raise InputError(cause, "this command is for array jobs; wsiflow run submits them")
     return int(value)
+
+
+def _print(text: str) -> None:
+    """Print a line of the log; a log that cannot be written is no reason to end."""
+    with suppress(OSError):
+        sys.stdout.write(f"{without_secrets(text)}\n")
+        sys.stdout.flush()
 
 
 def _note(stream: IO[str], line: dict[str, Any]) -> None:

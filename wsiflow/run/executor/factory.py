@@ -1,6 +1,7 @@
 """Make the executor that a configuration names."""
 
 import importlib
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,9 @@ from wsiflow.run.executor.params import ExecutorParams
 from wsiflow.run.executor.protocol import Executor, Site
 
 
-def make(params: ExecutorParams, *, cores: int, root: Path, client: Any = None) -> AbstractContextManager[Executor]:
+def make(
+    params: ExecutorParams, *, cores: int, root: Path, client: Any = None, needs: Sequence[Path] = ()
+) -> AbstractContextManager[Executor]:
     """Return the executor that the parameters name.
 
     Args:
@@ -18,7 +21,8 @@ def make(params: ExecutorParams, *, cores: int, root: Path, client: Any = None) 
         cores: Number of cores that this process may use.
         root: The run's folder.
         client: The client of the Dask cluster, for kinds that have one.
+        needs: Files and folders outside of the run's folder that every node has to see.
     """
     module = importlib.import_module(f"{__package__}.{KINDS[params.kind].name}")
-    executor: AbstractContextManager[Executor] = module.make(params, Site(cores, root, client))
+    executor: AbstractContextManager[Executor] = module.make(params, Site(cores, root, client, needs))
     return executor

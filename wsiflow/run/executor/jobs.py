@@ -10,8 +10,10 @@ submits arrays: an earlier one that still runs on another machine reads the log 
 import contextlib
 import getpass
 import json
+import logging
 import os
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -25,12 +27,18 @@ from wsiflow.run.executor.dialect import Dialect, Place, Seen, expand
 from wsiflow.system import processes, publish
 from wsiflow.system.usage import now
 
+_logger = logging.getLogger(__name__)
+
 LOG = "jobs.jsonl"
 
 _CALL_S = 120.0
 _DRIVER_S = 10.0
 _SUBMISSION_S = 1.0
 _POLL_S = 0.05
+
+
+Answer = subprocess.CompletedProcess[str]
+"""What a command of a scheduler printed, and its exit code."""
 
 
 class Job(NamedTuple):
@@ -113,8 +121,28 @@ def parse(data: bytes) -> list[dict[str, Any]]:
     return lines
 
 
-def call(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
+def _absent(command: str) -> EnvironmentFault:
+    remedy = "run on a machine that submits jobs, with the scheduler's commands in PATH"
+    return EnvironmentFault(f"there is no command {command}", remedy, stage="executor")
+
+
+def found(pattern: str, text: str, name: str) -> str:
+    """Return what a pattern finds under a name, empty where it finds nothing."""
+    match = re.search(pattern, text, re.MULTILINE) if pattern else None
+    return (match[name] or "") if match else ""
+
+
+def is_here(command: str) -> bool:
+    """Tell whether this machine has a command."""
+    return shutil.which(command) is not None
+
+
+def call(command: Sequence[str], environ: Mapping[str, str] | None = None) -> Answer:
     """Run a command of a scheduler; where it exceeds the time limit, it counts as failed.
+
+    Args:
+        command: The command.
+        environ: Its environment; None for that of this process.
 
     Raises:
         EnvironmentFault: There is no such command on this machine.
@@ -128,10 +156,10 @@ def call(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
             timeout=_CALL_S,
             check=False,
             stdin=subprocess.DEVNULL,
+            env=environ,
         )
     except FileNotFoundError as error:
-        remedy = "run on a machine that submits jobs, with the scheduler's commands in PATH"
-        raise EnvironmentFault(f"there is no command {command[0]}", remedy, stage="executor") from error
+        raise _absent(command[0]) from error
     except subprocess.TimeoutExpired:
         return subprocess.CompletedProcess(command, 1, "", f"no answer in {_CALL_S:.0f} s")
 
@@ -140,8 +168,14 @@ def require_answer(dialect: Dialect) -> None:
     """Check that the scheduler answers, once at the start; later on, a silent scheduler is waited for.
 
     Raises:
-        EnvironmentFault: It does not answer.
+        EnvironmentFault: It does not answer, or this machine lacks one of its commands.
     """
+    for command in (dialect.queue[0], dialect.submit[0], dialect.cancel[0]):
+        if not is_here(command):
+            raise _absent(command)
+    if not is_here(dialect.inspect[0]):
+        text = "there is no command %s on this machine: why elements die is known from what they write alone"
+        _logger.warning(text, dialect.inspect[0])
     answer = _ask(dialect, ["wsiflow"])
     if answer.returncode and not _means_nothing(dialect, answer):
         reason = ((answer.stderr or answer.stdout).strip().splitlines() or [f"exit code {answer.returncode}"])[-1]
@@ -218,7 +252,8 @@ def drop_open(log: JobLog, dialect: Dialect) -> list[str]:
     jobs = log.read().jobs
     elements = listing(dialect, [job.name for job in jobs])
     if elements is None:
-        raise EnvironmentFault(f"{dialect.name} does not answer", "cancel again when it does", path=log.path)
+        remedy = f"when it does, cancel again: wsiflow cancel {log.path.parent}"
+        raise EnvironmentFault(f"{dialect.name} does not answer", remedy, path=log.path)
     alive: dict[str, list[str]] = {}
     for place, element in elements.items():
         if dialect.is_alive(element.state) or dialect.is_stuck(element.state):
@@ -240,7 +275,7 @@ def identity() -> dict[str, Any]:
     return processes.current()._asdict()
 
 
-def _ask(dialect: Dialect, names: Sequence[str]) -> subprocess.CompletedProcess[str]:
+def _ask(dialect: Dialect, names: Sequence[str]) -> Answer:
     return call(expand(dialect.queue, {"names": ",".join(names), "user": _user()}))
 
 

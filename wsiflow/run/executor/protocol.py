@@ -68,11 +68,13 @@ class Site(NamedTuple):
         cores: Number of cores that this process may use.
         root: The run's folder.
         client: The client of the Dask cluster, for kinds of executors that have one.
+        needs: Files and folders outside of the run's folder that every node has to see.
     """
 
     cores: int
     root: Path
     client: Any
+    needs: Sequence[Path] = ()
 
 
 Work = Callable[[Path, str, int, int], Iterator[Outcome]]

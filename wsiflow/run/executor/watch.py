@@ -41,6 +41,7 @@ class Queue:
     def __init__(self, params: ArrayParams, *, workers: int) -> None:
         """Begin with an empty queue; the window is at most the number of ``workers``, where that is not 0."""
         self._params, self._window = params, min(params.window, workers or params.window)
+        self._widest = self._window
         self._held: dict[Place, bool] = {}
         self._state, self._asking = threading.Lock(), threading.Lock()
         self._closed = threading.Event()
@@ -76,8 +77,14 @@ class Queue:
         with self._state:
             self._held = {place: finished for place, finished in self._held.items() if place.name != name}
 
-    def give_back(self, name: str) -> bool:
-        """Free the room of an array that was refused, and halve the window, but not below what was accepted.
+    def give_back(self, name: str, size: int) -> bool:
+        """Free the room of an array that was refused, and narrow the window to half of what was tried.
+
+        It is never narrower than what was accepted.
+
+        Args:
+            name: Name of the array.
+            size: Number of its elements.
 
         Returns:
             Whether the run has other elements in the queue, which make room at the scheduler when they end.
@@ -86,8 +93,13 @@ class Queue:
         with self._state:
             places = self._last.places or {}
             accepted = sum(self._is_alive(places, place) for place in self._held)
-            self._window = max(1, self._window // 2, accepted)
+            self._window = max(1, (accepted + size) // 2, accepted)
             return bool(self._held)
+
+    def widen(self) -> None:
+        """Double the window, up to what the settings allow, since an array was accepted."""
+        with self._state:
+            self._window = min(2 * self._window, self._widest)
 
     def hold(self, places: Iterable[Place]) -> None:
         """Count elements that are in the queue already."""
@@ -165,13 +177,18 @@ _REQUEUED = EnvironmentFault("its element was requeued by the scheduler", "nothi
 
 
 class _File(NamedTuple):
-    """What was read of a file: up to which byte, its process, the piece and task that this has begun, and its end."""
+    """What was read of a file: up to which byte, its process, the piece and task that this has begun, and its end.
+
+    It also has why the process could do nothing there, and after how many seconds the scheduler announced its end.
+    """
 
     offset: int = 0
     about: Mapping[str, Any] = {}
     piece: str = ""
     task: int | None = None
     ended: bool = False
+    unfit: str = ""
+    warned_s: float | None = None
 
 
 class Element:
@@ -228,6 +245,20 @@ class Element:
         """Return the start, the host and the process number of the latest attempt, as the trace has them."""
         return {key: value for key, value in self._latest().about.items() if key in {"started", "host", "pid"}}
 
+    @property
+    def unfit(self) -> str:
+        """Why the latest attempt could do nothing where it ran; empty where it could."""
+        return self._latest().unfit
+
+    @property
+    def warned_s(self) -> float | None:
+        """After how many seconds the scheduler announced the end of the latest attempt; None where it did not."""
+        return self._latest().warned_s
+
+    def node(self) -> Mapping[str, Any]:
+        """Return the host of the latest attempt, its instruction set and the number of its cores, where known."""
+        return {key: value for key, value in self._latest().about.items() if key in {"host", "isa", "cores"}}
+
     def process(self) -> Process | None:
         """Return the process of the latest attempt, or None where none began."""
         about = self._latest().about
@@ -241,7 +272,10 @@ class Element:
 def _after(file: _File, line: Mapping[str, Any]) -> _File:
     """Return what is known of a file after one more line of it."""
     if "started" in line:
-        return file._replace(about={key: line[key] for key in ("started", *Process._fields) if key in line})
+        about = {key: line[key] for key in ("started", *Process._fields, "isa", "cores") if key in line}
+        return file._replace(about=about, unfit=line.get("unfit", ""))
+    if "warned_s" in line:
+        return file._replace(warned_s=line["warned_s"])
     if "begun" in line:
         return file._replace(piece=line.get("piece", ""), task=line["begun"])
     if "outcome" in line:

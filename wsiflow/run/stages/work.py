@@ -46,7 +46,8 @@ def run_task(source: Path, stage: str, index: int) -> Outcome:
             # A new link or owner is enough for this error, and a copy may have ended meanwhile: one more attempt.
             receipt, executed = _work(stage)(source, index)
     except Exception as error:  # noqa: BLE001 - the boundary: a defect in one task must not lose the others
-        return Outcome(index, None, executed=True, failure=_known(error).failure.about(stage=stage))
+        usage = {"exit_class": "memory"} if faults.is_of_memory(error) else None  # where it can be given more, it is
+        return Outcome(index, None, executed=True, failure=_known(error).failure.about(stage=stage), usage=usage)
     return Outcome(index, receipt, executed=executed)
 
 
@@ -56,7 +57,7 @@ def _known(error: Exception) -> WsiflowError:
         return error
     if isinstance(error, OSError):
         return faults.fault(error)
-    if isinstance(error, MemoryError):
+    if faults.is_of_memory(error):
         return EnvironmentFault(f"out of memory ({error})", "free memory, or use fewer workers")
     where = traceback.extract_tb(error.__traceback__)[-1]
     cause = f"{type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno})"

@@ -1,0 +1,86 @@
+"""What a run has in the queue of its scheduler, as the driver saw it last: a file that every process can read."""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+from wsiflow.run.executor.pieces import FOLDER
+from wsiflow.system import publish
+
+_VIEW = f"{FOLDER}/queue.json"
+_UNKNOWN = "reason unknown"
+
+
+class Queued(NamedTuple):
+    """The elements of an array that wait or run.
+
+    Attributes:
+        job: The scheduler's id of the array.
+        waiting: Number of elements that wait, by the scheduler's reason.
+        running: Number of elements that run.
+        memory_mb, minutes: What each of them requested.
+    """
+
+    job: str
+    waiting: Mapping[str, int]
+    running: int
+    memory_mb: int
+    minutes: int
+
+    def as_text(self) -> str:
+        """Return the array in words."""
+        return f"array job {self.job}: {counts([self])} ({self.memory_mb:,} MB, {self.minutes:,} min each)"
+
+
+class View(NamedTuple):
+    """All arrays of a run that are in the queue, and when the driver saw them, ISO 8601, UTC."""
+
+    at: str
+    arrays: Sequence[Queued]
+
+
+def counts(arrays: Iterable[Queued]) -> str:
+    """Return how many elements wait, with the reasons, and how many run: ``12 wait (Resources), 3 run``."""
+    waiting, running = Counter[str](), 0
+    for array in arrays:
+        waiting.update(array.waiting)
+        running += array.running
+    texts = []
+    if n_waiting := sum(waiting.values()):
+        texts.append(f"{n_waiting:,} wait ({', '.join(reason or _UNKNOWN for reason in waiting)})")
+    if running:
+        texts.append(f"{running:,} run")
+    return ", ".join(texts)
+
+
+def write(root: Path, view: View) -> None:
+    """Write what is in the queue; a disk that refuses is reported by the next file that matters."""
+    with suppress(OSError):
+        publish.write_view(
+            root, _VIEW, json.dumps({"at": view.at, "arrays": [*map(Queued._asdict, view.arrays)]}).encode()
+        )
+
+
+def read(root: Path) -> View | None:
+    """Return what was in the queue; None for runs that have no array jobs."""
+    try:
+        values = json.loads((root / _VIEW).read_bytes())
+        return View(values["at"], [Queued(**array) for array in values["arrays"]])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def describe(root: Path) -> list[str]:
+    """Return a line for each array that is in the queue, as the driver saw it last."""
+    view = read(root)
+    return [f"{array.as_text()}, as of {view.at}" for array in view.arrays] if view else []
+
+
+def text(root: Path) -> str:
+    """Return what is in the queue of the scheduler in words: ``elements: 12 wait (Resources), 3 run``; or nothing."""
+    view = read(root)
+    words = counts(view.arrays) if view else ""
+    return f"elements: {words}" if words else ""
