@@ -21,13 +21,14 @@ from typing import NamedTuple
 import numpy as np
 
 from wsiflow.errors import EnvironmentFault, InputError
-from wsiflow.plan.blocks import scored_cells, size_px
-from wsiflow.plan.slide_plan import SlideCut, SlidePlan, cut_name, make_cut, read_cut, slide_key
+from wsiflow.plan.blocks import size_px
+from wsiflow.plan.slide_plan import SlideCut, SlidePlan, read_cut
 from wsiflow.run.costs import COSTS, Costs, StageCost, first_of
 from wsiflow.run.plan import Plan, publish_plan, read_plan
 from wsiflow.run.stages import network, predict
 from wsiflow.run.stages.calibrate import calibrate
 from wsiflow.run.stages.line import STAGES
+from wsiflow.run.stages.pieces import piece, publish_piece
 from wsiflow.run.stages.stage import Stage, Work
 from wsiflow.system import publish
 from wsiflow.system.provenance import thread_count
@@ -121,43 +122,13 @@ def _small_plan(folder: Path, root: Path, plan: Plan) -> tuple[Path, list[list[f
     pieces = [timed[0], *timed, *timed]
     slides, weights = [], []
     for number, (slide, place, count) in enumerate(pieces):
-        cut = _piece(read_cut(root, slide), slide, place, count, plan.settings.group_tiles)
-        slides.append(_publish_slide(folder, root, slide, cut, f"{number}"))
+        cut = piece(
+            read_cut(root, slide), slide, (2 * place + 1) / (2 * len(_BLOCKS)), count, plan.settings.group_tiles
+        )
+        slides.append(publish_piece(folder, root, slide, cut, f"{number}"))
         groups = [cut._replace(blocks=tuple(cut.group(k))) for k in range(1, len(cut.group_ranges) + 1)]
         weights.append([_area_px(slide, group) / px_tile for group in groups])
     return publish_plan(folder, Plan(plan.settings, slides, ())), weights
-
-
-def _piece(cut: SlideCut, slide: SlidePlan, place: int, count: int, group_tiles: int) -> SlideCut:
-    """Return the cut of a slide that is reduced to ``count`` successive blocks, at one of a few places."""
-    first = len(cut.blocks) * (2 * place + 1) // (2 * len(_BLOCKS)) - count // 2
-    first = max(0, min(first, len(cut.blocks) - count))
-    blocks = cut.blocks[first : first + count]
-    cols, rows = np.array([cell for block in blocks for cell in block.cells()]).T
-    grid = np.zeros((slide.frame.t_rows, slide.frame.t_cols), dtype=np.bool_)
-    grid[rows, cols] = True
-    scored = None
-    if cut.cell_bits:
-        of_tiles = np.concatenate([scored_cells(block, slide.frame.cells_per_tile) for block in blocks])
-        scored = of_tiles[np.lexsort((cols, rows))]
-    return make_cut(grid, slide.frame, group_tiles=group_tiles, scored=scored)
-
-
-def _publish_slide(folder: Path, root: Path, slide: SlidePlan, cut: SlideCut, name: str) -> SlidePlan:
-    """Write the files of a slide that tasks read: its cut, and the record of its content."""
-    for path, text in (
-        (folder / cut_name(name), json.dumps(cut.as_dict())),
-        (folder / f"tissue/{name}.json", (root / f"tissue/{slide.slide_id}.json").read_text(encoding="utf-8")),
-    ):
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-    return slide._replace(
-        slide_id=name,
-        n_tiles=cut.n_tiles,
-        n_blocks=len(cut.blocks),
-        n_groups=len(cut.group_ranges),
-        key=slide_key(slide.sha256, slide.frame, cut),
-    )
 
 
 def _costs(source: Path, weights: Sequence[Sequence[float]], shapes: int, all_slides: Sequence[SlidePlan]) -> Costs:
