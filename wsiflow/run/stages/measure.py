@@ -23,7 +23,7 @@ import numpy as np
 from wsiflow.errors import EnvironmentFault, InputError
 from wsiflow.plan.blocks import size_px
 from wsiflow.plan.slide_plan import SlideCut, SlidePlan, read_cut
-from wsiflow.run.costs import COSTS, Costs, StageCost, first_of
+from wsiflow.run.costs import COSTS, Basis, Costs, StageCost, first_of
 from wsiflow.run.plan import Plan, publish_plan, read_plan
 from wsiflow.run.stages import network, predict
 from wsiflow.run.stages.calibrate import calibrate
@@ -31,7 +31,7 @@ from wsiflow.run.stages.line import STAGES
 from wsiflow.run.stages.pieces import piece, publish_piece
 from wsiflow.run.stages.stage import Stage, Work
 from wsiflow.system import publish
-from wsiflow.system.provenance import thread_count
+from wsiflow.system.provenance import cpu, thread_count
 
 _SLIDES = 2
 _BLOCKS = (1, 4)
@@ -82,7 +82,9 @@ def measure(source: Path, _index: int) -> tuple[publish.Receipt, bool]:
             calibrated, _ = calibrate(source, 0)
             publish.adopt(folder, calibrated["path"], root / calibrated["path"], calibrated)
         costs = _costs(small, weights, _shapes(root, plan), plan.slides)
+    assert costs.basis is not None
     values = costs._asdict() | {"stages": {stage: cost._asdict() for stage, cost in costs.stages.items()}}
+    values["basis"] = costs.basis._asdict()
     values["stages"]["ingest"] = StageCost(_ingest_s(root, plan), 0.0)._asdict()
     publish.write_view(root, COSTS, json.dumps(values, indent=1, sort_keys=True).encode())
     return {"path": COSTS, "attempt": ""}, True
@@ -162,7 +164,22 @@ def _costs(source: Path, weights: Sequence[Sequence[float]], shapes: int, all_sl
             )
     cost, timed = fitted[predict.STAGE.name], times[predict.STAGE.name]
     first_s = cost.fixed_s * len(weights[0]) + cost.unit_s * sum(weights[0])
-    return Costs(start_s, max(0.0, fresh_s - first_s), _spread(cost, timed), fitted)
+    return Costs(start_s, max(0.0, fresh_s - first_s), _spread(cost, timed), fitted, _basis(source, cost, timed))
+
+
+def _basis(source: Path, cost: StageCost, timed: Sequence[Timed]) -> Basis:
+    """Return what the costs of ``predict`` were measured on: the last slides of the small plan, see `_small_plan`."""
+    plan = read_plan(source)
+    last = slice(-len(_BLOCKS) * _SLIDES, None)
+    ratios = [each.core_s / max(_LEAST_CORE_S, cost.core_s(each.tiles)) for each in timed]
+    return Basis(
+        slides=len({planned.path for planned in plan.slides[last]}),
+        blocks=sum(planned.n_blocks for planned in plan.slides[last]),
+        megapixels=sum(areas_px(source.parent, plan)[last]) / 1e6,
+        least=min(ratios),
+        most=max(ratios),
+        cpu=cpu(),
+    )
 
 
 def _timed_stage(stage: Stage, source: Path, weights: Sequence[Sequence[float]]) -> tuple[list[Timed], list[Timed]]:
@@ -193,13 +210,13 @@ def _fit(stage: Stage, timed: Sequence[Timed]) -> StageCost:
     waited_s = min(each.waited_s for each in timed)
     core_s = np.array([each.core_s for each in timed])
     if stage.unit == "slide":
-        return StageCost(float(core_s.mean()) + waited_s, 0.0)
+        return StageCost(float(core_s.mean()) + waited_s, 0.0, waited_s)
     tiles = np.array([each.tiles for each in timed])
     weighed = np.column_stack([1 / core_s, tiles / core_s])
     (fixed_s, unit_s), *_ = np.linalg.lstsq(weighed, np.ones(len(timed)), rcond=None)
     if fixed_s < 0 or unit_s < 0:
         fixed_s, unit_s = (0.0, core_s.sum() / tiles.sum()) if fixed_s < 0 else (core_s.mean(), 0.0)
-    return StageCost(float(fixed_s) + waited_s, float(unit_s))
+    return StageCost(float(fixed_s) + waited_s, float(unit_s), waited_s)
 
 
 def _spread(cost: StageCost, timed: Sequence[Timed]) -> float:
