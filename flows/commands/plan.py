@@ -16,13 +16,14 @@ from typing import Any
 from wsiflow.errors import InputError
 from wsiflow.run import intake, ledger, shards
 from wsiflow.run.config import RunConfig
-from wsiflow.run.costs import COSTS, Costs, costs_of, read_costs
+from wsiflow.run.costs import COSTS, Basis, Costs, costs_of, read_costs
 from wsiflow.run.executor import params
 from wsiflow.run.forecast.forecast import (
     SCHEDULERS,
     TaskCounts,
     cluster_of,
     core_hours,
+    core_hours_between,
     count_tasks,
     count_tasks_in_table,
     forecast,
@@ -144,14 +145,32 @@ def _count_lines(counts: TaskCounts, config: RunConfig) -> Iterator[str]:
 
 def _cost_lines(counts: TaskCounts, costs: Costs, origin: str) -> Iterator[str]:
     hours = core_hours(counts, costs)
+    total = sum(hours.values())
     source = "rough values for GoogLeNet at stride 16, fp32: measure with --calibrate" if origin == "rough" else origin
     yield f"costs: {source}"
+    between = ""
+    if costs.basis is not None:
+        least, most = core_hours_between(hours, costs.basis)
+        between = f", between {least:.3g} and {most:.3g}"
+        yield f"  {_basis_text(costs.basis)}; the rest is extrapolated{_by_pixels(counts)}"
     each = ", ".join(f"{stage} {value:.3g}" for stage, value in hours.items())
-    yield f"core-hours to do: {sum(hours.values()):.3g} ({each})"
+    yield f"core-hours to do: {total:.3g}{between} ({each})"
     yield (
-        f"a worker starts in {costs.start_s:.1f} s and loads the network in {costs.load_s:.1f} s; "
-        f"tasks spread by {costs.spread:.0%}"
+        f"  not in it: the start of each worker ({costs.start_s:.1f} s, and {costs.load_s:.1f} s for the network), "
+        "scores and report, tasks that fail"
     )
+    yield f"tasks spread by {costs.spread:.0%}"
+
+
+def _basis_text(basis: Basis) -> str:
+    """Return what costs were measured on."""
+    return (
+        f"measured on {basis.blocks} blocks of {basis.slides} slides, {basis.megapixels:.3g} megapixels, on {basis.cpu}"
+    )
+
+
+def _by_pixels(counts: TaskCounts) -> str:
+    return f" by the {counts.megapixels:,.0f} megapixels that are read" if counts.megapixels else " by tiles of tissue"
 
 
 def _forecast_lines(scheduler: str, forecasts: Mapping[int, Forecast]) -> Iterator[str]:
@@ -171,6 +190,7 @@ def _clock(seconds: float) -> str:
 
 
 def _as_json(counts: TaskCounts, costs: Costs, origin: str, forecasts: Mapping[int, Forecast]) -> dict[str, Any]:
+    hours = core_hours(counts, costs)
     return {
         "slides": len(counts.slides),
         "tiles": sum(counts.tiles),
@@ -181,6 +201,9 @@ def _as_json(counts: TaskCounts, costs: Costs, origin: str, forecasts: Mapping[i
         "files": counts.files,
         "memory_mb": counts.memory_mb,
         "costs": origin,
-        "core_hours": core_hours(counts, costs),
+        "core_hours": hours,
+        "core_hours_between": core_hours_between(hours, costs.basis) if costs.basis else None,
+        "measured_on": costs.basis._asdict() if costs.basis else None,
+        "megapixels": counts.megapixels,
         "forecasts": [each._asdict() | {"efficiency": each.efficiency} for each in forecasts.values()],
     }

@@ -11,8 +11,10 @@ from small_runs import over
 from flows import compose as command
 from flows.__main__ import main
 from wsiflow.run import executor, shards
-from wsiflow.run.costs import COSTS, costs_of
+from wsiflow.run.costs import COSTS, Basis, costs_of
 from wsiflow.run.executor import protocol
+from wsiflow.run.forecast.forecast import core_hours_between
+from wsiflow.run.plan import latest_plan
 from wsiflow.run.stages import ingest, measure
 from wsiflow.run.stages.line import ROUGH, STAGES
 from wsiflow.system import publish
@@ -53,6 +55,37 @@ def test_costs_are_measured_for_every_stage_of_the_run(calibrated: Path) -> None
     }
     assert costs.stages["predict"].fixed_s + costs.stages["predict"].unit_s > 0
     assert all(cost["fixed_s"] >= 0 and cost["unit_s"] >= 0 for cost in written.values())
+
+
+def test_core_hours_are_those_of_the_run_within_the_range_that_is_told(
+    small_slides: Path, calibrated: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """The estimate is the measured rate times the pixels of the plan, without what tasks wait; its basis is told."""
+    report, costs = tmp_path / "report.json", costs_of(calibrated, ROUGH)
+    assert main(["plan", *over(small_slides, calibrated), "--json", str(report)]) == 0
+    plan, told, basis = latest_plan(calibrated), json.loads(report.read_text()), costs.basis
+    assert basis is not None
+    assert told["measured_on"] == basis._asdict()
+    assert (basis.slides, basis.least <= basis.most) == (2, True)
+    assert told["megapixels"] == pytest.approx(sum(measure.areas_px(calibrated, plan)) / 1e6)
+    predict, tiles = costs.stages["predict"], sum(slide.n_tiles for slide in plan.slides)
+    core_s = (predict.fixed_s - predict.waited_s) * plan.n_groups + predict.unit_s * tiles
+    assert told["core_hours"]["predict"] * 3600 == pytest.approx(core_s)
+    total, (least, most) = sum(told["core_hours"].values()), told["core_hours_between"]
+    assert least < 0.91 * total
+    assert most > 1.09 * total
+    output = capsys.readouterr().out
+    assert f"core-hours to do: {total:.3g}, between {least:.3g} and {most:.3g}" in output
+    assert f"measured on {basis.blocks} blocks of 2 slides" in output
+    assert "not in it: the start of each worker" in output
+
+
+def test_the_range_holds_the_groups_that_were_measured() -> None:
+    """It is that of the cheapest and the dearest of them for scores, and a tenth for everything else, at least."""
+    hours = {"predict": 10.0, "certify": 1.0}
+    wide = Basis(slides=2, blocks=10, megapixels=30.0, least=0.7, most=1.3, cpu="")
+    assert core_hours_between(hours, wide) == pytest.approx((7.9, 14.1))
+    assert core_hours_between(hours, wide._replace(least=0.99, most=1.01)) == pytest.approx((9.9, 12.1))
 
 
 def test_nothing_but_the_costs_is_left_behind(calibrated: Path) -> None:
@@ -98,7 +131,8 @@ def test_costs_measured_elsewhere_are_used(calibrated: Path, tmp_path: Path) -> 
     arguments = ["--tiles", str(tmp_path / "t.csv"), "--costs", str(calibrated / COSTS), "--json", str(report)]
     assert main(["plan", *arguments, "store=none"]) == 0
     forecast = json.loads(report.read_text())
-    expected = 250 * costs.stages["predict"].fixed_s + 100_000 * costs.stages["predict"].unit_s
+    predict = costs.stages["predict"]
+    expected = 250 * (predict.fixed_s - predict.waited_s) + 100_000 * predict.unit_s
     assert forecast["core_hours"]["predict"] * 3600 == pytest.approx(expected)
     assert forecast["costs"] == "measured, costs.json"
 

@@ -22,11 +22,12 @@ from flows.cli import main
 from wsiflow.heatmap import files
 from wsiflow.model import from_module, save, scorer, scoring
 from wsiflow.model.architectures.registry import build
+from wsiflow.model.choice import Choice
 from wsiflow.model.classifier import load
 from wsiflow.model.engines import engine
 from wsiflow.plan import geometry
-from wsiflow.run.plan import latest_plan
-from wsiflow.run.stages import certify, fastest
+from wsiflow.run.plan import latest_plan, read_plan
+from wsiflow.run.stages import certify, fastest, precisions
 from wsiflow.slides import pyramid
 from wsiflow.slides.synthetic import dataset
 from wsiflow.system.machine import cpu_supports_bf16
@@ -399,27 +400,113 @@ def test_bf16_is_certified_against_fp32(small_slides: Path, tmp_path: Path) -> N
         assert found[f"{kind}.max_abs_diff"] <= 0.02
 
 
-def test_auto_measures_and_keeps_its_choice(
-    small_slides: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def costs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Core-seconds by precision, in place of those that are measured: no test depends on how fast the machine is."""
+    spent = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0}
+
+    def core_s(source: Path) -> float:
+        measured = precisions_core_s(source)
+        assert measured > 0
+        return spent[read_plan(source).settings.choice.precision]
+
+    precisions_core_s = precisions._core_s
+    monkeypatch.setattr(precisions, "_core_s", core_s)
+
+
+AUTO = ["inference.precision=auto", "inference.stride=112"]
+
+
+@pytest.mark.usefixtures("costs")
+def test_auto_takes_the_cheapest_that_is_certified_and_keeps_it(
+    tiny_slides: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The measurements are published, and the run keeps its choice when it is started again.
+    """What was measured is published and told, and a run that is started again keeps its choice.
 
     So does a run that was killed between file and receipt: repeated measurements would differ.
     """
-    monkeypatch.setattr(fastest, "_MICRO_BENCHMARK_S", 0.5)
-    auto = ["inference.precision=auto", "inference.backend=auto", "inference.stride=112"]
-    assert wsiflow(small_slides, tmp_path / "run", *auto) == 0
+    named = tmp_path / "named.csv"
+    named.write_text(f"slide_id,path\nother,{tiny_slides.parent / 'b.tif'}\n")
+    auto = [*AUTO, "inference.backend=auto", f"inference.calibration={named}"]
+    assert wsiflow(tiny_slides, tmp_path / "run", *auto) == 0
     first = choice_of(tmp_path / "run")
+    assert (first["choice"]["backend"], first["choice"]["precision"]) == ("openvino", "int8")
     assert len(first["measured_s"]) >= 2
-    quickest = min(first["measured_s"], key=first["measured_s"].get)
-    assert quickest == f"{first['choice']['backend']} {first['choice']['precision']}"
-    assert wsiflow(small_slides, tmp_path / "run", *auto) == 0
-    assert choice_of(tmp_path / "run") == first
-    (receipt,) = (tmp_path / "run/receipts/engine").glob("*.json")
+    found = first["trial"]["candidates"]
+    assert set(found) == ({"fp32", "bf16", "int8"} if cpu_supports_bf16() else {"fp32", "int8"})
+    assert found["int8"]["exceeded"] == {}
+    assert 0 < found["int8"]["deviation"]["precision"]["mean_abs_diff"] <= 0.02
+    assert latest_plan(tmp_path / "run").settings.calibration == tuple(first["calibration"])
+    said = capsys.readouterr().out
+    told = "precision int8 was chosen: 4.0 times as fast as fp32 on 1 block of slide a, "
+    assert said.count(told) == 2, "it is told when it is chosen, and in the summary"
+    assert wsiflow(tiny_slides, tmp_path / "run", *auto) == 0
+    (receipt,) = (tmp_path / "run/receipts/engine").glob("????????????.json.json")
     receipt.unlink()
-    assert wsiflow(small_slides, tmp_path / "run", *auto) == 0
+    assert wsiflow(tiny_slides, tmp_path / "run", *auto) == 0
     assert choice_of(tmp_path / "run") == first
     assert receipt.exists()
+
+
+@pytest.mark.parametrize(
+    ("exceeded", "fp32", "expected"),
+    [
+        ({}, {}, "int8"),
+        ({"int8": {"precision": ["mean"]}}, {}, "bf16"),
+        ({"int8": {"windows": ["mean"]}, "bf16": {"precision": ["max"]}}, {}, "fp32"),
+        ({"int8": {"windows": ["mean"]}}, {"windows": ["mean"]}, "int8"),  # sharing layers does it, not the precision
+        ({"int8": {"windows": ["mean"], "precision": ["mean"]}}, {"windows": ["mean"]}, "bf16"),
+    ],
+)
+def test_a_precision_that_is_not_certified_is_not_taken(
+    usual: Path, monkeypatch: pytest.MonkeyPatch, exceeded: dict, fp32: dict, expected: str
+) -> None:
+    """The next one is, and a slower one than fp32, or one that could not be measured, never."""
+    choice = Choice(**choice_of(usual)["choice"])
+    monkeypatch.setattr(
+        precisions, "_verdict", lambda source: precisions.Verdict({"fp32": fp32, **exceeded}.get(source.name, {}), {})
+    )
+    trials = [
+        precisions.Trial(choice._replace(precision=name), Path(name), core_s)
+        for name, core_s in (("fp32", 4.0), ("bf16", 2.0), ("int8", 1.0))
+    ]
+    assert precisions._cheapest(trials)[0].precision == expected
+    slow = [trials[0], trials[1]._replace(core_s=5.0), trials[2]._replace(cause="it cannot be run")]
+    assert precisions._cheapest(slow)[0].precision == "fp32"
+
+
+@pytest.mark.usefixtures("costs")
+@pytest.mark.skipif(not cpu_supports_bf16(), reason="this CPU has no bf16")
+def test_a_precision_is_not_blamed_for_what_sharing_layers_does(
+    tiny_slide: list[str], googlenet: list[str], tmp_path: Path
+) -> None:
+    """A network that pads exceeds the tolerance in fp32 as well; bf16 is held to fp32 alone."""
+    more = ["inference.precision=auto", *PADDED, "dense.on_excess=report"]
+    assert wsiflow(tiny_slide, tmp_path / "run", *googlenet, *more) == 0
+    record = choice_of(tmp_path / "run")
+    assert record["choice"]["precision"] == "bf16"
+    assert set(record["trial"]["candidates"]["fp32"]["exceeded"]) == {"windows"}
+    assert record["trial"]["candidates"]["bf16"]["exceeded"] == {}
+
+
+def test_auto_never_calibrates_on_slides_under_test(
+    small_slides: Path, usual: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A manifest with one of them is refused before any work, and the run's own tissue makes int8 no candidate."""
+    assert wsiflow(small_slides, tmp_path / "a", *AUTO, f"inference.calibration={small_slides}") == 20
+    assert "int8 would be calibrated on a slide under test" in capsys.readouterr().err
+    assert not (tmp_path / "a/engine").exists()
+    own = command.compose_config([*AUTO, "inference.calibration=own"])
+    assert "not under test" in precisions._obstacle_to_int8(own, Choice(**choice_of(usual)["choice"]))
+
+
+def test_without_certificates_auto_is_fp32(
+    tiny_slides: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Scores that nothing compares with fp32 are in fp32, and the run says why."""
+    assert wsiflow(tiny_slides, tmp_path / "run", *AUTO, "dense.windows=0") == 0
+    assert choice_of(tmp_path / "run")["choice"]["precision"] == "fp32"
+    assert "precision fp32: dense.windows=0" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "torch"])

@@ -15,7 +15,7 @@ from flows import cli, compose, line
 from wsiflow.errors import IntegrityError
 from wsiflow.run import cases, sharing
 from wsiflow.run.results import cost
-from wsiflow.run.stages import choose, ingest
+from wsiflow.run.stages import ingest, precisions
 from wsiflow.slides import pyramid
 from wsiflow.slides.manifest import load_dataset
 from wsiflow.system import publish
@@ -195,7 +195,7 @@ def test_a_slide_that_was_replaced_is_inspected_again(tiny_slides: Path, tmp_pat
         config = compose.compose_config([*overrides, f"out={tmp_path / str(number)}"])
         config.out.mkdir()
         source = cases.write_cases(config.out, config, load_dataset(config.dataset))
-        choose.choose(source, 0)
+        precisions.choose(source, 0)
         receipt, _ = ingest.ingest(source, 1)
         records.append((config.out / receipt["path"]).read_text())
         pixels = np.full((500, 600, 3), 240, np.uint8)

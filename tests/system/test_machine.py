@@ -180,6 +180,25 @@ def test_the_numeric_class_names_the_best_kernels_of_a_cpu(
     assert cpu_flags() == set(flags.split())
 
 
+@pytest.mark.parametrize(
+    ("flags", "pin", "able"),
+    [
+        (f"{AVX512} avx512_vnni", "", False),
+        (f"{AVX512} avx512_vnni avx512_bf16", "", True),
+        (f"{AVX512} avx512_vnni avx512_bf16 amx_tile amx_bf16", "AVX512_CORE_AMX", True),
+        (f"{AVX512} avx512_vnni avx512_bf16 amx_tile amx_bf16", "avx2", False),
+    ],
+)
+def test_bf16_is_not_used_where_libraries_may_not(
+    flags: str, pin: str, able: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A variable that keeps libraries from the instructions of the CPU would have them emulated, or refused."""
+    write(tmp_path / "cpuinfo", f"processor : 0\nflags : {flags}\n")
+    monkeypatch.setattr(machine, "CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", pin)
+    assert machine.cpu_supports_bf16() is able
+
+
 def test_the_numeric_class_names_what_runs_networks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Another version of a backend is another class; a backend that is not installed has an empty version."""
     versions = {"torch": "2.10.0", "openvino": "2026.1.0"}

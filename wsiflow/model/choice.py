@@ -96,7 +96,8 @@ class InferenceParams(BaseModel, frozen=True, extra="forbid"):
     )
     precision: Literal["fp32", "bf16", "int8", "auto"] = Field(
         description="Number format of the network. bf16 needs a CPU that has it, int8 slides to calibrate it on. "
-        "auto: the faster of fp32 and bf16 on this machine."
+        "auto: the cheapest of the three whose scores pass the certificate, measured once on a few blocks of the run's "
+        "tissue."
     )
     backend: Literal["openvino", "onnxruntime", "torch", "auto"] = Field(
         description="Library that runs the network. auto: the fastest of those that are installed."

@@ -14,10 +14,39 @@ from wsiflow.system import faults
 
 
 class StageCost(NamedTuple):
-    """Core-seconds of a stage's tasks: ``fixed_s`` for each, and ``unit_s`` for each of its tissue tiles."""
+    """The time that a worker spends on a stage's tasks.
+
+    Attributes:
+        fixed_s: Seconds for each task.
+        unit_s: Core-seconds for each of its tissue tiles.
+        waited_s: How much of ``fixed_s`` the task waits for disks; the rest are core-seconds.
+    """
 
     fixed_s: float
     unit_s: float
+    waited_s: float = 0.0
+
+    def core_s(self, tiles: float) -> float:
+        """Return the core-seconds of a task of ``tiles`` tissue tiles."""
+        return self.fixed_s - self.waited_s + self.unit_s * tiles
+
+
+class Basis(NamedTuple):
+    """What costs were measured on.
+
+    Attributes:
+        slides, blocks: Number of slides, and of their blocks.
+        megapixels: Pixels of these blocks, halo included.
+        least, most: Core-seconds of the cheapest and of the dearest group, divided by those that its costs say.
+        cpu: Model of the processor.
+    """
+
+    slides: int
+    blocks: int
+    megapixels: float
+    least: float
+    most: float
+    cpu: str
 
 
 class Costs(NamedTuple):
@@ -28,15 +57,17 @@ class Costs(NamedTuple):
         load_s: Seconds for loading the network, once in each worker that predicts.
         spread: Standard deviation of the seconds of a task, relative to the expected seconds.
         stages: Costs by stage.
+        basis: What they were measured on; None where that is not known.
     """
 
     start_s: float
     load_s: float
     spread: float
     stages: Mapping[str, StageCost]
+    basis: Basis | None = None
 
     def task_s(self, stage: str, tiles: int) -> float:
-        """Return the core-seconds of a task of ``tiles`` tissue tiles."""
+        """Return the seconds that a worker spends on a task of ``tiles`` tissue tiles."""
         cost = self.stages[stage]
         return cost.fixed_s + cost.unit_s * tiles
 
@@ -86,7 +117,8 @@ def read_costs(path: Path, rough: Costs) -> Costs:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         measured = {stage: StageCost(**cost) for stage, cost in values.pop("stages").items()}
-        return Costs(**values, stages={**rough.stages, **measured})
+        basis = Basis(**found) if (found := values.pop("basis", None)) else None
+        return Costs(**values, stages={**rough.stages, **measured}, basis=basis)
     except OSError as error:
         raise faults.unreadable(error, "it", "give a costs.json of wsiflow", path=path) from error
     except (ValueError, TypeError, KeyError) as error:

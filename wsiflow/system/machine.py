@@ -40,6 +40,8 @@ _ISA_FLAGS = {
     "sve": {"sve"},
     "neon": {"asimd"},
 }
+# Values of ONEDNN_MAX_CPU_ISA that leave out the instructions for bfloat16.
+_WITHOUT_BF16 = {"SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI"}
 # Environment variables that restrict torch, oneDNN or MKL to a part of the CPU's instruction sets.
 ISA_PINS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "MKL_CBWR")
 
@@ -106,10 +108,12 @@ def cpu_flags() -> set[str]:
 
 
 def cpu_supports_bf16() -> bool:
-    """Return whether this CPU has instructions for products of bfloat16 numbers.
+    """Return whether this CPU has instructions for products of bfloat16 numbers, and libraries may use them.
 
     On other CPUs OpenVINO emulates them silently, three times slower than fp32 (measured on a CPU with only AVX512).
     """
+    if os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper() in _WITHOUT_BF16:
+        return False
     return bool(cpu_flags() & {"avx512_bf16", "amx_bf16"})
 
 

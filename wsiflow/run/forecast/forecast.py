@@ -9,7 +9,7 @@ from wsiflow.errors import InputError
 from wsiflow.model import card
 from wsiflow.run import shards
 from wsiflow.run.config import RunConfig
-from wsiflow.run.costs import Costs
+from wsiflow.run.costs import Basis, Costs
 from wsiflow.run.forecast import simulation
 from wsiflow.run.forecast.simulation import Cluster, Forecast, Sizes, Tasks
 from wsiflow.run.plan import Plan
@@ -26,6 +26,7 @@ _WORKER_MB = 800  # memory of a worker without the activations of its network
 _SLIDE_FILES = 10  # files of ingest, and folders, per slide
 _FILE_BYTES = 8192  # structure and receipt of a small file
 _SEED = 0
+_REPEATS = 0.1
 _ELEMENT_S = 3500  # of the hour that is requested for an element, it takes work so long
 _IDLE_S = 60  # an element waits so long for more
 SCHEDULERS = {
@@ -50,6 +51,7 @@ class TaskCounts(NamedTuple):
         scratch: Bytes on disk by kind of file.
         files: Number of files and folders.
         memory_mb: Memory of the largest task, MB.
+        megapixels: Pixels of all blocks that are read, halo included; 0 where slides are not known.
     """
 
     slides: list[Tasks]
@@ -60,11 +62,13 @@ class TaskCounts(NamedTuple):
     scratch: dict[str, int]
     files: int
     memory_mb: int
+    megapixels: float = 0.0
 
 
 def count_tasks(plan_path: Path, config: RunConfig) -> TaskCounts:
     """Count the tasks of a plan, and which of them are published, and estimate their resources."""
     root, plan = plan_path.parent, read_plan(plan_path)
+    read_px = sum(measure.areas_px(root, plan))
     slides: list[Tasks] = []
     tasks, done = dict.fromkeys(STAGES, 0), dict.fromkeys(STAGES, 0)
     for slide in range(len(plan.slides)):
@@ -82,16 +86,17 @@ def count_tasks(plan_path: Path, config: RunConfig) -> TaskCounts:
         {rejected.slide_id: rejected.reason for rejected in plan.rejected},
         tasks,
         done,
-        _scratch(root, plan),
+        _scratch(plan, read_px),
         _files(tasks, plan.settings.maps) + _SLIDE_FILES * len(plan.slides),
         max(_WORKER_MB + config.tiles.memory_mb, _stitching_mb(plan)),
+        read_px / 1e6,
     )
 
 
-def _scratch(root: Path, plan: Plan) -> dict[str, int]:
+def _scratch(plan: Plan, read_px: int) -> dict[str, int]:
     """Return an estimate of the bytes on disk by kind: patches, scores, and an upper bound for heatmaps."""
     stored = plan.settings.store
-    pixels = sum(measure.areas_px(root, plan)) if stored.kind == "hdf5" else 0
+    pixels = read_px if stored.kind == "hdf5" else 0
     cells = sum(planned.n_tiles * planned.frame.cells_per_tile**2 for planned in plan.slides)
     tiles = sum(slide.n_tiles for slide in plan.slides)
     return _bytes(pixels, stored.compression, cells, tiles, plan.n_groups) | _map_bytes(cells, plan.settings.maps)
@@ -201,6 +206,22 @@ def core_hours(counts: TaskCounts, costs: Costs) -> dict[str, float]:
     seconds: dict[str, float] = {}
     for tasks in counts.slides:
         for stage, places in tasks.items():
-            more = sum(costs.task_s(stage, tiles) for tiles in places.values())
+            more = sum(costs.stages[stage].core_s(tiles) for tiles in places.values())
             seconds[stage] = seconds.get(stage, 0.0) + more
     return {stage: each / 3600 for stage, each in seconds.items() if each}
+
+
+def core_hours_between(hours: Mapping[str, float], basis: Basis) -> tuple[float, float]:
+    """Return the least and the most core-hours that an estimate stands for.
+
+    The groups whose scores were measured differ by so much from the estimate; so do, by up to `_REPEATS`, measurements
+    of the same task on a machine that others use too.
+
+    Args:
+        hours: Estimated core-hours by stage.
+        basis: What they were measured on.
+    """
+    scores = hours.get("predict", 0.0)
+    rest = sum(hours.values()) - scores
+    least, most = min(basis.least, 1 - _REPEATS), max(basis.most, 1 + _REPEATS)
+    return scores * least + rest * (1 - _REPEATS), scores * most + rest * (1 + _REPEATS)

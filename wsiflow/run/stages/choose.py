@@ -1,6 +1,7 @@
-"""The stage ``choose``: it decides how a run computes scores, once, and publishes the choice."""
+"""The choice of how a run computes scores: it is made once by the stage ``choose``, published, and read from there."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ def describe_fallback(source: Path) -> str:
     record = choice_record(source.parent, config)
     choice, requested = Choice(**record["choice"]), config.inference
     same = choice.engine == requested.engine and requested.backend in {choice.backend, "auto"}
-    same = same and bool(choice.share_until) == bool(config.dense.share_until)
+    same = same and bool(choice.share_until) == bool(config.dense.share_until) and requested.precision != "auto"
     engine = "" if same else describe_choice(source)
     return "; ".join(filter(None, (engine, foreign_spacing(config))))
 
@@ -82,10 +83,17 @@ def choice_record(root: Path, config: RunConfig) -> dict[str, Any]:
     return record
 
 
-def choose(source: Path, _index: int) -> tuple[publish.Receipt, bool]:
+def publish_choice(
+    source: Path, complete: Callable[[Path, dict[str, Any]], dict[str, Any]]
+) -> tuple[publish.Receipt, bool]:
     """Choose how the run computes scores, and publish the choice as ``engine/<key>.json``.
 
     All of the time counts as warm-up.
+
+    Args:
+        source: The ``cases.json`` of the run.
+        complete: Function of ``source`` and the record of the choice, which is in fp32 where the precision is not
+            given; it returns the record to publish.
 
     Raises:
         InputError: The configuration asks for what this network cannot do.
@@ -102,7 +110,8 @@ def choose(source: Path, _index: int) -> tuple[publish.Receipt, bool]:
             attempt.path.write_bytes((root / name).read_bytes())
         else:
             record = _choose(config)
-            record |= {"numeric_class": numeric_class(), "pixels": pixel_versions(), **_calibration(config, record)}
+            record = complete(source, record | {"numeric_class": numeric_class(), "pixels": pixel_versions()})
+            record |= _calibration(config, record)
             attempt.path.write_text(json.dumps(record, indent=1, sort_keys=True), encoding="utf-8")
     return attempt.receipt, True
 

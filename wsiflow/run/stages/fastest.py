@@ -1,12 +1,11 @@
 """Choose how a run computes scores: engine, backend, precision, halo and the largest block.
 
 Input: the classifier and the configuration. Output: a `Choice` and its reason. Whether the network can run over whole
-blocks, and how much context and memory it needs, is computed from its graph. The fastest backend and precision are
-measured on the machine, and only where the configuration says ``auto``.
+blocks, and how much context and memory it needs, is computed from its graph. The fastest backend is measured on the
+machine, and only where the configuration says ``auto``.
 """
 
 import contextlib
-import itertools
 import math
 import time
 from typing import Any
@@ -21,7 +20,7 @@ from wsiflow.model.dense.facts import DenseFacts
 from wsiflow.model.engines import engine, openvino, spec
 from wsiflow.plan import geometry
 from wsiflow.run.config import RunConfig
-from wsiflow.system.machine import cpu_flags, cpu_supports_bf16
+from wsiflow.system.machine import cpu_flags
 from wsiflow.system.usage import untimed
 
 _Scorer = scoring.WindowScorer | scoring.DenseScorer
@@ -126,15 +125,19 @@ class _NoRegionsError(Exception):
 def _fastest(
     classifier: Classifier, planned: Choice, config: RunConfig, *, threads: int
 ) -> tuple[Choice, dict[str, float]]:
-    """Return the fastest choice of backend and precision, and the median seconds of all that were measured."""
+    """Return the choice with the fastest backend, and the median seconds of all that were measured.
+
+    Where the precision is not given, it is fp32; lower ones are tried on the run's tissue, see `precisions`.
+    """
     backends = _backends(classifier, config)
+    precision = "fp32" if config.inference.precision == "auto" else config.inference.precision
     candidates = [
         planned._replace(backend=backend, precision=precision)
-        for backend, precision in itertools.product(backends, _precisions(config))
+        for backend in backends
         if precision in spec.PRECISIONS[backend]
     ]
     if not candidates:
-        cause = f"{config.inference.precision} is not a precision of backend {' or '.join(backends)}"
+        cause = f"{precision} is not a precision of backend {' or '.join(backends)}"
         # A network that only PyTorch runs would be refused with another backend too.
         other = " or inference.backend=openvino" if engine.is_convertible(classifier) else ""
         raise InputError(cause, f"set inference.precision=fp32{other}", stage="configuration")
@@ -378,14 +381,6 @@ def _backends(classifier: Classifier, config: RunConfig) -> list[str]:
         return ["torch"]
     backend = config.inference.backend
     return [backend] if backend != "auto" else [name for name in engine.installed_backends() if name != "torch"]
-
-
-def _precisions(config: RunConfig) -> list[str]:
-    """Return the precisions to choose from."""
-    precision = config.inference.precision
-    if precision != "auto":
-        return [precision]
-    return ["fp32", "bf16"] if cpu_supports_bf16() else ["fp32"]
 
 
 def _name(choice: Choice) -> str:

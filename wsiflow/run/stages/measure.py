@@ -21,16 +21,17 @@ from typing import NamedTuple
 import numpy as np
 
 from wsiflow.errors import EnvironmentFault, InputError
-from wsiflow.plan.blocks import scored_cells, size_px
-from wsiflow.plan.slide_plan import SlideCut, SlidePlan, cut_name, make_cut, read_cut, slide_key
-from wsiflow.run.costs import COSTS, Costs, StageCost, first_of
+from wsiflow.plan.blocks import size_px
+from wsiflow.plan.slide_plan import SlideCut, SlidePlan, read_cut
+from wsiflow.run.costs import COSTS, Basis, Costs, StageCost, first_of
 from wsiflow.run.plan import Plan, publish_plan, read_plan
 from wsiflow.run.stages import network, predict
 from wsiflow.run.stages.calibrate import calibrate
 from wsiflow.run.stages.line import STAGES
+from wsiflow.run.stages.pieces import piece, publish_piece
 from wsiflow.run.stages.stage import Stage, Work
 from wsiflow.system import publish
-from wsiflow.system.provenance import thread_count
+from wsiflow.system.provenance import cpu, thread_count
 
 _SLIDES = 2
 _BLOCKS = (1, 4)
@@ -81,7 +82,9 @@ def measure(source: Path, _index: int) -> tuple[publish.Receipt, bool]:
             calibrated, _ = calibrate(source, 0)
             publish.adopt(folder, calibrated["path"], root / calibrated["path"], calibrated)
         costs = _costs(small, weights, _shapes(root, plan), plan.slides)
+    assert costs.basis is not None
     values = costs._asdict() | {"stages": {stage: cost._asdict() for stage, cost in costs.stages.items()}}
+    values["basis"] = costs.basis._asdict()
     values["stages"]["ingest"] = StageCost(_ingest_s(root, plan), 0.0)._asdict()
     publish.write_view(root, COSTS, json.dumps(values, indent=1, sort_keys=True).encode())
     return {"path": COSTS, "attempt": ""}, True
@@ -121,43 +124,13 @@ def _small_plan(folder: Path, root: Path, plan: Plan) -> tuple[Path, list[list[f
     pieces = [timed[0], *timed, *timed]
     slides, weights = [], []
     for number, (slide, place, count) in enumerate(pieces):
-        cut = _piece(read_cut(root, slide), slide, place, count, plan.settings.group_tiles)
-        slides.append(_publish_slide(folder, root, slide, cut, f"{number}"))
+        cut = piece(
+            read_cut(root, slide), slide, (2 * place + 1) / (2 * len(_BLOCKS)), count, plan.settings.group_tiles
+        )
+        slides.append(publish_piece(folder, root, slide, cut, f"{number}"))
         groups = [cut._replace(blocks=tuple(cut.group(k))) for k in range(1, len(cut.group_ranges) + 1)]
         weights.append([_area_px(slide, group) / px_tile for group in groups])
     return publish_plan(folder, Plan(plan.settings, slides, ())), weights
-
-
-def _piece(cut: SlideCut, slide: SlidePlan, place: int, count: int, group_tiles: int) -> SlideCut:
-    """Return the cut of a slide that is reduced to ``count`` successive blocks, at one of a few places."""
-    first = len(cut.blocks) * (2 * place + 1) // (2 * len(_BLOCKS)) - count // 2
-    first = max(0, min(first, len(cut.blocks) - count))
-    blocks = cut.blocks[first : first + count]
-    cols, rows = np.array([cell for block in blocks for cell in block.cells()]).T
-    grid = np.zeros((slide.frame.t_rows, slide.frame.t_cols), dtype=np.bool_)
-    grid[rows, cols] = True
-    scored = None
-    if cut.cell_bits:
-        of_tiles = np.concatenate([scored_cells(block, slide.frame.cells_per_tile) for block in blocks])
-        scored = of_tiles[np.lexsort((cols, rows))]
-    return make_cut(grid, slide.frame, group_tiles=group_tiles, scored=scored)
-
-
-def _publish_slide(folder: Path, root: Path, slide: SlidePlan, cut: SlideCut, name: str) -> SlidePlan:
-    """Write the files of a slide that tasks read: its cut, and the record of its content."""
-    for path, text in (
-        (folder / cut_name(name), json.dumps(cut.as_dict())),
-        (folder / f"tissue/{name}.json", (root / f"tissue/{slide.slide_id}.json").read_text(encoding="utf-8")),
-    ):
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-    return slide._replace(
-        slide_id=name,
-        n_tiles=cut.n_tiles,
-        n_blocks=len(cut.blocks),
-        n_groups=len(cut.group_ranges),
-        key=slide_key(slide.sha256, slide.frame, cut),
-    )
 
 
 def _costs(source: Path, weights: Sequence[Sequence[float]], shapes: int, all_slides: Sequence[SlidePlan]) -> Costs:
@@ -191,7 +164,22 @@ def _costs(source: Path, weights: Sequence[Sequence[float]], shapes: int, all_sl
             )
     cost, timed = fitted[predict.STAGE.name], times[predict.STAGE.name]
     first_s = cost.fixed_s * len(weights[0]) + cost.unit_s * sum(weights[0])
-    return Costs(start_s, max(0.0, fresh_s - first_s), _spread(cost, timed), fitted)
+    return Costs(start_s, max(0.0, fresh_s - first_s), _spread(cost, timed), fitted, _basis(source, cost, timed))
+
+
+def _basis(source: Path, cost: StageCost, timed: Sequence[Timed]) -> Basis:
+    """Return what the costs of ``predict`` were measured on: the last slides of the small plan, see `_small_plan`."""
+    plan = read_plan(source)
+    last = slice(-len(_BLOCKS) * _SLIDES, None)
+    ratios = [each.core_s / max(_LEAST_CORE_S, cost.core_s(each.tiles)) for each in timed]
+    return Basis(
+        slides=len({planned.path for planned in plan.slides[last]}),
+        blocks=sum(planned.n_blocks for planned in plan.slides[last]),
+        megapixels=sum(areas_px(source.parent, plan)[last]) / 1e6,
+        least=min(ratios),
+        most=max(ratios),
+        cpu=cpu(),
+    )
 
 
 def _timed_stage(stage: Stage, source: Path, weights: Sequence[Sequence[float]]) -> tuple[list[Timed], list[Timed]]:
@@ -222,13 +210,13 @@ def _fit(stage: Stage, timed: Sequence[Timed]) -> StageCost:
     waited_s = min(each.waited_s for each in timed)
     core_s = np.array([each.core_s for each in timed])
     if stage.unit == "slide":
-        return StageCost(float(core_s.mean()) + waited_s, 0.0)
+        return StageCost(float(core_s.mean()) + waited_s, 0.0, waited_s)
     tiles = np.array([each.tiles for each in timed])
     weighed = np.column_stack([1 / core_s, tiles / core_s])
     (fixed_s, unit_s), *_ = np.linalg.lstsq(weighed, np.ones(len(timed)), rcond=None)
     if fixed_s < 0 or unit_s < 0:
         fixed_s, unit_s = (0.0, core_s.sum() / tiles.sum()) if fixed_s < 0 else (core_s.mean(), 0.0)
-    return StageCost(float(fixed_s) + waited_s, float(unit_s))
+    return StageCost(float(fixed_s) + waited_s, float(unit_s), waited_s)
 
 
 def _spread(cost: StageCost, timed: Sequence[Timed]) -> float:

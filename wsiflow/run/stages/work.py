@@ -16,7 +16,7 @@ from pathlib import Path
 
 from wsiflow.errors import EnvironmentFault, SlideModified, WsiflowError
 from wsiflow.run.executor.protocol import Outcome
-from wsiflow.run.stages import advice, calibrate, choose, ingest, measure
+from wsiflow.run.stages import advice, calibrate, ingest, measure, precisions
 from wsiflow.run.stages.line import STAGES
 from wsiflow.run.stages.stage import Work
 from wsiflow.system import faults
@@ -70,7 +70,7 @@ def _work(stage: str) -> Work:
 
 # Stages that a run does before the line, or once for all slides.
 _APART: dict[str, Work] = {
-    "choose": choose.choose,
+    "choose": precisions.choose,
     "ingest": ingest.ingest,
     "measure": measure.measure,
     "calibrate": calibrate.calibrate,
