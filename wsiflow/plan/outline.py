@@ -56,6 +56,25 @@ def tissue_geojson(mask: NDArray[np.bool_], *, downsample: float, offset: tuple[
     return json.dumps({"type": "FeatureCollection", "features": features}, separators=(",", ":")) + "\n"
 
 
+def simplified_rings(mask: NDArray[np.bool_], *, tolerance_px: float) -> list[Ring]:
+    """Return the outlines of a mask for drawing: few points, none farther from the pixel borders than a tolerance.
+
+    Args:
+        mask: bool (rows, cols).
+        tolerance_px: Largest distance, mask pixels, that a point of the exact outline may have from the drawn one.
+
+    Returns:
+        float64 (n, 2) each, x, y in mask pixels, of outer rings and holes; the first point is not repeated at the end.
+    """
+    exact = [ring[:-1] for rings in _polygons(mask) for ring in rings]
+    simple = (
+        cv2.approxPolyDP(ring.astype(np.float32), tolerance_px, closed=True).reshape(-1, 2).astype(np.float64)
+        for ring in exact
+    )
+    # What is as small as the tolerance would shrink to a line.
+    return [few if len(few) > 2 else ring for few, ring in zip(simple, exact, strict=True)]
+
+
 def png_bytes(image: Image.Image) -> bytes:
     """Return an image as PNG; the same pixels give the same bytes."""
     out = io.BytesIO()
