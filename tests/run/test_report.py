@@ -108,7 +108,7 @@ class Checker(HTMLParser):
         """Note an element and its references."""
         self.seen.add(tag)
         self.references += [value or "" for name, value in attrs if name in {"src", "href"}]
-        if tag not in {"meta", "img"}:
+        if tag not in {"meta", "img", "link"}:
             self.open.append(tag)
 
     def handle_endtag(self, tag: str) -> None:
@@ -145,7 +145,7 @@ def test_the_page_is_well_formed_and_needs_nothing_else() -> None:
     page = report.render(data())
     checker.feed(page)
     assert checker.open == []
-    assert [reference[:11] for reference in checker.references] == ["data:image/", "data:image/", "#slide=s1"]
+    assert [each[:11] for each in checker.references] == ["data:,", "data:image/", "data:image/", "#slide=s1"]
     assert "default-src 'none'" in page
     assert len(checker.scripts) == 3, "the list of slides, one slide, and the viewer"
 
@@ -358,7 +358,8 @@ def test_a_finished_run_is_described_as_it_was_scored(finished: Path) -> None:
         assert len(lesions) == int(counts["n_lesions"])
         for region in one["regions"]:
             points = np.array([*itertools.chain(*region["rings"])]).reshape(-1, 2)
-            assert (points.min(axis=0).tolist(), points.max(axis=0).tolist()) == (region["box"][:2], region["box"][2:])
+            corners = np.concatenate([points.min(axis=0), points.max(axis=0)])
+            assert np.abs(corners - region["box"]).max() <= 32, "a pixel of the mask"
 
 
 def _csv(path: Path) -> Iterator[dict[str, str]]:

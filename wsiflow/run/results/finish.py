@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 from wsiflow.errors import PARTIAL, IntegrityError
 from wsiflow.evaluation import matches
 from wsiflow.run import ledger, trace
-from wsiflow.run.cases import read_cases
 from wsiflow.run.config import RunConfig
 from wsiflow.run.executor import driver
 from wsiflow.run.executor.kinds import KINDS
@@ -46,7 +45,6 @@ from wsiflow.run.results.status import (
 )
 from wsiflow.run.shards import Progress
 from wsiflow.run.stages import certify, stitch
-from wsiflow.run.stages.ingest import remarks
 from wsiflow.run.stages.stitch import map_files
 from wsiflow.system import energy, publish, tables
 from wsiflow.system.machine import allocated_cores
@@ -353,12 +351,7 @@ class _Content(NamedTuple):
 
 def _render(root: Path, config: RunConfig, plan: Plan, content: _Content) -> None:
     """Write ``report.html``: a row for every slide, and what is known of the whole."""
-    listed = list(tables.read(root / "process_list.csv", *OWN_TABLE).rows())
-    cases = read_cases(publish.generations(root, "cases.json")[-1])[1]
-    about: dict[str, dict[str, Any]] = {case.slide_id: {"name": case.name} for case in cases}
-    for planned in plan.slides:
-        about.setdefault(planned.slide_id, {})["remarks"] = remarks(root, planned.slide_id)
-    rows = [{**row, **content.columns.get(row["slide_id"], {}), **about.get(row["slide_id"], {})} for row in listed]
+    rows = shown.slide_rows(root, plan, content.columns)
     planned_slides = {planned.slide_id: planned for planned in plan.slides}
     data = report.ReportData(
         name=config.name,

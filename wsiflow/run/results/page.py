@@ -27,19 +27,21 @@ _FROC_END = froc.RATES[-1] * 1.1
 # --- text
 
 
-def document(title: str, body: str, *, style: str = "", script: str = "") -> str:
+def document(title: str, body: str, *, style: str = "", script: str = "", asks: bool = False) -> str:
     """Return a self-contained HTML page.
 
     Args:
         title: Its title.
         body: Its HTML.
         style: Further CSS.
-        script: JavaScript that runs once the page is there. A page loads nothing and asks nobody, whatever it is.
+        script: JavaScript that runs once the page is there.
+        asks: Whether it may ask the server that the page came from; it can never ask another one.
     """
-    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+    policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
+    policy += " 'self'; connect-src 'self'" if asks else ""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         f"<title>{escape(title)} · wsiflow</title>\n<style>{STYLE}{style}</style></head>\n"
         f"<body><main>\n{body}</main>{f'<script>{script}</script>' if script else ''}</body></html>\n"

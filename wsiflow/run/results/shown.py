@@ -23,7 +23,12 @@ from wsiflow.heatmap.files import open_preview
 from wsiflow.plan import geometry
 from wsiflow.plan.outline import png_bytes
 from wsiflow.plan.slide_plan import SlidePlan
+from wsiflow.run.cases import read_cases
+from wsiflow.run.plan import Plan
+from wsiflow.run.results.status import OWN_TABLE
 from wsiflow.run.stages import overviews
+from wsiflow.run.stages.ingest import remarks
+from wsiflow.system import publish, tables
 
 Row = Mapping[str, Any]
 
@@ -49,6 +54,21 @@ class Described(NamedTuple):
 def asset(name: str) -> str:
     """Return the text of a file of the viewer, such as ``viewer.js``."""
     return package_files(__package__).joinpath("viewer", name).read_text(encoding="utf-8")
+
+
+def slide_rows(root: Path, plan: Plan, columns: Mapping[str, Row]) -> list[dict[str, Any]]:
+    """Return a row for every slide of a run: how it ended, its name and remarks, and more columns by slide id.
+
+    A run that has not ended yet has rows of the planned slides that do not say how they ended.
+    """
+    path = root / "process_list.csv"
+    bare = [{"slide_id": planned.slide_id, "status": "", "reason": ""} for planned in plan.slides]
+    listed: Sequence[Row] = list(tables.read(path, *OWN_TABLE).rows()) if path.is_file() else bare
+    cases = read_cases(publish.generations(root, "cases.json")[-1])[1]
+    about: dict[str, dict[str, Any]] = {case.slide_id: {"name": case.name} for case in cases}
+    for planned in plan.slides:
+        about.setdefault(planned.slide_id, {})["remarks"] = remarks(root, planned.slide_id)
+    return [{**row, **columns.get(row["slide_id"], {}), **about.get(row["slide_id"], {})} for row in listed]
 
 
 def read_findings(folder: Path) -> dict[str, Any]:
@@ -180,7 +200,7 @@ def pictures(root: Path, planned: SlidePlan, budget_bytes: int) -> dict[str, Any
         shown["heat"] = cells_of(planned) | heat[1]
     picture = _picture(root / overviews.picture_of(planned.slide_id), budget_bytes - (len(heat[0]) if heat else 0))
     if picture is not None:
-        shown["picture"] = _placed(picture, planned)
+        shown["picture"] = placed(picture, planned)
     return shown
 
 
@@ -221,7 +241,7 @@ def _picture(path: Path, budget_bytes: int) -> bytes | None:
     return None
 
 
-def _placed(jpeg: bytes, planned: SlidePlan) -> dict[str, Any]:
+def placed(jpeg: bytes, planned: SlidePlan) -> dict[str, Any]:
     """Return a picture of a whole slide as JSON values, with its scale."""
     with Image.open(io.BytesIO(jpeg)) as opened:
         width, height = opened.size
