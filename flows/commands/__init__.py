@@ -78,6 +78,7 @@ COMMANDS: dict[str, Command] = {
         Command("forest", "train a random forest on features, or score the slides of a run with it"),
         Command("compare", "what settings score and cost, with intervals, and which are worth their cost"),
         Command("compare-maps", "how far the heatmaps of two runs lie apart, and what that changes"),
+        Command("view", "look at a run on its slides, or at two side by side, in a browser on this machine"),
         Command("export", "a run for reviewers: iMRMC text, case list, calibration, subgroups, repeat.json"),
         Command("subsample", "what a run would score at coarser strides, from its own heatmaps"),
     )

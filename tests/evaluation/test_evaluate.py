@@ -201,7 +201,7 @@ def test_documents_are_reproducible_and_readable(project, tmp_path):
     cases, folder = project(E1, e1_masks(tmp_path, A_ITC))
     first, again = (evaluate.documents(evaluate.evaluate_folder(cases, folder, E1_PARAMS, seed=3)) for _ in range(2))
     assert first == again
-    assert sorted(first) == ["cases.csv", "froc.json", "matches.json", "roc.json", "summary.json"]
+    assert sorted(first) == ["cases.csv", "findings.json", "froc.json", "matches.json", "roc.json", "summary.json"]
     assert json.loads(first["froc.json"])["strict"]["thresholds"][-1] is None
     assert json.loads(first["summary.json"])["froc.n_lesions"] == 3
     assert [row["slide_id"] for row in csv.DictReader(io.StringIO(first["cases.csv"]))] == list(E1)

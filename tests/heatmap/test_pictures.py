@@ -95,6 +95,19 @@ def test_geojson_is_deterministic_with_ids_of_their_own() -> None:
     assert len({feature["id"] for feature in features(mask)}) == 3
 
 
+def test_drawn_outlines_follow_the_mask_with_few_points() -> None:
+    """A slanted border is a straight line, a hole has a ring of its own, and a single pixel does not vanish."""
+    mask = np.tri(40, 40, dtype=bool)
+    mask[25:32, 5:12] = False
+    mask[2, 30] = True
+    rings = outline.simplified_rings(mask, tolerance_px=0.75)
+    single, hole, large = sorted(rings, key=lambda ring: abs(signed_area([*ring.tolist(), ring[0].tolist()])))
+    areas = [abs(signed_area([*ring.tolist(), ring[0].tolist()])) for ring in (single, hole, large)]
+    assert areas == [pytest.approx(0.5), pytest.approx(49, abs=7), pytest.approx(40 * 40 / 2, rel=0.03)]
+    assert len(large) <= 6
+    assert single.mean(axis=0).tolist() == [30.5, 2.5]
+
+
 def test_no_tissue_is_an_empty_collection() -> None:
     """A slide without tissue has a valid, empty collection."""
     assert features(np.zeros((4, 4), dtype=bool)) == []

@@ -2,9 +2,11 @@
 
 import html
 import io
+import itertools
+import json
 import math
 import re
-import tempfile
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -14,16 +16,15 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from wsiflow.evaluation import froc
+from wsiflow.evaluation import findings, froc
 from wsiflow.plan import outline
-from wsiflow.run.results import cost, report
+from wsiflow.run.plan import latest_plan
+from wsiflow.run.results import cost, report, shown
 
 CURVE = {"fp_per_slide": [3.0, 1.0, 0.0, 0.0], "sensitivity": [0.8, 0.6, 0.4, 0.0]}
 NO_CURVE: dict[str, list[float]] = {"fp_per_slide": [], "sensitivity": []}
 PICTURE = outline.tissue_png(np.ones((30, 20), dtype=bool))
-_FOLDER = tempfile.TemporaryDirectory()
-_OVERLAY = Path(_FOLDER.name) / "s1.png"
-_OVERLAY.write_bytes(PICTURE)
+IMAGE = "data:image/jpeg;base64,AAAA"
 
 
 def metrics(**given: float) -> dict[str, float]:
@@ -62,13 +63,23 @@ def row(**given: Any) -> dict[str, Any]:
     return {**usual, **scored, "n_false_positives": "1", "note": "", **given}
 
 
+def described(slides: list[dict[str, Any]]) -> shown.Described:
+    """Return slides as they are drawn, each of 3,000 x 2,000 px, in the order given."""
+    index = [
+        {"id": one["slide_id"], "name": one["slide_id"], "truth": "", "score": "", "problem": ""} for one in slides
+    ]
+    more = {"width": 3000, "height": 2000, "um_px": 0.25, "notes": [], "detections": [], "regions": []}
+    return shown.Described(index, [one | more for one in index])
+
+
 def data(**given: Any) -> report.ReportData:
     """Return the content of the report of a small run, with changes."""
     content: dict[str, Any] = {
         "name": "run",
         "metrics": metrics(),
         "slides": [row()],
-        "overlays": {"s1": _OVERLAY},
+        "described": described(given.get("slides", [row()])),
+        "pictures": lambda _slide_id, _most_bytes: {"picture": {"src": IMAGE}},
         "maps": {},
         "figures": {"froc.png": PICTURE, "roc.png": PICTURE},
         "settings": {"geometry.convention": "centred", "inference.engine": "window", "inference.stride": 16},
@@ -86,12 +97,18 @@ class Checker(HTMLParser):
         self.references: list[str] = []
         self.open: list[str] = []
         self.seen: set[str] = set()
+        self.scripts: list[str] = []
+
+    def handle_data(self, text: str) -> None:
+        """Note the text of scripts."""
+        if self.open and self.open[-1] == "script":
+            self.scripts.append(text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         """Note an element and its references."""
         self.seen.add(tag)
         self.references += [value or "" for name, value in attrs if name in {"src", "href"}]
-        if tag not in {"meta", "img"}:
+        if tag not in {"meta", "img", "link"}:
             self.open.append(tag)
 
     def handle_endtag(self, tag: str) -> None:
@@ -101,7 +118,14 @@ class Checker(HTMLParser):
 
 def words(page: str) -> str:
     """Return the text of a page without tags."""
-    return re.sub(r"\s+", " ", re.sub(r"<style>.*?</style>|<[^>]+>", " ", page, flags=re.DOTALL))
+    return re.sub(r"\s+", " ", re.sub(r"<style>.*?</style>|<script.*?</script>|<[^>]+>", " ", page, flags=re.DOTALL))
+
+
+def drawn_slides(page: str) -> list[dict[str, Any]]:
+    """Return what the page's script draws of each slide."""
+    found = re.findall(r'<script type="application/json" id="slide-0-(\d+)">(.*?)</script>', page)
+    assert [int(number) for number, _ in found] == list(range(len(found)))
+    return [json.loads(text) for _, text in found]
 
 
 def drawn(png: bytes) -> NDArray[np.uint8]:
@@ -116,13 +140,14 @@ def coloured(png: bytes) -> int:
 
 
 def test_the_page_is_well_formed_and_needs_nothing_else() -> None:
-    """Every element closes, every reference is inline, and there is no script."""
+    """Every element closes, every reference lies within the page, and no address is loaded."""
     checker = Checker()
-    checker.feed(report.render(data()))
+    page = report.render(data())
+    checker.feed(page)
     assert checker.open == []
-    assert len(checker.references) == 3
-    assert all(reference.startswith("data:image/") for reference in checker.references)
-    assert "script" not in checker.seen
+    assert [each[:11] for each in checker.references] == ["data:,", "data:image/", "data:image/", "#slide=s1"]
+    assert "default-src 'none'" in page
+    assert len(checker.scripts) == 3, "the list of slides, one slide, and the viewer"
 
 
 def test_maps_of_further_classes_are_linked() -> None:
@@ -148,10 +173,11 @@ def test_the_headline_numbers_are_there() -> None:
 
 
 def test_a_slide_has_its_row() -> None:
-    """A row has truth, score, lesions, seconds and the picture."""
+    """A row has truth, score, lesions and seconds, and leads to the slide's picture."""
     page = report.render(data())
     assert "s1 done tumour 0.988 3 2 of 5 1 120 31.6" in words(page)
-    assert 'alt="scores on s1" src="data:image/jpeg' in page
+    assert '<a href="#slide=s1">' in page
+    assert [one["picture"] for one in drawn_slides(page)] == [{"src": IMAGE}]
 
 
 def test_without_truth_no_curve_and_no_score_is_shown() -> None:
@@ -198,7 +224,7 @@ def test_text_from_outside_is_escaped(field: str) -> None:
         "version": {"versions": {"wsiflow": evil}},
     }
     page = report.render(data(**changes[field]))
-    assert "<script>" not in page
+    assert "<script>x" not in page
     assert "&lt;script&gt;x&lt;/script&gt;&amp;" in page
 
 
@@ -246,11 +272,122 @@ def test_roc_figure_draws_its_curve() -> None:
     assert rows[0] < rows[1]
 
 
+def test_the_total_stands_beside_the_line() -> None:
+    """What everything cost is told beside what the line did; a former version's run tells the line alone."""
+    text = words(report.render(data(metrics=metrics(cost__total_core_s=360.0, cost__warmup_core_s=20.0))))
+    assert "Core-hours 0.1 0.0523 of them the line; wall time 120 s" in text
+    assert "Everything cost 360.0 core-s up to this page: the line 188.3, and 171.7 beside it, 20.0 of them" in text
+    assert "Everything cost" not in words(report.render(data()))
+
+
+def test_busy_workers_are_averages() -> None:
+    """Between two edges the workers' seconds are shared by the time, whatever order tasks end in."""
+    spans = np.array([[0.0, 4.0], [1.0, 2.0], [2.0, 3.0]])
+    assert report.busy_workers(spans, np.array([0.0, 2.0, 4.0, 8.0])).tolist() == [1.5, 1.5, 0.0]
+    page = report.render(data(busy_s=[(0.0, 4.0), (1.0, 2.0)]))
+    assert "Busy workers over the 4 s in which tasks ran: at most 2, 1.25 on average" in words(page)
+    assert "Busy workers" not in report.render(data())
+
+
 def test_a_page_of_many_slides_holds_some_of_their_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The other pictures stay files and are not read; all of them would be too large for a browser."""
+    """The other pictures are not read, and all share the bytes of the page; further slides are drawn without one."""
     monkeypatch.setattr(report, "_MOST_PICTURES", 2)
-    names = [f"s{number}" for number in range(5)]
-    overlays = {name: _OVERLAY if number < 2 else Path("/never read") for number, name in enumerate(names)}
-    page = report.render(data(slides=[row(slide_id=name) for name in names], overlays=overlays))
-    assert page.count('alt="scores on') == 2
+    asked = []
+
+    def pictures(slide_id: str, most_bytes: int) -> dict[str, Any]:
+        asked.append((slide_id, most_bytes))
+        return {"picture": {"src": IMAGE}}
+
+    slides = [row(slide_id=f"s{number}") for number in range(5)]
+    page = report.render(data(slides=slides, pictures=pictures))
+    assert [slide_id for slide_id, _ in asked] == ["s0", "s1"]
+    assert [("picture" in one) for one in drawn_slides(page)] == [True, True, False, False, False]
     assert "The pictures of 3 more slides are in heatmaps/<slide>.png only" in html.unescape(words(page))
+
+
+def test_the_bytes_of_a_page_are_bounded(finished: Path) -> None:
+    """Pictures shrink until they fit; what is too small to be seen is left out."""
+    (planned, *_) = latest_plan(finished).slides
+    whole = shown.pictures(finished, planned, 1_000_000)
+    small = shown.pictures(finished, planned, 30_000)
+    assert whole["picture"]["width"] > small["picture"]["width"] > 160
+    assert sum(len(one["src"]) for one in small.values()) < 30_000 * 4 / 3 + 100
+    for one in (whole, small):
+        assert one["picture"]["downsample"] * one["picture"]["width"] == planned.frame.l0_width_px
+    assert "picture" not in shown.pictures(finished, planned, 500)
+
+
+def test_slides_come_in_the_order_of_what_went_wrong(finished: Path) -> None:
+    """Without a result, then most lesions missed, then the surest false positive, then by name; reasons are whole."""
+    lesion = {"kind": "lesion", "number": 1, "reason": "", "box": [], "rings": []}
+    seen, unseen = {**lesion, "best": 0.7}, {**lesion, "best": None}
+    false = [[0.6, 5, 5, "false positive", 0], [0.9, 5, 5, "false positive", 0]]
+    found = {
+        "good": {"detections": [], "regions": [seen]},
+        "fine": {"detections": [[0.9, 1, 1, "hit", 1]], "regions": [seen]},
+        "false": {"detections": false, "regions": []},
+        "less": {"detections": false[:1], "regions": []},
+        "missed": {"detections": [], "regions": [seen, unseen]},
+        "worse": {"detections": [], "regions": [unseen, unseen]},
+    }
+    reason = "a long reason " * 50
+    rows = [row(slide_id=name) for name in found] + [row(slide_id="lost", status="failed", reason=reason)]
+    index, slides = shown.describe(finished, {}, rows, found)
+    assert [one["id"] for one in index] == ["lost", "worse", "missed", "false", "less", "fine", "good"]
+    assert [one["problem"] for one in index[:5]] == [
+        "failed",
+        "2 of 2 lesions missed",
+        "1 of 2 lesions missed",
+        "2 false positives, up to 0.90",
+        "1 false positive, up to 0.60",
+    ]
+    assert slides[0]["notes"][0] == reason
+
+
+def test_a_finished_run_is_described_as_it_was_scored(finished: Path) -> None:
+    """Detections by kind and regions found or missed add up to the rows of the scores, and lie where truth says."""
+    found = shown.read_findings(finished / "evaluation")
+    scored = {one["slide_id"]: one for one in _csv(finished / "evaluation/cases.csv")}
+    assert set(found) == set(scored)
+    for slide_id, one in found.items():
+        kinds = [row[3] for row in one["detections"]]
+        lesions = [region for region in one["regions"] if region["kind"] == "lesion"]
+        counts = scored[slide_id]
+        assert kinds.count("false positive") == int(counts["n_false_positives"])
+        assert sum(region["best"] is not None for region in lesions) == int(counts["n_found"])
+        assert len(lesions) == int(counts["n_lesions"])
+        for region in one["regions"]:
+            points = np.array([*itertools.chain(*region["rings"])]).reshape(-1, 2)
+            corners = np.concatenate([points.min(axis=0), points.max(axis=0)])
+            assert np.abs(corners - region["box"]).max() <= 32, "a pixel of the mask"
+
+
+def _csv(path: Path) -> Iterator[dict[str, str]]:
+    from small_runs import rows
+
+    return iter(rows(path))
+
+
+def test_hits_false_positives_and_ignored_detections_are_told_apart() -> None:
+    """By the rules of the scores: in a lesion, outside, in isolated tumour cells, and in what is ignored."""
+    tumour = np.zeros((60, 60), dtype=bool)
+    tumour[10:30, 10:30] = True
+    tumour[50, 50] = True
+    ignored = np.zeros((60, 60), dtype=bool)
+    ignored[10:30, 10:14] = True
+    lesions = froc.evaluation_mask(tumour, 10.0, join_um=20.0, itc_um=60.0)
+    assert (lesions.n_regions, len(lesions.itc)) == (2, 1)
+    at = np.array([[0.9, 20, 20], [0.8, 5, 40], [0.7, 50, 50], [0.95, 12, 20], [0.6, 22, 22]]) * (1.0, 32.0, 32.0)
+    slide = froc.SlideFindings("a", lesions, at, 32, ignored)
+    told = findings.describe(findings.Regions(slide, tumour, {}), counts=True)
+    assert [row[3] for row in told["detections"]] == ["hit", "false positive", "ignored", "ignored", "hit"]
+    assert [(one["kind"], one["best"]) for one in told["regions"]] == [
+        ("lesion", 0.9),
+        ("isolated tumour cells", 0.7),
+        ("ignored", None),
+    ]
+    assert told["regions"][0]["box"] == [320, 320, 960, 960], "as it was drawn, not as it was joined"
+    matched = froc.match(slide)
+    assert matched.best[0] == told["regions"][0]["best"]
+    unknown = findings.describe(findings.Regions(slide, tumour, {}), counts=False)
+    assert {row[3] for row in unknown["detections"]} == {""}

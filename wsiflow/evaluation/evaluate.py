@@ -12,6 +12,7 @@ counts for neither, and so does a slide that the protocol excludes by name. The 
 metric that is not defined, such as the AUC where all slides are tumour slides, is NaN, and null in JSON. What is
 doubtful about received detections is in the rows of their slides and in the remarks, see `wsiflow.evaluation.received`.
 
+``findings.json`` says what became of each detection and region, with outlines, for whoever looks at the slides.
 ``matches.json`` is what two evaluations are compared by: the protocol and its hash, and for every slide what it counts
 for, a hash of its truth, its score and its matched confidences. `wsiflow.evaluation.paired` computes the bootstrap
 intervals.
@@ -29,7 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wsiflow.errors import EnvironmentFault, InputError, WsiflowError
-from wsiflow.evaluation import froc, missed, paired, received, roc
+from wsiflow.evaluation import findings, froc, missed, paired, received, roc
 from wsiflow.evaluation.detections import detection_files, read_scores, require_same_slides
 from wsiflow.evaluation.froc import SlideFindings
 from wsiflow.evaluation.matches import EvaluationRecord, SlideRecord
@@ -88,6 +89,7 @@ class Scores:
         froc: Both FROC curves and their parameters, as JSON values.
         roc: The ROC curve, as JSON values.
         matches: The record of the evaluation, the content of ``matches.json``.
+        findings: What became of each slide's detections and regions, the content of ``findings.json`` by slide id.
         remarks: What is doubtful about the detections and the scores, as sentences.
     """
 
@@ -96,6 +98,7 @@ class Scores:
     froc: dict[str, Any]
     roc: dict[str, Any]
     matches: "EvaluationRecord"
+    findings: dict[str, dict[str, Any]]
     remarks: tuple[str, ...] = ()
 
 
@@ -106,6 +109,7 @@ class MatchedSlide(NamedTuple):
         row: Its row of ``cases.csv``.
         record: Its record in ``matches.json``.
         patient_id: Its patient.
+        findings: What became of its detections and regions, see `wsiflow.evaluation.findings.describe`.
         looked_at: How much of its lesions was looked at; None where it has none, or this is not known.
         is_empty: Whether no tissue was found on it although it has a label.
     """
@@ -113,6 +117,7 @@ class MatchedSlide(NamedTuple):
     row: dict[str, Any]
     record: SlideRecord
     patient_id: str
+    findings: dict[str, Any]
     looked_at: LookedAt | None = None
     is_empty: bool = False
 
@@ -281,6 +286,7 @@ def evaluate_matched(matched: Sequence[MatchedSlide], params: EvaluationParams, 
         },
         _lists(roc.curve(setting.scores, setting.labels)),
         record,
+        {one.record.slide_id: one.findings for one in matched},
     )
 
 
@@ -292,6 +298,7 @@ def documents(scores: Scores) -> dict[str, str]:
         "froc.json": json_text(scores.froc),
         "roc.json": json_text(scores.roc),
         "matches.json": json.dumps(scores.matches.model_dump(mode="json"), sort_keys=True, allow_nan=False) + "\n",
+        "findings.json": json.dumps(scores.findings, separators=(",", ":"), allow_nan=False) + "\n",
     }
 
 
@@ -315,7 +322,8 @@ def match_slide(one: Evidence, params: EvaluationParams) -> MatchedSlide:
     in_froc = known and not out and not is_left_out
     in_auc = label is not None and out != "all" and not is_left_out
     ignored = one.truth.ignored if one.truth is not None else None
-    matches = froc.match(SlideFindings(one.slide_id, lesions, one.detections, params.downsample, ignored))
+    slide = SlideFindings(one.slide_id, lesions, one.detections, params.downsample, ignored)
+    matches = froc.match(slide)
     reason = f"{NO_TISSUE}: not scored" if is_left_out else _reason(out, label, params.name, known=known)
     notes = [
         one.truth.note if one.truth is not None else "",
@@ -362,7 +370,11 @@ def match_slide(one: Evidence, params: EvaluationParams) -> MatchedSlide:
         major_axis_um=matches.major_axis_um.tolist() if in_froc and matches.major_axis_um is not None else [],
         false_positives=matches.false_positives.tolist() if in_froc else [],
     )
-    return MatchedSlide(row, record, one.patient_id, looked_at, is_empty)
+    annotated = one.truth.tumour if one.truth is not None else None
+    shown = findings.describe(
+        findings.Regions(slide, annotated, looked_at.missed if looked_at is not None else {}), counts=in_froc
+    )
+    return MatchedSlide(row, record, one.patient_id, shown, looked_at, is_empty)
 
 
 def _looked_at_cells(looked_at: LookedAt | None) -> dict[str, Any]:

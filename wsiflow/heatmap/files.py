@@ -69,6 +69,52 @@ def read_heatmap(path: Path) -> tuple[NDArray[np.float32], dict[str, Any]]:
     return heat, description
 
 
+class Preview:
+    """An open preview: the levels of an 8-bit heatmap, whole or by tiles; it is used from one thread at a time.
+
+    A value is 0 where there is no score, else 1 + 254 times the probability. A cell of level n covers 2^n x 2^n cells
+    of the heatmap, and has the largest value of these.
+
+    Attributes:
+        shapes: Rows and columns of each level, the finest first.
+    """
+
+    def __init__(self, tiff: tifffile.TiffFile) -> None:
+        """Read the sizes of the levels; no cell is decoded yet."""
+        self._pages: list[Any] = list(tiff.pages)
+        self._file = tiff.filehandle
+        self.shapes = [(int(page.imagelength), int(page.imagewidth)) for page in self._pages]
+
+    def level(self, number: int) -> NDArray[np.uint8]:
+        """Return a level, uint8 (rows, cols)."""
+        cells: NDArray[np.uint8] = self._pages[number].asarray()
+        return cells
+
+    def tile(self, number: int, row: int, col: int) -> NDArray[np.uint8]:
+        """Return a tile of a level, uint8 (at most 256, at most 256); those at the far sides end with the level."""
+        page, (rows, cols) = self._pages[number], self.shapes[number]
+        index = row * -(-cols // TILE_PX) + col
+        self._file.seek(page.dataoffsets[index])
+        decoded: Any = page.decode(self._file.read(page.databytecounts[index]), index)[0]
+        cells: NDArray[np.uint8] = decoded[0, : rows - row * TILE_PX, : cols - col * TILE_PX, 0]
+        return cells
+
+
+@contextmanager
+def open_preview(path: Path) -> Iterator[Preview]:
+    """Open a preview that `write_preview` wrote.
+
+    Raises:
+        InputError: The file is not a readable preview.
+        EnvironmentFault: The system refuses to read the file.
+    """
+    try:
+        with tifffile.TiffFile(path) as tiff:
+            yield Preview(tiff)
+    except UNREADABLE as error:
+        raise unreadable_file(error, "preview of a heatmap", "run again", path) from error
+
+
 class HeatmapRows:
     """An open heatmap file, which reads a range of rows at a time.
 

@@ -56,6 +56,37 @@ def tissue_geojson(mask: NDArray[np.bool_], *, downsample: float, offset: tuple[
     return json.dumps({"type": "FeatureCollection", "features": features}, separators=(",", ":")) + "\n"
 
 
+def simplified_rings(mask: NDArray[np.bool_], *, tolerance_px: float) -> list[Ring]:
+    """Return the outlines of a mask for drawing: few points, and slanted lines where pixel borders are stairs.
+
+    A line is drawn through the midpoints of the pixel borders, and points are left out that lie nearer to it than a
+    tolerance.
+
+    Args:
+        mask: bool (rows, cols).
+        tolerance_px: The tolerance, mask pixels.
+
+    Returns:
+        float64 (n, 2) each, x, y in mask pixels, of outer rings and holes; the first point is not repeated at the end.
+    """
+    lines = [_midpoints(ring) for rings in _polygons(mask) for ring in rings]
+    simple = (
+        cv2.approxPolyDP(line.astype(np.float32), tolerance_px, closed=True).reshape(-1, 2).astype(np.float64)
+        for line in lines
+    )
+    # What is as small as the tolerance would shrink to a line.
+    return [few if len(few) > 2 else line for few, line in zip(simple, lines, strict=True)]
+
+
+def _midpoints(ring: Ring) -> Ring:
+    """Return the midpoints of the pixel borders along a closed ring, whose corners have whole coordinates."""
+    sides = np.diff(ring, axis=0)
+    lengths = np.abs(sides).sum(axis=1).astype(np.int64)
+    along = np.concatenate([np.arange(n) for n in lengths]) + 0.5
+    headings = np.repeat(sides / lengths[:, None], lengths, axis=0)
+    return np.asarray(np.repeat(ring[:-1], lengths, axis=0) + headings * along[:, None])
+
+
 def png_bytes(image: Image.Image) -> bytes:
     """Return an image as PNG; the same pixels give the same bytes."""
     out = io.BytesIO()

@@ -199,6 +199,25 @@ def warmup_s(rows: Sequence[Mapping[str, Any]]) -> float:
     return sum(float(row.get("warmup_s") or 0.0) for row in rows)
 
 
+def last_busy_s(rows: Sequence[Mapping[str, Any]], starts: Sequence[str]) -> list[tuple[float, float]]:
+    """Return begin and end of the attempts of the last start of a run that executed any, s after the first begin.
+
+    Args:
+        rows: The attempts, see `attempts`.
+        starts: When each driver of the run started, ISO 8601, in order.
+    """
+    timed = [row for row in rows if row["start"] and row["end"]]
+    latest = max((row["start"] for row in timed), default="")
+    since = max((start for start in starts if start <= latest), default="")
+    spans = [
+        tuple(datetime.fromisoformat(row[name]).timestamp() for name in ("start", "end"))
+        for row in timed
+        if row["start"] >= since
+    ]
+    first = min((begin for begin, _ in spans), default=0.0)
+    return sorted((round(begin - first, 3), round(end - first, 3)) for begin, end in spans)
+
+
 def peak_workers(rows: Sequence[Mapping[str, Any]]) -> int:
     """Return the largest number of workers active at once; a worker is active from its first to its last attempt."""
     spans: dict[tuple[str, int], list[str]] = {}

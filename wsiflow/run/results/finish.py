@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 from wsiflow.errors import PARTIAL, IntegrityError
 from wsiflow.evaluation import matches
 from wsiflow.run import ledger, trace
-from wsiflow.run.cases import read_cases
 from wsiflow.run.config import RunConfig
 from wsiflow.run.executor import driver, lifetime
 from wsiflow.run.executor.kinds import KINDS
@@ -23,7 +22,7 @@ from wsiflow.run.executor.params import worker_count
 from wsiflow.run.ledger import Ledger
 from wsiflow.run.plan import Plan
 from wsiflow.run.plan import read_plan as read_plan
-from wsiflow.run.results import certified, cost, report
+from wsiflow.run.results import certified, cost, report, shown
 from wsiflow.run.results.record import all_receipts, machines, settings, track
 from wsiflow.run.results.scores import (
     ScoringInput,
@@ -46,7 +45,6 @@ from wsiflow.run.results.status import (
 )
 from wsiflow.run.shards import Progress
 from wsiflow.run.stages import certify, stitch
-from wsiflow.run.stages.ingest import remarks
 from wsiflow.run.stages.stitch import map_files
 from wsiflow.system import energy, publish, tables
 from wsiflow.system.machine import allocated_cores
@@ -177,9 +175,8 @@ def finish(config: RunConfig, plan_path: Path, progress: Sequence[Progress], clo
     work = WorkLog(receipts, attempts, {item.attempt for item in ended if item.executed and item.attempt})
     if scoring is None:
         worst = max(status.exit_code for status in statuses)
-        _write_unscored_report(
-            root, config, plan, statuses, _work_metrics(root, "evaluation", config, plan, work, clock)
-        )
+        spent = _work_metrics(root, "evaluation", config, plan, work, clock) | _cost_so_far(root, work)
+        _write_unscored_report(root, config, plan, spent)
         _note_spent(root, work)
         return Summary(worst, {}, failure_text(root, statuses), statuses)
     missing = missing_slides(statuses)
@@ -191,7 +188,8 @@ def finish(config: RunConfig, plan_path: Path, progress: Sequence[Progress], clo
         | _certificates(root, folder, config, plan, statuses)
         | _colours(root, plan, receipts)
     )
-    _write_report(root, folder, config, plan, statuses, read_metrics(published.folder / "scores.json") | numbers)
+    told = read_metrics(published.folder / "scores.json") | numbers | _cost_so_far(root, work)
+    _write_report(root, folder, config, plan, told)
     metrics = summarise(root, folder, published, numbers | _total_cost(root, work))
     if not missing:
         _show_alone(root, folder)
@@ -297,6 +295,15 @@ def _total_cost(root: Path, work: WorkLog) -> dict[str, float]:
     return cost.total_metrics(drivers, work.attempts, work.receipts) | bill
 
 
+def _cost_so_far(root: Path, work: WorkLog) -> dict[str, float]:
+    """Return what `_total_cost` would, for the report, which is itself part of the cost; nothing is recorded."""
+    drivers = driver.spent(root)
+    if work.new and drivers:
+        start_s = Spending.start_s or 0.0
+        drivers[-1] = drivers[-1]._replace(core_s=start_s + Spending.uncharged(), start_s=start_s)
+    return cost.total_metrics(drivers, work.attempts, work.receipts)
+
+
 def _note_spent(root: Path, work: WorkLog) -> None:
     """Record what this start has cost; one that executed nothing adds nothing."""
     if work.new:
@@ -312,23 +319,20 @@ def _counts(balance: Ledger, n_outcomes: int, n_executed: int) -> dict[str, floa
     return counts | {"cache.hit_rate": 1 - n_executed / n_outcomes if n_outcomes else 1.0}
 
 
-def _write_report(
-    root: Path, folder: str, config: RunConfig, plan: Plan, statuses: Sequence[Status], metrics: Mapping[str, float]
-) -> None:
-    """Write ``report.html`` from the published tables, figures and overlays."""
+def _write_report(root: Path, folder: str, config: RunConfig, plan: Plan, metrics: Mapping[str, float]) -> None:
+    """Write ``report.html`` from the published tables, figures, findings and pictures."""
     scored = {row["slide_id"]: row for row in tables.read(root / folder / "cases.csv", *OWN_TABLE).rows()}
     figures = {name: (root / folder / name).read_bytes() for name in ("froc.png", "roc.png")}
-    _render(root, config, plan, statuses, _Content(metrics, scored, figures))
+    found = shown.read_findings(root / folder)
+    _render(root, config, plan, _Content(metrics, scored, figures, found))
 
 
-def _write_unscored_report(
-    root: Path, config: RunConfig, plan: Plan, statuses: Sequence[Status], metrics: Mapping[str, float]
-) -> None:
+def _write_unscored_report(root: Path, config: RunConfig, plan: Plan, metrics: Mapping[str, float]) -> None:
     """Write ``report.html`` where nothing is scored because slides are missing: it shows the others, and why."""
     maps = {slide.slide_id: stitch.STAGE.product_of(plan, index) for index, slide in enumerate(plan.slides)}
     receipts = {slide_id: publish.read_receipt(root, name) for slide_id, name in maps.items()}
-    shown = {slide_id: {"score": receipt.get("score", "")} for slide_id, receipt in receipts.items() if receipt}
-    _render(root, config, plan, statuses, _Content(metrics, shown, {}))
+    scores = {slide_id: {"score": receipt.get("score", "")} for slide_id, receipt in receipts.items() if receipt}
+    _render(root, config, plan, _Content(metrics, scores, {}, {}))
 
 
 class _Content(NamedTuple):
@@ -338,32 +342,31 @@ class _Content(NamedTuple):
         metrics: Numbers by name; without scores where nothing was scored.
         columns: More cells of the table of slides by column, by slide id.
         figures: Bytes of the figures by file name; none where nothing was scored.
+        findings: What became of detections and regions by slide id; none where nothing was scored.
     """
 
     metrics: Mapping[str, float]
     columns: Mapping[str, Mapping[str, Any]]
     figures: Mapping[str, bytes]
+    findings: Mapping[str, Any]
 
 
-def _render(root: Path, config: RunConfig, plan: Plan, statuses: Sequence[Status], content: _Content) -> None:
+def _render(root: Path, config: RunConfig, plan: Plan, content: _Content) -> None:
     """Write ``report.html``: a row for every slide, and what is known of the whole."""
-    listed = list(tables.read(root / "process_list.csv", *OWN_TABLE).rows())
-    good = [status.slide_id for status in statuses if not status.exit_code]
-    cases = read_cases(publish.generations(root, "cases.json")[-1])[1]
-    about: dict[str, dict[str, Any]] = {case.slide_id: {"name": case.name} for case in cases}
-    for planned in plan.slides:
-        about.setdefault(planned.slide_id, {})["remarks"] = remarks(root, planned.slide_id)
-    rows = [{**row, **content.columns.get(row["slide_id"], {}), **about.get(row["slide_id"], {})} for row in listed]
+    rows = shown.slide_rows(root, plan, content.columns)
+    planned_slides = {planned.slide_id: planned for planned in plan.slides}
     data = report.ReportData(
         name=config.name,
         metrics=content.metrics,
         slides=rows,
-        overlays={slide_id: root / f"heatmaps/{slide_id}.png" for slide_id in good},
+        described=shown.describe(root, planned_slides, rows, content.findings),
+        pictures=lambda slide_id, most_bytes: shown.pictures(root, planned_slides[slide_id], most_bytes),
         maps=dict(zip(plan.settings.maps, map_files(plan.settings.maps), strict=True)),
         figures=content.figures,
         settings=settings(config.model_dump(mode="json"), plan),
         versions=versions(),
         plan_hash=plan.hash,
+        busy_s=trace.last_busy_s(trace.attempts(root), [one.since for one in driver.spent(root)]),
     )
     publish.write_view(root, "report.html", report.render(data).encode())
 

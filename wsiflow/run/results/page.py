@@ -27,13 +27,24 @@ _FROC_END = froc.RATES[-1] * 1.1
 # --- text
 
 
-def document(title: str, body: str) -> str:
-    """Return a self-contained HTML page."""
+def document(title: str, body: str, *, style: str = "", script: str = "", asks: bool = False) -> str:
+    """Return a self-contained HTML page.
+
+    Args:
+        title: Its title.
+        body: Its HTML.
+        style: Further CSS.
+        script: JavaScript that runs once the page is there.
+        asks: Whether it may ask the server that the page came from; it can never ask another one.
+    """
+    policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
+    policy += " 'self'; connect-src 'self'" if asks else ""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)} · wsiflow</title>\n<style>{_STYLE}</style></head>\n"
-        f"<body><main>\n{body}</main></body></html>\n"
+        '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
+        f"<title>{escape(title)} · wsiflow</title>\n<style>{STYLE}{style}</style></head>\n"
+        f"<body><main>\n{body}</main>{f'<script>{script}</script>' if script else ''}</body></html>\n"
     )
 
 
@@ -144,7 +155,7 @@ def picture(figure: Any, kind: Literal["png", "svg"] = "png") -> bytes:
     return out.getvalue()
 
 
-_STYLE = """
+STYLE = """
 :root{color-scheme:light dark;--ink:#1f2328;--soft:#5c6670;--line:#dde2e6;--paper:#fff;--tint:#f5f7f8;--mark:#a8480f}
 @media(prefers-color-scheme:dark){
 :root{--ink:#e4e7ea;--soft:#9aa4ae;--line:#31373d;--paper:#15181b;--tint:#1d2125;--mark:#f0a36b}}
@@ -189,5 +200,9 @@ section ul:not(.legend){margin:.9rem 0 0 1.1rem;max-width:46rem}li{margin:.25rem
 break-inside:avoid}
 .pairs dt{color:var(--soft);white-space:nowrap}
 .pairs dd{text-align:right;overflow-wrap:anywhere;font-variant-numeric:tabular-nums}
-@media print{main{max-width:none;padding:0}section{break-inside:avoid-page}}
+.looked{width:min(96vw,1700px);margin-left:calc(50% - min(48vw,850px))}
+td.use{width:100%}.use svg{display:block;width:100%;height:90px}
+@media print{:root{--ink:#000;--soft:#444;--line:#bbb;--paper:#fff;--tint:#f5f7f8;--mark:#a8480f}
+main{max-width:none;padding:0}section{break-inside:avoid-page}.looked,.long{break-inside:auto;width:auto;margin-left:0}
+.wide{overflow:visible}thead{display:table-header-group}tr{break-inside:avoid}}
 """

@@ -2,32 +2,34 @@
 
 Input: the run's metrics, rows per slide and curves as plain values, pictures as bytes. Output: text and PNG bytes. A
 score that is not defined, for lack of truth, is stated in words and not drawn. The same input gives the same text.
+
+The page is for a pathologist first: after the scores come the slides, those with which most went wrong first, as
+pictures that can be zoomed, with the heatmap, the detections and the true outlines; see `wsiflow.run.results.shown`.
 """
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
-from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import numpy as np
+from numpy.typing import NDArray
 
 from wsiflow import redaction
 from wsiflow.evaluation import froc
-from wsiflow.heatmap.overlay import thumbnail
-from wsiflow.run.results import certified, page
+from wsiflow.run.results import certified, page, shown
 from wsiflow.run.stages.line import STEPS
 
 # Colours that stay distinguishable in greyscale and for colour-blind readers.
 _COLOURS = ("#c994c7", "#9ecae1", "#bdbdbd", "#1f5f99", "#e6a04b", "#74a765")
 _STEP_COLOURS = dict(zip(STEPS, itertools.cycle(_COLOURS), strict=False))
-# Twice the displayed size, for screens of high resolution.
-_THUMBNAIL_PX = 240
-# A page with more pictures is too large for a browser.
-_MOST_PICTURES = 1000
+_PAGE_BYTES = 18_000_000  # larger pages open slowly and are refused by mail
+_MOST_PICTURE_BYTES = 1_000_000  # of one slide
+_MOST_PICTURES = 1000  # within so many bytes, more of them would be too small to be seen
+_USE_BINS = 240
 _NO_TRUTH = "not defined: it needs truth for tumour and for normal slides"
 
 
@@ -42,24 +44,29 @@ class ReportData:
         slides: A row per slide: slide_id, status, reason (empty where the slide has a result), n_tiles, seconds_wall;
             and for a scored slide label, score, n_detections, n_lesions, n_found, n_false_positives, note. Numbers may
             be text, as in the CSV files. Also its name, where that is not its id, and remarks on how it is read.
-        overlays: Path of the overlay PNG by slide id.
+        described: The slides as they are listed and drawn, without their pictures.
+        pictures: Returns the pictures of a slide, given its id, within a number of bytes; see `shown.pictures`.
         maps: File of the heatmap of each further class by its name, relative to the run's folder; ``{slide}`` stands
             for the slide's id.
         figures: Bytes of ``froc.png`` and ``roc.png`` by file name.
         settings: The resolved configuration by dotted name.
         versions: Versions of wsiflow and of the packages that can change a number.
         plan_hash: The plan's hash.
+        busy_s: When workers were busy: begin and end of each attempt in the last start of the run that did any work,
+            seconds after the first of them.
     """
 
     name: str
     metrics: Mapping[str, float]
     slides: Sequence[Mapping[str, Any]]
-    overlays: Mapping[str, Path]
+    described: shown.Described
+    pictures: Callable[[str, int], Mapping[str, Any]]
     maps: Mapping[str, str]
     figures: Mapping[str, bytes]
     settings: Mapping[str, Any]
     versions: Mapping[str, str]
     plan_hash: str
+    busy_s: Sequence[tuple[float, float]] = ()
 
 
 def froc_figure(curves: Mapping[str, Any]) -> bytes:
@@ -101,15 +108,20 @@ def render(data: ReportData) -> str:
         _header(data, len(missing), is_scored=is_scored),
         _headline(data.metrics, len(data.slides), len(missing)),
         _missing(missing, sum(row.get("status") == "no tissue" for row in data.slides)),
+        _viewer(),
         _accuracy(data) if is_scored else "",
-        _cost(data.metrics),
+        _cost(data.metrics) + _use(data.busy_s),
         _slides(data),
         _citation(data, len(missing)) if is_scored else "",
         page.section("Every number", page.pairs(data.metrics, _number)),
         page.section("Settings", page.pairs(redaction.redacted(data.settings), str)),
         page.section("Versions", page.pairs(data.versions, str)),
     ]
-    return page.document(data.name, "".join(sections))
+    style = shown.asset("viewer.css")
+    script = "\n".join(map(shown.asset, ("openseadragon.min.js", "viewer.js")))
+    body = "".join(sections)
+    body += _looked_slides(data, _PAGE_BYTES - len(body) - len(style) - len(script))
+    return page.document(data.name, body, style=style, script=script)
 
 
 # --- sections
@@ -160,11 +172,7 @@ def _headline(metrics: Mapping[str, float], n_slides: int, n_missing: int) -> st
     cards = [
         *((title, *_scored_over(metrics, name)) for name, title in titles.items() if name in metrics),
         ("Slides", f"{n_slides - n_missing} of {n_slides}", f"{n_missing} missing" if n_missing else "none missing"),
-        (
-            "Core-hours of the line",
-            _short(metrics, "throughput.core_hours"),
-            f"wall time {_short(metrics, 'throughput.wall_s')} s",
-        ),
+        _core_hours(metrics),
         (
             "Tiles per second",
             _short(metrics, "throughput.tiles_per_s"),
@@ -172,6 +180,18 @@ def _headline(metrics: Mapping[str, float], n_slides: int, n_missing: int) -> st
         ),
     ]
     return page.cards(cards)
+
+
+def _core_hours(metrics: Mapping[str, float]) -> tuple[str, str, str]:
+    """Return what the run cost, the line alone beside it; runs of former versions know the line only."""
+    wall, line = f"wall time {_short(metrics, 'throughput.wall_s')} s", _short(metrics, "throughput.core_hours")
+    if not math.isfinite(metrics.get("cost.total_core_s", math.nan)):
+        return "Core-hours of the line", line, wall
+    return "Core-hours", _hours(metrics["cost.total_core_s"]), f"{line} of them the line; {wall}"
+
+
+def _hours(core_s: float) -> str:
+    return _short({"": core_s / 3600.0}, "")
 
 
 def _missing(rows: Sequence[Mapping[str, Any]], n_empty: int) -> str:
@@ -184,6 +204,32 @@ def _missing(rows: Sequence[Mapping[str, Any]], n_empty: int) -> str:
         "What is missing",
         page.table(["Slide without result", "Reason"], body) + "<p>No score includes these slides.</p>\n",
     )
+
+
+def _viewer() -> str:
+    """Return the section in which the slides are looked at; scripts fill it."""
+    return (
+        '<section class="looked"><h2>The slides, what went wrong first</h2>\n'
+        '<div id="wsiflow-viewer"><noscript>The pictures need JavaScript; the table of slides below does not.'
+        "</noscript></div></section>\n"
+    )
+
+
+def _looked_slides(data: ReportData, most_bytes: int) -> str:
+    """Return what is drawn of each slide as elements that scripts read, in about so many bytes."""
+    index = {"runs": [{"name": data.name, "slides": data.described.entries}]}
+    slides = [shown.within_page(slide) for slide in data.described.slides]
+    words = sum(len(str(slide)) for slide in slides)
+    n_pictures = min(_MOST_PICTURES, sum(bool(slide["width"]) for slide in slides))
+    share = (most_bytes - words) * 3 // 4 // max(1, n_pictures)  # base64 writes three bytes as four characters
+    elements = [shown.script("wsiflow-index", index)]
+    left = n_pictures
+    for number, slide in enumerate(slides):
+        pictures: Mapping[str, Any] = {}
+        if slide["width"] and left:
+            pictures, left = data.pictures(slide["id"], min(_MOST_PICTURE_BYTES, share)), left - 1
+        elements.append(shown.script(f"slide-0-{number}", {**slide, **pictures}))
+    return "".join(elements)
 
 
 def _accuracy(data: ReportData) -> str:
@@ -250,27 +296,73 @@ def _cost(metrics: Mapping[str, float]) -> str:
     )
     efficiency = metrics["throughput.efficiency"]
     note = f"<p>The cores given to the run were busy for {efficiency:.0%} of its wall time.</p>\n"
-    shown = note if math.isfinite(efficiency) else ""
-    return page.section("Cost", f'<div class="bar">{bars}</div>\n<ul class="legend">\n{legend}</ul>\n{shown}')
+    busy = note if math.isfinite(efficiency) else ""
+    return page.section(
+        "Cost", f'<div class="bar">{bars}</div>\n<ul class="legend">\n{legend}</ul>\n{_beside_line(metrics)}{busy}'
+    )
+
+
+def _beside_line(metrics: Mapping[str, float]) -> str:
+    """Return what the run cost beside the steps of the line; empty where a former version did not record it."""
+    total, warmup = metrics.get("cost.total_core_s", math.nan), metrics.get("cost.warmup_core_s", math.nan)
+    if not math.isfinite(total):
+        return ""
+    line_s = metrics["throughput.core_hours"] * 3600.0
+    warm = f", {warmup:,.1f} of them workers that start and load" if math.isfinite(warmup) else ""
+    return (
+        f"<p>Everything cost {total:,.1f} core-s up to this page: the line {line_s:,.1f}, and {total - line_s:,.1f} "
+        f"beside it{warm}; the rest is planning, scoring and what was tried again.</p>\n"
+    )
+
+
+def _use(busy_s: Sequence[tuple[float, float]]) -> str:
+    """Return a figure of how many workers were busy over time; empty where nothing was executed."""
+    spans = np.array(busy_s, np.float64).reshape(-1, 2)
+    end_s = float(spans[:, 1].max(initial=0.0))
+    if end_s <= 0:
+        return ""
+    busy = busy_workers(spans, np.linspace(0.0, end_s, _USE_BINS + 1))
+    most = max(1.0, float(busy.max()))
+    steps = " ".join(f"{i},{100 - 100 * b / most:.1f} {i + 1},{100 - 100 * b / most:.1f}" for i, b in enumerate(busy))
+    drawn = (
+        f'<svg viewBox="0 0 {_USE_BINS} 100" preserveAspectRatio="none" role="img" aria-label="busy workers over time">'
+        f'<polygon points="0,100 {steps} {_USE_BINS},100" fill="{page.BLUE}"/></svg>'
+    )
+    caption = (
+        f"Busy workers over the {end_s:,.0f} s in which tasks ran: at most {most:.3g}, {busy.mean():.3g} on average"
+    )
+    return f'<figure class="use">{drawn}<figcaption>{caption}</figcaption></figure>\n'
+
+
+def busy_workers(spans: NDArray[np.float64], edges: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return how many workers are busy on average between each two edges, float64 (n - 1,).
+
+    Args:
+        spans: float64 (k, 2), when a worker began a task and when it ended it, s.
+        edges: float64 (n,), ascending, s.
+    """
+    times = np.concatenate([spans[:, 0], spans[:, 1]])
+    change = np.repeat([1.0, -1.0], len(spans))
+    order = np.argsort(times, kind="stable")
+    at, count = times[order], np.cumsum(change[order])
+    worked = np.concatenate([[0.0], np.cumsum(count[:-1] * np.diff(at))])  # worker-seconds up to each time
+    return np.asarray(np.diff(np.interp(edges, at, worked)) / np.diff(edges))
 
 
 def _slides(data: ReportData) -> str:
-    heads = ["", "Slide", "Truth", "Score", "Detections", "Lesions found", "False positives", "Tiles", "Seconds"]
-    pictured = dict(itertools.islice(data.overlays.items(), _MOST_PICTURES))
-    rows = (_slide(row, pictured.get(row["slide_id"]), data.maps) for row in data.slides)
-    left = len(data.overlays) - len(pictured)
-    note = f"<p>The pictures of {left} more slides are in heatmaps/&lt;slide&gt;.png only.</p>\n" if left else ""
-    return page.section("Slides", page.table(heads, rows) + note)
+    heads = ["Slide", "Truth", "Score", "Detections", "Lesions found", "False positives", "Tiles", "Seconds"]
+    rows = {row["slide_id"]: row for row in data.slides}
+    shown_rows = (_slide(rows[entry["id"]], entry["problem"], data.maps) for entry in data.described.entries)
+    left = sum(bool(slide["width"]) for slide in data.described.slides) - _MOST_PICTURES
+    note = f"<p>The pictures of {left} more slides are in heatmaps/&lt;slide&gt;.png only.</p>\n" if left > 0 else ""
+    return page.section("Slides", page.table(heads, shown_rows) + note)
 
 
-def _slide(row: Mapping[str, Any], overlay: Path | None, maps: Mapping[str, str]) -> str:
+def _slide(row: Mapping[str, Any], problem: str, maps: Mapping[str, str]) -> str:
     slide_id = row["slide_id"]
-    picture = ""
-    if overlay is not None:
-        small = thumbnail(overlay.read_bytes(), side_px=_THUMBNAIL_PX)
-        picture = page.image(small, "jpeg", f"scores on {slide_id}")
     own_id = f"files are named {slide_id}" if row.get("name") else ""
-    remarks = "; ".join(filter(None, (row["status"], row.get("note", ""), own_id, *row.get("remarks", ()))))
+    told = problem if problem != row["status"] else ""
+    remarks = "; ".join(filter(None, (row["status"], told, row.get("note", ""), own_id, *row.get("remarks", ()))))
     truth = {"1": "tumour", "0": "normal"}.get(_cell(row, "label"), page.NO_VALUE)
     lesions = _cell(row, "n_lesions")
     hits = lesions if lesions in (page.NO_VALUE, "0") else f"{_cell(row, 'n_found')} of {lesions}"
@@ -284,9 +376,10 @@ def _slide(row: Mapping[str, Any], overlay: Path | None, maps: Mapping[str, str]
         _cell(row, "seconds_wall", "{:.1f}"),
     ]
     name = (
-        f"<b>{escape(_name(row))}</b><small>{escape(remarks)}{'' if row['reason'] else _links(slide_id, maps)}</small>"
+        f'<a href="#slide={quote(slide_id, safe="")}"><b>{escape(_name(row))}</b></a>'
+        f"<small>{escape(remarks)}{'' if row['reason'] else _links(slide_id, maps)}</small>"
     )
-    return f"<tr><td>{picture}</td><td>{name}</td>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>\n"
+    return f"<tr><td>{name}</td>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>\n"
 
 
 def _name(row: Mapping[str, Any]) -> str:

@@ -51,7 +51,7 @@ class ScoringInput(NamedTuple):
     faults: Mapping[str, WsiflowError]
 
 
-_SCORES = ("scores.json", "cases.csv", "froc.json", "roc.json", "matches.json", "froc.png", "roc.png")
+_SCORES = ("scores.json", "cases.csv", "froc.json", "roc.json", "matches.json", "findings.json", "froc.png", "roc.png")
 
 
 def prepare_scoring(root: Path, config: RunConfig, plan: Plan, statuses: Sequence[Status]) -> ScoringInput:

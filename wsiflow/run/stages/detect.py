@@ -12,6 +12,7 @@ from wsiflow.evaluation.detections import format_detections, read_scores
 from wsiflow.heatmap import files, lesions
 from wsiflow.heatmap.overlay import overlay_png
 from wsiflow.plan import geometry
+from wsiflow.plan.slide_plan import SlidePlan
 from wsiflow.run.costs import StageCost
 from wsiflow.run.plan import Plan, Task, read_plan
 from wsiflow.run.stages import overviews, stitch
@@ -21,14 +22,15 @@ from wsiflow.run.stages.stitch import cell_um, make_room
 from wsiflow.system import publish, reread
 from wsiflow.system.provenance import facts
 
+_OVERVIEW_SIDE_PX = 1536
 _OVERLAY_SIDE_PX = 1024
 
 
 def detect(source: Path, index: int) -> tuple[publish.Receipt, bool]:
     """Find lesions on the heatmap of a slide and publish ``detections/<slide>.csv``, empty where there are none.
 
-    Two pictures of the heatmap are published beside it: an 8-bit pyramid for viewers, and the overlay with the
-    detections.
+    Three pictures are published beside it: the heatmap as an 8-bit pyramid for viewers, its overlay with the
+    detections, and the overview of the slide.
     """
     plan = read_plan(source)
     root, planned = source.parent, plan.slides[index]
@@ -104,7 +106,7 @@ _read_scores = reread.cached_by_content(4)(read_scores)
 def _publish_pictures(
     root: Path, plan: Plan, index: int, heat: NDArray[np.float32], detections: NDArray[np.float64], key: str
 ) -> None:
-    """Publish the pictures of a heatmap that are missing: the pyramid for viewers, and the overlay.
+    """Publish the pictures of a heatmap that are missing: the pyramid for viewers, the overview and the overlay.
 
     Args:
         root: The run's folder.
@@ -114,25 +116,40 @@ def _publish_pictures(
         detections: The detections, (n, 3): prob, x, y in level-0 px.
         key: The key of the slide's detections.
     """
-    planned, (preview, overlay) = plan.slides[index], STAGE.beside_of(plan, index)
+    planned, (preview, overlay, overview) = plan.slides[index], STAGE.beside_of(plan, index)
     receipt_facts = facts("overlay", planned.slide_id)
     if publish.done_if_present(root, preview, key) is None:
         with publish.publishing(root, preview, key, receipt_facts, publish.accept) as attempt, attempt.timed("write"):
             files.write_preview(attempt.path, heat, um_px=cell_um(planned.frame))
-    if publish.done_if_present(root, overlay, key) is not None:
+    missing = [name for name in (overview, overlay) if publish.done_if_present(root, name, key) is None]
+    if not missing:
         return
-    with publish.publishing(root, overlay, key, receipt_facts, publish.accept) as attempt:
-        with open_planned(root, planned) as opened:
-            overview, downsample = overviews.read_overview(root, planned, opened, side_px=_OVERLAY_SIDE_PX)
-        corner = geometry.l0_from_h_corner(planned.frame, 0, 0)
-        png = overlay_png(
-            overview,
-            heat,
-            cell_px=planned.frame.stride_px * planned.frame.l0_per_px / downsample,
-            origin_px=(corner[0] / downsample, corner[1] / downsample),
-            detections=detections / (1.0, downsample, downsample),
-        )
-        attempt.path.write_bytes(png)
+    with open_planned(root, planned) as opened:
+        pixels, downsample = overviews.read_overview(root, planned, opened, side_px=_OVERVIEW_SIDE_PX)
+    if overview in missing:
+        publish.publish_bytes(root, overview, overviews.as_jpeg(pixels), key, receipt_facts)
+    if overlay in missing:
+        small = overviews.reduced(pixels, _OVERLAY_SIDE_PX)
+        png = _overlay(planned, small, downsample * pixels.shape[1] / small.shape[1], heat, detections)
+        publish.publish_bytes(root, overlay, png, key, receipt_facts)
+
+
+def _overlay(
+    planned: SlidePlan,
+    overview: NDArray[np.uint8],
+    downsample: float,
+    heat: NDArray[np.float32],
+    detections: NDArray[np.float64],
+) -> bytes:
+    """Return the picture of a heatmap on the overview of its slide, with the detections, prob, x, y in level-0 px."""
+    corner = geometry.l0_from_h_corner(planned.frame, 0, 0)
+    return overlay_png(
+        overview,
+        heat,
+        cell_px=planned.frame.stride_px * planned.frame.l0_per_px / downsample,
+        origin_px=(corner[0] / downsample, corner[1] / downsample),
+        detections=detections / (1.0, downsample, downsample),
+    )
 
 
 def _key(root: Path, plan: Plan, task: Task) -> str:
@@ -163,5 +180,5 @@ STAGE = Stage(
     key=_key,
     cost=StageCost(1.0, 0.0005),
     steps=("write",),
-    beside=lambda _maps: ("heatmaps/{slide}.preview.tif", "heatmaps/{slide}.png"),
+    beside=lambda _maps: ("heatmaps/{slide}.preview.tif", "heatmaps/{slide}.png", overviews.picture_of("{slide}")),
 )
