@@ -31,7 +31,12 @@ def write_heatmap(path: Path, heat: NDArray[np.float32], *, um_px: float, descri
         description: JSON values on the heatmap (transform, model, classes), stored in the tag ImageDescription.
     """
     text = json.dumps(description, sort_keys=True, allow_nan=False)
-    write_gray(path, reduced_levels(heat.astype(np.float32), _largest_known), um_px=um_px, description=text)
+    write_gray(path, heat_levels(heat), um_px=um_px, description=text)
+
+
+def heat_levels(heat: NDArray[np.float32]) -> list[NDArray[np.float32]]:
+    """Return the levels of a heatmap's pyramid, float32, each half as large: see `write_heatmap`."""
+    return reduced_levels(heat.astype(np.float32), _largest_known)
 
 
 def write_preview(path: Path, heat: NDArray[np.float32], *, um_px: float) -> None:
