@@ -40,8 +40,8 @@ def geojson(found: Findings, layers: Sequence[str] = LAYERS) -> bytes:
 
 def collection(features: Iterable[dict[str, Any]]) -> bytes:
     """Return features as the text of a GeoJSON file."""
-    whole = {"type": "FeatureCollection", "features": list(features)}
-    return f"{json.dumps(whole, separators=(',', ':'), allow_nan=False)}\n".encode()
+    texts = (json.dumps(feature, separators=(",", ":"), allow_nan=False) for feature in features)  # there may be 10^6
+    return f'{{"type":"FeatureCollection","features":[{",".join(texts)}]}}\n'.encode()
 
 
 def _area(region: Region, found: Findings, rgb: tuple[int, int, int]) -> dict[str, Any]:
